@@ -1,0 +1,1 @@
+"""Early exits for any trained image decoder."""
