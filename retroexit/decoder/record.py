@@ -1,0 +1,515 @@
+"""Write one real execution of a generator down as a `torch.fx.Graph` whose leaves are whole modules.
+
+`torch.fx.symbolic_trace` runs a forward on proxies and stops at the first ``if`` on a shape. The recorder runs it on real
+tensors instead: a `TorchFunctionMode` writes every tensor function as a node and a patched ``nn.Module.__call__`` writes
+chosen modules as ``call_module`` nodes. Sizes read from a tensor stay symbolic (`TracedInt`), so that a recording made with a
+batch of one runs with a batch of eight.
+"""
+
+from __future__ import annotations
+
+import operator
+import threading
+import traceback
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from retroexit.decoder.structure import children, flatten, is_record, rebuild, tensors
+from retroexit.errors import DeviceError, GeneratorError, ModeError, NonFiniteError, RecordingError
+
+__all__ = ["Call", "Recording", "TracedInt", "assemble", "record", "unobserved"]
+
+_PATCH_LOCK = threading.RLock()
+_READS = {"item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "__array__", "__len__"}
+_TENSOR_PROPERTIES = {"shape", "ndim", "dtype", "device", "requires_grad", "is_cuda", "layout", "grad_fn", "grad"}
+
+
+class TracedInt(int):
+    """An integer read from a tensor's shape that remembers which node of the recording it came from."""
+
+    recorder: Recorder
+    node: fx.Node
+
+    @classmethod
+    def of(cls, value: int, recorder: Recorder, node: fx.Node) -> TracedInt:
+        """Tie a plain integer to a node; the node is marked as a size, not a tensor."""
+        traced = cls(value)
+        traced.recorder, traced.node = recorder, node
+        node.meta["size"] = True
+        return traced
+
+
+def _traced_operator(name: str, reflected: bool = False) -> Callable[[Any, Any], Any]:
+    function = getattr(operator, name)
+    plain = getattr(int, f"__{'r' if reflected else ''}{name}__")
+
+    def method(self: TracedInt, other: Any) -> Any:
+        value = plain(self, other)
+        if value is NotImplemented or type(other) is bool or not self.recorder.is_running:
+            return value
+        operands = (other, self) if reflected else (self, other)
+        node = self.recorder.graph.call_function(function, self.recorder.to_nodes(operands))
+        return TracedInt.of(int(value), self.recorder, node)
+
+    return method
+
+
+for _name in ("add", "sub", "mul", "floordiv", "mod"):
+    setattr(TracedInt, f"__{_name}__", _traced_operator(_name))
+    setattr(TracedInt, f"__r{_name}__", _traced_operator(_name, reflected=True))
+
+
+@dataclass
+class Call:
+    """One call of one submodule during the recording.
+
+    Attributes:
+        path: Dotted path of the module in the generator.
+        module: The module itself.
+        begin: Number of nodes written before the call.
+        end: Number of nodes written after it; the call's nodes are ``nodes[begin:end]``.
+        inputs: Nodes of the tensors that went in.
+        outputs: Nodes of the tensors that came out.
+        macs: Multiply-accumulates spent inside.
+        parent: Index of the enclosing call in `Recording.calls`, or ``None``.
+    """
+
+    path: str
+    module: nn.Module
+    begin: int
+    inputs: list[fx.Node]
+    end: int = 0
+    outputs: list[fx.Node] = field(default_factory=list)
+    macs: int = 0
+    parent: int | None = None
+
+
+@dataclass
+class Recording:
+    """One execution of a generator.
+
+    Attributes:
+        graph: The execution; placeholders are the tensors among the inputs, leaves are whole modules.
+        constants: Tensors that the forward used and that are neither inputs nor parameters nor buffers, by node target.
+        inputs: For each placeholder, the path of its tensor in ``(args, kwargs)``.
+        calls: Every call of a submodule that was not inside a leaf, in order.
+        macs: Multiply-accumulates of the whole execution.
+        output: What the generator returned.
+        modes: ``training`` flag of every submodule during the recording.
+        reads: Places where a value was read out of a tensor into Python, ``file:line: code``; such values are frozen.
+    """
+
+    graph: fx.Graph
+    constants: dict[str, Tensor]
+    inputs: list[tuple[Any, ...]]
+    calls: list[Call]
+    macs: int
+    output: Any
+    modes: dict[str, bool]
+    reads: list[str]
+
+    @property
+    def nodes(self) -> list[fx.Node]:
+        """All nodes, in the order of execution."""
+        return list(self.graph.nodes)
+
+
+def assemble(template: Any, values: tuple[Any, ...]) -> Any:
+    """Put values into a dataclass or model output: the graph's node for containers that fx does not know."""
+    rest = iter(values)
+    return rebuild(template, lambda leaf: next(rest) if leaf is _Slot else leaf)
+
+
+class _Slot:
+    """Marks in a template of `assemble` where a value goes."""
+
+
+class Recorder(TorchFunctionMode):
+    """Writes what runs under it into a graph. One use each; see `record`."""
+
+    def __init__(self, generator: nn.Module, is_leaf: Callable[[str, nn.Module], bool]) -> None:
+        super().__init__()
+        self.generator, self.is_leaf = generator, is_leaf
+        self.graph = fx.Graph()
+        self.is_running = False
+        self.calls: list[Call] = []
+        self.constants: dict[str, Tensor] = {}
+        self.reads: list[str] = []
+        self.counter = FlopCounterMode(display=False)
+        self._inside_leaf = 0
+        self._open: list[int] = []
+        self._node_of: dict[int, fx.Node] = {}
+        self._kept: list[Any] = []  # tensors stay alive so that ids are not reused
+        named = [*generator.named_parameters(), *generator.named_buffers()]
+        self._attribute = {id(tensor): name for name, tensor in named}
+        self._path = {id(module): name for name, module in generator.named_modules()}
+        self._thread = threading.get_ident()
+
+    # Values to nodes.
+
+    def to_nodes(self, value: Any) -> Any:
+        """Replace the tensors and traced sizes inside an argument by their nodes."""
+        if isinstance(value, Tensor):
+            return self.node(value)
+        if isinstance(value, TracedInt):
+            return value.node if value.recorder is self else int(value)
+        if is_record(value) and tensors(value):
+            found: list[Any] = []
+
+            def take(leaf: Any) -> Any:
+                if not isinstance(leaf, (Tensor, TracedInt)):
+                    return leaf
+                found.append(self.to_nodes(leaf))
+                return _Slot
+
+            template = rebuild(value, take)
+            return self.graph.call_function(assemble, (template, tuple(found)))
+        if isinstance(value, (tuple, list, dict, slice)):
+            return _shallow(value, self.to_nodes)
+        self._refuse_hidden_tensors(value)
+        return value
+
+    def node(self, tensor: Tensor) -> fx.Node:
+        """Give the node that stands for a tensor; a tensor seen for the first time is an attribute or a constant."""
+        known = self._node_of.get(id(tensor))
+        if known is not None:
+            return known
+        name = self._attribute.get(id(tensor))
+        if name is None:
+            name = f"_constant{len(self.constants)}"
+            self.constants[name] = tensor.detach()
+        # fx checks that targets exist on an owning module; this graph has none.
+        node = self.graph.create_node("get_attr", name)
+        self._bind(node, tensor)
+        return node
+
+    def _bind(self, node: fx.Node, value: Any) -> None:
+        """Remember that a node stands for a value, and write access nodes for what is inside a container."""
+        if isinstance(value, Tensor):
+            self._node_of[id(value)] = node
+            self._kept.append(value)
+            with torch._C.DisableTorchFunction():
+                node.meta["shape"], node.meta["dtype"] = tuple(value.shape), value.dtype
+            return
+        for key, child in children(value) or ():
+            if tensors(child):
+                field_access = is_record(value) and not isinstance(value, dict)
+                access = getattr if field_access else operator.getitem
+                self._bind(self.graph.call_function(access, (node, key)), child)
+
+    def _refuse_hidden_tensors(self, value: Any) -> None:
+        inner = getattr(value, "__dict__", None)
+        if not isinstance(inner, dict) or isinstance(value, (nn.Module, type, types.FunctionType)):
+            return
+        if any(id(item) in self._node_of for item in tensors(dict(inner))):
+            raise RecordingError(
+                f"a {type(value).__name__} object that holds tensors is passed between modules; found tensors in its "
+                "attributes, which a recording cannot follow. Make it a dataclass, a dict or a tuple.",
+                value,
+            )
+
+    # What happens during the run.
+
+    def __torch_function__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self._inside_leaf or not self.is_running:
+            return func(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        if name == "__get__":
+            return self._property(func, args)
+        if name in ("size", "numel", "nelement", "__len__") and not kwargs and isinstance(args[0], Tensor):
+            return self._size(func, name, args)
+        if name == "__iter__":
+            return iter(self._call(torch.unbind, (args[0], 0), {}))
+        if name in ("__set__", "requires_grad_", "register_hook", "backward"):
+            return func(*args, **kwargs)
+        return self._call(func, args, kwargs)
+
+    def _call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        begin = len(self.graph.nodes)
+        target, is_method = _importable(func)
+        plain_args, plain_kwargs = _untraced(args), _untraced(kwargs)
+        node_args, node_kwargs = self.to_nodes(tuple(args)), self.to_nodes(dict(kwargs))
+        before = self._macs()
+        out = func(*plain_args, **plain_kwargs)
+        name = getattr(func, "__name__", "")
+        if not tensors(out) and name not in ("__setitem__", "__delitem__"):
+            for node in reversed(list(self.graph.nodes)[begin:]):
+                if not node.users:
+                    self.graph.erase_node(node)
+            self._note_read(name, args)
+            return out
+        make = self.graph.call_method if is_method else self.graph.call_function
+        node = make(target, node_args, node_kwargs)
+        node.meta["macs"] = self._macs() - before
+        node.meta["mutates"] = _mutates(name, kwargs)
+        if isinstance(out, Tensor) and any(out is item for item in args):
+            node.meta["mutates"] = node.meta["mutates"] or name != "contiguous"
+        self._bind(node, out)
+        return out
+
+    def _property(self, func: Any, args: Any) -> Any:
+        out = func(*args)
+        name = getattr(func.__self__, "__name__", None) or getattr(func.__self__, "fget", func).__name__
+        if name == "shape":
+            return self._traced_shape(args[0], out)
+        if name in _TENSOR_PROPERTIES or not tensors(out):
+            return out
+        self._bind(self.graph.call_function(getattr, (self.node(args[0]), name)), out)
+        return out
+
+    def _size(self, func: Any, name: str, args: Any) -> Any:
+        out = func(*_untraced(args))
+        if name == "size":
+            shape = self._traced_shape(args[0], args[0].size())
+            return shape if len(args) == 1 else shape[args[1]]
+        if name == "__len__":
+            return out
+        node = self.graph.call_method("numel", (self.node(args[0]),))
+        return TracedInt.of(out, self, node)
+
+    def _traced_shape(self, tensor: Tensor, shape: Any) -> torch.Size:
+        node = self.node(tensor)
+        whole = node.meta.get("shape_node")
+        if whole is None:
+            whole = node.meta["shape_node"] = self.graph.call_function(getattr, (node, "shape"))
+            whole.meta["size"] = True
+        sizes = [
+            TracedInt.of(int(size), self, self.graph.call_function(operator.getitem, (whole, axis)))
+            for axis, size in enumerate(shape)
+        ]
+        return torch.Size(sizes)
+
+    def _note_read(self, name: str, args: Any) -> None:
+        if name in _READS:
+            frame = next((f for f in reversed(traceback.extract_stack()) if _is_user_code(f.filename)), None)
+            if frame is not None:
+                self.reads.append(f"{frame.filename}:{frame.lineno}: {frame.line}")
+
+    def call_module(self, original: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Stand in for ``nn.Module.__call__`` while recording."""
+        path = self._path.get(id(module))
+        foreign = threading.get_ident() != self._thread
+        if foreign or self._inside_leaf or not self.is_running or path is None:
+            return original(module, *args, **kwargs)
+        begin = len(self.graph.nodes)
+        leaf = path != "" and self.is_leaf(path, module)
+        node_args, node_kwargs = (self.to_nodes(tuple(args)), self.to_nodes(dict(kwargs))) if leaf else ((), {})
+        entered = [self.node(tensor) for tensor in tensors((args, kwargs))]
+        call = Call(path, module, begin, entered, parent=self._open[-1] if self._open else None)
+        before = self._macs()
+        self._open.append(len(self.calls))
+        self.calls.append(call)
+        self._inside_leaf += leaf
+        try:
+            out = original(module, *(_untraced(args) if leaf else args), **(_untraced(kwargs) if leaf else kwargs))
+        finally:
+            self._inside_leaf -= leaf
+            self._open.pop()
+        call.macs = self._macs() - before
+        if leaf:
+            node = self.graph.create_node("call_module", path, node_args, node_kwargs)
+            node.meta["macs"] = call.macs
+            self._bind(node, out)
+        call.outputs = [self.node(tensor) for tensor in tensors(out)]
+        call.end = len(self.graph.nodes)
+        return out
+
+    def _macs(self) -> int:
+        return self.counter.get_total_flops() // 2
+
+
+def record(
+    generator: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any] | None = None,
+    is_leaf: Callable[[str, nn.Module], bool] | None = None,
+) -> Recording:
+    """Run a generator once and write the execution down as a graph.
+
+    The generator is left as it was: buffers that the run changed are put back, random number generators too.
+
+    Args:
+        generator: The trained generator, in eval mode.
+        args: Its positional inputs.
+        kwargs: Its keyword inputs.
+        is_leaf: Tells for a path and a module whether the module becomes one node. By default every module
+            that has no submodules of its own, and everything under ``torch.nn`` but the containers.
+
+    Returns:
+        The recording.
+
+    Raises:
+        GeneratorError: If the generator raises on these inputs (its own error is shown and chained).
+        DeviceError: If it raises and its parameters and the inputs differ in device or precision.
+        NonFiniteError: If its output holds NaN or infinity.
+        ModeError: If it is in train mode.
+        RecordingError: If it passes tensors around inside objects that a graph cannot follow.
+    """
+    kwargs = dict(kwargs or {})
+    if generator.training:
+        raise ModeError(
+            f"asked to record {type(generator).__name__}; found it in train mode, where one forward pass changes "
+            "its buffers. Call generator.eval() first.",
+            generator,
+        )
+    recorder = Recorder(generator, is_leaf or is_atom)
+    placeholders = _make_placeholders(recorder, args, kwargs)
+    with unobserved(generator), torch.no_grad(), _patched_calls(recorder), recorder.counter, recorder:
+        recorder.is_running = True
+        try:
+            output = generator(*args, **kwargs)
+            result = recorder.to_nodes(output)
+        except RecordingError:
+            raise
+        except Exception as error:
+            raise _explain(generator, args, kwargs, error) from error
+        finally:
+            recorder.is_running = False
+    recorder.graph.output(result)
+    _drop_unused_sizes(recorder.graph, recorder.calls)
+    for tensor in tensors(output):
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise NonFiniteError(
+                f"{type(generator).__name__} returned NaN or infinity in a tensor of shape {tuple(tensor.shape)} on "
+                "the example inputs. Check its weights and the range of the inputs.",
+                tensor,
+            )
+    return Recording(
+        graph=recorder.graph,
+        constants=recorder.constants,
+        inputs=placeholders,
+        calls=recorder.calls,
+        macs=recorder._macs(),
+        output=output,
+        modes={name: module.training for name, module in generator.named_modules()},
+        reads=recorder.reads,
+    )
+
+
+def is_atom(path: str, module: nn.Module) -> bool:
+    """Tell whether a module is the smallest thing a recording distinguishes."""
+    if isinstance(module, torch.jit.ScriptModule) or not any(True for _ in module.children()):
+        return True
+    containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+    is_builtin = type(module).__module__.startswith("torch.nn.modules")
+    is_parametrized = torch.nn.utils.parametrize.is_parametrized(module)
+    return (is_builtin and not isinstance(module, containers)) or is_parametrized
+
+
+@contextmanager
+def unobserved(generator: nn.Module) -> Iterator[None]:
+    """Leave no trace of what runs inside: changed buffers and random number generators are put back."""
+    buffers = [(buffer, buffer._version, buffer.detach().clone()) for buffer in generator.buffers()]
+    devices = {tensor.device for tensor in (*generator.parameters(), *generator.buffers())}
+    cuda = [device for device in devices if device.type == "cuda"]
+    try:
+        with torch.inference_mode(False), torch.random.fork_rng(devices=cuda):
+            yield
+    finally:
+        for buffer, version, copy in buffers:
+            if buffer._version != version:
+                buffer.detach().copy_(copy)
+
+
+@contextmanager
+def _patched_calls(recorder: Recorder) -> Iterator[None]:
+    # The patch is seen by all threads; `Recorder.call_module` lets other threads' calls pass.
+    with _PATCH_LOCK:
+        original = nn.Module.__call__
+
+        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return recorder.call_module(original, module, args, kwargs)
+
+        nn.Module.__call__ = call  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            nn.Module.__call__ = original  # type: ignore[method-assign]
+
+
+def _make_placeholders(recorder: Recorder, args: Any, kwargs: Any) -> list[tuple[Any, ...]]:
+    paths: list[tuple[Any, ...]] = []
+    for path, leaf in flatten((tuple(args), kwargs)):
+        if isinstance(leaf, Tensor) and id(leaf) not in recorder._node_of:
+            recorder._bind(recorder.graph.placeholder(f"input{len(paths)}"), leaf)
+            paths.append(path)
+    return paths
+
+
+def _drop_unused_sizes(graph: fx.Graph, calls: list[Call]) -> None:
+    """Erase the nodes of shapes that were only looked at, and renumber the calls' node ranges."""
+    old = list(graph.nodes)
+    for node in reversed(old):
+        if node.meta.get("size") and not node.users:
+            graph.erase_node(node)
+    remaining = set(graph.nodes)
+    kept = [0]
+    for node in old:
+        kept.append(kept[-1] + (node in remaining))
+    for call in calls:
+        call.begin, call.end = kept[call.begin], kept[call.end]
+
+
+def _explain(generator: nn.Module, args: Any, kwargs: Any, error: Exception) -> GeneratorError:
+    given = tensors((args, kwargs))
+    own = next(iter(generator.parameters()), None)
+    name, cause = type(generator).__name__, f"{type(error).__name__}: {error}"
+    for tensor in given:
+        if own is not None and tensor.device != own.device:
+            return DeviceError(
+                f"{name} is on {own.device} and an input of shape {tuple(tensor.shape)} on {tensor.device}; the "
+                f"generator raised {cause}. Move one of them.",
+                tensor,
+            )
+        if own is not None and tensor.is_floating_point() and tensor.dtype != own.dtype:
+            return DeviceError(
+                f"{name} has {own.dtype} parameters and an input of shape {tuple(tensor.shape)} is {tensor.dtype}; "
+                f"the generator raised {cause}. Convert one of them.",
+                tensor,
+            )
+    shapes = ", ".join(str(tuple(tensor.shape)) for tensor in given) or "no tensors"
+    return GeneratorError(
+        f"{name} rejects the example inputs ({shapes}); it raised {cause}. Pass inputs that generator(*inputs) takes.",
+        generator,
+    )
+
+
+def _shallow(value: Any, leaf: Callable[[Any], Any]) -> Any:
+    if isinstance(value, slice):
+        return slice(leaf(value.start), leaf(value.stop), leaf(value.step))
+    if isinstance(value, dict):
+        return {key: leaf(item) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return type(value)(*map(leaf, value)) if hasattr(value, "_fields") else tuple(map(leaf, value))
+    return [leaf(item) for item in value]
+
+
+def _untraced(value: Any) -> Any:
+    return rebuild(value, lambda leaf: int(leaf) if isinstance(leaf, TracedInt) else leaf)
+
+
+def _mutates(name: str, kwargs: dict[str, Any]) -> bool:
+    in_place = name.endswith("_") and not name.endswith("__")
+    augmented = name.startswith("__i") and name.endswith("__") and name not in ("__invert__", "__int__", "__index__")
+    return in_place or augmented or name in ("__setitem__", "__delitem__") or "out" in kwargs or bool(kwargs.get("inplace"))
+
+
+def _importable(func: Any) -> tuple[Any, bool]:
+    """Give a node target: methods by name (so that printed graphs read well), functions as they are."""
+    name = getattr(func, "__name__", "")
+    if type(func).__name__ in ("method_descriptor", "wrapper_descriptor") and hasattr(Tensor, name):
+        return name, True
+    return func, False
+
+
+def _is_user_code(filename: str) -> bool:
+    return "/torch/" not in filename and "retroexit/decoder" not in filename
