@@ -1,0 +1,1 @@
+"""Measuring quality and cost of the exits, and showing both."""
