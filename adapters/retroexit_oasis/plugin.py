@@ -1,0 +1,61 @@
+"""What retroexit has to know about OASIS: the hook, for our generator and for the official one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from retroexit.plugins import Description, hookimpl
+from retroexit_oasis.generator import OASISGenerator
+
+__all__ = ["retroexit_describe"]
+
+
+@hookimpl
+def retroexit_describe(generator: nn.Module) -> Description | None:
+    """Describe an OASIS generator: this package's, or an object of the official code."""
+    if not isinstance(generator, OASISGenerator) and not _is_official(generator):
+        return None
+    body = generator.get_submodule("body")
+    return Description(
+        name="OASIS",
+        stages=tuple(f"body.{name}" for name, _ in body.named_children()),
+        example_inputs=_example_inputs,
+        image_range=(-1.0, 1.0),
+        predictor_inputs=_label_map,
+    )
+
+
+def _is_official(generator: nn.Module) -> bool:
+    """Recognise ``OASIS_Generator`` by its name and parts: its code is no package that could be imported."""
+    parts = {name for name, _ in generator.named_children()}
+    return (
+        type(generator).__name__ == "OASIS_Generator"
+        and parts >= {"body", "conv_img", "fc"}
+        and hasattr(generator, "opt")
+    )
+
+
+def _example_inputs(generator: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Make a one-hot label map of vertical stripes, every label once, of the size that was trained on."""
+    if isinstance(generator, OASISGenerator):
+        num_labels, (height, width) = generator.num_labels, generator.crop
+    else:
+        opt: Any = generator.opt
+        num_labels, width = opt.semantic_nc, opt.crop_size
+        height = round(width / opt.aspect_ratio)
+    device = next(generator.parameters()).device
+    stripe = torch.arange(width, device=device) * num_labels // width  # (W,)
+    label = nn.functional.one_hot(stripe, num_labels).T.float()  # (W, labels) -> (labels, W)
+    return (label[None, :, None, :].expand(1, -1, height, -1).contiguous(),), {}
+
+
+def _label_map(label: Tensor, z: Tensor | None = None) -> Tensor:
+    """Judge an input by its label map alone.
+
+    The paper shows the predictor the noise as well, one of 100 fixed vectors (section 4.1). Here the noise is
+    drawn inside ``forward`` unless the caller gives it, so the predictor cannot count on seeing it.
+    """
+    return label
