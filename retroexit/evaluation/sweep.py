@@ -1,0 +1,299 @@
+"""What routing would do at any threshold, from one measurement of all exits on the same samples.
+
+Everything here is arithmetic on recorded numbers: nothing is generated again. Paper sections 3.2 (policy),
+3.4 (computational saving metric) and figures 3, 4, 6 and 7.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from retroexit.errors import CheckpointError, OptionError
+
+__all__ = ["Evaluation", "OperatingPoint"]
+
+Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class OperatingPoint:
+    """What one way of choosing exits costs and gives on the samples of an evaluation.
+
+    MACs are multiply-accumulates per sample. They include what the choice itself needs: predictor and
+    retrieval for a routed point, retrieval alone for a fixed exit.
+
+    Attributes:
+        threshold: Accepted loss, or ``None`` for a fixed exit.
+        counts: Samples that leave at each exit, shape ``(K + 1,)``, last = backbone.
+        mean_macs: Mean MACs of a sample.
+        share: ``mean_macs`` over the MACs of the plain backbone.
+        saved: ``1 - share``; negative when routing costs more than it saves.
+        mean_loss: Mean loss to the backbone's image.
+        p90_loss: 90th percentile of the loss.
+        p95_loss: 95th percentile of the loss.
+        violations: Share of the samples whose true loss is above the threshold; ``None`` without a threshold.
+        exit_of: Exit of each sample, shape ``(S,)``, numbered from 1; ``K + 1`` is the backbone.
+        loss_of: True loss of each sample at its exit, shape ``(S,)``; 0 at the backbone.
+    """
+
+    threshold: float | None
+    counts: npt.NDArray[np.int64]
+    mean_macs: float
+    share: float
+    saved: float
+    mean_loss: float
+    p90_loss: float
+    p95_loss: float
+    violations: float | None
+    exit_of: npt.NDArray[np.int64]
+    loss_of: Array
+
+    def row(self) -> dict[str, Any]:
+        """Return everything but the per-sample arrays as plain JSON types."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("exit_of", "loss_of")}
+        return {**values, "counts": self.counts.tolist()}
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """Losses and costs of every exit on the same ``S`` samples, with ``K`` branch exits, cheapest first.
+
+    Attributes:
+        loss: Loss of each branch exit to the backbone's image, shape ``(S, K)``.
+        predicted: The predictor's estimate of ``loss``, shape ``(S, K)``, or ``None`` without a predictor.
+        macs: MACs of each whole route for one sample, shape ``(K + 1,)``, last = backbone.
+        overhead: MACs a routed call pays on top when it leaves there, shape ``(K + 1,)``: the predictor
+            everywhere, retrieval at branch exits. So ``overhead[-1]`` is the predictor alone.
+        metric: What the loss is, see ``QualityMetric.describe``.
+        exits: One row per exit: index, attach_at, depth, macs, share, parameters.
+        distance: Mean distance of each sample to its guide, shape ``(S,)``, or ``None``.
+        seconds: Median wall-clock seconds of each route, shape ``(K + 1,)``, or ``None``.
+        about: Anything else worth keeping: generator, data, seed, machine, versions.
+
+    Raises:
+        OptionError: If shapes disagree or a number is not finite.
+    """
+
+    loss: Array
+    predicted: Array | None
+    macs: Array
+    overhead: Array
+    metric: dict[str, Any] = field(default_factory=dict)
+    exits: list[dict[str, Any]] = field(default_factory=list)
+    distance: Array | None = None
+    seconds: Array | None = None
+    about: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        loss = np.asarray(self.loss, dtype=np.float64)
+        if loss.ndim != 2 or 0 in loss.shape:
+            raise OptionError(f"loss needs shape (samples, branch exits), found {loss.shape}", loss)
+        samples, exits = loss.shape
+        expected = {
+            "loss": loss.shape,
+            "predicted": loss.shape,
+            "macs": (exits + 1,),
+            "overhead": (exits + 1,),
+            "distance": (samples,),
+            "seconds": (exits + 1,),
+        }
+        for name, shape in expected.items():
+            value = getattr(self, name)
+            if value is None and name in ("predicted", "distance", "seconds"):
+                continue
+            value = np.asarray(value, dtype=np.float64)
+            if value.shape != shape:
+                raise OptionError(f"{name} needs shape {shape} to go with loss, found {value.shape}", value)
+            if not np.isfinite(value).all():
+                bad = int((~np.isfinite(value)).sum())
+                raise OptionError(f"{name} holds NaN or infinity in {bad} of {value.size} places", value)
+            object.__setattr__(self, name, value)
+        if self.macs[-1] <= 0:
+            raise OptionError(f"the backbone's MACs must be positive, found {self.macs[-1]}", self.macs)
+
+    def at_threshold(self, tau: float) -> OperatingPoint:
+        """Take the cheapest exit whose *predicted* loss is at most ``tau``, else the backbone.
+
+        Raises:
+            OptionError: If the evaluation holds no predictions, or ``tau`` is not finite.
+        """
+        return self._point(self._cheapest(self._need_predicted(), tau), tau)
+
+    def oracle(self, tau: float) -> OperatingPoint:
+        """Route by the true losses: what a predictor without error would give, at the same overhead."""
+        return self._point(self._cheapest(self.loss, tau), tau)
+
+    def fixed(self, k: int) -> OperatingPoint:
+        """Send every sample to exit ``k`` (from 1; ``K + 1`` is the backbone), without a predictor."""
+        last = len(self.macs)
+        if not 1 <= k <= last:
+            raise OptionError(f"no exit {k}; there are exits 1 to {last}, {last} is the backbone", k)
+        return self._point(np.full(len(self.loss), k - 1), None)
+
+    def sweep(self, taus: Sequence[float]) -> list[OperatingPoint]:
+        """Evaluate :meth:`at_threshold` at each of ``taus``."""
+        return [self.at_threshold(tau) for tau in taus]
+
+    def at_mean(self, target: float) -> OperatingPoint:
+        """Find the threshold whose *mean* loss is the largest that is at most ``target``.
+
+        Sending everything to the backbone has mean 0, so there always is one. Among equal means the largest
+        threshold wins, which is the cheapest.
+
+        Raises:
+            OptionError: If the evaluation holds no predictions, or ``target`` is negative or not finite.
+        """
+        if not 0 <= target < np.inf:
+            raise OptionError(f"a mean loss to aim at must be finite and >= 0, found {target}", target)
+        predicted = self._need_predicted()
+        # Raising the threshold past predicted[s, k] moves sample s to the cheapest exit passed so far. Follow
+        # each sample through its own predictions, then merge all these steps in order of the threshold.
+        order = np.argsort(predicted, axis=1, kind="stable")
+        rank = np.argsort(self._cost_order())  # rank[k] = place of exit k by cost
+        cheapest = self._cost_order()[np.minimum.accumulate(rank[order], axis=1)]
+        loss = np.take_along_axis(self.loss, cheapest, axis=1)
+        steps = np.diff(loss, axis=1, prepend=0.0).ravel()
+        thresholds = np.take_along_axis(predicted, order, axis=1).ravel()
+        merged = np.argsort(thresholds, kind="stable")
+        means = np.cumsum(steps[merged]) / len(self.loss)
+        thresholds = thresholds[merged]
+        complete = np.append(thresholds[1:] > thresholds[:-1], True)  # all steps at this threshold taken
+        # Summation in another order may leave a mean a rounding error above a target that it equals.
+        fits = np.flatnonzero(complete & (means <= target * (1 + 1e-12) + 1e-15))
+        below_all = float(np.nextafter(thresholds[0], -np.inf))
+        if len(fits) == 0 or means[fits].max() < 0:
+            return self.at_threshold(below_all)
+        best = fits[means[fits] >= means[fits].max() - 1e-12][-1]
+        return self.at_threshold(float(thresholds[best]))
+
+    def best_fixed(self, mean_loss: float) -> OperatingPoint:
+        """Return the cheapest fixed exit of at most this mean loss: what routing has to beat."""
+        points = [self.fixed(k) for k in range(1, len(self.macs) + 1)]
+        return min((p for p in points if p.mean_loss <= mean_loss + 1e-12), key=lambda p: p.mean_macs)
+
+    def gain_factor(self, points: Sequence[OperatingPoint]) -> dict[str, float]:
+        """Fit the gain factor of section 3.4: computations saved per loss accepted.
+
+        A least-squares line through the sweep, as the paper does for its figures 3 and 7. The paper's number
+        is the slope over the *threshold*; the slope over the mean loss really paid is given beside it. Points
+        where every sample leaves at one exit already flatten the slope: leave them out of the sweep.
+
+        Args:
+            points: Routed points at two or more thresholds.
+
+        Returns:
+            ``gmacs_per_threshold`` and ``gmacs_per_mean_loss``: saved GMACs per unit of loss;
+            ``percent_per_hundredth_threshold`` and ``percent_per_hundredth_mean_loss``: saved share of the
+            backbone in percent per 0.01 of loss, comparable between backbones.
+
+        Raises:
+            OptionError: If the points hold fewer than two thresholds or mean losses.
+        """
+        saved = np.array([point.saved for point in points])
+        factors: dict[str, float] = {}
+        for name in ("threshold", "mean_loss"):
+            x = np.array([getattr(point, name) for point in points], dtype=np.float64)
+            if len(x) < 2 or not np.ptp(x) > 0:
+                raise OptionError(
+                    f"a gain factor needs two different values of {name}, found {x.tolist()}", points
+                )
+            centred = x - x.mean()
+            slope = float(centred @ saved / (centred @ centred))
+            factors[f"gmacs_per_{name}"] = slope * float(self.macs[-1]) / 1e9
+            factors[f"percent_per_hundredth_{name}"] = slope  # times 100 for percent, times 0.01 of loss
+        return factors
+
+    def predictor_error(self) -> dict[str, list[float | None]]:
+        """Compare predicted and true losses, exit by exit.
+
+        Returns:
+            Three lists of length ``K``: ``mean_absolute``, ``mean_relative`` (the paper's 5 %; samples
+            without loss are left out) and ``spearman``, the correlation of ranks. ``None`` where undefined.
+        """
+        predicted = self._need_predicted()
+        result: dict[str, list[float | None]] = {"mean_absolute": [], "mean_relative": [], "spearman": []}
+        for true, guess in zip(self.loss.T, predicted.T, strict=True):
+            wrong, some = np.abs(guess - true), true > 0
+            result["mean_absolute"].append(float(wrong.mean()))
+            result["mean_relative"].append(float((wrong[some] / true[some]).mean()) if some.any() else None)
+            result["spearman"].append(_spearman(true, guess))
+        return result
+
+    def to_json(self) -> str:
+        """Write the evaluation as plain JSON, arrays as lists."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        plain = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in values.items()}
+        return json.dumps(plain, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Read what :meth:`to_json` wrote.
+
+        Raises:
+            CheckpointError: If the text is not JSON or has other fields.
+        """
+        try:
+            return cls(**json.loads(text))
+        except (ValueError, TypeError) as error:
+            raise CheckpointError(f"not an evaluation written by retroexit: {error}") from error
+
+    def _need_predicted(self) -> Array:
+        if self.predicted is None:
+            raise OptionError(
+                "this evaluation holds no predicted losses; fit a predictor, or use oracle or fixed"
+            )
+        return self.predicted
+
+    def _cost_order(self) -> npt.NDArray[np.int64]:
+        """Branch exits from cheap to dear, predictor and retrieval included."""
+        return np.argsort((self.macs + self.overhead)[:-1], kind="stable")
+
+    def _cheapest(self, loss: Array, tau: float) -> npt.NDArray[np.int64]:
+        """Pick for each sample the cheapest exit with ``loss <= tau``, from 0; ``K`` where there is none."""
+        if not np.isfinite(tau):
+            raise OptionError(f"a threshold must be a finite loss, found {tau}", tau)
+        order = self._cost_order()
+        good = loss[:, order] <= tau
+        return np.where(good.any(axis=1), order[good.argmax(axis=1)], loss.shape[1])
+
+    def _point(self, leave_at: npt.NDArray[np.int64], tau: float | None) -> OperatingPoint:
+        """Sum up samples that leave at exits ``leave_at`` (from 0)."""
+        with_backbone = np.pad(self.loss, ((0, 0), (0, 1)))  # the backbone's loss to itself is 0
+        loss = with_backbone[np.arange(len(leave_at)), leave_at]
+        predictor = 0.0 if tau is not None else self.overhead[-1]
+        mean_macs = float((self.macs + self.overhead - predictor)[leave_at].mean())
+        share = mean_macs / float(self.macs[-1])
+        return OperatingPoint(
+            threshold=None if tau is None else float(tau),
+            counts=np.bincount(leave_at, minlength=len(self.macs)),
+            mean_macs=mean_macs,
+            share=share,
+            saved=1 - share,
+            mean_loss=float(loss.mean()),
+            p90_loss=float(np.percentile(loss, 90)),
+            p95_loss=float(np.percentile(loss, 95)),
+            violations=None if tau is None else float((loss > tau).mean()),
+            exit_of=leave_at + 1,
+            loss_of=loss,
+        )
+
+
+def _ranks(x: Array) -> Array:
+    """Rank from 0; equal values share the mean of their ranks."""
+    _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts) - 1
+    return (last - (counts - 1) / 2)[inverse]
+
+
+def _spearman(x: Array, y: Array) -> float | None:
+    """Correlation of ranks, or ``None`` where one side is constant."""
+    a, b = _ranks(x), _ranks(y)
+    a, b = a - a.mean(), b - b.mean()
+    scale = float(np.sqrt((a @ a) * (b @ b)))
+    return float(a @ b) / scale if scale > 0 else None
