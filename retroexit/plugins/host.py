@@ -208,7 +208,7 @@ class Host:
         except Exception as error:
             if self._pluggy.get_name(plugin) == info.name:
                 self._pluggy.unregister(plugin)
-            raise PluginError(str(error), plugin) from error
+            raise PluginError(" ".join(str(error).split()), plugin) from error
         self._infos[info.name] = replace(info, hooks=hooks)
         self._fresh.add(info.name)
 

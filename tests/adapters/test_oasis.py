@@ -1,0 +1,155 @@
+"""The OASIS adapter: the official layout, the official noise, the paper's count."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+retroexit_oasis = pytest.importorskip("retroexit_oasis", reason="install the project to get its adapters")
+OASISGenerator = retroexit_oasis.OASISGenerator
+describe = retroexit_oasis.retroexit_describe
+
+
+def small(**options: object) -> nn.Module:
+    settings = {"num_labels": 5, "z_dim": 4, "channels": 2, "crop": (32, 64), "spade_hidden": 8}
+    return OASISGenerator(**(settings | options)).eval()
+
+
+@pytest.fixture
+def label() -> torch.Tensor:
+    return nn.functional.one_hot(torch.randint(5, (2, 32, 64)), 5).permute(0, 3, 1, 2).float()
+
+
+def test_the_image_has_the_size_of_the_crop_and_stays_in_its_range(label: torch.Tensor) -> None:
+    image = small()(label)
+    assert image.shape == (2, 3, 32, 64)
+    assert image.abs().max() <= 1
+
+
+def test_parameters_have_the_names_and_shapes_of_the_official_checkpoints() -> None:
+    with torch.device("meta"):
+        state = {name: tuple(value.shape) for name, value in OASISGenerator().state_dict().items()}
+    assert state["fc.weight"] == (1024, 99, 3, 3)
+    assert state["conv_img.weight"] == (3, 64, 3, 3)
+    assert state["body.2.conv_0.weight_orig"] == (512, 1024, 3, 3)
+    assert state["body.2.conv_0.weight_u"] == (512,)
+    assert state["body.2.conv_s.weight_orig"] == (512, 1024, 1, 1)
+    block = {name.removeprefix("body.2.") for name in state if name.startswith("body.2.")}
+    norm = {
+        f"{part}.{what}" for part in ("mlp_shared.0", "mlp_gamma", "mlp_beta") for what in ("weight", "bias")
+    }
+    norm |= {f"first_norm.{what}" for what in ("running_mean", "running_var", "num_batches_tracked")}
+    conv = {"weight_orig", "weight_u", "weight_v"}
+    assert block == (
+        {f"{name}.{what}" for name in ("norm_0", "norm_1", "norm_s") for what in norm}
+        | {f"{name}.{what}" for name in ("conv_0", "conv_1") for what in conv | {"bias"}}
+        | {f"conv_s.{what}" for what in conv}
+    )
+    assert {name.split(".")[1] for name in state if "conv_s" in name} == {"2", "3", "4", "5"}
+
+
+def test_the_full_size_model_costs_what_the_paper_counts() -> None:
+    with torch.device("meta"):
+        generator, label = OASISGenerator().eval(), torch.zeros(1, 35, 256, 512)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        generator(label)
+    assert counter.get_total_flops() / 2e9 == pytest.approx(318.6, abs=0.2)
+
+
+def test_noise_is_drawn_inside_forward_one_vector_per_image(label: torch.Tensor) -> None:
+    generator = small()
+    torch.manual_seed(3)
+    drawn = generator(label)
+    torch.manual_seed(3)
+    z = torch.randn(2, 4, dtype=torch.float32)
+    assert torch.equal(generator(label, z), drawn)
+    assert not torch.equal(generator(label), drawn)
+
+
+def test_without_noise_nothing_is_drawn(label: torch.Tensor) -> None:
+    generator = small(use_noise3d=False)
+    before = torch.get_rng_state()
+    assert torch.equal(generator(label), generator(label))
+    assert torch.equal(torch.get_rng_state(), before)
+    with pytest.raises(ValueError, match="use_noise3d=False"):
+        generator(label, torch.zeros(2, 4))
+
+
+def test_a_block_computes_what_the_papers_write() -> None:
+    block = retroexit_oasis.SPADEBlock(3, 2, 4, 8).eval()
+    x, seg = torch.randn(1, 3, 4, 4), torch.randn(1, 4, 8, 8)
+    weights = block.state_dict()
+
+    def conv(name: str, x: torch.Tensor) -> torch.Tensor:
+        weight, bias = weights.get(f"{name}.weight"), weights.get(f"{name}.bias")
+        if weight is None:  # spectral norm: divide by u' W v
+            raw = weights[f"{name}.weight_orig"]
+            weight = raw / (weights[f"{name}.weight_u"] @ raw.flatten(1) @ weights[f"{name}.weight_v"])
+        return torch.conv2d(x, weight, bias, padding=weight.shape[-1] // 2)
+
+    def norm(name: str, x: torch.Tensor) -> torch.Tensor:
+        hidden = conv(f"{name}.mlp_shared.0", seg[:, :, ::2, ::2]).relu()
+        gamma, beta = conv(f"{name}.mlp_gamma", hidden), conv(f"{name}.mlp_beta", hidden)
+        return x / (1 + 1e-5) ** 0.5 * (1 + gamma) + beta  # fresh running statistics: mean 0, variance 1
+
+    def bent(x: torch.Tensor) -> torch.Tensor:
+        return torch.where(x > 0, x, 0.2 * x)
+
+    dx = conv("conv_1", bent(norm("norm_1", conv("conv_0", bent(norm("norm_0", x))))))
+    torch.testing.assert_close(block(x, seg), conv("conv_s", norm("norm_s", x)) + dx)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((torch.zeros(1, 6, 32, 64),), "label map has 6 channels, the generator 5 labels"),
+        ((torch.zeros(1, 5, 32, 64), torch.zeros(1, 3)), r"z must have the shape \(1, 4\), got \(1, 3\)"),
+    ],
+)
+def test_inputs_of_another_width_are_refused(arguments: tuple[torch.Tensor, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        small()(*arguments)
+
+
+def test_a_crop_that_cannot_be_halved_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"multiples of 32, got \(40, 64\)"):
+        small(crop=(40, 64))
+
+
+def test_the_description_fits_the_generator() -> None:
+    generator = small()
+    described = describe(generator)
+    assert described.stages == tuple(f"body.{i}" for i in range(6))
+    for path in described.stages:
+        generator.get_submodule(path)
+    args, kwargs = described.example_inputs(generator)
+    assert generator(*args, **kwargs).shape == (1, 3, 32, 64)
+    (label,) = args
+    assert torch.equal(label.sum(1), torch.ones(1, 32, 64))
+    assert label.amax((0, 2, 3)).tolist() == [1] * 5
+    assert described.image_range == (-1.0, 1.0)
+    assert described.predictor_inputs(label, torch.zeros(1, 4)) is label
+
+
+def test_an_object_of_the_official_code_is_recognised_by_name_and_parts() -> None:
+    class OASIS_Generator(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.opt = SimpleNamespace(semantic_nc=7, crop_size=64, aspect_ratio=2.0)
+            self.conv_img, self.fc = nn.Conv2d(1, 3, 3), nn.Conv2d(1, 1, 3)
+            self.body = nn.ModuleList(nn.Identity() for _ in range(6))
+
+    official = OASIS_Generator()
+    described = describe(official)
+    assert described.stages == tuple(f"body.{i}" for i in range(6))
+    assert described.example_inputs(official)[0][0].shape == (1, 7, 32, 64)
+    del official.fc
+    assert describe(official) is None
+
+
+def test_other_generators_are_left_to_others() -> None:
+    assert describe(nn.Sequential(nn.Conv2d(3, 3, 3), nn.Tanh())) is None

@@ -1,0 +1,118 @@
+"""The house rules: what an import costs, what the wheel holds, which names are public."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+import retroexit
+from retroexit import doctor, errors
+
+ROOT = Path(__file__).resolve().parents[1]
+HEAVY = ("torchvision", "lpips", "faiss", "hnswlib", "matplotlib", "torchmetrics", "typer", "thop")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+@pytest.mark.parametrize(
+    "statement", ["import retroexit", "from retroexit.plugins import host; host().retriever('exact')"]
+)
+def test_importing_and_looking_up_loads_no_heavy_dependency(statement: str) -> None:
+    code = f"{statement}\nimport sys\nprint(*[name for name in {HEAVY!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
+def test_every_error_is_public_ours_and_a_builtin_too() -> None:
+    defined = {
+        name
+        for name, thing in vars(errors).items()
+        if inspect.isclass(thing) and issubclass(thing, Exception) and thing.__module__ == errors.__name__
+    }
+    assert defined == set(errors.__all__)
+    for name in defined - {"RetroExitError", "RetroExitWarning"}:
+        error = getattr(errors, name)
+        assert issubclass(error, errors.RetroExitError)
+        assert issubclass(error, (ValueError, RuntimeError, OSError, ImportError))
+        assert str(error("what to do")) == "what to do"
+        assert name in str(errors.__doc__)
+
+
+def test_the_version_is_stated_once() -> None:
+    assert PROJECT["version"] == retroexit.__version__
+    assert f"\nversion: {retroexit.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+def test_extras_made_of_extras_name_existing_ones() -> None:
+    extras = PROJECT["optional-dependencies"]
+    for requirements in extras.values():
+        for requirement in requirements:
+            if requirement.startswith("retroexit["):
+                named = requirement.removeprefix("retroexit[").removesuffix("]").split(",")
+                assert set(named) <= set(extras)
+
+
+def test_the_wheel_holds_the_library_the_adapters_and_their_data(tmp_path: Path) -> None:
+    wheel = pytest.importorskip("hatchling.builders.wheel", reason="hatchling builds the wheel")
+    (path,) = wheel.WheelBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"])
+    with zipfile.ZipFile(path) as opened:
+        names = set(opened.namelist())
+        (info,) = [name for name in names if name.endswith("entry_points.txt")]
+        entry_points = opened.read(info).decode()
+    adapters = {folder.name for folder in (ROOT / "adapters").iterdir() if (folder / "__init__.py").exists()}
+    packages = {name.partition("/")[0] for name in names if ".dist-info/" not in name}
+    assert packages == {"retroexit"} | adapters
+    for suffix in (".py", ".typed", ".json", ".safetensors", ".j2"):
+        data = {str(file.relative_to(ROOT)) for file in (ROOT / "retroexit").rglob(f"*{suffix}")}
+        assert data <= names
+    assert not any(name.endswith(".pyc") for name in names)
+    for adapter in adapters:
+        assert f"= {adapter}\n" in f"{entry_points}\n"
+    assert "retroexit = retroexit.cli:main" in entry_points
+
+
+def test_the_doctor_finds_nothing_broken_in_an_empty_cache(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    checks = {check.name: check for check in doctor.diagnose()}
+    assert [check for check in checks.values() if check.status == "fail"] == []
+    assert checks["torch"].detail.startswith(torch.__version__)
+    assert checks["plug-in: builtin"].status == "ok"
+    missing = checks["lpips weights: alex"]
+    assert missing.status == "warn"
+    assert "alexnet-owt-7be5be79.pth" in missing.hint
+
+
+def test_the_doctor_checks_the_hash_of_cached_weights(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    (folder / "alexnet-owt-7be5be79.pth").write_bytes(b"abc")
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    (alex,) = [check for check in doctor.diagnose() if check.name == "lpips weights: alex"]
+    assert alex.status == "fail"
+    assert "damaged: its sha256 begins with ba7816bf" in alex.detail  # FIPS 180-2, the example "abc"
+    assert "delete the file" in alex.hint
+
+    monkeypatch.setitem(doctor._LPIPS_FILES, "vgg", "abc-ba7816bf.pth")
+    (folder / "abc-ba7816bf.pth").write_bytes(b"abc")
+    (vgg,) = [check for check in doctor.diagnose() if check.name == "lpips weights: vgg"]
+    assert vgg.status == "ok"
+
+
+def test_the_doctor_reports_a_check_that_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> int:
+        raise OSError("no threads today")
+
+    monkeypatch.setattr(torch, "get_num_threads", broken)
+    (threads,) = [check for check in doctor.diagnose() if check.name == "threads"]
+    assert threads.status == "fail"
+    assert "OSError: no threads today" in threads.detail
