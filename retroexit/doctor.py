@@ -26,6 +26,7 @@ _LPIPS_FILES = {
     "squeeze": "squeezenet1_1-b8a52dc0.pth",
     "vgg": "vgg16-397923af.pth",
 }
+_COMBINED = ("all", "demo", "dev", "test")  # extras whose parts are listed under others, or not for users
 
 
 @dataclass(frozen=True)
@@ -125,9 +126,9 @@ def _dependencies() -> Iterator[Check]:
     for requirement in requirements:
         name = re.match(r"[A-Za-z0-9._-]+", requirement)
         extra = re.search(r"extra == ['\"]([^'\"]+)", requirement)
-        if name is None or name.group() in ("retroexit", "torch") or "python_version" in requirement:
+        if name is None or name.group() == "torch" or "python_version" in requirement:
             continue
-        if extra is not None and extra.group(1) in ("demo", "test", "dev"):
+        if extra is not None and extra.group(1) in _COMBINED:
             continue
         yield _version(name.group(), extra.group(1) if extra else None)
 

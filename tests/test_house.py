@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import inspect
 import subprocess
 import sys
@@ -116,3 +117,29 @@ def test_the_doctor_reports_a_check_that_breaks(monkeypatch: pytest.MonkeyPatch)
     (threads,) = [check for check in doctor.diagnose() if check.name == "threads"]
     assert threads.status == "fail"
     assert "OSError: no threads today" in threads.detail
+
+
+def test_the_doctor_lists_every_dependency_once_and_tells_core_from_extra(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    requirements = [
+        "torch!=2.13.0,>=2.9",
+        "numpy",
+        "nosuchcore>=1",
+        "nosuchextra>=1; extra == 'all'",
+        "nosuchextra>=1; extra == 'report'",
+        "ray[data,serve]>=2; extra == 'ray'",
+    ]
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: requirements)
+    monkeypatch.setattr(
+        importlib.metadata,
+        "version",
+        lambda name, real=importlib.metadata.version: "0.1.0" if name == "retroexit" else real(name),
+    )
+    checks = [
+        check for check in doctor.diagnose() if check.name in ("numpy", "nosuchcore", "nosuchextra", "ray")
+    ]
+    assert [check.name for check in checks] == ["numpy", "nosuchcore", "nosuchextra", "ray"]
+    assert [check.status for check in checks[:3]] == ["ok", "fail", "ok"]
+    assert checks[1].hint == "pip install nosuchcore"
+    assert checks[2].hint == "pip install 'retroexit[report]'"
