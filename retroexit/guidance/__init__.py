@@ -1,0 +1,16 @@
+"""The guiding database of the paper (section 3.3): patches, their thinning, and the bank that holds them."""
+
+from retroexit.guidance.bank import GuidanceBank, Retrieved
+from retroexit.guidance.patches import cut, glue
+from retroexit.guidance.sampling import coverage, farthest_points, random_points, thin
+
+__all__ = [
+    "GuidanceBank",
+    "Retrieved",
+    "coverage",
+    "cut",
+    "farthest_points",
+    "glue",
+    "random_points",
+    "thin",
+]

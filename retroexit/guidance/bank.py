@@ -1,0 +1,360 @@
+"""The guiding database: patches of early features as keys, of middle ones as values (paper, section 3.3).
+
+The bank knows nothing of models. Whoever builds it streams key features in and answers which value features
+belong to which input; whoever uses it hands over the feature before a branch and receives the guide.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from retroexit.errors import BankError, CheckpointError, OptionError
+from retroexit.guidance import patches
+from retroexit.guidance.filling import collect_keys, compute_values
+from retroexit.guidance.sampling import Reservoir, Thinning, coverage
+from retroexit.guidance.sampling import thin as choose
+from retroexit.retrieval import ExactRetriever, FaissRetriever, HnswlibRetriever, Retriever
+from retroexit.retrieval.base import as_matrix
+from retroexit.retrieval.storage import (
+    MANIFEST,
+    check_file,
+    read_array,
+    read_manifest,
+    staged,
+    write_manifest,
+)
+
+__all__ = ["GuidanceBank", "Retrieved"]
+
+_KIND, _SCHEMA = "guidance bank", 1
+_KEYS, _VALUES, _SOURCE = "keys", "values.npy", "source.npy"
+_OURS: tuple[type[Retriever], ...] = (ExactRetriever, FaissRetriever, HnswlibRetriever)
+
+
+@dataclass(frozen=True)
+class Retrieved:
+    """The nearest key of every patch.
+
+    Attributes:
+        ids: Rows of the bank, int64 ``(N, h, w)``, on the CPU.
+        distances: Squared Euclidean distances, float32 ``(N, h, w)``.
+    """
+
+    ids: Tensor
+    distances: Tensor
+
+
+class GuidanceBank:
+    """Key-value store of patches. Nothing in it is trained, and no gradient passes through it.
+
+    Maps with one or three spatial dimensions work as those with two. A key that describes a whole input, such
+    as head pose and expression in the paper's section 4.2, is a map of one location: give it shape ``(N, D,
+    1, 1)``; its value is then the whole value map.
+
+    Args:
+        retriever: Index over the n keys.
+        values: Patches of values, channels last, float16 ``(n, ph, pw, C)``; an array or a memory map.
+        source: Index of the input that each key came from, int64 ``(n,)``.
+        meta: What the bank was made from. ``patch``, the size of a key's patch, must be there.
+
+    Raises:
+        BankError: If the three do not have the same length, or values have another type or no ``patch`` is
+            named.
+    """
+
+    def __init__(
+        self, *, retriever: Retriever, values: np.ndarray, source: np.ndarray, meta: dict[str, Any]
+    ) -> None:
+        if not len(retriever) == len(values) == len(source) or not len(values):
+            raise BankError(
+                f"a bank needs one value and one source per key, got {len(retriever)} keys, "
+                f"{len(values)} values, {len(source)} sources",
+                retriever,
+            )
+        if values.dtype != np.float16 or "patch" not in meta or values.ndim != 2 + len(meta["patch"]):
+            raise BankError(
+                f"values must be float16 (n, *patch, C) beside a meta['patch'] of as many dimensions, got "
+                f"{values.dtype} {values.shape} and patch {meta.get('patch')}",
+                values,
+            )
+        self.retriever = retriever
+        self.values = values
+        self.source = torch.from_numpy(np.array(source, np.int64))
+        self.meta = meta
+
+    @classmethod
+    @torch.no_grad()
+    def build(
+        cls,
+        features: Iterable[tuple[Tensor, Tensor | list[int]]],
+        values_of: Callable[[list[int]], Tensor],
+        *,
+        patch: tuple[int, ...] = (1, 1),
+        size: int = 1024,
+        thin: Thinning = "fps",
+        retriever: Retriever,
+        eps: float = 0.0,
+        seed: int = 0,
+        max_candidates: int = 200_000,
+        meta: dict[str, Any] | None = None,
+        progress: bool = False,
+    ) -> GuidanceBank:
+        """Cut key features into patches, thin them, and compute the values of those that remain.
+
+        Args:
+            features: Batches of key features ``(N, C, H, W)`` with the index of each input ``(N,)``; read
+                once.
+            values_of: Given input indices, returns their value features ``(len, Cv, Hv, Wv)``; asked only for
+                inputs that own a kept key, a few at a time. The value map must be a whole multiple of the
+                grid of key patches.
+            patch: Size of a key's patch, ``(ph, pw)``.
+            size: Keys to keep at most.
+            thin: ``"fps"`` (the paper), ``"random"`` or ``"none"``; see `sampling.thin`.
+            retriever: Unbuilt index; it receives the kept keys.
+            eps: Farthest point sampling stops when no candidate is farther than this from the kept keys.
+            seed: Of all random choices.
+            max_candidates: Keys held in memory before thinning; of more, a uniform sample is taken.
+            meta: Facts to record, such as ``fingerprint`` of the backbone, ``key_tap`` and ``value_tap``;
+                plain data.
+            progress: Show progress bars on a terminal.
+
+        Raises:
+            BankError: If there are no features, batches differ in shape, or values do not fit the keys.
+            RetrieverError: If a feature is not finite.
+            OptionError: If an option is out of range.
+        """
+        reservoir, grid = collect_keys(features, tuple(patch), Reservoir(max_candidates, seed=seed))
+        with _bar(progress, "thinning") as step:
+            kept = choose(reservoir.keys, size, thin, eps=eps, seed=seed, progress=step).numpy()
+        radius, mean = coverage(reservoir.keys, kept)
+        source, cells = reservoir.tags[kept].T
+        retriever.build(reservoir.keys[kept])
+        with _bar(progress, "values") as step:
+            values = compute_values(values_of, source, cells, grid, step)
+        facts = {
+            **(meta or {}),
+            "patch": list(patch),
+            "value_patch": list(values.shape[1:-1]),
+            "value_channels": values.shape[-1],
+            "dtype": "float16",
+            "thinning": {
+                "how": thin,
+                "size": size,
+                "eps": eps,
+                "seed": seed,
+                "seen": reservoir.seen,
+                "candidates": len(reservoir.keys),
+                "radius": radius,
+                "mean": mean,
+            },
+        }
+        return cls(retriever=retriever, values=values, source=source, meta=facts)
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __repr__(self) -> str:
+        shape = "x".join(str(n) for n in self.values.shape[1:])
+        return f"GuidanceBank({len(self)} keys x {self.retriever.width}, values {shape} float16, {self.retriever!r})"
+
+    @property
+    def patch(self) -> tuple[int, ...]:
+        """Size of a key's patch in the key feature, ``(ph, pw)``."""
+        return tuple(self.meta["patch"])
+
+    @property
+    def value_patch(self) -> tuple[int, ...]:
+        """Size of a value's patch in the value feature, ``(ph, pw)``."""
+        return self.values.shape[1:-1]
+
+    @property
+    def value_channels(self) -> int:
+        """Channels of a value, and of the guide."""
+        return self.values.shape[-1]
+
+    def macs_per_search(self, queries: int) -> int:
+        """Count the multiply-adds of an exact search, queries x keys x width.
+
+        Back-ends that search a graph or a few lists visit fewer keys.
+        """
+        return queries * len(self) * self.retriever.width
+
+    @torch.no_grad()
+    def search(self, feature: Tensor, exclude: Tensor | None = None) -> Retrieved:
+        """Find the nearest key of every patch of a feature, in one search for the whole batch.
+
+        Args:
+            feature: Shape ``(N, C, H, W)``, where ``C`` is that of the key features; ``H`` and ``W`` may
+                differ.
+            exclude: Per sample the input index, int64 ``(N,)``, whose own keys must not be found, so that an
+                input that is in the bank is trained with foreign guides as a new one would get; -1 excludes
+                nothing. Where the bank holds no other key at all, the nearest is returned all the same.
+
+        Raises:
+            OptionError: If patches do not divide the map.
+            RetrieverError: If the feature has other channels than the keys, or is not finite.
+            BankError: If ``exclude`` is not one index per sample.
+        """
+        cells = patches.cut(feature, self.patch)
+        queries = torch.from_numpy(as_matrix(cells.reshape(-1, cells.shape[-1]), "queries"))
+        nearest = self.retriever.search(queries)
+        ids, distances = nearest.ids[:, 0], nearest.distances[:, 0]
+        if exclude is not None:
+            if exclude.shape != feature.shape[:1]:
+                raise BankError(
+                    f"exclude must name one input per sample, shape ({len(feature)},), "
+                    f"got {tuple(exclude.shape)}",
+                    exclude,
+                )
+            own = exclude.to("cpu", torch.int64).repeat_interleave(math.prod(cells.shape[1:-1]))
+            self._avoid(queries, own, ids, distances)
+        return Retrieved(ids.view(cells.shape[:-1]), distances.view(cells.shape[:-1]))
+
+    def _avoid(self, queries: Tensor, own: Tensor, ids: Tensor, distances: Tensor) -> None:
+        """Replace, in place, what queries found among their own input's keys by the nearest foreign key."""
+        left = (self.source[ids] == own).nonzero()[:, 0]
+        if not len(left):
+            return
+        # One neighbour more than the largest number of own keys holds a foreign one; mostly a few are enough.
+        owned = torch.isin(self.source, own[left])
+        enough = 1 + int(self.source[owned].unique(return_counts=True)[1].max())
+        k, most = 1, min(enough, self.retriever.distinct)
+        while len(left) and k < most:
+            k = min(4 * k, most)
+            found = self.retriever.search(queries[left], k)
+            foreign = self.source[found.ids] != own[left, None]
+            hit, first = foreign.any(1), foreign.int().argmax(1)
+            ids[left[hit]] = found.ids[hit, first[hit]]
+            distances[left[hit]] = found.distances[hit, first[hit]]
+            left = left[~hit]
+
+    @torch.no_grad()
+    def glue(self, ids: Tensor) -> Tensor:
+        """Glue the values of these keys into a map.
+
+        Args:
+            ids: Rows of the bank, ``(N, h, w)``.
+
+        Returns:
+            Guide, float32 ``(N, Cv, h * ph, w * pw)`` on the CPU, channels-last layout.
+
+        Raises:
+            BankError: If an id is no row of the bank.
+        """
+        return patches.glue(self._gather(ids), dtype=torch.float32)
+
+    @torch.no_grad()
+    def guide(self, feature: Tensor, exclude: Tensor | None = None) -> Tensor:
+        """Retrieve and glue the guide of a feature, on its device and in its dtype: `search`, then `glue`.
+
+        Args:
+            feature: See `search`.
+            exclude: See `search`.
+
+        Returns:
+            ``(N, Cv, h * ph, w * pw)``, channels-last layout, without gradient.
+        """
+        gathered = self._gather(self.search(feature, exclude).ids)
+        return patches.glue(gathered.to(feature.device), dtype=feature.dtype)
+
+    def _gather(self, ids: Tensor) -> Tensor:
+        rows = ids.detach().cpu().numpy()
+        if rows.ndim != len(self.patch) + 1 or (rows.size and not 0 <= rows.min() <= rows.max() < len(self)):
+            span = f"from {rows.min()} to {rows.max()}" if rows.size else "without elements"
+            raise BankError(
+                f"ids must have shape (N, *grid) with {len(self.patch)} grid dimensions and lie in "
+                f"0..{len(self) - 1}, got {tuple(rows.shape)} {span}",
+                ids,
+            )
+        return torch.from_numpy(np.take(np.asarray(self.values), rows, axis=0))
+
+    def save(self, folder: str | Path) -> None:
+        """Write the bank to a folder, in one step.
+
+        Args:
+            folder: Created, or replaced if it holds a saved bank.
+
+        Raises:
+            CheckpointError: If the folder holds something else.
+            OptionError: If ``meta`` holds what JSON cannot.
+        """
+        with staged(folder, owns=(MANIFEST, _KEYS, _VALUES, _SOURCE)) as fresh:
+            self.retriever.save(fresh / _KEYS)
+            np.save(fresh / _VALUES, self.values, allow_pickle=False)
+            np.save(fresh / _SOURCE, self.source.numpy(), allow_pickle=False)
+            facts = {"kind": _KIND, "schema": _SCHEMA, "retriever": self.retriever.name, "meta": self.meta}
+            try:
+                write_manifest(fresh, facts, (f"{_KEYS}/{MANIFEST}", _SOURCE, _VALUES))
+            except TypeError as error:
+                raise OptionError(f"meta of a bank must be plain data: {error}", self.meta) from error
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | Path,
+        fingerprint: str | None = None,
+        mmap: bool = True,
+        *,
+        retriever_class: type[Retriever] | None = None,
+    ) -> GuidanceBank:
+        """Read what `save` wrote.
+
+        Args:
+            folder: A folder written by `save`.
+            fingerprint: Of the backbone that the bank shall guide; not compared if ``None``.
+            mmap: Leave the values on disk and map them into memory.
+            retriever_class: Back-end for the keys; by default the saved one, if it is one of our three.
+
+        Raises:
+            BankError: If the bank belongs to another backbone, or its back-end is not ours and was not given.
+            CheckpointError: If a file is missing or damaged.
+        """
+        manifest = read_manifest(folder, _KIND, _SCHEMA)
+        built_for = manifest["meta"].get("fingerprint")
+        if fingerprint is not None and built_for != fingerprint:
+            raise BankError(
+                f"the bank in {folder} was built with backbone {built_for!r}, "
+                f"this backbone is {fingerprint!r}; build a bank for it",
+                folder,
+            )
+        found = retriever_class or {ours.name: ours for ours in _OURS}.get(manifest["retriever"])
+        if found is None:
+            raise BankError(
+                f"the bank in {folder} uses the retriever {manifest['retriever']!r}, "
+                "which is not one of ours; pass its class as retriever_class",
+                folder,
+            )
+        check_file(folder, f"{_KEYS}/{MANIFEST}", manifest)
+        values = read_array(folder, _VALUES, manifest, mmap=mmap)
+        source = read_array(folder, _SOURCE, manifest)
+        retriever = found.load(Path(folder) / _KEYS)
+        try:
+            return cls(retriever=retriever, values=values, source=source, meta=manifest["meta"])
+        except BankError as error:
+            raise CheckpointError(f"{folder} is no consistent bank: {error}", folder) from error
+
+
+@contextmanager
+def _bar(show: bool, what: str) -> Iterator[Callable[[int, int], None]]:
+    """Yield a function that takes the number done and the total; a progress bar follows it on a terminal."""
+    if not show:
+        yield lambda done, total: None
+        return
+    from tqdm import tqdm
+
+    with tqdm(desc=what, disable=None) as bar:
+
+        def step(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield step

@@ -1,0 +1,77 @@
+"""Cutting a feature map into non-overlapping patches and gluing patches into a map (paper, section 3.3)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from retroexit.errors import OptionError
+
+__all__ = ["cut", "glue"]
+
+
+def cut(feature: Tensor, patch: tuple[int, ...] = (1, 1)) -> Tensor:
+    """Cut a feature map into non-overlapping patches, one row of numbers each.
+
+    Args:
+        feature: Shape ``(N, C, H, W)``; ``(N, C, L)`` and ``(N, C, D, H, W)`` work alike.
+        patch: Size of a patch along each spatial dimension, ``(ph, pw)``. ``(1, 1)`` makes a patch of every
+            location.
+
+    Returns:
+        Patches in the order of the map, ``(N, H / ph, W / pw, C * ph * pw)``; within a patch, channel by
+        channel.
+
+    Raises:
+        OptionError: If ``patch`` has another number of dimensions than the map, or does not divide it.
+    """
+    size, patch = tuple(feature.shape[2:]), tuple(patch)
+    if feature.ndim < 3 or len(patch) != len(size) or min(patch) < 1:
+        raise OptionError(
+            f"cannot cut a feature of shape {tuple(feature.shape)} into patches of {patch}: "
+            "give one positive size per spatial dimension of (N, C, *spatial)",
+            patch,
+        )
+    if any(whole % part for whole, part in zip(size, patch, strict=True)):
+        raise OptionError(f"patches of {patch} do not divide a map of {size}; choose divisors of it", patch)
+    N, C = feature.shape[:2]
+    grid = tuple(whole // part for whole, part in zip(size, patch, strict=True))
+    if math.prod(patch) == 1:
+        return feature.movedim(1, -1)
+    parted = feature.reshape(N, C, *(n for pair in zip(grid, patch, strict=True) for n in pair))
+    dims = len(size)
+    # (N, C, h, ph, w, pw) -> (N, h, w, C, ph, pw) -> (N, h, w, C * ph * pw)
+    parted = parted.permute(0, *range(2, 2 + 2 * dims, 2), 1, *range(3, 3 + 2 * dims, 2))
+    return parted.reshape(N, *grid, C * math.prod(patch))
+
+
+def glue(values: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
+    """Glue patches into a map: written once, straight into a channels-last tensor.
+
+    Args:
+        values: Patches with channels last, ``(N, h, w, ph, pw, C)``; likewise for one or three spatial
+            dimensions.
+        dtype: Precision of the map; that of the patches if ``None``.
+
+    Returns:
+        ``(N, C, h * ph, w * pw)``, in channels-last layout.
+
+    Raises:
+        OptionError: If the number of dimensions is not that of a grid of patches.
+    """
+    dims = (values.ndim - 2) // 2
+    if dims < 1 or values.ndim % 2:
+        raise OptionError(f"patches must have shape (N, *grid, *patch, C), got {tuple(values.shape)}", values)
+    N, C = values.shape[0], values.shape[-1]
+    grid, patch = values.shape[1 : 1 + dims], values.shape[1 + dims : -1]
+    flat = torch.empty(
+        (N, *(g * p for g, p in zip(grid, patch, strict=True)), C),
+        dtype=dtype or values.dtype,
+        device=values.device,
+    )
+    # The map seen as (N, h, ph, w, pw, C), then put in the order of the values, (N, h, w, ph, pw, C).
+    seen = flat.view(N, *(n for pair in zip(grid, patch, strict=True) for n in pair), C)
+    seen.permute(0, *range(1, 2 * dims, 2), *range(2, 1 + 2 * dims, 2), 1 + 2 * dims).copy_(values)
+    return flat.movedim(-1, 1)

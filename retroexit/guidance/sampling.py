@@ -1,0 +1,247 @@
+"""Thinning: which of many candidate keys a bank keeps.
+
+The paper thins its keys by farthest point sampling to "decrease the redundancy" (section 4.1). That gives the
+smallest radius (the worst query is served best), while a random sample gives the smaller mean distance: both
+are offered, and `coverage` reports both numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from retroexit.errors import BankError, OptionError
+from retroexit.retrieval.base import as_matrix
+from retroexit.retrieval.distances import first_of_each, nearest, pair_distances
+
+__all__ = ["Reservoir", "Thinning", "coverage", "farthest_points", "random_points", "thin"]
+
+Thinning = Literal["fps", "random", "none"]
+"""Ways of thinning: farthest point sampling, a uniform sample, or keeping every distinct key."""
+
+_ROUND = 64  # picks per pass over all keys; a pool of 8 x 64 seldom runs dry earlier
+_ROWS = 8192  # keys converted to float64 at a time
+
+
+@torch.no_grad()
+def farthest_points(
+    keys: Tensor | np.ndarray,
+    size: int,
+    *,
+    eps: float = 0.0,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """Choose keys greedily, each the farthest from all chosen before (the paper's reference [19]).
+
+    The result is that of the plain greedy loop, at a fraction of its passes over the keys: the farthest few
+    hundred keys form a pool, the loop runs inside it for as long as its farthest key beats every key outside,
+    and only then all distances are brought up to date by one matrix product.
+
+    Args:
+        keys: Candidates, ``(n, D)``.
+        size: How many to choose at most.
+        eps: Stop when no key is farther than this from the chosen ones.
+        seed: Picks the first key.
+        progress: Called with the number chosen and ``size`` after each pass.
+
+    Returns:
+        Row numbers in the order of choice, int64 ``(m,)``, ``m <= size``. No two of these keys are equal.
+
+    Raises:
+        OptionError: If ``size`` is below 1 or ``eps`` below 0.
+        RetrieverError: If the keys are no finite matrix.
+    """
+    if not eps >= 0:
+        raise OptionError(f"eps must be a distance, 0 or more, got {eps}", eps)
+    matrix, distinct = _distinct(keys, size)
+    points = torch.from_numpy(matrix if len(distinct) == len(matrix) else matrix[distinct])
+    centre = points.mean(dim=0, dtype=torch.float64)
+    size = min(size, len(points))
+    gap = torch.full((len(points),), math.inf, dtype=torch.float64)  # squared distance to the chosen keys
+    chosen = [int(torch.randint(len(points), (1,), generator=torch.Generator().manual_seed(seed)))]
+    fresh = chosen
+    while True:
+        _update(gap, points, centre, fresh)
+        gap[chosen] = -1.0  # below any distance: never again
+        if progress is not None:
+            progress(len(chosen), size)
+        fresh = _greedy(gap, points, min(_ROUND, size - len(chosen)), eps * eps)
+        if not fresh:
+            break
+        chosen = chosen + fresh
+    return torch.from_numpy(distinct[np.asarray(chosen)])
+
+
+def _update(gap: Tensor, points: Tensor, centre: Tensor, fresh: list[int]) -> None:
+    """Lower the squared distances to the chosen set by newly chosen points."""
+    # Float64, since |x|^2 - 2xy + |y|^2 cancels and clusters far from the mean would be thinned by rounding
+    # noise.
+    new = points[fresh] - centre
+    new_norms = torch.einsum("bd,bd->b", new, new)
+    for start in range(0, len(points), _ROWS):
+        part = points[start : start + _ROWS] - centre
+        squared = torch.addmm(new_norms, part, new.T, alpha=-2).amin(dim=1)
+        squared += torch.einsum("nd,nd->n", part, part)
+        gap[start : start + _ROWS] = torch.minimum(gap[start : start + _ROWS], squared.clamp_(min=0))
+
+
+def _greedy(gap: Tensor, points: Tensor, most: int, least: float) -> list[int]:
+    """Run the greedy loop inside the pool of farthest points while nothing outside can be farther."""
+    if most < 1:
+        return []
+    first = int(gap.argmax())
+    pool = torch.cat([gap.topk(min(8 * _ROUND, len(gap))).indices, torch.tensor([first])]).unique()
+    members, inside = points[pool].double(), gap[pool].clone()
+    outside = float(inside.min()) if len(pool) < len(gap) else -1.0
+    picked: list[int] = []
+    at = int((pool == first).nonzero())
+    while len(picked) < most and inside[at] > least and (not picked or inside[at] > outside):
+        picked.append(int(pool[at]))
+        difference = members - members[at]
+        torch.minimum(inside, torch.einsum("nd,nd->n", difference, difference), out=inside)
+        inside[at] = -1.0
+        at = int(inside.argmax())
+    return picked
+
+
+def random_points(keys: Tensor | np.ndarray, size: int, *, seed: int = 0) -> Tensor:
+    """Choose keys uniformly among the distinct ones.
+
+    Args:
+        keys: Candidates, ``(n, D)``.
+        size: How many to choose at most.
+        seed: Of the sample.
+
+    Returns:
+        Row numbers, int64 ``(m,)``, ``m <= size``.
+
+    Raises:
+        OptionError: If ``size`` is below 1.
+        RetrieverError: If the keys are no finite matrix.
+    """
+    _, distinct = _distinct(keys, size)
+    order = torch.randperm(len(distinct), generator=torch.Generator().manual_seed(seed))
+    return torch.from_numpy(distinct)[order[:size]]
+
+
+def _distinct(keys: Tensor | np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    if size < 1:
+        raise OptionError(f"size must be at least 1, got {size}", size)
+    matrix = as_matrix(keys, "keys")
+    if not len(matrix):
+        raise BankError(f"no keys to choose from: got shape {matrix.shape}", keys)
+    return matrix, first_of_each(matrix)
+
+
+@torch.no_grad()
+def coverage(keys: Tensor | np.ndarray, chosen: Tensor | np.ndarray) -> tuple[float, float]:
+    """Measure how well chosen keys stand for all.
+
+    Args:
+        keys: All candidates, ``(n, D)``.
+        chosen: Row numbers of the kept ones, ``(m,)``.
+
+    Returns:
+        The largest and the mean Euclidean distance from a key to the nearest chosen one (not squared).
+
+    Raises:
+        RetrieverError: If the keys are no finite matrix.
+    """
+    matrix = as_matrix(keys, "keys")
+    kept = matrix[np.asarray(chosen)]
+    centre = kept.mean(axis=0, dtype=np.float64).astype(np.float32)
+    ids = nearest(torch.from_numpy(matrix - centre), torch.from_numpy(kept - centre)).numpy()
+    distances = np.sqrt(pair_distances(matrix, kept, ids), dtype=np.float64)
+    return float(distances.max()), float(distances.mean())
+
+
+def thin(
+    keys: Tensor | np.ndarray,
+    size: int,
+    how: Thinning = "fps",
+    *,
+    eps: float = 0.0,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """Choose at most ``size`` of the keys in the named way.
+
+    Args:
+        keys: Candidates, ``(n, D)``.
+        size: How many to keep at most; ``how="none"`` ignores it.
+        how: ``"fps"`` (`farthest_points`), ``"random"`` (`random_points`) or ``"none"`` (every distinct key).
+        eps: See `farthest_points`.
+        seed: See there.
+        progress: See there.
+
+    Returns:
+        Row numbers of distinct keys, int64 ``(m,)``.
+
+    Raises:
+        OptionError: If there is no such way, or an option is out of range.
+        RetrieverError: If the keys are no finite matrix.
+    """
+    if how == "fps":
+        return farthest_points(keys, size, eps=eps, seed=seed, progress=progress)
+    if how == "random":
+        return random_points(keys, size, seed=seed)
+    if how == "none":
+        return torch.from_numpy(_distinct(keys, size)[1])
+    raise OptionError(f"no thinning {how!r}; choose 'fps', 'random' or 'none'", how)
+
+
+class Reservoir:
+    """A uniform sample of a stream of keys, in bounded memory, however the stream is batched.
+
+    Args:
+        most: Keys kept at most.
+        seed: Of the sample.
+
+    Attributes:
+        seen: Number of keys offered so far.
+
+    Raises:
+        OptionError: If ``most`` is below 1.
+    """
+
+    def __init__(self, most: int, *, seed: int = 0) -> None:
+        if most < 1:
+            raise OptionError(f"a reservoir must keep at least 1 key, got {most}", most)
+        self.seen = 0
+        self._most = most
+        self._random = np.random.default_rng(seed)
+        self._keys = np.empty((0, 0), np.float32)
+        self._tags = np.empty((0, 0), np.int64)
+
+    def add(self, keys: np.ndarray, tags: np.ndarray) -> None:
+        """Offer keys, float32 ``(b, D)``, each with a row of integers, ``(b, T)``, that stays with it."""
+        if not self.seen:  # pages are only taken up as they are written
+            self._keys = np.empty((self._most, keys.shape[1]), np.float32)
+            self._tags = np.empty((self._most, tags.shape[1]), np.int64)
+        number = self.seen + np.arange(len(keys))
+        # Key number t goes to slot t while there is room, then to a random one of t + 1, if that exists.
+        slot = np.where(
+            number < self._most, number, (self._random.random(len(keys)) * (number + 1)).astype(np.int64)
+        )
+        into = slot < self._most
+        self._keys[slot[into]], self._tags[slot[into]] = (
+            keys[into],
+            tags[into],
+        )  # of equal slots the last one wins
+        self.seen += len(keys)
+
+    @property
+    def keys(self) -> np.ndarray:
+        """The sample so far, float32 ``(m, D)``."""
+        return self._keys[: self.seen]
+
+    @property
+    def tags(self) -> np.ndarray:
+        """The integers of the same keys, int64 ``(m, T)``."""
+        return self._tags[: self.seen]

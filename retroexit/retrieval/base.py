@@ -1,0 +1,358 @@
+"""What every retrieval back-end shares: one careful class around two small hooks.
+
+A back-end writes `Retriever._build` and `Retriever._search`; all that can go wrong around a nearest-neighbour
+index (odd dtypes, NaN, repeated keys, far-off origins, wrong widths, ids out of range, damaged files) is
+dealt with here, once. The paper searches its guiding database patch by patch for "the closest key" (section
+3.3).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import operator
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from retroexit.errors import CheckpointError, OptionError, RetrieverError
+from retroexit.retrieval.distances import first_of_each, nearest, pair_distances
+from retroexit.retrieval.storage import (
+    MANIFEST,
+    file_digest,
+    read_array,
+    read_manifest,
+    staged,
+    write_manifest,
+)
+
+__all__ = ["Retriever", "SearchResult", "as_matrix"]
+
+log = logging.getLogger(__name__)
+
+_KIND, _SCHEMA = "retriever", 1
+_KEYS_FILE, _INDEX_FILE = "keys.npy", "index.bin"
+_LARGEST = 1e37  # squared length up to which any squared distance stays finite in float32
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """The nearest keys of every query.
+
+    Attributes:
+        ids: Rows of what was given to `Retriever.build`, int64 ``(Q, k)``, nearest first.
+        distances: Squared Euclidean distances to them, float32 ``(Q, k)``, ascending.
+    """
+
+    ids: Tensor
+    distances: Tensor
+
+
+def as_matrix(rows: Tensor | np.ndarray, what: str, *, copy: bool = False) -> np.ndarray:
+    """Turn keys or queries of any dtype, device and layout into a contiguous float32 matrix.
+
+    Args:
+        rows: Shape ``(n, D)``.
+        what: ``"keys"`` or ``"queries"``, for the error text.
+        copy: Never share memory with ``rows``.
+
+    Raises:
+        RetrieverError: If the shape is not ``(n, D)`` with ``D >= 1``, or a number is NaN, infinite, or so
+            large that squared distances overflow float32.
+    """
+    if isinstance(rows, Tensor):
+        if rows.is_complex():
+            raise RetrieverError(f"{what} must be real numbers, got {rows.dtype}", rows)
+        dense = rows.detach() if rows.layout is torch.strided else rows.detach().to_dense()
+        matrix = dense.to("cpu", torch.float32, copy=copy).contiguous().resolve_neg().numpy()
+    else:
+        try:
+            with np.errstate(over="ignore"):
+                real = np.asarray(rows)
+                if np.iscomplexobj(real):
+                    raise TypeError(f"got {real.dtype}")
+                # Writeable, since torch warns about every array that is not.
+                matrix = (
+                    np.array(real, np.float32, order="C")
+                    if copy
+                    else np.require(real, np.float32, ["C", "W"])
+                )
+        except (TypeError, ValueError) as error:
+            raise RetrieverError(
+                f"{what} must be a tensor or an array of real numbers: {error}", rows
+            ) from error
+    if matrix.ndim != 2 or matrix.shape[1] == 0:
+        raise RetrieverError(f"{what} must have shape (n, D) with D >= 1, got {tuple(matrix.shape)}", rows)
+    with np.errstate(all="ignore"):
+        lengths = np.einsum("nd,nd->n", matrix, matrix)
+    wrong = np.flatnonzero(~(lengths <= _LARGEST))  # written so that NaN is wrong too
+    if len(wrong):
+        row = int(wrong[0])
+        worst = matrix[row][np.argmax(np.abs(matrix[row]))]  # argmax returns the first NaN, if there is one
+        raise RetrieverError(
+            f"{len(wrong)} of {len(matrix)} {what} are not finite or too large for float32 distances; "
+            f"row {row} holds {worst}. Look at the feature that they were cut from",
+            rows,
+        )
+    return matrix
+
+
+class Retriever(ABC):
+    """A nearest-neighbour index over the keys of a guidance bank (paper, section 3.3).
+
+    A back-end sets ``name`` and writes `_build` and `_search`; it may write `_dump` and `_restore` so that a
+    slow index is kept on disk. It sees only distinct, centred, finite, contiguous float32 rows, and its ids
+    are checked.
+
+    Args:
+        threads: CPU threads for building and searching, ``>= 1``. One by default: a second spinning thread
+            pool beside the one of torch slows down both.
+        options: The back-end's own options, anything JSON can hold; saved, and given back to the constructor
+            on load.
+
+    Raises:
+        OptionError: If ``threads`` is below 1 or an option cannot be written as JSON.
+    """
+
+    name: ClassVar[str]
+    """Short name under which the back-end is chosen and recorded."""
+    search_options: ClassVar[tuple[str, ...]] = ()
+    """Options that change how an index is searched, not what it holds: changing them on load keeps the saved
+    index."""
+
+    def __init__(self, *, threads: int = 1, **options: Any) -> None:
+        if threads < 1:
+            raise OptionError(f"threads must be at least 1, got {threads}", threads)
+        try:
+            json.dumps(options)
+        except (TypeError, ValueError) as error:
+            raise OptionError(
+                f"options of {type(self).__name__} must be plain data: {error}", options
+            ) from error
+        self.threads = threads
+        self.options: dict[str, Any] = options
+        self._keys = np.empty((0, 0), np.float32)
+        self._first = np.empty(0, np.int64)  # row of _keys behind each distinct key of the index
+        self._mean = np.empty(0, np.float32)
+
+    # What a back-end writes.
+
+    @abstractmethod
+    def _build(self, keys: np.ndarray) -> None:
+        """Index these keys, float32 ``(n, D)``, in place of any earlier ones."""
+
+    @abstractmethod
+    def _search(self, queries: np.ndarray, k: int) -> np.ndarray:
+        """Return rows of the ``k <= n`` nearest keys, integers ``(Q, k)`` in any order; -1 for none found."""
+
+    def _dump(self, path: Path) -> None:  # noqa: B027  (a hook that may stay empty)
+        """Write the index to one file, if rebuilding it is slow. The default writes none."""
+
+    def _restore(self, path: Path) -> None:
+        """Read back what `_dump` wrote; the file is known to be the very same bytes."""
+        raise NotImplementedError
+
+    # What everybody calls.
+
+    def __len__(self) -> int:
+        """Number of keys that were given to `build`, repetitions included; 0 before."""
+        return len(self._keys)
+
+    @property
+    def width(self) -> int:
+        """Numbers per key, ``D``; 0 before `build`."""
+        return self._keys.shape[1]
+
+    @property
+    def distinct(self) -> int:
+        """Number of different keys, the most that ``k`` may be."""
+        return len(self._first)
+
+    @property
+    def keys(self) -> np.ndarray:
+        """The keys as given, float32 ``(n, D)``, read-only."""
+        view = self._keys.view()
+        view.flags.writeable = False
+        return view
+
+    def __repr__(self) -> str:
+        options = "".join(f", {key}={value!r}" for key, value in self.options.items())
+        return f"{type(self).__name__}({len(self)} keys x {self.width}, threads={self.threads}{options})"
+
+    def build(self, keys: Tensor | np.ndarray) -> Self:
+        """Index these keys, in place of any earlier ones.
+
+        Args:
+            keys: Shape ``(n, D)``, any dtype, device and layout; copied.
+
+        Returns:
+            The retriever itself.
+
+        Raises:
+            RetrieverError: If there are no keys, the shape is not ``(n, D)``, or a key is not finite.
+        """
+        self._hold(as_matrix(keys, "keys", copy=True))
+        self._index()
+        return self
+
+    def search(self, queries: Tensor | np.ndarray, k: int = 1) -> SearchResult:
+        """Find the ``k`` nearest keys of every query; give all patches of all images in one call.
+
+        Keys that repeat an earlier key bit for bit are never returned: the earlier one is.
+
+        Args:
+            queries: Shape ``(Q, D)``, any dtype, device and layout. ``Q`` may be 0.
+            k: Neighbours per query, from 1 to `distinct`.
+
+        Returns:
+            Ids and squared distances on the CPU, both ``(Q, k)``, nearest first, equal distances by id.
+            Distances are computed from the keys themselves, so that they are exact even where the choice of
+            ids is approximate.
+
+        Raises:
+            RetrieverError: If nothing was built, the width differs from the keys', a query is not finite,
+                ``k`` is out of range, or the back-end answers with ids that do not exist.
+        """
+        if not len(self):
+            raise RetrieverError(f"{self.name}: nothing to search; call build(keys) first", self)
+        matrix = as_matrix(queries, "queries")
+        if matrix.shape[1] != self.width:
+            raise RetrieverError(
+                f"queries are {matrix.shape[1]} wide, the keys of this index {self.width}; "
+                "cut them from the same feature with the same patch size",
+                queries,
+            )
+        k = operator.index(k)
+        if not 1 <= k <= self.distinct:
+            raise RetrieverError(
+                f"asked for k={k} neighbours, the index holds {self.distinct} distinct keys "
+                f"(of {len(self)}); choose k from 1 to {self.distinct}",
+                k,
+            )
+        if not len(matrix):
+            return SearchResult(torch.empty((0, k), dtype=torch.int64), torch.empty((0, k)))
+        centred = matrix - self._mean
+        ids = self._first[self._complete(centred, self._checked(self._search(centred, k), len(matrix), k))]
+        distances = pair_distances(matrix, self._keys, ids)
+        if k > 1:
+            order = np.lexsort((ids, distances), axis=-1)
+            ids, distances = np.take_along_axis(ids, order, 1), np.take_along_axis(distances, order, 1)
+        return SearchResult(torch.from_numpy(ids), torch.from_numpy(distances))
+
+    def save(self, folder: str | Path) -> None:
+        """Write keys and options to a folder, in one step; a native index is added as a cache.
+
+        Args:
+            folder: Created, or replaced if it holds a saved retriever.
+
+        Raises:
+            RetrieverError: If nothing was built.
+            CheckpointError: If the folder holds something else.
+        """
+        if not len(self):
+            raise RetrieverError(f"{self.name}: nothing to save; call build(keys) first", self)
+        with staged(folder, owns=(MANIFEST, _KEYS_FILE, _INDEX_FILE)) as fresh:
+            np.save(fresh / _KEYS_FILE, self._keys, allow_pickle=False)
+            self._dump(fresh / _INDEX_FILE)
+            facts = {
+                "kind": _KIND,
+                "schema": _SCHEMA,
+                "name": self.name,
+                "threads": self.threads,
+                "options": self.options,
+                "shape": list(self._keys.shape),
+            }
+            write_manifest(fresh, facts, sorted(path.name for path in fresh.iterdir()))
+
+    @classmethod
+    def load(cls, folder: str | Path, *, threads: int | None = None, **options: Any) -> Self:
+        """Read what `save` wrote.
+
+        The keys are the truth. A native index is read only if it is the very file that was saved and still
+        fits the options; otherwise it is built again. Keys saved by another back-end are indexed anew, with
+        this one's defaults.
+
+        Args:
+            folder: A folder written by `save`.
+            threads: CPU threads; as saved if ``None``.
+            options: Options that shall differ from the saved ones.
+
+        Raises:
+            CheckpointError: If a file is missing or damaged.
+        """
+        manifest = read_manifest(folder, _KIND, _SCHEMA)
+        same = manifest["name"] == cls.name
+        kept = manifest["options"] if same else {}
+        retriever = cls(threads=threads or manifest["threads"], **{**kept, **options})
+        keys = read_array(folder, _KEYS_FILE, manifest)
+        if keys.dtype != np.float32 or list(keys.shape) != manifest["shape"]:
+            raise CheckpointError(
+                f"{folder}: keys are {keys.dtype} {keys.shape}, expected float32 {manifest['shape']}", folder
+            )
+        retriever._hold(as_matrix(keys, "keys"))
+        rebuilt = {key for key, value in retriever.options.items() if kept.get(key) != value} - set(
+            cls.search_options
+        )
+        if not same or rebuilt or not retriever._restored(Path(folder) / _INDEX_FILE, manifest):
+            retriever._index()
+        return retriever
+
+    def _hold(self, keys: np.ndarray) -> None:
+        if not len(keys):
+            raise RetrieverError(f"no keys to index: got shape {keys.shape}", keys)
+        self._keys, self._first = keys, first_of_each(keys)
+        self._mean = keys.mean(axis=0, dtype=np.float64).astype(np.float32)
+
+    def _index(self) -> None:
+        """Hand the distinct, centred keys to the back-end; a forked process gets a fresh index this way."""
+        self._build(self._keys[self._first] - self._mean)
+
+    def _restored(self, path: Path, manifest: dict[str, Any]) -> bool:
+        """Try the saved index; say whether it can be used."""
+        wanted = manifest["files"].get(_INDEX_FILE)
+        if wanted is None:
+            return False
+        # A damaged index can kill the process or answer wrongly, so that no byte of it is parsed before this.
+        if not path.is_file() or file_digest(path) != wanted:
+            log.warning("%s is missing or damaged; building the index again from the keys", path)
+            return False
+        try:
+            self._restore(path)
+        except Exception as error:
+            log.warning("%s cannot be read (%s); building the index again from the keys", path, error)
+            return False
+        return True
+
+    def _checked(self, ids: np.ndarray, rows: int, k: int) -> np.ndarray:
+        """Check that a back-end's answer can be used as row numbers, or as -1."""
+        ids = np.asarray(ids)
+        if ids.shape != (rows, k) or not np.issubdtype(ids.dtype, np.integer):
+            raise RetrieverError(
+                f"{self.name} answered with {ids.dtype} {ids.shape}, expected integers {(rows, k)}: "
+                "the back-end is broken",
+                ids,
+            )
+        low, high = int(ids.min()), int(ids.max())
+        if low < -1 or high >= self.distinct:
+            raise RetrieverError(
+                f"{self.name} answered with id {low if low < -1 else high}, there are {self.distinct} "
+                "distinct keys: the index is damaged or the back-end is broken; build it again",
+                ids,
+            )
+        return ids.astype(np.int64, copy=False)
+
+    def _complete(self, queries: np.ndarray, ids: np.ndarray) -> np.ndarray:
+        """Search exactly for those queries that an approximate index left without ``k`` different keys."""
+        k = ids.shape[1]
+        ordered = ids if k == 1 else np.sort(ids, axis=1)
+        short = (ordered[:, 0] < 0) | (ordered[:, 1:] == ordered[:, :-1]).any(axis=1)
+        if short.any():
+            keys = torch.from_numpy(self._keys[self._first] - self._mean)
+            ids = ids.copy()
+            ids[short] = nearest(torch.from_numpy(queries[short]), keys, k).numpy()
+        return ids

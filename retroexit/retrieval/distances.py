@@ -1,0 +1,103 @@
+"""Squared Euclidean distances between many rows at once, on whatever device the rows live.
+
+The one place that multiplies queries with keys: the exact retriever, the thinning of banks and the repair of
+rows that an approximate index left open all come here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["first_of_each", "nearest", "pair_distances", "squared_norms"]
+
+_QUERIES = 2048  # one block of scores is 2048 x 4096 floats = 32 MiB
+_KEYS = 4096
+_PAIR_FLOATS = 1 << 20  # numbers in one gathered block of pairs
+
+
+def squared_norms(rows: Tensor) -> Tensor:
+    """Compute the squared length of each row, ``(n, D) -> (n,)``."""
+    return torch.einsum("nd,nd->n", rows, rows)
+
+
+@torch.no_grad()
+def nearest(queries: Tensor, keys: Tensor, k: int = 1, norms: Tensor | None = None) -> Tensor:
+    """Find the ``k`` nearest keys of each query by comparing it with all of them.
+
+    Args:
+        queries: Shape ``(Q, D)``.
+        keys: Shape ``(n, D)``, same dtype and device, ``n >= k``. Rows far from the origin lose precision
+            (``|q|^2 - 2 q k + |k|^2`` cancels): centre both sides first.
+        k: Neighbours per query.
+        norms: `squared_norms` of the keys, if they are known already.
+
+    Returns:
+        Row numbers, int64 ``(Q, k)``, nearest first.
+    """
+    norms = squared_norms(keys) if norms is None else norms
+    found = torch.empty((len(queries), k), dtype=torch.int64, device=keys.device)
+    for top in range(0, len(queries), _QUERIES):
+        block = queries[top : top + _QUERIES]
+        best: Tensor | None = None
+        ids = found[top : top + _QUERIES]
+        for start in range(0, len(keys), _KEYS):
+            part = keys[start : start + _KEYS]
+            # |q|^2 is the same for every key of a query: left out.
+            score = torch.addmm(norms[start : start + _KEYS], block, part.T, alpha=-2)
+            near, at = _smallest(score, min(k, len(part)))
+            at += start
+            if best is not None:
+                near, order = _smallest(torch.cat([best, near], 1), min(k, start + len(part)))
+                at = torch.cat([ids[:, : best.shape[1]], at], 1).gather(1, order)
+            best = near
+            ids[:, : at.shape[1]] = at
+    return found
+
+
+def _smallest(score: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    if k == 1:  # several times faster than topk(1)
+        near, at = score.min(dim=1, keepdim=True)
+        return near, at
+    near, at = score.topk(k, dim=1, largest=False)
+    return near, at
+
+
+def pair_distances(queries: np.ndarray, keys: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """Compute the squared distance of each query to its own few keys from differences, without cancellation.
+
+    Args:
+        queries: float32 ``(Q, D)``.
+        keys: float32 ``(n, D)``.
+        ids: Rows of ``keys``, ``(Q, k)``.
+
+    Returns:
+        float32 ``(Q, k)``.
+    """
+    distances = np.empty(ids.shape, np.float32)
+    step = max(1, _PAIR_FLOATS // max(1, ids.shape[1] * keys.shape[1]))
+    for top in range(0, len(queries), step):
+        gap = keys[ids[top : top + step]]  # (q, k, D)
+        gap -= queries[top : top + step, None]
+        np.einsum("qkd,qkd->qk", gap, gap, out=distances[top : top + step])
+    return distances
+
+
+def first_of_each(rows: np.ndarray) -> np.ndarray:
+    """List the rows that do not repeat an earlier one, as ascending int64 row numbers.
+
+    Args:
+        rows: float32 ``(n, D)``, C-contiguous. ``-0.0`` counts as ``0.0``.
+    """
+    # A digest per row keeps 16 bytes of each key, where np.unique would sort a copy of all of them.
+    seen: set[bytes] = set()
+    first = []
+    for number, row in enumerate(rows):
+        digest = hashlib.blake2b(row + np.float32(0), digest_size=16).digest()
+        if digest not in seen:
+            seen.add(digest)
+            first.append(number)
+    return np.asarray(first, np.int64)
