@@ -1,0 +1,243 @@
+"""The small street-scene generator that ships with the package, so that a demo needs no download.
+
+It has the layout of OASIS, the first backbone of the paper (section 4.1): the label map, together with noise,
+is shrunk to the first resolution, and six SPADE residual blocks see it again at their own resolution.
+Departures, all for size: the noise is a global style vector beside fixed texture planes, the map is shrunk by
+averaging (thin things stay visible), the modulation's second convolution is 1x1, and the shortcut is not
+modulated.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from importlib import resources
+from importlib.resources.abc import Traversable
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from retroexit.demo.scenes import (
+    CLASSES,
+    PLANES,
+    SCENE_SIZE,
+    STYLE,
+    TEST_SEEDS,
+    Scene,
+    draw_scene,
+    texture_planes,
+)
+from retroexit.errors import CheckpointError, InputMismatchError, OptionError, WeightsError
+
+__all__ = [
+    "Modulation",
+    "SceneBlock",
+    "SceneGenerator",
+    "load_scene_generator",
+    "scene_inputs",
+    "scene_target",
+]
+
+CHANNELS = (192, 128, 96, 64, 48, 32)
+UPSAMPLE_AFTER = (1, 3, 5)
+HIDDEN = 32
+CHECKPOINT = "scene_generator"
+
+
+class Modulation(nn.Module):
+    """SPADE: normalise, then scale and shift every position as the condition says.
+
+    Args:
+        channels: Width of the feature map.
+        condition: Channels of the condition map.
+        hidden: Width between the two convolutions.
+    """
+
+    def __init__(self, channels: int, condition: int, hidden: int = HIDDEN) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(channels, affine=False)
+        self.shared = nn.Conv2d(condition, hidden, 3, padding=1)
+        self.gamma = nn.Conv2d(hidden, channels, 1)
+        self.beta = nn.Conv2d(hidden, channels, 1)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """Modulate ``x (N, C, H, W)`` by ``condition (N, K, H, W)``."""
+        hidden = F.relu(self.shared(condition))
+        return self.norm(x) * (1 + self.gamma(hidden)) + self.beta(hidden)
+
+
+class SceneBlock(nn.Module):
+    """SPADE residual block, with a learned shortcut where the width changes.
+
+    Args:
+        in_channels: Width of the input.
+        out_channels: Width of the output.
+        condition: Channels of the condition map.
+        hidden: Width inside the modulations.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, condition: int, hidden: int = HIDDEN) -> None:
+        super().__init__()
+        middle = min(in_channels, out_channels)
+        self.norm_0 = Modulation(in_channels, condition, hidden)
+        self.conv_0 = nn.Conv2d(in_channels, middle, 3, padding=1)
+        self.norm_1 = Modulation(middle, condition, hidden)
+        self.conv_1 = nn.Conv2d(middle, out_channels, 3, padding=1)
+        self.shortcut = (
+            nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+        )
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """Map ``x (N, in_channels, H, W)`` to ``(N, out_channels, H, W)``, the condition shrunk to match."""
+        seen = F.adaptive_avg_pool2d(condition, (x.shape[-2], x.shape[-1]))
+        y = self.conv_0(F.leaky_relu(self.norm_0(x, seen), 0.2))
+        y = self.conv_1(F.leaky_relu(self.norm_1(y, seen), 0.2))
+        return self.shortcut(x) + y
+
+
+class SceneGenerator(nn.Module):
+    """Street scenes from label maps: `body` holds the six stages.
+
+    Stages 1 to 6 work at 8x16, 16x32, 16x32, 32x64, 32x64 and 64x128 pixels.
+
+    Args:
+        channels: Output width of every block.
+        hidden: Width inside the modulations.
+    """
+
+    planes: Tensor
+
+    def __init__(self, channels: tuple[int, ...] = CHANNELS, hidden: int = HIDDEN) -> None:
+        super().__init__()
+        condition = len(CLASSES) + len(STYLE) + len(PLANES)
+        self.start = (SCENE_SIZE[0] >> len(UPSAMPLE_AFTER), SCENE_SIZE[1] >> len(UPSAMPLE_AFTER))
+        self.register_buffer("planes", torch.from_numpy(texture_planes().copy())[None], persistent=False)
+        self.fc = nn.Conv2d(condition, channels[0], 3, padding=1)
+        widths = [channels[0], *channels]
+        self.body = nn.ModuleList(
+            SceneBlock(before, after, condition, hidden)
+            for before, after in zip(widths, channels, strict=False)
+        )
+        self.up = nn.Upsample(scale_factor=2)
+        self.conv_img = nn.Conv2d(channels[-1], 3, 3, padding=1)
+
+    def forward(self, labels: Tensor, z: Tensor) -> Tensor:
+        """Generate pictures.
+
+        Args:
+            labels: One-hot label map, float ``(N, len(CLASSES), 64, 128)``.
+            z: Style, float ``(N, len(STYLE))``, made for ``[-1, 1]``.
+
+        Returns:
+            RGB pictures ``(N, 3, 64, 128)`` in ``[-1, 1]``.
+
+        Raises:
+            InputMismatchError: If a shape differs.
+        """
+        if labels.shape[1:] != (len(CLASSES), *SCENE_SIZE) or z.shape != (labels.shape[0], len(STYLE)):
+            raise InputMismatchError(
+                f"SceneGenerator takes labels (N, {len(CLASSES)}, {SCENE_SIZE[0]}, {SCENE_SIZE[1]}) "
+                f"and z (N, {len(STYLE)}), found {tuple(labels.shape)} and {tuple(z.shape)}; "
+                "scene_inputs() makes both",
+                (tuple(labels.shape), tuple(z.shape)),
+            )
+        count = labels.shape[0]
+        style = z[:, :, None, None].expand(-1, -1, *SCENE_SIZE)
+        condition = torch.cat([labels, style, self.planes.expand(count, -1, -1, -1)], dim=1)
+        x = self.fc(F.adaptive_avg_pool2d(condition, self.start))
+        for number, block in enumerate(self.body, start=1):
+            x = block(x, condition)
+            if number in UPSAMPLE_AFTER:
+                x = self.up(x)
+        return torch.tanh(self.conv_img(F.leaky_relu(x, 0.2)))
+
+
+def _read_checked(folder: Traversable) -> dict[str, Tensor]:
+    """Read the checkpoint after comparing its hash with the record beside it."""
+    weights, record = folder / f"{CHECKPOINT}.safetensors", folder / f"{CHECKPOINT}.json"
+    for file in (weights, record):
+        if not file.is_file():
+            raise WeightsError(
+                f"the scene generator needs {file.name}, none in {folder}; reinstall retroexit", str(file)
+            )
+    content = weights.read_bytes()
+    wanted = json.loads(record.read_text(encoding="utf-8"))["sha256"]
+    found = hashlib.sha256(content).hexdigest()
+    if found != wanted:
+        raise CheckpointError(
+            f"{weights} should have sha256 {wanted[:12]}..., found {found[:12]}...; reinstall retroexit",
+            str(weights),
+        )
+    return load(content)
+
+
+def load_scene_generator(folder: Path | None = None) -> SceneGenerator:
+    """Load the trained generator that ships with the package, in eval mode, on the CPU, in float32.
+
+    Args:
+        folder: Where ``scene_generator.safetensors`` and its ``.json`` are, if not in the package.
+
+    Raises:
+        WeightsError: If a file is missing.
+        CheckpointError: If the weights are not the ones that the record beside them describes, or do not fit.
+    """
+    stored = _read_checked(folder if folder is not None else resources.files("retroexit.demo"))
+    # Kept in half precision on disk; the counters of the norms are integers and stay so.
+    state = {name: value.float() if value.is_floating_point() else value for name, value in stored.items()}
+    generator = SceneGenerator()
+    try:
+        generator.load_state_dict(state)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{CHECKPOINT}.safetensors holds another network: {error}; export it again with "
+            "examples/train_scene_generator.py",
+            CHECKPOINT,
+        ) from error
+    return generator.eval()
+
+
+def scene_inputs(count: int, seed: int = 0, first: int = 0) -> list[tuple[Tensor, Tensor]]:
+    """Draw held-out scenes as inputs of the generator, without the batch axis.
+
+    Sample ``i`` has scene seed ``TEST_SEEDS[1000 * seed + first + i]``, which no training has seen.
+
+    Args:
+        count: How many, ``>= 0``.
+        seed: Which block of a thousand scenes to start in, 0 to 999.
+        first: How many scenes to skip, ``>= 0``.
+
+    Returns:
+        Pairs of one-hot labels, float32 ``(len(CLASSES), 64, 128)``, and style, float32 ``(len(STYLE),)``.
+
+    Raises:
+        OptionError: If the numbers lead outside `TEST_SEEDS`.
+    """
+    return [_encode(scene) for scene in _held_out(count, seed, first)]
+
+
+def scene_target(seed: int = 0, first: int = 0) -> Tensor:
+    """Return the drawn picture of ``scene_inputs(1, seed, first)``, ``(3, 64, 128)`` in ``[-1, 1]``."""
+    image = torch.from_numpy(_held_out(1, seed, first)[0].image.astype(np.float32))
+    return image.permute(2, 0, 1) / 127.5 - 1
+
+
+def _held_out(count: int, seed: int, first: int) -> list[Scene]:
+    start = 1000 * seed + first
+    if min(count, seed, first) < 0 or start + count > len(TEST_SEEDS):
+        raise OptionError(
+            f"count={count}, seed={seed}, first={first} asked; none may be negative, and "
+            f"1000 * seed + first + count may not pass {len(TEST_SEEDS)}",
+            (count, seed, first),
+        )
+    return [draw_scene(TEST_SEEDS[start + index]) for index in range(count)]
+
+
+def _encode(scene: Scene) -> tuple[Tensor, Tensor]:
+    labels = (
+        F.one_hot(torch.from_numpy(scene.labels).long(), len(CLASSES)).permute(2, 0, 1).float().contiguous()
+    )
+    return labels, torch.from_numpy(scene.z.copy())
