@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from retroexit.errors import CheckpointError, OptionError
 
-__all__ = ["Evaluation", "OperatingPoint"]
+__all__ = ["Evaluation", "OperatingPoint", "plain_json"]
 
 Array = npt.NDArray[np.float64]
 
@@ -228,8 +228,7 @@ class Evaluation:
     def to_json(self) -> str:
         """Write the evaluation as plain JSON, arrays as lists."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        plain = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in values.items()}
-        return json.dumps(plain, allow_nan=False)
+        return json.dumps(values, default=plain_json, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> Self:
@@ -282,6 +281,11 @@ class Evaluation:
             exit_of=leave_at + 1,
             loss_of=loss,
         )
+
+
+def plain_json(value: object) -> object:
+    """Turn what ``json`` does not know into what it does: arrays into lists, paths and the like into text."""
+    return value.tolist() if isinstance(value, np.ndarray | np.generic) else str(value)
 
 
 def _ranks(x: Array) -> Array:

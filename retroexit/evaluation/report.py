@@ -1,0 +1,357 @@
+"""Write an evaluation down for people (one HTML file, no outside requests) and for scripts (summary.json)."""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+import math
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from retroexit.errors import MissingExtraError, OptionError
+from retroexit.evaluation import figures
+from retroexit.evaluation.strips import Strip, data_address, strip_image
+from retroexit.evaluation.sweep import Evaluation, plain_json
+
+__all__ = ["Strip", "strip_image", "thresholds_for", "write_report"]
+
+
+def write_report(
+    folder: str | Path,
+    evaluation: Evaluation,
+    strips: Sequence[Strip],
+    *,
+    title: str,
+    headline: str | None = None,
+    command: str | None = None,
+    thresholds: Sequence[float] | None = None,
+    unguided: Evaluation | None = None,
+) -> Path:
+    """Write ``report.html`` and ``summary.json``.
+
+    Args:
+        folder: Made if absent; the two files are overwritten.
+        evaluation: The numbers. What it does not hold (predictions, distances, seconds) is left out.
+        strips: Images to show; may be empty.
+        title: Heading of the page.
+        headline: First sentence; by default the saving at the highlighted threshold.
+        command: The command that reproduces the report.
+        thresholds: Thresholds of the table, by default :func:`thresholds_for`. The one at 0.1 is highlighted,
+            or else the middle one.
+        unguided: The same exits without guidance, for comparison in one figure.
+
+    Returns:
+        Path of ``report.html``.
+
+    Raises:
+        MissingExtraError: If jinja2 or matplotlib is not installed.
+        OptionError: If ``thresholds`` is empty.
+    """
+    try:
+        import jinja2
+    except ImportError as error:
+        raise MissingExtraError("a report needs jinja2: pip install 'retroexit[report]'") from error
+    taus = sorted(set(thresholds_for(evaluation) if thresholds is None else thresholds))
+    if not taus:
+        raise OptionError("a report needs at least one threshold, found thresholds=[]")
+    picked = min(taus, key=lambda tau: abs(tau - 0.1)) if 0.1 in taus else taus[len(taus) // 2]
+    summary = _summary(evaluation, taus, picked)
+    summary = {
+        "title": title,
+        "headline": headline or _headline(evaluation, picked),
+        "command": command,
+        **summary,
+    }
+    template = importlib.resources.files("retroexit.evaluation").joinpath("report.html.j2").read_text("utf-8")
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    html = environment.from_string(template).render(
+        title=title,
+        headline=summary["headline"],
+        command=command,
+        samples=len(evaluation.loss),
+        metric_label=figures.metric_label(evaluation.metric),
+        unit=figures.macs_unit(evaluation.macs)[0],
+        cards=_cards(evaluation, summary, picked),
+        figures=[
+            {"svg": _inline(svg, f"f{n}"), "caption": " ".join(text.split())}
+            for n, (svg, text) in enumerate(_figures(evaluation, taus, unguided))
+        ],
+        strips=[_strip_context(strip) for strip in strips],
+        facts=_facts(evaluation),
+        error_rows=_error_rows(evaluation),
+        **_exit_table(evaluation),
+        **_sweep_table(evaluation, taus, picked),
+    )
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "report.html"
+    path.write_text(html, encoding="utf-8")
+    text = json.dumps(summary, indent=1, default=plain_json, allow_nan=False)
+    (folder / "summary.json").write_text(text + "\n", encoding="utf-8")
+    return path
+
+
+def thresholds_for(evaluation: Evaluation) -> list[float]:
+    """Choose about ten round thresholds that span the losses of the branch exits.
+
+    LPIPS evaluations always get the paper's 0.1 as well.
+    """
+    low = max(0.0, float(np.percentile(evaluation.loss.min(axis=1), 1)))
+    high = float(np.percentile(evaluation.loss.max(axis=1), 95))
+    wanted = max((high - low) / 12, high / 100, 1e-6)
+    power = 10.0 ** math.floor(math.log10(wanted))
+    step = next(nice * power for nice in (1, 2, 2.5, 5, 10) if nice * power >= wanted * (1 - 1e-9))
+    first, last = max(1, math.floor(low / step)), max(1, math.ceil(high / step))
+    taus = {round(n * step, 12) for n in range(first, last + 1)}
+    if str(evaluation.metric.get("name", "")).startswith("lpips"):
+        taus.add(0.1)
+    return sorted(taus)
+
+
+def _summary(evaluation: Evaluation, taus: Sequence[float], picked: float) -> dict[str, Any]:
+    """Collect every number of the report as plain JSON types."""
+    last = len(evaluation.macs)
+    routed = evaluation.predicted is not None
+    return {
+        "samples": len(evaluation.loss),
+        "metric": evaluation.metric,
+        "about": evaluation.about,
+        "exits": evaluation.exits,
+        "macs": evaluation.macs,
+        "overhead": evaluation.overhead,
+        "seconds": evaluation.seconds,
+        "highlight": _routed_row(evaluation, picked) if routed else None,
+        "sweep": [_routed_row(evaluation, tau) for tau in taus] if routed else [],
+        "oracle": [evaluation.oracle(tau).row() for tau in taus],
+        "fixed": [{"exit": k, **evaluation.fixed(k).row()} for k in range(1, last + 1)],
+        "gain_factor": _gain_factor(evaluation, taus),
+        "predictor_error": evaluation.predictor_error() if routed else None,
+    }
+
+
+def _routed_row(evaluation: Evaluation, tau: float) -> dict[str, Any]:
+    point = evaluation.at_threshold(tau)
+    best = evaluation.best_fixed(point.mean_loss)
+    return {**point.row(), "best_fixed": {"exit": int(best.exit_of[0]), "saved": best.saved}}
+
+
+def _gain_factor(evaluation: Evaluation, taus: Sequence[float]) -> dict[str, float] | None:
+    """Gain factor over the thresholds at which routing still has a choice."""
+    if evaluation.predicted is None:
+        return None
+    points = [p for p in evaluation.sweep(taus) if p.counts.max() < len(evaluation.loss)]
+    if len({p.mean_loss for p in points}) < 2:
+        return None
+    return evaluation.gain_factor(points)
+
+
+def _headline(evaluation: Evaluation, picked: float) -> str:
+    label = figures.metric_label(evaluation.metric)
+    if evaluation.predicted is None:
+        point = evaluation.fixed(1)
+        return (
+            f"Exit 1 takes {_percent(point.share)} of the backbone's compute "
+            f"at a mean {label} of {point.mean_loss:.3g}."
+        )
+    point = evaluation.at_threshold(picked)
+    verb = "is saved" if point.saved >= 0 else "is added"
+    share = f"{_percent(abs(point.saved))} of the backbone's compute {verb}"
+    quality = f"mean {point.mean_loss:.3g}, 90 % of the samples below {point.p90_loss:.3g}"
+    return f"At a threshold of {picked:g} {label}, {share}; {quality}."
+
+
+def _cards(evaluation: Evaluation, summary: dict[str, Any], picked: float) -> list[tuple[str, str]]:
+    """The few numbers that decide, each with what it counts."""
+    row = summary["highlight"]
+    if row is None:
+        return []
+    best, gain = row["best_fixed"], summary["gain_factor"]
+    name = "the backbone" if best["exit"] == len(evaluation.macs) else f"exit {best['exit']}"
+    cards = [
+        (
+            _percent(row["saved"]),
+            f"of the compute saved at threshold {picked:g}, routing included",
+        ),
+        (
+            f"{row['mean_loss']:.3g}",
+            f"mean {figures.metric_label(evaluation.metric)} to the backbone's image",
+        ),
+        (_percent(row["violations"]), f"of the samples above the threshold of {picked:g}"),
+        (_percent(best["saved"]), f"saved by {name} for all samples, the best fixed exit of no higher mean"),
+    ]
+    if gain is not None:
+        percent, gmacs = gain["percent_per_hundredth_threshold"], gain["gmacs_per_threshold"]
+        unit, scale = figures.macs_unit(evaluation.macs)
+        text = (
+            f"of the backbone saved per 0.01 of threshold ({gmacs * 1e9 / scale:.3g} {unit} per unit of loss)"
+        )
+        cards.append((f"{percent:.2g} %", text))
+    return cards
+
+
+def _exit_table(evaluation: Evaluation) -> dict[str, Any]:
+    """Columns and rows of the exit table; a column appears only if some exit fills it."""
+    unit, scale = figures.macs_unit(evaluation.macs)
+    label = figures.metric_label(evaluation.metric)
+    last = len(evaluation.macs)
+    columns: dict[tuple[str, str], list[str]] = {
+        ("after stage", ""): [],
+        ("stages", "in the branch"): [],
+        ("compute", unit): [],
+        ("share", "of the backbone"): [],
+        ("retrieval", unit): [],
+        ("parameters", "of the branch"): [],
+        (f"mean {label}", "10th–90th percentile"): [],
+        ("time", "ms, median"): [],
+        ("speed-up", ""): [],
+    }
+    for k in range(1, last + 1):
+        given = evaluation.exits[k - 1] if k <= len(evaluation.exits) else {}
+        point, branch = evaluation.fixed(k), k < last
+        low, high = np.percentile(point.loss_of, [10, 90])
+        retrieval = point.mean_macs - evaluation.macs[k - 1]
+        cells = [
+            str(given.get("attach_at") or "") if branch else "",
+            str(given.get("depth") or "") if branch else "",
+            _number(evaluation.macs[k - 1] / scale),
+            _percent(evaluation.macs[k - 1] / evaluation.macs[-1]),
+            _number(retrieval / scale) if branch and retrieval > 0 else "",
+            f"{given['parameters']:,}" if branch and given.get("parameters") else "",
+            f"{point.mean_loss:.3g} ({low:.3g}–{high:.3g})" if branch else "0",
+            "" if evaluation.seconds is None else _number(evaluation.seconds[k - 1] * 1e3),
+            ""
+            if evaluation.seconds is None
+            else f"{evaluation.seconds[-1] / evaluation.seconds[k - 1]:.2g}×",
+        ]
+        for column, cell in zip(columns.values(), cells, strict=True):
+            column.append(cell)
+    filled = {head: column for head, column in columns.items() if any(column)}
+    names = [*map(str, range(1, last)), "backbone"]
+    return {"exit_columns": list(filled), "exit_rows": list(zip(names, *filled.values(), strict=True))}
+
+
+def _sweep_table(evaluation: Evaluation, taus: Sequence[float], picked: float) -> dict[str, Any]:
+    unit, scale = figures.macs_unit(evaluation.macs)
+    last = len(evaluation.macs)
+    columns = [
+        ("saved", "routed"),
+        ("saved", "best fixed exit"),
+        ("compute", f"mean {unit}"),
+        ("mean", figures.metric_label(evaluation.metric)),
+        ("90th", "percentile"),
+        ("above", "the threshold"),
+        *((f"exit {k}", "samples") for k in range(1, last)),
+        ("backbone", "samples"),
+    ]
+    rows = []
+    for tau in taus if evaluation.predicted is not None else []:
+        row = _routed_row(evaluation, tau)
+        cells = [
+            f"{tau:g}",
+            _percent(row["saved"]),
+            _percent(row["best_fixed"]["saved"]),
+            _number(row["mean_macs"] / scale),
+            f"{row['mean_loss']:.3g}",
+            f"{row['p90_loss']:.3g}",
+            _percent(row["violations"]),
+            *map(str, row["counts"]),
+        ]
+        rows.append((cells, tau == picked))
+    return {"sweep_columns": columns, "sweep_rows": rows}
+
+
+def _error_rows(evaluation: Evaluation) -> list[list[str]]:
+    if evaluation.predicted is None:
+        return []
+    error = evaluation.predictor_error()
+    columns = (error["mean_absolute"], error["mean_relative"], error["spearman"])
+    return [
+        [
+            str(k),
+            "–" if absolute is None else f"{absolute:.3g}",
+            "–" if relative is None else _percent(relative),
+            "–" if rank is None else f"{rank:.2f}",
+        ]
+        for k, (absolute, relative, rank) in enumerate(zip(*columns, strict=True), start=1)
+    ]
+
+
+def _figures(
+    evaluation: Evaluation, taus: Sequence[float], unguided: Evaluation | None
+) -> Iterator[tuple[str, str]]:
+    """Yield every figure that the evaluation has numbers for, with a caption that says what is counted."""
+    routed, count = evaluation.predicted is not None, len(evaluation.loss)
+    if routed:
+        caption = f"""Exits taken by {count} samples at each threshold (bars) and mean compute (line, right
+            axis), predictor and retrieval counted."""
+        yield figures.distribution_over_exits(evaluation, taus), caption
+    caption = """Loss against compute. Points: all samples through one exit, mean with 10th to 90th
+        percentile, retrieval counted. Lines: routing at every threshold, predictor and retrieval counted;
+        grey is routing by the true losses at the same cost."""
+    yield figures.quality_against_compute(evaluation), caption
+    caption = f"""Distribution of the loss over {count} samples if all of them leave at one exit (Gaussian
+        kernel, width 0.3 standard deviations).
+        {"Dashed: the same exits without guidance." if unguided is not None else ""}"""
+    yield figures.quality_per_exit(evaluation, unguided), caption
+    if routed:
+        caption = """Grey: all samples through one exit. Colour: routed with that exit's mean loss as the
+            threshold (dashed line). Samples sent to the backbone have loss 0 and are given as a number."""
+        yield figures.predictor_enforcement(evaluation), caption
+    if evaluation.distance is not None:
+        caption = f"""Distance from each sample to its guide, by the exit it takes (above) and against its
+            loss at exit 1 (below). Exits are chosen by {"prediction" if routed else "true loss"} at the
+            median loss of exit 1."""
+        yield figures.difficulty_against_distance(evaluation), caption
+
+
+def _inline(svg: str, prefix: str) -> str:
+    """Prepare an SVG file for use inside HTML: no addresses, ids of its own, size left to the page."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    head, _, body = svg.partition(">")
+    head = re.sub(r'\s(xmlns(:\w+)?|width|height|version)="[^"]*"', "", head)
+    body = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}-", body)
+    return f'{head} role="img">{body}'
+
+
+def _strip_context(strip: Strip) -> dict[str, Any]:
+    images = [
+        {
+            "caption": caption,
+            "chosen": place == strip.chosen,
+            "small": max(pixels.shape[:2]) <= 128,
+            "source": data_address(pixels),
+        }
+        for place, (caption, pixels) in enumerate(strip.images)
+    ]
+    return {"label": strip.label, "images": images}
+
+
+def _facts(evaluation: Evaluation) -> list[tuple[str, str]]:
+    """Metric first, then everything that the evaluation says about itself; one line each."""
+
+    def text(value: object) -> str:
+        if isinstance(value, dict):
+            return ", ".join(f"{key} {text(inner)}" for key, inner in value.items())
+        return ", ".join(map(text, value)) if isinstance(value, list | tuple) else str(value)
+
+    facts = {"metric": figures.metric_label(evaluation.metric)}
+    facts |= {f"metric {key}": text(value) for key, value in evaluation.metric.items() if value is not None}
+    facts |= {str(key): text(value) for key, value in evaluation.about.items() if value is not None}
+    return list(facts.items())
+
+
+def _percent(share: float) -> str:
+    """Percent without decimals, except where that would hide the difference to 0 or 100."""
+    percent = 100 * share
+    near_an_end = 0 < abs(percent) < 1 or 99 < percent < 100
+    return f"{percent:.1f} %" if near_an_end else f"{percent:.0f} %"
+
+
+def _number(x: float) -> str:
+    """Three significant digits, never in powers of ten."""
+    return f"{x:.0f}" if abs(x) >= 100 else f"{x:.3g}"
