@@ -1,1 +1,33 @@
-"""Early exits for any trained image decoder."""
+"""Early exits for any trained image decoder.
+
+``retroexit.wrap`` finds the decoder's stages, attaches thin branches, and returns a module that is the generator, bit for bit,
+until an exit is asked for. Reference: FIANCEE, Karpikova et al., CVPR 2023.
+"""
+
+import logging
+
+from retroexit.api import find_stages, wrap
+from retroexit.decoder.stages import Stage
+from retroexit.errors import RetroExitError, RetroExitWarning
+from retroexit.guidance.bank import GuidanceBank
+from retroexit.guidance.options import Guidance
+from retroexit.model import EarlyExitGenerator, Exit
+from retroexit.plugins import Description, hookimpl
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Description",
+    "EarlyExitGenerator",
+    "Exit",
+    "Guidance",
+    "GuidanceBank",
+    "RetroExitError",
+    "RetroExitWarning",
+    "Stage",
+    "find_stages",
+    "hookimpl",
+    "wrap",
+]
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())

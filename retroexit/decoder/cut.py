@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
 from retroexit.decoder.record import Recording
@@ -100,7 +99,12 @@ class _Steps:
             if node not in keep:
                 self.drops[i].append(node)
 
-    def run(self, values: dict[fx.Node, Any], attribute: Callable[[str], Any]) -> dict[fx.Node, Any]:
+    def run(
+        self,
+        values: dict[fx.Node, Any],
+        attribute: Callable[[str], Any],
+        before: dict[str, Callable[[Tensor], Tensor]] | None = None,
+    ) -> dict[fx.Node, Any]:
         def look_up(leaf: Any) -> Any:
             return values[leaf] if isinstance(leaf, fx.Node) else leaf
 
@@ -110,6 +114,8 @@ class _Steps:
             else:
                 args = rebuild(node.args, look_up)
                 kwargs = {key: rebuild(item, look_up) for key, item in node.kwargs.items()}
+                if before and node.op == "call_module" and node.target in before:
+                    args = _change_first_map(args, before[str(node.target)])
                 if node.op == "call_module":
                     values[node] = attribute(str(node.target))(*args, **kwargs)
                 elif node.op == "call_method":
@@ -170,7 +176,6 @@ class Tail(nn.Module):
         recording: The execution to take the rest from.
         generator: The module that owns the layers.
         cut: Where the tail begins.
-        leave_as_is: Nodes after the cut whose values are handed in by the caller instead of being computed.
     """
 
     def __init__(self, recording: Recording, generator: nn.Module, cut: Cut) -> None:
@@ -178,7 +183,6 @@ class Tail(nn.Module):
         self._cut = cut
         self._result = recording.nodes[-1].args[0]
         self._steps = _Steps(cut.rest, recording.nodes[-1].all_input_nodes)
-        self.stage_inputs: dict[str, int] = {}
         memo: dict[int, Any] = {}
         for node in cut.rest:
             if node.op == "call_module":
@@ -202,25 +206,28 @@ class Tail(nn.Module):
         """The nodes that run, in order."""
         return self._steps.nodes
 
-    def forward(self, feature: Tensor, *live: Tensor) -> Any:
+    def forward(
+        self, feature: Tensor, *live: Tensor, before: dict[str, Callable[[Tensor], Tensor]] | None = None
+    ) -> Any:
         """Run the tail.
 
         Args:
             feature: The stage's feature map.
             live: The other values that cross the cut, in the order of ``cut.live``.
+            before: For the path of a stage, what to do to its feature-map input first.
 
         Returns:
             A value with the structure of the generator's output.
         """
         values: dict[fx.Node, Any] = dict(zip(self._cut.crossing, (feature, *live), strict=True))
-        self._steps.run(values, lambda target: _resolve(self, target))
+        self._steps.run(values, lambda target: _resolve(self, target), before)
         return rebuild(self._result, lambda leaf: values[leaf] if isinstance(leaf, fx.Node) else leaf)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tail:
         # Nodes belong to the recording and are shared; only what nn.Module holds is copied.
         duplicate = self.__class__.__new__(self.__class__)
         memo[id(self)] = duplicate
-        shared = ("_cut", "_steps", "_result", "stage_inputs")
+        shared = ("_cut", "_steps", "_result")
         for key, value in self.__dict__.items():
             duplicate.__dict__[key] = value if key in shared else copy.deepcopy(value, memo)
         return duplicate
@@ -275,11 +282,6 @@ def _place(root: nn.Module, path: str, module: nn.Module) -> None:
         owner.add_module(name, module)
 
 
-def detach(values: Iterable[Any]) -> tuple[Any, ...]:
-    """Cut tensors off the autograd graph."""
-    return tuple(value.detach() if isinstance(value, Tensor) else value for value in values)
-
-
-def versions(values: Iterable[Tensor]) -> list[int]:
-    """List the in-place write counters of tensors."""
-    return [torch._C._TensorBase._version.__get__(value) for value in values]  # type: ignore[attr-defined]
+def _change_first_map(args: Any, change: Callable[[Tensor], Tensor]) -> tuple[Any, ...]:
+    position = next(i for i, arg in enumerate(args) if isinstance(arg, Tensor) and arg.dim() >= 3)
+    return (*args[:position], change(args[position]), *args[position + 1 :])

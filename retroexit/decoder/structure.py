@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor
+from torch.fx.immutable_collections import immutable_dict
 
 __all__ = ["children", "flatten", "is_record", "rebuild", "tensors"]
 
@@ -15,7 +16,7 @@ __all__ = ["children", "flatten", "is_record", "rebuild", "tensors"]
 def is_record(value: Any) -> bool:
     """Tell whether a value is a container with fields: a dataclass instance or a subclass of ``dict``."""
     if isinstance(value, dict):
-        return type(value) is not dict
+        return type(value) not in (dict, immutable_dict)
     return dataclasses.is_dataclass(value) and not isinstance(value, type)
 
 
@@ -37,7 +38,7 @@ def rebuild(value: Any, leaf: Callable[[Any], Any]) -> Any:
         return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
     if type(value) is list:
         return [rebuild(item, leaf) for item in value]
-    if type(value) is dict:
+    if type(value) in (dict, immutable_dict):
         return {key: rebuild(item, leaf) for key, item in value.items()}
     if isinstance(value, slice):
         return slice(leaf(value.start), leaf(value.stop), leaf(value.step))

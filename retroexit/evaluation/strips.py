@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageDraw, ImageFont
 
 from retroexit.errors import OptionError
 
@@ -65,6 +64,8 @@ def strip_image(strips: Sequence[Strip], path: str | Path, *, width: int = 224) 
     Raises:
         OptionError: If ``strips`` is empty.
     """
+    from PIL import Image, ImageDraw, ImageFont
+
     if not strips:
         raise OptionError("a contact sheet needs at least one strip, found none")
     gap, line, frame = 10, 24, 5
@@ -106,6 +107,8 @@ def _fitting(text: str, width: int, font: Any) -> str:
 
 def data_address(pixels: npt.NDArray[np.uint8]) -> str:
     """Encode an image as a ``data:`` address, reduced to the size that the page can show."""
+    from PIL import Image
+
     picture = Image.fromarray(pixels)
     picture.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE), Image.Resampling.LANCZOS)
     file = io.BytesIO()

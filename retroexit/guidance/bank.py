@@ -164,7 +164,7 @@ class GuidanceBank:
 
     def __repr__(self) -> str:
         shape = "x".join(str(n) for n in self.values.shape[1:])
-        return f"GuidanceBank({len(self)} keys x {self.retriever.width}, values {shape} float16, {self.retriever!r})"
+        return f"GuidanceBank({self.retriever!r}, values {shape} float16)"
 
     @property
     def patch(self) -> tuple[int, ...]:

@@ -93,8 +93,9 @@ def compute_values(
             or any(s % g for s, g in zip(size, grid, strict=True))
         ):
             raise BankError(
-                f"value features of shape {tuple(feature.shape)} do not fit {len(batch)} inputs with {grid} keys "
-                "each: every side must be a whole multiple of the grid of keys; tap another stage or change patch",
+                f"value features of shape {tuple(feature.shape)} do not fit {len(batch)} inputs with "
+                f"{grid} keys each: every side must be a whole multiple of the grid of keys; "
+                "tap another stage or change patch",
                 feature,
             )
         patch = tuple(s // g for s, g in zip(size, grid, strict=True))

@@ -1,0 +1,194 @@
+"""What the README shows first: wrap a generator, find its stages, save and load."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from torch import nn
+
+from retroexit.branch.widths import WidthRule
+from retroexit.decoder.stages import Stage
+from retroexit.decoder.stages import find_stages as _find_stages
+from retroexit.errors import GeneratorError, OptionError, RetroExitWarning
+from retroexit.guidance.options import Guidance
+from retroexit.model import EarlyExitGenerator
+from retroexit.plugins.host import host
+from retroexit.plugins.hookspecs import Description
+from retroexit.wrapping import WrapOptions
+
+__all__ = ["find_stages", "wrap"]
+
+_OWN_KEYWORDS = ("exit", "threshold")
+
+
+def wrap(
+    generator: nn.Module,
+    attach_at: Sequence[int | str],
+    scale: float | Sequence[float],
+    *,
+    min_channels: int = 64,
+    tap: Literal["after", "before"] = "after",
+    example_inputs: Sequence[Any] | None = None,
+    example_kwargs: dict[str, Any] | None = None,
+    stages: Sequence[str] | None = None,
+    guidance: Guidance | str | bool | None = None,
+    adapter: Description | str | bool | None = None,
+    init: Literal["inherit", "scratch"] = "inherit",
+    image: Any = None,
+    image_range: tuple[float, float] | None = None,
+    self_test: bool = True,
+    seed: int = 0,
+) -> EarlyExitGenerator:
+    """Add early exits to a trained generator.
+
+    The generator itself is never changed: not its weights, buffers, hooks, ``requires_grad`` or train/eval flags.
+
+    Args:
+        generator: Any module with a multi-layer decoder, in eval mode.
+        attach_at: Stages after which a branch sits, by number from 1 (see `find_stages`) or by dotted module path.
+        scale: Width factor of the branches, in (0, 1]; one for all, or one per attach point.
+        min_channels: No width is scaled below this, ``>= 1``.
+        tap: ``"after"``: a branch takes the stage's output; ``"before"``: its input, so that the branch repeats the stage.
+        example_inputs: Positional inputs that the generator accepts, any batch size. Without them, and without an adapter that
+            makes some, the generator is recorded at its first call.
+        example_kwargs: Its keyword inputs.
+        stages: Paths of l_1..l_N, where the search should not decide.
+        guidance: ``None``, ``True`` or ``"patches"`` for the paper's patch bank, or a `Guidance`.
+        adapter: What a plug-in knows about the generator: a `Description`, a plug-in's name, ``False`` to ask none.
+        init: Starting weights of a branch: ``"inherit"``, the backbone's most important channels, or ``"scratch"``.
+        image: Key, index or path of the image in the generator's output, where it returns several maps.
+        image_range: Smallest and largest pixel value; measured where it is not given.
+        self_test: Whether to check that the generator cut at every attach point reproduces its output bit for bit.
+        seed: Seed of fresh weights.
+
+    Returns:
+        The wrapped generator.
+
+    Raises:
+        GeneratorError: If it is no module, is in train mode, rejects the inputs, returns NaN, no image, or several.
+        AttachPointError: If a stage is unknown, named twice, the last one, or runs more than once.
+        OptionError: If another argument is out of range.
+        RecordingError: If its execution cannot be written down and cut.
+        BranchError: If the rest of it cannot be made thinner.
+
+    Example:
+        >>> model = retroexit.wrap(generator, attach_at=[2, 4, 6], scale=1 / 15)
+        >>> image = model(z)                 # the generator itself
+        >>> quick = model(z, exit=1)         # the first early exit
+
+    Reference: paper sections 3.1 and 4.
+    """
+    if not isinstance(generator, nn.Module):
+        raise GeneratorError(
+            f"asked to wrap a {type(generator).__name__}; found no torch.nn.Module. Pass the trained generator itself.", generator
+        )
+    if isinstance(attach_at, (str, int)):
+        attach_at = [attach_at]
+    known = _describe(generator, adapter)
+    if example_inputs is None and known is not None and known.example_inputs is not None:
+        example_inputs, example_kwargs = known.example_inputs(generator)
+    if stages is None and known is not None:
+        stages = known.stages
+    attach_at = tuple(attach_at)
+    options = WrapOptions(
+        attach_at=attach_at,
+        rules=_rules(scale, min_channels, len(attach_at)),
+        tap=tap,
+        stages=None if stages is None else tuple(stages),
+        guidance=_guidance(guidance),
+        init=init,
+        image=image if image is not None or known is None else known.image,
+        image_range=image_range if image_range is not None or known is None else known.image_range,
+        self_test=self_test,
+        seed=seed,
+        shadowed=_shadowed(generator),
+        predictor_inputs=None if known is None else known.predictor_inputs,
+    )
+    model = EarlyExitGenerator(generator, options)
+    if example_inputs is not None:
+        model.record(*example_inputs, **(example_kwargs or {}))
+    return model
+
+
+def find_stages(
+    generator: nn.Module,
+    example_inputs: Sequence[Any] | None = None,
+    example_kwargs: dict[str, Any] | None = None,
+    *,
+    image: Any = None,
+) -> list[Stage]:
+    """List the stages l_1..l_N of a generator, with cost, output shape and live values.
+
+    Args:
+        generator: A trained generator in eval mode.
+        example_inputs: Positional inputs that it accepts; an adapter may make them.
+        example_kwargs: Keyword inputs.
+        image: Key of the image in its output, where it returns several maps.
+
+    Returns:
+        The stages, in order.
+
+    Raises:
+        GeneratorError, RecordingError: See `wrap`.
+    """
+    if example_inputs is None:
+        known = _describe(generator, None)
+        if known is None or known.example_inputs is None:
+            raise OptionError(
+                f"asked for the stages of {type(generator).__name__}; found no adapter that can make its inputs. Pass "
+                "example_inputs=(...).",
+                generator,
+            )
+        example_inputs, example_kwargs = known.example_inputs(generator)
+    return _find_stages(generator, example_inputs, example_kwargs, image=image)
+
+
+def _describe(generator: nn.Module, adapter: Description | str | bool | None) -> Description | None:
+    if isinstance(adapter, Description):
+        return adapter
+    if adapter is False:
+        return None
+    found = host().describe(generator)
+    if isinstance(adapter, str) and (found is None or found.name != adapter):
+        raise OptionError(
+            f"asked for adapter={adapter!r}; found that {'no adapter' if found is None else repr(found.name)} recognises a "
+            f"{type(generator).__name__}. List them with 'retroexit plugins'.",
+            adapter,
+        )
+    return found
+
+
+def _rules(scale: float | Sequence[float], min_channels: int, count: int) -> tuple[WidthRule, ...]:
+    scales = list(scale) if isinstance(scale, Sequence) else [scale] * count
+    if len(scales) != count:
+        raise OptionError(
+            f"asked for {len(scales)} scales; found {count} attach points. Pass one scale, or one per attach point.", scale
+        )
+    return tuple(WidthRule(item, min_channels) for item in scales)
+
+
+def _guidance(wanted: Guidance | str | bool | None) -> Guidance | None:
+    if wanted is None or wanted is False or isinstance(wanted, Guidance):
+        return wanted or None
+    if wanted is True or wanted == "patches":
+        return Guidance()
+    raise OptionError(f"asked for guidance={wanted!r}; found None, True, 'patches' or a retroexit.Guidance only.", wanted)
+
+
+def _shadowed(generator: nn.Module) -> tuple[str, ...]:
+    try:
+        taken = set(inspect.signature(generator.forward).parameters)
+    except (TypeError, ValueError):
+        return ()
+    clash = tuple(name for name in _OWN_KEYWORDS if name in taken)
+    if clash:
+        warnings.warn(
+            f"{type(generator).__name__}.forward has its own keyword {' and '.join(map(repr, clash))}; model(...) hands it to the "
+            "generator. Choose exits with model.route(inputs, kwargs, exit=..., threshold=...).",
+            RetroExitWarning,
+            stacklevel=3,
+        )
+    return clash

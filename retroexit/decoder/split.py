@@ -1,0 +1,273 @@
+"""A generator split at its attach points: run it piece by piece, hand the values at each cut to whoever wants them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from retroexit.decoder.cut import Cut, Segment, Tail
+from retroexit.decoder.record import unobserved
+from retroexit.decoder.stages import Decoder, Stage
+from retroexit.decoder.structure import flatten, rebuild, tensors
+from retroexit.errors import DeviceError, InputMismatchError, ModeError, RecordingError
+
+__all__ = ["SplitGenerator", "Values"]
+
+Values = dict[fx.Node, Any]
+
+
+@dataclass(frozen=True)
+class _Call:
+    """The parts of a call that a recording depends on: structure, types, and everything that is not a tensor."""
+
+    paths: tuple[tuple[Any, ...], ...]
+    dtypes: tuple[torch.dtype, ...]
+    constants: tuple[tuple[tuple[Any, ...], str], ...]
+
+    @classmethod
+    def of(cls, args: Any, kwargs: Any) -> _Call:
+        leaves = list(flatten((tuple(args), dict(kwargs))))
+        given = [(path, leaf) for path, leaf in leaves if isinstance(leaf, Tensor)]
+        others = [(path, repr(leaf)) for path, leaf in leaves if not isinstance(leaf, Tensor)]
+        return cls(tuple(path for path, _ in given), tuple(leaf.dtype for _, leaf in given), tuple(others))
+
+
+class SplitGenerator:
+    """A recorded generator, cut at its attach points.
+
+    Runs of it do what the generator does, in the same order, so that random draws fall alike. Besides a memo of input
+    shapes that were checked it keeps no state.
+
+    Args:
+        generator: The trained generator, in eval mode.
+        decoder: Its recording.
+        cuts: Where it is cut, in order of execution.
+        args: The inputs of the recording.
+        kwargs: Its keyword inputs.
+
+    Attributes:
+        example: The inputs of the recording.
+        batched: Nodes of crossing values whose first axis is the batch.
+        any_batch: Whether a batch of another size gives the generator's own output.
+
+    Raises:
+        RecordingError: If the pieces do not reproduce the generator.
+    """
+
+    def __init__(
+        self, generator: nn.Module, decoder: Decoder, cuts: Sequence[Cut], args: Any, kwargs: Any
+    ) -> None:
+        self.generator, self.decoder, self.cuts = generator, decoder, tuple(cuts)
+        recording = decoder.recording
+        self._call = _Call.of(args, kwargs)
+        self.example = (_cloned(tuple(args)), _cloned(dict(kwargs)))
+        self._inputs = [node for node in recording.nodes if node.op == "placeholder"]
+        self._modes = [(m, recording.modes[name]) for name, m in generator.named_modules()]
+        self._device = next((p.device for p in generator.parameters()), torch.device("cpu"))
+        ends = [0, *(cut.position for cut in self.cuts)]
+        self._segments = [
+            Segment(recording, generator, begin, cut.position, cut.crossing)
+            for begin, cut in zip(ends, self.cuts, strict=False)
+        ]
+        self._result = recording.nodes[-1].args[0]
+        leaves = [leaf for _, leaf in flatten(self._result) if isinstance(leaf, fx.Node)]
+        self._rest = Segment(recording, generator, ends[-1], len(recording.nodes), leaves)
+        self._shapes = {self._shape_key(args, kwargs)}
+        self.batch = self._batch_size(args, kwargs)
+        self.batched: set[fx.Node] = set()
+        self.any_batch = self._probe_batch(args, kwargs)
+
+    # Running pieces.
+
+    def start(self, args: Any, kwargs: Any) -> Values:
+        """Bind inputs to the recording's placeholders.
+
+        Raises:
+            InputMismatchError: If they differ from the recording where that matters.
+            ModeError: If train/eval flags changed since.
+            DeviceError: If the generator moved since.
+        """
+        self._check_generator()
+        self._check_call(args, kwargs)
+        return self._bind(args, kwargs)
+
+    def advance(self, values: Values, index: int) -> Values:
+        """Run the generator from the cut before on to cut ``index`` (from 0); gives the values that cross it."""
+        return self._segments[index](values)
+
+    def finish(self, values: Values) -> Any:
+        """Run the rest of the generator from the last cut; gives its output."""
+        done = self._rest(values)
+        return rebuild(self._result, lambda leaf: done[leaf] if isinstance(leaf, fx.Node) else leaf)
+
+    def crossing(self, values: Values, index: int) -> list[Tensor]:
+        """List the values that cross a cut, the feature first."""
+        return [values[node] for node in self.cuts[index].crossing]
+
+    def select(self, values: Values, rows: Tensor) -> Values:
+        """Keep some samples of a batch."""
+        return {n: v.index_select(0, rows.to(v.device)) if n in self.batched else v for n, v in values.items()}
+
+    def tail(self, index: int) -> Tail:
+        """Copy everything after a cut as a module."""
+        return Tail(self.decoder.recording, self.generator, self.cuts[index])
+
+    def place_of(self, image: Any) -> Tensor:
+        """Find the image in an output of the generator or of a branch."""
+        for key in self.decoder.image_path:
+            image = image[key] if isinstance(image, (tuple, list, dict)) else getattr(image, key)
+        found: Tensor = image
+        return found
+
+    # Checks.
+
+    def _bind(self, args: Any, kwargs: Any) -> Values:
+        by_path = dict(flatten((tuple(args), dict(kwargs))))
+        paths = self.decoder.recording.inputs
+        return {node: by_path[path] for node, path in zip(self._inputs, paths, strict=True)}
+
+    def _check_generator(self) -> None:
+        for module, mode in self._modes:
+            if module.training != mode:
+                state = "train" if module.training else "eval"
+                raise ModeError(
+                    f"asked for an early exit; found {type(module).__name__} in {state} mode, recorded in "
+                    f"{'train' if mode else 'eval'} mode. Set the generator's mode back, or wrap it again.",
+                    module,
+                )
+        device = next((p.device for p in self.generator.parameters()), self._device)
+        if device != self._device:
+            raise DeviceError(
+                f"asked for an early exit; found the generator on {device}, recorded on {self._device}. Move it first, "
+                "then wrap it again (retroexit.load keeps the trained branches).",
+                device,
+            )
+
+    def _check_call(self, args: Any, kwargs: Any) -> None:
+        call = _Call.of(args, kwargs)
+        if call != self._call:
+            raise InputMismatchError(self._difference(call), (args, kwargs))
+        key = self._shape_key(args, kwargs)
+        if key in self._shapes:
+            batch = self._batch_size(args, kwargs)
+            if batch != self.batch and not self.any_batch:
+                raise InputMismatchError(
+                    f"asked for a batch of {batch}; found that the recording holds for a batch of {self.batch} only, since "
+                    "the generator's own forward fixes it. Use that batch size, or wrap with example inputs of this one.",
+                    batch,
+                )
+            return
+        self._verify_shape(args, kwargs)
+        self._shapes.add(key)
+
+    def _difference(self, call: _Call) -> str:
+        what = "asked for an early exit on inputs unlike the recorded ones"
+        if call.paths != self._call.paths:
+            return f"{what}; found tensors at {list(call.paths)}, recorded {list(self._call.paths)}. Wrap again with these."
+        for path, new, old in zip(call.paths, call.dtypes, self._call.dtypes, strict=True):
+            if new != old:
+                return f"{what}; found {new} at {path}, recorded {old}. Convert the input, or wrap again with this type."
+        for (path, new_value), (_, old_value) in zip(call.constants, self._call.constants, strict=False):
+            if new_value != old_value:
+                return (
+                    f"{what}; found {path[-1]} = {new_value}, recorded {old_value}, and values that are no tensors are "
+                    "frozen. Wrap again with this value."
+                )
+        return f"{what}; found {call.constants}, recorded {self._call.constants}. Wrap again with these."
+
+    def _verify_shape(self, args: Any, kwargs: Any) -> None:
+        """Compare pieces and generator once on inputs of a new shape."""
+        shapes = [tuple(t.shape) for t in tensors((args, kwargs))]
+        try:
+            agrees = self._agrees(args, kwargs)
+        except Exception as error:
+            raise InputMismatchError(
+                f"asked for an early exit on inputs of shapes {shapes}; found that the recorded forward raises "
+                f"{type(error).__name__}: {error}, since it fixes sizes. Wrap again with example inputs of these shapes.",
+                shapes,
+            ) from error
+        if not agrees:
+            raise InputMismatchError(
+                f"asked for an early exit on inputs of shapes {shapes}; found that the recorded forward gives another output "
+                "than the generator for them. Wrap again with example inputs of these shapes.",
+                shapes,
+            )
+
+    def _agrees(self, args: Any, kwargs: Any) -> bool:
+        with torch.no_grad():
+            with unobserved(self.generator):
+                want = tensors(self.generator(*_cloned(args), **_cloned(kwargs)))
+            with unobserved(self.generator):
+                values = self._bind(_cloned(args), _cloned(kwargs))
+                for index in range(len(self.cuts)):
+                    values = self.advance(values, index)
+                got = tensors(self.finish(values))
+        return len(want) == len(got) and all(
+            w.shape == g.shape and torch.allclose(w.float(), g.float(), rtol=1e-4, atol=1e-5)
+            for w, g in zip(want, got, strict=True)
+        )
+
+    def _probe_batch(self, args: Any, kwargs: Any) -> bool:
+        """Run with one more sample and other numbers; see what is batched and whether anything was frozen."""
+        batch = self.batch
+
+        def grow(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor) or leaf.dim() == 0 or leaf.shape[0] != batch:
+                return leaf
+            more = torch.cat([leaf, leaf[:1]])
+            return more * 0.9 if more.is_floating_point() else more
+
+        def other(leaf: Any) -> Any:
+            return leaf * 0.9 if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+        trouble = self._trouble(rebuild(args, other), rebuild(dict(kwargs), other))
+        if trouble:
+            reads = self.decoder.recording.reads
+            frozen = f" Values read out of tensors are frozen: {'; '.join(reads[:3])}." if reads else ""
+            raise RecordingError(
+                f"asked to split {type(self.generator).__name__}; found that its recorded execution {trouble} on other "
+                f"inputs.{frozen} Attach branches to a submodule whose forward does not depend on the data's values.",
+                self.generator,
+            )
+        grown_args, grown_kwargs = rebuild(args, grow), rebuild(dict(kwargs), grow)
+        if self._trouble(grown_args, grown_kwargs):
+            return False
+        small, large = self._sizes(args, kwargs), self._sizes(grown_args, grown_kwargs)
+        self.batched = {node for node in small if small[node] != large[node]}
+        return True
+
+    def _trouble(self, args: Any, kwargs: Any) -> str:
+        """Say how the pieces differ from the generator on these inputs; empty when they do not."""
+        try:
+            return "" if self._agrees(args, kwargs) else "gives another output than the generator"
+        except Exception as error:
+            return f"raises {type(error).__name__}: {error}"
+
+    def _sizes(self, args: Any, kwargs: Any) -> dict[fx.Node, int]:
+        found: dict[fx.Node, int] = {}
+        with torch.no_grad(), unobserved(self.generator):
+            values = self._bind(_cloned(args), _cloned(kwargs))
+            for index in range(len(self.cuts)):
+                values = self.advance(values, index)
+                found.update({n: v.shape[0] for n, v in values.items() if isinstance(v, Tensor) and v.dim() > 0})
+        return found
+
+    def _shape_key(self, args: Any, kwargs: Any) -> tuple[Any, ...]:
+        return tuple(tuple(t.shape[1:]) for t in tensors((args, kwargs)))
+
+    def _batch_size(self, args: Any, kwargs: Any) -> int:
+        return next((t.shape[0] for t in tensors((args, kwargs)) if t.dim() > 0), 1)
+
+
+def _cloned(value: Any) -> Any:
+    return rebuild(value, lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf)
+
+
+def places(decoder: Decoder, stages: Iterable[Stage], tap: str) -> list[tuple[Stage, Cut]]:
+    """Cut a decoder at several stages, in order of execution."""
+    cut = decoder.cut_after if tap == "after" else decoder.cut_before
+    return sorted(((stage, cut(stage)) for stage in stages), key=lambda pair: pair[1].position)

@@ -1,0 +1,367 @@
+"""The wrapped generator: its routes, routed calls, batches whose samples leave at different exits."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from retroexit.branch.factory import Branch
+from retroexit.decoder.split import SplitGenerator, Values
+from retroexit.decoder.structure import rebuild, tensors
+from retroexit.errors import BankError, NotRecordedError, OptionError, TrainingError
+from retroexit.guidance.bank import GuidanceBank
+from retroexit.routing.policy import assign_exits, check_threshold
+from retroexit.routing.predictor import Predictor
+from retroexit.wrapping import Anatomy, WrapOptions, build_anatomy
+
+__all__ = ["EarlyExitGenerator", "Exit"]
+
+
+@dataclass(frozen=True)
+class Exit:
+    """One exit of a wrapped generator.
+
+    Attributes:
+        index: From 1, cheapest first; the last one is the backbone.
+        attach_at: Path of the stage that its branch sits behind; empty for the backbone.
+        stage: Number of that stage.
+        depth: Number of stages in the branch, N - k (paper section 3.1).
+        macs: Multiply-accumulates of the whole route for one sample, without predictor and retrieval.
+        share: ``macs`` as a share of the backbone's.
+        parameters: Number of parameters in the branch.
+        widths: Channel counts along the branch.
+        pinned: Widths that could have shrunk but are fixed, and by what.
+    """
+
+    index: int
+    attach_at: str
+    stage: int
+    depth: int
+    macs: int
+    share: float
+    parameters: int
+    widths: tuple[int, ...] = ()
+    pinned: tuple[str, ...] = ()
+
+
+class EarlyExitGenerator(nn.Module):
+    """A generator with early exits. Made by `retroexit.wrap`.
+
+    ``model(*inputs)`` is the generator, bit for bit. ``exit=k`` leaves at exit k, ``threshold=t`` routes every sample to the
+    cheapest exit whose predicted quality loss is at most ``t``.
+
+    Attributes:
+        generator: The user's generator, never changed.
+        options: How it was wrapped.
+        branches: The thin branches, cheapest first. Empty until the generator has been recorded.
+        bank: The guidance bank, or ``None``.
+        predictor: The predictor, or ``None`` before `retroexit.fit`.
+    """
+
+    def __init__(self, generator: nn.Module, options: WrapOptions) -> None:
+        super().__init__()
+        self.generator = generator
+        self.options = options
+        self.branches = nn.ModuleList()
+        self.predictor: Predictor | None = None
+        self.bank: GuidanceBank | None = None
+        self.about: dict[str, Any] = {}
+        self._anatomy: Anatomy | None = None
+        self._lock = threading.Lock()
+        self.eval()
+
+    # Recording.
+
+    @property
+    def is_recorded(self) -> bool:
+        """Tell whether the generator has been recorded, so that exits exist."""
+        return self._anatomy is not None
+
+    def record(self, *inputs: Any, **kwargs: Any) -> None:
+        """Record the generator on these inputs and build the branches, unless that is done already.
+
+        Raises:
+            RetroExitError: Whatever keeps the generator from being wrapped; see `retroexit.wrap`.
+        """
+        with self._lock:
+            if self._anatomy is None:
+                anatomy, branches = build_anatomy(self.generator, self.options, inputs, kwargs)
+                self.branches.extend(branches)
+                self._anatomy = anatomy
+
+    @property
+    def anatomy(self) -> Anatomy:
+        """What is known of the generator once it has been recorded.
+
+        Raises:
+            NotRecordedError: If it has not.
+        """
+        if self._anatomy is None:
+            raise NotRecordedError(
+                "asked for the exits; found that the generator has not been recorded yet. Call the model once, or pass "
+                "example_inputs to retroexit.wrap.",
+                self,
+            )
+        return self._anatomy
+
+    @property
+    def split(self) -> SplitGenerator:
+        """The generator in pieces."""
+        return self.anatomy.split
+
+    @property
+    def exits(self) -> list[Exit]:
+        """The K branch exits, cheapest first, then the backbone."""
+        anatomy = self.anatomy
+        rows = []
+        for index, (place, branch) in enumerate(zip(anatomy.places, self.branches, strict=True), 1):
+            assert isinstance(branch, Branch)
+            rows.append(
+                Exit(
+                    index=index,
+                    attach_at=place.path,
+                    stage=place.index,
+                    depth=anatomy.depth(place),
+                    macs=anatomy.route_macs[index - 1],
+                    share=anatomy.route_macs[index - 1] / anatomy.backbone_macs,
+                    parameters=sum(p.numel() for p in branch.parameters()),
+                    widths=tuple(branch.widths()),
+                    pinned=tuple(map(str, branch.pins)),
+                )
+            )
+        parameters = sum(p.numel() for p in self.generator.parameters())
+        rows.append(Exit(len(rows) + 1, "", 0, 0, anatomy.backbone_macs, 1.0, parameters))
+        return rows
+
+    def overhead(self) -> list[int]:
+        """MACs that a routed call pays besides the route itself, per exit and for one sample.
+
+        Every routed sample pays for the predictor; a sample that leaves at a branch pays for the search in the bank too.
+        """
+        predictor = self.anatomy.predictor_macs(self.predictor)
+        search = self.anatomy.search_macs(self.bank)
+        return [predictor + search] * len(self.branches) + [predictor]
+
+    # Calls.
+
+    def forward(self, *inputs: Any, exit: int | None = None, threshold: float | None = None, **kwargs: Any) -> Any:
+        """Render images.
+
+        Args:
+            *inputs: The generator's positional inputs.
+            exit: Leave at this exit, from 1; ``K + 1`` is the backbone.
+            threshold: Largest quality loss to accept, ``>= 0``; each sample takes the cheapest exit predicted to keep it.
+            **kwargs: The generator's keyword inputs.
+
+        Returns:
+            A value with the structure of the generator's output.
+
+        Raises:
+            OptionError: If both are given, or one is out of range.
+            InputMismatchError: If the inputs differ from the recording where that matters.
+            TrainingError: If a threshold is given and there is no predictor yet.
+            BankError: If the branches take a guide and there is no bank yet.
+        """
+        clash = self.options.shadowed
+        if clash:
+            own = {"exit": exit, "threshold": threshold}
+            kwargs.update({name: own[name] for name in clash if own[name] is not None})
+            exit = None if "exit" in clash else exit
+            threshold = None if "threshold" in clash else threshold
+        return self.route(inputs, kwargs, exit=exit, threshold=threshold)
+
+    def route(
+        self,
+        args: Sequence[Any],
+        kwargs: dict[str, Any] | None = None,
+        *,
+        exit: int | None = None,
+        threshold: float | None = None,
+    ) -> Any:
+        """Render images, with the generator's arguments apart from ours.
+
+        Args:
+            args: The generator's positional inputs.
+            kwargs: The generator's keyword inputs.
+            exit: See `forward`.
+            threshold: See `forward`.
+
+        Returns:
+            A value with the structure of the generator's output.
+        """
+        args, kwargs = tuple(args), dict(kwargs or {})
+        if exit is not None and threshold is not None:
+            raise OptionError(
+                f"asked for exit={exit} and threshold={threshold}; found two ways to choose an exit. Pass one of them.", exit
+            )
+        if not self.is_recorded:
+            self.record(*args, **kwargs)
+        if threshold is not None:
+            return self._routed(args, kwargs, check_threshold(threshold))
+        if exit is None or self._check_exit(exit) == len(self.branches) + 1:
+            return self.generator(*args, **kwargs)
+        with torch.no_grad():
+            values = self.split.advance(self.split.start(args, kwargs), 0)
+            guide = self._guide(values)
+            for index in range(1, exit):
+                values = self.split.advance(values, index)
+        return self._leave(values, exit - 1, guide)
+
+    def all_exits(self, *inputs: Any, **kwargs: Any) -> list[Any]:
+        """Render every exit from one pass over the backbone.
+
+        Args:
+            *inputs: The generator's positional inputs.
+            **kwargs: The generator's keyword inputs.
+
+        Returns:
+            K + 1 outputs, cheapest exit first. The last one, the backbone's, carries no gradient here.
+        """
+        if not self.is_recorded:
+            self.record(*inputs, **kwargs)
+        with torch.no_grad():
+            values = self.split.advance(self.split.start(inputs, kwargs), 0)
+            guide = self._guide(values)
+        outputs = []
+        for index in range(len(self.branches)):
+            if index:
+                with torch.no_grad():
+                    values = self.split.advance(values, index)
+            outputs.append(self._leave(values, index, guide))
+        with torch.no_grad():
+            outputs.append(self.split.finish(values))
+        return outputs
+
+    def predict(self, *inputs: Any, **kwargs: Any) -> Tensor:
+        """Predict the quality loss of every branch exit.
+
+        Args:
+            *inputs: The generator's positional inputs.
+            **kwargs: The generator's keyword inputs.
+
+        Returns:
+            Predicted losses ``(N, K)``.
+
+        Raises:
+            TrainingError: If there is no predictor yet.
+        """
+        if not self.is_recorded:
+            self.record(*inputs, **kwargs)
+        with torch.no_grad():
+            values = self.split.advance(self.split.start(inputs, kwargs), 0)
+            return self._predicted(values, inputs, kwargs)
+
+    def choose_exits(self, *inputs: Any, threshold: float, **kwargs: Any) -> Tensor:
+        """Tell where each sample would leave: exit indices ``(N,)`` from 1, ``K + 1`` for the backbone."""
+        return assign_exits(self.predict(*inputs, **kwargs), threshold)
+
+    def image(self, output: Any) -> Tensor:
+        """Find the image ``(N, C, ...)`` in an output."""
+        return self.split.place_of(output)
+
+    def unwrap(self) -> nn.Module:
+        """Give the generator back, as it came."""
+        return self.generator
+
+    def train(self, mode: bool = True) -> EarlyExitGenerator:
+        """Set the mode of branches and predictor; the generator keeps its own."""
+        generator = self._modules.pop("generator", None)
+        try:
+            super().train(mode)
+        finally:
+            if generator is not None:
+                self._modules["generator"] = generator
+        return self
+
+    def __repr__(self) -> str:
+        """Show the exits as a table."""
+        from retroexit.tables import exit_table
+
+        return exit_table(self)
+
+    # How samples leave.
+
+    def _leave(self, values: Values, index: int, guide: Tensor | None) -> Any:
+        crossing = self.split.crossing(values, index)
+        written = self.anatomy.written[index]
+        branch = self.branches[index]
+        return branch(*(v.clone() if i in written else v for i, v in enumerate(crossing)), guide=guide)
+
+    def _guide(self, values: Values) -> Tensor | None:
+        if self.options.guidance is None:
+            return None
+        if self.bank is None:
+            raise BankError(
+                "asked for a branch that takes a guide; found no guidance bank. Run retroexit.fit, or set model.bank.", self
+            )
+        return self.bank.guide(self.split.crossing(values, 0)[0])
+
+    def _predicted(self, values: Values, args: Any, kwargs: Any) -> Tensor:
+        if self.predictor is None:
+            raise TrainingError(
+                "asked for a threshold; found no predictor. Run retroexit.fit first, or choose with exit=k.", self
+            )
+        source = self.options.predictor_inputs
+        reads = source(*args, **kwargs) if source is not None else self.split.crossing(values, 0)[0]
+        found: Tensor = self.predictor(reads)
+        return found
+
+    def _routed(self, args: Any, kwargs: Any, threshold: float) -> Any:
+        with torch.no_grad():
+            values = self.split.advance(self.split.start(args, kwargs), 0)
+            exits = assign_exits(self._predicted(values, args, kwargs), threshold)
+        if not self.split.any_batch:
+            exits = exits.max().expand_as(exits)  # the batch cannot be divided: everybody takes the deepest exit chosen
+        guide = self._guide(values) if bool((exits <= len(self.branches)).any()) else None
+        rows = torch.arange(len(exits), device=exits.device)
+        parts: list[tuple[Tensor, Any]] = []
+        for index in range(len(self.branches)):
+            leaving = exits[rows] == index + 1
+            if bool(leaving.any()):
+                here = leaving.nonzero()[:, 0]
+                everybody = len(here) == len(rows)
+                chosen = values if everybody else self.split.select(values, here)
+                own_guide = guide if guide is None or len(here) == len(guide) else guide[rows[here]]
+                parts.append((rows[here], self._leave(chosen, index, own_guide)))
+                stay = (~leaving).nonzero()[:, 0]
+                if everybody:
+                    break
+                values, rows = self.split.select(values, stay), rows[stay]
+            if index + 1 < len(self.branches):
+                with torch.no_grad():
+                    values = self.split.advance(values, index + 1)
+        else:
+            with torch.no_grad():
+                parts.append((rows, self.split.finish(values)))
+        return _merge(parts, len(exits))
+
+    def _check_exit(self, exit: int) -> int:
+        if isinstance(exit, bool) or not isinstance(exit, int) or not 1 <= exit <= len(self.branches) + 1:
+            raise OptionError(
+                f"asked for exit={exit!r}; found exits 1 to {len(self.branches) + 1}, the last one the backbone.", exit
+            )
+        return exit
+
+
+def _merge(parts: list[tuple[Tensor, Any]], count: int) -> Any:
+    """Put the outputs of parts of a batch back into the batch's order."""
+    if len(parts) == 1:
+        return parts[0][1]
+    outputs = [tensors(output) for _, output in parts]
+    merged: list[Tensor] = []
+    for leaves in zip(*outputs, strict=True):
+        batched = all(leaf.dim() and leaf.shape[0] == len(rows) for leaf, (rows, _) in zip(leaves, parts, strict=True))
+        if not batched:
+            merged.append(leaves[0])
+            continue
+        whole = leaves[0].new_empty(count, *leaves[0].shape[1:])
+        for leaf, (rows, _) in zip(leaves, parts, strict=True):
+            whole[rows.to(whole.device)] = leaf.detach()
+        merged.append(whole)
+    rest = iter(merged)
+    return rebuild(parts[0][1], lambda leaf: next(rest) if isinstance(leaf, Tensor) else leaf)

@@ -1,0 +1,329 @@
+"""From settings and example inputs to exits: read the generator, cut it, test the cuts, build the branches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx, nn
+
+from retroexit.branch.factory import Branch, BranchSpec, GuideShape, Init, build_branch
+from retroexit.branch.widths import WidthPlan, WidthRule
+from retroexit.decoder.cut import Cut, Segment
+from retroexit.decoder.record import unobserved
+from retroexit.decoder.split import SplitGenerator, Values, places
+from retroexit.decoder.stages import Decoder, Stage, describe_stage, read_decoder
+from retroexit.decoder.structure import tensors
+from retroexit.errors import AttachPointError, BankError, OptionError, RecordingError, closest
+from retroexit.evaluation.macs import count_macs
+from retroexit.guidance.bank import GuidanceBank
+from retroexit.guidance.options import Guidance
+from retroexit.routing.predictor import Predictor
+
+__all__ = ["Anatomy", "WrapOptions", "build_anatomy"]
+
+
+@dataclass(frozen=True)
+class WrapOptions:
+    """Settings of one wrap, checked as far as that is possible without running the generator.
+
+    Attributes:
+        attach_at: Stage numbers or module paths.
+        rules: Width rule of each of them.
+        tap: Whether a branch takes the stage's output or its input.
+        stages: Paths of l_1..l_N, where known.
+        guidance: How branches are guided, or ``None``.
+        init: Starting weights of branches.
+        image: Key of the image in the generator's output.
+        image_range: Smallest and largest pixel value, or ``None`` to measure it.
+        self_test: Whether every cut is checked to reproduce the generator.
+        seed: Seed of fresh weights.
+        shadowed: Keywords of ours that the generator's own forward takes.
+        predictor_inputs: Makes the predictor's input from the generator's; by default it reads the first feature.
+        plans: Widths chosen earlier, one per exit, from a saved model.
+    """
+
+    attach_at: tuple[int | str, ...]
+    rules: tuple[WidthRule, ...]
+    tap: Literal["after", "before"] = "after"
+    stages: tuple[str, ...] | None = None
+    guidance: Guidance | None = None
+    init: Init = "inherit"
+    image: Any = None
+    image_range: tuple[float, float] | None = None
+    self_test: bool = True
+    seed: int = 0
+    shadowed: tuple[str, ...] = ()
+    predictor_inputs: Callable[..., Tensor] | None = None
+    plans: tuple[WidthPlan | None, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.attach_at:
+            raise AttachPointError(
+                "asked for attach_at=[]; found no attach point. Name at least one stage, such as attach_at=[2].", self.attach_at
+            )
+        for place in self.attach_at:
+            if isinstance(place, bool) or not isinstance(place, (int, str)):
+                raise AttachPointError(
+                    f"asked for attach_at={list(self.attach_at)}; found {place!r}, which is neither a stage number nor a "
+                    "module path.",
+                    place,
+                )
+        if len(set(self.attach_at)) < len(self.attach_at):
+            raise AttachPointError(
+                f"asked for attach_at={list(self.attach_at)}; found a stage named twice. Name each once.", self.attach_at
+            )
+        if self.tap not in ("after", "before"):
+            raise OptionError(f"asked for tap={self.tap!r}; found 'after' and 'before' only.", self.tap)
+        if self.init not in ("inherit", "scratch"):
+            raise OptionError(f"asked for init={self.init!r}; found 'inherit' and 'scratch' only.", self.init)
+
+
+@dataclass
+class Anatomy:
+    """A recorded generator and what follows from the recording.
+
+    Attributes:
+        split: The generator in pieces.
+        places: Stage of every branch exit, cheapest first.
+        backbone_macs: MACs of the backbone for one sample.
+        route_macs: MACs of every branch exit's route for one sample.
+        written: For every exit, positions of the crossing values that its branch writes into.
+        feature_shape: Shape ``(C, ...)`` of the feature at the first attach point.
+        values: Computes the map that guidance values are cut from, or ``None``.
+    """
+
+    split: SplitGenerator
+    places: list[Stage]
+    backbone_macs: int
+    route_macs: list[int]
+    written: list[set[int]]
+    feature_shape: tuple[int, ...]
+    value_cut: Cut | None = None
+    _memo: dict[Any, int] = field(default_factory=dict)
+
+    def depth(self, place: Stage) -> int:
+        """Number of stages in the branch behind a place, N - k (paper section 3.1)."""
+        position = next(c.position for c, p in zip(self.split.cuts, self.places, strict=True) if p is place)
+        nodes = self.split.decoder.recording.nodes
+        later = {str(n.target) for n in nodes[position:] if n.op == "call_module"}
+        return sum(stage.path in later for stage in self.split.decoder.stages)
+
+    def guidance_values(self, args: Any, kwargs: Any) -> Tensor:
+        """Run the backbone up to the stage that values are cut from; gives its map ``(N, C, ...)``."""
+        assert self.value_cut is not None
+        recording, feature = self.split.decoder.recording, self.value_cut.feature
+        segment = Segment(recording, self.split.generator, 0, self.value_cut.position, [feature])
+        with torch.no_grad():
+            found: Tensor = segment(self.split.start(args, kwargs))[feature]
+        return found
+
+    def predictor_macs(self, predictor: Predictor | None) -> int:
+        """MACs of the predictor for one sample."""
+        if predictor is None:
+            return 0
+        shape = predictor.input_shape or self.feature_shape
+        key = (id(predictor), shape)
+        if key not in self._memo:
+            device = next(predictor.parameters()).device
+            self._memo[key] = count_macs(predictor, torch.zeros(1, *shape, device=device))
+        return self._memo[key]
+
+    def search_macs(self, bank: GuidanceBank | None) -> int:
+        """MACs of the search in the bank for one sample, as exact search counts them."""
+        if bank is None:
+            return 0
+        patch = bank.meta["key_patch"]
+        queries = 1
+        for size, step in zip(self.feature_shape[1:], patch, strict=True):
+            queries *= size // step
+        return int(bank.macs_per_search(queries))
+
+
+def build_anatomy(
+    generator: nn.Module, options: WrapOptions, args: Sequence[Any], kwargs: dict[str, Any]
+) -> tuple[Anatomy, list[Branch]]:
+    """Record a generator, cut it at the attach points, test the cuts, and build the branches.
+
+    Raises:
+        RetroExitError: See `retroexit.wrap`; the generator is left as it was.
+    """
+    args = tuple(args)
+    named = [place for place in options.attach_at if isinstance(place, str)]
+    wanted_value = options.guidance.value_after if options.guidance is not None else None
+    if isinstance(wanted_value, str):
+        named.append(wanted_value)
+    decoder = read_decoder(generator, args, kwargs, stages=options.stages, also=named, image=options.image)
+    pairs = _find_places(decoder, options)
+    split = SplitGenerator(generator, decoder, [cut for _, cut in pairs], args, kwargs)
+    with torch.no_grad(), unobserved(generator):
+        states = _states(split, args, kwargs)
+    value_cut = _value_cut(decoder, options.guidance)
+    anatomy = Anatomy(
+        split=split,
+        places=[stage for stage, _ in pairs],
+        backbone_macs=decoder.recording.macs // split.batch,
+        route_macs=[],
+        written=[],
+        feature_shape=tuple(states[0][0].shape[1:]),
+        value_cut=value_cut,
+    )
+    guide = _guide_shape(anatomy, options.guidance)
+    rules = dict(zip(options.attach_at, options.rules, strict=True))
+    plans = options.plans or (None,) * len(pairs)
+    branches = []
+    for index, ((stage, cut), plan) in enumerate(zip(pairs, plans, strict=True)):
+        rule = rules[stage.path] if stage.path in rules else rules[stage.index]
+        spec = BranchSpec(rule, options.init, guide, tuple(s.path for s in decoder.stages), options.seed + index)
+        branch, written, macs = _build_exit(split, index, states[index], spec, plan, options.self_test)
+        branches.append(branch)
+        anatomy.written.append(written)
+        anatomy.route_macs.append(macs + _macs_before(decoder, cut) // split.batch)
+    return anatomy, branches
+
+
+def _find_places(decoder: Decoder, options: WrapOptions) -> list[tuple[Stage, Cut]]:
+    known = {stage.path: stage for stage in decoder.stages}
+    chosen: list[Stage] = []
+    for place in options.attach_at:
+        if isinstance(place, str):
+            chosen.append(known.get(place) or describe_stage(decoder, place))
+            continue
+        if not 1 <= place <= len(decoder.stages):
+            near = ", ".join(f"{s.index} ({s.path})" for s in decoder.stages if abs(s.index - place) <= 2) or (
+                ", ".join(f"{s.index} ({s.path})" for s in decoder.stages[-3:])
+            )
+            raise AttachPointError(
+                f"asked for a branch at stage {place}; found stages 1 to {len(decoder.stages)}. Near: {near}. List all with "
+                "'retroexit inspect' or retroexit.find_stages.",
+                place,
+            )
+        stage = decoder.stages[place - 1]
+        if options.tap == "after" and place == len(decoder.stages):
+            raise AttachPointError(
+                f"asked for a branch after stage {place} ({stage.path}); found that it is the last one, so that nothing is "
+                f"left to make thinner. Attach at 1 to {place - 1}.",
+                place,
+            )
+        chosen.append(stage)
+    if len({stage.path for stage in chosen}) < len(chosen):
+        raise AttachPointError(
+            f"asked for attach_at={list(options.attach_at)}; found two names for one stage. Name each once.", options.attach_at
+        )
+    pairs = places(decoder, chosen, options.tap)
+    last = decoder.stages[-1].path
+    for stage, cut in pairs:
+        if options.tap == "after" and not any(n.op == "call_module" and _has_weights(n) for n in cut.rest):
+            raise AttachPointError(
+                f"asked for a branch after {stage.path!r}; found no layer behind it. Closest: "
+                f"{closest(stage.path, [s.path for s in decoder.stages if s.path != last])}.",
+                stage.path,
+            )
+    return pairs
+
+
+def _has_weights(node: fx.Node) -> bool:
+    return int(node.meta.get("macs", 0)) > 0
+
+
+def _states(split: SplitGenerator, args: Any, kwargs: Any) -> list[list[Tensor]]:
+    """Values that cross each cut, for the example inputs."""
+    states = []
+    values: Values = split.start(_clone(args), _clone(kwargs))
+    for index in range(len(split.cuts)):
+        values = split.advance(values, index)
+        states.append([v.clone() for v in split.crossing(values, index)])
+    return states
+
+
+def _clone(value: Any) -> Any:
+    from retroexit.decoder.structure import rebuild
+
+    return rebuild(value, lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf)
+
+
+def _build_exit(
+    split: SplitGenerator,
+    index: int,
+    crossing: list[Tensor],
+    spec: BranchSpec,
+    plan: WidthPlan | None,
+    self_test: bool,
+) -> tuple[Branch, set[int], int]:
+    """Build one branch; gives it, the crossing values it writes into, and its MACs for one sample."""
+    tail = split.tail(index)
+    handed = [value.clone() for value in crossing]
+    before = [value._version for value in handed]
+    if self_test:
+        _self_test(split, index, tail, handed)
+        written = {i for i, value in enumerate(handed) if value._version != before[i]}
+    else:
+        written = set(range(len(handed)))
+    cut = split.cuts[index]
+    one = [v[:1] if n in split.batched else v for n, v in zip(cut.crossing, crossing, strict=True)]
+    branch = build_branch(tail, cut, one, spec, plan)
+    guide = None
+    if spec.guide is not None:
+        guide = one[0].new_zeros(one[0].shape[0], spec.guide.channels, *spec.guide.size)
+    macs = count_macs(branch, *(value.clone() for value in one), guide=guide)
+    return branch, written, macs if split.any_batch else macs // split.batch
+
+
+def _self_test(split: SplitGenerator, index: int, tail: nn.Module, handed: list[Tensor]) -> None:
+    """Check that the unchanged tail behind a cut gives the generator's own output, bit for bit."""
+    recorded = tensors(split.decoder.recording.output)
+    with torch.no_grad(), unobserved(split.generator):
+        # Draws behind the cut come after those in front of it.
+        split_values = split._bind(*_clone(split.example))
+        for k in range(index + 1):
+            split_values = split.advance(split_values, k)
+        got = tensors(tail(*handed))
+    same = len(got) == len(recorded) and all(torch.equal(a, b) for a, b in zip(got, recorded, strict=True))
+    if not same:
+        difference = max(
+            (float((a.float() - b.float()).abs().max()) for a, b in zip(got, recorded, strict=False) if a.shape == b.shape),
+            default=float("nan"),
+        )
+        raise RecordingError(
+            f"asked for a branch at cut {index + 1}; found that the recorded rest of the generator does not reproduce its "
+            f"output (largest difference {difference:.3g}). Attach elsewhere, or pass self_test=False if the generator draws "
+            "random numbers behind this place in an order of its own.",
+            index,
+        )
+
+
+def _macs_before(decoder: Decoder, cut: Cut) -> int:
+    return sum(int(n.meta.get("macs", 0)) for n in decoder.recording.nodes[: cut.position])
+
+
+def _value_cut(decoder: Decoder, guidance: Guidance | None) -> Cut | None:
+    if guidance is None:
+        return None
+    place = guidance.value_after
+    if isinstance(place, str):
+        return decoder.cut_after(describe_stage(decoder, place))
+    index = (len(decoder.stages) + 1) // 2 if place is None else place
+    if not 1 <= index < len(decoder.stages):
+        raise OptionError(
+            f"asked for guidance values after stage {index}; found stages 1 to {len(decoder.stages)}, of which the last one has "
+            "no map for a branch to use.",
+            index,
+        )
+    return decoder.cut_after(decoder.stages[index - 1])
+
+
+def _guide_shape(anatomy: Anatomy, guidance: Guidance | None) -> GuideShape | None:
+    if guidance is None or anatomy.value_cut is None:
+        return None
+    shape = anatomy.value_cut.feature.meta["shape"]
+    key_size = anatomy.feature_shape[1:]
+    for size, key, patch in zip(shape[2:], key_size, guidance.patch, strict=True):
+        if key % patch or size % (key // patch):
+            raise BankError(
+                f"asked for guidance in patches of {guidance.patch}; found a feature of {key_size} and values of "
+                f"{tuple(shape[2:])}, which do not divide into the same patches. Choose another patch or value_after.",
+                guidance,
+            )
+    return GuideShape(int(shape[1]), tuple(shape[2:]), guidance.inject)
