@@ -12,23 +12,23 @@ from retroexit.evaluation.sweep import Evaluation
 MakeEvaluation = Callable[..., Evaluation]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_evaluation() -> MakeEvaluation:
-    """Build an evaluation of ``samples`` and ``exits`` whose losses fall and costs grow with the exit."""
+    """Build an evaluation of ``samples`` and ``branches`` whose losses fall and costs grow with the exit."""
 
     def make(
-        samples: int = 60, exits: int = 3, noise: float = 0.01, seed: int = 0, **more: object
+        samples: int = 60, branches: int = 3, noise: float = 0.01, seed: int = 0, **more: object
     ) -> Evaluation:
         random = np.random.default_rng(seed)
         difficulty = random.gamma(4, 0.25, samples)
-        base = np.linspace(0.12, 0.03, exits)
-        loss = base * difficulty[:, None] * random.uniform(0.9, 1.1, (samples, exits))
-        macs = np.append(np.linspace(0.2, 0.7, exits), 1.0) * 9e9
+        base = np.linspace(0.12, 0.03, branches)
+        loss = base * difficulty[:, None] * random.uniform(0.9, 1.1, (samples, branches))
+        macs = np.append(np.linspace(0.2, 0.7, branches), 1.0) * 9e9
         fields: dict[str, object] = {
             "loss": loss,
             "predicted": loss + noise * random.standard_normal(loss.shape),
             "macs": macs,
-            "overhead": np.append(np.full(exits, 0.3e9), 0.1e9),
+            "overhead": np.append(np.full(branches, 0.3e9), 0.1e9),
             "metric": {
                 "name": "lpips-alex",
                 "net": "alex",
@@ -37,7 +37,7 @@ def make_evaluation() -> MakeEvaluation:
             },
             "exits": [
                 {"index": k + 1, "attach_at": 2 * k + 2, "macs": float(macs[k]), "parameters": 1000 * (k + 1)}
-                for k in range(exits)
+                for k in range(branches)
             ],
             "distance": 0.5 + difficulty + 0.3 * random.standard_normal(samples),
             "seconds": macs / 4e10,

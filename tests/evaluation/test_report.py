@@ -1,0 +1,270 @@
+"""The report as a file: self-contained, complete, and with the numbers that it claims."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+import sys
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from retroexit.errors import MissingExtraError, OptionError
+from retroexit.evaluation.report import Strip, strip_image, thresholds_for, write_report
+from retroexit.evaluation.sweep import Evaluation
+
+Make = Callable[..., Evaluation]
+
+
+class Page(HTMLParser):
+    """Tables, addresses, ids, headings and figures of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tables: dict[str, list[list[str]]] = {}
+        self.addresses: list[str] = []
+        self.ids: list[str] = []
+        self.headings: list[str] = []
+        self.drawings = 0
+        self.chosen = 0
+        self._table: list[list[str]] = []
+        self._inside: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        self.addresses += [
+            values[key] or "" for key in ("src", "href", "xlink:href", "srcset") if key in values
+        ]
+        self.ids += [values["id"] or ""] if "id" in values else []
+        self.drawings += tag == "svg"
+        self.chosen += tag == "figure" and values.get("class") == "chosen"
+        if tag == "table":
+            self._table = self.tables.setdefault(values["id"] or "", [])
+        elif tag == "tr":
+            self._table.append([])
+        elif tag in ("td", "th"):
+            self._table[-1].append("")
+        self._inside.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in self._inside:
+            while self._inside.pop() != tag:
+                pass
+
+    def handle_data(self, data: str) -> None:
+        if {"td", "th"} & set(self._inside):
+            self._table[-1][-1] += data
+        elif "h2" in self._inside:
+            self.headings.append(data)
+
+
+@pytest.fixture(scope="module")
+def strips() -> list[Strip]:
+    random = np.random.default_rng(0)
+    images = [(f"exit {k}", random.integers(0, 256, (24, 32, 3), dtype=np.uint8)) for k in (1, 2, 3)]
+    return [Strip("easiest <input>", images, 0), Strip("hardest input", images[:2], 1)]
+
+
+@pytest.fixture(scope="module")
+def usual(make_evaluation: Make, strips: list[Strip], tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Text of a report that has everything."""
+    folder = tmp_path_factory.mktemp("report")
+    return write_report(folder, make_evaluation(), strips, title="<b>T</b>").read_text("utf-8")
+
+
+def test_the_page_asks_nothing_of_the_network(usual: str) -> None:
+    assert not re.search(r"https?://|//[a-z]+\.|@import|<link|<script", usual)
+    addresses = Page(usual).addresses
+    pictures = [address for address in addresses if address.startswith("data:image/png;base64,")]
+    assert len(pictures) == 5
+    assert all(address.startswith("#") for address in set(addresses) - set(pictures))
+
+
+def test_pictures_survive_unchanged(usual: str, strips: list[Strip]) -> None:
+    page = Page(usual)
+    first = next(address for address in page.addresses if address.startswith("data:"))
+    pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(first.partition(",")[2]))))
+    assert np.array_equal(pixels, strips[0].images[0][1])
+    assert page.chosen == 2
+
+
+def test_large_pictures_are_reduced(make_evaluation: Make, tmp_path: Path) -> None:
+    strip = Strip("large", [("one", np.zeros((300, 1200, 3), np.uint8))], 0)
+    bare = make_evaluation(predicted=None, distance=None)
+    page = Page(write_report(tmp_path, bare, [strip], title="T").read_text("utf-8"))
+    source = next(address for address in page.addresses if address.startswith("data:"))
+    assert Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))).size == (384, 96)
+
+
+def test_references_inside_the_drawings_resolve_and_ids_do_not_collide(usual: str) -> None:
+    page = Page(usual)
+    wanted = {a[1:] for a in page.addresses if a.startswith("#")} | set(re.findall(r"url\(#([^)]+)\)", usual))
+    assert page.drawings == 5
+    assert wanted and wanted <= set(page.ids)
+    assert len(page.ids) == len(set(page.ids))
+
+
+def test_the_sweep_table_holds_the_numbers_of_the_evaluation(make_evaluation: Make, tmp_path: Path) -> None:
+    e = make_evaluation()
+    path = write_report(tmp_path, e, [], title="T", thresholds=[0.1, 0.05])
+    rows = Page(path.read_text("utf-8")).tables["sweep"]
+    assert len(rows) == 3
+    for row, tau in zip(rows[1:], (0.05, 0.1), strict=True):
+        point = e.at_threshold(tau)
+        assert row[0] == f"{tau:g}"
+        assert row[1] == f"{100 * point.saved:.0f} %"
+        assert float(row[3]) == pytest.approx(point.mean_macs / 1e9, rel=0.01)
+        assert float(row[4]) == pytest.approx(point.mean_loss, rel=0.01)
+        assert float(row[5]) == pytest.approx(point.p90_loss, rel=0.01)
+        assert [int(cell) for cell in row[7:]] == point.counts.tolist()
+
+
+def test_the_exit_table_holds_cost_and_quality_of_every_exit(make_evaluation: Make, usual: str) -> None:
+    e = make_evaluation()
+    head, *rows = Page(usual).tables["exits"]
+    assert [row[0] for row in rows] == ["1", "2", "3", "backbone"]
+    compute, quality = head.index("computeGMACs"), next(i for i, h in enumerate(head) if "mean LPIPS" in h)
+    for k, row in enumerate(rows[:-1]):
+        assert float(row[compute]) == pytest.approx(e.macs[k] / 1e9, rel=0.01)
+        assert float(row[quality].split()[0]) == pytest.approx(e.loss[:, k].mean(), rel=0.01)
+    assert [row[head.index("after stage")] for row in rows] == ["2", "4", "6", ""]
+    assert rows[0][head.index("speed-up")] == "5×"
+
+
+def test_the_predictor_table_holds_the_errors(make_evaluation: Make, usual: str) -> None:
+    rows = Page(usual).tables["predictor"][1:]
+    error = make_evaluation().predictor_error()
+    assert [float(row[1]) for row in rows] == pytest.approx(error["mean_absolute"], rel=0.01)
+    assert [float(row[3]) for row in rows] == pytest.approx(error["spearman"], abs=0.006)
+
+
+def test_the_headline_states_saving_and_loss_at_the_papers_threshold(
+    make_evaluation: Make, usual: str
+) -> None:
+    point = make_evaluation().at_threshold(0.1)
+    assert f"At a threshold of 0.1 LPIPS (alex), {100 * point.saved:.0f} % of the backbone" in usual
+    assert f"mean {point.mean_loss:.3g}, 90 % of the samples below {point.p90_loss:.3g}." in usual
+
+
+def test_a_given_headline_replaces_the_sentence(make_evaluation: Make, tmp_path: Path) -> None:
+    bare = make_evaluation(predicted=None, distance=None)
+    text = write_report(tmp_path, bare, [], title="T", headline="My words.").read_text("utf-8")
+    assert '<p class="headline">My words.</p>' in text
+
+
+def test_routing_that_costs_more_than_it_saves_is_called_that(make_evaluation: Make, tmp_path: Path) -> None:
+    e = make_evaluation(overhead=np.full(4, 9e9))
+    summary = write_report(tmp_path, e, [], title="T").with_name("summary.json")
+    assert re.search(r"\d+ % of the backbone's compute is added", json.loads(summary.read_text())["headline"])
+
+
+def test_metric_hash_versions_and_command_are_on_the_page(make_evaluation: Make, tmp_path: Path) -> None:
+    e = make_evaluation(about={"data": "d", "versions": {"python": "3.11", "numpy": "2"}, "nothing": None})
+    text = write_report(tmp_path, e, [], title="T", command="retroexit evaluate --x '<y>'").read_text("utf-8")
+    for part in (
+        "ab" * 32,
+        "torch 2.15.0",
+        "python 3.11, numpy 2",
+        "retroexit evaluate --x &#39;&lt;y&gt;&#39;",
+    ):
+        assert part in text
+    assert "<dt>nothing" not in text
+
+
+def test_text_from_outside_is_escaped(usual: str) -> None:
+    assert "&lt;b&gt;T&lt;/b&gt;" in usual and "easiest &lt;input&gt;" in usual
+    assert "<b>T" not in usual and "<input>" not in usual
+
+
+def test_what_was_not_measured_is_left_out(make_evaluation: Make, tmp_path: Path) -> None:
+    bare = make_evaluation(predicted=None, distance=None, seconds=None, exits=[], metric={}, about={})
+    page = Page(write_report(tmp_path, bare, [], title="T", command=None).read_text("utf-8"))
+    assert page.headings == ["Exits", "Figures", "How this was measured"]
+    assert set(page.tables) == {"exits"}
+    assert not any("time" in head or "stage" in head for head in page.tables["exits"][0])
+    assert page.drawings == 2
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["highlight"], summary["sweep"], summary["predictor_error"]) == (None, [], None)
+    assert summary["headline"].startswith("Exit 1 takes 22 % of the backbone's compute")
+
+
+def test_the_summary_holds_all_headline_numbers_as_plain_json(make_evaluation: Make, tmp_path: Path) -> None:
+    e = make_evaluation(about={"folder": Path("a/b"), "count": np.int64(3)})
+    write_report(tmp_path, e, [], title="T", command="c", thresholds=[0.04, 0.1])
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    point = e.at_threshold(0.1)
+    assert summary["highlight"] == summary["sweep"][1]
+    assert summary["highlight"]["saved"] == pytest.approx(point.saved)
+    assert summary["highlight"]["counts"] == point.counts.tolist()
+    assert summary["highlight"]["best_fixed"]["saved"] == pytest.approx(e.best_fixed(point.mean_loss).saved)
+    assert summary["gain_factor"] == e.gain_factor(e.sweep([0.04, 0.1]))
+    assert [row["exit"] for row in summary["fixed"]] == [1, 2, 3, 4]
+    assert [row["violations"] for row in summary["oracle"]] == [0, 0]
+    assert summary["predictor_error"]["mean_absolute"] == e.predictor_error()["mean_absolute"]
+    assert (summary["title"], summary["command"], summary["samples"]) == ("T", "c", 60)
+    assert summary["about"] == {"folder": "a/b", "count": 3}
+
+
+@pytest.mark.parametrize("scale", [1e-4, 0.01, 1.0, 40.0])
+def test_default_thresholds_are_few_round_and_span_the_losses(make_evaluation: Make, scale: float) -> None:
+    e = make_evaluation()
+    other = Evaluation(e.loss * scale, None, e.macs, e.overhead)
+    taus = thresholds_for(other)
+    assert 5 <= len(taus) <= 16
+    assert taus[0] > 0 and taus == sorted(taus)
+    assert taus[0] <= np.percentile(other.loss, 20) and taus[-1] >= np.percentile(other.loss, 90)
+    assert all(len(f"{tau:e}".rstrip("0").partition("e")[0].rstrip("0")) <= 5 for tau in taus)
+    assert 0.1 in thresholds_for(Evaluation(e.loss * scale, None, e.macs, e.overhead, {"name": "lpips-vgg"}))
+
+
+def test_a_report_of_one_sample_without_any_loss_still_works(make_evaluation: Make, tmp_path: Path) -> None:
+    e = make_evaluation(samples=1, branches=1, loss=np.zeros((1, 1)), predicted=np.zeros((1, 1)))
+    assert "backbone" in write_report(tmp_path / "deep" / "er", e, [], title="T").read_text("utf-8")
+
+
+def test_an_empty_list_of_thresholds_is_refused(make_evaluation: Make, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="at least one threshold"):
+        write_report(tmp_path, make_evaluation(), [], title="T", thresholds=[])
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_jinja2_the_error_holds_the_pip_line(
+    make_evaluation: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'retroexit\[report\]'"):
+        write_report(tmp_path, make_evaluation(), [], title="T")
+
+
+def test_a_contact_sheet_shows_every_image_and_frames_the_chosen_one(tmp_path: Path) -> None:
+    colours = ((250, 0, 0), (0, 250, 0), (0, 0, 250))
+    images = [
+        (f"a long caption of exit {k}", np.full((8, 16, 3), c, np.uint8)) for k, c in enumerate(colours)
+    ]
+    path = strip_image(
+        [Strip("first", images, 1), Strip("second", images[:1], 0)], tmp_path / "new" / "s.png", width=100
+    )
+    sheet = np.asarray(Image.open(path))
+    assert sheet.shape[1] == 10 + 3 * (100 + 10)
+    for place, colour in enumerate(colours):
+        assert tuple(sheet[10 + 24 + 25, 10 + place * 110 + 50]) == colour
+    frame = (0xC4, 0x4E, 0x00)
+    assert tuple(sheet[10 + 24 + 25, 10 + 110 - 2]) == frame
+    assert tuple(sheet[10 + 24 + 25, 10 + 220 + 100 + 2]) == (255, 255, 255)
+
+
+def test_strips_that_cannot_be_shown_are_refused(tmp_path: Path) -> None:
+    good = np.zeros((4, 4, 3), np.uint8)
+    with pytest.raises(OptionError, match="chosen=2, but there are 2 images"):
+        Strip("s", [("a", good), ("b", good)], 2)
+    with pytest.raises(OptionError, match=r"image 'a': .* found \(3, 4, 4\) and float32"):
+        Strip("s", [("a", np.zeros((3, 4, 4), np.float32))], 0)  # type: ignore[list-item]
+    with pytest.raises(OptionError, match="at least one strip"):
+        strip_image([], tmp_path / "s.png")
