@@ -23,7 +23,6 @@ from retroexit.guidance.filling import collect_keys, compute_values
 from retroexit.guidance.sampling import Reservoir, Thinning, coverage
 from retroexit.guidance.sampling import thin as choose
 from retroexit.retrieval import ExactRetriever, FaissRetriever, HnswlibRetriever, Retriever
-from retroexit.retrieval.base import as_matrix
 from retroexit.retrieval.storage import (
     MANIFEST,
     check_file,
@@ -205,7 +204,7 @@ class GuidanceBank:
             BankError: If ``exclude`` is not one index per sample.
         """
         cells = patches.cut(feature, self.patch)
-        queries = torch.from_numpy(as_matrix(cells.reshape(-1, cells.shape[-1]), "queries"))
+        queries = cells.reshape(-1, cells.shape[-1])
         nearest = self.retriever.search(queries)
         ids, distances = nearest.ids[:, 0], nearest.distances[:, 0]
         if exclude is not None:

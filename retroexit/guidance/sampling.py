@@ -68,7 +68,7 @@ def farthest_points(
     fresh = chosen
     while True:
         _update(gap, points, centre, fresh)
-        gap[chosen] = -1.0  # below any distance: never again
+        gap[chosen] = -1.0  # rounding may leave a trace of distance to itself
         if progress is not None:
             progress(len(chosen), size)
         fresh = _greedy(gap, points, min(_ROUND, size - len(chosen)), eps * eps)
@@ -105,7 +105,6 @@ def _greedy(gap: Tensor, points: Tensor, most: int, least: float) -> list[int]:
         picked.append(int(pool[at]))
         difference = members - members[at]
         torch.minimum(inside, torch.einsum("nd,nd->n", difference, difference), out=inside)
-        inside[at] = -1.0
         at = int(inside.argmax())
     return picked
 

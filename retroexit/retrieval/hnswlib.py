@@ -29,7 +29,7 @@ class HnswlibRetriever(Retriever):
     Args:
         M: Links per key, ``>= 2``; more recall, more memory.
         ef_construction: Candidates kept while a key is inserted.
-        ef: Candidates kept while searching; raised to ``k`` where it is smaller.
+        ef: Candidates kept while searching; hnswlib keeps ``k`` where that is more.
         threads: CPU threads. With more than one, two builds over the same keys may differ.
 
     Raises:
@@ -61,7 +61,7 @@ class HnswlibRetriever(Retriever):
 
     def _search(self, queries: np.ndarray, k: int) -> np.ndarray:
         # Set at every search: the file that hnswlib writes does not hold ef.
-        self._native.set_ef(max(self.options["ef"], k))
+        self._native.set_ef(self.options["ef"])
         try:
             ids = self._native.knn_query(queries, k=k, num_threads=self.threads)[0]
         except RuntimeError:  # some query reached fewer than k keys; hnswlib then returns nothing for all

@@ -1,0 +1,323 @@
+"""A bank finds, glues, excludes, and comes back from disk the same or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from retroexit.errors import BankError, CheckpointError, OptionError, RetrieverError
+from retroexit.guidance import GuidanceBank
+from retroexit.retrieval import ExactRetriever, FaissRetriever, HnswlibRetriever
+
+INPUTS = 12
+FEATURES = torch.randn(INPUTS, 6, 4, 8, generator=torch.Generator().manual_seed(1))
+VALUES = torch.randn(INPUTS, 3, 8, 16, generator=torch.Generator().manual_seed(2)).half().float()
+
+
+def stream(batch: int = 5) -> Iterator[tuple[Tensor, Tensor]]:
+    for start in range(0, INPUTS, batch):
+        ids = torch.arange(start, min(start + batch, INPUTS))
+        yield FEATURES[ids], ids
+
+
+def values_of(ids: list[int]) -> Tensor:
+    return VALUES[ids]
+
+
+def make(**changes) -> GuidanceBank:
+    options = {"patch": (2, 2), "thin": "none", "retriever": ExactRetriever()}
+    return GuidanceBank.build(stream(), values_of, **{**options, **changes})
+
+
+def by_loop(feature: Tensor, foreign_to: list[int] | None = None) -> tuple[Tensor, Tensor]:
+    """Cut, search and glue patch by patch: the guide, and the input that each patch came from."""
+    guide, sources = torch.empty(len(feature), 3, 8, 16), torch.empty(len(feature), 2, 4, dtype=torch.int64)
+    for n in range(len(feature)):
+        for i in range(2):
+            for j in range(4):
+                query = feature[n, :, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2]
+                best = min(
+                    (
+                        float((query - FEATURES[m, :, 2 * a : 2 * a + 2, 2 * b : 2 * b + 2]).square().sum()),
+                        m,
+                        a,
+                        b,
+                    )
+                    for m in range(INPUTS)
+                    if foreign_to is None or m != foreign_to[n]
+                    for a in range(2)
+                    for b in range(4)
+                )
+                _, m, a, b = best
+                sources[n, i, j] = m
+                guide[n, :, 4 * i : 4 * i + 4, 4 * j : 4 * j + 4] = VALUES[
+                    m, :, 4 * a : 4 * a + 4, 4 * b : 4 * b + 4
+                ]
+    return guide, sources
+
+
+def test_an_input_of_an_unthinned_bank_is_guided_by_its_own_value() -> None:
+    guide = make().guide(FEATURES)
+    assert torch.equal(guide, VALUES)
+    assert guide.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_the_guide_of_a_new_input_equals_a_loop_over_patches() -> None:
+    feature = torch.randn(3, 6, 4, 8)
+    bank = make()
+    guide, sources = by_loop(feature)
+    assert torch.equal(bank.guide(feature), guide)
+    assert torch.equal(bank.source[bank.search(feature).ids], sources)
+
+
+def test_excluding_an_input_equals_a_loop_over_the_other_inputs() -> None:
+    own = [4, 0, 11]
+    feature = FEATURES[own] + 0.01 * torch.randn(3, 6, 4, 8)
+    bank = make()
+    guide, sources = by_loop(feature, foreign_to=own)
+    found = bank.search(feature, exclude=torch.tensor(own))
+    assert torch.equal(bank.source[found.ids], sources)
+    assert torch.equal(bank.glue(found.ids), guide)
+    keys = torch.from_numpy(bank.retriever.keys.copy())[found.ids]
+    queries = feature.unfold(2, 2, 2).unfold(3, 2, 2).permute(0, 2, 3, 1, 4, 5).flatten(3)
+    torch.testing.assert_close(found.distances, (queries - keys).square().sum(-1))
+
+
+def test_excluding_works_where_all_near_keys_are_own_ones() -> None:
+    # Ten inputs, 32 keys each, far from one another: the first foreign key is the 33rd.
+    features = 0.1 * torch.randn(10, 2, 4, 8) + 100 * torch.arange(10.0).view(10, 1, 1, 1)
+    bank = GuidanceBank.build(
+        [(features, torch.arange(10))], lambda ids: VALUES[ids], thin="none", retriever=ExactRetriever()
+    )
+    sources = bank.source[bank.search(features, exclude=torch.arange(10)).ids]
+    assert ((sources - torch.arange(10).view(10, 1, 1)).abs() == 1).all()
+    assert torch.equal(
+        bank.source[bank.search(features, exclude=torch.full((10,), -1)).ids][:, 0, 0], torch.arange(10)
+    )
+
+
+def test_a_bank_of_one_input_guides_even_that_input() -> None:
+    bank = GuidanceBank.build([(FEATURES[:1], [7])], lambda ids: VALUES[:1], retriever=ExactRetriever())
+    found = bank.search(FEATURES[:1], exclude=torch.tensor([7]))
+    assert torch.equal(found.ids, bank.search(FEATURES[:1]).ids)
+
+
+@pytest.mark.parametrize("how", ["fps", "random"])
+def test_thinning_keeps_few_keys_and_computes_only_their_values(how) -> None:
+    asked: list[int] = []
+
+    def watched(ids: list[int]) -> Tensor:
+        asked.extend(ids)
+        return VALUES[ids]
+
+    bank = GuidanceBank.build(stream(), watched, patch=(2, 2), size=5, thin=how, retriever=ExactRetriever())
+    assert len(bank) == 5
+    assert sorted(asked) == sorted(set(bank.source.tolist()))
+    facts = bank.meta["thinning"]
+    assert (facts["how"], facts["size"], facts["seen"], facts["candidates"]) == (how, 5, 96, 96)
+    everything = torch.from_numpy(make().retriever.keys.copy())
+    gaps = torch.cdist(everything, torch.from_numpy(bank.retriever.keys.copy())).amin(1)
+    assert (facts["radius"], facts["mean"]) == pytest.approx(
+        (float(gaps.max()), float(gaps.mean())), rel=1e-4
+    )
+    # Whatever is found, key and value belong to one place.
+    full = make()
+    where = full.search(FEATURES).ids[torch.isin(full.source, bank.source).view(INPUTS, 2, 4)]
+    for key, value in zip(bank.retriever.keys, bank.values, strict=True):
+        row = int(np.flatnonzero((full.retriever.keys == key).all(1))[0])
+        assert row in where and np.array_equal(full.values[row], value)
+
+
+def test_candidates_are_bounded_and_the_result_does_not_depend_on_batches() -> None:
+    def small(batch: int) -> GuidanceBank:
+        return GuidanceBank.build(
+            stream(batch), values_of, patch=(2, 2), size=10, max_candidates=20, retriever=ExactRetriever()
+        )
+
+    one, other = small(12), small(1)
+    assert (one.meta["thinning"]["seen"], one.meta["thinning"]["candidates"]) == (96, 20)
+    assert np.array_equal(one.retriever.keys, other.retriever.keys) and np.array_equal(
+        one.values, other.values
+    )
+
+
+def test_facts_of_a_bank_are_recorded() -> None:
+    bank = make(meta={"fingerprint": "abc", "key_tap": "body.1", "value_tap": "body.3"})
+    assert (bank.patch, bank.value_patch, bank.value_channels, len(bank)) == ((2, 2), (4, 4), 3, 96)
+    assert bank.values.dtype == np.float16 and bank.values.shape == (96, 4, 4, 3)
+    assert bank.meta["key_tap"] == "body.1" and bank.meta["value_patch"] == [4, 4]
+    assert bank.macs_per_search(128) == 128 * 96 * 24
+    assert repr(bank).startswith("GuidanceBank(ExactRetriever(96 keys x 24")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_the_guide_has_the_dtype_of_the_feature_and_no_gradient(dtype) -> None:
+    feature = FEATURES.to(dtype).requires_grad_()
+    guide = make().guide(feature)
+    assert guide.dtype == dtype and not guide.requires_grad
+    assert torch.equal(guide, VALUES.to(dtype))
+
+
+def test_maps_of_another_size_and_empty_batches_are_guided_too() -> None:
+    bank = make()
+    assert torch.equal(
+        bank.guide(torch.cat([FEATURES[:2], FEATURES[2:4]], dim=3)),
+        torch.cat([VALUES[:2], VALUES[2:4]], dim=3),
+    )
+    assert bank.guide(FEATURES[:0], exclude=torch.zeros(0, dtype=torch.int64)).shape == (0, 3, 8, 16)
+
+
+def test_a_key_for_the_whole_input_retrieves_the_whole_value() -> None:
+    poses = torch.randn(INPUTS, 7, 1, 1)
+    bank = GuidanceBank.build([(poses, range(INPUTS))], values_of, retriever=ExactRetriever())
+    assert bank.value_patch == (8, 16)
+    assert torch.equal(bank.guide(poses[[3, 9]]), VALUES[[3, 9]])
+
+
+def test_maps_of_one_and_three_dimensions_work() -> None:
+    for key, value in (((4, 3, 6), (4, 2, 12)), ((4, 3, 2, 2, 4), (4, 2, 4, 2, 4))):
+        features, values = torch.randn(key), torch.randn(value).half().float()
+        patch = (1, 2) if len(key) == 4 else (1,) * (len(key) - 3) + (2,)
+        bank = GuidanceBank.build(
+            [(features, range(4))],
+            lambda ids, v=values: v[ids],
+            patch=patch,
+            thin="none",
+            retriever=ExactRetriever(),
+        )
+        assert torch.equal(bank.guide(features), values)
+
+
+@pytest.mark.parametrize(
+    ("features", "values", "message"),
+    [
+        ([], VALUES, "the stream was empty"),
+        ([(FEATURES[:2], [0])], VALUES, "2 key features came with 1 input indices"),
+        ([(FEATURES[:1], [0]), (FEATURES[:1, :, :2], [1])], VALUES, r"got \(6, 2, 8\) after \(6, 4, 8\)"),
+        (
+            [(FEATURES, range(INPUTS))],
+            VALUES[:, :, :7],
+            r"shape \(8, 3, 7, 16\) do not fit 8 inputs with \(4, 8\)",
+        ),
+        ([(FEATURES, range(INPUTS))], VALUES[..., 0], r"shape \(8, 3, 8\) do not fit"),
+        ([(FEATURES, range(INPUTS))], VALUES * 1e6, "not finite in float16: the value feature reaches"),
+        ([(FEATURES, range(INPUTS))], VALUES / 0, "not finite in float16"),
+    ],
+)
+def test_features_and_values_that_do_not_fit_are_refused(features, values, message) -> None:
+    with pytest.raises(BankError, match=message):
+        GuidanceBank.build(iter(features), lambda ids: values[ids], retriever=ExactRetriever())
+
+
+def test_a_feature_with_nan_is_refused_before_anything_is_kept() -> None:
+    feature = FEATURES.clone()
+    feature[0, 0, 0, 0] = float("nan")
+    with pytest.raises(RetrieverError, match="1 of 384 keys are not finite"):
+        GuidanceBank.build([(feature, range(INPUTS))], values_of, retriever=ExactRetriever())
+    with pytest.raises(RetrieverError, match="1 of 96 queries are not finite"):
+        make().guide(feature)
+
+
+def test_wrong_calls_are_refused_with_what_was_found() -> None:
+    bank = make()
+    with pytest.raises(RetrieverError, match="queries are 20 wide, the keys of this index 24"):
+        bank.guide(FEATURES[:, :5])
+    with pytest.raises(OptionError, match=r"patches of \(2, 2\) do not divide a map of \(3, 8\)"):
+        bank.guide(FEATURES[:, :, :3])
+    with pytest.raises(BankError, match=r"shape \(12,\), got \(3,\)"):
+        bank.search(FEATURES, exclude=torch.arange(3))
+    with pytest.raises(BankError, match=r"lie in 0..95, got \(1, 1, 1\) from 96 to 96"):
+        bank.glue(torch.tensor([[[96]]]))
+    with pytest.raises(BankError, match=r"got 96 keys, 95 values, 96 sources"):
+        GuidanceBank(
+            retriever=bank.retriever, values=bank.values[1:], source=bank.source.numpy(), meta=bank.meta
+        )
+    with pytest.raises(BankError, match=r"got float32 \(96, 4, 4, 3\)"):
+        GuidanceBank(
+            retriever=bank.retriever,
+            values=bank.values.astype(np.float32),
+            source=bank.source.numpy(),
+            meta=bank.meta,
+        )
+
+
+@pytest.mark.parametrize(
+    "retriever",
+    [ExactRetriever(), FaissRetriever(index="HNSW8"), HnswlibRetriever(ef=40)],
+    ids=lambda retriever: retriever.name,
+)
+@pytest.mark.parametrize("mmap", [True, False])
+def test_a_saved_bank_guides_alike(retriever, mmap, tmp_path) -> None:
+    bank = make(retriever=retriever, meta={"fingerprint": "abc"})
+    bank.save(tmp_path / "bank")
+    loaded = GuidanceBank.load(tmp_path / "bank", fingerprint="abc", mmap=mmap)
+    assert type(loaded.retriever) is type(retriever) and loaded.meta == bank.meta
+    assert isinstance(loaded.values, np.memmap) == mmap
+    feature, own = torch.randn(2, 6, 4, 8), torch.tensor([1, 2])
+    assert torch.equal(loaded.guide(feature, exclude=own), bank.guide(feature, exclude=own))
+    loaded.save(tmp_path / "bank")  # over the very file that is mapped
+    assert torch.equal(loaded.guide(feature), GuidanceBank.load(tmp_path / "bank").guide(feature))
+
+
+def test_another_back_end_can_take_over_a_saved_bank(tmp_path) -> None:
+    class Mine(ExactRetriever):
+        name = "mine"
+
+    make(retriever=Mine()).save(tmp_path / "bank")
+    with pytest.raises(BankError, match="uses the retriever 'mine'.*pass its class as retriever_class"):
+        GuidanceBank.load(tmp_path / "bank")
+    for found in (Mine, FaissRetriever):
+        bank = GuidanceBank.load(tmp_path / "bank", retriever_class=found)
+        assert torch.equal(bank.guide(FEATURES), VALUES) and type(bank.retriever) is found
+
+
+def test_a_bank_of_another_backbone_is_refused(tmp_path) -> None:
+    make(meta={"fingerprint": "abc"}).save(tmp_path / "bank")
+    with pytest.raises(BankError, match="built with backbone 'abc', this backbone is 'xyz'"):
+        GuidanceBank.load(tmp_path / "bank", fingerprint="xyz")
+    make().save(tmp_path / "bank")
+    with pytest.raises(BankError, match="built with backbone None, this backbone is 'xyz'"):
+        GuidanceBank.load(tmp_path / "bank", fingerprint="xyz")
+
+
+@pytest.mark.parametrize("name", ["values.npy", "source.npy", "meta.json", "keys/keys.npy", "keys/meta.json"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
+def test_a_damaged_bank_is_refused(name, damage, tmp_path) -> None:
+    make().save(tmp_path / "bank")
+    path = tmp_path / "bank" / name
+    if damage == "flip":
+        data = bytearray(path.read_bytes())
+        data[-30] ^= 1
+        path.write_bytes(data)
+    elif damage == "truncate":
+        os.truncate(path, path.stat().st_size - 40)
+    else:
+        path.unlink()
+    with pytest.raises(CheckpointError, match=Path(name).name):
+        GuidanceBank.load(tmp_path / "bank")
+
+
+def test_the_keys_of_another_bank_are_refused(tmp_path) -> None:
+    make().save(tmp_path / "one")
+    make(size=7, thin="fps").save(tmp_path / "other")
+    os.rename(tmp_path / "one" / "keys", tmp_path / "old")
+    os.rename(tmp_path / "other" / "keys", tmp_path / "one" / "keys")
+    with pytest.raises(CheckpointError, match=r"keys/meta.json is damaged"):
+        GuidanceBank.load(tmp_path / "one")
+
+
+def test_facts_that_json_cannot_hold_are_refused_and_leave_no_folder(tmp_path) -> None:
+    with pytest.raises(OptionError, match="meta of a bank must be plain data"):
+        make(meta={"tap": object()}).save(tmp_path / "bank")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_progress_bar_does_not_disturb_building(capsys) -> None:
+    assert torch.equal(make(progress=True).guide(FEATURES), VALUES)
+    assert capsys.readouterr().out == ""

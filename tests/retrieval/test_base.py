@@ -1,0 +1,127 @@
+"""What a back-end of two hooks gets from the base class, and how its mistakes are reported."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from retroexit.errors import CheckpointError, OptionError, RetrieverError
+from retroexit.retrieval import ExactRetriever, Retriever
+
+
+class Loop(Retriever):
+    """A plug-in as a stranger would write it; ``answer`` lets a test bend its ids."""
+
+    name = "loop"
+
+    def _build(self, keys: np.ndarray) -> None:
+        self.seen = keys
+
+    def _search(self, queries: np.ndarray, k: int) -> np.ndarray:
+        return self.answer(np.array([np.argsort(((self.seen - query) ** 2).sum(1))[:k] for query in queries]))
+
+    def answer(self, ids: np.ndarray) -> np.ndarray:
+        return ids
+
+
+def test_two_hooks_are_a_back_end(tmp_path) -> None:
+    keys, queries = torch.randn(40, 6), torch.randn(9, 6)
+    expected = ExactRetriever().build(keys).search(queries, 3)
+    retriever = Loop(flavour="plain").build(keys)
+    retriever.save(tmp_path / "loop")
+    for one in (retriever, Loop.load(tmp_path / "loop")):
+        found = one.search(queries, 3)
+        assert torch.equal(found.ids, expected.ids) and torch.equal(found.distances, expected.distances)
+        assert one.options == {"flavour": "plain"}
+
+
+def test_the_back_end_sees_distinct_centred_contiguous_float32_rows() -> None:
+    keys = torch.randn(30, 5, dtype=torch.float64) + 50
+    retriever = Loop().build(torch.cat([keys[:4], keys]).T.contiguous().T)
+    assert retriever.seen.shape == (30, 5) and retriever.seen.dtype == np.float32
+    assert retriever.seen.flags.c_contiguous and retriever.seen.flags.owndata
+    assert abs(retriever.seen).max() < 10
+    assert (len(retriever), retriever.distinct, retriever.width) == (34, 30, 5)
+    # Centring by any vector keeps differences.
+    np.testing.assert_allclose(retriever.seen - retriever.seen[0], (keys - keys[0]).numpy(), atol=1e-4)
+
+
+def test_minus_zero_repeats_zero() -> None:
+    assert Loop().build(torch.tensor([[0.0, 1.0], [-0.0, 1.0]])).distinct == 1
+
+
+@pytest.mark.parametrize(
+    ("bend", "message"),
+    [
+        (lambda ids: ids + 10, r"loop answered with id 19, there are 10 distinct keys"),
+        (lambda ids: ids - 2, r"loop answered with id -2, there are 10 distinct keys"),
+        (lambda ids: ids[:, :1], r"answered with int64 \(10, 1\), expected integers \(10, 2\)"),
+        (lambda ids: ids.astype(float), r"answered with float64 \(10, 2\), expected integers"),
+    ],
+)
+def test_ids_that_do_not_exist_never_reach_the_keys(bend, message) -> None:
+    class Bent(Loop):
+        def answer(self, ids: np.ndarray) -> np.ndarray:
+            return bend(ids)
+
+    keys = torch.arange(20.0).view(10, 2)
+    with pytest.raises(RetrieverError, match=message):
+        Bent().build(keys).search(keys, 2)
+
+
+@pytest.mark.parametrize("gap", [-1, "repeat"])
+def test_rows_that_a_back_end_left_open_are_searched_exactly(gap) -> None:
+    class Forgetful(Loop):
+        def answer(self, ids: np.ndarray) -> np.ndarray:
+            ids[::2, 1] = ids[::2, 0] if gap == "repeat" else gap
+            return ids
+
+    keys, queries = torch.randn(50, 4), torch.randn(8, 4)
+    expected = ExactRetriever().build(keys).search(queries, 3)
+    assert torch.equal(Forgetful().build(keys).search(queries, 3).ids, expected.ids)
+
+
+def test_rows_come_sorted_by_distance_and_equal_distances_by_id() -> None:
+    class Shuffled(Loop):
+        def answer(self, ids: np.ndarray) -> np.ndarray:
+            return ids[:, ::-1]
+
+    keys = torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.0, -1.0], [3.0, 3.0]])
+    found = Shuffled().build(keys).search(torch.zeros(1, 2), 4)
+    assert found.ids.tolist() == [[0, 1, 2, 3]]
+    assert found.distances.tolist() == [[1, 1, 1, 18]]
+
+
+def test_options_must_be_plain_data() -> None:
+    with pytest.raises(OptionError, match="options of Loop must be plain data"):
+        Loop(metric=object())
+
+
+@pytest.mark.parametrize(
+    "rows", [np.array([["a"]]), torch.zeros(2, 2, dtype=torch.complex64), 1j * np.ones((2, 2))]
+)
+def test_what_is_no_real_number_is_refused(rows: Any) -> None:
+    with pytest.raises(RetrieverError, match="real numbers"):
+        Loop().build(rows)
+
+
+def test_integers_and_read_only_arrays_are_taken() -> None:
+    keys = np.arange(12).reshape(4, 3)
+    keys.flags.writeable = False
+    assert Loop().build(keys).search(keys).ids[:, 0].tolist() == [0, 1, 2, 3]
+    retriever = Loop().build(keys)
+    assert ExactRetriever().build(retriever.keys).search(retriever.keys).ids[:, 0].tolist() == [0, 1, 2, 3]
+
+
+def test_saving_without_keys_is_refused(tmp_path) -> None:
+    with pytest.raises(RetrieverError, match="nothing to save"):
+        Loop().save(tmp_path / "empty")
+
+
+def test_a_file_is_no_place_to_save_to(tmp_path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(CheckpointError, match="it is a file"):
+        Loop().build(torch.eye(2)).save(tmp_path / "file")

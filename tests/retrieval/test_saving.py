@@ -1,0 +1,197 @@
+"""A saved retriever comes back the same, or not at all."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from retroexit.errors import CheckpointError
+from retroexit.retrieval import ExactRetriever, FaissRetriever, HnswlibRetriever, Retriever
+
+MADE = [
+    lambda: ExactRetriever(),
+    lambda: FaissRetriever(index="IVF4,Flat", nprobe=3),
+    lambda: HnswlibRetriever(M=8, ef=33, threads=2),
+]
+every_backend = pytest.mark.parametrize("make", MADE, ids=["exact", "faiss", "hnswlib"])
+
+
+@pytest.fixture
+def keys() -> torch.Tensor:
+    keys = torch.randn(120, 8)
+    keys[40] = keys[3]
+    return keys
+
+
+def flip(path: Path, at: int = -20) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 4
+    path.write_bytes(data)
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def same(one: Retriever, other: Retriever, keys: torch.Tensor) -> bool:
+    queries = keys[:30] + 0.3
+    first, second = one.search(queries, 4), other.search(queries, 4)
+    return torch.equal(first.ids, second.ids) and torch.equal(first.distances, second.distances)
+
+
+@every_backend
+def test_a_round_trip_gives_the_same_answers_options_and_threads(make, keys, tmp_path) -> None:
+    retriever = make().build(keys)
+    retriever.save(tmp_path / "index")
+    loaded = type(retriever).load(tmp_path / "index")
+    assert same(retriever, loaded, keys)
+    assert (loaded.options, loaded.threads, len(loaded), loaded.width) == (
+        retriever.options,
+        retriever.threads,
+        120,
+        8,
+    )
+
+
+@every_backend
+@pytest.mark.parametrize("damage", [flip, truncate])
+@pytest.mark.parametrize("name", ["keys.npy", "meta.json"])
+def test_damaged_keys_or_facts_are_refused(make, damage, name, keys, tmp_path) -> None:
+    retriever = make().build(keys)
+    retriever.save(tmp_path / "index")
+    damage(tmp_path / "index" / name)
+    with pytest.raises(CheckpointError, match=rf"{name}.*(damaged|cannot read|codec)|cannot read .*{name}"):
+        type(retriever).load(tmp_path / "index")
+
+
+@pytest.mark.parametrize("make", MADE[1:], ids=["faiss", "hnswlib"])
+@pytest.mark.parametrize("damage", [flip, truncate, Path.unlink])
+def test_a_damaged_index_is_built_again_from_the_keys(
+    make, damage, keys, tmp_path, caplog, monkeypatch
+) -> None:
+    retriever = make().build(keys)
+    retriever.save(tmp_path / "index")
+    damage(tmp_path / "index" / "index.bin")
+    monkeypatch.setattr(type(retriever), "_restore", lambda *_: pytest.fail("a damaged index was parsed"))
+    with caplog.at_level(logging.WARNING, logger="retroexit"):
+        loaded = type(retriever).load(tmp_path / "index")
+    assert "index.bin is missing or damaged; building the index again" in caplog.text
+    assert same(retriever, loaded, keys)
+
+
+@pytest.mark.parametrize("make", MADE[1:], ids=["faiss", "hnswlib"])
+def test_a_sound_index_is_not_built_again(make, keys, tmp_path, monkeypatch) -> None:
+    retriever = make().build(keys)
+    retriever.save(tmp_path / "index")
+    monkeypatch.setattr(type(retriever), "_build", lambda *_: pytest.fail("built again"))
+    assert same(retriever, type(retriever).load(tmp_path / "index"), keys)
+
+
+def test_a_search_option_changed_on_load_keeps_the_index_and_another_rebuilds_it(
+    keys, tmp_path, monkeypatch
+) -> None:
+    HnswlibRetriever(ef=20).build(keys).save(tmp_path / "index")
+    built = []
+    build = HnswlibRetriever._build
+    monkeypatch.setattr(
+        HnswlibRetriever, "_build", lambda self, rows: (built.append(self), build(self, rows))
+    )
+    assert HnswlibRetriever.load(tmp_path / "index", ef=50).options["ef"] == 50
+    assert not built
+    assert HnswlibRetriever.load(tmp_path / "index", M=4, threads=3).threads == 3
+    assert len(built) == 1
+
+
+def test_the_ef_of_hnswlib_comes_back_with_the_index(keys, tmp_path) -> None:
+    HnswlibRetriever(ef=77).build(keys).save(tmp_path / "index")
+    loaded = HnswlibRetriever.load(tmp_path / "index")
+    loaded.search(keys)
+    assert loaded._native.ef == 77
+
+
+def test_keys_saved_by_one_back_end_serve_another(keys, tmp_path) -> None:
+    HnswlibRetriever().build(keys).save(tmp_path / "index")
+    loaded = ExactRetriever.load(tmp_path / "index")
+    assert loaded.options == {"device": "cpu"}
+    assert same(ExactRetriever().build(keys), loaded, keys)
+
+
+def test_saving_replaces_an_earlier_version_and_leaves_nothing_beside_it(keys, tmp_path) -> None:
+    HnswlibRetriever().build(keys).save(tmp_path / "index")
+    ExactRetriever().build(keys[:7]).save(tmp_path / "index")
+    assert len(ExactRetriever.load(tmp_path / "index")) == 7
+    assert sorted(os.listdir(tmp_path / "index")) == ["keys.npy", "meta.json"]
+    assert os.listdir(tmp_path) == ["index"]
+
+
+def test_saving_into_somebody_elses_folder_is_refused_and_touches_nothing(keys, tmp_path) -> None:
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(CheckpointError, match="it holds 'thesis.tex'"):
+        ExactRetriever().build(keys).save(tmp_path)
+    assert os.listdir(tmp_path) == ["thesis.tex"]
+
+
+def test_a_save_that_fails_leaves_the_earlier_version(keys, tmp_path, monkeypatch) -> None:
+    ExactRetriever().build(keys).save(tmp_path / "index")
+
+    def fail(self: Retriever, path: Path) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(ExactRetriever, "_dump", fail)
+    with pytest.raises(OSError, match="disk full"):
+        ExactRetriever().build(keys[:5]).save(tmp_path / "index")
+    monkeypatch.undo()
+    assert len(ExactRetriever.load(tmp_path / "index")) == 120
+    assert os.listdir(tmp_path) == ["index"]
+
+
+def test_the_earlier_version_is_put_back_where_the_new_one_cannot_be_moved_in(
+    keys, tmp_path, monkeypatch
+) -> None:
+    ExactRetriever().build(keys).save(tmp_path / "index")
+    rename = os.rename
+
+    def stubborn(source: Path, target: Path) -> None:
+        if Path(source).name == "new":
+            raise OSError("busy")
+        rename(source, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("retroexit.retrieval.storage.os.rename", stubborn)
+        with pytest.raises(OSError, match="busy"):
+            HnswlibRetriever().build(keys[:5]).save(tmp_path / "index")
+    assert len(ExactRetriever.load(tmp_path / "index")) == 120
+
+
+def test_an_absent_folder_another_kind_and_a_newer_schema_are_named(keys, tmp_path) -> None:
+    with pytest.raises(CheckpointError, match=r"no retriever in .*absent: meta.json is missing"):
+        ExactRetriever.load(tmp_path / "absent")
+    from retroexit.retrieval.storage import write_manifest
+
+    write_manifest(tmp_path, {"kind": "guidance bank", "schema": 1}, ())
+    with pytest.raises(CheckpointError, match="holds a 'guidance bank', not a 'retriever'"):
+        ExactRetriever.load(tmp_path)
+    write_manifest(tmp_path, {"kind": "retriever", "schema": 9}, ())
+    with pytest.raises(CheckpointError, match="has schema 9, this version reads 1"):
+        ExactRetriever.load(tmp_path)
+    (tmp_path / "meta.json").write_text(json.dumps([1]))
+    with pytest.raises(CheckpointError, match="does not match its own digest"):
+        ExactRetriever.load(tmp_path)
+
+
+def test_pickled_keys_are_never_read(keys, tmp_path) -> None:
+    import numpy as np
+
+    from retroexit.retrieval.storage import read_manifest, write_manifest
+
+    ExactRetriever().build(keys).save(tmp_path / "index")
+    facts = read_manifest(tmp_path / "index", "retriever", 1)
+    np.save(tmp_path / "index" / "keys.npy", np.array([{}]), allow_pickle=True)
+    write_manifest(tmp_path / "index", facts, ("keys.npy",))
+    with pytest.raises(CheckpointError, match="is no array"):
+        ExactRetriever.load(tmp_path / "index")
