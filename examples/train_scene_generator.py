@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
@@ -224,7 +224,7 @@ def export(trainer: Trainer, file: Path) -> None:
         key: value.half() if value.is_floating_point() else value
         for key, value in trainer.average.state_dict().items()
     }
-    save_file({key: value.contiguous() for key, value in half.items()}, file)
+    file.write_bytes(save({key: value.contiguous() for key, value in half.items()}))
     trainer.average.load_state_dict(
         {key: value.float() if value.is_floating_point() else value for key, value in half.items()}
     )
@@ -301,9 +301,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--float32", action="store_true", help="no bfloat16 (for processors without it)")
     parser.add_argument("--resume", action="store_true", help="continue from the work folder")
-    parser.add_argument(
-        "--export", type=Path, help="write the averaged weights here, with a .json beside them"
-    )
+    parser.add_argument("--export", type=Path, help="when done, write the averaged weights here, and a .json")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
