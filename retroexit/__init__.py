@@ -6,7 +6,7 @@ until an exit is asked for. Reference: FIANCEE, Karpikova et al., CVPR 2023.
 
 import logging
 
-from retroexit.api import find_stages, wrap
+from retroexit.api import find_stages, fit, load, wrap
 from retroexit.decoder.stages import Stage
 from retroexit.errors import RetroExitError, RetroExitWarning
 from retroexit.guidance.bank import GuidanceBank
@@ -26,7 +26,9 @@ __all__ = [
     "RetroExitWarning",
     "Stage",
     "find_stages",
+    "fit",
     "hookimpl",
+    "load",
     "wrap",
 ]
 

@@ -1,10 +1,12 @@
-"""What the README shows first: wrap a generator, find its stages, save and load."""
+"""What the README shows first: wrap a generator, find its stages, fit, evaluate, load."""
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
@@ -12,14 +14,17 @@ from torch import nn
 from retroexit.branch.widths import WidthRule
 from retroexit.decoder.stages import Stage
 from retroexit.decoder.stages import find_stages as _find_stages
-from retroexit.errors import GeneratorError, OptionError, RetroExitWarning
+from retroexit.errors import GeneratorError, OptionError, RetroExitWarning, closest
+from retroexit.evaluation.quality import QualityMetric
 from retroexit.guidance.options import Guidance
 from retroexit.model import EarlyExitGenerator
 from retroexit.plugins.host import host
 from retroexit.plugins.hookspecs import Description
+from retroexit.storage import load_model
+from retroexit.training.fit import FitSettings, fit_model
 from retroexit.wrapping import WrapOptions
 
-__all__ = ["find_stages", "wrap"]
+__all__ = ["find_stages", "fit", "load", "wrap"]
 
 _OWN_KEYWORDS = ("exit", "threshold")
 
@@ -111,6 +116,90 @@ def wrap(
     if example_inputs is not None:
         model.record(*example_inputs, **(example_kwargs or {}))
     return model
+
+
+def load(
+    folder: str | Path,
+    generator: nn.Module,
+    example_inputs: Sequence[Any] | None = None,
+    example_kwargs: dict[str, Any] | None = None,
+) -> EarlyExitGenerator:
+    """Read a wrapped generator that ``model.save`` wrote.
+
+    Args:
+        folder: The folder.
+        generator: The same trained generator, weights included; it is not part of what was saved.
+        example_inputs: Positional inputs to record it with; without them its first call records.
+        example_kwargs: Keyword inputs.
+
+    Returns:
+        The wrapped generator, with its branches, predictor and bank.
+
+    Raises:
+        CheckpointError: If files are missing, damaged, or belong to another generator.
+    """
+    known = _describe(generator, None)
+    if example_inputs is None and known is not None and known.example_inputs is not None:
+        example_inputs, example_kwargs = known.example_inputs(generator)
+    predictor_inputs = None if known is None else known.predictor_inputs
+    return load_model(
+        folder, generator, example_inputs, example_kwargs, shadowed=_shadowed(generator), predictor_inputs=predictor_inputs
+    )
+
+
+def fit(
+    model: EarlyExitGenerator,
+    inputs: Sequence[Any],
+    folder: str | Path,
+    *,
+    metric: QualityMetric | str = "lpips-alex",
+    weights: str | Path | None = None,
+    progress: bool = True,
+    **settings: Any,
+) -> EarlyExitGenerator:
+    """Fill the bank, train the branches, train the predictor, from generator inputs alone.
+
+    The backbone's own image is the target, so no photographs are needed. Backbone features and images are computed once and
+    kept in the folder. A fit that was interrupted goes on when it is called again, to the same weights.
+
+    Args:
+        model: A wrapped generator; its branches are trained in place.
+        inputs: Samples without the batch axis: tensors, tuples of positional inputs, or dicts of keyword inputs.
+        folder: Where cache, checkpoints and the result go; `load` reads the result from there.
+        metric: Quality metric to train with and to predict: its name or itself.
+        weights: File with the metric's weights.
+        progress: Whether to show bars on a terminal.
+        **settings: Fields of `FitSettings`, such as ``steps``, ``batch``, ``crop``, ``lr``, ``seed``.
+
+    Returns:
+        The model.
+
+    Raises:
+        OptionError: If a setting or the inputs are out of range.
+        WeightsError: If the metric's weights cannot be had.
+        CheckpointError: If the folder holds another fit.
+        TrainingError: If the loss stops being finite.
+
+    Reference: paper sections 3.2, 3.3, 4.1.
+    """
+    unknown = set(settings) - {f.name for f in dataclasses.fields(FitSettings)}
+    if unknown:
+        names = [f.name for f in dataclasses.fields(FitSettings)]
+        raise OptionError(
+            f"asked for {sorted(unknown)[0]}=...; found no such setting. Closest: {closest(sorted(unknown)[0], names)}.", unknown
+        )
+    guidance = model.options.guidance
+    back_end = host().retriever(guidance.retriever if guidance is not None else "exact")
+    fit_model(model, inputs, Path(folder), _metric(metric, weights), FitSettings(**settings), back_end, progress)
+    return model
+
+
+def _metric(metric: QualityMetric | str, weights: str | Path | None) -> QualityMetric:
+    if isinstance(metric, QualityMetric):
+        return metric
+    name = "lpips-alex" if metric == "lpips" else metric
+    made = host().metric(name)
+    return made(weights=weights) if weights is not None else made()
 
 
 def find_stages(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from retroexit.branch.factory import Branch
 from retroexit.decoder.split import SplitGenerator, Values
 from retroexit.decoder.structure import rebuild, tensors
-from retroexit.errors import BankError, NotRecordedError, OptionError, TrainingError
+from retroexit.errors import BankError, CheckpointError, NotRecordedError, OptionError, TrainingError
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.routing.policy import assign_exits, check_threshold
 from retroexit.routing.predictor import Predictor
@@ -72,6 +73,7 @@ class EarlyExitGenerator(nn.Module):
         self.bank: GuidanceBank | None = None
         self.about: dict[str, Any] = {}
         self._anatomy: Anatomy | None = None
+        self._saved: dict[str, Tensor] | None = None
         self._lock = threading.Lock()
         self.eval()
 
@@ -92,7 +94,36 @@ class EarlyExitGenerator(nn.Module):
             if self._anatomy is None:
                 anatomy, branches = build_anatomy(self.generator, self.options, inputs, kwargs)
                 self.branches.extend(branches)
+                if self._saved is not None:
+                    self._load_saved(self._saved)
                 self._anatomy = anatomy
+
+    def restore(self, weights: dict[str, Tensor]) -> None:
+        """Give the branches saved weights, now or when the generator is recorded.
+
+        Raises:
+            CheckpointError: If they do not fit.
+        """
+        self._saved = weights
+        if self.is_recorded:
+            self._load_saved(weights)
+
+    def _load_saved(self, weights: dict[str, Tensor]) -> None:
+        try:
+            self.branches.load_state_dict(weights)
+        except RuntimeError as error:
+            raise CheckpointError(f"asked to load saved branches; found that they do not fit: {error}", self) from error
+        self._saved = None
+
+    def save(self, folder: str | Path) -> Path:
+        """Write branches, predictor, bank and settings to a folder; the generator itself is not saved.
+
+        Raises:
+            NotRecordedError: If there are no branches yet.
+        """
+        from retroexit.storage import save_model
+
+        return save_model(self, folder)
 
     @property
     def anatomy(self) -> Anatomy:

@@ -135,9 +135,8 @@ class Anatomy:
         """MACs of the search in the bank for one sample, as exact search counts them."""
         if bank is None:
             return 0
-        patch = bank.meta["key_patch"]
         queries = 1
-        for size, step in zip(self.feature_shape[1:], patch, strict=True):
+        for size, step in zip(self.feature_shape[1:], bank.patch, strict=True):
             queries *= size // step
         return int(bank.macs_per_search(queries))
 

@@ -1,0 +1,239 @@
+"""Save and load wrapped generators: safetensors and JSON, never pickles. The generator itself is not saved."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from retroexit.branch.widths import Pin, WidthPlan, WidthRule
+from retroexit.errors import CheckpointError
+from retroexit.fingerprint import fingerprint
+from retroexit.guidance.bank import GuidanceBank
+from retroexit.guidance.options import Guidance
+from retroexit.model import EarlyExitGenerator
+from retroexit.routing.predictor import Predictor
+from retroexit.wrapping import WrapOptions
+
+if TYPE_CHECKING:
+    from retroexit.retrieval.base import Retriever
+
+__all__ = ["load_model", "read_tensors", "save_model", "versions", "write_tensors"]
+
+_SCHEMA = 1
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, Any] | None = None) -> None:
+    """Write tensors and a few facts to a safetensors file, in one go: a reader sees the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(path.suffix + ".part")
+    # Tied and channels-last tensors are refused by safetensors; copies are neither.
+    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    save_file(plain, temporary, {"about": json.dumps(about or {})})
+    os.replace(temporary, path)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what `write_tensors` wrote.
+
+    Raises:
+        CheckpointError: If the file is missing or damaged.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            about = json.loads((file.metadata() or {}).get("about", "{}"))
+            return {name: file.get_tensor(name) for name in file.keys()}, about  # noqa: SIM118
+    except (OSError, SafetensorError, ValueError) as error:
+        raise CheckpointError(f"asked to read {path}; found {error}. Write it again.", path) from error
+
+
+def versions() -> dict[str, str]:
+    """List the versions that a result depends on."""
+    found = {"python": platform.python_version()}
+    for name in ("retroexit", "torch", "numpy", "lpips", "faiss-cpu", "hnswlib", "torchmetrics"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def save_model(model: EarlyExitGenerator, folder: str | Path) -> Path:
+    """Write branches, predictor, bank and settings of a wrapped generator to a folder.
+
+    Args:
+        model: The wrapped generator, recorded.
+        folder: Made if missing; what an earlier save wrote there is replaced.
+
+    Returns:
+        The folder.
+
+    Raises:
+        NotRecordedError: If the model has no branches yet.
+    """
+    folder = Path(folder)
+    anatomy = model.anatomy
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {f"branches.{name}": value for name, value in model.branches.state_dict().items()}
+    if model.predictor is not None:
+        tensors |= {f"predictor.{name}": value for name, value in model.predictor.state_dict().items()}
+    write_tensors(folder / "weights.safetensors", tensors)
+    if model.bank is not None:
+        model.bank.save(folder / "bank")
+    predictor = model.predictor
+    manifest = {
+        "schema": _SCHEMA,
+        "fingerprint": fingerprint(model.generator),
+        "generator": type(model.generator).__name__,
+        "attach_at": [place.path for place in anatomy.places],
+        "options": _options_to_json(model),
+        "plans": [_plan_to_json(branch.plan) for branch in model.branches],  # type: ignore[arg-type]
+        "predictor": None if predictor is None else {**predictor.options, "input_shape": predictor.input_shape},
+        "has_bank": model.bank is not None,
+        "weights_sha256": _sha256(folder / "weights.safetensors"),
+        "exits": [dataclasses.asdict(e) for e in model.exits],
+        "about": model.about,
+        "versions": versions(),
+    }
+    temporary = folder / "model.json.part"
+    temporary.write_text(json.dumps(manifest, indent=1))
+    os.replace(temporary, folder / "model.json")
+    return folder
+
+
+def load_model(
+    folder: str | Path,
+    generator: nn.Module,
+    example_inputs: Sequence[Any] | None = None,
+    example_kwargs: dict[str, Any] | None = None,
+    retriever_class: type[Retriever] | None = None,
+    **found: Any,
+) -> EarlyExitGenerator:
+    """Read what `save_model` wrote; see `retroexit.load`."""
+    folder = Path(folder)
+    try:
+        manifest = json.loads((folder / "model.json").read_text())
+        if manifest["schema"] != _SCHEMA:
+            raise CheckpointError(
+                f"asked to load {folder}; found schema {manifest['schema']}, this version reads {_SCHEMA}. Use the version that "
+                f"wrote it: {manifest.get('versions', {}).get('retroexit')}.",
+                folder,
+            )
+        options = _options_from_json(manifest, found)
+        predictor = manifest["predictor"]
+        wanted, digest = manifest["fingerprint"], manifest["weights_sha256"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(
+            f"asked to load {folder}; found no readable model.json ({type(error).__name__}: {error}). Pass a folder that "
+            "model.save wrote.",
+            folder,
+        ) from error
+    own = fingerprint(generator)
+    if own != wanted:
+        raise CheckpointError(
+            f"asked to load {folder} onto a {type(generator).__name__}; found that it belongs to another generator (fingerprint "
+            f"{wanted[:12]}, this one {own[:12]}). Load the weights it was made with first.",
+            folder,
+        )
+    if _sha256(folder / "weights.safetensors") != digest:
+        raise CheckpointError(
+            f"asked to load {folder}; found weights.safetensors changed since it was written. Copy it again.", folder
+        )
+    tensors, _ = read_tensors(folder / "weights.safetensors")
+    model = EarlyExitGenerator(generator, options)
+    model.about = manifest["about"]
+    device = next((p.device for p in generator.parameters()), torch.device("cpu"))
+    if predictor is not None:
+        shape = predictor.pop("input_shape")
+        model.predictor = Predictor(**predictor)
+        model.predictor.load_state_dict(_under("predictor.", tensors))
+        model.predictor.input_shape = None if shape is None else tuple(shape)
+        model.predictor.to(device).eval()
+    if manifest["has_bank"]:
+        model.bank = GuidanceBank.load(folder / "bank", wanted, retriever_class=retriever_class)
+    model.restore(_under("branches.", tensors))
+    if example_inputs is not None:
+        model.record(*example_inputs, **(example_kwargs or {}))
+    return model
+
+
+def _under(start: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name[len(start) :]: value for name, value in tensors.items() if name.startswith(start)}
+
+
+def _options_to_json(model: EarlyExitGenerator) -> dict[str, Any]:
+    options, anatomy = model.options, model.anatomy
+    by_place = dict(zip(options.attach_at, options.rules, strict=True))
+    rules = [by_place[p.path] if p.path in by_place else by_place[p.index] for p in anatomy.places]
+    return {
+        "rules": [dataclasses.asdict(rule) for rule in rules],
+        "tap": options.tap,
+        "stages": [stage.path for stage in anatomy.split.decoder.stages],
+        "guidance": None if options.guidance is None else dataclasses.asdict(options.guidance),
+        "init": options.init,
+        "image": options.image,
+        "image_range": options.image_range,
+        "seed": options.seed,
+    }
+
+
+def _options_from_json(manifest: dict[str, Any], found: dict[str, Any]) -> WrapOptions:
+    saved = dict(manifest["options"])
+    guidance = saved.pop("guidance")
+    if guidance is not None:
+        guidance = Guidance(**{**guidance, "patch": tuple(guidance["patch"])})
+    image, image_range = saved.pop("image"), saved.pop("image_range")
+    return WrapOptions(
+        attach_at=tuple(manifest["attach_at"]),
+        rules=tuple(WidthRule(**rule) for rule in saved.pop("rules")),
+        stages=tuple(saved.pop("stages")),
+        guidance=guidance,
+        image=tuple(image) if isinstance(image, list) else image,
+        image_range=None if image_range is None else tuple(image_range),
+        plans=tuple(_plan_from_json(plan) for plan in manifest["plans"]),
+        **saved,
+        **found,
+    )
+
+
+def _plan_to_json(plan: WidthPlan | None) -> dict[str, Any] | None:
+    if plan is None:
+        return None
+    return {
+        "shapes": {name: list(shape) for name, shape in plan.shapes.items()},
+        "attributes": [[path, name, value] for (path, name), value in plan.attributes.items()],
+        "entry": plan.entry,
+        "pins": [dataclasses.asdict(pin) for pin in plan.pins],
+    }
+
+
+def _plan_from_json(saved: dict[str, Any] | None) -> WidthPlan | None:
+    if saved is None:
+        return None
+    return WidthPlan(
+        sizes={},
+        shapes={name: tuple(shape) for name, shape in saved["shapes"].items()},
+        attributes={(p, n): tuple(v) if isinstance(v, list) else v for p, n, v in saved["attributes"]},
+        entry=saved["entry"],
+        pins=tuple(Pin(**pin) for pin in saved["pins"]),
+    )
+
+
+def _sha256(path: Path) -> str:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise CheckpointError(f"asked to read {path}; found {error}. Pass a folder that model.save wrote.", path) from error

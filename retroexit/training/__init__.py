@@ -1,0 +1,1 @@
+"""Fitting a wrapped generator: cache its features, fill the bank, train branches and predictor."""

@@ -1,0 +1,101 @@
+"""Generator inputs as a collection of samples: what `fit` and `evaluate` take."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from retroexit.decoder.structure import flatten, rebuild
+from retroexit.errors import OptionError
+
+__all__ = ["Samples"]
+
+
+@dataclass
+class Samples:
+    """Inputs of a generator, one sample at a time, put together to batches.
+
+    Args:
+        items: A sequence; each item is one sample without the batch axis: a tensor, a tuple or list of positional inputs, or
+            a dict of keyword inputs. A tensor ``(S, ...)`` counts as S samples.
+        seed: Batch ``b`` is run with the random state ``seed + b``, so that noise drawn inside the generator repeats.
+
+    Raises:
+        OptionError: If there are no samples, or one is of another kind.
+    """
+
+    items: Sequence[Any]
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not hasattr(self.items, "__len__") or not hasattr(self.items, "__getitem__") or len(self.items) == 0:
+            raise OptionError(
+                f"asked for a pass over inputs; found {type(self.items).__name__} without samples. Pass a sequence of samples: "
+                "tensors, tuples of positional inputs, or dicts of keyword inputs, each without the batch axis.",
+                self.items,
+            )
+        self.split(self.items[0])
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    @staticmethod
+    def split(item: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Read one item as positional and keyword inputs."""
+        if isinstance(item, Tensor):
+            return (item,), {}
+        if isinstance(item, dict):
+            return (), item
+        if isinstance(item, (tuple, list)):
+            return tuple(item), {}
+        raise OptionError(
+            f"asked for a sample; found a {type(item).__name__}. A sample is a tensor, a tuple of positional inputs, or a dict "
+            "of keyword inputs.",
+            item,
+        )
+
+    def gather(self, indices: Sequence[int]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Stack samples to one batch of ``(args, kwargs)``."""
+        picked = [self.split(self.items[i]) for i in indices]
+        columns = [[leaf for _, leaf in flatten(sample)] for sample in picked]
+        stacked: list[Any] = []
+        for leaves in zip(*columns, strict=True):
+            if not isinstance(leaves[0], Tensor):
+                stacked.append(leaves[0])
+                continue
+            shapes = {tuple(leaf.shape) for leaf in leaves}
+            if len(shapes) > 1:
+                raise OptionError(
+                    f"asked for a batch of {len(indices)} samples; found shapes {sorted(shapes)}. Use batch=1, or inputs of "
+                    "one size.",
+                    shapes,
+                )
+            stacked.append(torch.stack(leaves))
+        rest = iter(stacked)
+        args, kwargs = rebuild(picked[0], lambda leaf: next(rest))
+        return args, kwargs
+
+    def batches(self, size: int, first: int = 0) -> Iterator[tuple[list[int], tuple[Any, ...], dict[str, Any]]]:
+        """Yield ``(indices, args, kwargs)`` in order, beginning at sample ``first``."""
+        for begin in range(first, len(self), size):
+            indices = list(range(begin, min(begin + size, len(self))))
+            yield (indices, *self.gather(indices))
+
+    def digest(self) -> str:
+        """Hash all samples, to tell whether a cache belongs to them."""
+        total = hashlib.sha256()
+        for index in range(len(self)):
+            for path, leaf in flatten(self.split(self.items[index])):
+                total.update(repr(path).encode())
+                if isinstance(leaf, Tensor):
+                    raw = leaf.detach().cpu().contiguous()
+                    total.update(f"{raw.dtype}{tuple(raw.shape)}".encode())
+                    total.update(raw.flatten().view(torch.uint8).numpy().tobytes())
+                else:
+                    total.update(repr(leaf).encode())
+        return total.hexdigest()
