@@ -286,6 +286,7 @@ class _Candidate:
     output: fx.Node
     children: list[_Candidate]
     weight_layers: int
+    entering: list[fx.Node]
     end: str = ""
 
     @property
@@ -295,8 +296,8 @@ class _Candidate:
 
     @property
     def input_size(self) -> int:
-        maps = [n.meta["shape"][-1] for n in self.call.inputs if len(n.meta["shape"]) == len(self.output.meta["shape"])]
-        return int(max(maps, default=self.size))
+        """Length of the last spatial axis of the features that go in; conditioning maps do not count."""
+        return int(max((n.meta["shape"][-1] for n in self.entering), default=self.size))
 
     @property
     def is_atom(self) -> bool:
@@ -341,7 +342,8 @@ class _Reader:
         if not usable and call.path:
             return None
         output = max(outputs, key=lambda n: n.meta["shape"][1]) if outputs else self.image
-        return _Candidate(call, output, children, self.weight_layers(i), call.path)
+        entering = [n for n in call.inputs if n in self.features and _is_map(n, self.image)]
+        return _Candidate(call, output, children, self.weight_layers(i), entering, call.path)
 
     def weight_layers(self, i: int) -> int:
         """Number of called layers with MACs inside a call; one for a bare convolution."""
