@@ -188,6 +188,7 @@ class Recorder(TorchFunctionMode):
             self.constants[name] = tensor.detach()
         # fx checks that targets exist on an owning module; this graph has none.
         node = self.graph.create_node("get_attr", name)
+        node.meta["parameter"] = isinstance(tensor, nn.Parameter)
         self._bind(node, tensor)
         return node
 

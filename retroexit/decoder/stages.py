@@ -329,7 +329,7 @@ class _Reader:
         for node in self.nodes:
             if node in weighted and node.op == "call_module":
                 found.add(node)
-            elif any(used in found or used.op == "get_attr" for used in node.all_input_nodes):
+            elif any(used in found or used.meta.get("parameter") for used in node.all_input_nodes):
                 found.add(node)
         return found
 
