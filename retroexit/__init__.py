@@ -6,7 +6,7 @@ until an exit is asked for. Reference: FIANCEE, Karpikova et al., CVPR 2023.
 
 import logging
 
-from retroexit.api import find_stages, fit, load, wrap
+from retroexit.api import evaluate, find_stages, fit, load, wrap
 from retroexit.decoder.stages import Stage
 from retroexit.errors import RetroExitError, RetroExitWarning
 from retroexit.guidance.bank import GuidanceBank
@@ -25,6 +25,7 @@ __all__ = [
     "RetroExitError",
     "RetroExitWarning",
     "Stage",
+    "evaluate",
     "find_stages",
     "fit",
     "hookimpl",

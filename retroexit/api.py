@@ -5,17 +5,19 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from retroexit.branch.widths import WidthRule
 from retroexit.decoder.stages import Stage
 from retroexit.decoder.stages import find_stages as _find_stages
 from retroexit.errors import GeneratorError, OptionError, RetroExitWarning, closest
+from retroexit.evaluation.measure import measure
 from retroexit.evaluation.quality import QualityMetric
+from retroexit.evaluation.sweep import Evaluation
 from retroexit.guidance.options import Guidance
 from retroexit.model import EarlyExitGenerator
 from retroexit.plugins.host import host
@@ -24,7 +26,7 @@ from retroexit.storage import load_model
 from retroexit.training.fit import FitSettings, fit_model
 from retroexit.wrapping import WrapOptions
 
-__all__ = ["find_stages", "fit", "load", "wrap"]
+__all__ = ["evaluate", "find_stages", "fit", "load", "wrap"]
 
 _OWN_KEYWORDS = ("exit", "threshold")
 
@@ -192,6 +194,52 @@ def fit(
     back_end = host().retriever(guidance.retriever if guidance is not None else "exact")
     fit_model(model, inputs, Path(folder), _metric(metric, weights), FitSettings(**settings), back_end, progress)
     return model
+
+
+def evaluate(
+    model: EarlyExitGenerator,
+    inputs: Sequence[Any],
+    folder: str | Path | None = None,
+    *,
+    metric: QualityMetric | str | None = None,
+    weights: str | Path | None = None,
+    title: str | None = None,
+    command: str | None = None,
+    show: Callable[[Any], Tensor] | None = None,
+    progress: bool = True,
+    **settings: Any,
+) -> Evaluation:
+    """Measure every exit on inputs that the model was not fitted on, and write a report.
+
+    Args:
+        model: A wrapped generator, fitted or not.
+        inputs: Samples as for `fit`.
+        folder: Where ``report.html``, ``summary.json`` and ``evaluation.json`` go; ``None`` writes nothing.
+        metric: Quality metric: its name or itself; by default the one that the model was fitted with.
+        weights: File with the metric's weights.
+        title: Heading of the report.
+        command: The command that reproduces it, to be shown there.
+        show: Turns one sample into a picture ``(3, H, W)`` in [0, 1] for the report's image strips.
+        progress: Whether to show a bar on a terminal.
+        **settings: ``seed``, ``batch``, ``repeats`` (timed runs per route).
+
+    Returns:
+        Losses of every sample and exit, with the sweeps over thresholds as methods.
+
+    Raises:
+        OptionError: If the inputs are out of range.
+        WeightsError: If the metric's weights cannot be had.
+    """
+    name = metric or model.about.get("metric", {}).get("name", "lpips-alex")
+    evaluation, strips = measure(model, inputs, _metric(name, weights), show=show, progress=progress, **settings)
+    if folder is not None:
+        from retroexit.evaluation.report import write_report
+
+        heading = title or f"{type(model.generator).__name__} with {len(model.branches)} early exits"
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        Path(folder, "evaluation.json").write_text(evaluation.to_json())
+        write_report(folder, evaluation, strips, title=heading, command=command)
+    return evaluation
 
 
 def _metric(metric: QualityMetric | str, weights: str | Path | None) -> QualityMetric:

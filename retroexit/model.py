@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from retroexit.branch.factory import Branch
+from retroexit.branch.widths import Pin
 from retroexit.decoder.split import SplitGenerator, Values
 from retroexit.decoder.structure import rebuild, tensors
 from retroexit.errors import BankError, CheckpointError, NotRecordedError, OptionError, TrainingError
@@ -162,7 +163,7 @@ class EarlyExitGenerator(nn.Module):
                     share=anatomy.route_macs[index - 1] / anatomy.backbone_macs,
                     parameters=sum(p.numel() for p in branch.parameters()),
                     widths=tuple(branch.widths()),
-                    pinned=tuple(map(str, branch.pins)),
+                    pinned=_by_reason(branch.pins),
                 )
             )
         parameters = sum(p.numel() for p in self.generator.parameters())
@@ -377,6 +378,17 @@ class EarlyExitGenerator(nn.Module):
                 f"asked for exit={exit!r}; found exits 1 to {len(self.branches) + 1}, the last one the backbone.", exit
             )
         return exit
+
+
+def _by_reason(pins: Sequence[Pin]) -> tuple[str, ...]:
+    """Say once per cause which widths are fixed."""
+    causes: dict[tuple[int, str], list[str]] = {}
+    for pin in pins:
+        causes.setdefault((pin.size, pin.reason), []).append(f"{pin.parameter}[{pin.axis}]")
+    return tuple(
+        f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''} fixed to {size} by {reason}"
+        for (size, reason), names in causes.items()
+    )
 
 
 def _merge(parts: list[tuple[Tensor, Any]], count: int) -> Any:

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 from retroexit.decoder.stages import Stage
 
 if TYPE_CHECKING:
+    from retroexit.evaluation.sweep import Evaluation
     from retroexit.model import EarlyExitGenerator
 
-__all__ = ["exit_table", "stage_table", "table"]
+__all__ = ["exit_table", "stage_table", "sweep_table", "table"]
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -42,13 +43,12 @@ def exit_table(model: EarlyExitGenerator) -> str:
                 f"{100 * e.share:.1f} %",
                 f"{e.parameters:,}",
                 _brief(e.widths),
-                str(len(e.pinned)) if e.pinned else "",
+                "see below" if e.pinned else "",
             ]
         )
     head = ["exit", "attached", "depth", "GMACs", "share", "parameters", "widths", "pinned"]
     lines = [f"{name} with {len(rows) - 1} early exits", table(head, rows)]
-    for e in model.exits:
-        lines += [f"  exit {e.index}: {reason}" for reason in dict.fromkeys(e.pinned)]
+    lines += [f"exit {e.index}: {cause}" for e in model.exits for cause in e.pinned]
     return "\n".join(lines)
 
 
@@ -70,6 +70,24 @@ def stage_table(stages: Sequence[Stage]) -> str:
     ]
     head = ["l", "path", "class", "size", "channels", "GMACs", "share", "up to here", "live values besides the feature"]
     return table(head, rows)
+
+
+def sweep_table(evaluation: Evaluation, thresholds: Sequence[float]) -> str:
+    """Show what routing saves at some thresholds, predictor and retrieval counted."""
+    rows = []
+    for tau in thresholds:
+        point = evaluation.at_threshold(tau)
+        rows.append(
+            [
+                f"{tau:g}",
+                f"{100 * point.saved:.1f} %",
+                f"{point.mean_loss:.4f}",
+                f"{point.p90_loss:.4f}",
+                f"{100 * point.violations:.1f} %",
+                " ".join(map(str, point.counts)),
+            ]
+        )
+    return table(["threshold", "saved", "mean", "90 %", "violations", "samples per exit"], rows)
 
 
 def _brief(widths: Sequence[int], most: int = 8) -> str:

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
+from retroexit.decoder.counting import MacCounter
 from retroexit.errors import MissingExtraError
 
 __all__ = ["count_macs", "thop_macs"]
@@ -31,10 +31,10 @@ def count_macs(function: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
     Returns:
         Multiply-accumulates; 1 MAC = 2 FLOPs.
     """
-    counter = FlopCounterMode(display=False)
+    counter = MacCounter()
     with torch.no_grad(), counter:
         function(*args, **kwargs)
-    return int(counter.get_total_flops()) // 2
+    return counter.macs
 
 
 def thop_macs(module: nn.Module, *args: Any) -> int:

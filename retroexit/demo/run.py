@@ -1,0 +1,120 @@
+"""The demo's job: wrap the shipped generator, fit it on drawn scenes, show what it saves."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from retroexit.api import evaluate, fit, wrap
+from retroexit.demo.generator import load_scene_generator, scene_inputs
+from retroexit.demo.scenes import LABEL_COLOURS
+from retroexit.errors import WeightsError
+from retroexit.evaluation.quality import QualityMetric, resolve_metric
+from retroexit.evaluation.sweep import Evaluation
+from retroexit.model import EarlyExitGenerator
+from retroexit.tables import exit_table, sweep_table
+
+__all__ = ["pick_metric", "run_demo", "wrap_scene_generator"]
+
+ATTACH_AT, SCALES, MIN_CHANNELS = (1, 2, 3, 4), (1 / 4, 1 / 4, 1 / 3, 1 / 2), 12
+FIT_SEED, TEST_SEED = 1, 2  # blocks of a thousand scenes that neither the generator nor each other have seen
+
+
+def wrap_scene_generator() -> EarlyExitGenerator:
+    """Wrap the shipped generator the way the demo does: four exits, guided by retrieval."""
+    return wrap(
+        load_scene_generator(),
+        ATTACH_AT,
+        SCALES,
+        min_channels=MIN_CHANNELS,
+        guidance=True,
+        image_range=(-1.0, 1.0),
+        example_inputs=tuple(x[None] for x in scene_inputs(1, FIT_SEED)[0]),
+    )
+
+
+def pick_metric(name: str, weights: Path | None, say: Callable[[str], None]) -> QualityMetric:
+    """Take the named metric; ``auto`` takes LPIPS where its weights can be had, else MS-SSIM, and says so.
+
+    Raises:
+        WeightsError: If LPIPS is asked for by name and its weights cannot be had.
+    """
+    if name != "auto":
+        return resolve_metric(name, weights)
+    try:
+        return resolve_metric("lpips-alex", weights)
+    except WeightsError as error:
+        say(
+            "LPIPS weights cannot be had here, so this demo measures quality by 1 - MS-SSIM instead (as with --metric ms-ssim); "
+            f"thresholds are on that scale.\n  reason: {error}"
+        )
+        return resolve_metric("ms-ssim")
+
+
+def run_demo(
+    out: Path,
+    *,
+    metric: str = "auto",
+    weights: Path | None = None,
+    steps: int = 400,
+    scenes: int = 256,
+    test_scenes: int = 96,
+    say: Callable[[str], None] = print,
+    command: str | None = None,
+) -> tuple[EarlyExitGenerator, Evaluation]:
+    """Run the whole demo.
+
+    Args:
+        out: Folder for cache, model and report.
+        metric: Quality metric, or ``"auto"``.
+        weights: File with its weights.
+        steps: Training steps per branch.
+        scenes: Drawn scenes to fit on.
+        test_scenes: Drawn scenes to evaluate on.
+        say: Prints a line.
+        command: The command to show in the report.
+
+    Returns:
+        The fitted model and its evaluation.
+    """
+    begin = time.monotonic()
+    quality = pick_metric(metric, weights, say)
+    model = wrap_scene_generator()
+    say(str(exit_table(model)))
+    fit(
+        model,
+        scene_inputs(scenes, FIT_SEED),
+        out / quality.name,
+        metric=quality,
+        steps=steps,
+        batch=8,
+        checkpoint_every=100,
+    )
+    report = out / "report"
+    result = evaluate(
+        model,
+        scene_inputs(test_scenes, TEST_SEED),
+        report,
+        metric=quality,
+        title="Street scenes: a SPADE generator with four early exits",
+        command=command,
+        show=picture,
+    )
+    means = result.loss.mean(0)
+    thresholds = sorted({round(float(t), 3) for t in (0.75 * means.min(), *means, 1.25 * means.max())})
+    say(f"\nQuality loss ({quality.name}) of every exit to the backbone, on {test_scenes} scenes it was not fitted on:")
+    say("  " + "  ".join(f"exit {k}: {m:.3f}" for k, m in enumerate(means, 1)))
+    say("\nRouted by threshold, predictor and retrieval counted:")
+    say(sweep_table(result, thresholds))
+    say(f"\nreport with pictures: {report / 'report.html'}   ({time.monotonic() - begin:.0f} s)")
+    return model, result
+
+
+def picture(sample: tuple[Tensor, Tensor]) -> Tensor:
+    """Colour a label map: ``(classes, H, W)`` to ``(3, H, W)`` in [0, 1]."""
+    colours = torch.from_numpy(LABEL_COLOURS).float() / 255
+    return colours[sample[0].argmax(0)].permute(2, 0, 1)
