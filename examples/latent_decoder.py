@@ -1,0 +1,201 @@
+"""Early exits for a real latent decoder: taef2, a tiny autoencoder distilled from the FLUX.2 VAE, on street photographs.
+
+The decoder turns 32-channel latents at 1/8 of the resolution into images. Its latents come from real photographs (CamVid) by
+its own encoder; the photographs themselves are not needed for fitting, since the decoder's image is the target. Weights and data are not part of
+this project: point ``--shared`` (or RETROEXIT_SHARED) to the folder that holds ``data/weights`` and ``data/street``.
+
+    python examples/latent_decoder.py --out runs/latent
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import retroexit
+from retroexit.evaluation.sweep import Evaluation
+from retroexit.tables import sweep_table, table
+
+ATTACH_AT = (3, 4, 6, 7, 8)
+WIDTHS = (16, 20, 24, 28, 32)  # of 64 channels
+THRESHOLDS = (0.05, 0.1, 0.15)
+
+
+class Clamp(nn.Module):
+    """Soft limit of the latents to (-3, 3)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 3 * torch.tanh(x / 3)
+
+
+class Block(nn.Module):
+    """Three convolutions with a skip, before them an optional channel mixer with a norm over the whole map."""
+
+    def __init__(self, width: int = 64, pool: bool = False) -> None:
+        super().__init__()
+        conv = [nn.Conv2d(width, width, 3, padding=1) for _ in range(3)]
+        self.conv = nn.Sequential(conv[0], nn.ReLU(), conv[1], nn.ReLU(), conv[2])
+        self.pool = None
+        if pool:
+            inner = 4 * width
+            self.pool = nn.Sequential(
+                nn.Conv2d(width, inner, 1, bias=False), nn.GroupNorm(4, inner), nn.ReLU(), nn.Conv2d(inner, width, 1, bias=False)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.pool is not None:
+            x = x + self.pool(x)
+        return torch.relu(self.conv(x) + x)
+
+
+def decoder_layers(latent: int = 32, width: int = 64) -> nn.Sequential:
+    """Layers of the taef2 decoder in the order of its checkpoint."""
+    layers: list[nn.Module] = [Clamp(), nn.Conv2d(latent, width, 3, padding=1), nn.ReLU()]
+    for blocks, pool in ((3, True), (3, False), (3, False)):
+        layers += [Block(width, pool) for _ in range(blocks)]
+        layers += [nn.Upsample(scale_factor=2), nn.Conv2d(width, width, 3, padding=1, bias=False)]
+    return nn.Sequential(*layers, Block(width), nn.Conv2d(width, 3, 3, padding=1))
+
+
+def encoder_layers(latent: int = 32, width: int = 64) -> nn.Sequential:
+    """Layers of the taef2 encoder in the order of its checkpoint."""
+    layers: list[nn.Module] = [nn.Conv2d(3, width, 3, padding=1), Block(width)]
+    for pool in (False, False, True):
+        layers += [nn.Conv2d(width, width, 3, stride=2, padding=1, bias=False), *(Block(width, pool) for _ in range(3))]
+    return nn.Sequential(*layers, nn.Conv2d(width, latent, 3, padding=1))
+
+
+def shared_folder(given: str | None = None) -> Path:
+    """Find the folder with weights and photographs."""
+    folder = Path(given or os.environ.get("RETROEXIT_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+    if not (folder / "data" / "weights").is_dir():
+        raise SystemExit(f"no data/weights in {folder}; pass --shared or set RETROEXIT_SHARED")
+    return folder
+
+
+def load(name: str, shared: Path) -> nn.Sequential:
+    """Load the taef2 encoder or decoder, in float32 and eval mode."""
+    layers = encoder_layers() if name == "encoder" else decoder_layers()
+    weights = torch.load(shared / "data/weights" / f"taef2_{name}.pth", weights_only=True, map_location="cpu")
+    layers.load_state_dict({key: value.float() for key, value in weights.items()})
+    return layers.eval()
+
+
+@torch.no_grad()
+def latents(split: str, shared: Path, cache: Path) -> Tensor:
+    """Encode the photographs of a split, ``(S, 32, 16, 32)``; computed once."""
+    path = cache / f"latents-{split}.npy"
+    if path.exists():
+        return torch.from_numpy(np.load(path, allow_pickle=False))
+    encoder, found = load("encoder", shared), []
+    street = shared / "data/street"
+    for name in tqdm((street / f"{split}.txt").read_text().split(), desc=f"encoding {split}", disable=None):
+        pixels = np.array(Image.open(street / "256x128/image" / f"{name}.jpg").convert("RGB"))
+        found.append(encoder(torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255)[0])
+    cache.mkdir(parents=True, exist_ok=True)
+    np.save(path, torch.stack(found).numpy(), allow_pickle=False)
+    return torch.stack(found)
+
+
+def summarise(result: Evaluation) -> str:
+    """Set the numbers that matter in tables."""
+    seconds = result.seconds if result.seconds is not None else np.full(len(result.macs), np.nan)
+    rows = [
+        [
+            str(k + 1),
+            f"{100 * result.macs[k] / result.macs[-1]:.1f} %",
+            f"{result.loss[:, k].mean():.4f}",
+            f"{np.quantile(result.loss[:, k], 0.9):.4f}",
+            f"{1000 * seconds[k]:.1f}",
+        ]
+        for k in range(result.loss.shape[1])
+    ]
+    rows.append([str(len(rows) + 1), "100 %", "0", "0", f"{1000 * seconds[-1]:.1f}"])
+    parts = [table(["exit", "MACs", "mean LPIPS", "90 %", "ms"], rows)]
+    parts.append("threshold on the predicted loss of each sample, predictor and retrieval counted:")
+    parts.append(sweep_table(result, THRESHOLDS))
+    at_mean = []
+    for target in THRESHOLDS:
+        point = result.at_mean(target)
+        at_mean.append([f"{target:g}", f"{100 * point.saved:.1f} %", f"{point.mean_loss:.4f}", " ".join(map(str, point.counts))])
+    parts.append("threshold chosen so that the mean loss stays below:")
+    parts.append(table(["mean", "saved", "reached", "samples per exit"], at_mean))
+    error = result.predictor_error()
+    parts.append(
+        "predictor, per exit: mean relative error "
+        + ", ".join(f"{100 * e:.1f} %" for e in error["mean_relative"] if e is not None)
+        + "; rank correlation "
+        + ", ".join(f"{r:.2f}" for r in error["spearman"] if r is not None)
+    )
+    return "\n".join(parts)
+
+
+def main() -> None:
+    """Fit and evaluate."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shared", help="folder with data/weights and data/street")
+    parser.add_argument("--out", type=Path, default=Path("runs/latent"))
+    parser.add_argument("--attach-at", type=int, nargs="+", default=ATTACH_AT)
+    parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS, help="channels of each branch, of 64")
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--crop", type=int, default=64)
+    parser.add_argument("--lr", type=float, default=4e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--init", choices=("inherit", "scratch"), default="inherit")
+    parser.add_argument("--guidance", action="store_true", help="guide the branches by retrieval")
+    parser.add_argument("--float32", action="store_true", help="train without bfloat16 autocast")
+    parser.add_argument("--train", type=int, default=None, help="use only so many training latents")
+    parser.add_argument("--test", type=int, default=None, help="use only so many test latents")
+    arguments = parser.parse_args()
+
+    shared = shared_folder(arguments.shared)
+    train = latents("train", shared, arguments.out)[: arguments.train]
+    test = latents("test", shared, arguments.out)
+    if arguments.test is not None:  # spread over the drives
+        test = test[np.linspace(0, len(test) - 1, arguments.test).round().astype(int)]
+    model = retroexit.wrap(
+        load("decoder", shared),
+        attach_at=arguments.attach_at,
+        scale=[width / 64 for width in arguments.widths],
+        min_channels=min(arguments.widths),
+        init=arguments.init,
+        guidance=arguments.guidance,
+        image_range=(0.0, 1.0),
+        example_inputs=(train[:1],),
+    )
+    print(model)
+    weights = shared / "data/weights/lpips_alex_v0.1.pth"
+    retroexit.fit(
+        model,
+        train,
+        arguments.out,
+        metric="lpips-alex",
+        weights=weights,
+        steps=arguments.steps,
+        batch=arguments.batch,
+        crop=arguments.crop,
+        lr=arguments.lr,
+        seed=arguments.seed,
+        bfloat16=not arguments.float32,
+    )
+    report = arguments.out / "report"
+    command = "python examples/latent_decoder.py --out runs/latent"
+    result = retroexit.evaluate(
+        model, test, report, weights=weights, title="taef2: a latent decoder with early exits", command=command
+    )
+    print(summarise(result))
+    (report / "settings.json").write_text(json.dumps({k: str(v) for k, v in vars(arguments).items()}, indent=1))
+    print(f"report: {report / 'report.html'}")
+
+
+if __name__ == "__main__":
+    main()
