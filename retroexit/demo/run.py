@@ -106,7 +106,9 @@ def run_demo(
     )
     means = result.loss.mean(0)
     thresholds = sorted({round(float(t), 3) for t in (0.75 * means.min(), *means, 1.25 * means.max())})
-    say(f"\nQuality loss ({quality.name}) of every exit to the backbone, on {test_scenes} scenes it was not fitted on:")
+    say(
+        f"\nQuality loss ({quality.name}) of every exit to the backbone, on {test_scenes} scenes it was not fitted on:"
+    )
     say("  " + "  ".join(f"exit {k}: {m:.3f}" for k, m in enumerate(means, 1)))
     say("\nRouted by threshold, predictor and retrieval counted:")
     say(sweep_table(result, thresholds))

@@ -76,10 +76,10 @@ def test_the_shipped_generator_is_in_eval_mode_and_single_precision(generator: S
 def test_the_shipped_generator_reproduces_held_out_scenes(generator: SceneGenerator) -> None:
     drawn = torch.stack([scene_target(first=100 + index) for index in range(12)])
     error = (generator(*batch(12, first=100)) - drawn).abs().mean(dim=(1, 2, 3))
-    assert float(error.mean()) < 0.05
+    assert float(error.mean()) < 0.035  # 0.027 measured
     # Against the trivial answer, every scene's own mean colour.
     flat = (drawn.mean(dim=(2, 3), keepdim=True) - drawn).abs().mean(dim=(1, 2, 3))
-    assert bool((error < 0.4 * flat).all())
+    assert bool((error < 0.25 * flat).all())
 
 
 @torch.no_grad()
