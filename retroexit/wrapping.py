@@ -107,8 +107,8 @@ class Anatomy:
     def depth(self, place: Stage) -> int:
         """Number of stages in the branch behind a place, N - k (paper section 3.1)."""
         position = next(c.position for c, p in zip(self.split.cuts, self.places, strict=True) if p is place)
-        nodes = self.split.decoder.recording.nodes
-        later = {str(n.target) for n in nodes[position:] if n.op == "call_module"}
+        recording = self.split.decoder.recording
+        later = {call.path for call in recording.calls if call.begin >= position}
         return sum(stage.path in later for stage in self.split.decoder.stages)
 
     def guidance_values(self, args: Any, kwargs: Any) -> Tensor:
@@ -212,6 +212,10 @@ def _find_places(decoder: Decoder, options: WrapOptions) -> list[tuple[Stage, Cu
             f"asked for attach_at={list(options.attach_at)}; found two names for one stage. Name each once.", options.attach_at
         )
     pairs = places(decoder, chosen, options.tap)
+    if len({cut.position for _, cut in pairs}) < len(pairs):
+        raise AttachPointError(
+            f"asked for attach_at={list(options.attach_at)}; found two names for one place. Name each once.", options.attach_at
+        )
     last = decoder.stages[-1].path
     for stage, cut in pairs:
         if options.tap == "after" and not any(n.op == "call_module" and _has_weights(n) for n in cut.rest):
@@ -262,11 +266,12 @@ def _build_exit(
         written = set(range(len(handed)))
     cut = split.cuts[index]
     one = [v[:1] if n in split.batched else v for n, v in zip(cut.crossing, crossing, strict=True)]
-    branch = build_branch(tail, cut, one, spec, plan)
-    guide = None
-    if spec.guide is not None:
-        guide = one[0].new_zeros(one[0].shape[0], spec.guide.channels, *spec.guide.size)
-    macs = count_macs(branch, *(value.clone() for value in one), guide=guide)
+    with unobserved(split.generator):  # trial runs draw from generators that are not theirs
+        branch = build_branch(tail, cut, one, spec, plan)
+        guide = None
+        if spec.guide is not None:
+            guide = one[0].new_zeros(one[0].shape[0], spec.guide.channels, *spec.guide.size)
+        macs = count_macs(branch, *(value.clone() for value in one), guide=guide)
     return branch, written, macs if split.any_batch else macs // split.batch
 
 

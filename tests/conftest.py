@@ -2,11 +2,85 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
+
+
+def _load(name: str) -> ModuleType:
+    """Import a file beside this one; with importmode=importlib, tests cannot import one another."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+_toys = _load("toys")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run a test that asks for ``every_toy`` once for each toy generator."""
+    if "every_toy" in metafunc.fixturenames:
+        metafunc.parametrize("every_toy", list(_toys.TOYS), indirect=True)
+
+
+@pytest.fixture
+def every_toy(request: pytest.FixtureRequest) -> Any:
+    """A toy generator; the test runs once for each."""
+    return _toys.TOYS[request.param]()
+
+
+@pytest.fixture
+def toys() -> ModuleType:
+    """The file of toy generators; ``toys.TOYS[name]()`` builds one."""
+    return _toys
+
+
+def _fingerprint(generator: nn.Module) -> dict[str, Any]:
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_state_dict_hooks")
+    tensors = [*generator.named_parameters(), *generator.named_buffers()]
+    return {
+        "values": {name: tensor.detach().clone() for name, tensor in tensors},
+        "identities": {name: id(tensor) for name, tensor in tensors},
+        "requires_grad": {name: tensor.requires_grad for name, tensor in tensors},
+        "grads": {name: tensor.grad is None for name, tensor in tensors if tensor.is_leaf},
+        "training": {name: module.training for name, module in generator.named_modules()},
+        "hooks": {
+            (name, kind): list(vars(module).get(kind, ())) for name, module in generator.named_modules() for kind in hooks
+        },
+        "attributes": {name: sorted(vars(module)) for name, module in generator.named_modules()},
+        "call": nn.Module.__call__,
+        "random": torch.random.get_rng_state(),
+    }
+
+
+@pytest.fixture
+def untouched() -> Callable[[nn.Module], AbstractContextManager[None]]:
+    """``with untouched(generator):`` fails where the block leaves a trace on the generator or on random numbers."""
+
+    @contextmanager
+    def watch(generator: nn.Module) -> Iterator[None]:
+        before = _fingerprint(generator)
+        yield
+        after = _fingerprint(generator)
+        for key in ("values",):
+            assert before[key].keys() == after[key].keys()
+            for name in before[key]:
+                assert torch.equal(before[key].pop(name), after[key].pop(name)), name
+        assert torch.equal(before.pop("random"), after.pop("random"))
+        assert before == after
+
+    return watch
 
 
 @pytest.fixture(scope="session")

@@ -10,9 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from retroexit.branch.inherit import choose_channels, find_layout, narrow, reshape, start_from_scratch
+from retroexit.branch.inherit import (
+    choose_channels,
+    correct_fan_in,
+    find_layout,
+    narrow,
+    reshape,
+    start_from_scratch,
+)
 from retroexit.branch.widths import Pin, WidthPlan, WidthRule, analyse
-from retroexit.decoder.cut import Cut, Tail
+from retroexit.decoder.cut import Cut, Tail, clone_module
 from retroexit.decoder.structure import tensors
 from retroexit.errors import BranchError
 
@@ -184,7 +191,9 @@ def build_branch(tail: Tail, cut: Cut, values: Sequence[Tensor], spec: BranchSpe
     feature = values[0]
     kept: Tensor | None = None
     thin: nn.Module = tail
+    full = tail
     if plan is not None:
+        full = clone_module(tail)  # type: ignore[assignment]
         reshape(thin, plan)
     elif spec.rule.scale < 1:
         algebra = analyse(tail, values, threshold=spec.rule.min_channels, output_of=tensors)
@@ -197,6 +206,7 @@ def build_branch(tail: Tail, cut: Cut, values: Sequence[Tensor], spec: BranchSpe
             start_from_scratch(thin, tail, spec.seed)
     elif spec.init == "scratch":
         start_from_scratch(thin, tail, spec.seed)
+    correct_fan_in(thin, full)
     width = plan.entry if plan is not None else int(feature.shape[1])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)

@@ -10,26 +10,31 @@ Reference: paper sections 3.1 and 4.1 (modules "less complex", a scale factor, a
 from __future__ import annotations
 
 import math
-import traceback
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import sympy
 import torch
-from sympy.core.relational import Equality
+from sympy.core.relational import Equality, GreaterThan, LessThan, StrictGreaterThan, StrictLessThan, Unequality
 from torch import Tensor, nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
+from retroexit.decoder import cut
 from retroexit.decoder.cut import clone_module
+from retroexit.decoder.lines import show, user_line
 from retroexit.errors import BranchError, OptionError
 
 __all__ = ["Algebra", "Pin", "WidthPlan", "WidthRule", "analyse", "scaled_width"]
 
 _BUILTIN_WIDTHS = ("groups", "num_features", "normalized_shape", "embed_dim", "kdim", "vdim", "head_dim")
+_ORDERS = (GreaterThan, LessThan, StrictGreaterThan, StrictLessThan)
+_LENIENCE_LOCK = threading.Lock()
 Expr = Any  # a sympy expression, or an int
 
 
@@ -244,7 +249,7 @@ def analyse(
     entering = [run.fake(v, f"x{i}", [i == 0 and a == 1 and v.shape[1] > threshold for a in range(v.dim())])
                 for i, v in enumerate(values)]
     try:
-        with run.mode, enable_python_dispatcher(), torch.no_grad():
+        with run.mode, enable_python_dispatcher(), torch.no_grad(), _lenient_python():
             out = torch.func.functional_call(run.tail, run.tensors, tuple(entering))
     except Exception as error:
         raise BranchError(
@@ -253,6 +258,27 @@ def analyse(
             tail,
         ) from error
     return run.collect(entering[0].shape[1], output_of(out))
+
+
+@contextmanager
+def _lenient_python() -> Iterator[None]:
+    """Let Python compute with symbolic sizes where that ties nothing together, while a tail runs.
+
+    Attention's fused kernel reads its width as a plain number, so it stays off. ``math.sqrt(c)`` and the like turn a size into a
+    float, which PyTorch takes as a promise that it never changes; a factor may well depend on the width.
+    """
+    with _LENIENCE_LOCK:
+        enabled = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        added = not hasattr(torch.SymInt, "__float__")
+        if added:
+            torch.SymInt.__float__ = lambda size: float(size.node.hint)  # type: ignore[attr-defined]
+        try:
+            yield
+        finally:
+            if added:
+                del torch.SymInt.__float__  # type: ignore[attr-defined]
+            torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 class _ObservedShapeEnv(ShapeEnv):
@@ -265,6 +291,15 @@ class _ObservedShapeEnv(ShapeEnv):
     def _set_replacement(self, a: sympy.Symbol, tgt: sympy.Expr, msg: str) -> None:
         self.places.setdefault(a, (tgt, _user_line()))
         super()._set_replacement(a, tgt, msg)
+
+    def evaluate_expr(self, orig_expr: sympy.Basic, hint: Any = None, *args: Any, **kwargs: Any) -> sympy.Basic:
+        """Answer by the real sizes what cannot tie widths together: only proofs of equality are worth their time."""
+        says_nothing = isinstance(orig_expr, _ORDERS) or (
+            (isinstance(orig_expr, Equality) and hint is False) or (isinstance(orig_expr, Unequality) and hint is True)
+        )
+        if says_nothing and isinstance(hint, bool):
+            return sympy.true if hint else sympy.false
+        return super().evaluate_expr(orig_expr, hint, *args, **kwargs)
 
     def why_constant(self, symbol: sympy.Symbol) -> str | None:
         """Follow a symbol's replacements to the number it became."""
@@ -445,9 +480,9 @@ def _holds(condition: sympy.Basic, sizes: dict[sympy.Symbol, int]) -> bool:
 
 
 def _user_line() -> str:
-    """Name the innermost line of the running code that belongs neither to PyTorch nor to this library."""
-    inside = ("/torch/", "/sympy/", "/retroexit/")
-    for frame in reversed(traceback.extract_stack()):
-        if not any(part in frame.filename for part in inside):
-            return f"{frame.filename}:{frame.lineno}: {frame.line}"
-    return "the graph between the modules"
+    """Name the line of the generator's code that runs: in a module, or where the graph's node was recorded."""
+    line = user_line()
+    if not isinstance(line, tuple) and line is not None:
+        node = line.f_locals.get("node") if line.f_code.co_filename == cut.__file__ else None
+        line = node.meta.get("line") if node is not None else None
+    return show(line) if isinstance(line, tuple) else "the graph between the modules"

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from retroexit.decoder.record import Recording
@@ -44,20 +45,20 @@ class Cut:
         return (self.feature, *self.live)
 
 
-def cut_at(recording: Recording, position: int, feature: fx.Node, where: str) -> Cut:
+def cut_at(recording: Recording, position: int, features: Sequence[fx.Node], where: str) -> Cut:
     """Cut a recording between two nodes.
 
     Args:
         recording: One execution of a generator.
         position: Number of nodes before the cut.
-        feature: The node that carries the stage's feature map.
+        features: Nodes that could be the stage's feature map, the likeliest first.
         where: How to name this place in errors.
 
     Returns:
         The cut.
 
     Raises:
-        AttachPointError: If the output does not depend on the feature after this place.
+        AttachPointError: If the output depends on none of them after this place.
     """
     nodes = recording.nodes
     index = {node: i for i, node in enumerate(nodes)}
@@ -73,7 +74,8 @@ def cut_at(recording: Recording, position: int, feature: fx.Node, where: str) ->
             needed.update(node.all_input_nodes)
             rest.append(node)
     live = [n for n in nodes[:position] if n in needed and not n.meta.get("size") and n.op != "get_attr"]
-    if feature not in live:
+    feature = next((node for node in features if node in live), None)
+    if feature is None:
         raise AttachPointError(
             f"asked for a branch {where}; found that the image does not depend on that place's feature map afterwards. "
             "Attach at one of the stages that 'retroexit inspect' lists.",
@@ -244,7 +246,8 @@ def clone_module(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Mo
         for value in vars(owner).values():
             if isinstance(value, Tensor) and not value.is_leaf and id(value) not in memo:
                 memo[id(value)] = value.detach().clone()
-    duplicate = copy.deepcopy(module, memo)
+    with torch.no_grad():  # scripted modules copy their parameters by an operation that gradient flows through
+        duplicate = copy.deepcopy(module, memo)
     for parameter in duplicate.parameters():
         parameter.grad = None
         if parameter.is_floating_point():

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import operator
 import threading
-import traceback
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils.flop_counter import FlopCounterMode
 
+from retroexit.decoder.counting import MacCounter
+from retroexit.decoder.lines import show, user_line
 from retroexit.decoder.structure import children, flatten, is_record, rebuild, tensors
 from retroexit.errors import DeviceError, GeneratorError, ModeError, NonFiniteError, RecordingError
 
@@ -143,7 +143,7 @@ class Recorder(TorchFunctionMode):
         self.calls: list[Call] = []
         self.constants: dict[str, Tensor] = {}
         self.reads: list[str] = []
-        self.counter = FlopCounterMode(display=False)
+        self.counter = MacCounter()
         self._inside_leaf = 0
         self._open: list[int] = []
         self._node_of: dict[int, fx.Node] = {}
@@ -251,6 +251,7 @@ class Recorder(TorchFunctionMode):
         make = self.graph.call_method if is_method else self.graph.call_function
         node = make(target, node_args, node_kwargs)
         node.meta["macs"] = self._macs() - before
+        node.meta["line"] = user_line()
         node.meta["mutates"] = _mutates(name, kwargs)
         if isinstance(out, Tensor) and any(out is item for item in args):
             node.meta["mutates"] = node.meta["mutates"] or name != "contiguous"
@@ -291,9 +292,9 @@ class Recorder(TorchFunctionMode):
 
     def _note_read(self, name: str, args: Any) -> None:
         if name in _READS:
-            frame = next((f for f in reversed(traceback.extract_stack()) if _is_user_code(f.filename)), None)
-            if frame is not None:
-                self.reads.append(f"{frame.filename}:{frame.lineno}: {frame.line}")
+            line = user_line()
+            if isinstance(line, tuple):
+                self.reads.append(show(line))
 
     def call_module(self, original: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Stand in for ``nn.Module.__call__`` while recording."""
@@ -318,14 +319,14 @@ class Recorder(TorchFunctionMode):
         call.macs = self._macs() - before
         if leaf:
             node = self.graph.create_node("call_module", path, node_args, node_kwargs)
-            node.meta["macs"] = call.macs
+            node.meta["macs"], node.meta["line"] = call.macs, user_line()
             self._bind(node, out)
         call.outputs = [self.node(tensor) for tensor in tensors(out)]
         call.end = len(self.graph.nodes)
         return out
 
     def _macs(self) -> int:
-        return self.counter.get_total_flops() // 2
+        return self.counter.macs
 
 
 def record(
@@ -510,7 +511,3 @@ def _importable(func: Any) -> tuple[Any, bool]:
     if type(func).__name__ in ("method_descriptor", "wrapper_descriptor") and hasattr(Tensor, name):
         return name, True
     return func, False
-
-
-def _is_user_code(filename: str) -> bool:
-    return "/torch/" not in filename and "retroexit/decoder" not in filename

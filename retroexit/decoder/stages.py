@@ -71,47 +71,50 @@ class Decoder:
     @cached_property
     def paths(self) -> list[str]:
         """Paths of the modules that a branch can be attached to."""
-        return [str(node.target) for node in self.recording.nodes if node.op == "call_module"]
+        return [call.path for call in self.recording.calls if call.path]
+
+    def call(self, path: str) -> Call:
+        """Find the one call of a module.
+
+        Raises:
+            RepeatedStageError: If it runs more than once.
+        """
+        calls = [call for call in self.recording.calls if call.path == path]
+        if len(calls) > 1:
+            raise RepeatedStageError(
+                f"asked for a branch at {path!r}; found that it runs {len(calls)} times in one forward pass, so that "
+                "there is no single place behind it. Attach at a module that runs once.",
+                path,
+            )
+        return calls[0]
 
     def cut_after(self, stage: Stage) -> Cut:
         """Cut behind a stage's output."""
-        nodes = self.recording.nodes
-        node = self._only_call(stage.end or stage.path)
-        position = nodes.index(node) + 1
-        while position < len(nodes) and _reads_from(nodes[position], node):
-            position += 1
-        candidates = [n for n in (node, *nodes[nodes.index(node) : position]) if _is_map(n, self.image)]
+        call = self.call(stage.end or stage.path)
+        candidates = self._maps(call.outputs)
         if not candidates:
             raise AttachPointError(
                 f"asked for a branch after {stage.path!r}; found that it returns no feature map. "
                 f"Attach at one of {closest(stage.path, [s.path for s in self.stages])}.",
                 stage.path,
             )
-        feature = max(candidates, key=lambda n: n.meta["shape"][1])
-        return cut_at(self.recording, position, feature, f"after {stage.path!r}")
+        return cut_at(self.recording, call.end, candidates, f"after {stage.path!r}")
 
     def cut_before(self, stage: Stage) -> Cut:
         """Cut in front of a stage's input."""
-        nodes = self.recording.nodes
-        node = self._only_call(stage.path)
-        candidates = [n for n in node.all_input_nodes if _is_map(n, self.image)]
+        call = self.call(stage.path)
+        candidates = self._maps(call.inputs)
         if not candidates:
             raise AttachPointError(
                 f"asked for a branch before {stage.path!r}; found that it takes no feature map. Use tap='after'.",
                 stage.path,
             )
-        feature = max(candidates, key=lambda n: n.meta["shape"][1])
-        return cut_at(self.recording, nodes.index(node), feature, f"before {stage.path!r}")
+        return cut_at(self.recording, call.begin, candidates, f"before {stage.path!r}")
 
-    def _only_call(self, path: str) -> fx.Node:
-        nodes = [n for n in self.recording.nodes if n.op == "call_module" and n.target == path]
-        if len(nodes) > 1:
-            raise RepeatedStageError(
-                f"asked for a branch at {path!r}; found that it runs {len(nodes)} times in one forward pass, so that "
-                "there is no single place behind it. Attach at a module that runs once.",
-                path,
-            )
-        return nodes[0]
+    def _maps(self, nodes: Iterable[fx.Node]) -> list[fx.Node]:
+        """Maps among some nodes, the one with most channels first."""
+        maps = [node for node in nodes if node.op != "get_attr" and _is_map(node, self.image)]
+        return sorted(maps, key=lambda node: -node.meta["shape"][1])
 
 
 def find_stages(
@@ -186,20 +189,18 @@ def read_decoder(
 def describe_stage(decoder: Decoder, path: str, index: int = 0, end: str = "") -> Stage:
     """Describe one module of a decoder as a stage."""
     recording = decoder.recording
-    node = decoder._only_call(path)
+    call = decoder.call(path)
     bare = Stage(index, path, "", (), 0, 0.0, 0.0, end=end or path)
     cut = decoder.cut_after(bare)
-    macs = int(node.meta.get("macs", 0))
     spent = sum(n.meta.get("macs", 0) for n in recording.nodes[: cut.position])
     total = max(recording.macs, 1)
-    call = next(call for call in recording.calls if call.path == path)
     return Stage(
         index=index,
         path=path,
         kind=type(call.module).__name__,
-        shape=cut.feature.meta["shape"],
-        macs=macs,
-        share=macs / total,
+        shape=decoder._maps(call.outputs)[0].meta["shape"],
+        macs=call.macs,
+        share=call.macs / total,
         cumulative=spent / total,
         live=tuple((n.name, n.meta.get("shape", ())) for n in cut.live),
         end=end or path,
@@ -287,6 +288,7 @@ class _Candidate:
     children: list[_Candidate]
     weight_layers: int
     entering: list[fx.Node]
+    has_parts: bool
     end: str = ""
 
     @property
@@ -303,9 +305,20 @@ class _Candidate:
     def is_atom(self) -> bool:
         return self.weight_layers <= 1
 
+    @property
+    def is_bare(self) -> bool:
+        """Tell whether it is a layer without parts."""
+        return not self.has_parts
+
     def sizes(self) -> set[int]:
-        """Spatial sizes that occur inside."""
-        return {self.size}.union(*(child.sizes() for child in self.children))
+        """Lengths of the last spatial axis that occur inside, of maps laid out like the output."""
+        own = self.output.meta["shape"][2:]
+        shapes = [node.meta["shape"][2:] for node in self.outputs()]
+        return {int(shape[-1]) for shape in shapes if all(n * own[-1] == shape[-1] * o for n, o in zip(shape, own, strict=True))}
+
+    def outputs(self) -> set[fx.Node]:
+        """Outputs of all calls inside, its own included."""
+        return {self.output}.union(*(child.outputs() for child in self.children))
 
 
 class _Reader:
@@ -343,7 +356,7 @@ class _Reader:
             return None
         output = max(outputs, key=lambda n: n.meta["shape"][1]) if outputs else self.image
         entering = [n for n in call.inputs if n in self.features and _is_map(n, self.image)]
-        return _Candidate(call, output, children, self.weight_layers(i), entering, call.path)
+        return _Candidate(call, output, children, self.weight_layers(i), entering, i in self.children, call.path)
 
     def weight_layers(self, i: int) -> int:
         """Number of called layers with MACs inside a call; one for a bare convolution."""
@@ -447,11 +460,12 @@ class _Reader:
     @staticmethod
     def _without_glue(parts: list[_Candidate]) -> list[_Candidate]:
         """Where blocks do most of the work, bare convolutions between them are glue, unless they raise the resolution."""
-        blocks = [p for p in parts if not p.is_atom]
         total = sum(p.call.macs for p in parts)
-        if len(blocks) < 3 or sum(p.call.macs for p in blocks) < 0.4 * total:
-            return parts
-        return [p for p in parts if not p.is_atom or p.input_size < p.size]
+        for is_glue in (lambda p: p.is_atom, lambda p: p.is_bare):
+            blocks = [p for p in parts if not is_glue(p)]
+            if len(blocks) >= 3 and sum(p.call.macs for p in blocks) >= 0.4 * total:
+                return [p for p in parts if not is_glue(p) or p.input_size < p.size]
+        return parts
 
 
 def _choose(recording: Recording, image: Any) -> dict[str, str]:
@@ -476,16 +490,6 @@ def _has_weights(module: nn.Module) -> bool:
 def _is_map(node: fx.Node, image: fx.Node) -> bool:
     shape = node.meta.get("shape", ())
     return len(shape) == len(image.meta["shape"]) and len(shape) >= 3 and (max(shape[2:]) > 1)
-
-
-def _reads_from(node: fx.Node, source: fx.Node) -> bool:
-    """Tell whether a node only takes an item out of what a module returned."""
-    getters = ("getitem", "getattr")
-    is_getter = node.op == "call_function" and getattr(node.target, "__name__", "") in getters
-    if not is_getter or node.meta.get("size"):
-        return False
-    origin = node.args[0]
-    return origin is source or (isinstance(origin, fx.Node) and _reads_from(origin, source))
 
 
 def _ancestors(node: fx.Node) -> set[fx.Node]:

@@ -1,0 +1,50 @@
+"""Name the line of somebody's code at which something happens, for messages that say where to look."""
+
+from __future__ import annotations
+
+import linecache
+import sys
+import sysconfig
+from pathlib import Path
+from types import FrameType
+
+import sympy
+import torch
+
+__all__ = ["is_user_code", "show", "user_line"]
+
+_OURS = str(Path(__file__).parents[1])
+_LIBRARIES = (_OURS, *(str(Path(str(module.__file__)).parent) for module in (torch, sympy)))
+_STANDARD = sysconfig.get_paths()["stdlib"]
+
+
+def is_user_code(filename: str) -> bool:
+    """Tell whether a file is neither PyTorch's, nor Python's, nor ours."""
+    installed = "site-packages" in filename or "dist-packages" in filename
+    is_standard = (filename.startswith(_STANDARD) and not installed) or filename.startswith("<frozen")
+    return not is_standard and not filename.startswith(_LIBRARIES)
+
+
+def user_line() -> tuple[str, int] | FrameType | None:
+    """Find the innermost running line that belongs neither to PyTorch, nor to Python, nor to this library.
+
+    Returns:
+        File and line number; or, where one of our own files (other than the asking one) lies further in, its frame; or
+        ``None``.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    asking = frame.f_code.co_filename
+    while frame is not None:
+        filename = frame.f_code.co_filename
+        if is_user_code(filename):
+            return filename, frame.f_lineno
+        if filename.startswith(_OURS) and filename != asking:
+            return frame
+        frame = frame.f_back
+    return None
+
+
+def show(place: tuple[str, int]) -> str:
+    """Format a line as ``file:number: code``."""
+    filename, number = place
+    return f"{filename}:{number}: {linecache.getline(filename, number).strip()}"

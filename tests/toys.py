@@ -1,0 +1,573 @@
+"""Small seeded generators, one for each thing that other people's decoders do. `conftest.py` loads this file."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import namedtuple
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclass
+class Toy:
+    """A generator with inputs that it takes.
+
+    Attributes:
+        generator: In eval mode.
+        args, kwargs: Its inputs, a batch of two.
+        stages: The decoder modules that a person would name.
+        pinned: Part of the line that keeps a width where it is; empty where everything shrinks.
+    """
+
+    generator: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    stages: tuple[str, ...] = ("blocks.0", "blocks.1", "blocks.2")
+    pinned: str = ""
+
+    def rows(self, rows: slice) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Inputs of a part of the batch."""
+
+        def cut(value: Any) -> Any:
+            if isinstance(value, list):
+                return [cut(item) for item in value]
+            return value[rows] if isinstance(value, Tensor) else value
+
+        return tuple(map(cut, self.args)), {key: cut(value) for key, value in self.kwargs.items()}
+
+
+TOYS: dict[str, Callable[[], Toy]] = {}
+
+
+def toy(make: Callable[[], Toy]) -> Callable[[], Toy]:
+    """Register a builder; what it builds is seeded and in eval mode."""
+
+    def build() -> Toy:
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # weight_norm, spectral_norm and torch.jit are deprecated and in use
+            torch.manual_seed(1)
+            made = make()
+        made.generator.eval()
+        return made
+
+    TOYS[make.__name__] = build
+    return build
+
+
+def conv(i: int, o: int, kernel: int = 3, **options: Any) -> nn.Conv2d:
+    return nn.Conv2d(i, o, kernel, padding=kernel // 2, **options)
+
+
+class Block(nn.Module):
+    """A residual block with whatever norm; doubles the resolution on request."""
+
+    def __init__(self, i: int, o: int, up: bool = False, norm: Callable[[int], nn.Module] = nn.Identity) -> None:
+        super().__init__()
+        self.a, self.b, self.norm, self.up = conv(i, o), conv(o, o), norm(o), up
+        self.skip = conv(i, o, 1, bias=False) if i != o else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.up:
+            x = F.interpolate(x, scale_factor=2.0)
+        h = self.b(F.leaky_relu(self.norm(self.a(x)), 0.2))
+        return h + (x if self.skip is None else self.skip(x))
+
+
+class Chain(nn.Module):
+    """Stem, blocks, image."""
+
+    def __init__(self, blocks: list[nn.Module], first: int = 32, last: int = 24) -> None:
+        super().__init__()
+        self.stem, self.blocks, self.rgb = conv(4, first), nn.ModuleList(blocks), conv(last, 3)
+
+    def forward(self, x: Tensor) -> Any:
+        h = self.stem(x)
+        for block in self.blocks:
+            h = block(h)
+        return torch.tanh(self.rgb(F.relu(h)))
+
+
+def chain(block: Callable[..., nn.Module], **about: Any) -> Toy:
+    """Three blocks 32 -> 32 -> 24 -> 24; the middle one doubles the resolution."""
+    blocks = [block(32, 32, False), block(32, 24, True), block(24, 24, False)]
+    return Toy(Chain(blocks), (torch.rand(2, 4, 8, 8),), **about)
+
+
+def shaped(output: Callable[[Tensor, Tensor], Any]) -> Toy:
+    """A generator that returns a structure."""
+
+    class Shaped(Chain):
+        def forward(self, x: Tensor) -> Any:
+            image = super().forward(x)
+            return output(image, image.mean((1, 2, 3)))
+
+    blocks = [Block(32, 32), Block(32, 24, True), Block(24, 24)]
+    return Toy(Shaped(blocks), (torch.rand(2, 4, 8, 8),))
+
+
+# Inputs and outputs.
+
+Pair = namedtuple("Pair", ["image", "score"])  # noqa: PYI024
+
+
+@dataclass
+class Picture:
+    image: Tensor
+    score: Tensor
+    note: str = "kept"
+
+
+@toy
+def tuple_output() -> Toy:
+    return shaped(lambda image, score: (image, score))
+
+
+@toy
+def dict_output() -> Toy:
+    return shaped(lambda image, score: {"image": image, "more": {"score": score}, "scale": 2})
+
+
+@toy
+def dataclass_output() -> Toy:
+    return shaped(lambda image, score: Picture(image, score))
+
+
+@toy
+def namedtuple_output() -> Toy:
+    return shaped(lambda image, score: Pair(image, score))
+
+
+@toy
+def list_input_with_unet_skips() -> Toy:
+    class UNet(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.down = nn.ModuleList([conv(6, 16), conv(16, 24, stride=2), conv(24, 32, stride=2)])
+            self.blocks = nn.ModuleList([Block(32, 32), Block(56, 24, True), Block(40, 16, True)])
+            self.rgb = conv(16, 3)
+
+        def forward(self, parts: list[Tensor]) -> Tensor:
+            h, skips = torch.cat(parts, 1), []
+            for layer in self.down:
+                h = F.relu(layer(h))
+                skips.append(h)
+            h = self.blocks[0](h)
+            for block, skip in zip(self.blocks[1:], (skips[1], skips[0]), strict=True):
+                size = skip.shape[-1] // 2
+                h = block(torch.cat([h, F.interpolate(skip, size=(size, size))], 1))
+            return self.rgb(h)
+
+    return Toy(UNet(), ([torch.rand(2, 2, 16, 16), torch.rand(2, 4, 16, 16)],))
+
+
+@toy
+def keyword_inputs_only() -> Toy:
+    class Keywords(Chain):
+        def forward(self, *, seg: Tensor, gain: float = 1.0, mask: Tensor | None = None) -> Any:
+            image = super().forward(seg) * gain
+            return image if mask is None else image * mask
+
+    blocks = [Block(32, 32), Block(32, 24, True), Block(24, 24)]
+    kwargs = {"seg": torch.rand(2, 4, 8, 8), "gain": 0.5, "mask": torch.rand(2, 1, 16, 16)}
+    return Toy(Keywords(blocks), (), kwargs)
+
+
+@toy
+def style_vectors() -> Toy:
+    class Styled(nn.Module):
+        def __init__(self, i: int, o: int) -> None:
+            super().__init__()
+            self.a, self.style = conv(i, o), nn.Linear(16, 2 * o)
+
+        def forward(self, x: Tensor, w: Tensor) -> Tensor:
+            h = self.a(x)
+            gamma, beta = self.style(w)[:, :, None, None].chunk(2, 1)
+            h = (h - h.mean((2, 3), keepdim=True)) / (h.std((2, 3), keepdim=True) + 1e-5)
+            return F.relu(h * (1 + gamma) + beta)
+
+    class AdaIN(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mapping = nn.Sequential(nn.Linear(5, 16), nn.ReLU(), nn.Linear(16, 16))
+            self.start = nn.Parameter(torch.randn(1, 32, 4, 4))
+            self.blocks = nn.ModuleList([Styled(32, 32), Styled(32, 24), Styled(24, 24)])
+            self.rgb = conv(24, 3)
+
+        def forward(self, z: Tensor) -> Tensor:
+            w = self.mapping(z)
+            h = self.start.repeat(z.shape[0], 1, 1, 1)
+            for block in self.blocks:
+                h = F.interpolate(block(h, w), scale_factor=2, mode="bilinear")
+            return self.rgb(h)
+
+    return Toy(AdaIN(), (torch.randn(2, 5),))
+
+
+@toy
+def modulated_convolution_with_skip_image() -> Toy:
+    class Modulated(nn.Module):
+        def __init__(self, i: int, o: int, up: bool) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(1, o, i, 3, 3))
+            self.gain, self.up, self.out = 1 / math.sqrt(i * 9), up, o
+            self.bias, self.affine, self.rgb = nn.Parameter(torch.zeros(1, o, 1, 1)), nn.Linear(8, i), conv(o, 3, 1)
+
+        def forward(self, x: Tensor, w: Tensor, image: Tensor | None) -> tuple[Tensor, Tensor]:
+            if self.up:
+                x = F.interpolate(x, scale_factor=2)
+                image = None if image is None else F.interpolate(image, scale_factor=2)
+            n, c, height, width = x.shape
+            weight = self.gain * self.weight * (1 + self.affine(w)).view(n, 1, c, 1, 1)
+            weight = weight * torch.rsqrt(weight.pow(2).sum([2, 3, 4]) + 1e-8).view(n, self.out, 1, 1, 1)
+            x = F.conv2d(x.reshape(1, n * c, height, width), weight.view(n * self.out, c, 3, 3), padding=1, groups=n)
+            x = F.leaky_relu(x.view(n, self.out, height, width) + self.bias, 0.2)
+            picture = self.rgb(x)
+            return x, picture if image is None else image + picture
+
+    class Synthesis(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.start = nn.Parameter(torch.randn(1, 32, 4, 4))
+            self.blocks = nn.ModuleList([Modulated(32, 32, False), Modulated(32, 24, True), Modulated(24, 16, True)])
+
+        def forward(self, ws: Tensor) -> Tensor:
+            x, image = self.start.expand(ws.shape[0], -1, -1, -1), None
+            for block, w in zip(self.blocks, ws.unbind(1), strict=True):
+                x, image = block(x, w, image)
+            return image
+
+    return Toy(Synthesis(), (torch.randn(2, 3, 8),))
+
+
+# Random draws, in-place writes, state.
+
+
+@toy
+def noise_inside() -> Toy:
+    class Noisy(Block):
+        def __init__(self, i: int, o: int, up: bool) -> None:
+            super().__init__(i, o, up)
+            self.strength = nn.Parameter(torch.full((o,), 0.1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = super().forward(x)
+            return h + self.strength[:, None, None] * torch.randn(1, 1, *h.shape[2:])
+
+    return chain(Noisy)
+
+
+@toy
+def in_place_at_the_start() -> Toy:
+    class InPlace(nn.Module):
+        def __init__(self, i: int, o: int, up: bool) -> None:
+            super().__init__()
+            self.act, self.a, self.up = nn.ReLU(inplace=True), conv(i, o), up
+
+        def forward(self, x: Tensor) -> Tensor:
+            x += 0.1
+            h = self.a(self.act(x))
+            h.add_(0.2).mul_(0.5)
+            return F.interpolate(h, scale_factor=2) if self.up else h
+
+    class Writes(Chain):
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.stem(x)
+            for block in self.blocks:
+                h = block(h)
+            out = self.rgb(h)
+            out[:, :, 0] = 0
+            return out
+
+    blocks = [InPlace(32, 32, False), InPlace(32, 24, True), InPlace(24, 24, False)]
+    return Toy(Writes(blocks), (torch.rand(2, 4, 8, 8),))
+
+
+@toy
+def buffers_and_plain_tensors() -> Toy:
+    class Scaled(Block):
+        def __init__(self, i: int, o: int, up: bool) -> None:
+            super().__init__(i, o, up)
+            self.register_buffer("gain", torch.rand(1, o, 1, 1) + 0.5)
+            kernel = torch.tensor([1.0, 2.0, 1.0])
+            self.register_buffer("blur", (kernel[:, None] * kernel[None])[None, None] / 16)
+            self.shift = torch.linspace(0, 1, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = super().forward(x) * self.gain + self.shift.sum()
+            return F.conv2d(h, self.blur.repeat(h.shape[1], 1, 1, 1), padding=1, groups=h.shape[1])
+
+    return chain(Scaled)
+
+
+@toy
+def tied_weights() -> Toy:
+    blocks = [Block(32, 32), Block(32, 32, True), Block(32, 32)]
+    blocks[2].a.weight = blocks[1].a.weight
+    blocks[2].b = blocks[1].b
+    return Toy(Chain(blocks, last=32), (torch.rand(2, 4, 8, 8),))
+
+
+# Reparametrised weights.
+
+
+def _normed(change: Callable[[nn.Module], nn.Module]) -> Callable[[int, int, bool], nn.Module]:
+    def make(i: int, o: int, up: bool) -> nn.Module:
+        block = Block(i, o, up)
+        block.a, block.b = change(block.a), change(block.b)
+        return block
+
+    return make
+
+
+@toy
+def weight_norm_old() -> Toy:
+    return chain(_normed(torch.nn.utils.weight_norm))
+
+
+@toy
+def weight_norm_parametrized() -> Toy:
+    return chain(_normed(torch.nn.utils.parametrizations.weight_norm))
+
+
+@toy
+def spectral_norm_old_after_a_forward_with_gradient() -> Toy:
+    made = chain(_normed(torch.nn.utils.spectral_norm))
+    made.generator(*made.args).sum().backward()
+    made.generator.zero_grad()
+    made.generator.eval()
+    made.generator(*made.args)
+    return made
+
+
+@toy
+def spectral_norm_parametrized() -> Toy:
+    return chain(_normed(torch.nn.utils.parametrizations.spectral_norm))
+
+
+# Shapes and layers.
+
+
+@toy
+def sizes_from_the_shape() -> Toy:
+    class Sized(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            n, c, h, w = x.size()
+            x = F.interpolate(x, size=(2 * h, w * 2), mode="bilinear") if self.up else x
+            grid = torch.arange(x.shape[-1], device=x.device) / x.shape[-1]
+            h = self.b(F.relu(self.a(x)))
+            flat = h.reshape(n, -1, x.shape[2] * x.shape[3])
+            out = flat.view(n, flat.shape[1], x.shape[2], x.shape[3]) + grid
+            return out + (x if self.skip is None else self.skip(x))
+
+    return chain(lambda i, o, up: Sized(i, o, up))
+
+
+@toy
+def hard_coded_view() -> Toy:
+    class Hard(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).view(-1, 32, x.shape[2], x.shape[3])
+
+    blocks = [Block(32, 32), Hard(32, 32), Block(32, 24, True)]
+    return Toy(Chain(blocks), (torch.rand(2, 4, 8, 8),), pinned=".view(-1, 32,")
+
+
+@toy
+def pixel_shuffle() -> Toy:
+    class Shuffle(nn.Module):
+        def __init__(self, i: int, o: int, up: bool) -> None:
+            super().__init__()
+            self.a, self.b, self.up = conv(i, o * 4 if up else o), conv(o, o), nn.PixelShuffle(2) if up else nn.Identity()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(F.relu(self.up(self.a(x))))
+
+    return chain(Shuffle)
+
+
+@toy
+def grouped_depthwise_transposed() -> Toy:
+    class Mobile(nn.Module):
+        def __init__(self, i: int, o: int, up: bool) -> None:
+            super().__init__()
+            self.depth, self.point = conv(i, i, groups=i), conv(i, o, 1)
+            self.group = conv(o, o, groups=4)
+            self.up = nn.ConvTranspose2d(o, o, 4, 2, 1) if up else nn.ConvTranspose2d(o, o, 3, 1, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.up(F.relu(self.group(self.point(self.depth(x)))))
+
+    return chain(Mobile)
+
+
+@toy
+def group_norm() -> Toy:
+    return chain(lambda i, o, up: Block(i, o, up, lambda c: nn.GroupNorm(4, c)))
+
+
+@toy
+def instance_norm() -> Toy:
+    return chain(lambda i, o, up: Block(i, o, up, lambda c: nn.InstanceNorm2d(c, affine=True)))
+
+
+@toy
+def batch_norm() -> Toy:
+    made = chain(lambda i, o, up: Block(i, o, up, nn.BatchNorm2d))
+    made.generator.train()
+    made.generator(torch.rand(4, 4, 8, 8))
+    return made
+
+
+@toy
+def layer_norm_over_channels() -> Toy:
+    class Last(nn.Module):
+        def __init__(self, c: int) -> None:
+            super().__init__()
+            self.norm, self.wide, self.narrow = nn.LayerNorm(c), nn.Linear(c, 2 * c), nn.Linear(2 * c, c)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.narrow(F.gelu(self.wide(self.norm(x.permute(0, 2, 3, 1)))))
+            return x + h.permute(0, 3, 1, 2)
+
+    return chain(lambda i, o, up: nn.Sequential(Block(i, o, up), Last(o)))
+
+
+class Attention(nn.Module):
+    """Self-attention over pixels, written by hand."""
+
+    def __init__(self, c: int, heads: int) -> None:
+        super().__init__()
+        self.heads, self.channels = heads, c
+        self.norm, self.qkv, self.out = nn.GroupNorm(1, c), conv(c, 3 * c, 1), conv(c, c, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        q, k, v = self.qkv(self.norm(x)).reshape(n * self.heads, 3 * c // self.heads, h * w).chunk(3, 1)
+        weight = torch.softmax(torch.einsum("bct,bcs->bts", q, k) / math.sqrt(c // self.heads), -1)
+        return x + self.out(torch.einsum("bts,bcs->bct", weight, v).reshape(n, c, h, w))
+
+
+@toy
+def attention_single_head() -> Toy:
+    return chain(lambda i, o, up: nn.Sequential(Block(i, o, up), Attention(o, 1)))
+
+
+@toy
+def attention_multi_head() -> Toy:
+    return chain(lambda i, o, up: nn.Sequential(Block(i, o, up), Attention(o, 2)))
+
+
+@toy
+def attention_by_pytorch() -> Toy:
+    class Transformer(nn.Module):
+        def __init__(self, c: int) -> None:
+            super().__init__()
+            self.norm, self.attention = nn.LayerNorm(c), nn.MultiheadAttention(c, 2, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            tokens = self.norm(x.flatten(2).transpose(1, 2))
+            mixed, _ = self.attention(tokens, tokens, tokens, need_weights=False)
+            return x + mixed.transpose(1, 2).reshape(x.shape)
+
+    return chain(lambda i, o, up: nn.Sequential(Block(i, o, up), Transformer(o)))
+
+
+@toy
+def one_dimension() -> Toy:
+    return _in_dimensions(nn.Conv1d, (12,), "linear")
+
+
+@toy
+def three_dimensions() -> Toy:
+    return _in_dimensions(nn.Conv3d, (2, 4, 4), "trilinear")
+
+
+def _in_dimensions(layer: Any, size: tuple[int, ...], mode: str) -> Toy:
+    def block(i: int, o: int, *more: nn.Module) -> nn.Module:
+        return nn.Sequential(*more, layer(i, o, 3, padding=1), nn.LeakyReLU(0.2), layer(o, o, 3, padding=1))
+
+    class Volume(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            up = nn.Upsample(scale_factor=2, mode=mode)
+            self.stem, self.out = layer(4, 32, 3, padding=1), layer(24, 2, 3, padding=1)
+            self.blocks = nn.Sequential(block(32, 32), block(32, 24, up), block(24, 24))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(self.blocks(self.stem(x)))
+
+    return Toy(Volume(), (torch.rand(2, 4, *size),))
+
+
+# Code.
+
+
+@toy
+def control_flow() -> Toy:
+    class Winding(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            layers = {"a": self.a, "b": self.b}
+            h = F.interpolate(x, scale_factor=2) if self.up and x.shape[2] < 64 else x
+            for i, name in enumerate(sorted(layers)):
+                h = layers[name](h) if h.ndim == 4 else h
+                if i == 0:
+                    h = F.relu(h)
+                while h.shape[2] > 16:
+                    h = F.avg_pool2d(h, 2)
+            try:
+                x = self.skip(x)  # not every block has one
+            except TypeError:
+                pass
+            return h + (F.interpolate(x, scale_factor=2) if self.up else x)
+
+    return chain(lambda i, o, up: Winding(i, o, up))
+
+
+class _Swish(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * torch.sigmoid(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        s = torch.sigmoid(x)
+        return grad * (s + x * s * (1 - s))
+
+
+@toy
+def custom_autograd_function() -> Toy:
+    class Swished(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            return _Swish.apply(super().forward(_Swish.apply(x)))
+
+    class Outside(Chain):
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.stem(x)
+            for block in self.blocks:
+                h = _Swish.apply(block(h))
+            return self.rgb(h)
+
+    blocks = [Swished(32, 32), Swished(32, 24, True), Swished(24, 24)]
+    return Toy(Outside(blocks), (torch.rand(2, 4, 8, 8),))
+
+
+class _Sum(nn.Module):
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(c, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gain + 0.5
+
+
+@toy
+def scripted_child() -> Toy:
+    return chain(lambda i, o, up: nn.Sequential(Block(i, o, up), torch.jit.script(_Sum(o))))
