@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import platform
@@ -18,18 +17,19 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from retroexit.branch.widths import Pin, WidthPlan, WidthRule
-from retroexit.errors import CheckpointError
+from retroexit.errors import CheckpointError, RetroExitError
 from retroexit.fingerprint import fingerprint
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.guidance.options import Guidance
 from retroexit.model import EarlyExitGenerator
+from retroexit.retrieval.storage import MANIFEST, file_digest
 from retroexit.routing.predictor import Predictor
 from retroexit.wrapping import WrapOptions
 
 if TYPE_CHECKING:
     from retroexit.retrieval.base import Retriever
 
-__all__ = ["load_model", "read_tensors", "save_model", "versions", "write_tensors"]
+__all__ = ["load_model", "read_tensors", "save_model", "versions", "wrap_settings", "write_tensors"]
 
 _SCHEMA = 1
 
@@ -97,17 +97,21 @@ def save_model(model: EarlyExitGenerator, folder: str | Path) -> Path:
         "fingerprint": fingerprint(model.generator),
         "generator": type(model.generator).__name__,
         "attach_at": [place.path for place in anatomy.places],
-        "options": _options_to_json(model),
+        "options": wrap_settings(model),
         "plans": [_plan_to_json(branch.plan) for branch in model.branches],  # type: ignore[arg-type]
-        "predictor": None if predictor is None else {**predictor.options, "input_shape": predictor.input_shape},
+        "predictor": None
+        if predictor is None
+        else {**predictor.options, "input_shape": predictor.input_shape},
+        "predictor_reads": "feature" if model.options.predictor_inputs is None else "inputs",
         "has_bank": model.bank is not None,
+        "bank_sha256": None if model.bank is None else _sha256(folder / "bank" / MANIFEST),
         "weights_sha256": _sha256(folder / "weights.safetensors"),
         "exits": [dataclasses.asdict(e) for e in model.exits],
         "about": model.about,
         "versions": versions(),
     }
     temporary = folder / "model.json.part"
-    temporary.write_text(json.dumps(manifest, indent=1))
+    temporary.write_text(json.dumps(manifest, indent=1, allow_nan=False))
     os.replace(temporary, folder / "model.json")
     return folder
 
@@ -122,23 +126,15 @@ def load_model(
 ) -> EarlyExitGenerator:
     """Read what `save_model` wrote; see `retroexit.load`."""
     folder = Path(folder)
+    manifest = _read_manifest(folder)
     try:
-        manifest = json.loads((folder / "model.json").read_text())
-        if manifest["schema"] != _SCHEMA:
-            raise CheckpointError(
-                f"asked to load {folder}; found schema {manifest['schema']}, this version reads {_SCHEMA}. Use the version that "
-                f"wrote it: {manifest.get('versions', {}).get('retroexit')}.",
-                folder,
-            )
         options = _options_from_json(manifest, found)
-        predictor = manifest["predictor"]
-        wanted, digest = manifest["fingerprint"], manifest["weights_sha256"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, CheckpointError):
-            raise
+        predictor = _predictor_from_json(manifest["predictor"])
+        wanted, digest, about = manifest["fingerprint"], manifest["weights_sha256"], dict(manifest["about"])
+        has_bank, reads = bool(manifest["has_bank"]), manifest.get("predictor_reads", "feature")
+    except (ValueError, KeyError, TypeError, AttributeError, RetroExitError) as error:
         raise CheckpointError(
-            f"asked to load {folder}; found no readable model.json ({type(error).__name__}: {error}). Pass a folder that "
-            "model.save wrote.",
+            f"asked to load {folder}; found model.json damaged ({type(error).__name__}: {error}). Copy it again.",
             folder,
         ) from error
     own = fingerprint(generator)
@@ -150,31 +146,75 @@ def load_model(
         )
     if _sha256(folder / "weights.safetensors") != digest:
         raise CheckpointError(
-            f"asked to load {folder}; found weights.safetensors changed since it was written. Copy it again.", folder
+            f"asked to load {folder}; found weights.safetensors changed since it was written. Copy it again.",
+            folder,
+        )
+    if predictor is not None and reads == "inputs" and options.predictor_inputs is None:
+        raise CheckpointError(
+            f"asked to load {folder}; found that its predictor reads a map that an adapter makes from the inputs, and no adapter "
+            f"that recognises a {type(generator).__name__}. Install the plug-in that it was fitted with.",
+            folder,
         )
     tensors, _ = read_tensors(folder / "weights.safetensors")
     model = EarlyExitGenerator(generator, options)
-    model.about = manifest["about"]
+    model.about = about
     device = next((p.device for p in generator.parameters()), torch.device("cpu"))
     if predictor is not None:
-        shape = predictor.pop("input_shape")
-        model.predictor = Predictor(**predictor)
-        model.predictor.load_state_dict(_under("predictor.", tensors))
-        model.predictor.input_shape = None if shape is None else tuple(shape)
-        model.predictor.to(device).eval()
-    if manifest["has_bank"]:
+        try:
+            predictor.load_state_dict(_under("predictor.", tensors))
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"asked to load {folder}; found a predictor that does not fit: {error}", folder
+            ) from error
+        model.predictor = predictor.to(device).eval()
+    if has_bank:
+        if manifest.get("bank_sha256") not in (None, _sha256(folder / "bank" / MANIFEST)):
+            raise CheckpointError(
+                f"asked to load {folder}; found another guidance bank than the one it was saved with. Copy it again.",
+                folder,
+            )
         model.bank = GuidanceBank.load(folder / "bank", wanted, retriever_class=retriever_class)
     model.restore(_under("branches.", tensors))
-    if example_inputs is not None:
-        model.record(*example_inputs, **(example_kwargs or {}))
+    if example_inputs is not None or example_kwargs is not None:
+        model.record(*(example_inputs or ()), **(example_kwargs or {}))
     return model
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    try:
+        manifest: dict[str, Any] = dict(json.loads((folder / "model.json").read_text()))
+        schema = manifest["schema"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"asked to load {folder}; found no readable model.json ({type(error).__name__}: {error}). Pass a folder that "
+            "model.save wrote.",
+            folder,
+        ) from error
+    if schema != _SCHEMA:
+        raise CheckpointError(
+            f"asked to load {folder}; found schema {schema}, this version reads {_SCHEMA}. Use the version that wrote it: "
+            f"{manifest.get('versions', {}).get('retroexit')}.",
+            folder,
+        )
+    return manifest
+
+
+def _predictor_from_json(saved: dict[str, Any] | None) -> Predictor | None:
+    if saved is None:
+        return None
+    options = {**saved}
+    shape = options.pop("input_shape")
+    predictor = Predictor(**options)
+    predictor.input_shape = None if shape is None else tuple(shape)
+    return predictor
 
 
 def _under(start: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name[len(start) :]: value for name, value in tensors.items() if name.startswith(start)}
 
 
-def _options_to_json(model: EarlyExitGenerator) -> dict[str, Any]:
+def wrap_settings(model: EarlyExitGenerator) -> dict[str, Any]:
+    """Say in plain JSON types how a recorded generator was wrapped, attach points aside."""
     options, anatomy = model.options, model.anatomy
     by_place = dict(zip(options.attach_at, options.rules, strict=True))
     rules = [by_place[p.path] if p.path in by_place else by_place[p.index] for p in anatomy.places]
@@ -186,6 +226,7 @@ def _options_to_json(model: EarlyExitGenerator) -> dict[str, Any]:
         "init": options.init,
         "image": options.image,
         "image_range": options.image_range,
+        "self_test": options.self_test,
         "seed": options.seed,
     }
 
@@ -234,6 +275,8 @@ def _plan_from_json(saved: dict[str, Any] | None) -> WidthPlan | None:
 
 def _sha256(path: Path) -> str:
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        return file_digest(path)
     except OSError as error:
-        raise CheckpointError(f"asked to read {path}; found {error}. Pass a folder that model.save wrote.", path) from error
+        raise CheckpointError(
+            f"asked to read {path}; found {error}. Pass a folder that model.save wrote.", path
+        ) from error

@@ -33,7 +33,11 @@ def exit_table(model: EarlyExitGenerator) -> str:
         return f"{name} with early exits at {list(model.options.attach_at)}, not recorded yet: call it once to see its exits."
     rows = []
     for e in model.exits:
-        where = f"{model.options.tap} {e.attach_at} (l_{e.stage})" if e.stage else f"{model.options.tap} {e.attach_at}"
+        where = (
+            f"{model.options.tap} {e.attach_at} (l_{e.stage})"
+            if e.stage
+            else f"{model.options.tap} {e.attach_at}"
+        )
         rows.append(
             [
                 str(e.index),
@@ -68,7 +72,17 @@ def stage_table(stages: Sequence[Stage]) -> str:
         ]
         for s in stages
     ]
-    head = ["l", "path", "class", "size", "channels", "GMACs", "share", "up to here", "live values besides the feature"]
+    head = [
+        "l",
+        "path",
+        "class",
+        "size",
+        "channels",
+        "GMACs",
+        "share",
+        "up to here",
+        "live values besides the feature",
+    ]
     return table(head, rows)
 
 
@@ -83,7 +97,7 @@ def sweep_table(evaluation: Evaluation, thresholds: Sequence[float]) -> str:
                 f"{100 * point.saved:.1f} %",
                 f"{point.mean_loss:.4f}",
                 f"{point.p90_loss:.4f}",
-                f"{100 * point.violations:.1f} %",
+                "" if point.violations is None else f"{100 * point.violations:.1f} %",
                 " ".join(map(str, point.counts)),
             ]
         )
@@ -96,4 +110,6 @@ def _brief(widths: Sequence[int], most: int = 8) -> str:
 
 
 def _is_number(cell: str) -> bool:
-    return not cell or cell.replace(",", "").replace(".", "").replace("%", "").replace("-", "").strip().isdigit()
+    return (
+        not cell or cell.replace(",", "").replace(".", "").replace("%", "").replace("-", "").strip().isdigit()
+    )

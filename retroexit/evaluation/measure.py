@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ from retroexit.fingerprint import fingerprint
 from retroexit.model import EarlyExitGenerator
 from retroexit.storage import versions
 from retroexit.training.fit import image_range_of
-from retroexit.training.inputs import Samples
+from retroexit.training.inputs import Samples, drawing_from
 
 __all__ = ["Measurement", "cross_check", "measure", "pick_strips", "route_seconds"]
 
@@ -56,15 +57,16 @@ class Measurement:
         for indices, args, kwargs in self.samples.batches(self.batch):
             images = self.images(indices[0], args, kwargs)
             target = self.limits.to_signed(images[-1])
-            losses.append(torch.stack([self.metric(self.limits.to_signed(i), target) for i in images[:-1]], 1))
-            with self._seeded(indices[0]):
-                values = self.model.split.advance(self.model.split.start(args, kwargs), 0)
-            feature = self.model.split.crossing(values, 0)[0]
+            losses.append(
+                torch.stack([self.metric(self.limits.to_signed(i), target) for i in images[:-1]], 1)
+            )
             if self.model.predictor is not None:
                 with self._seeded(indices[0]):
                     predicted.append(self.model.predict(*args, **kwargs))
             if self.model.bank is not None:
-                found = self.model.bank.search(feature).distances
+                with self._seeded(indices[0]):
+                    values = self.model.split.advance(self.model.split.start(args, kwargs), 0)
+                found = self.model.bank.search(self.model.split.crossing(values, 0)[0]).distances
                 distances.append(found.clamp_min(0).sqrt().flatten(1).mean(1))
             bar.update(len(indices))
         bar.close()
@@ -87,23 +89,8 @@ class Measurement:
         args, kwargs = self.samples.gather(rows)
         return [image[index - first] for image in self.images(first, args, kwargs)]
 
-    def _seeded(self, first: int) -> Any:
-        return _Seeded(self.samples.seed + first)
-
-
-class _Seeded:
-    """A context in which random draws begin at a seed; the state before is put back."""
-
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
-
-    def __enter__(self) -> None:
-        self._fork = torch.random.fork_rng()
-        self._fork.__enter__()
-        torch.manual_seed(self.seed)
-
-    def __exit__(self, *error: object) -> None:
-        self._fork.__exit__(None, None, None)
+    def _seeded(self, first: int) -> AbstractContextManager[None]:
+        return drawing_from(self.samples.seed + first, _device(self.model))
 
 
 def measure(
@@ -136,12 +123,8 @@ def measure(
     if not model.is_recorded:
         args, kwargs = samples.gather([0])
         model.record(*args, **kwargs)
-    args, kwargs = samples.gather(list(range(min(16, len(samples)))))
-    with torch.no_grad(), _Seeded(seed):
-        limits = image_range_of(model, model.image(model.route(args, kwargs)))
-    if "image_range" in model.about:
-        limits = ImageRange(*model.about["image_range"])
-    run = Measurement(model, samples, metric, limits, batch)
+    metric.to(_device(model))
+    run = Measurement(model, samples, metric, _limits(model, samples), batch)
     losses, predicted, distances = run.losses(progress)
     exits = model.exits
     evaluation = Evaluation(
@@ -157,7 +140,7 @@ def measure(
             "generator": type(model.generator).__name__,
             "fingerprint": fingerprint(model.generator)[:16],
             "samples": len(samples),
-            "image_range": [limits.low, limits.high],
+            "image_range": [run.limits.low, run.limits.high],
             "threads": torch.get_num_threads(),
             "macs": "multiply-accumulates of one sample by torch's FlopCounterMode / 2; "
             "interpolation, normalisation and activations count 0",
@@ -168,11 +151,24 @@ def measure(
     return evaluation, pick_strips(run, evaluation, show)
 
 
+def _limits(model: EarlyExitGenerator, samples: Samples) -> ImageRange:
+    """Range of the images: the one that the model was fitted with, else the declared one, else measured on some samples."""
+    if "image_range" in model.about:
+        return ImageRange(*model.about["image_range"])
+    args, kwargs = samples.gather(range(min(16, len(samples))))
+    with torch.no_grad(), drawing_from(samples.seed, _device(model)):
+        return image_range_of(model, model.image(model.route(args, kwargs)))
+
+
+def _device(model: EarlyExitGenerator) -> torch.device:
+    return next((p.device for p in model.generator.parameters()), torch.device("cpu"))
+
+
 def route_seconds(model: EarlyExitGenerator, args: Any, kwargs: Any, repeats: int) -> list[float]:
     """Median wall-clock of every route for one sample, guidance included, the backbone last; routes take turns."""
     routes = range(1, len(model.branches) + 2)
     taken: dict[int, list[float]] = {k: [] for k in routes}
-    device = next((p.device for p in model.generator.parameters()), torch.device("cpu"))
+    device = _device(model)
     with torch.no_grad():
         for turn in range(repeats + 2):
             for k in routes:
@@ -234,7 +230,9 @@ def pick_strips(run: Measurement, evaluation: Evaluation, show: Show | None = No
         images = run.images_of(index)
         shown = [("input", _pixels(_picture(run.samples.items[index], show, images[-1].shape[1:])))]
         for k, image in enumerate(images[:-1]):
-            shown.append((f"exit {k + 1}: {evaluation.loss[index, k]:.3f}", _pixels(_unit(run.limits, image))))
+            shown.append(
+                (f"exit {k + 1}: {evaluation.loss[index, k]:.3f}", _pixels(_unit(run.limits, image)))
+            )
         shown.append(("backbone", _pixels(_unit(run.limits, images[-1]))))
         at = chosen.get(index, len(images) - 1) + 1
         strips.append(Strip(f"{label} (sample {index}), threshold {threshold:.3f}", shown, at))
@@ -264,7 +262,9 @@ def _picture(sample: Any, show: Show | None, size: Sequence[int]) -> Tensor:
     if picture.shape[0] > 3 and bool((picture >= 0).all()) and bool((picture.sum(0) - 1).abs().max() < 1e-3):
         classes = picture.argmax(0)
         golden = torch.arange(picture.shape[0]) * 0.618034
-        palette = torch.stack([(torch.sin(6.2832 * (golden + shift)) + 1) / 2 for shift in (0.0, 0.33, 0.67)], 1)
+        palette = torch.stack(
+            [(torch.sin(6.2832 * (golden + shift)) + 1) / 2 for shift in (0.0, 0.33, 0.67)], 1
+        )
         picture = palette[classes].permute(2, 0, 1)
     else:
         picture = picture[:3] if picture.shape[0] >= 3 else picture[:1].expand(3, -1, -1)

@@ -44,7 +44,8 @@ def assign_exits(predicted: Tensor, threshold: float) -> Tensor:
     check_threshold(threshold)
     if predicted.dim() != 2:
         raise OptionError(
-            f"asked to assign exits; found predictions of shape {tuple(predicted.shape)}, not (samples, exits).", predicted
+            f"asked to assign exits; found predictions of shape {tuple(predicted.shape)}, not (samples, exits).",
+            predicted,
         )
     good = predicted <= threshold
     fallback = torch.ones_like(good[:, :1])

@@ -66,9 +66,11 @@ class Predictor(nn.Module):
         self.input_shape = tuple(features.shape[1:])
         axes = [0, *range(2, features.dim())]
         self.mean.copy_(features.mean(axes))
-        self.std.copy_(features.std(axes).clamp_min(1e-6))
+        spread = features.std(axes, unbiased=False)
+        # A channel that is dead in the training set must not shout once it is alive.
+        self.std.copy_(spread.clamp_min(max(1e-6, 0.01 * float(spread.mean()))))
         self.loss_mean.copy_(losses.mean(0))
-        self.loss_std.copy_(losses.std(0).clamp_min(1e-6))
+        self.loss_std.copy_(losses.std(0, unbiased=False).clamp_min(1e-6))
 
 
 def _pool(x: Tensor) -> Tensor:

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from retroexit.branch.factory import Branch
-from retroexit.errors import TrainingError
+from retroexit.errors import CheckpointError, TrainingError
 from retroexit.model import EarlyExitGenerator
 from retroexit.storage import read_tensors, write_tensors
-from retroexit.training.cache import FeatureCache
+from retroexit.training.cache import IMAGE, FeatureCache
 from retroexit.training.crops import Cropper
+from retroexit.training.inputs import drawing_from
 from retroexit.training.losses import ReconstructionLoss
 
 __all__ = ["BranchSchedule", "BranchTrainer", "draw_batch", "learning_rate"]
@@ -55,12 +56,9 @@ def learning_rate(step: int, schedule: BranchSchedule) -> float:
 
 def draw_batch(step: int, rows: Sequence[int], batch: int, seed: int) -> list[int]:
     """Rows of a step's batch: every epoch is a fresh permutation; a function of the step alone."""
-    picked = []
-    for position in range(step * batch, (step + 1) * batch):
-        epoch, index = divmod(position, len(rows))
-        order = np.random.default_rng([seed, epoch]).permutation(len(rows))
-        picked.append(int(rows[order[index]]))
-    return picked
+    places = [divmod(position, len(rows)) for position in range(step * batch, (step + 1) * batch)]
+    orders = {epoch: np.random.default_rng([seed, epoch]).permutation(len(rows)) for epoch, _ in places}
+    return [int(rows[orders[epoch][index]]) for epoch, index in places]
 
 
 class BranchTrainer:
@@ -104,7 +102,8 @@ class BranchTrainer:
 
     def run(self, progress: bool = True) -> list[dict[str, float]]:
         """Train to the end, from the checkpoint where there is one; gives the losses of every step done here."""
-        self.resume()
+        if not self.resume():
+            self.save()  # so that a run interrupted before its next checkpoint begins with the same weights
         history = []
         bar = tqdm(
             total=self.schedule.steps,
@@ -126,6 +125,7 @@ class BranchTrainer:
             bar.close()
         return history
 
+    @torch.enable_grad()
     def advance(self) -> dict[str, float]:
         """Do one optimiser step; gives the parts of the loss.
 
@@ -136,13 +136,15 @@ class BranchTrainer:
         random = np.random.default_rng([self.schedule.seed, 1, self.step])
         offsets = self.cropper.offsets(len(rows), random)
         read = lambda name: self.cropper(self.cache.read(name, rows, self.device), offsets)  # noqa: E731
-        values, target = [read(name) for name in self.names], read("image")
+        values, target = [read(name) for name in self.names], read(IMAGE)
         guide = None if self.guide_of is None else self.cropper(self.guide_of(rows).to(self.device), offsets)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, self.schedule)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.schedule.bfloat16):
+        # What a branch draws (noise, dropout) belongs to the step too.
+        draws = drawing_from(int(random.integers(2**62)), self.device)
+        with draws, torch.autocast(self.device.type, torch.bfloat16, enabled=self.schedule.bfloat16):
             image = self.model.split.place_of(self.branch(*values, guide=guide))
-            total, parts = self.loss(image.float(), target)
+            total, parts = self.loss(image.float(), target.float())
         if not torch.isfinite(total):
             raise TrainingError(
                 f"the loss of exit {self.index + 1} became {float(total)} at step {self.step}; parts {parts}. The last "
@@ -164,17 +166,30 @@ class BranchTrainer:
                 tensors[f"adam.{number}.{key}"] = value
         write_tensors(self.folder / f"exit{self.index + 1}.safetensors", tensors, {"step": self.step})
 
-    def resume(self) -> None:
-        """Go on from the checkpoint in the folder, if there is one."""
+    def resume(self) -> bool:
+        """Go on from the checkpoint in the folder; tells whether there is one.
+
+        Raises:
+            CheckpointError: If it is damaged or belongs to another branch.
+        """
         path = self.folder / f"exit{self.index + 1}.safetensors"
         if not path.exists():
-            return
+            return False
         tensors, about = read_tensors(path)
-        self.step = int(about["step"])
-        self.branch.load_state_dict({k[7:]: v for k, v in tensors.items() if k.startswith("branch.")})
+        try:
+            step = int(about["step"])
+            self.branch.load_state_dict({k[7:]: v for k, v in tensors.items() if k.startswith("branch.")})
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise CheckpointError(
+                f"asked to go on from {path}; found that it is no checkpoint of exit {self.index + 1} ({error}). Remove it to "
+                "train this exit again.",
+                path,
+            ) from error
+        self.step = step
         for number, parameter in enumerate(self.trained):
             start = f"adam.{number}."
-            found = {k[len(start) :]: v.clone() for k, v in tensors.items() if k.startswith(start)}
+            found = {k[len(start) :]: v for k, v in tensors.items() if k.startswith(start)}
             if found:
                 moved = {k: v if k == "step" else v.to(parameter.device) for k, v in found.items()}
                 self.optimizer.state[parameter] = moved
+        return True

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,27 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from retroexit.errors import CheckpointError, OptionError
+from retroexit.errors import CheckpointError, OptionError, TrainingError
 from retroexit.fingerprint import fingerprint
 from retroexit.model import EarlyExitGenerator
-from retroexit.training.inputs import Samples
+from retroexit.training.inputs import Samples, drawing_from
 
-__all__ = ["FeatureCache"]
+__all__ = ["GUIDANCE_VALUE", "IMAGE", "FeatureCache"]
 
-_SCHEMA = 1
+# Crossing values go by the names of their nodes, which are identifiers; these are none, so that they cannot be taken.
+IMAGE, GUIDANCE_VALUE = "backbone-image", "guidance-value"
+
+_SCHEMA = 2
+_PARTS = {
+    "schema": "the format",
+    "fingerprint": "the backbone",
+    "cuts": "the attach points",
+    "value": "the stage that guidance values come from",
+    "inputs": "the inputs",
+    "count": "the number of inputs",
+    "seed": "the seed",
+    "batch": "the batch size",
+}
 
 
 class FeatureCache:
@@ -37,12 +50,10 @@ class FeatureCache:
         count: Number of samples.
     """
 
-    def __init__(self, folder: Path, manifest: dict[str, Any], shared: dict[str, Tensor]) -> None:
-        self.folder, self.count = folder, int(manifest["count"])
+    def __init__(self, folder: Path, arrays: Iterable[str], count: int, shared: dict[str, Tensor]) -> None:
+        self.folder, self.count = folder, count
         self._shared = shared
-        self._arrays = {
-            name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in manifest["arrays"]
-        }
+        self._arrays = {name: _open(folder, name, count, "r") for name in arrays}
 
     def __len__(self) -> int:
         return self.count
@@ -50,16 +61,31 @@ class FeatureCache:
     def read(self, name: str, indices: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
         """Read one kind of value for some samples, ``(len(indices), ...)``."""
         if name in self._shared:
-            return self._shared[name].to(device)
-        return torch.from_numpy(np.ascontiguousarray(self._arrays[name][np.asarray(indices)])).to(device)
+            return self._shared[name].to(device, copy=True)  # branches may write into what they are handed
+        return torch.from_numpy(self._arrays[name][np.asarray(indices)]).to(device)
 
     def is_per_sample(self, name: str) -> bool:
         """Tell whether a value has a row per sample, rather than being the same for all."""
         return name in self._arrays
 
+    @staticmethod
+    def bytes_per_sample(model: EarlyExitGenerator, samples: Samples) -> int:
+        """Say how much one sample takes on disk; the model is recorded, and the backbone run once."""
+        args, kwargs = samples.gather([0])
+        found, shared = _compute(model, args, kwargs, samples.seed), _shared_by_all(model)
+        return sum(
+            value[0].numel() * value.element_size() for name, value in found.items() if name not in shared
+        )
+
     @classmethod
     def build(
-        cls, model: EarlyExitGenerator, samples: Samples, folder: str | Path, *, batch: int = 8, progress: bool = True
+        cls,
+        model: EarlyExitGenerator,
+        samples: Samples,
+        folder: str | Path,
+        *,
+        batch: int = 8,
+        progress: bool = True,
     ) -> FeatureCache:
         """Run the backbone once over all samples and store what training needs.
 
@@ -74,70 +100,116 @@ class FeatureCache:
             The cache.
 
         Raises:
-            CheckpointError: If the folder holds a cache of something else.
+            CheckpointError: If the folder holds a cache of something else, or a damaged one.
             OptionError: If samples differ in size.
+            TrainingError: If the generator's forward fixes the batch size.
         """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         if not model.is_recorded:
             args, kwargs = samples.gather([0])
             model.record(*args, **kwargs)
-        identity = {
-            "schema": _SCHEMA,
-            "fingerprint": fingerprint(model.generator),
-            "cuts": [[node.name for node in cut.crossing] for cut in model.split.cuts],
-            "value": None if model.anatomy.value_cut is None else model.anatomy.value_cut.feature.name,
-            "inputs": samples.digest(),
-            "seed": samples.seed,
-            "batch": batch,
-            "count": len(samples),
-        }
-        state = _read_state(folder)
-        if state is not None and state["identity"] != identity:
-            raise CheckpointError(
-                f"asked to cache features in {folder}; found a cache of another backbone, other attach points or other inputs. "
-                "Use another folder, or remove this one.",
-                folder,
+        if not model.split.any_batch:
+            raise TrainingError(
+                f"asked to cache features of {type(model.generator).__name__}; found that its forward holds for batches of "
+                f"{model.split.batch} only, so that samples cannot be stored one by one. Let its forward take any batch size.",
+                model.generator,
             )
-        arrays: dict[str, np.ndarray] = {}
-        done = 0 if state is None else int(state["done"])
-        names = [] if state is None else list(state["arrays"])
-        shared: dict[str, Tensor] = {}
-        for name in names:
-            arrays[name] = np.load(folder / f"{name}.npy", mmap_mode="r+", allow_pickle=False)
-        bar = tqdm(total=len(samples), initial=done, desc="backbone features", disable=None if progress else True)
-        first_pass = done >= len(samples)  # values that all samples share are recomputed from one batch
-        start = 0 if first_pass else done
-        for indices, args, kwargs in samples.batches(batch, start):
-            values = _compute(model, args, kwargs, samples.seed + indices[0])
-            for name, value in values.items():
-                if name in model_shared(model):
-                    shared[name] = value.cpu()
-                    continue
-                if name not in arrays:
-                    arrays[name] = np.lib.format.open_memmap(
-                        folder / f"{name}.npy", "w+", value.cpu().numpy().dtype, (len(samples), *value.shape[1:])
-                    )
-                if arrays[name].shape[1:] != tuple(value.shape[1:]):
-                    raise OptionError(
-                        f"asked to cache {name}; found shape {tuple(value.shape[1:])} after {arrays[name].shape[1:]}. Use "
-                        "inputs of one size.",
-                        value,
-                    )
-                if not first_pass:
-                    arrays[name][indices] = value.cpu().numpy()
-            if first_pass:
-                break
-            done = indices[-1] + 1
+        identity = _identity(model, samples, batch)
+        state = _read_state(folder)
+        done, names = _go_on(folder, state, identity) if state is not None else (0, [])
+        folder.mkdir(parents=True, exist_ok=True)
+        arrays = {name: _open(folder, name, len(samples), "r+") for name in names}
+        shared_names, shared = _shared_by_all(model), dict[str, Tensor]()
+        if done and shared_names:  # they are not stored; the first batch gives them
+            args, kwargs = samples.gather(range(min(batch, len(samples))))
+            found = _compute(model, args, kwargs, samples.seed)
+            shared = {name: found[name].cpu() for name in shared_names}
+        bar = tqdm(
+            total=len(samples), initial=done, desc="backbone features", disable=None if progress else True
+        )
+        for indices, args, kwargs in samples.batches(batch, done):
+            for name, value in _compute(model, args, kwargs, samples.seed + indices[0]).items():
+                if name in shared_names:
+                    _check_shared(name, shared.setdefault(name, value.cpu()), value.cpu())
+                else:
+                    _store(folder, name, arrays, indices, value, len(samples))
             for array in arrays.values():
                 array.flush()  # type: ignore[attr-defined]
-            _write_state(folder, {"identity": identity, "done": done, "arrays": sorted(arrays)})
+            _write_state(folder, {"identity": identity, "done": indices[-1] + 1, "arrays": sorted(arrays)})
             bar.update(len(indices))
         bar.close()
-        return cls(folder, {"count": len(samples), "arrays": sorted(arrays)}, shared)
+        return cls(folder, sorted(arrays), len(samples), shared)
 
 
-def model_shared(model: EarlyExitGenerator) -> set[str]:
+def _identity(model: EarlyExitGenerator, samples: Samples, batch: int) -> dict[str, Any]:
+    """What a cache belongs to."""
+    value = model.anatomy.value_cut
+    return {
+        "schema": _SCHEMA,
+        "fingerprint": fingerprint(model.generator),
+        "cuts": [[node.name for node in cut.crossing] for cut in model.split.cuts],
+        "value": None if value is None else value.feature.name,
+        "inputs": samples.digest(),
+        "count": len(samples),
+        "seed": samples.seed,
+        "batch": batch,
+    }
+
+
+def _go_on(folder: Path, state: dict[str, Any], identity: dict[str, Any]) -> tuple[int, list[str]]:
+    """Number of samples already stored, and the arrays they are in, if the cache is the one that is wanted."""
+    other = [what for key, what in _PARTS.items() if state["identity"].get(key) != identity[key]]
+    if other:
+        raise CheckpointError(
+            f"asked to cache features in {folder}; found a cache of something else: {', '.join(other)} differ"
+            f"{'s' if len(other) == 1 else ''}. Use another folder, or remove this one.",
+            folder,
+        )
+    return state["done"], state["arrays"]
+
+
+def _store(
+    folder: Path, name: str, arrays: dict[str, np.ndarray], indices: list[int], value: Tensor, count: int
+) -> None:
+    rows = value.cpu().numpy()
+    if name not in arrays:
+        arrays[name] = np.lib.format.open_memmap(
+            folder / f"{name}.npy", "w+", rows.dtype, (count, *rows.shape[1:])
+        )
+    if arrays[name].shape[1:] != rows.shape[1:]:
+        raise OptionError(
+            f"asked to cache {name}; found shape {rows.shape[1:]} after {arrays[name].shape[1:]}. Use inputs of one size.",
+            value,
+        )
+    arrays[name][indices] = rows
+
+
+def _check_shared(name: str, first: Tensor, now: Tensor) -> None:
+    if first.shape != now.shape or not torch.allclose(first.double(), now.double(), rtol=1e-4, atol=1e-6):
+        raise TrainingError(
+            f"asked to cache {name}; found one value for all samples of a batch, and another one in the next batch, so that it "
+            "belongs to no sample. Draw noise per sample inside the generator, or attach the branch elsewhere.",
+            now,
+        )
+
+
+def _open(folder: Path, name: str, count: int, mode: Any) -> np.ndarray:
+    path = folder / f"{name}.npy"
+    try:
+        array: np.ndarray = np.load(path, mmap_mode=mode, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"asked to read cached features; found {path} damaged ({error}). Remove {folder}.", path
+        ) from error
+    if array.shape[:1] != (count,):
+        raise CheckpointError(
+            f"asked to read cached features; found {path} with shape {array.shape}, not {count} samples. Remove {folder}.",
+            path,
+        )
+    return array
+
+
+def _shared_by_all(model: EarlyExitGenerator) -> set[str]:
     """Names of crossing values that do not depend on the sample."""
     split = model.split
     return {node.name for cut in split.cuts for node in cut.crossing if node not in split.batched}
@@ -145,17 +217,19 @@ def model_shared(model: EarlyExitGenerator) -> set[str]:
 
 @torch.no_grad()
 def _compute(model: EarlyExitGenerator, args: Any, kwargs: Any, seed: int) -> dict[str, Tensor]:
-    split, found = model.split, {}
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    split, found = model.split, dict[str, Tensor]()
+    device = next((p.device for p in model.generator.parameters()), torch.device("cpu"))
+    with drawing_from(seed, device):
         values = split.start(args, kwargs)
         for index in range(len(split.cuts)):
             values = split.advance(values, index)
             found.update({node.name: values[node].clone() for node in split.cuts[index].crossing})
-        found["image"] = split.place_of(split.finish(values))
-        if model.anatomy.value_cut is not None:
-            torch.manual_seed(seed)
-            found["guidance_value"] = model.anatomy.guidance_values(args, kwargs)
+        found[IMAGE] = split.place_of(split.finish(values))
+    if model.anatomy.value_cut is not None:
+        with drawing_from(
+            seed, device
+        ):  # the same draw again, so that keys, values and image belong together
+            found[GUIDANCE_VALUE] = model.anatomy.guidance_values(args, kwargs)
     return found
 
 
@@ -165,9 +239,13 @@ def _read_state(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         state: dict[str, Any] = json.loads(path.read_text())
-        state["identity"], state["done"], state["arrays"]
-    except (ValueError, KeyError) as error:
-        raise CheckpointError(f"asked to go on with {path}; found it damaged ({error}). Remove {folder}.", path) from error
+        identity, done, arrays = state["identity"], state["done"], state["arrays"]
+        if not (isinstance(identity, dict) and isinstance(done, int) and isinstance(arrays, list)):
+            raise ValueError("its parts are not what they should be")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"asked to go on with {path}; found it damaged ({error}). Remove {folder}.", path
+        ) from error
     return state
 
 

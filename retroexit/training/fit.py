@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from retroexit.errors import CheckpointError, OptionError
+from retroexit.errors import CheckpointError, OptionError, TrainingError
 from retroexit.evaluation.quality import ImageRange, QualityMetric, measure_range
 from retroexit.fingerprint import fingerprint
 from retroexit.guidance.bank import GuidanceBank
@@ -22,15 +23,15 @@ from retroexit.model import EarlyExitGenerator
 from retroexit.retrieval.base import Retriever
 from retroexit.retrieval.storage import MANIFEST
 from retroexit.routing.predictor import Predictor
-from retroexit.storage import save_model
+from retroexit.storage import save_model, wrap_settings
 from retroexit.training.branches import BranchSchedule, BranchTrainer
-from retroexit.training.cache import FeatureCache
+from retroexit.training.cache import GUIDANCE_VALUE, IMAGE, FeatureCache
 from retroexit.training.crops import Cropper
-from retroexit.training.inputs import Samples
+from retroexit.training.inputs import Samples, drawing_from
 from retroexit.training.losses import ReconstructionLoss
 from retroexit.training.predictor import train_predictor
 
-__all__ = ["FitSettings", "fit_model", "image_range_of"]
+__all__ = ["FitSettings", "divide", "fit_model", "image_range_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -71,8 +72,23 @@ class FitSettings:
         for name in ("steps", "batch", "predictor_steps", "checkpoint_every", "cache_batch"):
             if getattr(self, name) < 1:
                 raise OptionError(f"asked for {name}={getattr(self, name)}; found no integer >= 1.", name)
+        if self.crop is not None and self.crop < 1:
+            raise OptionError(
+                f"asked for crop={self.crop}; found neither None nor an integer >= 1.", self.crop
+            )
+        if self.seed < 0:
+            raise OptionError(f"asked for seed={self.seed}; found no integer >= 0.", self.seed)
         if not 0 <= self.held_out < 1:
             raise OptionError(f"asked for held_out={self.held_out}; found it outside [0, 1).", self.held_out)
+        if not 0 < self.lr < float("inf"):
+            raise OptionError(f"asked for lr={self.lr}; found no finite number above 0.", self.lr)
+        if not (
+            0 <= self.l1 < float("inf") and 0 <= self.quality < float("inf") and self.l1 + self.quality > 0
+        ):
+            raise OptionError(
+                f"asked for l1={self.l1} and quality={self.quality}; found no weights >= 0 of which one is above 0.",
+                self.l1,
+            )
 
 
 def fit_model(
@@ -86,48 +102,93 @@ def fit_model(
 ) -> None:
     """Fit bank, branches and predictor; see `retroexit.fit`."""
     samples = Samples(inputs, settings.seed)
-    folder.mkdir(parents=True, exist_ok=True)
-    cache = FeatureCache.build(model, samples, folder / "cache", batch=settings.cache_batch, progress=progress)
-    _same_settings(folder / "fit.json", {**asdict(settings), "metric": metric.describe()})
+    if not model.is_recorded:
+        args, kwargs = samples.gather([0])
+        model.record(*args, **kwargs)
+    wanted = {
+        **asdict(settings),
+        "metric": metric.describe(),
+        "attach_at": _places(model),
+        "wrap": wrap_settings(model),
+    }
+    _check_same(folder / "fit.json", wanted)
+    trained, held_out = divide(len(samples), settings)
+    cache = FeatureCache.build(
+        model, samples, folder / "cache", batch=settings.cache_batch, progress=progress
+    )
+    limits = image_range_of(model, cache.read(IMAGE, range(min(32, len(cache)))))
+    metric.to(_device(model))
+    loss = ReconstructionLoss(metric, limits, settings.l1, settings.quality)
+    croppers = [_cropper(model, cache, index, settings.crop) for index in range(len(model.branches))]
+    for cropper in croppers:
+        _try_loss(loss, cropper, cache.read(IMAGE, [0], _device(model)))
+    # From here on the folder belongs to these settings; mistakes above can be put right and fitted again.
+    _write_json(folder / "fit.json", wanted)
     guide_of = None
     if model.options.guidance is not None:
         model.bank = _bank(model, cache, folder / "bank", retriever, settings.seed, progress)
         guide_of = _guides(model, cache)
-    limits = image_range_of(model, cache.read("image", range(min(32, len(cache)))))
-    rows = np.random.default_rng([settings.seed, 2]).permutation(len(cache))
-    kept = rows[: round(settings.held_out * len(cache))].tolist()
-    trained = sorted(set(range(len(cache))) - set(kept))
-    loss = ReconstructionLoss(metric, limits, settings.l1, settings.quality)
-    device = next(model.generator.parameters()).device
-    metric.to(device)
     schedule = BranchSchedule(
-        settings.steps, settings.batch, settings.lr, settings.seed, settings.checkpoint_every, settings.bfloat16
+        settings.steps,
+        settings.batch,
+        settings.lr,
+        settings.seed,
+        settings.checkpoint_every,
+        settings.bfloat16,
     )
-    for index in range(len(model.branches)):
-        cropper = _cropper(model, cache, index, settings.crop)
+    for index, cropper in enumerate(croppers):
         trainer = BranchTrainer(
             model, index, cache, trained, loss, cropper, guide_of, schedule, folder / "branches"
         )
         trainer.run(progress)
-    losses = _measure(model, cache, metric, limits, guide_of, folder / "losses.npy", progress)
+    losses = _measure(model, cache, metric, limits, guide_of, folder / "losses.npy", settings.seed, progress)
     maps = _predictor_maps(model, samples, cache)
-    with torch.random.fork_rng():
-        torch.manual_seed(settings.seed)
+    with drawing_from(settings.seed):
         predictor = Predictor(maps.shape[1], len(model.branches), dims=maps.dim() - 2)
         error = train_predictor(
-            predictor, maps, losses, held_out=kept, steps=settings.predictor_steps, seed=settings.seed, progress=progress
+            predictor,
+            maps,
+            losses,
+            held_out=held_out,
+            steps=settings.predictor_steps,
+            seed=settings.seed,
+            progress=progress,
         )
-    logger.info("predictor error on held-out inputs: %.4f", error)
-    model.predictor = predictor.to(device).eval()
+    logger.info("predictor error on held-out inputs: %s", error)
+    model.predictor = predictor.to(_device(model)).eval()
     model.about = {
         "metric": metric.describe(),
         "image_range": [limits.low, limits.high],
-        "image_size": list(cache.read("image", [0]).shape[2:]),
+        "image_size": list(cache.read(IMAGE, [0]).shape[2:]),
         "fit": asdict(settings),
         "inputs": len(samples),
         "predictor_error": error,
     }
     save_model(model, folder)
+
+
+def divide(count: int, settings: FitSettings) -> tuple[list[int], list[int]]:
+    """Divide samples into those that branches are trained on and those held out.
+
+    Args:
+        count: Number of samples.
+        settings: Share to hold out, and seed.
+
+    Returns:
+        Both lists, sorted.
+
+    Raises:
+        OptionError: If nothing is left to train on.
+    """
+    held_out = round(settings.held_out * count)
+    if held_out >= count:
+        raise OptionError(
+            f"asked for held_out={settings.held_out} of {count} samples; found none left to train on. Hold out less, or pass more "
+            "samples.",
+            settings.held_out,
+        )
+    order = np.random.default_rng([settings.seed, 2]).permutation(count).tolist()
+    return sorted(order[held_out:]), sorted(order[:held_out])
 
 
 def image_range_of(model: EarlyExitGenerator, images: Tensor) -> ImageRange:
@@ -136,21 +197,56 @@ def image_range_of(model: EarlyExitGenerator, images: Tensor) -> ImageRange:
     return ImageRange(*declared) if declared is not None else measure_range(images)
 
 
-def _same_settings(path: Path, settings: dict[str, Any]) -> None:
+def _check_same(path: Path, wanted: dict[str, Any]) -> None:
     """A resumed fit must be the same fit."""
-    settings = json.loads(json.dumps(settings))
     if not path.exists():
-        path.write_text(json.dumps(settings, indent=1))
         return
-    before = json.loads(path.read_text())
-    changed = [key for key in settings if before.get(key) != settings[key]]
+    try:
+        before = dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"asked to go on with the fit in {path.parent}; found {path.name} damaged ({error}). Use another folder, or remove "
+            "this one.",
+            path,
+        ) from error
+    was, now = _flat(before), _flat(json.loads(json.dumps(wanted)))
+    changed = sorted(key for key in was.keys() | now.keys() if was.get(key) != now.get(key))
     if changed:
         raise CheckpointError(
             f"asked to go on with the fit in {path.parent}; found other settings: "
-            + ", ".join(f"{key} was {before.get(key)}, is {settings[key]}" for key in changed)
+            + ", ".join(f"{key} was {was.get(key)}, is {now.get(key)}" for key in changed)
             + ". Use another folder, or the settings it began with.",
             path,
         )
+
+
+def _flat(settings: dict[str, Any], start: str = "") -> dict[str, Any]:
+    """Name nested settings by dotted paths."""
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        found |= _flat(value, f"{start}{key}.") if isinstance(value, dict) else {start + key: value}
+    return found
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    temporary = path.with_suffix(".part")
+    temporary.write_text(json.dumps(values, indent=1))
+    os.replace(temporary, path)
+
+
+def _places(model: EarlyExitGenerator) -> list[str]:
+    return [place.path for place in model.anatomy.places]
+
+
+def _device(model: EarlyExitGenerator) -> torch.device:
+    return next((p.device for p in model.generator.parameters()), torch.device("cpu"))
+
+
+@torch.no_grad()
+def _try_loss(loss: ReconstructionLoss, cropper: Cropper, image: Tensor) -> None:
+    """Find out before anything is trained whether the metric takes windows of this size."""
+    window = cropper(image, cropper.offsets(1, np.random.default_rng(0))).float()
+    loss(window, window)
 
 
 def _bank(
@@ -170,7 +266,7 @@ def _bank(
     features = ((cache.read(key.name, rows), list(rows)) for rows in _chunks(len(cache), 16))
     bank = GuidanceBank.build(
         features,
-        lambda rows: cache.read("guidance_value", rows),
+        lambda rows: cache.read(GUIDANCE_VALUE, rows),
         patch=guidance.patch,
         size=guidance.size,
         thin=guidance.thin,
@@ -188,17 +284,19 @@ def _guides(model: EarlyExitGenerator, cache: FeatureCache) -> Callable[[Sequenc
     bank = model.bank
     assert bank is not None
     key = model.split.cuts[0].feature.name
-    found = [bank.search(cache.read(key, rows), torch.as_tensor(rows)).ids for rows in _chunks(len(cache), 64)]
+    found = [
+        bank.search(cache.read(key, rows), torch.as_tensor(rows)).ids for rows in _chunks(len(cache), 64)
+    ]
     ids = torch.cat(found)
     return lambda rows: bank.glue(ids[torch.as_tensor(list(rows))])
 
 
 def _cropper(model: EarlyExitGenerator, cache: FeatureCache, index: int, crop: int | None) -> Cropper:
-    image = cache.read("image", [0])
+    image = cache.read(IMAGE, [0])
     maps = [cache.read(n.name, [0]) for n in model.split.cuts[index].crossing if cache.is_per_sample(n.name)]
     sizes = [tuple(m.shape[2:]) for m in maps if m.dim() == image.dim()]
     if model.anatomy.value_cut is not None:
-        sizes.append(tuple(cache.read("guidance_value", [0]).shape[2:]))
+        sizes.append(tuple(cache.read(GUIDANCE_VALUE, [0]).shape[2:]))
     return Cropper.for_maps(crop, tuple(image.shape[2:]), sizes)
 
 
@@ -210,24 +308,52 @@ def _measure(
     limits: ImageRange,
     guide_of: Callable[[Sequence[int]], Tensor] | None,
     path: Path,
+    seed: int,
     progress: bool,
 ) -> Tensor:
     """Quality loss of every branch exit on every cached sample, ``(S, K)``."""
+    size = (len(cache), len(model.branches))
     if path.exists():
-        return torch.from_numpy(np.load(path, allow_pickle=False))
-    device = next(model.generator.parameters()).device
-    losses = torch.zeros(len(cache), len(model.branches))
+        return _read_losses(path, size)
+    device = _device(model)
+    losses = torch.zeros(size)
     bar = tqdm(total=len(cache), desc="losses of all exits", disable=None if progress else True)
     for rows in _chunks(len(cache), 8):
-        target = limits.to_signed(cache.read("image", rows, device))
+        target = limits.to_signed(cache.read(IMAGE, rows, device).float())
         guide = None if guide_of is None else guide_of(rows).to(device)
         for index, branch in enumerate(model.branches):
             names = [node.name for node in model.split.cuts[index].crossing]
-            output = branch(*(cache.read(name, rows, device) for name in names), guide=guide)
-            losses[rows, index] = metric(limits.to_signed(model.split.place_of(output)), target).cpu()
+            with drawing_from(seed + rows[0], device):
+                output = branch(*(cache.read(name, rows, device) for name in names), guide=guide)
+            image = model.split.place_of(output).float()
+            losses[rows, index] = metric(limits.to_signed(image), target).float().cpu()
         bar.update(len(rows))
     bar.close()
-    np.save(path, losses.numpy(), allow_pickle=False)
+    if not bool(torch.isfinite(losses).all()):
+        bad = [index + 1 for index, column in enumerate(losses.T) if not bool(torch.isfinite(column).all())]
+        raise TrainingError(
+            f"asked for the losses of all exits; found {metric.name} not finite at exits {bad}. Fit again with a lower learning "
+            "rate, in another folder.",
+            losses,
+        )
+    temporary = path.with_suffix(".part.npy")
+    np.save(temporary, losses.numpy(), allow_pickle=False)
+    os.replace(temporary, path)
+    return losses
+
+
+def _read_losses(path: Path, size: tuple[int, int]) -> Tensor:
+    try:
+        losses = torch.from_numpy(np.load(path, allow_pickle=False))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"asked to go on from {path}; found it damaged ({error}). Remove it.", path
+        ) from error
+    if tuple(losses.shape) != size:
+        raise CheckpointError(
+            f"asked to go on from {path}; found losses of shape {tuple(losses.shape)}, not {size}. Remove it.",
+            path,
+        )
     return losses
 
 
@@ -235,7 +361,11 @@ def _predictor_maps(model: EarlyExitGenerator, samples: Samples, cache: FeatureC
     source = model.options.predictor_inputs
     if source is None:
         return cache.read(model.split.cuts[0].feature.name, range(len(cache)))
-    return torch.cat([source(*args, **kwargs) for _, args, kwargs in samples.batches(32)])
+    found = []
+    for rows, args, kwargs in samples.batches(32):
+        with torch.no_grad(), drawing_from(samples.seed + rows[0]):
+            found.append(source(*args, **kwargs).cpu())
+    return torch.cat(found)
 
 
 def _chunks(count: int, size: int) -> list[list[int]]:

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from retroexit.errors import TrainingError
 from retroexit.routing.predictor import Predictor
 
 __all__ = ["train_predictor"]
 
 
+@torch.enable_grad()
 def train_predictor(
     predictor: Predictor,
     maps: Tensor,
@@ -25,25 +27,25 @@ def train_predictor(
     lr: float = 2e-3,
     seed: int = 0,
     progress: bool = True,
-) -> float:
+) -> float | None:
     """Fit a predictor to quality losses by squared error.
 
     The weights that do best on the held-out samples are kept. Branches were not trained on those, so what they lose there is
     what new inputs will lose; their mean error is taken out of the predictions at the end.
 
     Args:
-        predictor: Changed in place; left in eval mode.
+        predictor: Changed in place, from the weights that it has; left in eval mode.
         maps: What it reads, ``(S, C, ...)``.
         losses: Quality loss of every branch exit, ``(S, K)``.
         held_out: Samples that the branches were not trained on.
         steps: Adam steps.
         batch: Samples per step.
         lr: Learning rate, cosine to zero.
-        seed: Decides order and starting weights.
+        seed: Decides which samples a step takes.
         progress: Whether to show a bar on a terminal.
 
     Returns:
-        Mean absolute error on the held-out samples before their mean error was taken out.
+        Mean absolute error on the held-out samples once their mean error is taken out; ``None`` without such samples.
 
     Reference: paper section 3.2, equation 2.
     """
@@ -56,7 +58,7 @@ def train_predictor(
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     random = np.random.default_rng(seed)
     scale = predictor.loss_std
-    best, best_state = float("inf"), {k: v.clone() for k, v in predictor.state_dict().items()}
+    best, best_state = float("inf"), dict[str, Tensor]()
     bar = tqdm(range(steps), desc="predictor", disable=None if progress else True)
     for step in bar:
         predictor.train()
@@ -66,9 +68,14 @@ def train_predictor(
         error.backward()
         optimizer.step()
         scheduler.step()
+        if not torch.isfinite(error):
+            raise TrainingError(
+                f"the predictor's loss became {float(error)} at step {step}; found features or losses without bound.",
+                predictor,
+            )
         if len(kept) and (step % 50 == 49 or step == steps - 1):
             score = _error(predictor, maps[kept], losses[kept])
-            if score < best:
+            if score < best or not best_state:
                 best, best_state = score, {k: v.clone() for k, v in predictor.state_dict().items()}
             bar.set_postfix(held_out=f"{score:.4f}")
     if len(kept):
@@ -77,7 +84,7 @@ def train_predictor(
         with torch.no_grad():
             predictor.loss_mean += (losses[kept] - _in_batches(predictor, maps[kept])).mean(0)
     predictor.eval()
-    return best
+    return best if len(kept) else None
 
 
 @torch.no_grad()
