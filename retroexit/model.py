@@ -264,7 +264,9 @@ class EarlyExitGenerator(nn.Module):
             if index:
                 with torch.no_grad():
                     values = self.split.advance(values, index)
-            outputs.append(self._leave(values, index, guide))
+            # What a branch draws, the rest of the backbone draws too: the generator's own numbers for everybody.
+            with torch.random.fork_rng(devices=self.split.cuda_devices):
+                outputs.append(self._leave(values, index, guide))
         with torch.no_grad():
             outputs.append(self.split.finish(values))
         return outputs

@@ -206,7 +206,7 @@ def style_vectors() -> Toy:
                 h = F.interpolate(block(h, w), scale_factor=2, mode="bilinear")
             return self.rgb(h)
 
-    return Toy(AdaIN(), (torch.randn(2, 5),))
+    return Toy(AdaIN(), (torch.randn(2, 5),), pinned="self.style(w)")
 
 
 @toy
@@ -570,4 +570,4 @@ class _Sum(nn.Module):
 
 @toy
 def scripted_child() -> Toy:
-    return chain(lambda i, o, up: nn.Sequential(Block(i, o, up), torch.jit.script(_Sum(o))))
+    return chain(lambda i, o, up: nn.Sequential(Block(i, o, up), torch.jit.script(_Sum(o))), pinned="h = block(h)")

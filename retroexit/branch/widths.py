@@ -182,7 +182,7 @@ class Algebra:
         """
         free = self.free()
         sizes = dict(self.values)
-        sizes.update({symbol: min(self.values[symbol], rule(self.values[symbol])) for symbol in free})
+        sizes.update({symbol: self._wanted(symbol, rule) for symbol in free})
         self._repair(sizes, set(free))
         evaluate = lambda e: tuple(map(evaluate, e)) if isinstance(e, tuple) else _evaluate(e, sizes)  # noqa: E731
         return WidthPlan(
@@ -192,6 +192,15 @@ class Algebra:
             entry=evaluate(self.entry),
             pins=tuple(self._pins(rule)),
         )
+
+    def _wanted(self, symbol: sympy.Symbol, rule: Callable[[int], int]) -> int:
+        """Apply the rule to a width; a small one that only counts channels per group follows the width of all groups."""
+        real = self.values[symbol]
+        if rule(real) < real:
+            return rule(real)
+        multiples = {e for shape in self.shapes.values() for e in shape if _symbols(e) == {symbol} and e != symbol}
+        sizes = [rule(real * int(k)) / int(k) for k in (e / symbol for e in multiples) if k.is_Integer]
+        return min(real, math.ceil(max(sizes, default=real)))
 
     def _repair(self, sizes: dict[sympy.Symbol, int], free: set[sympy.Symbol]) -> None:
         """Raise sizes, by as little as possible, until every condition holds."""
@@ -324,9 +333,9 @@ class _SymbolicRun:
         real = [*self.tail.named_parameters(), *self.tail.named_buffers()]
         self.parameter_names = {name for name, _ in self.tail.named_parameters()}
         self.original = {name: tuple(tensor.shape) for name, tensor in real}
+        sizes = {size for name in self.parameter_names for size in self.original[name] if size > threshold}
         self.tensors = {
-            name: self.fake(tensor, name.replace(".", "_"), [size > threshold for size in tensor.shape])
-            for name, tensor in real
+            name: self.fake(tensor, name.replace(".", "_"), self._free_axes(name, tensor, sizes)) for name, tensor in real
         }
         self.symbols = {
             (name, axis): size.node.expr
@@ -334,7 +343,6 @@ class _SymbolicRun:
             for axis, size in enumerate(self.tensors[name].shape)
             if isinstance(size, torch.SymInt)
         }
-        sizes = {size for name in self.parameter_names for size in self.original[name] if size > threshold}
         self.attributes = self._free_attributes(sizes)
 
     def fake(self, tensor: Tensor, name: str, dynamic: list[bool]) -> Tensor:
@@ -344,19 +352,27 @@ class _SymbolicRun:
         )
         return self.mode.from_tensor(tensor.detach(), source=ConstantSource(name), symbolic_context=context)
 
+    def _free_axes(self, name: str, tensor: Tensor, sizes: set[int]) -> list[bool]:
+        """Tell which axes of a parameter may shrink: wide ones, and channels per group where all groups together are wide."""
+        owner = self.tail.get_submodule(name.rpartition(".")[0])
+        groups = {v for k, v in vars(owner).items() if type(v) is int and v > 1 and _is_width(owner, k)}
+        return [
+            size > self.threshold or (axis < 2 and size > 1 and any(size * g in sizes for g in groups))
+            for axis, size in enumerate(tensor.shape)
+        ]
+
     def _free_attributes(self, sizes: set[int]) -> dict[tuple[str, str], Any]:
         """Make a symbol of every integer attribute that could be a channel count."""
         found: dict[tuple[str, str], Any] = {}
         for path, module in self.tail.named_modules():
             if isinstance(module, torch.jit.ScriptModule):
                 continue
-            builtin = type(module).__module__.startswith("torch.nn")
             for name, value in list(vars(module).items()):
-                if name.startswith("_") or (builtin and name not in _BUILTIN_WIDTHS):
+                if not _is_width(module, name):
                     continue
                 if type(value) is int and value in sizes:
                     found[path, name] = self._symbol(value, f"{path}.{name}")
-                elif builtin and name == "normalized_shape" and all(v in sizes for v in value):
+                elif name == "normalized_shape" and type(value) is tuple and all(v in sizes for v in value):
                     found[path, name] = tuple(self._symbol(v, f"{path}.{name}{i}") for i, v in enumerate(value))
                 else:
                     continue
@@ -416,6 +432,12 @@ class _SymbolicRun:
             reasons=reasons,
             symbols=self.symbols,
         )
+
+
+def _is_width(module: nn.Module, attribute: str) -> bool:
+    """Tell whether an attribute's name allows it to be a channel or group count."""
+    builtin = type(module).__module__.startswith("torch.nn")
+    return attribute in _BUILTIN_WIDTHS if builtin else not attribute.startswith("_")
 
 
 def _rebase(
@@ -485,4 +507,4 @@ def _user_line() -> str:
     if not isinstance(line, tuple) and line is not None:
         node = line.f_locals.get("node") if line.f_code.co_filename == cut.__file__ else None
         line = node.meta.get("line") if node is not None else None
-    return show(line) if isinstance(line, tuple) else "the graph between the modules"
+    return show(line) if isinstance(line, tuple) else "code that is not Python, such as a scripted module"

@@ -123,6 +123,11 @@ class SplitGenerator:
         found: Tensor = image
         return found
 
+    @property
+    def cuda_devices(self) -> list[torch.device]:
+        """Devices besides the CPU that the generator draws random numbers on."""
+        return [self._device] if self._device.type == "cuda" else []
+
     # Checks.
 
     def _bind(self, args: Any, kwargs: Any) -> Values:
