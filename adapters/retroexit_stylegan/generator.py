@@ -1,0 +1,231 @@
+"""StyleGAN2 (Karras et al., "Analyzing and Improving the Image Quality of StyleGAN", CVPR 2020).
+
+Written from the paper and laid out under the parameter names of NVIDIA's PyTorch networks (stylegan2-ada), so
+that the state dict of their ``G_ema`` loads with ``load_state_dict``. The architecture is the paper's: a skip
+image through all blocks, noise in every layer. Style mixing is left to callers of ``synthesis``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from retroexit_stylegan.layers import (
+    Linear,
+    NoiseMode,
+    SynthesisLayer,
+    ToRGB,
+    low_pass_filter,
+    upsample,
+)
+
+__all__ = ["MappingNetwork", "StyleGANGenerator", "SynthesisBlock", "SynthesisNetwork"]
+
+
+class StyleGANGenerator(nn.Module):
+    """Turn latent vectors into images: ``mapping`` to style vectors, then ``synthesis``.
+
+    Args:
+        z_dim: Width of the latent vector.
+        c_dim: Width of the class label; 0 for none.
+        w_dim: Width of the style vectors.
+        resolution: Height and width of the image, a power of two from 4 up.
+        channel_base: A block of resolution r has ``channel_base // r`` channels,
+        channel_max: but no more than this.
+        num_mapping_layers: Layers of the mapping network.
+        conv_clamp: Largest magnitude of any layer's output, ``None`` for no limit. It is 256 where training
+            was in mixed precision.
+
+    Raises:
+        ValueError: If ``resolution`` is not a power of two from 4 up.
+    """
+
+    def __init__(
+        self,
+        z_dim: int = 512,
+        c_dim: int = 0,
+        w_dim: int = 512,
+        resolution: int = 256,
+        channel_base: int = 32768,
+        channel_max: int = 512,
+        num_mapping_layers: int = 8,
+        conv_clamp: float | None = None,
+    ) -> None:
+        super().__init__()
+        if resolution < 4 or resolution & (resolution - 1):
+            raise ValueError(f"resolution must be a power of two from 4 up, got {resolution}")
+        self.z_dim, self.c_dim, self.w_dim, self.resolution = z_dim, c_dim, w_dim, resolution
+        self.synthesis = SynthesisNetwork(w_dim, resolution, channel_base, channel_max, conv_clamp)
+        self.num_ws = self.synthesis.num_ws
+        self.mapping = MappingNetwork(z_dim, c_dim, w_dim, self.num_ws, num_mapping_layers)
+
+    def forward(
+        self,
+        z: Tensor,
+        c: Tensor | None = None,
+        truncation_psi: float = 1.0,
+        noise_mode: NoiseMode = "const",
+    ) -> Tensor:
+        """Draw an image.
+
+        Args:
+            z: Latent vectors, standard normal, shape ``(N, z_dim)``.
+            c: Class labels, one-hot, shape ``(N, c_dim)``. ``None`` for a generator without classes.
+            truncation_psi: 1 for full variety; towards 0, style vectors move to their mean.
+            noise_mode: ``"const"`` adds the stored noise, ``"random"`` draws new noise, ``"none"`` adds none.
+
+        Returns:
+            Image, shape ``(N, 3, resolution, resolution)``, range about ``[-1, 1]``: nothing clips it.
+
+        Raises:
+            ValueError: If ``z`` or ``c`` has another shape, or there is no such noise mode.
+        """
+        return self.synthesis(self.mapping(z, c, truncation_psi), noise_mode)  # type: ignore[no-any-return]
+
+
+class MappingNetwork(nn.Module):
+    """Map latent vectors and class labels to style vectors.
+
+    Args:
+        z_dim: Width of the latent vector.
+        c_dim: Width of the class label; 0 for none.
+        w_dim: Width of the style vectors.
+        num_ws: Style vectors that the synthesis network takes.
+        num_layers: Linear layers, ``fc0`` and so on.
+    """
+
+    w_avg: Tensor
+
+    def __init__(self, z_dim: int, c_dim: int, w_dim: int, num_ws: int, num_layers: int) -> None:
+        super().__init__()
+        self.z_dim, self.c_dim, self.num_ws, self.num_layers = z_dim, c_dim, num_ws, num_layers
+        if c_dim:
+            self.embed = Linear(c_dim, w_dim)
+        width = z_dim + (w_dim if c_dim else 0)
+        for i in range(num_layers):
+            setattr(self, f"fc{i}", Linear(width, w_dim, activate=True, lr_multiplier=0.01))
+            width = w_dim
+        self.register_buffer("w_avg", torch.zeros(w_dim))
+
+    def forward(self, z: Tensor, c: Tensor | None = None, truncation_psi: float = 1.0) -> Tensor:
+        """Map ``z`` ``(N, z_dim)`` and ``c`` ``(N, c_dim)`` to equal style vectors ``(N, num_ws, w_dim)``."""
+        if z.dim() != 2 or z.shape[1] != self.z_dim:
+            raise ValueError(f"z must have the shape (N, {self.z_dim}), got {tuple(z.shape)}")
+        labels = z.new_zeros(len(z), 0) if c is None else c
+        if labels.shape != (len(z), self.c_dim):
+            found = "None" if c is None else tuple(c.shape)
+            raise ValueError(f"c must have the shape {(len(z), self.c_dim)}, got {found}")
+        x = _normalise(z)
+        if self.c_dim:
+            x = torch.cat([x, _normalise(self.embed(labels))], 1)
+        for i in range(self.num_layers):
+            x = getattr(self, f"fc{i}")(x)
+        if truncation_psi != 1:
+            x = self.w_avg.lerp(x, truncation_psi)
+        return x[:, None].repeat(1, self.num_ws, 1)
+
+
+class SynthesisNetwork(nn.Module):
+    """Paint an image from style vectors, through blocks ``b4``, ``b8``, ... up to the resolution.
+
+    Args:
+        w_dim: Width of the style vectors.
+        resolution: Height and width of the image.
+        channel_base: See `StyleGANGenerator`.
+        channel_max: See `StyleGANGenerator`.
+        clamp: Largest magnitude of any layer's output, or ``None``.
+    """
+
+    def __init__(
+        self, w_dim: int, resolution: int, channel_base: int, channel_max: int, clamp: float | None
+    ) -> None:
+        super().__init__()
+        self.w_dim = w_dim
+        self.block_resolutions = [2**i for i in range(2, resolution.bit_length())]
+        self.num_ws = 2 * len(
+            self.block_resolutions
+        )  # one for each convolution, one for the last block's colours
+        channels = 0
+        for size in self.block_resolutions:
+            in_channels, channels = channels, min(channel_base // size, channel_max)
+            setattr(self, f"b{size}", SynthesisBlock(in_channels, channels, w_dim, size, clamp))
+
+    def forward(self, ws: Tensor, noise_mode: NoiseMode = "const") -> Tensor:
+        """Draw an image.
+
+        Args:
+            ws: Style vectors, shape ``(N, num_ws, w_dim)``.
+            noise_mode: See `StyleGANGenerator.forward`.
+
+        Returns:
+            Image, shape ``(N, 3, resolution, resolution)``.
+
+        Raises:
+            ValueError: If ``ws`` has another shape, or there is no such noise mode.
+        """
+        if ws.dim() != 3 or ws.shape[1:] != (self.num_ws, self.w_dim):
+            raise ValueError(
+                f"ws must have the shape (N, {self.num_ws}, {self.w_dim}), got {tuple(ws.shape)}"
+            )
+        if noise_mode not in ("const", "random", "none"):
+            raise ValueError(f"noise_mode must be 'const', 'random' or 'none', got {noise_mode!r}")
+        x = image = None
+        first = 0
+        for size in self.block_resolutions:
+            block = getattr(self, f"b{size}")
+            x, image = block(x, image, ws[:, first : first + block.num_ws], noise_mode)
+            first += block.num_ws - 1  # the vector for the colours is the next block's first as well
+        assert image is not None
+        return image
+
+
+class SynthesisBlock(nn.Module):
+    """One resolution: two convolutions (one in the first block), and a contribution to the image.
+
+    Args:
+        in_channels: Channels of the input; 0 for the first block, which starts from a learned constant.
+        channels: Channels of the output.
+        w_dim: Width of the style vectors.
+        resolution: Height and width of the output.
+        clamp: Largest magnitude of any layer's output, or ``None``.
+    """
+
+    resample_filter: Tensor
+
+    def __init__(
+        self, in_channels: int, channels: int, w_dim: int, resolution: int, clamp: float | None
+    ) -> None:
+        super().__init__()
+        self.is_first = in_channels == 0
+        self.num_ws = 2 if self.is_first else 3
+        self.register_buffer("resample_filter", low_pass_filter())
+        if self.is_first:
+            self.const = nn.Parameter(torch.randn(channels, resolution, resolution))
+        else:
+            self.conv0 = SynthesisLayer(in_channels, channels, w_dim, resolution, up=2, clamp=clamp)
+        self.conv1 = SynthesisLayer(channels, channels, w_dim, resolution, up=1, clamp=clamp)
+        self.torgb = ToRGB(channels, w_dim, clamp)
+
+    def forward(
+        self, x: Tensor | None, image: Tensor | None, ws: Tensor, noise_mode: NoiseMode
+    ) -> tuple[Tensor, Tensor]:
+        """Run the block.
+
+        Args:
+            x: Feature map of half the resolution, ``(N, in_channels, h, w)``; ``None`` for the first block.
+            image: Image so far, ``(N, 3, h, w)``; ``None`` for the first block.
+            ws: Style vectors of this block's layers, ``(N, num_ws, w_dim)``.
+            noise_mode: See `StyleGANGenerator.forward`.
+
+        Returns:
+            Feature map ``(N, channels, 2h, 2w)`` and image ``(N, 3, 2h, 2w)``.
+        """
+        x = self.const.expand(len(ws), -1, -1, -1) if x is None else self.conv0(x, ws[:, 0], noise_mode)
+        x = self.conv1(x, ws[:, -2], noise_mode)
+        colours = self.torgb(x, ws[:, -1])
+        return x, colours if image is None else upsample(image, self.resample_filter) + colours
+
+
+def _normalise(x: Tensor) -> Tensor:
+    """Scale the vectors of a batch ``(N, D)`` to a mean square of 1."""
+    return x * (x.square().mean(1, keepdim=True) + 1e-8).rsqrt()

@@ -1,0 +1,353 @@
+"""The StyleGAN2 adapter: the equations of the paper, the layouts of two code bases, thin exits."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import retroexit
+
+retroexit_stylegan = pytest.importorskip(
+    "retroexit_stylegan", reason="install the project to get its adapters"
+)
+StyleGANGenerator = retroexit_stylegan.StyleGANGenerator
+convert = retroexit_stylegan.convert_rosinality
+describe = retroexit_stylegan.retroexit_describe
+
+
+def small(**options: object) -> nn.Module:
+    """Make a generator of 32x32 with 64, 64, 32, 16 channels, in which every parameter does something."""
+    settings = {"z_dim": 8, "w_dim": 6, "resolution": 32, "channel_base": 512, "channel_max": 64}
+    generator = StyleGANGenerator(**(settings | {"num_mapping_layers": 2} | options)).eval()
+    with torch.no_grad():
+        for parameter in generator.parameters():
+            if parameter.dim() < 2:  # biases and noise strengths start at constants
+                parameter.add_(0.2 * torch.randn_like(parameter))
+        generator.mapping.w_avg.normal_()
+    return generator
+
+
+def to_rosinality(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+    """Write a state in the other layout: its `g_ema` and `latent_avg`."""
+    other: dict[str, Tensor] = {"input.input": state["synthesis.b4.const"][None]}
+    for i in itertools.takewhile(lambda i: f"mapping.fc{i}.weight" in state, itertools.count()):
+        for what in ("weight", "bias"):
+            other[f"style.{i + 1}.{what}"] = state[f"mapping.fc{i}.{what}"]
+    blocks = [name.split(".")[1] for name in state if name.endswith("torgb.bias")]
+    layers = ["b4.conv1", *(f"{block}.conv{j}" for block in blocks[1:] for j in (0, 1))]
+    names = ["conv1", *(f"convs.{i}" for i in range(len(layers) - 1))]
+    for i, (ours, theirs) in enumerate(zip(layers, names, strict=True)):
+        layer = f"synthesis.{ours}"
+        other[f"{theirs}.noise.weight"] = state[f"{layer}.noise_strength"][None]
+        other[f"{theirs}.activate.bias"] = state[f"{layer}.bias"]
+        other[f"noises.noise_{i}"] = state[f"{layer}.noise_const"][None, None]
+        if ours.endswith("conv0"):
+            other[f"{theirs}.conv.blur.kernel"] = 4 * state[f"{layer}.resample_filter"]
+    names += ["to_rgb1", *(f"to_rgbs.{i}" for i in range(len(blocks) - 1))]
+    layers += [f"{block}.torgb" for block in blocks]
+    for ours, theirs in zip(layers, names, strict=True):
+        other[f"{theirs}.conv.weight"] = state[f"synthesis.{ours}.weight"][None]
+        for what in ("weight", "bias"):
+            other[f"{theirs}.conv.modulation.{what}"] = state[f"synthesis.{ours}.affine.{what}"]
+        if theirs.startswith("to_rgb"):
+            other[f"{theirs}.bias"] = state[f"synthesis.{ours}.bias"].reshape(1, 3, 1, 1)
+        if theirs.startswith("to_rgbs"):
+            kernel = state[f"synthesis.{ours.split('.')[0]}.resample_filter"]
+            other[f"{theirs}.upsample.kernel"] = 4 * kernel
+    return other, state["mapping.w_avg"]
+
+
+def filtered(x: Tensor, before: int) -> Tensor:
+    """Convolve with the outer product of 1 3 3 1, scaled to a sum of 4, after padding by `before` and 1."""
+    taps = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 4
+    x = functional.pad(x, (before, 1, before, 1))
+    height, width = x.shape[2] - 3, x.shape[3] - 3
+    return sum(taps[i] * taps[j] * x[:, :, i : i + height, j : j + width] for i in range(4) for j in range(4))
+
+
+def spread(x: Tensor) -> Tensor:
+    """Put a zero behind every pixel."""
+    out = x.new_zeros(*x.shape[:2], 2 * x.shape[2], 2 * x.shape[3])
+    out[:, :, ::2, ::2] = x
+    return out
+
+
+def reference(state: dict[str, Tensor], w: Tensor) -> Tensor:
+    """Draw an image from one style vector by the paper's equations 1 and 3: scale weights, demodulate."""
+
+    def get(name: str) -> Tensor:
+        return state[f"synthesis.{name}"]
+
+    def styled(name: str) -> Tensor:
+        style = get(f"{name}.affine.weight") @ w / math.sqrt(len(w)) + get(f"{name}.affine.bias")
+        return get(f"{name}.weight") * style[:, None, None]
+
+    def layer(name: str, x: Tensor) -> Tensor:
+        weight = styled(name)
+        weight = weight / torch.stack([(kernel**2).sum() for kernel in weight]).sqrt()[:, None, None, None]
+        if name.endswith("conv0"):  # a true convolution here, so the kernel is mirrored
+            x = filtered(functional.conv2d(spread(x), weight.flip(2, 3), padding=2)[:, :, :-1, :-1], 1)
+        else:
+            x = functional.conv2d(x, weight, padding=1)
+        x = (
+            x
+            + get(f"{name}.noise_const") * get(f"{name}.noise_strength")
+            + get(f"{name}.bias")[:, None, None]
+        )
+        return torch.where(x > 0, x, 0.2 * x) * 2**0.5
+
+    x, image = get("b4.const")[None], None
+    for size in (4, 8, 16, 32):
+        for name in ("conv1",) if size == 4 else ("conv0", "conv1"):
+            x = layer(f"b{size}.{name}", x)
+        weight = styled(f"b{size}.torgb") / math.sqrt(x.shape[1])
+        colours = functional.conv2d(x, weight, get(f"b{size}.torgb.bias"))
+        image = colours if image is None else filtered(spread(image), 2) + colours
+    assert image is not None
+    return image
+
+
+def test_the_image_is_what_the_papers_equations_give() -> None:
+    generator = small()
+    w = torch.randn(2, 6)
+    with torch.no_grad():
+        images = generator.synthesis(w[:, None].repeat(1, generator.num_ws, 1))
+        expected = torch.cat([reference(generator.state_dict(), one) for one in w])
+    assert images.shape == (2, 3, 32, 32)
+    torch.testing.assert_close(images, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_every_layer_has_its_own_style_vector_and_colours_share_with_the_next_block() -> None:
+    generator = small(resolution=8)
+    ws = torch.randn(1, 4, 6)
+    seen: dict[str, Tensor] = {}
+    for name, module in generator.synthesis.named_modules():
+        if name.endswith("affine"):
+            module.register_forward_hook(lambda _m, args, _o, name=name: seen.update({name: args[0]}))
+    generator.synthesis(ws)
+    order = {"b4.conv1": 0, "b4.torgb": 1, "b8.conv0": 1, "b8.conv1": 2, "b8.torgb": 3}
+    assert {name: seen[f"{name}.affine"].tolist() for name in order} == {
+        name: ws[:, i].tolist() for name, i in order.items()
+    }
+
+
+def test_truncation_moves_style_vectors_to_their_mean() -> None:
+    mapping = small().mapping
+    z = torch.randn(3, 8)
+    full = mapping(z)
+    assert full.shape == (3, 8, 6)
+    torch.testing.assert_close(mapping(5 * z)[:, 0], full[:, 3])  # only the direction of z counts
+    torch.testing.assert_close(mapping(z, None, 0.25), mapping.w_avg + 0.25 * (full - mapping.w_avg))
+
+
+def test_noise_is_stored_drawn_or_left_out() -> None:
+    generator, z = small(), torch.randn(2, 8)
+    before = torch.get_rng_state()
+    const = generator(z)
+    silent = generator(z, noise_mode="none")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(generator(z), const)
+    drawn = generator(z, noise_mode="random")
+    assert not torch.equal(torch.get_rng_state(), before)
+    assert not torch.equal(const, drawn)
+    for name, parameter in generator.named_parameters():
+        if name.endswith("noise_strength"):
+            parameter.data.zero_()
+    assert torch.equal(generator(z), silent)
+
+
+def test_a_clamp_bounds_every_layer() -> None:
+    generator = small(conv_clamp=0.1)
+    outputs: list[Tensor] = []
+    for block in generator.synthesis.children():
+        for layer in block.children():
+            layer.register_forward_hook(lambda _m, _a, output: outputs.append(output))
+    generator(torch.randn(1, 8))
+    assert len(outputs) == 11
+    assert all(output.abs().max() <= 0.1 for output in outputs)
+
+
+def test_names_and_shapes_are_those_of_the_official_networks() -> None:
+    with torch.device("meta"):
+        generator = StyleGANGenerator(c_dim=10, resolution=1024, num_mapping_layers=2)
+    state = {name: tuple(value.shape) for name, value in generator.state_dict().items()}
+    sizes = [4, 8, 16, 32, 64, 128, 256, 512, 1024]
+    channels = dict(zip(sizes, [512, 512, 512, 512, 512, 256, 128, 64, 32], strict=True))
+    expected: dict[str, tuple[int, ...]] = {"mapping.w_avg": (512,), "synthesis.b4.const": (512, 4, 4)}
+    for name, width in (("embed", 10), ("fc0", 1024), ("fc1", 512)):
+        expected |= {f"mapping.{name}.weight": (512, width), f"mapping.{name}.bias": (512,)}
+    for size in sizes:
+        block, c = f"synthesis.b{size}", channels[size]
+        expected[f"{block}.resample_filter"] = (4, 4)
+        layers = {"conv1": (c, c, 3, 3), "torgb": (3, c, 1, 1)}
+        if size > 4:
+            layers["conv0"] = (c, channels[size // 2], 3, 3)
+        for layer, shape in layers.items():
+            path = f"{block}.{layer}"
+            expected |= {f"{path}.weight": shape, f"{path}.bias": shape[:1]}
+            expected |= {f"{path}.affine.weight": (shape[1], 512), f"{path}.affine.bias": (shape[1],)}
+            if layer != "torgb":
+                expected |= {f"{path}.noise_const": (size, size), f"{path}.noise_strength": ()}
+                expected[f"{path}.resample_filter"] = (4, 4)
+    assert state == expected
+    assert generator.num_ws == 18
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pth"])
+def test_a_state_dict_from_a_file_loads_strictly(tmp_path: Path, suffix: str) -> None:
+    safetensors = pytest.importorskip("safetensors.torch")
+    trained, path = small(), tmp_path / f"weights.{suffix}"
+    if suffix == "pth":
+        torch.save(trained.state_dict(), path)
+        state = torch.load(path, weights_only=True)
+    else:
+        safetensors.save_file(trained.state_dict(), path)
+        state = safetensors.load_file(path)
+    generator, z = small(), torch.randn(1, 8)
+    assert not torch.equal(generator(z), trained(z))
+    generator.load_state_dict(state)
+    assert torch.equal(generator(z), trained(z))
+
+
+def test_weights_in_rosinalitys_layout_are_converted() -> None:
+    generator = small()
+    state, w_avg = to_rosinality(generator.state_dict())
+    assert state["convs.0.conv.weight"].shape == (1, 64, 64, 3, 3)
+    assert state["to_rgbs.2.conv.weight"].shape == (1, 3, 16, 1, 1)
+    converted = convert(state, w_avg)
+    assert list(converted) and converted.keys() == generator.state_dict().keys()
+    for name, value in generator.state_dict().items():
+        assert torch.equal(converted[name], value), name
+    fresh, z = small(), torch.randn(1, 8)
+    fresh.load_state_dict(converted)
+    assert torch.equal(fresh(z, None, 0.5), generator(z, None, 0.5))
+    assert not convert(state)["mapping.w_avg"].any()
+
+
+def test_a_state_that_is_not_rosinalitys_is_refused() -> None:
+    state, _ = to_rosinality(small().state_dict())
+    with pytest.raises(
+        ValueError, match=r"no tensor 'to_rgbs.0.bias' in the state; found 'synthesis.b4.const'"
+    ):
+        convert({"synthesis.b4.const": torch.zeros(1)})
+    with pytest.raises(ValueError, match=r"foreign to rosinality's layout: 'latent_avg'\. Remove"):
+        convert(state | {"latent_avg": torch.zeros(6)})
+    del state["noises.noise_3"]
+    with pytest.raises(ValueError, match=r"no tensor 'noises.noise_3' in the state; still unused: 'convs.2"):
+        convert(state)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((torch.zeros(2, 9),), r"z must have the shape \(N, 8\), got \(2, 9\)"),
+        ((torch.zeros(2, 8),), r"c must have the shape \(2, 5\), got None"),
+        ((torch.zeros(2, 8), torch.zeros(1, 5)), r"c must have the shape \(2, 5\), got \(1, 5\)"),
+        ((torch.zeros(2, 8), torch.zeros(2, 5), 1.0, "const "), r"'none', got 'const '"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused(arguments: tuple[object, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        small(c_dim=5)(*arguments)
+
+
+def test_style_vectors_and_resolutions_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"ws must have the shape \(N, 8, 6\), got \(1, 7, 6\)"):
+        small().synthesis(torch.zeros(1, 7, 6))
+    with pytest.raises(ValueError, match="power of two from 4 up, got 48"):
+        small(resolution=48)
+
+
+@pytest.mark.parametrize("classes", [0, 5])
+def test_the_description_fits_the_generator(classes: int) -> None:
+    generator = small(c_dim=classes)
+    described = describe(generator)
+    assert described.stages == tuple(f"synthesis.b{size}" for size in (4, 8, 16, 32))
+    assert described.image_range == (-1.0, 1.0)
+    before = torch.get_rng_state()
+    args, kwargs = described.example_inputs(generator)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert [tuple(value.shape) for value in args] == [(1, 8), (1, 5)][: 1 + bool(classes)]
+    assert generator(*args, **kwargs).shape == (1, 3, 32, 32)
+
+
+def test_objects_of_nvidias_code_are_recognised_by_name_and_parts() -> None:
+    class Generator(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            inner = small(c_dim=5)
+            self.mapping, self.synthesis = inner.mapping, inner.synthesis
+            self.z_dim, self.c_dim = 8, 5
+
+    theirs = Generator()
+    described = describe(theirs)
+    assert described.stages == tuple(f"synthesis.b{size}" for size in (4, 8, 16, 32))
+    (z, c), keywords = described.example_inputs(theirs)
+    assert (z.shape, c.tolist()) == ((1, 8), [[1, 0, 0, 0, 0]])
+    assert keywords == {"noise_mode": "const", "force_fp32": True}
+    theirs.c_dim = 0
+    assert described.example_inputs(theirs)[0][1] is None
+    del theirs.synthesis.b4  # such as StyleGAN3
+    assert describe(theirs) is None
+
+
+def test_objects_of_rosinalitys_code_are_recognised_by_name_and_parts() -> None:
+    class Generator(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.size, self.style_dim = 16, 8
+            self.style, self.input, self.conv1, self.to_rgb1, self.noises = (
+                nn.Linear(1, 1) for _ in range(5)
+            )
+            self.convs = nn.ModuleList(nn.Identity() for _ in range(4))
+            self.to_rgbs = nn.ModuleList(nn.Identity() for _ in range(2))
+
+    theirs = Generator()
+    described = describe(theirs)
+    assert described.stages == ("conv1", "convs.0", "convs.1", "convs.2", "convs.3")
+    assert described.image == 0
+    ((styles,), keywords) = described.example_inputs(theirs)
+    assert [style.shape for style in styles] == [(1, 8)]
+    assert keywords == {"randomize_noise": False}
+    del theirs.to_rgb1
+    assert describe(theirs) is None
+
+
+def test_other_generators_are_left_to_others() -> None:
+    assert describe(nn.Sequential(nn.Conv2d(3, 3, 3), nn.Tanh())) is None
+
+
+def test_exits_are_thin_grow_in_cost_and_end_in_the_generator_itself() -> None:
+    generator = small()
+    before = copy.deepcopy(generator.state_dict())
+    model = retroexit.wrap(
+        generator, attach_at=[1, 2, 3], scale=1 / 4, min_channels=8, adapter=describe(generator)
+    )
+    z = torch.randn(3, 8)
+    assert torch.equal(model(z), generator(z))
+    assert torch.equal(model(z, exit=4), generator(z))
+    assert all(torch.equal(before[name], value) for name, value in generator.state_dict().items())
+    macs = [leave.macs for leave in model.exits]
+    assert macs == sorted(set(macs))
+    assert [leave.attach_at for leave in model.exits[:-1]] == [
+        "synthesis.b4",
+        "synthesis.b8",
+        "synthesis.b16",
+    ]
+    thin = dict(model.branches[0].tail.named_parameters())
+    shapes = {name.split("synthesis.")[-1]: value.shape for name, value in thin.items()}
+    (b8, b32) = (next(v for n, v in shapes.items() if n.endswith(f"{b}.conv1.weight")) for b in ("b8", "b32"))
+    assert (b8[0], b32[0]) == (16, 8)
+    for number, branch in enumerate(model.branches, 1):
+        image = model(z, exit=number)
+        assert image.shape == (3, 3, 32, 32)
+        image.square().mean().backward()
+        assert [n for n, p in branch.named_parameters() if p.grad is None or not p.grad.any()] == []
+    assert all(parameter.grad is None for parameter in generator.parameters())
