@@ -138,10 +138,17 @@ class Segment:
         begin: First node.
         end: One past the last node.
         keep: Nodes whose values the caller wants.
+        enter: Nodes whose values the caller hands in, besides the generator's inputs.
     """
 
     def __init__(
-        self, recording: Recording, generator: nn.Module, begin: int, end: int, keep: Iterable[fx.Node]
+        self,
+        recording: Recording,
+        generator: nn.Module,
+        begin: int,
+        end: int,
+        keep: Iterable[fx.Node],
+        enter: Iterable[fx.Node] = (),
     ) -> None:
         self.keep = tuple(keep)
         between = recording.nodes[begin:end]
@@ -153,8 +160,14 @@ class Segment:
             if node in wanted and (node.meta.get("size") or node.op == "get_attr"):
                 again.add(node)
                 wanted.update(node.all_input_nodes)
-        repeated = [node for node in recording.nodes[:begin] if node in again]
-        self._steps = _Steps([*repeated, *between], self.keep)
+        # What nothing depends on may need a value that was not carried here; it is left out.
+        known = set(enter)
+        steps = []
+        for node in (*(node for node in recording.nodes[:begin] if node in again), *between):
+            if known.issuperset(node.all_input_nodes):
+                known.add(node)
+                steps.append(node)
+        self._steps = _Steps(steps, self.keep)
         self._generator, self._constants = generator, recording.constants
 
     def __call__(self, values: dict[fx.Node, Any]) -> dict[fx.Node, Any]:

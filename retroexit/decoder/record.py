@@ -414,7 +414,9 @@ def unobserved(generator: nn.Module) -> Iterator[None]:
     devices = {tensor.device for tensor in (*generator.parameters(), *generator.buffers())}
     cuda = [device for device in devices if device.type == "cuda"]
     try:
-        with torch.inference_mode(False), torch.random.fork_rng(devices=cuda):
+        # Leaving inference mode switches gradients on, whatever they were.
+        grad = torch.is_grad_enabled()
+        with torch.inference_mode(False), torch.set_grad_enabled(grad), torch.random.fork_rng(devices=cuda):
             yield
     finally:
         for buffer, version, copy in buffers:

@@ -69,13 +69,14 @@ class SplitGenerator:
         self._modes = [(m, recording.modes[name]) for name, m in generator.named_modules()]
         self._device = next((p.device for p in generator.parameters()), torch.device("cpu"))
         ends = [0, *(cut.position for cut in self.cuts)]
+        entering = [(), *(cut.crossing for cut in self.cuts)]
         self._segments = [
-            Segment(recording, generator, begin, cut.position, cut.crossing)
-            for begin, cut in zip(ends, self.cuts, strict=False)
+            Segment(recording, generator, begin, cut.position, cut.crossing, enter)
+            for begin, cut, enter in zip(ends, self.cuts, entering, strict=False)
         ]
         self._result = recording.nodes[-1].args[0]
         leaves = [leaf for _, leaf in flatten(self._result) if isinstance(leaf, fx.Node)]
-        self._rest = Segment(recording, generator, ends[-1], len(recording.nodes), leaves)
+        self._rest = Segment(recording, generator, ends[-1], len(recording.nodes), leaves, entering[-1])
         self._shapes = {self._shape_key(args, kwargs)}
         self.batch = self._batch_size(args, kwargs)
         self.batched: set[fx.Node] = set()

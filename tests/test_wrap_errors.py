@@ -1,0 +1,303 @@
+"""What cannot be wrapped or called says why, and leaves the generator as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import retroexit
+from retroexit import errors
+from retroexit.model import EarlyExitGenerator
+
+Untouched = Callable[[nn.Module], AbstractContextManager[None]]
+
+
+@pytest.fixture
+def toy(toys: ModuleType) -> Any:
+    return toys.TOYS["group_norm"]()
+
+
+def chain(toys: ModuleType, forward: Callable[[Any, Tensor], Any] | None = None) -> nn.Module:
+    """Three residual blocks with a forward of one's own."""
+    base = toys.Chain
+    kind = type("Own", (base,), {"forward": forward or base.forward})
+    made: nn.Module = kind([toys.Block(32, 32), toys.Block(32, 24, True), toys.Block(24, 24)])
+    return made.eval()
+
+
+X = torch.linspace(0, 1, 2 * 4 * 8 * 8).view(2, 4, 8, 8)
+
+
+def wrap(generator: Any, *inputs: Any, **options: Any) -> EarlyExitGenerator:
+    settings: dict[str, Any] = {"attach_at": [1], "scale": 1 / 4, "min_channels": 8, **options}
+    return retroexit.wrap(generator, example_inputs=inputs or (X,), **settings)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        ({"attach_at": [7]}, errors.AttachPointError, r"stage 7; found stages 1 to 3\. Near: .*3 \(blocks\.2\)"),
+        ({"attach_at": [0]}, errors.AttachPointError, r"stage 0; found stages 1 to 3\. Near: 1 \(blocks\.0\)"),
+        ({"attach_at": ["blocks.9"]}, errors.AttachPointError, r"'blocks\.9'; found no such module.*'blocks\.\d'"),
+        ({"attach_at": ["blocks"]}, errors.AttachPointError, "'blocks'; found that this module is never called"),
+        ({"attach_at": []}, errors.AttachPointError, r"attach_at=\[\]; found no attach point"),
+        ({"attach_at": [2, 2]}, errors.AttachPointError, r"\[2, 2\]; found a stage named twice"),
+        ({"attach_at": [1, "blocks.0"]}, errors.AttachPointError, "found two names for one"),
+        ({"attach_at": [True]}, errors.AttachPointError, "found True, which is neither"),
+        ({"attach_at": [3]}, errors.AttachPointError, r"after stage 3 \(blocks\.2\); found that it is the last"),
+        ({"attach_at": ["rgb"]}, errors.AttachPointError, "'rgb'"),
+        ({"scale": 0}, errors.OptionError, r"scale=0; found it outside \(0, 1\]"),
+        ({"scale": 1.5}, errors.OptionError, r"scale=1\.5; found it outside"),
+        ({"scale": "half"}, errors.OptionError, "'half'"),
+        ({"scale": float("nan")}, errors.OptionError, "scale=nan"),
+        ({"scale": [0.5, 0.5]}, errors.OptionError, "2 scales; found 1 attach points"),
+        ({"min_channels": 0}, errors.OptionError, "min_channels=0"),
+        ({"tap": "beside"}, errors.OptionError, "tap='beside'"),
+        ({"init": "zeros"}, errors.OptionError, "init='zeros'"),
+        ({"guidance": "magic"}, errors.OptionError, "guidance='magic'"),
+        ({"image": "picture"}, errors.OptionError, "image='picture'; found maps at"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_settings_that_make_no_sense(
+    toy: Any, untouched: Untouched, options: dict[str, Any], error: type[Exception], text: str
+) -> None:
+    with untouched(toy.generator), pytest.raises(error, match=text):
+        wrap(toy.generator, **options)
+
+
+def test_something_that_is_no_module() -> None:
+    with pytest.raises(errors.GeneratorError, match="wrap a function; found no torch.nn.Module"):
+        wrap(lambda x: x)
+
+
+def test_inputs_that_the_generator_rejects_show_its_own_error(toy: Any, untouched: Untouched) -> None:
+    x, text = torch.rand(2, 9, 8, 8), r"\(2, 9, 8, 8\).*RuntimeError.*9 channels"
+    with untouched(toy.generator), pytest.raises(errors.GeneratorError, match=text) as caught:
+        wrap(toy.generator, x)
+    assert isinstance(caught.value.__cause__, RuntimeError)
+
+
+def test_a_generator_in_train_mode(toy: Any, untouched: Untouched) -> None:
+    toy.generator.train()
+    with untouched(toy.generator), pytest.raises(errors.ModeError, match="found it in train mode.*generator.eval"):
+        wrap(toy.generator)
+
+
+def test_a_generator_whose_mode_changed_after_wrapping(toy: Any, untouched: Untouched) -> None:
+    model = wrap(toy.generator)
+    toy.generator.blocks[1].train()
+    with untouched(toy.generator), pytest.raises(errors.ModeError, match="Block in train mode, recorded in eval mode"):
+        model(X, exit=1)
+
+
+def test_half_precision_against_full_precision_inputs(toy: Any, untouched: Untouched) -> None:
+    toy.generator.half()
+    with untouched(toy.generator), pytest.raises(errors.DeviceError, match=r"torch\.float16 parameters.*torch\.float32"):
+        wrap(toy.generator)
+
+
+def test_a_generator_on_another_device_than_its_inputs(toy: Any, untouched: Untouched) -> None:
+    generator = toy.generator.to("meta")
+    with pytest.raises(errors.DeviceError, match="Own|Chain is on meta and an input .* on cpu"):
+        wrap(generator)
+
+
+def test_a_generator_that_moved_after_wrapping(toy: Any) -> None:
+    model = wrap(toy.generator)
+    toy.generator.to("meta")
+    with pytest.raises(errors.DeviceError, match="the generator on meta, recorded on cpu"):
+        model(X, exit=1)
+
+
+def test_an_output_that_is_not_a_number(toys: ModuleType, untouched: Untouched) -> None:
+    generator = chain(toys)
+    with torch.no_grad():
+        generator.rgb.bias[0] = float("nan")
+    with untouched_but_nan(generator), pytest.raises(errors.NonFiniteError, match=r"NaN or infinity in a tensor of shape \(2, 3, 16, 16\)"):
+        wrap(generator)
+
+
+def untouched_but_nan(generator: nn.Module) -> AbstractContextManager[None]:
+    """NaN is not equal to itself, so weights are compared by their bytes here."""
+    from contextlib import contextmanager
+
+    @contextmanager
+    def watch() -> Any:
+        before = {k: v.numpy().tobytes() for k, v in generator.state_dict().items()}
+        yield
+        assert before == {k: v.numpy().tobytes() for k, v in generator.state_dict().items()}
+
+    return watch()
+
+
+def test_several_images_ask_which_one(toys: ModuleType, untouched: Untouched) -> None:
+    def forward(self: Any, x: Tensor) -> Any:
+        image = toys.Chain.forward(self, x)
+        return {"rgb": image, "mask": image[:, :1]}
+
+    generator = chain(toys, forward)
+    with untouched(generator), pytest.raises(errors.OutputError, match=r"2 image outputs, at 'rgb' \(2, 3, 16, 16\), 'mask'.*image='rgb'"):
+        wrap(generator)
+    model = wrap(generator, image="rgb")
+    assert model.image(model(X, exit=1)).shape == (2, 3, 16, 16)
+
+
+def test_no_image_at_all(toys: ModuleType, untouched: Untouched) -> None:
+    generator = chain(toys, lambda self, x: toys.Chain.forward(self, x).mean((2, 3)))
+    with untouched(generator), pytest.raises(errors.OutputError, match="no image among the generator's outputs"):
+        wrap(generator)
+
+
+def test_a_stage_that_runs_twice(toys: ModuleType, untouched: Untouched) -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        h = self.stem(x)
+        for block in (self.blocks[0], self.blocks[0], self.blocks[1], self.blocks[2]):
+            h = block(h)
+        return self.rgb(h)
+
+    generator = chain(toys, forward)
+    with untouched(generator), pytest.raises(errors.RepeatedStageError, match=r"'blocks\.0'; found that it runs 2 times"):
+        wrap(generator, attach_at=["blocks.0"])
+
+
+def test_a_value_read_out_of_a_tensor_that_steers_the_forward(toys: ModuleType, untouched: Untouched) -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return toys.Chain.forward(self, x) * x.mean().item()
+
+    generator = chain(toys, forward)
+    with untouched(generator), pytest.raises(errors.RecordingError, match=r"another output.*frozen: .*test_wrap_errors\.py:\d+: return .*item\(\)"):
+        wrap(generator)
+
+
+def test_a_python_argument_that_changes_is_named(toys: ModuleType, untouched: Untouched) -> None:
+    def forward(self: Any, x: Tensor, gain: float = 1.0) -> Tensor:
+        return toys.Chain.forward(self, x) * gain
+
+    model = wrap(chain(toys, forward), X, 2.0)
+    with untouched(model.generator), pytest.raises(errors.InputMismatchError, match=r"found 1 = 3\.0, recorded 2\.0.*frozen"):
+        model(X, 3.0, exit=1)
+
+
+def test_an_input_shape_that_the_forward_fixes(toys: ModuleType, untouched: Untouched) -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        h = self.stem(x) + torch.ones(int(x.shape[2]), 1)
+        for block in self.blocks:
+            h = block(h)
+        return self.rgb(h)
+
+    model = wrap(chain(toys, forward))
+    wide = torch.rand(2, 4, 8, 12)
+    assert model(wide, exit=1).shape == (2, 3, 16, 24)  # nothing depends on the width
+    tall = torch.rand(2, 4, 12, 8)
+    with untouched(model.generator), pytest.raises(errors.InputMismatchError, match=r"\(2, 4, 12, 8\).*fixes sizes.*Wrap again"):
+        model(tall, exit=1)
+    assert model(tall).shape == (2, 3, 24, 16)  # the generator itself takes it
+
+
+def test_an_input_of_another_type_or_structure(toy: Any, untouched: Untouched) -> None:
+    model = wrap(toy.generator)
+    with untouched(toy.generator), pytest.raises(errors.InputMismatchError, match=r"torch\.float64 .*recorded torch\.float32"):
+        model(X.double(), exit=1)
+    with untouched(toy.generator), pytest.raises(errors.InputMismatchError, match="found tensors at"):
+        model((X, X), exit=1)
+
+
+@pytest.mark.parametrize("exit", [0, 3, -1, True, "last"])
+def test_an_exit_that_does_not_exist(toy: Any, exit: Any) -> None:
+    with pytest.raises(errors.OptionError, match=f"exit={exit!r}; found exits 1 to 2"):
+        wrap(toy.generator)(X, exit=exit)
+
+
+def test_two_ways_to_choose_an_exit(toy: Any) -> None:
+    with pytest.raises(errors.OptionError, match=r"exit=1 and threshold=0\.1"):
+        wrap(toy.generator)(X, exit=1, threshold=0.1)
+
+
+@pytest.mark.parametrize("threshold", [-0.1, float("nan"), "low"])
+def test_a_threshold_out_of_range(toy: Any, threshold: Any) -> None:
+    with pytest.raises(errors.OptionError, match="threshold"):
+        wrap(toy.generator)(X, threshold=threshold)
+
+
+def test_a_threshold_without_a_predictor(toy: Any, untouched: Untouched) -> None:
+    model = wrap(toy.generator)
+    with untouched(toy.generator), pytest.raises(errors.TrainingError, match="found no predictor. Run retroexit.fit"):
+        model(X, threshold=0.1)
+
+
+def test_a_guided_branch_without_a_bank(toy: Any, untouched: Untouched) -> None:
+    model = wrap(toy.generator, guidance=True)
+    with untouched(toy.generator), pytest.raises(errors.BankError, match="found no guidance bank"):
+        model(X, exit=1)
+
+
+def test_a_tail_that_cannot_be_narrowed(toys: ModuleType, untouched: Untouched) -> None:
+    class Table(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * {32: 1.0}[int(x.shape[1])]
+
+    generator = chain(toys)
+    generator.blocks[1].norm = Table()
+    generator.blocks[1].a, generator.blocks[1].b = nn.Conv2d(32, 32, 3, padding=1), nn.Conv2d(32, 24, 3, padding=1)
+    with untouched(generator):
+        model = wrap(generator)
+    assert any("test_wrap_errors.py" in line and "int(x.shape[1])" in line for line in model.exits[0].pinned)
+
+
+@pytest.mark.parametrize("ask", [lambda m: m.exits, lambda m: m.split, lambda m: m.save("nowhere"), lambda m: m.image(X)])
+def test_what_needs_a_recording_says_so(toy: Any, ask: Callable[[EarlyExitGenerator], Any]) -> None:
+    model = retroexit.wrap(toy.generator, attach_at=[1], scale=1 / 4)
+    with pytest.raises(errors.NotRecordedError, match="has not been recorded yet. Call the model once, or pass example_inputs"):
+        ask(model)
+    assert "not recorded yet" in repr(model)
+
+
+def test_a_failed_first_call_leaves_no_half_made_model(toy: Any, untouched: Untouched) -> None:
+    model = retroexit.wrap(toy.generator, attach_at=[1], scale=1 / 4, min_channels=8)
+    x = torch.rand(2, 9, 8, 8)
+    with untouched(toy.generator), pytest.raises(errors.GeneratorError):
+        model(x, exit=1)
+    assert not model.is_recorded
+    assert model(X, exit=1).shape == (2, 3, 16, 16)
+
+
+def test_a_self_test_that_fails_can_be_switched_off(toys: ModuleType, untouched: Untouched) -> None:
+    class Counts(nn.Module):
+        calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            type(self).calls += 1
+            return x + 1e-6 * type(self).calls
+
+    generator = chain(toys)
+    generator.blocks[1].norm = Counts()
+    with untouched(generator), pytest.raises(errors.RecordingError, match="does not reproduce its output.*self_test=False"):
+        wrap(generator)
+    assert wrap(generator, self_test=False).is_recorded
+
+
+def test_tensors_hidden_in_an_object(toys: ModuleType, untouched: Untouched) -> None:
+    class Box:
+        def __init__(self, x: Tensor) -> None:
+            self.x = x
+
+    class Opens(nn.Module):
+        def forward(self, box: Box) -> Tensor:
+            return F.relu(box.x)
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        h = self.blocks[1](self.blocks[0](self.stem(x)))
+        return self.rgb(self.blocks[2](self.opens(Box(h))))
+
+    generator = chain(toys, forward)
+    generator.opens = Opens()
+    with untouched(generator), pytest.raises(errors.RecordingError, match="a Box object that holds tensors.*Make it a dataclass"):
+        wrap(generator)
