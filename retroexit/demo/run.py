@@ -60,7 +60,7 @@ def run_demo(
     *,
     metric: str = "auto",
     weights: Path | None = None,
-    steps: int = 400,
+    steps: int = 300,
     scenes: int = 256,
     test_scenes: int = 96,
     say: Callable[[str], None] = print,
@@ -92,6 +92,8 @@ def run_demo(
         metric=quality,
         steps=steps,
         batch=8,
+        crop=64,
+        predictor_steps=600,
         checkpoint_every=100,
     )
     report = out / "report"
