@@ -196,10 +196,11 @@ def _app(command: str) -> typer.Typer:
         add_completion=False,
         no_args_is_help=True,
         pretty_exceptions_enable=False,
+        rich_markup_mode=None,  # the examples stay in one line
         help="Early exits for any trained image decoder.",
     )
 
-    @app.command()
+    @app.command(epilog="\b\nExample: retroexit demo --out my-demo")
     def demo(
         out: Annotated[Path, typer.Option(help="Folder for cache, model and report.")] = Path(
             "retroexit-demo"
@@ -208,13 +209,10 @@ def _app(command: str) -> typer.Typer:
             str, typer.Option(help="auto, lpips-alex, lpips-squeeze, lpips-vgg or ms-ssim.")
         ] = "auto",
         weights: Annotated[Path | None, typer.Option(help="File with the metric's weights.")] = None,
-        steps: Annotated[int, typer.Option(min=1, help="Training steps per branch.")] = 400,
+        steps: Annotated[int, typer.Option(min=1, help="Training steps per branch.")] = 300,
         scenes: Annotated[int, typer.Option(min=16, help="Drawn scenes to fit on.")] = 256,
     ) -> None:
-        """Wrap, fit and evaluate a small trained generator that comes with the library.
-
-        Example: retroexit demo --out my-demo
-        """
+        """Wrap, fit and evaluate a small trained generator that comes with the library."""
         from retroexit.demo.run import run_demo
 
         with _resumable():
@@ -228,7 +226,7 @@ def _app(command: str) -> typer.Typer:
                 command=command,
             )
 
-    @app.command()
+    @app.command(epilog="\b\nExample: retroexit inspect mymodels:decoder --shape 1,32,16,32")
     def inspect(
         target: Annotated[str, typer.Argument(help=_TARGET)],
         shape: Annotated[
@@ -238,10 +236,7 @@ def _app(command: str) -> typer.Typer:
             str | None, typer.Option(help="Key of the image in the output, if there are several.")
         ] = None,
     ) -> None:
-        """List the stages of a generator: where branches can be attached, and what an exit there can save.
-
-        Example: retroexit inspect mymodels:decoder --shape 1,32,16,32
-        """
+        """List the stages of a generator: where branches can be attached, and what an exit there can save."""
         generator, inputs = load_generator(target)
         inputs = _shapes(shape) if shape else inputs
         key: Any = int(image) if image is not None and image.isdigit() else image
@@ -252,7 +247,10 @@ def _app(command: str) -> typer.Typer:
         typer.echo(stage_table(stages))
         typer.echo("An exit after l_k spends at least the share up to there.")
 
-    @app.command()
+    @app.command(
+        epilog="\b\nExample: retroexit fit mymodels:decoder --inputs mydata:train "
+        "--attach-at 2,4,6 --scale 1/15 --out runs/decoder"
+    )
     def fit(
         target: Annotated[str, typer.Argument(help=_TARGET)],
         inputs: Annotated[
@@ -283,10 +281,7 @@ def _app(command: str) -> typer.Typer:
             bool, typer.Option("--dry-run", help="Show what would be done; train and write nothing.")
         ] = False,
     ) -> None:
-        """Add early exits to a generator: fill the bank, train branches and predictor. Can be interrupted and resumed.
-
-        Example: retroexit fit mymodels:decoder --inputs mydata:train --attach-at 2,4,6 --scale 1/15 --out runs/decoder
-        """
+        """Add early exits to a generator: fill the bank, train branches and predictor. Can be interrupted and resumed."""
         generator, example = load_generator(target)
         samples = _samples(inputs)
         spec = retroexit.Guidance(retriever=retriever) if guidance else None
@@ -319,7 +314,7 @@ def _app(command: str) -> typer.Typer:
         )
         typer.echo(f"saved to {out}{said}")
 
-    @app.command()
+    @app.command(epilog="\b\nExample: retroexit evaluate mymodels:decoder runs/decoder --inputs mydata:test")
     def evaluate(
         target: Annotated[str, typer.Argument(help=_TARGET)],
         folder: Annotated[Path, typer.Argument(help="Folder that fit wrote.")],
@@ -330,10 +325,7 @@ def _app(command: str) -> typer.Typer:
         weights: Annotated[Path | None, typer.Option(help="File with the metric's weights.")] = None,
         threshold: Annotated[list[float] | None, typer.Option(min=0, help="Thresholds to print.")] = None,
     ) -> None:
-        """Measure every exit on new inputs, print the sweep over thresholds, write a report.
-
-        Example: retroexit evaluate mymodels:decoder runs/decoder --inputs mydata:test
-        """
+        """Measure every exit on new inputs, print the sweep over thresholds, write a report."""
         generator, example = load_generator(target)
         samples = _samples(inputs)
         model = retroexit.load(folder, generator, *_example(example, samples))
@@ -343,12 +335,9 @@ def _app(command: str) -> typer.Typer:
         typer.echo(sweep_table(result, threshold or [0.05, 0.1, 0.15]))
         typer.echo(f"report: {report / 'report.html'}")
 
-    @app.command()
+    @app.command(epilog="\b\nExample: retroexit plugins")
     def plugins() -> None:
-        """List the installed plug-ins and the hooks that each one fills.
-
-        Example: retroexit plugins
-        """
+        """List the installed plug-ins and the hooks that each one fills."""
         from retroexit.plugins import host
 
         rows = [
@@ -356,12 +345,9 @@ def _app(command: str) -> typer.Typer:
         ]
         typer.echo(table(["plug-in", "distribution", "version", "hooks", "problem"], rows))
 
-    @app.command()
+    @app.command(epilog="\b\nExample: retroexit doctor")
     def doctor() -> None:
-        """Check versions, threads, search back-ends and metric weights.
-
-        Example: retroexit doctor
-        """
+        """Check versions, threads, search back-ends and metric weights."""
         from retroexit.doctor import diagnose
 
         checks = diagnose()

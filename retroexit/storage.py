@@ -164,7 +164,7 @@ def load_model(
             predictor.load_state_dict(_under("predictor.", tensors))
         except RuntimeError as error:
             raise CheckpointError(
-                f"asked to load {folder}; found a predictor that does not fit: {error}", folder
+                f"asked to load {folder}; found a predictor that does not fit: {' '.join(str(error).split())}", folder
             ) from error
         model.predictor = predictor.to(device).eval()
     if has_bank:

@@ -147,7 +147,7 @@ class BranchTrainer:
             total, parts = self.loss(image.float(), target.float())
         if not torch.isfinite(total):
             raise TrainingError(
-                f"the loss of exit {self.index + 1} became {float(total)} at step {self.step}; parts {parts}. The last "
+                f"the loss of exit {self.index + 1} became {float(total.detach())} at step {self.step}; parts {parts}. The last "
                 f"checkpoint is in {self.folder}. Lower the learning rate (now {self.schedule.lr:g}).",
                 total,
             )
@@ -181,7 +181,8 @@ class BranchTrainer:
             self.branch.load_state_dict({k[7:]: v for k, v in tensors.items() if k.startswith("branch.")})
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(
-                f"asked to go on from {path}; found that it is no checkpoint of exit {self.index + 1} ({error}). Remove it to "
+                f"asked to go on from {path}; found that it is no checkpoint of exit {self.index + 1} "
+                f"({' '.join(str(error).split())}). Remove it to "
                 "train this exit again.",
                 path,
             ) from error

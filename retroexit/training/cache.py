@@ -196,7 +196,9 @@ def _check_shared(name: str, first: Tensor, now: Tensor) -> None:
 def _open(folder: Path, name: str, count: int, mode: Any) -> np.ndarray:
     path = folder / f"{name}.npy"
     try:
-        array: np.ndarray = np.load(path, mmap_mode=mode, allow_pickle=False)
+        array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+        if mode != "r":  # opened for writing, a file cut short would be filled up with zeros
+            array = np.load(path, mmap_mode=mode, allow_pickle=False)
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"asked to read cached features; found {path} damaged ({error}). Remove {folder}.", path

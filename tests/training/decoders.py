@@ -1,0 +1,143 @@
+"""Small generators to fit, and a metric without weights. `conftest.py` loads this file; so does a script that gets killed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import retroexit
+from retroexit.evaluation.quality import QualityMetric
+from retroexit.model import EarlyExitGenerator
+
+
+class Distance(QualityMetric):
+    """Root of the mean squared difference of each image."""
+
+    name = "distance"
+
+    def compare(self, a: Tensor, b: Tensor) -> Tensor:
+        return ((a - b).square().mean((1, 2, 3)) + 1e-12).sqrt()
+
+
+class Layer(nn.Module):
+    """A convolution, doubling the resolution first on request."""
+
+    def __init__(self, i: int, o: int, up: bool = False) -> None:
+        super().__init__()
+        self.up = nn.Upsample(scale_factor=2) if up else nn.Identity()
+        self.conv = nn.Conv2d(i, o, 3, padding=1)
+        self.norm = nn.BatchNorm2d(o)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.norm(self.conv(self.up(x))))
+
+
+class Decoder(nn.Module):
+    """Latents ``(N, 4, 4, 4)`` to images ``(N, 3, 16, 16)`` in three stages."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(4, 12, 1)
+        self.stages = nn.ModuleList([Layer(12, 12, True), Layer(12, 12, True), Layer(12, 8)])
+        self.rgb = nn.Conv2d(8, 3, 1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        h = self.stem(z)
+        for stage in self.stages:
+            h = stage(h)
+        return torch.tanh(2 * self.rgb(h))
+
+
+class Noisy(Decoder):
+    """Draws noise per sample in front of the stages, uses it behind them, and draws more inside."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        noise = torch.randn(z.shape[0], 1, 16, 16)
+        h = self.stem(z + 0.5 * torch.randn_like(z))
+        for stage in self.stages:
+            h = stage(h)
+        return torch.tanh(self.rgb(h + noise))
+
+
+class SharedNoise(Decoder):
+    """Draws one noise map for the whole batch."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        noise, h = torch.randn(1, 1, 16, 16), self.stem(z)
+        for stage in self.stages:
+            h = stage(h)
+        return torch.tanh(self.rgb(h + noise))
+
+
+class Copying(nn.Module):
+    """Every map, the image too, is an enlarged copy of the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList([nn.Conv2d(3, 3, 1) for _ in range(3)])
+        self.rgb = nn.Conv2d(3, 3, 1)
+        with torch.no_grad():
+            for conv in (*self.stages, self.rgb):
+                conv.weight.copy_(torch.eye(3)[:, :, None, None])
+                conv.bias.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.stages[0](x)
+        h = self.stages[1](nn.functional.interpolate(h, scale_factor=2.0))
+        h = self.stages[2](nn.functional.interpolate(h, scale_factor=2.0))
+        return self.rgb(h)
+
+
+def make(kind: type[nn.Module] = Decoder) -> nn.Module:
+    """Build a generator with the same weights every time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        generator = kind()
+        for module in generator.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_mean.normal_(0, 0.1)
+                module.running_var.uniform_(0.5, 1.5)
+    return generator.eval()
+
+
+def wrap(generator: nn.Module | None = None, **options: Any) -> EarlyExitGenerator:
+    """Attach fresh branches after the first two stages, without looking for widths, which takes long."""
+    options = {"attach_at": [1, 2], "scale": 1, "init": "scratch", "image_range": (-1, 1), "adapter": False} | options
+    options.setdefault("example_inputs", (latents(2),))
+    return retroexit.wrap(generator if generator is not None else make(), **options)
+
+
+def latents(count: int) -> Tensor:
+    """The same latents every time."""
+    return torch.randn(count, 4, 4, 4, generator=torch.Generator().manual_seed(5))
+
+
+SETTINGS: dict[str, Any] = {
+    "steps": 4,
+    "batch": 3,
+    "predictor_steps": 3,
+    "checkpoint_every": 3,
+    "cache_batch": 4,
+    "held_out": 0.2,
+}
+
+
+def fit(model: EarlyExitGenerator, folder: Path, inputs: Any = None, **settings: Any) -> EarlyExitGenerator:
+    """Fit in a moment."""
+    inputs = latents(10) if inputs is None else inputs
+    return retroexit.fit(model, inputs, folder, metric=Distance(), progress=False, **(SETTINGS | settings))
+
+
+def trained(model: EarlyExitGenerator) -> dict[str, Tensor]:
+    """Everything that a fit makes."""
+    assert model.predictor is not None
+    found = {f"branches.{k}": v for k, v in model.branches.state_dict().items()}
+    found |= {f"predictor.{k}": v for k, v in model.predictor.state_dict().items()}
+    if model.bank is not None:
+        found["bank.values"] = torch.from_numpy(model.bank.values.astype("float32"))
+        found["bank.source"] = model.bank.source
+        found["bank.keys"] = model.bank.search(model.split.example[0][0].new_ones(1, 12, 8, 8)).distances
+    return found

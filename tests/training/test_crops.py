@@ -1,0 +1,107 @@
+"""The same window of features, guide and image."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import retroexit
+from retroexit.errors import OptionError
+from retroexit.training.crops import Cropper
+
+
+def _coordinates(height: int, width: int) -> Tensor:
+    """A map ``(3, H, W)`` that tells at every place where it is."""
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    return torch.stack([rows / 16 - 0.5, columns / 16 - 0.5, torch.zeros(height, width)])
+
+
+@pytest.mark.parametrize("guidance", [None, True])
+def test_windows_of_features_guide_and_image_coincide(
+    decoders: ModuleType, tmp_path: Path, guidance: bool | None
+) -> None:
+    inputs = _coordinates(4, 6)[None].repeat(8, 1, 1, 1)  # equal inputs, so that a foreign guide shows the same places
+    model = decoders.wrap(
+        decoders.make(decoders.Copying),
+        stages=("stages.0", "stages.1", "stages.2"),
+        guidance=guidance and retroexit.Guidance(value_after=2),
+        example_inputs=(inputs[:2],),
+    )
+    seen: list[tuple[Tensor, Tensor | None]] = []
+    targets: list[Tensor] = []
+
+    class Watching(decoders.Distance):  # type: ignore[name-defined, misc]
+        def compare(self, a: Tensor, b: Tensor) -> Tensor:
+            targets.append(b.detach().clone())
+            return super().compare(a, b)
+
+    for branch in model.branches:
+        branch.register_forward_pre_hook(
+            lambda _, args, kwargs: seen.append((args[0].clone(), kwargs["guide"])) if _.training else None, with_kwargs=True
+        )
+    settings = decoders.SETTINGS | {"steps": 5, "crop": 8}
+    retroexit.fit(model, inputs, tmp_path, metric=Watching(), progress=False, **settings)
+    targets = [target for target in targets if len(target) == settings["batch"] and target.shape[2:] == (8, 8)]
+    assert len(seen) == len(targets) == 10
+    for index, ((feature, guide), target) in enumerate(zip(seen, targets, strict=True)):
+        ratio = 4 if index < 5 else 2
+        assert feature.shape[2:] == (8 // ratio, 8 // ratio)
+        assert torch.equal(feature, target[:, :, ::ratio, ::ratio])
+        if guidance:
+            assert guide is not None and guide.shape[2:] == (4, 4)
+            assert torch.allclose(guide, target[:, :, ::2, ::2], atol=1e-3)  # values are kept in half precision
+    corners = {(float(t[0, 0, 0]), float(t[1, 0, 0])) for target in targets for t in target}
+    assert len(corners) > 5
+
+
+def test_offsets_reach_every_window_on_the_grid() -> None:
+    cropper = Cropper.for_maps(8, (16, 24), [(4, 6), (8, 12)])
+    found = {tuple(corner) for corner in cropper.offsets(2000, np.random.default_rng(0)).tolist()}
+    assert found == {(i, j) for i in range(0, 9, 4) for j in range(0, 17, 4)}
+
+
+def test_windows_equal_slices_taken_one_by_one() -> None:
+    cropper = Cropper.for_maps(8, (16, 24), [(4, 6)])
+    image, feature = torch.rand(5, 3, 16, 24), torch.rand(5, 7, 4, 6)
+    offsets = cropper.offsets(5, np.random.default_rng(1))
+    for row, (top, left) in enumerate(offsets.tolist()):
+        assert torch.equal(cropper(image, offsets)[row], image[row, :, top : top + 8, left : left + 8])
+        cell = feature[row, :, top // 4 : top // 4 + 2, left // 4 : left // 4 + 2]
+        assert torch.equal(cropper(feature, offsets)[row], cell)
+
+
+def test_what_is_no_map_passes_and_a_shared_map_is_cut_for_every_sample() -> None:
+    cropper = Cropper.for_maps(8, (16, 24), [(4, 6), (1, 1)])
+    offsets = cropper.offsets(3, np.random.default_rng(1))
+    for other in (torch.rand(3, 9), torch.rand(3, 9, 1, 1), torch.rand(9, 4, 3, 3), torch.rand(3, 9, 5)):
+        assert cropper(other, offsets) is other
+    shared = torch.rand(1, 2, 4, 6)
+    assert torch.equal(cropper(shared, offsets), cropper(shared.repeat(3, 1, 1, 1), offsets))
+
+
+@pytest.mark.parametrize("size", [None, 16, 100])
+def test_windows_as_large_as_the_image_are_the_image(size: int | None) -> None:
+    cropper = Cropper.for_maps(size, (16, 16), [(4, 4)])
+    image = torch.rand(2, 3, 16, 16)
+    assert cropper(image, cropper.offsets(2, np.random.default_rng(0))) is image
+
+
+@pytest.mark.parametrize(
+    ("size", "maps", "message"),
+    [
+        (6, [(4, 4)], "crops of 6 pixels; found that the coarsest map has one pixel per 4. Use a multiple of it"),
+        (2, [(4, 4)], "crops of 2 pixels; found that the coarsest map has one pixel per 4"),
+        (0, [], "crops of 0 pixels"),
+        (8, [(5, 5)], r"crops of 8 pixels; found a map of \(5, 5\) beside images of \(16, 16\)"),
+        (8, [(4, 8)], r"found a map of \(4, 8\) .*Train on whole images \(crop=None\)"),
+    ],
+)
+def test_wrong_sizes_are_refused(size: int, maps: list[Any], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        Cropper.for_maps(size, (16, 16), maps)
