@@ -220,7 +220,7 @@ class SynthesisBlock(nn.Module):
         Returns:
             Feature map ``(N, channels, 2h, 2w)`` and image ``(N, 3, 2h, 2w)``.
         """
-        x = self.const.expand(len(ws), -1, -1, -1) if x is None else self.conv0(x, ws[:, 0], noise_mode)
+        x = self.const.repeat(len(ws), 1, 1, 1) if x is None else self.conv0(x, ws[:, 0], noise_mode)
         x = self.conv1(x, ws[:, -2], noise_mode)
         colours = self.torgb(x, ws[:, -1])
         return x, colours if image is None else upsample(image, self.resample_filter) + colours

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
 
 import retroexit
 
@@ -198,6 +199,23 @@ def test_names_and_shapes_are_those_of_the_official_networks() -> None:
                 expected[f"{path}.resample_filter"] = (4, 4)
     assert state == expected
     assert generator.num_ws == 18
+
+
+def test_the_full_size_generator_costs_what_a_count_by_hand_gives() -> None:
+    with torch.device("meta"):
+        generator, z = StyleGANGenerator().eval(), torch.zeros(1, 512)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        generator(z)
+    channels = {4: 512, 8: 512, 16: 512, 32: 512, 64: 512, 128: 256, 256: 128}
+    macs = 8 * 512**2
+    for size, c in channels.items():
+        before = channels.get(size // 2, 0)
+        styles = 512 * (before + 2 * c) + c * (before + c)  # make them, and demodulate
+        convolutions = 9 * c * (before * (size // 2) ** 2 + c * size**2) + 3 * c * size**2
+        filters = 16 * (c * size**2 + 3 * (size // 2) ** 2) if before else 0
+        macs += styles + convolutions + filters
+    assert counter.get_total_flops() == 2 * macs
+    assert macs / 1e9 == pytest.approx(45.4, abs=0.1)
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "pth"])
