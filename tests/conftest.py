@@ -56,7 +56,9 @@ def _fingerprint(generator: nn.Module) -> dict[str, Any]:
         "grads": {name: tensor.grad is None for name, tensor in tensors if tensor.is_leaf},
         "training": {name: module.training for name, module in generator.named_modules()},
         "hooks": {
-            (name, kind): list(vars(module).get(kind, ())) for name, module in generator.named_modules() for kind in hooks
+            (name, kind): list(vars(module).get(kind, ()))
+            for name, module in generator.named_modules()
+            for kind in hooks
         },
         "attributes": {name: sorted(vars(module)) for name, module in generator.named_modules()},
         "call": nn.Module.__call__,

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import retroexit
 from retroexit.decoder.structure import tensors
@@ -22,8 +20,11 @@ Untouched = Callable[[nn.Module], AbstractContextManager[None]]
 
 def wrapped(toy: Any, **options: Any) -> EarlyExitGenerator:
     settings: dict[str, Any] = {
-        "attach_at": list(toy.stages[:2]), "scale": 1 / 4, "min_channels": 8,
-        "example_inputs": toy.args, "example_kwargs": toy.kwargs,
+        "attach_at": list(toy.stages[:2]),
+        "scale": 1 / 4,
+        "min_channels": 8,
+        "example_inputs": toy.args,
+        "example_kwargs": toy.kwargs,
     }
     return retroexit.wrap(toy.generator, **{**settings, **options})
 
@@ -85,7 +86,9 @@ def _check_batch(model: EarlyExitGenerator, k: int, toy: Any) -> None:
         alone = [tensors(call(model, toy, slice(i, i + 1), exit=k)) for i in (0, 1)]
     for whole, first, second in zip(both, *alone, strict=True):
         if whole.dim() and whole.shape[0] == 2:
-            torch.testing.assert_close(whole, torch.cat([first, second]), rtol=1e-3, atol=1e-4 * float(whole.abs().max()))
+            torch.testing.assert_close(
+                whole, torch.cat([first, second]), rtol=1e-3, atol=1e-4 * float(whole.abs().max())
+            )
 
 
 def test_all_exits_are_the_exits_one_by_one(every_toy: Any) -> None:

@@ -43,15 +43,35 @@ def wrap(generator: Any, *inputs: Any, **options: Any) -> EarlyExitGenerator:
 @pytest.mark.parametrize(
     ("options", "error", "text"),
     [
-        ({"attach_at": [7]}, errors.AttachPointError, r"stage 7; found stages 1 to 3\. Near: .*3 \(blocks\.2\)"),
-        ({"attach_at": [0]}, errors.AttachPointError, r"stage 0; found stages 1 to 3\. Near: 1 \(blocks\.0\)"),
-        ({"attach_at": ["blocks.9"]}, errors.AttachPointError, r"'blocks\.9'; found no such module.*'blocks\.\d'"),
-        ({"attach_at": ["blocks"]}, errors.AttachPointError, "'blocks'; found that this module is never called"),
+        (
+            {"attach_at": [7]},
+            errors.AttachPointError,
+            r"stage 7; found stages 1 to 3\. Near: .*3 \(blocks\.2\)",
+        ),
+        (
+            {"attach_at": [0]},
+            errors.AttachPointError,
+            r"stage 0; found stages 1 to 3\. Near: 1 \(blocks\.0\)",
+        ),
+        (
+            {"attach_at": ["blocks.9"]},
+            errors.AttachPointError,
+            r"'blocks\.9'; found no such module.*'blocks\.\d'",
+        ),
+        (
+            {"attach_at": ["blocks"]},
+            errors.AttachPointError,
+            "'blocks'; found that this module is never called",
+        ),
         ({"attach_at": []}, errors.AttachPointError, r"attach_at=\[\]; found no attach point"),
         ({"attach_at": [2, 2]}, errors.AttachPointError, r"\[2, 2\]; found a stage named twice"),
         ({"attach_at": [1, "blocks.0"]}, errors.AttachPointError, "found two names for one"),
         ({"attach_at": [True]}, errors.AttachPointError, "found True, which is neither"),
-        ({"attach_at": [3]}, errors.AttachPointError, r"after stage 3 \(blocks\.2\); found that it is the last"),
+        (
+            {"attach_at": [3]},
+            errors.AttachPointError,
+            r"after stage 3 \(blocks\.2\); found that it is the last",
+        ),
         ({"attach_at": ["rgb"]}, errors.AttachPointError, "'rgb'"),
         ({"scale": 0}, errors.OptionError, r"scale=0; found it outside \(0, 1\]"),
         ({"scale": 1.5}, errors.OptionError, r"scale=1\.5; found it outside"),
@@ -87,20 +107,29 @@ def test_inputs_that_the_generator_rejects_show_its_own_error(toy: Any, untouche
 
 def test_a_generator_in_train_mode(toy: Any, untouched: Untouched) -> None:
     toy.generator.train()
-    with untouched(toy.generator), pytest.raises(errors.ModeError, match="found it in train mode.*generator.eval"):
+    with (
+        untouched(toy.generator),
+        pytest.raises(errors.ModeError, match="found it in train mode.*generator.eval"),
+    ):
         wrap(toy.generator)
 
 
 def test_a_generator_whose_mode_changed_after_wrapping(toy: Any, untouched: Untouched) -> None:
     model = wrap(toy.generator)
     toy.generator.blocks[1].train()
-    with untouched(toy.generator), pytest.raises(errors.ModeError, match="Block in train mode, recorded in eval mode"):
+    with (
+        untouched(toy.generator),
+        pytest.raises(errors.ModeError, match="Block in train mode, recorded in eval mode"),
+    ):
         model(X, exit=1)
 
 
 def test_half_precision_against_full_precision_inputs(toy: Any, untouched: Untouched) -> None:
     toy.generator.half()
-    with untouched(toy.generator), pytest.raises(errors.DeviceError, match=r"torch\.float16 parameters.*torch\.float32"):
+    with (
+        untouched(toy.generator),
+        pytest.raises(errors.DeviceError, match=r"torch\.float16 parameters.*torch\.float32"),
+    ):
         wrap(toy.generator)
 
 
@@ -121,7 +150,10 @@ def test_an_output_that_is_not_a_number(toys: ModuleType, untouched: Untouched) 
     generator = chain(toys)
     with torch.no_grad():
         generator.rgb.bias[0] = float("nan")
-    with untouched_but_nan(generator), pytest.raises(errors.NonFiniteError, match=r"NaN or infinity in a tensor of shape \(2, 3, 16, 16\)"):
+    with (
+        untouched_but_nan(generator),
+        pytest.raises(errors.NonFiniteError, match=r"NaN or infinity in a tensor of shape \(2, 3, 16, 16\)"),
+    ):
         wrap(generator)
 
 
@@ -144,7 +176,12 @@ def test_several_images_ask_which_one(toys: ModuleType, untouched: Untouched) ->
         return {"rgb": image, "mask": image[:, :1]}
 
     generator = chain(toys, forward)
-    with untouched(generator), pytest.raises(errors.OutputError, match=r"2 image outputs, at 'rgb' \(2, 3, 16, 16\), 'mask'.*image='rgb'"):
+    with (
+        untouched(generator),
+        pytest.raises(
+            errors.OutputError, match=r"2 image outputs, at 'rgb' \(2, 3, 16, 16\), 'mask'.*image='rgb'"
+        ),
+    ):
         wrap(generator)
     model = wrap(generator, image="rgb")
     assert model.image(model(X, exit=1)).shape == (2, 3, 16, 16)
@@ -152,7 +189,10 @@ def test_several_images_ask_which_one(toys: ModuleType, untouched: Untouched) ->
 
 def test_no_image_at_all(toys: ModuleType, untouched: Untouched) -> None:
     generator = chain(toys, lambda self, x: toys.Chain.forward(self, x).mean((2, 3)))
-    with untouched(generator), pytest.raises(errors.OutputError, match="no image among the generator's outputs"):
+    with (
+        untouched(generator),
+        pytest.raises(errors.OutputError, match="no image among the generator's outputs"),
+    ):
         wrap(generator)
 
 
@@ -164,7 +204,10 @@ def test_a_stage_that_runs_twice(toys: ModuleType, untouched: Untouched) -> None
         return self.rgb(h)
 
     generator = chain(toys, forward)
-    with untouched(generator), pytest.raises(errors.RepeatedStageError, match=r"'blocks\.0'; found that it runs 2 times"):
+    with (
+        untouched(generator),
+        pytest.raises(errors.RepeatedStageError, match=r"'blocks\.0'; found that it runs 2 times"),
+    ):
         wrap(generator, attach_at=["blocks.0"])
 
 
@@ -173,7 +216,13 @@ def test_a_value_read_out_of_a_tensor_that_steers_the_forward(toys: ModuleType, 
         return toys.Chain.forward(self, x) * x.mean().item()
 
     generator = chain(toys, forward)
-    with untouched(generator), pytest.raises(errors.RecordingError, match=r"another output.*frozen: .*test_wrap_errors\.py:\d+: return .*item\(\)"):
+    with (
+        untouched(generator),
+        pytest.raises(
+            errors.RecordingError,
+            match=r"another output.*frozen: .*test_wrap_errors\.py:\d+: return .*item\(\)",
+        ),
+    ):
         wrap(generator)
 
 
@@ -182,7 +231,10 @@ def test_a_python_argument_that_changes_is_named(toys: ModuleType, untouched: Un
         return toys.Chain.forward(self, x) * gain
 
     model = wrap(chain(toys, forward), X, 2.0)
-    with untouched(model.generator), pytest.raises(errors.InputMismatchError, match=r"found 1 = 3\.0, recorded 2\.0.*frozen"):
+    with (
+        untouched(model.generator),
+        pytest.raises(errors.InputMismatchError, match=r"found 1 = 3\.0, recorded 2\.0.*frozen"),
+    ):
         model(X, 3.0, exit=1)
 
 
@@ -197,14 +249,20 @@ def test_an_input_shape_that_the_forward_fixes(toys: ModuleType, untouched: Unto
     wide = torch.rand(2, 4, 8, 12)
     assert model(wide, exit=1).shape == (2, 3, 16, 24)  # nothing depends on the width
     tall = torch.rand(2, 4, 12, 8)
-    with untouched(model.generator), pytest.raises(errors.InputMismatchError, match=r"\(2, 4, 12, 8\).*fixes sizes.*Wrap again"):
+    with (
+        untouched(model.generator),
+        pytest.raises(errors.InputMismatchError, match=r"\(2, 4, 12, 8\).*fixes sizes.*Wrap again"),
+    ):
         model(tall, exit=1)
     assert model(tall).shape == (2, 3, 24, 16)  # the generator itself takes it
 
 
 def test_an_input_of_another_type_or_structure(toy: Any, untouched: Untouched) -> None:
     model = wrap(toy.generator)
-    with untouched(toy.generator), pytest.raises(errors.InputMismatchError, match=r"torch\.float64 .*recorded torch\.float32"):
+    with (
+        untouched(toy.generator),
+        pytest.raises(errors.InputMismatchError, match=r"torch\.float64 .*recorded torch\.float32"),
+    ):
         model(X.double(), exit=1)
     with untouched(toy.generator), pytest.raises(errors.InputMismatchError, match="found tensors at"):
         model((X, X), exit=1)
@@ -229,7 +287,10 @@ def test_a_threshold_out_of_range(toy: Any, threshold: Any) -> None:
 
 def test_a_threshold_without_a_predictor(toy: Any, untouched: Untouched) -> None:
     model = wrap(toy.generator)
-    with untouched(toy.generator), pytest.raises(errors.TrainingError, match="found no predictor. Run retroexit.fit"):
+    with (
+        untouched(toy.generator),
+        pytest.raises(errors.TrainingError, match="found no predictor. Run retroexit.fit"),
+    ):
         model(X, threshold=0.1)
 
 
@@ -246,16 +307,24 @@ def test_a_tail_that_cannot_be_narrowed(toys: ModuleType, untouched: Untouched) 
 
     generator = chain(toys)
     generator.blocks[1].norm = Table()
-    generator.blocks[1].a, generator.blocks[1].b = nn.Conv2d(32, 32, 3, padding=1), nn.Conv2d(32, 24, 3, padding=1)
+    generator.blocks[1].a, generator.blocks[1].b = (
+        nn.Conv2d(32, 32, 3, padding=1),
+        nn.Conv2d(32, 24, 3, padding=1),
+    )
     with untouched(generator):
         model = wrap(generator)
     assert any("test_wrap_errors.py" in line and "int(x.shape[1])" in line for line in model.exits[0].pinned)
 
 
-@pytest.mark.parametrize("ask", [lambda m: m.exits, lambda m: m.split, lambda m: m.save("nowhere"), lambda m: m.image(X)])
+@pytest.mark.parametrize(
+    "ask", [lambda m: m.exits, lambda m: m.split, lambda m: m.save("nowhere"), lambda m: m.image(X)]
+)
 def test_what_needs_a_recording_says_so(toy: Any, ask: Callable[[EarlyExitGenerator], Any]) -> None:
     model = retroexit.wrap(toy.generator, attach_at=[1], scale=1 / 4)
-    with pytest.raises(errors.NotRecordedError, match="has not been recorded yet. Call the model once, or pass example_inputs"):
+    with pytest.raises(
+        errors.NotRecordedError,
+        match="has not been recorded yet. Call the model once, or pass example_inputs",
+    ):
         ask(model)
     assert "not recorded yet" in repr(model)
 
@@ -279,7 +348,10 @@ def test_a_self_test_that_fails_can_be_switched_off(toys: ModuleType, untouched:
 
     generator = chain(toys)
     generator.blocks[1].norm = Counts()
-    with untouched(generator), pytest.raises(errors.RecordingError, match="does not reproduce its output.*self_test=False"):
+    with (
+        untouched(generator),
+        pytest.raises(errors.RecordingError, match="does not reproduce its output.*self_test=False"),
+    ):
         wrap(generator)
     assert wrap(generator, self_test=False).is_recorded
 
@@ -299,5 +371,8 @@ def test_tensors_hidden_in_an_object(toys: ModuleType, untouched: Untouched) -> 
 
     generator = chain(toys, forward)
     generator.opens = Opens()
-    with untouched(generator), pytest.raises(errors.RecordingError, match="a Box object that holds tensors.*Make it a dataclass"):
+    with (
+        untouched(generator),
+        pytest.raises(errors.RecordingError, match="a Box object that holds tensors.*Make it a dataclass"),
+    ):
         wrap(generator)

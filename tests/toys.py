@@ -50,7 +50,9 @@ def toy(make: Callable[[], Toy]) -> Callable[[], Toy]:
 
     def build() -> Toy:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # weight_norm, spectral_norm and torch.jit are deprecated and in use
+            warnings.simplefilter(
+                "ignore"
+            )  # weight_norm, spectral_norm and torch.jit are deprecated and in use
             torch.manual_seed(1)
             made = make()
         made.generator.eval()
@@ -67,7 +69,9 @@ def conv(i: int, o: int, kernel: int = 3, **options: Any) -> nn.Conv2d:
 class Block(nn.Module):
     """A residual block with whatever norm; doubles the resolution on request."""
 
-    def __init__(self, i: int, o: int, up: bool = False, norm: Callable[[int], nn.Module] = nn.Identity) -> None:
+    def __init__(
+        self, i: int, o: int, up: bool = False, norm: Callable[[int], nn.Module] = nn.Identity
+    ) -> None:
         super().__init__()
         self.a, self.b, self.norm, self.up = conv(i, o), conv(o, o), norm(o), up
         self.skip = conv(i, o, 1, bias=False) if i != o else None
@@ -113,7 +117,7 @@ def shaped(output: Callable[[Tensor, Tensor], Any]) -> Toy:
 
 # Inputs and outputs.
 
-Pair = namedtuple("Pair", ["image", "score"])  # noqa: PYI024
+Pair = namedtuple("Pair", ["image", "score"])
 
 
 @dataclass
@@ -216,7 +220,11 @@ def modulated_convolution_with_skip_image() -> Toy:
             super().__init__()
             self.weight = nn.Parameter(torch.randn(1, o, i, 3, 3))
             self.gain, self.up, self.out = 1 / math.sqrt(i * 9), up, o
-            self.bias, self.affine, self.rgb = nn.Parameter(torch.zeros(1, o, 1, 1)), nn.Linear(8, i), conv(o, 3, 1)
+            self.bias, self.affine, self.rgb = (
+                nn.Parameter(torch.zeros(1, o, 1, 1)),
+                nn.Linear(8, i),
+                conv(o, 3, 1),
+            )
 
         def forward(self, x: Tensor, w: Tensor, image: Tensor | None) -> tuple[Tensor, Tensor]:
             if self.up:
@@ -225,7 +233,9 @@ def modulated_convolution_with_skip_image() -> Toy:
             n, c, height, width = x.shape
             weight = self.gain * self.weight * (1 + self.affine(w)).view(n, 1, c, 1, 1)
             weight = weight * torch.rsqrt(weight.pow(2).sum([2, 3, 4]) + 1e-8).view(n, self.out, 1, 1, 1)
-            x = F.conv2d(x.reshape(1, n * c, height, width), weight.view(n * self.out, c, 3, 3), padding=1, groups=n)
+            x = F.conv2d(
+                x.reshape(1, n * c, height, width), weight.view(n * self.out, c, 3, 3), padding=1, groups=n
+            )
             x = F.leaky_relu(x.view(n, self.out, height, width) + self.bias, 0.2)
             picture = self.rgb(x)
             return x, picture if image is None else image + picture
@@ -234,7 +244,9 @@ def modulated_convolution_with_skip_image() -> Toy:
         def __init__(self) -> None:
             super().__init__()
             self.start = nn.Parameter(torch.randn(1, 32, 4, 4))
-            self.blocks = nn.ModuleList([Modulated(32, 32, False), Modulated(32, 24, True), Modulated(24, 16, True)])
+            self.blocks = nn.ModuleList(
+                [Modulated(32, 32, False), Modulated(32, 24, True), Modulated(24, 16, True)]
+            )
 
         def forward(self, ws: Tensor) -> Tensor:
             x, image = self.start.expand(ws.shape[0], -1, -1, -1), None
@@ -383,7 +395,11 @@ def pixel_shuffle() -> Toy:
     class Shuffle(nn.Module):
         def __init__(self, i: int, o: int, up: bool) -> None:
             super().__init__()
-            self.a, self.b, self.up = conv(i, o * 4 if up else o), conv(o, o), nn.PixelShuffle(2) if up else nn.Identity()
+            self.a, self.b, self.up = (
+                conv(i, o * 4 if up else o),
+                conv(o, o),
+                nn.PixelShuffle(2) if up else nn.Identity(),
+            )
 
         def forward(self, x: Tensor) -> Tensor:
             return self.b(F.relu(self.up(self.a(x))))
@@ -570,4 +586,6 @@ class _Sum(nn.Module):
 
 @toy
 def scripted_child() -> Toy:
-    return chain(lambda i, o, up: nn.Sequential(Block(i, o, up), torch.jit.script(_Sum(o))), pinned="h = block(h)")
+    return chain(
+        lambda i, o, up: nn.Sequential(Block(i, o, up), torch.jit.script(_Sum(o))), pinned="h = block(h)"
+    )

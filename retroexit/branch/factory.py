@@ -59,7 +59,12 @@ class GuideEntry(nn.Module):
     """
 
     def __init__(
-        self, channels: int, out_channels: int, size: tuple[int, ...], guide: GuideShape | None, guide_channels: int
+        self,
+        channels: int,
+        out_channels: int,
+        size: tuple[int, ...],
+        guide: GuideShape | None,
+        guide_channels: int,
     ) -> None:
         super().__init__()
         convolution = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[len(size)]
@@ -111,7 +116,9 @@ class Branch(nn.Module):
     ) -> None:
         super().__init__()
         self.entry, self.tail = entry, tail
-        self.injections = nn.ModuleDict({path.replace(".", "__"): entry for path, entry in injections.items()})
+        self.injections = nn.ModuleDict(
+            {path.replace(".", "__"): entry for path, entry in injections.items()}
+        )
         self.plan = plan
 
     @property
@@ -138,7 +145,9 @@ class Branch(nn.Module):
         """
         if self.entry is not None:
             feature = self.entry(feature, guide)
-        before = {path.replace("__", "."): self._injector(entry, guide) for path, entry in self.injections.items()}
+        before = {
+            path.replace("__", "."): self._injector(entry, guide) for path, entry in self.injections.items()
+        }
         return self.tail(feature, *live, before=before)
 
     @staticmethod
@@ -170,7 +179,9 @@ class BranchSpec:
     seed: int = 0
 
 
-def build_branch(tail: Tail, cut: Cut, values: Sequence[Tensor], spec: BranchSpec, plan: WidthPlan | None = None) -> Branch:
+def build_branch(
+    tail: Tail, cut: Cut, values: Sequence[Tensor], spec: BranchSpec, plan: WidthPlan | None = None
+) -> Branch:
     """Make a thin branch out of a full-width tail.
 
     Args:
@@ -241,11 +252,15 @@ def _injections(
         return lambda x: (shapes.__setitem__(path, x.shape), x)[1]
 
     with torch.no_grad():
-        tail(values[0][:, :width].clone(), *(v.clone() for v in values[1:]), before={p: look(p) for p in paths})
+        tail(
+            values[0][:, :width].clone(), *(v.clone() for v in values[1:]), before={p: look(p) for p in paths}
+        )
     found = {}
     for path in paths:
         channels = shapes[path][1]
-        found[path] = GuideEntry(channels, channels, tuple(shapes[path][2:]), spec.guide, guide_channels=channels)
+        found[path] = GuideEntry(
+            channels, channels, tuple(shapes[path][2:]), spec.guide, guide_channels=channels
+        )
         if spec.init == "inherit":
             found[path].start(None)
     return found

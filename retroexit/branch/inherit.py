@@ -95,7 +95,9 @@ def choose_channels(tail: nn.Module, algebra: Algebra, plan: WidthPlan) -> Selec
     return selection
 
 
-def narrow(tail: nn.Module, algebra: Algebra, plan: WidthPlan, selection: Selection, layout: Layout) -> nn.Module:
+def narrow(
+    tail: nn.Module, algebra: Algebra, plan: WidthPlan, selection: Selection, layout: Layout
+) -> nn.Module:
     """Copy a tail with the selected channels only.
 
     Args:
@@ -170,7 +172,9 @@ def start_from_scratch(thin: nn.Module, full: nn.Module, seed: int = 0) -> None:
                 if parameter._version == before[name] and parameter.is_floating_point():
                     original = originals[f"{path}.{name}" if path else name]
                     spread = float(original.std()) if original.numel() > 1 else 0.0
-                    parameter.normal_(float(original.mean()), spread) if spread else parameter.fill_(float(original.mean()))
+                    parameter.normal_(float(original.mean()), spread) if spread else parameter.fill_(
+                        float(original.mean())
+                    )
 
 
 def correct_fan_in(thin: nn.Module, full: nn.Module) -> None:
@@ -187,7 +191,9 @@ def correct_fan_in(thin: nn.Module, full: nn.Module) -> None:
                 original = originals[leaf]
                 old, new = _fan_in(original), _fan_in(parameter)
                 gain = value * math.sqrt(old)
-                if old != new and any(math.isclose(gain, g, rel_tol=1e-4) for g in (1.0, math.sqrt(2.0), 0.01, 0.1)):
+                if old != new and any(
+                    math.isclose(gain, g, rel_tol=1e-4) for g in (1.0, math.sqrt(2.0), 0.01, 0.1)
+                ):
                     setattr(module, name, gain / math.sqrt(new))
                     break
 
@@ -208,7 +214,12 @@ def find_layout(
         when there is none.
     """
     free = set(algebra.free())
-    found = {e for shape in algebra.shapes.values() for e in shape if isinstance(e, sympy.Basic) and e.free_symbols & free}
+    found = {
+        e
+        for shape in algebra.shapes.values()
+        for e in shape
+        if isinstance(e, sympy.Basic) and e.free_symbols & free
+    }
     composite = sorted((e for e in found if not e.is_Symbol), key=str)
     if not composite:
         return Layout()
@@ -223,7 +234,9 @@ def find_layout(
     shuffled: Selection = {}
     for symbol in free:
         size, parts = algebra.values[symbol], algebra.strata(symbol)
-        blocks = [torch.randperm(size // parts, generator=generator) + i * (size // parts) for i in range(parts)]
+        blocks = [
+            torch.randperm(size // parts, generator=generator) + i * (size // parts) for i in range(parts)
+        ]
         shuffled[symbol] = torch.cat(blocks)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         state = torch.random.get_rng_state()
@@ -238,7 +251,9 @@ def find_layout(
     return Layout(is_proven=False)
 
 
-def _setter(expression: Any, order: Any, multiples: list[Any], flags: Sequence[bool]) -> Callable[[Layout], None]:
+def _setter(
+    expression: Any, order: Any, multiples: list[Any], flags: Sequence[bool]
+) -> Callable[[Layout], None]:
     def apply(layout: Layout) -> None:
         layout.order[expression] = tuple(order)
         layout.interleaved.update(term for term, flag in zip(multiples, flags, strict=True) if flag)

@@ -18,7 +18,14 @@ from typing import Any
 
 import sympy
 import torch
-from sympy.core.relational import Equality, GreaterThan, LessThan, StrictGreaterThan, StrictLessThan, Unequality
+from sympy.core.relational import (
+    Equality,
+    GreaterThan,
+    LessThan,
+    StrictGreaterThan,
+    StrictLessThan,
+    Unequality,
+)
 from torch import Tensor, nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
@@ -77,7 +84,8 @@ class WidthRule:
             )
         if not isinstance(self.min_channels, int) or self.min_channels < 1:
             raise OptionError(
-                f"asked for min_channels={self.min_channels!r}; found no integer >= 1. The paper uses 64.", self.min_channels
+                f"asked for min_channels={self.min_channels!r}; found no integer >= 1. The paper uses 64.",
+                self.min_channels,
             )
 
     def __call__(self, channels: int) -> int:
@@ -164,7 +172,11 @@ class Algebra:
         for condition in self.conditions:
             if isinstance(condition, Equality) and condition.rhs == 0 and condition.free_symbols == {symbol}:
                 left = condition.lhs
-                if left.func.__name__ in ("Mod", "PythonMod") and left.args[0] == symbol and left.args[1].is_Integer:
+                if (
+                    left.func.__name__ in ("Mod", "PythonMod")
+                    and left.args[0] == symbol
+                    and left.args[1].is_Integer
+                ):
                     parts = math.lcm(parts, int(left.args[1]))
         return parts if self.values[symbol] % parts == 0 else 1
 
@@ -198,7 +210,9 @@ class Algebra:
         real = self.values[symbol]
         if rule(real) < real:
             return rule(real)
-        multiples = {e for shape in self.shapes.values() for e in shape if _symbols(e) == {symbol} and e != symbol}
+        multiples = {
+            e for shape in self.shapes.values() for e in shape if _symbols(e) == {symbol} and e != symbol
+        }
         sizes = [rule(real * int(k)) / int(k) for k in (e / symbol for e in multiples) if k.is_Integer]
         return min(real, math.ceil(max(sizes, default=real)))
 
@@ -255,8 +269,10 @@ def analyse(
         BranchError: If the tail cannot run on symbolic sizes.
     """
     run = _SymbolicRun(tail, threshold)
-    entering = [run.fake(v, f"x{i}", [i == 0 and a == 1 and v.shape[1] > threshold for a in range(v.dim())])
-                for i, v in enumerate(values)]
+    entering = [
+        run.fake(v, f"x{i}", [i == 0 and a == 1 and v.shape[1] > threshold for a in range(v.dim())])
+        for i, v in enumerate(values)
+    ]
     try:
         with run.mode, enable_python_dispatcher(), torch.no_grad(), _lenient_python():
             out = torch.func.functional_call(run.tail, run.tensors, tuple(entering))
@@ -301,10 +317,13 @@ class _ObservedShapeEnv(ShapeEnv):
         self.places.setdefault(a, (tgt, _user_line()))
         super()._set_replacement(a, tgt, msg)
 
-    def evaluate_expr(self, orig_expr: sympy.Basic, hint: Any = None, *args: Any, **kwargs: Any) -> sympy.Basic:
+    def evaluate_expr(
+        self, orig_expr: sympy.Basic, hint: Any = None, *args: Any, **kwargs: Any
+    ) -> sympy.Basic:
         """Answer by the real sizes what cannot tie widths together: only proofs of equality are worth their time."""
         says_nothing = isinstance(orig_expr, _ORDERS) or (
-            (isinstance(orig_expr, Equality) and hint is False) or (isinstance(orig_expr, Unequality) and hint is True)
+            (isinstance(orig_expr, Equality) and hint is False)
+            or (isinstance(orig_expr, Unequality) and hint is True)
         )
         if says_nothing and isinstance(hint, bool):
             return sympy.true if hint else sympy.false
@@ -335,7 +354,8 @@ class _SymbolicRun:
         self.original = {name: tuple(tensor.shape) for name, tensor in real}
         sizes = {size for name in self.parameter_names for size in self.original[name] if size > threshold}
         self.tensors = {
-            name: self.fake(tensor, name.replace(".", "_"), self._free_axes(name, tensor, sizes)) for name, tensor in real
+            name: self.fake(tensor, name.replace(".", "_"), self._free_axes(name, tensor, sizes))
+            for name, tensor in real
         }
         self.symbols = {
             (name, axis): size.node.expr
@@ -373,7 +393,9 @@ class _SymbolicRun:
                 if type(value) is int and value in sizes:
                     found[path, name] = self._symbol(value, f"{path}.{name}")
                 elif name == "normalized_shape" and type(value) is tuple and all(v in sizes for v in value):
-                    found[path, name] = tuple(self._symbol(v, f"{path}.{name}{i}") for i, v in enumerate(value))
+                    found[path, name] = tuple(
+                        self._symbol(v, f"{path}.{name}{i}") for i, v in enumerate(value)
+                    )
                 else:
                     continue
                 setattr(module, name, found[path, name])
@@ -381,7 +403,9 @@ class _SymbolicRun:
 
     def _symbol(self, value: int, name: str) -> torch.SymInt:
         source = ConstantSource("attribute_" + name.replace(".", "_"))
-        symbol = self.env.create_symbol(value, source=source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None)
+        symbol = self.env.create_symbol(
+            value, source=source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None
+        )
         made: torch.SymInt = self.env.create_symintnode(symbol, hint=value, source=source)  # type: ignore[assignment]
         return made
 
@@ -414,7 +438,11 @@ class _SymbolicRun:
             if isinstance(expression, Equality) and expression not in (sympy.true, sympy.false):
                 conditions.append(expression)
         shapes, entering, conditions, attributes = _rebase(
-            values, shapes, entering, conditions, {key: self.expression(v) for key, v in self.attributes.items()}
+            values,
+            shapes,
+            entering,
+            conditions,
+            {key: self.expression(v) for key, v in self.attributes.items()},
         )
         reasons = {}
         for symbol in self.env.replacements:
@@ -478,7 +506,11 @@ def _multiple(condition: Equality) -> tuple[sympy.Symbol, sympy.Expr] | None:
 
 def _multiple_holds(condition: sympy.Basic, replacement: sympy.Expr) -> bool:
     """Tell whether a condition still says something once a width is written as a multiple."""
-    if isinstance(condition, Equality) and condition.rhs == 0 and condition.lhs.func.__name__ in ("Mod", "PythonMod"):
+    if (
+        isinstance(condition, Equality)
+        and condition.rhs == 0
+        and condition.lhs.func.__name__ in ("Mod", "PythonMod")
+    ):
         quotient = condition.lhs.args[0] / condition.lhs.args[1]
         return not all(f.is_integer for f in quotient.as_ordered_factors())
     if isinstance(condition, Equality) and condition.lhs.func.__name__ in ("FloorDiv", "CleanDiv"):

@@ -204,7 +204,9 @@ class Tail(nn.Module):
                 path = str(node.target)
                 _place(self, path, clone_module(_resolve(generator, path), memo))
             elif node.op == "get_attr" and node.target in recording.constants:
-                self.register_buffer(str(node.target), recording.constants[str(node.target)].clone(), persistent=False)
+                self.register_buffer(
+                    str(node.target), recording.constants[str(node.target)].clone(), persistent=False
+                )
         # Parameters that the forward itself reads, after the modules, so that a weight that a copied layer owns is shared.
         for node in cut.rest:
             if node.op == "get_attr" and node.target not in recording.constants:
@@ -213,7 +215,9 @@ class Tail(nn.Module):
                 if not hasattr(owner, name):
                     value = _clone_tensor(_resolve(generator, str(node.target)), memo)
                     is_parameter = isinstance(value, nn.Parameter)
-                    owner.register_parameter(name, value) if is_parameter else owner.register_buffer(name, value)
+                    owner.register_parameter(name, value) if is_parameter else owner.register_buffer(
+                        name, value
+                    )
         self.eval()
 
     @property
@@ -259,7 +263,9 @@ def clone_module(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Mo
         for value in vars(owner).values():
             if isinstance(value, Tensor) and not value.is_leaf and id(value) not in memo:
                 memo[id(value)] = value.detach().clone()
-    with torch.no_grad():  # scripted modules copy their parameters by an operation that gradient flows through
+    with (
+        torch.no_grad()
+    ):  # scripted modules copy their parameters by an operation that gradient flows through
         duplicate = copy.deepcopy(module, memo)
     for parameter in duplicate.parameters():
         parameter.grad = None

@@ -29,7 +29,17 @@ __all__ = ["Call", "Recording", "TracedInt", "assemble", "record", "unobserved"]
 
 _PATCH_LOCK = threading.RLock()
 _READS = {"item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "__array__", "__len__"}
-_TENSOR_PROPERTIES = {"shape", "ndim", "dtype", "device", "requires_grad", "is_cuda", "layout", "grad_fn", "grad"}
+_TENSOR_PROPERTIES = {
+    "shape",
+    "ndim",
+    "dtype",
+    "device",
+    "requires_grad",
+    "is_cuda",
+    "layout",
+    "grad_fn",
+    "grad",
+}
 
 
 class TracedInt(int):
@@ -304,7 +314,9 @@ class Recorder(TorchFunctionMode):
             return original(module, *args, **kwargs)
         begin = len(self.graph.nodes)
         leaf = path != "" and self.is_leaf(path, module)
-        node_args, node_kwargs = (self.to_nodes(tuple(args)), self.to_nodes(dict(kwargs))) if leaf else ((), {})
+        node_args, node_kwargs = (
+            (self.to_nodes(tuple(args)), self.to_nodes(dict(kwargs))) if leaf else ((), {})
+        )
         entered = [self.node(tensor) for tensor in tensors((args, kwargs))]
         call = Call(path, module, begin, entered, parent=self._open[-1] if self._open else None)
         before = self._macs()
@@ -312,7 +324,9 @@ class Recorder(TorchFunctionMode):
         self.calls.append(call)
         self._inside_leaf += leaf
         try:
-            out = original(module, *(_untraced(args) if leaf else args), **(_untraced(kwargs) if leaf else kwargs))
+            out = original(
+                module, *(_untraced(args) if leaf else args), **(_untraced(kwargs) if leaf else kwargs)
+            )
         finally:
             self._inside_leaf -= leaf
             self._open.pop()
@@ -503,8 +517,16 @@ def _untraced(value: Any) -> Any:
 
 def _mutates(name: str, kwargs: dict[str, Any]) -> bool:
     in_place = name.endswith("_") and not name.endswith("__")
-    augmented = name.startswith("__i") and name.endswith("__") and name not in ("__invert__", "__int__", "__index__")
-    return in_place or augmented or name in ("__setitem__", "__delitem__") or "out" in kwargs or bool(kwargs.get("inplace"))
+    augmented = (
+        name.startswith("__i") and name.endswith("__") and name not in ("__invert__", "__int__", "__index__")
+    )
+    return (
+        in_place
+        or augmented
+        or name in ("__setitem__", "__delitem__")
+        or "out" in kwargs
+        or bool(kwargs.get("inplace"))
+    )
 
 
 def _importable(func: Any) -> tuple[Any, bool]:

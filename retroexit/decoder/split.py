@@ -111,7 +111,9 @@ class SplitGenerator:
 
     def select(self, values: Values, rows: Tensor) -> Values:
         """Keep some samples of a batch."""
-        return {n: v.index_select(0, rows.to(v.device)) if n in self.batched else v for n, v in values.items()}
+        return {
+            n: v.index_select(0, rows.to(v.device)) if n in self.batched else v for n, v in values.items()
+        }
 
     def tail(self, index: int) -> Tail:
         """Copy everything after a cut as a module."""
@@ -259,7 +261,9 @@ class SplitGenerator:
             values = self._bind(_cloned(args), _cloned(kwargs))
             for index in range(len(self.cuts)):
                 values = self.advance(values, index)
-                found.update({n: v.shape[0] for n, v in values.items() if isinstance(v, Tensor) and v.dim() > 0})
+                found.update(
+                    {n: v.shape[0] for n, v in values.items() if isinstance(v, Tensor) and v.dim() > 0}
+                )
         return found
 
     def _shape_key(self, args: Any, kwargs: Any) -> tuple[Any, ...]:

@@ -180,8 +180,7 @@ def read_decoder(
     image_path, image_node = _image(shallow, image)
     draft = Decoder(shallow, (), image_node, image_path)
     found = tuple(
-        describe_stage(draft, path, index, end)
-        for index, (path, end) in enumerate(chosen.items(), 1)
+        describe_stage(draft, path, index, end) for index, (path, end) in enumerate(chosen.items(), 1)
     )
     return Decoder(shallow, found, image_node, image_path)
 
@@ -240,13 +239,17 @@ def _image(recording: Recording, wanted: Any) -> tuple[tuple[Any, ...], fx.Node]
         path = wanted if isinstance(wanted, tuple) else (wanted,)
         if path not in maps:
             raise OptionError(
-                f"asked for image={wanted!r}; found maps at {_list(maps)} in the output. Pass one of these keys.", wanted
+                f"asked for image={wanted!r}; found maps at {_list(maps)} in the output. Pass one of these keys.",
+                wanted,
             )
         return path, maps[path][0]
     flat = {path: pair for path, pair in maps.items() if pair[1].dim() >= 4} or maps
     if not flat:
-        raise OutputError("found no image among the generator's outputs: no tensor of shape (N, C, ...). "
-                          "Wrap the module that returns the image.", recording.output)
+        raise OutputError(
+            "found no image among the generator's outputs: no tensor of shape (N, C, ...). "
+            "Wrap the module that returns the image.",
+            recording.output,
+        )
     if len(flat) > 1:
         raise OutputError(
             f"found {len(flat)} image outputs, at {_list(flat)}; exits are judged by one image. Say which with "
@@ -275,7 +278,9 @@ def _output_nodes(result: Any) -> list[fx.Node]:
 
 
 def _list(maps: dict[tuple[Any, ...], tuple[fx.Node, Tensor]]) -> str:
-    return ", ".join(f"{path[-1] if path else 'output'!r} {tuple(leaf.shape)}" for path, (_, leaf) in maps.items())
+    return ", ".join(
+        f"{path[-1] if path else 'output'!r} {tuple(leaf.shape)}" for path, (_, leaf) in maps.items()
+    )
 
 
 # Picking l_1..l_N.
@@ -314,7 +319,11 @@ class _Candidate:
         """Lengths of the last spatial axis that occur inside, of maps laid out like the output."""
         own = self.output.meta["shape"][2:]
         shapes = [node.meta["shape"][2:] for node in self.outputs()]
-        return {int(shape[-1]) for shape in shapes if all(n * own[-1] == shape[-1] * o for n, o in zip(shape, own, strict=True))}
+        return {
+            int(shape[-1])
+            for shape in shapes
+            if all(n * own[-1] == shape[-1] * o for n, o in zip(shape, own, strict=True))
+        }
 
     def outputs(self) -> set[fx.Node]:
         """Outputs of all calls inside, its own included."""
@@ -338,25 +347,31 @@ class _Reader:
     def _features(self) -> set[fx.Node]:
         """Nodes that depend on a weight, as opposed to conditioning made from the inputs alone."""
         found: set[fx.Node] = set()
-        weighted = {self.nodes[call.end - 1] for call in self.recording.calls if call.end and _has_weights(call.module)}
+        weighted = {
+            self.nodes[call.end - 1]
+            for call in self.recording.calls
+            if call.end and _has_weights(call.module)
+        }
         for node in self.nodes:
-            if node in weighted and node.op == "call_module":
-                found.add(node)
-            elif any(used in found or used.meta.get("parameter") for used in node.all_input_nodes):
+            if (node in weighted and node.op == "call_module") or any(used in found or used.meta.get("parameter") for used in node.all_input_nodes):
                 found.add(node)
         return found
 
     def candidate(self, i: int) -> _Candidate | None:
         """A call that could be a stage, with the calls inside it that could be one."""
         call = self.recording.calls[i]
-        outputs = [n for n in call.outputs if n in self.ancestors and n in self.features and _is_map(n, self.image)]
+        outputs = [
+            n for n in call.outputs if n in self.ancestors and n in self.features and _is_map(n, self.image)
+        ]
         usable = bool(outputs) and call.macs > 0 and (call.path == "" or self.times[call.path] == 1)
         children = [c for j in self.children.get(i, ()) if (c := self.candidate(j)) is not None]
         if not usable and call.path:
             return None
         output = max(outputs, key=lambda n: n.meta["shape"][1]) if outputs else self.image
         entering = [n for n in call.inputs if n in self.features and _is_map(n, self.image)]
-        return _Candidate(call, output, children, self.weight_layers(i), entering, i in self.children, call.path)
+        return _Candidate(
+            call, output, children, self.weight_layers(i), entering, i in self.children, call.path
+        )
 
     def weight_layers(self, i: int) -> int:
         """Number of called layers with MACs inside a call; one for a bare convolution."""
@@ -390,7 +405,11 @@ class _Reader:
             made = self.nodes[candidate.call.begin : child.call.end]
             used_later = {used for node in later for used in node.all_input_nodes}
             used_outside = {used for node in outside for used in node.all_input_nodes}
-            spatial = [n for n in made if n in self.features and n in used_later - used_outside and _is_map(n, self.image)]
+            spatial = [
+                n
+                for n in made
+                if n in self.features and n in used_later - used_outside and _is_map(n, self.image)
+            ]
             if any(n is not child.output for n in spatial):
                 return False
         return True
@@ -429,7 +448,9 @@ class _Reader:
         if not parts:
             return []
         smallest = min(p.size for p in parts)
-        starts = [i for i, p in enumerate(parts) if p.size == smallest and (i == 0 or parts[i - 1].size != smallest)]
+        starts = [
+            i for i, p in enumerate(parts) if p.size == smallest and (i == 0 or parts[i - 1].size != smallest)
+        ]
         parts = [p for p in parts[starts[-1] :] if p.input_size <= p.size]
         kept: list[_Candidate] = []
         for part in reversed(parts):

@@ -1,0 +1,299 @@
+"""Calls of a wrapped generator: which route runs, what differentiates, who leaves where."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import retroexit
+from retroexit import errors
+from retroexit.decoder.structure import tensors
+from retroexit.model import EarlyExitGenerator
+from retroexit.routing.predictor import Predictor
+
+
+class ByBrightness(nn.Module):
+    """Stands in for a predictor: a dark sample's exits are all good, a bright one's all bad, one between wants exit 2."""
+
+    input_shape = None
+
+    def forward(self, feature: Tensor) -> Tensor:
+        level = feature.mean((1, 2, 3))
+        order = level.argsort().argsort() % 3
+        return torch.stack([(order > 0).float(), (order > 1).float()], 1)
+
+
+@pytest.fixture
+def toy(toys: ModuleType) -> Any:
+    return toys.TOYS["dict_output"]()
+
+
+@pytest.fixture
+def model(toy: Any) -> EarlyExitGenerator:
+    return retroexit.wrap(toy.generator, [1, 2], 1 / 4, min_channels=8, example_inputs=toy.args)
+
+
+def count_calls(generator: nn.Module) -> dict[str, int]:
+    """Count calls of the blocks from now on, without hooks: hooks would be seen by the recorder."""
+    calls: dict[str, int] = {}
+    for name, block in generator.named_children():
+        for i, child in enumerate(block.children() if isinstance(block, nn.ModuleList) else ()):
+
+            def forward(*args: Any, _name: str = f"{name}.{i}", _inner: Any = child.forward) -> Any:
+                calls[_name] = calls.get(_name, 0) + 1
+                return _inner(*args)
+
+            child.forward = forward  # type: ignore[method-assign]
+    return calls
+
+
+def test_stages_behind_an_exit_do_not_run(model: EarlyExitGenerator, toy: Any) -> None:
+    calls = count_calls(toy.generator)
+    model(*toy.args, exit=1)
+    assert calls == {"blocks.0": 1}
+    model(*toy.args, exit=2)
+    assert calls == {"blocks.0": 2, "blocks.1": 1}
+    model.all_exits(*toy.args)
+    assert calls == {"blocks.0": 3, "blocks.1": 2, "blocks.2": 1}
+
+
+def test_the_rows_of_exits(model: EarlyExitGenerator) -> None:
+    first, second, final = model.exits
+    assert [e.index for e in model.exits] == [1, 2, 3]
+    assert (first.attach_at, second.attach_at, final.attach_at) == ("blocks.0", "blocks.1", "")
+    assert (first.depth, second.depth) == (2, 1)
+    assert first.macs < second.macs < final.macs and final.share == 1.0
+    assert first.share == first.macs / final.macs
+    # stem and block 0 by hand, 8x8: 9 * 4 * 32 + 2 * 9 * 32 * 32 per location.
+    prefix = 64 * (9 * 4 * 32 + 2 * 9 * 32 * 32)
+    # entry 1x1 at 8x8, then at 16x16: two 3x3 (8 -> 8), 1x1 skip (8 -> 8), two 3x3 (8 -> 8), 3x3 to RGB.
+    branch = 64 * 32 * 8 + 256 * (2 * 9 * 64 + 64 + 2 * 9 * 64 + 9 * 8 * 3)
+    assert first.macs == prefix + branch
+    entry, head = 32 * 8 + 8, 9 * 8 * 3 + 3
+    assert first.parameters == entry + 4 * (9 * 64 + 8) + 64 + head
+    assert first.widths[-1] == 3 and set(first.widths) == {8, 3}
+
+
+def test_printing_shows_the_same_as_a_table(model: EarlyExitGenerator) -> None:
+    lines = str(model).splitlines()
+    for row in model.exits[:-1]:
+        (line,) = [text for text in lines if row.attach_at in text]
+        for cell in (f"{row.macs / 1e9:.3f}", f"{100 * row.share:.1f} %", f"{row.parameters:,}"):
+            assert cell in line
+    assert "backbone" in lines[-1]
+
+
+def test_the_final_exit_differentiates_and_branches_keep_to_themselves(
+    model: EarlyExitGenerator, toy: Any
+) -> None:
+    x = toy.args[0].clone().requires_grad_()
+    model(x, exit=1)["image"].sum().backward()
+    assert x.grad is None and all(p.grad is None for p in toy.generator.parameters())
+    assert all(p.grad is not None for p in model.branches[0].parameters())
+    twin = copy.deepcopy(toy.generator)
+    twin.zero_grad()
+    twin(toy.args[0])["image"].sum().backward()
+    model(x)["image"].sum().backward()
+    assert x.grad is not None
+    wanted = dict(twin.named_parameters())
+    assert all(torch.equal(p.grad, wanted[name].grad) for name, p in toy.generator.named_parameters())
+
+
+def test_each_sample_takes_its_exit_and_the_order_is_kept(model: EarlyExitGenerator) -> None:
+    model.predictor = ByBrightness()  # type: ignore[assignment]
+    x = torch.rand(7, 4, 8, 8)
+    with torch.no_grad():
+        exits = model.choose_exits(x, threshold=0.5)
+        mixed = model(x, threshold=0.5)
+        assert set(exits.tolist()) == {1, 2, 3}
+        for i, leave in enumerate(exits.tolist()):
+            alone = model(x[i : i + 1], exit=leave)
+            torch.testing.assert_close(mixed["image"][i : i + 1], alone["image"], rtol=1e-4, atol=1e-5)
+    assert mixed["image"].shape == (7, 3, 16, 16) and mixed["scale"] == 2
+    assert mixed["more"]["score"].shape == (7,)
+
+
+def test_a_deep_stage_runs_for_the_samples_that_need_it(model: EarlyExitGenerator, toy: Any) -> None:
+    model.predictor = ByBrightness()  # type: ignore[assignment]
+    seen: list[int] = []
+    inner = toy.generator.blocks[2].forward
+    toy.generator.blocks[2].forward = lambda x: (seen.append(len(x)), inner(x))[1]
+    with torch.no_grad():
+        model(torch.rand(6, 4, 8, 8), threshold=0.5)
+    assert seen == [2]
+
+
+def test_a_lenient_threshold_takes_the_first_exit_and_a_strict_one_the_last(
+    model: EarlyExitGenerator, toy: Any
+) -> None:
+    model.predictor = Predictor(32, 2)
+    assert model.choose_exits(*toy.args, threshold=1e9).tolist() == [1, 1]
+    with torch.no_grad():
+        model.predictor.loss_mean.fill_(1e6)
+    assert model.choose_exits(*toy.args, threshold=0.0).tolist() == [3, 3]
+
+
+@pytest.mark.parametrize(
+    "name", ["noise_inside", "modulated_convolution_with_skip_image", "list_input_with_unet_skips"]
+)
+def test_a_routed_call_of_the_last_exit_is_the_generator(toys: ModuleType, name: str) -> None:
+    toy = toys.TOYS[name]()
+    model = retroexit.wrap(toy.generator, [1, 2], 1 / 4, min_channels=8, example_inputs=toy.args)
+    model.predictor = AlwaysBad()  # type: ignore[assignment]
+    with torch.no_grad():
+        torch.manual_seed(3)
+        want = toy.generator(*toy.args)
+        torch.manual_seed(3)
+        got = model(*toy.args, threshold=0.1)
+    assert all(torch.equal(a, b) for a, b in zip(tensors(got), tensors(want), strict=True))
+
+
+class AlwaysBad(nn.Module):
+    input_shape = None
+
+    def forward(self, feature: Tensor) -> Tensor:
+        return torch.ones(len(feature), 2)
+
+
+def test_live_values_of_a_mixed_batch_follow_their_samples(toys: ModuleType) -> None:
+    toy = toys.TOYS["list_input_with_unet_skips"]()
+    model = retroexit.wrap(toy.generator, [1, 2], 1 / 4, min_channels=8, example_inputs=toy.args)
+    model.predictor = ByBrightness()  # type: ignore[assignment]
+    parts = [torch.rand(5, 2, 16, 16), torch.rand(5, 4, 16, 16)]
+    with torch.no_grad():
+        exits = model.choose_exits(parts, threshold=0.5).tolist()
+        mixed = model(parts, threshold=0.5)
+        for i, leave in enumerate(exits):
+            alone = model([p[i : i + 1] for p in parts], exit=leave)
+            torch.testing.assert_close(mixed[i : i + 1], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_another_batch_size_and_resolution_than_recorded(model: EarlyExitGenerator, toy: Any) -> None:
+    x = torch.rand(5, 4, 12, 8)
+    with torch.no_grad():
+        assert torch.equal(model.all_exits(x)[-1]["image"], toy.generator(x)["image"])
+        assert model(x, exit=1)["image"].shape == (5, 3, 24, 16)
+
+
+def test_recording_at_the_first_call_gives_the_generators_own_numbers(toys: ModuleType) -> None:
+    toy = toys.TOYS["noise_inside"]()
+    model = retroexit.wrap(toy.generator, [1, 2], 1 / 4, min_channels=8)
+    assert not model.is_recorded
+    torch.manual_seed(11)
+    want = toy.generator(*toy.args)
+    torch.manual_seed(11)
+    assert torch.equal(model(*toy.args), want)
+    assert model.is_recorded and len(model.exits) == 3
+
+
+def test_keywords_of_the_generator_that_are_named_like_ours(toys: ModuleType) -> None:
+    class Doors(toys.Chain):
+        def forward(self, x: Tensor, exit: float = 1.0) -> Tensor:
+            return super().forward(x) * exit
+
+    generator = Doors([toys.Block(32, 32), toys.Block(32, 24, True), toys.Block(24, 24)]).eval()
+    x = torch.rand(2, 4, 8, 8)
+    with pytest.warns(errors.RetroExitWarning, match="own keyword 'exit'.*model.route"):
+        model = retroexit.wrap(
+            generator, [1], 1 / 4, min_channels=8, example_inputs=(x,), example_kwargs={"exit": 0.5}
+        )
+    assert torch.equal(model(x, exit=0.5), generator(x, exit=0.5))
+    branch = model.route((x,), {"exit": 0.5}, exit=1)
+    assert branch.shape == (2, 3, 16, 16) and not torch.equal(branch, generator(x, exit=0.5))
+
+
+def test_threads_share_a_model(model: EarlyExitGenerator) -> None:
+    inputs = [torch.rand(2, 4, 8, 8) for _ in range(4)]
+    with torch.no_grad():
+        wanted = [[o["image"] for o in model.all_exits(x)] for x in inputs]
+    wrong: list[int] = []
+
+    def work(i: int) -> None:
+        with torch.no_grad():
+            for _ in range(5):
+                for k in (1, 2, 3):
+                    if not torch.equal(model(inputs[i], exit=k)["image"], wanted[i][k - 1]):
+                        wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_a_call_keeps_nothing_on_the_model(model: EarlyExitGenerator, toy: Any) -> None:
+    before = {name: sorted(vars(module)) for name, module in model.named_modules()}
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    model(*toy.args, exit=1)
+    model.all_exits(*toy.args)
+    assert before == {name: sorted(vars(module)) for name, module in model.named_modules()}
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
+def test_train_and_eval_leave_the_generator_alone(model: EarlyExitGenerator, toy: Any) -> None:
+    model.train()
+    assert not any(module.training for module in toy.generator.modules())
+    assert all(module.training for module in model.branches.modules())
+    model.eval()
+    assert not any(module.training for module in model.modules())
+
+
+def test_unwrap_gives_the_same_object_back(model: EarlyExitGenerator, toy: Any) -> None:
+    assert model.unwrap() is toy.generator
+
+
+def test_saving_and_loading_without_inputs_restores_at_the_first_call(
+    model: EarlyExitGenerator, toy: Any, tmp_path: Path
+) -> None:
+    with torch.no_grad():
+        for p in model.branches.parameters():
+            p.add_(0.01)
+    model.save(tmp_path)
+    again = retroexit.load(tmp_path, toy.generator)
+    with torch.no_grad():
+        assert torch.equal(again(*toy.args, exit=1)["image"], model(*toy.args, exit=1)["image"])
+
+
+def test_a_branch_may_take_the_input_of_a_stage(every_toy: Any) -> None:
+    toy = every_toy
+    options = {"example_inputs": toy.args, "example_kwargs": toy.kwargs, "scale": 1.0}
+    model = retroexit.wrap(toy.generator, [toy.stages[1], toy.stages[2]], tap="before", **options)
+    with torch.no_grad():
+        torch.manual_seed(5)
+        want = tensors(toy.generator(*toy.args, **toy.kwargs))
+        for k in (1, 2):
+            torch.manual_seed(5)
+            got = tensors(model(*toy.args, exit=k, **toy.kwargs))
+            assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    assert [e.depth for e in model.exits[:2]] == sorted([e.depth for e in model.exits[:2]], reverse=True)
+
+
+@pytest.mark.parametrize("inject", ["input", "every_stage"])
+def test_a_guide_enters_where_it_is_asked_to(toy: Any, inject: Any) -> None:
+    model = retroexit.wrap(
+        toy.generator,
+        [1],
+        1 / 4,
+        min_channels=8,
+        example_inputs=toy.args,
+        guidance=retroexit.Guidance(inject=inject),
+    )
+    (branch,) = model.branches
+    feature = torch.rand(2, 32, 8, 8)
+    guide = torch.rand(2, *model.anatomy.value_cut.feature.meta["shape"][1:])
+    with torch.no_grad():
+        plain, guided = (branch(feature, guide=g)["image"] for g in (torch.zeros_like(guide), guide))
+    assert not torch.equal(plain, guided)
+    assert branch.entry.project.in_channels == 32 + 8
+    assert sorted(branch.injections) == (["blocks__2"] if inject == "every_stage" else [])
+    branch(feature, guide=guide)["image"].sum().backward()
+    assert [name for name, p in branch.named_parameters() if p.grad is None] == []
