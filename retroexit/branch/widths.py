@@ -427,7 +427,10 @@ class _SymbolicRun:
         parameters = {s for name in self.parameter_names for e in shapes[name] for s in _symbols(e)}
         entering = self.expression(entry)
         parameters |= _symbols(entering)
-        real = getattr(self.env, "backed_var_to_val", None) or self.env.var_to_val
+        named = (
+            "backed_var_to_val" if hasattr(self.env, "backed_var_to_val") else "var_to_val"
+        )  # before torch 2.10
+        real = getattr(self.env, named)
         values = {symbol: int(value) for symbol, value in real.items()}
         for symbol in values:
             if symbol not in parameters:

@@ -353,7 +353,9 @@ class _Reader:
             if call.end and _has_weights(call.module)
         }
         for node in self.nodes:
-            if (node in weighted and node.op == "call_module") or any(used in found or used.meta.get("parameter") for used in node.all_input_nodes):
+            if (node in weighted and node.op == "call_module") or any(
+                used in found or used.meta.get("parameter") for used in node.all_input_nodes
+            ):
                 found.add(node)
         return found
 

@@ -1,0 +1,185 @@
+"""How wide a branch is, and what its narrow weights are."""
+
+from __future__ import annotations
+
+import math
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import retroexit
+from retroexit.branch.widths import WidthRule, scaled_width
+
+
+@pytest.mark.parametrize(
+    ("channels", "scale", "floor", "want"),
+    [
+        (512, 1 / 15, 64, 64),
+        (512, 1 / 3, 64, 170),
+        (192, 1 / 3, 24, 64),
+        (48, 0.5, 64, 48),
+        (100, 1.0, 64, 100),
+        (3, 1 / 3, 1, 1),
+    ],
+)
+def test_the_width_rule(channels: int, scale: float, floor: int, want: int) -> None:
+    assert scaled_width(channels, scale, floor) == want == WidthRule(scale, floor)(channels)
+    assert want == min(channels, max(floor, math.floor(channels * scale + 1e-9)))
+
+
+def test_the_floor_is_64_unless_another_is_asked_for(toys: ModuleType) -> None:
+    toy = toys.TOYS["group_norm"]()
+    tail = retroexit.wrap(toy.generator, [1], 1 / 4, example_inputs=toy.args).branches[0].tail
+    assert tail.get_parameter("blocks.1.a.weight").shape == (24, 32, 3, 3)
+
+
+def test_every_exit_may_have_its_own_scale(toys: ModuleType) -> None:
+    toy = toys.TOYS["group_norm"]()
+    model = retroexit.wrap(toy.generator, [2, 1], [1 / 2, 1 / 4], min_channels=4, example_inputs=toy.args)
+    first, second = (branch.tail.get_parameter("blocks.2.a.weight").shape[0] for branch in model.branches)
+    assert (first, second) == (8, 12)  # 24 / 4 = 6 must be a multiple of the 4 groups
+
+
+def test_interfaces_keep_their_size(toys: ModuleType) -> None:
+    toy = toys.TOYS["list_input_with_unet_skips"]()
+    (branch,) = retroexit.wrap(toy.generator, [1], 1 / 4, min_channels=8, example_inputs=toy.args).branches
+    # Block 1 takes a narrow trunk beside the skip of 24, which comes from the backbone.
+    assert branch.tail.get_parameter("blocks.1.a.weight").shape == (8, 8 + 24, 3, 3)
+    assert branch.tail.get_parameter("rgb.weight").shape == (3, 8, 3, 3)
+    assert branch.entry.project.in_channels == 32
+
+
+def test_a_multiple_shrinks_with_its_width(toys: ModuleType) -> None:
+    toy = toys.TOYS["pixel_shuffle"]()
+    (branch,) = retroexit.wrap(toy.generator, [1], 1 / 4, min_channels=8, example_inputs=toy.args).branches
+    assert branch.tail.get_parameter("blocks.1.a.weight").shape == (4 * 8, 8, 3, 3)
+
+
+def test_channels_per_group_follow_the_width_of_all_groups(toys: ModuleType) -> None:
+    toy = toys.TOYS["grouped_depthwise_transposed"]()
+    (branch,) = retroexit.wrap(toy.generator, [1], 1 / 4, min_channels=8, example_inputs=toy.args).branches
+    assert branch.tail.get_parameter("blocks.1.group.weight").shape == (8, 2, 3, 3)
+    assert branch.tail.get_submodule("blocks.1.depth").groups == 8
+
+
+def test_tied_weights_stay_tied(toys: ModuleType) -> None:
+    toy = toys.TOYS["tied_weights"]()
+    (branch,) = retroexit.wrap(toy.generator, [1], 1 / 4, min_channels=8, example_inputs=toy.args).branches
+    tail = branch.tail
+    assert tail.get_submodule("blocks.1.a").weight is tail.get_submodule("blocks.2.a").weight
+    assert tail.get_submodule("blocks.1.b") is tail.get_submodule("blocks.2.b")
+
+
+def test_a_pin_names_the_line_of_the_forward(toys: ModuleType) -> None:
+    toy = toys.TOYS["hard_coded_view"]()
+    (first, _) = retroexit.wrap(toy.generator, [1], 1 / 4, min_channels=8, example_inputs=toy.args).exits
+    assert any(
+        "toys.py" in line and "fixed to 32" in line and ".view(-1, 32, " in line for line in first.pinned
+    )
+
+
+def test_a_pin_between_modules_names_the_line_too(toys: ModuleType) -> None:
+    class Fixed(toys.Chain):
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.blocks[1](self.blocks[0](self.stem(x)))
+            return self.rgb(self.blocks[2](h.view(-1, 24, 16, 16)))
+
+    generator = Fixed([toys.Block(32, 32), toys.Block(32, 24, True), toys.Block(24, 24)]).eval()
+    first, _ = retroexit.wrap(
+        generator, [1], 1 / 4, min_channels=8, example_inputs=(torch.rand(1, 4, 8, 8),)
+    ).exits
+    assert any("test_widths.py" in line and "h.view(-1, 24, 16, 16)" in line for line in first.pinned)
+
+
+def keep(weight: Tensor, narrow: Tensor) -> list[int]:
+    """Rows of ``weight`` that the rows of ``narrow`` come from, looking at one input channel that both have."""
+    flat = weight.flatten(1)
+    return [next(i for i, row in enumerate(flat) if torch.isin(part.flatten(), row).all()) for part in narrow]
+
+
+def test_inherited_weights_are_the_backbones_own_the_same_channels_everywhere(toys: ModuleType) -> None:
+    toy = toys.TOYS["group_norm"]()
+    block = toy.generator.blocks[1]
+    (branch,) = retroexit.wrap(toy.generator, [1], 1 / 4, min_channels=8, example_inputs=toy.args).branches
+    thin = branch.tail.get_submodule("blocks.1")
+    rows = keep(block.a.weight, thin.a.weight)
+    assert len(set(rows)) == 8
+    assert torch.equal(thin.a.bias, block.a.bias[rows])
+    assert torch.equal(thin.norm.weight, block.norm.weight[rows])
+    out = keep(block.b.weight, thin.b.weight)
+    assert torch.equal(thin.b.weight, block.b.weight[out][:, rows])
+    # The trunk is one group: block 2 reads and the image is made from the channels that block 1 writes.
+    assert torch.equal(branch.tail.get_parameter("rgb.weight"), toy.generator.rgb.weight[:, out])
+
+
+def test_inheriting_prefers_strong_channels(toys: ModuleType) -> None:
+    toy = toys.TOYS["tuple_output"]()
+    block = toy.generator.blocks[1]
+    with torch.no_grad():
+        block.a.weight[[1, 2, 3, 5, 8, 13, 20, 21]] *= 10
+    (branch,) = retroexit.wrap(toy.generator, [1], 1 / 4, min_channels=8, example_inputs=toy.args).branches
+    assert keep(block.a.weight, branch.tail.get_parameter("blocks.1.a.weight")) == [1, 2, 3, 5, 8, 13, 20, 21]
+
+
+def test_dead_channels_cost_nothing_when_inherited(toys: ModuleType) -> None:
+    """A tail that uses 8 of its channels is reproduced by a branch of 8: selection is consistent through the whole branch."""
+    toy = toys.TOYS["tuple_output"]()
+    generator = toy.generator
+    dead32, dead24 = torch.arange(8, 32), torch.arange(8, 24)
+    with torch.no_grad():
+        for block, dead_in in ((generator.blocks[1], dead32), (generator.blocks[2], dead24)):
+            block.a.weight[:, dead_in] = 0
+            block.a.weight[dead24] = 0
+            block.a.bias[dead24] = 0
+            block.b.weight[:, dead24] = 0
+            block.b.weight[dead24] = 0
+            block.b.bias[dead24] = 0
+        generator.blocks[1].skip.weight[dead24] = 0
+        generator.blocks[1].skip.weight[:, dead32] = 0
+        generator.rgb.weight[:, dead24] = 0
+        model = retroexit.wrap(generator, [1], 1 / 4, min_channels=8, example_inputs=toy.args)
+        torch.testing.assert_close(model(*toy.args, exit=1)[0], generator(*toy.args)[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("init", ["inherit", "scratch"])
+def test_constants_of_a_fan_in_follow_it(toys: ModuleType, init: Any) -> None:
+    toy = toys.TOYS["modulated_convolution_with_skip_image"]()
+    (branch,) = retroexit.wrap(
+        toy.generator, [1], 1 / 4, min_channels=8, init=init, example_inputs=toy.args
+    ).branches
+    assert branch.tail.get_submodule("blocks.1").gain == pytest.approx(1 / math.sqrt(8 * 9))
+    assert toy.generator.blocks[1].gain == 1 / math.sqrt(32 * 9)
+
+
+def test_starting_from_scratch_takes_nothing_over_and_is_seeded(toys: ModuleType) -> None:
+    toy = toys.TOYS["group_norm"]()
+
+    def weight(seed: int) -> Tensor:
+        options: dict[str, Any] = {
+            "min_channels": 8,
+            "init": "scratch",
+            "seed": seed,
+            "example_inputs": toy.args,
+        }
+        return (
+            retroexit.wrap(toy.generator, [1], 1 / 4, **options)
+            .branches[0]
+            .tail.get_parameter("blocks.1.a.weight")
+        )
+
+    first = weight(0)
+    assert not torch.isin(first, toy.generator.blocks[1].a.weight).any()
+    assert torch.equal(first, weight(0)) and not torch.equal(first, weight(1))
+
+
+def test_the_square_root_of_a_width_does_not_pin_it(toys: ModuleType) -> None:
+    toy = toys.TOYS["attention_single_head"]()
+    (branch,) = retroexit.wrap(
+        toy.generator, ["blocks.0"], 1 / 4, min_channels=8, example_inputs=toy.args
+    ).branches
+    assert branch.pins == ()
+    assert branch.tail.get_parameter("blocks.1.1.qkv.weight").shape == (24, 8, 1, 1)
+    assert not hasattr(torch.SymInt, "__float__")
