@@ -1,4 +1,4 @@
-"""From settings and example inputs to exits: read the generator, cut it, test the cuts, build the branches."""
+"""From settings and example inputs to exits: read the generator, cut it, test it, build the branches."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ class WrapOptions:
         self_test: Whether every cut is checked to reproduce the generator.
         seed: Seed of fresh weights.
         shadowed: Keywords of ours that the generator's own forward takes.
-        predictor_inputs: Makes the predictor's input from the generator's; by default it reads the first feature.
+        predictor_inputs: Makes the predictor's input from the generator's; by default it reads the first
+            feature.
         plans: Widths chosen earlier, one per exit, from a saved model.
     """
 
@@ -62,13 +63,15 @@ class WrapOptions:
     def __post_init__(self) -> None:
         if not self.attach_at:
             raise AttachPointError(
-                "asked for attach_at=[]; found no attach point. Name at least one stage, such as attach_at=[2].",
+                "asked for attach_at=[]; found no attach point. Name at least one stage, such as "
+                "attach_at=[2].",
                 self.attach_at,
             )
         for place in self.attach_at:
             if isinstance(place, bool) or not isinstance(place, (int, str)):
                 raise AttachPointError(
-                    f"asked for attach_at={list(self.attach_at)}; found {place!r}, which is neither a stage number nor a "
+                    f"asked for attach_at={list(self.attach_at)}; found {place!r}, which is neither a stage "
+                    "number nor a "
                     "module path.",
                     place,
                 )
@@ -200,14 +203,16 @@ def _find_places(decoder: Decoder, options: WrapOptions) -> list[tuple[Stage, Cu
                 f"{s.index} ({s.path})" for s in decoder.stages if abs(s.index - place) <= 2
             ) or (", ".join(f"{s.index} ({s.path})" for s in decoder.stages[-3:]))
             raise AttachPointError(
-                f"asked for a branch at stage {place}; found stages 1 to {len(decoder.stages)}. Near: {near}. List all with "
+                f"asked for a branch at stage {place}; found stages 1 to {len(decoder.stages)}. Near: "
+                f"{near}. List all with "
                 "'retroexit inspect' or retroexit.find_stages.",
                 place,
             )
         stage = decoder.stages[place - 1]
         if options.tap == "after" and place == len(decoder.stages):
             raise AttachPointError(
-                f"asked for a branch after stage {place} ({stage.path}); found that it is the last one, so that nothing is "
+                f"asked for a branch after stage {place} ({stage.path}); found that it is the last one, so "
+                "that nothing is "
                 f"left to make thinner. Attach at 1 to {place - 1}.",
                 place,
             )
@@ -283,7 +288,7 @@ def _build_exit(
 
 
 def _output(split: SplitGenerator) -> list[Tensor]:
-    """Tensors that the generator returns for the example inputs when nobody looks: observed attention takes another kernel."""
+    """What the generator returns when nobody looks: observed attention takes another kernel."""
     args, kwargs = split.example
     with torch.no_grad(), unobserved(split.generator):
         return tensors(split.generator(*_clone(args), **_clone(kwargs)))
@@ -310,8 +315,10 @@ def _self_test(
             default=float("nan"),
         )
         raise RecordingError(
-            f"asked for a branch at cut {index + 1}; found that the recorded rest of the generator does not reproduce its "
-            f"output (largest difference {difference:.3g}). Attach elsewhere, or pass self_test=False if the generator draws "
+            f"asked for a branch at cut {index + 1}; found that the recorded rest of the generator does not "
+            "reproduce its "
+            f"output (largest difference {difference:.3g}). Attach elsewhere, or pass self_test=False if the "
+            "generator draws "
             "random numbers behind this place in an order of its own.",
             index,
         )
@@ -330,7 +337,8 @@ def _value_cut(decoder: Decoder, guidance: Guidance | None) -> Cut | None:
     index = (len(decoder.stages) + 1) // 2 if place is None else place
     if not 1 <= index < len(decoder.stages):
         raise OptionError(
-            f"asked for guidance values after stage {index}; found stages 1 to {len(decoder.stages)}, of which the last one has "
+            f"asked for guidance values after stage {index}; found stages 1 to {len(decoder.stages)}, of "
+            "which the last one has "
             "no map for a branch to use.",
             index,
         )
@@ -345,8 +353,10 @@ def _guide_shape(anatomy: Anatomy, guidance: Guidance | None) -> GuideShape | No
     for size, key, patch in zip(shape[2:], key_size, guidance.patch, strict=True):
         if key % patch or size % (key // patch):
             raise BankError(
-                f"asked for guidance in patches of {guidance.patch}; found a feature of {key_size} and values of "
-                f"{tuple(shape[2:])}, which do not divide into the same patches. Choose another patch or value_after.",
+                f"asked for guidance in patches of {guidance.patch}; found a feature of {key_size} and "
+                "values of "
+                f"{tuple(shape[2:])}, which do not divide into the same patches. Choose another patch or "
+                "value_after.",
                 guidance,
             )
     return GuideShape(int(shape[1]), tuple(shape[2:]), guidance.inject)

@@ -68,7 +68,7 @@ def _fingerprint(generator: nn.Module) -> dict[str, Any]:
 
 @pytest.fixture
 def untouched() -> Callable[[nn.Module], AbstractContextManager[None]]:
-    """``with untouched(generator):`` fails where the block leaves a trace on the generator or on random numbers."""
+    """``with untouched(generator):`` fails where the block leaves a trace, on random numbers too."""
 
     @contextmanager
     def watch(generator: nn.Module) -> Iterator[None]:

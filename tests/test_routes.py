@@ -20,7 +20,7 @@ from retroexit.routing.predictor import Predictor
 
 
 class ByBrightness(nn.Module):
-    """Stands in for a predictor: a dark sample's exits are all good, a bright one's all bad, one between wants exit 2."""
+    """Stands in for a predictor: dark samples leave first, bright ones last."""
 
     input_shape = None
 

@@ -1,7 +1,8 @@
-"""Small seeded generators, one for each thing that other people's decoders do. `conftest.py` loads this file."""
+"""Small seeded generators, one for each thing that other people's decoders do; `conftest.py` loads them."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
 from collections import namedtuple
@@ -369,7 +370,7 @@ def spectral_norm_parametrized() -> Toy:
 def sizes_from_the_shape() -> Toy:
     class Sized(Block):
         def forward(self, x: Tensor) -> Tensor:
-            n, c, h, w = x.size()
+            n, _, h, w = x.size()
             x = F.interpolate(x, size=(2 * h, w * 2), mode="bilinear") if self.up else x
             grid = torch.arange(x.shape[-1], device=x.device) / x.shape[-1]
             h = self.b(F.relu(self.a(x)))
@@ -536,10 +537,8 @@ def control_flow() -> Toy:
                     h = F.relu(h)
                 while h.shape[2] > 16:
                     h = F.avg_pool2d(h, 2)
-            try:
-                x = self.skip(x)  # not every block has one
-            except TypeError:
-                pass
+            with contextlib.suppress(TypeError):  # not every block has one
+                x = self.skip(x)
             return h + (F.interpolate(x, scale_factor=2) if self.up else x)
 
     return chain(lambda i, o, up: Winding(i, o, up))

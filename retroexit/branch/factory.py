@@ -1,4 +1,4 @@
-"""Build a branch: clone the tail, narrow it, add the entry for feature and guide (paper sections 3.1 and 3.3)."""
+"""Build a branch: clone the tail, narrow it, add the entry for feature and guide (paper 3.1 and 3.3)."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class GuideShape:
     Attributes:
         channels: Channels of the guide.
         size: Its spatial size for the example inputs.
-        inject: ``"input"`` concatenates it to the branch's input (paper section 4.1), ``"every_stage"`` to the input of
-            every branch module (section 4.2).
+        inject: ``"input"`` concatenates it to the branch's input (paper section 4.1), ``"every_stage"`` to
+            the input of every branch module (section 4.2).
     """
 
     channels: int
@@ -46,7 +46,7 @@ class GuideShape:
 
 
 class GuideEntry(nn.Module):
-    """Bring feature and guide together: resize the guide by a convolution, concatenate, project to the branch's width.
+    """Bring feature and guide together: resize the guide, concatenate, project to the branch's width.
 
     Args:
         channels: Channels of the feature.
@@ -55,7 +55,8 @@ class GuideEntry(nn.Module):
         guide: The guide's shape, or ``None`` for a projection of the feature alone.
         guide_channels: Channels of the resized guide.
 
-    Reference: paper section 4.1, "concatenating it to each branch's input after due resizing performed by a convolution".
+    Reference: paper section 4.1, "concatenating it to each branch's input after due resizing performed by a
+        convolution".
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class GuideEntry(nn.Module):
         guide_channels: int,
     ) -> None:
         super().__init__()
-        convolution = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[len(size)]
+        convolution: Any = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[len(size)]
         self.resize: nn.Module | None = None
         if guide is not None:
             stride = tuple(max(1, g // s) for g, s in zip(guide.size, size, strict=True))
@@ -89,12 +90,12 @@ class GuideEntry(nn.Module):
     @torch.no_grad()
     def start(self, kept: Tensor | None) -> None:
         """Begin as a plain selection of the feature's channels; the guide's weights stay random but small."""
-        weight, bias = self.project.weight, self.project.bias
+        weight: Tensor = self.project.weight
         kept = torch.arange(weight.shape[0]) if kept is None else kept
         weight.mul_(0.1)
         weight[:, : weight.shape[1] - self._guide_channels()].zero_()
         weight[torch.arange(len(kept)), kept] = 1.0
-        bias.zero_()
+        self.project.bias.zero_()
 
     def _guide_channels(self) -> int:
         return 0 if self.resize is None else int(self.resize.out_channels)  # type: ignore[arg-type]
@@ -104,9 +105,11 @@ class Branch(nn.Module):
     """A thin copy of the rest of a generator after an attach point.
 
     Attributes:
-        entry: Projection of feature and guide to the branch's width; ``None`` where the feature enters as it is.
+        entry: Projection of feature and guide to the branch's width; ``None`` where the feature enters as it
+            is.
         tail: The narrowed stages and the glue after them.
-        injections: With ``inject="every_stage"``, one entry per further stage, by the stage's path with dots as ``__``.
+        injections: With ``inject="every_stage"``, one entry per further stage, by the stage's path with dots
+            as ``__``.
         pins: Widths that stay, and why.
         plan: The chosen widths.
     """
@@ -249,7 +252,11 @@ def _injections(
     shapes: dict[str, torch.Size] = {}
 
     def look(path: str) -> Callable[[Tensor], Tensor]:
-        return lambda x: (shapes.__setitem__(path, x.shape), x)[1]
+        def seen(x: Tensor) -> Tensor:
+            shapes[path] = x.shape
+            return x
+
+        return seen
 
     with torch.no_grad():
         tail(
@@ -276,7 +283,8 @@ def _check(branch: Branch, values: Sequence[Tensor], spec: BranchSpec) -> None:
             branch(*(value.clone() for value in values), guide=guide)
     except Exception as error:
         raise BranchError(
-            f"asked for a branch of scale {spec.rule.scale:g}; the narrowed copy raised {type(error).__name__}: {error}. "
+            f"asked for a branch of scale {spec.rule.scale:g}; the narrowed copy raised "
+            f"{type(error).__name__}: {error}. "
             "Use another scale or min_channels, attach elsewhere, or let an adapter build the stage.",
             branch,
         ) from error

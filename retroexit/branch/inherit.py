@@ -1,8 +1,9 @@
 """Starting weights of a branch: the backbone's own channels, or fresh ones.
 
-`inherit` keeps the most important channels of every width group, the same ones wherever the group occurs. Where a dimension
-is a multiple or a sum of widths (a pixel shuffle's output, the input behind a concatenation), sizes alone do not say which
-channel is which; the layout is found by experiment: permuting the channels of a group consistently must not change the output.
+`inherit` keeps the most important channels of every width group, the same ones wherever the group occurs.
+Where a dimension is a multiple or a sum of widths (a pixel shuffle's output, the input behind a
+concatenation), sizes alone do not say which channel is which; the layout is found by experiment: permuting
+the channels of a group consistently must not change the output.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ class Layout:
     """How the channels of composite dimensions are arranged.
 
     Attributes:
-        interleaved: Composite expressions ``k * s`` whose channel ``i`` sits at ``[k i, k i + k)`` instead of at ``i + j s``.
+        interleaved: Composite expressions ``k * s`` whose channel ``i`` sits at ``[k i, k i + k)`` instead of
+            at ``i + j s``.
         order: For a sum of widths, the order of its terms along the dimension.
         is_proven: False when no arrangement left the output unchanged under permutation.
     """
@@ -65,8 +67,9 @@ class Layout:
 def choose_channels(tail: nn.Module, algebra: Algebra, plan: WidthPlan) -> Selection:
     """Pick the channels that a branch keeps: the most important ones of every group.
 
-    A channel's importance is the norm of its weights, summed over all parameters of the group after each was brought to mean
-    one. Where a width is used in equal parts (groups of a norm, heads), every part keeps the same number.
+    A channel's importance is the norm of its weights, summed over all parameters of the group after each was
+    brought to mean one. Where a width is used in equal parts (groups of a norm, heads), every part keeps the
+    same number.
 
     Args:
         tail: The full-width tail.
@@ -129,7 +132,7 @@ def narrow(
 
 
 def reshape(tail: nn.Module, plan: WidthPlan) -> None:
-    """Give a tail's parameters, buffers and width attributes the plan's sizes, in place; contents are undefined."""
+    """Give a tail's parameters, buffers and attributes the plan's sizes, in place; contents are undefined."""
     modules = dict(tail.named_modules(remove_duplicate=False))
     resized: dict[int, nn.Parameter] = {}
     for name, old in list(tail.named_parameters(remove_duplicate=False)):
@@ -155,8 +158,8 @@ def reshape(tail: nn.Module, plan: WidthPlan) -> None:
 def start_from_scratch(thin: nn.Module, full: nn.Module, seed: int = 0) -> None:
     """Replace every weight of a branch by a fresh random one, in place.
 
-    Layers that know how (``reset_parameters``) do it themselves; any other parameter is drawn from a normal distribution with
-    the mean and spread of the backbone's own, so that constants stay constants.
+    Layers that know how (``reset_parameters``) do it themselves; any other parameter is drawn from a normal
+    distribution with the mean and spread of the backbone's own, so that constants stay constants.
     """
     originals = dict(full.named_parameters())
     devices = {parameter.device for parameter in thin.parameters() if parameter.device.type == "cuda"}
@@ -178,7 +181,7 @@ def start_from_scratch(thin: nn.Module, full: nn.Module, seed: int = 0) -> None:
 
 
 def correct_fan_in(thin: nn.Module, full: nn.Module) -> None:
-    """Recompute float attributes that are ``gain / sqrt(fan in)`` of a weight of their module (equalised learning rates)."""
+    """Recompute equalised learning rates: float attributes that are ``gain / sqrt(fan in)`` of a weight."""
     wide = dict(full.named_modules())
     for path, module in thin.named_modules():
         for name, value in list(vars(module).items()):
@@ -210,8 +213,8 @@ def find_layout(
         output_of: Lists the tensors of the tail's output.
 
     Returns:
-        The first arrangement under which permuting channels leaves the output as it is; the default one, marked unproven,
-        when there is none.
+        The first arrangement under which permuting channels leaves the output as it is; the default one,
+        marked unproven, when there is none.
     """
     free = set(algebra.free())
     found = {

@@ -1,8 +1,9 @@
 """Width algebra: which channel counts of a tail move together, and to what.
 
-There are no rules per layer type. The tail's own Python runs once under `FakeTensorMode` with a fresh symbolic size for every
-wide parameter dimension and every integer attribute that could be a channel count; PyTorch's `ShapeEnv` then proves which of
-them are equal, multiples of one another, sums, or fixed. Private PyTorch interfaces are used in this file alone.
+There are no rules per layer type. The tail's own Python runs once under `FakeTensorMode` with a fresh
+symbolic size for every wide parameter dimension and every integer attribute that could be a channel count;
+PyTorch's `ShapeEnv` then proves which of them are equal, multiples of one another, sums, or fixed. Private
+PyTorch interfaces are used in this file alone.
 
 Reference: paper sections 3.1 and 4.1 (modules "less complex", a scale factor, a minimum number of channels).
 """
@@ -78,7 +79,8 @@ class WidthRule:
         is_number = isinstance(self.scale, (int, float)) and not isinstance(self.scale, bool)
         if not is_number or not 0 < self.scale <= 1:
             raise OptionError(
-                f"asked for scale={self.scale!r}; found it outside (0, 1]. Pass the share of the channels to keep, such "
+                f"asked for scale={self.scale!r}; found it outside (0, 1]. Pass the share of the channels to "
+                "keep, such "
                 "as 1/4.",
                 self.scale,
             )
@@ -196,7 +198,10 @@ class Algebra:
         sizes = dict(self.values)
         sizes.update({symbol: self._wanted(symbol, rule) for symbol in free})
         self._repair(sizes, set(free))
-        evaluate = lambda e: tuple(map(evaluate, e)) if isinstance(e, tuple) else _evaluate(e, sizes)  # noqa: E731
+
+        def evaluate(e: Expr) -> Any:
+            return tuple(map(evaluate, e)) if isinstance(e, tuple) else _evaluate(e, sizes)
+
         return WidthPlan(
             sizes={symbol: sizes[symbol] for symbol in free},
             shapes={name: evaluate(shape) for name, shape in self.shapes.items()},
@@ -206,7 +211,7 @@ class Algebra:
         )
 
     def _wanted(self, symbol: sympy.Symbol, rule: Callable[[int], int]) -> int:
-        """Apply the rule to a width; a small one that only counts channels per group follows the width of all groups."""
+        """Apply the rule to a width; channels per group follow the width of all groups together."""
         real = self.values[symbol]
         if rule(real) < real:
             return rule(real)
@@ -233,7 +238,8 @@ class Algebra:
                 break
             sizes[best[1]] = best[2]
         raise BranchError(
-            f"asked for a narrower tail; found no widths that satisfy {broken}. Attach elsewhere, or let an adapter build "
+            f"asked for a narrower tail; found no widths that satisfy {broken}. Attach elsewhere, or let an "
+            "adapter build "
             "the stage.",
             broken,
         )
@@ -257,8 +263,8 @@ def analyse(
 
     Args:
         tail: A module; ``tail(feature, *live)``. It is not changed.
-        values: Real example values of the feature ``(N, C, ...)`` and the live tensors. The feature's channels are
-            free; live values keep their size.
+        values: Real example values of the feature ``(N, C, ...)`` and the live tensors. The feature's
+            channels are free; live values keep their size.
         threshold: Dimensions up to this size never shrink and stay numbers.
         output_of: Lists the tensors in the tail's output, whose shapes are fixed.
 
@@ -278,8 +284,10 @@ def analyse(
             out = torch.func.functional_call(run.tail, run.tensors, tuple(entering))
     except Exception as error:
         raise BranchError(
-            f"asked for a narrower copy of the stages after the attach point; running them on symbolic sizes raised "
-            f"{type(error).__name__}: {error}. Attach elsewhere, use scale=1, or let an adapter build the stage.",
+            "asked for a narrower copy of the stages after the attach point; running them on symbolic sizes "
+            "raised "
+            f"{type(error).__name__}: {error}. Attach elsewhere, use scale=1, or let an adapter build the "
+            "stage.",
             tail,
         ) from error
     return run.collect(entering[0].shape[1], output_of(out))
@@ -289,8 +297,9 @@ def analyse(
 def _lenient_python() -> Iterator[None]:
     """Let Python compute with symbolic sizes where that ties nothing together, while a tail runs.
 
-    Attention's fused kernel reads its width as a plain number, so it stays off. ``math.sqrt(c)`` and the like turn a size into a
-    float, which PyTorch takes as a promise that it never changes; a factor may well depend on the width.
+    Attention's fused kernel reads its width as a plain number, so it stays off. ``math.sqrt(c)`` and the like
+    turn a size into a float, which PyTorch takes as a promise that it never changes; a factor may well depend
+    on the width.
     """
     with _LENIENCE_LOCK:
         enabled = torch.backends.mha.get_fastpath_enabled()
@@ -307,7 +316,7 @@ def _lenient_python() -> Iterator[None]:
 
 
 class _ObservedShapeEnv(ShapeEnv):
-    """A `ShapeEnv` that remembers which line of code outside PyTorch made it replace a symbol, and by what."""
+    """A `ShapeEnv` that remembers which line of the generator made it replace a symbol, and by what."""
 
     def __init__(self) -> None:
         super().__init__(duck_shape=False)
@@ -320,7 +329,7 @@ class _ObservedShapeEnv(ShapeEnv):
     def evaluate_expr(
         self, orig_expr: sympy.Basic, hint: Any = None, *args: Any, **kwargs: Any
     ) -> sympy.Basic:
-        """Answer by the real sizes what cannot tie widths together: only proofs of equality are worth their time."""
+        """Answer by the real sizes what cannot tie widths together; only equalities are worth a proof."""
         says_nothing = isinstance(orig_expr, _ORDERS) or (
             (isinstance(orig_expr, Equality) and hint is False)
             or (isinstance(orig_expr, Unequality) and hint is True)
@@ -360,20 +369,20 @@ class _SymbolicRun:
         self.symbols = {
             (name, axis): size.node.expr
             for name in self.parameter_names
-            for axis, size in enumerate(self.tensors[name].shape)
+            for axis, size in enumerate[Any](self.tensors[name].shape)
             if isinstance(size, torch.SymInt)
         }
         self.attributes = self._free_attributes(sizes)
 
     def fake(self, tensor: Tensor, name: str, dynamic: list[bool]) -> Tensor:
-        context = StatelessSymbolicContext(
+        context: Any = StatelessSymbolicContext(
             dynamic_sizes=[DimDynamic.DYNAMIC if free else DimDynamic.STATIC for free in dynamic],
             constraint_sizes=[None] * tensor.dim(),
         )
         return self.mode.from_tensor(tensor.detach(), source=ConstantSource(name), symbolic_context=context)
 
     def _free_axes(self, name: str, tensor: Tensor, sizes: set[int]) -> list[bool]:
-        """Tell which axes of a parameter may shrink: wide ones, and channels per group where all groups together are wide."""
+        """Tell which axes may shrink: wide ones, and channels per group where all groups together are."""
         owner = self.tail.get_submodule(name.rpartition(".")[0])
         groups = {v for k, v in vars(owner).items() if type(v) is int and v > 1 and _is_width(owner, k)}
         return [
@@ -423,7 +432,8 @@ class _SymbolicRun:
         for tensor in outputs:
             for size in map(self.expression, tensor.shape):
                 fixed.update(dict.fromkeys(_symbols(size), "the size of the output"))
-        # A symbol that occurs in buffers or attributes alone is no width: tables, filter kernels, head counts.
+        # A symbol that occurs in buffers or attributes alone is no width: tables, filter kernels, head
+        # counts.
         parameters = {s for name in self.parameter_names for e in shapes[name] for s in _symbols(e)}
         entering = self.expression(entry)
         parameters |= _symbols(entering)
@@ -537,7 +547,7 @@ def _holds(condition: sympy.Basic, sizes: dict[sympy.Symbol, int]) -> bool:
 
 
 def _user_line() -> str:
-    """Name the line of the generator's code that runs: in a module, or where the graph's node was recorded."""
+    """Name the line of the generator that runs: in a module, or where the graph's node was recorded."""
     line = user_line()
     if not isinstance(line, tuple) and line is not None:
         node = line.f_locals.get("node") if line.f_code.co_filename == cut.__file__ else None

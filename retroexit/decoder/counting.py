@@ -12,8 +12,8 @@ __all__ = ["MacCounter"]
 class _NoModules:
     """Takes the place of PyTorch's module tracker.
 
-    The tracker hooks every module of the process, those of other threads too, and stumbles over views of parameters that
-    are handed from module to module without gradient. Totals need none of it.
+    The tracker hooks every module of the process, those of other threads too, and stumbles over views of
+    parameters that are handed from module to module without gradient. Totals need none of it.
     """
 
     parents = frozenset({"Global"})

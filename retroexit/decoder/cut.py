@@ -1,8 +1,9 @@
 """Split a recording after a stage: what ran before, what the rest needs, and the rest itself.
 
-A *segment* is a run of nodes between two cuts, executed with the generator's own modules. A *tail* is everything after one
-cut that the output depends on, as a module of its own with copies of the layers (a branch starts as one). Values that cross a
-cut are *live*: the feature first, then what the tail needs besides it.
+A *segment* is a run of nodes between two cuts, executed with the generator's own modules. A *tail* is
+everything after one cut that the output depends on, as a module of its own with copies of the layers (a
+branch starts as one). Values that cross a cut are *live*: the feature first, then what the tail needs besides
+it.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ class Cut:
         position: Number of nodes before the cut.
         feature: Node of the stage's feature map, the branch's main input.
         live: Nodes of tensors that the rest needs besides the feature.
-        rest: Nodes after the cut that the output depends on, in order; sizes and attributes from before the cut
-            that the rest reads are repeated here, so that only tensors cross.
+        rest: Nodes after the cut that the output depends on, in order; sizes and attributes from before the
+            cut that the rest reads are repeated here, so that only tensors cross.
     """
 
     position: int
@@ -68,7 +69,8 @@ def cut_at(recording: Recording, position: int, features: Sequence[fx.Node], whe
         if node in needed or node.meta.get("mutates"):
             needed.update(node.all_input_nodes)
             rest.append(node)
-    # Sizes and attributes are read again rather than carried across, so that a part of a batch sees its own sizes.
+    # Sizes and attributes are read again rather than carried across, so that a part of a batch sees its own
+    # sizes.
     for node in reversed(nodes[:position]):
         if node in needed and (node.meta.get("size") or node.op == "get_attr"):
             needed.update(node.all_input_nodes)
@@ -77,7 +79,8 @@ def cut_at(recording: Recording, position: int, features: Sequence[fx.Node], whe
     feature = next((node for node in features if node in live), None)
     if feature is None:
         raise AttachPointError(
-            f"asked for a branch {where}; found that the image does not depend on that place's feature map afterwards. "
+            f"asked for a branch {where}; found that the image does not depend on that place's feature map "
+            "afterwards. "
             "Attach at one of the stages that 'retroexit inspect' lists.",
             where,
         )
@@ -182,10 +185,10 @@ class Segment:
 
 
 class Tail(nn.Module):
-    """The rest of a generator after a cut, as a module: ``tail(feature, *live)`` gives the generator's output structure.
+    """The rest of a generator after a cut: ``tail(feature, *live)`` gives the generator's output structure.
 
-    Layers are copies (see `clone_module`) under their dotted paths in the generator, so that parameter names match; what the
-    forward itself read from the generator (parameters, buffers, constants) is copied too.
+    Layers are copies (see `clone_module`) under their dotted paths in the generator, so that parameter names
+    match; what the forward itself read from the generator (parameters, buffers, constants) is copied too.
 
     Args:
         recording: The execution to take the rest from.
@@ -207,17 +210,18 @@ class Tail(nn.Module):
                 self.register_buffer(
                     str(node.target), recording.constants[str(node.target)].clone(), persistent=False
                 )
-        # Parameters that the forward itself reads, after the modules, so that a weight that a copied layer owns is shared.
+        # Parameters that the forward itself reads, after the modules, so that a weight that a copied layer
+        # owns is shared.
         for node in cut.rest:
             if node.op == "get_attr" and node.target not in recording.constants:
                 path, _, name = str(node.target).rpartition(".")
                 owner = _container(self, path)
                 if not hasattr(owner, name):
                     value = _clone_tensor(_resolve(generator, str(node.target)), memo)
-                    is_parameter = isinstance(value, nn.Parameter)
-                    owner.register_parameter(name, value) if is_parameter else owner.register_buffer(
-                        name, value
-                    )
+                    if isinstance(value, nn.Parameter):
+                        owner.register_parameter(name, value)
+                    else:
+                        owner.register_buffer(name, value)
         self.eval()
 
     @property
@@ -255,8 +259,8 @@ class Tail(nn.Module):
 def clone_module(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     """Copy a module deeply, also where plain ``deepcopy`` refuses.
 
-    Legacy spectral norm leaves a non-leaf ``weight`` on a module after a forward with gradient; such tensors are
-    detached first. The copy's parameters require gradient.
+    Legacy spectral norm leaves a non-leaf ``weight`` on a module after a forward with gradient; such tensors
+    are detached first. The copy's parameters require gradient.
     """
     memo = {} if memo is None else memo
     for owner in module.modules():

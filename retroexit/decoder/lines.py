@@ -29,11 +29,11 @@ def user_line() -> tuple[str, int] | FrameType | None:
     """Find the innermost running line that belongs neither to PyTorch, nor to Python, nor to this library.
 
     Returns:
-        File and line number; or, where one of our own files (other than the asking one) lies further in, its frame; or
-        ``None``.
+        File and line number; or, where one of our own files (other than the asking one) lies further in, its
+        frame; or ``None``.
     """
     frame: FrameType | None = sys._getframe(1)
-    asking = frame.f_code.co_filename
+    asking = sys._getframe(1).f_code.co_filename
     while frame is not None:
         filename = frame.f_code.co_filename
         if is_user_code(filename):

@@ -1,9 +1,9 @@
 """Write one real execution of a generator down as a `torch.fx.Graph` whose leaves are whole modules.
 
-`torch.fx.symbolic_trace` runs a forward on proxies and stops at the first ``if`` on a shape. The recorder runs it on real
-tensors instead: a `TorchFunctionMode` writes every tensor function as a node and a patched ``nn.Module.__call__`` writes
-chosen modules as ``call_module`` nodes. Sizes read from a tensor stay symbolic (`TracedInt`), so that a recording made with a
-batch of one runs with a batch of eight.
+`torch.fx.symbolic_trace` runs a forward on proxies and stops at the first ``if`` on a shape. The recorder
+runs it on real tensors instead: a `TorchFunctionMode` writes every tensor function as a node and a patched
+``nn.Module.__call__`` writes chosen modules as ``call_module`` nodes. Sizes read from a tensor stay symbolic
+(`TracedInt`), so that a recording made with a batch of one runs with a batch of eight.
 """
 
 from __future__ import annotations
@@ -108,13 +108,15 @@ class Recording:
 
     Attributes:
         graph: The execution; placeholders are the tensors among the inputs, leaves are whole modules.
-        constants: Tensors that the forward used and that are neither inputs nor parameters nor buffers, by node target.
+        constants: Tensors that the forward used and that are neither inputs nor parameters nor buffers, by
+            node target.
         inputs: For each placeholder, the path of its tensor in ``(args, kwargs)``.
         calls: Every call of a submodule that was not inside a leaf, in order.
         macs: Multiply-accumulates of the whole execution.
         output: What the generator returned.
         modes: ``training`` flag of every submodule during the recording.
-        reads: Places where a value was read out of a tensor into Python, ``file:line: code``; such values are frozen.
+        reads: Places where a value was read out of a tensor into Python, ``file:line: code``; such values are
+            frozen.
     """
 
     graph: fx.Graph
@@ -188,7 +190,7 @@ class Recorder(TorchFunctionMode):
         return value
 
     def node(self, tensor: Tensor) -> fx.Node:
-        """Give the node that stands for a tensor; a tensor seen for the first time is an attribute or a constant."""
+        """Give the node that stands for a tensor; a tensor that is new is an attribute or a constant."""
         known = self._node_of.get(id(tensor))
         if known is not None:
             return known
@@ -222,7 +224,8 @@ class Recorder(TorchFunctionMode):
             return
         if any(id(item) in self._node_of for item in tensors(dict(inner))):
             raise RecordingError(
-                f"a {type(value).__name__} object that holds tensors is passed between modules; found tensors in its "
+                f"a {type(value).__name__} object that holds tensors is passed between modules; found "
+                "tensors in its "
                 "attributes, which a recording cannot follow. Make it a dataclass, a dict or a tuple.",
                 value,
             )
@@ -373,7 +376,8 @@ def record(
     kwargs = dict(kwargs or {})
     if generator.training:
         raise ModeError(
-            f"asked to record {type(generator).__name__}; found it in train mode, where one forward pass changes "
+            f"asked to record {type(generator).__name__}; found it in train mode, where one forward pass "
+            "changes "
             "its buffers. Call generator.eval() first.",
             generator,
         )
@@ -395,7 +399,8 @@ def record(
     for tensor in tensors(output):
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise NonFiniteError(
-                f"{type(generator).__name__} returned NaN or infinity in a tensor of shape {tuple(tensor.shape)} on "
+                f"{type(generator).__name__} returned NaN or infinity in a tensor of shape "
+                f"{tuple(tensor.shape)} on "
                 "the example inputs. Check its weights and the range of the inputs.",
                 tensor,
             )
@@ -484,19 +489,22 @@ def _explain(generator: nn.Module, args: Any, kwargs: Any, error: Exception) -> 
     for tensor in given:
         if own is not None and tensor.device != own.device:
             return DeviceError(
-                f"{name} is on {own.device} and an input of shape {tuple(tensor.shape)} on {tensor.device}; the "
+                f"{name} is on {own.device} and an input of shape {tuple(tensor.shape)} on {tensor.device}; "
+                "the "
                 f"generator raised {cause}. Move one of them.",
                 tensor,
             )
         if own is not None and tensor.is_floating_point() and tensor.dtype != own.dtype:
             return DeviceError(
-                f"{name} has {own.dtype} parameters and an input of shape {tuple(tensor.shape)} is {tensor.dtype}; "
+                f"{name} has {own.dtype} parameters and an input of shape {tuple(tensor.shape)} is "
+                f"{tensor.dtype}; "
                 f"the generator raised {cause}. Convert one of them.",
                 tensor,
             )
     shapes = ", ".join(str(tuple(tensor.shape)) for tensor in given) or "no tensors"
     return GeneratorError(
-        f"{name} rejects the example inputs ({shapes}); it raised {cause}. Pass inputs that generator(*inputs) takes.",
+        f"{name} rejects the example inputs ({shapes}); it raised {cause}. Pass inputs that "
+        "generator(*inputs) takes.",
         generator,
     )
 

@@ -1,4 +1,4 @@
-"""A generator split at its attach points: run it piece by piece, hand the values at each cut to whoever wants them."""
+"""A generator split at its attach points: run it piece by piece, hand over the values at each cut."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Values = dict[fx.Node, Any]
 
 @dataclass(frozen=True)
 class _Call:
-    """The parts of a call that a recording depends on: structure, types, and everything that is not a tensor."""
+    """What a recording depends on in a call: structure, types, and everything that is not a tensor."""
 
     paths: tuple[tuple[Any, ...], ...]
     dtypes: tuple[torch.dtype, ...]
@@ -39,8 +39,8 @@ class _Call:
 class SplitGenerator:
     """A recorded generator, cut at its attach points.
 
-    Runs of it do what the generator does, in the same order, so that random draws fall alike. Besides a memo of input
-    shapes that were checked it keeps no state.
+    Runs of it do what the generator does, in the same order, so that random draws fall alike. Besides a memo
+    of input shapes that were checked it keeps no state.
 
     Args:
         generator: The trained generator, in eval mode.
@@ -97,7 +97,7 @@ class SplitGenerator:
         return self._bind(args, kwargs)
 
     def advance(self, values: Values, index: int) -> Values:
-        """Run the generator from the cut before on to cut ``index`` (from 0); gives the values that cross it."""
+        """Run the generator from the cut before to cut ``index`` (from 0); gives the values that cross it."""
         return self._segments[index](values)
 
     def finish(self, values: Values) -> Any:
@@ -150,7 +150,8 @@ class SplitGenerator:
         device = next((p.device for p in self.generator.parameters()), self._device)
         if device != self._device:
             raise DeviceError(
-                f"asked for an early exit; found the generator on {device}, recorded on {self._device}. Move it first, "
+                f"asked for an early exit; found the generator on {device}, recorded on {self._device}. Move "
+                "it first, "
                 "then wrap it again (retroexit.load keeps the trained branches).",
                 device,
             )
@@ -164,8 +165,10 @@ class SplitGenerator:
             batch = self._batch_size(args, kwargs)
             if batch != self.batch and not self.any_batch:
                 raise InputMismatchError(
-                    f"asked for a batch of {batch}; found that the recording holds for a batch of {self.batch} only, since "
-                    "the generator's own forward fixes it. Use that batch size, or wrap with example inputs of this one.",
+                    f"asked for a batch of {batch}; found that the recording holds for a batch of "
+                    f"{self.batch} only, since "
+                    "the generator's own forward fixes it. Use that batch size, or wrap with example inputs "
+                    "of this one.",
                     batch,
                 )
             return
@@ -175,14 +178,21 @@ class SplitGenerator:
     def _difference(self, call: _Call) -> str:
         what = "asked for an early exit on inputs unlike the recorded ones"
         if call.paths != self._call.paths:
-            return f"{what}; found tensors at {list(call.paths)}, recorded {list(self._call.paths)}. Wrap again with these."
+            return (
+                f"{what}; found tensors at {list(call.paths)}, recorded {list(self._call.paths)}. "
+                "Wrap again with these."
+            )
         for path, new, old in zip(call.paths, call.dtypes, self._call.dtypes, strict=True):
             if new != old:
-                return f"{what}; found {new} at {path}, recorded {old}. Convert the input, or wrap again with this type."
+                return (
+                    f"{what}; found {new} at {path}, recorded {old}. Convert the input, or wrap again with this "
+                    "type."
+                )
         for (path, new_value), (_, old_value) in zip(call.constants, self._call.constants, strict=False):
             if new_value != old_value:
                 return (
-                    f"{what}; found {path[-1]} = {new_value}, recorded {old_value}, and values that are no tensors are "
+                    f"{what}; found {path[-1]} = {new_value}, recorded {old_value}, and values that are no "
+                    "tensors are "
                     "frozen. Wrap again with this value."
                 )
         return f"{what}; found {call.constants}, recorded {self._call.constants}. Wrap again with these."
@@ -194,13 +204,16 @@ class SplitGenerator:
             agrees = self._agrees(args, kwargs)
         except Exception as error:
             raise InputMismatchError(
-                f"asked for an early exit on inputs of shapes {shapes}; found that the recorded forward raises "
-                f"{type(error).__name__}: {error}, since it fixes sizes. Wrap again with example inputs of these shapes.",
+                f"asked for an early exit on inputs of shapes {shapes}; found that the recorded forward "
+                "raises "
+                f"{type(error).__name__}: {error}, since it fixes sizes. Wrap again with example inputs of "
+                "these shapes.",
                 shapes,
             ) from error
         if not agrees:
             raise InputMismatchError(
-                f"asked for an early exit on inputs of shapes {shapes}; found that the recorded forward gives another output "
+                f"asked for an early exit on inputs of shapes {shapes}; found that the recorded forward "
+                "gives another output "
                 "than the generator for them. Wrap again with example inputs of these shapes.",
                 shapes,
             )
@@ -237,8 +250,10 @@ class SplitGenerator:
             reads = self.decoder.recording.reads
             frozen = f" Values read out of tensors are frozen: {'; '.join(reads[:3])}." if reads else ""
             raise RecordingError(
-                f"asked to split {type(self.generator).__name__}; found that its recorded execution {trouble} on other "
-                f"inputs.{frozen} Attach branches to a submodule whose forward does not depend on the data's values.",
+                f"asked to split {type(self.generator).__name__}; found that its recorded execution "
+                f"{trouble} on other "
+                f"inputs.{frozen} Attach branches to a submodule whose forward does not depend on the data's "
+                "values.",
                 self.generator,
             )
         grown_args, grown_kwargs = rebuild(args, grow), rebuild(dict(kwargs), grow)

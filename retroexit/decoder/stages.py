@@ -1,8 +1,9 @@
-"""Find the decoder's stages l_1..l_N in a recording (paper section 3.1: "a series of convolutional modules we label l_i").
+"""Find the decoder's stages l_1..l_N in a recording (paper section 3.1).
 
-A person who picks stages looks for the coarsest modules such that the feature map passes from one to the next. The same is
-read off a recording here: start from the generator, open a module while it is a mere container or spans several resolutions,
-then keep what lies on the way from the smallest feature map to the image.
+A person who picks stages looks for the coarsest modules such that the feature map passes from one to the
+next. The same is read off a recording here: start from the generator, open a module while it is a mere
+container or spans several resolutions, then keep what lies on the way from the smallest feature map to the
+image.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ class Stage:
         share: ``macs`` as a share of the backbone's.
         cumulative: Share of the backbone's MACs that has been spent when the stage is done.
         live: Name and shape of every value that the rest needs besides the feature.
-        end: Path of the module that closes the stage (a normalisation or activation behind a bare convolution).
+        end: Path of the module that closes the stage (a normalisation or activation behind a bare
+            convolution).
     """
 
     index: int
@@ -82,7 +84,8 @@ class Decoder:
         calls = [call for call in self.recording.calls if call.path == path]
         if len(calls) > 1:
             raise RepeatedStageError(
-                f"asked for a branch at {path!r}; found that it runs {len(calls)} times in one forward pass, so that "
+                f"asked for a branch at {path!r}; found that it runs {len(calls)} times in one forward pass, "
+                "so that "
                 "there is no single place behind it. Attach at a module that runs once.",
                 path,
             )
@@ -106,7 +109,8 @@ class Decoder:
         candidates = self._maps(call.inputs)
         if not candidates:
             raise AttachPointError(
-                f"asked for a branch before {stage.path!r}; found that it takes no feature map. Use tap='after'.",
+                f"asked for a branch before {stage.path!r}; found that it takes no feature map. Use "
+                "tap='after'.",
                 stage.path,
             )
         return cut_at(self.recording, call.begin, candidates, f"before {stage.path!r}")
@@ -211,14 +215,16 @@ def _check_path(generator: nn.Module, path: str, ran: Counter[str]) -> None:
         return
     if ran[path] > 1:
         raise RepeatedStageError(
-            f"asked for a branch at {path!r}; found that it runs {ran[path]} times in one forward pass, so that there is "
+            f"asked for a branch at {path!r}; found that it runs {ran[path]} times in one forward pass, so "
+            "that there is "
             "no single place behind it. Attach at a module that runs once.",
             path,
         )
     exists = path in dict(generator.named_modules())
     found = "that this module is never called" if exists else "no such module"
     raise AttachPointError(
-        f"asked for a branch at {path!r}; found {found} in {type(generator).__name__}. Closest: {closest(path, ran)}. "
+        f"asked for a branch at {path!r}; found {found} in {type(generator).__name__}. Closest: "
+        f"{closest(path, ran)}. "
         "List all with 'retroexit inspect' or retroexit.find_stages.",
         path,
     )
@@ -239,7 +245,8 @@ def _image(recording: Recording, wanted: Any) -> tuple[tuple[Any, ...], fx.Node]
         path = wanted if isinstance(wanted, tuple) else (wanted,)
         if path not in maps:
             raise OptionError(
-                f"asked for image={wanted!r}; found maps at {_list(maps)} in the output. Pass one of these keys.",
+                f"asked for image={wanted!r}; found maps at {_list(maps)} in the output. Pass one of these "
+                "keys.",
                 wanted,
             )
         return path, maps[path][0]
@@ -252,7 +259,8 @@ def _image(recording: Recording, wanted: Any) -> tuple[tuple[Any, ...], fx.Node]
         )
     if len(flat) > 1:
         raise OutputError(
-            f"found {len(flat)} image outputs, at {_list(flat)}; exits are judged by one image. Say which with "
+            f"found {len(flat)} image outputs, at {_list(flat)}; exits are judged by one image. Say which "
+            "with "
             f"image={next(iter(flat))[-1]!r} or another of these keys.",
             recording.output,
         )
@@ -426,7 +434,7 @@ class _Reader:
         return parts
 
     def close(self, container: _Candidate, parts: list[_Candidate]) -> None:
-        """Let a bare convolution in a flat sequence end behind the normalisation and activation that follow it."""
+        """Let a bare convolution in a flat sequence end behind the norm and activation that follow it."""
         calls = self.recording.calls
         inside = self.children.get(calls.index(container.call), ())
         by_path = {part.call.path: part for part in parts}
@@ -482,7 +490,7 @@ class _Reader:
 
     @staticmethod
     def _without_glue(parts: list[_Candidate]) -> list[_Candidate]:
-        """Where blocks do most of the work, bare convolutions between them are glue, unless they raise the resolution."""
+        """Drop bare layers between blocks that do most of the work, unless they raise the resolution."""
         total = sum(p.call.macs for p in parts)
         for is_glue in (lambda p: p.is_atom, lambda p: p.is_bare):
             blocks = [p for p in parts if not is_glue(p)]

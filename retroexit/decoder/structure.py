@@ -1,4 +1,4 @@
-"""Walk the nested values that generators take and return: tuples, lists, dicts, dataclasses, model outputs."""
+"""Walk the nested values that generators take and return: tuples, lists, dicts, dataclasses."""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ def test_a_pin_between_modules_names_the_line_too(toys: ModuleType) -> None:
 
 
 def keep(weight: Tensor, narrow: Tensor) -> list[int]:
-    """Rows of ``weight`` that the rows of ``narrow`` come from, looking at one input channel that both have."""
+    """Rows of ``weight`` that the rows of ``narrow`` come from."""
     flat = weight.flatten(1)
     return [next(i for i, row in enumerate(flat) if torch.isin(part.flatten(), row).all()) for part in narrow]
 
@@ -125,7 +125,7 @@ def test_inheriting_prefers_strong_channels(toys: ModuleType) -> None:
 
 
 def test_dead_channels_cost_nothing_when_inherited(toys: ModuleType) -> None:
-    """A tail that uses 8 of its channels is reproduced by a branch of 8: selection is consistent through the whole branch."""
+    """A tail that uses 8 of its channels is reproduced by a branch of 8."""
     toy = toys.TOYS["tuple_output"]()
     generator = toy.generator
     dead32, dead24 = torch.arange(8, 32), torch.arange(8, 24)
