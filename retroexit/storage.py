@@ -60,8 +60,10 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def versions() -> dict[str, str]:
     """List the versions that a result depends on."""
-    found = {"python": platform.python_version()}
-    for name in ("retroexit", "torch", "numpy", "lpips", "faiss-cpu", "hnswlib", "torchmetrics"):
+    from retroexit import __version__
+
+    found = {"python": platform.python_version(), "retroexit": __version__}
+    for name in ("torch", "numpy", "lpips", "faiss-cpu", "hnswlib", "torchmetrics"):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

@@ -70,7 +70,7 @@ def train_predictor(
         scheduler.step()
         if not torch.isfinite(error):
             raise TrainingError(
-                f"the predictor's loss became {float(error)} at step {step}; found features or losses without bound.",
+                f"the predictor's loss became {float(error.detach())} at step {step}; found features or losses without bound.",
                 predictor,
             )
         if len(kept) and (step % 50 == 49 or step == steps - 1):

@@ -1,0 +1,86 @@
+"""A wrapped generator with a predictor that can be told what to say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import retroexit
+from retroexit.guidance.bank import GuidanceBank
+from retroexit.model import EarlyExitGenerator
+from retroexit.retrieval import ExactRetriever
+
+
+class _Stage(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.calls = nn.Conv2d(10, 10, 3, padding=1), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return torch.relu(self.conv(x))
+
+
+class _Decoder(nn.Module):
+    """The first number of a latent says how hard the sample is; conditioning ``w`` is a live value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(4, 10, 1)
+        self.stages = nn.ModuleList([_Stage() for _ in range(4)])
+        self.style, self.rgb = nn.Linear(5, 10), nn.Conv2d(10, 3, 1)
+
+    def forward(self, z: Tensor, w: Tensor) -> dict[str, Tensor]:
+        h = self.stem(z)
+        h = nn.functional.interpolate(self.stages[0](h), scale_factor=2.0)
+        for stage in self.stages[1:]:
+            h = stage(h) * (1 + self.style(w)[:, :, None, None])
+        return {"image": torch.tanh(self.rgb(h)), "mean": h.mean((1, 2, 3))}
+
+
+class Says(nn.Module):
+    """A predictor that reads a sample's difficulty d off its inputs and predicts (d, d - 1, d - 2)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[int] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.rows.append(len(x))
+        return x[:, :1] - torch.arange(3.0)
+
+
+@pytest.fixture
+def routed() -> Callable[..., EarlyExitGenerator]:
+    """Make a model with exits after stages 1 to 3 whose predictor knows the difficulty of every sample."""
+
+    def make(guided: bool = False) -> EarlyExitGenerator:
+        torch.manual_seed(1)
+        generator = _Decoder().eval()
+        known = retroexit.Description(name="toy", predictor_inputs=lambda z, w: z[:, 0, 0, 0][:, None])
+        model = retroexit.wrap(
+            generator,
+            [1, 2, 3],
+            1.0,
+            init="scratch",
+            adapter=known,
+            guidance=guided,
+            image="image",
+            example_inputs=(torch.rand(2, 4, 4, 4), torch.rand(2, 5)),
+        )
+        model.predictor = Says()  # type: ignore[assignment]
+        if guided:
+            model.bank = GuidanceBank.build(
+                [(torch.rand(6, 10, 4, 4), list(range(6)))],
+                lambda rows: torch.rand(len(rows), 10, 8, 8),
+                size=12,
+                retriever=ExactRetriever(),
+            )
+        for stage in generator.stages:
+            stage.calls = 0
+        return model
+
+    return make

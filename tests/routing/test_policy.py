@@ -1,0 +1,57 @@
+"""From predicted losses to exits."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from retroexit.errors import OptionError
+from retroexit.routing.policy import assign_exits, check_threshold
+
+LOSS = st.floats(-1, 2, width=32) | st.just(math.nan) | st.just(math.inf)
+
+
+@given(
+    st.integers(1, 4).flatmap(lambda k: st.lists(st.lists(LOSS, min_size=k, max_size=k), min_size=1, max_size=6)),
+    st.floats(0, 2, width=32),
+)
+def test_every_sample_leaves_at_the_first_exit_that_is_good_enough(rows: list[list[float]], threshold: float) -> None:
+    expected = []
+    for row in rows:
+        exits = [k for k, loss in enumerate(row, 1) if loss <= threshold]
+        expected.append(exits[0] if exits else len(row) + 1)
+    found = assign_exits(torch.tensor(rows), threshold)
+    assert found.dtype == torch.int64
+    assert found.tolist() == expected
+
+
+def test_a_loss_equal_to_the_threshold_is_accepted() -> None:
+    assert assign_exits(torch.tensor([[0.5, 0.1], [0.5000001, 0.6]]), 0.5).tolist() == [1, 3]
+
+
+def test_no_sample_is_no_exit() -> None:
+    assert assign_exits(torch.zeros(0, 2), 0.1).tolist() == []
+
+
+@pytest.mark.parametrize("threshold", [-0.1, math.inf, math.nan, True, "0.1", None])
+def test_a_threshold_that_is_no_accepted_loss_is_refused(threshold: Any) -> None:
+    with pytest.raises(OptionError, match=f"asked for threshold={threshold!r}; found no finite number >= 0"):
+        check_threshold(threshold)
+    with pytest.raises(OptionError, match="such as 0.1"):
+        assign_exits(torch.zeros(1, 2), threshold)
+
+
+@pytest.mark.parametrize("threshold", [0, 0.25, 3])
+def test_a_threshold_comes_back_as_a_float(threshold: float) -> None:
+    assert check_threshold(threshold) == threshold
+    assert type(check_threshold(threshold)) is float
+
+
+def test_predictions_of_another_shape_are_refused() -> None:
+    with pytest.raises(OptionError, match=r"predictions of shape \(3,\), not \(samples, exits\)"):
+        assign_exits(torch.zeros(3), 0.1)

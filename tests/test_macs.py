@@ -1,0 +1,89 @@
+"""Counts of multiply-accumulates against counts by hand."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from retroexit.errors import MissingExtraError
+from retroexit.evaluation.macs import count_macs, thop_macs
+
+X = torch.rand(2, 6, 8, 10)
+
+
+@pytest.mark.parametrize(
+    ("layer", "by_hand"),
+    [
+        (nn.Conv2d(6, 4, 3, padding=1), 2 * 8 * 10 * 4 * 6 * 9),
+        (nn.Conv2d(6, 4, 3), 2 * 6 * 8 * 4 * 6 * 9),
+        (nn.Conv2d(6, 4, 1, stride=2, bias=False), 2 * 4 * 5 * 4 * 6),
+        (nn.Conv2d(6, 12, 3, padding=1, groups=3), 2 * 8 * 10 * 12 * 2 * 9),
+        (nn.Conv2d(6, 6, 3, padding=1, groups=6), 2 * 8 * 10 * 6 * 9),
+        (nn.Conv2d(6, 4, 3, padding=2, dilation=2), 2 * 8 * 10 * 4 * 6 * 9),
+        (nn.ConvTranspose2d(6, 4, 4, 2, 1), 2 * 8 * 10 * 6 * 4 * 16),  # every input pixel is spread over 4x4
+        (nn.ConvTranspose2d(6, 4, 2, 2, groups=2), 2 * 8 * 10 * 6 * 2 * 4),
+        (nn.Linear(10, 7), 2 * 6 * 8 * 10 * 7),
+        (nn.Sequential(nn.ReLU(), nn.BatchNorm2d(6).eval(), nn.Upsample(scale_factor=2)), 0),
+    ],
+)
+def test_layers_count_what_they_count_by_hand(layer: nn.Module, by_hand: int) -> None:
+    assert count_macs(layer, X) == by_hand
+
+
+@pytest.mark.parametrize(
+    ("function", "by_hand"),
+    [
+        (lambda x: F.conv2d(x, torch.rand(5, 6, 3, 3)), 2 * 6 * 8 * 5 * 6 * 9),
+        (lambda x: F.conv2d(x.reshape(1, 12, 8, 10), torch.rand(10, 6, 1, 1), groups=2), 8 * 10 * 10 * 6),
+        (lambda x: x.flatten(2) @ x.flatten(2).mT, 2 * 6 * 80 * 6),
+        (lambda x: torch.einsum("nchw,ncij->nhwij", x, x[..., :2, :3]), 2 * 80 * 6 * 6),
+        (lambda x: F.scaled_dot_product_attention(*[x.flatten(2)[:, None]] * 3), 2 * 2 * 6 * 6 * 80),
+        (lambda x: x * 2 + x, 0),
+    ],
+)
+def test_functions_count_what_they_count_by_hand(function: Any, by_hand: int) -> None:
+    assert count_macs(function, X) == by_hand
+
+
+def test_one_and_three_dimensions_count_by_hand() -> None:
+    assert count_macs(nn.Conv1d(3, 5, 3, padding=1), torch.rand(2, 3, 11)) == 2 * 11 * 5 * 3 * 3
+    assert count_macs(nn.Conv3d(3, 5, 3, padding=1), torch.rand(1, 3, 4, 5, 6)) == 120 * 5 * 3 * 27
+
+
+def test_keyword_arguments_are_handed_on_and_nothing_is_tracked() -> None:
+    layer, asked = nn.Linear(3, 4), []
+
+    def function(x: torch.Tensor, *, twice: bool) -> torch.Tensor:
+        asked.append((twice, torch.is_grad_enabled()))
+        return layer(layer.weight @ x if twice else x)
+
+    assert count_macs(function, torch.rand(3, 3), twice=True) == 4 * 3 * 3 + 4 * 3 * 4
+    assert asked == [(True, False)]
+
+
+def test_a_call_that_raises_leaves_nothing_behind() -> None:
+    with pytest.raises(ZeroDivisionError):
+        count_macs(lambda: 1 / 0)
+    assert count_macs(nn.Linear(3, 4), torch.rand(1, 3)) == 12
+    assert torch.is_grad_enabled()
+
+
+def test_thop_agrees_on_plain_layers_and_changes_no_module(toys: ModuleType) -> None:
+    pytest.importorskip("thop")
+    module = nn.Sequential(nn.Conv2d(6, 4, 3, padding=1), nn.Conv2d(4, 2, 1)).eval()
+    before = [list(vars(m)) for m in module.modules()]
+    assert thop_macs(module, X) == count_macs(module, X) == 2 * 80 * (4 * 6 * 9 + 8)
+    assert [list(vars(m)) for m in module.modules()] == before
+    assert not list(module.buffers())
+
+
+def test_a_missing_thop_is_answered_with_the_pip_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "thop", None)
+    with pytest.raises(MissingExtraError, match="pip install thop"):
+        thop_macs(nn.Linear(2, 2), torch.rand(1, 2))

@@ -1,0 +1,294 @@
+"""What is saved is what comes back; anything damaged or foreign is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import retroexit
+from retroexit.errors import CheckpointError, NotRecordedError
+from retroexit.evaluation.quality import QualityMetric
+from retroexit.fingerprint import fingerprint
+from retroexit.model import EarlyExitGenerator
+from retroexit.storage import read_tensors, write_tensors
+
+
+class Distance(QualityMetric):
+    name = "distance"
+
+    def compare(self, a: Tensor, b: Tensor) -> Tensor:
+        return (a - b).abs().mean((1, 2, 3))
+
+
+@pytest.fixture(scope="module")
+def generator() -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        stages = [nn.Sequential(nn.Conv2d(12, 12, 3, padding=1), nn.ReLU()) for _ in range(3)]
+        return nn.Sequential(nn.Conv2d(4, 12, 1), *stages, nn.Conv2d(12, 3, 1), nn.Tanh()).eval()
+
+
+INPUTS = torch.randn(12, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def fitted(generator: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> tuple[EarlyExitGenerator, Path]:
+    """A narrow model with a bank and a predictor, and its folder."""
+    folder = tmp_path_factory.mktemp("fitted")
+    model = retroexit.wrap(
+        generator, [1, 2], [0.5, 0.75], min_channels=4, guidance=True, image_range=(-1, 1), example_inputs=(INPUTS[:1],)
+    )
+    return (
+        retroexit.fit(model, INPUTS, folder, metric=Distance(), steps=3, batch=2, predictor_steps=5, progress=False),
+        folder,
+    )
+
+
+@pytest.fixture
+def folder(fitted: tuple[EarlyExitGenerator, Path], tmp_path: Path) -> Path:
+    """A copy that may be damaged."""
+    return Path(shutil.copytree(fitted[1], tmp_path / "copy"))
+
+
+def _same(one: EarlyExitGenerator, other: EarlyExitGenerator) -> None:
+    with torch.no_grad():
+        predicted = one.predict(INPUTS)
+        assert torch.equal(predicted, other.predict(INPUTS))
+        for k in range(1, 4):
+            assert torch.equal(one(INPUTS, exit=k), other(INPUTS, exit=k))
+        for threshold in (0.0, float(predicted.median()), float(predicted.max())):
+            assert torch.equal(one(INPUTS, threshold=threshold), other(INPUTS, threshold=threshold))
+    assert one.exits == other.exits
+    assert one.overhead() == other.overhead()
+
+
+def test_a_loaded_model_gives_the_same_images_at_every_exit(
+    fitted: tuple[EarlyExitGenerator, Path], generator: nn.Module
+) -> None:
+    model, folder = fitted
+    loaded = retroexit.load(folder, generator, (INPUTS[:2],))
+    _same(model, loaded)
+    assert loaded.about == json.loads(json.dumps(model.about))
+    assert not loaded.predictor.training  # type: ignore[union-attr]
+
+
+def test_saving_a_loaded_model_elsewhere_gives_it_again(
+    fitted: tuple[EarlyExitGenerator, Path], generator: nn.Module, tmp_path: Path
+) -> None:
+    model, folder = fitted
+    retroexit.load(folder, generator, (INPUTS[:1],)).save(tmp_path / "again")
+    _same(model, retroexit.load(tmp_path / "again", generator, (INPUTS[:1],)))
+
+
+def test_without_example_inputs_the_first_call_records(
+    fitted: tuple[EarlyExitGenerator, Path], generator: nn.Module
+) -> None:
+    model, folder = fitted
+    loaded = retroexit.load(folder, generator)
+    assert not loaded.is_recorded
+    assert len(loaded.branches) == 0
+    with pytest.raises(NotRecordedError, match="Call the model once"):
+        loaded.save(folder)
+    with torch.no_grad():
+        assert torch.equal(loaded(INPUTS, exit=1), model(INPUTS, exit=1))
+    _same(model, loaded)
+
+
+def test_branches_without_bank_and_predictor_are_saved_too(generator: nn.Module, tmp_path: Path) -> None:
+    model = retroexit.wrap(generator, [2], 1.0, init="scratch", seed=5, example_inputs=(INPUTS[:1],))
+    assert model.save(tmp_path / "plain") == tmp_path / "plain"
+    loaded = retroexit.load(tmp_path / "plain", generator, (INPUTS[:1],))
+    assert loaded.bank is None and loaded.predictor is None
+    assert torch.equal(loaded(INPUTS, exit=1), model(INPUTS, exit=1))
+
+
+def test_settings_of_the_wrap_come_back(generator: nn.Module, tmp_path: Path) -> None:
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = generator
+
+        def forward(self, z: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+            return {"maps": (z, self.inner(z))}
+
+    guidance = retroexit.Guidance(value_after=2, patch=(2, 2), size=9, thin="random", inject="every_stage")
+    model = retroexit.wrap(
+        Pair().eval(),
+        ["inner.2", "inner.1"],
+        [0.75, 0.5],
+        stages=("inner.1", "inner.2", "inner.3"),
+        min_channels=3,
+        image=("maps", 1),
+        image_range=(-1, 1),
+        guidance=guidance,
+        self_test=False,
+        seed=11,
+        example_inputs=(INPUTS[:1],),
+    )
+    model.save(tmp_path)
+    loaded = retroexit.load(tmp_path, Pair().eval(), (INPUTS[:1],))
+    for name in ("tap", "guidance", "init", "image", "image_range", "self_test", "seed"):
+        assert getattr(loaded.options, name) == getattr(model.options, name), name
+    assert loaded.exits == model.exits
+    assert [exit.attach_at for exit in loaded.exits] == ["inner.1", "inner.2", ""]
+    assert [rule.scale for rule in loaded.options.rules] == [0.5, 0.75]
+
+
+def test_nothing_is_pickled_and_the_generator_is_not_saved(fitted: tuple[EarlyExitGenerator, Path]) -> None:
+    model, folder = fitted
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} == {".json", ".safetensors", ".npy"}
+    for path in files:
+        head = path.read_bytes()[:8]
+        assert not head.startswith((b"PK", b"\x80")), path
+        if path.suffix == ".npy":
+            assert head.startswith(b"\x93NUMPY") and b"'|O'" not in path.read_bytes()[:128]
+    tensors, _ = read_tensors(folder / "weights.safetensors")
+    expected = len(model.branches.state_dict()) + len(model.predictor.state_dict())  # type: ignore[union-attr]
+    assert len(tensors) == expected
+    manifest = json.loads((folder / "model.json").read_text())
+    assert manifest["fingerprint"] == fingerprint(model.generator)
+    assert manifest["versions"]["torch"] == metadata.version("torch")
+    assert manifest["versions"]["retroexit"] == retroexit.__version__
+    assert manifest["about"]["metric"]["name"] == "distance"
+
+
+def test_another_generator_is_refused(folder: Path, generator: nn.Module) -> None:
+    import copy
+
+    other = copy.deepcopy(generator)
+    with torch.no_grad():
+        other[0].bias[0] += 1e-6
+    found, wanted = fingerprint(other)[:12], fingerprint(generator)[:12]
+    with pytest.raises(CheckpointError, match=f"another generator .fingerprint {wanted}, this one {found}"):
+        retroexit.load(folder, other, (INPUTS[:1],))
+    with pytest.raises(CheckpointError, match="onto a Linear; found that it belongs to another generator"):
+        retroexit.load(folder, nn.Linear(2, 2))
+
+
+def test_changed_weights_are_refused(folder: Path, generator: nn.Module) -> None:
+    path = folder / "weights.safetensors"
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(raw)
+    with pytest.raises(CheckpointError, match="found weights.safetensors changed since it was written"):
+        retroexit.load(folder, generator)
+    path.unlink()
+    with pytest.raises(CheckpointError, match="asked to read .*weights.safetensors; found .*No such file"):
+        retroexit.load(folder, generator)
+
+
+def test_another_bank_is_refused(folder: Path, generator: nn.Module) -> None:
+    meta = folder / "bank/meta.json"
+    meta.write_text(meta.read_text().replace('"seed": 0', '"seed": 1'))
+    with pytest.raises(CheckpointError, match="found another guidance bank than the one it was saved with"):
+        retroexit.load(folder, generator)
+    shutil.rmtree(folder / "bank")
+    with pytest.raises(CheckpointError, match="meta.json; found .*No such file"):
+        retroexit.load(folder, generator)
+
+
+def _without(key: str) -> Callable[[dict[str, Any]], None]:
+    return lambda manifest: manifest.pop(key)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.update(schema=99), "found schema 99, this version reads 1. Use the version that wrote it: 0."),
+        (_without("schema"), "found no readable model.json .KeyError: 'schema'"),
+        (_without("fingerprint"), "model.json damaged .KeyError: 'fingerprint'"),
+        (_without("about"), "model.json damaged .KeyError: 'about'"),
+        (_without("has_bank"), "model.json damaged .KeyError: 'has_bank'"),
+        (lambda m: m.update(options=None), "model.json damaged .TypeError"),
+        (lambda m: m["options"].update(tap="beside"), "model.json damaged .OptionError: asked for tap='beside'"),
+        (lambda m: m["options"].update(colour="red"), "model.json damaged .TypeError.*colour"),
+        (lambda m: m["plans"][0].update(shapes=[]), "model.json damaged .AttributeError"),
+        (lambda m: m["predictor"].update(exits="two"), "model.json damaged .TypeError"),
+        (lambda m: m["predictor"].update(exits=3), "found a predictor that does not fit: .*size mismatch"),
+    ],
+)
+def test_a_changed_manifest_is_refused(
+    folder: Path, generator: nn.Module, change: Callable[[dict[str, Any]], None], message: str
+) -> None:
+    manifest = json.loads((folder / "model.json").read_text())
+    change(manifest)
+    (folder / "model.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=message):
+        retroexit.load(folder, generator, (INPUTS[:1],))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", None])
+def test_a_folder_without_a_readable_manifest_is_refused(folder: Path, generator: nn.Module, text: str | None) -> None:
+    if text is None:
+        (folder / "model.json").unlink()
+    else:
+        (folder / "model.json").write_text(text)
+    with pytest.raises(CheckpointError, match="found no readable model.json .*Pass a folder that model.save wrote"):
+        retroexit.load(folder, generator)
+
+
+def test_a_predictor_that_reads_inputs_needs_its_adapter(generator: nn.Module, tmp_path: Path) -> None:
+    known = retroexit.Description(name="toy", predictor_inputs=lambda z: z[:, :2])
+    model = retroexit.wrap(
+        generator, [2], 1.0, init="scratch", adapter=known, image_range=(-1, 1), example_inputs=(INPUTS[:1],)
+    )
+    retroexit.fit(model, INPUTS, tmp_path, metric=Distance(), steps=1, batch=1, predictor_steps=1, progress=False)
+    with pytest.raises(CheckpointError, match="no adapter that recognises a Sequential. Install the plug-in"):
+        retroexit.load(tmp_path, generator, (INPUTS[:1],))
+
+
+def test_tensors_of_all_layouts_survive_writing(tmp_path: Path) -> None:
+    tied = torch.rand(3)
+    tensors = {
+        "channels_last": torch.rand(2, 3, 4, 5).contiguous(memory_format=torch.channels_last),
+        "one": tied,
+        "other": tied,
+        "view": torch.rand(4, 4)[::2, 1:],
+        "half": torch.rand(2).bfloat16(),
+        "trained": nn.Parameter(torch.rand(2)),
+        "empty": torch.zeros(0, 3),
+    }
+    write_tensors(tmp_path / "deep/file.safetensors", tensors, {"step": 3, "name": "x"})
+    found, about = read_tensors(tmp_path / "deep/file.safetensors")
+    assert about == {"step": 3, "name": "x"}
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], value) and found[name].dtype == value.dtype for name, value in tensors.items())
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["file.safetensors"]
+
+
+@pytest.mark.parametrize("damage", [lambda raw: raw[:-3], lambda raw: raw[:4], lambda raw: b"", lambda raw: b"x" + raw])
+def test_a_damaged_tensor_file_is_refused(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
+    path = tmp_path / "file.safetensors"
+    write_tensors(path, {"a": torch.rand(8)})
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(CheckpointError, match=r"asked to read .*file.safetensors; found .*\. Write it again"):
+        read_tensors(path)
+
+
+def test_fingerprints_tell_weights_names_types_and_classes_apart(toys: ModuleType) -> None:
+    def linear(change: Callable[[nn.Module], Any] = lambda m: None) -> str:
+        torch.manual_seed(0)
+        module = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+        change(module)
+        return fingerprint(module)
+
+    others = [
+        linear(lambda m: m[0].bias.data.add_(1e-6)),
+        linear(lambda m: m[1].running_mean.add_(1)),
+        linear(lambda m: m.double()),
+        linear(lambda m: m.append(nn.Linear(1, 1))),
+        linear(lambda m: m.register_buffer("more", torch.zeros(1))),
+    ]
+    assert linear() == linear()
+    assert len({linear(), *others}) == 1 + len(others)
+    assert linear(lambda m: m.train()) == linear(lambda m: m.eval()) == linear(lambda m: m.requires_grad_(False))
