@@ -127,6 +127,10 @@ def measure(
     run = Measurement(model, samples, metric, _limits(model, samples), batch)
     losses, predicted, distances = run.losses(progress)
     exits = model.exits
+    with drawing_from(seed, _device(model)):
+        one = samples.gather([0])
+        seconds = np.array(route_seconds(model, *one, repeats)) if repeats else None
+        thop = cross_check(model, *one)
     evaluation = Evaluation(
         loss=losses.double().numpy(),
         predicted=None if predicted is None else predicted.double().numpy(),
@@ -135,7 +139,7 @@ def measure(
         metric=metric.describe(),
         exits=[asdict(e) for e in exits],
         distance=None if distances is None else distances.double().numpy(),
-        seconds=np.array(route_seconds(model, *samples.gather([0]), repeats)) if repeats else None,
+        seconds=seconds,
         about={
             "generator": type(model.generator).__name__,
             "fingerprint": fingerprint(model.generator)[:16],
@@ -144,7 +148,7 @@ def measure(
             "threads": torch.get_num_threads(),
             "macs": "multiply-accumulates of one sample by torch's FlopCounterMode / 2; "
             "interpolation, normalisation and activations count 0",
-            "thop": cross_check(model, *samples.gather([0])),
+            "thop": thop,
             "versions": versions(),
         },
     )

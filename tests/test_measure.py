@@ -1,0 +1,267 @@
+"""Measuring every exit against the backbone."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import retroexit
+from retroexit.errors import CheckpointError, MissingExtraError, OptionError, OutputError
+from retroexit.evaluation.macs import count_macs
+from retroexit.evaluation.measure import Measurement, cross_check, measure, pick_strips, route_seconds
+from retroexit.evaluation.quality import ImageRange, QualityMetric
+from retroexit.evaluation.sweep import Evaluation
+from retroexit.model import EarlyExitGenerator
+from retroexit.training.inputs import Samples
+
+
+class Distance(QualityMetric):
+    name = "distance"
+
+    def compare(self, a: Tensor, b: Tensor) -> Tensor:
+        return (a - b).abs().mean((1, 2, 3))
+
+
+class Decoder(nn.Module):
+    """Images in [0, 1]; the draw in front may be switched on."""
+
+    def __init__(self, noise: float = 0.0) -> None:
+        super().__init__()
+        self.noise, self.stem = noise, nn.Conv2d(4, 12, 1)
+        self.stages = nn.ModuleList([nn.Conv2d(12, 12, 3, padding=1) for _ in range(3)])
+        self.rgb = nn.Conv2d(12, 3, 1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        h = self.stem(z + self.noise * torch.randn_like(z) if self.noise else z)
+        for stage in self.stages:
+            h = nn.functional.interpolate(torch.relu(stage(h)), scale_factor=2.0)
+        return torch.sigmoid(20 * self.rgb(h))
+
+
+INPUTS = torch.randn(11, 4, 4, 4, generator=torch.Generator().manual_seed(4)) * torch.linspace(0.2, 3, 11)[:, None, None, None]
+
+
+def _fitted(folder: Path, noise: float = 0.0, **options: Any) -> EarlyExitGenerator:
+    torch.manual_seed(0)
+    known = {"init": "scratch", "image_range": (0, 1), "adapter": False, "example_inputs": (INPUTS[:2],)}
+    model = retroexit.wrap(Decoder(noise).eval(), [1, 2], 1.0, **(known | options))
+    return retroexit.fit(
+        model, INPUTS, folder, metric=Distance(), steps=3, batch=2, predictor_steps=4, progress=False
+    )
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> EarlyExitGenerator:
+    return _fitted(tmp_path_factory.mktemp("fit"), guidance=True)
+
+
+@pytest.fixture(scope="module")
+def evaluation(model: EarlyExitGenerator, tmp_path_factory: pytest.TempPathFactory) -> tuple[Evaluation, Path]:
+    folder = tmp_path_factory.mktemp("report")
+    command = "retroexit evaluate toys:decoder runs/toy --inputs toys:test"
+    found = retroexit.evaluate(
+        model, INPUTS, folder, metric=Distance(), batch=4, repeats=1, title="A toy", command=command, progress=False
+    )
+    return found, folder
+
+
+def test_losses_equal_those_of_the_samples_one_by_one(
+    model: EarlyExitGenerator, evaluation: tuple[Evaluation, Path]
+) -> None:
+    found, _ = evaluation
+    assert found.loss.shape == (11, 2)
+    with torch.no_grad():
+        for row, z in enumerate(INPUTS):
+            target = 2 * model(z[None]) - 1
+            for k in (1, 2):
+                by_hand = float((2 * model(z[None], exit=k) - 1 - target).abs().mean())
+                assert found.loss[row, k - 1] == pytest.approx(by_hand, rel=1e-4, abs=1e-6)
+        assert found.predicted is not None
+        predicted = torch.cat([model.predict(z[None]) for z in INPUTS])
+        assert found.predicted == pytest.approx(predicted.numpy(), rel=1e-4, abs=1e-5)
+
+
+def test_distance_is_that_to_the_nearest_key(model: EarlyExitGenerator, evaluation: tuple[Evaluation, Path]) -> None:
+    found, _ = evaluation
+    assert found.distance is not None and model.bank is not None
+    with torch.no_grad():
+        features = nn.functional.interpolate(
+            torch.relu(model.generator.stages[0](model.generator.stem(INPUTS))), scale_factor=2.0
+        )
+        at_tap = model.split.crossing(model.split.advance(model.split.start((INPUTS,), {}), 0), 0)[0]
+        own = model.bank.search(at_tap).distances
+    assert at_tap.shape[1] == features.shape[1]
+    for row in range(11):
+        assert found.distance[row] == pytest.approx(np.mean(np.sqrt(own[row].clamp_min(0).numpy())), rel=1e-3, abs=1e-4)
+
+
+def test_macs_and_overhead_equal_counts_of_calls_made_by_hand(
+    model: EarlyExitGenerator, evaluation: tuple[Evaluation, Path]
+) -> None:
+    found, _ = evaluation
+    z, stages, bank, predictor = INPUTS[:1], model.generator.stages, model.bank, model.predictor
+    assert bank is not None and predictor is not None
+    stem = 16 * 4 * 12
+    inside = [size * size * 12 * 12 * 9 for size in (4, 8, 16)]
+    assert count_macs(model.generator, z) == stem + sum(inside) + 32 * 32 * 12 * 3
+    assert found.macs[-1] == count_macs(model.generator, z)
+    feature = model.split.crossing(model.split.advance(model.split.start((z,), {}), 0), 0)[0]
+    search = feature[0, 0].numel() * len(bank) * 12
+    for k in (1, 2):  # a guided call searches by a matrix product
+        assert found.macs[k - 1] == count_macs(lambda k=k: model(z, exit=k)) - search
+    assert found.overhead.tolist() == [count_macs(predictor, feature) + search] * 2 + [count_macs(predictor, feature)]
+    assert len(stages) == 3
+
+
+def test_the_report_and_its_numbers_are_written(evaluation: tuple[Evaluation, Path]) -> None:
+    found, folder = evaluation
+    page = (folder / "report.html").read_text()
+    assert "A toy" in page and "retroexit evaluate toys:decoder runs/toy --inputs toys:test" in page
+    assert page.count("data:image/png") >= 5 * 4
+    assert json.loads((folder / "summary.json").read_text())
+    again = Evaluation.from_json((folder / "evaluation.json").read_text())
+    assert np.array_equal(again.loss, found.loss) and np.array_equal(again.macs, found.macs)
+    assert again.about["generator"] == "Decoder"
+    assert again.about["image_range"] == [0, 1]
+    assert again.metric["name"] == "distance"
+
+
+def test_without_a_folder_nothing_is_written(
+    model: EarlyExitGenerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = retroexit.evaluate(model, INPUTS[:2], metric=Distance(), repeats=0, progress=False)
+    assert found.seconds is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_was_never_fitted_can_be_measured(tmp_path: Path) -> None:
+    model = retroexit.wrap(Decoder().eval(), [2], 1.0, init="scratch", adapter=False)
+    found = retroexit.evaluate(model, INPUTS[:3], tmp_path, metric=Distance(), repeats=0, progress=False)
+    assert found.predicted is None and found.distance is None
+    assert found.overhead.tolist() == [0, 0]
+    assert (tmp_path / "report.html").exists()
+
+
+def test_the_range_that_a_model_was_fitted_with_needs_no_measuring(model: EarlyExitGenerator) -> None:
+    dark = retroexit.wrap(Decoder().eval(), [2], 1.0, init="scratch", adapter=False)
+    with torch.no_grad():
+        dark.generator.rgb.weight.mul_(1e-3)
+        dark.generator.rgb.bias.fill_(-0.2)
+    with pytest.raises(OutputError, match="cannot tell the range of an image"):
+        measure(dark, INPUTS[:2], Distance(), repeats=0, progress=False)
+    dark.about["image_range"] = [0.0, 1.0]
+    found, _ = measure(dark, INPUTS[:2], Distance(), repeats=0, progress=False)
+    assert found.about["image_range"] == [0, 1]
+
+
+def test_noise_inside_is_drawn_alike_for_every_exit_and_leaves_no_trace(tmp_path: Path) -> None:
+    model = _fitted(tmp_path, noise=0.5)
+    torch.manual_seed(1)
+    state = torch.random.get_rng_state()
+    found, _ = measure(model, INPUTS, Distance(), batch=4, seed=50, repeats=0, progress=False)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    with torch.no_grad():
+        for first in (0, 4, 8):
+            rows = slice(first, first + 4)
+            images = []
+            for k in (1, 2, 3):
+                torch.manual_seed(50 + first)
+                images.append(2 * model(INPUTS[rows], exit=k) - 1)
+            by_hand = torch.stack([(image - images[-1]).abs().mean((1, 2, 3)) for image in images[:2]], 1)
+            assert found.loss[rows] == pytest.approx(by_hand.numpy(), abs=1e-5)
+    again, _ = measure(model, INPUTS, Distance(), batch=4, seed=50, repeats=0, progress=False)
+    other, _ = measure(model, INPUTS, Distance(), batch=4, seed=51, repeats=0, progress=False)
+    assert np.array_equal(found.loss, again.loss) and not np.array_equal(found.loss, other.loss)
+
+
+def test_strips_show_the_samples_that_they_name(model: EarlyExitGenerator) -> None:
+    run = Measurement(model, Samples(INPUTS, 0), Distance(), ImageRange(0, 1), batch=4)
+    loss = np.random.default_rng(0).random((11, 2))
+    loss[7], loss[3], loss[5] = 0.0, 2.0, 0.9
+    predicted = loss.copy()
+    predicted[5] = 0.0  # looks easy and is not
+    predicted[3] = 9.0
+    found = Evaluation(loss=loss, predicted=predicted, macs=np.array([1.0, 2, 3]), overhead=np.zeros(3))
+    strips = pick_strips(run, found)
+    labels = {strip.label.split(" (")[0]: strip for strip in strips}
+    assert set(labels) == {"easiest", "easy", "hard", "hardest", "worst routed"}
+    assert "(sample 7)" in labels["easiest"].label and "(sample 3)" in labels["hardest"].label
+    assert "(sample 5)" in labels["worst routed"].label
+    order = loss.mean(1).argsort()
+    assert f"(sample {order[1]})" in labels["easy"].label and f"(sample {order[-2]})" in labels["hard"].label
+    hardest = labels["hardest"]
+    assert [caption for caption, _ in hardest.images] == ["input", "exit 1: 2.000", "exit 2: 2.000", "backbone"]
+    assert hardest.chosen == 3 and labels["worst routed"].chosen == 1
+    with torch.no_grad():
+        for place, k in ((1, 1), (2, 2), (3, 3)):
+            pixels = (model(INPUTS[3:4], exit=k)[0].clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+            assert np.abs(hardest.images[place][1].astype(int) - pixels).max() <= 1
+
+
+def test_a_picture_of_the_input_can_be_given(model: EarlyExitGenerator) -> None:
+    _, strips = measure(
+        model, INPUTS[:2], Distance(), repeats=0, show=lambda z: torch.full((3, 5, 7), float(z[0, 0, 0] > 9)), progress=False
+    )
+    assert all(strip.images[0][1].shape == (5, 7, 3) and not strip.images[0][1].any() for strip in strips)
+
+
+def test_every_route_takes_time(model: EarlyExitGenerator) -> None:
+    seconds = route_seconds(model, (INPUTS[:1],), {}, repeats=2)
+    assert len(seconds) == 3
+    assert all(second > 0 for second in seconds)
+
+
+def test_the_cross_check_agrees_on_plain_layers(model: EarlyExitGenerator) -> None:
+    pytest.importorskip("thop")
+    assert cross_check(model, (INPUTS[:1],), {}) == "0.000 GMACs for the backbone, 1.000 of ours"
+
+
+def test_the_cross_check_explains_a_functional_convolution(toys: ModuleType) -> None:
+    pytest.importorskip("thop")
+    toy = toys.TOYS["modulated_convolution_with_skip_image"]()
+    model = retroexit.wrap(toy.generator, ["blocks.1"], 1.0, stages=toy.stages, example_inputs=toy.args, adapter=False)
+    said = cross_check(model, tuple(x[:1] for x in toy.args), {})
+    assert "thop counts by layer type; it misses functional convolutions and attention" in said
+    assert float(said.split(" of ours")[0].split()[-1]) < 0.2
+    assert cross_check(model, (), {"x": 1}) == "not counted: thop takes positional tensors only"
+
+
+def test_a_missing_thop_is_said_and_breaks_nothing(model: EarlyExitGenerator, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "thop", None)
+    assert "MissingExtraError: asked for a count by thop" in cross_check(model, (INPUTS[:1],), {})
+
+
+def test_a_missing_matplotlib_is_answered_with_the_pip_line(
+    model: EarlyExitGenerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'retroexit\[report\]'"):
+        retroexit.evaluate(model, INPUTS[:4], tmp_path, metric=Distance(), repeats=0, progress=False)
+
+
+def test_a_missing_torchmetrics_is_answered_with_the_pip_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] == "torchmetrics"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "torchmetrics", None)
+    model = retroexit.wrap(Decoder().eval(), [2], 1.0, init="scratch", adapter=False, example_inputs=(INPUTS[:1],))
+    with pytest.raises(MissingExtraError, match=r"MS-SSIM needs torchmetrics: pip install 'retroexit\[metrics\]'"):
+        retroexit.fit(model, INPUTS, tmp_path, metric="ms-ssim")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_be_measured_is_refused(model: EarlyExitGenerator) -> None:
+    with pytest.raises(OptionError, match="found list without samples"):
+        retroexit.evaluate(model, [], metric=Distance())
+    with pytest.raises(CheckpointError, match="not an evaluation written by retroexit"):
+        Evaluation.from_json("[]")
