@@ -299,7 +299,8 @@ def _describe(generator: nn.Module, adapter: Description | str | bool | None) ->
 
 
 def _rules(scale: float | Sequence[float], min_channels: int, count: int) -> tuple[WidthRule, ...]:
-    scales = list(scale) if isinstance(scale, Sequence) and not isinstance(scale, str) else [scale] * count
+    # A string is a sequence too, but of no scales.
+    scales: list[Any] = list(scale) if isinstance(scale, (list, tuple)) else [scale] * count
     if len(scales) != count:
         raise OptionError(
             f"asked for {len(scales)} scales; found {count} attach points. Pass one scale, or one per attach point.", scale

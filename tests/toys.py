@@ -586,5 +586,5 @@ class _Sum(nn.Module):
 @toy
 def scripted_child() -> Toy:
     return chain(
-        lambda i, o, up: nn.Sequential(Block(i, o, up), torch.jit.script(_Sum(o))), pinned="h = block(h)"
+        lambda i, o, up: nn.Sequential(Block(i, o, up), torch.jit.script(_Sum(o))), pinned="not Python"
     )

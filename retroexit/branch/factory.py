@@ -18,7 +18,8 @@ from retroexit.branch.inherit import (
     reshape,
     start_from_scratch,
 )
-from retroexit.branch.widths import Pin, WidthPlan, WidthRule, analyse
+from retroexit.branch.symbolic import analyse
+from retroexit.branch.widths import Pin, WidthPlan, WidthRule
 from retroexit.decoder.cut import Cut, Tail, clone_module
 from retroexit.decoder.structure import tensors
 from retroexit.errors import BranchError

@@ -185,8 +185,8 @@ class SplitGenerator:
         for path, new, old in zip(call.paths, call.dtypes, self._call.dtypes, strict=True):
             if new != old:
                 return (
-                    f"{what}; found {new} at {path}, recorded {old}. Convert the input, or wrap again with this "
-                    "type."
+                    f"{what}; found {new} at {path}, recorded {old}. Convert the input, or "
+                    "wrap again with this type."
                 )
         for (path, new_value), (_, old_value) in zip(call.constants, self._call.constants, strict=False):
             if new_value != old_value:
