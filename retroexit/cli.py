@@ -274,6 +274,7 @@ def _app(command: str) -> typer.Typer:
         steps: Annotated[int, typer.Option(min=1, help="Training steps per branch.")] = 1500,
         batch: Annotated[int, typer.Option(min=1, help="Samples per step.")] = 8,
         crop: Annotated[int | None, typer.Option(min=1, help="Train on windows of this many pixels.")] = None,
+        predictor_steps: Annotated[int, typer.Option(min=1, help="Training steps of the predictor.")] = 1500,
         lr: Annotated[float, typer.Option(min=0, help="Largest learning rate.")] = 4e-3,
         seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
         bfloat16: Annotated[bool, typer.Option(help="Train under bfloat16 autocast.")] = False,
@@ -299,8 +300,14 @@ def _app(command: str) -> typer.Typer:
         )
         typer.echo(exit_table(model))
         settings: dict[str, Any] = {
-            "steps": steps, "batch": batch, "crop": crop, "lr": lr, "seed": seed, "bfloat16": bfloat16
-        }  # fmt: skip
+            "steps": steps,
+            "batch": batch,
+            "crop": crop,
+            "predictor_steps": predictor_steps,
+            "lr": lr,
+            "seed": seed,
+            "bfloat16": bfloat16,
+        }
         if dry_run:
             typer.echo(_plan(model, samples, out, metric, FitSettings(**settings)))
             return
