@@ -88,8 +88,8 @@ def load_object(spec: str) -> Any:
     except Exception as error:
         logger.info("importing %s", spec, exc_info=True)
         raise OptionError(
-            f"asked for {spec!r}; found {type(error).__name__}: {error}. Check the spelling and the folder, or set "
-            "RETROEXIT_VERBOSE=1 to see where it was raised.",
+            f"asked for {spec!r}; found {type(error).__name__}: {error}. Check the spelling and the folder, "
+            "or set RETROEXIT_VERBOSE=1 to see where it was raised.",
             spec,
         ) from error
     return found
@@ -101,8 +101,8 @@ def _call(spec: str, factory: Callable[[], Any]) -> Any:
     except Exception as error:
         logger.info("calling %s", spec, exc_info=True)
         raise OptionError(
-            f"asked to call {spec!r}; found that it raised {type(error).__name__}: {error}. It takes no arguments; set "
-            "RETROEXIT_VERBOSE=1 to see where.",
+            f"asked to call {spec!r}; found that it raised {type(error).__name__}: {error}. It takes no "
+            "arguments; set RETROEXIT_VERBOSE=1 to see where.",
             spec,
         ) from error
 
@@ -150,8 +150,8 @@ def load_generator(spec: str) -> tuple[torch.nn.Module, tuple[Any, ...] | None]:
     generator, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(generator, torch.nn.Module):
         raise OptionError(
-            f"asked for the generator of {spec!r}; found a {type(generator).__name__}. The factory returns a torch.nn.Module, or "
-            "(module, example inputs).",
+            f"asked for the generator of {spec!r}; found a {type(generator).__name__}. The factory returns a "
+            "torch.nn.Module, or (module, example inputs).",
             generator,
         )
     if inputs is not None and not isinstance(inputs, tuple):
@@ -282,7 +282,7 @@ def _app(command: str) -> typer.Typer:
             bool, typer.Option("--dry-run", help="Show what would be done; train and write nothing.")
         ] = False,
     ) -> None:
-        """Add early exits to a generator: fill the bank, train branches and predictor. Can be interrupted and resumed."""
+        """Add early exits to a generator: bank, branches, predictor. Can be interrupted and resumed."""
         generator, example = load_generator(target)
         samples = _samples(inputs)
         spec = retroexit.Guidance(retriever=retriever) if guidance else None
@@ -387,9 +387,10 @@ def _plan(
     written += ["branches", "losses.npy", "fit.json", "weights.safetensors", "model.json"]
     return "\n".join(
         [
-            f"samples: {len(trained) + len(held_out)}, {len(trained)} to train branches on, {len(held_out)} held out",
-            f"steps: {len(model.branches)} branches x {settings.steps}, batches of {settings.batch} {windows}; "
-            f"predictor {settings.predictor_steps}; metric {metric}",
+            f"samples: {len(trained) + len(held_out)}, {len(trained)} to train branches on, {len(held_out)} "
+            "held out",
+            f"steps: {len(model.branches)} branches x {settings.steps}, batches of {settings.batch} "
+            f"{windows}; predictor {settings.predictor_steps}; metric {metric}",
             f"would write to {out}: {', '.join(written)}",
             "dry run: nothing was trained or written",
         ]

@@ -1,4 +1,4 @@
-"""Save and load wrapped generators: safetensors and JSON, never pickles. The generator itself is not saved."""
+"""Save and load wrapped generators: safetensors and JSON, never pickles, and not the generator itself."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _SCHEMA = 1
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, Any] | None = None) -> None:
-    """Write tensors and a few facts to a safetensors file, in one go: a reader sees the old file or the new one."""
+    """Write tensors and a few facts to a safetensors file; a reader sees the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(path.suffix + ".part")
     # Tied and channels-last tensors are refused by safetensors; copies are neither.
@@ -136,14 +136,16 @@ def load_model(
         has_bank, reads = bool(manifest["has_bank"]), manifest.get("predictor_reads", "feature")
     except (ValueError, KeyError, TypeError, AttributeError, RetroExitError) as error:
         raise CheckpointError(
-            f"asked to load {folder}; found model.json damaged ({type(error).__name__}: {error}). Copy it again.",
+            f"asked to load {folder}; found model.json damaged ({type(error).__name__}: {error}). Copy it "
+            "again.",
             folder,
         ) from error
     own = fingerprint(generator)
     if own != wanted:
         raise CheckpointError(
-            f"asked to load {folder} onto a {type(generator).__name__}; found that it belongs to another generator (fingerprint "
-            f"{wanted[:12]}, this one {own[:12]}). Load the weights it was made with first.",
+            f"asked to load {folder} onto a {type(generator).__name__}; found that it belongs to another "
+            f"generator (fingerprint {wanted[:12]}, this one {own[:12]}). Load the weights it was made with "
+            "first.",
             folder,
         )
     if _sha256(folder / "weights.safetensors") != digest:
@@ -153,8 +155,9 @@ def load_model(
         )
     if predictor is not None and reads == "inputs" and options.predictor_inputs is None:
         raise CheckpointError(
-            f"asked to load {folder}; found that its predictor reads a map that an adapter makes from the inputs, and no adapter "
-            f"that recognises a {type(generator).__name__}. Install the plug-in that it was fitted with.",
+            f"asked to load {folder}; found that its predictor reads a map that an adapter makes from the "
+            f"inputs, and no adapter that recognises a {type(generator).__name__}. Install the plug-in that "
+            "it was fitted with.",
             folder,
         )
     tensors, _ = read_tensors(folder / "weights.safetensors")
@@ -166,13 +169,16 @@ def load_model(
             predictor.load_state_dict(_under("predictor.", tensors))
         except RuntimeError as error:
             raise CheckpointError(
-                f"asked to load {folder}; found a predictor that does not fit: {' '.join(str(error).split())}", folder
+                f"asked to load {folder}; found a predictor that does not fit: "
+                f"{' '.join(str(error).split())}",
+                folder,
             ) from error
         model.predictor = predictor.to(device).eval()
     if has_bank:
         if manifest.get("bank_sha256") not in (None, _sha256(folder / "bank" / MANIFEST)):
             raise CheckpointError(
-                f"asked to load {folder}; found another guidance bank than the one it was saved with. Copy it again.",
+                f"asked to load {folder}; found another guidance bank than the one it was saved with. Copy "
+                "it again.",
                 folder,
             )
         model.bank = GuidanceBank.load(folder / "bank", wanted, retriever_class=retriever_class)
@@ -188,14 +194,14 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         schema = manifest["schema"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
-            f"asked to load {folder}; found no readable model.json ({type(error).__name__}: {error}). Pass a folder that "
-            "model.save wrote.",
+            f"asked to load {folder}; found no readable model.json ({type(error).__name__}: {error}). Pass a "
+            "folder that model.save wrote.",
             folder,
         ) from error
     if schema != _SCHEMA:
         raise CheckpointError(
-            f"asked to load {folder}; found schema {schema}, this version reads {_SCHEMA}. Use the version that wrote it: "
-            f"{manifest.get('versions', {}).get('retroexit')}.",
+            f"asked to load {folder}; found schema {schema}, this version reads {_SCHEMA}. Use the version "
+            f"that wrote it: {manifest.get('versions', {}).get('retroexit')}.",
             folder,
         )
     return manifest

@@ -30,7 +30,8 @@ def exit_table(model: EarlyExitGenerator) -> str:
     """Show the exits of a model; a model that has not been recorded says so."""
     name = type(model.generator).__name__
     if not model.is_recorded:
-        return f"{name} with early exits at {list(model.options.attach_at)}, not recorded yet: call it once to see its exits."
+        wanted = list(model.options.attach_at)
+        return f"{name} with early exits at {wanted}, not recorded yet: call it once to see its exits."
     rows = []
     for e in model.exits:
         where = (

@@ -112,7 +112,18 @@ def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.
         del sys.modules[name]
 
 
-FIT = ("fit", "toy.py:decoder", "--inputs", "toy.py:samples", "--attach-at", "1,2", "--scale", "1/2,3/4", "--min-channels", "4")
+FIT = (
+    "fit",
+    "toy.py:decoder",
+    "--inputs",
+    "toy.py:samples",
+    "--attach-at",
+    "1,2",
+    "--scale",
+    "1/2,3/4",
+    "--min-channels",
+    "4",
+)
 FAST = ("--metric", "ms-ssim", "--steps", "2", "--batch", "2", "--predictor-steps", "3")
 
 
@@ -150,7 +161,17 @@ def test_fit_and_evaluate_write_what_they_say(run: Any, tmp_path: Path) -> None:
     assert "Decoder with 2 early exits" in fitted.out
     assert re.search(r"saved to run; predictor error on held-out inputs \d\.\d{4}\n$", fitted.out)
     assert (tmp_path / "run/model.json").exists()
-    shown = run("evaluate", "toy.py:decoder", "run", "--inputs", "toy.py:few", "--threshold", "0.25", "--threshold", "0.75")
+    shown = run(
+        "evaluate",
+        "toy.py:decoder",
+        "run",
+        "--inputs",
+        "toy.py:few",
+        "--threshold",
+        "0.25",
+        "--threshold",
+        "0.75",
+    )
     assert shown.status == 0, shown.err
     assert re.search(r"^ +0.25 .*\n +0.75 ", shown.out, re.MULTILINE)
     assert shown.out.endswith("report: run/report/report.html\n")
@@ -174,10 +195,16 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(
     assert shown.status == 0, shown.err
     assert "Decoder with 2 early exits" in shown.out
     assert "samples: 12, 10 to train branches on, 2 held out" in shown.out
-    assert "steps: 2 branches x 2, batches of 2 windows of 12 pixels; predictor 3; metric ms-ssim" in shown.out
-    # Per sample: features of 12 channels at 8x8 and 16x16, the value map at 16x16, an image of 3 channels at 16x16.
+    assert (
+        "steps: 2 branches x 2, batches of 2 windows of 12 pixels; predictor 3; metric ms-ssim" in shown.out
+    )
+    # Per sample: features of 12 channels at 8x8 and 16x16, the value map at 16x16, an image of 3 channels at
+    # 16x16.
     megabytes = 12 * 4 * (12 * (64 + 256 + 256) + 3 * 256) / 1e6
-    assert f"would write to deep/run: cache ({megabytes:.1f} MB), bank (up to 1,024 pairs), branches" in shown.out
+    assert (
+        f"would write to deep/run: cache ({megabytes:.1f} MB), bank (up to 1,024 pairs), branches"
+        in shown.out
+    )
     assert shown.out.endswith("dry run: nothing was trained or written\n")
     assert sorted(path for path in tmp_path.rglob("*") if "__pycache__" not in path.parts) == before
 
@@ -207,10 +234,16 @@ def _with(**changed: str) -> tuple[str, ...]:
         (("inspect", "nowhere:decoder"), "asked for 'nowhere:decoder'; found ModuleNotFoundError"),
         (("inspect", "nowhere.py:decoder"), "found FileNotFoundError: no file "),
         (("inspect", "toy.py:decoda"), "found AttributeError: .*'decoda'"),
-        (("inspect", "toy.py:broken"), "asked to call 'toy.py:broken'; found that it raised RuntimeError: no weights here"),
+        (
+            ("inspect", "toy.py:broken"),
+            "asked to call 'toy.py:broken'; found that it raised RuntimeError: no weights here",
+        ),
         (("inspect", "toy.py:number"), "asked for the generator of 'toy.py:number'; found a int"),
         (("inspect", "toy.py:decoder"), "found no adapter that can make its inputs"),
-        (("inspect", "toy.py:decoder", "--shape", "1,x"), r"asked for --shape \['1,x'\]; found invalid literal"),
+        (
+            ("inspect", "toy.py:decoder", "--shape", "1,x"),
+            r"asked for --shape \['1,x'\]; found invalid literal",
+        ),
         (("inspect", "toy.py:decoder", "--shape", "1,-4,4,4"), r"asked for --shape \['1,-4,4,4'\]"),
         (_with(scale="1/0"), "asked for --scale 1/0"),
         (_with(scale="wide"), "asked for --scale wide; found Invalid literal for Fraction: 'wide'"),
@@ -228,12 +261,20 @@ def _with(**changed: str) -> tuple[str, ...]:
         ((*FIT, *FAST, "--out", "run", "--lr", "0"), "asked for lr=0.0"),
         ((*FIT, *FAST, "--out", "run", "--tap", "beside"), "asked for tap='beside'"),
         ((*FIT, *FAST, "--out", "run", "--init", "warm"), "asked for init='warm'"),
-        ((*FIT, *FAST, "--out", "run", "--guidance", "--retriever", "fais"), "no retriever 'fais'; closest: 'faiss'"),
+        (
+            (*FIT, *FAST, "--out", "run", "--guidance", "--retriever", "fais"),
+            "no retriever 'fais'; closest: 'faiss'",
+        ),
         ((*FIT, *FAST, "--out", "run", "--crop", "5"), "asked for crops of 5 pixels"),
-        (("evaluate", "toy.py:decoder", "away", "--inputs", "toy.py:few"), "asked to load away; found no readable model.json"),
+        (
+            ("evaluate", "toy.py:decoder", "away", "--inputs", "toy.py:few"),
+            "asked to load away; found no readable model.json",
+        ),
     ],
 )
-def test_mistakes_end_with_one_line_and_status_1(run: Any, arguments: tuple[str, ...], message: str | None) -> None:
+def test_mistakes_end_with_one_line_and_status_1(
+    run: Any, arguments: tuple[str, ...], message: str | None
+) -> None:
     if message is None:  # one scale serves all exits
         assert run(*arguments).status == 0
         return
@@ -252,7 +293,9 @@ def test_mistakes_end_with_one_line_and_status_1(run: Any, arguments: tuple[str,
         (("demo", "--scenes", "3"), "Invalid value for '--scenes'"),
     ],
 )
-def test_a_command_line_that_cannot_be_read_ends_with_status_2(run: Any, arguments: tuple[str, ...], message: str) -> None:
+def test_a_command_line_that_cannot_be_read_ends_with_status_2(
+    run: Any, arguments: tuple[str, ...], message: str
+) -> None:
     failed = run(*arguments)
     assert failed.status == 2
     assert message in failed.err
@@ -268,13 +311,16 @@ def test_other_settings_for_a_folder_are_refused_by_name(run: Any) -> None:
 def test_a_file_is_not_mistaken_for_a_module_of_its_name(run: Any, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     (tmp_path / "other/toy.py").write_text("from beside import decoder, samples\n")
-    (tmp_path / "other/beside.py").write_text(TOY.replace("nn.Conv2d(4, 12, 1)", "nn.Conv2d(4, 12, 1, bias=False)"))
+    (tmp_path / "other/beside.py").write_text(
+        TOY.replace("nn.Conv2d(4, 12, 1)", "nn.Conv2d(4, 12, 1, bias=False)")
+    )
     (tmp_path / "json.py").write_text(TOY)
     counts = []
     for target in ("toy.py:decoder", "other/toy.py:decoder", "json.py:decoder"):
         shown = run("inspect", target, "--shape", "1,4,4,4")
         assert shown.status == 0, shown.err
-        counts.append(int(re.search(r"Decoder, ([\d,]+) parameters", shown.out)[1].replace(",", "")))  # type: ignore[index]
+        (count,) = re.findall(r"Decoder, ([\d,]+) parameters", shown.out)
+        counts.append(int(count.replace(",", "")))
     sys.modules.pop("beside", None)
     assert counts[0] - counts[1] == 12
     assert counts[2] == counts[0]
@@ -284,17 +330,26 @@ def test_a_file_is_not_mistaken_for_a_module_of_its_name(run: Any, tmp_path: Pat
 def test_plugins_lists_our_own(run: Any) -> None:
     shown = run("plugins")
     assert shown.status == 0
-    assert re.search(r"^builtin +retroexit +\S* +retroexit_metrics, retroexit_retrievers", shown.out, re.MULTILINE)
+    assert re.search(
+        r"^builtin +retroexit +\S* +retroexit_metrics, retroexit_retrievers", shown.out, re.MULTILINE
+    )
 
 
-def test_doctor_reports_and_fails_where_something_is_broken(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_reports_and_fails_where_something_is_broken(
+    run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from retroexit import doctor
 
-    ok, bad = doctor.Check("torch", "ok", "2.15"), doctor.Check("faiss", "fail", "gone", "pip install faiss-cpu")
+    ok, bad = (
+        doctor.Check("torch", "ok", "2.15"),
+        doctor.Check("faiss", "fail", "gone", "pip install faiss-cpu"),
+    )
     monkeypatch.setattr(doctor, "diagnose", lambda: [ok])
     assert run("doctor") == Result(0, "ok    torch: 2.15\n", "")
     monkeypatch.setattr(doctor, "diagnose", lambda: [ok, bad])
-    assert run("doctor") == Result(1, "ok    torch: 2.15\nfail  faiss: gone\n      pip install faiss-cpu\n", "")
+    assert run("doctor") == Result(
+        1, "ok    torch: 2.15\nfail  faiss: gone\n      pip install faiss-cpu\n", ""
+    )
 
 
 def test_doctor_runs_on_this_machine(run: Any) -> None:
@@ -315,7 +370,9 @@ def test_a_missing_typer_is_answered_with_the_pip_line(run: Any, monkeypatch: py
     assert failed.err.endswith("pip install 'retroexit[cli]'\n")
 
 
-def test_warnings_of_ours_are_one_line_and_the_handler_is_put_back(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_warnings_of_ours_are_one_line_and_the_handler_is_put_back(
+    run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import warnings
 
     from retroexit import doctor
@@ -334,7 +391,9 @@ def test_warnings_of_ours_are_one_line_and_the_handler_is_put_back(run: Any, mon
 
 def test_a_traceback_never_reaches_the_terminal(tmp_path: Path) -> None:
     code = "import sys; from retroexit.cli import main; main(['inspect', 'nowhere:thing'])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=_environment())
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=_environment()
+    )
     assert done.returncode == 1
     assert done.stdout == ""
     assert done.stderr.startswith("error: asked for 'nowhere:thing'; found ModuleNotFoundError")
@@ -357,7 +416,12 @@ def test_commands_and_code_in_the_readme_can_be_read(run: Any, file: str) -> Non
         for name in re.findall(r"retroexit\.(\w+)\(", block):
             assert callable(getattr(retroexit, name))
     helps = {command: run(command, "--help").out for command in COMMANDS}
-    lines = [line for line in re.findall(r"`(retroexit [^`]+)`|^\s*(retroexit \S.*)$|&& (retroexit \w+)", text, re.MULTILINE)]
+    lines = [
+        line
+        for line in re.findall(
+            r"`(retroexit [^`]+)`|^\s*(retroexit \S.*)$|&& (retroexit \w+)", text, re.MULTILINE
+        )
+    ]
     named = [next(filter(None, line)) for line in lines]
     assert {shlex.split(line)[1] for line in named} == set(COMMANDS)
     for line in named:

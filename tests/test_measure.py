@@ -46,7 +46,10 @@ class Decoder(nn.Module):
         return torch.sigmoid(20 * self.rgb(h))
 
 
-INPUTS = torch.randn(11, 4, 4, 4, generator=torch.Generator().manual_seed(4)) * torch.linspace(0.2, 3, 11)[:, None, None, None]
+INPUTS = (
+    torch.randn(11, 4, 4, 4, generator=torch.Generator().manual_seed(4))
+    * torch.linspace(0.2, 3, 11)[:, None, None, None]
+)
 
 
 def _fitted(folder: Path, noise: float = 0.0, **options: Any) -> EarlyExitGenerator:
@@ -64,11 +67,21 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> EarlyExitGenerator:
 
 
 @pytest.fixture(scope="module")
-def evaluation(model: EarlyExitGenerator, tmp_path_factory: pytest.TempPathFactory) -> tuple[Evaluation, Path]:
+def evaluation(
+    model: EarlyExitGenerator, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Evaluation, Path]:
     folder = tmp_path_factory.mktemp("report")
     command = "retroexit evaluate toys:decoder runs/toy --inputs toys:test"
     found = retroexit.evaluate(
-        model, INPUTS, folder, metric=Distance(), batch=4, repeats=1, title="A toy", command=command, progress=False
+        model,
+        INPUTS,
+        folder,
+        metric=Distance(),
+        batch=4,
+        repeats=1,
+        title="A toy",
+        command=command,
+        progress=False,
     )
     return found, folder
 
@@ -89,7 +102,9 @@ def test_losses_equal_those_of_the_samples_one_by_one(
         assert found.predicted == pytest.approx(predicted.numpy(), rel=1e-4, abs=1e-5)
 
 
-def test_distance_is_that_to_the_nearest_key(model: EarlyExitGenerator, evaluation: tuple[Evaluation, Path]) -> None:
+def test_distance_is_that_to_the_nearest_key(
+    model: EarlyExitGenerator, evaluation: tuple[Evaluation, Path]
+) -> None:
     found, _ = evaluation
     assert found.distance is not None and model.bank is not None
     with torch.no_grad():
@@ -100,7 +115,9 @@ def test_distance_is_that_to_the_nearest_key(model: EarlyExitGenerator, evaluati
         own = model.bank.search(at_tap).distances
     assert at_tap.shape[1] == features.shape[1]
     for row in range(11):
-        assert found.distance[row] == pytest.approx(np.mean(np.sqrt(own[row].clamp_min(0).numpy())), rel=1e-3, abs=1e-4)
+        assert found.distance[row] == pytest.approx(
+            np.mean(np.sqrt(own[row].clamp_min(0).numpy())), rel=1e-3, abs=1e-4
+        )
 
 
 def test_macs_and_overhead_equal_counts_of_calls_made_by_hand(
@@ -117,7 +134,9 @@ def test_macs_and_overhead_equal_counts_of_calls_made_by_hand(
     search = feature[0, 0].numel() * len(bank) * 12
     for k in (1, 2):  # a guided call searches by a matrix product
         assert found.macs[k - 1] == count_macs(lambda k=k: model(z, exit=k)) - search
-    assert found.overhead.tolist() == [count_macs(predictor, feature) + search] * 2 + [count_macs(predictor, feature)]
+    assert found.overhead.tolist() == [count_macs(predictor, feature) + search] * 2 + [
+        count_macs(predictor, feature)
+    ]
     assert len(stages) == 3
 
 
@@ -199,7 +218,12 @@ def test_strips_show_the_samples_that_they_name(model: EarlyExitGenerator) -> No
     order = loss.mean(1).argsort()
     assert f"(sample {order[1]})" in labels["easy"].label and f"(sample {order[-2]})" in labels["hard"].label
     hardest = labels["hardest"]
-    assert [caption for caption, _ in hardest.images] == ["input", "exit 1: 2.000", "exit 2: 2.000", "backbone"]
+    assert [caption for caption, _ in hardest.images] == [
+        "input",
+        "exit 1: 2.000",
+        "exit 2: 2.000",
+        "backbone",
+    ]
     assert hardest.chosen == 3 and labels["worst routed"].chosen == 1
     with torch.no_grad():
         for place, k in ((1, 1), (2, 2), (3, 3)):
@@ -209,7 +233,12 @@ def test_strips_show_the_samples_that_they_name(model: EarlyExitGenerator) -> No
 
 def test_a_picture_of_the_input_can_be_given(model: EarlyExitGenerator) -> None:
     _, strips = measure(
-        model, INPUTS[:2], Distance(), repeats=0, show=lambda z: torch.full((3, 5, 7), float(z[0, 0, 0] > 9)), progress=False
+        model,
+        INPUTS[:2],
+        Distance(),
+        repeats=0,
+        show=lambda z: torch.full((3, 5, 7), float(z[0, 0, 0] > 9)),
+        progress=False,
     )
     assert all(strip.images[0][1].shape == (5, 7, 3) and not strip.images[0][1].any() for strip in strips)
 
@@ -228,14 +257,18 @@ def test_the_cross_check_agrees_on_plain_layers(model: EarlyExitGenerator) -> No
 def test_the_cross_check_explains_a_functional_convolution(toys: ModuleType) -> None:
     pytest.importorskip("thop")
     toy = toys.TOYS["modulated_convolution_with_skip_image"]()
-    model = retroexit.wrap(toy.generator, ["blocks.1"], 1.0, stages=toy.stages, example_inputs=toy.args, adapter=False)
+    model = retroexit.wrap(
+        toy.generator, ["blocks.1"], 1.0, stages=toy.stages, example_inputs=toy.args, adapter=False
+    )
     said = cross_check(model, tuple(x[:1] for x in toy.args), {})
     assert "thop counts by layer type; it misses functional convolutions and attention" in said
     assert float(said.split(" of ours")[0].split()[-1]) < 0.2
     assert cross_check(model, (), {"x": 1}) == "not counted: thop takes positional tensors only"
 
 
-def test_a_missing_thop_is_said_and_breaks_nothing(model: EarlyExitGenerator, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_thop_is_said_and_breaks_nothing(
+    model: EarlyExitGenerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "thop", None)
     assert "MissingExtraError: asked for a count by thop" in cross_check(model, (INPUTS[:1],), {})
 
@@ -250,12 +283,18 @@ def test_a_missing_matplotlib_is_answered_with_the_pip_line(
         retroexit.evaluate(model, INPUTS[:4], tmp_path, metric=Distance(), repeats=0, progress=False)
 
 
-def test_a_missing_torchmetrics_is_answered_with_the_pip_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_missing_torchmetrics_is_answered_with_the_pip_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     for name in [name for name in sys.modules if name.split(".")[0] == "torchmetrics"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "torchmetrics", None)
-    model = retroexit.wrap(Decoder().eval(), [2], 1.0, init="scratch", adapter=False, example_inputs=(INPUTS[:1],))
-    with pytest.raises(MissingExtraError, match=r"MS-SSIM needs torchmetrics: pip install 'retroexit\[metrics\]'"):
+    model = retroexit.wrap(
+        Decoder().eval(), [2], 1.0, init="scratch", adapter=False, example_inputs=(INPUTS[:1],)
+    )
+    with pytest.raises(
+        MissingExtraError, match=r"MS-SSIM needs torchmetrics: pip install 'retroexit\[metrics\]'"
+    ):
         retroexit.fit(model, INPUTS, tmp_path, metric="ms-ssim")
     assert list(tmp_path.iterdir()) == []
 

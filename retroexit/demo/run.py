@@ -49,8 +49,8 @@ def pick_metric(name: str, weights: Path | None, say: Callable[[str], None]) -> 
         return resolve_metric("lpips-alex", weights)
     except WeightsError as error:
         say(
-            "LPIPS weights cannot be had here, so this demo measures quality by 1 - MS-SSIM instead (as with --metric ms-ssim); "
-            f"thresholds are on that scale.\n  reason: {error}"
+            "LPIPS weights cannot be had here, so this demo measures quality by 1 - MS-SSIM instead (as with "
+            f"--metric ms-ssim); thresholds are on that scale.\n  reason: {error}"
         )
         return resolve_metric("ms-ssim")
 
@@ -109,7 +109,8 @@ def run_demo(
     means = result.loss.mean(0)
     thresholds = sorted({round(float(t), 3) for t in (0.75 * means.min(), *means, 1.25 * means.max())})
     say(
-        f"\nQuality loss ({quality.name}) of every exit to the backbone, on {test_scenes} scenes it was not fitted on:"
+        f"\nQuality loss ({quality.name}) of every exit to the backbone, on {test_scenes} scenes it was not "
+        "fitted on:"
     )
     say("  " + "  ".join(f"exit {k}: {m:.3f}" for k, m in enumerate(means, 1)))
     say("\nRouted by threshold, predictor and retrieval counted:")

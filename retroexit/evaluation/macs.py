@@ -1,7 +1,8 @@
 """Count multiply-accumulates (MACs): what the paper prints as "GFLOPs".
 
-PyTorch's own counter sees every convolution, matrix product and attention, also functional ones; interpolation,
-`grid_sample`, normalisation and activations count zero. thop counts by layer type and is kept as a cross-check.
+PyTorch's own counter sees every convolution, matrix product and attention, also functional ones;
+interpolation, `grid_sample`, normalisation and activations count zero. thop counts by layer type and is kept
+as a cross-check.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ def count_macs(function: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
 def thop_macs(module: nn.Module, *args: Any) -> int:
     """Count the MACs of a module with thop, which looks at layer types.
 
-    thop misses functional convolutions (StyleGAN's modulated ones) and attention, and overcounts transposed convolutions.
+    thop misses functional convolutions (StyleGAN's modulated ones) and attention, and overcounts transposed
+    convolutions.
 
     Args:
         module: The module; a copy is profiled, since thop registers buffers.

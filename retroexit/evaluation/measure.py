@@ -51,7 +51,7 @@ class Measurement:
 
     @torch.no_grad()
     def losses(self, progress: bool = True) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Measure all samples: quality losses ``(S, K)``, predicted ones ``(S, K)``, distance to the guide ``(S,)``."""
+        """Measure all samples: losses ``(S, K)``, predicted losses ``(S, K)``, guide distance ``(S,)``."""
         losses, predicted, distances = [], [], []
         bar = tqdm(total=len(self.samples), desc="exits against backbone", disable=None if progress else True)
         for indices, args, kwargs in self.samples.batches(self.batch):
@@ -156,7 +156,7 @@ def measure(
 
 
 def _limits(model: EarlyExitGenerator, samples: Samples) -> ImageRange:
-    """Range of the images: the one that the model was fitted with, else the declared one, else measured on some samples."""
+    """Range of the images: the one of the fit, else the declared one, else measured on some samples."""
     if "image_range" in model.about:
         return ImageRange(*model.about["image_range"])
     args, kwargs = samples.gather(range(min(16, len(samples))))
@@ -169,7 +169,7 @@ def _device(model: EarlyExitGenerator) -> torch.device:
 
 
 def route_seconds(model: EarlyExitGenerator, args: Any, kwargs: Any, repeats: int) -> list[float]:
-    """Median wall-clock of every route for one sample, guidance included, the backbone last; routes take turns."""
+    """Time every route by turns: median seconds for these inputs, guidance included, the backbone last."""
     routes = range(1, len(model.branches) + 2)
     taken: dict[int, list[float]] = {k: [] for k in routes}
     device = _device(model)
@@ -200,7 +200,7 @@ def cross_check(model: EarlyExitGenerator, args: Any, kwargs: Any) -> str:
     why = (
         "it misses functional convolutions and attention"
         if ratio < 1
-        else "it counts normalisation, activation and interpolation too, and transposed convolutions more than once"
+        else "it counts norms, activations and interpolation too, and overcounts transposed convolutions"
     )
     return f"{theirs / 1e9:.3f} GMACs for the backbone, {ratio:.3f} of ours: thop counts by layer type; {why}"
 

@@ -19,8 +19,8 @@ def check_threshold(threshold: float) -> float:
     is_number = isinstance(threshold, (int, float)) and not isinstance(threshold, bool)
     if not is_number or not 0 <= threshold < float("inf"):
         raise OptionError(
-            f"asked for threshold={threshold!r}; found no finite number >= 0. It is the largest quality loss to accept, "
-            "such as 0.1.",
+            f"asked for threshold={threshold!r}; found no finite number >= 0. It is the largest quality loss "
+            "to accept, such as 0.1.",
             threshold,
         )
     return float(threshold)
@@ -34,7 +34,8 @@ def assign_exits(predicted: Tensor, threshold: float) -> Tensor:
         threshold: Largest loss accepted, ``>= 0``.
 
     Returns:
-        Exit index per sample, ``(N,)``, int64, from 1; ``K + 1``, the backbone, where no branch exit qualifies.
+        Exit index per sample, ``(N,)``, int64, from 1; ``K + 1``, the backbone, where no branch exit
+        qualifies.
 
     Raises:
         OptionError: If ``predicted`` is not 2-D or ``threshold`` is no finite number ``>= 0``.
@@ -44,7 +45,8 @@ def assign_exits(predicted: Tensor, threshold: float) -> Tensor:
     check_threshold(threshold)
     if predicted.dim() != 2:
         raise OptionError(
-            f"asked to assign exits; found predictions of shape {tuple(predicted.shape)}, not (samples, exits).",
+            f"asked to assign exits; found predictions of shape {tuple(predicted.shape)}, not (samples, "
+            "exits).",
             predicted,
         )
     good = predicted <= threshold

@@ -11,9 +11,9 @@ __all__ = ["Predictor"]
 class Predictor(nn.Module):
     """Convolutional and fully connected layers, one output per branch exit.
 
-    It reads the feature map at the first attach point, which every route computes anyway, or a map made from the generator's
-    inputs as in the paper. Inputs and outputs are standardised with statistics of the training set (`calibrate_scales`), so that one learning rate
-    serves every generator.
+    It reads the feature map at the first attach point, which every route computes anyway, or a map made from
+    the generator's inputs as in the paper. Inputs and outputs are standardised with statistics of the
+    training set (`calibrate_scales`), so that one learning rate serves every generator.
 
     Args:
         channels: Channels of the map it reads.
@@ -22,7 +22,8 @@ class Predictor(nn.Module):
         depth: Number of convolutions with stride two behind the first.
         dims: Number of spatial axes, 1 to 3.
 
-    Reference: paper section 3.2; the architecture is ours, the supplement that describes theirs is not public.
+    Reference: paper section 3.2; the architecture is ours, the supplement that describes theirs is not
+    public.
     """
 
     def __init__(self, channels: int, exits: int, width: int = 16, depth: int = 2, dims: int = 2) -> None:

@@ -101,7 +101,7 @@ class BranchTrainer:
         self.step = 0
 
     def run(self, progress: bool = True) -> list[dict[str, float]]:
-        """Train to the end, from the checkpoint where there is one; gives the losses of every step done here."""
+        """Train to the end, from the checkpoint where there is one; gives the losses of its steps."""
         if not self.resume():
             self.save()  # so that a run interrupted before its next checkpoint begins with the same weights
         history = []
@@ -147,8 +147,9 @@ class BranchTrainer:
             total, parts = self.loss(image.float(), target.float())
         if not torch.isfinite(total):
             raise TrainingError(
-                f"the loss of exit {self.index + 1} became {float(total.detach())} at step {self.step}; parts {parts}. The last "
-                f"checkpoint is in {self.folder}. Lower the learning rate (now {self.schedule.lr:g}).",
+                f"the loss of exit {self.index + 1} became {float(total.detach())} at step {self.step}; "
+                f"parts {parts}. The last checkpoint is in {self.folder}. Lower the learning rate (now "
+                f"{self.schedule.lr:g}).",
                 total,
             )
         self.optimizer.zero_grad(set_to_none=True)

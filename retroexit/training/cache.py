@@ -1,7 +1,7 @@
 """Backbone features and images, computed once and kept on disk.
 
-A branch needs nothing but the values that cross its cut and the backbone's image. Training it from stored ones costs the
-branch alone, which is what makes training on a CPU possible at all.
+A branch needs nothing but the values that cross its cut and the backbone's image. Training it from stored
+ones costs the branch alone, which is what makes training on a CPU possible at all.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from retroexit.training.inputs import Samples, drawing_from
 
 __all__ = ["GUIDANCE_VALUE", "IMAGE", "FeatureCache"]
 
-# Crossing values go by the names of their nodes, which are identifiers; these are none, so that they cannot be taken.
+# Crossing values go by the names of their nodes, which are identifiers; these are none, so that they cannot
+# be taken.
 IMAGE, GUIDANCE_VALUE = "backbone-image", "guidance-value"
 
 _SCHEMA = 2
@@ -41,7 +42,7 @@ _PARTS = {
 
 
 class FeatureCache:
-    """What every training step reads: crossing values of every cut, the guidance value map, the backbone's image.
+    """What every training step reads: values crossing the cuts, guidance value maps, the backbone's images.
 
     Use `FeatureCache.build`. Arrays are memory-mapped; a build that was interrupted goes on where it stopped.
 
@@ -92,7 +93,8 @@ class FeatureCache:
         Args:
             model: The wrapped generator.
             samples: Its inputs.
-            folder: Where to store; made if missing. A finished cache of the same backbone, cuts and inputs is reused.
+            folder: Where to store; made if missing. A finished cache of the same backbone, cuts and inputs is
+                reused.
             batch: Samples per pass.
             progress: Whether to show a bar on a terminal.
 
@@ -110,8 +112,9 @@ class FeatureCache:
             model.record(*args, **kwargs)
         if not model.split.any_batch:
             raise TrainingError(
-                f"asked to cache features of {type(model.generator).__name__}; found that its forward holds for batches of "
-                f"{model.split.batch} only, so that samples cannot be stored one by one. Let its forward take any batch size.",
+                f"asked to cache features of {type(model.generator).__name__}; found that its forward holds "
+                f"for batches of {model.split.batch} only, so that samples cannot be stored one by one. Let "
+                "its forward take any batch size.",
                 model.generator,
             )
         identity = _identity(model, samples, batch)
@@ -157,7 +160,7 @@ def _identity(model: EarlyExitGenerator, samples: Samples, batch: int) -> dict[s
 
 
 def _go_on(folder: Path, state: dict[str, Any], identity: dict[str, Any]) -> tuple[int, list[str]]:
-    """Number of samples already stored, and the arrays they are in, if the cache is the one that is wanted."""
+    """Number of samples already stored, and the arrays they are in, if the cache is the wanted one."""
     other = [what for key, what in _PARTS.items() if state["identity"].get(key) != identity[key]]
     if other:
         raise CheckpointError(
@@ -178,7 +181,8 @@ def _store(
         )
     if arrays[name].shape[1:] != rows.shape[1:]:
         raise OptionError(
-            f"asked to cache {name}; found shape {rows.shape[1:]} after {arrays[name].shape[1:]}. Use inputs of one size.",
+            f"asked to cache {name}; found shape {rows.shape[1:]} after {arrays[name].shape[1:]}. Use inputs "
+            "of one size.",
             value,
         )
     arrays[name][indices] = rows
@@ -187,8 +191,9 @@ def _store(
 def _check_shared(name: str, first: Tensor, now: Tensor) -> None:
     if first.shape != now.shape or not torch.allclose(first.double(), now.double(), rtol=1e-4, atol=1e-6):
         raise TrainingError(
-            f"asked to cache {name}; found one value for all samples of a batch, and another one in the next batch, so that it "
-            "belongs to no sample. Draw noise per sample inside the generator, or attach the branch elsewhere.",
+            f"asked to cache {name}; found one value for all samples of a batch, and another one in the next "
+            "batch, so that it belongs to no sample. Draw noise per sample inside the generator, or attach "
+            "the branch elsewhere.",
             now,
         )
 
@@ -205,7 +210,8 @@ def _open(folder: Path, name: str, count: int, mode: Any) -> np.ndarray:
         ) from error
     if array.shape[:1] != (count,):
         raise CheckpointError(
-            f"asked to read cached features; found {path} with shape {array.shape}, not {count} samples. Remove {folder}.",
+            f"asked to read cached features; found {path} with shape {array.shape}, not {count} samples. "
+            f"Remove {folder}.",
             path,
         )
     return array

@@ -17,8 +17,8 @@ __all__ = ["Cropper"]
 class Cropper:
     """Cuts random windows of ``size`` pixels out of images of ``image_size``.
 
-    Maps of other resolutions are cut where the window lies in them, so their sizes must divide the image's. Values of one
-    location, such as style vectors of shape ``(N, C, 1, 1)``, are no maps.
+    Maps of other resolutions are cut where the window lies in them, so their sizes must divide the image's.
+    Values of one location, such as style vectors of shape ``(N, C, 1, 1)``, are no maps.
 
     Attributes:
         size: Height and width of the window in pixels of the image, or ``None`` for whole images.
@@ -39,8 +39,8 @@ class Cropper:
         """Make a cropper for the given maps.
 
         Raises:
-            OptionError: If a map's size does not divide the image's, or the window is not a positive multiple of the coarsest
-                map's pixel.
+            OptionError: If a map's size does not divide the image's, or the window is not a positive multiple
+                of the coarsest map's pixel.
         """
         if size is None:
             return cls(None, image_size)
@@ -50,15 +50,16 @@ class Cropper:
             steps = {i // m if m and i % m == 0 else 0 for i, m in zip(image_size, shape, strict=True)}
             if len(steps) != 1 or 0 in steps:
                 raise OptionError(
-                    f"asked for crops of {size} pixels; found a map of {shape} beside images of {image_size}, whose sizes do not "
-                    "divide. Train on whole images (crop=None).",
+                    f"asked for crops of {size} pixels; found a map of {shape} beside images of "
+                    f"{image_size}, whose sizes do not divide. Train on whole images (crop=None).",
                     size,
                 )
             ratios.append(steps.pop())
         grid = max(ratios, default=1)
         if size < 1 or size % grid:
             raise OptionError(
-                f"asked for crops of {size} pixels; found that the coarsest map has one pixel per {grid}. Use a multiple of it.",
+                f"asked for crops of {size} pixels; found that the coarsest map has one pixel per {grid}. "
+                "Use a multiple of it.",
                 size,
             )
         window = tuple(min(size, axis) for axis in image_size)

@@ -86,7 +86,8 @@ class FitSettings:
             0 <= self.l1 < float("inf") and 0 <= self.quality < float("inf") and self.l1 + self.quality > 0
         ):
             raise OptionError(
-                f"asked for l1={self.l1} and quality={self.quality}; found no weights >= 0 of which one is above 0.",
+                f"asked for l1={self.l1} and quality={self.quality}; found no weights >= 0 of which one is "
+                "above 0.",
                 self.l1,
             )
 
@@ -183,8 +184,8 @@ def divide(count: int, settings: FitSettings) -> tuple[list[int], list[int]]:
     held_out = round(settings.held_out * count)
     if held_out >= count:
         raise OptionError(
-            f"asked for held_out={settings.held_out} of {count} samples; found none left to train on. Hold out less, or pass more "
-            "samples.",
+            f"asked for held_out={settings.held_out} of {count} samples; found none left to train on. Hold "
+            "out less, or pass more samples.",
             settings.held_out,
         )
     order = np.random.default_rng([settings.seed, 2]).permutation(count).tolist()
@@ -205,8 +206,8 @@ def _check_same(path: Path, wanted: dict[str, Any]) -> None:
         before = dict(json.loads(path.read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(
-            f"asked to go on with the fit in {path.parent}; found {path.name} damaged ({error}). Use another folder, or remove "
-            "this one.",
+            f"asked to go on with the fit in {path.parent}; found {path.name} damaged ({error}). Use another "
+            "folder, or remove this one.",
             path,
         ) from error
     was, now = _flat(before), _flat(json.loads(json.dumps(wanted)))
@@ -280,7 +281,7 @@ def _bank(
 
 
 def _guides(model: EarlyExitGenerator, cache: FeatureCache) -> Callable[[Sequence[int]], Tensor]:
-    """Search once for every sample; an input's own keys are left out, as a new input finds only foreign ones."""
+    """Search once for every sample, its own keys left out, as a new input finds only foreign ones."""
     bank = model.bank
     assert bank is not None
     key = model.split.cuts[0].feature.name
@@ -332,8 +333,8 @@ def _measure(
     if not bool(torch.isfinite(losses).all()):
         bad = [index + 1 for index, column in enumerate(losses.T) if not bool(torch.isfinite(column).all())]
         raise TrainingError(
-            f"asked for the losses of all exits; found {metric.name} not finite at exits {bad}. Fit again with a lower learning "
-            "rate, in another folder.",
+            f"asked for the losses of all exits; found {metric.name} not finite at exits {bad}. Fit again "
+            "with a lower learning rate, in another folder.",
             losses,
         )
     temporary = path.with_suffix(".part.npy")
@@ -351,7 +352,8 @@ def _read_losses(path: Path, size: tuple[int, int]) -> Tensor:
         ) from error
     if tuple(losses.shape) != size:
         raise CheckpointError(
-            f"asked to go on from {path}; found losses of shape {tuple(losses.shape)}, not {size}. Remove it.",
+            f"asked to go on from {path}; found losses of shape {tuple(losses.shape)}, not {size}. Remove "
+            "it.",
             path,
         )
     return losses

@@ -36,10 +36,10 @@ class Samples:
     """Inputs of a generator, one sample at a time, put together to batches.
 
     Args:
-        items: A sequence; each item is one sample without the batch axis: a tensor, a tuple or list of positional inputs, or
-            a dict of keyword inputs. A tensor ``(S, ...)`` counts as S samples.
-        seed: A batch that begins at sample ``i`` is run with the random state ``seed + i``, so that noise drawn inside the
-            generator repeats.
+        items: A sequence; each item is one sample without the batch axis: a tensor, a tuple or list of
+            positional inputs, or a dict of keyword inputs. A tensor ``(S, ...)`` counts as S samples.
+        seed: A batch that begins at sample ``i`` is run with the random state ``seed + i``, so that noise
+            drawn inside the generator repeats.
 
     Raises:
         OptionError: If there are no samples, or the first is of another kind.
@@ -54,8 +54,9 @@ class Samples:
         is_one = isinstance(items, dict) or (isinstance(items, Tensor) and items.dim() == 0)
         if not is_sequence or is_one or len(items) == 0:
             raise OptionError(
-                f"asked for a pass over inputs; found {type(self.items).__name__} without samples. Pass a sequence of samples: "
-                "tensors, tuples of positional inputs, or dicts of keyword inputs, each without the batch axis.",
+                f"asked for a pass over inputs; found {type(self.items).__name__} without samples. Pass a "
+                "sequence of samples: tensors, tuples of positional inputs, or dicts of keyword inputs, each "
+                "without the batch axis.",
                 self.items,
             )
         self.split(self.items[0])
@@ -73,8 +74,8 @@ class Samples:
         if isinstance(item, (tuple, list)):
             return tuple(item), {}
         raise OptionError(
-            f"asked for a sample; found a {type(item).__name__}. A sample is a tensor, a tuple of positional inputs, or a dict "
-            "of keyword inputs.",
+            f"asked for a sample; found a {type(item).__name__}. A sample is a tensor, a tuple of positional "
+            "inputs, or a dict of keyword inputs.",
             item,
         )
 
@@ -89,8 +90,8 @@ class Samples:
         for index, parts in zip(indices, flat, strict=True):
             if parts.keys() != flat[0].keys():
                 raise OptionError(
-                    f"asked for a batch; found that sample {index} has other parts than sample {indices[0]}. Give "
-                    "every sample the same structure.",
+                    f"asked for a batch; found that sample {index} has other parts than sample {indices[0]}. "
+                    "Give every sample the same structure.",
                     self.items[index],
                 )
         stacked: list[Any] = []
@@ -99,8 +100,9 @@ class Samples:
             if not isinstance(leaves[0], Tensor):
                 if any(repr(leaf) != repr(leaves[0]) for leaf in leaves):
                     raise OptionError(
-                        f"asked for a batch of {len(indices)} samples; found {path[-1]!r} = {leaves[0]!r} in one and another "
-                        "value in others. Values that are no tensors must be equal in all samples.",
+                        f"asked for a batch of {len(indices)} samples; found {path[-1]!r} = {leaves[0]!r} in "
+                        "one and another value in others. Values that are no tensors must be equal in all "
+                        "samples.",
                         leaves,
                     )
                 stacked.append(leaves[0])
@@ -108,8 +110,8 @@ class Samples:
             shapes = {tuple(leaf.shape) for leaf in leaves}
             if len(shapes) > 1:
                 raise OptionError(
-                    f"asked for a batch of {len(indices)} samples; found shapes {sorted(shapes)}. Use batch=1, or inputs of "
-                    "one size.",
+                    f"asked for a batch of {len(indices)} samples; found shapes {sorted(shapes)}. Use "
+                    "batch=1, or inputs of one size.",
                     shapes,
                 )
             stacked.append(torch.stack(leaves))

@@ -13,7 +13,9 @@ __all__ = ["ReconstructionLoss"]
 
 @dataclass
 class ReconstructionLoss:
-    """L1 plus a quality metric such as LPIPS, both on images in [-1, 1] (the reconstruction terms of equations 3 and 4).
+    """L1 plus a quality metric such as LPIPS, both on images in [-1, 1].
+
+    These are the reconstruction terms of the paper's equations 3 and 4.
 
     Attributes:
         metric: The quality metric; it takes part from the first step, since L1 alone leaves LPIPS high.

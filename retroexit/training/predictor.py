@@ -30,8 +30,8 @@ def train_predictor(
 ) -> float | None:
     """Fit a predictor to quality losses by squared error.
 
-    The weights that do best on the held-out samples are kept. Branches were not trained on those, so what they lose there is
-    what new inputs will lose; their mean error is taken out of the predictions at the end.
+    The weights that do best on the held-out samples are kept. Branches were not trained on those, so what
+    they lose there is what new inputs will lose; their mean error is taken out of the predictions at the end.
 
     Args:
         predictor: Changed in place, from the weights that it has; left in eval mode.
@@ -45,7 +45,8 @@ def train_predictor(
         progress: Whether to show a bar on a terminal.
 
     Returns:
-        Mean absolute error on the held-out samples once their mean error is taken out; ``None`` without such samples.
+        Mean absolute error on the held-out samples once their mean error is taken out; ``None`` without such
+        samples.
 
     Reference: paper section 3.2, equation 2.
     """
@@ -70,7 +71,8 @@ def train_predictor(
         scheduler.step()
         if not torch.isfinite(error):
             raise TrainingError(
-                f"the predictor's loss became {float(error.detach())} at step {step}; found features or losses without bound.",
+                f"the predictor's loss became {float(error.detach())} at step {step}; found features or "
+                "losses without bound.",
                 predictor,
             )
         if len(kept) and (step % 50 == 49 or step == steps - 1):

@@ -32,7 +32,9 @@ def test_the_decoder_turns_latents_into_images_of_eight_times_their_size(example
 
 
 def test_a_missing_folder_is_said_in_one_line(example: ModuleType, tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match=f"no data/weights in {tmp_path}; pass --shared or set RETROEXIT_SHARED"):
+    with pytest.raises(
+        SystemExit, match=f"no data/weights in {tmp_path}; pass --shared or set RETROEXIT_SHARED"
+    ):
         example.shared_folder(str(tmp_path))
 
 
@@ -50,15 +52,34 @@ def test_the_weights_decode_what_they_encode(example: ModuleType, shared: Path) 
 
 @pytest.mark.slow
 def test_the_script_runs(
-    example: ModuleType, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    example: ModuleType,
+    shared: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     for split in ("train", "test"):  # so that no photographs need to be encoded
         np.save(tmp_path / f"latents-{split}.npy", torch.randn(6, 32, 4, 8).numpy())
     fit, evaluate = example.retroexit.fit, example.retroexit.evaluate
     monkeypatch.setattr(example.retroexit, "fit", functools.partial(fit, predictor_steps=5))
     monkeypatch.setattr(example.retroexit, "evaluate", functools.partial(evaluate, repeats=1))
-    words = ["--shared", str(shared), "--out", str(tmp_path), "--steps", "1", "--batch", "1", "--crop", "32", "--test", "3"]
-    monkeypatch.setattr(sys, "argv", ["latent_decoder.py", *words, "--attach-at", "6", "8", "--widths", "16", "32"])
+    words = [
+        "--shared",
+        str(shared),
+        "--out",
+        str(tmp_path),
+        "--steps",
+        "1",
+        "--batch",
+        "1",
+        "--crop",
+        "32",
+        "--test",
+        "3",
+    ]
+    monkeypatch.setattr(
+        sys, "argv", ["latent_decoder.py", *words, "--attach-at", "6", "8", "--widths", "16", "32"]
+    )
     example.main()
     said = capsys.readouterr().out
     assert "Sequential with 2 early exits" in said

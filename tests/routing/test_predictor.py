@@ -148,7 +148,9 @@ def test_it_can_read_the_inputs_through_an_adapter(tmp_path: Path) -> None:
         example_inputs=(torch.rand(2, 6, 8, 8), torch.rand(2)),
     )
     inputs = list(zip(torch.rand(40, 6, 8, 8), torch.rand(40), strict=True))
-    retroexit.fit(model, inputs, tmp_path, metric=Distance(), steps=2, batch=2, predictor_steps=3, progress=False)
+    retroexit.fit(
+        model, inputs, tmp_path, metric=Distance(), steps=2, batch=2, predictor_steps=3, progress=False
+    )
     assert asked == [32, 8]
     assert model.predictor is not None
     assert model.predictor.input_shape == (3, 8, 8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -64,7 +65,9 @@ def test_routing_a_shuffled_batch_shuffles_the_images(routed: Make, guided: bool
         ([9.0, 9.0], [1, 1, 1, 1]),
     ],
 )
-def test_stages_behind_the_last_sample_do_not_run(routed: Make, difficulty: list[float], calls: list[int]) -> None:
+def test_stages_behind_the_last_sample_do_not_run(
+    routed: Make, difficulty: list[float], calls: list[int]
+) -> None:
     model = routed()
     model(*_inputs(difficulty), threshold=0.5)
     assert _calls(model) == calls
@@ -90,7 +93,9 @@ def test_a_batch_where_nobody_leaves_searches_no_guide(routed: Make, monkeypatch
     assert model.bank is not None
     searches: list[int] = []
     real = model.bank.search
-    monkeypatch.setattr(model.bank, "search", lambda feature, *more: (searches.append(len(feature)), real(feature, *more))[1])
+    monkeypatch.setattr(
+        model.bank, "search", lambda feature, *more: (searches.append(len(feature)), real(feature, *more))[1]
+    )
     model(*_inputs([9.0, 9.0]), threshold=0.5)
     assert searches == []
     model(*_inputs([9.0, 0.0]), threshold=0.5)
@@ -115,7 +120,7 @@ def test_a_stricter_threshold_never_leaves_earlier(routed: Make) -> None:
     model = routed()
     z, w = _inputs([0.0, 0.5, 1.0, 1.7, 2.2, 3.0])
     chosen = [model.choose_exits(z, w, threshold=t) for t in (0.0, 0.3, 0.9, 2.0)]
-    assert all(bool((a >= b).all()) for a, b in zip(chosen[:-1], chosen[1:], strict=True))
+    assert all(bool((a >= b).all()) for a, b in itertools.pairwise(chosen))
 
 
 def test_what_cannot_be_routed_is_refused(routed: Make) -> None:

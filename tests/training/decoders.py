@@ -1,4 +1,4 @@
-"""Small generators to fit, and a metric without weights. `conftest.py` loads this file; so does a script that gets killed."""
+"""Small generators and a metric without weights, for `conftest.py` and for a script that gets killed."""
 
 from __future__ import annotations
 
@@ -105,7 +105,13 @@ def make(kind: type[nn.Module] = Decoder) -> nn.Module:
 
 def wrap(generator: nn.Module | None = None, **options: Any) -> EarlyExitGenerator:
     """Attach fresh branches after the first two stages, without looking for widths, which takes long."""
-    options = {"attach_at": [1, 2], "scale": 1, "init": "scratch", "image_range": (-1, 1), "adapter": False} | options
+    options = {
+        "attach_at": [1, 2],
+        "scale": 1,
+        "init": "scratch",
+        "image_range": (-1, 1),
+        "adapter": False,
+    } | options
     options.setdefault("example_inputs", (latents(2),))
     return retroexit.wrap(generator if generator is not None else make(), **options)
 

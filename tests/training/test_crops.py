@@ -26,7 +26,9 @@ def _coordinates(height: int, width: int) -> Tensor:
 def test_windows_of_features_guide_and_image_coincide(
     decoders: ModuleType, tmp_path: Path, guidance: bool | None
 ) -> None:
-    inputs = _coordinates(4, 6)[None].repeat(8, 1, 1, 1)  # equal inputs, so that a foreign guide shows the same places
+    inputs = _coordinates(4, 6)[None].repeat(
+        8, 1, 1, 1
+    )  # equal inputs, so that a foreign guide shows the same places
     model = decoders.wrap(
         decoders.make(decoders.Copying),
         stages=("stages.0", "stages.1", "stages.2"),
@@ -43,11 +45,14 @@ def test_windows_of_features_guide_and_image_coincide(
 
     for branch in model.branches:
         branch.register_forward_pre_hook(
-            lambda _, args, kwargs: seen.append((args[0].clone(), kwargs["guide"])) if _.training else None, with_kwargs=True
+            lambda _, args, kwargs: seen.append((args[0].clone(), kwargs["guide"])) if _.training else None,
+            with_kwargs=True,
         )
     settings = decoders.SETTINGS | {"steps": 5, "crop": 8}
     retroexit.fit(model, inputs, tmp_path, metric=Watching(), progress=False, **settings)
-    targets = [target for target in targets if len(target) == settings["batch"] and target.shape[2:] == (8, 8)]
+    targets = [
+        target for target in targets if len(target) == settings["batch"] and target.shape[2:] == (8, 8)
+    ]
     assert len(seen) == len(targets) == 10
     for index, ((feature, guide), target) in enumerate(zip(seen, targets, strict=True)):
         ratio = 4 if index < 5 else 2
@@ -55,7 +60,9 @@ def test_windows_of_features_guide_and_image_coincide(
         assert torch.equal(feature, target[:, :, ::ratio, ::ratio])
         if guidance:
             assert guide is not None and guide.shape[2:] == (4, 4)
-            assert torch.allclose(guide, target[:, :, ::2, ::2], atol=1e-3)  # values are kept in half precision
+            assert torch.allclose(
+                guide, target[:, :, ::2, ::2], atol=1e-3
+            )  # values are kept in half precision
     corners = {(float(t[0, 0, 0]), float(t[1, 0, 0])) for target in targets for t in target}
     assert len(corners) > 5
 
@@ -95,7 +102,11 @@ def test_windows_as_large_as_the_image_are_the_image(size: int | None) -> None:
 @pytest.mark.parametrize(
     ("size", "maps", "message"),
     [
-        (6, [(4, 4)], "crops of 6 pixels; found that the coarsest map has one pixel per 4. Use a multiple of it"),
+        (
+            6,
+            [(4, 4)],
+            "crops of 6 pixels; found that the coarsest map has one pixel per 4. Use a multiple of it",
+        ),
         (2, [(4, 4)], "crops of 2 pixels; found that the coarsest map has one pixel per 4"),
         (0, [], "crops of 0 pixels"),
         (8, [(5, 5)], r"crops of 8 pixels; found a map of \(5, 5\) beside images of \(16, 16\)"),

@@ -56,7 +56,9 @@ def test_fitting_leaves_no_trace_on_the_generator(
     before = {name: value.clone() for name, value in model.branches.state_dict().items()}
     with untouched(generator):
         decoders.fit(model, tmp_path)
-    changed = [name for name, value in model.branches.state_dict().items() if not torch.equal(value, before[name])]
+    changed = [
+        name for name, value in model.branches.state_dict().items() if not torch.equal(value, before[name])
+    ]
     assert any("rgb" in name for name in changed)
     assert all(not module.training for module in model.modules())
 
@@ -69,7 +71,9 @@ def test_fitting_works_where_gradients_are_switched_off(decoders: ModuleType, tm
 
 
 @pytest.mark.parametrize("bfloat16", [False, True])
-def test_every_loss_goes_down(decoders: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bfloat16: bool) -> None:
+def test_every_loss_goes_down(
+    decoders: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bfloat16: bool
+) -> None:
     history: dict[int, list[dict[str, float]]] = {}
     real = BranchTrainer.advance
 
@@ -79,7 +83,9 @@ def test_every_loss_goes_down(decoders: ModuleType, tmp_path: Path, monkeypatch:
         return parts
 
     monkeypatch.setattr(BranchTrainer, "advance", advance)
-    model = decoders.fit(decoders.wrap(), tmp_path, inputs=decoders.latents(24), steps=40, batch=8, bfloat16=bfloat16)
+    model = decoders.fit(
+        decoders.wrap(), tmp_path, inputs=decoders.latents(24), steps=40, batch=8, bfloat16=bfloat16
+    )
     assert sorted(history) == [0, 1]
     for parts in history.values():
         assert len(parts) == 40
@@ -102,7 +108,9 @@ def test_saved_losses_are_those_of_the_trained_exits(decoders: ModuleType, tmp_p
             assert losses[row, k - 1] == pytest.approx(float(loss), rel=1e-4)
 
 
-def test_held_out_samples_are_not_trained_on(decoders: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_held_out_samples_are_not_trained_on(
+    decoders: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: set[int] = set()
     held: list[int] = []
     real_init, real_predictor = BranchTrainer.__init__, fitting.train_predictor
@@ -145,7 +153,9 @@ class _Constants(nn.Module):
 
 
 @pytest.mark.parametrize("thin", ["fps", "none"])
-def test_a_guide_in_training_never_comes_from_the_sample_itself(decoders: ModuleType, tmp_path: Path, thin: str) -> None:
+def test_a_guide_in_training_never_comes_from_the_sample_itself(
+    decoders: ModuleType, tmp_path: Path, thin: str
+) -> None:
     inputs = torch.arange(8.0)[:, None, None, None].expand(8, 1, 4, 4) / 8
     guidance = retroexit.Guidance(thin=thin, size=8, patch=(2, 2))
     stages = ("stages.0", "stages.1", "stages.2")
@@ -246,11 +256,23 @@ def test_settings_out_of_range_are_refused_and_can_be_put_right(
     assert not (tmp_path / "fit.json").exists()
 
 
-def test_a_window_too_small_for_the_metric_is_refused_before_training(decoders: ModuleType, tmp_path: Path) -> None:
+def test_a_window_too_small_for_the_metric_is_refused_before_training(
+    decoders: ModuleType, tmp_path: Path
+) -> None:
     model = decoders.wrap()
     with pytest.raises(OptionError, match="ms-ssim needs images of at least 11x11 pixels, found 8x8"):
-        retroexit.fit(model, decoders.latents(10), tmp_path, metric="ms-ssim", progress=False, crop=8, **decoders.SETTINGS)
-    retroexit.fit(model, decoders.latents(10), tmp_path, metric="ms-ssim", progress=False, crop=12, **decoders.SETTINGS)
+        retroexit.fit(
+            model,
+            decoders.latents(10),
+            tmp_path,
+            metric="ms-ssim",
+            progress=False,
+            crop=8,
+            **decoders.SETTINGS,
+        )
+    retroexit.fit(
+        model, decoders.latents(10), tmp_path, metric="ms-ssim", progress=False, crop=12, **decoders.SETTINGS
+    )
     assert json.loads((tmp_path / "fit.json").read_text())["crop"] == 12
 
 
@@ -262,8 +284,17 @@ def test_a_loss_that_is_not_finite_stops_training_with_its_step(decoders: Module
             self.calls += 1
             return super().compare(a, b) * (float("nan") if self.calls == 5 else 1)
 
-    with pytest.raises(TrainingError, match="the loss of exit 1 became nan at step 2; parts .*Lower the learning rate"):
-        retroexit.fit(decoders.wrap(), decoders.latents(10), tmp_path, metric=Broken(), progress=False, **decoders.SETTINGS)
+    with pytest.raises(
+        TrainingError, match="the loss of exit 1 became nan at step 2; parts .*Lower the learning rate"
+    ):
+        retroexit.fit(
+            decoders.wrap(),
+            decoders.latents(10),
+            tmp_path,
+            metric=Broken(),
+            progress=False,
+            **decoders.SETTINGS,
+        )
 
 
 def test_the_loss_weighs_l1_and_metric(decoders: ModuleType) -> None:
@@ -271,18 +302,29 @@ def test_the_loss_weighs_l1_and_metric(decoders: ModuleType) -> None:
     from retroexit.training.losses import ReconstructionLoss
 
     image, target = torch.rand(2, 3, 4, 4), torch.rand(2, 3, 4, 4)
-    total, parts = ReconstructionLoss(decoders.Distance(), ImageRange(0, 1), l1=3.0, quality=0.5)(image, target)
-    l1 = np.mean([abs(2 * a - 2 * b) for a, b in zip(image.flatten().tolist(), target.flatten().tolist(), strict=True)])
-    squares = [[(2 * a - 2 * b) ** 2 for a, b in zip(x.flatten(), y.flatten(), strict=True)] for x, y in zip(image, target, strict=True)]
+    total, parts = ReconstructionLoss(decoders.Distance(), ImageRange(0, 1), l1=3.0, quality=0.5)(
+        image, target
+    )
+    l1 = np.mean(
+        [abs(2 * a - 2 * b) for a, b in zip(image.flatten().tolist(), target.flatten().tolist(), strict=True)]
+    )
+    squares = [
+        [(2 * a - 2 * b) ** 2 for a, b in zip(x.flatten(), y.flatten(), strict=True)]
+        for x, y in zip(image, target, strict=True)
+    ]
     distance = np.mean([np.sqrt(np.mean(row)) for row in squares])
     assert parts == {"l1": pytest.approx(l1, rel=1e-5), "distance": pytest.approx(distance, rel=1e-5)}
     assert float(total) == pytest.approx(3 * l1 + 0.5 * distance, rel=1e-5)
 
 
 @pytest.mark.parametrize("guidance", [None, True])
-def test_a_fit_of_something_else_is_refused_by_name(decoders: ModuleType, tmp_path: Path, guidance: bool | None) -> None:
+def test_a_fit_of_something_else_is_refused_by_name(
+    decoders: ModuleType, tmp_path: Path, guidance: bool | None
+) -> None:
     decoders.fit(decoders.wrap(guidance=guidance), tmp_path)
-    with pytest.raises(CheckpointError, match=r"other settings: lr was 0.004, is 0.1, steps was 4, is 5\. Use another folder"):
+    with pytest.raises(
+        CheckpointError, match=r"other settings: lr was 0.004, is 0.1, steps was 4, is 5\. Use another folder"
+    ):
         decoders.fit(decoders.wrap(guidance=guidance), tmp_path, steps=5, lr=0.1)
     with pytest.raises(CheckpointError, match="seed was 0, is 1"):
         decoders.fit(decoders.wrap(guidance=guidance), tmp_path, seed=1)

@@ -33,7 +33,9 @@ def test_batches_cover_every_sample_from_any_place() -> None:
     assert [args[0][:, 0].tolist() for _, args, _ in samples.batches(3, first=3)] == [[3, 4, 5], [6]]
 
 
-@pytest.mark.parametrize("items", [[], torch.zeros(0, 3), 5, iter([1]), {"x": torch.zeros(2, 3)}, torch.tensor(1.0)])
+@pytest.mark.parametrize(
+    "items", [[], torch.zeros(0, 3), 5, iter([1]), {"x": torch.zeros(2, 3)}, torch.tensor(1.0)]
+)
 def test_what_is_no_sequence_of_samples_is_refused(items: Any) -> None:
     with pytest.raises(OptionError, match=f"found {type(items).__name__} without samples"):
         Samples(items)
@@ -45,7 +47,10 @@ def test_what_is_no_sequence_of_samples_is_refused(items: Any) -> None:
         (["text"], "asked for a sample; found a str"),
         ([torch.zeros(2), torch.zeros(3)], r"batch of 2 samples; found shapes \[\(2,\), \(3,\)\]"),
         ([{"x": torch.zeros(2)}, {"y": torch.zeros(2)}], "sample 1 has other parts than sample 0"),
-        ([{"x": torch.zeros(2), "gain": 1}, {"x": torch.zeros(2), "gain": 2}], "'gain' = 1 in one and another value"),
+        (
+            [{"x": torch.zeros(2), "gain": 1}, {"x": torch.zeros(2), "gain": 2}],
+            "'gain' = 1 in one and another value",
+        ),
     ],
 )
 def test_samples_that_make_no_batch_are_refused(items: Any, message: str) -> None:
@@ -57,7 +62,15 @@ def test_a_digest_tells_inputs_apart() -> None:
     x = torch.rand(4, 3)
     digests = {
         Samples(items).digest()
-        for items in (x, x + 1, x.double(), x[:3], x.reshape(4, 3, 1), [(row,) for row in x], [{"x": row} for row in x])
+        for items in (
+            x,
+            x + 1,
+            x.double(),
+            x[:3],
+            x.reshape(4, 3, 1),
+            [(row,) for row in x],
+            [{"x": row} for row in x],
+        )
     }
     assert len(digests) == 6  # a tensor and a tuple of it are the same input
     assert Samples(x).digest() == Samples(list(x)).digest()

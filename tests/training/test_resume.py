@@ -21,7 +21,7 @@ from retroexit.guidance.bank import GuidanceBank
 from retroexit.model import EarlyExitGenerator
 from retroexit.training import cache as caching
 from retroexit.training import fit as fitting
-from retroexit.training.branches import BranchTrainer, BranchSchedule, draw_batch, learning_rate
+from retroexit.training.branches import BranchSchedule, BranchTrainer, draw_batch, learning_rate
 
 STEPS = 2 * 4  # two branches
 
@@ -36,8 +36,14 @@ def whole(decoders: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> dic
     """What uninterrupted fits give."""
     plain = decoders.fit(decoders.wrap(), tmp_path_factory.mktemp("plain"))
     guided = decoders.fit(decoders.wrap(guidance=True), tmp_path_factory.mktemp("guided"))
-    noisy = decoders.fit(decoders.wrap(decoders.make(decoders.Noisy), attach_at=[1, 2]), tmp_path_factory.mktemp("noisy"))
-    return {"plain": decoders.trained(plain), "guided": decoders.trained(guided), "noisy": decoders.trained(noisy)}
+    noisy = decoders.fit(
+        decoders.wrap(decoders.make(decoders.Noisy), attach_at=[1, 2]), tmp_path_factory.mktemp("noisy")
+    )
+    return {
+        "plain": decoders.trained(plain),
+        "guided": decoders.trained(guided),
+        "noisy": decoders.trained(noisy),
+    }
 
 
 def _interrupt(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, after: int) -> None:
@@ -53,7 +59,13 @@ def _interrupt(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, after: in
 
 
 def _fit_twice(
-    decoders: ModuleType, folder: Path, make: Callable[[], EarlyExitGenerator], again: bool, owner: Any, name: str, after: int
+    decoders: ModuleType,
+    folder: Path,
+    make: Callable[[], EarlyExitGenerator],
+    again: bool,
+    owner: Any,
+    name: str,
+    after: int,
 ) -> EarlyExitGenerator:
     """Interrupt a fit, then go on: in a new process, or with the same half-trained model."""
     model = make()
@@ -70,7 +82,9 @@ def test_interrupted_at_any_step_a_fit_ends_the_same(
     decoders: ModuleType, tmp_path: Path, whole: dict[str, dict[str, Tensor]], step: int
 ) -> None:
     again = step % 2 == 0
-    model = _fit_twice(decoders, tmp_path, lambda: decoders.wrap(guidance=True), again, BranchTrainer, "advance", step)
+    model = _fit_twice(
+        decoders, tmp_path, lambda: decoders.wrap(guidance=True), again, BranchTrainer, "advance", step
+    )
     _same(decoders.trained(model), whole["guided"])
 
 
@@ -97,7 +111,12 @@ def test_what_branches_draw_themselves_belongs_to_the_step(
     ],
 )
 def test_interrupted_between_steps_a_fit_ends_the_same(
-    decoders: ModuleType, tmp_path: Path, whole: dict[str, dict[str, Tensor]], owner: Any, name: str, after: int
+    decoders: ModuleType,
+    tmp_path: Path,
+    whole: dict[str, dict[str, Tensor]],
+    owner: Any,
+    name: str,
+    after: int,
 ) -> None:
     model = _fit_twice(decoders, tmp_path, lambda: decoders.wrap(guidance=True), True, owner, name, after)
     _same(decoders.trained(model), whole["guided"])
@@ -141,7 +160,9 @@ def test_killed_by_the_system_a_fit_ends_the_same(
     _same(decoders.trained(decoders.fit(decoders.wrap(), tmp_path)), whole["plain"])
 
 
-def test_a_cache_interrupted_between_batches_holds_the_same_arrays(decoders: ModuleType, tmp_path: Path) -> None:
+def test_a_cache_interrupted_between_batches_holds_the_same_arrays(
+    decoders: ModuleType, tmp_path: Path
+) -> None:
     make = lambda: decoders.wrap(decoders.make(decoders.Noisy), guidance=True)  # noqa: E731
     decoders.fit(make(), tmp_path / "whole", cache_batch=3)
     with pytest.MonkeyPatch.context() as patch:
@@ -196,8 +217,12 @@ def test_files_of_another_fit_are_refused(decoders: ModuleType, tmp_path: Path) 
             with pytest.raises(CheckpointError, match=message):
                 decoders.fit(decoders.wrap(attach_at=[1]), tmp_path / "other", inputs=decoders.latents(9))
         (tmp_path / "other" / name).write_bytes(kept)
-    (tmp_path / "one/branches/exit1.safetensors").write_bytes((tmp_path / "one/branches/exit2.safetensors").read_bytes())
-    with pytest.raises(CheckpointError, match="is no checkpoint of exit 1 .*Remove it to train this exit again"):
+    (tmp_path / "one/branches/exit1.safetensors").write_bytes(
+        (tmp_path / "one/branches/exit2.safetensors").read_bytes()
+    )
+    with pytest.raises(
+        CheckpointError, match="is no checkpoint of exit 1 .*Remove it to train this exit again"
+    ):
         decoders.fit(decoders.wrap(), tmp_path / "one")
 
 
@@ -230,6 +255,6 @@ def test_the_learning_rate_rises_over_a_tenth_then_falls_to_a_thousandth() -> No
     assert rates[20] == max(rates) == pytest.approx(2.0)
     assert rates[110] == pytest.approx(2.0 * (0.001 + 0.999 * 0.5))
     assert rates[200] == pytest.approx(0.002)
-    assert all(a < b for a, b in zip(rates[:20], rates[1:21], strict=True))
-    assert all(a > b for a, b in zip(rates[20:-1], rates[21:], strict=True))
+    assert rates[:21] == sorted(set(rates[:21]))
+    assert rates[20:] == sorted(set(rates[20:]), reverse=True)
     assert learning_rate(0, BranchSchedule(steps=1)) > 0
