@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from retroexit.branch.inherit import (
-    choose_channels,
-    correct_fan_in,
-    find_layout,
-    narrow,
-    reshape,
-    start_from_scratch,
-)
-from retroexit.branch.symbolic import analyse
+from retroexit.branch.resize import correct_fan_in, reshape, start_from_scratch
 from retroexit.branch.widths import Pin, WidthPlan, WidthRule
 from retroexit.decoder.cut import Cut, Tail, clone_module
 from retroexit.decoder.structure import tensors
@@ -211,12 +203,7 @@ def build_branch(
         full = clone_module(tail)  # type: ignore[assignment]
         reshape(thin, plan)
     elif spec.rule.scale < 1:
-        algebra = analyse(tail, values, threshold=spec.rule.min_channels, output_of=tensors)
-        plan = algebra.plan(spec.rule)
-        layout = find_layout(tail, algebra, values, tensors)
-        selection = choose_channels(tail, algebra, plan)
-        thin = narrow(tail, algebra, plan, selection, layout)
-        kept = layout.indices(algebra.entry, selection, algebra.values)
+        thin, plan, kept = _narrowed(tail, cut, values, spec)
         if spec.init == "scratch":
             start_from_scratch(thin, tail, spec.seed)
     elif spec.init == "scratch":
@@ -233,6 +220,34 @@ def build_branch(
     branch.to(device=feature.device, dtype=feature.dtype if feature.is_floating_point() else None)
     _check(branch, values, spec)
     return branch.eval()
+
+
+def _narrowed(
+    tail: Tail, cut: Cut, values: Sequence[Tensor], spec: BranchSpec
+) -> tuple[nn.Module, WidthPlan, Tensor | None]:
+    """Narrow a tail; gives the copy, its widths, and the channels of the feature that it keeps."""
+    # Symbolic shapes take seconds to import, and a model that is loaded needs none.
+    from retroexit.branch.inherit import choose_channels, find_layout, narrow
+    from retroexit.branch.symbolic import analyse
+
+    algebra = analyse(tail, values, threshold=spec.rule.min_channels, output_of=tensors)
+    plan = algebra.plan(spec.rule)
+    layout = find_layout(tail, algebra, values, tensors)
+    selection = choose_channels(tail, algebra, plan)
+    thin = narrow(tail, algebra, plan, selection, layout)
+    kept = layout.indices(algebra.entry, selection, algebra.values)
+    return thin, replace(plan, pins=_name_live_values(plan.pins, cut)), kept
+
+
+def _name_live_values(pins: Sequence[Pin], cut: Cut) -> tuple[Pin, ...]:
+    """Say of a fixed input width which live value has it: interfaces keep their size."""
+    sizes = {n.meta["shape"][1]: n.name for n in cut.live if len(n.meta.get("shape", ())) > 1}
+    return tuple(
+        replace(pin, reason=f"live value {sizes[pin.size]!r}, which keeps its size; {pin.reason}")
+        if pin.axis > 0 and pin.size in sizes
+        else pin
+        for pin in pins
+    )
 
 
 def _entry(feature: Tensor, width: int, spec: BranchSpec) -> GuideEntry | None:

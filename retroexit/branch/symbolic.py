@@ -28,7 +28,7 @@ from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from retroexit.branch.widths import Algebra, Expr, symbols_of
+from retroexit.branch.algebra import Algebra, Expr, symbols_of
 from retroexit.decoder import cut
 from retroexit.decoder.cut import clone_module
 from retroexit.decoder.lines import show, user_line

@@ -5,16 +5,17 @@ from __future__ import annotations
 import linecache
 import sys
 import sysconfig
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
-
-import sympy
-import torch
 
 __all__ = ["is_user_code", "show", "user_line"]
 
 _OURS = str(Path(__file__).parents[1])
-_LIBRARIES = (_OURS, *(str(Path(str(module.__file__)).parent) for module in (torch, sympy)))
+_DEMO = str(Path(_OURS, "demo"))  # a generator like anybody's
+_LIBRARIES = tuple(
+    str(Path(spec.origin).parent) for name in ("torch", "sympy") if (spec := find_spec(name)) and spec.origin
+)
 _STANDARD = sysconfig.get_paths()["stdlib"]
 
 
@@ -22,7 +23,8 @@ def is_user_code(filename: str) -> bool:
     """Tell whether a file is neither PyTorch's, nor Python's, nor ours."""
     installed = "site-packages" in filename or "dist-packages" in filename
     is_standard = (filename.startswith(_STANDARD) and not installed) or filename.startswith("<frozen")
-    return not is_standard and not filename.startswith(_LIBRARIES)
+    is_ours = filename.startswith(_OURS) and not filename.startswith(_DEMO)
+    return not is_standard and not is_ours and not filename.startswith(_LIBRARIES)
 
 
 def user_line() -> tuple[str, int] | FrameType | None:
