@@ -9,7 +9,6 @@ the channels of a group consistently must not change the output.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
