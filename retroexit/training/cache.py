@@ -234,9 +234,8 @@ def _compute(model: EarlyExitGenerator, args: Any, kwargs: Any, seed: int) -> di
             found.update({node.name: values[node].clone() for node in split.cuts[index].crossing})
         found[IMAGE] = split.place_of(split.finish(values))
     if model.anatomy.value_cut is not None:
-        with drawing_from(
-            seed, device
-        ):  # the same draw again, so that keys, values and image belong together
+        # The same draw again, so that keys, values and image belong together.
+        with drawing_from(seed, device):
             found[GUIDANCE_VALUE] = model.anatomy.guidance_values(args, kwargs)
     return found
 

@@ -52,14 +52,14 @@ class Decoder(nn.Module):
 
 
 class Noisy(Decoder):
-    """Draws noise per sample in front of the stages, uses it behind them, and draws more inside."""
+    """Draws noise per sample in front of the stages, uses it behind them, and draws more there."""
 
     def forward(self, z: Tensor) -> Tensor:
         noise = torch.randn(z.shape[0], 1, 16, 16)
         h = self.stem(z + 0.5 * torch.randn_like(z))
         for stage in self.stages:
             h = stage(h)
-        return torch.tanh(self.rgb(h + noise))
+        return torch.tanh(self.rgb(h + noise + 0.3 * torch.randn(z.shape[0], 1, 16, 16)))
 
 
 class SharedNoise(Decoder):

@@ -19,6 +19,8 @@ from retroexit.errors import CheckpointError, OptionError, TrainingError
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.training import fit as fitting
 from retroexit.training.branches import BranchTrainer
+from retroexit.training.cache import FeatureCache
+from retroexit.training.inputs import Samples
 
 Untouched = Callable[[nn.Module], AbstractContextManager[None]]
 
@@ -200,6 +202,18 @@ def test_noise_that_a_whole_batch_shares_is_refused(decoders: ModuleType, tmp_pa
     model = decoders.wrap(decoders.make(decoders.SharedNoise))
     with pytest.raises(TrainingError, match="one value for all samples of a batch.*Draw noise per sample"):
         decoders.fit(model, tmp_path)
+
+
+def test_what_a_branch_writes_into_is_a_copy(decoders: ModuleType, tmp_path: Path) -> None:
+    model = decoders.wrap(decoders.make(decoders.SharedNoise))
+    cache = FeatureCache.build(model, Samples(decoders.latents(4)), tmp_path, batch=4, progress=False)
+    names = [node.name for node in model.split.cuts[0].crossing]
+    assert [cache.is_per_sample(name) for name in names] == [True, False]
+    for name in names:
+        before = cache.read(name, [0, 1]).clone()
+        cache.read(name, [0, 1]).zero_()
+        assert torch.equal(cache.read(name, [0, 1]), before)
+        assert before.any()
 
 
 def test_a_module_called_image_is_not_mistaken_for_the_image(decoders: ModuleType, tmp_path: Path) -> None:
