@@ -9,9 +9,10 @@ import logging
 from retroexit.api import evaluate, find_stages, fit, load, wrap
 from retroexit.decoder.stages import Stage
 from retroexit.errors import RetroExitError, RetroExitWarning
+from retroexit.exits import Exit
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.guidance.options import Guidance
-from retroexit.model import EarlyExitGenerator, Exit
+from retroexit.model import EarlyExitGenerator
 from retroexit.plugins import Description, hookimpl
 
 __version__ = "0.1.0"

@@ -4,51 +4,22 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from retroexit.branch.factory import Branch
-from retroexit.branch.widths import Pin
 from retroexit.decoder.split import SplitGenerator, Values
 from retroexit.decoder.structure import rebuild, tensors
 from retroexit.errors import BankError, CheckpointError, NotRecordedError, OptionError, TrainingError
+from retroexit.exits import Exit, list_exits
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.routing.policy import assign_exits, check_threshold
 from retroexit.routing.predictor import Predictor
 from retroexit.wrapping import Anatomy, WrapOptions, build_anatomy
 
-__all__ = ["EarlyExitGenerator", "Exit"]
-
-
-@dataclass(frozen=True)
-class Exit:
-    """One exit of a wrapped generator.
-
-    Attributes:
-        index: From 1, cheapest first; the last one is the backbone.
-        attach_at: Path of the stage that its branch sits behind; empty for the backbone.
-        stage: Number of that stage.
-        depth: Number of stages in the branch, N - k (paper section 3.1).
-        macs: Multiply-accumulates of the whole route for one sample, without predictor and retrieval.
-        share: ``macs`` as a share of the backbone's.
-        parameters: Number of parameters in the branch.
-        widths: Channel counts along the branch.
-        pinned: Widths that could have shrunk but are fixed, and by what.
-    """
-
-    index: int
-    attach_at: str
-    stage: int
-    depth: int
-    macs: int
-    share: float
-    parameters: int
-    widths: tuple[int, ...] = ()
-    pinned: tuple[str, ...] = ()
+__all__ = ["EarlyExitGenerator"]
 
 
 class EarlyExitGenerator(nn.Module):
@@ -149,26 +120,7 @@ class EarlyExitGenerator(nn.Module):
     @property
     def exits(self) -> list[Exit]:
         """The K branch exits, cheapest first, then the backbone."""
-        anatomy = self.anatomy
-        rows = []
-        for index, (place, branch) in enumerate(zip(anatomy.places, self.branches, strict=True), 1):
-            assert isinstance(branch, Branch)
-            rows.append(
-                Exit(
-                    index=index,
-                    attach_at=place.path,
-                    stage=place.index,
-                    depth=anatomy.depth(place),
-                    macs=anatomy.route_macs[index - 1],
-                    share=anatomy.route_macs[index - 1] / anatomy.backbone_macs,
-                    parameters=sum(p.numel() for p in branch.parameters()),
-                    widths=tuple(branch.widths()),
-                    pinned=_by_reason(branch.pins),
-                )
-            )
-        parameters = sum(p.numel() for p in self.generator.parameters())
-        rows.append(Exit(len(rows) + 1, "", 0, 0, anatomy.backbone_macs, 1.0, parameters))
-        return rows
+        return list_exits(self.anatomy, self.branches, self.generator)
 
     def overhead(self) -> list[int]:
         """MACs that a routed call pays besides the route itself, per exit and for one sample.
@@ -380,17 +332,6 @@ class EarlyExitGenerator(nn.Module):
                 f"asked for exit={exit!r}; found exits 1 to {len(self.branches) + 1}, the last one the backbone.", exit
             )
         return exit
-
-
-def _by_reason(pins: Sequence[Pin]) -> tuple[str, ...]:
-    """Say once per cause which widths are fixed."""
-    causes: dict[tuple[int, str], list[str]] = {}
-    for pin in pins:
-        causes.setdefault((pin.size, pin.reason), []).append(f"{pin.parameter}[{pin.axis}]")
-    return tuple(
-        f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''} fixed to {size} by {reason}"
-        for (size, reason), names in causes.items()
-    )
 
 
 def _merge(parts: list[tuple[Tensor, Any]], count: int) -> Any:
