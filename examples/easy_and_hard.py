@@ -1,7 +1,7 @@
 """Draw the README's picture: an easy and a hard scene that leave at different exits at one threshold.
 
-    retroexit demo --out retroexit-demo
-    python examples/easy_and_hard.py retroexit-demo/ms-ssim docs/easy-and-hard.png
+retroexit demo --out retroexit-demo
+python examples/easy_and_hard.py retroexit-demo/ms-ssim docs/easy-and-hard.png
 """
 
 from __future__ import annotations
@@ -30,22 +30,34 @@ def pixels(image: Tensor) -> Image.Image:
 
 def main() -> None:
     """Load the demo's model, pick two scenes, draw them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", type=Path, help="folder with the demo's fitted model")
     parser.add_argument("out", type=Path, help="PNG to write")
-    parser.add_argument("--threshold", type=float, help="accepted quality loss; the middle of exit 1's by default")
+    parser.add_argument(
+        "--threshold", type=float, help="accepted quality loss; the middle of exit 1's by default"
+    )
     parser.add_argument("--scenes", type=int, default=96, help="test scenes to choose from")
     arguments = parser.parse_args()
 
     samples = scene_inputs(arguments.scenes, TEST_SEED)
     labels, styles = (torch.stack(column) for column in zip(*samples, strict=True))
     model = retroexit.load(arguments.model, load_scene_generator(), (labels[:1], styles[:1]))
-    predicted = torch.cat([model.predict(*part) for part in zip(labels.split(16), styles.split(16), strict=True)])
+    predicted = torch.cat(
+        [model.predict(*part) for part in zip(labels.split(16), styles.split(16), strict=True)]
+    )
     threshold = arguments.threshold or float(predicted[:, 0].median())
     chosen = torch.cat(
-        [model.choose_exits(*part, threshold=threshold) for part in zip(labels.split(16), styles.split(16), strict=True)]
+        [
+            model.choose_exits(*part, threshold=threshold)
+            for part in zip(labels.split(16), styles.split(16), strict=True)
+        ]
     )
-    easy, hard = int(predicted[:, 0].argmin()), int(torch.where(chosen == chosen.max(), predicted[:, 0], -1.0).argmax())
+    easy, hard = (
+        int(predicted[:, 0].argmin()),
+        int(torch.where(chosen == chosen.max(), predicted[:, 0], -1.0).argmax()),
+    )
 
     rows = []
     for index in (easy, hard):
@@ -55,8 +67,13 @@ def main() -> None:
         k = int(chosen[index])
         share = model.exits[k - 1].share + model.overhead()[k - 1] / model.exits[-1].macs
         name = f"exit {k} of {len(model.exits)}" if k < len(model.exits) else "the full generator"
-        rows.append([(picture(samples[index]), "input"), (whole, "generator: 100 % of the compute"),
-                     (routed, f"leaves at {name}: {100 * share:.0f} %")])
+        rows.append(
+            [
+                (picture(samples[index]), "input"),
+                (whole, "generator: 100 % of the compute"),
+                (routed, f"leaves at {name}: {100 * share:.0f} %"),
+            ]
+        )
     width, height = SCALE * labels.shape[-1], SCALE * labels.shape[-2]
     sheet = Image.new("RGB", (3 * width + 4 * GAP, 2 * (height + LINE) + GAP), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=20)

@@ -1,8 +1,12 @@
-"""Early exits for a real latent decoder: taef2, a tiny autoencoder distilled from the FLUX.2 VAE, on street photographs.
+"""Early exits for a real latent decoder on street photographs.
 
-The decoder turns 32-channel latents at 1/8 of the resolution into images. Its latents come from real photographs (CamVid) by
-its own encoder; the photographs themselves are not needed for fitting, since the decoder's image is the target. Weights and data are not part of
-this project: point ``--shared`` (or RETROEXIT_SHARED) to the folder that holds ``data/weights`` and ``data/street``.
+The decoder is that of taef2, a tiny autoencoder distilled from the FLUX.2 VAE.
+
+The decoder turns 32-channel latents at 1/8 of the resolution into images. Its latents come from real
+photographs (CamVid) by its own encoder; the photographs themselves are not needed for fitting, since the
+decoder's image is the target. Weights and data are not part of
+this project: point ``--shared`` (or RETROEXIT_SHARED) to the folder that holds ``data/weights`` and
+``data/street``.
 
     python examples/latent_decoder.py --out runs/latent
 """
@@ -33,11 +37,12 @@ class Clamp(nn.Module):
     """Soft limit of the latents to (-3, 3)."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """Limit ``(N, C, H, W)``."""
         return 3 * torch.tanh(x / 3)
 
 
 class Block(nn.Module):
-    """Three convolutions with a skip, before them an optional channel mixer with a norm over the whole map."""
+    """Three convolutions with a skip; before them, where asked, a channel mixer with a norm."""
 
     def __init__(self, width: int = 64, pool: bool = False) -> None:
         super().__init__()
@@ -47,10 +52,14 @@ class Block(nn.Module):
         if pool:
             inner = 4 * width
             self.pool = nn.Sequential(
-                nn.Conv2d(width, inner, 1, bias=False), nn.GroupNorm(4, inner), nn.ReLU(), nn.Conv2d(inner, width, 1, bias=False)
+                nn.Conv2d(width, inner, 1, bias=False),
+                nn.GroupNorm(4, inner),
+                nn.ReLU(),
+                nn.Conv2d(inner, width, 1, bias=False),
             )
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map ``(N, width, H, W)`` to the same shape."""
         if self.pool is not None:
             x = x + self.pool(x)
         return torch.relu(self.conv(x) + x)
@@ -69,7 +78,10 @@ def encoder_layers(latent: int = 32, width: int = 64) -> nn.Sequential:
     """Layers of the taef2 encoder in the order of its checkpoint."""
     layers: list[nn.Module] = [nn.Conv2d(3, width, 3, padding=1), Block(width)]
     for pool in (False, False, True):
-        layers += [nn.Conv2d(width, width, 3, stride=2, padding=1, bias=False), *(Block(width, pool) for _ in range(3))]
+        layers += [
+            nn.Conv2d(width, width, 3, stride=2, padding=1, bias=False),
+            *(Block(width, pool) for _ in range(3)),
+        ]
     return nn.Sequential(*layers, nn.Conv2d(width, latent, 3, padding=1))
 
 
@@ -125,7 +137,14 @@ def summarise(result: Evaluation) -> str:
     at_mean = []
     for target in THRESHOLDS:
         point = result.at_mean(target)
-        at_mean.append([f"{target:g}", f"{100 * point.saved:.1f} %", f"{point.mean_loss:.4f}", " ".join(map(str, point.counts))])
+        at_mean.append(
+            [
+                f"{target:g}",
+                f"{100 * point.saved:.1f} %",
+                f"{point.mean_loss:.4f}",
+                " ".join(map(str, point.counts)),
+            ]
+        )
     parts.append("threshold chosen so that the mean loss stays below:")
     parts.append(table(["mean", "saved", "reached", "samples per exit"], at_mean))
     error = result.predictor_error()
@@ -140,11 +159,15 @@ def summarise(result: Evaluation) -> str:
 
 def main() -> None:
     """Fit and evaluate."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shared", help="folder with data/weights and data/street")
     parser.add_argument("--out", type=Path, default=Path("runs/latent"))
     parser.add_argument("--attach-at", type=int, nargs="+", default=ATTACH_AT)
-    parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS, help="channels of each branch, of 64")
+    parser.add_argument(
+        "--widths", type=int, nargs="+", default=WIDTHS, help="channels of each branch, of 64"
+    )
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--crop", type=int, default=64)
@@ -190,10 +213,17 @@ def main() -> None:
     report = arguments.out / "report"
     command = "python examples/latent_decoder.py --out runs/latent"
     result = retroexit.evaluate(
-        model, test, report, weights=weights, title="taef2: a latent decoder with early exits", command=command
+        model,
+        test,
+        report,
+        weights=weights,
+        title="taef2: a latent decoder with early exits",
+        command=command,
     )
     print(summarise(result))
-    (report / "settings.json").write_text(json.dumps({k: str(v) for k, v in vars(arguments).items()}, indent=1))
+    (report / "settings.json").write_text(
+        json.dumps({k: str(v) for k, v in vars(arguments).items()}, indent=1)
+    )
     print(f"report: {report / 'report.html'}")
 
 

@@ -1,7 +1,7 @@
 """Early exits for any trained image decoder.
 
-``retroexit.wrap`` finds the decoder's stages, attaches thin branches, and returns a module that is the generator, bit for bit,
-until an exit is asked for. Reference: FIANCEE, Karpikova et al., CVPR 2023.
+``retroexit.wrap`` finds the decoder's stages, attaches thin branches, and returns a module that is the
+generator, bit for bit, until an exit is asked for. Reference: FIANCEE, Karpikova et al., CVPR 2023.
 """
 
 import logging

@@ -20,8 +20,8 @@ from retroexit.evaluation.quality import QualityMetric
 from retroexit.evaluation.sweep import Evaluation
 from retroexit.guidance.options import Guidance
 from retroexit.model import EarlyExitGenerator
-from retroexit.plugins.host import host
 from retroexit.plugins.hookspecs import Description
+from retroexit.plugins.host import host
 from retroexit.storage import load_model
 from retroexit.training.fit import FitSettings, fit_model
 from retroexit.wrapping import WrapOptions
@@ -51,31 +51,38 @@ def wrap(
 ) -> EarlyExitGenerator:
     """Add early exits to a trained generator.
 
-    The generator itself is never changed: not its weights, buffers, hooks, ``requires_grad`` or train/eval flags.
+    The generator itself is never changed: not its weights, buffers, hooks, ``requires_grad`` or train/eval
+    flags.
 
     Args:
         generator: Any module with a multi-layer decoder, in eval mode.
-        attach_at: Stages after which a branch sits, by number from 1 (see `find_stages`) or by dotted module path.
+        attach_at: Stages after which a branch sits, by number from 1 (see `find_stages`) or by dotted module
+            path.
         scale: Width factor of the branches, in (0, 1]; one for all, or one per attach point.
         min_channels: No width is scaled below this, ``>= 1``.
-        tap: ``"after"``: a branch takes the stage's output; ``"before"``: its input, so that the branch repeats the stage.
-        example_inputs: Positional inputs that the generator accepts, any batch size. Without them, and without an adapter that
-            makes some, the generator is recorded at its first call.
+        tap: ``"after"``: a branch takes the stage's output; ``"before"``: its input, so that the branch
+            repeats the stage.
+        example_inputs: Positional inputs that the generator accepts, any batch size. Without them, and
+            without an adapter that makes some, the generator is recorded at its first call.
         example_kwargs: Its keyword inputs.
         stages: Paths of l_1..l_N, where the search should not decide.
         guidance: ``None``, ``True`` or ``"patches"`` for the paper's patch bank, or a `Guidance`.
-        adapter: What a plug-in knows about the generator: a `Description`, a plug-in's name, ``False`` to ask none.
-        init: Starting weights of a branch: ``"inherit"``, the backbone's most important channels, or ``"scratch"``.
+        adapter: What a plug-in knows about the generator: a `Description`, a plug-in's name, ``False`` to ask
+            none.
+        init: Starting weights of a branch: ``"inherit"``, the backbone's most important channels, or
+            ``"scratch"``.
         image: Key, index or path of the image in the generator's output, where it returns several maps.
         image_range: Smallest and largest pixel value; measured where it is not given.
-        self_test: Whether to check that the generator cut at every attach point reproduces its output bit for bit.
+        self_test: Whether to check that the generator cut at every attach point reproduces its output bit for
+            bit.
         seed: Seed of fresh weights.
 
     Returns:
         The wrapped generator.
 
     Raises:
-        GeneratorError: If it is no module, is in train mode, rejects the inputs, returns NaN, no image, or several.
+        GeneratorError: If it is no module, is in train mode, rejects the inputs, returns NaN, no image, or
+            several.
         AttachPointError: If a stage is unknown, named twice, the last one, or runs more than once.
         OptionError: If another argument is out of range.
         RecordingError: If its execution cannot be written down and cut.
@@ -90,7 +97,9 @@ def wrap(
     """
     if not isinstance(generator, nn.Module):
         raise GeneratorError(
-            f"asked to wrap a {type(generator).__name__}; found no torch.nn.Module. Pass the trained generator itself.", generator
+            f"asked to wrap a {type(generator).__name__}; found no torch.nn.Module. Pass the trained "
+            "generator itself.",
+            generator,
         )
     if isinstance(attach_at, (str, int)):
         attach_at = [attach_at]
@@ -125,27 +134,36 @@ def load(
     generator: nn.Module,
     example_inputs: Sequence[Any] | None = None,
     example_kwargs: dict[str, Any] | None = None,
+    *,
+    adapter: Description | str | bool | None = None,
 ) -> EarlyExitGenerator:
-    """Read a wrapped generator that ``model.save`` wrote.
+    """Read a wrapped generator that ``model.save`` or `fit` wrote.
 
     Args:
         folder: The folder.
         generator: The same trained generator, weights included; it is not part of what was saved.
         example_inputs: Positional inputs to record it with; without them its first call records.
         example_kwargs: Keyword inputs.
+        adapter: What a plug-in knows about the generator, as for `wrap`.
 
     Returns:
         The wrapped generator, with its branches, predictor and bank.
 
     Raises:
         CheckpointError: If files are missing, damaged, or belong to another generator.
+        PluginError: If the bank's search back-end is not installed.
     """
-    known = _describe(generator, None)
+    known = _describe(generator, adapter)
     if example_inputs is None and known is not None and known.example_inputs is not None:
         example_inputs, example_kwargs = known.example_inputs(generator)
-    predictor_inputs = None if known is None else known.predictor_inputs
     return load_model(
-        folder, generator, example_inputs, example_kwargs, shadowed=_shadowed(generator), predictor_inputs=predictor_inputs
+        folder,
+        generator,
+        example_inputs,
+        example_kwargs,
+        host().retriever,
+        shadowed=_shadowed(generator),
+        predictor_inputs=None if known is None else known.predictor_inputs,
     )
 
 
@@ -161,12 +179,14 @@ def fit(
 ) -> EarlyExitGenerator:
     """Fill the bank, train the branches, train the predictor, from generator inputs alone.
 
-    The backbone's own image is the target, so no photographs are needed. Backbone features and images are computed once and
-    kept in the folder. A fit that was interrupted goes on when it is called again, to the same weights.
+    The backbone's own image is the target, so no photographs are needed. Backbone features and images are
+    computed once and kept in the folder. A fit that was interrupted goes on when it is called again, to the
+    same weights.
 
     Args:
         model: A wrapped generator; its branches are trained in place.
-        inputs: Samples without the batch axis: tensors, tuples of positional inputs, or dicts of keyword inputs.
+        inputs: Samples without the batch axis: tensors, tuples of positional inputs, or dicts of keyword
+            inputs.
         folder: Where cache, checkpoints and the result go; `load` reads the result from there.
         metric: Quality metric to train with and to predict: its name or itself.
         weights: File with the metric's weights.
@@ -188,11 +208,15 @@ def fit(
     if unknown:
         names = [f.name for f in dataclasses.fields(FitSettings)]
         raise OptionError(
-            f"asked for {sorted(unknown)[0]}=...; found no such setting. Closest: {closest(sorted(unknown)[0], names)}.", unknown
+            f"asked for {sorted(unknown)[0]}=...; found no such setting. Closest: "
+            f"{closest(sorted(unknown)[0], names)}.",
+            unknown,
         )
     guidance = model.options.guidance
     back_end = host().retriever(guidance.retriever if guidance is not None else "exact")
-    fit_model(model, inputs, Path(folder), _metric(metric, weights), FitSettings(**settings), back_end, progress)
+    fit_model(
+        model, inputs, Path(folder), _metric(metric, weights), FitSettings(**settings), back_end, progress
+    )
     return model
 
 
@@ -231,7 +255,9 @@ def evaluate(
         WeightsError: If the metric's weights cannot be had.
     """
     name = metric or model.about.get("metric", {}).get("name", "lpips-alex")
-    evaluation, strips = measure(model, inputs, _metric(name, weights), show=show, progress=progress, **settings)
+    evaluation, strips = measure(
+        model, inputs, _metric(name, weights), show=show, progress=progress, **settings
+    )
     if folder is not None:
         from retroexit.evaluation.report import write_report
 
@@ -275,8 +301,8 @@ def find_stages(
         known = _describe(generator, None)
         if known is None or known.example_inputs is None:
             raise OptionError(
-                f"asked for the stages of {type(generator).__name__}; found no adapter that can make its inputs. Pass "
-                "example_inputs=(...).",
+                f"asked for the stages of {type(generator).__name__}; found no adapter that can make its "
+                "inputs. Pass example_inputs=(...).",
                 generator,
             )
         example_inputs, example_kwargs = known.example_inputs(generator)
@@ -291,8 +317,9 @@ def _describe(generator: nn.Module, adapter: Description | str | bool | None) ->
     found = host().describe(generator)
     if isinstance(adapter, str) and (found is None or found.name != adapter):
         raise OptionError(
-            f"asked for adapter={adapter!r}; found that {'no adapter' if found is None else repr(found.name)} recognises a "
-            f"{type(generator).__name__}. List them with 'retroexit plugins'.",
+            f"asked for adapter={adapter!r}; found that "
+            f"{'no adapter' if found is None else repr(found.name)} recognises a {type(generator).__name__}. "
+            "List them with 'retroexit plugins'.",
             adapter,
         )
     return found
@@ -303,7 +330,9 @@ def _rules(scale: float | Sequence[float], min_channels: int, count: int) -> tup
     scales: list[Any] = list(scale) if isinstance(scale, (list, tuple)) else [scale] * count
     if len(scales) != count:
         raise OptionError(
-            f"asked for {len(scales)} scales; found {count} attach points. Pass one scale, or one per attach point.", scale
+            f"asked for {len(scales)} scales; found {count} attach points. Pass one scale, or one per attach "
+            "point.",
+            scale,
         )
     return tuple(WidthRule(item, min_channels) for item in scales)
 
@@ -313,7 +342,9 @@ def _guidance(wanted: Guidance | str | bool | None) -> Guidance | None:
         return wanted or None
     if wanted is True or wanted == "patches":
         return Guidance()
-    raise OptionError(f"asked for guidance={wanted!r}; found None, True, 'patches' or a retroexit.Guidance only.", wanted)
+    raise OptionError(
+        f"asked for guidance={wanted!r}; found None, True, 'patches' or a retroexit.Guidance only.", wanted
+    )
 
 
 def _shadowed(generator: nn.Module) -> tuple[str, ...]:
@@ -324,8 +355,9 @@ def _shadowed(generator: nn.Module) -> tuple[str, ...]:
     clash = tuple(name for name in _OWN_KEYWORDS if name in taken)
     if clash:
         warnings.warn(
-            f"{type(generator).__name__}.forward has its own keyword {' and '.join(map(repr, clash))}; model(...) hands it to the "
-            "generator. Choose exits with model.route(inputs, kwargs, exit=..., threshold=...).",
+            f"{type(generator).__name__}.forward has its own keyword {' and '.join(map(repr, clash))}; "
+            "model(...) hands it to the generator. Choose exits with model.route(inputs, kwargs, exit=..., "
+            "threshold=...).",
             RetroExitWarning,
             stacklevel=3,
         )

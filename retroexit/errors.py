@@ -47,9 +47,9 @@ __all__ = [
     "PluginError",
     "RecordingError",
     "RepeatedStageError",
+    "RetrieverError",
     "RetroExitError",
     "RetroExitWarning",
-    "RetrieverError",
     "TrainingError",
     "WeightsError",
 ]

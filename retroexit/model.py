@@ -25,8 +25,8 @@ __all__ = ["EarlyExitGenerator"]
 class EarlyExitGenerator(nn.Module):
     """A generator with early exits. Made by `retroexit.wrap`.
 
-    ``model(*inputs)`` is the generator, bit for bit. ``exit=k`` leaves at exit k, ``threshold=t`` routes every sample to the
-    cheapest exit whose predicted quality loss is at most ``t``.
+    ``model(*inputs)`` is the generator, bit for bit. ``exit=k`` leaves at exit k, ``threshold=t`` routes
+    every sample to the cheapest exit whose predicted quality loss is at most ``t``.
 
     Attributes:
         generator: The user's generator, never changed.
@@ -84,7 +84,11 @@ class EarlyExitGenerator(nn.Module):
         try:
             self.branches.load_state_dict(weights)
         except RuntimeError as error:
-            raise CheckpointError(f"asked to load saved branches; found that they do not fit: {error}", self) from error
+            raise CheckpointError(
+                "asked to load saved branches; found that they do not fit: "
+                f"{str(error).splitlines()[-1].strip()}",
+                self,
+            ) from error
         self._saved = None
 
     def save(self, folder: str | Path) -> Path:
@@ -106,8 +110,8 @@ class EarlyExitGenerator(nn.Module):
         """
         if self._anatomy is None:
             raise NotRecordedError(
-                "asked for the exits; found that the generator has not been recorded yet. Call the model once, or pass "
-                "example_inputs to retroexit.wrap.",
+                "asked for the exits; found that the generator has not been recorded yet. Call the model "
+                "once, or pass example_inputs to retroexit.wrap.",
                 self,
             )
         return self._anatomy
@@ -125,7 +129,8 @@ class EarlyExitGenerator(nn.Module):
     def overhead(self) -> list[int]:
         """MACs that a routed call pays besides the route itself, per exit and for one sample.
 
-        Every routed sample pays for the predictor; a sample that leaves at a branch pays for the search in the bank too.
+        Every routed sample pays for the predictor; a sample that leaves at a branch pays for the search in
+        the bank too.
         """
         predictor = self.anatomy.predictor_macs(self.predictor)
         search = self.anatomy.search_macs(self.bank)
@@ -133,13 +138,16 @@ class EarlyExitGenerator(nn.Module):
 
     # Calls.
 
-    def forward(self, *inputs: Any, exit: int | None = None, threshold: float | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self, *inputs: Any, exit: int | None = None, threshold: float | None = None, **kwargs: Any
+    ) -> Any:
         """Render images.
 
         Args:
             *inputs: The generator's positional inputs.
             exit: Leave at this exit, from 1; ``K + 1`` is the backbone.
-            threshold: Largest quality loss to accept, ``>= 0``; each sample takes the cheapest exit predicted to keep it.
+            threshold: Largest quality loss to accept, ``>= 0``; each sample takes the cheapest exit predicted
+                to keep it.
             **kwargs: The generator's keyword inputs.
 
         Returns:
@@ -181,7 +189,9 @@ class EarlyExitGenerator(nn.Module):
         args, kwargs = tuple(args), dict(kwargs or {})
         if exit is not None and threshold is not None:
             raise OptionError(
-                f"asked for exit={exit} and threshold={threshold}; found two ways to choose an exit. Pass one of them.", exit
+                f"asked for exit={exit} and threshold={threshold}; found two ways to choose an exit. Pass "
+                "one of them.",
+                exit,
             )
         if not self.is_recorded:
             self.record(*args, **kwargs)
@@ -216,7 +226,8 @@ class EarlyExitGenerator(nn.Module):
             if index:
                 with torch.no_grad():
                     values = self.split.advance(values, index)
-            # What a branch draws, the rest of the backbone draws too: the generator's own numbers for everybody.
+            # What a branch draws, the rest of the backbone draws too: the generator's own numbers for
+            # everybody.
             with torch.random.fork_rng(devices=self.split.cuda_devices):
                 outputs.append(self._leave(values, index, guide))
         with torch.no_grad():
@@ -278,19 +289,24 @@ class EarlyExitGenerator(nn.Module):
         branch = self.branches[index]
         return branch(*(v.clone() if i in written else v for i, v in enumerate(crossing)), guide=guide)
 
-    def _guide(self, values: Values) -> Tensor | None:
-        if self.options.guidance is None:
+    def _guide(self, values: Values, rows: Tensor | None = None) -> Tensor | None:
+        """Retrieve the guide of all samples, or of some rows only, where the branches take one."""
+        if self.options.guidance is None or (rows is not None and not len(rows)):
             return None
         if self.bank is None:
             raise BankError(
-                "asked for a branch that takes a guide; found no guidance bank. Run retroexit.fit, or set model.bank.", self
+                "asked for a branch that takes a guide; found no guidance bank. Run retroexit.fit, or set "
+                "model.bank.",
+                self,
             )
-        return self.bank.guide(self.split.crossing(values, 0)[0])
+        feature = self.split.crossing(values, 0)[0]
+        return self.bank.guide(feature if rows is None else feature[rows])
 
     def _predicted(self, values: Values, args: Any, kwargs: Any) -> Tensor:
         if self.predictor is None:
             raise TrainingError(
-                "asked for a threshold; found no predictor. Run retroexit.fit first, or choose with exit=k.", self
+                "asked for a threshold; found no predictor. Run retroexit.fit first, or choose with exit=k.",
+                self,
             )
         source = self.options.predictor_inputs
         reads = source(*args, **kwargs) if source is not None else self.split.crossing(values, 0)[0]
@@ -302,8 +318,11 @@ class EarlyExitGenerator(nn.Module):
             values = self.split.advance(self.split.start(args, kwargs), 0)
             exits = assign_exits(self._predicted(values, args, kwargs), threshold)
         if not self.split.any_batch:
-            exits = exits.max().expand_as(exits)  # the batch cannot be divided: everybody takes the deepest exit chosen
-        guide = self._guide(values) if bool((exits <= len(self.branches)).any()) else None
+            exits = exits.max().expand_as(
+                exits
+            )  # the batch cannot be divided: everybody takes the deepest exit chosen
+        early = (exits <= len(self.branches)).nonzero()[:, 0]
+        guide = self._guide(values, early)  # one search for all that leave early, none for the others
         rows = torch.arange(len(exits), device=exits.device)
         parts: list[tuple[Tensor, Any]] = []
         for index in range(len(self.branches)):
@@ -312,7 +331,7 @@ class EarlyExitGenerator(nn.Module):
                 here = leaving.nonzero()[:, 0]
                 everybody = len(here) == len(rows)
                 chosen = values if everybody else self.split.select(values, here)
-                own_guide = guide if guide is None or len(here) == len(guide) else guide[rows[here]]
+                own_guide = None if guide is None else guide[torch.searchsorted(early, rows[here])]
                 parts.append((rows[here], self._leave(chosen, index, own_guide)))
                 stay = (~leaving).nonzero()[:, 0]
                 if everybody:
@@ -329,7 +348,9 @@ class EarlyExitGenerator(nn.Module):
     def _check_exit(self, exit: int) -> int:
         if isinstance(exit, bool) or not isinstance(exit, int) or not 1 <= exit <= len(self.branches) + 1:
             raise OptionError(
-                f"asked for exit={exit!r}; found exits 1 to {len(self.branches) + 1}, the last one the backbone.", exit
+                f"asked for exit={exit!r}; found exits 1 to {len(self.branches) + 1}, the last one the "
+                "backbone.",
+                exit,
             )
         return exit
 
@@ -341,7 +362,9 @@ def _merge(parts: list[tuple[Tensor, Any]], count: int) -> Any:
     outputs = [tensors(output) for _, output in parts]
     merged: list[Tensor] = []
     for leaves in zip(*outputs, strict=True):
-        batched = all(leaf.dim() and leaf.shape[0] == len(rows) for leaf, (rows, _) in zip(leaves, parts, strict=True))
+        batched = all(
+            leaf.dim() and leaf.shape[0] == len(rows) for leaf, (rows, _) in zip(leaves, parts, strict=True)
+        )
         if not batched:
             merged.append(leaves[0])
             continue

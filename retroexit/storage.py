@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -123,7 +123,7 @@ def load_model(
     generator: nn.Module,
     example_inputs: Sequence[Any] | None = None,
     example_kwargs: dict[str, Any] | None = None,
-    retriever_class: type[Retriever] | None = None,
+    retriever: Callable[[str], type[Retriever]] | None = None,
     **found: Any,
 ) -> EarlyExitGenerator:
     """Read what `save_model` wrote; see `retroexit.load`."""
@@ -181,7 +181,9 @@ def load_model(
                 "it again.",
                 folder,
             )
-        model.bank = GuidanceBank.load(folder / "bank", wanted, retriever_class=retriever_class)
+        named = options.guidance.retriever if options.guidance is not None else None
+        found_class = retriever(named) if retriever is not None and named is not None else None
+        model.bank = GuidanceBank.load(folder / "bank", wanted, retriever_class=found_class)
     model.restore(_under("branches.", tensors))
     if example_inputs is not None or example_kwargs is not None:
         model.record(*(example_inputs or ()), **(example_kwargs or {}))
