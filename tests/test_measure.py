@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 import retroexit
 from retroexit.errors import CheckpointError, MissingExtraError, OptionError, OutputError
-from retroexit.evaluation.macs import count_macs
-from retroexit.evaluation.measure import Measurement, cross_check, measure, pick_strips, route_seconds
+from retroexit.evaluation.macs import count_macs, cross_check
+from retroexit.evaluation.measure import Measurement, measure, pick_strips, route_seconds
 from retroexit.evaluation.quality import ImageRange, QualityMetric
 from retroexit.evaluation.sweep import Evaluation
 from retroexit.model import EarlyExitGenerator
@@ -251,7 +251,10 @@ def test_every_route_takes_time(model: EarlyExitGenerator) -> None:
 
 def test_the_cross_check_agrees_on_plain_layers(model: EarlyExitGenerator) -> None:
     pytest.importorskip("thop")
-    assert cross_check(model, (INPUTS[:1],), {}) == "0.000 GMACs for the backbone, 1.000 of ours"
+    assert (
+        cross_check(model.generator, model.exits[-1].macs, (INPUTS[:1],))
+        == "0.000 GMACs for the backbone, 1.000 of ours"
+    )
 
 
 def test_the_cross_check_explains_a_functional_convolution(toys: ModuleType) -> None:
@@ -260,17 +263,19 @@ def test_the_cross_check_explains_a_functional_convolution(toys: ModuleType) -> 
     model = retroexit.wrap(
         toy.generator, ["blocks.1"], 1.0, stages=toy.stages, example_inputs=toy.args, adapter=False
     )
-    said = cross_check(model, tuple(x[:1] for x in toy.args), {})
+    said = cross_check(model.generator, model.exits[-1].macs, tuple(x[:1] for x in toy.args))
     assert "thop counts by layer type; it misses functional convolutions and attention" in said
     assert float(said.split(" of ours")[0].split()[-1]) < 0.2
-    assert cross_check(model, (), {"x": 1}) == "not counted: thop takes positional tensors only"
+    assert cross_check(model.generator, 1, (), {"x": 1}) == "not counted: thop takes positional tensors only"
 
 
 def test_a_missing_thop_is_said_and_breaks_nothing(
     model: EarlyExitGenerator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "thop", None)
-    assert "MissingExtraError: asked for a count by thop" in cross_check(model, (INPUTS[:1],), {})
+    assert "MissingExtraError: asked for a count by thop" in cross_check(
+        model.generator, model.exits[-1].macs, (INPUTS[:1],)
+    )
 
 
 def test_a_missing_matplotlib_is_answered_with_the_pip_line(

@@ -13,12 +13,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from retroexit.decoder.counting import MacCounter
+from retroexit.decoder.structure import tensors
 from retroexit.errors import MissingExtraError
 
-__all__ = ["count_macs", "thop_macs"]
+__all__ = ["count_macs", "cross_check", "thop_macs"]
 
 
 def count_macs(function: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
@@ -64,3 +65,40 @@ def thop_macs(module: nn.Module, *args: Any) -> int:
         warnings.simplefilter("ignore")
         macs, _ = thop.profile(copy.deepcopy(module), inputs=args, verbose=False)
     return int(macs)
+
+
+def cross_check(generator: nn.Module, macs: int, args: Any, kwargs: Any = None) -> str:
+    """Say how thop's count of a generator compares with ours, and why they differ.
+
+    Args:
+        generator: The generator.
+        macs: Our count of one call.
+        args: Positional inputs of that call.
+        kwargs: Keyword inputs; thop takes none.
+    """
+    if kwargs or not all(isinstance(arg, Tensor) for arg in args):
+        return "not counted: thop takes positional tensors only"
+    try:
+        theirs = thop_macs(_Plain(generator), *args)
+    except Exception as error:
+        return f"not counted: thop raised {type(error).__name__}: {error}"
+    ratio = theirs / max(macs, 1)
+    if abs(ratio - 1) < 0.01:
+        return f"{theirs / 1e9:.3f} GMACs for the backbone, {ratio:.3f} of ours"
+    why = (
+        "it misses functional convolutions and attention"
+        if ratio < 1
+        else "it counts norms, activations and interpolation too, and overcounts transposed convolutions"
+    )
+    return f"{theirs / 1e9:.3f} GMACs for the backbone, {ratio:.3f} of ours: thop counts by layer type; {why}"
+
+
+class _Plain(nn.Module):
+    """Hides what a generator returns from thop, which expects nothing."""
+
+    def __init__(self, generator: nn.Module) -> None:
+        super().__init__()
+        self.generator = generator
+
+    def forward(self, *args: Tensor) -> Tensor:
+        return tensors(self.generator(*args))[0]

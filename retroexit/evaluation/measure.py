@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
 from retroexit.decoder.structure import tensors
-from retroexit.evaluation.macs import thop_macs
+from retroexit.evaluation.macs import cross_check
 from retroexit.evaluation.quality import ImageRange, QualityMetric
 from retroexit.evaluation.strips import Strip
 from retroexit.evaluation.sweep import Evaluation
@@ -26,7 +26,7 @@ from retroexit.storage import versions
 from retroexit.training.fit import image_range_of
 from retroexit.training.inputs import Samples, drawing_from
 
-__all__ = ["Measurement", "cross_check", "measure", "pick_strips", "route_seconds"]
+__all__ = ["Measurement", "measure", "pick_strips", "route_seconds"]
 
 Show = Callable[[Any], Tensor]
 
@@ -130,7 +130,7 @@ def measure(
     with drawing_from(seed, _device(model)):
         one = samples.gather([0])
         seconds = np.array(route_seconds(model, *one, repeats)) if repeats else None
-        thop = cross_check(model, *one)
+        thop = cross_check(model.generator, model.anatomy.backbone_macs, *one)
     evaluation = Evaluation(
         loss=losses.double().numpy(),
         predicted=None if predicted is None else predicted.double().numpy(),
@@ -183,37 +183,6 @@ def route_seconds(model: EarlyExitGenerator, args: Any, kwargs: Any, repeats: in
                 if turn >= 2:  # the first two turns warm up
                     taken[k].append(time.perf_counter() - begin)
     return [statistics.median(taken[k]) for k in routes]
-
-
-def cross_check(model: EarlyExitGenerator, args: Any, kwargs: Any) -> str:
-    """Say how thop's count of the backbone compares with ours."""
-    ours = model.anatomy.backbone_macs
-    if kwargs or not all(isinstance(arg, Tensor) for arg in args):
-        return "not counted: thop takes positional tensors only"
-    try:
-        theirs = thop_macs(_Plain(model.generator), *args)
-    except Exception as error:
-        return f"not counted: thop raised {type(error).__name__}: {error}"
-    ratio = theirs / max(ours, 1)
-    if abs(ratio - 1) < 0.01:
-        return f"{theirs / 1e9:.3f} GMACs for the backbone, {ratio:.3f} of ours"
-    why = (
-        "it misses functional convolutions and attention"
-        if ratio < 1
-        else "it counts norms, activations and interpolation too, and overcounts transposed convolutions"
-    )
-    return f"{theirs / 1e9:.3f} GMACs for the backbone, {ratio:.3f} of ours: thop counts by layer type; {why}"
-
-
-class _Plain(nn.Module):
-    """Hides what a generator returns from thop, which expects nothing."""
-
-    def __init__(self, generator: nn.Module) -> None:
-        super().__init__()
-        self.generator = generator
-
-    def forward(self, *args: Tensor) -> Tensor:
-        return tensors(self.generator(*args))[0]
 
 
 def pick_strips(run: Measurement, evaluation: Evaluation, show: Show | None = None) -> list[Strip]:
