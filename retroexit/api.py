@@ -122,6 +122,7 @@ def wrap(
         seed=seed,
         shadowed=_shadowed(generator),
         predictor_inputs=None if known is None else known.predictor_inputs,
+        build_stage=None if known is None else known.build_stage,
     )
     model = EarlyExitGenerator(generator, options)
     if example_inputs is not None:
@@ -164,6 +165,7 @@ def load(
         host().retriever,
         shadowed=_shadowed(generator),
         predictor_inputs=None if known is None else known.predictor_inputs,
+        build_stage=None if known is None else known.build_stage,
     )
 
 

@@ -268,6 +268,7 @@ def _plan_to_json(plan: WidthPlan | None) -> dict[str, Any] | None:
         "attributes": [[path, name, value] for (path, name), value in plan.attributes.items()],
         "entry": plan.entry,
         "pins": [dataclasses.asdict(pin) for pin in plan.pins],
+        "built": {path: list(channels) for path, channels in plan.built.items()},
     }
 
 
@@ -280,6 +281,7 @@ def _plan_from_json(saved: dict[str, Any] | None) -> WidthPlan | None:
         attributes={(p, n): tuple(v) if isinstance(v, list) else v for p, n, v in saved["attributes"]},
         entry=saved["entry"],
         pins=tuple(Pin(**pin) for pin in saved["pins"]),
+        built={path: (int(c_in), int(c_out)) for path, (c_in, c_out) in saved.get("built", {}).items()},
     )
 
 

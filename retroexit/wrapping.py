@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 
+from retroexit.branch.exchange import BuildStage
 from retroexit.branch.factory import Branch, BranchSpec, GuideShape, Init, build_branch
 from retroexit.branch.widths import WidthPlan, WidthRule
 from retroexit.decoder.cut import Cut, Segment
@@ -44,6 +45,7 @@ class WrapOptions:
         predictor_inputs: Makes the predictor's input from the generator's; by default it reads the first
             feature.
         plans: Widths chosen earlier, one per exit, from a saved model.
+        build_stage: Builds thin stages through their own constructor, where an adapter can.
     """
 
     attach_at: tuple[int | str, ...]
@@ -59,6 +61,7 @@ class WrapOptions:
     shadowed: tuple[str, ...] = ()
     predictor_inputs: Callable[..., Tensor] | None = None
     plans: tuple[WidthPlan | None, ...] | None = None
+    build_stage: BuildStage | None = None
 
     def __post_init__(self) -> None:
         if not self.attach_at:
@@ -182,7 +185,12 @@ def build_anatomy(
     for index, ((stage, cut), plan) in enumerate(zip(pairs, plans, strict=True)):
         rule = rules[stage.path] if stage.path in rules else rules[stage.index]
         spec = BranchSpec(
-            rule, options.init, guide, tuple(s.path for s in decoder.stages), options.seed + index
+            rule,
+            options.init,
+            guide,
+            tuple(s.path for s in decoder.stages),
+            options.seed + index,
+            options.build_stage,
         )
         branch, written, macs = _build_exit(split, index, states[index], spec, plan, wanted)
         branches.append(branch)

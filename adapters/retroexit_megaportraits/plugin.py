@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from retroexit.plugins import Description, hookimpl
-from retroexit_megaportraits.decoder import MegaPortraitsG2d
+from retroexit_megaportraits.decoder import MegaPortraitsG2d, ResidualBlock
 
 __all__ = ["retroexit_describe"]
 
@@ -23,7 +23,14 @@ def retroexit_describe(generator: nn.Module) -> Description | None:
         stages=tuple(f"blocks.{name}" for name, _ in generator.blocks.named_children()),
         example_inputs=_example_inputs,
         image_range=(0.0, 1.0),
+        build_stage=_build_stage,
     )
+
+
+def _build_stage(stage: nn.Module, in_channels: int, out_channels: int) -> nn.Module:
+    """Make a thin residual block, with a 1x1 shortcut where the widths differ."""
+    assert isinstance(stage, ResidualBlock)
+    return ResidualBlock(in_channels, out_channels, stage.up)
 
 
 def _example_inputs(generator: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:

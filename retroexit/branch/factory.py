@@ -2,96 +2,36 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from functools import cached_property, partial
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
+from retroexit.branch.entry import GuideEntry, GuideShape
+from retroexit.branch.exchange import (
+    BuildStage,
+    StageShape,
+    exchanged,
+    first_stage,
+    inherit_stage,
+    look_at_stages,
+    settle_norms,
+)
 from retroexit.branch.resize import correct_fan_in, reshape, start_from_scratch
 from retroexit.branch.widths import Pin, WidthPlan, WidthRule
 from retroexit.decoder.cut import Cut, Tail, clone_module
 from retroexit.decoder.structure import tensors
 from retroexit.errors import BranchError
 
-__all__ = ["Branch", "GuideShape", "build_branch"]
+__all__ = ["Branch", "BranchSpec", "GuideShape", "build_branch"]
+
+logger = logging.getLogger(__name__)
 
 Init = Literal["inherit", "scratch"]
-Inject = Literal["input", "every_stage"]
-
-
-@dataclass(frozen=True)
-class GuideShape:
-    """What a branch must know about its guide before there is one.
-
-    Attributes:
-        channels: Channels of the guide.
-        size: Its spatial size for the example inputs.
-        inject: ``"input"`` concatenates it to the branch's input (paper section 4.1), ``"every_stage"`` to
-            the input of every branch module (section 4.2).
-    """
-
-    channels: int
-    size: tuple[int, ...]
-    inject: Inject = "input"
-
-
-class GuideEntry(nn.Module):
-    """Bring feature and guide together: resize the guide, concatenate, project to the branch's width.
-
-    Args:
-        channels: Channels of the feature.
-        out_channels: Channels that the branch module takes.
-        size: Spatial size of the feature, for the example inputs.
-        guide: The guide's shape, or ``None`` for a projection of the feature alone.
-        guide_channels: Channels of the resized guide.
-
-    Reference: paper section 4.1, "concatenating it to each branch's input after due resizing performed by a
-        convolution".
-    """
-
-    def __init__(
-        self,
-        channels: int,
-        out_channels: int,
-        size: tuple[int, ...],
-        guide: GuideShape | None,
-        guide_channels: int,
-    ) -> None:
-        super().__init__()
-        convolution: Any = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[len(size)]
-        self.resize: nn.Module | None = None
-        if guide is not None:
-            stride = tuple(max(1, g // s) for g, s in zip(guide.size, size, strict=True))
-            self.resize = convolution(guide.channels, guide_channels, stride, stride=stride)
-        else:
-            guide_channels = 0
-        self.project = convolution(channels + guide_channels, out_channels, 1)
-
-    def forward(self, x: Tensor, guide: Tensor | None) -> Tensor:
-        """Project a feature ``(N, C, ...)`` and a guide ``(N, G, ...)`` to ``(N, out_channels, ...)``."""
-        if self.resize is not None and guide is not None:
-            resized = self.resize(guide)
-            if resized.shape[2:] != x.shape[2:]:
-                resized = functional.interpolate(resized, size=x.shape[2:], mode="nearest")
-            x = torch.cat([x, resized], 1)
-        out: Tensor = self.project(x)
-        return out
-
-    @torch.no_grad()
-    def start(self, kept: Tensor | None) -> None:
-        """Begin as a plain selection of the feature's channels; the guide's weights stay random but small."""
-        weight: Tensor = self.project.weight
-        kept = torch.arange(weight.shape[0]) if kept is None else kept
-        weight.mul_(0.1)
-        weight[:, : weight.shape[1] - self._guide_channels()].zero_()
-        weight[torch.arange(len(kept)), kept] = 1.0
-        self.project.bias.zero_()
-
-    def _guide_channels(self) -> int:
-        return 0 if self.resize is None else int(self.resize.out_channels)  # type: ignore[arg-type]
 
 
 class Branch(nn.Module):
@@ -166,6 +106,7 @@ class BranchSpec:
         guide: The guide it takes, if any.
         stages: Paths of the backbone's stages.
         seed: Seed of fresh weights.
+        build_stage: Builds thin stages through their own constructor, where an adapter can.
     """
 
     rule: WidthRule
@@ -173,6 +114,69 @@ class BranchSpec:
     guide: GuideShape | None = None
     stages: Sequence[str] = field(default_factory=tuple)
     seed: int = 0
+    build_stage: BuildStage | None = None
+
+
+@dataclass
+class _Draft:
+    """A branch on its way.
+
+    Attributes:
+        thin: The narrowed tail.
+        full: The full-width tail.
+        cut: Where it begins.
+        values: Example feature and live values.
+        spec: How to build it.
+        plan: Its widths; ``None`` where nothing shrinks.
+        kept: For a parameter's name and axis the channels that are kept, ``None`` for all of them.
+        entering: Channels of the feature that the narrowed tail keeps, likewise.
+    """
+
+    thin: Tail
+    full: Tail
+    cut: Cut
+    values: Sequence[Tensor]
+    spec: BranchSpec
+    plan: WidthPlan | None = None
+    kept: Callable[[str, int], Tensor | None] = lambda _name, _axis: None
+    entering: Tensor | None = None
+
+    @property
+    def width(self) -> int:
+        """Channels that the narrowed tail takes."""
+        return self.plan.entry if self.plan is not None else int(self.values[0].shape[1])
+
+    @cached_property
+    def stages(self) -> list[str]:
+        """Paths of the stages in the tail, in order."""
+        inside = {str(node.target) for node in self.cut.rest if node.op == "call_module"}
+        return [path for path in self.spec.stages if path in inside]
+
+    @cached_property
+    def first(self) -> str | None:
+        """Path of the stage that takes the feature, where nothing but that stage ties it to a width."""
+        return first_stage(self.full, self.cut, self.stages)
+
+    @cached_property
+    def shapes(self) -> dict[str, StageShape]:
+        """What goes through every stage of the narrowed tail."""
+        return look_at_stages(self.thin, self.values, self.width, self.stages)
+
+    def guide_at(self, path: str) -> int:
+        """Channels of the guide that a stage built by the adapter takes."""
+        guide = self.spec.guide
+        return guide.channels if guide and (path == self.first or guide.inject == "every_stage") else 0
+
+    def sizes(self) -> dict[str, tuple[int, int]]:
+        """Input and output channels of every stage that an adapter may build."""
+        channels = {path: shape.channels for path, shape in self.shapes.items()}
+        if self.first is not None:
+            channels[self.first] = int(self.values[0].shape[1])
+        return {
+            path: (channels[path] + self.guide_at(path), shape.out_channels)
+            for path, shape in self.shapes.items()
+            if path == self.first or path != self.stages[0]
+        }
 
 
 def build_branch(
@@ -191,52 +195,127 @@ def build_branch(
         The branch, in eval mode, on the feature's device.
 
     Raises:
-        BranchError: If the tail cannot be narrowed.
+        BranchError: If the tail cannot be narrowed, or a stage of a saved model cannot be built again.
 
     Reference: paper section 3.1.
     """
-    feature = values[0]
-    kept: Tensor | None = None
-    thin: nn.Module = tail
-    full = tail
     if plan is not None:
-        full = clone_module(tail)  # type: ignore[assignment]
-        reshape(thin, plan)
+        draft = _Draft(tail, cast("Tail", clone_module(tail)), cut, values, spec, plan)
+        reshape(tail, plan)
     elif spec.rule.scale < 1:
-        thin, plan, kept = _narrowed(tail, cut, values, spec)
-        if spec.init == "scratch":
-            start_from_scratch(thin, tail, spec.seed)
-    elif spec.init == "scratch":
-        start_from_scratch(thin, tail, spec.seed)
-    correct_fan_in(thin, full)
-    width = plan.entry if plan is not None else int(feature.shape[1])
+        draft = _narrowed(tail, cut, values, spec)
+    else:
+        draft = _Draft(tail, tail, cut, values, spec)
+    if plan is None and spec.init == "scratch":
+        start_from_scratch(draft.thin, tail, spec.seed)
+    correct_fan_in(draft.thin, draft.full)
+    if plan is not None and plan.built:
+        return _assemble(draft, _build_stages(draft, plan.built, must=True))
+    if plan is None and spec.build_stage is not None and (spec.rule.scale < 1 or spec.guide is not None):
+        return _with_built_stages(draft)
+    return _assemble(draft, {})
+
+
+def _with_built_stages(draft: _Draft) -> Branch:
+    """Let the adapter build stages; keep the narrowed ones, and say so, where its own do not fit."""
+    sizes = draft.sizes()
+    notes = {path: "the feature reaches it through a layer, a sum or twice" for path in draft.stages[:1]}
+    notes = {path: why for path, why in notes.items() if path not in sizes}
+    plan, stages = draft.plan, _build_stages(draft, sizes)
+    if stages:
+        if plan is None:  # full width, with a guide
+            named = [*draft.thin.named_parameters(), *draft.thin.named_buffers()]
+            plan = WidthPlan({}, {name: tuple(t.shape) for name, t in named}, {}, draft.width, ())
+        pins = [pin for pin in plan.pins if not any(pin.parameter.startswith(f"{p}.") for p in stages)]
+        plan = replace(
+            plan,
+            built={path: sizes[path] for path in stages},
+            pins=(*pins, *_notes(draft, notes)),
+        )
+        try:
+            return _assemble(replace(draft, plan=plan), stages)
+        except BranchError as error:
+            notes = dict.fromkeys(stages, f"the adapter's own does not run ({error.__cause__})")
+            logger.warning("stages of the adapter do not run", exc_info=error)
+    if draft.plan is not None:
+        draft.plan = replace(draft.plan, pins=(*draft.plan.pins, *_notes(draft, notes)))
+    return _assemble(draft, {})
+
+
+def _notes(draft: _Draft, notes: dict[str, str]) -> list[Pin]:
+    return [
+        Pin(path, 1, draft.shapes[path].channels, f"narrowing, not built by the adapter: {why}")
+        for path, why in notes.items()
+    ]
+
+
+def _build_stages(
+    draft: _Draft, sizes: dict[str, tuple[int, int]], must: bool = False
+) -> dict[str, nn.Module]:
+    """Ask the adapter for thin stages; those that it leaves to us are not among the result."""
+    spec, stages = draft.spec, {}
+    for number, (path, (channels, out_channels)) in enumerate(sizes.items()):
+        full = draft.full.get_submodule(path)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(spec.seed + 7919 * (number + 1))
+            stage = spec.build_stage(full, channels, out_channels) if spec.build_stage is not None else None
+        if stage is None:
+            if must:
+                raise BranchError(
+                    f"asked to build the stage {path!r} with {channels} to {out_channels} channels again; "
+                    "found no adapter that does. Install the plug-in that the model was wrapped with.",
+                    path,
+                )
+            continue
+        stage.to(next((p.device for p in full.parameters()), draft.values[0].device))
+        if spec.init == "inherit" and not must:
+            kept = partial(_kept_in, draft.kept, path)
+            inherit_stage(stage, full, kept, channels, draft.guide_at(path), path == draft.first)
+        settle_norms(stage)
+        stages[path] = stage
+    return stages
+
+
+def _kept_in(kept: Callable[[str, int], Tensor | None], path: str, name: str, axis: int) -> Tensor | None:
+    return kept(f"{path}.{name}", axis)
+
+
+def _assemble(draft: _Draft, stages: dict[str, nn.Module]) -> Branch:
+    """Put narrowed tail, built stages and entries together, and run the branch once."""
+    spec, feature = draft.spec, draft.values[0]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)
-        entry = _entry(feature, width, spec)
-        injections = _injections(thin, cut, values, width, spec)
-    if entry is not None and spec.init == "inherit" and (kept is None or len(kept) == width):
+        entry = _entry(draft, stages)
+        injections = _injections(draft, stages)
+    kept = draft.entering
+    if entry is not None and spec.init == "inherit" and (kept is None or len(kept) == draft.width):
         entry.start(kept)
-    branch = Branch(entry, thin, injections, plan)  # type: ignore[arg-type]
-    branch.to(device=feature.device, dtype=feature.dtype if feature.is_floating_point() else None)
-    _check(branch, values, spec)
+    with exchanged(draft.thin, stages):
+        branch = Branch(entry, draft.thin, injections, draft.plan)
+        branch.to(device=feature.device, dtype=feature.dtype if feature.is_floating_point() else None)
+        _check(branch, draft.values, spec)
     return branch.eval()
 
 
-def _narrowed(
-    tail: Tail, cut: Cut, values: Sequence[Tensor], spec: BranchSpec
-) -> tuple[nn.Module, WidthPlan, Tensor | None]:
-    """Narrow a tail; gives the copy, its widths, and the channels of the feature that it keeps."""
+def _narrowed(tail: Tail, cut: Cut, values: Sequence[Tensor], spec: BranchSpec) -> _Draft:
+    """Narrow a tail."""
     # Symbolic shapes take seconds to import, and a model that is loaded needs none.
-    from retroexit.branch.inherit import choose_channels, find_layout, narrow
+    from retroexit.branch.inherit import Layout, choose_channels, find_layout, narrow
     from retroexit.branch.symbolic import analyse
 
     algebra = analyse(tail, values, threshold=spec.rule.min_channels, output_of=tensors)
     plan = algebra.plan(spec.rule)
-    layout = find_layout(tail, algebra, values, tensors)
+    # Fresh weights do not care which channel is which.
+    layout = find_layout(tail, algebra, values, tensors) if spec.init == "inherit" else Layout()
     selection = choose_channels(tail, algebra, plan)
     thin = narrow(tail, algebra, plan, selection, layout)
-    kept = layout.indices(algebra.entry, selection, algebra.values)
-    return thin, replace(plan, pins=_name_live_values(plan.pins, cut)), kept
+
+    def kept(name: str, axis: int) -> Tensor | None:
+        return layout.indices(algebra.shapes[name][axis], selection, algebra.values)
+
+    entering = layout.indices(algebra.entry, selection, algebra.values)
+    plan = replace(plan, pins=_name_live_values(plan.pins, cut))
+    return _Draft(cast("Tail", thin), tail, cut, values, spec, plan, kept, entering)
 
 
 def _name_live_values(pins: Sequence[Pin], cut: Cut) -> tuple[Pin, ...]:
@@ -250,41 +329,32 @@ def _name_live_values(pins: Sequence[Pin], cut: Cut) -> tuple[Pin, ...]:
     )
 
 
-def _entry(feature: Tensor, width: int, spec: BranchSpec) -> GuideEntry | None:
+def _entry(draft: _Draft, stages: dict[str, nn.Module]) -> GuideEntry | None:
+    feature, guide, width = draft.values[0], draft.spec.guide, draft.width
     channels, size = int(feature.shape[1]), tuple(feature.shape[2:])
-    if width == channels and spec.guide is None:
+    if draft.first in stages:
+        return None if guide is None else GuideEntry(channels, None, size, guide, guide.channels)
+    if width == channels and guide is None:
         return None
-    return GuideEntry(channels, width, size, spec.guide, guide_channels=width)
+    return GuideEntry(channels, width, size, guide, guide_channels=width)
 
 
-def _injections(
-    tail: nn.Module, cut: Cut, values: Sequence[Tensor], width: int, spec: BranchSpec
-) -> dict[str, GuideEntry]:
+def _injections(draft: _Draft, stages: dict[str, nn.Module]) -> dict[str, GuideEntry]:
     """Entries for the guide at every stage behind the first; the branch's own entry serves that one."""
-    if spec.guide is None or spec.guide.inject != "every_stage":
+    guide = draft.spec.guide
+    if guide is None or guide.inject != "every_stage":
         return {}
-    inside = {str(node.target): node for node in cut.rest if node.op == "call_module"}
-    paths = [p for p in spec.stages if p in inside and cut.feature not in inside[p].all_input_nodes]
-    shapes: dict[str, torch.Size] = {}
-
-    def look(path: str) -> Callable[[Tensor], Tensor]:
-        def seen(x: Tensor) -> Tensor:
-            shapes[path] = x.shape
-            return x
-
-        return seen
-
-    with torch.no_grad():
-        tail(
-            values[0][:, :width].clone(), *(v.clone() for v in values[1:]), before={p: look(p) for p in paths}
-        )
+    called = {str(node.target): node for node in draft.cut.rest if node.op == "call_module"}
     found = {}
-    for path in paths:
-        channels = shapes[path][1]
-        found[path] = GuideEntry(
-            channels, channels, tuple(shapes[path][2:]), spec.guide, guide_channels=channels
-        )
-        if spec.init == "inherit":
+    for path in draft.stages:
+        if path == draft.first or draft.cut.feature in called[path].all_input_nodes:
+            continue
+        channels, size = draft.shapes[path].channels, draft.shapes[path].size
+        if path in stages:
+            found[path] = GuideEntry(channels, None, size, guide, guide.channels)
+        else:
+            found[path] = GuideEntry(channels, channels, size, guide, guide_channels=channels)
+        if draft.spec.init == "inherit":
             found[path].start(None)
     return found
 

@@ -6,7 +6,7 @@ Reference: paper sections 3.1 and 4.1 (modules "less complex", a scale factor, a
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from retroexit.errors import OptionError
@@ -93,6 +93,7 @@ class WidthPlan:
         attributes: New value of every integer attribute that is a width, by module path and name.
         entry: Channels that the tail takes from its entry, at most the feature's.
         pins: Widths that could have shrunk by the rule but are fixed, and why.
+        built: Input and output channels of the stages that an adapter builds, by path.
     """
 
     sizes: dict[Any, int]
@@ -100,3 +101,4 @@ class WidthPlan:
     attributes: dict[tuple[str, str], Any]
     entry: int
     pins: tuple[Pin, ...]
+    built: dict[str, tuple[int, int]] = field(default_factory=dict)

@@ -26,6 +26,11 @@ class Description:
         image_range: Smallest and largest value of the image, such as ``(-1.0, 1.0)``.
         predictor_inputs: Called with the generator's own arguments; returns the one tensor ``(N, C, H, W)``
             from which the predictor judges how hard an input is (paper 3.2). ``C`` must not vary.
+        build_stage: Called with a stage of the generator and the channels that go in and come out; returns a
+            thin stage of the same kind, made by its own constructor, or ``None`` to have the stage narrowed.
+            The first stage of a branch is asked for with the feature's full width, and the guide's channels
+            come on top wherever a stage is handed the guide (paper sections 3.1, 4.1, 4.2). The stage must
+            run where the full one did, with the same further arguments, and take its map first.
         discriminator: Reserved; no part of retroexit reads it yet.
 
     Raises:
@@ -39,6 +44,7 @@ class Description:
     image: str | int | None = None
     image_range: tuple[float, float] | None = None
     predictor_inputs: Callable[..., Tensor] | None = None
+    build_stage: Callable[[nn.Module, int, int], nn.Module | None] | None = None
     discriminator: None = None
 
     def __post_init__(self) -> None:
