@@ -9,6 +9,12 @@ this project: point ``--shared`` (or RETROEXIT_SHARED) to the folder that holds 
 ``data/street``.
 
     python examples/latent_decoder.py --out runs/latent
+
+or, the same through the command line,
+
+    retroexit inspect examples/latent_decoder.py:decoder --shape 1,32,16,32
+    retroexit evaluate examples/latent_decoder.py:decoder runs/latent \
+        --inputs examples/latent_decoder.py:test_latents --weights ../shared/data/weights/lpips_alex_v0.1.pth
 """
 
 from __future__ import annotations
@@ -115,6 +121,21 @@ def latents(split: str, shared: Path, cache: Path) -> Tensor:
     cache.mkdir(parents=True, exist_ok=True)
     np.save(path, torch.stack(found).numpy(), allow_pickle=False)
     return torch.stack(found)
+
+
+def decoder() -> nn.Sequential:
+    """Load the decoder, for the command line."""
+    return load("decoder", shared_folder())
+
+
+def train_latents() -> Tensor:
+    """Latents to fit on, for the command line."""
+    return latents("train", shared_folder(), Path("runs/latent"))
+
+
+def test_latents() -> Tensor:
+    """Latents to test on, for the command line."""
+    return latents("test", shared_folder(), Path("runs/latent"))
 
 
 def summarise(result: Evaluation) -> str:
