@@ -87,6 +87,7 @@ class Guided(nn.Module):
         self.branch = branch
 
     def forward(self, guide: Tensor, *crossing: Tensor) -> Any:
+        """Render an image."""
         return self.branch(*crossing, guide=guide)
 
 
@@ -183,13 +184,9 @@ def show_left_out(plain: list[Count], guided: list[Count], images: dict[str, lis
     print(f"  predictor: {by_inputs:.3f} from the label map, {by_feature:.3f} from the first feature")
     for entries in (1024, 100_000, 6_400_000):
         search = 8 * 16 * entries * 1024 / 1e9
-        print(
-            f"  retrieval: {search:.2f} for 128 patches searched exactly among {entries} keys of 1024 numbers"
-        )
+        print(f"  retrieval: {search:.2f} for an exact search of 128 patches among {entries} keys")
     shares = ", ".join(f"{count.resizing:.3f}" for count in images["1/15"][:-1])
-    print(
-        f"What Table 2 leaves out: resizing a guide image for every branch module, {shares} at exits 1 to 3"
-    )
+    print(f"What Table 2 leaves out: resizing a guide image for every module, {shares} at exits 1 to 3")
 
 
 def main() -> None:

@@ -1,0 +1,233 @@
+"""Thin stages that an adapter builds: widths, cost by hand count, starting weights, saving, falling back."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import retroexit
+from retroexit.errors import BranchError
+from retroexit.evaluation.macs import count_macs
+from retroexit.plugins.host import Host
+from retroexit.storage import load_model
+
+retroexit_oasis = pytest.importorskip("retroexit_oasis", reason="install the project to get its adapters")
+retroexit_megaportraits = pytest.importorskip("retroexit_megaportraits")
+
+OASIS_WIDTHS = (64, 64, 64, 32, 16, 8, 4)
+CONDITION, HIDDEN = 5 + 3, 24
+G2D_STAGES = tuple(f"blocks.{i}" for i in range(9))
+
+
+@pytest.fixture(scope="module")
+def oasis() -> nn.Module:
+    torch.manual_seed(0)
+    return retroexit_oasis.OASISGenerator(5, 3, channels=4, crop=(32, 64), spade_hidden=HIDDEN).eval()
+
+
+@pytest.fixture(scope="module")
+def decoder() -> nn.Module:
+    torch.manual_seed(0)
+    return retroexit_megaportraits.MegaPortraitsG2d(in_channels=24, channels=64, size=4).eval()
+
+
+def wrap(generator: nn.Module, attach_at: list[int | str], **options: Any) -> Any:
+    known = retroexit_oasis.retroexit_describe(generator) or retroexit_megaportraits.retroexit_describe(
+        generator
+    )
+    return retroexit.wrap(generator, attach_at, adapter=known, **options)
+
+
+def spade_macs(c_in: int, c_out: int, pixels: int) -> int:
+    """Count a SPADE block by hand."""
+    middle = min(c_in, c_out)
+
+    def norm(channels: int) -> int:
+        return 9 * (CONDITION * HIDDEN + 2 * HIDDEN * channels)
+
+    main = norm(c_in) + norm(middle) + 9 * middle * (c_in + c_out)
+    return pixels * (main + (norm(c_in) + c_in * c_out if c_in != c_out else 0))
+
+
+def residual_macs(c_in: int, c_out: int, pixels: int) -> int:
+    """Count a residual block by hand."""
+    return pixels * (9 * c_out * (c_in + c_out) + (c_in * c_out if c_in != c_out else 0))
+
+
+def test_an_oasis_branch_costs_what_a_count_by_hand_says(oasis: nn.Module) -> None:
+    model = wrap(oasis, [2, 4], scale=1 / 4, min_channels=6)
+    pixels = [2 << (2 * i) for i in range(6)]
+    full = [spade_macs(a, b, p) for (a, b), p in zip(pairwise(OASIS_WIDTHS), pixels, strict=True)]
+    for leave, k in zip(model.exits, (2, 4), strict=False):
+        widths = [OASIS_WIDTHS[k], *(min(c, max(6, c // 4)) for c in OASIS_WIDTHS[k + 1 :])]
+        thin = [spade_macs(a, b, p) for (a, b), p in zip(pairwise(widths), pixels[k:], strict=True)]
+        stem, head = 2 * 9 * CONDITION * OASIS_WIDTHS[0], pixels[-1] * 9 * widths[-1] * 3
+        assert leave.macs == stem + sum(full[:k]) + sum(thin) + head
+        label = torch.zeros(1, 5, 32, 64)
+        assert count_macs(model, label, exit=leave.index) == leave.macs
+        built = model.branches[leave.index - 1].tail.body
+        assert [b.conv_0.in_channels for b in built.children()] == widths[:-1]
+        assert [b.learned_shortcut for b in built.children()] == [a != b for a, b in pairwise(widths)]
+        assert {b.norm_0.mlp_shared[0].out_channels for b in built.children()} == {HIDDEN}
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_a_g2d_branch_costs_what_a_count_by_hand_says(decoder: nn.Module, guided: bool) -> None:
+    guidance = retroexit.Guidance(value_after="to_rgb", inject="every_stage") if guided else None
+    model = wrap(decoder, [2, 6], scale=1 / 4, min_channels=6, guidance=guidance)
+    full, sizes = [64] * 7 + [32, 16, 8], [4] * 6 + [8, 16, 32]
+    more = 3 if guided else 0
+    for leave, branch, k in zip(model.exits, model.branches, (2, 6), strict=False):
+        widths = [full[k], *(min(c, max(6, c // 4)) for c in full[k + 1 :])]
+        macs = 16 * 24 * 64 + k * residual_macs(64, 64, 16) + 32 * 32 * 9 * widths[-1] * 3
+        for (c_in, c_out), size in zip(pairwise(widths), sizes[k:], strict=True):
+            macs += residual_macs(c_in + more, c_out, size * size)
+        # The guide of 32x32 is resized to what enters each stage, by windows that do not overlap.
+        entering = [4, *sizes[k:-1]]
+        macs += sum(3 * 3 * (32 // size) ** 2 * size * size for size in entering) if guided else 0
+        assert leave.macs == macs
+        assert (branch.entry is not None) == guided
+        assert len(branch.injections) == (9 - k - 1 if guided else 0)
+
+
+@pytest.mark.parametrize("init", ["inherit", "scratch"])
+@pytest.mark.parametrize("name", ["oasis", "decoder"])
+def test_the_first_stage_sees_the_whole_feature_and_every_parameter_learns(
+    name: str, init: Any, request: pytest.FixtureRequest
+) -> None:
+    generator = request.getfixturevalue(name)
+    guidance = retroexit.Guidance(value_after=5, inject="every_stage")
+    model = wrap(generator, [4], scale=1 / 4, min_channels=6, init=init, guidance=guidance)
+    (branch,) = model.branches
+    crossing = [torch.rand(2, *n.meta["shape"][1:]) for n in model.anatomy.split.cuts[0].crossing]
+    guide = torch.rand(2, *model.anatomy.value_cut.feature.meta["shape"][1:]).requires_grad_()
+    feature = crossing[0].requires_grad_()
+    image: Tensor = branch(*crossing, guide=guide)
+    assert image.isfinite().all()
+    image.square().mean().backward()
+    assert feature.grad is not None and guide.grad is not None
+    assert feature.grad.abs().sum((0, 2, 3)).min() > 0
+    assert guide.grad.abs().max() > 0
+    # An image near its mean gives tiny gradients, but none is missing.
+    assert [n for n, p in branch.named_parameters() if p.grad is None] == []
+    assert all(parameter.grad is None for parameter in generator.parameters())
+
+
+def test_a_built_stage_starts_from_the_backbones_channels(decoder: nn.Module) -> None:
+    guidance = retroexit.Guidance(value_after="to_rgb", inject="every_stage")
+    model = wrap(decoder, [2], scale=1 / 4, min_channels=6, guidance=guidance)
+    tail, full = model.branches[0].tail, decoder.blocks[2]
+    first = tail.get_submodule("blocks.2")
+    assert first.conv_0.weight.shape == (16, 64 + 3, 3, 3)
+    rows = [int((full.conv_0.bias == value).nonzero()) for value in first.conv_0.bias]
+    assert len(set(rows)) == 16
+    assert torch.equal(first.conv_0.weight[:, :64], full.conv_0.weight[rows])
+    assert 0 < first.conv_0.weight[:, 64:].abs().mean() < 0.2 * first.conv_0.weight[:, :64].abs().mean()
+    out = [int((full.conv_1.bias == value).nonzero()) for value in first.conv_1.bias]
+    assert torch.equal(first.conv_1.weight, full.conv_1.weight[out][:, rows])
+    second = tail.get_submodule("blocks.3").conv_0
+    rows = [int((decoder.blocks[3].conv_0.bias == value).nonzero()) for value in second.bias]
+    assert torch.equal(second.weight[:, :16], decoder.blocks[3].conv_0.weight[rows][:, out])
+
+
+def test_spectral_norms_of_built_stages_know_their_weights(oasis: nn.Module) -> None:
+    model = wrap(oasis, [4], scale=1 / 4, min_channels=6)
+    for block in model.branches[0].tail.body.children():
+        for conv in (block.conv_0, block.conv_1, *([block.conv_s] if block.learned_shortcut else [])):
+            matrix = conv.weight_orig.detach().flatten(1)
+            norm = conv.weight_u @ matrix @ conv.weight_v
+            assert norm == pytest.approx(float(torch.linalg.matrix_norm(matrix, 2)), rel=0.1)
+
+
+@pytest.mark.parametrize("tap", ["after", "before"])
+def test_a_saved_model_gets_the_same_stages_back(
+    decoder: nn.Module, tap: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = wrap(decoder, [3], scale=1 / 4, min_channels=6, tap=tap, guidance=True)
+    model.save(tmp_path)
+    known = Host(discover=False)
+    known.register(retroexit_megaportraits, "megaportraits")
+    monkeypatch.setattr("retroexit.api.host", lambda: known)
+    again = retroexit.load(tmp_path, decoder)
+    (old,), (new,) = model.branches, again.branches
+    assert new.plan.built == old.plan.built != {}
+    assert again.exits == model.exits
+    feature = torch.rand(1, 64, 4, 4)
+    guide = torch.rand(1, *model.anatomy.value_cut.feature.meta["shape"][1:])
+    with torch.no_grad():
+        assert torch.equal(new(feature, guide=guide), old(feature, guide=guide))
+    (example,), _ = retroexit_megaportraits.retroexit_describe(decoder).example_inputs(decoder)
+    with pytest.raises(BranchError, match=r"the stage 'blocks\.[23]' with 128 to 16 .* plug-in"):
+        load_model(tmp_path, decoder, (example,))
+
+
+def test_a_full_width_branch_without_guide_stays_the_backbones_own(decoder: nn.Module) -> None:
+    model = wrap(decoder, [2], scale=1.0)
+    feature = torch.randn(1, 24, 4, 4)
+    with torch.no_grad():
+        assert torch.equal(model(feature, exit=1), decoder(feature))
+
+
+def test_a_full_width_branch_with_guide_takes_both(decoder: nn.Module) -> None:
+    model = wrap(decoder, [2], scale=1.0, guidance=True)
+    assert model.branches[0].tail.get_submodule("blocks.2").conv_0.in_channels == 64 + 64
+    assert model.branches[0].tail.get_submodule("blocks.3").conv_0.in_channels == 64
+
+
+class Twice(nn.Module):
+    """Three residual blocks; the first one's output is read again behind the second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.rgb = nn.Conv2d(4, 16, 1), nn.Conv2d(16, 3, 3, padding=1)
+        self.blocks = nn.ModuleList(retroexit_megaportraits.ResidualBlock(16, 16) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.blocks[0](self.stem(x))
+        return torch.tanh(self.rgb(self.blocks[2](self.blocks[1](first) + first)))
+
+
+def describe_twice(build_stage: Any) -> retroexit.Description:
+    return retroexit.Description(
+        name="twice",
+        stages=("blocks.0", "blocks.1", "blocks.2"),
+        example_inputs=lambda generator: ((torch.rand(1, 4, 8, 8),), {}),
+        build_stage=build_stage,
+    )
+
+
+def test_a_feature_that_is_read_twice_is_projected_and_the_exit_says_so() -> None:
+    known = describe_twice(lambda stage, c_in, c_out: retroexit_megaportraits.ResidualBlock(c_in, c_out))
+    model = retroexit.wrap(Twice().eval(), [1], 1 / 4, min_channels=4, adapter=known)
+    (branch,) = model.branches
+    assert branch.entry.project.out_channels == 4
+    assert branch.plan.built == {"blocks.2": (4, 4)}
+    assert any("blocks.1" in line and "not built by the adapter" in line for line in model.exits[0].pinned)
+    assert model(torch.rand(2, 4, 8, 8), exit=1).shape == (2, 3, 8, 8)
+
+
+def test_stages_that_do_not_run_are_narrowed_and_the_exit_says_so() -> None:
+    known = describe_twice(lambda stage, c_in, c_out: retroexit_megaportraits.ResidualBlock(c_in, c_out + 1))
+    model = retroexit.wrap(Twice().eval(), [1], 1 / 4, min_channels=4, adapter=known)
+    (branch,) = model.branches
+    assert branch.plan.built == {}
+    assert any("blocks.2" in line and "does not run" in line for line in model.exits[0].pinned)
+    assert branch.tail.get_parameter("blocks.2.conv_1.weight").shape == (4, 4, 3, 3)
+
+
+def test_what_an_adapter_leaves_to_us_is_narrowed(decoder: nn.Module) -> None:
+    plain = retroexit.wrap(decoder, [6], 1 / 4, min_channels=6, adapter=False, stages=G2D_STAGES)
+    known = retroexit.Description(name="leaves all", stages=G2D_STAGES, build_stage=lambda *_: None)
+    asked = retroexit.wrap(decoder, [6], 1 / 4, min_channels=6, adapter=known)
+    for model in (plain, asked):
+        feature = torch.randn(1, 24, 4, 4, generator=torch.Generator().manual_seed(1))
+        model.record(feature)
+        assert model.branches[0].plan.built == {}
+    assert asked.exits == plain.exits
+    with torch.no_grad():
+        assert torch.equal(asked(feature, exit=1), plain(feature, exit=1))
