@@ -221,22 +221,20 @@ def _with_built_stages(draft: _Draft) -> Branch:
     sizes = draft.sizes()
     notes = {path: "the feature reaches it through a layer, a sum or twice" for path in draft.stages[:1]}
     notes = {path: why for path, why in notes.items() if path not in sizes}
-    plan, stages = draft.plan, _build_stages(draft, sizes)
-    if stages:
-        if plan is None:  # full width, with a guide
-            named = [*draft.thin.named_parameters(), *draft.thin.named_buffers()]
-            plan = WidthPlan({}, {name: tuple(t.shape) for name, t in named}, {}, draft.width, ())
-        pins = [pin for pin in plan.pins if not any(pin.parameter.startswith(f"{p}.") for p in stages)]
-        plan = replace(
-            plan,
-            built={path: sizes[path] for path in stages},
-            pins=(*pins, *_notes(draft, notes)),
-        )
-        try:
+    try:
+        stages = _build_stages(draft, sizes)
+        if stages:
+            plan = draft.plan
+            if plan is None:  # full width, with a guide
+                named = [*draft.thin.named_parameters(), *draft.thin.named_buffers()]
+                plan = WidthPlan({}, {name: tuple(t.shape) for name, t in named}, {}, draft.width, ())
+            pins = [pin for pin in plan.pins if not any(pin.parameter.startswith(f"{p}.") for p in stages)]
+            built = {path: sizes[path] for path in stages}
+            plan = replace(plan, built=built, pins=(*pins, *_notes(draft, notes)))
             return _assemble(replace(draft, plan=plan), stages)
-        except BranchError as error:
-            notes = dict.fromkeys(stages, f"the adapter's own does not run ({error.__cause__})")
-            logger.warning("stages of the adapter do not run", exc_info=error)
+    except BranchError as error:
+        notes = dict.fromkeys(sizes, f"the adapter's own does not run ({error.__cause__})")
+        logger.warning("stages of the adapter do not run", exc_info=error)
     if draft.plan is not None:
         draft.plan = replace(draft.plan, pins=(*draft.plan.pins, *_notes(draft, notes)))
     return _assemble(draft, {})
@@ -258,7 +256,7 @@ def _build_stages(
         full = draft.full.get_submodule(path)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(spec.seed + 7919 * (number + 1))
-            stage = spec.build_stage(full, channels, out_channels) if spec.build_stage is not None else None
+            stage = _call_adapter(spec.build_stage, full, channels, out_channels)
         if stage is None:
             if must:
                 raise BranchError(
@@ -267,13 +265,26 @@ def _build_stages(
                     path,
                 )
             continue
-        stage.to(next((p.device for p in full.parameters()), draft.values[0].device))
+        stage.eval().to(next((p.device for p in full.parameters()), draft.values[0].device))
         if spec.init == "inherit" and not must:
             kept = partial(_kept_in, draft.kept, path)
             inherit_stage(stage, full, kept, channels, draft.guide_at(path), path == draft.first)
         settle_norms(stage)
         stages[path] = stage
     return stages
+
+
+def _call_adapter(
+    build_stage: BuildStage | None, full: nn.Module, channels: int, out_channels: int
+) -> nn.Module | None:
+    try:
+        return None if build_stage is None else build_stage(full, channels, out_channels)
+    except Exception as error:
+        raise BranchError(
+            f"asked the adapter for a {type(full).__name__} of {channels} to {out_channels} channels; "
+            f"it raised {type(error).__name__}: {error}. Report this to the adapter's authors.",
+            full,
+        ) from error
 
 
 def _kept_in(kept: Callable[[str, int], Tensor | None], path: str, name: str, axis: int) -> Tensor | None:

@@ -128,6 +128,8 @@ def test_a_built_stage_starts_from_the_backbones_channels(decoder: nn.Module) ->
     assert len(set(rows)) == 16
     assert torch.equal(first.conv_0.weight[:, :64], full.conv_0.weight[rows])
     assert 0 < first.conv_0.weight[:, 64:].abs().mean() < 0.2 * first.conv_0.weight[:, :64].abs().mean()
+    assert torch.equal(first.norm_0.running_mean[:64], full.norm_0.running_mean)
+    assert not any(module.training for module in tail.modules())
     out = [int((full.conv_1.bias == value).nonzero()) for value in first.conv_1.bias]
     assert torch.equal(first.conv_1.weight, full.conv_1.weight[out][:, rows])
     second = tail.get_submodule("blocks.3").conv_0
@@ -211,8 +213,17 @@ def test_a_feature_that_is_read_twice_is_projected_and_the_exit_says_so() -> Non
     assert model(torch.rand(2, 4, 8, 8), exit=1).shape == (2, 3, 8, 8)
 
 
-def test_stages_that_do_not_run_are_narrowed_and_the_exit_says_so() -> None:
-    known = describe_twice(lambda stage, c_in, c_out: retroexit_megaportraits.ResidualBlock(c_in, c_out + 1))
+def fail(*_: object) -> nn.Module:
+    raise ZeroDivisionError("no such width")
+
+
+@pytest.mark.parametrize(
+    "build_stage",
+    [lambda stage, c_in, c_out: retroexit_megaportraits.ResidualBlock(c_in, c_out + 1), fail],
+    ids=["wrong width", "raises"],
+)
+def test_stages_that_do_not_run_are_narrowed_and_the_exit_says_so(build_stage: Any) -> None:
+    known = describe_twice(build_stage)
     model = retroexit.wrap(Twice().eval(), [1], 1 / 4, min_channels=4, adapter=known)
     (branch,) = model.branches
     assert branch.plan.built == {}
