@@ -163,9 +163,13 @@ class _Draft:
         return look_at_stages(self.thin, self.values, self.width, self.stages)
 
     def guide_at(self, path: str) -> int:
-        """Channels of the guide that a stage built by the adapter takes."""
+        """Channels of the resized guide that a stage built by the adapter takes, at most its own output's.
+
+        A wider guide would cost the stage more than it saves.
+        """
         guide = self.spec.guide
-        return guide.channels if guide and (path == self.first or guide.inject == "every_stage") else 0
+        takes = guide is not None and (path == self.first or guide.inject == "every_stage")
+        return min(guide.channels, self.shapes[path].out_channels) if guide is not None and takes else 0
 
     def sizes(self) -> dict[str, tuple[int, int]]:
         """Input and output channels of every stage that an adapter may build."""
@@ -343,8 +347,8 @@ def _name_live_values(pins: Sequence[Pin], cut: Cut) -> tuple[Pin, ...]:
 def _entry(draft: _Draft, stages: dict[str, nn.Module]) -> GuideEntry | None:
     feature, guide, width = draft.values[0], draft.spec.guide, draft.width
     channels, size = int(feature.shape[1]), tuple(feature.shape[2:])
-    if draft.first in stages:
-        return None if guide is None else GuideEntry(channels, None, size, guide, guide.channels)
+    if draft.first is not None and draft.first in stages:
+        return None if guide is None else GuideEntry(channels, None, size, guide, draft.guide_at(draft.first))
     if width == channels and guide is None:
         return None
     return GuideEntry(channels, width, size, guide, guide_channels=width)
@@ -362,7 +366,7 @@ def _injections(draft: _Draft, stages: dict[str, nn.Module]) -> dict[str, GuideE
             continue
         channels, size = draft.shapes[path].channels, draft.shapes[path].size
         if path in stages:
-            found[path] = GuideEntry(channels, None, size, guide, guide.channels)
+            found[path] = GuideEntry(channels, None, size, guide, draft.guide_at(path))
         else:
             found[path] = GuideEntry(channels, channels, size, guide, guide_channels=channels)
         if draft.spec.init == "inherit":

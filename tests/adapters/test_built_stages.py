@@ -164,7 +164,7 @@ def test_a_saved_model_gets_the_same_stages_back(
     with torch.no_grad():
         assert torch.equal(new(feature, guide=guide), old(feature, guide=guide))
     (example,), _ = retroexit_megaportraits.retroexit_describe(decoder).example_inputs(decoder)
-    with pytest.raises(BranchError, match=r"the stage 'blocks\.[23]' with 128 to 16 .* plug-in"):
+    with pytest.raises(BranchError, match=r"the stage 'blocks\.[23]' with 80 to 16 .* plug-in"):
         load_model(tmp_path, decoder, (example,))
 
 
