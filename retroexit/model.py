@@ -318,9 +318,8 @@ class EarlyExitGenerator(nn.Module):
             values = self.split.advance(self.split.start(args, kwargs), 0)
             exits = assign_exits(self._predicted(values, args, kwargs), threshold)
         if not self.split.any_batch:
-            exits = exits.max().expand_as(
-                exits
-            )  # the batch cannot be divided: everybody takes the deepest exit chosen
+            # The batch cannot be divided: everybody takes the deepest exit chosen.
+            exits = exits.max().expand_as(exits)
         early = (exits <= len(self.branches)).nonzero()[:, 0]
         guide = self._guide(values, early)  # one search for all that leave early, none for the others
         rows = torch.arange(len(exits), device=exits.device)

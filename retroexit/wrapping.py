@@ -16,7 +16,7 @@ from retroexit.decoder.cut import Cut, Segment
 from retroexit.decoder.record import unobserved
 from retroexit.decoder.split import SplitGenerator, Values, places
 from retroexit.decoder.stages import Decoder, Stage, describe_stage, read_decoder
-from retroexit.decoder.structure import tensors
+from retroexit.decoder.structure import cloned, tensors
 from retroexit.errors import AttachPointError, BankError, OptionError, RecordingError, closest
 from retroexit.evaluation.macs import count_macs
 from retroexit.guidance.bank import GuidanceBank
@@ -205,8 +205,7 @@ def _find_places(decoder: Decoder, options: WrapOptions) -> list[tuple[Stage, Cu
     for place in options.attach_at:
         if isinstance(place, str):
             chosen.append(known.get(place) or describe_stage(decoder, place))
-            continue
-        if not 1 <= place <= len(decoder.stages):
+        elif not 1 <= place <= len(decoder.stages):
             near = ", ".join(
                 f"{s.index} ({s.path})" for s in decoder.stages if abs(s.index - place) <= 2
             ) or (", ".join(f"{s.index} ({s.path})" for s in decoder.stages[-3:]))
@@ -216,15 +215,15 @@ def _find_places(decoder: Decoder, options: WrapOptions) -> list[tuple[Stage, Cu
                 "'retroexit inspect' or retroexit.find_stages.",
                 place,
             )
-        stage = decoder.stages[place - 1]
-        if options.tap == "after" and place == len(decoder.stages):
+        else:
+            chosen.append(decoder.stages[place - 1])
+        stage = chosen[-1]
+        if options.tap == "after" and stage.index == len(decoder.stages):
             raise AttachPointError(
-                f"asked for a branch after stage {place} ({stage.path}); found that it is the last one, so "
-                "that nothing is "
-                f"left to make thinner. Attach at 1 to {place - 1}.",
+                f"asked for a branch after stage {stage.index} ({stage.path}); found that it is the last "
+                f"one, so that nothing is left to make thinner. Attach at 1 to {stage.index - 1}.",
                 place,
             )
-        chosen.append(stage)
     if len({stage.path for stage in chosen}) < len(chosen):
         raise AttachPointError(
             f"asked for attach_at={list(options.attach_at)}; found two names for one stage. Name each once.",
@@ -254,17 +253,11 @@ def _has_weights(node: fx.Node) -> bool:
 def _states(split: SplitGenerator, args: Any, kwargs: Any) -> list[list[Tensor]]:
     """Values that cross each cut, for the example inputs."""
     states = []
-    values: Values = split.start(_clone(args), _clone(kwargs))
+    values: Values = split.start(cloned(args), cloned(kwargs))
     for index in range(len(split.cuts)):
         values = split.advance(values, index)
         states.append([v.clone() for v in split.crossing(values, index)])
     return states
-
-
-def _clone(value: Any) -> Any:
-    from retroexit.decoder.structure import rebuild
-
-    return rebuild(value, lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf)
 
 
 def _build_exit(
@@ -299,7 +292,7 @@ def _output(split: SplitGenerator) -> list[Tensor]:
     """What the generator returns when nobody looks: observed attention takes another kernel."""
     args, kwargs = split.example
     with torch.no_grad(), unobserved(split.generator):
-        return tensors(split.generator(*_clone(args), **_clone(kwargs)))
+        return tensors(split.generator(*cloned(args), **cloned(kwargs)))
 
 
 def _self_test(
@@ -308,7 +301,7 @@ def _self_test(
     """Check that the unchanged tail behind a cut gives the generator's own output, bit for bit."""
     with torch.no_grad(), unobserved(split.generator):
         # Draws behind the cut come after those in front of it.
-        split_values = split._bind(*_clone(split.example))
+        split_values = split._bind(*cloned(split.example))
         for k in range(index + 1):
             split_values = split.advance(split_values, k)
         got = tensors(tail(*handed))

@@ -72,6 +72,11 @@ def wrap(generator: Any, *inputs: Any, **options: Any) -> EarlyExitGenerator:
             errors.AttachPointError,
             r"after stage 3 \(blocks\.2\); found that it is the last",
         ),
+        (
+            {"attach_at": ["blocks.2"]},
+            errors.AttachPointError,
+            r"after stage 3 \(blocks\.2\); found that it is the last",
+        ),
         ({"attach_at": ["rgb"]}, errors.AttachPointError, "'rgb'"),
         ({"scale": 0}, errors.OptionError, r"scale=0; found it outside \(0, 1\]"),
         ({"scale": 1.5}, errors.OptionError, r"scale=1\.5; found it outside"),

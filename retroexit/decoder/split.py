@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from retroexit.decoder.cut import Cut, Segment, Tail
 from retroexit.decoder.record import unobserved
 from retroexit.decoder.stages import Decoder, Stage
-from retroexit.decoder.structure import flatten, rebuild, tensors
+from retroexit.decoder.structure import cloned, flatten, rebuild, tensors
 from retroexit.errors import DeviceError, InputMismatchError, ModeError, RecordingError
 
 __all__ = ["SplitGenerator", "Values"]
@@ -64,7 +64,7 @@ class SplitGenerator:
         self.generator, self.decoder, self.cuts = generator, decoder, tuple(cuts)
         recording = decoder.recording
         self._call = _Call.of(args, kwargs)
-        self.example = (_cloned(tuple(args)), _cloned(dict(kwargs)))
+        self.example = (cloned(tuple(args)), cloned(dict(kwargs)))
         self._inputs = [node for node in recording.nodes if node.op == "placeholder"]
         self._modes = [(m, recording.modes[name]) for name, m in generator.named_modules()]
         self._device = next((p.device for p in generator.parameters()), torch.device("cpu"))
@@ -221,9 +221,9 @@ class SplitGenerator:
     def _agrees(self, args: Any, kwargs: Any) -> bool:
         with torch.no_grad():
             with unobserved(self.generator):
-                want = tensors(self.generator(*_cloned(args), **_cloned(kwargs)))
+                want = tensors(self.generator(*cloned(args), **cloned(kwargs)))
             with unobserved(self.generator):
-                values = self._bind(_cloned(args), _cloned(kwargs))
+                values = self._bind(cloned(args), cloned(kwargs))
                 for index in range(len(self.cuts)):
                     values = self.advance(values, index)
                 got = tensors(self.finish(values))
@@ -273,7 +273,7 @@ class SplitGenerator:
     def _sizes(self, args: Any, kwargs: Any) -> dict[fx.Node, int]:
         found: dict[fx.Node, int] = {}
         with torch.no_grad(), unobserved(self.generator):
-            values = self._bind(_cloned(args), _cloned(kwargs))
+            values = self._bind(cloned(args), cloned(kwargs))
             for index in range(len(self.cuts)):
                 values = self.advance(values, index)
                 found.update(
@@ -286,10 +286,6 @@ class SplitGenerator:
 
     def _batch_size(self, args: Any, kwargs: Any) -> int:
         return next((t.shape[0] for t in tensors((args, kwargs)) if t.dim() > 0), 1)
-
-
-def _cloned(value: Any) -> Any:
-    return rebuild(value, lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf)
 
 
 def places(decoder: Decoder, stages: Iterable[Stage], tap: str) -> list[tuple[Stage, Cut]]:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from torch.fx.immutable_collections import immutable_dict
 
-__all__ = ["children", "flatten", "is_record", "rebuild", "tensors"]
+__all__ = ["children", "cloned", "flatten", "is_record", "rebuild", "tensors"]
 
 
 def is_record(value: Any) -> bool:
@@ -69,3 +69,8 @@ def flatten(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any,
 def tensors(value: Any) -> list[Tensor]:
     """List the tensors inside a nested value, in order."""
     return [leaf for _, leaf in flatten(value) if isinstance(leaf, Tensor)]
+
+
+def cloned(value: Any) -> Any:
+    """Copy a nested value with its tensors cloned, so that writing into them leaves the original alone."""
+    return rebuild(value, lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf)
