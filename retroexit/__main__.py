@@ -1,0 +1,5 @@
+"""Let ``python -m retroexit`` do what ``retroexit`` does."""
+
+from retroexit.cli import main
+
+main()

@@ -1,0 +1,104 @@
+"""One app of all commands, ours and those of plug-ins.
+
+A command is a function with typer's annotations and a Google-style docstring; its section ``Example:`` is
+shown at the end of the command's help. Each of ours sits in the file of its name beside this one.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+import shlex
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import Any, Final
+
+import typer
+
+from retroexit.errors import RetroExitError, RetroExitWarning
+from retroexit.plugins import host
+
+__all__ = ["COMMANDS", "own_commands", "run"]
+
+COMMANDS: Final = ("demo", "inspect", "fit", "evaluate", "plugins", "doctor")
+"""Our own commands, in the order of the help."""
+
+
+def run(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; see `retroexit.cli.main`."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    logging.basicConfig(level=logging.INFO if os.environ.get("RETROEXIT_VERBOSE") else logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        warnings.simplefilter("always", RetroExitWarning)
+        try:
+            _app()(given, prog_name="retroexit", obj="retroexit " + shlex.join(given))
+        except (RetroExitError, OSError) as error:
+            raise SystemExit(f"error: {' '.join(str(error).split())}") from None
+
+
+def own_commands() -> dict[str, Callable[..., Any]]:
+    """Import our own commands.
+
+    Returns:
+        Functions, or `typer.Typer` apps of sub-commands, by name.
+    """
+    return {name: getattr(import_module(f"retroexit.cli.{name}"), name) for name in COMMANDS}
+
+
+def _app() -> typer.Typer:
+    app = _empty_app()
+    ours = own_commands()
+    for name, command in ours.items():
+        _add(app, name, command)
+    theirs: dict[str, Callable[..., Any]] = getattr(host(), "commands", dict)()
+    for name, command in theirs.items():
+        if ours.get(name) is command:
+            continue
+        try:
+            if name in ours:
+                raise ValueError("retroexit has a command of that name")
+            _add(trial := _empty_app(), name, command)
+            typer.main.get_command(trial)  # typer reads annotations here, of all commands at once
+        except Exception as error:
+            cause = " ".join(f"{type(error).__name__}: {error}".split())
+            warnings.warn(
+                f"left out the command {name!r} of {getattr(command, '__module__', 'a plug-in')}: {cause}",
+                RetroExitWarning,
+                stacklevel=2,
+            )
+        else:
+            _add(app, name, command)
+    return app
+
+
+def _empty_app() -> typer.Typer:
+    app = typer.Typer(
+        add_completion=False,
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,  # the examples stay in one line
+    )
+    app.callback()(_about)
+    return app
+
+
+def _about() -> None:
+    """Early exits for any trained image decoder."""
+
+
+def _add(app: typer.Typer, name: str, command: Callable[..., Any]) -> None:
+    if isinstance(command, typer.Typer):
+        app.add_typer(command, name=name)
+        return
+    text, _, example = inspect.cleandoc(command.__doc__ or "").partition("\n\nExample:\n")
+    lines = " \n".join(line.strip() for line in example.strip().splitlines())
+    app.command(name, help=text, epilog=f"\b\nExample: {lines}" if lines else None)(command)
+
+
+def _show_warning(message: Any, category: Any, *_: Any, **__: Any) -> None:
+    if issubclass(category, RetroExitWarning):
+        print(f"warning: {message}", file=sys.stderr)

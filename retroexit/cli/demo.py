@@ -1,0 +1,40 @@
+"""``retroexit demo``: the generator that comes with the library, from wrap to report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from retroexit.cli.options import resumable
+from retroexit.demo.run import run_demo
+
+__all__ = ["demo"]
+
+
+def demo(
+    context: typer.Context,
+    out: Annotated[Path, typer.Option(help="Folder for cache, model and report.")] = Path("retroexit-demo"),
+    metric: Annotated[
+        str, typer.Option(help="auto, lpips-alex, lpips-squeeze, lpips-vgg or ms-ssim.")
+    ] = "auto",
+    weights: Annotated[Path | None, typer.Option(help="File with the metric's weights.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps per branch.")] = 300,
+    scenes: Annotated[int, typer.Option(min=16, help="Drawn scenes to fit on.")] = 256,
+) -> None:
+    """Wrap, fit and evaluate a small trained generator that comes with the library.
+
+    Example:
+        retroexit demo --out my-demo
+    """
+    with resumable():
+        run_demo(
+            out,
+            metric=metric,
+            weights=weights,
+            steps=steps,
+            scenes=scenes,
+            say=typer.echo,
+            command=context.obj,
+        )

@@ -1,0 +1,39 @@
+"""``retroexit evaluate``: measure a fitted model on new inputs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import retroexit
+from retroexit.cli.options import TARGET
+from retroexit.tables import exit_table, sweep_table
+from retroexit.targets import example_of, load_generator, load_samples
+
+__all__ = ["evaluate"]
+
+
+def evaluate(
+    context: typer.Context,
+    target: Annotated[str, typer.Argument(help=TARGET)],
+    folder: Annotated[Path, typer.Argument(help="Folder that fit wrote.")],
+    inputs: Annotated[str, typer.Option(help="Test samples: package.module:name.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for the report; FOLDER/report by default.")] = None,
+    weights: Annotated[Path | None, typer.Option(help="File with the metric's weights.")] = None,
+    threshold: Annotated[list[float] | None, typer.Option(min=0, help="Thresholds to print.")] = None,
+) -> None:
+    """Measure every exit on new inputs, print the sweep over thresholds, write a report.
+
+    Example:
+        retroexit evaluate mymodels:decoder runs/decoder --inputs mydata:test
+    """
+    generator, example = load_generator(target)
+    samples = load_samples(inputs)
+    model = retroexit.load(folder, generator, *example_of(example, samples))
+    report = out or folder / "report"
+    result = retroexit.evaluate(model, samples, report, weights=weights, command=context.obj)
+    typer.echo(exit_table(model))
+    typer.echo(sweep_table(result, threshold or [0.05, 0.1, 0.15]))
+    typer.echo(f"report: {report / 'report.html'}")

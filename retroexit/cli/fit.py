@@ -1,0 +1,110 @@
+"""``retroexit fit``: add early exits to a generator and train them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import retroexit
+from retroexit.cli.options import TARGET, resumable
+from retroexit.tables import exit_table
+from retroexit.targets import example_of, load_generator, load_samples, parse_places, parse_scales
+from retroexit.training.cache import FeatureCache
+from retroexit.training.fit import FitSettings, divide
+from retroexit.training.inputs import Samples
+
+__all__ = ["fit"]
+
+
+def fit(
+    target: Annotated[str, typer.Argument(help=TARGET)],
+    inputs: Annotated[
+        str,
+        typer.Option(help="Training samples: package.module:name, a sequence or a function returning one."),
+    ],
+    attach_at: Annotated[str, typer.Option(help="Stages, by number or path: 2,4,6.")],
+    scale: Annotated[str, typer.Option(help="Width factor of the branches: 1/15, or one per exit.")],
+    out: Annotated[Path, typer.Option(help="Folder for cache, checkpoints and result.")],
+    min_channels: Annotated[int, typer.Option(min=1, help="No width is scaled below this.")] = 64,
+    tap: Annotated[
+        str, typer.Option(help="Take the stage's output (after) or its input (before).")
+    ] = "after",
+    guidance: Annotated[bool, typer.Option(help="Guide branches by retrieval.")] = False,
+    retriever: Annotated[str, typer.Option(help="Search back-end of the guidance.")] = "exact",
+    init: Annotated[str, typer.Option(help="Starting weights: inherit or scratch.")] = "inherit",
+    metric: Annotated[str, typer.Option(help="Quality metric.")] = "lpips-alex",
+    weights: Annotated[Path | None, typer.Option(help="File with the metric's weights.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps per branch.")] = 1500,
+    batch: Annotated[int, typer.Option(min=1, help="Samples per step.")] = 8,
+    crop: Annotated[int | None, typer.Option(min=1, help="Train on windows of this many pixels.")] = None,
+    predictor_steps: Annotated[int, typer.Option(min=1, help="Training steps of the predictor.")] = 1500,
+    lr: Annotated[float, typer.Option(min=0, help="Largest learning rate.")] = 4e-3,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    bfloat16: Annotated[bool, typer.Option(help="Train under bfloat16 autocast.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would be done; train and write nothing.")
+    ] = False,
+) -> None:
+    """Add early exits to a generator: bank, branches, predictor. Can be interrupted and resumed.
+
+    Example:
+        retroexit fit mymodels:decoder --inputs mydata:train --attach-at 2,4,6 --scale 1/15 --out runs/decoder
+    """
+    generator, example = load_generator(target)
+    samples = load_samples(inputs)
+    spec = retroexit.Guidance(retriever=retriever) if guidance else None
+    args, kwargs = example_of(example, samples)
+    model = retroexit.wrap(
+        generator,
+        parse_places(attach_at),
+        parse_scales(scale),
+        min_channels=min_channels,
+        tap=tap,  # type: ignore[arg-type]  # checked there
+        guidance=spec,
+        init=init,  # type: ignore[arg-type]
+        example_inputs=args,
+        example_kwargs=kwargs,
+    )
+    typer.echo(exit_table(model))
+    settings: dict[str, Any] = {
+        "steps": steps,
+        "batch": batch,
+        "crop": crop,
+        "predictor_steps": predictor_steps,
+        "lr": lr,
+        "seed": seed,
+        "bfloat16": bfloat16,
+    }
+    if dry_run:
+        typer.echo(_plan(model, samples, out, metric, FitSettings(**settings)))
+        return
+    with resumable():
+        retroexit.fit(model, samples, out, metric=metric, weights=weights, **settings)
+    error = model.about["predictor_error"]
+    said = "; no input was held out" if error is None else f"; predictor error on held-out inputs {error:.4f}"
+    typer.echo(f"saved to {out}{said}")
+
+
+def _plan(
+    model: retroexit.EarlyExitGenerator, samples: Any, out: Path, metric: str, settings: FitSettings
+) -> str:
+    """Say what a fit would do and write."""
+    trained, held_out = divide(len(Samples(samples)), settings)
+    stored = len(Samples(samples)) * FeatureCache.bytes_per_sample(model, Samples(samples))
+    windows = "whole images" if settings.crop is None else f"windows of {settings.crop} pixels"
+    written = [f"cache ({stored / 1e6:,.1f} MB)"]
+    if model.options.guidance is not None:
+        written.append(f"bank (up to {model.options.guidance.size:,} pairs)")
+    written += ["branches", "losses.npy", "fit.json", "weights.safetensors", "model.json"]
+    return "\n".join(
+        [
+            f"samples: {len(trained) + len(held_out)}, {len(trained)} to train branches on, {len(held_out)} "
+            "held out",
+            f"steps: {len(model.branches)} branches x {settings.steps}, batches of {settings.batch} "
+            f"{windows}; predictor {settings.predictor_steps}; metric {metric}",
+            f"would write to {out}: {', '.join(written)}",
+            "dry run: nothing was trained or written",
+        ]
+    )

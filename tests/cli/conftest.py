@@ -1,0 +1,108 @@
+"""A toy module in a folder of its own, and the command line run beside it."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from retroexit import cli
+
+pytest.importorskip("typer")
+
+TOY = """
+import torch
+from torch import nn
+
+
+class Stage(nn.Module):
+    def __init__(self, up):
+        super().__init__()
+        self.conv = nn.Conv2d(12, 12, 3, padding=1)
+        self.up = nn.Upsample(scale_factor=up)
+
+    def forward(self, x):
+        return self.up(torch.relu(self.conv(x)))
+
+
+class Decoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Conv2d(4, 12, 1)
+        self.stages = nn.ModuleList([Stage(2), Stage(2), Stage(1)])
+        self.rgb = nn.Conv2d(12, 3, 1)
+
+    def forward(self, z):
+        h = self.stem(z)
+        for stage in self.stages:
+            h = stage(h)
+        return torch.tanh(3 * self.rgb(h))
+
+
+def decoder():
+    return Decoder()
+
+
+def with_inputs():
+    return Decoder(), torch.rand(1, 4, 4, 4)
+
+
+def broken():
+    raise RuntimeError("no weights here")
+
+
+def number():
+    return 3
+
+
+def keyword_samples():
+    return [{"z": z} for z in samples]
+
+
+samples = torch.randn(12, 4, 4, 4, generator=torch.Generator().manual_seed(1))
+few = samples[:5]
+none = []
+"""
+
+
+@dataclass
+class Result:
+    status: int
+    out: str
+    err: str
+
+    def fails_with(self, message: str) -> None:
+        """Check that the command ended with one line, a pattern in it, and status 1."""
+        assert self.status == 1
+        assert re.fullmatch(rf"error: .*{message}.*\n", self.err), self.err
+        assert "Traceback" not in self.err + self.out
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Run a command line beside a file ``toy.py``; gives exit status and what was printed."""
+    (tmp_path / "toy.py").write_text(TOY)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+    def call(*arguments: str) -> Result:
+        capsys.readouterr()
+        status: Any = 0
+        try:
+            cli.main(arguments)
+        except SystemExit as end:
+            status = end.code or 0
+        printed = capsys.readouterr()
+        if isinstance(status, str):  # as the interpreter does
+            return Result(1, printed.out, printed.err + status + "\n")
+        return Result(status, printed.out, printed.err)
+
+    yield call
+    for name in [name for name in sys.modules if str(tmp_path) in name]:
+        del sys.modules[name]

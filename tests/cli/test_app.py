@@ -1,0 +1,166 @@
+"""What all commands share: help, errors, plug-ins' commands, the README."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import pytest
+import typer
+
+import retroexit
+from retroexit import doctor, plugins
+from retroexit.cli.app import COMMANDS
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_every_command_shows_one_example_that_it_understands(run: Any) -> None:
+    listed = run("--help")
+    assert listed.status == 0
+    for command in COMMANDS:
+        assert re.search(rf"^\s*{command}\s", listed.out, re.MULTILINE)
+        shown = run(command, "--help")
+        assert shown.status == 0
+        (example,) = re.findall(r"^\s*Example: (.*)$", shown.out, re.MULTILINE)
+        words = shlex.split(example)
+        assert words[:2] == ["retroexit", command]
+        for option in (word for word in words if word.startswith("--")):
+            assert re.search(rf"^\s*{option}\b", shown.out, re.MULTILINE), option
+
+
+def test_without_a_command_the_help_is_shown(run: Any) -> None:
+    shown = run()
+    assert "Usage: retroexit [OPTIONS] COMMAND" in shown.out + shown.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("fitt",), "No such command 'fitt'"),
+        (("fit", "toy.py:decoder"), "Missing option '--inputs'"),
+        (("fit", "toy.py:decoder", "--steps", "0"), "Invalid value for '--steps'"),
+        (("demo", "--scenes", "3"), "Invalid value for '--scenes'"),
+    ],
+)
+def test_a_command_line_that_cannot_be_read_ends_with_status_2(
+    run: Any, arguments: tuple[str, ...], message: str
+) -> None:
+    failed = run(*arguments)
+    assert failed.status == 2
+    assert message in failed.err
+
+
+class Command:
+    """A plug-in's command, in the way that the host hands it over."""
+
+    @staticmethod
+    def greet(name: Annotated[str, typer.Argument(help="Whom.")] = "you") -> None:
+        """Greet somebody.
+
+        Example:
+            retroexit greet me
+        """
+        typer.echo(f"hello {name}")
+
+    @staticmethod
+    def unreadable(thing: Unknown) -> None:  # type: ignore[name-defined]  # noqa: F821
+        """Annotated with what nobody knows."""
+
+
+def _offer(monkeypatch: pytest.MonkeyPatch, **commands: Any) -> None:
+    monkeypatch.setattr(plugins.Host, "commands", lambda host: commands, raising=False)
+
+
+def test_a_command_of_a_plugin_is_one_of_ours(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    _offer(monkeypatch, greet=Command.greet)
+    assert run("greet", "me").out == "hello me\n"
+    shown = run("greet", "--help").out
+    assert "Greet somebody." in shown
+    assert "  Example: retroexit greet me\n" in shown
+
+
+@pytest.mark.parametrize(
+    ("name", "command", "cause"),
+    [
+        ("fit", Command.greet, "retroexit has a command of that name"),
+        ("odd", Command.unreadable, "NameError: name 'Unknown' is not defined"),
+        ("odd", 3, "AttributeError|TypeError"),
+    ],
+)
+def test_a_command_of_a_plugin_that_cannot_be_added_is_reported_and_left_out(
+    run: Any, monkeypatch: pytest.MonkeyPatch, name: str, command: Any, cause: str
+) -> None:
+    _offer(monkeypatch, **{name: command})
+    shown = run("--help")
+    assert shown.status == 0
+    assert re.fullmatch(rf"warning: left out the command '{name}' of .*: .*({cause}).*\n", shown.err), (
+        shown.err
+    )
+    assert run("doctor", "--help").status == 0
+    assert "--attach-at" in run("fit", "--help").out
+
+
+def test_a_missing_typer_is_answered_with_the_pip_line(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "typer", None)
+    failed = run("doctor")
+    failed.fails_with("the command line needs typer")
+    assert failed.err.endswith("pip install 'retroexit[cli]'\n")
+
+
+def test_warnings_of_ours_are_one_line_and_the_handler_is_put_back(
+    run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def warning() -> list[doctor.Check]:
+        warnings.warn("mind the gap", retroexit.RetroExitWarning, stacklevel=1)
+        return []
+
+    monkeypatch.setattr(doctor, "diagnose", warning)
+    handler = warnings.showwarning
+    assert run("doctor").err == "warning: mind the gap\n"
+    assert warnings.showwarning is handler
+
+
+def test_a_traceback_never_reaches_the_terminal(tmp_path: Path) -> None:
+    code = "import sys; from retroexit.cli import main; main(['inspect', 'nowhere:thing'])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=_environment()
+    )
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: asked for 'nowhere:thing'; found ModuleNotFoundError")
+    assert done.stderr.count("\n") == 1
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
+@pytest.mark.parametrize("file", ["README.md"])
+def test_commands_and_code_in_the_readme_can_be_read(run: Any, file: str) -> None:
+    text = (ROOT / file).read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert blocks
+    for block in blocks:
+        compile(block, file, "exec")
+        for name in re.findall(r"retroexit\.(\w+)\(", block):
+            assert callable(getattr(retroexit, name))
+    helps = {command: run(command, "--help").out for command in COMMANDS}
+    lines = [
+        line
+        for line in re.findall(
+            r"`(retroexit [^`]+)`|^\s*(retroexit \S.*)$|&& (retroexit \w+)", text, re.MULTILINE
+        )
+    ]
+    named = [next(filter(None, line)) for line in lines]
+    assert {shlex.split(line)[1] for line in named} == set(COMMANDS)
+    for line in named:
+        command, *words = shlex.split(line)[1:]
+        for option in (word for word in words if word.startswith("--")):
+            assert option in helps[command], f"{line}: {option}"

@@ -1,0 +1,142 @@
+"""``retroexit fit`` and ``retroexit evaluate`` on a toy."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from retroexit.training.branches import BranchTrainer
+
+FIT = (
+    "fit",
+    "toy.py:decoder",
+    "--inputs",
+    "toy.py:samples",
+    "--attach-at",
+    "1,2",
+    "--scale",
+    "1/2,3/4",
+    "--min-channels",
+    "4",
+)
+FAST = ("--metric", "ms-ssim", "--steps", "2", "--batch", "2", "--predictor-steps", "3")
+
+
+def _with(**changed: str) -> tuple[str, ...]:
+    words = [*FIT, *FAST, "--out", "run"]
+    for option, value in changed.items():
+        words[words.index("--" + option.replace("_", "-")) + 1] = value
+    return tuple(words)
+
+
+def test_fit_and_evaluate_write_what_they_say(run: Any, tmp_path: Path) -> None:
+    fitted = run(*FIT, *FAST, "--guidance", "--out", "run")
+    assert fitted.status == 0, fitted.err
+    assert "Decoder with 2 early exits" in fitted.out
+    assert re.search(r"saved to run; predictor error on held-out inputs \d\.\d{4}\n$", fitted.out)
+    assert (tmp_path / "run/model.json").exists()
+    shown = run(
+        "evaluate",
+        "toy.py:decoder",
+        "run",
+        "--inputs",
+        "toy.py:few",
+        "--threshold",
+        "0.25",
+        "--threshold",
+        "0.75",
+    )
+    assert shown.status == 0, shown.err
+    assert re.search(r"^ +0.25 .*\n +0.75 ", shown.out, re.MULTILINE)
+    assert shown.out.endswith("report: run/report/report.html\n")
+    page = (tmp_path / "run/report/report.html").read_text()
+    assert "retroexit evaluate toy.py:decoder run --inputs toy.py:few --threshold 0.25" in page
+    assert len(json.loads((tmp_path / "run/report/evaluation.json").read_text())["loss"]) == 5
+
+
+def test_samples_by_keyword_can_be_fitted(run: Any) -> None:
+    arguments = [word if word != "toy.py:samples" else "toy.py:keyword_samples" for word in FIT]
+    fitted = run(*arguments, *FAST, "--out", "run")
+    assert fitted.status == 0, fitted.err
+
+
+def test_a_dry_run_says_what_would_be_done_and_does_nothing(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(BranchTrainer, "advance", lambda trainer: pytest.fail("trained"))
+    before = sorted(path for path in tmp_path.rglob("*") if "__pycache__" not in path.parts)
+    shown = run(*FIT, *FAST, "--guidance", "--crop", "12", "--out", "deep/run", "--dry-run")
+    assert shown.status == 0, shown.err
+    assert "Decoder with 2 early exits" in shown.out
+    assert "samples: 12, 10 to train branches on, 2 held out" in shown.out
+    assert (
+        "steps: 2 branches x 2, batches of 2 windows of 12 pixels; predictor 3; metric ms-ssim" in shown.out
+    )
+    # Per sample: features of 12 channels at 8x8 and 16x16, the value map at 16x16, an image of 3 channels at
+    # 16x16.
+    megabytes = 12 * 4 * (12 * (64 + 256 + 256) + 3 * 256) / 1e6
+    assert (
+        f"would write to deep/run: cache ({megabytes:.1f} MB), bank (up to 1,024 pairs), branches"
+        in shown.out
+    )
+    assert shown.out.endswith("dry run: nothing was trained or written\n")
+    assert sorted(path for path in tmp_path.rglob("*") if "__pycache__" not in path.parts) == before
+
+
+def test_an_interrupted_fit_says_that_it_goes_on(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(trainer: BranchTrainer) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BranchTrainer, "advance", stop)
+        stopped = run(*FIT, *FAST, "--out", "run")
+    assert (stopped.status, stopped.err) == (1, "interrupted; the same command goes on where it stopped\n")
+    assert run(*FIT, *FAST, "--out", "run").status == 0
+
+
+def test_other_settings_for_a_folder_are_refused_by_name(run: Any) -> None:
+    assert run(*_with()).status == 0
+    failed = run(*_with(steps="3"))
+    assert failed.status == 1
+    assert "error: asked to go on with the fit in run; found other settings: steps was 2, is 3." in failed.err
+
+
+def test_one_scale_serves_all_exits(run: Any) -> None:
+    assert run(*_with(scale="1/2")).status == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (_with(scale="1/0"), "asked for --scale 1/0"),
+        (_with(scale="wide"), "asked for --scale wide; found Invalid literal for Fraction: 'wide'"),
+        (_with(scale="2"), "asked for scale=2.0"),
+        (_with(scale="1/2,1/3,1/4"), "asked for 3 scales; found 2 attach points"),
+        (_with(attach_at="7", scale="1"), "asked for a branch at stage 7; found stages 1 to 3"),
+        (_with(attach_at="stages.9", scale="1"), "stages.9.*stages.2"),
+        (_with(attach_at=","), "asked for .*; found .* attach point"),
+        (_with(inputs="toy.py:none"), "found list without samples"),
+        (_with(inputs="toy.py:number"), "found int without samples"),
+        (_with(metric="psnr"), "no metric 'psnr'; closest: "),
+        (_with(out="toy.py"), "toy.py"),
+        ((*FIT, *FAST, "--out", "run", "--seed", "-1"), "asked for seed=-1"),
+        ((*FIT, *FAST, "--out", "run", "--lr", "0"), "asked for lr=0.0"),
+        ((*FIT, *FAST, "--out", "run", "--tap", "beside"), "asked for tap='beside'"),
+        ((*FIT, *FAST, "--out", "run", "--init", "warm"), "asked for init='warm'"),
+        (
+            (*FIT, *FAST, "--out", "run", "--guidance", "--retriever", "fais"),
+            "no retriever 'fais'; closest: 'faiss'",
+        ),
+        ((*FIT, *FAST, "--out", "run", "--crop", "5"), "asked for crops of 5 pixels"),
+        (
+            ("evaluate", "toy.py:decoder", "away", "--inputs", "toy.py:few"),
+            "asked to load away; found no readable model.json",
+        ),
+    ],
+)
+def test_mistakes_end_with_one_line_and_status_1(run: Any, arguments: tuple[str, ...], message: str) -> None:
+    run(*arguments).fails_with(message)
