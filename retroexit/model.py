@@ -196,7 +196,7 @@ class EarlyExitGenerator(nn.Module):
         if not self.is_recorded:
             self.record(*args, **kwargs)
         if threshold is not None:
-            return self._routed(args, kwargs, check_threshold(threshold))
+            return self._routed(args, kwargs, check_threshold(threshold))[0]
         if exit is None or self._check_exit(exit) == len(self.branches) + 1:
             return self.generator(*args, **kwargs)
         with torch.no_grad():
@@ -233,6 +233,25 @@ class EarlyExitGenerator(nn.Module):
         with torch.no_grad():
             outputs.append(self.split.finish(values))
         return outputs
+
+    def routed(self, *inputs: Any, threshold: float, **kwargs: Any) -> tuple[Any, Tensor]:
+        """Render images as ``model(*inputs, threshold=...)`` does, and tell where each sample left.
+
+        Args:
+            *inputs: The generator's positional inputs.
+            threshold: Largest quality loss to accept, ``>= 0``.
+            **kwargs: The generator's keyword inputs.
+
+        Returns:
+            A value with the structure of the generator's output, and exit indices ``(N,)`` from 1, ``K + 1``
+            for the backbone.
+
+        Raises:
+            OptionError, InputMismatchError, TrainingError, BankError: See `forward`.
+        """
+        if not self.is_recorded:
+            self.record(*inputs, **kwargs)
+        return self._routed(inputs, kwargs, check_threshold(threshold))
 
     def predict(self, *inputs: Any, **kwargs: Any) -> Tensor:
         """Predict the quality loss of every branch exit.
@@ -313,7 +332,7 @@ class EarlyExitGenerator(nn.Module):
         found: Tensor = self.predictor(reads)
         return found
 
-    def _routed(self, args: Any, kwargs: Any, threshold: float) -> Any:
+    def _routed(self, args: Any, kwargs: Any, threshold: float) -> tuple[Any, Tensor]:
         with torch.no_grad():
             values = self.split.advance(self.split.start(args, kwargs), 0)
             exits = assign_exits(self._predicted(values, args, kwargs), threshold)
@@ -342,7 +361,7 @@ class EarlyExitGenerator(nn.Module):
         else:
             with torch.no_grad():
                 parts.append((rows, self.split.finish(values)))
-        return _merge(parts, len(exits))
+        return _merge(parts, len(exits)), exits
 
     def _check_exit(self, exit: int) -> int:
         if isinstance(exit, bool) or not isinstance(exit, int) or not 1 <= exit <= len(self.branches) + 1:

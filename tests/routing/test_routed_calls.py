@@ -44,6 +44,15 @@ def test_a_mixed_batch_equals_its_samples_routed_alone_in_their_order(routed: Ma
     assert not torch.allclose(whole["image"][1], backbone["image"][1], atol=1e-2)
 
 
+def test_a_routed_call_can_tell_where_each_sample_left(routed: Make) -> None:
+    model = routed()
+    z, w = _inputs([2.0, 0.0, 5.0, 1.0])
+    with torch.no_grad():
+        output, exits = model.routed(z, w, threshold=0.5)
+        assert exits.tolist() == model.choose_exits(z, w, threshold=0.5).tolist() == [3, 1, 4, 2]
+        assert torch.equal(output["image"], model(z, w, threshold=0.5)["image"])
+
+
 @pytest.mark.parametrize("guided", [False, True])
 def test_routing_a_shuffled_batch_shuffles_the_images(routed: Make, guided: bool) -> None:
     model = routed(guided)
