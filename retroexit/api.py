@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from retroexit.branch.exchange import BuildStage
 from retroexit.branch.widths import WidthRule
 from retroexit.decoder.stages import Stage
 from retroexit.decoder.stages import find_stages as _find_stages
@@ -24,6 +25,7 @@ from retroexit.plugins.hookspecs import Description
 from retroexit.plugins.host import host
 from retroexit.storage import load_model
 from retroexit.training.fit import FitSettings, fit_model
+from retroexit.training.losses import QUALITY
 from retroexit.wrapping import WrapOptions
 
 __all__ = ["evaluate", "find_stages", "fit", "load", "wrap"]
@@ -44,6 +46,7 @@ def wrap(
     guidance: Guidance | str | bool | None = None,
     adapter: Description | str | bool | None = None,
     init: Literal["inherit", "scratch"] = "inherit",
+    width_rule: str = "floor",
     image: Any = None,
     image_range: tuple[float, float] | None = None,
     self_test: bool = True,
@@ -71,6 +74,8 @@ def wrap(
             none.
         init: Starting weights of a branch: ``"inherit"``, the backbone's most important channels, or
             ``"scratch"``.
+        width_rule: How widths follow from the scale: ``"floor"``, the paper's, ``"multiple-of-8"``, or a
+            plug-in's.
         image: Key, index or path of the image in the generator's output, where it returns several maps.
         image_range: Smallest and largest pixel value; measured where it is not given.
         self_test: Whether to check that the generator cut at every attach point reproduces its output bit for
@@ -87,6 +92,7 @@ def wrap(
         OptionError: If another argument is out of range.
         RecordingError: If its execution cannot be written down and cut.
         BranchError: If the rest of it cannot be made thinner.
+        PluginError: If no plug-in, or more than one, offers the width rule.
 
     Example:
         >>> model = retroexit.wrap(generator, attach_at=[2, 4, 6], scale=1 / 15)
@@ -111,7 +117,7 @@ def wrap(
     attach_at = tuple(attach_at)
     options = WrapOptions(
         attach_at=attach_at,
-        rules=_rules(scale, min_channels, len(attach_at)),
+        rules=_rules(scale, min_channels, len(attach_at), width_rule),
         tap=tap,
         stages=None if stages is None else tuple(stages),
         guidance=_guidance(guidance),
@@ -122,7 +128,7 @@ def wrap(
         seed=seed,
         shadowed=_shadowed(generator),
         predictor_inputs=None if known is None else known.predictor_inputs,
-        build_stage=None if known is None else known.build_stage,
+        build_stage=_build_stage(known, adapter),
     )
     model = EarlyExitGenerator(generator, options)
     if example_inputs is not None:
@@ -165,7 +171,7 @@ def load(
         host().retriever,
         shadowed=_shadowed(generator),
         predictor_inputs=None if known is None else known.predictor_inputs,
-        build_stage=None if known is None else known.build_stage,
+        build_stage=_build_stage(known, adapter),
     )
 
 
@@ -193,13 +199,16 @@ def fit(
         metric: Quality metric to train with and to predict: its name or itself.
         weights: File with the metric's weights.
         progress: Whether to show bars on a terminal.
-        **settings: Fields of `FitSettings`, such as ``steps``, ``batch``, ``crop``, ``lr``, ``seed``.
+        **settings: Fields of `FitSettings`, such as ``steps``, ``batch``, ``crop``, ``lr``, ``seed``, and
+            ``losses``: weights of the terms of the training loss by name, ``{"l1": 1.0, "quality": 1.0}`` by
+            default.
 
     Returns:
         The model.
 
     Raises:
         OptionError: If a setting or the inputs are out of range.
+        PluginError: If no plug-in, or more than one, offers a loss, a metric or a search back-end.
         WeightsError: If the metric's weights cannot be had.
         CheckpointError: If the folder holds another fit.
         TrainingError: If the loss stops being finite.
@@ -216,9 +225,9 @@ def fit(
         )
     guidance = model.options.guidance
     back_end = host().retriever(guidance.retriever if guidance is not None else "exact")
-    fit_model(
-        model, inputs, Path(folder), _metric(metric, weights), FitSettings(**settings), back_end, progress
-    )
+    wanted = FitSettings(**settings)
+    terms = {name: host().loss(name)() for name in wanted.losses if name != QUALITY}
+    fit_model(model, inputs, Path(folder), _metric(metric, weights), wanted, back_end, progress, terms)
     return model
 
 
@@ -327,7 +336,14 @@ def _describe(generator: nn.Module, adapter: Description | str | bool | None) ->
     return found
 
 
-def _rules(scale: float | Sequence[float], min_channels: int, count: int) -> tuple[WidthRule, ...]:
+def _build_stage(known: Description | None, adapter: Description | str | bool | None) -> BuildStage | None:
+    """Believe a description about its own generator; else ask the plug-ins that know a kind of stage."""
+    if known is not None and known.build_stage is not None:
+        return known.build_stage
+    return None if adapter is False else host().build_stage
+
+
+def _rules(scale: float | Sequence[float], min_channels: int, count: int, name: str) -> tuple[WidthRule, ...]:
     # A string is a sequence too, but of no scales.
     scales: list[Any] = list(scale) if isinstance(scale, (list, tuple)) else [scale] * count
     if len(scales) != count:
@@ -336,7 +352,8 @@ def _rules(scale: float | Sequence[float], min_channels: int, count: int) -> tup
             "point.",
             scale,
         )
-    return tuple(WidthRule(item, min_channels) for item in scales)
+    function = host().width_rule(name)
+    return tuple(WidthRule(item, min_channels, name, function) for item in scales)
 
 
 def _guidance(wanted: Guidance | str | bool | None) -> Guidance | None:

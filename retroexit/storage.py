@@ -229,7 +229,7 @@ def wrap_settings(model: EarlyExitGenerator) -> dict[str, Any]:
     by_place = dict(zip(options.attach_at, options.rules, strict=True))
     rules = [by_place[p.path] if p.path in by_place else by_place[p.index] for p in anatomy.places]
     return {
-        "rules": [dataclasses.asdict(rule) for rule in rules],
+        "rules": [{"scale": r.scale, "min_channels": r.min_channels, "name": r.name} for r in rules],
         "tap": options.tap,
         "stages": [stage.path for stage in anatomy.split.decoder.stages],
         "guidance": None if options.guidance is None else dataclasses.asdict(options.guidance),

@@ -14,6 +14,6 @@ from __future__ import annotations
 
 from retroexit_megaportraits.decoder import MegaPortraitsG2d, ResidualBlock
 from retroexit_megaportraits.frames import frame_key
-from retroexit_megaportraits.plugin import retroexit_describe
+from retroexit_megaportraits.plugin import retroexit_build_stage, retroexit_describe
 
-__all__ = ["MegaPortraitsG2d", "ResidualBlock", "frame_key", "retroexit_describe"]
+__all__ = ["MegaPortraitsG2d", "ResidualBlock", "frame_key", "retroexit_build_stage", "retroexit_describe"]

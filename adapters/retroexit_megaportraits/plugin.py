@@ -1,4 +1,4 @@
-"""What retroexit has to know about the decoder of MegaPortraits: the hook."""
+"""What retroexit has to know about the decoder of MegaPortraits: the hooks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 from retroexit.plugins import Description, hookimpl
 from retroexit_megaportraits.decoder import MegaPortraitsG2d, ResidualBlock
 
-__all__ = ["retroexit_describe"]
+__all__ = ["retroexit_build_stage", "retroexit_describe"]
 
 
 @hookimpl
@@ -23,14 +23,13 @@ def retroexit_describe(generator: nn.Module) -> Description | None:
         stages=tuple(f"blocks.{name}" for name, _ in generator.blocks.named_children()),
         example_inputs=_example_inputs,
         image_range=(0.0, 1.0),
-        build_stage=_build_stage,
     )
 
 
-def _build_stage(stage: nn.Module, in_channels: int, out_channels: int) -> nn.Module:
+@hookimpl
+def retroexit_build_stage(stage: nn.Module, in_channels: int, out_channels: int) -> nn.Module | None:
     """Make a thin residual block, with a 1x1 shortcut where the widths differ."""
-    assert isinstance(stage, ResidualBlock)
-    return ResidualBlock(in_channels, out_channels, stage.up)
+    return ResidualBlock(in_channels, out_channels, stage.up) if isinstance(stage, ResidualBlock) else None
 
 
 def _example_inputs(generator: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -10,6 +10,6 @@ model = retroexit.wrap(generator.eval(), attach_at=[1, 2, 3, 4], scale=1 / 4)
 from __future__ import annotations
 
 from retroexit_oasis.generator import OASISGenerator, SPADEBlock, SPADENorm
-from retroexit_oasis.plugin import retroexit_describe
+from retroexit_oasis.plugin import retroexit_build_stage, retroexit_describe
 
-__all__ = ["OASISGenerator", "SPADEBlock", "SPADENorm", "retroexit_describe"]
+__all__ = ["OASISGenerator", "SPADEBlock", "SPADENorm", "retroexit_build_stage", "retroexit_describe"]

@@ -1,4 +1,4 @@
-"""What retroexit has to know about OASIS: the hook, for our generator and for the official one."""
+"""What retroexit has to know about OASIS: the hooks, for our generator and for the official one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from retroexit.plugins import Description, hookimpl
 from retroexit_oasis.generator import OASISGenerator, SPADEBlock
 
-__all__ = ["retroexit_describe"]
+__all__ = ["retroexit_build_stage", "retroexit_describe"]
 
 
 @hookimpl
@@ -25,8 +25,20 @@ def retroexit_describe(generator: nn.Module) -> Description | None:
         example_inputs=_example_inputs,
         image_range=(-1.0, 1.0),
         predictor_inputs=_label_map,
-        build_stage=_build_stage,
     )
+
+
+@hookimpl
+def retroexit_build_stage(stage: nn.Module, in_channels: int, out_channels: int) -> nn.Module | None:
+    """Make a thin SPADE block: the hidden width of its normalisations stays, a shortcut is grown if needed.
+
+    Blocks of the official code are left to retroexit: their constructor asks for the official options.
+    """
+    if not isinstance(stage, SPADEBlock):
+        return None
+    painter = stage.norm_0.mlp_shared[0]
+    assert isinstance(painter, nn.Conv2d)
+    return SPADEBlock(in_channels, out_channels, painter.in_channels, painter.out_channels)
 
 
 def _is_official(generator: nn.Module) -> bool:
@@ -51,18 +63,6 @@ def _example_inputs(generator: nn.Module) -> tuple[tuple[Any, ...], dict[str, An
     stripe = torch.arange(width, device=device) * num_labels // width  # (W,)
     label = nn.functional.one_hot(stripe, num_labels).T.float()  # (W, labels) -> (labels, W)
     return (label[None, :, None, :].expand(1, -1, height, -1).contiguous(),), {}
-
-
-def _build_stage(stage: nn.Module, in_channels: int, out_channels: int) -> nn.Module | None:
-    """Make a thin SPADE block: the hidden width of its normalisations stays, a shortcut is grown if needed.
-
-    Blocks of the official code are left to retroexit: their constructor asks for the official options.
-    """
-    if not isinstance(stage, SPADEBlock):
-        return None
-    painter = stage.norm_0.mlp_shared[0]
-    assert isinstance(painter, nn.Conv2d)
-    return SPADEBlock(in_channels, out_channels, painter.in_channels, painter.out_channels)
 
 
 def _label_map(label: Tensor, z: Tensor | None = None) -> Tensor:

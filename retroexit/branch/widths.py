@@ -1,4 +1,4 @@
-"""The rule of width, and the widths that were chosen by it.
+"""Rules of width, and the widths that were chosen by them.
 
 Reference: paper sections 3.1 and 4.1 (modules "less complex", a scale factor, a minimum number of channels).
 """
@@ -6,12 +6,16 @@ Reference: paper sections 3.1 and 4.1 (modules "less complex", a scale factor, a
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from retroexit.errors import OptionError
 
-__all__ = ["Pin", "WidthPlan", "WidthRule", "scaled_width"]
+__all__ = ["Pin", "WidthFunction", "WidthPlan", "WidthRule", "multiple_of_8", "scaled_width"]
+
+WidthFunction = Callable[[int, float, int], int]
+"""From the backbone's channel count, the scale and the least number of channels to the branch's count."""
 
 
 def scaled_width(channels: int, scale: float, min_channels: int) -> int:
@@ -31,6 +35,20 @@ def scaled_width(channels: int, scale: float, min_channels: int) -> int:
     return min(channels, max(min_channels, math.floor(channels * scale + 1e-9)))
 
 
+def multiple_of_8(channels: int, scale: float, min_channels: int) -> int:
+    """Scale one channel count, then round it up to a whole multiple of eight, as matrix units like it.
+
+    Args:
+        channels: The backbone's channel count, ``>= 1``; never exceeded, multiple or not.
+        scale: Width factor, in (0, 1].
+        min_channels: Floor below which nothing is scaled.
+
+    Returns:
+        The branch's channel count.
+    """
+    return min(channels, -(-scaled_width(channels, scale, min_channels) // 8) * 8)
+
+
 @dataclass(frozen=True)
 class WidthRule:
     """How wide a branch is.
@@ -38,10 +56,15 @@ class WidthRule:
     Attributes:
         scale: Width factor, in (0, 1].
         min_channels: Floor, ``>= 1``.
+        name: What the function is called, for saved models.
+        function: Computes a width from channel count, scale and floor; the paper's rule by default. A saved
+            model has its widths on record, so that it is not asked again when one is loaded.
     """
 
     scale: float
     min_channels: int = 64
+    name: str = "floor"
+    function: WidthFunction = field(default=scaled_width, repr=False)
 
     def __post_init__(self) -> None:
         is_number = isinstance(self.scale, (int, float)) and not isinstance(self.scale, bool)
@@ -59,8 +82,20 @@ class WidthRule:
             )
 
     def __call__(self, channels: int) -> int:
-        """Apply `scaled_width`."""
-        return scaled_width(channels, self.scale, self.min_channels)
+        """Compute the width of a branch where the backbone has this many channels.
+
+        Raises:
+            OptionError: If the function gives no integer from 1 to ``channels``.
+        """
+        width = self.function(channels, self.scale, self.min_channels)
+        if isinstance(width, bool) or not isinstance(width, int) or not 1 <= width <= channels:
+            raise OptionError(
+                f"asked the width rule {self.name!r} for {channels} channels at scale {self.scale:g}; found "
+                f"{width!r}, which is no integer from 1 to {channels}. Use another rule, or report this to "
+                "the authors of the plug-in that offers it.",
+                self.name,
+            )
+        return width
 
 
 @dataclass(frozen=True)

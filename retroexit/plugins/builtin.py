@@ -1,18 +1,27 @@
-"""Our own retrieval back-ends and metrics, offered through the same hooks as everybody else's."""
+"""Our own parts, offered through the same hooks as everybody else's."""
 
 from __future__ import annotations
 
 import functools
+import importlib.util
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from retroexit.plugins.hookspecs import hookimpl
 
 if TYPE_CHECKING:
+    from retroexit.branch.widths import WidthFunction
     from retroexit.evaluation.quality import QualityMetric
     from retroexit.retrieval import Retriever
+    from retroexit.training.losses import Term
 
-__all__ = ["retroexit_metrics", "retroexit_retrievers"]
+__all__ = [
+    "retroexit_commands",
+    "retroexit_losses",
+    "retroexit_metrics",
+    "retroexit_retrievers",
+    "retroexit_width_rules",
+]
 
 
 @hookimpl
@@ -30,3 +39,29 @@ def retroexit_metrics() -> dict[str, Callable[..., QualityMetric]]:
 
     lpips = {f"lpips-{net}": functools.partial(LPIPS, net=net) for net in ("alex", "squeeze", "vgg")}
     return {**lpips, "ms-ssim": MSSSIM}
+
+
+@hookimpl
+def retroexit_losses() -> dict[str, Callable[[], Term]]:
+    """Offer the mean absolute difference."""
+    from retroexit.training.losses import L1
+
+    return {"l1": L1}
+
+
+@hookimpl
+def retroexit_width_rules() -> dict[str, WidthFunction]:
+    """Offer the paper's rule, and one that keeps to whole multiples of eight."""
+    from retroexit.branch.widths import multiple_of_8, scaled_width
+
+    return {"floor": scaled_width, "multiple-of-8": multiple_of_8}
+
+
+@hookimpl
+def retroexit_commands() -> dict[str, Callable[..., Any]]:
+    """Offer the commands that come with the library, where typer is there to run them."""
+    if importlib.util.find_spec("typer") is None:
+        return {}
+    from retroexit.cli.app import own_commands
+
+    return own_commands()

@@ -26,16 +26,22 @@ class Description:
         image_range: Smallest and largest value of the image, such as ``(-1.0, 1.0)``.
         predictor_inputs: Called with the generator's own arguments; returns the one tensor ``(N, C, H, W)``
             from which the predictor judges how hard an input is (paper 3.2). ``C`` must not vary.
-        build_stage: Called with a stage of the generator and the channels that go in and come out; returns a
-            thin stage of the same kind, made by its own constructor, or ``None`` to have the stage narrowed.
-            The first stage of a branch is asked for with the feature's full width, and the guide's channels
-            come on top wherever a stage is handed the guide (paper sections 3.1, 4.1, 4.2). The stage must
-            run where the full one did, with the same further arguments, and take its map first.
-        discriminator: Reserved; no part of retroexit reads it yet.
+        key_after: Stage whose output the keys of a guidance bank are cut from, by number or path, where the
+            user names none; the first attach point otherwise (paper 3.3).
+        value_after: Stage whose output the values are cut from, likewise; the middle stage otherwise.
+        key: Called with the generator's own arguments; returns the key of every input, ``(N, D)``, for a bank
+            of whole frames such as head pose and expression (paper 4.2).
+        build_stage: Builds a thin stage of this generator alone; otherwise the plug-ins that implement
+            `retroexit_build_stage` are asked, which holds for a kind of stage wherever it occurs. Arguments
+            and result are described there.
+        discriminator: Called with the generator; returns a fresh discriminator, whose weights may be trained
+            against branches (paper 3.1, equation 1). It takes an image ``(N, C, H, W)`` in ``image_range``
+            and returns scores of any shape.
 
     Raises:
-        OptionError: If ``name`` is empty, ``stages`` holds fewer than two distinct paths, or ``image_range``
-            is not an increasing pair.
+        OptionError: If ``name`` is empty, ``stages`` holds fewer than two distinct paths, ``image_range`` is
+            not an increasing pair, a tap is neither a number from 1 nor a path, or what should be called
+            cannot be.
     """
 
     name: str
@@ -44,8 +50,11 @@ class Description:
     image: str | int | None = None
     image_range: tuple[float, float] | None = None
     predictor_inputs: Callable[..., Tensor] | None = None
+    key_after: int | str | None = None
+    value_after: int | str | None = None
+    key: Callable[..., Tensor] | None = None
     build_stage: Callable[[nn.Module, int, int], nn.Module | None] | None = None
-    discriminator: None = None
+    discriminator: Callable[[nn.Module], nn.Module] | None = None
 
     def __post_init__(self) -> None:
         if not self.name:
@@ -60,3 +69,18 @@ class Description:
             raise OptionError(
                 f"image_range of {self.name} must be (smallest, largest), got {self.image_range!r}", self
             )
+        for tap in ("key_after", "value_after"):
+            place = getattr(self, tap)
+            number = isinstance(place, int) and not isinstance(place, bool) and place >= 1
+            if not (place is None or number or (isinstance(place, str) and place)):
+                raise OptionError(
+                    f"{tap} of {self.name} must be a stage's number from 1 or its path, got {place!r}", self
+                )
+        for part in ("example_inputs", "predictor_inputs", "key", "build_stage", "discriminator"):
+            given = getattr(self, part)
+            if given is not None and (not callable(given) or isinstance(given, nn.Module)):
+                raise OptionError(
+                    f"{part} of {self.name} must be a function, got {type(given).__name__}; the class "
+                    "Description says what it is called with",
+                    self,
+                )

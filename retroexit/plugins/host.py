@@ -1,7 +1,8 @@
 """Where plug-ins are found, checked and looked up.
 
-Nothing is imported before the first look-up. From then on every plug-in is in one of two states: it works, or
-it was left out with a warning that names its distribution and the cause. Neither breaks ``import retroexit``.
+Nothing is imported before the first look-up, and a hook is called when something of its kind is first looked
+up. From then on every plug-in is in one of two states: it works, or it, or a part of it, was left out with a
+warning that names its distribution and the cause. Neither breaks ``import retroexit``.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ import importlib.metadata
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Set
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pluggy
 from torch import nn
@@ -20,12 +21,18 @@ from torch import nn
 from retroexit.errors import PluginError, RetroExitWarning, closest
 from retroexit.plugins import hookspecs
 from retroexit.plugins.description import Description
+from retroexit.plugins.shelf import Shelf
 
 if TYPE_CHECKING:
+    from retroexit.branch.widths import WidthFunction
     from retroexit.evaluation.quality import QualityMetric
     from retroexit.retrieval import Retriever
+    from retroexit.training.losses import Term
 
 __all__ = ["Host", "PluginInfo", "host"]
+
+_BUILTIN = "builtin"
+_Answer = TypeVar("_Answer")
 
 
 @dataclass(frozen=True)
@@ -51,30 +58,6 @@ class PluginInfo:
         return f"plug-in {self.name!r}{origin}"
 
 
-@dataclass
-class _Shelf:
-    """Everything offered under one hook: who offers which object under which name."""
-
-    hook: str
-    kind: str
-    offers: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> plug-in -> object
-
-    def add(self, plugin: str, offered: object) -> None:
-        """Put a plug-in's offers on the shelf, all of them or none."""
-        if not isinstance(offered, dict):
-            raise PluginError(
-                f"{self.hook} returned {offered!r}; return a dict of {self.kind}s by name", offered
-            )
-        for name, thing in offered.items():
-            if not isinstance(name, str) or not callable(thing):
-                raise PluginError(
-                    f"{self.hook} offers {name!r}: {thing!r}; names must be strings, {self.kind}s callable",
-                    thing,
-                )
-        for name, thing in offered.items():
-            self.offers.setdefault(name, {})[plugin] = thing
-
-
 class Host:
     """The plug-ins of one process; `host` gives the one that the library uses.
 
@@ -88,10 +71,12 @@ class Host:
         self._pluggy.add_hookspecs(hookspecs)
         self._infos: dict[str, PluginInfo] = {}
         self._rejected: list[PluginInfo] = []
-        self._retrievers = _Shelf("retroexit_retrievers", "retriever")
-        self._metrics = _Shelf("retroexit_metrics", "metric")
+        self._retrievers = Shelf("retroexit_retrievers", "retriever")
+        self._metrics = Shelf("retroexit_metrics", "metric")
+        self._losses = Shelf("retroexit_losses", "loss")
+        self._width_rules = Shelf("retroexit_width_rules", "width rule")
+        self._commands = Shelf("retroexit_commands", "command")
         self._to_discover = discover
-        self._fresh: set[str] = set()  # plug-ins whose offers are not on the shelves yet
         self._unsaid: list[str] = []
         self._lock = threading.RLock()
 
@@ -127,15 +112,51 @@ class Host:
         found: Callable[..., QualityMetric] = self._look_up(self._metrics, name)
         return found
 
+    def loss(self, name: str) -> Callable[[], Term]:
+        """Look up a factory of training terms by name.
+
+        Raises:
+            PluginError: If no plug-in offers it, or more than one does.
+        """
+        found: Callable[[], Term] = self._look_up(self._losses, name)
+        return found
+
+    def width_rule(self, name: str) -> WidthFunction:
+        """Look up a rule of width by name.
+
+        Raises:
+            PluginError: If no plug-in offers it, or more than one does.
+        """
+        found: WidthFunction = self._look_up(self._width_rules, name)
+        return found
+
     def retrievers(self) -> tuple[str, ...]:
         """List the names that `retriever` knows, sorted."""
-        self._load()
-        return tuple(sorted(self._retrievers.offers))
+        return self._names(self._retrievers)
 
     def metrics(self) -> tuple[str, ...]:
         """List the names that `metric` knows, sorted."""
-        self._load()
-        return tuple(sorted(self._metrics.offers))
+        return self._names(self._metrics)
+
+    def losses(self) -> tuple[str, ...]:
+        """List the names that `loss` knows, sorted."""
+        return self._names(self._losses)
+
+    def width_rules(self) -> tuple[str, ...]:
+        """List the names that `width_rule` knows, sorted."""
+        return self._names(self._width_rules)
+
+    def commands(self) -> dict[str, Callable[..., Any]]:
+        """List the commands of the command line by name.
+
+        A name that several plug-ins claim is reported; it stays ours if we are one of them, else nobody's.
+        """
+        self._fill(self._commands)
+        found = {}
+        for name, by in self._commands.offers.items():
+            if len(by) == 1 or _BUILTIN in by:
+                found[name] = by.get(_BUILTIN) or next(iter(by.values()))
+        return found
 
     def describe(self, generator: nn.Module) -> Description | None:
         """Ask the plug-ins, newest first, whether they recognise a generator.
@@ -145,24 +166,49 @@ class Host:
         Returns:
             The first description, or ``None`` when nobody knows the generator.
         """
-        self._load()
-        found = None
-        for plugin, answer in self._ask("retroexit_describe", generator=generator):
-            if isinstance(answer, Description):
-                found = answer
-                break
-            if answer is not None:
-                self._report(plugin, f"retroexit_describe returned {answer!r}; return a Description or None")
-        self._warn()
-        return found
+        return self._first("retroexit_describe", Description, generator=generator)
+
+    def build_stage(self, stage: nn.Module, in_channels: int, out_channels: int) -> nn.Module | None:
+        """Ask the plug-ins, newest first, for a thin stage; see `hookspecs.retroexit_build_stage`.
+
+        A plug-in that raises or returns something else than a module is reported and passed over.
+
+        Returns:
+            The first stage, or ``None`` when nobody builds this kind.
+        """
+        return self._first(
+            "retroexit_build_stage",
+            nn.Module,
+            stage=stage,
+            in_channels=in_channels,
+            out_channels=out_channels,
+        )
 
     def installed(self) -> list[PluginInfo]:
         """List every plug-in found, those that are not in use included, with the reason."""
-        self._load()
+        for shelf in (self._retrievers, self._metrics, self._losses, self._width_rules, self._commands):
+            self._fill(shelf)
         return [*self._infos.values(), *self._rejected]
 
-    def _look_up(self, shelf: _Shelf, name: str) -> Any:
+    def _first(self, hook: str, wanted: type[_Answer], **arguments: object) -> _Answer | None:
+        """Take the first answer of the wanted type; report other ones."""
         self._load()
+        found = None
+        for plugin, answer in self._ask(hook, arguments):
+            if isinstance(answer, wanted):
+                found = answer
+                break
+            if answer is not None:
+                self._report(plugin, f"{hook} returned {answer!r}; return a {wanted.__name__} or None")
+        self._warn()
+        return found
+
+    def _names(self, shelf: Shelf) -> tuple[str, ...]:
+        self._fill(shelf)
+        return tuple(sorted(shelf.offers))
+
+    def _look_up(self, shelf: Shelf, name: str) -> Any:
+        self._fill(shelf)
         by = shelf.offers.get(name, {})
         if not by:
             near = closest(name, sorted(shelf.offers)) or "none, because no plug-in offers any"
@@ -174,25 +220,43 @@ class Host:
         return next(iter(by.values()))
 
     def _load(self) -> None:
-        """Discover plug-ins once, and shelve what they offer whenever there are new ones."""
+        """Discover plug-ins, once."""
         with self._lock:
             if self._to_discover:
                 self._to_discover = False
                 self._discover()
-            if self._fresh:
-                self._shelve()
+        self._warn()
+
+    def _fill(self, shelf: Shelf) -> None:
+        """Collect what plug-ins offer that were not asked yet; report nonsense and names that are taken."""
+        self._load()
+        with self._lock:
+            fresh = self._infos.keys() - shelf.asked
+            shelf.asked |= fresh
+            for plugin, offered in self._ask(shelf.hook, {}, fresh):
+                try:
+                    shelf.add(plugin, offered)
+                except PluginError as error:
+                    self._report(plugin, str(error))
+            for name, plugins in shelf.claimed().items():
+                if fresh.intersection(plugins):
+                    newest = [plugin for plugin in self._infos if plugin in plugins][-1]
+                    self._report(newest, self._claim(shelf.kind, name, plugins))
         self._warn()
 
     def _discover(self) -> None:
         from retroexit.plugins import builtin
 
-        self._admit(builtin, PluginInfo("builtin", "retroexit", _own_version()))
+        self._admit(builtin, PluginInfo(_BUILTIN, "retroexit", _own_version()))
         for entry in importlib.metadata.entry_points(group=hookspecs.GROUP):
             origin = (entry.dist.name, entry.dist.version) if entry.dist else ("", "")
             info = PluginInfo(entry.name, *origin)
             try:
                 self._admit(entry.load(), info)
-            except Exception as error:
+            except (
+                Exception,
+                SystemExit,
+            ) as error:  # some modules leave the interpreter when they miss something
                 self._rejected.append(replace(info, error=_cause(error)))
                 self._unsaid.append(f"{info} is not in use: {_cause(error)}")
 
@@ -210,7 +274,6 @@ class Host:
                 self._pluggy.unregister(plugin)
             raise PluginError(" ".join(str(error).split()), plugin) from error
         self._infos[info.name] = replace(info, hooks=hooks)
-        self._fresh.add(info.name)
 
     def _hooks_of(self, plugin: object) -> tuple[str, ...]:
         known = sorted(vars(self._pluggy.hook))
@@ -229,22 +292,8 @@ class Host:
             raise PluginError(f"{plugin!r} implements no hook; mark its functions with hookimpl", plugin)
         return tuple(sorted(hooks))
 
-    def _shelve(self) -> None:
-        """Collect the offers of new plug-ins; report nonsense and names that are taken."""
-        fresh, self._fresh = self._fresh, set()
-        for shelf in (self._retrievers, self._metrics):
-            for plugin, offered in self._ask(shelf.hook, among=fresh):
-                try:
-                    shelf.add(plugin, offered)
-                except PluginError as error:
-                    self._report(plugin, str(error))
-            for name, by in shelf.offers.items():
-                if len(by) > 1 and fresh & by.keys():
-                    newest = [plugin for plugin in self._infos if plugin in by][-1]
-                    self._report(newest, self._claim(shelf.kind, name, by))
-
     def _ask(
-        self, hook: str, among: Set[str] | None = None, **arguments: object
+        self, hook: str, arguments: dict[str, object], among: Set[str] | None = None
     ) -> Iterator[tuple[str, Any]]:
         """Call one hook plug-in by plug-in, newest first, so that each answer and error has its author."""
         for implementation in reversed(getattr(self._pluggy.hook, hook).get_hookimpls()):
@@ -253,7 +302,7 @@ class Host:
             given = [arguments[name] for name in implementation.argnames]
             try:
                 answer = implementation.function(*given)
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 self._report(implementation.plugin_name, f"{hook} raised {_cause(error)}")
             else:
                 yield implementation.plugin_name, answer
@@ -282,7 +331,7 @@ def host() -> Host:
     return Host()
 
 
-def _cause(error: Exception) -> str:
+def _cause(error: BaseException) -> str:
     return str(error) if isinstance(error, PluginError) else f"{type(error).__name__}: {error}"
 
 

@@ -19,7 +19,7 @@ from retroexit.storage import read_tensors, write_tensors
 from retroexit.training.cache import IMAGE, FeatureCache
 from retroexit.training.crops import Cropper
 from retroexit.training.inputs import drawing_from
-from retroexit.training.losses import ReconstructionLoss
+from retroexit.training.losses import TrainingLoss
 
 __all__ = ["BranchSchedule", "BranchTrainer", "draw_batch", "learning_rate"]
 
@@ -82,7 +82,7 @@ class BranchTrainer:
         index: int,
         cache: FeatureCache,
         rows: Sequence[int],
-        loss: ReconstructionLoss,
+        loss: TrainingLoss,
         cropper: Cropper,
         guide_of: Callable[[Sequence[int]], Tensor] | None,
         schedule: BranchSchedule,

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from retroexit.errors import CheckpointError, OptionError, TrainingError
@@ -28,7 +28,7 @@ from retroexit.training.branches import BranchSchedule, BranchTrainer
 from retroexit.training.cache import GUIDANCE_VALUE, IMAGE, FeatureCache
 from retroexit.training.crops import Cropper
 from retroexit.training.inputs import Samples, drawing_from
-from retroexit.training.losses import ReconstructionLoss
+from retroexit.training.losses import L1, QUALITY, Term, TrainingLoss
 from retroexit.training.predictor import train_predictor
 
 __all__ = ["FitSettings", "divide", "fit_model", "image_range_of"]
@@ -45,8 +45,8 @@ class FitSettings:
         batch: Samples (or crops) per step.
         crop: Train on square windows of this many image pixels; ``None`` for whole images.
         lr: Largest learning rate of the branches.
-        l1: Weight of L1 beside the quality metric.
-        quality: Weight of the quality metric.
+        losses: Weight of every term of the training loss by name; ``"quality"`` is the fit's own metric, the
+            others come from plug-ins, ``"l1"`` from ours.
         held_out: Share of the inputs that branches are not trained on; the predictor is corrected by them.
         predictor_steps: Optimiser steps of the predictor.
         seed: Decides everything that is random.
@@ -59,8 +59,7 @@ class FitSettings:
     batch: int = 8
     crop: int | None = None
     lr: float = 4e-3
-    l1: float = 1.0
-    quality: float = 1.0
+    losses: dict[str, float] = field(default_factory=lambda: {"l1": 1.0, QUALITY: 1.0})
     held_out: float = 0.15
     predictor_steps: int = 1500
     seed: int = 0
@@ -82,13 +81,11 @@ class FitSettings:
             raise OptionError(f"asked for held_out={self.held_out}; found it outside [0, 1).", self.held_out)
         if not 0 < self.lr < float("inf"):
             raise OptionError(f"asked for lr={self.lr}; found no finite number above 0.", self.lr)
-        if not (
-            0 <= self.l1 < float("inf") and 0 <= self.quality < float("inf") and self.l1 + self.quality > 0
-        ):
+        weights = list(self.losses.values()) if isinstance(self.losses, dict) else []
+        if not all(0 <= weight < float("inf") for weight in weights) or not sum(weights) > 0:
             raise OptionError(
-                f"asked for l1={self.l1} and quality={self.quality}; found no weights >= 0 of which one is "
-                "above 0.",
-                self.l1,
+                f"asked for losses={self.losses!r}; found no weights >= 0 by name of which one is above 0.",
+                self.losses,
             )
 
 
@@ -100,8 +97,12 @@ def fit_model(
     settings: FitSettings,
     retriever: Callable[[], Retriever],
     progress: bool = True,
+    terms: Mapping[str, Term] | None = None,
 ) -> None:
-    """Fit bank, branches and predictor; see `retroexit.fit`."""
+    """Fit bank, branches and predictor; see `retroexit.fit`.
+
+    ``terms`` are the terms of the loss besides the metric; by default L1.
+    """
     samples = Samples(inputs, settings.seed)
     if not model.is_recorded:
         args, kwargs = samples.gather([0])
@@ -118,8 +119,7 @@ def fit_model(
         model, samples, folder / "cache", batch=settings.cache_batch, progress=progress
     )
     limits = image_range_of(model, cache.read(IMAGE, range(min(32, len(cache)))))
-    metric.to(_device(model))
-    loss = ReconstructionLoss(metric, limits, settings.l1, settings.quality)
+    loss = _loss(settings, limits, {**(terms or {"l1": L1()}), QUALITY: metric}, _device(model))
     croppers = [_cropper(model, cache, index, settings.crop) for index in range(len(model.branches))]
     for cropper in croppers:
         _try_loss(loss, cropper, cache.read(IMAGE, [0], _device(model)))
@@ -243,8 +243,18 @@ def _device(model: EarlyExitGenerator) -> torch.device:
     return next((p.device for p in model.generator.parameters()), torch.device("cpu"))
 
 
+def _loss(
+    settings: FitSettings, limits: ImageRange, terms: Mapping[str, Term], device: torch.device
+) -> TrainingLoss:
+    """Weigh the terms; those that hold tensors move to the device."""
+    for term in terms.values():
+        if isinstance(term, nn.Module):
+            term.to(device)
+    return TrainingLoss({name: (weight, terms[name]) for name, weight in settings.losses.items()}, limits)
+
+
 @torch.no_grad()
-def _try_loss(loss: ReconstructionLoss, cropper: Cropper, image: Tensor) -> None:
+def _try_loss(loss: TrainingLoss, cropper: Cropper, image: Tensor) -> None:
     """Find out before anything is trained whether the metric takes windows of this size."""
     window = cropper(image, cropper.offsets(1, np.random.default_rng(0))).float()
     loss(window, window)

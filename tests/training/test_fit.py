@@ -91,7 +91,7 @@ def test_every_loss_goes_down(
     assert sorted(history) == [0, 1]
     for parts in history.values():
         assert len(parts) == 40
-        for name in ("l1", "distance"):
+        for name in ("l1", "quality"):
             values = [part[name] for part in parts]
             assert np.mean(values[-5:]) < 0.7 * np.mean(values[:5])
     losses = np.load(tmp_path / "losses.npy")
@@ -257,7 +257,10 @@ def test_a_forward_that_fixes_the_batch_size_is_refused(decoders: ModuleType, tm
         ({"crop": 6}, "crops of 6 pixels; found that the coarsest map has one pixel per 4"),
         ({"seed": -1}, "seed=-1; found no integer >= 0"),
         ({"lr": float("nan")}, "lr=nan; found no finite number above 0"),
-        ({"l1": 0.0, "quality": 0.0}, "l1=0.0 and quality=0.0"),
+        ({"losses": {"l1": 0.0, "quality": 0.0}}, "losses={'l1': 0.0, 'quality': 0.0}; found no weights"),
+        ({"losses": {"l1": 1.0, "quality": -1.0}}, "found no weights >= 0 by name"),
+        ({"losses": {}}, "losses={}; found no weights"),
+        ({"losses": ["l1"]}, r"losses=\['l1'\]; found no weights"),
         ({"stepz": 3}, "asked for stepz=.*Closest: 'steps'"),
     ],
 )
@@ -313,12 +316,11 @@ def test_a_loss_that_is_not_finite_stops_training_with_its_step(decoders: Module
 
 def test_the_loss_weighs_l1_and_metric(decoders: ModuleType) -> None:
     from retroexit.evaluation.quality import ImageRange
-    from retroexit.training.losses import ReconstructionLoss
+    from retroexit.training.losses import L1, TrainingLoss
 
     image, target = torch.rand(2, 3, 4, 4), torch.rand(2, 3, 4, 4)
-    total, parts = ReconstructionLoss(decoders.Distance(), ImageRange(0, 1), l1=3.0, quality=0.5)(
-        image, target
-    )
+    terms = {"l1": (3.0, L1()), "quality": (0.5, decoders.Distance())}
+    total, parts = TrainingLoss(terms, ImageRange(0, 1))(image, target)
     l1 = np.mean(
         [abs(2 * a - 2 * b) for a, b in zip(image.flatten().tolist(), target.flatten().tolist(), strict=True)]
     )
@@ -327,7 +329,7 @@ def test_the_loss_weighs_l1_and_metric(decoders: ModuleType) -> None:
         for x, y in zip(image, target, strict=True)
     ]
     distance = np.mean([np.sqrt(np.mean(row)) for row in squares])
-    assert parts == {"l1": pytest.approx(l1, rel=1e-5), "distance": pytest.approx(distance, rel=1e-5)}
+    assert parts == {"l1": pytest.approx(l1, rel=1e-5), "quality": pytest.approx(distance, rel=1e-5)}
     assert float(total) == pytest.approx(3 * l1 + 0.5 * distance, rel=1e-5)
 
 
