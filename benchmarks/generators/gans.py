@@ -1,0 +1,54 @@
+"""Published GANs that install by name."""
+
+from __future__ import annotations
+
+from unittest import mock
+
+import torch
+
+from generators.entry import Entry, Made
+
+__all__ = ["ENTRIES"]
+
+
+def biggan() -> Made:
+    from pytorch_pretrained_biggan import BigGAN, BigGANConfig
+
+    layers = [(False, 8, 8), (True, 8, 4), (False, 4, 4), (True, 4, 2), (False, 2, 2), (True, 2, 1)]
+    config = BigGANConfig(
+        output_dim=32,
+        z_dim=16,
+        class_embed_dim=16,
+        channel_width=16,
+        num_classes=10,
+        layers=layers,
+        attention_layer_position=4,
+    )
+    model = BigGAN(config)
+    for name, parameter in model.named_parameters():
+        if name.startswith("generator.bn."):  # left empty until a checkpoint fills it
+            torch.nn.init.constant_(parameter, float(name.endswith("weight")))
+    label = torch.nn.functional.one_hot(torch.tensor([3]), 10).float()
+    return Made(model, (torch.randn(1, 16), label, 0.4))
+
+
+def lightweight_gan() -> Made:
+    with mock.patch("torch.cuda.is_available", return_value=True):  # its import insists on a GPU
+        from lightweight_gan.lightweight_gan import Generator
+
+    return Made(
+        Generator(image_size=64, latent_dim=64, fmap_max=64, attn_res_layers=[16]), (torch.randn(1, 64),)
+    )
+
+
+ENTRIES = (
+    Entry("biggan-pretrained", biggan, "generator.layers.{0-6}", ["pytorch_pretrained_biggan"]),
+    # Each level is a list of an up-sampling sequence and two helpers.
+    Entry(
+        "lightweight-gan",
+        lightweight_gan,
+        "?initial_conv layers.{0-3}",
+        ["lightweight_gan"],
+        draws=True,
+    ),
+)

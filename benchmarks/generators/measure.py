@@ -1,0 +1,302 @@
+"""Wrap one generator of the zoo and check everything that is claimed of any generator."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import retroexit
+from generators.acceptance import judge_stages
+from generators.entry import Entry, Made
+from retroexit.decoder.structure import cloned, rebuild, tensors
+from retroexit.model import EarlyExitGenerator
+
+__all__ = ["SCALES", "BranchRow", "Row", "measure_entry"]
+
+SCALES = (1 / 4, 1 / 15)
+_SHRUNK = 2 / 3  # a branch shrinks if neither parameters nor MACs exceed this share of the tail's
+
+
+@dataclass
+class BranchRow:
+    """One branch beside the tail that it stands for.
+
+    Attributes:
+        scale: Width factor.
+        after: Stage that it sits behind.
+        parameters: Its own and the tail's.
+        macs: Its own and the tail's, one sample.
+        pins: What cannot shrink, and the line that fixes it.
+        unreached: Parameters that get no gradient though the tail's do.
+        error: Why there is none.
+    """
+
+    scale: float
+    after: str
+    parameters: tuple[int, int] = (0, 0)
+    macs: tuple[int, int] = (0, 0)
+    pins: tuple[str, ...] = ()
+    unreached: list[str] = field(default_factory=list)
+    error: str = ""
+
+    @property
+    def shrinks(self) -> bool:
+        """Tell whether parameters and MACs are both at most two thirds of the tail's."""
+        if self.error:
+            return False
+        return all(own <= _SHRUNK * whole for own, whole in (self.parameters, self.macs))
+
+
+@dataclass
+class Row:
+    """What was measured of one generator.
+
+    Attributes:
+        name: The entry's.
+        wanted: Stages that a person would pick.
+        found: Stages that were found.
+        objection: What a person would object to, empty if nothing.
+        live: Per exit, the shapes of the live values besides the feature.
+        backbone: Whether the final exit equals the generator bit for bit and the generator is unchanged.
+        self_test: Whether every full-width branch equals the generator bit for bit.
+        branches: The branches, per scale.
+        batch: Largest relative difference between a batch of two and two of one, over all exits.
+        seconds: Time to wrap at the first scale.
+        memory: Peak memory while wrapping beyond what was there before, MiB, and the model's own size.
+        errors: What raised, by step.
+    """
+
+    name: str
+    wanted: str = ""
+    found: list[str] = field(default_factory=list)
+    objection: str = "nothing was found"
+    live: list[list[tuple[int, ...]]] = field(default_factory=list)
+    backbone: bool = False
+    self_test: bool = False
+    branches: list[BranchRow] = field(default_factory=list)
+    batch: float | None = None
+    seconds: float = 0.0
+    memory: tuple[float, float] = (0.0, 0.0)
+    errors: dict[str, str] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        """Give plain values."""
+        rows = [{**asdict(branch), "shrinks": branch.shrinks} for branch in self.branches]
+        return {**asdict(self), "branches": rows}
+
+
+def measure_entry(entry: Entry, folder: Path | None = None) -> Row:
+    """Wrap a generator and check it; what raises is noted in the row."""
+    row = Row(entry.name, entry.stages)
+
+    def attempt(step: str, run: Callable[..., Any], *args: Any) -> Any:
+        try:
+            return run(*args)
+        except Exception as error:
+            row.errors[step] = f"{type(error).__name__}: {error}"
+            return None
+
+    torch.manual_seed(0)
+    made: Made | None = attempt("make", *((entry.make, folder) if entry.checkout else (entry.make,)))
+    if made is None:
+        return row
+    before, state = attempt("run", _run, made), _state(made.generator)
+    stages = attempt("stages", _find, made, entry)
+    row.found = [stage.path for stage in stages or ()]
+    row.objection = judge_stages(row.found, entry.stages)
+    places = spread(len(row.found))
+    if not places or before is None:
+        return row
+    models = {}
+    for scale in SCALES:
+        models[scale] = _wrap(row, entry, made, places, scale)
+    model = models[SCALES[0]] or models[SCALES[1]]
+    if model is not None:
+        row.live = [[tuple(n.meta["shape"]) for n in cut.live] for cut in model.split.cuts]
+        row.backbone = bool(attempt("backbone", _same_backbone, model, made, before, state))
+        if not entry.draws:
+            row.batch = attempt("batch", _batch_difference, model, made)
+    row.self_test = bool(attempt("self-test", _full_width_equals, entry, made, places, before))
+    return row
+
+
+def spread(count: int) -> list[int]:
+    """Choose at most three of the places after ``count`` stages, evenly; the last one is no place."""
+    last = count - 1
+    return sorted({max(1, round(last * part)) for part in (1 / 4, 2 / 4, 3 / 4)}) if last > 0 else []
+
+
+def _find(made: Made, entry: Entry) -> list[retroexit.Stage]:
+    return retroexit.find_stages(made.generator, made.args, made.kwargs, image=entry.image)
+
+
+def _plain_wrap(entry: Entry, made: Made, places: list[int], scale: float) -> EarlyExitGenerator:
+    return retroexit.wrap(
+        made.generator,
+        places,
+        scale,
+        min_channels=entry.floor,
+        example_inputs=cloned(made.args),
+        example_kwargs=cloned(made.kwargs),
+        adapter=False,
+        image=entry.image,
+    )
+
+
+def _wrap(row: Row, entry: Entry, made: Made, places: list[int], scale: float) -> EarlyExitGenerator | None:
+    """Wrap at all places, or where that fails at each alone, so that every branch is judged by itself."""
+    held, begin = _peak_memory(), time.perf_counter()
+    try:
+        model = _plain_wrap(entry, made, places, scale)
+    except Exception:
+        model = None
+        for place in places:
+            after = row.found[place - 1]
+            try:
+                model = _plain_wrap(entry, made, [place], scale)
+                row.branches.extend(_branches(model, made, scale))
+            except Exception as error:
+                row.branches.append(BranchRow(scale, after, error=f"{type(error).__name__}: {error}"))
+        return model
+    if scale == SCALES[0]:
+        size = sum(t.numel() * t.element_size() for t in made.generator.state_dict().values())
+        row.seconds = time.perf_counter() - begin
+        row.memory = (_peak_memory() - held, size / 2**20)
+    row.branches.extend(_branches(model, made, scale))
+    return model
+
+
+def _peak_memory() -> float:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def _branches(model: EarlyExitGenerator, made: Made, scale: float) -> list[BranchRow]:
+    rows = []
+    outputs = _all_exits(model, made)
+    for index, (branch, exit) in enumerate(zip(model.branches, model.exits, strict=False)):
+        cut, recording = model.split.cuts[index], model.split.decoder.recording
+        spent = sum(node.meta.get("macs", 0) for node in recording.nodes[: cut.position])
+        prefix = spent // model.split.batch
+        tail = model.split.tail(index)
+        alive = _reached(tail, [tail(*_crossing(model, made, index))])
+        reached = _reached(branch, [outputs[index]])
+        names = {name.removeprefix("tail.") for name, _ in branch.named_parameters()}
+        dead = {name for name, _ in tail.named_parameters()} - alive
+        rows.append(
+            BranchRow(
+                scale,
+                exit.attach_at,
+                (_count(branch), _count(tail)),
+                (exit.macs - prefix, model.anatomy.backbone_macs - prefix),
+                exit.pinned,
+                sorted(names - {name.removeprefix("tail.") for name in reached} - dead),
+            )
+        )
+    return rows
+
+
+def _crossing(model: EarlyExitGenerator, made: Made, index: int) -> list[Tensor]:
+    with torch.no_grad():
+        values = model.split.start(cloned(made.args), cloned(made.kwargs))
+        for k in range(index + 1):
+            values = model.split.advance(values, k)
+        return [value.clone() for value in model.split.crossing(values, index)]
+
+
+def _reached(module: nn.Module, outputs: list[Any]) -> set[str]:
+    """Names of the parameters that a gradient of the outputs reaches."""
+    loss = sum(
+        t.float().square().sum() for t in tensors(outputs) if t.is_floating_point() and t.requires_grad
+    )
+    names, parameters = zip(*module.named_parameters(), strict=True)
+    found = torch.autograd.grad(loss, parameters, allow_unused=True, retain_graph=True)
+    return {name for name, gradient in zip(names, found, strict=True) if gradient is not None}
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _state(generator: nn.Module) -> list[tuple[str, Any]]:
+    """Everything of a generator that must not change."""
+    held = [*generator.named_parameters(), *generator.named_buffers()]
+    found: list[tuple[str, Any]] = [(n, (id(t), t.requires_grad, t.detach().clone())) for n, t in held]
+    for name, module in generator.named_modules():
+        hooks = (len(module._forward_hooks), len(module._forward_pre_hooks), len(module._backward_hooks))
+        found.append((name, (module.training, hooks, sorted(vars(module)))))
+    return found
+
+
+def _unchanged(old: list[tuple[str, Any]], new: list[tuple[str, Any]]) -> bool:
+    def same(a: Any, b: Any) -> bool:
+        return torch.equal(a, b) if isinstance(a, Tensor) else a == b
+
+    return len(old) == len(new) and all(
+        a == b and all(same(x, y) for x, y in zip(u, v, strict=True))
+        for (a, u), (b, v) in zip(old, new, strict=True)
+    )
+
+
+def _seeded(run: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Tensor]:
+    torch.manual_seed(1)
+    with torch.no_grad():
+        return [t for t in tensors(run(*cloned(args), **cloned(kwargs))) if t.is_floating_point()]
+
+
+def _run(made: Made) -> list[Tensor]:
+    return _seeded(made.generator, *made.args, **made.kwargs)
+
+
+def _all_exits(model: EarlyExitGenerator, made: Made) -> list[Any]:
+    torch.manual_seed(1)
+    return model.all_exits(*cloned(made.args), **cloned(made.kwargs))
+
+
+def _same_backbone(model: EarlyExitGenerator, made: Made, before: list[Tensor], state: Any) -> bool:
+    runs = [_seeded(model, *made.args, **made.kwargs), _run(made)]
+    runs.append([t for t in tensors(_all_exits(model, made)[-1]) if t.is_floating_point()])
+    same = all(torch.equal(a, b) for run in runs for a, b in zip(before, run, strict=True))
+    return same and _unchanged(state, _state(model.unwrap()))
+
+
+def _full_width_equals(entry: Entry, made: Made, places: list[int], before: list[Tensor]) -> bool:
+    model = _plain_wrap(entry, made, places, 1)
+    with torch.no_grad():
+        outputs = _all_exits(model, made)
+    found = [[t for t in tensors(output) if t.is_floating_point()] for output in outputs]
+    return all(torch.equal(a, b) for run in found for a, b in zip(before, run, strict=True))
+
+
+def _batch_difference(model: EarlyExitGenerator, made: Made) -> float:
+    """Compare two samples at once with each alone, at every exit."""
+
+    def is_batched(leaf: Any) -> bool:
+        return isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == 1
+
+    def another(leaf: Any) -> Any:
+        if not is_batched(leaf) or not leaf.is_floating_point():
+            return leaf
+        return leaf.flip(-1) * 0.9
+
+    def pair(leaf: Any) -> Any:
+        return torch.cat([leaf, another(leaf)]) if is_batched(leaf) else leaf
+
+    first = Made(made.generator, made.args, made.kwargs)
+    second = Made(made.generator, rebuild(made.args, another), rebuild(made.kwargs, another))
+    both = Made(made.generator, rebuild(made.args, pair), rebuild(made.kwargs, pair))
+    worst = 0.0
+    with torch.no_grad():
+        runs = [[model.image(output) for output in _all_exits(model, made)] for made in (first, second, both)]
+    for one, other, whole in zip(*runs, strict=True):
+        alone = torch.cat([one, other])
+        worst = max(worst, float((alone - whole).abs().max() / alone.abs().max().clamp_min(1e-12)))
+    return worst

@@ -1,0 +1,171 @@
+"""Wrap generators that other people wrote, without an adapter, and print what works.
+
+    python benchmarks/zoo.py [--only NAME...] [--checkouts FOLDER] [--json FILE] [--markdown]
+
+Random weights, up to three exits each, width factors 1/4 and 1/15 with a floor of 8 for these small
+instances. Every generator runs in a process of its own. ``--checkouts`` names a folder with checkouts of
+public repositories by their own names (OASIS, SPADE, stylegan2-ada-pytorch, ...); they are imported from
+there, and nothing of them is part of this project.
+
+What counts: *backbone*, the final exit, whole or in pieces, equals the generator bit for bit and the
+generator is unchanged; *self-test*, branches of full width equal it bit for bit; *accepted*, the stages are a
+person's by the rule of ``generators/acceptance.py``; *shrinks*, a branch has at most two thirds of its tail's
+parameters and of its MACs; *batch*, largest relative difference between two samples at once and each alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from generators import ENTRIES
+from generators.entry import Entry
+
+_LIMIT = 600  # seconds for one generator
+
+
+def main() -> int:
+    """Run the command line; gives the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="generators to run; a beginning will do")
+    parser.add_argument("--checkouts", type=Path, help="folder with checkouts of public repositories")
+    parser.add_argument("--json", type=Path, help="write all rows to this file")
+    parser.add_argument("--markdown", action="store_true", help="print tables in Markdown")
+    parser.add_argument("--list", action="store_true", help="list the names and stop")
+    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    chosen = [entry for entry in ENTRIES if _is_chosen(entry, options)]
+    if options.list:
+        print("\n".join(entry.name for entry in chosen))
+        return 0
+    if options.child:
+        return _child(chosen[0], options)
+    rows = []
+    for entry in chosen:
+        missing = _missing(entry, options.checkouts)
+        if missing:
+            print(f"{entry.name}: left out, {missing} is not installed", file=sys.stderr)
+            continue
+        rows.append(_in_own_process(entry, options.checkouts))
+        print(_one_line(rows[-1], options.markdown), flush=True)
+    print(*_totals(rows), sep="\n")
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1))
+    return 0
+
+
+def _is_chosen(entry: Entry, options: argparse.Namespace) -> bool:
+    if options.child:
+        return entry.name == options.only[0]
+    if options.only:
+        return any(entry.name.startswith(name) for name in options.only)
+    return not entry.is_large
+
+
+def _missing(entry: Entry, checkouts: Path | None) -> str:
+    if entry.checkout and (checkouts is None or not (checkouts / entry.checkout).is_dir()):
+        return entry.checkout
+    return next((name for name in entry.needs if find_spec(name) is None), "")
+
+
+def _child(entry: Entry, options: argparse.Namespace) -> int:
+    from generators.measure import measure_entry
+
+    folder = options.checkouts / entry.checkout if entry.checkout else None
+    options.child.write_text(json.dumps(measure_entry(entry, folder).as_json()))
+    return 0
+
+
+def _in_own_process(entry: Entry, checkouts: Path | None) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder, "row.json")
+        command = [sys.executable, "-W", "ignore", __file__, "--only", entry.name, "--child", str(result)]
+        if checkouts is not None:
+            command += ["--checkouts", str(checkouts.resolve())]
+        environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=_LIMIT, env=environment)
+            reason = (done.stderr.strip() or "no message").splitlines()[-1]
+        except subprocess.TimeoutExpired:
+            reason = f"took more than {_LIMIT} s"
+        if result.is_file():
+            found: dict[str, Any] = json.loads(result.read_text())
+            return found
+    return {"name": entry.name, "errors": {"process": reason}, "branches": [], "objection": reason}
+
+
+def _one_line(row: dict[str, Any], markdown: bool) -> str:
+    cells = [row["name"], *_cells(row)]
+    line = " | ".join(cells)
+    notes = [f"{step}: {text}" for step, text in row["errors"].items()]
+    if row.get("objection"):
+        notes.append(f"stages: {row['objection']}; found {' '.join(row.get('found', ()))}")
+        notes.append(f"a person: {row.get('wanted', '')}")
+    notes += [f"{b['after']} at {b['scale']:.3g}: {b['error']}" for b in row["branches"] if b["error"]]
+    for branch in row["branches"]:
+        if not branch["error"] and not branch["shrinks"]:
+            pins = "; ".join(branch["pins"]) or "nothing pinned"
+            notes.append(
+                f"{branch['after']} at {branch['scale']:.3g}: parameters {_pair(branch['parameters'])}, "
+                f"MACs {_pair(branch['macs'])}; {pins}"
+            )
+        if branch["unreached"]:
+            notes.append(f"no gradient: {' '.join(branch['unreached'])}")
+    if markdown:
+        return f"| {line} |"
+    return "\n".join([line, *(f"    {note}" for note in notes)])
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    branches = row["branches"]
+    if not branches:
+        return ["failed"]
+    shares = [
+        " ".join(f"{b['parameters'][0] / b['parameters'][1]:.2f}/{b['macs'][0] / max(1, b['macs'][1]):.2f}"
+                 if not b["error"] else "error" for b in branches if b["scale"] == scale)
+        for scale in sorted({b["scale"] for b in branches}, reverse=True)
+    ]  # fmt: skip
+    live = " ".join(str(len(values)) for values in row["live"]) or "-"
+    batch = "draws" if row["batch"] is None and "batch" not in row["errors"] else row["batch"]
+    return [
+        f"{len(row['found'])} stages {'accepted' if not row['objection'] else 'NOT ACCEPTED'}",
+        f"live {live}",
+        "backbone equal" if row["backbone"] else "BACKBONE DIFFERS",
+        "self-test equal" if row["self_test"] else "SELF-TEST FAILS",
+        *(f"{share}" for share in shares),
+        f"pins {sum(len(b['pins']) for b in branches)}",
+        "gradients" if not any(b["unreached"] for b in branches) else "NO GRADIENT",
+        f"batch {batch:.0e}" if isinstance(batch, float) else f"batch {batch}",
+        f"{row['seconds']:.1f} s",
+        f"{row['memory'][0]:.0f} MiB for {row['memory'][1]:.0f}",
+    ]
+
+
+def _pair(values: list[int]) -> str:
+    return f"{values[0]:,} of {values[1]:,}"
+
+
+def _totals(rows: list[dict[str, Any]]) -> list[str]:
+    branches = [branch for row in rows for branch in row["branches"]]
+    counts = [
+        ("backbone bit-equal", [bool(row.get("backbone")) for row in rows]),
+        ("stages accepted", [not row["objection"] for row in rows]),
+        ("self-test equal", [bool(row.get("self_test")) for row in rows]),
+        ("branches that shrink", [branch["shrinks"] for branch in branches]),
+        ("gradients everywhere", [not branch["unreached"] and not branch["error"] for branch in branches]),
+        ("batch of two alike", [row["batch"] < 1e-3 for row in rows if row.get("batch") is not None]),
+    ]
+    return [
+        f"{what}: {sum(good)} of {len(good)} ({sum(good) / max(1, len(good)):.1%})" for what, good in counts
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
