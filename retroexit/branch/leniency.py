@@ -1,0 +1,99 @@
+"""Let somebody's Python compute with symbolic sizes where that ties nothing together.
+
+Attention's fused kernel reads its width as a plain number, so it stays off. ``math.sqrt(c)`` turns a size into
+a float, which PyTorch takes as a promise that it never changes; a factor may well depend on the width.
+``int(c)`` is such a promise too. Python insists on a plain number there, so the name ``int`` is covered for a
+while in the files that ask for it, by a type that hands symbolic sizes back as they are.
+"""
+
+from __future__ import annotations
+
+import builtins
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from retroexit.decoder.lines import is_user_code
+
+__all__ = ["FrozenSizeError", "lenient_python"]
+
+_LOCK = threading.Lock()
+_ABSENT = object()
+
+Namespace = dict[str, Any]
+
+
+class FrozenSizeError(BaseException):
+    """A file is about to freeze a symbolic size by ``int()``; no handler of the generator's may stop this.
+
+    Attributes:
+        namespace: The global names of that file.
+    """
+
+    def __init__(self, namespace: Namespace) -> None:
+        super().__init__(namespace.get("__name__"))
+        self.namespace = namespace
+
+
+class _IntOrSize(type):
+    def __instancecheck__(cls, value: object) -> bool:
+        return isinstance(value, (builtins.int, torch.SymInt))
+
+    def __subclasscheck__(cls, other: type) -> bool:
+        return issubclass(other, builtins.int)
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        if len(args) == 1 and isinstance(args[0], torch.SymInt):
+            return args[0]
+        return builtins.int(*args, **kwargs)
+
+
+class _Int(builtins.int, metaclass=_IntOrSize):
+    """What ``int`` means in a file that would freeze a size."""
+
+
+@contextmanager
+def lenient_python(covered: Sequence[Namespace] | None) -> Iterator[None]:
+    """Compute with sizes that may be symbolic, while a tail runs.
+
+    Args:
+        covered: Files in which ``int`` lets symbolic sizes pass, by their global names; ``None`` to let every
+            ``int()`` freeze its size.
+
+    Raises:
+        FrozenSizeError: When another file of the generator's calls ``int`` on a symbolic size.
+    """
+    freeze = torch.SymInt.__int__
+
+    def to_int(size: torch.SymInt) -> int:
+        caller = sys._getframe(1)
+        if covered is not None and is_user_code(caller.f_code.co_filename):
+            raise FrozenSizeError(caller.f_globals)
+        return freeze(size)
+
+    with _LOCK:
+        fast = torch.backends.mha.get_fastpath_enabled()
+        own = [(names, names.get("int", _ABSENT)) for names in covered or ()]
+        had_float = hasattr(torch.SymInt, "__float__")
+        try:
+            torch.backends.mha.set_fastpath_enabled(False)
+            torch.SymInt.__int__ = to_int  # type: ignore[method-assign]
+            if not had_float:
+                torch.SymInt.__float__ = lambda size: float(size.node.hint)  # type: ignore[attr-defined]
+            for names, _ in own:
+                names["int"] = _Int
+            yield
+        finally:
+            for names, value in own:
+                if value is _ABSENT:
+                    names.pop("int", None)
+                else:
+                    names["int"] = value
+            torch.SymInt.__int__ = freeze  # type: ignore[method-assign]
+            if not had_float:
+                del torch.SymInt.__float__  # type: ignore[attr-defined]
+            torch.backends.mha.set_fastpath_enabled(fast)
