@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch.utils.flop_counter import FlopCounterMode
+import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 __all__ = ["MacCounter"]
 
@@ -25,11 +26,21 @@ class _NoModules:
         return None
 
 
+def _attention_flops(query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))
+
+
+# The CPU's own attention kernel, which some releases of PyTorch leave out of the count.
+_UNCOUNTED: dict[Any, Any] = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+}
+
+
 class MacCounter(FlopCounterMode):
     """PyTorch's counter of floating-point operations, for totals alone; 1 MAC = 2 FLOPs."""
 
     def __init__(self) -> None:
-        super().__init__(display=False)
+        super().__init__(display=False, custom_mapping=_UNCOUNTED)
         self.mod_tracker: Any = _NoModules()
 
     @property
