@@ -44,7 +44,7 @@ def vqvae() -> Made:
 def swin_unetr() -> Made:
     from monai.networks.nets import SwinUNETR
 
-    return Made(SwinUNETR(1, 2, feature_size=24, depths=(1, 1, 1, 1)), (torch.rand(1, 1, 32, 32, 32),))
+    return Made(SwinUNETR(1, 2, feature_size=24, depths=(1, 1, 1, 1)), (torch.rand(1, 1, 64, 64, 64),))
 
 
 ENTRIES = (
