@@ -269,7 +269,7 @@ def _build_exit(
     wanted: list[Tensor] | None,
 ) -> tuple[Branch, set[int], int]:
     """Build one branch; gives it, the crossing values it writes into, and its MACs for one sample."""
-    tail = split.tail(index)
+    tail = split.tail(index, share=True)
     handed = [value.clone() for value in crossing]
     before = [value._version for value in handed]
     if wanted is not None:

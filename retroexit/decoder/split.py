@@ -115,9 +115,9 @@ class SplitGenerator:
             n: v.index_select(0, rows.to(v.device)) if n in self.batched else v for n, v in values.items()
         }
 
-    def tail(self, index: int) -> Tail:
-        """Copy everything after a cut as a module."""
-        return Tail(self.decoder.recording, self.generator, self.cuts[index])
+    def tail(self, index: int, *, share: bool = False) -> Tail:
+        """Copy everything after a cut as a module; on request with the generator's own weights, to read."""
+        return Tail(self.decoder.recording, self.generator, self.cuts[index], share=share)
 
     def place_of(self, image: Any) -> Tensor:
         """Find the image in an output of the generator or of a branch."""
