@@ -70,8 +70,8 @@ def wrap(
         example_kwargs: Its keyword inputs.
         stages: Paths of l_1..l_N, where the search should not decide.
         guidance: ``None``, ``True`` or ``"patches"`` for the paper's patch bank, or a `Guidance`.
-        adapter: What a plug-in knows about the generator: a `Description`, a plug-in's name, ``False`` to ask
-            none.
+        adapter: What a plug-in knows about the generator: a `Description`, the name of the plug-in to ask,
+            ``False`` to ask none. By default all are asked.
         init: Starting weights of a branch: ``"inherit"``, the backbone's most important channels, or
             ``"scratch"``.
         width_rule: How widths follow from the scale: ``"floor"``, the paper's, ``"multiple-of-8"``, or a
@@ -92,7 +92,8 @@ def wrap(
         OptionError: If another argument is out of range.
         RecordingError: If its execution cannot be written down and cut.
         BranchError: If the rest of it cannot be made thinner.
-        PluginError: If no plug-in, or more than one, offers the width rule.
+        PluginError: If no plug-in, or more than one, offers the width rule, or there is none of the adapter's
+            name.
 
     Example:
         >>> model = retroexit.wrap(generator, attach_at=[2, 4, 6], scale=1 / 15)
@@ -226,7 +227,7 @@ def fit(
     guidance = model.options.guidance
     back_end = host().retriever(guidance.retriever if guidance is not None else "exact")
     wanted = FitSettings(**settings)
-    terms = {name: host().loss(name)() for name in wanted.losses if name != QUALITY}
+    terms = {name: host().loss(name) for name in wanted.losses if name != QUALITY}
     fit_model(model, inputs, Path(folder), _metric(metric, weights), wanted, back_end, progress, terms)
     return model
 
@@ -283,8 +284,7 @@ def _metric(metric: QualityMetric | str, weights: str | Path | None) -> QualityM
     if isinstance(metric, QualityMetric):
         return metric
     name = "lpips-alex" if metric == "lpips" else metric
-    made = host().metric(name)
-    return made(weights=weights) if weights is not None else made()
+    return host().metric(name) if weights is None else host().metric(name, weights=weights)
 
 
 def find_stages(
@@ -325,12 +325,12 @@ def _describe(generator: nn.Module, adapter: Description | str | bool | None) ->
         return adapter
     if adapter is False:
         return None
-    found = host().describe(generator)
-    if isinstance(adapter, str) and (found is None or found.name != adapter):
+    found = host().describe(generator, adapter if isinstance(adapter, str) else None)
+    if isinstance(adapter, str) and found is None:
         raise OptionError(
-            f"asked for adapter={adapter!r}; found that "
-            f"{'no adapter' if found is None else repr(found.name)} recognises a {type(generator).__name__}. "
-            "List them with 'retroexit plugins'.",
+            f"asked for adapter={adapter!r}; found that this plug-in does not recognise a "
+            f"{type(generator).__name__}. Leave adapter out to ask all plug-ins, or pass a "
+            "retroexit.Description.",
             adapter,
         )
     return found
