@@ -69,7 +69,8 @@ def wrap(
             without an adapter that makes some, the generator is recorded at its first call.
         example_kwargs: Its keyword inputs.
         stages: Paths of l_1..l_N, where the search should not decide.
-        guidance: ``None``, ``True`` or ``"patches"`` for the paper's patch bank, or a `Guidance`.
+        guidance: ``None``; ``True`` for a bank of frames where the adapter knows keys of whole inputs, else
+            of patches; ``"patches"`` for these in any case; or a `Guidance`.
         adapter: What a plug-in knows about the generator: a `Description`, the name of the plug-in to ask,
             ``False`` to ask none. By default all are asked.
         init: Starting weights of a branch: ``"inherit"``, the backbone's most important channels, or
@@ -90,6 +91,7 @@ def wrap(
             several.
         AttachPointError: If a stage is unknown, named twice, the last one, or runs more than once.
         OptionError: If another argument is out of range.
+        BankError: If keys and values of the guidance do not fit together.
         RecordingError: If its execution cannot be written down and cut.
         BranchError: If the rest of it cannot be made thinner.
         PluginError: If no plug-in, or more than one, offers the width rule, or there is none of the adapter's
@@ -121,7 +123,7 @@ def wrap(
         rules=_rules(scale, min_channels, len(attach_at), width_rule),
         tap=tap,
         stages=None if stages is None else tuple(stages),
-        guidance=_guidance(guidance),
+        guidance=_guidance(guidance, known),
         init=init,
         image=image if image is not None or known is None else known.image,
         image_range=image_range if image_range is not None or known is None else known.image_range,
@@ -144,6 +146,7 @@ def load(
     example_kwargs: dict[str, Any] | None = None,
     *,
     adapter: Description | str | bool | None = None,
+    key: Callable[..., Tensor] | None = None,
 ) -> EarlyExitGenerator:
     """Read a wrapped generator that ``model.save`` or `fit` wrote.
 
@@ -153,12 +156,13 @@ def load(
         example_inputs: Positional inputs to record it with; without them its first call records.
         example_kwargs: Keyword inputs.
         adapter: What a plug-in knows about the generator, as for `wrap`.
+        key: The key function of its `Guidance`, which is not saved; not needed where the adapter brings it.
 
     Returns:
         The wrapped generator, with its branches, predictor and bank.
 
     Raises:
-        CheckpointError: If files are missing, damaged, or belong to another generator.
+        CheckpointError: If files are missing, damaged, or belong to another generator, or a key function is.
         PluginError: If the bank's search back-end is not installed.
     """
     known = _describe(generator, adapter)
@@ -170,6 +174,8 @@ def load(
         example_inputs,
         example_kwargs,
         host().retriever,
+        key=key,
+        known_key=None if known is None else known.key,
         shadowed=_shadowed(generator),
         predictor_inputs=None if known is None else known.predictor_inputs,
         build_stage=_build_stage(known, adapter),
@@ -356,11 +362,14 @@ def _rules(scale: float | Sequence[float], min_channels: int, count: int, name: 
     return tuple(WidthRule(item, min_channels, name, function) for item in scales)
 
 
-def _guidance(wanted: Guidance | str | bool | None) -> Guidance | None:
-    if wanted is None or wanted is False or isinstance(wanted, Guidance):
-        return wanted or None
+def _guidance(wanted: Guidance | str | bool | None, known: Description | None) -> Guidance | None:
+    if wanted is None or wanted is False:
+        return None
     if wanted is True or wanted == "patches":
-        return Guidance()
+        wanted = Guidance(key=None if wanted is True else False)
+    if isinstance(wanted, Guidance):
+        hints = (None, None, None) if known is None else (known.key, known.key_after, known.value_after)
+        return wanted.completed(*hints)
     raise OptionError(
         f"asked for guidance={wanted!r}; found None, True, 'patches' or a retroexit.Guidance only.", wanted
     )

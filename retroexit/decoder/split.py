@@ -48,10 +48,11 @@ class SplitGenerator:
         cuts: Where it is cut, in order of execution.
         args: The inputs of the recording.
         kwargs: Its keyword inputs.
+        key_cut: Where guidance keys are cut from, if that is not the first cut's feature; in front of it.
 
     Attributes:
         example: The inputs of the recording.
-        batched: Nodes of crossing values whose first axis is the batch.
+        batched: Nodes of crossing values whose first axis is the batch, and of the keys' feature.
         any_batch: Whether a batch of another size gives the generator's own output.
 
     Raises:
@@ -59,9 +60,15 @@ class SplitGenerator:
     """
 
     def __init__(
-        self, generator: nn.Module, decoder: Decoder, cuts: Sequence[Cut], args: Any, kwargs: Any
+        self,
+        generator: nn.Module,
+        decoder: Decoder,
+        cuts: Sequence[Cut],
+        args: Any,
+        kwargs: Any,
+        key_cut: Cut | None = None,
     ) -> None:
-        self.generator, self.decoder, self.cuts = generator, decoder, tuple(cuts)
+        self.generator, self.decoder, self.cuts, self.key_cut = generator, decoder, tuple(cuts), key_cut
         recording = decoder.recording
         self._call = _Call.of(args, kwargs)
         self.example = (cloned(tuple(args)), cloned(dict(kwargs)))
@@ -74,6 +81,13 @@ class SplitGenerator:
             Segment(recording, generator, begin, cut.position, cut.crossing, enter)
             for begin, cut, enter in zip(ends, self.cuts, entering, strict=False)
         ]
+        self._around_key: tuple[Segment, Segment] | None = None
+        if key_cut is not None:
+            middle, end = key_cut.crossing, self.cuts[0]
+            self._around_key = (
+                Segment(recording, generator, 0, key_cut.position, middle),
+                Segment(recording, generator, key_cut.position, end.position, end.crossing, middle),
+            )
         self._result = recording.nodes[-1].args[0]
         leaves = [leaf for _, leaf in flatten(self._result) if isinstance(leaf, fx.Node)]
         self._rest = Segment(recording, generator, ends[-1], len(recording.nodes), leaves, entering[-1])
@@ -95,6 +109,24 @@ class SplitGenerator:
         self._check_generator()
         self._check_call(args, kwargs)
         return self._bind(args, kwargs)
+
+    def begin(self, args: Any, kwargs: Any) -> tuple[Values, Tensor]:
+        """Run to the first cut; gives the values that cross it, and the feature that keys are cut from.
+
+        Raises:
+            InputMismatchError, ModeError, DeviceError: See `start`.
+        """
+        return self._to_first_cut(self.start(args, kwargs))
+
+    def _to_first_cut(self, values: Values) -> tuple[Values, Tensor]:
+        if self.key_cut is None or self._around_key is None:
+            values = self.advance(values, 0)
+            return values, values[self.cuts[0].feature]
+        before, behind = self._around_key
+        values = before(values)
+        # What comes next may write into the feature; on every route keys are what the stage returned.
+        keyed: Tensor = values[self.key_cut.feature].clone()
+        return behind(values), keyed
 
     def advance(self, values: Values, index: int) -> Values:
         """Run the generator from the cut before to cut ``index`` (from 0); gives the values that cross it."""
@@ -273,9 +305,11 @@ class SplitGenerator:
     def _sizes(self, args: Any, kwargs: Any) -> dict[fx.Node, int]:
         found: dict[fx.Node, int] = {}
         with torch.no_grad(), unobserved(self.generator):
-            values = self._bind(cloned(args), cloned(kwargs))
+            values, keyed = self._to_first_cut(self._bind(cloned(args), cloned(kwargs)))
+            if self.key_cut is not None:
+                found[self.key_cut.feature] = keyed.shape[0]
             for index in range(len(self.cuts)):
-                values = self.advance(values, index)
+                values = self.advance(values, index) if index else values
                 found.update(
                     {n: v.shape[0] for n, v in values.items() if isinstance(v, Tensor) and v.dim() > 0}
                 )
