@@ -153,7 +153,7 @@ class Recorder(TorchFunctionMode):
                 found.append(self.to_nodes(leaf))
                 return _Slot
 
-            template = _Template(rebuild(value, take))
+            template: Any = _Template(rebuild(value, take))
             return self.graph.call_function(assemble, (template, tuple(found)))
         if isinstance(value, (tuple, list, dict, slice)):
             return _shallow(value, self.to_nodes)
