@@ -306,6 +306,7 @@ class EarlyExitGenerator(nn.Module):
         crossing = self.split.crossing(values, index)
         written = self.anatomy.written[index]
         branch = self.branches[index]
+        self.split.check_precision(branch)
         return branch(*(v.clone() if i in written else v for i, v in enumerate(crossing)), guide=guide)
 
     def _guide(self, keyed: Tensor, args: Any, kwargs: Any, rows: Tensor | None = None) -> Tensor | None:

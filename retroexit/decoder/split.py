@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,6 +34,12 @@ class _Call:
         given = [(path, leaf) for path, leaf in leaves if isinstance(leaf, Tensor)]
         others = [(path, repr(leaf)) for path, leaf in leaves if not isinstance(leaf, Tensor)]
         return cls(tuple(path for path, _ in given), tuple(leaf.dtype for _, leaf in given), tuple(others))
+
+    def as_if(self, other: _Call) -> _Call:
+        """Take over the precision of another call's floating-point tensors."""
+        pairs = zip(self.dtypes, other.dtypes, strict=False)  # of unequal length only where paths differ too
+        both = (b if a.is_floating_point and b.is_floating_point else a for a, b in pairs)
+        return replace(self, dtypes=tuple(both))
 
 
 class SplitGenerator:
@@ -75,6 +81,7 @@ class SplitGenerator:
         self._inputs = [node for node in recording.nodes if node.op == "placeholder"]
         self._modes = [(m, recording.modes[name]) for name, m in generator.named_modules()]
         self._device = next((p.device for p in generator.parameters()), torch.device("cpu"))
+        self._precision = _precision(generator)
         ends = [0, *(cut.position for cut in self.cuts)]
         entering = [(), *(cut.crossing for cut in self.cuts)]
         self._segments = [
@@ -188,9 +195,26 @@ class SplitGenerator:
                 device,
             )
 
+    def check_precision(self, branch: nn.Module) -> None:
+        """Refuse a branch that was left behind when the generator was converted.
+
+        Raises:
+            DeviceError: If it was.
+        """
+        own, left = _precision(self.generator), _precision(branch)
+        if own != self._precision and left == self._precision:
+            raise DeviceError(
+                f"asked for an early exit; found the generator in {own} and the branch in {left}. Convert "
+                f"both: model.to({own}).",
+                branch,
+            )
+
     def _check_call(self, args: Any, kwargs: Any) -> None:
         call = _Call.of(args, kwargs)
-        if call != self._call:
+        # A generator that was converted runs in its new precision: that is checked as a new shape is.
+        if call != self._call and not (
+            _precision(self.generator) != self._precision and call.as_if(self._call) == self._call
+        ):
             raise InputMismatchError(self._difference(call), (args, kwargs))
         key = self._shape_key(args, kwargs)
         if key in self._shapes:
@@ -230,23 +254,23 @@ class SplitGenerator:
         return f"{what}; found {call.constants}, recorded {self._call.constants}. Wrap again with these."
 
     def _verify_shape(self, args: Any, kwargs: Any) -> None:
-        """Compare pieces and generator once on inputs of a new shape."""
+        """Compare pieces and generator once on inputs of a new shape or precision."""
         shapes = [tuple(t.shape) for t in tensors((args, kwargs))]
+        precision = _precision(self.generator)
+        what = f"shapes {shapes}" if precision == self._precision else f"shapes {shapes} in {precision}"
         try:
             agrees = self._agrees(args, kwargs)
         except Exception as error:
             raise InputMismatchError(
-                f"asked for an early exit on inputs of shapes {shapes}; found that the recorded forward "
-                "raises "
-                f"{type(error).__name__}: {error}, since it fixes sizes. Wrap again with example inputs of "
-                "these shapes.",
+                f"asked for an early exit on inputs of {what}; found that the recorded forward raises "
+                f"{type(error).__name__}: {error}, since it fixes sizes or types. Wrap again with such "
+                "example inputs.",
                 shapes,
             ) from error
         if not agrees:
             raise InputMismatchError(
-                f"asked for an early exit on inputs of shapes {shapes}; found that the recorded forward "
-                "gives another output "
-                "than the generator for them. Wrap again with example inputs of these shapes.",
+                f"asked for an early exit on inputs of {what}; found that the recorded forward gives another "
+                "output than the generator for them. Wrap again with such example inputs.",
                 shapes,
             )
 
@@ -260,7 +284,9 @@ class SplitGenerator:
                     values = self.advance(values, index)
                 got = tensors(self.finish(values))
         return len(want) == len(got) and all(
-            w.shape == g.shape and torch.allclose(w.float(), g.float(), rtol=1e-4, atol=1e-5)
+            w.shape == g.shape
+            and w.dtype == g.dtype
+            and torch.allclose(w.float(), g.float(), rtol=1e-4, atol=1e-5)
             for w, g in zip(want, got, strict=True)
         )
 
@@ -316,7 +342,7 @@ class SplitGenerator:
         return found
 
     def _shape_key(self, args: Any, kwargs: Any) -> tuple[Any, ...]:
-        return tuple(tuple(t.shape[1:]) for t in tensors((args, kwargs)))
+        return tuple((t.dtype, *t.shape[1:]) for t in tensors((args, kwargs)))
 
     def _batch_size(self, args: Any, kwargs: Any) -> int:
         return next((t.shape[0] for t in tensors((args, kwargs)) if t.dim() > 0), 1)
@@ -326,3 +352,7 @@ def places(decoder: Decoder, stages: Iterable[Stage], tap: str) -> list[tuple[St
     """Cut a decoder at several stages, in order of execution."""
     cut = decoder.cut_after if tap == "after" else decoder.cut_before
     return sorted(((stage, cut(stage)) for stage in stages), key=lambda pair: pair[1].position)
+
+
+def _precision(module: nn.Module) -> torch.dtype | None:
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
