@@ -25,8 +25,9 @@ class _UpBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu_(self.norm(self.up(x)))
-        x += self.refine(x)
-        return x
+        h = self.refine(x)
+        h += x
+        return h
 
 
 class Dcgan(nn.Module):
@@ -141,7 +142,7 @@ class _Separable(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = _Swish.apply(self.pointwise(self.depthwise(x)))
-        return self.gate(x.add_(self.grouped(x)))
+        return self.gate(self.grouped(x).add_(x))
 
 
 class UnetGenerator(nn.Module):
