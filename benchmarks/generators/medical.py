@@ -59,7 +59,7 @@ ENTRIES = (
         ["monai"],
     ),
     Entry("monai-spade", spade_net, "?decoder.conv_init decoder.blocks.{0-2}", ["monai"]),
-    # One convolution, then per level two residual units and a transposed convolution; the last makes the image.
+    # A convolution, then per level two residual units and a transposed one; the last makes the image.
     Entry(
         "monai-vqvae",
         vqvae,
