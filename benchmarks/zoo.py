@@ -102,24 +102,25 @@ def _in_own_process(entry: Entry, checkouts: Path | None) -> dict[str, Any]:
 
 
 def _one_line(row: dict[str, Any], markdown: bool) -> str:
-    cells = [row["name"], *_cells(row)]
-    line = " | ".join(cells)
-    notes = [f"{step}: {text}" for step, text in row["errors"].items()]
-    if row.get("objection"):
-        notes.append(f"stages: {row['objection']}; found {' '.join(row.get('found', ()))}")
-        notes.append(f"a person: {row.get('wanted', '')}")
-    notes += [f"{b['after']} at {b['scale']:.3g}: {b['error']}" for b in row["branches"] if b["error"]]
-    for branch in row["branches"]:
-        if not branch["error"] and not branch["shrinks"]:
-            pins = "; ".join(branch["pins"]) or "nothing pinned"
-            notes.append(
-                f"{branch['after']} at {branch['scale']:.3g}: parameters {_pair(branch['parameters'])}, "
-                f"MACs {_pair(branch['macs'])}; {pins}"
-            )
-        if branch["unreached"]:
-            notes.append(f"no gradient: {' '.join(branch['unreached'])}")
+    line = " | ".join([row["name"], *_cells(row)])
     if markdown:
         return f"| {line} |"
+    notes = [f"{step}: {text}" for step, text in row["errors"].items()]
+    notes.append(f"found    {' '.join(row.get('found', ())) or 'nothing'}")
+    notes.append(f"a person {row.get('wanted', '')}")
+    if row["objection"]:
+        notes.append(f"objection: {row['objection']}")
+    for branch in row["branches"]:
+        name = f"after {branch['after']} at {branch['scale']:.3g}"
+        if branch["error"]:
+            notes.append(f"{name}: {branch['error']}")
+        elif not branch["shrinks"]:
+            sizes = f"parameters {_pair(branch['parameters'])}, MACs {_pair(branch['macs'])}"
+            notes.append(f"{name} does not shrink: {sizes}")
+        if branch["unreached"]:
+            notes.append(f"{name}: no gradient for {' '.join(branch['unreached'])}")
+    pins = dict.fromkeys(pin for branch in row["branches"] for pin in branch["pins"])
+    notes += [f"pinned: {pin}" for pin in pins]
     return "\n".join([line, *(f"    {note}" for note in notes)])
 
 

@@ -69,9 +69,10 @@ def wrap(
             without an adapter that makes some, the generator is recorded at its first call.
         example_kwargs: Its keyword inputs.
         stages: Paths of l_1..l_N, where the search should not decide.
-        guidance: ``None``, ``True`` or ``"patches"`` for the paper's patch bank, or a `Guidance`.
-        adapter: What a plug-in knows about the generator: a `Description`, a plug-in's name, ``False`` to ask
-            none.
+        guidance: ``None``; ``True`` for a bank of frames where the adapter knows keys of whole inputs, else
+            of patches; ``"patches"`` for these in any case; or a `Guidance`.
+        adapter: What a plug-in knows about the generator: a `Description`, the name of the plug-in to ask,
+            ``False`` to ask none. By default all are asked.
         init: Starting weights of a branch: ``"inherit"``, the backbone's most important channels, or
             ``"scratch"``.
         width_rule: How widths follow from the scale: ``"floor"``, the paper's, ``"multiple-of-8"``, or a
@@ -90,9 +91,11 @@ def wrap(
             several.
         AttachPointError: If a stage is unknown, named twice, the last one, or runs more than once.
         OptionError: If another argument is out of range.
+        BankError: If keys and values of the guidance do not fit together.
         RecordingError: If its execution cannot be written down and cut.
         BranchError: If the rest of it cannot be made thinner.
-        PluginError: If no plug-in, or more than one, offers the width rule.
+        PluginError: If no plug-in, or more than one, offers the width rule, or there is none of the adapter's
+            name.
 
     Example:
         >>> model = retroexit.wrap(generator, attach_at=[2, 4, 6], scale=1 / 15)
@@ -120,7 +123,7 @@ def wrap(
         rules=_rules(scale, min_channels, len(attach_at), width_rule),
         tap=tap,
         stages=None if stages is None else tuple(stages),
-        guidance=_guidance(guidance),
+        guidance=_guidance(guidance, known),
         init=init,
         image=image if image is not None or known is None else known.image,
         image_range=image_range if image_range is not None or known is None else known.image_range,
@@ -143,6 +146,7 @@ def load(
     example_kwargs: dict[str, Any] | None = None,
     *,
     adapter: Description | str | bool | None = None,
+    key: Callable[..., Tensor] | None = None,
 ) -> EarlyExitGenerator:
     """Read a wrapped generator that ``model.save`` or `fit` wrote.
 
@@ -152,12 +156,13 @@ def load(
         example_inputs: Positional inputs to record it with; without them its first call records.
         example_kwargs: Keyword inputs.
         adapter: What a plug-in knows about the generator, as for `wrap`.
+        key: The key function of its `Guidance`, which is not saved; not needed where the adapter brings it.
 
     Returns:
         The wrapped generator, with its branches, predictor and bank.
 
     Raises:
-        CheckpointError: If files are missing, damaged, or belong to another generator.
+        CheckpointError: If files are missing, damaged, or belong to another generator, or a key function is.
         PluginError: If the bank's search back-end is not installed.
     """
     known = _describe(generator, adapter)
@@ -169,6 +174,8 @@ def load(
         example_inputs,
         example_kwargs,
         host().retriever,
+        key=key,
+        known_key=None if known is None else known.key,
         shadowed=_shadowed(generator),
         predictor_inputs=None if known is None else known.predictor_inputs,
         build_stage=_build_stage(known, adapter),
@@ -226,7 +233,7 @@ def fit(
     guidance = model.options.guidance
     back_end = host().retriever(guidance.retriever if guidance is not None else "exact")
     wanted = FitSettings(**settings)
-    terms = {name: host().loss(name)() for name in wanted.losses if name != QUALITY}
+    terms = {name: host().loss(name) for name in wanted.losses if name != QUALITY}
     fit_model(model, inputs, Path(folder), _metric(metric, weights), wanted, back_end, progress, terms)
     return model
 
@@ -283,8 +290,7 @@ def _metric(metric: QualityMetric | str, weights: str | Path | None) -> QualityM
     if isinstance(metric, QualityMetric):
         return metric
     name = "lpips-alex" if metric == "lpips" else metric
-    made = host().metric(name)
-    return made(weights=weights) if weights is not None else made()
+    return host().metric(name) if weights is None else host().metric(name, weights=weights)
 
 
 def find_stages(
@@ -325,12 +331,12 @@ def _describe(generator: nn.Module, adapter: Description | str | bool | None) ->
         return adapter
     if adapter is False:
         return None
-    found = host().describe(generator)
-    if isinstance(adapter, str) and (found is None or found.name != adapter):
+    found = host().describe(generator, adapter if isinstance(adapter, str) else None)
+    if isinstance(adapter, str) and found is None:
         raise OptionError(
-            f"asked for adapter={adapter!r}; found that "
-            f"{'no adapter' if found is None else repr(found.name)} recognises a {type(generator).__name__}. "
-            "List them with 'retroexit plugins'.",
+            f"asked for adapter={adapter!r}; found that this plug-in does not recognise a "
+            f"{type(generator).__name__}. Leave adapter out to ask all plug-ins, or pass a "
+            "retroexit.Description.",
             adapter,
         )
     return found
@@ -356,11 +362,14 @@ def _rules(scale: float | Sequence[float], min_channels: int, count: int, name: 
     return tuple(WidthRule(item, min_channels, name, function) for item in scales)
 
 
-def _guidance(wanted: Guidance | str | bool | None) -> Guidance | None:
-    if wanted is None or wanted is False or isinstance(wanted, Guidance):
-        return wanted or None
+def _guidance(wanted: Guidance | str | bool | None, known: Description | None) -> Guidance | None:
+    if wanted is None or wanted is False:
+        return None
     if wanted is True or wanted == "patches":
-        return Guidance()
+        wanted = Guidance(key=None if wanted is True else False)
+    if isinstance(wanted, Guidance):
+        hints = (None, None, None) if known is None else (known.key, known.key_after, known.value_after)
+        return wanted.completed(*hints)
     raise OptionError(
         f"asked for guidance={wanted!r}; found None, True, 'patches' or a retroexit.Guidance only.", wanted
     )

@@ -200,8 +200,8 @@ class EarlyExitGenerator(nn.Module):
         if exit is None or self._check_exit(exit) == len(self.branches) + 1:
             return self.generator(*args, **kwargs)
         with torch.no_grad():
-            values = self.split.advance(self.split.start(args, kwargs), 0)
-            guide = self._guide(values)
+            values, keyed = self.split.begin(args, kwargs)
+            guide = self._guide(keyed, args, kwargs)
             for index in range(1, exit):
                 values = self.split.advance(values, index)
         return self._leave(values, exit - 1, guide)
@@ -219,8 +219,8 @@ class EarlyExitGenerator(nn.Module):
         if not self.is_recorded:
             self.record(*inputs, **kwargs)
         with torch.no_grad():
-            values = self.split.advance(self.split.start(inputs, kwargs), 0)
-            guide = self._guide(values)
+            values, keyed = self.split.begin(inputs, kwargs)
+            guide = self._guide(keyed, inputs, kwargs)
         outputs = []
         for index in range(len(self.branches)):
             if index:
@@ -269,7 +269,7 @@ class EarlyExitGenerator(nn.Module):
         if not self.is_recorded:
             self.record(*inputs, **kwargs)
         with torch.no_grad():
-            values = self.split.advance(self.split.start(inputs, kwargs), 0)
+            values, _ = self.split.begin(inputs, kwargs)
             return self._predicted(values, inputs, kwargs)
 
     def choose_exits(self, *inputs: Any, threshold: float, **kwargs: Any) -> Tensor:
@@ -306,11 +306,13 @@ class EarlyExitGenerator(nn.Module):
         crossing = self.split.crossing(values, index)
         written = self.anatomy.written[index]
         branch = self.branches[index]
+        self.split.check_precision(branch)
         return branch(*(v.clone() if i in written else v for i, v in enumerate(crossing)), guide=guide)
 
-    def _guide(self, values: Values, rows: Tensor | None = None) -> Tensor | None:
+    def _guide(self, keyed: Tensor, args: Any, kwargs: Any, rows: Tensor | None = None) -> Tensor | None:
         """Retrieve the guide of all samples, or of some rows only, where the branches take one."""
-        if self.options.guidance is None or (rows is not None and not len(rows)):
+        taps = self.anatomy.taps
+        if taps is None or (rows is not None and not len(rows)):
             return None
         if self.bank is None:
             raise BankError(
@@ -318,8 +320,8 @@ class EarlyExitGenerator(nn.Module):
                 "model.bank.",
                 self,
             )
-        feature = self.split.crossing(values, 0)[0]
-        return self.bank.guide(feature if rows is None else feature[rows])
+        query = taps.query(keyed, args, kwargs)
+        return self.bank.guide(query if rows is None else query[rows]).to(keyed)
 
     def _predicted(self, values: Values, args: Any, kwargs: Any) -> Tensor:
         if self.predictor is None:
@@ -334,13 +336,15 @@ class EarlyExitGenerator(nn.Module):
 
     def _routed(self, args: Any, kwargs: Any, threshold: float) -> tuple[Any, Tensor]:
         with torch.no_grad():
-            values = self.split.advance(self.split.start(args, kwargs), 0)
+            values, keyed = self.split.begin(args, kwargs)
             exits = assign_exits(self._predicted(values, args, kwargs), threshold)
         if not self.split.any_batch:
             # The batch cannot be divided: everybody takes the deepest exit chosen.
             exits = exits.max().expand_as(exits)
         early = (exits <= len(self.branches)).nonzero()[:, 0]
-        guide = self._guide(values, early)  # one search for all that leave early, none for the others
+        guide = self._guide(
+            keyed, args, kwargs, early
+        )  # one search for all that leave early, none for the others
         rows = torch.arange(len(exits), device=exits.device)
         parts: list[tuple[Tensor, Any]] = []
         for index in range(len(self.branches)):

@@ -20,6 +20,7 @@ from retroexit.branch.widths import Pin, WidthPlan, WidthRule
 from retroexit.errors import CheckpointError, RetroExitError
 from retroexit.fingerprint import fingerprint
 from retroexit.guidance.bank import GuidanceBank
+from retroexit.guidance.keys import key_name
 from retroexit.guidance.options import Guidance
 from retroexit.model import EarlyExitGenerator
 from retroexit.retrieval.storage import MANIFEST, file_digest
@@ -124,9 +125,11 @@ def load_model(
     example_inputs: Sequence[Any] | None = None,
     example_kwargs: dict[str, Any] | None = None,
     retriever: Callable[[str], type[Retriever]] | None = None,
+    key: Callable[..., Tensor] | None = None,
+    known_key: Callable[..., Tensor] | None = None,
     **found: Any,
 ) -> EarlyExitGenerator:
-    """Read what `save_model` wrote; see `retroexit.load`."""
+    """Read what `save_model` wrote; see `retroexit.load`. ``known_key`` is the adapter's key function."""
     folder = Path(folder)
     manifest = _read_manifest(folder)
     try:
@@ -140,6 +143,7 @@ def load_model(
             "again.",
             folder,
         ) from error
+    options = _with_key(options, manifest, key, known_key, folder)
     own = fingerprint(generator)
     if own != wanted:
         raise CheckpointError(
@@ -232,7 +236,7 @@ def wrap_settings(model: EarlyExitGenerator) -> dict[str, Any]:
         "rules": [{"scale": r.scale, "min_channels": r.min_channels, "name": r.name} for r in rules],
         "tap": options.tap,
         "stages": [stage.path for stage in anatomy.split.decoder.stages],
-        "guidance": None if options.guidance is None else dataclasses.asdict(options.guidance),
+        "guidance": _guidance_to_json(options.guidance),
         "init": options.init,
         "image": options.image,
         "image_range": options.image_range,
@@ -241,11 +245,49 @@ def wrap_settings(model: EarlyExitGenerator) -> dict[str, Any]:
     }
 
 
+def _guidance_to_json(guidance: Guidance | None) -> dict[str, Any] | None:
+    """Write settings as plain data; a key function goes by its name."""
+    if guidance is None:
+        return None
+    plain = {field.name: getattr(guidance, field.name) for field in dataclasses.fields(guidance)}
+    return {**plain, "key": key_name(guidance.key) if callable(guidance.key) else None}
+
+
+def _with_key(
+    options: WrapOptions,
+    manifest: dict[str, Any],
+    given: Callable[..., Tensor] | None,
+    known: Callable[..., Tensor] | None,
+    folder: Path,
+) -> WrapOptions:
+    """Put back the key function of a bank of frames: the one handed over, or the adapter's if it is that."""
+    saved = (manifest["options"]["guidance"] or {}).get("key")
+    if saved is None:
+        if given is not None:
+            raise CheckpointError(
+                f"asked to load {folder} with the key function {key_name(given)!r}; found that it was saved "
+                "without one. Leave key out.",
+                given,
+            )
+        return options
+    if given is None and (known is None or key_name(known) != saved):
+        raise CheckpointError(
+            f"asked to load {folder}; found that its bank of frames is searched with keys from the function "
+            f"{saved!r}, which is not saved with it. Pass it as retroexit.load(..., key=...), or install the "
+            "plug-in that it comes from.",
+            folder,
+        )
+    assert options.guidance is not None
+    guidance = dataclasses.replace(options.guidance, key=known if given is None else given)
+    return dataclasses.replace(options, guidance=guidance)
+
+
 def _options_from_json(manifest: dict[str, Any], found: dict[str, Any]) -> WrapOptions:
     saved = dict(manifest["options"])
     guidance = saved.pop("guidance")
     if guidance is not None:
-        guidance = Guidance(**{**guidance, "patch": tuple(guidance["patch"])})
+        # A key function is put back later: where it is missing, the file is not to blame.
+        guidance = Guidance(**{**guidance, "key": None, "patch": tuple(guidance["patch"])})
     image, image_range = saved.pop("image"), saved.pop("image_range")
     return WrapOptions(
         attach_at=tuple(manifest["attach_at"]),

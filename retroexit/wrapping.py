@@ -10,18 +10,19 @@ import torch
 from torch import Tensor, fx, nn
 
 from retroexit.branch.exchange import BuildStage
-from retroexit.branch.factory import Branch, BranchSpec, GuideShape, Init, build_branch
+from retroexit.branch.factory import Branch, BranchSpec, Init, build_branch
 from retroexit.branch.widths import WidthPlan, WidthRule
 from retroexit.decoder.cut import Cut, Segment
 from retroexit.decoder.record import unobserved
 from retroexit.decoder.split import SplitGenerator, Values, places
 from retroexit.decoder.stages import Decoder, Stage, describe_stage, read_decoder
 from retroexit.decoder.structure import cloned, tensors
-from retroexit.errors import AttachPointError, BankError, OptionError, RecordingError, closest
+from retroexit.errors import AttachPointError, OptionError, RecordingError, closest
 from retroexit.evaluation.macs import count_macs
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.guidance.options import Guidance
 from retroexit.routing.predictor import Predictor
+from retroexit.taps import Taps, find_key_cut, find_taps, tap_paths
 
 __all__ = ["Anatomy", "WrapOptions", "build_anatomy"]
 
@@ -100,7 +101,7 @@ class Anatomy:
         route_macs: MACs of every branch exit's route for one sample.
         written: For every exit, positions of the crossing values that its branch writes into.
         feature_shape: Shape ``(C, ...)`` of the feature at the first attach point.
-        values: Computes the map that guidance values are cut from, or ``None``.
+        taps: Where guidance keys and values come from, or ``None`` without guidance.
     """
 
     split: SplitGenerator
@@ -109,8 +110,13 @@ class Anatomy:
     route_macs: list[int]
     written: list[set[int]]
     feature_shape: tuple[int, ...]
-    value_cut: Cut | None = None
+    taps: Taps | None = None
     _memo: dict[Any, int] = field(default_factory=dict)
+
+    @property
+    def value_cut(self) -> Cut | None:
+        """Behind the map that guidance values are cut from, or ``None`` without guidance."""
+        return None if self.taps is None else self.taps.value_cut
 
     def depth(self, place: Stage) -> int:
         """Number of stages in the branch behind a place, N - k (paper section 3.1)."""
@@ -141,12 +147,7 @@ class Anatomy:
 
     def search_macs(self, bank: GuidanceBank | None) -> int:
         """MACs of the search in the bank for one sample, as exact search counts them."""
-        if bank is None:
-            return 0
-        queries = 1
-        for size, step in zip(self.feature_shape[1:], bank.patch, strict=True):
-            queries *= size // step
-        return int(bank.macs_per_search(queries))
+        return 0 if bank is None or self.taps is None else self.taps.search_macs(bank)
 
 
 def build_anatomy(
@@ -159,16 +160,14 @@ def build_anatomy(
     """
     args = tuple(args)
     named = [place for place in options.attach_at if isinstance(place, str)]
-    wanted_value = options.guidance.value_after if options.guidance is not None else None
-    if isinstance(wanted_value, str):
-        named.append(wanted_value)
+    named += tap_paths(options.guidance)
     decoder = read_decoder(generator, args, kwargs, stages=options.stages, also=named, image=options.image)
     pairs = _find_places(decoder, options)
-    split = SplitGenerator(generator, decoder, [cut for _, cut in pairs], args, kwargs)
+    key_cut = find_key_cut(decoder, options.guidance, pairs[0])
+    split = SplitGenerator(generator, decoder, [cut for _, cut in pairs], args, kwargs, key_cut)
     with torch.no_grad(), unobserved(generator):
         states = _states(split, args, kwargs)
     wanted = _output(split) if options.self_test else None
-    value_cut = _value_cut(decoder, options.guidance)
     anatomy = Anatomy(
         split=split,
         places=[stage for stage, _ in pairs],
@@ -176,9 +175,9 @@ def build_anatomy(
         route_macs=[],
         written=[],
         feature_shape=tuple(states[0][0].shape[1:]),
-        value_cut=value_cut,
+        taps=None if options.guidance is None else find_taps(split, options.guidance),
     )
-    guide = _guide_shape(anatomy, options.guidance)
+    guide = None if anatomy.taps is None else anatomy.taps.guide
     rules = dict(zip(options.attach_at, options.rules, strict=True))
     plans = options.plans or (None,) * len(pairs)
     branches = []
@@ -269,7 +268,7 @@ def _build_exit(
     wanted: list[Tensor] | None,
 ) -> tuple[Branch, set[int], int]:
     """Build one branch; gives it, the crossing values it writes into, and its MACs for one sample."""
-    tail = split.tail(index)
+    tail = split.tail(index, share=True)
     handed = [value.clone() for value in crossing]
     before = [value._version for value in handed]
     if wanted is not None:
@@ -327,37 +326,3 @@ def _self_test(
 
 def _macs_before(decoder: Decoder, cut: Cut) -> int:
     return sum(int(n.meta.get("macs", 0)) for n in decoder.recording.nodes[: cut.position])
-
-
-def _value_cut(decoder: Decoder, guidance: Guidance | None) -> Cut | None:
-    if guidance is None:
-        return None
-    place = guidance.value_after
-    if isinstance(place, str):
-        return decoder.cut_after(describe_stage(decoder, place))
-    index = (len(decoder.stages) + 1) // 2 if place is None else place
-    if not 1 <= index < len(decoder.stages):
-        raise OptionError(
-            f"asked for guidance values after stage {index}; found stages 1 to {len(decoder.stages)}, of "
-            "which the last one has "
-            "no map for a branch to use.",
-            index,
-        )
-    return decoder.cut_after(decoder.stages[index - 1])
-
-
-def _guide_shape(anatomy: Anatomy, guidance: Guidance | None) -> GuideShape | None:
-    if guidance is None or anatomy.value_cut is None:
-        return None
-    shape = anatomy.value_cut.feature.meta["shape"]
-    key_size = anatomy.feature_shape[1:]
-    for size, key, patch in zip(shape[2:], key_size, guidance.patch, strict=True):
-        if key % patch or size % (key // patch):
-            raise BankError(
-                f"asked for guidance in patches of {guidance.patch}; found a feature of {key_size} and "
-                "values of "
-                f"{tuple(shape[2:])}, which do not divide into the same patches. Choose another patch or "
-                "value_after.",
-                guidance,
-            )
-    return GuideShape(int(shape[1]), tuple(shape[2:]), guidance.inject)

@@ -54,6 +54,14 @@ def count_calls(generator: nn.Module) -> dict[str, int]:
     return calls
 
 
+@pytest.mark.parametrize("name", ["dict_output", "model_output", "dataclass_output", "namedtuple_output"])
+def test_outputs_of_every_exit_are_of_the_generators_own_kind(toys: ModuleType, name: str) -> None:
+    toy = toys.TOYS[name]()
+    model = retroexit.wrap(toy.generator, [1, 2], 1 / 4, min_channels=8, example_inputs=toy.args)
+    outputs = [*model.all_exits(*toy.args), model(*toy.args, exit=1)]
+    assert {type(output) for output in outputs} == {type(toy.generator(*toy.args))}
+
+
 def test_stages_behind_an_exit_do_not_run(model: EarlyExitGenerator, toy: Any) -> None:
     calls = count_calls(toy.generator)
     model(*toy.args, exit=1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from collections import namedtuple
+from collections import OrderedDict, namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -128,6 +128,16 @@ class Picture:
     note: str = "kept"
 
 
+class Output(OrderedDict[str, Tensor]):
+    """A dict whose entries are attributes too, as the outputs of transformers and diffusers are."""
+
+    def __getattr__(self, name: str) -> Tensor:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
 @toy
 def tuple_output() -> Toy:
     return shaped(lambda image, score: (image, score))
@@ -141,6 +151,11 @@ def dict_output() -> Toy:
 @toy
 def dataclass_output() -> Toy:
     return shaped(lambda image, score: Picture(image, score))
+
+
+@toy
+def model_output() -> Toy:
+    return shaped(lambda image, score: Output(image=image, score=score))
 
 
 @toy

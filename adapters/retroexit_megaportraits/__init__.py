@@ -6,14 +6,49 @@ trained and to be counted; it costs the 213 GMACs that FIANCEE states for its ba
 ```python
 decoder = MegaPortraitsG2d().eval()
 model = retroexit.wrap(decoder, attach_at=[2, 4, 6], scale=1 / 15, min_channels=24)
-key = frame_key(angles, expression)  # what a bank of frames is searched with
+image = model(feature, exit=1)
 ```
+
+**The frame bank** (FIANCEE, section 4.2). Frames of the source are looked up by the driver's head angles and
+expression, which `DrivenG2d` adds to the decoder's arguments; `guidance=True` does the rest: the nearest
+frame, resized by convolutions, reaches every module of every branch.
+
+```python
+driven = DrivenG2d(decoder)
+model = retroexit.wrap(driven, attach_at=[2, 4, 6], scale=1 / 15, min_channels=24, guidance=True)
+retroexit.fit(model, frames, "runs/avatar")  # frames: tuples (feature, angles, expression), no batch axis
+image = model(feature, angles, expression, threshold=0.1)
+```
+
+Each input to `fit` is a training sample and a frame of the bank; in training, it is guided by another one.
+For another source face fill a new bank, with `frame_key` for its keys, and set it: ``model.bank = ...``.
+
+**Another implementation** is wrapped just as well. Name its blocks, as its own ``named_modules`` prints them:
+
+```python
+driven = DrivenG2d(their_g2d.eval())
+known = describe_g2d(driven, blocks=[f"res_blocks.{i}" for i in range(6)] + ["up1", "up2", "up3"])
+model = retroexit.wrap(driven, attach_at=[2, 4, 6], scale=1 / 15, adapter=known, guidance=True)
+```
+
+Without frame bank ``retroexit.wrap(their_g2d, ..., stages=[...])`` is all it takes, and without names
+retroexit looks for the blocks itself.
 """
 
 from __future__ import annotations
 
 from retroexit_megaportraits.decoder import MegaPortraitsG2d, ResidualBlock
+from retroexit_megaportraits.driven import DrivenG2d, driver_key
 from retroexit_megaportraits.frames import frame_key
-from retroexit_megaportraits.plugin import retroexit_build_stage, retroexit_describe
+from retroexit_megaportraits.plugin import describe_g2d, retroexit_build_stage, retroexit_describe
 
-__all__ = ["MegaPortraitsG2d", "ResidualBlock", "frame_key", "retroexit_build_stage", "retroexit_describe"]
+__all__ = [
+    "DrivenG2d",
+    "MegaPortraitsG2d",
+    "ResidualBlock",
+    "describe_g2d",
+    "driver_key",
+    "frame_key",
+    "retroexit_build_stage",
+    "retroexit_describe",
+]

@@ -1,7 +1,8 @@
-"""What retroexit has to know about the decoder of MegaPortraits: the hooks."""
+"""What retroexit has to know about the decoder of MegaPortraits, and a way to describe another's."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -9,21 +10,24 @@ from torch import nn
 
 from retroexit.plugins import Description, hookimpl
 from retroexit_megaportraits.decoder import MegaPortraitsG2d, ResidualBlock
+from retroexit_megaportraits.driven import DrivenG2d, driver_key
+from retroexit_megaportraits.frames import ANGLES, EXPRESSION
 
-__all__ = ["retroexit_build_stage", "retroexit_describe"]
+__all__ = ["describe_g2d", "retroexit_build_stage", "retroexit_describe"]
+
+NAME = "MegaPortraits G2d"
 
 
 @hookimpl
 def retroexit_describe(generator: nn.Module) -> Description | None:
-    """Describe a `MegaPortraitsG2d`; there is no official code whose objects could be recognised."""
-    if not isinstance(generator, MegaPortraitsG2d):
-        return None
-    return Description(
-        name="MegaPortraits G2d",
-        stages=tuple(f"blocks.{name}" for name, _ in generator.blocks.named_children()),
-        example_inputs=_example_inputs,
-        image_range=(0.0, 1.0),
-    )
+    """Describe a `MegaPortraitsG2d` or a `DrivenG2d`; there is no official code that could be recognised."""
+    decoder = generator.decoder if isinstance(generator, DrivenG2d) else generator
+    if isinstance(decoder, MegaPortraitsG2d):
+        blocks = [f"blocks.{name}" for name, _ in decoder.blocks.named_children()]
+        return describe_g2d(generator, blocks, example_inputs=_example_inputs, image_range=(0.0, 1.0))
+    if isinstance(generator, DrivenG2d):
+        return describe_g2d(generator)  # its blocks are left to be found
+    return None
 
 
 @hookimpl
@@ -32,10 +36,62 @@ def retroexit_build_stage(stage: nn.Module, in_channels: int, out_channels: int)
     return ResidualBlock(in_channels, out_channels, stage.up) if isinstance(stage, ResidualBlock) else None
 
 
+def describe_g2d(
+    generator: nn.Module,
+    blocks: Sequence[str] | None = None,
+    *,
+    example_inputs: Callable[[nn.Module], tuple[tuple[Any, ...], dict[str, Any]]] | None = None,
+    image_range: tuple[float, float] | None = None,
+    build_block: Callable[[nn.Module, int, int], nn.Module | None] | None = None,
+) -> Description:
+    """Describe anybody's G2d: hand the result to ``retroexit.wrap(..., adapter=...)``.
+
+    Args:
+        generator: The decoder, or a `DrivenG2d` around it.
+        blocks: Paths of its residual blocks l_1..l_N in the decoder, as ``named_modules`` of the decoder
+            itself prints them. Found by retroexit if ``None``.
+        example_inputs: Called with the generator; gives ``(args, kwargs)`` for one forward pass. Without it
+            the first call is recorded.
+        image_range: Smallest and largest pixel value; measured if ``None``.
+        build_block: Makes a thin block from one of theirs, input and output channels; blocks are narrowed
+            without it.
+
+    Returns:
+        A description; that of a `DrivenG2d` brings the frame bank: its key, and the image as its value.
+
+    Raises:
+        ValueError: If the decoder has no module of such a path.
+    """
+    decoder = generator.decoder if isinstance(generator, DrivenG2d) else generator
+    known = dict(decoder.named_modules())
+    missing = [path for path in blocks or () if path not in known]
+    if missing:
+        raise ValueError(f"no module {missing[0]!r} in the {type(decoder).__name__}; it has {_some(known)}")
+    start = "decoder." if isinstance(generator, DrivenG2d) else ""
+    is_driven = bool(start)
+    return Description(
+        name=NAME,
+        stages=None if blocks is None else tuple(start + path for path in blocks),
+        example_inputs=example_inputs,
+        image_range=image_range,
+        key=driver_key if is_driven else None,
+        value_after="image" if is_driven else None,
+        build_stage=build_block,
+    )
+
+
+def _some(known: dict[str, nn.Module]) -> str:
+    paths = [repr(path) for path in known if path]
+    return ", ".join(paths[:8]) + (f" and {len(paths) - 8} more" if len(paths) > 8 else "")
+
+
 def _example_inputs(generator: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Draw a feature, always the same, from a source of its own."""
-    assert isinstance(generator, MegaPortraitsG2d)
-    weight = generator.entry.weight
-    shape = (1, generator.in_channels, generator.size, generator.size)
-    feature = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    return (feature.to(weight.device, weight.dtype),), {}
+    """Draw a feature, and a driver where there is one, always the same, from a source of its own."""
+    decoder = generator.decoder if isinstance(generator, DrivenG2d) else generator
+    assert isinstance(decoder, MegaPortraitsG2d)
+    weight, source = decoder.entry.weight, torch.Generator().manual_seed(0)
+    shapes: list[tuple[int, ...]] = [(1, decoder.in_channels, decoder.size, decoder.size)]
+    if isinstance(generator, DrivenG2d):
+        shapes += [(1, ANGLES), (1, EXPRESSION)]
+    drawn = (torch.randn(shape, generator=source) for shape in shapes)
+    return tuple(tensor.to(weight.device, weight.dtype) for tensor in drawn), {}

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import spectral_norm  # the old form, whose names are in the checkpoints
 
+from retroexit_oasis.datasets import dataset
+
 __all__ = ["OASISGenerator", "SPADEBlock", "SPADENorm"]
 
 WIDTHS = (16, 16, 16, 8, 4, 2, 1)
@@ -22,7 +24,8 @@ WIDTHS = (16, 16, 16, 8, 4, 2, 1)
 class OASISGenerator(nn.Module):
     """Turn a label map, and noise, into an image through six SPADE blocks ``body.0`` .. ``body.5``.
 
-    The noise is one vector per image, repeated at every place of the label map and seen by every block.
+    The noise is joined to the label map and seen by every block: 3-D, in the paper's words. The official code
+    draws one vector per image and repeats it at every place; here it may vary from place to place.
 
     Args:
         num_labels: Channels of the label map; 35 for Cityscapes (34 classes and "unknown").
@@ -62,13 +65,28 @@ class OASISGenerator(nn.Module):
         )
         self.fc = nn.Conv2d(condition, widths[0], 3, padding=1)
 
+    @classmethod
+    def for_dataset(cls, name: str, use_noise3d: bool = True) -> OASISGenerator:
+        """Make the generator that the official checkpoint of a data set fits.
+
+        Args:
+            name: ``"cityscapes"``, ``"ade20k"`` or ``"coco-stuff"``.
+            use_noise3d: Whether there is noise at all, as in the published checkpoints.
+
+        Raises:
+            ValueError: If there are no settings of this name.
+        """
+        known = dataset(name)
+        return cls(known.num_labels, crop=known.crop, use_noise3d=use_noise3d)
+
     def forward(self, label: Tensor, z: Tensor | None = None) -> Tensor:
         """Draw an image.
 
         Args:
             label: One-hot label map, shape ``(N, num_labels, H, W)``.
-            z: Noise, shape ``(N, z_dim)``. Drawn from the standard normal distribution when ``None``, as the
-                official generator always does.
+            z: Noise, shape ``(N, z_dim)`` or ``(N, z_dim, H, W)``. Drawn from the standard normal
+                distribution, once and one vector per image, when ``None``: the official generator always does
+                that.
 
         Returns:
             Image of size ``crop``, shape ``(N, 3, H, W)``, range ``[-1, 1]``.
@@ -97,9 +115,14 @@ class OASISGenerator(nn.Module):
             return label
         if z is None:
             z = torch.randn(n, self.z_dim, dtype=torch.float32, device=label.device)
-        elif z.shape != (n, self.z_dim):
-            raise ValueError(f"z must have the shape {(n, self.z_dim)}, got {tuple(z.shape)}")
-        return torch.cat([z.view(n, self.z_dim, 1, 1).expand(-1, -1, height, width), label], 1)
+        elif z.shape not in ((n, self.z_dim), (n, self.z_dim, height, width)):
+            raise ValueError(
+                f"z must have the shape {(n, self.z_dim)} or {(n, self.z_dim, height, width)}, got "
+                f"{tuple(z.shape)}"
+            )
+        if z.dim() == 2:
+            z = z.view(n, self.z_dim, 1, 1).expand(-1, -1, height, width)
+        return torch.cat([z, label], 1)
 
 
 class SPADEBlock(nn.Module):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from retroexit.plugins import Description, hookimpl
+from retroexit_oasis.discriminator import OASISDiscriminator
 from retroexit_oasis.generator import OASISGenerator, SPADEBlock
 
 __all__ = ["retroexit_build_stage", "retroexit_describe"]
@@ -25,6 +26,8 @@ def retroexit_describe(generator: nn.Module) -> Description | None:
         example_inputs=_example_inputs,
         image_range=(-1.0, 1.0),
         predictor_inputs=_label_map,
+        value_after=3,  # keys come from l_1, the first attach point; values from l_3 (paper section 4.1)
+        discriminator=_discriminator,
     )
 
 
@@ -32,13 +35,17 @@ def retroexit_describe(generator: nn.Module) -> Description | None:
 def retroexit_build_stage(stage: nn.Module, in_channels: int, out_channels: int) -> nn.Module | None:
     """Make a thin SPADE block: the hidden width of its normalisations stays, a shortcut is grown if needed.
 
-    Blocks of the official code are left to retroexit: their constructor asks for the official options.
+    Blocks of the official code carry the options that their constructor asks for.
     """
-    if not isinstance(stage, SPADEBlock):
-        return None
-    painter = stage.norm_0.mlp_shared[0]
-    assert isinstance(painter, nn.Conv2d)
-    return SPADEBlock(in_channels, out_channels, painter.in_channels, painter.out_channels)
+    if isinstance(stage, SPADEBlock):
+        painter = stage.norm_0.mlp_shared[0]
+        assert isinstance(painter, nn.Conv2d)
+        return SPADEBlock(in_channels, out_channels, painter.in_channels, painter.out_channels)
+    if type(stage).__name__ == "ResnetBlock_with_SPADE" and hasattr(stage, "opt"):
+        official: Any = type(stage)
+        thin: nn.Module = official(in_channels, out_channels, stage.opt)
+        return thin
+    return None
 
 
 def _is_official(generator: nn.Module) -> bool:
@@ -53,16 +60,28 @@ def _is_official(generator: nn.Module) -> bool:
 
 def _example_inputs(generator: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Make a one-hot label map of vertical stripes, every label once, of the size that was trained on."""
+    num_labels = _num_labels(generator)
     if isinstance(generator, OASISGenerator):
-        num_labels, (height, width) = generator.num_labels, generator.crop
+        height, width = generator.crop
     else:
         opt: Any = generator.opt
-        num_labels, width = opt.semantic_nc, opt.crop_size
-        height = round(width / opt.aspect_ratio)
+        height, width = round(opt.crop_size / opt.aspect_ratio), opt.crop_size
     device = next(generator.parameters()).device
     stripe = torch.arange(width, device=device) * num_labels // width  # (W,)
     label = nn.functional.one_hot(stripe, num_labels).T.float()  # (W, labels) -> (labels, W)
     return (label[None, :, None, :].expand(1, -1, height, -1).contiguous(),), {}
+
+
+def _num_labels(generator: nn.Module) -> int:
+    if isinstance(generator, OASISGenerator):
+        return generator.num_labels
+    opt: Any = generator.opt
+    return int(opt.semantic_nc)
+
+
+def _discriminator(generator: nn.Module) -> nn.Module:
+    """Make a fresh discriminator for images of this generator, official ones included."""
+    return OASISDiscriminator(_num_labels(generator))
 
 
 def _label_map(label: Tensor, z: Tensor | None = None) -> Tensor:

@@ -12,14 +12,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import sympy
-from sympy.core.relational import Equality
 
+from retroexit.branch.knowledge import Expr, Product, real_value, symbols_of
 from retroexit.branch.widths import Pin, WidthPlan
-from retroexit.errors import BranchError
 
-__all__ = ["Algebra", "symbols_of"]
+__all__ = ["Algebra"]
 
-Expr = Any  # a sympy expression, or an int
+Sizes = dict[sympy.Symbol, int]
 
 
 @dataclass
@@ -33,42 +32,32 @@ class Algebra:
         entry: Expression of the channels that enter.
         values: Real value of every symbol.
         fixed: Symbols that an interface or a shared size keeps, with the reason.
-        conditions: Expressions of equalities and divisibilities that must stay true.
+        products: Widths that are used in equal parts: groups of a norm, attention heads.
+        conditions: Expressions that must stay true.
         reasons: For a symbol that became a constant, where that happened.
         symbols: Symbol of each (name, axis) before anything was learned about it.
+        frozen: Modules that stay as they are, by path, with the reason.
     """
 
     shapes: dict[str, tuple[Expr, ...]]
     original: dict[str, tuple[int, ...]]
     attributes: dict[tuple[str, str], Any]
     entry: Expr
-    values: dict[sympy.Symbol, int]
+    values: Sizes
     fixed: dict[sympy.Symbol, str]
+    products: list[Product]
     conditions: list[sympy.Basic]
     reasons: dict[sympy.Symbol, str]
     symbols: dict[tuple[str, int], sympy.Symbol] = field(default_factory=dict)
+    frozen: dict[str, str] = field(default_factory=dict)
 
     def free(self) -> list[sympy.Symbol]:
-        """Symbols that may shrink."""
+        """Symbols that may shrink and that a parameter has."""
         used: set[sympy.Symbol] = set()
         for expressions in (*self.shapes.values(), (self.entry,)):
             for expression in expressions:
                 used |= symbols_of(expression)
         return sorted(used - set(self.fixed), key=str)
-
-    def strata(self, symbol: sympy.Symbol) -> int:
-        """Number of equal parts in which a width is used (groups of a norm, attention heads)."""
-        parts = 1
-        for condition in self.conditions:
-            if isinstance(condition, Equality) and condition.rhs == 0 and condition.free_symbols == {symbol}:
-                left = condition.lhs
-                if (
-                    left.func.__name__ in ("Mod", "PythonMod")
-                    and left.args[0] == symbol
-                    and left.args[1].is_Integer
-                ):
-                    parts = math.lcm(parts, int(left.args[1]))
-        return parts if self.values[symbol] % parts == 0 else 1
 
     def plan(self, rule: Callable[[int], int]) -> WidthPlan:
         """Choose widths by a rule, then raise them where a condition asks for it.
@@ -77,83 +66,155 @@ class Algebra:
             rule: Maps a channel count to the wanted one, such as a `WidthRule`.
 
         Returns:
-            The plan.
-
-        Raises:
-            BranchError: If the conditions cannot be met, not even at full width.
+            The plan. Where no narrower widths meet a condition, those of the backbone stay.
         """
-        free = self.free()
+        counts = {symbol for p in self.products for symbol in (p.parts, p.each)}
+        free = set(self.free()) - counts
         sizes = dict(self.values)
         sizes.update({symbol: self._wanted(symbol, rule) for symbol in free})
-        self._repair(sizes, set(free))
+        stuck = self._repair(sizes, free)
 
         def evaluate(e: Expr) -> Any:
-            return tuple(map(evaluate, e)) if isinstance(e, tuple) else _evaluate(e, sizes)
+            return type(e)(map(evaluate, e)) if isinstance(e, (tuple, list)) else real_value(e, sizes)
 
         return WidthPlan(
-            sizes={symbol: sizes[symbol] for symbol in free},
+            sizes={symbol: sizes[symbol] for symbol in {*self.free(), *counts}},
             shapes={name: evaluate(shape) for name, shape in self.shapes.items()},
             attributes={key: evaluate(value) for key, value in self.attributes.items()},
             entry=evaluate(self.entry),
-            pins=tuple(self._pins(rule)),
+            pins=tuple(self._pins(rule, stuck)),
         )
 
     def _wanted(self, symbol: sympy.Symbol, rule: Callable[[int], int]) -> int:
-        """Apply the rule to a width; channels per group follow the width of all groups together."""
-        real = self.values[symbol]
-        if rule(real) < real:
-            return rule(real)
-        multiples = {
-            e for shape in self.shapes.values() for e in shape if symbols_of(e) == {symbol} and e != symbol
-        }
-        sizes = [rule(real * int(k)) / int(k) for k in (e / symbol for e in multiples) if k.is_Integer]
-        return min(real, math.ceil(max(sizes, default=real)))
+        """Apply the rule to every dimension that a width decides alone, itself or its multiples."""
+        wanted = []
+        for expression in {e for shape in (*self.shapes.values(), (self.entry,)) for e in shape}:
+            if symbols_of(expression) == {symbol}:
+                factor, rest = expression.as_coeff_Mul()
+                size = real_value(expression, self.values)
+                if rest == symbol and factor.is_Integer and rule(size) < size:
+                    wanted.append(math.ceil(rule(size) / int(factor)))
+        return max(wanted, default=self.values[symbol])
 
-    def _repair(self, sizes: dict[sympy.Symbol, int], free: set[sympy.Symbol]) -> None:
-        """Raise sizes, by as little as possible, until every condition holds."""
-        for _ in range(1000):
-            broken = next((c for c in self.conditions if not _holds(c, sizes)), None)
-            if broken is None:
-                return
-            best: tuple[int, sympy.Symbol, int] | None = None
-            for symbol in sorted(symbols_of(broken) & free, key=str):
-                for size in range(sizes[symbol] + 1, self.values[symbol] + 1):
-                    if _holds(broken, {**sizes, symbol: size}):
-                        if best is None or size - sizes[symbol] < best[0]:
-                            best = (size - sizes[symbol], symbol, size)
-                        break
-            if best is None:
-                break
-            sizes[best[1]] = best[2]
-        raise BranchError(
-            f"asked for a narrower tail; found no widths that satisfy {broken}. Attach elsewhere, or let an "
-            "adapter build "
-            "the stage.",
-            broken,
-        )
+    # Meeting conditions.
 
-    def _pins(self, rule: Callable[[int], int]) -> list[Pin]:
+    def _repair(self, sizes: Sizes, free: set[sympy.Symbol]) -> dict[sympy.Symbol, str]:
+        """Raise sizes, by as little as possible, until every condition holds, and count parts.
+
+        Returns:
+            Symbols for which there is no narrower size, with the reason.
+        """
+        stuck: dict[sympy.Symbol, str] = {}
+        free = set(free)
+
+        def give_up(symbols: set[sympy.Symbol], reason: str) -> None:
+            for symbol in symbols:
+                sizes[symbol] = self.values[symbol]
+                if symbol in free:
+                    stuck[symbol] = reason
+            free.difference_update(symbols)
+
+        families = self._families()
+        while True:
+            before = dict(sizes)
+            for family in families:
+                found = self._divide(family, sizes, free)
+                if found is None:
+                    text = ", ".join(f"{p.whole} in {p.parts} parts" for p in family)
+                    give_up(
+                        {s for p in family for s in (p.parts, p.each, *symbols_of(p.whole))},
+                        f"a division that no narrower width allows ({text})",
+                    )
+                else:
+                    sizes.update(found)
+            for condition in self.conditions:
+                if not real_value(condition, sizes) and not self._raise_one(condition, sizes, free):
+                    give_up(symbols_of(condition), f"a condition that no narrower width meets ({condition})")
+            if sizes == before:
+                return stuck
+
+    def _families(self) -> list[list[Product]]:
+        """Sort the products by the number of parts that they share."""
+        families: dict[sympy.Symbol, list[Product]] = {}
+        for product in self.products:
+            families.setdefault(product.parts, []).append(product)
+        return list(families.values())
+
+    def _divide(self, family: list[Product], sizes: Sizes, free: set[sympy.Symbol]) -> Sizes | None:
+        """Choose into how many parts some widths are divided, and raise the widths to fit.
+
+        Parts of a narrower width are fewer, each as nearly as possible of the size that they have in the
+        backbone, at least of half of it.
+        """
+        parts = family[0].parts
+        real, best = self.values[parts], None
+        for count in [real] if parts in self.fixed else range(1, real + 1):
+            chosen: Sizes = {parts: count}
+            cost, is_small = 0, False
+            for product in family:
+                size = self._each(product, count, {**sizes, **chosen}, free, chosen)
+                if size is None:
+                    break
+                chosen[product.each] = size
+                is_small |= count > 1 and 2 * size < self.values[product.each]
+            else:
+                cost = sum(size - sizes[s] for s, size in chosen.items() if s in free)
+                rank = (is_small, cost, count)
+                if best is None or rank < best[0]:
+                    best = rank, chosen
+        return None if best is None else best[1]
+
+    def _each(
+        self, product: Product, count: int, sizes: Sizes, free: set[sympy.Symbol], chosen: Sizes
+    ) -> int | None:
+        """Find the least width from the present one on that has so many equal parts; gives their size."""
+        factor, rest = sympy.sympify(product.whole).as_coeff_Mul()
+        widths = [sizes[rest]] if rest.is_Symbol else [0]
+        if rest.is_Symbol and rest in free:
+            widths = list(range(sizes[rest], self.values[rest] + 1))
+        for width in widths:
+            if rest.is_Symbol:
+                sizes[rest] = width
+            whole = real_value(product.whole, sizes)
+            size = whole // count
+            known = (
+                self.values[product.each] if product.each in self.fixed else chosen.get(product.each, size)
+            )
+            if whole % count == 0 and size == known and size <= self.values[product.each]:
+                if rest.is_Symbol and rest in free:
+                    chosen[rest] = width
+                return int(size)
+        return None
+
+    def _raise_one(self, condition: sympy.Basic, sizes: Sizes, free: set[sympy.Symbol]) -> bool:
+        """Meet a condition by raising one size, by as little as possible."""
+        best: tuple[int, str, sympy.Symbol, int] | None = None
+        for symbol in sorted(symbols_of(condition) & free, key=str):
+            for size in range(sizes[symbol] + 1, self.values[symbol] + 1):
+                if real_value(condition, {**sizes, symbol: size}):
+                    best = min(
+                        (x for x in (best, (size - sizes[symbol], str(symbol), symbol, size)) if x),
+                        key=lambda x: x[:2],
+                    )
+                    break
+        if best is not None:
+            sizes[best[2]] = best[3]
+        return best is not None
+
+    def _pins(self, rule: Callable[[int], int], stuck: dict[sympy.Symbol, str]) -> list[Pin]:
+        held = {**self.fixed, **stuck}
         found = []
         for (name, axis), symbol in self.symbols.items():
             size, expression = self.original[name][axis], self.shapes[name][axis]
-            if rule(size) >= size or symbols_of(expression) - set(self.fixed):
+            if rule(size) >= size or symbols_of(expression) - set(held):
                 continue
-            held = [self.fixed[s] for s in symbols_of(expression) if s in self.fixed]
-            reason = held[0] if held else self.reasons.get(symbol, "a size that is constant in the forward")
+            reasons = [held[s] for s in sorted(symbols_of(expression), key=str)]
+            reason = (
+                reasons[0] if reasons else self.reasons.get(symbol, "a size that is constant in the forward")
+            )
             found.append(Pin(name, axis, size, reason))
+        for path, reason in self.frozen.items():
+            for name, shape in self.original.items():
+                if name.startswith(f"{path}."):
+                    found += [Pin(name, axis, s, reason) for axis, s in enumerate(shape) if rule(s) < s]
         return found
-
-
-def symbols_of(expression: Expr) -> set[sympy.Symbol]:
-    """List the symbols in a size."""
-    return set(expression.free_symbols) if isinstance(expression, sympy.Basic) else set()
-
-
-def _evaluate(expression: Expr, sizes: dict[sympy.Symbol, int]) -> int:
-    if not isinstance(expression, sympy.Basic):
-        return int(expression)
-    return int(expression.xreplace({s: sympy.Integer(sizes[s]) for s in expression.free_symbols}))
-
-
-def _holds(condition: sympy.Basic, sizes: dict[sympy.Symbol, int]) -> bool:
-    return condition.xreplace({s: sympy.Integer(sizes[s]) for s in condition.free_symbols}) != sympy.false

@@ -21,7 +21,7 @@ from retroexit.branch.exchange import (
     look_at_stages,
     settle_norms,
 )
-from retroexit.branch.resize import correct_fan_in, reshape, start_from_scratch
+from retroexit.branch.resize import correct_fan_in, emptied, start_from_scratch
 from retroexit.branch.widths import Pin, WidthPlan, WidthRule
 from retroexit.decoder.cut import Cut, Tail, clone_module
 from retroexit.decoder.structure import tensors
@@ -189,7 +189,7 @@ def build_branch(
     """Make a thin branch out of a full-width tail.
 
     Args:
-        tail: The full-width tail; it becomes part of the branch when nothing shrinks.
+        tail: The full-width tail; it is not changed, and may hold the generator's own weights.
         cut: Where it begins.
         values: Example feature and live tensors, one sample is enough.
         spec: How to build it.
@@ -204,12 +204,11 @@ def build_branch(
     Reference: paper section 3.1.
     """
     if plan is not None:
-        draft = _Draft(tail, cast("Tail", clone_module(tail)), cut, values, spec, plan)
-        reshape(tail, plan)
+        draft = _Draft(cast("Tail", emptied(tail, plan)), tail, cut, values, spec, plan)
     elif spec.rule.scale < 1:
         draft = _narrowed(tail, cut, values, spec)
     else:
-        draft = _Draft(tail, tail, cut, values, spec)
+        draft = _Draft(cast("Tail", clone_module(tail)), tail, cut, values, spec)
     if plan is None and spec.init == "scratch":
         start_from_scratch(draft.thin, tail, spec.seed)
     correct_fan_in(draft.thin, draft.full)
@@ -223,8 +222,11 @@ def build_branch(
 def _with_built_stages(draft: _Draft) -> Branch:
     """Let the adapter build stages; keep the narrowed ones, and say so, where its own do not fit."""
     sizes = draft.sizes()
-    notes = {path: "the feature reaches it through a layer, a sum or twice" for path in draft.stages[:1]}
-    notes = {path: why for path, why in notes.items() if path not in sizes}
+    notes = {
+        path: "the feature reaches it through a layer, a sum or twice"
+        for path in draft.stages[:1]
+        if path not in sizes and _would_build(draft, path)
+    }
     try:
         stages = _build_stages(draft, sizes)
         if stages:
@@ -242,6 +244,14 @@ def _with_built_stages(draft: _Draft) -> Branch:
     if draft.plan is not None:
         draft.plan = replace(draft.plan, pins=(*draft.plan.pins, *_notes(draft, notes)))
     return _assemble(draft, {})
+
+
+def _would_build(draft: _Draft, path: str) -> bool:
+    """Tell whether an adapter builds stages of this kind at all."""
+    shape, full = draft.shapes[path], draft.full.get_submodule(path)
+    with torch.random.fork_rng(devices=[]):
+        built = _call_adapter(draft.spec.build_stage, full, shape.channels, shape.out_channels)
+    return built is not None
 
 
 def _notes(draft: _Draft, notes: dict[str, str]) -> list[Pin]:

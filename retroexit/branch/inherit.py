@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from retroexit.branch.algebra import Algebra
-from retroexit.branch.resize import reshape
+from retroexit.branch.resize import resized
 from retroexit.branch.widths import WidthPlan
 from retroexit.decoder.cut import clone_module
 
@@ -69,8 +69,8 @@ def choose_channels(tail: nn.Module, algebra: Algebra, plan: WidthPlan) -> Selec
     """Pick the channels that a branch keeps: the most important ones of every group.
 
     A channel's importance is the norm of its weights, summed over all parameters of the group after each was
-    brought to mean one. Where a width is used in equal parts (groups of a norm, heads), every part keeps the
-    same number.
+    brought to mean one. Where a width is used in equal parts (groups of a norm, heads), whole parts are kept,
+    the most important ones of all widths that share their number, and of each as much as there is room for.
 
     Args:
         tail: The full-width tail.
@@ -89,14 +89,63 @@ def choose_channels(tail: nn.Module, algebra: Algebra, plan: WidthPlan) -> Selec
                 norm = weight.pow(2).sum(others).sqrt() if others else weight.abs()
                 if norm.mean() > 0:
                     importance[expression] += norm / norm.mean()
-    selection = {}
-    for symbol, score in importance.items():
-        parts = algebra.strata(symbol)
-        parts = parts if plan.sizes[symbol] % parts == 0 else 1
-        keep = plan.sizes[symbol] // parts
-        best = score.view(parts, -1).topk(keep, dim=1).indices.sort(dim=1).values
-        selection[symbol] = (best + torch.arange(parts)[:, None] * (len(score) // parts)).flatten()
+    divided = {p.whole for p in algebra.products}
+    selection = {
+        symbol: _best(score, plan.sizes[symbol])
+        for symbol, score in importance.items()
+        if symbol not in divided
+    }
+    kept_parts = {
+        parts: _best(
+            sum(
+                importance[p.whole].view(algebra.values[parts], -1).mean(1)
+                for p in algebra.products
+                if p.parts == parts and p.whole in importance
+            ),
+            plan.sizes[parts],
+        )
+        for parts in {p.parts for p in algebra.products if p.whole in importance}
+    }
+    for symbol in divided & set(importance):
+        selection[symbol] = _in_parts(algebra, plan, symbol, importance[symbol], kept_parts, selection)
     return selection
+
+
+def _best(score: Tensor, keep: int) -> Tensor:
+    return score.topk(keep).indices.sort().values
+
+
+def _in_parts(
+    algebra: Algebra,
+    plan: WidthPlan,
+    symbol: sympy.Symbol,
+    score: Tensor,
+    kept_parts: Selection,
+    selection: Selection,
+) -> Tensor:
+    """Pick channels of a width that is divided, into many parts within few perhaps."""
+    levels = sorted(
+        (p for p in algebra.products if p.whole == symbol), key=lambda p: (algebra.values[p.parts], str(p))
+    )
+    first = levels[0]
+    blocks = torch.arange(len(score)).view(algebra.values[first.parts], -1)[kept_parts[first.parts]]
+    each, old, new = first.each, algebra.values[first.parts], plan.sizes[first.parts]
+    for level in levels[1:]:
+        finer_old, finer_new = algebra.values[level.parts], plan.sizes[level.parts]
+        if finer_old % old or finer_new % new or finer_old == old:
+            continue  # these parts overlap; the coarser ones stay whole
+        finer = blocks.view(len(blocks), finer_old // old, -1)
+        best = score[finer].mean(2).topk(finer_new // new, dim=1).indices.sort(dim=1).values
+        blocks = finer.gather(1, best[:, :, None].expand(-1, -1, finer.shape[2])).flatten(0, 1)
+        each, old, new = level.each, finer_old, finer_new
+    if any(
+        each in (e.free_symbols if isinstance(e, sympy.Basic) else ())
+        for s in algebra.shapes.values()
+        for e in s
+    ):
+        return blocks[:, selection[each]].flatten()  # all parts keep the same places
+    best = score[blocks].topk(plan.sizes[symbol] // new, dim=1).indices.sort(dim=1).values
+    return blocks.gather(1, best).flatten()
 
 
 def narrow(
@@ -114,22 +163,19 @@ def narrow(
     Returns:
         The narrow copy; weights are the backbone's own, without any rescaling.
     """
-    thin = clone_module(tail)
-    reshape(thin, plan)
-    source = dict(tail.named_parameters()) | dict(tail.named_buffers())
-    with torch.no_grad():
-        for name, tensor in [*thin.named_parameters(), *thin.named_buffers()]:
-            if tensor.dim() == 0 or tuple(source[name].shape) == tuple(tensor.shape):
-                tensor.copy_(source[name])
-                continue
-            kept = source[name].detach()
-            for axis, expression in enumerate(algebra.shapes[name]):
-                where = layout.indices(expression, selection, algebra.values)
-                if where is None or len(where) != tensor.shape[axis]:
-                    where = torch.arange(tensor.shape[axis])
+
+    def content(name: str, old: Tensor) -> Tensor:
+        kept = old
+        for axis, expression in enumerate(algebra.shapes[name]):
+            where = layout.indices(expression, selection, algebra.values)
+            size = plan.shapes[name][axis]
+            if where is None or len(where) != size:
+                where = torch.arange(size)
+            if len(where) < old.shape[axis]:
                 kept = kept.index_select(axis, where.to(kept.device))
-            tensor.copy_(kept)
-    return thin
+        return kept.clone() if kept is old else kept
+
+    return resized(tail, plan, content)
 
 
 def find_layout(
@@ -165,13 +211,7 @@ def find_layout(
         choices = itertools.product(orders, *[(False, True)] * len(multiples))
         options.append([_setter(expression, order, multiples, flags) for order, *flags in choices])
     generator = torch.Generator().manual_seed(0)
-    shuffled: Selection = {}
-    for symbol in free:
-        size, parts = algebra.values[symbol], algebra.strata(symbol)
-        blocks = [
-            torch.randperm(size // parts, generator=generator) + i * (size // parts) for i in range(parts)
-        ]
-        shuffled[symbol] = torch.cat(blocks)
+    shuffled = _shuffled(algebra, generator)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         state = torch.random.get_rng_state()
         want = output_of(tail(*values))
@@ -183,6 +223,26 @@ def find_layout(
             if _is_invariant(tail, algebra, values, shuffled, layout, want, output_of):
                 return layout
     return Layout(is_proven=False)
+
+
+def _shuffled(algebra: Algebra, generator: torch.Generator) -> Selection:
+    """Permute the channels of every width, within its parts where it is used in parts."""
+    free, divided = (
+        algebra.free(),
+        {p.whole: p for p in sorted(algebra.products, key=lambda p: algebra.values[p.parts])},
+    )
+    found = {
+        symbol: torch.randperm(algebra.values[symbol], generator=generator)
+        for symbol in free
+        if symbol not in divided
+    }
+    for symbol in free:
+        if symbol in divided:
+            parts, each = algebra.values[divided[symbol].parts], divided[symbol].each
+            size = algebra.values[symbol] // parts
+            own = [found.get(each, torch.randperm(size, generator=generator)) for _ in range(parts)]
+            found[symbol] = torch.cat([order + i * size for i, order in enumerate(own)])
+    return found
 
 
 def _setter(
@@ -204,22 +264,18 @@ def _is_invariant(
     want: Sequence[Tensor],
     output_of: Callable[[Any], Sequence[Tensor]],
 ) -> bool:
-    whole = WidthPlan(
-        sizes={s: algebra.values[s] for s in shuffled},
-        shapes=algebra.original,
-        attributes={},
-        entry=int(values[0].shape[1]),
-        pins=(),
-    )
-    permuted = clone_module(tail)
-    source = dict(tail.named_parameters()) | dict(tail.named_buffers())
-    for name, tensor in [*permuted.named_parameters(), *permuted.named_buffers()]:
-        kept = source[name].detach()
+    def content(name: str, old: Tensor) -> Tensor:
         for axis, expression in enumerate(algebra.shapes[name]):
             where = layout.indices(expression, shuffled, algebra.values)
-            if where is not None and len(where) == whole.shapes[name][axis]:
-                kept = kept.index_select(axis, where.to(kept.device))
-        tensor.detach().copy_(kept)
+            if where is not None and len(where) == old.shape[axis]:
+                old = old.index_select(axis, where.to(old.device))
+        return old.clone()
+
+    memo: dict[int, Any] = {}
+    for name, tensor in [*tail.named_parameters(), *tail.named_buffers()]:
+        new = content(name, tensor.detach())
+        memo[id(tensor)] = nn.Parameter(new) if isinstance(tensor, nn.Parameter) else new
+    permuted = clone_module(tail, memo)
     entry = layout.indices(algebra.entry, shuffled, algebra.values)
     feature = values[0] if entry is None else values[0].index_select(1, entry.to(values[0].device))
     got = output_of(permuted(feature, *values[1:]))

@@ -71,6 +71,9 @@ def lenient_python(covered: Sequence[Namespace] | None) -> Iterator[None]:
 
     def to_int(size: torch.SymInt) -> int:
         caller = sys._getframe(1)
+        known = size.node.maybe_as_int()
+        if known is not None:
+            return int(known)
         if covered is not None and is_user_code(caller.f_code.co_filename):
             raise FrozenSizeError(caller.f_globals)
         return freeze(size)

@@ -3,37 +3,63 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from retroexit.branch.widths import WidthPlan
+from retroexit.decoder.cut import clone_module
 
-__all__ = ["correct_fan_in", "reshape", "start_from_scratch"]
+__all__ = ["correct_fan_in", "emptied", "resized", "start_from_scratch"]
 
 
-def reshape(tail: nn.Module, plan: WidthPlan) -> None:
-    """Give a tail's parameters, buffers and attributes the plan's sizes, in place; contents are undefined."""
-    modules = dict(tail.named_modules(remove_duplicate=False))
-    resized: dict[int, nn.Parameter] = {}
-    for name, old in list(tail.named_parameters(remove_duplicate=False)):
-        shape = plan.shapes.get(name)
-        if id(old) not in resized and shape is not None and tuple(old.shape) != shape:
-            resized[id(old)] = nn.Parameter(old.new_empty(shape))
-    # A tied parameter is planned under its first name and stays tied under all of them.
-    for name, old in list(tail.named_parameters(remove_duplicate=False)):
-        if id(old) in resized:
-            path, _, leaf = name.rpartition(".")
-            setattr(modules[path], leaf, resized[id(old)])
-    for name, buffer in list(tail.named_buffers()):
-        shape = plan.shapes.get(name)
-        if shape is not None and tuple(buffer.shape) != shape:
-            path, _, leaf = name.rpartition(".")
-            setattr(modules[path], leaf, buffer.new_empty(shape))
+def resized(tail: nn.Module, plan: WidthPlan, content: Callable[[str, Tensor], Tensor]) -> nn.Module:
+    """Copy a tail with the plan's sizes.
+
+    Args:
+        tail: The full-width tail; it is not changed.
+        plan: The chosen widths.
+        content: Makes the copy of a parameter or buffer, from its name and the original.
+
+    Returns:
+        The copy; what is tied in the tail is tied in it.
+    """
+    memo: dict[int, Any] = {}
+    for name, old in [*tail.named_parameters(), *tail.named_buffers()]:
+        new = content(name, old.detach())
+        memo[id(old)] = nn.Parameter(new, requires_grad=False) if isinstance(old, nn.Parameter) else new
+    thin = clone_module(tail, memo)
+    modules = dict(thin.named_modules(remove_duplicate=False))
     for (path, name), value in plan.attributes.items():
-        setattr(modules[path], name, value)
-    for module in tail.modules():
+        kind = type(getattr(modules[path], name))
+        setattr(modules[path], name, kind(value) if kind in (list, tuple) else value)
+    for path, module in modules.items():
+        if isinstance(module, torch.jit.ScriptModule):
+            continue
+        # A narrowed buffer cannot be made again from the generator; it is saved.
+        module._non_persistent_buffers_set -= {
+            name for name in module._buffers if _is_resized(tail, plan, f"{path}.{name}" if path else name)
+        }
         _sync_descriptions(module)
+    return thin
+
+
+def emptied(tail: nn.Module, plan: WidthPlan) -> nn.Module:
+    """Copy a tail with the plan's sizes; the contents of what is narrower are undefined."""
+
+    def content(name: str, old: Tensor) -> Tensor:
+        return old.new_empty(plan.shapes[name]) if _is_resized(tail, plan, name) else old.clone()
+
+    return resized(tail, plan, content)
+
+
+def _is_resized(tail: nn.Module, plan: WidthPlan, name: str) -> bool:
+    path, _, leaf = name.rpartition(".")
+    owner = tail.get_submodule(path)
+    old = owner._parameters.get(leaf, owner._buffers.get(leaf))
+    return old is not None and plan.shapes.get(name, tuple(old.shape)) != tuple(old.shape)
 
 
 def start_from_scratch(thin: nn.Module, full: nn.Module, seed: int = 0) -> None:

@@ -1,50 +1,56 @@
-"""Run a tail on symbolic widths and collect what PyTorch proves about them.
+"""Run a tail on symbolic widths and collect what follows about them.
 
-The tail's own Python runs once under `FakeTensorMode` with a fresh symbolic size for every wide parameter
-dimension and every integer attribute that could be a channel count; PyTorch's `ShapeEnv` then proves which of
-them are equal, multiples of one another, sums, or fixed. Private PyTorch interfaces are used here alone.
+The tail's own Python runs under `FakeTensorMode` with a fresh symbolic size for every wide parameter dimension
+and every integer attribute that could be a channel count; whatever the run asks about sizes, and what it must be
+answered, goes into a `Knowledge`. The run is repeated where it shows that more can be left open: a file that
+freezes sizes by ``int()``, an attribute that is a number of groups, a module that does not run on symbolic sizes
+at all and keeps its own. Private PyTorch interfaces are used here and in `retroexit.branch.sizes` alone.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import sympy
 import torch
-from sympy.core.relational import (
-    Equality,
-    GreaterThan,
-    LessThan,
-    StrictGreaterThan,
-    StrictLessThan,
-    Unequality,
-)
 from torch import Tensor, nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 
-from retroexit.branch.algebra import Algebra, Expr, symbols_of
-from retroexit.decoder import cut
+from retroexit.branch.algebra import Algebra
+from retroexit.branch.demands import Demands, attribute_with
+from retroexit.branch.knowledge import Expr, Product, symbols_of
+from retroexit.branch.leniency import FrozenSizeError, Namespace, lenient_python
+from retroexit.branch.sizes import SizeEnv
+from retroexit.branch.standins import blame, replace_by_standins
 from retroexit.decoder.cut import clone_module
-from retroexit.decoder.lines import show, user_line
 from retroexit.errors import BranchError
 
 __all__ = ["analyse"]
 
-_BUILTIN_WIDTHS = ("groups", "num_features", "normalized_shape", "embed_dim", "kdim", "vdim", "head_dim")
-_ORDERS = (GreaterThan, LessThan, StrictGreaterThan, StrictLessThan)
-_LENIENCE_LOCK = threading.Lock()
+_BUILTIN_WIDTHS = (
+    "groups",
+    "num_groups",
+    "num_heads",
+    "num_features",
+    "normalized_shape",
+    "embed_dim",
+    "kdim",
+    "vdim",
+    "head_dim",
+)
+_MOST_RUNS = 40
+
+Attribute = tuple[str, str]
 
 
 def analyse(
     tail: nn.Module, values: Sequence[Tensor], *, threshold: int, output_of: Callable[[Any], Sequence[Tensor]]
 ) -> Algebra:
-    """Run a tail with symbolic widths and collect what PyTorch proves about them.
+    """Run a tail with symbolic widths and collect what follows about them.
 
     Args:
         tail: A module; ``tail(feature, *live)``. It is not changed.
@@ -59,105 +65,83 @@ def analyse(
     Raises:
         BranchError: If the tail cannot run on symbolic sizes.
     """
-    run = _SymbolicRun(tail, threshold)
-    entering = [
-        run.fake(v, f"x{i}", [i == 0 and a == 1 and v.shape[1] > threshold for a in range(v.dim())])
-        for i, v in enumerate(values)
-    ]
-    try:
-        with run.mode, enable_python_dispatcher(), torch.no_grad(), _lenient_python():
-            out = torch.func.functional_call(run.tail, run.tensors, tuple(entering))
-    except Exception as error:
-        raise BranchError(
-            "asked for a narrower copy of the stages after the attach point; running them on symbolic sizes "
-            "raised "
-            f"{type(error).__name__}: {error}. Attach elsewhere, use scale=1, or let an adapter build the "
-            "stage.",
-            tail,
-        ) from error
-    return run.collect(entering[0].shape[1], output_of(out))
-
-
-@contextmanager
-def _lenient_python() -> Iterator[None]:
-    """Let Python compute with symbolic sizes where that ties nothing together, while a tail runs.
-
-    Attention's fused kernel reads its width as a plain number, so it stays off. ``math.sqrt(c)`` and the like
-    turn a size into a float, which PyTorch takes as a promise that it never changes; a factor may well depend
-    on the width.
-    """
-    with _LENIENCE_LOCK:
-        enabled = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)
-        added = not hasattr(torch.SymInt, "__float__")
-        if added:
-            torch.SymInt.__float__ = lambda size: float(size.node.hint)  # type: ignore[attr-defined]
+    covered: list[Namespace] = []
+    counts: set[Attribute] = set()
+    frozen: dict[str, str] = {}
+    for _ in range(_MOST_RUNS):
+        run = _SymbolicRun(tail, values, threshold, counts, frozen)
         try:
-            yield
-        finally:
-            if added:
-                del torch.SymInt.__float__  # type: ignore[attr-defined]
-            torch.backends.mha.set_fastpath_enabled(enabled)
-
-
-class _ObservedShapeEnv(ShapeEnv):
-    """A `ShapeEnv` that remembers which line of the generator made it replace a symbol, and by what."""
-
-    def __init__(self) -> None:
-        super().__init__(duck_shape=False)
-        self.places: dict[sympy.Symbol, tuple[sympy.Expr, str]] = {}
-
-    def _set_replacement(self, a: sympy.Symbol, tgt: sympy.Expr, msg: str) -> None:
-        self.places.setdefault(a, (tgt, _user_line()))
-        super()._set_replacement(a, tgt, msg)
-
-    def evaluate_expr(
-        self, orig_expr: sympy.Basic, hint: Any = None, *args: Any, **kwargs: Any
-    ) -> sympy.Basic:
-        """Answer by the real sizes what cannot tie widths together; only equalities are worth a proof."""
-        says_nothing = isinstance(orig_expr, _ORDERS) or (
-            (isinstance(orig_expr, Equality) and hint is False)
-            or (isinstance(orig_expr, Unequality) and hint is True)
-        )
-        if says_nothing and isinstance(hint, bool):
-            return sympy.true if hint else sympy.false
-        return super().evaluate_expr(orig_expr, hint, *args, **kwargs)
-
-    def why_constant(self, symbol: sympy.Symbol) -> str | None:
-        """Follow a symbol's replacements to the number it became."""
-        for _ in range(len(self.places)):
-            if symbol not in self.places:
-                return None
-            target, line = self.places[symbol]
-            if not target.free_symbols:
-                return line
-            symbol = min(target.free_symbols, key=str)
-        return None
+            out = run(values, covered)
+        except FrozenSizeError as error:
+            covered.append(error.namespace)
+            continue
+        except Exception as error:
+            path, reason = blame(error, run.paths, frozen)
+            if path is None:
+                raise BranchError(
+                    "asked for a narrower copy of the stages after the attach point; running them on symbolic "
+                    f"sizes raised {reason}. Attach elsewhere, use scale=1, or let an adapter build the stage.",
+                    tail,
+                ) from error
+            frozen = {p: r for p, r in frozen.items() if not p.startswith(f"{path}.")} | {path: reason}
+            continue
+        if run.found_counts <= counts:
+            return run.collect(output_of(out))
+        counts |= run.found_counts
+    raise BranchError(
+        f"asked for a narrower copy of the stages after the attach point; found no end of what must stay as it "
+        f"is: {', '.join(frozen)}. Attach elsewhere, use scale=1, or let an adapter build the stage.",
+        tail,
+    )
 
 
 class _SymbolicRun:
-    """A copy of a tail with fake parameters whose wide dimensions are symbols."""
+    """A copy of a tail, sharing its weights, to run with fake ones whose wide dimensions are symbols."""
 
-    def __init__(self, tail: nn.Module, threshold: int) -> None:
-        self.env = _ObservedShapeEnv()
+    def __init__(
+        self,
+        tail: nn.Module,
+        values: Sequence[Tensor],
+        threshold: int,
+        counts: set[Attribute],
+        frozen: dict[str, str],
+    ) -> None:
+        self.env = SizeEnv()
+        self.env.knowledge.divided = self._note_division
         self.mode = FakeTensorMode(shape_env=self.env, allow_non_fake_inputs=True)
-        self.threshold = threshold
-        self.tail = clone_module(tail)
+        self.mode.cache_enabled = False  # every call is a new question
+        self.threshold, self.counts, self.frozen = threshold, counts, frozen
+        self.found_counts: set[Attribute] = set()
+        self.tail = clone_module(tail, share=True)
         real = [*self.tail.named_parameters(), *self.tail.named_buffers()]
-        self.parameter_names = [name for name, _ in self.tail.named_parameters()]
+        parameters = [name for name, _ in self.tail.named_parameters()]
         self.original = {name: tuple(tensor.shape) for name, tensor in real}
-        sizes = {size for name in self.parameter_names for size in self.original[name] if size > threshold}
+        sizes = {size for name in parameters for size in self.original[name] if size > threshold}
         self.tensors = {
             name: self.fake(tensor, name.replace(".", "_"), self._free_axes(name, tensor, sizes))
             for name, tensor in real
+            if not self._is_frozen(name)
         }
+        self.parameters = [name for name in parameters if name in self.tensors]
         self.symbols = {
             (name, axis): size.node.expr
-            for name in self.parameter_names
+            for name in self.parameters
             for axis, size in enumerate[Any](self.tensors[name].shape)
             if isinstance(size, torch.SymInt)
         }
         self.attributes = self._free_attributes(sizes)
+        self.paths = {id(m): name for name, m in self.tail.named_modules() if name}
+        replace_by_standins(tail, self.tail, values, frozen, self.mode, self.env)
+
+    def __call__(self, values: Sequence[Tensor], covered: Sequence[Namespace]) -> Any:
+        entering = [
+            self.fake(v, f"x{i}", [i == 0 and a == 1 and v.shape[1] > self.threshold for a in range(v.dim())])
+            for i, v in enumerate(values)
+        ]
+        self.entry = entering[0].shape[1]
+        lenient = lenient_python(covered)
+        with self.mode, enable_python_dispatcher(), torch.no_grad(), lenient, Demands():
+            return torch.func.functional_call(self.tail, self.tensors, tuple(entering))
 
     def fake(self, tensor: Tensor, name: str, dynamic: list[bool]) -> Tensor:
         context: Any = StatelessSymbolicContext(
@@ -165,6 +149,14 @@ class _SymbolicRun:
             constraint_sizes=[None] * tensor.dim(),
         )
         return self.mode.from_tensor(tensor.detach(), source=ConstantSource(name), symbolic_context=context)
+
+    def _is_frozen(self, name: str) -> bool:
+        return any(name.startswith(f"{path}.") or name == path for path in self.frozen)
+
+    def _note_division(self, number: int) -> None:
+        found = attribute_with(number, self.paths)
+        if found is not None and _is_width(self.tail.get_submodule(found[0]), found[1]):
+            self.found_counts.add(found)
 
     def _free_axes(self, name: str, tensor: Tensor, sizes: set[int]) -> list[bool]:
         """Tell which axes may shrink: wide ones, and channels per group where all groups together are."""
@@ -175,20 +167,22 @@ class _SymbolicRun:
             for axis, size in enumerate(tensor.shape)
         ]
 
-    def _free_attributes(self, sizes: set[int]) -> dict[tuple[str, str], Any]:
-        """Make a symbol of every integer attribute that could be a channel count."""
-        found: dict[tuple[str, str], Any] = {}
+    def _free_attributes(self, sizes: set[int]) -> dict[Attribute, Any]:
+        """Make a symbol of every integer attribute that could be a channel count or a number of groups."""
+        found: dict[Attribute, Any] = {}
         for path, module in self.tail.named_modules():
-            if isinstance(module, torch.jit.ScriptModule):
+            if isinstance(module, torch.jit.ScriptModule) or self._is_frozen(path):
                 continue
             for name, value in list(vars(module).items()):
                 if not _is_width(module, name):
                     continue
-                if type(value) is int and value in sizes:
+                is_count = (path, name) in self.counts or name in ("num_groups", "num_heads")
+                if type(value) is int and (value in sizes or (is_count and value > 1)):
                     found[path, name] = self._symbol(value, f"{path}.{name}")
-                elif name == "normalized_shape" and type(value) is tuple and all(v in sizes for v in value):
-                    found[path, name] = tuple(
-                        self._symbol(v, f"{path}.{name}{i}") for i, v in enumerate(value)
+                elif type(value) in (list, tuple) and any(type(v) is int and v in sizes for v in value):
+                    found[path, name] = type(value)(
+                        self._symbol(v, f"{path}.{name}{i}") if type(v) is int and v in sizes else v
+                        for i, v in enumerate(value)
                     )
                 else:
                     continue
@@ -204,123 +198,61 @@ class _SymbolicRun:
         return made
 
     def expression(self, size: Any) -> Expr:
-        if isinstance(size, tuple):
-            return tuple(self.expression(item) for item in size)
+        if isinstance(size, (tuple, list)):
+            return type(size)(self.expression(item) for item in size)
         if isinstance(size, torch.SymInt):
             found = self.env.replace(size.node.expr)
             return int(found) if found.is_Integer else found
-        return int(size)
+        return size
 
-    def collect(self, entry: Any, outputs: Sequence[Tensor]) -> Algebra:
-        shapes = {name: tuple(map(self.expression, tensor.shape)) for name, tensor in self.tensors.items()}
+    def collect(self, outputs: Sequence[Tensor]) -> Algebra:
+        knowledge = self.env.knowledge
+        shapes = {
+            name: tuple(map(self.expression, self.tensors[name].shape)) if name in self.tensors else shape
+            for name, shape in self.original.items()
+        }
         fixed: dict[sympy.Symbol, str] = {}
         for tensor in outputs:
             for size in map(self.expression, tensor.shape):
                 fixed.update(dict.fromkeys(symbols_of(size), "the size of the output"))
-        # A symbol that occurs in buffers or attributes alone is no width: tables, filter kernels, head
-        # counts.
-        parameters = {s for name in self.parameter_names for e in shapes[name] for s in symbols_of(e)}
-        entering = self.expression(entry)
-        parameters |= symbols_of(entering)
-        named = (
-            "backed_var_to_val" if hasattr(self.env, "backed_var_to_val") else "var_to_val"
-        )  # before torch 2.10
-        real = getattr(self.env, named)
-        values = {symbol: int(value) for symbol, value in real.items()}
-        for symbol in values:
-            if symbol not in parameters:
-                fixed.setdefault(symbol, "no parameter has this width")
-        conditions = []
-        for guard in self.env.guards:
-            expression = self.env.replace(guard.expr)
-            if isinstance(expression, Equality) and expression not in (sympy.true, sympy.false):
-                conditions.append(expression)
-        shapes, entering, conditions, attributes = _rebase(
-            values,
-            shapes,
-            entering,
-            conditions,
-            {key: self.expression(v) for key, v in self.attributes.items()},
+        # A symbol that occurs in buffers or attributes alone is no width: tables, filter kernels.
+        entry = self.expression(self.entry)
+        used = {s for name in self.parameters for e in shapes[name] for s in symbols_of(e)} | symbols_of(
+            entry
         )
+        used |= {s for p in knowledge.products for s in (p.parts, p.each) if symbols_of(p.whole) & used}
+        for symbol in knowledge.values:
+            if symbol not in used:
+                fixed.setdefault(symbol, "no parameter has this width")
         reasons = {}
-        for symbol in self.env.replacements:
-            line = self.env.why_constant(symbol)
+        for symbol in self.symbols.values():
+            line = knowledge.why_constant(symbol)
             if line is not None and not symbols_of(self.env.replace(symbol)):
                 reasons[symbol] = line
         return Algebra(
             shapes=shapes,
             original=self.original,
-            attributes=attributes,
-            entry=entering,
-            values=values,
+            attributes={key: self.expression(v) for key, v in self.attributes.items()},
+            entry=entry,
+            values={symbol: int(value) for symbol, value in knowledge.values.items()},
             fixed=fixed,
-            conditions=list(dict.fromkeys(conditions)),
+            products=self._products(),
+            conditions=knowledge.held(),
             reasons=reasons,
             symbols=self.symbols,
+            frozen=dict(self.frozen),
         )
+
+    def _products(self) -> list[Product]:
+        """List the products; where one factor is an attribute, that one is the number of parts."""
+        attributes = {self.expression(v) for v in self.attributes.values() if isinstance(v, torch.SymInt)}
+        return [
+            Product(p.each, p.parts, p.whole) if p.each in attributes and p.parts not in attributes else p
+            for p in self.env.knowledge.products
+        ]
 
 
 def _is_width(module: nn.Module, attribute: str) -> bool:
     """Tell whether an attribute's name allows it to be a channel or group count."""
     builtin = type(module).__module__.startswith("torch.nn")
     return attribute in _BUILTIN_WIDTHS if builtin else not attribute.startswith("_")
-
-
-def _rebase(
-    values: dict[sympy.Symbol, int],
-    shapes: dict[str, tuple[Expr, ...]],
-    entry: Expr,
-    conditions: list[Equality],
-    attributes: dict[tuple[str, str], Any],
-) -> tuple[Any, Any, Any, Any]:
-    """Write a width that must be a multiple of another (``s // 4 == t``) as that multiple (``s = 4 t``)."""
-    while True:
-        pair = next((found for c in conditions if (found := _multiple(c)) is not None), None)
-        if pair is None:
-            return shapes, entry, conditions, attributes
-        large, replacement = pair
-
-        def swap(e: Expr, large: Any = large, replacement: Any = replacement) -> Expr:
-            if isinstance(e, tuple):
-                return tuple(swap(item) for item in e)
-            return e.xreplace({large: replacement}) if isinstance(e, sympy.Basic) else e
-
-        shapes = {name: tuple(map(swap, shape)) for name, shape in shapes.items()}
-        entry = swap(entry)
-        attributes = {key: swap(value) for key, value in attributes.items()}
-        swapped = [swap(c) for c in conditions]
-        conditions = [c for c in swapped if c != sympy.true and _multiple_holds(c, replacement)]
-
-
-def _multiple(condition: Equality) -> tuple[sympy.Symbol, sympy.Expr] | None:
-    """Read ``s // k == t`` as ``(s, k t)``."""
-    for left, right in ((condition.lhs, condition.rhs), (condition.rhs, condition.lhs)):
-        if left.func.__name__ in ("FloorDiv", "CleanDiv") and right.is_Symbol:
-            base, divisor = left.args
-            if base.is_Symbol and divisor.is_Integer and base != right:
-                return base, divisor * right
-    return None
-
-
-def _multiple_holds(condition: sympy.Basic, replacement: sympy.Expr) -> bool:
-    """Tell whether a condition still says something once a width is written as a multiple."""
-    if (
-        isinstance(condition, Equality)
-        and condition.rhs == 0
-        and condition.lhs.func.__name__ in ("Mod", "PythonMod")
-    ):
-        quotient = condition.lhs.args[0] / condition.lhs.args[1]
-        return not all(f.is_integer for f in quotient.as_ordered_factors())
-    if isinstance(condition, Equality) and condition.lhs.func.__name__ in ("FloorDiv", "CleanDiv"):
-        base, divisor = condition.lhs.args
-        return sympy.simplify(base / divisor - condition.rhs) != 0
-    return True
-
-
-def _user_line() -> str:
-    """Name the line of the generator that runs: in a module, or where the graph's node was recorded."""
-    line = user_line()
-    if not isinstance(line, tuple) and line is not None:
-        node = line.f_locals.get("node") if line.f_code.co_filename == cut.__file__ else None
-        line = node.meta.get("line") if node is not None else None
-    return show(line) if isinstance(line, tuple) else "code that is not Python, such as a scripted module"

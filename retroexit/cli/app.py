@@ -19,7 +19,7 @@ from typing import Any, Final
 import typer
 
 from retroexit.errors import RetroExitError, RetroExitWarning
-from retroexit.plugins import host
+from retroexit.plugins.host import host
 
 __all__ = ["COMMANDS", "own_commands", "run"]
 
@@ -54,25 +54,25 @@ def _app() -> typer.Typer:
     ours = own_commands()
     for name, command in ours.items():
         _add(app, name, command)
-    theirs: dict[str, Callable[..., Any]] = getattr(host(), "commands", dict)()
-    for name, command in theirs.items():
-        if ours.get(name) is command:
+    for name, command in host().commands().items():
+        if name in ours:
             continue
         try:
-            if name in ours:
-                raise ValueError("retroexit has a command of that name")
-            _add(trial := _empty_app(), name, command)
-            typer.main.get_command(trial)  # typer reads annotations here, of all commands at once
-        except Exception as error:
-            cause = " ".join(f"{type(error).__name__}: {error}".split())
-            warnings.warn(
-                f"left out the command {name!r} of {getattr(command, '__module__', 'a plug-in')}: {cause}",
-                RetroExitWarning,
-                stacklevel=2,
-            )
+            _try(name, command)
+        except (Exception, SystemExit) as error:
+            host().drop_command(name, " ".join(f"{type(error).__name__}: {error}".split()))
         else:
             _add(app, name, command)
     return app
+
+
+def _try(name: str, command: Callable[..., Any]) -> None:
+    """Add a command to an app of its own and show its help; typer would read those of all at once."""
+    trial = _empty_app()
+    _add(trial, name, command)
+    group: Any = typer.main.get_command(trial)
+    made = group.commands[name]
+    made.get_help(made.context_class(made, info_name=name))
 
 
 def _empty_app() -> typer.Typer:

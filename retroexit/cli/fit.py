@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 import retroexit
-from retroexit.cli.options import TARGET, resumable
+from retroexit.cli.options import TARGET, parse_losses, resumable
 from retroexit.tables import exit_table
 from retroexit.targets import example_of, load_generator, load_samples, parse_places, parse_scales
 from retroexit.training.cache import FeatureCache
@@ -34,6 +34,16 @@ def fit(
     guidance: Annotated[bool, typer.Option(help="Guide branches by retrieval.")] = False,
     retriever: Annotated[str, typer.Option(help="Search back-end of the guidance.")] = "exact",
     init: Annotated[str, typer.Option(help="Starting weights: inherit or scratch.")] = "inherit",
+    width_rule: Annotated[
+        str, typer.Option(help="How widths follow from the scale: floor, multiple-of-8, a plug-in's.")
+    ] = "floor",
+    loss: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Term of the training loss and its weight, name=weight; repeat it for several. By default "
+            "l1=1 and quality=1, the metric."
+        ),
+    ] = None,
     metric: Annotated[str, typer.Option(help="Quality metric.")] = "lpips-alex",
     weights: Annotated[Path | None, typer.Option(help="File with the metric's weights.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Training steps per branch.")] = 1500,
@@ -64,6 +74,7 @@ def fit(
         tap=tap,  # type: ignore[arg-type]  # checked there
         guidance=spec,
         init=init,  # type: ignore[arg-type]
+        width_rule=width_rule,
         example_inputs=args,
         example_kwargs=kwargs,
     )
@@ -77,6 +88,8 @@ def fit(
         "seed": seed,
         "bfloat16": bfloat16,
     }
+    if loss:
+        settings["losses"] = parse_losses(loss)
     if dry_run:
         typer.echo(_plan(model, samples, out, metric, FitSettings(**settings)))
         return
@@ -103,7 +116,8 @@ def _plan(
             f"samples: {len(trained) + len(held_out)}, {len(trained)} to train branches on, {len(held_out)} "
             "held out",
             f"steps: {len(model.branches)} branches x {settings.steps}, batches of {settings.batch} "
-            f"{windows}; predictor {settings.predictor_steps}; metric {metric}",
+            f"{windows}; predictor {settings.predictor_steps}; metric {metric}; loss "
+            + " + ".join(f"{weight:g} {name}" for name, weight in settings.losses.items()),
             f"would write to {out}: {', '.join(written)}",
             "dry run: nothing was trained or written",
         ]

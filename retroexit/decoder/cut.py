@@ -194,9 +194,10 @@ class Tail(nn.Module):
         recording: The execution to take the rest from.
         generator: The module that owns the layers.
         cut: Where the tail begins.
+        share: Whether it holds the generator's own weights instead of copies, for reading only.
     """
 
-    def __init__(self, recording: Recording, generator: nn.Module, cut: Cut) -> None:
+    def __init__(self, recording: Recording, generator: nn.Module, cut: Cut, *, share: bool = False) -> None:
         super().__init__()
         self._cut = cut
         self._result = recording.nodes[-1].args[0]
@@ -205,7 +206,7 @@ class Tail(nn.Module):
         for node in cut.rest:
             if node.op == "call_module":
                 path = str(node.target)
-                _place(self, path, clone_module(_resolve(generator, path), memo))
+                _place(self, path, clone_module(_resolve(generator, path), memo, share=share))
             elif node.op == "get_attr" and node.target in recording.constants:
                 self.register_buffer(
                     str(node.target), recording.constants[str(node.target)].clone(), persistent=False
@@ -217,7 +218,8 @@ class Tail(nn.Module):
                 path, _, name = str(node.target).rpartition(".")
                 owner = _container(self, path)
                 if not hasattr(owner, name):
-                    value = _clone_tensor(_resolve(generator, str(node.target)), memo)
+                    value = _resolve(generator, str(node.target))
+                    value = value if share else _clone_tensor(value, memo)
                     if isinstance(value, nn.Parameter):
                         owner.register_parameter(name, value)
                     else:
@@ -256,22 +258,29 @@ class Tail(nn.Module):
         return duplicate
 
 
-def clone_module(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+def clone_module(module: nn.Module, memo: dict[int, Any] | None = None, *, share: bool = False) -> nn.Module:
     """Copy a module deeply, also where plain ``deepcopy`` refuses.
 
     Legacy spectral norm leaves a non-leaf ``weight`` on a module after a forward with gradient; such tensors
     are detached first. The copy's parameters require gradient.
+
+    Args:
+        module: What to copy.
+        memo: Copies that exist already, by identity.
+        share: Whether the copy holds the module's own tensors, to run it or to give it others.
     """
     memo = {} if memo is None else memo
+    if share:
+        memo.update({id(t): t for t in (*module.parameters(), *module.buffers())})
     for owner in module.modules():
         for value in vars(owner).values():
-            if isinstance(value, Tensor) and not value.is_leaf and id(value) not in memo:
-                memo[id(value)] = value.detach().clone()
+            if isinstance(value, Tensor) and id(value) not in memo and (share or not value.is_leaf):
+                memo[id(value)] = value if share else value.detach().clone()
     with (
         torch.no_grad()
     ):  # scripted modules copy their parameters by an operation that gradient flows through
         duplicate = copy.deepcopy(module, memo)
-    for parameter in duplicate.parameters():
+    for parameter in () if share else duplicate.parameters():
         parameter.grad = None
         if parameter.is_floating_point():
             parameter.requires_grad_(True)

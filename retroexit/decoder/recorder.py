@@ -98,10 +98,17 @@ class Call:
     parent: int | None = None
 
 
-def assemble(template: Any, values: tuple[Any, ...]) -> Any:
+def assemble(template: _Template, values: tuple[Any, ...]) -> Any:
     """Put values into a dataclass or model output: the graph's node for containers that fx does not know."""
     rest = iter(values)
-    return rebuild(template, lambda leaf: next(rest) if leaf is _Slot else leaf)
+    return rebuild(template.value, lambda leaf: next(rest) if leaf is _Slot else leaf)
+
+
+@dataclass(frozen=True)
+class _Template:
+    """Keeps a container from fx, which makes a plain dict of every subclass of ``dict``."""
+
+    value: Any
 
 
 class _Slot:
@@ -146,7 +153,7 @@ class Recorder(TorchFunctionMode):
                 found.append(self.to_nodes(leaf))
                 return _Slot
 
-            template = rebuild(value, take)
+            template: Any = _Template(rebuild(value, take))
             return self.graph.call_function(assemble, (template, tuple(found)))
         if isinstance(value, (tuple, list, dict, slice)):
             return _shallow(value, self.to_nodes)

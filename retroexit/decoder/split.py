@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,6 +35,12 @@ class _Call:
         others = [(path, repr(leaf)) for path, leaf in leaves if not isinstance(leaf, Tensor)]
         return cls(tuple(path for path, _ in given), tuple(leaf.dtype for _, leaf in given), tuple(others))
 
+    def as_if(self, other: _Call) -> _Call:
+        """Take over the precision of another call's floating-point tensors."""
+        pairs = zip(self.dtypes, other.dtypes, strict=False)  # of unequal length only where paths differ too
+        both = (b if a.is_floating_point and b.is_floating_point else a for a, b in pairs)
+        return replace(self, dtypes=tuple(both))
+
 
 class SplitGenerator:
     """A recorded generator, cut at its attach points.
@@ -48,10 +54,11 @@ class SplitGenerator:
         cuts: Where it is cut, in order of execution.
         args: The inputs of the recording.
         kwargs: Its keyword inputs.
+        key_cut: Where guidance keys are cut from, if that is not the first cut's feature; in front of it.
 
     Attributes:
         example: The inputs of the recording.
-        batched: Nodes of crossing values whose first axis is the batch.
+        batched: Nodes of crossing values whose first axis is the batch, and of the keys' feature.
         any_batch: Whether a batch of another size gives the generator's own output.
 
     Raises:
@@ -59,21 +66,35 @@ class SplitGenerator:
     """
 
     def __init__(
-        self, generator: nn.Module, decoder: Decoder, cuts: Sequence[Cut], args: Any, kwargs: Any
+        self,
+        generator: nn.Module,
+        decoder: Decoder,
+        cuts: Sequence[Cut],
+        args: Any,
+        kwargs: Any,
+        key_cut: Cut | None = None,
     ) -> None:
-        self.generator, self.decoder, self.cuts = generator, decoder, tuple(cuts)
+        self.generator, self.decoder, self.cuts, self.key_cut = generator, decoder, tuple(cuts), key_cut
         recording = decoder.recording
         self._call = _Call.of(args, kwargs)
         self.example = (cloned(tuple(args)), cloned(dict(kwargs)))
         self._inputs = [node for node in recording.nodes if node.op == "placeholder"]
         self._modes = [(m, recording.modes[name]) for name, m in generator.named_modules()]
         self._device = next((p.device for p in generator.parameters()), torch.device("cpu"))
+        self._precision = _precision(generator)
         ends = [0, *(cut.position for cut in self.cuts)]
         entering = [(), *(cut.crossing for cut in self.cuts)]
         self._segments = [
             Segment(recording, generator, begin, cut.position, cut.crossing, enter)
             for begin, cut, enter in zip(ends, self.cuts, entering, strict=False)
         ]
+        self._around_key: tuple[Segment, Segment] | None = None
+        if key_cut is not None:
+            middle, end = key_cut.crossing, self.cuts[0]
+            self._around_key = (
+                Segment(recording, generator, 0, key_cut.position, middle),
+                Segment(recording, generator, key_cut.position, end.position, end.crossing, middle),
+            )
         self._result = recording.nodes[-1].args[0]
         leaves = [leaf for _, leaf in flatten(self._result) if isinstance(leaf, fx.Node)]
         self._rest = Segment(recording, generator, ends[-1], len(recording.nodes), leaves, entering[-1])
@@ -96,6 +117,24 @@ class SplitGenerator:
         self._check_call(args, kwargs)
         return self._bind(args, kwargs)
 
+    def begin(self, args: Any, kwargs: Any) -> tuple[Values, Tensor]:
+        """Run to the first cut; gives the values that cross it, and the feature that keys are cut from.
+
+        Raises:
+            InputMismatchError, ModeError, DeviceError: See `start`.
+        """
+        return self._to_first_cut(self.start(args, kwargs))
+
+    def _to_first_cut(self, values: Values) -> tuple[Values, Tensor]:
+        if self.key_cut is None or self._around_key is None:
+            values = self.advance(values, 0)
+            return values, values[self.cuts[0].feature]
+        before, behind = self._around_key
+        values = before(values)
+        # What comes next may write into the feature; on every route keys are what the stage returned.
+        keyed: Tensor = values[self.key_cut.feature].clone()
+        return behind(values), keyed
+
     def advance(self, values: Values, index: int) -> Values:
         """Run the generator from the cut before to cut ``index`` (from 0); gives the values that cross it."""
         return self._segments[index](values)
@@ -115,9 +154,9 @@ class SplitGenerator:
             n: v.index_select(0, rows.to(v.device)) if n in self.batched else v for n, v in values.items()
         }
 
-    def tail(self, index: int) -> Tail:
-        """Copy everything after a cut as a module."""
-        return Tail(self.decoder.recording, self.generator, self.cuts[index])
+    def tail(self, index: int, *, share: bool = False) -> Tail:
+        """Copy everything after a cut as a module; on request with the generator's own weights, to read."""
+        return Tail(self.decoder.recording, self.generator, self.cuts[index], share=share)
 
     def place_of(self, image: Any) -> Tensor:
         """Find the image in an output of the generator or of a branch."""
@@ -156,9 +195,26 @@ class SplitGenerator:
                 device,
             )
 
+    def check_precision(self, branch: nn.Module) -> None:
+        """Refuse a branch that was left behind when the generator was converted.
+
+        Raises:
+            DeviceError: If it was.
+        """
+        own, left = _precision(self.generator), _precision(branch)
+        if own != self._precision and left == self._precision:
+            raise DeviceError(
+                f"asked for an early exit; found the generator in {own} and the branch in {left}. Convert "
+                f"both: model.to({own}).",
+                branch,
+            )
+
     def _check_call(self, args: Any, kwargs: Any) -> None:
         call = _Call.of(args, kwargs)
-        if call != self._call:
+        # A generator that was converted runs in its new precision: that is checked as a new shape is.
+        if call != self._call and not (
+            _precision(self.generator) != self._precision and call.as_if(self._call) == self._call
+        ):
             raise InputMismatchError(self._difference(call), (args, kwargs))
         key = self._shape_key(args, kwargs)
         if key in self._shapes:
@@ -198,23 +254,23 @@ class SplitGenerator:
         return f"{what}; found {call.constants}, recorded {self._call.constants}. Wrap again with these."
 
     def _verify_shape(self, args: Any, kwargs: Any) -> None:
-        """Compare pieces and generator once on inputs of a new shape."""
+        """Compare pieces and generator once on inputs of a new shape or precision."""
         shapes = [tuple(t.shape) for t in tensors((args, kwargs))]
+        precision = _precision(self.generator)
+        what = f"shapes {shapes}" if precision == self._precision else f"shapes {shapes} in {precision}"
         try:
             agrees = self._agrees(args, kwargs)
         except Exception as error:
             raise InputMismatchError(
-                f"asked for an early exit on inputs of shapes {shapes}; found that the recorded forward "
-                "raises "
-                f"{type(error).__name__}: {error}, since it fixes sizes. Wrap again with example inputs of "
-                "these shapes.",
+                f"asked for an early exit on inputs of {what}; found that the recorded forward raises "
+                f"{type(error).__name__}: {error}, since it fixes sizes or types. Wrap again with such "
+                "example inputs.",
                 shapes,
             ) from error
         if not agrees:
             raise InputMismatchError(
-                f"asked for an early exit on inputs of shapes {shapes}; found that the recorded forward "
-                "gives another output "
-                "than the generator for them. Wrap again with example inputs of these shapes.",
+                f"asked for an early exit on inputs of {what}; found that the recorded forward gives another "
+                "output than the generator for them. Wrap again with such example inputs.",
                 shapes,
             )
 
@@ -228,7 +284,9 @@ class SplitGenerator:
                     values = self.advance(values, index)
                 got = tensors(self.finish(values))
         return len(want) == len(got) and all(
-            w.shape == g.shape and torch.allclose(w.float(), g.float(), rtol=1e-4, atol=1e-5)
+            w.shape == g.shape
+            and w.dtype == g.dtype
+            and torch.allclose(w.float(), g.float(), rtol=1e-4, atol=1e-5)
             for w, g in zip(want, got, strict=True)
         )
 
@@ -273,16 +331,18 @@ class SplitGenerator:
     def _sizes(self, args: Any, kwargs: Any) -> dict[fx.Node, int]:
         found: dict[fx.Node, int] = {}
         with torch.no_grad(), unobserved(self.generator):
-            values = self._bind(cloned(args), cloned(kwargs))
+            values, keyed = self._to_first_cut(self._bind(cloned(args), cloned(kwargs)))
+            if self.key_cut is not None:
+                found[self.key_cut.feature] = keyed.shape[0]
             for index in range(len(self.cuts)):
-                values = self.advance(values, index)
+                values = self.advance(values, index) if index else values
                 found.update(
                     {n: v.shape[0] for n, v in values.items() if isinstance(v, Tensor) and v.dim() > 0}
                 )
         return found
 
     def _shape_key(self, args: Any, kwargs: Any) -> tuple[Any, ...]:
-        return tuple(tuple(t.shape[1:]) for t in tensors((args, kwargs)))
+        return tuple((t.dtype, *t.shape[1:]) for t in tensors((args, kwargs)))
 
     def _batch_size(self, args: Any, kwargs: Any) -> int:
         return next((t.shape[0] for t in tensors((args, kwargs)) if t.dim() > 0), 1)
@@ -292,3 +352,7 @@ def places(decoder: Decoder, stages: Iterable[Stage], tap: str) -> list[tuple[St
     """Cut a decoder at several stages, in order of execution."""
     cut = decoder.cut_after if tap == "after" else decoder.cut_before
     return sorted(((stage, cut(stage)) for stage in stages), key=lambda pair: pair[1].position)
+
+
+def _precision(module: nn.Module) -> torch.dtype | None:
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), None)

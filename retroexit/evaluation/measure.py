@@ -63,10 +63,11 @@ class Measurement:
             if self.model.predictor is not None:
                 with self._seeded(indices[0]):
                     predicted.append(self.model.predict(*args, **kwargs))
-            if self.model.bank is not None:
+            taps = self.model.anatomy.taps
+            if self.model.bank is not None and taps is not None:
                 with self._seeded(indices[0]):
-                    values = self.model.split.advance(self.model.split.start(args, kwargs), 0)
-                found = self.model.bank.search(self.model.split.crossing(values, 0)[0]).distances
+                    _, keyed = self.model.split.begin(args, kwargs)
+                found = self.model.bank.search(taps.query(keyed, args, kwargs)).distances
                 distances.append(found.clamp_min(0).sqrt().flatten(1).mean(1))
             bar.update(len(indices))
         bar.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -59,13 +60,9 @@ class Description:
     def __post_init__(self) -> None:
         if not self.name:
             raise OptionError("a description needs a name, got ''; use the generator's usual name", self)
-        if self.stages is not None and (len(self.stages) < 2 or len(set(self.stages)) < len(self.stages)):
-            raise OptionError(
-                f"stages of {self.name} must be at least two different module paths, got {self.stages!r}; "
-                "list l_1..l_N in the order in which they run, or leave stages out",
-                self,
-            )
-        if self.image_range is not None and not self.image_range[0] < self.image_range[1]:
+        if self.stages is not None:
+            self._check_stages(self.stages)
+        if self.image_range is not None and not _is_range(self.image_range):
             raise OptionError(
                 f"image_range of {self.name} must be (smallest, largest), got {self.image_range!r}", self
             )
@@ -84,3 +81,22 @@ class Description:
                     "Description says what it is called with",
                     self,
                 )
+
+    def _check_stages(self, stages: object) -> None:
+        named = isinstance(stages, (tuple, list)) and all(isinstance(path, str) and path for path in stages)
+        if not (isinstance(stages, (tuple, list)) and named and len(set(stages)) == len(stages) >= 2):
+            raise OptionError(
+                f"stages of {self.name} must be at least two different module paths, got {stages!r}; "
+                "list l_1..l_N in the order in which they run, or leave stages out",
+                self,
+            )
+        object.__setattr__(self, "stages", tuple(stages))
+
+
+def _is_range(pair: object) -> bool:
+    return (
+        isinstance(pair, (tuple, list))
+        and len(pair) == 2
+        and all(isinstance(end, (int, float)) and math.isfinite(end) for end in pair)
+        and pair[0] < pair[1]
+    )

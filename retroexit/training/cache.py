@@ -20,25 +20,39 @@ from tqdm import tqdm
 from retroexit.errors import CheckpointError, OptionError, TrainingError
 from retroexit.fingerprint import fingerprint
 from retroexit.model import EarlyExitGenerator
+from retroexit.taps import Taps
 from retroexit.training.inputs import Samples, drawing_from
 
-__all__ = ["GUIDANCE_VALUE", "IMAGE", "FeatureCache"]
+__all__ = ["GUIDANCE_KEY", "GUIDANCE_VALUE", "IMAGE", "FeatureCache", "guidance_names"]
 
 # Crossing values go by the names of their nodes, which are identifiers; these are none, so that they cannot
 # be taken.
-IMAGE, GUIDANCE_VALUE = "backbone-image", "guidance-value"
+IMAGE, GUIDANCE_KEY, GUIDANCE_VALUE = "backbone-image", "guidance-key", "guidance-value"
 
 _SCHEMA = 2
 _PARTS = {
     "schema": "the format",
     "fingerprint": "the backbone",
     "cuts": "the attach points",
+    "key": "what guidance keys come from",
     "value": "the stage that guidance values come from",
     "inputs": "the inputs",
     "count": "the number of inputs",
     "seed": "the seed",
     "batch": "the batch size",
 }
+
+
+def guidance_names(taps: Taps, first: str) -> tuple[str, str]:
+    """Name the cached maps that guidance keys and values are cut from.
+
+    What is in the cache anyway is not stored twice.
+
+    Args:
+        taps: Where they come from.
+        first: Name of the feature at the first attach point.
+    """
+    return first if taps.key_tap == first else GUIDANCE_KEY, IMAGE if taps.gives_image else GUIDANCE_VALUE
 
 
 class FeatureCache:
@@ -146,12 +160,14 @@ class FeatureCache:
 
 def _identity(model: EarlyExitGenerator, samples: Samples, batch: int) -> dict[str, Any]:
     """What a cache belongs to."""
-    value = model.anatomy.value_cut
+    taps, first = model.anatomy.taps, model.split.cuts[0].feature.name
     return {
         "schema": _SCHEMA,
         "fingerprint": fingerprint(model.generator),
         "cuts": [[node.name for node in cut.crossing] for cut in model.split.cuts],
-        "value": None if value is None else value.feature.name,
+        # Where keys come from the first attach point, no name is noted: older caches have none.
+        "key": None if taps is None or taps.key_tap == first else taps.key_tap,
+        "value": None if taps is None else taps.value_cut.feature.name,
         "inputs": samples.digest(),
         "count": len(samples),
         "seed": samples.seed,
@@ -228,12 +244,18 @@ def _compute(model: EarlyExitGenerator, args: Any, kwargs: Any, seed: int) -> di
     split, found = model.split, dict[str, Tensor]()
     device = next((p.device for p in model.generator.parameters()), torch.device("cpu"))
     with drawing_from(seed, device):
-        values = split.start(args, kwargs)
+        values, keyed = split.begin(args, kwargs)
         for index in range(len(split.cuts)):
-            values = split.advance(values, index)
+            values = split.advance(values, index) if index else values
             found.update({node.name: values[node].clone() for node in split.cuts[index].crossing})
         found[IMAGE] = split.place_of(split.finish(values))
-    if model.anatomy.value_cut is not None:
+    taps = model.anatomy.taps
+    if taps is None:
+        return found
+    key, value = guidance_names(taps, split.cuts[0].feature.name)
+    if key == GUIDANCE_KEY:
+        found[GUIDANCE_KEY] = taps.query(keyed, args, kwargs)
+    if value == GUIDANCE_VALUE:
         # The same draw again, so that keys, values and image belong together.
         with drawing_from(seed, device):
             found[GUIDANCE_VALUE] = model.anatomy.guidance_values(args, kwargs)

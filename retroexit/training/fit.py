@@ -24,8 +24,9 @@ from retroexit.retrieval.base import Retriever
 from retroexit.retrieval.storage import MANIFEST
 from retroexit.routing.predictor import Predictor
 from retroexit.storage import save_model, wrap_settings
+from retroexit.taps import Taps
 from retroexit.training.branches import BranchSchedule, BranchTrainer
-from retroexit.training.cache import GUIDANCE_VALUE, IMAGE, FeatureCache
+from retroexit.training.cache import IMAGE, FeatureCache, guidance_names
 from retroexit.training.crops import Cropper
 from retroexit.training.inputs import Samples, drawing_from
 from retroexit.training.losses import L1, QUALITY, Term, TrainingLoss
@@ -126,9 +127,10 @@ def fit_model(
     # From here on the folder belongs to these settings; mistakes above can be put right and fitted again.
     _write_json(folder / "fit.json", wanted)
     guide_of = None
-    if model.options.guidance is not None:
-        model.bank = _bank(model, cache, folder / "bank", retriever, settings.seed, progress)
-        guide_of = _guides(model, cache)
+    taps = model.anatomy.taps
+    if taps is not None:
+        model.bank = _bank(model, taps, cache, folder / "bank", retriever, settings.seed, progress)
+        guide_of = _guides(model, taps, cache)
     schedule = BranchSchedule(
         settings.steps,
         settings.batch,
@@ -262,39 +264,40 @@ def _try_loss(loss: TrainingLoss, cropper: Cropper, image: Tensor) -> None:
 
 def _bank(
     model: EarlyExitGenerator,
+    taps: Taps,
     cache: FeatureCache,
     folder: Path,
     retriever: Callable[[], Retriever],
     seed: int,
     progress: bool,
 ) -> GuidanceBank:
-    guidance, anatomy = model.options.guidance, model.anatomy
-    assert guidance is not None and anatomy.value_cut is not None
+    guidance = model.options.guidance
+    assert guidance is not None
     own = fingerprint(model.generator)
     if (folder / MANIFEST).exists():
         return GuidanceBank.load(folder, own, retriever_class=type(retriever()))
-    key = model.split.cuts[0].feature
-    features = ((cache.read(key.name, rows), list(rows)) for rows in _chunks(len(cache), 16))
+    key, value = guidance_names(taps, model.split.cuts[0].feature.name)
+    features = ((cache.read(key, rows), list(rows)) for rows in _chunks(len(cache), 16))
     bank = GuidanceBank.build(
         features,
-        lambda rows: cache.read(GUIDANCE_VALUE, rows),
-        patch=guidance.patch,
+        lambda rows: cache.read(value, rows),
+        patch=taps.patch,
         size=guidance.size,
         thin=guidance.thin,
         retriever=retriever(),
         seed=seed,
-        meta={"fingerprint": own, "key_tap": key.name, "value_tap": anatomy.value_cut.feature.name},
+        meta={"fingerprint": own, "key_tap": taps.key_tap, "value_tap": taps.value_cut.feature.name},
         progress=progress,
     )
     bank.save(folder)
     return GuidanceBank.load(folder, own, retriever_class=type(retriever()))
 
 
-def _guides(model: EarlyExitGenerator, cache: FeatureCache) -> Callable[[Sequence[int]], Tensor]:
+def _guides(model: EarlyExitGenerator, taps: Taps, cache: FeatureCache) -> Callable[[Sequence[int]], Tensor]:
     """Search once for every sample, its own keys left out, as a new input finds only foreign ones."""
     bank = model.bank
     assert bank is not None
-    key = model.split.cuts[0].feature.name
+    key, _ = guidance_names(taps, model.split.cuts[0].feature.name)
     found = [
         bank.search(cache.read(key, rows), torch.as_tensor(rows)).ids for rows in _chunks(len(cache), 64)
     ]
@@ -306,8 +309,8 @@ def _cropper(model: EarlyExitGenerator, cache: FeatureCache, index: int, crop: i
     image = cache.read(IMAGE, [0])
     maps = [cache.read(n.name, [0]) for n in model.split.cuts[index].crossing if cache.is_per_sample(n.name)]
     sizes = [tuple(m.shape[2:]) for m in maps if m.dim() == image.dim()]
-    if model.anatomy.value_cut is not None:
-        sizes.append(tuple(cache.read(GUIDANCE_VALUE, [0]).shape[2:]))
+    if model.anatomy.taps is not None:
+        sizes.append(model.anatomy.taps.guide.size)
     return Cropper.for_maps(crop, tuple(image.shape[2:]), sizes)
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+
+import retroexit
 
 retroexit_oasis = pytest.importorskip("retroexit_oasis", reason="install the project to get its adapters")
 OASISGenerator = retroexit_oasis.OASISGenerator
@@ -107,7 +110,10 @@ def test_a_block_computes_what_the_papers_write() -> None:
     ("arguments", "message"),
     [
         ((torch.zeros(1, 6, 32, 64),), "label map has 6 channels, the generator 5 labels"),
-        ((torch.zeros(1, 5, 32, 64), torch.zeros(1, 3)), r"z must have the shape \(1, 4\), got \(1, 3\)"),
+        (
+            (torch.zeros(1, 5, 32, 64), torch.zeros(1, 3)),
+            r"z must have the shape \(1, 4\) or \(1, 4, 32, 64\), got \(1, 3\)",
+        ),
     ],
 )
 def test_inputs_of_another_width_are_refused(arguments: tuple[torch.Tensor, ...], message: str) -> None:
@@ -153,3 +159,44 @@ def test_an_object_of_the_official_code_is_recognised_by_name_and_parts() -> Non
 
 def test_other_generators_are_left_to_others() -> None:
     assert describe(nn.Sequential(nn.Conv2d(3, 3, 3), nn.Tanh())) is None
+
+
+def test_noise_may_vary_from_place_to_place(label: torch.Tensor) -> None:
+    generator, z = small(), torch.randn(2, 4)
+    everywhere = z[:, :, None, None].expand(2, 4, 32, 64)
+    assert torch.equal(generator(label, everywhere), generator(label, z))
+    halves = everywhere.clone()
+    halves[..., 32:] = torch.randn(2, 4, 1, 1)
+    image, other = generator(label, halves), generator(label, z)
+    assert (image - other).abs().mean((0, 1, 2)).argmax() >= 32
+
+
+def test_noise_is_a_live_value_that_no_exit_draws_twice(label: torch.Tensor) -> None:
+    generator = small()
+    model = retroexit.wrap(generator, [2, 4], scale=1.0, adapter=describe(generator))
+    assert any(shape[1:] == (5 + 4, 32, 64) for _, shape in model.anatomy.places[0].live)
+
+    def drawn(run: Callable[[], object]) -> tuple[object, torch.Tensor]:
+        torch.manual_seed(3)
+        with torch.no_grad():
+            return run(), torch.get_rng_state()
+
+    image, after = drawn(lambda: generator(label))
+    for k in (1, 2, 3):
+        # At full width a branch is the backbone's own rest, so that equal images had equal noise.
+        early, after_early = drawn(lambda k=k: model(label, exit=k))
+        assert torch.equal(early, image)
+        assert torch.equal(after_early, after)
+    outputs, after_all = drawn(lambda: model.all_exits(label))
+    assert all(torch.equal(output, image) for output in outputs)
+    assert torch.equal(after_all, after)
+
+
+def test_noise_that_is_handed_in_reaches_every_exit(label: torch.Tensor) -> None:
+    generator, z = small(), torch.randn(2, 4)
+    model = retroexit.wrap(
+        generator, [3], scale=1.0, adapter=describe(generator), example_inputs=(label[:1], z[:1])
+    )
+    with torch.no_grad():
+        assert torch.equal(model(label, z, exit=1), generator(label, z))
+        assert not torch.equal(model(label, z, exit=1), model(label, -z, exit=1))

@@ -58,6 +58,33 @@ def test_fit_and_evaluate_write_what_they_say(run: Any, tmp_path: Path) -> None:
     assert len(json.loads((tmp_path / "run/report/evaluation.json").read_text())["loss"]) == 5
 
 
+def test_losses_and_width_rules_are_chosen_by_name(run: Any, tmp_path: Path) -> None:
+    chosen = ("--loss", "l1=0.5", "--loss", "quality=2", "--width-rule", "multiple-of-8")
+    shown = run(*FIT, *FAST, *chosen, "--out", "run", "--dry-run")
+    assert "metric ms-ssim; loss 0.5 l1 + 2 quality" in shown.out
+    fitted = run(*FIT, *FAST, *chosen, "--out", "run")
+    assert fitted.status == 0, fitted.err
+    assert re.search(r"^ +1  after stages.0 .* 8 3 *$", fitted.out, re.MULTILINE)  # 6 by the paper's rule
+    saved = json.loads((tmp_path / "run/model.json").read_text())
+    assert saved["about"]["fit"]["losses"] == {"l1": 0.5, "quality": 2.0}
+    assert {rule["name"] for rule in saved["options"]["rules"]} == {"multiple-of-8"}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--loss", "l1"), "asked for --loss l1; found no weight behind a '='. Write l1=1"),
+        (("--loss", "=2"), "asked for --loss =2; found no name"),
+        (("--loss", "l1=1", "--loss", "l1=2"), "asked for --loss l1=2; found a name given twice"),
+        (("--loss", "l1=nan"), "asked for losses={'l1': nan}; found no weights >= 0"),
+        (("--loss", "l2=1"), "no loss 'l2'; closest: 'l1'. List all with 'retroexit plugins'"),
+        (("--width-rule", "flor"), "no width rule 'flor'; closest: 'floor'"),
+    ],
+)
+def test_a_wrong_loss_or_width_rule_is_refused(run: Any, words: tuple[str, ...], message: str) -> None:
+    run(*FIT, *FAST, *words, "--out", "run").fails_with(re.escape(message))
+
+
 def test_samples_by_keyword_can_be_fitted(run: Any) -> None:
     arguments = [word if word != "toy.py:samples" else "toy.py:keyword_samples" for word in FIT]
     fitted = run(*arguments, *FAST, "--out", "run")

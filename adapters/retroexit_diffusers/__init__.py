@@ -1,0 +1,38 @@
+"""Latent decoders of diffusers for retroexit: the plug-in that describes them, and the way into a pipeline.
+
+```python
+model = retroexit.wrap(pipe.vae.decoder, attach_at=[1, 2, 3], scale=1 / 4)
+with gather_latents(pipe, model) as latents:  # what the decoder is given, sample by sample
+    for prompt in prompts:
+        pipe(prompt)
+retroexit.fit(model, latents, "runs/vae")
+
+with early_exits(pipe, model, threshold=0.1):
+    images = pipe("a street").images
+```
+
+Or for good, and back again:
+
+```python
+pipe.vae.decoder = EarlyExitDecoder(model, threshold=0.1)
+pipe.vae.decoder = model.unwrap()
+```
+
+Known are the decoders of ``AutoencoderKL`` and of whatever shares its class (FLUX.2's autoencoder,
+``VQModel``), of ``AutoencoderTiny``, ``AutoencoderDC``, ``AutoencoderKLHunyuanImage``, and of
+``AsymmetricAutoencoderKL`` without a mask. Decoders of video and sound are left to retroexit's own search.
+
+- Shares in the printed table hold for latents of 16x16; give `retroexit.wrap` ``example_inputs`` of another
+  size to see the shares there.
+- With ``enable_tiling``, every tile is routed by itself.
+- Put a pipeline on its device before you wrap its decoder. Its precision may change later: fit in float32,
+  then ``pipe.to(torch.float16)`` and ``model.to(torch.float16)``, or convert the pipeline while the exits are
+  in.
+"""
+
+from __future__ import annotations
+
+from retroexit_diffusers.pipeline import EarlyExitDecoder, early_exits, gather_latents
+from retroexit_diffusers.plugin import retroexit_describe
+
+__all__ = ["EarlyExitDecoder", "early_exits", "gather_latents", "retroexit_describe"]

@@ -1,0 +1,198 @@
+"""Put a wrapped decoder back into its autoencoder, so that pipelines decode with early exits."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from retroexit import EarlyExitGenerator
+from retroexit.errors import GeneratorError, OptionError, TrainingError
+
+__all__ = ["EarlyExitDecoder", "early_exits", "gather_latents"]
+
+_SHARED = ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules")
+_PASSED_ON = ("gradient_checkpointing", "_gradient_checkpointing_func")  # what diffusers sets on a decoder
+
+
+class EarlyExitDecoder(nn.Module):
+    """A decoder that leaves early. Its autoencoder takes it for the decoder itself.
+
+    Parts, parameters and attributes are the decoder's own, and so are the names in ``state_dict``: a saved
+    autoencoder holds no trace of the exits. ``to`` moves the branches along.
+
+    Args:
+        model: The wrapped decoder.
+        exit: Every image leaves at this exit, from 1; ``None`` for the decoder itself.
+        threshold: Instead, every image leaves at the cheapest exit predicted to lose no more than this.
+
+    Attributes:
+        model: The wrapped decoder; ``model.unwrap()`` is the decoder.
+        exit: As given.
+        threshold: As given.
+        counts: How many images (tiles, where the autoencoder cuts them) left at each exit so far, ``K + 1``
+            for the decoder itself.
+
+    Raises:
+        OptionError: If both are given, or the exit does not exist.
+        TrainingError: If a threshold is given and the model has no predictor yet.
+    """
+
+    model: EarlyExitGenerator
+    exit: int | None
+    threshold: float | None
+    counts: Counter[int]
+
+    def __init__(
+        self, model: EarlyExitGenerator, exit: int | None = None, threshold: float | None = None
+    ) -> None:
+        super().__init__()
+        decoder = model.unwrap()
+        vars(self).update({name: vars(decoder)[name] for name in _SHARED})
+        # Past nn.Module, which would list the model among the parts.
+        vars(self).update(model=model, training=decoder.training, counts=Counter())
+        self.choose(exit, threshold)
+
+    def choose(self, exit: int | None = None, threshold: float | None = None) -> None:
+        """Leave elsewhere from now on; arguments and errors are those of the class."""
+        if exit is not None and threshold is not None:
+            raise OptionError(
+                f"asked for exit={exit} and threshold={threshold}; found two ways to choose an exit. Pass "
+                "one of them.",
+                exit,
+            )
+        last = len(self.model.branches) + 1
+        if self.model.is_recorded and exit is not None and exit not in range(1, last + 1):
+            raise OptionError(
+                f"asked for exit={exit!r}; found exits 1 to {last}, the last one the decoder itself.", exit
+            )
+        if threshold is not None and self.model.predictor is None:
+            raise TrainingError(
+                f"asked for threshold={threshold}; found no predictor. Run retroexit.fit first, or choose "
+                "with exit=k.",
+                self.model,
+            )
+        vars(self).update(exit=exit, threshold=threshold)
+
+    def forward(self, *inputs: Any, **kwargs: Any) -> Tensor:
+        """Decode latents ``(N, C, h, w)`` to images ``(N, 3, H, W)``, range about ``[-1, 1]``."""
+        # Autoencoders spell out optional inputs that are absent; the recording knows only what is there.
+        present = list(inputs)
+        while present and present[-1] is None:
+            present.pop()
+        named = {name: value for name, value in kwargs.items() if value is not None}
+        if self.threshold is not None:
+            image, exits = self.model.routed(*present, threshold=self.threshold, **named)
+            self.counts.update(exits.tolist())
+        else:
+            image = self.model.route(present, named, exit=self.exit)
+            self.counts[self.exit or len(self.model.branches) + 1] += len(image)
+        found: Tensor = image
+        return found
+
+    def unwrap(self) -> nn.Module:
+        """Give the decoder back, as it came."""
+        return self.model.unwrap()
+
+    def train(self, mode: bool = True) -> EarlyExitDecoder:
+        """Set the mode of the decoder and of the branches."""
+        self.unwrap().train(mode)
+        self.model.train(mode)
+        vars(self)["training"] = mode
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EarlyExitDecoder:
+        self.model._apply(fn, recurse)
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "model" not in vars(self):
+                raise
+            return getattr(self.unwrap(), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _PASSED_ON:
+            setattr(self.unwrap(), name, value)
+        else:
+            super().__setattr__(name, value)
+
+
+@contextmanager
+def early_exits(
+    pipe: Any, model: EarlyExitGenerator, exit: int | None = None, threshold: float | None = None
+) -> Iterator[EarlyExitDecoder]:
+    """Let a pipeline decode with early exits inside a ``with`` block.
+
+    Args:
+        pipe: A diffusers pipeline, or its autoencoder.
+        model: Its decoder, wrapped by `retroexit.wrap`.
+        exit: See `EarlyExitDecoder`.
+        threshold: See `EarlyExitDecoder`.
+
+    Yields:
+        What stands in the decoder's place: counts exits, and can be told to choose others.
+
+    Raises:
+        GeneratorError: If the model's decoder is not part of the pipeline.
+        OptionError, TrainingError: See `EarlyExitDecoder`.
+    """
+    autoencoder = _autoencoder(pipe, model)
+    decoder = EarlyExitDecoder(model, exit, threshold)
+    before = autoencoder.decoder
+    autoencoder.decoder = decoder
+    try:
+        yield decoder
+    finally:
+        autoencoder.decoder = before
+
+
+@contextmanager
+def gather_latents(pipe: Any, model: EarlyExitGenerator) -> Iterator[list[Tensor | tuple[Tensor, ...]]]:
+    """Collect what a pipeline hands to its decoder inside a ``with`` block, for `retroexit.fit`.
+
+    Latents reach the decoder scaled, shifted and converted; here they are as they arrive.
+
+    Args:
+        pipe: A diffusers pipeline, or its autoencoder.
+        model: Its decoder, wrapped by `retroexit.wrap`.
+
+    Yields:
+        A list that grows by one sample for each image (or tile), without the batch axis, on the CPU.
+
+    Raises:
+        GeneratorError: If the model's decoder is not part of the pipeline.
+    """
+    samples: list[Tensor | tuple[Tensor, ...]] = []
+
+    def keep(_decoder: nn.Module, inputs: tuple[Any, ...]) -> None:
+        given = [value.detach().to("cpu", copy=True) for value in inputs if isinstance(value, Tensor)]
+        samples.extend(given[0] if len(given) == 1 else zip(*given, strict=True))
+
+    handle = _autoencoder(pipe, model).decoder.register_forward_pre_hook(keep)
+    try:
+        yield samples
+    finally:
+        handle.remove()
+
+
+def _autoencoder(pipe: Any, model: EarlyExitGenerator) -> Any:
+    """Find the part of a pipeline that decodes with the model's decoder, with or without exits."""
+    parts = {"itself": pipe} | dict(getattr(pipe, "components", {}))
+    decoders = {name: getattr(part, "decoder", None) for name, part in parts.items()}
+    for name, decoder in decoders.items():
+        if isinstance(decoder, (EarlyExitDecoder, EarlyExitGenerator)):
+            decoder = decoder.unwrap()
+        if decoder is model.unwrap():
+            return parts[name]
+    found = [name for name, decoder in decoders.items() if isinstance(decoder, nn.Module)]
+    raise GeneratorError(
+        f"asked for early exits in a {type(pipe).__name__}; found the model's decoder nowhere in it, but "
+        f"others in {found}. Wrap its own decoder, as in retroexit.wrap(pipe.vae.decoder, ...).",
+        pipe,
+    )

@@ -1,0 +1,119 @@
+"""PyTorch's shape environment with our own knowledge in place of its solver."""
+
+from __future__ import annotations
+
+import sys
+from types import FrameType
+from typing import Any
+
+import sympy
+from sympy.core.relational import (
+    Equality,
+    GreaterThan,
+    LessThan,
+    StrictGreaterThan,
+    StrictLessThan,
+    Unequality,
+)
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from retroexit.branch.knowledge import Knowledge
+from retroexit.decoder import cut
+from retroexit.decoder.lines import is_user_code, show
+
+__all__ = ["SizeEnv"]
+
+_ORDERS = (GreaterThan, LessThan, StrictGreaterThan, StrictLessThan)
+
+
+class SizeEnv(ShapeEnv):
+    """Answers every question about sizes by the real ones, and learns from those answers that tie sizes.
+
+    That one size is larger than another, or that two differ, ties nothing: a narrower copy may answer otherwise.
+    That two are equal does.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(duck_shape=False)
+        named = "backed_var_to_val" if hasattr(self, "backed_var_to_val") else "var_to_val"  # torch < 2.10
+        self.knowledge = Knowledge(getattr(self, named))
+        self._seen_version = 0
+
+    def pin(self, size: Any, reason: str) -> None:
+        """Fix a size that some module cannot do without."""
+        if hasattr(size, "node"):
+            self.knowledge.equate(size.node.expr, int(size.node.hint), reason)
+            self._tell()
+
+    def evaluate_expr(
+        self, orig_expr: sympy.Basic, hint: Any = None, *_args: Any, **_kwargs: Any
+    ) -> sympy.Basic:
+        """Answer by the real sizes; learn from equalities."""
+        if orig_expr.is_number or orig_expr in (sympy.true, sympy.false):
+            return orig_expr
+        real = self.knowledge.real(orig_expr) if hint is None else hint
+        if isinstance(real, bool):
+            self._learn(orig_expr, real)
+        elif isinstance(real, int):
+            self.knowledge.equate(orig_expr, real, _user_line())
+        # A number that is no integer is a factor, and may well depend on a width.
+        self._tell()
+        return sympy.sympify(real)
+
+    def _learn(self, question: sympy.Basic, answer: bool) -> None:
+        if isinstance(question, (Equality, Unequality)):
+            if answer == isinstance(question, Equality):
+                self.knowledge.equate(question.lhs, question.rhs, _user_line())
+        elif isinstance(question, (sympy.And, sympy.Or)):
+            if answer == isinstance(question, sympy.And):
+                for part in question.args:
+                    self._learn(part, answer)
+        elif isinstance(question, sympy.Not):
+            self._learn(question.args[0], not answer)
+
+    def _tell(self) -> None:
+        """Let PyTorch's caches of expressions know that there is something new."""
+        if self.knowledge.version != self._seen_version:
+            self._seen_version = self.knowledge.version
+            self._version_counter += 1
+            self._replacements_version_counter = getattr(self, "_replacements_version_counter", 0) + 1
+
+    def replace(self, expr: Any) -> Any:
+        """Write an expression in the symbols that are left."""
+        return self.knowledge.resolve(expr)
+
+    def simplify(self, expr: Any, *_args: Any, **_kwargs: Any) -> Any:
+        """Write an expression in the symbols that are left."""
+        return self.knowledge.resolve(expr)
+
+    def _maybe_evaluate_static(
+        self, expr: sympy.Basic, *, compute_hint: bool = False, **_kwargs: Any
+    ) -> sympy.Basic | None:
+        """Answer what can be answered without tying anything; ``None`` otherwise."""
+        found = self.knowledge.resolve(expr)
+        if found.is_number or found in (sympy.true, sympy.false):
+            return found
+        if compute_hint or isinstance(found, _ORDERS):
+            return sympy.sympify(self.knowledge.real(found))
+        if isinstance(found, (Equality, Unequality)):
+            if self.knowledge.proves(*found.args):
+                return sympy.sympify(isinstance(found, Equality))
+            if self.knowledge.real(found) != isinstance(found, Equality):
+                return sympy.sympify(isinstance(found, Unequality))
+        return None
+
+
+def _user_line() -> str:
+    """Name the line of the generator that runs: in a module, or where the graph's node was recorded."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        filename, place = frame.f_code.co_filename, None
+        if is_user_code(filename):
+            place = filename, frame.f_lineno
+        elif filename == cut.__file__ and "node" in frame.f_locals:
+            place = frame.f_locals["node"].meta.get("line")
+            place = place if isinstance(place, tuple) else None
+        if place is not None:
+            return show(place)
+        frame = frame.f_back
+    return "code that is not Python, such as a scripted module"

@@ -1,0 +1,194 @@
+"""The diffusers adapter: which decoders it knows, what it says of them, and what it refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import retroexit
+from retroexit.errors import GeneratorError
+
+diffusers = pytest.importorskip("diffusers", reason="pip install 'retroexit[diffusers]'")
+retroexit_diffusers = pytest.importorskip(
+    "retroexit_diffusers", reason="install the project to get its adapters"
+)
+describe = retroexit_diffusers.retroexit_describe
+
+BLOCKS: dict[str, Any] = {
+    "block_out_channels": (8, 16),
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+    "norm_num_groups": 4,
+    "latent_channels": 4,
+}
+UP = ("mid_block", "up_blocks.0", "up_blocks.1")
+
+
+def kl(**options: Any) -> nn.Module:
+    return diffusers.AutoencoderKL(**(BLOCKS | options))
+
+
+def tiny() -> nn.Module:
+    widths = {"encoder_block_out_channels": (8,) * 2, "decoder_block_out_channels": (8,) * 2}
+    return diffusers.AutoencoderTiny(**widths, num_encoder_blocks=(1, 1), num_decoder_blocks=(2, 1))
+
+
+def dc(last: int = 1) -> nn.Module:
+    widths = {f"{half}_block_out_channels": (8, 16) for half in ("encoder", "decoder")}
+    layers = {"encoder_layers_per_block": (1, 1), "decoder_layers_per_block": (last, 1)}
+    scales = {f"{half}_qkv_multiscales": ((), ()) for half in ("encoder", "decoder")}
+    return diffusers.AutoencoderDC(latent_channels=4, **widths, **layers, **scales)
+
+
+def masked() -> nn.Module:
+    options = {key: value for key, value in BLOCKS.items() if key != "block_out_channels"}
+    widths = {f"{half}_block_out_channels": (8, 16) for half in ("down", "up")}
+    return diffusers.AsymmetricAutoencoderKL(**options, **widths)
+
+
+def hunyuan() -> nn.Module:
+    return diffusers.AutoencoderKLHunyuanImage(
+        3, 3, 4, block_out_channels=(64, 64), layers_per_block=1, spatial_compression_ratio=2, sample_size=16
+    )
+
+
+AUTOENCODERS: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...]]] = {
+    "AutoencoderKL": (kl, UP),
+    "AutoencoderKLFlux2": (lambda: diffusers.AutoencoderKLFlux2(**BLOCKS), UP),
+    "AutoencoderTiny": (tiny, ("layers.2", "layers.3", "layers.6")),
+    "VQModel": (lambda: diffusers.VQModel(**BLOCKS), UP),
+    "VQModel with spatial norms": (
+        lambda: diffusers.VQModel(**BLOCKS | {"block_out_channels": (64, 64)}, norm_type="spatial"),
+        UP,
+    ),
+    "AutoencoderDC": (dc, ("up_blocks.1", "up_blocks.0")),
+    "AsymmetricAutoencoderKL": (masked, UP),
+    "AutoencoderKLHunyuanImage": (hunyuan, ("mid_block", *(f"up_blocks.{i}" for i in range(5)))),
+}
+
+
+@pytest.fixture(params=list(AUTOENCODERS))
+def known(request: pytest.FixtureRequest) -> tuple[nn.Module, tuple[str, ...]]:
+    make, stages = AUTOENCODERS[request.param]
+    try:
+        return make().eval(), stages
+    except AttributeError as error:  # younger than the oldest release that we support
+        pytest.skip(str(error))
+
+
+def test_every_known_decoder_decodes_early_inside_its_autoencoder(
+    known: tuple[nn.Module, tuple[str, ...]],
+) -> None:
+    autoencoder, stages = known
+    decoder = autoencoder.decoder
+    described = describe(decoder)
+    assert described.stages == stages
+    model = retroexit.wrap(decoder, [1], scale=1 / 2, min_channels=4, adapter=described)
+    assert [leave.attach_at for leave in model.exits] == [stages[0], ""]
+    assert model.exits[0].share < 1
+    ran: list[nn.Module] = []
+    decoder.get_submodule(stages[-1]).register_forward_hook(lambda module, *_: ran.append(module))
+    for latents in (torch.randn(1, 4, 16, 16), torch.randn(3, 4, 8, 12)):
+        with torch.no_grad():
+            image = autoencoder.decode(latents).sample
+            with retroexit_diffusers.early_exits(autoencoder, model):
+                assert torch.equal(autoencoder.decode(latents).sample, image)
+            with retroexit_diffusers.early_exits(autoencoder, model, exit=1):
+                autoencoder.decode(latents)  # the first call of a shape checks the decoder itself
+                ran.clear()
+                early = autoencoder.decode(latents).sample
+                assert ran == []
+        assert early.shape == image.shape
+        assert not torch.equal(early, image)
+        assert autoencoder.decoder is decoder
+
+
+def test_the_stages_are_in_the_order_in_which_they_run(known: tuple[nn.Module, tuple[str, ...]]) -> None:
+    autoencoder, stages = known
+    order: list[str] = []
+    for path in stages:
+        autoencoder.decoder.get_submodule(path).register_forward_hook(lambda *_, p=path: order.append(p))
+    (latents, *more), keywords = describe(autoencoder.decoder).example_inputs(autoencoder.decoder)
+    assert (latents.shape, keywords) == ((1, 4, 16, 16), {})
+    with torch.no_grad():
+        autoencoder.decoder(latents, *more)
+    assert tuple(order) == stages
+
+
+def test_the_image_is_in_the_range_that_the_description_states() -> None:
+    """AutoencoderTiny works in [0, 1] inside, and its decoder takes that to [-1, 1]."""
+    decoder = tiny().decoder
+    layers = decoder.layers
+    layers[-1].weight.data.zero_()
+    with torch.no_grad():
+        images = [decoder(torch.zeros(1, 4, 2, 2)) for layers[-1].bias.data[:] in (0.0, 1.0)]
+    assert [image.unique().tolist() for image in images] == [[-1.0], [1.0]]
+    assert describe(decoder).image_range == (-1.0, 1.0)
+
+
+def test_example_inputs_follow_the_decoder_and_draw_nothing() -> None:
+    decoder = kl().decoder.to(torch.bfloat16)
+    before = torch.get_rng_state()
+    described = describe(decoder)
+    (latents,), _ = described.example_inputs(decoder)
+    assert latents.dtype == torch.bfloat16
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(described.predictor_inputs(latents), latents)
+
+
+def test_decoders_without_two_blocks_are_left_without_stages() -> None:
+    assert describe(dc(last=0).decoder).stages is None
+    one = dict.fromkeys(("encoder_block_out_channels", "decoder_block_out_channels"), (8,))
+    blocks = dict.fromkeys(("num_encoder_blocks", "num_decoder_blocks"), (1,))
+    assert describe(diffusers.AutoencoderTiny(**one, **blocks).decoder).stages is None
+
+
+def test_other_modules_are_left_to_others() -> None:
+    class Decoder(nn.Module):
+        """Has the name, but comes from elsewhere."""
+
+    autoencoder = kl()
+    unet = diffusers.UNet2DModel(8, block_out_channels=(8,), norm_num_groups=4, **HALVES)
+    for other in (Decoder(), autoencoder.encoder, autoencoder.post_quant_conv, unet):
+        assert describe(other) is None
+
+
+HALVES: dict[str, Any] = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+
+
+def test_a_whole_autoencoder_is_refused_with_advice() -> None:
+    autoencoder = kl().eval()
+    described = describe(autoencoder)
+    with pytest.raises(GeneratorError, match=r"whole AutoencoderKL.*Wrap autoencoder\.decoder.*early_exits"):
+        retroexit.wrap(autoencoder, [1], scale=1 / 4, adapter=described)
+
+
+def test_a_whole_autoencoder_that_gets_images_reconstructs_them() -> None:
+    autoencoder, images = kl().eval(), torch.rand(2, 3, 16, 16) * 2 - 1
+    model = retroexit.wrap(
+        autoencoder,
+        ["decoder.mid_block"],
+        scale=1 / 2,
+        min_channels=4,
+        adapter=describe(autoencoder),
+        example_inputs=(images,),
+    )
+    with torch.no_grad():
+        whole, early = autoencoder(images).sample, model(images, exit=1).sample
+        assert torch.equal(model(images).sample, whole)
+    assert early.shape == whole.shape
+    assert not torch.equal(early, whole)
+
+
+def test_a_decoder_that_has_exits_already_is_refused() -> None:
+    autoencoder = kl().eval()
+    model = retroexit.wrap(
+        autoencoder.decoder, [1], 1 / 2, min_channels=4, adapter=describe(autoencoder.decoder)
+    )
+    again = retroexit_diffusers.EarlyExitDecoder(model)
+    with pytest.raises(GeneratorError, match=r"has exits already.*decoder\.unwrap\(\)"):
+        retroexit.wrap(again, [1], 1 / 2, adapter=describe(again))

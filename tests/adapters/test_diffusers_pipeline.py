@@ -1,0 +1,398 @@
+"""A pipeline that decodes with early exits: same images without, other stages with, everything back after."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from torch import Tensor, nn
+
+import retroexit
+from retroexit.errors import DeviceError, GeneratorError, InputMismatchError, OptionError, TrainingError
+
+diffusers = pytest.importorskip("diffusers", reason="pip install 'retroexit[diffusers]'")
+transformers = pytest.importorskip("transformers", reason="pipelines need a text encoder")
+pytest.importorskip("retroexit_diffusers", reason="install the project to get its adapters")
+
+from retroexit_diffusers import (  # noqa: E402
+    EarlyExitDecoder,
+    early_exits,
+    gather_latents,
+    retroexit_describe,
+)
+
+SIDE = 64
+
+
+def kl() -> nn.Module:
+    return diffusers.AutoencoderKL(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        sample_size=32,
+    )
+
+
+def tiny() -> nn.Module:
+    widths = {"encoder_block_out_channels": (8,) * 2, "decoder_block_out_channels": (8,) * 2}
+    return diffusers.AutoencoderTiny(**widths, num_encoder_blocks=(1, 1), num_decoder_blocks=(2, 1))
+
+
+def tokenizer(folder: Path) -> Any:
+    """Make a tokenizer that spells: its words are the letters."""
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    vocabulary, merges = folder / "vocab.json", folder / "merges.txt"
+    vocabulary.write_text(json.dumps({word: number for number, word in enumerate(words)}))
+    merges.write_text("#version: 0.2\n")
+    return transformers.CLIPTokenizer(str(vocabulary), str(merges), model_max_length=8)
+
+
+def parts(autoencoder: nn.Module, folder: Path) -> dict[str, Any]:
+    """Make everything that a Stable Diffusion pipeline consists of, small and random."""
+    words = tokenizer(folder)
+    text = transformers.CLIPTextConfig(
+        vocab_size=len(words),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=8,
+        bos_token_id=words.bos_token_id,
+        eos_token_id=words.eos_token_id,
+        pad_token_id=words.pad_token_id,
+    )
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=SIDE // 2,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=16,
+        attention_head_dim=4,
+    )
+    return {
+        "vae": autoencoder.eval(),
+        "text_encoder": transformers.CLIPTextModel(text).eval(),
+        "tokenizer": words,
+        "unet": unet.eval(),
+        "scheduler": diffusers.DDIMScheduler(steps_offset=1, clip_sample=False),
+        "safety_checker": None,
+        "feature_extractor": None,
+    }
+
+
+def pipeline(autoencoder: nn.Module, folder: Path) -> Any:
+    pipe = diffusers.StableDiffusionPipeline(**parts(autoencoder, folder), requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def wrap(decoder: nn.Module) -> retroexit.EarlyExitGenerator:
+    return retroexit.wrap(decoder, [1, 2], scale=1 / 2, min_channels=4, adapter=retroexit_describe(decoder))
+
+
+def draw(pipe: Any, count: int = 2, **options: Any) -> Tensor:
+    images = pipe(
+        "a street",
+        num_inference_steps=2,
+        height=SIDE,
+        width=SIDE,
+        num_images_per_prompt=count,
+        generator=torch.Generator().manual_seed(1),
+        output_type="np",
+        **options,
+    ).images
+    return torch.from_numpy(numpy.asarray(images))
+
+
+@pytest.fixture(scope="module", params=[kl, tiny])
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    torch.manual_seed(0)
+    pipe = pipeline(request.param(), tmp_path_factory.mktemp("words"))
+    return pipe, wrap(pipe.vae.decoder)
+
+
+@pytest.fixture
+def pipe(made: tuple[Any, Any]) -> Any:
+    return made[0]
+
+
+@pytest.fixture
+def model(made: tuple[Any, Any]) -> Any:
+    yield made[1]
+    assert made[0].vae.decoder is made[1].unwrap()
+    made[1].predictor = None
+
+
+class ByOrder(nn.Module):
+    """Stands in for a predictor: the darkest latents leave first, the brightest last."""
+
+    def forward(self, latents: Tensor) -> Tensor:
+        rank = latents.mean((1, 2, 3)).argsort().argsort() % 3
+        return torch.stack([(rank > 0).float(), (rank > 1).float()], 1)
+
+
+def test_the_last_exit_is_the_decoder_itself_and_so_is_none(pipe: Any, model: Any) -> None:
+    images = draw(pipe)
+    assert images.shape == (2, SIDE, SIDE, 3)
+    for choice in (None, 3):
+        with early_exits(pipe, model, exit=choice) as decoder:
+            assert torch.equal(draw(pipe), images)
+        assert decoder.counts == {3: 2}
+    assert torch.equal(draw(pipe), images)
+
+
+def test_early_exits_draw_other_images_and_skip_the_stages_behind(pipe: Any, model: Any) -> None:
+    images = draw(pipe)
+    paths = retroexit_describe(model.unwrap()).stages
+    ran: list[str] = []
+    hooks = [
+        model.unwrap().get_submodule(path).register_forward_hook(lambda *_, p=path: ran.append(p))
+        for path in paths
+    ]
+    for choice in (1, 2):
+        with early_exits(pipe, model, exit=choice) as decoder:
+            draw(pipe)  # the first call of a shape compares with the decoder itself
+            ran.clear()
+            early = draw(pipe)
+        assert tuple(ran) == paths[:choice]
+        assert not torch.equal(early, images)
+        assert decoder.counts == {choice: 4}
+    for hook in hooks:
+        hook.remove()
+    assert torch.equal(draw(pipe), images)
+
+
+def test_a_batch_whose_images_leave_at_different_exits_keeps_its_order(pipe: Any, model: Any) -> None:
+    by_exit = []
+    for choice in (1, 2, 3):
+        with early_exits(pipe, model, exit=choice):
+            by_exit.append(draw(pipe, 4))
+    with gather_latents(pipe, model) as latents:
+        draw(pipe, 4)
+    model.predictor = ByOrder()
+    exits = model.choose_exits(torch.stack(latents), threshold=0.5).tolist()
+    assert set(exits) == {1, 2, 3}
+    with early_exits(pipe, model, threshold=0.5) as decoder:
+        mixed = draw(pipe, 4)
+    assert decoder.counts == {choice: exits.count(choice) for choice in (1, 2, 3)}
+    for number, choice in enumerate(exits):
+        torch.testing.assert_close(mixed[number], by_exit[choice - 1][number], rtol=0, atol=1e-5)
+
+
+def test_what_the_decoder_is_given_is_enough_to_fit(pipe: Any, model: Any, tmp_path: Path) -> None:
+    mine = wrap(pipe.vae.decoder)
+    with gather_latents(pipe, mine) as latents:
+        draw(pipe, 4)
+    assert [tuple(sample.shape) for sample in latents] == [(4, SIDE // 2, SIDE // 2)] * 4
+    settings = {"steps": 2, "predictor_steps": 2, "batch": 2, "metric": "ms-ssim", "progress": False}
+    retroexit.fit(mine, latents, tmp_path, **settings)
+    with early_exits(pipe, mine, threshold=10.0) as decoder:
+        assert draw(pipe).shape == (2, SIDE, SIDE, 3)
+        decoder.choose(threshold=0.0)
+        draw(pipe)
+    assert decoder.counts[1] >= 2
+    assert sum(decoder.counts.values()) == 4
+
+
+def test_slices_and_tiles_leave_one_by_one(pipe: Any, model: Any) -> None:
+    with early_exits(pipe, model, exit=1) as decoder:
+        whole = draw(pipe)
+        decoder.counts.clear()
+        pipe.vae.enable_slicing()
+        torch.testing.assert_close(draw(pipe), whole, rtol=0, atol=1e-5)
+        assert decoder.counts == {1: 2}
+        pipe.vae.disable_slicing()
+        pipe.vae.enable_tiling()
+        pipe.vae.tile_latent_min_size, pipe.vae.tile_sample_min_size = 24, 48
+        pipe.vae.spatial_scale_factor = 2  # AutoencoderTiny guesses it from the number of colours
+        tiled = draw(pipe)
+        pipe.vae.disable_tiling()
+    assert decoder.counts[1] > 4
+    assert tiled.shape == whole.shape
+    assert (tiled - whole).abs().mean() < 0.1
+
+
+def test_image_to_image_encodes_and_decodes(pipe: Any, model: Any) -> None:
+    other = diffusers.StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
+    other.set_progress_bar_config(disable=True)
+
+    def redraw() -> Tensor:
+        source = torch.Generator().manual_seed(1)
+        return other(
+            ["a street", "a house"],
+            image=torch.rand(2, 3, 32, 32, generator=source),
+            num_inference_steps=2,
+            generator=source,
+            output_type="pt",
+        ).images
+
+    images = redraw()
+    with early_exits(other, model, exit=3):
+        assert torch.equal(redraw(), images)
+    with early_exits(other, model, exit=1):
+        assert not torch.equal(redraw(), images)
+
+
+def test_a_model_in_the_decoders_place_is_the_decoder(pipe: Any, model: Any) -> None:
+    images = draw(pipe)
+    pipe.vae.decoder = model
+    assert torch.equal(draw(pipe), images)
+    with early_exits(pipe, model, exit=1):
+        assert not torch.equal(draw(pipe), images)
+    pipe.vae.decoder = pipe.vae.decoder.unwrap()
+    assert torch.equal(draw(pipe), images)
+
+
+def test_an_autoencoder_looks_the_same_from_outside(pipe: Any, model: Any, tmp_path: Path) -> None:
+    decoder = pipe.vae.decoder
+    before = {name: id(value) for name, value in pipe.vae.named_parameters()}
+    state, modules = pipe.vae.state_dict(), [name for name, _ in pipe.vae.named_modules()]
+    pipe.vae.decoder = EarlyExitDecoder(model, exit=1)
+    try:
+        assert {name: id(value) for name, value in pipe.vae.named_parameters()} == before
+        assert pipe.vae.state_dict().keys() == state.keys()
+        assert [name for name, _ in pipe.vae.named_modules()] == modules
+        assert pipe.vae.dtype == torch.float32
+        first = next(decoder.children())
+        assert next(pipe.vae.decoder.children()) is first
+        pipe.vae.save_pretrained(tmp_path)
+        again = type(pipe.vae).from_pretrained(tmp_path, low_cpu_mem_usage=False)
+        latents = torch.randn(1, 4, 8, 8)
+        with torch.no_grad():
+            pipe.vae.decoder.choose()
+            assert torch.equal(again.decode(latents).sample, pipe.vae.decode(latents).sample)
+        pipe.vae.load_state_dict(state)
+        with pytest.raises(AttributeError, match="no_such_thing"):
+            _ = pipe.vae.decoder.no_such_thing
+    finally:
+        pipe.vae.decoder = pipe.vae.decoder.unwrap()
+    assert pipe.vae.decoder is decoder
+
+
+def test_switches_of_the_autoencoder_reach_the_decoder(pipe: Any, model: Any) -> None:
+    images = draw(pipe)
+    with early_exits(pipe, model) as decoder:
+        pipe.vae.enable_gradient_checkpointing()
+        assert model.unwrap().gradient_checkpointing
+        assert decoder.gradient_checkpointing
+        assert torch.equal(draw(pipe), images)
+        latents = torch.randn(1, 4, 8, 8, requires_grad=True)
+        pipe.vae.decode(latents).sample.sum().backward()
+        assert latents.grad.abs().sum() > 0
+        pipe.vae.disable_gradient_checkpointing()
+        assert not model.unwrap().gradient_checkpointing
+        pipe.vae.train()
+        assert model.unwrap().training and model.branches.training and decoder.training
+        pipe.vae.eval()
+        assert not model.unwrap().training and not model.branches.training and not decoder.training
+
+
+def test_a_decoder_with_checkpointing_switched_on_can_be_wrapped(pipe: Any, model: Any) -> None:
+    pipe.vae.enable_gradient_checkpointing()
+    mine = wrap(pipe.vae.decoder)
+    images = draw(pipe)
+    with early_exits(pipe, mine, exit=3):
+        assert torch.equal(draw(pipe), images)
+    with early_exits(pipe, mine, exit=1):
+        assert not torch.equal(draw(pipe), images)
+    pipe.vae.disable_gradient_checkpointing()
+
+
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
+def test_a_pipeline_may_be_converted_while_the_exits_are_in(
+    pipe: Any, model: Any, precision: torch.dtype
+) -> None:
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    with early_exits(pipe, model, exit=1) as decoder:
+        exact = draw(pipe)
+        pipe.to(precision)
+        assert {value.dtype for value in model.parameters()} == {precision}
+        rough = draw(pipe)
+        decoder.choose(exit=3)
+        backbone = draw(pipe)
+    assert torch.equal(draw(pipe), backbone)
+    assert 0 < (rough - exact).abs().max() < 0.3
+    pipe.to(torch.float32)
+    model.to(torch.float32)
+    model.load_state_dict(state)
+
+
+def test_a_half_precision_autoencoder_may_decode_in_full_precision(pipe: Any, model: Any) -> None:
+    """What pipelines of SDXL do to an autoencoder whose configuration says ``force_upcast``."""
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    latents = torch.randn(1, 4, 8, 8)
+    with early_exits(pipe.vae, model, exit=1), torch.no_grad():
+        exact = pipe.vae.decode(latents).sample
+        pipe.vae.half()
+        pipe.vae.to(dtype=torch.float32)
+        again = pipe.vae.decode(latents).sample
+    assert 0 < (again - exact).abs().max() < 0.1
+    model.load_state_dict(state)
+
+
+def test_branches_left_in_another_precision_are_refused(pipe: Any, model: Any) -> None:
+    pipe.vae.to(torch.bfloat16)
+    with (
+        early_exits(pipe.vae, model, exit=1),
+        torch.no_grad(),
+        pytest.raises(DeviceError, match=r"in torch\.bfloat16 and the branch in torch\.float32.*model\.to\("),
+    ):
+        pipe.vae.decode(torch.randn(1, 4, 8, 8, dtype=torch.bfloat16))
+    pipe.vae.to(torch.float32)
+
+
+def test_a_pipeline_that_raises_gets_its_decoder_back(pipe: Any, model: Any) -> None:
+    decoder = pipe.vae.decoder
+    with pytest.raises(ZeroDivisionError), early_exits(pipe, model, exit=1):
+        raise ZeroDivisionError
+    assert pipe.vae.decoder is decoder
+    with pytest.raises(ZeroDivisionError), gather_latents(pipe, model):
+        raise ZeroDivisionError
+    assert not decoder._forward_pre_hooks
+
+
+@pytest.mark.parametrize(
+    ("choice", "error", "message"),
+    [
+        ({"exit": 4}, OptionError, r"exit=4; found exits 1 to 3, the last one the decoder itself"),
+        ({"exit": 1, "threshold": 0.1}, OptionError, r"exit=1 and threshold=0\.1; found two ways"),
+        ({"threshold": 0.1}, TrainingError, r"threshold=0\.1; found no predictor\. Run retroexit\.fit"),
+    ],
+)
+def test_choices_that_cannot_be_kept_are_refused_before_anything_changes(
+    pipe: Any, model: Any, choice: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message), early_exits(pipe, model, **choice):
+        raise AssertionError("never gets here")
+    with early_exits(pipe, model, exit=1) as decoder:
+        with pytest.raises(error, match=message):
+            decoder.choose(**choice)
+        assert (decoder.exit, decoder.threshold) == (1, None)
+
+
+@pytest.mark.parametrize("enter", [early_exits, gather_latents])
+def test_another_pipelines_model_is_refused(pipe: Any, model: Any, enter: Callable[..., Any]) -> None:
+    stranger = kl().eval()
+    message = r"in a AutoencoderKL; found the model's decoder nowhere in it, but others in \['itself'\]"
+    with pytest.raises(GeneratorError, match=message), enter(stranger, model):
+        raise AssertionError("never gets here")
+
+
+def test_optional_inputs_that_are_absent_do_not_matter(pipe: Any, model: Any) -> None:
+    latents = torch.randn(1, 4, 8, 8)
+    decoder = EarlyExitDecoder(model, exit=1)
+    with torch.no_grad():
+        image = decoder(latents)
+        assert torch.equal(decoder(latents, None), image)
+        assert torch.equal(decoder(latents, latent_embeds=None), image)
+        with pytest.raises(InputMismatchError, match="Wrap again"):
+            decoder(latents, torch.randn(1))

@@ -1,0 +1,300 @@
+"""The frame bank of MegaPortraits, end to end: filled by a fit, searched by pose and expression, saved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import retroexit
+from retroexit.errors import BankError
+from retroexit.evaluation.quality import QualityMetric
+from retroexit.plugins import builtin
+from retroexit.plugins.host import Host
+
+megaportraits = pytest.importorskip(
+    "retroexit_megaportraits", reason="install the project to get its adapters"
+)
+describe = megaportraits.retroexit_describe
+
+FRAMES = 10
+
+
+class Distance(QualityMetric):
+    name = "distance"
+
+    def compare(self, a: Tensor, b: Tensor) -> Tensor:
+        return (a - b).abs().mean((1, 2, 3))
+
+
+def drivers(count: int, seed: int) -> list[Tensor]:
+    """Features, head angles and expressions."""
+    source = torch.Generator().manual_seed(seed)
+    return [torch.randn(count, *shape, generator=source) for shape in ((24, 4, 4), (3,), (512,))]
+
+
+def nearest(angles: Tensor, expression: Tensor, skip: int | None = None) -> int:
+    """Find the frame that looks most like one driver, by a loop over all frames."""
+    _, frame_angles, frame_expressions = drivers(FRAMES, 1)
+    best, found = float("inf"), -1
+    for i in range(FRAMES):
+        distance = float(
+            ((frame_angles[i] - angles) ** 2).sum() + ((frame_expressions[i] - expression) ** 2).sum()
+        )
+        if i != skip and distance < best:
+            best, found = distance, i
+    return found
+
+
+@pytest.fixture(scope="module")
+def driven() -> nn.Module:
+    torch.manual_seed(0)
+    return megaportraits.DrivenG2d(megaportraits.MegaPortraitsG2d(24, 32, 4).eval())
+
+
+@pytest.fixture(scope="module")
+def fitted(driven: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    folder = tmp_path_factory.mktemp("avatar")
+    model = retroexit.wrap(driven, [2, 4, 6], 1 / 4, min_channels=4, guidance=True, adapter=describe(driven))
+    frames = list(zip(*drivers(FRAMES, 1), strict=True))
+    retroexit.fit(
+        model, frames, folder, metric=Distance(), steps=2, batch=2, predictor_steps=20, progress=False
+    )
+    return model, folder
+
+
+@pytest.fixture
+def guides(fitted: tuple[Any, Path]) -> Any:
+    """Guides handed to each branch, in the order of the calls."""
+    model, _ = fitted
+    seen: list[list[Tensor]] = [[] for _ in model.branches]
+
+    def watch(index: int) -> Callable[..., None]:
+        return lambda _module, _args, kwargs: seen[index].append(kwargs["guide"])
+
+    hooks = [b.register_forward_pre_hook(watch(i), with_kwargs=True) for i, b in enumerate(model.branches)]
+    yield seen
+    for hook in hooks:
+        hook.remove()
+
+
+def test_pose_and_expression_pass_the_decoder_by(driven: nn.Module) -> None:
+    feature, angles, expression = drivers(2, 5)
+    assert torch.equal(driven(feature, angles, expression), driven.decoder(feature))
+    assert torch.equal(driven(feature, -angles, -expression), driven.decoder(feature))
+    assert not driven.training
+    assert megaportraits.driver_key(feature, angles, expression).shape == (2, 515)
+
+
+def test_the_bank_holds_every_frame_under_its_pose_and_expression(
+    fitted: tuple[Any, Path], driven: nn.Module
+) -> None:
+    model, _ = fitted
+    feature, angles, expression = drivers(FRAMES, 1)
+    found = model.bank.search(megaportraits.frame_key(angles, expression))
+    assert found.ids.shape == (FRAMES, 1, 1)
+    assert model.bank.source[found.ids.flatten()].tolist() == list(range(FRAMES))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model.bank.glue(found.ids), driven(feature, angles, expression), rtol=0, atol=1e-3
+        )
+
+
+@pytest.mark.parametrize("exit", [1, 2, 3])
+def test_an_early_exit_is_handed_the_frame_nearest_in_pose_and_expression(
+    fitted: tuple[Any, Path], driven: nn.Module, guides: list[list[Tensor]], exit: int
+) -> None:
+    model, _ = fitted
+    feature, angles, expression = drivers(6, 7)
+    expression[3:] = drivers(FRAMES, 1)[2][:3] + 0.3 * expression[3:]  # three that look like certain frames
+    model(feature, angles, expression, exit=exit)
+    wanted = [nearest(a, e) for a, e in zip(angles, expression, strict=True)]
+    assert len(set(wanted)) > 2
+    with torch.no_grad():
+        frames = driven(*drivers(FRAMES, 1))
+    (guide,) = guides[exit - 1]
+    torch.testing.assert_close(guide, frames[wanted], rtol=0, atol=1e-3)
+
+
+def test_the_frame_reaches_every_module_of_a_branch_resized_by_a_convolution(
+    fitted: tuple[Any, Path],
+) -> None:
+    model, _ = fitted
+    for exit, (branch, stages) in enumerate(zip(model.branches, (7, 5, 3), strict=True), 1):
+        sizes: list[tuple[int, ...]] = []
+        entries = [branch.entry, *branch.injections.values()]
+        assert len(entries) == stages
+        hooks = [
+            entry.resize.register_forward_hook(lambda _m, _a, out, s=sizes: s.append(tuple(out.shape[1:])))
+            for entry in entries
+        ]
+        model(*drivers(1, 3), exit=exit)
+        for hook in hooks:
+            hook.remove()
+        # Three blocks double the map of 4x4; the frame has 32x32.
+        assert sizes == [(3, 4, 4)] * (stages - 2) + [(3, 8, 8), (3, 16, 16)]
+
+
+def test_a_frame_is_trained_with_another_frame_than_itself(fitted: tuple[Any, Path]) -> None:
+    model, _ = fitted
+    _, angles, expression = drivers(FRAMES, 1)
+    found = model.bank.search(megaportraits.frame_key(angles, expression), torch.arange(FRAMES))
+    wanted = [nearest(angles[i], expression[i], skip=i) for i in range(FRAMES)]
+    assert model.bank.source[found.ids.flatten()].tolist() == wanted
+
+
+def test_a_routed_batch_of_mixed_exits_gives_every_sample_its_own_frame(fitted: tuple[Any, Path]) -> None:
+    model, _ = fitted
+    batch = drivers(12, 9)
+    predicted = model.predict(*batch)
+    threshold = float(predicted.min(1).values.median())
+    images, exits = model.routed(*batch, threshold=threshold)
+    assert len(exits.unique()) >= 2 and 4 in exits and int(exits.min()) < 4
+    for i, leave in enumerate(exits.tolist()):
+        alone = model(*(part[i : i + 1] for part in batch), exit=leave)
+        torch.testing.assert_close(images[i], alone[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_saved_model_finds_the_same_frames(
+    fitted: tuple[Any, Path], driven: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, folder = fitted
+    known = Host(discover=False)
+    known.register(builtin, "builtin")
+    known.register(megaportraits, "megaportraits")
+    monkeypatch.setattr("retroexit.api.host", lambda: known)
+    loaded = retroexit.load(folder, driven)
+    batch = drivers(4, 11)
+    for exit in (1, 2, 3, 4):
+        assert torch.equal(loaded(*batch, exit=exit), model(*batch, exit=exit))
+    assert loaded.options.guidance == model.options.guidance
+    assert loaded.overhead() == model.overhead()
+
+
+def test_another_source_face_is_another_bank(fitted: tuple[Any, Path], driven: nn.Module) -> None:
+    model, folder = fitted
+    loaded = retroexit.load(folder, driven, adapter=describe(driven))
+    feature, angles, expression = drivers(3, 13)
+    with torch.no_grad():
+        frames = driven(feature, angles, expression)
+    loaded.bank = retroexit.GuidanceBank.build(
+        [(megaportraits.frame_key(angles, expression), torch.arange(3))],
+        lambda ids: frames[ids],
+        thin="none",
+        retriever=type(model.bank.retriever)(),
+    )
+    batch = drivers(2, 14)
+    assert not torch.equal(loaded(*batch, exit=1), model(*batch, exit=1))
+
+
+def test_a_driver_that_does_not_fit_is_refused_with_the_reason(fitted: tuple[Any, Path]) -> None:
+    model, _ = fitted
+    feature, _, expression = drivers(2, 15)
+    with pytest.raises(
+        BankError, match=r"raises ValueError: angles must have the shape \(N, 3\), got \(2, 4\)"
+    ):
+        model(feature, torch.zeros(2, 4), expression, exit=1)
+
+
+# Decoders of other people.
+
+
+class OtherG2d(nn.Module):
+    """Somebody's decoder: other names, other normalisation, blocks in a Sequential."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inlet = nn.Conv2d(24, 16, 1)
+        self.res = nn.Sequential(*(OtherBlock(16, 16) for _ in range(4)))
+        self.up1 = nn.Sequential(nn.Upsample(scale_factor=2), OtherBlock(16, 8))
+        self.final = nn.Sequential(nn.ReLU(), nn.Conv2d(8, 3, 3, padding=1), nn.Sigmoid())
+
+    def forward(self, volume: Tensor) -> Tensor:
+        return self.final(self.up1(self.res(self.inlet(volume))))
+
+
+class OtherBlock(nn.Module):
+    def __init__(self, c_in: int, c_out: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.skip = nn.Conv2d(c_in, c_out, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.skip(x) + self.conv(x.relu())
+
+
+BLOCKS = ["res.0", "res.1", "res.2", "res.3", "up1"]
+
+
+def test_another_implementation_is_told_by_the_names_of_its_blocks() -> None:
+    torch.manual_seed(0)
+    driven = megaportraits.DrivenG2d(OtherG2d().eval())
+    known = megaportraits.describe_g2d(driven, BLOCKS)
+    model = retroexit.wrap(driven, [2, 4], 1 / 4, min_channels=2, adapter=known, guidance=True)
+    frames = [(f, a, e) for f, a, e in zip(*drivers(4, 1), strict=True)]
+    model.record(*(part[None] for part in frames[0]))
+    assert [leave.attach_at for leave in model.exits] == ["decoder.res.1", "decoder.res.3", ""]
+    with pytest.raises(BankError, match="no guidance bank"):
+        model(*drivers(1, 2), exit=1)
+    feature, angles, expression = drivers(4, 1)
+    with torch.no_grad():
+        pictures = driven(feature, angles, expression)
+    model.bank = retroexit.GuidanceBank.build(
+        [(megaportraits.frame_key(angles, expression), torch.arange(4))],
+        lambda ids: pictures[ids],
+        thin="none",
+        retriever=retroexit.plugins.host().retriever("exact")(),
+    )
+    assert model(*drivers(3, 2), exit=1).shape == (3, 3, 8, 8)
+
+
+def test_blocks_that_nobody_names_are_found() -> None:
+    driven = megaportraits.DrivenG2d(OtherG2d().eval())
+    known = describe(driven)
+    assert known.stages is None and known.key is megaportraits.driver_key
+    model = retroexit.wrap(
+        driven, ["decoder.res.1"], 1 / 4, min_channels=2, adapter=known, example_inputs=drivers(1, 1)
+    )
+    assert model.exits[0].attach_at == "decoder.res.1"
+
+
+def test_without_a_frame_bank_the_bare_decoder_is_described_too() -> None:
+    decoder = OtherG2d().eval()
+    known = megaportraits.describe_g2d(decoder, BLOCKS, image_range=(0.0, 1.0))
+    assert known.stages == tuple(BLOCKS)
+    assert known.key is None and known.value_after is None
+    model = retroexit.wrap(decoder, [3], 1 / 2, min_channels=2, adapter=known)
+    assert model(torch.randn(2, 24, 4, 4), exit=1).shape == (2, 3, 8, 8)
+
+
+def test_somebodys_own_thin_blocks_are_used() -> None:
+    driven = megaportraits.DrivenG2d(OtherG2d().eval())
+    asked: list[tuple[str, int, int]] = []
+
+    def build(stage: nn.Module, c_in: int, c_out: int) -> nn.Module | None:
+        asked.append((type(stage).__name__, c_in, c_out))
+        return OtherBlock(c_in, c_out) if isinstance(stage, OtherBlock) else None
+
+    known = megaportraits.describe_g2d(driven, BLOCKS, build_block=build)
+    model = retroexit.wrap(
+        driven,
+        [2],
+        1 / 4,
+        min_channels=2,
+        adapter=known,
+        guidance=True,
+        example_inputs=drivers(1, 1),
+    )
+    assert asked == [("OtherBlock", 16 + 3, 4), ("OtherBlock", 4 + 3, 4), ("Sequential", 4 + 2, 2)]
+    assert model.branches[0].plan.built.keys() == {"decoder.res.2", "decoder.res.3"}
+
+
+def test_a_block_that_is_not_there_is_named() -> None:
+    with pytest.raises(
+        ValueError, match=r"no module 'res\.4' in the OtherG2d; it has 'inlet', 'res', 'res\.0'"
+    ):
+        megaportraits.describe_g2d(OtherG2d(), ["res.0", "res.4"])

@@ -1,0 +1,197 @@
+"""The discriminator of OASIS and its loss: layout, N + 1 classes, LabelMix, each against a loop."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+oasis = pytest.importorskip("retroexit_oasis", reason="install the project to get its adapters")
+
+LABELS = 6
+
+
+@pytest.fixture
+def numbers() -> Tensor:
+    """Label numbers of two images; 0 is the unknown label, 5 does not occur."""
+    return torch.randint(LABELS - 1, (2, 4, 8))
+
+
+@pytest.fixture
+def label(numbers: Tensor) -> Tensor:
+    return oasis.one_hot(numbers, LABELS)
+
+
+def test_one_hot_marks_the_label_of_every_pixel(numbers: Tensor) -> None:
+    label = oasis.one_hot(numbers[:, None], LABELS)
+    assert label.dtype == torch.float32
+    for n in range(2):
+        for y in range(4):
+            for x in range(8):
+                wanted = [float(c == numbers[n, y, x]) for c in range(LABELS)]
+                assert label[n, :, y, x].tolist() == wanted
+    assert torch.equal(oasis.one_hot(numbers.to(torch.uint8), LABELS), label)
+
+
+def test_label_maps_that_do_not_fit_are_refused(numbers: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"labels must lie in 0\.\.3, got 0 to 4"):
+        oasis.one_hot(numbers.clamp_min(0), 4)
+    with pytest.raises(ValueError, match=r"\(N, H, W\) or \(N, 1, H, W\), got \(2, 3, 4, 8\)"):
+        oasis.one_hot(numbers[:, None].expand(2, 3, 4, 8), LABELS)
+
+
+@pytest.mark.parametrize(
+    ("name", "labels", "crop", "condition"),
+    [
+        ("cityscapes", 35, (256, 512), 99),
+        ("ade20k", 151, (256, 256), 215),
+        ("coco-stuff", 183, (256, 256), 247),
+    ],
+)
+def test_networks_are_made_for_a_data_set_by_name(
+    name: str, labels: int, crop: tuple[int, int], condition: int
+) -> None:
+    with torch.device("meta"):
+        generator = oasis.OASISGenerator.for_dataset(name)
+        silent = oasis.OASISGenerator.for_dataset(name, use_noise3d=False)
+        discriminator = oasis.OASISDiscriminator.for_dataset(name)
+        image = torch.zeros(1, 3, *crop)
+    assert generator.crop == crop
+    assert generator.fc.in_channels == condition
+    assert silent.fc.in_channels == labels
+    assert discriminator(image).shape == (1, labels + 1, *crop)
+    with pytest.raises(ValueError, match="no settings for the data set 'kitti'; there are ade20k, city"):
+        oasis.OASISDiscriminator.for_dataset("kitti")
+
+
+def test_the_discriminator_has_the_names_and_shapes_of_the_official_checkpoints() -> None:
+    with torch.device("meta"):
+        state = oasis.OASISDiscriminator().state_dict()
+    shapes = {name: tuple(value.shape) for name, value in state.items()}
+    assert shapes["body_down.0.conv1.0.weight_orig"] == (128, 3, 3, 3)
+    assert shapes["body_down.2.conv1.1.weight_orig"] == (256, 128, 3, 3)
+    assert shapes["body_down.2.conv_s.bias"] == (256,)
+    assert shapes["body_up.1.conv1.2.weight_orig"] == (256, 1024, 3, 3)
+    assert shapes["body_up.1.conv2.1.weight_orig"] == (256, 256, 3, 3)
+    assert shapes["body_up.5.conv_s.weight_orig"] == (64, 256, 1, 1)
+    assert shapes["layer_up_last.weight"] == (36, 64, 1, 1)
+    assert {name.rpartition(".")[0] for name in shapes if "conv_s" in name} == {
+        *(f"body_down.{i}.conv_s" for i in (0, 2, 4)),
+        *(f"body_up.{i}.conv_s" for i in (1, 2, 3, 4, 5)),
+    }
+
+
+def test_every_part_of_the_discriminator_can_learn_from_an_image() -> None:
+    discriminator = oasis.OASISDiscriminator(LABELS)
+    scores = discriminator(torch.rand(1, 3, 64, 64))
+    scores.square().mean().backward()
+    assert [n for n, p in discriminator.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def test_an_image_that_cannot_be_halved_six_times_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"multiple of 64 high and wide, got \(1, 3, 96, 64\)"):
+        oasis.OASISDiscriminator(LABELS)(torch.zeros(1, 3, 96, 64))
+
+
+def test_the_description_gives_every_asker_a_fresh_trainable_discriminator() -> None:
+    generator = oasis.OASISGenerator(LABELS, 4, 2, (32, 64), 8).eval()
+    make = oasis.retroexit_describe(generator).discriminator
+    one, other = make(generator), make(generator)
+    assert one is not other
+    assert one.layer_up_last.out_channels == LABELS + 1
+    assert all(parameter.requires_grad for parameter in one.parameters())
+    assert not {id(p) for p in one.parameters()} & {id(p) for p in other.parameters()}
+    assert one(torch.zeros(1, 3, 64, 64)).shape == (1, LABELS + 1, 64, 64)
+
+
+def test_weights_make_every_known_label_that_occurs_count_the_same(numbers: Tensor, label: Tensor) -> None:
+    counts = [int((numbers == c).sum()) for c in range(LABELS)]
+    known = [c for c in range(1, LABELS) if counts[c]]
+    wanted = [numbers.numel() / (len(known) * counts[c]) if c in known else 0.0 for c in range(LABELS)]
+    assert oasis.class_weights(label).tolist() == pytest.approx(wanted)
+    everyone = [c for c in range(LABELS) if counts[c]]
+    wanted = [numbers.numel() / (len(everyone) * counts[c]) if counts[c] else 0.0 for c in range(LABELS)]
+    assert oasis.class_weights(label, unknown=None).tolist() == pytest.approx(wanted)
+
+
+def test_weights_are_zero_where_nothing_is_known() -> None:
+    nothing = oasis.one_hot(torch.zeros(1, 2, 2, dtype=torch.long), LABELS)
+    assert not oasis.class_weights(nothing).any()
+    assert oasis.real_loss(torch.randn(1, LABELS + 1, 2, 2), nothing) == 0
+
+
+def test_the_loss_of_real_pixels_is_weighted_cross_entropy_behind_the_fake_class(
+    numbers: Tensor, label: Tensor
+) -> None:
+    scores, weights = torch.randn(2, LABELS + 1, 4, 8), oasis.class_weights(label)
+    total = 0.0
+    for n in range(2):
+        for y in range(4):
+            for x in range(8):
+                logits = scores[n, :, y, x].tolist()
+                number = int(numbers[n, y, x])
+                surprise = math.log(sum(math.exp(v) for v in logits)) - logits[number + 1]
+                total += float(weights[number]) * surprise
+    assert float(oasis.real_loss(scores, label)) == pytest.approx(total / numbers.numel(), rel=1e-5)
+
+
+def test_the_loss_of_fake_pixels_asks_for_the_first_class() -> None:
+    scores = torch.randn(2, LABELS + 1, 4, 8)
+    total = 0.0
+    for logits in scores.permute(0, 2, 3, 1).reshape(-1, LABELS + 1).tolist():
+        total += math.log(sum(math.exp(v) for v in logits)) - logits[0]
+    assert float(oasis.fake_loss(scores)) == pytest.approx(total / 64, rel=1e-5)
+
+
+def test_a_labelmix_mask_is_constant_on_every_label_of_an_image_and_fair(label: Tensor) -> None:
+    masks = [oasis.labelmix_mask(label) for _ in range(200)]
+    for mask in masks[:20]:
+        assert mask.shape == (2, 1, 4, 8)
+        for n in range(2):
+            for c in range(LABELS):
+                region = mask[n, 0][label[n, c] == 1]
+                assert region.numel() == 0 or region.min() == region.max()
+    share = torch.stack(masks).mean((0, 2, 3, 4))
+    assert ((share - 0.5).abs() < 0.1).all()
+    assert any(not torch.equal(mask[0, 0, 0, :1], mask[1, 0, 0, :1]) for mask in masks)
+
+
+def test_a_labelmix_mask_can_be_drawn_again(label: Tensor) -> None:
+    source = torch.Generator().manual_seed(3)
+    first = oasis.labelmix_mask(label, source)
+    before = torch.get_rng_state()
+    assert torch.equal(oasis.labelmix_mask(label, source.manual_seed(3)), first)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_mixed_image_holds_each_pixel_of_one_or_the_other(label: Tensor) -> None:
+    real, fake, mask = torch.rand(2, 3, 4, 8), -torch.rand(2, 3, 4, 8), oasis.labelmix_mask(label)
+    mixed = oasis.mix(real, fake, mask)
+    for n in range(2):
+        for y in range(4):
+            for x in range(8):
+                source = real if mask[n, 0, y, x] else fake
+                assert torch.equal(mixed[n, :, y, x], source[n, :, y, x])
+
+
+def test_labelmix_compares_the_judgement_of_the_mix_with_the_mixed_judgements(label: Tensor) -> None:
+    mixed, real, fake = torch.randn(3, 2, LABELS + 1, 4, 8)
+    mask, total = oasis.labelmix_mask(label), 0.0
+    for n in range(2):
+        for c in range(LABELS + 1):
+            for y in range(4):
+                for x in range(8):
+                    part = real if mask[n, 0, y, x] == 1 else fake
+                    total += float(mixed[n, c, y, x] - part[n, c, y, x]) ** 2
+    loss = oasis.labelmix_loss(mixed, real, fake, mask)
+    assert float(loss) == pytest.approx(total / mixed.numel(), rel=1e-5)
+
+
+def test_a_discriminator_that_judges_pixels_alone_is_consistent_already(label: Tensor) -> None:
+    judge: Callable[[Tensor], Tensor] = nn.Conv2d(3, LABELS + 1, 1)
+    real, fake, mask = torch.rand(2, 3, 4, 8), torch.rand(2, 3, 4, 8), oasis.labelmix_mask(label)
+    loss = oasis.labelmix_loss(judge(oasis.mix(real, fake, mask)), judge(real), judge(fake), mask)
+    assert loss.item() == pytest.approx(0, abs=1e-10)

@@ -1,0 +1,191 @@
+"""The OASIS adapter against the official code, where a checkout is at hand; nothing of it is kept here."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import retroexit
+
+retroexit_oasis = pytest.importorskip("retroexit_oasis", reason="install the project to get its adapters")
+DATASETS = retroexit_oasis.DATASETS
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+
+
+@pytest.fixture(scope="module")
+def official() -> Iterator[SimpleNamespace]:
+    """Modules of the official code; their very general names are taken back afterwards."""
+    folder = Path(os.environ.get("RETROEXIT_CHECKOUTS", ""), "OASIS")
+    if "RETROEXIT_CHECKOUTS" not in os.environ or not (folder / "models" / "generator.py").is_file():
+        pytest.skip("set RETROEXIT_CHECKOUTS to a folder with a checkout of boschresearch/OASIS in OASIS/")
+    before = set(sys.modules)
+    sys.path.insert(0, str(folder))
+    try:
+        parts: dict[str, ModuleType] = {
+            name: importlib.import_module(f"models.{name}")
+            for name in ("generator", "discriminator", "losses", "models")
+        }
+        yield SimpleNamespace(**parts)
+    finally:
+        sys.path.remove(str(folder))
+        for name in set(sys.modules) - before:
+            if name.partition(".")[0] == "models":
+                del sys.modules[name]
+
+
+def options(name: str, width: int = 4, noise: bool = True, norm: str = "syncbatch") -> SimpleNamespace:
+    """Make the options that the official training script comes to for a data set."""
+    known = DATASETS[name]
+    return SimpleNamespace(
+        channels_G=width,
+        semantic_nc=known.num_labels,
+        z_dim=64,
+        no_3dnoise=not noise,
+        gpu_ids="-1",
+        no_spectral_norm=False,
+        param_free_norm=norm,
+        spade_ks=3,
+        crop_size=known.crop[1],
+        aspect_ratio=known.crop[1] / known.crop[0],
+        num_res_blocks=6,
+        no_balancing_inloss=False,
+        contain_dontcare_label=True,
+        no_labelmix=False,
+    )
+
+
+def lived_in(network: nn.Module) -> Any:
+    """Give running statistics and biases values that tell, and let spectral norms know their weights."""
+    with torch.no_grad():
+        for module in network.modules():
+            for hook in module._forward_pre_hooks.values():
+                for _ in range(5):
+                    hook(module, None)  # one step of the power iteration, in train mode
+        for name, value in network.state_dict().items():
+            if name.endswith("running_mean") or name.endswith("bias"):
+                value.normal_(std=0.3)
+            elif name.endswith("running_var"):
+                value.uniform_(0.5, 2)
+    return network.eval()
+
+
+def labels(name: str, batch: int = 1) -> Tensor:
+    known = DATASETS[name]
+    numbers = torch.randint(known.num_labels, (batch, 8, 8)).repeat_interleave(known.crop[0] // 8, 1)
+    numbers = numbers.repeat_interleave(known.crop[1] // 8, 2)
+    return retroexit_oasis.one_hot(numbers, known.num_labels)
+
+
+@pytest.mark.parametrize("name", list(DATASETS))
+@pytest.mark.parametrize("noise", [True, False], ids=["noise", "no noise"])
+def test_both_networks_have_the_official_names_and_shapes_at_full_size(
+    official: SimpleNamespace, name: str, noise: bool
+) -> None:
+    with torch.device("meta"):
+        pairs = [
+            (
+                official.generator.OASIS_Generator(options(name, 64, noise)),
+                retroexit_oasis.OASISGenerator.for_dataset(name, use_noise3d=noise),
+            ),
+            (
+                official.discriminator.OASIS_Discriminator(options(name)),
+                retroexit_oasis.OASISDiscriminator.for_dataset(name),
+            ),
+        ]
+    for theirs, ours in pairs:
+        wanted = {key: (value.shape, value.dtype) for key, value in theirs.state_dict().items()}
+        assert {key: (value.shape, value.dtype) for key, value in ours.state_dict().items()} == wanted
+
+
+@pytest.mark.parametrize("name", list(DATASETS))
+@pytest.mark.parametrize("noise", [True, False], ids=["noise", "no noise"])
+def test_an_official_ema_file_loads_strictly_and_draws_the_same_images(
+    official: SimpleNamespace, name: str, noise: bool, tmp_path: Path
+) -> None:
+    theirs = lived_in(official.generator.OASIS_Generator(options(name, noise=noise)))
+    torch.save(theirs.state_dict(), tmp_path / "best_EMA.pth")
+    known = DATASETS[name]
+    ours = retroexit_oasis.OASISGenerator(known.num_labels, 64, 4, known.crop, use_noise3d=noise).eval()
+    ours.load_state_dict(torch.load(tmp_path / "best_EMA.pth", weights_only=True), strict=True)
+    label = labels(name)
+    with torch.no_grad():
+        torch.manual_seed(5)
+        wanted = theirs(label)
+        torch.manual_seed(5)
+        assert torch.equal(ours(label), wanted)
+    assert wanted.std() > 0.05
+
+
+@pytest.mark.parametrize("name", list(DATASETS))
+def test_an_official_discriminator_loads_strictly_and_gives_the_same_scores(
+    official: SimpleNamespace, name: str, tmp_path: Path
+) -> None:
+    theirs = lived_in(official.discriminator.OASIS_Discriminator(options(name)))
+    torch.save(theirs.state_dict(), tmp_path / "best_D.pth")
+    ours = retroexit_oasis.OASISDiscriminator.for_dataset(name).eval()
+    ours.load_state_dict(torch.load(tmp_path / "best_D.pth", weights_only=True), strict=True)
+    image = torch.rand(1, 3, 64, 128) * 2 - 1
+    with torch.no_grad():
+        scores = theirs(image)
+        assert torch.equal(ours(image), scores)
+    assert scores.isfinite().all() and scores.std() > 0.01
+
+
+@pytest.mark.parametrize("real", [True, False])
+def test_the_loss_is_the_official_one(official: SimpleNamespace, real: bool) -> None:
+    computer = official.losses.losses_computer(options("cityscapes"))
+    scores = torch.randn(2, 36, 8, 16)
+    label = retroexit_oasis.one_hot(torch.randint(3, (2, 8, 16)) * 9, 35)  # 0, the unknown one, among them
+    wanted = computer.loss(scores, label.clone(), for_real=real)
+    ours = retroexit_oasis.real_loss(scores, label) if real else retroexit_oasis.fake_loss(scores)
+    torch.testing.assert_close(ours, wanted)
+
+
+def test_the_labelmix_loss_is_the_official_one(official: SimpleNamespace) -> None:
+    computer = official.losses.losses_computer(options("cityscapes"))
+    mask = torch.randint(2, (2, 1, 8, 16)).float()
+    mixed, fake, real = torch.randn(3, 2, 36, 8, 16)
+    wanted = computer.loss_labelmix(mask, mixed, fake, real)
+    torch.testing.assert_close(retroexit_oasis.labelmix_loss(mixed, real, fake, mask), wanted)
+
+
+def test_an_official_generator_is_wrapped_as_it_is_with_blocks_of_its_own_constructor(
+    official: SimpleNamespace,
+) -> None:
+    chosen = options("cityscapes")
+    chosen.semantic_nc, chosen.z_dim, chosen.crop_size = 5, 4, 64
+    generator = lived_in(official.generator.OASIS_Generator(chosen))
+    known = retroexit_oasis.retroexit_describe(generator)
+    model = retroexit.wrap(generator, [1, 4], scale=1 / 4, min_channels=4, init="scratch", adapter=known)
+    label = retroexit_oasis.one_hot(torch.randint(5, (2, 32, 64)), 5)
+    torch.manual_seed(1)
+    wanted = generator(label)
+    torch.manual_seed(1)
+    assert torch.equal(model(label), wanted)
+    for branch, k in zip(model.branches, (1, 4), strict=True):
+        blocks = list(branch.tail.body.children())
+        assert {type(block) for block in blocks} == {type(generator.body[0])}
+        assert blocks[0].conv_0.in_channels == generator.channels[k]
+        assert branch.tail.conv_img.in_channels == 4
+    # Ours, holding the same weights, costs and draws the same.
+    ours = retroexit_oasis.OASISGenerator(5, 4, 4, (32, 64)).eval()
+    ours.load_state_dict(generator.state_dict())
+    known = retroexit_oasis.retroexit_describe(ours)
+    twin = retroexit.wrap(ours, [1, 4], scale=1 / 4, min_channels=4, init="scratch", adapter=known)
+    assert [leave.macs for leave in twin.exits] == [leave.macs for leave in model.exits]
+    for k in (1, 2):
+        twin.branches[k - 1].load_state_dict(model.branches[k - 1].state_dict())
+        torch.manual_seed(k)
+        wanted = model(label, exit=k)
+        torch.manual_seed(k)
+        assert torch.equal(twin(label, exit=k), wanted)

@@ -1,0 +1,345 @@
+"""Keys and values: which stage, which function, whose default, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import retroexit
+from retroexit.errors import AttachPointError, BankError, CheckpointError, OptionError
+from retroexit.evaluation.quality import QualityMetric
+from retroexit.guidance.keys import key_name
+from retroexit.plugins import host
+
+INPUTS = torch.randn(7, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+POSES = torch.randn(7, 5, generator=torch.Generator().manual_seed(2))
+SAMPLES = list(zip(INPUTS, POSES, strict=True))
+Handed = Callable[[nn.Module], list[Tensor]]
+
+
+def pose_key(x: Tensor, pose: Tensor) -> Tensor:
+    return 2 * pose
+
+
+def other_key(x: Tensor, pose: Tensor) -> Tensor:
+    return -pose
+
+
+def wrap(generator: nn.Module, attach_at: Any = (2,), guidance: Any = True, **options: Any) -> Any:
+    settings: dict[str, Any] = {
+        "stages": tuple(f"stages.{i}" for i in range(4)),
+        "example_inputs": (INPUTS[:2], POSES[:2]),
+        "adapter": False,
+        "min_channels": 4,
+        "image_range": (-1, 1),
+    }
+    return retroexit.wrap(generator, list(attach_at), 1 / 3, guidance=guidance, **(settings | options))
+
+
+def fill(model: Any, keys: Tensor, values: Tensor, patch: tuple[int, ...] = (1, 1)) -> None:
+    model.bank = retroexit.GuidanceBank.build(
+        [(keys, torch.arange(len(keys)))],
+        lambda ids: values[ids],
+        patch=patch,
+        thin="none",
+        retriever=host().retriever("exact")(),
+    )
+
+
+def outputs_of(generator: nn.Module, path: str) -> Tensor:
+    """What a stage returns, before anything behind it writes into that."""
+    seen: list[Tensor] = []
+    hook = generator.get_submodule(path).register_forward_hook(lambda _m, _a, out: seen.append(out.clone()))
+    with torch.no_grad():
+        generator(INPUTS, POSES)
+    hook.remove()
+    return seen[0]
+
+
+# Keys from a stage.
+
+
+@pytest.mark.parametrize(
+    ("key_after", "tap"), [(1, "after"), ("stages.1", "after"), (1, "before"), ("stem", "after")]
+)
+def test_keys_are_what_the_named_stage_returns(
+    posed: nn.Module, handed: Handed, key_after: int | str, tap: Any
+) -> None:
+    guidance = retroexit.Guidance(key_after=key_after, value_after=3)
+    model = wrap(posed, [2], guidance, tap=tap)
+    path = f"stages.{key_after - 1}" if isinstance(key_after, int) else key_after
+    keys, values = outputs_of(posed, path), torch.rand(7, 12, 16, 16)
+    fill(model, keys, values)
+    guides = handed(model.branches[0])
+    model(INPUTS[:3], POSES[:3], exit=1)
+    # The bank holds the very keys, so that every place finds its own value again.
+    torch.testing.assert_close(guides[0], values[:3], rtol=0, atol=1e-3)
+    assert model.overhead()[0] == 64 * (7 * 64) * 12
+
+
+def test_keys_of_two_inputs_are_searched_place_by_place(posed: nn.Module, handed: Handed) -> None:
+    model = wrap(posed, [2, 3], retroexit.Guidance(key_after=1, value_after=3))
+    keys, values = torch.randn(5, 12, 8, 8), torch.rand(5, 12, 16, 16)
+    fill(model, keys, values)
+    guides = handed(model.branches[1])
+    model(INPUTS[:2], POSES[:2], exit=2)
+    queries = outputs_of(posed, "stages.0")[:2]
+    for n in range(2):
+        for y in range(8):
+            for x in range(8):
+                distances = (keys - queries[n, :, y, x, None, None]).square().sum(1)
+                i, j, k = (int(v) for v in (distances == distances.min()).nonzero()[0])
+                found = guides[0][n, :, 2 * y : 2 * y + 2, 2 * x : 2 * x + 2]
+                wanted = values[i, :, 2 * j : 2 * j + 2, 2 * k : 2 * k + 2]
+                torch.testing.assert_close(found, wanted, rtol=0, atol=1e-3)
+
+
+def test_a_fit_fills_the_bank_from_the_named_stages(
+    posed: nn.Module, metric: QualityMetric, tmp_path: Path
+) -> None:
+    guidance = retroexit.Guidance(key_after=1, value_after=3, size=10_000, thin="none")
+    model = wrap(posed, [2], guidance)
+    retroexit.fit(model, SAMPLES, tmp_path, metric=metric, steps=1, predictor_steps=1, progress=False)
+    assert len(model.bank) == 7 * 64
+    # An input of the bank finds its own keys at distance 0, and with them its own values.
+    keys, values = outputs_of(posed, "stages.0"), outputs_of(posed, "stages.2")
+    found = model.bank.search(keys)
+    assert found.distances.max() < 1e-6
+    torch.testing.assert_close(model.bank.glue(found.ids), values, rtol=1e-3, atol=1e-3)
+    loaded = retroexit.load(tmp_path, posed, (INPUTS[:1], POSES[:1]), adapter=False)
+    assert loaded.options.guidance == model.options.guidance
+    assert torch.equal(loaded(INPUTS, POSES, exit=1), model(INPUTS, POSES, exit=1))
+
+
+@pytest.mark.parametrize(
+    ("key_after", "error", "message"),
+    [
+        (
+            3,
+            OptionError,
+            r"keys after 'stages\.2'; found that the first branch leaves at 'stages\.1', in front",
+        ),
+        ("rgb", OptionError, r"keys after 'rgb'; found that the first branch leaves at 'stages\.1'"),
+        (9, OptionError, r"keys after stage 9; found stages 1 to 4"),
+        ("stage.0", AttachPointError, r"no such module in Posed\. Closest: 'stages\.0'"),
+    ],
+)
+def test_keys_that_not_every_route_computes_are_refused(
+    posed: nn.Module,
+    untouched: Callable[[nn.Module], AbstractContextManager[None]],
+    key_after: int | str,
+    error: type[Exception],
+    message: str,
+) -> None:
+    with untouched(posed), pytest.raises(error, match=message):
+        wrap(posed, [2, 3], retroexit.Guidance(key_after=key_after))
+
+
+def test_a_branch_in_front_of_a_stage_cannot_take_keys_behind_it(posed: nn.Module) -> None:
+    with pytest.raises(
+        OptionError, match=r"keys after 'stages\.1'; found .* leaves at 'stages\.1', in front"
+    ):
+        wrap(posed, [2], retroexit.Guidance(key_after=2), tap="before")
+
+
+class Painter(nn.Module):
+    """Begins with a learned constant, which the input joins only behind the first stage."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.constant = nn.Parameter(torch.randn(1, 8, 8, 8))
+        self.stages = nn.ModuleList(nn.Conv2d(8, 8, 3, padding=1) for _ in range(3))
+        self.rgb = nn.Conv2d(8, 3, 1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = self.stages[0](self.constant) + z[:, :, None, None]
+        return self.rgb(self.stages[2](self.stages[1](x).relu()).relu())
+
+
+def test_keys_that_are_the_same_for_all_inputs_are_refused() -> None:
+    options = {"stages": ("stages.0", "stages.1", "stages.2"), "example_inputs": (torch.randn(2, 8),)}
+    with pytest.raises(BankError, match=r"keys after 1; found that its output is the same for all inputs"):
+        retroexit.wrap(
+            Painter().eval(),
+            [2],
+            0.5,
+            min_channels=2,
+            adapter=False,
+            guidance=retroexit.Guidance(key_after=1),
+            **options,
+        )
+
+
+# Keys from a function.
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        (lambda x, pose: pose[:, :, None], r"found the shape \(2, 5, 1\)\. Return one row .* \(2, D\)"),
+        (lambda x, pose: pose[:1], r"2 inputs; found the shape \(1, 5\)"),
+        (lambda x, pose: pose[:, :0], r"found the shape \(2, 0\)"),
+        (lambda x, pose: pose.long(), r"found torch\.int64\. Return a floating-point tensor \(2, D\)"),
+        (lambda x, pose: [0.0], r"found list\. Return a floating-point tensor"),
+        (lambda x: x, r"raises TypeError: .*positional argument.* called with the generator's own arguments"),
+    ],
+)
+def test_functions_that_give_no_keys_are_refused(
+    posed: nn.Module,
+    untouched: Callable[[nn.Module], AbstractContextManager[None]],
+    key: Any,
+    message: str,
+) -> None:
+    with untouched(posed), pytest.raises(BankError, match=message):
+        wrap(posed, guidance=retroexit.Guidance(key=key))
+
+
+def test_a_function_that_changes_its_mind_is_refused_at_the_call(posed: nn.Module) -> None:
+    wanted = [5]
+    model = wrap(posed, guidance=retroexit.Guidance(key=lambda x, pose: pose[:, : wanted[0]]))
+    fill(model, POSES[:, :, None, None], torch.rand(7, 3, 16, 16))
+    assert model(INPUTS, POSES, exit=1).shape == (7, 3, 16, 16)
+    wanted[0] = 4
+    with pytest.raises(BankError, match=r"found keys of 4 numbers, and 5 at the recording\. Return \(7, 5\)"):
+        model(INPUTS, POSES, exit=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"key": pose_key, "key_after": 1}, r"a key function and key_after=1; found"),
+        ({"key": pose_key, "patch": (2, 2)}, r"a key function and patch=\(2, 2\); found"),
+        ({"key": "pose"}, r"key='pose'; found no function"),
+        ({"key": True}, r"key=True; found no function"),
+    ],
+)
+def test_settings_that_contradict_one_another_are_refused(options: Any, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        retroexit.Guidance(**options)
+
+
+@pytest.mark.parametrize(
+    ("value_after", "channels", "side"), [("image", 3, 16), (None, 3, 16), (1, 12, 8), ("rgb", 3, 16)]
+)
+def test_a_frames_value_is_the_whole_image_or_map(
+    posed: nn.Module,
+    metric: QualityMetric,
+    handed: Handed,
+    tmp_path: Path,
+    value_after: Any,
+    channels: int,
+    side: int,
+) -> None:
+    model = wrap(posed, guidance=retroexit.Guidance(key=pose_key, value_after=value_after))
+    retroexit.fit(model, SAMPLES, tmp_path, metric=metric, steps=1, predictor_steps=1, progress=False)
+    assert len(model.bank) == 7
+    guides = handed(model.branches[0])
+    model(INPUTS[:2], POSES[[4, 6]] + 0.01, exit=1)
+    if value_after in ("image", None):
+        with torch.no_grad():
+            values = posed(INPUTS, POSES)
+    else:
+        values = outputs_of(posed, "stages.0" if value_after == 1 else "rgb")
+    assert guides[0].shape == (2, channels, side, side)
+    torch.testing.assert_close(guides[0], values[[4, 6]], rtol=1e-3, atol=1e-3)
+    # One search of 7 keys of 5 numbers.
+    assert model.anatomy.search_macs(model.bank) == 7 * 5
+
+
+# Whose word counts.
+
+
+def describe(**facts: Any) -> retroexit.Description:
+    return retroexit.Description(name="posed", stages=tuple(f"stages.{i}" for i in range(4)), **facts)
+
+
+def settled(posed: nn.Module, guidance: Any, **facts: Any) -> Any:
+    return wrap(posed, guidance=guidance, stages=None, adapter=describe(**facts)).options.guidance
+
+
+def test_an_adapters_taps_hold_where_the_user_names_none(posed: nn.Module) -> None:
+    found = settled(posed, True, key_after=1, value_after="stages.2")
+    assert (found.key, found.key_after, found.value_after, found.inject) == (None, 1, "stages.2", "input")
+    own = retroexit.Guidance(key_after=2, value_after=1)
+    found = settled(posed, own, key_after=1, value_after="stages.2")
+    assert (found.key_after, found.value_after) == (2, 1)
+    found = settled(posed, retroexit.Guidance(value_after=1), key_after=1)
+    assert (found.key_after, found.value_after) == (1, 1)
+
+
+def test_an_adapters_key_function_makes_a_bank_of_frames_unless_patches_are_wanted(posed: nn.Module) -> None:
+    found = settled(posed, True, key=pose_key)
+    assert (found.key, found.value_after, found.inject) == (pose_key, "image", "every_stage")
+    found = settled(posed, retroexit.Guidance(inject="input", value_after=2), key=pose_key)
+    assert (found.key, found.value_after, found.inject) == (pose_key, 2, "input")
+    for patches in (
+        "patches",
+        retroexit.Guidance(key=False),
+        retroexit.Guidance(key_after=1),
+        retroexit.Guidance(patch=(2, 2)),
+    ):
+        found = settled(posed, patches, key=pose_key)
+        assert (found.key, found.value_after, found.inject) == (None, None, "input")
+    assert settled(posed, retroexit.Guidance(key=other_key), key=pose_key).key is other_key
+
+
+# Saving.
+
+
+def test_a_key_function_goes_by_its_name(posed: nn.Module) -> None:
+    assert key_name(pose_key).endswith("test_taps.pose_key")
+    assert key_name(partial(partial(pose_key), pose=None)) == key_name(pose_key)
+    assert key_name(posed).endswith("Posed")
+
+
+def test_a_key_function_is_given_again_at_loading_or_comes_from_the_adapter(
+    posed: nn.Module, tmp_path: Path
+) -> None:
+    model = wrap(posed, guidance=retroexit.Guidance(key=pose_key))
+    fill(model, pose_key(INPUTS, POSES)[:, :, None, None], torch.rand(7, 3, 16, 16))
+    model.bank.meta["fingerprint"] = json.loads((model.save(tmp_path) / "model.json").read_text())[
+        "fingerprint"
+    ]
+    model.save(tmp_path)
+    example = (INPUTS[:1], POSES[:1])
+    wanted = model(INPUTS, POSES, exit=1)
+    for options in (
+        {"key": pose_key, "adapter": False},
+        {"key": pose_key, "adapter": describe(key=other_key)},
+        {"adapter": describe(key=pose_key)},
+    ):
+        loaded = retroexit.load(tmp_path, posed, example, **options)
+        assert torch.equal(loaded(INPUTS, POSES, exit=1), wanted)
+        assert loaded.options.guidance == model.options.guidance
+    for known in (False, describe(), describe(key=other_key)):
+        with pytest.raises(CheckpointError, match=r"function '.*pose_key', which is not saved.* key=\.\.\."):
+            retroexit.load(tmp_path, posed, example, adapter=known)
+
+
+def test_a_key_function_for_a_model_without_one_is_refused(posed: nn.Module, tmp_path: Path) -> None:
+    wrap(posed).save(tmp_path)
+    with pytest.raises(
+        CheckpointError, match=r"pose_key'; found that it was saved without one\. Leave key out"
+    ):
+        retroexit.load(tmp_path, posed, adapter=False, key=pose_key)
+
+
+def test_a_fit_that_began_with_other_keys_is_not_gone_on_with(
+    posed: nn.Module, metric: QualityMetric, tmp_path: Path
+) -> None:
+    settings = {"metric": metric, "steps": 1, "predictor_steps": 1, "progress": False}
+    retroexit.fit(wrap(posed, guidance=retroexit.Guidance(key=pose_key)), SAMPLES, tmp_path, **settings)
+    other = wrap(posed, guidance=retroexit.Guidance(key=other_key))
+    with pytest.raises(CheckpointError, match=r"guidance\.key was .*pose_key, is .*other_key"):
+        retroexit.fit(other, SAMPLES, tmp_path, **settings)
+    (tmp_path / "fit.json").unlink()
+    with pytest.raises(CheckpointError, match="what guidance keys come from differs"):
+        retroexit.fit(other, SAMPLES, tmp_path, **settings)

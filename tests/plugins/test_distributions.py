@@ -1,0 +1,235 @@
+"""Broken distributions: real metadata in a folder on the path, and a fresh interpreter that looks at them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HEAD = "from retroexit.plugins import hookimpl\n"
+GOOD = (
+    f"{HEAD}@hookimpl\ndef retroexit_losses():\n    from torch import nn\n    return {{'mse': nn.MSELoss}}\n"
+)
+
+
+@dataclass
+class Site:
+    """A folder of distributions, as pip would leave them."""
+
+    folder: Path
+
+    def add(
+        self,
+        distribution: str,
+        module: str,
+        source: str,
+        *,
+        version: str | None = "1.2",
+        entry: str | None = None,
+        metadata: bool = True,
+    ) -> None:
+        """Install a module and announce it; ``entry`` is the line in ``entry_points.txt``."""
+        (self.folder / f"{module}.py").write_text(source)
+        info = self.folder / f"{distribution.replace('-', '_')}-{version or '0'}.dist-info"
+        info.mkdir()
+        if metadata:
+            stated = f"Version: {version}\n" if version else ""
+            (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\n{stated}")
+        (info / "entry_points.txt").write_text(f"[retroexit]\n{entry or f'{module} = {module}'}\n")
+
+    def run(self, *words: str) -> subprocess.CompletedProcess[str]:
+        """Run a Python command line that sees these distributions."""
+        path = os.pathsep.join([str(self.folder), *filter(None, sys.path)])
+        return subprocess.run(
+            [sys.executable, *words],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": path},
+        )
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    return Site(tmp_path)
+
+
+def marked(body: str) -> str:
+    return f"{HEAD}@hookimpl\n{body}\n"
+
+
+NOT_IN_USE = {
+    "import error": ("import nowhere_at_all", "ModuleNotFoundError: No module named 'nowhere_at_all'"),
+    "syntax error": ("def retroexit_losses(:", r"SyntaxError: .*plug_syntax_error\.py, line 1"),
+    "system exit": ("raise SystemExit('no licence')", "SystemExit: no licence"),
+    "panic": ("class Panic(BaseException): pass\nraise Panic('rust')", "Panic: rust"),
+    "wrong argument": (
+        marked("def retroexit_describe(model): return None"),
+        r"'retroexit_describe' asks for 'model'; it is given \(generator\), by position",
+    ),
+    "unknown hook": (
+        marked("def retroexit_metrix(): return {}"),
+        "no hook 'retroexit_metrix'; closest: 'retroexit_metrics'",
+    ),
+    "no hook": ("x = 1", "<module 'plug_no_hook' .*> implements no hook"),
+}
+IN_PART = {
+    "nonsense": (marked("def retroexit_losses(): return ['mse']"), r"retroexit_losses returned \['mse'\]"),
+    "raises": (marked("def retroexit_losses(): return 1 / 0"), "retroexit_losses raised ZeroDivisionError"),
+    "describes nonsense": (
+        marked("def retroexit_describe(generator): return 'a relu'"),
+        "retroexit_describe returned 'a relu'; return a Description or None",
+    ),
+    "claims ours": (
+        marked("def retroexit_losses(): return {'l1': int, 'l3': int}"),
+        "'l1' is claimed by plug-in 'builtin' of retroexit .* and plug-in 'claims ours' of bad-claims-ours",
+    ),
+    "twin a": (
+        marked("def retroexit_losses(): return {'twin': int}"),
+        "loss 'twin' is claimed by plug-in 'twin a' of bad-twin-a 1.2 and plug-in 'twin b' of bad-twin-b 1.2",
+    ),
+    "twin b": (marked("def retroexit_losses(): return {'twin': int}"), "loss 'twin' is claimed by"),
+}
+WRONG_ENTRY = {
+    "no attribute": ("plug_good:plugin", "AttributeError: module 'plug_good' has no attribute 'plugin'"),
+    "no name": ("plug good!", r"its entry point is no name = 'plug good!'; write package.module or"),
+    "no module": ("plug_z", "ModuleNotFoundError: No module named 'plug_z'"),
+}
+LOOK = """
+import json, sys, warnings
+import retroexit, torch
+early = [name for name in sys.modules if name.startswith("plug_")]
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    from retroexit.plugins import host
+    for _ in range(2):
+        host().installed()
+        host().describe(torch.nn.ReLU())
+    used = host().retriever("exact").__name__, host().width_rule("floor")(64, 0.5, 8)
+    found = host().installed()
+print(json.dumps({
+    "early": early,
+    "said": [[w.category.__name__, str(w.message)] for w in said],
+    "used": used,
+    "losses": host().losses(),
+    "plugins": {p.name: [p.state, p.error] for p in found},
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Install every broken distribution and one good one, and look everything up twice."""
+    site = Site(tmp_path_factory.mktemp("site"))
+    site.add("merry-plugin", "plug_good", GOOD)
+    for name, (source, _) in {**NOT_IN_USE, **IN_PART}.items():
+        module = f"plug_{name.replace(' ', '_')}"
+        site.add(f"bad-{name.replace(' ', '-')}", module, source, entry=f"{name} = {module}")
+    for name, (value, _) in WRONG_ENTRY.items():
+        site.add(f"bad-{name.replace(' ', '-')}", f"unused_{name[3]}", "", entry=f"{name} = {value}")
+    site.add("first-zoo", "plug_zoo", GOOD.replace("mse", "zoo"), entry="zoo = plug_zoo")
+    site.add("second-zoo", "plug_zoo2", GOOD.replace("mse", "zoo2"), entry="zoo = plug_zoo2")
+    done = site.run("-c", LOOK)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_whatever_is_installed_the_library_imports_and_works(seen: Any) -> None:
+    assert seen["early"] == [], "a plug-in was imported by 'import retroexit'"
+    assert seen["used"] == ["ExactRetriever", 32]
+    assert seen["losses"] == ["l1", "l3", "mse", "zoo"]
+    assert seen["plugins"]["plug_good"] == seen["plugins"]["builtin"] == ["in use", None]
+    assert {category for category, _ in seen["said"]} == {"RetroExitWarning"}
+    # One for each, but the twins share theirs and a second zoo has its own.
+    assert len(seen["said"]) == len(NOT_IN_USE) + len(IN_PART) - 1 + len(WRONG_ENTRY) + 1
+
+
+@pytest.mark.parametrize("name", [*NOT_IN_USE, *WRONG_ENTRY])
+def test_a_plugin_that_cannot_be_loaded_is_named_once_with_its_cause(seen: Any, name: str) -> None:
+    _, cause = {**NOT_IN_USE, **WRONG_ENTRY}[name]
+    start = f"plug-in '{name}' of bad-{name.replace(' ', '-')} 1.2 is not in use: "
+    (text,) = [text for _, text in seen["said"] if text.startswith(start)]
+    assert re.match(cause, text.removeprefix(start)), text
+    state, error = seen["plugins"][name]
+    assert state == "not in use"
+    assert text == start + error
+
+
+@pytest.mark.parametrize("name", IN_PART)
+def test_a_hook_that_cannot_be_used_is_named_once_with_its_cause(seen: Any, name: str) -> None:
+    _, cause = IN_PART[name]
+    (text,) = [text for _, text in seen["said"] if f"plug-in '{name}' of bad-" in text]
+    assert re.search(cause, text), text
+    state, error = seen["plugins"][name]
+    assert state == "in part"
+    assert error in text
+
+
+def test_the_second_of_two_plugins_with_one_name_is_left_out(seen: Any) -> None:
+    (text,) = [text for _, text in seen["said"] if "second-zoo" in text]
+    assert text == (
+        "plug-in 'zoo' of second-zoo 1.2 is not in use: the name 'zoo' is taken by plug-in 'zoo' of "
+        "first-zoo 1.2; choose another"
+    )
+
+
+def test_distributions_without_version_or_metadata_work(site: Site) -> None:
+    pytest.importorskip("typer")
+    site.add("alpha", "plug_a", GOOD, version=None)
+    site.add("beta", "plug_b", GOOD.replace("mse", "mse2"), version=None, metadata=False)
+    shown = site.run("-m", "retroexit", "plugins")
+    assert shown.stderr == ""
+    assert re.search(r"^plug_a +alpha +in use +retroexit_losses$", shown.stdout, re.MULTILINE), shown.stdout
+    assert re.search(r"^plug_b +beta +in use +retroexit_losses$", shown.stdout, re.MULTILINE)
+
+
+def test_the_command_line_lists_what_is_broken_and_goes_on(site: Site) -> None:
+    pytest.importorskip("typer")
+    site.add("sad-plugin", "plug_bad", "import nowhere_at_all")
+    site.add(
+        "odd-plugin", "plug_odd", marked("def retroexit_commands(): return {'greet': greet, 'fit': greet}")
+    )
+    greet = "def greet(name: str = 'you'):\n    '''Greet somebody.'''\n    print('hello', name)\n"
+    with (site.folder / "plug_odd.py").open("a") as opened:
+        opened.write(greet)
+    shown = site.run("-m", "retroexit", "plugins")
+    assert shown.returncode == 0, shown.stderr
+    assert re.search(r"^plug_bad +sad-plugin +1\.2 +not in use$", shown.stdout, re.MULTILINE)
+    assert re.search(r"^plug_odd +odd-plugin +1\.2 +in part +retroexit_commands$", shown.stdout, re.MULTILINE)
+    assert re.search(r"^retroexit_commands +plug_odd +greet$", shown.stdout, re.MULTILINE)
+    cause = "plug-in 'plug_bad' of sad-plugin 1.2: ModuleNotFoundError: No module named 'nowhere_at_all'"
+    assert cause in shown.stdout.splitlines()
+    assert "command 'fit' is claimed by" in shown.stdout
+    assert shown.stderr.count("nowhere_at_all") == 1
+    assert "Traceback" not in shown.stderr
+    listed = json.loads(site.run("-m", "retroexit", "plugins", "--json").stdout)
+    assert {p["name"]: p["state"] for p in listed if p["name"].startswith("plug_")} == {
+        "plug_bad": "not in use",
+        "plug_odd": "in part",
+    }
+    helped = site.run("-m", "retroexit", "--help")
+    assert helped.returncode == 0
+    assert re.search(r"^\s*greet\s+Greet somebody\.", helped.stdout, re.MULTILINE)
+    assert site.run("-m", "retroexit", "greet", "--name", "me").stdout == "hello me\n"
+
+
+def test_importing_the_library_looks_for_no_plugin(site: Site) -> None:
+    site.add("sad-plugin", "plug_bad", "raise SystemExit(7)")
+    code = """
+import importlib.metadata as metadata
+find = metadata.entry_points
+def watched(**wanted):
+    assert wanted.get("group") != "retroexit", "looked for plug-ins"  # torch looks for its own
+    return find(**wanted)
+metadata.entry_points = watched
+import retroexit, sys
+print("plug_bad" in sys.modules)
+"""
+    done = site.run("-W", "error::UserWarning", "-c", code)
+    assert done.stdout == "False\n", done.stderr

@@ -1,0 +1,318 @@
+"""What each hook is for: a plug-in that fills it, and the library or command line that uses the result."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import typer
+from torch import Tensor, nn
+
+import retroexit
+from retroexit import cli
+from retroexit.errors import OptionError, PluginError
+from retroexit.evaluation.quality import QualityMetric
+from retroexit.plugins import Description, Host, PluginInfo, hookimpl, hookspecs
+from retroexit.retrieval import Retriever
+
+README = Path(__file__).resolve().parents[2] / "README.md"
+SAMPLES = torch.randn(8, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+QUICK: dict[str, Any] = {"steps": 2, "batch": 2, "predictor_steps": 2, "progress": False}
+
+
+class Block(nn.Module):
+    def __init__(self, c_in: int, c_out: int) -> None:
+        super().__init__()
+        self.conv, self.skip = nn.Conv2d(c_in, c_out, 3, padding=1), nn.Conv2d(c_in, c_out, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.conv(x)) + self.skip(x)
+
+
+class Painter(nn.Module):
+    """Three blocks, an image in [-1, 1]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(Block(4, 16), Block(16, 16), Block(16, 16))
+        self.rgb = nn.Conv2d(16, 3, 1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return torch.tanh(self.rgb(self.blocks(z)))
+
+
+@pytest.fixture
+def painter() -> nn.Module:
+    return Painter().eval()
+
+
+@pytest.fixture
+def use(monkeypatch: pytest.MonkeyPatch) -> Callable[[object], Host]:
+    """Let the library work with our own parts and one more plug-in, called ``mine``."""
+    from retroexit.plugins import builtin
+
+    def install(plugin: object) -> Host:
+        known = Host(discover=False)
+        known.register(builtin, "builtin")
+        known.register(plugin, "mine")
+        for module in ("retroexit.api", "retroexit.cli.app", "retroexit.cli.plugins"):
+            monkeypatch.setattr(f"{module}.host", lambda: known)
+        return known
+
+    return install
+
+
+def wrap(generator: nn.Module, **options: Any) -> retroexit.EarlyExitGenerator:
+    options = {"min_channels": 4, "example_inputs": (SAMPLES[:1],), **options}
+    return retroexit.wrap(generator, [1], 1 / 2, **options)
+
+
+# The hooks, one by one.
+
+
+def test_hook_retroexit_describe(painter: nn.Module, use: Callable[[object], Host]) -> None:
+    paths = ("blocks.0", "blocks.1", "blocks.2")
+
+    class Knows:
+        @hookimpl
+        def retroexit_describe(self, generator: nn.Module) -> Description | None:
+            if not isinstance(generator, Painter):
+                return None
+            return Description(
+                name="painter",
+                stages=paths,
+                example_inputs=lambda generator: ((torch.zeros(1, 4, 8, 8),), {}),
+                image_range=(-1, 1),
+                discriminator=lambda generator: nn.Conv2d(3, 1, 3),
+            )
+
+    host = use(Knows())
+    model = retroexit.wrap(painter, [1], 1 / 2, min_channels=4)
+    assert model.is_recorded
+    assert [stage.path for stage in model.split.decoder.stages] == list(paths)
+    assert model.options.image_range == (-1, 1)
+    assert host.describe(nn.ReLU()) is None
+    found = host.recognise(painter)
+    assert found is not None
+    assert found[0] == PluginInfo("mine", hooks=("retroexit_describe",))
+    assert found[1].name == "painter"
+    judge = host.discriminator(painter)
+    assert judge is not None
+    assert judge(painter(SAMPLES)).shape == (8, 1, 6, 6)
+    assert host.discriminator(nn.ReLU()) is None
+
+
+def test_hook_retroexit_build_stage(painter: nn.Module, use: Callable[[object], Host]) -> None:
+    class Builds:
+        @hookimpl
+        def retroexit_build_stage(self, stage: nn.Module, in_channels: int, out_channels: int) -> Any:
+            return Block(in_channels, out_channels) if isinstance(stage, Block) else None
+
+    host = use(Builds())
+    built = host.build_stage(painter.get_submodule("blocks.1"), 16, 5)
+    assert isinstance(built, Block)
+    assert built(torch.zeros(1, 16, 8, 8)).shape == (1, 5, 8, 8)
+    assert host.build_stage(nn.ReLU(), 16, 5) is None
+    model = wrap(painter)
+    assert model.branches[0].plan.built == {"blocks.1": (16, 8), "blocks.2": (8, 8)}
+    assert wrap(painter, adapter=False).branches[0].plan.built == {}
+
+
+class Backwards(Retriever):
+    """Exact search by a loop, in a class of its own."""
+
+    name = "backwards"
+
+    def _build(self, keys: np.ndarray) -> None:
+        self._rows = keys
+
+    def _search(self, queries: np.ndarray, k: int) -> np.ndarray:
+        far = ((queries[:, None] - self._rows[None]) ** 2).sum(-1)
+        return np.argsort(far, axis=1, kind="stable")[:, :k]
+
+
+def test_hook_retroexit_retrievers(painter: nn.Module, use: Callable[[object], Host], tmp_path: Path) -> None:
+    class Offers:
+        @hookimpl
+        def retroexit_retrievers(self) -> dict[str, type[Retriever]]:
+            return {"backwards": Backwards}
+
+    host = use(Offers())
+    assert host.retriever("backwards") is Backwards
+    assert host.retrievers() == ("backwards", "exact", "faiss", "hnswlib")
+    model = wrap(painter, guidance=retroexit.Guidance(retriever="backwards", size=16), image_range=(-1, 1))
+    retroexit.fit(model, SAMPLES, tmp_path, metric=Gradient(), **QUICK)
+    assert isinstance(model.bank.retriever, Backwards)
+    again = retroexit.load(tmp_path, painter, (SAMPLES[:1],))
+    assert isinstance(again.bank.retriever, Backwards)
+    assert torch.equal(again(SAMPLES, exit=1), model(SAMPLES, exit=1))
+
+
+class Gradient(QualityMetric):
+    """Mean difference of horizontal gradients."""
+
+    name = "gradient"
+
+    def compare(self, a: Tensor, b: Tensor) -> Tensor:
+        return (a.diff(dim=-1) - b.diff(dim=-1)).abs().mean((1, 2, 3))
+
+
+def test_hook_retroexit_metrics(painter: nn.Module, use: Callable[[object], Host], tmp_path: Path) -> None:
+    class Offers:
+        @hookimpl
+        def retroexit_metrics(self) -> dict[str, Callable[..., QualityMetric]]:
+            return {"gradient": Gradient}
+
+    host = use(Offers())
+    assert isinstance(host.metric("gradient"), Gradient)
+    assert "gradient" in host.metrics()
+    model = wrap(painter, image_range=(-1, 1))
+    retroexit.fit(model, SAMPLES, tmp_path, metric="gradient", **QUICK)
+    report = retroexit.evaluate(model, SAMPLES, progress=False)
+    with torch.no_grad():
+        want = Gradient()(model(SAMPLES, exit=1), painter(SAMPLES))
+    assert report.loss[:, 0] == pytest.approx(want.numpy(), rel=1e-4, abs=1e-6)
+
+
+def test_hook_retroexit_losses(painter: nn.Module, use: Callable[[object], Host], tmp_path: Path) -> None:
+    seen: list[tuple[int, ...]] = []
+
+    class Recorded(nn.HuberLoss):
+        def forward(self, image: Tensor, target: Tensor) -> Tensor:
+            seen.append(tuple(image.shape))
+            return super().forward(image, target)
+
+    class Offers:
+        @hookimpl
+        def retroexit_losses(self) -> dict[str, Callable[[], Any]]:
+            return {"huber": Recorded}
+
+    host = use(Offers())
+    assert isinstance(host.loss("huber"), nn.HuberLoss)
+    assert host.losses() == ("huber", "l1")
+    model = wrap(painter, image_range=(-1, 1))
+    with pytest.raises(PluginError, match="no loss 'hubber'; closest: 'huber'"):
+        retroexit.fit(model, SAMPLES, tmp_path, metric=Gradient(), losses={"hubber": 1.0}, **QUICK)
+    retroexit.fit(model, SAMPLES, tmp_path, metric=Gradient(), losses={"huber": 2.0}, **QUICK)
+    assert (2, 3, 8, 8) in seen
+    assert model.about["fit"]["losses"] == {"huber": 2.0}
+
+
+def test_hook_retroexit_width_rules(painter: nn.Module, use: Callable[[object], Host]) -> None:
+    class Offers:
+        @hookimpl
+        def retroexit_width_rules(self) -> dict[str, Callable[[int, float, int], int]]:
+            return {"odd": lambda channels, scale, least: max(least, int(channels * scale)) | 1}
+
+    host = use(Offers())
+    assert host.width_rules() == ("floor", "multiple-of-8", "odd")
+    assert host.width_rule("odd")(16, 0.5, 4) == 9
+    assert wrap(painter, width_rule="odd").branches[0].tail.get_submodule("rgb").in_channels == 9
+    assert wrap(painter).branches[0].tail.get_submodule("rgb").in_channels == 8
+    with pytest.raises(PluginError, match="no width rule 'od'; closest: 'odd'"):
+        wrap(painter, width_rule="od")
+
+
+def test_a_width_rule_out_of_range_is_named(painter: nn.Module, use: Callable[[object], Host]) -> None:
+    class Offers:
+        @hookimpl
+        def retroexit_width_rules(self) -> dict[str, Callable[[int, float, int], int]]:
+            return {"huge": lambda channels, scale, least: channels + 1}
+
+    use(Offers())
+    with pytest.raises(OptionError, match="width rule 'huge' for 16 channels at scale 0.5; found 17"):
+        wrap(painter, width_rule="huge")
+
+
+def test_hook_retroexit_commands(use: Callable[[object], Host], capsys: pytest.CaptureFixture[str]) -> None:
+    def greet(name: str = "you") -> None:
+        """Greet somebody."""
+        typer.echo(f"hello {name}")
+
+    class Offers:
+        @hookimpl
+        def retroexit_commands(self) -> dict[str, Callable[..., Any]]:
+            return {"greet": greet}
+
+    host = use(Offers())
+    assert host.commands()["greet"] is greet
+    shown = {}
+    for words in (["--help"], ["greet", "--name", "me"], ["plugins"]):
+        with pytest.raises(SystemExit) as end:
+            cli.main(words)
+        assert not end.value.code
+        shown[words[0]] = capsys.readouterr().out
+    assert re.search(r"^\s*greet\s+Greet somebody\.", shown["--help"], re.MULTILINE)
+    assert shown["greet"] == "hello me\n"
+    assert re.search(r"^retroexit_commands +mine +greet$", shown["plugins"], re.MULTILINE)
+
+
+def test_every_hook_has_a_test_a_documented_signature_and_a_row_in_the_readme() -> None:
+    hooks = [name for name in hookspecs.__all__ if name.startswith("retroexit_")]
+    assert set(hooks) <= set(retroexit.plugins.__all__)
+    readme = README.read_text()
+    for hook in hooks:
+        assert f"test_hook_{hook}" in globals()
+        doc = getattr(hookspecs, hook).__doc__
+        assert doc.splitlines()[0].endswith(".")
+        assert "Returns:" in doc
+        assert f"| `{hook}(" in readme
+
+
+# What more than one plug-in says.
+
+
+def test_the_newest_plugin_that_knows_a_generator_is_believed_unless_another_is_named(empty: Host) -> None:
+    class Says:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        @hookimpl
+        def retroexit_describe(self) -> Description:
+            return Description(name=self.name)
+
+    for name in ("first", "second"):
+        empty.register(Says(name), name)
+    found = empty.describe(nn.ReLU()), empty.describe(nn.ReLU(), "first")
+    assert [known.name for known in found if known is not None] == ["second", "first"]
+    with pytest.raises(PluginError, match="no plug-in 'third'; installed: 'first', 'second'"):
+        empty.describe(nn.ReLU(), "third")
+
+
+def test_an_adapter_may_be_named_and_has_to_recognise_the_generator(
+    painter: nn.Module, toys: ModuleType, use: Callable[[object], Host]
+) -> None:
+    class Knows:
+        @hookimpl
+        def retroexit_describe(self, generator: nn.Module) -> Description | None:
+            return Description(name="a painter") if isinstance(generator, Painter) else None
+
+    use(Knows())
+    wrap(painter, adapter="mine")
+    with pytest.raises(
+        OptionError, match="adapter='mine'; found that this plug-in does not recognise a ReLU"
+    ):
+        retroexit.wrap(nn.ReLU().eval(), [1], 1 / 2, adapter="mine")
+    with pytest.raises(PluginError, match="no plug-in 'a painter'"):
+        wrap(painter, adapter="a painter")
+
+
+@pytest.mark.parametrize(
+    ("make", "cause"),
+    [(lambda generator: "judge", "is 'judge'; return a torch.nn.Module"), (lambda: None, "raised TypeError")],
+)
+def test_a_discriminator_that_cannot_be_made_is_named(empty: Host, make: Any, cause: str) -> None:
+    class Knows:
+        @hookimpl
+        def retroexit_describe(self) -> Description:
+            return Description(name="relu", discriminator=make)
+
+    empty.register(Knows(), "knows")
+    with pytest.raises(PluginError, match=f"the discriminator of relu by plug-in 'knows' {cause}"):
+        empty.discriminator(nn.ReLU())

@@ -1,0 +1,74 @@
+"""A generator that is converted after it was wrapped: exits follow, or the error says how."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import retroexit
+from retroexit.errors import DeviceError, InputMismatchError
+
+
+@pytest.fixture
+def toy(toys: ModuleType) -> Any:
+    return toys.TOYS["group_norm"]()
+
+
+@pytest.fixture
+def model(toy: Any) -> retroexit.EarlyExitGenerator:
+    return retroexit.wrap(toy.generator, [1, 2], 1 / 4, min_channels=8, example_inputs=toy.args)
+
+
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16, torch.float64])
+def test_exits_follow_when_the_model_is_converted(
+    toy: Any, model: retroexit.EarlyExitGenerator, precision: torch.dtype
+) -> None:
+    with torch.no_grad():
+        exact = [model(*toy.args, exit=leave) for leave in (1, 2)]
+        model.to(precision)
+        inputs = [value.to(precision) for value in toy.args]
+        assert torch.equal(model(*inputs, exit=3), toy.generator(*inputs))
+        assert torch.equal(model.all_exits(*inputs)[-1], toy.generator(*inputs))
+        for leave, before in zip((1, 2), exact, strict=True):
+            image = model(*inputs, exit=leave)
+            assert image.dtype == precision
+            torch.testing.assert_close(image.float(), before, rtol=0.05, atol=0.05)
+
+
+def test_inputs_in_another_precision_than_the_generators_are_refused(
+    toy: Any, model: retroexit.EarlyExitGenerator
+) -> None:
+    inputs = [value.half() for value in toy.args]
+    with pytest.raises(InputMismatchError, match=r"torch\.float16 at .*, recorded torch\.float32"):
+        model(*inputs, exit=1)
+
+
+def test_a_branch_that_was_left_behind_is_refused(toy: Any, model: retroexit.EarlyExitGenerator) -> None:
+    toy.generator.half()
+    inputs = [value.half() for value in toy.args]
+    message = r"generator in torch\.float16 and the branch in torch\.float32.*model\.to\(torch\.float16\)"
+    with pytest.raises(DeviceError, match=message):
+        model(*inputs, exit=1)
+
+
+def test_a_generator_that_names_its_precision_is_refused_in_another() -> None:
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.Conv2d(16, 16, 3, padding=1) for _ in range(3))
+            self.rgb = nn.Conv2d(16, 3, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                x = block(x).relu().to(torch.float32 if x.dtype == torch.float32 else x.dtype)
+            return self.rgb(x)
+
+    x = torch.rand(1, 16, 8, 8)
+    model = retroexit.wrap(Fixed().eval(), ["blocks.0"], 1 / 2, min_channels=8, example_inputs=(x,))
+    model.half()
+    with pytest.raises(InputMismatchError, match=r"in torch\.float16; .*fixes sizes or types.*Wrap again"):
+        model(x.half(), exit=1)
