@@ -1,30 +1,34 @@
 """When are found stages those that a person would pick? One rule for all generators.
 
-A person's list says where the decoder's modules end. A found list is accepted if
+A person's list says where the decoder's modules end. What may be among them or not is marked: the stem, an
+attention layer of its own, a norm, and a single layer that resizes in front of blocks of the new resolution.
+A found list is accepted if
 
 1. nothing strange is in it: every found stage is one of the person's places, lies inside one, or holds
-   some;
-2. nothing is missing: every place of the person that is not optional is found, holds a found stage, or lies
-   inside a found one;
-3. the grain is alike: at least half and at most twice as many stages as the person has. So a finder may pair
-   blocks up, or open each into two, but neither swallow the decoder whole nor list its layers.
+   some, no more than two of those that are not optional;
+2. nothing is missing: every place of the person that is not optional is found, lies inside a found stage, or
+   holds found stages that do at least half of its work;
+3. the grain is alike: at least half as many stages as the person must have, and at most twice as many plus
+   the optional ones. So a finder may pair blocks up, or open each into two, but neither swallow the decoder
+   whole nor list its layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from generators.entry import expand
 
 __all__ = ["judge_stages"]
 
 
-def judge_stages(found: Sequence[str], wanted: str) -> str:
+def judge_stages(found: Sequence[str], wanted: str, work: Mapping[str, int] | None = None) -> str:
     """Compare found stages with a person's; empty if a person would accept them, else what is wrong.
 
     Args:
         found: Paths that the finder returned.
         wanted: The person's list, in the notation of `Entry.stages`.
+        work: MACs by module path; without them, any found stage inside a place stands for it.
 
     Returns:
         The first objection, or an empty string.
@@ -33,21 +37,39 @@ def judge_stages(found: Sequence[str], wanted: str) -> str:
     ''
     >>> judge_stages(["down.1", "up.0", "up.1"], "up.{0-1}")
     'down.1 is none of the stages'
+    >>> judge_stages(["up.0.norm", "up.1"], "up.{0-1}", {"up.0": 10, "up.0.norm": 1, "up.1": 10})
+    'up.0 is missing'
     """
-    places = [word.removeprefix("?").split("|") for word in expand(wanted)]
-    needed = [place for place, word in zip(places, expand(wanted), strict=True) if not word.startswith("?")]
+    words = expand(wanted)
+    places = [word.removeprefix("?").split("|") for word in words]
+    needed = [place for place, word in zip(places, words, strict=True) if not word.startswith("?")]
     for path in found:
         if not any(_related(path, name) for place in places for name in place):
             return f"{path} is none of the stages"
+        held = sum(any(_inside(name, path) for name in place) for place in needed)
+        if held > 2:
+            return f"{path} holds {held} stages"
     for place in needed:
-        if not any(_related(path, name) for path in found for name in place):
+        if not any(_is_found(name, found, work or {}) for name in place):
             return f"{place[0]} is missing"
     if not len(needed) <= 2 * len(found):
         return f"{len(found)} stages for {len(needed)}: too coarse"
-    if not len(found) <= 2 * len(places):
-        return f"{len(found)} stages for {len(places)}: too fine"
+    if not len(found) <= len(needed) + len(places):
+        return f"{len(found)} stages for {len(needed)}: too fine"
     return ""
 
 
+def _is_found(name: str, found: Sequence[str], work: Mapping[str, int]) -> bool:
+    if any(path == name or _inside(name, path) for path in found):
+        return True
+    parts = [path for path in found if _inside(path, name)]
+    # A container that is never called has no work of its own to compare with.
+    return bool(parts) and 2 * sum(work.get(path, 0) for path in parts) >= work.get(name, 0)
+
+
+def _inside(a: str, b: str) -> bool:
+    return a.startswith(f"{b}.")
+
+
 def _related(a: str, b: str) -> bool:
-    return f"{a}.".startswith(f"{b}.") or f"{b}.".startswith(f"{a}.")
+    return a == b or _inside(a, b) or _inside(b, a)

@@ -74,7 +74,8 @@ ENTRIES = (
     Entry(
         "transformers-encodec-decoder",
         encodec_decoder,
-        "?layers.0 ?layers.1 layers.3|layers.4 ?layers.4 layers.6|layers.7 ?layers.7 layers.9|layers.10 ?layers.10",
+        "?layers.0 ?layers.1 layers.3|layers.4 ?layers.4 layers.6|layers.7 ?layers.7 layers.9|layers.10 "
+        "?layers.10",
         ["transformers"],
     ),
     Entry("transformers-dac-decoder", dac_decoder, "?conv1 block.{0-2}", ["transformers"]),

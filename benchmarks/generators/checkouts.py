@@ -1,4 +1,4 @@
-"""Generators in checkouts of public repositories, imported from there; nothing of them is part of this project."""
+"""Generators in checkouts of public repositories, imported from there; nothing of them is ours."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def oasis(folder: Path) -> Made:
 
 
 def spade(folder: Path) -> Made:
-    with _absent_modules_stubbed():
+    with _absent_modules_stubbed(folder):
         module = _load(folder, "models.networks.generator")
     options = SimpleNamespace(
         ngf=16,
@@ -47,7 +47,7 @@ def spade(folder: Path) -> Made:
         num_upsampling_layers="normal",
         crop_size=64,
         aspect_ratio=1.0,
-        norm_G="spectralspadesyncbatch3x3",
+        norm_G="spectralspadebatch3x3",
     )
     return Made(module.SPADEGenerator(options), (torch.rand(1, 6, 64, 64),))
 
@@ -105,7 +105,7 @@ def rrdbnet(folder: Path) -> Made:
 
 
 def megaportraits(folder: Path) -> Made:
-    with _absent_modules_stubbed("torchvision", "lpips"):
+    with _absent_modules_stubbed(folder):
         module = _load(folder, "model")
     return Made(module.G2d(96), (torch.randn(1, 96, 4, 4),))
 
@@ -116,9 +116,9 @@ def _load(folder: Path, name: str) -> ModuleType:
 
 
 @contextmanager
-def _absent_modules_stubbed(*present: str) -> Iterator[None]:
-    """Let a file import what is not installed and not needed for its generator."""
-    finder = _Stubs()
+def _absent_modules_stubbed(folder: Path) -> Iterator[None]:
+    """Let the files of a checkout import what is not installed and not needed for their generator."""
+    finder = _Stubs(folder)
     sys.meta_path.append(finder)
     try:
         yield
@@ -127,11 +127,26 @@ def _absent_modules_stubbed(*present: str) -> Iterator[None]:
 
 
 class _Stubs:
-    """The last finder: whatever no other finder knows is an empty module that has every name."""
+    """The last finder: whatever no other finder knows is an empty module that has every name.
+
+    Only for files of one checkout: installed packages try optional ones and do without where they are absent.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = str(folder)
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: Any = None) -> ModuleSpec | None:
-        outside = path is None or not Path(str(next(iter(path), ""))).exists()
-        return ModuleSpec(name, self, is_package=True) if outside else None
+        return ModuleSpec(name, self, is_package=True) if self._asks() else None
+
+    def _asks(self) -> bool:
+        """Tell whether the file that imports is one of the checkout's."""
+        frame = sys._getframe(1)
+        while frame is not None:
+            name = frame.f_code.co_filename
+            if "importlib" not in name and name != __file__:
+                return name.startswith(self.folder)
+            frame = frame.f_back
+        return False
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         return mock.MagicMock(name=spec.name, __path__=["stub"], __spec__=spec)
@@ -172,13 +187,13 @@ ENTRIES = (
     Entry(
         "pix2pixhd-local",
         pix2pixhd_local,
-        "?model.10 model.{13-16} model.17 model.20 model.23 model1_2.{0-2} model1_2.3",
+        "?model.10 model.{13-16} model.17 model.20 ?model.23 model1_2.{0-2} model1_2.3",
         checkout="pix2pixHD",
     ),
     Entry(
         "cyclegan-resnet",
         cyclegan_resnet,
-        "?model.7 model.{10-15} model.16 model.19",
+        "?model.8 model.{12-19} model.20|model.21 ?model.21 model.24|model.25 ?model.25",
         checkout="pytorch-CycleGAN-and-pix2pix",
     ),
     Entry(

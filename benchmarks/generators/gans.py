@@ -14,12 +14,12 @@ __all__ = ["ENTRIES"]
 def biggan() -> Made:
     from pytorch_pretrained_biggan import BigGAN, BigGANConfig
 
-    layers = [(False, 8, 8), (True, 8, 4), (False, 4, 4), (True, 4, 2), (False, 2, 2), (True, 2, 1)]
+    layers = [(False, 16, 16), (True, 16, 8), (True, 8, 4), (False, 4, 4), (True, 4, 2), (True, 2, 1)]
     config = BigGANConfig(
-        output_dim=32,
+        output_dim=64,
         z_dim=16,
         class_embed_dim=16,
-        channel_width=16,
+        channel_width=8,
         num_classes=10,
         layers=layers,
         attention_layer_position=4,

@@ -132,14 +132,14 @@ ENTRIES = (
     Entry(
         "diffusers-tiny",
         autoencoder_tiny,
-        "?decoder.layers.0 decoder.layers.{2-4} decoder.layers.6 decoder.layers.{7-9} decoder.layers.11 "
-        "decoder.layers.{12-14} decoder.layers.16 decoder.layers.17",
+        "?decoder.layers.0 decoder.layers.{2-4} ?decoder.layers.6 decoder.layers.{7-9} ?decoder.layers.11 "
+        "decoder.layers.{12-14} ?decoder.layers.16 decoder.layers.17",
         ["diffusers"],
     ),
     Entry(
         "diffusers-tiny-decoder",
         autoencoder_tiny_decoder,
-        "?layers.0 layers.{2-4} layers.6 layers.{7-9} layers.11 layers.{12-14} layers.16 layers.17",
+        "?layers.0 layers.{2-4} ?layers.6 layers.{7-9} ?layers.11 layers.{12-14} ?layers.16 layers.17",
         ["diffusers"],
     ),
     Entry("diffusers-vq", vq_model, _BLOCKS, ["diffusers"]),

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import retroexit
 from generators.acceptance import judge_stages
 from generators.entry import Entry, Made
+from retroexit.decoder.record import record
 from retroexit.decoder.structure import cloned, rebuild, tensors
 from retroexit.model import EarlyExitGenerator
 
@@ -111,7 +112,7 @@ def measure_entry(entry: Entry, folder: Path | None = None, scales: Sequence[flo
     before, state = attempt("run", _run, made), _state(made.generator)
     stages = attempt("stages", _find, made, entry)
     row.found = [stage.path for stage in stages or ()]
-    row.objection = judge_stages(row.found, entry.stages)
+    row.objection = judge_stages(row.found, entry.stages, attempt("work", _work, made) or {})
     places = spread(len(row.found))
     if not places or before is None:
         return row
@@ -134,6 +135,19 @@ def spread(count: int) -> list[int]:
 
 def _find(made: Made, entry: Entry) -> list[retroexit.Stage]:
     return retroexit.find_stages(made.generator, made.args, made.kwargs, image=entry.image)
+
+
+def _work(made: Made) -> dict[str, int]:
+    """MACs by module path; of a container that is never called, those of what is in it."""
+    found: dict[str, int] = {}
+    calls = record(made.generator, made.args, made.kwargs).calls
+    called = {call.path for call in calls}
+    for call in calls:
+        found[call.path] = found.get(call.path, 0) + call.macs
+        outer = call.path
+        while (outer := outer.rpartition(".")[0]) and outer not in called:
+            found[outer] = found.get(outer, 0) + call.macs
+    return found
 
 
 def _plain_wrap(entry: Entry, made: Made, places: list[int], scale: float) -> EarlyExitGenerator:

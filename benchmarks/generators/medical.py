@@ -44,7 +44,9 @@ def vqvae() -> Made:
 def swin_unetr() -> Made:
     from monai.networks.nets import SwinUNETR
 
-    return Made(SwinUNETR(1, 2, feature_size=24, depths=(1, 1, 1, 1)), (torch.rand(1, 1, 64, 64, 64),))
+    return Made(
+        SwinUNETR(1, 2, feature_size=24, depths=(1, 1, 1, 1), spatial_dims=2), (torch.rand(1, 1, 64, 64),)
+    )
 
 
 ENTRIES = (
@@ -52,13 +54,18 @@ ENTRIES = (
     Entry(
         "monai-unet-3d",
         unet_3d,
-        "?model.1.submodule.1.submodule.1.submodule model.1.submodule.1.submodule.2 model.1.submodule.2 ?model.2",
+        "?model.1.submodule.1.submodule.1.submodule model.1.submodule.1.submodule.2 model.1.submodule.2 "
+        "?model.2",
         ["monai"],
     ),
     Entry("monai-spade", spade_net, "?decoder.conv_init decoder.blocks.{0-2}", ["monai"]),
-    # One convolution, then per level two residual units and a transposed convolution; the last one is the image.
+    # A convolution, then per level two residual units and a transposed one; the last makes the image.
     Entry(
-        "monai-vqvae", vqvae, "?decoder.blocks.0 decoder.blocks.{1-8} ?decoder.blocks.9", ["monai", "einops"]
+        "monai-vqvae",
+        vqvae,
+        "?decoder.blocks.0 decoder.blocks.{1-2} ?decoder.blocks.3 decoder.blocks.{4-5} ?decoder.blocks.6 "
+        "decoder.blocks.{7-8} ?decoder.blocks.9",
+        ["monai", "einops"],
     ),
     Entry("monai-swin-unetr", swin_unetr, "?encoder10 decoder{5-1}", ["monai", "einops"]),
 )

@@ -1,330 +1,299 @@
 """Pick l_1..l_N in a recording (paper section 3.1: "a series of convolutional modules we label l_i").
 
-A person who picks stages looks for the coarsest modules that hand the feature map from one to the next.
-The same is read off a recording here: start from the generator, open a module while it is a mere container or
-spans several resolutions, then keep what lies on the way from the smallest feature map to the image.
+A person who picks stages looks for the coarsest modules of like grain that hand the feature map from one to
+the next on its way from the smallest map to the image. The same is read off a recording here: leave encoders
+out, open modules that span several resolutions or are many times as deep as their neighbours, follow the
+longest way up through what is left, and drop the glue.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Sequence
+from itertools import pairwise
+from statistics import median
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import fx
 
+from retroexit.decoder.image import find_image, is_map
+from retroexit.decoder.parts import FEW_CHANNELS, Part, ancestors_of, length_of, read_parts, rises, shrinks
 from retroexit.decoder.record import Recording
-from retroexit.decoder.recorder import Call, assemble
-from retroexit.decoder.structure import flatten
-from retroexit.errors import AttachPointError, OptionError, OutputError
+from retroexit.errors import AttachPointError
 
-__all__ = ["choose_stages", "find_image", "is_map"]
+__all__ = ["choose_stages"]
 
-_HEAD_CHANNELS = 4  # a map with so few channels is an image or a mask, not a feature
-
-
-def find_image(recording: Recording, wanted: Any) -> tuple[tuple[Any, ...], fx.Node]:
-    """Find the image among the outputs: its path there, and its node."""
-    nodes = recording.nodes
-    produced = _output_nodes(nodes[-1].args[0])
-    maps = {
-        path: (node, leaf)
-        for (path, leaf), node in zip(_tensor_leaves(recording.output), produced, strict=True)
-        if leaf.dim() >= 3 and leaf.is_floating_point()
-    }
-    if wanted is not None:
-        path = wanted if isinstance(wanted, tuple) else (wanted,)
-        if path not in maps:
-            raise OptionError(
-                f"asked for image={wanted!r}; found maps at {_list(maps)} in the output. Pass one of these "
-                "keys.",
-                wanted,
-            )
-        return path, maps[path][0]
-    flat = {path: pair for path, pair in maps.items() if pair[1].dim() >= 4} or maps
-    if not flat:
-        raise OutputError(
-            "found no image among the generator's outputs: no tensor of shape (N, C, ...). "
-            "Wrap the module that returns the image.",
-            recording.output,
-        )
-    if len(flat) > 1:
-        raise OutputError(
-            f"found {len(flat)} image outputs, at {_list(flat)}; exits are judged by one image. Say which "
-            "with "
-            f"image={next(iter(flat))[-1]!r} or another of these keys.",
-            recording.output,
-        )
-    path = next(iter(flat))
-    return path, flat[path][0]
-
-
-def _tensor_leaves(output: Any) -> list[tuple[tuple[Any, ...], Tensor]]:
-    return [(path, leaf) for path, leaf in flatten(output) if isinstance(leaf, Tensor)]
-
-
-def _output_nodes(result: Any) -> list[fx.Node]:
-    """Nodes of the tensors in the output, in order; an assembled output is looked into."""
-    found: list[fx.Node] = []
-    for _, leaf in flatten(result):
-        if isinstance(leaf, fx.Node) and leaf.target is assemble:
-            found.extend(_output_nodes(leaf.args[1]))
-        elif isinstance(leaf, fx.Node) and not leaf.meta.get("size"):
-            found.append(leaf)
-    return found
-
-
-def _list(maps: dict[tuple[Any, ...], tuple[fx.Node, Tensor]]) -> str:
-    return ", ".join(
-        f"{path[-1] if path else 'output'!r} {tuple(leaf.shape)}" for path, (_, leaf) in maps.items()
-    )
-
-
-@dataclass
-class _Candidate:
-    call: Call
-    output: fx.Node
-    children: list[_Candidate]
-    weight_layers: int
-    entering: list[fx.Node]
-    has_parts: bool
-    end: str = ""
-
-    @property
-    def size(self) -> int:
-        """Length of the last spatial axis."""
-        return int(self.output.meta["shape"][-1])
-
-    @property
-    def input_size(self) -> int:
-        """Length of the last spatial axis of the features that go in; conditioning maps do not count."""
-        return int(max((n.meta["shape"][-1] for n in self.entering), default=self.size))
-
-    @property
-    def is_atom(self) -> bool:
-        return self.weight_layers <= 1
-
-    @property
-    def is_bare(self) -> bool:
-        """Tell whether it is a layer without parts."""
-        return not self.has_parts
-
-    def sizes(self) -> set[int]:
-        """Lengths of the last spatial axis that occur inside, of maps laid out like the output."""
-        own = self.output.meta["shape"][2:]
-        shapes = [node.meta["shape"][2:] for node in self.outputs()]
-        return {
-            int(shape[-1])
-            for shape in shapes
-            if all(n * own[-1] == shape[-1] * o for n, o in zip(shape, own, strict=True))
-        }
-
-    def outputs(self) -> set[fx.Node]:
-        """Outputs of all calls inside, its own included."""
-        return {self.output}.union(*(child.outputs() for child in self.children))
-
-
-class _Reader:
-    """Looks at a deep recording the way a person does who picks stages."""
-
-    def __init__(self, recording: Recording, image: fx.Node) -> None:
-        self.recording, self.image = recording, image
-        self.opens_heads = False
-        self.nodes = recording.nodes
-        self.index = {node: i for i, node in enumerate(self.nodes)}
-        self.ancestors = _ancestors(image)
-        self.features = self._features()
-        self.times = Counter(call.path for call in recording.calls)
-        self.children: dict[int | None, list[int]] = {}
-        for i, call in enumerate(recording.calls):
-            self.children.setdefault(call.parent, []).append(i)
-
-    @property
-    def head_channels(self) -> int:
-        """Maps with no more channels than this are images or masks."""
-        return max(_HEAD_CHANNELS, int(self.image.meta["shape"][1]))
-
-    def _features(self) -> set[fx.Node]:
-        """Nodes that depend on a weight, as opposed to conditioning made from the inputs alone."""
-        found: set[fx.Node] = set()
-        weighted = {
-            self.nodes[call.end - 1]
-            for call in self.recording.calls
-            if call.end and _has_weights(call.module)
-        }
-        for node in self.nodes:
-            if (node in weighted and node.op == "call_module") or any(
-                used in found or used.meta.get("parameter") for used in node.all_input_nodes
-            ):
-                found.add(node)
-        return found
-
-    def candidate(self, i: int) -> _Candidate | None:
-        """A call that could be a stage, with the calls inside it that could be one."""
-        call = self.recording.calls[i]
-        outputs = [
-            n for n in call.outputs if n in self.ancestors and n in self.features and is_map(n, self.image)
-        ]
-        usable = bool(outputs) and call.macs > 0 and (call.path == "" or self.times[call.path] == 1)
-        children = [c for j in self.children.get(i, ()) if (c := self.candidate(j)) is not None]
-        if not usable and call.path:
-            return None
-        output = max(outputs, key=lambda n: n.meta["shape"][1]) if outputs else self.image
-        entering = [n for n in call.inputs if n in self.features and is_map(n, self.image)]
-        return _Candidate(
-            call, output, children, self.weight_layers(i), entering, i in self.children, call.path
-        )
-
-    def weight_layers(self, i: int) -> int:
-        """Number of called layers with MACs inside a call; one for a bare convolution."""
-        inner = self.children.get(i, ())
-        return sum(self.weight_layers(j) for j in inner) or int(self.recording.calls[i].macs > 0)
-
-    def opens(self, candidate: _Candidate) -> bool:
-        """Tell whether a module is to be looked into rather than taken as one stage."""
-        blocks = [c for c in candidate.children if not c.is_atom]
-        if candidate.call.path == "":
-            return True
-        if candidate.is_atom or not candidate.children:
-            return False
-        if self.opens_heads and candidate.output.meta["shape"][1] <= self.head_channels:
-            return True
-        if len(candidate.children) == 1:
-            only = candidate.children[0]
-            return only.call.macs > 0.95 * candidate.call.macs and not only.is_atom and self.opens(only)
-        if isinstance(candidate.call.module, (nn.Sequential, nn.ModuleList)) and len(blocks) >= 2:
-            return True
-        sizes = candidate.sizes()
-        if len(sizes) >= 3 and max(sizes) >= 4 * min(sizes):
-            return True
-        kinds = Counter(type(c.call.module).__name__ for c in blocks)
-        is_large = candidate.call.macs > 0.5 * self.recording.macs
-        return is_large and max(kinds.values(), default=0) >= 3 and self.is_chain(candidate)
-
-    def is_chain(self, candidate: _Candidate) -> bool:
-        """Tell whether inside a module each block hands only its own output on to the next."""
-        outside = self.nodes[candidate.call.end :]
-        for child in candidate.children[:-1]:
-            later = self.nodes[child.call.end : candidate.call.end]
-            made = self.nodes[candidate.call.begin : child.call.end]
-            used_later = {used for node in later for used in node.all_input_nodes}
-            used_outside = {used for node in outside for used in node.all_input_nodes}
-            spatial = [
-                n
-                for n in made
-                if n in self.features and n in used_later - used_outside and is_map(n, self.image)
-            ]
-            if any(n is not child.output for n in spatial):
-                return False
-        return True
-
-    def partition(self, candidate: _Candidate) -> list[_Candidate]:
-        """Break a module into the coarsest stages."""
-        if not self.opens(candidate):
-            return [candidate]
-        parts = [part for child in candidate.children for part in self.partition(child)]
-        if isinstance(candidate.call.module, nn.Sequential):
-            self.close(candidate, parts)
-        return parts
-
-    def close(self, container: _Candidate, parts: list[_Candidate]) -> None:
-        """Let a bare convolution in a flat sequence end behind the norm and activation that follow it."""
-        calls = self.recording.calls
-        inside = self.children.get(calls.index(container.call), ())
-        by_path = {part.call.path: part for part in parts}
-        current: _Candidate | None = None
-        for j in inside:
-            call = calls[j]
-            part = by_path.get(call.path)
-            if part is not None or call.macs > 0:
-                current = part if part is not None and part.is_atom else None
-                continue
-            shapes = {n.meta["shape"] for n in call.outputs}
-            if current is None or shapes != {current.output.meta["shape"]}:
-                current = None
-                continue
-            current.end, current.output = call.path, call.outputs[0]
-
-    def select(self, parts: list[_Candidate]) -> list[_Candidate]:
-        """Keep the decoder: from the smallest feature map to the image, without heads and side branches."""
-        parts = [p for p in parts if p.output.meta["shape"][1] > self.head_channels]
-        if not parts:
-            return []
-        smallest = min(p.size for p in parts)
-        starts = [
-            i for i, p in enumerate(parts) if p.size == smallest and (i == 0 or parts[i - 1].size != smallest)
-        ]
-        parts = [p for p in parts[starts[-1] :] if p.input_size <= p.size]
-        kept: list[_Candidate] = []
-        for part in reversed(parts):
-            if not kept or part.output in _ancestors(kept[0].output):
-                kept.insert(0, part)
-        return self._without_glue(self._prefer_narrow_places(kept))
-
-    def _prefer_narrow_places(self, parts: list[_Candidate]) -> list[_Candidate]:
-        """Where enough stages are the only feature map alive at their end, take only those."""
-        alone = [p for p in parts if not self._alive_beside(p)]
-        total = sum(p.call.macs for p in parts)
-        return alone if len(alone) >= 2 and sum(p.call.macs for p in alone) >= 0.5 * total else parts
-
-    def _alive_beside(self, part: _Candidate) -> list[fx.Node]:
-        end = self.index[part.output]
-        return [
-            n
-            for n in self.features & self.ancestors
-            if self.index[n] <= end
-            and n is not part.output
-            and n.op != "get_attr"
-            and is_map(n, self.image)
-            and n.meta["shape"][1] > self.head_channels
-            and any(self.index[u] > end and u in self.ancestors for u in n.users)
-        ]
-
-    @staticmethod
-    def _without_glue(parts: list[_Candidate]) -> list[_Candidate]:
-        """Drop bare layers between blocks that do most of the work, unless they raise the resolution."""
-        total = sum(p.call.macs for p in parts)
-        for is_glue in (lambda p: p.is_atom, lambda p: p.is_bare):
-            blocks = [p for p in parts if not is_glue(p)]
-            if len(blocks) >= 3 and sum(p.call.macs for p in blocks) >= 0.4 * total:
-                return [p for p in parts if not is_glue(p) or p.input_size < p.size]
-        return parts
+_FEW_STAGES = 3  # with fewer there is hardly a choice of exits
+_DEEPER = 3  # a module this many times as deep as its neighbours holds stages rather than is one
+_ALIKE = 0.25  # a parallel branch with this share of another's work is its equal
+_SPAN = 4  # a module whose parts differ this much in resolution holds stages too
+_WORK = 0.4  # blocks that do this share of a level's work make single layers beside them glue
+_MUCH = 0.2  # share of all work but the encoders' that makes a module a decoder rather than one of its stages
+_NARROW = 8  # a first map this many times narrower than the second is no feature map
+_NEGLIGIBLE = 0.03  # share of a level's work below which a module is glue
 
 
 def choose_stages(recording: Recording, image: Any) -> dict[str, str]:
-    """Pick the stages of a deep recording: path -> path of the module that closes the stage."""
+    """Pick the stages of a deep recording: path -> path of the module that closes the stage.
+
+    Args:
+        recording: One execution, with every layer as a node.
+        image: Key, index or path of the image in the output, where it returns several maps.
+
+    Raises:
+        AttachPointError: If no module passes a feature map on to the image.
+    """
     _, node = find_image(recording, image)
-    reader = _Reader(recording, node)
-    root = reader.candidate(0)
-    parts = reader.select(reader.partition(root)) if root is not None else []
-    if not parts and root is not None:
-        reader.opens_heads = True  # one sequence from input to image is no stage, but what is inside may be
-        parts = reader.select(reader.partition(root))
-    if not parts:
+    root = read_parts(recording, node)
+    chooser = _Chooser(recording, node)
+    stages = chooser.choose(root) if root is not None else []
+    if _work_elsewhere(recording, stages):
+        times = Counter(call.path for call in recording.calls if call.path and call.macs)
+        often = [f"{path!r} runs {n} times" for path, n in times.items() if n > 1][:3]
+        because = f" ({', '.join(often)}, and so has no single place behind it)" if often else ""
         raise AttachPointError(
-            "found no decoder stage: no module with weights passes a feature map on to the image. "
-            "Name them with stages=[...].",
+            "asked for the decoder's stages; found no module with weights that passes a feature map on to "
+            f"the image{because}. Name them with stages=[...], or wrap the module that renders the image.",
             recording,
         )
-    return {part.call.path: part.end for part in parts}
+    return {part.path: part.closing for part in stages}
 
 
-def _has_weights(module: nn.Module) -> bool:
-    return any(True for _ in module.parameters())
+def _work_elsewhere(recording: Recording, stages: Sequence[Part]) -> bool:
+    """Tell whether there are no stages, or next to nothing beside modules that run more than once."""
+    times = Counter(call.path for call in recording.calls)
+    repeated = max((call.macs for call in recording.calls if times[call.path] > 1), default=0)
+    return not stages or sum(part.call.macs for part in stages) < _NEGLIGIBLE * repeated
 
 
-def is_map(node: fx.Node, image: fx.Node) -> bool:
-    """Tell whether a node is a map with as many axes as the image."""
-    shape = node.meta.get("shape", ())
-    return len(shape) == len(image.meta["shape"]) and len(shape) >= 3 and (max(shape[2:]) > 1)
+class _Chooser:
+    def __init__(self, recording: Recording, image: fx.Node) -> None:
+        self.nodes, self.image = recording.nodes, image
+        self.work = 0
+
+    def choose(self, root: Part) -> list[Part]:
+        """Open modules until the stages are many enough and of like grain."""
+        self.work = root.call.macs - _encoders_work(root)
+        parts: list[Part] | None = [p for child in root.children for p in self.spread(child)]
+        while parts is not None:
+            stages = self.select(parts)
+            now, more = parts, len(stages) + 1
+            choices = (self.opened(now, part, more) for part in self.worth_opening(stages, now))
+            parts = next((finer for finer in choices if finer is not None), None)
+        return stages
+
+    def opened(self, parts: Sequence[Part], part: Part, least: int) -> list[Part] | None:
+        """Open one of the parts, and those inside it, until there are enough stages; ``None`` if never."""
+        at = list(parts).index(part)
+        inside = [p for step in _steps(part) for p in self.spread(step)]
+        finer = [*parts[:at], *inside, *parts[at + 1 :]]
+        if len(self.select(finer)) >= least:
+            return finer
+        inner = sorted((p for p in inside if len(_steps(p)) >= 2), key=lambda p: -p.depth)
+        return next((f for p in inner if (f := self.opened(finer, p, least)) is not None), None)
+
+    def spread(self, part: Part) -> list[Part]:
+        """Open what cannot be a stage: it goes up through several resolutions, or down and up again."""
+        if part.is_encoder:
+            return []
+        if self.spans(part) or shrinks(part.length, part.input_length):
+            return [p for child in part.children for p in self.spread(child)]
+        return [part]
+
+    def spans(self, part: Part) -> bool:
+        """Tell whether a module goes up through at least three resolutions and does much of the work."""
+        if part.is_atom or part.call.macs < _MUCH * self.work:
+            return False
+        leaves = [p for p in part.inside() if not p.children]
+        way, _ = _Ways(self.nodes, part.output, self.usable(leaves)).longest()
+        levels = 1 + sum(rises(b.length, a.length) for a, b in pairwise(way))
+        return levels >= 3 and way[-1].length >= _SPAN * way[0].length
+
+    def worth_opening(self, stages: Sequence[Part], parts: Sequence[Part]) -> list[Part]:
+        """Modules that should be looked into, the deepest first."""
+        if len(stages) < _FEW_STAGES:
+            found = [
+                p
+                for p in (stages or parts)
+                if len(_steps(p)) >= 2 and (len(stages) < 2 or self.is_chain(p) or _goes_down_too(p))
+            ]
+        else:
+            typical = median(part.depth for part in stages)
+            found = [p for p in stages if p.depth >= _DEEPER * typical and self.is_chain(p)]
+        return sorted(found, key=lambda part: -part.depth)
+
+    def is_chain(self, part: Part) -> bool:
+        """Tell whether inside a module each part hands only its own map on to the next."""
+        steps = _steps(part)
+        if not steps or part.is_sequence:
+            return bool(steps)
+        used_outside = {used for node in self.nodes[part.call.end :] for used in node.all_input_nodes}
+        for step in steps[:-1]:
+            later = self.nodes[step.call.end : part.call.end]
+            used_later = {used for node in later for used in node.all_input_nodes} - used_outside
+            made = self.nodes[part.call.begin : step.call.end]
+            crossing = [n for n in made if n in used_later and n.op != "get_attr" and is_map(n, self.image)]
+            if any(n is not step.output for n in crossing):
+                return False
+        return True
+
+    # From parts to stages.
+
+    def select(self, parts: Sequence[Part]) -> list[Part]:
+        """Keep the way from the smallest feature map to the image, without heads and side branches."""
+        way, beside = _Ways(self.nodes, self.image, self.usable(parts)).longest()
+        while len(way) > 1 and self.is_head(way[-1]):
+            way.pop()
+        while len(way) > 1 and _NARROW * way[0].channels <= way[1].channels:
+            way.pop(0)  # a mask or a latent, of which the feature map is yet to be made
+        apart = [p for p in way if p not in beside]
+        way = apart if len(apart) >= 2 else way
+        stages = _without_glue(way)
+        return stages if len(stages) >= _FEW_STAGES else way
+
+    @staticmethod
+    def usable(parts: Sequence[Part]) -> list[Part]:
+        """Leave out what lowers the resolution and what hands on no feature map."""
+        return [
+            p
+            for p in parts
+            if not (p.is_encoder or p.is_pyramid or shrinks(p.length, p.input_length))
+            and not (p.is_atom and p.channels <= FEW_CHANNELS)
+        ]
+
+    def is_head(self, part: Part) -> bool:
+        """Tell whether a single layer turns the last feature map into the image."""
+        return part.is_atom and part.channels <= int(self.image.meta["shape"][1])
 
 
-def _ancestors(node: fx.Node) -> set[fx.Node]:
-    seen: set[fx.Node] = set()
-    stack = [node]
-    while stack:
-        current = stack.pop()
-        if current not in seen:
-            seen.add(current)
-            stack.extend(current.all_input_nodes)
-    return seen
+class _Ways:
+    """Ways through parts: which hands its map to which."""
+
+    def __init__(self, nodes: Sequence[fx.Node], image: fx.Node, parts: Sequence[Part]) -> None:
+        self.parts = sorted(parts, key=lambda part: part.call.end)
+        owner = {
+            node: i for i, part in enumerate(self.parts) for node in nodes[part.call.begin : part.call.end]
+        }
+        owner |= {part.output: i for i, part in enumerate(self.parts)}
+        ends = {i: part.call.end for i, part in enumerate(self.parts)}
+        position = {node: i for i, node in enumerate(nodes)}
+        reach: dict[fx.Node, int] = {}  # bit i: part i hands something to this node, with no part in between
+        needed = ancestors_of(image)
+        before = [0] * len(self.parts)
+        for node in nodes:
+            through = 0
+            for used in node.all_input_nodes:
+                through |= reach[used]
+            i = owner.get(node)
+            if i is not None and position[node] < ends[i]:
+                for used in node.all_input_nodes:
+                    if owner.get(used) != i:
+                        before[i] |= reach[used]
+            reach[node] = through if i is None else 1 << i
+        self.before = [{j for j in range(len(self.parts)) if mask >> j & 1} for mask in before]
+        self.last = {j for j in range(len(self.parts)) if reach[image] >> j & 1 and image in needed}
+
+    def longest(self) -> tuple[list[Part], list[Part]]:
+        """Follow the way to the image that climbs through most resolutions, then the one with most parts.
+
+        Returns:
+            The parts on the way, and those of them that have an equal beside them: parallel branches whose
+            results are merged, so that neither alone carries the map on.
+        """
+        score: list[tuple[int, int, int]] = []
+        come_from: list[int | None] = []
+        for i, part in enumerate(self.parts):
+            best: tuple[tuple[int, int, int], int | None] = ((1, 1, -1), None)
+            for j in sorted(self.before[i]):
+                source = self.parts[j]
+                if j >= i or source.channels <= FEW_CHANNELS or shrinks(part.length, source.length):
+                    continue
+                levels = score[j][0] + rises(part.length, source.length)
+                best = max(best, ((levels, score[j][1] + 1, j), j), key=lambda pair: pair[0])
+            score.append(best[0])
+            come_from.append(best[1])
+        if not self.last:
+            return [], []
+        at: int | None = max(self.last, key=lambda i: (*score[i][:2], i))
+        way: list[int] = []
+        while at is not None:
+            way.insert(0, at)
+            at = come_from[at]
+        return [self.parts[i] for i in way], [self.parts[i] for i in self._parallel(way)]
+
+    def _parallel(self, way: Sequence[int]) -> list[int]:
+        above: list[set[int]] = []  # everything that a part depends on
+        for i in range(len(self.parts)):
+            above.append(set().union(*({j} | above[j] for j in self.before[i] if j < i)))
+        to_image = self.last | set().union(*(above[i] for i in self.last))
+        found = []
+        for k, i in enumerate(way):
+            if k == 0:
+                continue
+            then = above[way[k + 1]] if k + 1 < len(way) else to_image
+            for j in set(range(len(self.parts))) - set(way):
+                is_between = way[k - 1] in above[j] and j in then
+                is_apart = i not in above[j] and j not in above[i]
+                if is_between and is_apart and self.parts[j].call.macs >= _ALIKE * self.parts[i].call.macs:
+                    found.append(i)
+                    break
+        return found
+
+
+def _steps(part: Part) -> list[Part]:
+    """Parts inside a module, without encoders; of a mere wrapper, those inside what it wraps."""
+    steps = [child for child in part.children if not child.is_encoder]
+    return _steps(steps[0]) if len(steps) == 1 and steps[0].children else steps
+
+
+def _goes_down_too(part: Part) -> bool:
+    return any(inner.is_encoder for inner in part.inside())
+
+
+def _encoders_work(part: Part) -> int:
+    return sum(child.call.macs if child.is_encoder else _encoders_work(child) for child in part.children)
+
+
+def _without_glue(way: Sequence[Part]) -> list[Part]:
+    """Drop single layers where blocks of the same resolution do the work, and what does hardly any."""
+    levels: list[list[Part]] = []
+    length = 0.0
+    for part in way:
+        here = _rearranged(part)
+        if not levels or rises(here, length):
+            levels.append([])
+            length = here
+        levels[-1].append(part)
+    kept: list[Part] = []
+    for level in levels:
+        total = sum(part.call.macs for part in level)
+        working = [part for part in level if part.call.macs >= _NEGLIGIBLE * total]
+        blocks = [part for part in working if not part.is_atom]
+        layers = [part for part in working if part.has_parts]
+        for better in (blocks, layers):
+            if sum(part.call.macs for part in better) >= _WORK * total:
+                working = better
+                break
+        kept.extend(working)
+    return kept
+
+
+def _rearranged(part: Part) -> float:
+    """Side of a part's map once channels have been moved into space, as a pixel shuffle does."""
+    node, length = part.output, part.length
+    while len(node.users) == 1:
+        node = next(iter(node.users))
+        shape = node.meta.get("shape", ())
+        if len(shape) != len(part.output.meta["shape"]) or _count(shape) != _count(part.output.meta["shape"]):
+            break
+        if node.meta.get("macs"):
+            break
+        length = length_of(node)
+    return max(length, part.length)
+
+
+def _count(shape: Sequence[int]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total

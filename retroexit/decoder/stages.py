@@ -11,7 +11,8 @@ from typing import Any
 from torch import fx, nn
 
 from retroexit.decoder.cut import Cut, cut_at
-from retroexit.decoder.picking import choose_stages, find_image, is_map
+from retroexit.decoder.image import find_image, is_map
+from retroexit.decoder.picking import choose_stages
 from retroexit.decoder.record import Recording, record
 from retroexit.decoder.recorder import Call
 from retroexit.errors import AttachPointError, RepeatedStageError, closest
@@ -167,6 +168,7 @@ def read_decoder(
         GeneratorError, RecordingError: See `find_stages`.
     """
     deep = record(generator, args, kwargs)
+    _, deep_image = find_image(deep, image)
     ran = Counter(call.path for call in deep.calls if call.path)
     chosen = {path: path for path in stages} if stages is not None else choose_stages(deep, image)
     for path in (*chosen, *also):
@@ -175,6 +177,7 @@ def read_decoder(
     opened = {"", *(".".join(p.split(".")[:i]) for p in keep for i in range(1, p.count(".") + 1))}
     shallow = record(generator, args, kwargs, lambda path, module: path not in opened)
     image_path, image_node = find_image(shallow, image)
+    image_node.meta["map_rank"] = deep_image.meta["map_rank"]  # layers inside stages are out of sight here
     draft = Decoder(shallow, (), image_node, image_path)
     found = tuple(
         describe_stage(draft, path, index, end) for index, (path, end) in enumerate(chosen.items(), 1)

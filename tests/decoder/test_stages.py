@@ -5,25 +5,17 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import retroexit
 
-PARTS = {  # a sequence of a block and something with weights of its own is two stages
-    "layer_norm_over_channels": [f"blocks.{i}.{j}" for i in range(3) for j in range(2)],
-    "attention_single_head": [f"blocks.{i}.{j}" for i in range(3) for j in range(2)],
-    "attention_multi_head": [f"blocks.{i}.{j}" for i in range(3) for j in range(2)],
-}
 
-
-def test_the_stages_of_every_toy(every_toy: Any, request: pytest.FixtureRequest) -> None:
+def test_the_stages_of_every_toy(every_toy: Any) -> None:
     toy = every_toy
-    name = request.node.callspec.params["every_toy"]
     found = retroexit.find_stages(toy.generator, toy.args, toy.kwargs)
-    assert [s.path for s in found] == PARTS.get(name, list(toy.stages))
+    assert [s.path for s in found] == list(toy.stages)
     assert [s.index for s in found] == list(range(1, len(found) + 1))
 
 
@@ -62,8 +54,7 @@ def test_stages_nest_inside_containers_and_the_encoder_is_left_out() -> None:
             return self.decoder["image"](self.decoder["up"](self.encoder(x)))
 
     found = retroexit.find_stages(Coder().eval(), (torch.rand(1, 3, 32, 32),))
-    assert [s.path for s in found][-3:] == ["decoder.up.0", "decoder.up.1", "decoder.up.2"]
-    assert all(not s.path.startswith(("encoder.0", "encoder.1")) for s in found)
+    assert [s.path for s in found] == ["decoder.up.0", "decoder.up.1", "decoder.up.2"]
 
 
 def test_a_branch_may_sit_behind_a_container_or_inside_a_stage(toys: ModuleType) -> None:
@@ -73,4 +64,4 @@ def test_a_branch_may_sit_behind_a_container_or_inside_a_stage(toys: ModuleType)
         want = toy.generator(*toy.args)
         assert all(torch.equal(model(*toy.args, exit=k), want) for k in (1, 2, 3))
     assert [e.attach_at for e in model.exits] == ["blocks.0.0.a", "blocks.1", ""]
-    assert [e.depth for e in model.exits[:2]] == [5, 2]
+    assert [e.depth for e in model.exits[:2]] == [2, 1]
