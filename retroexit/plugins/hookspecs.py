@@ -1,11 +1,11 @@
 """Every hook that a plug-in may implement: signatures and documentation, nothing else.
 
-A plug-in is a module, or an object that is no class, whose functions carry `hookimpl`; a distribution announces
-it under the entry-point group ``retroexit``. A hook may leave out arguments that it does not need, and may not
-give defaults to the others. Wrappers are not supported: every result has one author, so that a mistake can be
-reported under its name. A hook for another version of retroexit, which this one does not know, is marked
-``hookimpl(optionalhook=True)``. Hooks are asked when something of their kind is first looked up; import heavy
-dependencies inside them, or later.
+A plug-in is a module, or an object that is no class, whose functions carry `hookimpl`; a distribution
+announces it under the entry-point group ``retroexit``. A hook may leave out arguments that it does not need,
+and may not give defaults to the others. Wrappers are not supported: every result has one author, so that a
+mistake can be reported under its name. A hook for another version of retroexit, which this one does not know,
+is marked ``hookimpl(optionalhook=True)``. Hooks are asked when something of their kind is first looked up;
+import heavy dependencies inside them, or later.
 
 A name that we offer stays ours. One that two other plug-ins offer is an error when it is asked for.
 `retroexit.testing.check_adapter` tests what an adapter says.
