@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from retroexit.branch.exchange import BuildStage
 from retroexit.branch.widths import WidthRule
-from retroexit.decoder.stages import Stage
-from retroexit.decoder.stages import find_stages as _find_stages
+from retroexit.decoder.naming import forward_signature
+from retroexit.decoder.stages import Decoder, Stage, read_decoder
 from retroexit.errors import GeneratorError, OptionError, RetroExitWarning, closest
 from retroexit.evaluation.measure import measure
 from retroexit.evaluation.quality import QualityMetric
@@ -28,7 +28,7 @@ from retroexit.training.fit import FitSettings, fit_model
 from retroexit.training.losses import QUALITY
 from retroexit.wrapping import WrapOptions
 
-__all__ = ["evaluate", "find_stages", "fit", "load", "wrap"]
+__all__ = ["evaluate", "find_stages", "fit", "load", "read_generator", "wrap"]
 
 _OWN_KEYWORDS = ("exit", "threshold")
 
@@ -296,6 +296,8 @@ def find_stages(
 ) -> list[Stage]:
     """List the stages l_1..l_N of a generator, with cost, output shape and live values.
 
+    `retroexit.stage_table` prints them, `retroexit.evaluation.decoder_picture` draws them.
+
     Args:
         generator: A trained generator in eval mode.
         example_inputs: Positional inputs that it accepts; an adapter may make them.
@@ -303,21 +305,41 @@ def find_stages(
         image: Key of the image in its output, where it returns several maps.
 
     Returns:
-        The stages, in order.
+        The stages, in order; those marked ``is_suggested`` are good places for branches.
 
     Raises:
         GeneratorError, RecordingError: See `wrap`.
+
+    Reference: paper section 3.1.
     """
-    if example_inputs is None:
-        known = _describe(generator, None)
+    return list(read_generator(generator, example_inputs, example_kwargs, image=image).stages)
+
+
+def read_generator(
+    generator: nn.Module,
+    example_inputs: Sequence[Any] | None = None,
+    example_kwargs: dict[str, Any] | None = None,
+    *,
+    image: Any = None,
+) -> Decoder:
+    """Read a generator as `wrap` does: its stages and the execution behind them. See `find_stages`."""
+    known = _describe(generator, None)
+    if example_inputs is None and not example_kwargs:
         if known is None or known.example_inputs is None:
             raise OptionError(
                 f"asked for the stages of {type(generator).__name__}; found no adapter that can make its "
-                "inputs. Pass example_inputs=(...).",
+                f"inputs, {forward_signature(generator)}. Pass example_inputs=(...); on the command line, "
+                "--shape 1,32,16,32 once per input, or a factory that returns (generator, inputs).",
                 generator,
             )
         example_inputs, example_kwargs = known.example_inputs(generator)
-    return _find_stages(generator, example_inputs, example_kwargs, image=image)
+    return read_decoder(
+        generator,
+        tuple(example_inputs or ()),
+        example_kwargs,
+        stages=None if known is None else known.stages,
+        image=image if image is not None or known is None else known.image,
+    )
 
 
 def _describe(generator: nn.Module, adapter: Description | str | bool | None) -> Description | None:

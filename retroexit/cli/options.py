@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Final
+from typing import Annotated, Final
 
-__all__ = ["TARGET", "resumable"]
+import typer
+
+__all__ = ["TARGET", "FactoryArguments", "resumable"]
 
 TARGET: Final = "Where the trained generator comes from: package.module:factory or path/to/file.py:factory."
+
+FactoryArguments = Annotated[
+    str,
+    typer.Option(
+        "--args", help="Arguments of the factory, Python literals as in a call: \"256, norm='batch'\"."
+    ),
+]
 
 
 @contextmanager
