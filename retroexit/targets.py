@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import inspect
 import logging
+import re
 import sys
 from collections.abc import Callable, Sequence
 from fractions import Fraction
@@ -55,10 +56,7 @@ def load_object(spec: str) -> Any:
     except Exception as error:
         logger.info("importing %s", spec, exc_info=True)
         raise OptionError(
-            f"asked for {spec!r}; found {type(error).__name__}: {error}. Check the spelling, run it in the "
-            f"folder that holds the module (this is {Path.cwd()}), or write path/to/file.py:factory. Set "
-            "RETROEXIT_VERBOSE=1 to see where it was raised.",
-            spec,
+            f"asked for {spec!r}; found {type(error).__name__}: {error}. {_import_advice(where, error)}", spec
         ) from error
     for part in name.split("."):
         if not hasattr(found, part):
@@ -68,6 +66,19 @@ def load_object(spec: str) -> Any:
             )
         found = getattr(found, part)
     return found
+
+
+def _import_advice(where: str, error: Exception) -> str:
+    if isinstance(error, FileNotFoundError) and where.endswith(".py"):
+        return f"Check the path; this is {Path.cwd()}."
+    if isinstance(error, ModuleNotFoundError):
+        if error.name and f"{where}.".startswith(f"{error.name}."):
+            return (
+                f"Check the spelling, run it in the folder that holds the module (this is {Path.cwd()}), or "
+                "write path/to/file.py:factory."
+            )
+        return f"The module imports {error.name}: install that."
+    return "Correct the module; set RETROEXIT_VERBOSE=1 to see where it was raised."
 
 
 def parse_arguments(text: str) -> tuple[list[Any], dict[str, Any]]:
@@ -254,7 +265,7 @@ def random_inputs(texts: Sequence[str], like: nn.Module | None = None) -> Inputs
         name, is_named, rest = text.rpartition("=")
         shape, _, kind = rest.partition(":")
         try:
-            sizes = [int(number) for number in shape.split(",")] if shape.strip() else []
+            sizes = [int(number) for number in re.split("[,x]", shape)] if shape.strip() else []
             drawn = _draw(sizes, kind.strip(), torch.float32 if own is None else own.dtype)
         except (ValueError, RuntimeError) as error:
             raise OptionError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import textwrap
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -56,7 +57,8 @@ def inspect(
     total = f"{decoder.recording.macs / scale:.3f} {unit}"
     typer.echo(decoder_table(decoder))
     if inputs is not None:
-        typer.echo(f"thop   {total} in all; thop: {cross_check(generator, decoder.recording.macs, *inputs)}")
+        checked = f"thop   {cross_check(generator, decoder.recording.macs, *inputs)}"
+        typer.echo(textwrap.fill(checked, 100, subsequent_indent=" " * 7))
     typer.echo(_next_steps(decoder, target, factory_arguments, key))
     if picture is not None:
         title = f"{type(generator).__name__}: {len(decoder.stages)} stages, {total}"
@@ -84,8 +86,14 @@ def _next_steps(decoder: Decoder, target: str, arguments: str, image: Any) -> st
     output = "" if image is None else f", image={image!r}"
     lines = ["\nto go on:", f"  model = retroexit.wrap(generator, attach_at={places}, scale=1 / 4{output})"]
     if image is None:  # `fit` finds the image by itself
-        made = f" --args {shlex.quote(arguments)}" if arguments else ""
+        made = f" --args {_quoted(arguments)}" if arguments else ""
         at = ",".join(map(str, places))
-        fit = f"retroexit fit {shlex.quote(target)}{made} --inputs mydata:train"
-        lines.append(f"  {fit} --attach-at {at} --scale 1/4 --out runs/mine")
+        lines.append(f"  retroexit fit {_quoted(target)}{made} --inputs mydata:train \\")
+        lines.append(f"      --attach-at {at} --scale 1/4 --out runs/mine")
     return "\n".join(lines)
+
+
+def _quoted(text: str) -> str:
+    """Quote a word for the shell, readably where it holds single quotes only."""
+    plain = "'" in text and not set(text) & set('"$`\\!')
+    return f'"{text}"' if plain else shlex.quote(text)

@@ -44,6 +44,9 @@ def live_spans(stages: Sequence[Stage]) -> list[LiveSpan]:
             shapes[name] = shape
     spans = []
     for name, where in after.items():
+        # A second thing that a stage returns is named after it.
+        inside = (s.index for s in stages if name.startswith((f"{s.path}[", f"{s.path}.")))
         appears = where[0] if where[0] > stages[0].index else 0
-        spans.append(LiveSpan(name, shapes[name], features.get(name, appears), where[0], where[-1]))
+        made_by = features.get(name, next(inside, appears))
+        spans.append(LiveSpan(name, shapes[name], made_by, where[0], where[-1]))
     return sorted(spans, key=lambda span: (span.first, -span.last))

@@ -25,9 +25,9 @@ def suggest_attach_points(stages: Sequence[Stage]) -> list[int]:
     The rule: four aims are spread evenly, in MACs, from where the decoder begins to where 20 % are left to
     save. For each aim the stage wins whose cumulative share is nearest; where several are within 5 % of the
     backbone, the one with the fewest numbers in live values, which a branch takes in besides the feature.
-    Where one stage is nearest to several aims and fewer than three come out, the stages farthest from these
-    that leave 20 % are added, unless within 5 %. Where no stage but the last leaves 20 %, only the one that
-    leaves most is suggested.
+    No two are within 5 % of each other; where that leaves fewer than three, the stages farthest from these
+    that leave 20 % are added. Where no stage but the last leaves 20 %, only the one that leaves most is
+    suggested.
 
     Args:
         stages: l_1..l_N, from `retroexit.find_stages`.
@@ -41,20 +41,19 @@ def suggest_attach_points(stages: Sequence[Stage]) -> list[int]:
         return [max(possible, key=lambda s: s.saves).index] if possible else []
     start = stages[0].cumulative - stages[0].share
     chosen: list[Stage] = []
+
+    def apart(stage: Stage) -> float:
+        """How far a stage is from those that are chosen, or 0 if it is too near."""
+        distance = min((abs(stage.cumulative - c.cumulative) for c in chosen), default=1.0)
+        return distance if distance > _NEAR else 0.0
+
     for exit_ in range(_EXITS):
         aim = start + (exit_ + 0.5) / _EXITS * (1 - _LEAST_SAVED - start)
         near = [s for s in worthwhile if abs(s.cumulative - aim) <= _NEAR]
-        best = (
-            min(near, key=lambda s: (s.live_size, abs(s.cumulative - aim)))
-            if near
-            else min(worthwhile, key=lambda s: abs(s.cumulative - aim))
-        )
-        if best not in chosen:
+        nearest = min(worthwhile, key=lambda s: abs(s.cumulative - aim))
+        best = min(near or [nearest], key=lambda s: (s.live_size, abs(s.cumulative - aim)))
+        if apart(best):
             chosen.append(best)
-    while len(chosen) < _FEWEST:
-        apart = {s.index: min(abs(s.cumulative - c.cumulative) for c in chosen) for s in worthwhile}
-        farthest = max(worthwhile, key=lambda s: apart[s.index])
-        if apart[farthest.index] <= _NEAR:
-            break
+    while len(chosen) < _FEWEST and apart(farthest := max(worthwhile, key=apart)):
         chosen.append(farthest)
     return sorted(s.index for s in chosen)

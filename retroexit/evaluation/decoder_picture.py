@@ -35,7 +35,8 @@ _FORMATS: Final = (".svg", ".png", ".pdf")
 _INK, _GREY, _PALE = "#222222", "#767676", "#E4E4E4"
 _STAGE, _SPENT, _ELSE, _LIVE, _EXIT = "#0072B2", "#D5E5F0", "#B8B8B8", "#00795A", "#C64F00"
 _STYLE: Final[dict[Any, Any]] = {
-    "font.family": ["DejaVu Sans", "sans-serif"],
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial"],
     "svg.fonttype": "none",
     "svg.hashsalt": "decoder",
 }
