@@ -13,13 +13,12 @@ from torch import Tensor, nn
 
 from retroexit.branch.exchange import BuildStage
 from retroexit.branch.widths import WidthRule
-from retroexit.decoder.naming import forward_signature
-from retroexit.decoder.stages import Decoder, Stage, read_decoder
 from retroexit.errors import GeneratorError, OptionError, RetroExitWarning, closest
 from retroexit.evaluation.measure import measure
 from retroexit.evaluation.quality import QualityMetric
 from retroexit.evaluation.sweep import Evaluation
 from retroexit.guidance.options import Guidance
+from retroexit.inspection import find_stages
 from retroexit.model import EarlyExitGenerator
 from retroexit.plugins.hookspecs import Description
 from retroexit.plugins.host import host
@@ -28,7 +27,7 @@ from retroexit.training.fit import FitSettings, fit_model
 from retroexit.training.losses import QUALITY
 from retroexit.wrapping import WrapOptions
 
-__all__ = ["evaluate", "find_stages", "fit", "load", "read_generator", "wrap"]
+__all__ = ["evaluate", "find_stages", "fit", "load", "wrap"]
 
 _OWN_KEYWORDS = ("exit", "threshold")
 
@@ -285,61 +284,6 @@ def _metric(metric: QualityMetric | str, weights: str | Path | None) -> QualityM
     name = "lpips-alex" if metric == "lpips" else metric
     made = host().metric(name)
     return made(weights=weights) if weights is not None else made()
-
-
-def find_stages(
-    generator: nn.Module,
-    example_inputs: Sequence[Any] | None = None,
-    example_kwargs: dict[str, Any] | None = None,
-    *,
-    image: Any = None,
-) -> list[Stage]:
-    """List the stages l_1..l_N of a generator, with cost, output shape and live values.
-
-    `retroexit.stage_table` prints them, `retroexit.evaluation.decoder_picture` draws them.
-
-    Args:
-        generator: A trained generator in eval mode.
-        example_inputs: Positional inputs that it accepts; an adapter may make them.
-        example_kwargs: Keyword inputs.
-        image: Key of the image in its output, where it returns several maps.
-
-    Returns:
-        The stages, in order; those marked ``is_suggested`` are good places for branches.
-
-    Raises:
-        GeneratorError, RecordingError: See `wrap`.
-
-    Reference: paper section 3.1.
-    """
-    return list(read_generator(generator, example_inputs, example_kwargs, image=image).stages)
-
-
-def read_generator(
-    generator: nn.Module,
-    example_inputs: Sequence[Any] | None = None,
-    example_kwargs: dict[str, Any] | None = None,
-    *,
-    image: Any = None,
-) -> Decoder:
-    """Read a generator as `wrap` does: its stages and the execution behind them. See `find_stages`."""
-    known = _describe(generator, None)
-    if example_inputs is None and not example_kwargs:
-        if known is None or known.example_inputs is None:
-            raise OptionError(
-                f"asked for the stages of {type(generator).__name__}; found no adapter that can make its "
-                f"inputs, {forward_signature(generator)}. Pass example_inputs=(...); on the command line, "
-                "--shape 1,32,16,32 once per input, or a factory that returns (generator, inputs).",
-                generator,
-            )
-        example_inputs, example_kwargs = known.example_inputs(generator)
-    return read_decoder(
-        generator,
-        tuple(example_inputs or ()),
-        example_kwargs,
-        stages=None if known is None else known.stages,
-        image=image if image is not None or known is None else known.image,
-    )
 
 
 def _describe(generator: nn.Module, adapter: Description | str | bool | None) -> Description | None:

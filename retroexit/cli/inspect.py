@@ -10,13 +10,13 @@ from typing import Annotated, Any
 
 import typer
 
-from retroexit.api import read_generator
 from retroexit.cli.options import TARGET, FactoryArguments
 from retroexit.decoder.facts import decoder_facts
 from retroexit.decoder.stages import Decoder
 from retroexit.errors import OptionError
 from retroexit.evaluation.decoder_picture import check_picture, draw_decoder
 from retroexit.evaluation.macs import cross_check
+from retroexit.inspection import read_generator
 from retroexit.stage_table import decoder_table
 from retroexit.tables import unit_of
 from retroexit.targets import load_generator, random_inputs

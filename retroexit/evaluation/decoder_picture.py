@@ -106,7 +106,7 @@ def draw_decoder(stages: Sequence[Stage], file: str | Path, title: str = "") -> 
         kind = path.suffix.lower()[1:]
         # Dates would make equal pictures differ.
         stamp = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)
-        figure.savefig(path, format=kind, dpi=200, metadata=stamp)
+        figure.savefig(path, format=kind, dpi=160, metadata=stamp)
 
 
 class _Drawing:

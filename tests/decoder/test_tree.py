@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from retroexit.api import read_generator
 from retroexit.decoder.tree import Part, module_tree
+from retroexit.inspection import read_generator
 
 
 class Block(nn.Module):
