@@ -37,7 +37,8 @@ _ROW: Final = 0.22
 _MOST_ROWS: Final = 12
 _EXPLAINED: Final = (
     "Box: the higher the finer the resolution, the wider the more channels. Lines under the boxes: live "
-    "values, which a branch needs besides the feature. Orange: suggested exits, and what each saves at best."
+    "values, which a branch needs besides the feature. Grey: what runs between stages. Orange: suggested "
+    "exits, and what each saves at best."
 )
 
 
