@@ -149,7 +149,7 @@ def _fit(head: Sequence[str], rows: Sequence[list[str]]) -> None:
     for row in rows:
         for column in (_MODULE, _CLASS):
             text = row[column].lstrip(" ")
-            indent = min(len(row[column]) - len(text), widths[column] // 2)
+            indent = min(len(row[column]) - len(text), max(0, widths[column] - 8))
             row[column] = " " * indent + shorten(text, widths[column] - indent)
 
 
