@@ -1,12 +1,12 @@
 """Count the computational routes of the paper's Tables 1 and 2 and print them beside the paper's numbers.
 
 What the paper prints as GFLOPs are giga multiply-accumulates. It does not say which counter it used. One
-count serves both tables here: multiply-accumulates of convolutions, and one addition per output for each bias,
-as ptflops counts. It holds in every cell of Table 1 (within 1 GMAC), and in every cell of Table 2 that any
-reading fits. Two other counts hold in fewer:
+count serves both tables here: multiply-accumulates of convolutions, and one addition per output for each
+bias, as ptflops counts. It holds in every cell of Table 1 (within 1 GMAC), and in every cell of Table 2 that
+any reading fits. Two other counts hold in fewer:
 
-* Multiply-accumulates alone, which retroexit prints everywhere and which stand beside ours here. They are up to
-  0.26 GMACs less, and miss Table 1 by 0.01 beyond its GMAC in exit 2 at 1/2 and by 0.04 in exit 4.
+* Multiply-accumulates alone, which retroexit prints everywhere and which stand beside ours here. They are up
+  to 0.26 GMACs less, and miss Table 1 by 0.01 beyond its GMAC in exit 2 at 1/2 and by 0.04 in exit 4.
 * thop's count by layer types, where a normalisation costs four operations per number: within 0.91 in Table 1,
   but 213.40 for the backbone of Table 2, 0.40 too many.
 
@@ -42,12 +42,16 @@ from retroexit.evaluation.macs import count_macs
 from retroexit.routing.predictor import Predictor
 
 SCALES = {"1/2": 1 / 2, "1/3": 1 / 3, "1/4": 1 / 4, "1/6": 1 / 6, "1/15": 1 / 15}
-TABLE_1 = {
+TABLE_1: dict[str, tuple[int, ...]] = {
     "1/2": (157, 171, 193, 227, 319),
     "1/3": (137, 154, 182, 227, 319),
     "1/4": (120, 138, 168, 227, 319),
 }
-TABLE_2 = {"1/3": (65, 100, 136, 213), "1/6": (51, 89, 135, 213), "1/15": (47, 85, 127, 213)}
+TABLE_2: dict[str, tuple[int, ...]] = {
+    "1/3": (65, 100, 136, 213),
+    "1/6": (51, 89, 135, 213),
+    "1/15": (47, 85, 127, 213),
+}
 ENLARGED = 8
 """How many times larger maps are than those that branches are built on."""
 

@@ -29,9 +29,10 @@ class Description:
             from which the predictor judges how hard an input is (paper 3.2). ``C`` must not vary.
         key_after: Stage whose output the keys of a guidance bank are cut from, by number or path, where the
             user names none; the first attach point otherwise (paper 3.3).
-        value_after: Stage whose output the values are cut from, likewise; the middle stage otherwise.
+        value_after: Stage whose output the values are cut from, likewise, or ``"image"`` for the backbone's
+            image; the middle stage otherwise, and the image where ``key`` is given.
         key: Called with the generator's own arguments; returns the key of every input, ``(N, D)``, for a bank
-            of whole frames such as head pose and expression (paper 4.2).
+            of whole frames such as head pose and expression (paper 4.2). Users can ask for patches instead.
         build_stage: Builds a thin stage of this generator alone; otherwise the plug-ins that implement
             `retroexit_build_stage` are asked, which holds for a kind of stage wherever it occurs. Arguments
             and result are described there.

@@ -62,7 +62,15 @@ def fitted(driven: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> tuple
     model = retroexit.wrap(driven, [2, 4, 6], 1 / 4, min_channels=4, guidance=True, adapter=describe(driven))
     frames = list(zip(*drivers(FRAMES, 1), strict=True))
     retroexit.fit(
-        model, frames, folder, metric=Distance(), steps=2, batch=2, predictor_steps=20, progress=False
+        model,
+        frames,
+        folder,
+        metric=Distance(),
+        steps=2,
+        batch=2,
+        crop=16,
+        predictor_steps=20,
+        progress=False,
     )
     return model, folder
 
@@ -173,6 +181,21 @@ def test_a_saved_model_finds_the_same_frames(
         assert torch.equal(loaded(*batch, exit=exit), model(*batch, exit=exit))
     assert loaded.options.guidance == model.options.guidance
     assert loaded.overhead() == model.overhead()
+
+
+def test_an_evaluation_measures_the_distance_to_the_frame_that_is_found(fitted: tuple[Any, Path]) -> None:
+    model, _ = fitted
+    feature, angles, expression = drivers(3, 17)
+    samples = list(zip(feature, angles, expression, strict=True))
+    found = retroexit.evaluate(model, samples, metric=Distance(), repeats=0, progress=False)
+    _, frame_angles, frame_expressions = drivers(FRAMES, 1)
+    for i in range(3):
+        k = nearest(angles[i], expression[i])
+        squares = (frame_angles[k] - angles[i]).square().sum()
+        squares += (frame_expressions[k] - expression[i]).square().sum()
+        assert found.distance[i] == pytest.approx(float(squares.sqrt()), rel=1e-4)
+    # One search of all frames, and the predictor.
+    assert found.overhead[0] - found.overhead[-1] == FRAMES * 515
 
 
 def test_another_source_face_is_another_bank(fitted: tuple[Any, Path], driven: nn.Module) -> None:

@@ -45,12 +45,6 @@ def posed() -> nn.Module:
 
 
 @pytest.fixture
-def stages() -> tuple[str, ...]:
-    """Paths of the generator's stages."""
-    return tuple(f"stages.{i}" for i in range(4))
-
-
-@pytest.fixture
 def metric() -> QualityMetric:
     """A quality metric that takes images of any size."""
     return Distance()
