@@ -76,9 +76,7 @@ class Divisors(TorchFunctionMode):
             module = frame.f_locals.get("self")
             path = self._path.get(id(module)) if isinstance(module, nn.Module) else None
             if path is not None:
-                names = [
-                    name for name, value in vars(module).items() if type(value) is int and value == number
-                ]
+                names = [name for name, value in vars(module).items() if type(value) is int and value == number]
                 return (path, names[0]) if len(names) == 1 else None
             frame = frame.f_back  # type: ignore[assignment]
         return None

@@ -105,6 +105,6 @@ def _fits_gpu(size: int) -> bool:
 
 
 def _lists(keys: int, width: int) -> str:
-    """Name inverted lists, four times the square root of the number of keys, and 16 numbers to a code byte."""
+    """Name inverted lists: four times the square root of the number of keys, 16 numbers to a byte."""
     parts = next(parts for parts in range(max(1, width // 16), 0, -1) if width % parts == 0)
     return f"IVF{int(4 * math.sqrt(keys))},PQ{parts}"

@@ -179,7 +179,7 @@ def _hush(native: Any) -> None:
         if hasattr(native, wrapper):
             _hush(downcast(getattr(native, wrapper)))
     for trained in (native, getattr(native, "pq", None)):
-        if hasattr(trained, "cp"):
+        if trained is not None and hasattr(trained, "cp"):
             trained.cp.min_points_per_centroid = 1
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ def multiplies_bfloat16() -> bool:
     """
     if not torch.backends.mkldnn.is_available():
         return False
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     if capabilities:
         return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
     asks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # until torch 2.10
@@ -131,7 +132,7 @@ def _product(queries: Tensor, keys: Tensor) -> Tensor:
 
 
 def _smallest_by_groups(score: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Do as `smallest` does, faster: the ``k`` smallest numbers lie in the ``k`` groups of smallest minima."""
+    """Do as `smallest` does, faster: the ``k`` smallest lie in the ``k`` groups of smallest minima."""
     groups = score.shape[1] // _GROUP
     if groups <= 2 * k:
         return smallest(score, k)
