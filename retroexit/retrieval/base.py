@@ -366,10 +366,11 @@ class Retriever(ABC):
         if ids.shape[1] > 1:
             ids = np.sort(ids, axis=1)
         missing = ids < 0
-        missing[:, 1:] |= ids[:, 1:] == ids[:, :-1]  # an approximate index may name a key twice
         distances = pair_distances(queries, self._keys, self._first[np.maximum(ids, 0)])
-        distances[missing] = np.inf
         if ids.shape[1] > 1:
+            missing[:, 1:] |= ids[:, 1:] == ids[:, :-1]  # an approximate index may name a key twice
+            distances[missing] = np.inf
             order = np.argsort(distances, axis=1, kind="stable")[:, :k]  # stable: equal distances by id
-            ids, distances = np.take_along_axis(ids, order, 1), np.take_along_axis(distances, order, 1)
+            return np.take_along_axis(ids, order, 1), np.take_along_axis(distances, order, 1)
+        distances[missing] = np.inf
         return ids, distances

@@ -47,18 +47,16 @@ def nearest(
     Returns:
         Row numbers, int64 ``(Q, k)``, nearest first.
     """
-    found = torch.empty((len(queries), k), dtype=torch.int64, device=keys.device)
-    for top in range(0, len(queries), QUERIES):
-        block = queries[top : top + QUERIES]
+    if len(queries) > QUERIES:
+        return torch.cat([nearest(block, keys, k, norms, centre) for block in queries.split(QUERIES)])
 
-        def score(start: int, stop: int, block: Tensor = block) -> Tensor:
-            part = keys[start:stop] if centre is None else keys[start:stop] - centre
-            lengths = squared_norms(part) if norms is None else norms[start:stop]
-            # |q|^2 is the same for every key of a query: left out.
-            return torch.addmm(lengths, block, part.T, alpha=-2)
+    def score(start: int, stop: int) -> Tensor:
+        part = keys[start:stop] if centre is None else keys[start:stop] - centre
+        lengths = squared_norms(part) if norms is None else norms[start:stop]
+        # |q|^2 is the same for every key of a query: left out.
+        return torch.addmm(lengths, queries, part.T, alpha=-2)
 
-        found[top : top + QUERIES] = scan(score, len(keys), k, smallest, KEYS)[1]
-    return found
+    return scan(score, len(keys), k, smallest, KEYS)[1]
 
 
 def scan(

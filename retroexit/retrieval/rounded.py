@@ -74,19 +74,18 @@ class RoundedKeys:
             Row numbers, int64 ``(Q, count)``; and a floor, float32 ``(Q,)``: no other key is nearer than
             this, as a Euclidean distance, not squared. It may be negative, which proves nothing.
         """
-        ids = torch.empty((len(queries), count), dtype=torch.int64, device=queries.device)
-        floor = torch.full((len(queries),), math.inf, device=queries.device)
-        for top in range(0, len(queries), _QUERIES):
-            asked, lengths, errors = self._augmented(queries[top : top + _QUERIES], -1)
+        if len(queries) > _QUERIES:
+            parts = [self.candidates(block, count) for block in queries.split(_QUERIES)]
+            return torch.cat([ids for ids, _ in parts]), torch.cat([floor for _, floor in parts])
+        asked, lengths, errors = self._augmented(queries, -1)
 
-            def score(start: int, stop: int, asked: Tensor = asked) -> Tensor:
-                return _product(asked, self._table[start:stop])
+        def score(start: int, stop: int) -> Tensor:
+            return _product(asked, self._table[start:stop])
 
-            near, found = scan(score, len(self._table), count, _smallest_by_groups, _KEYS)
-            ids[top : top + _QUERIES] = found
-            if count < self.rows:
-                floor[top : top + _QUERIES] = self._floor(near[:, -1], lengths, errors)
-        return ids, floor
+        near, ids = scan(score, len(self._table), count, _smallest_by_groups, _KEYS)
+        if count == self.rows:  # nothing is left out
+            return ids, torch.full((len(queries),), math.inf, device=queries.device)
+        return ids, self._floor(near[:, -1], lengths, errors)
 
     def _floor(self, last: Tensor, lengths: Tensor, errors: Tensor) -> Tensor:
         """Bound from below the distance to every key whose score is ``last`` or more."""
