@@ -12,6 +12,7 @@ import torch
 from retroexit.retrieval.base import Retriever
 from retroexit.retrieval.exact import ExactRetriever
 from retroexit.retrieval.faiss import FaissRetriever
+from retroexit.retrieval.forks import generation
 from retroexit.retrieval.hnswlib import HnswlibRetriever
 
 __all__ = ["AutoRetriever"]
@@ -101,6 +102,8 @@ def _has(module: str) -> bool:
 
 def _fits_gpu(size: int) -> bool:
     """Say whether there is a GPU that these bytes would fill to a half at most."""
+    if generation():  # a forked process may not touch the GPU
+        return False
     return torch.cuda.is_available() and 2 * size <= torch.cuda.mem_get_info()[0]
 
 

@@ -91,7 +91,7 @@ class FaissRetriever(Retriever):
                 "see the factory strings in FAISS's documentation",
                 self.options["index"],
             ) from error
-        _hush(native)
+        _prepare(native)
         self._tune(native)
         with self._running(keys.shape[1]):
             try:
@@ -172,15 +172,20 @@ class FaissRetriever(Retriever):
                 faiss.cvar.distance_compute_blas_threshold = threshold
 
 
-def _hush(native: Any) -> None:
-    """Keep FAISS from printing to the terminal about small banks."""
+def _prepare(native: Any) -> None:
+    """Keep FAISS from printing to the terminal about small banks, and from ordering codes at length.
+
+    The order of the codes serves a polysemous search, which nobody asks for here.
+    """
     downcast = _faiss().downcast_index
     for wrapper in ("base_index", "index"):  # of IndexRefine and IndexPreTransform
         if hasattr(native, wrapper):
-            _hush(downcast(getattr(native, wrapper)))
+            _prepare(downcast(getattr(native, wrapper)))
     for trained in (native, getattr(native, "pq", None)):
         if trained is not None and hasattr(trained, "cp"):
             trained.cp.min_points_per_centroid = 1
+        if hasattr(trained, "do_polysemous_training"):
+            trained.do_polysemous_training = False
 
 
 def _reason(error: RuntimeError) -> str:
