@@ -26,6 +26,7 @@ def _load(name: str) -> ModuleType:
 
 
 _toys = _load("toys")
+_damage = _load("damage")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -44,6 +45,12 @@ def every_toy(request: pytest.FixtureRequest) -> Any:
 def toys() -> ModuleType:
     """The file of toy generators; ``toys.TOYS[name]()`` builds one."""
     return _toys
+
+
+@pytest.fixture
+def damage() -> ModuleType:
+    """The file that damages files and runs things in a child process."""
+    return _damage
 
 
 def _fingerprint(generator: nn.Module) -> dict[str, Any]:

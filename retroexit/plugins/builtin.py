@@ -26,10 +26,11 @@ __all__ = [
 
 @hookimpl
 def retroexit_retrievers() -> dict[str, type[Retriever]]:
-    """Offer exact search, FAISS and hnswlib."""
-    from retroexit.retrieval import ExactRetriever, FaissRetriever, HnswlibRetriever
+    """Offer exact search, FAISS, hnswlib, and a choice among them."""
+    from retroexit.retrieval import AutoRetriever, ExactRetriever, FaissRetriever, HnswlibRetriever
 
-    return {"exact": ExactRetriever, "faiss": FaissRetriever, "hnswlib": HnswlibRetriever}
+    ours = (AutoRetriever, ExactRetriever, FaissRetriever, HnswlibRetriever)
+    return {back_end.name: back_end for back_end in ours}
 
 
 @hookimpl

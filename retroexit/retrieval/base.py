@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import operator
+import threading
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ from torch import Tensor
 
 from retroexit.errors import CheckpointError, OptionError, RetrieverError
 from retroexit.retrieval.distances import first_of_each, nearest, pair_distances
+from retroexit.retrieval.forks import OneThreadAfterFork, generation
+from retroexit.retrieval.matrix import as_matrix
 from retroexit.retrieval.storage import (
     MANIFEST,
     file_digest,
@@ -37,7 +40,7 @@ log = logging.getLogger(__name__)
 
 _KIND, _SCHEMA = "retriever", 1
 _KEYS_FILE, _INDEX_FILE = "keys.npy", "index.bin"
-_LARGEST = 1e37  # squared length up to which any squared distance stays finite in float32
+_reviving = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -53,61 +56,13 @@ class SearchResult:
     distances: Tensor
 
 
-def as_matrix(rows: Tensor | np.ndarray, what: str, *, copy: bool = False) -> np.ndarray:
-    """Turn keys or queries of any dtype, device and layout into a contiguous float32 matrix.
-
-    Args:
-        rows: Shape ``(n, D)``.
-        what: ``"keys"`` or ``"queries"``, for the error text.
-        copy: Never share memory with ``rows``.
-
-    Raises:
-        RetrieverError: If the shape is not ``(n, D)`` with ``D >= 1``, or a number is NaN, infinite, or so
-            large that squared distances overflow float32.
-    """
-    if isinstance(rows, Tensor):
-        if rows.is_complex():
-            raise RetrieverError(f"{what} must be real numbers, got {rows.dtype}", rows)
-        dense = rows.detach() if rows.layout is torch.strided else rows.detach().to_dense()
-        matrix = dense.to("cpu", torch.float32, copy=copy).contiguous().resolve_neg().numpy()
-    else:
-        try:
-            with np.errstate(over="ignore"):
-                real = np.asarray(rows)
-                if np.iscomplexobj(real):
-                    raise TypeError(f"got {real.dtype}")
-                # Writeable, since torch warns about every array that is not.
-                matrix = (
-                    np.array(real, np.float32, order="C")
-                    if copy
-                    else np.require(real, np.float32, ["C", "W"])
-                )
-        except (TypeError, ValueError) as error:
-            raise RetrieverError(
-                f"{what} must be a tensor or an array of real numbers: {error}", rows
-            ) from error
-    if matrix.ndim != 2 or matrix.shape[1] == 0:
-        raise RetrieverError(f"{what} must have shape (n, D) with D >= 1, got {tuple(matrix.shape)}", rows)
-    with np.errstate(all="ignore"):
-        lengths = np.einsum("nd,nd->n", matrix, matrix)
-    wrong = np.flatnonzero(~(lengths <= _LARGEST))  # written so that NaN is wrong too
-    if len(wrong):
-        row = int(wrong[0])
-        worst = matrix[row][np.argmax(np.abs(matrix[row]))]  # argmax returns the first NaN, if there is one
-        raise RetrieverError(
-            f"{len(wrong)} of {len(matrix)} {what} are not finite or too large for float32 distances; "
-            f"row {row} holds {worst}. Look at the feature that they were cut from",
-            rows,
-        )
-    return matrix
-
-
 class Retriever(ABC):
     """A nearest-neighbour index over the keys of a guidance bank (paper, section 3.3).
 
     A back-end sets ``name`` and writes `_build` and `_search`; it may write `_dump` and `_restore` so that a
-    slow index is kept on disk. It sees only distinct, centred, finite, contiguous float32 rows, and its ids
-    are checked.
+    slow index is kept on disk, and `_made_by` beside them. It sees only distinct, centred, finite, contiguous
+    float32 rows, and its ids are checked and ranked by exact distance. `_search` may be called from several
+    threads at once; `build` must not run meanwhile.
 
     Args:
         threads: CPU threads for building and searching, ``>= 1``. One by default: a second spinning thread
@@ -134,7 +89,8 @@ class Retriever(ABC):
             raise OptionError(
                 f"options of {type(self).__name__} must be plain data: {error}", options
             ) from error
-        self.threads = threads
+        self._threads = threads
+        self._generation = generation()
         self.options: dict[str, Any] = options
         self._keys = np.empty((0, 0), np.float32)
         self._first = np.empty(0, np.int64)  # row of _keys behind each distinct key of the index
@@ -147,8 +103,13 @@ class Retriever(ABC):
         """Index these keys, float32 ``(n, D)``, in place of any earlier ones."""
 
     @abstractmethod
-    def _search(self, queries: np.ndarray, k: int) -> np.ndarray:
-        """Return rows of the ``k <= n`` nearest keys, integers ``(Q, k)`` in any order; -1 for none found."""
+    def _search(self, queries: np.ndarray, k: int) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
+        """Return rows of the ``k <= n`` nearest keys, integers ``(Q, k)`` in any order; -1 for none found.
+
+        A back-end that is unsure of its ranking may return more columns: the ``k`` nearest of them are kept.
+        One that can prove what it left out returns ``(rows, floor)``: no key outside a query's row is nearer
+        than its floor, a Euclidean distance, ``(Q,)``. Where the proof fails the query is searched exactly.
+        """
 
     def _dump(self, path: Path) -> None:  # noqa: B027  (a hook that may stay empty)
         """Write the index to one file, if rebuilding it is slow. The default writes none."""
@@ -157,11 +118,27 @@ class Retriever(ABC):
         """Read back what `_dump` wrote; the file is known to be the very same bytes."""
         raise NotImplementedError
 
+    def _made_by(self) -> str:
+        """Name the library and version that `_dump` writes with; a file of another one is not read."""
+        return self.name
+
+    def _after_fork(self) -> None:
+        """Make the index usable in a forked process, once, before its first search there.
+
+        Libraries with threads of their own seldom survive a fork, so that the default builds the index again.
+        """
+        self._index()
+
     # What everybody calls.
 
     def __len__(self) -> int:
         """Number of keys that were given to `build`, repetitions included; 0 before."""
         return len(self._keys)
+
+    @property
+    def threads(self) -> int:
+        """CPU threads for building and searching; 1 in a forked process, where more would wait forever."""
+        return 1 if generation() else self._threads
 
     @property
     def width(self) -> int:
@@ -196,8 +173,9 @@ class Retriever(ABC):
         Raises:
             RetrieverError: If there are no keys, the shape is not ``(n, D)``, or a key is not finite.
         """
-        self._hold(as_matrix(keys, "keys", copy=True))
-        self._index()
+        with OneThreadAfterFork():
+            self._hold(as_matrix(keys, "keys", copy=True))
+            self._index()
         return self
 
     def search(self, queries: Tensor | np.ndarray, k: int = 1) -> SearchResult:
@@ -220,28 +198,26 @@ class Retriever(ABC):
         """
         if not len(self):
             raise RetrieverError(f"{self.name}: nothing to search; call build(keys) first", self)
-        matrix = as_matrix(queries, "queries")
-        if matrix.shape[1] != self.width:
-            raise RetrieverError(
-                f"queries are {matrix.shape[1]} wide, the keys of this index {self.width}; "
-                "cut them from the same feature with the same patch size",
-                queries,
-            )
-        k = operator.index(k)
-        if not 1 <= k <= self.distinct:
-            raise RetrieverError(
-                f"asked for k={k} neighbours, the index holds {self.distinct} distinct keys "
-                f"(of {len(self)}); choose k from 1 to {self.distinct}",
-                k,
-            )
-        if not len(matrix):
-            return SearchResult(torch.empty((0, k), dtype=torch.int64), torch.empty((0, k)))
-        centred = matrix - self._mean
-        ids = self._first[self._complete(centred, self._checked(self._search(centred, k), len(matrix), k))]
-        distances = pair_distances(matrix, self._keys, ids)
-        if k > 1:
-            order = np.lexsort((ids, distances), axis=-1)
-            ids, distances = np.take_along_axis(ids, order, 1), np.take_along_axis(distances, order, 1)
+        with OneThreadAfterFork():
+            matrix = as_matrix(queries, "queries")
+            if matrix.shape[1] != self.width:
+                raise RetrieverError(
+                    f"queries are {matrix.shape[1]} wide, the keys of this index {self.width}; "
+                    "cut them from the same feature with the same patch size",
+                    queries,
+                )
+            k = operator.index(k)
+            if not 1 <= k <= self.distinct:
+                raise RetrieverError(
+                    f"asked for k={k} neighbours, the index holds {self.distinct} distinct keys "
+                    f"(of {len(self)}); choose k from 1 to {self.distinct}",
+                    k,
+                )
+            if not len(matrix):
+                return SearchResult(torch.empty((0, k), dtype=torch.int64), torch.empty((0, k)))
+            if self._generation != generation():
+                self._revive()
+            ids, distances = self._nearest(matrix, k)
         return SearchResult(torch.from_numpy(ids), torch.from_numpy(distances))
 
     def save(self, folder: str | Path) -> None:
@@ -263,7 +239,8 @@ class Retriever(ABC):
                 "kind": _KIND,
                 "schema": _SCHEMA,
                 "name": self.name,
-                "threads": self.threads,
+                "threads": self._threads,
+                "index_by": self._made_by(),
                 "options": self.options,
                 "shape": list(self._keys.shape),
             }
@@ -288,18 +265,18 @@ class Retriever(ABC):
         manifest = read_manifest(folder, _KIND, _SCHEMA)
         same = manifest["name"] == cls.name
         kept = manifest["options"] if same else {}
-        retriever = cls(threads=threads or manifest["threads"], **{**kept, **options})
+        retriever = cls(threads=manifest["threads"] if threads is None else threads, **{**kept, **options})
         keys = read_array(folder, _KEYS_FILE, manifest)
         if keys.dtype != np.float32 or list(keys.shape) != manifest["shape"]:
             raise CheckpointError(
                 f"{folder}: keys are {keys.dtype} {keys.shape}, expected float32 {manifest['shape']}", folder
             )
-        retriever._hold(as_matrix(keys, "keys"))
-        rebuilt = {key for key, value in retriever.options.items() if kept.get(key) != value} - set(
-            cls.search_options
-        )
-        if not same or rebuilt or not retriever._restored(Path(folder) / _INDEX_FILE, manifest):
-            retriever._index()
+        changed = {key for key, value in retriever.options.items() if kept.get(key) != value}
+        with OneThreadAfterFork():
+            retriever._hold(as_matrix(keys, "keys"))
+            usable = same and not changed - set(cls.search_options)
+            if not (usable and retriever._restored(Path(folder) / _INDEX_FILE, manifest)):
+                retriever._index()
         return retriever
 
     def _hold(self, keys: np.ndarray) -> None:
@@ -308,14 +285,32 @@ class Retriever(ABC):
         self._keys, self._first = keys, first_of_each(keys)
         self._mean = keys.mean(axis=0, dtype=np.float64).astype(np.float32)
 
+    def _share(self, other: Retriever) -> None:
+        """Hold what another retriever holds, without a copy, so that it can hand its work to this one."""
+        self._keys, self._first, self._mean = other._keys, other._first, other._mean
+
     def _index(self) -> None:
-        """Hand the distinct, centred keys to the back-end; a forked process gets a fresh index this way."""
-        self._build(self._keys[self._first] - self._mean)
+        """Hand the distinct, centred keys to the back-end."""
+        self._build(self._distinct_keys() - self._mean)
+        self._generation = generation()
+
+    def _distinct_keys(self) -> np.ndarray:
+        return self._keys if self.distinct == len(self) else self._keys[self._first]
+
+    def _revive(self) -> None:
+        with _reviving:  # threads of a forked process may all come here at once
+            if self._generation != generation():
+                self._after_fork()
+                self._generation = generation()
 
     def _restored(self, path: Path, manifest: dict[str, Any]) -> bool:
         """Try the saved index; say whether it can be used."""
         wanted = manifest["files"].get(_INDEX_FILE)
         if wanted is None:
+            return False
+        found, ours = manifest.get("index_by"), self._made_by()
+        if found != ours:
+            log.warning("%s was made by %s, here is %s; building the index again", path, found, ours)
             return False
         # A damaged index can kill the process or answer wrongly, so that no byte of it is parsed before this.
         if not path.is_file() or file_digest(path) != wanted:
@@ -328,14 +323,34 @@ class Retriever(ABC):
             return False
         return True
 
-    def _checked(self, ids: np.ndarray, rows: int, k: int) -> np.ndarray:
+    def _nearest(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rank what the back-end finds by exact distance; search exactly where that is not enough."""
+        centred = queries - self._mean
+        answer = self._search(centred, k)
+        found, floor = answer if isinstance(answer, tuple) else (answer, None)
+        ids, distances = self._ranked(queries, self._checked(found, floor, len(queries), k), k)
+        reach = distances[:, -1]
+        unsure = np.isinf(reach) if floor is None else ~(np.sqrt(reach) <= floor)
+        if unsure.any():
+            keys, mean = torch.from_numpy(self._distinct_keys()), torch.from_numpy(self._mean)
+            rows = nearest(torch.from_numpy(centred[unsure]), keys, k, centre=mean).numpy()
+            ids[unsure], distances[unsure] = self._ranked(queries[unsure], rows, k)
+        return self._first[ids], distances
+
+    def _checked(self, ids: np.ndarray, floor: np.ndarray | None, rows: int, k: int) -> np.ndarray:
         """Check that a back-end's answer can be used as row numbers, or as -1."""
         ids = np.asarray(ids)
-        if ids.shape != (rows, k) or not np.issubdtype(ids.dtype, np.integer):
+        if ids.ndim != 2 or len(ids) != rows or ids.shape[1] < k or ids.dtype.kind not in "iu":
             raise RetrieverError(
                 f"{self.name} answered with {ids.dtype} {ids.shape}, expected integers {(rows, k)}: "
                 "the back-end is broken",
                 ids,
+            )
+        if floor is not None and np.shape(floor) != (rows,):
+            raise RetrieverError(
+                f"{self.name} answered with a floor of shape {np.shape(floor)}, expected {(rows,)}: "
+                "the back-end is broken",
+                floor,
             )
         low, high = int(ids.min()), int(ids.max())
         if low < -1 or high >= self.distinct:
@@ -346,13 +361,16 @@ class Retriever(ABC):
             )
         return ids.astype(np.int64, copy=False)
 
-    def _complete(self, queries: np.ndarray, ids: np.ndarray) -> np.ndarray:
-        """Search exactly for those queries that an approximate index left without ``k`` different keys."""
-        k = ids.shape[1]
-        ordered = ids if k == 1 else np.sort(ids, axis=1)
-        short = (ordered[:, 0] < 0) | (ordered[:, 1:] == ordered[:, :-1]).any(axis=1)
-        if short.any():
-            keys = torch.from_numpy(self._keys[self._first] - self._mean)
-            ids = ids.copy()
-            ids[short] = nearest(torch.from_numpy(queries[short]), keys, k).numpy()
-        return ids
+    def _ranked(self, queries: np.ndarray, ids: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Keep the ``k`` nearest of each query's candidates; what is missing is infinitely far."""
+        if ids.shape[1] > 1:
+            ids = np.sort(ids, axis=1)
+        missing = ids < 0
+        distances = pair_distances(queries, self._keys, self._first[np.maximum(ids, 0)])
+        if ids.shape[1] > 1:
+            missing[:, 1:] |= ids[:, 1:] == ids[:, :-1]  # an approximate index may name a key twice
+            distances[missing] = np.inf
+            order = np.argsort(distances, axis=1, kind="stable")[:, :k]  # stable: equal distances by id
+            return np.take_along_axis(ids, order, 1), np.take_along_axis(distances, order, 1)
+        distances[missing] = np.inf
+        return ids, distances

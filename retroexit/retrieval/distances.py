@@ -7,16 +7,17 @@ rows that an approximate index left open all come here.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["first_of_each", "nearest", "pair_distances", "squared_norms"]
+__all__ = ["first_of_each", "nearest", "pair_distances", "scan", "smallest", "squared_norms"]
 
-_QUERIES = 2048  # one block of scores is 2048 x 4096 floats = 32 MiB
-_KEYS = 4096
-_PAIR_FLOATS = 1 << 20  # numbers in one gathered block of pairs
+QUERIES = 2048  # one block of scores is 2048 x 4096 floats = 32 MiB
+KEYS = 4096
+_PAIR_FLOATS = 1 << 17  # numbers in one gathered block of pairs: half a MiB stays in the cache
 
 
 def squared_norms(rows: Tensor) -> Tensor:
@@ -25,7 +26,13 @@ def squared_norms(rows: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def nearest(queries: Tensor, keys: Tensor, k: int = 1, norms: Tensor | None = None) -> Tensor:
+def nearest(
+    queries: Tensor,
+    keys: Tensor,
+    k: int = 1,
+    norms: Tensor | None = None,
+    centre: Tensor | None = None,
+) -> Tensor:
     """Find the ``k`` nearest keys of each query by comparing it with all of them.
 
     Args:
@@ -34,31 +41,54 @@ def nearest(queries: Tensor, keys: Tensor, k: int = 1, norms: Tensor | None = No
             (``|q|^2 - 2 q k + |k|^2`` cancels): centre both sides first.
         k: Neighbours per query.
         norms: `squared_norms` of the keys, if they are known already.
+        centre: Taken off the keys, ``(D,)``, block by block, so that no second copy of them is needed; the
+            queries are centred already, and ``norms`` left out.
 
     Returns:
         Row numbers, int64 ``(Q, k)``, nearest first.
     """
-    norms = squared_norms(keys) if norms is None else norms
-    found = torch.empty((len(queries), k), dtype=torch.int64, device=keys.device)
-    for top in range(0, len(queries), _QUERIES):
-        block = queries[top : top + _QUERIES]
-        best: Tensor | None = None
-        ids = found[top : top + _QUERIES]
-        for start in range(0, len(keys), _KEYS):
-            part = keys[start : start + _KEYS]
-            # |q|^2 is the same for every key of a query: left out.
-            score = torch.addmm(norms[start : start + _KEYS], block, part.T, alpha=-2)
-            near, at = _smallest(score, min(k, len(part)))
-            at += start
-            if best is not None:
-                near, order = _smallest(torch.cat([best, near], 1), min(k, start + len(part)))
-                at = torch.cat([ids[:, : best.shape[1]], at], 1).gather(1, order)
-            best = near
-            ids[:, : at.shape[1]] = at
-    return found
+    if len(queries) > QUERIES:
+        return torch.cat([nearest(block, keys, k, norms, centre) for block in queries.split(QUERIES)])
+
+    def score(start: int, stop: int) -> Tensor:
+        part = keys[start:stop] if centre is None else keys[start:stop] - centre
+        lengths = squared_norms(part) if norms is None else norms[start:stop]
+        # |q|^2 is the same for every key of a query: left out.
+        return torch.addmm(lengths, queries, part.T, alpha=-2)
+
+    return scan(score, len(keys), k, smallest, KEYS)[1]
 
 
-def _smallest(score: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def scan(
+    score: Callable[[int, int], Tensor],
+    rows: int,
+    k: int,
+    select: Callable[[Tensor, int], tuple[Tensor, Tensor]],
+    step: int,
+) -> tuple[Tensor, Tensor]:
+    """Collect the ``k`` smallest scores of every query from blocks of keys.
+
+    Args:
+        score: Given a first and a last key, returns scores ``(Q, last - first)``.
+        rows: Number of keys, ``>= k``.
+        k: How many to keep.
+        select: Given scores and a number, returns that many smallest, with their columns.
+        step: Keys per block.
+
+    Returns:
+        Scores and row numbers, ``(Q, k)``, ascending.
+    """
+    best, at = select(score(0, min(step, rows)), min(k, step, rows))
+    for start in range(step, rows, step):
+        stop = min(start + step, rows)
+        near, here = select(score(start, stop), min(k, stop - start))
+        best, order = smallest(torch.cat([best, near], 1), min(k, stop))
+        at = torch.cat([at, here + start], 1).gather(1, order)
+    return best, at
+
+
+def smallest(score: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Find the ``k`` smallest numbers of each row and their columns, ascending."""
     if k == 1:  # several times faster than topk(1)
         near, at = score.min(dim=1, keepdim=True)
         return near, at

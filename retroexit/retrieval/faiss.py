@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 from collections.abc import Iterator
@@ -17,6 +18,10 @@ from retroexit.retrieval.base import Retriever
 __all__ = ["FaissRetriever"]
 
 _settings = threading.Lock()  # thread count and BLAS threshold belong to the process, not to an index
+if hasattr(os, "register_at_fork"):  # a child must not inherit a lock that nobody will open
+    os.register_at_fork(
+        before=_settings.acquire, after_in_parent=_settings.release, after_in_child=_settings.release
+    )
 
 
 def _faiss() -> Any:
@@ -33,10 +38,14 @@ class FaissRetriever(Retriever):
     """Any FAISS index that its factory string can name.
 
     Args:
-        index: Factory string: ``"Flat"`` (exact), ``"HNSW32"``, ``"IVF256,Flat"``, ``"PCA64,IVF256,Flat"``...
+        index: Factory string: ``"Flat"`` (exact), ``"HNSW16"``, ``"IVF256,Flat"``, ``"IVF1024,PQ64"``,
+            ``"IVF1024,PQ64,RFlat"``, ``"PCA64,IVF256,Flat"``...
         nprobe: Lists visited per query by an IVF index; 32 if ``None``, at most all of them.
         ef: Candidates kept while an HNSW index is searched; 64 if ``None``.
         ef_construction: The same while it is built; 200 if ``None``.
+        refine: Candidates per neighbour that are compared exactly, for indexes that hold compressed keys; 8
+            if ``None`` and the string ends in a refinement such as ``RFlat``, else 1. Without that ending
+            they are compared with the retriever's own keys, so that FAISS needs no second copy.
         threads: CPU threads for building and searching.
 
     Raises:
@@ -46,7 +55,7 @@ class FaissRetriever(Retriever):
     """
 
     name = "faiss"
-    search_options = ("nprobe", "ef")
+    search_options = ("nprobe", "ef", "refine")
 
     def __init__(
         self,
@@ -55,11 +64,19 @@ class FaissRetriever(Retriever):
         nprobe: int | None = None,
         ef: int | None = None,
         ef_construction: int | None = None,
+        refine: int | None = None,
         threads: int = 1,
     ) -> None:
-        super().__init__(threads=threads, index=index, nprobe=nprobe, ef=ef, ef_construction=ef_construction)
-        for option, value in (("nprobe", nprobe), ("ef", ef), ("ef_construction", ef_construction)):
-            if value is not None and value < 1:
+        super().__init__(
+            threads=threads,
+            index=index,
+            nprobe=nprobe,
+            ef=ef,
+            ef_construction=ef_construction,
+            refine=refine,
+        )
+        for option, value in self.options.items():
+            if option != "index" and value is not None and value < 1:
                 raise OptionError(f"{option} must be at least 1, got {value}", value)
         _faiss()
         self._native: Any = None
@@ -74,9 +91,7 @@ class FaissRetriever(Retriever):
                 "see the factory strings in FAISS's documentation",
                 self.options["index"],
             ) from error
-        ivf = faiss.try_extract_index_ivf(native)
-        if ivf is not None:
-            ivf.cp.min_points_per_centroid = 1  # else FAISS prints to the terminal about small banks
+        _prepare(native)
         self._tune(native)
         with self._running(keys.shape[1]):
             try:
@@ -90,11 +105,19 @@ class FaissRetriever(Retriever):
         self._native = native
 
     def _search(self, queries: np.ndarray, k: int) -> np.ndarray:
+        # An index that refines by itself returns no more than was asked for.
+        more = 1 if self._refines(self._native) else self.options["refine"] or 1
         with self._running(self.width):
-            return self._native.search(queries, k)[1]
+            return self._native.search(queries, min(k * more, self.distinct))[1]
 
     def _dump(self, path: Path) -> None:
         _faiss().write_index(self._native, str(path))
+
+    def _made_by(self) -> str:
+        return f"faiss {_faiss().__version__}"
+
+    def _after_fork(self) -> None:
+        """Change nothing: with one thread FAISS does not touch the pool that the fork left behind."""
 
     def _restore(self, path: Path) -> None:
         native = _faiss().read_index(str(path))
@@ -112,6 +135,8 @@ class FaissRetriever(Retriever):
         ivf = faiss.try_extract_index_ivf(native)
         defaults = {"nprobe": 32 if ivf is None else min(32, ivf.nlist), "ef": 64, "ef_construction": 200}
         theirs = {"nprobe": "nprobe", "ef": "efSearch", "ef_construction": "efConstruction"}
+        if self._refines(native):
+            defaults["refine"], theirs["refine"] = 8, "k_factor_rf"
         for option, default in defaults.items():
             wanted = self.options[option]
             try:
@@ -123,6 +148,10 @@ class FaissRetriever(Retriever):
                         "leave it out",
                         wanted,
                     ) from error
+
+    @staticmethod
+    def _refines(native: Any) -> bool:
+        return isinstance(native, _faiss().IndexRefine)
 
     @contextmanager
     def _running(self, width: int) -> Iterator[None]:
@@ -141,6 +170,22 @@ class FaissRetriever(Retriever):
             finally:
                 faiss.omp_set_num_threads(threads)
                 faiss.cvar.distance_compute_blas_threshold = threshold
+
+
+def _prepare(native: Any) -> None:
+    """Keep FAISS from printing to the terminal about small banks, and from ordering codes at length.
+
+    The order of the codes serves a polysemous search, which nobody asks for here.
+    """
+    downcast = _faiss().downcast_index
+    for wrapper in ("base_index", "index"):  # of IndexRefine and IndexPreTransform
+        if hasattr(native, wrapper):
+            _prepare(downcast(getattr(native, wrapper)))
+    for trained in (native, getattr(native, "pq", None)):
+        if trained is not None and hasattr(trained, "cp"):
+            trained.cp.min_points_per_centroid = 1
+        if hasattr(trained, "do_polysemous_training"):
+            trained.do_polysemous_training = False
 
 
 def _reason(error: RuntimeError) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,12 @@ class HnswlibRetriever(Retriever):
 
     def _dump(self, path: Path) -> None:
         self._native.save_index(str(path))
+
+    def _made_by(self) -> str:
+        return f"hnswlib {importlib.metadata.version('hnswlib')}"
+
+    def _after_fork(self) -> None:
+        """Change nothing: hnswlib starts its threads anew at every call."""
 
     def _restore(self, path: Path) -> None:
         native = _hnswlib().Index(space="l2", dim=self.width)

@@ -82,7 +82,8 @@ def write_manifest(folder: Path, facts: dict[str, Any], files: Collection[str]) 
     """Write ``meta.json``: the facts, the SHA-256 of each named file, and a digest of the manifest itself."""
     manifest = {**facts, "files": {name: file_digest(folder / name) for name in files}}
     manifest["digest"] = _self_digest(manifest)
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    # No newline at the end: a file that lost so much as its last byte shall not be taken for whole.
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True), encoding="utf-8")
 
 
 def read_manifest(folder: str | Path, kind: str, schema: int) -> dict[str, Any]:

@@ -15,16 +15,21 @@ from torch import Tensor
 from retroexit.errors import MissingExtraError, OptionError, RetrieverError
 from retroexit.retrieval import ExactRetriever, FaissRetriever, HnswlibRetriever, Retriever
 
-EXACT: list[Callable[[], Retriever]] = [ExactRetriever, FaissRetriever]
+EXACT: list[Callable[[], Retriever]] = [
+    lambda: ExactRetriever(precision="float32"),
+    lambda: ExactRetriever(precision="bfloat16"),
+    FaissRetriever,
+]
 GRAPHS: list[Callable[[], Retriever]] = [
     HnswlibRetriever,
     lambda: FaissRetriever(index="HNSW16"),
     lambda: FaissRetriever(index="IVF8,Flat", nprobe=6),
+    lambda: FaissRetriever(index="IVF4,PQ8x4", nprobe=4, refine=20),
+    lambda: FaissRetriever(index="IVF4,PQ8x4,RFlat", nprobe=4, refine=20),
 ]
-NAMES = ["exact", "faiss", "hnswlib", "faiss-hnsw", "faiss-ivf"]
+NAMES = ["exact", "exact-bf16", "faiss", "hnswlib", "faiss-hnsw", "faiss-ivf", "faiss-pq", "faiss-pq-refined"]
 
-every_backend = pytest.mark.parametrize("make", EXACT + GRAPHS, ids=NAMES)
-exact_backends = pytest.mark.parametrize("make", EXACT, ids=NAMES[:2])
+exact_backends = pytest.mark.parametrize("make", EXACT, ids=NAMES[:3])
 
 
 @pytest.fixture
@@ -59,7 +64,7 @@ def test_exact_search_equals_a_loop_over_all_keys(make, k, keys, queries) -> Non
     torch.testing.assert_close(found.distances, torch.tensor(distances), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("make", GRAPHS, ids=NAMES[2:])
+@pytest.mark.parametrize("make", GRAPHS, ids=NAMES[3:])
 def test_approximate_search_finds_nearly_all_neighbours_with_exact_distances(make, keys, queries) -> None:
     ids = torch.tensor(by_loop(keys, queries, 5)[0])
     found = make().build(keys).search(queries, 5)
@@ -69,18 +74,16 @@ def test_approximate_search_finds_nearly_all_neighbours_with_exact_distances(mak
     assert (found.distances.diff(dim=1) >= 0).all()
 
 
-@every_backend
-def test_a_far_origin_does_not_hurt(make, keys, queries) -> None:
+def test_a_far_origin_does_not_hurt(backend, keys, queries) -> None:
     ids = torch.tensor(by_loop(keys + 1e3, queries + 1e3, 1)[0])
-    found = make().build(keys + 1e3).search(queries + 1e3)
+    found = backend().build(keys + 1e3).search(queries + 1e3)
     assert (found.ids == ids).float().mean() >= 0.95
     near = (keys + 1e3)[found.ids[:, 0]]
     torch.testing.assert_close(found.distances[:, 0], (queries + 1e3 - near).square().sum(1))
 
 
-@every_backend
-def test_keys_and_queries_of_any_dtype_and_layout_are_taken(make, keys, queries) -> None:
-    plain = make().build(keys.half().float()).search(queries.half().float(), 2)
+def test_keys_and_queries_of_any_dtype_and_layout_are_taken(backend, keys, queries) -> None:
+    plain = backend().build(keys.half().float()).search(queries.half().float(), 2)
     striped = torch.empty(500, 64)[:, ::2].copy_(keys.half())
     tracked = queries.half().float().requires_grad_()
     offers: list[tuple[Tensor | np.ndarray, Tensor | np.ndarray]] = [
@@ -91,43 +94,39 @@ def test_keys_and_queries_of_any_dtype_and_layout_are_taken(make, keys, queries)
         (keys.half().float().to_sparse(), np.asfortranarray(queries.half().numpy())),
     ]
     for some_keys, some_queries in offers:
-        found = make().build(some_keys).search(some_queries, 2)
+        found = backend().build(some_keys).search(some_queries, 2)
         assert torch.equal(found.ids, plain.ids)
         assert torch.equal(found.distances, plain.distances)
         assert not found.distances.requires_grad
 
 
-@every_backend
-def test_bfloat16_counts_as_the_float32_numbers_it_holds(make, keys, queries) -> None:
-    rounded = make().build(keys.bfloat16()).search(queries.bfloat16())
-    plain = make().build(keys.bfloat16().float()).search(queries.bfloat16().float())
+def test_bfloat16_counts_as_the_float32_numbers_it_holds(backend, keys, queries) -> None:
+    rounded = backend().build(keys.bfloat16()).search(queries.bfloat16())
+    plain = backend().build(keys.bfloat16().float()).search(queries.bfloat16().float())
     assert torch.equal(rounded.ids, plain.ids)
 
 
-@every_backend
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e30])
-def test_numbers_that_no_distance_survives_are_refused(make, bad, keys, queries) -> None:
+def test_numbers_that_no_distance_survives_are_refused(backend, bad, keys, queries) -> None:
     keys[7, 3] = bad
     with pytest.raises(RetrieverError, match=r"1 of 500 keys are not finite or too large.*row 7 holds"):
-        make().build(keys)
+        backend().build(keys)
     queries[2, 1] = bad
     with pytest.raises(RetrieverError, match=r"1 of 60 queries are not finite or too large.*row 2 holds"):
-        make().build(keys[8:]).search(queries)
+        backend().build(keys[8:]).search(queries)
 
 
-@every_backend
-def test_wrong_shapes_are_refused_with_what_was_found(make, keys, queries) -> None:
+def test_wrong_shapes_are_refused_with_what_was_found(backend, keys, queries) -> None:
     with pytest.raises(RetrieverError, match=r"keys must have shape \(n, D\).*got \(500, 32, 1\)"):
-        make().build(keys[..., None])
+        backend().build(keys[..., None])
     with pytest.raises(RetrieverError, match=r"no keys to index: got shape \(0, 32\)"):
-        make().build(keys[:0])
+        backend().build(keys[:0])
     with pytest.raises(RetrieverError, match="queries are 31 wide, the keys of this index 32"):
-        make().build(keys).search(queries[:, 1:])
+        backend().build(keys).search(queries[:, 1:])
 
 
-@every_backend
-def test_k_lies_between_one_and_the_number_of_distinct_keys(make, keys, queries) -> None:
-    retriever = make().build(torch.cat([keys[:9], keys[:3]]))
+def test_k_lies_between_one_and_the_number_of_distinct_keys(backend, keys, queries) -> None:
+    retriever = backend().build(torch.cat([keys[:9], keys[:3]]))
     assert retriever.search(queries, 9).ids.sort(dim=1).values.tolist() == [list(range(9))] * 60
     for k in (0, 10):
         with pytest.raises(
@@ -136,33 +135,29 @@ def test_k_lies_between_one_and_the_number_of_distinct_keys(make, keys, queries)
             retriever.search(queries, k)
 
 
-@every_backend
-def test_a_repeated_key_is_found_once_under_its_first_id(make, keys) -> None:
+def test_a_repeated_key_is_found_once_under_its_first_id(backend, keys) -> None:
     crowd = torch.cat([keys[:1].repeat(300, 1), keys[1:200]])
-    found = make().build(crowd).search(torch.cat([keys[:1], keys[150:151]]), 2)
+    found = backend().build(crowd).search(torch.cat([keys[:1], keys[150:151]]), 2)
     assert found.ids[:, 0].tolist() == [0, 449]
     assert found.distances[:, 0].tolist() == [0, 0]
     assert (found.ids[:, 1] >= 300).all() or found.ids[1, 1] == 0
 
 
-@every_backend
-def test_no_queries_give_no_results(make, keys) -> None:
-    found = make().build(keys).search(keys[:0], 3)
+def test_no_queries_give_no_results(backend, keys) -> None:
+    found = backend().build(keys).search(keys[:0], 3)
     assert found.ids.shape == found.distances.shape == (0, 3)
 
 
-@every_backend
-def test_a_batch_is_answered_like_its_single_queries(make, keys, queries) -> None:
-    retriever = make().build(keys)
+def test_a_batch_is_answered_like_its_single_queries(backend, keys, queries) -> None:
+    retriever = backend().build(keys)
     together = retriever.search(queries[:8], 2)
     for row, query in enumerate(queries[:8]):
         assert torch.equal(retriever.search(query[None], 2).ids[0], together.ids[row])
 
 
-@every_backend
-def test_keys_are_copied_and_rebuilding_forgets_the_old_ones(make, keys, queries) -> None:
+def test_keys_are_copied_and_rebuilding_forgets_the_old_ones(backend, keys, queries) -> None:
     mine = keys.clone()
-    retriever = make().build(mine)
+    retriever = backend().build(mine)
     before = retriever.search(queries)
     mine.zero_()
     assert torch.equal(retriever.search(queries).distances, before.distances)
@@ -171,16 +166,14 @@ def test_keys_are_copied_and_rebuilding_forgets_the_old_ones(make, keys, queries
     assert retriever.search(keys[:20, :8]).ids[:, 0].tolist() == list(range(20))
 
 
-@every_backend
-def test_a_deep_copy_answers_alike(make, keys, queries) -> None:
-    retriever = make().build(keys)
+def test_a_deep_copy_answers_alike(backend, keys, queries) -> None:
+    retriever = backend().build(keys)
     assert torch.equal(copy.deepcopy(retriever).search(queries).ids, retriever.search(queries).ids)
 
 
-@every_backend
-def test_searching_before_building_is_refused(make, queries) -> None:
+def test_searching_before_building_is_refused(backend, queries) -> None:
     with pytest.raises(RetrieverError, match=r"nothing to search; call build\(keys\) first"):
-        make().search(queries)
+        backend().search(queries)
 
 
 def test_more_blocks_than_one_are_merged(queries) -> None:
@@ -214,12 +207,19 @@ def test_faiss_settings_of_the_process_are_put_back(keys, queries) -> None:
     [
         ({"index": "Flap"}, "no FAISS index 'Flap' for keys 32 wide: could not parse index string Flap"),
         ({"nprobe": 3}, r"'Flat' has no nprobe \(asked for 3\)"),
+        ({"index": "HNSW8", "nprobe": 5}, r"'HNSW8' has no nprobe \(asked for 5\)"),
         ({"index": "IVF8,Flat", "ef": 5}, r"'IVF8,Flat' has no ef \(asked for 5\)"),
     ],
 )
 def test_options_that_faiss_does_not_know_are_refused(options, message, keys) -> None:
     with pytest.raises(OptionError, match=message):
         FaissRetriever(**options).build(keys)
+
+
+@pytest.mark.parametrize("index", ["IVF32,PQ4x4,RFlat", "PCA8,IVF32,Flat", "PQ4x4", "IVF32,SQ8"])
+def test_faiss_prints_nothing_about_small_banks(index, keys, queries, capfd) -> None:
+    FaissRetriever(index=index).build(keys).search(queries)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_more_lists_than_keys_are_refused(keys) -> None:
@@ -232,6 +232,7 @@ def test_more_lists_than_keys_are_refused(keys) -> None:
     [
         (lambda: ExactRetriever(threads=0), "threads must be at least 1, got 0"),
         (lambda: ExactRetriever(device="cup"), "no device 'cup'"),
+        (lambda: ExactRetriever(precision="half"), "no precision 'half'; choose 'auto'"),
         (lambda: HnswlibRetriever(M=1), "M must be at least 2, got 1"),
         (lambda: HnswlibRetriever(ef=0), "ef must be at least 1, got 0"),
         (lambda: FaissRetriever(nprobe=0), "nprobe must be at least 1, got 0"),
@@ -261,9 +262,16 @@ def test_importing_the_package_imports_no_third_party_index() -> None:
     assert answer.stdout.strip() == "[]"
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_device_that_is_not_there_is_named(keys) -> None:
+    with pytest.raises(OptionError, match="cannot keep 500 x 32 keys on 'cuda'"):
+        ExactRetriever(device="cuda").build(keys)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_exact_search_on_a_gpu_equals_the_cpu(keys, queries) -> None:
-    there = ExactRetriever(device="cuda").build(keys.cuda()).search(queries.cuda(), 3)
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_exact_search_on_a_gpu_equals_the_cpu(precision, keys, queries) -> None:
+    there = ExactRetriever(device="cuda", precision=precision).build(keys.cuda()).search(queries.cuda(), 3)
     here = ExactRetriever().build(keys).search(queries, 3)
     assert torch.equal(there.ids, here.ids) and torch.equal(there.distances, here.distances)

@@ -95,6 +95,38 @@ def test_rows_come_sorted_by_distance_and_equal_distances_by_id() -> None:
     assert found.distances.tolist() == [[1, 1, 1, 18]]
 
 
+def test_of_more_candidates_than_asked_for_the_nearest_are_kept() -> None:
+    class Coarse(Loop):
+        def _search(self, queries: np.ndarray, k: int) -> np.ndarray:
+            return super()._search(queries, 4 * k)[:, ::-1]
+
+    keys, queries = torch.randn(50, 4), torch.randn(8, 4)
+    expected = ExactRetriever().build(keys).search(queries, 3)
+    found = Coarse().build(keys).search(queries, 3)
+    assert torch.equal(found.ids, expected.ids) and torch.equal(found.distances, expected.distances)
+
+
+def test_a_query_whose_floor_proves_nothing_is_searched_exactly() -> None:
+    class Guessing(Loop):
+        def _search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+            ids = super()._search(queries, len(self.seen))
+            ids[::2] = ids[::2, ::-1]  # the farthest first, and honest about it
+            return ids[:, :k], np.where(np.arange(len(queries)) % 2, np.inf, 0).astype(np.float32)
+
+    keys, queries = torch.randn(50, 4), torch.randn(8, 4)
+    expected = ExactRetriever().build(keys).search(queries, 3)
+    assert torch.equal(Guessing().build(keys).search(queries, 3).ids, expected.ids)
+
+
+def test_a_floor_of_another_shape_is_refused() -> None:
+    class Broken(Loop):
+        def _search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+            return super()._search(queries, k), np.zeros((len(queries), k), np.float32)
+
+    with pytest.raises(RetrieverError, match=r"a floor of shape \(4, 2\), expected \(4,\)"):
+        Broken().build(torch.eye(4)).search(torch.eye(4), 2)
+
+
 def test_options_must_be_plain_data() -> None:
     with pytest.raises(OptionError, match="options of Loop must be plain data"):
         Loop(metric=object())

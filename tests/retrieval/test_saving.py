@@ -117,7 +117,7 @@ def test_the_ef_of_hnswlib_comes_back_with_the_index(keys, tmp_path) -> None:
 def test_keys_saved_by_one_back_end_serve_another(keys, tmp_path) -> None:
     HnswlibRetriever().build(keys).save(tmp_path / "index")
     loaded = ExactRetriever.load(tmp_path / "index")
-    assert loaded.options == {"device": "cpu"}
+    assert loaded.options == {"device": "cpu", "precision": "auto"}
     assert same(ExactRetriever().build(keys), loaded, keys)
 
 
