@@ -36,7 +36,7 @@ def find_image(recording: Recording, wanted: Any) -> tuple[tuple[Any, ...], fx.N
     maps: Maps = {
         path: (node, leaf)
         for (path, leaf), node in zip(_tensor_leaves(recording.output), produced, strict=True)
-        if leaf.dim() >= 2 and leaf.is_floating_point()
+        if leaf.is_floating_point() and (leaf.dim() >= 3 or (leaf.dim() == 2 and _map_rank(node) > 2))
     }
     if wanted is not None:
         path = wanted if isinstance(wanted, tuple) else (wanted,)
@@ -49,7 +49,7 @@ def find_image(recording: Recording, wanted: Any) -> tuple[tuple[Any, ...], fx.N
     else:
         path = _only_image(maps, recording.output)
     node = maps[path][0]
-    node.meta.setdefault("map_rank", _map_rank(recording, node))
+    node.meta.setdefault("map_rank", _map_rank(node))
     return path, node
 
 
@@ -74,7 +74,7 @@ def _only_image(maps: Maps, output: Any) -> tuple[Any, ...]:
     return next(iter(candidates))
 
 
-def _map_rank(recording: Recording, image: fx.Node) -> int:
+def _map_rank(image: fx.Node) -> int:
     """Least number of axes of the feature maps behind an image: that of the last layer at work on it.
 
     The image itself may have lost an axis since (a depth map ``(N, H, W)``, a waveform ``(N, L)``) or gained
@@ -85,7 +85,8 @@ def _map_rank(recording: Recording, image: fx.Node) -> int:
     while level:
         for node in level:
             rank = len(node.meta.get("shape", ()))
-            if node.meta.get("macs") and rank > 2:  # a rank of two is a vector's: a gate or a style
+            # A vector behind a map is a gate or a style; a vector behind a vector makes no map at all.
+            if node.meta.get("macs") and (rank > 2 or own == 2):
                 return min(own, rank) if own > 3 else rank
         level = [n for n in {u: None for node in level for u in node.all_input_nodes} if n not in seen]
         seen.update(level)
