@@ -1,9 +1,17 @@
 """Count the computational routes of the paper's Tables 1 and 2 and print them beside the paper's numbers.
 
-What the paper prints as GFLOPs are giga multiply-accumulates. It does not say which counter it used, so every
-route is counted twice: *MACs*, those of convolutions and matrix products alone, as retroexit prints them
-everywhere; and *layers*, as thop counts them, where normalisation and upsampling layers cost something too.
-Table 1 is compared by layers (two of its cells are 0.01 and 0.04 too far off in MACs), Table 2 by MACs.
+What the paper prints as GFLOPs are giga multiply-accumulates. It does not say which counter it used. One
+count serves both tables here: multiply-accumulates of convolutions, and one addition per output for each bias,
+as ptflops counts. It holds in every cell of Table 1 (within 1 GMAC), and in every cell of Table 2 that any
+reading fits. Two other counts hold in fewer:
+
+* Multiply-accumulates alone, which retroexit prints everywhere and which stand beside ours here. They are up to
+  0.26 GMACs less, and miss Table 1 by 0.01 beyond its GMAC in exit 2 at 1/2 and by 0.04 in exit 4.
+* thop's count by layer types, where a normalisation costs four operations per number: within 0.91 in Table 1,
+  but 213.40 for the backbone of Table 2, 0.40 too many.
+
+Both tables leave out guidance, the convolutions that resize it, predictor and retrieval; what these add is
+printed at the end.
 
 Branches are built by `retroexit.wrap` at the full widths on small maps and then counted at the full size on
 PyTorch's meta device, where nothing is computed.
@@ -16,7 +24,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,9 +35,10 @@ from retroexit_megaportraits import retroexit_describe as describe_megaportraits
 from retroexit_oasis import OASISGenerator
 from retroexit_oasis import retroexit_describe as describe_oasis
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import retroexit
-from retroexit.evaluation.macs import count_macs, thop_macs
+from retroexit.evaluation.macs import count_macs
 from retroexit.routing.predictor import Predictor
 
 SCALES = {"1/2": 1 / 2, "1/3": 1 / 3, "1/4": 1 / 4, "1/6": 1 / 6, "1/15": 1 / 15}
@@ -42,26 +51,47 @@ TABLE_2 = {"1/3": (65, 100, 136, 213), "1/6": (51, 89, 135, 213), "1/15": (47, 8
 ENLARGED = 8
 """How many times larger maps are than those that branches are built on."""
 
-Counter = Callable[..., int]
-
 
 @dataclass(frozen=True)
 class Count:
     """Cost of one route in GMACs.
 
     Attributes:
-        macs: Convolutions and matrix products.
-        layers: By layer type, with normalisation and upsampling layers.
-        resizing: Share of the convolutions that resize the guide, in ``macs`` and ``layers`` alike.
+        macs: Multiply-accumulates of convolutions and matrix products.
+        biases: Additions of biases.
+        resizing: Share of the convolutions that resize the guide, which the paper leaves out.
     """
 
     macs: float
-    layers: float
+    biases: float
     resizing: float = 0.0
 
+    @property
+    def total(self) -> float:
+        """What stands for the paper's number."""
+        return self.macs + self.biases
+
     def without_resizing(self) -> Count:
-        """Leave out the convolutions that resize the guide, as the paper does."""
-        return Count(self.macs - self.resizing, self.layers - self.resizing)
+        """Leave out the convolutions that resize the guide."""
+        return Count(self.macs - self.resizing, self.biases)
+
+
+Rows = dict[str, list[Count]]
+"""Counts of all exits, the backbone last, by scale."""
+
+
+class BiasCounter(TorchDispatchMode):
+    """Counts one addition per output for every bias of a convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.additions = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.convolution.default and args[2] is not None:
+            self.additions += result.numel()
+        return result
 
 
 def on_meta(module: nn.Module) -> nn.Module:
@@ -74,83 +104,59 @@ def enlarged(shape: Sequence[int]) -> Tensor:
     return torch.empty(*shape[:2], *(ENLARGED * side for side in shape[2:]), device="meta")
 
 
-def count(module: nn.Module, *args: Tensor) -> Count:
-    """Count one call in both ways."""
-    return Count(count_macs(module, *args) / 1e9, thop_macs(module, *args) / 1e9)
+def count(module: nn.Module, *args: Tensor, **kwargs: Any) -> Count:
+    """Count one call."""
+    with torch.no_grad(), BiasCounter() as counter:
+        module(*args, **kwargs)
+    return Count(count_macs(module, *args, **kwargs) / 1e9, counter.additions / 1e9)
 
 
-class Guided(nn.Module):
-    """A branch with its guide as a positional argument, which is all that thop can hand over."""
-
-    def __init__(self, branch: nn.Module) -> None:
-        super().__init__()
-        self.branch = branch
-
-    def forward(self, guide: Tensor, *crossing: Tensor) -> Any:
-        """Render an image."""
-        return self.branch(*crossing, guide=guide)
-
-
-def resizing_gmacs(branch: nn.Module, guide: Tensor) -> float:
-    """Cost of the convolutions that bring the guide to the size of each map."""
+def resizing(branch: nn.Module, guide: Tensor) -> float:
+    """Cost of the convolutions that bring the guide to the size of each map, in GMACs."""
     resizers = [module.resize for module in branch.modules() if getattr(module, "resize", None) is not None]
     return sum(count_macs(resizer, guide) for resizer in resizers) / 1e9
 
 
-def routes(model: Any, backbone: Count) -> list[Count]:
-    """Count all routes of a wrapped generator at the full size.
+def routes(models: dict[str, Any], backbone: Count) -> Rows:
+    """Count all routes of a generator that is wrapped at several scales, at the full size.
 
     A route costs what the backbone does, less the rest of it behind the attach point, plus the branch.
     """
-    split, found = model.anatomy.split, []
-    for index, branch in enumerate(model.branches):
-        crossing = [enlarged(node.meta["shape"]) for node in split.cuts[index].crossing]
-        rest, thin, resizing = count(on_meta(split.tail(index)), *crossing), on_meta(branch), 0.0
-        if branch.needs_guide:
-            guide = enlarged(model.anatomy.value_cut.feature.meta["shape"])
-            resizing, cost = resizing_gmacs(thin, guide), count(Guided(thin), guide, *crossing)
-        else:
-            cost = count(thin, *crossing)
-        found.append(
-            Count(
-                backbone.macs - rest.macs + cost.macs, backbone.layers - rest.layers + cost.layers, resizing
-            )
-        )
-    return [*found, backbone]
+    found: Rows = {scale: [] for scale in models}
+    for index, cut in enumerate(next(iter(models.values())).split.cuts):
+        crossing = [enlarged(node.meta["shape"]) for node in cut.crossing]
+        rest = None
+        for scale, model in models.items():
+            rest = rest or count(on_meta(model.split.tail(index)), *crossing)
+            thin, guide, more = on_meta(model.branches[index]), None, 0.0
+            if model.anatomy.value_cut is not None:
+                guide = enlarged(model.anatomy.value_cut.feature.meta["shape"])
+                more = resizing(thin, guide)
+            cost = count(thin, *crossing, guide=guide)
+            macs, biases = backbone.macs - rest.macs + cost.macs, backbone.biases - rest.biases + cost.biases
+            found[scale].append(Count(macs, biases, more))
+    return {scale: [*row, backbone] for scale, row in found.items()}
 
 
-def oasis(scales: Sequence[str], guidance: Any = None) -> dict[str, list[Count]]:
+def oasis(scales: Sequence[str], guidance: Any = None) -> Rows:
     """Count OASIS of 256x512 with 35 labels and branches after l_1 to l_4, floor 64 (section 4.1)."""
     with torch.device("meta"):
         full, label = OASISGenerator().eval(), torch.empty(1, 35, 256, 512)
     backbone = count(full, label)
     small = OASISGenerator(crop=(256 // ENLARGED, 512 // ENLARGED)).eval()
-    found = {}
-    for scale in scales:
-        model = wrap(small, describe_oasis(small), [1, 2, 3, 4], scale, guidance=guidance)
-        found[scale] = routes(model, backbone)
-    return found
+    known = describe_oasis(small)
+    return routes({s: wrap(small, known, [1, 2, 3, 4], s, guidance=guidance) for s in scales}, backbone)
 
 
-def megaportraits(tap: Any, floor: int, guidance: Any = None) -> dict[str, list[Count]]:
+def megaportraits(tap: Any, floor: int, guidance: Any = None) -> Rows:
     """Count G2d of 512x512 with branches after, or before, l_2, l_4 and l_6 (section 4.2)."""
     with torch.device("meta"):
         full, feature = MegaPortraitsG2d().eval(), torch.empty(1, 1536, 64, 64)
     backbone = count(full, feature)
     small = MegaPortraitsG2d(size=64 // ENLARGED).eval()
-    found = {}
-    for scale in TABLE_2:
-        model = wrap(
-            small,
-            describe_megaportraits(small),
-            [2, 4, 6],
-            scale,
-            tap=tap,
-            min_channels=floor,
-            guidance=guidance,
-        )
-        found[scale] = routes(model, backbone)
-    return found
+    known = describe_megaportraits(small)
+    options = {"tap": tap, "min_channels": floor, "guidance": guidance}
+    return routes({s: wrap(small, known, [2, 4, 6], s, **options) for s in TABLE_2}, backbone)
 
 
 def wrap(generator: nn.Module, known: Any, attach_at: list[int | str], scale: str, **options: Any) -> Any:
@@ -160,19 +166,19 @@ def wrap(generator: nn.Module, known: Any, attach_at: list[int | str], scale: st
     )
 
 
-def show(title: str, paper: dict[str, tuple[int, ...]], found: dict[str, list[Count]]) -> None:
+def show(title: str, paper: dict[str, tuple[int, ...]], found: Rows) -> None:
     """Print ours beside the paper's, cell by cell."""
-    print(f"\n{title}\n  scale exit  paper    MACs    diff  layers    diff   (GMACs)")
+    print(f"\n{title}\n  scale exit  paper    ours    diff   MACs alone  diff   (GMACs)")
     for scale, row in paper.items():
         for number, (want, got) in enumerate(zip(row, found[scale], strict=True), 1):
             place = "BB" if number == len(row) else str(number)
             print(
-                f"  {scale:>5} {place:>4} {want:>6} {got.macs:>7.2f} {got.macs - want:>+7.2f} "
-                f"{got.layers:>7.2f} {got.layers - want:>+7.2f}"
+                f"  {scale:>5} {place:>4} {want:>6} {got.total:>7.2f} {got.total - want:>+7.2f}   "
+                f"{got.macs:>7.2f} {got.macs - want:>+7.2f}"
             )
 
 
-def show_left_out(plain: list[Count], guided: list[Count], images: dict[str, list[Count]]) -> None:
+def show_left_out(plain: list[Count], guided: list[Count], images: Rows) -> None:
     """Print what the paper's counts leave out: guidance, resizing, predictor and retrieval."""
     print("\nWhat Table 1 leaves out, at scale 1/4 (GMACs per image)")
     for number, (without, with_guide) in enumerate(zip(plain[:-1], guided[:-1], strict=True), 1):
@@ -187,6 +193,15 @@ def show_left_out(plain: list[Count], guided: list[Count], images: dict[str, lis
         print(f"  retrieval: {search:.2f} for an exact search of 128 patches among {entries} keys")
     shares = ", ".join(f"{count.resizing:.3f}" for count in images["1/15"][:-1])
     print(f"What Table 2 leaves out: resizing a guide image for every module, {shares} at exits 1 to 3")
+
+
+def as_json(what: str, first: Rows, after: Rows, before: Rows) -> dict[str, Any]:
+    """Arrange one kind of count as the JSON file has it."""
+
+    def numbers(rows: Rows) -> dict[str, list[float]]:
+        return {scale: [getattr(count, what) for count in row] for scale, row in rows.items()}
+
+    return {"table1": numbers(first), "table2": {"after": numbers(after), "before": numbers(before)}}
 
 
 def main() -> None:
@@ -205,14 +220,10 @@ def main() -> None:
     show_left_out(first["1/4"], guided["1/4"], with_images)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        tables: dict[str, Any] = {
-            "table1": {scale: [count.layers for count in row] for scale, row in first.items()},
-            "table2": {
-                "after": {scale: [count.macs for count in row] for scale, row in after.items()},
-                "before": {scale: [count.macs for count in row] for scale, row in before.items()},
-            },
-            "unit": {"table1": "GMACs by layers (thop)", "table2": "GMACs of convolutions and products"},
-            "table1_macs": {scale: [count.macs for count in row] for scale, row in first.items()},
+        tables = {
+            **as_json("total", first, after, before),
+            "macs_alone": as_json("macs", first, after, before),
+            "unit": "GMACs, with one addition per output for each bias; macs_alone: without",
         }
         path.write_text(json.dumps(tables, indent=1))
 

@@ -13,13 +13,12 @@ from torch import Tensor, nn
 
 from retroexit.branch.exchange import BuildStage
 from retroexit.branch.widths import WidthRule
-from retroexit.decoder.stages import Stage
-from retroexit.decoder.stages import find_stages as _find_stages
 from retroexit.errors import GeneratorError, OptionError, RetroExitWarning, closest
 from retroexit.evaluation.measure import measure
 from retroexit.evaluation.quality import QualityMetric
 from retroexit.evaluation.sweep import Evaluation
 from retroexit.guidance.options import Guidance
+from retroexit.inspection import find_stages
 from retroexit.model import EarlyExitGenerator
 from retroexit.plugins.hookspecs import Description
 from retroexit.plugins.host import host
@@ -291,39 +290,6 @@ def _metric(metric: QualityMetric | str, weights: str | Path | None) -> QualityM
         return metric
     name = "lpips-alex" if metric == "lpips" else metric
     return host().metric(name) if weights is None else host().metric(name, weights=weights)
-
-
-def find_stages(
-    generator: nn.Module,
-    example_inputs: Sequence[Any] | None = None,
-    example_kwargs: dict[str, Any] | None = None,
-    *,
-    image: Any = None,
-) -> list[Stage]:
-    """List the stages l_1..l_N of a generator, with cost, output shape and live values.
-
-    Args:
-        generator: A trained generator in eval mode.
-        example_inputs: Positional inputs that it accepts; an adapter may make them.
-        example_kwargs: Keyword inputs.
-        image: Key of the image in its output, where it returns several maps.
-
-    Returns:
-        The stages, in order.
-
-    Raises:
-        GeneratorError, RecordingError: See `wrap`.
-    """
-    if example_inputs is None:
-        known = _describe(generator, None)
-        if known is None or known.example_inputs is None:
-            raise OptionError(
-                f"asked for the stages of {type(generator).__name__}; found no adapter that can make its "
-                "inputs. Pass example_inputs=(...).",
-                generator,
-            )
-        example_inputs, example_kwargs = known.example_inputs(generator)
-    return _find_stages(generator, example_inputs, example_kwargs, image=image)
 
 
 def _describe(generator: nn.Module, adapter: Description | str | bool | None) -> Description | None:

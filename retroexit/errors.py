@@ -22,7 +22,8 @@ what was asked, what was found, and what to do next.
     |-- MissingExtraError       an optional dependency is not installed
     |-- CheckpointError         a file on disk is damaged or belongs to something else
     |-- TrainingError           training cannot start or go on
-    `-- PluginError             a plug-in is broken or two claim one name
+    |-- PluginError             a plug-in is broken or two claim one name
+    `-- AdapterError            an adapter fails its conformance test
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ import difflib
 from collections.abc import Iterable
 
 __all__ = [
+    "AdapterError",
     "AttachPointError",
     "BankError",
     "BranchError",
@@ -144,6 +146,18 @@ class TrainingError(RetroExitError, RuntimeError):
 
 class PluginError(RetroExitError, RuntimeError):
     """A plug-in is broken, or two plug-ins claim one name."""
+
+
+class AdapterError(RetroExitError, AssertionError):
+    """An adapter fails its conformance test; the text lists everything that was found wrong.
+
+    Attributes:
+        problems: One line for each.
+    """
+
+    def __init__(self, message: str, subject: object = None, problems: tuple[str, ...] = ()) -> None:
+        super().__init__(message, subject)
+        self.problems = problems
 
 
 class RetroExitWarning(UserWarning):

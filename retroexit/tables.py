@@ -1,17 +1,19 @@
-"""Tables that people read: exits of a wrapped generator, stages of a decoder."""
+"""Tables that people read: exits of a wrapped generator, sweeps over thresholds.
+
+The table of a decoder's stages has a file of its own, `retroexit.stage_table`.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
-
-from retroexit.decoder.stages import Stage
 
 if TYPE_CHECKING:
     from retroexit.evaluation.sweep import Evaluation
     from retroexit.model import EarlyExitGenerator
 
-__all__ = ["exit_table", "stage_table", "sweep_table", "table"]
+__all__ = ["brief_count", "exit_table", "sweep_table", "table", "unit_of"]
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -57,36 +59,6 @@ def exit_table(model: EarlyExitGenerator) -> str:
     return "\n".join(lines)
 
 
-def stage_table(stages: Sequence[Stage]) -> str:
-    """Show the stages l_1..l_N of a decoder."""
-    rows = [
-        [
-            str(s.index),
-            s.path,
-            s.kind,
-            "x".join(map(str, s.shape[2:])),
-            str(s.shape[1]),
-            f"{s.macs / 1e9:.3f}",
-            f"{100 * s.share:.1f} %",
-            f"{100 * s.cumulative:.1f} %",
-            ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in s.live) or "-",
-        ]
-        for s in stages
-    ]
-    head = [
-        "l",
-        "path",
-        "class",
-        "size",
-        "channels",
-        "GMACs",
-        "share",
-        "up to here",
-        "live values besides the feature",
-    ]
-    return table(head, rows)
-
-
 def sweep_table(evaluation: Evaluation, thresholds: Sequence[float]) -> str:
     """Show what routing saves at some thresholds, predictor and retrieval counted."""
     rows = []
@@ -105,12 +77,27 @@ def sweep_table(evaluation: Evaluation, thresholds: Sequence[float]) -> str:
     return table(["threshold", "saved", "mean", "90 %", "violations", "samples per exit"], rows)
 
 
+def unit_of(macs: float) -> tuple[str, float]:
+    """Choose a unit for MACs up to a number: its name, and MACs per unit."""
+    for name, least, scale in (("TMACs", 1e13, 1e12), ("GMACs", 1e8, 1e9), ("MMACs", 1e5, 1e6)):
+        if macs >= least:
+            return name, scale
+    return "kMACs", 1e3
+
+
+def brief_count(number: int) -> str:
+    """Write a number with three digits: ``317``, ``57.1k``, ``1.34M``."""
+    for name, scale in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= 0.9995 * scale:
+            value = number / scale
+            return f"{value:.{2 if value < 9.995 else 1 if value < 99.95 else 0}f}{name}"
+    return str(number)
+
+
 def _brief(widths: Sequence[int], most: int = 8) -> str:
     shown = [str(w) for w in widths[:most]]
     return " ".join(shown + (["..."] if len(widths) > most else []))
 
 
 def _is_number(cell: str) -> bool:
-    return (
-        not cell or cell.replace(",", "").replace(".", "").replace("%", "").replace("-", "").strip().isdigit()
-    )
+    return re.fullmatch(r"[-\d.,]*\s?[kMG%*]?", cell.strip()) is not None

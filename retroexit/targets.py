@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import importlib.util
+import inspect
 import logging
+import re
 import sys
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
+from torch import Tensor, nn
 
-from retroexit.errors import OptionError
+from retroexit.errors import OptionError, closest
 from retroexit.training.inputs import Samples
 
 __all__ = [
+    "Inputs",
     "example_of",
     "load_generator",
     "load_object",
     "load_samples",
+    "parse_arguments",
     "parse_places",
     "parse_scales",
     "random_inputs",
 ]
+
+Inputs: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and keyword inputs of one call."""
 
 logger = logging.getLogger(__name__)
 
@@ -36,33 +45,100 @@ def load_object(spec: str) -> Any:
         OptionError: If there is no such thing, or importing it fails.
     """
     where, _, name = spec.rpartition(":")
-    if not where:
+    if not where or not name:
         raise OptionError(
-            f"asked for {spec!r}; found no ':'. Write package.module:factory or path/to/file.py:factory.",
+            f"asked for {spec!r}; found no ':' with a name behind it. Write package.module:factory or "
+            "path/to/file.py:factory.",
             spec,
         )
     try:
         found: Any = _import_file(Path(where)) if where.endswith(".py") else _import_module(where)
-        for part in name.split("."):
-            found = getattr(found, part)
     except Exception as error:
         logger.info("importing %s", spec, exc_info=True)
         raise OptionError(
-            f"asked for {spec!r}; found {type(error).__name__}: {error}. Check the spelling and the folder, "
-            "or set RETROEXIT_VERBOSE=1 to see where it was raised.",
-            spec,
+            f"asked for {spec!r}; found {type(error).__name__}: {error}. {_import_advice(where, error)}", spec
         ) from error
+    for part in name.split("."):
+        if not hasattr(found, part):
+            near = closest(part, (known for known in dir(found) if not known.startswith("_")))
+            raise OptionError(
+                f"asked for {spec!r}; found no {part!r} there. Closest: {near or 'nothing'}.", spec
+            )
+        found = getattr(found, part)
     return found
 
 
-def _call(spec: str, factory: Callable[[], Any]) -> Any:
+def _import_advice(where: str, error: Exception) -> str:
+    if isinstance(error, FileNotFoundError) and where.endswith(".py"):
+        return f"Check the path; this is {Path.cwd()}."
+    if isinstance(error, ModuleNotFoundError):
+        if error.name and f"{where}.".startswith(f"{error.name}."):
+            return (
+                f"Check the spelling, run it in the folder that holds the module (this is {Path.cwd()}), or "
+                "write path/to/file.py:factory."
+            )
+        return f"The module imports {error.name}: install that."
+    return "Correct the module; set RETROEXIT_VERBOSE=1 to see where it was raised."
+
+
+def parse_arguments(text: str) -> tuple[list[Any], dict[str, Any]]:
+    """Read the arguments of a factory as they stand between the parentheses of a call.
+
+    Args:
+        text: Python literals, ``256, norm='batch'``.
+
+    Returns:
+        Positional and keyword arguments.
+
+    Raises:
+        OptionError: If the text is no list of literals.
+    """
+    advice = "Write Python literals as in a call, --args \"256, norm='batch'\"."
     try:
-        return factory()
+        call = ast.parse(f"f({text}\n)", mode="eval").body
+    except SyntaxError as error:
+        raise OptionError(f"asked for --args {text!r}; found {error.msg}. {advice}", text) from error
+    if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
+        raise OptionError(f"asked for --args {text!r}; found no list of arguments. {advice}", text)
+    values = []
+    for node in (*call.args, *(keyword.value for keyword in call.keywords)):
+        try:
+            values.append(ast.literal_eval(node))
+        except ValueError as error:
+            found = ast.unparse(node)
+            quoted = f" If it is a text, quote it: {found!r}." if isinstance(node, ast.Name) else ""
+            raise OptionError(
+                f"asked for --args {text!r}; found {found}, which is no literal.{quoted} {advice}", text
+            ) from error
+    keys = [keyword.arg for keyword in call.keywords]
+    if None in keys:
+        raise OptionError(f"asked for --args {text!r}; found '**'. {advice}", text)
+    count = len(call.args)
+    return values[:count], dict(zip(map(str, keys), values[count:], strict=True))
+
+
+def _call(spec: str, factory: Callable[..., Any], arguments: str = "", advice: str = "") -> Any:
+    args, kwargs = parse_arguments(arguments)
+    asked = f"asked to call {spec!r} with {f'({arguments})' if arguments else 'no arguments'}"
+    try:
+        signature = inspect.signature(factory)
+    except (TypeError, ValueError):
+        signature = None
+    if signature is not None:
+        try:
+            signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise OptionError(
+                f"{asked}; found that it takes {signature}: {error}. {advice}",
+                spec,
+            ) from error
+    try:
+        return factory(*args, **kwargs)
     except Exception as error:
         logger.info("calling %s", spec, exc_info=True)
         raise OptionError(
-            f"asked to call {spec!r}; found that it raised {type(error).__name__}: {error}. It takes no "
-            "arguments; set RETROEXIT_VERBOSE=1 to see where.",
+            f"{asked}; found that it raised {type(error).__name__}: {error}. Check the factory; set "
+            "RETROEXIT_VERBOSE=1 to see where.",
             spec,
         ) from error
 
@@ -98,25 +174,54 @@ def _search_first(folder: Path) -> None:
         sys.path.insert(0, str(folder))
 
 
-def load_generator(spec: str) -> tuple[torch.nn.Module, tuple[Any, ...] | None]:
+def load_generator(spec: str, arguments: str = "") -> tuple[nn.Module, Inputs | None]:
     """Make a generator and, where the factory gives some, its example inputs.
 
+    Args:
+        spec: Names the generator itself, or a class or function that makes it. A function may return
+            ``(generator, inputs)`` or ``(generator, inputs, keyword inputs)``: ``inputs`` is a tuple of
+            positional inputs, a dict of keyword inputs, or the one input.
+        arguments: What to call it with, see `parse_arguments`.
+
+    Returns:
+        The generator in eval mode, and its positional and keyword inputs or ``None``.
+
     Raises:
-        OptionError: If the factory returns neither a module nor ``(module, inputs)``.
+        OptionError: If it cannot be had, or is no module.
     """
     made = load_object(spec)
-    if callable(made) and not isinstance(made, torch.nn.Module):
-        made = _call(spec, made)
-    generator, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
-    if not isinstance(generator, torch.nn.Module):
+    if isinstance(made, nn.Module) or not callable(made):
+        if arguments:
+            raise OptionError(
+                f"asked to call {spec!r} with ({arguments}); found a {type(made).__name__}, which no call "
+                "makes. Leave --args out.",
+                spec,
+            )
+    else:
+        made = _call(spec, made, arguments, "Pass its arguments with --args \"256, norm='batch'\".")
+    given = made if isinstance(made, tuple) and 2 <= len(made) <= 3 else (made,)
+    generator = given[0]
+    if not isinstance(generator, nn.Module):
         raise OptionError(
             f"asked for the generator of {spec!r}; found a {type(generator).__name__}. The factory returns a "
-            "torch.nn.Module, or (module, example inputs).",
+            "torch.nn.Module, (module, example inputs) or (module, example inputs, keyword inputs).",
             generator,
         )
-    if inputs is not None and not isinstance(inputs, tuple):
-        inputs = (inputs,)
-    return generator.eval(), inputs
+    return generator.eval(), _inputs_of(spec, *given[1:])
+
+
+def _inputs_of(spec: str, inputs: Any = None, named: Any = None) -> Inputs | None:
+    if named is not None and not isinstance(named, dict):
+        raise OptionError(
+            f"asked for the keyword inputs of {spec!r}; found a {type(named).__name__}. The third thing that "
+            "the factory returns is a dict of them.",
+            named,
+        )
+    if inputs is None:
+        return None if named is None else ((), named)
+    if isinstance(inputs, dict) and named is None:
+        return (), inputs
+    return (inputs if isinstance(inputs, tuple) else (inputs,)), named or {}
 
 
 def parse_places(text: str) -> list[int | str]:
@@ -139,16 +244,51 @@ def parse_scales(text: str) -> float | list[float]:
     return scales[0] if len(scales) == 1 else scales
 
 
-def random_inputs(texts: Sequence[str]) -> tuple[torch.Tensor, ...]:
-    """Draw one input for each shape such as ``1,32,16,32``.
+def random_inputs(texts: Sequence[str], like: nn.Module | None = None) -> Inputs:
+    """Draw one input for each shape.
+
+    Args:
+        texts: ``1,32,16,32``; ``z=1,32`` for a keyword input; ``1,77:int`` for whole numbers, 0 or 1, or
+            another type of torch's, ``1,3,8,8:float16``; nothing before the colon for a single number.
+        like: Draw on the device of this module, and by default in its precision.
+
+    Returns:
+        Positional and keyword inputs.
 
     Raises:
         OptionError: If a text is no shape.
     """
-    try:
-        return tuple(torch.randn(*(int(n) for n in text.split(","))) for text in texts)
-    except (ValueError, RuntimeError) as error:
-        raise OptionError(f"asked for --shape {texts}; found {error}. Write 1,32,16,32.", texts) from error
+    own = None if like is None else next((p for p in like.parameters() if p.is_floating_point()), None)
+    args: list[Tensor] = []
+    kwargs: dict[str, Tensor] = {}
+    for text in texts:
+        name, is_named, rest = text.rpartition("=")
+        shape, _, kind = rest.partition(":")
+        try:
+            sizes = [int(number) for number in re.split("[,x]", shape)] if shape.strip() else []
+            drawn = _draw(sizes, kind.strip(), torch.float32 if own is None else own.dtype)
+        except (ValueError, RuntimeError) as error:
+            raise OptionError(
+                f"asked for --shape {text}; found {error}. Write 1,32,16,32, or z=1,32 for a keyword input, "
+                "or 1,77:int for whole numbers.",
+                text,
+            ) from error
+        if own is not None:
+            drawn = drawn.to(own.device)
+        if is_named:
+            kwargs[name.strip()] = drawn
+        else:
+            args.append(drawn)
+    return tuple(args), kwargs
+
+
+def _draw(sizes: Sequence[int], kind: str, usual: torch.dtype) -> Tensor:
+    dtype = getattr(torch, "int64" if kind == "int" else kind, None) if kind else usual
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"no type torch.{kind}")
+    if dtype.is_floating_point or dtype.is_complex:
+        return torch.randn(tuple(sizes), dtype=dtype)
+    return torch.randint(0, 2, tuple(sizes)).to(dtype)
 
 
 def load_samples(spec: str) -> Any:
@@ -158,9 +298,9 @@ def load_samples(spec: str) -> Any:
         OptionError: If there is no such thing, or the function fails.
     """
     made = load_object(spec)
-    return _call(spec, made) if callable(made) else made
+    return _call(spec, made, advice="Write a function without arguments.") if callable(made) else made
 
 
-def example_of(given: tuple[Any, ...] | None, samples: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def example_of(given: Inputs | None, samples: Any) -> Inputs:
     """Inputs to record a generator with: what its factory gave, else the first sample."""
-    return (given, {}) if given else Samples(samples).gather([0])
+    return given or Samples(samples).gather([0])

@@ -24,6 +24,8 @@ Known are the decoders of ``AutoencoderKL`` and of whatever shares its class (FL
 
 - Shares in the printed table hold for latents of 16x16; give `retroexit.wrap` ``example_inputs`` of another
   size to see the shares there.
+- The decoder of ``AutoencoderTiny`` is 64 channels wide, which is also where `retroexit.wrap` stops thinning
+  unless told: pass ``min_channels=16``.
 - With ``enable_tiling``, every tile is routed by itself.
 - Put a pipeline on its device before you wrap its decoder. Its precision may change later: fit in float32,
   then ``pipe.to(torch.float16)`` and ``model.to(torch.float16)``, or convert the pipeline while the exits are

@@ -3,7 +3,8 @@
 There is neither official code nor weights. Written after both papers: residual blocks with batch
 normalisation, nine as FIANCEE counts them (section 4.2), in the widths that make up its 213 GMACs. The rest
 is chosen here: normalisation and ReLU come before each convolution, upsampling is bilinear, and a sigmoid
-bounds the image.
+bounds the image. Only the last convolution has a bias: whatever the others would add to a channel, the batch
+normalisations behind them take out again.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class MegaPortraitsG2d(nn.Module):
         if channels <= 0 or channels % 2**UP_BLOCKS:
             raise ValueError(f"channels must be a multiple of {2**UP_BLOCKS}, got {channels}")
         self.in_channels, self.size = in_channels, size
-        self.entry = nn.Conv2d(in_channels, channels, 1)
+        self.entry = nn.Conv2d(in_channels, channels, 1, bias=False)
         steady = [ResidualBlock(channels, channels) for _ in range(RESIDUAL_BLOCKS)]
         rising = [ResidualBlock(channels >> i, channels >> (i + 1), up=True) for i in range(UP_BLOCKS)]
         self.blocks = nn.ModuleList([*steady, *rising])
@@ -79,10 +80,10 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.up = up
         self.norm_0 = nn.BatchNorm2d(c_in)
-        self.conv_0 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.conv_0 = nn.Conv2d(c_in, c_out, 3, padding=1, bias=False)
         self.norm_1 = nn.BatchNorm2d(c_out)
-        self.conv_1 = nn.Conv2d(c_out, c_out, 3, padding=1)
-        self.shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else None
+        self.conv_1 = nn.Conv2d(c_out, c_out, 3, padding=1, bias=False)
+        self.shortcut = nn.Conv2d(c_in, c_out, 1, bias=False) if c_in != c_out else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Run the block on ``(N, c_in, H, W)``."""

@@ -1,33 +1,41 @@
 """StyleGAN2 for retroexit: a generator under the official parameter names, and the plug-in that describes it.
 
-Weights come as a plain state dict, never as a pickled network. Where NVIDIA's code opens its own file, save
-``{name: value.contiguous() for name, value in G_ema.state_dict().items()}`` as safetensors; then
+Weights come from NVIDIA's state dict or from a checkpoint of rosinality's code; no code in a file ever runs.
 
 ```python
-generator = StyleGANGenerator(resolution=256, channel_base=16384)
-generator.load_state_dict(safetensors.torch.load_file("afhqcat.safetensors"))
-model = retroexit.wrap(generator.eval(), attach_at=["synthesis.b16", "synthesis.b32"], scale=1 / 4)
+generator = load_generator("stylegan2-ffhq-config-f.pt")
+model = retroexit.wrap(generator, attach_at=["synthesis.b16", "synthesis.b32"], scale=1 / 4)
 image = model(z, exit=1)
 ```
 
-Checkpoints in rosinality's layout are converted:
+Live values at every cut are the image so far and the style vectors. Arguments that are no tensors are fixed
+when the generator is recorded, truncation among them. Wrap the synthesis network where every call is to
+truncate or mix styles as it likes:
 
 ```python
-checkpoint = torch.load("stylegan2-ffhq-config-f.pt", weights_only=True)
-generator = StyleGANGenerator(resolution=1024)
-generator.load_state_dict(convert_rosinality(checkpoint["g_ema"], checkpoint["latent_avg"]))
+model = retroexit.wrap(generator.synthesis, attach_at=["b16", "b32"], scale=1 / 4)
+image = model(generator.mapping(z, truncation_psi=0.7, truncation_cutoff=8), exit=1)
 ```
 
-Objects of either code base are recognised as they are. NVIDIA's are recorded with ``noise_mode="const"``
-(on a CPU with ``force_fp32=True`` too) and rosinality's with ``randomize_noise=False``; call the wrapped
-generator with the same keywords. NVIDIA's code turns channel counts into plain integers, which can keep a
-branch at full width; a `StyleGANGenerator` with the same weights has no such limit.
+Objects of NVIDIA's and rosinality's own code are recognised as they are, NVIDIA's synthesis network too.
+NVIDIA's are recorded with ``noise_mode="const"`` (on a CPU with ``force_fp32=True`` too) and rosinality's
+with ``randomize_noise=False``; call the wrapped generator with the same keywords. NVIDIA's code turns channel
+counts into plain integers, which can keep a branch at full width; a `StyleGANGenerator` with the same weights
+has no such limit.
 """
 
 from __future__ import annotations
 
+from retroexit_stylegan.checkpoint import load_generator
 from retroexit_stylegan.convert import convert_rosinality
+from retroexit_stylegan.discriminator import Discriminator
 from retroexit_stylegan.generator import StyleGANGenerator
 from retroexit_stylegan.plugin import retroexit_describe
 
-__all__ = ["StyleGANGenerator", "convert_rosinality", "retroexit_describe"]
+__all__ = [
+    "Discriminator",
+    "StyleGANGenerator",
+    "convert_rosinality",
+    "load_generator",
+    "retroexit_describe",
+]

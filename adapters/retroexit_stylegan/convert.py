@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from retroexit.errors import CheckpointError
 from retroexit_stylegan.layers import low_pass_filter
 
 __all__ = ["convert_rosinality"]
@@ -26,12 +27,12 @@ def convert_rosinality(state: Mapping[str, Tensor], w_avg: Tensor | None = None)
         State dict for a `StyleGANGenerator` of the same resolution and widths; shares memory with ``state``.
 
     Raises:
-        ValueError: If ``state`` lacks a tensor of that layout, or holds one that is foreign to it.
+        CheckpointError: If ``state`` lacks a tensor of that layout, or holds one that is foreign to it.
     """
     source = _Source(state)
     blocks = source.count("to_rgbs.{}.bias")
     if not blocks:
-        raise ValueError(
+        raise CheckpointError(
             f"no tensor 'to_rgbs.0.bias' in the state; found {_some(state)}. Pass the checkpoint's 'g_ema'"
         )
     target: dict[str, Tensor] = {}
@@ -73,14 +74,14 @@ class _Source:
 
     def take(self, name: str) -> Tensor:
         if name not in self.left:
-            raise ValueError(
+            raise CheckpointError(
                 f"no tensor {name!r} in the state; still unused: {_some(self.left)}. Is it a whole 'g_ema'?"
             )
         return self.left.pop(name)
 
     def must_be_used_up(self) -> None:
         if self.left:
-            raise ValueError(
+            raise CheckpointError(
                 f"tensors that are foreign to rosinality's layout: {_some(self.left)}. Remove them first"
             )
 

@@ -7,6 +7,8 @@ image through all blocks, noise in every layer. Style mixing is left to callers 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -35,9 +37,12 @@ class StyleGANGenerator(nn.Module):
         num_mapping_layers: Layers of the mapping network.
         conv_clamp: Largest magnitude of any layer's output, ``None`` for no limit. It is 256 where training
             was in mixed precision.
+        image_channels: Channels of the image.
+        channels: Channels of every block, from 4x4 up, instead of ``channel_base`` and ``channel_max``.
 
     Raises:
-        ValueError: If ``resolution`` is not a power of two from 4 up.
+        ValueError: If ``resolution`` is not a power of two from 4 up, or ``channels`` are more or fewer than
+            the blocks.
     """
 
     def __init__(
@@ -50,12 +55,20 @@ class StyleGANGenerator(nn.Module):
         channel_max: int = 512,
         num_mapping_layers: int = 8,
         conv_clamp: float | None = None,
+        image_channels: int = 3,
+        channels: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         if resolution < 4 or resolution & (resolution - 1):
             raise ValueError(f"resolution must be a power of two from 4 up, got {resolution}")
+        sizes = [2**i for i in range(2, resolution.bit_length())]
+        widths = [min(channel_base // size, channel_max) for size in sizes] if channels is None else channels
+        if len(widths) != len(sizes):
+            raise ValueError(f"channels must be one for each of the blocks {sizes}, got {channels}")
         self.z_dim, self.c_dim, self.w_dim, self.resolution = z_dim, c_dim, w_dim, resolution
-        self.synthesis = SynthesisNetwork(w_dim, resolution, channel_base, channel_max, conv_clamp)
+        self.synthesis = SynthesisNetwork(
+            w_dim, dict(zip(sizes, widths, strict=True)), conv_clamp, image_channels
+        )
         self.num_ws = self.synthesis.num_ws
         self.mapping = MappingNetwork(z_dim, c_dim, w_dim, self.num_ws, num_mapping_layers)
 
@@ -64,6 +77,7 @@ class StyleGANGenerator(nn.Module):
         z: Tensor,
         c: Tensor | None = None,
         truncation_psi: float = 1.0,
+        truncation_cutoff: int | None = None,
         noise_mode: NoiseMode = "const",
     ) -> Tensor:
         """Draw an image.
@@ -72,15 +86,18 @@ class StyleGANGenerator(nn.Module):
             z: Latent vectors, standard normal, shape ``(N, z_dim)``.
             c: Class labels, one-hot, shape ``(N, c_dim)``. ``None`` for a generator without classes.
             truncation_psi: 1 for full variety; towards 0, style vectors move to their mean.
+            truncation_cutoff: How many style vectors are moved, the coarsest first; ``None`` for all.
             noise_mode: ``"const"`` adds the stored noise, ``"random"`` draws new noise, ``"none"`` adds none.
 
         Returns:
-            Image, shape ``(N, 3, resolution, resolution)``, range about ``[-1, 1]``: nothing clips it.
+            Image, shape ``(N, image_channels, resolution, resolution)``, range about ``[-1, 1]``: nothing
+            clips it.
 
         Raises:
             ValueError: If ``z`` or ``c`` has another shape, or there is no such noise mode.
         """
-        return self.synthesis(self.mapping(z, c, truncation_psi), noise_mode)  # type: ignore[no-any-return]
+        ws = self.mapping(z, c, truncation_psi, truncation_cutoff)
+        return self.synthesis(ws, noise_mode)  # type: ignore[no-any-return]
 
 
 class MappingNetwork(nn.Module):
@@ -107,8 +124,14 @@ class MappingNetwork(nn.Module):
             width = w_dim
         self.register_buffer("w_avg", torch.zeros(w_dim))
 
-    def forward(self, z: Tensor, c: Tensor | None = None, truncation_psi: float = 1.0) -> Tensor:
-        """Map ``z`` ``(N, z_dim)`` and ``c`` ``(N, c_dim)`` to equal style vectors ``(N, num_ws, w_dim)``."""
+    def forward(
+        self,
+        z: Tensor,
+        c: Tensor | None = None,
+        truncation_psi: float = 1.0,
+        truncation_cutoff: int | None = None,
+    ) -> Tensor:
+        """Map ``z`` ``(N, z_dim)`` and ``c`` ``(N, c_dim)`` to style vectors ``(N, num_ws, w_dim)``."""
         if z.dim() != 2 or z.shape[1] != self.z_dim:
             raise ValueError(f"z must have the shape (N, {self.z_dim}), got {tuple(z.shape)}")
         labels = z.new_zeros(len(z), 0) if c is None else c
@@ -120,9 +143,11 @@ class MappingNetwork(nn.Module):
             x = torch.cat([x, _normalise(self.embed(labels))], 1)
         for i in range(self.num_layers):
             x = getattr(self, f"fc{i}")(x)
-        if truncation_psi != 1:
-            x = self.w_avg.lerp(x, truncation_psi)
-        return x[:, None].repeat(1, self.num_ws, 1)
+        ws = x[:, None].repeat(1, self.num_ws, 1)
+        if truncation_psi == 1:
+            return ws
+        cutoff = self.num_ws if truncation_cutoff is None else truncation_cutoff
+        return torch.cat([self.w_avg.lerp(ws[:, :cutoff], truncation_psi), ws[:, cutoff:]], 1)
 
 
 class SynthesisNetwork(nn.Module):
@@ -130,25 +155,21 @@ class SynthesisNetwork(nn.Module):
 
     Args:
         w_dim: Width of the style vectors.
-        resolution: Height and width of the image.
-        channel_base: See `StyleGANGenerator`.
-        channel_max: See `StyleGANGenerator`.
+        widths: Channels of every block, by its resolution.
         clamp: Largest magnitude of any layer's output, or ``None``.
+        image_channels: Channels of the image.
     """
 
-    def __init__(
-        self, w_dim: int, resolution: int, channel_base: int, channel_max: int, clamp: float | None
-    ) -> None:
+    def __init__(self, w_dim: int, widths: dict[int, int], clamp: float | None, image_channels: int) -> None:
         super().__init__()
         self.w_dim = w_dim
-        self.block_resolutions = [2**i for i in range(2, resolution.bit_length())]
-        self.num_ws = 2 * len(
-            self.block_resolutions
-        )  # one for each convolution, one for the last block's colours
+        self.block_resolutions = list(widths)
+        self.num_ws = 2 * len(widths)  # one for each convolution, one for the last block's colours
         channels = 0
-        for size in self.block_resolutions:
-            in_channels, channels = channels, min(channel_base // size, channel_max)
-            setattr(self, f"b{size}", SynthesisBlock(in_channels, channels, w_dim, size, clamp))
+        for size, width in widths.items():
+            in_channels, channels = channels, width
+            block = SynthesisBlock(in_channels, channels, w_dim, size, clamp, image_channels)
+            setattr(self, f"b{size}", block)
 
     def forward(self, ws: Tensor, noise_mode: NoiseMode = "const") -> Tensor:
         """Draw an image.
@@ -158,7 +179,7 @@ class SynthesisNetwork(nn.Module):
             noise_mode: See `StyleGANGenerator.forward`.
 
         Returns:
-            Image, shape ``(N, 3, resolution, resolution)``.
+            Image, shape ``(N, image_channels, resolution, resolution)``.
 
         Raises:
             ValueError: If ``ws`` has another shape, or there is no such noise mode.
@@ -188,12 +209,19 @@ class SynthesisBlock(nn.Module):
         w_dim: Width of the style vectors.
         resolution: Height and width of the output.
         clamp: Largest magnitude of any layer's output, or ``None``.
+        image_channels: Channels of the image.
     """
 
     resample_filter: Tensor
 
     def __init__(
-        self, in_channels: int, channels: int, w_dim: int, resolution: int, clamp: float | None
+        self,
+        in_channels: int,
+        channels: int,
+        w_dim: int,
+        resolution: int,
+        clamp: float | None,
+        image_channels: int,
     ) -> None:
         super().__init__()
         self.is_first = in_channels == 0
@@ -204,7 +232,7 @@ class SynthesisBlock(nn.Module):
         else:
             self.conv0 = SynthesisLayer(in_channels, channels, w_dim, resolution, up=2, clamp=clamp)
         self.conv1 = SynthesisLayer(channels, channels, w_dim, resolution, up=1, clamp=clamp)
-        self.torgb = ToRGB(channels, w_dim, clamp)
+        self.torgb = ToRGB(channels, w_dim, clamp, image_channels)
 
     def forward(
         self, x: Tensor | None, image: Tensor | None, ws: Tensor, noise_mode: NoiseMode
@@ -213,12 +241,12 @@ class SynthesisBlock(nn.Module):
 
         Args:
             x: Feature map of half the resolution, ``(N, in_channels, h, w)``; ``None`` for the first block.
-            image: Image so far, ``(N, 3, h, w)``; ``None`` for the first block.
+            image: Image so far, ``(N, image_channels, h, w)``; ``None`` for the first block.
             ws: Style vectors of this block's layers, ``(N, num_ws, w_dim)``.
             noise_mode: See `StyleGANGenerator.forward`.
 
         Returns:
-            Feature map ``(N, channels, 2h, 2w)`` and image ``(N, 3, 2h, 2w)``.
+            Feature map ``(N, channels, 2h, 2w)`` and image ``(N, image_channels, 2h, 2w)``.
         """
         x = self.const.repeat(len(ws), 1, 1, 1) if x is None else self.conv0(x, ws[:, 0], noise_mode)
         x = self.conv1(x, ws[:, -2], noise_mode)

@@ -133,24 +133,25 @@ class SynthesisLayer(nn.Module):
 
 
 class ToRGB(nn.Module):
-    """Modulated 1x1 convolution to three colours, without demodulation.
+    """Modulated 1x1 convolution to colours, without demodulation.
 
     Args:
         in_channels: Channels of the input.
         w_dim: Width of the style vector.
         clamp: Largest magnitude of the output, or ``None``.
+        colours: Channels of the output.
     """
 
-    def __init__(self, in_channels: int, w_dim: int, clamp: float | None) -> None:
+    def __init__(self, in_channels: int, w_dim: int, clamp: float | None, colours: int) -> None:
         super().__init__()
         self.clamp = clamp
         self.affine = Linear(w_dim, in_channels, bias_init=1.0)
-        self.weight = nn.Parameter(torch.randn(3, in_channels, 1, 1))
-        self.bias = nn.Parameter(torch.zeros(3))
+        self.weight = nn.Parameter(torch.randn(colours, in_channels, 1, 1))
+        self.bias = nn.Parameter(torch.zeros(colours))
         self.weight_gain = 1 / math.sqrt(in_channels)
 
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
-        """Map ``(N, in_channels, h, w)`` with style vectors ``(N, w_dim)`` to ``(N, 3, h, w)``."""
+        """Map ``(N, in_channels, h, w)`` with style vectors ``(N, w_dim)`` to ``(N, colours, h, w)``."""
         style = self.affine(w) * self.weight_gain  # (N, in_channels)
         x = F.conv2d(x * style[:, :, None, None], self.weight, self.bias)
         return x if self.clamp is None else x.clamp(-self.clamp, self.clamp)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -94,8 +94,8 @@ class Row:
         return {**asdict(self), "branches": rows}
 
 
-def measure_entry(entry: Entry, folder: Path | None = None) -> Row:
-    """Wrap a generator and check it; what raises is noted in the row."""
+def measure_entry(entry: Entry, folder: Path | None = None, scales: Sequence[float] = SCALES) -> Row:
+    """Wrap a generator at several width factors and check it; what raises is noted in the row."""
     row = Row(entry.name, entry.stages)
 
     def attempt(step: str, run: Callable[..., Any], *args: Any) -> Any:
@@ -116,10 +116,8 @@ def measure_entry(entry: Entry, folder: Path | None = None) -> Row:
     places = spread(len(row.found))
     if not places or before is None:
         return row
-    models = {}
-    for scale in SCALES:
-        models[scale] = _wrap(row, entry, made, places, scale)
-    model = models[SCALES[0]] or models[SCALES[1]]
+    models = [_wrap(row, entry, made, places, scale) for scale in scales]
+    model = next((model for model in models if model is not None), None)
     if model is not None:
         row.live = [[tuple(n.meta["shape"]) for n in cut.live] for cut in model.split.cuts]
         row.backbone = bool(attempt("backbone", _same_backbone, model, made, before, state))

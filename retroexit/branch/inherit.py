@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from retroexit.branch.algebra import Algebra
+from retroexit.branch.knowledge import symbols_of
 from retroexit.branch.resize import resized
 from retroexit.branch.widths import WidthPlan
 from retroexit.decoder.cut import clone_module
@@ -190,39 +191,69 @@ def find_layout(
         output_of: Lists the tensors of the tail's output.
 
     Returns:
-        The first arrangement under which permuting channels leaves the output as it is; the default one,
-        marked unproven, when there is none.
+        An arrangement under which permuting channels leaves the output as it is; where there is none for some
+        width, the likeliest one, and the layout is marked unproven.
     """
     free = set(algebra.free())
-    found = {
-        e
-        for shape in algebra.shapes.values()
-        for e in shape
-        if isinstance(e, sympy.Basic) and e.free_symbols & free
-    }
-    composite = sorted((e for e in found if not e.is_Symbol), key=str)
+    dimensions = {e for shape in algebra.shapes.values() for e in shape if symbols_of(e) & free}
+    composite = sorted((e for e in dimensions if not e.is_Symbol), key=str)
+    layout = Layout()
     if not composite:
-        return Layout()
-    options: list[list[Callable[[Layout], None]]] = []
+        return layout
+    options = {expression: _arrangements(expression) for expression in composite}
     for expression in composite:
-        terms = sympy.Add.make_args(expression)
-        orders: list[Any] = list(itertools.permutations(terms))[:6]
-        multiples = [t for t in terms if t.free_symbols and t.as_coeff_Mul()[0] != 1]
-        choices = itertools.product(orders, *[(False, True)] * len(multiples))
-        options.append([_setter(expression, order, multiples, flags) for order, *flags in choices])
-    generator = torch.Generator().manual_seed(0)
-    shuffled = _shuffled(algebra, generator)
+        options[expression][0](layout)
+    shuffled = _shuffled(algebra, torch.Generator().manual_seed(0))
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         state = torch.random.get_rng_state()
-        want = output_of(tail(*values))
-        for combination in itertools.islice(itertools.product(*options), 64):
-            layout = Layout()
-            for setter in combination:
-                setter(layout)
+        want = output_of(tail(*(value.clone() for value in values)))
+
+        def fits(some: Selection) -> bool:
             torch.random.set_rng_state(state)
-            if _is_invariant(tail, algebra, values, shuffled, layout, want, output_of):
-                return layout
-    return Layout(is_proven=False)
+            return _is_invariant(tail, algebra, values, some, layout, want, output_of)
+
+        if fits(shuffled):
+            return layout
+        settled: set[Any] = set()
+        for symbol in sorted({s for e in composite for s in symbols_of(e) & free}, key=str):
+            open_ones = [e for e in composite if symbol in symbols_of(e) and e not in settled]
+            some = {s: order for s, order in shuffled.items() if s in _moving_with(symbol, algebra)}
+            for combination in itertools.islice(itertools.product(*(options[e] for e in open_ones)), 32):
+                for arrange in combination:
+                    arrange(layout)
+                if fits(some):
+                    break
+            else:
+                layout.is_proven = False
+                for expression in open_ones:
+                    options[expression][0](layout)
+            settled.update(open_ones)
+    return layout
+
+
+def _arrangements(expression: Any) -> list[Callable[[Layout], None]]:
+    """List the ways in which a dimension's channels may lie, the likeliest first."""
+    terms = sorted(sympy.Add.make_args(expression), key=lambda t: (not t.free_symbols, str(t)))
+    multiples = [t for t in terms if t.free_symbols and t.as_coeff_Mul()[0] != 1]
+    choices = itertools.product(list(itertools.permutations(terms))[:6], *[(False, True)] * len(multiples))
+    return [_setter(expression, order, multiples, flags) for order, *flags in choices]
+
+
+def _setter(
+    expression: Any, order: Any, multiples: list[Any], flags: Sequence[bool]
+) -> Callable[[Layout], None]:
+    def arrange(layout: Layout) -> None:
+        layout.order[expression] = tuple(order)
+        layout.interleaved.difference_update(multiples)
+        layout.interleaved.update(term for term, flag in zip(multiples, flags, strict=True) if flag)
+
+    return arrange
+
+
+def _moving_with(symbol: sympy.Symbol, algebra: Algebra) -> set[sympy.Symbol]:
+    """List the widths whose channels cannot be permuted without those of another one."""
+    each = {p.each for p in algebra.products if symbol in (p.whole, p.each)}
+    return {symbol, *each, *(p.whole for p in algebra.products if p.each in each)}
 
 
 def _shuffled(algebra: Algebra, generator: torch.Generator) -> Selection:
@@ -243,16 +274,6 @@ def _shuffled(algebra: Algebra, generator: torch.Generator) -> Selection:
             own = [found.get(each, torch.randperm(size, generator=generator)) for _ in range(parts)]
             found[symbol] = torch.cat([order + i * size for i, order in enumerate(own)])
     return found
-
-
-def _setter(
-    expression: Any, order: Any, multiples: list[Any], flags: Sequence[bool]
-) -> Callable[[Layout], None]:
-    def apply(layout: Layout) -> None:
-        layout.order[expression] = tuple(order)
-        layout.interleaved.update(term for term, flag in zip(multiples, flags, strict=True) if flag)
-
-    return apply
 
 
 def _is_invariant(
@@ -278,7 +299,7 @@ def _is_invariant(
     permuted = clone_module(tail, memo)
     entry = layout.indices(algebra.entry, shuffled, algebra.values)
     feature = values[0] if entry is None else values[0].index_select(1, entry.to(values[0].device))
-    got = output_of(permuted(feature, *values[1:]))
+    got = output_of(permuted(feature.clone(), *(value.clone() for value in values[1:])))
     return all(
         torch.allclose(g.float(), w.float(), rtol=1e-2, atol=2e-3 * float(w.float().abs().max() + 1e-12))
         for g, w in zip(got, want, strict=True)

@@ -88,6 +88,13 @@ class Knowledge:
             self._resolved[expression] = found
         return found
 
+    def symbol(self, value: int) -> sympy.Symbol:
+        """Make a symbol for a size that nothing is known about, from its real value."""
+        # PyTorch reads from the first letter that it is a size.
+        symbol = sympy.Symbol(f"s{len(self.values)}", positive=True, integer=True)
+        self.values[symbol] = int(value)
+        return symbol
+
     def equate(self, left: Expr, right: Expr, place: str) -> None:
         """Learn that two expressions, whose real values are equal, always are.
 
@@ -128,7 +135,9 @@ class Knowledge:
             return
         tried: set[Expr] = set()
         while True:
-            parts = sorted(gap.atoms(*_QUOTIENTS, *_REMAINDERS) - tried, key=lambda e: (e.count_ops(), str(e)))
+            parts = sorted(
+                gap.atoms(*_QUOTIENTS, *_REMAINDERS) - tried, key=lambda e: (e.count_ops(), str(e))
+            )
             if not parts:
                 break
             tried.add(parts[0])
@@ -178,7 +187,7 @@ class Knowledge:
         number, rest = solution.as_coeff_Mul()
         pair = [f for f in sympy.Mul.make_args(rest) if f.is_Symbol]
         if rest.is_Mul and len(pair) == 2 == len(rest.args):
-            whole = symbol if number == 1 else self._fresh(self.real(rest))
+            whole = symbol if number == 1 else self.symbol(self.real(rest))
             self._multiply(pair[0], pair[1], whole)
             if number != 1:
                 self._assign(symbol, number * whole)
@@ -193,7 +202,7 @@ class Knowledge:
         (a, x), (b, y) = (t.as_coeff_Mul() for t in terms)
         a, b = abs(a), abs(b)
         if x.is_Symbol and y.is_Symbol and a.is_Integer and b.is_Integer:
-            unit = self._fresh(self.values[x] // int(b))
+            unit = self.symbol(self.values[x] // int(b))
             self._assign(x, b * unit)
             self._assign(y, a * unit)
             return True
@@ -248,7 +257,7 @@ class Knowledge:
             if needed > 1:
                 multiples[factors[0]] = math.lcm(multiples.get(factors[0], 1), needed)
         for symbol, factor in multiples.items():
-            self._assign(symbol, factor * self._fresh(self.values[symbol] // factor))
+            self._assign(symbol, factor * self.symbol(self.values[symbol] // factor))
 
     def _divide_by_symbol(self, whole: Expr, parts: sympy.Symbol) -> None:
         number, rest = whole.as_coeff_Mul()
@@ -258,7 +267,7 @@ class Knowledge:
         if size == 1:
             self._equate(base, parts)  # one in each part: both are the same size
         else:
-            self._multiply(parts, self._fresh(size), base)
+            self._multiply(parts, self.symbol(size), base)
 
     def _multiply(self, parts: sympy.Symbol, each: sympy.Symbol, whole: Expr) -> None:
         self.products.append(Product(parts, each, whole))
@@ -295,11 +304,6 @@ class Knowledge:
                 return
             for left, right in equations:
                 self._equate(left, right)
-
-    def _fresh(self, value: int) -> sympy.Symbol:
-        symbol = sympy.Symbol(f"spart{len(self.values)}", positive=True, integer=True)
-        self.values[symbol] = int(value)
-        return symbol
 
     def _changed(self) -> None:
         self._resolved.clear()

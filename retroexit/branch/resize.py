@@ -57,9 +57,8 @@ def emptied(tail: nn.Module, plan: WidthPlan) -> nn.Module:
 
 def _is_resized(tail: nn.Module, plan: WidthPlan, name: str) -> bool:
     path, _, leaf = name.rpartition(".")
-    owner = tail.get_submodule(path)
-    old = owner._parameters.get(leaf, owner._buffers.get(leaf))
-    return old is not None and plan.shapes.get(name, tuple(old.shape)) != tuple(old.shape)
+    old = getattr(tail.get_submodule(path), leaf)
+    return isinstance(old, Tensor) and plan.shapes.get(name, tuple(old.shape)) != tuple(old.shape)
 
 
 def start_from_scratch(thin: nn.Module, full: nn.Module, seed: int = 0) -> None:

@@ -15,6 +15,9 @@ from sympy.core.relational import (
     StrictLessThan,
     Unequality,
 )
+import torch
+from torch import nn
+from torch.fx.experimental.sym_node import SymNode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from retroexit.branch.knowledge import Knowledge
@@ -38,6 +41,10 @@ class SizeEnv(ShapeEnv):
         named = "backed_var_to_val" if hasattr(self, "backed_var_to_val") else "var_to_val"  # torch < 2.10
         self.knowledge = Knowledge(getattr(self, named))
         self._seen_version = 0
+
+    def size(self, value: int) -> torch.SymInt:
+        """Make a symbolic size."""
+        return torch.SymInt(SymNode(self.knowledge.symbol(value), self, int, value))
 
     def pin(self, size: Any, reason: str) -> None:
         """Fix a size that some module cannot do without."""
@@ -106,14 +113,18 @@ class SizeEnv(ShapeEnv):
 def _user_line() -> str:
     """Name the line of the generator that runs: in a module, or where the graph's node was recorded."""
     frame: FrameType | None = sys._getframe(1)
+    module: object = None
     while frame is not None:
-        filename, place = frame.f_code.co_filename, None
+        filename, inside = frame.f_code.co_filename, frame.f_locals
         if is_user_code(filename):
-            place = filename, frame.f_lineno
-        elif filename == cut.__file__ and "node" in frame.f_locals:
-            place = frame.f_locals["node"].meta.get("line")
-            place = place if isinstance(place, tuple) else None
-        if place is not None:
-            return show(place)
+            return show((filename, frame.f_lineno))
+        if filename == cut.__file__ and "node" in inside:
+            line = inside["node"].meta.get("line")
+            if isinstance(line, tuple):
+                return show(line)
+            break
+        module = inside.get("self") if module is None and "self" in inside else module
+        module = module if isinstance(module, nn.Module) else None
         frame = frame.f_back
-    return "code that is not Python, such as a scripted module"
+    name = getattr(module, "original_name", type(module).__name__)
+    return f"code that is not Python{'' if module is None else f', in a module of type {name}'}"

@@ -102,5 +102,5 @@ def blame(error: Exception, paths: dict[int, str], frozen: dict[str, str]) -> tu
             line = show((frame.f_code.co_filename, number))
     return (
         path,
-        f"{line or 'code that is not Python, such as a scripted module'}, which does not run on symbolic sizes ({text})",
+        f"{line or 'code that is not Python'}, which does not run on symbolic sizes ({text})",
     )

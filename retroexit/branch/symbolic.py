@@ -16,9 +16,7 @@ import sympy
 import torch
 from torch import Tensor, nn
 from torch._dispatch.python import enable_python_dispatcher
-from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 
 from retroexit.branch.algebra import Algebra
 from retroexit.branch.demands import Demands, attribute_with
@@ -118,7 +116,7 @@ class _SymbolicRun:
         self.original = {name: tuple(tensor.shape) for name, tensor in real}
         sizes = {size for name in parameters for size in self.original[name] if size > threshold}
         self.tensors = {
-            name: self.fake(tensor, name.replace(".", "_"), self._free_axes(name, tensor, sizes))
+            name: self.fake(tensor, self._free_axes(name, tensor, sizes))
             for name, tensor in real
             if not self._is_frozen(name)
         }
@@ -135,7 +133,7 @@ class _SymbolicRun:
 
     def __call__(self, values: Sequence[Tensor], covered: Sequence[Namespace]) -> Any:
         entering = [
-            self.fake(v, f"x{i}", [i == 0 and a == 1 and v.shape[1] > self.threshold for a in range(v.dim())])
+            self.fake(v, [i == 0 and a == 1 and v.shape[1] > self.threshold for a in range(v.dim())])
             for i, v in enumerate(values)
         ]
         self.entry = entering[0].shape[1]
@@ -143,12 +141,13 @@ class _SymbolicRun:
         with self.mode, enable_python_dispatcher(), torch.no_grad(), lenient, Demands():
             return torch.func.functional_call(self.tail, self.tensors, tuple(entering))
 
-    def fake(self, tensor: Tensor, name: str, dynamic: list[bool]) -> Tensor:
-        context: Any = StatelessSymbolicContext(
-            dynamic_sizes=[DimDynamic.DYNAMIC if free else DimDynamic.STATIC for free in dynamic],
-            constraint_sizes=[None] * tensor.dim(),
-        )
-        return self.mode.from_tensor(tensor.detach(), source=ConstantSource(name), symbolic_context=context)
+    def fake(self, tensor: Tensor, free: Sequence[bool]) -> Tensor:
+        """Make a fake tensor, some of whose sizes are symbols."""
+        sizes = [
+            self.env.size(size) if is_free else size for size, is_free in zip(tensor.shape, free, strict=True)
+        ]
+        with self.mode:
+            return torch.empty(sizes, dtype=tensor.dtype, device=tensor.device)
 
     def _is_frozen(self, name: str) -> bool:
         return any(name.startswith(f"{path}.") or name == path for path in self.frozen)
@@ -178,24 +177,15 @@ class _SymbolicRun:
                     continue
                 is_count = (path, name) in self.counts or name in ("num_groups", "num_heads")
                 if type(value) is int and (value in sizes or (is_count and value > 1)):
-                    found[path, name] = self._symbol(value, f"{path}.{name}")
+                    found[path, name] = self.env.size(value)
                 elif type(value) in (list, tuple) and any(type(v) is int and v in sizes for v in value):
                     found[path, name] = type(value)(
-                        self._symbol(v, f"{path}.{name}{i}") if type(v) is int and v in sizes else v
-                        for i, v in enumerate(value)
+                        self.env.size(v) if type(v) is int and v in sizes else v for v in value
                     )
                 else:
                     continue
                 setattr(module, name, found[path, name])
         return found
-
-    def _symbol(self, value: int, name: str) -> torch.SymInt:
-        source = ConstantSource("attribute_" + name.replace(".", "_"))
-        symbol = self.env.create_symbol(
-            value, source=source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None
-        )
-        made: torch.SymInt = self.env.create_symintnode(symbol, hint=value, source=source)  # type: ignore[assignment]
-        return made
 
     def expression(self, size: Any) -> Expr:
         if isinstance(size, (tuple, list)):

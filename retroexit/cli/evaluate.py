@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import retroexit
-from retroexit.cli.options import TARGET
+from retroexit.cli.options import TARGET, FactoryArguments
 from retroexit.tables import exit_table, sweep_table
 from retroexit.targets import example_of, load_generator, load_samples
 
@@ -20,6 +20,7 @@ def evaluate(
     target: Annotated[str, typer.Argument(help=TARGET)],
     folder: Annotated[Path, typer.Argument(help="Folder that fit wrote.")],
     inputs: Annotated[str, typer.Option(help="Test samples: package.module:name.")],
+    factory_arguments: FactoryArguments = "",
     out: Annotated[Path | None, typer.Option(help="Folder for the report; FOLDER/report by default.")] = None,
     weights: Annotated[Path | None, typer.Option(help="File with the metric's weights.")] = None,
     threshold: Annotated[list[float] | None, typer.Option(min=0, help="Thresholds to print.")] = None,
@@ -29,7 +30,7 @@ def evaluate(
     Example:
         retroexit evaluate mymodels:decoder runs/decoder --inputs mydata:test
     """
-    generator, example = load_generator(target)
+    generator, example = load_generator(target, factory_arguments)
     samples = load_samples(inputs)
     model = retroexit.load(folder, generator, *example_of(example, samples))
     report = out or folder / "report"

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 import retroexit
-from retroexit.cli.options import TARGET, parse_losses, resumable
+from retroexit.cli.options import TARGET, FactoryArguments, parse_losses, resumable
 from retroexit.tables import exit_table
 from retroexit.targets import example_of, load_generator, load_samples, parse_places, parse_scales
 from retroexit.training.cache import FeatureCache
@@ -27,6 +27,7 @@ def fit(
     attach_at: Annotated[str, typer.Option(help="Stages, by number or path: 2,4,6.")],
     scale: Annotated[str, typer.Option(help="Width factor of the branches: 1/15, or one per exit.")],
     out: Annotated[Path, typer.Option(help="Folder for cache, checkpoints and result.")],
+    factory_arguments: FactoryArguments = "",
     min_channels: Annotated[int, typer.Option(min=1, help="No width is scaled below this.")] = 64,
     tap: Annotated[
         str, typer.Option(help="Take the stage's output (after) or its input (before).")
@@ -62,7 +63,7 @@ def fit(
     Example:
         retroexit fit mymodels:decoder --inputs mydata:train --attach-at 2,4,6 --scale 1/15 --out runs/decoder
     """
-    generator, example = load_generator(target)
+    generator, example = load_generator(target, factory_arguments)
     samples = load_samples(inputs)
     spec = retroexit.Guidance(retriever=retriever) if guidance else None
     args, kwargs = example_of(example, samples)

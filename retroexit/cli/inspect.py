@@ -2,40 +2,98 @@
 
 from __future__ import annotations
 
+import json
+import shlex
+import textwrap
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-import retroexit
-from retroexit.cli.options import TARGET
+from retroexit.cli.options import TARGET, FactoryArguments
+from retroexit.decoder.facts import decoder_facts
+from retroexit.decoder.stages import Decoder
+from retroexit.errors import OptionError
+from retroexit.evaluation.decoder_picture import check_picture, draw_decoder
 from retroexit.evaluation.macs import cross_check
-from retroexit.tables import stage_table
+from retroexit.inspection import read_generator
+from retroexit.stage_table import decoder_table
+from retroexit.tables import unit_of
 from retroexit.targets import load_generator, random_inputs
 
 __all__ = ["inspect"]
 
+_SHAPE = (
+    "Shape of a random input, 1,32,16,32; repeat it for several inputs. z=1,32 is a keyword input, 1,77:int "
+    "holds whole numbers, 0 or 1."
+)
+
 
 def inspect(
     target: Annotated[str, typer.Argument(help=TARGET)],
-    shape: Annotated[
-        list[str] | None, typer.Option(help="Shape of a random input; repeat it for several inputs.")
-    ] = None,
+    factory_arguments: FactoryArguments = "",
+    shape: Annotated[list[str] | None, typer.Option(help=_SHAPE)] = None,
     image: Annotated[
         str | None, typer.Option(help="Key of the image in the output, if there are several.")
     ] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="Draw the decoder to this file: .svg, .png or .pdf.")
+    ] = None,
+    facts: Annotated[Path | None, typer.Option("--json", help="Write all facts to this file.")] = None,
 ) -> None:
-    """List the stages of a generator: where branches can be attached, and what an exit there can save.
+    """Show the module tree of a generator with its stages: where exits can sit, what each can save at best.
 
     Example:
-        retroexit inspect mymodels:decoder --shape 1,32,16,32
+        retroexit inspect mymodels:decoder --shape 1,32,16,32 --picture decoder.svg
     """
-    generator, inputs = load_generator(target)
-    inputs = random_inputs(shape) if shape else inputs
+    _check_files(picture, facts)
+    generator, inputs = load_generator(target, factory_arguments)
+    if shape:
+        inputs = random_inputs(shape, generator)
     key: Any = int(image) if image is not None and image.isdigit() else image
-    stages = retroexit.find_stages(generator, inputs, image=key)
-    typer.echo(f"{type(generator).__name__}, {sum(p.numel() for p in generator.parameters()):,} parameters")
-    typer.echo(stage_table(stages))
-    typer.echo("An exit after l_k spends at least the share up to there.")
+    args, kwargs = inputs or (None, None)
+    decoder = read_generator(generator, args, kwargs, image=key)
+    unit, scale = unit_of(decoder.recording.macs)
+    total = f"{decoder.recording.macs / scale:.3f} {unit}"
+    typer.echo(decoder_table(decoder))
     if inputs is not None:
-        total = round(stages[0].macs / stages[0].share)
-        typer.echo(f"{total / 1e9:.3f} GMACs in all; thop: {cross_check(generator, total, inputs)}")
+        checked = f"thop   {cross_check(generator, decoder.recording.macs, *inputs)}"
+        typer.echo(textwrap.fill(checked, 100, subsequent_indent=" " * 7))
+    typer.echo(_next_steps(decoder, target, factory_arguments, key))
+    if picture is not None:
+        title = f"{type(generator).__name__}: {len(decoder.stages)} stages, {total}"
+        draw_decoder(decoder.stages, picture, title)
+        typer.echo(f"picture: {picture}")
+    if facts is not None:
+        facts.write_text(json.dumps(decoder_facts(decoder), indent=1) + "\n")
+        typer.echo(f"facts: {facts}")
+
+
+def _check_files(picture: Path | None, facts: Path | None) -> None:
+    if picture is not None:
+        check_picture(picture)
+    if facts is not None and not facts.parent.is_dir():
+        raise OptionError(
+            f"asked for --json {facts}; found no folder {str(facts.parent)!r}. Make it first.", facts
+        )
+
+
+def _next_steps(decoder: Decoder, target: str, arguments: str, image: Any) -> str:
+    """Lines to copy that wrap or fit the generator at the suggested attach points."""
+    places = [stage.index for stage in decoder.stages if stage.is_suggested]
+    if not places:
+        return "\nOne stage alone has no place for an exit: a branch needs a stage behind it."
+    output = "" if image is None else f", image={image!r}"
+    lines = ["\nto go on:", f"  model = retroexit.wrap(generator, attach_at={places}, scale=1 / 4{output})"]
+    if image is None:  # `fit` finds the image by itself
+        made = f" --args {_quoted(arguments)}" if arguments else ""
+        at = ",".join(map(str, places))
+        lines.append(f"  retroexit fit {_quoted(target)}{made} --inputs mydata:train \\")
+        lines.append(f"      --attach-at {at} --scale 1/4 --out runs/mine")
+    return "\n".join(lines)
+
+
+def _quoted(text: str) -> str:
+    """Quote a word for the shell, readably where it holds single quotes only."""
+    plain = "'" in text and not set(text) & set('"$`\\!')
+    return f'"{text}"' if plain else shlex.quote(text)

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Final
+from typing import Annotated, Final
+
+import typer
 
 from retroexit.errors import OptionError
 
-__all__ = ["TARGET", "parse_losses", "resumable"]
+__all__ = ["TARGET", "FactoryArguments", "parse_losses", "resumable"]
 
 TARGET: Final = "Where the trained generator comes from: package.module:factory or path/to/file.py:factory."
+
+FactoryArguments = Annotated[
+    str,
+    typer.Option(
+        "--args", help="Arguments of the factory, Python literals as in a call: \"256, norm='batch'\"."
+    ),
+]
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 from torch import Tensor, fx
@@ -85,8 +86,12 @@ def _map_rank(image: fx.Node) -> int:
     while level:
         for node in level:
             rank = len(node.meta.get("shape", ()))
-            # A vector behind a map is a gate or a style; a vector behind a vector makes no map at all.
-            if node.meta.get("macs") and (rank > 2 or own == 2):
+            if not node.meta.get("macs"):
+                continue
+            if own == 2:  # a waveform is all of a map; what was pooled or came from a vector is none
+                same = prod(node.meta["shape"]) == prod(image.meta["shape"])
+                return rank if same else own
+            if rank > 2:  # a vector on the way is a gate or a style
                 return min(own, rank) if own > 3 else rank
         level = [n for n in {u: None for node in level for u in node.all_input_nodes} if n not in seen]
         seen.update(level)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,12 +13,14 @@ from torch import fx, nn
 
 from retroexit.decoder.cut import Cut, cut_at
 from retroexit.decoder.image import find_image, is_map
+from retroexit.decoder.naming import value_names
 from retroexit.decoder.picking import choose_stages
 from retroexit.decoder.record import Recording, record
 from retroexit.decoder.recorder import Call
+from retroexit.decoder.suggest import suggest_attach_points
 from retroexit.errors import AttachPointError, RecordingError, RepeatedStageError, closest
 
-__all__ = ["Decoder", "Stage", "find_stages", "read_decoder"]
+__all__ = ["Decoder", "Stage", "read_decoder"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,8 @@ class Stage:
         live: Name and shape of every value that the rest needs besides the feature.
         end: Path of the module that closes the stage (a normalisation or activation behind a bare
             convolution).
+        feature: Name of the feature map, as it would stand in the ``live`` of a later stage.
+        is_suggested: Whether this is a good place for a branch, see `suggest_attach_points`.
     """
 
     index: int
@@ -46,6 +51,18 @@ class Stage:
     cumulative: float
     live: tuple[tuple[str, tuple[int, ...]], ...] = ()
     end: str = field(default="", repr=False)
+    feature: str = field(default="", repr=False)
+    is_suggested: bool = False
+
+    @property
+    def saves(self) -> float:
+        """Share of the backbone's MACs that an exit here saves at best: its branch costs nothing yet."""
+        return 1 - self.cumulative
+
+    @property
+    def live_size(self) -> int:
+        """How many numbers the live values hold, for the whole example batch."""
+        return sum(math.prod(shape) for _, shape in self.live)
 
 
 @dataclass(frozen=True)
@@ -57,8 +74,8 @@ class Decoder:
         stages: l_1..l_N.
         image: Node of the output image.
         image_path: Where the image is in the generator's output.
-        replayed: Why the recording cannot be run in its place, so that the generator's own forward is
-            replayed; empty where it can.
+        replayed: Why the recording cannot be cut, so that exits rerun the generator's own forward; empty
+            where it can.
     """
 
     recording: Recording
@@ -118,32 +135,6 @@ class Decoder:
         return sorted(maps, key=lambda node: -node.meta["shape"][1])
 
 
-def find_stages(
-    generator: nn.Module,
-    example_inputs: Sequence[Any] = (),
-    example_kwargs: dict[str, Any] | None = None,
-    image: Any = None,
-) -> list[Stage]:
-    """List the stages l_1..l_N of a generator's decoder.
-
-    Args:
-        generator: A trained generator in eval mode.
-        example_inputs: Positional inputs that it accepts; any batch size.
-        example_kwargs: Keyword inputs.
-        image: Key, index or path of the image in the generator's output, where it returns several maps.
-
-    Returns:
-        The stages, in order of execution, with cost and live values.
-
-    Raises:
-        GeneratorError: If the generator rejects the inputs, is in train mode, or returns no finite image.
-        RecordingError: If its execution cannot be written down.
-
-    Reference: paper section 3.1.
-    """
-    return list(read_decoder(generator, tuple(example_inputs), example_kwargs, image=image).stages)
-
-
 def read_decoder(
     generator: nn.Module,
     args: tuple[Any, ...],
@@ -168,7 +159,8 @@ def read_decoder(
 
     Raises:
         AttachPointError: If a path in ``stages`` or ``also`` names no module that runs.
-        GeneratorError, RecordingError: See `find_stages`.
+        GeneratorError: If the generator rejects the inputs, is in train mode, or returns no finite image.
+        RecordingError: If its execution cannot be written down.
     """
     deep = record(generator, args, kwargs, lenient=True)
     _, deep_image = find_image(deep, image)
@@ -192,6 +184,8 @@ def read_decoder(
     found = tuple(
         describe_stage(draft, path, index, end) for index, (path, end) in enumerate(chosen.items(), 1)
     )
+    good = suggest_attach_points(found)
+    found = tuple(replace(stage, is_suggested=stage.index in good) for stage in found)
     return replace(draft, stages=found)
 
 
@@ -217,6 +211,7 @@ def describe_stage(decoder: Decoder, path: str, index: int = 0, end: str = "") -
     cut = decoder.cut_after(bare)
     spent = sum(n.meta.get("macs", 0) for n in recording.nodes[: cut.position])
     total = max(recording.macs, 1)
+    names = value_names(recording)
     return Stage(
         index=index,
         path=path,
@@ -225,8 +220,9 @@ def describe_stage(decoder: Decoder, path: str, index: int = 0, end: str = "") -
         macs=call.macs,
         share=call.macs / total,
         cumulative=spent / total,
-        live=tuple((n.name, n.meta.get("shape", ())) for n in cut.live),
+        live=tuple((names[n], n.meta.get("shape", ())) for n in cut.live),
         end=end or path,
+        feature=names[cut.feature],
     )
 
 

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from retroexit.errors import MissingExtraError, OptionError
 from retroexit.evaluation.sweep import Evaluation, OperatingPoint
+from retroexit.tables import unit_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -321,11 +322,7 @@ def metric_label(metric: dict[str, Any]) -> str:
 
 def macs_unit(macs: Array) -> tuple[str, float]:
     """Choose a unit for MACs by the largest value: its name, and MACs per unit."""
-    largest = float(np.max(macs))
-    for name, scale in (("TMACs", 1e13), ("GMACs", 1e8), ("MMACs", 1e5)):
-        if largest >= scale:
-            return name, {"T": 1e12, "G": 1e9, "M": 1e6}[name[0]]
-    return "kMACs", 1e3
+    return unit_of(float(np.max(macs)))
 
 
 def _names(evaluation: Evaluation) -> list[str]:

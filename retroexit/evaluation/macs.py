@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from retroexit.decoder.counting import MacCounter
 from retroexit.decoder.structure import tensors
 from retroexit.errors import MissingExtraError
+from retroexit.tables import unit_of
 
 __all__ = ["count_macs", "cross_check", "thop_macs"]
 
@@ -83,14 +84,16 @@ def cross_check(generator: nn.Module, macs: int, args: Any, kwargs: Any = None) 
     except Exception as error:
         return f"not counted: thop raised {type(error).__name__}: {error}"
     ratio = theirs / max(macs, 1)
+    unit, scale = unit_of(theirs)
+    said = f"{theirs / scale:.3f} {unit} for the backbone, {ratio:.3f} of ours"
     if abs(ratio - 1) < 0.01:
-        return f"{theirs / 1e9:.3f} GMACs for the backbone, {ratio:.3f} of ours"
+        return said
     why = (
         "it misses functional convolutions and attention"
         if ratio < 1
         else "it counts norms, activations and interpolation too, and overcounts transposed convolutions"
     )
-    return f"{theirs / 1e9:.3f} GMACs for the backbone, {ratio:.3f} of ours: thop counts by layer type; {why}"
+    return f"{said}: thop counts by layer type; {why}"
 
 
 class _Plain(nn.Module):

@@ -1,9 +1,14 @@
 """Every hook that a plug-in may implement: signatures and documentation, nothing else.
 
-A plug-in is a module (or any object) whose functions carry `hookimpl`; a distribution announces it under the
-entry-point group ``retroexit``. A hook may leave out arguments that it does not need. Wrappers are not
-supported: every result has one author, so that a mistake can be reported under its name. A hook is asked when
-something of its kind is first looked up; import heavy dependencies inside it, or later.
+A plug-in is a module, or an object that is no class, whose functions carry `hookimpl`; a distribution
+announces it under the entry-point group ``retroexit``. A hook may leave out arguments that it does not need,
+and may not give defaults to the others. Wrappers are not supported: every result has one author, so that a
+mistake can be reported under its name. A hook for another version of retroexit, which this one does not know,
+is marked ``hookimpl(optionalhook=True)``. Hooks are asked when something of their kind is first looked up;
+import heavy dependencies inside them, or later.
+
+A name that we offer stays ours. One that two other plug-ins offer is an error when it is asked for.
+`retroexit.testing.check_adapter` tests what an adapter says.
 """
 
 from __future__ import annotations
@@ -79,7 +84,8 @@ def retroexit_retrievers() -> dict[str, type[Retriever]]:  # type: ignore[empty-
     """Offer nearest-neighbour back-ends for the guidance bank.
 
     Returns:
-        Classes by the name under which users ask for them: ``Guidance(retriever=name)``.
+        Classes derived from `retroexit.retrieval.Retriever` by the name under which users ask for them,
+        ``Guidance(retriever=name)``, which is the class's own ``name`` too.
     """
 
 
@@ -88,8 +94,9 @@ def retroexit_metrics() -> dict[str, Callable[..., QualityMetric]]:  # type: ign
     """Offer measures of the distance between an exit's image and the backbone's.
 
     Returns:
-        Factories by the name under which users ask for them: ``fit(..., metric=name)``. Calling one makes the
-        metric; where the user names a file of weights, it is handed over as ``weights``.
+        Factories by the name under which users ask for them: ``fit(..., metric=name)``. Calling one makes a
+        `retroexit.evaluation.quality.QualityMetric` whose ``name`` is the same; where the user names a file
+        of weights, it is handed over as ``weights``.
     """
 
 

@@ -43,6 +43,15 @@ def wrap(generator: nn.Module, attach_at: list[int | str], **options: Any) -> An
     return retroexit.wrap(generator, attach_at, adapter=known, **options)
 
 
+def rows_of(full: Tensor, thin: Tensor) -> list[int]:
+    """Find every row of a thin weight in the full one; there must be exactly one that is equal."""
+    found = []
+    for row in thin:
+        (same,) = (full == row).flatten(1).all(1).nonzero().flatten().tolist()
+        found.append(same)
+    return found
+
+
 def spade_macs(c_in: int, c_out: int, pixels: int) -> int:
     """Count a SPADE block by hand."""
     middle = min(c_in, c_out)
@@ -124,17 +133,15 @@ def test_a_built_stage_starts_from_the_backbones_channels(decoder: nn.Module) ->
     tail, full = model.branches[0].tail, decoder.blocks[2]
     first = tail.get_submodule("blocks.2")
     assert first.conv_0.weight.shape == (16, 64 + 3, 3, 3)
-    rows = [int((full.conv_0.bias == value).nonzero()) for value in first.conv_0.bias]
+    rows = rows_of(full.conv_0.weight, first.conv_0.weight[:, :64])
     assert len(set(rows)) == 16
-    assert torch.equal(first.conv_0.weight[:, :64], full.conv_0.weight[rows])
     assert 0 < first.conv_0.weight[:, 64:].abs().mean() < 0.2 * first.conv_0.weight[:, :64].abs().mean()
     assert torch.equal(first.norm_0.running_mean[:64], full.norm_0.running_mean)
     assert not any(module.training for module in tail.modules())
-    out = [int((full.conv_1.bias == value).nonzero()) for value in first.conv_1.bias]
-    assert torch.equal(first.conv_1.weight, full.conv_1.weight[out][:, rows])
+    out = rows_of(full.conv_1.weight[:, rows], first.conv_1.weight)
+    assert len(set(out)) == 16
     second = tail.get_submodule("blocks.3").conv_0
-    rows = [int((decoder.blocks[3].conv_0.bias == value).nonzero()) for value in second.bias]
-    assert torch.equal(second.weight[:, :16], decoder.blocks[3].conv_0.weight[rows][:, out])
+    assert len(set(rows_of(decoder.blocks[3].conv_0.weight[:, out], second.weight[:, :16]))) == 16
 
 
 def test_spectral_norms_of_built_stages_know_their_weights(oasis: nn.Module) -> None:

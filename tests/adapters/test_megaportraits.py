@@ -70,7 +70,7 @@ def test_a_block_adds_two_normalised_convolutions_to_its_shortcut() -> None:
 
     def conv(name: str, x: Tensor) -> Tensor:
         weight = weights[f"{name}.weight"]
-        return torch.conv2d(x, weight, weights[f"{name}.bias"], padding=weight.shape[-1] // 2)
+        return torch.conv2d(x, weight, padding=weight.shape[-1] // 2)
 
     def double(x: Tensor) -> Tensor:
         """Give each new pixel 3/4 of the old one and 1/4 of the neighbour it leans to, along both axes."""
@@ -88,7 +88,6 @@ def test_a_block_adds_two_normalised_convolutions_to_its_shortcut() -> None:
 def test_a_block_of_one_width_passes_its_input_on() -> None:
     block = retroexit_megaportraits.ResidualBlock(3, 3).eval()
     nn.init.zeros_(block.conv_1.weight)
-    nn.init.zeros_(block.conv_1.bias)
     x = torch.randn(1, 3, 4, 4)
     assert torch.equal(block(x), x)
 

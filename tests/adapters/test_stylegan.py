@@ -1,11 +1,9 @@
-"""The StyleGAN2 adapter: the equations of the paper, the layouts of two code bases, thin exits."""
+"""The StyleGAN2 adapter: the equations of the paper, the descriptions, thin exits."""
 
 from __future__ import annotations
 
 import copy
-import itertools
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +17,6 @@ retroexit_stylegan = pytest.importorskip(
     "retroexit_stylegan", reason="install the project to get its adapters"
 )
 StyleGANGenerator = retroexit_stylegan.StyleGANGenerator
-convert = retroexit_stylegan.convert_rosinality
 describe = retroexit_stylegan.retroexit_describe
 
 
@@ -33,36 +30,6 @@ def small(**options: object) -> nn.Module:
                 parameter.add_(0.2 * torch.randn_like(parameter))
         generator.mapping.w_avg.normal_()
     return generator
-
-
-def to_rosinality(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
-    """Write a state in the other layout: its `g_ema` and `latent_avg`."""
-    other: dict[str, Tensor] = {"input.input": state["synthesis.b4.const"][None]}
-    for i in itertools.takewhile(lambda i: f"mapping.fc{i}.weight" in state, itertools.count()):
-        for what in ("weight", "bias"):
-            other[f"style.{i + 1}.{what}"] = state[f"mapping.fc{i}.{what}"]
-    blocks = [name.split(".")[1] for name in state if name.endswith("torgb.bias")]
-    layers = ["b4.conv1", *(f"{block}.conv{j}" for block in blocks[1:] for j in (0, 1))]
-    names = ["conv1", *(f"convs.{i}" for i in range(len(layers) - 1))]
-    for i, (ours, theirs) in enumerate(zip(layers, names, strict=True)):
-        layer = f"synthesis.{ours}"
-        other[f"{theirs}.noise.weight"] = state[f"{layer}.noise_strength"][None]
-        other[f"{theirs}.activate.bias"] = state[f"{layer}.bias"]
-        other[f"noises.noise_{i}"] = state[f"{layer}.noise_const"][None, None]
-        if ours.endswith("conv0"):
-            other[f"{theirs}.conv.blur.kernel"] = 4 * state[f"{layer}.resample_filter"]
-    names += ["to_rgb1", *(f"to_rgbs.{i}" for i in range(len(blocks) - 1))]
-    layers += [f"{block}.torgb" for block in blocks]
-    for ours, theirs in zip(layers, names, strict=True):
-        other[f"{theirs}.conv.weight"] = state[f"synthesis.{ours}.weight"][None]
-        for what in ("weight", "bias"):
-            other[f"{theirs}.conv.modulation.{what}"] = state[f"synthesis.{ours}.affine.{what}"]
-        if theirs.startswith("to_rgb"):
-            other[f"{theirs}.bias"] = state[f"synthesis.{ours}.bias"].reshape(1, 3, 1, 1)
-        if theirs.startswith("to_rgbs"):
-            kernel = state[f"synthesis.{ours.split('.')[0]}.resample_filter"]
-            other[f"{theirs}.upsample.kernel"] = 4 * kernel
-    return other, state["mapping.w_avg"]
 
 
 def filtered(x: Tensor, before: int) -> Tensor:
@@ -145,7 +112,11 @@ def test_truncation_moves_style_vectors_to_their_mean() -> None:
     full = mapping(z)
     assert full.shape == (3, 8, 6)
     torch.testing.assert_close(mapping(5 * z)[:, 0], full[:, 3])  # only the direction of z counts
-    torch.testing.assert_close(mapping(z, None, 0.25), mapping.w_avg + 0.25 * (full - mapping.w_avg))
+    moved = mapping.w_avg + 0.25 * (full - mapping.w_avg)
+    torch.testing.assert_close(mapping(z, None, 0.25), moved)
+    some = mapping(z, truncation_psi=0.25, truncation_cutoff=3)
+    torch.testing.assert_close(some[:, :3], moved[:, :3])
+    assert torch.equal(some[:, 3:], full[:, 3:])
 
 
 def test_noise_is_stored_drawn_or_left_out() -> None:
@@ -218,57 +189,13 @@ def test_the_full_size_generator_costs_what_a_count_by_hand_gives() -> None:
     assert macs / 1e9 == pytest.approx(45.4, abs=0.1)
 
 
-@pytest.mark.parametrize("suffix", ["safetensors", "pth"])
-def test_a_state_dict_from_a_file_loads_strictly(tmp_path: Path, suffix: str) -> None:
-    safetensors = pytest.importorskip("safetensors.torch")
-    trained, path = small(), tmp_path / f"weights.{suffix}"
-    if suffix == "pth":
-        torch.save(trained.state_dict(), path)
-        state = torch.load(path, weights_only=True)
-    else:
-        safetensors.save_file(trained.state_dict(), path)
-        state = safetensors.load_file(path)
-    generator, z = small(), torch.randn(1, 8)
-    assert not torch.equal(generator(z), trained(z))
-    generator.load_state_dict(state)
-    assert torch.equal(generator(z), trained(z))
-
-
-def test_weights_in_rosinalitys_layout_are_converted() -> None:
-    generator = small()
-    state, w_avg = to_rosinality(generator.state_dict())
-    assert state["convs.0.conv.weight"].shape == (1, 64, 64, 3, 3)
-    assert state["to_rgbs.2.conv.weight"].shape == (1, 3, 16, 1, 1)
-    converted = convert(state, w_avg)
-    assert list(converted) and converted.keys() == generator.state_dict().keys()
-    for name, value in generator.state_dict().items():
-        assert torch.equal(converted[name], value), name
-    fresh, z = small(), torch.randn(1, 8)
-    fresh.load_state_dict(converted)
-    assert torch.equal(fresh(z, None, 0.5), generator(z, None, 0.5))
-    assert not convert(state)["mapping.w_avg"].any()
-
-
-def test_a_state_that_is_not_rosinalitys_is_refused() -> None:
-    state, _ = to_rosinality(small().state_dict())
-    with pytest.raises(
-        ValueError, match=r"no tensor 'to_rgbs.0.bias' in the state; found 'synthesis.b4.const'"
-    ):
-        convert({"synthesis.b4.const": torch.zeros(1)})
-    with pytest.raises(ValueError, match=r"foreign to rosinality's layout: 'latent_avg'\. Remove"):
-        convert(state | {"latent_avg": torch.zeros(6)})
-    del state["noises.noise_3"]
-    with pytest.raises(ValueError, match=r"no tensor 'noises.noise_3' in the state; still unused: 'convs.2"):
-        convert(state)
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ((torch.zeros(2, 9),), r"z must have the shape \(N, 8\), got \(2, 9\)"),
         ((torch.zeros(2, 8),), r"c must have the shape \(2, 5\), got None"),
         ((torch.zeros(2, 8), torch.zeros(1, 5)), r"c must have the shape \(2, 5\), got \(1, 5\)"),
-        ((torch.zeros(2, 8), torch.zeros(2, 5), 1.0, "const "), r"'none', got 'const '"),
+        ((torch.zeros(2, 8), torch.zeros(2, 5), 1.0, None, "const "), r"'none', got 'const '"),
     ],
 )
 def test_inputs_that_do_not_fit_are_refused(arguments: tuple[object, ...], message: str) -> None:
@@ -281,6 +208,8 @@ def test_style_vectors_and_resolutions_that_do_not_fit_are_refused() -> None:
         small().synthesis(torch.zeros(1, 7, 6))
     with pytest.raises(ValueError, match="power of two from 4 up, got 48"):
         small(resolution=48)
+    with pytest.raises(ValueError, match=r"one for each of the blocks \[4, 8, 16, 32\], got \[4, 4\]"):
+        small(channels=[4, 4])
 
 
 @pytest.mark.parametrize("classes", [0, 5])
@@ -294,6 +223,32 @@ def test_the_description_fits_the_generator(classes: int) -> None:
     assert torch.equal(torch.get_rng_state(), before)
     assert [tuple(value.shape) for value in args] == [(1, 8), (1, 5)][: 1 + bool(classes)]
     assert generator(*args, **kwargs).shape == (1, 3, 32, 32)
+
+
+def test_a_synthesis_network_alone_is_described_and_takes_other_truncations_at_every_call() -> None:
+    generator = small()
+    described = describe(generator.synthesis)
+    assert described.stages == ("b4", "b8", "b16", "b32")
+    model = retroexit.wrap(generator.synthesis, ["b8"], 1 / 4, min_channels=8, adapter=described)
+    z = torch.randn(2, 8)
+    for psi, cutoff in ((1.0, None), (0.7, None), (0.5, 2)):
+        ws = generator.mapping(z, None, psi, cutoff)
+        assert torch.equal(model(ws), generator(z, None, psi, cutoff))
+        assert model(ws, exit=1).shape == (2, 3, 32, 32)
+    assert not torch.equal(
+        model(generator.mapping(z, None, 0.5), exit=1), model(generator.mapping(z), exit=1)
+    )
+
+
+def test_the_image_so_far_and_the_style_vectors_are_live_at_every_cut() -> None:
+    generator = small()
+    args, _ = describe(generator).example_inputs(generator)
+    stages = retroexit.find_stages(generator, args)
+    for stage, size in zip(stages[:-1], (4, 8, 16), strict=True):
+        shapes = [shape for _, shape in stage.live]
+        assert (1, 3, size, size) in shapes
+        assert all(shape[-1] == 6 for shape in shapes if shape != (1, 3, size, size))
+        assert len(shapes) > 1
 
 
 def test_objects_of_nvidias_code_are_recognised_by_name_and_parts() -> None:
@@ -320,7 +275,7 @@ def test_objects_of_rosinalitys_code_are_recognised_by_name_and_parts() -> None:
     class Generator(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.size, self.style_dim = 16, 8
+            self.size, self.style_dim, self.channels = 16, 8, {4: 4, 8: 4, 16: 2, 32: 1}
             self.style, self.input, self.conv1, self.to_rgb1, self.noises = (
                 nn.Linear(1, 1) for _ in range(5)
             )
@@ -334,6 +289,8 @@ def test_objects_of_rosinalitys_code_are_recognised_by_name_and_parts() -> None:
     ((styles,), keywords) = described.example_inputs(theirs)
     assert [style.shape for style in styles] == [(1, 8)]
     assert keywords == {"randomize_noise": False}
+    judge = described.discriminator(theirs)
+    assert [judge.get_submodule(f"b{size}.conv0").weight.shape[0] for size in (16, 8)] == [2, 4]
     del theirs.to_rgb1
     assert describe(theirs) is None
 
@@ -369,3 +326,31 @@ def test_exits_are_thin_grow_in_cost_and_end_in_the_generator_itself() -> None:
         image.square().mean().backward()
         assert [n for n, p in branch.named_parameters() if p.grad is None or not p.grad.any()] == []
     assert all(parameter.grad is None for parameter in generator.parameters())
+
+
+def test_the_discriminator_is_fresh_as_wide_as_the_generator_and_can_learn() -> None:
+    generator = small(image_channels=1)
+    judge, other = (describe(generator).discriminator(generator) for _ in range(2))
+    assert not torch.equal(judge.b4.fc.weight, other.b4.fc.weight)
+    widths = {size: judge.get_submodule(f"b{size}.conv0").weight.shape[0] for size in (32, 16, 8)}
+    assert widths == {32: 16, 16: 32, 8: 64}
+    scores = judge(generator(torch.randn(6, 8)))
+    assert scores.shape == (6, 1)
+    scores.sum().backward()
+    assert [name for name, p in judge.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def test_scores_depend_on_the_batch_through_its_spread_alone() -> None:
+    generator = small(resolution=8)
+    judge, images = describe(generator).discriminator(generator), torch.randn(4, 3, 8, 8)
+    with torch.no_grad():
+        together = judge(images)
+        torch.testing.assert_close(judge(images.flip(0)), together.flip(0))
+        assert not torch.allclose(judge(images[:1]), together[:1])
+        judge.b4.conv.weight[:, -1] = 0  # what reads the spread
+        torch.testing.assert_close(judge(images[:1]), judge(images)[:1])
+
+
+def test_a_generator_of_one_block_has_neither_stages_nor_discriminator() -> None:
+    described = describe(small(resolution=4))
+    assert (described.stages, described.discriminator) == (None, None)

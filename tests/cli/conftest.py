@@ -53,6 +53,32 @@ def with_inputs():
     return Decoder(), torch.rand(1, 4, 4, 4)
 
 
+def with_keywords():
+    return Decoder(), (), {"z": torch.rand(1, 4, 4, 4)}
+
+
+def with_dict():
+    return Decoder(), {"z": torch.rand(2, 4, 4, 4)}
+
+
+def sized(width, bias=True, *, name="toy"):
+    made = Decoder()
+    made.stem = nn.Conv2d(width, 12, 1, bias=bias)
+    return made
+
+
+class Labelled(Decoder):
+    def forward(self, z, label):
+        return super().forward(z * (label + 1)[:, None, None, None])
+
+
+def wrong_keywords():
+    return Decoder(), (), 3
+
+
+ready = Decoder()
+
+
 def broken():
     raise RuntimeError("no weights here")
 

@@ -162,7 +162,7 @@ def _environment() -> dict[str, str]:
 
 @pytest.mark.parametrize("file", ["README.md"])
 def test_commands_and_code_in_the_readme_can_be_read(run: Any, file: str) -> None:
-    text = (ROOT / file).read_text()
+    text = (ROOT / file).read_text().replace("\\\n", "")  # continued lines
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert blocks
     for block in blocks:

@@ -1,24 +1,101 @@
-"""``retroexit inspect`` on a toy."""
+"""``retroexit inspect`` on a toy: what it prints and writes, and what it answers to mistakes."""
 
 from __future__ import annotations
 
 import importlib
 import json
 import re
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import retroexit
 
-def test_inspect_lists_the_stages(run: Any) -> None:
+
+def test_inspect_shows_the_tree_with_the_stages_in_it(run: Any) -> None:
     for arguments in (("toy.py:with_inputs",), ("toy:decoder", "--shape", "1,4,4,4")):
         shown = run("inspect", *arguments)
         assert shown.status == 0, shown.err
         assert shown.out.startswith("Decoder, ")
+        assert " for z 1x4x4x4\n" in shown.out
         for row, size in (("stages.0", "8x8"), ("stages.1", "16x16"), ("stages.2", "16x16")):
-            assert re.search(rf"^ *\d  {row} +Stage +{size} +12 ", shown.out, re.MULTILINE), row
+            assert re.search(rf"^ *\d[* ] +{row} +Stage +{size} +12 ", shown.out, re.MULTILINE), row
+        for beside in ("stem +Conv2d", "rgb +Conv2d"):
+            assert re.search(rf"^ +{beside} ", shown.out, re.MULTILINE), beside
+        assert re.search(r"^thop   \d\.\d+ MMACs for the backbone, 1\.\d+ of ours", shown.out, re.MULTILINE)
+
+
+def test_the_suggested_exits_come_with_lines_that_run(run: Any) -> None:
+    shown = run("inspect", "toy.py:sized", "--args", "4, name='x'", "--shape", "1,4,4,4")
+    assert shown.status == 0, shown.err
+    starred = re.findall(r"^ *(\d)\* ", shown.out, re.MULTILINE)
+    (places,) = re.findall(r"retroexit\.wrap\(generator, attach_at=(\[.*?\]), scale=1 / 4\)", shown.out)
+    assert json.loads(places) == list(map(int, starred)) == [1, 2]
+    (command,) = re.findall(r"^  retroexit (fit .*?)\n\n?(?=\S|$)", shown.out, re.MULTILINE | re.DOTALL)
+    words = shlex.split(command.replace("\\\n", "").replace("mydata:train", "toy.py:samples"))
+    fitted = run(*words, "--dry-run")
+    assert fitted.status == 0, fitted.err
+    assert "Decoder with 2 early exits" in fitted.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "inputs"),
+    [
+        (("toy.py:with_keywords",), "z 1x4x4x4"),
+        (("toy.py:with_dict",), "z 2x4x4x4"),
+        (("toy.py:ready", "--shape", "1x4x4x4"), "z 1x4x4x4"),
+        (("toy.py:Decoder", "--shape", "z=3,4,4,4"), "z 3x4x4x4"),
+        (("toy.py:Labelled", "--shape", "2,4,4,4", "--shape", "label=2:int"), "z 2x4x4x4, label 2"),
+        (("toy.py:sized", "--args", "7, False", "--shape", "1,7,4,4"), "z 1x7x4x4"),
+        (("toy.py:sized", "--args", "width=5", "--shape", "1,5,4,4"), "z 1x5x4x4"),
+    ],
+)
+def test_ways_to_name_a_generator_and_its_inputs(run: Any, arguments: tuple[str, ...], inputs: str) -> None:
+    shown = run("inspect", *arguments)
+    assert shown.status == 0, shown.err
+    assert shown.out.splitlines()[0].endswith(f" for {inputs}")
+
+
+def test_arguments_of_the_factory_arrive(run: Any) -> None:
+    counts = []
+    for arguments in ("4", "4, bias=False", "width=4, bias=0"):
+        shown = run("inspect", "toy.py:sized", "--args", arguments, "--shape", "1,4,4,4")
+        (count,) = re.findall(r"Decoder, ([\d,]+) parameters", shown.out)
+        counts.append(int(count.replace(",", "")))
+    assert counts == [counts[0], counts[0] - 12, counts[0] - 12]
+
+
+def test_the_picture_and_the_facts_are_written_where_asked(run: Any, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    shown = run("inspect", "toy.py:with_inputs", "--picture", "d.svg", "--json", "d.json")
+    assert shown.status == 0, shown.err
+    assert shown.out.endswith("picture: d.svg\nfacts: d.json\n")
+    picture = (tmp_path / "d.svg").read_text()
+    assert "Decoder: 3 stages, " in picture
+    facts = json.loads((tmp_path / "d.json").read_text())
+    sys.path.insert(0, str(tmp_path))
+    toy = importlib.import_module("toy")
+    generator, z = toy.with_inputs()
+    stages = retroexit.find_stages(generator.eval(), (z,))
+    assert facts["generator"] == "Decoder"
+    assert facts["inputs"] == {"z": [1, 4, 4, 4]}
+    assert facts["parameters"] == sum(p.numel() for p in generator.parameters())
+    assert facts["macs"] == round(stages[0].macs / stages[0].share)
+    assert facts["replayed"] == ""
+    assert facts["suggested"] == [stage.index for stage in stages if stage.is_suggested]
+    for told, stage in zip(facts["stages"], stages, strict=True):
+        assert (told["path"], told["macs"], told["shape"]) == (stage.path, stage.macs, list(stage.shape))
+        assert told["saves"] == pytest.approx(1 - stage.cumulative)
+    assert [part["stage"] for part in facts["tree"]] == [None, None, 1, 2, 3, None]
+
+
+def test_no_picture_is_written_unless_asked_for(run: Any, tmp_path: Path) -> None:
+    before = set(tmp_path.iterdir())
+    assert run("inspect", "toy.py:with_inputs").status == 0
+    assert {path for path in set(tmp_path.iterdir()) - before if path.name != "__pycache__"} == set()
 
 
 def test_a_file_is_not_mistaken_for_a_module_of_its_name(run: Any, tmp_path: Path) -> None:
@@ -44,22 +121,59 @@ def test_a_file_is_not_mistaken_for_a_module_of_its_name(run: Any, tmp_path: Pat
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("inspect", "toy"), "asked for 'toy'; found no ':'"),
-        (("inspect", "nowhere:decoder"), "asked for 'nowhere:decoder'; found ModuleNotFoundError"),
-        (("inspect", "nowhere.py:decoder"), "found FileNotFoundError: no file "),
-        (("inspect", "toy.py:decoda"), "found AttributeError: .*'decoda'"),
+        (("toy",), "asked for 'toy'; found no ':'.*Write package.module:factory"),
+        (("toy:",), "asked for 'toy:'; found no ':' with a name"),
         (
-            ("inspect", "toy.py:broken"),
-            "asked to call 'toy.py:broken'; found that it raised RuntimeError: no weights here",
+            ("nowhere:decoder",),
+            "asked for 'nowhere:decoder'; found ModuleNotFoundError.*run it in the folder",
         ),
-        (("inspect", "toy.py:number"), "asked for the generator of 'toy.py:number'; found a int"),
-        (("inspect", "toy.py:decoder"), "found no adapter that can make its inputs"),
+        (("nowhere.py:decoder",), "found FileNotFoundError: no file .*Check the path"),
         (
-            ("inspect", "toy.py:decoder", "--shape", "1,x"),
-            r"asked for --shape \['1,x'\]; found invalid literal",
+            ("lacking.py:decoder",),
+            "No module named 'nosuchpackage'. The module imports nosuchpackage: install",
         ),
-        (("inspect", "toy.py:decoder", "--shape", "1,-4,4,4"), r"asked for --shape \['1,-4,4,4'\]"),
+        (("mistaken.py:decoder",), "found ZeroDivisionError: .*Correct the module"),
+        (("toy.py:decoda",), "found no 'decoda' there. Closest: 'decoder'"),
+        (
+            ("toy.py:broken",),
+            "asked to call 'toy.py:broken' with no arguments; found that it raised RuntimeError: no weights",
+        ),
+        (("toy.py:number",), "asked for the generator of 'toy.py:number'; found a int"),
+        (("toy.py:wrong_keywords",), "asked for the keyword inputs of .*; found a int"),
+        (
+            ("toy.py:sized",),
+            "with no arguments; found that it takes .width, .*missing a .*'width'. Pass .* --args",
+        ),
+        (("toy.py:sized", "--args", "4, wide=1"), "with .4, wide=1.; found that it takes .*'wide'"),
+        (("toy.py:sized", "--args", "x"), "found x, which is no literal. If it is a text, quote it: 'x'"),
+        (("toy.py:sized", "--args", "f(4)"), r"found f\(4\), which is no literal. Write Python literals"),
+        (("toy.py:sized", "--args", "4,,"), "asked for --args '4,,'; found invalid syntax"),
+        (("toy.py:sized", "--args", "4) + f(4"), "found no list of arguments"),
+        (("toy.py:sized", "--args", "**{'width': 4}"), r"found '\*\*'"),
+        (("toy.py:ready", "--args", "4"), "found a Decoder, which no call makes. Leave --args out"),
+        (("toy.py:decoder",), r"found no adapter that can make its inputs, \(z\).*--shape 1,32,16,32"),
+        (("toy.py:decoder", "--shape", "1,x"), "asked for --shape 1,x; found invalid literal"),
+        (("toy.py:decoder", "--shape", "1,-4,4,4"), "asked for --shape 1,-4,4,4; found .*Write 1,32,16,32"),
+        (("toy.py:decoder", "--shape", "1,4:nn"), "found no type torch.nn"),
+        (("toy.py:decoder", "--shape", "1,5,4,4"), r"rejects the example inputs \(\(1, 5, 4, 4\)\)"),
+        (("toy.py:with_inputs", "--picture", "d.gif"), "found the ending '.gif'. End it with one of .svg"),
+        (("toy.py:with_inputs", "--picture", "no/d.svg"), "found no folder 'no'"),
+        (("toy.py:with_inputs", "--json", "no/d.json"), "asked for --json no/d.json; found no folder 'no'"),
     ],
 )
-def test_mistakes_end_with_one_line_and_status_1(run: Any, arguments: tuple[str, ...], message: str) -> None:
-    run(*arguments).fails_with(message)
+def test_mistakes_end_with_one_line_and_status_1(
+    run: Any, tmp_path: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    (tmp_path / "lacking.py").write_text("import nosuchpackage\n")
+    (tmp_path / "mistaken.py").write_text("1 / 0\n")
+    run("inspect", *arguments).fails_with(message)
+
+
+def test_without_matplotlib_a_picture_is_answered_with_the_pip_line(
+    run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    failed = run("inspect", "toy.py:with_inputs", "--picture", "d.svg")
+    failed.fails_with("found that matplotlib is not installed")
+    assert failed.err.endswith("pip install 'retroexit[report]'\n")
+    assert run("inspect", "toy.py:with_inputs").status == 0

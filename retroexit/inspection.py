@@ -1,0 +1,70 @@
+"""Read a generator with what plug-ins know about it, without wrapping it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from retroexit.decoder.naming import forward_signature
+from retroexit.decoder.stages import Decoder, Stage, read_decoder
+from retroexit.errors import OptionError
+from retroexit.plugins.host import host
+
+__all__ = ["find_stages", "read_generator"]
+
+
+def find_stages(
+    generator: nn.Module,
+    example_inputs: Sequence[Any] | None = None,
+    example_kwargs: dict[str, Any] | None = None,
+    *,
+    image: Any = None,
+) -> list[Stage]:
+    """List the stages l_1..l_N of a generator, with cost, output shape and live values.
+
+    `retroexit.stage_table` prints them, `retroexit.evaluation.decoder_picture` draws them.
+
+    Args:
+        generator: A trained generator in eval mode.
+        example_inputs: Positional inputs that it accepts; an adapter may make them.
+        example_kwargs: Keyword inputs.
+        image: Key of the image in its output, where it returns several maps.
+
+    Returns:
+        The stages, in order; those marked ``is_suggested`` are good places for branches.
+
+    Raises:
+        GeneratorError, RecordingError: See `wrap`.
+
+    Reference: paper section 3.1.
+    """
+    return list(read_generator(generator, example_inputs, example_kwargs, image=image).stages)
+
+
+def read_generator(
+    generator: nn.Module,
+    example_inputs: Sequence[Any] | None = None,
+    example_kwargs: dict[str, Any] | None = None,
+    *,
+    image: Any = None,
+) -> Decoder:
+    """Read a generator as `wrap` does: its stages and the execution behind them. See `find_stages`."""
+    known = host().describe(generator)
+    if example_inputs is None and not example_kwargs:
+        if known is None or known.example_inputs is None:
+            raise OptionError(
+                f"asked for the stages of {type(generator).__name__}; found no adapter that can make its "
+                f"inputs, {forward_signature(generator)}. Pass example_inputs=(...); on the command line, "
+                "--shape 1,32,16,32 once per input, or a factory that returns (generator, inputs).",
+                generator,
+            )
+        example_inputs, example_kwargs = known.example_inputs(generator)
+    return read_decoder(
+        generator,
+        tuple(example_inputs or ()),
+        example_kwargs,
+        stages=None if known is None else known.stages,
+        image=image if image is not None or known is None else known.image,
+    )

@@ -1,0 +1,227 @@
+"""Checkpoints of StyleGAN2 in two layouts: what is read off them, and what is refused without being run."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from retroexit.errors import CheckpointError
+
+retroexit_stylegan = pytest.importorskip(
+    "retroexit_stylegan", reason="install the project to get its adapters"
+)
+StyleGANGenerator = retroexit_stylegan.StyleGANGenerator
+convert = retroexit_stylegan.convert_rosinality
+load_generator = retroexit_stylegan.load_generator
+
+
+def small(**options: object) -> nn.Module:
+    """Make a generator of 32x32 with 64, 64, 32, 16 channels, in which every parameter does something."""
+    settings = {"z_dim": 8, "w_dim": 6, "resolution": 32, "channel_base": 512, "channel_max": 64}
+    generator = StyleGANGenerator(**(settings | {"num_mapping_layers": 2} | options)).eval()
+    with torch.no_grad():
+        for parameter in generator.parameters():
+            if parameter.dim() < 2:  # biases and noise strengths start at constants
+                parameter.add_(0.2 * torch.randn_like(parameter))
+        generator.mapping.w_avg.normal_()
+    return generator
+
+
+def to_rosinality(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+    """Write a state in the other layout: its `g_ema` and `latent_avg`."""
+    other: dict[str, Tensor] = {"input.input": state["synthesis.b4.const"][None]}
+    for i in itertools.takewhile(lambda i: f"mapping.fc{i}.weight" in state, itertools.count()):
+        for what in ("weight", "bias"):
+            other[f"style.{i + 1}.{what}"] = state[f"mapping.fc{i}.{what}"]
+    blocks = [name.split(".")[1] for name in state if name.endswith("torgb.bias")]
+    layers = ["b4.conv1", *(f"{block}.conv{j}" for block in blocks[1:] for j in (0, 1))]
+    names = ["conv1", *(f"convs.{i}" for i in range(len(layers) - 1))]
+    for i, (ours, theirs) in enumerate(zip(layers, names, strict=True)):
+        layer = f"synthesis.{ours}"
+        other[f"{theirs}.noise.weight"] = state[f"{layer}.noise_strength"][None]
+        other[f"{theirs}.activate.bias"] = state[f"{layer}.bias"]
+        other[f"noises.noise_{i}"] = state[f"{layer}.noise_const"][None, None]
+        if ours.endswith("conv0"):
+            other[f"{theirs}.conv.blur.kernel"] = 4 * state[f"{layer}.resample_filter"]
+    names += ["to_rgb1", *(f"to_rgbs.{i}" for i in range(len(blocks) - 1))]
+    layers += [f"{block}.torgb" for block in blocks]
+    for ours, theirs in zip(layers, names, strict=True):
+        other[f"{theirs}.conv.weight"] = state[f"synthesis.{ours}.weight"][None]
+        for what in ("weight", "bias"):
+            other[f"{theirs}.conv.modulation.{what}"] = state[f"synthesis.{ours}.affine.{what}"]
+        if theirs.startswith("to_rgb"):
+            other[f"{theirs}.bias"] = state[f"synthesis.{ours}.bias"].reshape(1, 3, 1, 1)
+        if theirs.startswith("to_rgbs"):
+            kernel = state[f"synthesis.{ours.split('.')[0]}.resample_filter"]
+            other[f"{theirs}.upsample.kernel"] = 4 * kernel
+    return other, state["mapping.w_avg"]
+
+
+def save(state: dict[str, Tensor], path: Path) -> Path:
+    if path.suffix == ".safetensors":
+        pytest.importorskip("safetensors.torch").save_file(state, path)
+    else:
+        torch.save(state, path)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".pt"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"c_dim": 5, "z_dim": 12},
+        {"image_channels": 1, "num_mapping_layers": 8},
+        {"resolution": 16, "channels": (16, 8, 24)},
+        {"resolution": 4},
+    ],
+    ids=["plain", "classes", "grey", "widths", "one block"],
+)
+def test_sizes_are_read_off_the_tensors(tmp_path: Path, suffix: str, options: dict[str, Any]) -> None:
+    trained = small(**options)
+    again = load_generator(save(trained.state_dict(), tmp_path / f"weights{suffix}"))
+    assert not again.training
+    z = torch.randn(2, trained.z_dim)
+    c = torch.eye(trained.c_dim)[:2] if trained.c_dim else None
+    assert torch.equal(again(z, c, 0.7, 1), trained(z, c, 0.7, 1))
+
+
+def test_the_clamp_is_told_by_the_caller(tmp_path: Path) -> None:
+    trained, z = small(conv_clamp=0.1), torch.randn(1, 8)
+    path = save(trained.state_dict(), tmp_path / "weights.pth")
+    assert torch.equal(load_generator(path, conv_clamp=0.1)(z), trained(z))
+    assert not torch.equal(load_generator(path)(z), trained(z))
+
+
+def written_by_train(generator: nn.Module) -> dict[str, Any]:
+    """Make what rosinality's ``train.py`` saves: networks, optimisers, its options, no mean style vector."""
+    state, _ = to_rosinality(generator.state_dict())
+    optimiser = torch.optim.Adam(generator.parameters(), lr=0.1)
+    return {
+        "g": state,
+        "d": {"convs.0.weight": torch.zeros(1)},
+        "g_ema": state,
+        "g_optim": optimiser.state_dict(),
+        "args": argparse.Namespace(path="lmdb", size=32, mixing=0.9, augment=False),
+        "ada_aug_p": 0.0,
+    }
+
+
+def test_a_checkpoint_of_rosinalitys_training_is_read_and_its_mean_style_estimated(tmp_path: Path) -> None:
+    trained, path = small(z_dim=6), tmp_path / "550000.pt"
+    torch.save(written_by_train(trained), path)
+    generator, again, z = load_generator(path), load_generator(path), torch.randn(2, 6)
+    assert torch.equal(generator(z), trained(z))
+    styles = trained.mapping(torch.randn(20000, 6))[:, 0]
+    error = styles.std(0) * (1 / 4096 + 1 / 20000) ** 0.5
+    assert ((generator.mapping.w_avg - styles.mean(0)).abs() < 5 * error).all()
+    assert torch.equal(generator.mapping.w_avg, again.mapping.w_avg)
+
+
+def test_a_converted_checkpoint_of_rosinalitys_code_has_its_mean_style(tmp_path: Path) -> None:
+    trained, path = small(), tmp_path / "stylegan2-ffhq-config-f.pt"
+    state, w_avg = to_rosinality(trained.state_dict())
+    torch.save({"g_ema": state, "latent_avg": w_avg[None]}, path)
+    z = torch.randn(1, 8)
+    assert torch.equal(load_generator(path)(z, None, 0.5), trained(z, None, 0.5))
+
+
+class Boom:
+    """Leaves a file behind when it is unpickled."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (self.target,))
+
+
+@pytest.mark.parametrize("writer", ["torch", "pickle"])
+def test_code_in_a_file_is_refused_and_does_not_run(tmp_path: Path, writer: str) -> None:
+    path, trace = tmp_path / "network.pkl", tmp_path / "trace"
+    content = {"G_ema": Boom(trace), "training_set_kwargs": None}
+    if writer == "torch":
+        torch.save(content, path)
+    else:
+        path.write_bytes(pickle.dumps(content))
+    with pytest.raises(CheckpointError, match="found no file of tensors and plain values") as caught:
+        load_generator(path)
+    assert not trace.exists()
+    assert str(caught.value).splitlines()[-3:] == [
+        "    import torch, legacy",
+        '    generator = legacy.load_network_pkl(open("network.pkl", "rb"))["G_ema"]',
+        '    torch.save(generator.state_dict(), "network.pth")',
+    ]
+
+
+def test_options_of_a_training_may_not_smuggle_anything_in(tmp_path: Path) -> None:
+    content = written_by_train(small())
+    content["args"].extra = Boom(tmp_path / "trace")
+    torch.save(content, tmp_path / "550000.pt")
+    with pytest.raises(CheckpointError, match="found no file of tensors and plain values"):
+        load_generator(tmp_path / "550000.pt")
+    assert not (tmp_path / "trace").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"conv.weight": torch.zeros(1)}, r"found neither 'synthesis.b4.const'.*but \['conv.weight'\]"),
+        ({"epoch": 3, "model": {}}, r"found \['epoch', 'model'\] instead of a state dict"),
+        ([torch.zeros(1)], r"found list instead of a state dict"),
+    ],
+)
+def test_other_files_are_refused(tmp_path: Path, content: Any, message: str) -> None:
+    torch.save(content, tmp_path / "other.pth")
+    with pytest.raises(CheckpointError, match=message):
+        load_generator(tmp_path / "other.pth")
+    (tmp_path / "text.pth").write_text("not a checkpoint")
+    with pytest.raises(CheckpointError, match="found no file of tensors and plain values"):
+        load_generator(tmp_path / "text.pth")
+    with pytest.raises(FileNotFoundError):
+        load_generator(tmp_path / "absent.pth")
+
+
+def test_another_architecture_is_refused_by_the_name_that_differs(tmp_path: Path) -> None:
+    state = small().state_dict()
+    state["synthesis.b8.skip.weight"] = torch.zeros(64, 64, 1, 1)
+    with pytest.raises(CheckpointError, match=r"another architecture.*synthesis\.b8\.skip\.weight"):
+        load_generator(save(state, tmp_path / "resnet.pth"))
+    del state["synthesis.b8.skip.weight"], state["synthesis.b4.torgb.bias"]
+    with pytest.raises(CheckpointError, match=r"another architecture.*synthesis\.b4\.torgb\.bias"):
+        load_generator(save(state, tmp_path / "orig.pth"))
+
+
+def test_weights_in_rosinalitys_layout_are_converted() -> None:
+    generator = small()
+    state, w_avg = to_rosinality(generator.state_dict())
+    assert state["convs.0.conv.weight"].shape == (1, 64, 64, 3, 3)
+    assert state["to_rgbs.2.conv.weight"].shape == (1, 3, 16, 1, 1)
+    converted = convert(state, w_avg)
+    assert list(converted) and converted.keys() == generator.state_dict().keys()
+    for name, value in generator.state_dict().items():
+        assert torch.equal(converted[name], value), name
+    fresh, z = small(), torch.randn(1, 8)
+    fresh.load_state_dict(converted)
+    assert torch.equal(fresh(z, None, 0.5), generator(z, None, 0.5))
+    assert not convert(state)["mapping.w_avg"].any()
+
+
+def test_a_state_that_is_not_rosinalitys_is_refused() -> None:
+    state, _ = to_rosinality(small().state_dict())
+    with pytest.raises(
+        ValueError, match=r"no tensor 'to_rgbs.0.bias' in the state; found 'synthesis.b4.const'"
+    ):
+        convert({"synthesis.b4.const": torch.zeros(1)})
+    with pytest.raises(ValueError, match=r"foreign to rosinality's layout: 'latent_avg'\. Remove"):
+        convert(state | {"latent_avg": torch.zeros(6)})
+    del state["noises.noise_3"]
+    with pytest.raises(ValueError, match=r"no tensor 'noises.noise_3' in the state; still unused: 'convs.2"):
+        convert(state)

@@ -1,0 +1,350 @@
+"""The conformance test of adapters: a good one passes, and whatever is wrong with a bad one is listed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from retroexit.errors import AdapterError, RetroExitError
+from retroexit.plugins import Description, hookimpl
+from retroexit.testing import AdapterReport, check_adapter
+
+
+class Block(nn.Module):
+    def __init__(self, c_in: int, c_out: int) -> None:
+        super().__init__()
+        self.conv, self.skip = nn.Conv2d(c_in, c_out, 3, padding=1), nn.Conv2d(c_in, c_out, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.conv(x)) + self.skip(x)
+
+
+class Decoder(nn.Module):
+    """Codes of a codebook to a picture and a depth map; with ``noisy``, noise is drawn in front of it all."""
+
+    def __init__(self, codes: int = 6, noisy: bool = False) -> None:
+        super().__init__()
+        self.book, self.noisy = nn.Embedding(codes, 8), noisy
+        self.blocks = nn.ModuleList([Block(8, 16), Block(16, 16), Block(16, 16)])
+        self.rgb, self.depth = nn.Conv2d(16, 3, 1), nn.Conv2d(16, 1, 1)
+
+    def forward(self, codes: Tensor) -> dict[str, Tensor]:
+        x = self.book(codes).permute(0, 3, 1, 2)
+        if self.noisy:
+            x = x + torch.randn(x.shape[0], 8, 1, 1)
+        for block in self.blocks:
+            x = block(x)
+        return {"depth": self.depth(x), "rgb": torch.sigmoid(self.rgb(x))}
+
+
+def codes(generator: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    assert isinstance(generator, Decoder)
+    return (torch.arange(64).view(1, 8, 8) % generator.book.num_embeddings,), {}
+
+
+def build(stage: nn.Module, in_channels: int, out_channels: int) -> nn.Module | None:
+    return Block(in_channels, out_channels) if isinstance(stage, Block) else None
+
+
+class Judge(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(nn.Conv2d(3, 4, 3), nn.LeakyReLU(), nn.Conv2d(4, 1, 3))
+
+
+def describe(generator: nn.Module, **changed: Any) -> Description:
+    book: Any = generator.book
+    known = Description(
+        name="toy",
+        stages=("blocks.0", "blocks.1", "blocks.2"),
+        example_inputs=codes,
+        image="rgb",
+        image_range=(0.0, 1.0),
+        predictor_inputs=lambda codes: book(codes).permute(0, 3, 1, 2),
+        key_after=1,
+        value_after="blocks.1",
+        key=lambda codes: book(codes).mean((1, 2)),
+        discriminator=lambda generator: Judge(),
+    )
+    return dataclasses.replace(known, **changed)
+
+
+class Adapter:
+    """A good adapter; ``changed`` makes it a bad one."""
+
+    def __init__(self, **changed: Any) -> None:
+        self.changed = changed
+
+    @hookimpl
+    def retroexit_describe(self, generator: nn.Module) -> Description | None:
+        return describe(generator, **self.changed) if isinstance(generator, Decoder) else None
+
+
+class BuildingAdapter(Adapter):
+    @hookimpl
+    def retroexit_build_stage(self, stage: nn.Module, in_channels: int, out_channels: int) -> Any:
+        return build(stage, in_channels, out_channels)
+
+
+@pytest.fixture
+def decoder() -> nn.Module:
+    return Decoder().eval()
+
+
+def problems_of(generator: nn.Module, **options: Any) -> str:
+    """Fail the conformance test; gives its problems, a line for each."""
+    with pytest.raises(AdapterError) as failed:
+        check_adapter(generator, thin_at=[1], **options)
+    assert isinstance(failed.value, RetroExitError) and isinstance(failed.value, AssertionError)
+    assert failed.value.problems
+    assert all(f"\n  - {problem}" in str(failed.value) for problem in failed.value.problems)
+    return "\n".join(failed.value.problems)
+
+
+def test_a_good_adapter_passes_and_the_report_says_what_was_checked(
+    decoder: nn.Module, untouched: Callable[[nn.Module], AbstractContextManager[None]]
+) -> None:
+    with untouched(decoder):
+        report = check_adapter(decoder, plugin=BuildingAdapter())
+    assert isinstance(report, AdapterReport)
+    assert report.name == "toy"
+    assert report.stages == ("blocks.0", "blocks.1", "blocks.2")
+    assert report.skipped == ()
+    assert set(report.checked) == {
+        "the generator is recognised, others are not",
+        "example inputs are made",
+        "example inputs run",
+        "stages run once, in order",
+        "the generator can be read with these stages",
+        "the image keeps its range",
+        "key_after is a place with a map",
+        "value_after is a place with a map",
+        "predictor_inputs gives (N, C, H, W)",
+        "key gives (N, D)",
+        "the discriminator gives scores with gradients",
+        "build_stage makes stages that run",
+        "build_stage leaves other stages alone",
+        "at scale 1 every exit is the generator, bit for bit",
+        "thin exits keep the output's shapes",
+        "a batch of two equals two of one",
+        "saved and loaded, every exit gives the same",
+        "the generator is left as it was",
+    }
+    assert str(report).splitlines()[:2] == [
+        "adapter for toy: 3 stages",
+        "  ok       the generator is recognised, others are not",
+    ]
+
+
+def test_what_a_description_leaves_to_us_is_skipped_and_said(decoder: nn.Module) -> None:
+    known = Description(name="little", image="rgb")
+    report = check_adapter(decoder, description=known, example_inputs=codes(decoder)[0], thin_at=[1])
+    assert len(report.stages) >= 2
+    assert {line.partition(":")[0] for line in report.skipped} == {
+        "the generator is recognised, others are not",
+        "stages run once, in order",
+        "the image keeps its range",
+        "key_after",
+        "value_after",
+        "predictor_inputs",
+        "key",
+        "the discriminator",
+        "build_stage makes stages that run",
+    }
+
+
+def test_noise_drawn_inside_the_forward_is_no_problem() -> None:
+    report = check_adapter(Decoder(noisy=True).eval(), plugin=Adapter(), thin_at=[1, 2])
+    assert "a batch of two equals two of one" in report.checked
+
+
+def test_everything_that_is_wrong_is_listed_at_once(decoder: nn.Module) -> None:
+    shared = Judge()
+    wrong = {
+        "image_range": (0, 255),
+        "predictor_inputs": lambda codes: codes.float(),
+        "key": lambda codes: codes.flatten(1).float() - codes.flatten(1).float().mean(0),
+        "key_after": "blocks.7",
+        "value_after": 3,
+        "discriminator": lambda generator: shared,
+        "build_stage": lambda stage, c_in, c_out: Block(c_in, c_out + 1),
+    }
+    problems = problems_of(decoder, plugin=Adapter(**wrong))
+    assert r"image_range is (0, 255); found an image in (0, 1)" in problems
+    assert (
+        "predictor_inputs gave torch.float32 (1, 8, 8); return floating-point numbers (N, C, H, W)"
+        in problems
+    )
+    assert "key of a sample depends on the others in its batch; make each from its own" in problems
+    assert "key_after 'blocks.7'; found no such module" in problems
+    assert "value_after is 3; found stages 1 to 2 to choose from" in problems
+    assert "the discriminator shares weights with the generator or the one before; make a new one" in problems
+    assert (
+        "the stage built for 'blocks.1' with 16 to 4 channels gave (1, 5, 8, 8); return (1, 4, 8, 8)"
+        in problems
+    )
+    assert "build_stage built a stage of a class it cannot know; return None for those" in problems
+
+
+@pytest.mark.parametrize(
+    ("changed", "problem"),
+    [
+        ({"stages": ("blocks.1", "blocks.0", "blocks.2")}, "stages run in the order ['blocks.0', 'blocks.1'"),
+        ({"stages": ("blocks.0", "blocks.9")}, "stage 'blocks.9'; found no such module in one forward pass"),
+        ({"image": "colour"}, "the generator can be read with these stages: "),
+        (
+            {"example_inputs": lambda g: torch.zeros(1)},
+            "example_inputs gave tensor([0.]); return (args, kwargs)",
+        ),
+        ({"example_inputs": lambda g: ((torch.zeros(1, 8, 8),), {})}, "example inputs run: RuntimeError"),
+        ({"example_inputs": None}, "the description has no example_inputs; write them, or pass"),
+    ],
+)
+def test_a_wrong_stage_image_or_input_is_named(
+    decoder: nn.Module, changed: dict[str, Any], problem: str
+) -> None:
+    assert problem in problems_of(decoder, plugin=Adapter(**changed))
+
+
+def wrong_judge(generator: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(3, 1))
+
+
+class Idle(Judge):
+    """Judges without looking, and holds a layer that it never uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spare = nn.Linear(1, 1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self[0](image.detach())
+
+
+def change_weights(generator: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    assert isinstance(generator, Decoder)
+    generator.book.weight.data.add_(1)
+    return codes(generator)
+
+
+@pytest.mark.parametrize(
+    ("changed", "wanted"),
+    [
+        (
+            {
+                "discriminator": lambda generator: Idle(),
+                "build_stage": lambda stage, c_in, c_out: stage,
+                "example_inputs": change_weights,
+            },
+            [
+                "no gradient reaches the image; the discriminator must not detach it",
+                "no gradient reaches 2.weight, 2.bias, spare.weight, spare.bias of the discriminator",
+                "build_stage for 'blocks.0' gave Block(",
+                "the adapter changed weights or buffers of the generator; work on a copy",
+            ],
+        ),
+        (
+            {
+                "discriminator": wrong_judge,
+                "build_stage": lambda stage, c_in, c_out: 1 / 0,
+                "image_range": (0.9, 1.0),
+                "predictor_inputs": lambda codes: codes[:, None].float().expand(-1, len(codes), -1, -1),
+            },
+            [
+                "the discriminator gives scores with gradients: RuntimeError",
+                "build_stage for 'blocks.0': ZeroDivisionError",
+                "image_range is (0.9, 1.0); found values from",
+                "predictor_inputs gave (2, 2, 8, 8) for two samples and (1, 1, 8, 8) before; only N may vary",
+            ],
+        ),
+    ],
+    ids=["quietly", "loudly"],
+)
+def test_what_an_adapter_makes_is_looked_at(
+    decoder: nn.Module, changed: dict[str, Any], wanted: list[str]
+) -> None:
+    problems = problems_of(decoder, plugin=Adapter(**changed))
+    assert [text for text in wanted if text not in problems] == []
+
+
+class Mixing(Decoder):
+    """Every sample sees the mean of its batch."""
+
+    def forward(self, codes: Tensor) -> dict[str, Tensor]:
+        x = self.blocks[0](self.book(codes).permute(0, 3, 1, 2))
+        x = self.blocks[1](x)
+        x = self.blocks[2](x - x.mean(0, keepdim=True) + x.mean())
+        return {"depth": self.depth(x), "rgb": torch.sigmoid(self.rgb(x))}
+
+
+class Narrow(Decoder):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Block(8, 2), Block(2, 2), Block(2, 2)])
+        self.rgb, self.depth = nn.Conv2d(2, 3, 1), nn.Conv2d(2, 1, 1)
+
+
+def test_exits_that_depend_on_the_batch_or_do_not_shrink_are_named() -> None:
+    assert "exit 1 of two samples differs from each alone by up to" in problems_of(
+        Mixing().eval(), plugin=Adapter()
+    )
+    assert "no branch shrinks at scale 0.25 with min_channels=4" in problems_of(
+        Narrow().eval(), plugin=Adapter()
+    )
+
+
+def test_a_stage_that_no_branch_can_sit_behind_is_named() -> None:
+    class Twice(Decoder):
+        def forward(self, codes: Tensor) -> dict[str, Tensor]:
+            x = self.blocks[0](self.book(codes).permute(0, 3, 1, 2))
+            x = self.blocks[2](self.blocks[1](self.blocks[1](x)))
+            return {"depth": self.depth(x), "rgb": torch.sigmoid(self.rgb(x))}
+
+    problems = problems_of(Twice().eval(), plugin=Adapter())
+    assert "stage 'blocks.1'; found that it runs 2 times in one forward pass" in problems
+
+
+class Greedy:
+    @hookimpl
+    def retroexit_describe(self, generator: nn.Module) -> Description:
+        return Description(name="everything", image="rgb")
+
+
+class Failing(Adapter):
+    @hookimpl
+    def retroexit_describe(self, generator: nn.Module) -> Description | None:
+        return describe(generator)  # a stranger has no codebook
+
+
+class Blind:
+    @hookimpl
+    def retroexit_describe(self, generator: nn.Module) -> None:
+        return None
+
+
+class Misspelt:
+    @hookimpl
+    def retroexit_descibe(self, generator: nn.Module) -> None:
+        return None
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"plugin": Greedy(), "example_inputs": (torch.ones(1, 8, 8).long(),)}, "recognises a _Stranger too"),
+        ({"plugin": Failing()}, "plug-in 'Failing': retroexit_describe raised AttributeError: "),
+        ({"plugin": Blind()}, "Blind does not recognise a Decoder; return a Description"),
+        ({"plugin": Misspelt()}, "the plug-in does not fit: no hook 'retroexit_descibe'; closest: "),
+        ({}, "no installed plug-in recognises a Decoder; install the adapter's distribution"),
+        ({"plugin": Adapter(), "strangers": [Decoder()]}, "the adapter recognises a Decoder too"),
+    ],
+)
+def test_an_adapter_that_recognises_too_much_or_too_little_is_named(
+    decoder: nn.Module, options: dict[str, Any], problem: str
+) -> None:
+    assert problem in problems_of(decoder, **options)

@@ -1,0 +1,159 @@
+"""The table of a decoder is readable in 100 columns, whatever the decoder."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import retroexit
+from retroexit.inspection import read_generator
+from retroexit.stage_table import decoder_table, ranges, shorten, stage_table
+from retroexit.tables import brief_count, unit_of
+
+
+class Block(nn.Module):
+    def __init__(self, conv: type[nn.Module], i: int, o: int, up: bool) -> None:
+        super().__init__()
+        self.a, self.b, self.up = conv(i, o, 3, padding=1), conv(o, o, 3, padding=1), up
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.relu(self.a(nn.functional.interpolate(x, scale_factor=2) if self.up else x)))
+
+
+class Decoder(nn.Module):
+    """Blocks in 1, 2 or 3 dimensions; every one after which the width changes doubles the resolution."""
+
+    def __init__(self, widths: list[int], dimensions: int = 2) -> None:
+        super().__init__()
+        conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dimensions - 1]
+        pairs = list(itertools.pairwise(widths))
+        self.blocks_under_a_name_that_is_not_short = nn.ModuleList(
+            Block(conv, i, o, i != o) for i, o in pairs
+        )
+        self.image = conv(widths[-1], 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks_under_a_name_that_is_not_short:
+            x = block(x)
+        return self.image(x)
+
+
+def table_of(generator: nn.Module, *args: Any) -> list[str]:
+    lines = decoder_table(read_generator(generator.eval(), args)).splitlines()
+    assert max(map(len, lines)) <= 100
+    return lines
+
+
+def stage_rows(lines: list[str]) -> dict[int, str]:
+    found = (re.match(r" *(\d+)[* ] ", line) for line in lines)
+    return {int(match[1]): match.string for match in found if match}
+
+
+@pytest.mark.parametrize(("dimensions", "sizes"), [(1, "8"), (2, "8x8"), (3, "8x8x8")])
+def test_decoders_in_one_two_and_three_dimensions(dimensions: int, sizes: str) -> None:
+    lines = table_of(Decoder([12, 8, 8, 6], dimensions), torch.rand(2, 12, *[4] * dimensions))
+    assert re.search(rf"  Block +{sizes} +8 ", stage_rows(lines)[1])
+    assert lines[0].endswith(f" for x 2x12{'x4' * dimensions}")
+
+
+def test_sixty_stages_are_folded_where_they_are_alike() -> None:
+    lines = table_of(Decoder([16] * 21 + [12] * 20 + [8] * 20), torch.rand(1, 16, 4, 4))
+    rows = stage_rows(lines)
+    assert {1, 20, 21, 40, 41, 60} <= set(rows)
+    assert len(rows) < 40
+    hidden = [int(match) for match in re.findall(r" (\d+) more like these", "\n".join(lines))]
+    assert len(rows) + sum(hidden) == 60
+    assert sum("*" in row for row in rows.values()) == 4  # what is suggested is never folded
+
+
+def test_a_row_adds_up() -> None:
+    decoder = read_generator(Decoder([12, 12, 8, 6]).eval(), (torch.rand(1, 12, 4, 4),))
+    lines = decoder_table(decoder).splitlines()
+    second = decoder.stages[1]
+    assert second.macs == 8 * 8 * 9 * (12 * 8 + 8 * 8)
+    first = 4 * 4 * 9 * 2 * 12 * 12
+    total = first + second.macs + 16 * 16 * (9 * (8 * 6 + 6 * 6) + 6 * 3)
+    held = 9 * (12 * 8 + 8 * 8) + 16
+    done = (first + second.macs) / total
+    (row,) = [line for line in lines if re.match(r" *2[* ] ", line)]
+    assert row.split()[3:] == [
+        "8x8",
+        "8",
+        f"{held / 1e3:.2f}k",
+        f"{second.macs / 1e6:.3f}",
+        f"{100 * second.macs / total:.1f}%",
+        f"{100 * done:.1f}%",
+        f"{int(100 * (1 - done))}%",
+    ]
+    assert lines[0].startswith(
+        f"Decoder, {sum(p.numel() for p in Decoder([12, 12, 8, 6]).parameters()):,} para"
+    )
+    assert f", {total / 1e6:.3f} MMACs for x 1x12x4x4" in lines[0]
+
+
+def test_live_values_are_numbered_in_the_rows_and_spelled_out_below(toys: Any) -> None:
+    toy = toys.TOYS["list_input_with_unet_skips"]()
+    lines = decoder_table(read_generator(toy.generator, toy.args)).splitlines()
+    rows = stage_rows(lines)
+    assert [rows[i].split()[-1] for i in (1, 2)] == ["v1-v2", "v1"]
+    assert not rows[3].rstrip().endswith("v1")
+    below = "\n".join(lines[lines.index("live   what a branch there needs besides the feature:") :])
+    assert re.search(r"^ +v1 .* 2x16x16x16 +8\.19k +after l_1\.\.l_2$", below, re.MULTILINE)
+    assert re.search(r"^ +v2 .* 2x24x8x8 +3\.07k +after l_1$", below, re.MULTILINE)
+
+
+def test_stages_alone_make_a_table_too(toys: Any) -> None:
+    toy = toys.TOYS["list_input_with_unet_skips"]()
+    shown = stage_table(retroexit.find_stages(toy.generator, toy.args))
+    assert [row.split()[1] for row in stage_rows(shown.splitlines()).values()] == list(toy.stages)
+    assert "params" not in shown
+    assert "v2" in shown
+
+
+def test_a_replay_says_so_and_why() -> None:
+    decoder = read_generator(Decoder([12, 12, 8]).eval(), (torch.rand(1, 12, 4, 4),))
+    assert "Replayed" not in decoder_table(decoder)
+    why = "blocks.1 hands its output on in a closure, which a recording cannot see"
+    lines = decoder_table(dataclasses.replace(decoder, replayed=why)).splitlines()
+    assert " ".join(lines[1:4]).startswith(f"Replayed, not cut: {why}.")
+    assert max(map(len, lines)) <= 100
+
+
+def test_names_are_shortened_in_the_middle() -> None:
+    assert shorten("abcdefghij", 10) == "abcdefghij"
+    assert shorten("abcdefghij", 7) == "ab..hij"
+    assert shorten("abcdefghijkl .. mnopqrstuvwx", 20) == "abc..jkl .. mno..vwx"
+    assert [len(shorten("a" * 40, width)) for width in range(4, 40)] == list(range(4, 40))
+
+
+def test_numbers_in_a_row_are_written_as_ranges() -> None:
+    assert ranges([1, 2, 3, 7]) == "v1-v3 v7"
+    assert ranges([4]) == "v4"
+    assert ranges([]) == ""
+    assert ranges([1, 3, 5, 7]) == "4 values"
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (0, "0"),
+        (999, "999"),
+        (1000, "1.00k"),
+        (9_996, "10.0k"),
+        (99_951, "100k"),
+        (999_600, "1.00M"),
+        (2**31, "2.15G"),
+    ],
+)
+def test_counts_have_three_digits(number: int, text: str) -> None:
+    assert brief_count(number) == text
+
+
+def test_units() -> None:
+    assert [unit_of(macs)[0] for macs in (5e3, 9e7, 2e8, 2e13)] == ["kMACs", "MMACs", "GMACs", "TMACs"]

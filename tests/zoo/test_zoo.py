@@ -1,0 +1,68 @@
+"""Generators that other people wrote get exits without an adapter; the benchmark runs over more of them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = str(Path(__file__).resolve().parents[2] / "benchmarks")
+if BENCHMARKS not in sys.path:
+    sys.path.insert(0, BENCHMARKS)
+
+from generators import ENTRIES  # noqa: E402
+from generators.acceptance import judge_stages  # noqa: E402
+from generators.entry import Entry, expand  # noqa: E402
+from generators.measure import measure_entry, spread  # noqa: E402
+
+INSTALLABLE = [entry for entry in ENTRIES if not entry.checkout and not entry.is_large]
+
+
+@pytest.mark.zoo
+@pytest.mark.filterwarnings("ignore")  # other people's code
+@pytest.mark.parametrize("entry", INSTALLABLE, ids=lambda entry: entry.name)
+def test_a_generator_gets_thin_exits_and_stays_as_it_was(entry: Entry) -> None:
+    for module in entry.needs:
+        pytest.importorskip(module, reason=f"{module} is not installed; pip install 'retroexit[zoo]'")
+    row = measure_entry(entry, scales=(1 / 4,))
+    assert row.errors == {}
+    assert row.backbone and row.self_test
+    assert row.objection == ""
+    assert row.branches
+    for branch in row.branches:
+        assert branch.error == ""
+        assert branch.shrinks, f"{branch.after}: {branch.parameters}, {branch.macs}; {branch.pins}"
+        assert branch.unreached == []
+    assert entry.draws or (row.batch is not None and row.batch < 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("found", "wanted", "objection"),
+    [
+        (["up.0", "up.1"], "?mid up.{0-1}", ""),
+        (["mid", "up.0", "up.1"], "?mid up.{0-1}", ""),
+        (["up.0.a", "up.0.b", "up.1.a", "up.1.b"], "up.{0-1}", ""),
+        (["up"], "up.{0-1}", ""),
+        (["up"], "up.{0-3}", "1 stages for 4: too coarse"),
+        (["up.0.a", "up.0.b", "up.0.c", "up.1.a", "up.1.b"], "up.{0-1}", "5 stages for 2: too fine"),
+        (["down.1", "up.0", "up.1"], "up.{0-1}", "down.1 is none of the stages"),
+        (["up.0"], "up.{0-1}", "up.1 is missing"),
+        (["b"], "a|b", ""),
+        ([], "a", "a is missing"),
+        (["upper"], "up", "upper is none of the stages"),
+    ],
+)
+def test_a_list_of_stages_is_judged_as_a_person_would(found: list[str], wanted: str, objection: str) -> None:
+    assert judge_stages(found, wanted) == objection
+
+
+def test_the_notation_of_the_lists_is_written_out() -> None:
+    assert expand("?a x.{2-0}.y b|c") == ["?a", "x.2.y", "x.1.y", "x.0.y", "b|c"]
+
+
+@pytest.mark.parametrize(
+    ("count", "places"), [(0, []), (1, []), (2, [1]), (3, [1, 2]), (4, [1, 2]), (9, [2, 4, 6])]
+)
+def test_exits_are_spread_over_the_stages_and_spare_the_last(count: int, places: list[int]) -> None:
+    assert spread(count) == places
