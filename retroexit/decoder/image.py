@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 from torch import Tensor, fx
@@ -36,7 +37,7 @@ def find_image(recording: Recording, wanted: Any) -> tuple[tuple[Any, ...], fx.N
     maps: Maps = {
         path: (node, leaf)
         for (path, leaf), node in zip(_tensor_leaves(recording.output), produced, strict=True)
-        if leaf.dim() >= 2 and leaf.is_floating_point()
+        if leaf.is_floating_point() and (leaf.dim() >= 3 or (leaf.dim() == 2 and _map_rank(node) > 2))
     }
     if wanted is not None:
         path = wanted if isinstance(wanted, tuple) else (wanted,)
@@ -49,7 +50,7 @@ def find_image(recording: Recording, wanted: Any) -> tuple[tuple[Any, ...], fx.N
     else:
         path = _only_image(maps, recording.output)
     node = maps[path][0]
-    node.meta.setdefault("map_rank", _map_rank(recording, node))
+    node.meta.setdefault("map_rank", _map_rank(node))
     return path, node
 
 
@@ -74,7 +75,7 @@ def _only_image(maps: Maps, output: Any) -> tuple[Any, ...]:
     return next(iter(candidates))
 
 
-def _map_rank(recording: Recording, image: fx.Node) -> int:
+def _map_rank(image: fx.Node) -> int:
     """Least number of axes of the feature maps behind an image: that of the last layer at work on it.
 
     The image itself may have lost an axis since (a depth map ``(N, H, W)``, a waveform ``(N, L)``) or gained
@@ -85,7 +86,12 @@ def _map_rank(recording: Recording, image: fx.Node) -> int:
     while level:
         for node in level:
             rank = len(node.meta.get("shape", ()))
-            if node.meta.get("macs") and rank > 2:  # a rank of two is a vector's: a gate or a style
+            if not node.meta.get("macs"):
+                continue
+            if own == 2:  # a waveform is all of a map; what was pooled or came from a vector is none
+                same = prod(node.meta["shape"]) == prod(image.meta["shape"])
+                return rank if same else own
+            if rank > 2:  # a vector on the way is a gate or a style
                 return min(own, rank) if own > 3 else rank
         level = [n for n in {u: None for node in level for u in node.all_input_nodes} if n not in seen]
         seen.update(level)

@@ -63,6 +63,8 @@ def record(
     args: tuple[Any, ...],
     kwargs: dict[str, Any] | None = None,
     is_leaf: Callable[[str, nn.Module], bool] | None = None,
+    *,
+    lenient: bool = False,
 ) -> Recording:
     """Run a generator once and write the execution down as a graph.
 
@@ -74,6 +76,7 @@ def record(
         kwargs: Its keyword inputs.
         is_leaf: Tells for a path and a module whether the module becomes one node. By default every module
             that has no submodules of its own, and everything under ``torch.nn`` but the containers.
+        lenient: Whether to guess what cannot be followed; the graph can then be looked at, but not run.
 
     Returns:
         The recording.
@@ -93,7 +96,7 @@ def record(
             "its buffers. Call generator.eval() first.",
             generator,
         )
-    recorder = Recorder(generator, is_leaf or is_atom)
+    recorder = Recorder(generator, is_leaf or is_atom, lenient=lenient)
     placeholders = _make_placeholders(recorder, args, kwargs)
     with unobserved(generator), torch.no_grad(), _patched_calls(recorder), recorder.counter, recorder:
         recorder.is_running = True

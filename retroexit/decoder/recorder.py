@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import operator
 import threading
-import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,12 +18,12 @@ from torch.overrides import TorchFunctionMode
 
 from retroexit.decoder.counting import MacCounter
 from retroexit.decoder.lines import show, user_line
-from retroexit.decoder.structure import children, is_record, rebuild, tensors
+from retroexit.decoder.structure import all_tensors, children, hidden, is_record, rebuild, tensors
 from retroexit.errors import RecordingError
 
-__all__ = ["Call", "Recorder", "TracedInt", "assemble"]
+__all__ = ["READS", "Call", "Recorder", "TracedInt", "assemble"]
 
-_READS = {"item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "__array__", "__len__"}
+READS = {"item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "__array__", "__len__"}
 _TENSOR_PROPERTIES = {
     "shape",
     "ndim",
@@ -111,16 +110,27 @@ class _Template:
     value: Any
 
 
+def depends_on(_values: tuple[Any, ...]) -> Any:
+    """Stand in a lenient recording for what cannot be followed; such a recording shows, but does not run."""
+    raise NotImplementedError
+
+
 class _Slot:
     """Marks in a template of `assemble` where a value goes."""
 
 
 class Recorder(TorchFunctionMode):
-    """Writes what runs under it into a graph. One use each; see `record`."""
+    """Writes what runs under it into a graph. One use each; see `record`.
 
-    def __init__(self, generator: nn.Module, is_leaf: Callable[[str, nn.Module], bool]) -> None:
+    A lenient recorder goes on where tensors hide in objects or pass through Python, and guesses what depends on
+    what: such a graph can be looked at, not run.
+    """
+
+    def __init__(
+        self, generator: nn.Module, is_leaf: Callable[[str, nn.Module], bool], *, lenient: bool = False
+    ) -> None:
         super().__init__()
-        self.generator, self.is_leaf = generator, is_leaf
+        self.generator, self.is_leaf, self.lenient = generator, is_leaf, lenient
         self.graph = fx.Graph()
         self.is_running = False
         self.calls: list[Call] = []
@@ -130,6 +140,7 @@ class Recorder(TorchFunctionMode):
         self._inside_leaf = 0
         self._open: list[int] = []
         self._node_of: dict[int, fx.Node] = {}
+        self._read_out: list[fx.Node] = []
         self._kept: list[Any] = []  # tensors stay alive so that ids are not reused
         named = [*generator.named_parameters(), *generator.named_buffers()]
         self._attribute = {id(tensor): name for name, tensor in named}
@@ -157,8 +168,17 @@ class Recorder(TorchFunctionMode):
             return self.graph.call_function(assemble, (template, tuple(found)))
         if isinstance(value, (tuple, list, dict, slice)):
             return _shallow(value, self.to_nodes)
-        self._refuse_hidden_tensors(value)
-        return value
+        found = [tensor for tensor in all_tensors(value) if id(tensor) in self._node_of]
+        if not found:
+            return value
+        if not self.lenient:
+            raise RecordingError(
+                f"a {type(value).__name__} object that holds tensors is passed between modules; found "
+                "tensors in its attributes, which a recording cannot follow. Make it a dataclass, a dict or "
+                "a tuple.",
+                value,
+            )
+        return self.graph.call_function(depends_on, (tuple(map(self.node, found)),))
 
     def node(self, tensor: Tensor) -> fx.Node:
         """Give the node that stands for a tensor; a tensor that is new is an attribute or a constant."""
@@ -166,6 +186,10 @@ class Recorder(TorchFunctionMode):
         if known is not None:
             return known
         name = self._attribute.get(id(tensor))
+        if name is None and self.lenient and self._read_out:
+            # What comes from nowhere was made of what Python has read.
+            self._bind(self.graph.call_function(depends_on, (tuple(self._read_out),)), tensor)
+            return self._node_of[id(tensor)]
         if name is None:
             name = f"_constant{len(self.constants)}"
             self.constants[name] = tensor.detach()
@@ -188,18 +212,9 @@ class Recorder(TorchFunctionMode):
                 field_access = is_record(value) and not isinstance(value, dict)
                 access = getattr if field_access else operator.getitem
                 self._bind(self.graph.call_function(access, (node, key)), child)
-
-    def _refuse_hidden_tensors(self, value: Any) -> None:
-        inner = getattr(value, "__dict__", None)
-        if not isinstance(inner, dict) or isinstance(value, (nn.Module, type, types.FunctionType)):
-            return
-        if any(id(item) in self._node_of for item in tensors(dict(inner))):
-            raise RecordingError(
-                f"a {type(value).__name__} object that holds tensors is passed between modules; found "
-                "tensors in its "
-                "attributes, which a recording cannot follow. Make it a dataclass, a dict or a tuple.",
-                value,
-            )
+        if self.lenient and hidden(value) is not None:
+            for tensor in all_tensors(value):
+                self._bind(self.graph.call_function(depends_on, ((node,),)), tensor)
 
     # What happens during the run.
 
@@ -228,7 +243,7 @@ class Recorder(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if not tensors(out) and name not in ("__setitem__", "__delitem__"):
             for node in reversed(list(self.graph.nodes)[begin:]):
-                if not node.users:
+                if not node.users and node.op != "get_attr":  # which stays the node of its tensor
                     self.graph.erase_node(node)
             self._note_read(name, args)
             return out
@@ -275,7 +290,9 @@ class Recorder(TorchFunctionMode):
         return torch.Size(sizes)
 
     def _note_read(self, name: str, args: Any) -> None:
-        if name in _READS:
+        if name in READS:
+            if self.lenient and isinstance(args[0], Tensor):
+                self._read_out.append(self.node(args[0]))
             line = user_line()
             if isinstance(line, tuple):
                 self.reads.append(show(line))
@@ -291,7 +308,7 @@ class Recorder(TorchFunctionMode):
         node_args, node_kwargs = (
             (self.to_nodes(tuple(args)), self.to_nodes(dict(kwargs))) if leaf else ((), {})
         )
-        entered = [self.node(tensor) for tensor in tensors((args, kwargs))]
+        entered = [self.node(tensor) for tensor in self._tensors((args, kwargs))]
         call = Call(path, module, begin, entered, parent=self._open[-1] if self._open else None)
         before = self._macs()
         self._open.append(len(self.calls))
@@ -309,9 +326,12 @@ class Recorder(TorchFunctionMode):
             node = self.graph.create_node("call_module", path, node_args, node_kwargs)
             node.meta["macs"], node.meta["line"] = call.macs, user_line()
             self._bind(node, out)
-        call.outputs = [self.node(tensor) for tensor in tensors(out)]
+        call.outputs = [self.node(tensor) for tensor in self._tensors(out)]
         call.end = len(self.graph.nodes)
         return out
+
+    def _tensors(self, value: Any) -> list[Tensor]:
+        return all_tensors(value) if self.lenient else tensors(value)
 
     def _macs(self) -> int:
         return self.counter.macs

@@ -18,7 +18,7 @@ from retroexit.decoder.picking import choose_stages
 from retroexit.decoder.record import Recording, record
 from retroexit.decoder.recorder import Call
 from retroexit.decoder.suggest import suggest_attach_points
-from retroexit.errors import AttachPointError, RepeatedStageError, closest
+from retroexit.errors import AttachPointError, RecordingError, RepeatedStageError, closest
 
 __all__ = ["Decoder", "Stage", "read_decoder"]
 
@@ -162,24 +162,45 @@ def read_decoder(
         GeneratorError: If the generator rejects the inputs, is in train mode, or returns no finite image.
         RecordingError: If its execution cannot be written down.
     """
-    deep = record(generator, args, kwargs)
+    deep = record(generator, args, kwargs, lenient=True)
     _, deep_image = find_image(deep, image)
     ran = Counter(call.path for call in deep.calls if call.path)
     chosen = {path: path for path in stages} if stages is not None else choose_stages(deep, image)
     for path in (*chosen, *also):
         _check_path(generator, path, ran)
     keep = {*chosen, *chosen.values(), *also}
-    opened = {"", *(".".join(p.split(".")[:i]) for p in keep for i in range(1, p.count(".") + 1))}
-    shallow = record(generator, args, kwargs, lambda path, module: path not in opened)
+    opened = _opened(deep, keep)
+
+    def is_leaf(path: str, _module: nn.Module) -> bool:
+        return path not in opened
+
+    try:
+        shallow, replayed = record(generator, args, kwargs, is_leaf), ""
+    except RecordingError as error:
+        shallow, replayed = record(generator, args, kwargs, is_leaf, lenient=True), str(error)
     image_path, image_node = find_image(shallow, image)
     image_node.meta["map_rank"] = deep_image.meta["map_rank"]  # layers inside stages are out of sight here
-    draft = Decoder(shallow, (), image_node, image_path)
+    draft = Decoder(shallow, (), image_node, image_path, replayed)
     found = tuple(
         describe_stage(draft, path, index, end) for index, (path, end) in enumerate(chosen.items(), 1)
     )
     good = suggest_attach_points(found)
     found = tuple(replace(stage, is_suggested=stage.index in good) for stage in found)
-    return Decoder(shallow, found, image_node, image_path)
+    return replace(draft, stages=found)
+
+
+def _opened(deep: Recording, keep: Iterable[str]) -> set[str]:
+    """Modules that must be looked into so that others are seen as single nodes.
+
+    They lie on the way to them by name, or call them: a module may be registered in several places.
+    """
+    opened = {"", *(".".join(p.split(".")[:i]) for p in keep for i in range(1, p.count(".") + 1))}
+    for call in deep.calls:
+        while call.path in keep and call.parent is not None:
+            call = deep.calls[call.parent]
+            opened.add(call.path)
+            keep = {*keep, call.path}
+    return opened
 
 
 def describe_stage(decoder: Decoder, path: str, index: int = 0, end: str = "") -> Stage:
