@@ -19,12 +19,17 @@ from torch.overrides import TorchFunctionMode
 
 from retroexit.decoder.counting import MacCounter
 from retroexit.decoder.lines import show, user_line
+from retroexit.decoder.packing import hidden_tensors
 from retroexit.decoder.structure import children, is_record, rebuild, tensors
 from retroexit.errors import RecordingError
 
-__all__ = ["Call", "Recorder", "TracedInt", "assemble"]
+__all__ = ["READS", "Call", "Read", "Recorder", "TracedInt", "assemble", "changed"]
 
-_READS = {"item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "__array__", "__len__"}
+READS = frozenset(
+    "item tolist numpy equal allclose is_nonzero __bool__ __int__ __float__ __index__ __array__ __contains__ "
+    "__complex__".split()
+)
+_IMPORTS = {"tensor", "as_tensor", "asarray", "from_numpy", "full"}
 _TENSOR_PROPERTIES = {
     "shape",
     "ndim",
@@ -98,6 +103,30 @@ class Call:
     parent: int | None = None
 
 
+@dataclass(frozen=True)
+class Read:
+    """A value that was read out of a tensor into Python.
+
+    Attributes:
+        node: The tensor.
+        name: The function that read it.
+        line: ``file:line: code``.
+    """
+
+    node: fx.Node
+    name: str
+    line: str
+
+
+def changed(value: Any) -> Any:
+    """Give another value of the same type, to see whether it matters; arrays stay as they are."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int):
+        return value + 1
+    return -value or 1.0 if isinstance(value, float) else value
+
+
 def assemble(template: Any, values: tuple[Any, ...]) -> Any:
     """Put values into a dataclass or model output: the graph's node for containers that fx does not know."""
     rest = iter(values)
@@ -111,14 +140,22 @@ class _Slot:
 class Recorder(TorchFunctionMode):
     """Writes what runs under it into a graph. One use each; see `record`."""
 
-    def __init__(self, generator: nn.Module, is_leaf: Callable[[str, nn.Module], bool]) -> None:
+    def __init__(
+        self,
+        generator: nn.Module,
+        is_leaf: Callable[[str, nn.Module], bool],
+        *,
+        observing: bool = False,
+        change: int | None = None,
+    ) -> None:
         super().__init__()
+        self.observing, self.change = observing, change
         self.generator, self.is_leaf = generator, is_leaf
         self.graph = fx.Graph()
         self.is_running = False
         self.calls: list[Call] = []
         self.constants: dict[str, Tensor] = {}
-        self.reads: list[str] = []
+        self.reads: list[Read] = []
         self.counter = MacCounter()
         self._inside_leaf = 0
         self._open: list[int] = []
@@ -150,6 +187,8 @@ class Recorder(TorchFunctionMode):
             return self.graph.call_function(assemble, (template, tuple(found)))
         if isinstance(value, (tuple, list, dict, slice)):
             return _shallow(value, self.to_nodes)
+        if self.observing:
+            return [self.node(tensor) for tensor in hidden_tensors(value)] or value
         self._refuse_hidden_tensors(value)
         return value
 
@@ -159,6 +198,11 @@ class Recorder(TorchFunctionMode):
         if known is not None:
             return known
         name = self._attribute.get(id(tensor))
+        if name is None and self.observing and self.reads:
+            # Made outside PyTorch, out of what was read there.
+            node = self.graph.call_function(hidden_tensors, (tuple(read.node for read in self.reads),))
+            self._bind(node, tensor)
+            return node
         if name is None:
             name = f"_constant{len(self.constants)}"
             self.constants[name] = tensor.detach()
@@ -176,11 +220,18 @@ class Recorder(TorchFunctionMode):
             with torch._C.DisableTorchFunction():
                 node.meta["shape"], node.meta["dtype"] = tuple(value.shape), value.dtype
             return
+        if self.observing and children(value) is None:
+            for number, tensor in enumerate(hidden_tensors(value)):
+                self._bind(self.graph.call_function(operator.getitem, (node, number)), tensor)
+            return
         for key, child in children(value) or ():
-            if tensors(child):
+            if self._tensors(child):
                 field_access = is_record(value) and not isinstance(value, dict)
                 access = getattr if field_access else operator.getitem
                 self._bind(self.graph.call_function(access, (node, key)), child)
+
+    def _tensors(self, value: Any) -> list[Tensor]:
+        return hidden_tensors(value) if self.observing else tensors(value)
 
     def _refuse_hidden_tensors(self, value: Any) -> None:
         inner = getattr(value, "__dict__", None)
@@ -223,8 +274,9 @@ class Recorder(TorchFunctionMode):
             for node in reversed(list(self.graph.nodes)[begin:]):
                 if not node.users:
                     self.graph.erase_node(node)
-            self._note_read(name, args)
-            return out
+            return self._note_read(name, args, out)
+        if self.observing and name in _IMPORTS:
+            node_args = (*node_args, [read.node for read in self.reads])
         make = self.graph.call_method if is_method else self.graph.call_function
         node = make(target, node_args, node_kwargs)
         node.meta["macs"] = self._macs() - before
@@ -239,6 +291,8 @@ class Recorder(TorchFunctionMode):
         out = func(*args)
         name = getattr(func.__self__, "__name__", None) or getattr(func.__self__, "fget", func).__name__
         if name == "shape":
+            if self.observing:
+                return out
             return self._traced_shape(args[0], out)
         if name in _TENSOR_PROPERTIES or not tensors(out):
             return out
@@ -247,6 +301,8 @@ class Recorder(TorchFunctionMode):
 
     def _size(self, func: Any, name: str, args: Any) -> Any:
         out = func(*_untraced(args))
+        if self.observing:
+            return out
         if name == "size":
             shape = self._traced_shape(args[0], args[0].size())
             return shape if len(args) == 1 else shape[args[1]]
@@ -267,11 +323,13 @@ class Recorder(TorchFunctionMode):
         ]
         return torch.Size(sizes)
 
-    def _note_read(self, name: str, args: Any) -> None:
-        if name in _READS:
-            line = user_line()
-            if isinstance(line, tuple):
-                self.reads.append(show(line))
+    def _note_read(self, name: str, args: Any, out: Any) -> Any:
+        """Note that a value leaves a tensor; gives it, or another one where that was asked for."""
+        line = user_line()
+        if name not in READS or not isinstance(line, tuple) or not tensors(args):
+            return out
+        self.reads.append(Read(self.node(tensors(args)[0]), name, show(line)))
+        return changed(out) if self.change == len(self.reads) - 1 else out
 
     def call_module(self, original: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Stand in for ``nn.Module.__call__`` while recording."""
@@ -284,7 +342,7 @@ class Recorder(TorchFunctionMode):
         node_args, node_kwargs = (
             (self.to_nodes(tuple(args)), self.to_nodes(dict(kwargs))) if leaf else ((), {})
         )
-        entered = [self.node(tensor) for tensor in tensors((args, kwargs))]
+        entered = [self.node(tensor) for tensor in self._tensors((args, kwargs))]
         call = Call(path, module, begin, entered, parent=self._open[-1] if self._open else None)
         before = self._macs()
         self._open.append(len(self.calls))
@@ -302,7 +360,7 @@ class Recorder(TorchFunctionMode):
             node = self.graph.create_node("call_module", path, node_args, node_kwargs)
             node.meta["macs"], node.meta["line"] = call.macs, user_line()
             self._bind(node, out)
-        call.outputs = [self.node(tensor) for tensor in tensors(out)]
+        call.outputs = [self.node(tensor) for tensor in self._tensors(out)]
         call.end = len(self.graph.nodes)
         return out
 

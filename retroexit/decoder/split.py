@@ -68,6 +68,15 @@ class SplitGenerator:
         self._inputs = [node for node in recording.nodes if node.op == "placeholder"]
         self._modes = [(m, recording.modes[name]) for name, m in generator.named_modules()]
         self._device = next((p.device for p in generator.parameters()), torch.device("cpu"))
+        self._shapes = {self._shape_key(args, kwargs)}
+        self.batch = self._batch_size(args, kwargs)
+        self.batched: set[fx.Node] = set()
+        self._prepare()
+        self.any_batch = self._probe_batch(args, kwargs)
+
+    def _prepare(self) -> None:
+        """Cut the recording into segments."""
+        recording, generator = self.decoder.recording, self.generator
         ends = [0, *(cut.position for cut in self.cuts)]
         entering = [(), *(cut.crossing for cut in self.cuts)]
         self._segments = [
@@ -77,12 +86,13 @@ class SplitGenerator:
         self._result = recording.nodes[-1].args[0]
         leaves = [leaf for _, leaf in flatten(self._result) if isinstance(leaf, fx.Node)]
         self._rest = Segment(recording, generator, ends[-1], len(recording.nodes), leaves, entering[-1])
-        self._shapes = {self._shape_key(args, kwargs)}
-        self.batch = self._batch_size(args, kwargs)
-        self.batched: set[fx.Node] = set()
-        self.any_batch = self._probe_batch(args, kwargs)
 
     # Running pieces.
+
+    @property
+    def mixes(self) -> bool:
+        """Tell whether samples of one batch may leave at different exits."""
+        return self.any_batch
 
     def start(self, args: Any, kwargs: Any) -> Values:
         """Bind inputs to the recording's placeholders.
@@ -118,6 +128,12 @@ class SplitGenerator:
     def tail(self, index: int, *, share: bool = False) -> Tail:
         """Copy everything after a cut as a module; on request with the generator's own weights, to read."""
         return Tail(self.decoder.recording, self.generator, self.cuts[index], share=share)
+
+    def value_at(self, cut: Cut, args: Any, kwargs: Any) -> Tensor:
+        """Run the generator up to another cut; gives its feature ``(N, C, ...)``."""
+        segment = Segment(self.decoder.recording, self.generator, 0, cut.position, [cut.feature])
+        found: Tensor = segment(self.start(args, kwargs))[cut.feature]
+        return found
 
     def place_of(self, image: Any) -> Tensor:
         """Find the image in an output of the generator or of a branch."""
@@ -160,6 +176,9 @@ class SplitGenerator:
         call = _Call.of(args, kwargs)
         if call != self._call:
             raise InputMismatchError(self._difference(call), (args, kwargs))
+        self._check_shape(args, kwargs)
+
+    def _check_shape(self, args: Any, kwargs: Any) -> None:
         key = self._shape_key(args, kwargs)
         if key in self._shapes:
             batch = self._batch_size(args, kwargs)
@@ -247,7 +266,7 @@ class SplitGenerator:
 
         trouble = self._trouble(rebuild(args, other), rebuild(dict(kwargs), other))
         if trouble:
-            reads = self.decoder.recording.reads
+            reads = [read.line for read in self.decoder.recording.reads]
             frozen = f" Values read out of tensors are frozen: {'; '.join(reads[:3])}." if reads else ""
             raise RecordingError(
                 f"asked to split {type(self.generator).__name__}; found that its recorded execution "

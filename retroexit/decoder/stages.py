@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -14,7 +14,8 @@ from retroexit.decoder.cut import Cut, cut_at
 from retroexit.decoder.picking import choose_stages, find_image, is_map
 from retroexit.decoder.record import Recording, record
 from retroexit.decoder.recorder import Call
-from retroexit.errors import AttachPointError, RepeatedStageError, closest
+from retroexit.decoder.steering import steering_line
+from retroexit.errors import AttachPointError, GeneratorError, RecordingError, RepeatedStageError, closest
 
 __all__ = ["Decoder", "Stage", "find_stages", "read_decoder"]
 
@@ -56,12 +57,15 @@ class Decoder:
         stages: l_1..l_N.
         image: Node of the output image.
         image_path: Where the image is in the generator's output.
+        replayed: Why the recording cannot be cut, so that the generator's own forward runs again behind a cut
+            (see `retroexit.decoder.replay`); empty where it can.
     """
 
     recording: Recording
     stages: tuple[Stage, ...]
     image: fx.Node
     image_path: tuple[Any, ...]
+    replayed: str = ""
 
     @cached_property
     def paths(self) -> list[str]:
@@ -166,20 +170,49 @@ def read_decoder(
         AttachPointError: If a path in ``stages`` or ``also`` names no module that runs.
         GeneratorError, RecordingError: See `find_stages`.
     """
-    deep = record(generator, args, kwargs)
+    deep = _record_deeply(generator, args, kwargs)
     ran = Counter(call.path for call in deep.calls if call.path)
     chosen = {path: path for path in stages} if stages is not None else choose_stages(deep, image)
     for path in (*chosen, *also):
         _check_path(generator, path, ran)
     keep = {*chosen, *chosen.values(), *also}
     opened = {"", *(".".join(p.split(".")[:i]) for p in keep for i in range(1, p.count(".") + 1))}
-    shallow = record(generator, args, kwargs, lambda path, module: path not in opened)
+
+    def is_leaf(path: str, _module: nn.Module) -> bool:
+        return path not in opened
+
+    shallow, reason = _record_stages(generator, args, kwargs, is_leaf)
     image_path, image_node = find_image(shallow, image)
-    draft = Decoder(shallow, (), image_node, image_path)
+    draft = Decoder(shallow, (), image_node, image_path, reason)
     found = tuple(
         describe_stage(draft, path, index, end) for index, (path, end) in enumerate(chosen.items(), 1)
     )
-    return Decoder(shallow, found, image_node, image_path)
+    return replace(draft, stages=found)
+
+
+def _record_deeply(generator: nn.Module, args: Any, kwargs: Any) -> Recording:
+    """Record what stages are picked from: with values that leave PyTorch on their way, just observed."""
+    try:
+        deep = record(generator, args, kwargs)
+    except (RecordingError, GeneratorError):
+        return record(generator, args, kwargs, observing=True)
+    return record(generator, args, kwargs, observing=True) if deep.reads else deep
+
+
+def _record_stages(
+    generator: nn.Module, args: Any, kwargs: Any, is_leaf: Callable[[str, nn.Module], bool]
+) -> tuple[Recording, str]:
+    """Record with stages as leaves; gives also why the recording cannot be cut, if that is so."""
+    try:
+        shallow = record(generator, args, kwargs, is_leaf)
+    except (RecordingError, GeneratorError) as error:
+        reason = " ".join(str(error).split())
+    else:
+        line = steering_line(shallow, lambda i: record(generator, args, kwargs, is_leaf, change=i))
+        if not line:
+            return shallow, ""
+        reason = f"values read out of tensors steer Python at {line}"
+    return record(generator, args, kwargs, is_leaf, observing=True), reason
 
 
 def describe_stage(decoder: Decoder, path: str, index: int = 0, end: str = "") -> Stage:
