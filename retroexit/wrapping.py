@@ -18,7 +18,7 @@ from retroexit.decoder.replay import ReplaySplit
 from retroexit.decoder.split import SplitGenerator, Values, places
 from retroexit.decoder.stages import Decoder, Stage, describe_stage, read_decoder
 from retroexit.decoder.structure import cloned, tensors
-from retroexit.errors import AttachPointError, BankError, OptionError, RecordingError, closest
+from retroexit.errors import AttachPointError, BankError, InputMismatchError, OptionError, RecordingError, closest
 from retroexit.evaluation.macs import count_macs
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.guidance.options import Guidance
@@ -168,9 +168,9 @@ def build_anatomy(
             decoder = replace(decoder, replayed=" ".join(str(error).split()))
     try:
         return _build(generator, decoder, options, args, kwargs)
-    except RecordingError as error:
+    except (RecordingError, InputMismatchError) as error:
         raise RecordingError(
-            f"{decoder.replayed}; nor can its forward be run again behind the cut: {error}", generator
+            f"{decoder.replayed} Nor can the forward be run again behind the cut: {error}", generator
         ) from error
 
 

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from retroexit.decoder.packing import Packed, hidden_tensors, pack
@@ -74,7 +75,7 @@ class Layout:
             group = ("value", path, number, packed.signature)
             self._packed.setdefault(group, packed)
             name = path.replace(".", "_") + (f"_call{number + 1}" if number > 0 else "")
-            for index, tensor in enumerate(tensors):
+            for index, tensor in enumerate(tensors or [torch.zeros(())]):  # a sign that it ran
                 kept[self._name((*group, index), name, tensor)] = tensor
         for index, tensor in enumerate(run.caught_draws):
             kept[self._name(("draw", index), f"draw{index}", tensor)] = tensor
