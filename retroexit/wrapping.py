@@ -18,7 +18,14 @@ from retroexit.decoder.replay import ReplaySplit
 from retroexit.decoder.split import SplitGenerator, Values, places
 from retroexit.decoder.stages import Decoder, Stage, describe_stage, read_decoder
 from retroexit.decoder.structure import cloned, tensors
-from retroexit.errors import AttachPointError, BankError, InputMismatchError, OptionError, RecordingError, closest
+from retroexit.errors import (
+    AttachPointError,
+    BankError,
+    InputMismatchError,
+    OptionError,
+    RecordingError,
+    closest,
+)
 from retroexit.evaluation.macs import count_macs
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.guidance.options import Guidance

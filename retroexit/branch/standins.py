@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from retroexit.branch.sizes import SizeEnv
 from retroexit.decoder.lines import is_user_code, show
-from retroexit.decoder.replay import ReplayTail
+from retroexit.decoder.replayed_tail import ReplayTail
 from retroexit.decoder.structure import rebuild, tensors
 
 __all__ = ["blame", "replace_by_standins"]

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from retroexit.decoder.packing import Packed, hidden_tensors, pack
 from retroexit.decoder.rerun import Place, Run
 
-__all__ = ["Layout"]
+__all__ = ["Layout", "Values"]
 
 Values = dict[fx.Node, Any]
 

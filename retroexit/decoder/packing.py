@@ -38,7 +38,7 @@ def is_object(value: Any, seen: frozenset[int] = frozenset()) -> bool:
 
 
 def rebuild_deep(value: Any, leaf: Callable[[Any], Any]) -> Any:
-    """Copy a nested value with ``leaf`` applied to what is no container, objects that hold tensors included."""
+    """Copy a nested value, objects that hold tensors included, with ``leaf`` applied to what is inside."""
 
     def visit(item: Any) -> Any:
         if not is_object(item):

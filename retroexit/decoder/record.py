@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from retroexit.decoder.recorder import Call, Read, Recorder
+from retroexit.decoder.reads import Read
+from retroexit.decoder.recorder import Call, Recorder
 from retroexit.decoder.structure import flatten, tensors
 from retroexit.errors import DeviceError, GeneratorError, ModeError, NonFiniteError, RecordingError
 

@@ -20,15 +20,12 @@ from torch.overrides import TorchFunctionMode
 from retroexit.decoder.counting import MacCounter
 from retroexit.decoder.lines import show, user_line
 from retroexit.decoder.packing import hidden_tensors
+from retroexit.decoder.reads import READS, Read, changed
 from retroexit.decoder.structure import children, is_record, rebuild, tensors
 from retroexit.errors import RecordingError
 
-__all__ = ["READS", "Call", "Read", "Recorder", "TracedInt", "assemble", "changed"]
+__all__ = ["Call", "Recorder", "TracedInt", "assemble"]
 
-READS = frozenset(
-    "item tolist numpy equal allclose is_nonzero __bool__ __int__ __float__ __index__ __array__ __contains__ "
-    "__complex__".split()
-)
 _IMPORTS = {"tensor", "as_tensor", "asarray", "from_numpy", "full"}
 _TENSOR_PROPERTIES = {
     "shape",
@@ -101,30 +98,6 @@ class Call:
     outputs: list[fx.Node] = field(default_factory=list)
     macs: int = 0
     parent: int | None = None
-
-
-@dataclass(frozen=True)
-class Read:
-    """A value that was read out of a tensor into Python.
-
-    Attributes:
-        node: The tensor.
-        name: The function that read it.
-        line: ``file:line: code``.
-    """
-
-    node: fx.Node
-    name: str
-    line: str
-
-
-def changed(value: Any) -> Any:
-    """Give another value of the same type, to see whether it matters; arrays stay as they are."""
-    if isinstance(value, bool):
-        return not value
-    if isinstance(value, int):
-        return value + 1
-    return -value or 1.0 if isinstance(value, float) else value
 
 
 def assemble(template: Any, values: tuple[Any, ...]) -> Any:

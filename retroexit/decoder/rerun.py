@@ -1,10 +1,10 @@
 """Run a generator's own forward again with modules answered from an earlier part of the same call.
 
-The forward runs on a *skeleton*: a copy of the modules that are open at the cut, in which the modules that they
-call are stand-ins. What a stand-in does is decided by the `Run` of the current thread: hand out what the module
-returned before the cut, note what it returns, stop the forward when the place of a cut is reached, or just run.
-Random draws that the forward itself makes in front of a cut are handed out again too. Nothing is patched; the
-generator and its hooks stay as they are.
+The forward runs on a *skeleton*: a copy of the modules that are running at the cut, in which the modules that
+they call are stand-ins. What a stand-in does is decided by the `Run` of the current thread: hand out what the
+module returned before the cut, note what it returns, stop the forward when the place of a cut is reached, or
+just run. Random draws that the forward itself makes in front of a cut are handed out again too. Nothing is
+patched; the generator and its hooks stay as they are.
 """
 
 from __future__ import annotations
@@ -26,20 +26,31 @@ from torch.overrides import TorchFunctionMode
 from retroexit.decoder.cut import change_first_map
 from retroexit.decoder.lines import user_line
 from retroexit.decoder.packing import rebuild_deep
-from retroexit.decoder.recorder import READS
+from retroexit.decoder.reads import READS
 from retroexit.decoder.structure import tensors
 from retroexit.errors import InputMismatchError
 
 __all__ = ["Answer", "Place", "Run", "become_standin", "delegate", "is_fake", "opened_by", "running"]
 
+_DRAWS = {
+    *("rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "normal"),
+    *("bernoulli", "binomial", "multinomial", "poisson", "gumbel_softmax", "rrelu"),
+    *("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"),
+}
 _IN_PLACE_DRAWS = {
     f"{name}_"
-    for name in "normal uniform random bernoulli exponential geometric cauchy log_normal".split()
+    for name in (
+        "normal",
+        "uniform",
+        "random",
+        "bernoulli",
+        "exponential",
+        "geometric",
+        "cauchy",
+        "log_normal",
+    )
 }
-_DRAWS = _IN_PLACE_DRAWS | set(
-    "rand randn randint randperm rand_like randn_like randint_like normal bernoulli multinomial poisson "
-    "dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout gumbel_softmax rrelu binomial".split()
-)
+
 Answer = tuple[tuple[str, int] | None, Any]
 
 _CURRENT: ContextVar[Run | None] = ContextVar("retroexit_run", default=None)
@@ -174,7 +185,7 @@ class Run:
             if value is None:
                 raise InputMismatchError(
                     "asked for an early exit; found that the generator draws more random numbers in front of "
-                    "it for these inputs than were kept. Wrap with example inputs for which it draws as often.",
+                    "it for these inputs than were kept. Let nothing but its inputs steer what it draws.",
                     func,
                 )
             out = args[0].copy_(value) if in_place else value.clone()
@@ -213,7 +224,7 @@ class _Functions(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, kwargs = getattr(func, "__name__", ""), kwargs or {}
-        if name in _DRAWS:
+        if name in _DRAWS or name in _IN_PLACE_DRAWS:
             return self.run.draw(func, args, kwargs, name in _IN_PLACE_DRAWS)
         if self.run.log is not None and name in READS:
             return self.run.read(func, args, kwargs)
@@ -298,8 +309,8 @@ def become_standin(module: nn.Module, path: str) -> None:
 
 def delegate(module: nn.Module, path: str) -> nn.Module:
     """Make an empty stand-in for a module of somebody else's."""
-    kind: type = nn.Module if isinstance(module, torch.jit.ScriptModule) else type(module)
-    made = _subclass(kind, _OTHER)
+    kind: Any = nn.Module if isinstance(module, torch.jit.ScriptModule) else type(module)
+    made: Any = _subclass(kind, _OTHER)
     standin: nn.Module = made.__new__(made)
     nn.Module.__init__(standin)
     standin.__dict__.update(_standin_path=path, _standin_for=_Borrowed(module), training=module.training)
@@ -314,11 +325,13 @@ def is_fake(value: Any) -> bool:
 def _pin(tensor: Tensor) -> None:
     """Fix sizes that a value of this very shape has been read from."""
     for size in tensor.shape:
-        if not isinstance(size, int):
+        if hasattr(size, "node"):
             bool(size == int(size.node.hint))
 
 
-def opened_by(generator: nn.Module, enclosing: Iterable[str], called: set[str]) -> tuple[list[str], list[str]]:
+def opened_by(
+    generator: nn.Module, enclosing: Iterable[str], called: frozenset[str]
+) -> tuple[list[str], list[str]]:
     """Tell modules whose forward is run again from those that they call.
 
     Args:
@@ -327,8 +340,8 @@ def opened_by(generator: nn.Module, enclosing: Iterable[str], called: set[str]) 
         called: Paths of modules that were called in the recording.
 
     Returns:
-        Paths of opened modules: the enclosing ones, and containers that are never called themselves; and paths
-        of the modules directly inside them.
+        Paths of opened modules: the enclosing ones, and containers that are never called themselves; and
+        paths of the modules directly inside them.
     """
     enclosing = set(enclosing)
     opened: dict[str, None] = {}

@@ -7,21 +7,21 @@ from collections.abc import Callable
 import torch
 from torch import fx
 
+from retroexit.decoder.reads import QUESTIONS
 from retroexit.decoder.record import Recording
 from retroexit.decoder.structure import tensors
 
 __all__ = ["steering_line"]
 
 _ARRAYS = ("numpy", "tolist", "__array__")
-_QUESTIONS = ("__bool__", "is_nonzero", "equal", "allclose", "__contains__")
 _MOST_READS = 16
 
 
 def steering_line(recording: Recording, record_changed: Callable[[int], Recording]) -> str:
     """Find a read whose answer depends on the inputs and matters.
 
-    What is read out of parameters and constants is the same in every call. A question that only guards, so that
-    another answer raises, or one that changes nothing, may stay frozen.
+    What is read out of parameters and constants is the same in every call. A question that only guards, so
+    that another answer raises, or one that changes nothing, may stay frozen.
 
     Args:
         recording: A recording.
@@ -42,7 +42,7 @@ def steering_line(recording: Recording, record_changed: Callable[[int], Recordin
         try:
             output = record_changed(number).output
         except Exception:
-            if read.name in _QUESTIONS:
+            if read.name in QUESTIONS:
                 continue
             return read.line
         pairs = list(zip(tensors(output), tensors(recording.output), strict=False))

@@ -61,10 +61,7 @@ class Branches(Parts):
         if x.mean() > 0:
             h = h * 1.5
         h = self.blocks[1](self.blocks[0](h))
-        if x.mean() > 0:
-            h = self.warm(h)
-        else:
-            h = self.cold(h)
+        h = self.warm(h) if x.mean() > 0 else self.cold(h)
         return self.rgb(self.blocks[2](h + self.shift)).tanh()
 
 
@@ -347,7 +344,9 @@ def test_a_module_that_does_not_run_for_these_inputs_is_named() -> None:
             return self.rgb(self.blocks[2](self.warm(h)))
 
     model = wrap(Skips().eval())
-    with pytest.raises(errors.InputMismatchError, match=r"'blocks\.1'; found that the generator does not run"):
+    with pytest.raises(
+        errors.InputMismatchError, match=r"'blocks\.1'; found that the generator does not run"
+    ):
         model(-bright(), exit=2)
     assert torch.equal(model(-bright(), exit=1), model.generator(-bright()))
 
@@ -374,3 +373,14 @@ def test_where_replay_does_not_help_both_reasons_are_given(untouched: Untouched)
         pytest.raises(errors.RecordingError, match=r"Bundle object that holds.*again behind (a|the) cut"),
     ):
         wrap(generator)
+
+
+@pytest.mark.parametrize("kind", ["branches", "bundles"])
+def test_a_replayed_generator_is_fitted_and_routed(kind: str, tmp_path: Path) -> None:
+    guidance = retroexit.Guidance(patch=(4, 4), size=16, value_after="blocks.2")
+    model = wrap(KINDS[kind]().eval(), 1 / 4, guidance=guidance)
+    samples = [(x,) for x in torch.rand(8, 4, 8, 8) - 0.5]
+    retroexit.fit(model, samples, folder=tmp_path, steps=3, predictor_steps=3, progress=False)
+    output, exits = model.routed(bright(), threshold=0.1)
+    assert output.shape == (2, 3, 16, 16)
+    assert exits.shape == (2,)
