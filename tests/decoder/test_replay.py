@@ -18,6 +18,7 @@ from torch.nn import functional as F
 import retroexit
 from retroexit import errors
 from retroexit.decoder.stages import read_decoder
+from retroexit.evaluation.quality import QualityMetric
 from retroexit.model import EarlyExitGenerator
 
 Untouched = Callable[[nn.Module], AbstractContextManager[None]]
@@ -375,12 +376,21 @@ def test_where_replay_does_not_help_both_reasons_are_given(untouched: Untouched)
         wrap(generator)
 
 
-@pytest.mark.parametrize("kind", ["branches", "bundles"])
-def test_a_replayed_generator_is_fitted_and_routed(kind: str, tmp_path: Path) -> None:
-    guidance = retroexit.Guidance(patch=(4, 4), size=16, value_after="blocks.2")
-    model = wrap(KINDS[kind]().eval(), 1 / 4, guidance=guidance)
-    samples = [(x,) for x in torch.rand(8, 4, 8, 8) - 0.5]
-    retroexit.fit(model, samples, folder=tmp_path, steps=3, predictor_steps=3, progress=False)
-    output, exits = model.routed(bright(), threshold=0.1)
-    assert output.shape == (2, 3, 16, 16)
-    assert exits.shape == (2,)
+class Distance(QualityMetric):
+    name = "distance"
+
+    def compare(self, a: Tensor, b: Tensor) -> Tensor:
+        return ((a - b).square().mean((1, 2, 3)) + 1e-12).sqrt()
+
+
+@pytest.mark.parametrize(("kind", "inject"), [("branches", "input"), ("bundles", "every_stage")])
+def test_a_replayed_generator_is_fitted_and_routed(kind: str, inject: Any, tmp_path: Path) -> None:
+    guidance = retroexit.Guidance(patch=(4, 4), size=16, value_after="warm", inject=inject)
+    model = wrap(KINDS[kind]().eval(), 1 / 4, guidance=guidance, image_range=(-1, 1))
+    settings = {"steps": 2, "predictor_steps": 2, "batch": 2, "held_out": 0.25, "progress": False}
+    samples = list(torch.rand(8, 4, 8, 8))
+    retroexit.fit(model, samples, tmp_path, metric=Distance(), **settings)
+    again = retroexit.load(tmp_path, model.generator, (bright(),))
+    output, exits = model.routed(bright(), threshold=1e6)
+    assert exits.tolist() == [1, 1]
+    assert torch.equal(output, again(bright(), exit=1))
