@@ -298,7 +298,8 @@ class EarlyExitGenerator(nn.Module):
         """Show the exits as a table."""
         from retroexit.tables import exit_table
 
-        return exit_table(self)
+        reason = self.anatomy.split.decoder.replayed if self.is_recorded else ""
+        return exit_table(self) + (f"\nreplayed, since {reason}" if reason else "")
 
     # How samples leave.
 
@@ -338,7 +339,7 @@ class EarlyExitGenerator(nn.Module):
         with torch.no_grad():
             values, keyed = self.split.begin(args, kwargs)
             exits = assign_exits(self._predicted(values, args, kwargs), threshold)
-        if not self.split.any_batch:
+        if not self.split.mixes:
             # The batch cannot be divided: everybody takes the deepest exit chosen.
             exits = exits.max().expand_as(exits)
         early = (exits <= len(self.branches)).nonzero()[:, 0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -12,12 +12,13 @@ from torch import Tensor, fx, nn
 from retroexit.branch.exchange import BuildStage
 from retroexit.branch.factory import Branch, BranchSpec, Init, build_branch
 from retroexit.branch.widths import WidthPlan, WidthRule
-from retroexit.decoder.cut import Cut, Segment
+from retroexit.decoder.cut import Cut
 from retroexit.decoder.record import unobserved
+from retroexit.decoder.replay import ReplaySplit
 from retroexit.decoder.split import SplitGenerator, Values, places
 from retroexit.decoder.stages import Decoder, Stage, describe_stage, read_decoder
 from retroexit.decoder.structure import cloned, tensors
-from retroexit.errors import AttachPointError, OptionError, RecordingError, closest
+from retroexit.errors import AttachPointError, InputMismatchError, OptionError, RecordingError, closest
 from retroexit.evaluation.macs import count_macs
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.guidance.options import Guidance
@@ -128,11 +129,8 @@ class Anatomy:
     def guidance_values(self, args: Any, kwargs: Any) -> Tensor:
         """Run the backbone up to the stage that values are cut from; gives its map ``(N, C, ...)``."""
         assert self.value_cut is not None
-        recording, feature = self.split.decoder.recording, self.value_cut.feature
-        segment = Segment(recording, self.split.generator, 0, self.value_cut.position, [feature])
         with torch.no_grad():
-            found: Tensor = segment(self.split.start(args, kwargs))[feature]
-        return found
+            return self.split.value_at(self.value_cut, args, kwargs)
 
     def predictor_macs(self, predictor: Predictor | None) -> int:
         """MACs of the predictor for one sample."""
@@ -162,9 +160,36 @@ def build_anatomy(
     named = [place for place in options.attach_at if isinstance(place, str)]
     named += tap_paths(options.guidance)
     decoder = read_decoder(generator, args, kwargs, stages=options.stages, also=named, image=options.image)
+    if not decoder.replayed:
+        try:
+            return _build(generator, decoder, options, args, kwargs)
+        except RecordingError as error:
+            decoder = replace(decoder, replayed=" ".join(str(error).split()))
+    try:
+        return _build(generator, decoder, options, args, kwargs)
+    except (RecordingError, InputMismatchError) as error:
+        raise RecordingError(
+            f"{decoder.replayed} Nor can the forward be run again behind the cut: {error}", generator
+        ) from error
+
+
+def _build(
+    generator: nn.Module, decoder: Decoder, options: WrapOptions, args: Any, kwargs: dict[str, Any]
+) -> tuple[Anatomy, list[Branch]]:
+    """Cut a generator that has been read, its recording or (where that cannot be) its running forward."""
     pairs = _find_places(decoder, options)
     key_cut = find_key_cut(decoder, options.guidance, pairs[0])
-    split = SplitGenerator(generator, decoder, [cut for _, cut in pairs], args, kwargs, key_cut)
+    split: SplitGenerator
+    if not decoder.replayed:
+        split = SplitGenerator(generator, decoder, [cut for _, cut in pairs], args, kwargs, key_cut)
+    elif key_cut is None:
+        split = ReplaySplit(generator, decoder, pairs, options.tap, args, kwargs)
+    else:
+        raise OptionError(
+            "asked for guidance keys from in front of the first attach point; found that the generator's "
+            f"forward has to run again behind a cut ({decoder.replayed}). Leave key_after out.",
+            options.guidance,
+        )
     with torch.no_grad(), unobserved(generator):
         states = _states(split, args, kwargs)
     wanted = _output(split) if options.self_test else None
@@ -273,8 +298,9 @@ def _build_exit(
     before = [value._version for value in handed]
     if wanted is not None:
         _self_test(split, index, tail, handed, wanted)
+    if wanted is not None and not split.decoder.replayed:
         written = {i for i, value in enumerate(handed) if value._version != before[i]}
-    else:
+    else:  # what is written may be another value in another call
         written = set(range(len(handed)))
     cut = split.cuts[index]
     one = [v[:1] if n in split.batched else v for n, v in zip(cut.crossing, crossing, strict=True)]

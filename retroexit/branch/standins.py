@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from retroexit.branch.sizes import SizeEnv
 from retroexit.decoder.lines import is_user_code, show
+from retroexit.decoder.replayed_tail import ReplayTail
 from retroexit.decoder.structure import rebuild, tensors
 
 __all__ = ["blame", "replace_by_standins"]
@@ -67,7 +68,8 @@ def replace_by_standins(
     hooks = [tail.get_submodule(path).register_forward_hook(note(path)) for path in reasons]
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            tail(*(value.clone() for value in values))
+            run = tail.along_every_path if isinstance(tail, ReplayTail) else tail
+            run(*(value.clone() for value in values))
     finally:
         for hook in hooks:
             hook.remove()

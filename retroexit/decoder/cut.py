@@ -20,7 +20,7 @@ from retroexit.decoder.record import Recording
 from retroexit.decoder.structure import rebuild
 from retroexit.errors import AttachPointError
 
-__all__ = ["Cut", "Segment", "Tail", "clone_module", "cut_at"]
+__all__ = ["Cut", "Segment", "Tail", "change_first_map", "clone_module", "cut_at"]
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class _Steps:
                 args = rebuild(node.args, look_up)
                 kwargs = {key: rebuild(item, look_up) for key, item in node.kwargs.items()}
                 if before and node.op == "call_module" and node.target in before:
-                    args = _change_first_map(args, before[str(node.target)])
+                    args = change_first_map(args, before[str(node.target)])
                 if node.op == "call_module":
                     values[node] = attribute(str(node.target))(*args, **kwargs)
                 elif node.op == "call_method":
@@ -317,6 +317,7 @@ def _place(root: nn.Module, path: str, module: nn.Module) -> None:
         owner.add_module(name, module)
 
 
-def _change_first_map(args: Any, change: Callable[[Tensor], Tensor]) -> tuple[Any, ...]:
+def change_first_map(args: Any, change: Callable[[Tensor], Tensor]) -> tuple[Any, ...]:
+    """Change the first map among positional arguments."""
     position = next(i for i, arg in enumerate(args) if isinstance(arg, Tensor) and arg.dim() >= 3)
     return (*args[:position], change(args[position]), *args[position + 1 :])

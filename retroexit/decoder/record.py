@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from retroexit.decoder.reads import Read
 from retroexit.decoder.recorder import Call, Recorder
 from retroexit.decoder.structure import flatten, tensors
 from retroexit.errors import DeviceError, GeneratorError, ModeError, NonFiniteError, RecordingError
@@ -39,8 +40,7 @@ class Recording:
         macs: Multiply-accumulates of the whole execution.
         output: What the generator returned.
         modes: ``training`` flag of every submodule during the recording.
-        reads: Places where a value was read out of a tensor into Python, ``file:line: code``; such values are
-            frozen.
+        reads: Values that were read out of tensors into Python; such values are frozen.
     """
 
     graph: fx.Graph
@@ -50,7 +50,7 @@ class Recording:
     macs: int
     output: Any
     modes: dict[str, bool]
-    reads: list[str]
+    reads: list[Read]
 
     @property
     def nodes(self) -> list[fx.Node]:
@@ -64,7 +64,8 @@ def record(
     kwargs: dict[str, Any] | None = None,
     is_leaf: Callable[[str, nn.Module], bool] | None = None,
     *,
-    lenient: bool = False,
+    observing: bool = False,
+    change: int | None = None,
 ) -> Recording:
     """Run a generator once and write the execution down as a graph.
 
@@ -76,7 +77,9 @@ def record(
         kwargs: Its keyword inputs.
         is_leaf: Tells for a path and a module whether the module becomes one node. By default every module
             that has no submodules of its own, and everything under ``torch.nn`` but the containers.
-        lenient: Whether to guess what cannot be followed; the graph can then be looked at, but not run.
+        observing: Whether the graph is to be looked at and not to be run: tensors may hide in objects or come
+            from outside PyTorch; what depends on what is then a guess.
+        change: Number of the read to which another value is given, to see what depends on it.
 
     Returns:
         The recording.
@@ -96,7 +99,7 @@ def record(
             "its buffers. Call generator.eval() first.",
             generator,
         )
-    recorder = Recorder(generator, is_leaf or is_atom, lenient=lenient)
+    recorder = Recorder(generator, is_leaf or is_atom, observing=observing, change=change)
     placeholders = _make_placeholders(recorder, args, kwargs)
     with unobserved(generator), torch.no_grad(), _patched_calls(recorder), recorder.counter, recorder:
         recorder.is_running = True

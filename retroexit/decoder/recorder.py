@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 import threading
+import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,12 +19,14 @@ from torch.overrides import TorchFunctionMode
 
 from retroexit.decoder.counting import MacCounter
 from retroexit.decoder.lines import show, user_line
-from retroexit.decoder.structure import all_tensors, children, hidden, is_record, rebuild, tensors
+from retroexit.decoder.packing import hidden_tensors
+from retroexit.decoder.reads import READS, Read, changed
+from retroexit.decoder.structure import children, is_record, rebuild, tensors
 from retroexit.errors import RecordingError
 
-__all__ = ["READS", "Call", "Recorder", "TracedInt", "assemble"]
+__all__ = ["Call", "Recorder", "TracedInt", "assemble"]
 
-READS = {"item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "__array__", "__len__"}
+_IMPORTS = {"tensor", "as_tensor", "asarray", "from_numpy", "full"}
 _TENSOR_PROPERTIES = {
     "shape",
     "ndim",
@@ -110,11 +113,6 @@ class _Template:
     value: Any
 
 
-def depends_on(_values: tuple[Any, ...]) -> Any:
-    """Stand in a lenient recording for what cannot be followed; such a recording shows, but does not run."""
-    raise NotImplementedError
-
-
 class _Slot:
     """Marks in a template of `assemble` where a value goes."""
 
@@ -122,25 +120,30 @@ class _Slot:
 class Recorder(TorchFunctionMode):
     """Writes what runs under it into a graph. One use each; see `record`.
 
-    A lenient recorder goes on where tensors hide in objects or pass through Python, and guesses what depends on
-    what: such a graph can be looked at, not run.
+    An observing recorder goes on where tensors hide in objects or come from outside PyTorch, and guesses what
+    depends on what: such a graph can be looked at, not run.
     """
 
     def __init__(
-        self, generator: nn.Module, is_leaf: Callable[[str, nn.Module], bool], *, lenient: bool = False
+        self,
+        generator: nn.Module,
+        is_leaf: Callable[[str, nn.Module], bool],
+        *,
+        observing: bool = False,
+        change: int | None = None,
     ) -> None:
         super().__init__()
-        self.generator, self.is_leaf, self.lenient = generator, is_leaf, lenient
+        self.observing, self.change = observing, change
+        self.generator, self.is_leaf = generator, is_leaf
         self.graph = fx.Graph()
         self.is_running = False
         self.calls: list[Call] = []
         self.constants: dict[str, Tensor] = {}
-        self.reads: list[str] = []
+        self.reads: list[Read] = []
         self.counter = MacCounter()
         self._inside_leaf = 0
         self._open: list[int] = []
         self._node_of: dict[int, fx.Node] = {}
-        self._read_out: list[fx.Node] = []
         self._kept: list[Any] = []  # tensors stay alive so that ids are not reused
         named = [*generator.named_parameters(), *generator.named_buffers()]
         self._attribute = {id(tensor): name for name, tensor in named}
@@ -168,17 +171,10 @@ class Recorder(TorchFunctionMode):
             return self.graph.call_function(assemble, (template, tuple(found)))
         if isinstance(value, (tuple, list, dict, slice)):
             return _shallow(value, self.to_nodes)
-        found = [tensor for tensor in all_tensors(value) if id(tensor) in self._node_of]
-        if not found:
-            return value
-        if not self.lenient:
-            raise RecordingError(
-                f"a {type(value).__name__} object that holds tensors is passed between modules; found "
-                "tensors in its attributes, which a recording cannot follow. Make it a dataclass, a dict or "
-                "a tuple.",
-                value,
-            )
-        return self.graph.call_function(depends_on, (tuple(map(self.node, found)),))
+        if self.observing:
+            return [self.node(tensor) for tensor in hidden_tensors(value)] or value
+        self._refuse_hidden_tensors(value)
+        return value
 
     def node(self, tensor: Tensor) -> fx.Node:
         """Give the node that stands for a tensor; a tensor that is new is an attribute or a constant."""
@@ -186,10 +182,11 @@ class Recorder(TorchFunctionMode):
         if known is not None:
             return known
         name = self._attribute.get(id(tensor))
-        if name is None and self.lenient and self._read_out:
-            # What comes from nowhere was made of what Python has read.
-            self._bind(self.graph.call_function(depends_on, (tuple(self._read_out),)), tensor)
-            return self._node_of[id(tensor)]
+        if name is None and self.observing and self.reads:
+            # Made outside PyTorch, out of what was read there.
+            node = self.graph.call_function(hidden_tensors, (tuple(read.node for read in self.reads),))
+            self._bind(node, tensor)
+            return node
         if name is None:
             name = f"_constant{len(self.constants)}"
             self.constants[name] = tensor.detach()
@@ -207,14 +204,30 @@ class Recorder(TorchFunctionMode):
             with torch._C.DisableTorchFunction():
                 node.meta["shape"], node.meta["dtype"] = tuple(value.shape), value.dtype
             return
+        if self.observing and children(value) is None:
+            for number, tensor in enumerate(hidden_tensors(value)):
+                self._bind(self.graph.call_function(operator.getitem, (node, number)), tensor)
+            return
         for key, child in children(value) or ():
-            if tensors(child):
+            if self._tensors(child):
                 field_access = is_record(value) and not isinstance(value, dict)
                 access = getattr if field_access else operator.getitem
                 self._bind(self.graph.call_function(access, (node, key)), child)
-        if self.lenient and hidden(value) is not None:
-            for tensor in all_tensors(value):
-                self._bind(self.graph.call_function(depends_on, ((node,),)), tensor)
+
+    def _tensors(self, value: Any) -> list[Tensor]:
+        return hidden_tensors(value) if self.observing else tensors(value)
+
+    def _refuse_hidden_tensors(self, value: Any) -> None:
+        inner = getattr(value, "__dict__", None)
+        if not isinstance(inner, dict) or isinstance(value, (nn.Module, type, types.FunctionType)):
+            return
+        if any(id(item) in self._node_of for item in tensors(dict(inner))):
+            raise RecordingError(
+                f"a {type(value).__name__} object that holds tensors is passed between modules; found "
+                "tensors in its "
+                "attributes, which a recording cannot follow. Make it a dataclass, a dict or a tuple.",
+                value,
+            )
 
     # What happens during the run.
 
@@ -245,8 +258,9 @@ class Recorder(TorchFunctionMode):
             for node in reversed(list(self.graph.nodes)[begin:]):
                 if not node.users and node.op != "get_attr":  # which stays the node of its tensor
                     self.graph.erase_node(node)
-            self._note_read(name, args)
-            return out
+            return self._note_read(name, args, out)
+        if self.observing and name in _IMPORTS:
+            node_args = (*node_args, [read.node for read in self.reads])
         make = self.graph.call_method if is_method else self.graph.call_function
         node = make(target, node_args, node_kwargs)
         node.meta["macs"] = self._macs() - before
@@ -261,6 +275,8 @@ class Recorder(TorchFunctionMode):
         out = func(*args)
         name = getattr(func.__self__, "__name__", None) or getattr(func.__self__, "fget", func).__name__
         if name == "shape":
+            if self.observing:
+                return out
             return self._traced_shape(args[0], out)
         if name in _TENSOR_PROPERTIES or not tensors(out):
             return out
@@ -269,6 +285,8 @@ class Recorder(TorchFunctionMode):
 
     def _size(self, func: Any, name: str, args: Any) -> Any:
         out = func(*_untraced(args))
+        if self.observing:
+            return out
         if name == "size":
             shape = self._traced_shape(args[0], args[0].size())
             return shape if len(args) == 1 else shape[args[1]]
@@ -289,13 +307,13 @@ class Recorder(TorchFunctionMode):
         ]
         return torch.Size(sizes)
 
-    def _note_read(self, name: str, args: Any) -> None:
-        if name in READS:
-            if self.lenient and isinstance(args[0], Tensor):
-                self._read_out.append(self.node(args[0]))
-            line = user_line()
-            if isinstance(line, tuple):
-                self.reads.append(show(line))
+    def _note_read(self, name: str, args: Any, out: Any) -> Any:
+        """Note that a value leaves a tensor; gives it, or another one where that was asked for."""
+        line = user_line()
+        if name not in READS or not isinstance(line, tuple) or not tensors(args):
+            return out
+        self.reads.append(Read(self.node(tensors(args)[0]), name, show(line)))
+        return changed(out) if self.change == len(self.reads) - 1 else out
 
     def call_module(self, original: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Stand in for ``nn.Module.__call__`` while recording."""
@@ -329,9 +347,6 @@ class Recorder(TorchFunctionMode):
         call.outputs = [self.node(tensor) for tensor in self._tensors(out)]
         call.end = len(self.graph.nodes)
         return out
-
-    def _tensors(self, value: Any) -> list[Tensor]:
-        return all_tensors(value) if self.lenient else tensors(value)
 
     def _macs(self) -> int:
         return self.counter.macs

@@ -82,14 +82,24 @@ class SplitGenerator:
         self._modes = [(m, recording.modes[name]) for name, m in generator.named_modules()]
         self._device = next((p.device for p in generator.parameters()), torch.device("cpu"))
         self._precision = _precision(generator)
+        self._shapes = {self._shape_key(args, kwargs)}
+        self.batch = self._batch_size(args, kwargs)
+        self.batched: set[fx.Node] = set()
+        self._around_key: tuple[Segment, Segment] | None = None
+        self._prepare()
+        self.any_batch = self._probe_batch(args, kwargs)
+
+    def _prepare(self) -> None:
+        """Cut the recording into segments."""
+        recording, generator = self.decoder.recording, self.generator
         ends = [0, *(cut.position for cut in self.cuts)]
         entering = [(), *(cut.crossing for cut in self.cuts)]
         self._segments = [
             Segment(recording, generator, begin, cut.position, cut.crossing, enter)
             for begin, cut, enter in zip(ends, self.cuts, entering, strict=False)
         ]
-        self._around_key: tuple[Segment, Segment] | None = None
-        if key_cut is not None:
+        if self.key_cut is not None:
+            key_cut = self.key_cut
             middle, end = key_cut.crossing, self.cuts[0]
             self._around_key = (
                 Segment(recording, generator, 0, key_cut.position, middle),
@@ -98,12 +108,13 @@ class SplitGenerator:
         self._result = recording.nodes[-1].args[0]
         leaves = [leaf for _, leaf in flatten(self._result) if isinstance(leaf, fx.Node)]
         self._rest = Segment(recording, generator, ends[-1], len(recording.nodes), leaves, entering[-1])
-        self._shapes = {self._shape_key(args, kwargs)}
-        self.batch = self._batch_size(args, kwargs)
-        self.batched: set[fx.Node] = set()
-        self.any_batch = self._probe_batch(args, kwargs)
 
     # Running pieces.
+
+    @property
+    def mixes(self) -> bool:
+        """Tell whether samples of one batch may leave at different exits."""
+        return self.any_batch
 
     def start(self, args: Any, kwargs: Any) -> Values:
         """Bind inputs to the recording's placeholders.
@@ -128,7 +139,7 @@ class SplitGenerator:
     def _to_first_cut(self, values: Values) -> tuple[Values, Tensor]:
         if self.key_cut is None or self._around_key is None:
             values = self.advance(values, 0)
-            return values, values[self.cuts[0].feature]
+            return values, self.crossing(values, 0)[0]
         before, behind = self._around_key
         values = before(values)
         # What comes next may write into the feature; on every route keys are what the stage returned.
@@ -157,6 +168,12 @@ class SplitGenerator:
     def tail(self, index: int, *, share: bool = False) -> Tail:
         """Copy everything after a cut as a module; on request with the generator's own weights, to read."""
         return Tail(self.decoder.recording, self.generator, self.cuts[index], share=share)
+
+    def value_at(self, cut: Cut, args: Any, kwargs: Any) -> Tensor:
+        """Run the generator up to another cut; gives its feature ``(N, C, ...)``."""
+        segment = Segment(self.decoder.recording, self.generator, 0, cut.position, [cut.feature])
+        found: Tensor = segment(self.start(args, kwargs))[cut.feature]
+        return found
 
     def place_of(self, image: Any) -> Tensor:
         """Find the image in an output of the generator or of a branch."""
@@ -216,6 +233,9 @@ class SplitGenerator:
             _precision(self.generator) != self._precision and call.as_if(self._call) == self._call
         ):
             raise InputMismatchError(self._difference(call), (args, kwargs))
+        self._check_shape(args, kwargs)
+
+    def _check_shape(self, args: Any, kwargs: Any) -> None:
         key = self._shape_key(args, kwargs)
         if key in self._shapes:
             batch = self._batch_size(args, kwargs)
@@ -305,7 +325,7 @@ class SplitGenerator:
 
         trouble = self._trouble(rebuild(args, other), rebuild(dict(kwargs), other))
         if trouble:
-            reads = self.decoder.recording.reads
+            reads = [read.line for read in self.decoder.recording.reads]
             frozen = f" Values read out of tensors are frozen: {'; '.join(reads[:3])}." if reads else ""
             raise RecordingError(
                 f"asked to split {type(self.generator).__name__}; found that its recorded execution "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -17,8 +17,9 @@ from retroexit.decoder.naming import value_names
 from retroexit.decoder.picking import choose_stages
 from retroexit.decoder.record import Recording, record
 from retroexit.decoder.recorder import Call
+from retroexit.decoder.steering import steering_line
 from retroexit.decoder.suggest import suggest_attach_points
-from retroexit.errors import AttachPointError, RecordingError, RepeatedStageError, closest
+from retroexit.errors import AttachPointError, GeneratorError, RecordingError, RepeatedStageError, closest
 
 __all__ = ["Decoder", "Stage", "read_decoder"]
 
@@ -74,8 +75,8 @@ class Decoder:
         stages: l_1..l_N.
         image: Node of the output image.
         image_path: Where the image is in the generator's output.
-        replayed: Why the recording cannot be cut, so that exits rerun the generator's own forward; empty
-            where it can.
+        replayed: Why the recording cannot be cut, so that the generator's own forward runs again behind a cut
+            (see `retroexit.decoder.replay`); empty where it can.
     """
 
     recording: Recording
@@ -162,7 +163,7 @@ def read_decoder(
         GeneratorError: If the generator rejects the inputs, is in train mode, or returns no finite image.
         RecordingError: If its execution cannot be written down.
     """
-    deep = record(generator, args, kwargs, lenient=True)
+    deep = _record_deeply(generator, args, kwargs)
     _, deep_image = find_image(deep, image)
     ran = Counter(call.path for call in deep.calls if call.path)
     chosen = {path: path for path in stages} if stages is not None else choose_stages(deep, image)
@@ -174,13 +175,10 @@ def read_decoder(
     def is_leaf(path: str, _module: nn.Module) -> bool:
         return path not in opened
 
-    try:
-        shallow, replayed = record(generator, args, kwargs, is_leaf), ""
-    except RecordingError as error:
-        shallow, replayed = record(generator, args, kwargs, is_leaf, lenient=True), str(error)
+    shallow, reason = _record_stages(generator, args, kwargs, is_leaf)
     image_path, image_node = find_image(shallow, image)
     image_node.meta["map_rank"] = deep_image.meta["map_rank"]  # layers inside stages are out of sight here
-    draft = Decoder(shallow, (), image_node, image_path, replayed)
+    draft = Decoder(shallow, (), image_node, image_path, reason)
     found = tuple(
         describe_stage(draft, path, index, end) for index, (path, end) in enumerate(chosen.items(), 1)
     )
@@ -201,6 +199,31 @@ def _opened(deep: Recording, keep: Iterable[str]) -> set[str]:
             opened.add(call.path)
             keep = {*keep, call.path}
     return opened
+
+
+def _record_deeply(generator: nn.Module, args: Any, kwargs: Any) -> Recording:
+    """Record what stages are picked from: with values that leave PyTorch on their way, just observed."""
+    try:
+        deep = record(generator, args, kwargs)
+    except (RecordingError, GeneratorError):
+        return record(generator, args, kwargs, observing=True)
+    return record(generator, args, kwargs, observing=True) if deep.reads else deep
+
+
+def _record_stages(
+    generator: nn.Module, args: Any, kwargs: Any, is_leaf: Callable[[str, nn.Module], bool]
+) -> tuple[Recording, str]:
+    """Record with stages as leaves; gives also why the recording cannot be cut, if that is so."""
+    try:
+        shallow = record(generator, args, kwargs, is_leaf)
+    except (RecordingError, GeneratorError) as error:
+        reason = " ".join(str(error).split())
+    else:
+        line = steering_line(shallow, lambda i: record(generator, args, kwargs, is_leaf, change=i))
+        if not line:
+            return shallow, ""
+        reason = f"values read out of tensors steer Python at {line}"
+    return record(generator, args, kwargs, is_leaf, observing=True), reason
 
 
 def describe_stage(decoder: Decoder, path: str, index: int = 0, end: str = "") -> Stage:

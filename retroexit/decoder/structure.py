@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx.immutable_collections import immutable_dict
 
-__all__ = ["all_tensors", "children", "cloned", "flatten", "hidden", "is_record", "rebuild", "tensors"]
+__all__ = ["children", "cloned", "flatten", "is_record", "rebuild", "tensors"]
 
 
 def is_record(value: Any) -> bool:
@@ -70,26 +69,6 @@ def flatten(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any,
 def tensors(value: Any) -> list[Tensor]:
     """List the tensors inside a nested value, in order."""
     return [leaf for _, leaf in flatten(value) if isinstance(leaf, Tensor)]
-
-
-def hidden(value: Any) -> dict[str, Any] | None:
-    """Attributes of an object that is no container and yet holds tensors; ``None`` for anything else."""
-    inner = getattr(value, "__dict__", None)
-    plain = (nn.Module, Tensor, type, types.FunctionType, types.ModuleType)
-    if not isinstance(inner, dict) or isinstance(value, plain) or not tensors(inner):
-        return None
-    return inner
-
-
-def all_tensors(value: Any) -> list[Tensor]:
-    """List the tensors inside a nested value, those that hide in objects too."""
-    found: list[Tensor] = []
-    for _, leaf in flatten(value):
-        if isinstance(leaf, Tensor):
-            found.append(leaf)
-        elif (inner := hidden(leaf)) is not None:
-            found.extend(all_tensors(dict(inner)))
-    return found
 
 
 def cloned(value: Any) -> Any:
