@@ -136,7 +136,7 @@ def _folded(parts: Sequence[Part]) -> list[Part]:
     for _, group in groupby(parts, likeness):
         run = list(group)
         if len(run) > _RUN:
-            hidden = f"{len(run) - 2} more like these"
+            hidden = f"{len(run) - 2} more alike"
             run = [run[0], Part(run[0].depth, "..", "..", hidden, 0, 0), run[-1]]
         shown += run
     return shown
