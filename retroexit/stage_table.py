@@ -25,6 +25,7 @@ _RUN: Final = 4
 """A longer run of equal stages shows its ends only."""
 _MODULE, _CLASS, _PARAMETERS, _LIVE = 1, 2, 5, 10  # columns
 _LEAST: Final = 12
+_NAME: Final = 16  # a class can be told by so many letters
 _LIVE_WIDTH: Final = 8
 _MOST_LIVE: Final = 16
 
@@ -135,22 +136,24 @@ def _folded(parts: Sequence[Part]) -> list[Part]:
     for _, group in groupby(parts, likeness):
         run = list(group)
         if len(run) > _RUN:
-            hidden = f"{len(run) - 2} more like these"
+            hidden = f"{len(run) - 2} more alike"
             run = [run[0], Part(run[0].depth, "..", "..", hidden, 0, 0), run[-1]]
         shown += run
     return shown
 
 
 def _fit(head: Sequence[str], rows: Sequence[list[str]]) -> None:
-    """Shorten modules and classes, whichever take more room, until a line fits."""
+    """Shorten classes, then modules and classes, whichever take more room, until a line fits."""
     widths = [max(map(len, cells)) for cells in zip(head, *rows, strict=True)]
     while sum(widths) + 2 * (len(widths) - 1) > _WIDTH and max(widths[_MODULE : _CLASS + 1]) > _LEAST:
-        widths[max((_CLASS, _MODULE), key=widths.__getitem__)] -= 1
+        wider = _CLASS if widths[_CLASS] > min(_NAME, widths[_MODULE] - 1) else _MODULE
+        widths[wider] -= 1
     for row in rows:
         for column in (_MODULE, _CLASS):
             text = row[column].lstrip(" ")
-            indent = min(len(row[column]) - len(text), max(0, widths[column] - 8))
-            row[column] = " " * indent + shorten(text, widths[column] - indent)
+            room = widths[column]
+            indent = min(len(row[column]) - len(text), max(room - len(text), room // 2))
+            row[column] = " " * indent + shorten(text, room - indent)
 
 
 def ranges(numbers: Sequence[int]) -> str:

@@ -67,7 +67,7 @@ def test_sixty_stages_are_folded_where_they_are_alike() -> None:
     rows = stage_rows(lines)
     assert {1, 20, 21, 40, 41, 60} <= set(rows)
     assert len(rows) < 40
-    hidden = [int(match) for match in re.findall(r" (\d+) more like these", "\n".join(lines))]
+    hidden = [int(match) for match in re.findall(r" (\d+) more alike", "\n".join(lines))]
     assert len(rows) + sum(hidden) == 60
     assert sum("*" in row for row in rows.values()) == 4  # what is suggested is never folded
 
