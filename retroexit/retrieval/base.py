@@ -173,9 +173,14 @@ class Retriever(ABC):
         Raises:
             RetrieverError: If there are no keys, the shape is not ``(n, D)``, or a key is not finite.
         """
+        before = self._keys, self._first, self._mean
         with OneThreadAfterFork():
             self._hold(as_matrix(keys, "keys", copy=True))
-            self._index()
+            try:
+                self._index()
+            except BaseException:  # the index is still the earlier one, so that its keys must be too
+                self._keys, self._first, self._mean = before
+                raise
         return self
 
     def search(self, queries: Tensor | np.ndarray, k: int = 1) -> SearchResult:

@@ -104,7 +104,7 @@ def test_every_hook_has_a_test_and_a_documented_signature() -> None:
 
 def test_our_own_parts_come_through_the_hooks(announce: Announce) -> None:
     host = Host()
-    assert host.retrievers() == ("exact", "faiss", "hnswlib")
+    assert host.retrievers() == ("auto", "exact", "faiss", "hnswlib")
     assert host.metrics() == ("lpips-alex", "lpips-squeeze", "lpips-vgg", "ms-ssim")
     assert host.retriever("exact").__name__ == "ExactRetriever"
     assert error_of(host, "builtin") is None
