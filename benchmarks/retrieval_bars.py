@@ -11,6 +11,7 @@ network over 24 hidden numbers, with noise; queries are further samples.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import platform
@@ -25,6 +26,7 @@ import faiss
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from retroexit.retrieval import ExactRetriever, FaissRetriever, HnswlibRetriever, Retriever
 from retroexit.tables import table
@@ -232,10 +234,12 @@ def main() -> None:
     torch.set_num_threads(1)
     facts = machine()
     print(", ".join(f"{name} {value}" for name, value in facts.items()), "- seeds fixed", flush=True)
-    bars = [*one_frame(arguments.repeats), *at_ten_thousand(arguments.repeats)]
-    bars += beside_convolutions(arguments.repeats)
+    measures = [one_frame, at_ten_thousand, beside_convolutions]
     if arguments.large:
-        bars += graph_at(arguments.large, arguments.repeats)
+        measures.append(functools.partial(graph_at, arguments.large))
+    bars: list[Bar] = []
+    for measure in tqdm(measures, disable=None):
+        bars += measure(arguments.repeats)
     rows = [
         [
             found["bar"],

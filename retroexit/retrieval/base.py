@@ -173,9 +173,14 @@ class Retriever(ABC):
         Raises:
             RetrieverError: If there are no keys, the shape is not ``(n, D)``, or a key is not finite.
         """
+        before = self._keys, self._first, self._mean
         with OneThreadAfterFork():
             self._hold(as_matrix(keys, "keys", copy=True))
-            self._index()
+            try:
+                self._index()
+            except BaseException:  # the index is still the earlier one, so that its keys must be too
+                self._keys, self._first, self._mean = before
+                raise
         return self
 
     def search(self, queries: Tensor | np.ndarray, k: int = 1) -> SearchResult:
@@ -328,7 +333,13 @@ class Retriever(ABC):
         centred = queries - self._mean
         answer = self._search(centred, k)
         found, floor = answer if isinstance(answer, tuple) else (answer, None)
-        ids, distances = self._ranked(queries, self._checked(found, floor, len(queries), k), k)
+        candidates, whole = self._checked(found, floor, len(queries), k)
+        if (
+            whole and floor is None and candidates.shape[1] == 1
+        ):  # nothing to rank: one short query pays for it
+            ids = self._first[candidates]
+            return ids, pair_distances(queries, self._keys, ids)
+        ids, distances = self._ranked(queries, candidates, k)
         reach = distances[:, -1]
         unsure = np.isinf(reach) if floor is None else ~(np.sqrt(reach) <= floor)
         if unsure.any():
@@ -337,8 +348,10 @@ class Retriever(ABC):
             ids[unsure], distances[unsure] = self._ranked(queries[unsure], rows, k)
         return self._first[ids], distances
 
-    def _checked(self, ids: np.ndarray, floor: np.ndarray | None, rows: int, k: int) -> np.ndarray:
-        """Check that a back-end's answer can be used as row numbers, or as -1."""
+    def _checked(
+        self, ids: np.ndarray, floor: np.ndarray | None, rows: int, k: int
+    ) -> tuple[np.ndarray, bool]:
+        """Check that a back-end's answer can be used as row numbers, or as -1; say whether there is no -1."""
         ids = np.asarray(ids)
         if ids.ndim != 2 or len(ids) != rows or ids.shape[1] < k or ids.dtype.kind not in "iu":
             raise RetrieverError(
@@ -359,18 +372,14 @@ class Retriever(ABC):
                 "distinct keys: the index is damaged or the back-end is broken; build it again",
                 ids,
             )
-        return ids.astype(np.int64, copy=False)
+        return ids.astype(np.int64, copy=False), low >= 0
 
     def _ranked(self, queries: np.ndarray, ids: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Keep the ``k`` nearest of each query's candidates; what is missing is infinitely far."""
-        if ids.shape[1] > 1:
-            ids = np.sort(ids, axis=1)
+        ids = np.sort(ids, axis=1)
         missing = ids < 0
+        missing[:, 1:] |= ids[:, 1:] == ids[:, :-1]  # an approximate index may name a key twice
         distances = pair_distances(queries, self._keys, self._first[np.maximum(ids, 0)])
-        if ids.shape[1] > 1:
-            missing[:, 1:] |= ids[:, 1:] == ids[:, :-1]  # an approximate index may name a key twice
-            distances[missing] = np.inf
-            order = np.argsort(distances, axis=1, kind="stable")[:, :k]  # stable: equal distances by id
-            return np.take_along_axis(ids, order, 1), np.take_along_axis(distances, order, 1)
         distances[missing] = np.inf
-        return ids, distances
+        order = np.argsort(distances, axis=1, kind="stable")[:, :k]  # stable: equal distances by id
+        return np.take_along_axis(ids, order, 1), np.take_along_axis(distances, order, 1)

@@ -67,11 +67,10 @@ class ExactRetriever(Retriever):
     def _build(self, keys: np.ndarray) -> None:
         try:
             rows = torch.from_numpy(keys).to(self._device)
-            self._rounded = self._round(rows)
-            if self._rounded is None:
-                self._rows, self._norms = rows, squared_norms(rows)
-            else:
-                self._rows = self._norms = rows[:0]
+            rounded = self._round(rows)
+            if rounded is not None:
+                rows = rows[:0].clone()
+            self._rounded, self._rows, self._norms = rounded, rows, squared_norms(rows)
         except (RuntimeError, AssertionError) as error:  # torch asserts that it was compiled for the device
             raise OptionError(
                 f"cannot keep {len(keys)} x {keys.shape[1]} keys on {str(self._device)!r}: {error}",

@@ -181,8 +181,8 @@ def _prepare(native: Any) -> None:
     for wrapper in ("base_index", "index"):  # of IndexRefine and IndexPreTransform
         if hasattr(native, wrapper):
             _prepare(downcast(getattr(native, wrapper)))
-    for trained in (native, getattr(native, "pq", None)):
-        if trained is not None and hasattr(trained, "cp"):
+    for trained in filter(None, (native, getattr(native, "pq", None))):
+        if hasattr(trained, "cp"):
             trained.cp.min_points_per_centroid = 1
         if hasattr(trained, "do_polysemous_training"):
             trained.do_polysemous_training = False

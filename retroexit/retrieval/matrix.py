@@ -29,7 +29,9 @@ def as_matrix(rows: Tensor | np.ndarray, what: str, *, copy: bool = False) -> np
         if rows.is_complex():
             raise RetrieverError(f"{what} must be real numbers, got {rows.dtype}", rows)
         dense = rows.detach() if rows.layout is torch.strided else rows.detach().to_dense()
-        matrix = dense.to("cpu", torch.float32, copy=copy).contiguous().resolve_neg().numpy()
+        if copy or dense.dtype != torch.float32 or dense.device.type != "cpu" or not dense.is_contiguous():
+            dense = dense.to("cpu", torch.float32, copy=copy).contiguous()
+        matrix = dense.resolve_neg().numpy()
     else:
         matrix = _from_array(rows, what, copy)
     if matrix.ndim != 2 or matrix.shape[1] == 0:

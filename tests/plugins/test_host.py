@@ -44,7 +44,7 @@ def error_of(host: Host, name: str) -> str | None:
 
 def test_our_own_parts_come_through_the_hooks(announce: Announce) -> None:
     host = Host()
-    assert host.retrievers() == ("exact", "faiss", "hnswlib")
+    assert host.retrievers() == ("auto", "exact", "faiss", "hnswlib")
     assert host.metrics() == ("lpips-alex", "lpips-squeeze", "lpips-vgg", "ms-ssim")
     assert host.retriever("exact").__name__ == "ExactRetriever"
     assert error_of(host, "builtin") is None

@@ -222,6 +222,15 @@ def test_faiss_prints_nothing_about_small_banks(index, keys, queries, capfd) -> 
     assert capfd.readouterr() == ("", "")
 
 
+def test_a_build_that_fails_leaves_the_earlier_index(keys, queries) -> None:
+    retriever = FaissRetriever(index="IVF64,Flat").build(keys)
+    before = retriever.search(queries, 2)
+    with pytest.raises(RetrieverError, match="cannot build"):
+        retriever.build(keys[:20])
+    after = retriever.search(queries, 2)
+    assert len(retriever) == 500 and torch.equal(after.ids, before.ids)
+
+
 def test_more_lists_than_keys_are_refused(keys) -> None:
     with pytest.raises(RetrieverError, match=r"cannot build 'IVF600,Flat' over 500 keys.*training points"):
         FaissRetriever(index="IVF600,Flat").build(keys)
