@@ -29,7 +29,7 @@ Known are the decoders of ``AutoencoderKL`` and of whatever shares its class (FL
 - With ``enable_tiling``, every tile is routed by itself.
 - Put a pipeline on its device before you wrap its decoder. Its precision may change later: fit in float32,
   then ``pipe.to(torch.float16)`` and ``model.to(torch.float16)``, or convert the pipeline while the exits are
-  in.
+  in. The decoder of ``AsymmetricAutoencoderKL`` names its precision in its code; wrap that again.
 """
 
 from __future__ import annotations
