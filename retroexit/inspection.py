@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from retroexit.decoder.naming import forward_signature
+from retroexit.decoder.split import SplitGenerator, places
 from retroexit.decoder.stages import Decoder, Stage, read_decoder
-from retroexit.errors import OptionError
+from retroexit.errors import OptionError, RecordingError
 from retroexit.plugins.host import host
 
 __all__ = ["find_stages", "read_generator"]
@@ -61,10 +63,22 @@ def read_generator(
                 generator,
             )
         example_inputs, example_kwargs = known.example_inputs(generator)
-    return read_decoder(
+    args, kwargs = tuple(example_inputs or ()), dict(example_kwargs or {})
+    decoder = read_decoder(
         generator,
-        tuple(example_inputs or ()),
-        example_kwargs,
+        args,
+        kwargs,
         stages=None if known is None else known.stages,
         image=image if image is not None or known is None else known.image,
     )
+    return decoder if decoder.replayed else _tried(generator, decoder, args, kwargs)
+
+
+def _tried(generator: nn.Module, decoder: Decoder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Decoder:
+    """Cut at the suggested stages and run the pieces; say why where they do not give what the whole gives."""
+    pairs = places(decoder, [stage for stage in decoder.stages if stage.is_suggested], "after")
+    try:
+        SplitGenerator(generator, decoder, [cut for _, cut in pairs], args, kwargs)
+    except RecordingError as error:
+        return replace(decoder, replayed=" ".join(str(error).split()))
+    return decoder

@@ -264,6 +264,8 @@ def _without_glue(way: Sequence[Part]) -> list[Part]:
             levels.append([])
             length = here
         levels[-1].append(part)
+    if len(levels) > 1 and _only_prepares(levels[0]) and any(part.has_parts for part in way):
+        levels.pop(0)
     kept: list[Part] = []
     for level in levels:
         total = sum(part.call.macs for part in level)
@@ -276,6 +278,11 @@ def _without_glue(way: Sequence[Part]) -> list[Part]:
                 break
         kept.extend(working)
     return kept
+
+
+def _only_prepares(level: Sequence[Part]) -> bool:
+    """Tell whether a first level is bare layers that give the first block its channels."""
+    return not any(part.has_parts or rises(part.length, part.input_length) for part in level)
 
 
 def _rearranged(part: Part) -> float:
