@@ -108,7 +108,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    names = arguments.backends or list(host().retrievers())
+    names = arguments.backends or sorted(host().retrievers(), key=lambda name: name != "exact")
     per_image = 128
     pool = keys_of(-(-max(arguments.sizes) // per_image), seed=3)
     queries = keys_of(16, seed=4)

@@ -80,6 +80,7 @@ class FaissRetriever(Retriever):
                 raise OptionError(f"{option} must be at least 1, got {value}", value)
         _faiss()
         self._native: Any = None
+        self._more = 1  # candidates per neighbour that the base class shall rank
 
     def _build(self, keys: np.ndarray) -> None:
         faiss = _faiss()
@@ -105,10 +106,8 @@ class FaissRetriever(Retriever):
         self._native = native
 
     def _search(self, queries: np.ndarray, k: int) -> np.ndarray:
-        # An index that refines by itself returns no more than was asked for.
-        more = 1 if self._refines(self._native) else self.options["refine"] or 1
         with self._running(self.width):
-            return self._native.search(queries, min(k * more, self.distinct))[1]
+            return self._native.search(queries, min(k * self._more, self.distinct))[1]
 
     def _dump(self, path: Path) -> None:
         _faiss().write_index(self._native, str(path))
@@ -135,8 +134,9 @@ class FaissRetriever(Retriever):
         ivf = faiss.try_extract_index_ivf(native)
         defaults = {"nprobe": 32 if ivf is None else min(32, ivf.nlist), "ef": 64, "ef_construction": 200}
         theirs = {"nprobe": "nprobe", "ef": "efSearch", "ef_construction": "efConstruction"}
-        if self._refines(native):
-            defaults["refine"], theirs["refine"] = 8, "k_factor_rf"
+        self._more = self.options["refine"] or 1
+        if isinstance(native, faiss.IndexRefine):  # it refines by itself and returns what was asked for
+            self._more, defaults["refine"], theirs["refine"] = 1, 8, "k_factor_rf"
         for option, default in defaults.items():
             wanted = self.options[option]
             try:
@@ -148,10 +148,6 @@ class FaissRetriever(Retriever):
                         "leave it out",
                         wanted,
                     ) from error
-
-    @staticmethod
-    def _refines(native: Any) -> bool:
-        return isinstance(native, _faiss().IndexRefine)
 
     @contextmanager
     def _running(self, width: int) -> Iterator[None]:
