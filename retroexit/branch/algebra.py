@@ -34,7 +34,7 @@ class Algebra:
         fixed: Symbols that an interface or a shared size keeps, with the reason.
         products: Widths that are used in equal parts: groups of a norm, attention heads.
         conditions: Expressions that must stay true.
-        reasons: For a symbol that became a constant, where that happened.
+        lines: For a symbol that became something else, the line of code that asked for it.
         symbols: Symbol of each (name, axis) before anything was learned about it.
         frozen: Modules that stay as they are, by path, with the reason.
     """
@@ -47,7 +47,7 @@ class Algebra:
     fixed: dict[sympy.Symbol, str]
     products: list[Product]
     conditions: list[sympy.Basic]
-    reasons: dict[sympy.Symbol, str]
+    lines: dict[sympy.Symbol, str]
     symbols: dict[tuple[str, int], sympy.Symbol] = field(default_factory=dict)
     frozen: dict[str, str] = field(default_factory=dict)
 
@@ -168,7 +168,7 @@ class Algebra:
         self, product: Product, count: int, sizes: Sizes, free: set[sympy.Symbol], chosen: Sizes
     ) -> int | None:
         """Find the least width from the present one on that has so many equal parts; gives their size."""
-        factor, rest = sympy.sympify(product.whole).as_coeff_Mul()
+        rest = sympy.sympify(product.whole).as_coeff_Mul()[1]
         widths = [sizes[rest]] if rest.is_Symbol else [0]
         if rest.is_Symbol and rest in free:
             widths = list(range(sizes[rest], self.values[rest] + 1))
@@ -208,10 +208,10 @@ class Algebra:
             size, expression = self.original[name][axis], self.shapes[name][axis]
             if rule(size) >= size or symbols_of(expression) - set(held):
                 continue
-            reasons = [held[s] for s in sorted(symbols_of(expression), key=str)]
-            reason = (
-                reasons[0] if reasons else self.reasons.get(symbol, "a size that is constant in the forward")
-            )
+            reasons = {held[s]: None for s in sorted(symbols_of(expression), key=str)}
+            if symbol in self.lines:
+                reasons[self.lines[symbol]] = None
+            reason = "; ".join(reasons) or "a size that is constant in the forward"
             found.append(Pin(name, axis, size, reason))
         for path, reason in self.frozen.items():
             for name, shape in self.original.items():

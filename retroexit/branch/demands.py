@@ -1,14 +1,15 @@
 """What PyTorch's kernels ask of widths and its fake tensors do not.
 
-A group norm and a convolution in groups take their number of groups as a plain integer, so that running them on
-symbolic sizes would fix it, or they check divisibility only when they compute. The questions are put here, to
-symbolic sizes, by the functions' own documented contract; whatever module calls them.
+A group norm and a convolution in groups take their number of groups as a plain integer, so that running them
+on symbolic sizes would fix it, or they check divisibility only when they compute. The questions are put here,
+by the functions' own documented contract; whatever module calls them.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from types import FrameType
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["Demands", "attribute_with"]
+__all__ = ["Demands", "attributes_with"]
 
 _CONVOLUTIONS = {getattr(torch, f"conv{d}d"): 6 for d in (1, 2, 3)}
 _TRANSPOSED = {getattr(torch, f"conv_transpose{d}d"): 6 for d in (1, 2, 3)}
@@ -60,19 +61,25 @@ def _ask(answer: Any, what: str) -> None:
         raise RuntimeError(f"found {what}, which do not fit")
 
 
-def attribute_with(number: int, paths: dict[int, str]) -> tuple[str, str] | None:
-    """Find the integer attribute of the running module that has a value, if there is exactly one.
+def attributes_with(number: int, paths: dict[int, str]) -> set[tuple[str, str]]:
+    """Find the integer attributes of the running module that a number is, or is a multiple of.
 
     Args:
-        number: The value.
+        number: A number that a width is divided by.
         paths: Path of every module, by identity.
+
+    Returns:
+        Path and name of those with that value; where there are none, of those with the largest part of it.
     """
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         module = frame.f_locals.get("self")
         path = paths.get(id(module)) if isinstance(module, nn.Module) else None
         if path is not None:
-            names = [name for name, value in vars(module).items() if type(value) is int and value == number]
-            return (path, names[0]) if len(names) == 1 else None
-        frame = frame.f_back  # type: ignore[assignment]
-    return None
+            values = {
+                name: v for name, v in vars(module).items() if type(v) is int and v > 1 and not number % v
+            }
+            largest = max(values.values(), default=0)
+            return {(path, name) for name, value in values.items() if value == largest}
+        frame = frame.f_back
+    return set()

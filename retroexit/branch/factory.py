@@ -323,12 +323,35 @@ def _assemble(draft: _Draft, stages: dict[str, nn.Module]) -> Branch:
 
 
 def _narrowed(tail: Tail, cut: Cut, values: Sequence[Tensor], spec: BranchSpec) -> _Draft:
-    """Narrow a tail."""
+    """Narrow a tail, all of it but what turns out not to run any narrower."""
     # Symbolic shapes take seconds to import, and a model that is loaded needs none.
+    from retroexit.branch.standins import blame
+
+    frozen: dict[str, str] = {}
+    while True:
+        draft = _narrowed_but(frozen, tail, cut, values, spec)
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                draft.thin(values[0][:, : draft.width].clone(), *(value.clone() for value in values[1:]))
+        except Exception as error:
+            path, reason = blame(error, {id(m): n for n, m in draft.thin.named_modules() if n}, frozen)
+            if path is None:
+                return draft  # the trial run of the branch says the rest
+            frozen[path] = reason
+        else:
+            return draft
+
+
+def _narrowed_but(
+    frozen: dict[str, str], tail: Tail, cut: Cut, values: Sequence[Tensor], spec: BranchSpec
+) -> _Draft:
     from retroexit.branch.inherit import Layout, choose_channels, find_layout, narrow
     from retroexit.branch.symbolic import analyse
 
-    algebra = analyse(tail, values, threshold=spec.rule.min_channels, output_of=tensors)
+    names = [node.name for node in cut.live]
+    algebra = analyse(
+        tail, values, threshold=spec.rule.min_channels, output_of=tensors, names=names, frozen=frozen
+    )
     plan = algebra.plan(spec.rule)
     # Fresh weights do not care which channel is which.
     layout = find_layout(tail, algebra, values, tensors) if spec.init == "inherit" else Layout()
@@ -339,19 +362,7 @@ def _narrowed(tail: Tail, cut: Cut, values: Sequence[Tensor], spec: BranchSpec) 
         return layout.indices(algebra.shapes[name][axis], selection, algebra.values)
 
     entering = layout.indices(algebra.entry, selection, algebra.values)
-    plan = replace(plan, pins=_name_live_values(plan.pins, cut))
     return _Draft(cast("Tail", thin), tail, cut, values, spec, plan, kept, entering)
-
-
-def _name_live_values(pins: Sequence[Pin], cut: Cut) -> tuple[Pin, ...]:
-    """Say of a fixed input width which live value has it: interfaces keep their size."""
-    sizes = {n.meta["shape"][1]: n.name for n in cut.live if len(n.meta.get("shape", ())) > 1}
-    return tuple(
-        replace(pin, reason=f"live value {sizes[pin.size]!r}, which keeps its size; {pin.reason}")
-        if pin.axis > 0 and pin.size in sizes
-        else pin
-        for pin in pins
-    )
 
 
 def _entry(draft: _Draft, stages: dict[str, nn.Module]) -> GuideEntry | None:

@@ -90,30 +90,19 @@ def choose_channels(tail: nn.Module, algebra: Algebra, plan: WidthPlan) -> Selec
                 norm = weight.pow(2).sum(others).sqrt() if others else weight.abs()
                 if norm.mean() > 0:
                     importance[expression] += norm / norm.mean()
-    divided = {p.whole for p in algebra.products}
+    used_in_parts = [p for p in algebra.products if p.whole in importance]
+    divided = {p.whole for p in used_in_parts}
+    for product in used_in_parts:
+        score = importance[product.whole].view(algebra.values[product.parts], -1).mean(1)
+        importance[product.parts] = importance[product.parts] + score
     selection = {
-        symbol: _best(score, plan.sizes[symbol])
+        symbol: score.topk(plan.sizes[symbol]).indices.sort().values
         for symbol, score in importance.items()
         if symbol not in divided
     }
-    kept_parts = {
-        parts: _best(
-            sum(
-                importance[p.whole].view(algebra.values[parts], -1).mean(1)
-                for p in algebra.products
-                if p.parts == parts and p.whole in importance
-            ),
-            plan.sizes[parts],
-        )
-        for parts in {p.parts for p in algebra.products if p.whole in importance}
-    }
-    for symbol in divided & set(importance):
-        selection[symbol] = _in_parts(algebra, plan, symbol, importance[symbol], kept_parts, selection)
+    for symbol in divided:
+        selection[symbol] = _in_parts(algebra, plan, symbol, importance[symbol], selection)
     return selection
-
-
-def _best(score: Tensor, keep: int) -> Tensor:
-    return score.topk(keep).indices.sort().values
 
 
 def _in_parts(
@@ -121,7 +110,6 @@ def _in_parts(
     plan: WidthPlan,
     symbol: sympy.Symbol,
     score: Tensor,
-    kept_parts: Selection,
     selection: Selection,
 ) -> Tensor:
     """Pick channels of a width that is divided, into many parts within few perhaps."""
@@ -129,7 +117,7 @@ def _in_parts(
         (p for p in algebra.products if p.whole == symbol), key=lambda p: (algebra.values[p.parts], str(p))
     )
     first = levels[0]
-    blocks = torch.arange(len(score)).view(algebra.values[first.parts], -1)[kept_parts[first.parts]]
+    blocks = torch.arange(len(score)).view(algebra.values[first.parts], -1)[selection[first.parts]]
     each, old, new = first.each, algebra.values[first.parts], plan.sizes[first.parts]
     for level in levels[1:]:
         finer_old, finer_new = algebra.values[level.parts], plan.sizes[level.parts]
@@ -139,11 +127,7 @@ def _in_parts(
         best = score[finer].mean(2).topk(finer_new // new, dim=1).indices.sort(dim=1).values
         blocks = finer.gather(1, best[:, :, None].expand(-1, -1, finer.shape[2])).flatten(0, 1)
         each, old, new = level.each, finer_old, finer_new
-    if any(
-        each in (e.free_symbols if isinstance(e, sympy.Basic) else ())
-        for s in algebra.shapes.values()
-        for e in s
-    ):
+    if any(each in symbols_of(e) for shape in algebra.shapes.values() for e in shape):
         return blocks[:, selection[each]].flatten()  # all parts keep the same places
     best = score[blocks].topk(plan.sizes[symbol] // new, dim=1).indices.sort(dim=1).values
     return blocks.gather(1, best).flatten()

@@ -2,8 +2,8 @@
 
 A union-find over polynomials instead of a solver. A size that must equal an expression is replaced by it; a
 size that must be a multiple of a number is written as that multiple; a size that is divided by another one
-(512 channels in 32 groups) becomes a `Product` of that one and of a new size. So equations stay short, and what
-none of these steps can use is kept as a condition that chosen numbers have to meet.
+(512 channels in 32 groups) becomes a `Product` of that one and of a new size. So equations stay short, and
+what none of these steps can use is kept as a condition that chosen numbers have to meet.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class Knowledge:
     def symbol(self, value: int) -> sympy.Symbol:
         """Make a symbol for a size that nothing is known about, from its real value."""
         # PyTorch reads from the first letter that it is a size.
-        symbol = sympy.Symbol(f"s{len(self.values)}", positive=True, integer=True)
+        symbol = sympy.Symbol(f"s_{len(self.values)}", positive=True, integer=True)
         self.values[symbol] = int(value)
         return symbol
 
@@ -111,16 +111,15 @@ class Knowledge:
         """Tell whether two expressions are known to be equal."""
         return bool(sympy.expand(self.resolve(left) - self.resolve(right)) == 0)
 
-    def why_constant(self, symbol: sympy.Symbol) -> str | None:
-        """Follow a symbol to the number that it became; gives the line, ``None`` where it stayed a symbol."""
+    def line_of(self, symbol: sympy.Symbol) -> str | None:
+        """Name the line that made of a symbol what it is now: a number, or the size of something else."""
         seen: set[sympy.Symbol] = set()
+        place = None
         while symbol in self.places and symbol not in seen:
             seen.add(symbol)
             target, place = self.places[symbol]
-            if not symbols_of(target):
-                return place
-            symbol = min(symbols_of(target), key=str)
-        return None
+            symbol = min(symbols_of(target), key=str, default=symbol)
+        return place or next((p for target, p in self.places.values() if target == symbol), None)
 
     def held(self) -> list[sympy.Basic]:
         """List the conditions, in the symbols that are left, without those that hold by now."""
@@ -196,7 +195,7 @@ class Knowledge:
         return True
 
     def _solve_pair(self, terms: tuple[Expr, ...]) -> bool:
-        """Write sizes of a fixed ratio as multiples of a new one; two equal products as parts of one whole."""
+        """Write sizes of a fixed ratio as multiples of a new one, equal products as parts of one whole."""
         if len(terms) != 2 or any(not t.free_symbols for t in terms):
             return False
         (a, x), (b, y) = (t.as_coeff_Mul() for t in terms)
@@ -206,9 +205,9 @@ class Knowledge:
             self._assign(x, b * unit)
             self._assign(y, a * unit)
             return True
-        for one, (c, other) in ((x, (a, b * y)), (y, (b, a * x))):
-            factors = one.args if one.is_Mul else ()
-            if c == 1 and len(factors) == 2 and all(f.is_Symbol for f in factors):
+        for one, number, other in ((x, a, b * y), (y, b, a * x)):
+            factors = sympy.Mul.make_args(one)
+            if number == 1 and len(factors) == 2 and all(f.is_Symbol for f in factors):
                 self._multiply(factors[0], factors[1], other)
                 return True
         return False

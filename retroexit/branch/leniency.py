@@ -1,7 +1,7 @@
 """Let somebody's Python compute with symbolic sizes where that ties nothing together.
 
-Attention's fused kernel reads its width as a plain number, so it stays off. ``math.sqrt(c)`` turns a size into
-a float, which PyTorch takes as a promise that it never changes; a factor may well depend on the width.
+Attention's fused kernel reads its width as a plain number, so it stays off. ``math.sqrt(c)`` turns a size
+into a float, which PyTorch takes as a promise that it never changes; a factor may well depend on the width.
 ``int(c)`` is such a promise too. Python insists on a plain number there, so the name ``int`` is covered for a
 while in the files that ask for it, by a type that hands symbolic sizes back as they are.
 """

@@ -7,6 +7,7 @@ from types import FrameType
 from typing import Any
 
 import sympy
+import torch
 from sympy.core.relational import (
     Equality,
     GreaterThan,
@@ -15,25 +16,40 @@ from sympy.core.relational import (
     StrictLessThan,
     Unequality,
 )
-import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.sym_node import SymNode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from retroexit.branch.knowledge import Knowledge
 from retroexit.decoder import cut
 from retroexit.decoder.lines import is_user_code, show
+from retroexit.decoder.structure import tensors
 
-__all__ = ["SizeEnv"]
+__all__ = ["HalfFakeMode", "SizeEnv"]
 
 _ORDERS = (GreaterThan, LessThan, StrictGreaterThan, StrictLessThan)
 
 
-class SizeEnv(ShapeEnv):
-    """Answers every question about sizes by the real ones, and learns from those answers that tie sizes.
+class HalfFakeMode(FakeTensorMode):
+    """A mode that computes on real tensors where there are no fake ones.
 
-    That one size is larger than another, or that two differ, ties nothing: a narrower copy may answer otherwise.
-    That two are equal does.
+    Real are indices, flags and single numbers: a forward may look at their values.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run a fake operation on fakes, and a real one on real tensors."""
+        given = tensors((args, kwargs or {}))
+        if given and not any(isinstance(tensor, FakeTensor) for tensor in given):
+            return func(*args, **(kwargs or {}))
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+class SizeEnv(ShapeEnv):
+    """Answers every question about sizes by the real ones, and learns from the answers that tie sizes.
+
+    That one size is larger than another, or that two differ, ties nothing: a narrower copy may answer
+    otherwise. That two are equal does.
     """
 
     def __init__(self) -> None:
@@ -85,15 +101,15 @@ class SizeEnv(ShapeEnv):
             self._version_counter += 1
             self._replacements_version_counter = getattr(self, "_replacements_version_counter", 0) + 1
 
-    def replace(self, expr: Any) -> Any:
+    def replace(self, expr: Any) -> Any:  # type: ignore[override]
         """Write an expression in the symbols that are left."""
         return self.knowledge.resolve(expr)
 
-    def simplify(self, expr: Any, *_args: Any, **_kwargs: Any) -> Any:
+    def simplify(self, expr: Any, *_args: Any, **_kwargs: Any) -> Any:  # type: ignore[override]
         """Write an expression in the symbols that are left."""
         return self.knowledge.resolve(expr)
 
-    def _maybe_evaluate_static(
+    def _maybe_evaluate_static(  # type: ignore[override]
         self, expr: sympy.Basic, *, compute_hint: bool = False, **_kwargs: Any
     ) -> sympy.Basic | None:
         """Answer what can be answered without tying anything; ``None`` otherwise."""

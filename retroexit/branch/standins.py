@@ -1,8 +1,8 @@
 """Stand-ins for modules that do not run on symbolic sizes.
 
-A scripted module, a kernel of somebody's own, a forward that leaves PyTorch for NumPy: such a module keeps its
-widths. In the symbolic run a stand-in takes its place, which fixes the sizes of what goes in and gives fakes of
-what came out in a real run.
+A scripted module, a kernel of somebody's own, a forward that leaves PyTorch for NumPy: such a module keeps
+its widths. In the symbolic run a stand-in takes its place, which fixes the sizes of what goes in and gives
+fakes of what came out in a real run.
 """
 
 from __future__ import annotations
@@ -13,28 +13,43 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from retroexit.branch.sizes import SizeEnv
+from retroexit.decoder.cut import clone_module
 from retroexit.decoder.lines import is_user_code, show
 from retroexit.decoder.replayed_tail import ReplayTail
 from retroexit.decoder.structure import rebuild, tensors
 
-__all__ = ["blame", "replace_by_standins"]
+__all__ = ["blame", "replace_by_standins", "scripted"]
+
+
+Fake = Callable[[Tensor], Tensor]
 
 
 class _StandIn(nn.Module):
-    def __init__(self, outputs: list[Any], reason: str, mode: FakeTensorMode, env: SizeEnv) -> None:
+    def __init__(self, outputs: list[Any], reason: str, fake: Fake, env: SizeEnv) -> None:
         super().__init__()
-        self.outputs, self.reason, self.mode, self.env = iter(outputs), reason, mode, env
+        self.outputs, self.reason, self.fake, self.env = iter(outputs), reason, fake, env
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         for tensor in tensors((args, kwargs)):
             for size in tensor.shape:
                 self.env.pin(size, self.reason)
-        return rebuild(
-            next(self.outputs), lambda leaf: self.mode.from_tensor(leaf) if isinstance(leaf, Tensor) else leaf
-        )
+        return rebuild(next(self.outputs), lambda leaf: self.fake(leaf) if isinstance(leaf, Tensor) else leaf)
+
+
+class _Witness(nn.Module):
+    """Keeps what a module returns; it holds the module out of sight, to be found under its own name only."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.call = (module,)
+        self.outputs: list[Any] = []
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = self.call[0](*args, **kwargs)
+        self.outputs.append(rebuild(output, lambda x: x.detach().clone() if isinstance(x, Tensor) else x))
+        return output
 
 
 def replace_by_standins(
@@ -42,7 +57,7 @@ def replace_by_standins(
     copy: nn.Module,
     values: Sequence[Tensor],
     reasons: dict[str, str],
-    mode: FakeTensorMode,
+    fake: Fake,
     env: SizeEnv,
 ) -> None:
     """Put stand-ins into a copy of a tail.
@@ -52,33 +67,41 @@ def replace_by_standins(
         copy: Its copy, changed in place.
         values: Feature and live values.
         reasons: Path of every module that is replaced, and why.
-        mode: Makes the fakes.
+        fake: Makes a fake of a tensor.
         env: Where sizes are fixed.
     """
     if not reasons:
         return
-    seen: dict[str, list[Any]] = {path: [] for path in reasons}
-
-    def note(path: str) -> Callable[[nn.Module, object, object], None]:
-        def hook(_module: nn.Module, _args: object, output: object) -> None:
-            seen[path].append(rebuild(output, lambda x: x.detach().clone() if isinstance(x, Tensor) else x))
-
-        return hook
-
-    hooks = [tail.get_submodule(path).register_forward_hook(note(path)) for path in reasons]
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            run = tail.along_every_path if isinstance(tail, ReplayTail) else tail
-            run(*(value.clone() for value in values))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    seen = {path: _Witness(tail.get_submodule(path)) for path in reasons}
+    watched = clone_module(tail, share=True)
+    for path, witness in seen.items():
+        _exchange(watched, path, witness)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        run = watched.along_every_path if isinstance(watched, ReplayTail) else watched
+        run(*(value.clone() for value in values))
     for path, reason in reasons.items():
-        module, standin = copy.get_submodule(path), _StandIn(seen[path], reason, mode, env)
-        for parent in list(copy.modules()):
-            for name, child in list(parent._modules.items()):
-                if child is module:
-                    parent._modules[name] = standin
+        _exchange(copy, path, _StandIn(seen[path].outputs, reason, fake, env))
+
+
+def _exchange(root: nn.Module, path: str, new: nn.Module) -> None:
+    """Put another module in place of one, wherever it occurs."""
+    old = root.get_submodule(path)
+    for parent in list(root.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is old:
+                parent._modules[name] = new
+
+
+def scripted(tail: nn.Module) -> dict[str, str]:
+    """List the outermost scripted modules of a tail, with the reason why they keep their widths."""
+    found: dict[str, str] = {}
+    for path, module in tail.named_modules():
+        if isinstance(module, torch.jit.ScriptModule) and not any(path.startswith(f"{p}.") for p in found):
+            name = getattr(module, "original_name", type(module).__name__)
+            found[path] = (
+                f"code that is not Python: the scripted module {path} ({name}), which keeps its sizes"
+            )
+    return found
 
 
 def blame(error: Exception, paths: dict[int, str], frozen: dict[str, str]) -> tuple[str | None, str]:
@@ -104,5 +127,5 @@ def blame(error: Exception, paths: dict[int, str], frozen: dict[str, str]) -> tu
             line = show((frame.f_code.co_filename, number))
     return (
         path,
-        f"{line or 'code that is not Python'}, which does not run on symbolic sizes ({text})",
+        f"{line or 'code that is not Python'}, which does not run on other sizes ({text})",
     )

@@ -1,10 +1,10 @@
 """Run a tail on symbolic widths and collect what follows about them.
 
-The tail's own Python runs under `FakeTensorMode` with a fresh symbolic size for every wide parameter dimension
-and every integer attribute that could be a channel count; whatever the run asks about sizes, and what it must be
+The tail's own Python runs on fake tensors with a fresh symbolic size for every wide parameter dimension and
+every integer attribute that could be a channel count; whatever the run asks about sizes, and what it must be
 answered, goes into a `Knowledge`. The run is repeated where it shows that more can be left open: a file that
-freezes sizes by ``int()``, an attribute that is a number of groups, a module that does not run on symbolic sizes
-at all and keeps its own. Private PyTorch interfaces are used here and in `retroexit.branch.sizes` alone.
+freezes sizes by ``int()``, an attribute that is a number of groups, a module that does not run on symbolic
+sizes at all and keeps its own. Private PyTorch interfaces are used here and in `retroexit.branch.sizes`.
 """
 
 from __future__ import annotations
@@ -16,37 +16,41 @@ import sympy
 import torch
 from torch import Tensor, nn
 from torch._dispatch.python import enable_python_dispatcher
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from retroexit.branch.algebra import Algebra
-from retroexit.branch.demands import Demands, attribute_with
+from retroexit.branch.demands import Demands, attributes_with
 from retroexit.branch.knowledge import Expr, Product, symbols_of
 from retroexit.branch.leniency import FrozenSizeError, Namespace, lenient_python
-from retroexit.branch.sizes import SizeEnv
-from retroexit.branch.standins import blame, replace_by_standins
+from retroexit.branch.sizes import HalfFakeMode, SizeEnv
+from retroexit.branch.standins import blame, replace_by_standins, scripted
 from retroexit.decoder.cut import clone_module
 from retroexit.errors import BranchError
 
 __all__ = ["analyse"]
 
-_BUILTIN_WIDTHS = (
-    "groups",
-    "num_groups",
-    "num_heads",
-    "num_features",
-    "normalized_shape",
-    "embed_dim",
-    "kdim",
-    "vdim",
-    "head_dim",
-)
+# What PyTorch's own layers print about themselves and do not compute with; `resize` keeps it up to date.
+_DESCRIPTIONS = {
+    "in_channels",
+    "out_channels",
+    "in_features",
+    "out_features",
+    "num_channels",
+    "embedding_dim",
+}
+_COUNTS = {"num_groups", "num_heads"}
 _MOST_RUNS = 40
 
 Attribute = tuple[str, str]
 
 
 def analyse(
-    tail: nn.Module, values: Sequence[Tensor], *, threshold: int, output_of: Callable[[Any], Sequence[Tensor]]
+    tail: nn.Module,
+    values: Sequence[Tensor],
+    *,
+    threshold: int,
+    output_of: Callable[[Any], Sequence[Tensor]],
+    names: Sequence[str] = (),
+    frozen: dict[str, str] | None = None,
 ) -> Algebra:
     """Run a tail with symbolic widths and collect what follows about them.
 
@@ -56,6 +60,8 @@ def analyse(
             channels are free; live values keep their size.
         threshold: Dimensions up to this size never shrink and stay numbers.
         output_of: Lists the tensors in the tail's output, whose shapes are fixed.
+        names: What to call the live values.
+        frozen: Modules that have to stay as they are, by path, with the reason.
 
     Returns:
         The algebra.
@@ -65,7 +71,7 @@ def analyse(
     """
     covered: list[Namespace] = []
     counts: set[Attribute] = set()
-    frozen: dict[str, str] = {}
+    frozen = scripted(tail) | (frozen or {})
     for _ in range(_MOST_RUNS):
         run = _SymbolicRun(tail, values, threshold, counts, frozen)
         try:
@@ -77,18 +83,18 @@ def analyse(
             path, reason = blame(error, run.paths, frozen)
             if path is None:
                 raise BranchError(
-                    "asked for a narrower copy of the stages after the attach point; running them on symbolic "
-                    f"sizes raised {reason}. Attach elsewhere, use scale=1, or let an adapter build the stage.",
+                    "asked for a narrower copy of the stages after the attach point; found "
+                    f"{reason}. Attach elsewhere, use scale=1, or let an adapter build the stage.",
                     tail,
                 ) from error
             frozen = {p: r for p, r in frozen.items() if not p.startswith(f"{path}.")} | {path: reason}
             continue
         if run.found_counts <= counts:
-            return run.collect(output_of(out))
+            return run.collect(output_of(out), names or [f"number {i}" for i in range(1, len(values))])
         counts |= run.found_counts
     raise BranchError(
-        f"asked for a narrower copy of the stages after the attach point; found no end of what must stay as it "
-        f"is: {', '.join(frozen)}. Attach elsewhere, use scale=1, or let an adapter build the stage.",
+        "asked for a narrower copy of the stages after the attach point; found no end of what must stay as "
+        f"it is: {', '.join(frozen)}. Attach elsewhere, use scale=1, or let an adapter build the stage.",
         tail,
     )
 
@@ -106,7 +112,7 @@ class _SymbolicRun:
     ) -> None:
         self.env = SizeEnv()
         self.env.knowledge.divided = self._note_division
-        self.mode = FakeTensorMode(shape_env=self.env, allow_non_fake_inputs=True)
+        self.mode = HalfFakeMode(shape_env=self.env, allow_non_fake_inputs=True)
         self.mode.cache_enabled = False  # every call is a new question
         self.threshold, self.counts, self.frozen = threshold, counts, frozen
         self.found_counts: set[Attribute] = set()
@@ -129,22 +135,26 @@ class _SymbolicRun:
         }
         self.attributes = self._free_attributes(sizes)
         self.paths = {id(m): name for name, m in self.tail.named_modules() if name}
-        replace_by_standins(tail, self.tail, values, frozen, self.mode, self.env)
+        replace_by_standins(tail, self.tail, values, frozen, self.fake, self.env)
 
     def __call__(self, values: Sequence[Tensor], covered: Sequence[Namespace]) -> Any:
+        axes = [[1] if v.dim() != 3 or i == 0 else [1, 2] for i, v in enumerate(values)]
         entering = [
-            self.fake(v, [i == 0 and a == 1 and v.shape[1] > self.threshold for a in range(v.dim())])
-            for i, v in enumerate(values)
+            self.fake(v, [a in wide and v.shape[a] > self.threshold for a in range(v.dim())])
+            for v, wide in zip(values, axes, strict=True)
         ]
-        self.entry = entering[0].shape[1]
+        self.entry, self.live = entering[0].shape[1], entering[1:]
         lenient = lenient_python(covered)
         with self.mode, enable_python_dispatcher(), torch.no_grad(), lenient, Demands():
             return torch.func.functional_call(self.tail, self.tensors, tuple(entering))
 
-    def fake(self, tensor: Tensor, free: Sequence[bool]) -> Tensor:
-        """Make a fake tensor, some of whose sizes are symbols."""
+    def fake(self, tensor: Tensor, free: Sequence[bool] | None = None) -> Tensor:
+        """Make a fake tensor, some of whose sizes are symbols; indices and single numbers stay real."""
+        if not any(free or ()) and (not tensor.is_floating_point() or tensor.numel() <= 1):
+            return tensor.detach().clone()
         sizes = [
-            self.env.size(size) if is_free else size for size, is_free in zip(tensor.shape, free, strict=True)
+            self.env.size(size) if is_free else size
+            for size, is_free in zip(tensor.shape, free or [False] * tensor.dim(), strict=True)
         ]
         with self.mode:
             return torch.empty(sizes, dtype=tensor.dtype, device=tensor.device)
@@ -153,9 +163,11 @@ class _SymbolicRun:
         return any(name.startswith(f"{path}.") or name == path for path in self.frozen)
 
     def _note_division(self, number: int) -> None:
-        found = attribute_with(number, self.paths)
-        if found is not None and _is_width(self.tail.get_submodule(found[0]), found[1]):
-            self.found_counts.add(found)
+        self.found_counts |= {
+            (path, name)
+            for path, name in attributes_with(number, self.paths)
+            if _is_width(self.tail.get_submodule(path), name)
+        }
 
     def _free_axes(self, name: str, tensor: Tensor, sizes: set[int]) -> list[bool]:
         """Tell which axes may shrink: wide ones, and channels per group where all groups together are."""
@@ -175,7 +187,7 @@ class _SymbolicRun:
             for name, value in list(vars(module).items()):
                 if not _is_width(module, name):
                     continue
-                is_count = (path, name) in self.counts or name in ("num_groups", "num_heads")
+                is_count = (path, name) in self.counts or name in _COUNTS
                 if type(value) is int and (value in sizes or (is_count and value > 1)):
                     found[path, name] = self.env.size(value)
                 elif type(value) in (list, tuple) and any(type(v) is int and v in sizes for v in value):
@@ -195,13 +207,18 @@ class _SymbolicRun:
             return int(found) if found.is_Integer else found
         return size
 
-    def collect(self, outputs: Sequence[Tensor]) -> Algebra:
+    def collect(self, outputs: Sequence[Tensor], names: Sequence[str]) -> Algebra:
         knowledge = self.env.knowledge
         shapes = {
             name: tuple(map(self.expression, self.tensors[name].shape)) if name in self.tensors else shape
             for name, shape in self.original.items()
         }
         fixed: dict[sympy.Symbol, str] = {}
+        for tensor, name in zip(self.live, names, strict=True):
+            for size in map(self.expression, tensor.shape):
+                fixed.update(
+                    dict.fromkeys(symbols_of(size), f"the live value {name!r}, which keeps its size")
+                )
         for tensor in outputs:
             for size in map(self.expression, tensor.shape):
                 fixed.update(dict.fromkeys(symbols_of(size), "the size of the output"))
@@ -214,11 +231,6 @@ class _SymbolicRun:
         for symbol in knowledge.values:
             if symbol not in used:
                 fixed.setdefault(symbol, "no parameter has this width")
-        reasons = {}
-        for symbol in self.symbols.values():
-            line = knowledge.why_constant(symbol)
-            if line is not None and not symbols_of(self.env.replace(symbol)):
-                reasons[symbol] = line
         return Algebra(
             shapes=shapes,
             original=self.original,
@@ -228,7 +240,7 @@ class _SymbolicRun:
             fixed=fixed,
             products=self._products(),
             conditions=knowledge.held(),
-            reasons=reasons,
+            lines={s: line for s in self.symbols.values() if (line := knowledge.line_of(s)) is not None},
             symbols=self.symbols,
             frozen=dict(self.frozen),
         )
@@ -243,6 +255,6 @@ class _SymbolicRun:
 
 
 def _is_width(module: nn.Module, attribute: str) -> bool:
-    """Tell whether an attribute's name allows it to be a channel or group count."""
+    """Tell whether an attribute may be a channel or group count that a forward computes with."""
     builtin = type(module).__module__.startswith("torch.nn")
-    return attribute in _BUILTIN_WIDTHS if builtin else not attribute.startswith("_")
+    return not attribute.startswith("_") and not (builtin and attribute in _DESCRIPTIONS)

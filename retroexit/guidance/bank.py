@@ -22,7 +22,7 @@ from retroexit.guidance import patches
 from retroexit.guidance.filling import collect_keys, compute_values
 from retroexit.guidance.sampling import Reservoir, Thinning, coverage
 from retroexit.guidance.sampling import thin as choose
-from retroexit.retrieval import ExactRetriever, FaissRetriever, HnswlibRetriever, Retriever
+from retroexit.retrieval import AutoRetriever, ExactRetriever, FaissRetriever, HnswlibRetriever, Retriever
 from retroexit.retrieval.storage import (
     MANIFEST,
     check_file,
@@ -36,7 +36,7 @@ __all__ = ["GuidanceBank", "Retrieved"]
 
 _KIND, _SCHEMA = "guidance bank", 1
 _KEYS, _VALUES, _SOURCE = "keys", "values.npy", "source.npy"
-_OURS: tuple[type[Retriever], ...] = (ExactRetriever, FaissRetriever, HnswlibRetriever)
+_OURS: tuple[type[Retriever], ...] = (AutoRetriever, ExactRetriever, FaissRetriever, HnswlibRetriever)
 
 
 @dataclass(frozen=True)

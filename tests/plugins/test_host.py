@@ -73,7 +73,7 @@ def test_two_distributions_with_one_name_are_both_named_at_look_up(announce: Ann
     assert len(said) == 1
     with pytest.raises(PluginError, match=both):
         host.retriever("annoy")
-    assert host.retrievers() == ("exact", "faiss", "hnswlib")
+    assert host.retrievers() == ("auto", "exact", "faiss", "hnswlib")
     for name in ("a", "b"):
         assert both in str(error_of(host, name))
 
