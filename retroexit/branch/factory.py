@@ -222,12 +222,12 @@ def build_branch(
 def _with_built_stages(draft: _Draft) -> Branch:
     """Let the adapter build stages; keep the narrowed ones, and say so, where its own do not fit."""
     sizes = draft.sizes()
-    notes = {
-        path: "the feature reaches it through a layer, a sum or twice"
-        for path in draft.stages[:1]
-        if path not in sizes and _would_build(draft, path)
-    }
     try:
+        notes = {
+            path: "the feature reaches it through a layer, a sum or twice"
+            for path in draft.stages[:1]
+            if path not in sizes and _would_build(draft, path)
+        }
         stages = _build_stages(draft, sizes)
         if stages:
             plan = draft.plan
