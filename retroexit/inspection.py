@@ -77,6 +77,8 @@ def read_generator(
 def _tried(generator: nn.Module, decoder: Decoder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Decoder:
     """Cut at the suggested stages and run the pieces; say why where they do not give what the whole gives."""
     pairs = places(decoder, [stage for stage in decoder.stages if stage.is_suggested], "after")
+    if not pairs:
+        return decoder
     try:
         SplitGenerator(generator, decoder, [cut for _, cut in pairs], args, kwargs)
     except RecordingError as error:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from retroexit.decoder.split import SplitGenerator, Values
-from retroexit.decoder.structure import rebuild, tensors
+from retroexit.decoder.structure import rebuild, tensors, twin
 from retroexit.errors import BankError, CheckpointError, NotRecordedError, OptionError, TrainingError
 from retroexit.exits import Exit, list_exits
 from retroexit.guidance.bank import GuidanceBank
@@ -308,7 +308,7 @@ class EarlyExitGenerator(nn.Module):
         written = self.anatomy.written[index]
         branch = self.branches[index]
         self.split.check_precision(branch)
-        return branch(*(v.clone() if i in written else v for i, v in enumerate(crossing)), guide=guide)
+        return branch(*(twin(v) if i in written else v for i, v in enumerate(crossing)), guide=guide)
 
     def _guide(self, keyed: Tensor, args: Any, kwargs: Any, rows: Tensor | None = None) -> Tensor | None:
         """Retrieve the guide of all samples, or of some rows only, where the branches take one."""

@@ -17,7 +17,7 @@ from retroexit.decoder.record import unobserved
 from retroexit.decoder.replay import ReplaySplit
 from retroexit.decoder.split import SplitGenerator, Values, places
 from retroexit.decoder.stages import Decoder, Stage, describe_stage, read_decoder
-from retroexit.decoder.structure import cloned, tensors
+from retroexit.decoder.structure import cloned, tensors, twin
 from retroexit.errors import AttachPointError, InputMismatchError, OptionError, RecordingError, closest
 from retroexit.evaluation.macs import count_macs
 from retroexit.guidance.bank import GuidanceBank
@@ -280,7 +280,7 @@ def _states(split: SplitGenerator, args: Any, kwargs: Any) -> list[list[Tensor]]
     values: Values = split.start(cloned(args), cloned(kwargs))
     for index in range(len(split.cuts)):
         values = split.advance(values, index)
-        states.append([v.clone() for v in split.crossing(values, index)])
+        states.append([twin(v) for v in split.crossing(values, index)])
     return states
 
 
@@ -294,7 +294,7 @@ def _build_exit(
 ) -> tuple[Branch, set[int], int]:
     """Build one branch; gives it, the crossing values it writes into, and its MACs for one sample."""
     tail = split.tail(index, share=True)
-    handed = [value.clone() for value in crossing]
+    handed = [twin(value) for value in crossing]
     before = [value._version for value in handed]
     if wanted is not None:
         _self_test(split, index, tail, handed, wanted)

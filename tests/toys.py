@@ -600,6 +600,4 @@ class _Sum(nn.Module):
 
 @toy
 def scripted_child() -> Toy:
-    return chain(
-        lambda i, o, up: nn.Sequential(Block(i, o, up), torch.jit.script(_Sum(o))), pinned="not Python"
-    )
+    return chain(lambda i, o, up: nn.Sequential(Block(i, o, up), torch.jit.script(_Sum(o))))

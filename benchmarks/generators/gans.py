@@ -29,7 +29,11 @@ def biggan() -> Made:
         if name.startswith("generator.bn."):  # left empty until a checkpoint fills it
             torch.nn.init.constant_(parameter, float(name.endswith("weight")))
     label = torch.nn.functional.one_hot(torch.tensor([3]), 10).float()
-    return Made(model, (torch.randn(1, 16), label, 0.4))
+    inputs = (torch.randn(1, 16), label, 0.4)
+    with torch.no_grad():
+        for _ in range(15):  # lets spectral norms find the largest singular values, as training does
+            model.train()(*inputs)
+    return Made(model, inputs)
 
 
 def lightweight_gan() -> Made:

@@ -27,8 +27,9 @@ def resized(tail: nn.Module, plan: WidthPlan, content: Callable[[str, Tensor], T
         The copy; what is tied in the tail is tied in it.
     """
     memo: dict[int, Any] = {}
+    made: dict[str, Tensor] = {}
     for name, old in [*tail.named_parameters(), *tail.named_buffers()]:
-        new = content(name, old.detach())
+        new = made[name] = content(name, old.detach())
         memo[id(old)] = nn.Parameter(new, requires_grad=False) if isinstance(old, nn.Parameter) else new
     thin = clone_module(tail, memo)
     modules = dict(thin.named_modules(remove_duplicate=False))
@@ -37,6 +38,12 @@ def resized(tail: nn.Module, plan: WidthPlan, content: Callable[[str, Tensor], T
         setattr(modules[path], name, kind(value) if kind in (list, tuple) else value)
     for path, module in modules.items():
         if isinstance(module, torch.jit.ScriptModule):
+            # Scripted modules copy their weights without looking into the memo.
+            for name, _ in module.named_parameters(recurse=False):
+                new = made[f"{path}.{name}"]
+                setattr(module, name, nn.Parameter(new, requires_grad=new.is_floating_point()))
+            for name, _ in module.named_buffers(recurse=False):
+                setattr(module, name, made[f"{path}.{name}"])
             continue
         # A narrowed buffer cannot be made again from the generator; it is saved.
         module._non_persistent_buffers_set -= {

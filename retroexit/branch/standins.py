@@ -20,7 +20,7 @@ from retroexit.decoder.lines import is_user_code, show
 from retroexit.decoder.replayed_tail import ReplayTail
 from retroexit.decoder.structure import rebuild, tensors
 
-__all__ = ["blame", "replace_by_standins", "scripted"]
+__all__ = ["blame", "exchange", "replace_by_standins"]
 
 
 Fake = Callable[[Tensor], Tensor]
@@ -75,33 +75,21 @@ def replace_by_standins(
     seen = {path: _Witness(tail.get_submodule(path)) for path in reasons}
     watched = clone_module(tail, share=True)
     for path, witness in seen.items():
-        _exchange(watched, path, witness)
+        exchange(watched, path, witness)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         run = watched.along_every_path if isinstance(watched, ReplayTail) else watched
         run(*(value.clone() for value in values))
     for path, reason in reasons.items():
-        _exchange(copy, path, _StandIn(seen[path].outputs, reason, fake, env))
+        exchange(copy, path, _StandIn(seen[path].outputs, reason, fake, env))
 
 
-def _exchange(root: nn.Module, path: str, new: nn.Module) -> None:
+def exchange(root: nn.Module, path: str, new: nn.Module) -> None:
     """Put another module in place of one, wherever it occurs."""
     old = root.get_submodule(path)
     for parent in list(root.modules()):
         for name, child in list(parent._modules.items()):
             if child is old:
                 parent._modules[name] = new
-
-
-def scripted(tail: nn.Module) -> dict[str, str]:
-    """List the outermost scripted modules of a tail, with the reason why they keep their widths."""
-    found: dict[str, str] = {}
-    for path, module in tail.named_modules():
-        if isinstance(module, torch.jit.ScriptModule) and not any(path.startswith(f"{p}.") for p in found):
-            name = getattr(module, "original_name", type(module).__name__)
-            found[path] = (
-                f"code that is not Python: the scripted module {path} ({name}), which keeps its sizes"
-            )
-    return found
 
 
 def blame(error: Exception, paths: dict[int, str], frozen: dict[str, str]) -> tuple[str | None, str]:

@@ -22,7 +22,8 @@ from retroexit.branch.demands import Demands, attributes_with
 from retroexit.branch.knowledge import Expr, Product, symbols_of
 from retroexit.branch.leniency import FrozenSizeError, Namespace, lenient_python
 from retroexit.branch.sizes import HalfFakeMode, SizeEnv
-from retroexit.branch.standins import blame, replace_by_standins, scripted
+from retroexit.branch.standins import blame, replace_by_standins
+from retroexit.branch.unscripted import interpret_scripts, unreadable_scripts
 from retroexit.decoder.cut import clone_module
 from retroexit.errors import BranchError
 
@@ -71,7 +72,7 @@ def analyse(
     """
     covered: list[Namespace] = []
     counts: set[Attribute] = set()
-    frozen = scripted(tail) | (frozen or {})
+    frozen = unreadable_scripts(tail, values) | (frozen or {})
     for _ in range(_MOST_RUNS):
         run = _SymbolicRun(tail, values, threshold, counts, frozen)
         try:
@@ -117,6 +118,7 @@ class _SymbolicRun:
         self.threshold, self.counts, self.frozen = threshold, counts, frozen
         self.found_counts: set[Attribute] = set()
         self.tail = clone_module(tail, share=True)
+        interpret_scripts(self.tail, frozen)
         real = [*self.tail.named_parameters(), *self.tail.named_buffers()]
         parameters = [name for name, _ in self.tail.named_parameters()]
         self.original = {name: tuple(tensor.shape) for name, tensor in real}

@@ -25,7 +25,7 @@ from retroexit.decoder.replayed_tail import ReplayCut, ReplayTail
 from retroexit.decoder.rerun import Place, Run, become_standin, delegate, opened_by, running
 from retroexit.decoder.split import SplitGenerator, Values
 from retroexit.decoder.stages import Decoder, Stage
-from retroexit.decoder.structure import cloned, rebuild
+from retroexit.decoder.structure import cloned, rebuild, twin
 from retroexit.errors import InputMismatchError, RecordingError
 
 __all__ = ["ReplaySplit"]
@@ -94,7 +94,7 @@ class ReplaySplit(SplitGenerator):
         values, handed = self._bind(*cloned(self.example)), []
         for index in range(len(self.cuts)):
             values = self.advance(values, index)
-            handed.append([value.clone() for value in self.crossing(values, index)])
+            handed.append([twin(value) for value in self.crossing(values, index)])
         return handed
 
     def _explored(self, cut: ReplayCut, values: Sequence[Tensor]) -> ReplayCut:
@@ -115,7 +115,7 @@ class ReplaySplit(SplitGenerator):
         return self.any_batch and not self.decoder.recording.reads
 
     def _run(self, index: int, values: Values, target: Place | None, source: ReplayCut | None) -> Run:
-        copies = {node: value.clone() for node, value in values.items()}
+        copies = {node: twin(value) for node, value in values.items()}
         run = source.run(copies, target=target) if source is not None else Run(target=target)
         args, kwargs = self._layout.inputs(copies)
         with running(run):
@@ -162,7 +162,7 @@ class ReplaySplit(SplitGenerator):
         call = next(c for c in calls if cut.feature in c.outputs and c.end == cut.position)
         place = _place(self.decoder, Stage(0, call.path, "", (), 0, 0.0, 0.0), cut, "after")
         skeleton, values = self._skeleton([place]), self.start(args, kwargs)
-        inputs, keywords = self._layout.inputs({node: value.clone() for node, value in values.items()})
+        inputs, keywords = self._layout.inputs({node: twin(value) for node, value in values.items()})
         run = Run(target=place)
         with running(run):
             skeleton(*inputs, **keywords)

@@ -7,10 +7,11 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.fx.immutable_collections import immutable_dict
 
-__all__ = ["children", "cloned", "flatten", "is_record", "rebuild", "tensors"]
+__all__ = ["children", "cloned", "flatten", "is_record", "rebuild", "tensors", "twin"]
 
 
 def is_record(value: Any) -> bool:
@@ -71,6 +72,17 @@ def tensors(value: Any) -> list[Tensor]:
     return [leaf for _, leaf in flatten(value) if isinstance(leaf, Tensor)]
 
 
+def twin(tensor: Tensor) -> Tensor:
+    """Clone a tensor with its strides: where these differ, kernels round differently.
+
+    ``clone`` closes the gaps of a slice.
+    """
+    if tensor.layout is not torch.strided or 0 in tensor.stride() or tensor.is_contiguous():
+        return tensor.clone()
+    room = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+    return room.copy_(tensor)
+
+
 def cloned(value: Any) -> Any:
     """Copy a nested value with its tensors cloned, so that writing into them leaves the original alone."""
-    return rebuild(value, lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf)
+    return rebuild(value, lambda leaf: twin(leaf) if isinstance(leaf, Tensor) else leaf)
