@@ -113,17 +113,18 @@ def measure_entry(entry: Entry, folder: Path | None = None, scales: Sequence[flo
     stages = attempt("stages", _find, made, entry)
     row.found = [stage.path for stage in stages or ()]
     row.objection = judge_stages(row.found, entry.stages, attempt("work", _work, made) or {})
-    places = spread(len(row.found))
+    # Behind the only stage of a decoder nothing is left to be made thinner, so its branch takes its place.
+    tap, places = ("before", [1]) if len(row.found) == 1 else ("after", spread(len(row.found)))
     if not places or before is None:
         return row
-    models = [_wrap(row, entry, made, places, scale) for scale in scales]
+    models = [_wrap(row, entry, made, places, scale, tap) for scale in scales]
     model = next((model for model in models if model is not None), None)
     if model is not None:
         row.live = [[tuple(n.meta["shape"]) for n in cut.live] for cut in model.split.cuts]
         row.backbone = bool(attempt("backbone", _same_backbone, model, made, before, state))
         if not entry.draws:
             row.batch = attempt("batch", _batch_difference, model, made)
-    row.self_test = bool(attempt("self-test", _full_width_equals, entry, made, places, before))
+    row.self_test = bool(attempt("self-test", _full_width_equals, entry, made, places, tap, before))
     return row
 
 
@@ -150,11 +151,12 @@ def _work(made: Made) -> dict[str, int]:
     return found
 
 
-def _plain_wrap(entry: Entry, made: Made, places: list[int], scale: float) -> EarlyExitGenerator:
+def _plain_wrap(entry: Entry, made: Made, places: list[int], scale: float, tap: Any) -> EarlyExitGenerator:
     return retroexit.wrap(
         made.generator,
         places,
         scale,
+        tap=tap,
         min_channels=entry.floor,
         example_inputs=cloned(made.args),
         example_kwargs=cloned(made.kwargs),
@@ -163,17 +165,19 @@ def _plain_wrap(entry: Entry, made: Made, places: list[int], scale: float) -> Ea
     )
 
 
-def _wrap(row: Row, entry: Entry, made: Made, places: list[int], scale: float) -> EarlyExitGenerator | None:
+def _wrap(
+    row: Row, entry: Entry, made: Made, places: list[int], scale: float, tap: str
+) -> EarlyExitGenerator | None:
     """Wrap at all places, or where that fails at each alone, so that every branch is judged by itself."""
     held, begin = _peak_memory(), time.perf_counter()
     try:
-        model = _plain_wrap(entry, made, places, scale)
+        model = _plain_wrap(entry, made, places, scale, tap)
     except Exception:
         model = None
         for place in places:
             after = row.found[place - 1]
             try:
-                model = _plain_wrap(entry, made, [place], scale)
+                model = _plain_wrap(entry, made, [place], scale, tap)
                 row.branches.extend(_branches(model, made, scale))
             except Exception as error:
                 row.branches.append(BranchRow(scale, after, error=f"{type(error).__name__}: {error}"))
@@ -280,8 +284,8 @@ def _same_backbone(model: EarlyExitGenerator, made: Made, before: list[Tensor], 
     return same and _unchanged(state, _state(model.unwrap()))
 
 
-def _full_width_equals(entry: Entry, made: Made, places: list[int], before: list[Tensor]) -> bool:
-    model = _plain_wrap(entry, made, places, 1)
+def _full_width_equals(entry: Entry, made: Made, places: list[int], tap: str, before: list[Tensor]) -> bool:
+    model = _plain_wrap(entry, made, places, 1, tap)
     with torch.no_grad():
         outputs = _all_exits(model, made)
     found = [[t for t in tensors(output) if t.is_floating_point()] for output in outputs]
