@@ -211,6 +211,8 @@ def build_branch(
         draft = _Draft(cast("Tail", clone_module(tail)), tail, cut, values, spec)
     if plan is None and spec.init == "scratch":
         start_from_scratch(draft.thin, tail, spec.seed)
+    if plan is None and spec.rule.scale < 1:
+        settle_norms(draft.thin)  # the singular vectors of the wide weights say nothing about narrow ones
     correct_fan_in(draft.thin, draft.full)
     if plan is not None and plan.built:
         return _assemble(draft, _build_stages(draft, plan.built, must=True))
@@ -349,10 +351,19 @@ def _narrowed_but(
     from retroexit.branch.symbolic import analyse
 
     names = [node.name for node in cut.live]
-    algebra = analyse(
-        tail, values, threshold=spec.rule.min_channels, output_of=tensors, names=names, frozen=frozen
+    look = partial(
+        analyse,
+        tail,
+        values,
+        threshold=spec.rule.min_channels,
+        output_of=tensors,
+        names=names,
+        frozen=frozen,
     )
+    algebra = look()
     plan = algebra.plan(spec.rule)
+    if plan.pins:
+        algebra, plan = _less_pinned(algebra, plan, partial(look, small=True), spec.rule)
     # Fresh weights do not care which channel is which.
     layout = find_layout(tail, algebra, values, tensors) if spec.init == "inherit" else Layout()
     selection = choose_channels(tail, algebra, plan)
@@ -363,6 +374,18 @@ def _narrowed_but(
 
     entering = layout.indices(algebra.entry, selection, algebra.values)
     return _Draft(cast("Tail", thin), tail, cut, values, spec, plan, kept, entering)
+
+
+def _less_pinned(
+    algebra: Any, plan: WidthPlan, look_closer: Callable[[], Any], rule: WidthRule
+) -> tuple[Any, WidthPlan]:
+    """Look again, at narrow dimensions too: one that must be an eighth of a width, say, pins that width."""
+    try:
+        closer = look_closer()
+        other = closer.plan(rule)
+    except BranchError:
+        return algebra, plan
+    return (closer, other) if other.numbers < plan.numbers else (algebra, plan)
 
 
 def _entry(draft: _Draft, stages: dict[str, nn.Module]) -> GuideEntry | None:

@@ -52,6 +52,7 @@ def analyse(
     output_of: Callable[[Any], Sequence[Tensor]],
     names: Sequence[str] = (),
     frozen: dict[str, str] | None = None,
+    small: bool = False,
 ) -> Algebra:
     """Run a tail with symbolic widths and collect what follows about them.
 
@@ -63,6 +64,8 @@ def analyse(
         output_of: Lists the tensors in the tail's output, whose shapes are fixed.
         names: What to call the live values.
         frozen: Modules that have to stay as they are, by path, with the reason.
+        small: Whether the channels of weights up to the threshold are sizes too, which shrink with what they
+            are a fraction of.
 
     Returns:
         The algebra.
@@ -74,7 +77,7 @@ def analyse(
     counts: set[Attribute] = set()
     frozen = unreadable_scripts(tail, values) | (frozen or {})
     for _ in range(_MOST_RUNS):
-        run = _SymbolicRun(tail, values, threshold, counts, frozen)
+        run = _SymbolicRun(tail, values, threshold, counts, frozen, small)
         try:
             out = run(values, covered)
         except FrozenSizeError as error:
@@ -110,7 +113,9 @@ class _SymbolicRun:
         threshold: int,
         counts: set[Attribute],
         frozen: dict[str, str],
+        small: bool,
     ) -> None:
+        self.small = small
         self.env = SizeEnv()
         self.env.knowledge.divided = self._note_division
         self.mode = HalfFakeMode(shape_env=self.env, allow_non_fake_inputs=True)
@@ -176,7 +181,8 @@ class _SymbolicRun:
         owner = self.tail.get_submodule(name.rpartition(".")[0])
         groups = {v for k, v in vars(owner).items() if type(v) is int and v > 1 and _is_width(owner, k)}
         return [
-            size > self.threshold or (axis < 2 and size > 1 and any(size * g in sizes for g in groups))
+            size > self.threshold
+            or (axis < 2 and size > 1 and (self.small or any(size * g in sizes for g in groups)))
             for axis, size in enumerate(tensor.shape)
         ]
 

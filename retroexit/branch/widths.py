@@ -137,3 +137,8 @@ class WidthPlan:
     entry: int
     pins: tuple[Pin, ...]
     built: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers the parameters and buffers hold."""
+        return sum(math.prod(shape) for shape in self.shapes.values())

@@ -163,7 +163,11 @@ class _Chooser:
 
     def is_head(self, part: Part) -> bool:
         """Tell whether a single layer turns the last feature map into the image."""
-        return part.is_atom and part.channels <= int(self.image.meta["shape"][1])
+        if not part.is_atom:
+            return False
+        behind = self.nodes[self.nodes.index(part.output) + 1 :]
+        works_last = not any(node.meta.get("macs") for node in behind)
+        return works_last or part.channels <= int(self.image.meta["shape"][1])
 
 
 class _Ways:

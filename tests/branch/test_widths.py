@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import retroexit
 from retroexit.branch.widths import WidthRule, scaled_width
@@ -185,3 +185,24 @@ def test_the_square_root_of_a_width_does_not_pin_it(toys: ModuleType) -> None:
     assert branch.pins == ()
     assert branch.tail.get_parameter("blocks.1.1.qkv.weight").shape == (24, 8, 1, 1)
     assert not hasattr(torch.SymInt, "__float__")
+
+
+@pytest.mark.parametrize("normalise", [nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm])
+@pytest.mark.parametrize("init", ["inherit", "scratch"])
+def test_spectral_norms_of_narrow_weights_have_a_largest_singular_value_of_one(
+    normalise: Any, init: Any
+) -> None:
+    generator = nn.Sequential(
+        *(normalise(nn.Conv2d(64, 64, 3, padding=1)) for _ in range(3)), nn.Conv2d(64, 3, 1)
+    )
+    for _ in range(20):
+        generator.train()(torch.randn(1, 64, 4, 4))
+    generator.eval()
+    x = torch.randn(1, 64, 4, 4)
+    model = retroexit.wrap(generator, [1], 1 / 4, min_channels=8, init=init, example_inputs=(x,))
+    with torch.no_grad():
+        model(x, exit=1)
+        for layer in ("1", "2"):
+            weight = model.branches[0].tail.get_submodule(layer).weight
+            assert weight.shape[0] == 16
+            assert float(torch.linalg.matrix_norm(weight.flatten(1), 2)) == pytest.approx(1, abs=0.05)
