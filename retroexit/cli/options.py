@@ -37,16 +37,20 @@ def parse_range(text: str | None) -> tuple[float, float] | None:
     """Read ``-1,1``, the smallest and the largest pixel value.
 
     Raises:
-        OptionError: If it is not two numbers.
+        OptionError: If it is not two numbers in ascending order.
     """
     if text is None:
         return None
     try:
         low, high = map(float, text.split(","))
     except ValueError:
+        low, high = 0.0, 0.0
+    if not low < high:
         raise OptionError(
-            f"asked for --image-range {text}; found no two numbers. Write 0,1 or -1,1.", text
-        ) from None
+            f"asked for --image-range {text}; found no two numbers, the smaller one first. Write 0,1 or "
+            "-1,1.",
+            text,
+        )
     return low, high
 
 

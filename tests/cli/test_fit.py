@@ -92,8 +92,8 @@ def test_a_wrong_loss_or_width_rule_is_refused(run: Any, words: tuple[str, ...],
         (("--loss", "huber=1"), "no loss 'huber'; closest: 'l1'"),
         (("--guidance", "--retriever", "fais"), "no retriever 'fais'; closest: 'faiss'"),
         (("--retriever", "faiss"), "asked for --retriever faiss; found no guidance that searches"),
-        (("--image-range", "1"), "asked for --image-range 1; found no two numbers. Write 0,1 or -1,1"),
-        (("--image-range", "1,0"), "image_range"),
+        (("--image-range", "1"), "asked for --image-range 1; found no two numbers, the smaller one first"),
+        (("--image-range", "1,0"), "asked for --image-range 1,0; found no two numbers"),
     ],
 )
 def test_a_dry_run_looks_up_all_names(run: Any, words: tuple[str, ...], message: str) -> None:
