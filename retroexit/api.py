@@ -27,7 +27,7 @@ from retroexit.training.fit import FitSettings, fit_model
 from retroexit.training.losses import QUALITY
 from retroexit.wrapping import WrapOptions
 
-__all__ = ["evaluate", "find_stages", "fit", "load", "wrap"]
+__all__ = ["evaluate", "find_metric", "find_stages", "fit", "load", "wrap"]
 
 _OWN_KEYWORDS = ("exit", "threshold")
 
@@ -233,7 +233,7 @@ def fit(
     back_end = host().retriever(guidance.retriever if guidance is not None else "exact")
     wanted = FitSettings(**settings)
     terms = {name: host().loss(name) for name in wanted.losses if name != QUALITY}
-    fit_model(model, inputs, Path(folder), _metric(metric, weights), wanted, back_end, progress, terms)
+    fit_model(model, inputs, Path(folder), find_metric(metric, weights), wanted, back_end, progress, terms)
     return model
 
 
@@ -273,7 +273,7 @@ def evaluate(
     """
     name = metric or model.about.get("metric", {}).get("name", "lpips-alex")
     evaluation, strips = measure(
-        model, inputs, _metric(name, weights), show=show, progress=progress, **settings
+        model, inputs, find_metric(name, weights), show=show, progress=progress, **settings
     )
     if folder is not None:
         from retroexit.evaluation.report import write_report
@@ -285,7 +285,18 @@ def evaluate(
     return evaluation
 
 
-def _metric(metric: QualityMetric | str, weights: str | Path | None) -> QualityMetric:
+def find_metric(metric: QualityMetric | str, weights: str | Path | None = None) -> QualityMetric:
+    """Make the metric behind a name; a metric object is returned as it is.
+
+    Args:
+        metric: Its name, ``"lpips"`` for ``"lpips-alex"``, or itself.
+        weights: File with its weights.
+
+    Raises:
+        OptionError: If weights are given for a name that takes none.
+        PluginError: If no plug-in, or more than one, offers it.
+        WeightsError: If its weights cannot be had.
+    """
     if isinstance(metric, QualityMetric):
         return metric
     name = "lpips-alex" if metric == "lpips" else metric

@@ -26,7 +26,7 @@ _LPIPS_FILES = {
     "squeeze": "squeezenet1_1-b8a52dc0.pth",
     "vgg": "vgg16-397923af.pth",
 }
-_COMBINED = ("all", "demo", "dev", "test")  # extras whose parts are listed under others, or not for users
+_COMBINED = ("all", "demo", "dev", "test", "zoo")  # their parts are listed under others, or not for users
 
 
 @dataclass(frozen=True)

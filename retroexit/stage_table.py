@@ -16,9 +16,10 @@ from retroexit.decoder.live import LiveSpan, live_spans
 from retroexit.decoder.naming import input_names
 from retroexit.decoder.stages import Decoder, Stage
 from retroexit.decoder.tree import Part, module_tree
-from retroexit.tables import brief_count, table, unit_of
+from retroexit.evaluation.macs import unit_of
+from retroexit.tables import table
 
-__all__ = ["decoder_table", "ranges", "shorten", "stage_table", "times"]
+__all__ = ["brief_count", "decoder_table", "ranges", "shorten", "stage_table", "times"]
 
 _WIDTH: Final = 100
 _RUN: Final = 4
@@ -64,6 +65,15 @@ def stage_table(stages: Sequence[Stage]) -> str:
     parts = [Part(0, s.path, s.path, s.kind, 0, s.macs, s) for s in stages]
     total = round(stages[0].macs / stages[0].share) if stages[0].share else 0
     return _table_of(parts, live_spans(stages), total)
+
+
+def brief_count(number: int) -> str:
+    """Write a number with three digits: ``317``, ``57.1k``, ``1.34M``."""
+    for name, scale in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= 0.9995 * scale:
+            value = number / scale
+            return f"{value:.{2 if value < 9.995 else 1 if value < 99.95 else 0}f}{name}"
+    return str(number)
 
 
 def times(shape: Iterable[int]) -> str:

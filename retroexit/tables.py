@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from retroexit.evaluation.sweep import Evaluation
     from retroexit.model import EarlyExitGenerator
 
-__all__ = ["brief_count", "exit_table", "sweep_table", "table", "unit_of"]
+__all__ = ["exit_table", "sweep_table", "table"]
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -56,6 +56,12 @@ def exit_table(model: EarlyExitGenerator) -> str:
     head = ["exit", "attached", "depth", "GMACs", "share", "parameters", "widths", "pinned"]
     lines = [f"{name} with {len(rows) - 1} early exits", table(head, rows)]
     lines += [f"exit {e.index}: {cause}" for e in model.exits for cause in e.pinned]
+    useless = [str(e.index) for e in model.exits if e.attach_at and e.share >= 1]
+    if useless:
+        lines.append(
+            f"exit {', '.join(useless)}: saves nothing; take a smaller scale or min_channels, here "
+            f"{model.options.rules[0].min_channels}"
+        )
     return "\n".join(lines)
 
 
@@ -75,23 +81,6 @@ def sweep_table(evaluation: Evaluation, thresholds: Sequence[float]) -> str:
             ]
         )
     return table(["threshold", "saved", "mean", "90 %", "violations", "samples per exit"], rows)
-
-
-def unit_of(macs: float) -> tuple[str, float]:
-    """Choose a unit for MACs up to a number: its name, and MACs per unit."""
-    for name, least, scale in (("TMACs", 1e13, 1e12), ("GMACs", 1e8, 1e9), ("MMACs", 1e5, 1e6)):
-        if macs >= least:
-            return name, scale
-    return "kMACs", 1e3
-
-
-def brief_count(number: int) -> str:
-    """Write a number with three digits: ``317``, ``57.1k``, ``1.34M``."""
-    for name, scale in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= 0.9995 * scale:
-            value = number / scale
-            return f"{value:.{2 if value < 9.995 else 1 if value < 99.95 else 0}f}{name}"
-    return str(number)
 
 
 def _brief(widths: Sequence[int], most: int = 8) -> str:

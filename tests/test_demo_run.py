@@ -13,7 +13,7 @@ from retroexit import api, cli
 from retroexit.demo import run as demo
 from retroexit.demo.generator import load_scene_generator, scene_inputs
 from retroexit.demo.scenes import LABEL_COLOURS
-from retroexit.errors import OptionError, WeightsError
+from retroexit.errors import PluginError, WeightsError
 from retroexit.evaluation.quality import MSSSIM
 
 
@@ -50,21 +50,21 @@ def test_the_demo_command_wraps_fits_and_reports(
 
 
 def test_lpips_without_weights_gives_way_to_ms_ssim_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = demo.resolve_metric
+    real = demo.find_metric
 
     def offline(name: str, weights: Path | None = None) -> object:
         if name.startswith("lpips"):
             raise WeightsError("alexnet-owt-7be5be79.pth cannot be downloaded")
         return real(name, weights)
 
-    monkeypatch.setattr(demo, "resolve_metric", offline)
+    monkeypatch.setattr(demo, "find_metric", offline)
     said: list[str] = []
     assert isinstance(demo.pick_metric("auto", None, said.append), MSSSIM)
     (line,) = said
     assert "1 - MS-SSIM instead" in line and "reason: alexnet-owt-7be5be79.pth cannot be downloaded" in line
     with pytest.raises(WeightsError, match="cannot be downloaded"):
         demo.pick_metric("lpips-alex", None, said.append)
-    with pytest.raises(OptionError, match="no quality metric 'psnr'"):
+    with pytest.raises(PluginError, match="no metric 'psnr'; closest: "):
         demo.pick_metric("psnr", None, said.append)
 
 

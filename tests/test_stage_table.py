@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import retroexit
+from retroexit.evaluation.macs import unit_of
 from retroexit.inspection import read_generator
-from retroexit.stage_table import decoder_table, ranges, shorten, stage_table
-from retroexit.tables import brief_count, unit_of
+from retroexit.stage_table import brief_count, decoder_table, ranges, shorten, stage_table
 
 
 class Block(nn.Module):

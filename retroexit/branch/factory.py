@@ -62,12 +62,6 @@ class Branch(nn.Module):
         """Widths that could have shrunk by the rule but stay, and why."""
         return self.plan.pins if self.plan is not None else ()
 
-    @property
-    def needs_guide(self) -> bool:
-        """Tell whether a guide must be handed in."""
-        entries = [self.entry, *self.injections.values()]
-        return any(entry is not None and entry.resize is not None for entry in entries)
-
     def forward(self, feature: Tensor, *live: Tensor, guide: Tensor | None = None) -> Any:
         """Render an image from the attach point.
 

@@ -1,7 +1,7 @@
 """One app of all commands, ours and those of plug-ins.
 
 A command is a function with typer's annotations and a Google-style docstring; its section ``Example:`` is
-shown at the end of the command's help. Each of ours sits in the file of its name beside this one.
+shown at the end of the command's help.
 """
 
 from __future__ import annotations
@@ -13,18 +13,15 @@ import shlex
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from importlib import import_module
-from typing import Any, Final
+from typing import Any
 
 import typer
 
+from retroexit.cli.commands import own_commands
 from retroexit.errors import RetroExitError, RetroExitWarning
 from retroexit.plugins.host import host
 
-__all__ = ["COMMANDS", "own_commands", "run"]
-
-COMMANDS: Final = ("demo", "inspect", "fit", "evaluate", "plugins", "doctor")
-"""Our own commands, in the order of the help."""
+__all__ = ["run"]
 
 
 def run(arguments: Sequence[str] | None = None) -> None:
@@ -38,15 +35,6 @@ def run(arguments: Sequence[str] | None = None) -> None:
             _app()(given, prog_name="retroexit", obj="retroexit " + shlex.join(given))
         except (RetroExitError, OSError) as error:
             raise SystemExit(f"error: {' '.join(str(error).split())}") from None
-
-
-def own_commands() -> dict[str, Callable[..., Any]]:
-    """Import our own commands.
-
-    Returns:
-        Functions, or `typer.Typer` apps of sub-commands, by name.
-    """
-    return {name: getattr(import_module(f"retroexit.cli.{name}"), name) for name in COMMANDS}
 
 
 def _app() -> typer.Typer:

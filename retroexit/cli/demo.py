@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from retroexit.cli.options import resumable
-from retroexit.demo.run import run_demo
+from retroexit.demo import run as job
 
 __all__ = ["demo"]
 
@@ -17,7 +17,8 @@ def demo(
     context: typer.Context,
     out: Annotated[Path, typer.Option(help="Folder for cache, model and report.")] = Path("retroexit-demo"),
     metric: Annotated[
-        str, typer.Option(help="auto, lpips-alex, lpips-squeeze, lpips-vgg or ms-ssim.")
+        str,
+        typer.Option(help="Quality metric by name; auto: lpips-alex if its weights can be had, or ms-ssim."),
     ] = "auto",
     weights: Annotated[Path | None, typer.Option(help="File with the metric's weights.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Training steps per branch.")] = 300,
@@ -29,7 +30,7 @@ def demo(
         retroexit demo --out my-demo
     """
     with resumable():
-        run_demo(
+        job.run_demo(
             out,
             metric=metric,
             weights=weights,

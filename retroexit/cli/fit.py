@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 import retroexit
-from retroexit.cli.options import TARGET, FactoryArguments, parse_losses, resumable
+from retroexit.cli.options import (
+    TARGET,
+    FactoryArguments,
+    ImageKey,
+    image_key,
+    parse_losses,
+    parse_range,
+    resumable,
+)
+from retroexit.errors import OptionError
+from retroexit.plugins.host import host
 from retroexit.tables import exit_table
 from retroexit.targets import example_of, load_generator, load_samples, parse_places, parse_scales
 from retroexit.training.cache import FeatureCache
 from retroexit.training.fit import FitSettings, divide
 from retroexit.training.inputs import Samples
+from retroexit.training.losses import QUALITY
 
 __all__ = ["fit"]
 
@@ -32,6 +44,10 @@ def fit(
     tap: Annotated[
         str, typer.Option(help="Take the stage's output (after) or its input (before).")
     ] = "after",
+    image: ImageKey = None,
+    image_range: Annotated[
+        str | None, typer.Option(help="Smallest and largest pixel value, 0,1 or -1,1; measured by default.")
+    ] = None,
     guidance: Annotated[bool, typer.Option(help="Guide branches by retrieval.")] = False,
     retriever: Annotated[str, typer.Option(help="Search back-end of the guidance.")] = "exact",
     init: Annotated[str, typer.Option(help="Starting weights: inherit or scratch.")] = "inherit",
@@ -45,7 +61,7 @@ def fit(
             "l1=1 and quality=1, the metric."
         ),
     ] = None,
-    metric: Annotated[str, typer.Option(help="Quality metric.")] = "lpips-alex",
+    metric: Annotated[str, typer.Option(help="Quality metric by name.")] = "lpips-alex",
     weights: Annotated[Path | None, typer.Option(help="File with the metric's weights.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Training steps per branch.")] = 1500,
     batch: Annotated[int, typer.Option(min=1, help="Samples per step.")] = 8,
@@ -63,6 +79,8 @@ def fit(
     Example:
         retroexit fit mymodels:decoder --inputs mydata:train --attach-at 2,4,6 --scale 1/15 --out runs/decoder
     """
+    losses = parse_losses(loss or [])
+    _check_names(metric, retriever, guidance, losses)
     generator, example = load_generator(target, factory_arguments)
     samples = load_samples(inputs)
     spec = retroexit.Guidance(retriever=retriever) if guidance else None
@@ -76,6 +94,8 @@ def fit(
         guidance=spec,
         init=init,  # type: ignore[arg-type]
         width_rule=width_rule,
+        image=image_key(image),
+        image_range=parse_range(image_range),
         example_inputs=args,
         example_kwargs=kwargs,
     )
@@ -89,8 +109,8 @@ def fit(
         "seed": seed,
         "bfloat16": bfloat16,
     }
-    if loss:
-        settings["losses"] = parse_losses(loss)
+    if losses:
+        settings["losses"] = losses
     if dry_run:
         typer.echo(_plan(model, samples, out, metric, FitSettings(**settings)))
         return
@@ -99,6 +119,20 @@ def fit(
     error = model.about["predictor_error"]
     said = "; no input was held out" if error is None else f"; predictor error on held-out inputs {error:.4f}"
     typer.echo(f"saved to {out}{said}")
+
+
+def _check_names(metric: str, retriever: str, guidance: bool, losses: Mapping[str, float]) -> None:
+    """Look up what is asked for by name, before anything is computed; no weights are looked for."""
+    if metric != "lpips" and metric not in host().metrics():
+        host().metric(metric)  # says why not
+    for name in losses:
+        if name != QUALITY:
+            host().loss(name)
+    host().retriever(retriever)
+    if retriever != "exact" and not guidance:
+        raise OptionError(
+            f"asked for --retriever {retriever}; found no guidance that searches. Add --guidance.", retriever
+        )
 
 
 def _plan(

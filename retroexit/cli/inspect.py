@@ -10,15 +10,14 @@ from typing import Annotated, Any
 
 import typer
 
-from retroexit.cli.options import TARGET, FactoryArguments
+from retroexit.cli.options import TARGET, FactoryArguments, ImageKey, image_key
 from retroexit.decoder.facts import decoder_facts
 from retroexit.decoder.stages import Decoder
 from retroexit.errors import OptionError
 from retroexit.evaluation.decoder_picture import check_picture, draw_decoder
-from retroexit.evaluation.macs import cross_check
+from retroexit.evaluation.macs import cross_check, unit_of
 from retroexit.inspection import read_generator
 from retroexit.stage_table import decoder_table
-from retroexit.tables import unit_of
 from retroexit.targets import load_generator, random_inputs
 
 __all__ = ["inspect"]
@@ -33,9 +32,7 @@ def inspect(
     target: Annotated[str, typer.Argument(help=TARGET)],
     factory_arguments: FactoryArguments = "",
     shape: Annotated[list[str] | None, typer.Option(help=_SHAPE)] = None,
-    image: Annotated[
-        str | None, typer.Option(help="Key of the image in the output, if there are several.")
-    ] = None,
+    image: ImageKey = None,
     picture: Annotated[
         Path | None, typer.Option(help="Draw the decoder to this file: .svg, .png or .pdf.")
     ] = None,
@@ -50,7 +47,7 @@ def inspect(
     generator, inputs = load_generator(target, factory_arguments)
     if shape:
         inputs = random_inputs(shape, generator)
-    key: Any = int(image) if image is not None and image.isdigit() else image
+    key = image_key(image)
     args, kwargs = inputs or (None, None)
     decoder = read_generator(generator, args, kwargs, image=key)
     unit, scale = unit_of(decoder.recording.macs)
@@ -83,14 +80,26 @@ def _next_steps(decoder: Decoder, target: str, arguments: str, image: Any) -> st
     places = [stage.index for stage in decoder.stages if stage.is_suggested]
     if not places:
         return "\nOne stage alone has no place for an exit: a branch needs a stage behind it."
-    output = "" if image is None else f", image={image!r}"
-    lines = ["\nto go on:", f"  model = retroexit.wrap(generator, attach_at={places}, scale=1 / 4{output})"]
-    if image is None:  # `fit` finds the image by itself
-        made = f" --args {_quoted(arguments)}" if arguments else ""
-        at = ",".join(map(str, places))
-        lines.append(f"  retroexit fit {_quoted(target)}{made} --inputs mydata:train \\")
-        lines.append(f"      --attach-at {at} --scale 1/4 --out runs/mine")
-    return "\n".join(lines)
+    floor, output = _least_channels(decoder), "" if image is None else f", image={image!r}"
+    least = "" if floor is None else f", min_channels={floor}"
+    made = f" --args {_quoted(arguments)}" if arguments else ""
+    options = f"--attach-at {','.join(map(str, places))} --scale 1/4"
+    options += "" if floor is None else f" --min-channels {floor}"
+    options += "" if image is None else f" --image {_quoted(str(image))}"
+    return "\n".join(
+        [
+            "\nto go on:",
+            f"  model = retroexit.wrap(generator, attach_at={places}, scale=1 / 4{least}{output})",
+            f"  retroexit fit {_quoted(target)}{made} --inputs mydata:train \\",
+            f"      {options} --out runs/mine",
+        ]
+    )
+
+
+def _least_channels(decoder: Decoder) -> int | None:
+    """Say how far to thin a narrow generator, where the default floor of 64 would decide every width."""
+    channels = [stage.shape[1] for stage in decoder.stages]
+    return max(4, min(channels) // 4) if max(channels) < 4 * 64 else None
 
 
 def _quoted(text: str) -> str:

@@ -10,7 +10,7 @@ import typer
 
 from retroexit.errors import OptionError
 
-__all__ = ["TARGET", "FactoryArguments", "parse_losses", "resumable"]
+__all__ = ["TARGET", "FactoryArguments", "ImageKey", "image_key", "parse_losses", "parse_range", "resumable"]
 
 TARGET: Final = "Where the trained generator comes from: package.module:factory or path/to/file.py:factory."
 
@@ -20,6 +20,38 @@ FactoryArguments = Annotated[
         "--args", help="Arguments of the factory, Python literals as in a call: \"256, norm='batch'\"."
     ),
 ]
+
+
+ImageKey = Annotated[
+    str | None,
+    typer.Option("--image", help="Key of the image in the generator's output, if there are several."),
+]
+
+
+def image_key(text: str | None) -> int | str | None:
+    """Read the key of an image; digits are an index."""
+    return int(text) if text is not None and text.isdigit() else text
+
+
+def parse_range(text: str | None) -> tuple[float, float] | None:
+    """Read ``-1,1``, the smallest and the largest pixel value.
+
+    Raises:
+        OptionError: If it is not two numbers in ascending order.
+    """
+    if text is None:
+        return None
+    try:
+        low, high = map(float, text.split(","))
+    except ValueError:
+        low, high = 0.0, 0.0
+    if not low < high:
+        raise OptionError(
+            f"asked for --image-range {text}; found no two numbers, the smaller one first. Write 0,1 or "
+            "-1,1.",
+            text,
+        )
+    return low, high
 
 
 @contextmanager

@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from retroexit.api import evaluate, fit, wrap
+from retroexit.api import evaluate, find_metric, fit, wrap
 from retroexit.demo.generator import load_scene_generator, scene_inputs
 from retroexit.demo.scenes import LABEL_COLOURS
 from retroexit.errors import WeightsError
-from retroexit.evaluation.quality import QualityMetric, resolve_metric
+from retroexit.evaluation.quality import QualityMetric
 from retroexit.evaluation.sweep import Evaluation
 from retroexit.model import EarlyExitGenerator
 from retroexit.tables import exit_table, sweep_table
@@ -41,18 +41,19 @@ def pick_metric(name: str, weights: Path | None, say: Callable[[str], None]) -> 
     """Take the named metric; ``auto`` takes LPIPS where its weights can be had, else MS-SSIM, and says so.
 
     Raises:
+        PluginError: If no plug-in, or more than one, offers the metric.
         WeightsError: If LPIPS is asked for by name and its weights cannot be had.
     """
     if name != "auto":
-        return resolve_metric(name, weights)
+        return find_metric(name, weights)
     try:
-        return resolve_metric("lpips-alex", weights)
+        return find_metric("lpips-alex", weights)
     except WeightsError as error:
         say(
             "LPIPS weights cannot be had here, so this demo measures quality by 1 - MS-SSIM instead (as with "
             f"--metric ms-ssim); thresholds are on that scale.\n  reason: {error}"
         )
-        return resolve_metric("ms-ssim")
+        return find_metric("ms-ssim")
 
 
 def run_demo(
@@ -70,7 +71,7 @@ def run_demo(
 
     Args:
         out: Folder for cache, model and report.
-        metric: Quality metric, or ``"auto"``.
+        metric: Name of a quality metric, or ``"auto"``.
         weights: File with its weights.
         steps: Training steps per branch.
         scenes: Drawn scenes to fit on.

@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from retroexit.errors import MissingExtraError, OptionError
+from retroexit.evaluation.macs import unit_of
 from retroexit.evaluation.sweep import Evaluation, OperatingPoint
-from retroexit.tables import unit_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

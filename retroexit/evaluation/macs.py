@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from retroexit.decoder.counting import MacCounter
 from retroexit.decoder.structure import tensors
 from retroexit.errors import MissingExtraError
-from retroexit.tables import unit_of
 
-__all__ = ["count_macs", "cross_check", "thop_macs"]
+__all__ = ["count_macs", "cross_check", "thop_macs", "unit_of"]
 
 
 def count_macs(function: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
@@ -94,6 +93,14 @@ def cross_check(generator: nn.Module, macs: int, args: Any, kwargs: Any = None) 
         else "it counts norms, activations and interpolation too, and overcounts transposed convolutions"
     )
     return f"{said}: thop counts by layer type; {why}"
+
+
+def unit_of(macs: float) -> tuple[str, float]:
+    """Choose a unit for MACs up to a number: its name, and MACs per unit."""
+    for name, least, scale in (("TMACs", 1e13, 1e12), ("GMACs", 1e8, 1e9), ("MMACs", 1e5, 1e6)):
+        if macs >= least:
+            return name, scale
+    return "kMACs", 1e3
 
 
 class _Plain(nn.Module):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from retroexit.errors import MissingExtraError, OptionError, OutputError, closest
 from retroexit.evaluation.weights import digest, empty_lpips, fill_lpips, hub_file
 
-__all__ = ["LPIPS", "MSSSIM", "ImageRange", "QualityMetric", "measure_range", "resolve_metric"]
+__all__ = ["LPIPS", "MSSSIM", "ImageRange", "QualityMetric", "measure_range"]
 
 # Below this many pixels on the shorter side a pooling layer of the network has no output.
 _SMALLEST_SIDE = {"alex": 31, "squeeze": 17, "vgg": 16}
@@ -188,30 +188,6 @@ class MSSSIM(QualityMetric):
             weights = _scale_weights(size)
             facts |= {"size": list(size), "scales": len(weights), "weights": list(weights)}
         return facts
-
-
-def resolve_metric(name: str | QualityMetric, weights: str | Path | None = None) -> QualityMetric:
-    """Return the metric behind a name; a metric object is returned as it is.
-
-    Args:
-        name: ``"lpips"`` (AlexNet), ``"lpips-alex"``, ``"lpips-squeeze"``, ``"lpips-vgg"``, ``"ms-ssim"``, or
-            a metric object.
-        weights: Weight file for the LPIPS metrics, see :class:`LPIPS`.
-
-    Raises:
-        OptionError: If the name is unknown, or ``weights`` is given for a metric that has none to load.
-    """
-    if isinstance(name, str) and name.partition("-")[0] == "lpips":
-        net = name.partition("-")[2] or "alex"
-        if net in _SMALLEST_SIDE:
-            return LPIPS(net, weights)
-    known = ["lpips", *(f"lpips-{net}" for net in _SMALLEST_SIDE), "ms-ssim"]
-    if not isinstance(name, QualityMetric) and name != "ms-ssim":
-        raise OptionError(f"no quality metric {name!r}; closest: {closest(name, known)}", name)
-    if weights is not None:
-        found = name if isinstance(name, str) else name.name
-        raise OptionError(f"weights={str(weights)!r} given, but metric {found!r} loads none", weights)
-    return MSSSIM() if isinstance(name, str) else name
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,6 @@ def retroexit_commands() -> dict[str, Callable[..., Any]]:
     """Offer the commands that come with the library, where typer is there to run them."""
     if importlib.util.find_spec("typer") is None:
         return {}
-    from retroexit.cli.app import own_commands
+    from retroexit.cli.commands import own_commands
 
     return own_commands()

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from retroexit.errors import PluginError, RetroExitError
+from retroexit.errors import OptionError, PluginError, RetroExitError
 from retroexit.plugins.info import PluginInfo, brief, cause_of
 
 if TYPE_CHECKING:
@@ -42,11 +42,18 @@ def make_metric(
     """Make a metric.
 
     Raises:
+        OptionError: If it takes no such options.
         PluginError: If the factory raises, makes no `QualityMetric`, or one with another name.
         RetroExitError: What the factory says itself, such as `WeightsError`.
     """
     from retroexit.evaluation.quality import QualityMetric
 
+    if not _takes(factory, options):
+        raise OptionError(
+            f"asked for the metric {name!r} with {', '.join(options)}; found that it takes no such thing. "
+            "Leave it out.",
+            options,
+        )
     made = _make("metric", factory, name, author, options)
     if not isinstance(made, QualityMetric):
         raise PluginError(
@@ -74,6 +81,14 @@ def make_loss(factory: Callable[[], Any], name: str, author: PluginInfo) -> Term
         )
     term: Term = made
     return term
+
+
+def _takes(factory: Callable[..., Any], options: dict[str, Any]) -> bool:
+    try:
+        parameters = inspect.signature(factory).parameters
+    except (TypeError, ValueError):  # some functions written in C tell nothing
+        return True
+    return any(p.kind is p.VAR_KEYWORD for p in parameters.values()) or set(options) <= set(parameters)
 
 
 def _make(

@@ -16,7 +16,7 @@ import typer
 
 import retroexit
 from retroexit import doctor, plugins
-from retroexit.cli.app import COMMANDS
+from retroexit.cli.commands import COMMANDS
 from retroexit.plugins import builtin
 
 ROOT = Path(__file__).resolve().parents[2]

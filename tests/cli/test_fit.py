@@ -85,6 +85,45 @@ def test_a_wrong_loss_or_width_rule_is_refused(run: Any, words: tuple[str, ...],
     run(*FIT, *FAST, *words, "--out", "run").fails_with(re.escape(message))
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--metric", "ssim"), "no metric 'ssim'; closest: 'ms-ssim'"),
+        (("--loss", "huber=1"), "no loss 'huber'; closest: 'l1'"),
+        (("--guidance", "--retriever", "fais"), "no retriever 'fais'; closest: 'faiss'"),
+        (("--retriever", "faiss"), "asked for --retriever faiss; found no guidance that searches"),
+        (("--image-range", "1"), "asked for --image-range 1; found no two numbers, the smaller one first"),
+        (("--image-range", "1,0"), "asked for --image-range 1,0; found no two numbers"),
+    ],
+)
+def test_a_dry_run_looks_up_all_names(run: Any, words: tuple[str, ...], message: str) -> None:
+    run(*FIT, *words, "--out", "run", "--dry-run").fails_with(re.escape(message))
+
+
+def test_a_dry_run_needs_no_weights_of_the_metric(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("retroexit.evaluation.quality.LPIPS.__init__", lambda *_, **__: pytest.fail("made"))
+    for metric in ("lpips", "lpips-vgg"):
+        assert run(*FIT, "--metric", metric, "--out", "run", "--dry-run").status == 0
+
+
+def test_the_range_of_the_image_can_be_told(run: Any, tmp_path: Path) -> None:
+    fitted = run(*FIT, *FAST, "--image-range", "-1,1", "--out", "run")
+    assert fitted.status == 0, fitted.err
+    saved = json.loads((tmp_path / "run/model.json").read_text())
+    assert saved["options"]["image_range"] == [-1.0, 1.0]
+
+
+def test_weights_for_a_metric_without_weights_are_refused(run: Any) -> None:
+    message = "asked for the metric 'ms-ssim' with weights; found that it takes no such thing"
+    run(*FIT, *FAST, "--weights", "x.pth", "--out", "run").fails_with(message)
+
+
+def test_an_exit_that_saves_nothing_is_pointed_out(run: Any) -> None:
+    words = [word if word != "4" else "64" for word in FIT]
+    shown = run(*words, "--metric", "ms-ssim", "--out", "run", "--dry-run")
+    assert "exit 1, 2: saves nothing; take a smaller scale or min_channels, here 64\n" in shown.out
+
+
 def test_samples_by_keyword_can_be_fitted(run: Any) -> None:
     arguments = [word if word != "toy.py:samples" else "toy.py:keyword_samples" for word in FIT]
     fitted = run(*arguments, *FAST, "--out", "run")

@@ -32,13 +32,16 @@ def test_the_suggested_exits_come_with_lines_that_run(run: Any) -> None:
     shown = run("inspect", "toy.py:sized", "--args", "4, name='x'", "--shape", "1,4,4,4")
     assert shown.status == 0, shown.err
     starred = re.findall(r"^ *(\d)\* ", shown.out, re.MULTILINE)
-    (places,) = re.findall(r"retroexit\.wrap\(generator, attach_at=(\[.*?\]), scale=1 / 4\)", shown.out)
+    (places,) = re.findall(
+        r"retroexit\.wrap\(generator, attach_at=(\[.*?\]), scale=1 / 4, min_channels=4\)", shown.out
+    )
     assert json.loads(places) == list(map(int, starred)) == [1, 2]
     (command,) = re.findall(r"^  retroexit (fit .*?)\n\n?(?=\S|$)", shown.out, re.MULTILINE | re.DOTALL)
     words = shlex.split(command.replace("\\\n", "").replace("mydata:train", "toy.py:samples"))
     fitted = run(*words, "--dry-run")
     assert fitted.status == 0, fitted.err
     assert "Decoder with 2 early exits" in fitted.out
+    assert "saves nothing" not in fitted.out  # by the default floor of 64 nothing would be thinned
 
 
 @pytest.mark.parametrize(

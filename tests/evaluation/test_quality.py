@@ -23,7 +23,6 @@ from retroexit.evaluation.quality import (
     ImageRange,
     QualityMetric,
     measure_range,
-    resolve_metric,
 )
 
 
@@ -289,27 +288,7 @@ def test_an_absent_package_is_answered_with_the_pip_line(
         metric_type()
 
 
-def test_names_resolve_to_metrics(weight_file: Path) -> None:
-    metric = resolve_metric("lpips-squeeze", weight_file)
-    assert metric.name == "lpips-squeeze"
-    assert resolve_metric(metric) is metric
-    assert resolve_metric("ms-ssim").name == "ms-ssim"
-
-
-def test_lpips_alone_means_alexnet(hub: Path) -> None:
-    with pytest.raises(WeightsError, match="alexnet"):
-        resolve_metric("lpips")
-
-
-@pytest.mark.parametrize("name", ["lpip", "lpips-alx", "psnr", 7])
-def test_an_unknown_metric_is_refused_with_the_closest_names(name: object) -> None:
-    with pytest.raises(OptionError, match=rf"no quality metric {name!r}; closest: '"):
-        resolve_metric(name)  # type: ignore[arg-type]
-
-
-def test_weights_for_a_metric_without_weights_are_refused() -> None:
-    with pytest.raises(OptionError, match=r"weights='x\.pth' given, but metric 'ms-ssim'"):
-        resolve_metric("ms-ssim", "x.pth")
+def test_an_unknown_lpips_network_is_refused() -> None:
     with pytest.raises(OptionError, match="no LPIPS network 'resnet'"):
         LPIPS("resnet")
 
