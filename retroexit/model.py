@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from retroexit.decoder.batches import group
+from retroexit.decoder.batches import merge
 from retroexit.decoder.split import SplitGenerator, Values
-from retroexit.decoder.structure import rebuild, tensors
 from retroexit.errors import BankError, CheckpointError, NotRecordedError, OptionError, TrainingError
 from retroexit.exits import Exit, list_exits
 from retroexit.guidance.bank import GuidanceBank
@@ -375,7 +374,7 @@ class EarlyExitGenerator(nn.Module):
         else:
             with torch.no_grad():
                 parts.append((rows, self.split.finish(values)))
-        return _merge(parts, len(exits), self.split.output_rows), exits
+        return merge(parts, len(exits), self.split.output_rows), exits
 
     def _check_exit(self, exit: int) -> int:
         if isinstance(exit, bool) or not isinstance(exit, int) or not 1 <= exit <= len(self.branches) + 1:
@@ -385,21 +384,3 @@ class EarlyExitGenerator(nn.Module):
                 exit,
             )
         return exit
-
-
-def _merge(parts: list[tuple[Tensor, Any]], count: int, sizes: Sequence[int | None]) -> Any:
-    """Put the outputs of parts of a batch back into the batch's order."""
-    if len(parts) == 1:
-        return parts[0][1]
-    outputs = [tensors(output) for _, output in parts]
-    merged: list[Tensor] = []
-    for size, *leaves in zip(sizes, *outputs, strict=True):
-        if size is None:
-            merged.append(leaves[0])
-            continue
-        whole = leaves[0].new_empty(count * size, *leaves[0].shape[1:])
-        for leaf, (rows, _) in zip(leaves, parts, strict=True):
-            whole[group(rows, size).to(whole.device)] = leaf.detach()
-        merged.append(whole)
-    rest = iter(merged)
-    return rebuild(parts[0][1], lambda leaf: next(rest) if isinstance(leaf, Tensor) else leaf)

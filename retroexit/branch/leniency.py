@@ -2,8 +2,9 @@
 
 Attention's fused kernel reads its width as a plain number, so it stays off. ``math.sqrt(c)`` turns a size
 into a float, which PyTorch takes as a promise that it never changes; a factor may well depend on the width.
-``int(c)`` is such a promise too, and so is ``int(c / 2)``. Python insists on a plain number there, so the name ``int`` is covered for a
-while in the files that ask for it, by a type that hands symbolic sizes back as they are.
+``int(c)`` is such a promise too, and so is ``int(c / 2)``. Python insists on a plain number there, so
+the name ``int`` is covered for a while in the files that ask for it, by a type that hands symbolic sizes back
+as they are.
 """
 
 from __future__ import annotations
@@ -51,9 +52,13 @@ class FrozenSizeError(BaseException):
         self.namespace = namespace
 
 
+def _is_whole(value: Any) -> bool:
+    return value is not None and float(value).is_integer()
+
+
 def _is_quotient(value: object) -> bool:
     """Tell whether a float is a size divided by another that goes into it."""
-    if not isinstance(value, torch.SymFloat) or not float(value.node.hint).is_integer():
+    if not isinstance(value, torch.SymFloat) or not _is_whole(value.node.hint):
         return False
     return bool(value.node.expr.is_integer) or isinstance(value.node.expr, IntTrueDiv)
 

@@ -6,12 +6,15 @@ rows; where the batch is another axis, or frames come first, samples cannot be t
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["are_grouped", "group", "rows_per_sample"]
+from retroexit.decoder.structure import rebuild, tensors
+
+__all__ = ["are_grouped", "group", "merge", "rows_per_sample"]
 
 Shape = tuple[int, ...]
 
@@ -60,3 +63,21 @@ def group(rows: Tensor, size: int) -> Tensor:
     [0, 1, 2, 6, 7, 8]
     """
     return (rows[:, None] * size + torch.arange(size, device=rows.device)).flatten()
+
+
+def merge(parts: list[tuple[Tensor, Any]], count: int, sizes: Sequence[int | None]) -> Any:
+    """Put the outputs of parts of a batch back into the batch's order."""
+    if len(parts) == 1:
+        return parts[0][1]
+    outputs = [tensors(output) for _, output in parts]
+    merged: list[Tensor] = []
+    for size, *leaves in zip(sizes, *outputs, strict=True):
+        if size is None:
+            merged.append(leaves[0])
+            continue
+        whole = leaves[0].new_empty(count * size, *leaves[0].shape[1:])
+        for leaf, (rows, _) in zip(leaves, parts, strict=True):
+            whole[group(rows, size).to(whole.device)] = leaf.detach()
+        merged.append(whole)
+    rest = iter(merged)
+    return rebuild(parts[0][1], lambda leaf: next(rest) if isinstance(leaf, Tensor) else leaf)

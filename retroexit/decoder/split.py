@@ -46,8 +46,7 @@ class _Call:
 class SplitGenerator:
     """A recorded generator, cut at its attach points.
 
-    Runs of it do what the generator does, in the same order, so that random draws fall alike. Besides a memo
-    of input shapes that were checked it keeps no state.
+    Runs of it do what the generator does, in the same order, so that random draws fall alike.
 
     Args:
         generator: The trained generator, in eval mode.
@@ -60,8 +59,8 @@ class SplitGenerator:
     Attributes:
         example: The inputs of the recording.
         batched: Rows of one sample in the crossing values and the keys' feature that depend on the batch:
-            1 mostly, more where frames are folded into it, 0 where samples are not told apart by rows.
-        output_rows: Likewise for each tensor of the output; ``None`` where it belongs to no sample.
+            1 mostly, more where frames are folded in, 0 where samples are not told apart by rows.
+        output_rows: Likewise for tensors of the output; ``None`` where one belongs to no sample.
         divides: Whether samples of one batch can be told apart in all of these.
         any_batch: Whether a batch of another size gives the generator's own output.
 
@@ -89,8 +88,7 @@ class SplitGenerator:
         self._shapes = {self._shape_key(args, kwargs)}
         self.batch = self._batch_size(args, kwargs)
         self.batched: dict[fx.Node, int] = {}
-        self.output_rows: list[int | None] = []
-        self.divides = True
+        self.output_rows, self.divides = list[int | None](), True
         self._around_key: tuple[Segment, Segment] | None = None
         self._prepare()
         self.any_batch = self._probe_batch(args, kwargs)
@@ -344,7 +342,8 @@ class SplitGenerator:
         grown_args, grown_kwargs = rebuild(args, grow), rebuild(dict(kwargs), grow)
         if self._trouble(grown_args, grown_kwargs):
             return False
-        self._find_rows((rebuild(args, other), rebuild(dict(kwargs), other)), (grown_args, grown_kwargs))
+        few = rebuild((args, dict(kwargs)), other)
+        self._find_rows(few, (grown_args, grown_kwargs))
         return True
 
     def _trouble(self, args: Any, kwargs: Any) -> str:
@@ -356,7 +355,7 @@ class SplitGenerator:
 
     def _find_rows(self, small: tuple[Any, Any], large: tuple[Any, Any]) -> None:
         """See which rows belong to which sample, from a batch and the same with one more sample."""
-        shapes, grown = self._seen(small, _shape), self._seen(large, _shape)
+        shapes, grown = (self._seen(given, lambda value: tuple(value.shape)) for given in (small, large))
         rows = rows_per_sample(shapes, grown, self._batch_size(*small))
         self.batched = {node: size for node, size in rows.items() if isinstance(node, fx.Node)}
         self.output_rows = [rows.get(name) for name in shapes if isinstance(name, int)]
@@ -396,10 +395,6 @@ def places(decoder: Decoder, stages: Iterable[Stage], tap: str) -> list[tuple[St
     """Cut a decoder at several stages, in order of execution."""
     cut = decoder.cut_after if tap == "after" else decoder.cut_before
     return sorted(((stage, cut(stage)) for stage in stages), key=lambda pair: pair[1].position)
-
-
-def _shape(value: Tensor) -> tuple[int, ...]:
-    return tuple(value.shape)
 
 
 def _precision(module: nn.Module) -> torch.dtype | None:
