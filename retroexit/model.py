@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from retroexit.decoder.batches import merge
 from retroexit.decoder.split import SplitGenerator, Values
-from retroexit.decoder.structure import rebuild, tensors, twin
+from retroexit.decoder.structure import twin
 from retroexit.errors import BankError, CheckpointError, NotRecordedError, OptionError, TrainingError
 from retroexit.exits import Exit, list_exits
 from retroexit.guidance.bank import GuidanceBank
@@ -324,6 +325,11 @@ class EarlyExitGenerator(nn.Module):
         query = taps.query(keyed, args, kwargs)
         return self.bank.guide(query if rows is None else query[rows]).to(keyed)
 
+    @property
+    def _folded(self) -> int:
+        """Rows of one sample in the first attach point's feature, into which frames may be folded."""
+        return self.split.batched.get(self.split.cuts[0].crossing[0]) or 1
+
     def _predicted(self, values: Values, args: Any, kwargs: Any) -> Tensor:
         if self.predictor is None:
             raise TrainingError(
@@ -333,13 +339,16 @@ class EarlyExitGenerator(nn.Module):
         source = self.options.predictor_inputs
         reads = source(*args, **kwargs) if source is not None else self.split.crossing(values, 0)[0]
         found: Tensor = self.predictor(reads)
+        size = self._folded
+        if source is None and size > 1:  # a sample's frames leave together
+            return found.unflatten(0, (-1, size)).mean(dim=1)
         return found
 
     def _routed(self, args: Any, kwargs: Any, threshold: float) -> tuple[Any, Tensor]:
         with torch.no_grad():
             values, keyed = self.split.begin(args, kwargs)
             exits = assign_exits(self._predicted(values, args, kwargs), threshold)
-        if not self.split.mixes:
+        if not self.split.mixes or (self.anatomy.taps is not None and self._folded > 1):
             # The batch cannot be divided: everybody takes the deepest exit chosen.
             exits = exits.max().expand_as(exits)
         early = (exits <= len(self.branches)).nonzero()[:, 0]
@@ -366,7 +375,7 @@ class EarlyExitGenerator(nn.Module):
         else:
             with torch.no_grad():
                 parts.append((rows, self.split.finish(values)))
-        return _merge(parts, len(exits)), exits
+        return merge(parts, len(exits), self.split.output_rows), exits
 
     def _check_exit(self, exit: int) -> int:
         if isinstance(exit, bool) or not isinstance(exit, int) or not 1 <= exit <= len(self.branches) + 1:
@@ -376,24 +385,3 @@ class EarlyExitGenerator(nn.Module):
                 exit,
             )
         return exit
-
-
-def _merge(parts: list[tuple[Tensor, Any]], count: int) -> Any:
-    """Put the outputs of parts of a batch back into the batch's order."""
-    if len(parts) == 1:
-        return parts[0][1]
-    outputs = [tensors(output) for _, output in parts]
-    merged: list[Tensor] = []
-    for leaves in zip(*outputs, strict=True):
-        batched = all(
-            leaf.dim() and leaf.shape[0] == len(rows) for leaf, (rows, _) in zip(leaves, parts, strict=True)
-        )
-        if not batched:
-            merged.append(leaves[0])
-            continue
-        whole = leaves[0].new_empty(count, *leaves[0].shape[1:])
-        for leaf, (rows, _) in zip(leaves, parts, strict=True):
-            whole[rows.to(whole.device)] = leaf.detach()
-        merged.append(whole)
-    rest = iter(merged)
-    return rebuild(parts[0][1], lambda leaf: next(rest) if isinstance(leaf, Tensor) else leaf)

@@ -245,7 +245,7 @@ def _find_places(decoder: Decoder, options: WrapOptions) -> list[tuple[Stage, Cu
         if options.tap == "after" and stage.index == len(decoder.stages):
             raise AttachPointError(
                 f"asked for a branch after stage {stage.index} ({stage.path}); found that it is the last "
-                f"one, so that nothing is left to make thinner. Attach at 1 to {stage.index - 1}.",
+                f"one, so that nothing is left to make thinner. {_instead(decoder, stage)}",
                 place,
             )
     if len({stage.path for stage in chosen}) < len(chosen):
@@ -268,6 +268,20 @@ def _find_places(decoder: Decoder, options: WrapOptions) -> list[tuple[Stage, Cu
                 stage.path,
             )
     return pairs
+
+
+def _instead(decoder: Decoder, last: Stage) -> str:
+    """Say where else to attach than behind the last stage."""
+    if last.index > 1:
+        return f"Attach at 1 to {last.index - 1}."
+    modules = decoder.call(last.path).module.named_modules(prefix=last.path)
+    inside = [path for path, m in modules if path != last.path and any(True for _ in m.parameters(False))]
+    if len(inside) > 1:
+        return (
+            f"It is the only stage: name a layer inside it, such as attach_at={inside[:1]}, or take its "
+            "input with tap='before'."
+        )
+    return "It is the only stage, one layer: take its input with tap='before', or wrap a deeper module."
 
 
 def _has_weights(node: fx.Node) -> bool:
@@ -303,14 +317,16 @@ def _build_exit(
     else:  # what is written may be another value in another call
         written = set(range(len(handed)))
     cut = split.cuts[index]
-    one = [v[:1] if n in split.batched else v for n, v in zip(cut.crossing, crossing, strict=True)]
+    # Where samples cannot be told apart, the whole batch of the example stands for one.
+    rows = split.batched if split.divides else {}
+    one = [v[: rows[n]] if n in rows else v for n, v in zip(cut.crossing, crossing, strict=True)]
     with unobserved(split.generator):  # trial runs draw from generators that are not theirs
         branch = build_branch(tail, cut, one, spec, plan)
         guide = None
         if spec.guide is not None:
             guide = one[0].new_zeros(one[0].shape[0], spec.guide.channels, *spec.guide.size)
         macs = count_macs(branch, *(value.clone() for value in one), guide=guide)
-    return branch, written, macs if split.any_batch else macs // split.batch
+    return branch, written, macs if split.divides else macs // split.batch
 
 
 def _output(split: SplitGenerator) -> list[Tensor]:

@@ -377,3 +377,40 @@ def test_tensors_hidden_in_an_object(toys: ModuleType, untouched: Untouched) -> 
     with untouched(generator):
         model = wrap(generator)
     assert "a Box object that holds tensors" in model.split.decoder.replayed
+
+
+class _OneStage(nn.Module):
+    def __init__(self, stage: nn.Module) -> None:
+        super().__init__()
+        self.stage, self.rgb = stage, nn.Conv2d(16, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rgb(nn.functional.interpolate(self.stage(x), scale_factor=2.0))
+
+
+class _TwoLayers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 16, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.one(x) + self.two(x)
+
+
+def test_a_decoder_of_one_block_is_told_to_name_a_layer_inside() -> None:
+    generator = _OneStage(_TwoLayers()).eval()
+    example = (torch.randn(1, 16, 4, 4),)
+    assert [stage.path for stage in retroexit.find_stages(generator, example)] == ["stage"]
+    with pytest.raises(errors.AttachPointError, match=r"only stage: name .* attach_at=\['stage.one'\]"):
+        retroexit.wrap(generator, [1], 1 / 2, example_inputs=example)
+    assert len(retroexit.wrap(generator, ["stage.one"], 1 / 2, example_inputs=example).exits) == 2
+
+
+def test_a_decoder_of_one_layer_is_told_to_take_its_input() -> None:
+    generator = _OneStage(nn.Conv2d(16, 16, 3, padding=1)).eval()
+    example = (torch.randn(1, 16, 4, 4),)
+    assert [stage.path for stage in retroexit.find_stages(generator, example)] == ["stage"]
+    with pytest.raises(errors.AttachPointError, match=r"one layer: take its input with tap='before'"):
+        retroexit.wrap(generator, [1], 1 / 2, example_inputs=example)
+    model = retroexit.wrap(generator, [1], 1 / 2, min_channels=2, example_inputs=example, tap="before")
+    assert model(*example, exit=1).shape == (1, 3, 8, 8)

@@ -2,13 +2,16 @@
 
 Attention's fused kernel reads its width as a plain number, so it stays off. ``math.sqrt(c)`` turns a size
 into a float, which PyTorch takes as a promise that it never changes; a factor may well depend on the width.
-``int(c)`` is such a promise too. Python insists on a plain number there, so the name ``int`` is covered for a
-while in the files that ask for it, by a type that hands symbolic sizes back as they are.
+``int(c)`` is such a promise too, and so is ``int(c / 2)``. Python insists on a plain number there, so
+the name ``int`` is covered for a while in the files that ask for it, by a type that hands symbolic sizes back
+as they are.
 """
 
 from __future__ import annotations
 
 import builtins
+import logging
+import math
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -16,6 +19,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.utils._sympy.functions import IntTrueDiv
 
 from retroexit.decoder.lines import is_user_code
 
@@ -23,6 +27,15 @@ __all__ = ["FrozenSizeError", "lenient_python"]
 
 _LOCK = threading.Lock()
 _ABSENT = object()
+# What cannot run on symbolic sizes is dealt with, and need not be reported on the terminal.
+_LOUD = [
+    logging.getLogger(name)
+    for name in (
+        "torch._subclasses.fake_tensor",
+        "torch.fx.experimental.sym_node",
+        "torch.utils._sympy.interp",
+    )
+]
 
 Namespace = dict[str, Any]
 
@@ -39,6 +52,17 @@ class FrozenSizeError(BaseException):
         self.namespace = namespace
 
 
+def _is_whole(value: Any) -> bool:
+    return value is not None and float(value).is_integer()
+
+
+def _is_quotient(value: object) -> bool:
+    """Tell whether a float is a size divided by another that goes into it."""
+    if not isinstance(value, torch.SymFloat) or not _is_whole(value.node.hint):
+        return False
+    return bool(value.node.expr.is_integer) or isinstance(value.node.expr, IntTrueDiv)
+
+
 class _IntOrSize(type):
     def __instancecheck__(cls, value: object) -> bool:
         return isinstance(value, (builtins.int, torch.SymInt))
@@ -49,6 +73,8 @@ class _IntOrSize(type):
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         if len(args) == 1 and isinstance(args[0], torch.SymInt):
             return args[0]
+        if len(args) == 1 and _is_quotient(args[0]):
+            return math.trunc(args[0])
         return builtins.int(*args, **kwargs)
 
 
@@ -67,7 +93,7 @@ def lenient_python(covered: Sequence[Namespace] | None) -> Iterator[None]:
     Raises:
         FrozenSizeError: When another file of the generator's calls ``int`` on a symbolic size.
     """
-    freeze = torch.SymInt.__int__
+    freeze, truncate = torch.SymInt.__int__, torch.SymFloat.__int__
 
     def to_int(size: torch.SymInt) -> int:
         caller = sys._getframe(1)
@@ -78,13 +104,23 @@ def lenient_python(covered: Sequence[Namespace] | None) -> Iterator[None]:
             raise FrozenSizeError(caller.f_globals)
         return freeze(size)
 
+    def to_int_from_float(value: torch.SymFloat) -> int:
+        caller = sys._getframe(1)
+        if covered is not None and _is_quotient(value) and is_user_code(caller.f_code.co_filename):
+            raise FrozenSizeError(caller.f_globals)
+        return truncate(value)
+
     with _LOCK:
         fast = torch.backends.mha.get_fastpath_enabled()
         own = [(names, names.get("int", _ABSENT)) for names in covered or ()]
+        was_off = [logger.disabled for logger in _LOUD]
         had_float = hasattr(torch.SymInt, "__float__")
         try:
             torch.backends.mha.set_fastpath_enabled(False)
+            for logger in _LOUD:
+                logger.disabled = True
             torch.SymInt.__int__ = to_int  # type: ignore[method-assign]
+            torch.SymFloat.__int__ = to_int_from_float  # type: ignore[method-assign]
             if not had_float:
                 torch.SymInt.__float__ = lambda size: float(size.node.hint)  # type: ignore[attr-defined]
             for names, _ in own:
@@ -97,6 +133,9 @@ def lenient_python(covered: Sequence[Namespace] | None) -> Iterator[None]:
                 else:
                     names["int"] = value
             torch.SymInt.__int__ = freeze  # type: ignore[method-assign]
+            torch.SymFloat.__int__ = truncate  # type: ignore[method-assign]
             if not had_float:
                 del torch.SymInt.__float__  # type: ignore[attr-defined]
             torch.backends.mha.set_fastpath_enabled(fast)
+            for logger, is_off in zip(_LOUD, was_off, strict=True):
+                logger.disabled = is_off

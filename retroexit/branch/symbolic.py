@@ -19,6 +19,7 @@ from torch._dispatch.python import enable_python_dispatcher
 
 from retroexit.branch.algebra import Algebra
 from retroexit.branch.demands import Demands, attributes_with
+from retroexit.branch.kernels import kernel_axes
 from retroexit.branch.knowledge import Expr, Product, symbols_of
 from retroexit.branch.leniency import FrozenSizeError, Namespace, lenient_python
 from retroexit.branch.sizes import HalfFakeMode, SizeEnv
@@ -127,7 +128,13 @@ class _SymbolicRun:
         real = [*self.tail.named_parameters(), *self.tail.named_buffers()]
         parameters = [name for name, _ in self.tail.named_parameters()]
         self.original = {name: tuple(tensor.shape) for name, tensor in real}
-        sizes = {size for name in parameters for size in self.original[name] if size > threshold}
+        self.kernels = {name: kernel_axes(self.tail, name, self.original[name]) for name in self.original}
+        sizes = {
+            size
+            for name in parameters
+            for axis, size in enumerate(self.original[name])
+            if size > threshold and axis not in self.kernels[name]
+        }
         self.tensors = {
             name: self.fake(tensor, self._free_axes(name, tensor, sizes))
             for name, tensor in real
@@ -181,7 +188,7 @@ class _SymbolicRun:
         owner = self.tail.get_submodule(name.rpartition(".")[0])
         groups = {v for k, v in vars(owner).items() if type(v) is int and v > 1 and _is_width(owner, k)}
         return [
-            size > self.threshold
+            (size > self.threshold and axis not in self.kernels[name])
             or (axis < 2 and size > 1 and (self.small or any(size * g in sizes for g in groups)))
             for axis, size in enumerate(tensor.shape)
         ]

@@ -270,6 +270,8 @@ def _without_glue(way: Sequence[Part]) -> list[Part]:
         levels[-1].append(part)
     if len(levels) > 1 and _only_prepares(levels[0]) and any(part.has_parts for part in way):
         levels.pop(0)
+    bare = [level for level in levels if not any(not part.is_atom for part in level)]
+    stages = {_build(part) for level in bare for part in level if part.has_parts}
     kept: list[Part] = []
     for level in levels:
         total = sum(part.call.macs for part in level)
@@ -278,10 +280,16 @@ def _without_glue(way: Sequence[Part]) -> list[Part]:
         layers = [part for part in working if part.has_parts]
         for better in (blocks, layers):
             if sum(part.call.macs for part in better) >= _WORK * total:
-                working = better
+                # What is a stage at one level is one beside an attention layer at another too.
+                working = [part for part in working if part in better or _build(part) in stages]
                 break
         kept.extend(working)
     return kept
+
+
+def _build(part: Part) -> tuple[type, ...]:
+    """What a single layer with parts is made of."""
+    return (type(part.call.module), *(type(child) for child in part.call.module.children()))
 
 
 def _only_prepares(level: Sequence[Part]) -> bool:

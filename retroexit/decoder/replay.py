@@ -112,7 +112,7 @@ class ReplaySplit(SplitGenerator):
     @property
     def mixes(self) -> bool:
         """Tell whether samples of one batch may leave at different exits: not where values steer Python."""
-        return self.any_batch and not self.decoder.recording.reads
+        return self.divides and not self.decoder.recording.reads
 
     def _run(self, index: int, values: Values, target: Place | None, source: ReplayCut | None) -> Run:
         copies = {node: twin(value) for node, value in values.items()}
@@ -194,14 +194,12 @@ class ReplaySplit(SplitGenerator):
 
         def grow(leaf: Any) -> Any:
             is_batched = isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == self.batch
-            return torch.cat([leaf, leaf[:1]]) if is_batched else leaf
+            return torch.cat([leaf, other(leaf[:1])]) if is_batched else leaf
 
-        small = self._sizes(args, kwargs)
         try:
-            large = self._sizes(*rebuild((tuple(args), dict(kwargs)), grow))
+            self._find_rows((args, kwargs), rebuild((tuple(args), dict(kwargs)), grow))
         except Exception:
             return False
-        self.batched = {node for node in small if node in large and small[node] != large[node]}
         self.cuts = tuple(
             replace(cut, batched=frozenset(self.batched)) for cut in self.cuts if isinstance(cut, ReplayCut)
         )

@@ -35,7 +35,7 @@ class ReplayCut(Cut):
         called: Paths of all modules that the recording saw.
         kept: Paths of modules that run behind the cut; all of them before that has been explored.
         paths: Answers to questions about values that lead along different ways through the forward.
-        batched: Nodes whose first axis is the batch.
+        batched: Nodes whose first axis grows with the batch.
     """
 
     place: Place
@@ -69,7 +69,7 @@ class ReplayCut(Cut):
                 return values[node]
             shape = node.meta["shape"]
             if node in self.batched:
-                shape = (feature.shape[0], *shape[1:])
+                shape = (shape[0] * feature.shape[0] // self.entry.meta["shape"][0], *shape[1:])
             return torch.zeros(shape, dtype=node.meta["dtype"], device=feature.device)
 
         known = set(self.crossing)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from retroexit.decoder.batches import are_grouped, group, rows_per_sample
 from retroexit.decoder.cut import Cut, Segment, Tail
 from retroexit.decoder.record import unobserved
 from retroexit.decoder.stages import Decoder, Stage
@@ -45,8 +46,7 @@ class _Call:
 class SplitGenerator:
     """A recorded generator, cut at its attach points.
 
-    Runs of it do what the generator does, in the same order, so that random draws fall alike. Besides a memo
-    of input shapes that were checked it keeps no state.
+    Runs of it do what the generator does, in the same order, so that random draws fall alike.
 
     Args:
         generator: The trained generator, in eval mode.
@@ -58,7 +58,10 @@ class SplitGenerator:
 
     Attributes:
         example: The inputs of the recording.
-        batched: Nodes of crossing values whose first axis is the batch, and of the keys' feature.
+        batched: Rows of one sample in the crossing values and the keys' feature that depend on the batch:
+            1 mostly, more where frames are folded in, 0 where samples are not told apart by rows.
+        output_rows: Likewise for tensors of the output; ``None`` where one belongs to no sample.
+        divides: Whether samples of one batch can be told apart in all of these.
         any_batch: Whether a batch of another size gives the generator's own output.
 
     Raises:
@@ -84,10 +87,12 @@ class SplitGenerator:
         self._precision = _precision(generator)
         self._shapes = {self._shape_key(args, kwargs)}
         self.batch = self._batch_size(args, kwargs)
-        self.batched: set[fx.Node] = set()
+        self.batched: dict[fx.Node, int] = {}
+        self.output_rows, self.divides = list[int | None](), True
         self._around_key: tuple[Segment, Segment] | None = None
         self._prepare()
         self.any_batch = self._probe_batch(args, kwargs)
+        self.divides = self.any_batch and self.divides
 
     def _prepare(self) -> None:
         """Cut the recording into segments."""
@@ -114,7 +119,7 @@ class SplitGenerator:
     @property
     def mixes(self) -> bool:
         """Tell whether samples of one batch may leave at different exits."""
-        return self.any_batch
+        return self.divides
 
     def start(self, args: Any, kwargs: Any) -> Values:
         """Bind inputs to the recording's placeholders.
@@ -162,7 +167,8 @@ class SplitGenerator:
     def select(self, values: Values, rows: Tensor) -> Values:
         """Keep some samples of a batch."""
         return {
-            n: v.index_select(0, rows.to(v.device)) if n in self.batched else v for n, v in values.items()
+            n: v.index_select(0, group(rows, self.batched[n]).to(v.device)) if n in self.batched else v
+            for n, v in values.items()
         }
 
     def tail(self, index: int, *, share: bool = False) -> Tail:
@@ -314,14 +320,13 @@ class SplitGenerator:
         """Run with one more sample and other numbers; see what is batched and whether anything was frozen."""
         batch = self.batch
 
+        def other(leaf: Any) -> Any:
+            return leaf * 0.9 if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
         def grow(leaf: Any) -> Any:
             if not isinstance(leaf, Tensor) or leaf.dim() == 0 or leaf.shape[0] != batch:
                 return leaf
-            more = torch.cat([leaf, leaf[:1]])
-            return more * 0.9 if more.is_floating_point() else more
-
-        def other(leaf: Any) -> Any:
-            return leaf * 0.9 if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+            return torch.cat([other(leaf), other(other(leaf[:1]))])
 
         trouble = self._trouble(rebuild(args, other), rebuild(dict(kwargs), other))
         if trouble:
@@ -337,8 +342,8 @@ class SplitGenerator:
         grown_args, grown_kwargs = rebuild(args, grow), rebuild(dict(kwargs), grow)
         if self._trouble(grown_args, grown_kwargs):
             return False
-        small, large = self._sizes(args, kwargs), self._sizes(grown_args, grown_kwargs)
-        self.batched = {node for node in small if small[node] != large[node]}
+        few = rebuild((args, dict(kwargs)), other)
+        self._find_rows(few, (grown_args, grown_kwargs))
         return True
 
     def _trouble(self, args: Any, kwargs: Any) -> str:
@@ -348,17 +353,35 @@ class SplitGenerator:
         except Exception as error:
             return f"raises {type(error).__name__}: {error}"
 
-    def _sizes(self, args: Any, kwargs: Any) -> dict[fx.Node, int]:
-        found: dict[fx.Node, int] = {}
+    def _find_rows(self, small: tuple[Any, Any], large: tuple[Any, Any]) -> None:
+        """See which rows belong to which sample, from a batch and the same with one more sample."""
+        shapes, grown = (self._seen(given, lambda value: tuple(value.shape)) for given in (small, large))
+        rows = rows_per_sample(shapes, grown, self._batch_size(*small))
+        self.batched = {node: size for node, size in rows.items() if isinstance(node, fx.Node)}
+        self.output_rows = [rows.get(name) for name in shapes if isinstance(name, int)]
+        self.divides = all(rows.values())
+        folded = [name for name, size in rows.items() if size > 1]
+        if folded and self.divides:
+            few, many = self._seen(small, Tensor.clone), self._seen(large, Tensor.clone)
+            self.divides = all(name in many and are_grouped(few[name], many[name]) for name in folded)
+
+    def _seen(self, given: tuple[Any, Any], look: Callable[[Tensor], Any]) -> dict[Any, Any]:
+        """Look at every value that crosses a cut, by node, and at the tensors of the output, by number."""
+        found: dict[Any, Any] = {}
+
+        def note(values: Iterable[tuple[Any, Any]]) -> None:
+            found.update((n, look(v)) for n, v in values if isinstance(v, Tensor) and v.dim() > 0)
+
         with torch.no_grad(), unobserved(self.generator):
-            values, keyed = self._to_first_cut(self._bind(cloned(args), cloned(kwargs)))
+            values = self._bind(*cloned(given))
             if self.key_cut is not None:
-                found[self.key_cut.feature] = keyed.shape[0]
+                values, keyed = self._to_first_cut(values)
+                note([(self.key_cut.feature, keyed)])
             for index in range(len(self.cuts)):
-                values = self.advance(values, index) if index else values
-                found.update(
-                    {n: v.shape[0] for n, v in values.items() if isinstance(v, Tensor) and v.dim() > 0}
-                )
+                values = values if index == 0 and self.key_cut is not None else self.advance(values, index)
+                note(values.items())
+            outputs = tensors(self.finish(values))
+            found.update((i, look(v) if v.dim() > 0 else None) for i, v in enumerate(outputs))
         return found
 
     def _shape_key(self, args: Any, kwargs: Any) -> tuple[Any, ...]:

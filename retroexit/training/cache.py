@@ -131,6 +131,13 @@ class FeatureCache:
                 "its forward take any batch size.",
                 model.generator,
             )
+        if {*model.split.batched.values(), *model.split.output_rows} - {1, None}:
+            raise TrainingError(
+                f"asked to cache features of {type(model.generator).__name__}; found values with several "
+                "rows per sample, such as frames folded into the batch, so that samples cannot be stored one "
+                "by one. Wrap the module that renders one frame, and let its batch be the frames.",
+                model.generator,
+            )
         identity = _identity(model, samples, batch)
         state = _read_state(folder)
         done, names = _go_on(folder, state, identity) if state is not None else (0, [])

@@ -65,3 +65,24 @@ def test_a_branch_may_sit_behind_a_container_or_inside_a_stage(toys: ModuleType)
         assert all(torch.equal(model(*toy.args, exit=k), want) for k in (1, 2, 3))
     assert [e.attach_at for e in model.exits] == ["blocks.0.0.a", "blocks.1", ""]
     assert [e.depth for e in model.exits[:2]] == [2, 1]
+
+
+def _up(i: int, o: int) -> nn.Module:
+    return nn.Sequential(nn.ConvTranspose2d(i, o, 4, 2, 1), nn.BatchNorm2d(o), nn.ReLU())
+
+
+class _Attention(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.query, self.value = nn.Conv2d(channels, channels, 1), nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = torch.softmax(self.query(x).flatten(2).transpose(1, 2) @ x.flatten(2), dim=-1)
+        return x + (self.value(x).flatten(2) @ weights).view_as(x)
+
+
+def test_an_upsampling_stage_in_front_of_attention_is_one_like_the_others() -> None:
+    stages = [_up(8, 32), _up(32, 32), _up(32, 32), _Attention(32), _up(32, 32), _Attention(32)]
+    generator = nn.Sequential(*stages, nn.Conv2d(32, 3, 1)).eval()
+    found = [stage.path for stage in retroexit.find_stages(generator, (torch.randn(1, 8, 2, 2),))]
+    assert {"0", "1", "2", "4"} <= set(found)
