@@ -2,11 +2,12 @@
 
 from retroexit.guidance.bank import GuidanceBank, Retrieved
 from retroexit.guidance.patches import cut, glue
-from retroexit.guidance.sampling import coverage, farthest_points, random_points, thin
+from retroexit.guidance.sampling import central_points, coverage, farthest_points, random_points, thin
 
 __all__ = [
     "GuidanceBank",
     "Retrieved",
+    "central_points",
     "coverage",
     "cut",
     "farthest_points",

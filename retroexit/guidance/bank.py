@@ -117,7 +117,7 @@ class GuidanceBank:
                 grid of key patches.
             patch: Size of a key's patch, ``(ph, pw)``.
             size: Keys to keep at most.
-            thin: ``"fps"`` (the paper), ``"random"`` or ``"none"``; see `sampling.thin`.
+            thin: ``"fps"`` (the paper), ``"kmeans"``, ``"random"`` or ``"none"``; see `sampling.thin`.
             retriever: Unbuilt index; it receives the kept keys.
             eps: Farthest point sampling stops when no candidate is farther than this from the kept keys.
             seed: Of all random choices.
