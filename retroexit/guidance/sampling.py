@@ -18,7 +18,7 @@ from torch import Tensor
 from retroexit.errors import BankError, OptionError
 from retroexit.guidance.centres import central_rows
 from retroexit.retrieval.base import as_matrix
-from retroexit.retrieval.distances import first_of_each, nearest, pair_distances
+from retroexit.retrieval.distances import first_of_each, nearest, pair_distances, squared_norms
 
 __all__ = ["Reservoir", "Thinning", "central_points", "coverage", "farthest_points", "random_points", "thin"]
 
@@ -82,14 +82,27 @@ def farthest_points(
 def _update(gap: Tensor, points: Tensor, centre: Tensor, fresh: list[int]) -> None:
     """Lower the squared distances to the chosen set by newly chosen points."""
     # Float64, since |x|^2 - 2xy + |y|^2 cancels and clusters far from the mean would be thinned by rounding
-    # noise.
+    # noise; but only for the few rows that float32 cannot rule out.
     new = points[fresh] - centre
-    new_norms = torch.einsum("bd,bd->b", new, new)
+    new_norms = squared_norms(new)
     for start in range(0, len(points), _ROWS):
-        part = points[start : start + _ROWS] - centre
+        block, here = points[start : start + _ROWS], gap[start : start + _ROWS]
+        rows = _perhaps_lowered(here, block - centre.float(), new.float())
+        if not len(rows):
+            continue
+        part = block[rows] - centre
         squared = torch.addmm(new_norms, part, new.T, alpha=-2).amin(dim=1)
-        squared += torch.einsum("nd,nd->n", part, part)
-        gap[start : start + _ROWS] = torch.minimum(gap[start : start + _ROWS], squared.clamp_(min=0))
+        squared += squared_norms(part)
+        here[rows] = torch.minimum(here[rows], squared.clamp_(min=0))
+
+
+def _perhaps_lowered(gap: Tensor, part: Tensor, new: Tensor) -> Tensor:
+    """Rows that may be nearer to a new point than to all before, by float32 and the bound of its error."""
+    norms, new_norms = squared_norms(part), squared_norms(new)
+    squared = torch.addmm(new_norms, part, new.T, alpha=-2).amin(dim=1) + norms
+    # Each of the three sums of D products is off by at most D roundings of its largest value.
+    error = 4 * (part.shape[1] + 4) * 2.0**-24 * (norms + new_norms.max())
+    return ((squared - error).double() < gap).nonzero()[:, 0]
 
 
 def _greedy(gap: Tensor, points: Tensor, most: int, least: float) -> list[int]:
