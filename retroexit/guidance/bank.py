@@ -36,6 +36,7 @@ __all__ = ["GuidanceBank", "Retrieved"]
 
 _KIND, _SCHEMA = "guidance bank", 1
 _KEYS, _VALUES, _SOURCE = "keys", "values.npy", "source.npy"
+_CHECKED = 1024  # rows per step of a check
 _OURS: tuple[type[Retriever], ...] = (AutoRetriever, ExactRetriever, FaissRetriever, HnswlibRetriever)
 
 
@@ -276,6 +277,21 @@ class GuidanceBank:
             )
         return torch.from_numpy(np.take(np.asarray(self.values), rows, axis=0))
 
+    @torch.no_grad()
+    def check(self) -> int:
+        """Check that every value is finite, and count the keys whose own row a search for them finds.
+
+        Raises:
+            BankError: If a value is not finite.
+        """
+        found = 0
+        for start in range(0, len(self), _CHECKED):
+            if not np.isfinite(self.values[start : start + _CHECKED]).all():
+                raise BankError(f"values from row {start} on are not finite; build the bank again", self)
+            ids = self.retriever.search(self.retriever.keys[start : start + _CHECKED]).ids[:, 0]
+            found += int((ids == torch.arange(start, start + len(ids))).sum())
+        return found
+
     def save(self, folder: str | Path) -> None:
         """Write the bank to a folder, in one step.
 
@@ -295,6 +311,15 @@ class GuidanceBank:
                 write_manifest(fresh, facts, (f"{_KEYS}/{MANIFEST}", _SOURCE, _VALUES))
             except TypeError as error:
                 raise OptionError(f"meta of a bank must be plain data: {error}", self.meta) from error
+
+    @staticmethod
+    def retriever_name(folder: str | Path) -> str:
+        """Read the name of the back-end that a saved bank is searched with.
+
+        Raises:
+            CheckpointError: If there is no bank, or its manifest is damaged.
+        """
+        return str(read_manifest(folder, _KIND, _SCHEMA)["retriever"])
 
     @classmethod
     def load(
