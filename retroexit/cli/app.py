@@ -23,7 +23,7 @@ from retroexit.plugins.host import host
 
 __all__ = ["COMMANDS", "own_commands", "run"]
 
-COMMANDS: Final = ("demo", "inspect", "fit", "evaluate", "plugins", "doctor")
+COMMANDS: Final = ("demo", "inspect", "fit", "evaluate", "bank", "plugins", "doctor")
 """Our own commands, in the order of the help."""
 
 
