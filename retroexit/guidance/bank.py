@@ -237,20 +237,31 @@ class GuidanceBank:
             distances[left[hit]] = found.distances[hit, first[hit]]
             left = left[~hit]
 
+    def guide_buffer(self, count: int, grid: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+        """Make a tensor that `glue` can write the guides of ``count`` inputs into, again and again.
+
+        Returns:
+            ``(count, Cv, h * ph, w * pw)`` on the CPU, channels-last layout, for a grid ``(h, w)`` of keys.
+        """
+        size = (g * p for g, p in zip(grid, self.value_patch, strict=True))
+        return torch.empty((count, *size, self.value_channels), dtype=dtype).movedim(-1, 1)
+
     @torch.no_grad()
-    def glue(self, ids: Tensor) -> Tensor:
+    def glue(self, ids: Tensor, *, out: Tensor | None = None) -> Tensor:
         """Glue the values of these keys into a map.
 
         Args:
             ids: Rows of the bank, ``(N, h, w)``.
+            out: Tensor to write into, see `guide_buffer`; a new one if ``None``.
 
         Returns:
-            Guide, float32 ``(N, Cv, h * ph, w * pw)`` on the CPU, channels-last layout.
+            Guide, float32 ``(N, Cv, h * ph, w * pw)`` on the CPU, channels-last layout; ``out`` if given.
 
         Raises:
             BankError: If an id is no row of the bank.
+            OptionError: If ``out`` has another shape or layout.
         """
-        return patches.glue(self._gather(ids), dtype=torch.float32)
+        return patches.glue(self._gather(ids), dtype=torch.float32, out=out)
 
     @torch.no_grad()
     def guide(self, feature: Tensor, exclude: Tensor | None = None) -> Tensor:

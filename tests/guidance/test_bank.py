@@ -356,3 +356,11 @@ def test_a_check_counts_keys_that_find_themselves_and_refuses_values_that_are_no
     broken = GuidanceBank(retriever=bank.retriever, values=values, source=bank.source.numpy(), meta=bank.meta)
     with pytest.raises(BankError, match="values from row 0 on are not finite"):
         broken.check()
+
+
+def test_guides_are_written_into_a_buffer_again_and_again() -> None:
+    bank = make()
+    buffer = bank.guide_buffer(2, (2, 4))
+    for own in ([3, 4], [0, 5]):
+        guide = bank.glue(bank.search(FEATURES[own]).ids, out=buffer)
+        assert guide.data_ptr() == buffer.data_ptr() and torch.equal(guide, VALUES[own])
