@@ -36,6 +36,7 @@ __all__ = ["GuidanceBank", "Retrieved"]
 
 _KIND, _SCHEMA = "guidance bank", 1
 _KEYS, _VALUES, _SOURCE = "keys", "values.npy", "source.npy"
+_CHECKED = 1024  # rows per step of a check
 _OURS: tuple[type[Retriever], ...] = (AutoRetriever, ExactRetriever, FaissRetriever, HnswlibRetriever)
 
 
@@ -117,7 +118,7 @@ class GuidanceBank:
                 grid of key patches.
             patch: Size of a key's patch, ``(ph, pw)``.
             size: Keys to keep at most.
-            thin: ``"fps"`` (the paper), ``"random"`` or ``"none"``; see `sampling.thin`.
+            thin: ``"fps"`` (the paper), ``"kmeans"``, ``"random"`` or ``"none"``; see `sampling.thin`.
             retriever: Unbuilt index; it receives the kept keys.
             eps: Farthest point sampling stops when no candidate is farther than this from the kept keys.
             seed: Of all random choices.
@@ -236,20 +237,31 @@ class GuidanceBank:
             distances[left[hit]] = found.distances[hit, first[hit]]
             left = left[~hit]
 
+    def guide_buffer(self, count: int, grid: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+        """Make a tensor that `glue` can write the guides of ``count`` inputs into, again and again.
+
+        Returns:
+            ``(count, Cv, h * ph, w * pw)`` on the CPU, channels-last layout, for a grid ``(h, w)`` of keys.
+        """
+        size = (g * p for g, p in zip(grid, self.value_patch, strict=True))
+        return torch.empty((count, *size, self.value_channels), dtype=dtype).movedim(-1, 1)
+
     @torch.no_grad()
-    def glue(self, ids: Tensor) -> Tensor:
+    def glue(self, ids: Tensor, *, out: Tensor | None = None) -> Tensor:
         """Glue the values of these keys into a map.
 
         Args:
             ids: Rows of the bank, ``(N, h, w)``.
+            out: Tensor to write into, see `guide_buffer`; a new one if ``None``.
 
         Returns:
-            Guide, float32 ``(N, Cv, h * ph, w * pw)`` on the CPU, channels-last layout.
+            Guide, float32 ``(N, Cv, h * ph, w * pw)`` on the CPU, channels-last layout; ``out`` if given.
 
         Raises:
             BankError: If an id is no row of the bank.
+            OptionError: If ``out`` has another shape or layout.
         """
-        return patches.glue(self._gather(ids), dtype=torch.float32)
+        return patches.glue(self._gather(ids), dtype=torch.float32, out=out)
 
     @torch.no_grad()
     def guide(self, feature: Tensor, exclude: Tensor | None = None) -> Tensor:
@@ -276,6 +288,21 @@ class GuidanceBank:
             )
         return torch.from_numpy(np.take(np.asarray(self.values), rows, axis=0))
 
+    @torch.no_grad()
+    def check(self) -> int:
+        """Check that every value is finite, and count the keys whose own row a search for them finds.
+
+        Raises:
+            BankError: If a value is not finite.
+        """
+        found = 0
+        for start in range(0, len(self), _CHECKED):
+            if not np.isfinite(self.values[start : start + _CHECKED]).all():
+                raise BankError(f"values from row {start} on are not finite; build the bank again", self)
+            ids = self.retriever.search(self.retriever.keys[start : start + _CHECKED]).ids[:, 0]
+            found += int((ids == torch.arange(start, start + len(ids))).sum())
+        return found
+
     def save(self, folder: str | Path) -> None:
         """Write the bank to a folder, in one step.
 
@@ -295,6 +322,15 @@ class GuidanceBank:
                 write_manifest(fresh, facts, (f"{_KEYS}/{MANIFEST}", _SOURCE, _VALUES))
             except TypeError as error:
                 raise OptionError(f"meta of a bank must be plain data: {error}", self.meta) from error
+
+    @staticmethod
+    def retriever_name(folder: str | Path) -> str:
+        """Read the name of the back-end that a saved bank is searched with.
+
+        Raises:
+            CheckpointError: If there is no bank, or its manifest is damaged.
+        """
+        return str(read_manifest(folder, _KIND, _SCHEMA)["retriever"])
 
     @classmethod
     def load(

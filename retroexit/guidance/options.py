@@ -37,7 +37,7 @@ class Guidance:
         inject: ``"input"`` hands the guide to each branch's input (section 4.1), ``"every_stage"`` to each
             branch module's (section 4.2). By default the former for patches, the latter for frames.
         size: Number of pairs after thinning.
-        thin: ``"fps"`` (farthest points, section 4.1), ``"random"`` or ``"none"``.
+        thin: ``"fps"`` (farthest points, section 4.1), ``"kmeans"``, ``"random"`` or ``"none"``.
         retriever: Name of the search back-end.
 
     Raises:
@@ -50,7 +50,7 @@ class Guidance:
     patch: tuple[int, ...] = (1, 1)
     inject: Literal["input", "every_stage"] | None = None
     size: int = 1024
-    thin: Literal["fps", "random", "none"] = "fps"
+    thin: Literal["fps", "kmeans", "random", "none"] = "fps"
     retriever: str = "exact"
 
     def __post_init__(self) -> None:

@@ -47,30 +47,38 @@ def cut(feature: Tensor, patch: tuple[int, ...] = (1, 1)) -> Tensor:
     return parted.reshape(N, *grid, C * math.prod(patch))
 
 
-def glue(values: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
+def glue(values: Tensor, *, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
     """Glue patches into a map: written once, straight into a channels-last tensor.
 
     Args:
         values: Patches with channels last, ``(N, h, w, ph, pw, C)``; likewise for one or three spatial
             dimensions.
         dtype: Precision of the map; that of the patches if ``None``.
+        out: Map to write into, in channels-last layout; its dtype counts then. A new one if ``None``.
 
     Returns:
         ``(N, C, h * ph, w * pw)``, in channels-last layout.
 
     Raises:
-        OptionError: If the number of dimensions is not that of a grid of patches.
+        OptionError: If the number of dimensions is not that of a grid of patches, or ``out`` has another
+            shape or layout than the map.
     """
     dims = (values.ndim - 2) // 2
     if dims < 1 or values.ndim % 2:
         raise OptionError(f"patches must have shape (N, *grid, *patch, C), got {tuple(values.shape)}", values)
     N, C = values.shape[0], values.shape[-1]
     grid, patch = values.shape[1 : 1 + dims], values.shape[1 + dims : -1]
-    flat = torch.empty(
-        (N, *(g * p for g, p in zip(grid, patch, strict=True)), C),
-        dtype=dtype or values.dtype,
-        device=values.device,
-    )
+    shape = (N, *(g * p for g, p in zip(grid, patch, strict=True)), C)
+    if out is None:
+        flat = torch.empty(shape, dtype=dtype or values.dtype, device=values.device)
+    else:
+        flat = out.movedim(1, -1)
+        if flat.shape != shape or not flat.is_contiguous():
+            raise OptionError(
+                f"asked to glue a map of {(N, C, *shape[1:-1])} into a tensor of {tuple(out.shape)} with "
+                f"strides {out.stride()}; it needs that shape in channels-last layout",
+                out,
+            )
     # The map seen as (N, h, ph, w, pw, C), then put in the order of the values, (N, h, w, ph, pw, C).
     seen = flat.view(N, *(n for pair in zip(grid, patch, strict=True) for n in pair), C)
     seen.permute(0, *range(1, 2 * dims, 2), *range(2, 1 + 2 * dims, 2), 1 + 2 * dims).copy_(values)

@@ -1,8 +1,8 @@
 """Thinning: which of many candidate keys a bank keeps.
 
 The paper thins its keys by farthest point sampling to "decrease the redundancy" (section 4.1). That gives the
-smallest radius (the worst query is served best), while a random sample gives the smaller mean distance: both
-are offered, and `coverage` reports both numbers.
+smallest radius (the worst query is served best), while centres of clusters and even a random sample give the
+smaller mean distance: all are offered, and `coverage` reports both numbers.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from retroexit.errors import BankError, OptionError
+from retroexit.guidance.centres import central_rows
 from retroexit.retrieval.base import as_matrix
-from retroexit.retrieval.distances import first_of_each, nearest, pair_distances
+from retroexit.retrieval.distances import first_of_each, nearest, pair_distances, squared_norms
 
-__all__ = ["Reservoir", "Thinning", "coverage", "farthest_points", "random_points", "thin"]
+__all__ = ["Reservoir", "Thinning", "central_points", "coverage", "farthest_points", "random_points", "thin"]
 
-Thinning = Literal["fps", "random", "none"]
-"""Ways of thinning: farthest point sampling, a uniform sample, or keeping every distinct key."""
+Thinning = Literal["fps", "kmeans", "random", "none"]
+"""Ways of thinning: farthest points, keys nearest to centres, a uniform sample, or every distinct key."""
 
 _ROUND = 64  # picks per pass over all keys; a pool of 8 x 64 seldom runs dry earlier
 _ROWS = 8192  # keys converted to float64 at a time
@@ -81,14 +82,27 @@ def farthest_points(
 def _update(gap: Tensor, points: Tensor, centre: Tensor, fresh: list[int]) -> None:
     """Lower the squared distances to the chosen set by newly chosen points."""
     # Float64, since |x|^2 - 2xy + |y|^2 cancels and clusters far from the mean would be thinned by rounding
-    # noise.
+    # noise; but only for the few rows that float32 cannot rule out.
     new = points[fresh] - centre
-    new_norms = torch.einsum("bd,bd->b", new, new)
+    new_norms = squared_norms(new)
     for start in range(0, len(points), _ROWS):
-        part = points[start : start + _ROWS] - centre
+        block, here = points[start : start + _ROWS], gap[start : start + _ROWS]
+        rows = _perhaps_lowered(here, block - centre.float(), new.float())
+        if not len(rows):
+            continue
+        part = block[rows] - centre
         squared = torch.addmm(new_norms, part, new.T, alpha=-2).amin(dim=1)
-        squared += torch.einsum("nd,nd->n", part, part)
-        gap[start : start + _ROWS] = torch.minimum(gap[start : start + _ROWS], squared.clamp_(min=0))
+        squared += squared_norms(part)
+        here[rows] = torch.minimum(here[rows], squared.clamp_(min=0))
+
+
+def _perhaps_lowered(gap: Tensor, part: Tensor, new: Tensor) -> Tensor:
+    """Rows that may be nearer to a new point than to all before, by float32 and the bound of its error."""
+    norms, new_norms = squared_norms(part), squared_norms(new)
+    squared = torch.addmm(new_norms, part, new.T, alpha=-2).amin(dim=1) + norms
+    # Each of the three sums of D products is off by at most D roundings of its largest value.
+    error = 4 * (part.shape[1] + 4) * 2.0**-24 * (norms + new_norms.max())
+    return ((squared - error).double() < gap).nonzero()[:, 0]
 
 
 def _greedy(gap: Tensor, points: Tensor, most: int, least: float) -> list[int]:
@@ -129,6 +143,36 @@ def random_points(keys: Tensor | np.ndarray, size: int, *, seed: int = 0) -> Ten
     return torch.from_numpy(distinct)[order[:size]]
 
 
+@torch.no_grad()
+def central_points(
+    keys: Tensor | np.ndarray,
+    size: int,
+    *,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """Choose the keys nearest to the centres of k-means clusters.
+
+    Args:
+        keys: Candidates, ``(n, D)``.
+        size: How many to choose at most.
+        seed: Picks the first centres.
+        progress: Called with the number of passes done and of all.
+
+    Returns:
+        Row numbers, int64 ``(m,)``; ``m`` is ``size``, or the number of distinct keys if that is smaller. No
+        two of these keys are equal.
+
+    Raises:
+        OptionError: If ``size`` is below 1.
+        RetrieverError: If the keys are no finite matrix.
+    """
+    matrix, distinct = _distinct(keys, size)
+    points = matrix if len(distinct) == len(matrix) else matrix[distinct]
+    rows = central_rows(points, min(size, len(points)), seed=seed, progress=progress)
+    return torch.from_numpy(distinct[rows])
+
+
 def _distinct(keys: Tensor | np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
     if size < 1:
         raise OptionError(f"size must be at least 1, got {size}", size)
@@ -155,8 +199,12 @@ def coverage(keys: Tensor | np.ndarray, chosen: Tensor | np.ndarray) -> tuple[fl
     matrix = as_matrix(keys, "keys")
     kept = matrix[np.asarray(chosen)]
     centre = kept.mean(axis=0, dtype=np.float64).astype(np.float32)
-    ids = nearest(torch.from_numpy(matrix - centre), torch.from_numpy(kept - centre)).numpy()
-    distances = np.sqrt(pair_distances(matrix, kept, ids), dtype=np.float64)
+    centred = torch.from_numpy(kept - centre)
+    distances = np.empty(len(matrix))
+    for start in range(0, len(matrix), _ROWS):  # block by block: no second copy of all keys
+        part = matrix[start : start + _ROWS]
+        ids = nearest(torch.from_numpy(part - centre), centred).numpy()
+        distances[start : start + _ROWS] = np.sqrt(pair_distances(part, kept, ids)[:, 0], dtype=np.float64)
     return float(distances.max()), float(distances.mean())
 
 
@@ -174,7 +222,8 @@ def thin(
     Args:
         keys: Candidates, ``(n, D)``.
         size: How many to keep at most; ``how="none"`` ignores it.
-        how: ``"fps"`` (`farthest_points`), ``"random"`` (`random_points`) or ``"none"`` (every distinct key).
+        how: ``"fps"`` (`farthest_points`), ``"kmeans"`` (`central_points`), ``"random"`` (`random_points`) or
+            ``"none"`` (every distinct key).
         eps: See `farthest_points`.
         seed: See there.
         progress: See there.
@@ -188,11 +237,13 @@ def thin(
     """
     if how == "fps":
         return farthest_points(keys, size, eps=eps, seed=seed, progress=progress)
+    if how == "kmeans":
+        return central_points(keys, size, seed=seed, progress=progress)
     if how == "random":
         return random_points(keys, size, seed=seed)
     if how == "none":
         return torch.from_numpy(_distinct(keys, size)[1])
-    raise OptionError(f"no thinning {how!r}; choose 'fps', 'random' or 'none'", how)
+    raise OptionError(f"no thinning {how!r}; choose 'fps', 'kmeans', 'random' or 'none'", how)
 
 
 class Reservoir:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from retroexit.errors import BankError, CheckpointError, OptionError, RetrieverError
+from retroexit.errors import BankError, CheckpointError, OptionError, RetrieverError, RetroExitError
 from retroexit.guidance import GuidanceBank
 from retroexit.retrieval import ExactRetriever, FaissRetriever, HnswlibRetriever
 
@@ -303,6 +303,31 @@ def test_a_damaged_bank_is_refused(name, damage, tmp_path) -> None:
         GuidanceBank.load(tmp_path / "bank")
 
 
+def test_of_150_damaged_files_none_is_believed(damage, tmp_path) -> None:
+    bank = make(retriever=HnswlibRetriever(ef=40))  # with a native index among its files
+    bank.save(tmp_path / "bank")
+    feature = torch.randn(2, 6, 4, 8)
+    sound = bank.guide(feature)
+
+    def load_all(report) -> None:
+        damage.one_thread()
+        for done in damage.damaged(tmp_path / "bank", 150):
+            report([done, "began"])
+            try:
+                loaded = GuidanceBank.load(tmp_path / "bank")
+            except RetroExitError:
+                report([done, "refused"])
+                continue
+            report([done, "rebuilt" if torch.equal(loaded.guide(feature), sound) else "believed"])
+
+    reports, end = damage.in_child(load_all)
+    assert end == "", f"{end} at {reports[-1]}"
+    outcomes = [report for report in reports if report[1] != "began"]
+    assert len(outcomes) == 150
+    others = {done.split()[0] for done, outcome in outcomes if outcome != "refused"}
+    assert others == {"keys/index.bin"} and {outcome for _, outcome in outcomes} == {"refused", "rebuilt"}
+
+
 def test_the_keys_of_another_bank_are_refused(tmp_path) -> None:
     make().save(tmp_path / "one")
     make(size=7, thin="fps").save(tmp_path / "other")
@@ -321,3 +346,21 @@ def test_facts_that_json_cannot_hold_are_refused_and_leave_no_folder(tmp_path) -
 def test_a_progress_bar_does_not_disturb_building(capsys) -> None:
     assert torch.equal(make(progress=True).guide(FEATURES), VALUES)
     assert capsys.readouterr().out == ""
+
+
+def test_a_check_counts_keys_that_find_themselves_and_refuses_values_that_are_not_finite() -> None:
+    bank = make()
+    assert bank.check() == len(bank) == 96
+    values = np.array(bank.values)
+    values[7, 0, 0, 0] = np.inf
+    broken = GuidanceBank(retriever=bank.retriever, values=values, source=bank.source.numpy(), meta=bank.meta)
+    with pytest.raises(BankError, match="values from row 0 on are not finite"):
+        broken.check()
+
+
+def test_guides_are_written_into_a_buffer_again_and_again() -> None:
+    bank = make()
+    buffer = bank.guide_buffer(2, (2, 4))
+    for own in ([3, 4], [0, 5]):
+        guide = bank.glue(bank.search(FEATURES[own]).ids, out=buffer)
+        assert guide.data_ptr() == buffer.data_ptr() and torch.equal(guide, VALUES[own])

@@ -71,3 +71,14 @@ def test_patches_that_do_not_fit_are_refused(shape, patch, message) -> None:
 def test_values_without_a_grid_are_refused() -> None:
     with pytest.raises(OptionError, match=r"must have shape \(N, \*grid, \*patch, C\), got \(2, 3, 4\)"):
         glue(torch.zeros(2, 3, 4))
+
+
+def test_patches_are_glued_into_a_tensor_that_is_used_again() -> None:
+    patches = torch.randn(2, 3, 2, 4, 5, 6).half()
+    out = torch.empty(2, 12, 10, 6).movedim(-1, 1)
+    for part in (patches, -patches):
+        assert glue(part, out=out).data_ptr() == out.data_ptr()
+        assert torch.equal(out, glue(part, dtype=torch.float32))
+    for wrong in (out[:1], torch.empty(2, 6, 12, 10)):
+        with pytest.raises(OptionError, match=r"map of \(2, 6, 12, 10\) into a tensor of .*channels-last"):
+            glue(patches, out=wrong)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from retroexit.errors import BankError, OptionError, RetrieverError
-from retroexit.guidance import coverage, farthest_points, random_points, thin
+from retroexit.guidance import central_points, coverage, farthest_points, random_points, thin
 from retroexit.guidance.sampling import Reservoir
 
 
@@ -98,6 +98,33 @@ def test_farthest_points_cover_with_a_smaller_radius_than_a_random_sample() -> N
     assert coverage(keys, farthest_points(keys, 50))[0] < coverage(keys, random_points(keys, 50))[0]
 
 
+def test_central_points_find_one_key_of_every_heap() -> None:
+    label = torch.arange(20).repeat(30)
+    keys = 10 * torch.randn(20, 16)[label] + 1e-2 * torch.randn(600, 16) + 1e3
+    # Starting from 40 centres no heap is left out; from them the member nearest to the mean is chosen.
+    assert len(label[central_points(keys, 40)].unique()) == 20
+    one = central_points(keys[label == 3], 1)
+    assert int(one) == int((keys[label == 3] - keys[label == 3].mean(0)).norm(dim=1).argmin())
+
+
+def test_central_points_serve_the_average_key_better_than_farthest_and_random_ones() -> None:
+    keys = torch.randn(2000, 3)
+    means = [
+        coverage(keys, choose(keys, 50))[1] for choose in (central_points, random_points, farthest_points)
+    ]
+    assert means == sorted(means) and means[0] < 0.95 * means[1]
+
+
+@pytest.mark.parametrize("cloud", CLOUDS)
+def test_central_points_are_distinct_seeded_and_as_many_as_asked_for(cloud) -> None:
+    keys = CLOUDS[cloud]()
+    distinct = len(keys.unique(dim=0))
+    for size in (1, 25, 10_000):
+        chosen = central_points(keys, size, seed=4)
+        assert torch.equal(chosen, central_points(keys, size, seed=4))
+        assert len(chosen) == len(keys[chosen].unique(dim=0)) == min(size, distinct)
+
+
 def test_random_points_are_distinct_seeded_and_uniform() -> None:
     keys = torch.arange(10.0).repeat(5)[:, None]
     chosen = random_points(keys, 4, seed=1)
@@ -113,9 +140,10 @@ def test_every_way_of_thinning_has_a_name() -> None:
     keys = torch.randn(50, 3)
     keys[30] = keys[2]
     assert torch.equal(thin(keys, 9, "fps", seed=3), farthest_points(keys, 9, seed=3))
+    assert torch.equal(thin(keys, 9, "kmeans", seed=3), central_points(keys, 9, seed=3))
     assert torch.equal(thin(keys, 9, "random", seed=3), random_points(keys, 9, seed=3))
     assert thin(keys, 9, "none").tolist() == [row for row in range(50) if row != 30]
-    with pytest.raises(OptionError, match="no thinning 'kmean'; choose 'fps', 'random' or 'none'"):
+    with pytest.raises(OptionError, match="no thinning 'kmean'; choose 'fps', 'kmeans', 'random' or 'none'"):
         thin(keys, 9, "kmean")  # type: ignore[arg-type]
 
 
@@ -128,6 +156,7 @@ def test_every_way_of_thinning_has_a_name() -> None:
             OptionError,
             "eps must be a distance, 0 or more, got -1",
         ),
+        (lambda keys: central_points(keys, 0), OptionError, "size must be at least 1, got 0"),
         (lambda keys: random_points(keys, -3), OptionError, "size must be at least 1, got -3"),
         (lambda keys: farthest_points(keys[:0], 2), BankError, r"no keys to choose from: got shape \(0, 3\)"),
         (lambda keys: farthest_points(keys / 0, 2), RetrieverError, "5 of 5 keys are not finite"),

@@ -1,0 +1,148 @@
+"""``retroexit bank``: build a guidance bank, look at one, compare one with its generator."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import retroexit
+from retroexit.cli.options import TARGET, FactoryArguments
+from retroexit.errors import OptionError
+from retroexit.fingerprint import fingerprint
+from retroexit.guidance.bank import GuidanceBank
+from retroexit.plugins.host import host
+from retroexit.retrieval.storage import MANIFEST
+from retroexit.targets import example_of, load_generator, load_samples, parse_places
+from retroexit.training.banks import stream_bank
+from retroexit.training.inputs import Samples
+
+__all__ = ["bank"]
+
+bank = typer.Typer(
+    help="Build guidance banks, show and verify them.",
+    epilog="\b\nExample: retroexit bank info runs/decoder/bank",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+Folder = Annotated[Path, typer.Argument(help="Folder of a bank: what build wrote, or FIT/bank.")]
+
+
+def _place(text: str | None) -> int | str | None:
+    """Read one stage, by number or by path."""
+    return None if text is None else parse_places(text)[0]
+
+
+@bank.command(
+    epilog="\b\nExample: retroexit bank build mymodels:decoder --inputs mydata:train --out runs/bank"
+)
+def build(
+    target: Annotated[str, typer.Argument(help=TARGET)],
+    inputs: Annotated[str, typer.Option(help="Samples: package.module:name.")],
+    out: Annotated[Path, typer.Option(help="Folder for the bank.")],
+    factory_arguments: FactoryArguments = "",
+    key_after: Annotated[str, typer.Option(help="Stage that keys are cut from, by number or path.")] = "1",
+    value_after: Annotated[
+        str | None, typer.Option(help="Stage that values are cut from, or image; the middle one by default.")
+    ] = None,
+    patch: Annotated[int, typer.Option(min=1, help="Side of a key's patch.")] = 1,
+    size: Annotated[int, typer.Option(min=1, help="Pairs to keep at most.")] = 1024,
+    thin: Annotated[str, typer.Option(help="fps, kmeans, random or none.")] = "fps",
+    eps: Annotated[float, typer.Option(min=0, help="fps stops when every key is this near.")] = 0.0,
+    retriever: Annotated[str, typer.Option(help="Search back-end.")] = "exact",
+    batch: Annotated[int, typer.Option(min=1, help="Inputs per pass.")] = 4,
+    candidates: Annotated[int, typer.Option(min=1, help="Keys held before thinning.")] = 200_000,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of everything random.")] = 0,
+) -> None:
+    """Fill a bank from a generator's inputs; nothing is trained."""
+    if (out / MANIFEST).exists():
+        raise OptionError(f"asked to build a bank in {out}; found one there. Name a new folder.", out)
+    generator, example = load_generator(target, factory_arguments)
+    samples = load_samples(inputs)
+    args, kwargs = example_of(example, samples)
+    model = retroexit.wrap(
+        generator,
+        parse_places(key_after),
+        guidance=retroexit.Guidance(
+            key=False,
+            value_after=_place(value_after),
+            patch=(patch, patch),
+            size=size,
+            thin=thin,  # type: ignore[arg-type]  # checked there
+            retriever=retriever,
+        ),
+        example_inputs=args,
+        example_kwargs=kwargs,
+        scale=1.0,
+    )
+    made = stream_bank(
+        model,
+        Samples(samples, seed),
+        host().retriever(retriever)(),
+        batch=batch,
+        eps=eps,
+        max_candidates=candidates,
+    )
+    made.save(out)
+    typer.echo(_facts(made))
+    typer.echo(f"saved to {out}")
+
+
+@bank.command(epilog="\b\nExample: retroexit bank info runs/decoder/bank")
+def info(folder: Folder) -> None:
+    """Show what a bank holds, what it was made from and how well its keys cover what was seen."""
+    typer.echo(_facts(_load(folder)))
+
+
+@bank.command(epilog="\b\nExample: retroexit bank verify runs/decoder/bank mymodels:decoder")
+def verify(
+    folder: Folder,
+    target: Annotated[str | None, typer.Argument(help=TARGET)] = None,
+    factory_arguments: FactoryArguments = "",
+) -> None:
+    """Check every file of a bank, that every key finds its own pair, and that the generator is the bank's."""
+    wanted = None if target is None else fingerprint(load_generator(target, factory_arguments)[0])
+    found = _load(folder, wanted)
+    own = found.check()
+    typer.echo(f"files whole, values finite, {own} of {len(found)} keys find themselves")
+    if target is not None:
+        typer.echo(f"backbone is the one that the bank was built with: {wanted}")
+
+
+def _load(folder: Path, wanted: str | None = None) -> GuidanceBank:
+    return GuidanceBank.load(folder, wanted, retriever_class=_retriever_of(folder))
+
+
+def _retriever_of(folder: Path) -> Any:
+    """Class of the saved back-end, a plug-in's included."""
+    return host().retriever(GuidanceBank.retriever_name(folder))
+
+
+def _facts(found: GuidanceBank) -> str:
+    """One line per fact."""
+    meta = found.meta
+    keys, values = found.retriever.keys.nbytes, found.values.nbytes
+    lines = {
+        "pairs": f"{len(found):,} from {len(found.source.unique()):,} inputs",
+        "keys": f"{found.retriever.width} numbers, patch {_shape(found.patch)}, {keys / 1e6:,.1f} MB float32",
+        "values": f"{found.value_channels} channels, patch {_shape(found.value_patch)}, "
+        f"{values / 1e6:,.1f} MB float16",
+        "search": f"{found.retriever!r}",
+        **{
+            name.replace("_", " "): meta[name]
+            for name in ("fingerprint", "generator", "key_tap", "value_tap")
+            if name in meta
+        },
+    }
+    how = meta.get("thinning")
+    if how is not None:
+        lines["thinning"] = (
+            f"{how['how']} of {how['candidates']:,} candidates, {how['seen']:,} keys seen, seed {how['seed']}"
+        )
+        lines["coverage"] = f"radius {how['radius']:.4g}, mean distance to the nearest key {how['mean']:.4g}"
+    return "\n".join(f"{name + ':':13}{fact}" for name, fact in lines.items())
+
+
+def _shape(sizes: tuple[int, ...]) -> str:
+    return "x".join(map(str, sizes))

@@ -1,0 +1,56 @@
+"""``retroexit bank``: what build writes, info shows and verify accepts."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from retroexit.guidance import GuidanceBank
+
+BUILD = ("bank", "build", "toy.py:decoder", "--inputs", "toy.py:samples", "--out", "made", "--size", "40")
+
+
+@pytest.mark.parametrize("thin", ["fps", "kmeans", "random"])
+def test_build_info_and_verify_agree(run: Any, thin: str) -> None:
+    built = run(*BUILD, "--thin", thin, "--retriever", "faiss", "--batch", "5")
+    assert built.status == 0, built.err
+    assert built.out.endswith("saved to made\n")
+    shown = run("bank", "info", "made")
+    assert shown.out == built.out.removesuffix("saved to made\n")
+    assert re.search(r"^pairs: +40 from \d+ inputs$", shown.out, re.MULTILINE)
+    assert re.search(
+        rf"^thinning: +{thin} of 768 candidates, 768 keys seen, seed 0$", shown.out, re.MULTILINE
+    )
+    assert re.search(r"^coverage: +radius [\d.]+, mean distance", shown.out, re.MULTILINE)
+    checked = run("bank", "verify", "made", "toy.py:decoder")
+    assert checked.status == 0, checked.err
+    assert "40 of 40 keys find themselves" in checked.out and "backbone is the one" in checked.out
+
+
+def test_a_streamed_bank_of_everything_guides_inputs_with_their_own_values(run: Any) -> None:
+    assert run(*BUILD, "--thin", "none", "--batch", "5", "--patch", "2", "--value-after", "2").status == 0
+    # The stage repeats every location 2x2, so that keys of single locations would occur more than once.
+    from toy import Decoder, samples  # the file beside which commands run
+
+    kept: list[torch.Tensor] = []
+    toy = Decoder().eval()
+    for stage in toy.stages[:2]:
+        stage.register_forward_hook(lambda module, inputs, output: kept.append(output))
+    with torch.no_grad():
+        toy(samples)
+    guide = GuidanceBank.load("made").guide(kept[0])
+    torch.testing.assert_close(guide, kept[1].half().float(), rtol=2e-3, atol=2e-4)
+
+
+def test_another_backbone_a_damaged_file_and_a_used_folder_are_refused(run: Any, tmp_path: Path) -> None:
+    assert run(*BUILD).status == 0
+    run("bank", "verify", "made", "toy.py:sized", "--args", "5").fails_with("was built with backbone")
+    run(*BUILD).fails_with("found one there. Name a new folder")
+    values = tmp_path / "made/values.npy"
+    values.write_bytes(values.read_bytes()[:-4])
+    run("bank", "verify", "made").fails_with("values.npy is damaged")
+    run("bank", "info", "nowhere").fails_with("no guidance bank in nowhere")
