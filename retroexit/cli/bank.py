@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 import retroexit
-from retroexit.cli.options import TARGET, FactoryArguments
+from retroexit.cli.options import TARGET, FactoryArguments, resumable
 from retroexit.errors import OptionError
 from retroexit.fingerprint import fingerprint
 from retroexit.guidance.bank import GuidanceBank
@@ -55,7 +56,7 @@ def build(
     candidates: Annotated[int, typer.Option(min=1, help="Keys held before thinning.")] = 200_000,
     seed: Annotated[int, typer.Option(min=0, help="Seed of everything random.")] = 0,
 ) -> None:
-    """Fill a bank from a generator's inputs; nothing is trained."""
+    """Fill a bank from a generator's inputs; nothing is trained. Can be interrupted and resumed."""
     if (out / MANIFEST).exists():
         raise OptionError(f"asked to build a bank in {out}; found one there. Name a new folder.", out)
     generator, example = load_generator(target, factory_arguments)
@@ -76,15 +77,19 @@ def build(
         example_kwargs=kwargs,
         scale=1.0,
     )
-    made = stream_bank(
-        model,
-        Samples(samples, seed),
-        host().retriever(retriever)(),
-        batch=batch,
-        eps=eps,
-        max_candidates=candidates,
-    )
+    scratch = out.with_name(f"{out.name}.part")
+    with resumable():
+        made = stream_bank(
+            model,
+            Samples(samples, seed),
+            host().retriever(retriever)(),
+            batch=batch,
+            eps=eps,
+            max_candidates=candidates,
+            scratch=scratch,
+        )
     made.save(out)
+    shutil.rmtree(scratch)
     typer.echo(_facts(made))
     typer.echo(f"saved to {out}")
 

@@ -20,7 +20,8 @@ from torch import Tensor
 from retroexit.errors import BankError, CheckpointError, OptionError
 from retroexit.guidance import patches
 from retroexit.guidance.filling import collect_keys, compute_values
-from retroexit.guidance.sampling import Reservoir, Thinning, coverage
+from retroexit.guidance.reservoir import Reservoir
+from retroexit.guidance.sampling import Thinning, coverage
 from retroexit.guidance.sampling import thin as choose
 from retroexit.retrieval import AutoRetriever, ExactRetriever, FaissRetriever, HnswlibRetriever, Retriever
 from retroexit.retrieval.storage import (
@@ -105,6 +106,7 @@ class GuidanceBank:
         eps: float = 0.0,
         seed: int = 0,
         max_candidates: int = 200_000,
+        candidates: Reservoir | None = None,
         meta: dict[str, Any] | None = None,
         progress: bool = False,
     ) -> GuidanceBank:
@@ -123,6 +125,7 @@ class GuidanceBank:
             eps: Farthest point sampling stops when no candidate is farther than this from the kept keys.
             seed: Of all random choices.
             max_candidates: Keys held in memory before thinning; of more, a uniform sample is taken.
+            candidates: Holds them instead, and may have seen a part of the stream before.
             meta: Facts to record, such as ``fingerprint`` of the backbone, ``key_tap`` and ``value_tap``;
                 plain data.
             progress: Show progress bars on a terminal.
@@ -132,14 +135,15 @@ class GuidanceBank:
             RetrieverError: If a feature is not finite.
             OptionError: If an option is out of range.
         """
-        reservoir, grid = collect_keys(features, tuple(patch), Reservoir(max_candidates, seed=seed))
+        reservoir = Reservoir(max_candidates, seed=seed) if candidates is None else candidates
+        collect_keys(features, tuple(patch), reservoir)
         with _bar(progress, "thinning") as step:
             kept = choose(reservoir.keys, size, thin, eps=eps, seed=seed, progress=step).numpy()
         radius, mean = coverage(reservoir.keys, kept)
         source, cells = reservoir.tags[kept].T
         retriever.build(reservoir.keys[kept])
         with _bar(progress, "values") as step:
-            values = compute_values(values_of, source, cells, grid, step)
+            values = compute_values(values_of, source, cells, reservoir.grid, step)
         facts = {
             **(meta or {}),
             "patch": list(patch),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterable
 
 import numpy as np
@@ -11,51 +12,52 @@ from torch import Tensor
 
 from retroexit.errors import BankError
 from retroexit.guidance.patches import cut
-from retroexit.guidance.sampling import Reservoir
+from retroexit.guidance.reservoir import Reservoir
 from retroexit.retrieval.base import as_matrix
 
 __all__ = ["collect_keys", "compute_values"]
 
+_STORED = 30.0  # seconds between two notes of how far a stream has come
 _VALUE_BATCH = 8  # inputs whose value features are computed at once
 
 
 def collect_keys(
     features: Iterable[tuple[Tensor, Tensor | list[int]]], patch: tuple[int, ...], reservoir: Reservoir
-) -> tuple[Reservoir, tuple[int, ...]]:
+) -> None:
     """Cut a stream of features into keys, and offer them to a reservoir.
 
     Args:
         features: See `GuidanceBank.build`.
         patch: Size of a key's patch.
         reservoir: Receives each key with two tags: the index of its input, and its location in the flattened
-            grid.
-
-    Returns:
-        The reservoir, and the grid of patches that every feature was cut into, ``(h, w)``.
+            grid. One that has seen keys goes on: the stream begins where it stopped.
 
     Raises:
         BankError: If the stream is empty, or features differ in shape or lack their input index.
         RetrieverError: If a feature is not finite.
     """
-    shape: tuple[int, ...] | None = None
-    grid: tuple[int, ...] = ()
+    stored = time.monotonic()
     for feature, inputs in features:
-        if shape is not None and feature.shape[1:] != shape:
+        if reservoir.shape and feature.shape[1:] != reservoir.shape:
             raise BankError(
-                f"key features must have one shape, got {tuple(feature.shape[1:])} after {tuple(shape)}; "
+                f"key features must have one shape, got {tuple(feature.shape[1:])} after {reservoir.shape}; "
                 "build the bank from inputs of one size",
                 feature,
             )
         if len(inputs) != len(feature):
             raise BankError(f"{len(feature)} key features came with {len(inputs)} input indices", inputs)
         cells = cut(feature, patch)
-        shape, grid = feature.shape[1:], tuple(cells.shape[1:-1])
+        grid = tuple(cells.shape[1:-1])
         owner = np.repeat(np.asarray(inputs, np.int64), math.prod(grid))
         cell = np.tile(np.arange(math.prod(grid)), len(feature))
         reservoir.add(as_matrix(cells.reshape(-1, cells.shape[-1]), "keys"), np.stack([owner, cell], axis=1))
+        reservoir.shape, reservoir.grid = tuple(feature.shape[1:]), grid
+        if time.monotonic() - stored > _STORED:
+            reservoir.store()
+            stored = time.monotonic()
     if not reservoir.seen:
         raise BankError("no features to build a bank from: the stream was empty", features)
-    return reservoir, grid
+    reservoir.store()
 
 
 def compute_values(

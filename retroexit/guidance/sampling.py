@@ -20,7 +20,7 @@ from retroexit.guidance.centres import central_rows
 from retroexit.retrieval.base import as_matrix
 from retroexit.retrieval.distances import first_of_each, nearest, pair_distances, squared_norms
 
-__all__ = ["Reservoir", "Thinning", "central_points", "coverage", "farthest_points", "random_points", "thin"]
+__all__ = ["Thinning", "central_points", "coverage", "farthest_points", "random_points", "thin"]
 
 Thinning = Literal["fps", "kmeans", "random", "none"]
 """Ways of thinning: farthest points, keys nearest to centres, a uniform sample, or every distinct key."""
@@ -244,54 +244,3 @@ def thin(
     if how == "none":
         return torch.from_numpy(_distinct(keys, size)[1])
     raise OptionError(f"no thinning {how!r}; choose 'fps', 'kmeans', 'random' or 'none'", how)
-
-
-class Reservoir:
-    """A uniform sample of a stream of keys, in bounded memory, however the stream is batched.
-
-    Args:
-        most: Keys kept at most.
-        seed: Of the sample.
-
-    Attributes:
-        seen: Number of keys offered so far.
-
-    Raises:
-        OptionError: If ``most`` is below 1.
-    """
-
-    def __init__(self, most: int, *, seed: int = 0) -> None:
-        if most < 1:
-            raise OptionError(f"a reservoir must keep at least 1 key, got {most}", most)
-        self.seen = 0
-        self._most = most
-        self._random = np.random.default_rng(seed)
-        self._keys = np.empty((0, 0), np.float32)
-        self._tags = np.empty((0, 0), np.int64)
-
-    def add(self, keys: np.ndarray, tags: np.ndarray) -> None:
-        """Offer keys, float32 ``(b, D)``, each with a row of integers, ``(b, T)``, that stays with it."""
-        if not self.seen:  # pages are only taken up as they are written
-            self._keys = np.empty((self._most, keys.shape[1]), np.float32)
-            self._tags = np.empty((self._most, tags.shape[1]), np.int64)
-        number = self.seen + np.arange(len(keys))
-        # Key number t goes to slot t while there is room, then to a random one of t + 1, if that exists.
-        slot = np.where(
-            number < self._most, number, (self._random.random(len(keys)) * (number + 1)).astype(np.int64)
-        )
-        into = slot < self._most
-        self._keys[slot[into]], self._tags[slot[into]] = (
-            keys[into],
-            tags[into],
-        )  # of equal slots the last one wins
-        self.seen += len(keys)
-
-    @property
-    def keys(self) -> np.ndarray:
-        """The sample so far, float32 ``(m, D)``."""
-        return self._keys[: self.seen]
-
-    @property
-    def tags(self) -> np.ndarray:
-        """The integers of the same keys, int64 ``(m, T)``."""
-        return self._tags[: self.seen]

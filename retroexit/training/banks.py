@@ -6,7 +6,9 @@ once more for their values (paper, section 4.1: 500 maps x 100 noises x 128 patc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,6 +17,7 @@ from tqdm import tqdm
 from retroexit.errors import OptionError
 from retroexit.fingerprint import fingerprint
 from retroexit.guidance.bank import GuidanceBank
+from retroexit.guidance.reservoir import Reservoir
 from retroexit.model import EarlyExitGenerator
 from retroexit.retrieval import Retriever
 from retroexit.training.inputs import Samples, drawing_from
@@ -30,6 +33,7 @@ def stream_bank(
     batch: int = 4,
     eps: float = 0.0,
     max_candidates: int = 200_000,
+    scratch: Path | None = None,
     progress: bool = True,
 ) -> GuidanceBank:
     """Build the bank of a wrapped generator from inputs that are run as they come.
@@ -40,7 +44,9 @@ def stream_bank(
         retriever: Unbuilt index.
         batch: Inputs per pass.
         eps: Farthest point sampling stops when no candidate is farther than this from the kept keys.
-        max_candidates: Keys held in memory before thinning.
+        max_candidates: Keys held before thinning.
+        scratch: Folder to keep these in, rather than in memory. A build that was interrupted goes on from it
+            to the same bank; whoever calls this removes it in the end.
         progress: Whether to show bars on a terminal.
 
     Returns:
@@ -49,6 +55,7 @@ def stream_bank(
     Raises:
         OptionError: If the model takes no guide.
         BankError: If features or values do not fit together.
+        CheckpointError: If ``scratch`` holds candidates of something else, or damaged ones.
     """
     if not model.is_recorded:
         args, kwargs = samples.gather([0])
@@ -60,9 +67,22 @@ def stream_bank(
         )
     device = next((p.device for p in model.generator.parameters()), torch.device("cpu"))
 
+    facts = {
+        "fingerprint": fingerprint(model.generator),
+        "generator": type(model.generator).__name__,
+        "key_tap": taps.key_tap,
+        "value_tap": taps.value_cut.feature.name,
+        "inputs": len(samples),
+    }
+    # Inputs may be drawn as they are asked for and too many to hash: the first one stands for all.
+    identity = {**facts, "patch": taps.patch, "batch": batch, "first": Samples([samples.items[0]]).digest()}
+    candidates = Reservoir(max_candidates, seed=samples.seed, folder=scratch, identity=identity)
+    done = candidates.seen // math.prod(candidates.grid)
+
     def keys() -> Iterator[tuple[Tensor, list[int]]]:
-        with tqdm(total=len(samples), desc="keys", disable=None if progress else True) as bar:
-            for indices, args, kwargs in samples.batches(batch):
+        off = None if progress else True
+        with tqdm(total=len(samples), initial=done, desc="keys", disable=off) as bar:
+            for indices, args, kwargs in samples.batches(batch, done):
                 with torch.no_grad(), drawing_from(samples.seed + indices[0], device):
                     _, keyed = model.split.begin(args, kwargs)
                 yield taps.query(keyed, args, kwargs), indices
@@ -92,13 +112,7 @@ def stream_bank(
         retriever=retriever,
         eps=eps,
         seed=samples.seed,
-        max_candidates=max_candidates,
-        meta={
-            "fingerprint": fingerprint(model.generator),
-            "generator": type(model.generator).__name__,
-            "key_tap": taps.key_tap,
-            "value_tap": taps.value_cut.feature.name,
-            "inputs": len(samples),
-        },
+        candidates=candidates,
+        meta=facts,
         progress=progress,
     )
