@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from retroexit.branch.factory import GuideShape
+from retroexit.branch.entry import GuideShape
 from retroexit.decoder.cut import Cut
 from retroexit.decoder.record import unobserved
 from retroexit.decoder.split import SplitGenerator

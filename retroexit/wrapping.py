@@ -9,8 +9,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 
+from retroexit.branch.draft import BranchSpec, Init
 from retroexit.branch.exchange import BuildStage
-from retroexit.branch.factory import Branch, BranchSpec, Init, build_branch
+from retroexit.branch.factory import Branch, build_branch
 from retroexit.branch.widths import WidthPlan, WidthRule
 from retroexit.decoder.cut import Cut
 from retroexit.decoder.record import unobserved

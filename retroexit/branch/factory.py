@@ -4,34 +4,29 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
-from typing import Any, Literal, cast
+from dataclasses import replace
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from retroexit.branch.entry import GuideEntry, GuideShape
+from retroexit.branch.draft import BranchSpec, Draft, narrowed
+from retroexit.branch.entry import GuideEntry
 from retroexit.branch.exchange import (
     BuildStage,
-    StageShape,
     exchanged,
-    first_stage,
     inherit_stage,
-    look_at_stages,
     settle_norms,
 )
 from retroexit.branch.resize import correct_fan_in, emptied, start_from_scratch
-from retroexit.branch.widths import Pin, WidthPlan, WidthRule
+from retroexit.branch.widths import Pin, WidthPlan
 from retroexit.decoder.cut import Cut, Tail, clone_module
-from retroexit.decoder.structure import tensors
 from retroexit.errors import BranchError
 
-__all__ = ["Branch", "BranchSpec", "GuideShape", "build_branch"]
+__all__ = ["Branch", "build_branch"]
 
 logger = logging.getLogger(__name__)
-
-Init = Literal["inherit", "scratch"]
 
 
 class Branch(nn.Module):
@@ -90,93 +85,6 @@ class Branch(nn.Module):
         return [size for i, size in enumerate(sizes) if i == 0 or size != sizes[i - 1]]
 
 
-@dataclass(frozen=True)
-class BranchSpec:
-    """Everything that decides how a branch is built.
-
-    Attributes:
-        rule: Its width.
-        init: Starting weights.
-        guide: The guide it takes, if any.
-        stages: Paths of the backbone's stages.
-        seed: Seed of fresh weights.
-        build_stage: Builds thin stages through their own constructor, where an adapter can.
-    """
-
-    rule: WidthRule
-    init: Init = "inherit"
-    guide: GuideShape | None = None
-    stages: Sequence[str] = field(default_factory=tuple)
-    seed: int = 0
-    build_stage: BuildStage | None = None
-
-
-@dataclass
-class _Draft:
-    """A branch on its way.
-
-    Attributes:
-        thin: The narrowed tail.
-        full: The full-width tail.
-        cut: Where it begins.
-        values: Example feature and live values.
-        spec: How to build it.
-        plan: Its widths; ``None`` where nothing shrinks.
-        kept: For a parameter's name and axis the channels that are kept, ``None`` for all of them.
-        entering: Channels of the feature that the narrowed tail keeps, likewise.
-    """
-
-    thin: Tail
-    full: Tail
-    cut: Cut
-    values: Sequence[Tensor]
-    spec: BranchSpec
-    plan: WidthPlan | None = None
-    kept: Callable[[str, int], Tensor | None] = lambda _name, _axis: None
-    entering: Tensor | None = None
-
-    @property
-    def width(self) -> int:
-        """Channels that the narrowed tail takes."""
-        return self.plan.entry if self.plan is not None else int(self.values[0].shape[1])
-
-    @cached_property
-    def stages(self) -> list[str]:
-        """Paths of the stages in the tail, in order."""
-        inside = {str(node.target) for node in self.cut.rest if node.op == "call_module"}
-        return [path for path in self.spec.stages if path in inside]
-
-    @cached_property
-    def first(self) -> str | None:
-        """Path of the stage that takes the feature, where nothing but that stage ties it to a width."""
-        return first_stage(self.full, self.cut, self.stages)
-
-    @cached_property
-    def shapes(self) -> dict[str, StageShape]:
-        """What goes through every stage of the narrowed tail."""
-        return look_at_stages(self.thin, self.values, self.width, self.stages)
-
-    def guide_at(self, path: str) -> int:
-        """Channels of the resized guide that a stage built by the adapter takes, at most its own output's.
-
-        A wider guide would cost the stage more than it saves.
-        """
-        guide = self.spec.guide
-        takes = guide is not None and (path == self.first or guide.inject == "every_stage")
-        return min(guide.channels, self.shapes[path].out_channels) if guide is not None and takes else 0
-
-    def sizes(self) -> dict[str, tuple[int, int]]:
-        """Input and output channels of every stage that an adapter may build."""
-        channels = {path: shape.channels for path, shape in self.shapes.items()}
-        if self.first is not None:
-            channels[self.first] = int(self.values[0].shape[1])
-        return {
-            path: (channels[path] + self.guide_at(path), shape.out_channels)
-            for path, shape in self.shapes.items()
-            if path == self.first or path != self.stages[0]
-        }
-
-
 def build_branch(
     tail: Tail, cut: Cut, values: Sequence[Tensor], spec: BranchSpec, plan: WidthPlan | None = None
 ) -> Branch:
@@ -198,11 +106,11 @@ def build_branch(
     Reference: paper section 3.1.
     """
     if plan is not None:
-        draft = _Draft(cast("Tail", emptied(tail, plan)), tail, cut, values, spec, plan)
+        draft = Draft(cast("Tail", emptied(tail, plan)), tail, cut, values, spec, plan)
     elif spec.rule.scale < 1:
-        draft = _narrowed(tail, cut, values, spec)
+        draft = narrowed(tail, cut, values, spec)
     else:
-        draft = _Draft(cast("Tail", clone_module(tail)), tail, cut, values, spec)
+        draft = Draft(cast("Tail", clone_module(tail)), tail, cut, values, spec)
     if plan is None and spec.init == "scratch":
         start_from_scratch(draft.thin, tail, spec.seed)
     if plan is None and spec.rule.scale < 1:
@@ -215,7 +123,7 @@ def build_branch(
     return _assemble(draft, {})
 
 
-def _with_built_stages(draft: _Draft) -> Branch:
+def _with_built_stages(draft: Draft) -> Branch:
     """Let the adapter build stages; keep the narrowed ones, and say so, where its own do not fit."""
     sizes = draft.sizes()
     try:
@@ -242,7 +150,7 @@ def _with_built_stages(draft: _Draft) -> Branch:
     return _assemble(draft, {})
 
 
-def _would_build(draft: _Draft, path: str) -> bool:
+def _would_build(draft: Draft, path: str) -> bool:
     """Tell whether an adapter builds stages of this kind at all."""
     shape, full = draft.shapes[path], draft.full.get_submodule(path)
     with torch.random.fork_rng(devices=[]):
@@ -250,7 +158,7 @@ def _would_build(draft: _Draft, path: str) -> bool:
     return built is not None
 
 
-def _notes(draft: _Draft, notes: dict[str, str]) -> list[Pin]:
+def _notes(draft: Draft, notes: dict[str, str]) -> list[Pin]:
     return [
         Pin(path, 1, draft.shapes[path].channels, f"narrowing, not built by the adapter: {why}")
         for path, why in notes.items()
@@ -258,7 +166,7 @@ def _notes(draft: _Draft, notes: dict[str, str]) -> list[Pin]:
 
 
 def _build_stages(
-    draft: _Draft, sizes: dict[str, tuple[int, int]], must: bool = False
+    draft: Draft, sizes: dict[str, tuple[int, int]], must: bool = False
 ) -> dict[str, nn.Module]:
     """Ask the adapter for thin stages; those that it leaves to us are not among the result."""
     spec, stages = draft.spec, {}
@@ -301,7 +209,7 @@ def _kept_in(kept: Callable[[str, int], Tensor | None], path: str, name: str, ax
     return kept(f"{path}.{name}", axis)
 
 
-def _assemble(draft: _Draft, stages: dict[str, nn.Module]) -> Branch:
+def _assemble(draft: Draft, stages: dict[str, nn.Module]) -> Branch:
     """Put narrowed tail, built stages and entries together, and run the branch once."""
     spec, feature = draft.spec, draft.values[0]
     with torch.random.fork_rng(devices=[]):
@@ -318,71 +226,7 @@ def _assemble(draft: _Draft, stages: dict[str, nn.Module]) -> Branch:
     return branch.eval()
 
 
-def _narrowed(tail: Tail, cut: Cut, values: Sequence[Tensor], spec: BranchSpec) -> _Draft:
-    """Narrow a tail, all of it but what turns out not to run any narrower."""
-    # Symbolic shapes take seconds to import, and a model that is loaded needs none.
-    from retroexit.branch.standins import blame
-
-    frozen: dict[str, str] = {}
-    while True:
-        draft = _narrowed_but(frozen, tail, cut, values, spec)
-        try:
-            with torch.no_grad(), torch.random.fork_rng(devices=[]):
-                draft.thin(values[0][:, : draft.width].clone(), *(value.clone() for value in values[1:]))
-        except Exception as error:
-            path, reason = blame(error, {id(m): n for n, m in draft.thin.named_modules() if n}, frozen)
-            if path is None:
-                return draft  # the trial run of the branch says the rest
-            frozen[path] = reason
-        else:
-            return draft
-
-
-def _narrowed_but(
-    frozen: dict[str, str], tail: Tail, cut: Cut, values: Sequence[Tensor], spec: BranchSpec
-) -> _Draft:
-    from retroexit.branch.inherit import Layout, choose_channels, find_layout, narrow
-    from retroexit.branch.symbolic import analyse
-
-    names = [node.name for node in cut.live]
-    look = partial(
-        analyse,
-        tail,
-        values,
-        threshold=spec.rule.min_channels,
-        output_of=tensors,
-        names=names,
-        frozen=frozen,
-    )
-    algebra = look()
-    plan = algebra.plan(spec.rule)
-    if plan.pins:
-        algebra, plan = _less_pinned(algebra, plan, partial(look, small=True), spec.rule)
-    # Fresh weights do not care which channel is which.
-    layout = find_layout(tail, algebra, values, tensors) if spec.init == "inherit" else Layout()
-    selection = choose_channels(tail, algebra, plan)
-    thin = narrow(tail, algebra, plan, selection, layout)
-
-    def kept(name: str, axis: int) -> Tensor | None:
-        return layout.indices(algebra.shapes[name][axis], selection, algebra.values)
-
-    entering = layout.indices(algebra.entry, selection, algebra.values)
-    return _Draft(cast("Tail", thin), tail, cut, values, spec, plan, kept, entering)
-
-
-def _less_pinned(
-    algebra: Any, plan: WidthPlan, look_closer: Callable[[], Any], rule: WidthRule
-) -> tuple[Any, WidthPlan]:
-    """Look again, at narrow dimensions too: one that must be an eighth of a width, say, pins that width."""
-    try:
-        closer = look_closer()
-        other = closer.plan(rule)
-    except BranchError:
-        return algebra, plan
-    return (closer, other) if other.numbers < plan.numbers else (algebra, plan)
-
-
-def _entry(draft: _Draft, stages: dict[str, nn.Module]) -> GuideEntry | None:
+def _entry(draft: Draft, stages: dict[str, nn.Module]) -> GuideEntry | None:
     feature, guide, width = draft.values[0], draft.spec.guide, draft.width
     channels, size = int(feature.shape[1]), tuple(feature.shape[2:])
     if draft.first is not None and draft.first in stages:
@@ -392,7 +236,7 @@ def _entry(draft: _Draft, stages: dict[str, nn.Module]) -> GuideEntry | None:
     return GuideEntry(channels, width, size, guide, guide_channels=width)
 
 
-def _injections(draft: _Draft, stages: dict[str, nn.Module]) -> dict[str, GuideEntry]:
+def _injections(draft: Draft, stages: dict[str, nn.Module]) -> dict[str, GuideEntry]:
     """Entries for the guide at every stage behind the first; the branch's own entry serves that one."""
     guide = draft.spec.guide
     if guide is None or guide.inject != "every_stage":

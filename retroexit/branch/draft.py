@@ -1,0 +1,173 @@
+"""A branch on its way: what is to be built, and the narrowed copy of a tail that it is built from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor
+
+from retroexit.branch.entry import GuideShape
+from retroexit.branch.exchange import BuildStage, StageShape, first_stage, look_at_stages
+from retroexit.branch.widths import WidthPlan, WidthRule
+from retroexit.decoder.cut import Cut, Tail
+from retroexit.decoder.structure import tensors
+from retroexit.errors import BranchError
+
+__all__ = ["BranchSpec", "Draft", "Init", "narrowed"]
+
+Init = Literal["inherit", "scratch"]
+
+
+@dataclass(frozen=True)
+class BranchSpec:
+    """Everything that decides how a branch is built.
+
+    Attributes:
+        rule: Its width.
+        init: Starting weights.
+        guide: The guide it takes, if any.
+        stages: Paths of the backbone's stages.
+        seed: Seed of fresh weights.
+        build_stage: Builds thin stages through their own constructor, where an adapter can.
+    """
+
+    rule: WidthRule
+    init: Init = "inherit"
+    guide: GuideShape | None = None
+    stages: Sequence[str] = field(default_factory=tuple)
+    seed: int = 0
+    build_stage: BuildStage | None = None
+
+
+@dataclass
+class Draft:
+    """A branch on its way.
+
+    Attributes:
+        thin: The narrowed tail.
+        full: The full-width tail.
+        cut: Where it begins.
+        values: Example feature and live values.
+        spec: How to build it.
+        plan: Its widths; ``None`` where nothing shrinks.
+        kept: For a parameter's name and axis the channels that are kept, ``None`` for all of them.
+        entering: Channels of the feature that the narrowed tail keeps, likewise.
+    """
+
+    thin: Tail
+    full: Tail
+    cut: Cut
+    values: Sequence[Tensor]
+    spec: BranchSpec
+    plan: WidthPlan | None = None
+    kept: Callable[[str, int], Tensor | None] = lambda _name, _axis: None
+    entering: Tensor | None = None
+
+    @property
+    def width(self) -> int:
+        """Channels that the narrowed tail takes."""
+        return self.plan.entry if self.plan is not None else int(self.values[0].shape[1])
+
+    @cached_property
+    def stages(self) -> list[str]:
+        """Paths of the stages in the tail, in order."""
+        inside = {str(node.target) for node in self.cut.rest if node.op == "call_module"}
+        return [path for path in self.spec.stages if path in inside]
+
+    @cached_property
+    def first(self) -> str | None:
+        """Path of the stage that takes the feature, where nothing but that stage ties it to a width."""
+        return first_stage(self.full, self.cut, self.stages)
+
+    @cached_property
+    def shapes(self) -> dict[str, StageShape]:
+        """What goes through every stage of the narrowed tail."""
+        return look_at_stages(self.thin, self.values, self.width, self.stages)
+
+    def guide_at(self, path: str) -> int:
+        """Channels of the resized guide that a stage built by the adapter takes, at most its own output's.
+
+        A wider guide would cost the stage more than it saves.
+        """
+        guide = self.spec.guide
+        takes = guide is not None and (path == self.first or guide.inject == "every_stage")
+        return min(guide.channels, self.shapes[path].out_channels) if guide is not None and takes else 0
+
+    def sizes(self) -> dict[str, tuple[int, int]]:
+        """Input and output channels of every stage that an adapter may build."""
+        channels = {path: shape.channels for path, shape in self.shapes.items()}
+        if self.first is not None:
+            channels[self.first] = int(self.values[0].shape[1])
+        return {
+            path: (channels[path] + self.guide_at(path), shape.out_channels)
+            for path, shape in self.shapes.items()
+            if path == self.first or path != self.stages[0]
+        }
+
+
+def narrowed(tail: Tail, cut: Cut, values: Sequence[Tensor], spec: BranchSpec) -> Draft:
+    """Narrow a tail, all of it but what turns out not to run any narrower."""
+    # Symbolic shapes take seconds to import, and a model that is loaded needs none.
+    from retroexit.branch.standins import blame
+
+    frozen: dict[str, str] = {}
+    while True:
+        draft = _narrowed_but(frozen, tail, cut, values, spec)
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                draft.thin(values[0][:, : draft.width].clone(), *(value.clone() for value in values[1:]))
+        except Exception as error:
+            path, reason = blame(error, {id(m): n for n, m in draft.thin.named_modules() if n}, frozen)
+            if path is None:
+                return draft  # the trial run of the branch says the rest
+            frozen[path] = reason
+        else:
+            return draft
+
+
+def _narrowed_but(
+    frozen: dict[str, str], tail: Tail, cut: Cut, values: Sequence[Tensor], spec: BranchSpec
+) -> Draft:
+    from retroexit.branch.inherit import Layout, choose_channels, find_layout, narrow
+    from retroexit.branch.symbolic import analyse
+
+    names = [node.name for node in cut.live]
+    look = partial(
+        analyse,
+        tail,
+        values,
+        threshold=spec.rule.min_channels,
+        output_of=tensors,
+        names=names,
+        frozen=frozen,
+    )
+    algebra = look()
+    plan = algebra.plan(spec.rule)
+    if plan.pins:
+        algebra, plan = _less_pinned(algebra, plan, partial(look, small=True), spec.rule)
+    # Fresh weights do not care which channel is which.
+    layout = find_layout(tail, algebra, values, tensors) if spec.init == "inherit" else Layout()
+    selection = choose_channels(tail, algebra, plan)
+    thin = narrow(tail, algebra, plan, selection, layout)
+
+    def kept(name: str, axis: int) -> Tensor | None:
+        return layout.indices(algebra.shapes[name][axis], selection, algebra.values)
+
+    entering = layout.indices(algebra.entry, selection, algebra.values)
+    return Draft(cast("Tail", thin), tail, cut, values, spec, plan, kept, entering)
+
+
+def _less_pinned(
+    algebra: Any, plan: WidthPlan, look_closer: Callable[[], Any], rule: WidthRule
+) -> tuple[Any, WidthPlan]:
+    """Look again, at narrow dimensions too: one that must be an eighth of a width, say, pins that width."""
+    try:
+        closer = look_closer()
+        other = closer.plan(rule)
+    except BranchError:
+        return algebra, plan
+    return (closer, other) if other.numbers < plan.numbers else (algebra, plan)
