@@ -86,9 +86,13 @@ class Algebra:
         )
 
     def _wanted(self, symbol: sympy.Symbol, rule: Callable[[int], int]) -> int:
-        """Apply the rule to every dimension that a width decides alone, itself or its multiples."""
+        """Apply the rule to the dimension that a width is; where it is none, to its multiples."""
+        expressions = {e for shape in (*self.shapes.values(), (self.entry,)) for e in shape}
+        real = self.values[symbol]
+        if symbol in expressions and rule(real) < real:
+            return rule(real)
         wanted = []
-        for expression in {e for shape in (*self.shapes.values(), (self.entry,)) for e in shape}:
+        for expression in expressions:
             if symbols_of(expression) == {symbol}:
                 factor, rest = expression.as_coeff_Mul()
                 size = real_value(expression, self.values)

@@ -147,7 +147,7 @@ def _narrowed_but(
     )
     algebra = look()
     plan = algebra.plan(spec.rule)
-    if plan.pins:
+    if any(not pin.is_live for pin in plan.pins):
         algebra, plan = _less_pinned(algebra, plan, partial(look, small=True), spec.rule)
     # Fresh weights do not care which channel is which.
     layout = find_layout(tail, algebra, values, tensors) if spec.init == "inherit" else Layout()

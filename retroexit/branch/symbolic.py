@@ -25,6 +25,7 @@ from retroexit.branch.leniency import FrozenSizeError, Namespace, lenient_python
 from retroexit.branch.sizes import HalfFakeMode, SizeEnv
 from retroexit.branch.standins import blame, replace_by_standins
 from retroexit.branch.unscripted import interpret_scripts, unreadable_scripts
+from retroexit.branch.widths import LIVE
 from retroexit.decoder.cut import clone_module
 from retroexit.errors import BranchError
 
@@ -231,9 +232,7 @@ class _SymbolicRun:
         fixed: dict[sympy.Symbol, str] = {}
         for tensor, name in zip(self.live, names, strict=True):
             for size in map(self.expression, tensor.shape):
-                fixed.update(
-                    dict.fromkeys(symbols_of(size), f"the live value {name!r}, which keeps its size")
-                )
+                fixed.update(dict.fromkeys(symbols_of(size), f"{LIVE} {name!r}, which keeps its size"))
         for tensor in outputs:
             for size in map(self.expression, tensor.shape):
                 fixed.update(dict.fromkeys(symbols_of(size), "the size of the output"))

@@ -12,7 +12,10 @@ from typing import Any
 
 from retroexit.errors import OptionError
 
-__all__ = ["Pin", "WidthFunction", "WidthPlan", "WidthRule", "multiple_of_8", "scaled_width"]
+__all__ = ["LIVE", "Pin", "WidthFunction", "WidthPlan", "WidthRule", "multiple_of_8", "scaled_width"]
+
+LIVE = "the live value"
+"""How reasons begin that name a live value."""
 
 WidthFunction = Callable[[int, float, int], int]
 """From the backbone's channel count, the scale and the least number of channels to the branch's count."""
@@ -113,6 +116,11 @@ class Pin:
     axis: int
     size: int
     reason: str
+
+    @property
+    def is_live(self) -> bool:
+        """Tell whether it fits a live value, which keeps its size whatever the branch does."""
+        return self.reason.startswith(LIVE)
 
     def __str__(self) -> str:
         return f"width of {self.parameter}[{self.axis}] fixed to {self.size} by {self.reason}"
