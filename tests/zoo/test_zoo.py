@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -18,13 +19,16 @@ from generators.measure import measure_entry, spread  # noqa: E402
 
 INSTALLABLE = [entry for entry in ENTRIES if not entry.checkout and not entry.is_large]
 
+TOO_SMALL = {"transformers-segformer-head"}  # one 1x1 layer, cheaper than the projection in front of it
+
 
 @pytest.mark.zoo
 @pytest.mark.filterwarnings("ignore")  # other people's code
 @pytest.mark.parametrize("entry", INSTALLABLE, ids=lambda entry: entry.name)
 def test_a_generator_gets_thin_exits_and_stays_as_it_was(entry: Entry) -> None:
     for module in entry.needs:
-        pytest.importorskip(module, reason=f"{module} is not installed; pip install 'retroexit[zoo]'")
+        if find_spec(module) is None:
+            pytest.skip(f"{module} is not installed; pip install 'retroexit[zoo]'")
     row = measure_entry(entry, scales=(1 / 4,))
     assert row.errors == {}
     assert row.backbone and row.self_test
@@ -32,7 +36,9 @@ def test_a_generator_gets_thin_exits_and_stays_as_it_was(entry: Entry) -> None:
     assert row.branches
     for branch in row.branches:
         assert branch.error == ""
-        assert branch.shrinks, f"{branch.after}: {branch.parameters}, {branch.macs}; {branch.pins}"
+        assert branch.shrinks or entry.name in TOO_SMALL, (
+            f"{branch.after}: {branch.parameters}, {branch.macs}; {branch.pins}"
+        )
         assert branch.unreached == []
     assert entry.draws or (row.batch is not None and row.batch < 1e-3)
 
@@ -44,7 +50,7 @@ def test_a_generator_gets_thin_exits_and_stays_as_it_was(entry: Entry) -> None:
         (["mid", "up.0", "up.1"], "?mid up.{0-1}", ""),
         (["up.0.a", "up.0.b", "up.1.a", "up.1.b"], "up.{0-1}", ""),
         (["up"], "up.{0-1}", ""),
-        (["up"], "up.{0-3}", "1 stages for 4: too coarse"),
+        (["up"], "up.{0-3}", "up holds 4 stages"),
         (["up.0.a", "up.0.b", "up.0.c", "up.1.a", "up.1.b"], "up.{0-1}", "5 stages for 2: too fine"),
         (["down.1", "up.0", "up.1"], "up.{0-1}", "down.1 is none of the stages"),
         (["up.0"], "up.{0-1}", "up.1 is missing"),
