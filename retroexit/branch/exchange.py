@@ -182,7 +182,7 @@ def inherit_stage(
 
 
 @torch.no_grad()
-def settle_norms(stage: nn.Module, rounds: int = 15) -> None:
+def settle_norms(stage: nn.Module, rounds: int = 30) -> None:
     """Let spectral norms in a stage find the singular vectors of its weights, which eval mode keeps fixed."""
     for module in stage.modules():
         for hook in module._forward_pre_hooks.values():

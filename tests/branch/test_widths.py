@@ -205,4 +205,4 @@ def test_spectral_norms_of_narrow_weights_have_a_largest_singular_value_of_one(
         for layer in ("1", "2"):
             weight = model.branches[0].tail.get_submodule(layer).weight
             assert weight.shape[0] == 21  # floor(64 / 3), whatever the norm flattens
-            assert float(torch.linalg.matrix_norm(weight.flatten(1), 2)) == pytest.approx(1, abs=0.05)
+            assert float(torch.linalg.matrix_norm(weight.flatten(1), 2)) == pytest.approx(1, abs=0.1)
