@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from retroexit.conformance import claims
 from retroexit.conformance.case import Case, Findings, Inputs, snapshot
+from retroexit.conformance.contest import check_contest
 from retroexit.conformance.routes import check_routes
 from retroexit.errors import AdapterError, PluginError, RetroExitWarning
 from retroexit.plugins.description import Description
@@ -60,9 +61,9 @@ def check_adapter(
 
     The generator is recognised and another one is not; its stages run once and in order; example inputs run;
     the image keeps its range; predictor inputs, keys and taps have their shapes; thin stages run and keep the
-    shapes; the discriminator gives gradients; wrapped at every stage, exits at scale 1 are the generator bit
-    for bit and thin ones keep its shapes; a batch of two equals two of one; what is saved is loaded again;
-    and nothing of it changes the generator.
+    shapes; the discriminator gives gradients and learns by the objective; wrapped at every stage, exits at
+    scale 1 are the generator bit for bit and thin ones keep its shapes; a batch of two equals two of one;
+    what is saved is loaded again; and nothing of it changes the generator.
 
     Args:
         generator: A small instance with random or trained weights, in eval mode, on the CPU: at full width
@@ -123,6 +124,7 @@ def _check(case: Case, thin_at: Sequence[int] | None) -> tuple[str, ...]:
     claims.check_taps(case, decoder)
     claims.check_made_from_inputs(case)
     claims.check_discriminator(case)
+    check_contest(case)
     if case.known.build_stage is not None:
         claims.check_built_stages(case, decoder, case.known.build_stage)
     else:

@@ -23,6 +23,7 @@ from retroexit_oasis.datasets import DATASETS, Dataset, one_hot
 from retroexit_oasis.discriminator import DiscriminatorBlock, OASISDiscriminator
 from retroexit_oasis.generator import OASISGenerator, SPADEBlock, SPADENorm
 from retroexit_oasis.losses import class_weights, fake_loss, labelmix_loss, labelmix_mask, mix, real_loss
+from retroexit_oasis.objective import OASISObjective
 from retroexit_oasis.plugin import retroexit_build_stage, retroexit_describe
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "DiscriminatorBlock",
     "OASISDiscriminator",
     "OASISGenerator",
+    "OASISObjective",
     "SPADEBlock",
     "SPADENorm",
     "class_weights",

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from retroexit.plugins import Description, hookimpl
 from retroexit_oasis.discriminator import OASISDiscriminator
 from retroexit_oasis.generator import OASISGenerator, SPADEBlock
+from retroexit_oasis.objective import OASISObjective
 
 __all__ = ["retroexit_build_stage", "retroexit_describe"]
 
@@ -28,6 +29,7 @@ def retroexit_describe(generator: nn.Module) -> Description | None:
         predictor_inputs=_label_map,
         value_after=3,  # keys come from l_1, the first attach point; values from l_3 (paper section 4.1)
         discriminator=_discriminator,
+        adversarial=OASISObjective(),
     )
 
 

@@ -14,6 +14,7 @@ from retroexit_stylegan.generator import StyleGANGenerator, SynthesisNetwork
 __all__ = ["retroexit_describe"]
 
 _RANGE = (-1.0, 1.0)
+_OBJECTIVE = "non-saturating"  # what StyleGAN2 is trained with
 _ROSINALITY_PARTS = {"style", "input", "conv1", "to_rgb1", "convs", "to_rgbs", "noises"}
 
 
@@ -41,6 +42,7 @@ def retroexit_describe(generator: nn.Module) -> Description | None:
             image=0,  # the generator returns the image and, on request, its latents
             image_range=_RANGE,
             discriminator=_discriminator,
+            adversarial=_OBJECTIVE,
         )
     return None
 
@@ -56,6 +58,7 @@ def _describe(name: str, generator: nn.Module, example_inputs: Any) -> Descripti
         example_inputs=example_inputs,
         image_range=_RANGE,
         discriminator=_discriminator if several else None,
+        adversarial=_OBJECTIVE,
     )
 
 

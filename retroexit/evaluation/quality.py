@@ -169,8 +169,13 @@ class MSSSIM(QualityMetric):
 
     def compare(self, a: Tensor, b: Tensor) -> Tensor:
         """Compare checked images of shape ``(N, 3, H, W)``, range ``[-1, 1]``; return ``(N,)``."""
+        # Variances are small differences of large numbers; bfloat16 would leave nothing of them.
+        with torch.autocast(a.device.type, enabled=False):
+            return self._compare(a.float(), b.float())
+
+    def _compare(self, a: Tensor, b: Tensor) -> Tensor:
         weights = _scale_weights((a.shape[-2], a.shape[-1]))
-        a, b = (a.float() + 1) / 2, (b.float() + 1) / 2
+        a, b = (a + 1) / 2, (b + 1) / 2
         product = torch.ones(a.shape[0], device=a.device)
         for scale, weight in enumerate(weights):
             if scale:
@@ -211,6 +216,12 @@ class ImageRange:
         if (self.low, self.high) == (-1.0, 1.0):
             return x
         return (x - self.low) * (2 / (self.high - self.low)) - 1
+
+    def from_signed(self, x: Tensor) -> Tensor:
+        """Map images from ``[-1, 1]`` to this range, the inverse of `to_signed`."""
+        if (self.low, self.high) == (-1.0, 1.0):
+            return x
+        return (x + 1) * ((self.high - self.low) / 2) + self.low
 
 
 def measure_range(image: Tensor) -> ImageRange:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from retroexit.errors import MissingExtraError, WeightsError
 
-__all__ = ["digest", "empty_lpips", "fill_lpips", "hub_file"]
+__all__ = ["digest", "empty_lpips", "fill_lpips", "fill_trunk", "hub_file"]
 
 logger = logging.getLogger(__name__)
 
@@ -46,13 +46,33 @@ def fill_lpips(network: Any, net: str, path: Path) -> None:
     # slice3.6.bias -> features.6.bias
     trunk = {name: f"features.{name.partition('.')[2]}" for name in network.net.state_dict()}
     linear = [name for name in network.state_dict() if name.startswith("lin") and not name.startswith("lins")]
-    network.net.load_state_dict(_pick(trunk, convolutions, network.net, path, net), assign=True)
-    picked = _pick({name: name for name in linear}, heads, network, path, net)
+    network.net.load_state_dict(_pick(trunk, convolutions, network.net, path, _lpips(net)), assign=True)
+    picked = _pick({name: name for name in linear}, heads, network, path, _lpips(net))
     network.load_state_dict(picked, strict=False, assign=True)  # the heads appear again as ``lins``
 
 
+def fill_trunk(trunk: nn.Module, what: str, path: Path) -> None:
+    """Load the convolutions of a torchvision network, ``features.N.*`` in the file, into empty ones.
+
+    Args:
+        trunk: Its ``features``, or the first of them.
+        what: What to call the network in messages.
+        path: A torchvision state dict, or a dict with one as its ``"backbone"``.
+
+    Raises:
+        WeightsError: If the file is missing, damaged, or another network's.
+    """
+    content = _read(path)
+    names = {name: f"features.{name}" for name in trunk.state_dict()}
+    trunk.load_state_dict(_pick(names, content.get("backbone", content), trunk, path, what), assign=True)
+
+
+def _lpips(net: str) -> str:
+    return f"LPIPS {net!r}"
+
+
 def _pick(
-    wanted: Mapping[str, str], found: Mapping[str, Any], module: nn.Module, path: Path, net: str
+    wanted: Mapping[str, str], found: Mapping[str, Any], module: nn.Module, path: Path, what: str
 ) -> dict[str, Tensor]:
     """Take ``wanted`` (name in the module: key in the file) out of a state dict, with checks."""
     expected, picked = module.state_dict(), {}
@@ -61,7 +81,7 @@ def _pick(
         if not isinstance(value, Tensor) or value.shape != expected[name].shape:
             was = _shape(value) if isinstance(value, Tensor) else "nothing"
             raise WeightsError(
-                f"{path} does not hold the weights of LPIPS {net!r}: {key} should be "
+                f"{path} does not hold the weights of {what}: {key} should be "
                 f"{_shape(expected[name])}, found {was}; pass the file of the right network",
                 path,
             )
@@ -98,12 +118,19 @@ def _hub_address(net: str) -> str:
         "alex": models.AlexNet_Weights.IMAGENET1K_V1,
         "squeeze": models.SqueezeNet1_1_Weights.IMAGENET1K_V1,
         "vgg": models.VGG16_Weights.IMAGENET1K_V1,
+        "vgg16": models.VGG16_Weights.IMAGENET1K_V1,
+        "vgg19": models.VGG19_Weights.IMAGENET1K_V1,
     }
     return str(weights[net].url)
 
 
-def hub_file(net: str) -> Path:
-    """Find torchvision's weights in torch hub's cache, or download them there; check the hash either way."""
+def hub_file(net: str, what: str | None = None) -> Path:
+    """Find torchvision's weights in torch hub's cache, or download them there; check the hash either way.
+
+    Args:
+        net: Which network.
+        what: What needs them, for messages; LPIPS if ``None``.
+    """
     address = _hub_address(net)
     path = Path(torch.hub.get_dir()) / "checkpoints" / address.rpartition("/")[2]
     prefix = path.stem.rpartition("-")[2]
@@ -114,8 +141,9 @@ def hub_file(net: str) -> Path:
             torch.hub.download_url_to_file(address, str(path), hash_prefix=prefix, progress=False)
         except (OSError, RuntimeError) as error:
             raise WeightsError(
-                f"LPIPS {net!r} needs {path.name}, which is not in {path.parent} and could not be "
-                f"downloaded from {address} ({error}); put the file there, or pass weights=<file>",
+                f"{what or _lpips(net)} needs {path.name}, which is not in {path.parent} and could not be "
+                f"downloaded from {address} ({error}); put the file, whose sha256 starts with {prefix}, "
+                "there, or pass weights=<file>",
                 path,
             ) from error
     found = _file_digest(path)

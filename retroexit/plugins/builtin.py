@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from retroexit.branch.widths import WidthFunction
     from retroexit.evaluation.quality import QualityMetric
     from retroexit.retrieval import Retriever
-    from retroexit.training.losses import Term
+    from retroexit.training.losses import BatchTerm, Term
 
 __all__ = [
     "retroexit_commands",
@@ -43,11 +43,12 @@ def retroexit_metrics() -> dict[str, Callable[..., QualityMetric]]:
 
 
 @hookimpl
-def retroexit_losses() -> dict[str, Callable[[], Term]]:
-    """Offer the mean absolute difference."""
-    from retroexit.training.losses import L1
+def retroexit_losses() -> dict[str, Callable[..., Term | BatchTerm]]:
+    """Offer the mean absolute difference, MS-SSIM, LPIPS, and differences of features of trained networks."""
+    from retroexit.training.losses import L1, PERCEPTUAL, Perceptual
 
-    return {"l1": L1}
+    perceptual = {name: functools.partial(Perceptual, name) for name in PERCEPTUAL}
+    return {"l1": L1, **perceptual, **retroexit_metrics()}
 
 
 @hookimpl

@@ -5,13 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from retroexit.errors import OptionError
 
+if TYPE_CHECKING:
+    from retroexit.training.objectives import Objective
+
 __all__ = ["Description"]
+
+_OBJECTIVE = ("name", "needs_inputs", "of_branch", "of_discriminator")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +43,9 @@ class Description:
             and result are described there.
         discriminator: Called with the generator; returns a fresh discriminator, whose weights may be trained
             against branches (paper 3.1, equation 1). It takes an image ``(N, C, H, W)`` in ``image_range``
-            and returns scores of any shape.
+            and returns scores of any shape, or a list whose last part is the score, or a list of such lists.
+        adversarial: How branches and discriminator compete (equation 1): ``"hinge"``, ``"non-saturating"``,
+            or a `retroexit.training.objectives.Objective`; ``None`` leaves it to the user.
 
     Raises:
         OptionError: If ``name`` is empty, ``stages`` holds fewer than two distinct paths, ``image_range`` is
@@ -57,6 +64,7 @@ class Description:
     key: Callable[..., Tensor] | None = None
     build_stage: Callable[[nn.Module, int, int], nn.Module | None] | None = None
     discriminator: Callable[[nn.Module], nn.Module] | None = None
+    adversarial: Objective | str | None = None
 
     def __post_init__(self) -> None:
         if not self.name:
@@ -82,6 +90,14 @@ class Description:
                     "Description says what it is called with",
                     self,
                 )
+
+        own = self.adversarial
+        if not (own is None or isinstance(own, str) or all(hasattr(own, name) for name in _OBJECTIVE)):
+            raise OptionError(
+                f"adversarial of {self.name} must be the name of an objective or an object with "
+                f"{', '.join(_OBJECTIVE)}, got {type(own).__name__}",
+                self,
+            )
 
     def _check_stages(self, stages: object) -> None:
         named = isinstance(stages, (tuple, list)) and all(isinstance(path, str) and path for path in stages)

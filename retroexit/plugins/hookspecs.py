@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from retroexit.branch.widths import WidthFunction
     from retroexit.evaluation.quality import QualityMetric
     from retroexit.retrieval import Retriever
-    from retroexit.training.losses import Term
+    from retroexit.training.losses import BatchTerm, Term
 
 __all__ = [
     "GROUP",
@@ -101,13 +101,16 @@ def retroexit_metrics() -> dict[str, Callable[..., QualityMetric]]:  # type: ign
 
 
 @hookspec
-def retroexit_losses() -> dict[str, Callable[[], Term]]:  # type: ignore[empty-body]
+def retroexit_losses() -> dict[str, Callable[..., Term | BatchTerm]]:  # type: ignore[empty-body]
     """Offer terms of the loss that branches are trained with.
 
     Returns:
         Factories by the name under which users ask for them: ``fit(..., losses={name: weight})``. Calling one
         makes the term, which takes an exit's image and the backbone's, both ``(N, C, H, W)`` in [-1, 1], and
-        returns a scalar or one number per image. ``torch.nn.HuberLoss`` is such a factory.
+        returns a scalar or one number per image. ``torch.nn.HuberLoss`` is such a factory. A term that needs
+        the generator's inputs too has ``needs_inputs = True`` and the method ``of_batch(batch)``, which takes
+        a `retroexit.training.batch.TrainingBatch`. Where the user names a file of weights, it is handed to
+        the factory as ``weights``.
     """
 
 

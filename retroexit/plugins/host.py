@@ -32,13 +32,19 @@ if TYPE_CHECKING:
     from retroexit.branch.widths import WidthFunction
     from retroexit.evaluation.quality import QualityMetric
     from retroexit.retrieval import Retriever
-    from retroexit.training.losses import Term
+    from retroexit.training.losses import BatchTerm, Term
 
 __all__ = ["Host", "host"]
 
 _Answer = TypeVar("_Answer")
 _METRIC_ALIASES = {"auto": "the best metric that can be had", "lpips": "'lpips-alex'"}
-_LOSS_ALIASES = {"quality": "the metric of the fit"}
+_LOSS_ALIASES = {  # what a fit makes itself, from what it is given
+    "quality": "the metric of the fit",
+    "lpips": "the metric of the fit, or 'lpips-alex'",
+    "adversarial": "the objective of the discriminators",
+    "feature-matching": "features of the discriminators",
+    "gaze": "the user's gaze network",
+}
 
 
 class Host:
@@ -101,14 +107,18 @@ class Host:
         factory, author = self._look_up(self._metrics, name)
         return make_metric(factory, name, author, options)
 
-    def loss(self, name: str) -> Term:
+    def loss(self, name: str, **options: Any) -> Term | BatchTerm:
         """Make a term of the training loss by name.
+
+        Args:
+            name: Its name.
+            **options: For its factory, such as ``weights``.
 
         Raises:
             PluginError: If no plug-in offers it, more than one does, or what it makes is no term.
         """
         factory, author = self._look_up(self._losses, name)
-        return make_loss(factory, name, author)
+        return make_loss(factory, name, author, options)
 
     def width_rule(self, name: str) -> WidthFunction:
         """Look up a rule of width by name.

@@ -11,7 +11,7 @@ from retroexit.plugins.info import PluginInfo, brief, cause_of
 
 if TYPE_CHECKING:
     from retroexit.evaluation.quality import QualityMetric
-    from retroexit.training.losses import Term
+    from retroexit.training.losses import BatchTerm, Term
 
 __all__ = ["check_retriever", "make_loss", "make_metric"]
 
@@ -67,19 +67,28 @@ def make_metric(
     return made
 
 
-def make_loss(factory: Callable[[], Any], name: str, author: PluginInfo) -> Term:
+def make_loss(
+    factory: Callable[..., Any], name: str, author: PluginInfo, options: dict[str, Any]
+) -> Term | BatchTerm:
     """Make a term of the training loss.
 
     Raises:
+        OptionError: If it takes no such options.
         PluginError: If the factory raises or makes nothing that can be called.
     """
-    made = _make("loss", factory, name, author, {})
-    if not callable(made):
+    if not _takes(factory, options):
+        raise OptionError(
+            f"asked for the loss {name!r} with {', '.join(options)}; found that it takes no such thing. "
+            "Leave it out.",
+            options,
+        )
+    made = _make("loss", factory, name, author, options)
+    if not callable(made) and not callable(getattr(made, "of_batch", None)):
         raise PluginError(
             f"loss {name!r} of {author} made {brief(made)}; make something that compares two images",
             made,
         )
-    term: Term = made
+    term: Term | BatchTerm = made
     return term
 
 

@@ -1,0 +1,73 @@
+"""How branches of OASIS compete with its discriminator: L_OASIS of the paper's equation 3."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from retroexit.errors import TrainingError
+from retroexit.training.batch import TrainingBatch
+from retroexit.training.objectives import Judge
+from retroexit.training.verdict import Verdict
+from retroexit_oasis.losses import fake_loss, labelmix_loss, labelmix_mask, mix, real_loss
+
+__all__ = ["OASISObjective"]
+
+
+class OASISObjective:
+    """Cross-entropy over N + 1 classes on both sides, and LabelMix for the discriminator.
+
+    Args:
+        labelmix: Weight of LabelMix; the authors' is 10 for Cityscapes and COCO-Stuff, 5 for ADE20K.
+        unknown: Number of the label that weighs nothing; ``None`` where there is none.
+
+    Reference: Schönfeld et al., section 3, equations 1 to 3; retroexit's paper, equations 1 and 3.
+    """
+
+    name = "oasis"
+    needs_inputs = True
+
+    def __init__(self, labelmix: float = 10.0, unknown: int | None = 0) -> None:
+        self.labelmix, self.unknown = labelmix, unknown
+
+    def of_branch(self, verdict: Verdict, batch: TrainingBatch) -> Tensor:
+        """Ask that every pixel be taken for what its label says; a scalar."""
+        return real_loss(_logits(verdict), label_map(batch), self.unknown)
+
+    def of_discriminator(self, judge: Judge, batch: TrainingBatch) -> dict[str, Tensor]:
+        """Tell the backbone's pixels from the branch's, and judge a mixed image as its parts."""
+        label = label_map(batch)
+        real, fake = _logits(judge(batch.target)), _logits(judge(batch.image))
+        found = {"real": real_loss(real, label, self.unknown), "fake": fake_loss(fake)}
+        if self.labelmix:
+            mask = labelmix_mask(label)
+            mixed = _logits(judge(mix(batch.target, batch.image, mask)))
+            found["labelmix"] = self.labelmix * labelmix_loss(mixed, real, fake, mask)
+        return found
+
+
+def label_map(batch: TrainingBatch) -> Tensor:
+    """Find the one-hot label map ``(N, L, H, W)`` among the generator's inputs: the first of them.
+
+    Raises:
+        TrainingError: If it is not there, or not of the images' size.
+    """
+    label = next(iter((*batch.args, *batch.kwargs.values())), None)
+    if not isinstance(label, Tensor) or label.dim() != 4 or label.shape[2:] != batch.image.shape[2:]:
+        found = tuple(label.shape) if isinstance(label, Tensor) else type(label).__name__
+        raise TrainingError(
+            f"asked for the loss of OASIS on images of shape {tuple(batch.image.shape)}; found {found} as "
+            "the first input, no one-hot label map of their size. Train on samples whose first input is one.",
+            batch,
+        )
+    return label.to(batch.image.device, batch.image.dtype)
+
+
+def _logits(verdict: Verdict) -> Tensor:
+    if not isinstance(verdict.output, Tensor):
+        raise TrainingError(
+            f"asked for the loss of OASIS; found that the discriminator returns a "
+            f"{type(verdict.output).__name__}, not logits (N, 1 + L, H, W). Pass OASIS's own, or name "
+            "another objective.",
+            verdict.output,
+        )
+    return verdict.output.float()

@@ -1,0 +1,153 @@
+"""From names to the losses of a fit: terms of plug-ins, the generator's own discriminator, its objective."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from retroexit.errors import OptionError, WeightsError
+from retroexit.evaluation.quality import QualityMetric
+from retroexit.plugins.description import Description
+from retroexit.plugins.host import host
+from retroexit.training.adversary import AdversarySettings
+from retroexit.training.losses.terms import QUALITY, BatchTerm, Term
+from retroexit.training.objectives import Objective, find_objective
+from retroexit.training.presets import (
+    ADVERSARIAL,
+    FEATURE_MATCHING,
+    GAZE,
+    LPIPS,
+    PRESETS,
+    LossPlan,
+    find_weights,
+)
+
+__all__ = ["plan_losses"]
+
+EQUALISE_STEPS = 50
+
+
+def plan_losses(
+    generator: nn.Module,
+    losses: Mapping[str, float] | str,
+    metric: QualityMetric,
+    *,
+    equalise: bool | int | None = None,
+    instead: Mapping[str, str] | None = None,
+    loss_weights: Mapping[str, str | Path] | None = None,
+    discriminator: nn.Module | str | Path | None = "auto",
+    adversarial: Objective | str | None = None,
+    discriminator_lr: float = 4e-4,
+    gaze: nn.Module | None = None,
+    known: Description | None = None,
+    seed: int = 0,
+) -> LossPlan:
+    """Plan what branches are trained on.
+
+    Args:
+        generator: The user's generator.
+        losses: Weight of every term by name, or a preset: ``"oasis"`` (equation 3), ``"megaportraits"`` (4).
+        metric: The metric of the fit, which is the term ``"quality"``.
+        equalise: Whether weights are multiplied such that all terms pull equally at the image, measured over
+            the first 50 steps, or this many; by default for presets alone.
+        instead: Terms that take the place of others: ``{"vgg": "features-alex"}``.
+        loss_weights: File with a term's weights, by its name.
+        discriminator: What every branch competes with a copy of: a module (the generator's own, trained); a
+            file with the state dict of the one that the adapter makes; ``"auto"``, the adapter's as it makes
+            it, which knows nothing yet; ``None``.
+        adversarial: How they compete: ``"hinge"``, ``"non-saturating"`` or an `Objective`; by default as the
+            adapter says, else as the preset does.
+        discriminator_lr: Learning rate of the discriminators.
+        gaze: Gaze network of the term ``"gaze"``.
+        known: What is known about the generator; plug-ins are asked if ``None``.
+        seed: Decides what discriminators draw.
+
+    Raises:
+        OptionError: If a term lacks what it needs, or an argument is out of range.
+        PluginError: If no plug-in, or more than one, offers a term.
+        WeightsError: If a term's weights, or the discriminator's, cannot be had.
+    """
+    weights = find_weights(losses, instead)
+    preset = PRESETS[losses] if isinstance(losses, str) else None
+    if equalise is None:
+        equalise = preset is not None
+    steps = EQUALISE_STEPS if equalise is True else int(equalise)
+    competes = bool({ADVERSARIAL, FEATURE_MATCHING} & set(weights))
+    opponent, objective = None, None
+    if competes:
+        opponent = _discriminator(generator, known, discriminator)
+        known = host().describe(generator) if known is None else known
+        told = None if known is None else known.adversarial
+        objective = find_objective(adversarial or told or (preset.objective if preset else "non-saturating"))
+    limits = (-1.0, 1.0) if known is None or known.image_range is None else known.image_range
+    return LossPlan(
+        weights,
+        _terms(weights, metric, loss_weights or {}),
+        discriminator=opponent,
+        objective=objective,
+        gaze=gaze,
+        equalise=steps,
+        adversary=AdversarySettings(lr=discriminator_lr, image_range=limits, seed=seed),
+    )
+
+
+def _terms(
+    weights: Mapping[str, float], metric: QualityMetric, files: Mapping[str, str | Path]
+) -> dict[str, Term | BatchTerm]:
+    """Make the terms that branches share."""
+    stray = [name for name in files if name not in weights]
+    if stray:
+        raise OptionError(
+            f"asked for weights of the loss {stray[0]!r}; found the losses {', '.join(weights)}.", files
+        )
+    found: dict[str, Term | BatchTerm] = {}
+    for name in weights:
+        if name in (ADVERSARIAL, FEATURE_MATCHING, GAZE):
+            continue
+        called = name
+        if name == LPIPS:
+            called = metric.name if metric.name.startswith("lpips-") else "lpips-alex"
+        if name not in files and called in (QUALITY, metric.name):
+            found[name] = metric
+            continue
+        options = {"weights": files[name]} if name in files else {}
+        is_metric = called not in host().losses() and called in host().metrics()
+        found[name] = host().metric(called, **options) if is_metric else host().loss(called, **options)
+    return found
+
+
+def _discriminator(
+    generator: nn.Module, known: Description | None, wanted: nn.Module | str | Path | None
+) -> nn.Module | None:
+    """Find where adversaries begin."""
+    if wanted is None or isinstance(wanted, nn.Module):
+        return wanted
+    if not isinstance(wanted, (str, Path)):
+        raise OptionError(
+            f"asked for discriminator={wanted!r}; found neither a module, a file, 'auto' nor None.", wanted
+        )
+    if known is None:
+        made = host().discriminator(generator)
+    else:
+        made = None if known.discriminator is None else known.discriminator(generator)
+    if wanted == "auto":
+        return made
+    if made is None:
+        raise OptionError(
+            f"asked for discriminator={str(wanted)!r}; found no adapter that makes a discriminator for "
+            f"{type(generator).__name__} to load it into. Pass the module itself.",
+            wanted,
+        )
+    try:
+        made.load_state_dict(torch.load(wanted, map_location="cpu", weights_only=True))
+    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError, TypeError) as error:
+        raise WeightsError(
+            f"asked for discriminator={str(wanted)!r}; found no weights of {type(made).__name__} there "
+            f"({' '.join(str(error).split())[:300]}). Pass a file with its state dict.",
+            wanted,
+        ) from error
+    return made

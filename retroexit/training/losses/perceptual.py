@@ -1,0 +1,172 @@
+"""Differences of features of a network that was trained to see (L_VGG of equations 3 and 4).
+
+The network is VGG with torchvision's ImageNet weights. Where they cannot be had, that is an error that names
+file, place and address; a network that can be had stands in on request, under a name of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from retroexit.errors import MissingExtraError, OptionError, WeightsError, closest
+from retroexit.evaluation.weights import digest, fill_trunk, hub_file
+
+__all__ = ["PERCEPTUAL", "Perceptual"]
+
+_MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, for images in [0, 1]
+
+
+@dataclass(frozen=True)
+class _Network:
+    """A network of torchvision, cut off behind its last tap.
+
+    Attributes:
+        builder: Function of ``torchvision.models`` that builds it.
+        net: Which weights of torch hub it takes; ``None`` for random ones.
+        taps: Number of a layer in ``features``, and weight of the difference behind it.
+        smallest: Smallest side of an image.
+    """
+
+    builder: str
+    net: str | None
+    taps: dict[int, float]
+    smallest: int
+
+
+# relu1_1, 2_1, 3_1, 4_1, 5_1 with the weights of Wang et al. 2018 (pix2pixHD), which OASIS took over.
+_VGG19 = {1: 1 / 32, 6: 1 / 16, 11: 1 / 8, 20: 1 / 4, 29: 1.0}
+# relu1_2, 2_2, 3_3, 4_3 as in Johnson et al. 2016.
+_VGG16 = {3: 0.25, 8: 0.25, 15: 0.25, 22: 0.25}
+
+PERCEPTUAL = {
+    "vgg": _Network("vgg19", "vgg19", _VGG19, 16),
+    "vgg16": _Network("vgg16", "vgg16", _VGG16, 8),
+    "features-alex": _Network("alexnet", "alex", dict.fromkeys((1, 4, 7, 9, 11), 0.2), 31),
+    "features-squeeze": _Network(
+        "squeezenet1_1", "squeeze", dict.fromkeys((1, 4, 7, 9, 10, 11, 12), 1 / 7), 17
+    ),
+    "features-random": _Network("vgg19", None, _VGG19, 16),
+}
+"""Networks by the name of the term; the paper's is ``"vgg"``."""
+
+
+class Perceptual(nn.Module):
+    """Weighted sum over layers of the mean absolute difference of features.
+
+    Args:
+        name: ``"vgg"`` (VGG19), ``"vgg16"``, or a stand-in: ``"features-alex"``, ``"features-squeeze"`` (the
+            networks of LPIPS), ``"features-random"`` (VGG19 with random weights, the same every time).
+        weights: File with the network's convolutions, a torchvision state dict (or the ``"backbone"`` of an
+            LPIPS file); torch hub's cache, or a download into it, if ``None``.
+
+    Raises:
+        OptionError: If there is no such network, or weights are given for the random one.
+        WeightsError: If the weights are nowhere to be found, or are damaged or another network's.
+
+    Reference: Johnson et al. 2016, "Perceptual Losses for Real-Time Style Transfer and Super-Resolution".
+    """
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, name: str = "vgg", weights: str | Path | None = None) -> None:
+        super().__init__()
+        if name not in PERCEPTUAL:
+            raise OptionError(f"no perceptual loss {name!r}; there is {closest(name, PERCEPTUAL)}", name)
+        self.name, self._network = name, PERCEPTUAL[name]
+        self._smallest = self._network.smallest
+        self.trunk = _empty_trunk(self._network)
+        if self._network.net is None:
+            if weights is not None:
+                raise OptionError(
+                    f"asked for {name!r} with weights={weights}; found that its are random", name
+                )
+            _fill_randomly(self.trunk)
+        else:
+            path = _hub_file(name, self._network.net) if weights is None else Path(weights)
+            fill_trunk(self.trunk, f"the loss {name!r} ({self._network.builder})", path)
+        self.register_buffer("mean", torch.tensor(_MEAN).view(1, 3, 1, 1))
+        self.register_buffer("deviation", torch.tensor(_DEVIATION).view(1, 3, 1, 1))
+        self.requires_grad_(False)
+        self.eval()
+
+    def forward(self, image: Tensor, target: Tensor) -> Tensor:
+        """Compare images ``(N, 3, H, W)`` or ``(N, 1, H, W)`` in [-1, 1]; gives ``(N,)``.
+
+        Gradient reaches ``image`` alone.
+
+        Raises:
+            OptionError: If they have another number of channels, or are too small for the network.
+        """
+        _check(self.name, image, self._smallest)
+        with torch.no_grad():
+            wanted = self.features(target)
+        total = image.new_zeros(len(image), dtype=torch.float32)
+        made = self.features(image)
+        for weight, a, b in zip(self._network.taps.values(), made, wanted, strict=True):
+            total = total + weight * (a.float() - b.float()).abs().mean((1, 2, 3))  # (N, C, h, w) -> (N,)
+        return total
+
+    def features(self, image: Tensor) -> list[Tensor]:
+        """Give the features of images in [-1, 1] behind every tap, ``(N, C, h, w)`` each."""
+        x = (((image + 1) / 2).expand(-1, 3, -1, -1) - self.mean) / self.deviation
+        found = []
+        for number, layer in enumerate(self.trunk):
+            x = layer(x)
+            if number in self._network.taps:
+                found.append(x)
+        return found
+
+    def describe(self) -> dict[str, str]:
+        """Say which network it is and hash its weights, for a record."""
+        return {"name": self.name, "sha256": digest(self.trunk)}
+
+
+def _empty_trunk(network: _Network) -> nn.Sequential:
+    """Build the layers up to the last tap, without weights and without drawing random numbers."""
+    try:
+        from torchvision import models
+    except ImportError as error:
+        raise MissingExtraError("perceptual losses need torchvision: pip install torchvision") from error
+    with torch.device("meta"):
+        features = getattr(models, network.builder)(weights=None).features
+    trunk: nn.Sequential = features[: max(network.taps) + 1]
+    for module in trunk.modules():
+        if isinstance(module, nn.ReLU):
+            module.inplace = False  # a tap in front of one would be overwritten
+    return trunk
+
+
+def _fill_randomly(trunk: nn.Sequential) -> None:
+    """Draw weights that keep the size of features from layer to layer; the same on every machine."""
+    source = torch.Generator().manual_seed(0)
+    drawn = {}
+    for name, empty in trunk.state_dict().items():
+        value = torch.zeros(empty.shape)
+        if value.dim() > 1:
+            value.normal_(0, (2 / value[0].numel()) ** 0.5, generator=source)
+        drawn[name] = value
+    trunk.load_state_dict(drawn, assign=True)
+
+
+def _hub_file(name: str, net: str) -> Path:
+    try:
+        return hub_file(net, f"the loss {name!r}")
+    except WeightsError as error:
+        others = ", ".join(repr(other) for other in PERCEPTUAL if other != name and other.startswith("feat"))
+        raise WeightsError(
+            f"{error}. To train on something else instead, ask for it by name: {others}", error.subject
+        ) from error
+
+
+def _check(name: str, image: Tensor, smallest: int) -> None:
+    if image.dim() != 4 or image.shape[1] not in (1, 3) or min(image.shape[2:]) < smallest:
+        raise OptionError(
+            f"the loss {name!r} needs images (N, 3, H, W) or (N, 1, H, W) of at least {smallest}x{smallest} "
+            f"pixels, found {tuple(image.shape)}; train on larger windows, or leave it out",
+            image,
+        )
