@@ -44,7 +44,6 @@ def plan_losses(
     discriminator_lr: float = 4e-4,
     gaze: nn.Module | None = None,
     known: Description | None = None,
-    seed: int = 0,
 ) -> LossPlan:
     """Plan what branches are trained on.
 
@@ -64,7 +63,6 @@ def plan_losses(
         discriminator_lr: Learning rate of the discriminators.
         gaze: Gaze network of the term ``"gaze"``.
         known: What is known about the generator; plug-ins are asked if ``None``.
-        seed: Decides what discriminators draw.
 
     Raises:
         OptionError: If a term lacks what it needs, or an argument is out of range.
@@ -91,7 +89,7 @@ def plan_losses(
         objective=objective,
         gaze=gaze,
         equalise=steps,
-        adversary=AdversarySettings(lr=discriminator_lr, image_range=limits, seed=seed),
+        adversary=AdversarySettings(lr=discriminator_lr, image_range=limits),
     )
 
 

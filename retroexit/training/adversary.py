@@ -8,14 +8,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from retroexit.decoder.cut import clone_module
 from retroexit.errors import CheckpointError, TrainingError
 from retroexit.evaluation.quality import ImageRange
 from retroexit.training.batch import TrainingBatch
-from retroexit.training.inputs import drawing_from
 from retroexit.training.objectives import Objective
 from retroexit.training.verdict import Verdict, listen
 
@@ -33,7 +31,6 @@ class AdversarySettings:
             ``None``: whether its forward asks for more than one.
         layers: Paths of modules whose outputs are its features for feature matching; ``None`` to find them.
         image_range: Smallest and largest pixel value of the images that it was made for.
-        seed: Decides what its objective draws, such as LabelMix's coins.
     """
 
     lr: float = 4e-4
@@ -41,13 +38,13 @@ class AdversarySettings:
     conditional: bool | None = None
     layers: tuple[str, ...] | None = None
     image_range: tuple[float, float] = (-1.0, 1.0)
-    seed: int = 0
 
 
 class Adversary:
     """A discriminator that competes with one branch, with its own optimiser.
 
-    Move `module` freely. Where several processes train, gradients are averaged here: it need not be wrapped.
+    What its objective draws, such as LabelMix's coins, comes from the global random state: who calls `step`
+    seeds it. Where several processes train, the gradients of `module` are theirs to average.
 
     Args:
         discriminator: Where to begin: the generator's own, trained. It is copied; yours stays as it is.
@@ -105,9 +102,7 @@ class Adversary:
         """
         batch = replace(batch, image=batch.image.detach(), target=batch.target.detach())
         self.forget()
-        # The draws follow from the step alone, so that a resumed run repeats them.
-        seed = 1_000_003 * self.settings.seed + self.steps
-        with torch.enable_grad(), drawing_from(seed, batch.image.device):
+        with torch.enable_grad():
             parts = self.objective.of_discriminator(lambda image: self.judge(image, batch), batch)
             total = torch.stack(list(parts.values())).sum()
         named = {f"discriminator-{name}": float(value.detach()) for name, value in parts.items()}
@@ -119,7 +114,6 @@ class Adversary:
             )
         self.optimizer.zero_grad(set_to_none=True)
         total.backward()
-        _average_gradients(self.parameters())
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.steps += 1
@@ -197,13 +191,3 @@ def _frozen(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     finally:
         for parameter in parameters:
             parameter.requires_grad_(True)
-
-
-def _average_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    if not (dist.is_available() and dist.is_initialized()):
-        return
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        dist.all_reduce(parameter.grad)
-        parameter.grad /= dist.get_world_size()

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from retroexit.errors import OptionError, closest
+from retroexit.errors import OptionError
 from retroexit.training.batch import TrainingBatch
 from retroexit.training.verdict import Verdict
 
@@ -139,8 +139,8 @@ def find_objective(wanted: Objective | str) -> Objective:
     if isinstance(wanted, Objective) and not isinstance(wanted, (str, type)):
         return wanted
     raise OptionError(
-        f"asked for adversarial={wanted!r}; found no such objective. There is {closest(wanted, OBJECTIVES)}, "
-        "or pass an object with of_branch and of_discriminator.",
+        f"asked for adversarial={wanted!r}; found no such objective. There are "
+        f"{', '.join(map(repr, OBJECTIVES))}; or pass an object with of_branch and of_discriminator.",
         wanted,
     )
 

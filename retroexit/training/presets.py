@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
-from retroexit.errors import OptionError, closest
+from retroexit.errors import OptionError
 from retroexit.fingerprint import fingerprint
 from retroexit.training.adversary import Adversarial, Adversary, AdversarySettings
 from retroexit.training.losses.terms import QUALITY, BatchTerm, FeatureMatching, Gaze, Term
@@ -92,8 +92,8 @@ def find_weights(
     if isinstance(losses, str):
         if losses not in PRESETS:
             raise OptionError(
-                f"asked for losses={losses!r}; found no such preset. There is {closest(losses, PRESETS)}, or "
-                "pass weights by name.",
+                f"asked for losses={losses!r}; found no such preset. There are "
+                f"{', '.join(map(repr, PRESETS))}; or pass weights by name.",
                 losses,
             )
         losses = PRESETS[losses].weights
@@ -154,13 +154,14 @@ class LossPlan:
         if self.gaze is not None:
             object.__setattr__(self, "terms", {**self.terms, GAZE: Gaze(self.gaze)})
 
-    def for_branch(self, index: int) -> TrainingLoss:
-        """Make the loss of a branch, numbered from 0; its adversary begins as a copy of the discriminator."""
+    def for_branch(self) -> TrainingLoss:
+        """Make the loss of one branch; its adversary begins as a copy of the discriminator."""
         adversary = None
         if {ADVERSARIAL, FEATURE_MATCHING} & set(self.weights):
             assert self.discriminator is not None and self.objective is not None
-            own = replace(self.adversary, seed=1_000 * self.adversary.seed + index)
-            adversary = Adversary(self.discriminator, self.objective, own)
+            adversary = Adversary(self.discriminator, self.objective, self.adversary)
+            if ADVERSARIAL not in self.weights:
+                adversary.module.eval()  # it only looks, and nothing of it may change
         terms: dict[str, tuple[float, Term | BatchTerm]] = {}
         for name, weight in self.weights.items():
             if name == ADVERSARIAL and adversary is not None:

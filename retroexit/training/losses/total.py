@@ -71,9 +71,9 @@ class TrainingLoss:
         return self
 
     def state(self) -> dict[str, Tensor]:
-        """Give everything that training changes here, the adversary's included, for a checkpoint."""
-        found = {} if self.equaliser is None else _named("equaliser.", self.equaliser.state())
-        return found if self.adversary is None else found | _named("adversary.", self.adversary.state())
+        """Give what training changes here, for a checkpoint; the adversary has a state of its own."""
+        found = {} if self.equaliser is None else self.equaliser.state()
+        return {f"equaliser.{name}": value for name, value in found.items()}
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """Go on from what `state` gave.
@@ -81,9 +81,10 @@ class TrainingLoss:
         Raises:
             CheckpointError: If it is the state of another loss.
         """
-        for name, part in (("equaliser.", self.equaliser), ("adversary.", self.adversary)):
-            if part is not None:
-                part.load_state({k[len(name) :]: v for k, v in tensors.items() if k.startswith(name)})
+        if self.equaliser is not None:
+            start = "equaliser."
+            own = {name.removeprefix(start): v for name, v in tensors.items() if name.startswith(start)}
+            self.equaliser.load_state(own)
 
     def _value(self, name: str, term: Term | BatchTerm, batch: TrainingBatch) -> Tensor:
         pair = batch.image, batch.target
@@ -97,7 +98,3 @@ class TrainingLoss:
                 term,
             )
         return value.float().mean()
-
-
-def _named(start: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {start + name: value for name, value in tensors.items()}

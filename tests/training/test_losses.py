@@ -1,0 +1,273 @@
+"""Terms that need no adversary: each against a loop, another library, or by hand."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from retroexit.errors import OptionError, TrainingError, WeightsError
+from retroexit.evaluation.quality import LPIPS, MSSSIM
+from retroexit.plugins import host
+from retroexit.training.batch import TrainingBatch
+from retroexit.training.losses import L1, PERCEPTUAL, Gaze, Perceptual, TrainingLoss
+
+
+@pytest.fixture
+def pair() -> tuple[Tensor, Tensor]:
+    """Two different batches of images in [-1, 1]."""
+    return torch.rand(2, 3, 32, 40) * 2 - 1, torch.rand(2, 3, 32, 40) * 2 - 1
+
+
+@pytest.fixture
+def vgg_file(tmp_path: Path) -> Path:
+    """A made-up file with the layout of torchvision's VGG19, classifier left out."""
+    from torchvision import models
+
+    with torch.device("meta"):
+        empty = models.vgg19(weights=None)
+    source = torch.Generator().manual_seed(1)
+    state = {}
+    for name, value in empty.state_dict().items():
+        if name.startswith("features."):
+            spread = (2 / max(1, value[0].numel())) ** 0.5
+            state[name] = torch.randn(value.shape, generator=source) * (spread if value.dim() > 1 else 0.1)
+    torch.save(state, tmp_path / "vgg19.pth")
+    return tmp_path / "vgg19.pth"
+
+
+def by_hand(state: dict[str, Tensor], image: Tensor, taps: dict[int, float]) -> list[Tensor]:
+    """VGG19 written out: 3x3 convolutions with ReLU, halved before the 3rd, 5th, 9th and 13th."""
+    x = torch.empty_like(image)
+    for c, (mean, deviation) in enumerate(zip((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), strict=True)):
+        x[:, c] = ((image[:, c] + 1) / 2 - mean) / deviation
+    found, number = [], 0
+    for block in (2, 2, 4, 4, 4):
+        for _ in range(block):
+            weight, bias = state[f"features.{number}.weight"], state[f"features.{number}.bias"]
+            x = nn.functional.conv2d(x, weight, bias, padding=1).clamp(min=0)
+            number += 2
+            if number - 1 in taps:
+                found.append(x)
+        x = nn.functional.max_pool2d(x, 2)
+        number += 1
+    return found
+
+
+def test_vgg_is_the_weighted_difference_of_five_layers_of_vgg19(
+    vgg_file: Path, pair: tuple[Tensor, Tensor]
+) -> None:
+    taps = {1: 1 / 32, 6: 1 / 16, 11: 1 / 8, 20: 1 / 4, 29: 1.0}
+    state = torch.load(vgg_file, weights_only=True)
+    a, b = (by_hand(state, image, taps) for image in pair)
+    want = []
+    for n in range(2):
+        parts = zip(taps.values(), a, b, strict=True)
+        want.append(sum(w * float((x[n] - y[n]).abs().sum()) / x[n].numel() for w, x, y in parts))
+    found = Perceptual("vgg", vgg_file)(*pair)
+    assert found.tolist() == pytest.approx(want, rel=1e-4)
+
+
+def test_squeeze_features_are_those_that_lpips_compares(shared: Path, pair: tuple[Tensor, Tensor]) -> None:
+    file = shared / "data" / "weights" / "lpips_squeeze_v0.1.pth"
+    term, metric = Perceptual("features-squeeze", file), LPIPS("squeeze", file)
+    network: Any = metric._network
+    features = [network.net(network.scaling_layer(image)) for image in pair]
+    want = [
+        sum(float((x[n] - y[n]).abs().mean()) for x, y in zip(*features, strict=True)) / 7 for n in (0, 1)
+    ]
+    # LPIPS rounds the mean and deviation of ImageNet to three digits in [-1, 1].
+    assert term(*pair).tolist() == pytest.approx(want, rel=2e-3)
+
+
+def test_missing_vgg_weights_name_file_place_address_hash_and_stand_ins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_network(*args: Any, **kwargs: Any) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
+    with pytest.raises(WeightsError) as caught:
+        host().loss("vgg")
+    said = str(caught.value)
+    assert "the loss 'vgg' needs vgg19-dcbb9e9d.pth" in said
+    assert str(tmp_path / "checkpoints") in said
+    assert "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth" in said
+    assert "whose sha256 starts with dcbb9e9d" in said
+    assert "by name: 'features-alex', 'features-squeeze', 'features-random'" in said
+
+
+def test_wrong_files_and_names_are_refused(vgg_file: Path) -> None:
+    with pytest.raises(WeightsError, match=r"weights of the loss 'features-alex' \(alexnet\): features.0.w"):
+        Perceptual("features-alex", vgg_file)
+    with pytest.raises(WeightsError, match="no weight file at nowhere.pth"):
+        host().loss("vgg", weights="nowhere.pth")
+    with pytest.raises(OptionError, match="no perceptual loss 'vgg13'; there is 'vgg"):
+        Perceptual("vgg13")
+    with pytest.raises(OptionError, match="'features-random' with weights=.*; found that its are random"):
+        Perceptual("features-random", vgg_file)
+    with pytest.raises(
+        OptionError, match="asked for the loss 'l1' with weights; found that it takes no such"
+    ):
+        host().loss("l1", weights="l1.pth")
+    with pytest.raises(OptionError, match=r"at least 16x16 pixels, found \(1, 3, 8, 8\)"):
+        Perceptual("features-random")(torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 8, 8))
+
+
+def test_random_features_are_the_same_every_time_and_draw_nothing(pair: tuple[Tensor, Tensor]) -> None:
+    before = torch.get_rng_state()
+    one, other = Perceptual("features-random"), Perceptual("features-random")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(one(*pair), other(*pair))
+    assert one.describe() == other.describe()
+    grey = [image[:, :1] for image in pair]
+    assert torch.equal(one(*grey), one(*(image.expand(-1, 3, -1, -1) for image in grey)))
+    assert not any(p.requires_grad for p in one.parameters())
+
+
+@pytest.mark.parametrize("name", PERCEPTUAL)
+def test_the_smallest_image_is_where_every_tap_still_has_a_value(name: str) -> None:
+    from torchvision import models
+
+    network = PERCEPTUAL[name]
+    with torch.device("meta"):
+        trunk = getattr(models, network.builder)(weights=None).features[: max(network.taps) + 1]
+        assert trunk(torch.zeros(1, 3, network.smallest, network.smallest)).numel() > 0
+        with pytest.raises(RuntimeError):
+            trunk(torch.zeros(1, 3, network.smallest - 1, network.smallest - 1))
+
+
+def terms() -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
+    class Looks(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.mean((2, 3))[:, :2] / (x.mean((2, 3)).norm(dim=1, keepdim=True) + 1e-6)
+
+    return {
+        "l1": L1(),
+        "ms-ssim": MSSSIM(),
+        "features-random": Perceptual("features-random"),
+        "gaze": Gaze(Looks()),
+    }
+
+
+@pytest.mark.parametrize("name", ["l1", "ms-ssim", "features-random", "gaze"])
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_every_term_is_finite_at_equal_images_and_at_opposite_ones(name: str, bfloat16: bool) -> None:
+    term = terms()[name]
+    target = torch.rand(2, 3, 32, 32) * 2 - 1
+    for made in (target.clone(), -target, torch.zeros_like(target), 0.5 * target):
+        image = made.requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            value = term(image, target).mean()
+        value.backward()
+        assert image.grad is not None
+        assert torch.isfinite(value)
+        assert torch.isfinite(image.grad).all()
+        if torch.equal(made, target):
+            assert float(value.detach()) == pytest.approx(0, abs=1e-4)
+        else:
+            assert value > 0
+    assert image.grad.any()
+
+
+def test_ms_ssim_keeps_its_value_under_bfloat16(pair: tuple[Tensor, Tensor]) -> None:
+    metric, near = MSSSIM(), (pair[0] + 0.1 * pair[1]).clamp(-1, 1)
+    want = metric(near, pair[0])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(metric(near, pair[0]), want)
+
+
+def test_gaze_compares_what_the_network_sees_and_leaves_it_alone(
+    untouched: Callable[..., Any], pair: tuple[Tensor, Tensor]
+) -> None:
+    class Looks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.last = nn.Linear(3, 2)
+            self.drop = nn.Dropout(0.9)
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            angles = self.last(self.drop(x.mean((2, 3))))
+            return {"angles": angles, "closed": angles[:, :1] > 0, "blink": 2 * angles[:, 0]}
+
+    network = Looks().train()
+    with untouched(network):
+        term = Gaze(network)
+        image = pair[0].clone().requires_grad_()
+        value = term(image, pair[1])
+        value.backward()
+    angles = [network.last(x.mean((2, 3))).tolist() for x in pair]
+    difference = [abs(angles[0][n][k] - angles[1][n][k]) for n in (0, 1) for k in (0, 1)]
+    blink = [2 * abs(angles[0][n][0] - angles[1][n][0]) for n in (0, 1)]
+    assert value.item() == pytest.approx((sum(difference) / 4 + sum(blink) / 2) / 2, rel=1e-5)
+    assert image.grad is not None
+    assert image.grad.any()
+
+
+def test_a_gaze_network_that_stops_the_gradient_is_refused(pair: tuple[Tensor, Tensor]) -> None:
+    class Deaf(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            return x.detach().mean((2, 3))
+
+    class Mute(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            return "left"
+
+    image = pair[0].clone().requires_grad_()
+    with pytest.raises(TrainingError, match="Deaf returns numbers cut off from the image"):
+        Gaze(Deaf())(image, pair[1])
+    with pytest.raises(TrainingError, match="Mute returns no numbers"):
+        Gaze(Mute())(image, pair[1])
+
+
+def test_a_loss_adds_its_terms_by_weight_and_tells_them_apart(pair: tuple[Tensor, Tensor]) -> None:
+    image, target = pair[0].clone().requires_grad_(), pair[1]
+    per_image = lambda a, b: (a - b).square().mean((1, 2, 3)).sqrt()  # noqa: E731
+    loss = TrainingLoss({"l1": (3.0, L1()), "distance": (0.5, per_image)})
+    total, parts = loss(TrainingBatch(image, target))
+    differences = (pair[0] - target).flatten(1).tolist()
+    l1 = sum(abs(x) for row in differences for x in row) / pair[0].numel()
+    distance = sum(math.sqrt(sum(x * x for x in row) / len(row)) for row in differences) / 2
+    assert parts == {"l1": pytest.approx(l1, rel=1e-4), "distance": pytest.approx(distance, rel=1e-4)}
+    assert total.item() == pytest.approx(3 * l1 + 0.5 * distance, rel=1e-4)
+    total.backward()
+    assert image.grad is not None
+    assert not loss.needs_inputs
+    assert loss.state() == {}
+
+
+@pytest.mark.parametrize(
+    ("made", "found"),
+    [
+        (torch.zeros(3), r"found \(3,\), neither a scalar nor one number per image"),
+        (1.5, "found 1.5, neither"),
+    ],
+)
+def test_a_term_that_returns_something_else_is_named(
+    made: Any, found: str, pair: tuple[Tensor, Tensor]
+) -> None:
+    loss = TrainingLoss({"odd": (1.0, lambda a, b: made)})
+    with pytest.raises(TrainingError, match=f"asked the loss 'odd' to compare images.*{found}"):
+        loss(TrainingBatch(*pair))
+
+
+def test_a_term_may_look_at_the_inputs_of_the_generator(pair: tuple[Tensor, Tensor]) -> None:
+    class Masked:
+        needs_inputs = True
+
+        def of_batch(self, batch: TrainingBatch) -> Tensor:
+            return ((batch.image - batch.target).abs() * batch.args[0]).mean((1, 2, 3))
+
+    loss = TrainingLoss({"masked": (2.0, Masked())})
+    mask = (torch.rand(2, 1, 32, 40) > 0.5).float()
+    total, parts = loss(TrainingBatch(*pair, args=(mask,)))
+    want = float(((pair[0] - pair[1]).abs() * mask).mean())
+    assert loss.needs_inputs
+    assert total.item() == pytest.approx(2 * want, rel=1e-5)
+    assert parts == {"masked": pytest.approx(want, rel=1e-5)}

@@ -1,0 +1,162 @@
+"""Equalised weights: pulls by hand, the same whatever the batch, going on later, in two processes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from retroexit.errors import CheckpointError
+from retroexit.training.batch import TrainingBatch
+from retroexit.training.losses import L1, TrainingLoss
+from retroexit.training.weighing import Equaliser
+
+
+def strong(a: Tensor, b: Tensor) -> Tensor:
+    return 40 * (a - b).square().mean((1, 2, 3))
+
+
+def blind(a: Tensor, b: Tensor) -> Tensor:
+    return b.mean((1, 2, 3))
+
+
+def make(steps: int = 3) -> TrainingLoss:
+    terms = {"l1": (1.0, L1()), "strong": (2.0, strong), "blind": (1.0, blind)}
+    return TrainingLoss(terms, equaliser=Equaliser(list(terms), steps))
+
+
+def batches(count: int, size: int = 2) -> list[TrainingBatch]:
+    source = torch.Generator().manual_seed(0)
+    draw = lambda: torch.rand(size, 3, 4, 4, generator=source) * 2 - 1  # noqa: E731
+    return [TrainingBatch(draw().requires_grad_(), draw()) for _ in range(count)]
+
+
+def test_every_term_pulls_at_the_image_as_hard_as_its_weight_says() -> None:
+    loss, (batch,) = make(), batches(1)
+    pixels, images = batch.image[0].numel(), len(batch.image)
+    loss(batch)
+    assert loss.equaliser is not None
+    lengths = {
+        # of the gradient at each image of the mean over images, times their number
+        "l1": [pixels * (1 / pixels) ** 2] * images,
+        "strong": [
+            float((80 * (a - b) / pixels).square().sum())
+            for a, b in zip(batch.image.detach(), batch.target, strict=True)
+        ],
+    }
+    pulls = {name: (sum(squares) / images) ** 0.5 for name, squares in lengths.items()}
+    mean = (pulls["l1"] * pulls["strong"]) ** 0.5
+    for name, pull in pulls.items():
+        assert loss.equaliser.factor(name) == pytest.approx(mean / pull, rel=1e-5)
+    assert loss.equaliser.factor("blind") == 1
+
+    total, parts = loss(batch)
+    factors = {name: loss.equaliser.factor(name) for name in parts}
+    want = sum(weight * factors[name] * parts[name] for name, (weight, _) in loss.terms.items())
+    assert total.item() == pytest.approx(want, rel=1e-5)
+    gradients = {}
+    for name in pulls:
+        (gradients[name],) = torch.autograd.grad(
+            factors[name] * loss._value(name, loss.terms[name][1], batch), batch.image
+        )
+    assert gradients["l1"].norm() == pytest.approx(float(gradients["strong"].norm()), rel=1e-4)
+
+
+def test_weights_stay_after_the_first_steps() -> None:
+    loss = make(steps=2)
+    assert loss.equaliser is not None
+    seen = []
+    for batch in batches(4):
+        loss(batch)
+        seen.append(loss.equaliser.factor("strong"))
+    assert seen[0] != seen[1] == seen[2] == seen[3]
+
+
+def test_nothing_is_measured_without_gradient() -> None:
+    loss = make()
+    with torch.no_grad():
+        loss(batches(1)[0])
+    (batch,) = batches(1)
+    loss(TrainingBatch(batch.image.detach(), batch.target))
+    assert loss.equaliser is not None
+    assert int(loss.equaliser.state()["count"]) == 0
+    assert [loss.equaliser.factor(name) for name in loss.terms] == [1, 1, 1]
+
+
+def test_pulls_do_not_depend_on_how_many_images_share_a_batch() -> None:
+    together, apart = make(10), make(10)
+    (batch,) = batches(1, size=6)
+    together(batch)
+    for i in range(0, 6, 2):
+        apart(
+            TrainingBatch(batch.image.detach()[i : i + 2].clone().requires_grad_(), batch.target[i : i + 2])
+        )
+    assert together.equaliser is not None
+    assert apart.equaliser is not None
+    for name in together.terms:
+        assert together.equaliser.factor(name) == pytest.approx(apart.equaliser.factor(name), rel=1e-5)
+
+
+def test_an_interrupted_measurement_goes_on_to_the_same_weights() -> None:
+    whole, first, second = make(), make(), make()
+    wanted = [whole(batch)[0].item() for batch in batches(5)]
+    for batch in batches(5)[:2]:
+        first(batch)
+    second.load_state({name: value.clone() for name, value in first.state().items()})
+    assert [second(batch)[0].item() for batch in batches(5)[2:]] == wanted[2:]
+    assert all(torch.equal(value, second.state()[name]) for name, value in whole.state().items())
+    with pytest.raises(
+        CheckpointError, match="equalised weights of l1, strong, blind; found nothing measured"
+    ):
+        second.load_state({})
+    with pytest.raises(CheckpointError, match="found 1 terms measured"):
+        make().load_state({"equaliser.squares": torch.zeros(1), "equaliser.count": torch.tensor(1)})
+
+
+def test_a_term_that_hardly_pulls_is_not_blown_up_without_end() -> None:
+    faint = {"l1": (1.0, L1()), "faint": (1.0, lambda a, b: 1e-20 * (a - b).square().mean())}
+    loss = TrainingLoss(faint, equaliser=Equaliser(list(faint), 2))
+    loss(batches(1)[0])
+    assert loss.equaliser is not None
+    assert loss.equaliser.factor("faint") == 1e4
+
+
+PROCESS = """
+import sys, torch, torch.distributed as dist
+from retroexit.training.batch import TrainingBatch
+from retroexit.training.losses import L1, TrainingLoss
+from retroexit.training.weighing import Equaliser
+
+rank, size, file, out = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
+if size > 1:
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=size)
+torch.manual_seed(0)
+terms = {"l1": (1.0, L1()), "square": (1.0, lambda a, b: (a - b).square().mean((1, 2, 3)))}
+loss = TrainingLoss(terms, equaliser=Equaliser(list(terms), 2))
+for step in range(3):
+    image, target = torch.rand(2, 4, 3, 8, 8) * 2 - 1
+    own = slice(rank, None, size)
+    batch = TrainingBatch(image[own].clone().requires_grad_(), target[own])
+    loss(batch)
+torch.save(loss.state(), out)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_that_share_a_batch_find_what_one_finds(tmp_path: Path) -> None:
+    def start(rank: int, size: int) -> subprocess.Popen[bytes]:
+        out = tmp_path / f"{size}-{rank}.pt"
+        command = [sys.executable, "-c", PROCESS, str(rank), str(size), str(tmp_path / "meet"), str(out)]
+        return subprocess.Popen(command)
+
+    running = [start(0, 1), start(0, 2), start(1, 2)]
+    assert [process.wait() for process in running] == [0, 0, 0]
+    alone, first, second = (torch.load(tmp_path / f"{name}.pt") for name in ("1-0", "2-0", "2-1"))
+    assert set(alone) == {"equaliser.squares", "equaliser.count"}
+    for name, value in alone.items():
+        assert torch.equal(first[name], second[name]), name
+        assert torch.allclose(first[name].double(), value.double(), rtol=1e-6), name
