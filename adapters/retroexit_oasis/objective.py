@@ -17,7 +17,7 @@ class OASISObjective:
     """Cross-entropy over N + 1 classes on both sides, and LabelMix for the discriminator.
 
     Args:
-        labelmix: Weight of LabelMix; the authors' is 10 for Cityscapes and COCO-Stuff, 5 for ADE20K.
+        labelmix: Weight of LabelMix, see `Dataset.labelmix_weight`; 0 leaves it out.
         unknown: Number of the label that weighs nothing; ``None`` where there is none.
 
     Reference: Schönfeld et al., section 3, equations 1 to 3; retroexit's paper, equations 1 and 3.

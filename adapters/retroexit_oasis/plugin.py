@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from retroexit.plugins import Description, hookimpl
+from retroexit_oasis.datasets import DATASETS
 from retroexit_oasis.discriminator import OASISDiscriminator
 from retroexit_oasis.generator import OASISGenerator, SPADEBlock
 from retroexit_oasis.objective import OASISObjective
@@ -29,7 +30,7 @@ def retroexit_describe(generator: nn.Module) -> Description | None:
         predictor_inputs=_label_map,
         value_after=3,  # keys come from l_1, the first attach point; values from l_3 (paper section 4.1)
         discriminator=_discriminator,
-        adversarial=OASISObjective(),
+        adversarial=_objective(generator),
     )
 
 
@@ -84,6 +85,12 @@ def _num_labels(generator: nn.Module) -> int:
 def _discriminator(generator: nn.Module) -> nn.Module:
     """Make a fresh discriminator for images of this generator, official ones included."""
     return OASISDiscriminator(_num_labels(generator))
+
+
+def _objective(generator: nn.Module) -> OASISObjective:
+    """Weigh LabelMix as the authors did for the data set with as many labels."""
+    weights = {known.num_labels: known.labelmix_weight for known in DATASETS.values()}
+    return OASISObjective(weights.get(_num_labels(generator), 10.0))
 
 
 def _label_map(label: Tensor, z: Tensor | None = None) -> Tensor:

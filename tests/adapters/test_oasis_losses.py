@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
+
+from retroexit.errors import TrainingError
+from retroexit.training.adversary import Adversarial, Adversary
+from retroexit.training.batch import TrainingBatch
 
 oasis = pytest.importorskip("retroexit_oasis", reason="install the project to get its adapters")
 
@@ -195,3 +200,66 @@ def test_a_discriminator_that_judges_pixels_alone_is_consistent_already(label: T
     real, fake, mask = torch.rand(2, 3, 4, 8), torch.rand(2, 3, 4, 8), oasis.labelmix_mask(label)
     loss = oasis.labelmix_loss(judge(oasis.mix(real, fake, mask)), judge(real), judge(fake), mask)
     assert loss.item() == pytest.approx(0, abs=1e-10)
+
+
+@pytest.fixture
+def batch(label: Tensor) -> TrainingBatch:
+    made = (torch.rand(2, 3, 4, 8) * 2 - 1).requires_grad_()
+    return TrainingBatch(made, torch.rand(2, 3, 4, 8) * 2 - 1, (label,))
+
+
+def test_the_objective_puts_the_parts_together(batch: TrainingBatch, label: Tensor) -> None:
+    judge = nn.Conv2d(3, LABELS + 1, 3, padding=1)
+    adversary = Adversary(judge, oasis.OASISObjective(labelmix=3.0))
+    assert adversary.needs_inputs
+    assert not adversary.needs_inputs_to_judge
+    value = Adversarial(adversary).of_batch(batch)
+    assert torch.allclose(value, oasis.real_loss(judge(batch.image), label))
+    torch.manual_seed(7)
+    parts = adversary.step(batch)
+    torch.manual_seed(7)
+    mask = oasis.labelmix_mask(label)
+    with torch.no_grad():
+        real, fake = judge(batch.target), judge(batch.image)
+        mixed = judge(oasis.mix(batch.target, batch.image, mask))
+        assert parts == {
+            "discriminator-real": pytest.approx(float(oasis.real_loss(real, label)), rel=1e-5),
+            "discriminator-fake": pytest.approx(float(oasis.fake_loss(fake)), rel=1e-5),
+            "discriminator-labelmix": pytest.approx(
+                3 * float(oasis.labelmix_loss(mixed, real, fake, mask)), rel=1e-5
+            ),
+        }
+    assert oasis.labelmix_loss(mixed, real, fake, mask) > 0
+    without = Adversary(judge, oasis.OASISObjective(labelmix=0.0))
+    assert list(without.step(batch)) == ["discriminator-real", "discriminator-fake"]
+
+
+def test_the_objective_is_finite_under_bfloat16_and_at_equal_images(batch: TrainingBatch) -> None:
+    adversary = Adversary(nn.Conv2d(3, LABELS + 1, 3, padding=1), oasis.OASISObjective())
+    for image in (batch.image, batch.target.clone().requires_grad_()):
+        with torch.autocast("cpu", torch.bfloat16):
+            value = Adversarial(adversary).of_batch(replace(batch, image=image))
+            parts = adversary.step(replace(batch, image=image))
+        value.backward()
+        assert image.grad is not None
+        assert image.grad.isfinite().all()
+        assert all(math.isfinite(part) for part in parts.values())
+
+
+def test_the_objective_asks_for_a_label_map_and_for_logits(batch: TrainingBatch, label: Tensor) -> None:
+    term = Adversarial(Adversary(nn.Conv2d(3, LABELS + 1, 1), oasis.OASISObjective()))
+    assert term.of_batch(replace(batch, args=(), kwargs={"label": label})) > 0
+    for args, found in (
+        ((), "NoneType"),
+        ((label[:, 0],), r"\(2, 4, 8\)"),
+        ((label[..., :4],), r"6, 4, 4\)"),
+    ):
+        with pytest.raises(TrainingError, match=f"OASIS on images.*{found} as the first input, no one-hot"):
+            term.of_batch(replace(batch, args=args))
+
+    class Lists(nn.Conv2d):
+        def forward(self, x: Tensor) -> list[Tensor]:  # type: ignore[override]
+            return [super().forward(x)]
+
+    with pytest.raises(TrainingError, match="found that the discriminator returns a list, not logits"):
+        Adversarial(Adversary(Lists(3, 1, 1), oasis.OASISObjective())).of_batch(batch)

@@ -159,6 +159,34 @@ def test_the_labelmix_loss_is_the_official_one(official: SimpleNamespace) -> Non
     torch.testing.assert_close(retroexit_oasis.labelmix_loss(mixed, real, fake, mask), wanted)
 
 
+def test_both_sides_of_the_objective_are_the_official_ones(official: SimpleNamespace) -> None:
+    from retroexit.training.adversary import Adversarial, Adversary
+    from retroexit.training.batch import TrainingBatch
+
+    computer = official.losses.losses_computer(options("cityscapes"))
+    theirs = lived_in(official.discriminator.OASIS_Discriminator(options("cityscapes")))
+    label = retroexit_oasis.one_hot(torch.randint(3, (2, 64, 64)) * 9, 35)
+    made, target = torch.rand(2, 2, 3, 64, 64) * 2 - 1
+    adversary = Adversary(theirs, retroexit_oasis.OASISObjective())
+    adversary.module.eval()  # so that spectral norms stay in what follows
+    batch = TrainingBatch(made.requires_grad_(), target, (label,))
+    wanted = computer.loss(theirs(made), label.clone(), for_real=True)
+    torch.testing.assert_close(Adversarial(adversary).of_batch(batch), wanted)
+    torch.manual_seed(4)
+    parts = adversary.step(batch)
+    torch.manual_seed(4)
+    mask = retroexit_oasis.labelmix_mask(label)
+    real, fake, mixed = (theirs(x) for x in (target, made, mask * target + (1 - mask) * made))
+    assert parts["discriminator-real"] == pytest.approx(
+        float(computer.loss(real, label.clone(), True).detach())
+    )
+    assert parts["discriminator-fake"] == pytest.approx(
+        float(computer.loss(fake, label.clone(), False).detach())
+    )
+    consistency = computer.loss_labelmix(mask, mixed, fake, real)
+    assert parts["discriminator-labelmix"] == pytest.approx(10 * float(consistency.detach()), rel=1e-4)
+
+
 def test_an_official_generator_is_wrapped_as_it_is_with_blocks_of_its_own_constructor(
     official: SimpleNamespace,
 ) -> None:

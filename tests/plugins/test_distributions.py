@@ -143,7 +143,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_whatever_is_installed_the_library_imports_and_works(seen: Any) -> None:
     assert seen["early"] == [], "a plug-in was imported by 'import retroexit'"
     assert seen["used"] == ["ExactRetriever", 32]
-    assert seen["losses"] == ["l1", "l3", "mse", "zoo"]
+    assert {"l1", "l3", "mse", "zoo"} <= set(seen["losses"])
     assert seen["plugins"]["plug_good"] == seen["plugins"]["builtin"] == ["in use", None]
     assert {category for category, _ in seen["said"]} == {"RetroExitWarning"}
     # One for each, but the twins share theirs and a second zoo has its own.

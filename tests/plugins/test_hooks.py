@@ -195,7 +195,7 @@ def test_hook_retroexit_losses(painter: nn.Module, use: Callable[[object], Host]
 
     host = use(Offers())
     assert isinstance(host.loss("huber"), nn.HuberLoss)
-    assert host.losses() == ("huber", "l1")
+    assert {"huber", "l1", "vgg", "ms-ssim"} < set(host.losses())
     model = wrap(painter, image_range=(-1, 1))
     with pytest.raises(PluginError, match="no loss 'hubber'; closest: 'huber'"):
         retroexit.fit(model, SAMPLES, tmp_path, metric=Gradient(), losses={"hubber": 1.0}, **QUICK)

@@ -49,7 +49,7 @@ PERCEPTUAL = {
     "features-squeeze": _Network(
         "squeezenet1_1", "squeeze", dict.fromkeys((1, 4, 7, 9, 10, 11, 12), 1 / 7), 17
     ),
-    "features-random": _Network("vgg19", None, _VGG19, 16),
+    "features-random": _Network("vgg19", None, dict.fromkeys((1, 6, 11, 20), 0.25), 8),
 }
 """Networks by the name of the term; the paper's is ``"vgg"``."""
 
@@ -57,9 +57,11 @@ PERCEPTUAL = {
 class Perceptual(nn.Module):
     """Weighted sum over layers of the mean absolute difference of features.
 
+    Images are normalised as those that the network was trained on.
+
     Args:
         name: ``"vgg"`` (VGG19), ``"vgg16"``, or a stand-in: ``"features-alex"``, ``"features-squeeze"`` (the
-            networks of LPIPS), ``"features-random"`` (VGG19 with random weights, the same every time).
+            networks of LPIPS), ``"features-random"`` (VGG19 up to relu4_1, random weights, always the same).
         weights: File with the network's convolutions, a torchvision state dict (or the ``"backbone"`` of an
             LPIPS file); torch hub's cache, or a download into it, if ``None``.
 
