@@ -5,6 +5,8 @@ from __future__ import annotations
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Final
 
 import torch
 from torch import nn
@@ -26,9 +28,13 @@ from retroexit.training.presets import (
     find_weights,
 )
 
-__all__ = ["plan_losses"]
+__all__ = ["DEFAULT_LOSSES", "EQUALISE_STEPS", "plan_losses"]
 
-EQUALISE_STEPS = 50
+DEFAULT_LOSSES: Final[Mapping[str, float]] = MappingProxyType({"l1": 1.0, QUALITY: 1.0})
+"""L1 and the metric, both from the first step, since L1 alone leaves LPIPS high."""
+
+EQUALISE_STEPS: Final = 50
+"""Steps during which the pull of terms is measured."""
 
 
 def plan_losses(

@@ -70,6 +70,7 @@ def describe(generator: nn.Module, **changed: Any) -> Description:
         value_after="blocks.1",
         key=lambda codes: book(codes).mean((1, 2)),
         discriminator=lambda generator: Judge(),
+        adversarial="hinge",
     )
     return dataclasses.replace(known, **changed)
 
@@ -127,6 +128,7 @@ def test_a_good_adapter_passes_and_the_report_says_what_was_checked(
         "predictor_inputs gives (N, C, H, W)",
         "key gives (N, D)",
         "the discriminator gives scores with gradients",
+        "the objective trains both sides",
         "build_stage makes stages that run",
         "build_stage leaves other stages alone",
         "at scale 1 every exit is the generator, bit for bit",
@@ -154,6 +156,7 @@ def test_what_a_description_leaves_to_us_is_skipped_and_said(decoder: nn.Module)
         "predictor_inputs",
         "key",
         "the discriminator",
+        "the objective trains both sides",
         "build_stage makes stages that run",
     }
 
@@ -269,6 +272,38 @@ def test_what_an_adapter_makes_is_looked_at(
     decoder: nn.Module, changed: dict[str, Any], wanted: list[str]
 ) -> None:
     problems = problems_of(decoder, plugin=Adapter(**changed))
+    assert [text for text in wanted if text not in problems] == []
+
+
+class Idler:
+    """An objective that teaches nobody."""
+
+    name, needs_inputs = "idler", False
+
+    def of_branch(self, verdict: Any, batch: Any) -> Tensor:
+        return verdict.scores[0].mean() * 0
+
+    def of_discriminator(self, judge: Any, batch: Any) -> dict[str, Tensor]:
+        return {"nothing": judge(batch.target).scores[0].mean() * 0}
+
+
+@pytest.mark.parametrize(
+    ("objective", "wanted"),
+    [
+        ("best", ["asked for adversarial='best'; found no such objective"]),
+        (
+            Idler(),
+            [
+                "idler gives the branch no gradient; do not detach",
+                "idler teaches the discriminator nothing; do",
+            ],
+        ),
+    ],
+)
+def test_an_objective_that_trains_nobody_is_found_out(
+    decoder: nn.Module, objective: Any, wanted: list[str]
+) -> None:
+    problems = problems_of(decoder, plugin=Adapter(adversarial=objective))
     assert [text for text in wanted if text not in problems] == []
 
 

@@ -34,6 +34,10 @@ from retroexit.plugins import Description
             {"discriminator": nn.ReLU()},
             "discriminator of g must be a function, got ReLU; the class Description",
         ),
+        (
+            {"adversarial": 3},
+            "adversarial of g must be the name of an objective or an object with name, need",
+        ),
     ],
 )
 def test_a_description_outside_its_range_is_refused(options: dict[str, Any], message: str) -> None:

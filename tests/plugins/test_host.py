@@ -101,6 +101,7 @@ def test_a_name_of_ours_stays_ours_and_the_claim_is_reported(announce: Announce)
     ("hook", "name", "meaning"),
     [
         ("retroexit_losses", "quality", "the metric of the fit"),
+        ("retroexit_losses", "gaze", "the user's gaze network"),
         ("retroexit_metrics", "lpips", "'lpips-alex'"),
     ],
 )
