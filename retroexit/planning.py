@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -11,7 +12,7 @@ from typing import Final
 import torch
 from torch import nn
 
-from retroexit.errors import OptionError, WeightsError
+from retroexit.errors import OptionError, RetroExitWarning, WeightsError
 from retroexit.evaluation.quality import QualityMetric
 from retroexit.plugins.description import Description
 from retroexit.plugins.host import host
@@ -63,7 +64,7 @@ def plan_losses(
         loss_weights: File with a term's weights, by its name.
         discriminator: What every branch competes with a copy of: a module (the generator's own, trained); a
             file with the state dict of the one that the adapter makes; ``"auto"``, the adapter's as it makes
-            it, which knows nothing yet; ``None``.
+            it, which knows nothing yet, with a warning; ``None``.
         adversarial: How they compete: ``"hinge"``, ``"non-saturating"`` or an `Objective`; by default as the
             adapter says, else as the preset does.
         discriminator_lr: Learning rate of the discriminators.
@@ -139,6 +140,13 @@ def _discriminator(
     else:
         made = None if known.discriminator is None else known.discriminator(generator)
     if wanted == "auto":
+        if made is not None:
+            warnings.warn(
+                f"branches compete with copies of a {type(made).__name__} that knows nothing yet. Pass the "
+                "generator's own, trained, as discriminator=module or discriminator=file.",
+                RetroExitWarning,
+                stacklevel=4,
+            )
         return made
     if made is None:
         raise OptionError(

@@ -77,6 +77,7 @@ def describe_g2d(
         key=driver_key if is_driven else None,
         value_after="image" if is_driven else None,
         build_stage=build_block,
+        adversarial="hinge",  # against the discriminator that the user passes; there is none to be had
     )
 
 

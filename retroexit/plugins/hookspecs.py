@@ -55,8 +55,8 @@ def retroexit_describe(generator: nn.Module) -> Description | None:
         generator: The user's trained model. It must be neither run nor changed here.
 
     Returns:
-        The description (stages, example inputs, discriminator, taps of key and value, the predictor's input),
-        or ``None`` for a generator that this plug-in does not know.
+        The description (stages, example inputs, discriminator and its objective, taps of key and value, the
+        predictor's input), or ``None`` for a generator that this plug-in does not know.
     """
 
 

@@ -27,6 +27,7 @@ from retroexit.plugins.finding import announcements, own_version
 from retroexit.plugins.info import PluginInfo, brief, cause_of
 from retroexit.plugins.offers import check_retriever, make_loss, make_metric
 from retroexit.plugins.shelf import BUILTIN, Shelf
+from retroexit.training.presets import SPECIAL
 
 if TYPE_CHECKING:
     from retroexit.branch.widths import WidthFunction
@@ -38,13 +39,6 @@ __all__ = ["Host", "host"]
 
 _Answer = TypeVar("_Answer")
 _METRIC_ALIASES = {"auto": "the best metric that can be had", "lpips": "'lpips-alex'"}
-_LOSS_ALIASES = {  # what a fit makes itself, from what it is given
-    "quality": "the metric of the fit",
-    "lpips": "the metric of the fit, or 'lpips-alex'",
-    "adversarial": "the objective of the discriminators",
-    "feature-matching": "features of the discriminators",
-    "gaze": "the user's gaze network",
-}
 
 
 class Host:
@@ -62,7 +56,7 @@ class Host:
         self._rejected: list[PluginInfo] = []
         self._retrievers = Shelf("retroexit_retrievers", "retriever", check_retriever)
         self._metrics = Shelf("retroexit_metrics", "metric", reserved=_METRIC_ALIASES)
-        self._losses = Shelf("retroexit_losses", "loss", reserved=_LOSS_ALIASES)
+        self._losses = Shelf("retroexit_losses", "loss", reserved=SPECIAL)
         self._width_rules = Shelf("retroexit_width_rules", "width rule")
         self._commands = Shelf("retroexit_commands", "command")
         self._to_discover = discover

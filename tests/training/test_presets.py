@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import retroexit
-from retroexit.errors import OptionError, PluginError, WeightsError
+from retroexit.errors import OptionError, PluginError, RetroExitWarning, WeightsError
 from retroexit.evaluation.quality import LPIPS, MSSSIM, QualityMetric
 from retroexit.planning import plan_losses
 from retroexit.plugins import Description
@@ -74,7 +74,10 @@ def plan(losses: Any, metric: QualityMetric | None = None, **options: Any) -> Lo
 
 
 def test_the_preset_oasis_is_equation_3() -> None:
-    made = plan("oasis", instead={"vgg": "features-random"})
+    with pytest.warns(
+        RetroExitWarning, match="copies of a OASISDiscriminator that knows nothing yet. Pass the"
+    ):
+        made = plan("oasis", instead={"vgg": "features-random"})
     assert dict(made.weights) == {"adversarial": 1, "features-random": 1, "lpips": 1}
     assert made.equalise == 50
     assert made.objective is not None
@@ -126,7 +129,8 @@ def test_the_preset_megaportraits_is_equation_4() -> None:
 
 def test_a_branch_of_oasis_trains_on_equation_3() -> None:
     model = retroexit.wrap(generator(), [1], 1 / 2, min_channels=4)
-    made = plan_losses(model.generator, "oasis", Near(), instead={"vgg": "features-random"})
+    own = oasis.OASISDiscriminator(LABELS)
+    made = plan("oasis", instead={"vgg": "features-random"}, discriminator=own)
     loss, branch, label = made.for_branch(), model.branches[0], labels()
     assert loss.adversary is not None
     optimizer = torch.optim.Adam(branch.parameters(), lr=1e-3)
@@ -172,7 +176,7 @@ def test_terms_come_from_their_names() -> None:
     assert loss.equaliser is None
     assert plan({"l1": 1}, equalise=True).equalise == 50
     assert plan({"l1": 1}, equalise=7).equalise == 7
-    assert plan("oasis", instead={"vgg": "l1"}, equalise=False).equalise == 0
+    assert plan("oasis", instead={"vgg": "l1"}, equalise=False, discriminator=Judge()).equalise == 0
 
 
 def test_lpips_is_the_metric_of_the_fit_or_alexnet(shared: Path) -> None:
@@ -232,7 +236,12 @@ def test_what_a_resumed_fit_must_share_is_told() -> None:
             OptionError,
             "'adversarial'; found no discriminator. Pass .*{'l",
         ),
-        (ADVERSARIAL, {"adversarial": "best"}, OptionError, "adversarial='best'; found no such objective"),
+        (
+            ADVERSARIAL,
+            {"discriminator": Judge(), "adversarial": "best"},
+            OptionError,
+            "adversarial='best'; found no such objective",
+        ),
         (ADVERSARIAL, {"discriminator": 3}, OptionError, "discriminator=3; found neither a module, a file"),
         (ADVERSARIAL, {"discriminator": "no.pth"}, WeightsError, "no weights of OASISDiscriminator there"),
         (
@@ -259,7 +268,7 @@ def test_vgg_is_never_replaced_unasked(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
     with pytest.raises(WeightsError, match="the loss 'vgg' needs vgg19-dcbb9e9d.pth"):
-        plan("oasis")
+        plan("oasis", discriminator=Judge())
 
 
 def test_names_may_be_replaced_in_place() -> None:

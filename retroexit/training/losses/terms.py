@@ -56,7 +56,7 @@ class FeatureMatching:
     """Mean absolute difference of what a discriminator sees in both images (L_FM of equation 4).
 
     All its features count the same, as in Wang et al. 2018, "High-Resolution Image Synthesis and Semantic
-    Manipulation with Conditional GANs", equation 3; only the branch is trained by it.
+    Manipulation with Conditional GANs", section 3.2; only the branch is trained by it.
 
     Args:
         adversary: Holds the discriminator.
