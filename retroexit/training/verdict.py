@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from retroexit.decoder.structure import tensors
 from retroexit.errors import OptionError, TrainingError, closest
 
 __all__ = ["Verdict", "listen", "listened_layers"]
@@ -52,7 +53,8 @@ def listen(module: nn.Module, call: Callable[[], Any], layers: Sequence[str] | N
     Args:
         module: The discriminator; hooks are put on it for the time of the call.
         call: Calls it.
-        layers: Paths of modules whose outputs count as features; `listened_layers` if ``None``.
+        layers: Paths of modules whose outputs count as features, the first tensor of each;
+            `listened_layers` if ``None``.
 
     Raises:
         OptionError: If there is no module at one of the paths.
@@ -67,7 +69,7 @@ def listen(module: nn.Module, call: Callable[[], Any], layers: Sequence[str] | N
             f"Closest: {closest(unknown[0], [path for path in parts if path])}.",
             layers,
         )
-    heard: list[Tensor] = []
+    heard: list[Any] = []
     hooks = [parts[path].register_forward_hook(lambda _m, _i, out: heard.append(out)) for path in paths]
     try:
         output = call()
@@ -85,7 +87,8 @@ def listen(module: nn.Module, call: Callable[[], Any], layers: Sequence[str] | N
     scores = [scale[-1] for scale in scales]
     features = [scale[:-1] for scale in scales]
     if layers is not None or not any(features):
-        features = [[x for x in heard if isinstance(x, Tensor) and not any(x is score for score in scores)]]
+        maps = [next((x for x in tensors(out) if x.is_floating_point()), None) for out in heard]
+        features = [[x for x in maps if x is not None and not any(x is score for score in scores)]]
     return Verdict(output, scores, features)
 
 

@@ -145,6 +145,24 @@ def test_feature_matching_compares_what_the_discriminator_sees_on_the_way(
     assert all(not module._forward_hooks for module in adversary.module.modules())
 
 
+def test_features_may_come_in_tuples(batch: TrainingBatch) -> None:
+    class Block(nn.Conv2d):
+        def forward(self, x: Tensor) -> Any:
+            return super().forward(x), None
+
+    class Stacked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block, self.score = Block(3, 4, 3), nn.Conv2d(4, 1, 1)
+
+        def forward(self, image: Tensor) -> Tensor:
+            return self.score(self.block(image)[0])
+
+    judge = Stacked()
+    a, b = (judge.block(image)[0] for image in (batch.image, batch.target))
+    assert torch.allclose(FeatureMatching(Adversary(judge, Hinge())).of_batch(batch), (a - b).abs().mean())
+
+
 def test_feature_matching_is_finite_at_equal_images(batch: TrainingBatch) -> None:
     same = replace(batch, image=batch.target.clone().requires_grad_())
     value = FeatureMatching(Adversary(Patches(), Hinge())).of_batch(same)

@@ -80,7 +80,7 @@ class FeatureMatching:
             raise TrainingError(
                 f"asked for feature matching; found no features between image and score of "
                 f"{type(self.adversary.module).__name__}. Name the modules that give them, "
-                "Adversary(..., layers=[...]), or let it return a list whose last part is the score.",
+                "AdversarySettings(layers=...), or let it return a list whose last part is the score.",
                 self.adversary.module,
             )
         return torch.stack([l1(a, b) for a, b in pairs]).mean()
