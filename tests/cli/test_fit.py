@@ -89,7 +89,7 @@ def test_a_wrong_loss_or_width_rule_is_refused(run: Any, words: tuple[str, ...],
     ("words", "message"),
     [
         (("--metric", "ssim"), "no metric 'ssim'; closest: 'ms-ssim'"),
-        (("--loss", "huber=1"), "no loss 'huber'; closest: 'l1'"),
+        (("--loss", "l11=1"), "no loss 'l11'; closest: 'l1'"),
         (("--guidance", "--retriever", "fais"), "no retriever 'fais'; closest: 'faiss'"),
         (("--retriever", "faiss"), "asked for --retriever faiss; found no guidance that searches"),
         (("--image-range", "1"), "asked for --image-range 1; found no two numbers, the smaller one first"),

@@ -61,7 +61,7 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Callable[[object], Host]:
         known = Host(discover=False)
         known.register(builtin, "builtin")
         known.register(plugin, "mine")
-        for module in ("retroexit.api", "retroexit.cli.app", "retroexit.cli.plugins"):
+        for module in ("retroexit.api", "retroexit.planning", "retroexit.cli.app", "retroexit.cli.plugins"):
             monkeypatch.setattr(f"{module}.host", lambda: known)
         return known
 

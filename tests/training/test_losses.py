@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -129,6 +130,19 @@ def test_random_features_are_the_same_every_time_and_draw_nothing(pair: tuple[Te
     grey = [image[:, :1] for image in pair]
     assert torch.equal(one(*grey), one(*(image.expand(-1, 3, -1, -1) for image in grey)))
     assert not any(p.requires_grad for p in one.parameters())
+
+
+def test_features_of_a_shared_target_are_computed_once_while_it_stays(pair: tuple[Tensor, Tensor]) -> None:
+    term, fresh = Perceptual("features-random"), Perceptual("features-random")
+    (image, target), seen = pair, []
+    term.trunk[0].register_forward_hook(lambda *_: seen.append(1))
+    first = term(image, target)
+    assert torch.equal(term(0.5 * image, target), fresh(0.5 * image, target.clone()))
+    assert len(seen) == 3
+    target.mul_(0.5)
+    assert torch.equal(term(image, target), fresh(image, target.clone()))
+    assert not torch.equal(term(image, target), first)
+    assert torch.equal(copy.deepcopy(term)(image, target), term(image, target))
 
 
 @pytest.mark.parametrize("name", PERCEPTUAL)

@@ -6,8 +6,10 @@ file, place and address; a network that can be had stands in on request, under a
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -80,7 +82,7 @@ class Perceptual(nn.Module):
         if name not in PERCEPTUAL:
             raise OptionError(f"no perceptual loss {name!r}; there is {closest(name, PERCEPTUAL)}", name)
         self.name, self._network = name, PERCEPTUAL[name]
-        self._smallest = self._network.smallest
+        self._last: tuple[weakref.ref[Tensor], tuple[int, bool], list[Tensor]] | None = None
         self.trunk = _empty_trunk(self._network)
         if self._network.net is None:
             if weights is not None:
@@ -104,9 +106,8 @@ class Perceptual(nn.Module):
         Raises:
             OptionError: If they have another number of channels, or are too small for the network.
         """
-        _check(self.name, image, self._smallest)
-        with torch.no_grad():
-            wanted = self.features(target)
+        _check(self.name, image, self._network.smallest)
+        wanted = self._target_features(target)
         total = image.new_zeros(len(image), dtype=torch.float32)
         made = self.features(image)
         for weight, a, b in zip(self._network.taps.values(), made, wanted, strict=True):
@@ -122,6 +123,19 @@ class Perceptual(nn.Module):
             if number in self._network.taps:
                 found.append(x)
         return found
+
+    def _target_features(self, target: Tensor) -> list[Tensor]:
+        """Features of the backbone's images, computed once where several branches share them."""
+        with torch.no_grad():
+            if target.is_inference():
+                return self.features(target)
+            state = target._version, torch.is_autocast_enabled(target.device.type)
+            if self._last is None or self._last[0]() is not target or self._last[1] != state:
+                self._last = weakref.ref(target), state, self.features(target)
+            return self._last[2]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_last": None}  # a weak reference cannot be written down
 
     def describe(self) -> dict[str, str]:
         """Say which network it is and hash its weights, for a record."""
