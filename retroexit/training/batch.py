@@ -17,7 +17,8 @@ class TrainingBatch:
     Attributes:
         image: The branch's images ``(N, C, H, W)``, in [-1, 1]; carries the gradient.
         target: The backbone's images, same shape and range.
-        args: The generator's positional inputs for these samples, cut to the same windows where they are maps.
+        args: The generator's positional inputs for these samples, cut to the same windows where they are
+            maps.
         kwargs: Its keyword inputs, likewise.
     """
 

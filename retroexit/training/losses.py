@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from retroexit.errors import TrainingError
-from retroexit.evaluation.quality import ImageRange
+from retroexit.training.batch import TrainingBatch
 
-__all__ = ["L1", "QUALITY", "Term", "TrainingLoss"]
+__all__ = ["L1", "QUALITY", "Adversary", "Term", "TrainingLoss"]
 
 Term = Callable[[Tensor, Tensor], Tensor]
 """Compares images with the backbone's, both ``(N, C, H, W)`` in [-1, 1]; gives a scalar or ``(N,)``."""
@@ -27,6 +28,21 @@ class L1:
         return (image - target).abs().mean()
 
 
+class Adversary(Protocol):
+    """A discriminator that learns against one branch."""
+
+    module: nn.Module
+
+    def step(self, batch: TrainingBatch) -> dict[str, float]:
+        """Do one step of its own optimiser; gives the parts of its loss."""
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint has to hold."""
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from a checkpoint."""
+
+
 @dataclass(frozen=True)
 class TrainingLoss:
     """A weighted sum of terms on images in [-1, 1].
@@ -36,19 +52,28 @@ class TrainingLoss:
 
     Attributes:
         terms: Weight and term by name, added in this order.
-        image_range: Range of the generator's images.
+        needs_inputs: Whether a batch has to hold the generator's inputs.
+        adversary: What learns against the branch, or ``None``.
     """
 
     terms: Mapping[str, tuple[float, Term]]
-    image_range: ImageRange
+    needs_inputs: bool = False
+    adversary: Adversary | None = None
 
-    def __call__(self, image: Tensor, target: Tensor) -> tuple[Tensor, dict[str, float]]:
-        """Compare images ``(N, C, H, W)`` with the backbone's; gives the loss and its parts.
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint has to hold."""
+        return {}
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from a checkpoint."""
+
+    def __call__(self, batch: TrainingBatch) -> tuple[Tensor, dict[str, float]]:
+        """Compare images with the backbone's; gives the loss and its parts.
 
         Raises:
             TrainingError: If a term gives something else than a scalar or one number per image.
         """
-        image, target = self.image_range.to_signed(image), self.image_range.to_signed(target)
+        image, target = batch.image, batch.target
         total, parts = image.new_zeros(()), dict[str, float]()
         for name, (weight, term) in self.terms.items():
             value = term(image, target)

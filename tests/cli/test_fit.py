@@ -133,7 +133,7 @@ def test_samples_by_keyword_can_be_fitted(run: Any) -> None:
 def test_a_dry_run_says_what_would_be_done_and_does_nothing(
     run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(BranchTrainer, "advance", lambda trainer: pytest.fail("trained"))
+    monkeypatch.setattr(BranchTrainer, "advance", lambda *_: pytest.fail("trained"))
     before = sorted(path for path in tmp_path.rglob("*") if "__pycache__" not in path.parts)
     shown = run(*FIT, *FAST, "--guidance", "--crop", "12", "--out", "deep/run", "--dry-run")
     assert shown.status == 0, shown.err
@@ -154,7 +154,7 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(
 
 
 def test_an_interrupted_fit_says_that_it_goes_on(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stop(trainer: BranchTrainer) -> None:
+    def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
