@@ -121,8 +121,11 @@ def join(devices: int | None = None, nodes: int | None = None, accelerator: str 
     """
     running = int(os.environ.get("WORLD_SIZE", "1"))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", str(running)))
-    wanted = (devices or local, nodes or max(1, running // local))
-    if min(devices or 1, nodes or 1) < 1 or min(wanted) < 1:
+    wanted = (
+        local if devices is None else devices,
+        max(1, running // local) if nodes is None else nodes,
+    )
+    if min(wanted) < 1:
         raise OptionError(f"asked for devices={devices}, nodes={nodes}; found no integers >= 1.", wanted)
     if dist.is_available() and dist.is_initialized():
         return _checked(Team(dist.get_rank(), dist.get_world_size(), _own_device(accelerator)), wanted)

@@ -74,7 +74,7 @@ def fit_model(
     features = _features(model, samples, folder, settings, team, progress)
     limits = image_range_of(model, features.read(IMAGE, range(min(32, len(features)))))
     metric.to(device)
-    losses = _losses(model, settings, {**(terms or {"l1": L1()}), QUALITY: metric}, device)
+    losses = branch_losses(model, settings, {**(terms or {"l1": L1()}), QUALITY: metric}, device)
     steps = Steps(
         features=features,
         samples=samples,
@@ -205,7 +205,7 @@ def _device(model: EarlyExitGenerator) -> torch.device:
     return next((p.device for p in model.generator.parameters()), torch.device("cpu"))
 
 
-def _losses(
+def branch_losses(
     model: EarlyExitGenerator, settings: FitSettings, terms: Mapping[str, Term], device: torch.device
 ) -> list[TrainingLoss]:
     """Weigh the terms, for every branch; those that hold tensors move to the device."""
