@@ -19,7 +19,7 @@ from torch import distributed as dist
 
 from retroexit.errors import MissingExtraError, OptionError
 
-__all__ = ["Team", "join"]
+__all__ = ["Team", "join", "kind_of_device"]
 
 _PATIENCE = timedelta(days=2)
 """How long processes wait for one another: the first one computes features and banks alone."""
@@ -143,6 +143,13 @@ def join(devices: int | None = None, nodes: int | None = None, accelerator: str 
     fabric = Fabric(accelerator=accelerator, devices=wanted[0], num_nodes=wanted[1], strategy=strategy)
     fabric.launch()
     return Team(fabric.global_rank, fabric.world_size, fabric.device)
+
+
+def kind_of_device(accelerator: str | None) -> str:
+    """Say which kind of device a name means; ``None`` and ``"auto"`` take CUDA where there is some."""
+    if accelerator not in (None, "auto"):
+        return str(accelerator)
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _checked(team: Team, wanted: tuple[int, int]) -> Team:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from retroexit.training.branches import BranchSchedule, BranchTrainer
 from retroexit.training.cache import IMAGE, FeatureCache, guidance_names
 from retroexit.training.crops import Cropper
 from retroexit.training.devices import Team
+from retroexit.training.estimate import Estimate, estimate
 from retroexit.training.inputs import Samples, drawing_from, moved
 from retroexit.training.live import Features, LiveFeatures
 from retroexit.training.loop import train_branches
@@ -35,7 +36,7 @@ from retroexit.training.settings import FitSettings, check_same, divide, write_j
 from retroexit.training.steps import Steps
 from retroexit.training.watch import Watch
 
-__all__ = ["FitSettings", "divide", "fit_model", "image_range_of"]
+__all__ = ["FitSettings", "divide", "estimate_fit", "fit_model", "image_range_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -75,19 +76,7 @@ def fit_model(
     limits = image_range_of(model, features.read(IMAGE, range(min(32, len(features)))))
     metric.to(device)
     losses = branch_losses(model, settings, {**(terms or {"l1": L1()}), QUALITY: metric}, device)
-    steps = Steps(
-        features=features,
-        samples=samples,
-        rows=trained,
-        cropper=_cropper(model, features, settings.crop),
-        limits=limits,
-        guide_of=None,
-        batch=settings.batch,
-        seed=settings.seed,
-        device=device,
-        needs_inputs=any(loss.needs_inputs for loss in losses),
-        team=team,
-    )
+    steps = _steps(model, samples, features, losses, limits, trained, settings, team)
     _try_loss(losses[0], steps)
     watch = _watch(folder, settings, team)
     # From here on the folder belongs to these settings; mistakes above can be put right and fitted again.
@@ -168,6 +157,65 @@ def _predict(
     logger.info("predictor error on held-out inputs: %s", error)
     model.predictor = predictor.to(steps.device).eval()
     return error
+
+
+def estimate_fit(
+    model: EarlyExitGenerator,
+    inputs: Sequence[Any],
+    metric: QualityMetric | None,
+    settings: FitSettings,
+    terms: Mapping[str, Term],
+) -> Estimate:
+    """Find out what a fit would cost; nothing is written and no weight changes.
+
+    Args:
+        model: The wrapped generator, recorded.
+        inputs: See `retroexit.fit`.
+        metric: Quality metric; ``None`` leaves it out.
+        settings: Settings of the fit.
+        terms: Terms of the loss besides the metric.
+    """
+    samples, device = Samples(inputs, settings.seed), _device(model)
+    trained, _ = divide(len(samples), settings)
+    features = LiveFeatures(model, samples)
+    limits = image_range_of(model, features.read(IMAGE, range(min(8, len(features)))))
+    chosen = {name: weight for name, weight in settings.losses.items() if name != QUALITY or metric}
+    chosen = chosen or {"l1": 1.0}
+    known: dict[str, Term] = {"l1": L1(), **terms}
+    if metric is not None:
+        known[QUALITY] = metric.to(device)
+    losses = branch_losses(model, replace(settings, losses=chosen), known, device)
+    steps = _steps(model, samples, features, losses, limits, trained, settings, Team())
+    taps = model.anatomy.taps
+    if taps is not None:
+        shape = (taps.guide.channels, *taps.guide.size)
+        steps.guide_of = lambda rows: torch.zeros(len(rows), *shape)
+    return estimate(model, losses, steps, settings)
+
+
+def _steps(
+    model: EarlyExitGenerator,
+    samples: Samples,
+    features: Features,
+    losses: Sequence[TrainingLoss],
+    limits: ImageRange,
+    rows: Sequence[int],
+    settings: FitSettings,
+    team: Team,
+) -> Steps:
+    return Steps(
+        features=features,
+        samples=samples,
+        rows=rows,
+        cropper=_cropper(model, features, settings.crop),
+        limits=limits,
+        guide_of=None,
+        batch=settings.batch,
+        seed=settings.seed,
+        device=_device(model),
+        needs_inputs=any(loss.needs_inputs for loss in losses),
+        team=team,
+    )
 
 
 def image_range_of(model: EarlyExitGenerator, images: Tensor) -> ImageRange:
