@@ -1,10 +1,10 @@
 """Compare branches that inherit the backbone's channels with branches that start from scratch.
 
 One exit of the real latent decoder of ``examples/latent_decoder.py`` is trained from both, in several seeds;
-its averaged weights are measured on test latents every few steps. Printed are the steps that inherited weights
-need to reach what fresh ones reach at the end: read off the curve of the same schedule, and for whole
-schedules of a part of the steps. Finished runs are kept in the JSON file, so that the script goes on where it
-stopped.
+its averaged weights are measured on test latents every few steps. Printed are the steps that inherited
+weights need to reach what fresh ones reach at the end: read off the curve of the same schedule, and for whole
+schedules of a part of the steps. Finished runs are kept in the JSON file, so that the script goes on where
+it stopped.
 
     python benchmarks/initialisation.py --out runs/initialisation
 """
@@ -18,13 +18,13 @@ import os
 import platform
 import statistics
 import sys
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 import retroexit
@@ -32,10 +32,11 @@ from retroexit.evaluation.quality import LPIPS, ImageRange
 from retroexit.storage import versions
 from retroexit.tables import table
 from retroexit.training.branches import BranchSchedule, BranchTrainer
-from retroexit.training.cache import FeatureCache
+from retroexit.training.cache import IMAGE, FeatureCache
 from retroexit.training.crops import Cropper
 from retroexit.training.inputs import Samples
 from retroexit.training.losses import L1, TrainingLoss
+from retroexit.training.measuring import chunks
 from retroexit.training.steps import Steps
 
 LIMITS = ImageRange(0.0, 1.0)
@@ -52,31 +53,35 @@ def example() -> ModuleType:
 
 
 @torch.no_grad()
-def mean_loss(trainer: BranchTrainer, test: Tensor, metric: LPIPS) -> float:
+def mean_loss(trainer: BranchTrainer, test: FeatureCache, metric: LPIPS) -> float:
     """Measure the averaged weights of a branch on whole images; its own weights are put back."""
     kept = [p.detach().clone() for p in trainer.trained]
-    trainer.finish()
+    trainer.branch.eval()
+    trainer.average.load()
     found = []
-    for latents in test.split(8):
-        images = [LIMITS.to_signed(image) for image in trainer.model.all_exits(latents)]
-        found += metric(images[0], images[1]).tolist()
+    for rows in chunks(len(test), 8):
+        image = trainer.branch(*(test.read(name, rows) for name in trainer.names))
+        found += metric(LIMITS.to_signed(image), LIMITS.to_signed(test.read(IMAGE, rows))).tolist()
     for parameter, value in zip(trainer.trained, kept, strict=True):
         parameter.copy_(value)
     trainer.branch.train()
     return statistics.mean(found)
 
 
-def train(model: Any, steps: Steps, metric: LPIPS, test: Tensor, count: int, arguments: Any) -> list[Any]:
+def train(
+    model: Any, steps: Steps, metric: LPIPS, test: FeatureCache, count: int, arguments: argparse.Namespace
+) -> list[tuple[int, float]]:
     """Train one branch; gives pairs of a step and the loss there."""
     schedule = BranchSchedule(count, arguments.lr, bfloat16=True)
     loss = TrainingLoss({"l1": (1.0, L1()), "quality": (1.0, metric)})
     trainer = BranchTrainer(model, 0, loss, LIMITS, schedule, arguments.out)
-    curve = [[0, mean_loss(trainer, test, metric)]]
+    trainer.begin(steps.at(0))
+    curve = [(0, mean_loss(trainer, test, metric))]
     bar = tqdm(range(count), disable=None)
     for number in bar:
         trainer.advance(steps.at(number))
         if (number + 1) % arguments.every == 0 or number + 1 == count:
-            curve.append([number + 1, mean_loss(trainer, test, metric)])
+            curve.append((number + 1, mean_loss(trainer, test, metric)))
             bar.set_postfix(loss=f"{curve[-1][1]:.4f}")
     return curve
 
@@ -89,7 +94,7 @@ def run_all(arguments: argparse.Namespace) -> dict[str, Any]:
     test = latent.latents("test", shared, arguments.out)
     test = test[np.linspace(0, len(test) - 1, arguments.test).round().astype(int)]
     metric = LPIPS("alex", shared / "data/weights/lpips_alex_v0.1.pth")
-    path = arguments.out / "initialisation.json"
+    samples, path = Samples(inputs), arguments.out / "initialisation.json"
     done: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"runs": {}}
     wanted = [("scratch", arguments.steps), *(("inherit", arguments.steps // part) for part in (1, 4, 8))]
     for seed in range(arguments.seeds):
@@ -107,15 +112,13 @@ def run_all(arguments: argparse.Namespace) -> dict[str, Any]:
                 image_range=(0.0, 1.0),
                 example_inputs=(inputs[:1],),
             )
-            samples = Samples(inputs)
             features = FeatureCache.build(model, samples, arguments.out / "cache")
-            cuts = model.split.cuts[0].crossing
-            sizes = [tuple(features.read(node.name, [0]).shape[2:]) for node in cuts]
-            cropper = Cropper.for_maps(64, (128, 256), sizes)
-            rows = list(range(len(inputs)))
+            tested = FeatureCache.build(model, Samples(test), arguments.out / "cache-test")
+            sizes = [tuple(features.read(node.name, [0]).shape[2:]) for node in model.split.cuts[0].crossing]
+            cropper, rows = Cropper.for_maps(64, (128, 256), sizes), list(range(len(inputs)))
             steps = Steps(features, samples, rows, cropper, LIMITS, None, 8, seed, torch.device("cpu"))
             print(name, flush=True)
-            done["runs"][name] = train(model, steps, metric, test, count, arguments)
+            done["runs"][name] = train(model, steps, metric, tested, count, arguments)
             done |= {"versions": versions(), "settings": {k: str(v) for k, v in vars(arguments).items()}}
             path.write_text(json.dumps(done, indent=1))
     return done
@@ -123,7 +126,7 @@ def run_all(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def first_below(curve: list[Any], goal: float) -> float:
     """Steps after which a curve is at most ``goal``, between its points by a straight line."""
-    for (before, high), (step, low) in zip(curve, curve[1:], strict=False):
+    for (before, high), (step, low) in pairwise(curve):
         if low <= goal:
             return step - (step - before) * (goal - low) / max(high - low, 1e-12) if high > goal else before
     return float("inf")
@@ -164,8 +167,9 @@ def main() -> None:
     print(f"{platform.processor() or platform.machine()}, load {load:.1f} at the start, {versions()}")
     print(summary(done["runs"], arguments))
     print(
-        f"mean LPIPS to the decoder on {arguments.test} test latents, averaged weights; inherited N: a schedule "
-        f"of N steps; reached after: steps of the inherited curve of {arguments.steps} to the scratch result"
+        f"mean LPIPS to the decoder on {arguments.test} test latents, averaged weights; inherited N: a "
+        f"schedule of N steps; reached after: steps of the inherited curve of {arguments.steps} to the scratch "
+        "result"
     )
 
 

@@ -93,7 +93,8 @@ class BranchTrainer:
         self.names = [node.name for node in model.split.cuts[index].crossing]
         self.device = next((p.device for p in model.generator.parameters()), torch.device("cpu"))
         self.trained = [p for p in branch.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.Adam(self.trained, lr=schedule.lr, betas=(0.9, 0.99))
+        fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in self.trained)
+        self.optimizer = torch.optim.Adam(self.trained, lr=schedule.lr, betas=(0.9, 0.99), fused=fused)
         self.average = Average(self.trained, schedule.ema)
         self.step = 0
         self.image: Tensor | None = None
@@ -101,6 +102,38 @@ class BranchTrainer:
         if loss.adversary is not None:
             self.team.spread(loss.adversary.module)
             self.team.average_gradients(loss.adversary.module)
+
+    @torch.no_grad()
+    def begin(self, step: Step) -> None:
+        """Put the branch in train mode, its weights channels last where that is quicker and its code can.
+
+        On CPUs convolutions with few channels take a quarter less time so, on GPUs those in bfloat16. Code
+        that views a map as another shape may refuse such maps.
+
+        Args:
+            step: Any step, to try it on.
+        """
+        self.branch.train()
+        if self.device.type != "cpu" and not self.schedule.bfloat16:
+            return
+        kept = {name: buffer.clone() for name, buffer in self.branch.named_buffers()}
+        self._arrange(torch.channels_last)
+        try:
+            with torch.enable_grad(), drawing_from(step.seed, self.device), self._precision():
+                output = self.branch(*map(step.read, self.names), guide=step.guide)
+                self.model.split.place_of(output).float().sum().backward()
+        except RuntimeError:
+            self._arrange(torch.contiguous_format)
+        self.optimizer.zero_grad(set_to_none=True)
+        for name, buffer in self.branch.named_buffers():  # the trial went into the statistics
+            buffer.copy_(kept[name])
+
+    def _arrange(self, layout: torch.memory_format) -> None:
+        """Lay out the weights, and what belongs to each, in the same way: the optimiser counts on it."""
+        self.branch.to(memory_format=layout)  # type: ignore[call-overload]
+        self.average.follow()
+        for parameter, state in self.optimizer.state.items():
+            state.update({k: torch.empty_like(parameter).copy_(v) for k, v in state.items() if k != "step"})
 
     @torch.enable_grad()
     def advance(self, step: Step) -> dict[str, float]:
@@ -149,9 +182,10 @@ class BranchTrainer:
         )
 
     def finish(self) -> None:
-        """Give the branch its averaged weights, and put it in eval mode."""
+        """Give the branch its averaged weights, laid out as they were, and put it in eval mode."""
         self.branch.eval()
         self.average.load()
+        self._arrange(torch.contiguous_format)
 
     def save(self) -> None:
         """Write weights, average, optimiser, loss and step in one go.
@@ -197,7 +231,8 @@ class BranchTrainer:
         for number, parameter in enumerate(self.trained):
             found = _below(tensors, f"adam.{number}.")
             self.optimizer.state[parameter] = {
-                k: v if k == "step" else v.to(parameter.device) for k, v in found.items()
+                k: v.to(parameter.device) if k == "step" else torch.empty_like(parameter).copy_(v)
+                for k, v in found.items()
             }
         return True
 

@@ -36,7 +36,14 @@ class Average:
         torch._foreach_lerp_(self.values, [p.detach() for p in self.parameters], 1 - decay)
 
     @torch.no_grad()
+    def follow(self) -> None:
+        """Lay out the average as the parameters are now."""
+        self.values = [
+            torch.empty_like(p).copy_(value) for p, value in zip(self.parameters, self.values, strict=True)
+        ]
+
+    @torch.no_grad()
     def load(self) -> None:
-        """Give the parameters the average."""
+        """Give the average to the parameters."""
         for value, parameter in zip(self.values, self.parameters, strict=True):
             parameter.copy_(value)

@@ -73,7 +73,7 @@ def estimate(
     kept = _Kept()
     try:
         for trainer in trainers:
-            trainer.branch.train()
+            trainer.begin(step)
         with MacCounter() as counter, kept:
             for trainer in trainers:
                 kept.next()

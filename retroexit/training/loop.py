@@ -64,9 +64,11 @@ def _train(
     group: list[BranchTrainer], steps: Steps, checkpoint_every: int, watch: Watch | None, bar: tqdm
 ) -> None:
     total = group[0].schedule.steps
-    for trainer in group:
-        trainer.branch.train()
     try:
+        if (number := min(trainer.step for trainer in group)) < total:
+            first = steps.at(number)
+            for trainer in group:
+                trainer.begin(first)
         while (number := min(trainer.step for trainer in group)) < total:
             step = steps.at(number)
             # Killed between two checkpoints, some branches are a few steps ahead of others.
@@ -74,10 +76,8 @@ def _train(
             parts = {trainer.index + 1: trainer.advance(step) for trainer in here}
             bar.update()
             if (number + 1) % _SHOW_EVERY == 0:
-                bar.set_postfix(
-                    {name: f"{value:.4f}" for name, value in next(iter(parts.values())).items()},
-                    refresh=False,
-                )
+                shown = {name: f"{value:.4f}" for name, value in next(iter(parts.values())).items()}
+                bar.set_postfix(shown, refresh=False)
             if watch is not None:
                 watch.note(number, parts, {t.index + 1: t.image for t in here}, step.target)
             if (number + 1) % checkpoint_every == 0 or number + 1 == total:
