@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from retroexit.branch.exchange import BuildStage
 from retroexit.branch.widths import WidthRule
-from retroexit.errors import GeneratorError, OptionError, RetroExitWarning, closest
+from retroexit.errors import DeviceError, GeneratorError, OptionError, RetroExitWarning
 from retroexit.evaluation.measure import measure
 from retroexit.evaluation.quality import QualityMetric
 from retroexit.evaluation.sweep import Evaluation
@@ -23,8 +23,10 @@ from retroexit.model import EarlyExitGenerator
 from retroexit.plugins.hookspecs import Description
 from retroexit.plugins.host import host
 from retroexit.storage import load_model
-from retroexit.training.fit import FitSettings, fit_model
+from retroexit.training.devices import Team, join
+from retroexit.training.fit import fit_model
 from retroexit.training.losses import QUALITY
+from retroexit.training.settings import FitSettings, check_settings
 from retroexit.wrapping import WrapOptions
 
 __all__ = ["evaluate", "find_metric", "find_stages", "fit", "load", "wrap"]
@@ -189,6 +191,8 @@ def fit(
     metric: QualityMetric | str = "lpips-alex",
     weights: str | Path | None = None,
     progress: bool = True,
+    devices: int | None = None,
+    nodes: int | None = None,
     **settings: Any,
 ) -> EarlyExitGenerator:
     """Fill the bank, train the branches, train the predictor, from generator inputs alone.
@@ -205,6 +209,10 @@ def fit(
         metric: Quality metric to train with and to predict: its name or itself.
         weights: File with the metric's weights.
         progress: Whether to show bars on a terminal.
+        devices: Devices on each machine, each with a process and a part of every batch; under torchrun what
+            it started. With several, a folder that all machines see, and each process puts the generator on
+            its own device before it is wrapped.
+        nodes: Machines; under torchrun what it started.
         **settings: Fields of `FitSettings`, such as ``steps``, ``batch``, ``crop``, ``lr``, ``seed``, and
             ``losses``: weights of the terms of the training loss by name, ``{"l1": 1.0, "quality": 1.0}`` by
             default.
@@ -214,6 +222,8 @@ def fit(
 
     Raises:
         OptionError: If a setting or the inputs are out of range.
+        DeviceError: If a process has the generator on another process's device.
+        MissingExtraError: If several devices or TensorBoard are asked for and cannot be had.
         PluginError: If no plug-in, or more than one, offers a loss, a metric or a search back-end.
         WeightsError: If the metric's weights cannot be had.
         CheckpointError: If the folder holds another fit.
@@ -221,20 +231,31 @@ def fit(
 
     Reference: paper sections 3.2, 3.3, 4.1.
     """
-    unknown = set(settings) - {f.name for f in dataclasses.fields(FitSettings)}
-    if unknown:
-        names = [f.name for f in dataclasses.fields(FitSettings)]
-        raise OptionError(
-            f"asked for {sorted(unknown)[0]}=...; found no such setting. Closest: "
-            f"{closest(sorted(unknown)[0], names)}.",
-            unknown,
-        )
+    check_settings(settings)
     guidance = model.options.guidance
     back_end = host().retriever(guidance.retriever if guidance is not None else "exact")
     wanted = FitSettings(**settings)
+    team = join(devices, nodes, _device(model).type)
+    _check_place(model, team)
     terms = {name: host().loss(name) for name in wanted.losses if name != QUALITY}
-    fit_model(model, inputs, Path(folder), find_metric(metric, weights), wanted, back_end, progress, terms)
+    fit_model(
+        model, inputs, Path(folder), find_metric(metric, weights), wanted, back_end, progress, terms, team
+    )
     return model
+
+
+def _device(model: EarlyExitGenerator) -> torch.device:
+    return next((p.device for p in model.generator.parameters()), torch.device("cpu"))
+
+
+def _check_place(model: EarlyExitGenerator, team: Team) -> None:
+    found = _device(model)
+    if team.device is not None and found != team.device:
+        raise DeviceError(
+            f"asked to fit on {team.size} devices; found the generator on {found} in the process of "
+            f"{team.device}. Move it there before it is wrapped; LOCAL_RANK holds the number.",
+            model.generator,
+        )
 
 
 def evaluate(

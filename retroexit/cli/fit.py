@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 import retroexit
+from retroexit.cli.config import Config
 from retroexit.cli.options import (
     TARGET,
     FactoryArguments,
@@ -18,16 +20,19 @@ from retroexit.cli.options import (
     parse_range,
     resumable,
 )
+from retroexit.cli.plan import plan
 from retroexit.errors import OptionError
 from retroexit.plugins.host import host
 from retroexit.tables import exit_table
 from retroexit.targets import example_of, load_generator, load_samples, parse_places, parse_scales
-from retroexit.training.cache import FeatureCache
-from retroexit.training.fit import FitSettings, divide
-from retroexit.training.inputs import Samples
+from retroexit.training.devices import Team, join, kind_of_device
+from retroexit.training.inputs import moved
 from retroexit.training.losses import QUALITY
+from retroexit.training.settings import FitSettings
 
 __all__ = ["fit"]
+
+_DEFAULT = FitSettings()
 
 
 def fit(
@@ -39,6 +44,7 @@ def fit(
     attach_at: Annotated[str, typer.Option(help="Stages, by number or path: 2,4,6.")],
     scale: Annotated[str, typer.Option(help="Width factor of the branches: 1/15, or one per exit.")],
     out: Annotated[Path, typer.Option(help="Folder for cache, checkpoints and result.")],
+    config: Config = None,
     factory_arguments: FactoryArguments = "",
     min_channels: Annotated[int, typer.Option(min=1, help="No width is scaled below this.")] = 64,
     tap: Annotated[
@@ -63,15 +69,43 @@ def fit(
     ] = None,
     metric: Annotated[str, typer.Option(help="Quality metric by name.")] = "lpips-alex",
     weights: Annotated[Path | None, typer.Option(help="File with the metric's weights.")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Training steps per branch.")] = 1500,
-    batch: Annotated[int, typer.Option(min=1, help="Samples per step.")] = 8,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps per branch.")] = _DEFAULT.steps,
+    batch: Annotated[int, typer.Option(min=1, help="Samples per step, over all processes.")] = _DEFAULT.batch,
     crop: Annotated[int | None, typer.Option(min=1, help="Train on windows of this many pixels.")] = None,
-    predictor_steps: Annotated[int, typer.Option(min=1, help="Training steps of the predictor.")] = 1500,
-    lr: Annotated[float, typer.Option(min=0, help="Largest learning rate.")] = 4e-3,
+    lr: Annotated[float, typer.Option(min=0, help="Largest learning rate.")] = _DEFAULT.lr,
+    schedule: Annotated[str, typer.Option(help="Learning rate: cosine or constant.")] = _DEFAULT.schedule,
+    clip: Annotated[float, typer.Option(min=0, help="Largest norm of a gradient; 0 does not clip.")] = 1.0,
+    ema: Annotated[
+        float, typer.Option(help="Decay of the average of the weights that is saved; 0 saves the last ones.")
+    ] = _DEFAULT.ema,
+    held_out: Annotated[
+        float, typer.Option(help="Share of the samples that branches are not trained on.")
+    ] = _DEFAULT.held_out,
+    predictor_steps: Annotated[
+        int, typer.Option(min=1, help="Training steps of the predictor.")
+    ] = _DEFAULT.predictor_steps,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     bfloat16: Annotated[bool, typer.Option(help="Train under bfloat16 autocast.")] = False,
+    checkpoint_every: Annotated[
+        int, typer.Option(min=1, help="Steps between checkpoints.")
+    ] = _DEFAULT.checkpoint_every,
+    together: Annotated[
+        bool, typer.Option("--together/--one-by-one", help="Train all branches side by side.")
+    ] = True,
+    cache: Annotated[bool, typer.Option(help="Keep backbone features on disk.")] = True,
+    cache_batch: Annotated[
+        int, typer.Option(min=1, help="Samples per pass of the backbone.")
+    ] = _DEFAULT.cache_batch,
+    tensorboard: Annotated[bool, typer.Option(help="Write scalars and images to OUT/tensorboard.")] = False,
+    devices: Annotated[
+        int | None, typer.Option(min=1, help="Devices of each machine; torchrun's by default, or one.")
+    ] = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="Machines; torchrun's by default, or one.")] = None,
+    accelerator: Annotated[
+        str | None, typer.Option(help="cpu, cuda or auto; by default where the factory puts the generator.")
+    ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what would be done; train and write nothing.")
+        bool, typer.Option("--dry-run", help="Show what would be done at what cost; train and write nothing.")
     ] = False,
 ) -> None:
     """Add early exits to a generator: bank, branches, predictor. Can be interrupted and resumed.
@@ -79,19 +113,28 @@ def fit(
     Example:
         retroexit fit mymodels:decoder --inputs mydata:train --attach-at 2,4,6 --scale 1/15 --out runs/decoder
     """
+    given = dict(locals())
+    settings = {f.name: given[f.name] for f in fields(FitSettings) if f.name in given}
+    settings["clip"] = clip or None
     losses = parse_losses(loss or [])
+    if losses:
+        settings["losses"] = losses
+    wanted = FitSettings(**settings)
     _check_names(metric, retriever, guidance, losses)
+    team = Team() if dry_run else join(devices, nodes, kind_of_device(accelerator))
     generator, example = load_generator(target, factory_arguments)
+    if team.device is not None or accelerator is not None:
+        generator.to(team.device or kind_of_device(accelerator))
     samples = load_samples(inputs)
-    spec = retroexit.Guidance(retriever=retriever) if guidance else None
-    args, kwargs = example_of(example, samples)
+    device = next((p.device for p in generator.parameters()), "cpu")
+    args, kwargs = moved(example_of(example, samples), device)
     model = retroexit.wrap(
         generator,
         parse_places(attach_at),
         parse_scales(scale),
         min_channels=min_channels,
         tap=tap,  # type: ignore[arg-type]  # checked there
-        guidance=spec,
+        guidance=retroexit.Guidance(retriever=retriever) if guidance else None,
         init=init,  # type: ignore[arg-type]
         width_rule=width_rule,
         image=image_key(image),
@@ -99,26 +142,16 @@ def fit(
         example_inputs=args,
         example_kwargs=kwargs,
     )
-    typer.echo(exit_table(model))
-    settings: dict[str, Any] = {
-        "steps": steps,
-        "batch": batch,
-        "crop": crop,
-        "predictor_steps": predictor_steps,
-        "lr": lr,
-        "seed": seed,
-        "bfloat16": bfloat16,
-    }
-    if losses:
-        settings["losses"] = losses
+    say = typer.echo if team.is_first else lambda text: None
+    say(exit_table(model))
     if dry_run:
-        typer.echo(_plan(model, samples, out, metric, FitSettings(**settings)))
+        say(plan(model, samples, out, metric, weights, wanted))
         return
     with resumable():
         retroexit.fit(model, samples, out, metric=metric, weights=weights, **settings)
     error = model.about["predictor_error"]
     said = "; no input was held out" if error is None else f"; predictor error on held-out inputs {error:.4f}"
-    typer.echo(f"saved to {out}{said}")
+    say(f"saved to {out}{said}")
 
 
 def _check_names(metric: str, retriever: str, guidance: bool, losses: Mapping[str, float]) -> None:
@@ -133,27 +166,3 @@ def _check_names(metric: str, retriever: str, guidance: bool, losses: Mapping[st
         raise OptionError(
             f"asked for --retriever {retriever}; found no guidance that searches. Add --guidance.", retriever
         )
-
-
-def _plan(
-    model: retroexit.EarlyExitGenerator, samples: Any, out: Path, metric: str, settings: FitSettings
-) -> str:
-    """Say what a fit would do and write."""
-    trained, held_out = divide(len(Samples(samples)), settings)
-    stored = len(Samples(samples)) * FeatureCache.bytes_per_sample(model, Samples(samples))
-    windows = "whole images" if settings.crop is None else f"windows of {settings.crop} pixels"
-    written = [f"cache ({stored / 1e6:,.1f} MB)"]
-    if model.options.guidance is not None:
-        written.append(f"bank (up to {model.options.guidance.size:,} pairs)")
-    written += ["branches", "losses.npy", "fit.json", "weights.safetensors", "model.json"]
-    return "\n".join(
-        [
-            f"samples: {len(trained) + len(held_out)}, {len(trained)} to train branches on, {len(held_out)} "
-            "held out",
-            f"steps: {len(model.branches)} branches x {settings.steps}, batches of {settings.batch} "
-            f"{windows}; predictor {settings.predictor_steps}; metric {metric}; loss "
-            + " + ".join(f"{weight:g} {name}" for name, weight in settings.losses.items()),
-            f"would write to {out}: {', '.join(written)}",
-            "dry run: nothing was trained or written",
-        ]
-    )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import math
+import weakref
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,6 +114,7 @@ class LPIPS(QualityMetric):
         self.requires_grad_(False)
         self.eval()
         self._file = path.name
+        self._last: tuple[weakref.ref[Tensor], tuple[Any, ...], Any] | None = None
         self._sha256 = digest(self._network)
 
     def compare(self, a: Tensor, b: Tensor) -> Tensor:
@@ -125,11 +127,26 @@ class LPIPS(QualityMetric):
                 a,
             )
         dtype = next(self.parameters()).dtype
-        features = [self._network.net(self._network.scaling_layer(x.to(dtype))) for x in (a, b)]
+        features = [self._features(a.to(dtype)), self._target_features(b, dtype)]
         total = a.new_zeros(a.shape[0], dtype=dtype)
         for head, x, y in zip(self._network.lins, *features, strict=True):
             total = total + head((_unit(x) - _unit(y)) ** 2).mean(dim=(1, 2, 3))  # (N, C, h, w) -> (N,)
         return total
+
+    def _features(self, x: Tensor) -> Any:
+        return self._network.net(self._network.scaling_layer(x))
+
+    def _target_features(self, b: Tensor, dtype: torch.dtype) -> Any:
+        """Features of ``b``, computed once where several images are compared with the same one in turn."""
+        if b.requires_grad or b.is_inference():
+            return self._features(b.to(dtype))
+        state = (b._version, dtype, torch.is_autocast_enabled(b.device.type), torch.is_grad_enabled())
+        if self._last is None or self._last[0]() is not b or self._last[1] != state:
+            self._last = (weakref.ref(b), state, self._features(b.to(dtype)))
+        return self._last[2]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_last": None}  # a weak reference cannot be written down
 
     def describe(self) -> dict[str, Any]:
         """Return name, network, weight file, hash of the weights in use and library versions.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,19 @@ from retroexit.errors import CheckpointError, OptionError, TrainingError
 from retroexit.fingerprint import fingerprint
 from retroexit.model import EarlyExitGenerator
 from retroexit.taps import Taps
-from retroexit.training.inputs import Samples, drawing_from
+from retroexit.training.crops import Window, cut_out
+from retroexit.training.inputs import Samples, drawing_from, moved
 
-__all__ = ["GUIDANCE_KEY", "GUIDANCE_VALUE", "IMAGE", "FeatureCache", "guidance_names"]
+__all__ = [
+    "GUIDANCE_KEY",
+    "GUIDANCE_VALUE",
+    "IMAGE",
+    "FeatureCache",
+    "check_rows",
+    "compute_features",
+    "guidance_names",
+    "shared_by_all",
+]
 
 # Crossing values go by the names of their nodes, which are identifiers; these are none, so that they cannot
 # be taken.
@@ -73,11 +83,31 @@ class FeatureCache:
     def __len__(self) -> int:
         return self.count
 
-    def read(self, name: str, indices: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
-        """Read one kind of value for some samples, ``(len(indices), ...)``."""
+    def read(
+        self,
+        name: str,
+        indices: Sequence[int],
+        device: torch.device | str = "cpu",
+        crop: Callable[[tuple[int, ...]], list[Window] | None] | None = None,
+    ) -> Tensor:
+        """Read one kind of value for some samples, ``(len(indices), ...)``.
+
+        Args:
+            name: A crossing value, or one of the names of this module.
+            indices: Samples, in the order wanted.
+            device: Where to put it.
+            crop: Given a map's size, says which window of it each sample needs, or ``None`` for all of it;
+                nothing else is read from disk.
+        """
         if name in self._shared:
-            return self._shared[name].to(device, copy=True)  # branches may write into what they are handed
-        return torch.from_numpy(self._arrays[name][np.asarray(indices)]).to(device)
+            value = self._shared[name].to(device, copy=True)  # branches may write into what they are handed
+            return value if crop is None else cut_out(value, crop(tuple(value.shape[2:])), len(indices))
+        array = self._arrays[name]
+        windows = None if crop is None else crop(array.shape[2:])
+        if windows is None:
+            return torch.from_numpy(array[np.asarray(indices)]).to(device)
+        places: list[Any] = [(row, slice(None), *part) for row, part in zip(indices, windows, strict=True)]
+        return torch.from_numpy(np.stack([array[place] for place in places])).to(device)
 
     def is_per_sample(self, name: str) -> bool:
         """Tell whether a value has a row per sample, rather than being the same for all."""
@@ -87,7 +117,7 @@ class FeatureCache:
     def bytes_per_sample(model: EarlyExitGenerator, samples: Samples) -> int:
         """Say how much one sample takes on disk; the model is recorded, and the backbone run once."""
         args, kwargs = samples.gather([0])
-        found, shared = _compute(model, args, kwargs, samples.seed), _shared_by_all(model)
+        found, shared = compute_features(model, args, kwargs, samples.seed), shared_by_all(model)
         return sum(
             value[0].numel() * value.element_size() for name, value in found.items() if name not in shared
         )
@@ -124,35 +154,22 @@ class FeatureCache:
         if not model.is_recorded:
             args, kwargs = samples.gather([0])
             model.record(*args, **kwargs)
-        if not model.split.any_batch:
-            raise TrainingError(
-                f"asked to cache features of {type(model.generator).__name__}; found that its forward holds "
-                f"for batches of {model.split.batch} only, so that samples cannot be stored one by one. Let "
-                "its forward take any batch size.",
-                model.generator,
-            )
-        if {*model.split.batched.values(), *model.split.output_rows} - {1, None}:
-            raise TrainingError(
-                f"asked to cache features of {type(model.generator).__name__}; found values with several "
-                "rows per sample, such as frames folded into the batch, so that samples cannot be stored one "
-                "by one. Wrap the module that renders one frame, and let its batch be the frames.",
-                model.generator,
-            )
+        check_rows(model)
         identity = _identity(model, samples, batch)
         state = _read_state(folder)
         done, names = _go_on(folder, state, identity) if state is not None else (0, [])
         folder.mkdir(parents=True, exist_ok=True)
         arrays = {name: _open(folder, name, len(samples), "r+") for name in names}
-        shared_names, shared = _shared_by_all(model), dict[str, Tensor]()
+        shared_names, shared = shared_by_all(model), dict[str, Tensor]()
         if done and shared_names:  # they are not stored; the first batch gives them
             args, kwargs = samples.gather(range(min(batch, len(samples))))
-            found = _compute(model, args, kwargs, samples.seed)
+            found = compute_features(model, args, kwargs, samples.seed)
             shared = {name: found[name].cpu() for name in shared_names}
         bar = tqdm(
             total=len(samples), initial=done, desc="backbone features", disable=None if progress else True
         )
         for indices, args, kwargs in samples.batches(batch, done):
-            for name, value in _compute(model, args, kwargs, samples.seed + indices[0]).items():
+            for name, value in compute_features(model, args, kwargs, samples.seed + indices[0]).items():
                 if name in shared_names:
                     _check_shared(name, shared.setdefault(name, value.cpu()), value.cpu())
                 else:
@@ -163,6 +180,28 @@ class FeatureCache:
             bar.update(len(indices))
         bar.close()
         return cls(folder, sorted(arrays), len(samples), shared)
+
+
+def check_rows(model: EarlyExitGenerator) -> None:
+    """Refuse a generator whose values cannot be told apart by samples.
+
+    Raises:
+        TrainingError: If its forward fixes the batch size, or folds several rows per sample into the batch.
+    """
+    asked = f"asked for features of {type(model.generator).__name__} by sample; found"
+    if not model.split.any_batch:
+        raise TrainingError(
+            f"{asked} that its forward holds for batches of {model.split.batch} only, so that samples cannot "
+            "be told apart. Let its forward take any batch size.",
+            model.generator,
+        )
+    if {*model.split.batched.values(), *model.split.output_rows} - {1, None}:
+        raise TrainingError(
+            f"{asked} values with several rows per sample, such as frames folded into the batch, so that "
+            "samples cannot be told apart. Wrap the module that renders one frame, and let its batch be the "
+            "frames.",
+            model.generator,
+        )
 
 
 def _identity(model: EarlyExitGenerator, samples: Samples, batch: int) -> dict[str, Any]:
@@ -240,16 +279,31 @@ def _open(folder: Path, name: str, count: int, mode: Any) -> np.ndarray:
     return array
 
 
-def _shared_by_all(model: EarlyExitGenerator) -> set[str]:
+def shared_by_all(model: EarlyExitGenerator) -> set[str]:
     """Names of crossing values that do not depend on the sample."""
     split = model.split
     return {node.name for cut in split.cuts for node in cut.crossing if node not in split.batched}
 
 
 @torch.no_grad()
-def _compute(model: EarlyExitGenerator, args: Any, kwargs: Any, seed: int) -> dict[str, Tensor]:
+def compute_features(
+    model: EarlyExitGenerator, args: Any, kwargs: Any, seed: int, with_guidance: bool = True
+) -> dict[str, Tensor]:
+    """Run the backbone once over a batch.
+
+    Args:
+        model: The wrapped generator, recorded.
+        args: Positional inputs.
+        kwargs: Keyword inputs.
+        seed: What it draws random numbers from.
+        with_guidance: Whether keys and values of the guidance are wanted too.
+
+    Returns:
+        Values by the name of their node or of this module: those that cross the cuts, and the image.
+    """
     split, found = model.split, dict[str, Tensor]()
     device = next((p.device for p in model.generator.parameters()), torch.device("cpu"))
+    args, kwargs = moved((args, kwargs), device)
     with drawing_from(seed, device):
         values, keyed = split.begin(args, kwargs)
         for index in range(len(split.cuts)):
@@ -257,7 +311,7 @@ def _compute(model: EarlyExitGenerator, args: Any, kwargs: Any, seed: int) -> di
             found.update({node.name: values[node].clone() for node in split.cuts[index].crossing})
         found[IMAGE] = split.place_of(split.finish(values))
     taps = model.anatomy.taps
-    if taps is None:
+    if taps is None or not with_guidance:
         return found
     key, value = guidance_names(taps, split.cuts[0].feature.name)
     if key == GUIDANCE_KEY:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from retroexit.errors import OptionError
 
-__all__ = ["Cropper"]
+__all__ = ["Cropper", "Window", "cut_out"]
+
+Window: TypeAlias = tuple[slice, ...]
+"""A part of a map ``(C, ...)``, its channels left out."""
 
 
 @dataclass(frozen=True)
@@ -72,24 +76,29 @@ class Cropper:
         steps = [(i - s) // self.grid + 1 for i, s in zip(self.image_size, self.size, strict=True)]
         return np.stack([random.integers(0, n, count) * self.grid for n in steps], 1)
 
+    def windows(self, offsets: np.ndarray, size: tuple[int, ...]) -> list[Window] | None:
+        """Say what to cut out of maps of a size, one window per corner; ``None`` for what is no map."""
+        if self.size is None or tuple(size) not in self.map_sizes:
+            return None
+        ratios = [i // m for i, m in zip(self.image_size, size, strict=True)]
+        return [
+            tuple(slice(o // r, (o + s) // r) for o, s, r in zip(corner, self.size, ratios, strict=True))
+            for corner in offsets.tolist()
+        ]
+
     def __call__(self, value: Tensor, offsets: np.ndarray) -> Tensor:
         """Cut the windows out of a map ``(N, C, ...)``; anything that is no map passes.
 
         A map ``(1, C, ...)`` that all samples share becomes one window per sample.
         """
-        if (
-            self.size is None
-            or tuple(value.shape[2:]) not in self.map_sizes
-            or value.shape[0] not in (1, len(offsets))
-        ):
-            return value
-        value = value.expand(len(offsets), *value.shape[1:])
-        ratios = [i // m for i, m in zip(self.image_size, value.shape[2:], strict=True)]
-        sizes = [s // r for s, r in zip(self.size, ratios, strict=True)]
-        out = value.new_empty(*value.shape[:2], *sizes)  # (N, C, H, W) -> (N, C, h, w)
-        for row, corner in enumerate(offsets):
-            window: tuple[Any, ...] = tuple(
-                slice(o // r, o // r + s) for o, r, s in zip(corner, ratios, sizes, strict=True)
-            )
-            out[row] = value[(row, slice(None), *window)]
-        return out
+        return cut_out(value, self.windows(offsets, tuple(value.shape[2:])), len(offsets))
+
+
+def cut_out(value: Tensor, windows: list[Window] | None, count: int) -> Tensor:
+    """Cut one window per sample out of a map ``(count, C, ...)`` or ``(1, C, ...)``; anything else passes."""
+    if windows is None or value.shape[0] not in (1, count):
+        return value
+    value = value.expand(count, *value.shape[1:])
+    places: list[Any] = [(row, slice(None), *window) for row, window in enumerate(windows)]
+    rows = [value[place] for place in places]
+    return torch.stack(rows)  # (N, C, H, W) -> (N, C, h, w)

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from retroexit.errors import CheckpointError, OptionError, TrainingError
 from retroexit.evaluation.quality import ImageRange, QualityMetric, measure_range
 from retroexit.fingerprint import fingerprint
 from retroexit.guidance.bank import GuidanceBank
@@ -25,69 +20,25 @@ from retroexit.retrieval.storage import MANIFEST
 from retroexit.routing.predictor import Predictor
 from retroexit.storage import save_model, wrap_settings
 from retroexit.taps import Taps
+from retroexit.training.batch import TrainingBatch
 from retroexit.training.branches import BranchSchedule, BranchTrainer
 from retroexit.training.cache import IMAGE, FeatureCache, guidance_names
 from retroexit.training.crops import Cropper
-from retroexit.training.inputs import Samples, drawing_from
+from retroexit.training.devices import Team
+from retroexit.training.estimate import Estimate, estimate
+from retroexit.training.inputs import Samples, drawing_from, moved
+from retroexit.training.live import Features, LiveFeatures
+from retroexit.training.loop import train_branches
 from retroexit.training.losses import L1, QUALITY, Term, TrainingLoss
+from retroexit.training.measuring import chunks, exit_losses, predictor_maps
 from retroexit.training.predictor import train_predictor
+from retroexit.training.settings import FitSettings, check_same, divide, write_json
+from retroexit.training.steps import Steps
+from retroexit.training.watch import Watch
 
-__all__ = ["FitSettings", "divide", "fit_model", "image_range_of"]
+__all__ = ["FitSettings", "divide", "estimate_fit", "fit_model", "image_range_of"]
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class FitSettings:
-    """Settings of a fit.
-
-    Attributes:
-        steps: Optimiser steps per branch.
-        batch: Samples (or crops) per step.
-        crop: Train on square windows of this many image pixels; ``None`` for whole images.
-        lr: Largest learning rate of the branches.
-        losses: Weight of every term of the training loss by name; ``"quality"`` is the fit's own metric, the
-            others come from plug-ins, ``"l1"`` from ours.
-        held_out: Share of the inputs that branches are not trained on; the predictor is corrected by them.
-        predictor_steps: Optimiser steps of the predictor.
-        seed: Decides everything that is random.
-        checkpoint_every: Steps between checkpoints.
-        bfloat16: Whether branches are trained under bfloat16 autocast.
-        cache_batch: Samples per pass of the backbone.
-    """
-
-    steps: int = 1500
-    batch: int = 8
-    crop: int | None = None
-    lr: float = 4e-3
-    losses: dict[str, float] = field(default_factory=lambda: {"l1": 1.0, QUALITY: 1.0})
-    held_out: float = 0.15
-    predictor_steps: int = 1500
-    seed: int = 0
-    checkpoint_every: int = 250
-    bfloat16: bool = False
-    cache_batch: int = 8
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch", "predictor_steps", "checkpoint_every", "cache_batch"):
-            if getattr(self, name) < 1:
-                raise OptionError(f"asked for {name}={getattr(self, name)}; found no integer >= 1.", name)
-        if self.crop is not None and self.crop < 1:
-            raise OptionError(
-                f"asked for crop={self.crop}; found neither None nor an integer >= 1.", self.crop
-            )
-        if self.seed < 0:
-            raise OptionError(f"asked for seed={self.seed}; found no integer >= 0.", self.seed)
-        if not 0 <= self.held_out < 1:
-            raise OptionError(f"asked for held_out={self.held_out}; found it outside [0, 1).", self.held_out)
-        if not 0 < self.lr < float("inf"):
-            raise OptionError(f"asked for lr={self.lr}; found no finite number above 0.", self.lr)
-        weights = list(self.losses.values()) if isinstance(self.losses, dict) else []
-        if not all(0 <= weight < float("inf") for weight in weights) or not sum(weights) > 0:
-            raise OptionError(
-                f"asked for losses={self.losses!r}; found no weights >= 0 by name of which one is above 0.",
-                self.losses,
-            )
 
 
 def fit_model(
@@ -99,14 +50,19 @@ def fit_model(
     retriever: Callable[[], Retriever],
     progress: bool = True,
     terms: Mapping[str, Term] | None = None,
+    team: Team | None = None,
 ) -> None:
     """Fit bank, branches and predictor; see `retroexit.fit`.
 
-    ``terms`` are the terms of the loss besides the metric; by default L1.
+    ``terms`` are the terms of the loss besides the metric; by default L1. ``team`` are the processes that
+    train together.
     """
+    team = team or Team()
+    team.part(settings.batch)
     samples = Samples(inputs, settings.seed)
+    device = _device(model)
     if not model.is_recorded:
-        args, kwargs = samples.gather([0])
+        args, kwargs = moved(samples.gather([0]), device)
         model.record(*args, **kwargs)
     wanted = {
         **asdict(settings),
@@ -114,84 +70,152 @@ def fit_model(
         "attach_at": _places(model),
         "wrap": wrap_settings(model),
     }
-    _check_same(folder / "fit.json", wanted)
+    check_same(folder / "fit.json", wanted)
     trained, held_out = divide(len(samples), settings)
-    cache = FeatureCache.build(
-        model, samples, folder / "cache", batch=settings.cache_batch, progress=progress
-    )
-    limits = image_range_of(model, cache.read(IMAGE, range(min(32, len(cache)))))
-    loss = _loss(settings, limits, {**(terms or {"l1": L1()}), QUALITY: metric}, _device(model))
-    croppers = [_cropper(model, cache, index, settings.crop) for index in range(len(model.branches))]
-    for cropper in croppers:
-        _try_loss(loss, cropper, cache.read(IMAGE, [0], _device(model)))
+    features = _features(model, samples, folder, settings, team, progress)
+    limits = image_range_of(model, features.read(IMAGE, range(min(32, len(features)))))
+    metric.to(device)
+    losses = branch_losses(model, settings, {**(terms or {"l1": L1()}), QUALITY: metric}, device)
+    steps = _steps(model, samples, features, losses, limits, trained, settings, team)
+    _try_loss(losses[0], steps)
+    watch = _watch(folder, settings, team)
     # From here on the folder belongs to these settings; mistakes above can be put right and fitted again.
-    _write_json(folder / "fit.json", wanted)
-    guide_of = None
+    team.wait()
+    if team.is_first:
+        write_json(folder / "fit.json", wanted)
     taps = model.anatomy.taps
     if taps is not None:
-        model.bank = _bank(model, taps, cache, folder / "bank", retriever, settings.seed, progress)
-        guide_of = _guides(model, taps, cache)
+        model.bank = _bank(model, taps, features, folder / "bank", retriever, settings.seed, team, progress)
+        steps.guide_of = _guides(model, taps, features)
+    _train(model, losses, steps, settings, folder / "branches", watch, progress)
+    measured = exit_losses(model, steps, metric, folder / "losses.npy", progress)
+    error = _predict(model, steps, measured, held_out, settings, progress)
+    model.about = {
+        "metric": metric.describe(),
+        "image_range": [limits.low, limits.high],
+        "image_size": list(features.read(IMAGE, [0]).shape[2:]),
+        "fit": asdict(settings),
+        "inputs": len(samples),
+        "predictor_error": error,
+    }
+    if team.is_first:
+        save_model(model, folder)
+    team.wait()
+
+
+def _train(
+    model: EarlyExitGenerator,
+    losses: Sequence[TrainingLoss],
+    steps: Steps,
+    settings: FitSettings,
+    folder: Path,
+    watch: Watch | None,
+    progress: bool,
+) -> None:
     schedule = BranchSchedule(
-        settings.steps,
-        settings.batch,
-        settings.lr,
-        settings.seed,
-        settings.checkpoint_every,
-        settings.bfloat16,
+        settings.steps, settings.lr, settings.schedule, settings.clip, settings.ema, settings.bfloat16
     )
-    for index, cropper in enumerate(croppers):
-        trainer = BranchTrainer(
-            model, index, cache, trained, loss, cropper, guide_of, schedule, folder / "branches"
+    trainers = [
+        BranchTrainer(model, index, loss, steps.limits, schedule, folder, steps.team)
+        for index, loss in enumerate(losses)
+    ]
+    try:
+        train_branches(
+            trainers,
+            steps,
+            together=settings.together,
+            checkpoint_every=settings.checkpoint_every,
+            watch=watch,
+            progress=progress,
         )
-        trainer.run(progress)
-    losses = _measure(model, cache, metric, limits, guide_of, folder / "losses.npy", settings.seed, progress)
-    maps = _predictor_maps(model, samples, cache)
+    finally:
+        if watch is not None:
+            watch.close()
+
+
+def _predict(
+    model: EarlyExitGenerator,
+    steps: Steps,
+    measured: Tensor,
+    held_out: list[int],
+    settings: FitSettings,
+    progress: bool,
+) -> float | None:
+    """Train the predictor, in every process alike; gives its error on the samples held out."""
+    maps = predictor_maps(model, steps.samples, steps.features)
     with drawing_from(settings.seed):
         predictor = Predictor(maps.shape[1], len(model.branches), dims=maps.dim() - 2)
         error = train_predictor(
             predictor,
             maps,
-            losses,
+            measured,
             held_out=held_out,
             steps=settings.predictor_steps,
             seed=settings.seed,
-            progress=progress,
+            progress=progress and steps.team.is_first,
         )
     logger.info("predictor error on held-out inputs: %s", error)
-    model.predictor = predictor.to(_device(model)).eval()
-    model.about = {
-        "metric": metric.describe(),
-        "image_range": [limits.low, limits.high],
-        "image_size": list(cache.read(IMAGE, [0]).shape[2:]),
-        "fit": asdict(settings),
-        "inputs": len(samples),
-        "predictor_error": error,
-    }
-    save_model(model, folder)
+    model.predictor = predictor.to(steps.device).eval()
+    return error
 
 
-def divide(count: int, settings: FitSettings) -> tuple[list[int], list[int]]:
-    """Divide samples into those that branches are trained on and those held out.
+def estimate_fit(
+    model: EarlyExitGenerator,
+    inputs: Sequence[Any],
+    metric: QualityMetric | None,
+    settings: FitSettings,
+    terms: Mapping[str, Term],
+) -> Estimate:
+    """Find out what a fit would cost; nothing is written and no weight changes.
 
     Args:
-        count: Number of samples.
-        settings: Share to hold out, and seed.
-
-    Returns:
-        Both lists, sorted.
-
-    Raises:
-        OptionError: If nothing is left to train on.
+        model: The wrapped generator, recorded.
+        inputs: See `retroexit.fit`.
+        metric: Quality metric; ``None`` leaves it out.
+        settings: Settings of the fit.
+        terms: Terms of the loss besides the metric.
     """
-    held_out = round(settings.held_out * count)
-    if held_out >= count:
-        raise OptionError(
-            f"asked for held_out={settings.held_out} of {count} samples; found none left to train on. Hold "
-            "out less, or pass more samples.",
-            settings.held_out,
-        )
-    order = np.random.default_rng([settings.seed, 2]).permutation(count).tolist()
-    return sorted(order[held_out:]), sorted(order[:held_out])
+    samples, device = Samples(inputs, settings.seed), _device(model)
+    trained, _ = divide(len(samples), settings)
+    features = LiveFeatures(model, samples)
+    limits = image_range_of(model, features.read(IMAGE, range(min(8, len(features)))))
+    chosen = {name: weight for name, weight in settings.losses.items() if name != QUALITY or metric}
+    chosen = chosen or {"l1": 1.0}
+    known: dict[str, Term] = {"l1": L1(), **terms}
+    if metric is not None:
+        known[QUALITY] = metric.to(device)
+    losses = branch_losses(model, replace(settings, losses=chosen), known, device)
+    steps = _steps(model, samples, features, losses, limits, trained, settings, Team())
+    taps = model.anatomy.taps
+    if taps is not None:
+        shape = (taps.guide.channels, *taps.guide.size)
+        steps.guide_of = lambda rows: torch.zeros(len(rows), *shape)
+    return estimate(model, losses, steps, settings)
+
+
+def _steps(
+    model: EarlyExitGenerator,
+    samples: Samples,
+    features: Features,
+    losses: Sequence[TrainingLoss],
+    limits: ImageRange,
+    rows: Sequence[int],
+    settings: FitSettings,
+    team: Team,
+) -> Steps:
+    return Steps(
+        features=features,
+        samples=samples,
+        rows=rows,
+        cropper=_cropper(model, features, settings.crop),
+        limits=limits,
+        guide_of=None,
+        batch=settings.batch,
+        seed=settings.seed,
+        device=_device(model),
+        needs_inputs=any(loss.needs_inputs for loss in losses),
+        team=team,
+    )
 
 
 def image_range_of(model: EarlyExitGenerator, images: Tensor) -> ImageRange:
@@ -200,41 +224,25 @@ def image_range_of(model: EarlyExitGenerator, images: Tensor) -> ImageRange:
     return ImageRange(*declared) if declared is not None else measure_range(images)
 
 
-def _check_same(path: Path, wanted: dict[str, Any]) -> None:
-    """A resumed fit must be the same fit."""
-    if not path.exists():
-        return
-    try:
-        before = dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(
-            f"asked to go on with the fit in {path.parent}; found {path.name} damaged ({error}). Use another "
-            "folder, or remove this one.",
-            path,
-        ) from error
-    was, now = _flat(before), _flat(json.loads(json.dumps(wanted)))
-    changed = sorted(key for key in was.keys() | now.keys() if was.get(key) != now.get(key))
-    if changed:
-        raise CheckpointError(
-            f"asked to go on with the fit in {path.parent}; found other settings: "
-            + ", ".join(f"{key} was {was.get(key)}, is {now.get(key)}" for key in changed)
-            + ". Use another folder, or the settings it began with.",
-            path,
-        )
+def _features(
+    model: EarlyExitGenerator,
+    samples: Samples,
+    folder: Path,
+    settings: FitSettings,
+    team: Team,
+    progress: bool,
+) -> Features:
+    """Features from a cache, which the first process fills, or computed when they are read."""
+    if not settings.cache:
+        folder.mkdir(parents=True, exist_ok=True)
+        return LiveFeatures(model, samples)
 
+    def build(show: bool) -> FeatureCache:
+        return FeatureCache.build(model, samples, folder / "cache", batch=settings.cache_batch, progress=show)
 
-def _flat(settings: dict[str, Any], start: str = "") -> dict[str, Any]:
-    """Name nested settings by dotted paths."""
-    found: dict[str, Any] = {}
-    for key, value in settings.items():
-        found |= _flat(value, f"{start}{key}.") if isinstance(value, dict) else {start + key: value}
-    return found
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    temporary = path.with_suffix(".part")
-    temporary.write_text(json.dumps(values, indent=1))
-    os.replace(temporary, path)
+    own = build(progress) if team.is_first else None
+    team.wait()
+    return own if own is not None else build(False)
 
 
 def _places(model: EarlyExitGenerator) -> list[str]:
@@ -245,42 +253,55 @@ def _device(model: EarlyExitGenerator) -> torch.device:
     return next((p.device for p in model.generator.parameters()), torch.device("cpu"))
 
 
-def _loss(
-    settings: FitSettings, limits: ImageRange, terms: Mapping[str, Term], device: torch.device
-) -> TrainingLoss:
-    """Weigh the terms; those that hold tensors move to the device."""
+def branch_losses(
+    model: EarlyExitGenerator, settings: FitSettings, terms: Mapping[str, Term], device: torch.device
+) -> list[TrainingLoss]:
+    """Weigh the terms, for every branch; those that hold tensors move to the device."""
     for term in terms.values():
         if isinstance(term, nn.Module):
             term.to(device)
-    return TrainingLoss({name: (weight, terms[name]) for name, weight in settings.losses.items()}, limits)
+    weighed = {name: (weight, terms[name]) for name, weight in settings.losses.items()}
+    return [TrainingLoss(weighed) for _ in model.branches]
 
 
 @torch.no_grad()
-def _try_loss(loss: TrainingLoss, cropper: Cropper, image: Tensor) -> None:
-    """Find out before anything is trained whether the metric takes windows of this size."""
-    window = cropper(image, cropper.offsets(1, np.random.default_rng(0))).float()
-    loss(window, window)
+def _try_loss(loss: TrainingLoss, steps: Steps) -> None:
+    """Find out before anything is trained whether metric and terms take such windows."""
+    step, before = steps.at(0), loss.state()
+    with drawing_from(step.seed, steps.device):
+        loss(TrainingBatch(step.target, step.target, step.args, step.kwargs))
+    loss.load_state(before)
+
+
+def _watch(folder: Path, settings: FitSettings, team: Team) -> Watch | None:
+    if not settings.tensorboard or not team.is_first:
+        return None
+    return Watch(folder / "tensorboard" if settings.tensorboard is True else Path(settings.tensorboard))
 
 
 def _bank(
     model: EarlyExitGenerator,
     taps: Taps,
-    cache: FeatureCache,
+    features: Features,
     folder: Path,
     retriever: Callable[[], Retriever],
     seed: int,
+    team: Team,
     progress: bool,
 ) -> GuidanceBank:
     guidance = model.options.guidance
     assert guidance is not None
     own = fingerprint(model.generator)
-    if (folder / MANIFEST).exists():
+    if team.from_first((folder / MANIFEST).exists()):
+        return GuidanceBank.load(folder, own, retriever_class=type(retriever()))
+    if not team.is_first:
+        team.wait()
         return GuidanceBank.load(folder, own, retriever_class=type(retriever()))
     key, value = guidance_names(taps, model.split.cuts[0].feature.name)
-    features = ((cache.read(key, rows), list(rows)) for rows in _chunks(len(cache), 16))
+    keyed = ((features.read(key, rows), list(rows)) for rows in chunks(len(features), 16))
     bank = GuidanceBank.build(
-        features,
-        lambda rows: cache.read(value, rows),
+        keyed,
+        lambda rows: features.read(value, rows),
         patch=taps.patch,
         size=guidance.size,
         thin=guidance.thin,
@@ -290,98 +311,28 @@ def _bank(
         progress=progress,
     )
     bank.save(folder)
+    team.wait()
     return GuidanceBank.load(folder, own, retriever_class=type(retriever()))
 
 
-def _guides(model: EarlyExitGenerator, taps: Taps, cache: FeatureCache) -> Callable[[Sequence[int]], Tensor]:
+def _guides(model: EarlyExitGenerator, taps: Taps, features: Features) -> Callable[[Sequence[int]], Tensor]:
     """Search once for every sample, its own keys left out, as a new input finds only foreign ones."""
     bank = model.bank
     assert bank is not None
     key, _ = guidance_names(taps, model.split.cuts[0].feature.name)
     found = [
-        bank.search(cache.read(key, rows), torch.as_tensor(rows)).ids for rows in _chunks(len(cache), 64)
+        bank.search(features.read(key, rows), torch.as_tensor(rows)).ids for rows in chunks(len(features), 64)
     ]
     ids = torch.cat(found)
     return lambda rows: bank.glue(ids[torch.as_tensor(list(rows))])
 
 
-def _cropper(model: EarlyExitGenerator, cache: FeatureCache, index: int, crop: int | None) -> Cropper:
-    image = cache.read(IMAGE, [0])
-    maps = [cache.read(n.name, [0]) for n in model.split.cuts[index].crossing if cache.is_per_sample(n.name)]
+def _cropper(model: EarlyExitGenerator, features: Features, crop: int | None) -> Cropper:
+    """Cut the same windows for all branches, on the grid of the coarsest map."""
+    image = features.read(IMAGE, [0])
+    names = {node.name for cut in model.split.cuts for node in cut.crossing}
+    maps = [features.read(name, [0]) for name in sorted(names) if features.is_per_sample(name)]
     sizes = [tuple(m.shape[2:]) for m in maps if m.dim() == image.dim()]
     if model.anatomy.taps is not None:
         sizes.append(model.anatomy.taps.guide.size)
     return Cropper.for_maps(crop, tuple(image.shape[2:]), sizes)
-
-
-@torch.no_grad()
-def _measure(
-    model: EarlyExitGenerator,
-    cache: FeatureCache,
-    metric: QualityMetric,
-    limits: ImageRange,
-    guide_of: Callable[[Sequence[int]], Tensor] | None,
-    path: Path,
-    seed: int,
-    progress: bool,
-) -> Tensor:
-    """Quality loss of every branch exit on every cached sample, ``(S, K)``."""
-    size = (len(cache), len(model.branches))
-    if path.exists():
-        return _read_losses(path, size)
-    device = _device(model)
-    losses = torch.zeros(size)
-    bar = tqdm(total=len(cache), desc="losses of all exits", disable=None if progress else True)
-    for rows in _chunks(len(cache), 8):
-        target = limits.to_signed(cache.read(IMAGE, rows, device).float())
-        guide = None if guide_of is None else guide_of(rows).to(device)
-        for index, branch in enumerate(model.branches):
-            names = [node.name for node in model.split.cuts[index].crossing]
-            with drawing_from(seed + rows[0], device):
-                output = branch(*(cache.read(name, rows, device) for name in names), guide=guide)
-            image = model.split.place_of(output).float()
-            losses[rows, index] = metric(limits.to_signed(image), target).float().cpu()
-        bar.update(len(rows))
-    bar.close()
-    if not bool(torch.isfinite(losses).all()):
-        bad = [index + 1 for index, column in enumerate(losses.T) if not bool(torch.isfinite(column).all())]
-        raise TrainingError(
-            f"asked for the losses of all exits; found {metric.name} not finite at exits {bad}. Fit again "
-            "with a lower learning rate, in another folder.",
-            losses,
-        )
-    temporary = path.with_suffix(".part.npy")
-    np.save(temporary, losses.numpy(), allow_pickle=False)
-    os.replace(temporary, path)
-    return losses
-
-
-def _read_losses(path: Path, size: tuple[int, int]) -> Tensor:
-    try:
-        losses = torch.from_numpy(np.load(path, allow_pickle=False))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"asked to go on from {path}; found it damaged ({error}). Remove it.", path
-        ) from error
-    if tuple(losses.shape) != size:
-        raise CheckpointError(
-            f"asked to go on from {path}; found losses of shape {tuple(losses.shape)}, not {size}. Remove "
-            "it.",
-            path,
-        )
-    return losses
-
-
-def _predictor_maps(model: EarlyExitGenerator, samples: Samples, cache: FeatureCache) -> Tensor:
-    source = model.options.predictor_inputs
-    if source is None:
-        return cache.read(model.split.cuts[0].feature.name, range(len(cache)))
-    found = []
-    for rows, args, kwargs in samples.batches(32):
-        with torch.no_grad(), drawing_from(samples.seed + rows[0]):
-            found.append(source(*args, **kwargs).cpu())
-    return torch.cat(found)
-
-
-def _chunks(count: int, size: int) -> list[list[int]]:
-    return [list(range(begin, min(begin + size, count))) for begin in range(0, count, size)]

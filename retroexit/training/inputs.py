@@ -14,7 +14,7 @@ from torch import Tensor
 from retroexit.decoder.structure import flatten, rebuild
 from retroexit.errors import OptionError
 
-__all__ = ["Samples", "drawing_from"]
+__all__ = ["Samples", "drawing_from", "moved"]
 
 
 @contextmanager
@@ -29,6 +29,11 @@ def drawing_from(seed: int, device: torch.device | str = "cpu") -> Iterator[None
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
+
+
+def moved(value: Any, device: torch.device | str) -> Any:
+    """Move the tensors of a nested value to a device."""
+    return rebuild(value, lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf)
 
 
 @dataclass

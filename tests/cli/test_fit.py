@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from retroexit.errors import WeightsError
 from retroexit.training.branches import BranchTrainer
 
 FIT = (
@@ -101,9 +102,14 @@ def test_a_dry_run_looks_up_all_names(run: Any, words: tuple[str, ...], message:
 
 
 def test_a_dry_run_needs_no_weights_of_the_metric(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("retroexit.evaluation.quality.LPIPS.__init__", lambda *_, **__: pytest.fail("made"))
+    def missing(*_: object, **__: object) -> None:
+        raise WeightsError("found none")
+
+    monkeypatch.setattr("retroexit.evaluation.quality.LPIPS.__init__", missing)
     for metric in ("lpips", "lpips-vgg"):
-        assert run(*FIT, "--metric", metric, "--out", "run", "--dry-run").status == 0
+        shown = run(*FIT, "--metric", metric, "--out", "run", "--dry-run")
+        assert shown.status == 0
+        assert f"steps on this machine, {metric} not counted, since its weights were not found" in shown.out
 
 
 def test_the_range_of_the_image_can_be_told(run: Any, tmp_path: Path) -> None:
@@ -133,14 +139,15 @@ def test_samples_by_keyword_can_be_fitted(run: Any) -> None:
 def test_a_dry_run_says_what_would_be_done_and_does_nothing(
     run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(BranchTrainer, "advance", lambda trainer: pytest.fail("trained"))
+    monkeypatch.setattr("retroexit.api.fit_model", lambda *_: pytest.fail("trained"))
     before = sorted(path for path in tmp_path.rglob("*") if "__pycache__" not in path.parts)
     shown = run(*FIT, *FAST, "--guidance", "--crop", "12", "--out", "deep/run", "--dry-run")
     assert shown.status == 0, shown.err
     assert "Decoder with 2 early exits" in shown.out
     assert "samples: 12, 10 to train branches on, 2 held out" in shown.out
     assert (
-        "steps: 2 branches x 2, batches of 2 windows of 12 pixels; predictor 3; metric ms-ssim" in shown.out
+        "steps: 2 branches side by side x 2, batches of 2 windows of 12 pixels; predictor 3; metric ms-ssim"
+        in shown.out
     )
     # Per sample: features of 12 channels at 8x8 and 16x16, the value map at 16x16, an image of 3 channels at
     # 16x16.
@@ -154,7 +161,7 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(
 
 
 def test_an_interrupted_fit_says_that_it_goes_on(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stop(trainer: BranchTrainer) -> None:
+    def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:

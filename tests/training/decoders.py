@@ -51,6 +51,15 @@ class Decoder(nn.Module):
         return torch.tanh(2 * self.rgb(h))
 
 
+class Plain(Decoder):
+    """Without norms over the batch, whose statistics would tell parts of a batch from the whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for stage in self.stages:
+            stage.norm = nn.Identity()
+
+
 class Noisy(Decoder):
     """Draws noise per sample in front of the stages, uses it behind them, and draws more there."""
 

@@ -52,10 +52,10 @@ def test_windows_of_features_guide_and_image_coincide(
     retroexit.fit(model, inputs, tmp_path, metric=Watching(), progress=False, **settings)
     targets = [
         target for target in targets if len(target) == settings["batch"] and target.shape[2:] == (8, 8)
-    ]
+    ][1:]  # the first one tries the metric
     assert len(seen) == len(targets) == 10
     for index, ((feature, guide), target) in enumerate(zip(seen, targets, strict=True)):
-        ratio = 4 if index < 5 else 2
+        ratio = 2 if index % 2 else 4
         assert feature.shape[2:] == (8 // ratio, 8 // ratio)
         assert torch.equal(feature, target[:, :, ::ratio, ::ratio])
         if guidance:

@@ -18,9 +18,12 @@ import retroexit
 from retroexit.errors import CheckpointError, OptionError, TrainingError
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.training import fit as fitting
+from retroexit.training.batch import TrainingBatch
 from retroexit.training.branches import BranchTrainer
 from retroexit.training.cache import FeatureCache
 from retroexit.training.inputs import Samples
+from retroexit.training.losses import L1, TrainingLoss
+from retroexit.training.steps import Step, Steps
 
 Untouched = Callable[[nn.Module], AbstractContextManager[None]]
 
@@ -40,10 +43,10 @@ def test_bank_branches_and_predictor_are_made_in_this_order(
         monkeypatch.setattr(owner, name, staticmethod(noted) if name == "build" else noted)
 
     noting(GuidanceBank, "build", lambda *_: "bank")
-    noting(BranchTrainer, "run", lambda trainer, *_: f"exit {trainer.index + 1}")
+    noting(fitting, "train_branches", lambda trainers, *_: f"{len(trainers)} branches")
     noting(fitting, "train_predictor", lambda *_: "predictor")
     model = decoders.fit(decoders.wrap(guidance=True), tmp_path)
-    assert done == ["bank", "exit 1", "exit 2", "predictor"]
+    assert done == ["bank", "2 branches", "predictor"]
     assert model.bank is not None and model.predictor is not None
     assert model(decoders.latents(3), threshold=0.5).shape == (3, 3, 16, 16)
 
@@ -79,8 +82,8 @@ def test_every_loss_goes_down(
     history: dict[int, list[dict[str, float]]] = {}
     real = BranchTrainer.advance
 
-    def advance(trainer: BranchTrainer) -> dict[str, float]:
-        parts = real(trainer)
+    def advance(trainer: BranchTrainer, step: Step) -> dict[str, float]:
+        parts = real(trainer, step)
         history.setdefault(trainer.index, []).append(parts)
         return parts
 
@@ -115,21 +118,22 @@ def test_held_out_samples_are_not_trained_on(
 ) -> None:
     seen: set[int] = set()
     held: list[int] = []
-    real_init, real_predictor = BranchTrainer.__init__, fitting.train_predictor
+    real_at, real_predictor = Steps.at, fitting.train_predictor
 
-    def init(trainer: BranchTrainer, *args: Any, **kwargs: Any) -> None:
-        real_init(trainer, *args, **kwargs)
-        seen.update(trainer.rows)
+    def at(steps: Steps, number: int) -> Step:
+        step = real_at(steps, number)
+        seen.update(step.rows)
+        return step
 
     def predictor(*args: Any, **kwargs: Any) -> float | None:
         held.extend(kwargs["held_out"])
         return real_predictor(*args, **kwargs)
 
-    monkeypatch.setattr(BranchTrainer, "__init__", init)
+    monkeypatch.setattr(Steps, "at", at)
     monkeypatch.setattr(fitting, "train_predictor", predictor)
     decoders.fit(decoders.wrap(), tmp_path, held_out=0.3)
     assert len(held) == 3
-    assert sorted([*seen, *held]) == list(range(10))
+    assert sorted({*seen, *held}) == list(range(10)) and not seen & set(held)
 
 
 def test_without_held_out_samples_there_is_no_predictor_error(decoders: ModuleType, tmp_path: Path) -> None:
@@ -299,7 +303,7 @@ def test_a_loss_that_is_not_finite_stops_training_with_its_step(decoders: Module
 
         def compare(self, a: Tensor, b: Tensor) -> Tensor:
             self.calls += 1
-            return super().compare(a, b) * (float("nan") if self.calls == 5 else 1)
+            return super().compare(a, b) * (float("nan") if self.calls == 6 else 1)
 
     with pytest.raises(
         TrainingError, match="the loss of exit 1 became nan at step 2; parts .*Lower the learning rate"
@@ -315,17 +319,14 @@ def test_a_loss_that_is_not_finite_stops_training_with_its_step(decoders: Module
 
 
 def test_the_loss_weighs_l1_and_metric(decoders: ModuleType) -> None:
-    from retroexit.evaluation.quality import ImageRange
-    from retroexit.training.losses import L1, TrainingLoss
-
     image, target = torch.rand(2, 3, 4, 4), torch.rand(2, 3, 4, 4)
     terms = {"l1": (3.0, L1()), "quality": (0.5, decoders.Distance())}
-    total, parts = TrainingLoss(terms, ImageRange(0, 1))(image, target)
+    total, parts = TrainingLoss(terms)(TrainingBatch(image, target))
     l1 = np.mean(
-        [abs(2 * a - 2 * b) for a, b in zip(image.flatten().tolist(), target.flatten().tolist(), strict=True)]
+        [abs(a - b) for a, b in zip(image.flatten().tolist(), target.flatten().tolist(), strict=True)]
     )
     squares = [
-        [(2 * a - 2 * b) ** 2 for a, b in zip(x.flatten(), y.flatten(), strict=True)]
+        [(a - b) ** 2 for a, b in zip(x.flatten(), y.flatten(), strict=True)]
         for x, y in zip(image, target, strict=True)
     ]
     distance = np.mean([np.sqrt(np.mean(row)) for row in squares])

@@ -21,7 +21,8 @@ from retroexit.guidance.bank import GuidanceBank
 from retroexit.model import EarlyExitGenerator
 from retroexit.training import cache as caching
 from retroexit.training import fit as fitting
-from retroexit.training.branches import BranchSchedule, BranchTrainer, draw_batch, learning_rate
+from retroexit.training.branches import BranchSchedule, BranchTrainer, learning_rate
+from retroexit.training.steps import draw_batch
 
 STEPS = 2 * 4  # two branches
 
@@ -99,13 +100,13 @@ def test_what_branches_draw_themselves_belongs_to_the_step(
 @pytest.mark.parametrize(
     ("owner", "name", "after"),
     [
-        (caching, "_compute", 0),
-        (caching, "_compute", 2),
+        (caching, "compute_features", 0),
+        (caching, "compute_features", 2),
         (caching, "_write_state", 1),
         (GuidanceBank, "save", 0),
         (BranchTrainer, "save", 0),
         (BranchTrainer, "save", 3),
-        (fitting, "_measure", 0),
+        (fitting, "exit_losses", 0),
         (fitting, "train_predictor", 0),
         (fitting, "save_model", 0),
     ],
@@ -139,10 +140,10 @@ decoders = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(decoders)
 torch.set_num_threads(int(sys.argv[3]))
 real = BranchTrainer.advance
-def advance(trainer):
+def advance(trainer, step):
     if trainer.index == 1 and trainer.step == 3:
         os.kill(os.getpid(), signal.SIGKILL)
-    return real(trainer)
+    return real(trainer, step)
 BranchTrainer.advance = advance
 decoders.fit(decoders.wrap(), Path(sys.argv[2]))
 """
@@ -166,13 +167,13 @@ def test_a_cache_interrupted_between_batches_holds_the_same_arrays(
     make = lambda: decoders.wrap(decoders.make(decoders.Noisy), guidance=True)  # noqa: E731
     decoders.fit(make(), tmp_path / "whole", cache_batch=3)
     with pytest.MonkeyPatch.context() as patch:
-        _interrupt(patch, caching, "_compute", 2)
+        _interrupt(patch, caching, "compute_features", 2)
         with pytest.raises(KeyboardInterrupt):
             decoders.fit(make(), tmp_path / "parts", cache_batch=3)
     with pytest.MonkeyPatch.context() as patch:
         passes = []
-        real = caching._compute
-        patch.setattr(caching, "_compute", lambda *args: (passes.append(args[3]), real(*args))[1])
+        real = caching.compute_features
+        patch.setattr(caching, "compute_features", lambda *args: (passes.append(args[3]), real(*args))[1])
         decoders.fit(make(), tmp_path / "parts", cache_batch=3)
     assert passes == [6, 9]  # seeds are those of the first samples of the batches that were missing
     names = sorted(path.name for path in (tmp_path / "whole/cache").glob("*.npy"))

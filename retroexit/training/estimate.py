@@ -1,0 +1,116 @@
+"""What a fit will cost: multiply-accumulates, memory and time, from two of its own steps."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from retroexit.decoder.counting import MacCounter
+from retroexit.model import EarlyExitGenerator
+from retroexit.training.branches import BranchSchedule, BranchTrainer
+from retroexit.training.losses import TrainingLoss
+from retroexit.training.settings import FitSettings
+from retroexit.training.steps import Step, Steps
+
+__all__ = ["Estimate", "estimate"]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The cost of training the branches.
+
+    Attributes:
+        step_macs: Multiply-accumulates of one step of all branches, backward passes and losses counted.
+        backbone_macs: Those of the backbone for the samples of one step.
+        step_seconds: Time of one step of all branches.
+        backbone_seconds: Time of the backbone for the samples of one step.
+        memory: Bytes: weights, gradients, optimiser, average, and what one step keeps for its backward pass.
+        branches: Number of branches.
+    """
+
+    step_macs: int
+    backbone_macs: int
+    step_seconds: float
+    backbone_seconds: float
+    memory: int
+    branches: int
+
+    def total_seconds(self, settings: FitSettings, samples: int) -> float:
+        """Estimate the time of features, branches and losses; bank and predictor are not counted."""
+        passes = samples / settings.batch
+        if not settings.cache:
+            passes += settings.steps * (1 if settings.together else self.branches)
+        return settings.steps * self.step_seconds + passes * self.backbone_seconds
+
+
+def estimate(
+    model: EarlyExitGenerator,
+    losses: Sequence[TrainingLoss],
+    steps: Steps,
+    settings: FitSettings,
+) -> Estimate:
+    """Time two steps of every branch; its weights are put back and nothing is written.
+
+    Args:
+        model: The wrapped generator, recorded.
+        losses: One per branch.
+        steps: What the steps read, computed when it is read.
+        settings: Settings of the fit.
+    """
+    before = {name: value.clone() for name, value in model.branches.state_dict().items()}
+    schedule = BranchSchedule(settings.steps, settings.lr, bfloat16=settings.bfloat16)
+    trainers = [
+        BranchTrainer(model, index, loss, steps.limits, schedule, Path()) for index, loss in enumerate(losses)
+    ]
+    begin = time.perf_counter()
+    step = steps.at(0)
+    backbone = time.perf_counter() - begin
+    kept = _Kept()
+    try:
+        for trainer in trainers:
+            trainer.begin(step)
+        with MacCounter() as counter, kept:
+            for trainer in trainers:
+                kept.next()
+                trainer.advance(step)
+        seconds = _timed(trainers, step)
+    finally:
+        for trainer in trainers:
+            trainer.finish()
+        model.branches.load_state_dict(before)
+    parameters = sum(p.numel() * p.element_size() for trainer in trainers for p in trainer.trained)
+    backbone_macs = model.anatomy.backbone_macs * len(step.rows)
+    memory = 5 * parameters + kept.most
+    return Estimate(counter.macs, backbone_macs, seconds, backbone, memory, len(trainers))
+
+
+def _timed(trainers: Sequence[BranchTrainer], step: Step) -> float:
+    begin = time.perf_counter()
+    for trainer in trainers:
+        trainer.advance(step)
+    if trainers[0].device.type == "cuda":
+        torch.cuda.synchronize(trainers[0].device)
+    return time.perf_counter() - begin
+
+
+class _Kept(torch.autograd.graph.saved_tensors_hooks):
+    """Counts the bytes that autograd keeps for backward passes."""
+
+    def __init__(self) -> None:
+        self.most, self._seen = 0, dict[int, int]()
+        super().__init__(self._pack, lambda value: value)
+
+    def next(self) -> None:
+        """Begin with another branch; the one before has given back what it kept."""
+        self._seen.clear()
+
+    def _pack(self, value: Tensor) -> Tensor:
+        storage = value.untyped_storage()
+        self._seen[storage.data_ptr()] = storage.nbytes()
+        self.most = max(self.most, sum(self._seen.values()))
+        return value

@@ -1,0 +1,212 @@
+"""Ways of training branches that change no weight, and those that do; what stops a training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import retroexit
+from retroexit.errors import OptionError
+from retroexit.storage import read_tensors
+from retroexit.training.branches import BranchSchedule, BranchTrainer, learning_rate
+from retroexit.training.cache import IMAGE, FeatureCache
+from retroexit.training.crops import Cropper
+from retroexit.training.ema import Average
+from retroexit.training.inputs import Samples
+from retroexit.training.live import LiveFeatures
+
+
+def _same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert [key for key in one if not torch.equal(one[key], other[key])] == []
+
+
+@contextmanager
+def _stopped(owner: Any, name: str, after: int, error: BaseException) -> Iterator[None]:
+    """Raise from inside the call with this number."""
+    real, calls = getattr(owner, name), iter(range(10**6))
+
+    def sometimes(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == after:
+            raise error
+        return real(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, sometimes)
+        yield
+
+
+# Ways that change no weight.
+
+
+@pytest.mark.parametrize("kind", ["Decoder", "Noisy"])
+def test_side_by_side_or_one_by_one_branches_get_the_same_weights(
+    decoders: ModuleType, tmp_path: Path, kind: str
+) -> None:
+    made = [
+        decoders.fit(
+            decoders.wrap(decoders.make(getattr(decoders, kind)), guidance=True),
+            tmp_path / str(together),
+            crop=8 if kind == "Decoder" else None,
+            together=together,
+        )
+        for together in (True, False)
+    ]
+    _same(*map(decoders.trained, made))
+
+
+def test_side_by_side_the_backbone_runs_once_per_step(decoders: ModuleType, tmp_path: Path) -> None:
+    passes: dict[bool, int] = {}
+    for together in (True, False):
+        generator, counted = decoders.make(), []
+        model = decoders.wrap(generator)
+        generator.stages[2].register_forward_hook(lambda *_, counted=counted: counted.append(1))
+        decoders.fit(model, tmp_path / str(together), together=together, cache=False, steps=20)
+        passes[together] = len(counted)
+    assert passes[False] - passes[True] == 20
+
+
+def test_without_a_cache_the_weights_are_those_of_cached_features(
+    decoders: ModuleType, tmp_path: Path
+) -> None:
+    cached, live = (
+        decoders.trained(
+            decoders.fit(decoders.wrap(guidance=True), tmp_path / str(cache), crop=8, cache=cache)
+        )
+        for cache in (True, False)
+    )
+    assert not (tmp_path / "False" / "cache").exists()
+    assert cached.keys() == live.keys()
+    for name, value in cached.items():
+        assert torch.allclose(value, live[name], rtol=1e-3, atol=1e-3), name
+
+
+def test_without_a_cache_a_fit_resumes_to_the_same_weights(decoders: ModuleType, tmp_path: Path) -> None:
+    make = lambda: decoders.wrap(decoders.make(decoders.Noisy))  # noqa: E731
+    whole = decoders.fit(make(), tmp_path / "whole", cache=False)
+    with _stopped(BranchTrainer, "advance", 7, KeyboardInterrupt()), pytest.raises(KeyboardInterrupt):
+        decoders.fit(make(), tmp_path / "parts", cache=False)
+    parts = decoders.fit(make(), tmp_path / "parts", cache=False)
+    _same(decoders.trained(whole), decoders.trained(parts))
+
+
+def test_without_a_cache_noise_is_fresh_in_every_epoch(decoders: ModuleType) -> None:
+    model = decoders.wrap(decoders.make(decoders.Noisy))
+    live = LiveFeatures(model, Samples(decoders.latents(6)))
+    one, other = live.read(IMAGE, [0, 1, 2]), live.read(IMAGE, [0, 1, 3])
+    assert not torch.allclose(one[:2], other[:2], atol=1e-3)
+    assert torch.equal(one, live.read(IMAGE, [0, 1, 2]))
+    live.read(IMAGE, [0, 1, 2]).zero_()
+    assert torch.equal(one, live.read(IMAGE, [0, 1, 2]))  # what is handed out is a copy
+
+
+def test_windows_read_from_disk_are_those_cut_in_memory(decoders: ModuleType, tmp_path: Path) -> None:
+    model, samples = decoders.wrap(), Samples(decoders.latents(6))
+    cache = FeatureCache.build(model, samples, tmp_path, progress=False)
+    live = LiveFeatures(model, samples)
+    cropper, rows = Cropper.for_maps(8, (16, 16), [(8, 8)]), [4, 1, 5]
+    offsets = cropper.offsets(3, np.random.default_rng(0))
+    for name in (IMAGE, model.split.cuts[0].feature.name):
+        read = cache.read(name, rows, crop=lambda size: cropper.windows(offsets, size))
+        assert torch.equal(read, cropper(cache.read(name, rows), offsets))
+        fresh = live.read(name, rows, crop=lambda size: cropper.windows(offsets, size))
+        assert torch.allclose(read, fresh, atol=1e-5)
+
+
+@pytest.mark.parametrize("setting", [{"together": False}, {"checkpoint_every": 2}])
+def test_a_fit_may_go_on_in_another_way(
+    decoders: ModuleType, tmp_path: Path, setting: dict[str, Any]
+) -> None:
+    whole = decoders.fit(decoders.wrap(), tmp_path / "whole")
+    with _stopped(BranchTrainer, "advance", 7, KeyboardInterrupt()), pytest.raises(KeyboardInterrupt):
+        decoders.fit(decoders.wrap(), tmp_path / "parts")
+    _same(
+        decoders.trained(whole),
+        decoders.trained(decoders.fit(decoders.wrap(), tmp_path / "parts", **setting)),
+    )
+
+
+# The average.
+
+
+def test_the_average_is_that_of_a_loop(decoders: ModuleType) -> None:
+    parameter, mean = nn.Parameter(torch.zeros(3)), np.zeros(3)
+    average = Average([parameter], 0.9)
+    for step in range(200):
+        with torch.no_grad():
+            parameter += torch.tensor([1.0, -step, 0.5])
+        average.update(step)
+        decay = min(0.9, (1 + step) / (10 + step))
+        mean = decay * mean + (1 - decay) * parameter.detach().double().numpy()
+    assert np.allclose(average.values[0].numpy(), mean, rtol=1e-4)
+    average.load()
+    assert np.allclose(parameter.detach().numpy(), mean, rtol=1e-4)
+
+
+def test_what_is_saved_is_the_average_and_what_goes_on_are_the_weights(
+    decoders: ModuleType, tmp_path: Path
+) -> None:
+    model = decoders.fit(decoders.wrap(), tmp_path, steps=8, ema=0.9)
+    last = decoders.fit(decoders.wrap(), tmp_path / "last", steps=8, ema=0.0)
+    tensors, about = read_tensors(tmp_path / "branches/exit1.safetensors")
+    assert about["step"] == 8
+    names = [name for name, p in model.branches[0].named_parameters() if p.requires_grad]
+    for number, name in enumerate(names):
+        own, saved = model.branches[0].get_parameter(name), tensors[f"ema.{number}"]
+        assert torch.equal(own, saved)
+        assert torch.equal(tensors[f"branch.{name}"], last.branches[0].get_parameter(name))
+    assert any(not torch.equal(tensors[f"ema.{i}"], tensors[f"branch.{n}"]) for i, n in enumerate(names))
+    loaded = retroexit.load(tmp_path, decoders.make(), example_inputs=(decoders.latents(2),), adapter=False)
+    _same(dict(loaded.branches.state_dict()), dict(model.branches.state_dict()))
+
+
+# Settings of the optimiser.
+
+
+def test_gradients_are_clipped_to_the_norm_asked(
+    decoders: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    norms: list[float] = []
+    real = torch.optim.Adam.step
+
+    def step(optimizer: torch.optim.Adam, *args: Any) -> Any:
+        if len(optimizer.param_groups[0]["params"]) > 5 and optimizer.defaults["betas"] == (0.9, 0.99):
+            gradients = [p.grad.flatten() for p in optimizer.param_groups[0]["params"] if p.grad is not None]
+            norms.append(float(torch.cat(gradients).norm()))
+        return real(optimizer, *args)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", step)
+    decoders.fit(decoders.wrap(), tmp_path / "free", clip=None)
+    free, norms[:] = list(norms), []
+    decoders.fit(decoders.wrap(), tmp_path / "tight", clip=1e-3)
+    assert min(free) > 1e-2 and len(free) == len(norms) == 8
+    assert norms == [pytest.approx(1e-3, rel=1e-2)] * 8
+
+
+def test_a_constant_schedule_stays_after_the_warm_up() -> None:
+    rates = [learning_rate(step, BranchSchedule(steps=100, lr=2.0, shape="constant")) for step in range(100)]
+    assert rates[0] == pytest.approx(0.2) and set(rates[10:]) == {2.0}
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"ema": 1.0}, r"asked for ema=1.0; found it outside \[0, 1\)"),
+        ({"clip": 0.0}, "asked for clip=0.0; found neither None nor a finite number above 0"),
+        ({"schedule": "cosin"}, "asked for schedule='cosin'; closest: 'cosine'"),
+        ({"tensorbord": True}, "asked for tensorbord=.*Closest: 'tensorboard'"),
+    ],
+)
+def test_wrong_settings_are_refused(
+    decoders: ModuleType, tmp_path: Path, setting: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(OptionError, match=message):
+        decoders.fit(decoders.wrap(), tmp_path, **setting)
