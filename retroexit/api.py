@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,12 +20,13 @@ from retroexit.evaluation.sweep import Evaluation
 from retroexit.guidance.options import Guidance
 from retroexit.inspection import find_stages
 from retroexit.model import EarlyExitGenerator
+from retroexit.planning import DEFAULT_LOSSES, plan_losses
 from retroexit.plugins.hookspecs import Description
 from retroexit.plugins.host import host
 from retroexit.storage import load_model
 from retroexit.training.devices import Team, join
 from retroexit.training.fit import fit_model
-from retroexit.training.losses import QUALITY
+from retroexit.training.objectives import Objective
 from retroexit.training.settings import FitSettings, check_settings
 from retroexit.wrapping import WrapOptions
 
@@ -190,6 +191,15 @@ def fit(
     *,
     metric: QualityMetric | str = "lpips-alex",
     weights: str | Path | None = None,
+    losses: Mapping[str, float] | str = DEFAULT_LOSSES,
+    equalise: bool | int | None = None,
+    instead: Mapping[str, str] | None = None,
+    loss_weights: Mapping[str, str | Path] | None = None,
+    discriminator: nn.Module | str | Path | None = "auto",
+    adversarial: Objective | str | None = None,
+    discriminator_lr: float = 4e-4,
+    gaze: nn.Module | None = None,
+    adapter: Description | str | None = None,
     progress: bool = True,
     devices: int | None = None,
     nodes: int | None = None,
@@ -208,39 +218,63 @@ def fit(
         folder: Where cache, checkpoints and the result go; `load` reads the result from there.
         metric: Quality metric to train with and to predict: its name or itself.
         weights: File with the metric's weights.
+        losses: Weight of every term of the training loss by name, ``"quality"`` being the metric; or a
+            preset: ``"oasis"`` (equation 3), ``"megaportraits"`` (equation 4).
+        equalise: Whether weights are multiplied such that all terms pull equally at the image, measured over
+            the first 50 steps, or this many; by default for presets alone.
+        instead: Terms that take the place of others: ``{"vgg": "features-alex"}``.
+        loss_weights: File with a term's weights, by its name.
+        discriminator: What every branch competes with a copy of, where ``"adversarial"`` or
+            ``"feature-matching"`` is a term: the generator's own, trained; a file with the state dict of the
+            one that the adapter makes; ``"auto"``, that one as it is made, which knows nothing yet; ``None``.
+        adversarial: How they compete: ``"hinge"``, ``"non-saturating"`` or a
+            `retroexit.training.objectives.Objective`; by default as the adapter says, else as the preset
+            does.
+        discriminator_lr: Learning rate of the discriminators.
+        gaze: Gaze network of the term ``"gaze"``.
+        adapter: What is known about the generator, as for `wrap`; only its discriminator is asked for.
         progress: Whether to show bars on a terminal.
         devices: Devices on each machine, each with a process and a part of every batch; under torchrun what
             it started. With several, a folder that all machines see, and each process puts the generator on
             its own device before it is wrapped.
         nodes: Machines; under torchrun what it started.
-        **settings: Fields of `FitSettings`, such as ``steps``, ``batch``, ``crop``, ``lr``, ``seed``, and
-            ``losses``: weights of the terms of the training loss by name, ``{"l1": 1.0, "quality": 1.0}`` by
-            default.
+        **settings: Fields of `FitSettings`, such as ``steps``, ``batch``, ``crop``, ``lr`` and ``seed``.
 
     Returns:
         The model.
 
     Raises:
-        OptionError: If a setting or the inputs are out of range.
+        OptionError: If a setting or the inputs are out of range, or a term lacks what it needs.
         DeviceError: If a process has the generator on another process's device.
         MissingExtraError: If several devices or TensorBoard are asked for and cannot be had.
         PluginError: If no plug-in, or more than one, offers a loss, a metric or a search back-end.
-        WeightsError: If the metric's weights cannot be had.
+        WeightsError: If weights of the metric, of a term or of the discriminator cannot be had.
         CheckpointError: If the folder holds another fit.
         TrainingError: If the loss stops being finite.
 
-    Reference: paper sections 3.2, 3.3, 4.1.
+    Reference: paper sections 3.2, 3.3, 4.1, 4.2; equations 1, 3, 4.
     """
     check_settings(settings)
     guidance = model.options.guidance
     back_end = host().retriever(guidance.retriever if guidance is not None else "exact")
-    wanted = FitSettings(**settings)
+    measured_by = find_metric(metric, weights)
+    plan = plan_losses(
+        model.generator,
+        losses,
+        measured_by,
+        equalise=equalise,
+        instead=instead,
+        loss_weights=loss_weights,
+        discriminator=discriminator,
+        adversarial=adversarial,
+        discriminator_lr=discriminator_lr,
+        gaze=gaze,
+        known=None if adapter is None else _describe(model.generator, adapter),
+    )
+    wanted = FitSettings(losses=dict(plan.weights), **settings)
     team = join(devices, nodes, _device(model).type)
     _check_place(model, team)
-    terms = {name: host().loss(name) for name in wanted.losses if name != QUALITY}
-    fit_model(
-        model, inputs, Path(folder), find_metric(metric, weights), wanted, back_end, progress, terms, team
-    )
+    fit_model(model, inputs, Path(folder), measured_by, wanted, back_end, plan, progress, team)
     return model
 
 

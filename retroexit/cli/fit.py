@@ -27,7 +27,7 @@ from retroexit.tables import exit_table
 from retroexit.targets import example_of, load_generator, load_samples, parse_places, parse_scales
 from retroexit.training.devices import Team, join, kind_of_device
 from retroexit.training.inputs import moved
-from retroexit.training.losses import QUALITY
+from retroexit.training.presets import SPECIAL
 from retroexit.training.settings import FitSettings
 
 __all__ = ["fit"]
@@ -159,8 +159,8 @@ def _check_names(metric: str, retriever: str, guidance: bool, losses: Mapping[st
     if metric != "lpips" and metric not in host().metrics():
         host().metric(metric)  # says why not
     for name in losses:
-        if name != QUALITY:
-            host().loss(name)
+        if name not in SPECIAL and name not in host().losses():
+            host().loss(name)  # says why not
     host().retriever(retriever)
     if retriever != "exact" and not guidance:
         raise OptionError(

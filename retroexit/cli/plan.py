@@ -13,7 +13,7 @@ from retroexit.plugins.host import host
 from retroexit.training.cache import FeatureCache
 from retroexit.training.fit import estimate_fit
 from retroexit.training.inputs import Samples
-from retroexit.training.losses import QUALITY
+from retroexit.training.presets import SPECIAL
 from retroexit.training.settings import FitSettings, divide
 
 __all__ = ["plan"]
@@ -65,7 +65,7 @@ def plan(
 def _cost(
     model: EarlyExitGenerator, samples: Any, metric: str, weights: Path | None, settings: FitSettings
 ) -> str:
-    terms = {name: host().loss(name) for name in settings.losses if name != QUALITY}
+    terms = {name: host().loss(name) for name in settings.losses if name not in SPECIAL}
     try:
         quality, without = find_metric(metric, weights), ""
     except WeightsError:

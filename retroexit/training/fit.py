@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from retroexit.evaluation.quality import ImageRange, QualityMetric, measure_range
 from retroexit.fingerprint import fingerprint
@@ -29,9 +29,10 @@ from retroexit.training.estimate import Estimate, estimate
 from retroexit.training.inputs import Samples, drawing_from, moved
 from retroexit.training.live import Features, LiveFeatures
 from retroexit.training.loop import train_branches
-from retroexit.training.losses import L1, QUALITY, Term, TrainingLoss
+from retroexit.training.losses import L1, QUALITY, BatchTerm, Term, TrainingLoss
 from retroexit.training.measuring import chunks, exit_losses, predictor_maps
 from retroexit.training.predictor import train_predictor
+from retroexit.training.presets import LossPlan
 from retroexit.training.settings import FitSettings, check_same, divide, write_json
 from retroexit.training.steps import Steps
 from retroexit.training.watch import Watch
@@ -48,14 +49,13 @@ def fit_model(
     metric: QualityMetric,
     settings: FitSettings,
     retriever: Callable[[], Retriever],
+    plan: LossPlan,
     progress: bool = True,
-    terms: Mapping[str, Term] | None = None,
     team: Team | None = None,
 ) -> None:
     """Fit bank, branches and predictor; see `retroexit.fit`.
 
-    ``terms`` are the terms of the loss besides the metric; by default L1. ``team`` are the processes that
-    train together.
+    ``plan`` says what branches are trained on, ``team`` are the processes that train together.
     """
     team = team or Team()
     team.part(settings.batch)
@@ -67,6 +67,7 @@ def fit_model(
     wanted = {
         **asdict(settings),
         "metric": metric.describe(),
+        "loss": plan.describe(),
         "attach_at": _places(model),
         "wrap": wrap_settings(model),
     }
@@ -75,7 +76,7 @@ def fit_model(
     features = _features(model, samples, folder, settings, team, progress)
     limits = image_range_of(model, features.read(IMAGE, range(min(32, len(features)))))
     metric.to(device)
-    losses = branch_losses(model, settings, {**(terms or {"l1": L1()}), QUALITY: metric}, device)
+    losses = branch_losses(model, plan, device)
     steps = _steps(model, samples, features, losses, limits, trained, settings, team)
     _try_loss(losses[0], steps)
     watch = _watch(folder, settings, team)
@@ -164,7 +165,7 @@ def estimate_fit(
     inputs: Sequence[Any],
     metric: QualityMetric | None,
     settings: FitSettings,
-    terms: Mapping[str, Term],
+    terms: Mapping[str, Term | BatchTerm],
 ) -> Estimate:
     """Find out what a fit would cost; nothing is written and no weight changes.
 
@@ -173,18 +174,17 @@ def estimate_fit(
         inputs: See `retroexit.fit`.
         metric: Quality metric; ``None`` leaves it out.
         settings: Settings of the fit.
-        terms: Terms of the loss besides the metric.
+        terms: Terms of the loss besides the metric; others, such as the adversarial one, are not counted.
     """
     samples, device = Samples(inputs, settings.seed), _device(model)
     trained, _ = divide(len(samples), settings)
     features = LiveFeatures(model, samples)
     limits = image_range_of(model, features.read(IMAGE, range(min(8, len(features)))))
-    chosen = {name: weight for name, weight in settings.losses.items() if name != QUALITY or metric}
-    chosen = chosen or {"l1": 1.0}
-    known: dict[str, Term] = {"l1": L1(), **terms}
+    known: dict[str, Term | BatchTerm] = {"l1": L1(), **terms}
     if metric is not None:
-        known[QUALITY] = metric.to(device)
-    losses = branch_losses(model, replace(settings, losses=chosen), known, device)
+        known[QUALITY] = metric
+    chosen = {name: weight for name, weight in settings.losses.items() if name in known}
+    losses = branch_losses(model, LossPlan(chosen or {"l1": 1.0}, known), device)
     steps = _steps(model, samples, features, losses, limits, trained, settings, Team())
     taps = model.anatomy.taps
     if taps is not None:
@@ -253,15 +253,9 @@ def _device(model: EarlyExitGenerator) -> torch.device:
     return next((p.device for p in model.generator.parameters()), torch.device("cpu"))
 
 
-def branch_losses(
-    model: EarlyExitGenerator, settings: FitSettings, terms: Mapping[str, Term], device: torch.device
-) -> list[TrainingLoss]:
-    """Weigh the terms, for every branch; those that hold tensors move to the device."""
-    for term in terms.values():
-        if isinstance(term, nn.Module):
-            term.to(device)
-    weighed = {name: (weight, terms[name]) for name, weight in settings.losses.items()}
-    return [TrainingLoss(weighed) for _ in model.branches]
+def branch_losses(model: EarlyExitGenerator, plan: LossPlan, device: torch.device) -> list[TrainingLoss]:
+    """Make a loss for every branch, on the device."""
+    return [plan.for_branch().to(device) for _ in model.branches]
 
 
 @torch.no_grad()
