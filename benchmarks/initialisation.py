@@ -168,8 +168,8 @@ def main() -> None:
     print(summary(done["runs"], arguments))
     print(
         f"mean LPIPS to the decoder on {arguments.test} test latents, averaged weights; inherited N: a "
-        f"schedule of N steps; reached after: steps of the inherited curve of {arguments.steps} to the scratch "
-        "result"
+        f"schedule of N steps; reached after: steps of the inherited curve of {arguments.steps} to what "
+        "scratch reaches"
     )
 
 

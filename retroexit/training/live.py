@@ -87,6 +87,10 @@ class LiveFeatures:
         """Tell whether a value has a row per sample, rather than being the same for all."""
         return name not in self._shared
 
+    def forget(self) -> None:
+        """Drop the last batch."""
+        self._last = None
+
     def _pass(self, rows: tuple[int, ...], name: str) -> dict[str, Tensor]:
         if self._last is None or self._last[0] != rows or name not in self._last[1]:
             args, kwargs = self.samples.gather(rows)
