@@ -27,12 +27,12 @@ def is_user_code(filename: str) -> bool:
     return not is_standard and not is_ours and not filename.startswith(_LIBRARIES)
 
 
-def user_line() -> tuple[str, int] | FrameType | None:
+def user_line() -> tuple[str, int] | None:
     """Find the innermost running line that belongs neither to PyTorch, nor to Python, nor to this library.
 
     Returns:
-        File and line number; or, where one of our own files (other than the asking one) lies further in, its
-        frame; or ``None``.
+        File and line number; ``None`` also where one of our own files (other than the asking one) lies
+        further in. Never a frame: one that is kept keeps every tensor of its callers alive.
     """
     frame: FrameType | None = sys._getframe(1)
     asking = sys._getframe(1).f_code.co_filename
@@ -41,7 +41,7 @@ def user_line() -> tuple[str, int] | FrameType | None:
         if is_user_code(filename):
             return filename, frame.f_lineno
         if filename.startswith(_OURS) and filename != asking:
-            return frame
+            return None
         frame = frame.f_back
     return None
 
