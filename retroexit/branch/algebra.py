@@ -13,7 +13,8 @@ from typing import Any
 
 import sympy
 
-from retroexit.branch.knowledge import Expr, Product, real_value, symbols_of
+from retroexit.branch.expressions import Expr, real_value, symbols_of
+from retroexit.branch.knowledge import Product
 from retroexit.branch.widths import Pin, WidthPlan
 
 __all__ = ["Algebra"]

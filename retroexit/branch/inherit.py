@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from retroexit.branch.algebra import Algebra
-from retroexit.branch.knowledge import symbols_of
+from retroexit.branch.expressions import symbols_of
 from retroexit.branch.resize import resized
 from retroexit.branch.widths import WidthPlan
 from retroexit.decoder.cut import clone_module

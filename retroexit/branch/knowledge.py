@@ -16,9 +16,9 @@ from typing import Any
 import sympy
 from torch.utils._sympy import functions
 
-__all__ = ["Expr", "Knowledge", "Product", "real_value", "symbols_of"]
+from retroexit.branch.expressions import Expr, divides, real_value, symbols_of
 
-Expr = Any  # a sympy expression, or an int
+__all__ = ["Knowledge", "Product"]
 
 _QUOTIENTS = (functions.FloorDiv, functions.CleanDiv, functions.IntTrueDiv)
 _REMAINDERS = (functions.Mod, functions.PythonMod)
@@ -344,7 +344,7 @@ class Knowledge:
         for term in sympy.Add.make_args(whole):
             factors = sympy.Mul.make_args(term)
             quotients = [term / symbol] if symbol in factors else []
-            quotients += [term / known * other for other, known in pairs if _divides(known, term)]
+            quotients += [term / known * other for other, known in pairs if divides(known, term)]
             if not quotients:
                 return None
             found.append(quotients[0])
@@ -356,9 +356,7 @@ class Knowledge:
         for product in self.products:
             pair = product.parts * product.each
             if symbols >= pair.free_symbols:
-                swaps = {
-                    m: m / pair * product.whole for m in expression.atoms(sympy.Mul) if _divides(pair, m)
-                }
+                swaps = {m: m / pair * product.whole for m in expression.atoms(sympy.Mul) if divides(pair, m)}
                 if swaps:
                     expression = sympy.expand(expression.xreplace(swaps))
         swaps = {}
@@ -376,29 +374,3 @@ class Knowledge:
             if inner.is_integer:
                 swaps[part] = inner
         return sympy.expand(expression.xreplace(swaps)) if swaps else expression
-
-
-def symbols_of(expression: Expr) -> set[sympy.Symbol]:
-    """List the symbols in a size."""
-    return set(expression.free_symbols) if isinstance(expression, sympy.Basic) else set()
-
-
-def real_value(expression: Expr, sizes: dict[sympy.Symbol, int]) -> Any:
-    """Compute a size, or a condition, from the sizes of its symbols."""
-    if not isinstance(expression, sympy.Basic):
-        return expression
-    found = expression.xreplace({s: sympy.Integer(sizes[s]) for s in expression.free_symbols})
-    if found.is_Boolean:
-        return bool(found)
-    return int(found) if found.is_integer else float(found)
-
-
-def _divides(part: Expr, term: Expr) -> bool:
-    """Tell whether a product of symbols and numbers goes into another one."""
-    if not term.is_Mul and not term.is_Symbol:
-        return False
-    (a, one), (b, other) = part.as_coeff_Mul(), term.as_coeff_Mul()
-    if not a.is_Integer or not b.is_Integer or b % a:
-        return False
-    have = other.as_powers_dict()
-    return all(f.is_Symbol and have.get(f, 0) >= p for f, p in one.as_powers_dict().items() if f != 1)

@@ -19,8 +19,9 @@ from torch._dispatch.python import enable_python_dispatcher
 
 from retroexit.branch.algebra import Algebra
 from retroexit.branch.demands import Demands, attributes_with
+from retroexit.branch.expressions import Expr, symbols_of
 from retroexit.branch.kernels import kernel_axes
-from retroexit.branch.knowledge import Expr, Product, symbols_of
+from retroexit.branch.knowledge import Product
 from retroexit.branch.leniency import FrozenSizeError, Namespace, lenient_python
 from retroexit.branch.sizes import HalfFakeMode, SizeEnv
 from retroexit.branch.standins import blame, replace_by_standins
