@@ -7,7 +7,7 @@ sizes hang together, and here widths are chosen that satisfy it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,17 +60,18 @@ class Algebra:
                 used |= symbols_of(expression)
         return sorted(used - set(self.fixed), key=str)
 
-    def plan(self, rule: Callable[[int], int]) -> WidthPlan:
+    def plan(self, rule: Callable[[int], int], keep: Collection[sympy.Symbol] = ()) -> WidthPlan:
         """Choose widths by a rule, then raise them where a condition asks for it.
 
         Args:
             rule: Maps a channel count to the wanted one, such as a `WidthRule`.
+            keep: Widths that stay as they are.
 
         Returns:
             The plan. Where no narrower widths meet a condition, those of the backbone stay.
         """
         counts = {symbol for p in self.products for symbol in (p.parts, p.each)}
-        free = set(self.free()) - counts
+        free = set(self.free()) - counts - set(keep)
         sizes = dict(self.values)
         sizes.update({symbol: self._wanted(symbol, rule) for symbol in free})
         stuck = self._repair(sizes, free)
