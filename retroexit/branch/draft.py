@@ -128,10 +128,10 @@ def narrowed(tail: Tail, cut: Cut, values: Sequence[Tensor], spec: BranchSpec) -
         try:
             macs = _trial(draft)
         except Exception as error:
-            path, reason = blame(error, {id(m): n for n, m in draft.thin.named_modules() if n}, frozen)
-            if path is None:
+            fault = blame(error, {id(m): n for n, m in draft.thin.named_modules() if n}, frozen)
+            if fault.path is None:
                 return draft  # the trial run of the branch says the rest
-            frozen[path] = reason
+            frozen[fault.path] = fault.reason
         else:
             return _without_projection(draft, macs, algebra, make) or draft
 

@@ -126,7 +126,7 @@ def _in_parts(
     each, old, new = first.each, algebra.values[first.parts], plan.sizes[first.parts]
     for level in levels[1:]:
         finer_old, finer_new = algebra.values[level.parts], plan.sizes[level.parts]
-        if finer_old % old or finer_new % new or finer_old == old:
+        if finer_old % old or finer_new % new or finer_old == old or finer_new // new > finer_old // old:
             continue  # these parts overlap; the coarser ones stay whole
         finer = blocks.view(len(blocks), finer_old // old, -1)
         best = score[finer].mean(2).topk(finer_new // new, dim=1).indices.sort(dim=1).values

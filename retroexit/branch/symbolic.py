@@ -18,13 +18,15 @@ from torch import Tensor, nn
 from torch._dispatch.python import enable_python_dispatcher
 
 from retroexit.branch.algebra import Algebra
+from retroexit.branch.attributes import places
 from retroexit.branch.demands import Demands, attributes_with
 from retroexit.branch.expressions import Expr, symbols_of
 from retroexit.branch.kernels import kernel_axes
 from retroexit.branch.knowledge import Product
-from retroexit.branch.leniency import FrozenSizeError, Namespace, lenient_python
+from retroexit.branch.leniency import FrozenSizeError, lenient_python
 from retroexit.branch.sizes import HalfFakeMode, SizeEnv
-from retroexit.branch.standins import blame, replace_by_standins
+from retroexit.branch.standins import replace_by_standins
+from retroexit.branch.tries import Attribute, Tries
 from retroexit.branch.unscripted import interpret_scripts, unreadable_scripts
 from retroexit.branch.widths import LIVE
 from retroexit.decoder.cut import clone_module
@@ -43,8 +45,6 @@ _DESCRIPTIONS = {
 }
 _COUNTS = {"num_groups", "num_heads"}
 _MOST_RUNS = 40
-
-Attribute = tuple[str, str]
 
 
 def analyse(
@@ -76,32 +76,22 @@ def analyse(
     Raises:
         BranchError: If the tail cannot run on symbolic sizes.
     """
-    covered: list[Namespace] = []
-    counts: set[Attribute] = set()
-    frozen = unreadable_scripts(tail, values) | (frozen or {})
+    tries = Tries(unreadable_scripts(tail, values) | (frozen or {}))
     for _ in range(_MOST_RUNS):
-        run = _SymbolicRun(tail, values, threshold, counts, frozen, small)
+        run = _SymbolicRun(tail, values, threshold, tries, small)
         try:
-            out = run(values, covered)
+            out = run(values)
         except FrozenSizeError as error:
-            covered.append(error.namespace)
-            continue
+            tries.covered.append(error.namespace)
         except Exception as error:
-            path, reason = blame(error, run.paths, frozen)
-            if path is None:
-                raise BranchError(
-                    "asked for a narrower copy of the stages after the attach point; found "
-                    f"{reason}. Attach elsewhere, use scale=1, or let an adapter build the stage.",
-                    tail,
-                ) from error
-            frozen = {p: r for p, r in frozen.items() if not p.startswith(f"{path}.")} | {path: reason}
-            continue
-        if run.found_counts <= counts:
-            return run.collect(output_of(out), names or [f"number {i}" for i in range(1, len(values))])
-        counts |= run.found_counts
+            tries.give_way(error, run.paths)
+        else:
+            if run.found_counts - tries.refused <= tries.counts:
+                return run.collect(output_of(out), names or [f"number {i}" for i in range(1, len(values))])
+            tries.counts |= run.found_counts - tries.refused
     raise BranchError(
         "asked for a narrower copy of the stages after the attach point; found no end of what must stay as "
-        f"it is: {', '.join(frozen)}. Attach elsewhere, use scale=1, or let an adapter build the stage.",
+        f"it is: {', '.join(tries.frozen)}. Attach elsewhere, use scale=1, or let an adapter build it.",
         tail,
     )
 
@@ -114,19 +104,18 @@ class _SymbolicRun:
         tail: nn.Module,
         values: Sequence[Tensor],
         threshold: int,
-        counts: set[Attribute],
-        frozen: dict[str, str],
+        tries: Tries,
         small: bool,
     ) -> None:
         self.small = small
         self.env = SizeEnv()
-        self.env.knowledge.divided = self._note_division
+        self.env.knowledge.noticed = self._note_number
         self.mode = HalfFakeMode(shape_env=self.env, allow_non_fake_inputs=True)
         self.mode.cache_enabled = False  # every call is a new question
-        self.threshold, self.counts, self.frozen = threshold, counts, frozen
+        self.threshold, self.tries = threshold, tries
         self.found_counts: set[Attribute] = set()
         self.tail = clone_module(tail, share=True)
-        interpret_scripts(self.tail, frozen)
+        interpret_scripts(self.tail, tries.frozen)
         real = [*self.tail.named_parameters(), *self.tail.named_buffers()]
         parameters = [name for name, _ in self.tail.named_parameters()]
         self.original = {name: tuple(tensor.shape) for name, tensor in real}
@@ -149,18 +138,18 @@ class _SymbolicRun:
             for axis, size in enumerate[Any](self.tensors[name].shape)
             if isinstance(size, torch.SymInt)
         }
-        self.attributes = self._free_attributes(sizes)
+        self.attributes = self._free_attributes(tail, sizes)
         self.paths = {id(m): name for name, m in self.tail.named_modules() if name}
-        replace_by_standins(tail, self.tail, values, frozen, self.fake, self.env)
+        replace_by_standins(tail, self.tail, values, tries.frozen, self.fake, self.env)
 
-    def __call__(self, values: Sequence[Tensor], covered: Sequence[Namespace]) -> Any:
+    def __call__(self, values: Sequence[Tensor]) -> Any:
         axes = [[1] if v.dim() != 3 or i == 0 else [1, 2] for i, v in enumerate(values)]
         entering = [
             self.fake(v, [a in wide and v.shape[a] > self.threshold for a in range(v.dim())])
             for v, wide in zip(values, axes, strict=True)
         ]
         self.entry, self.live = entering[0].shape[1], entering[1:]
-        lenient = lenient_python(covered)
+        lenient = lenient_python(self.tries.covered, self.tries.exempt)
         with self.mode, enable_python_dispatcher(), torch.no_grad(), lenient, Demands():
             return torch.func.functional_call(self.tail, self.tensors, tuple(entering))
 
@@ -176,12 +165,12 @@ class _SymbolicRun:
             return torch.empty(sizes, dtype=tensor.dtype, device=tensor.device)
 
     def _is_frozen(self, name: str) -> bool:
-        return any(name.startswith(f"{path}.") or name == path for path in self.frozen)
+        return any(name.startswith(f"{path}.") or name == path for path in self.tries.frozen)
 
-    def _note_division(self, number: int) -> None:
+    def _note_number(self, number: int, is_divisor: bool) -> None:
         self.found_counts |= {
             (path, name)
-            for path, name in attributes_with(number, self.paths)
+            for path, name in attributes_with(number, is_divisor, self.paths)
             if _is_width(self.tail.get_submodule(path), name)
         }
 
@@ -195,25 +184,28 @@ class _SymbolicRun:
             for axis, size in enumerate(tensor.shape)
         ]
 
-    def _free_attributes(self, sizes: set[int]) -> dict[Attribute, Any]:
+    def _free_attributes(self, original: nn.Module, sizes: set[int]) -> dict[Attribute, Any]:
         """Make a symbol of every integer attribute that could be a channel count or a number of groups."""
         found: dict[Attribute, Any] = {}
+        seen: set[tuple[int, Any]] = set()  # a configuration may be held by many modules
         for path, module in self.tail.named_modules():
             if isinstance(module, torch.jit.ScriptModule) or self._is_frozen(path):
                 continue
-            for name, value in list(vars(module).items()):
-                if not _is_width(module, name):
+            shared = {id(owner) for _, owner, _ in places(original.get_submodule(path))}
+            for name, owner, key in list(places(module)):
+                place, value = (id(owner), key), owner[key]
+                if place in seen or id(owner) in shared or not _is_width(module, name):
                     continue
-                is_count = (path, name) in self.counts or name in _COUNTS
-                if type(value) is int and (value in sizes or (is_count and value > 1)):
-                    found[path, name] = self.env.size(value)
-                elif type(value) in (list, tuple) and any(type(v) is int and v in sizes for v in value):
-                    found[path, name] = type(value)(
-                        self.env.size(v) if type(v) is int and v in sizes else v for v in value
-                    )
-                else:
-                    continue
-                setattr(module, name, found[path, name])
+                is_count = (path, name) in self.tries.counts or name in _COUNTS
+
+                def free(v: Any, is_count: bool = is_count) -> Any:
+                    can = type(v) is int and (v in sizes or (is_count and v > 1))
+                    return self.env.size(v) if can else v
+
+                new = free(value) if type(value) is int else type(value)(map(free, value))
+                if any(isinstance(v, torch.SymInt) for v in (new if type(new) in (list, tuple) else [new])):
+                    seen.add(place)
+                    found[path, name] = owner[key] = new
         return found
 
     def expression(self, size: Any) -> Expr:
@@ -257,7 +249,7 @@ class _SymbolicRun:
             conditions=knowledge.held(),
             lines={s: line for s in self.symbols.values() if (line := knowledge.line_of(s)) is not None},
             symbols=self.symbols,
-            frozen=dict(self.frozen),
+            frozen=dict(self.tries.frozen),
         )
 
     def _products(self) -> list[Product]:
