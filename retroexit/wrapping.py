@@ -14,6 +14,7 @@ from retroexit.branch.exchange import BuildStage
 from retroexit.branch.factory import Branch, build_branch
 from retroexit.branch.widths import WidthPlan, WidthRule
 from retroexit.decoder.cut import Cut
+from retroexit.decoder.naming import value_names
 from retroexit.decoder.record import unobserved
 from retroexit.decoder.replay import ReplaySplit
 from retroexit.decoder.split import SplitGenerator, Values, places
@@ -203,7 +204,7 @@ def _build(
     )
     guide = None if anatomy.taps is None else anatomy.taps.guide
     rules = dict(zip(options.attach_at, options.rules, strict=True))
-    plans = options.plans or (None,) * len(pairs)
+    plans, names = options.plans or (None,) * len(pairs), value_names(decoder.recording)
     branches = []
     for index, ((stage, cut), plan) in enumerate(zip(pairs, plans, strict=True)):
         rule = rules[stage.path] if stage.path in rules else rules[stage.index]
@@ -214,6 +215,8 @@ def _build(
             tuple(s.path for s in decoder.stages),
             options.seed + index,
             options.build_stage,
+            decoder.image_path,
+            names,
         )
         branch, macs = _build_exit(split, index, states[index], spec, plan)
         branches.append(branch)

@@ -126,7 +126,9 @@ class Algebra:
             for family in families:
                 found = self._divide(family, sizes, free)
                 if found is None:
-                    text = ", ".join(f"{p.whole} in {p.parts} parts" for p in family)
+                    text = ", ".join(
+                        f"{real_value(p.whole, self.values)} in {self.values[p.parts]} parts" for p in family
+                    )
                     give_up(
                         {s for p in family for s in (p.parts, p.each, *symbols_of(p.whole))},
                         f"a division that no narrower width allows ({text})",
@@ -135,9 +137,19 @@ class Algebra:
                     sizes.update(found)
             for condition in self.conditions:
                 if not real_value(condition, sizes) and not self._raise_one(condition, sizes, free):
-                    give_up(symbols_of(condition), f"a condition that no narrower width meets ({condition})")
+                    give_up(
+                        symbols_of(condition),
+                        f"a condition that no narrower width meets ({self._in_numbers(condition)})",
+                    )
             if sizes == before:
                 return stuck
+
+    def _in_numbers(self, condition: sympy.Basic) -> str:
+        """Write a condition with the backbone's widths, as its code would: ``2*64 = 128``."""
+        text = str(condition)
+        for symbol in sorted(symbols_of(condition), key=lambda s: -len(str(s))):
+            text = text.replace(str(symbol), str(self.values[symbol]))
+        return text
 
     def _families(self) -> list[list[Product]]:
         """Sort the products by the number of parts that they share."""

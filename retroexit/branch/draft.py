@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from retroexit.branch.entry import GuideShape
 from retroexit.branch.exchange import BuildStage, StageShape, first_stage, look_at_stages
@@ -38,6 +38,8 @@ class BranchSpec:
         stages: Paths of the backbone's stages.
         seed: Seed of fresh weights.
         build_stage: Builds thin stages through their own constructor, where an adapter can.
+        image: Path of the image in the output.
+        names: What to call the values that cross the cut, in messages.
     """
 
     rule: WidthRule
@@ -46,6 +48,8 @@ class BranchSpec:
     stages: Sequence[str] = field(default_factory=tuple)
     seed: int = 0
     build_stage: BuildStage | None = None
+    image: tuple[Any, ...] = ()
+    names: Mapping[fx.Node, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -142,13 +146,13 @@ def _analysed(
     """Find out about a tail's widths, and choose them."""
     from retroexit.branch.symbolic import analyse
 
-    names = [node.name for node in cut.live]
+    names = [spec.names.get(node, node.name) for node in cut.live]
     look = partial(
         analyse,
         tail,
         values,
         threshold=spec.rule.min_channels,
-        output_of=tensors,
+        image=spec.image,
         names=names,
         frozen=frozen,
     )

@@ -9,7 +9,7 @@ sizes at all and keeps its own. Private PyTorch interfaces are used here and in 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import sympy
@@ -30,6 +30,7 @@ from retroexit.branch.tries import Attribute, Tries
 from retroexit.branch.unscripted import interpret_scripts, unreadable_scripts
 from retroexit.branch.widths import LIVE
 from retroexit.decoder.cut import clone_module
+from retroexit.decoder.structure import flatten
 from retroexit.errors import BranchError
 
 __all__ = ["analyse"]
@@ -52,7 +53,7 @@ def analyse(
     values: Sequence[Tensor],
     *,
     threshold: int,
-    output_of: Callable[[Any], Sequence[Tensor]],
+    image: Sequence[Any] = (),
     names: Sequence[str] = (),
     frozen: dict[str, str] | None = None,
     small: bool = False,
@@ -64,7 +65,7 @@ def analyse(
         values: Real example values of the feature ``(N, C, ...)`` and the live tensors. The feature's
             channels are free; live values keep their size.
         threshold: Dimensions up to this size never shrink and stay numbers.
-        output_of: Lists the tensors in the tail's output, whose shapes are fixed.
+        image: Path of the image in the tail's output, all of whose tensors keep their sizes.
         names: What to call the live values.
         frozen: Modules that have to stay as they are, by path, with the reason.
         small: Whether the channels of weights up to the threshold are sizes too, which shrink with what they
@@ -87,7 +88,7 @@ def analyse(
             tries.give_way(error, run.paths)
         else:
             if run.found_counts - tries.refused <= tries.counts:
-                return run.collect(output_of(out), names or [f"number {i}" for i in range(1, len(values))])
+                return run.collect(out, image, names or [f"number {i}" for i in range(1, len(values))])
             tries.counts |= run.found_counts - tries.refused
     raise BranchError(
         "asked for a narrower copy of the stages after the attach point; found no end of what must stay as "
@@ -216,7 +217,7 @@ class _SymbolicRun:
             return int(found) if found.is_Integer else found
         return size
 
-    def collect(self, outputs: Sequence[Tensor], names: Sequence[str]) -> Algebra:
+    def collect(self, output: Any, image: Sequence[Any], names: Sequence[str]) -> Algebra:
         knowledge = self.env.knowledge
         shapes = {
             name: tuple(map(self.expression, self.tensors[name].shape)) if name in self.tensors else shape
@@ -226,9 +227,9 @@ class _SymbolicRun:
         for tensor, name in zip(self.live, names, strict=True):
             for size in map(self.expression, tensor.shape):
                 fixed.update(dict.fromkeys(symbols_of(size), f"{LIVE} {name!r}, which keeps its size"))
-        for tensor in outputs:
+        for tensor, reason in _output_reasons(output, image):
             for size in map(self.expression, tensor.shape):
-                fixed.update(dict.fromkeys(symbols_of(size), "the size of the output"))
+                fixed.update(dict.fromkeys(symbols_of(size), reason))
         # A symbol that occurs in buffers or attributes alone is no width: tables, filter kernels.
         entry = self.expression(self.entry)
         used = {s for name in self.parameters for e in shapes[name] for s in symbols_of(e)} | symbols_of(
@@ -259,6 +260,23 @@ class _SymbolicRun:
             Product(p.each, p.parts, p.whole) if p.each in attributes and p.parts not in attributes else p
             for p in self.env.knowledge.products
         ]
+
+
+def _output_reasons(output: Any, image: Sequence[Any]) -> list[tuple[Tensor, str]]:
+    """Say why each tensor of an output keeps its size; the image last, whose reason counts most."""
+    others, images = [], []
+    for path, leaf in flatten(output):
+        if not isinstance(leaf, Tensor):
+            continue
+        if path == tuple(image):
+            images.append((leaf, "the size of the image" if path else "the size of the output"))
+        else:
+            reason = (
+                f"the size of the output's entry {''.join(f'[{key!r}]' for key in path)}, which every exit "
+                "returns as the backbone does; to drop it, wrap a module that returns the image alone"
+            )
+            others.append((leaf, reason))
+    return [*others, *images]
 
 
 def _is_width(module: nn.Module, attribute: str) -> bool:

@@ -12,6 +12,7 @@ from types import FrameType
 __all__ = ["is_user_code", "show", "user_line"]
 
 _OURS = str(Path(__file__).parents[1])
+_CALLS = str(Path(__file__).with_name("record.py"))
 _DEMO = str(Path(_OURS, "demo"))  # a generator like anybody's
 _LIBRARIES = tuple(
     str(Path(spec.origin).parent) for name in ("torch", "sympy") if (spec := find_spec(name)) and spec.origin
@@ -27,8 +28,11 @@ def is_user_code(filename: str) -> bool:
     return not is_standard and not is_ours and not filename.startswith(_LIBRARIES)
 
 
-def user_line() -> tuple[str, int] | None:
+def user_line(past_calls: bool = False) -> tuple[str, int] | None:
     """Find the innermost running line that belongs neither to PyTorch, nor to Python, nor to this library.
+
+    Args:
+        past_calls: Whether to look past the recorder's stand-in for calls of modules.
 
     Returns:
         File and line number; ``None`` also where one of our own files (other than the asking one) lies
@@ -40,7 +44,7 @@ def user_line() -> tuple[str, int] | None:
         filename = frame.f_code.co_filename
         if is_user_code(filename):
             return filename, frame.f_lineno
-        if filename.startswith(_OURS) and filename != asking:
+        if filename.startswith(_OURS) and filename != asking and not (past_calls and filename == _CALLS):
             return None
         frame = frame.f_back
     return None

@@ -353,7 +353,7 @@ class Recorder(TorchFunctionMode):
         call.macs = self._macs() - before
         if leaf:
             node = self.graph.create_node("call_module", path, node_args, node_kwargs)
-            node.meta["macs"], node.meta["line"] = call.macs, user_line()
+            node.meta["macs"], node.meta["line"] = call.macs, user_line(past_calls=True)
             self._bind(node, out)
         call.outputs = [self.node(tensor) for tensor in self._tensors(out)]
         call.end = len(self.graph.nodes)
