@@ -325,7 +325,7 @@ class SplitGenerator:
 
         few = rebuild((tuple(args), dict(kwargs)), other)
         many, shapes = rebuild((tuple(args), dict(kwargs)), grow), dict[Any, Any]()
-        if not self._trouble(*many, shapes=shapes):
+        if not self._trouble(many[0], many[1], shapes):
             cuts = self.cuts if self.key_cut is None else (self.key_cut, *self.cuts)
             crossing = [node for cut in cuts for node in cut.crossing]
             self._find_rows(few, many, recorded_shapes(crossing, self.decoder.recording.output), shapes)
