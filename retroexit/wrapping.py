@@ -14,6 +14,7 @@ from retroexit.branch.exchange import BuildStage
 from retroexit.branch.factory import Branch, build_branch
 from retroexit.branch.widths import WidthPlan, WidthRule
 from retroexit.decoder.cut import Cut
+from retroexit.decoder.naming import value_names
 from retroexit.decoder.record import unobserved
 from retroexit.decoder.replay import ReplaySplit
 from retroexit.decoder.split import SplitGenerator, Values, places
@@ -191,21 +192,19 @@ def _build(
             f"forward has to run again behind a cut ({decoder.replayed}). Leave key_after out.",
             options.guidance,
         )
-    with torch.no_grad(), unobserved(generator):
-        states = _states(split, args, kwargs)
-    wanted = _output(split) if options.self_test else None
+    states, written = _cross(split, args, kwargs, options.self_test)
     anatomy = Anatomy(
         split=split,
         places=[stage for stage, _ in pairs],
         backbone_macs=decoder.recording.macs // split.batch,
         route_macs=[],
-        written=[],
+        written=written,
         feature_shape=tuple(states[0][0].shape[1:]),
         taps=None if options.guidance is None else find_taps(split, options.guidance),
     )
     guide = None if anatomy.taps is None else anatomy.taps.guide
     rules = dict(zip(options.attach_at, options.rules, strict=True))
-    plans = options.plans or (None,) * len(pairs)
+    plans, names = options.plans or (None,) * len(pairs), value_names(decoder.recording)
     branches = []
     for index, ((stage, cut), plan) in enumerate(zip(pairs, plans, strict=True)):
         rule = rules[stage.path] if stage.path in rules else rules[stage.index]
@@ -216,10 +215,11 @@ def _build(
             tuple(s.path for s in decoder.stages),
             options.seed + index,
             options.build_stage,
+            decoder.image_path,
+            names,
         )
-        branch, written, macs = _build_exit(split, index, states[index], spec, plan, wanted)
+        branch, macs = _build_exit(split, index, states[index], spec, plan)
         branches.append(branch)
-        anatomy.written.append(written)
         anatomy.route_macs.append(macs + _macs_before(decoder, cut) // split.batch)
     return anatomy, branches
 
@@ -289,45 +289,27 @@ def _has_weights(node: fx.Node) -> bool:
     return int(node.meta.get("macs", 0)) > 0
 
 
-def _states(split: SplitGenerator, args: Any, kwargs: Any) -> list[list[Tensor]]:
-    """Values that cross each cut, for the example inputs."""
-    states = []
-    values: Values = split.start(cloned(args), cloned(kwargs))
-    for index in range(len(split.cuts)):
-        values = split.advance(values, index)
-        states.append([twin(v) for v in split.crossing(values, index)])
-    return states
+def _cross(
+    split: SplitGenerator, args: Any, kwargs: Any, self_test: bool
+) -> tuple[list[list[Tensor]], list[set[int]]]:
+    """Run up to each cut and, on request, test its tail on the way.
 
-
-def _build_exit(
-    split: SplitGenerator,
-    index: int,
-    crossing: list[Tensor],
-    spec: BranchSpec,
-    plan: WidthPlan | None,
-    wanted: list[Tensor] | None,
-) -> tuple[Branch, set[int], int]:
-    """Build one branch; gives it, the crossing values it writes into, and its MACs for one sample."""
-    tail = split.tail(index, share=True)
-    handed = [twin(value) for value in crossing]
-    before = [value._version for value in handed]
-    if wanted is not None:
-        _self_test(split, index, tail, handed, wanted)
-    if wanted is not None and not split.decoder.replayed:
-        written = {i for i, value in enumerate(handed) if value._version != before[i]}
-    else:  # what is written may be another value in another call
-        written = set(range(len(handed)))
-    cut = split.cuts[index]
-    # Where samples cannot be told apart, the whole batch of the example stands for one.
-    rows = split.batched if split.divides else {}
-    one = [v[: rows[n]] if n in rows else v for n, v in zip(cut.crossing, crossing, strict=True)]
-    with unobserved(split.generator):  # trial runs draw from generators that are not theirs
-        branch = build_branch(tail, cut, one, spec, plan)
-        guide = None
-        if spec.guide is not None:
-            guide = one[0].new_zeros(one[0].shape[0], spec.guide.channels, *spec.guide.size)
-        macs = count_macs(branch, *(value.clone() for value in one), guide=guide)
-    return branch, written, macs if split.divides else macs // split.batch
+    Returns:
+        For each cut the values that cross it, and which of them the tail writes into.
+    """
+    states, written = [], []
+    wanted = _output(split) if self_test else None
+    with torch.no_grad(), unobserved(split.generator):
+        values: Values = split.start(cloned(args), cloned(kwargs))
+        for index in range(len(split.cuts)):
+            values = split.advance(values, index)
+            states.append([twin(v) for v in split.crossing(values, index)])
+            written.append(set(range(len(states[-1]))))
+            if wanted is not None:
+                changed = _self_test(split, index, [twin(v) for v in states[-1]], wanted)
+                # Where the forward runs again, what is written may be another value in another call.
+                written[-1] = written[-1] if split.decoder.replayed else changed
+    return states, written
 
 
 def _output(split: SplitGenerator) -> list[Tensor]:
@@ -337,16 +319,17 @@ def _output(split: SplitGenerator) -> list[Tensor]:
         return tensors(split.generator(*cloned(args), **cloned(kwargs)))
 
 
-def _self_test(
-    split: SplitGenerator, index: int, tail: nn.Module, handed: list[Tensor], wanted: list[Tensor]
-) -> None:
-    """Check that the unchanged tail behind a cut gives the generator's own output, bit for bit."""
-    with torch.no_grad(), unobserved(split.generator):
-        # Draws behind the cut come after those in front of it.
-        split_values = split._bind(*cloned(split.example))
-        for k in range(index + 1):
-            split_values = split.advance(split_values, k)
-        got = tensors(tail(*handed))
+def _self_test(split: SplitGenerator, index: int, handed: list[Tensor], wanted: list[Tensor]) -> set[int]:
+    """Check that the unchanged tail behind a cut gives the generator's own output, bit for bit.
+
+    What ran before it has just run, so that random draws fall alike.
+
+    Returns:
+        Positions of the values that the tail writes into.
+    """
+    before = [value._version for value in handed]
+    with unobserved(split.generator):
+        got = tensors(split.tail(index, share=True)(*handed))
     same = len(got) == len(wanted) and all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
     if not same:
         difference = max(
@@ -359,12 +342,24 @@ def _self_test(
         )
         raise RecordingError(
             f"asked for a branch at cut {index + 1}; found that the recorded rest of the generator does not "
-            "reproduce its "
-            f"output (largest difference {difference:.3g}). Attach elsewhere, or pass self_test=False if the "
-            "generator draws "
-            "random numbers behind this place in an order of its own.",
+            f"reproduce its output (largest difference {difference:.3g}). Attach elsewhere, or pass "
+            "self_test=False if the generator draws random numbers behind this place in an order of its own.",
             index,
         )
+    return {i for i, value in enumerate(handed) if value._version != before[i]}
+
+
+def _build_exit(
+    split: SplitGenerator, index: int, crossing: list[Tensor], spec: BranchSpec, plan: WidthPlan | None
+) -> tuple[Branch, int]:
+    """Build one branch; gives it, and its MACs for one sample."""
+    cut = split.cuts[index]
+    # Where samples cannot be told apart, the whole batch of the example stands for one.
+    rows = split.batched if split.divides else {}
+    one = [v[: rows[n]] if n in rows else v for n, v in zip(cut.crossing, crossing, strict=True)]
+    with unobserved(split.generator):  # trial runs draw from generators that are not theirs
+        branch = build_branch(split.tail(index, share=True), cut, one, spec, plan)
+    return branch, branch.macs if split.divides else branch.macs // split.batch
 
 
 def _macs_before(decoder: Decoder, cut: Cut) -> int:

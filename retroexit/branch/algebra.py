@@ -7,13 +7,14 @@ sizes hang together, and here widths are chosen that satisfy it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
 import sympy
 
-from retroexit.branch.knowledge import Expr, Product, real_value, symbols_of
+from retroexit.branch.expressions import Expr, real_value, symbols_of
+from retroexit.branch.knowledge import Product
 from retroexit.branch.widths import Pin, WidthPlan
 
 __all__ = ["Algebra"]
@@ -59,17 +60,18 @@ class Algebra:
                 used |= symbols_of(expression)
         return sorted(used - set(self.fixed), key=str)
 
-    def plan(self, rule: Callable[[int], int]) -> WidthPlan:
+    def plan(self, rule: Callable[[int], int], keep: Collection[sympy.Symbol] = ()) -> WidthPlan:
         """Choose widths by a rule, then raise them where a condition asks for it.
 
         Args:
             rule: Maps a channel count to the wanted one, such as a `WidthRule`.
+            keep: Widths that stay as they are.
 
         Returns:
             The plan. Where no narrower widths meet a condition, those of the backbone stay.
         """
         counts = {symbol for p in self.products for symbol in (p.parts, p.each)}
-        free = set(self.free()) - counts
+        free = set(self.free()) - counts - set(keep)
         sizes = dict(self.values)
         sizes.update({symbol: self._wanted(symbol, rule) for symbol in free})
         stuck = self._repair(sizes, free)
@@ -124,7 +126,9 @@ class Algebra:
             for family in families:
                 found = self._divide(family, sizes, free)
                 if found is None:
-                    text = ", ".join(f"{p.whole} in {p.parts} parts" for p in family)
+                    text = ", ".join(
+                        f"{real_value(p.whole, self.values)} in {self.values[p.parts]} parts" for p in family
+                    )
                     give_up(
                         {s for p in family for s in (p.parts, p.each, *symbols_of(p.whole))},
                         f"a division that no narrower width allows ({text})",
@@ -133,9 +137,19 @@ class Algebra:
                     sizes.update(found)
             for condition in self.conditions:
                 if not real_value(condition, sizes) and not self._raise_one(condition, sizes, free):
-                    give_up(symbols_of(condition), f"a condition that no narrower width meets ({condition})")
+                    give_up(
+                        symbols_of(condition),
+                        f"a condition that no narrower width meets ({self._in_numbers(condition)})",
+                    )
             if sizes == before:
                 return stuck
+
+    def _in_numbers(self, condition: sympy.Basic) -> str:
+        """Write a condition with the backbone's widths, as its code would: ``2*64 = 128``."""
+        text = str(condition)
+        for symbol in sorted(symbols_of(condition), key=lambda s: -len(str(s))):
+            text = text.replace(str(symbol), str(self.values[symbol]))
+        return text
 
     def _families(self) -> list[list[Product]]:
         """Sort the products by the number of parts that they share."""

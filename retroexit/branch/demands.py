@@ -7,6 +7,7 @@ by the functions' own documented contract; whatever module calls them.
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Sequence
 from types import FrameType
@@ -16,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+
+from retroexit.branch.attributes import places
 
 __all__ = ["Demands", "attributes_with"]
 
@@ -61,25 +64,28 @@ def _ask(answer: Any, what: str) -> None:
         raise RuntimeError(f"found {what}, which do not fit")
 
 
-def attributes_with(number: int, paths: dict[int, str]) -> set[tuple[str, str]]:
-    """Find the integer attributes of the running module that a number is, or is a multiple of.
+def attributes_with(number: int, is_divisor: bool, paths: dict[int, str]) -> set[tuple[str, str]]:
+    """Find the integer attributes of the running module that a number is made of.
 
     Args:
-        number: A number that a width is divided by.
+        number: A number that a width is divided by, or that a width has become.
+        is_divisor: Which of the two.
         paths: Path of every module, by identity.
 
     Returns:
-        Path and name of those with that value; where there are none, of those with the largest part of it.
+        Path and name of the attributes with the value of a divisor, or of a half, a third or a quarter of it
+        (queries, keys and values in one); and of any two whose product is the number (heads of a size).
     """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         module = frame.f_locals.get("self")
-        path = paths.get(id(module)) if isinstance(module, nn.Module) else None
-        if path is not None:
-            values = {
-                name: v for name, v in vars(module).items() if type(v) is int and v > 1 and not number % v
-            }
-            largest = max(values.values(), default=0)
-            return {(path, name) for name, value in values.items() if value == largest}
+        path = paths.get(id(module))
+        if path is not None and isinstance(module, nn.Module):
+            held = {name: owner[key] for name, owner, key in places(module)}
+            values = {name: value for name, value in held.items() if type(value) is int and value > 1}
+            wanted = {number // k for k in (1, 2, 3, 4) if number % k == 0} if is_divisor else set()
+            for one, other in itertools.combinations(values.values(), 2):
+                wanted |= {one, other} if one * other in (number, number // 3) else set()
+            return {(path, name) for name, value in values.items() if value in wanted}
         frame = frame.f_back
     return set()

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from retroexit.branch.entry import GuideShape
 from retroexit.branch.exchange import BuildStage, StageShape, first_stage, look_at_stages
 from retroexit.branch.widths import WidthPlan, WidthRule
+from retroexit.decoder.counting import MacCounter
 from retroexit.decoder.cut import Cut, Tail
 from retroexit.decoder.structure import tensors
 from retroexit.errors import BranchError
+
+if TYPE_CHECKING:
+    from retroexit.branch.algebra import Algebra
+    from retroexit.branch.inherit import Layout
 
 __all__ = ["BranchSpec", "Draft", "Init", "narrowed"]
 
@@ -33,6 +38,8 @@ class BranchSpec:
         stages: Paths of the backbone's stages.
         seed: Seed of fresh weights.
         build_stage: Builds thin stages through their own constructor, where an adapter can.
+        image: Path of the image in the output.
+        names: What to call the values that cross the cut, in messages.
     """
 
     rule: WidthRule
@@ -41,6 +48,8 @@ class BranchSpec:
     stages: Sequence[str] = field(default_factory=tuple)
     seed: int = 0
     build_stage: BuildStage | None = None
+    image: tuple[Any, ...] = ()
+    names: Mapping[fx.Node, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -116,41 +125,75 @@ def narrowed(tail: Tail, cut: Cut, values: Sequence[Tensor], spec: BranchSpec) -
 
     frozen: dict[str, str] = {}
     while True:
-        draft = _narrowed_but(frozen, tail, cut, values, spec)
+        algebra, plan = _analysed(frozen, tail, cut, values, spec)
+        layout = _layout(tail, algebra, values, spec)
+        make = partial(_thinned, tail, cut, values, spec, algebra, layout)
+        draft = make(plan)
         try:
-            with torch.no_grad(), torch.random.fork_rng(devices=[]):
-                draft.thin(values[0][:, : draft.width].clone(), *(value.clone() for value in values[1:]))
+            macs = _trial(draft)
         except Exception as error:
-            path, reason = blame(error, {id(m): n for n, m in draft.thin.named_modules() if n}, frozen)
-            if path is None:
+            fault = blame(error, {id(m): n for n, m in draft.thin.named_modules() if n}, frozen)
+            if fault.path is None:
                 return draft  # the trial run of the branch says the rest
-            frozen[path] = reason
+            frozen[fault.path] = fault.reason
         else:
-            return draft
+            return _without_projection(draft, macs, algebra, make) or draft
 
 
-def _narrowed_but(
+def _analysed(
     frozen: dict[str, str], tail: Tail, cut: Cut, values: Sequence[Tensor], spec: BranchSpec
-) -> Draft:
-    from retroexit.branch.inherit import Layout, choose_channels, find_layout, narrow
+) -> tuple[Algebra, WidthPlan]:
+    """Find out about a tail's widths, and choose them."""
     from retroexit.branch.symbolic import analyse
 
-    names = [node.name for node in cut.live]
+    names = [spec.names.get(node, node.name) for node in cut.live]
     look = partial(
         analyse,
         tail,
         values,
         threshold=spec.rule.min_channels,
-        output_of=tensors,
+        image=spec.image,
         names=names,
         frozen=frozen,
     )
     algebra = look()
     plan = algebra.plan(spec.rule)
     if any(not pin.is_live for pin in plan.pins):
-        algebra, plan = _less_pinned(algebra, plan, partial(look, small=True), spec.rule)
+        return _less_pinned(algebra, plan, partial(look, small=True), spec.rule)
+    return algebra, plan
+
+
+def _less_pinned(
+    algebra: Algebra, plan: WidthPlan, look_closer: Callable[[], Algebra], rule: WidthRule
+) -> tuple[Algebra, WidthPlan]:
+    """Look again, at narrow dimensions too: one that must be an eighth of a width, say, pins that width."""
+    try:
+        closer = look_closer()
+        other = closer.plan(rule)
+    except BranchError:
+        return algebra, plan
+    return (closer, other) if other.numbers < plan.numbers else (algebra, plan)
+
+
+def _layout(tail: Tail, algebra: Algebra, values: Sequence[Tensor], spec: BranchSpec) -> Layout:
+    from retroexit.branch.inherit import Layout, find_layout
+
     # Fresh weights do not care which channel is which.
-    layout = find_layout(tail, algebra, values, tensors) if spec.init == "inherit" else Layout()
+    return find_layout(tail, algebra, values, tensors) if spec.init == "inherit" else Layout()
+
+
+def _thinned(
+    tail: Tail,
+    cut: Cut,
+    values: Sequence[Tensor],
+    spec: BranchSpec,
+    algebra: Algebra,
+    layout: Layout,
+    plan: WidthPlan,
+) -> Draft:
+    """Copy a tail with chosen widths."""
+    from retroexit.branch.inherit import choose_channels, narrow
+
     selection = choose_channels(tail, algebra, plan)
     thin = narrow(tail, algebra, plan, selection, layout)
 
@@ -161,13 +204,31 @@ def _narrowed_but(
     return Draft(cast("Tail", thin), tail, cut, values, spec, plan, kept, entering)
 
 
-def _less_pinned(
-    algebra: Any, plan: WidthPlan, look_closer: Callable[[], Any], rule: WidthRule
-) -> tuple[Any, WidthPlan]:
-    """Look again, at narrow dimensions too: one that must be an eighth of a width, say, pins that width."""
-    try:
-        closer = look_closer()
-        other = closer.plan(rule)
-    except BranchError:
-        return algebra, plan
-    return (closer, other) if other.numbers < plan.numbers else (algebra, plan)
+def _trial(draft: Draft) -> int:
+    """Run a narrowed tail once; gives its multiply-accumulates."""
+    feature, *live = draft.values
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), MacCounter() as counter:
+        draft.thin(feature[:, : draft.width].clone(), *(value.clone() for value in live))
+    return counter.macs
+
+
+def _without_projection(
+    draft: Draft, macs: int, algebra: Algebra, make: Callable[[WidthPlan], Draft]
+) -> Draft | None:
+    """Let the tail take the whole feature where a projection would cost more than it saves.
+
+    So it is where the feature goes into 1x1 layers alone: a narrow layer that reads all channels is cheaper
+    than a projection with a narrower layer behind it.
+    """
+    from retroexit.branch.expressions import symbols_of
+
+    feature, spec = draft.values[0], draft.spec
+    channels = int(feature.shape[1])
+    if draft.plan is None or draft.width == channels or spec.guide is not None:
+        return None
+    plan = algebra.plan(spec.rule, keep=symbols_of(algebra.entry))
+    projection = channels * draft.width
+    if plan.entry < channels or plan.numbers > draft.plan.numbers + projection:
+        return None
+    whole = make(plan)
+    return whole if _trial(whole) <= macs + projection * (feature.numel() // channels) else None

@@ -21,6 +21,7 @@ from retroexit.branch.exchange import (
 )
 from retroexit.branch.resize import correct_fan_in, emptied, start_from_scratch
 from retroexit.branch.widths import Pin, WidthPlan
+from retroexit.decoder.counting import MacCounter
 from retroexit.decoder.cut import Cut, Tail, clone_module
 from retroexit.errors import BranchError
 
@@ -40,6 +41,7 @@ class Branch(nn.Module):
             as ``__``.
         pins: Widths that stay, and why.
         plan: The chosen widths.
+        macs: Multiply-accumulates of its first run, on the example values that it was built for.
     """
 
     def __init__(
@@ -50,7 +52,7 @@ class Branch(nn.Module):
         self.injections = nn.ModuleDict(
             {path.replace(".", "__"): entry for path, entry in injections.items()}
         )
-        self.plan = plan
+        self.plan, self.macs = plan, 0
 
     @property
     def pins(self) -> tuple[Pin, ...]:
@@ -257,12 +259,12 @@ def _injections(draft: Draft, stages: dict[str, nn.Module]) -> dict[str, GuideEn
 
 
 def _check(branch: Branch, values: Sequence[Tensor], spec: BranchSpec) -> None:
-    """Run the branch once; nothing that cannot run leaves the factory."""
+    """Run the branch once, and count; nothing that cannot run leaves the factory."""
     guide = None
     if spec.guide is not None:
         guide = values[0].new_zeros(values[0].shape[0], spec.guide.channels, *spec.guide.size)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), MacCounter() as counter:
             branch(*(value.clone() for value in values), guide=guide)
     except Exception as error:
         raise BranchError(
@@ -271,3 +273,4 @@ def _check(branch: Branch, values: Sequence[Tensor], spec: BranchSpec) -> None:
             "Use another scale or min_channels, attach elsewhere, or let an adapter build the stage.",
             branch,
         ) from error
+    branch.macs = counter.macs

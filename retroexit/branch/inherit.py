@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from retroexit.branch.algebra import Algebra
-from retroexit.branch.knowledge import symbols_of
+from retroexit.branch.expressions import symbols_of
 from retroexit.branch.resize import resized
 from retroexit.branch.widths import WidthPlan
 from retroexit.decoder.cut import clone_module
@@ -86,8 +86,13 @@ def choose_channels(tail: nn.Module, algebra: Algebra, plan: WidthPlan) -> Selec
         for axis, expression in enumerate(algebra.shapes[name]):
             if expression in importance and parameter.shape[axis] == algebra.values[expression]:
                 others = [d for d in range(parameter.dim()) if d != axis]
-                weight = parameter.detach().double().cpu()
-                norm = weight.pow(2).sum(others).sqrt() if others else weight.abs()
+                weight = parameter.detach()
+                norm = (
+                    torch.linalg.vector_norm(weight, dim=others, dtype=torch.float64)
+                    if others
+                    else weight.double().abs()
+                )
+                norm = norm.cpu()
                 if norm.mean() > 0:
                     importance[expression] += norm / norm.mean()
     used_in_parts = [p for p in algebra.products if p.whole in importance]
@@ -121,7 +126,7 @@ def _in_parts(
     each, old, new = first.each, algebra.values[first.parts], plan.sizes[first.parts]
     for level in levels[1:]:
         finer_old, finer_new = algebra.values[level.parts], plan.sizes[level.parts]
-        if finer_old % old or finer_new % new or finer_old == old:
+        if finer_old % old or finer_new % new or finer_old == old or finer_new // new > finer_old // old:
             continue  # these parts overlap; the coarser ones stay whole
         finer = blocks.view(len(blocks), finer_old // old, -1)
         best = score[finer].mean(2).topk(finer_new // new, dim=1).indices.sort(dim=1).values
@@ -274,12 +279,14 @@ def _is_invariant(
             where = layout.indices(expression, shuffled, algebra.values)
             if where is not None and len(where) == old.shape[axis]:
                 old = old.index_select(axis, where.to(old.device))
-        return old.clone()
+        return old
 
     memo: dict[int, Any] = {}
     for name, tensor in [*tail.named_parameters(), *tail.named_buffers()]:
-        new = content(name, tensor.detach())
-        memo[id(tensor)] = nn.Parameter(new) if isinstance(tensor, nn.Parameter) else new
+        old = tensor.detach()
+        new = content(name, old)
+        is_parameter = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = tensor if new is old else nn.Parameter(new, False) if is_parameter else new
     permuted = clone_module(tail, memo)
     entry = layout.indices(algebra.entry, shuffled, algebra.values)
     feature = values[0] if entry is None else values[0].index_select(1, entry.to(values[0].device))

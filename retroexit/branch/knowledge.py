@@ -16,9 +16,9 @@ from typing import Any
 import sympy
 from torch.utils._sympy import functions
 
-__all__ = ["Expr", "Knowledge", "Product", "real_value", "symbols_of"]
+from retroexit.branch.expressions import Expr, divides, real_value, symbols_of
 
-Expr = Any  # a sympy expression, or an int
+__all__ = ["Knowledge", "Product"]
 
 _QUOTIENTS = (functions.FloorDiv, functions.CleanDiv, functions.IntTrueDiv)
 _REMAINDERS = (functions.Mod, functions.PythonMod)
@@ -29,6 +29,7 @@ _ROUNDINGS = (
     functions.RoundToInt,
     functions.ToFloat,
 )
+_MOST_STEPS = 100  # of rewriting; each leaves fewer symbols, unless sizes are defined in a circle
 
 
 @dataclass(frozen=True)
@@ -55,14 +56,14 @@ class Knowledge:
         products: Divisions that were made.
         conditions: Equations that no step could use.
         places: For a symbol that was replaced, by what, and where that was asked for.
-        divided: Told of every size that must be a multiple of a plain number.
+        noticed: Told of every plain number that a size is divided by, or that it turns out to be.
     """
 
     values: dict[sympy.Symbol, int]
     products: list[Product] = field(default_factory=list)
     conditions: list[sympy.Basic] = field(default_factory=list)
     places: dict[sympy.Symbol, tuple[Expr, str]] = field(default_factory=dict)
-    divided: Callable[[int], None] = lambda _number: None
+    noticed: Callable[[int, bool], None] = lambda _number, _is_divisor: None
     version: int = 0
     _known: dict[sympy.Symbol, Expr] = field(default_factory=dict)
     _resolved: dict[Expr, Expr] = field(default_factory=dict)
@@ -79,7 +80,7 @@ class Knowledge:
         found = self._resolved.get(expression)
         if found is None:
             found = expression
-            while True:
+            for _ in range(_MOST_STEPS):
                 swaps = {s: self._known[s] for s in found.free_symbols if s in self._known}
                 new = self._fold(sympy.expand(found.xreplace(swaps)) if swaps else found)
                 if new == found:
@@ -158,7 +159,9 @@ class Knowledge:
         terms = sympy.Add.make_args(gap)
         signs = {t.as_coeff_Mul()[0].is_positive for t in terms if t.free_symbols}
         linear = [t for t in terms if t.as_coeff_Mul()[1].is_Symbol]
-        if len(signs) == 1 and not (len(linear) == 1 and len(gap.free_symbols) == 1):
+        if gap.atoms(sympy.Function) and not linear:
+            self.conditions.append(sympy.Eq(gap, 0))
+        elif len(signs) == 1 and not (len(linear) == 1 and len(gap.free_symbols) == 1):
             # A sum that is one number: all of its parts are.
             for symbol in sorted(gap.free_symbols, key=str):
                 self._assign(symbol, sympy.Integer(self.values[symbol]))
@@ -208,15 +211,21 @@ class Knowledge:
         for one, number, other in ((x, a, b * y), (y, b, a * x)):
             factors = sympy.Mul.make_args(one)
             if number == 1 and len(factors) == 2 and all(f.is_Symbol for f in factors):
-                self._multiply(factors[0], factors[1], other)
-                return True
+                times, rest = other.as_coeff_Mul()
+                others = sympy.Mul.make_args(rest)
+                if len(others) == 2 and all(f.is_Symbol for f in others):
+                    rest = self.symbol(self.real(rest))
+                    self._multiply(others[0], others[1], rest)
+                if rest.is_Symbol:
+                    self._multiply(factors[0], factors[1], times * rest)
+                    return True
         return False
 
     def _match(self, terms: tuple[Expr, ...]) -> bool:
         """Two sums of the same sizes: each is its own counterpart."""
         plus = sorted((t for t in terms if t.as_coeff_Mul()[0].is_positive), key=self.real)
         minus = sorted((-t for t in terms if not t.as_coeff_Mul()[0].is_positive), key=self.real)
-        if list(map(self.real, plus)) != list(map(self.real, minus)):
+        if len(plus) < 2 or list(map(self.real, plus)) != list(map(self.real, minus)):
             return False
         for one, other in zip(plus, minus, strict=True):
             self._equate(one, other)
@@ -232,6 +241,10 @@ class Knowledge:
             whole, size = whole - divisor + 1, size - count + 1
         if size % count or self.quotient(whole, divisor) is not None:
             return
+        if not symbols_of(whole):  # a map in windows, say: nothing that shrinks
+            for symbol in sorted(symbols_of(divisor), key=str):
+                self._assign(symbol, sympy.Integer(self.values[symbol]))
+            return
         number, rest = divisor.as_coeff_Mul()
         if number != 1:
             self._divide_by_number(whole, int(number))
@@ -239,11 +252,14 @@ class Knowledge:
             if reduced is None:
                 return
             whole = reduced
+        while len(factors := [f for f in sympy.Mul.make_args(rest) if f.is_Symbol]) > 1:
+            together = self.symbol(self.values[factors[0]] * self.values[factors[1]])
+            rest = rest / (factors[0] * factors[1]) * together
+            self._multiply(factors[0], factors[1], together)
         if rest.is_Symbol:
             self._divide_by_symbol(self.resolve(whole), rest)
 
     def _divide_by_number(self, whole: Expr, number: int) -> None:
-        self.divided(number)
         multiples: dict[sympy.Symbol, int] = {}
         for term in sympy.Add.make_args(whole):
             coefficient, rest = term.as_coeff_Mul()
@@ -254,6 +270,7 @@ class Knowledge:
             if needed > 1 and not factors:
                 return
             if needed > 1:
+                self.noticed(needed, True)
                 multiples[factors[0]] = math.lcm(multiples.get(factors[0], 1), needed)
         for symbol, factor in multiples.items():
             self._assign(symbol, factor * self.symbol(self.values[symbol] // factor))
@@ -277,12 +294,15 @@ class Knowledge:
         if symbol in self._known:
             self._equate(self._known[symbol], expression)
         elif symbol != expression and symbol not in symbols_of(expression):
+            if expression.is_Integer:
+                self.noticed(int(expression), False)
             self._known[symbol] = expression
             self.places.setdefault(symbol, (expression, self._place))
             self._changed()
 
     def _settle(self) -> None:
         """Bring products up to date: what is no longer a product of two symbols is an equation."""
+        asked: set[tuple[Expr, Expr]] = set()  # some equations have no use but as a condition
         while True:
             seen: dict[tuple[Expr, Expr], Expr] = {}
             products, self.products = self.products, []
@@ -290,7 +310,8 @@ class Knowledge:
             self._changed()
             for product in products:
                 parts, each, whole = map(self.resolve, (product.parts, product.each, product.whole))
-                if not (parts.is_Symbol and each.is_Symbol):
+                is_pair = parts.is_Symbol and each.is_Symbol
+                if not is_pair or symbols_of(whole) & {parts, each}:
                     equations.append((parts * each, whole))
                     continue
                 for key, other in (((parts, whole), each), ((each, whole), parts), ((parts, each), whole)):
@@ -299,8 +320,10 @@ class Knowledge:
                 if Product(parts, each, whole) not in self.products:
                     self.products.append(Product(parts, each, whole))
             self._changed()
+            equations = [equation for equation in equations if equation not in asked]
             if not equations:
                 return
+            asked.update(equations)
             for left, right in equations:
                 self._equate(left, right)
 
@@ -344,7 +367,7 @@ class Knowledge:
         for term in sympy.Add.make_args(whole):
             factors = sympy.Mul.make_args(term)
             quotients = [term / symbol] if symbol in factors else []
-            quotients += [term / known * other for other, known in pairs if _divides(known, term)]
+            quotients += [term / known * other for other, known in pairs if divides(known, term)]
             if not quotients:
                 return None
             found.append(quotients[0])
@@ -356,9 +379,7 @@ class Knowledge:
         for product in self.products:
             pair = product.parts * product.each
             if symbols >= pair.free_symbols:
-                swaps = {
-                    m: m / pair * product.whole for m in expression.atoms(sympy.Mul) if _divides(pair, m)
-                }
+                swaps = {m: m / pair * product.whole for m in expression.atoms(sympy.Mul) if divides(pair, m)}
                 if swaps:
                     expression = sympy.expand(expression.xreplace(swaps))
         swaps = {}
@@ -376,29 +397,3 @@ class Knowledge:
             if inner.is_integer:
                 swaps[part] = inner
         return sympy.expand(expression.xreplace(swaps)) if swaps else expression
-
-
-def symbols_of(expression: Expr) -> set[sympy.Symbol]:
-    """List the symbols in a size."""
-    return set(expression.free_symbols) if isinstance(expression, sympy.Basic) else set()
-
-
-def real_value(expression: Expr, sizes: dict[sympy.Symbol, int]) -> Any:
-    """Compute a size, or a condition, from the sizes of its symbols."""
-    if not isinstance(expression, sympy.Basic):
-        return expression
-    found = expression.xreplace({s: sympy.Integer(sizes[s]) for s in expression.free_symbols})
-    if found.is_Boolean:
-        return bool(found)
-    return int(found) if found.is_integer else float(found)
-
-
-def _divides(part: Expr, term: Expr) -> bool:
-    """Tell whether a product of symbols and numbers goes into another one."""
-    if not term.is_Mul and not term.is_Symbol:
-        return False
-    (a, one), (b, other) = part.as_coeff_Mul(), term.as_coeff_Mul()
-    if not a.is_Integer or not b.is_Integer or b % a:
-        return False
-    have = other.as_powers_dict()
-    return all(f.is_Symbol and have.get(f, 0) >= p for f, p in one.as_powers_dict().items() if f != 1)

@@ -14,8 +14,9 @@ import logging
 import math
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import torch
@@ -36,6 +37,19 @@ _LOUD = [
         "torch.utils._sympy.interp",
     )
 ]
+
+
+def _of_real(function: Callable[[float], float]) -> Callable[[torch.SymInt], float]:
+    return lambda size: function(float(size.node.hint))  # type: ignore[arg-type]
+
+
+# How ``math.sqrt(c)`` and ``np.sqrt(c)`` ask a size for a factor.
+_FACTORS = {
+    "__float__": _of_real(float),
+    "sqrt": _of_real(math.sqrt),
+    "log": _of_real(math.log),
+    "log2": _of_real(math.log2),
+}
 
 Namespace = dict[str, Any]
 
@@ -83,46 +97,49 @@ class _Int(builtins.int, metaclass=_IntOrSize):
 
 
 @contextmanager
-def lenient_python(covered: Sequence[Namespace] | None) -> Iterator[None]:
+def lenient_python(covered: Sequence[Namespace], exempt: Sequence[Namespace] = ()) -> Iterator[None]:
     """Compute with sizes that may be symbolic, while a tail runs.
 
     Args:
-        covered: Files in which ``int`` lets symbolic sizes pass, by their global names; ``None`` to let every
-            ``int()`` freeze its size.
+        covered: Files in which ``int`` lets symbolic sizes pass, by their global names.
+        exempt: Files in which ``int()`` may freeze a size.
 
     Raises:
         FrozenSizeError: When another file of the generator's calls ``int`` on a symbolic size.
     """
     freeze, truncate = torch.SymInt.__int__, torch.SymFloat.__int__
 
+    def asks(caller: FrameType) -> bool:
+        return is_user_code(caller.f_code.co_filename) and not any(n is caller.f_globals for n in exempt)
+
     def to_int(size: torch.SymInt) -> int:
         caller = sys._getframe(1)
         known = size.node.maybe_as_int()
         if known is not None:
             return int(known)
-        if covered is not None and is_user_code(caller.f_code.co_filename):
+        if asks(caller):
             raise FrozenSizeError(caller.f_globals)
         return freeze(size)
 
     def to_int_from_float(value: torch.SymFloat) -> int:
         caller = sys._getframe(1)
-        if covered is not None and _is_quotient(value) and is_user_code(caller.f_code.co_filename):
+        if _is_quotient(value) and asks(caller):
             raise FrozenSizeError(caller.f_globals)
         return truncate(value)
 
     with _LOCK:
         fast = torch.backends.mha.get_fastpath_enabled()
-        own = [(names, names.get("int", _ABSENT)) for names in covered or ()]
+        own = [(names, names.get("int", _ABSENT)) for names in covered]
         was_off = [logger.disabled for logger in _LOUD]
-        had_float = hasattr(torch.SymInt, "__float__")
+        added = {name: f for name, f in _FACTORS.items() if not hasattr(torch.SymInt, name)}
         try:
             torch.backends.mha.set_fastpath_enabled(False)
             for logger in _LOUD:
                 logger.disabled = True
             torch.SymInt.__int__ = to_int  # type: ignore[method-assign]
             torch.SymFloat.__int__ = to_int_from_float  # type: ignore[method-assign]
-            if not had_float:
-                torch.SymInt.__float__ = lambda size: float(size.node.hint)  # type: ignore[attr-defined]
+            for name, function in added.items():
+                setattr(torch.SymInt, name, function)
             for names, _ in own:
                 names["int"] = _Int
             yield
@@ -134,8 +151,8 @@ def lenient_python(covered: Sequence[Namespace] | None) -> Iterator[None]:
                     names["int"] = value
             torch.SymInt.__int__ = freeze  # type: ignore[method-assign]
             torch.SymFloat.__int__ = truncate  # type: ignore[method-assign]
-            if not had_float:
-                del torch.SymInt.__float__  # type: ignore[attr-defined]
+            for name in added:
+                delattr(torch.SymInt, name)
             torch.backends.mha.set_fastpath_enabled(fast)
             for logger, is_off in zip(_LOUD, was_off, strict=True):
                 logger.disabled = is_off

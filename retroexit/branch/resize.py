@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from retroexit.branch.attributes import set_attribute
 from retroexit.branch.widths import WidthPlan
 from retroexit.decoder.cut import clone_module
 
@@ -34,8 +35,7 @@ def resized(tail: nn.Module, plan: WidthPlan, content: Callable[[str, Tensor], T
     thin = clone_module(tail, memo)
     modules = dict(thin.named_modules(remove_duplicate=False))
     for (path, name), value in plan.attributes.items():
-        kind = type(getattr(modules[path], name))
-        setattr(modules[path], name, kind(value) if kind in (list, tuple) else value)
+        set_attribute(modules[path], name, value)
     for path, module in modules.items():
         if isinstance(module, torch.jit.ScriptModule):
             # Scripted modules copy their weights without looking into the memo.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import Any
 
@@ -20,11 +21,14 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.sym_node import SymNode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.types import py_sym_types
+from torch.utils._pytree import tree_leaves
+from torch.utils._sympy.numbers import int_oo
+from torch.utils._sympy.value_ranges import ValueRanges
 
 from retroexit.branch.knowledge import Knowledge
 from retroexit.decoder import cut
 from retroexit.decoder.lines import is_user_code, show
-from retroexit.decoder.structure import tensors
 
 __all__ = ["HalfFakeMode", "SizeEnv"]
 
@@ -39,10 +43,38 @@ class HalfFakeMode(FakeTensorMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run a fake operation on fakes, and a real one on real tensors."""
-        given = tensors((args, kwargs or {}))
-        if given and not any(isinstance(tensor, FakeTensor) for tensor in given):
+        given = tree_leaves((args, kwargs))
+        is_real = any(isinstance(leaf, torch.Tensor) for leaf in given)
+        if is_real and not any(isinstance(leaf, (FakeTensor, *py_sym_types)) for leaf in given):
             return func(*args, **(kwargs or {}))
+        for size, reason in _looked_up(func, args, kwargs or {}):
+            assert isinstance(self.shape_env, SizeEnv)
+            self.shape_env.pin(size, f"{_user_line()}: {reason}")
         return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def _looked_up(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[tuple[Any, str]]:
+    """List the sizes that an operation needs as they are, since it names entries by their numbers."""
+    aten = torch.ops.aten
+    given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
+    table = given.get("weight") if func is aten.embedding.default else given.get("self")
+    if not isinstance(table, torch.Tensor):
+        return
+    dim = given.get("dim", 0)
+    if func is aten.embedding.default:
+        yield table.shape[0], "a table that is looked up by index"
+    elif func is aten.index.Tensor:
+        for axis, index in enumerate(given["indices"]):
+            if index is not None and axis < table.dim():
+                yield table.shape[axis], "a table that is looked up by index"
+    elif func in (aten.index_select.default, aten.gather.default):
+        yield table.shape[dim], "a table that is looked up by index"
+    elif func is aten.select.int and type(given["index"]) is int and given["index"] > 0:
+        yield table.shape[dim], f"entry {given['index']} of it"
+    elif func is aten.slice.Tensor and type(given.get("end")) is int:
+        size: Any = table.shape[dim]
+        if isinstance(size, torch.SymInt) and 0 < given["end"] <= size.node.hint:
+            yield size, f"a part of it that ends at {given['end']}"
 
 
 class SizeEnv(ShapeEnv):
@@ -105,6 +137,10 @@ class SizeEnv(ShapeEnv):
         """Write an expression in the symbols that are left."""
         return self.knowledge.resolve(expr)
 
+    def bound_sympy(self, expr: sympy.Expr, *_args: Any, **_kwargs: Any) -> ValueRanges[Any]:
+        """Tell whether a number can be negative; by the real sizes, it cannot where it is not."""
+        return ValueRanges(0 if self.knowledge.real(expr) >= 0 else -int_oo, int_oo)
+
     def simplify(self, expr: Any, *_args: Any, **_kwargs: Any) -> Any:  # type: ignore[override]
         """Write an expression in the symbols that are left."""
         return self.knowledge.resolve(expr)
@@ -143,4 +179,4 @@ def _user_line() -> str:
         module = module if isinstance(module, nn.Module) else None
         frame = frame.f_back
     name = getattr(module, "original_name", type(module).__name__)
-    return f"code that is not Python{'' if module is None else f', in a module of type {name}'}"
+    return "code that is not Python" if module is None else f"a layer of type {name} and what goes into it"

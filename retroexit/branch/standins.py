@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from retroexit.decoder.lines import is_user_code, show
 from retroexit.decoder.replayed_tail import ReplayTail
 from retroexit.decoder.structure import rebuild, tensors
 
-__all__ = ["blame", "exchange", "replace_by_standins"]
+__all__ = ["Fault", "blame", "exchange", "replace_by_standins"]
 
 
 Fake = Callable[[Tensor], Tensor]
@@ -92,28 +93,36 @@ def exchange(root: nn.Module, path: str, new: nn.Module) -> None:
                 parent._modules[name] = new
 
 
-def blame(error: Exception, paths: dict[int, str], frozen: dict[str, str]) -> tuple[str | None, str]:
-    """Find the module in which an error arose.
+@dataclass(frozen=True)
+class Fault:
+    """Where an error arose.
+
+    Attributes:
+        path: Path of the innermost module, ``None`` where it is none in particular.
+        namespace: Global names of the innermost file that is the user's.
+        reason: The line and the error.
+    """
+
+    path: str | None
+    namespace: dict[str, Any] | None
+    reason: str
+
+
+def blame(error: Exception, paths: dict[int, str], frozen: dict[str, str]) -> Fault:
+    """Find out where an error arose.
 
     Args:
         error: The error.
         paths: Path of every module of the tail, by identity.
         frozen: Modules that have been found before; they are not at fault again.
-
-    Returns:
-        Path of the innermost module, ``None`` where it is none in particular; and the line and the error.
     """
-    text = (
-        f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no text'}"
-    )
-    path, line = None, ""
+    said = str(error).strip().splitlines() or ["no text"]
+    path, namespace, line = None, None, "code that is not Python"
     for frame, number in traceback.walk_tb(error.__traceback__):
         module = frame.f_locals.get("self")
         found = paths.get(id(module)) if isinstance(module, nn.Module) else None
         path = found if found is not None and found not in frozen else path
         if is_user_code(frame.f_code.co_filename):
-            line = show((frame.f_code.co_filename, number))
-    return (
-        path,
-        f"{line or 'code that is not Python'}, which does not run on other sizes ({text})",
-    )
+            namespace, line = frame.f_globals, show((frame.f_code.co_filename, number))
+    reason = f"{line}, which does not run on other sizes ({type(error).__name__}: {said[0]})"
+    return Fault(path, namespace, reason)

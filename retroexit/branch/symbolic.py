@@ -9,7 +9,7 @@ sizes at all and keeps its own. Private PyTorch interfaces are used here and in 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import sympy
@@ -18,15 +18,19 @@ from torch import Tensor, nn
 from torch._dispatch.python import enable_python_dispatcher
 
 from retroexit.branch.algebra import Algebra
+from retroexit.branch.attributes import places
 from retroexit.branch.demands import Demands, attributes_with
+from retroexit.branch.expressions import Expr, symbols_of
 from retroexit.branch.kernels import kernel_axes
-from retroexit.branch.knowledge import Expr, Product, symbols_of
-from retroexit.branch.leniency import FrozenSizeError, Namespace, lenient_python
+from retroexit.branch.knowledge import Product
+from retroexit.branch.leniency import FrozenSizeError, lenient_python
 from retroexit.branch.sizes import HalfFakeMode, SizeEnv
-from retroexit.branch.standins import blame, replace_by_standins
+from retroexit.branch.standins import replace_by_standins
+from retroexit.branch.tries import Attribute, Tries
 from retroexit.branch.unscripted import interpret_scripts, unreadable_scripts
 from retroexit.branch.widths import LIVE
 from retroexit.decoder.cut import clone_module
+from retroexit.decoder.structure import flatten
 from retroexit.errors import BranchError
 
 __all__ = ["analyse"]
@@ -43,15 +47,13 @@ _DESCRIPTIONS = {
 _COUNTS = {"num_groups", "num_heads"}
 _MOST_RUNS = 40
 
-Attribute = tuple[str, str]
-
 
 def analyse(
     tail: nn.Module,
     values: Sequence[Tensor],
     *,
     threshold: int,
-    output_of: Callable[[Any], Sequence[Tensor]],
+    image: Sequence[Any] = (),
     names: Sequence[str] = (),
     frozen: dict[str, str] | None = None,
     small: bool = False,
@@ -63,7 +65,7 @@ def analyse(
         values: Real example values of the feature ``(N, C, ...)`` and the live tensors. The feature's
             channels are free; live values keep their size.
         threshold: Dimensions up to this size never shrink and stay numbers.
-        output_of: Lists the tensors in the tail's output, whose shapes are fixed.
+        image: Path of the image in the tail's output, all of whose tensors keep their sizes.
         names: What to call the live values.
         frozen: Modules that have to stay as they are, by path, with the reason.
         small: Whether the channels of weights up to the threshold are sizes too, which shrink with what they
@@ -75,32 +77,22 @@ def analyse(
     Raises:
         BranchError: If the tail cannot run on symbolic sizes.
     """
-    covered: list[Namespace] = []
-    counts: set[Attribute] = set()
-    frozen = unreadable_scripts(tail, values) | (frozen or {})
+    tries = Tries(unreadable_scripts(tail, values) | (frozen or {}))
     for _ in range(_MOST_RUNS):
-        run = _SymbolicRun(tail, values, threshold, counts, frozen, small)
+        run = _SymbolicRun(tail, values, threshold, tries, small)
         try:
-            out = run(values, covered)
+            out = run(values)
         except FrozenSizeError as error:
-            covered.append(error.namespace)
-            continue
+            tries.covered.append(error.namespace)
         except Exception as error:
-            path, reason = blame(error, run.paths, frozen)
-            if path is None:
-                raise BranchError(
-                    "asked for a narrower copy of the stages after the attach point; found "
-                    f"{reason}. Attach elsewhere, use scale=1, or let an adapter build the stage.",
-                    tail,
-                ) from error
-            frozen = {p: r for p, r in frozen.items() if not p.startswith(f"{path}.")} | {path: reason}
-            continue
-        if run.found_counts <= counts:
-            return run.collect(output_of(out), names or [f"number {i}" for i in range(1, len(values))])
-        counts |= run.found_counts
+            tries.give_way(error, run.paths)
+        else:
+            if run.found_counts - tries.refused <= tries.counts:
+                return run.collect(out, image, names or [f"number {i}" for i in range(1, len(values))])
+            tries.counts |= run.found_counts - tries.refused
     raise BranchError(
         "asked for a narrower copy of the stages after the attach point; found no end of what must stay as "
-        f"it is: {', '.join(frozen)}. Attach elsewhere, use scale=1, or let an adapter build the stage.",
+        f"it is: {', '.join(tries.frozen)}. Attach elsewhere, use scale=1, or let an adapter build it.",
         tail,
     )
 
@@ -113,19 +105,18 @@ class _SymbolicRun:
         tail: nn.Module,
         values: Sequence[Tensor],
         threshold: int,
-        counts: set[Attribute],
-        frozen: dict[str, str],
+        tries: Tries,
         small: bool,
     ) -> None:
         self.small = small
         self.env = SizeEnv()
-        self.env.knowledge.divided = self._note_division
+        self.env.knowledge.noticed = self._note_number
         self.mode = HalfFakeMode(shape_env=self.env, allow_non_fake_inputs=True)
         self.mode.cache_enabled = False  # every call is a new question
-        self.threshold, self.counts, self.frozen = threshold, counts, frozen
+        self.threshold, self.tries = threshold, tries
         self.found_counts: set[Attribute] = set()
         self.tail = clone_module(tail, share=True)
-        interpret_scripts(self.tail, frozen)
+        interpret_scripts(self.tail, tries.frozen)
         real = [*self.tail.named_parameters(), *self.tail.named_buffers()]
         parameters = [name for name, _ in self.tail.named_parameters()]
         self.original = {name: tuple(tensor.shape) for name, tensor in real}
@@ -148,18 +139,18 @@ class _SymbolicRun:
             for axis, size in enumerate[Any](self.tensors[name].shape)
             if isinstance(size, torch.SymInt)
         }
-        self.attributes = self._free_attributes(sizes)
+        self.attributes = self._free_attributes(tail, sizes)
         self.paths = {id(m): name for name, m in self.tail.named_modules() if name}
-        replace_by_standins(tail, self.tail, values, frozen, self.fake, self.env)
+        replace_by_standins(tail, self.tail, values, tries.frozen, self.fake, self.env)
 
-    def __call__(self, values: Sequence[Tensor], covered: Sequence[Namespace]) -> Any:
+    def __call__(self, values: Sequence[Tensor]) -> Any:
         axes = [[1] if v.dim() != 3 or i == 0 else [1, 2] for i, v in enumerate(values)]
         entering = [
             self.fake(v, [a in wide and v.shape[a] > self.threshold for a in range(v.dim())])
             for v, wide in zip(values, axes, strict=True)
         ]
         self.entry, self.live = entering[0].shape[1], entering[1:]
-        lenient = lenient_python(covered)
+        lenient = lenient_python(self.tries.covered, self.tries.exempt)
         with self.mode, enable_python_dispatcher(), torch.no_grad(), lenient, Demands():
             return torch.func.functional_call(self.tail, self.tensors, tuple(entering))
 
@@ -175,12 +166,12 @@ class _SymbolicRun:
             return torch.empty(sizes, dtype=tensor.dtype, device=tensor.device)
 
     def _is_frozen(self, name: str) -> bool:
-        return any(name.startswith(f"{path}.") or name == path for path in self.frozen)
+        return any(name.startswith(f"{path}.") or name == path for path in self.tries.frozen)
 
-    def _note_division(self, number: int) -> None:
+    def _note_number(self, number: int, is_divisor: bool) -> None:
         self.found_counts |= {
             (path, name)
-            for path, name in attributes_with(number, self.paths)
+            for path, name in attributes_with(number, is_divisor, self.paths)
             if _is_width(self.tail.get_submodule(path), name)
         }
 
@@ -194,25 +185,28 @@ class _SymbolicRun:
             for axis, size in enumerate(tensor.shape)
         ]
 
-    def _free_attributes(self, sizes: set[int]) -> dict[Attribute, Any]:
+    def _free_attributes(self, original: nn.Module, sizes: set[int]) -> dict[Attribute, Any]:
         """Make a symbol of every integer attribute that could be a channel count or a number of groups."""
         found: dict[Attribute, Any] = {}
+        seen: set[tuple[int, Any]] = set()  # a configuration may be held by many modules
         for path, module in self.tail.named_modules():
             if isinstance(module, torch.jit.ScriptModule) or self._is_frozen(path):
                 continue
-            for name, value in list(vars(module).items()):
-                if not _is_width(module, name):
+            shared = {id(owner) for _, owner, _ in places(original.get_submodule(path))}
+            for name, owner, key in list(places(module)):
+                place, value = (id(owner), key), owner[key]
+                if place in seen or id(owner) in shared or not _is_width(module, name):
                     continue
-                is_count = (path, name) in self.counts or name in _COUNTS
-                if type(value) is int and (value in sizes or (is_count and value > 1)):
-                    found[path, name] = self.env.size(value)
-                elif type(value) in (list, tuple) and any(type(v) is int and v in sizes for v in value):
-                    found[path, name] = type(value)(
-                        self.env.size(v) if type(v) is int and v in sizes else v for v in value
-                    )
-                else:
-                    continue
-                setattr(module, name, found[path, name])
+                is_count = (path, name) in self.tries.counts or name in _COUNTS
+
+                def free(v: Any, is_count: bool = is_count) -> Any:
+                    can = type(v) is int and (v in sizes or (is_count and v > 1))
+                    return self.env.size(v) if can else v
+
+                new = free(value) if type(value) is int else type(value)(map(free, value))
+                if any(isinstance(v, torch.SymInt) for v in (new if type(new) in (list, tuple) else [new])):
+                    seen.add(place)
+                    found[path, name] = owner[key] = new
         return found
 
     def expression(self, size: Any) -> Expr:
@@ -223,7 +217,7 @@ class _SymbolicRun:
             return int(found) if found.is_Integer else found
         return size
 
-    def collect(self, outputs: Sequence[Tensor], names: Sequence[str]) -> Algebra:
+    def collect(self, output: Any, image: Sequence[Any], names: Sequence[str]) -> Algebra:
         knowledge = self.env.knowledge
         shapes = {
             name: tuple(map(self.expression, self.tensors[name].shape)) if name in self.tensors else shape
@@ -233,9 +227,9 @@ class _SymbolicRun:
         for tensor, name in zip(self.live, names, strict=True):
             for size in map(self.expression, tensor.shape):
                 fixed.update(dict.fromkeys(symbols_of(size), f"{LIVE} {name!r}, which keeps its size"))
-        for tensor in outputs:
+        for tensor, reason in _output_reasons(output, image):
             for size in map(self.expression, tensor.shape):
-                fixed.update(dict.fromkeys(symbols_of(size), "the size of the output"))
+                fixed.update(dict.fromkeys(symbols_of(size), reason))
         # A symbol that occurs in buffers or attributes alone is no width: tables, filter kernels.
         entry = self.expression(self.entry)
         used = {s for name in self.parameters for e in shapes[name] for s in symbols_of(e)} | symbols_of(
@@ -256,7 +250,7 @@ class _SymbolicRun:
             conditions=knowledge.held(),
             lines={s: line for s in self.symbols.values() if (line := knowledge.line_of(s)) is not None},
             symbols=self.symbols,
-            frozen=dict(self.frozen),
+            frozen=dict(self.tries.frozen),
         )
 
     def _products(self) -> list[Product]:
@@ -266,6 +260,23 @@ class _SymbolicRun:
             Product(p.each, p.parts, p.whole) if p.each in attributes and p.parts not in attributes else p
             for p in self.env.knowledge.products
         ]
+
+
+def _output_reasons(output: Any, image: Sequence[Any]) -> list[tuple[Tensor, str]]:
+    """Say why each tensor of an output keeps its size; the image last, whose reason counts most."""
+    others, images = [], []
+    for path, leaf in flatten(output):
+        if not isinstance(leaf, Tensor):
+            continue
+        if path == tuple(image):
+            images.append((leaf, "the size of the image" if path else "the size of the output"))
+        else:
+            reason = (
+                f"the size of the output's entry {''.join(f'[{key!r}]' for key in path)}, which every exit "
+                "returns as the backbone does; to drop it, wrap a module that returns the image alone"
+            )
+            others.append((leaf, reason))
+    return [*others, *images]
 
 
 def _is_width(module: nn.Module, attribute: str) -> bool:

@@ -6,17 +6,25 @@ rows; where the batch is another axis, or frames come first, samples cannot be t
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from retroexit.decoder.structure import rebuild, tensors
 
-__all__ = ["are_grouped", "group", "merge", "rows_per_sample"]
+__all__ = ["are_grouped", "group", "merge", "recorded_shapes", "rows_per_sample"]
 
 Shape = tuple[int, ...]
+
+
+def recorded_shapes(crossing: Iterable[fx.Node], output: Any) -> dict[Any, Shape | None]:
+    """List shapes from a recording: of what crosses its cuts, by node, and of the output, by number."""
+    found: dict[Any, Shape | None] = {
+        node: shape for node in crossing if (shape := tuple(node.meta["shape"]))
+    }
+    return found | dict(enumerate(tuple(value.shape) or None for value in tensors(output)))
 
 
 def rows_per_sample(

@@ -12,6 +12,7 @@ from types import FrameType
 __all__ = ["is_user_code", "show", "user_line"]
 
 _OURS = str(Path(__file__).parents[1])
+_CALLS = str(Path(__file__).with_name("record.py"))
 _DEMO = str(Path(_OURS, "demo"))  # a generator like anybody's
 _LIBRARIES = tuple(
     str(Path(spec.origin).parent) for name in ("torch", "sympy") if (spec := find_spec(name)) and spec.origin
@@ -27,12 +28,15 @@ def is_user_code(filename: str) -> bool:
     return not is_standard and not is_ours and not filename.startswith(_LIBRARIES)
 
 
-def user_line() -> tuple[str, int] | FrameType | None:
+def user_line(past_calls: bool = False) -> tuple[str, int] | None:
     """Find the innermost running line that belongs neither to PyTorch, nor to Python, nor to this library.
 
+    Args:
+        past_calls: Whether to look past the recorder's stand-in for calls of modules.
+
     Returns:
-        File and line number; or, where one of our own files (other than the asking one) lies further in, its
-        frame; or ``None``.
+        File and line number; ``None`` also where one of our own files (other than the asking one) lies
+        further in. Never a frame: one that is kept keeps every tensor of its callers alive.
     """
     frame: FrameType | None = sys._getframe(1)
     asking = sys._getframe(1).f_code.co_filename
@@ -40,8 +44,8 @@ def user_line() -> tuple[str, int] | FrameType | None:
         filename = frame.f_code.co_filename
         if is_user_code(filename):
             return filename, frame.f_lineno
-        if filename.startswith(_OURS) and filename != asking:
-            return frame
+        if filename.startswith(_OURS) and filename != asking and not (past_calls and filename == _CALLS):
+            return None
         frame = frame.f_back
     return None
 

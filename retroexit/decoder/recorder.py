@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 import threading
 import types
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -143,8 +144,9 @@ class Recorder(TorchFunctionMode):
         self.counter = MacCounter()
         self._inside_leaf = 0
         self._open: list[int] = []
+        # By identity; what is gone is forgotten, since its identity may be given to another tensor.
         self._node_of: dict[int, fx.Node] = {}
-        self._kept: list[Any] = []  # tensors stay alive so that ids are not reused
+        self._watched: dict[int, weakref.ref[Tensor]] = {}
         named = [*generator.named_parameters(), *generator.named_buffers()]
         self._attribute = {id(tensor): name for name, tensor in named}
         self._path = {id(module): name for name, module in generator.named_modules()}
@@ -199,8 +201,7 @@ class Recorder(TorchFunctionMode):
     def _bind(self, node: fx.Node, value: Any) -> None:
         """Remember that a node stands for a value, and write access nodes for what is inside a container."""
         if isinstance(value, Tensor):
-            self._node_of[id(value)] = node
-            self._kept.append(value)
+            self._remember(value, node)
             with torch._C.DisableTorchFunction():
                 node.meta["shape"], node.meta["dtype"] = tuple(value.shape), value.dtype
             return
@@ -213,6 +214,16 @@ class Recorder(TorchFunctionMode):
                 field_access = is_record(value) and not isinstance(value, dict)
                 access = getattr if field_access else operator.getitem
                 self._bind(self.graph.call_function(access, (node, key)), child)
+
+    def _remember(self, tensor: Tensor, node: fx.Node) -> None:
+        """Let a node stand for a tensor for as long as that lives, which is not for the recorder's sake."""
+        key = id(tensor)
+
+        def forget(gone: weakref.ref[Tensor]) -> None:
+            if self._watched.get(key) is gone:
+                del self._watched[key], self._node_of[key]
+
+        self._watched[key], self._node_of[key] = weakref.ref(tensor, forget), node
 
     def _tensors(self, value: Any) -> list[Tensor]:
         return hidden_tensors(value) if self.observing else tensors(value)
@@ -310,7 +321,7 @@ class Recorder(TorchFunctionMode):
     def _note_read(self, name: str, args: Any, out: Any) -> Any:
         """Note that a value leaves a tensor; gives it, or another one where that was asked for."""
         line = user_line()
-        if name not in READS or not isinstance(line, tuple) or not tensors(args):
+        if name not in READS or line is None or not tensors(args):
             return out
         self.reads.append(Read(self.node(tensors(args)[0]), name, show(line)))
         return changed(out) if self.change == len(self.reads) - 1 else out
@@ -342,7 +353,7 @@ class Recorder(TorchFunctionMode):
         call.macs = self._macs() - before
         if leaf:
             node = self.graph.create_node("call_module", path, node_args, node_kwargs)
-            node.meta["macs"], node.meta["line"] = call.macs, user_line()
+            node.meta["macs"], node.meta["line"] = call.macs, user_line(past_calls=True)
             self._bind(node, out)
         call.outputs = [self.node(tensor) for tensor in self._tensors(out)]
         call.end = len(self.graph.nodes)

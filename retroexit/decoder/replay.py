@@ -197,7 +197,10 @@ class ReplaySplit(SplitGenerator):
             return torch.cat([leaf, other(leaf[:1])]) if is_batched else leaf
 
         try:
-            self._find_rows((args, kwargs), rebuild((tuple(args), dict(kwargs)), grow))
+            small = (tuple(args), dict(kwargs))
+            large = rebuild(small, grow)
+            shapes, grown = (self._look(g, lambda value: tuple(value.shape))[0] for g in (small, large))
+            self._find_rows(small, large, shapes, grown)
         except Exception:
             return False
         self.cuts = tuple(

@@ -198,8 +198,7 @@ class Run:
     def read(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Stand in for a question about the values of a tensor."""
         assert self.log is not None
-        line = user_line()
-        site = line if isinstance(line, tuple) else None
+        site = user_line()
         if self._unread is None:
             self._unread = list(self.script or ())
         known = next((i for i, (where, _) in enumerate(self._unread) if where == site), None)

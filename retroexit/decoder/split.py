@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from retroexit.decoder.batches import are_grouped, group, rows_per_sample
+from retroexit.decoder.batches import are_grouped, group, recorded_shapes, rows_per_sample
 from retroexit.decoder.cut import Cut, Segment, Tail
 from retroexit.decoder.record import unobserved
 from retroexit.decoder.stages import Decoder, Stage
@@ -213,8 +213,7 @@ class SplitGenerator:
         if device != self._device:
             raise DeviceError(
                 f"asked for an early exit; found the generator on {device}, recorded on {self._device}. Move "
-                "it first, "
-                "then wrap it again (retroexit.load keeps the trained branches).",
+                "it first, then wrap it again (retroexit.load keeps the trained branches).",
                 device,
             )
 
@@ -248,9 +247,8 @@ class SplitGenerator:
             if batch != self.batch and not self.any_batch:
                 raise InputMismatchError(
                     f"asked for a batch of {batch}; found that the recording holds for a batch of "
-                    f"{self.batch} only, since "
-                    "the generator's own forward fixes it. Use that batch size, or wrap with example inputs "
-                    "of this one.",
+                    f"{self.batch} only, since the generator's own forward fixes it. Use that batch size, "
+                    "or wrap with example inputs of this one.",
                     batch,
                 )
             return
@@ -274,8 +272,7 @@ class SplitGenerator:
             if new_value != old_value:
                 return (
                     f"{what}; found {path[-1]} = {new_value}, recorded {old_value}, and values that are no "
-                    "tensors are "
-                    "frozen. Wrap again with this value."
+                    "tensors are frozen. Wrap again with this value."
                 )
         return f"{what}; found {call.constants}, recorded {self._call.constants}. Wrap again with these."
 
@@ -300,15 +297,13 @@ class SplitGenerator:
                 shapes,
             )
 
-    def _agrees(self, args: Any, kwargs: Any) -> bool:
-        with torch.no_grad():
-            with unobserved(self.generator):
-                want = tensors(self.generator(*cloned(args), **cloned(kwargs)))
-            with unobserved(self.generator):
-                values = self._bind(cloned(args), cloned(kwargs))
-                for index in range(len(self.cuts)):
-                    values = self.advance(values, index)
-                got = tensors(self.finish(values))
+    def _agrees(self, args: Any, kwargs: Any, shapes: dict[Any, Any] | None = None) -> bool:
+        """Compare pieces and generator; notes the shapes of what `_look` sees, where a place is given."""
+        with torch.no_grad(), unobserved(self.generator):
+            want = tensors(self.generator(*cloned(args), **cloned(kwargs)))
+        seen, got = self._look((args, kwargs), lambda value: tuple(value.shape))
+        if shapes is not None:
+            shapes.update(seen)
         return len(want) == len(got) and all(
             w.shape == g.shape
             and w.dtype == g.dtype
@@ -328,45 +323,49 @@ class SplitGenerator:
                 return leaf
             return torch.cat([other(leaf), other(other(leaf[:1]))])
 
-        trouble = self._trouble(rebuild(args, other), rebuild(dict(kwargs), other))
+        few = rebuild((tuple(args), dict(kwargs)), other)
+        many, shapes = rebuild((tuple(args), dict(kwargs)), grow), dict[Any, Any]()
+        if not self._trouble(many[0], many[1], shapes):
+            cuts = self.cuts if self.key_cut is None else (self.key_cut, *self.cuts)
+            crossing = [node for cut in cuts for node in cut.crossing]
+            self._find_rows(few, many, recorded_shapes(crossing, self.decoder.recording.output), shapes)
+            return True
+        trouble = self._trouble(*few)
         if trouble:
             reads = [read.line for read in self.decoder.recording.reads]
             frozen = f" Values read out of tensors are frozen: {'; '.join(reads[:3])}." if reads else ""
             raise RecordingError(
                 f"asked to split {type(self.generator).__name__}; found that its recorded execution "
-                f"{trouble} on other "
-                f"inputs.{frozen} Attach branches to a submodule whose forward does not depend on the data's "
-                "values.",
+                f"{trouble} on other inputs.{frozen} Attach branches to a submodule whose forward does not "
+                "depend on the data's values.",
                 self.generator,
             )
-        grown_args, grown_kwargs = rebuild(args, grow), rebuild(dict(kwargs), grow)
-        if self._trouble(grown_args, grown_kwargs):
-            return False
-        few = rebuild((args, dict(kwargs)), other)
-        self._find_rows(few, (grown_args, grown_kwargs))
-        return True
+        return False
 
-    def _trouble(self, args: Any, kwargs: Any) -> str:
+    def _trouble(self, args: Any, kwargs: Any, shapes: dict[Any, Any] | None = None) -> str:
         """Say how the pieces differ from the generator on these inputs; empty when they do not."""
         try:
-            return "" if self._agrees(args, kwargs) else "gives another output than the generator"
+            return "" if self._agrees(args, kwargs, shapes) else "gives another output than the generator"
         except Exception as error:
             return f"raises {type(error).__name__}: {error}"
 
-    def _find_rows(self, small: tuple[Any, Any], large: tuple[Any, Any]) -> None:
+    def _find_rows(
+        self, small: tuple[Any, Any], large: tuple[Any, Any], shapes: dict[Any, Any], grown: dict[Any, Any]
+    ) -> None:
         """See which rows belong to which sample, from a batch and the same with one more sample."""
-        shapes, grown = (self._seen(given, lambda value: tuple(value.shape)) for given in (small, large))
         rows = rows_per_sample(shapes, grown, self._batch_size(*small))
         self.batched = {node: size for node, size in rows.items() if isinstance(node, fx.Node)}
         self.output_rows = [rows.get(name) for name in shapes if isinstance(name, int)]
         self.divides = all(rows.values())
         folded = [name for name, size in rows.items() if size > 1]
         if folded and self.divides:
-            few, many = self._seen(small, Tensor.clone), self._seen(large, Tensor.clone)
+            few, many = self._look(small, Tensor.clone)[0], self._look(large, Tensor.clone)[0]
             self.divides = all(name in many and are_grouped(few[name], many[name]) for name in folded)
 
-    def _seen(self, given: tuple[Any, Any], look: Callable[[Tensor], Any]) -> dict[Any, Any]:
-        """Look at every value that crosses a cut, by node, and at the tensors of the output, by number."""
+    def _look(
+        self, given: tuple[Any, Any], look: Callable[[Tensor], Any]
+    ) -> tuple[dict[Any, Any], list[Tensor]]:
+        """Run the pieces and look at what crosses each cut, by node, and at the output, by number."""
         found: dict[Any, Any] = {}
 
         def note(values: Iterable[tuple[Any, Any]]) -> None:
@@ -382,7 +381,7 @@ class SplitGenerator:
                 note(values.items())
             outputs = tensors(self.finish(values))
             found.update((i, look(v) if v.dim() > 0 else None) for i, v in enumerate(outputs))
-        return found
+        return found, outputs
 
     def _shape_key(self, args: Any, kwargs: Any) -> tuple[Any, ...]:
         return tuple((t.dtype, *t.shape[1:]) for t in tensors((args, kwargs)))
