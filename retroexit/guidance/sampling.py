@@ -20,7 +20,16 @@ from retroexit.guidance.centres import central_rows
 from retroexit.retrieval.base import as_matrix
 from retroexit.retrieval.distances import first_of_each, nearest, pair_distances, squared_norms
 
-__all__ = ["Thinning", "central_points", "coverage", "farthest_points", "random_points", "thin"]
+__all__ = [
+    "Thinning",
+    "central_points",
+    "coverage",
+    "distances_to",
+    "farthest_points",
+    "random_points",
+    "spread_out",
+    "thin",
+]
 
 Thinning = Literal["fps", "kmeans", "random", "none"]
 """Ways of thinning: farthest points, keys nearest to centres, a uniform sample, or every distinct key."""
@@ -60,6 +69,19 @@ def farthest_points(
     """
     if not eps >= 0:
         raise OptionError(f"eps must be a distance, 0 or more, got {eps}", eps)
+    return torch.from_numpy(spread_out(keys, size, eps=eps, seed=seed, progress=progress)[0])
+
+
+@torch.no_grad()
+def spread_out(
+    keys: Tensor | np.ndarray,
+    size: int,
+    *,
+    eps: float = 0.0,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[np.ndarray, float]:
+    """Do as `farthest_points` does, and say the largest distance from any key to the nearest chosen one."""
     matrix, distinct = _distinct(keys, size)
     points = torch.from_numpy(matrix if len(distinct) == len(matrix) else matrix[distinct])
     centre = points.mean(dim=0, dtype=torch.float64)
@@ -76,7 +98,7 @@ def farthest_points(
         if not fresh:
             break
         chosen = chosen + fresh
-    return torch.from_numpy(distinct[np.asarray(chosen)])
+    return distinct[np.asarray(chosen)], math.sqrt(max(0.0, float(gap.max())))
 
 
 def _update(gap: Tensor, points: Tensor, centre: Tensor, fresh: list[int]) -> None:
@@ -197,12 +219,16 @@ def coverage(keys: Tensor | np.ndarray, chosen: Tensor | np.ndarray) -> tuple[fl
         RetrieverError: If the keys are no finite matrix.
     """
     matrix = as_matrix(keys, "keys")
-    kept = matrix[np.asarray(chosen)]
+    return distances_to(matrix, matrix[np.asarray(chosen)])
+
+
+def distances_to(keys: np.ndarray, kept: np.ndarray) -> tuple[float, float]:
+    """Measure the largest and the mean distance from keys, ``(n, D)``, each to the nearest kept one."""
     centre = kept.mean(axis=0, dtype=np.float64).astype(np.float32)
     centred = torch.from_numpy(kept - centre)
-    distances = np.empty(len(matrix))
-    for start in range(0, len(matrix), _ROWS):  # block by block: no second copy of all keys
-        part = matrix[start : start + _ROWS]
+    distances = np.empty(len(keys))
+    for start in range(0, len(keys), _ROWS):  # block by block: no second copy of all keys
+        part = keys[start : start + _ROWS]
         ids = nearest(torch.from_numpy(part - centre), centred).numpy()
         distances[start : start + _ROWS] = np.sqrt(pair_distances(part, kept, ids)[:, 0], dtype=np.float64)
     return float(distances.max()), float(distances.mean())
