@@ -117,7 +117,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--maps", type=int, default=50, help="label maps; the paper has 500")
-    parser.add_argument("--candidates", type=int, default=200_000, help="keys that wait to be thinned")
+    parser.add_argument("--candidates", type=int, default=100_000, help="keys that wait to be thinned")
     parser.add_argument("--size", type=int, default=1024, help="pairs of the bank")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--threads", type=int, default=1)

@@ -104,7 +104,7 @@ class GuidanceBank:
         retriever: Retriever,
         eps: float = 0.0,
         seed: int = 0,
-        max_candidates: int = 200_000,
+        max_candidates: int = 100_000,
         candidates: Candidates | None = None,
         folder: Path | None = None,
         meta: dict[str, Any] | None = None,
@@ -277,7 +277,8 @@ class GuidanceBank:
             BankError: If an id is no row of the bank.
             OptionError: If ``out`` has another shape or layout.
         """
-        return patches.glue(self._gather(ids), dtype=torch.float32, out=out)
+        rows = self._rows(ids)
+        return patches.glue_rows(np.asarray(self.values), rows, dtype=torch.float32, out=out)
 
     @torch.no_grad()
     def guide(self, feature: Tensor, exclude: Tensor | None = None) -> Tensor:
@@ -290,10 +291,14 @@ class GuidanceBank:
         Returns:
             ``(N, Cv, h * ph, w * pw)``, channels-last layout, without gradient.
         """
-        gathered = self._gather(self.search(feature, exclude).ids)
-        return patches.glue(gathered.to(feature.device), dtype=feature.dtype)
+        rows, table = self._rows(self.search(feature, exclude).ids), np.asarray(self.values)
+        if feature.device.type == "cpu":
+            return patches.glue_rows(table, rows, dtype=feature.dtype)
+        # Another device is sent float16, and converts it itself.
+        return patches.glue(torch.from_numpy(table[rows]).to(feature.device), dtype=feature.dtype)
 
-    def _gather(self, ids: Tensor) -> Tensor:
+    def _rows(self, ids: Tensor) -> np.ndarray:
+        """Check that ids are a grid of rows of the bank."""
         rows = ids.detach().cpu().numpy()
         if rows.ndim != len(self.patch) + 1 or (rows.size and not 0 <= rows.min() <= rows.max() < len(self)):
             span = f"from {rows.min()} to {rows.max()}" if rows.size else "without elements"
@@ -302,7 +307,7 @@ class GuidanceBank:
                 f"0..{len(self) - 1}, got {tuple(rows.shape)} {span}",
                 ids,
             )
-        return torch.from_numpy(np.take(np.asarray(self.values), rows, axis=0))
+        return rows
 
     @torch.no_grad()
     def check(self) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from retroexit.retrieval import Retriever
 from retroexit.taps import Taps
 from retroexit.training.inputs import Samples, drawing_from
 
-__all__ = ["stream_bank"]
+__all__ = ["stream_bank", "stream_banks"]
 
 
 def stream_bank(
@@ -36,7 +36,7 @@ def stream_bank(
     *,
     batch: int = 4,
     eps: float = 0.0,
-    max_candidates: int = 200_000,
+    max_candidates: int = 100_000,
     scratch: Path | None = None,
     progress: bool = True,
 ) -> GuidanceBank:
@@ -117,6 +117,54 @@ def stream_bank(
     )
 
 
+def stream_banks(
+    model: EarlyExitGenerator,
+    samples: Samples,
+    identities: Sequence[str],
+    retriever: Callable[[], Retriever],
+    *,
+    skip: Collection[str] = (),
+    scratch: Path | None = None,
+    **options: Any,
+) -> Iterator[tuple[str, GuidanceBank]]:
+    """Build one bank for each identity, as for the frames of each source face (paper, section 4.2).
+
+    Branches are trained with the bank of all; for one identity, set its own: ``model.bank = bank``.
+
+    Args:
+        model: See `stream_bank`.
+        samples: Inputs of all identities, in any order.
+        identities: Whom each sample shows, one name per sample. Names are used as names of folders.
+        retriever: Makes an unbuilt index.
+        skip: Identities that have their bank already.
+        scratch: See `stream_bank`; each identity gets a folder in it.
+        options: Handed to `stream_bank`.
+
+    Yields:
+        A name and its bank, in the order of first occurrence. ``source`` counts the samples of that identity.
+
+    Raises:
+        OptionError: If there is not one name per sample, or one cannot name a folder.
+        RetroExitError: Whatever `stream_bank` raises.
+    """
+    rows: dict[str, list[int]] = {}
+    for row, name in enumerate(identities):
+        rows.setdefault(name, []).append(row)
+    wrong = [n for n in rows if not isinstance(n, str) or Path(n).name != n or n in ("", ".", "..")]
+    if len(identities) != len(samples) or wrong:
+        found = f"the name {wrong[0]!r}" if wrong else f"{len(identities)} names for {len(samples)} samples"
+        raise OptionError(
+            f"asked for a bank per identity; found {found}. Give one name per sample that a folder can have.",
+            identities,
+        )
+    for name, chosen in rows.items():
+        if name in skip:
+            continue
+        own = Samples(_Some(samples.items, chosen), samples.seed)
+        folder = None if scratch is None else scratch / name
+        yield name, stream_bank(model, own, retriever(), scratch=folder, **options)
+
+
 class _Values:
     """Value features of single inputs, with the noise that was drawn when their keys passed by.
 
@@ -176,7 +224,7 @@ def _check_passed(samples: Samples, batch: int, done: int, candidates: Candidate
         return
     passed = ""
     with tqdm(total=done, desc="inputs seen before", disable=off) as bar:
-        for indices, args, kwargs in Samples(_First(samples.items, done), samples.seed).batches(batch):
+        for indices, args, kwargs in Samples(_Some(samples.items, range(done)), samples.seed).batches(batch):
             passed = _passed(passed, args, kwargs)
             bar.update(len(indices))
     if passed != candidates.passed:
@@ -187,14 +235,14 @@ def _check_passed(samples: Samples, batch: int, done: int, candidates: Candidate
         )
 
 
-class _First(Sequence[Any]):
-    """The first samples of a sequence that need not know slices."""
+class _Some(Sequence[Any]):
+    """Some samples of a sequence that need not know slices."""
 
-    def __init__(self, items: Sequence[Any], count: int) -> None:
-        self._items, self._count = items, min(count, len(items))
+    def __init__(self, items: Sequence[Any], rows: Sequence[int]) -> None:
+        self._items, self._rows = items, rows
 
     def __len__(self) -> int:
-        return self._count
+        return len(self._rows)
 
     def __getitem__(self, index: Any) -> Any:
-        return self._items[index]
+        return self._items[self._rows[index]]
