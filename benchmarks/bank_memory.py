@@ -1,8 +1,8 @@
 """Show that memory does not grow with the number of inputs that a patch bank is streamed from.
 
-A tenth of the paper's bank (section 4.1), 50 label maps x 100 fixed noises x 128 patches = 640,000 pairs,
-in the geometry of OASIS on Cityscapes: keys of 1,024 numbers, single locations of the 8x16 map behind l_1; values
-of 4x4x512, cut from the 32x64 map behind l_3. Weights are random, which changes no size; the last two stages,
+A tenth of the paper's bank (section 4.1), 50 label maps x 100 noises x 128 patches = 640,000 pairs, in the
+geometry of OASIS on Cityscapes: keys of 1,024 numbers, single locations of the 8x16 map behind l_1; values of
+4x4x512, cut from the 32x64 map behind l_3. Weights are random, which changes no size; the last two stages,
 which a bank never runs, are left out, so that recording the generator does not hide what is measured. A run
 that was interrupted goes on where it stopped. Keys take 0.4 seconds of one processor per input: ``--narrow``
 thins the blocks inside and the label maps, and leaves keys and values their sizes and numbers.

@@ -22,10 +22,10 @@ class Coreset(Candidates):
 
     While all keys fit they are all held, and farthest points of them are those of the stream, exactly. When
     the room is full, what came since the last time is thinned by farthest points to a few; when such
-    survivors fill half of the room, they are thinned in turn. A key is at most one radius from a survivor of its
-    own piece, and a survivor at most one radius from what is left of the survivors, so that the sum of the radii
-    holds for every key ever seen: `reach`. Each of these radii is at most twice the smallest that as many
-    centres, placed anywhere, could have for the whole stream (Gonzalez, 1985).
+    survivors fill half of the room, they are thinned in turn. A key is at most one radius from a survivor of
+    its own piece, and a survivor at most one radius from what is left of the survivors, so that the sum of
+    the radii holds for every key ever seen: `reach`. Each of these radii is at most twice the smallest that
+    as many centres, placed anywhere, could have for the whole stream (Gonzalez, 1985).
 
     Args:
         most: Keys held at most; at least twice ``size`` are taken.

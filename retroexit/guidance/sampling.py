@@ -83,12 +83,15 @@ def spread_out(
 ) -> tuple[np.ndarray, float]:
     """Do as `farthest_points` does, and say the largest distance from any key to the nearest chosen one."""
     matrix, distinct = _distinct(keys, size)
-    points = torch.from_numpy(matrix if len(distinct) == len(matrix) else matrix[distinct])
-    centre = points.mean(dim=0, dtype=torch.float64)
-    size = min(size, len(points))
-    gap = torch.full((len(points),), math.inf, dtype=torch.float64)  # squared distance to the chosen keys
-    chosen = [int(torch.randint(len(points), (1,), generator=torch.Generator().manual_seed(seed)))]
-    fresh = chosen
+    points = torch.from_numpy(matrix)
+    once = np.zeros((len(matrix), 1), bool)
+    once[distinct] = True  # torch, or indexing, would copy all keys
+    centre = torch.from_numpy(matrix.mean(axis=0, dtype=np.float64, where=once))
+    size = min(size, len(distinct))
+    gap = torch.full((len(points),), -1.0, dtype=torch.float64)  # squared distance to the chosen keys,
+    gap[torch.from_numpy(distinct)] = math.inf  # of a repeated one never more than -1: it is not chosen
+    first = int(torch.randint(len(distinct), (1,), generator=torch.Generator().manual_seed(seed)))
+    fresh = chosen = [int(distinct[first])]
     while True:
         _update(gap, points, centre, fresh)
         gap[chosen] = -1.0  # rounding may leave a trace of distance to itself
@@ -98,7 +101,7 @@ def spread_out(
         if not fresh:
             break
         chosen = chosen + fresh
-    return distinct[np.asarray(chosen)], math.sqrt(max(0.0, float(gap.max())))
+    return np.asarray(chosen), math.sqrt(max(0.0, float(gap.max())))
 
 
 def _update(gap: Tensor, points: Tensor, centre: Tensor, fresh: list[int]) -> None:
