@@ -19,8 +19,8 @@ from retroexit.decoder.structure import cloned
 from retroexit.errors import BankError, OptionError
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.guidance.keys import key_name, keys_of
-from retroexit.guidance.origin import Origin
 from retroexit.guidance.options import WHOLE_IMAGE, Guidance
+from retroexit.guidance.origin import Origin
 
 __all__ = ["Taps", "find_key_cut", "find_taps", "tap_paths"]
 

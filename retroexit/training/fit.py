@@ -21,7 +21,7 @@ from retroexit.fingerprint import fingerprint
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.model import EarlyExitGenerator
 from retroexit.retrieval.base import Retriever
-from retroexit.retrieval.storage import MANIFEST
+from retroexit.retrieval.storage import MANIFEST, file_digest, read_npy
 from retroexit.routing.predictor import Predictor
 from retroexit.storage import save_model, wrap_settings
 from retroexit.taps import Taps
@@ -352,13 +352,17 @@ def _measure(
         )
     temporary = path.with_suffix(".part.npy")
     np.save(temporary, losses.numpy(), allow_pickle=False)
+    path.with_suffix(".sha256").write_text(file_digest(temporary), encoding="ascii")
     os.replace(temporary, path)
     return losses
 
 
 def _read_losses(path: Path, size: tuple[int, int]) -> Tensor:
     try:
-        losses = torch.from_numpy(np.load(path, allow_pickle=False))
+        seal = path.with_suffix(".sha256")
+        if seal.exists() and seal.read_text(encoding="ascii") != file_digest(path):
+            raise ValueError(f"it does not match {seal.name}")
+        losses = torch.from_numpy(read_npy(path))
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"asked to go on from {path}; found it damaged ({error}). Remove it.", path
