@@ -35,7 +35,7 @@ Thinning = Literal["fps", "kmeans", "random", "none"]
 """Ways of thinning: farthest points, keys nearest to centres, a uniform sample, or every distinct key."""
 
 _ROUND = 64  # picks per pass over all keys; a pool of 8 x 64 seldom runs dry earlier
-_ROWS = 8192  # keys converted to float64 at a time
+_ROWS = 2048  # keys converted to float64 at a time
 
 
 @torch.no_grad()
