@@ -108,6 +108,11 @@ def front(narrow: bool) -> OASISGenerator:
         for index, (c_in, c_out) in enumerate(widths):
             generator.body[index] = SPADEBlock(c_in, c_out, 99, 32)
     generator.conv_img = torch.nn.Conv2d(256, 3, 3, padding=1)
+    with torch.no_grad():  # spectral norms and statistics of random weights settle, so that values stay small
+        for _ in range(5):
+            generator.train()(
+                torch.nn.functional.one_hot(torch.randint(35, (2, 32, 64)), 35).movedim(-1, 1).float()
+            )
     return generator.eval()
 
 

@@ -35,7 +35,7 @@ Thinning = Literal["fps", "kmeans", "random", "none"]
 """Ways of thinning: farthest points, keys nearest to centres, a uniform sample, or every distinct key."""
 
 _ROUND = 64  # picks per pass over all keys; a pool of 8 x 64 seldom runs dry earlier
-_ROWS = 2048  # keys converted to float64 at a time
+_NUMBERS = 1 << 21  # converted to float64 at a time: 8192 keys of 256, 2048 of 1024
 
 
 @torch.no_grad()
@@ -110,8 +110,9 @@ def _update(gap: Tensor, points: Tensor, centre: Tensor, fresh: list[int]) -> No
     # noise; but only for the few rows that float32 cannot rule out.
     new = points[fresh] - centre
     new_norms = squared_norms(new)
-    for start in range(0, len(points), _ROWS):
-        block, here = points[start : start + _ROWS], gap[start : start + _ROWS]
+    step = max(64, _NUMBERS // points.shape[1])
+    for start in range(0, len(points), step):
+        block, here = points[start : start + step], gap[start : start + step]
         rows = _perhaps_lowered(here, block - centre.float(), new.float())
         if not len(rows):
             continue
@@ -230,10 +231,11 @@ def distances_to(keys: np.ndarray, kept: np.ndarray) -> tuple[float, float]:
     centre = kept.mean(axis=0, dtype=np.float64).astype(np.float32)
     centred = torch.from_numpy(kept - centre)
     distances = np.empty(len(keys))
-    for start in range(0, len(keys), _ROWS):  # block by block: no second copy of all keys
-        part = keys[start : start + _ROWS]
+    step = max(64, _NUMBERS // keys.shape[1])
+    for start in range(0, len(keys), step):  # block by block: no second copy of all keys
+        part = keys[start : start + step]
         ids = nearest(torch.from_numpy(part - centre), centred).numpy()
-        distances[start : start + _ROWS] = np.sqrt(pair_distances(part, kept, ids)[:, 0], dtype=np.float64)
+        distances[start : start + step] = np.sqrt(pair_distances(part, kept, ids)[:, 0], dtype=np.float64)
     return float(distances.max()), float(distances.mean())
 
 
