@@ -33,7 +33,6 @@ class EarlyExitGenerator(nn.Module):
         generator: The user's generator, never changed.
         options: How it was wrapped.
         branches: The thin branches, cheapest first. Empty until the generator has been recorded.
-        bank: The guidance bank, or ``None``.
         predictor: The predictor, or ``None`` before `retroexit.fit`.
     """
 
@@ -43,9 +42,9 @@ class EarlyExitGenerator(nn.Module):
         self.options = options
         self.branches = nn.ModuleList()
         self.predictor: Predictor | None = None
-        self.bank: GuidanceBank | None = None
         self.about: dict[str, Any] = {}
         self._anatomy: Anatomy | None = None
+        self._bank: GuidanceBank | None = None
         self._saved: dict[str, Tensor] | None = None
         self._lock = threading.Lock()
         self.eval()
@@ -66,10 +65,26 @@ class EarlyExitGenerator(nn.Module):
         with self._lock:
             if self._anatomy is None:
                 anatomy, branches = build_anatomy(self.generator, self.options, inputs, kwargs)
+                anatomy.check_bank(self._bank)
                 self.branches.extend(branches)
                 if self._saved is not None:
                     self._load_saved(self._saved)
                 self._anatomy = anatomy
+
+    @property
+    def bank(self) -> GuidanceBank | None:
+        """The guidance bank; one of another backbone, other taps or other patches cannot be set.
+
+        Raises:
+            BankError: On setting one that does not fit, or one of a model without guidance.
+        """
+        return self._bank
+
+    @bank.setter
+    def bank(self, bank: GuidanceBank | None) -> None:
+        if self._anatomy is not None:  # else it is compared once the taps are known
+            self._anatomy.check_bank(bank)
+        self._bank = bank
 
     def restore(self, weights: dict[str, Tensor]) -> None:
         """Give the branches saved weights, now or when the generator is recorded.

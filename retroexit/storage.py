@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import platform
@@ -23,7 +24,7 @@ from retroexit.guidance.bank import GuidanceBank
 from retroexit.guidance.keys import key_name
 from retroexit.guidance.options import Guidance
 from retroexit.model import EarlyExitGenerator
-from retroexit.retrieval.storage import MANIFEST, file_digest
+from retroexit.retrieval.storage import MANIFEST, file_digest, is_whole, self_digest
 from retroexit.routing.predictor import Predictor
 from retroexit.wrapping import WrapOptions
 
@@ -33,6 +34,10 @@ if TYPE_CHECKING:
 __all__ = ["load_model", "read_tensors", "save_model", "versions", "wrap_settings", "write_tensors"]
 
 _SCHEMA = 1
+_UNSEALED = (
+    *("schema", "fingerprint", "generator", "attach_at", "options", "plans", "predictor", "predictor_reads"),
+    *("has_bank", "bank_sha256", "weights_sha256", "exits", "about", "versions"),
+)
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, Any] | None = None) -> None:
@@ -41,7 +46,8 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, Any] 
     temporary = path.with_suffix(path.suffix + ".part")
     # Tied and channels-last tensors are refused by safetensors; copies are neither.
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    save_file(plain, temporary, {"about": json.dumps(about or {})})
+    facts = json.dumps(about or {})
+    save_file(plain, temporary, {"about": facts, "digest": _digest(plain, facts)})
     os.replace(temporary, path)
 
 
@@ -53,10 +59,23 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     try:
         with safe_open(path, "pt") as file:
-            about = json.loads((file.metadata() or {}).get("about", "{}"))
-            return {name: file.get_tensor(name) for name in file.keys()}, about  # noqa: SIM118
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            about = metadata.get("about", "{}")
+            # Files of an earlier version have no digest, and nothing but "about".
+            if metadata.get("digest", "") != _digest(tensors, about) and metadata.keys() - {"about"}:
+                raise ValueError("that it does not match its own digest")
+            return tensors, dict(json.loads(about))
     except (OSError, SafetensorError, ValueError) as error:
         raise CheckpointError(f"asked to read {path}; found {error}. Write it again.", path) from error
+
+
+def _digest(tensors: dict[str, Tensor], about: str) -> str:
+    total = hashlib.sha256(about.encode())
+    for name, tensor in sorted(tensors.items()):
+        total.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+        total.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
 
 
 def versions() -> dict[str, str]:
@@ -113,6 +132,7 @@ def save_model(model: EarlyExitGenerator, folder: str | Path) -> Path:
         "about": model.about,
         "versions": versions(),
     }
+    manifest["digest"] = self_digest(json.loads(json.dumps(manifest)))
     temporary = folder / "model.json.part"
     temporary.write_text(json.dumps(manifest, indent=1, allow_nan=False))
     os.replace(temporary, folder / "model.json")
@@ -208,6 +228,12 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"asked to load {folder}; found schema {schema}, this version reads {_SCHEMA}. Use the version "
             f"that wrote it: {manifest.get('versions', {}).get('retroexit')}.",
+            folder,
+        )
+    if not is_whole(manifest, _UNSEALED):
+        raise CheckpointError(
+            f"asked to load {folder}; found model.json damaged: it does not match its own digest. Copy it "
+            "again.",
             folder,
         )
     return manifest

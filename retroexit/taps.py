@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from retroexit.errors import BankError, OptionError
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.guidance.keys import key_name, keys_of
 from retroexit.guidance.options import WHOLE_IMAGE, Guidance
+from retroexit.guidance.origin import Origin
 
 __all__ = ["Taps", "find_key_cut", "find_taps", "tap_paths"]
 
@@ -65,6 +67,19 @@ class Taps:
             return keyed
         width, *place = self.key_shape
         return keys_of(self.key, args, kwargs, len(keyed), len(place), width)
+
+    def origin(self, fingerprint: str | None = None) -> Origin:
+        """Say what a bank for this generator is made from."""
+        grid = [side // step for side, step in zip(self.key_shape[1:], self.patch, strict=True)]
+        return Origin(
+            fingerprint,
+            self.key_tap,
+            self.value_cut.feature.name,
+            tuple(self.patch),
+            self.key_shape[0] * math.prod(self.patch),
+            tuple(side // count for side, count in zip(self.guide.size, grid, strict=True)),
+            self.guide.channels,
+        )
 
     def search_macs(self, bank: GuidanceBank) -> int:
         """MACs of the search in the bank for one sample, as exact search counts them."""

@@ -20,10 +20,19 @@ from retroexit.decoder.replay import ReplaySplit
 from retroexit.decoder.split import SplitGenerator, Values, places
 from retroexit.decoder.stages import Decoder, Stage, describe_stage, read_decoder
 from retroexit.decoder.structure import cloned, tensors, twin
-from retroexit.errors import AttachPointError, InputMismatchError, OptionError, RecordingError, closest
+from retroexit.errors import (
+    AttachPointError,
+    BankError,
+    InputMismatchError,
+    OptionError,
+    RecordingError,
+    closest,
+)
 from retroexit.evaluation.macs import count_macs
+from retroexit.fingerprint import fingerprint
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.guidance.options import Guidance
+from retroexit.guidance.origin import refuse_another
 from retroexit.routing.predictor import Predictor
 from retroexit.taps import Taps, find_key_cut, find_taps, tap_paths
 
@@ -144,6 +153,24 @@ class Anatomy:
             device = next(predictor.parameters()).device
             self._memo[key] = count_macs(predictor, torch.zeros(1, *shape, device=device))
         return self._memo[key]
+
+    def check_bank(self, bank: GuidanceBank | None) -> None:
+        """Refuse a bank that was made from another backbone, other taps or other patches.
+
+        Raises:
+            BankError: If it was, or if no branch takes a guide.
+        """
+        if bank is None:
+            return
+        if self.taps is None:
+            raise BankError(
+                "asked to guide a generator with a bank; found that it was wrapped without guidance. Pass "
+                "guidance=... to retroexit.wrap.",
+                bank,
+            )
+        # Hashing all weights takes a while: only where there is something to compare with.
+        own = None if bank.origin.fingerprint is None else fingerprint(self.split.generator)
+        refuse_another(bank.origin, self.taps.origin(own), bank)
 
     def search_macs(self, bank: GuidanceBank | None) -> int:
         """MACs of the search in the bank for one sample, as exact search counts them."""

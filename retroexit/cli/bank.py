@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from torch import nn
 
 import retroexit
 from retroexit.cli.options import TARGET, FactoryArguments, resumable
@@ -15,8 +16,8 @@ from retroexit.fingerprint import fingerprint
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.plugins.host import host
 from retroexit.retrieval.storage import MANIFEST
-from retroexit.targets import example_of, load_generator, load_samples, parse_places
-from retroexit.training.banks import stream_bank
+from retroexit.targets import example_of, load_generator, load_object, load_samples, parse_places
+from retroexit.training.banks import stream_bank, stream_banks
 from retroexit.training.inputs import Samples
 
 __all__ = ["bank"]
@@ -27,6 +28,8 @@ bank = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
 )
+_KEY = "For a bank of frames: function that gives a key per input, package.module:name."
+_IDENTITIES = "For a bank per identity: one name per sample, package.module:name."
 Folder = Annotated[Path, typer.Argument(help="Folder of a bank: what build wrote, or FIT/bank.")]
 
 
@@ -44,6 +47,8 @@ def build(
     out: Annotated[Path, typer.Option(help="Folder for the bank.")],
     factory_arguments: FactoryArguments = "",
     key_after: Annotated[str, typer.Option(help="Stage that keys are cut from, by number or path.")] = "1",
+    key: Annotated[str | None, typer.Option(help=_KEY)] = None,
+    identities: Annotated[str | None, typer.Option(help=_IDENTITIES)] = None,
     value_after: Annotated[
         str | None, typer.Option(help="Stage that values are cut from, or image; the middle one by default.")
     ] = None,
@@ -53,43 +58,37 @@ def build(
     eps: Annotated[float, typer.Option(min=0, help="fps stops when every key is this near.")] = 0.0,
     retriever: Annotated[str, typer.Option(help="Search back-end.")] = "exact",
     batch: Annotated[int, typer.Option(min=1, help="Inputs per pass.")] = 4,
-    candidates: Annotated[int, typer.Option(min=1, help="Keys held before thinning.")] = 200_000,
+    candidates: Annotated[int, typer.Option(min=1, help="Keys held before thinning.")] = 100_000,
     seed: Annotated[int, typer.Option(min=0, help="Seed of everything random.")] = 0,
 ) -> None:
-    """Fill a bank from a generator's inputs; nothing is trained. Can be interrupted and resumed."""
+    """Fill a bank from a generator's inputs; nothing is trained. Can be interrupted and resumed.
+
+    With --identities, OUT becomes a folder of banks, one for each name; those that are there already stay.
+    """
     if (out / MANIFEST).exists():
         raise OptionError(f"asked to build a bank in {out}; found one there. Name a new folder.", out)
     generator, example = load_generator(target, factory_arguments)
     samples = load_samples(inputs)
     args, kwargs = example_of(example, samples)
-    model = retroexit.wrap(
-        generator,
-        parse_places(key_after),
-        guidance=retroexit.Guidance(
-            key=False,
-            value_after=_place(value_after),
-            patch=(patch, patch),
-            size=size,
-            thin=thin,  # type: ignore[arg-type]  # checked there
-            retriever=retriever,
-        ),
-        example_inputs=args,
-        example_kwargs=kwargs,
-        scale=1.0,
-    )
+    guidance = _guidance(key, value_after, patch, size=size, thin=thin, retriever=retriever)
+    model = _wrapped(generator, key_after, guidance, args, kwargs)
     scratch = out.with_name(f"{out.name}.part")
+    streamed, make = Samples(samples, seed), host().retriever(retriever)
+    options: dict[str, Any] = {"batch": batch, "eps": eps, "max_candidates": candidates}
     with resumable():
-        made = stream_bank(
-            model,
-            Samples(samples, seed),
-            host().retriever(retriever)(),
-            batch=batch,
-            eps=eps,
-            max_candidates=candidates,
-            scratch=scratch,
-        )
+        if identities is None:
+            _keep(stream_bank(model, streamed, make(), scratch=scratch, **options), out)
+        else:
+            names = load_samples(identities)
+            there = [name for name in set(names) if (out / str(name) / MANIFEST).exists()]
+            banks = stream_banks(model, streamed, names, make, skip=there, scratch=scratch, **options)
+            for name, made in banks:
+                _keep(made, out / name)
+    shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _keep(made: GuidanceBank, out: Path) -> None:
     made.save(out)
-    shutil.rmtree(scratch)
     typer.echo(_facts(made))
     typer.echo(f"saved to {out}")
 
@@ -100,19 +99,62 @@ def info(folder: Folder) -> None:
     typer.echo(_facts(_load(folder)))
 
 
-@bank.command(epilog="\b\nExample: retroexit bank verify runs/decoder/bank mymodels:decoder")
+@bank.command(epilog="\b\nExample: retroexit bank verify runs/decoder/bank mymodels:decoder --key-after 1")
 def verify(
     folder: Folder,
     target: Annotated[str | None, typer.Argument(help=TARGET)] = None,
     factory_arguments: FactoryArguments = "",
+    inputs: Annotated[str | None, typer.Option(help="Samples, where the factory gives no inputs.")] = None,
+    key_after: Annotated[str | None, typer.Option(help="Compare what keys are cut from, too.")] = None,
+    value_after: Annotated[str | None, typer.Option(help="Where values are to come from.")] = None,
+    patch: Annotated[int, typer.Option(min=1, help="Side of a key's patch.")] = 1,
+    key: Annotated[str | None, typer.Option(help=_KEY)] = None,
 ) -> None:
-    """Check every file of a bank, that every key finds its own pair, and that the generator is the bank's."""
-    wanted = None if target is None else fingerprint(load_generator(target, factory_arguments)[0])
+    """Check every file of a bank, that every key finds its own pair, and that the generator is the bank's.
+
+    With --key-after or --key, taps and patches are compared as well: name them as for build.
+    """
+    wanted, model = None, None
+    if target is not None:
+        generator, example = load_generator(target, factory_arguments)
+        wanted = fingerprint(generator)
+        if key_after is not None or key is not None:
+            args, kwargs = example_of(example, None if inputs is None else load_samples(inputs))
+            guidance = _guidance(key, value_after, patch)
+            model = _wrapped(generator, key_after or "1", guidance, args, kwargs)
     found = _load(folder, wanted)
+    if model is not None:
+        model.bank = found
     own = found.check()
     typer.echo(f"files whole, values finite, {own} of {len(found)} keys find themselves")
     if target is not None:
         typer.echo(f"backbone is the one that the bank was built with: {wanted}")
+    if model is not None:
+        typer.echo(f"keys from {found.origin.key_tap}, values from {found.origin.value_tap}, as asked for")
+
+
+def _guidance(key: str | None, value_after: str | None, patch: int, **more: Any) -> retroexit.Guidance:
+    """Settings of a bank of patches, or of frames where a key function is named."""
+    return retroexit.Guidance(
+        key=False if key is None else load_object(key),
+        value_after=_place(value_after),
+        patch=(patch, patch),
+        **more,
+    )
+
+
+def _wrapped(
+    generator: nn.Module, key_after: str, guidance: retroexit.Guidance, args: Any, kwargs: Any
+) -> retroexit.EarlyExitGenerator:
+    """Wrap with a single branch, which nobody runs: a bank needs the taps alone."""
+    return retroexit.wrap(
+        generator,
+        parse_places(key_after),
+        guidance=guidance,
+        example_inputs=args,
+        example_kwargs=kwargs,
+        scale=1.0,
+    )
 
 
 def _load(folder: Path, wanted: str | None = None) -> GuidanceBank:
@@ -146,6 +188,8 @@ def _facts(found: GuidanceBank) -> str:
             f"{how['how']} of {how['candidates']:,} candidates, {how['seen']:,} keys seen, seed {how['seed']}"
         )
         lines["coverage"] = f"radius {how['radius']:.4g}, mean distance to the nearest key {how['mean']:.4g}"
+        if how.get("within") is not None:
+            lines["coverage"] += f", every key seen within {how['within']:.4g}"
     return "\n".join(f"{name + ':':13}{fact}" for name, fact in lines.items())
 
 

@@ -151,6 +151,18 @@ class SplitGenerator:
         keyed: Tensor = values[self.key_cut.feature].clone()
         return behind(values), keyed
 
+    def keyed(self, args: Any, kwargs: Any) -> Tensor:
+        """Run no farther than to the feature that keys are cut from, and give it.
+
+        Raises:
+            InputMismatchError, ModeError, DeviceError: See `start`.
+        """
+        values = self.start(args, kwargs)
+        if self.key_cut is None or self._around_key is None:
+            return self.crossing(self.advance(values, 0), 0)[0]
+        found: Tensor = self._around_key[0](values)[self.key_cut.feature]
+        return found
+
     def advance(self, values: Values, index: int) -> Values:
         """Run the generator from the cut before to cut ``index`` (from 0); gives the values that cross it."""
         return self._segments[index](values)

@@ -7,8 +7,7 @@ belong to which input; whoever uses it hands over the feature before a branch an
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,10 @@ from torch import Tensor
 
 from retroexit.errors import BankError, CheckpointError, OptionError
 from retroexit.guidance import patches
-from retroexit.guidance.filling import collect_keys, compute_values
-from retroexit.guidance.reservoir import Reservoir
-from retroexit.guidance.sampling import Thinning, coverage
-from retroexit.guidance.sampling import thin as choose
+from retroexit.guidance.candidates import Candidates
+from retroexit.guidance.filling import fill, hold_candidates
+from retroexit.guidance.origin import Origin, refuse_another
+from retroexit.guidance.sampling import Thinning
 from retroexit.retrieval import AutoRetriever, ExactRetriever, FaissRetriever, HnswlibRetriever, Retriever
 from retroexit.retrieval.storage import (
     MANIFEST,
@@ -105,8 +104,9 @@ class GuidanceBank:
         retriever: Retriever,
         eps: float = 0.0,
         seed: int = 0,
-        max_candidates: int = 200_000,
-        candidates: Reservoir | None = None,
+        max_candidates: int = 100_000,
+        candidates: Candidates | None = None,
+        folder: Path | None = None,
         meta: dict[str, Any] | None = None,
         progress: bool = False,
     ) -> GuidanceBank:
@@ -124,8 +124,11 @@ class GuidanceBank:
             retriever: Unbuilt index; it receives the kept keys.
             eps: Farthest point sampling stops when no candidate is farther than this from the kept keys.
             seed: Of all random choices.
-            max_candidates: Keys held in memory before thinning; of more, a uniform sample is taken.
+            max_candidates: Keys held in memory before thinning, at least twice ``size`` with ``"fps"``. Of
+                more keys, ``"fps"`` thins a `Coreset`, so that ``meta["thinning"]["within"]`` bounds the
+                distance of every key ever seen to a kept one; the other ways thin a uniform sample.
             candidates: Holds them instead, and may have seen a part of the stream before.
+            folder: Where values are written as they come, to go on from; in memory if ``None``.
             meta: Facts to record, such as ``fingerprint`` of the backbone, ``key_tap`` and ``value_tap``;
                 plain data.
             progress: Show progress bars on a terminal.
@@ -135,33 +138,30 @@ class GuidanceBank:
             RetrieverError: If a feature is not finite.
             OptionError: If an option is out of range.
         """
-        reservoir = Reservoir(max_candidates, seed=seed) if candidates is None else candidates
-        collect_keys(features, tuple(patch), reservoir)
-        with _bar(progress, "thinning") as step:
-            kept = choose(reservoir.keys, size, thin, eps=eps, seed=seed, progress=step).numpy()
-        radius, mean = coverage(reservoir.keys, kept)
-        source, cells = reservoir.tags[kept].T
-        retriever.build(reservoir.keys[kept])
-        with _bar(progress, "values") as step:
-            values = compute_values(values_of, source, cells, reservoir.grid, step)
+        if candidates is None:
+            candidates = hold_candidates(thin, max_candidates, size=size, seed=seed)
+        pairs = fill(
+            features,
+            values_of,
+            candidates,
+            patch=tuple(patch),
+            size=size,
+            thin=thin,
+            eps=eps,
+            seed=seed,
+            folder=folder,
+            progress=progress,
+        )
+        retriever.build(pairs.keys)
         facts = {
             **(meta or {}),
             "patch": list(patch),
-            "value_patch": list(values.shape[1:-1]),
-            "value_channels": values.shape[-1],
+            "value_patch": list(pairs.values.shape[1:-1]),
+            "value_channels": pairs.values.shape[-1],
             "dtype": "float16",
-            "thinning": {
-                "how": thin,
-                "size": size,
-                "eps": eps,
-                "seed": seed,
-                "seen": reservoir.seen,
-                "candidates": len(reservoir.keys),
-                "radius": radius,
-                "mean": mean,
-            },
+            "thinning": pairs.thinning,
         }
-        return cls(retriever=retriever, values=values, source=source, meta=facts)
+        return cls(retriever=retriever, values=pairs.values, source=pairs.source, meta=facts)
 
     def __len__(self) -> int:
         return len(self.values)
@@ -184,6 +184,18 @@ class GuidanceBank:
     def value_channels(self) -> int:
         """Channels of a value, and of the guide."""
         return self.values.shape[-1]
+
+    @property
+    def origin(self) -> Origin:
+        """What the bank was made from, as far as it knows."""
+        known = {name: self.meta.get(name) for name in ("fingerprint", "key_tap", "value_tap")}
+        return Origin(
+            **known,
+            patch=self.patch,
+            key_width=self.retriever.width,
+            value_patch=self.value_patch,
+            value_channels=self.value_channels,
+        )
 
     def macs_per_search(self, queries: int) -> int:
         """Count the multiply-adds of an exact search, queries x keys x width.
@@ -265,7 +277,8 @@ class GuidanceBank:
             BankError: If an id is no row of the bank.
             OptionError: If ``out`` has another shape or layout.
         """
-        return patches.glue(self._gather(ids), dtype=torch.float32, out=out)
+        rows = self._rows(ids)
+        return patches.glue_rows(np.asarray(self.values), rows, dtype=torch.float32, out=out)
 
     @torch.no_grad()
     def guide(self, feature: Tensor, exclude: Tensor | None = None) -> Tensor:
@@ -278,10 +291,14 @@ class GuidanceBank:
         Returns:
             ``(N, Cv, h * ph, w * pw)``, channels-last layout, without gradient.
         """
-        gathered = self._gather(self.search(feature, exclude).ids)
-        return patches.glue(gathered.to(feature.device), dtype=feature.dtype)
+        rows, table = self._rows(self.search(feature, exclude).ids), np.asarray(self.values)
+        if feature.device.type == "cpu":
+            return patches.glue_rows(table, rows, dtype=feature.dtype)
+        # Another device is sent float16, and converts it itself.
+        return patches.glue(torch.from_numpy(table[rows]).to(feature.device), dtype=feature.dtype)
 
-    def _gather(self, ids: Tensor) -> Tensor:
+    def _rows(self, ids: Tensor) -> np.ndarray:
+        """Check that ids are a grid of rows of the bank."""
         rows = ids.detach().cpu().numpy()
         if rows.ndim != len(self.patch) + 1 or (rows.size and not 0 <= rows.min() <= rows.max() < len(self)):
             span = f"from {rows.min()} to {rows.max()}" if rows.size else "without elements"
@@ -290,7 +307,7 @@ class GuidanceBank:
                 f"0..{len(self) - 1}, got {tuple(rows.shape)} {span}",
                 ids,
             )
-        return torch.from_numpy(np.take(np.asarray(self.values), rows, axis=0))
+        return rows
 
     @torch.no_grad()
     def check(self) -> int:
@@ -344,6 +361,7 @@ class GuidanceBank:
         mmap: bool = True,
         *,
         retriever_class: type[Retriever] | None = None,
+        origin: Origin | None = None,
     ) -> GuidanceBank:
         """Read what `save` wrote.
 
@@ -351,10 +369,12 @@ class GuidanceBank:
             folder: A folder written by `save`.
             fingerprint: Of the backbone that the bank shall guide; not compared if ``None``.
             mmap: Leave the values on disk and map them into memory.
-            retriever_class: Back-end for the keys; by default the saved one, if it is one of our three.
+            retriever_class: Back-end for the keys; by default the saved one, if it is one of ours.
+            origin: Taps and patches that the bank must have; not compared if ``None``.
 
         Raises:
-            BankError: If the bank belongs to another backbone, or its back-end is not ours and was not given.
+            BankError: If the bank belongs to another backbone, has other taps or patches, or its back-end is
+                not ours and was not given.
             CheckpointError: If a file is missing or damaged.
         """
         manifest = read_manifest(folder, _KIND, _SCHEMA)
@@ -377,23 +397,9 @@ class GuidanceBank:
         source = read_array(folder, _SOURCE, manifest)
         retriever = found.load(Path(folder) / _KEYS)
         try:
-            return cls(retriever=retriever, values=values, source=source, meta=manifest["meta"])
+            bank = cls(retriever=retriever, values=values, source=source, meta=manifest["meta"])
         except BankError as error:
             raise CheckpointError(f"{folder} is no consistent bank: {error}", folder) from error
-
-
-@contextmanager
-def _bar(show: bool, what: str) -> Iterator[Callable[[int, int], None]]:
-    """Yield a function that takes the number done and the total; a progress bar follows it on a terminal."""
-    if not show:
-        yield lambda done, total: None
-        return
-    from tqdm import tqdm
-
-    with tqdm(desc=what, disable=None) as bar:
-
-        def step(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield step
+        if origin is not None:
+            refuse_another(bank.origin, origin, folder, f"the bank in {folder}")
+        return bank

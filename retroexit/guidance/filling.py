@@ -4,43 +4,148 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from retroexit.errors import BankError
+from retroexit.guidance.candidates import Candidates
+from retroexit.guidance.coreset import Coreset
+from retroexit.guidance.drafts import ValueDraft
 from retroexit.guidance.patches import cut
 from retroexit.guidance.reservoir import Reservoir
+from retroexit.guidance.sampling import Thinning, distances_to
+from retroexit.guidance.sampling import thin as choose
 from retroexit.retrieval.base import as_matrix
 
-__all__ = ["collect_keys", "compute_values"]
+__all__ = ["Pairs", "collect_keys", "compute_values", "fill", "hold_candidates"]
 
-_STORED = 30.0  # seconds between two notes of how far a stream has come
+_STORED = 60.0  # seconds between two notes of how far a stream has come, at least
+_SHARE = 20  # and this many times the time that the last note took
 _VALUE_BATCH = 8  # inputs whose value features are computed at once
 
 
+@dataclass(frozen=True)
+class Pairs:
+    """What a bank is made of.
+
+    Attributes:
+        keys: The kept ones, float32 ``(n, D)``.
+        values: float16 ``(n, ph, pw, Cv)``.
+        source: Index of the input of each pair, int64 ``(n,)``.
+        thinning: How well the keys cover what was seen, plain data.
+    """
+
+    keys: np.ndarray
+    values: np.ndarray
+    source: np.ndarray
+    thinning: dict[str, Any]
+
+
+def hold_candidates(
+    thin: Thinning,
+    most: int,
+    *,
+    size: int,
+    seed: int = 0,
+    folder: Path | None = None,
+    identity: dict[str, Any] | None = None,
+) -> Candidates:
+    """Choose how the keys of a stream wait for their thinning, where they are more than fit.
+
+    Farthest points are taken of a `Coreset`, in which no outlier is lost; all other ways thin a `Reservoir`.
+
+    Args:
+        thin: See `GuidanceBank.build`.
+        most: Keys held at most.
+        size: Keys kept in the end.
+        seed: See `Candidates`.
+        folder: See there.
+        identity: See there.
+    """
+    if thin == "fps":
+        return Coreset(most, size=size, seed=seed, folder=folder, identity=identity)
+    return Reservoir(most, seed=seed, folder=folder, identity=identity)
+
+
+def fill(
+    features: Iterable[tuple[Tensor, Tensor | list[int]]],
+    values_of: Callable[[list[int]], Tensor],
+    candidates: Candidates,
+    *,
+    patch: tuple[int, ...],
+    size: int,
+    thin: Thinning,
+    eps: float,
+    seed: int,
+    folder: Path | None = None,
+    progress: bool = False,
+) -> Pairs:
+    """Gather keys, thin them, and compute the values of those that remain; see `GuidanceBank.build`.
+
+    Args:
+        features: See there.
+        values_of: See there.
+        candidates: Where keys wait.
+        patch: See there.
+        size: See there.
+        thin: See there.
+        eps: See there.
+        seed: See there.
+        folder: Where values are written as they come, so that computing them can go on later.
+        progress: See there.
+    """
+    collect_keys(features, patch, candidates)
+    with _bar(progress, "thinning") as step:
+        rows = choose(candidates.keys, size, thin, eps=eps, seed=seed, progress=step).numpy()
+    keys = candidates.keys[rows]
+    radius, mean = distances_to(candidates.keys, keys)
+    if candidates.sample is not candidates.keys and candidates.reach:
+        mean = distances_to(candidates.sample, keys)[1]
+    source, cells = candidates.tags[rows].T
+    within = candidates.reach + radius
+    with _bar(progress, "values") as step:
+        values = compute_values(values_of, source, cells, candidates.grid, step, folder)
+    facts = {
+        "how": thin,
+        "size": size,
+        "eps": eps,
+        "seed": seed,
+        "seen": candidates.seen,
+        "candidates": candidates.held,
+        "radius": radius,
+        "mean": mean,
+        "within": within if math.isfinite(within) else None,
+    }
+    return Pairs(keys, values, source, facts)
+
+
 def collect_keys(
-    features: Iterable[tuple[Tensor, Tensor | list[int]]], patch: tuple[int, ...], reservoir: Reservoir
+    features: Iterable[tuple[Tensor, Tensor | list[int]]], patch: tuple[int, ...], candidates: Candidates
 ) -> None:
-    """Cut a stream of features into keys, and offer them to a reservoir.
+    """Cut a stream of features into keys, and offer them to where they wait.
 
     Args:
         features: See `GuidanceBank.build`.
         patch: Size of a key's patch.
-        reservoir: Receives each key with two tags: the index of its input, and its location in the flattened
+        candidates: Receives each key with two tags: the index of its input, and its location in the flattened
             grid. One that has seen keys goes on: the stream begins where it stopped.
 
     Raises:
         BankError: If the stream is empty, or features differ in shape or lack their input index.
         RetrieverError: If a feature is not finite.
     """
-    stored = time.monotonic()
+    stored, pause = time.monotonic(), _STORED
     for feature, inputs in features:
-        if reservoir.shape and feature.shape[1:] != reservoir.shape:
+        if candidates.shape and feature.shape[1:] != candidates.shape:
             raise BankError(
-                f"key features must have one shape, got {tuple(feature.shape[1:])} after {reservoir.shape}; "
+                f"key features must have one shape, got {tuple(feature.shape[1:])} after {candidates.shape}; "
                 "build the bank from inputs of one size",
                 feature,
             )
@@ -50,14 +155,16 @@ def collect_keys(
         grid = tuple(cells.shape[1:-1])
         owner = np.repeat(np.asarray(inputs, np.int64), math.prod(grid))
         cell = np.tile(np.arange(math.prod(grid)), len(feature))
-        reservoir.add(as_matrix(cells.reshape(-1, cells.shape[-1]), "keys"), np.stack([owner, cell], axis=1))
-        reservoir.shape, reservoir.grid = tuple(feature.shape[1:]), grid
-        if time.monotonic() - stored > _STORED:
-            reservoir.store()
+        candidates.add(as_matrix(cells.reshape(-1, cells.shape[-1]), "keys"), np.stack([owner, cell], axis=1))
+        candidates.shape, candidates.grid = tuple(feature.shape[1:]), grid
+        if time.monotonic() - stored > pause:
+            begin = time.monotonic()
+            candidates.store()
             stored = time.monotonic()
-    if not reservoir.seen:
+            pause = max(_STORED, _SHARE * (stored - begin))
+    if not candidates.seen:
         raise BankError("no features to build a bank from: the stream was empty", features)
-    reservoir.store()
+    candidates.store()
 
 
 def compute_values(
@@ -66,6 +173,7 @@ def compute_values(
     cells: np.ndarray,
     grid: tuple[int, ...],
     step: Callable[[int, int], None],
+    folder: Path | None = None,
 ) -> np.ndarray:
     """Compute the value patch of every kept key.
 
@@ -75,6 +183,8 @@ def compute_values(
         cells: Location of each key in the flattened grid, ``(n,)``.
         grid: The grid of key patches, ``(h, w)``.
         step: Called with the number of values done, and of all.
+        folder: Where values are written as they come; they are mapped into memory then, and what an earlier
+            call left there for the same keys is not computed again.
 
     Returns:
         float16 ``(n, ph, pw, Cv)``.
@@ -83,10 +193,15 @@ def compute_values(
         BankError: If the value features do not fit the grid, differ in shape, or are not finite in float16.
     """
     inputs = np.unique(source)
-    values: np.ndarray | None = None
+    draft = ValueDraft(source, cells, folder)
     done = 0
     for start in range(0, len(inputs), _VALUE_BATCH):
         batch = inputs[start : start + _VALUE_BATCH]
+        mine = np.flatnonzero(np.isin(source, batch))
+        done += len(mine)
+        if draft.has(mine):
+            step(done, len(source))
+            continue
         feature = values_of(batch.tolist())
         size = tuple(feature.shape[2:])
         if (
@@ -104,7 +219,6 @@ def compute_values(
         parts = (
             cut(feature, patch).reshape(len(batch), math.prod(grid), feature.shape[1], *patch).movedim(2, -1)
         )
-        mine = np.flatnonzero(np.isin(source, batch))
         part = parts[np.searchsorted(batch, source[mine]), cells[mine]].to("cpu", torch.float16).numpy()
         if not np.isfinite(part).all():
             raise BankError(
@@ -112,14 +226,23 @@ def compute_values(
                 f"{float(feature.abs().max()):.3g}; tap another stage",
                 feature,
             )
-        if values is None:
-            values = np.empty((len(source), *part.shape[1:]), np.float16)
-        if part.shape[1:] != values.shape[1:]:
-            raise BankError(
-                f"value features differ: patches of {part.shape[1:]} after {values.shape[1:]}", feature
-            )
-        values[mine] = part
-        done += len(mine)
+        draft.put(mine, part)
         step(done, len(source))
-    assert values is not None  # a thinned set of keys is never empty
-    return values
+    return draft.values
+
+
+@contextmanager
+def _bar(show: bool, what: str) -> Iterator[Callable[[int, int], None]]:
+    """Yield a function that takes the number done and the total; a progress bar follows it on a terminal."""
+    if not show:
+        yield lambda done, total: None
+        return
+    from tqdm import tqdm
+
+    with tqdm(desc=what, disable=None) as bar:
+
+        def step(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield step

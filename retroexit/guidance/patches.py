@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from retroexit.errors import OptionError
 
-__all__ = ["cut", "glue"]
+__all__ = ["cut", "glue", "glue_rows"]
 
 
 def cut(feature: Tensor, patch: tuple[int, ...] = (1, 1)) -> Tensor:
@@ -66,11 +68,44 @@ def glue(values: Tensor, *, dtype: torch.dtype | None = None, out: Tensor | None
     dims = (values.ndim - 2) // 2
     if dims < 1 or values.ndim % 2:
         raise OptionError(f"patches must have shape (N, *grid, *patch, C), got {tuple(values.shape)}", values)
-    N, C = values.shape[0], values.shape[-1]
-    grid, patch = values.shape[1 : 1 + dims], values.shape[1 + dims : -1]
+    map_, places = _places(values.shape, dtype or values.dtype, values.device, out)
+    places.copy_(values)
+    return map_
+
+
+def glue_rows(
+    table: np.ndarray, rows: np.ndarray, *, dtype: torch.dtype, out: Tensor | None = None
+) -> Tensor:
+    """Gather patches out of a table and `glue` them, without holding all of them in between.
+
+    Args:
+        table: Patches with channels last, ``(n, ph, pw, C)``; may be mapped into memory.
+        rows: Which of them to put where, ``(N, h, w)``, from 0 to n - 1: not checked here.
+        dtype: See `glue`.
+        out: See there.
+    """
+    map_, places = _places((*rows.shape, *table.shape[1:]), dtype, torch.device("cpu"), out)
+    if (
+        rows.ndim > 2
+    ):  # one row of a grid at a time stays in the cache; a fresh block for all costs page faults
+        rows, places = rows.reshape(-1, *rows.shape[2:]), places.flatten(0, 1)
+    part = np.empty((*rows.shape[1:], *table.shape[1:]), table.dtype)
+    for wanted, place in zip(rows, places, strict=True):
+        np.take(table, wanted, axis=0, out=part, mode="clip")  # "raise" would gather into a buffer first
+        place.copy_(torch.from_numpy(part))
+    return map_
+
+
+def _places(
+    sizes: Sequence[int], dtype: torch.dtype, device: torch.device, out: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Make a map, or take ``out``; give it and the places of patches ``(N, *grid, *patch, C)`` in it."""
+    dims = (len(sizes) - 2) // 2
+    N, C = sizes[0], sizes[-1]
+    grid, patch = sizes[1 : 1 + dims], sizes[1 + dims : -1]
     shape = (N, *(g * p for g, p in zip(grid, patch, strict=True)), C)
     if out is None:
-        flat = torch.empty(shape, dtype=dtype or values.dtype, device=values.device)
+        flat = torch.empty(shape, dtype=dtype, device=device)
     else:
         flat = out.movedim(1, -1)
         if flat.shape != shape or not flat.is_contiguous():
@@ -81,5 +116,5 @@ def glue(values: Tensor, *, dtype: torch.dtype | None = None, out: Tensor | None
             )
     # The map seen as (N, h, ph, w, pw, C), then put in the order of the values, (N, h, w, ph, pw, C).
     seen = flat.view(N, *(n for pair in zip(grid, patch, strict=True) for n in pair), C)
-    seen.permute(0, *range(1, 2 * dims, 2), *range(2, 1 + 2 * dims, 2), 1 + 2 * dims).copy_(values)
-    return flat.movedim(-1, 1)
+    places = seen.permute(0, *range(1, 2 * dims, 2), *range(2, 1 + 2 * dims, 2), 1 + 2 * dims)
+    return flat.movedim(-1, 1), places

@@ -20,13 +20,22 @@ from retroexit.guidance.centres import central_rows
 from retroexit.retrieval.base import as_matrix
 from retroexit.retrieval.distances import first_of_each, nearest, pair_distances, squared_norms
 
-__all__ = ["Thinning", "central_points", "coverage", "farthest_points", "random_points", "thin"]
+__all__ = [
+    "Thinning",
+    "central_points",
+    "coverage",
+    "distances_to",
+    "farthest_points",
+    "random_points",
+    "spread_out",
+    "thin",
+]
 
 Thinning = Literal["fps", "kmeans", "random", "none"]
 """Ways of thinning: farthest points, keys nearest to centres, a uniform sample, or every distinct key."""
 
 _ROUND = 64  # picks per pass over all keys; a pool of 8 x 64 seldom runs dry earlier
-_ROWS = 8192  # keys converted to float64 at a time
+_NUMBERS = 1 << 21  # converted to float64 at a time: 8192 keys of 256, 2048 of 1024
 
 
 @torch.no_grad()
@@ -60,13 +69,29 @@ def farthest_points(
     """
     if not eps >= 0:
         raise OptionError(f"eps must be a distance, 0 or more, got {eps}", eps)
+    return torch.from_numpy(spread_out(keys, size, eps=eps, seed=seed, progress=progress)[0])
+
+
+@torch.no_grad()
+def spread_out(
+    keys: Tensor | np.ndarray,
+    size: int,
+    *,
+    eps: float = 0.0,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[np.ndarray, float]:
+    """Do as `farthest_points` does, and say the largest distance from any key to the nearest chosen one."""
     matrix, distinct = _distinct(keys, size)
-    points = torch.from_numpy(matrix if len(distinct) == len(matrix) else matrix[distinct])
-    centre = points.mean(dim=0, dtype=torch.float64)
-    size = min(size, len(points))
-    gap = torch.full((len(points),), math.inf, dtype=torch.float64)  # squared distance to the chosen keys
-    chosen = [int(torch.randint(len(points), (1,), generator=torch.Generator().manual_seed(seed)))]
-    fresh = chosen
+    points = torch.from_numpy(matrix)
+    once = np.zeros((len(matrix), 1), bool)
+    once[distinct] = True  # torch, or indexing, would copy all keys
+    centre = torch.from_numpy(matrix.mean(axis=0, dtype=np.float64, where=once))
+    size = min(size, len(distinct))
+    gap = torch.full((len(points),), -1.0, dtype=torch.float64)  # squared distance to the chosen keys,
+    gap[torch.from_numpy(distinct)] = math.inf  # of a repeated one never more than -1: it is not chosen
+    first = int(torch.randint(len(distinct), (1,), generator=torch.Generator().manual_seed(seed)))
+    fresh = chosen = [int(distinct[first])]
     while True:
         _update(gap, points, centre, fresh)
         gap[chosen] = -1.0  # rounding may leave a trace of distance to itself
@@ -76,7 +101,7 @@ def farthest_points(
         if not fresh:
             break
         chosen = chosen + fresh
-    return torch.from_numpy(distinct[np.asarray(chosen)])
+    return np.asarray(chosen), math.sqrt(max(0.0, float(gap.max())))
 
 
 def _update(gap: Tensor, points: Tensor, centre: Tensor, fresh: list[int]) -> None:
@@ -85,8 +110,9 @@ def _update(gap: Tensor, points: Tensor, centre: Tensor, fresh: list[int]) -> No
     # noise; but only for the few rows that float32 cannot rule out.
     new = points[fresh] - centre
     new_norms = squared_norms(new)
-    for start in range(0, len(points), _ROWS):
-        block, here = points[start : start + _ROWS], gap[start : start + _ROWS]
+    step = max(64, _NUMBERS // points.shape[1])
+    for start in range(0, len(points), step):
+        block, here = points[start : start + step], gap[start : start + step]
         rows = _perhaps_lowered(here, block - centre.float(), new.float())
         if not len(rows):
             continue
@@ -197,14 +223,19 @@ def coverage(keys: Tensor | np.ndarray, chosen: Tensor | np.ndarray) -> tuple[fl
         RetrieverError: If the keys are no finite matrix.
     """
     matrix = as_matrix(keys, "keys")
-    kept = matrix[np.asarray(chosen)]
+    return distances_to(matrix, matrix[np.asarray(chosen)])
+
+
+def distances_to(keys: np.ndarray, kept: np.ndarray) -> tuple[float, float]:
+    """Measure the largest and the mean distance from keys, ``(n, D)``, each to the nearest kept one."""
     centre = kept.mean(axis=0, dtype=np.float64).astype(np.float32)
     centred = torch.from_numpy(kept - centre)
-    distances = np.empty(len(matrix))
-    for start in range(0, len(matrix), _ROWS):  # block by block: no second copy of all keys
-        part = matrix[start : start + _ROWS]
+    distances = np.empty(len(keys))
+    step = max(64, _NUMBERS // keys.shape[1])
+    for start in range(0, len(keys), step):  # block by block: no second copy of all keys
+        part = keys[start : start + step]
         ids = nearest(torch.from_numpy(part - centre), centred).numpy()
-        distances[start : start + _ROWS] = np.sqrt(pair_distances(part, kept, ids)[:, 0], dtype=np.float64)
+        distances[start : start + step] = np.sqrt(pair_distances(part, kept, ids)[:, 0], dtype=np.float64)
     return float(distances.max()), float(distances.mean())
 
 

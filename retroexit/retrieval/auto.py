@@ -34,9 +34,10 @@ class AutoRetriever(Retriever):
     1,000,000 and more  FAISS's inverted lists of compressed keys, refined
     ==================  =====================================================
 
-    A graph over 100,000 keys takes minutes to build, and finds nearly all of the nearest keys. Where there is
-    a GPU with room for them, or ``exact`` is asked for, keys are searched exactly, however many they are. A
-    saved index is read on a machine where the choice is the same, and else built again.
+    A graph over 100,000 keys takes minutes to build, and finds nearly all of the nearest keys. The last row
+    is an estimate: our benchmarks end at 100,000 keys. Where there is a GPU with room for them, or ``exact``
+    is asked for, keys are searched exactly, however many they are. A saved index is read on a machine where
+    the choice is the same, and else built again.
 
     Args:
         exact: Never give up recall for speed.

@@ -365,6 +365,9 @@ class Retriever(ABC):
                 "the back-end is broken",
                 floor,
             )
+        ids = ids.astype(np.int64, copy=False)
+        if ids.view(np.uint64).max() < self.distinct:  # as such a number, what is negative is huge
+            return ids, True
         low, high = int(ids.min()), int(ids.max())
         if low < -1 or high >= self.distinct:
             raise RetrieverError(
@@ -372,7 +375,7 @@ class Retriever(ABC):
                 "distinct keys: the index is damaged or the back-end is broken; build it again",
                 ids,
             )
-        return ids.astype(np.int64, copy=False), low >= 0
+        return ids, False
 
     def _ranked(self, queries: np.ndarray, ids: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Keep the ``k`` nearest of each query's candidates; what is missing is infinitely far."""

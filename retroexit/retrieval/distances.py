@@ -25,7 +25,6 @@ def squared_norms(rows: Tensor) -> Tensor:
     return torch.einsum("nd,nd->n", rows, rows)
 
 
-@torch.no_grad()
 def nearest(
     queries: Tensor,
     keys: Tensor,
@@ -51,8 +50,11 @@ def nearest(
         return torch.cat([nearest(block, keys, k, norms, centre) for block in queries.split(QUERIES)])
 
     def score(start: int, stop: int) -> Tensor:
-        part = keys[start:stop] if centre is None else keys[start:stop] - centre
-        lengths = squared_norms(part) if norms is None else norms[start:stop]
+        whole = stop - start == len(keys)  # slicing costs as much as searching a few hundred keys
+        part = keys if whole else keys[start:stop]
+        if centre is not None:
+            part = part - centre
+        lengths = squared_norms(part) if norms is None else norms if whole else norms[start:stop]
         # |q|^2 is the same for every key of a query: left out.
         return torch.addmm(lengths, queries, part.T, alpha=-2)
 
@@ -107,8 +109,12 @@ def pair_distances(queries: np.ndarray, keys: np.ndarray, ids: np.ndarray) -> np
     Returns:
         float32 ``(Q, k)``.
     """
-    distances = np.empty(ids.shape, np.float32)
     step = max(1, _PAIR_FLOATS // max(1, ids.shape[1] * keys.shape[1]))
+    if len(queries) <= step:
+        gap = keys[ids]  # (q, k, D)
+        gap -= queries[:, None]
+        return np.einsum("qkd,qkd->qk", gap, gap)
+    distances = np.empty(ids.shape, np.float32)
     for top in range(0, len(queries), step):
         gap = keys[ids[top : top + step]]  # (q, k, D)
         gap -= queries[top : top + step, None]

@@ -155,7 +155,8 @@ class FaissRetriever(Retriever):
         faiss = _faiss()
         with _settings:
             threads, threshold = faiss.omp_get_max_threads(), faiss.cvar.distance_compute_blas_threshold
-            faiss.omp_set_num_threads(self.threads)
+            if threads != self.threads:
+                faiss.omp_set_num_threads(self.threads)
             if threshold > 4 * width:
                 # Since FAISS 1.15 the threshold counts queries x width, and below it (124 queries 1024 wide,
                 # one image) the search is eight times slower. Older versions count queries, 20, and need no
@@ -164,8 +165,10 @@ class FaissRetriever(Retriever):
             try:
                 yield
             finally:
-                faiss.omp_set_num_threads(threads)
-                faiss.cvar.distance_compute_blas_threshold = threshold
+                if threads != self.threads:
+                    faiss.omp_set_num_threads(threads)
+                if threshold > 4 * width:
+                    faiss.cvar.distance_compute_blas_threshold = threshold
 
 
 def _prepare(native: Any) -> None:

@@ -36,8 +36,11 @@ def as_matrix(rows: Tensor | np.ndarray, what: str, *, copy: bool = False) -> np
         matrix = _from_array(rows, what, copy)
     if matrix.ndim != 2 or matrix.shape[1] == 0:
         raise RetrieverError(f"{what} must have shape (n, D) with D >= 1, got {matrix.shape}", rows)
-    lengths = np.einsum("nd,nd->n", matrix, matrix)
-    if len(lengths) and not lengths.max() <= _LARGEST:  # written so that NaN, which max hands on, is wrong
+    flat = matrix.reshape(-1)
+    if not np.einsum("i,i->", flat, flat) <= _LARGEST:  # mostly all is fine; written so that NaN is not
+        lengths = np.einsum("nd,nd->n", matrix, matrix)
+        if lengths.max() <= _LARGEST:
+            return matrix
         wrong = np.flatnonzero(~(lengths <= _LARGEST))
         row = int(wrong[0])
         worst = matrix[row][np.argmax(np.abs(matrix[row]))]  # argmax returns the first NaN, if there is one

@@ -20,7 +20,18 @@ import numpy as np
 
 from retroexit.errors import CheckpointError
 
-__all__ = ["MANIFEST", "check_file", "file_digest", "read_array", "read_manifest", "staged", "write_manifest"]
+__all__ = [
+    "MANIFEST",
+    "check_file",
+    "file_digest",
+    "is_whole",
+    "read_array",
+    "read_manifest",
+    "read_npy",
+    "self_digest",
+    "staged",
+    "write_manifest",
+]
 
 MANIFEST = "meta.json"
 
@@ -31,9 +42,22 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _self_digest(manifest: dict[str, Any]) -> str:
+def self_digest(manifest: dict[str, Any]) -> str:
+    """Hash facts, plain data, but for their own ``digest``."""
     rest = {key: value for key, value in manifest.items() if key != "digest"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def is_whole(facts: dict[str, Any], unsealed: Collection[str]) -> bool:
+    """Tell whether facts match their own ``digest``.
+
+    Args:
+        facts: As they were read.
+        unsealed: What facts may hold that were written before there was a digest.
+    """
+    if "digest" in facts:
+        return bool(facts["digest"] == self_digest(facts))
+    return set(facts) <= set(unsealed)
 
 
 @contextmanager
@@ -81,7 +105,7 @@ def staged(folder: str | Path, owns: Collection[str]) -> Iterator[Path]:
 def write_manifest(folder: Path, facts: dict[str, Any], files: Collection[str]) -> None:
     """Write ``meta.json``: the facts, the SHA-256 of each named file, and a digest of the manifest itself."""
     manifest = {**facts, "files": {name: file_digest(folder / name) for name in files}}
-    manifest["digest"] = _self_digest(manifest)
+    manifest["digest"] = self_digest(manifest)
     # No newline at the end: a file that lost so much as its last byte shall not be taken for whole.
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True), encoding="utf-8")
 
@@ -101,7 +125,7 @@ def read_manifest(folder: str | Path, kind: str, schema: int) -> dict[str, Any]:
         raise CheckpointError(
             f"cannot read {path}: {error}; build and save the {kind} again", path
         ) from error
-    if not isinstance(manifest, dict) or manifest.get("digest") != _self_digest(manifest):
+    if not isinstance(manifest, dict) or manifest.get("digest") != self_digest(manifest):
         raise CheckpointError(
             f"{path} is damaged: it does not match its own digest; save the {kind} again", path
         )
@@ -140,6 +164,21 @@ def check_file(folder: str | Path, name: str, manifest: dict[str, Any]) -> Path:
     return path
 
 
+def read_npy(path: Path, mode: Any = None) -> np.ndarray:
+    """Load a ``.npy`` file, or map it into memory with ``mode`` ``"r"`` or ``"r+"``.
+
+    Raises:
+        ValueError: If it cannot be read: numpy raises whatever Python's tokenizer does on a damaged header.
+    """
+    try:
+        array: np.ndarray = np.load(path, mmap_mode="r" if mode else None, allow_pickle=False)
+        if mode not in (None, "r"):  # opened for writing, a file cut short would be filled up with zeros
+            array = np.load(path, mmap_mode=mode, allow_pickle=False)
+        return array
+    except Exception as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from error
+
+
 def read_array(folder: str | Path, name: str, manifest: dict[str, Any], *, mmap: bool = False) -> np.ndarray:
     """Load one ``.npy`` file after `check_file`; ``mmap`` maps it, read-only, rather than reading it.
 
@@ -148,6 +187,6 @@ def read_array(folder: str | Path, name: str, manifest: dict[str, Any], *, mmap:
     """
     path = check_file(folder, name, manifest)
     try:
-        return np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
-    except (OSError, ValueError) as error:
+        return read_npy(path, "r" if mmap else None)
+    except ValueError as error:
         raise CheckpointError(f"{path} is no array: {error}", path) from error

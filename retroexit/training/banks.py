@@ -1,28 +1,32 @@
 """A guidance bank from a stream of inputs; their features are never all in memory, nor on disk.
 
-Keys of every input pass by, a bounded sample of them is thinned, and only inputs that own a surviving key run
-once more for their values (paper, section 4.1: 500 maps x 100 noises x 128 patches).
+Keys of every input pass by, a bounded number of them wait to be thinned, and only inputs that own a surviving
+key run once more, as far as their values (paper, section 4.1: 500 maps x 100 noises x 128 patches).
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from retroexit.errors import OptionError
+from retroexit.errors import CheckpointError, OptionError
 from retroexit.fingerprint import fingerprint
 from retroexit.guidance.bank import GuidanceBank
-from retroexit.guidance.reservoir import Reservoir
+from retroexit.guidance.candidates import Candidates
+from retroexit.guidance.filling import hold_candidates
 from retroexit.model import EarlyExitGenerator
 from retroexit.retrieval import Retriever
+from retroexit.taps import Taps
 from retroexit.training.inputs import Samples, drawing_from
 
-__all__ = ["stream_bank"]
+__all__ = ["stream_bank", "stream_banks"]
 
 
 def stream_bank(
@@ -32,7 +36,7 @@ def stream_bank(
     *,
     batch: int = 4,
     eps: float = 0.0,
-    max_candidates: int = 200_000,
+    max_candidates: int = 100_000,
     scratch: Path | None = None,
     progress: bool = True,
 ) -> GuidanceBank:
@@ -45,8 +49,8 @@ def stream_bank(
         batch: Inputs per pass.
         eps: Farthest point sampling stops when no candidate is farther than this from the kept keys.
         max_candidates: Keys held before thinning.
-        scratch: Folder to keep these in, rather than in memory. A build that was interrupted goes on from it
-            to the same bank; whoever calls this removes it in the end.
+        scratch: Folder to note all that is done in, once a minute. A build that was interrupted goes on from
+            it to the same bank; whoever calls this removes it in the end.
         progress: Whether to show bars on a terminal.
 
     Returns:
@@ -55,7 +59,7 @@ def stream_bank(
     Raises:
         OptionError: If the model takes no guide.
         BankError: If features or values do not fit together.
-        CheckpointError: If ``scratch`` holds candidates of something else, or damaged ones.
+        CheckpointError: If ``scratch`` holds candidates of something else, of other inputs, or damaged ones.
     """
     if not model.is_recorded:
         args, kwargs = samples.gather([0])
@@ -74,35 +78,29 @@ def stream_bank(
         "value_tap": taps.value_cut.feature.name,
         "inputs": len(samples),
     }
-    # Inputs may be drawn as they are asked for and too many to hash: the first one stands for all.
-    identity = {**facts, "patch": taps.patch, "batch": batch, "first": Samples([samples.items[0]]).digest()}
-    candidates = Reservoir(max_candidates, seed=samples.seed, folder=scratch, identity=identity)
+    candidates = hold_candidates(
+        guidance.thin,
+        max_candidates,
+        size=guidance.size,
+        seed=samples.seed,
+        folder=None if scratch is None else scratch / "keys",
+        identity={**facts, "patch": taps.patch, "batch": batch},
+    )
     done = candidates.seen // math.prod(candidates.grid)
+    off = None if progress else True
+    _check_passed(samples, batch, done, candidates, off)
 
     def keys() -> Iterator[tuple[Tensor, list[int]]]:
-        off = None if progress else True
         with tqdm(total=len(samples), initial=done, desc="keys", disable=off) as bar:
             for indices, args, kwargs in samples.batches(batch, done):
+                passed = _passed(candidates.passed, args, kwargs)
                 with torch.no_grad(), drawing_from(samples.seed + indices[0], device):
-                    _, keyed = model.split.begin(args, kwargs)
-                yield taps.query(keyed, args, kwargs), indices
+                    feature = _query(model, taps, args, kwargs, len(indices))
+                candidates.passed = passed
+                yield feature, indices
                 bar.update(len(indices))
 
-    last: tuple[int, Tensor] = (-1, torch.empty(0))
-
-    def values(wanted: list[int]) -> Tensor:
-        # Whole batches as for the keys, so that noise drawn inside the generator is the same once more.
-        nonlocal last
-        found = []
-        for index in wanted:
-            begin = index - index % batch
-            if last[0] != begin:
-                args, kwargs = samples.gather(range(begin, min(begin + batch, len(samples))))
-                with drawing_from(samples.seed + begin, device):
-                    last = begin, model.anatomy.guidance_values(args, kwargs)
-            found.append(last[1][index - begin])
-        return torch.stack(found)
-
+    values = _Values(model, samples, batch, device)
     return GuidanceBank.build(
         keys(),
         values,
@@ -113,6 +111,138 @@ def stream_bank(
         eps=eps,
         seed=samples.seed,
         candidates=candidates,
+        folder=None if scratch is None else scratch / "values",
         meta=facts,
         progress=progress,
     )
+
+
+def stream_banks(
+    model: EarlyExitGenerator,
+    samples: Samples,
+    identities: Sequence[str],
+    retriever: Callable[[], Retriever],
+    *,
+    skip: Collection[str] = (),
+    scratch: Path | None = None,
+    **options: Any,
+) -> Iterator[tuple[str, GuidanceBank]]:
+    """Build one bank for each identity, as for the frames of each source face (paper, section 4.2).
+
+    Branches are trained with the bank of all; for one identity, set its own: ``model.bank = bank``.
+
+    Args:
+        model: See `stream_bank`.
+        samples: Inputs of all identities, in any order.
+        identities: Whom each sample shows, one name per sample. Names are used as names of folders.
+        retriever: Makes an unbuilt index.
+        skip: Identities that have their bank already.
+        scratch: See `stream_bank`; each identity gets a folder in it.
+        options: Handed to `stream_bank`.
+
+    Yields:
+        A name and its bank, in the order of first occurrence. ``source`` counts the samples of that identity.
+
+    Raises:
+        OptionError: If there is not one name per sample, or one cannot name a folder.
+        RetroExitError: Whatever `stream_bank` raises.
+    """
+    rows: dict[str, list[int]] = {}
+    for row, name in enumerate(identities):
+        rows.setdefault(name, []).append(row)
+    wrong = [n for n in rows if not isinstance(n, str) or Path(n).name != n or n in ("", ".", "..")]
+    if len(identities) != len(samples) or wrong:
+        found = f"the name {wrong[0]!r}" if wrong else f"{len(identities)} names for {len(samples)} samples"
+        raise OptionError(
+            f"asked for a bank per identity; found {found}. Give one name per sample that a folder can have.",
+            identities,
+        )
+    for name, chosen in rows.items():
+        if name in skip:
+            continue
+        own = Samples(_Some(samples.items, chosen), samples.seed)
+        folder = None if scratch is None else scratch / name
+        yield name, stream_bank(model, own, retriever(), scratch=folder, **options)
+
+
+class _Values:
+    """Value features of single inputs, with the noise that was drawn when their keys passed by.
+
+    Noise that is drawn inside the generator repeats only where the whole batch runs once more; where none is
+    drawn, as the first batch shows, only the inputs that are asked for run.
+    """
+
+    def __init__(self, model: EarlyExitGenerator, samples: Samples, batch: int, device: torch.device) -> None:
+        self._model, self._samples, self._batch, self._device = model, samples, batch, device
+        self._draws: bool | None = None
+        self._last: tuple[int, Tensor] = (-1, torch.empty(0))
+
+    def __call__(self, wanted: list[int]) -> Tensor:
+        found: list[Tensor] = []
+        while len(found) < len(wanted):
+            left = wanted[len(found) :][: self._batch]
+            found.extend(self._run(left, left[0]) if self._draws is False else [self._in_batch(left[0])])
+        return torch.stack(found)
+
+    def _in_batch(self, index: int) -> Tensor:
+        begin = index - index % self._batch
+        if self._last[0] != begin:
+            rows = range(begin, min(begin + self._batch, len(self._samples)))
+            self._last = begin, self._run(rows, begin)
+        return self._last[1][index - begin]
+
+    def _run(self, rows: Sequence[int], seed: int) -> Tensor:
+        args, kwargs = self._samples.gather(rows)
+        with drawing_from(self._samples.seed + seed, self._device):
+            before = _drawn(self._device)
+            found = self._model.anatomy.guidance_values(args, kwargs)
+            self._draws = bool(self._draws) or not torch.equal(before, _drawn(self._device))
+        return found
+
+
+def _drawn(device: torch.device) -> Tensor:
+    """State of the generator's source of random numbers; it changes when some are drawn."""
+    states = [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
+    return torch.cat(states)
+
+
+def _query(model: EarlyExitGenerator, taps: Taps, args: Any, kwargs: Any, count: int) -> Tensor:
+    """Give the map that keys are cut from; run no stage behind it, and none where a function gives it."""
+    if taps.key is None:
+        return model.split.keyed(args, kwargs)
+    return taps.query(torch.empty(count * model.split.batched.get(taps.key_node, 1)), args, kwargs)
+
+
+def _passed(before: str, args: Any, kwargs: Any) -> str:
+    """Add a batch of inputs to the digest of all before it."""
+    return hashlib.sha256((before + Samples([(args, kwargs)]).digest()).encode()).hexdigest()
+
+
+def _check_passed(samples: Samples, batch: int, done: int, candidates: Candidates, off: bool | None) -> None:
+    """Refuse to go on where an input that has passed is another now; only reads inputs, runs nothing."""
+    if not done:
+        return
+    passed = ""
+    with tqdm(total=done, desc="inputs seen before", disable=off) as bar:
+        for indices, args, kwargs in Samples(_Some(samples.items, range(done)), samples.seed).batches(batch):
+            passed = _passed(passed, args, kwargs)
+            bar.update(len(indices))
+    if passed != candidates.passed:
+        raise CheckpointError(
+            f"asked to go on with a bank after {done} inputs; found that these are not the inputs that it "
+            "was begun with. Use another folder, or remove the unfinished one.",
+            samples,
+        )
+
+
+class _Some(Sequence[Any]):
+    """Some samples of a sequence that need not know slices."""
+
+    def __init__(self, items: Sequence[Any], rows: Sequence[int]) -> None:
+        self._items, self._rows = items, rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._items[self._rows[index]]

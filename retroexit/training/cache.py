@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from tqdm import tqdm
 from retroexit.errors import CheckpointError, OptionError, TrainingError
 from retroexit.fingerprint import fingerprint
 from retroexit.model import EarlyExitGenerator
+from retroexit.retrieval.storage import is_whole, read_npy, self_digest
 from retroexit.taps import Taps
 from retroexit.training.crops import Window, cut_out
 from retroexit.training.inputs import Samples, drawing_from, moved
@@ -160,6 +162,7 @@ class FeatureCache:
         done, names = _go_on(folder, state, identity) if state is not None else (0, [])
         folder.mkdir(parents=True, exist_ok=True)
         arrays = {name: _open(folder, name, len(samples), "r+") for name in names}
+        sums = _check_sums(folder, arrays, state, batch, done)
         shared_names, shared = shared_by_all(model), dict[str, Tensor]()
         if done and shared_names:  # they are not stored; the first batch gives them
             args, kwargs = samples.gather(range(min(batch, len(samples))))
@@ -174,9 +177,11 @@ class FeatureCache:
                     _check_shared(name, shared.setdefault(name, value.cpu()), value.cpu())
                 else:
                     _store(folder, name, arrays, indices, value, len(samples))
-            for array in arrays.values():
+            for name, array in arrays.items():
                 array.flush()  # type: ignore[attr-defined]
-            _write_state(folder, {"identity": identity, "done": indices[-1] + 1, "arrays": sorted(arrays)})
+                sums.setdefault(name, []).append(_sum(array[indices[0] : indices[-1] + 1]))
+            state = {"identity": identity, "done": indices[-1] + 1, "arrays": sorted(arrays), "sums": sums}
+            _write_state(folder, state)
             bar.update(len(indices))
         bar.close()
         return cls(folder, sorted(arrays), len(samples), shared)
@@ -250,6 +255,29 @@ def _store(
     arrays[name][indices] = rows
 
 
+def _sum(rows: np.ndarray) -> int:
+    begin = zlib.crc32(f"{rows.dtype}{rows.shape}".encode())
+    return zlib.crc32(np.ascontiguousarray(rows).tobytes(), begin)
+
+
+def _check_sums(
+    folder: Path, arrays: dict[str, np.ndarray], state: dict[str, Any] | None, batch: int, done: int
+) -> dict[str, list[int]]:
+    """Compare what is stored, batch by batch, with the sums noted then; gives those to go on with."""
+    begins = range(0, done, batch)
+    found = {n: [_sum(a[begin : min(begin + batch, done)]) for begin in begins] for n, a in arrays.items()}
+    noted = found if state is None else state.get("sums", found)  # caches of an earlier version note none
+    for name, sums in found.items():
+        if noted[name] != sums:
+            begin = next(b for b, was, now in zip(begins, noted[name], sums, strict=True) if was != now)
+            raise CheckpointError(
+                f"asked to go on with cached features; found {folder / name}.npy damaged: samples from "
+                f"{begin} on are not what was stored. Remove {folder}.",
+                folder,
+            )
+    return found
+
+
 def _check_shared(name: str, first: Tensor, now: Tensor) -> None:
     if first.shape != now.shape or not torch.allclose(first.double(), now.double(), rtol=1e-4, atol=1e-6):
         raise TrainingError(
@@ -263,10 +291,8 @@ def _check_shared(name: str, first: Tensor, now: Tensor) -> None:
 def _open(folder: Path, name: str, count: int, mode: Any) -> np.ndarray:
     path = folder / f"{name}.npy"
     try:
-        array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
-        if mode != "r":  # opened for writing, a file cut short would be filled up with zeros
-            array = np.load(path, mmap_mode=mode, allow_pickle=False)
-    except (OSError, ValueError) as error:
+        array = read_npy(path, mode)
+    except ValueError as error:
         raise CheckpointError(
             f"asked to read cached features; found {path} damaged ({error}). Remove {folder}.", path
         ) from error
@@ -332,6 +358,8 @@ def _read_state(folder: Path) -> dict[str, Any] | None:
         identity, done, arrays = state["identity"], state["done"], state["arrays"]
         if not (isinstance(identity, dict) and isinstance(done, int) and isinstance(arrays, list)):
             raise ValueError("its parts are not what they should be")
+        if not is_whole(state, ("identity", "done", "arrays")):
+            raise ValueError("it does not match its own digest")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"asked to go on with {path}; found it damaged ({error}). Remove {folder}.", path
@@ -341,5 +369,5 @@ def _read_state(folder: Path) -> dict[str, Any] | None:
 
 def _write_state(folder: Path, state: dict[str, Any]) -> None:
     temporary = folder / "cache.json.part"
-    temporary.write_text(json.dumps(state))
+    temporary.write_text(json.dumps({**state, "digest": self_digest(json.loads(json.dumps(state)))}))
     os.replace(temporary, folder / "cache.json")

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from retroexit.errors import CheckpointError, TrainingError
 from retroexit.evaluation.quality import QualityMetric
 from retroexit.model import EarlyExitGenerator
+from retroexit.retrieval.storage import file_digest, read_npy
 from retroexit.training.cache import IMAGE
 from retroexit.training.inputs import Samples, drawing_from
 from retroexit.training.live import Features
@@ -67,6 +68,7 @@ def exit_losses(
     if team.is_first:
         temporary = path.with_suffix(".part.npy")
         np.save(temporary, losses.numpy(), allow_pickle=False)
+        path.with_suffix(".sha256").write_text(file_digest(temporary), encoding="ascii")
         os.replace(temporary, path)
     return losses
 
@@ -87,7 +89,10 @@ def _of(model: EarlyExitGenerator, steps: Steps, metric: QualityMetric, rows: li
 
 def _read(path: Path, size: tuple[int, int]) -> Tensor:
     try:
-        losses = torch.from_numpy(np.load(path, allow_pickle=False))
+        seal = path.with_suffix(".sha256")
+        if seal.exists() and seal.read_text(encoding="ascii") != file_digest(path):
+            raise ValueError(f"it does not match {seal.name}")
+        losses = torch.from_numpy(read_npy(path))
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"asked to go on from {path}; found it damaged ({error}). Remove it.", path

@@ -54,3 +54,39 @@ def test_another_backbone_a_damaged_file_and_a_used_folder_are_refused(run: Any,
     values.write_bytes(values.read_bytes()[:-4])
     run("bank", "verify", "made").fails_with("values.npy is damaged")
     run("bank", "info", "nowhere").fails_with("no guidance bank in nowhere")
+
+
+FRAMES = """
+
+def pose(z):
+    return z.mean((2, 3))
+
+
+names = ["ann", "bob", "ann"] * 4
+"""
+
+
+def test_frame_banks_of_every_identity_are_built_resumed_and_verified(run: Any, tmp_path: Path) -> None:
+    with open(tmp_path / "toy.py", "a") as file:
+        file.write(FRAMES)
+    command = (*BUILD, "--key", "toy.py:pose", "--identities", "toy.py:names")
+    built = run(*command)
+    assert built.status == 0, built.err
+    assert built.out.count("saved to made") == 2 and not (tmp_path / "made.part").exists()
+    assert len(GuidanceBank.load("made/ann")) == 8 and len(GuidanceBank.load("made/bob")) == 4
+    assert (
+        "keys from toy@"
+        in run("bank", "verify", "made/ann", "toy.py:with_inputs", "--key", "toy.py:pose").out
+    )
+    (tmp_path / "made/bob/meta.json").unlink()
+    again = run(*command)
+    assert again.out.count("saved to") == 1 and again.out.endswith("saved to made/bob\n")
+
+
+def test_verify_compares_taps_and_patches_on_request(run: Any) -> None:
+    assert run(*BUILD, "--value-after", "2").status == 0
+    same = ("bank", "verify", "made", "toy.py:with_inputs", "--key-after", "1", "--value-after")
+    assert "as asked for" in run(*same, "2").out
+    run(*same, "1").fails_with("found values from")
+    run(*same, "2", "--patch", "2").fails_with(r"found key patches of \(1, 1\)")
+    run("bank", "verify", "made", "toy.py:with_inputs", "--key-after", "2").fails_with("found keys from")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from retroexit.errors import BankError, CheckpointError, OptionError, RetrieverError
+from retroexit.errors import BankError, OptionError, RetrieverError
 from retroexit.guidance import central_points, coverage, farthest_points, random_points, thin
 from retroexit.guidance.reservoir import Reservoir
 
@@ -196,34 +196,3 @@ def test_a_reservoir_is_a_uniform_sample() -> None:
         counts[reservoir.tags[:, 0]] += 1
     # 250 expected each, standard deviation 13.7.
     assert counts.min() > 190 and counts.max() < 310
-
-
-def test_an_interrupted_reservoir_goes_on_to_the_same_sample(tmp_path) -> None:
-    def offer(reservoir: Reservoir, start: int, stop: int) -> None:
-        number = np.arange(start, stop)
-        reservoir.add(number[:, None].astype(np.float32), number[:, None])
-
-    whole, first = Reservoir(20, seed=5), Reservoir(20, seed=5, folder=tmp_path, identity={"of": "a"})
-    offer(whole, 0, 500)
-    offer(first, 0, 100)
-    first.store()
-    offer(first, 100, 300)  # lost: written, but not noted
-    again = Reservoir(20, seed=5, folder=tmp_path, identity={"of": "a"})
-    assert again.seen == 100
-    offer(again, 100, 500)
-    assert np.array_equal(again.keys, whole.keys) and np.array_equal(again.tags, whole.tags)
-    with pytest.raises(CheckpointError, match="of was a, is b, seed was 5, is 6"):
-        Reservoir(20, seed=6, folder=tmp_path, identity={"of": "b"})
-
-
-def test_damaged_candidates_are_refused(tmp_path) -> None:
-    reservoir = Reservoir(20, folder=tmp_path)
-    reservoir.add(np.zeros((30, 2), np.float32), np.zeros((30, 2), np.int64))
-    reservoir.store()
-    for name in ("keys.npy", "tags.npy", "candidates.json"):
-        data = (tmp_path / name).read_bytes()
-        (tmp_path / name).write_bytes(data[:-3])
-        with pytest.raises(CheckpointError, match="found them damaged"):
-            Reservoir(20, folder=tmp_path)
-        (tmp_path / name).write_bytes(data)
-    assert Reservoir(20, folder=tmp_path).seen == 30

@@ -82,8 +82,8 @@ def test_a_far_origin_does_not_hurt(backend, keys, queries) -> None:
     torch.testing.assert_close(found.distances[:, 0], (queries + 1e3 - near).square().sum(1))
 
 
-def test_keys_and_queries_of_any_dtype_and_layout_are_taken(backend, keys, queries) -> None:
-    plain = backend().build(keys.half().float()).search(queries.half().float(), 2)
+def test_keys_and_queries_of_any_dtype_and_layout_are_taken(any_backend, keys, queries) -> None:
+    plain = any_backend().build(keys.half().float()).search(queries.half().float(), 2)
     striped = torch.empty(500, 64)[:, ::2].copy_(keys.half())
     tracked = queries.half().float().requires_grad_()
     offers: list[tuple[Tensor | np.ndarray, Tensor | np.ndarray]] = [
@@ -94,35 +94,35 @@ def test_keys_and_queries_of_any_dtype_and_layout_are_taken(backend, keys, queri
         (keys.half().float().to_sparse(), np.asfortranarray(queries.half().numpy())),
     ]
     for some_keys, some_queries in offers:
-        found = backend().build(some_keys).search(some_queries, 2)
+        found = any_backend().build(some_keys).search(some_queries, 2)
         assert torch.equal(found.ids, plain.ids)
         assert torch.equal(found.distances, plain.distances)
         assert not found.distances.requires_grad
 
 
-def test_bfloat16_counts_as_the_float32_numbers_it_holds(backend, keys, queries) -> None:
-    rounded = backend().build(keys.bfloat16()).search(queries.bfloat16())
-    plain = backend().build(keys.bfloat16().float()).search(queries.bfloat16().float())
+def test_bfloat16_counts_as_the_float32_numbers_it_holds(any_backend, keys, queries) -> None:
+    rounded = any_backend().build(keys.bfloat16()).search(queries.bfloat16())
+    plain = any_backend().build(keys.bfloat16().float()).search(queries.bfloat16().float())
     assert torch.equal(rounded.ids, plain.ids)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e30])
-def test_numbers_that_no_distance_survives_are_refused(backend, bad, keys, queries) -> None:
+def test_numbers_that_no_distance_survives_are_refused(any_backend, bad, keys, queries) -> None:
     keys[7, 3] = bad
     with pytest.raises(RetrieverError, match=r"1 of 500 keys are not finite or too large.*row 7 holds"):
-        backend().build(keys)
+        any_backend().build(keys)
     queries[2, 1] = bad
     with pytest.raises(RetrieverError, match=r"1 of 60 queries are not finite or too large.*row 2 holds"):
-        backend().build(keys[8:]).search(queries)
+        any_backend().build(keys[8:]).search(queries)
 
 
-def test_wrong_shapes_are_refused_with_what_was_found(backend, keys, queries) -> None:
+def test_wrong_shapes_are_refused_with_what_was_found(any_backend, keys, queries) -> None:
     with pytest.raises(RetrieverError, match=r"keys must have shape \(n, D\).*got \(500, 32, 1\)"):
-        backend().build(keys[..., None])
+        any_backend().build(keys[..., None])
     with pytest.raises(RetrieverError, match=r"no keys to index: got shape \(0, 32\)"):
-        backend().build(keys[:0])
+        any_backend().build(keys[:0])
     with pytest.raises(RetrieverError, match="queries are 31 wide, the keys of this index 32"):
-        backend().build(keys).search(queries[:, 1:])
+        any_backend().build(keys).search(queries[:, 1:])
 
 
 def test_k_lies_between_one_and_the_number_of_distinct_keys(backend, keys, queries) -> None:
@@ -143,8 +143,8 @@ def test_a_repeated_key_is_found_once_under_its_first_id(backend, keys) -> None:
     assert (found.ids[:, 1] >= 300).all() or found.ids[1, 1] == 0
 
 
-def test_no_queries_give_no_results(backend, keys) -> None:
-    found = backend().build(keys).search(keys[:0], 3)
+def test_no_queries_give_no_results(any_backend, keys) -> None:
+    found = any_backend().build(keys).search(keys[:0], 3)
     assert found.ids.shape == found.distances.shape == (0, 3)
 
 
@@ -171,9 +171,9 @@ def test_a_deep_copy_answers_alike(backend, keys, queries) -> None:
     assert torch.equal(copy.deepcopy(retriever).search(queries).ids, retriever.search(queries).ids)
 
 
-def test_searching_before_building_is_refused(backend, queries) -> None:
+def test_searching_before_building_is_refused(any_backend, queries) -> None:
     with pytest.raises(RetrieverError, match=r"nothing to search; call build\(keys\) first"):
-        backend().search(queries)
+        any_backend().search(queries)
 
 
 def test_more_blocks_than_one_are_merged(queries) -> None:

@@ -22,9 +22,9 @@ def busy_pool():
     torch.set_num_threads(threads)
 
 
-def test_a_forked_process_searches_builds_and_loads(backend, damage, busy_pool, tmp_path) -> None:
+def test_a_forked_process_searches_builds_and_loads(any_backend, damage, busy_pool, tmp_path) -> None:
     keys, queries = torch.randn(3000, 32), torch.randn(300, 32)
-    retriever = backend(threads=2).build(keys)
+    retriever = any_backend(threads=2).build(keys)
     expected = retriever.search(queries, 2)  # runs in parallel, so that every pool is up
     retriever.save(tmp_path / "index")
 
@@ -32,7 +32,7 @@ def test_a_forked_process_searches_builds_and_loads(backend, damage, busy_pool, 
         for make in (lambda: retriever, lambda: type(retriever).load(tmp_path / "index")):
             found = make().search(queries, 2)
             report([torch.equal(found.ids, expected.ids), retriever.threads, torch.get_num_threads()])
-        few = backend(threads=2).build(keys[:50]).search(queries[:5].half())
+        few = any_backend(threads=2).build(keys[:50]).search(queries[:5].half())
         report(few.ids.shape == (5, 1))
 
     reports, end = damage.in_child(work, seconds=40)

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 import retroexit
-from retroexit.errors import OptionError
+from retroexit.decoder.split import SplitGenerator
+from retroexit.errors import CheckpointError, OptionError
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.retrieval import ExactRetriever
-from retroexit.training.banks import stream_bank
+from retroexit.training.banks import stream_bank, stream_banks
 from retroexit.training.inputs import Samples
 
 
@@ -87,13 +88,17 @@ def test_an_interrupted_build_goes_on_to_the_same_bank(tmp_path, monkeypatch) ->
             return SAMPLES[index]
 
     monkeypatch.setattr("retroexit.guidance.filling._STORED", -1.0)
+    monkeypatch.setattr("retroexit.guidance.filling._SHARE", -1.0)
     items = Interrupted()
     options = {"scratch": tmp_path / "part", "max_candidates": 200}
     with pytest.raises(KeyboardInterrupt):
         built(items, **options)
-    items.most, items.asked = 99, []
+    items.most, run = 99, []
+    monkeypatch.setattr(
+        SplitGenerator, "keyed", lambda *a, f=SplitGenerator.keyed: run.append(len(a[1][0])) or f(*a)
+    )
     bank, whole = built(items, **options), built(max_candidates=200)
-    assert items.asked[2] == 8  # the first sample is looked at, the first two batches are not run again
+    assert run == [4, 2, 4, 4, 4, 2]  # of the first bank, the first two batches are not run again
     assert np.array_equal(bank.retriever.keys, whole.retriever.keys)
     assert np.array_equal(bank.values, whole.values) and bank.meta == whole.meta
 
@@ -101,3 +106,106 @@ def test_an_interrupted_build_goes_on_to_the_same_bank(tmp_path, monkeypatch) ->
 def test_a_model_without_guidance_has_no_bank_to_build() -> None:
     with pytest.raises(OptionError, match="wrapped without guidance"):
         stream_bank(wrapped(None), Samples(SAMPLES), ExactRetriever())
+
+
+class Quiet(nn.Module):
+    """Four stages that draw nothing, and count their runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stages = nn.ModuleList(nn.Conv2d(4, 4, 3, padding=1) for _ in range(4))
+        self.rgb = nn.Conv2d(4, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for stage in self.stages:
+            x = stage(x).relu()
+        return torch.tanh(self.rgb(x))
+
+
+def quiet(
+    guidance: retroexit.Guidance, place: int = 3
+) -> tuple[retroexit.EarlyExitGenerator, list[list[int]]]:
+    """A wrapped generator, and the batch sizes that each of its stages has run with since."""
+    generator = Quiet().eval()
+    stages = [f"stages.{i}" for i in range(4)]
+    model = retroexit.wrap(
+        generator,
+        [place],
+        1.0,
+        guidance=guidance,
+        example_inputs=(SAMPLES[:2],),
+        min_channels=1,
+        stages=stages,
+    )
+    runs: list[list[int]] = [[] for _ in stages]
+    for index, stage in enumerate(generator.stages):
+        stage.register_forward_hook(lambda _m, x, _y, i=index: runs[i].append(len(x[0])))
+    return model, runs
+
+
+def test_keys_run_no_stage_behind_their_own_and_values_only_inputs_that_survive() -> None:
+    model, runs = quiet(retroexit.Guidance(key_after=1, value_after=2, size=3))
+    bank = stream_bank(model, Samples(SAMPLES, 3), ExactRetriever(), progress=False)
+    owners = bank.source.unique()
+    assert 1 <= len(owners) <= 3 and sum(runs[0]) >= len(SAMPLES)
+    # The first of them runs in its batch, which shows that no noise is drawn; the others run alone.
+    assert runs[1] in ([4], [4, len(owners) - 1], [2, len(owners) - 1])
+    assert runs[2] == runs[3] == []
+
+
+def pose(x: Tensor) -> Tensor:
+    return x.mean((2, 3))
+
+
+def test_keys_from_a_function_run_no_stage_at_all() -> None:
+    model, runs = quiet(retroexit.Guidance(key=pose, size=2))
+    bank = stream_bank(model, Samples(SAMPLES, 3), ExactRetriever(), progress=False)
+    assert len(bank) == 2 and sum(runs[0]) <= 4 + 2
+    kept = pose(SAMPLES)[bank.source]
+    torch.testing.assert_close(torch.from_numpy(bank.retriever.keys.copy()), kept)
+    with torch.no_grad():
+        images = model.generator(SAMPLES)[bank.source]
+    torch.testing.assert_close(bank.guide(kept[:, :, None, None]), images, rtol=1e-3, atol=1e-3)
+
+
+def test_an_interrupted_build_notices_that_an_input_has_changed(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("retroexit.guidance.filling._STORED", -1.0)
+    monkeypatch.setattr("retroexit.guidance.filling._SHARE", -1.0)
+    monkeypatch.setattr("retroexit.guidance.filling.compute_values", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        built(scratch=tmp_path / "part")
+    changed = SAMPLES.clone()
+    changed[5, 0, 0, 0] += 1
+    with pytest.raises(CheckpointError, match="after 14 inputs; found that these are not the inputs"):
+        built(changed, scratch=tmp_path / "part")
+
+
+def test_every_identity_gets_a_bank_of_its_own_frames(tmp_path) -> None:
+    model, _ = quiet(retroexit.Guidance(key=pose, thin="none"))
+    names = ["ann", "bob"] * 7
+    banks = dict(stream_banks(model, Samples(SAMPLES), names, ExactRetriever, progress=False))
+    assert list(banks) == ["ann", "bob"] and [len(bank) for bank in banks.values()] == [7, 7]
+    with torch.no_grad():
+        images = model.generator(SAMPLES)
+    for start, name in enumerate(names[:2]):
+        banks[name].save(tmp_path / name)
+        model.bank = GuidanceBank.load(tmp_path / name)
+        guide = model.bank.guide(pose(SAMPLES[start::2])[:, :, None, None])
+        torch.testing.assert_close(guide, images[start::2], rtol=1e-3, atol=1e-3)
+    left = stream_banks(model, Samples(SAMPLES), names, ExactRetriever, skip=["ann"], progress=False)
+    assert [name for name, _ in left] == ["bob"]
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["a"] * 13, "13 names for 14 samples"),
+        (["a", "../b"] * 7, "the name '../b'"),
+        ([3] * 14, "the name 3"),
+    ],
+)
+def test_names_that_no_folder_can_have_are_refused(names, message) -> None:
+    model, _ = quiet(retroexit.Guidance(key=pose))
+    with pytest.raises(OptionError, match=message):
+        next(iter(stream_banks(model, Samples(SAMPLES), names, ExactRetriever)))

@@ -1,0 +1,156 @@
+"""Banks of another backbone, of other taps or patches: refused before anything changes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import retroexit
+from retroexit.errors import BankError, RetroExitError
+from retroexit.guidance import GuidanceBank
+from retroexit.retrieval import ExactRetriever
+from retroexit.training.banks import stream_bank
+from retroexit.training.inputs import Samples
+
+INPUTS = torch.randn(6, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+POSES = torch.randn(6, 5, generator=torch.Generator().manual_seed(2))
+SAMPLES = Samples(list(zip(INPUTS, POSES, strict=True)))
+
+
+def pose_key(x: Tensor, pose: Tensor) -> Tensor:
+    return pose
+
+
+def wrap(generator: nn.Module, guidance: Any, recorded: bool = True) -> Any:
+    example = {"example_inputs": (INPUTS[:2], POSES[:2])} if recorded else {}
+    stages = tuple(f"stages.{i}" for i in range(4))
+    return retroexit.wrap(
+        generator, [2], 1 / 3, guidance=guidance, stages=stages, adapter=False, min_channels=4, **example
+    )
+
+
+def bank_of(generator: nn.Module, **guidance: Any) -> GuidanceBank:
+    model = wrap(generator, retroexit.Guidance(size=20, **guidance))
+    return stream_bank(model, SAMPLES, ExactRetriever(), progress=False)
+
+
+OTHERS = {
+    "key_after": ({"key_after": 1}, r"found keys from '.+', this one has '.+'"),
+    "value_after": ({"value_after": 2}, r"found values from '.+', this one has '.+'"),
+    "patch": ({"patch": (2, 2)}, r"found key patches of \(2, 2\), this one has \(1, 1\)"),
+    "frames": ({"key": pose_key}, r"found keys from '.*pose_key', this one has '.+'"),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_bank_of_other_taps_or_patches_cannot_be_set(posed: nn.Module, other: str, recorded: bool) -> None:
+    options, message = OTHERS[other]
+    foreign = bank_of(posed, **({"value_after": 3} | options))
+    model = wrap(posed, retroexit.Guidance(value_after=3), recorded)
+    if recorded:
+        model.bank = own = bank_of(posed, value_after=3)
+        with pytest.raises(BankError, match=message):
+            model.bank = foreign
+        assert model.bank is own
+    else:  # found out with the first call, before there are branches
+        model.bank = foreign
+        with pytest.raises(BankError, match=message):
+            model(INPUTS[:2], POSES[:2], exit=1)
+        assert not model.is_recorded and len(model.branches) == 0
+        model.bank = bank_of(posed, value_after=3)
+        assert model(INPUTS[:2], POSES[:2], exit=1).shape == (2, 3, 16, 16)
+
+
+def test_a_bank_of_another_backbone_cannot_be_set(posed: nn.Module) -> None:
+    model = wrap(posed, retroexit.Guidance())
+    with torch.no_grad():
+        posed.rgb.weight[0, 0, 0, 0] += 1
+    foreign = bank_of(posed)
+    with torch.no_grad():
+        posed.rgb.weight[0, 0, 0, 0] -= 1
+    with pytest.raises(BankError, match=r"found backbone '[0-9a-f]{64}', this one has '[0-9a-f]{64}'"):
+        model.bank = foreign
+    assert model.bank is None
+
+
+def test_a_bank_made_by_hand_is_judged_by_its_shapes(posed: nn.Module) -> None:
+    model = wrap(posed, retroexit.Guidance(value_after=3))
+
+    def by_hand(keys: Tensor, values: Tensor) -> GuidanceBank:
+        return GuidanceBank.build(
+            [(keys, range(len(keys)))], lambda ids: values[ids], retriever=ExactRetriever()
+        )
+
+    keys, values = torch.randn(3, 12, 8, 8), torch.rand(3, 12, 16, 16)
+    model.bank = fits = by_hand(keys, values)
+    for wrong, message in (
+        (by_hand(keys[:, :5], values), r"numbers per key: 5, this one has 12"),
+        (by_hand(keys, values[:, :, ::2, ::2]), r"value patches of \(1, 1\), this one has \(2, 2\)"),
+        (by_hand(keys, values[:, :3]), r"channels per value: 3, this one has 12"),
+    ):
+        with pytest.raises(BankError, match=message):
+            model.bank = wrong
+    assert model.bank is fits
+
+
+def test_a_model_without_guidance_takes_no_bank(posed: nn.Module) -> None:
+    model = wrap(posed, None)
+    with pytest.raises(BankError, match="wrapped without guidance"):
+        model.bank = bank_of(posed)
+    model.bank = None
+
+
+def test_a_saved_bank_is_compared_where_it_is_loaded(posed: nn.Module, tmp_path: Path) -> None:
+    bank_of(posed, patch=(2, 2)).save(tmp_path / "bank")
+    taps = wrap(posed, retroexit.Guidance(patch=(2, 2))).anatomy.taps
+    assert len(GuidanceBank.load(tmp_path / "bank", origin=taps.origin())) == 20
+    taps = wrap(posed, retroexit.Guidance(key_after=1)).anatomy.taps
+    with pytest.raises(BankError, match=r"the bank in .*bank; found keys from"):
+        GuidanceBank.load(tmp_path / "bank", origin=taps.origin())
+
+
+def test_a_saved_model_with_the_bank_of_another_is_refused(posed: nn.Module, tmp_path: Path) -> None:
+    model = wrap(posed, retroexit.Guidance(value_after=3))
+    model.bank = bank_of(posed, value_after=3)
+    model.save(tmp_path)
+    bank_of(posed, value_after=2).save(tmp_path / "bank")
+    with pytest.raises(RetroExitError, match="another guidance bank than the one it was saved with"):
+        retroexit.load(tmp_path, posed, adapter=False)
+
+
+@pytest.mark.parametrize("inject", ["every_stage", "input"])
+def test_the_bank_of_each_identity_guides_with_its_own_frames(
+    posed: nn.Module, inject: Any, handed: Any
+) -> None:
+    from retroexit.training.banks import stream_banks
+
+    guidance = retroexit.Guidance(key=pose_key, inject=inject, thin="none")
+    model = wrap(posed, guidance)
+    names = ["ann", "ann", "ann", "bob", "bob", "bob"]
+    banks = dict(stream_banks(model, SAMPLES, names, ExactRetriever, progress=False))
+    with torch.no_grad():
+        frames = posed(INPUTS, POSES)
+    guides = handed(model.branches[0])
+    images = []
+    for name, start in (("ann", 0), ("bob", 3)):
+        model.bank = banks[name]
+        images.append(model(INPUTS, POSES, exit=1))
+        nearest = torch.cdist(POSES, POSES[start : start + 3]).argmin(1) + start
+        torch.testing.assert_close(guides[-1], frames[nearest], rtol=1e-3, atol=1e-3)
+    assert not torch.equal(*images)
+    assert model.options.guidance.inject == inject
+
+
+def test_hundreds_of_frames_are_found_by_their_pose(posed: nn.Module) -> None:
+    poses = torch.randn(400, 5)
+    samples = Samples(list(zip(torch.randn(400, 4, 8, 8), poses, strict=True)))
+    model = wrap(posed, retroexit.Guidance(key=pose_key, size=1000))
+    bank = stream_bank(model, samples, ExactRetriever(), batch=50, progress=False)
+    assert len(bank) == 400
+    found = bank.search(poses[:, :, None, None])
+    assert bank.source[found.ids.flatten()].tolist() == list(range(400))
