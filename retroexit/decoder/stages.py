@@ -19,6 +19,7 @@ from retroexit.decoder.record import Recording, record
 from retroexit.decoder.recorder import Call
 from retroexit.decoder.steering import steering_line
 from retroexit.decoder.suggest import suggest_attach_points
+from retroexit.decoder.tokens import lay_out_tokens, mark_tokens
 from retroexit.errors import AttachPointError, GeneratorError, RecordingError, RepeatedStageError, closest
 
 __all__ = ["Decoder", "Stage", "read_decoder"]
@@ -178,6 +179,8 @@ def read_decoder(
     shallow, reason = _record_stages(generator, args, kwargs, is_leaf)
     image_path, image_node = find_image(shallow, image)
     image_node.meta["map_rank"] = deep_image.meta["map_rank"]  # layers inside stages are out of sight here
+    if not reason:
+        lay_out_tokens(shallow, _token_sizes(deep, deep_image, keep))
     draft = Decoder(shallow, (), image_node, image_path, reason)
     found = tuple(
         describe_stage(draft, path, index, end) for index, (path, end) in enumerate(chosen.items(), 1)
@@ -185,6 +188,18 @@ def read_decoder(
     good = suggest_attach_points(found)
     found = tuple(replace(stage, is_suggested=stage.index in good) for stage in found)
     return replace(draft, stages=found)
+
+
+def _token_sizes(deep: Recording, image: fx.Node, paths: Iterable[str]) -> dict[str, tuple[int, ...]]:
+    """Spatial size of what modules return as tokens and not as a map, by path."""
+    mark_tokens(deep, image)
+    found = {}
+    for call in deep.calls:
+        if call.path in set(paths):
+            tokens = [n.meta["tokens"] for n in call.outputs if "tokens" in n.meta]
+            if tokens and len(tokens) == len(call.outputs):
+                found[call.path] = tokens[0]
+    return found
 
 
 def _opened(deep: Recording, keep: Iterable[str]) -> set[str]:
