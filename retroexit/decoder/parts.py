@@ -163,11 +163,12 @@ class _Reader:
         ]
 
     def parts(self, i: int) -> list[Part]:
-        """A call as a part; or, where it hands on no map or runs more than once, the parts inside it."""
+        """A call as a part; or, where it has no weights, hands on no map or runs twice, the parts inside it."""
         call = self.recording.calls[i]
         children = [part for j in self.children.get(i, ()) for part in self.parts(j)]
         outputs = self.handed_on(i)
-        if call.path and (not outputs or call.macs == 0 or self.times[call.path] > 1):
+        is_bare = call.macs == 0 or not any(True for _ in call.module.parameters())
+        if call.path and (not outputs or is_bare or self.times[call.path] > 1):
             return children
         maps = [n for n in call.inputs if "tokens" in n.meta or is_map(n, self.image)]
         part = Part(

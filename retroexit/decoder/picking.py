@@ -84,7 +84,13 @@ class _Chooser:
             now, more = parts, len(stages) + 1
             choices = (self.opened(now, part, more) for part in self.worth_opening(stages, now))
             parts = next((finer for finer in choices if finer is not None), None)
+        if len(stages) == 1 and self.makes_image(stages[0]):
+            stages = self.select([p for step in _steps(stages[0]) for p in self.spread(step)]) or stages
         return stages
+
+    def makes_image(self, part: Part) -> bool:
+        """Tell whether nothing is left to do behind a module."""
+        return not any(node.meta.get("macs") for node in self.nodes[part.call.end :])
 
     def opened(self, parts: Sequence[Part], part: Part, least: int) -> list[Part] | None:
         """Open one of the parts, and those inside it, until there are enough stages; ``None`` if never."""
@@ -180,12 +186,10 @@ class _Chooser:
         ]
 
     def is_head(self, part: Part) -> bool:
-        """Tell whether a single layer turns the last feature map into the image."""
+        """Tell whether the last feature map is turned into the image: by one layer, or by nothing wider."""
         if not part.is_atom:
-            return False
-        behind = self.nodes[self.nodes.index(part.output) + 1 :]
-        works_last = not any(node.meta.get("macs") for node in behind)
-        return works_last or part.channels <= int(self.image.meta["shape"][1])
+            return all(inner.channels <= FEW_CHANNELS for inner in (part, *part.inside()))
+        return self.makes_image(part) or part.channels <= int(self.image.meta["shape"][1])
 
 
 class _Ways:
@@ -310,7 +314,9 @@ def _without_glue(way: Sequence[Part]) -> list[Part]:
     kept: list[Part] = []
     for level in levels:
         total = sum(part.call.macs for part in level)
-        working = [part for part in level if part.call.macs >= _NEGLIGIBLE * total]
+        much = [part for part in level if part.call.macs >= _NEGLIGIBLE * total]
+        kinds = {type(part.call.module) for part in much if not (part.is_atom or part.is_sequence)}
+        working = [part for part in level if part in much or type(part.call.module) in kinds]
         blocks = [part for part in working if not part.is_atom]
         layers = [part for part in working if part.has_parts]
         for better in (blocks, layers):
