@@ -163,7 +163,7 @@ class _Reader:
         ]
 
     def parts(self, i: int) -> list[Part]:
-        """A call as a part; or, where it has no weights, hands on no map or runs twice, the parts inside it."""
+        """A call as a part; or, where it has no weights, hands on no map or runs twice, the parts inside."""
         call = self.recording.calls[i]
         children = [part for j in self.children.get(i, ()) for part in self.parts(j)]
         outputs = self.handed_on(i)
@@ -203,9 +203,8 @@ class _Reader:
                 current = part if part is not None and part.is_atom else None
                 continue
             shapes = {n.meta["shape"] for n in call.outputs}
-            if current is None or shapes != {current.output.meta["shape"]}:
-                current = None
-            elif set(current.output.users) - set(self.nodes[call.begin : call.end]):
+            elsewhere = set(current.output.users) - set(self.nodes[call.begin : call.end]) if current else ()
+            if current is None or elsewhere or shapes != {current.output.meta["shape"]}:
                 current = None
             elif self.times[call.path] == 1:  # one activation for all layers closes none of them
                 current.closing, current.output = call.path, call.outputs[0]

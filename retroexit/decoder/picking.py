@@ -17,10 +17,10 @@ from typing import Any
 from torch import fx
 
 from retroexit.decoder.image import find_image, is_map
+from retroexit.decoder.missing import nothing_found
 from retroexit.decoder.parts import FEW_CHANNELS, Part, ancestors_of, length_of, read_parts, rises, shrinks
 from retroexit.decoder.record import Recording
 from retroexit.decoder.tokens import mark_tokens
-from retroexit.errors import AttachPointError
 
 __all__ = ["choose_stages"]
 
@@ -50,14 +50,7 @@ def choose_stages(recording: Recording, image: Any) -> dict[str, str]:
     chooser = _Chooser(recording, node)
     stages = chooser.choose(root) if root is not None else []
     if _work_elsewhere(recording, stages):
-        times = Counter(call.path for call in recording.calls if call.path and call.macs)
-        often = [f"{path!r} runs {n} times" for path, n in times.items() if n > 1][:3]
-        because = f" ({', '.join(often)}, and so has no single place behind it)" if often else ""
-        raise AttachPointError(
-            "asked for the decoder's stages; found no module with weights that passes a feature map on to "
-            f"the image{because}. Name them with stages=[...], or wrap the module that renders the image.",
-            recording,
-        )
+        raise nothing_found(recording, node)
     return {part.path: part.closing for part in stages}
 
 
@@ -131,9 +124,7 @@ class _Chooser:
         else:
             typical = median(part.depth for part in stages)
             found = [
-                p
-                for p in stages
-                if (p.depth >= _DEEPER * typical and self.is_chain(p)) or self.is_nested(p)
+                p for p in stages if (p.depth >= _DEEPER * typical and self.is_chain(p)) or self.is_nested(p)
             ]
         return sorted(found, key=lambda part: -part.depth)
 

@@ -13,6 +13,7 @@ from torch import fx, nn
 
 from retroexit.decoder.cut import Cut, cut_at
 from retroexit.decoder.image import find_image, is_map
+from retroexit.decoder.missing import runs_often
 from retroexit.decoder.naming import value_names
 from retroexit.decoder.picking import choose_stages
 from retroexit.decoder.record import Recording, record
@@ -20,7 +21,7 @@ from retroexit.decoder.recorder import Call
 from retroexit.decoder.steering import steering_line
 from retroexit.decoder.suggest import suggest_attach_points
 from retroexit.decoder.tokens import lay_out_tokens, mark_tokens
-from retroexit.errors import AttachPointError, GeneratorError, RecordingError, RepeatedStageError, closest
+from retroexit.errors import AttachPointError, GeneratorError, RecordingError, closest
 
 __all__ = ["Decoder", "Stage", "read_decoder"]
 
@@ -99,12 +100,7 @@ class Decoder:
         """
         calls = [call for call in self.recording.calls if call.path == path]
         if len(calls) > 1:
-            raise RepeatedStageError(
-                f"asked for a branch at {path!r}; found that it runs {len(calls)} times in one forward pass, "
-                "so that "
-                "there is no single place behind it. Attach at a module that runs once.",
-                path,
-            )
+            raise runs_often(path, len(calls))
         return calls[0]
 
     def cut_after(self, stage: Stage) -> Cut:
@@ -268,12 +264,7 @@ def _check_path(generator: nn.Module, path: str, ran: Counter[str]) -> None:
     if ran[path] == 1:
         return
     if ran[path] > 1:
-        raise RepeatedStageError(
-            f"asked for a branch at {path!r}; found that it runs {ran[path]} times in one forward pass, so "
-            "that there is "
-            "no single place behind it. Attach at a module that runs once.",
-            path,
-        )
+        raise runs_often(path, ran[path])
     exists = path in dict(generator.named_modules())
     found = "that this module is never called" if exists else "no such module"
     raise AttachPointError(

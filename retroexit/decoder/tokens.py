@@ -8,13 +8,13 @@ as the map ``(N, C, H, W)`` that everything else in this library works on.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import Any
 
 from torch import fx, nn
 from torch.nn import functional as F
 
 from retroexit.decoder.record import Recording
+from retroexit.decoder.recorder import Call
 
 __all__ = ["lay_out_tokens", "mark_tokens", "sizes_of", "width_of"]
 
@@ -93,7 +93,8 @@ def _channel_axis(
     alike = [axis for used, axis in known if used.meta["shape"] == shape]
     source, axis = known[0]
     before = source.meta["shape"]
-    if name in (*_SWAPS, "permute", "movedim", "moveaxis"):
+    is_turned = name == "getattr" and node.args[1] in ("mT", "mH")
+    if is_turned or name in (*_SWAPS, "permute", "movedim", "moveaxis"):
         return _moved(name, node, axis, len(before))
     if alike:
         return max(alike)
@@ -105,7 +106,7 @@ def _channel_axis(
 
 
 def _norm_axis(module: nn.Module, node: fx.Node, axes: dict[fx.Node, int | None]) -> int:
-    """Tell which axis a layer that should work on the last one works on: some norms turn maps around inside."""
+    """Tell which axis a layer works on that should work on the last: some norms turn maps around inside."""
     shape = node.meta["shape"]
     last = len(shape) - 1
     width = getattr(module, "normalized_shape", shape[-1:])[-1]
@@ -117,6 +118,8 @@ def _norm_axis(module: nn.Module, node: fx.Node, axes: dict[fx.Node, int | None]
 
 def _moved(name: str, node: fx.Node, axis: int, rank: int) -> int | None:
     """Follow the channel axis through a permutation."""
+    if name == "getattr":
+        return {rank - 1: rank - 2, rank - 2: rank - 1}.get(axis, axis)
     given: list[Any] = [*node.args[1:], *node.kwargs.values()]
     if name == "permute":
         order = given[0] if isinstance(given[0], (tuple, list)) else given
@@ -134,9 +137,9 @@ def _moved(name: str, node: fx.Node, axis: int, rank: int) -> int | None:
 def lay_out_tokens(recording: Recording, sizes: dict[str, tuple[int, ...]]) -> None:
     """Let the tokens that some modules return pass by as a map.
 
-    Behind each module are written a node that lays the tokens out, which the call returns from now on, and one
-    that turns them back into tokens, which everything that follows reads. Both only look at the same memory
-    in another order.
+    Behind each module are written nodes that lay the tokens out, which the call returns from now on, and that
+    turn them back into tokens, which everything that follows reads. Both only look at the same memory in
+    another order.
 
     Args:
         recording: An execution in which the modules are single nodes; it is changed.
@@ -146,7 +149,7 @@ def lay_out_tokens(recording: Recording, sizes: dict[str, tuple[int, ...]]) -> N
         call = next(call for call in recording.calls if call.path == path)
         tokens = next((n for n in call.outputs if _holds(n, places)), None)
         if tokens is not None:
-            _write_map(recording, path, tokens, places)
+            _write_map(recording, call, tokens, places)
 
 
 def _holds(node: fx.Node, places: tuple[int, ...]) -> bool:
@@ -154,9 +157,8 @@ def _holds(node: fx.Node, places: tuple[int, ...]) -> bool:
     return len(shape) >= 3 and shape[1:-1] in (places, (math.prod(places),))
 
 
-def _write_map(recording: Recording, path: str, tokens: fx.Node, places: tuple[int, ...]) -> None:
+def _write_map(recording: Recording, call: Call, tokens: fx.Node, places: tuple[int, ...]) -> None:
     nodes = recording.nodes
-    call = next(call for call in recording.calls if call.path == path)
     behind = nodes[call.end - 1]
     batch, *_, width = tokens.meta["shape"]
     flat = len(tokens.meta["shape"]) == 3
@@ -170,18 +172,15 @@ def _write_map(recording: Recording, path: str, tokens: fx.Node, places: tuple[i
         written.append(node)
         return node
 
-    def size(of: fx.Node, axis: int) -> fx.Node:
-        return write("size", of, axis)
-
     if flat and len(places) > 1:
         like = next((n for n in reversed(nodes[: call.end]) if _is_laid_out(n, batch, places)), None)
-        sides = places if like is None else tuple(size(like, 2 + i) for i in range(len(places)))
+        sides = places if like is None else tuple(write("size", like, 2 + i) for i in range(len(places)))
         moved = write("transpose", tokens, 1, 2, shape=(batch, width, math.prod(places)))
         laid_out = write("unflatten", moved, 2, sides, shape=(batch, width, *places))
     else:
         laid_out = write("movedim", tokens, -1, 1, shape=(batch, width, *places))
     inserted = len(written)
-    users = [n for n in tokens.users if n not in written and n in set(nodes[call.end :])]
+    users = set(tokens.users) & set(nodes[call.end :])
     back = laid_out
     if flat and len(places) > 1:
         back = write("flatten", back, 2, shape=(batch, width, math.prod(places)))
@@ -191,29 +190,29 @@ def _write_map(recording: Recording, path: str, tokens: fx.Node, places: tuple[i
     back.meta["contiguous"] = tokens.meta.get("contiguous", False)
     for user in users:
         user.replace_input_with(tokens, back)
-    _renumber(recording, path, tokens, (laid_out, back), (inserted, len(written)))
+        user.meta["takes_tokens"] = True
+    _renumber(recording, call, len(written))
+    call.end += inserted
+    _rename(call.outputs, tokens, laid_out)
+    for other in recording.calls:
+        if other.begin >= call.end:
+            _rename(other.inputs, tokens, back)
+        if other is not call and other.end > call.end:
+            _rename(other.outputs, tokens, back)
 
 
-def _renumber(
-    recording: Recording, path: str, tokens: fx.Node, made: tuple[fx.Node, fx.Node], counts: tuple[int, int]
-) -> None:
-    """Put the calls' ranges right: the module's own ends behind the map, all others behind the tokens."""
-    (laid_out, back), (inserted, total) = made, counts
-    own = next(call for call in recording.calls if call.path == path)
-    end = own.end
+def _renumber(recording: Recording, own: Call, total: int) -> None:
+    """Put the ranges of the calls right that enclose a call or come behind it."""
     for call in recording.calls:
-        encloses = call.begin <= own.begin and call.end >= end and call is not own
-        if call is own:
-            call.outputs = [laid_out if n is tokens else n for n in call.outputs]
-            call.end = end + inserted
-            continue
-        if call.begin >= end:
-            call.begin += total
-            call.inputs = [back if n is tokens else n for n in call.inputs]
-        if encloses:
-            call.outputs = [back if n is tokens else n for n in call.outputs]
-        if encloses or call.end > end:
+        encloses = call.begin <= own.begin and call.end >= own.end and call is not own
+        if encloses or call.begin >= own.end:
             call.end += total
+        if call.begin >= own.end:
+            call.begin += total
+
+
+def _rename(nodes: list[fx.Node], old: fx.Node, new: fx.Node) -> None:
+    nodes[:] = [new if node is old else node for node in nodes]
 
 
 def _is_laid_out(node: fx.Node, batch: int, places: tuple[int, ...]) -> bool:
