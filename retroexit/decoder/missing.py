@@ -47,8 +47,8 @@ def nothing_found(recording: Recording, image: fx.Node) -> AttachPointError:
 def runs_often(path: str, times: int) -> RepeatedStageError:
     """Explain that a module that was asked for runs more than once."""
     return RepeatedStageError(
-        f"asked for a branch at {path!r}; found that it runs {times} times in one forward pass, so that there "
-        "is no single place behind it. Attach at a module that runs once, or "
+        f"asked for a branch at {path!r}; found that it runs {times} times in one forward pass, so that "
+        "there is no single place behind it. Attach at a module that runs once, or "
         f"{_lower(_turns(path, times))}",
         path,
     )

@@ -206,6 +206,8 @@ class _Reader:
             elsewhere = set(current.output.users) - set(self.nodes[call.begin : call.end]) if current else ()
             if current is None or elsewhere or shapes != {current.output.meta["shape"]}:
                 current = None
+            elif any(n is not current.output and is_map(n, self.image) for n in call.inputs):
+                current = None  # this merges several maps
             elif self.times[call.path] == 1:  # one activation for all layers closes none of them
                 current.closing, current.output = call.path, call.outputs[0]
 
