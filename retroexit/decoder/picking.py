@@ -20,7 +20,7 @@ from retroexit.decoder.image import find_image, is_map
 from retroexit.decoder.missing import nothing_found
 from retroexit.decoder.parts import FEW_CHANNELS, Part, ancestors_of, length_of, read_parts, rises, shrinks
 from retroexit.decoder.record import Recording
-from retroexit.decoder.tokens import mark_tokens
+from retroexit.decoder.tokens import mark_tokens, width_of
 
 __all__ = ["choose_stages"]
 
@@ -179,7 +179,9 @@ class _Chooser:
     def is_head(self, part: Part) -> bool:
         """Tell whether the last feature map is turned into the image: by one layer, or by nothing wider."""
         if not part.is_atom:
-            return all(inner.channels <= FEW_CHANNELS for inner in (part, *part.inside()))
+            inside = self.nodes[part.call.begin : part.call.end]
+            made = [n for n in inside if n.meta.get("macs") and is_map(n, self.image)]
+            return max(map(width_of, [part.output, *made])) <= FEW_CHANNELS
         return self.makes_image(part) or part.channels <= int(self.image.meta["shape"][1])
 
 

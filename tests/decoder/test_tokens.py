@@ -82,7 +82,7 @@ def test_every_layer_is_a_stage_and_hands_on_a_map(case: Any) -> None:
 
 
 def test_a_cut_between_layers_loses_nothing(case: Any) -> None:
-    generator, x, _, count = case
+    generator, x, *_ = case
     model = retroexit.wrap(generator, [1, 2], 1.0, example_inputs=(x,))
     want = generator(x)
     with torch.no_grad():
