@@ -175,8 +175,11 @@ def read_decoder(
     shallow, reason = _record_stages(generator, args, kwargs, is_leaf)
     image_path, image_node = find_image(shallow, image)
     image_node.meta["map_rank"] = deep_image.meta["map_rank"]  # layers inside stages are out of sight here
+    tokens = _token_sizes(deep, deep_image, keep)
     if not reason:
-        lay_out_tokens(shallow, _token_sizes(deep, deep_image, keep))
+        lay_out_tokens(shallow, tokens)
+    elif stages is None:  # a forward that runs again hands on what the stage returns
+        chosen = {path: end for path, end in chosen.items() if end not in tokens} or chosen
     draft = Decoder(shallow, (), image_node, image_path, reason)
     found = tuple(
         describe_stage(draft, path, index, end) for index, (path, end) in enumerate(chosen.items(), 1)
