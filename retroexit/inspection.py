@@ -23,6 +23,7 @@ def find_stages(
     example_kwargs: dict[str, Any] | None = None,
     *,
     image: Any = None,
+    stages: Sequence[str] | None = None,
 ) -> list[Stage]:
     """List the stages l_1..l_N of a generator, with cost, output shape and live values.
 
@@ -33,6 +34,7 @@ def find_stages(
         example_inputs: Positional inputs that it accepts; an adapter may make them.
         example_kwargs: Keyword inputs.
         image: Key of the image in its output, where it returns several maps.
+        stages: Paths of l_1..l_N, where the search should not decide.
 
     Returns:
         The stages, in order; those marked ``is_suggested`` are good places for branches.
@@ -42,7 +44,8 @@ def find_stages(
 
     Reference: paper section 3.1.
     """
-    return list(read_generator(generator, example_inputs, example_kwargs, image=image).stages)
+    found = read_generator(generator, example_inputs, example_kwargs, image=image, stages=stages)
+    return list(found.stages)
 
 
 def read_generator(
@@ -51,6 +54,7 @@ def read_generator(
     example_kwargs: dict[str, Any] | None = None,
     *,
     image: Any = None,
+    stages: Sequence[str] | None = None,
 ) -> Decoder:
     """Read a generator as `wrap` does: its stages and the execution behind them. See `find_stages`."""
     known = host().describe(generator)
@@ -68,7 +72,7 @@ def read_generator(
         generator,
         args,
         kwargs,
-        stages=None if known is None else known.stages,
+        stages=stages if stages is not None or known is None else known.stages,
         image=image if image is not None or known is None else known.image,
     )
     return decoder if decoder.replayed else _tried(generator, decoder, args, kwargs)

@@ -62,11 +62,12 @@ def dac_decoder() -> Made:
 
 
 ENTRIES = (
-    # Per level a transposed convolution, then residual blocks beside each other whose outputs are averaged.
+    # Per level a transposed convolution, then residual blocks beside each other, none of which is a
+    # place: what they are averaged to is no module's.
     Entry(
         "transformers-hifigan",
         hifi_gan,
-        "?conv_pre upsampler.0 ?resblocks.1 upsampler.1 ?resblocks.3 upsampler.2 ?resblocks.5",
+        "?conv_pre upsampler.{0-2}",
         ["transformers"],
     ),
     Entry("transformers-univnet", univ_net, "?conv_pre resblocks.{0-1}", ["transformers"]),
@@ -74,8 +75,7 @@ ENTRIES = (
     Entry(
         "transformers-encodec-decoder",
         encodec_decoder,
-        "?layers.0 ?layers.1 layers.3|layers.4 ?layers.4 layers.6|layers.7 ?layers.7 layers.9|layers.10 "
-        "?layers.10",
+        "?layers.0 ?layers.1 ?layers.3 layers.4 ?layers.6 layers.7 ?layers.9 layers.10",
         ["transformers"],
     ),
     Entry("transformers-dac-decoder", dac_decoder, "?conv1 block.{0-2}", ["transformers"]),

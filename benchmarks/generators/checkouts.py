@@ -180,20 +180,20 @@ ENTRIES = (
     Entry(
         "pix2pixhd-global",
         pix2pixhd_global,
-        "?model.10 model.{13-16} model.17 model.20 model.23",
+        "model.{13-16} model.17 model.20 model.23",
         checkout="pix2pixHD",
     ),
     # The global generator at half the size, then the enhancer's own blocks.
     Entry(
         "pix2pixhd-local",
         pix2pixhd_local,
-        "?model.10 model.{13-16} model.17 model.20 ?model.23 model1_2.{0-2} model1_2.3",
+        "model.{13-16} model.17 model.20 ?model.23 model1_2.{0-2} model1_2.3",
         checkout="pix2pixHD",
     ),
     Entry(
         "cyclegan-resnet",
         cyclegan_resnet,
-        "?model.8 model.{12-19} model.20|model.21 ?model.21 model.24|model.25 ?model.25",
+        "model.{12-19} model.20|model.21 ?model.21 model.24|model.25 ?model.25",
         checkout="pytorch-CycleGAN-and-pix2pix",
     ),
     Entry(

@@ -47,11 +47,11 @@ def lightweight_gan() -> Made:
 
 ENTRIES = (
     Entry("biggan-pretrained", biggan, "generator.layers.{0-6}", ["pytorch_pretrained_biggan"]),
-    # Each level is a list of an up-sampling sequence and two helpers.
+    # Each level is a list: an up-sampling sequence, a gate from another level, attention in front.
     Entry(
         "lightweight-gan",
         lightweight_gan,
-        "?initial_conv layers.{0-3}",
+        "?initial_conv layers.{0-1}.0 ?layers.2.2 layers.{2-3}.0",
         ["lightweight_gan"],
         draws=True,
     ),

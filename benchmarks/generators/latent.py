@@ -115,6 +115,46 @@ def unet_2d_condition() -> Made:
     return Made(model, args, {"encoder_hidden_states": torch.randn(1, 5, 32)})
 
 
+def oobleck_decoder() -> Made:
+    """The decoder of Stable Audio: a one-dimensional image of two channels."""
+    from diffusers.models.autoencoders.autoencoder_oobleck import OobleckDecoder
+
+    return Made(OobleckDecoder(32, 16, 2, [2, 2, 4], [1, 2, 4]), (torch.randn(1, 16, 12),))
+
+
+def wan_decoder() -> Made:
+    """A decoder of video, run on one frame."""
+    from diffusers.models.autoencoders.autoencoder_kl_wan import WanDecoder3d
+
+    model = WanDecoder3d(
+        dim=16,
+        z_dim=4,
+        dim_mult=[1, 2, 4],
+        num_res_blocks=1,
+        attn_scales=[],
+        temperal_upsample=[False, False],
+    )
+    return Made(model, (torch.randn(1, 4, 1, 8, 8),))
+
+
+def dit() -> Made:
+    """A trunk of transformer layers on patches of the image."""
+    from diffusers import DiTTransformer2DModel
+
+    model = DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        num_layers=4,
+        sample_size=8,
+        patch_size=2,
+        num_embeds_ada_norm=20,
+        norm_num_groups=4,
+    )
+    return Made(model, (torch.randn(1, 4, 8, 8), torch.tensor([3]), torch.tensor([5])))
+
+
 _BLOCKS = "?decoder.conv_in decoder.mid_block decoder.up_blocks.{0-2}"
 
 ENTRIES = (
@@ -147,4 +187,7 @@ ENTRIES = (
     Entry("diffusers-dc-decoder", autoencoder_dc, "?conv_in up_blocks.{2-0}", ["diffusers"]),
     Entry("diffusers-unet", unet_2d, "?mid_block up_blocks.{0-2}", ["diffusers"]),
     Entry("diffusers-unet-condition", unet_2d_condition, "?mid_block up_blocks.{0-2}", ["diffusers"]),
+    Entry("diffusers-oobleck-decoder", oobleck_decoder, "?conv1 block.{0-2}", ["diffusers"]),
+    Entry("diffusers-wan-decoder", wan_decoder, "?conv_in mid_block up_blocks.{0-2}", ["diffusers"]),
+    Entry("diffusers-dit", dit, "transformer_blocks.{0-3}", ["diffusers"], is_large=True),  # slow to narrow
 )

@@ -189,6 +189,6 @@ def unet() -> Made:
 
 ENTRIES = (
     Entry("own-dcgan", dcgan, "blocks.{0-2}"),
-    Entry("own-resnet", resnet, "?stem block1 ?attention block2 block3 ?shuffle|shuffle.0"),
+    Entry("own-resnet", resnet, "?stem block1 ?attention block2 block3 shuffle|shuffle.0"),
     Entry("own-unet", unet, "?middle up.{0-2}"),
 )

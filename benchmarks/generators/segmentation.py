@@ -69,11 +69,11 @@ def segformer_head() -> Made:
 
 ENTRIES = (
     Entry("smp-unet", smp_unet, "?decoder.center decoder.blocks.{0-4}", ["segmentation_models_pytorch"]),
-    # Top-down pathway; the four heads then run beside each other.
+    # Top-down pathway; the four heads then run beside each other, so that none is a place.
     Entry(
         "smp-fpn",
         smp_fpn,
-        "?decoder.p5 decoder.p4 decoder.p3 decoder.p2 ?decoder.seg_blocks.{0-3}",
+        "?decoder.p5 decoder.p4 decoder.p3 decoder.p2",
         ["segmentation_models_pytorch"],
     ),
     # A triangle of blocks; x_0_i is the way up, the others refine the skips.
@@ -90,13 +90,13 @@ ENTRIES = (
     Entry(
         "transformers-segformer",
         segformer,
-        "?decode_head.linear_projections.{0-3} decode_head.linear_fuse|decode_head.batch_norm",
+        "decode_head.linear_fuse|decode_head.batch_norm",
         ["transformers"],
     ),
     Entry(
         "transformers-segformer-head",
         segformer_head,
-        "?linear_projections.{0-3} linear_fuse|batch_norm",
+        "linear_fuse|batch_norm",
         ["transformers"],
     ),
 )

@@ -83,8 +83,9 @@ class Draft:
 
     @cached_property
     def stages(self) -> list[str]:
-        """Paths of the stages in the tail, in order."""
-        inside = {str(node.target) for node in self.cut.rest if node.op == "call_module"}
+        """Paths of the stages in the tail that take a map, in order."""
+        called = [node for node in self.cut.rest if node.op == "call_module"]
+        inside = {str(node.target) for node in called if not node.meta.get("takes_tokens")}
         return [path for path in self.spec.stages if path in inside]
 
     @cached_property

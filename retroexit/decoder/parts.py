@@ -15,6 +15,7 @@ from torch import fx, nn
 from retroexit.decoder.image import is_map
 from retroexit.decoder.record import Recording
 from retroexit.decoder.recorder import Call
+from retroexit.decoder.tokens import sizes_of, width_of
 
 __all__ = ["FEW_CHANNELS", "Part", "ancestors_of", "length_of", "read_parts", "rises", "shrinks"]
 
@@ -56,7 +57,7 @@ class Part:
     @property
     def channels(self) -> int:
         """Channels of the map that it hands on."""
-        return int(self.output.meta["shape"][1])
+        return width_of(self.output)
 
     @property
     def length(self) -> float:
@@ -150,27 +151,29 @@ class _Reader:
                 found.add(node)
         return found & moved if moved else found
 
-    def handed_on(self, call: Call) -> list[fx.Node]:
-        """Feature maps that come out of a call and that the image needs afterwards."""
+    def handed_on(self, i: int) -> list[fx.Node]:
+        """Feature maps that come out of a call and that the image needs afterwards; of blocks also tokens."""
+        call = self.recording.calls[i]
         return [
             n
             for n in call.outputs
             if n in self.features
-            and is_map(n, self.image)
+            and (self.depth(i) > 1 if "tokens" in n.meta else is_map(n, self.image))
             and (n is self.image or any(u in self.ancestors and self.index[u] >= call.end for u in n.users))
         ]
 
     def parts(self, i: int) -> list[Part]:
-        """A call as a part; or, where it hands on no map or runs more than once, the parts inside it."""
+        """A call as a part; or, where it has no weights, hands on no map or runs twice, the parts inside."""
         call = self.recording.calls[i]
         children = [part for j in self.children.get(i, ()) for part in self.parts(j)]
-        outputs = self.handed_on(call)
-        if call.path and (not outputs or call.macs == 0 or self.times[call.path] > 1):
+        outputs = self.handed_on(i)
+        is_bare = call.macs == 0 or not any(True for _ in call.module.parameters())
+        if call.path and (not outputs or is_bare or self.times[call.path] > 1):
             return children
-        maps = [n for n in call.inputs if is_map(n, self.image)]
+        maps = [n for n in call.inputs if "tokens" in n.meta or is_map(n, self.image)]
         part = Part(
             call,
-            max(outputs, key=lambda n: n.meta["shape"][1]) if outputs else self.image,
+            max(outputs, key=width_of) if outputs else self.image,
             [n for n in maps if n in self.features],
             maps,
             children,
@@ -179,8 +182,7 @@ class _Reader:
             is_pyramid=len(outputs) > 1 and rises(max(map(length_of, outputs)), min(map(length_of, outputs))),
             has_parts=i in self.children,
         )
-        if part.is_sequence:
-            self.close(i, part)
+        self.close(i, part)
         return [part]
 
     def depth(self, i: int) -> int:
@@ -190,9 +192,9 @@ class _Reader:
         # A layer that computes its own weights or styles first is one layer, not two.
         return max(sum(self.depth(j) for j in inner), int(own))
 
-    def close(self, i: int, sequence: Part) -> None:
-        """Let a layer in a flat sequence end behind the norm and activation that follow it."""
-        by_path = {part.path: part for part in sequence.children}
+    def close(self, i: int, parent: Part) -> None:
+        """Let a single layer end behind the norm and activation that follow it, and alone read its map."""
+        by_path = {part.path: part for part in parent.children}
         current: Part | None = None
         for j in self.children.get(i, ()):
             call = self.recording.calls[j]
@@ -201,8 +203,11 @@ class _Reader:
                 current = part if part is not None and part.is_atom else None
                 continue
             shapes = {n.meta["shape"] for n in call.outputs}
-            if current is None or shapes != {current.output.meta["shape"]}:
+            elsewhere = set(current.output.users) - set(self.nodes[call.begin : call.end]) if current else ()
+            if current is None or elsewhere or shapes != {current.output.meta["shape"]}:
                 current = None
+            elif any(n is not current.output and is_map(n, self.image) for n in call.inputs):
+                current = None  # this merges several maps
             elif self.times[call.path] == 1:  # one activation for all layers closes none of them
                 current.closing, current.output = call.path, call.outputs[0]
 
@@ -231,5 +236,5 @@ def _mark_encoders(root: Part) -> None:
 
 def length_of(node: fx.Node) -> float:
     """Side of a map: of its last two axes, since the time of a video goes at a pace of its own."""
-    sizes: Sequence[int] = node.meta["shape"][2:][-2:]
+    sizes: Sequence[int] = sizes_of(node)[-2:]
     return math.prod(sizes) ** (1 / len(sizes))

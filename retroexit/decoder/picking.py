@@ -17,9 +17,10 @@ from typing import Any
 from torch import fx
 
 from retroexit.decoder.image import find_image, is_map
+from retroexit.decoder.missing import nothing_found
 from retroexit.decoder.parts import FEW_CHANNELS, Part, ancestors_of, length_of, read_parts, rises, shrinks
 from retroexit.decoder.record import Recording
-from retroexit.errors import AttachPointError
+from retroexit.decoder.tokens import mark_tokens, width_of
 
 __all__ = ["choose_stages"]
 
@@ -44,18 +45,12 @@ def choose_stages(recording: Recording, image: Any) -> dict[str, str]:
         AttachPointError: If no module passes a feature map on to the image.
     """
     _, node = find_image(recording, image)
+    mark_tokens(recording, node)
     root = read_parts(recording, node)
     chooser = _Chooser(recording, node)
     stages = chooser.choose(root) if root is not None else []
     if _work_elsewhere(recording, stages):
-        times = Counter(call.path for call in recording.calls if call.path and call.macs)
-        often = [f"{path!r} runs {n} times" for path, n in times.items() if n > 1][:3]
-        because = f" ({', '.join(often)}, and so has no single place behind it)" if often else ""
-        raise AttachPointError(
-            "asked for the decoder's stages; found no module with weights that passes a feature map on to "
-            f"the image{because}. Name them with stages=[...], or wrap the module that renders the image.",
-            recording,
-        )
+        raise nothing_found(recording, node)
     return {part.path: part.closing for part in stages}
 
 
@@ -70,24 +65,33 @@ class _Chooser:
     def __init__(self, recording: Recording, image: fx.Node) -> None:
         self.nodes, self.image = recording.nodes, image
         self.work = 0
+        self.kinds: dict[str, type] = {}
 
     def choose(self, root: Part) -> list[Part]:
         """Open modules until the stages are many enough and of like grain."""
         self.work = root.call.macs - _encoders_work(root)
+        self.kinds = {part.path: type(part.call.module) for part in root.inside()}
         parts: list[Part] | None = [p for child in root.children for p in self.spread(child)]
         while parts is not None:
             stages = self.select(parts)
             now, more = parts, len(stages) + 1
             choices = (self.opened(now, part, more) for part in self.worth_opening(stages, now))
             parts = next((finer for finer in choices if finer is not None), None)
+        if len(stages) == 1 and self.makes_image(stages[0]):
+            stages = self.select([p for step in _steps(stages[0]) for p in self.spread(step)]) or stages
         return stages
+
+    def makes_image(self, part: Part) -> bool:
+        """Tell whether nothing is left to do behind a module."""
+        return not any(node.meta.get("macs") for node in self.nodes[part.call.end :])
 
     def opened(self, parts: Sequence[Part], part: Part, least: int) -> list[Part] | None:
         """Open one of the parts, and those inside it, until there are enough stages; ``None`` if never."""
         at = list(parts).index(part)
         inside = [p for step in _steps(part) for p in self.spread(step)]
         finer = [*parts[:at], *inside, *parts[at + 1 :]]
-        if len(self.select(finer)) >= least:
+        stages = self.select(finer)
+        if len(stages) >= least or sum(stage in inside for stage in stages) >= _FEW_STAGES:
             return finer
         inner = sorted((p for p in inside if len(_steps(p)) >= 2), key=lambda p: -p.depth)
         return next((f for p in inner if (f := self.opened(finer, p, least)) is not None), None)
@@ -105,7 +109,7 @@ class _Chooser:
         if part.is_atom or part.call.macs < _MUCH * self.work:
             return False
         leaves = [p for p in part.inside() if not p.children]
-        way, _ = _Ways(self.nodes, part.output, self.usable(leaves)).longest()
+        way, *_ = _Ways(self.nodes, part.output, self.usable(leaves)).longest()
         levels = 1 + sum(rises(b.length, a.length) for a, b in pairwise(way))
         return levels >= 3 and way[-1].length >= _SPAN * way[0].length
 
@@ -119,34 +123,45 @@ class _Chooser:
             ]
         else:
             typical = median(part.depth for part in stages)
-            found = [p for p in stages if p.depth >= _DEEPER * typical and self.is_chain(p)]
+            found = [
+                p for p in stages if (p.depth >= _DEEPER * typical and self.is_chain(p)) or self.is_nested(p)
+            ]
         return sorted(found, key=lambda part: -part.depth)
 
+    def is_nested(self, part: Part) -> bool:
+        """Tell whether a module goes down and up as the one around it does, of which it is a smaller copy."""
+        names = part.path.split(".")
+        around = {self.kinds.get(".".join(names[:i])) for i in range(1, len(names))}
+        return type(part.call.module) in around and _goes_down_too(part) and not part.is_sequence
+
     def is_chain(self, part: Part) -> bool:
-        """Tell whether inside a module each part hands only its own map on to the next."""
+        """Tell whether inside a module each part hands only its own map on to the next.
+
+        A trunk of blocks may have one more way, from its start around it all.
+        """
         steps = _steps(part)
         if not steps or part.is_sequence:
             return bool(steps)
+        around = set[fx.Node]()
         used_outside = {used for node in self.nodes[part.call.end :] for used in node.all_input_nodes}
         for step in steps[:-1]:
             later = self.nodes[step.call.end : part.call.end]
             used_later = {used for node in later for used in node.all_input_nodes} - used_outside
             made = self.nodes[part.call.begin : step.call.end]
             crossing = [n for n in made if n in used_later and n.op != "get_attr" and is_map(n, self.image)]
-            if any(n is not step.output for n in crossing):
-                return False
-        return True
+            around.update(n for n in crossing if n is not step.output)
+        return not around or (len(around) == 1 and around <= {steps[0].output} and _is_trunk(steps))
 
     # From parts to stages.
 
     def select(self, parts: Sequence[Part]) -> list[Part]:
         """Keep the way from the smallest feature map to the image, without heads and side branches."""
-        way, beside = _Ways(self.nodes, self.image, self.usable(parts)).longest()
+        way, beside, gates = _Ways(self.nodes, self.image, self.usable(parts)).longest()
         while len(way) > 1 and self.is_head(way[-1]):
             way.pop()
         while len(way) > 1 and _NARROW * way[0].channels <= way[1].channels:
             way.pop(0)  # a mask or a latent, of which the feature map is yet to be made
-        apart = [p for p in way if p not in beside]
+        apart = [p for p in way if p not in beside and p not in gates]
         way = apart if len(apart) >= 2 else way
         stages = _without_glue(way)
         return stages if len(stages) >= _FEW_STAGES else way
@@ -162,12 +177,12 @@ class _Chooser:
         ]
 
     def is_head(self, part: Part) -> bool:
-        """Tell whether a single layer turns the last feature map into the image."""
+        """Tell whether the last feature map is turned into the image: by one layer, or by nothing wider."""
         if not part.is_atom:
-            return False
-        behind = self.nodes[self.nodes.index(part.output) + 1 :]
-        works_last = not any(node.meta.get("macs") for node in behind)
-        return works_last or part.channels <= int(self.image.meta["shape"][1])
+            inside = self.nodes[part.call.begin : part.call.end]
+            made = [n for n in inside if n.meta.get("macs") and is_map(n, self.image)]
+            return max(map(width_of, [part.output, *made])) <= FEW_CHANNELS
+        return self.makes_image(part) or part.channels <= int(self.image.meta["shape"][1])
 
 
 class _Ways:
@@ -197,12 +212,13 @@ class _Ways:
         self.before = [{j for j in range(len(self.parts)) if mask >> j & 1} for mask in before]
         self.last = {j for j in range(len(self.parts)) if reach[image] >> j & 1 and image in needed}
 
-    def longest(self) -> tuple[list[Part], list[Part]]:
+    def longest(self) -> tuple[list[Part], list[Part], list[Part]]:
         """Follow the way to the image that climbs through most resolutions, then the one with most parts.
 
         Returns:
-            The parts on the way, and those of them that have an equal beside them: parallel branches whose
-            results are merged, so that neither alone carries the map on.
+            The parts on the way; those of them that have an equal beside them: parallel branches whose
+            results are merged, so that neither alone carries the map on; and those that only weigh what goes
+            around them, such as attention gates.
         """
         score: list[tuple[int, int, int]] = []
         come_from: list[int | None] = []
@@ -217,13 +233,23 @@ class _Ways:
             score.append(best[0])
             come_from.append(best[1])
         if not self.last:
-            return [], []
+            return [], [], []
         at: int | None = max(self.last, key=lambda i: (*score[i][:2], i))
         way: list[int] = []
         while at is not None:
             way.insert(0, at)
             at = come_from[at]
-        return [self.parts[i] for i in way], [self.parts[i] for i in self._parallel(way)]
+        beside = [self.parts[i] for i in self._parallel(way)]
+        return [self.parts[i] for i in way], beside, self._gates(way)
+
+    def _gates(self, way: Sequence[int]) -> list[Part]:
+        """Find small parts whose input goes around them to the next part as well."""
+        found = []
+        for a, i, b in zip(way, way[1:], way[2:], strict=False):
+            work = max(self.parts[a].call.macs, self.parts[b].call.macs)
+            if a in self.before[b] and self.parts[i].call.macs < _ALIKE * work:
+                found.append(self.parts[i])
+        return found
 
     def _parallel(self, way: Sequence[int]) -> list[int]:
         above: list[set[int]] = []  # everything that a part depends on
@@ -236,7 +262,7 @@ class _Ways:
                 continue
             then = above[way[k + 1]] if k + 1 < len(way) else to_image
             for j in set(range(len(self.parts))) - set(way):
-                is_between = way[k - 1] in above[j] and j in then
+                is_between = not above[j].isdisjoint(way[:k]) and j in then
                 is_apart = i not in above[j] and j not in above[i]
                 if is_between and is_apart and self.parts[j].call.macs >= _ALIKE * self.parts[i].call.macs:
                     found.append(i)
@@ -248,6 +274,12 @@ def _steps(part: Part) -> list[Part]:
     """Parts inside a module, without encoders; of a mere wrapper, those inside what it wraps."""
     steps = [child for child in part.children if not child.is_encoder]
     return _steps(steps[0]) if len(steps) == 1 and steps[0].children else steps
+
+
+def _is_trunk(steps: Sequence[Part]) -> bool:
+    """Tell whether most of what runs is a row of blocks, with single layers around it at most."""
+    blocks = [step for step in steps if not step.is_atom]
+    return len(blocks) >= _FEW_STAGES or (len(blocks) == 1 and _is_trunk(blocks[0].children))
 
 
 def _goes_down_too(part: Part) -> bool:
@@ -275,7 +307,9 @@ def _without_glue(way: Sequence[Part]) -> list[Part]:
     kept: list[Part] = []
     for level in levels:
         total = sum(part.call.macs for part in level)
-        working = [part for part in level if part.call.macs >= _NEGLIGIBLE * total]
+        much = [part for part in level if part.call.macs >= _NEGLIGIBLE * total]
+        kinds = {type(part.call.module) for part in much if not (part.is_atom or part.is_sequence)}
+        working = [part for part in level if part in much or type(part.call.module) in kinds]
         blocks = [part for part in working if not part.is_atom]
         layers = [part for part in working if part.has_parts]
         for better in (blocks, layers):

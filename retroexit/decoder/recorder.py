@@ -204,6 +204,7 @@ class Recorder(TorchFunctionMode):
             self._remember(value, node)
             with torch._C.DisableTorchFunction():
                 node.meta["shape"], node.meta["dtype"] = tuple(value.shape), value.dtype
+                node.meta["contiguous"] = value.layout is torch.strided and value.is_contiguous()
             return
         if self.observing and children(value) is None:
             for number, tensor in enumerate(hidden_tensors(value)):

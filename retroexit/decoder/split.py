@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from retroexit.decoder.batches import are_grouped, group, recorded_shapes, rows_per_sample
+from retroexit.decoder.calls import CallForm
 from retroexit.decoder.cut import Cut, Segment, Tail
 from retroexit.decoder.record import unobserved
 from retroexit.decoder.stages import Decoder, Stage
@@ -19,28 +19,6 @@ from retroexit.errors import DeviceError, InputMismatchError, ModeError, Recordi
 __all__ = ["SplitGenerator", "Values"]
 
 Values = dict[fx.Node, Any]
-
-
-@dataclass(frozen=True)
-class _Call:
-    """What a recording depends on in a call: structure, types, and everything that is not a tensor."""
-
-    paths: tuple[tuple[Any, ...], ...]
-    dtypes: tuple[torch.dtype, ...]
-    constants: tuple[tuple[tuple[Any, ...], str], ...]
-
-    @classmethod
-    def of(cls, args: Any, kwargs: Any) -> _Call:
-        leaves = list(flatten((tuple(args), dict(kwargs))))
-        given = [(path, leaf) for path, leaf in leaves if isinstance(leaf, Tensor)]
-        others = [(path, repr(leaf)) for path, leaf in leaves if not isinstance(leaf, Tensor)]
-        return cls(tuple(path for path, _ in given), tuple(leaf.dtype for _, leaf in given), tuple(others))
-
-    def as_if(self, other: _Call) -> _Call:
-        """Take over the precision of another call's floating-point tensors."""
-        pairs = zip(self.dtypes, other.dtypes, strict=False)  # of unequal length only where paths differ too
-        both = (b if a.is_floating_point and b.is_floating_point else a for a, b in pairs)
-        return replace(self, dtypes=tuple(both))
 
 
 class SplitGenerator:
@@ -79,7 +57,7 @@ class SplitGenerator:
     ) -> None:
         self.generator, self.decoder, self.cuts, self.key_cut = generator, decoder, tuple(cuts), key_cut
         recording = decoder.recording
-        self._call = _Call.of(args, kwargs)
+        self._call = CallForm.of(args, kwargs)
         self.example = (cloned(tuple(args)), cloned(dict(kwargs)))
         self._inputs = [node for node in recording.nodes if node.op == "placeholder"]
         self._modes = [(m, recording.modes[name]) for name, m in generator.named_modules()]
@@ -244,12 +222,12 @@ class SplitGenerator:
             )
 
     def _check_call(self, args: Any, kwargs: Any) -> None:
-        call = _Call.of(args, kwargs)
+        call = CallForm.of(args, kwargs)
         # A generator that was converted runs in its new precision: that is checked as a new shape is.
         if call != self._call and not (
             _precision(self.generator) != self._precision and call.as_if(self._call) == self._call
         ):
-            raise InputMismatchError(self._difference(call), (args, kwargs))
+            raise InputMismatchError(call.difference(self._call), (args, kwargs))
         self._check_shape(args, kwargs)
 
     def _check_shape(self, args: Any, kwargs: Any) -> None:
@@ -266,27 +244,6 @@ class SplitGenerator:
             return
         self._verify_shape(args, kwargs)
         self._shapes.add(key)
-
-    def _difference(self, call: _Call) -> str:
-        what = "asked for an early exit on inputs unlike the recorded ones"
-        if call.paths != self._call.paths:
-            return (
-                f"{what}; found tensors at {list(call.paths)}, recorded {list(self._call.paths)}. "
-                "Wrap again with these."
-            )
-        for path, new, old in zip(call.paths, call.dtypes, self._call.dtypes, strict=True):
-            if new != old:
-                return (
-                    f"{what}; found {new} at {path}, recorded {old}. Convert the input, or "
-                    "wrap again with this type."
-                )
-        for (path, new_value), (_, old_value) in zip(call.constants, self._call.constants, strict=False):
-            if new_value != old_value:
-                return (
-                    f"{what}; found {path[-1]} = {new_value}, recorded {old_value}, and values that are no "
-                    "tensors are frozen. Wrap again with this value."
-                )
-        return f"{what}; found {call.constants}, recorded {self._call.constants}. Wrap again with these."
 
     def _verify_shape(self, args: Any, kwargs: Any) -> None:
         """Compare pieces and generator once on inputs of a new shape or precision."""

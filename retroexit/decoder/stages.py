@@ -13,13 +13,15 @@ from torch import fx, nn
 
 from retroexit.decoder.cut import Cut, cut_at
 from retroexit.decoder.image import find_image, is_map
+from retroexit.decoder.missing import runs_often
 from retroexit.decoder.naming import value_names
 from retroexit.decoder.picking import choose_stages
 from retroexit.decoder.record import Recording, record
 from retroexit.decoder.recorder import Call
 from retroexit.decoder.steering import steering_line
 from retroexit.decoder.suggest import suggest_attach_points
-from retroexit.errors import AttachPointError, GeneratorError, RecordingError, RepeatedStageError, closest
+from retroexit.decoder.tokens import lay_out_tokens, mark_tokens
+from retroexit.errors import AttachPointError, GeneratorError, RecordingError, closest
 
 __all__ = ["Decoder", "Stage", "read_decoder"]
 
@@ -98,12 +100,7 @@ class Decoder:
         """
         calls = [call for call in self.recording.calls if call.path == path]
         if len(calls) > 1:
-            raise RepeatedStageError(
-                f"asked for a branch at {path!r}; found that it runs {len(calls)} times in one forward pass, "
-                "so that "
-                "there is no single place behind it. Attach at a module that runs once.",
-                path,
-            )
+            raise runs_often(path, len(calls))
         return calls[0]
 
     def cut_after(self, stage: Stage) -> Cut:
@@ -178,6 +175,11 @@ def read_decoder(
     shallow, reason = _record_stages(generator, args, kwargs, is_leaf)
     image_path, image_node = find_image(shallow, image)
     image_node.meta["map_rank"] = deep_image.meta["map_rank"]  # layers inside stages are out of sight here
+    tokens = _token_sizes(deep, deep_image, keep)
+    if not reason:
+        lay_out_tokens(shallow, tokens)
+    elif stages is None:  # a forward that runs again hands on what the stage returns
+        chosen = {path: end for path, end in chosen.items() if end not in tokens} or chosen
     draft = Decoder(shallow, (), image_node, image_path, reason)
     found = tuple(
         describe_stage(draft, path, index, end) for index, (path, end) in enumerate(chosen.items(), 1)
@@ -185,6 +187,18 @@ def read_decoder(
     good = suggest_attach_points(found)
     found = tuple(replace(stage, is_suggested=stage.index in good) for stage in found)
     return replace(draft, stages=found)
+
+
+def _token_sizes(deep: Recording, image: fx.Node, paths: Iterable[str]) -> dict[str, tuple[int, ...]]:
+    """Spatial size of what modules return as tokens and not as a map, by path."""
+    mark_tokens(deep, image)
+    found = {}
+    for call in deep.calls:
+        if call.path in set(paths):
+            tokens = [n.meta["tokens"] for n in call.outputs if "tokens" in n.meta]
+            if tokens and len(tokens) == len(call.outputs):
+                found[call.path] = tokens[0]
+    return found
 
 
 def _opened(deep: Recording, keep: Iterable[str]) -> set[str]:
@@ -253,12 +267,7 @@ def _check_path(generator: nn.Module, path: str, ran: Counter[str]) -> None:
     if ran[path] == 1:
         return
     if ran[path] > 1:
-        raise RepeatedStageError(
-            f"asked for a branch at {path!r}; found that it runs {ran[path]} times in one forward pass, so "
-            "that there is "
-            "no single place behind it. Attach at a module that runs once.",
-            path,
-        )
+        raise runs_often(path, ran[path])
     exists = path in dict(generator.named_modules())
     found = "that this module is never called" if exists else "no such module"
     raise AttachPointError(

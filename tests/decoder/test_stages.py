@@ -86,3 +86,91 @@ def test_an_upsampling_stage_in_front_of_attention_is_one_like_the_others() -> N
     generator = nn.Sequential(*stages, nn.Conv2d(32, 3, 1)).eval()
     found = [stage.path for stage in retroexit.find_stages(generator, (torch.randn(1, 8, 2, 2),))]
     assert {"0", "1", "2", "4"} <= set(found)
+
+
+class _Block(nn.Module):
+    def __init__(self, i: int, o: int) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(i, o, 3, padding=1), nn.Conv2d(o, o, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(F.relu(self.a(x)))
+
+
+class _Nested(nn.Module):
+    """A level of a U-Net that holds the levels below it, with a gate on its skip."""
+
+    def __init__(self, width: int, inner: nn.Module, wide: int) -> None:
+        super().__init__()
+        self.down, self.inner = nn.Conv2d(width, wide, 3, stride=2, padding=1), inner
+        self.up, self.merge = nn.ConvTranspose2d(wide, width, 2, 2), _Block(2 * width, width)
+        self.gate = nn.Sequential(nn.Conv2d(width, 4, 1), nn.ReLU(), nn.Conv2d(4, width, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.up(self.inner(self.down(x)))
+        return self.merge(torch.cat([y, x * torch.sigmoid(self.gate(y))], 1))
+
+
+def test_levels_that_hold_one_another_are_all_found_without_their_gates() -> None:
+    inner: nn.Module = _Block(64, 64)
+    for width, wide in ((48, 64), (32, 48), (16, 32)):
+        inner = _Nested(width, inner, wide)
+    generator = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), inner, nn.Conv2d(16, 2, 1)).eval()
+    found = [stage.path for stage in retroexit.find_stages(generator, (torch.randn(1, 3, 32, 32),))]
+    assert [path for path in found if path.endswith("merge")] == [
+        "1.inner.inner.merge",
+        "1.inner.merge",
+        "1.merge",
+    ]
+    assert not any("gate" in path or "down" in path for path in found)
+
+
+def test_blocks_of_one_kind_are_stages_whatever_their_share_of_the_work() -> None:
+    blocks = [_Block(i, o) for i, o in ((4, 8), (8, 8), (8, 64), (64, 64), (64, 64))]
+    found = retroexit.find_stages(
+        nn.Sequential(*blocks, nn.Conv2d(64, 3, 1)).eval(), (torch.randn(1, 4, 8, 8),)
+    )
+    assert [stage.path for stage in found] == ["0", "1", "2", "3", "4"]
+
+
+class _Blur(nn.Module):
+    """Doubles the size by a fixed filter, which costs work and has no weights."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.register_buffer("filter", torch.full((channels, 1, 4, 4), 1 / 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv_transpose2d(x, self.filter, stride=2, padding=1, groups=len(self.filter))
+
+
+def test_a_resizer_without_weights_is_no_stage() -> None:
+    layers = [
+        _Block(16, 32),
+        _Block(32, 32),
+        _Blur(32),
+        nn.Conv2d(32, 24, 3, padding=1),
+        nn.ReLU(),
+        _Blur(24),
+    ]
+    layers += [nn.Conv2d(24, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 3, 3, padding=1)]
+    found = retroexit.find_stages(nn.Sequential(*layers).eval(), (torch.randn(1, 16, 8, 8),))
+    assert [stage.path for stage in found] == ["0", "1", "3", "6"]
+
+
+def test_a_head_of_several_layers_that_hold_no_features_is_no_stage() -> None:
+    head = nn.Sequential(nn.Conv2d(16, 2, 5, padding=2), nn.ReLU(), nn.Conv2d(2, 2, 1))
+    blocks = [
+        nn.Sequential(nn.Upsample(scale_factor=2), _Block(i, o)) for i, o in ((32, 24), (24, 16), (16, 16))
+    ]
+    found = retroexit.find_stages(nn.Sequential(*blocks, head).eval(), (torch.randn(1, 32, 4, 4),))
+    assert [stage.path for stage in found] == ["0", "1", "2"]
+
+
+def test_a_decoder_of_one_layer_is_not_swallowed_with_its_head() -> None:
+    encoder = nn.Sequential(
+        nn.Conv2d(3, 16, 3, stride=2, padding=1), nn.Conv2d(16, 32, 3, stride=2, padding=1)
+    )
+    decoder = nn.Sequential(nn.Conv2d(32, 48, 3, padding=1), nn.ReLU(), nn.Conv2d(48, 5, 1))
+    found = retroexit.find_stages(nn.Sequential(encoder, decoder).eval(), (torch.randn(1, 3, 32, 32),))
+    assert [stage.path for stage in found] == ["1.0"]
