@@ -1,0 +1,201 @@
+"""One branch, trained with one kind of guide and tested."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from cases import Case
+from torch import Tensor
+
+import retroexit
+from retroexit.evaluation.quality import ImageRange
+from retroexit.guidance import GuidanceBank
+from retroexit.model import EarlyExitGenerator
+from retroexit.plugins import host
+from retroexit.training.branches import BranchSchedule, BranchTrainer
+from retroexit.training.cache import IMAGE, FeatureCache, guidance_names
+from retroexit.training.crops import Cropper
+from retroexit.training.inputs import Samples
+from retroexit.training.losses import L1, QUALITY, TrainingLoss
+
+__all__ = ["CONTROLS", "Bench"]
+
+Guides = Callable[[Sequence[int]], Tensor]
+CONTROLS = ("shuffled", "noise")
+
+
+class Bench:
+    """Trains and tests the variants of one case; what several of them need is computed once."""
+
+    def __init__(self, case: Case, out: Path, schedule: BranchSchedule, progress: bool = True) -> None:
+        self.case, self.out, self.schedule, self.progress = case, out, schedule, progress
+        self.limits = ImageRange(*case.image_range)
+        terms = {"l1": (1.0, L1()), QUALITY: (1.0, case.metric)}
+        self.loss = TrainingLoss(terms, self.limits)
+
+    def caches(self, model: EarlyExitGenerator) -> tuple[FeatureCache, FeatureCache]:
+        """Features of the inputs to fit on and of those to test on."""
+        taps = model.anatomy.taps
+        if taps is None:  # what crosses the cuts is the same with every guide
+            probe = self.case.wrap(next(iter(self.case.variants.values())), 0)
+            return self.caches(probe)
+        name = f"{taps.key_tap}-{taps.value_cut.feature.name}"
+        train, test = (
+            FeatureCache.build(
+                model, Samples(items), self.out / "cache" / f"{name}-{part}", progress=self.progress
+            )
+            for part, items in (("train", self.case.train), ("test", self.case.test))
+        )
+        return train, test
+
+    def bank(self, model: EarlyExitGenerator, cache: FeatureCache) -> GuidanceBank:
+        """Fill a bank from the inputs to fit on, or read it where another run has filled it."""
+        taps, guidance = model.anatomy.taps, model.options.guidance
+        assert taps is not None and guidance is not None
+        key, value = guidance_names(taps, model.split.cuts[0].feature.name)
+        settings = [taps.key_tap, taps.value_cut.feature.name, *_settings_of(guidance).values()]
+        folder = self.out / "banks" / "-".join(_plain(part) for part in settings)
+        back_end = host().retriever(guidance.retriever)
+        if not folder.exists():
+            GuidanceBank.build(
+                ((cache.read(key, rows), list(rows)) for rows in _chunks(len(cache), 16)),
+                lambda rows: cache.read(value, rows),
+                patch=taps.patch,
+                size=guidance.size,
+                thin=guidance.thin,
+                retriever=back_end(),
+                progress=self.progress,
+            ).save(folder)
+        return GuidanceBank.load(folder, retriever_class=type(back_end()))
+
+    def run(self, variant: str, exit_index: int, seed: int) -> dict[str, Any]:
+        """Train one branch with one kind of guide and measure it on every input to test on."""
+        name, control = _parted(variant)
+        guidance = None if name == "none" else self.case.variants[name]
+        model = self.case.wrap(guidance, seed)
+        train, test = self.caches(model)
+        row: dict[str, Any] = {
+            "variant": variant,
+            "exit": exit_index,
+            "seed": seed,
+            **dataclasses.asdict(self.schedule),
+            "macs": model.exits[exit_index - 1].macs,
+            "backbone_macs": model.exits[-1].macs,
+            "search_macs": 0,
+        }
+        row["seed"] = seed
+        guides, test_guides, swapped = None, None, None
+        if guidance is not None:
+            bank = self.bank(model, train)
+            guides, _ = self._guides(model, bank, train, control, seed, own=False)
+            test_guides, distance = self._guides(model, bank, test, control, seed + 1, own=True)
+            swapped = _shuffled(test_guides, len(test), seed + 2)
+            row |= {"keys": len(bank), "width": bank.retriever.width, "distance": distance}
+            row["search_macs"] = 0 if control else model.anatomy.search_macs(bank)
+        folder = self.out / "branches" / _plain(f"{variant}-{seed}-{self.schedule.steps}")
+        folder.mkdir(parents=True, exist_ok=True)
+        cropper = self._cropper(model, train, exit_index - 1)
+        schedule = dataclasses.replace(self.schedule, seed=seed)
+        rows = list(range(len(train)))
+        begin = time.perf_counter()
+        BranchTrainer(model, exit_index - 1, train, rows, self.loss, cropper, guides, schedule, folder).run(
+            self.progress
+        )
+        row["seconds"] = time.perf_counter() - begin
+        row["losses"] = self._losses(model, exit_index - 1, test, test_guides)
+        if swapped is not None and not control:
+            row["swapped"] = self._losses(model, exit_index - 1, test, swapped)
+        return row
+
+    def _guides(
+        self,
+        model: EarlyExitGenerator,
+        bank: GuidanceBank,
+        cache: FeatureCache,
+        control: str,
+        seed: int,
+        own: bool,
+    ) -> tuple[Guides, list[float]]:
+        """Search once for every sample; an input that is in the bank must not find its own keys."""
+        taps = model.anatomy.taps
+        assert taps is not None
+        key, _ = guidance_names(taps, model.split.cuts[0].feature.name)
+        found = [
+            bank.search(cache.read(key, rows), None if own else torch.as_tensor(rows))
+            for rows in _chunks(len(cache), 64)
+        ]
+        ids = torch.cat([part.ids for part in found])
+        distance = torch.cat([part.distances.sqrt().flatten(1).mean(1) for part in found])
+        retrieved: Guides = lambda rows: bank.glue(ids[torch.as_tensor(list(rows))])  # noqa: E731
+        if control == "shuffled":
+            retrieved = _shuffled(retrieved, len(cache), seed)
+        elif control == "noise":
+            retrieved = _noise(retrieved, len(cache), seed)
+        return retrieved, distance.tolist()
+
+    def _cropper(self, model: EarlyExitGenerator, cache: FeatureCache, index: int) -> Cropper:
+        image = cache.read(IMAGE, [0])
+        sizes = [tuple(cache.read(n.name, [0]).shape[2:]) for n in model.split.cuts[index].crossing]
+        taps = model.anatomy.taps
+        sizes += [] if taps is None else [taps.guide.size]
+        return Cropper.for_maps(
+            self.case.crop, tuple(image.shape[2:]), [s for s in sizes if len(s) == image.dim() - 2]
+        )
+
+    @torch.no_grad()
+    def _losses(
+        self, model: EarlyExitGenerator, index: int, cache: FeatureCache, guides: Guides | None
+    ) -> list[float]:
+        names = [node.name for node in model.split.cuts[index].crossing]
+        branch, found = model.branches[index], []
+        for rows in _chunks(len(cache), 4):
+            guide = None if guides is None else guides(rows)
+            output = branch(*(cache.read(name, rows) for name in names), guide=guide)
+            images = model.split.place_of(output), cache.read(IMAGE, rows)
+            found.append(self.case.metric(*(self.limits.to_signed(image).float() for image in images)))
+        return [round(float(loss), 5) for loss in torch.cat(found)]
+
+
+def _shuffled(guides: Guides, count: int, seed: int) -> Guides:
+    """Give every input the guide of another one."""
+    order = np.random.default_rng([seed, 7]).permutation(count)
+    other = np.empty(count, int)
+    other[order] = np.roll(order, 1)
+    return lambda rows: guides([int(other[row]) for row in rows])
+
+
+def _noise(guides: Guides, count: int, seed: int) -> Guides:
+    """Give every input noise, always the same, with the guides' mean and spread in each channel."""
+    some = guides(range(min(count, 16)))
+    axes = [0, *range(2, some.dim())]
+    mean, spread = some.mean(axes, keepdim=True), some.std(axes, keepdim=True)
+    draw = lambda row: torch.randn(some.shape[1:], generator=torch.Generator().manual_seed(1000 * seed + row))  # noqa: E731
+    return lambda rows: mean + spread * torch.stack([draw(row) for row in rows])
+
+
+def _parted(variant: str) -> tuple[str, str]:
+    name, _, control = variant.partition(" ")
+    return name, control
+
+
+def _settings_of(guidance: retroexit.Guidance) -> dict[str, Any]:
+    """What decides about keys and values; branches enter differently from the same bank."""
+    return {
+        f.name: getattr(guidance, f.name)
+        for f in dataclasses.fields(guidance)
+        if f.name not in ("inject", "key")
+    }
+
+
+def _plain(value: object) -> str:
+    return "".join(c if c.isalnum() or c in "-_." else "_" for c in str(value))
+
+
+def _chunks(count: int, size: int) -> list[list[int]]:
+    return [list(range(begin, min(begin + size, count))) for begin in range(0, count, size)]
