@@ -63,7 +63,8 @@ class GuidanceBank:
 
     Args:
         retriever: Index over the n keys.
-        values: Patches of values, channels last, float16 ``(n, ph, pw, C)``; an array or a memory map.
+        values: Patches of values, channels last, float16 ``(n, ph, pw, C)``; an array or a memory map. In a
+            bank of order 1 (`with_slopes`) every value is followed by its slopes, ``C = (1 + D) * Cv``.
         source: Index of the input that each key came from, int64 ``(n,)``.
         meta: What the bank was made from. ``patch``, the size of a key's patch, must be there.
 
@@ -171,6 +172,11 @@ class GuidanceBank:
         return f"GuidanceBank({self.retriever!r}, values {shape} float16)"
 
     @property
+    def order(self) -> int:
+        """0 for plain values, 1 for values that follow the query, see `with_slopes`."""
+        return int(self.meta.get("order", 0))
+
+    @property
     def patch(self) -> tuple[int, ...]:
         """Size of a key's patch in the key feature, ``(ph, pw)``."""
         return tuple(self.meta["patch"])
@@ -183,14 +189,15 @@ class GuidanceBank:
     @property
     def value_channels(self) -> int:
         """Channels of a value, and of the guide."""
-        return self.values.shape[-1]
+        return self.values.shape[-1] // (1 + self.order * self.retriever.width)
 
     def macs_per_search(self, queries: int) -> int:
-        """Count the multiply-adds of an exact search, queries x keys x width.
+        """Count the multiply-adds of an exact search, queries x keys x width, and of following the slopes.
 
         Back-ends that search a graph or a few lists visit fewer keys.
         """
-        return queries * len(self) * self.retriever.width
+        slopes = self.order * math.prod(self.value_patch) * self.value_channels
+        return queries * (len(self) + slopes) * self.retriever.width
 
     @torch.no_grad()
     def search(self, feature: Tensor, exclude: Tensor | None = None) -> Retrieved:
@@ -251,21 +258,22 @@ class GuidanceBank:
         return torch.empty((count, *size, self.value_channels), dtype=dtype).movedim(-1, 1)
 
     @torch.no_grad()
-    def glue(self, ids: Tensor, *, out: Tensor | None = None) -> Tensor:
+    def glue(self, ids: Tensor, *, feature: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         """Glue the values of these keys into a map.
 
         Args:
             ids: Rows of the bank, ``(N, h, w)``.
+            feature: What was searched for, ``(N, C, H, W)``; a bank of order 1 follows it.
             out: Tensor to write into, see `guide_buffer`; a new one if ``None``.
 
         Returns:
             Guide, float32 ``(N, Cv, h * ph, w * pw)`` on the CPU, channels-last layout; ``out`` if given.
 
         Raises:
-            BankError: If an id is no row of the bank.
+            BankError: If an id is no row of the bank, or a bank of order 1 gets no feature.
             OptionError: If ``out`` has another shape or layout.
         """
-        return patches.glue(self._gather(ids), dtype=torch.float32, out=out)
+        return patches.glue(self._gather(ids, feature), dtype=torch.float32, out=out)
 
     @torch.no_grad()
     def guide(self, feature: Tensor, exclude: Tensor | None = None) -> Tensor:
@@ -278,10 +286,10 @@ class GuidanceBank:
         Returns:
             ``(N, Cv, h * ph, w * pw)``, channels-last layout, without gradient.
         """
-        gathered = self._gather(self.search(feature, exclude).ids)
+        gathered = self._gather(self.search(feature, exclude).ids, feature)
         return patches.glue(gathered.to(feature.device), dtype=feature.dtype)
 
-    def _gather(self, ids: Tensor) -> Tensor:
+    def _gather(self, ids: Tensor, feature: Tensor | None) -> Tensor:
         rows = ids.detach().cpu().numpy()
         if rows.ndim != len(self.patch) + 1 or (rows.size and not 0 <= rows.min() <= rows.max() < len(self)):
             span = f"from {rows.min()} to {rows.max()}" if rows.size else "without elements"
@@ -290,7 +298,15 @@ class GuidanceBank:
                 f"0..{len(self) - 1}, got {tuple(rows.shape)} {span}",
                 ids,
             )
-        return torch.from_numpy(np.take(np.asarray(self.values), rows, axis=0))
+        values = torch.from_numpy(np.take(np.asarray(self.values), rows, axis=0))
+        if not self.order:
+            return values
+        if feature is None:
+            raise BankError("asked a bank of order 1 for a guide; pass the feature that it follows.", self)
+        offsets = patches.cut(feature.detach().cpu().float(), self.patch) - torch.from_numpy(
+            self.retriever.keys[rows]
+        )
+        return patches.follow(values, offsets)
 
     @torch.no_grad()
     def check(self) -> int:

@@ -36,6 +36,9 @@ class Guidance:
             uses single locations, ``(1, 1)``. Frames have none.
         inject: ``"input"`` hands the guide to each branch's input (section 4.1), ``"every_stage"`` to each
             branch module's (section 4.2). By default the former for patches, the latter for frames.
+        order: 0 for the paper's guide, which holds what the patch of the nearest key held; 1 for one that
+            follows the query between the keys, by a linear map fitted around each of them. A few hundred
+            pairs are enough then, ``size=512``; the values must be of few numbers, as the image's are.
         size: Number of pairs after thinning.
         thin: ``"fps"`` (farthest points, section 4.1), ``"kmeans"``, ``"random"`` or ``"none"``.
         retriever: Name of the search back-end.
@@ -49,6 +52,7 @@ class Guidance:
     key: Callable[..., Tensor] | Literal[False] | None = None
     patch: tuple[int, ...] = (1, 1)
     inject: Literal["input", "every_stage"] | None = None
+    order: Literal[0, 1] = 0
     size: int = 1024
     thin: Literal["fps", "kmeans", "random", "none"] = "fps"
     retriever: str = "exact"
@@ -58,6 +62,8 @@ class Guidance:
             raise OptionError(
                 f"asked for inject={self.inject!r}; it is 'input' or 'every_stage'.", self.inject
             )
+        if self.order not in (0, 1):
+            raise OptionError(f"asked for guidance of order={self.order!r}; it is 0 or 1.", self.order)
         if self.size < 1:
             raise OptionError(f"asked for a bank of size={self.size}; found no integer >= 1.", self.size)
         if self.key not in (None, False) and not callable(self.key):

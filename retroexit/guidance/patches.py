@@ -9,7 +9,7 @@ from torch import Tensor
 
 from retroexit.errors import OptionError
 
-__all__ = ["cut", "glue"]
+__all__ = ["cut", "follow", "glue"]
 
 
 def cut(feature: Tensor, patch: tuple[int, ...] = (1, 1)) -> Tensor:
@@ -83,3 +83,19 @@ def glue(values: Tensor, *, dtype: torch.dtype | None = None, out: Tensor | None
     seen = flat.view(N, *(n for pair in zip(grid, patch, strict=True) for n in pair), C)
     seen.permute(0, *range(1, 2 * dims, 2), *range(2, 1 + 2 * dims, 2), 1 + 2 * dims).copy_(values)
     return flat.movedim(-1, 1)
+
+
+def follow(values: Tensor, offsets: Tensor) -> Tensor:
+    """Let values follow their queries, ``v + S (q - k)``.
+
+    Args:
+        values: Patches with their slopes behind them, ``(N, h, w, ph, pw, (1 + D) * C)``.
+        offsets: The queries, less the keys that were found, ``(N, h, w, D)``, float32.
+
+    Returns:
+        Patches ``(N, h, w, ph, pw, C)``, float32.
+    """
+    width, rows = offsets.shape[-1], offsets.flatten(0, -2)
+    parts = values.reshape(len(rows), -1, 1 + width, values.shape[-1] // (1 + width)).float()
+    found = parts[:, :, 0] + torch.einsum("rd,rpdc->rpc", rows, parts[:, :, 1:])
+    return found.reshape(*values.shape[:-1], -1)

@@ -18,8 +18,10 @@ from retroexit.errors import OptionError
 from retroexit.fingerprint import fingerprint
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.guidance.reservoir import Reservoir
+from retroexit.guidance.slopes import with_slopes
 from retroexit.model import EarlyExitGenerator
 from retroexit.retrieval import Retriever
+from retroexit.taps import Taps
 from retroexit.training.inputs import Samples, drawing_from
 
 __all__ = ["stream_bank"]
@@ -103,7 +105,7 @@ def stream_bank(
             found.append(last[1][index - begin])
         return torch.stack(found)
 
-    return GuidanceBank.build(
+    bank = GuidanceBank.build(
         keys(),
         values,
         patch=taps.patch,
@@ -116,3 +118,17 @@ def stream_bank(
         meta=facts,
         progress=progress,
     )
+    if not guidance.order:
+        return bank
+    return with_slopes(bank, _maps(model, taps, samples, batch, device), len(samples) * taps.queries)
+
+
+def _maps(
+    model: EarlyExitGenerator, taps: Taps, samples: Samples, batch: int, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Run all inputs once more, for their key and value features; the draws are those of the first time."""
+    for indices, args, kwargs in samples.batches(batch):
+        with torch.no_grad(), drawing_from(samples.seed + indices[0], device):
+            _, keyed = model.split.begin(args, kwargs)
+        with drawing_from(samples.seed + indices[0], device):
+            yield taps.query(keyed, args, kwargs), model.anatomy.guidance_values(args, kwargs)

@@ -19,6 +19,7 @@ from retroexit.errors import CheckpointError, OptionError, TrainingError
 from retroexit.evaluation.quality import ImageRange, QualityMetric, measure_range
 from retroexit.fingerprint import fingerprint
 from retroexit.guidance.bank import GuidanceBank
+from retroexit.guidance.slopes import with_slopes
 from retroexit.model import EarlyExitGenerator
 from retroexit.retrieval.base import Retriever
 from retroexit.retrieval.storage import MANIFEST
@@ -289,6 +290,9 @@ def _bank(
         meta={"fingerprint": own, "key_tap": taps.key_tap, "value_tap": taps.value_cut.feature.name},
         progress=progress,
     )
+    if guidance.order:
+        maps = ((cache.read(key, rows), cache.read(value, rows)) for rows in _chunks(len(cache), 16))
+        bank = with_slopes(bank, maps, len(cache) * taps.queries)
     bank.save(folder)
     return GuidanceBank.load(folder, own, retriever_class=type(retriever()))
 
@@ -302,7 +306,9 @@ def _guides(model: EarlyExitGenerator, taps: Taps, cache: FeatureCache) -> Calla
         bank.search(cache.read(key, rows), torch.as_tensor(rows)).ids for rows in _chunks(len(cache), 64)
     ]
     ids = torch.cat(found)
-    return lambda rows: bank.glue(ids[torch.as_tensor(list(rows))])
+    return lambda rows: bank.glue(
+        ids[torch.as_tensor(list(rows))], feature=cache.read(key, rows) if bank.order else None
+    )
 
 
 def _cropper(model: EarlyExitGenerator, cache: FeatureCache, index: int, crop: int | None) -> Cropper:
