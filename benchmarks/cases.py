@@ -86,7 +86,8 @@ def latent_case(shared: Path, out: Path) -> Case:
     example = _example()
     test = example.latents("test", shared, out)
     image = retroexit.Guidance(value_after="image", inject="every_stage", size=10_000, thin="random")
-    change = lambda **settings: dataclasses.replace(image, **settings)  # noqa: E731
+    slopes = dataclasses.replace(image, order=1, size=512, thin="kmeans")
+    change = dataclasses.replace
     return Case(
         generator=example.load("decoder", shared),
         train=example.latents("train", shared, out),
@@ -99,12 +100,13 @@ def latent_case(shared: Path, out: Path) -> Case:
         crop=64,
         renew=_noisy,
         variants={
+            "slopes": slopes,
             "image": image,
-            "image-input": change(inject="input"),
-            "middle": change(value_after=None, inject="input"),
-            "late": change(value_after=9),
-            "patch-2x2": change(patch=(2, 2)),
-            **{f"image-{size}": change(size=size) for size in (100, 1_000, 100_000)},
+            "middle": change(image, value_after=None, inject="input"),
+            "late": change(image, value_after=9),
+            "slopes-input": change(slopes, inject="input"),
+            **{f"slopes-{size}": change(slopes, size=size) for size in (16, 64, 2048)},
+            **{f"image-{size}": change(image, size=size) for size in (100, 1_000, 100_000)},
         },
     )
 
@@ -127,8 +129,8 @@ def face_case(shared: Path, out: Path) -> Case:
         test=torch.stack(test),
         variants={
             "frame": frame,
-            "patch": retroexit.Guidance(
-                value_after="image", inject="every_stage", size=100_000, thin="random"
+            "slopes": retroexit.Guidance(
+                value_after="image", inject="every_stage", order=1, size=512, thin="kmeans"
             ),
         },
     )

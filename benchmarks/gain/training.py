@@ -15,7 +15,7 @@ from torch import Tensor
 
 import retroexit
 from retroexit.evaluation.quality import ImageRange
-from retroexit.guidance import GuidanceBank
+from retroexit.guidance import GuidanceBank, with_slopes
 from retroexit.model import EarlyExitGenerator
 from retroexit.plugins import host
 from retroexit.training.branches import BranchSchedule, BranchTrainer
@@ -63,7 +63,7 @@ class Bench:
         folder = self.out / "banks" / "-".join(_plain(part) for part in settings)
         back_end = host().retriever(guidance.retriever)
         if not folder.exists():
-            GuidanceBank.build(
+            bank = GuidanceBank.build(
                 ((cache.read(key, rows), list(rows)) for rows in _chunks(len(cache), 16)),
                 lambda rows: cache.read(value, rows),
                 patch=taps.patch,
@@ -71,7 +71,11 @@ class Bench:
                 thin=guidance.thin,
                 retriever=back_end(),
                 progress=self.progress,
-            ).save(folder)
+            )
+            if guidance.order:
+                maps = ((cache.read(key, rows), cache.read(value, rows)) for rows in _chunks(len(cache), 16))
+                bank = with_slopes(bank, maps, len(cache) * taps.queries)
+            bank.save(folder)
         return GuidanceBank.load(folder, retriever_class=type(back_end()))
 
     def run(self, variant: str, exit_index: int, seed: int) -> dict[str, Any]:
@@ -132,7 +136,9 @@ class Bench:
         ]
         ids = torch.cat([part.ids for part in found])
         distance = torch.cat([part.distances.sqrt().flatten(1).mean(1) for part in found])
-        retrieved: Guides = lambda rows: bank.glue(ids[torch.as_tensor(list(rows))])  # noqa: E731
+        retrieved: Guides = lambda rows: bank.glue(  # noqa: E731
+            ids[torch.as_tensor(list(rows))], feature=cache.read(key, rows)
+        )
         if control == "shuffled":
             retrieved = _shuffled(retrieved, len(cache), seed)
         elif control == "noise":

@@ -64,7 +64,7 @@ class GuidanceBank:
     Args:
         retriever: Index over the n keys.
         values: Patches of values, channels last, float16 ``(n, ph, pw, C)``; an array or a memory map. In a
-            bank of order 1 (`with_slopes`) every value is followed by its slopes, ``C = (1 + D) * Cv``.
+            bank of order 1 (`with_slopes`) every number is followed by its slopes, ``C = Cv * (1 + D)``.
         source: Index of the input that each key came from, int64 ``(n,)``.
         meta: What the bank was made from. ``patch``, the size of a key's patch, must be there.
 
@@ -298,15 +298,12 @@ class GuidanceBank:
                 f"0..{len(self) - 1}, got {tuple(rows.shape)} {span}",
                 ids,
             )
-        values = torch.from_numpy(np.take(np.asarray(self.values), rows, axis=0))
         if not self.order:
-            return values
+            return torch.from_numpy(np.take(np.asarray(self.values), rows, axis=0))
         if feature is None:
             raise BankError("asked a bank of order 1 for a guide; pass the feature that it follows.", self)
-        offsets = patches.cut(feature.detach().cpu().float(), self.patch) - torch.from_numpy(
-            self.retriever.keys[rows]
-        )
-        return patches.follow(values, offsets)
+        cells = patches.cut(feature.detach().cpu().float(), self.patch)
+        return patches.follow(self.values, rows, cells - torch.from_numpy(self.retriever.keys[rows]))
 
     @torch.no_grad()
     def check(self) -> int:

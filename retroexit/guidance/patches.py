@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -85,17 +86,25 @@ def glue(values: Tensor, *, dtype: torch.dtype | None = None, out: Tensor | None
     return flat.movedim(-1, 1)
 
 
-def follow(values: Tensor, offsets: Tensor) -> Tensor:
-    """Let values follow their queries, ``v + S (q - k)``.
+def follow(values: np.ndarray, ids: np.ndarray, offsets: Tensor) -> Tensor:
+    """Let the values of these keys follow their queries, ``v + S (q - k)``.
 
     Args:
-        values: Patches with their slopes behind them, ``(N, h, w, ph, pw, (1 + D) * C)``.
-        offsets: The queries, less the keys that were found, ``(N, h, w, D)``, float32.
+        values: All values, float16 ``(n, ph, pw, C * (1 + D))``; every number is followed by its D slopes.
+        ids: The rows that were found, ``(N, h, w)``.
+        offsets: The queries, less the keys that were found, float32 ``(N, h, w, D)``.
 
     Returns:
         Patches ``(N, h, w, ph, pw, C)``, float32.
     """
-    width, rows = offsets.shape[-1], offsets.flatten(0, -2)
-    parts = values.reshape(len(rows), -1, 1 + width, values.shape[-1] // (1 + width)).float()
-    found = parts[:, :, 0] + torch.einsum("rd,rpdc->rpc", rows, parts[:, :, 1:])
-    return found.reshape(*values.shape[:-1], -1)
+    width = offsets.shape[-1]
+    rows = torch.cat([offsets.new_ones(*ids.shape, 1), offsets], -1).flatten(0, -2)
+    place = (*values.shape[1:-1], values.shape[-1] // (1 + width))
+    found = torch.empty(len(rows), math.prod(place))
+    # Neighbours find the same keys, so that each map is read once, not once per query.
+    unique, counts = np.unique(ids, return_counts=True)
+    order = torch.from_numpy(ids.reshape(-1).argsort(kind="stable"))
+    for pair, mine in zip(unique.tolist(), order.split(counts.tolist()), strict=True):
+        linear = torch.from_numpy(np.array(values[pair])).float().view(-1, 1 + width)
+        found[mine] = rows[mine] @ linear.T
+    return found.view(*ids.shape, *place)

@@ -39,7 +39,7 @@ def with_slopes(bank: GuidanceBank, maps: Iterable[tuple[Tensor, Tensor]], patch
         patches: Number of key patches in all of them together.
 
     Returns:
-        A bank of the same keys, of order 1. Its values hold v and S: ``(n, ph, pw, (1 + D) * Cv)`` float16.
+        A bank of the same keys, of order 1. Its values hold v and S: ``(n, ph, pw, Cv * (1 + D))`` float16.
 
     Raises:
         OptionError: If the maps of so many keys would not fit into memory.
@@ -81,8 +81,8 @@ def with_slopes(bank: GuidanceBank, maps: Iterable[tuple[Tensor, Tensor]], patch
             sums.add(pair, rows[mine] - keys[pair], held[mine] - values[pair])
             start += count
     constant, slopes = sums.solve()
-    found = torch.cat([(values + constant)[:, None], slopes], 1).view(n, 1 + width, *place).movedim(1, -2)
-    packed = found.reshape(n, *place[:-1], (1 + width) * place[-1]).to(torch.float16).numpy()
+    found = torch.cat([(values + constant)[:, None], slopes], 1).transpose(1, 2)  # (n, ph * pw * C, 1 + D)
+    packed = found.reshape(n, *place[:-1], place[-1] * (1 + width)).to(torch.float16).numpy()
     if not np.isfinite(packed).all():
         raise BankError("asked for slopes; found some that are not finite in float16.", bank)
     meta = {**bank.meta, "order": 1}
@@ -90,7 +90,7 @@ def with_slopes(bank: GuidanceBank, maps: Iterable[tuple[Tensor, Tensor]], patch
 
 
 class _Sums:
-    """What a least-squares fit needs: of every pair's patches, offsets x from its key and y from its value."""
+    """What the fits need of the patches around every pair: their offsets x from its key, y from its value."""
 
     def __init__(self, n: int, width: int, numbers: int) -> None:
         self.count = torch.zeros(n, 1)

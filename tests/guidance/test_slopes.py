@@ -70,7 +70,7 @@ def test_slopes_are_those_of_a_plain_ridge_regression() -> None:
         ridge = 0.01 * (1 + 5 / len(x)) * covariance.diagonal().mean()
         slope = np.linalg.solve(covariance + ridge * np.eye(5), (x - mx).T @ (y - my) / len(x))
         wanted = np.concatenate([(my - mx @ slope)[None], slope])  # (1 + D, 4 * 3)
-        got = bank.values[pair].reshape(4, 6, 3).transpose(1, 0, 2).reshape(6, 12)
+        got = bank.values[pair].reshape(12, 6).T
         np.testing.assert_allclose(got, wanted, rtol=5e-3, atol=5e-3)
 
 
