@@ -7,12 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import retroexit
 from retroexit.errors import BankError, OptionError
+from retroexit.evaluation.quality import QualityMetric
 from retroexit.guidance import GuidanceBank, cut, merge_banks, with_slopes
 from retroexit.retrieval import ExactRetriever
+from retroexit.training.banks import stream_bank
+from retroexit.training.inputs import Samples
 
 
 def _maps(count: int = 12, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -119,3 +122,26 @@ def test_slopes_that_would_not_fit_into_memory_are_refused() -> None:
     bank = _bank(keys, torch.randn(4, 512, 32, 32), size=64)
     with pytest.raises(OptionError, match=r"slopes of 64 pairs of 512 numbers .* Use a smaller bank"):
         with_slopes(bank, [], 64)
+
+
+def test_a_fit_fills_a_bank_with_slopes_and_its_model_comes_back(
+    posed: nn.Module, metric: QualityMetric, tmp_path: Path
+) -> None:
+    inputs = torch.randn(7, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    guidance = retroexit.Guidance(value_after="image", inject="every_stage", order=1, size=40)
+
+    def wrapped() -> retroexit.EarlyExitGenerator:
+        return retroexit.wrap(
+            posed, [2], 0.5, min_channels=2, guidance=guidance, example_inputs=(inputs[:1],), adapter=False
+        )
+
+    model = wrapped()
+    retroexit.fit(model, inputs, tmp_path, metric=metric, steps=2, predictor_steps=1, progress=False)
+    bank = model.bank
+    assert bank is not None and (bank.order, bank.value_channels, len(bank)) == (1, 3, 40)
+    loaded = retroexit.load(tmp_path, posed, (inputs[:1],), adapter=False)
+    assert loaded.options.guidance == guidance
+    assert torch.equal(loaded(inputs, exit=1), model(inputs, exit=1))
+    streamed = stream_bank(wrapped(), Samples(inputs), ExactRetriever(), progress=False)
+    assert np.array_equal(streamed.retriever.keys, bank.retriever.keys)
+    np.testing.assert_allclose(streamed.values, bank.values, rtol=5e-3, atol=5e-3)
