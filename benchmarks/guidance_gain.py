@@ -78,9 +78,13 @@ def main(given: Sequence[str] | None = None) -> None:
             _write(file, {"case": arguments.case, "versions": versions(), "rows": rows})
     print(f"{arguments.case}, {case.metric.name} on {len(case.test)} inputs, load {os.getloadavg()[0]:.1f}")
     print(summary(rows))
-    print("gain: to no guide, same seeds; swapped: tested with the guides of other inputs; % MACs: the route")
-    print("without search; search: of an exact one, in % of the backbone")
-    draw(rows, case.metric.name, main_variant, arguments.plot or arguments.out / "gain.png")
+    print("% MACs: of the backbone's, by the route without search; search: an exact one, likewise")
+    print(
+        "gain: over no guide, same seeds; swapped: tested with the guides of other inputs; alone: the guide,"
+    )
+    print("taken for the image")
+    now = [row for row in rows if row["steps"] == arguments.steps]
+    draw(now, case.metric.name, main_variant, arguments.plot or arguments.out / "gain.png")
 
 
 def _check(parser: argparse.ArgumentParser, names: Sequence[str], known: Sequence[str]) -> None:

@@ -46,17 +46,20 @@ from retroexit.training.inputs import Samples
 Row = dict[str, Any]
 HELD_OUT, NEW_NOISE = "held out", "new noise"
 
+# Every index is kept, so that none takes the memory that another has given back.
 _MEMORY = """
-import sys, numpy as np
+import json, sys, numpy as np
 from retroexit.plugins import host
 def resident():
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) for line in file if line.startswith("VmRSS")) / 1024
-keys = np.load(sys.argv[2])
-host().retriever(sys.argv[1])().build(keys[:64])  # libraries are loaded before
-before = resident()
-held = host().retriever(sys.argv[1])().build(keys)
-print(resident() - before)
+keys, grown, kept = np.load(sys.argv[1]), {}, []
+for name in sys.argv[2:]:
+    host().retriever(name)().build(keys[:64])  # libraries are loaded before
+    before = resident()
+    kept.append(host().retriever(name)().build(keys))
+    grown[name] = resident() - before
+print(json.dumps(grown))
 """
 
 
@@ -156,9 +159,10 @@ def compare(
         banks[name] = resized(whole, size, host().retriever(name)())
         rows.append({"backend": name, "keys": size, "build_s": time.perf_counter() - begin})
     keys = banks[names[0]].retriever.keys
+    grown = memory(names, keys)
     for row in rows:
         retriever = banks[row["backend"]].retriever
-        row |= {"width": keys.shape[1], "memory_mb": memory(row["backend"], keys), **saving(retriever)}
+        row |= {"width": keys.shape[1], "memory_mb": grown[row["backend"]], **saving(retriever)}
     for kind, wanted in queries.items():
         some = wanted.rows[:: max(1, len(wanted.rows) // 512)]
         truth, taken = nearest(keys, some), latencies(banks, wanted, turns)
@@ -188,15 +192,15 @@ def latencies(banks: dict[str, GuidanceBank], queries: Queries, turns: int) -> d
     return {name: times[2:] for name, times in taken.items()}
 
 
-def memory(name: str, keys: np.ndarray) -> float | None:
-    """Say by how many MB a fresh process grows as it builds the index, its copy of the keys included."""
+def memory(names: Sequence[str], keys: np.ndarray) -> dict[str, float | None]:
+    """Say by how many MB a fresh process grows with each index, its copy of the keys included."""
     if not Path("/proc/self/status").exists():
-        return None
+        return dict.fromkeys(names)
     with tempfile.TemporaryDirectory() as folder:
         np.save(Path(folder) / "keys.npy", keys)
-        command = [sys.executable, "-c", _MEMORY, name, str(Path(folder) / "keys.npy")]
+        command = [sys.executable, "-c", _MEMORY, str(Path(folder) / "keys.npy"), *names]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return float(done.stdout)
+    return dict(json.loads(done.stdout))
 
 
 def saving(retriever: Retriever) -> Row:

@@ -115,6 +115,9 @@ class Bench:
         row["losses"] = self._losses(model, exit_index - 1, test, test_guides)
         if swapped is not None and not control:
             row["swapped"] = self._losses(model, exit_index - 1, test, swapped)
+            taps = model.anatomy.taps
+            if taps is not None and taps.gives_image:
+                row["alone"] = self._compared(test, test_guides)
         return row
 
     def _guides(
@@ -158,12 +161,20 @@ class Bench:
     def _losses(
         self, model: EarlyExitGenerator, index: int, cache: FeatureCache, guides: Guides | None
     ) -> list[float]:
-        names = [node.name for node in model.split.cuts[index].crossing]
-        branch, found = model.branches[index], []
-        for rows in _chunks(len(cache), 4):
+        names, branch = [node.name for node in model.split.cuts[index].crossing], model.branches[index]
+
+        def render(rows: Sequence[int]) -> Tensor:
             guide = None if guides is None else guides(rows)
-            output = branch(*(cache.read(name, rows) for name in names), guide=guide)
-            images = model.split.place_of(output), cache.read(IMAGE, rows)
+            values = (cache.read(name, rows) for name in names)
+            return model.split.place_of(branch(*values, guide=guide))
+
+        return self._compared(cache, render)
+
+    def _compared(self, cache: FeatureCache, render: Guides) -> list[float]:
+        """Loss of every image that is rendered, to the backbone's."""
+        found = []
+        for rows in _chunks(len(cache), 4):
+            images = render(rows), cache.read(IMAGE, rows)
             found.append(self.case.metric(*(self.limits.to_signed(image).float() for image in images)))
         return [round(float(loss), 5) for loss in torch.cat(found)]
 
