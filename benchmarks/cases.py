@@ -190,6 +190,7 @@ def tiny_case(shared: Path, out: Path) -> Case:
         metric=host().metric("ms-ssim"),
         image_range=(-1.0, 1.0),
         crop=None,
+        renew=_noisy,
         variants={"image": image, "slopes": dataclasses.replace(image, order=1, size=16)},
     )
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from gain.training import CONTROLS
-from retroexit.evaluation.figures import density
+from retroexit.evaluation.figures import density, metric_label
 from retroexit.tables import table
 
 __all__ = ["draw", "summary"]
@@ -58,8 +58,13 @@ def draw(rows: Sequence[Row], metric: str, main: str, path: Path) -> None:
 
     groups = _groups(rows, "exit", "variant")
     exits = sorted({row["exit"] for row in rows})
-    figure = Figure(figsize=(4.6 * (len(exits) + 2), 4), layout="constrained")
-    *upper, sizes, distances = figure.subplots(1, len(exits) + 2)
+    metric = metric_label({"name": metric})
+    rows_of_axes = -(-(len(exits) + 2) // 2)
+    figure = Figure(figsize=(10, 3.8 * rows_of_axes), layout="constrained")
+    grid = figure.subplots(rows_of_axes, 2).flatten()
+    *upper, sizes, distances = grid[: len(exits) + 2]
+    for left_over in grid[len(exits) + 2 :]:
+        left_over.remove()
     for axes, exit_index in zip(upper, exits, strict=True):
         _densities(axes, groups, exit_index, main)
         axes.set(title=f"exit {exit_index}", xlabel=f"{metric} to the backbone's image", yticks=[])

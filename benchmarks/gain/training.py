@@ -24,7 +24,7 @@ from retroexit.training.crops import Cropper
 from retroexit.training.inputs import Samples
 from retroexit.training.losses import L1, QUALITY, TrainingLoss
 
-__all__ = ["CONTROLS", "Bench"]
+__all__ = ["CONTROLS", "Bench", "noise", "shuffled"]
 
 Guides = Callable[[Sequence[int]], Tensor]
 CONTROLS = ("shuffled", "noise")
@@ -99,7 +99,7 @@ class Bench:
             bank = self.bank(model, train)
             guides, _ = self._guides(model, bank, train, control, seed, own=False)
             test_guides, distance = self._guides(model, bank, test, control, seed + 1, own=True)
-            swapped = _shuffled(test_guides, len(test), seed + 2)
+            swapped = shuffled(test_guides, len(test), seed + 2)
             row |= {"keys": len(bank), "width": bank.retriever.width, "distance": distance}
             row["search_macs"] = 0 if control else model.anatomy.search_macs(bank)
         folder = self.out / "branches" / _plain(f"{variant}-{seed}-{self.schedule.steps}")
@@ -143,9 +143,9 @@ class Bench:
             ids[torch.as_tensor(list(rows))], feature=cache.read(key, rows)
         )
         if control == "shuffled":
-            retrieved = _shuffled(retrieved, len(cache), seed)
+            retrieved = shuffled(retrieved, len(cache), seed)
         elif control == "noise":
-            retrieved = _noise(retrieved, len(cache), seed)
+            retrieved = noise(retrieved, len(cache), seed)
         return retrieved, distance.tolist()
 
     def _cropper(self, model: EarlyExitGenerator, cache: FeatureCache, index: int) -> Cropper:
@@ -179,7 +179,7 @@ class Bench:
         return [round(float(loss), 5) for loss in torch.cat(found)]
 
 
-def _shuffled(guides: Guides, count: int, seed: int) -> Guides:
+def shuffled(guides: Guides, count: int, seed: int) -> Guides:
     """Give every input the guide of another one."""
     order = np.random.default_rng([seed, 7]).permutation(count)
     other = np.empty(count, int)
@@ -187,7 +187,7 @@ def _shuffled(guides: Guides, count: int, seed: int) -> Guides:
     return lambda rows: guides([int(other[row]) for row in rows])
 
 
-def _noise(guides: Guides, count: int, seed: int) -> Guides:
+def noise(guides: Guides, count: int, seed: int) -> Guides:
     """Give every input noise, always the same, with the guides' mean and spread in each channel."""
     some = guides(range(min(count, 16)))
     axes = [0, *range(2, some.dim())]
