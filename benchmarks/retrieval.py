@@ -16,6 +16,7 @@ they are trained for a moment (``--steps``), enough to show what a worse neighbo
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
@@ -54,11 +55,12 @@ def resident():
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) for line in file if line.startswith("VmRSS")) / 1024
 keys, grown, kept = np.load(sys.argv[1]), {}, []
-for name in sys.argv[2:]:
-    host().retriever(name)().build(keys[:64])  # libraries are loaded before
+for spec, name, options in json.loads(sys.argv[2]):
+    make = host().retriever(name)
+    make(**options).build(keys[:256])  # libraries are loaded before
     before = resident()
-    kept.append(host().retriever(name)().build(keys))
-    grown[name] = resident() - before
+    kept.append(make(**options).build(keys))
+    grown[spec] = resident() - before
 print(json.dumps(grown))
 """
 
@@ -90,6 +92,26 @@ def keys_of(model: EarlyExitGenerator, inputs: Sequence[Any]) -> np.ndarray:
         _, keyed = model.split.begin(args, kwargs)
         found.append(cut(taps.query(keyed, args, kwargs), taps.patch).flatten(1, -2))
     return torch.cat(found).float().numpy()
+
+
+def parted(spec: str) -> tuple[str, dict[str, Any]]:
+    """Read ``faiss:index=IVF16,Flat;nprobe=2`` as the name of a back-end and its options."""
+    name, _, text = spec.partition(":")
+    pairs = (part.partition("=") for part in text.split(";") if part)
+    return name, {key: int(value) if value.isdigit() else value for key, _, value in pairs}
+
+
+def retriever_of(spec: str) -> Retriever:
+    """Make a back-end that holds no keys yet."""
+    name, options = parted(spec)
+    return host().retriever(name)(**options)
+
+
+def installed() -> list[str]:
+    """List every back-end that is installed, and two of FAISS's indexes that are fast rather than exact."""
+    names = sorted(host().retrievers(), key=lambda name: name != "exact")
+    more = ["faiss:index=HNSW16;ef=16", "faiss:index=IVF16,Flat;nprobe=2"]
+    return names + (more if importlib.util.find_spec("faiss") else [])
 
 
 def nearest(keys: np.ndarray, queries: np.ndarray) -> np.ndarray:
@@ -156,7 +178,7 @@ def compare(
     banks, rows = {}, []
     for name in names:
         begin = time.perf_counter()
-        banks[name] = resized(whole, size, host().retriever(name)())
+        banks[name] = resized(whole, size, retriever_of(name))
         rows.append({"backend": name, "keys": size, "build_s": time.perf_counter() - begin})
     keys = banks[names[0]].retriever.keys
     grown = memory(names, keys)
@@ -198,7 +220,8 @@ def memory(names: Sequence[str], keys: np.ndarray) -> dict[str, float | None]:
         return dict.fromkeys(names)
     with tempfile.TemporaryDirectory() as folder:
         np.save(Path(folder) / "keys.npy", keys)
-        command = [sys.executable, "-c", _MEMORY, str(Path(folder) / "keys.npy"), *names]
+        command = [sys.executable, "-c", _MEMORY, str(Path(folder) / "keys.npy")]
+        command.append(json.dumps([(name, *parted(name)) for name in names]))
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     return dict(json.loads(done.stdout))
 
@@ -277,14 +300,17 @@ def draw(rows: Sequence[Row], kinds: Sequence[str], path: Path) -> None:
                     fontsize=8,
                     color=f"C{number}",
                 )
-        axes.set(xscale="log", xlabel="ms per image, one thread", title=f"{kind} queries")
+        axes.set(xscale="log", xlabel="ms per image, one thread", title=f"queries: {kind}")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color="#e6e6e6")
         axes.set_axisbelow(True)
     lowest = min(row[kind]["recall"] for row in rows for kind in kinds)
     panels[0].set(ylabel="recall@1", ylim=(min(0.9, lowest) - 0.05, 1.02))
     figure.legend(
-        *panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(names), frameon=False
+        *panels[0].get_legend_handles_labels(),
+        loc="outside upper center",
+        ncols=min(3, len(names)),
+        frameon=False,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
@@ -300,7 +326,11 @@ def main(given: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--sizes", type=int, nargs="+", default=[1_000, 10_000])
-    parser.add_argument("--backends", nargs="+", default=None, help="all installed ones by default")
+    parser.add_argument(
+        "--backends",
+        nargs="+",
+        help="names, options behind a colon as in faiss:index=HNSW16;ef=16; all by default",
+    )
     parser.add_argument("--case", choices=tuple(CASES), default="scenes")
     parser.add_argument("--shared", type=Path, default=shared_folder(), help="folder with data/weights")
     parser.add_argument("--cache", type=Path, default=Path("runs/latent"), help="where latents are kept")
@@ -311,7 +341,7 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     arguments = parser.parse_args(given)
-    names = arguments.backends or sorted(host().retrievers(), key=lambda name: name != "exact")
+    names = arguments.backends or installed()
     case = CASES[arguments.case](arguments.shared, arguments.cache)
     model = guided_model(case, arguments.model, arguments.steps, max(arguments.sizes))
     assert model.bank is not None

@@ -94,6 +94,14 @@ def test_back_ends_are_compared_down_to_the_picture(
     assert "MB in memory" in capsys.readouterr().out
 
 
+def test_options_of_a_back_end_stand_behind_a_colon() -> None:
+    assert retrieval.parted("exact") == ("exact", {})
+    assert retrieval.parted("faiss:index=IVF16,Flat;nprobe=2") == (
+        "faiss",
+        {"index": "IVF16,Flat", "nprobe": 2},
+    )
+
+
 def test_memory_of_an_index_is_that_of_its_keys_at_least() -> None:
     if not Path("/proc/self/status").exists():
         pytest.skip("memory is read from /proc")
