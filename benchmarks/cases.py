@@ -112,16 +112,16 @@ def latent_case(shared: Path, out: Path) -> Case:
 
 
 def face_case(shared: Path, out: Path) -> Case:
-    """Frames of talking heads through the same decoder; a bank of each clip's first three fifths."""
+    """Frames of talking heads through the same decoder; the bank: the first three fifths of six clips."""
     example = _example()
     encoder = example.load("encoder", shared)
-    clips = sorted(path for path in (shared / "data/faces").iterdir() if (path / "0000.jpg").exists())
+    clips = sorted(path for path in (shared / "data/faces").iterdir() if (path / "0000.jpg").exists())[::3]
     train, test = [], []
     for clip in clips:
         frames = sorted(clip.glob("*.jpg"))
         bank = 3 * len(frames) // 5
         train += [_encoded(encoder, frame) for frame in frames[:bank]]
-        test += [_encoded(encoder, frame) for frame in frames[bank + 4 :: 6]]
+        test += [_encoded(encoder, frame) for frame in frames[bank + 2 :: 3]]
     frame = retroexit.Guidance(key=pooled, size=len(train), thin="none")
     return dataclasses.replace(
         latent_case(shared, out),

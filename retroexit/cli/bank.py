@@ -45,9 +45,10 @@ def build(
     factory_arguments: FactoryArguments = "",
     key_after: Annotated[str, typer.Option(help="Stage that keys are cut from, by number or path.")] = "1",
     value_after: Annotated[
-        str | None, typer.Option(help="Stage that values are cut from, or image; the middle one by default.")
+        str | None, typer.Option(help="Stage that values are cut from, or image; by default the middle one.")
     ] = None,
     patch: Annotated[int, typer.Option(min=1, help="Side of a key's patch.")] = 1,
+    order: Annotated[int, typer.Option(min=0, max=1, help="1: values follow the query.")] = 0,
     size: Annotated[int, typer.Option(min=1, help="Pairs to keep at most.")] = 1024,
     thin: Annotated[str, typer.Option(help="fps, kmeans, random or none.")] = "fps",
     eps: Annotated[float, typer.Option(min=0, help="fps stops when every key is this near.")] = 0.0,
@@ -69,6 +70,7 @@ def build(
             key=False,
             value_after=_place(value_after),
             patch=(patch, patch),
+            order=order,  # type: ignore[arg-type]  # checked above
             size=size,
             thin=thin,  # type: ignore[arg-type]  # checked there
             retriever=retriever,

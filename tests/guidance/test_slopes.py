@@ -117,6 +117,14 @@ def test_what_a_bank_with_slopes_cannot_do_is_said() -> None:
         retroexit.Guidance(order=2)  # type: ignore[arg-type]
 
 
+def test_values_with_slopes_are_of_the_image_and_enter_everywhere_unless_told_otherwise() -> None:
+    found = retroexit.Guidance(order=1).completed(value_after=2)
+    assert (found.value_after, found.inject) == ("image", "every_stage")
+    found = retroexit.Guidance(order=1, value_after=4, inject="input").completed(value_after=2)
+    assert (found.value_after, found.inject) == (4, "input")
+    assert retroexit.Guidance().completed(value_after=2).value_after == 2
+
+
 def test_slopes_that_would_not_fit_into_memory_are_refused() -> None:
     keys = torch.randn(4, 512, 4, 4)
     bank = _bank(keys, torch.randn(4, 512, 32, 32), size=64)
@@ -128,7 +136,7 @@ def test_a_fit_fills_a_bank_with_slopes_and_its_model_comes_back(
     posed: nn.Module, metric: QualityMetric, tmp_path: Path
 ) -> None:
     inputs = torch.randn(7, 4, 8, 8, generator=torch.Generator().manual_seed(3))
-    guidance = retroexit.Guidance(value_after="image", inject="every_stage", order=1, size=40)
+    guidance = retroexit.Guidance(order=1, size=40)
 
     def wrapped() -> retroexit.EarlyExitGenerator:
         return retroexit.wrap(
@@ -140,7 +148,7 @@ def test_a_fit_fills_a_bank_with_slopes_and_its_model_comes_back(
     bank = model.bank
     assert bank is not None and (bank.order, bank.value_channels, len(bank)) == (1, 3, 40)
     loaded = retroexit.load(tmp_path, posed, (inputs[:1],), adapter=False)
-    assert loaded.options.guidance == guidance
+    assert loaded.options.guidance == model.options.guidance
     assert torch.equal(loaded(inputs, exit=1), model(inputs, exit=1))
     streamed = stream_bank(wrapped(), Samples(inputs), ExactRetriever(), progress=False)
     assert np.array_equal(streamed.retriever.keys, bank.retriever.keys)
