@@ -31,11 +31,10 @@ from typing import Any
 import torch
 from cases import CASES, shared_folder
 from gain.show import draw, summary
-from gain.training import CONTROLS, Bench
+from gain.training import CONTROLS, Bench, Schedule
 from tqdm import tqdm
 
 from retroexit.storage import versions
-from retroexit.training.branches import BranchSchedule
 
 
 def main(given: Sequence[str] | None = None) -> None:
@@ -64,9 +63,7 @@ def main(given: Sequence[str] | None = None) -> None:
     main_variant = next(iter(case.variants))
     names = arguments.variants or ["none", main_variant, *(f"{main_variant} {c}" for c in CONTROLS)]
     _check(parser, names, list(case.variants))
-    schedule = BranchSchedule(
-        arguments.steps, arguments.batch, arguments.lr, checkpoint_every=50, bfloat16=not arguments.float32
-    )
+    schedule = Schedule(arguments.steps, arguments.batch, arguments.lr, not arguments.float32)
     bench = Bench(case, arguments.out, schedule)
     file = arguments.json or arguments.out / "results.json"
     rows = json.loads(file.read_text())["rows"] if file.exists() else []

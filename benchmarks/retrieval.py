@@ -325,7 +325,7 @@ def main(given: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--sizes", type=int, nargs="+", default=[1_000, 10_000])
+    parser.add_argument("--sizes", type=int, nargs="+", help="1000 and 10000 by default, or all of --model's")
     parser.add_argument(
         "--backends",
         nargs="+",
@@ -343,12 +343,14 @@ def main(given: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(given)
     names = arguments.backends or installed()
     case = CASES[arguments.case](arguments.shared, arguments.cache)
-    model = guided_model(case, arguments.model, arguments.steps, max(arguments.sizes))
-    assert model.bank is not None
-    if len(model.bank) < max(arguments.sizes):
-        parser.error(
-            f"asked for {max(arguments.sizes)} keys; found a bank of {len(model.bank)}. Ask for fewer."
-        )
+    sizes = arguments.sizes or [1_000, 10_000]
+    model = guided_model(case, arguments.model, arguments.steps, max(sizes))
+    if model.bank is None:
+        parser.error(f"asked for the model in {arguments.model}; found one that was fitted without guidance")
+    if arguments.sizes is None and arguments.model is not None:
+        sizes = [len(model.bank)]
+    if len(model.bank) < max(sizes):
+        parser.error(f"asked for {max(sizes)} keys; found a bank of {len(model.bank)}. Ask for fewer.")
     kinds = {HELD_OUT: case.test[: arguments.images]}
     if case.renew is not None:
         kinds[NEW_NOISE] = case.renew(case.train[: arguments.images])
@@ -357,7 +359,7 @@ def main(given: Sequence[str] | None = None) -> None:
     machine = platform.processor() or platform.machine()
     print(f"{arguments.case}, {case.metric.name}; {machine}, one thread, load {load:.1f}, {versions()}")
     rows: list[Row] = []
-    for size in tqdm(arguments.sizes, desc="sizes", disable=None):
+    for size in tqdm(sizes, desc="sizes", disable=None):
         rows += compare(model, case, names, size, queries, arguments.repeats)
     print(show(rows, list(queries)))
     asked = f"{queries[HELD_OUT].keys.shape[1]} queries of {rows[0]['width']} numbers"

@@ -3,41 +3,66 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import os
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from cases import Case
-from torch import Tensor
+from torch import Tensor, nn
+from tqdm import tqdm
 
 import retroexit
 from retroexit.evaluation.quality import ImageRange
 from retroexit.guidance import GuidanceBank, with_slopes
 from retroexit.model import EarlyExitGenerator
 from retroexit.plugins import host
-from retroexit.training.branches import BranchSchedule, BranchTrainer
 from retroexit.training.cache import IMAGE, FeatureCache, guidance_names
 from retroexit.training.crops import Cropper
 from retroexit.training.inputs import Samples
-from retroexit.training.losses import L1, QUALITY, TrainingLoss
 
-__all__ = ["CONTROLS", "Bench", "noise", "shuffled"]
+__all__ = ["CONTROLS", "Bench", "Schedule", "noise", "shuffled"]
 
 Guides = Callable[[Sequence[int]], Tensor]
 CONTROLS = ("shuffled", "noise")
 
 
+@dataclass(frozen=True)
+class Schedule:
+    """How a branch is trained: Adam, one cosine after a warm-up, L1 plus the metric, no running average.
+
+    Attributes:
+        steps: Optimiser steps.
+        batch: Samples (or crops) per step.
+        lr: Largest learning rate.
+        bfloat16: Whether to compute in bfloat16 where autocast says so.
+    """
+
+    steps: int = 300
+    batch: int = 8
+    lr: float = 4e-3
+    bfloat16: bool = True
+
+    def rate(self, step: int) -> float:
+        """Learning rate of a step."""
+        warm = max(1, self.steps // 10)
+        if step < warm:
+            return self.lr * (0.1 + 0.9 * step / warm)
+        done = (step - warm) / max(1, self.steps - warm)
+        return self.lr * (0.001 + 0.999 * 0.5 * (1 + math.cos(math.pi * done)))
+
+
 class Bench:
     """Trains and tests the variants of one case; what several of them need is computed once."""
 
-    def __init__(self, case: Case, out: Path, schedule: BranchSchedule, progress: bool = True) -> None:
+    def __init__(self, case: Case, out: Path, schedule: Schedule, progress: bool = True) -> None:
         self.case, self.out, self.schedule, self.progress = case, out, schedule, progress
         self.limits = ImageRange(*case.image_range)
-        terms = {"l1": (1.0, L1()), QUALITY: (1.0, case.metric)}
-        self.loss = TrainingLoss(terms, self.limits)
 
     def caches(self, model: EarlyExitGenerator) -> tuple[FeatureCache, FeatureCache]:
         """Features of the inputs to fit on and of those to test on."""
@@ -87,13 +112,12 @@ class Bench:
         row: dict[str, Any] = {
             "variant": variant,
             "exit": exit_index,
-            "seed": seed,
             **dataclasses.asdict(self.schedule),
+            "seed": seed,
             "macs": model.exits[exit_index - 1].macs,
             "backbone_macs": model.exits[-1].macs,
             "search_macs": 0,
         }
-        row["seed"] = seed
         guides, test_guides, swapped = None, None, None
         if guidance is not None:
             bank = self.bank(model, train)
@@ -102,15 +126,8 @@ class Bench:
             swapped = shuffled(test_guides, len(test), seed + 2)
             row |= {"keys": len(bank), "width": bank.retriever.width, "distance": distance}
             row["search_macs"] = 0 if control else model.anatomy.search_macs(bank)
-        folder = self.out / "branches" / _plain(f"{variant}-{seed}-{self.schedule.steps}")
-        folder.mkdir(parents=True, exist_ok=True)
-        cropper = self._cropper(model, train, exit_index - 1)
-        schedule = dataclasses.replace(self.schedule, seed=seed)
-        rows = list(range(len(train)))
         begin = time.perf_counter()
-        BranchTrainer(model, exit_index - 1, train, rows, self.loss, cropper, guides, schedule, folder).run(
-            self.progress
-        )
+        self._train(model, exit_index - 1, train, guides, seed, _plain(f"{variant}-{exit_index}-{seed}"))
         row["seconds"] = time.perf_counter() - begin
         row["losses"] = self._losses(model, exit_index - 1, test, test_guides)
         if swapped is not None and not control:
@@ -148,9 +165,55 @@ class Bench:
             retrieved = noise(retrieved, len(cache), seed)
         return retrieved, distance.tolist()
 
+    def _train(
+        self,
+        model: EarlyExitGenerator,
+        index: int,
+        cache: FeatureCache,
+        guides: Guides | None,
+        seed: int,
+        name: str,
+    ) -> None:
+        """Train one branch; every variant sees the same samples and windows. Goes on where it stopped."""
+        plan, branch = self.schedule, model.branches[index]
+        names, cropper = _crossing(model, index), self._cropper(model, cache, index)
+        optimizer = torch.optim.Adam(branch.parameters(), lr=plan.lr, betas=(0.9, 0.99))
+        state = self.out / f"{name}-{plan.steps}.pt"
+        begin = 0
+        if state.exists():
+            saved = torch.load(state, weights_only=True)
+            branch.load_state_dict(saved["branch"])
+            optimizer.load_state_dict(saved["optimizer"])
+            begin = saved["step"]
+        branch.train()
+        off = None if self.progress else True
+        for step in tqdm(range(begin, plan.steps), desc=name, leave=False, disable=off):
+            random = np.random.default_rng([seed, step])
+            rows = random.choice(len(cache), plan.batch, replace=False).tolist()
+            windows = cropper.offsets(plan.batch, random)
+            values = [cropper(cache.read(name, rows), windows) for name in names]
+            guide = None if guides is None else cropper(guides(rows), windows)
+            for group in optimizer.param_groups:
+                group["lr"] = plan.rate(step)
+            with torch.autocast("cpu", torch.bfloat16, enabled=plan.bfloat16):
+                image = model.image(branch(*values, guide=guide))
+            pair = image, cropper(cache.read(IMAGE, rows), windows)
+            image, target = (self.limits.to_signed(x.float()) for x in pair)
+            loss = (image - target).abs().mean() + self.case.metric(image, target).mean()
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(branch.parameters(), 1.0)
+            optimizer.step()
+            if (step + 1) % 100 == 0:
+                kept = {"branch": branch.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
+                torch.save(kept, state.with_suffix(".part"))
+                os.replace(state.with_suffix(".part"), state)
+        branch.eval()
+        state.unlink(missing_ok=True)  # its numbers are kept
+
     def _cropper(self, model: EarlyExitGenerator, cache: FeatureCache, index: int) -> Cropper:
         image = cache.read(IMAGE, [0])
-        sizes = [tuple(cache.read(n.name, [0]).shape[2:]) for n in model.split.cuts[index].crossing]
+        sizes = [tuple(cache.read(name, [0]).shape[2:]) for name in _crossing(model, index)]
         taps = model.anatomy.taps
         sizes += [] if taps is None else [taps.guide.size]
         return Cropper.for_maps(
@@ -161,12 +224,12 @@ class Bench:
     def _losses(
         self, model: EarlyExitGenerator, index: int, cache: FeatureCache, guides: Guides | None
     ) -> list[float]:
-        names, branch = [node.name for node in model.split.cuts[index].crossing], model.branches[index]
+        names, branch = _crossing(model, index), model.branches[index]
 
         def render(rows: Sequence[int]) -> Tensor:
             guide = None if guides is None else guides(rows)
             values = (cache.read(name, rows) for name in names)
-            return model.split.place_of(branch(*values, guide=guide))
+            return model.image(branch(*values, guide=guide))
 
         return self._compared(cache, render)
 
@@ -194,6 +257,10 @@ def noise(guides: Guides, count: int, seed: int) -> Guides:
     mean, spread = some.mean(axes, keepdim=True), some.std(axes, keepdim=True)
     draw = lambda row: torch.randn(some.shape[1:], generator=torch.Generator().manual_seed(1000 * seed + row))  # noqa: E731
     return lambda rows: mean + spread * torch.stack([draw(row) for row in rows])
+
+
+def _crossing(model: EarlyExitGenerator, index: int) -> list[str]:
+    return [node.name for node in model.split.cuts[index].crossing]
 
 
 def _parted(variant: str) -> tuple[str, str]:

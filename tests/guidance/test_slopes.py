@@ -56,6 +56,17 @@ def test_what_depends_on_the_key_in_a_straight_line_is_guided_without_error(patc
     assert float((plain - wanted).abs().mean()) > 0.3 * spread
 
 
+def test_maps_of_one_and_three_dimensions_are_followed_too() -> None:
+    draw = torch.Generator().manual_seed(0)
+    for size in ((24,), (2, 4, 4)):
+        keys = torch.randn(9, 5, *size, generator=draw)
+        values = keys[:, :2].repeat_interleave(2, 2) - 0.5  # twice as long along the first axis
+        bank = _followed(keys, values, patch=(1,) * len(size))
+        guide = bank.guide(keys)
+        assert guide.shape == values.shape and bank.value_patch == (2, *(1,) * (len(size) - 1))
+        assert float((guide - values).abs().mean()) < 0.05
+
+
 def test_slopes_are_those_of_a_plain_ridge_regression() -> None:
     keys, values = _maps()
     values = values.square()  # no straight line
