@@ -1,51 +1,117 @@
-"""Compare the installed retrieval back-ends on keys of a real generator.
+"""Compare the installed retrieval back-ends on keys of a real generator, and what they do to its picture.
 
-Keys are locations of the feature map behind the first attach point of the generator that ships with the
-library, over drawn scenes; queries come from scenes that are not in the bank. Prints one row per back-end and
-size: recall@1 against exact search by a plain loop, median latency of one image's queries in one search,
-build time, and time to save and load.
+The bank is filled from a generator's inputs as `fit` does it. Two kinds of queries: inputs that are not in
+the bank ("held out"), and inputs that are, with new noise ("new noise"). Per back-end, those of plug-ins
+included, and size of the bank: recall@1 against a plain loop, the time of one image's queries in one search
+(median, 10th to 90th percentile; back-ends take turns), time to build, memory, time and size of saving, and
+the loss of each exit's image when its guide comes from that back-end.
 
-    python benchmarks/retrieval.py --sizes 1000 10000 --backends exact faiss hnswlib --json
-    runs/retrieval.json
+    python benchmarks/retrieval.py --sizes 1000 10000 --json runs/retrieval.json --plot runs/retrieval.png
+    python benchmarks/retrieval.py --case latent --shared ../shared --model runs/latent-guided
+
+The branches are those of ``--model``, a folder that `fit` wrote for the case's generator with guidance; else
+they are trained for a moment (``--steps``), enough to show what a worse neighbour costs.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
-import statistics
+import subprocess
+import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from cases import CASES, Case, shared_folder
 from tqdm import tqdm
 
-from retroexit.demo import load_scene_generator, scene_inputs
-from retroexit.guidance import cut
+import retroexit
+from retroexit.evaluation.quality import ImageRange
+from retroexit.guidance import GuidanceBank, cut
+from retroexit.model import EarlyExitGenerator
 from retroexit.plugins import host
+from retroexit.retrieval import Retriever
 from retroexit.storage import versions
 from retroexit.tables import table
+from retroexit.training.inputs import Samples
+
+Row = dict[str, Any]
+HELD_OUT, NEW_NOISE = "held out", "new noise"
+
+# Every index is kept, so that none takes the memory that another has given back.
+_MEMORY = """
+import json, sys, numpy as np
+from retroexit.plugins import host
+def resident():
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("VmRSS")) / 1024
+keys, grown, kept = np.load(sys.argv[1]), {}, []
+for spec, name, options in json.loads(sys.argv[2]):
+    make = host().retriever(name)
+    make(**options).build(keys[:256])  # libraries are loaded before
+    before = resident()
+    kept.append(make(**options).build(keys))
+    grown[spec] = resident() - before
+print(json.dumps(grown))
+"""
+
+
+@dataclass(frozen=True)
+class Queries:
+    """Inputs of one kind, and the keys that they look for.
+
+    Attributes:
+        inputs: Samples of the generator.
+        keys: Float32 ``(inputs, queries per input, D)``.
+    """
+
+    inputs: Sequence[Any]
+    keys: np.ndarray
+
+    @property
+    def rows(self) -> np.ndarray:
+        """All keys, ``(inputs * queries, D)``."""
+        return self.keys.reshape(-1, self.keys.shape[-1])
 
 
 @torch.no_grad()
-def keys_of(scenes: int, seed: int) -> np.ndarray:
-    """Collect the key of every location of the first stage's output, ``(scenes * 128, 192)``."""
-    generator, found = load_scene_generator(), []
-    handle = generator.body[0].register_forward_hook(
-        lambda module, inputs, output: found.append(cut(output).flatten(0, -2))
-    )
-    try:
-        samples = scene_inputs(scenes, seed)
-        for begin in tqdm(range(0, scenes, 16), desc="keys", disable=None):
-            generator(*(torch.stack(column) for column in zip(*samples[begin : begin + 16], strict=True)))
-    finally:
-        handle.remove()
-    return torch.cat(found).numpy()
+def keys_of(model: EarlyExitGenerator, inputs: Sequence[Any]) -> np.ndarray:
+    """Collect the keys of every input, float32 ``(inputs, queries per input, D)``."""
+    taps, found = model.anatomy.taps, []
+    assert taps is not None
+    for _, args, kwargs in tqdm(Samples(inputs).batches(16), desc="keys", disable=None):
+        _, keyed = model.split.begin(args, kwargs)
+        found.append(cut(taps.query(keyed, args, kwargs), taps.patch).flatten(1, -2))
+    return torch.cat(found).float().numpy()
+
+
+def parted(spec: str) -> tuple[str, dict[str, Any]]:
+    """Read ``faiss:index=IVF16,Flat;nprobe=2`` as the name of a back-end and its options."""
+    name, _, text = spec.partition(":")
+    pairs = (part.partition("=") for part in text.split(";") if part)
+    return name, {key: int(value) if value.isdigit() else value for key, _, value in pairs}
+
+
+def retriever_of(spec: str) -> Retriever:
+    """Make a back-end that holds no keys yet."""
+    name, options = parted(spec)
+    return host().retriever(name)(**options)
+
+
+def installed() -> list[str]:
+    """List every back-end that is installed, and two of FAISS's indexes that are fast rather than exact."""
+    names = sorted(host().retrievers(), key=lambda name: name != "exact")
+    more = ["faiss:index=HNSW16;ef=16", "faiss:index=IVF16,Flat;nprobe=2"]
+    return names + (more if importlib.util.find_spec("faiss") else [])
 
 
 def nearest(keys: np.ndarray, queries: np.ndarray) -> np.ndarray:
@@ -53,93 +119,259 @@ def nearest(keys: np.ndarray, queries: np.ndarray) -> np.ndarray:
     return np.array([((keys - query) ** 2).sum(1).min() for query in queries])
 
 
+def guided_model(case: Case, folder: Path | None, steps: int, size: int) -> EarlyExitGenerator:
+    """Read a fitted model, or fit one for a moment, with a bank of ``size`` pairs."""
+    if folder is not None:
+        args, kwargs = Samples(case.train).gather([0])
+        return retroexit.load(folder, case.generator, args, kwargs)
+    guidance = retroexit.Guidance(value_after="image", inject="every_stage", size=size, thin="random")
+    model = case.wrap(guidance)
+    with tempfile.TemporaryDirectory() as scratch:
+        retroexit.fit(
+            model,
+            case.train,
+            scratch,
+            metric=case.metric,
+            steps=steps,
+            batch=4,
+            crop=case.crop,
+            predictor_steps=1,
+            bfloat16=True,
+        )
+        assert model.bank is not None  # its values are mapped from the folder that goes now
+        model.bank.values = np.array(model.bank.values)
+    return model
+
+
+def resized(bank: GuidanceBank, size: int, retriever: Retriever) -> GuidanceBank:
+    """Make a bank of some of another one's pairs, searched by another back-end."""
+    rows = np.random.default_rng(0).permutation(len(bank))[:size]
+    return GuidanceBank(
+        retriever=retriever.build(bank.retriever.keys[rows]),
+        values=np.asarray(bank.values)[rows],
+        source=bank.source.numpy()[rows],
+        meta=bank.meta,
+    )
+
+
+@torch.no_grad()
+def losses(model: EarlyExitGenerator, bank: GuidanceBank, case: Case, inputs: Sequence[Any]) -> list[float]:
+    """Mean loss of every exit's image to the backbone's, with guides from this bank."""
+    model.bank, limits, found = bank, ImageRange(*case.image_range), []
+    for _, args, kwargs in Samples(inputs).batches(4):
+        *early, last = (limits.to_signed(model.image(o)).float() for o in model.all_exits(*args, **kwargs))
+        found.append(torch.stack([case.metric(image, last) for image in early], 1))
+    return [float(loss) for loss in torch.cat(found).mean(0)]
+
+
 def compare(
-    names: list[str], keys: np.ndarray, queries: np.ndarray, per_image: int, repeats: int
-) -> list[dict[str, Any]]:
-    """Measure every back-end on the same keys and queries; searches of different back-ends take turns."""
-    truth = nearest(keys, queries[: 4 * per_image])
-    built, rows = {}, []
+    model: EarlyExitGenerator,
+    case: Case,
+    names: list[str],
+    size: int,
+    queries: dict[str, Queries],
+    turns: int,
+) -> list[Row]:
+    """Measure every back-end on the same bank and queries; searches of different back-ends take turns."""
+    whole = model.bank
+    assert whole is not None
+    banks, rows = {}, []
     for name in names:
         begin = time.perf_counter()
-        built[name] = host().retriever(name)().build(keys)
-        rows.append(
-            {
-                "backend": name,
-                "keys": len(keys),
-                "width": keys.shape[1],
-                "build_s": time.perf_counter() - begin,
+        banks[name] = resized(whole, size, retriever_of(name))
+        rows.append({"backend": name, "keys": size, "build_s": time.perf_counter() - begin})
+    keys = banks[names[0]].retriever.keys
+    grown = memory(names, keys)
+    for row in rows:
+        retriever = banks[row["backend"]].retriever
+        row |= {"width": keys.shape[1], "memory_mb": grown[row["backend"]], **saving(retriever)}
+    for kind, wanted in queries.items():
+        some = wanted.rows[:: max(1, len(wanted.rows) // 512)]
+        truth, taken = nearest(keys, some), latencies(banks, wanted, turns)
+        for row in rows:
+            bank = banks[row["backend"]]
+            found = bank.retriever.search(some).distances[:, 0].numpy()
+            low, middle, high = np.quantile(taken[row["backend"]], (0.1, 0.5, 0.9))
+            row[kind] = {
+                "recall": float((found <= truth * (1 + 1e-4) + 1e-4).mean()),
+                "ms": float(middle),
+                "ms_p10": float(low),
+                "ms_p90": float(high),
+                "losses": losses(model, bank, case, wanted.inputs),
             }
-        )
-    taken: dict[str, list[float]] = {name: [] for name in names}
-    images = [queries[i : i + per_image] for i in range(0, len(queries), per_image)]
-    for turn in range(repeats + 2):
-        for name in names:
-            begin = time.perf_counter()
-            built[name].search(images[turn % len(images)])
-            if turn >= 2:  # the first two warm up
-                taken[name].append(1000 * (time.perf_counter() - begin))
-    for row in rows:
-        name = row["backend"]
-        found = built[name].search(queries[: 4 * per_image]).distances[:, 0].numpy()
-        row["recall@1"] = float((found <= truth * (1 + 1e-4) + 1e-4).mean())
-        low, middle, high = (np.quantile(taken[name], q) for q in (0.1, 0.5, 0.9))
-        row.update(ms_per_image=float(middle), ms_p10=float(low), ms_p90=float(high))
-        with tempfile.TemporaryDirectory() as folder:
-            begin = time.perf_counter()
-            built[name].save(Path(folder) / "index")
-            row["save_s"] = time.perf_counter() - begin
-            begin = time.perf_counter()
-            host().retriever(name).load(Path(folder) / "index")
-            row["load_s"] = time.perf_counter() - begin
-    exact = statistics.median(taken[names[0]])
-    for row in rows:
-        row["ratio"] = row["ms_per_image"] / exact
+    model.bank = whole
     return rows
 
 
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--sizes", type=int, nargs="+", default=[1_000, 10_000])
-    parser.add_argument("--backends", nargs="+", default=None, help="all installed ones by default")
-    parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    names = arguments.backends or sorted(host().retrievers(), key=lambda name: name != "exact")
-    per_image = 128
-    pool = keys_of(-(-max(arguments.sizes) // per_image), seed=3)
-    queries = keys_of(16, seed=4)
-    load = os.getloadavg()[0]
-    print(f"{platform.processor() or platform.machine()}, one thread, load {load:.1f}, {versions()}")
-    results = []
-    random = np.random.default_rng(0)
-    for size in arguments.sizes:
-        keys = pool[random.permutation(len(pool))[:size]]
-        results += compare(names, keys, queries, per_image, arguments.repeats)
-    header = ["back-end", "keys", "recall@1", "ms/image (10-90 %)", "ratio", "build s", "save s", "load s"]
-    rows = [
+def latencies(banks: dict[str, GuidanceBank], queries: Queries, turns: int) -> dict[str, list[float]]:
+    """Time searches for one image's queries in milliseconds; the first two turns warm up."""
+    taken: dict[str, list[float]] = {name: [] for name in banks}
+    for turn in range(turns + 2):
+        for name, bank in banks.items():
+            begin = time.perf_counter()
+            bank.retriever.search(queries.keys[turn % len(queries.keys)])
+            taken[name].append(1000 * (time.perf_counter() - begin))
+    return {name: times[2:] for name, times in taken.items()}
+
+
+def memory(names: Sequence[str], keys: np.ndarray) -> dict[str, float | None]:
+    """Say by how many MB a fresh process grows with each index, its copy of the keys included."""
+    if not Path("/proc/self/status").exists():
+        return dict.fromkeys(names)
+    with tempfile.TemporaryDirectory() as folder:
+        np.save(Path(folder) / "keys.npy", keys)
+        command = [sys.executable, "-c", _MEMORY, str(Path(folder) / "keys.npy")]
+        command.append(json.dumps([(name, *parted(name)) for name in names]))
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return dict(json.loads(done.stdout))
+
+
+def saving(retriever: Retriever) -> Row:
+    """Save and load an index; gives seconds and MB."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "index"
+        begin = time.perf_counter()
+        retriever.save(path)
+        saved = time.perf_counter()
+        type(retriever).load(path)
+        loaded = time.perf_counter()
+        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    return {"save_s": saved - begin, "load_s": loaded - saved, "saved_mb": size / 2**20}
+
+
+def show(rows: Sequence[Row], kinds: Sequence[str]) -> str:
+    """Set the results in two tables: the index, and its searches."""
+    index = [
         [
             r["backend"],
             str(r["keys"]),
-            f"{r['recall@1']:.3f}",
-            f"{r['ms_per_image']:.2f} ({r['ms_p10']:.2f}-{r['ms_p90']:.2f})",
-            *(f"{r[key]:.2f}" for key in ("ratio", "build_s", "save_s", "load_s")),
+            *(f"{r[key]:.2f}" for key in ("build_s", "save_s", "load_s")),
+            f"{r['saved_mb']:.1f}",
+            "" if r["memory_mb"] is None else f"{r['memory_mb']:.1f}",
         ]
-        for r in results
+        for r in rows
     ]
-    print(table(header, rows))
-    print(
-        f"ratio: to {names[0]}, in one process, taking turns; {per_image} queries per image, held-out scenes"
+    searches = [
+        [
+            kind,
+            r["backend"],
+            str(r["keys"]),
+            f"{r[kind]['recall']:.3f}",
+            f"{r[kind]['ms']:.2f} ({r[kind]['ms_p10']:.2f}-{r[kind]['ms_p90']:.2f})",
+            *(f"{loss:.4f}" for loss in r[kind]["losses"]),
+        ]
+        for kind in kinds
+        for r in rows
+    ]
+    exits = [f"exit {k + 1}" for k in range(len(rows[0][kinds[0]]["losses"]))]
+    return "\n\n".join(
+        [
+            table(["back-end", "keys", "build s", "save s", "load s", "MB on disk", "MB in memory"], index),
+            table(["queries", "back-end", "keys", "recall@1", "ms per image (10-90 %)", *exits], searches),
+        ]
     )
+
+
+def draw(rows: Sequence[Row], kinds: Sequence[str], path: Path) -> None:
+    """Draw recall against latency: a panel per kind of queries, a line per back-end through its sizes."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.4 * len(kinds), 4.2), layout="constrained")
+    panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
+    names = list(dict.fromkeys(row["backend"] for row in rows))
+    for axes, kind in zip(panels, kinds, strict=True):
+        for number, name in enumerate(names):
+            mine = [row for row in rows if row["backend"] == name]
+            ms, recall = [r[kind]["ms"] for r in mine], [r[kind]["recall"] for r in mine]
+            spread = np.abs(np.array([[r[kind]["ms_p10"], r[kind]["ms_p90"]] for r in mine]).T - ms)
+            marker = "os^Dvp*hX"[number % 9]
+            axes.errorbar(
+                ms, recall, xerr=spread, marker=marker, markersize=7, capsize=2, label=name, alpha=0.8
+            )
+            for row, x, y in zip(mine, ms, recall, strict=True):
+                above = 8 + 9 * number
+                axes.annotate(
+                    _thousands(row["keys"]),
+                    (x, y),
+                    xytext=(0, -above),
+                    textcoords="offset points",
+                    ha="center",
+                    va="top",
+                    fontsize=8,
+                    color=f"C{number}",
+                )
+        axes.set(xscale="log", xlabel="ms per image, one thread", title=f"queries: {kind}")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color="#e6e6e6")
+        axes.set_axisbelow(True)
+    lowest = min(row[kind]["recall"] for row in rows for kind in kinds)
+    panels[0].set(ylabel="recall@1", ylim=(min(0.9, lowest) - 0.05, 1.02))
+    figure.legend(
+        *panels[0].get_legend_handles_labels(),
+        loc="outside upper center",
+        ncols=min(3, len(names)),
+        frameon=False,
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+def _thousands(count: int) -> str:
+    return f"{count // 1000}k" if count >= 1000 and count % 1000 == 0 else str(count)
+
+
+def main(given: Sequence[str] | None = None) -> None:
+    """Measure, print, draw."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--sizes", type=int, nargs="+", help="1000 and 10000 by default, or all of --model's")
+    parser.add_argument(
+        "--backends",
+        nargs="+",
+        help="names, options behind a colon as in faiss:index=HNSW16;ef=16; all by default",
+    )
+    parser.add_argument("--case", choices=tuple(CASES), default="scenes")
+    parser.add_argument("--shared", type=Path, default=shared_folder(), help="folder with data/weights")
+    parser.add_argument("--cache", type=Path, default=Path("runs/latent"), help="where latents are kept")
+    parser.add_argument("--model", type=Path, help="folder of a fitted model with guidance")
+    parser.add_argument("--steps", type=int, default=60, help="of each branch, where there is no --model")
+    parser.add_argument("--repeats", type=int, default=20, help="timed searches per back-end")
+    parser.add_argument("--images", type=int, default=8, help="inputs that ask, of each kind")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path)
+    arguments = parser.parse_args(given)
+    names = arguments.backends or installed()
+    case = CASES[arguments.case](arguments.shared, arguments.cache)
+    sizes = arguments.sizes or [1_000, 10_000]
+    model = guided_model(case, arguments.model, arguments.steps, max(sizes))
+    if model.bank is None:
+        parser.error(f"asked for the model in {arguments.model}; found one that was fitted without guidance")
+    if arguments.sizes is None and arguments.model is not None:
+        sizes = [len(model.bank)]
+    if len(model.bank) < max(sizes):
+        parser.error(f"asked for {max(sizes)} keys; found a bank of {len(model.bank)}. Ask for fewer.")
+    kinds = {HELD_OUT: case.test[: arguments.images]}
+    if case.renew is not None:
+        kinds[NEW_NOISE] = case.renew(case.train[: arguments.images])
+    queries = {kind: Queries(inputs, keys_of(model, inputs)) for kind, inputs in kinds.items()}
+    load = os.getloadavg()[0]
+    machine = platform.processor() or platform.machine()
+    print(f"{arguments.case}, {case.metric.name}; {machine}, one thread, load {load:.1f}, {versions()}")
+    rows: list[Row] = []
+    for size in tqdm(sizes, desc="sizes", disable=None):
+        rows += compare(model, case, names, size, queries, arguments.repeats)
+    print(show(rows, list(queries)))
+    asked = f"{queries[HELD_OUT].keys.shape[1]} queries of {rows[0]['width']} numbers"
+    print(f"{asked} per image; one set of branches for all back-ends")
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(
-            json.dumps({"versions": versions(), "load": load, "rows": results}, indent=1)
-        )
+        found = {"case": arguments.case, "versions": versions(), "load": load, "rows": rows}
+        arguments.json.write_text(json.dumps(found, indent=1))
+    if arguments.plot:
+        draw(rows, list(queries), arguments.plot)
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)
     main()

@@ -220,8 +220,8 @@ def main() -> None:
     print(table(["batch", "branches", "features", "images/s", "ms", "min-max", "MB"], rows))
     print(
         "a step of all five branches; images/s: samples that all branches have seen; median of "
-        f"{arguments.rounds} rounds of {arguments.steps} steps, {'processor' if arguments.cpu_time else 'wall'} "
-        "time; MB: largest resident memory of the process"
+        f"{arguments.rounds} rounds of {arguments.steps} steps, "
+        f"{'processor' if arguments.cpu_time else 'wall'} time; MB: largest resident memory of the process"
     )
     print(table(["part of a step, batch 8", "ms"], [[k, f"{1000 * v:.2f}"] for k, v in apart.items()]))
     if arguments.json:

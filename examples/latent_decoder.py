@@ -212,7 +212,7 @@ def main() -> None:
         scale=[width / 64 for width in arguments.widths],
         min_channels=min(arguments.widths),
         init=arguments.init,
-        guidance=arguments.guidance,
+        guidance=retroexit.Guidance(order=1, size=512, thin="kmeans") if arguments.guidance else None,
         image_range=(0.0, 1.0),
         example_inputs=(train[:1],),
     )

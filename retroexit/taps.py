@@ -52,6 +52,11 @@ class Taps:
         """Name of what keys come from: a node of the recording, or a function."""
         return self.key_node.name if self.key is None else key_name(self.key)
 
+    @property
+    def queries(self) -> int:
+        """Number of keys that one sample looks for."""
+        return math.prod(size // step for size, step in zip(self.key_shape[1:], self.patch, strict=True))
+
     def query(self, keyed: Tensor, args: Any, kwargs: Any) -> Tensor:
         """Give the map ``(N, D, ...)`` that keys are cut from.
 
@@ -83,10 +88,7 @@ class Taps:
 
     def search_macs(self, bank: GuidanceBank) -> int:
         """MACs of the search in the bank for one sample, as exact search counts them."""
-        queries = 1
-        for size, step in zip(self.key_shape[1:], bank.patch, strict=True):
-            queries *= size // step
-        return int(bank.macs_per_search(queries))
+        return int(bank.macs_per_search(self.queries))
 
 
 def tap_paths(guidance: Guidance | None) -> list[str]:

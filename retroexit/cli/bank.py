@@ -50,9 +50,10 @@ def build(
     key: Annotated[str | None, typer.Option(help=_KEY)] = None,
     identities: Annotated[str | None, typer.Option(help=_IDENTITIES)] = None,
     value_after: Annotated[
-        str | None, typer.Option(help="Stage that values are cut from, or image; the middle one by default.")
+        str | None, typer.Option(help="Stage that values are cut from, or image; by default the middle one.")
     ] = None,
     patch: Annotated[int, typer.Option(min=1, help="Side of a key's patch.")] = 1,
+    order: Annotated[int, typer.Option(min=0, max=1, help="1: values follow the query.")] = 0,
     size: Annotated[int, typer.Option(min=1, help="Pairs to keep at most.")] = 1024,
     thin: Annotated[str, typer.Option(help="fps, kmeans, random or none.")] = "fps",
     eps: Annotated[float, typer.Option(min=0, help="fps stops when every key is this near.")] = 0.0,
@@ -70,7 +71,7 @@ def build(
     generator, example = load_generator(target, factory_arguments)
     samples = load_samples(inputs)
     args, kwargs = example_of(example, samples)
-    guidance = _guidance(key, value_after, patch, size=size, thin=thin, retriever=retriever)
+    guidance = _guidance(key, value_after, patch, order=order, size=size, thin=thin, retriever=retriever)
     model = _wrapped(generator, key_after, guidance, args, kwargs)
     scratch = out.with_name(f"{out.name}.part")
     streamed, make = Samples(samples, seed), host().retriever(retriever)

@@ -4,6 +4,7 @@ from retroexit.guidance.bank import GuidanceBank, Retrieved
 from retroexit.guidance.editing import add_pairs, merge_banks, remove_pairs
 from retroexit.guidance.patches import cut, glue
 from retroexit.guidance.sampling import central_points, coverage, farthest_points, random_points, thin
+from retroexit.guidance.slopes import with_slopes
 
 __all__ = [
     "GuidanceBank",
@@ -18,4 +19,5 @@ __all__ = [
     "random_points",
     "remove_pairs",
     "thin",
+    "with_slopes",
 ]

@@ -62,7 +62,8 @@ class GuidanceBank:
 
     Args:
         retriever: Index over the n keys.
-        values: Patches of values, channels last, float16 ``(n, ph, pw, C)``; an array or a memory map.
+        values: Patches of values, channels last, float16 ``(n, ph, pw, C)``; an array or a memory map. In a
+            bank of order 1 (`with_slopes`) every number is followed by its slopes, ``C = Cv * (1 + D)``.
         source: Index of the input that each key came from, int64 ``(n,)``.
         meta: What the bank was made from. ``patch``, the size of a key's patch, must be there.
 
@@ -171,6 +172,11 @@ class GuidanceBank:
         return f"GuidanceBank({self.retriever!r}, values {shape} float16)"
 
     @property
+    def order(self) -> int:
+        """0 for plain values, 1 for values that follow the query, see `with_slopes`."""
+        return int(self.meta.get("order", 0))
+
+    @property
     def patch(self) -> tuple[int, ...]:
         """Size of a key's patch in the key feature, ``(ph, pw)``."""
         return tuple(self.meta["patch"])
@@ -183,7 +189,7 @@ class GuidanceBank:
     @property
     def value_channels(self) -> int:
         """Channels of a value, and of the guide."""
-        return self.values.shape[-1]
+        return self.values.shape[-1] // (1 + self.order * self.retriever.width)
 
     @property
     def origin(self) -> Origin:
@@ -198,11 +204,12 @@ class GuidanceBank:
         )
 
     def macs_per_search(self, queries: int) -> int:
-        """Count the multiply-adds of an exact search, queries x keys x width.
+        """Count the multiply-adds of an exact search, queries x keys x width, and of following the slopes.
 
         Back-ends that search a graph or a few lists visit fewer keys.
         """
-        return queries * len(self) * self.retriever.width
+        slopes = self.order * math.prod(self.value_patch) * self.value_channels
+        return queries * (len(self) + slopes) * self.retriever.width
 
     @torch.no_grad()
     def search(self, feature: Tensor, exclude: Tensor | None = None) -> Retrieved:
@@ -263,21 +270,24 @@ class GuidanceBank:
         return torch.empty((count, *size, self.value_channels), dtype=dtype).movedim(-1, 1)
 
     @torch.no_grad()
-    def glue(self, ids: Tensor, *, out: Tensor | None = None) -> Tensor:
+    def glue(self, ids: Tensor, *, feature: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         """Glue the values of these keys into a map.
 
         Args:
             ids: Rows of the bank, ``(N, h, w)``.
+            feature: What was searched for, ``(N, C, H, W)``; a bank of order 1 follows it.
             out: Tensor to write into, see `guide_buffer`; a new one if ``None``.
 
         Returns:
             Guide, float32 ``(N, Cv, h * ph, w * pw)`` on the CPU, channels-last layout; ``out`` if given.
 
         Raises:
-            BankError: If an id is no row of the bank.
+            BankError: If an id is no row of the bank, or a bank of order 1 gets no feature.
             OptionError: If ``out`` has another shape or layout.
         """
         rows = self._rows(ids)
+        if self.order:
+            return patches.glue(self._followed(rows, feature), dtype=torch.float32, out=out)
         return patches.glue_rows(np.asarray(self.values), rows, dtype=torch.float32, out=out)
 
     @torch.no_grad()
@@ -292,6 +302,8 @@ class GuidanceBank:
             ``(N, Cv, h * ph, w * pw)``, channels-last layout, without gradient.
         """
         rows, table = self._rows(self.search(feature, exclude).ids), np.asarray(self.values)
+        if self.order:
+            return patches.glue(self._followed(rows, feature).to(feature.device), dtype=feature.dtype)
         if feature.device.type == "cpu":
             return patches.glue_rows(table, rows, dtype=feature.dtype)
         # Another device is sent float16, and converts it itself.
@@ -308,6 +320,13 @@ class GuidanceBank:
                 ids,
             )
         return rows
+
+    def _followed(self, rows: np.ndarray, feature: Tensor | None) -> Tensor:
+        """Values of these rows, moved along their slopes to the feature that was searched for."""
+        if feature is None:
+            raise BankError("asked a bank of order 1 for a guide; pass the feature that it follows.", self)
+        cells = patches.cut(feature.detach().cpu().float(), self.patch)
+        return patches.follow(self.values, rows, cells - torch.from_numpy(self.retriever.keys[rows]))
 
     @torch.no_grad()
     def check(self) -> int:

@@ -20,7 +20,7 @@ from retroexit.retrieval.distances import first_of_each
 
 __all__ = ["add_pairs", "merge_banks", "remove_pairs"]
 
-_SAME = ("fingerprint", "key_tap", "value_tap", "patch")
+_SAME = ("fingerprint", "key_tap", "value_tap", "patch", "order")
 
 
 def add_pairs(

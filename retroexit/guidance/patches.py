@@ -11,7 +11,7 @@ from torch import Tensor
 
 from retroexit.errors import OptionError
 
-__all__ = ["cut", "glue", "glue_rows"]
+__all__ = ["cut", "follow", "glue", "glue_rows"]
 
 
 def cut(feature: Tensor, patch: tuple[int, ...] = (1, 1)) -> Tensor:
@@ -118,3 +118,27 @@ def _places(
     seen = flat.view(N, *(n for pair in zip(grid, patch, strict=True) for n in pair), C)
     places = seen.permute(0, *range(1, 2 * dims, 2), *range(2, 1 + 2 * dims, 2), 1 + 2 * dims)
     return flat.movedim(-1, 1), places
+
+
+def follow(values: np.ndarray, ids: np.ndarray, offsets: Tensor) -> Tensor:
+    """Let the values of these keys follow their queries, ``v + S (q - k)``.
+
+    Args:
+        values: All values, float16 ``(n, ph, pw, C * (1 + D))``; every number is followed by its D slopes.
+        ids: The rows that were found, ``(N, h, w)``.
+        offsets: The queries, less the keys that were found, float32 ``(N, h, w, D)``.
+
+    Returns:
+        Patches ``(N, h, w, ph, pw, C)``, float32.
+    """
+    width = offsets.shape[-1]
+    rows = torch.cat([offsets.new_ones(*ids.shape, 1), offsets], -1).flatten(0, -2)
+    place = (*values.shape[1:-1], values.shape[-1] // (1 + width))
+    found = torch.empty(len(rows), math.prod(place))
+    # Neighbours find the same keys, so that each map is read once, not once per query.
+    unique, counts = np.unique(ids, return_counts=True)
+    order = torch.from_numpy(ids.reshape(-1).argsort(kind="stable"))
+    for pair, mine in zip(unique.tolist(), order.split(counts.tolist()), strict=True):
+        linear = torch.from_numpy(np.array(values[pair])).float().view(-1, 1 + width)
+        found[mine] = rows[mine] @ linear.T
+    return found.view(*ids.shape, *place)

@@ -21,6 +21,7 @@ from retroexit.fingerprint import fingerprint
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.guidance.candidates import Candidates
 from retroexit.guidance.filling import hold_candidates
+from retroexit.guidance.slopes import with_slopes
 from retroexit.model import EarlyExitGenerator
 from retroexit.retrieval import Retriever
 from retroexit.taps import Taps
@@ -101,7 +102,7 @@ def stream_bank(
                 bar.update(len(indices))
 
     values = _Values(model, samples, batch, device)
-    return GuidanceBank.build(
+    bank = GuidanceBank.build(
         keys(),
         values,
         patch=taps.patch,
@@ -115,6 +116,9 @@ def stream_bank(
         meta=facts,
         progress=progress,
     )
+    if not guidance.order:
+        return bank
+    return with_slopes(bank, _maps(model, taps, samples, batch, device), len(samples) * taps.queries)
 
 
 def stream_banks(
@@ -246,3 +250,14 @@ class _Some(Sequence[Any]):
 
     def __getitem__(self, index: Any) -> Any:
         return self._items[self._rows[index]]
+
+
+def _maps(
+    model: EarlyExitGenerator, taps: Taps, samples: Samples, batch: int, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Run all inputs once more, for their key and value features; the draws are those of the first time."""
+    for indices, args, kwargs in samples.batches(batch):
+        with torch.no_grad(), drawing_from(samples.seed + indices[0], device):
+            _, keyed = model.split.begin(args, kwargs)
+        with drawing_from(samples.seed + indices[0], device):
+            yield taps.query(keyed, args, kwargs), model.anatomy.guidance_values(args, kwargs)

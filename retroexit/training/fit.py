@@ -14,6 +14,7 @@ from torch import Tensor
 from retroexit.evaluation.quality import ImageRange, QualityMetric, measure_range
 from retroexit.fingerprint import fingerprint
 from retroexit.guidance.bank import GuidanceBank
+from retroexit.guidance.slopes import with_slopes
 from retroexit.model import EarlyExitGenerator
 from retroexit.retrieval.base import Retriever
 from retroexit.retrieval.storage import MANIFEST
@@ -304,6 +305,9 @@ def _bank(
         meta={"fingerprint": own, "key_tap": taps.key_tap, "value_tap": taps.value_cut.feature.name},
         progress=progress,
     )
+    if guidance.order:
+        maps = ((features.read(key, rows), features.read(value, rows)) for rows in chunks(len(features), 16))
+        bank = with_slopes(bank, maps, len(features) * taps.queries)
     bank.save(folder)
     team.wait()
     return GuidanceBank.load(folder, own, retriever_class=type(retriever()))
@@ -318,7 +322,9 @@ def _guides(model: EarlyExitGenerator, taps: Taps, features: Features) -> Callab
         bank.search(features.read(key, rows), torch.as_tensor(rows)).ids for rows in chunks(len(features), 64)
     ]
     ids = torch.cat(found)
-    return lambda rows: bank.glue(ids[torch.as_tensor(list(rows))])
+    return lambda rows: bank.glue(
+        ids[torch.as_tensor(list(rows))], feature=features.read(key, rows) if bank.order else None
+    )
 
 
 def _cropper(model: EarlyExitGenerator, features: Features, crop: int | None) -> Cropper:

@@ -1,0 +1,209 @@
+"""The trained generators that guidance is measured on."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+import retroexit
+from retroexit.demo import load_scene_generator, scene_inputs
+from retroexit.evaluation.quality import QualityMetric
+from retroexit.model import EarlyExitGenerator
+from retroexit.plugins import host
+from retroexit.training.inputs import Samples
+
+__all__ = ["CASES", "Case", "shared_folder"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A trained generator, inputs to fit on and others to test on, and how its branches are trained.
+
+    Attributes:
+        variants: Settings of guidance by name; without a guide is called "none".
+        renew: Gives the same inputs with new noise, where the generator's inputs hold some.
+    """
+
+    generator: nn.Module
+    train: Sequence[Any]
+    test: Sequence[Any]
+    attach_at: tuple[int, ...]
+    scale: tuple[float, ...]
+    min_channels: int
+    metric: QualityMetric
+    image_range: tuple[float, float]
+    crop: int | None
+    variants: dict[str, retroexit.Guidance]
+    renew: Callable[[Sequence[Any]], Sequence[Any]] | None = None
+
+    def wrap(self, guidance: retroexit.Guidance | None, seed: int = 0) -> EarlyExitGenerator:
+        """Wrap the generator with or without a guide."""
+        args, kwargs = Samples(self.train).gather([0])
+        return retroexit.wrap(
+            self.generator,
+            attach_at=self.attach_at,
+            scale=self.scale,
+            min_channels=self.min_channels,
+            guidance=guidance,
+            adapter=False,
+            image_range=self.image_range,
+            example_inputs=args,
+            example_kwargs=kwargs,
+            seed=seed,
+        )
+
+
+def shared_folder() -> Path:
+    """Folder with weights and data that are not part of the project."""
+    return Path(os.environ.get("RETROEXIT_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+
+
+def _noisy(latents: Sequence[Tensor]) -> Tensor:
+    """Add a tenth of the latents' own spread, as an unfinished sampler leaves it."""
+    stacked = torch.stack(list(latents))
+    noise = torch.randn(stacked.shape, generator=torch.Generator().manual_seed(0))
+    return stacked + 0.1 * stacked.std() * noise
+
+
+def _restyled(scenes: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    """Keep the labels, and take the styles of other scenes."""
+    styles = [style for _, style in scene_inputs(len(scenes), seed=40)]
+    return [(labels, style) for (labels, _), style in zip(scenes, styles, strict=True)]
+
+
+def latent_case(shared: Path, out: Path) -> Case:
+    """Street photographs through the latent decoder of examples/latent_decoder.py."""
+    example = _example()
+    test = example.latents("test", shared, out)
+    image = retroexit.Guidance(value_after="image", inject="every_stage", size=10_000, thin="random")
+    slopes = dataclasses.replace(image, order=1, size=512, thin="kmeans")
+    change = dataclasses.replace
+    return Case(
+        generator=example.load("decoder", shared),
+        train=example.latents("train", shared, out),
+        test=test[np.linspace(0, len(test) - 1, 48).round().astype(int)],  # spread over the drives
+        attach_at=(3, 6),
+        scale=(16 / 64, 24 / 64),
+        min_channels=16,
+        metric=_lpips(shared),
+        image_range=(0.0, 1.0),
+        crop=64,
+        renew=_noisy,
+        variants={
+            "slopes": slopes,
+            "image": image,
+            "middle": change(image, value_after=None, inject="input"),
+            "late": change(image, value_after=9),
+            "slopes-input": change(slopes, inject="input"),
+            **{f"slopes-{size}": change(slopes, size=size) for size in (16, 64, 2048)},
+            **{f"image-{size}": change(image, size=size) for size in (100, 1_000, 100_000)},
+        },
+    )
+
+
+def face_case(shared: Path, out: Path) -> Case:
+    """Frames of talking heads through the same decoder; the bank: the first three fifths of six clips."""
+    example = _example()
+    encoder = example.load("encoder", shared)
+    clips = sorted(path for path in (shared / "data/faces").iterdir() if (path / "0000.jpg").exists())[::3]
+    train, test = [], []
+    for clip in clips:
+        frames = sorted(clip.glob("*.jpg"))
+        bank = 3 * len(frames) // 5
+        train += [_encoded(encoder, frame) for frame in frames[:bank]]
+        test += [_encoded(encoder, frame) for frame in frames[bank + 2 :: 3]]
+    frame = retroexit.Guidance(key=pooled, size=len(train), thin="none")
+    return dataclasses.replace(
+        latent_case(shared, out),
+        train=torch.stack(train),
+        test=torch.stack(test),
+        variants={
+            "frame": frame,
+            "slopes": retroexit.Guidance(
+                value_after="image", inject="every_stage", order=1, size=512, thin="kmeans"
+            ),
+        },
+    )
+
+
+@torch.no_grad()
+def _encoded(encoder: nn.Module, path: Path) -> Tensor:
+    pixels = np.array(Image.open(path).convert("RGB"))
+    return encoder(torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255)[0]
+
+
+def pooled(latent: Tensor) -> Tensor:
+    """Key of a whole frame: its latent at a sixteenth of the resolution, ``(N, 32 * 4 * 4)``."""
+    return nn.functional.adaptive_avg_pool2d(latent, 4).flatten(1)
+
+
+def scene_case(shared: Path, out: Path) -> Case:
+    """Drawn street scenes through the generator that comes with the library."""
+    image = retroexit.Guidance(value_after="image", inject="every_stage", size=10_000, thin="random")
+    return Case(
+        generator=load_scene_generator(),
+        train=scene_inputs(256, seed=20),
+        test=scene_inputs(48, seed=30),
+        attach_at=(1, 3),
+        scale=(1 / 4, 1 / 4),
+        min_channels=8,
+        metric=_lpips(shared) if shared.is_dir() else host().metric("ms-ssim"),
+        image_range=(-1.0, 1.0),
+        crop=None,
+        renew=_restyled,
+        variants={
+            "image": image,
+            "middle": dataclasses.replace(image, value_after=None, inject="input"),
+        },
+    )
+
+
+def tiny_case(shared: Path, out: Path) -> Case:
+    """A generator of four layers with random weights; seconds, and its numbers mean nothing."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        layers: list[nn.Module] = []
+        for channels, more in ((8, 16), (16, 16), (16, 16)):
+            layers += [
+                nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(channels, more, 3, padding=1), nn.ReLU())
+            ]
+        generator = nn.Sequential(*layers, nn.Conv2d(16, 3, 3, padding=1)).eval()
+        inputs = torch.randn(24, 8, 4, 4)
+    image = retroexit.Guidance(value_after="image", inject="every_stage", size=64)
+    return Case(
+        generator=generator,
+        train=inputs[:16],
+        test=inputs[16:],
+        attach_at=(1, 2),
+        scale=(1 / 2, 1 / 2),
+        min_channels=4,
+        metric=host().metric("ms-ssim"),
+        image_range=(-1.0, 1.0),
+        crop=None,
+        renew=_noisy,
+        variants={"image": image, "slopes": dataclasses.replace(image, order=1, size=16)},
+    )
+
+
+CASES = {"latent": latent_case, "faces": face_case, "scenes": scene_case, "tiny": tiny_case}
+
+
+def _example() -> Any:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+    import latent_decoder
+
+    return latent_decoder
+
+
+def _lpips(shared: Path) -> QualityMetric:
+    return host().metric("lpips-alex", weights=shared / "data/weights/lpips_alex_v0.1.pth")

@@ -1,0 +1,1 @@
+"""What guidance buys: cases, training of variants, tables and figures."""

@@ -1,0 +1,110 @@
+"""The benchmarks of retrieval and guidance run from end to end on a tiny generator."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+
+from retroexit.plugins import host
+from retroexit.retrieval import ExactRetriever
+
+BENCHMARKS = str(Path(__file__).resolve().parents[2] / "benchmarks")
+if BENCHMARKS not in sys.path:
+    sys.path.insert(0, BENCHMARKS)
+
+import guidance_gain  # noqa: E402
+import retrieval  # noqa: E402
+from gain.training import noise, shuffled  # noqa: E402
+
+
+class Careless(ExactRetriever):
+    """Finds the first key, whatever is asked; what a poor back-end of somebody else may look like."""
+
+    name: ClassVar[str] = "careless"
+
+    def _search(self, queries: np.ndarray, k: int) -> np.ndarray:
+        return np.tile(np.arange(k), (len(queries), 1))
+
+
+def test_what_guidance_buys_is_measured_kept_and_gone_on_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quick = ["--quick", "--out", str(tmp_path), "--exits", "1", "--variants"]
+    guidance_gain.main([*quick, "none", "slopes"])
+    first = json.loads((tmp_path / "results.json").read_text())["rows"]
+    guidance_gain.main([*quick, "none", "slopes", "slopes shuffled"])
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert rows[:2] == first and [row["variant"] for row in rows] == ["none", "slopes", "slopes shuffled"]
+    plain, guided, control = rows
+    assert all(len(row["losses"]) == 8 and np.isfinite(row["losses"]).all() for row in rows)
+    assert guided["macs"] > plain["macs"] and guided["search_macs"] == 16 * 64 * (16 + 3 * 4 * 4)
+    assert control["search_macs"] == 0 and guided["losses"] != control["losses"]
+    assert guided["swapped"] != guided["losses"] and len(guided["alone"]) == len(guided["distance"]) == 8
+    assert (tmp_path / "gain.png").stat().st_size > 10_000
+    table = capsys.readouterr().out
+    assert f"{np.mean(plain['losses']) - np.mean(guided['losses']):+.4f}" in table
+    assert "slopes shuffled" in table
+
+
+def test_a_variant_that_there_is_not_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        guidance_gain.main(["--quick", "--out", str(tmp_path), "--variants", "image mixed"])
+    assert "no variant 'image mixed'; there are none and image, slopes" in capsys.readouterr().err
+
+
+def test_the_controls_say_nothing_of_their_input_but_look_like_a_guide() -> None:
+    guides = torch.randn(40, 2, 8, 8) * torch.tensor([1.0, 5.0])[:, None, None] + 3
+    rows = list(range(40))
+    mixed = shuffled(lambda asked: guides[asked], 40, 0)(rows)
+    owner = (mixed[:, None] == guides[None]).flatten(2).all(-1).float().argmax(1).tolist()
+    assert sorted(owner) == rows and all(own != row for own, row in zip(owner, rows, strict=True))
+    drawn = noise(lambda asked: guides[asked], 40, 0)
+    assert torch.equal(drawn([3, 7])[1], drawn([7])[0])
+    torch.testing.assert_close(drawn(rows).mean((0, 2, 3)), guides.mean((0, 2, 3)), atol=0.6, rtol=0)
+    torch.testing.assert_close(drawn(rows).std((0, 2, 3)), guides.std((0, 2, 3)), atol=0, rtol=0.1)
+
+
+def test_back_ends_are_compared_down_to_the_picture(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        type(host()), "retriever", lambda self, name: {"exact": ExactRetriever, "careless": Careless}[name]
+    )
+    monkeypatch.setattr(retrieval, "memory", lambda names, keys: dict.fromkeys(names, 1.5))
+    asked = ["--case", "tiny", "--sizes", "32", "128", "--backends", "exact", "careless", "--steps", "2"]
+    asked += ["--repeats", "2", "--images", "4"]
+    asked += ["--json", str(tmp_path / "found.json"), "--plot", str(tmp_path / "plots" / "recall.png")]
+    retrieval.main(asked)
+    rows = json.loads((tmp_path / "found.json").read_text())["rows"]
+    assert [(row["backend"], row["keys"]) for row in rows] == [
+        (name, size) for size in (32, 128) for name in ("exact", "careless")
+    ]
+    for exact, careless in zip(rows[::2], rows[1::2], strict=True):
+        for kind in ("held out", "new noise"):
+            assert exact[kind]["recall"] == 1.0 and careless[kind]["recall"] < 0.3
+            assert exact[kind]["losses"] != careless[kind]["losses"] and len(exact[kind]["losses"]) == 2
+            assert 0 < exact[kind]["ms_p10"] <= exact[kind]["ms"] <= exact[kind]["ms_p90"]
+    assert (tmp_path / "plots" / "recall.png").stat().st_size > 10_000
+    assert "MB in memory" in capsys.readouterr().out
+
+
+def test_options_of_a_back_end_stand_behind_a_colon() -> None:
+    assert retrieval.parted("exact") == ("exact", {})
+    assert retrieval.parted("faiss:index=IVF16,Flat;nprobe=2") == (
+        "faiss",
+        {"index": "IVF16,Flat", "nprobe": 2},
+    )
+
+
+def test_memory_of_an_index_is_that_of_its_keys_at_least() -> None:
+    if not Path("/proc/self/status").exists():
+        pytest.skip("memory is read from /proc")
+    keys = np.random.default_rng(0).standard_normal((40_000, 64)).astype(np.float32)  # 10 MB
+    grown = retrieval.memory(["exact"], keys)["exact"]
+    assert grown is not None and 9 < grown < 100

@@ -1,0 +1,166 @@
+"""Values that follow the query: beside each value of a bank, how it changes with the key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import retroexit
+from retroexit.errors import BankError, OptionError
+from retroexit.evaluation.quality import QualityMetric
+from retroexit.guidance import GuidanceBank, cut, merge_banks, with_slopes
+from retroexit.retrieval import ExactRetriever
+from retroexit.training.banks import stream_bank
+from retroexit.training.inputs import Samples
+
+
+def _maps(count: int = 12, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Key features, and value features twice their size that depend on them in a straight line."""
+    draw = torch.Generator().manual_seed(seed)
+    keys = torch.randn(count, 5, 6, 8, generator=draw)
+    mix = torch.randn(5, 3 * 2 * 2, generator=torch.Generator().manual_seed(9))
+    values = torch.nn.functional.pixel_shuffle(torch.einsum("nchw,cd->ndhw", keys, mix) + 0.5, 2)
+    return keys, values
+
+
+def _bank(keys: Tensor, values: Tensor, size: int = 10, patch: tuple[int, int] = (1, 1)) -> GuidanceBank:
+    return GuidanceBank.build(
+        [(keys, list(range(len(keys))))],
+        lambda rows: values[rows],
+        patch=patch,
+        size=size,
+        thin="random",
+        retriever=ExactRetriever(),
+    )
+
+
+def _followed(keys: Tensor, values: Tensor, **settings: object) -> GuidanceBank:
+    bank = _bank(keys, values, **settings)
+    return with_slopes(bank, zip(keys.split(5), values.split(5), strict=True), keys[:, 0].numel())
+
+
+@pytest.mark.parametrize("patch", [(1, 1), (2, 2)])
+def test_what_depends_on_the_key_in_a_straight_line_is_guided_without_error(patch: tuple[int, int]) -> None:
+    keys, values = _maps()
+    bank = _followed(keys, values, patch=patch)
+    fresh, wanted = _maps(3, seed=1)
+    guide = bank.guide(fresh)
+    plain = _bank(keys, values, patch=patch).guide(fresh)
+    assert guide.shape == wanted.shape and bank.value_channels == 3
+    spread = float(wanted.std())
+    assert float((guide - wanted).abs().mean()) < (0.03 if patch == (1, 1) else 0.15) * spread
+    assert float((plain - wanted).abs().mean()) > 0.3 * spread
+
+
+def test_maps_of_one_and_three_dimensions_are_followed_too() -> None:
+    draw = torch.Generator().manual_seed(0)
+    for size in ((24,), (2, 4, 4)):
+        keys = torch.randn(9, 5, *size, generator=draw)
+        values = keys[:, :2].repeat_interleave(2, 2) - 0.5  # twice as long along the first axis
+        bank = _followed(keys, values, patch=(1,) * len(size))
+        guide = bank.guide(keys)
+        assert guide.shape == values.shape and bank.value_patch == (2, *(1,) * (len(size) - 1))
+        assert float((guide - values).abs().mean()) < 0.05
+
+
+def test_slopes_are_those_of_a_plain_ridge_regression() -> None:
+    keys, values = _maps()
+    values = values.square()  # no straight line
+    bank = _followed(keys, values)
+    rows = cut(keys).reshape(-1, 5).double().numpy()
+    held = cut(values, (2, 2)).reshape(-1, 3, 4).transpose(1, 2).flatten(1).double().numpy()
+    near = -(-20 * 5 * 10 // len(rows))
+    anchors = bank.retriever.keys.astype(float)
+    order = ((rows[:, None] - anchors[None]) ** 2).sum(-1).argsort(1)[:, :near]
+    for pair in (0, 7):
+        mine = (order == pair).any(1)
+        x, y = rows[mine] - anchors[pair], held[mine]
+        mx, my = x.mean(0), y.mean(0)
+        covariance = (x - mx).T @ (x - mx) / len(x)
+        ridge = 0.01 * (1 + 5 / len(x)) * covariance.diagonal().mean()
+        slope = np.linalg.solve(covariance + ridge * np.eye(5), (x - mx).T @ (y - my) / len(x))
+        wanted = np.concatenate([(my - mx @ slope)[None], slope])  # (1 + D, 4 * 3)
+        got = bank.values[pair].reshape(12, 6).T
+        np.testing.assert_allclose(got, wanted, rtol=5e-3, atol=5e-3)
+
+
+def test_a_bank_with_slopes_is_saved_and_read(tmp_path: Path) -> None:
+    keys, values = _maps()
+    bank = _followed(keys, values)
+    bank.save(tmp_path / "bank")
+    read = GuidanceBank.load(tmp_path / "bank")
+    assert read.order == 1
+    assert torch.equal(read.guide(keys), bank.guide(keys))
+    ids = read.search(keys).ids
+    assert torch.equal(read.glue(ids, feature=keys), bank.guide(keys))
+
+
+def test_following_the_slopes_is_counted() -> None:
+    keys, values = _maps()
+    # 48 queries: 10 keys of 5 numbers, then 5 numbers for each of 2 x 2 x 3 values.
+    assert _bank(keys, values).macs_per_search(48) == 48 * 10 * 5
+    assert _followed(keys, values).macs_per_search(48) == 48 * 10 * 5 + 48 * 5 * 12
+
+
+def test_a_key_that_no_patch_is_near_keeps_its_value() -> None:
+    keys, values = _maps()
+    bank = _bank(keys, values)
+    followed = with_slopes(bank, [], keys[:, 0].numel())
+    assert torch.equal(followed.guide(keys), bank.guide(keys))
+
+
+def test_what_a_bank_with_slopes_cannot_do_is_said() -> None:
+    keys, values = _maps()
+    plain, bank = _bank(keys, values), _followed(keys, values)
+    with pytest.raises(BankError, match="order 1 for a guide; pass the feature"):
+        bank.glue(bank.search(keys).ids)
+    with pytest.raises(BankError, match="slopes of a bank that has them"):
+        with_slopes(bank, [], 1)
+    with pytest.raises(BankError, match="has order 1, bank 0 None"):
+        merge_banks([plain, bank])
+    with pytest.raises(BankError, match="not those of the bank's values"):
+        with_slopes(plain, [(keys, values[:, :2])], keys[:, 0].numel())
+    with pytest.raises(OptionError, match="asked for guidance of order=2; it is 0 or 1"):
+        retroexit.Guidance(order=2)  # type: ignore[arg-type]
+
+
+def test_values_with_slopes_are_of_the_image_and_enter_everywhere_unless_told_otherwise() -> None:
+    found = retroexit.Guidance(order=1).completed(value_after=2)
+    assert (found.value_after, found.inject) == ("image", "every_stage")
+    found = retroexit.Guidance(order=1, value_after=4, inject="input").completed(value_after=2)
+    assert (found.value_after, found.inject) == (4, "input")
+    assert retroexit.Guidance().completed(value_after=2).value_after == 2
+
+
+def test_slopes_that_would_not_fit_into_memory_are_refused() -> None:
+    keys = torch.randn(4, 512, 4, 4)
+    bank = _bank(keys, torch.randn(4, 512, 32, 32), size=64)
+    with pytest.raises(OptionError, match=r"slopes of 64 pairs of 512 numbers .* Use a smaller bank"):
+        with_slopes(bank, [], 64)
+
+
+def test_a_fit_fills_a_bank_with_slopes_and_its_model_comes_back(
+    posed: nn.Module, metric: QualityMetric, tmp_path: Path
+) -> None:
+    inputs = torch.randn(7, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    guidance = retroexit.Guidance(order=1, size=40)
+
+    def wrapped() -> retroexit.EarlyExitGenerator:
+        return retroexit.wrap(
+            posed, [2], 0.5, min_channels=2, guidance=guidance, example_inputs=(inputs[:1],), adapter=False
+        )
+
+    model = wrapped()
+    retroexit.fit(model, inputs, tmp_path, metric=metric, steps=2, predictor_steps=1, progress=False)
+    bank = model.bank
+    assert bank is not None and (bank.order, bank.value_channels, len(bank)) == (1, 3, 40)
+    loaded = retroexit.load(tmp_path, posed, (inputs[:1],), adapter=False)
+    assert loaded.options.guidance == model.options.guidance
+    assert torch.equal(loaded(inputs, exit=1), model(inputs, exit=1))
+    streamed = stream_bank(wrapped(), Samples(inputs), ExactRetriever(), progress=False)
+    assert np.array_equal(streamed.retriever.keys, bank.retriever.keys)
+    np.testing.assert_allclose(streamed.values, bank.values, rtol=5e-3, atol=5e-3)
