@@ -173,9 +173,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--float32", action="store_true", help="train without bfloat16 autocast")
-    parser.add_argument(
-        "--cpu-time", action="store_true", help="processor time, for a machine with other work"
-    )
+    parser.add_argument("--cpu-time", action="store_true", help="processor time, for a busy machine")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--one", choices=("way", "parts"), help=argparse.SUPPRESS)
     parser.add_argument("--together", action="store_true", help=argparse.SUPPRESS)
@@ -220,8 +218,8 @@ def main() -> None:
     print(table(["batch", "branches", "features", "images/s", "ms", "min-max", "MB"], rows))
     print(
         "a step of all five branches; images/s: samples that all branches have seen; median of "
-        f"{arguments.rounds} rounds of {arguments.steps} steps, {'processor' if arguments.cpu_time else 'wall'} "
-        "time; MB: largest resident memory of the process"
+        f"{arguments.rounds} rounds of {arguments.steps} steps, "
+        f"{'processor' if arguments.cpu_time else 'wall'} time; MB: largest resident memory of the process"
     )
     print(table(["part of a step, batch 8", "ms"], [[k, f"{1000 * v:.2f}"] for k, v in apart.items()]))
     if arguments.json:
