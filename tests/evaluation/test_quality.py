@@ -354,10 +354,11 @@ def test_an_empty_range_is_refused() -> None:
 
 def test_a_target_compared_in_turn_is_looked_at_once(metric: LPIPS) -> None:
     calls: list[int] = []
-    metric._network.net.register_forward_hook(lambda *_: calls.append(1))
+    hook = metric._network.net.register_forward_hook(lambda *_: calls.append(1))
     target, images = torch.rand(2, 3, 32, 32), torch.rand(3, 2, 3, 32, 32)
     found = [metric(image, target) for image in images]
     assert len(calls) == 4
+    hook.remove()
     assert all(torch.equal(a, metric(image, target.clone())) for a, image in zip(found, images, strict=True))
     target.mul_(0.5)  # other values in the same tensor are another target
     assert torch.equal(metric(images[0], target), metric(images[0], target.clone()))
