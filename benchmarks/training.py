@@ -69,7 +69,7 @@ def prepare(arguments: argparse.Namespace, batch: int, cached: bool) -> tuple[li
         self_test=False,
     )
     samples = Samples(inputs)
-    stored = FeatureCache.build(model, samples, arguments.out / "cache", progress=False)
+    stored = FeatureCache.build(model, samples, arguments.out / f"cache-{len(inputs)}", progress=False)
     names = {node.name for cut in model.split.cuts for node in cut.crossing}
     sizes = [tuple(stored.read(name, [0]).shape[2:]) for name in sorted(names)]
     cropper, rows = Cropper.for_maps(64, (128, 256), sizes), list(range(len(inputs)))
@@ -155,7 +155,7 @@ def parts(arguments: argparse.Namespace) -> dict[str, float]:
 
 def in_process(words: list[str]) -> dict[str, float]:
     """Run this script in a process of its own and read what it prints."""
-    done = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, __file__, *words], stdout=subprocess.PIPE, text=True, check=True)
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return found
 
