@@ -69,7 +69,7 @@ def prepare(arguments: argparse.Namespace, batch: int, cached: bool) -> tuple[li
         self_test=False,
     )
     samples = Samples(inputs)
-    stored = FeatureCache.build(model, samples, arguments.out / "cache", progress=False)
+    stored = FeatureCache.build(model, samples, arguments.out / f"cache-{len(inputs)}", progress=False)
     names = {node.name for cut in model.split.cuts for node in cut.crossing}
     sizes = [tuple(stored.read(name, [0]).shape[2:]) for name in sorted(names)]
     cropper, rows = Cropper.for_maps(64, (128, 256), sizes), list(range(len(inputs)))
@@ -155,7 +155,7 @@ def parts(arguments: argparse.Namespace) -> dict[str, float]:
 
 def in_process(words: list[str]) -> dict[str, float]:
     """Run this script in a process of its own and read what it prints."""
-    done = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, __file__, *words], stdout=subprocess.PIPE, text=True, check=True)
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return found
 
@@ -173,9 +173,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--float32", action="store_true", help="train without bfloat16 autocast")
-    parser.add_argument(
-        "--cpu-time", action="store_true", help="processor time, for a machine with other work"
-    )
+    parser.add_argument("--cpu-time", action="store_true", help="processor time, for a busy machine")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--one", choices=("way", "parts"), help=argparse.SUPPRESS)
     parser.add_argument("--together", action="store_true", help=argparse.SUPPRESS)

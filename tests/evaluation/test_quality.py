@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import pickle
 import sys
 import warnings
 from pathlib import Path
@@ -349,3 +350,26 @@ def test_to_signed_maps_the_ends_to_minus_one_and_one() -> None:
 def test_an_empty_range_is_refused() -> None:
     with pytest.raises(OptionError, match=r"low < high, found \(1, 0\)"):
         ImageRange(1, 0)
+
+
+def test_a_target_compared_in_turn_is_looked_at_once(metric: LPIPS) -> None:
+    calls: list[int] = []
+    hook = metric._network.net.register_forward_hook(lambda *_: calls.append(1))
+    target, images = torch.rand(2, 3, 32, 32), torch.rand(3, 2, 3, 32, 32)
+    found = [metric(image, target) for image in images]
+    assert len(calls) == 4
+    hook.remove()
+    assert all(torch.equal(a, metric(image, target.clone())) for a, image in zip(found, images, strict=True))
+    target.mul_(0.5)  # other values in the same tensor are another target
+    assert torch.equal(metric(images[0], target), metric(images[0], target.clone()))
+    assert not torch.equal(metric(images[0], target), found[0])
+    copied = pickle.loads(pickle.dumps(metric))
+    assert torch.equal(copied(images[0], target), metric(images[0], target))
+
+
+def test_gradients_reach_both_images_though_a_target_is_remembered(metric: LPIPS) -> None:
+    image, target = torch.rand(1, 3, 32, 32), torch.rand(1, 3, 32, 32)
+    metric(image, target)
+    target.requires_grad_()
+    metric(image, target).sum().backward()
+    assert target.grad is not None and bool(target.grad.any())

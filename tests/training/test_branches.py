@@ -210,3 +210,60 @@ def test_wrong_settings_are_refused(
 ) -> None:
     with pytest.raises(OptionError, match=message):
         decoders.fit(decoders.wrap(), tmp_path, **setting)
+
+
+# The layout of weights.
+
+
+class Viewing(nn.Module):
+    """Views a map as rows, as code does that counts on channels first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(12, 12, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        return torch.relu(x.view(len(x), -1)).view_as(x)
+
+
+@pytest.mark.parametrize("views", [False, True])
+def test_weights_are_channels_last_in_training_where_the_code_allows_it(
+    decoders: ModuleType, tmp_path: Path, views: bool
+) -> None:
+    generator = decoders.make(decoders.Plain)
+    if views:
+        generator.stages[1] = Viewing()
+    model = decoders.wrap(generator, stages=("stages.0", "stages.1", "stages.2"))
+    layouts: list[bool] = []
+
+    def look(branch: nn.Module, _: Any) -> None:
+        if branch.training:
+            maps = [p for p in branch.parameters() if p.dim() == 4]
+            layouts.append(all(p.is_contiguous(memory_format=torch.channels_last) for p in maps))
+
+    model.branches[0].register_forward_pre_hook(look)
+    decoders.fit(model, tmp_path)
+    assert layouts == [True] + [not views] * 4  # the first call tries it
+    assert all(p.is_contiguous() for p in model.branches.parameters())
+
+
+def test_the_layout_changes_no_result(
+    decoders: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = lambda: decoders.wrap(decoders.make(decoders.Plain))  # noqa: E731
+    quick = decoders.trained(decoders.fit(make(), tmp_path / "quick", steps=8))
+    monkeypatch.setattr(BranchTrainer, "begin", lambda trainer, step: trainer.branch.train())
+    plain = decoders.trained(decoders.fit(make(), tmp_path / "plain", steps=8))
+    for name, value in plain.items():
+        assert torch.allclose(value, quick[name], rtol=1e-3, atol=1e-4), name
+
+
+def test_trying_a_layout_leaves_no_trace_in_the_statistics(decoders: ModuleType, tmp_path: Path) -> None:
+    model = decoders.wrap()
+    seen: list[Tensor] = []
+    norm = next(m for m in model.branches[0].modules() if isinstance(m, nn.BatchNorm2d))
+    norm.register_forward_pre_hook(lambda m, _: seen.append(m.running_mean.clone()) if m.training else None)
+    decoders.fit(model, tmp_path, steps=2)
+    assert len(seen) == 3
+    assert torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
