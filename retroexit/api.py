@@ -283,7 +283,9 @@ def evaluate(
         heading = title or f"{type(model.generator).__name__} with {len(model.branches)} early exits"
         Path(folder).mkdir(parents=True, exist_ok=True)
         Path(folder, "evaluation.json").write_text(evaluation.to_json())
-        write_report(folder, evaluation, strips, title=heading, command=command)
+        write_report(
+            folder, evaluation, strips, title=heading, command=command, calibration=model.calibration
+        )
     return evaluation
 
 

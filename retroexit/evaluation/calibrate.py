@@ -44,7 +44,7 @@ def calibrate_model(
     Calibration(blank, blank, alpha, confidence, rule)
     if model.predictor is None:
         raise TrainingError(
-            "asked to calibrate; found no predictor. Run retroexit.fit first, then calibrate on other inputs.",
+            "asked to calibrate; found no predictor. Run retroexit.fit first, on other inputs.",
             model,
         )
     fitted = model.about.get("metric", {}).get("name")

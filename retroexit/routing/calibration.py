@@ -1,4 +1,4 @@
-"""Make a threshold a promise: few inputs lose more, with a stated confidence, whatever the predictor is worth.
+"""Make a threshold a promise: few inputs lose more, with a stated confidence, however good the predictor.
 
 The routing margin is chosen by testing, from the safest to the boldest, until one fails (fixed-sequence
 testing, the simplest case of Learn then Test: Angelopoulos et al., 2021). Every test is an exact binomial
@@ -163,6 +163,11 @@ class Calibration:
         """
         exits = assign_exits(predicted, self.limits(threshold).to(predicted))
         return exits, with_backbone(losses).gather(1, exits[:, None] - 1)[:, 0]
+
+    def settings(self) -> dict[str, Any]:
+        """Give the arguments besides the tensors, in plain JSON types."""
+        names = ("alpha", "confidence", "rule", "about")
+        return {name: getattr(self, name) for name in names}
 
     def describe(self) -> dict[str, Any]:
         """Say in plain JSON types what is promised, and on what."""

@@ -36,10 +36,16 @@ class RoutedCalls(nn.Module):
     branches: nn.ModuleList
     bank: GuidanceBank | None
     if TYPE_CHECKING:
-        anatomy: Anatomy
-        split: SplitGenerator
-        is_recorded: bool
-        _folded: int
+
+        @property
+        def anatomy(self) -> Anatomy: ...  # noqa: D102
+        @property
+        def split(self) -> SplitGenerator: ...  # noqa: D102
+        @property
+        def is_recorded(self) -> bool: ...  # noqa: D102
+        @property
+        def _folded(self) -> int: ...
+
         record: Callable[..., None]
         route: Callable[..., Any]
         _leave: Callable[..., Any]

@@ -92,10 +92,10 @@ def price_for(predicted: Tensor, shares: Tensor, budget: float) -> float:
     """
 
     def spent(price: float) -> float:
-        return float(shares[spend(predicted, shares, price) - 1].mean())
+        return float(shares.double()[spend(predicted, shares, price) - 1].mean())
 
     low, high = 0.0, float("inf")
-    if spent(high) > budget:
+    if spent(high) > budget * (1 + 1e-6):  # shares are float32
         raise OptionError(
             f"asked for budget={budget:g}; found that the cheapest way to route costs {spent(high):.3f} of "
             "the backbone's compute, predictor and retrieval counted. Ask for more, or wrap with a cheaper "
