@@ -227,7 +227,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 def _predictor_from_json(saved: dict[str, Any] | None) -> Predictor | None:
     if saved is None:
         return None
-    options = {**saved}
+    options = {"log": False, **saved}  # schema 1 knew no logarithm
     shape = options.pop("input_shape")
     predictor = Predictor(**options)
     predictor.input_shape = None if shape is None else tuple(shape)

@@ -14,6 +14,7 @@ __all__ = ["KINDS", "READS", "Kind", "Predictor", "Reads"]
 
 Kind = Literal["conv", "pooled", "linear"]
 Reads = Literal["features", "inputs", "features+distance"]
+_FARTHEST = 8.0  # standard deviations of the losses
 KINDS, READS = ("conv", "pooled", "linear"), ("features", "inputs", "features+distance")
 
 
@@ -36,6 +37,8 @@ class Predictor(nn.Module):
         reads: ``"features"``, ``"inputs"`` as in the paper, or ``"features+distance"``, which takes the
             distance to the retrieved guide as well; ``None`` for the map that an adapter makes from the
             inputs where there is one, else the features.
+        log: Whether it regresses the logarithm of the loss, so that errors count as shares of the loss and
+            no prediction is negative.
 
     Raises:
         OptionError: If there is no such kind, or no such thing to read.
@@ -53,6 +56,7 @@ class Predictor(nn.Module):
         dims: int = 2,
         kind: Kind = "conv",
         reads: Reads | None = None,
+        log: bool = True,
     ) -> None:
         super().__init__()
         if kind not in KINDS:
@@ -67,7 +71,9 @@ class Predictor(nn.Module):
             "dims": dims,
             "kind": kind,
             "reads": reads,
+            "log": log,
         }
+        self.log = log
         self.reads = reads
         self.input_shape: tuple[int, ...] | None = None
         extra = int(reads == "features+distance")
@@ -113,8 +119,13 @@ class Predictor(nn.Module):
         seen = pooled
         if self.convolutions is not None:
             seen = torch.cat([pooled, _pool(self.convolutions(x))], 1)
-        losses: Tensor = self.head(seen) * self.loss_std + self.loss_mean
-        return losses, self.guard(pooled)
+        # Far from the fitting set nothing is known, and a logarithm would run away.
+        found: Tensor = self.head(seen).clamp(-_FARTHEST, _FARTHEST) * self.loss_std + self.loss_mean
+        return found.exp() if self.log else found, self.guard(pooled)
+
+    def scaled(self, losses: Tensor) -> Tensor:
+        """Bring losses ``(N, K)`` to the scale that is regressed: that of the logarithm, or as they are."""
+        return losses.clamp_min(1e-9).log() if self.log else losses
 
     def pool(self, x: Tensor, extra: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Standardise a map, and pool it: ``(N, C, ...) -> (N, C, ...), (N, D)``."""
@@ -138,6 +149,7 @@ class Predictor(nn.Module):
         if extra is not None:
             self.extra_mean.copy_(extra.mean(0))
             self.extra_std.copy_(extra.std(0, unbiased=False).clamp_min(1e-6))
+        losses = self.scaled(losses)
         self.loss_mean.copy_(losses.mean(0))
         self.loss_std.copy_(losses.std(0, unbiased=False).clamp_min(1e-6))
 
