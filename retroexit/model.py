@@ -262,11 +262,16 @@ class EarlyExitGenerator(RoutedCalls):
         return self
 
     def __repr__(self) -> str:
-        """Show the exits as a table."""
+        """Show the exits as a table, and say what a threshold means."""
         from retroexit.tables import exit_table
 
         reason = self.anatomy.split.decoder.replayed if self.is_recorded else ""
-        return exit_table(self) + (f"\nreplayed, since {reason}" if reason else "")
+        lines = [exit_table(self), *([f"replayed, since {reason}"] if reason else [])]
+        if self.calibration is not None:
+            lines.append(f"threshold: a promise, {self.calibration}")
+        elif self.predictor is not None:
+            lines.append("threshold: what the predictor expects; model.calibrate(inputs) makes it a promise")
+        return "\n".join(lines)
 
     # How samples leave.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -62,7 +63,7 @@ def promise_summary(
         rows.append(
             {
                 "threshold": tau,
-                "limit": [None if np.isinf(x) else float(x) for x in calibration.limits(tau)],
+                "limit": [None if math.isinf(x) else x for x in calibration.limits(tau).tolist()],
                 "saved": point.saved,
                 "mean_loss": point.mean_loss,
                 "above": bad,
