@@ -139,9 +139,7 @@ def test_folders_of_the_first_schema_are_read(
     path = model.save(tmp_path / "m")
     tensors, _ = read_tensors(path / "weights.safetensors")
     new = ("predictor.guard.", "predictor.extra_")
-    write_tensors(
-        path / "weights.safetensors", {n: t for n, t in tensors.items() if not n.startswith(new)}
-    )
+    write_tensors(path / "weights.safetensors", {n: t for n, t in tensors.items() if not n.startswith(new)})
     manifest = json.loads((path / "model.json").read_text())
     for name in ("log", "kind", "reads"):
         del manifest["predictor"][name]
