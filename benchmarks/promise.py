@@ -6,6 +6,8 @@ so few samples above the threshold that more would be seen with a probability of
 of all inputs were above it (a one-sided binomial test); beside it, the splits whose test half has at most
 ``alpha`` of its samples above, without that allowance. MACs saved count predictor and retrieval.
 
+Budgets likewise: exits are priced on one half and chosen on the other.
+
     python benchmarks/promise.py runs/latent/report/evaluation.json --taus 0.05 0.1 0.15
 """
 
@@ -24,6 +26,7 @@ from retroexit.evaluation.promise import promise_summary
 from retroexit.evaluation.sweep import Evaluation
 from retroexit.routing.bounds import samples_needed
 from retroexit.routing.calibration import Calibration
+from retroexit.routing.policy import price_for, spend
 from retroexit.tables import table
 
 
@@ -67,6 +70,44 @@ def resplit(
     }
 
 
+def spent(evaluation: Evaluation, budget: float, splits: int) -> dict[str, float] | None:
+    """Price compute on one half and spend on the other; ``None`` where no exit is as cheap as the budget."""
+    shares = torch.from_numpy((evaluation.macs + evaluation.overhead) / evaluation.macs[-1])
+    if float(shares.min()) > budget:
+        return None
+    points = []
+    for seed in range(splits):
+        order = np.random.default_rng(seed).permutation(len(evaluation.loss))
+        first = half(evaluation, order[: len(order) // 2])
+        second = half(evaluation, order[len(order) // 2 :])
+        price = price_for(torch.from_numpy(first.need_predicted()), shares, budget)
+        exits = spend(torch.from_numpy(second.need_predicted()), shares, price)
+        points.append(second.at_exits(exits.numpy(), float("inf")))
+    fixed = [evaluation.fixed(k) for k in range(1, len(evaluation.macs) + 1)]
+    affordable = [point for point in fixed if point.share <= budget]
+    return {
+        "share": float(np.mean([point.share for point in points])),
+        "largest": max(point.share for point in points),
+        "loss": float(np.mean([point.mean_loss for point in points])),
+        "fixed_loss": min(point.mean_loss for point in affordable) if affordable else float("nan"),
+    }
+
+
+def show_budgets(evaluation: Evaluation, budgets: list[float], splits: int) -> list[dict[str, Any]]:
+    """Print what budgets spend and give."""
+    found, rows = [], []
+    for budget in budgets:
+        row = spent(evaluation, budget, splits)
+        if row is None:
+            rows.append([f"{budget:g}", "no exit is as cheap", "", "", ""])
+            continue
+        found.append({"budget": budget, **row})
+        cells = [f"{row[key]:.3f}" for key in ("share", "largest")]
+        rows.append([f"{budget:g}", *cells, f"{row['loss']:.4f}", f"{row['fixed_loss']:.4f}"])
+    print(table(["budget", "spent, mean", "largest", "mean loss", "best fixed exit within it"], rows))
+    return found
+
+
 def main() -> None:
     """Split and print."""
     parser = argparse.ArgumentParser(
@@ -74,6 +115,7 @@ def main() -> None:
     )
     parser.add_argument("evaluations", type=Path, nargs="+")
     parser.add_argument("--taus", type=float, nargs="+", default=[0.05, 0.1, 0.15])
+    parser.add_argument("--budgets", type=float, nargs="+", default=[0.1, 0.2, 0.3, 0.4, 0.5, 0.7])
     parser.add_argument("--splits", type=int, default=20)
     parser.add_argument("--alpha", type=float, default=0.05)
     parser.add_argument("--confidence", type=float, default=0.95)
@@ -112,6 +154,7 @@ def main() -> None:
                 )
         head = ["threshold", "rule", "held", "strictly", "above, mean", "worst", "saved"]
         print(table([*head, "saved, expected", "above, expected", "saved, oracle"], rows))
+        found += show_budgets(evaluation, arguments.budgets, arguments.splits)
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(found, indent=1))
 
