@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from retroexit.branch.exchange import BuildStage
 from retroexit.branch.widths import WidthRule
 from retroexit.errors import DeviceError, GeneratorError, OptionError, RetroExitWarning
+from retroexit.evaluation.calibrate import calibrate_model
 from retroexit.evaluation.measure import measure
 from retroexit.evaluation.quality import QualityMetric
 from retroexit.evaluation.sweep import Evaluation
@@ -23,6 +24,7 @@ from retroexit.model import EarlyExitGenerator
 from retroexit.planning import DEFAULT_LOSSES, plan_losses
 from retroexit.plugins.hookspecs import Description
 from retroexit.plugins.host import host
+from retroexit.routing.calibration import Calibration
 from retroexit.storage import load_model
 from retroexit.training.devices import Team, join
 from retroexit.training.fit import fit_model
@@ -30,9 +32,9 @@ from retroexit.training.objectives import Objective
 from retroexit.training.settings import FitSettings, check_settings
 from retroexit.wrapping import WrapOptions
 
-__all__ = ["evaluate", "find_metric", "find_stages", "fit", "load", "wrap"]
+__all__ = ["calibrate", "evaluate", "find_metric", "find_stages", "fit", "load", "wrap"]
 
-_OWN_KEYWORDS = ("exit", "threshold")
+_OWN_KEYWORDS = ("exit", "threshold", "budget", "deadline_ms")
 
 
 def wrap(
@@ -336,8 +338,36 @@ def evaluate(
         heading = title or f"{type(model.generator).__name__} with {len(model.branches)} early exits"
         Path(folder).mkdir(parents=True, exist_ok=True)
         Path(folder, "evaluation.json").write_text(evaluation.to_json())
-        write_report(folder, evaluation, strips, title=heading, command=command)
+        write_report(
+            folder, evaluation, strips, title=heading, command=command, calibration=model.calibration
+        )
     return evaluation
+
+
+def calibrate(
+    model: EarlyExitGenerator,
+    inputs: Sequence[Any],
+    alpha: float = 0.05,
+    confidence: float = 0.95,
+    *,
+    metric: QualityMetric | str | None = None,
+    weights: str | Path | None = None,
+    **settings: Any,
+) -> Calibration:
+    """Make a model's thresholds promises; the same as ``model.calibrate``, see there.
+
+    Args:
+        model: A fitted model.
+        inputs: Samples as for `fit` that nothing was fitted on.
+        alpha: Share of inputs that may lose more than the threshold.
+        confidence: Probability that the promise holds.
+        metric: Quality metric: its name or itself; by default the one that the model was fitted with.
+        weights: File with the metric's weights.
+        **settings: ``rule`` (see `Calibration`), ``seed``, ``batch``, ``progress``.
+    """
+    name = metric or model.about.get("metric", {}).get("name", "lpips-alex")
+    found = find_metric(name, weights)
+    return calibrate_model(model, inputs, found, alpha=alpha, confidence=confidence, **settings)
 
 
 def find_metric(metric: QualityMetric | str, weights: str | Path | None = None) -> QualityMetric:

@@ -10,30 +10,34 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from retroexit.decoder.batches import merge
 from retroexit.decoder.split import SplitGenerator, Values
 from retroexit.decoder.structure import twin
-from retroexit.errors import BankError, CheckpointError, NotRecordedError, OptionError, TrainingError
+from retroexit.errors import BankError, CheckpointError, NotRecordedError, OptionError
 from retroexit.exits import Exit, list_exits
-from retroexit.guidance.bank import GuidanceBank
-from retroexit.routing.policy import assign_exits, check_threshold
-from retroexit.routing.predictor import Predictor
+from retroexit.guidance.bank import GuidanceBank, Retrieved
+from retroexit.routing.calls import RoutedCalls
+from retroexit.routing.wishes import Wishes
 from retroexit.wrapping import Anatomy, WrapOptions, build_anatomy
 
 __all__ = ["EarlyExitGenerator"]
 
 
-class EarlyExitGenerator(nn.Module):
+class EarlyExitGenerator(RoutedCalls):
     """A generator with early exits. Made by `retroexit.wrap`.
 
     ``model(*inputs)`` is the generator, bit for bit. ``exit=k`` leaves at exit k, ``threshold=t`` routes
-    every sample to the cheapest exit whose predicted quality loss is at most ``t``.
+    every sample to the cheapest exit whose predicted quality loss is at most ``t``, ``budget=b`` spends a
+    share of the backbone's compute, ``deadline_ms=d`` keeps a call within measured times.
 
     Attributes:
         generator: The user's generator, never changed.
         options: How it was wrapped.
         branches: The thin branches, cheapest first. Empty until the generator has been recorded.
         predictor: The predictor, or ``None`` before `retroexit.fit`.
+        calibration: What makes a threshold a promise, or ``None`` before `calibrate`: a threshold is then
+            what the predictor expects.
+        latency: Measured times of the exits, or ``None`` before `measure_latency`.
+        drift: Counts inputs that are too far from the fitting set and went to the backbone.
     """
 
     def __init__(self, generator: nn.Module, options: WrapOptions) -> None:
@@ -41,7 +45,6 @@ class EarlyExitGenerator(nn.Module):
         self.generator = generator
         self.options = options
         self.branches = nn.ModuleList()
-        self.predictor: Predictor | None = None
         self.about: dict[str, Any] = {}
         self._anatomy: Anatomy | None = None
         self._bank: GuidanceBank | None = None
@@ -142,46 +145,46 @@ class EarlyExitGenerator(nn.Module):
         """The K branch exits, cheapest first, then the backbone."""
         return list_exits(self.anatomy, self.branches, self.generator)
 
-    def overhead(self) -> list[int]:
-        """MACs that a routed call pays besides the route itself, per exit and for one sample.
-
-        Every routed sample pays for the predictor; a sample that leaves at a branch pays for the search in
-        the bank too.
-        """
-        predictor = self.anatomy.predictor_macs(self.predictor)
-        search = self.anatomy.search_macs(self.bank)
-        return [predictor + search] * len(self.branches) + [predictor]
-
     # Calls.
 
     def forward(
-        self, *inputs: Any, exit: int | None = None, threshold: float | None = None, **kwargs: Any
+        self,
+        *inputs: Any,
+        exit: int | None = None,
+        threshold: float | Tensor | None = None,
+        budget: float | None = None,
+        deadline_ms: float | None = None,
+        **kwargs: Any,
     ) -> Any:
         """Render images.
 
         Args:
             *inputs: The generator's positional inputs.
             exit: Leave at this exit, from 1; ``K + 1`` is the backbone.
-            threshold: Largest quality loss to accept, ``>= 0``; each sample takes the cheapest exit predicted
-                to keep it.
+            threshold: Largest quality loss to accept, ``>= 0``, one for all or one per sample ``(N,)``; each
+                sample takes the cheapest exit predicted to keep it, or, once the model is calibrated, the
+                cheapest that keeps the promise of its `Calibration`.
+            budget: Mean share of the backbone's compute to spend, predictor and retrieval counted, on inputs
+                like those of the calibration; see `Wishes`.
+            deadline_ms: Milliseconds that this call may take, by `measure_latency`; also as a limit on what
+                a threshold or budget chooses.
             **kwargs: The generator's keyword inputs.
 
         Returns:
             A value with the structure of the generator's output.
 
         Raises:
-            OptionError: If both are given, or one is out of range.
+            OptionError: If wishes exclude one another, cannot be met, or are out of range.
             InputMismatchError: If the inputs differ from the recording where that matters.
-            TrainingError: If a threshold is given and there is no predictor yet.
+            TrainingError: If there is no predictor, calibration or measured time yet, and one is needed.
             BankError: If the branches take a guide and there is no bank yet.
         """
-        clash = self.options.shadowed
-        if clash:
-            own = {"exit": exit, "threshold": threshold}
-            kwargs.update({name: own[name] for name in clash if own[name] is not None})
-            exit = None if "exit" in clash else exit
-            threshold = None if "threshold" in clash else threshold
-        return self.route(inputs, kwargs, exit=exit, threshold=threshold)
+        own = {"exit": exit, "threshold": threshold, "budget": budget, "deadline_ms": deadline_ms}
+        for name in self.options.shadowed:
+            if own[name] is not None:
+                kwargs[name] = own[name]
+            own[name] = None
+        return self.route(inputs, kwargs, **own)  # type: ignore[arg-type]
 
     def route(
         self,
@@ -189,7 +192,9 @@ class EarlyExitGenerator(nn.Module):
         kwargs: dict[str, Any] | None = None,
         *,
         exit: int | None = None,
-        threshold: float | None = None,
+        threshold: float | Tensor | None = None,
+        budget: float | None = None,
+        deadline_ms: float | None = None,
     ) -> Any:
         """Render images, with the generator's arguments apart from ours.
 
@@ -198,21 +203,24 @@ class EarlyExitGenerator(nn.Module):
             kwargs: The generator's keyword inputs.
             exit: See `forward`.
             threshold: See `forward`.
+            budget: See `forward`.
+            deadline_ms: See `forward`.
 
         Returns:
             A value with the structure of the generator's output.
         """
         args, kwargs = tuple(args), dict(kwargs or {})
-        if exit is not None and threshold is not None:
+        wishes = Wishes(threshold, budget, deadline_ms)
+        if exit is not None and wishes:
+            named = " and ".join(f"{name}={value}" for name, value in wishes.given().items())
             raise OptionError(
-                f"asked for exit={exit} and threshold={threshold}; found two ways to choose an exit. Pass "
-                "one of them.",
+                f"asked for exit={exit} and {named}; found two ways to choose an exit. Pass one of them.",
                 exit,
             )
         if not self.is_recorded:
             self.record(*args, **kwargs)
-        if threshold is not None:
-            return self._routed(args, kwargs, check_threshold(threshold))[0]
+        if wishes:
+            return self._routed(args, kwargs, wishes)[0]
         if exit is None or self._check_exit(exit) == len(self.branches) + 1:
             return self.generator(*args, **kwargs)
         with torch.no_grad():
@@ -250,48 +258,6 @@ class EarlyExitGenerator(nn.Module):
             outputs.append(self.split.finish(values))
         return outputs
 
-    def routed(self, *inputs: Any, threshold: float, **kwargs: Any) -> tuple[Any, Tensor]:
-        """Render images as ``model(*inputs, threshold=...)`` does, and tell where each sample left.
-
-        Args:
-            *inputs: The generator's positional inputs.
-            threshold: Largest quality loss to accept, ``>= 0``.
-            **kwargs: The generator's keyword inputs.
-
-        Returns:
-            A value with the structure of the generator's output, and exit indices ``(N,)`` from 1, ``K + 1``
-            for the backbone.
-
-        Raises:
-            OptionError, InputMismatchError, TrainingError, BankError: See `forward`.
-        """
-        if not self.is_recorded:
-            self.record(*inputs, **kwargs)
-        return self._routed(inputs, kwargs, check_threshold(threshold))
-
-    def predict(self, *inputs: Any, **kwargs: Any) -> Tensor:
-        """Predict the quality loss of every branch exit.
-
-        Args:
-            *inputs: The generator's positional inputs.
-            **kwargs: The generator's keyword inputs.
-
-        Returns:
-            Predicted losses ``(N, K)``.
-
-        Raises:
-            TrainingError: If there is no predictor yet.
-        """
-        if not self.is_recorded:
-            self.record(*inputs, **kwargs)
-        with torch.no_grad():
-            values, _ = self.split.begin(inputs, kwargs)
-            return self._predicted(values, inputs, kwargs)
-
-    def choose_exits(self, *inputs: Any, threshold: float, **kwargs: Any) -> Tensor:
-        """Tell where each sample would leave: exit indices ``(N,)`` from 1, ``K + 1`` for the backbone."""
-        return assign_exits(self.predict(*inputs, **kwargs), threshold)
-
     def image(self, output: Any) -> Tensor:
         """Find the image ``(N, C, ...)`` in an output."""
         return self.split.place_of(output)
@@ -311,11 +277,16 @@ class EarlyExitGenerator(nn.Module):
         return self
 
     def __repr__(self) -> str:
-        """Show the exits as a table."""
+        """Show the exits as a table, and say what a threshold means."""
         from retroexit.tables import exit_table
 
         reason = self.anatomy.split.decoder.replayed if self.is_recorded else ""
-        return exit_table(self) + (f"\nreplayed, since {reason}" if reason else "")
+        lines = [exit_table(self), *([f"replayed, since {reason}"] if reason else [])]
+        if self.calibration is not None:
+            lines.append(f"threshold: a promise, {self.calibration}")
+        elif self.predictor is not None:
+            lines.append("threshold: what the predictor expects; model.calibrate(inputs) makes it a promise")
+        return "\n".join(lines)
 
     # How samples leave.
 
@@ -326,71 +297,37 @@ class EarlyExitGenerator(nn.Module):
         self.split.check_precision(branch)
         return branch(*(twin(v) if i in written else v for i, v in enumerate(crossing)), guide=guide)
 
-    def _guide(self, keyed: Tensor, args: Any, kwargs: Any, rows: Tensor | None = None) -> Tensor | None:
+    def _guide(
+        self,
+        keyed: Tensor,
+        args: Any,
+        kwargs: Any,
+        rows: Tensor | None = None,
+        found: Retrieved | None = None,
+    ) -> Tensor | None:
         """Retrieve the guide of all samples, or of some rows only, where the branches take one."""
         taps = self.anatomy.taps
         if taps is None or (rows is not None and not len(rows)):
             return None
+        if found is not None:
+            ids = found.ids if rows is None else found.ids[rows.to(found.ids.device)]
+            return self._need_bank().glue(ids).to(keyed)
+        query = taps.query(keyed, args, kwargs)
+        return self._need_bank().guide(query if rows is None else query[rows]).to(keyed)
+
+    def _need_bank(self) -> GuidanceBank:
         if self.bank is None:
             raise BankError(
                 "asked for a branch that takes a guide; found no guidance bank. Run retroexit.fit, or set "
                 "model.bank.",
                 self,
             )
-        query = taps.query(keyed, args, kwargs)
-        return self.bank.guide(query if rows is None else query[rows]).to(keyed)
+        return self.bank
 
     @property
     def _folded(self) -> int:
         """Rows of one sample in the first attach point's feature, into which frames may be folded."""
         return self.split.batched.get(self.split.cuts[0].crossing[0]) or 1
-
-    def _predicted(self, values: Values, args: Any, kwargs: Any) -> Tensor:
-        if self.predictor is None:
-            raise TrainingError(
-                "asked for a threshold; found no predictor. Run retroexit.fit first, or choose with exit=k.",
-                self,
-            )
-        source = self.options.predictor_inputs
-        reads = source(*args, **kwargs) if source is not None else self.split.crossing(values, 0)[0]
-        found: Tensor = self.predictor(reads)
-        size = self._folded
-        if source is None and size > 1:  # a sample's frames leave together
-            return found.unflatten(0, (-1, size)).mean(dim=1)
-        return found
-
-    def _routed(self, args: Any, kwargs: Any, threshold: float) -> tuple[Any, Tensor]:
-        with torch.no_grad():
-            values, keyed = self.split.begin(args, kwargs)
-            exits = assign_exits(self._predicted(values, args, kwargs), threshold)
-        if not self.split.mixes or (self.anatomy.taps is not None and self._folded > 1):
-            # The batch cannot be divided: everybody takes the deepest exit chosen.
-            exits = exits.max().expand_as(exits)
-        early = (exits <= len(self.branches)).nonzero()[:, 0]
-        guide = self._guide(
-            keyed, args, kwargs, early
-        )  # one search for all that leave early, none for the others
-        rows = torch.arange(len(exits), device=exits.device)
-        parts: list[tuple[Tensor, Any]] = []
-        for index in range(len(self.branches)):
-            leaving = exits[rows] == index + 1
-            if bool(leaving.any()):
-                here = leaving.nonzero()[:, 0]
-                everybody = len(here) == len(rows)
-                chosen = values if everybody else self.split.select(values, here)
-                own_guide = None if guide is None else guide[torch.searchsorted(early, rows[here])]
-                parts.append((rows[here], self._leave(chosen, index, own_guide)))
-                stay = (~leaving).nonzero()[:, 0]
-                if everybody:
-                    break
-                values, rows = self.split.select(values, stay), rows[stay]
-            if index + 1 < len(self.branches):
-                with torch.no_grad():
-                    values = self.split.advance(values, index + 1)
-        else:
-            with torch.no_grad():
-                parts.append((rows, self.split.finish(values)))
-        return merge(parts, len(exits), self.split.output_rows), exits
 
     def _check_exit(self, exit: int) -> int:
         if isinstance(exit, bool) or not isinstance(exit, int) or not 1 <= exit <= len(self.branches) + 1:

@@ -25,6 +25,9 @@ from retroexit.guidance.keys import key_name
 from retroexit.guidance.options import Guidance
 from retroexit.model import EarlyExitGenerator
 from retroexit.retrieval.storage import MANIFEST, file_digest, is_whole, self_digest
+from retroexit.routing.calibration import Calibration
+from retroexit.routing.judge import reads_of
+from retroexit.routing.latency import Latency
 from retroexit.routing.predictor import Predictor
 from retroexit.wrapping import WrapOptions
 
@@ -33,11 +36,13 @@ if TYPE_CHECKING:
 
 __all__ = ["load_model", "read_tensors", "save_model", "versions", "wrap_settings", "write_tensors"]
 
-_SCHEMA = 1
 _UNSEALED = (
     *("schema", "fingerprint", "generator", "attach_at", "options", "plans", "predictor", "predictor_reads"),
     *("has_bank", "bank_sha256", "weights_sha256", "exits", "about", "versions"),
 )
+_SCHEMA = 2  # since 2: what the predictor reads, its drift guard, calibration, latency
+_READABLE = (1, 2)
+_CALIBRATION = "calibration.safetensors"
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, Any] | None = None) -> None:
@@ -92,7 +97,7 @@ def versions() -> dict[str, str]:
 
 
 def save_model(model: EarlyExitGenerator, folder: str | Path) -> Path:
-    """Write branches, predictor, bank and settings of a wrapped generator to a folder.
+    """Write branches, predictor, bank, calibration and settings of a wrapped generator to a folder.
 
     Args:
         model: The wrapped generator, recorded.
@@ -124,7 +129,9 @@ def save_model(model: EarlyExitGenerator, folder: str | Path) -> Path:
         "predictor": None
         if predictor is None
         else {**predictor.options, "input_shape": predictor.input_shape},
-        "predictor_reads": "feature" if model.options.predictor_inputs is None else "inputs",
+        "predictor_reads": "inputs" if _reads_adapter(model) else "feature",
+        "calibration_sha256": _save_calibration(model.calibration, folder / _CALIBRATION),
+        "latency": None if model.latency is None else model.latency.to_json(),
         "has_bank": model.bank is not None,
         "bank_sha256": None if model.bank is None else _sha256(folder / "bank" / MANIFEST),
         "weights_sha256": _sha256(folder / "weights.safetensors"),
@@ -157,6 +164,8 @@ def load_model(
         predictor = _predictor_from_json(manifest["predictor"])
         wanted, digest, about = manifest["fingerprint"], manifest["weights_sha256"], dict(manifest["about"])
         has_bank, reads = bool(manifest["has_bank"]), manifest.get("predictor_reads", "feature")
+        latency = manifest.get("latency")
+        latency = None if latency is None else Latency.from_json(latency)
     except (ValueError, KeyError, TypeError, AttributeError, RetroExitError) as error:
         raise CheckpointError(
             f"asked to load {folder}; found model.json damaged ({type(error).__name__}: {error}). Copy it "
@@ -190,7 +199,7 @@ def load_model(
     device = next((p.device for p in generator.parameters()), torch.device("cpu"))
     if predictor is not None:
         try:
-            predictor.load_state_dict(_under("predictor.", tensors))
+            predictor.load_state_dict(_with_guard(predictor, _under("predictor.", tensors)))
         except RuntimeError as error:
             raise CheckpointError(
                 f"asked to load {folder}; found a predictor that does not fit: "
@@ -208,6 +217,8 @@ def load_model(
         named = options.guidance.retriever if options.guidance is not None else None
         found_class = retriever(named) if retriever is not None and named is not None else None
         model.bank = GuidanceBank.load(folder / "bank", wanted, retriever_class=found_class)
+    model.latency = latency
+    model.calibration = _load_calibration(folder, manifest.get("calibration_sha256"))
     model.restore(_under("branches.", tensors))
     if example_inputs is not None or example_kwargs is not None:
         model.record(*(example_inputs or ()), **(example_kwargs or {}))
@@ -224,10 +235,10 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
             "folder that model.save wrote.",
             folder,
         ) from error
-    if schema != _SCHEMA:
+    if schema not in _READABLE:
         raise CheckpointError(
-            f"asked to load {folder}; found schema {schema}, this version reads {_SCHEMA}. Use the version "
-            f"that wrote it: {manifest.get('versions', {}).get('retroexit')}.",
+            f"asked to load {folder}; found schema {schema}, this version reads 1 to {_SCHEMA}. "
+            f"Use the version that wrote it: {manifest.get('versions', {}).get('retroexit')}.",
             folder,
         )
     if not is_whole(manifest, _UNSEALED):
@@ -242,11 +253,53 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 def _predictor_from_json(saved: dict[str, Any] | None) -> Predictor | None:
     if saved is None:
         return None
-    options = {**saved}
+    options = {"log": False, **saved}  # schema 1 knew no logarithm
     shape = options.pop("input_shape")
     predictor = Predictor(**options)
     predictor.input_shape = None if shape is None else tuple(shape)
     return predictor
+
+
+def _reads_adapter(model: EarlyExitGenerator) -> bool:
+    """Tell whether the predictor needs the map that an adapter makes from the inputs."""
+    source = model.options.predictor_inputs
+    return source is not None and reads_of(model.predictor, source) == "inputs"
+
+
+def _with_guard(predictor: Predictor, saved: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Complete a predictor that was saved before there were drift guards: nothing is too far for it."""
+    missing = {
+        name: value
+        for name, value in predictor.state_dict().items()
+        if name.startswith(("guard.", "extra_")) and name not in saved
+    }
+    return saved | missing
+
+
+def _save_calibration(calibration: Calibration | None, path: Path) -> str | None:
+    if calibration is None:
+        path.unlink(missing_ok=True)
+        return None
+    tensors = {"losses": calibration.losses, "predicted": calibration.predicted}
+    write_tensors(path, tensors, calibration.settings())
+    return _sha256(path)
+
+
+def _load_calibration(folder: Path, digest: str | None) -> Calibration | None:
+    if digest is None:
+        return None
+    path = folder / _CALIBRATION
+    if _sha256(path) != digest:
+        raise CheckpointError(
+            f"asked to load {folder}; found {path.name} changed since it was written. Copy it again.", path
+        )
+    tensors, settings = read_tensors(path)
+    try:
+        return Calibration(tensors["losses"], tensors["predicted"], **settings)
+    except (KeyError, TypeError, RetroExitError) as error:
+        raise CheckpointError(
+            f"asked to load {folder}; found {path.name} damaged ({error}). Copy it again.", path
+        ) from error
 
 
 def _under(start: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -26,7 +26,7 @@ from retroexit.storage import versions
 from retroexit.training.fit import image_range_of
 from retroexit.training.inputs import Samples, drawing_from
 
-__all__ = ["Measurement", "measure", "pick_strips", "route_seconds"]
+__all__ = ["Measurement", "limits_of", "measure", "pick_strips", "route_seconds"]
 
 Show = Callable[[Any], Tensor]
 
@@ -125,7 +125,7 @@ def measure(
         args, kwargs = samples.gather([0])
         model.record(*args, **kwargs)
     metric.to(_device(model))
-    run = Measurement(model, samples, metric, _limits(model, samples), batch)
+    run = Measurement(model, samples, metric, limits_of(model, samples), batch)
     losses, predicted, distances = run.losses(progress)
     exits = model.exits
     with drawing_from(seed, _device(model)):
@@ -156,7 +156,7 @@ def measure(
     return evaluation, pick_strips(run, evaluation, show)
 
 
-def _limits(model: EarlyExitGenerator, samples: Samples) -> ImageRange:
+def limits_of(model: EarlyExitGenerator, samples: Samples) -> ImageRange:
     """Range of the images: the one of the fit, else the declared one, else measured on some samples."""
     if "image_range" in model.about:
         return ImageRange(*model.about["image_range"])

@@ -14,8 +14,10 @@ import numpy as np
 
 from retroexit.errors import MissingExtraError, OptionError
 from retroexit.evaluation import figures
+from retroexit.evaluation.promise import EXPECTATION, promise_summary
 from retroexit.evaluation.strips import Strip, data_address, strip_image
 from retroexit.evaluation.sweep import Evaluation, plain_json
+from retroexit.routing.calibration import Calibration
 
 __all__ = ["Strip", "strip_image", "thresholds_for", "write_report"]
 
@@ -30,6 +32,7 @@ def write_report(
     command: str | None = None,
     thresholds: Sequence[float] | None = None,
     unguided: Evaluation | None = None,
+    calibration: Calibration | None = None,
 ) -> Path:
     """Write ``report.html`` and ``summary.json``.
 
@@ -43,6 +46,7 @@ def write_report(
         thresholds: Thresholds of the table, by default :func:`thresholds_for`. The one at 0.1 is highlighted,
             or else the middle one.
         unguided: The same exits without guidance, for comparison in one figure.
+        calibration: What the model promises; a section compares it with these samples.
 
     Returns:
         Path of ``report.html``.
@@ -65,6 +69,7 @@ def write_report(
         "headline": headline or _headline(evaluation, picked),
         "command": command,
         **summary,
+        "promise": promise_summary(evaluation, calibration, taus),
     }
     template = importlib.resources.files("retroexit.evaluation").joinpath("report.html.j2").read_text("utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
@@ -83,6 +88,9 @@ def write_report(
         strips=[_strip_context(strip) for strip in strips],
         facts=_facts(evaluation),
         error_rows=_error_rows(evaluation),
+        promise=summary["promise"],
+        expectation=EXPECTATION,
+        promise_rows=_promise_rows(summary["promise"]),
         **_exit_table(evaluation),
         **_sweep_table(evaluation, taus, picked),
     )
@@ -262,6 +270,23 @@ def _sweep_table(evaluation: Evaluation, taus: Sequence[float], picked: float) -
         ]
         rows.append((cells, tau == picked))
     return {"sweep_columns": columns, "sweep_rows": rows}
+
+
+def _promise_rows(promise: dict[str, Any] | None) -> list[list[str]]:
+    if promise is None:
+        return []
+    return [
+        [
+            f"{row['threshold']:g}",
+            _percent(row["saved"]),
+            _percent(row["expected_saved"]),
+            f"{row['mean_loss']:.3g}",
+            f"{row['above']} of {promise['held_out']}",
+            _percent(row["violations"]),
+            "yes" if row["consistent"] else "no",
+        ]
+        for row in promise["rows"]
+    ]
 
 
 def _error_rows(evaluation: Evaluation) -> list[list[str]]:

@@ -123,7 +123,7 @@ class Evaluation:
         Raises:
             OptionError: If the evaluation holds no predictions, or ``tau`` is not finite.
         """
-        return self._point(self._cheapest(self._need_predicted(), tau), tau)
+        return self._point(self._cheapest(self.need_predicted(), tau), tau)
 
     def oracle(self, tau: float) -> OperatingPoint:
         """Route by the true losses: what a predictor without error would give, at the same overhead."""
@@ -135,6 +135,10 @@ class Evaluation:
         if not 1 <= k <= last:
             raise OptionError(f"no exit {k}; there are exits 1 to {last}, {last} is the backbone", k)
         return self._point(np.full(len(self.loss), k - 1), None)
+
+    def at_exits(self, exits: npt.NDArray[np.int64], tau: float) -> OperatingPoint:
+        """Sum up samples that a routed call sent to these exits ``(S,)``, from 1, under a threshold."""
+        return self._point(np.asarray(exits) - 1, tau)
 
     def sweep(self, taus: Sequence[float]) -> list[OperatingPoint]:
         """Evaluate :meth:`at_threshold` at each of ``taus``."""
@@ -151,7 +155,7 @@ class Evaluation:
         """
         if not 0 <= target < np.inf:
             raise OptionError(f"a mean loss to aim at must be finite and >= 0, found {target}", target)
-        predicted = self._need_predicted()
+        predicted = self.need_predicted()
         # Raising the threshold past predicted[s, k] moves sample s to the cheapest exit passed so far. Follow
         # each sample through its own predictions, then merge all these steps in order of the threshold.
         order = np.argsort(predicted, axis=1, kind="stable")
@@ -216,7 +220,7 @@ class Evaluation:
             Three lists of length ``K``: ``mean_absolute``, ``mean_relative`` (the paper's 5 %; samples
             without loss are left out) and ``spearman``, the correlation of ranks. ``None`` where undefined.
         """
-        predicted = self._need_predicted()
+        predicted = self.need_predicted()
         result: dict[str, list[float | None]] = {"mean_absolute": [], "mean_relative": [], "spearman": []}
         for true, guess in zip(self.loss.T, predicted.T, strict=True):
             wrong, some = np.abs(guess - true), true > 0
@@ -242,7 +246,12 @@ class Evaluation:
         except (ValueError, TypeError) as error:
             raise CheckpointError(f"not an evaluation written by retroexit: {error}") from error
 
-    def _need_predicted(self) -> Array:
+    def need_predicted(self) -> Array:
+        """Give the predicted losses.
+
+        Raises:
+            OptionError: If there are none.
+        """
         if self.predicted is None:
             raise OptionError(
                 "this evaluation holds no predicted losses; fit a predictor, or use oracle or fixed"

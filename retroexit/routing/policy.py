@@ -7,7 +7,7 @@ from torch import Tensor
 
 from retroexit.errors import OptionError
 
-__all__ = ["assign_exits", "check_threshold"]
+__all__ = ["assign_exits", "check_threshold", "price_for", "spend"]
 
 
 def check_threshold(threshold: float) -> float:
@@ -26,12 +26,13 @@ def check_threshold(threshold: float) -> float:
     return float(threshold)
 
 
-def assign_exits(predicted: Tensor, threshold: float) -> Tensor:
+def assign_exits(predicted: Tensor, threshold: float | Tensor) -> Tensor:
     """Pick for each sample the cheapest exit predicted to be good enough.
 
     Args:
         predicted: Predicted quality loss of each branch exit, ``(N, K)``, cheapest first; lower is better.
-        threshold: Largest loss accepted, ``>= 0``.
+        threshold: Largest loss accepted, ``>= 0``; or limits of the predictions as a tensor, one per exit
+            ``(K,)`` or per sample and exit ``(N, K)``, taken as they are.
 
     Returns:
         Exit index per sample, ``(N,)``, int64, from 1; ``K + 1``, the backbone, where no branch exit
@@ -42,7 +43,8 @@ def assign_exits(predicted: Tensor, threshold: float) -> Tensor:
 
     Reference: paper section 3.2.
     """
-    check_threshold(threshold)
+    if not isinstance(threshold, Tensor):
+        check_threshold(threshold)
     if predicted.dim() != 2:
         raise OptionError(
             f"asked to assign exits; found predictions of shape {tuple(predicted.shape)}, not (samples, "
@@ -52,3 +54,62 @@ def assign_exits(predicted: Tensor, threshold: float) -> Tensor:
     good = predicted <= threshold
     fallback = torch.ones_like(good[:, :1])
     return torch.cat([good, fallback], 1).int().argmax(1).long() + 1
+
+
+def spend(predicted: Tensor, shares: Tensor, price: float) -> Tensor:
+    """Pick for each sample the exit of the least predicted loss plus price of its compute.
+
+    Args:
+        predicted: Predicted loss of each branch exit, ``(N, K)``.
+        shares: Compute of every exit as a share of the backbone's, ``(K + 1,)``.
+        price: Loss that a whole backbone's compute has to save, ``>= 0``; infinite for the cheapest exit.
+
+    Returns:
+        Exit index per sample, ``(N,)``, int64, from 1. Of equal ones, the cheapest. Where no loss is finite,
+        the backbone.
+    """
+    losses = torch.nn.functional.pad(predicted, (0, 1))
+    backbone = torch.full((len(losses),), losses.shape[1], device=losses.device)
+    if price == float("inf"):
+        cheapest = int(shares.argmin()) + 1
+        return torch.where(torch.isfinite(predicted).any(1), cheapest, backbone)
+    return (losses + price * shares.to(losses)).argmin(1) + 1
+
+
+def price_for(predicted: Tensor, shares: Tensor, budget: float) -> float:
+    """Find the lowest price at which some samples spend a budget on average (see `spend`).
+
+    For every mean share that it reaches, that way of choosing exits has the least mean predicted loss: it is
+    the Lagrangian of the budget.
+
+    Args:
+        predicted: Predicted losses of the samples, ``(S, K)``.
+        shares: Compute of every exit as a share of the backbone's, ``(K + 1,)``.
+        budget: Mean share that may be spent.
+
+    Raises:
+        OptionError: If even the cheapest exit for all costs more.
+    """
+
+    def spent(price: float) -> float:
+        return float(shares.double()[spend(predicted, shares, price) - 1].mean())
+
+    low, high = 0.0, float("inf")
+    if spent(high) > budget * (1 + 1e-6):  # shares are float32
+        raise OptionError(
+            f"asked for budget={budget:g}; found that the cheapest way to route costs {spent(high):.3f} of "
+            "the backbone's compute, predictor and retrieval counted. Ask for more, or wrap with a cheaper "
+            "exit.",
+            budget,
+        )
+    if spent(low) <= budget:
+        return low
+    high = 1e-6
+    while spent(high) > budget:
+        if high > 1e12:
+            return float("inf")
+        low, high = high, 4 * high
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (low, middle) if spent(middle) <= budget else (middle, high)
+    return high

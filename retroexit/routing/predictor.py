@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Any, Literal
+
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Predictor"]
+from retroexit.errors import OptionError
+from retroexit.routing.drift import DriftGuard
+
+__all__ = ["KINDS", "READS", "Kind", "Predictor", "Reads"]
+
+Kind = Literal["conv", "pooled", "linear"]
+Reads = Literal["features", "inputs", "features+distance"]
+_FARTHEST = 8.0  # standard deviations of the losses
+KINDS, READS = ("conv", "pooled", "linear"), ("features", "inputs", "features+distance")
 
 
 class Predictor(nn.Module):
-    """Convolutional and fully connected layers, one output per branch exit.
+    """Estimates losses from a map: its pooled statistics, those of convolutions over it, then a small head.
 
     It reads the feature map at the first attach point, which every route computes anyway, or a map made from
     the generator's inputs as in the paper. Inputs and outputs are standardised with statistics of the
-    training set (`calibrate_scales`), so that one learning rate serves every generator.
+    training set (`calibrate_scales`), so that one learning rate serves every generator. A `DriftGuard` looks
+    at the same pooled statistics.
 
     Args:
         channels: Channels of the map it reads.
@@ -21,48 +32,113 @@ class Predictor(nn.Module):
         width: Channels of its convolutions.
         depth: Number of convolutions with stride two behind the first.
         dims: Number of spatial axes, 1 to 3.
+        kind: ``"conv"``; ``"pooled"``, the pooled statistics of the map alone; ``"linear"``, a linear probe
+            of these.
+        reads: ``"features"``, ``"inputs"`` as in the paper, or ``"features+distance"``, which takes the
+            distance to the retrieved guide as well; ``None`` for the map that an adapter makes from the
+            inputs where there is one, else the features.
+        log: Whether it regresses the logarithm of the loss, so that errors count as shares of the loss and
+            no prediction is negative.
+
+    Raises:
+        OptionError: If there is no such kind, or no such thing to read.
 
     Reference: paper section 3.2; the architecture is ours, the supplement that describes theirs is not
     public.
     """
 
-    def __init__(self, channels: int, exits: int, width: int = 16, depth: int = 2, dims: int = 2) -> None:
+    def __init__(
+        self,
+        channels: int,
+        exits: int,
+        width: int = 16,
+        depth: int = 2,
+        dims: int = 2,
+        kind: Kind = "conv",
+        reads: Reads | None = None,
+        log: bool = True,
+    ) -> None:
         super().__init__()
-        self.options = {"channels": channels, "exits": exits, "width": width, "depth": depth, "dims": dims}
+        if kind not in KINDS:
+            raise OptionError(f"asked for kind={kind!r}; found {', '.join(KINDS)} only.", kind)
+        if reads is not None and reads not in READS:
+            raise OptionError(f"asked for predict_from={reads!r}; found {', '.join(READS)} only.", reads)
+        self.options: dict[str, Any] = {
+            "channels": channels,
+            "exits": exits,
+            "width": width,
+            "depth": depth,
+            "dims": dims,
+            "kind": kind,
+            "reads": reads,
+            "log": log,
+        }
+        self.log = log
+        self.reads = reads
         self.input_shape: tuple[int, ...] | None = None
-        convolution = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[dims]
-        layers: list[nn.Module] = [convolution(channels, width, 1), nn.ReLU()]
-        for _ in range(depth):
-            layers += [convolution(width, width, 3, stride=2, padding=1), nn.ReLU()]
-        self.convolutions = nn.Sequential(*layers)
-        self.head = nn.Sequential(nn.Linear(2 * (width + channels), 64), nn.ReLU(), nn.Linear(64, exits))
+        extra = int(reads == "features+distance")
+        pooled = 2 * channels + extra
+        self.convolutions = _convolutions(channels, width, depth, dims) if kind == "conv" else None
+        seen = pooled + (2 * width if kind == "conv" else 0)
+        self.head: nn.Module = nn.Linear(seen, exits)
+        if kind != "linear":
+            self.head = nn.Sequential(nn.Linear(seen, 64), nn.ReLU(), nn.Linear(64, exits))
+        self.guard = DriftGuard(pooled)
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("std", torch.ones(channels))
+        self.register_buffer("extra_mean", torch.zeros(extra))
+        self.register_buffer("extra_std", torch.ones(extra))
         self.register_buffer("loss_mean", torch.zeros(exits))
         self.register_buffer("loss_std", torch.ones(exits))
 
     mean: Tensor
     std: Tensor
+    extra_mean: Tensor
+    extra_std: Tensor
     loss_mean: Tensor
     loss_std: Tensor
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, extra: Tensor | None = None) -> Tensor:
         """Predict quality losses.
 
         Args:
-            x: Feature map, ``(N, C, ...)``.
+            x: Map, ``(N, C, ...)``.
+            extra: Distance to the guide, ``(N, 1)``, where it is read.
 
         Returns:
             Predicted loss of every branch exit, ``(N, K)``.
         """
+        return self.judge(x, extra)[0]
+
+    def judge(self, x: Tensor, extra: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Predict losses ``(N, K)``, and tell how far the input is from the fitting set, ``(N,)``.
+
+        A distance above 1 is further than 99.9 % of inputs like those of the fit.
+        """
+        x, pooled = self.pool(x, extra)
+        seen = pooled
+        if self.convolutions is not None:
+            seen = torch.cat([pooled, _pool(self.convolutions(x))], 1)
+        # Far from the fitting set nothing is known, and a logarithm would run away.
+        found: Tensor = self.head(seen).clamp(-_FARTHEST, _FARTHEST) * self.loss_std + self.loss_mean
+        return found.exp() if self.log else found, self.guard(pooled)
+
+    def scaled(self, losses: Tensor) -> Tensor:
+        """Bring losses ``(N, K)`` to the scale that is regressed: that of the logarithm, or as they are."""
+        return losses.clamp_min(1e-9).log() if self.log else losses
+
+    def pool(self, x: Tensor, extra: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Standardise a map, and pool it: ``(N, C, ...) -> (N, C, ...), (N, D)``."""
         shape = (1, -1) + (1,) * (x.dim() - 2)
         x = (x.to(self.mean.dtype) - self.mean.view(shape)) / self.std.view(shape)
-        pooled = torch.cat([_pool(x), _pool(self.convolutions(x))], 1)  # (N, C, ...) -> (N, 2 (C + width))
-        out: Tensor = self.head(pooled) * self.loss_std + self.loss_mean
-        return out
+        pooled = [_pool(x)]
+        if self.extra_mean.numel():
+            known = torch.zeros(len(x), 1, device=x.device) if extra is None else extra.to(x)
+            pooled.append((known - self.extra_mean) / self.extra_std)
+        return x, torch.cat(pooled, 1)
 
     @torch.no_grad()
-    def calibrate_scales(self, features: Tensor, losses: Tensor) -> None:
+    def calibrate_scales(self, features: Tensor, losses: Tensor, extra: Tensor | None = None) -> None:
         """Set the standardisation from training data: maps ``(S, C, ...)`` and their losses ``(S, K)``."""
         self.input_shape = tuple(features.shape[1:])
         axes = [0, *range(2, features.dim())]
@@ -70,8 +146,20 @@ class Predictor(nn.Module):
         spread = features.std(axes, unbiased=False)
         # A channel that is dead in the training set must not shout once it is alive.
         self.std.copy_(spread.clamp_min(max(1e-6, 0.01 * float(spread.mean()))))
+        if extra is not None:
+            self.extra_mean.copy_(extra.mean(0))
+            self.extra_std.copy_(extra.std(0, unbiased=False).clamp_min(1e-6))
+        losses = self.scaled(losses)
         self.loss_mean.copy_(losses.mean(0))
         self.loss_std.copy_(losses.std(0, unbiased=False).clamp_min(1e-6))
+
+
+def _convolutions(channels: int, width: int, depth: int, dims: int) -> nn.Sequential:
+    convolution = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[dims]
+    layers: list[nn.Module] = [convolution(channels, width, 1), nn.ReLU()]
+    for _ in range(depth):
+        layers += [convolution(width, width, 3, stride=2, padding=1), nn.ReLU()]
+    return nn.Sequential(*layers)
 
 
 def _pool(x: Tensor) -> Tensor:

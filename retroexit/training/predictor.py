@@ -9,10 +9,104 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from retroexit.errors import TrainingError
-from retroexit.routing.predictor import Predictor
+from retroexit.errors import BankError, TrainingError
+from retroexit.model import EarlyExitGenerator
+from retroexit.routing.judge import guide_distance, input_map, reads_of
+from retroexit.routing.predictor import Kind, Predictor, Reads
+from retroexit.training.cache import FeatureCache, guidance_names
+from retroexit.training.inputs import Samples, drawing_from
 
-__all__ = ["train_predictor"]
+__all__ = ["fit_predictor", "predictor_reads", "train_predictor"]
+
+
+def fit_predictor(
+    model: EarlyExitGenerator,
+    samples: Samples,
+    cache: FeatureCache,
+    losses: Tensor,
+    *,
+    held_out: Sequence[int],
+    kind: Kind = "conv",
+    predict_from: Reads | None = None,
+    steps: int = 1500,
+    seed: int = 0,
+    progress: bool = True,
+) -> float | None:
+    """Give a model a predictor of the losses that its branches were measured to have.
+
+    Args:
+        model: The wrapped generator, its branches trained; gets the predictor. A calibration that it has is
+            dropped, since it belongs to another predictor.
+        samples: The inputs.
+        cache: Features of them.
+        losses: Quality loss of every branch exit on them, ``(S, K)``.
+        held_out: Those that the branches were not trained on.
+        kind: See `Predictor`.
+        predict_from: What it reads, see `Predictor`.
+        steps: Optimiser steps.
+        seed: Decides starting weights and batches.
+        progress: Whether to show a bar on a terminal.
+
+    Returns:
+        Error on the held-out samples, see `train_predictor`.
+
+    Raises:
+        OptionError: If there is no such kind, or no such thing to read.
+        BankError: If it should read the distance to a guide that the branches do not take.
+        TrainingError: If the loss stops being finite.
+    """
+    if predict_from == "features+distance" and model.anatomy.taps is None:
+        raise BankError(
+            "asked for predict_from='features+distance'; found branches without guidance. Wrap with "
+            "guidance=True, or use predict_from='features'.",
+            model,
+        )
+    source = model.options.predictor_inputs
+    reads = predict_from or reads_of(None, source)
+    maps, extra = predictor_reads(model, samples, cache, reads)
+    with drawing_from(seed):
+        exits = len(model.branches)
+        predictor = Predictor(maps.shape[1], exits, dims=maps.dim() - 2, kind=kind, reads=predict_from)
+        error = train_predictor(
+            predictor,
+            maps,
+            losses,
+            held_out=held_out,
+            extra=extra,
+            steps=steps,
+            seed=seed,
+            progress=progress,
+        )
+    device = next((p.device for p in model.generator.parameters()), torch.device("cpu"))
+    model.predictor, model.calibration = predictor.to(device).eval(), None
+    return error
+
+
+def predictor_reads(
+    model: EarlyExitGenerator, samples: Samples, cache: FeatureCache, reads: str
+) -> tuple[Tensor, Tensor | None]:
+    """Collect what a predictor reads: maps ``(S, C, ...)``, and distances ``(S, 1)`` where it reads them."""
+    feature = model.split.cuts[0].feature.name
+    if reads == "inputs":
+        source, dims = model.options.predictor_inputs, cache.read(feature, [0]).dim() - 2
+        found = []
+        for rows, args, kwargs in samples.batches(32):
+            with torch.no_grad(), drawing_from(samples.seed + rows[0]):
+                made = input_map(args, kwargs, dims) if source is None else source(*args, **kwargs)
+            found.append(made.cpu())
+        return torch.cat(found), None
+    maps = cache.read(feature, range(len(cache)))
+    if reads != "features+distance":
+        return maps, None
+    taps, bank = model.anatomy.taps, model.bank
+    assert taps is not None and bank is not None
+    key, _ = guidance_names(taps, feature)
+    distances = []
+    for begin in range(0, len(cache), 64):
+        rows = list(range(begin, min(begin + 64, len(cache))))
+        # Its own keys are left out, as a new input finds only foreign ones.
+        distances.append(guide_distance(bank.search(cache.read(key, rows), torch.as_tensor(rows)).distances))
+    return maps, torch.cat(distances)
 
 
 @torch.enable_grad()
@@ -22,22 +116,25 @@ def train_predictor(
     losses: Tensor,
     *,
     held_out: Sequence[int],
+    extra: Tensor | None = None,
     steps: int = 1500,
     batch: int = 32,
     lr: float = 2e-3,
     seed: int = 0,
     progress: bool = True,
 ) -> float | None:
-    """Fit a predictor to quality losses by squared error.
+    """Fit a predictor to quality losses by squared error, of their logarithms unless it is told otherwise.
 
     The weights that do best on the held-out samples are kept. Branches were not trained on those, so what
     they lose there is what new inputs will lose; their mean error is taken out of the predictions at the end.
+    The drift guard learns from the same maps.
 
     Args:
         predictor: Changed in place, from the weights that it has; left in eval mode.
         maps: What it reads, ``(S, C, ...)``.
         losses: Quality loss of every branch exit, ``(S, K)``.
         held_out: Samples that the branches were not trained on.
+        extra: Distance to the guide, ``(S, 1)``, where it reads it.
         steps: Adam steps.
         batch: Samples per step.
         lr: Learning rate, cosine to zero.
@@ -48,23 +145,27 @@ def train_predictor(
         Mean absolute error on the held-out samples once their mean error is taken out; ``None`` without such
         samples.
 
-    Reference: paper section 3.2, equation 2.
+    Raises:
+        TrainingError: If the loss stops being finite.
+
+    Reference: paper section 3.2, equation 2; the logarithm is ours.
     """
     kept = torch.as_tensor(sorted(held_out), dtype=torch.long)
     mask = torch.ones(len(maps), dtype=torch.bool)
     mask[kept] = False
     rows = mask.nonzero()[:, 0] if bool(mask.any()) else torch.arange(len(maps))
-    predictor.calibrate_scales(maps[rows], losses[rows])
+    predictor.calibrate_scales(maps[rows], losses[rows], None if extra is None else extra[rows])
     optimizer = torch.optim.Adam(predictor.parameters(), lr=lr, weight_decay=1e-4)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     random = np.random.default_rng(seed)
-    scale = predictor.loss_std
+    scale, target = predictor.loss_std, predictor.scaled(losses)
     best, best_state = float("inf"), dict[str, Tensor]()
     bar = tqdm(range(steps), desc="predictor", disable=None if progress else True)
     for step in bar:
         predictor.train()
         picked = rows[torch.from_numpy(random.integers(0, len(rows), batch))]
-        error = ((predictor(maps[picked]) - losses[picked]) / scale).square().mean()
+        said = predictor(maps[picked], None if extra is None else extra[picked])
+        error = ((predictor.scaled(said) - target[picked]) / scale).square().mean()
         optimizer.zero_grad(set_to_none=True)
         error.backward()
         optimizer.step()
@@ -76,26 +177,42 @@ def train_predictor(
                 predictor,
             )
         if len(kept) and (step % 50 == 49 or step == steps - 1):
-            score = _error(predictor, maps[kept], losses[kept])
+            left = predictor.scaled(_in_batches(predictor, maps, extra, kept)) - target[kept]
+            score = float((left - left.mean(0)).abs().mean())
             if score < best or not best_state:
                 best, best_state = score, {k: v.clone() for k, v in predictor.state_dict().items()}
             bar.set_postfix(held_out=f"{score:.4f}")
-    if len(kept):
+    if best_state:
         predictor.load_state_dict(best_state)
-        predictor.eval()
-        with torch.no_grad():
-            predictor.loss_mean += (losses[kept] - _in_batches(predictor, maps[kept])).mean(0)
     predictor.eval()
-    return best if len(kept) else None
+    _learn_drift(predictor, maps, extra, rows, kept)
+    if not len(kept):
+        return None
+    with torch.no_grad():
+        left = predictor.scaled(_in_batches(predictor, maps, extra, kept)) - target[kept]
+        predictor.loss_mean -= left.mean(0)
+    return float((_in_batches(predictor, maps, extra, kept) - losses[kept]).abs().mean())
 
 
 @torch.no_grad()
-def _error(predictor: Predictor, maps: Tensor, losses: Tensor) -> float:
-    predictor.eval()
-    centred = _in_batches(predictor, maps) - losses
-    return float((centred - centred.mean(0)).abs().mean())
+def _learn_drift(
+    predictor: Predictor, maps: Tensor, extra: Tensor | None, rows: Tensor, kept: Tensor
+) -> None:
+    def pooled(picked: Tensor) -> Tensor:
+        parts = [
+            predictor.pool(maps[part], None if extra is None else extra[part])[1] for part in picked.split(64)
+        ]
+        return torch.cat(parts)
+
+    seen = pooled(rows)
+    predictor.guard.fit(seen, pooled(kept) if len(kept) else seen[:0])
 
 
 @torch.no_grad()
-def _in_batches(predictor: Predictor, maps: Tensor, size: int = 64) -> Tensor:
-    return torch.cat([predictor(part) for part in maps.split(size)])
+def _in_batches(
+    predictor: Predictor, maps: Tensor, extra: Tensor | None, rows: Tensor, size: int = 64
+) -> Tensor:
+    predictor.eval()
+    return torch.cat(
+        [predictor(maps[part], None if extra is None else extra[part]) for part in rows.split(size)]
+    )

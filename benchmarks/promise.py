@@ -1,0 +1,163 @@
+"""Split measured losses again and again: does the promise of one half hold on the other, at what cost?
+
+Reads the ``evaluation.json`` that `retroexit.evaluate` writes: nothing is generated again. In every split one
+half calibrates and the other half is routed under the promise. Counted as held is a split whose test half has
+so few samples above the threshold that more would be seen with a probability of 5 % even if exactly ``alpha``
+of all inputs were above it (a one-sided binomial test); beside it, the splits whose test half has at most
+``alpha`` of its samples above, without that allowance. MACs saved count predictor and retrieval.
+
+Budgets likewise: exits are priced on one half and chosen on the other.
+
+    python benchmarks/promise.py runs/latent/report/evaluation.json --taus 0.05 0.1 0.15
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from retroexit.evaluation.promise import promise_summary
+from retroexit.evaluation.sweep import Evaluation
+from retroexit.routing.bounds import samples_needed
+from retroexit.routing.calibration import Calibration
+from retroexit.routing.policy import price_for, spend
+from retroexit.tables import table
+
+
+def half(evaluation: Evaluation, rows: np.ndarray) -> Evaluation:
+    """Keep some samples."""
+    assert evaluation.predicted is not None
+    distance = None if evaluation.distance is None else evaluation.distance[rows]
+    return dataclasses.replace(
+        evaluation, loss=evaluation.loss[rows], predicted=evaluation.predicted[rows], distance=distance
+    )
+
+
+def resplit(
+    evaluation: Evaluation, tau: float, rule: Any, splits: int, alpha: float, confidence: float
+) -> dict[str, Any] | None:
+    """Split many times; gives means over the splits, or ``None`` where half the samples are too few."""
+    samples, exits = evaluation.loss.shape
+    parts = exits if rule == "bound" else 1
+    if samples // 2 < samples_needed(alpha / parts, 1 - (1 - confidence) / parts):
+        return None
+    rows, plain = [], []
+    for seed in range(splits):
+        order = np.random.default_rng(seed).permutation(samples)
+        first, second = half(evaluation, order[: samples // 2]), half(evaluation, order[samples // 2 :])
+        assert first.predicted is not None
+        losses, predicted = torch.from_numpy(first.loss), torch.from_numpy(first.predicted)
+        calibration = Calibration(losses, predicted, alpha, confidence, rule)
+        summary = promise_summary(second, calibration, [tau])
+        assert summary is not None
+        rows.append(summary["rows"][0])
+        plain.append(second.at_threshold(tau).violations or 0.0)
+    return {
+        "held": sum(row["consistent"] for row in rows),
+        "strictly": sum(row["violations"] <= alpha for row in rows),
+        "violations": float(np.mean([row["violations"] for row in rows])),
+        "worst": max(row["violations"] for row in rows),
+        "saved": float(np.mean([row["saved"] for row in rows])),
+        "expected_saved": float(np.mean([row["expected_saved"] for row in rows])),
+        "expected_violations": float(np.mean(plain)),
+        "oracle_saved": evaluation.oracle(tau).saved,
+    }
+
+
+def spent(evaluation: Evaluation, budget: float, splits: int) -> dict[str, float] | None:
+    """Price compute on one half and spend on the other; ``None`` where no exit is as cheap as the budget."""
+    shares = torch.from_numpy((evaluation.macs + evaluation.overhead) / evaluation.macs[-1])
+    if float(shares.min()) > budget:
+        return None
+    points = []
+    for seed in range(splits):
+        order = np.random.default_rng(seed).permutation(len(evaluation.loss))
+        first = half(evaluation, order[: len(order) // 2])
+        second = half(evaluation, order[len(order) // 2 :])
+        price = price_for(torch.from_numpy(first.need_predicted()), shares, budget)
+        exits = spend(torch.from_numpy(second.need_predicted()), shares, price)
+        points.append(second.at_exits(exits.numpy(), float("inf")))
+    fixed = [evaluation.fixed(k) for k in range(1, len(evaluation.macs) + 1)]
+    affordable = [point for point in fixed if point.share <= budget]
+    return {
+        "share": float(np.mean([point.share for point in points])),
+        "largest": max(point.share for point in points),
+        "loss": float(np.mean([point.mean_loss for point in points])),
+        "fixed_loss": min(point.mean_loss for point in affordable) if affordable else float("nan"),
+    }
+
+
+def show_budgets(evaluation: Evaluation, budgets: list[float], splits: int) -> list[dict[str, Any]]:
+    """Print what budgets spend and give."""
+    found, rows = [], []
+    for budget in budgets:
+        row = spent(evaluation, budget, splits)
+        if row is None:
+            rows.append([f"{budget:g}", "no exit is as cheap", "", "", ""])
+            continue
+        found.append({"budget": budget, **row})
+        cells = [f"{row[key]:.3f}" for key in ("share", "largest")]
+        rows.append([f"{budget:g}", *cells, f"{row['loss']:.4f}", f"{row['fixed_loss']:.4f}"])
+    print(table(["budget", "spent, mean", "largest", "mean loss", "best fixed exit within it"], rows))
+    return found
+
+
+def main() -> None:
+    """Split and print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("evaluations", type=Path, nargs="+")
+    parser.add_argument("--taus", type=float, nargs="+", default=[0.05, 0.1, 0.15])
+    parser.add_argument("--budgets", type=float, nargs="+", default=[0.1, 0.2, 0.3, 0.4, 0.5, 0.7])
+    parser.add_argument("--splits", type=int, default=20)
+    parser.add_argument("--alpha", type=float, default=0.05)
+    parser.add_argument("--confidence", type=float, default=0.95)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    found = []
+    for path in arguments.evaluations:
+        evaluation = Evaluation.from_json(path.read_text())
+        print(f"{path}: {len(evaluation.loss)} samples, {evaluation.loss.shape[1]} branch exits")
+        rows = []
+        for tau in arguments.taus:
+            for rule in ("margin", "bound"):
+                row = resplit(evaluation, tau, rule, arguments.splits, arguments.alpha, arguments.confidence)
+                if row is None:
+                    rows.append([f"{tau:g}", rule, "too few samples", *[""] * 7])
+                    continue
+                found.append({"evaluation": str(path), "threshold": tau, "rule": rule, **row})
+                rows.append(
+                    [
+                        f"{tau:g}",
+                        rule,
+                        f"{row['held']} of {arguments.splits}",
+                        f"{row['strictly']} of {arguments.splits}",
+                        *(
+                            f"{100 * row[key]:.1f} %"
+                            for key in (
+                                "violations",
+                                "worst",
+                                "saved",
+                                "expected_saved",
+                                "expected_violations",
+                                "oracle_saved",
+                            )
+                        ),
+                    ]
+                )
+        head = ["threshold", "rule", "held", "strictly", "above, mean", "worst", "saved"]
+        print(table([*head, "saved, expected", "above, expected", "saved, oracle"], rows))
+        found += show_budgets(evaluation, arguments.budgets, arguments.splits)
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()

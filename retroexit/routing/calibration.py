@@ -1,0 +1,192 @@
+"""Make a threshold a promise: few inputs lose more, with a stated confidence, however good the predictor.
+
+The routing margin is chosen by testing, from the safest to the boldest, until one fails (fixed-sequence
+testing, the simplest case of Learn then Test: Angelopoulos et al., 2021). Every test is an exact binomial
+one, so nothing is assumed about losses or predictor. Section 3.2 of the paper trusts the predictor instead.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from retroexit.errors import OptionError
+from retroexit.routing.bounds import most_violations, samples_needed
+from retroexit.routing.policy import assign_exits, check_threshold, price_for
+
+__all__ = ["Calibration", "Rule"]
+
+Rule = Literal["margin", "bound"]
+
+# What is tried: predictions up to so many hundredths of the threshold are accepted. It may go beyond 100:
+# a predictor that expects too much can be corrected as well as one that expects too little.
+_HUNDREDTHS = 200
+
+
+@dataclass(eq=False)
+class Calibration:
+    """Measured and predicted losses of inputs that nothing was fitted on, and the promise that they carry.
+
+    For a threshold t chosen without looking at these inputs: with probability at least ``confidence`` over
+    the draw of the calibration set, ``P(loss > t) <= alpha`` for a new input, routed with ``threshold=t``.
+    The inputs have to be independent draws from what the model will see. It holds for one threshold at a
+    time; of many thresholds on one calibration set, a share of ``1 - confidence`` may fail.
+
+    Args:
+        losses: Measured loss of every branch exit, ``(S, K)``.
+        predicted: What routing predicted for them, ``(S, K)``; infinite where the drift guard sent a sample
+            to the backbone.
+        alpha: Share of inputs that may lose more than the threshold, in (0, 1).
+        confidence: Probability that the promise holds, in (0, 1).
+        rule: ``"margin"``: one margin for all exits. ``"bound"``: every exit has its own, so that its upper
+            bound holds at ``alpha / K`` and ``1 - (1 - confidence) / K``; needs more samples.
+        about: Where the samples come from: their number and hash, the metric.
+
+    Raises:
+        OptionError: If there are too few samples, or a value is out of range.
+    """
+
+    losses: Tensor
+    predicted: Tensor
+    alpha: float = 0.05
+    confidence: float = 0.95
+    rule: Rule = "margin"
+    about: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("alpha", "confidence"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:
+                raise OptionError(f"asked for {name}={value!r}; found no number between 0 and 1.", value)
+        if self.rule not in ("margin", "bound"):
+            raise OptionError(f"asked for rule={self.rule!r}; found 'margin' and 'bound' only.", self.rule)
+        if self.losses.dim() != 2 or self.losses.shape != self.predicted.shape or not self.losses.numel():
+            raise OptionError(
+                f"asked to calibrate; found losses {tuple(self.losses.shape)} and predictions "
+                f"{tuple(self.predicted.shape)}, not (samples, exits) both.",
+                self.losses,
+            )
+        if not bool(torch.isfinite(self.losses).all()) or bool(self.predicted.isnan().any()):
+            raise OptionError("asked to calibrate; found losses that are not finite.", self.losses)
+        alpha, confidence = self._each()
+        needed = samples_needed(alpha, confidence)
+        if len(self) < needed:
+            raise OptionError(
+                f"asked for P(loss > threshold) <= {self.alpha:g} with confidence {self.confidence:g} from "
+                f"{len(self)} samples; found that it takes at least {needed}, even if none is above the "
+                f"threshold. Pass {needed - len(self)} more, or ask for less.",
+                self.losses,
+            )
+        self.losses, self.predicted = self.losses.detach().cpu(), self.predicted.detach().cpu()
+        self._found: dict[float, Tensor] = {}
+        self._prices: dict[tuple[float, ...], float] = {}
+
+    def __len__(self) -> int:
+        return len(self.losses)
+
+    def _each(self) -> tuple[float, float]:
+        """What is tested at once: everything, or one exit."""
+        exits = 1 if self.rule == "margin" else self.losses.shape[1]
+        return self.alpha / exits, 1 - (1 - self.confidence) / exits
+
+    def limits(self, threshold: float | Tensor) -> Tensor:
+        """Give the largest prediction that each exit may have for a threshold to be kept.
+
+        Args:
+            threshold: Largest loss to accept, ``>= 0``; one, or one per sample ``(N,)``.
+
+        Returns:
+            ``(K,)``, or ``(N, K)``; -infinity where no prediction is good enough, so that all take the
+            backbone.
+
+        Raises:
+            OptionError: If a threshold is no finite number ``>= 0``.
+        """
+        if isinstance(threshold, Tensor) and threshold.dim():
+            return torch.stack([self.limits(float(one)) for one in threshold])
+        tau = check_threshold(threshold if not isinstance(threshold, Tensor) else float(threshold))
+        if tau not in self._found:
+            self._found[tau] = self._search(tau)
+        return self._found[tau]
+
+    def _search(self, tau: float) -> Tensor:
+        exits = self.losses.shape[1]
+        allowed = most_violations(len(self), *self._each())
+        accepted = torch.full((exits,), -torch.inf)
+        if self.rule == "bound":
+            # Whoever is accepted by an exit may leave there: its own bad samples are counted, for every exit.
+            for k in range(exits):
+                bad = self.predicted[self.losses[:, k] > tau, k]
+                accepted[k] = self._boldest(tau, lambda limit, bad=bad: int((bad <= limit).sum()), allowed)
+            return accepted
+        return accepted.fill_(self._boldest(tau, lambda limit: self._violations(tau, limit), allowed))
+
+    @staticmethod
+    def _boldest(tau: float, count: Any, allowed: int) -> float:
+        """Try limits from the safest on; gives the last one before the first that fails."""
+        best = -torch.inf
+        for step in range(_HUNDREDTHS + 1):
+            limit = tau * step / 100
+            if count(limit) > allowed:
+                break
+            best = limit
+        return best
+
+    def _violations(self, tau: float, limit: float) -> int:
+        exits = assign_exits(self.predicted, limit)
+        return int((with_backbone(self.losses).gather(1, exits[:, None] - 1) > tau).sum())
+
+    def price(self, shares: Tensor, budget: float) -> float:
+        """Find the price of compute at which these inputs spend a budget on average; see `price_for`.
+
+        Raises:
+            OptionError: If the cheapest exit costs more.
+        """
+        key = (budget, *shares.tolist())
+        if key not in self._prices:
+            self._prices[key] = price_for(self.predicted, shares.cpu(), budget)
+        return self._prices[key]
+
+    def observed(self, losses: Tensor, predicted: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+        """Route other samples under the promise.
+
+        Args:
+            losses: Their measured losses, ``(S, K)``.
+            predicted: What is predicted for them, ``(S, K)``.
+            threshold: Largest loss to accept.
+
+        Returns:
+            The exit of every sample, from 1, and the loss that it has there; 0 at the backbone.
+        """
+        exits = assign_exits(predicted, self.limits(threshold).to(predicted))
+        return exits, with_backbone(losses).gather(1, exits[:, None] - 1)[:, 0]
+
+    def settings(self) -> dict[str, Any]:
+        """Give the arguments besides the tensors, in plain JSON types."""
+        names = ("alpha", "confidence", "rule", "about")
+        return {name: getattr(self, name) for name in names}
+
+    def describe(self) -> dict[str, Any]:
+        """Say in plain JSON types what is promised, and on what."""
+        return {
+            "alpha": self.alpha,
+            "confidence": self.confidence,
+            "rule": self.rule,
+            "samples": len(self),
+            **self.about,
+        }
+
+    def __str__(self) -> str:
+        source = f", hash {str(self.about['hash'])[:12]}" if "hash" in self.about else ""
+        return (
+            f"P({self.about.get('metric', 'loss')} > threshold) <= {self.alpha:g} with confidence "
+            f"{self.confidence:g} on inputs like the {len(self)} it was calibrated on{source}"
+        )
+
+
+def with_backbone(losses: Tensor) -> Tensor:
+    """Append the backbone, which loses nothing: ``(S, K) -> (S, K + 1)``."""
+    return torch.nn.functional.pad(losses, (0, 1))

@@ -1,0 +1,121 @@
+"""Measured times of every exit, and which of them meets a deadline."""
+
+from __future__ import annotations
+
+import math
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from retroexit.errors import OptionError
+
+__all__ = ["Latency", "time_exits"]
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Times of routed calls whose whole batch leaves at one exit, predictor and retrieval included.
+
+    Attributes:
+        milliseconds: Of every exit, the backbone last: the 95th percentile of the runs.
+        median: Of every exit: the median.
+        batch: Samples per call.
+        device: Where it was measured: type and name.
+        threads: Threads of PyTorch.
+        runs: Timed calls per exit.
+    """
+
+    milliseconds: tuple[float, ...]
+    median: tuple[float, ...]
+    batch: int
+    device: str
+    threads: int
+    runs: int
+
+    def last_within(self, deadline_ms: float, batch: int, device: torch.device) -> int:
+        """Number of the last exit whose 95th percentile is within a deadline.
+
+        Args:
+            deadline_ms: Milliseconds that a call may take.
+            batch: Samples of the call.
+            device: Where it runs.
+
+        Raises:
+            OptionError: If there is none, or the call is not like those that were measured.
+        """
+        threads = torch.get_num_threads()
+        here = (batch, threads, _name(device))
+        if here != (self.batch, self.threads, self.device):
+            raise OptionError(
+                f"asked for deadline_ms={deadline_ms:g} with {batch} samples on {threads} threads of "
+                f"{here[2]}; found times of {self.batch} samples on {self.threads} threads of {self.device}. "
+                "Call model.measure_latency here with such a batch.",
+                deadline_ms,
+            )
+        fast = [k for k, taken in enumerate(self.milliseconds, 1) if taken <= deadline_ms]
+        if not fast:
+            raise OptionError(
+                f"asked for deadline_ms={deadline_ms:g}; found that the fastest exit takes "
+                f"{min(self.milliseconds):.1f} ms on {self.device}. Allow more, or wrap with a cheaper exit.",
+                deadline_ms,
+            )
+        return max(fast)
+
+    def to_json(self) -> dict[str, Any]:
+        """Write as plain JSON types."""
+        return {
+            key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()
+        }
+
+    @classmethod
+    def from_json(cls, saved: dict[str, Any]) -> Latency:
+        """Read what `to_json` wrote."""
+        times = {name: tuple(map(float, saved[name])) for name in ("milliseconds", "median")}
+        return cls(**{**saved, **times})
+
+
+def time_exits(
+    call: Callable[[int], Any], exits: int, batch: int, device: torch.device, runs: int
+) -> Latency:
+    """Time exits by turns, so that a busy moment falls on all of them.
+
+    Args:
+        call: Renders the batch through the exit of a number.
+        exits: Number of exits, K + 1.
+        batch: Samples per call.
+        device: Where it runs.
+        runs: Timed calls per exit, after two that warm up.
+    """
+    taken: list[list[float]] = [[] for _ in range(exits)]
+    for turn in range(runs + 2):
+        for k in range(exits):
+            _wait(device)
+            begin = time.perf_counter()
+            call(k + 1)
+            _wait(device)
+            if turn >= 2:
+                taken[k].append(1000 * (time.perf_counter() - begin))
+    rows = [sorted(row) for row in taken]
+    return Latency(
+        milliseconds=tuple(row[math.ceil(0.95 * len(row)) - 1] for row in rows),
+        median=tuple(row[(len(row) - 1) // 2] for row in rows),
+        batch=batch,
+        device=_name(device),
+        threads=torch.get_num_threads(),
+        runs=runs,
+    )
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"cuda: {torch.cuda.get_device_name(device)}"
+    return f"{device.type}: {platform.processor() or platform.machine()}"

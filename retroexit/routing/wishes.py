@@ -1,0 +1,145 @@
+"""What a routed call asks for: a quality floor, a budget, a deadline; and which exits answer it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from retroexit.errors import OptionError, TrainingError
+from retroexit.routing.calibration import Calibration
+from retroexit.routing.latency import Latency
+from retroexit.routing.policy import assign_exits, check_threshold, spend
+
+__all__ = ["Wishes"]
+
+
+@dataclass(frozen=True, eq=False)
+class Wishes:
+    """How a call wants its exits chosen.
+
+    Attributes:
+        threshold: Largest quality loss to accept, ``>= 0``; one for all, or one per sample ``(N,)``. With a
+            `Calibration` it is a promise, else what the predictor expects.
+        budget: Mean share of the backbone's compute to spend, ``> 0``, predictor and retrieval counted: exits
+            are chosen so that inputs like the calibration set spend at most this on average, at the least
+            predicted loss. One batch may spend more or less.
+        deadline_ms: Milliseconds that the call may take by `Latency`, ``> 0``. Alone, it takes the last exit
+            that is fast enough; with a threshold or budget it is a limit on what they choose, and wins over
+            them. The batch leaves together, since only such calls have been measured.
+    """
+
+    threshold: float | Tensor | None = None
+    budget: float | None = None
+    deadline_ms: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.threshold is not None:
+            _check_thresholds(self.threshold)
+        for name in ("budget", "deadline_ms"):
+            value = getattr(self, name)
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if value is not None and (not is_number or not 0 < value < float("inf")):
+                raise OptionError(f"asked for {name}={value!r}; found no finite number > 0.", value)
+        if self.threshold is not None and self.budget is not None:
+            raise OptionError(
+                f"asked for threshold={self.threshold} and budget={self.budget}; found two goals that "
+                "exclude one another: a threshold spends what the quality needs, a budget takes the quality "
+                "that it pays for. Pass one of them.",
+                self.budget,
+            )
+
+    def __bool__(self) -> bool:
+        return self.given() != {}
+
+    def given(self) -> dict[str, Any]:
+        """List what is asked for."""
+        named = {"threshold": self.threshold, "budget": self.budget, "deadline_ms": self.deadline_ms}
+        return {name: value for name, value in named.items() if value is not None}
+
+    @property
+    def weighs_losses(self) -> bool:
+        """Tell whether the predicted losses of this call's samples matter."""
+        return self.threshold is not None or self.budget is not None
+
+    def choose(
+        self, predicted: Tensor, shares: Tensor | None = None, calibration: Calibration | None = None
+    ) -> Tensor:
+        """Choose exits for a batch by threshold or budget; the last one where neither is asked for.
+
+        Args:
+            predicted: Predicted loss of each branch exit, ``(N, K)``; infinite for samples that are sent to
+                the backbone.
+            shares: Compute of every exit as a share of the backbone's, ``(K + 1,)``, for a budget.
+            calibration: Turns the threshold into a promise; a budget cannot do without.
+
+        Returns:
+            Exit index per sample, ``(N,)``, int64, from 1.
+
+        Raises:
+            OptionError: If the budget cannot be met, or there is another number of thresholds than of
+                samples.
+            TrainingError: If a budget is asked for without calibration.
+        """
+        if self.threshold is not None:
+            return assign_exits(predicted, self.limits(predicted, calibration))
+        if self.budget is None:
+            return torch.full((len(predicted),), predicted.shape[1] + 1, device=predicted.device)
+        if calibration is None or shares is None:
+            raise TrainingError(
+                f"asked for budget={self.budget:g}; found no calibration, so that nothing is known of what "
+                "inputs spend on average. Call model.calibrate(inputs) first.",
+                self,
+            )
+        return spend(predicted, shares, calibration.price(shares, self.budget))
+
+    def limits(self, predicted: Tensor, calibration: Calibration | None) -> Tensor:
+        """Give the largest prediction that each exit may have under the threshold, ``(K,)`` or ``(N, K)``."""
+        threshold = self.threshold
+        assert threshold is not None
+        per_sample = isinstance(threshold, Tensor) and threshold.dim() > 0
+        if per_sample and len(threshold) != len(predicted):  # type: ignore[arg-type]
+            raise OptionError(
+                f"asked for {len(threshold)} thresholds; found {len(predicted)} samples. "  # type: ignore[arg-type]
+                "Pass one number, or one per sample.",
+                threshold,
+            )
+        if calibration is not None:
+            return calibration.limits(threshold).to(predicted)
+        if isinstance(threshold, Tensor) and per_sample:
+            return threshold.to(predicted)[:, None].expand_as(predicted)
+        return predicted.new_full((predicted.shape[1],), float(threshold))
+
+    def in_time(self, exits: Tensor, latency: Latency | None) -> Tensor:
+        """Bring exits ``(N,)`` within the deadline, if there is one; the batch then leaves together.
+
+        Raises:
+            TrainingError: If nothing has been measured.
+            OptionError: If no exit is fast enough, or the times are those of another batch size or machine.
+        """
+        if self.deadline_ms is None:
+            return exits
+        if latency is None:
+            raise TrainingError(
+                f"asked for deadline_ms={self.deadline_ms:g}; found no measured times. Call "
+                "model.measure_latency(*inputs) on this machine first.",
+                self,
+            )
+        last = latency.last_within(self.deadline_ms, len(exits), exits.device)
+        return exits.max().clamp_max(last).expand_as(exits)
+
+
+def _check_thresholds(threshold: float | Tensor) -> None:
+    if not isinstance(threshold, Tensor) or not threshold.dim():
+        check_threshold(float(threshold) if isinstance(threshold, Tensor) else threshold)
+    elif threshold.dim() != 1 or threshold.is_complex() or threshold.dtype == torch.bool:
+        raise OptionError(
+            f"asked for thresholds of shape {tuple(threshold.shape)} and type {threshold.dtype}; found "
+            "neither one number nor one per sample (N,).",
+            threshold,
+        )
+    else:
+        for one in threshold.tolist():
+            check_threshold(float(one))

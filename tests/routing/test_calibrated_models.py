@@ -1,0 +1,284 @@
+"""Models that keep their word: calibrated, saved and loaded, with predictors of every kind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import retroexit
+from retroexit.errors import BankError, CheckpointError, OptionError, TrainingError
+from retroexit.evaluation.promise import promise_summary, promised
+from retroexit.evaluation.quality import QualityMetric
+from retroexit.model import EarlyExitGenerator
+from retroexit.routing.policy import assign_exits
+from retroexit.routing.predictor import Kind, Predictor, Reads
+from retroexit.training.cache import FeatureCache
+from retroexit.training.inputs import Samples
+from retroexit.training.predictor import fit_predictor
+
+
+class Distance(QualityMetric):
+    name = "distance"
+
+    def compare(self, a: Tensor, b: Tensor) -> Tensor:
+        return (a - b).abs().mean((1, 2, 3))
+
+
+def _inputs(count: int, seed: int) -> Tensor:
+    random = torch.Generator().manual_seed(seed)
+    return torch.randn(count, 4, 8, 8, generator=random) * (
+        0.3 + torch.rand(count, 1, 1, 1, generator=random)
+    )
+
+
+TRAIN = _inputs(60, 1)
+
+
+@pytest.fixture(scope="module")
+def generator() -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        stages = [nn.Sequential(nn.Conv2d(12, 12, 3, padding=1), nn.ReLU()) for _ in range(3)]
+        return nn.Sequential(nn.Conv2d(4, 12, 1), *stages, nn.Conv2d(12, 3, 1), nn.Tanh()).eval()
+
+
+@pytest.fixture(scope="module")
+def folder(generator: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fitted model without calibration."""
+    folder = tmp_path_factory.mktemp("fitted")
+    model = retroexit.wrap(
+        generator,
+        [1, 2],
+        [0.5, 0.75],
+        min_channels=4,
+        guidance=True,
+        image_range=(-1, 1),
+        example_inputs=(TRAIN[:1],),
+    )
+    retroexit.fit(
+        model, TRAIN, folder, metric=Distance(), steps=10, batch=4, predictor_steps=60, progress=False
+    )
+    return folder
+
+
+@pytest.fixture
+def model(folder: Path, generator: nn.Module) -> EarlyExitGenerator:
+    return retroexit.load(folder, generator, (TRAIN[:1],))
+
+
+def _calibrate(model: EarlyExitGenerator, count: int = 80) -> None:
+    model.calibrate(_inputs(count, 2), metric=Distance(), progress=False)
+
+
+@torch.no_grad()
+def test_calibration_measures_every_exit_and_changes_what_a_threshold_means(
+    model: EarlyExitGenerator,
+) -> None:
+    inputs = _inputs(80, 2)
+    assert "threshold: what the predictor expects" in repr(model)
+    predicted = model.judge(inputs).guarded
+    _calibrate(model)
+    calibration = model.calibration
+    assert calibration is not None
+    target = model.generator(inputs)
+    for k in (1, 2):
+        by_hand = (model(inputs, exit=k) - target).abs().mean((1, 2, 3))
+        assert torch.allclose(calibration.losses[:, k - 1], by_hand, atol=1e-5)
+    assert torch.allclose(calibration.predicted, predicted, atol=1e-5)
+    assert calibration.about["hash"] == Samples(inputs).digest()
+    assert "threshold: a promise, P(distance > threshold) <= 0.05 with confidence 0.95" in repr(model)
+    new, tau = _inputs(200, 3), float(calibration.losses[:, 1].median())
+    output, exits = model.routed(new, threshold=tau)
+    wanted = assign_exits(model.judge(new).guarded, calibration.limits(tau))
+    assert torch.equal(exits, wanted)
+    lost = (output - model.generator(new)).abs().mean((1, 2, 3))
+    assert float((lost > tau).float().mean()) <= 0.1
+    assert len(exits.unique()) > 1, "a harder case is needed"
+
+
+def test_promise_and_times_are_saved_with_the_model(
+    model: EarlyExitGenerator, generator: nn.Module, tmp_path: Path
+) -> None:
+    _calibrate(model)
+    model.measure_latency(TRAIN[:2], runs=2)
+    model.save(tmp_path / "m")
+    loaded = retroexit.load(tmp_path / "m", generator, (TRAIN[:1],))
+    assert loaded.latency == model.latency
+    assert loaded.calibration is not None and model.calibration is not None
+    assert loaded.calibration.describe() == model.calibration.describe()
+    assert torch.equal(loaded.calibration.losses, model.calibration.losses)
+    new, tau = _inputs(30, 4), float(model.calibration.losses.median())
+    assert torch.equal(loaded.choose_exits(new, threshold=tau), model.choose_exits(new, threshold=tau))
+    assert torch.equal(loaded.choose_exits(new, budget=1.35), model.choose_exits(new, budget=1.35))
+    assert json.loads((tmp_path / "m" / "model.json").read_text())["schema"] == 2
+
+    path = tmp_path / "m" / "calibration.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(CheckpointError, match="found calibration.safetensors changed since it was written"):
+        retroexit.load(tmp_path / "m", generator, (TRAIN[:1],))
+    model.calibration = model.latency = None
+    model.save(tmp_path / "m")
+    assert not path.exists()
+    assert retroexit.load(tmp_path / "m", generator, (TRAIN[:1],)).calibration is None
+
+
+def test_folders_of_the_first_schema_are_read(
+    model: EarlyExitGenerator, generator: nn.Module, tmp_path: Path
+) -> None:
+    from retroexit.storage import _sha256, read_tensors, write_tensors
+
+    model.predictor = Predictor(12, exits=2, log=False)
+    model.predictor.input_shape = (12, 8, 8)
+    model.predictor.eval()
+    wanted = model.predict(TRAIN)
+    path = model.save(tmp_path / "m")
+    tensors, _ = read_tensors(path / "weights.safetensors")
+    new = ("predictor.guard.", "predictor.extra_")
+    write_tensors(path / "weights.safetensors", {n: t for n, t in tensors.items() if not n.startswith(new)})
+    manifest = json.loads((path / "model.json").read_text())
+    for name in ("log", "kind", "reads"):
+        del manifest["predictor"][name]
+    for name in ("calibration_sha256", "latency"):
+        del manifest[name]
+    manifest |= {"schema": 1, "weights_sha256": _sha256(path / "weights.safetensors")}
+    (path / "model.json").write_text(json.dumps(manifest))
+    loaded = retroexit.load(path, generator, (TRAIN[:1],))
+    assert torch.equal(loaded.predict(TRAIN), wanted)
+    assert not bool(loaded.judge(1000 * TRAIN).far.any())
+
+
+def test_what_cannot_be_calibrated_is_refused_before_anything_is_measured(
+    model: EarlyExitGenerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(model), "all_exits", lambda *_: pytest.fail("measured"))
+    with pytest.raises(OptionError, match="takes at least 59, .* Pass 39 more"):
+        _calibrate(model, 20)
+    with pytest.raises(OptionError, match="asked for alpha=2"):
+        model.calibrate(TRAIN, 2, metric=Distance())
+    with pytest.raises(OptionError, match="with ms-ssim; found a predictor of distance"):
+        model.calibrate(TRAIN, metric="ms-ssim")
+    model.predictor = None
+    with pytest.raises(TrainingError, match="asked to calibrate; found no predictor"):
+        _calibrate(model)
+    assert model.calibration is None
+
+
+@pytest.mark.parametrize("kind", ["conv", "pooled", "linear"])
+@pytest.mark.parametrize("reads", ["features", "inputs", "features+distance"])
+def test_a_predictor_of_every_kind_reads_what_it_is_told(
+    kind: Kind, reads: Reads, model: EarlyExitGenerator, generator: nn.Module, folder: Path, tmp_path: Path
+) -> None:
+    samples, losses = Samples(TRAIN), 0.1 + torch.rand(60, 2)
+    cache = FeatureCache.build(model, samples, folder / "cache", progress=False)
+    _calibrate(model)
+    error = fit_predictor(
+        model,
+        samples,
+        cache,
+        losses,
+        held_out=range(50, 60),
+        kind=kind,
+        predict_from=reads,
+        steps=20,
+        progress=False,
+    )
+    assert error is not None and 0 < error < 1
+    assert model.calibration is None, "the promise was another predictor's"
+    assert model.predictor is not None and model.predictor.input_shape is not None
+    assert model.predictor.input_shape[0] == (4 if reads == "inputs" else 12)
+    search = model.anatomy.search_macs(model.bank)
+    predictor = model.overhead()[0] - search
+    assert model.overhead()[-1] == predictor + (search if reads == "features+distance" else 0)
+    with torch.no_grad():
+        alone = torch.cat([model.predict(x[None]) for x in TRAIN[:5]])
+        assert torch.allclose(model.predict(TRAIN[:5]), alone, atol=1e-5)
+        model.save(tmp_path / "m")
+        loaded = retroexit.load(tmp_path / "m", generator, (TRAIN[:1],))
+        tau = float(alone.median())
+        assert torch.equal(loaded.predict(TRAIN[:5]), model.predict(TRAIN[:5]))
+        assert torch.equal(loaded(TRAIN[:5], threshold=tau), model(TRAIN[:5], threshold=tau))
+
+
+def test_the_distance_to_the_guide_is_searched_once_and_matters(
+    model: EarlyExitGenerator, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples = Samples(TRAIN)
+    cache = FeatureCache.build(model, samples, folder / "cache", progress=False)
+    bank = model.bank
+    assert bank is not None
+    feature = cache.read(model.split.cuts[0].feature.name, range(60))
+    found = bank.search(feature, torch.arange(60)).distances.sqrt().flatten(1).mean(1)
+    losses = torch.stack([found, found**2], 1) / 5 + 0.01
+    fit_predictor(
+        model,
+        samples,
+        cache,
+        losses,
+        held_out=range(48, 60),
+        kind="linear",
+        predict_from="features+distance",
+        steps=300,
+        progress=False,
+    )
+    assert model.predictor is not None
+    with torch.no_grad():
+        near = model.predictor(feature[:9], found[:9, None])
+        far = model.predictor(feature[:9], 2 * found[:9, None])
+    assert bool((far > near).all())
+    tau = float(model.predict(TRAIN[:9])[:, 0].median())
+    calls: list[int] = []
+    real = bank.search
+    monkeypatch.setattr(bank, "search", lambda x, *more: (calls.append(len(x)), real(x, *more))[1])
+    _, exits = model.routed(TRAIN[:9], threshold=tau)
+    assert calls == [9]
+    assert len(exits.unique()) > 1
+
+
+def test_what_a_predictor_cannot_read_is_refused(generator: nn.Module, folder: Path) -> None:
+    with pytest.raises(OptionError, match="asked for kind='deep'; found conv, pooled, linear only"):
+        Predictor(3, 2, kind="deep")  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="asked for predict_from='noise'; found features"):
+        Predictor(3, 2, reads="noise")  # type: ignore[arg-type]
+    plain = retroexit.wrap(generator, [1], 0.5, min_channels=4, example_inputs=(TRAIN[:1],))
+    samples = Samples(TRAIN)
+    with pytest.raises(BankError, match="predict_from='features.distance'; found branches without guidance"):
+        fit_predictor(
+            plain,
+            samples,
+            None,  # type: ignore[arg-type]
+            torch.rand(60, 1),
+            held_out=[],
+            predict_from="features+distance",
+        )
+
+
+def test_the_report_sets_the_promise_beside_what_is_observed(
+    model: EarlyExitGenerator, tmp_path: Path
+) -> None:
+    pytest.importorskip("jinja2")
+    pytest.importorskip("matplotlib")
+    new = _inputs(70, 5)
+    plain = retroexit.evaluate(model, new, tmp_path / "a", metric=Distance(), repeats=0, progress=False)
+    assert "not a promise" in (tmp_path / "a" / "report.html").read_text()
+    assert json.loads((tmp_path / "a" / "summary.json").read_text())["promise"] is None
+    _calibrate(model)
+    found = retroexit.evaluate(model, new, tmp_path / "b", metric=Distance(), repeats=0, progress=False)
+    assert (found.loss == plain.loss).all(), "measuring does not change with the promise"
+    page = (tmp_path / "b" / "report.html").read_text()
+    assert "Promise" in page and "with confidence 0.95 on inputs like the 80" in page
+    promise = json.loads((tmp_path / "b" / "summary.json").read_text())["promise"]
+    assert promise["held_out"] == 70 and promise["samples"] == 80
+    assert model.calibration is not None
+    for row in promise["rows"]:
+        tau = row["threshold"]
+        output, exits = model.routed(new, threshold=tau)
+        assert promised(found, model.calibration, tau).exit_of.tolist() == exits.tolist()
+        lost = (output - model.generator(new)).abs().mean((1, 2, 3))
+        assert row["above"] == int((lost > tau).sum())
+        assert row["consistent"] == (row["above"] <= 7)  # P(Bin(70, .05) >= 7) = 5.3 %, >= 8: 2.0 %
+    assert promise_summary(found, None, [0.1]) is None

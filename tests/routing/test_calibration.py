@@ -1,0 +1,121 @@
+"""The promise that a threshold becomes by calibration."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from retroexit.errors import OptionError
+from retroexit.routing.bounds import most_violations
+from retroexit.routing.calibration import Calibration, with_backbone
+from retroexit.routing.policy import assign_exits
+
+
+def _draw(samples: int, seed: int, error: float = 0.1, bias: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Losses of three exits, and predictions with an error of their own, as a share of the loss."""
+    random = torch.Generator().manual_seed(seed)
+    hard = 0.5 + torch.rand(samples, 1, generator=random)
+    losses = hard * torch.tensor([0.12, 0.08, 0.04])
+    noise = torch.randn(samples, 3, generator=random)
+    return losses, losses * (1 + bias + error * noise)
+
+
+def _violations(losses: Tensor, predicted: Tensor, limit: float, tau: float) -> int:
+    count = 0
+    for row, guess in zip(losses.tolist(), predicted.tolist(), strict=True):
+        taken = next((loss for loss, said in zip(row, guess, strict=True) if said <= limit), 0.0)
+        count += taken > tau
+    return count
+
+
+@pytest.mark.parametrize("bias", [-0.4, 0.0, 0.3])
+def test_the_limit_is_the_last_before_the_first_that_fails(bias: float) -> None:
+    losses, predicted = _draw(200, 3, bias=bias)
+    calibration, tau = Calibration(losses, predicted), 0.1
+    (limit, *rest) = calibration.limits(tau).tolist()
+    assert rest == [limit, limit]
+    allowed = most_violations(200, 0.05, 0.95)
+    grid = [tau * step / 100 for step in range(201)]
+    failing = [g for g in grid if _violations(losses, predicted, g, tau) > allowed]
+    assert failing, "a harder case is needed"
+    wanted = max(g for g in grid if g < failing[0])
+    assert limit == pytest.approx(wanted, abs=1e-7)
+
+
+@pytest.mark.parametrize("rule", ["margin", "bound"])
+@pytest.mark.parametrize("bias", [-0.3, 0.0])
+def test_the_promise_holds_for_most_calibration_sets_however_wrong_the_predictor(
+    rule: str, bias: float
+) -> None:
+    new_losses, new_predicted = _draw(40_000, 10_000, bias=bias)
+    broken, saved = 0, 0.0
+    for seed in range(100):
+        calibration = Calibration(*_draw(300, seed, bias=bias), rule=rule)  # type: ignore[arg-type]
+        exits, loss = calibration.observed(new_losses, new_predicted, 0.08)
+        broken += float((loss > 0.08).float().mean()) > 0.05
+        saved += float((exits < 4).float().mean()) / 100
+    # 5 % of 100 may be broken; 11 or more of them would come up once in two hundred times.
+    assert broken <= 10
+    assert saved > 0.5, "a promise that sends everything to the backbone is none"
+    expected = with_backbone(new_losses).gather(1, assign_exits(new_predicted, 0.08)[:, None] - 1)[:, 0]
+    assert float((expected > 0.08).float().mean()) > 0.06, "without calibration it is broken"
+
+
+def test_every_threshold_may_be_asked_for_and_each_sample_may_have_its_own() -> None:
+    calibration = Calibration(*_draw(200, 1))
+    taus = torch.tensor([0.05, 0.1, 0.05, 0.0])
+    limits = calibration.limits(taus)
+    assert limits.shape == (4, 3)
+    for row, tau in zip(limits, taus.tolist(), strict=True):
+        assert torch.equal(row, calibration.limits(tau))
+    assert bool((limits[0] < limits[1]).all())
+    assert assign_exits(torch.full((1, 3), 1e-9), calibration.limits(0.0)).tolist() == [4]
+
+
+def test_samples_that_the_drift_guard_took_cost_no_violation() -> None:
+    losses, predicted = _draw(200, 5, bias=-0.5)
+    before = float(Calibration(losses, predicted).limits(0.06)[0])
+    predicted[(losses > 0.06).any(1)] = math.inf
+    assert float(Calibration(losses, predicted).limits(0.06)[0]) > before
+
+
+@pytest.mark.parametrize(("samples", "missing"), [(58, 1), (10, 49)])
+def test_too_few_samples_are_refused_with_the_number_needed(samples: int, missing: int) -> None:
+    with pytest.raises(
+        OptionError,
+        match=rf"P\(loss > threshold\) <= 0.05 with confidence 0.95 from {samples} samples; found that it "
+        rf"takes at least 59, .* Pass {missing} more",
+    ):
+        Calibration(*_draw(samples, 0))
+    Calibration(*_draw(59, 0))
+    with pytest.raises(OptionError, match="takes at least 244"):
+        Calibration(*_draw(59, 0), rule="bound")
+
+
+def test_what_is_no_calibration_is_refused() -> None:
+    losses, predicted = _draw(60, 0)
+    for name, value in (("alpha", 0), ("alpha", 1.0), ("confidence", True), ("confidence", "0.9")):
+        with pytest.raises(OptionError, match=f"asked for {name}={value!r}; found no number between 0 and 1"):
+            Calibration(losses, predicted, **{name: value})  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="asked for rule='best'; found 'margin' and 'bound'"):
+        Calibration(losses, predicted, rule="best")  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match=r"found losses \(60, 3\) and predictions \(60, 2\)"):
+        Calibration(losses, predicted[:, :2])
+    losses[3, 1] = np.nan
+    with pytest.raises(OptionError, match="losses that are not finite"):
+        Calibration(losses, predicted)
+    with pytest.raises(OptionError, match="threshold=-0.1"):
+        Calibration(predicted, predicted).limits(-0.1)
+
+
+def test_it_says_what_it_promises() -> None:
+    calibration = Calibration(*_draw(100, 0), about={"metric": "lpips-alex", "hash": "ab" * 32})
+    assert str(calibration) == (
+        "P(lpips-alex > threshold) <= 0.05 with confidence 0.95 on inputs like the 100 it was calibrated on, "
+        "hash abababababab"
+    )
+    assert calibration.describe()["samples"] == 100

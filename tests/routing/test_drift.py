@@ -1,0 +1,93 @@
+"""Inputs unlike the fitting set go to the backbone, and are counted."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from retroexit.model import EarlyExitGenerator
+from retroexit.routing.drift import DriftGuard
+from retroexit.routing.predictor import Predictor
+from retroexit.training.predictor import train_predictor
+
+Make = Callable[..., EarlyExitGenerator]
+
+
+def _maps(samples: int, seed: int) -> Tensor:
+    """Maps of eight correlated channels, each sample with a mean of its own."""
+    random = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
+    common = torch.randn(samples, 3, 6, 6, generator=random) + torch.randn(samples, 3, 1, 1, generator=random)
+    own = 0.2 * torch.randn(samples, 8, 6, 6, generator=random)
+    return torch.einsum("cd,ndhw->nchw", mixing, common) + own + 1.0
+
+
+@pytest.fixture(scope="module")
+def fitted() -> Predictor:
+    torch.manual_seed(0)
+    predictor = Predictor(8, exits=2)
+    maps = _maps(360, 1)
+    losses = 0.1 + maps[:, :2].mean((2, 3)).abs()
+    train_predictor(predictor, maps, losses, held_out=range(300, 360), steps=5, progress=False)
+    return predictor
+
+
+@torch.no_grad()
+def _far(predictor: Predictor, maps: Tensor) -> float:
+    return float((predictor.judge(maps)[1] > 1).float().mean())
+
+
+def test_few_inputs_like_the_fitting_set_raise_the_alarm(fitted: Predictor) -> None:
+    assert _far(fitted, _maps(2000, 2)) <= 0.005
+
+
+def test_inputs_of_another_kind_raise_it(fitted: Predictor) -> None:
+    maps = _maps(100, 3)
+    assert _far(fitted, -maps) > 0.95
+    assert _far(fitted, torch.randn_like(maps)) > 0.95
+    assert _far(fitted, 4 * maps) > 0.9
+    assert _far(fitted, maps[:, torch.arange(8).flip(0)]) > 0.95, "the same values in other channels"
+
+
+def test_the_distance_is_that_of_mahalanobis_where_the_rank_is_full() -> None:
+    torch.manual_seed(2)
+    pooled = torch.randn(400, 5) @ torch.randn(5, 5) + 3
+    guard = DriftGuard(5)
+    guard.fit(pooled, pooled[:0])
+    other = torch.randn(20, 5) * 3
+    inverse = torch.linalg.inv(torch.cov(pooled.T, correction=0))
+    wanted = torch.einsum("ni,ij,nj->n", other - pooled.mean(0), inverse, other - pooled.mean(0)).sqrt()
+    assert torch.allclose(guard(other) * guard.limit, wanted, rtol=1e-2)
+
+
+def test_a_guard_that_saw_nothing_stops_nothing() -> None:
+    guard = DriftGuard(4)
+    assert guard(torch.full((2, 4), 1e6)).tolist() == [0.0, 0.0]
+    guard.fit(torch.randn(5, 4), torch.zeros(0, 4))  # too few to know
+    assert guard(torch.full((2, 4), 1e6)).tolist() == [0.0, 0.0]
+
+
+@torch.no_grad()
+def test_routing_sends_them_to_the_backbone_and_counts_them(routed: Make) -> None:
+    model = routed()
+    model.options = dataclasses.replace(model.options, predictor_inputs=None)
+    model.predictor = Predictor(10, exits=3)
+    z, w = torch.rand(40, 4, 4, 4), torch.rand(40, 5)
+    values, _ = model.split.begin((z, w), {})
+    feature = model.split.crossing(values, 0)[0]
+    train_predictor(model.predictor, feature, torch.rand(40, 3) + 0.1, held_out=[], steps=2, progress=False)
+    strange = torch.cat([z[:2], -20 * z[:1], z[2:3]])
+    _, exits = model.routed(strange, w[:4], threshold=1e3)
+    assert exits.tolist() == [1, 1, 4, 1]
+    assert (model.drift.seen, model.drift.count) == (4, 1)
+    assert model.judge(strange, w[:4]).far.tolist() == [False, False, True, False]
+    assert torch.isfinite(model.predict(strange, w[:4])).all(), "predictions themselves stay as they are"
+    assert model.drift.seen == 4, "only routed calls are counted"
+    model.drift.enabled = False
+    assert model.routed(strange, w[:4], threshold=1e3)[1].tolist() == [1, 1, 1, 1]
+    model.drift.reset()
+    assert (model.drift.seen, model.drift.count) == (0, 0)

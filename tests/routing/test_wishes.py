@@ -1,0 +1,190 @@
+"""Budgets, deadlines, thresholds per sample, and what excludes what."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from retroexit.errors import OptionError, TrainingError
+from retroexit.model import EarlyExitGenerator
+from retroexit.routing.calibration import Calibration
+from retroexit.routing.latency import Latency, time_exits
+from retroexit.routing.policy import price_for, spend
+from retroexit.routing.wishes import Wishes
+
+Make = Callable[..., EarlyExitGenerator]
+SHARES = torch.tensor([0.1, 0.3, 0.6, 1.01])
+
+
+def _predicted(samples: int = 400) -> Tensor:
+    return (0.2 + torch.rand(samples, 1)) * torch.tensor([0.3, 0.15, 0.05]) * (0.9 + 0.2 * torch.rand(1, 3))
+
+
+def _latency(batch: int = 2, times: tuple[float, ...] = (5.0, 8.0, 12.0, 20.0)) -> Latency:
+    device = time_exits(lambda k: None, 1, 1, torch.device("cpu"), 1).device
+    return Latency(times, times, batch, device, torch.get_num_threads(), 10)
+
+
+@pytest.mark.parametrize("budget", [0.1, 0.15, 0.4, 0.75, 1.0, 1.2])
+def test_a_budget_is_kept_on_the_samples_and_spent(budget: float) -> None:
+    predicted = _predicted()
+    exits = spend(predicted, SHARES, price_for(predicted, SHARES, budget))
+    mean = float(SHARES[exits - 1].mean())
+    assert mean <= budget + 1e-6
+    assert mean > min(budget, 1.01) - 0.02
+
+
+def test_a_budget_takes_the_least_loss_of_all_ways_to_spend_as_much() -> None:
+    predicted = _predicted(7)
+    price = price_for(predicted, SHARES, 0.5)
+    exits = spend(predicted, SHARES, price)
+    spent = float(SHARES[exits - 1].sum())
+    whole = torch.nn.functional.pad(predicted, (0, 1))
+    least = float(whole.gather(1, exits[:, None] - 1).sum())
+    every = torch.cartesian_prod(*[torch.arange(4)] * 7)  # (4^7, 7)
+    affordable = every[SHARES[every].sum(1) <= spent + 1e-6]
+    losses = whole[torch.arange(7), affordable].sum(1)
+    assert least == pytest.approx(float(losses.min()), abs=1e-6)
+
+
+def test_a_sample_that_is_too_far_goes_to_the_backbone_under_any_budget() -> None:
+    predicted = torch.tensor([[0.1, 0.05, 0.02], [math.inf] * 3])
+    for price in (0.0, 0.3, 1e6, math.inf):
+        assert spend(predicted, SHARES, price)[1] == 4
+    assert spend(predicted, SHARES, math.inf)[0] == 1
+
+
+def test_a_budget_below_the_cheapest_exit_is_refused() -> None:
+    with pytest.raises(OptionError, match="budget=0.05; found that the cheapest way to route costs 0.100"):
+        price_for(_predicted(), SHARES, 0.05)
+
+
+def test_a_model_spends_what_its_calibration_says(routed: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = routed()
+    monkeypatch.setattr(type(model), "shares", lambda self: SHARES)
+    z, w = torch.rand(100, 4, 4, 4), torch.rand(100, 5)
+    z[:, 0] = 3 + 3 * torch.rand(100, 1, 1)
+    with pytest.raises(TrainingError, match="budget=0.5; found no calibration"):
+        model(z[:3], w[:3], budget=0.5)
+    predicted = model.predict(z, w)
+    model.calibration = Calibration(predicted.clamp_min(0), predicted)
+    _, exits = model.routed(z, w, budget=0.5)
+    assert 0.47 < float(SHARES[exits - 1].mean()) <= 0.5
+    assert torch.equal(exits, model.choose_exits(z, w, budget=0.5))
+    assert len(exits.unique()) > 1
+
+
+def test_every_sample_may_have_its_own_threshold(routed: Make) -> None:
+    model = routed()
+    z, w = torch.rand(4, 4, 4, 4), torch.rand(4, 5)
+    z[:, 0] = torch.tensor([2.0, 2.0, 2.0, 0.5])[:, None, None]
+    taus = torch.tensor([2.5, 1.0, 0.0, 0.4])
+    output, exits = model.routed(z, w, threshold=taus)
+    assert exits.tolist() == [1, 2, 3, 2]
+    for row in range(4):
+        alone = model(z[row][None], w[row][None], threshold=float(taus[row]))
+        assert torch.allclose(output["image"][row], alone["image"][0], atol=1e-5)
+    with pytest.raises(OptionError, match="asked for 3 thresholds; found 4 samples"):
+        model(z, w, threshold=taus[:3])
+
+
+def test_a_calibrated_threshold_routes_by_its_limits(routed: Make) -> None:
+    model = routed()
+    z, w = torch.rand(2, 4, 4, 4), torch.rand(2, 5)
+    z[:, 0] = 2.4
+    assert model.choose_exits(z, w, threshold=0.5).tolist() == [3, 3]  # predicted 2.4, 1.4, 0.4
+    losses = torch.full((100, 3), 0.55)
+    model.calibration = Calibration(losses, torch.full((100, 3), 0.35))
+    assert float(model.calibration.limits(0.5)[0]) < 0.35
+    assert model.choose_exits(z, w, threshold=0.5).tolist() == [4, 4]
+    assert model.choose_exits(z, w, threshold=torch.tensor([0.5, 0.6])).tolist() == [4, 3]
+
+
+def test_a_deadline_alone_takes_the_last_exit_that_is_fast_enough(routed: Make) -> None:
+    model = routed()
+    z, w = torch.rand(2, 4, 4, 4), torch.rand(2, 5)
+    with pytest.raises(TrainingError, match="deadline_ms=10; found no measured times"):
+        model(z, w, deadline_ms=10.0)
+    model.latency = _latency()
+    for deadline, k in ((5.0, 1), (11.9, 2), (19.0, 3), (25.0, 4)):
+        output, exits = model.routed(z, w, deadline_ms=deadline)
+        assert exits.tolist() == [k, k]
+        assert torch.allclose(output["image"], model(z, w, exit=k)["image"], atol=1e-6)
+    assert model.predictor.rows == []  # type: ignore[union-attr]  # nobody was asked
+
+
+def test_a_deadline_limits_what_a_threshold_chooses_and_the_batch_leaves_together(routed: Make) -> None:
+    model = routed()
+    model.latency = _latency()
+    z, w = torch.rand(2, 4, 4, 4), torch.rand(2, 5)
+    z[:, 0] = torch.tensor([0.1, 1.2])[:, None, None]
+    assert model.choose_exits(z, w, threshold=0.5).tolist() == [1, 2]
+    assert model.choose_exits(z, w, threshold=0.5, deadline_ms=100).tolist() == [2, 2]
+    assert model.choose_exits(z, w, threshold=0.5, deadline_ms=6).tolist() == [1, 1]
+
+
+def test_a_deadline_that_cannot_be_met_or_was_measured_otherwise_is_refused(routed: Make) -> None:
+    model = routed()
+    model.latency = _latency()
+    z, w = torch.rand(2, 4, 4, 4), torch.rand(2, 5)
+    with pytest.raises(OptionError, match="deadline_ms=4; found that the fastest exit takes 5.0 ms"):
+        model(z, w, deadline_ms=4)
+    with pytest.raises(OptionError, match="with 1 samples on .* found times of 2 samples"):
+        model(z[:1], w[:1], deadline_ms=10)
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_measured_times_belong_to_routed_calls_of_this_batch(routed: Make, guided: bool) -> None:
+    model = routed(guided)
+    z, w = torch.rand(3, 4, 4, 4), torch.rand(3, 5)
+    found = model.measure_latency(z, w, runs=3)
+    assert found is model.latency and (found.batch, found.runs) == (3, 3)
+    assert len(found.milliseconds) == 4 and min(found.median) > 0
+    assert all(high >= middle for high, middle in zip(found.milliseconds, found.median, strict=True))
+    assert model.predictor.rows == [3] * 20  # type: ignore[union-attr]
+    assert model.drift.seen == 0
+    assert Latency.from_json(found.to_json()) == found
+    _, exits = model.routed(z, w, deadline_ms=1e6)
+    assert exits.tolist() == [4, 4, 4]
+
+
+def test_wishes_that_exclude_one_another_are_refused(routed: Make) -> None:
+    model = routed()
+    z, w = torch.rand(2, 4, 4, 4), torch.rand(2, 5)
+    with pytest.raises(OptionError, match="threshold=0.1 and budget=0.5; found two goals"):
+        model(z, w, threshold=0.1, budget=0.5)
+    for name, value in (("budget", 0.5), ("deadline_ms", 10.0), ("threshold", 0.1)):
+        with pytest.raises(OptionError, match=f"asked for exit=2 and {name}={value}; found two ways"):
+            model(z, w, exit=2, **{name: value})
+    for name in ("budget", "deadline_ms"):
+        for wrong in (0, -1.0, math.inf, math.nan, True, "1"):
+            with pytest.raises(OptionError, match=f"asked for {name}={wrong!r}; found no finite number > 0"):
+                Wishes(**{name: wrong})  # type: ignore[arg-type]
+    wrong_thresholds: list[Any] = [torch.zeros(2, 2), torch.tensor([True]), torch.tensor([0.1, -1.0])]
+    for threshold in wrong_thresholds:
+        with pytest.raises(OptionError, match="threshold"):
+            model(z, w, threshold=threshold)
+    with pytest.raises(OptionError, match="found neither threshold, budget nor deadline_ms"):
+        model.routed(z, w)
+
+
+def test_a_policy_of_ones_own_sees_predictions_and_limits(routed: Make) -> None:
+    model = routed()
+    z, w = torch.rand(2, 4, 4, 4), torch.rand(2, 5)
+    seen: list[Any] = []
+
+    def policy(predicted: Tensor, limits: Tensor | None) -> Tensor:
+        seen.append((predicted, limits))
+        return torch.tensor([3, 1])
+
+    output, exits = model.routed(z, w, threshold=0.5, choose=policy)
+    assert exits.tolist() == [3, 1]
+    assert torch.equal(seen[0][0], model.predict(z, w)) and seen[0][1].tolist() == [0.5] * 3
+    assert torch.allclose(output["image"][:1], model(z[:1], w[:1], exit=3)["image"], atol=1e-5)
+    with pytest.raises(OptionError, match="asked a policy for the exits of 2 samples; found .5, 1."):
+        model.routed(z, w, choose=lambda *_: torch.tensor([5, 1]))
