@@ -1,0 +1,229 @@
+"""Which exits of a wrapped generator can be run on parts of an image, and why the others cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from retroexit.branch.factory import Branch
+from retroexit.decoder.split import SplitGenerator
+from retroexit.decoder.structure import cloned, tensors
+from retroexit.errors import RegionError
+from retroexit.regions.reach import Reach, reaches_of
+from retroexit.regions.steps import Key, Step, piece, refuse_unreadable
+from retroexit.regions.trial import Axes, Trials, grid_of, try_sizes
+from retroexit.regions.windows import Extents, Route, copied, cut, size_rules
+
+__all__ = ["Locality", "find_locality"]
+
+_TRIAL_SIZES = (8, 24)
+_TOLERANCE = 1e-4
+
+
+@dataclass
+class Locality:
+    """What can be run on parts of an image.
+
+    Attributes:
+        routes: By cut and exit, both from 0; the exit after the last branch is the backbone. Only what can.
+        reasons: By cut and exit, why the others cannot.
+    """
+
+    routes: dict[tuple[int, int], Route] = field(default_factory=dict)
+    reasons: dict[tuple[int, int], RegionError] = field(default_factory=dict)
+
+    def check(self) -> None:
+        """Refuse a generator of which no exit can be run on a part of an image.
+
+        Raises:
+            RegionError: With the layer that is why.
+        """
+        if not self.routes:
+            raise list(self.reasons.values())[-1]
+
+
+@dataclass
+class _Known:
+    """What trials showed, of all steps together."""
+
+    axes: dict[Key, list[Axes]] = field(default_factory=dict)
+    reaches: dict[tuple[Key, Key], list[Reach | None]] = field(default_factory=dict)
+    rules: dict[Key, dict[Key, Any]] = field(default_factory=dict)
+    bad: dict[Key, RegionError] = field(default_factory=dict)
+
+
+def find_locality(split: SplitGenerator, branches: Sequence[nn.Module]) -> Locality:
+    """Try every step behind every cut on parts of the maps of the example inputs.
+
+    Args:
+        split: The generator in pieces.
+        branches: Its branches.
+
+    Returns:
+        What can be run on parts of an image; nothing of it is assumed, all of it was compared with the whole.
+
+    Raises:
+        RegionError: If steps cannot be listed, see `refuse_unreadable`.
+    """
+    refuse_unreadable(split, branches)
+    states = _states(split)
+    last, found, known = len(branches), Locality(), _Known()
+    for source in range(last):  # the backbone, from the first cut behind which all steps can be tried
+        try:
+            _learn(split, branches, source, last, states[source], known)
+            break
+        except RegionError as error:
+            found.reasons[source, last] = error
+    for index, branch in enumerate(branches):
+        try:
+            if isinstance(branch, Branch) and branch.entry is not None and branch.entry.resize is not None:
+                raise RegionError(
+                    f"asked for regions of branch {index + 1}; found that it takes a guide, which belongs to a "
+                    "whole image. Only the backbone is run on parts of it.",
+                    branch,
+                )
+            _learn(split, branches, index, index, states[index], known)
+        except RegionError as error:
+            found.reasons[index, index] = error
+    for source in range(last):
+        for target in range(source, last + 1):
+            _connect(split, branches, source, target, known, found)
+    return found
+
+
+def _connect(
+    split: SplitGenerator,
+    branches: Sequence[nn.Module],
+    source: int,
+    target: int,
+    known: _Known,
+    found: Locality,
+) -> None:
+    reason = found.reasons.get((source, target)) or found.reasons.get((target, target))
+    steps, goal = piece(split, branches, source, target)
+    crossing = split.cuts[source].crossing
+    for step in steps:
+        reason = reason or known.bad.get(step.key)
+    if reason is None and any(key not in known.axes for key in (*crossing, *(step.key for step in steps))):
+        reason = found.reasons.get((source, len(branches)))
+    if reason is not None:
+        found.reasons[source, target] = reason
+        return
+    found.routes[source, target] = Route(steps, goal, crossing, known.axes, known.reaches, known.rules)
+
+
+def _states(split: SplitGenerator) -> list[dict[Key, Tensor]]:
+    """Values at every cut, for the first sample of the example inputs."""
+    states = list[dict[Key, Tensor]]()
+    args, kwargs = split.example
+    with torch.no_grad():
+        values, _ = split.begin(cloned(args), cloned(kwargs))
+        for index, place in enumerate(split.cuts):
+            values = split.advance(values, index) if index else values
+            one = split.select(values, torch.zeros(1, dtype=torch.long))
+            states.append({node: one[node].clone() for node in place.crossing})
+    return states
+
+
+def _learn(
+    split: SplitGenerator,
+    branches: Sequence[nn.Module],
+    source: int,
+    target: int,
+    state: dict[Key, Tensor],
+    known: _Known,
+) -> None:
+    """Try a route at growing sizes, until every step was told apart from one that sees everything."""
+    steps, goal = piece(split, branches, source, target)
+    grid = grid_of(state, split.cuts[source].feature)
+    attempts: list[_Known | RegionError] = []
+    for size in (*((n,) * len(grid) for n in _TRIAL_SIZES), grid):
+        try:
+            attempts.append(_try(steps, goal, state, grid, size))
+        except RegionError as error:
+            attempts.append(error)
+            continue
+        if not attempts[-1].bad:  # type: ignore[union-attr]
+            break
+    done = [attempt for attempt in attempts if isinstance(attempt, _Known)]
+    if not done:
+        raise next(attempt for attempt in reversed(attempts) if isinstance(attempt, RegionError))
+    best = min(done, key=lambda attempt: len(attempt.bad))
+    for name in ("axes", "reaches", "rules", "bad"):
+        getattr(known, name).update(getattr(best, name))
+
+
+def _try(
+    steps: Sequence[Step], goal: Key, state: Mapping[Key, Tensor], grid: Sequence[int], size: Sequence[int]
+) -> _Known:
+    trials = try_sizes(steps, state, grid, size)
+    known = _Known(axes=trials.axes, rules=size_rules(steps, trials))
+    sizes = {step.key for step in steps if step.is_size}
+    for step in steps:
+        for key in step.reads if not step.is_size else ():
+            if key in sizes or not trials.has_space(key):
+                continue
+            try:
+                known.reaches[step.key, key] = reaches_of(step, key, trials, trials.base)
+            except RegionError as error:
+                known.bad[step.key] = error
+    if not known.bad:
+        bad = _compare(steps, goal, [*state], trials, known)
+        if bad is not None:
+            known.bad[bad.subject.key] = bad  # type: ignore[attr-defined]
+    return known
+
+
+def _compare(
+    steps: Sequence[Step], goal: Key, crossing: Sequence[Key], trials: Trials, known: _Known
+) -> RegionError | None:
+    """Run windows in the middle and in two corners, and compare every step with the whole."""
+    route = Route(steps, goal, crossing, known.axes, known.reaches, known.rules)
+    extents = Extents({key: trials.sizes(key, trials.base) for key in known.axes}, {})
+    image = extents.sizes[goal]
+    corners = [(3, 5), (0, 2), (6, 8)]
+    for low, high in corners:
+        window = [(n * low // 8, max(n * high // 8, n * low // 8 + 1)) for n in image]
+        spans = [route.span(k, lines, extents) for k, lines in enumerate(window)]
+        watch: dict[Key, Any] = {}
+        values = {key: trials.base[key].clone() for key in crossing}
+        trouble: Exception | None = None
+        try:
+            route.run(spans, copied(route.enter(spans, values)), watch)
+        except Exception as error:  # what a step raises on a window is about the window
+            trouble = error
+        for step in steps:
+            if step.is_size:
+                continue
+            if step.key not in watch:
+                why = f"raises {type(trouble).__name__} ({str(trouble)[:200]})"
+            else:
+                whole = cut(
+                    trials.base[step.key], known.axes[step.key], [span.stored.get(step.key) for span in spans]
+                )
+                gap = _gap(watch[step.key], whole)
+                if gap <= _TOLERANCE:
+                    continue
+                why = f"gives another result (largest difference {gap:.2g})"
+            return RegionError(
+                f"asked for regions; found that {step.where} {why} on a part of a map than on the whole, since "
+                "it looks at sizes or positions. Attach behind it.",
+                step,
+            )
+    return None
+
+
+def _gap(a: Any, b: Any) -> float:
+    """Largest difference, in units of the largest value where that is above 1."""
+    worst = 0.0
+    for x, y in zip(tensors(a), tensors(b), strict=True):
+        if x.shape != y.shape:
+            return float("inf")
+        if x.numel():
+            scale = max(1.0, float(y.double().abs().max()))
+            worst = max(worst, float((x.double() - y.double()).abs().max()) / scale)
+    return worst
