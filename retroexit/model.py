@@ -16,6 +16,7 @@ from retroexit.decoder.structure import twin
 from retroexit.errors import BankError, CheckpointError, NotRecordedError, OptionError, TrainingError
 from retroexit.exits import Exit, list_exits
 from retroexit.guidance.bank import GuidanceBank
+from retroexit.regions.router import RegionRouter, check_goal
 from retroexit.routing.policy import assign_exits, check_threshold
 from retroexit.routing.predictor import Predictor
 from retroexit.wrapping import Anatomy, WrapOptions, build_anatomy
@@ -35,6 +36,7 @@ class EarlyExitGenerator(nn.Module):
         branches: The thin branches, cheapest first. Empty until the generator has been recorded.
         bank: The guidance bank, or ``None``.
         predictor: The predictor, or ``None`` before `retroexit.fit`.
+        regions: Chooses exits inside the image, or ``None`` before `retroexit.regions.fitting.fit_regions`.
     """
 
     def __init__(self, generator: nn.Module, options: WrapOptions) -> None:
@@ -43,6 +45,7 @@ class EarlyExitGenerator(nn.Module):
         self.options = options
         self.branches = nn.ModuleList()
         self.predictor: Predictor | None = None
+        self.regions: RegionRouter | None = None
         self.bank: GuidanceBank | None = None
         self.about: dict[str, Any] = {}
         self._anatomy: Anatomy | None = None
@@ -140,7 +143,12 @@ class EarlyExitGenerator(nn.Module):
     # Calls.
 
     def forward(
-        self, *inputs: Any, exit: int | None = None, threshold: float | None = None, **kwargs: Any
+        self,
+        *inputs: Any,
+        exit: int | None = None,
+        threshold: float | None = None,
+        regions: bool | str = False,
+        **kwargs: Any,
     ) -> Any:
         """Render images.
 
@@ -149,12 +157,16 @@ class EarlyExitGenerator(nn.Module):
             exit: Leave at this exit, from 1; ``K + 1`` is the backbone.
             threshold: Largest quality loss to accept, ``>= 0``; each sample takes the cheapest exit predicted
                 to keep it.
+            regions: Whether parts of an image may leave at different exits, with a threshold: ``True`` or
+                ``"image"`` keeps the image's loss below it, ``"tiles"`` that of every tile. What an output
+                holds besides the image is then what the image's own exit gives.
             **kwargs: The generator's keyword inputs.
 
         Returns:
             A value with the structure of the generator's output.
 
         Raises:
+            RegionError: If no part of this generator's images can be made alone.
             OptionError: If both are given, or one is out of range.
             InputMismatchError: If the inputs differ from the recording where that matters.
             TrainingError: If a threshold is given and there is no predictor yet.
@@ -162,11 +174,12 @@ class EarlyExitGenerator(nn.Module):
         """
         clash = self.options.shadowed
         if clash:
-            own = {"exit": exit, "threshold": threshold}
+            own = {"exit": exit, "threshold": threshold, "regions": regions or None}
             kwargs.update({name: own[name] for name in clash if own[name] is not None})
             exit = None if "exit" in clash else exit
             threshold = None if "threshold" in clash else threshold
-        return self.route(inputs, kwargs, exit=exit, threshold=threshold)
+            regions = False if "regions" in clash else regions
+        return self.route(inputs, kwargs, exit=exit, threshold=threshold, regions=regions)
 
     def route(
         self,
@@ -175,6 +188,7 @@ class EarlyExitGenerator(nn.Module):
         *,
         exit: int | None = None,
         threshold: float | None = None,
+        regions: bool | str = False,
     ) -> Any:
         """Render images, with the generator's arguments apart from ours.
 
@@ -183,6 +197,7 @@ class EarlyExitGenerator(nn.Module):
             kwargs: The generator's keyword inputs.
             exit: See `forward`.
             threshold: See `forward`.
+            regions: See `forward`.
 
         Returns:
             A value with the structure of the generator's output.
@@ -196,6 +211,8 @@ class EarlyExitGenerator(nn.Module):
             )
         if not self.is_recorded:
             self.record(*args, **kwargs)
+        if regions is not False:
+            return self._regions(args, kwargs, threshold, regions)[0]
         if threshold is not None:
             return self._routed(args, kwargs, check_threshold(threshold))[0]
         if exit is None or self._check_exit(exit) == len(self.branches) + 1:
@@ -235,23 +252,28 @@ class EarlyExitGenerator(nn.Module):
             outputs.append(self.split.finish(values))
         return outputs
 
-    def routed(self, *inputs: Any, threshold: float, **kwargs: Any) -> tuple[Any, Tensor]:
+    def routed(
+        self, *inputs: Any, threshold: float, regions: bool | str = False, **kwargs: Any
+    ) -> tuple[Any, Tensor]:
         """Render images as ``model(*inputs, threshold=...)`` does, and tell where each sample left.
 
         Args:
             *inputs: The generator's positional inputs.
             threshold: Largest quality loss to accept, ``>= 0``.
+            regions: See `forward`.
             **kwargs: The generator's keyword inputs.
 
         Returns:
             A value with the structure of the generator's output, and exit indices ``(N,)`` from 1, ``K + 1``
-            for the backbone.
+            for the backbone; with regions one per tile, ``(N, tiles...)``.
 
         Raises:
             OptionError, InputMismatchError, TrainingError, BankError: See `forward`.
         """
         if not self.is_recorded:
             self.record(*inputs, **kwargs)
+        if regions is not False:
+            return self._regions(inputs, kwargs, threshold, regions)
         return self._routed(inputs, kwargs, check_threshold(threshold))
 
     def predict(self, *inputs: Any, **kwargs: Any) -> Tensor:
@@ -376,6 +398,17 @@ class EarlyExitGenerator(nn.Module):
             with torch.no_grad():
                 parts.append((rows, self.split.finish(values)))
         return merge(parts, len(exits), self.split.output_rows), exits
+
+    def _regions(
+        self, args: Any, kwargs: Any, threshold: float | None, regions: bool | str
+    ) -> tuple[Any, Tensor]:
+        if threshold is None:
+            raise OptionError(
+                f"asked for regions={regions!r}; found no threshold. Pass threshold=... as well.", regions
+            )
+        if self.regions is None:
+            raise TrainingError("asked for regions; found no tile predictor. Run fit_regions first.", self)
+        return self.regions.route(self, args, kwargs, check_threshold(threshold), check_goal(regions))
 
     def _check_exit(self, exit: int) -> int:
         if isinstance(exit, bool) or not isinstance(exit, int) or not 1 <= exit <= len(self.branches) + 1:

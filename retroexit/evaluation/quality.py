@@ -124,12 +124,23 @@ class LPIPS(QualityMetric):
                 f"{a.shape[-2]}x{a.shape[-1]}; enlarge them or use another metric",
                 a,
             )
-        dtype = next(self.parameters()).dtype
-        features = [self._network.net(self._network.scaling_layer(x.to(dtype))) for x in (a, b)]
-        total = a.new_zeros(a.shape[0], dtype=dtype)
-        for head, x, y in zip(self._network.lins, *features, strict=True):
-            total = total + head((_unit(x) - _unit(y)) ** 2).mean(dim=(1, 2, 3))  # (N, C, h, w) -> (N,)
-        return total
+        # (N, 1, h, w) -> (N,); added in the network's order, deeper layers last
+        return sum(
+            (m.mean(dim=(1, 2, 3)) for m in self.maps(a, b)), a.new_zeros(a.shape[0], dtype=self._dtype)
+        )
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    def maps(self, a: Tensor, b: Tensor) -> list[Tensor]:
+        """Compare images place by place: one map ``(N, 1, h, w)`` per layer, coarser and coarser.
+
+        The loss is the sum of their means. Images are as in :meth:`compare`.
+        """
+        features = [self._network.net(self._network.scaling_layer(x.to(self._dtype))) for x in (a, b)]
+        pairs = zip(self._network.lins, *features, strict=True)
+        return [head((_unit(x) - _unit(y)) ** 2) for head, x, y in pairs]
 
     def describe(self) -> dict[str, Any]:
         """Return name, network, weight file, hash of the weights in use and library versions.

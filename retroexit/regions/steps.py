@@ -156,7 +156,9 @@ def _listed(
         else:
             call = node.target  # type: ignore[assignment]
         mutates = bool(node.meta.get("mutates"))
-        steps.append(Step(key(node), call, args, kwargs, bool(node.meta.get("size")), mutates, _where(node, call)))
+        steps.append(
+            Step(key(node), call, args, kwargs, bool(node.meta.get("size")), mutates, _where(node, call))
+        )
     return steps
 
 

@@ -147,8 +147,10 @@ def _axes_of(
         if step.key in fixed:
             own = [a if b is None else b for a, b in zip(own, fixed[step.key], strict=True)]
         found.append(tuple(own))
-    whole_sizes = [{t.shape[a[k]] for t, a in zip(tensors(base[step.key]), found, strict=True) if a[k] is not None}
-                   for k in range(len(less))]
+    whole_sizes = [
+        {t.shape[a[k]] for t, a in zip(tensors(base[step.key]), found, strict=True) if a[k] is not None}
+        for k in range(len(less))
+    ]
     if any(len(sizes) > 1 for sizes in whole_sizes):
         raise RegionError(
             f"asked for regions; found that {step.where} returns maps of several sizes at once. Attach behind "

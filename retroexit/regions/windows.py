@@ -134,7 +134,9 @@ class Route:
                 made.append(self._partly(step, k, stored.setdefault(step.key, (0, 1)), extents))
             else:
                 takes = {key: (0, n) for key in self._maps[step.key] if (n := extents.sizes[key][k])}
-                made.append((takes, stored.setdefault(step.key, (0, whole)) if whole else None, whole, Fraction(1)))
+                made.append(
+                    (takes, stored.setdefault(step.key, (0, whole)) if whole else None, whole, Fraction(1))
+                )
             for key, taken in made[-1][0].items():
                 known = stored.get(key, taken)
                 stored[key] = (min(known[0], taken[0]), max(known[1], taken[1]))
@@ -147,7 +149,9 @@ class Route:
             moves.append(Move(relative, keeps, length, share))
         enters = {key: stored[key] for key in self.crossing if key in stored}
         widths = tuple(b - a for a, b in enters.values())
-        return Span(enters, tuple(moves), stored, (widths, *((*m.takes.values(), m.keeps, m.length) for m in moves)))
+        return Span(
+            enters, tuple(moves), stored, (widths, *((*m.takes.values(), m.keeps, m.length) for m in moves))
+        )
 
     def _partly(
         self, step: Step, k: int, lines: Lines, extents: Extents
@@ -156,9 +160,13 @@ class Route:
         first, end = lines
         whole = extents.sizes[step.key][k]
         reaches = {
-            key: reach for key in self._maps[step.key] if (reach := self._reaches[step.key, key][k]) is not None
+            key: reach
+            for key in self._maps[step.key]
+            if (reach := self._reaches[step.key, key][k]) is not None
         }
-        start, stop = _widen(first, end, whole, {key: (r, extents.sizes[key][k]) for key, r in reaches.items()})
+        start, stop = _widen(
+            first, end, whole, {key: (r, extents.sizes[key][k]) for key, r in reaches.items()}
+        )
         takes, length = dict[Key, Lines](), whole - start
         for key, reach in reaches.items():
             size = extents.sizes[key][k]
@@ -256,9 +264,7 @@ def size_rules(steps: Sequence[Step], trials: Trials) -> dict[Key, dict[Key, Any
     }
 
 
-def _widen(
-    first: int, end: int, whole: int, maps: Mapping[Key, tuple[Reach, int]]
-) -> tuple[int, int | None]:
+def _widen(first: int, end: int, whole: int, maps: Mapping[Key, tuple[Reach, int]]) -> tuple[int, int | None]:
     """Lines that a step has to run on for lines ``first`` to ``end``; ``None`` for up to the border.
 
     The beginning falls on a line of every map that the step takes.
