@@ -29,7 +29,7 @@ from retroexit.wrapping import WrapOptions
 
 __all__ = ["evaluate", "find_metric", "find_stages", "fit", "load", "wrap"]
 
-_OWN_KEYWORDS = ("exit", "threshold")
+_OWN_KEYWORDS = ("exit", "threshold", "regions")
 
 
 def wrap(

@@ -6,7 +6,7 @@ that moves along; norms over space, attention and pooling show that one line cha
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from math import ceil
@@ -17,17 +17,14 @@ from torch import Tensor
 
 from retroexit.decoder.structure import rebuild, tensors
 from retroexit.errors import RegionError
+from retroexit.regions.blame import blame
 from retroexit.regions.steps import Key, Step
 from retroexit.regions.trial import Axes, Trials
 
-__all__ = ["Reach", "TooNarrowError", "reaches_of"]
+__all__ = ["Reach", "reaches_of"]
 
 _SEEN = 1e-5  # of the largest change; what changes less is rounding of kernels that mix lines
 _MOST_PHASES = 64
-
-
-class TooNarrowError(RegionError):
-    """The trial was too small to tell a wide reach from one without end."""
 
 
 @dataclass(frozen=True)
@@ -60,10 +57,13 @@ def reaches_of(step: Step, key: Key, trials: Trials, live: Mapping[Key, Any]) ->
         live: Values for the step, at the basic size.
 
     Raises:
-        RegionError: If it sees the whole map, or its output has no space any more.
-        TooNarrowError: If that may only seem so.
+        RegionError: If it sees the whole map (at this size), or its output has no space any more.
     """
     found: list[Reach | None] = []
+    if not trials.axes[step.key]:
+        raise RegionError(
+            f"asked for regions; found that {step.where} writes into a part of a map. Attach behind it.", step
+        )
     insides, outsides = (trials.sizes(k, trials.base) for k in (key, step.key))
     plain = step.run(lambda k: _copied(live[k]))
     if not _same(plain, step.run(lambda k: _copied(live[k]))):
@@ -76,25 +76,37 @@ def reaches_of(step: Step, key: Key, trials: Trials, live: Mapping[Key, Any]) ->
         if not inside:
             found.append(None)
             continue
+
+        def moved(line: int, k: int = k) -> Any:
+            other = _with_line(live[key], trials.axes[key], k, line)
+            return step.run(lambda name: other if name == key else _copied(live[name]))
+
+        def changed(line: int, k: int = k) -> tuple[int, int] | None:
+            return _extent(plain, moved(line), trials.axes[step.key], k)
+
+        def who(k: int = k) -> str:
+            return blame(step, lambda: step.run(lambda name: _copied(live[name])), lambda: moved(0))
+
         if not outside:
             raise RegionError(
-                f"asked for regions; found that {step.where} takes all of its map together, as pooling over "
-                "space does, so that no part of it can be run alone. Attach behind it.",
+                f"asked for regions; found that {who()} takes all of its map together, as pooling over space "
+                "does, so that no part of it can be run alone. Attach behind it.",
                 step,
             )
         shorter = trials.less[k]
         ratio = Fraction(outside - trials.sizes(step.key, shorter)[k], inside - trials.sizes(key, shorter)[k])
-
-        def changed(line: int, k: int = k) -> tuple[int, int] | None:
-            moved = _with_line(live[key], trials.axes[key], k, line)
-            other = step.run(lambda name: moved if name == key else _copied(live[name]))
-            return _extent(plain, other, trials.axes[step.key], k)
-
-        found.append(_measure(step, ratio, inside, outside, changed))
+        found.append(_measure(step, ratio, inside, outside, changed, who))
     return found
 
 
-def _measure(step: Step, ratio: Fraction, inside: int, outside: int, changed: Any) -> Reach:
+def _measure(
+    step: Step,
+    ratio: Fraction,
+    inside: int,
+    outside: int,
+    changed: Callable[[int], tuple[int, int] | None],
+    who: Callable[[], str],
+) -> Reach:
     """Probe the first line, the last one, and every phase in the middle."""
     if ratio <= 0 or ratio.denominator > _MOST_PHASES:
         raise RegionError(
@@ -104,8 +116,8 @@ def _measure(step: Step, ratio: Fraction, inside: int, outside: int, changed: An
         )
     first, last = changed(0), changed(inside - 1)
     if first and last and first[1] >= outside - 1 and last[0] <= 0:
-        raise TooNarrowError(
-            f"asked for regions; found that {step.where} sees the whole map at once, as norms over space and "
+        raise RegionError(
+            f"asked for regions; found that {who()} sees the whole map at once, as norms over space and "
             "attention do, so that no part of it can be run alone. Attach behind it.",
             step,
         )
@@ -118,7 +130,7 @@ def _measure(step: Step, ratio: Fraction, inside: int, outside: int, changed: An
         if seen is None:
             continue
         if (seen[0] <= 0 and line > 0) or (seen[1] >= outside - 1 and line < inside - 1):
-            raise TooNarrowError(
+            raise RegionError(
                 f"asked for regions; found that {step.where} sees from the middle of a map of {inside} lines "
                 "to its border, so that no part of it can be run alone. Attach behind it, or use larger "
                 "inputs.",

@@ -89,7 +89,7 @@ def piece(
     """
     recording = split.decoder.recording
     begin = split.cuts[source]
-    image = split.place_of(recording.nodes[-1].args[0])
+    image = split.decoder.image
     if target == len(branches):
         return _needed(_listed(begin.rest, split, split.generator, lambda node: node), [image]), image
     end, branch = split.cuts[target], branches[target]
