@@ -21,7 +21,8 @@ from retroexit.regions.windows import Extents, Route, copied, cut, size_rules
 __all__ = ["Locality", "find_locality"]
 
 _TRIAL_SIZES = (8, 24)
-_TOLERANCE = 1e-4
+_TOLERANCE = 1e-5
+_LARGEST_GRAIN = 16
 
 
 @dataclass
@@ -53,7 +54,9 @@ class _Known:
     axes: dict[Key, list[Axes]] = field(default_factory=dict)
     reaches: dict[tuple[Key, Key], list[Reach | None]] = field(default_factory=dict)
     rules: dict[Key, dict[Key, Any]] = field(default_factory=dict)
+    grains: dict[Key, int] = field(default_factory=dict)
     bad: dict[Key, RegionError] = field(default_factory=dict)
+    proven: set[Key] = field(default_factory=set)
 
 
 def find_locality(split: SplitGenerator, branches: Sequence[nn.Module]) -> Locality:
@@ -72,7 +75,7 @@ def find_locality(split: SplitGenerator, branches: Sequence[nn.Module]) -> Local
     refuse_unreadable(split, branches)
     states = _states(split)
     last, found, known = len(branches), Locality(), _Known()
-    for source in range(last):  # the backbone, from the first cut behind which all steps can be tried
+    for source in range(last):  # the backbone, from the first cut behind which all of it can be run in parts
         try:
             _learn(split, branches, source, last, states[source], known)
             break
@@ -103,17 +106,25 @@ def _connect(
     known: _Known,
     found: Locality,
 ) -> None:
-    reason = found.reasons.get((source, target)) or found.reasons.get((target, target))
     steps, goal = piece(split, branches, source, target)
-    crossing = split.cuts[source].crossing
-    for step in steps:
-        reason = reason or known.bad.get(step.key)
-    if reason is None and any(key not in known.axes for key in (*crossing, *(step.key for step in steps))):
-        reason = found.reasons.get((source, len(branches)))
-    if reason is not None:
-        found.reasons[source, target] = reason
-        return
-    found.routes[source, target] = Route(steps, goal, crossing, known.axes, known.reaches, known.rules)
+    unproven = [step for step in steps if step.key not in known.proven]
+    if not unproven:
+        found.routes[source, target] = Route(
+            steps,
+            goal,
+            split.cuts[source].crossing,
+            known.axes,
+            known.reaches,
+            known.rules,
+            known.grains,
+        )
+    elif (source, target) not in found.reasons:
+        # The last cut's reason is about the fewest steps, of which some are in this route too.
+        own = [
+            found.reasons[key] for key in ((target, target), (source, len(branches))) if key in found.reasons
+        ]
+        bad = [known.bad[step.key] for step in unproven if step.key in known.bad]
+        found.reasons[source, target] = (bad or own or list(found.reasons.values()))[0]
 
 
 def _states(split: SplitGenerator) -> list[dict[Key, Tensor]]:
@@ -153,7 +164,10 @@ def _learn(
     if not done:
         raise next(attempt for attempt in reversed(attempts) if isinstance(attempt, RegionError))
     best = min(done, key=lambda attempt: len(attempt.bad))
-    for name in ("axes", "reaches", "rules", "bad"):
+    known.bad.update(best.bad)
+    if best.bad:
+        raise next(best.bad[step.key] for step in steps if step.key in best.bad)
+    for name in ("axes", "reaches", "rules", "grains", "proven"):
         getattr(known, name).update(getattr(best, name))
 
 
@@ -162,32 +176,44 @@ def _try(
 ) -> _Known:
     trials = try_sizes(steps, state, grid, size)
     known = _Known(axes=trials.axes, rules=size_rules(steps, trials))
-    sizes = {step.key for step in steps if step.is_size}
     for step in steps:
-        for key in step.reads if not step.is_size else ():
-            if key in sizes or not trials.has_space(key):
-                continue
+        _reach(step, trials, known)
+    first: dict[Key, RegionError] = {}
+    while not known.bad and (found := _compare(steps, goal, [*state], trials, known)) is not None:
+        step, error = found
+        first.setdefault(step.key, error)
+        known.grains[step.key] = 2 * known.grains.get(step.key, 1)
+        # Perhaps it has strides inside: windows that begin on even lines, and what it sees from each.
+        _reach(step, trials, known)
+        if known.bad or known.grains[step.key] > _LARGEST_GRAIN:
+            known.bad[step.key] = first[step.key]
+    if not known.bad:
+        known.proven = {step.key for step in steps}
+    return known
+
+
+def _reach(step: Step, trials: Trials, known: _Known) -> None:
+    for key in step.reads if not step.is_size else ():
+        if trials.axes.get(key) and trials.has_space(key):
             try:
-                known.reaches[step.key, key] = reaches_of(step, key, trials, trials.base)
+                known.reaches[step.key, key] = reaches_of(
+                    step, key, trials, trials.base, known.grains.get(step.key, 1)
+                )
             except RegionError as error:
                 known.bad[step.key] = error
-    if not known.bad:
-        bad = _compare(steps, goal, [*state], trials, known)
-        if bad is not None:
-            known.bad[bad.subject.key] = bad  # type: ignore[attr-defined]
-    return known
 
 
 def _compare(
     steps: Sequence[Step], goal: Key, crossing: Sequence[Key], trials: Trials, known: _Known
-) -> RegionError | None:
-    """Run windows in the middle and in two corners, and compare every step with the whole."""
-    route = Route(steps, goal, crossing, known.axes, known.reaches, known.rules)
+) -> tuple[Step, RegionError] | None:
+    """Run windows in the middle and in corners, and compare every step with the whole."""
+    route = Route(steps, goal, crossing, known.axes, known.reaches, known.rules, known.grains)
     extents = Extents({key: trials.sizes(key, trials.base) for key in known.axes}, {})
     image = extents.sizes[goal]
-    corners = [(3, 5), (0, 2), (6, 8)]
-    for low, high in corners:
-        window = [(n * low // 8, max(n * high // 8, n * low // 8 + 1)) for n in image]
+    places = [(3, 5, 0), (3, 5, 1), (3, 4, 3), (0, 2, 0), (0, 3, 1), (6, 8, 0), (5, 8, 1)]
+    for low, high, shift in places:
+        begins = [min(n * low // 8 + shift, n - 1) if low else 0 for n in image]
+        window = [(a, min(n, max(n * high // 8 + shift, a + 1))) for a, n in zip(begins, image, strict=True)]
         spans = [route.span(k, lines, extents) for k, lines in enumerate(window)]
         watch: dict[Key, Any] = {}
         values = {key: trials.base[key].clone() for key in crossing}
@@ -209,7 +235,7 @@ def _compare(
                 if gap <= _TOLERANCE:
                     continue
                 why = f"gives another result (largest difference {gap:.2g})"
-            return RegionError(
+            return step, RegionError(
                 f"asked for regions; found that {step.where} {why} on a part of a map than on the whole, since "
                 "it looks at sizes or positions. Attach behind it.",
                 step,

@@ -47,7 +47,9 @@ class Reach:
 
 
 @torch.no_grad()
-def reaches_of(step: Step, key: Key, trials: Trials, live: Mapping[Key, Any]) -> list[Reach | None]:
+def reaches_of(
+    step: Step, key: Key, trials: Trials, live: Mapping[Key, Any], grain: int = 1
+) -> list[Reach | None]:
     """Find the reach of a step into one of the maps that it takes, along every axis of the image.
 
     Args:
@@ -55,6 +57,7 @@ def reaches_of(step: Step, key: Key, trials: Trials, live: Mapping[Key, Any]) ->
         key: The map.
         trials: Runs at several sizes.
         live: Values for the step, at the basic size.
+        grain: Lines after which its pattern repeats, where it has strides inside.
 
     Raises:
         RegionError: If it sees the whole map (at this size), or its output has no space any more.
@@ -95,19 +98,20 @@ def reaches_of(step: Step, key: Key, trials: Trials, live: Mapping[Key, Any]) ->
             )
         shorter = trials.less[k]
         ratio = Fraction(outside - trials.sizes(step.key, shorter)[k], inside - trials.sizes(key, shorter)[k])
-        found.append(_measure(step, ratio, inside, outside, changed, who))
+        found.append(_measure(step, ratio, (inside, outside), changed, who, grain))
     return found
 
 
 def _measure(
     step: Step,
     ratio: Fraction,
-    inside: int,
-    outside: int,
+    sizes: tuple[int, int],
     changed: Callable[[int], tuple[int, int] | None],
     who: Callable[[], str],
+    grain: int,
 ) -> Reach:
     """Probe the first line, the last one, and every phase in the middle."""
+    inside, outside = sizes
     if ratio <= 0 or ratio.denominator > _MOST_PHASES:
         raise RegionError(
             f"asked for regions; found that {step.where} turns {inside} lines into {outside}, in no fixed ratio "
@@ -123,7 +127,7 @@ def _measure(
         )
     low: list[int] = []
     high: list[int] = []
-    phases = ratio.denominator
+    phases = ratio.denominator * grain
     middle = inside // 2 // phases * phases
     for line in range(middle, min(middle + phases, inside)):
         seen = changed(line)

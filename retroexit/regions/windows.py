@@ -83,9 +83,10 @@ class Route:
         steps: The steps.
         goal: Key of the image.
         crossing: Keys of the values at the cut.
-        trials: Runs at several sizes, for the sizes among arguments.
         axes: Axes of every value.
         reaches: For step and map, the reach along every axis of the image.
+        rules: For every step, how sizes among its arguments follow the map that it returns.
+        grains: Lines on which windows of a step begin, where it has strides inside.
     """
 
     def __init__(
@@ -96,9 +97,10 @@ class Route:
         axes: Mapping[Key, list[Axes]],
         reaches: Mapping[tuple[Key, Key], list[Reach | None]],
         rules: Mapping[Key, dict[Key, Any]],
+        grains: Mapping[Key, int],
     ) -> None:
         self.steps, self.goal, self.crossing = list(steps), goal, list(crossing)
-        self.axes, self._reaches, self._rules = axes, reaches, rules
+        self.axes, self._reaches, self._rules, self._grains = axes, reaches, rules, grains
         sizes = {step.key for step in steps if step.is_size}
         self._maps = {s.key: [k for k in s.reads if k not in sizes and self._has_space(k)] for s in steps}
         self._last = {key: i for i, step in enumerate(steps) for key in (step.key, *step.reads)}
@@ -165,7 +167,11 @@ class Route:
             if (reach := self._reaches[step.key, key][k]) is not None
         }
         start, stop = _widen(
-            first, end, whole, {key: (r, extents.sizes[key][k]) for key, r in reaches.items()}
+            first,
+            end,
+            whole,
+            {key: (r, extents.sizes[key][k]) for key, r in reaches.items()},
+            self._grains.get(step.key, 1),
         )
         takes, length = dict[Key, Lines](), whole - start
         for key, reach in reaches.items():
@@ -264,12 +270,14 @@ def size_rules(steps: Sequence[Step], trials: Trials) -> dict[Key, dict[Key, Any
     }
 
 
-def _widen(first: int, end: int, whole: int, maps: Mapping[Key, tuple[Reach, int]]) -> tuple[int, int | None]:
+def _widen(
+    first: int, end: int, whole: int, maps: Mapping[Key, tuple[Reach, int]], grain: int
+) -> tuple[int, int | None]:
     """Lines that a step has to run on for lines ``first`` to ``end``; ``None`` for up to the border.
 
     The beginning falls on a line of every map that the step takes.
     """
-    unit = lcm(*(reach.ratio.numerator for reach, _ in maps.values()))
+    unit = grain * lcm(*(reach.ratio.numerator for reach, _ in maps.values()))
     start, stop, to_border = first, end, end >= whole
     for reach, size in maps.values():
         begin, finish = reach.needs(first, end)

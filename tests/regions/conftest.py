@@ -112,7 +112,10 @@ LOCAL: dict[str, Callable[[], tuple[nn.Module, tuple[Tensor, ...]]]] = {
         Staged([Maps(), Maps(), conv()]),
         (torch.rand(2, 4, 8, 12), torch.rand(2, 2, 64, 96)),
     ),
-    "style vectors": lambda: (Staged([Styled(), up(), Styled()]), (torch.rand(2, 4, 8, 12), torch.rand(2, 5))),
+    "style vectors": lambda: (
+        Staged([Styled(), up(), Styled()]),
+        (torch.rand(2, 4, 8, 12), torch.rand(2, 5)),
+    ),
     "one dimension": lambda: (
         Staged([nn.ConvTranspose1d(8, 8, 8, 4, 2), nn.Conv1d(8, 8, 3, padding=1)], dims=1),
         (torch.rand(2, 4, 40),),
