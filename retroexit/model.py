@@ -209,6 +209,12 @@ class EarlyExitGenerator(nn.Module):
                 "one of them.",
                 exit,
             )
+        if exit is not None and regions is not False:
+            raise OptionError(
+                f"asked for regions={regions!r} and exit={exit}; found two ways to choose an exit. Pass one of "
+                "them.",
+                exit,
+            )
         if not self.is_recorded:
             self.record(*args, **kwargs)
         if regions is not False:

@@ -105,7 +105,7 @@ def choose_layout(
         if base >= target or worst[base] <= threshold or start >= best.macs:
             continue
         gains, need = _gains(losses[base], losses[target], area, threshold, goal)
-        if gains.sum() < need:
+        if gains.clip(min=0).sum() < need:
             continue
         chosen = _cover(gains, need, prices.rectangles[source, target], best.macs - start)
         if chosen is not None:
