@@ -1,9 +1,9 @@
 """Exits inside the image against exits for whole images, at equal compute, on a real latent decoder.
 
 Reads a model that `examples/latent_decoder.py` fitted, fits its tile predictor where that is missing, and
-renders test latents at a range of thresholds: every image through one exit, every image through the exit that
-its expected loss allows, and every tile likewise. MACs are counted with everything: halos, the tile predictor,
-the backbone up to where rectangles begin.
+renders test latents at a range of thresholds: every image through one exit, every image through the exit
+that its expected loss allows, and every tile likewise. MACs are counted with everything: halos, the tile
+predictor, the backbone up to where rectangles begin.
 
     python benchmarks/regions.py --model runs/latent --json regions.json --plot regions.png \
         --pictures regions-pictures.png
@@ -356,9 +356,8 @@ def main() -> None:
     ]
     checked = check(model, test[:4], float(np.median(taus)))
     size = [own[-1] for own in canvas.edges]
-    print(
-        f"{len(test)} images of {size[1]}x{size[0]}, tiles of {arguments.tile}; tile predictor {model.regions.about}"
-    )
+    print(f"{len(test)} images of {size[1]}x{size[0]}, tiles of {arguments.tile}")
+    print(f"tile predictor: {model.regions.about}")
     rows = [
         [str(e), f"{100 * m / one.macs[-1]:.1f} %", f"{a:.4f}", f"{b:.4f}", f"{c:.4f}"]
         for e, m, a, b, c in zip(one.thresholds, one.macs, one.loss, one.p95, one.tile_p95, strict=True)

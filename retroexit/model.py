@@ -211,8 +211,8 @@ class EarlyExitGenerator(nn.Module):
             )
         if exit is not None and regions is not False:
             raise OptionError(
-                f"asked for regions={regions!r} and exit={exit}; found two ways to choose an exit. Pass one of "
-                "them.",
+                f"asked for regions={regions!r} and exit={exit}; found two ways to choose an exit. Pass one "
+                "of them.",
                 exit,
             )
         if not self.is_recorded:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,8 +30,9 @@ _CONTEXT = 16  # pixels around a tile that a metric without maps sees too
 def tile_losses(metric: QualityMetric, a: Tensor, b: Tensor, edges: Sequence[Sequence[int]]) -> Tensor:
     """Compare images tile by tile.
 
-    A metric that has ``maps`` (LPIPS) is averaged over tiles: the mean over the tiles, weighted by their area,
-    is the loss of the image. Any other metric compares windows around the tiles, scaled so that this holds.
+    A metric that has ``maps`` (LPIPS) is averaged over tiles: the mean over the tiles, weighted by their
+    area, is the loss of the image. Any other metric compares windows around the tiles, scaled so that this
+    holds.
 
     Args:
         metric: A loss between images.
@@ -47,8 +49,8 @@ def tile_losses(metric: QualityMetric, a: Tensor, b: Tensor, edges: Sequence[Seq
         return tiles[:, 0].to(whole.dtype)
     rows, columns = edges
     found = a.new_zeros(len(a), len(rows) - 1, len(columns) - 1)
-    for i, (top, bottom) in enumerate(zip(rows, rows[1:], strict=False)):
-        for j, (left, right) in enumerate(zip(columns, columns[1:], strict=False)):
+    for i, (top, bottom) in enumerate(pairwise(rows)):
+        for j, (left, right) in enumerate(pairwise(columns)):
             window = (
                 slice(None),
                 slice(None),
@@ -109,8 +111,8 @@ def fit_regions(
         model.record(*args, **kwargs)
     if len(model.anatomy.feature_shape) != 3:
         raise OptionError(
-            f"asked for regions of values of shape {model.anatomy.feature_shape}; found no metric that compares "
-            "parts of anything but pictures. Use threshold=... without regions.",
+            f"asked for regions of values of shape {model.anatomy.feature_shape}; found no metric that "
+            "compares parts of anything but pictures. Use threshold=... without regions.",
             model.anatomy.feature_shape,
         )
     with drawing_from(settings.seed):

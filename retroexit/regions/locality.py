@@ -85,8 +85,8 @@ def find_locality(split: SplitGenerator, branches: Sequence[nn.Module]) -> Local
         try:
             if isinstance(branch, Branch) and branch.entry is not None and branch.entry.resize is not None:
                 raise RegionError(
-                    f"asked for regions of branch {index + 1}; found that it takes a guide, which belongs to a "
-                    "whole image. Only the backbone is run on parts of it.",
+                    f"asked for regions of branch {index + 1}; found that it takes a guide, which belongs to "
+                    "a whole image. Only the backbone is run on parts of it.",
                     branch,
                 )
             _learn(split, branches, index, index, states[index], known)
@@ -236,8 +236,8 @@ def _compare(
                     continue
                 why = f"gives another result (largest difference {gap:.2g})"
             return step, RegionError(
-                f"asked for regions; found that {step.where} {why} on a part of a map than on the whole, since "
-                "it looks at sizes or positions. Attach behind it.",
+                f"asked for regions; found that {step.where} {why} on a part of a map than on the whole, "
+                "since it looks at sizes or positions. Attach behind it.",
                 step,
             )
     return None

@@ -22,7 +22,7 @@ def exit_colour(exit: int, exits: int) -> tuple[int, int, int]:
     place = (exit - 1) / max(1, exits - 1) * (len(_COLOURS) - 1)
     low = min(int(place), len(_COLOURS) - 2)
     colour = _COLOURS[low] + (place - low) * (_COLOURS[low + 1] - _COLOURS[low])
-    red, green, blue = (int(round(value)) for value in colour)
+    red, green, blue = (round(value) for value in colour)
     return red, green, blue
 
 
@@ -33,7 +33,7 @@ def exit_map_picture(
 
     Args:
         image: The image ``(3, H, W)`` or ``(1, H, W)`` in [-1, 1].
-        exit_map: Exit of every tile ``(rows, columns)``, from 1, as ``model.routed(..., regions=True)`` gives.
+        exit_map: Exit of every tile ``(rows, columns)``, from 1, as ``model.routed`` gives it.
         edges: Where tiles begin and end, in pixels, see `retroexit.regions.tiles.edges_of`.
         exits: Number of exits, the backbone counted.
         strength: Share of the colour, the rest is the image in grey.

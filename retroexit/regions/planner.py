@@ -1,8 +1,9 @@
 """Choose for one image which exit to run where, at the least compute.
 
 A *layout* is an exit for the whole image and, where that is not good enough, rectangles of tiles that a
-deeper exit makes again. Rectangles are chosen greedily by the loss that they take away per multiply-accumulate,
-their halo counted, which is what joins neighbouring tiles: one large rectangle has less halo than many tiles.
+deeper exit makes again. Rectangles are chosen greedily by the loss that they take away per
+multiply-accumulate, their halo counted, which is what joins neighbouring tiles: one large rectangle has less
+halo than many tiles.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ class Prices:
     Attributes:
         trunk: Of the backbone up to every cut.
         whole: Of every exit behind its cut, run on the whole image, the backbone last (behind the last cut).
-        rectangles: By cut and exit, of every rectangle of tiles, with two axes (first, last interval's number)
-            flattened: shape ``(intervals of axis 0, intervals of axis 1, ...)``.
+        rectangles: By cut and exit, of every rectangle of tiles; one axis per axis of the image, along it
+            all `intervals`.
     """
 
     trunk: Sequence[float]

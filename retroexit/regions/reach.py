@@ -71,8 +71,8 @@ def reaches_of(
     plain = step.run(lambda k: _copied(live[k]))
     if not _same(plain, step.run(lambda k: _copied(live[k]))):
         raise RegionError(
-            f"asked for regions; found that {step.where} draws random numbers, which fall otherwise on a part "
-            "of a map. Attach behind it.",
+            f"asked for regions; found that {step.where} draws random numbers, which fall otherwise on a "
+            "part of a map. Attach behind it.",
             step,
         )
     for k, (inside, outside) in enumerate(zip(insides, outsides, strict=True)):
@@ -114,8 +114,8 @@ def _measure(
     inside, outside = sizes
     if ratio <= 0 or ratio.denominator > _MOST_PHASES:
         raise RegionError(
-            f"asked for regions; found that {step.where} turns {inside} lines into {outside}, in no fixed ratio "
-            "that regions can follow. Attach behind it.",
+            f"asked for regions; found that {step.where} turns {inside} lines into {outside}, in no fixed "
+            "ratio that regions can follow. Attach behind it.",
             step,
         )
     first, last = changed(0), changed(inside - 1)

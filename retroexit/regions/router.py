@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import product
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +21,6 @@ from retroexit.regions.planner import (
     Goal,
     Layout,
     Prices,
-    Rectangle,
     choose_layout,
     intervals,
     rectangle_count,
@@ -344,8 +342,3 @@ def _exit_map(layouts: Sequence[Layout], canvas: Canvas) -> Tensor:
         for rectangle in layout.rectangles:
             found[(row, *(slice(*tiles) for tiles in rectangle))] = layout.target + 1
     return found
-
-
-def tiles_in(rectangle: Rectangle) -> list[tuple[int, ...]]:
-    """All tiles of a rectangle."""
-    return list(product(*(range(*tiles) for tiles in rectangle)))

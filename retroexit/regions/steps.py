@@ -123,8 +123,8 @@ def refuse_unreadable(split: SplitGenerator, branches: Sequence[nn.Module]) -> N
     what = f"asked for regions in {type(split.generator).__name__}"
     if split.decoder.replayed:
         raise RegionError(
-            f"{what}; found that its own forward has to run again behind a cut ({split.decoder.replayed}), and "
-            "a forward cannot be run on a part of an image. Use threshold=... without regions.",
+            f"{what}; found that its own forward has to run again behind a cut ({split.decoder.replayed}), "
+            "and a forward cannot be run on a part of an image. Use threshold=... without regions.",
             split.generator,
         )
     if not split.divides or {*split.batched.values()} - {1}:

@@ -1,4 +1,4 @@
-"""Run steps on small pieces of the values at a cut, to see which axes of every value are axes of the image."""
+"""Run steps on small pieces of the values at a cut, to see which axes of a value are axes of the image."""
 
 from __future__ import annotations
 
@@ -138,8 +138,8 @@ def _axes_of(
             along = [k for k, run in enumerate(less) if tensors(run[step.key])[number].shape[axis] != whole]
             if len(along) > 1 or (along and own[along[0]] is not None):
                 raise RegionError(
-                    f"asked for regions; found that {step.where} lays the axes of the image into one another, "
-                    "as attention does, so that no part of it can be run alone. Attach behind it.",
+                    f"asked for regions; found that {step.where} lays the axes of the image into one "
+                    "another, as attention does, so that no part of it can be run alone. Attach behind it.",
                     step,
                 )
             if along:
@@ -153,8 +153,8 @@ def _axes_of(
     ]
     if any(len(sizes) > 1 for sizes in whole_sizes):
         raise RegionError(
-            f"asked for regions; found that {step.where} returns maps of several sizes at once. Attach behind "
-            "it.",
+            f"asked for regions; found that {step.where} returns maps of several sizes at once. Attach "
+            "behind it.",
             step,
         )
     return found
@@ -244,8 +244,8 @@ def size_rule(key: Key, step: Step, trials: Trials) -> Any:
         ]
         if not fits:
             raise RegionError(
-                f"asked for regions; found that {step.where} is handed a size that does not follow its map's: "
-                f"{number} at {whole[0]}. Attach behind it.",
+                f"asked for regions; found that {step.where} is handed a size that does not follow its map's:"
+                f" {number} at {whole[0]}. Attach behind it.",
                 step,
             )
         rules[path] = (fits[0], number / whole[0][fits[0]])

@@ -1,4 +1,4 @@
-"""Small decoders of every kind that can be run in parts, and models whose tile predictor is told what to say."""
+"""Small decoders of every kind that can be run in parts; tile predictors that are told what to say."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def wrapped() -> Callable[..., tuple[EarlyExitGenerator, tuple[Tensor, ...]]]:
 
 
 class Says(nn.Module):
-    """A tile predictor that says the same losses for every image: one row per sample, ``(K, tiles...)`` each."""
+    """A tile predictor that says given losses ``(N, K, tiles...)``, whatever it sees."""
 
     def __init__(self, losses: Tensor, tile: int) -> None:
         super().__init__()

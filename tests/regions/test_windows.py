@@ -1,4 +1,4 @@
-"""Windows of images against the same part of the whole image; reach against gradients, costs against a counter."""
+"""Windows of images against parts of whole images; reach against gradients, costs against a counter."""
 
 from __future__ import annotations
 
