@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,9 +14,10 @@ from retroexit.branch.factory import Branch
 from retroexit.decoder.split import SplitGenerator
 from retroexit.decoder.structure import cloned, tensors
 from retroexit.errors import RegionError
+from retroexit.regions.opening import Inside, expanded, open_modules
 from retroexit.regions.reach import Reach, reaches_of
 from retroexit.regions.steps import Key, Step, piece, refuse_unreadable
-from retroexit.regions.trial import Axes, Trials, grid_of, try_sizes
+from retroexit.regions.trial import Axes, Trials, grid_of, resized, try_sizes
 from retroexit.regions.windows import Extents, Route, copied, cut, size_rules
 
 __all__ = ["Locality", "find_locality"]
@@ -57,6 +59,7 @@ class _Known:
     grains: dict[Key, int] = field(default_factory=dict)
     bad: dict[Key, RegionError] = field(default_factory=dict)
     proven: set[Key] = field(default_factory=set)
+    inside: Inside = field(default_factory=dict)
 
 
 def find_locality(split: SplitGenerator, branches: Sequence[nn.Module]) -> Locality:
@@ -75,6 +78,8 @@ def find_locality(split: SplitGenerator, branches: Sequence[nn.Module]) -> Local
     refuse_unreadable(split, branches)
     states = _states(split)
     last, found, known = len(branches), Locality(), _Known()
+    for source, target in ((0, last), *((index, index) for index in range(last))):
+        _open(piece(split, branches, source, target)[0], states[source], split.cuts[source].feature, known)
     for source in range(last):  # the backbone, from the first cut behind which all of it can be run in parts
         try:
             _learn(split, branches, source, last, states[source], known)
@@ -106,7 +111,7 @@ def _connect(
     known: _Known,
     found: Locality,
 ) -> None:
-    steps, goal = piece(split, branches, source, target)
+    steps, goal = _piece(split, branches, source, target, known)
     unproven = [step for step in steps if step.key not in known.proven]
     if not unproven:
         found.routes[source, target] = Route(
@@ -127,17 +132,45 @@ def _connect(
         found.reasons[source, target] = (bad or own or list(found.reasons.values()))[0]
 
 
+def _open(steps: Sequence[Step], state: Mapping[Key, Tensor], feature: Key, known: _Known) -> None:
+    """Look inside modules, on small maps; what does not run on these stays closed."""
+    with contextlib.suppress(Exception):
+        grid = grid_of(state, feature)
+        small, _ = resized(state, grid, [_TRIAL_SIZES[0]] * len(grid))
+        open_modules(steps, small, known.inside)
+
+
+def _piece(
+    split: SplitGenerator, branches: Sequence[nn.Module], source: int, target: int, known: _Known
+) -> tuple[list[Step], Key]:
+    steps, goal = piece(split, branches, source, target)
+    return expanded(steps, known.inside), goal
+
+
 def _states(split: SplitGenerator) -> list[dict[Key, Tensor]]:
-    """Values at every cut, for the first sample of the example inputs."""
+    """Values at every cut, for the first sample of the example inputs and nearly the same one again."""
     states = list[dict[Key, Tensor]]()
     args, kwargs = split.example
     with torch.no_grad():
         values, _ = split.begin(cloned(args), cloned(kwargs))
         for index, place in enumerate(split.cuts):
             values = split.advance(values, index) if index else values
-            one = split.select(values, torch.zeros(1, dtype=torch.long))
-            states.append({node: one[node].clone() for node in place.crossing})
+            two = split.select(values, torch.zeros(2, dtype=torch.long))
+            states.append(
+                {
+                    node: _second(two[node]) if node in split.batched else two[node].clone()
+                    for node in place.crossing
+                }
+            )
     return states
+
+
+def _second(value: Tensor) -> Tensor:
+    """Let the second of two equal rows differ a little."""
+    value = value.clone()
+    if value.is_floating_point():
+        value[1] *= 0.9
+    return value
 
 
 def _learn(
@@ -149,7 +182,7 @@ def _learn(
     known: _Known,
 ) -> None:
     """Try a route at growing sizes, until every step was told apart from one that sees everything."""
-    steps, goal = piece(split, branches, source, target)
+    steps, goal = _piece(split, branches, source, target, known)
     grid = grid_of(state, split.cuts[source].feature)
     attempts: list[_Known | RegionError] = []
     for size in (*((n,) * len(grid) for n in _TRIAL_SIZES), grid):

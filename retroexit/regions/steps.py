@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import linecache
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +16,12 @@ import torch
 from torch import fx, nn
 
 from retroexit.branch.factory import Branch
-from retroexit.decoder.lines import show
+from retroexit.decoder.lines import is_user_code, show
 from retroexit.decoder.split import SplitGenerator
 from retroexit.decoder.structure import flatten, rebuild
 from retroexit.errors import RegionError
 
-__all__ = ["Key", "Ref", "Step", "piece", "refuse_unreadable"]
+__all__ = ["Key", "Ref", "Step", "piece", "refuse_unreadable", "steps_of_nodes"]
 
 Key = Hashable
 
@@ -88,21 +88,22 @@ def piece(
         The steps in order, and the key of the image.
     """
     recording = split.decoder.recording
+    known = recording.constants
     begin = split.cuts[source]
     image = split.decoder.image
     if target == len(branches):
-        return _needed(_listed(begin.rest, split, split.generator, lambda node: node), [image]), image
+        return _needed(steps_of_nodes(begin.rest, split.generator, known, lambda node: node), [image]), image
     end, branch = split.cuts[target], branches[target]
     assert isinstance(branch, Branch)
     order = {node: i for i, node in enumerate(recording.nodes)}
     between = [node for node in begin.rest if order[node] < end.position]
-    steps = _listed(between, split, split.generator, lambda node: node) if target > source else []
+    steps = steps_of_nodes(between, split.generator, known, lambda node: node) if target > source else []
     inside = {*end.crossing}
 
     def key(node: fx.Node) -> Key:
         return node if node in inside else (target, node)
 
-    own = _listed(branch.tail.steps, split, branch.tail, key)
+    own = steps_of_nodes(branch.tail.steps, branch.tail, {}, key)
     if branch.entry is not None:
         entry, feature = branch.entry, end.feature
         name: Key = (target, "entry")
@@ -135,10 +136,22 @@ def refuse_unreadable(split: SplitGenerator, branches: Sequence[nn.Module]) -> N
         )
 
 
-def _listed(
-    nodes: Sequence[fx.Node], split: SplitGenerator, root: nn.Module, key: Callable[[fx.Node], Key]
+def steps_of_nodes(
+    nodes: Sequence[fx.Node],
+    root: nn.Module,
+    constants: Mapping[str, torch.Tensor],
+    key: Callable[[fx.Node], Key],
+    prefix: str = "",
 ) -> list[Step]:
-    constants = split.decoder.recording.constants if root is split.generator else {}
+    """Turn the nodes of a recording into steps.
+
+    Args:
+        nodes: The nodes.
+        root: The module that their targets are in.
+        constants: Tensors of the recording that are in no module.
+        key: Names values.
+        prefix: Path of the module, for messages.
+    """
     steps = []
     for node in nodes:
         if node.op in ("placeholder", "output"):
@@ -155,10 +168,8 @@ def _listed(
             call = _Method(str(node.target))
         else:
             call = node.target  # type: ignore[assignment]
-        mutates = bool(node.meta.get("mutates"))
-        steps.append(
-            Step(key(node), call, args, kwargs, bool(node.meta.get("size")), mutates, _where(node, call))
-        )
+        mutates, is_size = bool(node.meta.get("mutates")), bool(node.meta.get("size"))
+        steps.append(Step(key(node), call, args, kwargs, is_size, mutates, _where(node, call, prefix)))
     return steps
 
 
@@ -217,19 +228,22 @@ def _needed(steps: Sequence[Step], wanted: Sequence[Key]) -> list[Step]:
     return kept[::-1]
 
 
-def _where(node: fx.Node, call: Any) -> str:
+def _where(node: fx.Node, call: Any, prefix: str = "") -> str:
     """Name a step as a person would look for it: module with its class, or operation; then the line."""
     line = node.meta.get("line")
     place = f" at {show(line)}" if isinstance(line, tuple) else ""
     if node.op == "call_module":
-        return f"{node.target} ({type(call).__name__}){place or _defined(call)}"
+        path = f"{prefix}.{node.target}" if prefix else node.target
+        return f"{path} ({type(call).__name__}){place or _defined(call)}"
     name = getattr(node.target, "__name__", str(node.target)).strip("_")
-    return f"{name}{place}"
+    return f"{name}{place}" if not prefix else f"{name} in {prefix}{place}"
 
 
 def _defined(module: nn.Module) -> str:
     try:
         file, number = inspect.getsourcefile(type(module)), inspect.getsourcelines(type(module))[1]
     except (OSError, TypeError):
+        return ""
+    if not is_user_code(str(file)):
         return ""
     return f" ({file}:{number}: {linecache.getline(str(file), number).strip()})"

@@ -1,0 +1,84 @@
+"""Look inside the modules among the steps: a block of three convolutions becomes three steps.
+
+The smaller the steps, the sooner a window drops the lines that only filled their reach, and the closer a
+message comes to the layer that is to blame.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from retroexit.decoder.record import record
+from retroexit.decoder.structure import children, cloned, rebuild
+from retroexit.errors import RetroExitError
+from retroexit.regions.steps import Key, Ref, Step, steps_of_nodes
+
+__all__ = ["Inside", "expanded", "open_modules"]
+
+Inside = dict[Key, list[Step]]
+
+
+def expanded(steps: Sequence[Step], inside: Mapping[Key, list[Step]]) -> list[Step]:
+    """Put in the place of every opened step what is inside it."""
+    return [inner for step in steps for inner in inside.get(step.key, [step])]
+
+
+@torch.no_grad()
+def open_modules(steps: Sequence[Step], crossing: Mapping[Key, Tensor], inside: Inside) -> None:
+    """Run steps, and write down what every module with parts does; those that cannot be followed stay closed.
+
+    Args:
+        steps: The steps.
+        crossing: The values at the cut.
+        inside: Takes, by the key of a step, the steps inside it.
+    """
+    live: dict[Key, Any] = {key: value.clone() for key, value in crossing.items()}
+    for step in steps:
+        if _has_parts(step.call) and step.key not in inside:
+            found = _opened(step, live)
+            if found:
+                inside[step.key] = found
+        live[step.key] = step.run(live.__getitem__)
+
+
+def _has_parts(call: Any) -> bool:
+    is_module = isinstance(call, nn.Module) and not isinstance(call, torch.jit.ScriptModule)
+    return is_module and any(True for _ in call.children())
+
+
+def _opened(step: Step, live: Mapping[Key, Any]) -> list[Step]:
+    args, kwargs = cloned(
+        rebuild((step.args, step.kwargs), lambda x: live[x.key] if isinstance(x, Ref) else x)
+    )
+    assert isinstance(step.call, nn.Module)
+    try:
+        recording = record(step.call, tuple(args), dict(kwargs))
+    except (RetroExitError, RuntimeError, TypeError):
+        return []
+    result = recording.nodes[-1].args[0]
+    if recording.reads or not isinstance(result, fx.Node) or result.op == "placeholder":
+        return []
+    placeholders = [node for node in recording.nodes if node.op == "placeholder"]
+    handed = dict(
+        zip(placeholders, (_at((step.args, step.kwargs), path) for path in recording.inputs), strict=True)
+    )
+
+    def name(node: fx.Node) -> Any:
+        if node is result:
+            return step.key
+        given = handed.get(node)
+        return given.key if isinstance(given, Ref) else (step.key, node)
+
+    prefix = step.where.partition(" (")[0]
+    return steps_of_nodes(recording.nodes, step.call, recording.constants, name, prefix)
+
+
+def _at(value: Any, path: Sequence[Any]) -> Any:
+    for part in path:
+        found = children(value)
+        value = dict(found)[part] if found is not None else getattr(value, part)
+    return value
