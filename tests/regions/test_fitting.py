@@ -96,8 +96,16 @@ def test_a_fitted_model_keeps_its_threshold_with_fewer_macs_where_images_are_pat
     wanted = model(test)
     lost = float(metric(model(test, exit=1), wanted).mean().detach())
     image, where = model.routed(test, threshold=lost / 2, regions=True)
+    layouts, canvas = router.plan(model, test, threshold=lost / 2)
+    alone = [2 if bool(w.max() == 2) else 1 for w in where]  # what whole images would have to take
+    spent = sum(layout.macs + canvas.overhead for layout in layouts)
+    assert spent < sum(canvas.prices.fixed(n - 1) for n in alone)
     assert where.shape == (10, 4, 6)
     assert float(metric(image, wanted).mean()) < 0.6 * lost
+    report = tmp_path / "report"
+    retroexit.evaluate(model, test[:3], report, metric=metric, progress=False, repeats=0)
+    text = (report / "report.html").read_text()
+    assert text.count("exits inside the image (sample") == 2 and "of the compute" in text
     loaded = retroexit.load(tmp_path, generator, example_inputs=(_latents(1),))
     assert torch.equal(loaded.routed(test, threshold=lost / 2, regions=True)[1], where)
 
