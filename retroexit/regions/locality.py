@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,9 +15,9 @@ from retroexit.decoder.structure import cloned, tensors
 from retroexit.errors import RegionError
 from retroexit.regions.opening import Inside, expanded, open_modules
 from retroexit.regions.reach import Reach, reaches_of
-from retroexit.regions.steps import Key, Step, piece, refuse_unreadable
+from retroexit.regions.steps import Key, Step, copied, piece, refuse_unreadable
 from retroexit.regions.trial import Axes, Trials, grid_of, resized, try_sizes
-from retroexit.regions.windows import Extents, Route, copied, cut, size_rules
+from retroexit.regions.windows import Extents, Route, cut, size_rules
 
 __all__ = ["Locality", "find_locality"]
 
@@ -133,11 +132,15 @@ def _connect(
 
 
 def _open(steps: Sequence[Step], state: Mapping[Key, Tensor], feature: Key, known: _Known) -> None:
-    """Look inside modules, on small maps; what does not run on these stays closed."""
-    with contextlib.suppress(Exception):
-        grid = grid_of(state, feature)
-        small, _ = resized(state, grid, [_TRIAL_SIZES[0]] * len(grid))
-        open_modules(steps, small, known.inside)
+    """Look inside modules, on small maps where these run."""
+    grid = grid_of(state, feature)
+    for size in ([_TRIAL_SIZES[0]] * len(grid), grid):
+        try:
+            small, _ = resized(state, grid, size)
+            open_modules(steps, small, known.inside)
+            return
+        except Exception:  # layers of a fixed size; why something cannot be run is found out later
+            continue
 
 
 def _piece(
@@ -218,7 +221,9 @@ def _try(
         known.grains[step.key] = 2 * known.grains.get(step.key, 1)
         # Perhaps it has strides inside: windows that begin on even lines, and what it sees from each.
         _reach(step, trials, known)
-        if known.bad or known.grains[step.key] > _LARGEST_GRAIN:
+        # A window must stay smaller than the trial, or it would be compared with itself.
+        widest = min(n for n in trials.sizes(step.key, trials.base) if n) // 4
+        if known.bad or known.grains[step.key] > min(widest, _LARGEST_GRAIN):
             known.bad[step.key] = first[step.key]
     if not known.bad:
         known.proven = {step.key for step in steps}
@@ -277,12 +282,12 @@ def _compare(
 
 
 def _gap(a: Any, b: Any) -> float:
-    """Largest difference, in units of the largest value where that is above 1."""
+    """Largest difference, in units of the span of the values (and a tenth of the largest, for rounding)."""
     worst = 0.0
     for x, y in zip(tensors(a), tensors(b), strict=True):
         if x.shape != y.shape:
             return float("inf")
         if x.numel():
-            scale = max(1.0, float(y.double().abs().max()))
+            scale = float(y.double().max() - y.double().min()) + 0.1 * float(y.double().abs().max()) + 1e-30
             worst = max(worst, float((x.double() - y.double()).abs().max()) / scale)
     return worst

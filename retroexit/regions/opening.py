@@ -6,16 +6,18 @@ message comes to the layer that is to blame.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from retroexit.decoder.lines import show, user_line
 from retroexit.decoder.record import record
 from retroexit.decoder.structure import children, cloned, rebuild
 from retroexit.errors import RetroExitError
-from retroexit.regions.steps import Key, Ref, Step, steps_of_nodes
+from retroexit.regions.steps import Key, Ref, Step, copied, steps_of_nodes
 
 __all__ = ["Inside", "expanded", "open_modules"]
 
@@ -39,10 +41,15 @@ def open_modules(steps: Sequence[Step], crossing: Mapping[Key, Tensor], inside: 
     live: dict[Key, Any] = {key: value.clone() for key, value in crossing.items()}
     for step in steps:
         if _has_parts(step.call) and step.key not in inside:
-            found = _opened(step, live)
+            before = copied(live)  # a step may write into what it is handed
+            with _lines_of(step.call) as lines:
+                value = step.run(live.__getitem__)
+            found = _opened(step, before, lines)
             if found:
                 inside[step.key] = found
-        live[step.key] = step.run(live.__getitem__)
+            live[step.key] = value
+        else:
+            live[step.key] = step.run(live.__getitem__)
 
 
 def _has_parts(call: Any) -> bool:
@@ -50,7 +57,29 @@ def _has_parts(call: Any) -> bool:
     return is_module and any(True for _ in call.children())
 
 
-def _opened(step: Step, live: Mapping[Key, Any]) -> list[Step]:
+@contextmanager
+def _lines_of(module: nn.Module) -> Iterator[dict[str, str]]:
+    """Note for every module inside one the line that calls it."""
+    lines: dict[str, str] = {}
+
+    def note(path: str) -> None:
+        line = user_line()
+        if isinstance(line, tuple):
+            lines.setdefault(path, f" at {show(line)}")
+
+    hooks = [
+        inner.register_forward_pre_hook(lambda _module, _args, path=path: note(path))
+        for path, inner in module.named_modules()
+        if path and not isinstance(inner, torch.jit.ScriptModule)
+    ]
+    try:
+        yield lines
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _opened(step: Step, live: Mapping[Key, Any], lines: Mapping[str, str]) -> list[Step]:
     args, kwargs = cloned(
         rebuild((step.args, step.kwargs), lambda x: live[x.key] if isinstance(x, Ref) else x)
     )
@@ -74,7 +103,7 @@ def _opened(step: Step, live: Mapping[Key, Any]) -> list[Step]:
         return given.key if isinstance(given, Ref) else (step.key, node)
 
     prefix = step.where.partition(" (")[0]
-    return steps_of_nodes(recording.nodes, step.call, recording.constants, name, prefix)
+    return steps_of_nodes(recording.nodes, step.call, recording.constants, name, prefix, lines)
 
 
 def _at(value: Any, path: Sequence[Any]) -> Any:

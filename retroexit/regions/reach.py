@@ -18,7 +18,7 @@ from torch import Tensor
 from retroexit.decoder.structure import rebuild, tensors
 from retroexit.errors import RegionError
 from retroexit.regions.blame import blame
-from retroexit.regions.steps import Key, Step
+from retroexit.regions.steps import Key, Step, copied
 from retroexit.regions.trial import Axes, Trials
 
 __all__ = ["Reach", "reaches_of"]
@@ -68,8 +68,8 @@ def reaches_of(
             f"asked for regions; found that {step.where} writes into a part of a map. Attach behind it.", step
         )
     insides, outsides = (trials.sizes(k, trials.base) for k in (key, step.key))
-    plain = step.run(lambda k: _copied(live[k]))
-    if not _same(plain, step.run(lambda k: _copied(live[k]))):
+    plain = step.run(lambda k: copied(live[k]))
+    if not _same(plain, step.run(lambda k: copied(live[k]))):
         raise RegionError(
             f"asked for regions; found that {step.where} draws random numbers, which fall otherwise on a "
             "part of a map. Attach behind it.",
@@ -82,13 +82,13 @@ def reaches_of(
 
         def moved(line: int, k: int = k) -> Any:
             other = _with_line(live[key], trials.axes[key], k, line)
-            return step.run(lambda name: other if name == key else _copied(live[name]))
+            return step.run(lambda name: other if name == key else copied(live[name]))
 
         def changed(line: int, k: int = k) -> tuple[int, int] | None:
             return _extent(plain, moved(line), trials.axes[step.key], k)
 
         def who(k: int = k) -> str:
-            return blame(step, lambda: step.run(lambda name: _copied(live[name])), lambda: moved(0))
+            return blame(step, lambda: step.run(lambda name: copied(live[name])), lambda: moved(0))
 
         if not outside:
             raise RegionError(
@@ -185,10 +185,6 @@ def _extent(plain: Any, other: Any, axes: Sequence[Axes], k: int) -> tuple[int, 
         lines = difference.transpose(0, axis).flatten(1).amax(1)
         seen += (lines > _SEEN * lines.max()).nonzero()[:, 0].tolist() if float(lines.max()) > 0 else []
     return (min(seen), max(seen)) if seen else None
-
-
-def _copied(value: Any) -> Any:
-    return rebuild(value, lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf)
 
 
 def _same(a: Any, b: Any) -> bool:

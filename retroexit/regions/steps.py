@@ -12,8 +12,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from retroexit.branch.factory import Branch
 from retroexit.decoder.lines import is_user_code, show
@@ -21,7 +20,7 @@ from retroexit.decoder.split import SplitGenerator
 from retroexit.decoder.structure import flatten, rebuild
 from retroexit.errors import RegionError
 
-__all__ = ["Key", "Ref", "Step", "piece", "refuse_unreadable", "steps_of_nodes"]
+__all__ = ["Key", "Ref", "Step", "copied", "piece", "refuse_unreadable", "steps_of_nodes"]
 
 Key = Hashable
 
@@ -139,9 +138,10 @@ def refuse_unreadable(split: SplitGenerator, branches: Sequence[nn.Module]) -> N
 def steps_of_nodes(
     nodes: Sequence[fx.Node],
     root: nn.Module,
-    constants: Mapping[str, torch.Tensor],
+    constants: Mapping[str, Tensor],
     key: Callable[[fx.Node], Key],
     prefix: str = "",
+    lines: Mapping[str, str] | None = None,
 ) -> list[Step]:
     """Turn the nodes of a recording into steps.
 
@@ -151,6 +151,7 @@ def steps_of_nodes(
         constants: Tensors of the recording that are in no module.
         key: Names values.
         prefix: Path of the module, for messages.
+        lines: Where the modules among the nodes are called, by path.
     """
     steps = []
     for node in nodes:
@@ -169,8 +170,13 @@ def steps_of_nodes(
         else:
             call = node.target  # type: ignore[assignment]
         mutates, is_size = bool(node.meta.get("mutates")), bool(node.meta.get("size"))
-        steps.append(Step(key(node), call, args, kwargs, is_size, mutates, _where(node, call, prefix)))
+        steps.append(Step(key(node), call, args, kwargs, is_size, mutates, _where(node, call, prefix, lines)))
     return steps
+
+
+def copied(value: Any) -> Any:
+    """Clone all tensors."""
+    return rebuild(value, lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf)
 
 
 class _Referring:
@@ -203,10 +209,10 @@ class _Reading:
 
 
 class _Constant:
-    def __init__(self, value: torch.Tensor) -> None:
+    def __init__(self, value: Tensor) -> None:
         self.value = value
 
-    def __call__(self) -> torch.Tensor:
+    def __call__(self) -> Tensor:
         return self.value
 
 
@@ -228,15 +234,16 @@ def _needed(steps: Sequence[Step], wanted: Sequence[Key]) -> list[Step]:
     return kept[::-1]
 
 
-def _where(node: fx.Node, call: Any, prefix: str = "") -> str:
+def _where(node: fx.Node, call: Any, prefix: str, lines: Mapping[str, str] | None) -> str:
     """Name a step as a person would look for it: module with its class, or operation; then the line."""
     line = node.meta.get("line")
     place = f" at {show(line)}" if isinstance(line, tuple) else ""
     if node.op == "call_module":
         path = f"{prefix}.{node.target}" if prefix else node.target
-        return f"{path} ({type(call).__name__}){place or _defined(call)}"
+        place = (lines or {}).get(str(node.target)) or place or _defined(call)
+        return f"{path} ({type(call).__name__}){place}"
     name = getattr(node.target, "__name__", str(node.target)).strip("_")
-    return f"{name}{place}" if not prefix else f"{name} in {prefix}{place}"
+    return f"{name} in {prefix}{place}" if prefix else f"{name}{place}"
 
 
 def _defined(module: nn.Module) -> str:

@@ -21,7 +21,7 @@ from retroexit.decoder.counting import MacCounter
 from retroexit.decoder.structure import flatten, rebuild
 from retroexit.errors import RegionError
 from retroexit.regions.reach import Reach
-from retroexit.regions.steps import Key, Ref, Step
+from retroexit.regions.steps import Key, Ref, Step, copied
 from retroexit.regions.trial import Axes, Trials, map_sizes, size_rule
 
 __all__ = ["Extents", "Lines", "Move", "Route", "Span", "measure_extents"]
@@ -311,11 +311,6 @@ def cut(value: Any, axes: Sequence[Axes], windows: Sequence[Lines | None]) -> An
         return tensor
 
     return rebuild(value, leaf)
-
-
-def copied(value: Any) -> Any:
-    """Clone all tensors."""
-    return rebuild(value, lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf)
 
 
 def _sized(
