@@ -117,13 +117,6 @@ class LPIPS(QualityMetric):
 
     def compare(self, a: Tensor, b: Tensor) -> Tensor:
         """Compare checked images of shape ``(N, 3, H, W)``, range ``[-1, 1]``; return ``(N,)``."""
-        smallest = _SMALLEST_SIDE[self.net]
-        if min(a.shape[-2:]) < smallest:
-            raise OptionError(
-                f"{self.name} needs images of at least {smallest}x{smallest} pixels, found "
-                f"{a.shape[-2]}x{a.shape[-1]}; enlarge them or use another metric",
-                a,
-            )
         # (N, 1, h, w) -> (N,); added in the network's order, deeper layers last
         return sum(
             (m.mean(dim=(1, 2, 3)) for m in self.maps(a, b)), a.new_zeros(a.shape[0], dtype=self._dtype)
@@ -138,6 +131,13 @@ class LPIPS(QualityMetric):
 
         The loss is the sum of their means. Images are as in :meth:`compare`.
         """
+        smallest = _SMALLEST_SIDE[self.net]
+        if min(a.shape[-2:]) < smallest:
+            raise OptionError(
+                f"{self.name} needs images of at least {smallest}x{smallest} pixels, found "
+                f"{a.shape[-2]}x{a.shape[-1]}; enlarge them or use another metric",
+                a,
+            )
         features = [self._network.net(self._network.scaling_layer(x.to(self._dtype))) for x in (a, b)]
         pairs = zip(self._network.lins, *features, strict=True)
         return [head((_unit(x) - _unit(y)) ** 2) for head, x, y in pairs]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,10 +43,10 @@ def tile_losses(metric: QualityMetric, a: Tensor, b: Tensor, edges: Sequence[Seq
     Returns:
         Losses ``(N, tiles...)``.
     """
-    if hasattr(metric, "maps"):
-        whole: Tensor = metric(a, b)  # its checks
-        tiles = sum(over_tiles(layer, edges) for layer in metric.maps(a, b))
-        return tiles[:, 0].to(whole.dtype)
+    maps: Callable[[Tensor, Tensor], list[Tensor]] | None = getattr(metric, "maps", None)
+    if maps is not None:
+        tiles = torch.stack([over_tiles(layer, edges) for layer in maps(a, b)]).sum(0)
+        return tiles[:, 0]
     rows, columns = edges
     found = a.new_zeros(len(a), len(rows) - 1, len(columns) - 1)
     for i, (top, bottom) in enumerate(pairwise(rows)):

@@ -40,7 +40,7 @@ def open_modules(steps: Sequence[Step], crossing: Mapping[Key, Tensor], inside: 
     """
     live: dict[Key, Any] = {key: value.clone() for key, value in crossing.items()}
     for step in steps:
-        if _has_parts(step.call) and step.key not in inside:
+        if isinstance(step.call, nn.Module) and _has_parts(step.call) and step.key not in inside:
             before = copied(live)  # a step may write into what it is handed
             with _lines_of(step.call) as lines:
                 value = step.run(live.__getitem__)
@@ -52,9 +52,8 @@ def open_modules(steps: Sequence[Step], crossing: Mapping[Key, Tensor], inside: 
             live[step.key] = step.run(live.__getitem__)
 
 
-def _has_parts(call: Any) -> bool:
-    is_module = isinstance(call, nn.Module) and not isinstance(call, torch.jit.ScriptModule)
-    return is_module and any(True for _ in call.children())
+def _has_parts(module: nn.Module) -> bool:
+    return not isinstance(module, torch.jit.ScriptModule) and any(True for _ in module.children())
 
 
 @contextmanager

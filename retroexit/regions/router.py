@@ -128,7 +128,7 @@ class RegionRouter(nn.Module):
         """
         with self._lock:
             if self._locality is None:
-                found = find_locality(model.split, model.branches)
+                found = find_locality(model.split, list(model.branches))
                 found.check()
                 self._locality = found
             return self._locality
@@ -230,7 +230,7 @@ class RegionRouter(nn.Module):
         """Keep what a sample's rectangles need of the values at a cut."""
         key = (layout.source, layout.target)
         route = self.locality(model).routes[key]
-        own = {
+        own: dict[Key, Tensor] = {
             node: values[node][place : place + 1] if node in model.split.batched else values[node]
             for node in model.split.cuts[layout.source].crossing
         }
@@ -252,7 +252,7 @@ class RegionRouter(nn.Module):
                 values[key] = torch.cat([w.values[key] for w in alike]) if together else first.clone()
             made = route.run(alike[0].spans, values)
             for window, pixels in zip(alike, made, strict=True):
-                image[(window.row, slice(None), *(slice(*lines) for lines in window.pixels))] = pixels
+                image[window.row][(slice(None), *_slices(window.pixels))] = pixels
 
     # Sizes.
 
@@ -283,7 +283,7 @@ class RegionRouter(nn.Module):
                 with MacCounter() as counter:
                     values = split.advance(values, index)
                 trunk.append(trunk[-1] + counter.macs)
-            crossing = {node: values[node] for node in split.cuts[index].crossing}
+            crossing: dict[Key, Tensor] = {node: values[node] for node in split.cuts[index].crossing}
             for target in {index, count}:
                 if (index, target) in locality.routes and (target < count or not behind):
                     macs = measure_extents(locality.routes[index, target], crossing, extents)
@@ -340,5 +340,9 @@ def _exit_map(layouts: Sequence[Layout], canvas: Canvas) -> Tensor:
     for row, layout in enumerate(layouts):
         found[row] = layout.base + 1
         for rectangle in layout.rectangles:
-            found[(row, *(slice(*tiles) for tiles in rectangle))] = layout.target + 1
+            found[row][_slices(rectangle)] = layout.target + 1
     return found
+
+
+def _slices(rectangle: Sequence[Lines]) -> tuple[slice, ...]:
+    return tuple(slice(first, end) for first, end in rectangle)

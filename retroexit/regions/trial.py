@@ -147,10 +147,11 @@ def _axes_of(
         if step.key in fixed:
             own = [a if b is None else b for a, b in zip(own, fixed[step.key], strict=True)]
         found.append(tuple(own))
-    whole_sizes = [
-        {t.shape[a[k]] for t, a in zip(tensors(base[step.key]), found, strict=True) if a[k] is not None}
-        for k in range(len(less))
-    ]
+    whole_sizes: list[set[int]] = [set() for _ in less]
+    for tensor, axes in zip(tensors(base[step.key]), found, strict=True):
+        for sizes, own_axis in zip(whole_sizes, axes, strict=True):
+            if own_axis is not None:
+                sizes.add(tensor.shape[own_axis])
     if any(len(sizes) > 1 for sizes in whole_sizes):
         raise RegionError(
             f"asked for regions; found that {step.where} returns maps of several sizes at once. Attach "
