@@ -24,6 +24,8 @@ from retroexit.guidance.bank import GuidanceBank
 from retroexit.guidance.keys import key_name
 from retroexit.guidance.options import Guidance
 from retroexit.model import EarlyExitGenerator
+from retroexit.regions.predictor import TilePredictor
+from retroexit.regions.router import RegionRouter
 from retroexit.retrieval.storage import MANIFEST, file_digest, is_whole, self_digest
 from retroexit.routing.calibration import Calibration
 from retroexit.routing.judge import reads_of
@@ -115,6 +117,8 @@ def save_model(model: EarlyExitGenerator, folder: str | Path) -> Path:
     tensors = {f"branches.{name}": value for name, value in model.branches.state_dict().items()}
     if model.predictor is not None:
         tensors |= {f"predictor.{name}": value for name, value in model.predictor.state_dict().items()}
+    if model.regions is not None:
+        tensors |= {f"regions.{name}": value for name, value in model.regions.state_dict().items()}
     write_tensors(folder / "weights.safetensors", tensors)
     if model.bank is not None:
         model.bank.save(folder / "bank")
@@ -132,6 +136,9 @@ def save_model(model: EarlyExitGenerator, folder: str | Path) -> Path:
         "predictor_reads": "inputs" if _reads_adapter(model) else "feature",
         "calibration_sha256": _save_calibration(model.calibration, folder / _CALIBRATION),
         "latency": None if model.latency is None else model.latency.to_json(),
+        "regions": None
+        if model.regions is None
+        else {**model.regions.predictor.options, "about": model.regions.about},
         "has_bank": model.bank is not None,
         "bank_sha256": None if model.bank is None else _sha256(folder / "bank" / MANIFEST),
         "weights_sha256": _sha256(folder / "weights.safetensors"),
@@ -162,6 +169,7 @@ def load_model(
     try:
         options = _options_from_json(manifest, found)
         predictor = _predictor_from_json(manifest["predictor"])
+        regions = _regions_from_json(manifest.get("regions"))
         wanted, digest, about = manifest["fingerprint"], manifest["weights_sha256"], dict(manifest["about"])
         has_bank, reads = bool(manifest["has_bank"]), manifest.get("predictor_reads", "feature")
         latency = manifest.get("latency")
@@ -197,16 +205,19 @@ def load_model(
     model = EarlyExitGenerator(generator, options)
     model.about = about
     device = next((p.device for p in generator.parameters()), torch.device("cpu"))
-    if predictor is not None:
+    for name, part in (("predictor", predictor), ("regions", regions)):
+        if part is None:
+            continue
         try:
-            predictor.load_state_dict(_with_guard(predictor, _under("predictor.", tensors)))
+            saved = _under(f"{name}.", tensors)
+            part.load_state_dict(_with_guard(part, saved) if isinstance(part, Predictor) else saved)
         except RuntimeError as error:
             raise CheckpointError(
                 f"asked to load {folder}; found a predictor that does not fit: "
                 f"{' '.join(str(error).split())}",
                 folder,
             ) from error
-        model.predictor = predictor.to(device).eval()
+        setattr(model, name, part.to(device).eval())
     if has_bank:
         if manifest.get("bank_sha256") not in (None, _sha256(folder / "bank" / MANIFEST)):
             raise CheckpointError(
@@ -300,6 +311,16 @@ def _load_calibration(folder: Path, digest: str | None) -> Calibration | None:
         raise CheckpointError(
             f"asked to load {folder}; found {path.name} damaged ({error}). Copy it again.", path
         ) from error
+
+
+def _regions_from_json(saved: dict[str, Any] | None) -> RegionRouter | None:
+    if saved is None:
+        return None
+    options = {**saved}
+    about = options.pop("about")
+    router = RegionRouter(TilePredictor(**options))
+    router.about = dict(about)
+    return router
 
 
 def _under(start: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from tqdm import tqdm
 from retroexit.decoder.structure import tensors
 from retroexit.evaluation.macs import cross_check
 from retroexit.evaluation.quality import ImageRange, QualityMetric
+from retroexit.evaluation.region_strips import region_strips
 from retroexit.evaluation.strips import Strip
 from retroexit.evaluation.sweep import Evaluation
 from retroexit.fingerprint import fingerprint
@@ -153,7 +155,11 @@ def measure(
             "versions": versions(),
         },
     )
-    return evaluation, pick_strips(run, evaluation, show)
+    strips = pick_strips(run, evaluation, show)
+    means = evaluation.loss.mean(0)
+    between = [float(a + b) / 2 for a, b in pairwise(means)][:2] or [float(means[0]) / 2]
+    hardest = np.argsort(evaluation.loss.mean(1))[[0, -1]].tolist()
+    return evaluation, [*strips, *region_strips(run, hardest, between)]
 
 
 def limits_of(model: EarlyExitGenerator, samples: Samples) -> ImageRange:

@@ -119,6 +119,20 @@ class LPIPS(QualityMetric):
 
     def compare(self, a: Tensor, b: Tensor) -> Tensor:
         """Compare checked images of shape ``(N, 3, H, W)``, range ``[-1, 1]``; return ``(N,)``."""
+        # (N, 1, h, w) -> (N,); added in the network's order, deeper layers last
+        return sum(
+            (m.mean(dim=(1, 2, 3)) for m in self.maps(a, b)), a.new_zeros(a.shape[0], dtype=self._dtype)
+        )
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    def maps(self, a: Tensor, b: Tensor) -> list[Tensor]:
+        """Compare images place by place: one map ``(N, 1, h, w)`` per layer, coarser and coarser.
+
+        The loss is the sum of their means. Images are as in :meth:`compare`.
+        """
         smallest = _SMALLEST_SIDE[self.net]
         if min(a.shape[-2:]) < smallest:
             raise OptionError(
@@ -126,12 +140,9 @@ class LPIPS(QualityMetric):
                 f"{a.shape[-2]}x{a.shape[-1]}; enlarge them or use another metric",
                 a,
             )
-        dtype = next(self.parameters()).dtype
-        features = [self._features(a.to(dtype)), self._target_features(b, dtype)]
-        total = a.new_zeros(a.shape[0], dtype=dtype)
-        for head, x, y in zip(self._network.lins, *features, strict=True):
-            total = total + head((_unit(x) - _unit(y)) ** 2).mean(dim=(1, 2, 3))  # (N, C, h, w) -> (N,)
-        return total
+        features = [self._features(a.to(self._dtype)), self._target_features(b, self._dtype)]
+        pairs = zip(self._network.lins, *features, strict=True)
+        return [head((_unit(x) - _unit(y)) ** 2) for head, x, y in pairs]
 
     def _features(self, x: Tensor) -> Any:
         return self._network.net(self._network.scaling_layer(x))
