@@ -19,7 +19,7 @@ from retroexit.training.inputs import Samples, drawing_from
 from retroexit.training.live import Features
 from retroexit.training.steps import Steps
 
-__all__ = ["chunks", "exit_losses", "predictor_maps"]
+__all__ = ["chunks", "exit_losses", "predictor_maps", "read_losses"]
 
 
 def chunks(count: int, size: int) -> list[list[int]]:
@@ -47,7 +47,7 @@ def exit_losses(
     features, team, device = steps.features, steps.team, steps.device
     size = (len(features), len(model.branches))
     if team.from_first(path.exists()):
-        return _read(path, size)
+        return read_losses(path, size)
     losses = torch.zeros(size, device=device)
     hidden = None if progress and team.is_first else True
     bar = tqdm(total=len(features), desc="losses of all exits", disable=hidden)
@@ -87,7 +87,8 @@ def _of(model: EarlyExitGenerator, steps: Steps, metric: QualityMetric, rows: li
     return torch.stack(found, 1)
 
 
-def _read(path: Path, size: tuple[int, int]) -> Tensor:
+def read_losses(path: Path, size: tuple[int, int]) -> Tensor:
+    """Read measured losses of a shape, and refuse a damaged file."""
     try:
         seal = path.with_suffix(".sha256")
         if seal.exists() and seal.read_text(encoding="ascii") != file_digest(path):

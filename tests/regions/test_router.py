@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from retroexit.errors import CheckpointError, OptionError, RegionError, Training
 from retroexit.model import EarlyExitGenerator
 from retroexit.regions.predictor import TilePredictor
 from retroexit.regions.router import RegionRouter
+from retroexit.retrieval.storage import self_digest
 
 # Hard tiles in the middle of the first image, at the right of the second; the third is easy, the fourth hard.
 HARD = torch.zeros(4, 5, 7, dtype=torch.bool)
@@ -170,7 +172,8 @@ def test_the_tile_predictor_is_saved_with_the_model(model: EarlyExitGenerator, t
     loaded, exits = again.routed(*args, threshold=0.4, regions=True)
     assert torch.equal(where, exits) and torch.equal(image["image"], loaded["image"])
     assert again.regions is not None and again.regions.about == {"tile_error": [0.1, 0.2]}
-    text = (folder / "model.json").read_text()
-    (folder / "model.json").write_text(text.replace('"width": 24', '"width": 25'))
+    manifest = json.loads((folder / "model.json").read_text())
+    manifest["regions"]["width"] = 25
+    (folder / "model.json").write_text(json.dumps(manifest | {"digest": self_digest(manifest)}))
     with pytest.raises(CheckpointError, match="a predictor that does not fit"):
         retroexit.load(folder, copy.deepcopy(model.generator))

@@ -115,7 +115,7 @@ def test_a_fit_does_not_go_on_from_damaged_files(
     fitted: Path, damage: Any, part: str, tmp_path: Path
 ) -> None:
     from retroexit.storage import read_tensors
-    from retroexit.training.fit import _read_losses
+    from retroexit.training.measuring import read_losses
 
     (tmp_path / "part").mkdir()
     path = tmp_path / "part" / Path(part).name
@@ -130,7 +130,7 @@ def test_a_fit_does_not_go_on_from_damaged_files(
             retroexit.fit(model, INPUTS, tmp_path / "part", **SETTINGS)
         return
     read = (
-        (lambda: read_tensors(path)) if path.suffix == ".safetensors" else lambda: _read_losses(path, (10, 1))
+        (lambda: read_tensors(path)) if path.suffix == ".safetensors" else lambda: read_losses(path, (10, 1))
     )
     read()
     assert outcomes(damage, path.parent, read, lambda _: False) == {"refused"}
