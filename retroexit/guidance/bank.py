@@ -16,28 +16,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from retroexit.errors import BankError, CheckpointError, OptionError
+from retroexit.errors import BankError, CheckpointError
 from retroexit.guidance import patches
 from retroexit.guidance.candidates import Candidates
 from retroexit.guidance.filling import fill, hold_candidates
 from retroexit.guidance.origin import Origin, refuse_another
 from retroexit.guidance.sampling import Thinning
-from retroexit.retrieval import AutoRetriever, ExactRetriever, FaissRetriever, HnswlibRetriever, Retriever
-from retroexit.retrieval.storage import (
-    MANIFEST,
-    check_file,
-    read_array,
-    read_manifest,
-    staged,
-    write_manifest,
-)
+from retroexit.guidance.storage import load_parts, save_parts, saved_retriever
+from retroexit.retrieval import Retriever
 
 __all__ = ["GuidanceBank", "Retrieved"]
 
-_KIND, _SCHEMA = "guidance bank", 1
-_KEYS, _VALUES, _SOURCE = "keys", "values.npy", "source.npy"
 _CHECKED = 1024  # rows per step of a check
-_OURS: tuple[type[Retriever], ...] = (AutoRetriever, ExactRetriever, FaissRetriever, HnswlibRetriever)
 
 
 @dataclass(frozen=True)
@@ -353,15 +343,7 @@ class GuidanceBank:
             CheckpointError: If the folder holds something else.
             OptionError: If ``meta`` holds what JSON cannot.
         """
-        with staged(folder, owns=(MANIFEST, _KEYS, _VALUES, _SOURCE)) as fresh:
-            self.retriever.save(fresh / _KEYS)
-            np.save(fresh / _VALUES, self.values, allow_pickle=False)
-            np.save(fresh / _SOURCE, self.source.numpy(), allow_pickle=False)
-            facts = {"kind": _KIND, "schema": _SCHEMA, "retriever": self.retriever.name, "meta": self.meta}
-            try:
-                write_manifest(fresh, facts, (f"{_KEYS}/{MANIFEST}", _SOURCE, _VALUES))
-            except TypeError as error:
-                raise OptionError(f"meta of a bank must be plain data: {error}", self.meta) from error
+        save_parts(folder, retriever=self.retriever, values=self.values, source=self.source, meta=self.meta)
 
     @staticmethod
     def retriever_name(folder: str | Path) -> str:
@@ -370,7 +352,7 @@ class GuidanceBank:
         Raises:
             CheckpointError: If there is no bank, or its manifest is damaged.
         """
-        return str(read_manifest(folder, _KIND, _SCHEMA)["retriever"])
+        return saved_retriever(folder)
 
     @classmethod
     def load(
@@ -396,27 +378,9 @@ class GuidanceBank:
                 not ours and was not given.
             CheckpointError: If a file is missing or damaged.
         """
-        manifest = read_manifest(folder, _KIND, _SCHEMA)
-        built_for = manifest["meta"].get("fingerprint")
-        if fingerprint is not None and built_for != fingerprint:
-            raise BankError(
-                f"the bank in {folder} was built with backbone {built_for!r}, "
-                f"this backbone is {fingerprint!r}; build a bank for it",
-                folder,
-            )
-        found = retriever_class or {ours.name: ours for ours in _OURS}.get(manifest["retriever"])
-        if found is None:
-            raise BankError(
-                f"the bank in {folder} uses the retriever {manifest['retriever']!r}, "
-                "which is not one of ours; pass its class as retriever_class",
-                folder,
-            )
-        check_file(folder, f"{_KEYS}/{MANIFEST}", manifest)
-        values = read_array(folder, _VALUES, manifest, mmap=mmap)
-        source = read_array(folder, _SOURCE, manifest)
-        retriever = found.load(Path(folder) / _KEYS)
+        parts = load_parts(folder, fingerprint, mmap, retriever_class)
         try:
-            bank = cls(retriever=retriever, values=values, source=source, meta=manifest["meta"])
+            bank = cls(**parts)
         except BankError as error:
             raise CheckpointError(f"{folder} is no consistent bank: {error}", folder) from error
         if origin is not None:
