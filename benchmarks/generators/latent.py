@@ -137,6 +137,21 @@ def wan_decoder() -> Made:
     return Made(model, (torch.randn(1, 4, 1, 8, 8),))
 
 
+def mochi_decoder() -> Made:
+    """A decoder of video that unfolds channels into time and space in one step."""
+    from diffusers.models.autoencoders.autoencoder_kl_mochi import MochiDecoder3D
+
+    model = MochiDecoder3D(
+        in_channels=4,
+        out_channels=3,
+        block_out_channels=(32, 64, 64),
+        layers_per_block=(1, 1, 1, 1),
+        temporal_expansions=(1, 2),
+        spatial_expansions=(2, 2),
+    )
+    return Made(model, (torch.randn(1, 4, 2, 8, 8),))
+
+
 def dit() -> Made:
     """A trunk of transformer layers on patches of the image."""
     from diffusers import DiTTransformer2DModel
@@ -189,5 +204,6 @@ ENTRIES = (
     Entry("diffusers-unet-condition", unet_2d_condition, "?mid_block up_blocks.{0-2}", ["diffusers"]),
     Entry("diffusers-oobleck-decoder", oobleck_decoder, "?conv1 block.{0-2}", ["diffusers"]),
     Entry("diffusers-wan-decoder", wan_decoder, "?conv_in mid_block up_blocks.{0-2}", ["diffusers"]),
+    Entry("diffusers-mochi-decoder", mochi_decoder, "?block_in up_blocks.{0-1} ?block_out", ["diffusers"]),
     Entry("diffusers-dit", dit, "transformer_blocks.{0-3}", ["diffusers"], is_large=True),  # slow to narrow
 )

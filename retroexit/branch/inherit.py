@@ -105,9 +105,19 @@ def choose_channels(tail: nn.Module, algebra: Algebra, plan: WidthPlan) -> Selec
         for symbol, score in importance.items()
         if symbol not in divided
     }
-    for symbol in divided:
-        selection[symbol] = _in_parts(algebra, plan, symbol, importance[symbol], selection)
+    # What another width is divided into may be divided itself, as heads are that share a few keys.
+    waiting = sorted(divided, key=str)
+    while waiting:
+        ready = [s for s in waiting if _needed_for(algebra, s).isdisjoint(waiting)] or waiting[:1]
+        for symbol in ready:
+            selection[symbol] = _in_parts(algebra, plan, symbol, importance[symbol], selection)
+        waiting = [s for s in waiting if s not in ready]
     return selection
+
+
+def _needed_for(algebra: Algebra, symbol: sympy.Symbol) -> set[sympy.Symbol]:
+    """Widths whose kept channels decide which ones of a divided width are kept."""
+    return {s for p in algebra.products if p.whole == symbol for s in (p.parts, p.each)} - {symbol}
 
 
 def _in_parts(
