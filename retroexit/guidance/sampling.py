@@ -92,8 +92,9 @@ def spread_out(
     gap[torch.from_numpy(distinct)] = math.inf  # of a repeated one never more than -1: it is not chosen
     first = int(torch.randint(len(distinct), (1,), generator=torch.Generator().manual_seed(seed)))
     fresh = chosen = [int(distinct[first])]
+    norms = torch.cat([squared_norms(block - centre.float()) for block in points.split(_rows(points))])
     while True:
-        _update(gap, points, centre, fresh)
+        _update(gap, points, centre, norms, fresh)
         gap[chosen] = -1.0  # rounding may leave a trace of distance to itself
         if progress is not None:
             progress(len(chosen), size)
@@ -104,16 +105,21 @@ def spread_out(
     return np.asarray(chosen), math.sqrt(max(0.0, float(gap.max())))
 
 
-def _update(gap: Tensor, points: Tensor, centre: Tensor, fresh: list[int]) -> None:
-    """Lower the squared distances to the chosen set by newly chosen points."""
+def _rows(points: Tensor) -> int:
+    """Tell how many points are converted at a time."""
+    return max(64, _NUMBERS // points.shape[1])
+
+
+def _update(gap: Tensor, points: Tensor, centre: Tensor, norms: Tensor, fresh: list[int]) -> None:
+    """Lower the squared distances to the chosen set by newly chosen points; ``norms`` are to the centre."""
     # Float64, since |x|^2 - 2xy + |y|^2 cancels and clusters far from the mean would be thinned by rounding
     # noise; but only for the few rows that float32 cannot rule out.
     new = points[fresh] - centre
     new_norms = squared_norms(new)
-    step = max(64, _NUMBERS // points.shape[1])
+    step = _rows(points)
     for start in range(0, len(points), step):
         block, here = points[start : start + step], gap[start : start + step]
-        rows = _perhaps_lowered(here, block - centre.float(), new.float())
+        rows = _perhaps_lowered(here, block - centre.float(), norms[start : start + step], new.float())
         if not len(rows):
             continue
         part = block[rows] - centre
@@ -122,9 +128,9 @@ def _update(gap: Tensor, points: Tensor, centre: Tensor, fresh: list[int]) -> No
         here[rows] = torch.minimum(here[rows], squared.clamp_(min=0))
 
 
-def _perhaps_lowered(gap: Tensor, part: Tensor, new: Tensor) -> Tensor:
+def _perhaps_lowered(gap: Tensor, part: Tensor, norms: Tensor, new: Tensor) -> Tensor:
     """Rows that may be nearer to a new point than to all before, by float32 and the bound of its error."""
-    norms, new_norms = squared_norms(part), squared_norms(new)
+    new_norms = squared_norms(new)
     squared = torch.addmm(new_norms, part, new.T, alpha=-2).amin(dim=1) + norms
     # Each of the three sums of D products is off by at most D roundings of its largest value.
     error = 4 * (part.shape[1] + 4) * 2.0**-24 * (norms + new_norms.max())
