@@ -213,7 +213,9 @@ class _Ways:
         self.last = {j for j in range(len(self.parts)) if reach[image] >> j & 1 and image in needed}
 
     def longest(self) -> tuple[list[Part], list[Part], list[Part]]:
-        """Follow the way to the image that climbs through most resolutions, then the one with most parts.
+        """Follow the way to the image that climbs through most resolutions, of these the one with most parts.
+
+        Between ways that are alike in both, the one that does most of the work is followed.
 
         Returns:
             The parts on the way; those of them that have an equal beside them: parallel branches whose
@@ -223,18 +225,19 @@ class _Ways:
         score: list[tuple[int, int, int]] = []
         come_from: list[int | None] = []
         for i, part in enumerate(self.parts):
-            best: tuple[tuple[int, int, int], int | None] = ((1, 1, -1), None)
+            best: tuple[tuple[int, int, int], int | None] = ((1, 1, part.call.macs), None)
             for j in sorted(self.before[i]):
                 source = self.parts[j]
                 if j >= i or source.channels <= FEW_CHANNELS or shrinks(part.length, source.length):
                     continue
                 levels = score[j][0] + rises(part.length, source.length)
-                best = max(best, ((levels, score[j][1] + 1, j), j), key=lambda pair: pair[0])
+                work = score[j][2] + part.call.macs
+                best = max(best, ((levels, score[j][1] + 1, work), j), key=lambda pair: pair[0])
             score.append(best[0])
             come_from.append(best[1])
         if not self.last:
             return [], [], []
-        at: int | None = max(self.last, key=lambda i: (*score[i][:2], i))
+        at: int | None = max(self.last, key=lambda i: (*score[i], i))
         way: list[int] = []
         while at is not None:
             way.insert(0, at)

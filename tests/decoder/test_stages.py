@@ -174,3 +174,23 @@ def test_a_decoder_of_one_layer_is_not_swallowed_with_its_head() -> None:
     decoder = nn.Sequential(nn.Conv2d(32, 48, 3, padding=1), nn.ReLU(), nn.Conv2d(48, 5, 1))
     found = retroexit.find_stages(nn.Sequential(encoder, decoder).eval(), (torch.randn(1, 3, 32, 32),))
     assert [stage.path for stage in found] == ["1.0"]
+
+
+class _AroundTheTrunk(nn.Module):
+    """Super-resolution with a short way around its blocks, which runs after them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), *(_Block(16, 16) for _ in range(4)))
+        self.around = nn.Sequential(
+            nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1)
+        )
+        self.up = nn.Sequential(nn.Conv2d(16, 12, 3, padding=1), nn.PixelShuffle(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(self.trunk(x) + self.around(x))
+
+
+def test_of_two_ways_of_like_length_the_one_that_does_the_work_is_followed() -> None:
+    found = retroexit.find_stages(_AroundTheTrunk().eval(), (torch.rand(1, 3, 16, 16),))
+    assert [s.path for s in found] == [f"trunk.{i}" for i in (1, 2, 3, 4)]
