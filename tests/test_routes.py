@@ -305,3 +305,46 @@ def test_a_guide_enters_where_it_is_asked_to(toy: Any, inject: Any) -> None:
     assert sorted(branch.injections) == (["blocks__2"] if inject == "every_stage" else [])
     branch(feature, guide=guide)["image"].sum().backward()
     assert [name for name, p in branch.named_parameters() if p.grad is None] == []
+
+
+class _Handing(nn.Module):
+    """Blocks that take their map inside a tuple and by keyword."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(16, 16, 3, padding=1)
+
+        def forward(self, pair: Any = None, *, x: Any = None) -> Tensor:
+            return torch.relu(self.conv(pair[1] if x is None else x))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(self.Block() for _ in range(3))
+        self.rgb = nn.Conv2d(16, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.blocks[0]((None, x))
+        x = self.blocks[1](x=x)
+        return self.rgb(self.blocks[2]((1.0, x)))
+
+
+@pytest.mark.parametrize("attach_at", [[1], ["blocks.1"]])
+def test_a_stage_may_take_its_map_by_keyword_or_inside_a_tuple(attach_at: list[Any]) -> None:
+    generator, x = _Handing().eval(), torch.rand(2, 16, 8, 8)
+    model = retroexit.wrap(
+        generator,
+        attach_at,
+        1 / 4,
+        min_channels=4,
+        stages=("blocks.0", "blocks.1", "blocks.2"),
+        example_inputs=(x,),
+        guidance=retroexit.Guidance(inject="every_stage"),
+    )
+    (branch,) = model.branches
+    feature = torch.rand(2, 16, 8, 8)
+    guide = torch.rand(2, *model.anatomy.value_cut.feature.meta["shape"][1:])
+    with torch.no_grad():
+        plain, guided = (branch(feature, guide=g) for g in (torch.zeros_like(guide), guide))
+    assert not torch.equal(plain, guided)
+    assert model.exits[0].parameters < sum(p.numel() for p in generator.parameters())

@@ -73,8 +73,10 @@ def look_at_stages(
     def note_output(path: str) -> Callable[[nn.Module, object, object], None]:
         def seen(_module: nn.Module, _args: object, output: object) -> None:
             maps = [t for t in tensors(output) if t.dim() >= 3]
-            shape = inputs[path]
-            found[path] = StageShape(shape[1], tuple(shape[2:]), maps[0].shape[1] if maps else 0)
+            shape = inputs.get(path)
+            if shape is not None:
+                channels = maps[0].shape[1] if maps else 0
+                found[path] = StageShape(shape[1], tuple(shape[2:]), channels)
 
         return seen
 

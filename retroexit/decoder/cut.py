@@ -120,7 +120,7 @@ class _Steps:
                 args = rebuild(node.args, look_up)
                 kwargs = {key: rebuild(item, look_up) for key, item in node.kwargs.items()}
                 if before and node.op == "call_module" and node.target in before:
-                    args = change_first_map(args, before[str(node.target)])
+                    args, kwargs = change_first_map(args, kwargs, before[str(node.target)])
                 if node.op == "call_module":
                     values[node] = attribute(str(node.target))(*args, **kwargs)
                 elif node.op == "call_method":
@@ -317,7 +317,23 @@ def _place(root: nn.Module, path: str, module: nn.Module) -> None:
         owner.add_module(name, module)
 
 
-def change_first_map(args: Any, change: Callable[[Tensor], Tensor]) -> tuple[Any, ...]:
-    """Change the first map among positional arguments."""
-    position = next(i for i, arg in enumerate(args) if isinstance(arg, Tensor) and arg.dim() >= 3)
-    return (*args[:position], change(args[position]), *args[position + 1 :])
+def change_first_map(
+    args: tuple[Any, ...], kwargs: dict[str, Any], change: Callable[[Tensor], Tensor]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Change the first map among arguments: a positional one, else one inside of them or by keyword.
+
+    Where no argument holds a map, nothing is changed.
+    """
+    for position, arg in enumerate(args):
+        if isinstance(arg, Tensor) and arg.dim() >= 3:
+            return (*args[:position], change(arg), *args[position + 1 :]), kwargs
+    is_changed = False
+
+    def changed(leaf: Any) -> Any:
+        nonlocal is_changed
+        if is_changed or not (isinstance(leaf, Tensor) and leaf.dim() >= 3):
+            return leaf
+        is_changed = True
+        return change(leaf)
+
+    return rebuild(args, changed), {key: rebuild(item, changed) for key, item in kwargs.items()}

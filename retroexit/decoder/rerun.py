@@ -141,7 +141,7 @@ class Run:
 
     def _run(self, path: str, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         if path in self.before and self.is_behind:
-            args = change_first_map(args, self.before[path])
+            args, kwargs = change_first_map(args, kwargs, self.before[path])
         opens_fed = self.source is None or path not in self.source.enclosing
         opens_caught = self.target is None or path not in self.target.enclosing
         self._inside_fed += opens_fed
