@@ -10,12 +10,24 @@ from torch import Tensor, nn
 from retroexit.errors import OptionError
 from retroexit.routing.drift import DriftGuard
 
-__all__ = ["KINDS", "READS", "Kind", "Predictor", "Reads"]
+__all__ = ["KINDS", "READS", "Kind", "Predictor", "Reads", "check_kind"]
 
 Kind = Literal["conv", "pooled", "linear"]
 Reads = Literal["features", "inputs", "features+distance"]
 _FARTHEST = 8.0  # standard deviations of the losses
 KINDS, READS = ("conv", "pooled", "linear"), ("features", "inputs", "features+distance")
+
+
+def check_kind(kind: str, reads: str | None) -> None:
+    """Refuse a kind of predictor that there is not, or something to read that there is not.
+
+    Raises:
+        OptionError: If it is one.
+    """
+    if kind not in KINDS:
+        raise OptionError(f"asked for the predictor {kind!r}; found {', '.join(KINDS)} only.", kind)
+    if reads is not None and reads not in READS:
+        raise OptionError(f"asked for predict_from={reads!r}; found {', '.join(READS)} only.", reads)
 
 
 class Predictor(nn.Module):
@@ -59,10 +71,7 @@ class Predictor(nn.Module):
         log: bool = True,
     ) -> None:
         super().__init__()
-        if kind not in KINDS:
-            raise OptionError(f"asked for kind={kind!r}; found {', '.join(KINDS)} only.", kind)
-        if reads is not None and reads not in READS:
-            raise OptionError(f"asked for predict_from={reads!r}; found {', '.join(READS)} only.", reads)
+        check_kind(kind, reads)
         self.options: dict[str, Any] = {
             "channels": channels,
             "exits": exits,
