@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from retroexit.errors import RetroExitWarning
 from retroexit.evaluation.calibrate import calibrate_model
 from retroexit.evaluation.measure import measure
 from retroexit.evaluation.quality import QualityMetric
@@ -15,6 +17,7 @@ from retroexit.evaluation.sweep import Evaluation
 from retroexit.model import EarlyExitGenerator
 from retroexit.plugins.host import host
 from retroexit.routing.calibration import Calibration
+from retroexit.training.inputs import Samples
 
 __all__ = ["calibrate", "evaluate", "find_metric"]
 
@@ -53,6 +56,14 @@ def evaluate(
         OptionError: If the inputs are out of range.
         WeightsError: If the metric's weights cannot be had.
     """
+    calibration = model.calibration
+    if calibration is not None and calibration.about.get("hash") == Samples(inputs).digest():
+        warnings.warn(
+            "the inputs are those that the model was calibrated on; what they lose tests no promise. "
+            "Pass others.",
+            RetroExitWarning,
+            stacklevel=2,
+        )
     name = metric or model.about.get("metric", {}).get("name", "lpips-alex")
     evaluation, strips = measure(
         model, inputs, find_metric(name, weights), show=show, progress=progress, **settings
@@ -63,9 +74,7 @@ def evaluate(
         heading = title or f"{type(model.generator).__name__} with {len(model.branches)} early exits"
         Path(folder).mkdir(parents=True, exist_ok=True)
         Path(folder, "evaluation.json").write_text(evaluation.to_json())
-        write_report(
-            folder, evaluation, strips, title=heading, command=command, calibration=model.calibration
-        )
+        write_report(folder, evaluation, strips, title=heading, command=command, calibration=calibration)
     return evaluation
 
 

@@ -30,6 +30,7 @@ from retroexit.regions.tiles import check_tile
 from retroexit.retrieval.base import Retriever
 from retroexit.routing.bounds import samples_needed
 from retroexit.routing.calibration import check_promise
+from retroexit.routing.latency import Latency
 from retroexit.storage import load_model, save_model
 from retroexit.training.devices import Team, join
 from retroexit.training.fit import fit_model
@@ -40,7 +41,7 @@ from retroexit.training.predictor import check_reads
 from retroexit.training.presets import LossPlan, find_weights
 from retroexit.training.settings import FitSettings, check_settings, set_aside
 
-__all__ = ["Job", "fit", "prepare"]
+__all__ = ["Job", "fit", "measure_times", "prepare"]
 
 
 def fit(
@@ -306,10 +307,7 @@ def _complete(model: EarlyExitGenerator, job: Job, folder: Path, progress: bool,
         if job.tile:
             fit_regions(model, job.inputs, folder, metric, tile=job.tile, progress=progress)
         if job.latency:
-            samples = Samples(job.inputs)
-            rows = [row % len(samples) for row in range(job.latency)]
-            args, kwargs = moved(samples.gather(rows), _device(model))
-            model.measure_latency(*args, **kwargs)
+            measure_times(model, job.inputs, job.latency)
         save_model(model, folder)
     team.wait()
     if not team.is_first:
@@ -317,6 +315,19 @@ def _complete(model: EarlyExitGenerator, job: Job, folder: Path, progress: bool,
         key = guidance.key if guidance is not None and callable(guidance.key) else None
         saved = load_model(folder, model.generator, retriever=host().retriever, key=key)
         model.calibration, model.regions, model.latency = saved.calibration, saved.regions, saved.latency
+
+
+def measure_times(model: EarlyExitGenerator, inputs: Sequence[Any], count: int) -> Latency:
+    """Time every exit for calls with so many samples, see `EarlyExitGenerator.measure_latency`.
+
+    Args:
+        model: A fitted model.
+        inputs: Samples as for `fit`; they are repeated where there are fewer than ``count``.
+        count: Samples per call.
+    """
+    samples = Samples(inputs)
+    args, kwargs = moved(samples.gather([row % len(samples) for row in range(count)]), _device(model))
+    return model.measure_latency(*args, **kwargs)
 
 
 def _device(model: EarlyExitGenerator) -> torch.device:

@@ -40,7 +40,7 @@ class EarlyExitGenerator(RoutedCalls):
             what the predictor expects.
         latency: Measured times of the exits, or ``None`` before `measure_latency`.
         drift: Counts inputs that are too far from the fitting set and went to the backbone.
-        regions: Chooses exits inside the image, or ``None`` before `retroexit.regions.fitting.fit_regions`.
+        regions: Chooses exits inside the image, or ``None`` before ``fit(..., regions=True)``.
     """
 
     def __init__(self, generator: nn.Module, options: WrapOptions) -> None:
@@ -358,7 +358,11 @@ class EarlyExitGenerator(RoutedCalls):
                 regions,
             )
         if self.regions is None:
-            raise TrainingError("asked for regions; found no tile predictor. Run fit_regions first.", self)
+            raise TrainingError(
+                "asked for regions; found no tile predictor. Fit with retroexit.fit(..., regions=True), or "
+                "give a fitted model one with retroexit.regions.fitting.fit_regions.",
+                self,
+            )
         return self.regions.route(self, args, kwargs, check_threshold(threshold), check_goal(regions))
 
     def _check_exit(self, exit: int) -> int:

@@ -9,7 +9,8 @@ import typer
 
 import retroexit
 from retroexit.cli.options import TARGET, FactoryArguments
-from retroexit.tables import exit_table, sweep_table
+from retroexit.evaluation.promise import EXPECTATION, promise_summary
+from retroexit.tables import exit_table, promise_table, sweep_table
 from retroexit.targets import example_of, load_generator, load_samples
 
 __all__ = ["evaluate"]
@@ -35,6 +36,14 @@ def evaluate(
     model = retroexit.load(folder, generator, *example_of(example, samples))
     report = out or folder / "report"
     result = retroexit.evaluate(model, samples, report, weights=weights, command=context.obj)
+    taus = threshold or [0.05, 0.1, 0.15]
     typer.echo(exit_table(model))
-    typer.echo(sweep_table(result, threshold or [0.05, 0.1, 0.15]))
+    typer.echo(sweep_table(result, taus))
+    promise = promise_summary(result, model.calibration, taus)
+    if promise is None:
+        typer.echo(EXPECTATION)
+    else:
+        typer.echo(f"promise: {promise['text']}")
+        typer.echo(promise_table(promise))
+    typer.echo(f"drift guard: {result.about['drift_guard']}")
     typer.echo(f"report: {report / 'report.html'}")

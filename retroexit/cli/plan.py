@@ -111,8 +111,8 @@ def _terms(model: EarlyExitGenerator, job: Job, missing: Missing, sources: Mappi
 
 
 def _named(term: nn.Module) -> str:
-    name = getattr(term, "name", None)
-    return name if isinstance(term, QualityMetric) and name else type(term).__name__
+    name = term.name if isinstance(term, QualityMetric) else getattr(term, "network", None)
+    return name if isinstance(name, str) else type(term).__name__
 
 
 def _opponents(job: Job, branches: int) -> str:

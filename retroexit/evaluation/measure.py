@@ -43,6 +43,7 @@ class Measurement:
         metric: What compares an exit with the backbone.
         limits: Range of the generator's images.
         batch: Samples per pass.
+        far: Samples measured so far that the drift guard would send to the backbone.
     """
 
     model: EarlyExitGenerator
@@ -50,6 +51,7 @@ class Measurement:
     metric: QualityMetric
     limits: ImageRange
     batch: int = 8
+    far: int = 0
 
     @torch.no_grad()
     def losses(self, progress: bool = True) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -64,7 +66,9 @@ class Measurement:
             )
             if self.model.predictor is not None:
                 with self._seeded(indices[0]):
-                    predicted.append(self.model.predict(*args, **kwargs))
+                    judged = self.model.judge(*args, **kwargs)
+                predicted.append(judged.predicted)
+                self.far += int(judged.far.sum())
             taps = self.model.anatomy.taps
             if self.model.bank is not None and taps is not None:
                 with self._seeded(indices[0]):
@@ -148,6 +152,10 @@ def measure(
             "fingerprint": fingerprint(model.generator)[:16],
             "samples": len(samples),
             "image_range": [run.limits.low, run.limits.high],
+            "drift_guard": f"{run.far} of {len(samples)} samples are too far from the fitting set; routed "
+            "calls send them to the backbone"
+            if model.predictor is not None
+            else None,
             "threads": torch.get_num_threads(),
             "macs": "multiply-accumulates of one sample by torch's FlopCounterMode / 2; "
             "interpolation, normalisation and activations count 0",

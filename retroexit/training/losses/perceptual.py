@@ -68,7 +68,8 @@ class Perceptual(nn.Module):
             LPIPS file); torch hub's cache, or a download into it, if ``None``.
 
     Attributes:
-        source: Where the weights come from, in words.
+        network: Name of the network.
+        source: Where its weights come from, in words.
 
     Raises:
         OptionError: If there is no such network, or weights are given for the random one.
@@ -85,6 +86,7 @@ class Perceptual(nn.Module):
         if name not in PERCEPTUAL:
             raise OptionError(f"no perceptual loss {name!r}; there is {closest(name, PERCEPTUAL)}", name)
         self.name, self._network = name, PERCEPTUAL[name]
+        self.network = self._network.builder
         self._last: tuple[weakref.ref[Tensor], tuple[int, bool], list[Tensor]] | None = None
         self.trunk = _empty_trunk(self._network)
         self.source = "random numbers, the same everywhere"
