@@ -24,6 +24,8 @@ from retroexit.evaluation.strips import Strip
 from retroexit.evaluation.sweep import Evaluation
 from retroexit.fingerprint import fingerprint
 from retroexit.model import EarlyExitGenerator
+from retroexit.routing.drift import GUIDE_LIMIT
+from retroexit.routing.judge import guide_distance
 from retroexit.storage import versions
 from retroexit.training.fit import image_range_of
 from retroexit.training.inputs import Samples, drawing_from
@@ -59,6 +61,7 @@ class Measurement:
         losses, predicted, distances = [], [], []
         bar = tqdm(total=len(self.samples), desc="exits against backbone", disable=None if progress else True)
         for indices, args, kwargs in self.samples.batches(self.batch):
+            far = torch.zeros(len(indices)).bool()
             images = self.images(indices[0], args, kwargs)
             target = self.limits.to_signed(images[-1])
             losses.append(
@@ -68,13 +71,15 @@ class Measurement:
                 with self._seeded(indices[0]):
                     judged = self.model.judge(*args, **kwargs)
                 predicted.append(judged.predicted)
-                self.far += int(judged.far.sum())
+                far = judged.far.cpu()
             taps = self.model.anatomy.taps
             if self.model.bank is not None and taps is not None:
                 with self._seeded(indices[0]):
                     _, keyed = self.model.split.begin(args, kwargs)
                 found = self.model.bank.search(taps.query(keyed, args, kwargs)).distances
-                distances.append(found.clamp_min(0).sqrt().flatten(1).mean(1))
+                distances.append(guide_distance(found)[:, 0])
+                far = far | (distances[-1].cpu() > (self.model.about.get(GUIDE_LIMIT) or torch.inf))
+            self.far += int(far.sum())
             bar.update(len(indices))
         bar.close()
         return (

@@ -18,6 +18,8 @@ from retroexit.guidance.slopes import with_slopes
 from retroexit.model import EarlyExitGenerator
 from retroexit.retrieval.base import Retriever
 from retroexit.retrieval.storage import MANIFEST
+from retroexit.routing.drift import GUIDE_LIMIT, farthest
+from retroexit.routing.judge import guide_distance
 from retroexit.storage import save_model, wrap_settings
 from retroexit.taps import Taps
 from retroexit.training.batch import TrainingBatch
@@ -79,10 +81,11 @@ def fit_model(
     if team.is_first:
         write_json(folder / "fit.json", wanted)
     model.calibration = model.regions = model.latency = None  # they belong to another fit
+    reach: float | None = None
     taps = model.anatomy.taps
     if taps is not None:
         model.bank = _bank(model, taps, features, folder / "bank", retriever, settings.seed, team, progress)
-        steps.guide_of = _guides(model, taps, features)
+        steps.guide_of, reach = _guides(model, taps, features)
     _train(model, losses, steps, settings, folder / "branches", watch, progress)
     measured = exit_losses(model, steps, metric, folder / "losses.npy", progress)
     error = _predict(model, steps, measured, held_out, settings, progress)
@@ -93,6 +96,7 @@ def fit_model(
         "fit": asdict(settings),
         "inputs": len(samples),
         "predictor_error": error,
+        GUIDE_LIMIT: reach,
     }
     if team.is_first:
         save_model(model, folder)
@@ -315,18 +319,29 @@ def _bank(
     return GuidanceBank.load(folder, own, retriever_class=type(retriever()))
 
 
-def _guides(model: EarlyExitGenerator, taps: Taps, features: Features) -> Callable[[Sequence[int]], Tensor]:
-    """Search once for every sample, its own keys left out, as a new input finds only foreign ones."""
+def _guides(
+    model: EarlyExitGenerator, taps: Taps, features: Features
+) -> tuple[Callable[[Sequence[int]], Tensor], float | None]:
+    """Search once for every sample, its own keys left out, as a new input finds only foreign ones.
+
+    Returns:
+        The guide of some samples, and how far guides of inputs like these may be.
+    """
     bank = model.bank
     assert bank is not None
     key, _ = guidance_names(taps, model.split.cuts[0].feature.name)
     found = [
-        bank.search(features.read(key, rows), torch.as_tensor(rows)).ids for rows in chunks(len(features), 64)
+        bank.search(features.read(key, rows), torch.as_tensor(rows)) for rows in chunks(len(features), 64)
     ]
-    ids = torch.cat(found)
-    return lambda rows: bank.glue(
-        ids[torch.as_tensor(list(rows))], feature=features.read(key, rows) if bank.order else None
-    )
+    ids = torch.cat([one.ids for one in found])
+    distances = torch.cat([guide_distance(one.distances) for one in found])[:, 0]
+    reach = farthest(distances) if len(distances) >= 8 else None
+
+    def guide_of(rows: Sequence[int]) -> Tensor:
+        feature = features.read(key, rows) if bank.order else None
+        return bank.glue(ids[torch.as_tensor(list(rows))], feature=feature)
+
+    return guide_of, reach
 
 
 def _cropper(model: EarlyExitGenerator, features: Features, crop: int | None) -> Cropper:
