@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 FIT = (
     *("fit", "toy.py:decoder", "--inputs", "toy.py:samples", "--attach-at", "1,2", "--scale", "1/2,3/4"),
@@ -91,7 +90,6 @@ def test_missing_weights_are_listed_and_refused_at_the_end(
     assert "vgg, lpips not counted, since their weights were not found" in shown.out
     run(*words).fails_with("the loss 'vgg' needs vgg19-dcbb9e9d.pth")
     assert not (tmp_path / "run").exists()
-    nn.init.zeros_(torch.empty(1))
     (tmp_path / "vgg19.pth").write_bytes(b"no weights")
     run(*words, "--loss-weights", "vgg=vgg19.pth", "--dry-run").fails_with("vgg19.pth is no weight file")
 
@@ -146,11 +144,10 @@ def test_a_trained_discriminator_comes_from_a_file_for_the_adapters_own(run: Any
         ((*FACE, "--adversarial", "best"), "adversarial='best'; found no such objective"),
     ],
 )
-@pytest.mark.parametrize("dry", [True, False])
-def test_losses_that_cannot_be_had_are_refused_by_a_dry_run_too(
-    run: Any, tmp_path: Path, words: tuple[str, ...], message: str, dry: bool
+def test_losses_that_cannot_be_had_are_refused_by_a_dry_run(
+    run: Any, tmp_path: Path, words: tuple[str, ...], message: str
 ) -> None:
-    run(*FIT, *words, *(["--dry-run"] if dry else [])).fails_with(message)
+    run(*FIT, *words, "--dry-run").fails_with(message)
     assert not (tmp_path / "run").exists()
 
 

@@ -76,11 +76,10 @@ def test_a_model_is_calibrated_later_and_evaluate_says_what_a_threshold_means(
         (("--regions", "--no-cache"), "regions and cache=False; found that the tile predictor reads cached"),
     ],
 )
-@pytest.mark.parametrize("dry", [True, False])
 def test_what_cannot_be_routed_is_refused_before_anything_is_trained(
-    run: Any, tmp_path: Path, words: tuple[str, ...], message: str, dry: bool
+    run: Any, tmp_path: Path, words: tuple[str, ...], message: str
 ) -> None:
-    run(*FIT, *words, *(["--dry-run"] if dry else [])).fails_with(message)
+    run(*FIT, *words).fails_with(message)
     assert not (tmp_path / "run").exists()
 
 
