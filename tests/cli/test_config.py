@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from dataclasses import fields
@@ -64,8 +65,11 @@ def test_what_is_given_as_an_option_goes_before_the_file(run: Any, tmp_path: Pat
     assert (found["batch"], found["ema"], found["clip"]) == (2, 0.5, None)
 
 
-def test_every_setting_of_a_fit_is_an_option(run: Any) -> None:
+def test_every_argument_and_setting_of_a_fit_is_an_option(run: Any) -> None:
     shown = run("fit", "--help").out
+    ours = {"model", "folder", "progress", "settings"}
+    for name in inspect.signature(retroexit.fit).parameters.keys() - ours:
+        assert f"--{ {'losses': 'loss'}.get(name, name).replace('_', '-') }" in shown
     for field in fields(FitSettings):
         name = "loss" if field.name == "losses" else field.name.replace("_", "-")
         assert f"--{name}" in shown
