@@ -70,7 +70,7 @@ def wrap(
         guidance: ``None``; ``True`` for a bank of frames where the adapter knows keys of whole inputs, else
             of patches; ``"patches"`` for these in any case; or a `Guidance`.
         adapter: What a plug-in knows about the generator: a `Description`, the name of the plug-in to ask,
-            ``False`` to ask none. By default all are asked.
+            ``False`` to ask none. By default all are asked. A fit goes by it too.
         init: Starting weights of a branch: ``"inherit"``, the backbone's most important channels, or
             ``"scratch"``.
         width_rule: How widths follow from the scale: ``"floor"``, the paper's, ``"multiple-of-8"``, or a

@@ -74,7 +74,8 @@ def fit(
 
     The backbone's own image is the target, so no photographs are needed. Backbone features and images are
     computed once and kept in the folder. A fit that was interrupted goes on when it is called again, to the
-    same weights.
+    same weights. Promise, regions and times are made at the end, where they are asked for; those of an
+    earlier fit in the folder are dropped.
 
     Args:
         model: A wrapped generator; its branches are trained in place.
@@ -303,7 +304,16 @@ def _complete(model: EarlyExitGenerator, job: Job, folder: Path, progress: bool,
     if team.is_first:
         if job.aside:
             alpha, confidence = job.promise
-            calibrate_model(model, job.aside, metric, alpha=alpha, confidence=confidence, progress=progress)
+            batch = job.settings.cache_batch
+            calibrate_model(
+                model,
+                job.aside,
+                metric,
+                alpha=alpha,
+                confidence=confidence,
+                batch=batch,
+                progress=progress,
+            )
         if job.tile:
             fit_regions(model, job.inputs, folder, metric, tile=job.tile, progress=progress)
         if job.latency:

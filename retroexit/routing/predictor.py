@@ -36,7 +36,7 @@ class Predictor(nn.Module):
     It reads the feature map at the first attach point, which every route computes anyway, or a map made from
     the generator's inputs as in the paper. Inputs and outputs are standardised with statistics of the
     training set (`calibrate_scales`), so that one learning rate serves every generator. A `DriftGuard` looks
-    at the same pooled statistics.
+    at the same pooled statistics of the map.
 
     Args:
         channels: Channels of the map it reads.
@@ -92,7 +92,8 @@ class Predictor(nn.Module):
         self.head: nn.Module = nn.Linear(seen, exits)
         if kind != "linear":
             self.head = nn.Sequential(nn.Linear(seen, 64), nn.ReLU(), nn.Linear(64, exits))
-        self.guard = DriftGuard(pooled)
+        # Not at the distance: whoever is nearer to the bank than the fitting set was, is not far.
+        self.guard = DriftGuard(2 * channels)
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("std", torch.ones(channels))
         self.register_buffer("extra_mean", torch.zeros(extra))
@@ -130,7 +131,11 @@ class Predictor(nn.Module):
             seen = torch.cat([pooled, _pool(self.convolutions(x))], 1)
         # Far from the fitting set nothing is known, and a logarithm would run away.
         found: Tensor = self.head(seen).clamp(-_FARTHEST, _FARTHEST) * self.loss_std + self.loss_mean
-        return found.exp() if self.log else found, self.guard(pooled)
+        return found.exp() if self.log else found, self.guard(self.guarded(pooled))
+
+    def guarded(self, pooled: Tensor) -> Tensor:
+        """Pick the statistics that the drift guard looks at, those of the map, from `pool`'s."""
+        return pooled[:, : self.guard.centre.numel()]
 
     def scaled(self, losses: Tensor) -> Tensor:
         """Bring losses ``(N, K)`` to the scale that is regressed: that of the logarithm, or as they are."""

@@ -223,7 +223,7 @@ def _learn_drift(
         parts = [
             predictor.pool(maps[part], None if extra is None else extra[part])[1] for part in picked.split(64)
         ]
-        return torch.cat(parts)
+        return predictor.guarded(torch.cat(parts))
 
     seen = pooled(rows)
     predictor.guard.fit(seen, pooled(kept) if len(kept) else seen[:0])

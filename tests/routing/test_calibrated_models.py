@@ -230,6 +230,9 @@ def test_the_distance_to_the_guide_is_searched_once_and_matters(
         near = model.predictor(feature[:9], found[:9, None])
         far = model.predictor(feature[:9], 2 * found[:9, None])
     assert bool((far > near).all())
+    assert not model.judge(TRAIN).far.any(), (
+        "their own keys are in the bank, so that they are nearer, not far"
+    )
     tau = float(model.predict(TRAIN[:9])[:, 0].median())
     calls: list[int] = []
     real = bank.search
