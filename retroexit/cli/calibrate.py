@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import retroexit
-from retroexit.cli.options import TARGET, FactoryArguments
+from retroexit.cli.options import TARGET, Adapter, FactoryArguments, chosen_adapter
 from retroexit.cli.routing_options import Alpha, Confidence, Latency, routing_results
 from retroexit.fitting import measure_times
 from retroexit.tables import limits_table
@@ -25,6 +25,7 @@ def calibrate(
         typer.Option(help="Samples that nothing was fitted on, drawn as later ones: package.module:name."),
     ],
     factory_arguments: FactoryArguments = "",
+    adapter: Adapter = None,
     alpha: Alpha = 0.05,
     confidence: Confidence = 0.95,
     rule: Annotated[
@@ -42,7 +43,8 @@ def calibrate(
     """
     generator, example = load_generator(target, factory_arguments)
     samples = load_samples(inputs)
-    model = retroexit.load(folder, generator, *example_of(example, samples))
+    asked = chosen_adapter(adapter)
+    model = retroexit.load(folder, generator, *example_of(example, samples), adapter=asked)
     model.calibrate(samples, alpha, confidence, weights=weights, rule=rule, batch=batch)
     if latency is not None:
         measure_times(model, samples, latency)

@@ -24,7 +24,16 @@ from retroexit.cli.loss_options import (
     discriminator_source,
     loss_arguments,
 )
-from retroexit.cli.options import TARGET, FactoryArguments, ImageKey, image_key, parse_range, resumable
+from retroexit.cli.options import (
+    TARGET,
+    Adapter,
+    FactoryArguments,
+    ImageKey,
+    chosen_adapter,
+    image_key,
+    parse_range,
+    resumable,
+)
 from retroexit.cli.plan import plan
 from retroexit.cli.routing_options import (
     Alpha,
@@ -77,9 +86,7 @@ def fit(
     width_rule: Annotated[
         str, typer.Option(help="How widths follow from the scale: floor, multiple-of-8, a plug-in's.")
     ] = "floor",
-    adapter: Annotated[
-        str | None, typer.Option(help="Plug-in that knows the generator; none asks none, by default all.")
-    ] = None,
+    adapter: Adapter = None,
     loss: Loss = None,
     equalise: Equalise = None,
     equalise_steps: EqualiseSteps = None,
@@ -159,7 +166,7 @@ def fit(
         min_channels=min_channels,
         tap=tap,  # type: ignore[arg-type]  # checked there
         guidance=retroexit.Guidance(retriever=retriever) if guidance else None,
-        adapter=False if adapter == "none" else adapter,
+        adapter=chosen_adapter(adapter),
         init=init,  # type: ignore[arg-type]
         width_rule=width_rule,
         image=image_key(image),

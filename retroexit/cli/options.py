@@ -10,7 +10,16 @@ import typer
 
 from retroexit.errors import OptionError
 
-__all__ = ["TARGET", "FactoryArguments", "ImageKey", "image_key", "parse_range", "resumable"]
+__all__ = [
+    "TARGET",
+    "Adapter",
+    "FactoryArguments",
+    "ImageKey",
+    "chosen_adapter",
+    "image_key",
+    "parse_range",
+    "resumable",
+]
 
 TARGET: Final = "Where the trained generator comes from: package.module:factory or path/to/file.py:factory."
 
@@ -22,10 +31,20 @@ FactoryArguments = Annotated[
 ]
 
 
+Adapter = Annotated[
+    str | None,
+    typer.Option(help="Plug-in that knows the generator; none asks none, by default all are asked."),
+]
+
 ImageKey = Annotated[
     str | None,
     typer.Option("--image", help="Key of the image in the generator's output, if there are several."),
 ]
+
+
+def chosen_adapter(text: str | None) -> str | bool | None:
+    """Read which plug-in to ask."""
+    return False if text == "none" else text
 
 
 def image_key(text: str | None) -> int | str | None:
