@@ -51,7 +51,7 @@ from retroexit.planning import DEFAULT_LOSSES
 from retroexit.plugins.host import host
 from retroexit.tables import exit_table
 from retroexit.targets import example_of, load_generator, load_samples, parse_places, parse_scales
-from retroexit.training.devices import Team, join, kind_of_device
+from retroexit.training.devices import Team, join, kind_of_device, rehearse
 from retroexit.training.inputs import moved
 from retroexit.training.presets import SPECIAL, find_weights
 from retroexit.training.settings import FitSettings
@@ -177,7 +177,7 @@ def fit(
     say = typer.echo if team.is_first else lambda text: None
     say(exit_table(model))
     if dry_run:
-        Team(size=(devices or 1) * (nodes or 1)).part(batch)
+        rehearse(devices, nodes, batch)
         networks = {"discriminator": discriminator_source(discriminator), "gaze": gaze or ""}
         for text in plan(model, samples, out, asked, networks):
             say(text)

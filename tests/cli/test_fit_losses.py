@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -173,8 +174,12 @@ def test_a_file_holds_all_of_it_and_options_go_before_it(run: Any, tmp_path: Pat
     assert "regions" not in shown.out and "equalised" not in shown.out
 
 
-def test_a_dry_run_refuses_a_folder_of_another_fit_and_batches_that_do_not_divide(run: Any) -> None:
+def test_a_dry_run_refuses_a_folder_of_another_fit_and_processes_that_cannot_be(
+    run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert run(*FIT).status == 0
     run(*FIT, "--lr", "0.1", "--dry-run").fails_with("found other settings: lr was 0.004, is 0.1")
     assert run(*FIT, "--predictor", "linear", "--dry-run").status == 0, "the predictor is trained anew"
     run(*FIT, "--devices", "3", "--dry-run").fails_with("asked for batch=2 on 3 processes")
+    monkeypatch.setitem(sys.modules, "lightning_fabric", None)
+    run(*FIT, "--devices", "2", "--dry-run").fails_with("asked for 2 devices; found no lightning-fabric")
