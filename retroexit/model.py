@@ -40,7 +40,7 @@ class EarlyExitGenerator(RoutedCalls):
             what the predictor expects.
         latency: Measured times of the exits, or ``None`` before `measure_latency`.
         drift: Counts inputs that are too far from the fitting set and went to the backbone.
-        regions: Chooses exits inside the image, or ``None`` before `retroexit.regions.fitting.fit_regions`.
+        regions: Chooses exits inside the image, or ``None`` before ``fit(..., regions=True)``.
     """
 
     def __init__(self, generator: nn.Module, options: WrapOptions) -> None:
@@ -155,7 +155,7 @@ class EarlyExitGenerator(RoutedCalls):
         *inputs: Any,
         exit: int | None = None,
         threshold: float | Tensor | None = None,
-        budget: float | None = None,
+        budget: float | Tensor | None = None,
         deadline_ms: float | None = None,
         regions: bool | str = False,
         **kwargs: Any,
@@ -169,7 +169,7 @@ class EarlyExitGenerator(RoutedCalls):
                 sample takes the cheapest exit predicted to keep it, or, once the model is calibrated, the
                 cheapest that keeps the promise of its `Calibration`.
             budget: Mean share of the backbone's compute to spend, predictor and retrieval counted, on inputs
-                like those of the calibration; see `Wishes`.
+                like those of the calibration; see `Wishes`. One for all, or one per sample ``(N,)``.
             deadline_ms: Milliseconds that this call may take, by `measure_latency`; also as a limit on what
                 a threshold or budget chooses.
             regions: Whether parts of an image may leave at different exits, with a threshold for all:
@@ -202,7 +202,7 @@ class EarlyExitGenerator(RoutedCalls):
         *,
         exit: int | None = None,
         threshold: float | Tensor | None = None,
-        budget: float | None = None,
+        budget: float | Tensor | None = None,
         deadline_ms: float | None = None,
         regions: bool | str = False,
     ) -> Any:
@@ -328,11 +328,15 @@ class EarlyExitGenerator(RoutedCalls):
         taps = self.anatomy.taps
         if taps is None or (rows is not None and not len(rows)):
             return None
-        if found is not None:
-            ids = found.ids if rows is None else found.ids[rows.to(found.ids.device)]
-            return self._need_bank().glue(ids).to(keyed)
-        query = taps.query(keyed, args, kwargs)
-        return self._need_bank().guide(query if rows is None else query[rows]).to(keyed)
+        bank, query = self._need_bank(), None
+        if found is None or bank.order:
+            query = taps.query(keyed, args, kwargs)
+            query = query if rows is None else query[rows]
+        if found is None:
+            assert query is not None
+            return bank.guide(query).to(keyed)
+        ids = found.ids if rows is None else found.ids[rows.to(found.ids.device)]
+        return bank.glue(ids, feature=query).to(keyed)
 
     def _need_bank(self) -> GuidanceBank:
         if self.bank is None:
@@ -358,7 +362,11 @@ class EarlyExitGenerator(RoutedCalls):
                 regions,
             )
         if self.regions is None:
-            raise TrainingError("asked for regions; found no tile predictor. Run fit_regions first.", self)
+            raise TrainingError(
+                "asked for regions; found no tile predictor. Fit with retroexit.fit(..., regions=True), or "
+                "give a fitted model one with retroexit.regions.fitting.fit_regions.",
+                self,
+            )
         return self.regions.route(self, args, kwargs, check_threshold(threshold), check_goal(regions))
 
     def _check_exit(self, exit: int) -> int:

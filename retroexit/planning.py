@@ -12,7 +12,7 @@ from typing import Final
 import torch
 from torch import nn
 
-from retroexit.errors import OptionError, RetroExitWarning, WeightsError
+from retroexit.errors import OptionError, PluginError, RetroExitWarning, WeightsError
 from retroexit.evaluation.quality import QualityMetric
 from retroexit.plugins.description import Description
 from retroexit.plugins.host import host
@@ -41,7 +41,7 @@ EQUALISE_STEPS: Final = 50
 def plan_losses(
     generator: nn.Module,
     losses: Mapping[str, float] | str,
-    metric: QualityMetric,
+    metric: QualityMetric | None,
     *,
     equalise: bool | int | None = None,
     instead: Mapping[str, str] | None = None,
@@ -51,13 +51,14 @@ def plan_losses(
     discriminator_lr: float = 4e-4,
     gaze: nn.Module | None = None,
     known: Description | None = None,
+    missing: dict[str, WeightsError] | None = None,
 ) -> LossPlan:
     """Plan what branches are trained on.
 
     Args:
         generator: The user's generator.
         losses: Weight of every term by name, or a preset: ``"oasis"`` (equation 3), ``"megaportraits"`` (4).
-        metric: The metric of the fit, which is the term ``"quality"``.
+        metric: The metric of the fit, which is the term ``"quality"``; ``None`` if it is in ``missing``.
         equalise: Whether weights are multiplied such that all terms pull equally at the image, measured over
             the first 50 steps, or this many; by default for presets alone.
         instead: Terms that take the place of others: ``{"vgg": "features-alex"}``.
@@ -70,6 +71,7 @@ def plan_losses(
         discriminator_lr: Learning rate of the discriminators.
         gaze: Gaze network of the term ``"gaze"``.
         known: What is known about the generator; plug-ins are asked if ``None``.
+        missing: Takes the terms whose weights cannot be had, which the plan then leaves out; ``None`` raises.
 
     Raises:
         OptionError: If a term lacks what it needs, or an argument is out of range.
@@ -89,9 +91,10 @@ def plan_losses(
         told = None if known is None else known.adversarial
         objective = find_objective(adversarial or told or (preset.objective if preset else "non-saturating"))
     limits = (-1.0, 1.0) if known is None or known.image_range is None else known.image_range
+    terms = _terms(weights, metric, loss_weights or {}, missing)
     return LossPlan(
-        weights,
-        _terms(weights, metric, loss_weights or {}),
+        {name: weight for name, weight in weights.items() if not missing or name not in missing},
+        terms,
         discriminator=opponent,
         objective=objective,
         gaze=gaze,
@@ -101,7 +104,10 @@ def plan_losses(
 
 
 def _terms(
-    weights: Mapping[str, float], metric: QualityMetric, files: Mapping[str, str | Path]
+    weights: Mapping[str, float],
+    metric: QualityMetric | None,
+    files: Mapping[str, str | Path],
+    missing: dict[str, WeightsError] | None,
 ) -> dict[str, Term | BatchTerm]:
     """Make the terms that branches share."""
     stray = [name for name in files if name not in weights]
@@ -111,18 +117,27 @@ def _terms(
         )
     found: dict[str, Term | BatchTerm] = {}
     for name in weights:
-        if name in (ADVERSARIAL, FEATURE_MATCHING, GAZE):
+        if name in (ADVERSARIAL, FEATURE_MATCHING, GAZE) or (missing and name in missing):
             continue
-        called = name
-        if name == LPIPS:
-            called = metric.name if metric.name.startswith("lpips-") else "lpips-alex"
-        if name not in files and called in (QUALITY, metric.name):
-            found[name] = metric
-            continue
-        options = {"weights": files[name]} if name in files else {}
-        is_metric = called not in host().losses() and called in host().metrics()
-        found[name] = host().metric(called, **options) if is_metric else host().loss(called, **options)
+        try:
+            found[name] = _term(name, metric, files.get(name))
+        except WeightsError as error:
+            if missing is None:
+                raise
+            missing[name] = error
     return found
+
+
+def _term(name: str, metric: QualityMetric | None, file: str | Path | None) -> Term | BatchTerm:
+    own = None if metric is None else metric.name
+    called = name
+    if name == LPIPS:
+        called = own if own is not None and own.startswith("lpips-") else "lpips-alex"
+    if metric is not None and file is None and called in (QUALITY, own):
+        return metric
+    options = {} if file is None else {"weights": file}
+    is_metric = called not in host().losses() and called in host().metrics()
+    return host().metric(called, **options) if is_metric else host().loss(called, **options)
 
 
 def _discriminator(
@@ -135,17 +150,14 @@ def _discriminator(
         raise OptionError(
             f"asked for discriminator={wanted!r}; found neither a module, a file, 'auto' nor None.", wanted
         )
-    if known is None:
-        made = host().discriminator(generator)
-    else:
-        made = None if known.discriminator is None else known.discriminator(generator)
+    made = host().discriminator(generator) if known is None else _made(known, generator)
     if wanted == "auto":
         if made is not None:
             warnings.warn(
                 f"branches compete with copies of a {type(made).__name__} that knows nothing yet. Pass the "
                 "generator's own, trained, as discriminator=module or discriminator=file.",
                 RetroExitWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
         return made
     if made is None:
@@ -162,4 +174,25 @@ def _discriminator(
             f"({' '.join(str(error).split())[:300]}). Pass a file with its state dict.",
             wanted,
         ) from error
+    return made
+
+
+def _made(known: Description, generator: nn.Module) -> nn.Module | None:
+    """Make the discriminator that a description names."""
+    if known.discriminator is None:
+        return None
+    try:
+        made = known.discriminator(generator)
+    except Exception as error:
+        raise PluginError(
+            f"asked {known.name} for a discriminator; found that it raised {type(error).__name__}: {error}. "
+            "Correct the description, or pass discriminator=module.",
+            known,
+        ) from error
+    if not isinstance(made, nn.Module):
+        raise PluginError(
+            f"asked {known.name} for a discriminator; found a {type(made).__name__}. Return a "
+            "torch.nn.Module.",
+            known,
+        )
     return made

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from retroexit.evaluation.sweep import Evaluation
     from retroexit.model import EarlyExitGenerator
 
-__all__ = ["exit_table", "sweep_table", "table"]
+__all__ = ["exit_table", "limits_table", "promise_table", "sweep_table", "table"]
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -81,6 +81,35 @@ def sweep_table(evaluation: Evaluation, thresholds: Sequence[float]) -> str:
             ]
         )
     return table(["threshold", "saved", "mean", "90 %", "violations", "samples per exit"], rows)
+
+
+def limits_table(model: EarlyExitGenerator, thresholds: Sequence[float]) -> str:
+    """Show what a calibration lets every threshold accept, and what that saves on its own samples."""
+    calibration, rows, shares = model.calibration, [], model.shares()
+    assert calibration is not None
+    for tau in thresholds:
+        limits = [f"{limit:.4f}" if limit >= 0 else "none" for limit in calibration.limits(tau).tolist()]
+        exits, losses = calibration.observed(calibration.losses, calibration.predicted, tau)
+        saved, above = 1 - float(shares[exits - 1].mean()), int((losses > tau).sum())
+        accepted = limits[0] if len(set(limits)) == 1 else " ".join(limits)
+        rows.append([f"{tau:g}", accepted, f"{100 * saved:.1f} %", f"{above} of {len(losses)}"])
+    return table(["threshold", "predictions up to", "saved", "above"], rows)
+
+
+def promise_table(promise: dict[str, Any]) -> str:
+    """Show what held-out samples do under a promise, see `retroexit.evaluation.promise.promise_summary`."""
+    rows = [
+        [
+            f"{row['threshold']:g}",
+            f"{100 * row['saved']:.1f} %",
+            f"{row['mean_loss']:.4f}",
+            f"{row['above']} of {promise['held_out']}",
+            f"{100 * row['violations']:.1f} %",
+            "yes" if row["consistent"] else "no",
+        ]
+        for row in promise["rows"]
+    ]
+    return table(["threshold", "saved", "mean", "above", "violations", "consistent"], rows)
 
 
 def _brief(widths: Sequence[int], most: int = 8) -> str:

@@ -24,6 +24,7 @@ __all__ = [
     "Inputs",
     "example_of",
     "load_generator",
+    "load_network",
     "load_object",
     "load_samples",
     "parse_arguments",
@@ -208,6 +209,27 @@ def load_generator(spec: str, arguments: str = "") -> tuple[nn.Module, Inputs | 
             generator,
         )
     return generator.eval(), _inputs_of(spec, *given[1:])
+
+
+def load_network(spec: str, what: str) -> nn.Module:
+    """Make a network that is no generator, such as a discriminator.
+
+    Args:
+        spec: Names the module itself, or a class or function that makes it without arguments.
+        what: Which option asks for it, for messages.
+
+    Raises:
+        OptionError: If it cannot be had, or is no module.
+    """
+    made = load_object(spec)
+    if not isinstance(made, nn.Module) and callable(made):
+        made = _call(spec, made, advice="Write a function without arguments.")
+    if not isinstance(made, nn.Module):
+        raise OptionError(
+            f"asked for {what} {spec}; found a {type(made).__name__}. The factory returns a torch.nn.Module.",
+            made,
+        )
+    return made
 
 
 def _inputs_of(spec: str, inputs: Any = None, named: Any = None) -> Inputs | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
@@ -36,6 +36,9 @@ from retroexit.guidance.origin import refuse_another
 from retroexit.routing.predictor import Predictor
 from retroexit.taps import Taps, find_key_cut, find_taps, tap_paths
 
+if TYPE_CHECKING:
+    from retroexit.plugins.description import Description
+
 __all__ = ["Anatomy", "WrapOptions", "build_anatomy"]
 
 
@@ -59,6 +62,8 @@ class WrapOptions:
             feature.
         plans: Widths chosen earlier, one per exit, from a saved model.
         build_stage: Builds thin stages through their own constructor, where an adapter can.
+        told: What the user's choice of adapter says about the generator; ``None`` where all plug-ins were
+            asked.
     """
 
     attach_at: tuple[int | str, ...]
@@ -75,6 +80,7 @@ class WrapOptions:
     predictor_inputs: Callable[..., Tensor] | None = None
     plans: tuple[WidthPlan | None, ...] | None = None
     build_stage: BuildStage | None = None
+    told: Description | None = None
 
     def __post_init__(self) -> None:
         if not self.attach_at:

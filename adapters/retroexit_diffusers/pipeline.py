@@ -28,54 +28,78 @@ class EarlyExitDecoder(nn.Module):
         model: The wrapped decoder.
         exit: Every image leaves at this exit, from 1; ``None`` for the decoder itself.
         threshold: Instead, every image leaves at the cheapest exit predicted to lose no more than this.
+        **wishes: Further ways to choose, as a call of the model has them: ``budget``, ``deadline_ms``,
+            ``regions``.
 
     Attributes:
         model: The wrapped decoder; ``model.unwrap()`` is the decoder.
         exit: As given.
         threshold: As given.
-        counts: How many images (tiles, where the autoencoder cuts them) left at each exit so far, ``K + 1``
-            for the decoder itself.
+        wishes: All that a routed call is asked for.
+        counts: How many images (tiles, where the autoencoder or the routing cuts them) left at each exit so
+            far, ``K + 1`` for the decoder itself.
 
     Raises:
-        OptionError: If both are given, or the exit does not exist.
-        TrainingError: If a threshold is given and the model has no predictor yet.
+        OptionError: If exit and another way to choose are given, or the exit does not exist.
+        TrainingError: If the model has no predictor yet, or what else the way to choose needs.
     """
 
     model: EarlyExitGenerator
     exit: int | None
     threshold: float | None
+    wishes: dict[str, Any]
     counts: Counter[int]
 
     def __init__(
-        self, model: EarlyExitGenerator, exit: int | None = None, threshold: float | None = None
+        self,
+        model: EarlyExitGenerator,
+        exit: int | None = None,
+        threshold: float | None = None,
+        **wishes: Any,
     ) -> None:
         super().__init__()
         decoder = model.unwrap()
         vars(self).update({name: vars(decoder)[name] for name in _SHARED})
         # Past nn.Module, which would list the model among the parts.
         vars(self).update(model=model, training=decoder.training, counts=Counter())
-        self.choose(exit, threshold)
+        self.choose(exit, threshold, **wishes)
 
-    def choose(self, exit: int | None = None, threshold: float | None = None) -> None:
+    def choose(
+        self,
+        exit: int | None = None,
+        threshold: float | None = None,
+        *,
+        budget: float | None = None,
+        deadline_ms: float | None = None,
+        regions: bool | str = False,
+    ) -> None:
         """Leave elsewhere from now on; arguments and errors are those of the class."""
-        if exit is not None and threshold is not None:
+        model = self.model
+        asked = {"threshold": threshold, "budget": budget, "deadline_ms": deadline_ms}
+        wishes: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
+        wishes |= {"regions": regions} if regions is not False else {}
+        if exit is not None and wishes:
+            named = " and ".join(f"{name}={value}" for name, value in wishes.items())
             raise OptionError(
-                f"asked for exit={exit} and threshold={threshold}; found two ways to choose an exit. Pass "
-                "one of them.",
+                f"asked for exit={exit} and {named}; found two ways to choose an exit. Pass one of them.",
                 exit,
             )
-        last = len(self.model.branches) + 1
-        if self.model.is_recorded and exit is not None and exit not in range(1, last + 1):
+        last = len(model.branches) + 1
+        if model.is_recorded and exit is not None and exit not in range(1, last + 1):
             raise OptionError(
                 f"asked for exit={exit!r}; found exits 1 to {last}, the last one the decoder itself.", exit
             )
-        if threshold is not None and self.model.predictor is None:
-            raise TrainingError(
-                f"asked for threshold={threshold}; found no predictor. Run retroexit.fit first, or choose "
-                "with exit=k.",
-                self.model,
-            )
-        vars(self).update(exit=exit, threshold=threshold)
+        needed = {
+            "threshold": (model.predictor, "predictor. Run retroexit.fit first, or choose with exit=k"),
+            "budget": (model.calibration, "calibration. Call model.calibrate(latents) first"),
+            "deadline_ms": (model.latency, "measured times. Call model.measure_latency(latents) first"),
+            "regions": (model.regions, "tile predictor. Fit with retroexit.fit(..., regions=True)"),
+        }
+        for name, value in wishes.items():
+            part, advice = needed[name]
+            if part is None:
+                raise TrainingError(f"asked for {name}={value}; found no {advice}.", model)
+        vars(self).update(exit=exit, threshold=threshold, wishes=wishes)
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Tensor:
         """Decode latents ``(N, C, h, w)`` to images ``(N, 3, H, W)``, range about ``[-1, 1]``."""
@@ -84,9 +108,9 @@ class EarlyExitDecoder(nn.Module):
         while present and present[-1] is None:
             present.pop()
         named = {name: value for name, value in kwargs.items() if value is not None}
-        if self.threshold is not None:
-            image, exits = self.model.routed(*present, threshold=self.threshold, **named)
-            self.counts.update(exits.tolist())
+        if self.wishes:
+            image, exits = self.model.routed(*present, **self.wishes, **named)
+            self.counts.update(exits.flatten().tolist())
         else:
             image = self.model.route(present, named, exit=self.exit)
             self.counts[self.exit or len(self.model.branches) + 1] += len(image)
@@ -125,7 +149,11 @@ class EarlyExitDecoder(nn.Module):
 
 @contextmanager
 def early_exits(
-    pipe: Any, model: EarlyExitGenerator, exit: int | None = None, threshold: float | None = None
+    pipe: Any,
+    model: EarlyExitGenerator,
+    exit: int | None = None,
+    threshold: float | None = None,
+    **wishes: Any,
 ) -> Iterator[EarlyExitDecoder]:
     """Let a pipeline decode with early exits inside a ``with`` block.
 
@@ -134,6 +162,7 @@ def early_exits(
         model: Its decoder, wrapped by `retroexit.wrap`.
         exit: See `EarlyExitDecoder`.
         threshold: See `EarlyExitDecoder`.
+        **wishes: See `EarlyExitDecoder`.
 
     Yields:
         What stands in the decoder's place: counts exits, and can be told to choose others.
@@ -143,7 +172,7 @@ def early_exits(
         OptionError, TrainingError: See `EarlyExitDecoder`.
     """
     autoencoder = _autoencoder(pipe, model)
-    decoder = EarlyExitDecoder(model, exit, threshold)
+    decoder = EarlyExitDecoder(model, exit, threshold, **wishes)
     before = autoencoder.decoder
     autoencoder.decoder = decoder
     try:

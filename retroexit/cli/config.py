@@ -10,6 +10,9 @@ bfloat16 = true
 [loss]
 l1 = 1.0
 quality = 1.0
+
+A preset is a text: ``loss = "oasis"``. Tables go for the other options with a ``=`` too: ``[instead]`` with
+``vgg = "features-alex"``.
 """
 
 from __future__ import annotations
@@ -91,6 +94,8 @@ def _plain(annotation: Any, value: Any, what: str) -> Any:
         return [f"{name}={part}" for name, part in value.items()]
     if isinstance(value, list) and list[str] in kinds:
         return [str(part) for part in value]
+    if isinstance(value, str) and list[str] in kinds:
+        return [value]
     if isinstance(value, list) and str in kinds:
         return ",".join(map(str, value))
     numbers = (int, float) if float in kinds else (int,)
@@ -102,5 +107,10 @@ def _plain(annotation: Any, value: Any, what: str) -> Any:
 
 def _said(kinds: set[Any]) -> str:
     """Name what an option takes."""
-    names = {bool: "true or false", int: "a whole number", float: "a number", list[str]: "a table"}
+    names = {
+        bool: "true or false",
+        int: "a whole number",
+        float: "a number",
+        list[str]: "a table or a text",
+    }
     return next((name for kind, name in names.items() if kind in kinds), "a text")

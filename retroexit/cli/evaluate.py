@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 
 import retroexit
-from retroexit.cli.options import TARGET, FactoryArguments
-from retroexit.tables import exit_table, sweep_table
+from retroexit.cli.options import TARGET, Adapter, FactoryArguments, chosen_adapter
+from retroexit.evaluation.promise import EXPECTATION, promise_summary
+from retroexit.tables import exit_table, promise_table, sweep_table
 from retroexit.targets import example_of, load_generator, load_samples
 
 __all__ = ["evaluate"]
@@ -21,6 +22,7 @@ def evaluate(
     folder: Annotated[Path, typer.Argument(help="Folder that fit wrote.")],
     inputs: Annotated[str, typer.Option(help="Test samples: package.module:name.")],
     factory_arguments: FactoryArguments = "",
+    adapter: Adapter = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the report; FOLDER/report by default.")] = None,
     weights: Annotated[Path | None, typer.Option(help="File with the metric's weights.")] = None,
     threshold: Annotated[list[float] | None, typer.Option(min=0, help="Thresholds to print.")] = None,
@@ -32,9 +34,18 @@ def evaluate(
     """
     generator, example = load_generator(target, factory_arguments)
     samples = load_samples(inputs)
-    model = retroexit.load(folder, generator, *example_of(example, samples))
+    asked = chosen_adapter(adapter)
+    model = retroexit.load(folder, generator, *example_of(example, samples), adapter=asked)
     report = out or folder / "report"
     result = retroexit.evaluate(model, samples, report, weights=weights, command=context.obj)
+    taus = threshold or [0.05, 0.1, 0.15]
     typer.echo(exit_table(model))
-    typer.echo(sweep_table(result, threshold or [0.05, 0.1, 0.15]))
+    typer.echo(sweep_table(result, taus))
+    promise = promise_summary(result, model.calibration, taus)
+    if promise is None:
+        typer.echo(EXPECTATION)
+    else:
+        typer.echo(f"promise: {promise['text']}")
+        typer.echo(promise_table(promise))
+    typer.echo(f"drift guard: {result.about['drift_guard']}")
     typer.echo(f"report: {report / 'report.html'}")

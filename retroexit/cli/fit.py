@@ -5,29 +5,55 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 import retroexit
 from retroexit.cli.config import Config
+from retroexit.cli.loss_options import (
+    Adversarial,
+    Discriminator,
+    DiscriminatorLr,
+    Equalise,
+    EqualiseSteps,
+    Gaze,
+    Instead,
+    Loss,
+    LossWeights,
+    discriminator_source,
+    loss_arguments,
+)
 from retroexit.cli.options import (
     TARGET,
+    Adapter,
     FactoryArguments,
     ImageKey,
+    chosen_adapter,
     image_key,
-    parse_losses,
     parse_range,
     resumable,
 )
 from retroexit.cli.plan import plan
+from retroexit.cli.routing_options import (
+    Alpha,
+    Calibrate,
+    Confidence,
+    Latency,
+    PredictFrom,
+    PredictorKind,
+    Regions,
+    Tile,
+    routing_results,
+)
 from retroexit.errors import OptionError
+from retroexit.planning import DEFAULT_LOSSES
 from retroexit.plugins.host import host
 from retroexit.tables import exit_table
 from retroexit.targets import example_of, load_generator, load_samples, parse_places, parse_scales
-from retroexit.training.devices import Team, join, kind_of_device
+from retroexit.training.devices import Team, join, kind_of_device, rehearse
 from retroexit.training.inputs import moved
-from retroexit.training.presets import SPECIAL
+from retroexit.training.presets import SPECIAL, find_weights
 from retroexit.training.settings import FitSettings
 
 __all__ = ["fit"]
@@ -60,13 +86,16 @@ def fit(
     width_rule: Annotated[
         str, typer.Option(help="How widths follow from the scale: floor, multiple-of-8, a plug-in's.")
     ] = "floor",
-    loss: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Term of the training loss and its weight, name=weight; repeat it for several. By default "
-            "l1=1 and quality=1, the metric."
-        ),
-    ] = None,
+    adapter: Adapter = None,
+    loss: Loss = None,
+    equalise: Equalise = None,
+    equalise_steps: EqualiseSteps = None,
+    instead: Instead = None,
+    loss_weights: LossWeights = None,
+    discriminator: Discriminator = "auto",
+    adversarial: Adversarial = None,
+    discriminator_lr: DiscriminatorLr = 4e-4,
+    gaze: Gaze = None,
     metric: Annotated[str, typer.Option(help="Quality metric by name.")] = "lpips-alex",
     weights: Annotated[Path | None, typer.Option(help="File with the metric's weights.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Training steps per branch.")] = _DEFAULT.steps,
@@ -81,9 +110,17 @@ def fit(
     held_out: Annotated[
         float, typer.Option(help="Share of the samples that branches are not trained on.")
     ] = _DEFAULT.held_out,
+    predictor: PredictorKind = _DEFAULT.predictor,
+    predict_from: PredictFrom = None,
     predictor_steps: Annotated[
         int, typer.Option(min=1, help="Training steps of the predictor.")
     ] = _DEFAULT.predictor_steps,
+    calibrate: Calibrate = None,
+    alpha: Alpha = 0.05,
+    confidence: Confidence = 0.95,
+    regions: Regions = False,
+    tile: Tile = 32,
+    latency: Latency = None,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     bfloat16: Annotated[bool, typer.Option(help="Train under bfloat16 autocast.")] = False,
     checkpoint_every: Annotated[
@@ -113,14 +150,8 @@ def fit(
     Example:
         retroexit fit mymodels:decoder --inputs mydata:train --attach-at 2,4,6 --scale 1/15 --out runs/decoder
     """
-    given = dict(locals())
-    settings = {f.name: given[f.name] for f in fields(FitSettings) if f.name in given}
-    settings["clip"] = clip or None
-    losses = parse_losses(loss or [])
-    if losses:
-        settings["losses"] = losses
-    wanted = FitSettings(**settings)
-    _check_names(metric, retriever, guidance, losses)
+    asked = _arguments(dict(locals()))
+    _check_names(metric, retriever, guidance, asked)
     team = Team() if dry_run else join(devices, nodes, kind_of_device(accelerator))
     generator, example = load_generator(target, factory_arguments)
     if team.device is not None or accelerator is not None:
@@ -135,6 +166,7 @@ def fit(
         min_channels=min_channels,
         tap=tap,  # type: ignore[arg-type]  # checked there
         guidance=retroexit.Guidance(retriever=retriever) if guidance else None,
+        adapter=chosen_adapter(adapter),
         init=init,  # type: ignore[arg-type]
         width_rule=width_rule,
         image=image_key(image),
@@ -145,21 +177,48 @@ def fit(
     say = typer.echo if team.is_first else lambda text: None
     say(exit_table(model))
     if dry_run:
-        say(plan(model, samples, out, metric, weights, wanted))
+        rehearse(devices, nodes, batch)
+        networks = {"discriminator": discriminator_source(discriminator), "gaze": gaze or ""}
+        for text in plan(model, samples, out, asked, networks):
+            say(text)
         return
     with resumable():
-        retroexit.fit(model, samples, out, metric=metric, weights=weights, **settings)
+        retroexit.fit(model, samples, out, **asked)
+    for text in routing_results(model):
+        say(text)
     error = model.about["predictor_error"]
     said = "; no input was held out" if error is None else f"; predictor error on held-out inputs {error:.4f}"
     say(f"saved to {out}{said}")
 
 
-def _check_names(metric: str, retriever: str, guidance: bool, losses: Mapping[str, float]) -> None:
+_SETTINGS = tuple(field.name for field in fields(FitSettings))
+_LOSSES = (
+    *("loss", "equalise", "equalise_steps", "instead", "loss_weights"),
+    *("discriminator", "adversarial", "discriminator_lr", "gaze"),
+)
+_OTHERS = ("metric", "weights", "alpha", "confidence", "regions", "tile", "latency")
+
+
+def _arguments(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn options into arguments of `retroexit.fit`; what is out of range is refused at once."""
+    asked = {name: given[name] for name in (*_SETTINGS, *_OTHERS) if name in given}
+    asked["clip"] = asked["clip"] or None
+    asked |= loss_arguments(*(given[name] for name in _LOSSES))
+    settings = {name: asked[name] for name in _SETTINGS if name in asked}
+    FitSettings(**{**settings, "losses": _terms(asked)})
+    return asked
+
+
+def _terms(asked: Mapping[str, Any]) -> dict[str, float]:
+    return find_weights(asked.get("losses", DEFAULT_LOSSES), asked["instead"])
+
+
+def _check_names(metric: str, retriever: str, guidance: bool, asked: Mapping[str, Any]) -> None:
     """Look up what is asked for by name, before anything is computed; no weights are looked for."""
     if metric != "lpips" and metric not in host().metrics():
         host().metric(metric)  # says why not
-    for name in losses:
-        if name not in SPECIAL and name not in host().losses():
+    for name in _terms(asked):
+        if name not in SPECIAL and name not in (*host().losses(), *host().metrics()):
             host().loss(name)  # says why not
     host().retriever(retriever)
     if retriever != "exact" and not guidance:

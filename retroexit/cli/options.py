@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated, Final
 
@@ -10,7 +10,16 @@ import typer
 
 from retroexit.errors import OptionError
 
-__all__ = ["TARGET", "FactoryArguments", "ImageKey", "image_key", "parse_losses", "parse_range", "resumable"]
+__all__ = [
+    "TARGET",
+    "Adapter",
+    "FactoryArguments",
+    "ImageKey",
+    "chosen_adapter",
+    "image_key",
+    "parse_range",
+    "resumable",
+]
 
 TARGET: Final = "Where the trained generator comes from: package.module:factory or path/to/file.py:factory."
 
@@ -22,10 +31,20 @@ FactoryArguments = Annotated[
 ]
 
 
+Adapter = Annotated[
+    str | None,
+    typer.Option(help="Plug-in that knows the generator; none asks none, by default all are asked."),
+]
+
 ImageKey = Annotated[
     str | None,
     typer.Option("--image", help="Key of the image in the generator's output, if there are several."),
 ]
+
+
+def chosen_adapter(text: str | None) -> str | bool | None:
+    """Read which plug-in to ask."""
+    return False if text == "none" else text
 
 
 def image_key(text: str | None) -> int | str | None:
@@ -61,28 +80,3 @@ def resumable() -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         raise SystemExit("interrupted; the same command goes on where it stopped") from None
-
-
-def parse_losses(texts: Sequence[str]) -> dict[str, float]:
-    """Read ``name=weight``, once for each term of the loss.
-
-    Raises:
-        OptionError: If one is not of this form, or a name occurs twice.
-    """
-    losses: dict[str, float] = {}
-    for text in texts:
-        name, _, weight = text.partition("=")
-        try:
-            value = float(weight)
-        except ValueError:
-            raise OptionError(
-                f"asked for --loss {text}; found no weight behind a '='. Write l1=1.", text
-            ) from None
-        if not name or name in losses:
-            raise OptionError(
-                f"asked for --loss {text}; found {'a name given twice' if name else 'no name'}. Name each "
-                "term once: l1=1.",
-                text,
-            )
-        losses[name] = value
-    return losses

@@ -24,6 +24,8 @@ from retroexit.evaluation.strips import Strip
 from retroexit.evaluation.sweep import Evaluation
 from retroexit.fingerprint import fingerprint
 from retroexit.model import EarlyExitGenerator
+from retroexit.routing.drift import GUIDE_LIMIT
+from retroexit.routing.judge import guide_distance
 from retroexit.storage import versions
 from retroexit.training.fit import image_range_of
 from retroexit.training.inputs import Samples, drawing_from
@@ -43,6 +45,7 @@ class Measurement:
         metric: What compares an exit with the backbone.
         limits: Range of the generator's images.
         batch: Samples per pass.
+        far: Samples measured so far that the drift guard would send to the backbone.
     """
 
     model: EarlyExitGenerator
@@ -50,6 +53,7 @@ class Measurement:
     metric: QualityMetric
     limits: ImageRange
     batch: int = 8
+    far: int = 0
 
     @torch.no_grad()
     def losses(self, progress: bool = True) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -57,6 +61,7 @@ class Measurement:
         losses, predicted, distances = [], [], []
         bar = tqdm(total=len(self.samples), desc="exits against backbone", disable=None if progress else True)
         for indices, args, kwargs in self.samples.batches(self.batch):
+            far = torch.zeros(len(indices)).bool()
             images = self.images(indices[0], args, kwargs)
             target = self.limits.to_signed(images[-1])
             losses.append(
@@ -64,13 +69,17 @@ class Measurement:
             )
             if self.model.predictor is not None:
                 with self._seeded(indices[0]):
-                    predicted.append(self.model.predict(*args, **kwargs))
+                    judged = self.model.judge(*args, **kwargs)
+                predicted.append(judged.predicted)
+                far = judged.far.cpu()
             taps = self.model.anatomy.taps
             if self.model.bank is not None and taps is not None:
                 with self._seeded(indices[0]):
                     _, keyed = self.model.split.begin(args, kwargs)
                 found = self.model.bank.search(taps.query(keyed, args, kwargs)).distances
-                distances.append(found.clamp_min(0).sqrt().flatten(1).mean(1))
+                distances.append(guide_distance(found)[:, 0])
+                far = far | (distances[-1].cpu() > (self.model.about.get(GUIDE_LIMIT) or torch.inf))
+            self.far += int(far.sum())
             bar.update(len(indices))
         bar.close()
         return (
@@ -148,6 +157,10 @@ def measure(
             "fingerprint": fingerprint(model.generator)[:16],
             "samples": len(samples),
             "image_range": [run.limits.low, run.limits.high],
+            "drift_guard": f"{run.far} of {len(samples)} samples are too far from the fitting set; routed "
+            "calls send them to the backbone"
+            if model.predictor is not None
+            else None,
             "threads": torch.get_num_threads(),
             "macs": "multiply-accumulates of one sample by torch's FlopCounterMode / 2; "
             "interpolation, normalisation and activations count 0",

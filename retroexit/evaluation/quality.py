@@ -113,7 +113,7 @@ class LPIPS(QualityMetric):
         fill_lpips(self._network, net, path)
         self.requires_grad_(False)
         self.eval()
-        self._file = path.name
+        self._file, self.source = path.name, str(path)
         self._last: tuple[weakref.ref[Tensor], tuple[Any, ...], Any] | None = None
         self._sha256 = digest(self._network)
 

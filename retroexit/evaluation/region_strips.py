@@ -49,7 +49,7 @@ def region_strips(run: Measurement, indices: Sequence[int], thresholds: Sequence
             used = " and ".join(str(n) for n in sorted({*where.flatten().tolist()}))
             heat = exit_map_picture(image, where[0], canvas.edges, exits)
             shown.append((f"exits {used} of {exits} at threshold {threshold:.3f}", heat))
-        strips.append(Strip(f"exits inside the image (sample {index}), darker is deeper", shown, 0))
+        strips.append(Strip(f"exits inside the image (sample {index}), darker is deeper", shown, None))
     return strips
 
 

@@ -27,7 +27,7 @@ class Strip:
     Attributes:
         label: What the input is, such as ``"hardest input"``.
         images: Caption and pixels of each image; pixels have shape ``(H, W, 3)``, uint8.
-        chosen: Place of the image that routing chose, from 0.
+        chosen: Place of the image that routing chose, from 0; ``None`` frames none.
 
     Raises:
         OptionError: If pixels have another shape or type, or ``chosen`` is not a place in ``images``.
@@ -35,10 +35,10 @@ class Strip:
 
     label: str
     images: list[tuple[str, npt.NDArray[np.uint8]]]
-    chosen: int
+    chosen: int | None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.chosen < len(self.images):
+        if self.chosen is not None and not 0 <= self.chosen < len(self.images):
             raise OptionError(
                 f"strip {self.label!r}: chosen={self.chosen}, but there are {len(self.images)} images, from 0"
             )

@@ -42,6 +42,13 @@ class Retrieved:
     ids: Tensor
     distances: Tensor
 
+    def spread(self, rows: Tensor, count: int) -> Retrieved:
+        """Give every sample its row of a batch of ``count``; what no sample fills is infinitely far."""
+        rows = rows.to(self.ids.device)
+        ids = self.ids.new_zeros(count, *self.ids.shape[1:])
+        distances = self.distances.new_full((count, *self.distances.shape[1:]), torch.inf)
+        return Retrieved(ids.index_copy(0, rows, self.ids), distances.index_copy(0, rows, self.distances))
+
 
 class GuidanceBank:
     """Key-value store of patches. Nothing in it is trained, and no gradient passes through it.

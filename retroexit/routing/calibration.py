@@ -17,13 +17,24 @@ from retroexit.errors import OptionError
 from retroexit.routing.bounds import most_violations, samples_needed
 from retroexit.routing.policy import assign_exits, check_threshold, price_for
 
-__all__ = ["Calibration", "Rule"]
+__all__ = ["Calibration", "Rule", "check_promise"]
 
 Rule = Literal["margin", "bound"]
 
 # What is tried: predictions up to so many hundredths of the threshold are accepted. It may go beyond 100:
 # a predictor that expects too much can be corrected as well as one that expects too little.
 _HUNDREDTHS = 200
+
+
+def check_promise(alpha: float, confidence: float) -> None:
+    """Refuse a promise that cannot be meant.
+
+    Raises:
+        OptionError: If a value is no number between 0 and 1.
+    """
+    for name, value in (("alpha", alpha), ("confidence", confidence)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:
+            raise OptionError(f"asked for {name}={value!r}; found no number between 0 and 1.", value)
 
 
 @dataclass(eq=False)
@@ -57,10 +68,7 @@ class Calibration:
     about: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("alpha", "confidence"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:
-                raise OptionError(f"asked for {name}={value!r}; found no number between 0 and 1.", value)
+        check_promise(self.alpha, self.confidence)
         if self.rule not in ("margin", "bound"):
             raise OptionError(f"asked for rule={self.rule!r}; found 'margin' and 'bound' only.", self.rule)
         if self.losses.dim() != 2 or self.losses.shape != self.predicted.shape or not self.losses.numel():

@@ -13,8 +13,8 @@ from retroexit.errors import OptionError, TrainingError
 from retroexit.regions.router import RegionRouter
 from retroexit.routing.calibration import Calibration
 from retroexit.routing.dispatch import leave_in_turn
-from retroexit.routing.drift import Drift
-from retroexit.routing.judge import Judgement, judge, reads_of
+from retroexit.routing.drift import GUIDE_LIMIT, Drift
+from retroexit.routing.judge import Judgement, guide_distance, judge, reads_of
 from retroexit.routing.latency import Latency, time_exits
 from retroexit.routing.predictor import Predictor
 from retroexit.routing.sticky import StickyRouter
@@ -36,6 +36,7 @@ class RoutedCalls(nn.Module):
     options: WrapOptions
     branches: nn.ModuleList
     bank: GuidanceBank | None
+    about: dict[str, Any]
     if TYPE_CHECKING:
 
         @property
@@ -84,7 +85,7 @@ class RoutedCalls(nn.Module):
         self,
         *inputs: Any,
         threshold: float | Tensor | None = None,
-        budget: float | None = None,
+        budget: float | Tensor | None = None,
         deadline_ms: float | None = None,
         regions: bool | str = False,
         choose: Policy | None = None,
@@ -145,13 +146,16 @@ class RoutedCalls(nn.Module):
         self,
         *inputs: Any,
         threshold: float | Tensor | None = None,
-        budget: float | None = None,
+        budget: float | Tensor | None = None,
         deadline_ms: float | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """Tell where each sample would leave: exit indices ``(N,)`` from 1, ``K + 1`` for the backbone."""
-        wishes = Wishes(threshold, budget, deadline_ms)
-        return wishes.in_time(self._choose(wishes, self.judge(*inputs, **kwargs)), self.latency)
+        if not self.is_recorded:
+            self.record(*inputs, **kwargs)
+        with torch.no_grad():
+            begun = self.split.begin(inputs, kwargs)
+            return self._exits(*begun, inputs, kwargs, Wishes(threshold, budget, deadline_ms))[0]
 
     # What routing goes by.
 
@@ -252,6 +256,40 @@ class RoutedCalls(nn.Module):
             )
         return exits
 
+    def _exits(
+        self,
+        values: Values,
+        keyed: Tensor,
+        args: Any,
+        kwargs: Any,
+        wishes: Wishes,
+        policy: Policy | None = None,
+    ) -> tuple[Tensor, Retrieved | None, Tensor | None]:
+        """Choose exits; gives what was looked up on the way, and who is too far, where that was asked."""
+        if policy is None and not wishes.weighs_losses:
+            last = torch.full((self._samples(values),), len(self.branches) + 1, device=keyed.device)
+            return wishes.in_time(last, self.latency), None, None
+        judged = self._judge(values, keyed, args, kwargs)
+        exits, found, far = self._choose(wishes, judged, policy), judged.found, judged.far
+        if self.drift.enabled and wishes.deadline_ms is None:  # which would not allow for the backbone
+            exits, found, strange = self._within_reach(exits, found, keyed, args, kwargs)
+            far = far | strange
+        return wishes.in_time(exits, self.latency), found, far
+
+    def _within_reach(
+        self, exits: Tensor, found: Retrieved | None, keyed: Tensor, args: Any, kwargs: Any
+    ) -> tuple[Tensor, Retrieved | None, Tensor]:
+        """Send samples whose guides are too far from them to the backbone; who takes no guide needs none."""
+        limit, taps, far = self.about.get(GUIDE_LIMIT), self.anatomy.taps, torch.zeros_like(exits).bool()
+        early = (exits <= len(self.branches)).nonzero()[:, 0]
+        if limit is None or taps is None or self._folded > 1 or not len(early):
+            return exits, found, far
+        if found is None:
+            found = self._need_bank().search(taps.query(keyed, args, kwargs)[early]).spread(early, len(exits))
+        distance = guide_distance(found.distances)[:, 0].to(exits.device)
+        far[early] = distance[early] > limit
+        return exits.masked_fill(far, len(self.branches) + 1), found, far
+
     def _routed(
         self,
         args: Any,
@@ -260,17 +298,11 @@ class RoutedCalls(nn.Module):
         policy: Policy | None = None,
         counted: bool = True,
     ) -> tuple[Any, Tensor]:
-        found = None
         with torch.no_grad():
             values, keyed = self.split.begin(args, kwargs)
-            if policy is None and not wishes.weighs_losses:
-                exits = torch.full((self._samples(values),), len(self.branches) + 1, device=keyed.device)
-            else:
-                judged = self._judge(values, keyed, args, kwargs)
-                exits, found = self._choose(wishes, judged, policy), judged.found
-                if self.drift.enabled and counted:
-                    self.drift.note(judged.far)
-            exits = wishes.in_time(exits, self.latency)
+            exits, found, far = self._exits(values, keyed, args, kwargs, wishes, policy)
+            if far is not None and self.drift.enabled and counted:
+                self.drift.note(far)
         if not self.split.mixes or (self.anatomy.taps is not None and self._folded > 1):
             # The batch cannot be divided: everybody takes the deepest exit chosen.
             exits = exits.max().expand_as(exits)

@@ -2,8 +2,8 @@
 
 A predictor says nothing of inputs far from what it has seen, and a guidance bank holds nothing for them.
 The distance is Mahalanobis' in pooled statistics of the predictor's input, with a covariance of low rank and
-equal spread in what is left (probabilistic principal components: Tipping and Bishop, 1999). The paper has
-no such guard.
+equal spread in what is left (probabilistic principal components: Tipping and Bishop, 1999). Inputs whose
+guides are farther from them than those of the fitting set are too far as well. The paper has no such guard.
 """
 
 from __future__ import annotations
@@ -14,10 +14,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Drift", "DriftGuard"]
+__all__ = ["GUIDE_LIMIT", "Drift", "DriftGuard", "farthest"]
+
+GUIDE_LIMIT = "farthest_guide"
+"""What a model knows of its bank: mean distance of an input's patches to their guides beyond which it is
+unlike what the bank holds."""
 
 _RANK = 32
 _QUANTILE = 3.0902  # of a normal distribution, 99.9 %
+
+
+def farthest(seen: Tensor) -> float:
+    """Say how far inputs like some others may be, given the distances of those, ``(S,)``.
+
+    The 99.9 % quantile, as a normal distribution of the logarithms has it, and never below the largest of
+    them: few sets hold a thousand samples.
+    """
+    logs = seen.double().clamp_min(1e-9).log()
+    return max(float(torch.exp(logs.mean() + _QUANTILE * logs.std())), float(seen.max()))
 
 
 class DriftGuard(nn.Module):
@@ -58,8 +72,7 @@ class DriftGuard(nn.Module):
     def fit(self, pooled: Tensor, held_out: Tensor) -> None:
         """Learn what inputs look like.
 
-        The limit is the 99.9 % quantile of the held-out distances, as a normal distribution of their
-        logarithms has it, and never below the largest of them: few sets hold a thousand samples.
+        The limit is what `farthest` says of the held-out distances.
 
         Args:
             pooled: Statistics of the fitting set, ``(S, D)``.
@@ -86,10 +99,8 @@ class DriftGuard(nn.Module):
         self.spread.fill_(1.0)
         self.spread[:rank] = spread[:rank].clamp_min(rest).to(self.spread)
         self.limit.fill_(1.0)
-        seen = self(held_out if len(held_out) >= 8 else pooled).double().clamp_min(1e-9)
-        logs = seen.log()
-        far = torch.exp(logs.mean() + _QUANTILE * logs.std())
-        self.limit.fill_(max(float(far), float(seen.max())) * (1 if len(held_out) >= 8 else 2))
+        seen = self(held_out if len(held_out) >= 8 else pooled)
+        self.limit.fill_(farthest(seen) * (1 if len(held_out) >= 8 else 2))
 
 
 @dataclass
@@ -98,7 +109,7 @@ class Drift:
 
     Attributes:
         seen: Samples that were routed by their predicted loss.
-        count: How many of them were too far from the fitting set and went to the backbone.
+        count: How many of them were too far from the fitting set, or from the bank, and went to the backbone.
         enabled: Set to ``False`` to route all inputs by prediction.
     """
 

@@ -56,24 +56,26 @@ def assign_exits(predicted: Tensor, threshold: float | Tensor) -> Tensor:
     return torch.cat([good, fallback], 1).int().argmax(1).long() + 1
 
 
-def spend(predicted: Tensor, shares: Tensor, price: float) -> Tensor:
+def spend(predicted: Tensor, shares: Tensor, price: float | Tensor) -> Tensor:
     """Pick for each sample the exit of the least predicted loss plus price of its compute.
 
     Args:
         predicted: Predicted loss of each branch exit, ``(N, K)``.
         shares: Compute of every exit as a share of the backbone's, ``(K + 1,)``.
-        price: Loss that a whole backbone's compute has to save, ``>= 0``; infinite for the cheapest exit.
+        price: Loss that a whole backbone's compute has to save, ``>= 0``; infinite for the cheapest exit. One
+            for all, or one per sample ``(N,)``.
 
     Returns:
         Exit index per sample, ``(N,)``, int64, from 1. Of equal ones, the cheapest. Where no loss is finite,
         the backbone.
     """
     losses = torch.nn.functional.pad(predicted, (0, 1))
-    backbone = torch.full((len(losses),), losses.shape[1], device=losses.device)
-    if price == float("inf"):
-        cheapest = int(shares.argmin()) + 1
-        return torch.where(torch.isfinite(predicted).any(1), cheapest, backbone)
-    return (losses + price * shares.to(losses)).argmin(1) + 1
+    prices = torch.as_tensor(price, dtype=torch.float64, device=losses.device).expand(len(losses))
+    free = torch.isinf(prices)
+    weighed = losses + prices.masked_fill(free, 0).to(losses)[:, None] * shares.to(losses)
+    exits: Tensor = weighed.argmin(1) + 1
+    cheapest = torch.where(torch.isfinite(predicted).any(1), int(shares.argmin()) + 1, losses.shape[1])
+    return torch.where(free, cheapest, exits)
 
 
 def price_for(predicted: Tensor, shares: Tensor, budget: float) -> float:

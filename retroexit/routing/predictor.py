@@ -10,12 +10,24 @@ from torch import Tensor, nn
 from retroexit.errors import OptionError
 from retroexit.routing.drift import DriftGuard
 
-__all__ = ["KINDS", "READS", "Kind", "Predictor", "Reads"]
+__all__ = ["KINDS", "READS", "Kind", "Predictor", "Reads", "check_kind"]
 
 Kind = Literal["conv", "pooled", "linear"]
 Reads = Literal["features", "inputs", "features+distance"]
 _FARTHEST = 8.0  # standard deviations of the losses
 KINDS, READS = ("conv", "pooled", "linear"), ("features", "inputs", "features+distance")
+
+
+def check_kind(kind: str, reads: str | None) -> None:
+    """Refuse a kind of predictor that there is not, or something to read that there is not.
+
+    Raises:
+        OptionError: If it is one.
+    """
+    if kind not in KINDS:
+        raise OptionError(f"asked for the predictor {kind!r}; found {', '.join(KINDS)} only.", kind)
+    if reads is not None and reads not in READS:
+        raise OptionError(f"asked for predict_from={reads!r}; found {', '.join(READS)} only.", reads)
 
 
 class Predictor(nn.Module):
@@ -24,7 +36,7 @@ class Predictor(nn.Module):
     It reads the feature map at the first attach point, which every route computes anyway, or a map made from
     the generator's inputs as in the paper. Inputs and outputs are standardised with statistics of the
     training set (`calibrate_scales`), so that one learning rate serves every generator. A `DriftGuard` looks
-    at the same pooled statistics.
+    at the same pooled statistics of the map.
 
     Args:
         channels: Channels of the map it reads.
@@ -59,10 +71,7 @@ class Predictor(nn.Module):
         log: bool = True,
     ) -> None:
         super().__init__()
-        if kind not in KINDS:
-            raise OptionError(f"asked for kind={kind!r}; found {', '.join(KINDS)} only.", kind)
-        if reads is not None and reads not in READS:
-            raise OptionError(f"asked for predict_from={reads!r}; found {', '.join(READS)} only.", reads)
+        check_kind(kind, reads)
         self.options: dict[str, Any] = {
             "channels": channels,
             "exits": exits,
@@ -83,7 +92,8 @@ class Predictor(nn.Module):
         self.head: nn.Module = nn.Linear(seen, exits)
         if kind != "linear":
             self.head = nn.Sequential(nn.Linear(seen, 64), nn.ReLU(), nn.Linear(64, exits))
-        self.guard = DriftGuard(pooled)
+        # Not at the distance: whoever is nearer to the bank than the fitting set was, is not far.
+        self.guard = DriftGuard(2 * channels)
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("std", torch.ones(channels))
         self.register_buffer("extra_mean", torch.zeros(extra))
@@ -121,7 +131,11 @@ class Predictor(nn.Module):
             seen = torch.cat([pooled, _pool(self.convolutions(x))], 1)
         # Far from the fitting set nothing is known, and a logarithm would run away.
         found: Tensor = self.head(seen).clamp(-_FARTHEST, _FARTHEST) * self.loss_std + self.loss_mean
-        return found.exp() if self.log else found, self.guard(pooled)
+        return found.exp() if self.log else found, self.guard(self.guarded(pooled))
+
+    def guarded(self, pooled: Tensor) -> Tensor:
+        """Pick the statistics that the drift guard looks at, those of the map, from `pool`'s."""
+        return pooled[:, : self.guard.centre.numel()]
 
     def scaled(self, losses: Tensor) -> Tensor:
         """Bring losses ``(N, K)`` to the scale that is regressed: that of the logarithm, or as they are."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,24 +27,23 @@ class Wishes:
             `Calibration` it is a promise, else what the predictor expects.
         budget: Mean share of the backbone's compute to spend, ``> 0``, predictor and retrieval counted: exits
             are chosen so that inputs like the calibration set spend at most this on average, at the least
-            predicted loss. One batch may spend more or less.
+            predicted loss. One batch may spend more or less. One for all, or one per sample ``(N,)``.
         deadline_ms: Milliseconds that the call may take by `Latency`, ``> 0``. Alone, it takes the last exit
             that is fast enough; with a threshold or budget it is a limit on what they choose, and wins over
-            them. The batch leaves together, since only such calls have been measured.
+            them. One per call: the batch leaves together, since only such calls have been measured.
     """
 
     threshold: float | Tensor | None = None
-    budget: float | None = None
+    budget: float | Tensor | None = None
     deadline_ms: float | None = None
 
     def __post_init__(self) -> None:
         if self.threshold is not None:
-            _check_thresholds(self.threshold)
-        for name in ("budget", "deadline_ms"):
-            value = getattr(self, name)
-            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if value is not None and (not is_number or not 0 < value < float("inf")):
-                raise OptionError(f"asked for {name}={value!r}; found no finite number > 0.", value)
+            _check_each(self.threshold, "threshold", check_threshold)
+        if self.budget is not None:
+            _check_each(self.budget, "budget", partial(_check_above_0, "budget"))
+        if self.deadline_ms is not None:
+            _check_above_0("deadline_ms", self.deadline_ms)
         if self.threshold is not None and self.budget is not None:
             raise OptionError(
                 f"asked for threshold={self.threshold} and budget={self.budget}; found two goals that "
@@ -89,23 +90,23 @@ class Wishes:
             return torch.full((len(predicted),), predicted.shape[1] + 1, device=predicted.device)
         if calibration is None or shares is None:
             raise TrainingError(
-                f"asked for budget={self.budget:g}; found no calibration, so that nothing is known of what "
+                f"asked for budget={self.budget}; found no calibration, so that nothing is known of what "
                 "inputs spend on average. Call model.calibrate(inputs) first.",
                 self,
             )
-        return spend(predicted, shares, calibration.price(shares, self.budget))
+        if not isinstance(self.budget, Tensor) or not self.budget.dim():
+            return spend(predicted, shares, calibration.price(shares, float(self.budget)))
+        _check_count(self.budget, "budgets", predicted)
+        prices = [calibration.price(shares, budget) for budget in self.budget.tolist()]
+        return spend(predicted, shares, torch.tensor(prices, device=predicted.device))
 
     def limits(self, predicted: Tensor, calibration: Calibration | None) -> Tensor:
         """Give the largest prediction that each exit may have under the threshold, ``(K,)`` or ``(N, K)``."""
         threshold = self.threshold
         assert threshold is not None
         per_sample = isinstance(threshold, Tensor) and threshold.dim() > 0
-        if per_sample and len(threshold) != len(predicted):  # type: ignore[arg-type]
-            raise OptionError(
-                f"asked for {len(threshold)} thresholds; found {len(predicted)} samples. "  # type: ignore[arg-type]
-                "Pass one number, or one per sample.",
-                threshold,
-            )
+        if per_sample:
+            _check_count(threshold, "thresholds", predicted)  # type: ignore[arg-type]
         if calibration is not None:
             return calibration.limits(threshold).to(predicted)
         if isinstance(threshold, Tensor) and per_sample:
@@ -131,15 +132,31 @@ class Wishes:
         return exits.max().clamp_max(last).expand_as(exits)
 
 
-def _check_thresholds(threshold: float | Tensor) -> None:
-    if not isinstance(threshold, Tensor) or not threshold.dim():
-        check_threshold(float(threshold) if isinstance(threshold, Tensor) else threshold)
-    elif threshold.dim() != 1 or threshold.is_complex() or threshold.dtype == torch.bool:
+def _check_each(values: float | Tensor, name: str, check: Callable[[float], object]) -> None:
+    """Check one number, or one per sample."""
+    if not isinstance(values, Tensor) or not values.dim():
+        check(float(values) if isinstance(values, Tensor) else values)
+    elif values.dim() != 1 or values.is_complex() or values.dtype == torch.bool:
         raise OptionError(
-            f"asked for thresholds of shape {tuple(threshold.shape)} and type {threshold.dtype}; found "
-            "neither one number nor one per sample (N,).",
-            threshold,
+            f"asked for {name}s of shape {tuple(values.shape)} and type {values.dtype}; found neither one "
+            "number nor one per sample (N,).",
+            values,
         )
     else:
-        for one in threshold.tolist():
-            check_threshold(float(one))
+        for one in values.tolist():
+            check(float(one))
+
+
+def _check_above_0(name: str, value: float) -> None:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not 0 < value < float("inf"):
+        raise OptionError(f"asked for {name}={value!r}; found no finite number > 0.", value)
+
+
+def _check_count(values: Tensor, name: str, predicted: Tensor) -> None:
+    if len(values) != len(predicted):
+        raise OptionError(
+            f"asked for {len(values)} {name}; found {len(predicted)} samples. Pass one number, or one per "
+            "sample.",
+            values,
+        )

@@ -7,6 +7,7 @@ several processes train as one does on the whole batch.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from torch import distributed as dist
 
 from retroexit.errors import MissingExtraError, OptionError
 
-__all__ = ["Team", "join", "kind_of_device"]
+__all__ = ["Team", "join", "kind_of_device", "rehearse"]
 
 _PATIENCE = timedelta(days=2)
 """How long processes wait for one another: the first one computes features and banks alone."""
@@ -135,14 +136,31 @@ def join(devices: int | None = None, nodes: int | None = None, accelerator: str 
         from lightning_fabric import Fabric
         from lightning_fabric.strategies import DDPStrategy
     except ImportError as error:
-        raise MissingExtraError(
-            f"asked for {wanted[0] * wanted[1]} devices; found no lightning-fabric, which starts their "
-            "processes. Run: pip install 'retroexit[train]'"
-        ) from error
+        raise _without_fabric(wanted[0] * wanted[1]) from error
     strategy = DDPStrategy(timeout=_PATIENCE)
     fabric = Fabric(accelerator=accelerator, devices=wanted[0], num_nodes=wanted[1], strategy=strategy)
     fabric.launch()
     return Team(fabric.global_rank, fabric.world_size, fabric.device)
+
+
+def rehearse(devices: int | None, nodes: int | None, batch: int) -> None:
+    """Refuse what a fit on such processes would be refused for; nothing is started.
+
+    Raises:
+        OptionError: If the batch does not divide.
+        MissingExtraError: If there are several devices and no lightning-fabric.
+    """
+    size = (devices or 1) * (nodes or 1)
+    Team(size=size).part(batch)
+    if size > 1 and importlib.util.find_spec("lightning_fabric") is None:
+        raise _without_fabric(size)
+
+
+def _without_fabric(size: int) -> MissingExtraError:
+    return MissingExtraError(
+        f"asked for {size} devices; found no lightning-fabric, which starts their processes. Run: pip "
+        "install 'retroexit[train]'"
+    )
 
 
 def kind_of_device(accelerator: str | None) -> str:

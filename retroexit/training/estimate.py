@@ -29,7 +29,8 @@ class Estimate:
         backbone_macs: Those of the backbone for the samples of one step.
         step_seconds: Time of one step of all branches.
         backbone_seconds: Time of the backbone for the samples of one step.
-        memory: Bytes: weights, gradients, optimiser, average, and what one step keeps for its backward pass.
+        memory: Bytes: weights, gradients, optimiser, average, discriminators, and what one step keeps for its
+            backward pass.
         branches: Number of branches.
     """
 
@@ -84,8 +85,11 @@ def estimate(
             trainer.finish()
         model.branches.load_state_dict(before)
     parameters = sum(p.numel() * p.element_size() for trainer in trainers for p in trainer.trained)
+    opponents = [loss.adversary.parameters() for loss in losses if loss.adversary is not None]
+    against = sum(p.numel() * p.element_size() for opponent in opponents for p in opponent)
     backbone_macs = model.anatomy.backbone_macs * len(step.rows)
-    memory = 5 * parameters + kept.most
+    # Weights, gradients, two moments; of branches the average too.
+    memory = 5 * parameters + 4 * against + kept.most
     return Estimate(counter.macs, backbone_macs, seconds, backbone, memory, len(trainers))
 
 

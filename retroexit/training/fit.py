@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from retroexit.guidance.slopes import with_slopes
 from retroexit.model import EarlyExitGenerator
 from retroexit.retrieval.base import Retriever
 from retroexit.retrieval.storage import MANIFEST
-from retroexit.routing.predictor import Predictor
+from retroexit.routing.drift import GUIDE_LIMIT, farthest
+from retroexit.routing.judge import guide_distance
 from retroexit.storage import save_model, wrap_settings
 from retroexit.taps import Taps
 from retroexit.training.batch import TrainingBatch
@@ -30,15 +31,15 @@ from retroexit.training.estimate import Estimate, estimate
 from retroexit.training.inputs import Samples, drawing_from, moved
 from retroexit.training.live import Features, LiveFeatures
 from retroexit.training.loop import train_branches
-from retroexit.training.losses import L1, QUALITY, BatchTerm, Term, TrainingLoss
-from retroexit.training.measuring import chunks, exit_losses, predictor_maps
-from retroexit.training.predictor import train_predictor
+from retroexit.training.losses import L1, TrainingLoss
+from retroexit.training.measuring import chunks, exit_losses
+from retroexit.training.predictor import fit_predictor
 from retroexit.training.presets import LossPlan
 from retroexit.training.settings import FitSettings, check_same, divide, write_json
 from retroexit.training.steps import Steps
 from retroexit.training.watch import Watch
 
-__all__ = ["FitSettings", "divide", "estimate_fit", "fit_model", "image_range_of"]
+__all__ = ["FitSettings", "divide", "estimate_fit", "fit_model", "fit_record", "image_range_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -65,13 +66,7 @@ def fit_model(
     if not model.is_recorded:
         args, kwargs = moved(samples.gather([0]), device)
         model.record(*args, **kwargs)
-    wanted = {
-        **asdict(settings),
-        "metric": metric.describe(),
-        "loss": plan.describe(),
-        "attach_at": _places(model),
-        "wrap": wrap_settings(model),
-    }
+    wanted = fit_record(model, metric, settings, plan)
     check_same(folder / "fit.json", wanted)
     trained, held_out = divide(len(samples), settings)
     features = _features(model, samples, folder, settings, team, progress)
@@ -85,10 +80,12 @@ def fit_model(
     team.wait()
     if team.is_first:
         write_json(folder / "fit.json", wanted)
+    model.calibration = model.regions = model.latency = None  # they belong to another fit
+    reach: float | None = None
     taps = model.anatomy.taps
     if taps is not None:
         model.bank = _bank(model, taps, features, folder / "bank", retriever, settings.seed, team, progress)
-        steps.guide_of = _guides(model, taps, features)
+        steps.guide_of, reach = _guides(model, taps, features)
     _train(model, losses, steps, settings, folder / "branches", watch, progress)
     measured = exit_losses(model, steps, metric, folder / "losses.npy", progress)
     error = _predict(model, steps, measured, held_out, settings, progress)
@@ -99,6 +96,7 @@ def fit_model(
         "fit": asdict(settings),
         "inputs": len(samples),
         "predictor_error": error,
+        GUIDE_LIMIT: reach,
     }
     if team.is_first:
         save_model(model, folder)
@@ -144,48 +142,56 @@ def _predict(
     progress: bool,
 ) -> float | None:
     """Train the predictor, in every process alike; gives its error on the samples held out."""
-    maps = predictor_maps(model, steps.samples, steps.features)
-    with drawing_from(settings.seed):
-        predictor = Predictor(maps.shape[1], len(model.branches), dims=maps.dim() - 2)
-        error = train_predictor(
-            predictor,
-            maps,
-            measured,
-            held_out=held_out,
-            steps=settings.predictor_steps,
-            seed=settings.seed,
-            progress=progress and steps.team.is_first,
-        )
+    error = fit_predictor(
+        model,
+        steps.samples,
+        steps.features,
+        measured,
+        held_out=held_out,
+        kind=settings.predictor,
+        predict_from=settings.predict_from,
+        steps=settings.predictor_steps,
+        seed=settings.seed,
+        progress=progress and steps.team.is_first,
+    )
     logger.info("predictor error on held-out inputs: %s", error)
-    model.predictor = predictor.to(steps.device).eval()
     return error
+
+
+def fit_record(
+    model: EarlyExitGenerator, metric: QualityMetric, settings: FitSettings, plan: LossPlan
+) -> dict[str, Any]:
+    """Say what a fit that goes on must have in common with its beginning, as plain JSON types."""
+    return {
+        **asdict(settings),
+        "metric": metric.describe(),
+        "loss": plan.describe(),
+        "attach_at": _places(model),
+        "wrap": wrap_settings(model),
+    }
 
 
 def estimate_fit(
     model: EarlyExitGenerator,
     inputs: Sequence[Any],
-    metric: QualityMetric | None,
     settings: FitSettings,
-    terms: Mapping[str, Term | BatchTerm],
+    plan: LossPlan,
 ) -> Estimate:
     """Find out what a fit would cost; nothing is written and no weight changes.
 
     Args:
         model: The wrapped generator, recorded.
         inputs: See `retroexit.fit`.
-        metric: Quality metric; ``None`` leaves it out.
         settings: Settings of the fit.
-        terms: Terms of the loss besides the metric; others, such as the adversarial one, are not counted.
+        plan: What branches are trained on; of one without terms, L1 is counted. The first steps, which
+            measure how hard terms pull, take longer than is said here.
     """
     samples, device = Samples(inputs, settings.seed), _device(model)
     trained, _ = divide(len(samples), settings)
     features = LiveFeatures(model, samples)
     limits = image_range_of(model, features.read(IMAGE, range(min(8, len(features)))))
-    known: dict[str, Term | BatchTerm] = {"l1": L1(), **terms}
-    if metric is not None:
-        known[QUALITY] = metric
-    chosen = {name: weight for name, weight in settings.losses.items() if name in known}
-    losses = branch_losses(model, LossPlan(chosen or {"l1": 1.0}, known), device)
+    plan = replace(plan, equalise=0) if plan.weights else LossPlan({"l1": 1.0}, {"l1": L1()})
+    losses = branch_losses(model, plan, device)
     steps = _steps(model, samples, features, losses, limits, trained, settings, Team())
     taps = model.anatomy.taps
     if taps is not None:
@@ -313,18 +319,29 @@ def _bank(
     return GuidanceBank.load(folder, own, retriever_class=type(retriever()))
 
 
-def _guides(model: EarlyExitGenerator, taps: Taps, features: Features) -> Callable[[Sequence[int]], Tensor]:
-    """Search once for every sample, its own keys left out, as a new input finds only foreign ones."""
+def _guides(
+    model: EarlyExitGenerator, taps: Taps, features: Features
+) -> tuple[Callable[[Sequence[int]], Tensor], float | None]:
+    """Search once for every sample, its own keys left out, as a new input finds only foreign ones.
+
+    Returns:
+        The guide of some samples, and how far guides of inputs like these may be.
+    """
     bank = model.bank
     assert bank is not None
     key, _ = guidance_names(taps, model.split.cuts[0].feature.name)
     found = [
-        bank.search(features.read(key, rows), torch.as_tensor(rows)).ids for rows in chunks(len(features), 64)
+        bank.search(features.read(key, rows), torch.as_tensor(rows)) for rows in chunks(len(features), 64)
     ]
-    ids = torch.cat(found)
-    return lambda rows: bank.glue(
-        ids[torch.as_tensor(list(rows))], feature=features.read(key, rows) if bank.order else None
-    )
+    ids = torch.cat([one.ids for one in found])
+    distances = torch.cat([guide_distance(one.distances) for one in found])[:, 0]
+    reach = farthest(distances) if len(distances) >= 8 else None
+
+    def guide_of(rows: Sequence[int]) -> Tensor:
+        feature = features.read(key, rows) if bank.order else None
+        return bank.glue(ids[torch.as_tensor(list(rows))], feature=feature)
+
+    return guide_of, reach
 
 
 def _cropper(model: EarlyExitGenerator, features: Features, crop: int | None) -> Cropper:

@@ -1,4 +1,4 @@
-"""What every exit loses on every sample, and what the predictor reads of it."""
+"""What every exit loses on every sample."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ from retroexit.evaluation.quality import QualityMetric
 from retroexit.model import EarlyExitGenerator
 from retroexit.retrieval.storage import file_digest, read_npy
 from retroexit.training.cache import IMAGE
-from retroexit.training.inputs import Samples, drawing_from
-from retroexit.training.live import Features
+from retroexit.training.inputs import drawing_from
 from retroexit.training.steps import Steps
 
-__all__ = ["chunks", "exit_losses", "predictor_maps", "read_losses"]
+__all__ = ["chunks", "exit_losses", "read_losses"]
 
 
 def chunks(count: int, size: int) -> list[list[int]]:
@@ -105,15 +104,3 @@ def read_losses(path: Path, size: tuple[int, int]) -> Tensor:
             path,
         )
     return losses
-
-
-def predictor_maps(model: EarlyExitGenerator, samples: Samples, features: Features) -> Tensor:
-    """Gather what the predictor reads of every sample, ``(S, C, ...)``."""
-    source, found = model.options.predictor_inputs, []
-    if source is None:
-        name = model.split.cuts[0].feature.name
-        return torch.cat([features.read(name, rows) for rows in chunks(len(features), 32)])
-    for rows, args, kwargs in samples.batches(32):
-        with torch.no_grad(), drawing_from(samples.seed + rows[0]):
-            found.append(source(*args, **kwargs).cpu())
-    return torch.cat(found)

@@ -12,17 +12,19 @@ from tqdm import tqdm
 from retroexit.errors import BankError, TrainingError
 from retroexit.model import EarlyExitGenerator
 from retroexit.routing.judge import guide_distance, input_map, reads_of
-from retroexit.routing.predictor import Kind, Predictor, Reads
-from retroexit.training.cache import FeatureCache, guidance_names
+from retroexit.routing.predictor import Kind, Predictor, Reads, check_kind
+from retroexit.training.cache import guidance_names
 from retroexit.training.inputs import Samples, drawing_from
+from retroexit.training.live import Features
+from retroexit.training.measuring import chunks
 
-__all__ = ["fit_predictor", "predictor_reads", "train_predictor"]
+__all__ = ["check_reads", "fit_predictor", "predictor_reads", "train_predictor"]
 
 
 def fit_predictor(
     model: EarlyExitGenerator,
     samples: Samples,
-    cache: FeatureCache,
+    features: Features,
     losses: Tensor,
     *,
     held_out: Sequence[int],
@@ -38,7 +40,7 @@ def fit_predictor(
         model: The wrapped generator, its branches trained; gets the predictor. A calibration that it has is
             dropped, since it belongs to another predictor.
         samples: The inputs.
-        cache: Features of them.
+        features: Features of them.
         losses: Quality loss of every branch exit on them, ``(S, K)``.
         held_out: Those that the branches were not trained on.
         kind: See `Predictor`.
@@ -55,15 +57,9 @@ def fit_predictor(
         BankError: If it should read the distance to a guide that the branches do not take.
         TrainingError: If the loss stops being finite.
     """
-    if predict_from == "features+distance" and model.anatomy.taps is None:
-        raise BankError(
-            "asked for predict_from='features+distance'; found branches without guidance. Wrap with "
-            "guidance=True, or use predict_from='features'.",
-            model,
-        )
-    source = model.options.predictor_inputs
-    reads = predict_from or reads_of(None, source)
-    maps, extra = predictor_reads(model, samples, cache, reads)
+    check_reads(model, samples, predict_from)
+    reads = predict_from or reads_of(None, model.options.predictor_inputs)
+    maps, extra = predictor_reads(model, samples, features, reads)
     with drawing_from(seed):
         exits = len(model.branches)
         predictor = Predictor(maps.shape[1], exits, dims=maps.dim() - 2, kind=kind, reads=predict_from)
@@ -82,30 +78,55 @@ def fit_predictor(
     return error
 
 
+def check_reads(model: EarlyExitGenerator, samples: Samples, predict_from: Reads | None) -> None:
+    """Refuse what a predictor of this model cannot read.
+
+    Args:
+        model: The wrapped generator, recorded.
+        samples: Its inputs.
+        predict_from: What it should read, see `Predictor`.
+
+    Raises:
+        OptionError: If there is no such thing, or no input is a map or a vector.
+        BankError: If it is the distance to a guide that the branches do not take.
+    """
+    check_kind("conv", predict_from)
+    if predict_from == "features+distance" and model.anatomy.taps is None:
+        raise BankError(
+            "asked for predict_from='features+distance'; found branches without guidance. Wrap with "
+            "guidance=True, or use predict_from='features'.",
+            model,
+        )
+    if predict_from == "inputs":
+        _input_maps(model, samples, [0])
+
+
+def _input_maps(model: EarlyExitGenerator, samples: Samples, rows: Sequence[int]) -> Tensor:
+    args, kwargs = samples.gather(rows)
+    source, dims = model.options.predictor_inputs, len(model.anatomy.feature_shape) - 1
+    with torch.no_grad(), drawing_from(samples.seed + rows[0]):
+        made = input_map(args, kwargs, dims) if source is None else source(*args, **kwargs)
+    return made.cpu()
+
+
 def predictor_reads(
-    model: EarlyExitGenerator, samples: Samples, cache: FeatureCache, reads: str
+    model: EarlyExitGenerator, samples: Samples, features: Features, reads: str
 ) -> tuple[Tensor, Tensor | None]:
     """Collect what a predictor reads: maps ``(S, C, ...)``, and distances ``(S, 1)`` where it reads them."""
-    feature = model.split.cuts[0].feature.name
     if reads == "inputs":
-        source, dims = model.options.predictor_inputs, cache.read(feature, [0]).dim() - 2
-        found = []
-        for rows, args, kwargs in samples.batches(32):
-            with torch.no_grad(), drawing_from(samples.seed + rows[0]):
-                made = input_map(args, kwargs, dims) if source is None else source(*args, **kwargs)
-            found.append(made.cpu())
-        return torch.cat(found), None
-    maps = cache.read(feature, range(len(cache)))
+        return torch.cat([_input_maps(model, samples, rows) for rows in chunks(len(samples), 32)]), None
+    feature = model.split.cuts[0].feature.name
+    maps = torch.cat([features.read(feature, rows) for rows in chunks(len(features), 32)])
     if reads != "features+distance":
         return maps, None
     taps, bank = model.anatomy.taps, model.bank
     assert taps is not None and bank is not None
     key, _ = guidance_names(taps, feature)
     distances = []
-    for begin in range(0, len(cache), 64):
-        rows = list(range(begin, min(begin + 64, len(cache))))
+    for rows in chunks(len(features), 64):
         # Its own keys are left out, as a new input finds only foreign ones.
-        distances.append(guide_distance(bank.search(cache.read(key, rows), torch.as_tensor(rows)).distances))
+        found = bank.search(features.read(key, rows), torch.as_tensor(rows))
+        distances.append(guide_distance(found.distances))
     return maps, torch.cat(distances)
 
 
@@ -202,7 +223,7 @@ def _learn_drift(
         parts = [
             predictor.pool(maps[part], None if extra is None else extra[part])[1] for part in picked.split(64)
         ]
-        return torch.cat(parts)
+        return predictor.guarded(torch.cat(parts))
 
     seen = pooled(rows)
     predictor.guard.fit(seen, pooled(kept) if len(kept) else seen[:0])

@@ -12,14 +12,25 @@ from typing import Any, Final
 import numpy as np
 
 from retroexit.errors import CheckpointError, OptionError, closest
+from retroexit.routing.predictor import Kind, Reads, check_kind
 from retroexit.training.losses import QUALITY
 
-__all__ = ["FREE", "SCHEDULES", "FitSettings", "check_same", "check_settings", "divide", "write_json"]
+__all__ = [
+    "FREE",
+    "SCHEDULES",
+    "FitSettings",
+    "check_same",
+    "check_settings",
+    "divide",
+    "set_aside",
+    "write_json",
+]
 
 SCHEDULES: Final = ("cosine", "constant")
 
-FREE: Final = frozenset({"checkpoint_every", "together", "tensorboard"})
-"""Settings that a fit may change when it goes on, since its weights do not depend on them."""
+FREE: Final = frozenset({"checkpoint_every", "together", "tensorboard", "predictor", "predict_from"})
+"""Settings that a fit may change when it goes on, since its branches do not depend on them; the predictor is
+trained anew every time."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +50,13 @@ class FitSettings:
         losses: Weight of every term of the training loss by name; ``"quality"`` is the fit's own metric, the
             others come from plug-ins, ``"l1"`` from ours.
         held_out: Share of the inputs that branches are not trained on; the predictor is corrected by them.
+        calibrate: Share of the inputs that nothing is fitted on, in (0, 1), for a calibration at the end;
+            ``None`` for none.
+        predictor: What the predictor is built from: ``"conv"``, ``"pooled"`` or ``"linear"``, see
+            `retroexit.routing.predictor.Predictor`.
+        predict_from: What it reads: ``"features"``, ``"inputs"`` as in the paper, or ``"features+distance"``,
+            which takes the distance to the guide as well; ``None`` for the map that an adapter makes from the
+            inputs where there is one, else the features.
         predictor_steps: Optimiser steps of the predictor.
         seed: Decides everything that is random.
         checkpoint_every: Steps between checkpoints.
@@ -61,6 +79,9 @@ class FitSettings:
     ema: float = 0.999
     losses: dict[str, float] = field(default_factory=lambda: {"l1": 1.0, QUALITY: 1.0})
     held_out: float = 0.15
+    calibrate: float | None = None
+    predictor: Kind = "conv"
+    predict_from: Reads | None = None
     predictor_steps: int = 1500
     seed: int = 0
     checkpoint_every: int = 250
@@ -91,6 +112,12 @@ class FitSettings:
             raise OptionError(
                 f"asked for clip={self.clip}; found neither None nor a finite number above 0.", self.clip
             )
+        if self.calibrate is not None and not 0 < self.calibrate < 1:
+            raise OptionError(
+                f"asked for calibrate={self.calibrate}; found neither None nor a share between 0 and 1.",
+                self.calibrate,
+            )
+        check_kind(self.predictor, self.predict_from)
         if self.schedule not in SCHEDULES:
             raise OptionError(
                 f"asked for schedule={self.schedule!r}; closest: {closest(self.schedule, SCHEDULES)}.",
@@ -139,6 +166,21 @@ def divide(count: int, settings: FitSettings) -> tuple[list[int], list[int]]:
         )
     order = np.random.default_rng([settings.seed, 2]).permutation(count).tolist()
     return sorted(order[held_out:]), sorted(order[:held_out])
+
+
+def set_aside(count: int, settings: FitSettings) -> tuple[list[int], list[int]]:
+    """Divide samples into those to fit on and those to calibrate on, which nothing may be fitted on.
+
+    Args:
+        count: Number of samples.
+        settings: Share to calibrate on, and seed.
+
+    Returns:
+        Both lists, sorted.
+    """
+    aside = round((settings.calibrate or 0) * count)
+    order = np.random.default_rng([settings.seed, 3]).permutation(count).tolist()
+    return sorted(order[aside:]), sorted(order[:aside])
 
 
 def check_same(path: Path, wanted: dict[str, Any]) -> None:

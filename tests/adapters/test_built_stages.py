@@ -161,7 +161,8 @@ def test_a_saved_model_gets_the_same_stages_back(
     model.save(tmp_path)
     known = Host(discover=False)
     known.register(retroexit_megaportraits, "megaportraits")
-    monkeypatch.setattr("retroexit.api.host", lambda: known)
+    for module in ("retroexit.api", "retroexit.plugins.asking"):
+        monkeypatch.setattr(f"{module}.host", lambda: known)
     again = retroexit.load(tmp_path, decoder)
     (old,), (new,) = model.branches, again.branches
     assert new.plan.built == old.plan.built != {}

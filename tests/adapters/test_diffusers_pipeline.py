@@ -203,6 +203,16 @@ def test_what_the_decoder_is_given_is_enough_to_fit(pipe: Any, model: Any, tmp_p
     assert sum(decoder.counts.values()) == 4
 
 
+def test_a_pipeline_may_have_a_deadline(pipe: Any, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model, "latency", None)  # and puts it back
+    model.measure_latency(torch.randn(2, 4, SIDE // 2, SIDE // 2), runs=1)
+    with early_exits(pipe, model, deadline_ms=1e6) as decoder:
+        draw(pipe, 2)
+        assert decoder.counts == {3: 2}, "with time to spare, the decoder itself"
+        with pytest.raises(OptionError, match="with 1 samples on . threads .* found times of 2 samples"):
+            draw(pipe, 1)
+
+
 def test_slices_and_tiles_leave_one_by_one(pipe: Any, model: Any) -> None:
     with early_exits(pipe, model, exit=1) as decoder:
         whole = draw(pipe)
@@ -366,6 +376,10 @@ def test_a_pipeline_that_raises_gets_its_decoder_back(pipe: Any, model: Any) -> 
         ({"exit": 4}, OptionError, r"exit=4; found exits 1 to 3, the last one the decoder itself"),
         ({"exit": 1, "threshold": 0.1}, OptionError, r"exit=1 and threshold=0\.1; found two ways"),
         ({"threshold": 0.1}, TrainingError, r"threshold=0\.1; found no predictor\. Run retroexit\.fit"),
+        ({"exit": 1, "deadline_ms": 5}, OptionError, r"exit=1 and deadline_ms=5; found two ways"),
+        ({"budget": 0.5}, TrainingError, r"budget=0\.5; found no calibration\. Call model\.calibrate"),
+        ({"deadline_ms": 5}, TrainingError, r"deadline_ms=5; found no measured times\. Call model\.measure"),
+        ({"regions": "tiles"}, TrainingError, r"regions=tiles; found no tile predictor\. Fit with"),
     ],
 )
 def test_choices_that_cannot_be_kept_are_refused_before_anything_changes(

@@ -174,7 +174,8 @@ def test_a_saved_model_finds_the_same_frames(
     known = Host(discover=False)
     known.register(builtin, "builtin")
     known.register(megaportraits, "megaportraits")
-    monkeypatch.setattr("retroexit.api.host", lambda: known)
+    for module in ("retroexit.api", "retroexit.plugins.asking"):
+        monkeypatch.setattr(f"{module}.host", lambda: known)
     loaded = retroexit.load(folder, driven)
     batch = drivers(4, 11)
     for exit in (1, 2, 3, 4):

@@ -94,6 +94,34 @@ def keyword_samples():
 samples = torch.randn(12, 4, 4, 4, generator=torch.Generator().manual_seed(1))
 few = samples[:5]
 none = []
+others = torch.randn(12, 4, 4, 4, generator=torch.Generator().manual_seed(2))
+
+
+class Judge(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.look = nn.Conv2d(3, 4, 3, padding=1)
+        self.score = nn.Conv2d(4, 1, 1)
+
+    def forward(self, image):
+        return self.score(torch.relu(self.look(image)))
+
+
+class Looks(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.last = nn.Linear(3, 2)
+
+    def forward(self, image):
+        return self.last(image.mean((2, 3)))
+
+
+class Normed(Decoder):
+    def forward(self, z):
+        h = self.stem(z)
+        for stage in self.stages:
+            h = nn.functional.instance_norm(stage(h))
+        return torch.tanh(self.rgb(h))
 """
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from dataclasses import fields
@@ -15,6 +16,7 @@ from torch import nn
 import retroexit
 from retroexit.training.fit import estimate_fit
 from retroexit.training.losses import L1
+from retroexit.training.presets import LossPlan
 from retroexit.training.settings import FitSettings
 
 CONFIG = """
@@ -63,8 +65,11 @@ def test_what_is_given_as_an_option_goes_before_the_file(run: Any, tmp_path: Pat
     assert (found["batch"], found["ema"], found["clip"]) == (2, 0.5, None)
 
 
-def test_every_setting_of_a_fit_is_an_option(run: Any) -> None:
+def test_every_argument_and_setting_of_a_fit_is_an_option(run: Any) -> None:
     shown = run("fit", "--help").out
+    ours = {"model", "folder", "progress", "settings"}
+    for name in inspect.signature(retroexit.fit).parameters.keys() - ours:
+        assert f"--{ {'losses': 'loss'}.get(name, name).replace('_', '-') }" in shown
     for field in fields(FitSettings):
         name = "loss" if field.name == "losses" else field.name.replace("_", "-")
         assert f"--{name}" in shown
@@ -79,7 +84,7 @@ def test_every_setting_of_a_fit_is_an_option(run: Any) -> None:
         ("steps = true", "asked for 'steps' in fit.toml; found True, not a whole number"),
         ("bfloat16 = 1", "asked for 'bfloat16' in fit.toml; found 1, not true or false"),
         ("lr = [1, 2]", r"asked for 'lr' in fit.toml; found \[1, 2\], not a number"),
-        ("loss = 'l1'", "asked for 'loss' in fit.toml; found 'l1', not a table"),
+        ("loss = 'l1'", "asked for --loss l1; found no weight behind a '='. Write l1=1, or one of oasis, m"),
         ("steps = ", "asked for --config fit.toml; found Invalid value"),
         ("ema = 1.0", r"asked for ema=1.0; found it outside \[0, 1\)"),
     ],
@@ -136,7 +141,7 @@ def test_the_macs_of_a_step_are_those_of_a_count_by_hand() -> None:
     )
     before = {name: value.clone() for name, value in model.branches.state_dict().items()}
     settings = FitSettings(batch=2, losses={"l1": 1.0})
-    found = estimate_fit(model, inputs, None, settings, {"l1": L1()})
+    found = estimate_fit(model, inputs, settings, LossPlan({"l1": 1.0}, {"l1": L1()}))
     convolutions = 2 * 64 * (2 * 9 * 16 + 12)
     entering = 2 * 64 * 9 * 16  # no gradient goes into the feature
     assert found.step_macs == 3 * convolutions - entering

@@ -101,14 +101,16 @@ def test_a_dry_run_looks_up_all_names(run: Any, words: tuple[str, ...], message:
     run(*FIT, *words, "--out", "run", "--dry-run").fails_with(re.escape(message))
 
 
-def test_a_dry_run_needs_no_weights_of_the_metric(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dry_run_without_the_metrics_weights_says_everything_and_is_refused_as_the_fit_is(
+    run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def missing(*_: object, **__: object) -> None:
         raise WeightsError("found none")
 
     monkeypatch.setattr("retroexit.evaluation.quality.LPIPS.__init__", missing)
     for metric in ("lpips", "lpips-vgg"):
         shown = run(*FIT, "--metric", metric, "--out", "run", "--dry-run")
-        assert shown.status == 0
+        assert (shown.status, shown.err) == (1, "error: found none\n")
         assert f"steps on this machine, {metric} not counted, since its weights were not found" in shown.out
 
 
@@ -139,7 +141,7 @@ def test_samples_by_keyword_can_be_fitted(run: Any) -> None:
 def test_a_dry_run_says_what_would_be_done_and_does_nothing(
     run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("retroexit.api.fit_model", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr("retroexit.fitting.fit_model", lambda *_: pytest.fail("trained"))
     before = sorted(path for path in tmp_path.rglob("*") if "__pycache__" not in path.parts)
     shown = run(*FIT, *FAST, "--guidance", "--crop", "12", "--out", "deep/run", "--dry-run")
     assert shown.status == 0, shown.err

@@ -61,8 +61,8 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Callable[[object], Host]:
         known = Host(discover=False)
         known.register(builtin, "builtin")
         known.register(plugin, "mine")
-        for module in ("retroexit.api", "retroexit.planning", "retroexit.cli.app", "retroexit.cli.plugins"):
-            monkeypatch.setattr(f"{module}.host", lambda: known)
+        for module in ("api", "assessing", "fitting", "planning", "plugins.asking", "cli.app", "cli.plugins"):
+            monkeypatch.setattr(f"retroexit.{module}.host", lambda: known)
         return known
 
     return install

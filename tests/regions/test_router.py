@@ -135,7 +135,7 @@ def test_rendering_with_regions_leaves_no_trace_on_the_generator(
 
 
 def test_calls_that_cannot_be_answered_say_why(model: EarlyExitGenerator, told: Any) -> None:
-    with pytest.raises(TrainingError, match="no tile predictor. Run fit_regions"):
+    with pytest.raises(TrainingError, match="no tile predictor. Fit with retroexit.fit"):
         model(*_inputs(), threshold=0.1, regions=True)
     model.regions = told(_losses(), 8)
     with pytest.raises(OptionError, match="regions=True; found no threshold"):

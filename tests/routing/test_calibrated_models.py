@@ -230,6 +230,9 @@ def test_the_distance_to_the_guide_is_searched_once_and_matters(
         near = model.predictor(feature[:9], found[:9, None])
         far = model.predictor(feature[:9], 2 * found[:9, None])
     assert bool((far > near).all())
+    assert not model.judge(TRAIN).far.any(), (
+        "their own keys are in the bank, so that they are nearer, not far"
+    )
     tau = float(model.predict(TRAIN[:9])[:, 0].median())
     calls: list[int] = []
     real = bank.search
@@ -240,7 +243,7 @@ def test_the_distance_to_the_guide_is_searched_once_and_matters(
 
 
 def test_what_a_predictor_cannot_read_is_refused(generator: nn.Module, folder: Path) -> None:
-    with pytest.raises(OptionError, match="asked for kind='deep'; found conv, pooled, linear only"):
+    with pytest.raises(OptionError, match="asked for the predictor 'deep'; found conv, pooled, linear only"):
         Predictor(3, 2, kind="deep")  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="asked for predict_from='noise'; found features"):
         Predictor(3, 2, reads="noise")  # type: ignore[arg-type]

@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from retroexit.guidance.bank import GuidanceBank
+from retroexit.guidance.slopes import with_slopes
 from retroexit.model import EarlyExitGenerator
-from retroexit.routing.drift import DriftGuard
+from retroexit.routing.drift import GUIDE_LIMIT, DriftGuard, farthest
 from retroexit.routing.predictor import Predictor
 from retroexit.training.predictor import train_predictor
 
@@ -91,3 +93,52 @@ def test_routing_sends_them_to_the_backbone_and_counts_them(routed: Make) -> Non
     assert model.routed(strange, w[:4], threshold=1e3)[1].tolist() == [1, 1, 1, 1]
     model.drift.reset()
     assert (model.drift.seen, model.drift.count) == (0, 0)
+
+
+@torch.no_grad()
+def test_inputs_far_from_the_bank_go_to_the_backbone_and_are_counted(
+    routed: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = routed(guided=True)
+    z, w = torch.rand(5, 4, 4, 4), torch.rand(5, 5)
+    z[:, 0] = torch.tensor([0.0, 1.0, 9.0, 0.0, 0.0])[:, None, None]  # exits 1, 2, 4, 1, 1
+    z[3, 1:] *= 200
+    assert model.bank is not None
+    _, keyed = model.split.begin((z, w), {})
+    distance = model.bank.search(keyed).distances.sqrt().flatten(1).mean(1)
+    model.about[GUIDE_LIMIT] = float(distance[[0, 1, 4]].max()) + 1e-3
+    searches: list[int] = []
+    real = model.bank.search
+    monkeypatch.setattr(model.bank, "search", lambda x, *more: (searches.append(len(x)), real(x, *more))[1])
+    output, exits = model.routed(z, w, threshold=0.5)
+    assert exits.tolist() == [1, 2, 4, 4, 1]
+    assert searches == [4], "one search, for those alone that would take a guide"
+    assert (model.drift.seen, model.drift.count) == (5, 1)
+    for row, k in enumerate(exits.tolist()):
+        alone = model(z[row][None], w[row][None], exit=k)
+        assert torch.allclose(output["image"][row], alone["image"][0], atol=1e-5)
+    assert torch.equal(model.choose_exits(z, w, threshold=0.5), exits)
+    model.drift.enabled = False
+    assert model.routed(z, w, threshold=0.5)[1].tolist() == [1, 2, 4, 1, 1]
+
+
+@torch.no_grad()
+def test_a_guide_that_follows_its_query_is_the_same_when_the_bank_is_guarded(routed: Make) -> None:
+    model = routed(guided=True)
+    bank = model.bank
+    assert bank is not None
+    maps = [(torch.rand(6, 10, 4, 4), torch.rand(6, 10, 8, 8))]
+    model.bank = with_slopes(bank, maps, 6 * 16)
+    assert isinstance(model.bank, GuidanceBank) and model.bank.order == 1
+    z, w = torch.rand(3, 4, 4, 4), torch.rand(3, 5)
+    z[:, 0] = torch.tensor([0.0, 1.0, 0.0])[:, None, None]
+    wanted = model(z, w, threshold=0.5)["image"]
+    model.about[GUIDE_LIMIT] = 1e6
+    assert torch.allclose(model(z, w, threshold=0.5)["image"], wanted, atol=1e-6)
+
+
+def test_few_distances_like_those_seen_are_beyond_the_farthest() -> None:
+    random = torch.Generator().manual_seed(0)
+    seen, new = (torch.randn(n, generator=random).mul(0.3).exp() for n in (200, 20000))
+    assert float((new > farthest(seen)).float().mean()) < 0.004
+    assert farthest(torch.tensor([1.0, 1.0, 1.0, 5.0])) >= 5

@@ -64,6 +64,27 @@ def test_a_budget_below_the_cheapest_exit_is_refused() -> None:
         price_for(_predicted(), SHARES, 0.05)
 
 
+def test_every_sample_may_have_a_budget_of_its_own(routed: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = routed()
+    monkeypatch.setattr(type(model), "shares", lambda self: SHARES)
+    z, w = torch.rand(60, 4, 4, 4), torch.rand(60, 5)
+    z[:, 0] = 3 + 3 * torch.rand(60, 1, 1)
+    predicted = model.predict(z, w)
+    model.calibration = Calibration(predicted.clamp_min(0), predicted)
+    budgets = torch.tensor([0.1, 0.5, 1.2]).repeat(20)
+    _, exits = model.routed(z, w, budget=budgets)
+    for budget in (0.1, 0.5, 1.2):
+        own = budgets == budget
+        assert torch.equal(exits[own], model.choose_exits(z, w, budget=budget)[own])
+    assert exits[::3].eq(1).all() and exits[2::3].eq(4).all()
+    with pytest.raises(OptionError, match="asked for 59 budgets; found 60 samples"):
+        model(z, w, budget=budgets[1:])
+    with pytest.raises(OptionError, match="asked for budget=0.0; found no finite number > 0"):
+        model(z, w, budget=budgets - 0.1 * (budgets == budgets[0]))
+    with pytest.raises(OptionError, match="asked for budgets of shape .60, 1. and type torch.float32"):
+        model(z, w, budget=budgets[:, None])
+
+
 def test_a_model_spends_what_its_calibration_says(routed: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     model = routed()
     monkeypatch.setattr(type(model), "shares", lambda self: SHARES)

@@ -44,7 +44,7 @@ def test_bank_branches_and_predictor_are_made_in_this_order(
 
     noting(GuidanceBank, "build", lambda *_: "bank")
     noting(fitting, "train_branches", lambda trainers, *_: f"{len(trainers)} branches")
-    noting(fitting, "train_predictor", lambda *_: "predictor")
+    noting(fitting, "fit_predictor", lambda *_: "predictor")
     model = decoders.fit(decoders.wrap(guidance=True), tmp_path)
     assert done == ["bank", "2 branches", "predictor"]
     assert model.bank is not None and model.predictor is not None
@@ -118,7 +118,7 @@ def test_held_out_samples_are_not_trained_on(
 ) -> None:
     seen: set[int] = set()
     held: list[int] = []
-    real_at, real_predictor = Steps.at, fitting.train_predictor
+    real_at, real_predictor = Steps.at, fitting.fit_predictor
 
     def at(steps: Steps, number: int) -> Step:
         step = real_at(steps, number)
@@ -130,7 +130,7 @@ def test_held_out_samples_are_not_trained_on(
         return real_predictor(*args, **kwargs)
 
     monkeypatch.setattr(Steps, "at", at)
-    monkeypatch.setattr(fitting, "train_predictor", predictor)
+    monkeypatch.setattr(fitting, "fit_predictor", predictor)
     decoders.fit(decoders.wrap(), tmp_path, held_out=0.3)
     assert len(held) == 3
     assert sorted({*seen, *held}) == list(range(10)) and not seen & set(held)

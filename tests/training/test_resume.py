@@ -107,7 +107,7 @@ def test_what_branches_draw_themselves_belongs_to_the_step(
         (BranchTrainer, "save", 0),
         (BranchTrainer, "save", 3),
         (fitting, "exit_losses", 0),
-        (fitting, "train_predictor", 0),
+        (fitting, "fit_predictor", 0),
         (fitting, "save_model", 0),
     ],
 )

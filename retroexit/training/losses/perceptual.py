@@ -67,6 +67,10 @@ class Perceptual(nn.Module):
         weights: File with the network's convolutions, a torchvision state dict (or the ``"backbone"`` of an
             LPIPS file); torch hub's cache, or a download into it, if ``None``.
 
+    Attributes:
+        network: Name of the network.
+        source: Where its weights come from, in words.
+
     Raises:
         OptionError: If there is no such network, or weights are given for the random one.
         WeightsError: If the weights are nowhere to be found, or are damaged or another network's.
@@ -82,8 +86,10 @@ class Perceptual(nn.Module):
         if name not in PERCEPTUAL:
             raise OptionError(f"no perceptual loss {name!r}; there is {closest(name, PERCEPTUAL)}", name)
         self.name, self._network = name, PERCEPTUAL[name]
+        self.network = self._network.builder
         self._last: tuple[weakref.ref[Tensor], tuple[int, bool], list[Tensor]] | None = None
         self.trunk = _empty_trunk(self._network)
+        self.source = "random numbers, the same everywhere"
         if self._network.net is None:
             if weights is not None:
                 raise OptionError(
@@ -92,6 +98,7 @@ class Perceptual(nn.Module):
             _fill_randomly(self.trunk)
         else:
             path = _hub_file(name, self._network.net) if weights is None else Path(weights)
+            self.source = str(path)
             fill_trunk(self.trunk, f"the loss {name!r} ({self._network.builder})", path)
         self.register_buffer("mean", torch.tensor(_MEAN).view(1, 3, 1, 1))
         self.register_buffer("deviation", torch.tensor(_DEVIATION).view(1, 3, 1, 1))

@@ -1,0 +1,101 @@
+"""Predictors, promises, regions and times from the command line."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+FIT = (
+    *("fit", "toy.py:decoder", "--inputs", "toy.py:samples", "--attach-at", "1,2", "--scale", "1/2,3/4"),
+    *("--min-channels", "4", "--metric", "ms-ssim", "--steps", "2", "--batch", "2", "--predictor-steps", "3"),
+    *("--out", "run"),
+)
+PROMISE = ("--alpha", "0.5", "--confidence", "0.5")
+
+
+def _saved(folder: Path) -> Any:
+    return json.loads((folder / "run/model.json").read_text())
+
+
+def test_a_fit_ends_with_promise_regions_and_times(run: Any, tmp_path: Path) -> None:
+    more = ("--calibrate", "0.5", "--regions", "--tile", "8", "--latency", "2", "--predictor", "pooled")
+    fitted = run(*FIT, *more, *PROMISE, "--predict-from", "inputs")
+    assert fitted.status == 0, fitted.err
+    assert "promise: P(ms-ssim > threshold) <= 0.5 with confidence 0.5 on inputs like the 6" in fitted.out
+    assert re.search(r"regions: tiles of 8 pixels; rank correlation with their losses -?[\d.]+, ", fitted.out)
+    assert re.search(
+        r"times of 2 samples on cpu: .* threads: [\d.]+, [\d.]+, [\d.]+ ms, the backb", fitted.out
+    )
+    saved = _saved(tmp_path)
+    assert (saved["predictor"]["kind"], saved["predictor"]["reads"]) == ("pooled", "inputs")
+    assert saved["about"]["inputs"] == 6 and saved["regions"]["tile"] == 8 and saved["latency"]["batch"] == 2
+    shown = run("evaluate", "toy.py:decoder", "run", "--inputs", "toy.py:others", "--threshold", "0.2")
+    assert shown.status == 0, shown.err
+    assert re.search(r"promise: P\(.*\n.*consistent\n.*\n +0.2 .* \d+ of 12 .* (yes|no)\n", shown.out)
+    assert re.search(r"drift guard: \d+ of 12 samples are too far", shown.out)
+    page = (tmp_path / "run/report/report.html").read_text()
+    assert 'id="promise"' in page and page.count("exits inside the image") == 2
+
+
+def test_a_model_is_calibrated_later_and_evaluate_says_what_a_threshold_means(
+    run: Any, tmp_path: Path
+) -> None:
+    assert run(*FIT).status == 0
+    evaluate = ("evaluate", "toy.py:decoder", "run", "--inputs", "toy.py:others", "--threshold", "0.2")
+    assert "A threshold is what the predictor expects, not a promise" in run(*evaluate).out
+    words = ("calibrate", "toy.py:decoder", "run", "--inputs", "toy.py:others", "--threshold", "0.2")
+    found = run(*words, *PROMISE, "--rule", "margin", "--latency", "1")
+    assert found.status == 0, found.err
+    assert re.search(
+        r"threshold +predictions up to +saved +above\n.*\n +0.2 +(none|[\d.]+) .* of 12\n", found.out
+    )
+    assert "promise: P(ms-ssim > threshold) <= 0.5" in found.out and found.out.endswith("saved to run\n")
+    assert "times of 1 sample on cpu" in found.out
+    assert _saved(tmp_path)["calibration_sha256"] is not None
+    again = run(*evaluate)
+    assert "warning: the inputs are those that the model was calibrated on" in again.err
+    assert "promise: P(ms-ssim" in again.out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ("--calibrate", "0.5"),
+            "calibrate on 0.5 of 12 inputs, which are 6; found .* takes at least 59. Pass 118 ",
+        ),
+        (("--calibrate", "1.5"), "asked for calibrate=1.5; found neither None nor a share"),
+        (("--calibrate", "0.5", "--alpha", "0"), "asked for alpha=0.0; found no number between 0 and 1"),
+        (("--predictor", "deep"), "asked for the predictor 'deep'; found conv, pooled, linear only"),
+        (("--predict-from", "noise"), "asked for predict_from='noise'; found features, inputs"),
+        (("--predict-from", "features+distance"), "found branches without guidance. Wrap with guidance=True"),
+        (("--regions", "--no-cache"), "regions and cache=False; found that the tile predictor reads cached"),
+    ],
+)
+def test_what_cannot_be_routed_is_refused_before_anything_is_trained(
+    run: Any, tmp_path: Path, words: tuple[str, ...], message: str
+) -> None:
+    run(*FIT, *words).fails_with(message)
+    assert not (tmp_path / "run").exists()
+
+
+def test_regions_of_a_decoder_that_norms_over_space_are_refused_with_the_layer(
+    run: Any, tmp_path: Path
+) -> None:
+    words = [word.replace("toy.py:decoder", "toy.py:Normed") for word in FIT]
+    run(*words, "--regions", "--dry-run").fails_with("instance_norm")
+    assert run(*words, "--dry-run").status == 0
+
+
+def test_too_few_inputs_to_calibrate_on_are_refused_with_the_number_needed(run: Any, tmp_path: Path) -> None:
+    assert run(*FIT).status == 0
+    words = ("calibrate", "toy.py:decoder", "run", "--inputs", "toy.py:others")
+    run(*words).fails_with("from 12 samples; found that it takes at least 59, .* Pass 47 more")
+    run(*words, *PROMISE, "--rule", "strict").fails_with(
+        "asked for rule='strict'; found 'margin' and 'bound'"
+    )
+    assert _saved(tmp_path)["calibration_sha256"] is None
