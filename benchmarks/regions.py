@@ -78,10 +78,10 @@ class Curve:
 
 def paste(sample: Sample, layout: Layout, canvas: Canvas) -> Tensor:
     """Put an image together from those of whole exits; windows equal them, which `check` measures."""
-    image = sample.images[layout.base].clone()
-    for rectangle in layout.rectangles:
+    image = sample.images[-1 if layout.base is None else layout.base].clone()
+    for exit, rectangle in layout.parts:
         place = tuple(slice(own[a], own[b]) for own, (a, b) in zip(canvas.edges, rectangle, strict=True))
-        image[(slice(None), *place)] = sample.images[layout.target][(slice(None), *place)]
+        image[(slice(None), *place)] = sample.images[exit][(slice(None), *place)]
     return image
 
 
@@ -233,7 +233,7 @@ def compare(curves: list[Curve], canvas: Canvas) -> list[list[str]]:
         for i in range(len(curve.macs) if curve else 0):
             assert curve is not None
             macs = curve.macs[i]
-            share = np.mean([bool(x.rectangles) for x in curve.layouts[i]])
+            share = np.mean([bool(x.parts) for x in curve.layouts[i]])
             rows.append(
                 [
                     name,
@@ -282,14 +282,19 @@ def pictures(
     from PIL import Image
 
     point = min(range(len(curve.thresholds)), key=lambda i: abs(curve.thresholds[i] - threshold))
-    chosen = [i for i, x in enumerate(curve.layouts[point]) if x.rectangles][:most] or list(range(most))
+    chosen = [i for i, x in enumerate(curve.layouts[point]) if x.parts][:most] or list(range(most))
     rows = []
     for i in chosen:
         layout, sample = curve.layouts[point][i], samples[i]
         made = paste(sample, layout, canvas)
         gap = (made - sample.images[-1]).abs().mean(0, keepdim=True).mul(8).clamp(0, 1).expand(3, -1, -1)
         gap = gap * 2 - 1
-        heat = exit_map_picture(made, exits_of(layout, canvas), canvas.edges, len(canvas.prices.whole))
+        heat = exit_map_picture(
+            made,
+            torch.from_numpy(layout.exits(canvas.area.shape)) + 1,
+            canvas.edges,
+            len(canvas.prices.whole),
+        )
         shown = [sample.images[-1], sample.images[layout.base], made, gap]
         tiles = [((image.clamp(-1, 1) + 1) * 127.5).byte().permute(1, 2, 0).numpy() for image in shown]
         rows.append(np.concatenate([*tiles, heat], 1))
@@ -297,20 +302,12 @@ def pictures(
     picture.resize((picture.width, picture.height), Image.Resampling.NEAREST).save(path)
 
 
-def exits_of(layout: Layout, canvas: Canvas) -> Tensor:
-    """Exit of every tile, from 1."""
-    found = torch.full(tuple(canvas.area.shape), layout.base + 1)
-    for rectangle in layout.rectangles:
-        found[tuple(slice(*tiles) for tiles in rectangle)] = layout.target + 1
-    return found
-
-
 def plain(curve: Curve, canvas: Canvas) -> dict[str, Any]:
     """What of a curve is written down."""
     kept = ("name", "thresholds", "macs", "loss", "p95", "tile_p95", "expected")
     found: dict[str, Any] = {key: getattr(curve, key) for key in kept}
     found["share"] = [m / canvas.prices.fixed(len(canvas.prices.whole) - 1) for m in curve.macs]
-    found["images_with_regions"] = [float(np.mean([bool(x.rectangles) for x in p])) for p in curve.layouts]
+    found["images_with_regions"] = [float(np.mean([bool(x.parts) for x in p])) for p in curve.layouts]
     return found
 
 
