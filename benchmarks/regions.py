@@ -8,7 +8,8 @@ predictor, the backbone up to where rectangles begin.
     python benchmarks/regions.py --model runs/latent --json regions.json --plot regions.png \
         --pictures regions-pictures.png
 
-``--mosaic 2`` puts 2 x 2 latents together to images of twice the size, in which halos weigh less.
+``--enlarge 4`` takes photographs enlarged four times, in which halos weigh less and hard areas are as large a
+share of the image; ``--mosaic 2`` puts 2 x 2 latents together instead.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -86,6 +88,17 @@ def paste(sample: Sample, layout: Layout, canvas: Canvas) -> Tensor:
 
 
 @torch.no_grad()
+def measured(sample: Sample, layout: Layout, canvas: Canvas, metric: LPIPS) -> Tensor:
+    """Losses of the tiles of the image that a layout gives, seams counted, ``(tiles...)``."""
+    if layout.parts:
+        made = paste(sample, layout, canvas)[None]
+        return tile_losses(metric, made, sample.images[-1:], canvas.edges)[0]
+    assert layout.base is not None
+    whole = layout.base < len(sample.true)
+    return torch.from_numpy(sample.true[layout.base]).float() if whole else torch.zeros_like(canvas.area)
+
+
+@torch.no_grad()
 def look(model: EarlyExitGenerator, latents: Tensor, metric: LPIPS) -> tuple[list[Sample], Canvas]:
     """Render every exit of every latent."""
     router, limits = model.regions, ImageRange(0.0, 1.0)
@@ -129,19 +142,15 @@ def sweep(
         layouts = [
             choose_layout(s.true if oracle else s.expected, area, prices, threshold, goal) for s in samples
         ]
-        losses, tiles = [], []
-        for begin in range(0, len(samples), 8):
-            part = list(zip(samples, layouts, strict=True))[begin : begin + 8]
-            made = torch.stack([paste(s, layout, canvas) for s, layout in part])
-            found = tile_losses(metric, made, torch.stack([s.images[-1] for s, _ in part]), canvas.edges)
-            tiles.append(found.flatten())
-            losses.append((found * canvas.area).sum((1, 2)))
-        loss = torch.cat(losses)
+        tiles = torch.stack(
+            [measured(s, layout, canvas, metric) for s, layout in zip(samples, layouts, strict=True)]
+        )
+        loss = (tiles * canvas.area).sum((1, 2))
         curve.thresholds.append(threshold)
         curve.macs.append(float(np.mean([x.macs for x in layouts])) + (0 if oracle else canvas.overhead))
         curve.loss.append(float(loss.mean()))
         curve.p95.append(float(loss.quantile(0.95)))
-        curve.tile_p95.append(float(torch.cat(tiles).quantile(0.95)))
+        curve.tile_p95.append(float(tiles.flatten().quantile(0.95)))
         curve.expected.append(float(np.mean([x.expected for x in layouts])))
         curve.layouts.append(layouts)
     return curve
@@ -207,6 +216,18 @@ def check(model: EarlyExitGenerator, latents: Tensor, threshold: float) -> dict[
     }
 
 
+@torch.no_grad()
+def enlarged(shared: Path, count: int, times: int) -> Tensor:
+    """Encode test photographs, spread over the drives, at a multiple of their size."""
+    street, encoder, found = shared / "data/street", example.load("encoder", shared), []
+    names = (street / "test.txt").read_text().split()
+    for i in np.linspace(0, len(names) - 1, count).round().astype(int):
+        photo = Image.open(street / "256x128/image" / f"{names[i]}.jpg").convert("RGB")
+        photo = photo.resize((times * photo.width, times * photo.height), Image.Resampling.LANCZOS)
+        found.append(encoder(torch.from_numpy(np.array(photo)).permute(2, 0, 1)[None].float() / 255)[0])
+    return torch.stack(found)
+
+
 def mosaic(latents: Tensor, side: int) -> Tensor:
     """Put ``side * side`` latents together to one."""
     count = len(latents) // side**2
@@ -224,31 +245,31 @@ def mosaic(latents: Tensor, side: int) -> Tensor:
     )
 
 
+PAIRS = {  # what is compared with what at equal compute
+    "regions": "image",
+    "regions, true losses": "image, true losses",
+    "regions, every tile": "image, every tile",
+}
+
+
 def compare(curves: list[Curve], canvas: Canvas) -> list[list[str]]:
-    """Rows of the table: region routing, and what whole images lose at the same compute."""
-    whole = {curve.name: curve for curve in curves}
+    """Rows of the table: exits inside the image, and what whole images lose at the same compute."""
+    known = {curve.name: curve for curve in curves}
     backbone, rows = canvas.prices.fixed(len(canvas.prices.whole) - 1), []
-    for name in ("regions", "regions, true losses", "regions, every tile"):
-        curve = whole.get(name)
-        for i in range(len(curve.macs) if curve else 0):
-            assert curve is not None
-            macs = curve.macs[i]
+    for name, other in PAIRS.items():
+        curve = known[name]
+        for i, macs in enumerate(curve.macs):
             share = np.mean([bool(x.parts) for x in curve.layouts[i]])
-            rows.append(
-                [
-                    name,
-                    f"{curve.thresholds[i]:g}",
-                    f"{100 * macs / backbone:.1f} %",
-                    f"{100 * share:.0f} %",
-                    f"{curve.loss[i]:.4f}",
-                    f"{at_macs(whole['image'], macs, 'loss'):.4f}",
-                    f"{at_macs(whole['fixed exit'], macs, 'loss'):.4f}",
-                    f"{curve.p95[i]:.4f}",
-                    f"{at_macs(whole['fixed exit'], macs, 'p95'):.4f}",
-                    f"{curve.tile_p95[i]:.4f}",
-                    f"{at_macs(whole['fixed exit'], macs, 'tile_p95'):.4f}",
-                ]
-            )
+            cells = [
+                name,
+                f"{curve.thresholds[i]:g}",
+                f"{100 * macs / backbone:.1f} %",
+                f"{100 * share:.0f} %",
+            ]
+            for what in ("loss", "p95", "tile_p95"):
+                cells.append(f"{getattr(curve, what)[i]:.4f}")
+                cells += [f"{at_macs(known[way], macs, what):.4f}" for way in (other, "fixed exit")]
+            rows.append(cells)
     return rows
 
 
@@ -279,8 +300,6 @@ def pictures(
     samples: list[Sample], curve: Curve, canvas: Canvas, path: Path, threshold: float, most: int = 4
 ) -> None:
     """Show images made of regions beside the backbone's, the difference, and the heat map of exits."""
-    from PIL import Image
-
     point = min(range(len(curve.thresholds)), key=lambda i: abs(curve.thresholds[i] - threshold))
     chosen = [i for i, x in enumerate(curve.layouts[point]) if x.parts][:most] or list(range(most))
     rows = []
@@ -320,8 +339,9 @@ def main() -> None:
     parser.add_argument("--shared", help="folder with data/weights and data/street")
     parser.add_argument("--test", type=int, default=60, help="test latents, spread over the drives")
     parser.add_argument("--tile", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=1500, help="optimiser steps of the tile predictor")
+    parser.add_argument("--steps", type=int, default=600, help="optimiser steps of the tile predictor")
     parser.add_argument("--mosaic", type=int, default=1)
+    parser.add_argument("--enlarge", type=int, default=1)
     parser.add_argument("--thresholds", type=float, nargs="+")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
@@ -339,6 +359,8 @@ def main() -> None:
         fit_regions(model, train, arguments.model, metric, tile=arguments.tile, steps=arguments.steps)
     assert model.regions is not None
     test = mosaic(test, arguments.mosaic)
+    if arguments.enlarge > 1:
+        test = enlarged(shared, arguments.test, arguments.enlarge)
     samples, canvas = look(model, test, metric)
     one = fixed(samples, canvas)
     low, high = one.loss[-2], one.loss[0]
@@ -347,6 +369,7 @@ def main() -> None:
         one,
         sweep("image", samples, canvas, metric, taus, regions=False),
         sweep("regions", samples, canvas, metric, taus, regions=True),
+        sweep("image, true losses", samples, canvas, metric, taus, regions=False, oracle=True),
         sweep("regions, true losses", samples, canvas, metric, taus, regions=True, oracle=True),
         sweep("image, every tile", samples, canvas, metric, taus, regions=False, goal="tiles"),
         sweep("regions, every tile", samples, canvas, metric, taus, regions=True, goal="tiles"),
@@ -364,14 +387,8 @@ def main() -> None:
         "way",
         "threshold",
         "MACs",
-        "with regions",
-        "mean",
-        "by image",
-        "fixed",
-        "95 %",
-        "fixed",
-        "tiles 95 %",
-        "fixed",
+        "with parts",
+        *(cell for what in ("mean", "95 %", "tiles 95 %") for cell in (what, "by image", "fixed")),
     ]
     print(table(head, compare(curves, canvas)))
     print("checked on rendered images:", checked)
@@ -393,7 +410,13 @@ def main() -> None:
     if arguments.plot:
         plot(curves, canvas, arguments.plot)
     if arguments.pictures:
-        pictures(samples, curves[2], canvas, arguments.pictures, arguments.picture_threshold)
+        pictures(
+            samples,
+            next(c for c in curves if c.name == "regions"),
+            canvas,
+            arguments.pictures,
+            arguments.picture_threshold,
+        )
 
 
 if __name__ == "__main__":
