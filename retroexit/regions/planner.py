@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations, product
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -28,9 +28,12 @@ Goal = Literal["image", "tiles"]
 Rectangle = tuple[tuple[int, int], ...]  # tiles, per axis: first, one past the last
 Size = tuple[int, ...]
 Array = npt.NDArray[np.float64]
+Place = tuple[Any, ...]  # an index of an array
 
-# Backbones that a loss of 1 is worth, from little to much; and steps between two of them, tried next.
-_RATES = np.geomspace(0.1, 300.0, 12)
+# Backbones that a loss as large as the threshold is worth, from little to much; how many rates between two
+# of them are tried next.
+_RATES = np.geomspace(0.01, 30.0, 12)
+_LEAST = 1e-3  # of the largest loss: what a threshold of zero counts as here
 _BETWEEN = 6
 _BAD_TILE = 1e6  # backbones: no tile above the threshold is ever worth its compute
 
@@ -174,7 +177,8 @@ class _Found:
 
 def _at_best_rate(ways: Sequence[_Way], losses: Array, threshold: float) -> _Found | None:
     """Find the cheapest rate at which the loss is accepted; ``None`` where no rate is high enough."""
-    rates, best = _RATES, None
+    rates = _RATES / (max(threshold, _LEAST * float(losses.sum(tuple(range(1, losses.ndim))).max())) or 1.0)
+    best: _Found | None = None
     for _ in range(2):
         division = _Division(ways, losses, rates)
         good = np.flatnonzero(division.loss <= threshold + 1e-12)
@@ -216,19 +220,16 @@ class _Division:
         self.losses: dict[Size, Array] = {}
         self.choices: dict[Size, npt.NDArray[np.int64]] = {}
         for size in product(*(range(1, n + 1) for n in self.shape)):
-            cost = table[
-                (slice(None), slice(None), *np.ix_(*(p[n] for p, n in zip(places, size, strict=True))))
-            ]
+            where: Place = np.ix_(*(p[n] for p, n in zip(places, size, strict=True)))
+            cost = table[(slice(None), slice(None), *where)]
             loss = _window(ends, size)
             value = rates.reshape(-1, 1, 1, *(1,) * len(size)) * loss + cost
-            choice = value.argmin(2)
-            self.choices[size] = choice
-            self.values[size] = np.take_along_axis(value, choice[:, :, None], 2)[:, :, 0]
-            self.losses[size] = np.take_along_axis(np.broadcast_to(loss, value.shape), choice[:, :, None], 2)[
-                :, :, 0
-            ]
+            choice = value.argmin(2, keepdims=True)
+            self.choices[size] = choice[:, :, 0]
+            self.values[size] = np.take_along_axis(value, choice, 2)[:, :, 0]
+            self.losses[size] = np.take_along_axis(np.broadcast_to(loss, value.shape), choice, 2)[:, :, 0]
             self._cut(size)
-        begin = (slice(None), slice(None), *(0,) * len(self.shape))
+        begin: Place = (slice(None), slice(None), *(0,) * len(self.shape))
         total = self.values[self.shape][begin] + np.array([way.start for way in ways])
         self.way = total.argmin(1)
         rows = np.arange(len(rates))
@@ -238,13 +239,13 @@ class _Division:
     def _cut(self, size: Size) -> None:
         """Divide rectangles of one size in two where that is better; choices below 0 number the cuts."""
         for number, (first, second, shift) in enumerate(_cuts(size)):
-            own = tuple(slice(0, n - s + 1) for n, s in zip(self.shape, size, strict=True))
-            other = tuple(slice(o, o + n - s + 1) for n, s, o in zip(self.shape, size, shift, strict=True))
-            place, behind = (..., *own), (..., *other)
-            value = self.values[first][place] + self.values[second][behind]
+            ends = [n - s + 1 for n, s in zip(self.shape, size, strict=True)]
+            place: Place = (..., *(slice(0, end) for end in ends))
+            behind: Place = (..., *(slice(o, o + end) for o, end in zip(shift, ends, strict=True)))
+            value: Array = self.values[first][place] + self.values[second][behind]
             better = value < self.values[size] - 1e-12
             if better.any():
-                loss = self.losses[first][place] + self.losses[second][behind]
+                loss: Array = self.losses[first][place] + self.losses[second][behind]
                 self.values[size] = np.where(better, value, self.values[size])
                 self.losses[size] = np.where(better, loss, self.losses[size])
                 self.choices[size] = np.where(better, -1 - number, self.choices[size])

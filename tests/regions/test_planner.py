@@ -151,3 +151,14 @@ def test_one_large_rectangle_is_taken_instead_of_many_tiles_with_halos() -> None
     prices, area = _prices((4, 4)), np.full((4, 4), 1 / 16)
     layout = choose_layout(losses, area, prices, 0.02)
     assert [rectangle for exit, rectangle in layout.parts if exit] == [((0, 2), (0, 2))]
+
+
+@pytest.mark.parametrize("unit", [1e-4, 1.0, 1e4])
+def test_layouts_do_not_depend_on_the_unit_of_the_loss(unit: float) -> None:
+    losses = np.random.default_rng(4).gamma(0.5, 0.1, (2, 3, 4)) * np.array([1.0, 0.3])[:, None, None]
+    prices, area = _prices((3, 4), 0.1), np.full((3, 4), 1 / 12)
+    found = choose_layout(losses, area, prices, 0.03)
+    assert found.parts and choose_layout(losses * unit, area, prices, 0.03 * unit).parts == found.parts
+    assert choose_layout(losses, area, prices, 0.0).expected == 0
+    nothing = choose_layout(0 * losses, area, prices, 0.0)
+    assert nothing.base == 0 and not nothing.parts
