@@ -1,8 +1,14 @@
 """Exits inside the image against exits for whole images, at equal compute, on a real latent decoder.
 
 Reads a model that `examples/latent_decoder.py` fitted, fits its tile predictor where that is missing, and
-renders test latents at a range of thresholds: every image through one exit, every image through the exit
-that its expected loss allows, and every tile likewise. MACs are counted with everything: halos, the tile
+renders every exit of test latents. Exits are chosen, for whole images and for parts of them, in two ways:
+
+- at equal compute: one rate at which loss is exchanged for compute, for all images; printed are the losses at
+  some shares of the backbone's MACs, read along the best mixtures of rates, as expected losses choose exits
+  and as the measured ones would.
+- with every tile's expected loss below a threshold: the compute that it takes.
+
+Images of parts are put together and measured, seams counted. MACs are counted with all: halos, the tile
 predictor, the backbone up to where rectangles begin.
 
     python benchmarks/regions.py --model runs/latent --json regions.json --plot regions.png \
@@ -21,13 +27,13 @@ import os
 import platform
 import sys
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from region_curves import Curve, Sample, at_rates, compare, every_tile, fixed, paste, tile_rows
 from torch import Tensor
 from tqdm import tqdm
 
@@ -36,7 +42,6 @@ from retroexit.evaluation.quality import LPIPS, ImageRange
 from retroexit.model import EarlyExitGenerator
 from retroexit.regions.fitting import fit_regions, tile_losses
 from retroexit.regions.pictures import exit_map_picture
-from retroexit.regions.planner import Layout, Prices, choose_layout
 from retroexit.regions.router import Canvas
 from retroexit.storage import versions
 from retroexit.tables import table
@@ -49,53 +54,7 @@ example = sys.modules["latent_decoder"] = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(example)
 
 
-@dataclass
-class Sample:
-    """One test image.
-
-    Attributes:
-        images: Of all exits, in [-1, 1], the backbone's last, ``(K + 1, 3, H, W)``.
-        true: Measured loss of every exit in every tile ``(K, tiles...)``.
-        expected: What the tile predictor says.
-    """
-
-    images: Tensor
-    true: np.ndarray
-    expected: np.ndarray
-
-
-@dataclass
-class Curve:
-    """One way of choosing exits at several thresholds."""
-
-    name: str
-    thresholds: list[float] = field(default_factory=list)
-    macs: list[float] = field(default_factory=list)
-    loss: list[float] = field(default_factory=list)
-    p95: list[float] = field(default_factory=list)
-    tile_p95: list[float] = field(default_factory=list)
-    expected: list[float] = field(default_factory=list)
-    layouts: list[list[Layout]] = field(default_factory=list)
-
-
-def paste(sample: Sample, layout: Layout, canvas: Canvas) -> Tensor:
-    """Put an image together from those of whole exits; windows equal them, which `check` measures."""
-    image = sample.images[-1 if layout.base is None else layout.base].clone()
-    for exit, rectangle in layout.parts:
-        place = tuple(slice(own[a], own[b]) for own, (a, b) in zip(canvas.edges, rectangle, strict=True))
-        image[(slice(None), *place)] = sample.images[exit][(slice(None), *place)]
-    return image
-
-
-@torch.no_grad()
-def measured(sample: Sample, layout: Layout, canvas: Canvas, metric: LPIPS) -> Tensor:
-    """Losses of the tiles of the image that a layout gives, seams counted, ``(tiles...)``."""
-    if layout.parts:
-        made = paste(sample, layout, canvas)[None]
-        return tile_losses(metric, made, sample.images[-1:], canvas.edges)[0]
-    assert layout.base is not None
-    whole = layout.base < len(sample.true)
-    return torch.from_numpy(sample.true[layout.base]).float() if whole else torch.zeros_like(canvas.area)
+SHARES = (0.12, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
 @torch.no_grad()
@@ -115,73 +74,6 @@ def look(model: EarlyExitGenerator, latents: Tensor, metric: LPIPS) -> tuple[lis
         samples.append(Sample(images, true.double().numpy(), expected.double().numpy()))
     assert canvas is not None
     return samples, canvas
-
-
-def alone(prices: Prices) -> Prices:
-    """Prices without rectangles: exits for whole images."""
-    return Prices(prices.trunk, prices.whole, {})
-
-
-@torch.no_grad()
-def sweep(
-    name: str,
-    samples: list[Sample],
-    canvas: Canvas,
-    metric: LPIPS,
-    thresholds: list[float],
-    *,
-    regions: bool,
-    oracle: bool = False,
-    goal: Any = "image",
-) -> Curve:
-    """Choose layouts at every threshold and measure the images that they give."""
-    curve = Curve(name)
-    area = canvas.area.double().numpy()
-    prices = canvas.prices if regions else alone(canvas.prices)
-    for threshold in tqdm(thresholds, desc=name, disable=None):
-        layouts = [
-            choose_layout(s.true if oracle else s.expected, area, prices, threshold, goal) for s in samples
-        ]
-        tiles = torch.stack(
-            [measured(s, layout, canvas, metric) for s, layout in zip(samples, layouts, strict=True)]
-        )
-        loss = (tiles * canvas.area).sum((1, 2))
-        curve.thresholds.append(threshold)
-        curve.macs.append(float(np.mean([x.macs for x in layouts])) + (0 if oracle else canvas.overhead))
-        curve.loss.append(float(loss.mean()))
-        curve.p95.append(float(loss.quantile(0.95)))
-        curve.tile_p95.append(float(tiles.flatten().quantile(0.95)))
-        curve.expected.append(float(np.mean([x.expected for x in layouts])))
-        curve.layouts.append(layouts)
-    return curve
-
-
-def fixed(samples: list[Sample], canvas: Canvas) -> Curve:
-    """Every image through one exit."""
-    curve, area = Curve("fixed exit"), canvas.area.numpy()
-    for exit in range(samples[0].true.shape[0] + 1):
-        tiles = np.stack([s.true[exit] if exit < len(s.true) else 0 * s.true[0] for s in samples])
-        loss = (tiles * area).sum((1, 2))
-        curve.thresholds.append(exit + 1)
-        curve.macs.append(canvas.prices.fixed(exit))
-        curve.loss.append(float(loss.mean()))
-        curve.p95.append(float(np.quantile(loss, 0.95)))
-        curve.tile_p95.append(float(np.quantile(tiles, 0.95)))
-        curve.expected.append(float("nan"))
-    return curve
-
-
-def at_macs(curve: Curve, macs: float, what: str) -> float:
-    """Read a curve at a compute: the best that mixing its points gives (lower convex hull)."""
-    points = sorted(zip(curve.macs, getattr(curve, what), strict=True))
-    hull: list[tuple[float, float]] = []
-    for x, y in points:
-        while len(hull) > 1 and (hull[-1][1] - hull[-2][1]) * (x - hull[-2][0]) >= (y - hull[-2][1]) * (
-            hull[-1][0] - hull[-2][0]
-        ):
-            hull.pop()
-        hull.append((x, y))
-    return float(np.interp(macs, [x for x, _ in hull], [y for _, y in hull]))
 
 
 @torch.no_grad()
@@ -212,6 +104,7 @@ def check(model: EarlyExitGenerator, latents: Tensor, threshold: float) -> dict[
         "planned_macs": planned,
         "counted_macs": counted,
         "planning_ms_per_image": 1000 * (planning - (time.perf_counter() - begin)) / len(latents),
+        "images_of_parts": float(np.mean([bool(layout.parts) for layout in layouts])),
         "tiles_deeper": float((where != where.flatten(1).amin(1)[:, None, None]).float().mean()),
     }
 
@@ -245,34 +138,6 @@ def mosaic(latents: Tensor, side: int) -> Tensor:
     )
 
 
-PAIRS = {  # what is compared with what at equal compute
-    "regions": "image",
-    "regions, true losses": "image, true losses",
-    "regions, every tile": "image, every tile",
-}
-
-
-def compare(curves: list[Curve], canvas: Canvas) -> list[list[str]]:
-    """Rows of the table: exits inside the image, and what whole images lose at the same compute."""
-    known = {curve.name: curve for curve in curves}
-    backbone, rows = canvas.prices.fixed(len(canvas.prices.whole) - 1), []
-    for name, other in PAIRS.items():
-        curve = known[name]
-        for i, macs in enumerate(curve.macs):
-            share = np.mean([bool(x.parts) for x in curve.layouts[i]])
-            cells = [
-                name,
-                f"{curve.thresholds[i]:g}",
-                f"{100 * macs / backbone:.1f} %",
-                f"{100 * share:.0f} %",
-            ]
-            for what in ("loss", "p95", "tile_p95"):
-                cells.append(f"{getattr(curve, what)[i]:.4f}")
-                cells += [f"{at_macs(known[way], macs, what):.4f}" for way in (other, "fixed exit")]
-            rows.append(cells)
-    return rows
-
-
 def plot(curves: list[Curve], canvas: Canvas, path: Path) -> None:
     """Draw mean loss and 95th percentile of the tiles against compute."""
     import matplotlib
@@ -282,13 +147,14 @@ def plot(curves: list[Curve], canvas: Canvas, path: Path) -> None:
 
     backbone = canvas.prices.fixed(len(canvas.prices.whole) - 1)
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    styles = {"fixed exit": "ks--", "image": "C0.-", "regions": "C1.-", "regions, every tile": "C2.-"}
+    styles = {"fixed exit": "ks--", "whole, expected": "C0.-", "parts, expected": "C1.-"}
+    styles |= {"whole, measured": "C0.:", "parts, measured": "C1.:"}
     for axis, what, label in zip(
         axes, ("loss", "tile_p95"), ("mean LPIPS of the image", "95th percentile over tiles"), strict=True
     ):
-        for curve in curves:
+        for curve in (curve for curve in curves if curve.name in styles):
             x = 100 * np.array(curve.macs) / backbone
-            axis.plot(x, getattr(curve, what), styles.get(curve.name, "C3.:"), label=curve.name, ms=5)
+            axis.plot(x, getattr(curve, what), styles[curve.name], label=curve.name, ms=5)
         axis.set(xlabel="MACs, % of the backbone", ylabel=label, xlim=(0, 105), ylim=(0, None))
         axis.grid(alpha=0.3)
     axes[0].legend()
@@ -297,10 +163,11 @@ def plot(curves: list[Curve], canvas: Canvas, path: Path) -> None:
 
 
 def pictures(
-    samples: list[Sample], curve: Curve, canvas: Canvas, path: Path, threshold: float, most: int = 4
+    samples: list[Sample], curve: Curve, canvas: Canvas, path: Path, share: float, most: int = 4
 ) -> None:
     """Show images made of regions beside the backbone's, the difference, and the heat map of exits."""
-    point = min(range(len(curve.thresholds)), key=lambda i: abs(curve.thresholds[i] - threshold))
+    backbone = canvas.prices.fixed(len(canvas.prices.whole) - 1)
+    point = min(range(len(curve.at)), key=lambda i: abs(curve.macs[i] / backbone - share))
     chosen = [i for i, x in enumerate(curve.layouts[point]) if x.parts][:most] or list(range(most))
     rows = []
     for i in chosen:
@@ -314,7 +181,8 @@ def pictures(
             canvas.edges,
             len(canvas.prices.whole),
         )
-        shown = [sample.images[-1], sample.images[layout.base], made, gap]
+        shallow = int(layout.exits(canvas.area.shape).min())
+        shown = [sample.images[-1], sample.images[shallow], made, gap]
         tiles = [((image.clamp(-1, 1) + 1) * 127.5).byte().permute(1, 2, 0).numpy() for image in shown]
         rows.append(np.concatenate([*tiles, heat], 1))
     picture = Image.fromarray(np.concatenate(rows))
@@ -323,10 +191,10 @@ def pictures(
 
 def plain(curve: Curve, canvas: Canvas) -> dict[str, Any]:
     """What of a curve is written down."""
-    kept = ("name", "thresholds", "macs", "loss", "p95", "tile_p95", "expected")
+    kept = ("name", "at", "macs", "loss", "p95", "tile_p95")
     found: dict[str, Any] = {key: getattr(curve, key) for key in kept}
     found["share"] = [m / canvas.prices.fixed(len(canvas.prices.whole) - 1) for m in curve.macs]
-    found["images_with_regions"] = [float(np.mean([bool(x.parts) for x in p])) for p in curve.layouts]
+    found["images_of_parts"] = [float(np.mean([bool(x.parts) for x in p])) for p in curve.layouts]
     return found
 
 
@@ -343,10 +211,11 @@ def main() -> None:
     parser.add_argument("--mosaic", type=int, default=1)
     parser.add_argument("--enlarge", type=int, default=1)
     parser.add_argument("--thresholds", type=float, nargs="+")
+    parser.add_argument("--check-at", type=float, default=0.01, help="threshold of the rendered check")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--pictures", type=Path)
-    parser.add_argument("--picture-threshold", type=float, default=0.1)
+    parser.add_argument("--picture-share", type=float, default=0.7)
     arguments = parser.parse_args()
     shared = example.shared_folder(arguments.shared)
     metric = LPIPS("alex", shared / "data/weights/lpips_alex_v0.1.pth")
@@ -363,34 +232,28 @@ def main() -> None:
         test = enlarged(shared, arguments.test, arguments.enlarge)
     samples, canvas = look(model, test, metric)
     one = fixed(samples, canvas)
-    low, high = one.loss[-2], one.loss[0]
-    taus = arguments.thresholds or [round(float(t), 4) for t in np.linspace(0.5 * low, 1.1 * high, 14)]
-    curves = [
-        one,
-        sweep("image", samples, canvas, metric, taus, regions=False),
-        sweep("regions", samples, canvas, metric, taus, regions=True),
-        sweep("image, true losses", samples, canvas, metric, taus, regions=False, oracle=True),
-        sweep("regions, true losses", samples, canvas, metric, taus, regions=True, oracle=True),
-        sweep("image, every tile", samples, canvas, metric, taus, regions=False, goal="tiles"),
-        sweep("regions, every tile", samples, canvas, metric, taus, regions=True, goal="tiles"),
-    ]
-    checked = check(model, test[:4], float(np.median(taus)))
+    taus = arguments.thresholds or [round(float(t), 4) for t in np.linspace(one.loss[-2], one.loss[0], 8)]
+    curves = [one]
+    for way in ("parts", "whole"):
+        for chosen_by in ("expected", "measured"):
+            own = {"parts": way == "parts", "oracle": chosen_by == "measured"}
+            curves.append(at_rates(f"{way}, {chosen_by}", samples, canvas, metric, **own))
+        curves.append(every_tile(f"{way}, every tile", samples, canvas, metric, taus, parts=way == "parts"))
+    known = {curve.name: curve for curve in curves}
+    checked = check(model, test[:4], arguments.check_at)
     size = [own[-1] for own in canvas.edges]
-    print(f"{len(test)} images of {size[1]}x{size[0]}, tiles of {arguments.tile}")
+    print(f"{len(test)} images of {size[1]}x{size[0]}, tiles of {canvas.edges[0][1]}")
     print(f"tile predictor: {model.regions.about}")
     rows = [
         [str(e), f"{100 * m / one.macs[-1]:.1f} %", f"{a:.4f}", f"{b:.4f}", f"{c:.4f}"]
-        for e, m, a, b, c in zip(one.thresholds, one.macs, one.loss, one.p95, one.tile_p95, strict=True)
+        for e, m, a, b, c in zip(one.at, one.macs, one.loss, one.p95, one.tile_p95, strict=True)
     ]
     print(table(["exit", "MACs", "mean", "95 %", "95 % of tiles"], rows))
-    head = [
-        "way",
-        "threshold",
-        "MACs",
-        "with parts",
-        *(cell for what in ("mean", "95 %", "tiles 95 %") for cell in (what, "by image", "fixed")),
-    ]
-    print(table(head, compare(curves, canvas)))
+    whats = ("mean", "95 %", "tiles 95 %")
+    head = ["chosen by", "MACs", *(cell for what in whats for cell in (what, "whole", "fixed", ""))]
+    print(table(head, compare(known, canvas, SHARES)))
+    head = ["every tile", "parts", "tiles 95 %", "whole", "tiles 95 %", "MACs"]
+    print(table(head, tile_rows(known, canvas)))
     print("checked on rendered images:", checked)
     if arguments.json:
         about = {
@@ -412,10 +275,10 @@ def main() -> None:
     if arguments.pictures:
         pictures(
             samples,
-            next(c for c in curves if c.name == "regions"),
+            known["parts, expected"],
             canvas,
             arguments.pictures,
-            arguments.picture_threshold,
+            arguments.picture_share,
         )
 
 

@@ -14,7 +14,7 @@ of all layouts that keep a threshold does.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations, product
 from typing import Any, Literal
@@ -22,7 +22,16 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Goal", "Layout", "Prices", "Rectangle", "choose_layout", "intervals", "rectangle_count"]
+__all__ = [
+    "Goal",
+    "Layout",
+    "Prices",
+    "Rectangle",
+    "choose_layout",
+    "intervals",
+    "layouts_at_rates",
+    "rectangle_count",
+]
 
 Goal = Literal["image", "tiles"]
 Rectangle = tuple[tuple[int, int], ...]  # tiles, per axis: first, one past the last
@@ -156,11 +165,46 @@ def choose_layout(
         found = _Division(ways, (losses > threshold).astype(np.float64), np.array([_BAD_TILE])).best(0)
     if found is None or found.start + found.cost >= best.macs / backbone - 1e-9:
         return best
+    return _layout(found, losses, area, backbone)
+
+
+def layouts_at_rates(losses: Array, area: Array, prices: Prices, rates: Sequence[float]) -> list[Layout]:
+    """Choose the layouts that are best where a loss of 1 is worth so many backbones.
+
+    One rate for many images spends their compute where it takes away most loss.
+
+    Args:
+        losses: Expected loss of every branch exit in every tile, ``(K, tiles...)``.
+        area: Share of every tile in the image.
+        prices: What exits cost.
+        rates: Compute that a loss of 1 is worth, in backbones, ``> 0``.
+
+    Returns:
+        One layout per rate.
+    """
+    losses = np.concatenate([losses, np.zeros((1, *losses.shape[1:]))])
+    means = (losses * area).reshape(len(losses), -1).sum(1)
+    backbone, count = prices.fixed(len(losses) - 1), len(losses) - 1
+    division = (
+        _Division(prices.ways, losses * area, np.asarray(rates, dtype=np.float64)) if prices.ways else None
+    )
+    layouts = []
+    for number, rate in enumerate(rates):
+        values = [rate * means[e] + prices.fixed(e) / backbone for e in range(count + 1)]
+        e = int(np.argmin(values))
+        found = None if division is None else division.best(number)
+        if found is not None and rate * found.loss + found.start + found.cost < values[e] - 1e-9:
+            layouts.append(_layout(found, losses, area, backbone))
+        else:
+            layouts.append(Layout(e, min(e, count - 1), (), prices.fixed(e), float(means[e])))
+    return layouts
+
+
+def _layout(found: _Found, losses: Array, area: Array, backbone: float) -> Layout:
     made = tuple(part for part in found.parts if part[0] != found.base)
-    layout = Layout(found.base, found.source, made, (found.start + found.cost) * backbone, 0.0)
+    layout = Layout(found.base, found.source, made, (found.start + found.cost) * backbone, found.loss)
     chosen = np.take_along_axis(losses, layout.exits(area.shape)[None], 0)[0]
-    expected = float((chosen * area).sum())
-    return Layout(layout.base, layout.source, layout.parts, layout.macs, expected)
+    return replace(layout, expected=float((chosen * area).sum()))
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from retroexit.evaluation.sweep import Evaluation
+from retroexit.regions.planner import Layout
 
 BENCHMARKS = str(Path(__file__).resolve().parents[2] / "benchmarks")
 if BENCHMARKS not in sys.path:
@@ -19,7 +20,7 @@ if BENCHMARKS not in sys.path:
 import hysteresis  # noqa: E402
 import predictors  # noqa: E402
 import promise  # noqa: E402
-import regions  # noqa: E402
+import region_curves  # noqa: E402
 
 
 def _clip(frames: int = 40, noise: float = 0.05) -> hysteresis.Clip:
@@ -89,18 +90,18 @@ def test_errors_of_a_predictor_are_shares_of_each_loss_and_of_the_span_of_all() 
 
 
 def test_a_curve_is_read_along_the_best_mixtures_of_its_points() -> None:
-    curve = regions.Curve("made up", macs=[1.0, 2.0, 3.0], loss=[1.0, 0.9, 0.0])
-    assert regions.at_macs(curve, 2.0, "loss") == pytest.approx(0.5)
-    assert regions.at_macs(curve, 1.5, "loss") == pytest.approx(0.75)
+    curve = region_curves.Curve("made up", macs=[1.0, 2.0, 3.0], loss=[1.0, 0.9, 0.0])
+    assert region_curves.at_macs(curve, 2.0, "loss") == pytest.approx(0.5)
+    assert region_curves.at_macs(curve, 1.5, "loss") == pytest.approx(0.75)
 
 
 def test_an_image_of_parts_is_put_together_of_the_images_of_its_exits() -> None:
     images = torch.stack([torch.full((3, 4, 6), float(exit)) for exit in range(3)])
-    sample = regions.Sample(images, np.zeros((2, 2, 2)), np.zeros((2, 2, 2)))
+    sample = region_curves.Sample(images, np.zeros((2, 2, 2)), np.zeros((2, 2, 2)))
     canvas = SimpleNamespace(edges=[[0, 2, 4], [0, 4, 6]])
-    layout = regions.Layout(None, 0, ((0, ((0, 2), (0, 1))), (2, ((0, 2), (1, 2)))), 1.0, 0.0)
-    found = regions.paste(sample, layout, canvas)
+    layout = Layout(None, 0, ((0, ((0, 2), (0, 1))), (2, ((0, 2), (1, 2)))), 1.0, 0.0)
+    found = region_curves.paste(sample, layout, canvas)
     assert found[:, :, :4].unique().tolist() == [0] and found[:, :, 4:].unique().tolist() == [2]
-    layout = regions.Layout(1, 0, ((2, ((1, 2), (0, 1))),), 1.0, 0.0)
-    found = regions.paste(sample, layout, canvas)
+    layout = Layout(1, 0, ((2, ((1, 2), (0, 1))),), 1.0, 0.0)
+    found = region_curves.paste(sample, layout, canvas)
     assert found[0].tolist() == [[1.0] * 6] * 2 + [[2.0] * 4 + [1.0] * 2] * 2

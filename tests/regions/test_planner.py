@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from retroexit.errors import OptionError
-from retroexit.regions.planner import Layout, Prices, choose_layout, intervals
+from retroexit.regions.planner import Layout, Prices, choose_layout, intervals, layouts_at_rates
 from retroexit.regions.router import check_goal
 from retroexit.regions.tiles import areas, check_tile, edges_of, over_tiles, spread
 
@@ -162,3 +162,18 @@ def test_layouts_do_not_depend_on_the_unit_of_the_loss(unit: float) -> None:
     assert choose_layout(losses, area, prices, 0.0).expected == 0
     nothing = choose_layout(0 * losses, area, prices, 0.0)
     assert nothing.base == 0 and not nothing.parts
+
+
+def test_at_every_rate_of_exchange_the_best_of_all_layouts_is_taken() -> None:
+    random, area, parts = np.random.default_rng(3), np.full((2, 2), 1 / 4), 0
+    prices, rates = _prices((2, 2), 0.1), np.geomspace(0.3, 30, 7)
+    for _ in range(10):
+        losses = random.gamma(0.5, 0.1, (2, 2, 2)) * np.array([1.0, 0.3])[:, None, None]
+        macs, loss = _everything(losses, prices).T
+        for rate, layout in zip(rates, layouts_at_rates(losses, area, prices, rates), strict=True):
+            every = rate * loss + macs / prices.fixed(2)
+            whole = [rate * losses[e].mean() + prices.fixed(e) / prices.fixed(2) for e in (0, 1)] + [1.0]
+            value = rate * layout.expected + layout.macs / prices.fixed(2)
+            assert value == pytest.approx(min(every.min(), *whole), abs=1e-6)
+            parts += bool(layout.parts)
+    assert parts > 8
