@@ -99,6 +99,9 @@ def judge(model: EarlyExitGenerator, evaluation: Evaluation, tests: Sequence[Any
     }
 
 
+HEAD = ["reads", "kind", "relative error", "absolute", "of the span", "rank", "above the oracle", "MACs"]
+HEAD += ["false alarms", "inverted", "noise", "shuffled", "seconds"]
+
 CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
     "inverted": lambda x: x.amax() + x.amin() - x,
     "noise": lambda x: x.mean() + x.std() * torch.randn(x.shape, generator=torch.Generator().manual_seed(1)),
@@ -119,6 +122,28 @@ def _shown(row: dict[str, float]) -> list[str]:
     return [f"{100 * row['relative']:.1f} %", f"{row['absolute']:.4f}", f"{100 * row['of_span']:.1f} %"]
 
 
+def mean_row(evaluation: Evaluation, losses: Tensor) -> list[str]:
+    """Show what it is worth to say the mean of the fit for every input."""
+    said = np.broadcast_to(losses.numpy().mean(0), evaluation.loss.shape).copy()
+    mean = dataclasses.replace(evaluation, predicted=said)
+    above = f"{100 * above_oracle(mean):.1f} %"
+    return ["the mean loss", "", *_shown(errors(mean)), "", above, "0 %", *[""] * 5]
+
+
+def own_row(evaluation: Evaluation) -> list[str]:
+    """Show the predictor that the fit trained, as it was evaluated."""
+    rank = np.mean([r for r in evaluation.predictor_error()["spearman"] if r is not None])
+    return [
+        "as fitted",
+        "",
+        *_shown(errors(evaluation)),
+        f"{rank:.2f}",
+        f"{100 * above_oracle(evaluation):.1f} %",
+        f"{100 * evaluation.overhead[-1] / evaluation.macs[-1]:.2f} %",
+        *[""] * 5,
+    ]
+
+
 def main() -> None:
     """Train, test and print."""
     parser = argparse.ArgumentParser(
@@ -128,12 +153,18 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="folder of the fit, with cache and losses.npy")
     parser.add_argument("evaluation", type=Path, help="evaluation.json of the test inputs")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
-    parser.add_argument("--reads", nargs="+", choices=READS, default=READS)
+    parser.add_argument("--reads", nargs="*", choices=READS, default=READS, help="none trains nothing")
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     evaluation = Evaluation.from_json(arguments.evaluation.read_text())
     losses = torch.from_numpy(np.load(arguments.run / "losses.npy", allow_pickle=False))
+    rows, found = [mean_row(evaluation, losses)], []
+    if evaluation.predicted is not None:
+        rows.append(own_row(evaluation))
+    if not arguments.reads:
+        print(table(HEAD, rows))
+        return
     make = {"demo": demo, "latent": latent}[arguments.case]
     generator, inputs, tests = make(len(losses), len(evaluation.loss))
     example, _ = Samples(inputs).gather([0])
@@ -144,22 +175,6 @@ def main() -> None:
     samples = Samples(inputs, settings.seed)
     cache = FeatureCache.build(
         model, samples, arguments.run / "cache", batch=about["cache_batch"], progress=False
-    )
-    rows, found = [], []
-    mean = dataclasses.replace(
-        evaluation, predicted=np.broadcast_to(losses.numpy().mean(0), evaluation.loss.shape).copy()
-    )
-    constant = errors(mean)
-    rows.append(
-        [
-            "the mean loss",
-            "",
-            *_shown(constant),
-            "",
-            f"{100 * above_oracle(mean):.1f} %",
-            "0 %",
-            *[""] * 5,
-        ]
     )
     for reads in arguments.reads:
         if reads == "features+distance" and model.anatomy.taps is None:
@@ -194,8 +209,7 @@ def main() -> None:
                     f"{seconds:.0f}",
                 ]
             )
-    head = ["reads", "kind", "relative error", "absolute", "of the span", "rank", "above the oracle", "MACs"]
-    print(table([*head, "false alarms", *CHANGES, "seconds"], rows))
+    print(table(HEAD, rows))
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(found, indent=1))
 

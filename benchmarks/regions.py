@@ -82,20 +82,20 @@ def check(model: EarlyExitGenerator, latents: Tensor, threshold: float) -> dict[
     router = model.regions
     assert router is not None
     args = (latents,)
-    layouts, canvas = router.plan(model, *args, threshold=threshold)
+    layouts, canvas = router.plan(model, *args, threshold=threshold, goal="tiles")
     from retroexit.evaluation.macs import count_macs
 
     exits = torch.stack([model.image(out) for out in model.all_exits(*args)])
-    image, where = model.routed(*args, threshold=threshold, regions=True)
+    image, where = model.routed(*args, threshold=threshold, regions="tiles")
     worst = 0.0
     for row, layout in enumerate(layouts):
         whole = paste(Sample(exits[:, row], np.zeros(1), np.zeros(1)), layout, canvas)
         worst = max(worst, float((whole - image[row]).abs().max()))
     planned = sum(layout.macs + canvas.overhead for layout in layouts)
-    counted = count_macs(lambda: model.routed(*args, threshold=threshold, regions=True))
+    counted = count_macs(lambda: model.routed(*args, threshold=threshold, regions="tiles"))
     begin = time.perf_counter()
     for _ in range(5):
-        router.plan(model, *args, threshold=threshold)
+        router.plan(model, *args, threshold=threshold, goal="tiles")
     planning = (time.perf_counter() - begin) / 5
     begin = time.perf_counter()
     model.split.begin(args, {})
@@ -211,7 +211,9 @@ def main() -> None:
     parser.add_argument("--mosaic", type=int, default=1)
     parser.add_argument("--enlarge", type=int, default=1)
     parser.add_argument("--thresholds", type=float, nargs="+")
-    parser.add_argument("--check-at", type=float, default=0.01, help="threshold of the rendered check")
+    parser.add_argument(
+        "--check-at", type=float, default=0.03, help="threshold of every tile in the rendered check"
+    )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--pictures", type=Path)

@@ -89,6 +89,20 @@ def test_errors_of_a_predictor_are_shares_of_each_loss_and_of_the_span_of_all() 
     assert found["of_span"] == pytest.approx(wrong.mean() / (evaluation.loss.max() - evaluation.loss.min()))
 
 
+def test_the_predictor_of_a_fit_is_compared_without_training_any(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluation = _evaluation()
+    (tmp_path / "evaluation.json").write_text(evaluation.to_json())
+    np.save(tmp_path / "losses.npy", evaluation.loss.astype(np.float32))
+    arguments = ["predictors.py", "latent", str(tmp_path), str(tmp_path / "evaluation.json"), "--reads"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    predictors.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in lines[2:]] == ["the mean loss", "as fitted"]
+    assert f"{100 * predictors.errors(evaluation)['relative']:.1f} %" in lines[3]
+
+
 def test_a_curve_is_read_along_the_best_mixtures_of_its_points() -> None:
     curve = region_curves.Curve("made up", macs=[1.0, 2.0, 3.0], loss=[1.0, 0.9, 0.0])
     assert region_curves.at_macs(curve, 2.0, "loss") == pytest.approx(0.5)
