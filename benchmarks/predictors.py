@@ -144,8 +144,8 @@ def own_row(evaluation: Evaluation) -> list[str]:
     ]
 
 
-def main() -> None:
-    """Train, test and print."""
+def options() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -156,7 +156,12 @@ def main() -> None:
     parser.add_argument("--reads", nargs="*", choices=READS, default=READS, help="none trains nothing")
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Train, test and print."""
+    arguments = options()
     evaluation = Evaluation.from_json(arguments.evaluation.read_text())
     losses = torch.from_numpy(np.load(arguments.run / "losses.npy", allow_pickle=False))
     rows, found = [mean_row(evaluation, losses)], []

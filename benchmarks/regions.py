@@ -198,8 +198,26 @@ def plain(curve: Curve, canvas: Canvas) -> dict[str, Any]:
     return found
 
 
-def main() -> None:
-    """Measure and print."""
+def show(known: dict[str, Curve], canvas: Canvas, count: int, about: Any, checked: Any) -> None:
+    """Print all tables."""
+    one, size = known["fixed exit"], [own[-1] for own in canvas.edges]
+    print(f"{count} images of {size[1]}x{size[0]}, tiles of {canvas.edges[0][1]}")
+    print(f"tile predictor: {about}")
+    rows = [
+        [str(e), f"{100 * m / one.macs[-1]:.1f} %", f"{a:.4f}", f"{b:.4f}", f"{c:.4f}"]
+        for e, m, a, b, c in zip(one.at, one.macs, one.loss, one.p95, one.tile_p95, strict=True)
+    ]
+    print(table(["exit", "MACs", "mean", "95 %", "95 % of tiles"], rows))
+    whats = ("mean", "95 %", "tiles 95 %")
+    head = ["chosen by", "MACs", *(cell for what in whats for cell in (what, "whole", "fixed", ""))]
+    print(table(head, compare(known, canvas, SHARES)))
+    head = ["every tile", "parts", "tiles 95 %", "whole", "tiles 95 %", "MACs"]
+    print(table(head, tile_rows(known, canvas)))
+    print("checked on rendered images:", checked)
+
+
+def options() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -218,7 +236,12 @@ def main() -> None:
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--pictures", type=Path)
     parser.add_argument("--picture-share", type=float, default=0.7)
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure and print."""
+    arguments = options()
     shared = example.shared_folder(arguments.shared)
     metric = LPIPS("alex", shared / "data/weights/lpips_alex_v0.1.pth")
     train = example.latents("train", shared, arguments.model)
@@ -243,24 +266,11 @@ def main() -> None:
         curves.append(every_tile(f"{way}, every tile", samples, canvas, metric, taus, parts=way == "parts"))
     known = {curve.name: curve for curve in curves}
     checked = check(model, test[:4], arguments.check_at)
-    size = [own[-1] for own in canvas.edges]
-    print(f"{len(test)} images of {size[1]}x{size[0]}, tiles of {canvas.edges[0][1]}")
-    print(f"tile predictor: {model.regions.about}")
-    rows = [
-        [str(e), f"{100 * m / one.macs[-1]:.1f} %", f"{a:.4f}", f"{b:.4f}", f"{c:.4f}"]
-        for e, m, a, b, c in zip(one.at, one.macs, one.loss, one.p95, one.tile_p95, strict=True)
-    ]
-    print(table(["exit", "MACs", "mean", "95 %", "95 % of tiles"], rows))
-    whats = ("mean", "95 %", "tiles 95 %")
-    head = ["chosen by", "MACs", *(cell for what in whats for cell in (what, "whole", "fixed", ""))]
-    print(table(head, compare(known, canvas, SHARES)))
-    head = ["every tile", "parts", "tiles 95 %", "whole", "tiles 95 %", "MACs"]
-    print(table(head, tile_rows(known, canvas)))
-    print("checked on rendered images:", checked)
+    show(known, canvas, len(test), model.regions.about, checked)
     if arguments.json:
         about = {
             "arguments": {key: str(value) for key, value in vars(arguments).items()},
-            "size": size,
+            "size": [own[-1] for own in canvas.edges],
             "predictor": model.regions.about,
             "overhead": canvas.overhead,
             "checked": checked,
@@ -275,13 +285,8 @@ def main() -> None:
     if arguments.plot:
         plot(curves, canvas, arguments.plot)
     if arguments.pictures:
-        pictures(
-            samples,
-            known["parts, expected"],
-            canvas,
-            arguments.pictures,
-            arguments.picture_share,
-        )
+        chosen = known["parts, expected"]
+        pictures(samples, chosen, canvas, arguments.pictures, arguments.picture_share)
 
 
 if __name__ == "__main__":
