@@ -217,7 +217,8 @@ class RegionRouter(nn.Module):
         empty = (base < 0).nonzero()[:, 0]
         if len(empty):  # the image is all of the output, see `_covers`
             blank = made[0][1].new_empty(len(empty), len(made[0][1]), *(own[-1] for own in canvas.edges))
-            outputs.append((empty, rebuild(split.decoder.recording.output, lambda _: blank)))
+            whole = split.decoder.recording.output
+            outputs.append((empty, rebuild(whole, lambda x: blank if isinstance(x, Tensor) else x)))
         output = merge(outputs, len(layouts), split.output_rows)
         image = model.image(output)
         for window, pixels in made:

@@ -179,6 +179,35 @@ def test_the_tile_predictor_is_saved_with_the_model(model: EarlyExitGenerator, t
         retroexit.load(folder, copy.deepcopy(model.generator))
 
 
+class _Named(nn.Module):
+    """A decoder whose output holds its image and a word."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList([nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)])
+        self.rgb = nn.Conv2d(8, 3, 3, padding=1)
+
+    def forward(self, z: Tensor) -> dict[str, Any]:
+        h = torch.relu(self.stages[0](z))
+        h = torch.relu(self.stages[1](nn.functional.interpolate(h, scale_factor=2.0)))
+        return {"image": torch.tanh(self.rgb(h)), "kind": "street"}
+
+
+def test_an_output_made_of_parts_keeps_what_is_no_tensor(told: Any) -> None:
+    torch.manual_seed(0)
+    args = (torch.rand(1, 4, 24, 40),)
+    model = retroexit.wrap(_Named().eval(), ["stages.0"], 0.5, min_channels=4, example_inputs=args)
+    losses = torch.full((1, 1, 6, 10), 0.1)
+    losses[..., 5:] = 1.0
+    model.regions = told(losses, 8)
+    output, where = model.routed(*args, threshold=0.2, regions=True)
+    assert output["kind"] == "street" and len(where.unique()) == 2
+    backbone = model(*args)["image"]
+    deep = (where[0] == 2).repeat_interleave(8, 0).repeat_interleave(8, 1)
+    assert torch.allclose(output["image"][0][:, deep], backbone[0][:, deep], atol=1e-5)
+    assert not torch.allclose(output["image"], backbone, atol=1e-3)
+
+
 @pytest.mark.parametrize("rows", [1, 3])
 def test_an_image_may_be_put_together_of_parts_alone(wrapped: Any, told: Any, rows: int) -> None:
     model, _ = wrapped("nearest")
