@@ -30,6 +30,7 @@ from tqdm import tqdm
 import retroexit
 from retroexit.model import EarlyExitGenerator
 from retroexit.routing.calibration import with_backbone
+from retroexit.routing.policy import assign_exits
 from retroexit.routing.sticky import stay
 from retroexit.tables import table
 
@@ -56,27 +57,34 @@ def measure(model: EarlyExitGenerator, shared: Path, clip: str, encoder: Any, me
     return torch.stack(losses), torch.stack(predicted)
 
 
+def leave(predicted: Tensor, threshold: float, hysteresis: float) -> Tensor:
+    """Exits of a clip's frames, in order, ``(frames,)`` from 1."""
+    limits = torch.full((predicted.shape[1],), threshold)
+    if hysteresis == 0:  # every frame for itself
+        return assign_exits(predicted, limits)
+    exits: list[Tensor] = []
+    for frame in predicted:
+        exits.append(stay(frame[None], limits, exits[-1] if exits else None, hysteresis))
+    return torch.cat(exits)
+
+
 def play(clips: list[Clip], thresholds: list[float], hysteresis: float, macs: Tensor) -> dict[str, float]:
     """Route clips frame by frame, each with a threshold of its own."""
     changes = pairs = 0
     lost, spent, above = [], [], []
     for (losses, predicted), threshold in zip(clips, thresholds, strict=True):
-        limits, before = torch.full((losses.shape[1],), threshold), None
-        paid = with_backbone(losses)
-        for frame in range(len(losses)):
-            exits = stay(predicted[frame][None], limits, before, hysteresis)
-            if before is not None:
-                pairs += 1
-                changes += int(exits) != int(before)
-            lost.append(float(paid[frame, int(exits) - 1]))
-            spent.append(float(macs[int(exits) - 1]))
-            above.append(float(with_backbone(predicted[frame][None])[0, int(exits) - 1]) > threshold)
-            before = exits
+        exits = leave(predicted, threshold, hysteresis)
+        changes += int((exits[1:] != exits[:-1]).sum())
+        pairs += len(exits) - 1
+        taken = exits[:, None] - 1
+        lost.append(with_backbone(losses).gather(1, taken))
+        above.append(with_backbone(predicted).gather(1, taken) > threshold)
+        spent.append(macs[exits - 1])
     return {
         "changes": 100 * changes / max(pairs, 1),
-        "loss": float(np.mean(lost)),
-        "macs": float(np.mean(spent)),
-        "above": float(np.mean(above)),
+        "loss": float(torch.cat(lost).mean()),
+        "macs": float(torch.cat(spent).mean()),
+        "above": float(torch.cat(above).float().mean()),
     }
 
 

@@ -38,6 +38,8 @@ def test_hysteresis_flickers_less_and_lets_no_frame_pass_that_is_predicted_to_lo
     assert plain["changes"] > 30 and calm["changes"] < 0.2 * plain["changes"]
     assert plain["above"] == calm["above"] == 0
     assert calm["macs"] > plain["macs"] and calm["loss"] < plain["loss"]
+    one = hysteresis.leave(clips[0][1], thresholds[0], 1e-12)
+    assert torch.equal(one, hysteresis.leave(clips[0][1], thresholds[0], 0.0))
     equal = hysteresis.at_loss(clips, calm["loss"], macs, thresholds)
     assert equal["loss"] <= calm["loss"] + 1e-9
 
