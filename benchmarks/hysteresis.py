@@ -1,4 +1,4 @@
-"""Exits of a video with and without hysteresis: how often they change, at which loss and compute.
+r"""Exits of a video with and without hysteresis: how often they change, at which loss and compute.
 
 The frames of talking-head clips are encoded and decoded by taef2, whose decoder has early exits that were
 fitted on street photographs. Every exit of every frame is measured once, and kept with ``--measured``; the
@@ -11,6 +11,11 @@ routing whose thresholds were all lowered by one factor until the mean loss is t
 Frames, latents and losses stay on this machine: the clips may be used for local tests only.
 
     python benchmarks/hysteresis.py runs/latent --shared ../shared --clips d03 d19 s18
+
+Frames that were evaluated already, in order, need nothing more, here the drives of the test photographs:
+
+    python benchmarks/hysteresis.py runs/latent --lengths 62 171 \
+        --evaluation runs/latent/report/evaluation.json
 """
 
 from __future__ import annotations
@@ -28,6 +33,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import retroexit
+from retroexit.evaluation.sweep import Evaluation
 from retroexit.model import EarlyExitGenerator
 from retroexit.routing.calibration import with_backbone
 from retroexit.routing.policy import assign_exits
@@ -125,8 +131,30 @@ def main() -> None:
     parser.add_argument("--quantiles", type=float, nargs="+", default=[0.3, 0.5, 0.7])
     parser.add_argument("--hysteresis", type=float, nargs="+", default=[0.01, 0.02, 0.05, 0.1])
     parser.add_argument("--measured", type=Path, help="file for the measured losses, written if missing")
+    parser.add_argument("--evaluation", type=Path, help="take frames from this evaluation.json instead")
+    parser.add_argument("--lengths", type=int, nargs="+", help="frames of each clip in it, all together")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    clips, macs = evaluated(arguments) if arguments.evaluation is not None else measured(arguments)
+    losses, predicted = (torch.cat([clip[i] for clip in clips]) for i in (0, 1))
+    print(f"{len(losses)} frames of {len(clips)} clips; per exit, measured / predicted: ", end="")
+    print("  ".join(f"{a:.3f} / {b:.3f}" for a, b in zip(losses.mean(0), predicted.mean(0), strict=True)))
+    found = compare(clips, macs, arguments.quantiles, arguments.hysteresis)
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(found, indent=1))
+
+
+def evaluated(arguments: argparse.Namespace) -> tuple[list[Clip], Tensor]:
+    """Take clips from an evaluation, one behind the other, and the compute of every exit."""
+    evaluation = Evaluation.from_json(arguments.evaluation.read_text())
+    pair = torch.from_numpy(evaluation.loss), torch.from_numpy(evaluation.need_predicted())
+    lengths = arguments.lengths or [len(evaluation.loss)]
+    clips = list(zip(*(values.split(lengths) for values in pair), strict=True))
+    return clips, torch.from_numpy((evaluation.macs + evaluation.overhead) / evaluation.macs[-1])
+
+
+def measured(arguments: argparse.Namespace) -> tuple[list[Clip], Tensor]:
+    """Measure clips, or read what was measured, and the compute of every exit."""
     shared = example.shared_folder(arguments.shared)
     model = retroexit.load(arguments.run, example.load("decoder", shared), (torch.zeros(1, 32, 16, 32),))
     clips, macs = kept(arguments.measured, arguments.clips), model.shares()
@@ -141,12 +169,7 @@ def main() -> None:
                 for what, value in zip(("losses", "predicted"), clip, strict=True)
             }
             np.savez(arguments.measured, **named)
-    losses, predicted = (torch.cat([clip[i] for clip in clips]) for i in (0, 1))
-    print(f"{len(losses)} frames of {len(clips)} clips; per exit, measured / predicted: ", end="")
-    print("  ".join(f"{a:.3f} / {b:.3f}" for a, b in zip(losses.mean(0), predicted.mean(0), strict=True)))
-    found = compare(clips, macs, arguments.quantiles, arguments.hysteresis)
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(found, indent=1))
+    return clips, macs
 
 
 def compare(

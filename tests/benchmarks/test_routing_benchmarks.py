@@ -62,6 +62,15 @@ def test_measured_clips_are_read_again_only_where_all_of_them_are_there(tmp_path
     assert found is not None and torch.equal(found[0][0], losses)
 
 
+def test_frames_of_an_evaluation_are_clips_one_behind_the_other(tmp_path: Path) -> None:
+    evaluation = _evaluation(10)
+    path = tmp_path / "evaluation.json"
+    path.write_text(evaluation.to_json())
+    clips, macs = hysteresis.evaluated(SimpleNamespace(evaluation=path, lengths=[6, 4]))  # type: ignore[arg-type]
+    assert [len(losses) for losses, _ in clips] == [6, 4] and macs.tolist() == [0.2, 0.5, 1.0]
+    assert torch.equal(clips[1][0], torch.from_numpy(evaluation.loss[6:]))
+
+
 def _evaluation(samples: int = 240) -> Evaluation:
     random = np.random.default_rng(1)
     hard = random.gamma(4.0, 0.25, (samples, 1))
