@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from retroexit.decoder.batches import merge
 from retroexit.decoder.counting import MacCounter
-from retroexit.decoder.structure import cloned
+from retroexit.decoder.structure import cloned, rebuild, tensors
 from retroexit.errors import OptionError
 from retroexit.regions.locality import Locality, find_locality
 from retroexit.regions.planner import (
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Canvas", "RegionRouter", "check_goal"]
 
-_MOST_RECTANGLES = 20_000
+_MOST_RECTANGLES = 5_000
 
 
 def check_goal(regions: bool | str) -> Goal:
@@ -188,12 +188,12 @@ class RegionRouter(nn.Module):
     ) -> tuple[Any, Tensor]:
         """Render given layouts, from the values at the first cut."""
         count, split = len(model.branches), model.split
-        depth = torch.tensor([count if x.base == count else max(x.base, _source(x)) for x in layouts])
-        base = torch.tensor([layout.base for layout in layouts])
-        early = (base < count).nonzero()[:, 0]
+        depth = torch.tensor([max(_base(x), _source(x)) for x in layouts])
+        base = torch.tensor([_base(layout) for layout in layouts])
+        early = ((base >= 0) & (base < count)).nonzero()[:, 0]
         guide = model._guide(keyed, args, kwargs, early)
         rows = torch.arange(len(layouts))
-        parts: list[tuple[Tensor, Any]] = []
+        outputs: list[tuple[Tensor, Any]] = []
         windows: dict[Hashable, list[_Window]] = {}
         for index in range(count):
             if index:
@@ -202,7 +202,7 @@ class RegionRouter(nn.Module):
             if len(here):
                 chosen = values if len(here) == len(rows) else split.select(values, here)
                 own = None if guide is None else guide[torch.searchsorted(early, rows[here])]
-                parts.append((rows[here], model._leave(chosen, index, own)))
+                outputs.append((rows[here], model._leave(chosen, index, own)))
             for place, row in enumerate(rows.tolist()):
                 if _source(layouts[row]) == index:
                     self._take(model, values, place, row, layouts[row], canvas, windows)
@@ -212,9 +212,17 @@ class RegionRouter(nn.Module):
             if len(stay) < len(rows):
                 values, rows = split.select(values, stay), rows[stay]
         else:
-            parts.append((rows, split.finish(values)))
-        output = merge(parts, len(layouts), split.output_rows)
-        self._paint(model, model.image(output), windows)
+            outputs.append((rows, split.finish(values)))
+        made = self._made(model, windows)
+        empty = (base < 0).nonzero()[:, 0]
+        if len(empty):  # the image is all of the output, see `_covers`
+            blank = made[0][1].new_empty(len(empty), len(made[0][1]), *(own[-1] for own in canvas.edges))
+            whole = split.decoder.recording.output
+            outputs.append((empty, rebuild(whole, lambda x: blank if isinstance(x, Tensor) else x)))
+        output = merge(outputs, len(layouts), split.output_rows)
+        image = model.image(output)
+        for window, pixels in made:
+            image[window.row][(slice(None), *_slices(window.pixels))] = pixels
         return output, _exit_map(layouts, canvas)
 
     def _take(
@@ -228,31 +236,31 @@ class RegionRouter(nn.Module):
         windows: dict[Hashable, list[_Window]],
     ) -> None:
         """Keep what a sample's rectangles need of the values at a cut."""
-        key = (layout.source, layout.target)
-        route = self.locality(model).routes[key]
         own: dict[Key, Tensor] = {
             node: values[node][place : place + 1] if node in model.split.batched else values[node]
             for node in model.split.cuts[layout.source].crossing
         }
-        for rectangle in layout.rectangles:
+        for exit, rectangle in layout.parts:
+            key = (layout.source, exit)
+            route = self.locality(model).routes[key]
             spans = [canvas.span(key, route, k, tiles) for k, tiles in enumerate(rectangle)]
             pixels = tuple((canvas.edges[k][a], canvas.edges[k][b]) for k, (a, b) in enumerate(rectangle))
             window = _Window(row, pixels, spans, route.enter(spans, own))
             windows.setdefault((key, *(span.alike for span in spans)), []).append(window)
 
-    def _paint(
-        self, model: EarlyExitGenerator, image: Tensor, windows: Mapping[Hashable, list[_Window]]
-    ) -> None:
-        """Make all rectangles, those that are alike together, and put them in their places."""
+    def _made(
+        self, model: EarlyExitGenerator, windows: Mapping[Hashable, list[_Window]]
+    ) -> list[tuple[_Window, Tensor]]:
+        """Make all rectangles, those that are alike together."""
+        found: list[tuple[_Window, Tensor]] = []
         for name, alike in windows.items():
             route = self.locality(model).routes[name[0]]  # type: ignore[index]
             values = {}
             for key, first in alike[0].values.items():
                 together = key in model.split.batched or any(a is not None for a in route.axes[key][0])
                 values[key] = torch.cat([w.values[key] for w in alike]) if together else first.clone()
-            made = route.run(alike[0].spans, values)
-            for window, pixels in zip(alike, made, strict=True):
-                image[window.row][(slice(None), *_slices(window.pixels))] = pixels
+            found.extend(zip(alike, route.run(alike[0].spans, values), strict=True))
+        return found
 
     # Sizes.
 
@@ -303,10 +311,8 @@ class RegionRouter(nn.Module):
         edges = edges_of(size, tile)
         with MacCounter() as counter:
             self.predictor(feature, edges)
-        rectangles = {
-            key: _prices(route, edges, extents) for key, route in locality.routes.items() if key[1] > 0
-        }
-        prices = Prices(trunk, whole, rectangles)
+        rectangles = {key: _prices(route, edges, extents) for key, route in locality.routes.items()}
+        prices = Prices(trunk, whole, rectangles, covers=_covers(model))
         return Canvas(edges, areas(edges), prices, counter.macs, extents)
 
 
@@ -329,19 +335,26 @@ def _prices(route: Route, edges: Sequence[Sequence[int]], extents: Extents) -> A
     return np.maximum(table.sum(-1), 1.0)
 
 
+def _covers(model: EarlyExitGenerator) -> bool:
+    """Tell whether the image is all of an output, so that it can be put together of parts alone."""
+    split = model.split
+    output = split.decoder.recording.output
+    leaves = tensors(output)
+    return len(leaves) == 1 and leaves[0] is split.place_of(output) and split.output_rows == [1]
+
+
+def _base(layout: Layout) -> int:
+    return -1 if layout.base is None else layout.base
+
+
 def _source(layout: Layout) -> int:
-    return layout.source if layout.rectangles else -1
+    return layout.source if layout.parts else -1
 
 
 def _exit_map(layouts: Sequence[Layout], canvas: Canvas) -> Tensor:
     """Exit of every tile, from 1."""
     shape = canvas.area.shape
-    found = torch.zeros(len(layouts), *shape, dtype=torch.long)
-    for row, layout in enumerate(layouts):
-        found[row] = layout.base + 1
-        for rectangle in layout.rectangles:
-            found[row][_slices(rectangle)] = layout.target + 1
-    return found
+    return torch.stack([torch.from_numpy(layout.exits(shape)) for layout in layouts]) + 1
 
 
 def _slices(rectangle: Sequence[Lines]) -> tuple[slice, ...]:

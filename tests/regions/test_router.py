@@ -102,7 +102,7 @@ def test_what_a_call_costs_is_what_was_planned(model: EarlyExitGenerator, told: 
     model(*args, threshold=0.02, regions=True)
     with FlopCounterMode(display=False) as counter:
         model(*args, threshold=0.02, regions=True)
-    assert sum(bool(layout.rectangles) for layout in layouts) >= 2
+    assert sum(bool(layout.parts) for layout in layouts) >= 2
     # The style's own layer stands in no relation to the windows; it is not a hundredth of the rest.
     assert sum(layout.macs for layout in layouts) == pytest.approx(counter.get_total_flops() / 2, rel=0.01)
 
@@ -177,3 +177,51 @@ def test_the_tile_predictor_is_saved_with_the_model(model: EarlyExitGenerator, t
     (folder / "model.json").write_text(json.dumps(manifest | {"digest": self_digest(manifest)}))
     with pytest.raises(CheckpointError, match="a predictor that does not fit"):
         retroexit.load(folder, copy.deepcopy(model.generator))
+
+
+class _Named(nn.Module):
+    """A decoder whose output holds its image and a word."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList([nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)])
+        self.rgb = nn.Conv2d(8, 3, 3, padding=1)
+
+    def forward(self, z: Tensor) -> dict[str, Any]:
+        h = torch.relu(self.stages[0](z))
+        h = torch.relu(self.stages[1](nn.functional.interpolate(h, scale_factor=2.0)))
+        return {"image": torch.tanh(self.rgb(h)), "kind": "street"}
+
+
+def test_an_output_made_of_parts_keeps_what_is_no_tensor(told: Any) -> None:
+    torch.manual_seed(0)
+    args = (torch.rand(1, 4, 24, 40),)
+    model = retroexit.wrap(_Named().eval(), ["stages.0"], 0.5, min_channels=4, example_inputs=args)
+    losses = torch.full((1, 1, 6, 10), 0.1)
+    losses[..., 5:] = 1.0
+    model.regions = told(losses, 8)
+    output, where = model.routed(*args, threshold=0.2, regions=True)
+    assert output["kind"] == "street" and len(where.unique()) == 2
+    backbone = model(*args)["image"]
+    deep = (where[0] == 2).repeat_interleave(8, 0).repeat_interleave(8, 1)
+    assert torch.allclose(output["image"][0][:, deep], backbone[0][:, deep], atol=1e-5)
+    assert not torch.allclose(output["image"], backbone, atol=1e-3)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_an_image_may_be_put_together_of_parts_alone(wrapped: Any, told: Any, rows: int) -> None:
+    model, _ = wrapped("nearest")
+    generator = torch.Generator().manual_seed(1)
+    args = (torch.rand(rows, 4, 24, 40, generator=generator),)
+    losses = torch.full((rows, 2, 6, 10), 0.1)
+    losses[0, :, :, 4:] = 1.0  # the first image is hard at the right, the others are easy all over
+    model.regions = told(losses, 8)
+    layouts, _ = model.regions.plan(model, *args, threshold=0.2)
+    assert layouts[0].base is None and len(layouts[0].parts) == 2
+    assert all(layout.base is not None and not layout.parts for layout in layouts[1:])
+    exits = model.all_exits(*args)
+    image, where = model.routed(*args, threshold=0.2, regions=True)
+    assert image.shape == exits[-1].shape and len(where[0].unique()) == 2
+    for row, i, j in ((r, i, j) for r in range(rows) for i in range(6) for j in range(10)):
+        place = (row, slice(None), slice(8 * i, 8 * i + 8), slice(8 * j, 8 * j + 8))
+        assert torch.allclose(image[place], exits[where[row, i, j] - 1][place], atol=1e-5)
