@@ -55,7 +55,7 @@ from retroexit.training.cache import FeatureCache
 from retroexit.training.inputs import Samples
 
 EXITS = {  # stages, scales and the least width of ours; scales of the students; ratios of Torch-Pruning
-    "latent": ((3, 4, 6, 7, 8), (16, 20, 24, 28, 32), (18, 24, 32, 40), (0.4, 0.6, 0.75), 64, 16),
+    "latent": ((3, 4, 6, 7, 8), (16, 20, 24, 28, 32), (16, 24, 36), (0.4, 0.7), 64, 16),
     "tiny": ((1, 2), (8, 8), (8, 12), (0.25,), 16, 4),
 }
 
@@ -80,6 +80,7 @@ class Run:
         self.limits = ImageRange(*self.case.image_range)
         self.points: list[Point] = []
         self.draws: list[tuple[Point, Draw]] = []
+        self.model: EarlyExitGenerator | None = None
         with torch.no_grad():
             images = [self.case.generator(x[None]) for x in self.latents]
         self.targets = self.limits.to_signed(torch.cat(images))
@@ -104,11 +105,13 @@ class Run:
         self.points.append(point)
         self.draws.append((point, draw))
 
-    def ours(self) -> EarlyExitGenerator:
+    def ours(self) -> None:
         """Fit branches and predictor, measure all exits, and routing over them."""
         attach_at, widths, *_, full, floor = EXITS[self.arguments.case]
         scale = [width / full for width in widths]
-        model = networks.early_exits(self.case, attach_at, scale, floor, self.training, self.out / "ours")
+        model = self.model = networks.early_exits(
+            self.case, attach_at, scale, floor, self.training, self.out / "ours"
+        )
         path = self.out / "ours" / "report" / "evaluation.json"
         if not path.exists():
             retroexit.evaluate(model, self.latents, path.parent, metric=self.case.metric, repeats=0)
@@ -124,7 +127,6 @@ class Run:
             self.draws.append((point, partial(_routed, model, tau, False)))
         if self.arguments.tile:
             self._regions(model, taus)
-        return model
 
     def _regions(self, model: EarlyExitGenerator, taus: list[float]) -> None:
         metric = self.case.metric
@@ -137,38 +139,23 @@ class Run:
         self.points += points
         self.draws += [(p, partial(_routed, model, p.setting, True)) for p in points]
 
-    def students(self) -> None:
-        """Fit and measure uniformly thin copies."""
-        *_, default, _, full, floor = EXITS[self.arguments.case]
-        for width in self.arguments.widths or default:
-            folder = self.out / f"thin-{width}"
-            student = networks.thin_student(self.case, width / full, min(width, floor), self.training, folder)
-            self.network("thin student", width, partial(_at_exit, student, 1))
-
-    def pruned(self) -> None:
-        """Prune, train and measure."""
-        default = EXITS[self.arguments.case][3]
-        for ratio in self.arguments.ratios or default:
-            folder = self.out / f"pruned-{ratio:g}"
-            network = networks.pruned(self.case, ratio, self.training, self._features, folder)
-            self.network("Torch-Pruning", ratio, network)
-
-    def _features(self) -> FeatureCache:
-        """The images of the backbone, from the cache of our fit."""
-        attach_at, widths, *_, full, floor = EXITS[self.arguments.case]
-        args, _ = Samples(self.case.train).gather([0])
-        model = retroexit.wrap(
-            self.case.generator,
-            attach_at,
-            [width / full for width in widths],
-            min_channels=floor,
-            adapter=False,
-            image_range=self.case.image_range,
-            example_inputs=args,
-            self_test=False,
-        )
+    def rivals(self) -> None:
+        """Train and measure uniformly thin copies and pruned ones."""
+        *_, widths, ratios, full, floor = EXITS[self.arguments.case]
+        assert self.model is not None
         samples = Samples(self.case.train, self.training.seed)
-        return FeatureCache.build(model, samples, self.out / "ours" / "cache")
+        features = FeatureCache.build(self.model, samples, self.out / "ours" / "cache")
+        for width in self.arguments.widths or widths:
+            student = networks.Student(self.case, width / full, min(width, floor))
+            path = self.out / f"thin-{width}.safetensors"
+            self.network(
+                "thin student", width, networks.tuned(student, self.case, self.training, features, path)
+            )
+        for ratio in self.arguments.ratios or ratios:
+            network, path = networks.prune(self.case, ratio), self.out / f"pruned-{ratio:g}.safetensors"
+            self.network(
+                "Torch-Pruning", ratio, networks.tuned(network, self.case, self.training, features, path)
+            )
 
     def time(self) -> float:
         """Time all ways by turns; gives the backbone's seconds."""
@@ -199,8 +186,7 @@ def main(given: Sequence[str] | None = None) -> None:
     )
     run, load = Run(case, training, arguments), os.getloadavg()[0]
     run.ours()
-    run.students()
-    run.pruned()
+    run.rivals()
     seconds = run.time() if arguments.repeats else None
     macs = float(_backbone_macs(case))
     timed = [cost for cost in ("macs", "seconds") if cost == "macs" or seconds is not None]

@@ -6,6 +6,7 @@ import copy
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from retroexit.training.losses import L1, TrainingLoss
 from retroexit.training.settings import FitSettings, divide
 from retroexit.training.steps import Step, Steps
 
-__all__ = ["Training", "early_exits", "prune", "pruned", "thin_student", "tune"]
+__all__ = ["Student", "Training", "early_exits", "prune", "tune", "tuned"]
 
 ROUND_TO = 4  # the groups of the decoder's norms; also what pruned widths are multiples of
 
@@ -66,10 +67,18 @@ def early_exits(
     return retroexit.fit(model, case.train, out, metric=case.metric, **asdict(training))
 
 
-def thin_student(case: Case, scale: float, floor: int, training: Training, out: Path) -> EarlyExitGenerator:
-    """Fit one uniformly thin copy of the whole decoder: a branch that repeats everything from stage 1 on."""
-    model = _wrap(case, [1], [scale], floor, "before")
-    return retroexit.fit(model, case.train, out, metric=case.metric, predictor_steps=1, **asdict(training))
+class Student(nn.Module):
+    """One uniformly thin copy of the whole decoder: a branch that repeats everything from stage 1 on."""
+
+    def __init__(self, case: Case, scale: float, floor: int) -> None:
+        super().__init__()
+        model = _wrap(case, [1], [scale], floor, "before")
+        self.branches, self.route = model.branches, partial(model.route, kwargs={}, exit=1)
+        self.image = model.image
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """Render ``(N, C, H, W)``; what comes before stage 1 is the decoder's own."""
+        return self.image(self.route((latents,)))
 
 
 def _wrap(case: Case, attach_at: list[int], scale: list[float], floor: int, tap: Any) -> EarlyExitGenerator:
@@ -108,12 +117,19 @@ def prune(case: Case, ratio: float) -> nn.Module:
     return network.requires_grad_(True)
 
 
-def pruned(
-    case: Case, ratio: float, training: Training, features: Callable[[], FeatureCache], out: Path
+def tuned(
+    network: nn.Module, case: Case, training: Training, features: FeatureCache, path: Path
 ) -> nn.Module:
-    """Prune, then train as a branch is trained; read from disk where that was done before."""
-    network, path = prune(case, ratio), out / "network.safetensors"
-    wanted = json.loads(json.dumps({"ratio": ratio, **asdict(training)}))
+    """Train a network as a branch is trained; read from disk where that was done before.
+
+    Args:
+        network: Anything that turns latents into images, with starting weights.
+        case: Decoder, latents and metric.
+        training: How.
+        features: Holds the decoder's images of the latents.
+        path: Where the weights are kept.
+    """
+    wanted = json.loads(json.dumps(asdict(training)))
     if path.exists():
         tensors, about = read_tensors(path)
         if about != wanted:
@@ -122,7 +138,7 @@ def pruned(
         return network.eval()
     samples = Samples(case.train, training.seed)
     rows, _ = divide(len(samples), training.settings())
-    limits, steps = ImageRange(*case.image_range), _steps(case, samples, rows, training, features())
+    limits, steps = ImageRange(*case.image_range), _steps(case, samples, rows, training, features)
     loss = TrainingLoss({"l1": (1.0, L1()), "quality": (1.0, case.metric)})
     schedule = BranchSchedule(training.steps, training.lr, bfloat16=training.bfloat16)
     tune(network, steps, lambda step: step.args, loss, limits, schedule)
