@@ -186,8 +186,8 @@ def test_text_from_outside_is_escaped(usual: str) -> None:
 def test_what_was_not_measured_is_left_out(make_evaluation: Make, tmp_path: Path) -> None:
     bare = make_evaluation(predicted=None, distance=None, seconds=None, exits=[], metric={}, about={})
     page = Page(write_report(tmp_path, bare, [], title="T", command=None).read_text("utf-8"))
-    assert page.headings == ["Exits", "Figures", "How this was measured"]
-    assert set(page.tables) == {"exits"}
+    assert page.headings == ["Exits", "Figures", "What was counted", "How this was measured"]
+    assert set(page.tables) == {"exits", "counted"}
     assert not any("time" in head or "stage" in head for head in page.tables["exits"][0])
     assert page.drawings == 2
     summary = json.loads((tmp_path / "summary.json").read_text())
@@ -210,6 +210,31 @@ def test_the_summary_holds_all_headline_numbers_as_plain_json(make_evaluation: M
     assert summary["predictor_error"]["mean_absolute"] == e.predictor_error()["mean_absolute"]
     assert (summary["title"], summary["command"], summary["samples"]) == ("T", "c", 60)
     assert summary["about"] == {"folder": "a/b", "count": 3}
+
+
+def test_what_was_counted_is_listed_part_by_part(make_evaluation: Make, usual: str) -> None:
+    e = make_evaluation()
+    rows = {row[0]: row for row in Page(usual).tables["counted"][1:]}
+    routes = [f"route to exit {k}" for k in (1, 2, 3)]
+    assert list(rows) == ["backbone", *routes, "predictor", "retrieval"]
+    amount = {name: float(row[1].split()[0]) * 1e9 for name, row in rows.items()}
+    assert amount["predictor"] == pytest.approx(e.overhead[-1])
+    assert amount["retrieval"] == pytest.approx(e.overhead[0] - e.overhead[-1])
+    point = e.at_threshold(-1.0)  # every sample to the backbone
+    assert amount["backbone"] + amount["predictor"] == pytest.approx(point.mean_macs)
+    assert rows["retrieval"][2] == "2 %"  # 0.2 of 9 GMACs
+
+
+def test_figures_that_cannot_be_drawn_are_named_with_what_would_give_them(
+    make_evaluation: Make, tmp_path: Path, usual: str
+) -> None:
+    bare = make_evaluation(predicted=None, distance=None)
+    text = write_report(tmp_path, bare, [], title="T").read_text("utf-8")
+    assert "Figures 3, 7 and 9 need a predictor: retroexit.fit trains one." in text
+    assert "Figure 10 needs a bank: wrap the generator with guidance." in text
+    assert "need a predictor" not in usual and "needs a bank" not in usual
+    numbers = ("s 3 and 7", "s 4 and 6", " 8", " 9", " 10")
+    assert [n for n in numbers if f"Paper, figure{n}." not in usual] == []
 
 
 @pytest.mark.parametrize("scale", [1e-4, 0.01, 1.0, 40.0])
