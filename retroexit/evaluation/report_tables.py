@@ -9,6 +9,7 @@ import numpy as np
 
 from retroexit.evaluation import figures
 from retroexit.evaluation.kept import hashes
+from retroexit.evaluation.macs import unit_of
 from retroexit.evaluation.sweep import Evaluation
 
 __all__ = [
@@ -160,23 +161,24 @@ def _text(value: object) -> str:
 
 def counted_rows(evaluation: Evaluation) -> list[list[str]]:
     """Rows that say what is counted: part, MACs of one sample, share of the backbone, where it is paid."""
-    unit, scale = figures.macs_unit(evaluation.macs)
     whole, predictor = float(evaluation.macs[-1]), float(evaluation.overhead[-1])
     rows = [
-        ["backbone", whole, "every sample that no exit is good enough for"],
+        ("backbone", whole, "every sample that no exit is good enough for"),
         *(
-            [f"route to exit {k}", float(macs), "stages up to the exit and its branch"]
+            (f"route to exit {k}", float(macs), "stages up to the exit and its branch")
             for k, macs in enumerate(evaluation.macs[:-1], start=1)
         ),
-        ["predictor", predictor, "every routed sample, also those that go to the backbone"],
+        ("predictor", predictor, "every routed sample, also those that go to the backbone"),
     ]
-    retrieval = evaluation.overhead[:-1] - predictor
-    if retrieval.max() > 0:
-        rows.append(["retrieval", float(retrieval.max()), "every sample that leaves at a branch"])
-    return [
-        [name, f"{_number(macs / scale)} {unit}" if macs else "0", percent(macs / whole), where]
-        for name, macs, where in rows
-    ]
+    retrieval = float((evaluation.overhead[:-1] - predictor).max())
+    if retrieval > 0:
+        rows.append(("retrieval", retrieval, "every sample that leaves at a branch"))
+    found = []
+    for name, macs, where in rows:
+        unit, scale = unit_of(macs)
+        share = percent(macs / whole) if macs > 0.001 * whole or not macs else f"{100 * macs / whole:.1g} %"
+        found.append([name, f"{_number(macs / scale)} {unit}", share, where])
+    return found
 
 
 def routed_row(evaluation: Evaluation, tau: float) -> dict[str, Any]:

@@ -217,12 +217,19 @@ def test_what_was_counted_is_listed_part_by_part(make_evaluation: Make, usual: s
     rows = {row[0]: row for row in Page(usual).tables["counted"][1:]}
     routes = [f"route to exit {k}" for k in (1, 2, 3)]
     assert list(rows) == ["backbone", *routes, "predictor", "retrieval"]
+    assert all(row[1].endswith(" GMACs") for row in rows.values())
     amount = {name: float(row[1].split()[0]) * 1e9 for name, row in rows.items()}
     assert amount["predictor"] == pytest.approx(e.overhead[-1])
     assert amount["retrieval"] == pytest.approx(e.overhead[0] - e.overhead[-1])
     point = e.at_threshold(-1.0)  # every sample to the backbone
     assert amount["backbone"] + amount["predictor"] == pytest.approx(point.mean_macs)
     assert rows["retrieval"][2] == "2 %"  # 0.2 of 9 GMACs
+
+
+def test_small_parts_are_counted_in_a_unit_that_shows_them(make_evaluation: Make, tmp_path: Path) -> None:
+    small = make_evaluation(overhead=np.array([0.9e6, 0.9e6, 0.9e6, 0.9e6]))
+    rows = Page(write_report(tmp_path, small, [], title="T").read_text("utf-8")).tables["counted"]
+    assert rows[-1][:3] == ["predictor", "0.9 MMACs", "0.01 %"]
 
 
 def test_figures_that_cannot_be_drawn_are_named_with_what_would_give_them(
