@@ -81,6 +81,7 @@ class Run:
         self.points: list[Point] = []
         self.draws: list[tuple[Point, Draw]] = []
         self.model: EarlyExitGenerator | None = None
+        self.taus: list[float] = []
         with torch.no_grad():
             images = [self.case.generator(x[None]) for x in self.latents]
         self.targets = self.limits.to_signed(torch.cat(images))
@@ -125,15 +126,14 @@ class Run:
             point = Point("ours by image", tau, at.mean_macs, at.loss_of.tolist())
             self.points.append(point)
             self.draws.append((point, partial(_routed, model, tau, False)))
-        if self.arguments.tile:
-            self._regions(model, taus)
+        self.taus = taus
 
-    def _regions(self, model: EarlyExitGenerator, taus: list[float]) -> None:
-        metric = self.case.metric
+    def regions(self) -> None:
+        """Fit what chooses exits inside images, and render with it at the same thresholds."""
+        model, metric, taus = self.model, self.case.metric, self.taus
+        assert model is not None
         if model.regions is None:
-            fit_regions(
-                model, self.case.train, self.out / "ours", metric, tile=self.arguments.tile, progress=True
-            )
+            fit_regions(model, self.case.train, self.out / "ours", metric, tile=self.arguments.tile)
         measure = partial(by_region, model, self.latents, self.targets, metric, self.limits, taus)
         points = self.kept("ours-by-region", measure)
         self.points += points
@@ -187,6 +187,8 @@ def main(given: Sequence[str] | None = None) -> None:
     run, load = Run(case, training, arguments), os.getloadavg()[0]
     run.ours()
     run.rivals()
+    if arguments.tile:
+        run.regions()
     seconds = run.time() if arguments.repeats else None
     macs = float(_backbone_macs(case))
     timed = [cost for cost in ("macs", "seconds") if cost == "macs" or seconds is not None]
@@ -240,10 +242,10 @@ def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--float32", action="store_true", help="train without bfloat16 autocast")
     parser.add_argument("--tile", type=int, default=32, help="side of a tile of ours by region; 0: without")
-    parser.add_argument("--thresholds", type=int, default=12, help="thresholds of ours that are rendered")
+    parser.add_argument("--thresholds", type=int, default=8, help="thresholds of ours that are rendered")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--timed", type=int, default=6, help="images to time")
-    parser.add_argument("--repeats", type=int, default=7, help="timed turns per image; 0: no times")
+    parser.add_argument("--timed", type=int, default=4, help="images to time")
+    parser.add_argument("--repeats", type=int, default=5, help="timed turns per image; 0: no times")
     return parser.parse_args(given)
 
 

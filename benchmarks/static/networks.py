@@ -62,7 +62,14 @@ class Training:
 def early_exits(
     case: Case, attach_at: Sequence[int], scale: Sequence[float], floor: int, training: Training, out: Path
 ) -> EarlyExitGenerator:
-    """Fit our branches and the predictor."""
+    """Fit our branches and the predictor; read from disk where that was done before."""
+    if (out / "model.json").exists():
+        args, kwargs = Samples(case.train).gather([0])
+        model = retroexit.load(out, case.generator, args, kwargs, adapter=False)
+        was = {name: model.about["fit"].get(name) for name in asdict(training)}
+        if was != asdict(training):
+            raise SystemExit(f"{out} was trained with {was}, asked for {training}; use another --out")
+        return model
     model = _wrap(case, list(attach_at), list(scale), floor, "after")
     return retroexit.fit(model, case.train, out, metric=case.metric, **asdict(training))
 
