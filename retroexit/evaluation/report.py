@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 
@@ -29,11 +29,6 @@ from retroexit.evaluation.report_tables import (
 from retroexit.evaluation.strips import Strip, data_address, strip_image
 from retroexit.evaluation.sweep import Evaluation, plain_json
 from retroexit.routing.calibration import Calibration
-
-_NOT_COUNTED: Final = (
-    "Counted are multiply-accumulates of convolutions, matrix products and attention. Interpolation, "
-    "normalisation, activations and the gluing of guides count 0; time, where it was measured, includes them."
-)
 
 __all__ = ["Strip", "strip_image", "thresholds_for", "write_report"]
 
@@ -72,10 +67,6 @@ def write_report(
         MissingExtraError: If jinja2 or matplotlib is not installed.
         OptionError: If ``thresholds`` is empty.
     """
-    try:
-        import jinja2
-    except ImportError as error:
-        raise MissingExtraError("a report needs jinja2: pip install 'retroexit[report]'") from error
     taus = sorted(set(thresholds_for(evaluation) if thresholds is None else thresholds))
     if not taus:
         raise OptionError("a report needs at least one threshold, found thresholds=[]")
@@ -83,41 +74,9 @@ def write_report(
     found = model_facts(folder, evaluation)
     manifest = None if found is None else found[1]
     picked = min(taus, key=lambda tau: abs(tau - 0.1)) if 0.1 in taus else taus[len(taus) // 2]
-    summary = _summary(evaluation, taus, picked)
-    summary = {
-        "title": title,
-        "headline": headline or _headline(evaluation, picked),
-        "command": command,
-        **summary,
-        "promise": promise_summary(evaluation, calibration, taus),
-        "hashes": {} if manifest is None else dict(hashes(manifest)),
-    }
-    template = importlib.resources.files("retroexit.evaluation").joinpath("report.html.j2").read_text("utf-8")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    html = environment.from_string(template).render(
-        title=title,
-        headline=summary["headline"],
-        command=command,
-        samples=len(evaluation.loss),
-        metric_label=figures.metric_label(evaluation.metric),
-        unit=figures.macs_unit(evaluation.macs)[0],
-        cards=_cards(evaluation, summary, picked),
-        figures=[
-            {"svg": _inline(svg, f"f{n}"), "caption": " ".join(text.split())}
-            for n, (svg, text) in enumerate(_figures(evaluation, taus, unguided))
-        ],
-        missing=_missing(evaluation, unguided),
-        strips=[_strip_context(strip) for strip in strips],
-        facts=facts_of(evaluation, manifest),
-        counted=counted_rows(evaluation),
-        not_counted=_NOT_COUNTED,
-        error_rows=error_rows(evaluation),
-        promise=summary["promise"],
-        expectation=EXPECTATION,
-        promise_rows=promise_rows(summary["promise"]),
-        **exit_table(evaluation),
-        **sweep_table(evaluation, taus, picked),
-    )
+    summary = _summary(evaluation, taus, picked, calibration, manifest)
+    summary = {"title": title, "command": command, **summary, "headline": headline or summary["headline"]}
+    html = _page(evaluation, summary, taus, picked, unguided, strips, manifest)
     folder.mkdir(parents=True, exist_ok=True)
     keep(folder, Kept(title, headline, command, list(strips)))
     path = folder / "report.html"
@@ -125,6 +84,42 @@ def write_report(
     text = json.dumps(summary, indent=1, default=plain_json, allow_nan=False)
     (folder / "summary.json").write_text(text + "\n", encoding="utf-8")
     return path
+
+
+def _page(
+    evaluation: Evaluation,
+    summary: dict[str, Any],
+    taus: Sequence[float],
+    picked: float,
+    unguided: Evaluation | None,
+    strips: Sequence[Strip],
+    manifest: dict[str, Any] | None,
+) -> str:
+    """Fill the template."""
+    try:
+        import jinja2
+    except ImportError as error:
+        raise MissingExtraError("a report needs jinja2: pip install 'retroexit[report]'") from error
+    text = importlib.resources.files("retroexit.evaluation").joinpath("report.html.j2").read_text("utf-8")
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    html: str = environment.from_string(text).render(
+        **{name: summary[name] for name in ("title", "headline", "command", "promise")},
+        samples=len(evaluation.loss),
+        metric_label=figures.metric_label(evaluation.metric),
+        unit=figures.macs_unit(evaluation.macs)[0],
+        cards=_cards(evaluation, summary, picked),
+        figures=_figures(evaluation, taus, unguided),
+        missing=_missing(evaluation, unguided),
+        strips=[_strip_context(strip) for strip in strips],
+        facts=facts_of(evaluation, manifest),
+        counted=counted_rows(evaluation),
+        error_rows=error_rows(evaluation),
+        expectation=EXPECTATION,
+        promise_rows=promise_rows(summary["promise"]),
+        **exit_table(evaluation),
+        **sweep_table(evaluation, taus, picked),
+    )
+    return html
 
 
 def thresholds_for(evaluation: Evaluation) -> list[float]:
@@ -144,11 +139,19 @@ def thresholds_for(evaluation: Evaluation) -> list[float]:
     return sorted(taus)
 
 
-def _summary(evaluation: Evaluation, taus: Sequence[float], picked: float) -> dict[str, Any]:
+def _summary(
+    evaluation: Evaluation,
+    taus: Sequence[float],
+    picked: float,
+    calibration: Calibration | None,
+    manifest: dict[str, Any] | None,
+) -> dict[str, Any]:
     """Collect every number of the report as plain JSON types."""
     last = len(evaluation.macs)
     routed = evaluation.predicted is not None
+    promise = promise_summary(evaluation, calibration, taus)
     return {
+        "headline": _headline(evaluation, picked, promise),
         "samples": len(evaluation.loss),
         "metric": evaluation.metric,
         "about": evaluation.about,
@@ -162,6 +165,8 @@ def _summary(evaluation: Evaluation, taus: Sequence[float], picked: float) -> di
         "fixed": [{"exit": k, **evaluation.fixed(k).row()} for k in range(1, last + 1)],
         "gain_factor": _gain_factor(evaluation, taus),
         "predictor_error": evaluation.predictor_error() if routed else None,
+        "promise": promise,
+        "hashes": {} if manifest is None else dict(hashes(manifest)),
     }
 
 
@@ -175,8 +180,16 @@ def _gain_factor(evaluation: Evaluation, taus: Sequence[float]) -> dict[str, flo
     return evaluation.gain_factor(points)
 
 
-def _headline(evaluation: Evaluation, picked: float) -> str:
+def _headline(evaluation: Evaluation, picked: float, promise: dict[str, Any] | None) -> str:
     label = figures.metric_label(evaluation.metric)
+    if promise is not None:  # a calibrated model routes by its promise
+        row = next(row for row in promise["rows"] if row["threshold"] == picked)
+        return (
+            f"At a threshold of {picked:g} {label}, {percent(row['saved'])} of the backbone's compute is "
+            f"saved under the promise that at most {percent(promise['alpha'])} of the inputs lose more "
+            f"(confidence {percent(promise['confidence'])}); here {row['above']} of {promise['held_out']} do, "
+            f"mean {row['mean_loss']:.3g}."
+        )
     if evaluation.predicted is None:
         point = evaluation.fixed(1)
         return (
@@ -220,6 +233,14 @@ def _cards(evaluation: Evaluation, summary: dict[str, Any], picked: float) -> li
 
 
 def _figures(
+    evaluation: Evaluation, taus: Sequence[float], unguided: Evaluation | None
+) -> list[dict[str, str]]:
+    """Give every figure for the page."""
+    drawn = enumerate(_drawn(evaluation, taus, unguided))
+    return [{"svg": _inline(svg, f"f{n}"), "caption": " ".join(text.split())} for n, (svg, text) in drawn]
+
+
+def _drawn(
     evaluation: Evaluation, taus: Sequence[float], unguided: Evaluation | None
 ) -> Iterator[tuple[str, str]]:
     """Yield every figure that the evaluation has numbers for, with a caption that says what is counted."""

@@ -13,11 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from retroexit.errors import MissingExtraError, OptionError
+from retroexit.evaluation.promise import promised
 from retroexit.evaluation.report import Strip, strip_image, thresholds_for, write_report
 from retroexit.evaluation.sweep import Evaluation
+from retroexit.routing.calibration import Calibration
 
 Make = Callable[..., Evaluation]
 
@@ -151,6 +154,20 @@ def test_the_headline_states_saving_and_loss_at_the_papers_threshold(
     point = make_evaluation().at_threshold(0.1)
     assert f"At a threshold of 0.1 LPIPS (alex), {100 * point.saved:.0f} % of the backbone" in usual
     assert f"mean {point.mean_loss:.3g}, 90 % of the samples below {point.p90_loss:.3g}." in usual
+
+
+def test_a_calibrated_model_is_headed_by_its_promise(make_evaluation: Make, tmp_path: Path) -> None:
+    e, other = make_evaluation(samples=100), make_evaluation(samples=100, seed=1)
+    calibration = Calibration(torch.from_numpy(other.loss), torch.from_numpy(other.need_predicted()))
+    write_report(tmp_path, e, [], title="T", calibration=calibration)
+    point = promised(e, calibration, 0.1)
+    assert point.saved != pytest.approx(e.at_threshold(0.1).saved)
+    headline = json.loads((tmp_path / "summary.json").read_text())["headline"]
+    assert headline.startswith(
+        f"At a threshold of 0.1 LPIPS (alex), {100 * point.saved:.0f} % of the backbone"
+    )
+    assert "at most 5 % of the inputs lose more (confidence 95 %)" in headline
+    assert f"here {int((point.loss_of > 0.1).sum())} of 100 do, mean {point.mean_loss:.3g}." in headline
 
 
 def test_a_given_headline_replaces_the_sentence(make_evaluation: Make, tmp_path: Path) -> None:
