@@ -4,6 +4,8 @@ One run, the same data, the same number of training steps per network, the same 
 running average, the same metric, on the real latent decoder of ``examples/latent_decoder.py``:
 
 * thin student: the whole decoder, uniformly thin, its weights inherited as a branch inherits them;
+* student, longer: one of them trained for more steps (``--longer``), since all branches together have more
+  than one network;
 * Torch-Pruning: channels of least magnitude pruned over all layers, then trained likewise;
 * one exit: every image through the same exit of ours;
 * oracle: every image through the cheapest exit that is good enough by its true loss;
@@ -21,6 +23,7 @@ It needs Torch-Pruning: pip install 'retroexit[benchmarks]'.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import platform
@@ -151,6 +154,12 @@ class Run:
             self.network(
                 "thin student", width, networks.tuned(student, self.case, self.training, features, path)
             )
+        if self.arguments.longer:
+            width = sorted(self.arguments.widths or widths)[len(self.arguments.widths or widths) // 2]
+            long = dataclasses.replace(self.training, steps=self.arguments.longer)
+            student = networks.Student(self.case, width / full, min(width, floor))
+            path = self.out / f"thin-{width}-longer.safetensors"
+            self.network("student, longer", width, networks.tuned(student, self.case, long, features, path))
         for ratio in self.arguments.ratios or ratios:
             network, path = networks.prune(self.case, ratio), self.out / f"pruned-{ratio:g}.safetensors"
             self.network(
@@ -236,6 +245,7 @@ def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--widths", type=int, nargs="*", help="channels of the thin students")
     parser.add_argument("--ratios", type=float, nargs="*", help="pruning ratios")
     parser.add_argument("--steps", type=int, default=500, help="per network; each branch is one")
+    parser.add_argument("--longer", type=int, help="train the middle student once more, for so many steps")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--crop", type=int, help="side of training windows; whole images without it")
     parser.add_argument("--lr", type=float, default=4e-3)

@@ -12,9 +12,10 @@ __all__ = ["LIMIT", "OURS", "STATIC", "draw", "points_table", "verdicts", "verdi
 
 LIMIT = 0.1
 OURS = ("ours by image", "ours by region")
-STATIC = ("thin student", "Torch-Pruning", "one exit")
+STATIC = ("thin student", "student, longer", "Torch-Pruning", "one exit")
 _STYLES = {
     "thin student": ("#009E73", "s-"),
+    "student, longer": ("#009E73", "*"),
     "Torch-Pruning": ("#CC79A7", "^-"),
     "one exit": ("#222222", "o--"),
     "oracle": ("#BBBBBB", "-"),

@@ -187,8 +187,8 @@ def _headline(evaluation: Evaluation, picked: float, promise: dict[str, Any] | N
         return (
             f"At a threshold of {picked:g} {label}, {percent(row['saved'])} of the backbone's compute is "
             f"saved under the promise that at most {percent(promise['alpha'])} of the inputs lose more "
-            f"(confidence {percent(promise['confidence'])}); here {row['above']} of {promise['held_out']} do, "
-            f"mean {row['mean_loss']:.3g}."
+            f"(confidence {percent(promise['confidence'])}); here {row['above']} of {promise['held_out']} "
+            f"do, mean {row['mean_loss']:.3g}."
         )
     if evaluation.predicted is None:
         point = evaluation.fixed(1)

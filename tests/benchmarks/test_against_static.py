@@ -71,16 +71,16 @@ def test_one_run_compares_everything_and_goes_on_where_it_stopped(
 ) -> None:
     pytest.importorskip("torch_pruning")
     words = ["--case", "tiny", "--steps", "3", "--batch", "4", "--tile", "0", "--float32"]
-    words += ["--out", str(tmp_path), "--timed", "1", "--repeats", "1", "--thresholds", "3"]
+    words += ["--out", str(tmp_path), "--timed", "1", "--repeats", "1", "--thresholds", "3", "--longer", "5"]
     against_static.main(words)
     first = json.loads((tmp_path / "static.json").read_text())
     kept = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
     against_static.main(words)
     again = json.loads((tmp_path / "static.json").read_text())
-    assert {path: path.stat().st_mtime_ns for path in kept} == kept and len(kept) >= 4
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept and len(kept) == 4 + 3
     assert [p["loss"] for p in again["points"]] == [p["loss"] for p in first["points"]]
     ways = {point["way"] for point in first["points"]}
-    assert ways == {"one exit", "oracle", "ours by image", "thin student", "Torch-Pruning"}
+    assert ways == {"one exit", "oracle", "ours by image", "thin student", "student, longer", "Torch-Pruning"}
     assert all(len(point["loss"]) == 8 and np.isfinite(point["loss"]).all() for point in first["points"])
     macs = first["about"]["backbone"]["macs"]
     assert all(0 < p["macs"] < macs for p in first["points"] if p["way"] in show.STATIC)
