@@ -9,7 +9,8 @@ running average, the same metric, on the real latent decoder of ``examples/laten
 * Torch-Pruning: channels of least magnitude pruned over all layers, then trained likewise;
 * one exit: every image through the same exit of ours;
 * oracle: every image through the cheapest exit that is good enough by its true loss;
-* ours by image, ours by region: exits chosen by the predictor, for images or inside them.
+* ours by image, ours by region: exits chosen by the predictor for a threshold, for images or inside them;
+* ours by budget: exits chosen by the predictor for a price of compute.
 
 Loss to the decoder's own image (mean, 95th percentile, share above 0.1) is set against mean MACs, everything
 counted, and against time, measured by turns in one process. Networks and losses are kept in ``--out`` as they

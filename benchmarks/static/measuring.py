@@ -17,6 +17,7 @@ from retroexit.evaluation.macs import count_macs
 from retroexit.evaluation.quality import ImageRange, QualityMetric
 from retroexit.evaluation.sweep import Evaluation, OperatingPoint
 from retroexit.model import EarlyExitGenerator
+from retroexit.routing.policy import spend
 
 __all__ = ["Point", "by_region", "exit_points", "network_point", "seconds_of", "thresholds_of"]
 
@@ -80,7 +81,11 @@ def network_point(
 
 
 def exit_points(evaluation: Evaluation, dense: int = 60) -> list[Point]:
-    """Turn an evaluation into points: each exit for all, an oracle, and routing by the predictor."""
+    """Turn an evaluation into points: each exit for all, an oracle, and routing by the predictor.
+
+    Routing by a threshold aims at each image's own loss, routing by a price of compute (what a budget becomes)
+    at the mean loss.
+    """
     exits = evaluation.loss.shape[1]
 
     def of(way: str, setting: float, point: OperatingPoint) -> Point:
@@ -91,6 +96,11 @@ def exit_points(evaluation: Evaluation, dense: int = 60) -> list[Point]:
     found += [of("oracle", tau, evaluation.oracle(tau)) for tau in levels]
     for tau in np.quantile(evaluation.need_predicted(), np.linspace(0, 1, dense)):
         found.append(of("ours by image", tau, evaluation.at_threshold(tau)))
+    predicted = torch.from_numpy(evaluation.need_predicted())
+    shares = torch.from_numpy((evaluation.macs + evaluation.overhead) / evaluation.macs[-1])
+    for price in np.geomspace(1e-3, 1e2, 4 * dense):
+        exits = spend(predicted, shares, float(price)).numpy()
+        found.append(of("ours by budget", price, evaluation.at_exits(exits, float(price))))
     return found
 
 

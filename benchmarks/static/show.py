@@ -11,7 +11,7 @@ from static.measuring import Point
 __all__ = ["LIMIT", "OURS", "STATIC", "draw", "points_table", "verdicts", "verdicts_table"]
 
 LIMIT = 0.1
-OURS = ("ours by image", "ours by region")
+OURS = ("ours by image", "ours by budget", "ours by region")
 STATIC = ("thin student", "student, longer", "Torch-Pruning", "one exit")
 _STYLES = {
     "thin student": ("#009E73", "s-"),
@@ -20,6 +20,7 @@ _STYLES = {
     "one exit": ("#222222", "o--"),
     "oracle": ("#BBBBBB", "-"),
     "ours by image": ("#0072B2", "-"),
+    "ours by budget": ("#56B4E9", "-"),
     "ours by region": ("#D55E00", "D-"),
 }
 _MEASURES = ("mean", "p95", "above")
@@ -34,7 +35,7 @@ def points_table(points: Sequence[Point], macs: float, seconds: float | None) ->
     """Set what a few points of each way cost and give; of dense sweeps, those that were timed."""
     rows = []
     for point in points:
-        if point.way in ("oracle", "ours by image") and point.seconds is None:
+        if point.way in ("oracle", "ours by image", "ours by budget") and point.seconds is None:
             continue
         time = "" if point.seconds is None else f"{1000 * point.seconds:.1f}"
         share = "" if point.seconds is None or seconds is None else f"{100 * point.seconds / seconds:.0f} %"

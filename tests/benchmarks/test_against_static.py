@@ -80,7 +80,15 @@ def test_one_run_compares_everything_and_goes_on_where_it_stopped(
     assert {path: path.stat().st_mtime_ns for path in kept} == kept and len(kept) == 4 + 3
     assert [p["loss"] for p in again["points"]] == [p["loss"] for p in first["points"]]
     ways = {point["way"] for point in first["points"]}
-    assert ways == {"one exit", "oracle", "ours by image", "thin student", "student, longer", "Torch-Pruning"}
+    assert ways == {
+        "one exit",
+        "oracle",
+        "ours by image",
+        "ours by budget",
+        "thin student",
+        "student, longer",
+        "Torch-Pruning",
+    }
     assert all(len(point["loss"]) == 8 and np.isfinite(point["loss"]).all() for point in first["points"])
     macs = first["about"]["backbone"]["macs"]
     assert all(0 < p["macs"] < macs for p in first["points"] if p["way"] in show.STATIC)
