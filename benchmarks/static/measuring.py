@@ -83,8 +83,8 @@ def network_point(
 def exit_points(evaluation: Evaluation, dense: int = 60) -> list[Point]:
     """Turn an evaluation into points: each exit for all, an oracle, and routing by the predictor.
 
-    Routing by a threshold aims at each image's own loss, routing by a price of compute (what a budget becomes)
-    at the mean loss.
+    Routing by a threshold aims at each image's own loss, routing by a price of compute, which is what a
+    budget becomes, at the mean loss.
     """
     exits = evaluation.loss.shape[1]
 
