@@ -217,8 +217,8 @@ def main(given: Sequence[str] | None = None) -> None:
     (arguments.out / "static.json").write_text(text)
     windows = "whole images" if training.crop is None else f"windows of {training.crop} pixels"
     title = (
-        f"{training.steps} steps of {training.batch} {windows} per network, {len(run.latents)} test images, "
-        f"{arguments.threads} thread"
+        f"{training.steps} steps per network on {windows}, {training.batch} per step; "
+        f"{len(run.latents)} test images; {arguments.threads} thread"
     )
     show.draw(run.points, macs, seconds, arguments.out / "static.png", title)
     print(f"{title}; {about['machine']}, load {load:.1f} at the start, {versions()}")

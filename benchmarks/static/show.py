@@ -151,15 +151,19 @@ def draw(points: Sequence[Point], macs: float, seconds: float | None, path: Path
                     handles[way] = axes.plot(
                         x, y, style, color=colour, lw=width, ms=6, label=way, zorder=front
                     )[0]
-            axes.set(xlabel=label, ylabel=labels[measure], xlim=(0, None))
+            axes.set(xlabel=label, ylabel=labels[measure], xlim=(0, 100))
             if measure != "above":
                 axes.set_yscale("log")
+                least = [value(p, measure) for p in points if p.way in (*STATIC, "ours by region")]
+                axes.set_ylim(0.7 * min(least), 1.3 * max(least))  # a backbone's 0 has no place here
                 axes.set_yticks([0.01, 0.02, 0.05, 0.1, 0.2, 0.3])
                 axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
                 axes.yaxis.set_minor_formatter(NullFormatter())
                 axes.axhline(LIMIT, color="#888888", lw=1, ls=":")
             axes.grid(alpha=0.3)
     figure.suptitle(title)
-    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=len(handles))
+    figure.legend(
+        handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), frameon=False
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
