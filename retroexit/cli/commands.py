@@ -8,7 +8,7 @@ from typing import Any, Final
 
 __all__ = ["COMMANDS", "own_commands"]
 
-COMMANDS: Final = ("demo", "inspect", "fit", "calibrate", "evaluate", "bank", "plugins", "doctor")
+COMMANDS: Final = ("demo", "inspect", "fit", "calibrate", "evaluate", "report", "bank", "plugins", "doctor")
 """In the order of the help."""
 
 

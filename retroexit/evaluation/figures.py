@@ -198,7 +198,9 @@ def quality_against_compute(figure: Figure, evaluation: Evaluation) -> None:
             zorder=3,
         )
         top = (point.mean_macs / scale, high)
-        axes.annotate(name, top, (0, 4 if k <= exits else 9), textcoords="offset points", ha="center")
+        # Up and right of a point there is no curve: loss falls as compute grows.
+        place, side = ((6, 1), "left") if k <= exits else ((6, 9), "right")
+        axes.annotate(name, top, place, textcoords="offset points", ha=side)
     axes.set(xlabel=f"mean {unit} per sample", ylabel=metric_label(evaluation.metric))
     axes.set_xlim(left=0)
     figure.legend(loc="outside upper center", ncols=2)

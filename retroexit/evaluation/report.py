@@ -14,7 +14,18 @@ import numpy as np
 
 from retroexit.errors import MissingExtraError, OptionError
 from retroexit.evaluation import figures
+from retroexit.evaluation.kept import Kept, hashes, keep, model_facts
 from retroexit.evaluation.promise import EXPECTATION, promise_summary
+from retroexit.evaluation.report_tables import (
+    counted_rows,
+    error_rows,
+    exit_table,
+    facts_of,
+    percent,
+    promise_rows,
+    routed_row,
+    sweep_table,
+)
 from retroexit.evaluation.strips import Strip, data_address, strip_image
 from retroexit.evaluation.sweep import Evaluation, plain_json
 from retroexit.routing.calibration import Calibration
@@ -34,10 +45,11 @@ def write_report(
     unguided: Evaluation | None = None,
     calibration: Calibration | None = None,
 ) -> Path:
-    """Write ``report.html`` and ``summary.json``.
+    """Write ``report.html`` and ``summary.json``, and keep words and images to write them again from.
 
     Args:
-        folder: Made if absent; the two files are overwritten.
+        folder: Made if absent; files that an earlier report left are overwritten. Where the model lies there
+            or one folder above, its hashes and how it was fitted are on the page.
         evaluation: The numbers. What it does not hold (predictions, distances, seconds) is left out.
         strips: Images to show; may be empty.
         title: Heading of the page.
@@ -55,52 +67,59 @@ def write_report(
         MissingExtraError: If jinja2 or matplotlib is not installed.
         OptionError: If ``thresholds`` is empty.
     """
-    try:
-        import jinja2
-    except ImportError as error:
-        raise MissingExtraError("a report needs jinja2: pip install 'retroexit[report]'") from error
     taus = sorted(set(thresholds_for(evaluation) if thresholds is None else thresholds))
     if not taus:
         raise OptionError("a report needs at least one threshold, found thresholds=[]")
-    picked = min(taus, key=lambda tau: abs(tau - 0.1)) if 0.1 in taus else taus[len(taus) // 2]
-    summary = _summary(evaluation, taus, picked)
-    summary = {
-        "title": title,
-        "headline": headline or _headline(evaluation, picked),
-        "command": command,
-        **summary,
-        "promise": promise_summary(evaluation, calibration, taus),
-    }
-    template = importlib.resources.files("retroexit.evaluation").joinpath("report.html.j2").read_text("utf-8")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    html = environment.from_string(template).render(
-        title=title,
-        headline=summary["headline"],
-        command=command,
-        samples=len(evaluation.loss),
-        metric_label=figures.metric_label(evaluation.metric),
-        unit=figures.macs_unit(evaluation.macs)[0],
-        cards=_cards(evaluation, summary, picked),
-        figures=[
-            {"svg": _inline(svg, f"f{n}"), "caption": " ".join(text.split())}
-            for n, (svg, text) in enumerate(_figures(evaluation, taus, unguided))
-        ],
-        strips=[_strip_context(strip) for strip in strips],
-        facts=_facts(evaluation),
-        error_rows=_error_rows(evaluation),
-        promise=summary["promise"],
-        expectation=EXPECTATION,
-        promise_rows=_promise_rows(summary["promise"]),
-        **_exit_table(evaluation),
-        **_sweep_table(evaluation, taus, picked),
-    )
     folder = Path(folder)
+    found = model_facts(folder, evaluation)
+    manifest = None if found is None else found[1]
+    picked = min(taus, key=lambda tau: abs(tau - 0.1)) if 0.1 in taus else taus[len(taus) // 2]
+    summary = _summary(evaluation, taus, picked, calibration, manifest)
+    summary = {"title": title, "command": command, **summary, "headline": headline or summary["headline"]}
+    html = _page(evaluation, summary, taus, picked, unguided, strips, manifest)
     folder.mkdir(parents=True, exist_ok=True)
+    keep(folder, Kept(title, headline, command, list(strips)))
     path = folder / "report.html"
     path.write_text(html, encoding="utf-8")
     text = json.dumps(summary, indent=1, default=plain_json, allow_nan=False)
     (folder / "summary.json").write_text(text + "\n", encoding="utf-8")
     return path
+
+
+def _page(
+    evaluation: Evaluation,
+    summary: dict[str, Any],
+    taus: Sequence[float],
+    picked: float,
+    unguided: Evaluation | None,
+    strips: Sequence[Strip],
+    manifest: dict[str, Any] | None,
+) -> str:
+    """Fill the template."""
+    try:
+        import jinja2
+    except ImportError as error:
+        raise MissingExtraError("a report needs jinja2: pip install 'retroexit[report]'") from error
+    text = importlib.resources.files("retroexit.evaluation").joinpath("report.html.j2").read_text("utf-8")
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    html: str = environment.from_string(text).render(
+        **{name: summary[name] for name in ("title", "headline", "command", "promise")},
+        samples=len(evaluation.loss),
+        metric_label=figures.metric_label(evaluation.metric),
+        unit=figures.macs_unit(evaluation.macs)[0],
+        cards=_cards(evaluation, summary, picked),
+        figures=_figures(evaluation, taus, unguided),
+        missing=_missing(evaluation, unguided),
+        strips=[_strip_context(strip) for strip in strips],
+        facts=facts_of(evaluation, manifest),
+        counted=counted_rows(evaluation),
+        error_rows=error_rows(evaluation),
+        expectation=EXPECTATION,
+        promise_rows=promise_rows(summary["promise"]),
+        **exit_table(evaluation),
+        **sweep_table(evaluation, taus, picked),
+    )
+    return html
 
 
 def thresholds_for(evaluation: Evaluation) -> list[float]:
@@ -120,11 +139,19 @@ def thresholds_for(evaluation: Evaluation) -> list[float]:
     return sorted(taus)
 
 
-def _summary(evaluation: Evaluation, taus: Sequence[float], picked: float) -> dict[str, Any]:
+def _summary(
+    evaluation: Evaluation,
+    taus: Sequence[float],
+    picked: float,
+    calibration: Calibration | None,
+    manifest: dict[str, Any] | None,
+) -> dict[str, Any]:
     """Collect every number of the report as plain JSON types."""
     last = len(evaluation.macs)
     routed = evaluation.predicted is not None
+    promise = promise_summary(evaluation, calibration, taus)
     return {
+        "headline": _headline(evaluation, picked, promise),
         "samples": len(evaluation.loss),
         "metric": evaluation.metric,
         "about": evaluation.about,
@@ -132,19 +159,15 @@ def _summary(evaluation: Evaluation, taus: Sequence[float], picked: float) -> di
         "macs": evaluation.macs,
         "overhead": evaluation.overhead,
         "seconds": evaluation.seconds,
-        "highlight": _routed_row(evaluation, picked) if routed else None,
-        "sweep": [_routed_row(evaluation, tau) for tau in taus] if routed else [],
+        "highlight": routed_row(evaluation, picked) if routed else None,
+        "sweep": [routed_row(evaluation, tau) for tau in taus] if routed else [],
         "oracle": [evaluation.oracle(tau).row() for tau in taus],
         "fixed": [{"exit": k, **evaluation.fixed(k).row()} for k in range(1, last + 1)],
         "gain_factor": _gain_factor(evaluation, taus),
         "predictor_error": evaluation.predictor_error() if routed else None,
+        "promise": promise,
+        "hashes": {} if manifest is None else dict(hashes(manifest)),
     }
-
-
-def _routed_row(evaluation: Evaluation, tau: float) -> dict[str, Any]:
-    point = evaluation.at_threshold(tau)
-    best = evaluation.best_fixed(point.mean_loss)
-    return {**point.row(), "best_fixed": {"exit": int(best.exit_of[0]), "saved": best.saved}}
 
 
 def _gain_factor(evaluation: Evaluation, taus: Sequence[float]) -> dict[str, float] | None:
@@ -157,17 +180,25 @@ def _gain_factor(evaluation: Evaluation, taus: Sequence[float]) -> dict[str, flo
     return evaluation.gain_factor(points)
 
 
-def _headline(evaluation: Evaluation, picked: float) -> str:
+def _headline(evaluation: Evaluation, picked: float, promise: dict[str, Any] | None) -> str:
     label = figures.metric_label(evaluation.metric)
+    if promise is not None:  # a calibrated model routes by its promise
+        row = next(row for row in promise["rows"] if row["threshold"] == picked)
+        return (
+            f"At a threshold of {picked:g} {label}, {percent(row['saved'])} of the backbone's compute is "
+            f"saved under the promise that at most {percent(promise['alpha'])} of the inputs lose more "
+            f"(confidence {percent(promise['confidence'])}); here {row['above']} of {promise['held_out']} "
+            f"do, mean {row['mean_loss']:.3g}."
+        )
     if evaluation.predicted is None:
         point = evaluation.fixed(1)
         return (
-            f"Exit 1 takes {_percent(point.share)} of the backbone's compute "
+            f"Exit 1 takes {percent(point.share)} of the backbone's compute "
             f"at a mean {label} of {point.mean_loss:.3g}."
         )
     point = evaluation.at_threshold(picked)
     verb = "is saved" if point.saved >= 0 else "is added"
-    share = f"{_percent(abs(point.saved))} of the backbone's compute {verb}"
+    share = f"{percent(abs(point.saved))} of the backbone's compute {verb}"
     quality = f"mean {point.mean_loss:.3g}, 90 % of the samples below {point.p90_loss:.3g}"
     return f"At a threshold of {picked:g} {label}, {share}; {quality}."
 
@@ -181,156 +212,73 @@ def _cards(evaluation: Evaluation, summary: dict[str, Any], picked: float) -> li
     name = "the backbone" if best["exit"] == len(evaluation.macs) else f"exit {best['exit']}"
     cards = [
         (
-            _percent(row["saved"]),
+            percent(row["saved"]),
             f"of the compute saved at threshold {picked:g}, routing included",
         ),
         (
             f"{row['mean_loss']:.3g}",
             f"mean {figures.metric_label(evaluation.metric)} to the backbone's image",
         ),
-        (_percent(row["violations"]), f"of the samples above the threshold of {picked:g}"),
-        (_percent(best["saved"]), f"saved by {name} for all samples, the best fixed exit of no higher mean"),
+        (percent(row["violations"]), f"of the samples above the threshold of {picked:g}"),
+        (percent(best["saved"]), f"saved by {name} for all samples, the best fixed exit of no higher mean"),
     ]
     if gain is not None:
-        percent, gmacs = gain["percent_per_hundredth_threshold"], gain["gmacs_per_threshold"]
+        rate, gmacs = gain["percent_per_hundredth_threshold"], gain["gmacs_per_threshold"]
         unit, scale = figures.macs_unit(evaluation.macs)
         text = (
             f"of the backbone saved per 0.01 of threshold ({gmacs * 1e9 / scale:.3g} {unit} per unit of loss)"
         )
-        cards.append((f"{percent:.2g} %", text))
+        cards.append((f"{rate:.2g} %", text))
     return cards
 
 
-def _exit_table(evaluation: Evaluation) -> dict[str, Any]:
-    """Columns and rows of the exit table; a column appears only if some exit fills it."""
-    unit, scale = figures.macs_unit(evaluation.macs)
-    label = figures.metric_label(evaluation.metric)
-    last = len(evaluation.macs)
-    columns: dict[tuple[str, str], list[str]] = {
-        ("after stage", ""): [],
-        ("stages", "in the branch"): [],
-        ("compute", unit): [],
-        ("share", "of the backbone"): [],
-        ("retrieval", unit): [],
-        ("parameters", "of the branch"): [],
-        (f"mean {label}", "10th–90th percentile"): [],
-        ("time", "ms, median"): [],
-        ("speed-up", ""): [],
-    }
-    for k in range(1, last + 1):
-        given = evaluation.exits[k - 1] if k <= len(evaluation.exits) else {}
-        point, branch = evaluation.fixed(k), k < last
-        low, high = np.percentile(point.loss_of, [10, 90])
-        retrieval = point.mean_macs - evaluation.macs[k - 1]
-        cells = [
-            str(given.get("attach_at") or "") if branch else "",
-            str(given.get("depth") or "") if branch else "",
-            _number(evaluation.macs[k - 1] / scale),
-            _percent(evaluation.macs[k - 1] / evaluation.macs[-1]),
-            _number(retrieval / scale) if branch and retrieval > 0 else "",
-            f"{given['parameters']:,}" if branch and given.get("parameters") else "",
-            f"{point.mean_loss:.3g} ({low:.3g}–{high:.3g})" if branch else "0",
-            "" if evaluation.seconds is None else _number(evaluation.seconds[k - 1] * 1e3),
-            ""
-            if evaluation.seconds is None
-            else f"{evaluation.seconds[-1] / evaluation.seconds[k - 1]:.2g}×",
-        ]
-        for column, cell in zip(columns.values(), cells, strict=True):
-            column.append(cell)
-    filled = {head: column for head, column in columns.items() if any(column)}
-    names = [*map(str, range(1, last)), "backbone"]
-    return {"exit_columns": list(filled), "exit_rows": list(zip(names, *filled.values(), strict=True))}
-
-
-def _sweep_table(evaluation: Evaluation, taus: Sequence[float], picked: float) -> dict[str, Any]:
-    unit, scale = figures.macs_unit(evaluation.macs)
-    last = len(evaluation.macs)
-    columns = [
-        ("saved", "routed"),
-        ("saved", "best fixed exit"),
-        ("compute", f"mean {unit}"),
-        ("mean", figures.metric_label(evaluation.metric)),
-        ("90th", "percentile"),
-        ("above", "the threshold"),
-        *((f"exit {k}", "samples") for k in range(1, last)),
-        ("backbone", "samples"),
-    ]
-    rows = []
-    for tau in taus if evaluation.predicted is not None else []:
-        row = _routed_row(evaluation, tau)
-        cells = [
-            f"{tau:g}",
-            _percent(row["saved"]),
-            _percent(row["best_fixed"]["saved"]),
-            _number(row["mean_macs"] / scale),
-            f"{row['mean_loss']:.3g}",
-            f"{row['p90_loss']:.3g}",
-            _percent(row["violations"]),
-            *map(str, row["counts"]),
-        ]
-        rows.append((cells, tau == picked))
-    return {"sweep_columns": columns, "sweep_rows": rows}
-
-
-def _promise_rows(promise: dict[str, Any] | None) -> list[list[str]]:
-    if promise is None:
-        return []
-    return [
-        [
-            f"{row['threshold']:g}",
-            _percent(row["saved"]),
-            _percent(row["expected_saved"]),
-            f"{row['mean_loss']:.3g}",
-            f"{row['above']} of {promise['held_out']}",
-            _percent(row["violations"]),
-            "yes" if row["consistent"] else "no",
-        ]
-        for row in promise["rows"]
-    ]
-
-
-def _error_rows(evaluation: Evaluation) -> list[list[str]]:
-    if evaluation.predicted is None:
-        return []
-    error = evaluation.predictor_error()
-    columns = (error["mean_absolute"], error["mean_relative"], error["spearman"])
-    return [
-        [
-            str(k),
-            "–" if absolute is None else f"{absolute:.3g}",
-            "–" if relative is None else _percent(relative),
-            "–" if rank is None else f"{rank:.2f}",
-        ]
-        for k, (absolute, relative, rank) in enumerate(zip(*columns, strict=True), start=1)
-    ]
-
-
 def _figures(
+    evaluation: Evaluation, taus: Sequence[float], unguided: Evaluation | None
+) -> list[dict[str, str]]:
+    """Give every figure for the page."""
+    drawn = enumerate(_drawn(evaluation, taus, unguided))
+    return [{"svg": _inline(svg, f"f{n}"), "caption": " ".join(text.split())} for n, (svg, text) in drawn]
+
+
+def _drawn(
     evaluation: Evaluation, taus: Sequence[float], unguided: Evaluation | None
 ) -> Iterator[tuple[str, str]]:
     """Yield every figure that the evaluation has numbers for, with a caption that says what is counted."""
     routed, count = evaluation.predicted is not None, len(evaluation.loss)
     if routed:
-        caption = f"""Exits taken by {count} samples at each threshold (bars) and mean compute (line, right
-            axis), predictor and retrieval counted."""
+        caption = f"""Paper, figures 3 and 7. Exits taken by {count} samples at each threshold (bars) and mean
+            compute (line, right axis), predictor and retrieval counted."""
         yield figures.distribution_over_exits(evaluation, taus), caption
-    caption = """Loss against compute. Points: all samples through one exit, mean with 10th to 90th
-        percentile, retrieval counted. Lines: routing at every threshold, predictor and retrieval counted;
-        grey is routing by the true losses at the same cost."""
+    caption = """Paper, figures 4 and 6. Loss against compute. Points: all samples through one exit, mean with
+        10th to 90th percentile, retrieval counted. Lines: routing at every threshold, predictor and retrieval
+        counted; grey is routing by the true losses at the same cost."""
     yield figures.quality_against_compute(evaluation), caption
-    caption = f"""Distribution of the loss over {count} samples if all of them leave at one exit (Gaussian
-        kernel, width 0.3 standard deviations).
+    caption = f"""Paper, figure 8. Distribution of the loss over {count} samples if all of them leave at one
+        exit (Gaussian kernel, width 0.3 standard deviations).
         {"Dashed: the same exits without guidance." if unguided is not None else ""}"""
     yield figures.quality_per_exit(evaluation, unguided), caption
     if routed:
-        caption = """Grey: all samples through one exit. Colour: routed with that exit's mean loss as the
-            threshold (dashed line). Samples sent to the backbone have loss 0 and are given as a number."""
+        caption = """Paper, figure 9. Grey: all samples through one exit. Colour: routed with that exit's mean
+            loss as the threshold (dashed line). Samples sent to the backbone have loss 0 and are given as a
+            number."""
         yield figures.predictor_enforcement(evaluation), caption
     if evaluation.distance is not None:
-        caption = f"""Distance from each sample to its guide, by the exit it takes (above) and against its
-            loss at exit 1 (below). Exits are chosen by {"prediction" if routed else "true loss"} at the
-            median loss of exit 1."""
+        caption = f"""Paper, figure 10. Distance from each sample to its guide, by the exit it takes (above)
+            and against its loss at exit 1 (below). Exits are chosen by
+            {"prediction" if routed else "true loss"} at the median loss of exit 1."""
         yield figures.difficulty_against_distance(evaluation), caption
+
+
+def _missing(evaluation: Evaluation, unguided: Evaluation | None) -> list[str]:
+    """Say which figures of the paper cannot be drawn from these numbers, and what would give them."""
+    found = []
+    if evaluation.predicted is None:
+        found.append("Figures 3, 7 and 9 need a predictor: retroexit.fit trains one.")
+    if evaluation.distance is None:
+        found.append("Figure 10 needs a bank: wrap the generator with guidance.")
+    elif unguided is None:
+        found.append("Figure 8 can show the exits without guidance too: retroexit report --unguided FOLDER.")
+    return found
 
 
 def _inline(svg: str, prefix: str) -> str:
@@ -354,29 +302,3 @@ def _strip_context(strip: Strip) -> dict[str, Any]:
         for place, (caption, pixels) in enumerate(strip.images)
     ]
     return {"label": strip.label, "images": images}
-
-
-def _facts(evaluation: Evaluation) -> list[tuple[str, str]]:
-    """Metric first, then everything that the evaluation says about itself; one line each."""
-
-    def text(value: object) -> str:
-        if isinstance(value, dict):
-            return ", ".join(f"{key} {text(inner)}" for key, inner in value.items())
-        return ", ".join(map(text, value)) if isinstance(value, list | tuple) else str(value)
-
-    facts = {"metric": figures.metric_label(evaluation.metric)}
-    facts |= {f"metric {key}": text(value) for key, value in evaluation.metric.items() if value is not None}
-    facts |= {str(key): text(value) for key, value in evaluation.about.items() if value is not None}
-    return list(facts.items())
-
-
-def _percent(share: float) -> str:
-    """Percent without decimals, except where that would hide the difference to 0 or 100."""
-    percent = 100 * share
-    near_an_end = 0 < abs(percent) < 1 or 99 < percent < 100
-    return f"{percent:.1f} %" if near_an_end else f"{percent:.0f} %"
-
-
-def _number(x: float) -> str:
-    """Three significant digits, never in powers of ten."""
-    return f"{x:.0f}" if abs(x) >= 100 else f"{x:.3g}"

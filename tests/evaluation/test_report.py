@@ -13,11 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from retroexit.errors import MissingExtraError, OptionError
+from retroexit.evaluation.promise import promised
 from retroexit.evaluation.report import Strip, strip_image, thresholds_for, write_report
 from retroexit.evaluation.sweep import Evaluation
+from retroexit.routing.calibration import Calibration
 
 Make = Callable[..., Evaluation]
 
@@ -153,6 +156,20 @@ def test_the_headline_states_saving_and_loss_at_the_papers_threshold(
     assert f"mean {point.mean_loss:.3g}, 90 % of the samples below {point.p90_loss:.3g}." in usual
 
 
+def test_a_calibrated_model_is_headed_by_its_promise(make_evaluation: Make, tmp_path: Path) -> None:
+    e, other = make_evaluation(samples=100), make_evaluation(samples=100, seed=1)
+    calibration = Calibration(torch.from_numpy(other.loss), torch.from_numpy(other.need_predicted()))
+    write_report(tmp_path, e, [], title="T", calibration=calibration)
+    point = promised(e, calibration, 0.1)
+    assert point.saved != pytest.approx(e.at_threshold(0.1).saved)
+    headline = json.loads((tmp_path / "summary.json").read_text())["headline"]
+    assert headline.startswith(
+        f"At a threshold of 0.1 LPIPS (alex), {100 * point.saved:.0f} % of the backbone"
+    )
+    assert "at most 5 % of the inputs lose more (confidence 95 %)" in headline
+    assert f"here {int((point.loss_of > 0.1).sum())} of 100 do, mean {point.mean_loss:.3g}." in headline
+
+
 def test_a_given_headline_replaces_the_sentence(make_evaluation: Make, tmp_path: Path) -> None:
     bare = make_evaluation(predicted=None, distance=None)
     text = write_report(tmp_path, bare, [], title="T", headline="My words.").read_text("utf-8")
@@ -186,8 +203,8 @@ def test_text_from_outside_is_escaped(usual: str) -> None:
 def test_what_was_not_measured_is_left_out(make_evaluation: Make, tmp_path: Path) -> None:
     bare = make_evaluation(predicted=None, distance=None, seconds=None, exits=[], metric={}, about={})
     page = Page(write_report(tmp_path, bare, [], title="T", command=None).read_text("utf-8"))
-    assert page.headings == ["Exits", "Figures", "How this was measured"]
-    assert set(page.tables) == {"exits"}
+    assert page.headings == ["Exits", "Figures", "What was counted", "How this was measured"]
+    assert set(page.tables) == {"exits", "counted"}
     assert not any("time" in head or "stage" in head for head in page.tables["exits"][0])
     assert page.drawings == 2
     summary = json.loads((tmp_path / "summary.json").read_text())
@@ -210,6 +227,38 @@ def test_the_summary_holds_all_headline_numbers_as_plain_json(make_evaluation: M
     assert summary["predictor_error"]["mean_absolute"] == e.predictor_error()["mean_absolute"]
     assert (summary["title"], summary["command"], summary["samples"]) == ("T", "c", 60)
     assert summary["about"] == {"folder": "a/b", "count": 3}
+
+
+def test_what_was_counted_is_listed_part_by_part(make_evaluation: Make, usual: str) -> None:
+    e = make_evaluation()
+    rows = {row[0]: row for row in Page(usual).tables["counted"][1:]}
+    routes = [f"route to exit {k}" for k in (1, 2, 3)]
+    assert list(rows) == ["backbone", *routes, "predictor", "retrieval"]
+    assert all(row[1].endswith(" GMACs") for row in rows.values())
+    amount = {name: float(row[1].split()[0]) * 1e9 for name, row in rows.items()}
+    assert amount["predictor"] == pytest.approx(e.overhead[-1])
+    assert amount["retrieval"] == pytest.approx(e.overhead[0] - e.overhead[-1])
+    point = e.at_threshold(-1.0)  # every sample to the backbone
+    assert amount["backbone"] + amount["predictor"] == pytest.approx(point.mean_macs)
+    assert rows["retrieval"][2] == "2 %"  # 0.2 of 9 GMACs
+
+
+def test_small_parts_are_counted_in_a_unit_that_shows_them(make_evaluation: Make, tmp_path: Path) -> None:
+    small = make_evaluation(overhead=np.array([0.9e6, 0.9e6, 0.9e6, 0.9e6]))
+    rows = Page(write_report(tmp_path, small, [], title="T").read_text("utf-8")).tables["counted"]
+    assert rows[-1][:3] == ["predictor", "0.9 MMACs", "0.01 %"]
+
+
+def test_figures_that_cannot_be_drawn_are_named_with_what_would_give_them(
+    make_evaluation: Make, tmp_path: Path, usual: str
+) -> None:
+    bare = make_evaluation(predicted=None, distance=None)
+    text = write_report(tmp_path, bare, [], title="T").read_text("utf-8")
+    assert "Figures 3, 7 and 9 need a predictor: retroexit.fit trains one." in text
+    assert "Figure 10 needs a bank: wrap the generator with guidance." in text
+    assert "need a predictor" not in usual and "needs a bank" not in usual
+    numbers = ("s 3 and 7", "s 4 and 6", " 8", " 9", " 10")
+    assert [n for n in numbers if f"Paper, figure{n}." not in usual] == []
 
 
 @pytest.mark.parametrize("scale", [1e-4, 0.01, 1.0, 40.0])

@@ -1,0 +1,115 @@
+"""The comparison with compressed decoders: trained alike, counted alike, and read off honestly."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+BENCHMARKS = str(Path(__file__).resolve().parents[2] / "benchmarks")
+if BENCHMARKS not in sys.path:
+    sys.path.insert(0, BENCHMARKS)
+
+import against_static  # noqa: E402
+from cases import CASES  # noqa: E402
+from static import networks, show  # noqa: E402
+from static.measuring import Point  # noqa: E402
+
+import retroexit  # noqa: E402
+from retroexit.evaluation.macs import count_macs  # noqa: E402
+from retroexit.training.cache import FeatureCache  # noqa: E402
+from retroexit.training.inputs import Samples  # noqa: E402
+
+TRAINING = networks.Training(steps=12, batch=4, bfloat16=False)
+
+
+def test_a_student_is_trained_exactly_as_a_branch_is(tmp_path: Path) -> None:
+    case = CASES["tiny"](tmp_path, tmp_path)
+    student = networks.Student(case, 1 / 2, 4)
+    args, _ = Samples(case.train).gather([0])
+    same = retroexit.wrap(
+        case.generator,
+        [1],
+        1 / 2,
+        min_channels=4,
+        tap="before",
+        adapter=False,
+        example_inputs=args,
+        image_range=case.image_range,
+    )
+    settings = {"steps": 12, "batch": 4, "predictor_steps": 1, "progress": False}
+    retroexit.fit(same, case.train, tmp_path / "fit", metric=case.metric, **settings)
+    features = FeatureCache.build(same, Samples(case.train), tmp_path / "fit/cache", progress=False)
+    path = tmp_path / "student.safetensors"
+    networks.tuned(student, case, TRAINING, features, path)
+    for name, weight in same.branches.state_dict().items():
+        torch.testing.assert_close(student.branches.state_dict()[name], weight, rtol=0, atol=1e-6)
+    # Kept: the same weights without training, and no other training is taken for it.
+    again = networks.tuned(networks.Student(case, 1 / 2, 4), case, TRAINING, features, path)
+    assert torch.equal(again(case.test[:1]), student(case.test[:1]))
+    with pytest.raises(SystemExit, match="was trained with .* use another --out"):
+        networks.tuned(networks.Student(case, 1 / 2, 4), case, networks.Training(), features, path)
+
+
+def test_pruning_leaves_the_decoder_alone_and_gives_a_smaller_one(tmp_path: Path) -> None:
+    pytest.importorskip("torch_pruning")
+    case = CASES["tiny"](tmp_path, tmp_path)
+    before = {name: value.clone() for name, value in case.generator.state_dict().items()}
+    network = networks.prune(case, 0.25)
+    assert all(torch.equal(case.generator.state_dict()[name], value) for name, value in before.items())
+    x = case.test[:1]
+    assert network(x).shape == case.generator(x).shape
+    assert count_macs(network, x) < 0.8 * count_macs(case.generator, x)
+
+
+def test_one_run_compares_everything_and_goes_on_where_it_stopped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("torch_pruning")
+    words = ["--case", "tiny", "--steps", "3", "--batch", "4", "--tile", "0", "--float32"]
+    words += ["--out", str(tmp_path), "--timed", "1", "--repeats", "1", "--thresholds", "3", "--longer", "5"]
+    against_static.main(words)
+    first = json.loads((tmp_path / "static.json").read_text())
+    kept = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+    against_static.main(words)
+    again = json.loads((tmp_path / "static.json").read_text())
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept and len(kept) == 4 + 3
+    assert [p["loss"] for p in again["points"]] == [p["loss"] for p in first["points"]]
+    ways = {point["way"] for point in first["points"]}
+    assert ways == {
+        "one exit",
+        "oracle",
+        "ours by image",
+        "ours by budget",
+        "thin student",
+        "student, longer",
+        "Torch-Pruning",
+    }
+    assert all(len(point["loss"]) == 8 and np.isfinite(point["loss"]).all() for point in first["points"])
+    macs = first["about"]["backbone"]["macs"]
+    assert all(0 < p["macs"] < macs for p in first["points"] if p["way"] in show.STATIC)
+    assert (tmp_path / "static.png").stat().st_size > 20_000
+    assert "thin student" in capsys.readouterr().out
+
+
+def test_a_verdict_takes_the_best_of_ours_that_costs_no_more() -> None:
+    points = [
+        Point("thin student", 8, 100.0, [0.2, 0.2]),
+        Point("Torch-Pruning", 0.5, 40.0, [0.3, 0.3]),
+        Point("ours by image", 0.1, 90.0, [0.08, 0.16]),
+        Point("ours by region", 0.1, 100.1, [0.11, 0.11]),
+        Point("ours by image", 0.05, 110.0, [0.0, 0.0]),
+        Point("oracle", 0.1, 10.0, [0.0, 0.0]),
+    ]
+    student, pruned = show.verdicts(points)
+    # The mean of ours is read between the two points of one way, the 95th percentile at one point.
+    assert student["ours mean"] == pytest.approx(0.06) and student["mean by"] == "ours by image"
+    assert student["ours p95"] == pytest.approx(0.11) and student["p95 by"] == "ours by region"
+    assert student["above"] == 1.0 and student["ours above"] == 0.5
+    assert pruned["ours mean"] is None and pruned["mean by"] is None
+    text = show.verdicts_table([student, pruned], "macs", 1.0, 200.0)
+    assert "0.2000 > 0.0600" in text and "0.3000 | -" in text
