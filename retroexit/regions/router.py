@@ -64,7 +64,7 @@ class Canvas:
         edges: Where tiles begin and end, in pixels.
         area: Share of every tile in the image.
         prices: MACs of exits and rectangles, for one image.
-        overhead: MACs of the tile predictor, for one image.
+        overhead: MACs of the tile predictor and of the drift guard, for one image.
         extents: Sizes and costs of all steps.
     """
 
@@ -150,7 +150,25 @@ class RegionRouter(nn.Module):
         with torch.no_grad():
             values, keyed = model.split.begin(inputs, kwargs)
             canvas = self.canvas(model, values, keyed, inputs, kwargs)
-            return self._layouts(model, values, canvas, threshold, goal), canvas
+            layouts = self._layouts(model, values, canvas, threshold, goal)
+            return self._guarded(model, layouts, canvas, values, keyed, inputs, kwargs)[0], canvas
+
+    def _guarded(
+        self,
+        model: EarlyExitGenerator,
+        layouts: Sequence[Layout],
+        canvas: Canvas,
+        values: Values,
+        keyed: Tensor,
+        args: Any,
+        kwargs: dict[str, Any],
+    ) -> tuple[list[Layout], Tensor]:
+        """Give samples to the backbone that are unlike what predictor and bank have seen; tell which."""
+        earliest = torch.tensor([min(e for e in (_base(x), _source(x)) if e >= 0) for x in layouts])
+        far = model.unlike(values, keyed, args, kwargs, earliest + 1).cpu()
+        count = len(model.branches)
+        whole = Layout(count, count - 1, (), canvas.prices.fixed(count), 0.0)
+        return [whole if strange else layout for layout, strange in zip(layouts, far, strict=True)], far
 
     def _layouts(
         self, model: EarlyExitGenerator, values: Values, canvas: Canvas, threshold: float, goal: Goal
@@ -173,6 +191,9 @@ class RegionRouter(nn.Module):
         values, keyed = model.split.begin(args, kwargs)
         canvas = self.canvas(model, values, keyed, args, kwargs)
         layouts = self._layouts(model, values, canvas, threshold, goal)
+        layouts, far = self._guarded(model, layouts, canvas, values, keyed, args, kwargs)
+        if model.drift.enabled:
+            model.drift.note(far)
         return self.render(model, values, keyed, args, kwargs, layouts, canvas)
 
     @torch.no_grad()
@@ -311,9 +332,10 @@ class RegionRouter(nn.Module):
         edges = edges_of(size, tile)
         with MacCounter() as counter:
             self.predictor(feature, edges)
+        guard = 0 if model.predictor is None else model.anatomy.predictor_macs(model.predictor)
         rectangles = {key: _prices(route, edges, extents) for key, route in locality.routes.items()}
         prices = Prices(trunk, whole, rectangles, covers=_covers(model))
-        return Canvas(edges, areas(edges), prices, counter.macs, extents)
+        return Canvas(edges, areas(edges), prices, counter.macs + guard, extents)
 
 
 def _before(model: EarlyExitGenerator) -> int:

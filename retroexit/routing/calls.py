@@ -290,6 +290,24 @@ class RoutedCalls(nn.Module):
         far[early] = distance[early] > limit
         return exits.masked_fill(far, len(self.branches) + 1), found, far
 
+    def unlike(
+        self, values: Values, keyed: Tensor, args: Any, kwargs: dict[str, Any], exits: Tensor
+    ) -> Tensor:
+        """Ask the drift guard who is too far from what predictor and bank have seen, bool ``(N,)``.
+
+        Args:
+            values: What crosses the first cut.
+            keyed: The feature that keys are cut from.
+            args: The generator's inputs.
+            kwargs: Those by keyword.
+            exits: The first exit that each sample takes anything from, ``(N,)``, from 1.
+        """
+        if not self.drift.enabled or self.predictor is None:
+            return torch.zeros(self._samples(values), dtype=torch.bool)
+        judged = self._judge(values, keyed, args, kwargs)
+        strange = self._within_reach(exits.to(keyed.device), judged.found, keyed, args, kwargs)[2]
+        return judged.far.to(strange.device) | strange
+
     def _routed(
         self,
         args: Any,

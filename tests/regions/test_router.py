@@ -18,6 +18,8 @@ from retroexit.model import EarlyExitGenerator
 from retroexit.regions.predictor import TilePredictor
 from retroexit.regions.router import RegionRouter
 from retroexit.retrieval.storage import self_digest
+from retroexit.routing.predictor import Predictor
+from retroexit.training.predictor import train_predictor
 
 # Hard tiles in the middle of the first image, at the right of the second; the third is easy, the fourth hard.
 HARD = torch.zeros(4, 5, 7, dtype=torch.bool)
@@ -225,3 +227,23 @@ def test_an_image_may_be_put_together_of_parts_alone(wrapped: Any, told: Any, ro
     for row, i, j in ((r, i, j) for r in range(rows) for i in range(6) for j in range(10)):
         place = (row, slice(None), slice(8 * i, 8 * i + 8), slice(8 * j, 8 * j + 8))
         assert torch.allclose(image[place], exits[where[row, i, j] - 1][place], atol=1e-5)
+
+
+@torch.no_grad()
+def test_inputs_unlike_the_fitting_set_go_to_the_backbone_as_a_whole(
+    model: EarlyExitGenerator, told: Any
+) -> None:
+    draw = torch.Generator().manual_seed(1)
+    seen = (torch.rand(40, 4, 9, 13, generator=draw), torch.rand(40, 5, generator=draw))
+    feature = model.split.crossing(model.split.begin(seen, {})[0], 0)[0]
+    model.predictor = Predictor(feature.shape[1], exits=2)
+    train_predictor(model.predictor, feature, torch.rand(40, 2) + 0.1, held_out=[], steps=2, progress=False)
+    model.regions = told(_losses(), 8)
+    maps, styles = _inputs()
+    maps[1] *= -20
+    image, where = model.routed(maps, styles, threshold=0.3, regions="tiles")
+    assert bool((where[1] == 3).all()) and bool((where[0] < 3).any())
+    torch.testing.assert_close(image["image"][1], model(maps, styles)["image"][1])
+    assert (model.drift.seen, model.drift.count) == (4, 1)
+    model.drift.enabled = False
+    assert bool((model.routed(maps, styles, threshold=0.3, regions="tiles")[1][1] < 3).any())
