@@ -279,28 +279,22 @@ def draw(rows: Sequence[Row], kinds: Sequence[str], path: Path) -> None:
     figure = Figure(figsize=(5.4 * len(kinds), 4.2), layout="constrained")
     panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
     names = list(dict.fromkeys(row["backend"] for row in rows))
+    sizes = sorted({row["keys"] for row in rows})
+    grow = f"{', '.join(map(_thousands, sizes))} keys"
     for axes, kind in zip(panels, kinds, strict=True):
         for number, name in enumerate(names):
             mine = [row for row in rows if row["backend"] == name]
             ms, recall = [r[kind]["ms"] for r in mine], [r[kind]["recall"] for r in mine]
             spread = np.abs(np.array([[r[kind]["ms_p10"], r[kind]["ms_p90"]] for r in mine]).T - ms)
-            marker = "os^Dvp*hX"[number % 9]
-            axes.errorbar(
-                ms, recall, xerr=spread, marker=marker, markersize=7, capsize=2, label=name, alpha=0.8
-            )
-            for row, x, y in zip(mine, ms, recall, strict=True):
-                above = 8 + 9 * number
-                axes.annotate(
-                    _thousands(row["keys"]),
-                    (x, y),
-                    xytext=(0, -above),
-                    textcoords="offset points",
-                    ha="center",
-                    va="top",
-                    fontsize=8,
-                    color=f"C{number}",
-                )
-        axes.set(xscale="log", xlabel="ms per image, one thread", title=f"queries: {kind}")
+            look = {"color": f"C{number}", "alpha": 0.8}
+            axes.errorbar(ms, recall, xerr=spread, capsize=2, **look)
+            sides = [36 * (1 + sizes.index(row["keys"])) ** 1.5 for row in mine]
+            axes.scatter(ms, recall, sides, marker="os^Dvp*hX"[number % 9], label=name, zorder=3, **look)
+        axes.set(
+            xscale="log",
+            xlabel=f"ms per image, one thread; markers grow with {grow}",
+            title=f"queries: {kind}",
+        )
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color="#e6e6e6")
         axes.set_axisbelow(True)
