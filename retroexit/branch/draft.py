@@ -8,7 +8,7 @@ from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from retroexit.branch.entry import GuideShape
 from retroexit.branch.exchange import BuildStage, StageShape, first_stage, look_at_stages
@@ -19,8 +19,13 @@ from retroexit.decoder.structure import tensors
 from retroexit.errors import BranchError
 
 if TYPE_CHECKING:
+    import sympy
+
     from retroexit.branch.algebra import Algebra
     from retroexit.branch.inherit import Layout
+    from retroexit.branch.telling import Reader
+
+    Readers = Mapping[sympy.Symbol, Sequence[Reader]]
 
 __all__ = ["BranchSpec", "Draft", "Init", "narrowed"]
 
@@ -98,6 +103,14 @@ class Draft:
         """What goes through every stage of the narrowed tail."""
         return look_at_stages(self.thin, self.values, self.width, self.stages)
 
+    def kept_outputs(self) -> dict[str, Tensor | None]:
+        """Say for every convolution and linear layer which of the backbone's output channels are kept."""
+        return {
+            path: self.kept(f"{path}.weight", int(getattr(module, "transposed", False)))
+            for path, module in self.full.named_modules()
+            if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) and "weight" in module._parameters
+        }
+
     def guide_at(self, path: str) -> int:
         """Channels of the resized guide that a stage built by the adapter takes, at most its own output's.
 
@@ -127,8 +140,8 @@ def narrowed(tail: Tail, cut: Cut, values: Sequence[Tensor], spec: BranchSpec) -
     frozen: dict[str, str] = {}
     while True:
         algebra, plan = _analysed(frozen, tail, cut, values, spec)
-        layout = _layout(tail, algebra, values, spec)
-        make = partial(_thinned, tail, cut, values, spec, algebra, layout)
+        layout, readers = _layout(tail, algebra, values, spec)
+        make = partial(_thinned, tail, cut, values, spec, algebra, layout, readers)
         draft = make(plan)
         try:
             macs = _trial(draft)
@@ -176,11 +189,16 @@ def _less_pinned(
     return (closer, other) if other.numbers < plan.numbers else (algebra, plan)
 
 
-def _layout(tail: Tail, algebra: Algebra, values: Sequence[Tensor], spec: BranchSpec) -> Layout:
+def _layout(
+    tail: Tail, algebra: Algebra, values: Sequence[Tensor], spec: BranchSpec
+) -> tuple[Layout, Readers]:
+    """Find out which channel is which, and who reads it; fresh weights do not care."""
     from retroexit.branch.inherit import Layout, find_layout
+    from retroexit.branch.telling import readers_of
 
-    # Fresh weights do not care which channel is which.
-    return find_layout(tail, algebra, values, tensors) if spec.init == "inherit" else Layout()
+    if spec.init != "inherit":
+        return Layout(), {}
+    return find_layout(tail, algebra, values, tensors), readers_of(tail, algebra, values)
 
 
 def _thinned(
@@ -190,12 +208,13 @@ def _thinned(
     spec: BranchSpec,
     algebra: Algebra,
     layout: Layout,
+    readers: Readers,
     plan: WidthPlan,
 ) -> Draft:
     """Copy a tail with chosen widths."""
     from retroexit.branch.inherit import choose_channels, narrow
 
-    selection = choose_channels(tail, algebra, plan)
+    selection = choose_channels(tail, algebra, plan, readers)
     thin = narrow(tail, algebra, plan, selection, layout)
 
     def kept(name: str, axis: int) -> Tensor | None:

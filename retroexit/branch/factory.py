@@ -42,6 +42,8 @@ class Branch(nn.Module):
         pins: Widths that stay, and why.
         plan: The chosen widths.
         macs: Multiply-accumulates of its first run, on the example values that it was built for.
+        kept: For the path of every layer in the tail the backbone's channels that its output inherits, or
+            ``None`` for all; ``None`` once it has been reconstructed, and for a branch that inherits nothing.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class Branch(nn.Module):
             {path.replace(".", "__"): entry for path, entry in injections.items()}
         )
         self.plan, self.macs = plan, 0
+        self.kept: dict[str, Tensor | None] | None = None
 
     @property
     def pins(self) -> tuple[Pin, ...]:
@@ -223,6 +226,8 @@ def _assemble(draft: Draft, stages: dict[str, nn.Module]) -> Branch:
         entry.start(kept)
     with exchanged(draft.thin, stages):
         branch = Branch(entry, draft.thin, injections, draft.plan)
+        if spec.init == "inherit":
+            branch.kept = draft.kept_outputs()
         branch.to(device=feature.device, dtype=feature.dtype if feature.is_floating_point() else None)
         _check(branch, draft.values, spec)
     return branch.eval()

@@ -35,6 +35,7 @@ from retroexit.training.measuring import chunks, exit_losses, predictor_maps
 from retroexit.training.predictor import train_predictor
 from retroexit.training.presets import LossPlan
 from retroexit.training.settings import FitSettings, check_same, divide, write_json
+from retroexit.training.start import reconstruct_branches
 from retroexit.training.steps import Steps
 from retroexit.training.watch import Watch
 
@@ -89,6 +90,7 @@ def fit_model(
     if taps is not None:
         model.bank = _bank(model, taps, features, folder / "bank", retriever, settings.seed, team, progress)
         steps.guide_of = _guides(model, taps, features)
+    reconstruct_branches(model, steps, folder / "branches")
     _train(model, losses, steps, settings, folder / "branches", watch, progress)
     measured = exit_losses(model, steps, metric, folder / "losses.npy", progress)
     error = _predict(model, steps, measured, held_out, settings, progress)

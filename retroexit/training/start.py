@@ -1,0 +1,54 @@
+"""Begin a training: branches that inherited channels are reconstructed from the backbone's features."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+from retroexit.branch.factory import Branch
+from retroexit.branch.reconstruct import Reconstruction, reconstruct
+from retroexit.decoder.record import unobserved
+from retroexit.model import EarlyExitGenerator
+from retroexit.training.devices import Team
+from retroexit.training.steps import Steps
+
+__all__ = ["reconstruct_branches"]
+
+_SAMPLES = 64
+_PIXELS = 2**20
+"""So many samples are looked at, or as many as have so many pixels: all of them are in memory at once."""
+
+
+def reconstruct_branches(
+    model: EarlyExitGenerator, steps: Steps, folder: Path | None = None
+) -> list[Reconstruction | None]:
+    """Solve the layers of all branches that have just inherited channels, in place.
+
+    Every process does the same, so that it needs no word from the others. A branch is reconstructed once.
+
+    Args:
+        model: The wrapped generator, recorded; it is not changed, but for its branches.
+        steps: What the training will read.
+        folder: Where checkpoints are; a branch that has one goes on from there and is left alone.
+
+    Returns:
+        For every branch what came of it, ``None`` where there was nothing to do.
+    """
+    pixels = steps.cropper.size or steps.cropper.image_size
+    count = max(2, min(_SAMPLES, _PIXELS // math.prod(pixels)))
+    # Every process the whole batch; windows at random, as in the steps to come.
+    step = replace(steps, team=Team(), batch=count, needs_inputs=False).at(0)
+    found: list[Reconstruction | None] = []
+    for index, branch in enumerate(model.branches):
+        assert isinstance(branch, Branch)
+        begun = folder is not None and (folder / f"exit{index + 1}.safetensors").exists()
+        if begun or branch.kept is None:
+            found.append(None)
+            continue
+        values = [step.read(node.name) for node in model.split.cuts[index].crossing]
+        with unobserved(model.generator):
+            full = model.split.tail(index, share=True)
+            found.append(reconstruct(branch.eval(), full, values, step.guide, seed=steps.seed))
+        branch.kept = None
+    return found
