@@ -77,7 +77,7 @@ def reconstruct(
     values: Sequence[Tensor],
     guide: Tensor | None = None,
     *,
-    places: int = 8192,
+    places: int = 16384,
     seed: int = 0,
 ) -> Reconstruction | None:
     """Solve the layers of a branch by least squares, in place.
