@@ -45,6 +45,8 @@ class BranchSpec:
         build_stage: Builds thin stages through their own constructor, where an adapter can.
         image: Path of the image in the output.
         names: What to call the values that cross the cut, in messages.
+        samples: Feature and live values of more samples, by which to choose the channels that are inherited;
+            without them, the norms of weights decide.
     """
 
     rule: WidthRule
@@ -55,6 +57,7 @@ class BranchSpec:
     build_stage: BuildStage | None = None
     image: tuple[Any, ...] = ()
     names: Mapping[fx.Node, str] = field(default_factory=dict)
+    samples: Sequence[Tensor] = ()
 
 
 @dataclass
@@ -70,6 +73,7 @@ class Draft:
         plan: Its widths; ``None`` where nothing shrinks.
         kept: For a parameter's name and axis the channels that are kept, ``None`` for all of them.
         entering: Channels of the feature that the narrowed tail keeps, likewise.
+        is_new: Whether its weights are to be used, rather than those of a saved model.
     """
 
     thin: Tail
@@ -80,6 +84,7 @@ class Draft:
     plan: WidthPlan | None = None
     kept: Callable[[str, int], Tensor | None] = lambda _name, _axis: None
     entering: Tensor | None = None
+    is_new: bool = True
 
     @property
     def width(self) -> int:
@@ -192,13 +197,14 @@ def _less_pinned(
 def _layout(
     tail: Tail, algebra: Algebra, values: Sequence[Tensor], spec: BranchSpec
 ) -> tuple[Layout, Readers]:
-    """Find out which channel is which, and who reads it; fresh weights do not care."""
+    """Find out which channel is which, and who reads it; fresh weights need not know."""
     from retroexit.branch.inherit import Layout, find_layout
     from retroexit.branch.telling import readers_of
 
     if spec.init != "inherit":
         return Layout(), {}
-    return find_layout(tail, algebra, values, tensors), readers_of(tail, algebra, values)
+    readers = readers_of(tail, algebra, spec.samples) if spec.samples else {}
+    return find_layout(tail, algebra, values, tensors), readers
 
 
 def _thinned(

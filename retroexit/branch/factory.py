@@ -111,7 +111,7 @@ def build_branch(
     Reference: paper section 3.1.
     """
     if plan is not None:
-        draft = Draft(cast("Tail", emptied(tail, plan)), tail, cut, values, spec, plan)
+        draft = Draft(cast("Tail", emptied(tail, plan)), tail, cut, values, spec, plan, is_new=False)
     elif spec.rule.scale < 1:
         draft = narrowed(tail, cut, values, spec)
     else:
@@ -226,7 +226,7 @@ def _assemble(draft: Draft, stages: dict[str, nn.Module]) -> Branch:
         entry.start(kept)
     with exchanged(draft.thin, stages):
         branch = Branch(entry, draft.thin, injections, draft.plan)
-        if spec.init == "inherit":
+        if spec.init == "inherit" and draft.is_new:
             branch.kept = draft.kept_outputs()
         branch.to(device=feature.device, dtype=feature.dtype if feature.is_floating_point() else None)
         _check(branch, draft.values, spec)

@@ -13,6 +13,7 @@ __all__ = [
     "as_weight",
     "can_read",
     "design",
+    "every_row",
     "is_linear",
     "least_squares",
     "out_channels",
@@ -69,8 +70,13 @@ def some_places(module: nn.Module, output: Tensor, count: int, generator: torch.
 
 def rows(module: nn.Module, output: Tensor, places: Tensor) -> Tensor:
     """Pick a layer's output at some places, ``(P, C)``."""
+    return every_row(module, output)[places]
+
+
+def every_row(module: nn.Module, output: Tensor) -> Tensor:
+    """Lay out a layer's output by places, ``(samples * positions, C)``."""
     axis = _channel_axis(module)
-    return output.movedim(axis, -1).reshape(-1, output.shape[axis])[places]
+    return output.movedim(axis, -1).reshape(-1, output.shape[axis])
 
 
 def design(module: nn.Module, x: Tensor, places: Tensor, *, centre: bool = False) -> Tensor:

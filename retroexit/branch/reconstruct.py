@@ -273,22 +273,21 @@ class _Solving(_Observer):
         return pair.thin
 
     def ran(self, pair: _Pair, x: Tensor, output: Tensor) -> Tensor:
-        assert pair.output is not None
-        return self._solve(pair, x, output, pair.output)
+        assert pair.output is not None and pair.places is not None
+        return self._solve(pair, x, output, pair.output - rows(pair.thin, output, pair.places))
 
     def adding(self, made: _Made, own: Tensor, other: Tensor, add: Callable[[], Tensor]) -> Tensor:
         pair = made.pair
         if pair.sums == 1 and pair.total is not None and pair.places is not None:
-            target = pair.total - rows(pair.thin, other, pair.places)
-            own.copy_(self._solve(pair, made.read, own, target))
+            total = rows(pair.thin, own, pair.places) + rows(pair.thin, other, pair.places)
+            own.copy_(self._solve(pair, made.read, own, pair.total - total))
         return add()
 
-    def _solve(self, pair: _Pair, x: Tensor, output: Tensor, target: Tensor) -> Tensor:
-        """Change a layer so that it comes as close to the target as it can; gives what it gives then."""
+    def _solve(self, pair: _Pair, x: Tensor, output: Tensor, lacking: Tensor) -> Tensor:
+        """Let a layer give what is lacking ``(P, O)``, as far as it can; gives its output then."""
         assert pair.places is not None
         layer: Any = pair.thin
-        lacking = target.float() - rows(layer, output, pair.places).float()
-        read = design(layer, x, pair.places).float()
+        lacking, read = lacking.float(), design(layer, x, pair.places).float()
         if not bool(lacking.any()) or not bool(torch.isfinite(lacking).all() and torch.isfinite(read).all()):
             return output
         middle, shift = read.mean(0), lacking.mean(0)

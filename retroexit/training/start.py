@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import replace
 from pathlib import Path
 
+from torch import Tensor
+
 from retroexit.branch.factory import Branch
 from retroexit.branch.reconstruct import Reconstruction, reconstruct
 from retroexit.decoder.record import unobserved
+from retroexit.errors import RetroExitError
 from retroexit.model import EarlyExitGenerator
 from retroexit.training.devices import Team
 from retroexit.training.steps import Steps
+from retroexit.wrapping import branch_for
 
 __all__ = ["reconstruct_branches"]
+
+logger = logging.getLogger(__name__)
 
 _SAMPLES = 64
 _PIXELS = 2**20
@@ -23,9 +30,10 @@ _PIXELS = 2**20
 def reconstruct_branches(
     model: EarlyExitGenerator, steps: Steps, folder: Path | None = None
 ) -> list[Reconstruction | None]:
-    """Solve the layers of all branches that have just inherited channels, in place.
+    """Choose channels by what is to be trained on, and solve the branches' layers for them, in place.
 
-    Every process does the same, so that it needs no word from the others. A branch is reconstructed once.
+    Only branches that have just inherited channels are touched, and each once. Every process does the same,
+    so that it needs no word from the others.
 
     Args:
         model: The wrapped generator, recorded; it is not changed, but for its branches.
@@ -44,11 +52,26 @@ def reconstruct_branches(
         assert isinstance(branch, Branch)
         begun = folder is not None and (folder / f"exit{index + 1}.safetensors").exists()
         if begun or branch.kept is None:
+            branch.kept = None
             found.append(None)
             continue
         values = [step.read(node.name) for node in model.split.cuts[index].crossing]
+        _choose_again(model, index, values)
         with unobserved(model.generator):
             full = model.split.tail(index, share=True)
             found.append(reconstruct(branch.eval(), full, values, step.guide, seed=steps.seed))
         branch.kept = None
     return found
+
+
+def _choose_again(model: EarlyExitGenerator, index: int, values: list[Tensor]) -> None:
+    """Let a branch inherit those channels that tell most about the samples."""
+    branch = model.branches[index]
+    assert isinstance(branch, Branch)
+    try:
+        other = branch_for(model.anatomy, index, values)
+        branch.load_state_dict(other.state_dict())
+    except (RetroExitError, RuntimeError) as error:
+        logger.info("exit %d keeps the channels that it has: %s", index + 1, error)
+    else:
+        branch.kept = other.kept
