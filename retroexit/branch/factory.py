@@ -43,7 +43,8 @@ class Branch(nn.Module):
         plan: The chosen widths.
         macs: Multiply-accumulates of its first run, on the example values that it was built for.
         kept: For the path of every layer in the tail the backbone's channels that its output inherits, or
-            ``None`` for all; ``None`` once it has been reconstructed, and for a branch that inherits nothing.
+            ``None`` for all; empty for a branch that inherits nothing.
+        is_fresh: Whether it has just inherited its weights, so that it may be reconstructed.
     """
 
     def __init__(
@@ -55,7 +56,8 @@ class Branch(nn.Module):
             {path.replace(".", "__"): entry for path, entry in injections.items()}
         )
         self.plan, self.macs = plan, 0
-        self.kept: dict[str, Tensor | None] | None = None
+        self.kept: dict[str, Tensor | None] = {}
+        self.is_fresh = False
 
     @property
     def pins(self) -> tuple[Pin, ...]:
@@ -227,7 +229,7 @@ def _assemble(draft: Draft, stages: dict[str, nn.Module]) -> Branch:
     with exchanged(draft.thin, stages):
         branch = Branch(entry, draft.thin, injections, draft.plan)
         if spec.init == "inherit" and draft.is_new:
-            branch.kept = draft.kept_outputs()
+            branch.kept, branch.is_fresh = draft.kept_outputs(), True
         branch.to(device=feature.device, dtype=feature.dtype if feature.is_floating_point() else None)
         _check(branch, draft.values, spec)
     return branch.eval()

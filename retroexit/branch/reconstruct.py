@@ -148,8 +148,6 @@ class _Pair:
 
 def _pairs(branch: Branch, full: nn.Module) -> list[_Pair]:
     """Find the layers that can be solved."""
-    if branch.kept is None:
-        return []
     originals, found = dict(full.named_modules()), []
     owners = Counter(id(p) for _, p in branch.tail.named_parameters(remove_duplicate=False))
     for path, thin in branch.tail.named_modules():

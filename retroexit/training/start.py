@@ -51,8 +51,8 @@ def reconstruct_branches(
     for index, branch in enumerate(model.branches):
         assert isinstance(branch, Branch)
         begun = folder is not None and (folder / f"exit{index + 1}.safetensors").exists()
-        if begun or branch.kept is None:
-            branch.kept = None
+        is_fresh, branch.is_fresh = branch.is_fresh and not begun, False
+        if not is_fresh:
             found.append(None)
             continue
         values = [step.read(node.name) for node in model.split.cuts[index].crossing]
@@ -60,7 +60,6 @@ def reconstruct_branches(
         with unobserved(model.generator):
             full = model.split.tail(index, share=True)
             found.append(reconstruct(branch.eval(), full, values, step.guide, seed=steps.seed))
-        branch.kept = None
     return found
 
 

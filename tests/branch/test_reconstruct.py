@@ -204,7 +204,7 @@ def test_a_skip_connection_s_error_is_made_up_for() -> None:
     model = wrap(decoder(Residual))
     values = model.split.crossing(model.split.begin((latents(64, 3),), {})[0], 0)
     full, branch = model.split.tail(0, share=True), model.branches[0]
-    assert isinstance(branch, Branch) and branch.kept is not None
+    assert isinstance(branch, Branch)
     kept = branch.kept["blocks.2.out"]
     assert kept is not None
     assert solve(model, 64) is not None
