@@ -75,6 +75,8 @@ def variants(first: tuple[int, int], more: Sequence[tuple[int, int]]) -> dict[st
         "reconstructed": Variant((first,)),
         "orthogonal steps": Variant((first,), muon=True),
         "half the rate": Variant((first,), lr=2e-3),
+        "quarter of the rate": Variant((first,), lr=1e-3),
+        "orthogonal, half the rate": Variant((first,), muon=True, lr=2e-3),
         "all features": Variant((first,), features=0.3),
         "late features": Variant((first,), features=0.3, late=True),
         "next exit teaches": Variant(beside, teacher=0.5),

@@ -4,8 +4,15 @@ One exit of the real latent decoder of ``examples/latent_decoder.py`` is trained
 its averaged weights are measured on test latents every few steps. Inherited branches are reconstructed first,
 as `retroexit.fit` does it; "copied" ones are not. Printed are the steps that they need to reach what fresh
 ones reach at the end: read off the curve of the same schedule, and for whole schedules of a part of the
-steps. Finished runs are kept in the JSON file, so that the script goes on where
-it stopped.
+steps. Finished runs are kept in the JSON file, so that the script goes on where it stopped.
+
+Mean LPIPS on two CPU cores, exit 3 (24 % of the MACs), three seeds:
+
+    scratch, 400 steps          .0870  .0900  .0873
+    copied, 400 steps           .0760  .0749  .0758    untrained .888
+    inherited, untrained        .1242  .0963  .1134
+    inherited, 50 steps         .0783  .0809  .0911
+    inherited, 100 steps        .0597  .0616  .0606
 
     python benchmarks/initialisation.py --out runs/initialisation
 """

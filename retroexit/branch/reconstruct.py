@@ -107,8 +107,13 @@ def reconstruct(
     with _Watching(layers, places, seed).at_work():
         _run(full, solved[:-1], seed)
     solving = _Solving(layers)
-    with solving.at_work():
-        _run(branch, solved[:-1], seed, guide=solved[-1])
+    try:
+        with solving.at_work():
+            _run(branch, solved[:-1], seed, guide=solved[-1])
+    except torch.linalg.LinAlgError as error:
+        branch.load_state_dict(kept)
+        logger.info("a branch keeps its inherited weights: %s", error)
+        return None
     if not solving.solved:
         return None
     after = _error(_run(branch, tested[:-1], seed, guide=tested[-1]), wanted)

@@ -69,8 +69,10 @@ def _choose_again(model: EarlyExitGenerator, index: int, values: list[Tensor]) -
     assert isinstance(branch, Branch)
     try:
         other = branch_for(model.anatomy, index, values)
-        branch.load_state_dict(other.state_dict())
-    except (RetroExitError, RuntimeError) as error:
+    except (RetroExitError, RuntimeError) as error:  # the generator's code may refuse other samples
         logger.info("exit %d keeps the channels that it has: %s", index + 1, error)
-    else:
+        return
+    own, new = branch.state_dict(), other.state_dict()
+    if {name: v.shape for name, v in own.items()} == {name: v.shape for name, v in new.items()}:
+        branch.load_state_dict(new)
         branch.kept = other.kept

@@ -102,4 +102,4 @@ def test_stages_that_an_adapter_builds_are_reconstructed_too(decoders: ModuleTyp
     found = reconstruct_branches(model, steps(decoders, model, Team()))
     # The first one reads the whole feature, and gives its channels exactly.
     assert found[0] is not None and found[0].layers == ("stages.2.conv", "rgb")
-    assert all(a < 0.8 * b for a, b in zip(errors(decoders, model), before, strict=True))
+    assert errors(decoders, model)[0] < 0.5 * before[0]
