@@ -110,10 +110,11 @@ class Draft:
 
     def kept_outputs(self) -> dict[str, Tensor | None]:
         """Say for every convolution and linear layer which of the backbone's output channels are kept."""
+        named = {name for name, _ in self.full.named_parameters()}  # a tied weight goes by its first name
         return {
             path: self.kept(f"{path}.weight", int(getattr(module, "transposed", False)))
             for path, module in self.full.named_modules()
-            if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) and "weight" in module._parameters
+            if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) and f"{path}.weight" in named
         }
 
     def guide_at(self, path: str) -> int:
