@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from retroexit.tables import table
 from retroexit.training.branches import BranchSchedule, BranchTrainer
 from retroexit.training.cache import FeatureCache
 from retroexit.training.crops import Cropper
+from retroexit.training.features import FeatureDistance
 from retroexit.training.inputs import Samples
 from retroexit.training.losses import L1, TrainingLoss
 from retroexit.training.start import reconstruct_branches
@@ -140,41 +141,6 @@ class SideKernels(nn.Module):
         return weight
 
 
-class FeatureDistance:
-    """Compares what the layers of a branch give with the backbone's channels that they inherited."""
-
-    def __init__(self, model: Any, late: bool) -> None:
-        self.branch, self.full = model.branches[0], model.split.tail(0, share=True)
-        paths = [path for path in self.branch.kept if path in dict(self.branch.tail.named_modules())]
-        self.paths = paths[len(paths) // 2 :] if late else paths
-        self.wanted: dict[str, Tensor] = {}
-        self.found: dict[str, Tensor] = {}
-        for path in self.paths:
-            self.full.get_submodule(path).register_forward_hook(self._note(self.wanted, path))
-            self.branch.tail.get_submodule(path).register_forward_hook(self._note(self.found, path))
-
-    @staticmethod
-    def _note(into: dict[str, Tensor], path: str) -> Callable[..., None]:
-        def seen(_module: nn.Module, _args: Any, output: Tensor) -> None:
-            into[path] = output.float()
-
-        return seen
-
-    @torch.no_grad()
-    def look(self, values: Sequence[Tensor]) -> None:
-        """Run the backbone on what the branch is going to read."""
-        self.full(*values)
-
-    def __call__(self, image: Tensor, target: Tensor) -> Tensor:
-        """Give the mean squared distance, in units of what the backbone's features vary by."""
-        terms = []
-        for path in self.paths:
-            kept, wanted = self.branch.kept[path], self.wanted[path]
-            wanted = wanted if kept is None else wanted[:, kept]
-            terms.append((self.found[path] - wanted).square().mean() / wanted.var())
-        return torch.stack(terms).mean()
-
-
 class Teacher:
     """Compares an image with that of the exit behind, as it is at this step."""
 
@@ -223,16 +189,13 @@ class Bench:
         if variant.reconstruct:
             reconstruct_branches(model, steps)
         prepare(model, variant)
-        distance = FeatureDistance(model, variant.late) if variant.features else None
         teacher = Teacher(self.metric) if variant.teacher else None
-        trainers = [
-            self.trainer(model, index, variant, distance, teacher) for index in range(len(model.branches))
-        ]
+        trainers = [self.trainer(model, index, variant, teacher) for index in range(len(model.branches))]
         for trainer in trainers:
             trainer.begin(steps.at(0))
         before = mean_loss(trainers[0], tested, self.metric)
         for number in tqdm(range(self.arguments.steps), disable=None):
-            advance(trainers, steps.at(number), distance, teacher)
+            advance(trainers, steps.at(number), teacher)
         exits = model.exits
         after = mean_loss(trainers[0], tested, self.metric)
         return {"before": before, "after": after, "macs": exits[0].macs / exits[-1].macs}
@@ -240,12 +203,14 @@ class Bench:
     def trainer(self, model: Any, index: int, variant: Variant, distance: Any, teacher: Any) -> BranchTrainer:
         """Make what trains one exit."""
         terms: dict[str, Any] = {"l1": (1.0, L1()), "quality": (1.0, self.metric)}
-        if distance is not None:
-            terms["features"] = (variant.features, distance)
         if teacher is not None and index == 0:
             terms["teacher"] = (variant.teacher, teacher)
         schedule = BranchSchedule(self.arguments.steps, variant.lr, ema=variant.ema, bfloat16=True)
-        trainer = BranchTrainer(model, index, TrainingLoss(terms), LIMITS, schedule, self.arguments.out)
+        distance = FeatureDistance(model, index, variant.features) if variant.features else None
+        if distance is not None and variant.late:
+            distance.paths = distance.paths[len(distance.paths) // 2 :]
+        loss, out = TrainingLoss(terms), self.arguments.out
+        trainer = BranchTrainer(model, index, loss, LIMITS, schedule, out, distance=distance)
         if variant.muon:
             trainer.optimizer = Muon(trainer.trained, lr=variant.lr, betas=(0.9, 0.99))
         return trainer
@@ -265,10 +230,8 @@ def prepare(model: Any, variant: Variant) -> None:
                 parametrize.register_parametrization(module, "weight", SideKernels(module.weight))
 
 
-def advance(trainers: list[BranchTrainer], step: Step, distance: Any, teacher: Any) -> None:
+def advance(trainers: list[BranchTrainer], step: Step, teacher: Any) -> None:
     """Do one step of every exit, the one behind first."""
-    if distance is not None:
-        distance.look([step.read(name) for name in trainers[0].names])
     for trainer in reversed(trainers):
         trainer.advance(step)
         if teacher is not None and trainer.image is not None:

@@ -28,7 +28,7 @@ _PIXELS = 2**20
 
 
 def reconstruct_branches(
-    model: EarlyExitGenerator, steps: Steps, folder: Path | None = None
+    model: EarlyExitGenerator, steps: Steps, folder: Path | None = None, *, keep_channels: bool = False
 ) -> list[Reconstruction | None]:
     """Choose channels by what is to be trained on, and solve the branches' layers for them, in place.
 
@@ -39,6 +39,7 @@ def reconstruct_branches(
         model: The wrapped generator, recorded; it is not changed, but for its branches.
         steps: What the training will read.
         folder: Where checkpoints are; a branch that has one goes on from there and is left alone.
+        keep_channels: Whether to find out, for those too, which channels they inherited when they began.
 
     Returns:
         For every branch what came of it, ``None`` where there was nothing to do.
@@ -51,12 +52,13 @@ def reconstruct_branches(
     for index, branch in enumerate(model.branches):
         assert isinstance(branch, Branch)
         begun = folder is not None and (folder / f"exit{index + 1}.safetensors").exists()
-        is_fresh, branch.is_fresh = branch.is_fresh and not begun, False
-        if not is_fresh:
+        is_fresh, branch.is_fresh = branch.is_fresh, False
+        values = [step.read(node.name) for node in model.split.cuts[index].crossing] if is_fresh else []
+        if is_fresh and (keep_channels or not begun):
+            _choose_again(model, index, values)
+        if begun or not is_fresh:
             found.append(None)
             continue
-        values = [step.read(node.name) for node in model.split.cuts[index].crossing]
-        _choose_again(model, index, values)
         with unobserved(model.generator):
             full = model.split.tail(index, share=True)
             found.append(reconstruct(branch.eval(), full, values, step.guide, seed=steps.seed))
