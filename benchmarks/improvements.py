@@ -79,6 +79,7 @@ def variants(first: tuple[int, int], more: Sequence[tuple[int, int]]) -> dict[st
         "quarter of the rate": Variant((first,), lr=1e-3),
         "orthogonal, half the rate": Variant((first,), muon=True, lr=2e-3),
         "all features": Variant((first,), features=0.3),
+        "all features, half the rate": Variant((first,), features=0.3, lr=2e-3),
         "late features": Variant((first,), features=0.3, late=True),
         "next exit teaches": Variant(beside, teacher=0.5),
         "shared layers": Variant(beside, shared=True),
@@ -200,7 +201,7 @@ class Bench:
         after = mean_loss(trainers[0], tested, self.metric)
         return {"before": before, "after": after, "macs": exits[0].macs / exits[-1].macs}
 
-    def trainer(self, model: Any, index: int, variant: Variant, distance: Any, teacher: Any) -> BranchTrainer:
+    def trainer(self, model: Any, index: int, variant: Variant, teacher: Any) -> BranchTrainer:
         """Make what trains one exit."""
         terms: dict[str, Any] = {"l1": (1.0, L1()), "quality": (1.0, self.metric)}
         if teacher is not None and index == 0:
