@@ -14,6 +14,7 @@ __all__ = [
     "can_read",
     "design",
     "every_row",
+    "exact",
     "is_linear",
     "least_squares",
     "out_channels",
@@ -125,25 +126,30 @@ def least_squares(read: Tensor, wanted: Tensor, groups: int = 1) -> Tensor:
     """
     x = read.view(len(read), groups, -1).transpose(0, 1)
     y = wanted.view(len(wanted), groups, -1).transpose(0, 1)
-    gram = torch.zeros(groups, x.shape[2], x.shape[2], dtype=torch.float64, device=x.device)
-    cross = torch.zeros(groups, x.shape[2], y.shape[2], dtype=torch.float64, device=x.device)
+    gram = exact(x.new_zeros(groups, x.shape[2], x.shape[2]))
+    cross = exact(x.new_zeros(groups, x.shape[2], y.shape[2]))
     for part, goal in zip(x.split(_CHUNK, 1), y.split(_CHUNK, 1), strict=True):
-        gram += part.double().mT @ part.double()
-        cross += part.double().mT @ goal.double()
+        gram += exact(part).mT @ exact(part)
+        cross += exact(part).mT @ exact(goal)
     level = gram.diagonal(dim1=1, dim2=2).mean(1)
     # What is never anything but zero gets no weight.
     gram.diagonal(dim1=1, dim2=2).add_((_RIDGE * level).clamp_min(torch.finfo(gram.dtype).tiny)[:, None])
     return torch.linalg.solve(gram, cross)
 
 
+def exact(value: Tensor) -> Tensor:
+    """Give a tensor in float64, on the CPU where its device has none."""
+    return (value.cpu() if value.device.type == "mps" else value).double()
+
+
 def as_weight(module: nn.Module, step: Tensor) -> Tensor:
     """Lay out what `least_squares` found as the weight of a layer."""
     weight = module.get_parameter("weight")
     if not isinstance(module, _TRANSPOSED):
-        return step.mT.reshape(weight.shape).to(weight.dtype)
+        return step.mT.reshape(weight.shape).to(weight)
     kernel = weight.shape[2:]
     parts = step.view(len(step), -1, *kernel, step.shape[2]).movedim(-1, 2)  # (groups, in, out, kernel)
-    return parts.flatten(0, 1).flip(tuple(range(2, weight.dim()))).to(weight.dtype)
+    return parts.flatten(0, 1).flip(tuple(range(2, weight.dim()))).to(weight)
 
 
 def _spread(conv: Any, x: Tensor) -> Tensor:

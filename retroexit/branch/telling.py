@@ -19,7 +19,7 @@ import sympy
 import torch
 from torch import Tensor, nn
 
-from retroexit.branch.linear import can_read, design, is_linear, rows, some_places
+from retroexit.branch.linear import can_read, design, exact, is_linear, rows, some_places
 
 if TYPE_CHECKING:
     from retroexit.branch.algebra import Algebra
@@ -128,8 +128,8 @@ def _reader(
         return None
     places = some_places(module, output, _PLACES, generator)
     taps = math.prod(getattr(module, "kernel_size", ()))
-    x = design(module, args[0], places, centre=channels * taps > _LARGEST).double()
-    y = rows(module, output, places).double()
+    x = design(module, args[0], places, centre=channels * taps > _LARGEST)
+    x, y = exact(x), exact(rows(module, output, places))
     x, y = x - x.mean(0), y - y.mean(0)
     gram, cross, size = x.T @ x / len(x), x.T @ y / len(x), y.square().sum(1).mean()
     gram.diagonal().add_(_RIDGE * gram.diagonal().mean())

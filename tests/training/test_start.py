@@ -68,6 +68,16 @@ def test_a_fit_that_goes_on_reconstructs_nothing_and_ends_alike(
     assert all(torch.equal(value, wanted[name]) for name, value in decoders.trained(again).items())
 
 
+def test_branches_with_a_guide_begin_closer_too(decoders: ModuleType, tmp_path: Path) -> None:
+    model = decoders.wrap(guidance=True, **HALVES)
+    decoders.fit(model, tmp_path / "plain", steps=1, lr=1e-9, ema=0.0, batch=4)
+    other = decoders.wrap(guidance=True, **HALVES)
+    other.branches.apply(lambda module: setattr(module, "is_fresh", False))
+    decoders.fit(other, tmp_path / "copied", steps=1, lr=1e-9, ema=0.0, batch=4)
+    pairs = zip(errors(decoders, model), errors(decoders, other), strict=True)
+    assert all(reconstructed < 0.8 * copied for reconstructed, copied in pairs)
+
+
 def test_every_process_finds_the_same_weights_alone(decoders: ModuleType) -> None:
     models = [decoders.wrap(**HALVES) for _ in range(2)]
     for rank, model in enumerate(models):  # no word from the other one: there is none
