@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from types import ModuleType
 
 import pytest
 import torch
@@ -160,6 +161,30 @@ def test_a_branch_of_full_width_stays_exact(kind: type[nn.Module]) -> None:
     assert all(torch.equal(value, weights[name]) for name, value in model.branches.state_dict().items())
     z = latents(3)
     assert torch.equal(model(z, exit=1), model(z))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "style_vectors",
+        "noise_inside",
+        "in_place_at_the_start",
+        "spectral_norm_parametrized",
+        "scripted_child",
+        "attention_by_pytorch",
+    ],
+)
+def test_what_other_people_s_decoders_do_can_be_reconstructed(toys: ModuleType, name: str) -> None:
+    toy = toys.TOYS[name]()
+    options = {"stages": toy.stages, "example_inputs": toy.args, "adapter": False, "self_test": False}
+    model = retroexit.wrap(toy.generator, attach_at=[1], scale=0.5, min_channels=8, **options)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        values = model.split.crossing(model.split.begin(toy.args, {})[0], 0)
+    branch = model.branches[0]
+    assert isinstance(branch, Branch)
+    found = reconstruct(branch, model.split.tail(0, share=True), values)
+    assert found is not None and found.after < 0.7 * found.before
 
 
 def test_the_same_samples_give_the_same_weights() -> None:
