@@ -34,8 +34,8 @@ import retroexit
 from retroexit.evaluation.sweep import Evaluation
 from retroexit.tables import sweep_table, table
 
-ATTACH_AT = (3, 4, 6, 7, 8)
-WIDTHS = (16, 20, 24, 28, 32)  # of 64 channels
+ATTACH_AT = (3, 4, 5, 6, 7, 8)
+WIDTHS = (16, 16, 16, 20, 24, 32)  # of 64 channels
 THRESHOLDS = (0.05, 0.1, 0.15)
 
 
@@ -192,7 +192,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--crop", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=4e-3)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--features", type=float, default=0.3, help="weight of the layers' own maps")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--init", choices=("inherit", "scratch"), default="inherit")
     parser.add_argument("--guidance", action="store_true", help="guide the branches by retrieval")
@@ -228,6 +229,7 @@ def main() -> None:
         batch=arguments.batch,
         crop=arguments.crop,
         lr=arguments.lr,
+        features=arguments.features,
         seed=arguments.seed,
         bfloat16=not arguments.float32,
     )

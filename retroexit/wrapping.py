@@ -120,6 +120,7 @@ class Anatomy:
         written: For every exit, positions of the crossing values that its branch writes into.
         feature_shape: Shape ``(C, ...)`` of the feature at the first attach point.
         taps: Where guidance keys and values come from, or ``None`` without guidance.
+        specs: How the branches were built.
     """
 
     split: SplitGenerator
@@ -129,6 +130,7 @@ class Anatomy:
     written: list[set[int]]
     feature_shape: tuple[int, ...]
     taps: Taps | None = None
+    specs: list[BranchSpec] = field(default_factory=list)
     _memo: dict[Any, int] = field(default_factory=dict)
 
     @property
@@ -251,6 +253,7 @@ def _build(
             decoder.image_path,
             names,
         )
+        anatomy.specs.append(spec)
         branch, macs = _build_exit(split, index, states[index], spec, plan)
         branches.append(branch)
         anatomy.route_macs.append(macs + _macs_before(decoder, cut) // split.batch)
@@ -393,6 +396,28 @@ def _build_exit(
     with unobserved(split.generator):  # trial runs draw from generators that are not theirs
         branch = build_branch(split.tail(index, share=True), cut, one, spec, plan)
     return branch, branch.macs if split.divides else branch.macs // split.batch
+
+
+def branch_for(anatomy: Anatomy, index: int, samples: Sequence[Tensor]) -> Branch:
+    """Build a branch once more, this time choosing the channels that it inherits by samples.
+
+    Args:
+        anatomy: The generator, recorded.
+        index: Which branch, from 0.
+        samples: Feature and live values of some samples at its attach point.
+
+    Returns:
+        Another branch of the same widths.
+    """
+    split = anatomy.split
+    args, kwargs = split.example
+    with torch.no_grad(), torch.random.fork_rng(devices=split.cuda_devices), unobserved(split.generator):
+        values = split.start(cloned(args), cloned(kwargs))
+        for before in range(index + 1):
+            values = split.advance(values, before)
+        crossing = [twin(value) for value in split.crossing(values, index)]
+    spec = replace(anatomy.specs[index], samples=samples)
+    return _build_exit(split, index, crossing, spec, None)[0]
 
 
 def _macs_before(decoder: Decoder, cut: Cut) -> int:

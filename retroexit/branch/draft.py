@@ -8,7 +8,7 @@ from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from retroexit.branch.entry import GuideShape
 from retroexit.branch.exchange import BuildStage, StageShape, first_stage, look_at_stages
@@ -19,8 +19,13 @@ from retroexit.decoder.structure import tensors
 from retroexit.errors import BranchError
 
 if TYPE_CHECKING:
+    import sympy
+
     from retroexit.branch.algebra import Algebra
     from retroexit.branch.inherit import Layout
+    from retroexit.branch.telling import Reader
+
+    Readers = Mapping[sympy.Symbol, Sequence[Reader]]
 
 __all__ = ["BranchSpec", "Draft", "Init", "narrowed"]
 
@@ -40,6 +45,8 @@ class BranchSpec:
         build_stage: Builds thin stages through their own constructor, where an adapter can.
         image: Path of the image in the output.
         names: What to call the values that cross the cut, in messages.
+        samples: Feature and live values of more samples, by which to choose the channels that are inherited;
+            without them, the norms of weights decide.
     """
 
     rule: WidthRule
@@ -50,6 +57,7 @@ class BranchSpec:
     build_stage: BuildStage | None = None
     image: tuple[Any, ...] = ()
     names: Mapping[fx.Node, str] = field(default_factory=dict)
+    samples: Sequence[Tensor] = ()
 
 
 @dataclass
@@ -65,6 +73,7 @@ class Draft:
         plan: Its widths; ``None`` where nothing shrinks.
         kept: For a parameter's name and axis the channels that are kept, ``None`` for all of them.
         entering: Channels of the feature that the narrowed tail keeps, likewise.
+        is_new: Whether its weights are to be used, rather than those of a saved model.
     """
 
     thin: Tail
@@ -75,6 +84,7 @@ class Draft:
     plan: WidthPlan | None = None
     kept: Callable[[str, int], Tensor | None] = lambda _name, _axis: None
     entering: Tensor | None = None
+    is_new: bool = True
 
     @property
     def width(self) -> int:
@@ -97,6 +107,15 @@ class Draft:
     def shapes(self) -> dict[str, StageShape]:
         """What goes through every stage of the narrowed tail."""
         return look_at_stages(self.thin, self.values, self.width, self.stages)
+
+    def kept_outputs(self) -> dict[str, Tensor | None]:
+        """Say for every convolution and linear layer which of the backbone's output channels are kept."""
+        named = {name for name, _ in self.full.named_parameters()}  # a tied weight goes by its first name
+        return {
+            path: self.kept(f"{path}.weight", int(getattr(module, "transposed", False)))
+            for path, module in self.full.named_modules()
+            if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) and f"{path}.weight" in named
+        }
 
     def guide_at(self, path: str) -> int:
         """Channels of the resized guide that a stage built by the adapter takes, at most its own output's.
@@ -127,8 +146,8 @@ def narrowed(tail: Tail, cut: Cut, values: Sequence[Tensor], spec: BranchSpec) -
     frozen: dict[str, str] = {}
     while True:
         algebra, plan = _analysed(frozen, tail, cut, values, spec)
-        layout = _layout(tail, algebra, values, spec)
-        make = partial(_thinned, tail, cut, values, spec, algebra, layout)
+        layout, readers = _layout(tail, algebra, values, spec)
+        make = partial(_thinned, tail, cut, values, spec, algebra, layout, readers)
         draft = make(plan)
         try:
             macs = _trial(draft)
@@ -176,11 +195,17 @@ def _less_pinned(
     return (closer, other) if other.numbers < plan.numbers else (algebra, plan)
 
 
-def _layout(tail: Tail, algebra: Algebra, values: Sequence[Tensor], spec: BranchSpec) -> Layout:
+def _layout(
+    tail: Tail, algebra: Algebra, values: Sequence[Tensor], spec: BranchSpec
+) -> tuple[Layout, Readers]:
+    """Find out which channel is which, and who reads it; fresh weights need not know."""
     from retroexit.branch.inherit import Layout, find_layout
+    from retroexit.branch.telling import readers_of
 
-    # Fresh weights do not care which channel is which.
-    return find_layout(tail, algebra, values, tensors) if spec.init == "inherit" else Layout()
+    if spec.init != "inherit":
+        return Layout(), {}
+    readers = readers_of(tail, algebra, spec.samples) if spec.samples else {}
+    return find_layout(tail, algebra, values, tensors), readers
 
 
 def _thinned(
@@ -190,12 +215,13 @@ def _thinned(
     spec: BranchSpec,
     algebra: Algebra,
     layout: Layout,
+    readers: Readers,
     plan: WidthPlan,
 ) -> Draft:
     """Copy a tail with chosen widths."""
     from retroexit.branch.inherit import choose_channels, narrow
 
-    selection = choose_channels(tail, algebra, plan)
+    selection = choose_channels(tail, algebra, plan, readers)
     thin = narrow(tail, algebra, plan, selection, layout)
 
     def kept(name: str, axis: int) -> Tensor | None:

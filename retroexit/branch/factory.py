@@ -42,6 +42,9 @@ class Branch(nn.Module):
         pins: Widths that stay, and why.
         plan: The chosen widths.
         macs: Multiply-accumulates of its first run, on the example values that it was built for.
+        kept: For the path of every layer in the tail the backbone's channels that its output inherits, or
+            ``None`` for all; empty for a branch that inherits nothing.
+        is_fresh: Whether it has just inherited its weights, so that it may be reconstructed.
     """
 
     def __init__(
@@ -53,6 +56,8 @@ class Branch(nn.Module):
             {path.replace(".", "__"): entry for path, entry in injections.items()}
         )
         self.plan, self.macs = plan, 0
+        self.kept: dict[str, Tensor | None] = {}
+        self.is_fresh = False
 
     @property
     def pins(self) -> tuple[Pin, ...]:
@@ -108,7 +113,7 @@ def build_branch(
     Reference: paper section 3.1.
     """
     if plan is not None:
-        draft = Draft(cast("Tail", emptied(tail, plan)), tail, cut, values, spec, plan)
+        draft = Draft(cast("Tail", emptied(tail, plan)), tail, cut, values, spec, plan, is_new=False)
     elif spec.rule.scale < 1:
         draft = narrowed(tail, cut, values, spec)
     else:
@@ -223,6 +228,8 @@ def _assemble(draft: Draft, stages: dict[str, nn.Module]) -> Branch:
         entry.start(kept)
     with exchanged(draft.thin, stages):
         branch = Branch(entry, draft.thin, injections, draft.plan)
+        if spec.init == "inherit" and draft.is_new:
+            branch.kept, branch.is_fresh = draft.kept_outputs(), True
         branch.to(device=feature.device, dtype=feature.dtype if feature.is_floating_point() else None)
         _check(branch, draft.values, spec)
     return branch.eval()

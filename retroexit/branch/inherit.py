@@ -9,7 +9,7 @@ the channels of a group consistently must not change the output.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from retroexit.branch.algebra import Algebra
 from retroexit.branch.expressions import symbols_of
 from retroexit.branch.resize import resized
+from retroexit.branch.telling import Reader, most_telling
 from retroexit.branch.widths import WidthPlan
 from retroexit.decoder.cut import clone_module
 
@@ -66,35 +67,36 @@ class Layout:
         return torch.cat(parts)
 
 
-def choose_channels(tail: nn.Module, algebra: Algebra, plan: WidthPlan) -> Selection:
+def choose_channels(
+    tail: nn.Module,
+    algebra: Algebra,
+    plan: WidthPlan,
+    readers: Mapping[sympy.Symbol, Sequence[Reader]] | None = None,
+) -> Selection:
     """Pick the channels that a branch keeps: the most important ones of every group.
 
-    A channel's importance is the norm of its weights, summed over all parameters of the group after each was
-    brought to mean one. Where a width is used in equal parts (groups of a norm, heads), whole parts are kept,
-    the most important ones of all widths that share their number, and of each as much as there is room for.
+    Channels are picked one after another by how much they tell the layers that read them (`most_telling`).
+    Where no such layer is known, a channel's importance is the norm of its weights, summed over all
+    parameters of the group after each was brought to mean one. Where a width is used in equal parts (groups
+    of a norm, heads), whole parts are kept, the most important ones of all widths that share their number,
+    and of each as much as there is room for.
 
     Args:
         tail: The full-width tail.
         algebra: Its width algebra.
         plan: The chosen widths.
+        readers: For a width the layers that read such channels, see `readers_of`.
 
     Returns:
         For every free width symbol the kept channels, ascending.
     """
-    importance = {symbol: torch.zeros(algebra.values[symbol], dtype=torch.float64) for symbol in plan.sizes}
-    for name, parameter in tail.named_parameters():
-        for axis, expression in enumerate(algebra.shapes[name]):
-            if expression in importance and parameter.shape[axis] == algebra.values[expression]:
-                others = [d for d in range(parameter.dim()) if d != axis]
-                weight = parameter.detach()
-                norm = (
-                    torch.linalg.vector_norm(weight, dim=others, dtype=torch.float64)
-                    if others
-                    else weight.double().abs()
-                )
-                norm = norm.cpu()
-                if norm.mean() > 0:
-                    importance[expression] += norm / norm.mean()
+    importance = _norms(tail, algebra, plan)
+    for symbol, known in (readers or {}).items():
+        if symbol in importance:
+            count = plan.sizes[symbol]
+            order = torch.tensor(most_telling(known, algebra.values[symbol], count))
+            importance[symbol] = torch.zeros_like(importance[symbol])
+            importance[symbol][order] = torch.arange(count, 0, -1, dtype=torch.float64) / count
     used_in_parts = [p for p in algebra.products if p.whole in importance]
     divided = {p.whole for p in used_in_parts}
     for product in used_in_parts:
@@ -113,6 +115,25 @@ def choose_channels(tail: nn.Module, algebra: Algebra, plan: WidthPlan) -> Selec
             selection[symbol] = _in_parts(algebra, plan, symbol, importance[symbol], selection)
         waiting = [s for s in waiting if s not in ready]
     return selection
+
+
+def _norms(tail: nn.Module, algebra: Algebra, plan: WidthPlan) -> dict[sympy.Symbol, Tensor]:
+    """Sum up for every channel of every width the norms of its weights."""
+    importance = {symbol: torch.zeros(algebra.values[symbol], dtype=torch.float64) for symbol in plan.sizes}
+    for name, parameter in tail.named_parameters():
+        for axis, expression in enumerate(algebra.shapes[name]):
+            if expression in importance and parameter.shape[axis] == algebra.values[expression]:
+                others = [d for d in range(parameter.dim()) if d != axis]
+                weight = parameter.detach()
+                norm = (
+                    torch.linalg.vector_norm(weight, dim=others, dtype=torch.float64)
+                    if others
+                    else weight.double().abs()
+                )
+                norm = norm.cpu()
+                if norm.mean() > 0:
+                    importance[expression] += norm / norm.mean()
+    return importance
 
 
 def _needed_for(algebra: Algebra, symbol: sympy.Symbol) -> set[sympy.Symbol]:

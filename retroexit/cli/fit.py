@@ -107,6 +107,9 @@ def fit(
     ema: Annotated[
         float, typer.Option(help="Decay of the average of the weights that is saved; 0 saves the last ones.")
     ] = _DEFAULT.ema,
+    features: Annotated[
+        float, typer.Option(min=0, help="Weight of the layers' distance to the backbone's.")
+    ] = _DEFAULT.features,
     held_out: Annotated[
         float, typer.Option(help="Share of the samples that branches are not trained on.")
     ] = _DEFAULT.held_out,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from retroexit.storage import read_tensors, write_tensors
 from retroexit.training.batch import TrainingBatch
 from retroexit.training.devices import Team
 from retroexit.training.ema import Average
+from retroexit.training.features import FeatureDistance
 from retroexit.training.inputs import drawing_from
 from retroexit.training.losses import TrainingLoss
 from retroexit.training.steps import Step
@@ -68,6 +70,7 @@ class BranchTrainer:
         schedule: How long and how fast.
         folder: Where the checkpoint goes.
         team: The processes that train together.
+        distance: Holds the branch's layers to the backbone's, or ``None`` to compare images alone.
 
     Attributes:
         step: Steps done.
@@ -83,8 +86,9 @@ class BranchTrainer:
         schedule: BranchSchedule,
         folder: Path,
         team: Team | None = None,
+        distance: FeatureDistance | None = None,
     ) -> None:
-        self.model, self.index, self.loss = model, index, loss
+        self.model, self.index, self.loss, self.distance = model, index, loss, distance
         self.limits, self.schedule, self.team = limits, schedule, team or Team()
         self.path = folder / f"exit{index + 1}.safetensors"
         branch = model.branches[index]
@@ -146,9 +150,12 @@ class BranchTrainer:
             group["lr"] = learning_rate(self.step, self.schedule)
         # What a branch draws (noise, dropout) belongs to the step too.
         with drawing_from(step.seed, self.device), self._precision():
-            image = self.model.split.place_of(self.branch(*map(step.read, self.names), guide=step.guide))
+            image = self.model.split.place_of(self._render(step))
             batch = TrainingBatch(self.limits.to_signed(image.float()), step.target, step.args, step.kwargs)
             total, parts = self.loss(batch)
+            if self.distance is not None:
+                apart = self.distance()
+                total, parts = total + apart, parts | {"features": float(apart.detach())}
         self.optimizer.zero_grad(set_to_none=True)
         total.backward()
         gradients = [p.grad for p in self.trained if p.grad is not None]
@@ -169,6 +176,13 @@ class BranchTrainer:
         self.image = batch.image.detach()
         self.step += 1
         return parts
+
+    def _render(self, step: Step) -> Any:
+        if self.distance is None:
+            return self.branch(*map(step.read, self.names), guide=step.guide)
+        self.distance.look([step.read(name) for name in self.names])
+        with self.distance.following():
+            return self.branch(*map(step.read, self.names), guide=step.guide)
 
     def _precision(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.schedule.bfloat16)

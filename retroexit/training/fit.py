@@ -28,6 +28,7 @@ from retroexit.training.cache import IMAGE, FeatureCache, guidance_names
 from retroexit.training.crops import Cropper
 from retroexit.training.devices import Team
 from retroexit.training.estimate import Estimate, estimate
+from retroexit.training.features import FeatureDistance
 from retroexit.training.inputs import Samples, drawing_from, moved
 from retroexit.training.live import Features, LiveFeatures
 from retroexit.training.loop import train_branches
@@ -36,6 +37,7 @@ from retroexit.training.measuring import chunks, exit_losses
 from retroexit.training.predictor import fit_predictor
 from retroexit.training.presets import LossPlan
 from retroexit.training.settings import FitSettings, check_same, divide, write_json
+from retroexit.training.start import reconstruct_branches
 from retroexit.training.steps import Steps
 from retroexit.training.watch import Watch
 
@@ -86,6 +88,7 @@ def fit_model(
     if taps is not None:
         model.bank = _bank(model, taps, features, folder / "bank", retriever, settings.seed, team, progress)
         steps.guide_of, reach = _guides(model, taps, features)
+    reconstruct_branches(model, steps, folder / "branches", keep_channels=settings.features > 0)
     _train(model, losses, steps, settings, folder / "branches", watch, progress)
     measured = exit_losses(model, steps, metric, folder / "losses.npy", progress)
     error = _predict(model, steps, measured, held_out, settings, progress)
@@ -115,9 +118,11 @@ def _train(
     schedule = BranchSchedule(
         settings.steps, settings.lr, settings.schedule, settings.clip, settings.ema, settings.bfloat16
     )
+    weight = settings.features
+    distances = [FeatureDistance(model, i, weight) if weight else None for i in range(len(losses))]
     trainers = [
-        BranchTrainer(model, index, loss, steps.limits, schedule, folder, steps.team)
-        for index, loss in enumerate(losses)
+        BranchTrainer(model, index, loss, steps.limits, schedule, folder, steps.team, distance)
+        for index, (loss, distance) in enumerate(zip(losses, distances, strict=True))
     ]
     try:
         train_branches(

@@ -49,6 +49,8 @@ class FitSettings:
             on it is shorter, ``(1 + step) / (10 + step)``. 0 keeps the weights of the last step.
         losses: Weight of every term of the training loss by name; ``"quality"`` is the fit's own metric, the
             others come from plug-ins, ``"l1"`` from ours.
+        features: Weight of the distance between the layers' outputs and the backbone's, for branches that
+            inherit, beside the loss on images; each step then costs a pass of the backbone's rest per branch.
         held_out: Share of the inputs that branches are not trained on; the predictor is corrected by them.
         calibrate: Share of the inputs that nothing is fitted on, in (0, 1), for a calibration at the end;
             ``None`` for none.
@@ -78,6 +80,7 @@ class FitSettings:
     clip: float | None = 1.0
     ema: float = 0.999
     losses: dict[str, float] = field(default_factory=lambda: {"l1": 1.0, QUALITY: 1.0})
+    features: float = 0.0
     held_out: float = 0.15
     calibrate: float | None = None
     predictor: Kind = "conv"
@@ -106,6 +109,8 @@ class FitSettings:
                 raise OptionError(
                     f"asked for {name}={getattr(self, name)}; found it outside [0, 1).", getattr(self, name)
                 )
+        if not 0 <= self.features < float("inf"):
+            raise OptionError(f"asked for features={self.features}; found no weight >= 0.", self.features)
         if not 0 < self.lr < float("inf"):
             raise OptionError(f"asked for lr={self.lr}; found no finite number above 0.", self.lr)
         if self.clip is not None and not 0 < self.clip < float("inf"):

@@ -1,0 +1,303 @@
+"""Branches that inherit channels are solved so that they compute in them what the backbone does."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.utils import parametrizations
+
+import retroexit
+from retroexit.branch.factory import Branch
+from retroexit.branch.linear import as_weight, design, least_squares, rows
+from retroexit.branch.reconstruct import Reconstruction, reconstruct
+from retroexit.branch.telling import Reader, most_telling
+from retroexit.model import EarlyExitGenerator
+
+
+class Conv(nn.Module):
+    """A convolution; what comes behind it is a subclass's business."""
+
+    def __init__(self, channels: int = 16) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.leaky_relu(self.conv(x), 0.2)
+
+
+class Normed(Conv):
+    def __init__(self, channels: int = 16) -> None:
+        super().__init__(channels)
+        self.norm = nn.BatchNorm2d(channels)
+        self.norm.running_mean.uniform_(-0.3, 0.3)
+        self.norm.running_var.uniform_(0.5, 1.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.leaky_relu(self.norm(self.conv(x)), 0.2)
+
+
+class GroupNormed(Normed):
+    def __init__(self, channels: int = 16) -> None:
+        super().__init__(channels)
+        self.norm = nn.GroupNorm(4, channels)
+
+
+class Residual(Conv):
+    def __init__(self, channels: int = 16) -> None:
+        super().__init__(channels)
+        self.out = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.out(super().forward(x))
+
+
+class Grouped(Conv):
+    def __init__(self, channels: int = 16) -> None:
+        super().__init__(channels)
+        self.deep = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.deep(x))
+
+
+class Transposed(Conv):
+    def __init__(self, channels: int = 16) -> None:
+        super().__init__(channels)
+        self.conv = nn.ConvTranspose2d(channels, channels, 3, stride=2, padding=1, output_padding=1)
+
+
+class WeightNormed(Conv):
+    def __init__(self, channels: int = 16) -> None:
+        super().__init__(channels)
+        self.conv = parametrizations.weight_norm(self.conv)
+
+
+class Decoder(nn.Module):
+    """A stem, three blocks, an image."""
+
+    def __init__(self, block: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(4, 16, 3, padding=1)
+        self.blocks = nn.ModuleList([block() for _ in range(3)])
+        self.rgb = nn.Conv2d(16, 3, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        h = self.stem(z)
+        for block in self.blocks:
+            h = block(h)
+        return torch.tanh(self.rgb(h))
+
+
+class Pixelwise(nn.Module):
+    """A linear layer over the channels of every pixel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.two(functional.leaky_relu(self.one(x.movedim(1, -1))))
+        return h.movedim(-1, 1)
+
+
+KINDS = [Conv, Normed, GroupNormed, Residual, Grouped, Transposed, Pixelwise]
+
+
+def decoder(kind: type[nn.Module]) -> nn.Module:
+    """The same weights every time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        return Decoder(kind).eval()
+
+
+def latents(count: int, seed: int = 1) -> Tensor:
+    return torch.randn(count, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def wrap(generator: nn.Module, scale: float = 0.5, **options: object) -> EarlyExitGenerator:
+    stages = ["blocks.0", "blocks.1", "blocks.2"]
+    options = {"attach_at": [1], "min_channels": 8, "stages": stages, "adapter": False} | options
+    return retroexit.wrap(generator, scale=scale, example_inputs=(latents(4),), **options)
+
+
+def solve(model: EarlyExitGenerator, count: int = 32, seed: int = 3) -> Reconstruction | None:
+    """Reconstruct the first branch on latents of its own."""
+    values = model.split.begin((latents(count, seed),), {})[0]
+    branch = model.branches[0]
+    assert isinstance(branch, Branch)
+    return reconstruct(branch, model.split.tail(0, share=True), model.split.crossing(values, 0))
+
+
+@torch.no_grad()
+def error(model: EarlyExitGenerator) -> float:
+    """Mean squared error of exit 1 on latents that nothing has seen."""
+    z = latents(16, seed=9)
+    return float((model(z, exit=1) - model(z)).square().mean())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_reconstructed_branch_is_closer_on_other_inputs(kind: type[nn.Module]) -> None:
+    model = wrap(decoder(kind))
+    before, weights = error(model), copy.deepcopy(model.generator.state_dict())
+    found = solve(model)
+    assert found is not None and found.is_better
+    assert found.layers[-1] == "rgb"
+    assert error(model) < 0.7 * before
+    assert all(torch.equal(value, weights[name]) for name, value in model.generator.state_dict().items())
+    assert not any(m._forward_hooks for m in (*model.generator.modules(), *model.branches.modules()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_branch_of_full_width_stays_exact(kind: type[nn.Module]) -> None:
+    model = wrap(decoder(kind), scale=1)
+    weights = copy.deepcopy(model.branches.state_dict())
+    assert solve(model) is None
+    assert all(torch.equal(value, weights[name]) for name, value in model.branches.state_dict().items())
+    z = latents(3)
+    assert torch.equal(model(z, exit=1), model(z))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "style_vectors",
+        "noise_inside",
+        "in_place_at_the_start",
+        "spectral_norm_parametrized",
+        "scripted_child",
+        "attention_by_pytorch",
+    ],
+)
+def test_what_other_people_s_decoders_do_can_be_reconstructed(toys: ModuleType, name: str) -> None:
+    toy = toys.TOYS[name]()
+    options = {"stages": toy.stages, "example_inputs": toy.args, "adapter": False, "self_test": False}
+    model = retroexit.wrap(toy.generator, attach_at=[1], scale=0.5, min_channels=8, **options)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        values = model.split.crossing(model.split.begin(toy.args, {})[0], 0)
+    branch = model.branches[0]
+    assert isinstance(branch, Branch)
+    found = reconstruct(branch, model.split.tail(0, share=True), values)
+    assert found is not None and found.after < 0.7 * found.before
+
+
+def test_the_same_samples_give_the_same_weights() -> None:
+    first, second = wrap(decoder(Residual)), wrap(decoder(Residual))
+    solve(first), solve(second)
+    for name, value in first.branches.state_dict().items():
+        assert torch.equal(value, second.branches.state_dict()[name]), name
+
+
+def test_layers_whose_weight_is_computed_are_left_alone() -> None:
+    model = wrap(decoder(WeightNormed))
+    before = copy.deepcopy(model.branches.state_dict())
+    found = solve(model)
+    assert found is not None and found.layers == ("rgb",)
+    changed = {n for n, v in model.branches.state_dict().items() if not torch.equal(v, before[n])}
+    assert changed == {"0.tail.rgb.weight", "0.tail.rgb.bias"}
+
+
+def test_a_layer_that_runs_twice_is_left_alone() -> None:
+    class Twice(Conv):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(super().forward(x))
+
+    found = solve(wrap(decoder(Twice)))
+    assert found is not None and found.layers == ("rgb",)
+
+
+def test_fresh_branches_are_not_reconstructed() -> None:
+    assert solve(wrap(decoder(Conv), init="scratch")) is None
+
+
+def test_what_does_not_help_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("retroexit.branch.reconstruct.least_squares", lambda *a: 100 + least_squares(*a))
+    model = wrap(decoder(Conv))
+    weights = copy.deepcopy(model.branches.state_dict())
+    found = solve(model)
+    assert found is not None and not found.is_better
+    assert all(torch.equal(value, weights[name]) for name, value in model.branches.state_dict().items())
+
+
+def test_a_skip_connection_s_error_is_made_up_for() -> None:
+    model = wrap(decoder(Residual))
+    values = model.split.crossing(model.split.begin((latents(64, 3),), {})[0], 0)
+    full, branch = model.split.tail(0, share=True), model.branches[0]
+    assert isinstance(branch, Branch)
+    kept = branch.kept["blocks.2.out"]
+    assert kept is not None
+    assert solve(model, 64) is not None
+
+    def behind(tail: nn.Module, run: Callable[[], object]) -> Tensor:
+        found: list[Tensor] = []
+        hook = tail.get_submodule("rgb").register_forward_pre_hook(lambda _m, args: found.append(args[0]))
+        with torch.no_grad():
+            run()
+        hook.remove()
+        return found[0]
+
+    wanted = behind(full, lambda: full(*values))[:, kept]
+    got = behind(branch.tail, lambda: branch(*values))
+    before = _without_making_up(model, values, wanted, behind)
+    assert (got - wanted).square().mean() < before
+
+
+def _without_making_up(
+    model: EarlyExitGenerator, values: list[Tensor], wanted: Tensor, behind: Callable[..., Tensor]
+) -> Tensor:
+    """The same with every layer solved for its own output only."""
+    other = wrap(model.generator)
+    branch = other.branches[0]
+    assert isinstance(branch, Branch)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("retroexit.branch.reconstruct._ADDITIONS", ())
+        reconstruct(branch, other.split.tail(0, share=True), values)
+    return (behind(branch.tail, lambda: branch(*values)) - wanted).square().mean()
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Linear(6, 4),
+        nn.Conv1d(6, 4, 3, stride=2, padding=2, dilation=2),
+        nn.Conv2d(6, 4, (3, 1), stride=(1, 2), padding=(1, 0), groups=2),
+        nn.Conv2d(6, 4, 3, padding="same", padding_mode="reflect"),
+        nn.Conv3d(6, 4, 2, bias=False),
+        nn.ConvTranspose1d(6, 4, 4, stride=2, padding=1),
+        nn.ConvTranspose2d(6, 4, (3, 2), stride=(2, 3), padding=(1, 0), output_padding=(1, 2), groups=2),
+        nn.ConvTranspose2d(6, 4, 2, padding=2, dilation=2),
+        nn.ConvTranspose3d(6, 4, 2, stride=2),
+    ],
+    ids=str,
+)
+def test_the_weights_of_any_layer_are_found_from_what_it_reads_and_gives(layer: nn.Module) -> None:
+    dims = len(getattr(layer, "kernel_size", ()))
+    x = torch.randn(
+        40, *((6,) if dims == 0 else (6, *(7,) * dims)), generator=torch.Generator().manual_seed(0)
+    )
+    with torch.no_grad():
+        output = layer(x)
+        places = torch.randperm(output.numel() // 4)[:4000]
+        bias = 0 if layer.bias is None else layer.bias
+        step = least_squares(
+            design(layer, x, places), rows(layer, output, places) - bias, getattr(layer, "groups", 1)
+        )
+    assert torch.allclose(as_weight(layer, step), layer.get_parameter("weight"), rtol=0.03, atol=0.01)
+
+
+def test_channels_are_picked_for_what_they_add() -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        a, b, noise = torch.randn(500, 1), torch.randn(500, 1), torch.randn(500, 1)
+    # The loudest two say the same; the third says less, but something else.
+    x = torch.cat([3 * a, 2 * a + 0.01 * noise, b, 0.1 * noise], 1).double()
+    y = torch.cat([2 * a + b, b], 1).double()
+    reader = Reader(x.T @ x / 500, x.T @ y / 500)
+    assert set(most_telling([reader], 4, 2)) in ({0, 2}, {1, 2})
+    assert len(set(most_telling([reader], 4, 4))) == 4
