@@ -71,8 +71,8 @@ def wrap(
             of patches; ``"patches"`` for these in any case; or a `Guidance`.
         adapter: What a plug-in knows about the generator: a `Description`, the name of the plug-in to ask,
             ``False`` to ask none. By default all are asked. A fit goes by it too.
-        init: Starting weights of a branch: ``"inherit"``, the backbone's most important channels, or
-            ``"scratch"``.
+        init: Starting weights of a branch: ``"inherit"``, the backbone's most important channels, which `fit`
+            chooses anew from its samples and solves for, or ``"scratch"``.
         width_rule: How widths follow from the scale: ``"floor"``, the paper's, ``"multiple-of-8"``, or a
             plug-in's.
         image: Key, index or path of the image in the generator's output, where it returns several maps.
