@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,10 @@ from retroexit.training.cache import IMAGE, FeatureCache
 from retroexit.training.crops import Cropper
 from retroexit.training.ema import Average
 from retroexit.training.inputs import Samples, drawing_from
+from retroexit.training.live import LiveFeatures
 from retroexit.training.losses import L1, TrainingLoss
 from retroexit.training.settings import FitSettings, divide
+from retroexit.training.start import reconstruct_branches
 from retroexit.training.steps import Step, Steps
 
 __all__ = ["Student", "Training", "early_exits", "prune", "tune", "tuned"]
@@ -82,6 +84,12 @@ class Student(nn.Module):
         model = _wrap(case, [1], [scale], floor, "before")
         self.branches, self.route = model.branches, partial(model.route, kwargs={}, exit=1)
         self.image = model.image
+        self._known = (model,)  # in a tuple, so that the whole decoder is no part of the student
+
+    def begin(self, steps: Steps) -> None:
+        """Start from weights that are solved for, as a fit does."""
+        (model,) = self._known
+        reconstruct_branches(model, replace(steps, features=LiveFeatures(model, steps.samples)))
 
     def forward(self, latents: Tensor) -> Tensor:
         """Render ``(N, C, H, W)``; what comes before stage 1 is the decoder's own."""
@@ -146,6 +154,8 @@ def tuned(
     samples = Samples(case.train, training.seed)
     rows, _ = divide(len(samples), training.settings())
     limits, steps = ImageRange(*case.image_range), _steps(case, samples, rows, training, features)
+    if isinstance(network, Student):
+        network.begin(steps)
     loss = TrainingLoss({"l1": (1.0, L1()), "quality": (1.0, case.metric)})
     schedule = BranchSchedule(training.steps, training.lr, bfloat16=training.bfloat16)
     tune(network, steps, lambda step: step.args, loss, limits, schedule)

@@ -310,7 +310,7 @@ class _Solving(_Observer):
 
 def _part(values: Sequence[Tensor | None], count: int, part: slice) -> list[Any]:
     """Take some samples; what all samples share stays as it is."""
-    return [value[part] if value is not None and value.shape[0] == count else value for value in values]
+    return [v[part] if v is not None and v.dim() and v.shape[0] == count else v for v in values]
 
 
 def _run(module: nn.Module, values: Sequence[Tensor], seed: int, **guide: Tensor | None) -> list[Tensor]:
