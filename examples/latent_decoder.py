@@ -193,7 +193,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--crop", type=int, default=64)
     parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--features", type=float, default=0.3, help="weight of the layers' own maps")
+    parser.add_argument("--features", type=float, default=0.0, help="weight of the layers' own maps")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--init", choices=("inherit", "scratch"), default="inherit")
     parser.add_argument("--guidance", action="store_true", help="guide the branches by retrieval")
