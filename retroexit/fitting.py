@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from retroexit.assessing import find_metric
+from retroexit.device import device_of
 from retroexit.errors import DeviceError, OptionError, WeightsError
 from retroexit.evaluation.calibrate import calibrate_model
 from retroexit.evaluation.quality import QualityMetric
@@ -153,7 +153,7 @@ def fit(
         **settings,
     )
     assert job.metric is not None
-    team = join(devices, nodes, _device(model).type)
+    team = join(devices, nodes, device_of(model.generator).type)
     _check_place(model, team)
     fit_model(
         model, job.inputs, Path(folder), job.metric, job.settings, job.retriever, job.plan, progress, team
@@ -246,7 +246,7 @@ def prepare(
     if wanted.calibrate is not None:
         _check_promise(len(aside), len(samples), wanted.calibrate, alpha, confidence)
     if not model.is_recorded:
-        args, kwargs = moved(samples.gather([0]), _device(model))
+        args, kwargs = moved(samples.gather([0]), device_of(model.generator))
         model.record(*args, **kwargs)
     check_reads(model, samples, wanted.predict_from)
     if regions:
@@ -336,16 +336,14 @@ def measure_times(model: EarlyExitGenerator, inputs: Sequence[Any], count: int) 
         count: Samples per call.
     """
     samples = Samples(inputs)
-    args, kwargs = moved(samples.gather([row % len(samples) for row in range(count)]), _device(model))
+    args, kwargs = moved(
+        samples.gather([row % len(samples) for row in range(count)]), device_of(model.generator)
+    )
     return model.measure_latency(*args, **kwargs)
 
 
-def _device(model: EarlyExitGenerator) -> torch.device:
-    return next((p.device for p in model.generator.parameters()), torch.device("cpu"))
-
-
 def _check_place(model: EarlyExitGenerator, team: Team) -> None:
-    found = _device(model)
+    found = device_of(model.generator)
     if team.device is not None and found != team.device:
         raise DeviceError(
             f"asked to fit on {team.size} devices; found the generator on {found} in the process of "

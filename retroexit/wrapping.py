@@ -13,13 +13,13 @@ from retroexit.branch.draft import BranchSpec, Init
 from retroexit.branch.exchange import BuildStage
 from retroexit.branch.factory import Branch, build_branch
 from retroexit.branch.widths import WidthPlan, WidthRule
+from retroexit.crossing import cross
 from retroexit.decoder.cut import Cut
 from retroexit.decoder.naming import value_names
 from retroexit.decoder.record import unobserved
 from retroexit.decoder.replay import ReplaySplit
-from retroexit.decoder.split import SplitGenerator, Values, places
+from retroexit.decoder.split import SplitGenerator, places
 from retroexit.decoder.stages import Decoder, Stage, describe_stage, read_decoder
-from retroexit.decoder.structure import cloned, tensors, twin
 from retroexit.errors import (
     AttachPointError,
     BankError,
@@ -227,7 +227,7 @@ def _build(
             f"forward has to run again behind a cut ({decoder.replayed}). Leave key_after out.",
             options.guidance,
         )
-    states, written = _cross(split, args, kwargs, options.self_test)
+    states, written = cross(split, args, kwargs, options.self_test)
     anatomy = Anatomy(
         split=split,
         places=[stage for stage, _ in pairs],
@@ -325,66 +325,6 @@ def _has_weights(node: fx.Node) -> bool:
     return int(node.meta.get("macs", 0)) > 0
 
 
-def _cross(
-    split: SplitGenerator, args: Any, kwargs: Any, self_test: bool
-) -> tuple[list[list[Tensor]], list[set[int]]]:
-    """Run up to each cut and, on request, test its tail on the way.
-
-    Returns:
-        For each cut the values that cross it, and which of them the tail writes into.
-    """
-    states, written = [], []
-    wanted = _output(split) if self_test else None
-    with torch.no_grad(), unobserved(split.generator):
-        values: Values = split.start(cloned(args), cloned(kwargs))
-        for index in range(len(split.cuts)):
-            values = split.advance(values, index)
-            states.append([twin(v) for v in split.crossing(values, index)])
-            written.append(set(range(len(states[-1]))))
-            if wanted is not None:
-                changed = _self_test(split, index, [twin(v) for v in states[-1]], wanted)
-                # Where the forward runs again, what is written may be another value in another call.
-                written[-1] = written[-1] if split.decoder.replayed else changed
-    return states, written
-
-
-def _output(split: SplitGenerator) -> list[Tensor]:
-    """What the generator returns when nobody looks: observed attention takes another kernel."""
-    args, kwargs = split.example
-    with torch.no_grad(), unobserved(split.generator):
-        return tensors(split.generator(*cloned(args), **cloned(kwargs)))
-
-
-def _self_test(split: SplitGenerator, index: int, handed: list[Tensor], wanted: list[Tensor]) -> set[int]:
-    """Check that the unchanged tail behind a cut gives the generator's own output, bit for bit.
-
-    What ran before it has just run, so that random draws fall alike.
-
-    Returns:
-        Positions of the values that the tail writes into.
-    """
-    before = [value._version for value in handed]
-    with unobserved(split.generator):
-        got = tensors(split.tail(index, share=True)(*handed))
-    same = len(got) == len(wanted) and all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
-    if not same:
-        difference = max(
-            (
-                float((a.float() - b.float()).abs().max())
-                for a, b in zip(got, wanted, strict=False)
-                if a.shape == b.shape
-            ),
-            default=float("nan"),
-        )
-        raise RecordingError(
-            f"asked for a branch at cut {index + 1}; found that the recorded rest of the generator does not "
-            f"reproduce its output (largest difference {difference:.3g}). Attach elsewhere, or pass "
-            "self_test=False if the generator draws random numbers behind this place in an order of its own.",
-            index,
-        )
-    return {i for i, value in enumerate(handed) if value._version != before[i]}
-
-
 def _build_exit(
     split: SplitGenerator, index: int, crossing: list[Tensor], spec: BranchSpec, plan: WidthPlan | None
 ) -> tuple[Branch, int]:
@@ -410,14 +350,10 @@ def branch_for(anatomy: Anatomy, index: int, samples: Sequence[Tensor]) -> Branc
         Another branch of the same widths.
     """
     split = anatomy.split
-    args, kwargs = split.example
-    with torch.no_grad(), torch.random.fork_rng(devices=split.cuda_devices), unobserved(split.generator):
-        values = split.start(cloned(args), cloned(kwargs))
-        for before in range(index + 1):
-            values = split.advance(values, before)
-        crossing = [twin(value) for value in split.crossing(values, index)]
+    with torch.random.fork_rng(devices=split.cuda_devices):
+        states, _ = cross(split, *split.example, cuts=index + 1)
     spec = replace(anatomy.specs[index], samples=samples)
-    return _build_exit(split, index, crossing, spec, None)[0]
+    return _build_exit(split, index, states[index], spec, None)[0]
 
 
 def _macs_before(decoder: Decoder, cut: Cut) -> int:

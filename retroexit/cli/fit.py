@@ -46,6 +46,7 @@ from retroexit.cli.routing_options import (
     Tile,
     routing_results,
 )
+from retroexit.device import device_of
 from retroexit.errors import OptionError
 from retroexit.planning import DEFAULT_LOSSES
 from retroexit.plugins.host import host
@@ -160,7 +161,7 @@ def fit(
     if team.device is not None or accelerator is not None:
         generator.to(team.device or kind_of_device(accelerator))
     samples = load_samples(inputs)
-    device = next((p.device for p in generator.parameters()), "cpu")
+    device = device_of(generator)
     args, kwargs = moved(example_of(example, samples), device)
     model = retroexit.wrap(
         generator,

@@ -14,6 +14,7 @@ from retroexit.decoder.cut import Cut, Segment, Tail
 from retroexit.decoder.record import unobserved
 from retroexit.decoder.stages import Decoder, Stage
 from retroexit.decoder.structure import cloned, flatten, rebuild, tensors
+from retroexit.device import device_of
 from retroexit.errors import DeviceError, InputMismatchError, ModeError, RecordingError
 
 __all__ = ["SplitGenerator", "Values"]
@@ -61,7 +62,7 @@ class SplitGenerator:
         self.example = (cloned(tuple(args)), cloned(dict(kwargs)))
         self._inputs = [node for node in recording.nodes if node.op == "placeholder"]
         self._modes = [(m, recording.modes[name]) for name, m in generator.named_modules()]
-        self._device = next((p.device for p in generator.parameters()), torch.device("cpu"))
+        self._device = device_of(generator)
         self._precision = _precision(generator)
         self._shapes = {self._shape_key(args, kwargs)}
         self.batch = self._batch_size(args, kwargs)
@@ -199,7 +200,7 @@ class SplitGenerator:
                     f"{'train' if mode else 'eval'} mode. Set the generator's mode back, or wrap it again.",
                     module,
                 )
-        device = next((p.device for p in self.generator.parameters()), self._device)
+        device = device_of(self.generator, self._device)
         if device != self._device:
             raise DeviceError(
                 f"asked for an early exit; found the generator on {device}, recorded on {self._device}. Move "

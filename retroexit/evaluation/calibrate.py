@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from retroexit.device import device_of
 from retroexit.errors import OptionError, TrainingError
-from retroexit.evaluation.measure import Measurement, limits_of
+from retroexit.evaluation.limits import limits_of
+from retroexit.evaluation.measure import Measurement
 from retroexit.evaluation.quality import QualityMetric
 from retroexit.model import EarlyExitGenerator
 from retroexit.routing.bounds import samples_needed
@@ -69,7 +71,7 @@ def calibrate_model(
 def _measure(
     model: EarlyExitGenerator, samples: Samples, metric: QualityMetric, batch: int, progress: bool
 ) -> tuple[Tensor, Tensor]:
-    device = next((p.device for p in model.generator.parameters()), torch.device("cpu"))
+    device = device_of(model.generator)
     metric.to(device)
     run = Measurement(model, samples, metric, limits_of(model, samples), batch)
     losses, predicted = [], []

@@ -17,6 +17,8 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from retroexit.decoder.structure import tensors
+from retroexit.device import device_of
+from retroexit.evaluation.limits import limits_of
 from retroexit.evaluation.macs import cross_check
 from retroexit.evaluation.quality import ImageRange, QualityMetric
 from retroexit.evaluation.region_strips import region_strips
@@ -27,10 +29,9 @@ from retroexit.model import EarlyExitGenerator
 from retroexit.routing.drift import GUIDE_LIMIT
 from retroexit.routing.judge import guide_distance
 from retroexit.storage import versions
-from retroexit.training.fit import image_range_of
 from retroexit.training.inputs import Samples, drawing_from
 
-__all__ = ["Measurement", "limits_of", "measure", "pick_strips", "route_seconds"]
+__all__ = ["Measurement", "measure", "pick_strips", "route_seconds"]
 
 Show = Callable[[Any], Tensor]
 
@@ -102,7 +103,7 @@ class Measurement:
         return [image[index - first] for image in self.images(first, args, kwargs)]
 
     def _seeded(self, first: int) -> AbstractContextManager[None]:
-        return drawing_from(self.samples.seed + first, _device(self.model))
+        return drawing_from(self.samples.seed + first, device_of(self.model.generator))
 
 
 def measure(
@@ -135,11 +136,11 @@ def measure(
     if not model.is_recorded:
         args, kwargs = samples.gather([0])
         model.record(*args, **kwargs)
-    metric.to(_device(model))
+    metric.to(device_of(model.generator))
     run = Measurement(model, samples, metric, limits_of(model, samples), batch)
     losses, predicted, distances = run.losses(progress)
     exits = model.exits
-    with drawing_from(seed, _device(model)):
+    with drawing_from(seed, device_of(model.generator)):
         one = samples.gather([0])
         seconds = np.array(route_seconds(model, *one, repeats)) if repeats else None
         thop = cross_check(model.generator, model.anatomy.backbone_macs, *one)
@@ -175,24 +176,11 @@ def measure(
     return evaluation, [*strips, *region_strips(run, hardest, between)]
 
 
-def limits_of(model: EarlyExitGenerator, samples: Samples) -> ImageRange:
-    """Range of the images: the one of the fit, else the declared one, else measured on some samples."""
-    if "image_range" in model.about:
-        return ImageRange(*model.about["image_range"])
-    args, kwargs = samples.gather(range(min(16, len(samples))))
-    with torch.no_grad(), drawing_from(samples.seed, _device(model)):
-        return image_range_of(model, model.image(model.route(args, kwargs)))
-
-
-def _device(model: EarlyExitGenerator) -> torch.device:
-    return next((p.device for p in model.generator.parameters()), torch.device("cpu"))
-
-
 def route_seconds(model: EarlyExitGenerator, args: Any, kwargs: Any, repeats: int) -> list[float]:
     """Time every route by turns: median seconds for these inputs, guidance included, the backbone last."""
     routes = range(1, len(model.branches) + 2)
     taken: dict[int, list[float]] = {k: [] for k in routes}
-    device = _device(model)
+    device = device_of(model.generator)
     with torch.no_grad():
         for turn in range(repeats + 2):
             for k in routes:

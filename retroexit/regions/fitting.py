@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from retroexit.device import device_of
 from retroexit.errors import OptionError, TrainingError
 from retroexit.regions.predictor import TilePredictor
 from retroexit.regions.router import RegionRouter
@@ -134,7 +135,7 @@ def fit_regions(
         seed=settings.seed,
         progress=progress,
     )
-    device = next((p.device for p in model.generator.parameters()), torch.device("cpu"))
+    device = device_of(model.generator)
     model.regions = router.to(device).eval()
     save_model(model, folder)
     return router
@@ -145,11 +146,11 @@ def _measure(
     model: EarlyExitGenerator, cache: Any, metric: QualityMetric, tile: int, seed: int, progress: bool
 ) -> tuple[Tensor, list[list[int]]]:
     """Loss of every exit in every tile of every cached sample, ``(S, K, tiles...)``."""
+    from retroexit.evaluation.limits import image_range_of
     from retroexit.training.cache import GUIDANCE_KEY, IMAGE
-    from retroexit.training.fit import image_range_of
     from retroexit.training.inputs import drawing_from
 
-    device = next((p.device for p in model.generator.parameters()), torch.device("cpu"))
+    device = device_of(model.generator)
     metric.to(device)
     limits = image_range_of(model, cache.read(IMAGE, range(min(32, len(cache)))))
     edges = edges_of(cache.read(IMAGE, [0]).shape[2:], tile)

@@ -11,12 +11,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
+from retroexit.device import device_of
 from retroexit.errors import CheckpointError, RetroExitError
 from retroexit.fingerprint import fingerprint
 from retroexit.guidance.bank import GuidanceBank
+from retroexit.guidance.options import Guidance
 from retroexit.model import EarlyExitGenerator
 from retroexit.retrieval.storage import MANIFEST, is_whole, self_digest
 from retroexit.routing.latency import Latency
@@ -165,36 +166,46 @@ def load_model(
     tensors, _ = read_tensors(folder / "weights.safetensors")
     model = EarlyExitGenerator(generator, options)
     model.about = about
-    device = next((p.device for p in generator.parameters()), torch.device("cpu"))
     for name, part in (("predictor", predictor), ("regions", regions)):
-        if part is None:
-            continue
-        try:
-            saved = _under(f"{name}.", tensors)
-            part.load_state_dict(with_guard(part, saved) if isinstance(part, Predictor) else saved)
-        except RuntimeError as error:
-            raise CheckpointError(
-                f"asked to load {folder}; found a predictor that does not fit: "
-                f"{' '.join(str(error).split())}",
-                folder,
-            ) from error
-        setattr(model, name, part.to(device).eval())
+        if part is not None:
+            _fill(part, _under(f"{name}.", tensors), folder)
+            setattr(model, name, part.to(device_of(generator)).eval())
     if has_bank:
-        if manifest.get("bank_sha256") not in (None, sha256_of(folder / "bank" / MANIFEST)):
-            raise CheckpointError(
-                f"asked to load {folder}; found another guidance bank than the one it was saved with. Copy "
-                "it again.",
-                folder,
-            )
-        named = options.guidance.retriever if options.guidance is not None else None
-        found_class = retriever(named) if retriever is not None and named is not None else None
-        model.bank = GuidanceBank.load(folder / "bank", wanted, retriever_class=found_class)
+        model.bank = _load_bank(folder, manifest, options.guidance, retriever)
     model.latency = latency
     model.calibration = load_calibration(folder, manifest.get("calibration_sha256"))
     model.restore(_under("branches.", tensors))
     if example_inputs is not None or example_kwargs is not None:
         model.record(*(example_inputs or ()), **(example_kwargs or {}))
     return model
+
+
+def _fill(part: nn.Module, saved: dict[str, Tensor], folder: Path) -> None:
+    """Give a predictor the weights that were saved."""
+    try:
+        part.load_state_dict(with_guard(part, saved) if isinstance(part, Predictor) else saved)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"asked to load {folder}; found a predictor that does not fit: {' '.join(str(error).split())}",
+            folder,
+        ) from error
+
+
+def _load_bank(
+    folder: Path,
+    manifest: dict[str, Any],
+    guidance: Guidance | None,
+    retriever: Callable[[str], type[Retriever]] | None,
+) -> GuidanceBank:
+    """Read the bank that was saved with the model, and no other."""
+    if manifest.get("bank_sha256") not in (None, sha256_of(folder / "bank" / MANIFEST)):
+        raise CheckpointError(
+            f"asked to load {folder}; found another guidance bank than the one it was saved with. Copy it "
+            "again.",
+            folder,
+        )
+    found = None if retriever is None or guidance is None else retriever(guidance.retriever)
+    return GuidanceBank.load(folder / "bank", manifest["fingerprint"], retriever_class=found)
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:

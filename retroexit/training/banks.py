@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from retroexit.device import device_of
 from retroexit.errors import CheckpointError, OptionError
 from retroexit.fingerprint import fingerprint
 from retroexit.guidance.bank import GuidanceBank
@@ -70,7 +71,7 @@ def stream_bank(
         raise OptionError(
             "asked for a bank; found a model wrapped without guidance. Pass guidance=...", model
         )
-    device = next((p.device for p in model.generator.parameters()), torch.device("cpu"))
+    device = device_of(model.generator)
 
     facts = {
         "fingerprint": fingerprint(model.generator),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from retroexit.branch.factory import Branch
+from retroexit.device import device_of
 from retroexit.errors import CheckpointError, TrainingError
 from retroexit.evaluation.quality import ImageRange
 from retroexit.model import EarlyExitGenerator
@@ -95,7 +96,7 @@ class BranchTrainer:
         assert isinstance(branch, Branch)
         self.branch = branch
         self.names = [node.name for node in model.split.cuts[index].crossing]
-        self.device = next((p.device for p in model.generator.parameters()), torch.device("cpu"))
+        self.device = device_of(model.generator)
         self.trained = [p for p in branch.parameters() if p.requires_grad]
         fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in self.trained)
         self.optimizer = torch.optim.Adam(self.trained, lr=schedule.lr, betas=(0.9, 0.99), fused=fused)

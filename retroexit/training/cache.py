@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from retroexit.device import device_of
 from retroexit.errors import CheckpointError, OptionError, TrainingError
 from retroexit.fingerprint import fingerprint
 from retroexit.model import EarlyExitGenerator
@@ -328,7 +329,7 @@ def compute_features(
         Values by the name of their node or of this module: those that cross the cuts, and the image.
     """
     split, found = model.split, dict[str, Tensor]()
-    device = next((p.device for p in model.generator.parameters()), torch.device("cpu"))
+    device = device_of(model.generator)
     args, kwargs = moved((args, kwargs), device)
     with drawing_from(seed, device):
         values, keyed = split.begin(args, kwargs)

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retroexit.evaluation.quality import ImageRange, QualityMetric, measure_range
+from retroexit.device import device_of
+from retroexit.evaluation.limits import image_range_of
+from retroexit.evaluation.quality import ImageRange, QualityMetric
 from retroexit.fingerprint import fingerprint
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.guidance.slopes import with_slopes
@@ -41,7 +43,7 @@ from retroexit.training.start import reconstruct_branches
 from retroexit.training.steps import Steps
 from retroexit.training.watch import Watch
 
-__all__ = ["FitSettings", "divide", "estimate_fit", "fit_model", "fit_record", "image_range_of"]
+__all__ = ["FitSettings", "divide", "estimate_fit", "fit_model", "fit_record"]
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +66,7 @@ def fit_model(
     team = team or Team()
     team.part(settings.batch)
     samples = Samples(inputs, settings.seed)
-    device = _device(model)
+    device = device_of(model.generator)
     if not model.is_recorded:
         args, kwargs = moved(samples.gather([0]), device)
         model.record(*args, **kwargs)
@@ -191,7 +193,7 @@ def estimate_fit(
         plan: What branches are trained on; of one without terms, L1 is counted. The first steps, which
             measure how hard terms pull, take longer than is said here.
     """
-    samples, device = Samples(inputs, settings.seed), _device(model)
+    samples, device = Samples(inputs, settings.seed), device_of(model.generator)
     trained, _ = divide(len(samples), settings)
     features = LiveFeatures(model, samples)
     limits = image_range_of(model, features.read(IMAGE, range(min(8, len(features)))))
@@ -224,16 +226,10 @@ def _steps(
         guide_of=None,
         batch=settings.batch,
         seed=settings.seed,
-        device=_device(model),
+        device=device_of(model.generator),
         needs_inputs=any(loss.needs_inputs for loss in losses),
         team=team,
     )
-
-
-def image_range_of(model: EarlyExitGenerator, images: Tensor) -> ImageRange:
-    """Range of a generator's images: declared at the wrap, or measured on some of them."""
-    declared = model.options.image_range
-    return ImageRange(*declared) if declared is not None else measure_range(images)
 
 
 def _features(
@@ -259,10 +255,6 @@ def _features(
 
 def _places(model: EarlyExitGenerator) -> list[str]:
     return [place.path for place in model.anatomy.places]
-
-
-def _device(model: EarlyExitGenerator) -> torch.device:
-    return next((p.device for p in model.generator.parameters()), torch.device("cpu"))
 
 
 def branch_losses(model: EarlyExitGenerator, plan: LossPlan, device: torch.device) -> list[TrainingLoss]:

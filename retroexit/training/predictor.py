@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from retroexit.device import device_of
 from retroexit.errors import BankError, TrainingError
 from retroexit.model import EarlyExitGenerator
 from retroexit.routing.judge import guide_distance, input_map, reads_of
@@ -73,7 +74,7 @@ def fit_predictor(
             seed=seed,
             progress=progress,
         )
-    device = next((p.device for p in model.generator.parameters()), torch.device("cpu"))
+    device = device_of(model.generator)
     model.predictor, model.calibration = predictor.to(device).eval(), None
     return error
 
