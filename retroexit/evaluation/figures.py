@@ -105,7 +105,8 @@ def distribution_over_exits(figure: Figure, evaluation: Evaluation, taus: Sequen
         axes.bar(x, share, 0.78, bottom=bottom, color=colour, label=name, edgecolor="white", linewidth=0.6)
         bottom += share
     axes.set(xlabel=f"threshold, {metric_label(evaluation.metric)}", ylabel="samples (%)", ylim=(0, 100))
-    axes.set_xticks(x, [f"{tau:g}" for tau in taus])
+    is_crowded = sum(len(f"{tau:g}") for tau in taus) > 40
+    axes.set_xticks(x, [f"{tau:g}" for tau in taus], rotation=60 if is_crowded else 0)
     axes.grid(visible=False)
 
     right = axes.twinx()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -56,10 +57,8 @@ def test_two_processes_give_the_weights_of_one(
     words += [str(script), str(decoders.__file__), str(tmp_path / "run"), json.dumps(settings)]
     done = subprocess.run(words, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
-    assert sorted(line for line in done.stdout.splitlines() if line.startswith("process")) == [
-        "process 0 of 2",
-        "process 1 of 2",
-    ]
+    # Both write to one pipe, and a line may get into another.
+    assert sorted(re.findall(r"process \d of \d", done.stdout)) == ["process 0 of 2", "process 1 of 2"]
     found = read_tensors(tmp_path / "run" / "weights.safetensors")[0]
     assert found.keys() == alone.keys()
     start = decoders.wrap(decoders.make(decoders.Plain), guidance=True).branches.state_dict()
