@@ -16,10 +16,10 @@ from retroexit_oasis.datasets import dataset
 
 __all__ = ["DiscriminatorBlock", "OASISDiscriminator"]
 
-DOWN = (3, 128, 128, 256, 256, 512, 512)
-"""Channels of the image and after each of the six blocks of the encoder."""
-UP = (512, 256, 256, 128, 128, 64)
-"""Channels after each of the six blocks of the decoder."""
+DOWN = (2, 2, 4, 4, 8, 8)
+"""Channels after each of the six blocks of the encoder, as multiples of the base width."""
+UP = (8, 4, 4, 2, 2, 1)
+"""Channels after each of the six blocks of the decoder, as multiples of the base width."""
 
 
 class OASISDiscriminator(nn.Module):
@@ -30,24 +30,27 @@ class OASISDiscriminator(nn.Module):
 
     Args:
         num_labels: Channels of the label map.
+        channels: Base width; the blocks have 8 to 1 times as many channels.
 
     Reference: Schönfeld et al., section 3.1.
     """
 
-    def __init__(self, num_labels: int = 35) -> None:
+    def __init__(self, num_labels: int = 35, channels: int = 64) -> None:
         super().__init__()
         self.num_labels = num_labels
+        down = (3, *(multiple * channels for multiple in DOWN))
+        up = tuple(multiple * channels for multiple in UP)
         self.body_down = nn.ModuleList(
             DiscriminatorBlock(c_in, c_out, "down" if i else "first")
-            for i, (c_in, c_out) in enumerate(itertools.pairwise(DOWN))
+            for i, (c_in, c_out) in enumerate(itertools.pairwise(down))
         )
-        skips = (0, *DOWN[-2:0:-1])
-        befores = (DOWN[-1], *UP)
+        skips = (0, *down[-2:0:-1])
+        befores = (down[-1], *up)
         self.body_up = nn.ModuleList(
             DiscriminatorBlock(before + skip, c_out, "up")
-            for before, skip, c_out in zip(befores, skips, UP, strict=False)
+            for before, skip, c_out in zip(befores, skips, up, strict=False)
         )
-        self.layer_up_last = nn.Conv2d(UP[-1], num_labels + 1, 1)
+        self.layer_up_last = nn.Conv2d(up[-1], num_labels + 1, 1)
 
     @classmethod
     def for_dataset(cls, name: str) -> OASISDiscriminator:
