@@ -58,8 +58,10 @@ from retroexit.storage import versions
 from retroexit.training.cache import FeatureCache
 from retroexit.training.inputs import Samples
 
+_LATENT = ((3, 4, 6, 7, 8), (16, 20, 24, 28, 32), (16, 24, 36), (0.4, 0.7), 64, 16)
 EXITS = {  # stages, scales and the least width of ours; scales of the students; ratios of Torch-Pruning
-    "latent": ((3, 4, 6, 7, 8), (16, 20, 24, 28, 32), (16, 24, 36), (0.4, 0.7), 64, 16),
+    "latent": _LATENT,
+    "mixed": _LATENT,
     "tiny": ((1, 2), (8, 8), (8, 12), (0.25,), 16, 4),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -136,9 +137,33 @@ def face_case(shared: Path, out: Path) -> Case:
     )
 
 
+def mixed_case(shared: Path, out: Path) -> Case:
+    """Street photographs and as many talking heads, split by clip, through the same decoder."""
+    street, path = latent_case(shared, out), out / "latents-heads.npz"
+    if not path.exists():
+        encoder = _example().load("encoder", shared)
+        splits = json.loads((shared / "data/faces/clips.json").read_text(encoding="utf-8"))["splits"]
+
+        def heads(clips: Sequence[str], count: int) -> Tensor:
+            frames = [file for clip in clips for file in sorted((shared / "data/faces" / clip).glob("*.jpg"))]
+            rows = np.linspace(0, len(frames) - 1, count).round().astype(int)
+            return torch.stack([_encoded(encoder, frames[row], slice(64, 192)) for row in rows])
+
+        train = heads([*splits["train"], *splits["val"]], len(street.train))
+        np.savez(path, train=train, test=heads(splits["test"], len(street.test)))
+    with np.load(path, allow_pickle=False) as kept:
+        train, test = torch.from_numpy(kept["train"]), torch.from_numpy(kept["test"])
+    return dataclasses.replace(
+        street,
+        train=torch.cat([torch.stack(list(street.train)), train]),
+        test=torch.cat([torch.stack(list(street.test)), test]),
+        variants={},
+    )
+
+
 @torch.no_grad()
-def _encoded(encoder: nn.Module, path: Path) -> Tensor:
-    pixels = np.array(Image.open(path).convert("RGB"))
+def _encoded(encoder: nn.Module, path: Path, rows: slice = slice(None)) -> Tensor:
+    pixels = np.array(Image.open(path).convert("RGB"))[rows]
     return encoder(torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255)[0]
 
 
@@ -195,7 +220,13 @@ def tiny_case(shared: Path, out: Path) -> Case:
     )
 
 
-CASES = {"latent": latent_case, "faces": face_case, "scenes": scene_case, "tiny": tiny_case}
+CASES = {
+    "latent": latent_case,
+    "faces": face_case,
+    "mixed": mixed_case,
+    "scenes": scene_case,
+    "tiny": tiny_case,
+}
 
 
 def _example() -> Any:
