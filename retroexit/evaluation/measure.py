@@ -24,6 +24,7 @@ from retroexit.evaluation.quality import ImageRange, QualityMetric
 from retroexit.evaluation.region_strips import region_strips
 from retroexit.evaluation.strips import Strip
 from retroexit.evaluation.sweep import Evaluation
+from retroexit.evaluation.thresholds import highlighted, thresholds_for
 from retroexit.fingerprint import fingerprint
 from retroexit.model import EarlyExitGenerator
 from retroexit.routing.drift import GUIDE_LIMIT
@@ -194,10 +195,10 @@ def route_seconds(model: EarlyExitGenerator, args: Any, kwargs: Any, repeats: in
 
 
 def pick_strips(run: Measurement, evaluation: Evaluation, show: Show | None = None) -> list[Strip]:
-    """Render the easiest, the hardest and the worst-routed samples: input, every exit, backbone."""
+    """Render the easiest, hardest and, at the highlighted threshold, worst-routed samples at every exit."""
     hardness = evaluation.loss.mean(1)
     order = np.argsort(hardness)
-    threshold = float(np.median(evaluation.loss[:, 0]))
+    threshold = highlighted(thresholds_for(evaluation))
     picked = [("easiest", int(order[0])), ("easy", int(order[len(order) // 10]))]
     picked += [("hard", int(order[-1 - len(order) // 10])), ("hardest", int(order[-1]))]
     chosen = {}
@@ -216,7 +217,7 @@ def pick_strips(run: Measurement, evaluation: Evaluation, show: Show | None = No
             )
         shown.append(("backbone", _pixels(_unit(run.limits, images[-1]))))
         at = chosen.get(index, len(images) - 1) + 1
-        strips.append(Strip(f"{label} (sample {index}), threshold {threshold:.3f}", shown, at))
+        strips.append(Strip(f"{label} (sample {index}), threshold {threshold:.3g}", shown, at))
     return strips
 
 

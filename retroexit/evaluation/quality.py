@@ -140,20 +140,21 @@ class LPIPS(QualityMetric):
                 f"{a.shape[-2]}x{a.shape[-1]}; enlarge them or use another metric",
                 a,
             )
-        features = [self._features(a.to(self._dtype)), self._target_features(b, self._dtype)]
+        features = [self.features(a.to(self._dtype)), self._target_features(b, self._dtype)]
         pairs = zip(self._network.lins, *features, strict=True)
         return [head((_unit(x) - _unit(y)) ** 2) for head, x, y in pairs]
 
-    def _features(self, x: Tensor) -> Any:
+    def features(self, x: Tensor) -> Any:
+        """Maps of the network's layers, ``(N, C, h, w)`` each, of images ``(N, 3, H, W)`` in [-1, 1]."""
         return self._network.net(self._network.scaling_layer(x))
 
     def _target_features(self, b: Tensor, dtype: torch.dtype) -> Any:
         """Features of ``b``, computed once where several images are compared with the same one in turn."""
         if b.requires_grad or b.is_inference():
-            return self._features(b.to(dtype))
+            return self.features(b.to(dtype))
         state = (b._version, dtype, torch.is_autocast_enabled(b.device.type), torch.is_grad_enabled())
         if self._last is None or self._last[0]() is not b or self._last[1] != state:
-            self._last = (weakref.ref(b), state, self._features(b.to(dtype)))
+            self._last = (weakref.ref(b), state, self.features(b.to(dtype)))
         return self._last[2]
 
     def __getstate__(self) -> dict[str, Any]:

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import importlib.resources
 import json
-import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from retroexit.errors import MissingExtraError, OptionError
 from retroexit.evaluation import figures
@@ -28,9 +25,10 @@ from retroexit.evaluation.report_tables import (
 )
 from retroexit.evaluation.strips import Strip, data_address, strip_image
 from retroexit.evaluation.sweep import Evaluation, plain_json
+from retroexit.evaluation.thresholds import highlighted, thresholds_for
 from retroexit.routing.calibration import Calibration
 
-__all__ = ["Strip", "strip_image", "thresholds_for", "write_report"]
+__all__ = ["Strip", "strip_image", "write_report"]
 
 
 def write_report(
@@ -73,7 +71,7 @@ def write_report(
     folder = Path(folder)
     found = model_facts(folder, evaluation)
     manifest = None if found is None else found[1]
-    picked = min(taus, key=lambda tau: abs(tau - 0.1)) if 0.1 in taus else taus[len(taus) // 2]
+    picked = highlighted(taus)
     summary = _summary(evaluation, taus, picked, calibration, manifest)
     summary = {"title": title, "command": command, **summary, "headline": headline or summary["headline"]}
     html = _page(evaluation, summary, taus, picked, unguided, strips, manifest)
@@ -120,23 +118,6 @@ def _page(
         **sweep_table(evaluation, taus, picked),
     )
     return html
-
-
-def thresholds_for(evaluation: Evaluation) -> list[float]:
-    """Choose about ten round thresholds that span the losses of the branch exits.
-
-    LPIPS evaluations always get the paper's 0.1 as well.
-    """
-    low = max(0.0, float(np.percentile(evaluation.loss.min(axis=1), 1)))
-    high = float(np.percentile(evaluation.loss.max(axis=1), 95))
-    wanted = max((high - low) / 12, high / 100, 1e-6)
-    power = 10.0 ** math.floor(math.log10(wanted))
-    step = next(nice * power for nice in (1, 2, 2.5, 5, 10) if nice * power >= wanted * (1 - 1e-9))
-    first, last = max(1, math.floor(low / step)), max(1, math.ceil(high / step))
-    taus = {round(n * step, 12) for n in range(first, last + 1)}
-    if str(evaluation.metric.get("name", "")).startswith("lpips"):
-        taus.add(0.1)
-    return sorted(taus)
 
 
 def _summary(
