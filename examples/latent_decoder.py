@@ -168,6 +168,9 @@ def summarise(result: Evaluation) -> str:
         )
     parts.append("threshold chosen so that the mean loss stays below:")
     parts.append(table(["mean", "saved", "reached", "samples per exit"], at_mean))
+    for end in (0.05, 0.1):
+        slope = result.gain_factor(result.sweep(np.linspace(0, end, 51)))["percent_per_hundredth_threshold"]
+        parts.append(f"gain factor, line through thresholds 0 to {end:g}: {slope:.1f} % saved per 0.01 LPIPS")
     error = result.predictor_error()
     parts.append(
         "predictor, per exit: mean relative error "
