@@ -9,6 +9,7 @@ the channels of a group consistently must not change the output.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -255,8 +256,14 @@ def _arrangements(expression: Any) -> list[Callable[[Layout], None]]:
     """List the ways in which a dimension's channels may lie, the likeliest first."""
     terms = sorted(sympy.Add.make_args(expression), key=lambda t: (not t.free_symbols, str(t)))
     multiples = [t for t in terms if t.free_symbols and t.as_coeff_Mul()[0] != 1]
-    choices = itertools.product(list(itertools.permutations(terms))[:6], *[(False, True)] * len(multiples))
-    return [_setter(expression, order, multiples, flags) for order, *flags in choices]
+    flags = [(True, False) if _is_square(t.as_coeff_Mul()[0]) else (False, True) for t in multiples]
+    choices = itertools.product(list(itertools.permutations(terms))[:6], *flags)
+    return [_setter(expression, order, multiples, chosen) for order, *chosen in choices]
+
+
+def _is_square(factor: Any) -> bool:
+    """Tell the places of a kernel or of a pixel shuffle, which lie together, from chunks, which do not."""
+    return bool(factor.is_Integer) and math.isqrt(int(factor)) ** 2 == int(factor)
 
 
 def _setter(
