@@ -13,9 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
-
 from retroexit_oasis import one_hot
+from torch import Tensor
 
 __all__ = ["NUM_LABELS", "SIZE", "inputs", "noise", "photographs", "read", "shared_folder", "split"]
 

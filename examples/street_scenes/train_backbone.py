@@ -23,14 +23,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from backbone import CHANNELS, Z_DIM, generator
 from pairs import NUM_LABELS, SIZE, inputs, photographs, read, shared_folder, split
 from PIL import Image
-from safetensors.torch import save
-from torch import Tensor, nn
-from torch.nn import functional as F
-from tqdm import tqdm
-
-from retroexit.evaluation.quality import LPIPS
 from retroexit_oasis import (
     OASISDiscriminator,
     OASISGenerator,
@@ -41,13 +36,12 @@ from retroexit_oasis import (
     one_hot,
     real_loss,
 )
+from safetensors.torch import save
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
 
-CHANNELS, HIDDEN, Z_DIM = 16, 32, 16
-
-
-def generator() -> OASISGenerator:
-    """Make the generator, untrained."""
-    return OASISGenerator(NUM_LABELS, Z_DIM, CHANNELS, SIZE, HIDDEN)
+from retroexit.evaluation.quality import LPIPS
 
 
 class Pairs:
@@ -62,7 +56,10 @@ class Pairs:
         images, labels = [], []
         for index in rng.integers(0, len(self.images), size):
             height = int(rng.integers(SIZE[0], 2 * SIZE[0] + 1))
-            top, left = rng.integers(0, 2 * SIZE[0] - height + 1), rng.integers(0, 2 * SIZE[1] - 2 * height + 1)
+            top, left = (
+                rng.integers(0, 2 * SIZE[0] - height + 1),
+                rng.integers(0, 2 * SIZE[1] - 2 * height + 1),
+            )
             window = np.s_[top : top + height, left : left + 2 * height]
             image = self.images[index][(slice(None), *window)][None].float() / 127.5 - 1
             image = F.interpolate(image, SIZE, mode="area")
@@ -119,7 +116,9 @@ class Trainer:
         with self._autocast():
             judged = self.discriminator(torch.cat([photograph, image, mix(photograph, image, mask)]))
         real, fake, mixed = judged.float().chunk(3)
-        loss = real_loss(real, label) + fake_loss(fake) + args.labelmix * labelmix_loss(mixed, real, fake, mask)
+        loss = (
+            real_loss(real, label) + fake_loss(fake) + args.labelmix * labelmix_loss(mixed, real, fake, mask)
+        )
         self.for_discriminator.zero_grad(set_to_none=True)
         loss.backward()
         self.for_discriminator.step()
@@ -142,7 +141,7 @@ class Trainer:
                 mine.copy_(live)
 
     @torch.no_grad()
-    def settled(self, pairs: Pairs, batches: int = 100) -> OASISGenerator:
+    def settled(self, pairs: Pairs, batches: int) -> OASISGenerator:
         """Measure norms and spectral norms anew for the averaged weights; return that generator, in eval."""
         ready = copy.deepcopy(self.average).train()
         rng = np.random.default_rng(self.args.seed)
@@ -209,7 +208,9 @@ def train(trainer: Trainer, pairs: Pairs, shared: Path, out: Path) -> None:
             trainer.save(out / "state.pt")
             line = {"step": trainer.step, "minutes": round(trainer.elapsed / 60, 2), **smooth}
             picture = out / f"samples-{trainer.step:06d}.png"
-            line["val_lpips"] = held_out(trainer.settled(pairs, 20), shared, trainer.metric, picture)
+            line["val_lpips"] = held_out(
+                trainer.settled(pairs, args.settle // 5), shared, trainer.metric, picture
+            )
             with (out / "log.jsonl").open("a", encoding="utf-8") as log:
                 log.write(json.dumps(line) + "\n")
             bar.set_postfix({key: f"{value:.3f}" for key, value in smooth.items()})
@@ -219,7 +220,7 @@ def train(trainer: Trainer, pairs: Pairs, shared: Path, out: Path) -> None:
 
 def export(trainer: Trainer, pairs: Pairs, shared: Path, file: Path) -> None:
     """Write the averaged weights in half precision, and a record of where they come from."""
-    ready = trainer.settled(pairs)
+    ready = trainer.settled(pairs, trainer.args.settle)
     half = {
         key: value.half().contiguous() if value.is_floating_point() else value
         for key, value in ready.state_dict().items()
@@ -255,6 +256,7 @@ def main() -> None:
     parser.add_argument("--l1", type=float, default=1.0, help="weight of L1 to the photograph")
     parser.add_argument("--labelmix", type=float, default=5.0)
     parser.add_argument("--every", type=int, default=250, help="steps between checkpoints")
+    parser.add_argument("--settle", type=int, default=100, help="batches that the norms are measured on")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--float32", action="store_true", help="no bfloat16 (for processors without it)")

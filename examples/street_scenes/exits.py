@@ -1,0 +1,259 @@
+"""Early exits for an OASIS of street scenes, as in the paper's section 4.1.
+
+    python examples/street_scenes/exits.py --out runs/street
+
+Four exits, scale factors 1/2, 1/3 and 1/4, a bank of patches from the training maps; 1/4 once more without
+it. Every exit is measured on the test maps: LPIPS to the backbone's image, what ESPNet recognises in it
+(mean intersection over union with the map that was asked for), and the Frechet distance to the photographs on
+SqueezeNet features. What is finished is kept in ``--out``, and the script goes on there.
+
+Weights and photographs are not the project's own: see README.md beside this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import figures
+import numpy as np
+import torch
+from backbone import WEIGHTS, load
+from judge import ESPNet, SqueezeFeatures, frechet_distance, mean_iou
+from pairs import inputs, photographs, read, shared_folder, split
+from torch import Tensor
+from tqdm import tqdm
+
+import retroexit
+from retroexit.evaluation.kept import read_kept
+from retroexit.evaluation.report import write_report
+from retroexit.evaluation.sweep import Evaluation
+from retroexit.tables import promise_table, sweep_table, table
+
+ATTACH_AT = (1, 2, 3, 4)
+MIN_CHANNELS = 16  # the floor of 64 of the paper, for a generator a quarter as wide
+THRESHOLDS = (0.05, 0.1, 0.15)
+COLUMNS = ["scale", "bank", "exit", "MACs", "LPIPS", "10 %", "90 %", "mIoU", "Frechet"]
+
+
+@dataclasses.dataclass
+class Scenes:
+    """Label maps with noise, and what they are judged by.
+
+    Attributes:
+        train: Inputs to fit on: every training map, and mirrored with another noise.
+        val: Inputs to calibrate on.
+        test: Inputs to measure on: every test map twice, with two noises.
+        photographs: Test photographs ``(S, 3, 64, 128)`` in [-1, 1].
+        labels: Their full-size label numbers ``(S, 128, 256)``.
+    """
+
+    train: list[tuple[Tensor, Tensor]]
+    val: list[tuple[Tensor, Tensor]]
+    test: list[tuple[Tensor, Tensor]]
+    photographs: Tensor
+    labels: Tensor
+
+    @classmethod
+    def read(cls, shared: Path, z_dim: int, count: int | None, tested: int | None) -> Scenes:
+        """Read the three splits, or the first ``count`` training maps and ``tested`` others, spread out."""
+        _, train = read(split("train", shared)[:count], shared)
+        _, val = read(_some(split("val", shared), tested), shared)
+        images, test = read(_some(split("test", shared), tested), shared)
+        return cls(
+            inputs(np.concatenate([train, train[..., ::-1]]), z_dim, seed=0),
+            inputs(np.concatenate([val, val[..., ::-1]]), z_dim, seed=1),
+            inputs(np.concatenate([test, test]), z_dim, seed=2),
+            photographs(images),
+            torch.from_numpy(np.concatenate([test, test])),
+        )
+
+
+def _some(names: list[str], count: int | None) -> list[str]:
+    places = np.linspace(0, len(names) - 1, count or len(names)).round().astype(int)
+    return [names[place] for place in places]
+
+
+def fitted(scale: float, bank: bool, scenes: Scenes, out: Path, args: argparse.Namespace) -> Any:
+    """Wrap, fit and calibrate one model; read from ``out`` where that was done before."""
+    backbone, weights = load(args.backbone), args.shared / "data/weights/lpips_alex_v0.1.pth"
+    if (out / "model.json").exists():
+        return retroexit.load(out, backbone)
+    guidance = retroexit.Guidance(size=args.bank, thin="fps") if bank else None
+    model = retroexit.wrap(
+        backbone,
+        attach_at=list(ATTACH_AT),
+        scale=scale,
+        min_channels=MIN_CHANNELS,
+        guidance=guidance,
+        example_inputs=tuple(part[None] for part in scenes.train[0]),
+    )
+    print(model)
+    return retroexit.fit(
+        model,
+        scenes.train,
+        out,
+        weights=weights,
+        steps=args.steps,
+        batch=args.batch,
+        lr=args.lr,
+        seed=args.seed,
+        predict_from=args.predict_from,
+        predictor_steps=args.predictor_steps,
+        bfloat16=not args.float32,
+    )
+
+
+@torch.no_grad()
+def images_of(model: Any, samples: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    """Draw all samples at every exit, the backbone's last: ``(S, 3, 64, 128)`` each."""
+    batches = []
+    for first in tqdm(range(0, len(samples), 8), desc="images", disable=None):
+        label, z = (torch.stack(part) for part in zip(*samples[first : first + 8], strict=True))
+        batches.append([model.image(output) for output in model.all_exits(label, z)])
+    return [torch.cat(part) for part in zip(*batches, strict=True)]
+
+
+def judged(images: list[Tensor], scenes: Scenes, shared: Path) -> list[dict[str, float]]:
+    """Let the two judges see every exit's images, and last the photographs."""
+    weights = shared / "data/weights"
+    espnet = ESPNet.load(weights / "espnet_p_2_q_8_camvid.pth")
+    features = SqueezeFeatures(weights / "lpips_squeeze_v0.1.pth")
+    rows = []
+    for made in tqdm([*images, scenes.photographs], desc="judges", disable=None):
+        labels = scenes.labels[: len(made)]
+        distance = frechet_distance(features, made, scenes.photographs)
+        rows.append({"miou": mean_iou(espnet, made, labels), "frechet": distance})
+    return rows
+
+
+def measured(scale: float, bank: bool, scenes: Scenes, args: argparse.Namespace) -> figures.Run:
+    """Fit one model, measure it, write its report; what was measured before is read."""
+    name = f"{round(1 / scale)}" + ("" if bank else "-no-bank")
+    out = args.out / name
+    report, kept = out / "report", out / "judged.json"
+    if not kept.exists():
+        model = fitted(scale, bank, scenes, out, args)
+        weights = args.shared / "data/weights/lpips_alex_v0.1.pth"
+        model.calibrate(scenes.val, weights=weights)
+        retroexit.evaluate(
+            model,
+            scenes.test,
+            report,
+            weights=weights,
+            title=f"OASIS street scenes, scale 1/{round(1 / scale)}, {'with' if bank else 'without'} bank",
+            command=f"python examples/street_scenes/exits.py --out {args.out}",
+            show=figures.label_picture,
+        )
+        images = images_of(model, scenes.test)
+        figures.strip(images, scenes, args.out / f"strip-{name}.png")
+        kept.write_text(json.dumps(judged(images, scenes, args.shared)))
+    evaluation = Evaluation.from_json((report / "evaluation.json").read_text(encoding="utf-8"))
+    return figures.Run(scale, bank, evaluation, json.loads(kept.read_text()))
+
+
+def exit_rows(run: figures.Run) -> list[list[str]]:
+    """One row per exit, then the backbone."""
+    rows, evaluation = [], run.evaluation
+    for k, seen in enumerate(run.judged[:-1], start=1):
+        point = evaluation.fixed(k)
+        low, high = np.percentile(point.loss_of, [10, 90])
+        where = str(k) if k <= evaluation.loss.shape[1] else "backbone"
+        losses = [f"{x:.3f}" for x in (point.mean_loss, low, high)]
+        judges = [f"{100 * seen['miou']:.1f} %", f"{1000 * seen['frechet']:.2f}"]
+        scale = f"1/{round(1 / run.scale)}"
+        rows.append(
+            [scale, "yes" if run.bank else "no", where, f"{100 * point.share:.1f} %", *losses, *judges]
+        )
+    return rows
+
+
+def routed_rows(run: figures.Run) -> list[list[str]]:
+    """Routing at the thresholds that are each exit's mean loss, beside that exit and an oracle."""
+    rows, evaluation = [], run.evaluation
+    for k, tau in enumerate(evaluation.loss.mean(0), start=1):
+        fixed, routed = evaluation.fixed(k), evaluation.at_mean(float(tau))
+        oracle = evaluation.oracle(float(tau))
+        rows.append(
+            [
+                str(k),
+                f"{tau:.3f}",
+                f"{100 * fixed.saved:.1f} %",
+                f"{100 * routed.saved:.1f} %",
+                f"{fixed.p95_loss:.3f}",
+                f"{routed.p95_loss:.3f}",
+                f"{100 * oracle.saved:.1f} %",
+            ]
+        )
+    return rows
+
+
+def show(runs: list[figures.Run], out: Path) -> None:
+    """Print all tables."""
+    print(table(COLUMNS, [row for run in runs for row in exit_rows(run)]))
+    real = runs[0].judged[-1]
+    print(f"photographs at this size: mIoU {100 * real['miou']:.1f} %; Frechet distances times 1000")
+    best = next(run for run in runs if run.bank and run.scale == min(r.scale for r in runs))
+    evaluation = best.evaluation
+    print(f"\nrouting at scale 1/{round(1 / best.scale)}, predictor and retrieval counted:")
+    print(sweep_table(evaluation, THRESHOLDS))
+    head = ["exit", "its mean", "saves", "routed, same mean", "95 %", "routed", "oracle, none above the mean"]
+    print(table(head, routed_rows(best)))
+    error = evaluation.predictor_error()
+    ranks = ", ".join(f"{r:.2f}" for r in error["spearman"] if r is not None)
+    errors = ", ".join(f"{100 * e:.1f} %" for e in error["mean_relative"] if e is not None)
+    print(f"predictor, per exit: mean relative error {errors}; rank correlation {ranks}")
+    summary = json.loads((out / f"{round(1 / best.scale)}/report/summary.json").read_text(encoding="utf-8"))
+    if summary.get("promise"):
+        print("\npromised after calibration on the validation maps, and kept on the test maps:")
+        print(promise_table(summary["promise"]))
+
+
+def main() -> None:
+    """Fit, measure, print, draw."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shared", help="folder with data/weights and data/street")
+    parser.add_argument("--out", type=Path, default=Path("runs/street"))
+    parser.add_argument("--backbone", type=Path, default=WEIGHTS, help="what train_backbone.py wrote")
+    parser.add_argument("--scales", type=float, nargs="+", default=(1 / 2, 1 / 3, 1 / 4))
+    parser.add_argument("--steps", type=int, default=600, help="per branch")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--bank", type=int, default=2048, help="pairs in the bank")
+    parser.add_argument("--predict-from", choices=("inputs", "features"), default="features")
+    parser.add_argument("--predictor-steps", type=int, default=1500)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--train", type=int, help="use only so many training maps")
+    parser.add_argument("--test", type=int, help="use only so many maps to calibrate and to test on")
+    parser.add_argument("--float32", action="store_true", help="train without bfloat16 autocast")
+    args = parser.parse_args()
+    args.shared = shared_folder(args.shared)
+    args.out.mkdir(parents=True, exist_ok=True)
+    scenes = Scenes.read(args.shared, load(args.backbone).z_dim, args.train, args.test)
+    wanted = [(scale, True) for scale in sorted(args.scales)] + [(min(args.scales), False)]
+    runs = [measured(scale, bank, scenes, args) for scale, bank in wanted]
+    show(runs, args.out)
+    guided, unguided = runs[0], runs[-1]
+    place = args.out / f"{round(1 / guided.scale)}/report"
+    words = read_kept(place)
+    write_report(
+        place,
+        guided.evaluation,
+        words.strips,
+        title=str(words.title),
+        command=words.command,
+        unguided=unguided.evaluation,
+        calibration=retroexit.load(place.parent, load(args.backbone)).calibration,
+    )
+    for file in figures.draw(runs, args.out):
+        print(f"figure: {file}")
+    print(f"report: {place / 'report.html'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""The street-scene example: data, judge and weights are what they say, and both scripts run."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+FOLDER = Path(__file__).resolve().parents[2] / "examples/street_scenes"
+MODULES = ("pairs", "backbone", "judge", "figures", "exits", "train_backbone")
+
+
+@pytest.fixture(scope="module")
+def example() -> Iterator[SimpleNamespace]:
+    """Its modules, imported as when its scripts are run; other examples have some of the same names."""
+    hidden = {name: sys.modules.pop(name) for name in MODULES if name in sys.modules}
+    sys.path.insert(0, str(FOLDER))
+    try:
+        yield SimpleNamespace(**{name: importlib.import_module(name) for name in MODULES})
+    finally:
+        sys.path.remove(str(FOLDER))
+        for name in MODULES:
+            sys.modules.pop(name, None)
+        sys.modules.update(hidden)
+
+
+def test_the_weights_are_small_and_those_of_the_record(example: SimpleNamespace) -> None:
+    record = json.loads(example.backbone.WEIGHTS.with_suffix(".json").read_text(encoding="utf-8"))
+    stored = example.backbone.WEIGHTS.read_bytes()
+    assert hashlib.sha256(stored).hexdigest() == record["sha256"]
+    assert len(stored) <= 10e6
+    assert "research" in record["data"]
+
+
+def test_the_backbone_draws_another_picture_for_another_map(example: SimpleNamespace) -> None:
+    generator = example.backbone.load()
+    assert not generator.training
+    labels = np.zeros((2, 128, 256), np.uint8)
+    labels[0, :64], labels[0, 64:], labels[1] = 1, 4, 2  # sky over road, and a wall of building
+    samples = example.pairs.inputs(labels, generator.z_dim)
+    with torch.no_grad():
+        street, wall = (generator(label[None], z[None])[0] for label, z in samples)
+    assert street.shape == (3, 64, 128)
+    assert float(street[:, :24].mean()) > float(street[:, 40:].mean()) + 0.3  # sky is brighter than road
+    assert float((street - wall).abs().mean()) > 0.1
+
+
+def test_noise_is_one_of_a_hundred_vectors_and_repeats(example: SimpleNamespace) -> None:
+    drawn = example.pairs.noise(2_000, 16)
+    assert len(torch.unique(drawn, dim=0)) == 100
+    assert torch.equal(drawn, example.pairs.noise(2_000, 16))
+    assert not torch.equal(drawn, example.pairs.noise(2_000, 16, seed=1))
+
+
+def test_unknown_pixels_get_label_0(example: SimpleNamespace, shared: Path) -> None:
+    from PIL import Image
+
+    name = example.pairs.split("test", shared)[0]
+    raw = np.array(Image.open(shared / f"data/street/256x128/label/{name}.png"))
+    _, labels = example.pairs.read([name], shared)
+    for stored in range(12):
+        assert (labels[0][raw == stored] == (stored + 1) % 12).all()
+
+
+def test_the_judge_recognises_photographs_and_not_those_of_other_maps(
+    example: SimpleNamespace, shared: Path
+) -> None:
+    names = example.pairs.split("test", shared)[::29]
+    images, labels = example.pairs.read(names, shared)
+    espnet = example.judge.ESPNet.load(shared / "data/weights/espnet_p_2_q_8_camvid.pth")
+    seen = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+    right, wanted = example.judge.mean_iou(espnet, seen, torch.from_numpy(labels)), torch.from_numpy(labels)
+    assert right > 0.35
+    assert example.judge.mean_iou(espnet, seen, wanted.flip(-1)) < right - 0.1
+
+
+def test_the_judges_score_agrees_with_a_count_by_hand(example: SimpleNamespace) -> None:
+    wanted = torch.tensor([[1, 1, 2, 0]]).repeat_interleave(60, 1).repeat(240, 2)[None, :, :480]
+    seen = torch.tensor([[0, 1, 1, 1]]).repeat_interleave(60, 1).repeat(240, 2)[None, :, :480]
+
+    class Judge:
+        def labels(self, images: torch.Tensor) -> torch.Tensor:
+            return seen
+
+    # Sky: 1 of 2 quarters found. Building: 1 found, 1 too many. Unknown does not count, nine are absent.
+    score = example.judge.mean_iou(Judge(), torch.zeros(1, 3, 64, 128), wanted)
+    assert score == pytest.approx((1 / 2 + 1 / 2) / 11)
+
+
+def test_a_set_is_at_no_distance_from_itself(example: SimpleNamespace, shared: Path) -> None:
+    features = example.judge.SqueezeFeatures(shared / "data/weights/lpips_squeeze_v0.1.pth")
+    with torch.no_grad():
+        images = torch.rand(12, 3, 64, 128, generator=torch.Generator().manual_seed(0)) * 2 - 1
+        assert example.judge.frechet_distance(features, images, images) == pytest.approx(0, abs=1e-5)
+        assert example.judge.frechet_distance(features, images, images.abs()) > 1e-3
+
+
+def test_the_training_goes_on_where_it_stopped(
+    example: SimpleNamespace, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = ["train_backbone.py", "--shared", str(shared), "--out", str(tmp_path)]
+    base += ["--batch", "2", "--settle", "5"]
+    monkeypatch.setattr(example.train_backbone, "held_out", lambda *args: 0.5)  # takes seconds
+    monkeypatch.setattr(sys, "argv", [*base, "--steps", "2"])
+    example.train_backbone.main()
+    monkeypatch.setattr(sys, "argv", [*base, "--steps", "3", "--resume"])
+    example.train_backbone.main()
+    record = json.loads((tmp_path / "backbone.json").read_text(encoding="utf-8"))
+    assert record["steps"] == 3
+    lines = (tmp_path / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [2, 3]
+    generator = example.backbone.load(tmp_path / "backbone.safetensors")
+    assert all(torch.isfinite(value).all() for value in generator.state_dict().values())
+
+
+@pytest.mark.slow
+def test_the_script_runs(
+    example: SimpleNamespace,
+    shared: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command = ["exits.py", "--shared", str(shared), "--out", str(tmp_path), "--scales", "0.25"]
+    quick = ["--steps", "2", "--predictor-steps", "20", "--train", "40", "--test", "30", "--bank", "32"]
+    monkeypatch.setattr(sys, "argv", [*command, *quick])
+    example.exits.main()
+    printed = capsys.readouterr().out
+    for bank in ("yes", "no"):
+        rows = [line.split() for line in printed.splitlines() if line.split()[:2] == ["1/4", bank]]
+        assert [row[2] for row in rows] == ["1", "2", "3", "4", "backbone"]
+        shares = [float(row[3]) for row in rows]
+        assert shares == sorted(shares)
+        assert shares[-1] == 100
+    for number in (3, 4, 8, 9):
+        assert (tmp_path / f"figure-{number}.svg").read_text(encoding="utf-8").count("<path") > 3
+    assert "Dashed: the same exits without guidance" in (tmp_path / "4/report/report.html").read_text()
+    measured = (tmp_path / "4/report/evaluation.json").stat().st_mtime_ns
+    example.exits.main()  # everything is there: tables and figures again
+    assert (tmp_path / "4/report/evaluation.json").stat().st_mtime_ns == measured
