@@ -6,6 +6,7 @@ import importlib.metadata
 import inspect
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from pathlib import Path
@@ -76,6 +77,16 @@ def test_the_wheel_holds_the_library_the_adapters_and_their_data(tmp_path: Path)
     for adapter in adapters:
         assert f"= {adapter}\n" in f"{entry_points}\n"
     assert "retroexit = retroexit.cli:main" in entry_points
+
+
+def test_what_is_for_research_only_is_in_no_distribution(tmp_path: Path) -> None:
+    sdist = pytest.importorskip("hatchling.builders.sdist", reason="hatchling builds the distribution")
+    (path,) = sdist.SdistBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"])
+    with tarfile.open(path) as opened:
+        names = {name.partition("/")[2] for name in opened.getnames()}
+    assert "examples/street_scenes/exits.py" in names
+    assert any(name.startswith("retroexit/") and name.endswith(".safetensors") for name in names)
+    assert "examples/street_scenes/backbone.safetensors" not in names
 
 
 def test_the_doctor_finds_nothing_broken_in_an_empty_cache(
