@@ -101,6 +101,7 @@ def fitted(scale: float, bank: bool, scenes: Scenes, out: Path, args: argparse.N
         batch=args.batch,
         lr=args.lr,
         seed=args.seed,
+        predictor=args.predictor,
         predict_from=args.predict_from,
         predictor_steps=args.predictor_steps,
         bfloat16=not args.float32,
@@ -225,7 +226,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--bank", type=int, default=2048, help="pairs in the bank")
-    parser.add_argument("--predict-from", choices=("inputs", "features"), default="features")
+    parser.add_argument("--predictor", choices=("conv", "pooled", "linear"), default="linear")
+    parser.add_argument("--predict-from", choices=("inputs", "features"), default="inputs")
     parser.add_argument("--predictor-steps", type=int, default=1500)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--train", type=int, help="use only so many training maps")
