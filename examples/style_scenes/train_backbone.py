@@ -33,7 +33,7 @@ from tqdm import tqdm
 from retroexit.demo.scenes import TRAIN_SEEDS, draw_scene
 
 LATENT = 64
-CHANNELS = {4: 128, 8: 128, 16: 96, 32: 48, 64: 24}
+CHANNELS = {4: 128, 8: 96, 16: 64, 32: 32, 64: 16}
 SIZE = max(CHANNELS)
 PENALISE_EVERY = 16
 
@@ -225,8 +225,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="work folder: scenes, state, samples, log")
     parser.add_argument("--steps", type=int, default=20_000, help="stop after so many steps")
     parser.add_argument("--minutes", type=float, default=45.0, help="stop after so much training time in all")
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--lr", type=float, default=2.5e-3)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--r1", type=float, default=0.2, help="weight of R1, gamma in the paper")
     parser.add_argument("--scenes", type=int, default=4000, help="how many training scenes to draw")
     parser.add_argument("--every", type=int, default=250, help="steps between checkpoints")
