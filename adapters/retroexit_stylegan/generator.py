@@ -79,6 +79,7 @@ class StyleGANGenerator(nn.Module):
         truncation_psi: float = 1.0,
         truncation_cutoff: int | None = None,
         noise_mode: NoiseMode = "const",
+        noise: Sequence[Tensor] | None = None,
     ) -> Tensor:
         """Draw an image.
 
@@ -88,16 +89,18 @@ class StyleGANGenerator(nn.Module):
             truncation_psi: 1 for full variety; towards 0, style vectors move to their mean.
             truncation_cutoff: How many style vectors are moved, the coarsest first; ``None`` for all.
             noise_mode: ``"const"`` adds the stored noise, ``"random"`` draws new noise, ``"none"`` adds none.
+            noise: Noise of your own instead, standard normal: one map ``(N, 1, H, W)`` for each layer, of the
+                shapes ``synthesis.noise_shapes``. Being an input, it belongs to its sample at every exit.
 
         Returns:
             Image, shape ``(N, image_channels, resolution, resolution)``, range about ``[-1, 1]``: nothing
             clips it.
 
         Raises:
-            ValueError: If ``z`` or ``c`` has another shape, or there is no such noise mode.
+            ValueError: If ``z``, ``c`` or ``noise`` has another shape, or there is no such noise mode.
         """
         ws = self.mapping(z, c, truncation_psi, truncation_cutoff)
-        return self.synthesis(ws, noise_mode)  # type: ignore[no-any-return]
+        return self.synthesis(ws, noise_mode, noise)  # type: ignore[no-any-return]
 
 
 class MappingNetwork(nn.Module):
@@ -171,18 +174,26 @@ class SynthesisNetwork(nn.Module):
             block = SynthesisBlock(in_channels, channels, w_dim, size, clamp, image_channels)
             setattr(self, f"b{size}", block)
 
-    def forward(self, ws: Tensor, noise_mode: NoiseMode = "const") -> Tensor:
+    @property
+    def noise_shapes(self) -> list[tuple[int, int, int]]:
+        """Shapes of one sample's noise, ``(1, H, W)`` for each layer in turn."""
+        return [(1, size, size) for size in self.block_resolutions for _ in range(1 if size == 4 else 2)]
+
+    def forward(
+        self, ws: Tensor, noise_mode: NoiseMode = "const", noise: Sequence[Tensor] | None = None
+    ) -> Tensor:
         """Draw an image.
 
         Args:
             ws: Style vectors, shape ``(N, num_ws, w_dim)``.
             noise_mode: See `StyleGANGenerator.forward`.
+            noise: Likewise.
 
         Returns:
             Image, shape ``(N, image_channels, resolution, resolution)``.
 
         Raises:
-            ValueError: If ``ws`` has another shape, or there is no such noise mode.
+            ValueError: If ``ws`` or ``noise`` has another shape, or there is no such noise mode.
         """
         if ws.dim() != 3 or ws.shape[1:] != (self.num_ws, self.w_dim):
             raise ValueError(
@@ -190,12 +201,19 @@ class SynthesisNetwork(nn.Module):
             )
         if noise_mode not in ("const", "random", "none"):
             raise ValueError(f"noise_mode must be 'const', 'random' or 'none', got {noise_mode!r}")
+        if noise is not None and [tuple(one.shape[1:]) for one in noise] != self.noise_shapes:
+            raise ValueError(
+                f"noise must be maps (N, C, H, W) of the shapes (C, H, W) = {self.noise_shapes}, got "
+                f"{[tuple(one.shape[1:]) for one in noise]}"
+            )
         x = image = None
         first = 0
         for size in self.block_resolutions:
             block = getattr(self, f"b{size}")
-            x, image = block(x, image, ws[:, first : first + block.num_ws], noise_mode)
-            first += block.num_ws - 1  # the vector for the colours is the next block's first as well
+            last = first + block.num_ws - 1  # the vector for the colours is the next block's first as well
+            own = () if noise is None else noise[first:last]
+            x, image = block(x, image, ws[:, first : last + 1], noise_mode, *own)
+            first = last
         assert image is not None
         return image
 
@@ -235,7 +253,7 @@ class SynthesisBlock(nn.Module):
         self.torgb = ToRGB(channels, w_dim, clamp, image_channels)
 
     def forward(
-        self, x: Tensor | None, image: Tensor | None, ws: Tensor, noise_mode: NoiseMode
+        self, x: Tensor | None, image: Tensor | None, ws: Tensor, noise_mode: NoiseMode, *noise: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Run the block.
 
@@ -244,12 +262,16 @@ class SynthesisBlock(nn.Module):
             image: Image so far, ``(N, image_channels, h, w)``; ``None`` for the first block.
             ws: Style vectors of this block's layers, ``(N, num_ws, w_dim)``.
             noise_mode: See `StyleGANGenerator.forward`.
+            *noise: Likewise, for each of this block's layers.
 
         Returns:
             Feature map ``(N, channels, 2h, 2w)`` and image ``(N, image_channels, 2h, 2w)``.
         """
-        x = self.const.repeat(len(ws), 1, 1, 1) if x is None else self.conv0(x, ws[:, 0], noise_mode)
-        x = self.conv1(x, ws[:, -2], noise_mode)
+        if x is None:
+            x = self.const.repeat(len(ws), 1, 1, 1)
+        else:
+            x = self.conv0(x, ws[:, 0], noise_mode, *noise[:1])
+        x = self.conv1(x, ws[:, -2], noise_mode, *noise[-1:])
         colours = self.torgb(x, ws[:, -1])
         return x, colours if image is None else upsample(image, self.resample_filter) + colours
 

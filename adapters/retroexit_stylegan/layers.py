@@ -112,8 +112,11 @@ class SynthesisLayer(nn.Module):
         self.noise_strength = nn.Parameter(torch.zeros([]))
         self.bias = nn.Parameter(torch.zeros(out_channels))
 
-    def forward(self, x: Tensor, w: Tensor, noise_mode: NoiseMode) -> Tensor:
-        """Run the layer on ``(N, in_channels, h, w)`` with style vectors ``(N, w_dim)``."""
+    def forward(self, x: Tensor, w: Tensor, noise_mode: NoiseMode, noise: Tensor | None = None) -> Tensor:
+        """Run the layer on ``(N, in_channels, h, w)`` with style vectors ``(N, w_dim)``.
+
+        ``noise``, ``(N, 1, H, W)``, takes the place of what ``noise_mode`` says.
+        """
         style = self.affine(w)  # (N, in_channels)
         x = x * style[:, :, None, None]
         if self.up == 2:
@@ -123,7 +126,9 @@ class SynthesisLayer(nn.Module):
         # Demodulation: divide by the norm that the style has given to each output channel's weights.
         power = style.square() @ self.weight.square().sum((2, 3)).T  # (N, out_channels)
         x = x * (power + _EPSILON).rsqrt()[:, :, None, None]
-        if noise_mode == "const":
+        if noise is not None:
+            x = x + noise * self.noise_strength
+        elif noise_mode == "const":
             x = x + self.noise_const * self.noise_strength
         elif noise_mode == "random":
             drawn = torch.randn(len(x), 1, self.resolution, self.resolution, device=x.device, dtype=x.dtype)

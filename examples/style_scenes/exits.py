@@ -1,9 +1,10 @@
 """Early exits for the StyleGAN2 of the style scenes, routed by latent, by style vector and by feature.
 
-A sample is nothing but a latent vector z, and every layer adds noise: the paper's section 6. Three predictors
-are compared on the same branches: one reads z, one the style vector w that the generator's mapping network
-makes of it, one the feature map at the first exit. Then the exits run with noise that is drawn anew for
-every call, the same at every exit, and are compared with what another draw would change.
+A sample is a latent vector z and the noise that every layer adds, drawn with it: the paper's section 6. Being
+inputs, the maps of noise are live values behind every cut, the same at whichever exit the sample leaves.
+Three predictors are compared on the same branches: one reads z, one the style vector w that the generator's
+mapping network makes of it, one the feature map at the first exit. At the end stands what another draw of the
+noise would change, and what exits lose with the noise that is stored in the generator.
 
     python examples/style_scenes/exits.py --out runs/style-scenes
 
@@ -16,13 +17,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from retroexit_stylegan import StyleGANGenerator, load_generator, retroexit_describe
+from retroexit_stylegan.layers import SynthesisLayer
 from torch import Tensor
 from tqdm import tqdm
 
@@ -34,11 +37,12 @@ from retroexit.tables import promise_table, sweep_table, table
 
 BACKBONE = Path(__file__).with_name("backbone.safetensors")
 ATTACH_AT = (1, 2, 3, 4)
-SCALES = (0.25, 0.375, 0.5, 0.5)
+SCALES = (0.25, 0.5, 0.5, 0.5)
 MIN_CHANNELS = 8
 THRESHOLDS = (0.05, 0.1)
 READS = ("z", "w", "feature")
 TRAIN_SEED, TEST_SEED = 1, 2
+Sample = dict[str, Any]  # z, and the noise of every layer
 
 
 def shared_folder(given: str | None = None) -> Path:
@@ -49,30 +53,68 @@ def shared_folder(given: str | None = None) -> Path:
     return folder
 
 
-def latents(count: int, seed: int, width: int) -> Tensor:
-    """Draw latent vectors, ``(count, width)``; the same for the same seed."""
-    return torch.randn(count, width, generator=torch.Generator().manual_seed(seed))
+def draw(generator: StyleGANGenerator, count: int, seed: int) -> list[Sample]:
+    """Draw samples, latent and noise; the same for the same seed."""
+    source = torch.Generator().manual_seed(seed)
+    shapes = generator.synthesis.noise_shapes
+    return [
+        {
+            "z": torch.randn(generator.z_dim, generator=source),
+            "noise": [torch.randn(shape, generator=source) for shape in shapes],
+        }
+        for _ in range(count)
+    ]
+
+
+def batches(samples: Sequence[Sample], size: int = 8) -> Iterator[tuple[Tensor, list[Tensor]]]:
+    """Stack samples: latents ``(N, z_dim)`` and noise, ``(N, 1, H, W)`` for each layer."""
+    for first in range(0, len(samples), size):
+        some = samples[first : first + size]
+        columns = zip(*(one["noise"] for one in some), strict=True)
+        yield torch.stack([one["z"] for one in some]), [torch.stack(maps) for maps in columns]
 
 
 def wrap(
     generator: StyleGANGenerator, reads: str, attach_at: Sequence[int | str], scales: Sequence[float]
 ) -> retroexit.EarlyExitGenerator:
-    """Add untrained exits; ``reads`` says what a predictor of the inputs gets to see."""
+    """Add untrained exits; ``reads`` says what a predictor of the inputs gets to see, z or w."""
     known = retroexit_describe(generator)
     assert known is not None
-    if reads == "w":  # z goes through the mapping network once more for it, 12 thousand MACs
 
-        def style(z: Tensor, **_: object) -> Tensor:
-            return generator.mapping(z)[:, 0, :, None, None]
+    def latent(z: Tensor, **_: object) -> Tensor:
+        return z[:, :, None, None]
 
-        known = replace(known, predictor_inputs=style)
-    return retroexit.wrap(generator, attach_at, scales, min_channels=MIN_CHANNELS, adapter=known)
+    def style(z: Tensor, **_: object) -> Tensor:
+        return generator.mapping(z)[:, 0, :, None, None]  # once more than needed: 16 thousand MACs
+
+    ((z, noise),) = batches(draw(generator, 1, TRAIN_SEED))
+    return retroexit.wrap(
+        generator,
+        attach_at,
+        scales,
+        min_channels=MIN_CHANNELS,
+        adapter=replace(known, predictor_inputs=style if reads == "w" else latent),
+        example_inputs=(),
+        example_kwargs={"z": z, "noise": noise},
+    )
 
 
-def with_predictor(result: Evaluation, model: retroexit.EarlyExitGenerator, test: Tensor) -> Evaluation:
+def with_predictor(
+    result: Evaluation, model: retroexit.EarlyExitGenerator, test: Sequence[Sample]
+) -> Evaluation:
     """Judge the same samples and exits by another predictor; its MACs are counted."""
-    predicted = torch.cat([model.predict(z) for z in test.split(8)])
+    predicted = torch.cat([model.predict(z=z, noise=noise) for z, noise in batches(test)])
     return replace(result, predicted=predicted.double().numpy(), overhead=np.array(model.overhead(), float))
+
+
+def picture(sample: Sample) -> Tensor:
+    """Show a latent vector as a pattern of greys, for the report."""
+    return (
+        (sample["z"].view(1, 8, -1) / 6 + 0.5)
+        .repeat_interleave(8, 1)
+        .repeat_interleave(8, 2)
+        .expand(3, -1, -1)
+    )
 
 
 def exits_table(result: Evaluation) -> str:
@@ -111,34 +153,23 @@ def _at_fixed(result: Evaluation) -> list[OperatingPoint]:
 
 
 @torch.no_grad()
-def noise_table(model: retroexit.EarlyExitGenerator, test: Tensor, metric: LPIPS) -> str:
-    """Show what exits lose when noise is drawn anew in every call, the same or another than the backbone's.
+def noise_table(model: retroexit.EarlyExitGenerator, test: Sequence[Sample], metric: LPIPS) -> str:
+    """Show the mean loss of every exit under three kinds of noise.
 
-    Args:
-        model: Wrapped with ``noise_mode="random"``.
-        test: Latent vectors.
-        metric: What the losses are measured by.
+    Exits with the sample's own noise and with another sample's are compared with the backbone with its own;
+    exits with the noise stored in the generator with the backbone with that.
     """
-    last = len(model.branches) + 1
-
-    def drawn(z: Tensor, seed: int, index: int) -> Tensor:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            image: Tensor = model(z, exit=index, noise_mode="random")
-        return image
-
-    same, other = [], []
-    for seed, z in enumerate(tqdm(test.split(8), desc="drawn noise", disable=None)):
-        backbone = drawn(z, seed, last)
-        images = [[drawn(z, s, k) for k in range(1, last + 1)] for s in (seed, seed + len(test))]
-        for losses, made in zip((same, other), images, strict=True):
-            losses.append(torch.stack([metric(image, backbone) for image in made], 1))
-    names = ("the backbone's noise", "another draw")
-    rows = [
-        [name, *(f"{loss:.4f}" for loss in torch.cat(losses).mean(0))]
-        for name, losses in zip(names, (same, other), strict=True)
-    ]
-    return table(["LPIPS to the backbone", *(f"exit {k}" for k in range(1, last)), "backbone"], rows)
+    layers = [module for module in model.generator.modules() if isinstance(module, SynthesisLayer)]
+    losses: dict[str, list[Tensor]] = {"its own": [], "another sample's": [], "the stored": []}
+    for z, noise in tqdm(list(batches(test)), desc="noise", disable=None):
+        stored = [layer.noise_const.expand(len(z), 1, -1, -1) for layer in layers]
+        kinds = (noise, [one.roll(1, 0) for one in noise], stored)
+        made = [model.all_exits(z=z, noise=kind) for kind in kinds]
+        targets = (made[0][-1], made[0][-1], made[2][-1])
+        for found, images, target in zip(losses.values(), made, targets, strict=True):
+            found.append(torch.stack([metric(image, target) for image in images], 1))
+    rows = [[name, *(f"{loss:.4f}" for loss in torch.cat(found).mean(0))] for name, found in losses.items()]
+    return table(["noise", *(f"exit {k + 1}" for k in range(len(model.branches))), "backbone"], rows)
 
 
 def main() -> None:
@@ -162,8 +193,8 @@ def main() -> None:
 
     weights = shared_folder(arguments.shared) / "data/weights/lpips_alex_v0.1.pth"
     generator = load_generator(arguments.backbone)
-    train = latents(arguments.train, TRAIN_SEED, generator.z_dim)
-    test = latents(arguments.test, TEST_SEED, generator.z_dim)
+    train = draw(generator, arguments.train, TRAIN_SEED)
+    test = draw(generator, arguments.test, TEST_SEED)
     models = {}
     for reads in sorted(READS, key=lambda name: name == arguments.reads):  # the report's stays in the folder
         models[reads] = wrap(generator, reads, arguments.attach_at, arguments.scale)
@@ -184,7 +215,9 @@ def main() -> None:
     report = arguments.out / "report"
     command = "python examples/style_scenes/exits.py --out runs/style-scenes"
     title = "StyleGAN2 with early exits, on drawn scenes"
-    result = retroexit.evaluate(model, test, report, weights=weights, title=title, command=command)
+    result = retroexit.evaluate(
+        model, test, report, weights=weights, title=title, command=command, show=picture
+    )
     results = {name: with_predictor(result, models[name], test) for name in READS}
     print(exits_table(result))
     print("what the predictor reads; MACs saved at the mean LPIPS of always taking one exit:")
@@ -195,12 +228,8 @@ def main() -> None:
     assert promise is not None
     print(f"threshold as a promise, {model.calibration}:")
     print(promise_table(promise))
-    # The same branches in a generator that draws its noise.
-    drawing = retroexit.load(
-        arguments.out, generator, (test[:1],), {"noise_mode": "random"}, adapter=model.options.told
-    )
-    print("noise drawn anew in every call:")
-    print(noise_table(drawing, test, LPIPS("alex", weights)))
+    print("mean LPIPS by the noise of the exit:")
+    print(noise_table(model, test, LPIPS("alex", weights)))
     (report / "settings.json").write_text(
         json.dumps({k: str(v) for k, v in vars(arguments).items()}, indent=1)
     )

@@ -63,37 +63,47 @@ def test_the_weights_are_those_of_the_record_and_fit_the_training_scripts_networ
 def test_the_backbone_draws_scenes(exits: ModuleType) -> None:
     generator = retroexit_stylegan.load_generator(BACKBONE)
     with torch.no_grad():
-        made = generator(exits.latents(64, 3, generator.z_dim)).clamp(-1, 1)
+        made = torch.cat(
+            [generator(z, noise=noise) for z, noise in exits.batches(exits.draw(generator, 64, 3))]
+        )
+    made = made.clamp(-1, 1)
     scenes = np.stack([draw_scene(seed, (64, 64)).image for seed in TEST_SEEDS[:64]])
     drawn = torch.from_numpy(scenes).permute(0, 3, 1, 2) / 127.5 - 1
     assert float((made.mean(0) - drawn.mean(0)).abs().mean()) < 0.1
     assert 0.7 < float(made.std(0).mean() / drawn.std(0).mean()) < 1.3
 
 
-def test_drawn_noise_is_the_same_whichever_exit_a_sample_takes(exits: ModuleType) -> None:
+def test_a_samples_noise_is_the_same_whichever_exit_it_takes(exits: ModuleType) -> None:
     generator = retroexit_stylegan.load_generator(BACKBONE)
-    z = exits.latents(2, 4, generator.z_dim)
+    ((z, noise),) = exits.batches(exits.draw(generator, 3, 4))
     # Branches as wide as the backbone repeat it, so that noise is all that could differ.
-    model = retroexit.wrap(
-        generator, [1, 3], 1.0, example_inputs=(z[:1],), example_kwargs={"noise_mode": "random"}
-    )
-    images = []
-    for leave in (1, 2, 3):
-        torch.manual_seed(5)
-        images.append(model(z, exit=leave, noise_mode="random").detach())
-    torch.manual_seed(5)
-    images.append(generator(z, noise_mode="random").detach())
-    assert all(torch.equal(image, images[-1]) for image in images)
-    torch.manual_seed(6)
-    assert not torch.equal(model(z, exit=1, noise_mode="random"), images[0])
+    model = exits.wrap(generator, "z", [1, 3], [1.0, 1.0])
+    with torch.no_grad():
+        full = generator(z, noise=noise)
+        assert all(torch.equal(image, full) for image in model.all_exits(z=z, noise=noise))
+        assert torch.equal(model(z=z, noise=noise, exit=1), full)
+        assert not torch.equal(model(z=z, noise=[one.roll(1, 0) for one in noise], exit=1), full)
+
+    class Unsure(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.new_zeros(len(x), 2)
+
+    model.predictor = Unsure()
+    apart = torch.tensor([3, 1, 2])
+    mixed, left = model.routed(z=z, noise=noise, choose=lambda _predicted, _limits: apart)
+    assert left.tolist() == [3, 1, 2]
+    torch.testing.assert_close(mixed, full, rtol=1e-4, atol=1e-4)
 
 
-def test_a_predictor_of_w_sees_what_the_mapping_network_makes(exits: ModuleType) -> None:
+def test_predictors_see_the_latent_or_what_the_mapping_network_makes_of_it(exits: ModuleType) -> None:
     generator = retroexit_stylegan.load_generator(BACKBONE)
-    z = exits.latents(3, 4, generator.z_dim)
-    source = exits.wrap(generator, "w", [2], [0.5]).options.predictor_inputs
-    assert torch.equal(source(z)[:, :, 0, 0], generator.mapping(z)[:, 4])
-    assert exits.wrap(generator, "z", [2], [0.5]).options.predictor_inputs is None
+    ((z, noise),) = exits.batches(exits.draw(generator, 3, 4))
+    seen = {
+        reads: exits.wrap(generator, reads, [2], [0.5]).options.predictor_inputs(z=z, noise=noise)
+        for reads in ("z", "w")
+    }
+    assert torch.equal(seen["z"][:, :, 0, 0], z)
+    assert torch.equal(seen["w"][:, :, 0, 0], generator.mapping(z)[:, 4])
 
 
 def test_a_training_that_goes_on_takes_the_step_that_it_would_have_taken(
