@@ -109,12 +109,8 @@ def with_predictor(
 
 def picture(sample: Sample) -> Tensor:
     """Show a latent vector as a pattern of greys, for the report."""
-    return (
-        (sample["z"].view(1, 8, -1) / 6 + 0.5)
-        .repeat_interleave(8, 1)
-        .repeat_interleave(8, 2)
-        .expand(3, -1, -1)
-    )
+    grey = sample["z"].view(1, 8, -1) / 6 + 0.5
+    return grey.repeat_interleave(8, 1).repeat_interleave(8, 2).expand(3, -1, -1)
 
 
 def exits_table(result: Evaluation) -> str:
