@@ -17,6 +17,9 @@ model = retroexit.wrap(generator.synthesis, attach_at=["b16", "b32"], scale=1 / 
 image = model(generator.mapping(z, truncation_psi=0.7, truncation_cutoff=8), exit=1)
 ```
 
+Noise that a call draws is the same at every exit from the same random state. As an input, ``noise=maps``, it
+belongs to its sample: in training too, and in batches whose samples leave at different exits.
+
 Objects of NVIDIA's and rosinality's own code are recognised as they are, NVIDIA's synthesis network too.
 NVIDIA's are recorded with ``noise_mode="const"`` (on a CPU with ``force_fp32=True`` too) and rosinality's
 with ``randomize_noise=False``; call the wrapped generator with the same keywords. NVIDIA's code turns channel
