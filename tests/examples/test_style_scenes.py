@@ -17,6 +17,7 @@ import torch
 
 import retroexit
 from retroexit.demo.scenes import TEST_SEEDS, draw_scene
+from retroexit.evaluation.sweep import Evaluation
 
 retroexit_stylegan = pytest.importorskip(
     "retroexit_stylegan", reason="install the project to get its adapters"
@@ -155,6 +156,15 @@ def test_a_missing_folder_is_said_in_one_line(exits: ModuleType, tmp_path: Path)
         exits.shared_folder(str(tmp_path))
 
 
+def test_a_blind_mix_of_exits_saves_what_lies_between_them(exits: ModuleType) -> None:
+    loss, macs = np.array([[0.3, 0.1], [0.1, 0.1]]), np.array([20.0, 50.0, 100.0])
+    free = Evaluation(loss=loss, predicted=None, macs=macs, overhead=0 * macs)
+    assert exits._mixed(free, 0.15) == pytest.approx(0.65)  # half at 0.2, which saves 0.8; half at 0.1
+    assert exits._mixed(free, 0.1) == pytest.approx(0.5)
+    assert exits._mixed(free, 0.05) == pytest.approx(0.25)  # half at exit 2, half at the backbone
+    assert exits._mixed(free, 1.0) == pytest.approx(0.8)
+
+
 @pytest.mark.slow
 def test_the_exits_script_runs(
     exits: ModuleType,
@@ -172,7 +182,7 @@ def test_the_exits_script_runs(
     exits.main()
     said = capsys.readouterr().out
     assert "StyleGANGenerator with 2 early exits" in said
-    rows = ["z ", "w ", "feature ", "oracle, free", "always that exit"]
+    rows = ["z ", "w ", "feature ", "oracle, free", "always one exit", "two exits, blindly"]
     for row in [*rows, "its own", "another sample's", "the stored"]:
         assert f"\n{row}" in said
     assert "P(lpips-alex > threshold) <= 0.05 with confidence 0.95" in said
