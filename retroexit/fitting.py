@@ -19,6 +19,7 @@ from retroexit.device import device_of
 from retroexit.errors import DeviceError, OptionError, WeightsError
 from retroexit.evaluation.calibrate import calibrate_model
 from retroexit.evaluation.quality import QualityMetric
+from retroexit.guidance.bank import GuidanceBank
 from retroexit.model import EarlyExitGenerator
 from retroexit.planning import DEFAULT_LOSSES, plan_losses
 from retroexit.plugins.asking import describe
@@ -49,6 +50,7 @@ def fit(
     inputs: Sequence[Any],
     folder: str | Path,
     *,
+    bank: GuidanceBank | None = None,
     metric: QualityMetric | str = "lpips-alex",
     weights: str | Path | None = None,
     losses: Mapping[str, float] | str = DEFAULT_LOSSES,
@@ -82,6 +84,8 @@ def fit(
         inputs: Samples without the batch axis: tensors, tuples of positional inputs, or dicts of keyword
             inputs.
         folder: Where cache, checkpoints and the result go; `load` reads the result from there.
+        bank: Guides made beforehand of other inputs than these, as `stream_bank` does. Without it a bank is
+            filled from the inputs, and each of them is trained with what the others know.
         metric: Quality metric to train with and to predict: its name or itself.
         weights: File with the metric's weights.
         losses: Weight of every term of the training loss by name, ``"quality"`` being the metric; or a
@@ -120,7 +124,8 @@ def fit(
 
     Raises:
         OptionError: If a setting or the inputs are out of range, or a term lacks what it needs.
-        BankError: If the predictor should read the distance to a guide, and there is none.
+        BankError: If the predictor should read the distance to a guide, and there is none, or ``bank`` does
+            not fit the generator.
         RegionError: If regions are asked for and no part of an image can be made alone.
         DeviceError: If a process has the generator on another process's device.
         MissingExtraError: If several devices or TensorBoard are asked for and cannot be had.
@@ -134,6 +139,7 @@ def fit(
     job = prepare(
         model,
         inputs,
+        bank=bank,
         metric=metric,
         weights=weights,
         losses=losses,
@@ -156,7 +162,16 @@ def fit(
     team = join(devices, nodes, device_of(model.generator).type)
     _check_place(model, team)
     fit_model(
-        model, job.inputs, Path(folder), job.metric, job.settings, job.retriever, job.plan, progress, team
+        model,
+        job.inputs,
+        Path(folder),
+        job.metric,
+        job.settings,
+        job.retriever,
+        job.plan,
+        progress,
+        team,
+        job.bank,
     )
     _complete(model, job, Path(folder), progress, team)
     return model
@@ -181,6 +196,7 @@ class Job:
         promise: Share of inputs that may lose more, and confidence.
         tile: Side of a tile; ``None`` without regions.
         latency: Samples per call whose times are measured, or ``None``.
+        bank: Guides made beforehand, or ``None``.
     """
 
     settings: FitSettings
@@ -192,12 +208,14 @@ class Job:
     promise: tuple[float, float] = (0.05, 0.95)
     tile: int | None = None
     latency: int | None = None
+    bank: GuidanceBank | None = None
 
 
 def prepare(
     model: EarlyExitGenerator,
     inputs: Sequence[Any],
     *,
+    bank: GuidanceBank | None = None,
     metric: QualityMetric | str = "lpips-alex",
     weights: str | Path | None = None,
     adapter: Description | str | bool | None = None,
@@ -215,6 +233,7 @@ def prepare(
     Args:
         model: See `fit`, as for all that is not here.
         inputs: See `fit`.
+        bank: See `fit`.
         metric: See `fit`.
         weights: See `fit`.
         adapter: See `fit`.
@@ -248,6 +267,8 @@ def prepare(
     if not model.is_recorded:
         args, kwargs = moved(samples.gather([0]), device_of(model.generator))
         model.record(*args, **kwargs)
+    if bank is not None:
+        model.anatomy.check_bank(bank)
     check_reads(model, samples, wanted.predict_from)
     if regions:
         _check_regions(model, tile, wanted)
@@ -263,6 +284,7 @@ def prepare(
         promise=(alpha, confidence),
         tile=tile if regions else None,
         latency=latency,
+        bank=bank,
     )
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -58,10 +60,12 @@ def fit_model(
     plan: LossPlan,
     progress: bool = True,
     team: Team | None = None,
+    given: GuidanceBank | None = None,
 ) -> None:
     """Fit bank, branches and predictor; see `retroexit.fit`.
 
-    ``plan`` says what branches are trained on, ``team`` are the processes that train together.
+    ``plan`` says what branches are trained on, ``team`` are the processes that train together, ``given`` is a
+    bank made beforehand.
     """
     team = team or Team()
     team.part(settings.batch)
@@ -71,6 +75,8 @@ def fit_model(
         args, kwargs = moved(samples.gather([0]), device)
         model.record(*args, **kwargs)
     wanted = fit_record(model, metric, settings, plan)
+    if given is not None:
+        wanted["bank"] = _digest(given)
     check_same(folder / "fit.json", wanted)
     trained, held_out = divide(len(samples), settings)
     features = _features(model, samples, folder, settings, team, progress)
@@ -88,7 +94,8 @@ def fit_model(
     reach: float | None = None
     taps = model.anatomy.taps
     if taps is not None:
-        model.bank = _bank(model, taps, features, folder / "bank", retriever, settings.seed, team, progress)
+        place = folder / "bank"
+        model.bank = _bank(model, taps, features, place, retriever, settings.seed, team, progress, given)
         steps.guide_of, reach = _guides(model, taps, features)
     reconstruct_branches(model, steps, folder / "branches", keep_channels=settings.features > 0)
     _train(model, losses, steps, settings, folder / "branches", watch, progress)
@@ -286,6 +293,7 @@ def _bank(
     seed: int,
     team: Team,
     progress: bool,
+    given: GuidanceBank | None,
 ) -> GuidanceBank:
     guidance = model.options.guidance
     assert guidance is not None
@@ -295,6 +303,11 @@ def _bank(
     if not team.is_first:
         team.wait()
         return GuidanceBank.load(folder, own, retriever_class=type(retriever()))
+    if given is not None:
+        given = _of_others(given)
+        given.save(folder)
+        team.wait()
+        return given
     key, value = guidance_names(taps, model.split.cuts[0].feature.name)
     keyed = ((features.read(key, rows), list(rows)) for rows in chunks(len(features), 16))
     bank = GuidanceBank.build(
@@ -314,6 +327,20 @@ def _bank(
     bank.save(folder)
     team.wait()
     return GuidanceBank.load(folder, own, retriever_class=type(retriever()))
+
+
+def _of_others(bank: GuidanceBank) -> GuidanceBank:
+    """Give the same bank, none of whose pairs counts as a sample's own: sources from -2 down."""
+    source = -2 - bank.source.numpy().clip(min=0)
+    return GuidanceBank(retriever=bank.retriever, values=bank.values, source=source, meta=bank.meta)
+
+
+def _digest(bank: GuidanceBank) -> str:
+    """Hash keys and values of a bank, to tell whether a fit goes on with the one that it began with."""
+    total = hashlib.sha256(np.ascontiguousarray(bank.retriever.keys).tobytes())
+    for row in bank.values:  # they may be on disk
+        total.update(np.ascontiguousarray(row).tobytes())
+    return total.hexdigest()
 
 
 def _guides(
