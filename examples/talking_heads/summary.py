@@ -1,0 +1,116 @@
+"""What the runs found, in tables."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+
+from retroexit.evaluation.sweep import Evaluation
+from retroexit.tables import sweep_table, table
+
+__all__ = ["Run", "correlation", "summarise", "thresholds"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Exits of one scale factor, tested.
+
+    Attributes:
+        width: Channels of the branches, of 64.
+        is_guided: Whether the branches take a guide.
+        evaluation: What the test found.
+        wrong: Mean loss of every exit with wrong guides, by what they are.
+    """
+
+    width: int
+    is_guided: bool
+    evaluation: Evaluation
+    wrong: dict[str, list[float]] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The scale factor, as text."""
+        return str(Fraction(self.width, 64)) + ("" if self.is_guided else ", no guide")
+
+    def write(self, folder: Path) -> None:
+        """Write down what is not in the evaluation's own file."""
+        (folder / "wrong.json").write_text(json.dumps(self.wrong))
+
+    @classmethod
+    def read(cls, width: int, is_guided: bool, folder: Path) -> Self:
+        """Read what a run left in its folder."""
+        found = Evaluation.from_json((folder / "report/evaluation.json").read_text())
+        return cls(width, is_guided, found, json.loads((folder / "wrong.json").read_text()))
+
+
+def thresholds(evaluation: Evaluation, count: int = 8) -> list[float]:
+    """Round thresholds from below the last exit's losses to above the first one's."""
+    low, high = evaluation.loss[:, -1].min(), np.quantile(evaluation.loss[:, 0], 0.95)
+    return sorted({float(f"{tau:.2g}") for tau in np.linspace(0.8 * low, 1.05 * high, count)})
+
+
+def correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Rank correlation (Spearman's) of two rows of numbers without ties."""
+    ranks = [np.argsort(np.argsort(x)).astype(float) for x in (a, b)]
+    return float(np.corrcoef(*ranks)[0, 1])
+
+
+def summarise(runs: list[Run]) -> str:
+    """Set the numbers that matter in tables."""
+    rows = []
+    for run in runs:
+        found = run.evaluation
+        for k in range(found.loss.shape[1]):
+            seconds = "" if found.seconds is None else f"{1000 * found.seconds[k]:.0f}"
+            share = f"{100 * found.macs[k] / found.macs[-1]:.1f} %"
+            loss = found.loss[:, k]
+            rows.append(
+                [run.name, str(k + 1), share, f"{loss.mean():.4f}", f"{np.quantile(loss, 0.9):.4f}", seconds]
+            )
+        for label, means in run.wrong.items():
+            rows += [[label, str(k + 1), "", f"{mean:.4f}", "", ""] for k, mean in enumerate(means)]
+    parts = [table(["scale factor", "exit", "MACs", "mean LPIPS", "90 %", "ms"], rows)]
+    for run in runs:
+        if run.evaluation.predicted is None:
+            continue
+        parts.append(f"\nscale factor {run.name}: routed by prediction, everything counted")
+        parts.append(sweep_table(run.evaluation, thresholds(run.evaluation)))
+        parts.append(routing_table(run.evaluation))
+        parts += difficulty(run.evaluation)
+    return "\n".join(parts)
+
+
+def routing_table(found: Evaluation) -> str:
+    """Compare routing with always one exit and with an oracle, at each exit's mean loss."""
+    rows = []
+    for k in range(1, found.loss.shape[1] + 1):
+        fixed = found.fixed(k)
+        routed = found.at_mean(fixed.mean_loss)
+        oracle = max(
+            (found.oracle(float(tau)) for tau in np.unique(found.loss)),
+            key=lambda point: (point.mean_loss <= fixed.mean_loss + 1e-12, point.saved),
+        )
+        points = [f"{100 * point.saved:.1f} % ({point.mean_loss:.4f})" for point in (fixed, routed, oracle)]
+        rows.append([str(k), *points])
+    return table(["exit", "saved by always this one", "routed, same loss", "oracle, same loss"], rows)
+
+
+def difficulty(found: Evaluation) -> list[str]:
+    """Say how far predictor and distance tell the losses apart."""
+    parts = []
+    error = found.predictor_error()
+    ranks = ", ".join("-" if r is None else f"{r:.2f}" for r in error["spearman"])
+    wrong = ", ".join("-" if e is None else f"{100 * e:.1f} %" for e in error["mean_relative"])
+    parts.append(f"predictor, per exit: mean relative error {wrong}; rank correlation {ranks}")
+    if found.distance is not None:
+        distance = found.distance
+        told = [f"{correlation(distance, loss):.2f}" for loss in found.loss.T]
+        parts.append(
+            f"rank correlation of the distance to the guide with the loss, per exit: {', '.join(told)}"
+        )
+    return parts

@@ -1,0 +1,146 @@
+"""The talking-heads example: whose frames guide whom, what a key follows, and the whole script."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+FOLDER = Path(__file__).resolve().parents[2] / "examples/talking_heads"
+NAMES = ("latent_decoder", "frames", "keys", "figures", "summary", "exits")
+SPLITS = {"train": ["a", "b"], "val": [], "test": ["c"]}
+
+
+@pytest.fixture(scope="module")
+def example() -> Iterator[ModuleType]:
+    """The script, with the files beside it, which find one another as they do when it is run."""
+    before = {name: sys.modules.pop(name, None) for name in NAMES}
+    path = sys.path[:]
+    sys.path.insert(0, str(FOLDER))
+    try:
+        yield importlib.import_module("exits")
+    finally:
+        sys.path[:] = path
+        for name, module in before.items():
+            sys.modules.pop(name, None)
+            if module is not None:
+                sys.modules[name] = module
+
+
+@pytest.fixture
+def drawn(shared: Path, tmp_path: Path) -> Path:
+    """A shared folder with the real weights, whose clips are moving squares and show nobody."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/weights").symlink_to(shared.resolve() / "data/weights")
+    random = np.random.default_rng(0)
+    for name in "abc":
+        folder = tmp_path / "data/faces" / name
+        folder.mkdir(parents=True)
+        back = random.integers(0, 255, 3)
+        for frame in range(10):
+            image = np.tile(back, (64, 64, 1)).astype(np.uint8)
+            image[20:44, 4 * frame : 4 * frame + 24] = 255 - back
+            Image.fromarray(image).save(folder / f"{frame:04d}.jpg")
+    (tmp_path / "data/faces/clips.json").write_text(
+        json.dumps({"clips": {name: {} for name in "abc"}, "splits": SPLITS})
+    )
+    return tmp_path
+
+
+def test_the_frames_of_a_clip_are_bank_or_query_and_never_both(example: ModuleType) -> None:
+    for count in (1, 2, 5, 39, 100):
+        bank, queries = sys.modules["frames"].divided(count)
+        assert [*bank, *queries] == list(range(count))
+        assert len(bank) >= len(queries)
+
+
+def test_a_key_does_not_tell_colours_but_places(example: ModuleType) -> None:
+    frames = sys.modules["frames"]
+    still = torch.randn(4, 16, 16)
+
+    def moved(by: int) -> torch.Tensor:
+        latent = still.clone()
+        latent[:, 4:12, by : by + 6] += 3
+        return latent
+
+    clip = torch.stack([moved(by) for by in range(8)])
+    key = frames.PoseKey.fitted([clip], people=3, components=3)
+    there = key.pose(clip)
+    near, far = (there[0] - there[1]).norm(), (there[0] - there[7]).norm()
+    assert near < far / 2
+    tinted = clip + torch.randn(4, 1, 1)  # somebody else: another colour all over, always the same
+    assert torch.allclose(key.pose(tinted)[3] - key.pose(tinted)[0], there[3] - there[0], atol=1e-4)
+
+
+def test_a_key_is_read_back_as_it_was_saved(example: ModuleType, tmp_path: Path) -> None:
+    frames = sys.modules["frames"]
+    key = frames.PoseKey.fitted([torch.randn(6, 4, 16, 16)], people=2, components=3)
+    key.save(tmp_path / "pose.npz")
+    latent, clip = torch.randn(5, 4, 16, 16), torch.tensor([0, 1, 1, 0, 1])
+    assert torch.equal(frames.PoseKey.load(tmp_path / "pose.npz")(latent, clip), key(latent, clip))
+
+
+def test_a_query_sees_its_own_persons_frames_and_not_itself(
+    example: ModuleType, drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["exits.py", "--shared", str(drawn), "--size", "64"])
+    options = example.parse()
+    clips = example.Clips(drawn, tmp_path / "out", 64)
+    latents = [clips.latents(name) for name in SPLITS["train"]]
+    key = example.PoseKey.fitted(latents, len(clips.names))
+    model = example.wrapped(options, key, 8)
+    inputs = clips.samples("train", "bank")
+    bank = example.bank_of(model, inputs, tmp_path / "bank")
+    assert len(bank) == len(inputs) == 12
+    for latent, clip in clips.samples("train", "queries"):
+        found = bank.search(key(latent[None], clip[None])[..., None, None])
+        shown, whose = inputs[int(bank.source[found.ids])]
+        assert whose == clip
+        assert not torch.equal(shown, latent)
+        assert float(found.distances) < 100
+    nobody = example.misleading(bank, 3, same_person=False)
+    owner = bank.retriever.keys[:, -3:].argmax(1)
+    for row, one in enumerate(owner):
+        others = np.asarray(bank.values)[owner != one]
+        assert any(np.array_equal(nobody.values[row], other) for other in others)
+
+
+@pytest.mark.slow
+def test_the_script_runs_and_goes_on(
+    example: ModuleType,
+    drawn: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "out"
+    words = "--size 64 --attach-at 6 8 --widths 8 --plain 8 --train-every 1 --steps 1 --batch 1 --crop 32"
+    words += " --predictor-steps 5 --repeats 1"
+    monkeypatch.setattr(sys, "argv", ["exits.py", "--shared", str(drawn), "--out", str(out), *words.split()])
+    example.main()
+    said = capsys.readouterr().out
+    assert "TalkingHead with 2 early exits" in said
+    assert "any frame of the same person" in said
+    assert "rank correlation of the distance to the guide" in said
+    figures = ["figure-6.svg", "figure-7-width-8.svg", "figure-10-width-8.svg", "talking-heads.png"]
+    assert said.strip().splitlines()[-1] == "figures: " + ", ".join(
+        str(out / name) for name in _order(figures)
+    )
+    assert all((out / name).stat().st_size > 5000 for name in figures)
+    example.main()  # nothing is fitted again
+    again = capsys.readouterr().out
+    assert "early exits" not in again
+    assert again in said
+
+
+def _order(figures: list[str]) -> list[str]:
+    """As they are made: those of one scale factor, then those of all."""
+    return [figures[1], figures[2], figures[0], figures[3]]
