@@ -96,7 +96,7 @@ def test_a_query_sees_its_own_persons_frames_and_not_itself(
     clips = example.Clips(drawn, tmp_path / "out", 64)
     latents = [clips.latents(name) for name in SPLITS["train"]]
     key = example.PoseKey.fitted(latents, len(clips.names))
-    model = example.wrapped(options, key, 8)
+    model = example.wrapped(options, key, 64)  # as wide as the decoder: no widths to look for
     inputs = clips.samples("train", "bank")
     bank = example.bank_of(model, inputs, tmp_path / "bank")
     assert len(bank) == len(inputs) == 12
