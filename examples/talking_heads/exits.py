@@ -25,6 +25,7 @@ from frames import Clips, PoseKey, TalkingHead, load, shared_folder
 from summary import Run, summarise
 
 import retroexit
+from retroexit.evaluation.quality import LPIPS
 from retroexit.fingerprint import fingerprint
 from retroexit.guidance import GuidanceBank
 from retroexit.model import EarlyExitGenerator
@@ -156,6 +157,22 @@ def run(width: int, is_guided: bool, clips: Clips, key: PoseKey, options: argpar
     return found
 
 
+@torch.no_grad()
+def guides_alone(clips: Clips, key: PoseKey, options: argparse.Namespace) -> list[float]:
+    """Measure what showing the guide itself would lose, on every third image of the test."""
+    path = options.out / f"guides-{options.size}.json"
+    if not path.exists():
+        model = wrapped(options, key, 64)  # as wide as the decoder; no exit is used
+        bank = bank_of(model, clips.samples("test", "bank"), options.out / "bank-test")
+        metric, found = LPIPS(weights=options.weights), []
+        for latent, clip in clips.samples("test", "queries", options.test_every)[::3]:
+            inputs = latent[None], clip[None]
+            guide = bank.guide(key(*inputs)[..., None, None])
+            found.append(float(metric(2 * guide - 1, 2 * model(*inputs) - 1)))
+        path.write_text(json.dumps(found))
+    return list(json.loads(path.read_text()))
+
+
 def parse() -> argparse.Namespace:
     """Read the options."""
     parser = argparse.ArgumentParser(
@@ -199,7 +216,10 @@ def main() -> None:
         runs.append(run(width, True, clips, key, options))
         if width in options.plain:
             runs.append(run(width, False, clips, key, options))
-    text = summarise(runs)
+    alone = guides_alone(clips, key, options)
+    text = (
+        summarise(runs) + f"\nthe guide itself, shown as it is: {np.mean(alone):.4f} on {len(alone)} images"
+    )
     print(text)
     (options.out / "summary.txt").write_text(text + "\n")
     print("figures: " + ", ".join(map(str, draw_all(runs, options.out))))

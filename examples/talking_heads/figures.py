@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 __all__ = ["draw_all"]
 
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9")  # Okabe and Ito's
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#56B4E9", "#F0E442")  # Okabe and Ito's, for exits
+OF_SCALES = ("#D55E00", "#CC79A7", "#4B2E83", "#8C8C8C")
 BACKBONE = "#4D4D4D"
 STYLE: dict[Any, Any] = {
     "axes.axisbelow": True,
@@ -40,7 +41,7 @@ def quality_of_scales(axes: Axes, runs: list[Run]) -> None:
     """Draw the loss of every exit against its compute, a line per scale factor (paper, figure 6)."""
     widths = sorted({run.width for run in runs}, reverse=True)
     for run in sorted(runs, key=lambda run: (-run.width, not run.is_guided)):
-        found, colour = run.evaluation, COLOURS[widths.index(run.width) % len(COLOURS)]
+        found, colour = run.evaluation, OF_SCALES[widths.index(run.width) % len(OF_SCALES)]
         points = [found.fixed(k) for k in range(1, len(found.macs) + 1)]
         x = np.array([point.mean_macs for point in points]) / 1e9
         y = np.array([point.mean_loss for point in points])
@@ -89,7 +90,8 @@ def exits_against_distance(upper: Axes, lower: Axes, run: Run, tau: float) -> No
         if mine.any():
             upper.plot(grid, density(distance[mine], grid, 0.5) * mine.sum(), color=colour, label=name)
             lower.plot(distance[mine], found.loss[mine, 0], "o", color=colour, markersize=4, alpha=0.8)
-    upper.set(ylabel="images (density)", yticks=[])
+    upper.set(ylabel="images", yticks=[])
+    upper.tick_params(labelbottom=False)
     upper.set_ylim(bottom=0)
     lower.set(xlabel="distance to the guide", ylabel="LPIPS of exit 1")
     lower.set_ylim(bottom=0)
