@@ -51,7 +51,7 @@ def quality_of_scales(axes: Axes, runs: list[Run]) -> None:
         style = {"linestyle": "-", "marker": "o"} if run.is_guided else {"linestyle": ":", "marker": "x"}
         axes.plot(x, y, color=colour, markersize=6, label=f"SF {run.name}", **style)
     axes.plot(x[-1], 0, "s", color=BACKBONE, markersize=8, zorder=3, clip_on=False)
-    axes.annotate("backbone", (x[-1], 0), (0, 9), textcoords="offset points", ha="right")
+    axes.annotate("backbone", (x[-1], 0), (0, 16), textcoords="offset points", ha="right")
     axes.set(xlabel="GMACs per image", ylabel="LPIPS to the backbone's image")
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)

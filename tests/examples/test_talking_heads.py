@@ -16,7 +16,7 @@ from PIL import Image
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples/talking_heads"
 NAMES = ("latent_decoder", "frames", "keys", "figures", "summary", "exits")
-SPLITS = {"train": ["a", "b"], "val": [], "test": ["c"]}
+SPLITS = {"train": ["a", "b"], "val": [], "test": ["c", "d"]}
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def drawn(shared: Path, tmp_path: Path) -> Path:
     (tmp_path / "data").mkdir()
     (tmp_path / "data/weights").symlink_to(shared.resolve() / "data/weights")
     random = np.random.default_rng(0)
-    for name in "abc":
+    for name in "abcd":
         folder = tmp_path / "data/faces" / name
         folder.mkdir(parents=True)
         back = random.integers(0, 255, 3)
@@ -50,7 +50,7 @@ def drawn(shared: Path, tmp_path: Path) -> Path:
             image[20:44, 4 * frame : 4 * frame + 24] = 255 - back
             Image.fromarray(image).save(folder / f"{frame:04d}.jpg")
     (tmp_path / "data/faces/clips.json").write_text(
-        json.dumps({"clips": {name: {} for name in "abc"}, "splits": SPLITS})
+        json.dumps({"clips": {name: {} for name in "abcd"}, "splits": SPLITS})
     )
     return tmp_path
 
@@ -106,8 +106,8 @@ def test_a_query_sees_its_own_persons_frames_and_not_itself(
         assert whose == clip
         assert not torch.equal(shown, latent)
         assert float(found.distances) < 100
-    nobody = example.misleading(bank, 3, same_person=False)
-    owner = bank.retriever.keys[:, -3:].argmax(1)
+    nobody = example.misleading(bank, 4, same_person=False)
+    owner = bank.retriever.keys[:, -4:].argmax(1)
     for row, one in enumerate(owner):
         others = np.asarray(bank.values)[owner != one]
         assert any(np.array_equal(nobody.values[row], other) for other in others)
