@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -173,22 +174,17 @@ def exit_rows(run: figures.Run) -> list[list[str]]:
 
 
 def routed_rows(run: figures.Run) -> list[list[str]]:
-    """Routing at the thresholds that are each exit's mean loss, beside that exit and an oracle."""
+    """Route at mean losses halfway between exits; beside it either exit by a coin, and an oracle."""
     rows, evaluation = [], run.evaluation
-    for k, tau in enumerate(evaluation.loss.mean(0), start=1):
-        fixed, routed = evaluation.fixed(k), evaluation.at_mean(float(tau))
-        oracle = evaluation.oracle(float(tau))
-        rows.append(
-            [
-                str(k),
-                f"{tau:.3f}",
-                f"{100 * fixed.saved:.1f} %",
-                f"{100 * routed.saved:.1f} %",
-                f"{fixed.p95_loss:.3f}",
-                f"{routed.p95_loss:.3f}",
-                f"{100 * oracle.saved:.1f} %",
-            ]
-        )
+    perfect = dataclasses.replace(evaluation, predicted=evaluation.loss)
+    exits = [evaluation.fixed(k) for k in range(1, len(evaluation.macs) + 1)]
+    for one, other in itertools.pairwise(exits):
+        mean = (one.mean_loss + other.mean_loss) / 2
+        ways = [evaluation.at_mean(mean), perfect.at_mean(mean)]
+        saved = [(one.saved + other.saved) / 2, *(way.saved for way in ways)]
+        tails = [np.concatenate([one.loss_of, other.loss_of]), *(way.loss_of for way in ways)]
+        cells = [f"{100 * x:.1f} %" for x in saved] + [f"{np.percentile(x, 95):.3f}" for x in tails]
+        rows.append([f"{mean:.3f}", *cells])
     return rows
 
 
@@ -201,7 +197,7 @@ def show(runs: list[figures.Run], out: Path) -> None:
     evaluation = best.evaluation
     print(f"\nrouting at scale 1/{round(1 / best.scale)}, predictor and retrieval counted:")
     print(sweep_table(evaluation, THRESHOLDS))
-    head = ["exit", "its mean", "saves", "routed, same mean", "95 %", "routed", "oracle, none above the mean"]
+    head = ["mean", "saved: coin", "routed", "oracle", "95 %: coin", "routed", "oracle"]
     print(table(head, routed_rows(best)))
     error = evaluation.predictor_error()
     ranks = ", ".join(f"{r:.2f}" for r in error["spearman"] if r is not None)
@@ -209,7 +205,7 @@ def show(runs: list[figures.Run], out: Path) -> None:
     print(f"predictor, per exit: mean relative error {errors}; rank correlation {ranks}")
     summary = json.loads((out / f"{round(1 / best.scale)}/report/summary.json").read_text(encoding="utf-8"))
     if summary.get("promise"):
-        print("\npromised after calibration on the validation maps, and kept on the test maps:")
+        print("\ncalibrated on the validation maps, seconds of one drive; tested on others:")
         print(promise_table(summary["promise"]))
 
 
