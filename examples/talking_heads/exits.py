@@ -216,9 +216,11 @@ def main() -> None:
         runs.append(run(width, True, clips, key, options))
         if width in options.plain:
             runs.append(run(width, False, clips, key, options))
+    people = np.array([int(clip) for _, clip in clips.samples("test", "queries", options.test_every)])
     alone = guides_alone(clips, key, options)
     text = (
-        summarise(runs) + f"\nthe guide itself, shown as it is: {np.mean(alone):.4f} on {len(alone)} images"
+        summarise(runs, people)
+        + f"\nthe guide itself, shown as it is: {np.mean(alone):.4f} on {len(alone)} images"
     )
     print(text)
     (options.out / "summary.txt").write_text(text + "\n")

@@ -104,7 +104,7 @@ def main() -> None:
     parser.add_argument("--shared", help="folder with data/faces and data/weights")
     parser.add_argument("--out", type=Path, default=Path("runs/heads"))
     parser.add_argument("--size", type=int, default=256, help="side of the frames that are encoded")
-    parser.add_argument("--queries", type=int, default=5, help="queries per clip")
+    parser.add_argument("--queries", type=int, default=4, help="queries per clip")
     arguments = parser.parse_args()
     shared = shared_folder(arguments.shared)
     clips = Clips(shared, arguments.out, arguments.size)

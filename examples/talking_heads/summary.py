@@ -60,8 +60,13 @@ def correlation(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.corrcoef(*ranks)[0, 1])
 
 
-def summarise(runs: list[Run]) -> str:
-    """Set the numbers that matter in tables."""
+def summarise(runs: list[Run], people: np.ndarray) -> str:
+    """Set the numbers that matter in tables.
+
+    Args:
+        runs: What was found.
+        people: Whom each image of the test shows, by number.
+    """
     rows = []
     for run in runs:
         found = run.evaluation
@@ -81,7 +86,7 @@ def summarise(runs: list[Run]) -> str:
         parts.append(f"\nscale factor {run.name}: routed by prediction, everything counted")
         parts.append(sweep_table(run.evaluation, thresholds(run.evaluation)))
         parts.append(routing_table(run.evaluation))
-        parts += difficulty(run.evaluation)
+        parts += difficulty(run.evaluation, people)
     return "\n".join(parts)
 
 
@@ -102,7 +107,7 @@ def routing_table(found: Evaluation) -> str:
     return table(["mean LPIPS", "exits", "half of the images each", "routed", "oracle"], rows)
 
 
-def difficulty(found: Evaluation) -> list[str]:
+def difficulty(found: Evaluation, people: np.ndarray) -> list[str]:
     """Say how far predictor and distance tell the losses apart."""
     parts = []
     error = found.predictor_error()
@@ -115,4 +120,8 @@ def difficulty(found: Evaluation) -> list[str]:
         parts.append(
             f"rank correlation of the distance to the guide with the loss, per exit: {', '.join(told)}"
         )
+        within = [
+            correlation(distance[people == one], found.loss[people == one, 0]) for one in np.unique(people)
+        ]
+        parts.append("within each person, exit 1: " + ", ".join(f"{told:.2f}" for told in within))
     return parts
