@@ -174,7 +174,7 @@ class Retriever(ABC):
             RetrieverError: If there are no keys, the shape is not ``(n, D)``, or a key is not finite.
         """
         before = self._keys, self._first, self._mean
-        with OneThreadAfterFork():
+        with OneThreadAfterFork(), torch.autocast("cpu", enabled=False):
             self._hold(as_matrix(keys, "keys", copy=True))
             try:
                 self._index()
@@ -203,7 +203,7 @@ class Retriever(ABC):
         """
         if not len(self):
             raise RetrieverError(f"{self.name}: nothing to search; call build(keys) first", self)
-        with OneThreadAfterFork():
+        with OneThreadAfterFork(), torch.autocast("cpu", enabled=False):
             matrix = as_matrix(queries, "queries")
             if matrix.shape[1] != self.width:
                 raise RetrieverError(
@@ -277,7 +277,7 @@ class Retriever(ABC):
                 f"{folder}: keys are {keys.dtype} {keys.shape}, expected float32 {manifest['shape']}", folder
             )
         changed = {key for key, value in retriever.options.items() if kept.get(key) != value}
-        with OneThreadAfterFork():
+        with OneThreadAfterFork(), torch.autocast("cpu", enabled=False):
             retriever._hold(as_matrix(keys, "keys"))
             usable = same and not changed - set(cls.search_options)
             if not (usable and retriever._restored(Path(folder) / _INDEX_FILE, manifest)):

@@ -284,3 +284,14 @@ def test_exact_search_on_a_gpu_equals_the_cpu(precision, keys, queries) -> None:
     there = ExactRetriever(device="cuda", precision=precision).build(keys.cuda()).search(queries.cuda(), 3)
     here = ExactRetriever().build(keys).search(queries, 3)
     assert torch.equal(there.ids, here.ids) and torch.equal(there.distances, here.distances)
+
+
+@pytest.mark.parametrize("make", EXACT + GRAPHS, ids=NAMES)
+def test_autocast_around_it_changes_nothing(make, keys, queries) -> None:
+    plain = make().build(keys).search(queries, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = make().build(keys)
+        found = inside.search(queries, 3)
+    for again in (found, inside.search(queries, 3)):
+        assert torch.equal(again.ids, plain.ids)
+        assert torch.equal(again.distances, plain.distances)
