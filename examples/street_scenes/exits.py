@@ -29,8 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import retroexit
-from retroexit.evaluation.kept import read_kept
-from retroexit.evaluation.report import write_report
+from retroexit.cli.report import report
 from retroexit.evaluation.sweep import Evaluation
 from retroexit.tables import promise_table, sweep_table, table
 
@@ -136,15 +135,15 @@ def measured(scale: float, bank: bool, scenes: Scenes, args: argparse.Namespace)
     """Fit one model, measure it, write its report; what was measured before is read."""
     name = f"{round(1 / scale)}" + ("" if bank else "-no-bank")
     out = args.out / name
-    report, kept = out / "report", out / "judged.json"
+    page, kept = out / "report", out / "judged.json"
     if not kept.exists():
         model = fitted(scale, bank, scenes, out, args)
         weights = args.shared / "data/weights/lpips_alex_v0.1.pth"
-        model.calibrate(scenes.val, weights=weights)
+        model.calibrate(scenes.val, args.alpha, weights=weights)
         retroexit.evaluate(
             model,
             scenes.test,
-            report,
+            page,
             weights=weights,
             title=f"OASIS street scenes, scale 1/{round(1 / scale)}, {'with' if bank else 'without'} bank",
             command=f"python examples/street_scenes/exits.py --out {args.out}",
@@ -153,7 +152,7 @@ def measured(scale: float, bank: bool, scenes: Scenes, args: argparse.Namespace)
         images = images_of(model, scenes.test)
         figures.strip(images, scenes, args.out / f"strip-{name}.png")
         kept.write_text(json.dumps(judged(images, scenes, args.shared)))
-    evaluation = Evaluation.from_json((report / "evaluation.json").read_text(encoding="utf-8"))
+    evaluation = Evaluation.from_json((page / "evaluation.json").read_text(encoding="utf-8"))
     return figures.Run(scale, bank, evaluation, json.loads(kept.read_text()))
 
 
@@ -225,6 +224,7 @@ def main() -> None:
     parser.add_argument("--predictor", choices=("conv", "pooled", "linear"), default="linear")
     parser.add_argument("--predict-from", choices=("inputs", "features"), default="inputs")
     parser.add_argument("--predictor-steps", type=int, default=1500)
+    parser.add_argument("--alpha", type=float, default=0.05, help="share of inputs that may break a promise")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--train", type=int, help="use only so many training maps")
     parser.add_argument("--test", type=int, help="use only so many maps to calibrate and to test on")
@@ -236,21 +236,10 @@ def main() -> None:
     wanted = [(scale, True) for scale in sorted(args.scales)] + [(min(args.scales), False)]
     runs = [measured(scale, bank, scenes, args) for scale, bank in wanted]
     show(runs, args.out)
-    guided, unguided = runs[0], runs[-1]
-    place = args.out / f"{round(1 / guided.scale)}/report"
-    words = read_kept(place)
-    write_report(
-        place,
-        guided.evaluation,
-        words.strips,
-        title=str(words.title),
-        command=words.command,
-        unguided=unguided.evaluation,
-        calibration=retroexit.load(place.parent, load(args.backbone)).calibration,
-    )
+    narrowest = args.out / f"{round(1 / min(args.scales))}"
+    report(narrowest, unguided=Path(f"{narrowest}-no-bank"), threshold=None, title=None, out=None)
     for file in figures.draw(runs, args.out):
         print(f"figure: {file}")
-    print(f"report: {place / 'report.html'}")
 
 
 if __name__ == "__main__":

@@ -99,7 +99,6 @@ def frechet_against_compute(runs: Sequence[Run], file: Path) -> None:
     axes.set(
         xlabel="GMACs, retrieval counted",
         ylabel="Frechet distance to the photographs,\nSqueezeNet features, times 1000",
-        ylim=(0, None),
     )
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)

@@ -130,8 +130,9 @@ def test_the_script_runs(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     command = ["exits.py", "--shared", str(shared), "--out", str(tmp_path), "--scales", "0.25"]
-    quick = ["--steps", "2", "--predictor-steps", "20", "--train", "40", "--test", "30", "--bank", "32"]
-    monkeypatch.setattr(sys, "argv", [*command, *quick])
+    quick = ["--steps", "2", "--predictor-steps", "20", "--bank", "32"]
+    small = ["--train", "16", "--test", "8", "--alpha", "0.3"]
+    monkeypatch.setattr(sys, "argv", [*command, *quick, *small])
     example.exits.main()
     printed = capsys.readouterr().out
     for bank in ("yes", "no"):
