@@ -88,6 +88,7 @@ def fitted(scale: float, bank: bool, scenes: Scenes, out: Path, args: argparse.N
         attach_at=list(ATTACH_AT),
         scale=scale,
         min_channels=MIN_CHANNELS,
+        init=args.init,
         guidance=guidance,
         example_inputs=tuple(part[None] for part in scenes.train[0]),
     )
@@ -217,7 +218,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/street"))
     parser.add_argument("--backbone", type=Path, default=WEIGHTS, help="what train_backbone.py wrote")
     parser.add_argument("--scales", type=float, nargs="+", default=(1 / 2, 1 / 3, 1 / 4))
-    parser.add_argument("--steps", type=int, default=600, help="per branch")
+    parser.add_argument("--init", choices=("inherit", "scratch"), default="inherit")
+    parser.add_argument("--steps", type=int, default=500, help="per branch")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--bank", type=int, default=2048, help="pairs in the bank")

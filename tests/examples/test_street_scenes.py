@@ -130,7 +130,7 @@ def test_the_script_runs(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     command = ["exits.py", "--shared", str(shared), "--out", str(tmp_path), "--scales", "0.25"]
-    quick = ["--steps", "2", "--predictor-steps", "20", "--bank", "32"]
+    quick = ["--steps", "2", "--predictor-steps", "20", "--bank", "32", "--init", "scratch"]
     small = ["--train", "16", "--test", "8", "--alpha", "0.3"]
     monkeypatch.setattr(sys, "argv", [*command, *quick, *small])
     example.exits.main()
