@@ -8,7 +8,17 @@ from pathlib import Path
 from retroexit.tables import table
 from static.measuring import Point
 
-__all__ = ["LIMIT", "OURS", "STATIC", "draw", "points_table", "verdicts", "verdicts_table"]
+__all__ = [
+    "LIMIT",
+    "OURS",
+    "STATIC",
+    "draw",
+    "floors",
+    "floors_table",
+    "points_table",
+    "verdicts",
+    "verdicts_table",
+]
 
 LIMIT = 0.1
 OURS = ("ours by image", "ours by budget", "ours by region")
@@ -124,6 +134,29 @@ def verdicts_table(rows: Sequence[dict[str, object]], cost: str, unit: float, ba
         lines.append([str(row["way"]), f"{row['setting']:g}", shown, *(cell(row, m) for m in _MEASURES)])
     head = ["way", "setting", f"{cost}, of backbone", "mean, ours", "95 %, ours", f"above {LIMIT:g}, ours"]
     return table(head, lines)
+
+
+def floors(points: Sequence[Point], limit: float, allowed: float = 0.05) -> dict[str, float]:
+    """Find the least cost in MACs at which no more than a share of the images lose more than a limit.
+
+    Settings are chosen knowing the losses, for every way alike. Ways that have no such setting are left out.
+    """
+    found: dict[str, float] = {}
+    for point in points:
+        if point.above(limit) <= allowed:
+            found[point.way] = min(point.macs, found.get(point.way, point.macs))
+    return found
+
+
+def floors_table(points: Sequence[Point], macs: float, limits: Sequence[float]) -> str:
+    """Set what every way must spend to keep nearly all images below a limit."""
+    ways = [way for way in _STYLES if any(point.way == way for point in points)]
+    rows = []
+    for limit in limits:
+        least = floors(points, limit)
+        shares = [f"{100 * least[way] / macs:.1f} %" if way in least else "-" for way in ways]
+        rows.append([f"{limit:g}", *shares])
+    return table(["limit", *ways], rows)
 
 
 def draw(points: Sequence[Point], macs: float, seconds: float | None, path: Path, title: str) -> None:

@@ -90,6 +90,19 @@ def test_the_promise_holds_on_inputs_like_those_of_the_calibration() -> None:
     assert few is None
 
 
+def test_one_exit_is_promised_where_the_binomial_test_lets_its_losses_pass() -> None:
+    loss = np.zeros((59, 2))
+    macs = np.array([1.0, 2.0, 4.0])
+    evaluation = Evaluation(loss, loss, macs, np.zeros(3))
+    assert promise.promised_exit(evaluation, 0.1, 0.05, 0.95) == 1  # 59 samples, none of them bad
+    loss[0, 0] = 0.2
+    evaluation = Evaluation(loss, loss, macs, np.zeros(3))
+    assert promise.promised_exit(evaluation, 0.1, 0.05, 0.95) == 2  # one in 59 shows less
+    loss[0, 1] = 0.2
+    assert promise.promised_exit(Evaluation(loss, loss, macs, np.zeros(3)), 0.1, 0.05, 0.95) == 3
+    assert promise.promised_exit(Evaluation(loss[:20], loss[:20], macs, np.zeros(3)), 0.3, 0.05, 0.95) == 3
+
+
 def test_errors_of_a_predictor_are_shares_of_each_loss_and_of_the_span_of_all() -> None:
     evaluation = _evaluation()
     assert evaluation.predicted is not None
