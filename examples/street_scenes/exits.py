@@ -141,6 +141,7 @@ def measured(scale: float, bank: bool, scenes: Scenes, args: argparse.Namespace)
         model = fitted(scale, bank, scenes, out, args)
         weights = args.shared / "data/weights/lpips_alex_v0.1.pth"
         model.calibrate(scenes.val, args.alpha, weights=weights)
+        model.save(out)
         retroexit.evaluate(
             model,
             scenes.test,
