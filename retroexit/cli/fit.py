@@ -48,6 +48,7 @@ from retroexit.cli.routing_options import (
 )
 from retroexit.device import device_of
 from retroexit.errors import OptionError
+from retroexit.guidance.bank import GuidanceBank
 from retroexit.planning import DEFAULT_LOSSES
 from retroexit.plugins.host import host
 from retroexit.tables import exit_table
@@ -83,6 +84,9 @@ def fit(
     ] = None,
     guidance: Annotated[bool, typer.Option(help="Guide branches by retrieval.")] = False,
     retriever: Annotated[str, typer.Option(help="Search back-end of the guidance.")] = "exact",
+    bank: Annotated[
+        Path | None, typer.Option(help="Folder of a bank made beforehand, of other inputs; with --guidance.")
+    ] = None,
     init: Annotated[str, typer.Option(help="Starting weights: inherit or scratch.")] = "inherit",
     width_rule: Annotated[
         str, typer.Option(help="How widths follow from the scale: floor, multiple-of-8, a plug-in's.")
@@ -178,6 +182,8 @@ def fit(
         example_inputs=args,
         example_kwargs=kwargs,
     )
+    if bank is not None:
+        asked["bank"] = GuidanceBank.load(bank, retriever_class=host().retriever(retriever))
     say = typer.echo if team.is_first else lambda text: None
     say(exit_table(model))
     if dry_run:

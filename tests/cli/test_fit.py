@@ -7,9 +7,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from retroexit.errors import WeightsError
+from retroexit.guidance import GuidanceBank
 from retroexit.training.branches import BranchTrainer
 
 FIT = (
@@ -32,6 +34,18 @@ def _with(**changed: str) -> tuple[str, ...]:
     for option, value in changed.items():
         words[words.index("--" + option.replace("_", "-")) + 1] = value
     return tuple(words)
+
+
+def test_a_bank_made_beforehand_guides_the_fit(run: Any, tmp_path: Path) -> None:
+    build = ("bank", "build", "toy.py:decoder", "--inputs", "toy.py:few", "--size", "16")
+    assert run(*build, "--out", "made").status == 0
+    fitted = run(*FIT, *FAST, "--guidance", "--bank", "made", "--out", "run")
+    assert fitted.status == 0, fitted.err
+    made, used = (GuidanceBank.load(tmp_path / folder) for folder in ("made", "run/bank"))
+    assert np.array_equal(made.retriever.keys, used.retriever.keys)
+    refused = run(*FIT, *FAST, "--bank", "made", "--out", "other")
+    refused.fails_with("wrapped without guidance")
+    assert not (tmp_path / "other").exists()
 
 
 def test_fit_and_evaluate_write_what_they_say(run: Any, tmp_path: Path) -> None:
