@@ -78,10 +78,11 @@ def _some(names: list[str], count: int | None) -> list[str]:
 
 
 def fitted(scale: float, bank: bool, scenes: Scenes, out: Path, args: argparse.Namespace) -> Any:
-    """Wrap, fit and calibrate one model; read from ``out`` where that was done before."""
+    """Wrap and fit one model; read from ``out`` where that was done before."""
     backbone, weights = load(args.backbone), args.shared / "data/weights/lpips_alex_v0.1.pth"
+    example = tuple(part[None] for part in scenes.train[0])
     if (out / "model.json").exists():
-        return retroexit.load(out, backbone)
+        return retroexit.load(out, backbone, example)
     guidance = retroexit.Guidance(size=args.bank, thin="fps") if bank else None
     model = retroexit.wrap(
         backbone,
@@ -90,7 +91,7 @@ def fitted(scale: float, bank: bool, scenes: Scenes, out: Path, args: argparse.N
         min_channels=MIN_CHANNELS,
         init=args.init,
         guidance=guidance,
-        example_inputs=tuple(part[None] for part in scenes.train[0]),
+        example_inputs=example,
     )
     print(model)
     return retroexit.fit(

@@ -14,12 +14,8 @@ from __future__ import annotations
 
 import argparse
 import copy
-import hashlib
-import json
-import math
-import time
+import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -36,12 +32,13 @@ from retroexit_oasis import (
     one_hot,
     real_loss,
 )
-from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from retroexit.evaluation.quality import LPIPS
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from gan_training import GanTrainer, export, options, train  # beside this folder
 
 
 class Pairs:
@@ -73,34 +70,20 @@ class Pairs:
         return maps.contiguous(memory_format=last), torch.cat(images).contiguous(memory_format=last)
 
 
-class Trainer:
-    """Networks, optimisers and the running average, all of which a checkpoint keeps."""
+class Trainer(GanTrainer):
+    """Train with the loss of OASIS, and LPIPS and L1 to the photograph beside it."""
 
     def __init__(self, args: argparse.Namespace, metric: LPIPS) -> None:
         torch.manual_seed(args.seed)
-        self.args, self.metric = args, metric
-        last = torch.channels_last
-        self.generator = generator().to(memory_format=last)
-        self.discriminator = OASISDiscriminator(NUM_LABELS, CHANNELS).to(memory_format=last)
-        self.average = copy.deepcopy(self.generator)
-        adam = torch.optim.Adam
-        self.for_generator = adam(self.generator.parameters(), lr=args.lr, betas=(0.0, 0.999))
-        self.for_discriminator = adam(self.discriminator.parameters(), lr=args.lr, betas=(0.0, 0.999))
-        self.step, self.elapsed = 0, 0.0
-
-    @property
-    def progress(self) -> float:
-        """Share of the training that is done, by steps or by time, whichever is further."""
-        return max(self.step / self.args.steps, self.elapsed / 60 / self.args.minutes)
+        super().__init__(args, generator(), OASISDiscriminator(NUM_LABELS, CHANNELS), (0.0, 0.999))
+        self.metric = metric
 
     def learn(self, label: Tensor, photograph: Tensor) -> dict[str, float]:
         """Take one step of each network."""
         args = self.args
-        rate = min(1.0, (self.step + 1) / 100) * min(1.0, 2 * (1.01 - self.progress))  # falls from half on
-        for optimiser in (self.for_generator, self.for_discriminator):
-            optimiser.param_groups[0]["lr"] = args.lr * rate
+        self.set_rate(fall=2)
         self.discriminator.requires_grad_(False)
-        with self._autocast():
+        with self.autocast():
             image = self.generator(label)
             scores = self.discriminator(image)
         image = image.float()
@@ -113,7 +96,7 @@ class Trainer:
 
         self.discriminator.requires_grad_(True)
         mask = labelmix_mask(label)
-        with self._autocast():
+        with self.autocast():
             judged = self.discriminator(torch.cat([photograph, image, mix(photograph, image, mask)]))
         real, fake, mixed = judged.float().chunk(3)
         loss = (
@@ -122,23 +105,9 @@ class Trainer:
         self.for_discriminator.zero_grad(set_to_none=True)
         loss.backward()
         self.for_discriminator.step()
-        self.step += 1
-        self._follow(min(0.999, self.step / (self.step + 20)))
+        self.follow(0.999)
         found = {"fooled": fooled, "lpips": lpips, "l1": l1, "discriminator": loss}
         return {name: float(value.detach()) for name, value in found.items()}
-
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast("cpu", torch.bfloat16, enabled=not self.args.float32)
-
-    @torch.no_grad()
-    def _follow(self, keep: float) -> None:
-        for mine, live in zip(
-            self.average.state_dict().values(), self.generator.state_dict().values(), strict=True
-        ):
-            if mine.is_floating_point():
-                mine.lerp_(live, 1 - keep)
-            else:
-                mine.copy_(live)
 
     @torch.no_grad()
     def settled(self, pairs: Pairs, batches: int) -> OASISGenerator:
@@ -156,26 +125,6 @@ class Trainer:
                 module.momentum = 0.1
         return ready.eval()
 
-    def _state(self) -> dict[str, Any]:
-        parts = ("generator", "discriminator", "average", "for_generator", "for_discriminator")
-        return {name: getattr(self, name).state_dict() for name in parts}
-
-    def save(self, file: Path) -> None:
-        """Write everything; a stop in between leaves the former file."""
-        torch.save(
-            {**self._state(), "step": self.step, "elapsed": self.elapsed, "random": torch.get_rng_state()},
-            file.with_suffix(".new"),
-        )
-        file.with_suffix(".new").replace(file)
-
-    def resume(self, file: Path) -> None:
-        """Continue from `save`."""
-        state = torch.load(file, weights_only=True)
-        for name in self._state():
-            getattr(self, name).load_state_dict(state[name])
-        self.step, self.elapsed = state["step"], state["elapsed"]
-        torch.set_rng_state(state["random"])
-
 
 @torch.no_grad()
 def held_out(model: OASISGenerator, shared: Path, metric: LPIPS, file: Path | None = None) -> float:
@@ -190,77 +139,17 @@ def held_out(model: OASISGenerator, shared: Path, metric: LPIPS, file: Path | No
     return float(torch.cat([metric(a[None], b[None]) for a, b in zip(made, drawn, strict=True)]).mean())
 
 
-def train(trainer: Trainer, pairs: Pairs, shared: Path, out: Path) -> None:
-    """Train until ``--steps`` or ``--minutes`` are used up, whichever comes first; earlier runs count."""
-    args = trainer.args
-    rng = np.random.default_rng([args.seed, trainer.step])
-    last, smooth = time.monotonic(), dict[str, float]()
-    bar = tqdm(total=args.steps, initial=trainer.step, mininterval=10)
-    while trainer.progress < 1:
-        report = trainer.learn(*pairs.batch(rng, args.batch))
-        now = time.monotonic()
-        trainer.elapsed, last = trainer.elapsed + now - last, now
-        if not all(map(math.isfinite, report.values())):
-            raise SystemExit(f"step {trainer.step}: {report}; the last checkpoint is {out / 'state.pt'}")
-        smooth = {key: 0.98 * smooth.get(key, value) + 0.02 * value for key, value in report.items()}
-        bar.update()
-        if trainer.step % args.every == 0 or trainer.progress >= 1:
-            trainer.save(out / "state.pt")
-            line = {"step": trainer.step, "minutes": round(trainer.elapsed / 60, 2), **smooth}
-            picture = out / f"samples-{trainer.step:06d}.png"
-            line["val_lpips"] = held_out(
-                trainer.settled(pairs, args.settle // 5), shared, trainer.metric, picture
-            )
-            with (out / "log.jsonl").open("a", encoding="utf-8") as log:
-                log.write(json.dumps(line) + "\n")
-            bar.set_postfix({key: f"{value:.3f}" for key, value in smooth.items()})
-            last = time.monotonic()
-    bar.close()
-
-
-def export(trainer: Trainer, pairs: Pairs, shared: Path, file: Path) -> None:
-    """Write the averaged weights in half precision, and a record of where they come from."""
-    ready = trainer.settled(pairs, trainer.args.settle)
-    half = {
-        key: value.half().contiguous() if value.is_floating_point() else value
-        for key, value in ready.state_dict().items()
-    }
-    file.write_bytes(save(half))
-    ready.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in half.items()})
-    args = trainer.args
-    record = {
-        "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
-        "script": "examples/street_scenes/train_backbone.py",
-        "data": "CamVid, 367 training pairs of the SegNet tutorial's split; research use only, see README.md",
-        "steps": trainer.step,
-        "minutes": round(trainer.elapsed / 60, 1),
-        **{name: getattr(args, name) for name in ("seed", "batch", "lr", "lpips", "l1", "labelmix")},
-        "val_lpips": round(held_out(ready, shared, trainer.metric), 4),
-        "torch": torch.__version__,
-    }
-    file.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-
-
 def main() -> None:
     """Parse the options, train, export."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    options(parser, minutes=90.0, lr=4e-4)
     parser.add_argument("--shared", help="folder with data/street and data/weights")
-    parser.add_argument("--out", type=Path, required=True, help="work folder: state, samples, log, weights")
-    parser.add_argument("--steps", type=int, default=20_000, help="stop after so many steps")
-    parser.add_argument("--minutes", type=float, default=90.0, help="stop after so much training time in all")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--lr", type=float, default=4e-4)
     parser.add_argument("--lpips", type=float, default=3.0, help="weight of LPIPS to the photograph")
     parser.add_argument("--l1", type=float, default=1.0, help="weight of L1 to the photograph")
     parser.add_argument("--labelmix", type=float, default=5.0)
-    parser.add_argument("--every", type=int, default=250, help="steps between checkpoints")
     parser.add_argument("--settle", type=int, default=100, help="batches that the norms are measured on")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--float32", action="store_true", help="no bfloat16 (for processors without it)")
-    parser.add_argument("--resume", action="store_true", help="continue from the work folder")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     shared = shared_folder(args.shared)
@@ -269,9 +158,20 @@ def main() -> None:
     if args.resume:
         trainer.resume(args.out / "state.pt")
     pairs = Pairs(*read(split("train", shared), shared))
+
+    def look(picture: Path) -> dict[str, float]:
+        ready = trainer.settled(pairs, args.settle // 5)
+        return {"val_lpips": held_out(ready, shared, trainer.metric, picture)}
+
     if trainer.progress < 1:
-        train(trainer, pairs, shared, args.out)
-    export(trainer, pairs, shared, args.out / "backbone.safetensors")
+        train(trainer, pairs.batch, look, args.out)
+    ready = trainer.settled(pairs, args.settle)
+    about = {
+        "script": "examples/street_scenes/train_backbone.py",
+        "data": "CamVid, 367 training pairs of the SegNet tutorial's split; research use only, see README.md",
+        "val_lpips": lambda: round(held_out(ready, shared, trainer.metric), 4),
+    }
+    export(trainer, ready, args.out / "backbone.safetensors", ("lpips", "l1", "labelmix"), about)
 
 
 if __name__ == "__main__":

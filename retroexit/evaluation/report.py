@@ -191,10 +191,11 @@ def _cards(evaluation: Evaluation, summary: dict[str, Any], picked: float) -> li
         return []
     best, gain = row["best_fixed"], summary["gain_factor"]
     name = "the backbone" if best["exit"] == len(evaluation.macs) else f"exit {best['exit']}"
+    kind = "routing included" if summary["promise"] is None else "by expectation, without the promise"
     cards = [
         (
             percent(row["saved"]),
-            f"of the compute saved at threshold {picked:g}, routing included",
+            f"of the compute saved at threshold {picked:g}, {kind}",
         ),
         (
             f"{row['mean_loss']:.3g}",

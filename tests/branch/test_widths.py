@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import retroexit
+from retroexit.branch import inherit
 from retroexit.branch.widths import WidthRule, scaled_width
 
 
@@ -185,6 +186,24 @@ def test_the_square_root_of_a_width_does_not_pin_it(toys: ModuleType) -> None:
     assert branch.pins == ()
     assert branch.tail.get_parameter("blocks.1.1.qkv.weight").shape == (24, 8, 1, 1)
     assert not hasattr(torch.SymInt, "__float__")
+
+
+def test_flattened_kernels_are_taken_as_they_lie_in_memory_at_the_first_try(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tried: list[bool] = []
+
+    def noted(*args: Any) -> bool:
+        tried.append(is_invariant(*args))
+        return tried[-1]
+
+    is_invariant = inherit._is_invariant
+    monkeypatch.setattr(inherit, "_is_invariant", noted)
+    layers = [nn.utils.spectral_norm(nn.Conv2d(64, 64, 3, padding=1)) for _ in range(3)]
+    generator, x = nn.Sequential(*layers, nn.Conv2d(64, 3, 1)), torch.randn(1, 64, 4, 4)
+    generator(x)
+    retroexit.wrap(generator.eval(), [1], 1 / 3, min_channels=8, example_inputs=(x,))
+    assert tried == [True]
 
 
 @pytest.mark.parametrize("normalise", [nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm])

@@ -22,11 +22,12 @@ MODULES = ("pairs", "backbone", "judge", "figures", "exits", "train_backbone")
 def example() -> Iterator[SimpleNamespace]:
     """Its modules, imported as when its scripts are run; other examples have some of the same names."""
     hidden = {name: sys.modules.pop(name) for name in MODULES if name in sys.modules}
+    path = sys.path[:]
     sys.path.insert(0, str(FOLDER))
     try:
         yield SimpleNamespace(**{name: importlib.import_module(name) for name in MODULES})
     finally:
-        sys.path.remove(str(FOLDER))
+        sys.path[:] = path
         for name in MODULES:
             sys.modules.pop(name, None)
         sys.modules.update(hidden)
@@ -144,6 +145,11 @@ def test_the_script_runs(
     for number in (3, 4, 8, 9):
         assert (tmp_path / f"figure-{number}.svg").read_text(encoding="utf-8").count("<path") > 3
     assert "Dashed: the same exits without guidance" in (tmp_path / "4/report/report.html").read_text()
-    measured = (tmp_path / "4/report/evaluation.json").stat().st_mtime_ns
-    example.exits.main()  # everything is there: tables and figures again
-    assert (tmp_path / "4/report/evaluation.json").stat().st_mtime_ns == measured
+    before = (tmp_path / "4/report/evaluation.json").stat().st_mtime_ns
+    (tmp_path / "4-no-bank/judged.json").unlink()  # as if it had been stopped behind the fit
+    example.exits.main()
+    assert (tmp_path / "4/report/evaluation.json").stat().st_mtime_ns == before
+    again = capsys.readouterr().out
+    wanted = [line for line in printed.splitlines() if line.startswith(("1/4 ", "calibrated"))]
+    assert [line for line in again.splitlines() if line.startswith(("1/4 ", "calibrated"))] == wanted
+    assert any(line.startswith("calibrated") for line in wanted)
