@@ -9,7 +9,7 @@ running average, the same metric, on the real latent decoder of ``examples/laten
 * Torch-Pruning: channels of least magnitude pruned over all layers, then trained likewise;
 * one exit: every image through the same exit of ours;
 * oracle: every image through the cheapest exit that is good enough by its true loss;
-* ours by image, ours by region: exits chosen by the predictor for a threshold, for images or inside them;
+* ours by image: exits chosen by the predictor for a threshold;
 * ours by budget: exits chosen by the predictor for a price of compute.
 
 The drift guard is off: it would send inputs unlike those of the fit to the backbone, whatever they are worth.
@@ -42,7 +42,6 @@ from static import networks, show
 from static.measuring import (
     Draw,
     Point,
-    by_region,
     exit_points,
     network_point,
     seconds_of,
@@ -54,7 +53,6 @@ import retroexit
 from retroexit.evaluation.quality import ImageRange
 from retroexit.evaluation.sweep import Evaluation
 from retroexit.model import EarlyExitGenerator
-from retroexit.regions.fitting import fit_regions
 from retroexit.storage import versions
 from retroexit.training.cache import FeatureCache
 from retroexit.training.inputs import Samples
@@ -137,17 +135,6 @@ class Run:
             self.draws.append((point, partial(_routed, model, tau, False)))
         self.taus = taus
 
-    def regions(self) -> None:
-        """Fit what chooses exits inside images, and render with it at the same thresholds."""
-        model, metric, taus = self.model, self.case.metric, self.taus
-        assert model is not None
-        if model.regions is None:
-            fit_regions(model, self.case.train, self.out / "ours", metric, tile=self.arguments.tile)
-        measure = partial(by_region, model, self.latents, self.targets, metric, self.limits, taus)
-        points = self.kept("ours-by-region", measure)
-        self.points += points
-        self.draws += [(p, partial(_routed, model, p.setting, True)) for p in points]
-
     def rivals(self) -> None:
         """Train and measure uniformly thin copies and pruned ones."""
         *_, widths, ratios, full, floor = EXITS[self.arguments.case]
@@ -187,8 +174,8 @@ def _at_exit(model: EarlyExitGenerator, exit: int, latents: Tensor) -> Tensor:
     return model.image(model.route((latents,), {}, exit=exit))
 
 
-def _routed(model: EarlyExitGenerator, tau: float, regions: bool, latents: Tensor) -> Tensor:
-    return model.image(model.routed(latents, threshold=tau, regions=regions)[0])
+def _routed(model: EarlyExitGenerator, tau: float, latents: Tensor) -> Tensor:
+    return model.image(model.routed(latents, threshold=tau)[0])
 
 
 def main(given: Sequence[str] | None = None) -> None:
@@ -202,8 +189,6 @@ def main(given: Sequence[str] | None = None) -> None:
     run, load = Run(case, training, arguments), os.getloadavg()[0]
     run.ours()
     run.rivals()
-    if arguments.tile:
-        run.regions()
     seconds = run.time() if arguments.repeats else None
     macs = float(_backbone_macs(case))
     timed = [cost for cost in ("macs", "seconds") if cost == "macs" or seconds is not None]
@@ -259,7 +244,6 @@ def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--float32", action="store_true", help="train without bfloat16 autocast")
-    parser.add_argument("--tile", type=int, default=32, help="side of a tile of ours by region; 0: without")
     parser.add_argument("--thresholds", type=int, default=8, help="thresholds of ours that are rendered")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--timed", type=int, default=4, help="images to time")

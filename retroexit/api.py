@@ -28,7 +28,7 @@ from retroexit.wrapping import WrapOptions
 
 __all__ = ["calibrate", "evaluate", "find_metric", "find_stages", "fit", "load", "wrap"]
 
-_OWN_KEYWORDS = ("exit", "threshold", "budget", "deadline_ms", "regions")
+_OWN_KEYWORDS = ("exit", "threshold", "budget", "deadline_ms")
 
 
 def wrap(

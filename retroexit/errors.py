@@ -16,7 +16,6 @@ what was asked, what was found, and what to do next.
     |-- BranchError             a thin copy could not be made
     |-- InputMismatchError      the inputs differ from the recording where that matters
     |-- OptionError             an argument has a value outside its range
-    |-- RegionError             an image of this generator cannot be made of regions
     |-- BankError               a guidance bank is empty, damaged, or another backbone's
     |-- RetrieverError          keys or queries that no index may be given
     |-- WeightsError            pretrained weights are missing or are not what they claim
@@ -49,7 +48,6 @@ __all__ = [
     "OutputError",
     "PluginError",
     "RecordingError",
-    "RegionError",
     "RepeatedStageError",
     "RetrieverError",
     "RetroExitError",
@@ -117,10 +115,6 @@ class InputMismatchError(RetroExitError, ValueError):
 
 class OptionError(RetroExitError, ValueError):
     """An argument has a value outside its range."""
-
-
-class RegionError(RetroExitError, ValueError):
-    """An image of this generator cannot be made of regions; the text names the layer that is why."""
 
 
 class BankError(RetroExitError, ValueError):

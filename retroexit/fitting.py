@@ -1,4 +1,4 @@
-"""Fit a wrapped generator, and give it what routing goes by: promise, regions, times.
+"""Fit a wrapped generator, and give it what routing goes by: promise and times.
 
 Everything that can be refused is refused in `prepare`, before anything is trained or written; a dry run is
 that much of a fit.
@@ -25,9 +25,6 @@ from retroexit.planning import DEFAULT_LOSSES, plan_losses
 from retroexit.plugins.asking import describe
 from retroexit.plugins.description import Description
 from retroexit.plugins.host import host
-from retroexit.regions.fitting import fit_regions
-from retroexit.regions.locality import find_locality
-from retroexit.regions.tiles import check_tile
 from retroexit.retrieval.base import Retriever
 from retroexit.routing.bounds import samples_needed
 from retroexit.routing.calibration import check_promise
@@ -64,8 +61,6 @@ def fit(
     adapter: Description | str | bool | None = None,
     alpha: float = 0.05,
     confidence: float = 0.95,
-    regions: bool = False,
-    tile: int = 32,
     latency: int | None = None,
     progress: bool = True,
     devices: int | None = None,
@@ -76,7 +71,7 @@ def fit(
 
     The backbone's own image is the target, so no photographs are needed. Backbone features and images are
     computed once and kept in the folder. A fit that was interrupted goes on when it is called again, to the
-    same weights. Promise, regions and times are made at the end, where they are asked for; those of an
+    same weights. Promise and times are made at the end, where they are asked for; those of an
     earlier fit in the folder are dropped.
 
     Args:
@@ -107,9 +102,6 @@ def fit(
         alpha: With ``calibrate=share`` among the settings: share of inputs that may lose more than a
             threshold once it is a promise, see `calibrate`.
         confidence: Probability that the promise holds.
-        regions: Whether to fit a tile predictor as well, for exits inside the image:
-            ``model(x, threshold=0.1, regions=True)``.
-        tile: Side of its tiles in pixels of the image.
         latency: Measure the times of all exits for calls with so many samples, for ``deadline_ms``.
         progress: Whether to show bars on a terminal.
         devices: Devices on each machine, each with a process and a part of every batch; under torchrun what
@@ -126,7 +118,6 @@ def fit(
         OptionError: If a setting or the inputs are out of range, or a term lacks what it needs.
         BankError: If the predictor should read the distance to a guide, and there is none, or ``bank`` does
             not fit the generator.
-        RegionError: If regions are asked for and no part of an image can be made alone.
         DeviceError: If a process has the generator on another process's device.
         MissingExtraError: If several devices or TensorBoard are asked for and cannot be had.
         PluginError: If no plug-in, or more than one, offers a loss, a metric or a search back-end.
@@ -153,8 +144,6 @@ def fit(
         adapter=adapter,
         alpha=alpha,
         confidence=confidence,
-        regions=regions,
-        tile=tile,
         latency=latency,
         **settings,
     )
@@ -194,7 +183,6 @@ class Job:
         inputs: Samples to fit on.
         aside: Samples to calibrate on.
         promise: Share of inputs that may lose more, and confidence.
-        tile: Side of a tile; ``None`` without regions.
         latency: Samples per call whose times are measured, or ``None``.
         bank: Guides made beforehand, or ``None``.
     """
@@ -206,7 +194,6 @@ class Job:
     inputs: Sequence[Any]
     aside: Sequence[Any]
     promise: tuple[float, float] = (0.05, 0.95)
-    tile: int | None = None
     latency: int | None = None
     bank: GuidanceBank | None = None
 
@@ -221,8 +208,6 @@ def prepare(
     adapter: Description | str | bool | None = None,
     alpha: float = 0.05,
     confidence: float = 0.95,
-    regions: bool = False,
-    tile: int = 32,
     latency: int | None = None,
     losses: Mapping[str, float] | str = DEFAULT_LOSSES,
     missing: dict[str, WeightsError] | None = None,
@@ -239,8 +224,6 @@ def prepare(
         adapter: See `fit`.
         alpha: See `fit`.
         confidence: See `fit`.
-        regions: See `fit`.
-        tile: See `fit`.
         latency: See `fit`.
         losses: See `fit`.
         missing: Takes the terms whose weights cannot be had, by name; ``None`` raises.
@@ -270,8 +253,6 @@ def prepare(
     if bank is not None:
         model.anatomy.check_bank(bank)
     check_reads(model, samples, wanted.predict_from)
-    if regions:
-        _check_regions(model, tile, wanted)
     if latency is not None and latency < 1:
         raise OptionError(f"asked for latency={latency}; found no number of samples >= 1.", latency)
     return Job(
@@ -282,7 +263,6 @@ def prepare(
         inputs=[inputs[i] for i in fitted] if aside else inputs,
         aside=[inputs[i] for i in aside],
         promise=(alpha, confidence),
-        tile=tile if regions else None,
         latency=latency,
         bank=bank,
     )
@@ -300,26 +280,9 @@ def _check_promise(aside: int, count: int, share: float, alpha: float, confidenc
         )
 
 
-def _check_regions(model: EarlyExitGenerator, tile: int, settings: FitSettings) -> None:
-    """Refuse regions before hours of training, rather than after."""
-    check_tile(tile)
-    if not settings.cache:
-        raise OptionError(
-            "asked for regions and cache=False; found that the tile predictor reads cached features. Leave "
-            "cache=False out.",
-            settings,
-        )
-    shape = model.anatomy.feature_shape
-    if len(shape) != 3:
-        raise OptionError(
-            f"asked for regions of values of shape {shape}; found no pictures. Leave regions out.", shape
-        )
-    find_locality(model.split, list(model.branches)).check()
-
-
 def _complete(model: EarlyExitGenerator, job: Job, folder: Path, progress: bool, team: Team) -> None:
-    """Calibrate, fit regions, measure times, where that is asked for; the first process does it for all."""
-    if not (job.aside or job.tile or job.latency):
+    """Calibrate and measure times, where that is asked for; the first process does it for all."""
+    if not (job.aside or job.latency):
         return
     metric = job.metric
     assert metric is not None
@@ -336,8 +299,6 @@ def _complete(model: EarlyExitGenerator, job: Job, folder: Path, progress: bool,
                 batch=batch,
                 progress=progress,
             )
-        if job.tile:
-            fit_regions(model, job.inputs, folder, metric, tile=job.tile, progress=progress)
         if job.latency:
             measure_times(model, job.inputs, job.latency)
         save_model(model, folder)
@@ -346,7 +307,7 @@ def _complete(model: EarlyExitGenerator, job: Job, folder: Path, progress: bool,
         guidance = model.options.guidance
         key = guidance.key if guidance is not None and callable(guidance.key) else None
         saved = load_model(folder, model.generator, retriever=host().retriever, key=key)
-        model.calibration, model.regions, model.latency = saved.calibration, saved.regions, saved.latency
+        model.calibration, model.latency = saved.calibration, saved.latency
 
 
 def measure_times(model: EarlyExitGenerator, inputs: Sequence[Any], count: int) -> Latency:

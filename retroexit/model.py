@@ -12,12 +12,10 @@ from torch import Tensor, nn
 
 from retroexit.decoder.split import SplitGenerator, Values
 from retroexit.decoder.structure import twin
-from retroexit.errors import BankError, CheckpointError, NotRecordedError, OptionError, TrainingError
+from retroexit.errors import BankError, CheckpointError, NotRecordedError, OptionError
 from retroexit.exits import Exit, list_exits
 from retroexit.guidance.bank import GuidanceBank, Retrieved
-from retroexit.regions.router import check_goal
 from retroexit.routing.calls import RoutedCalls
-from retroexit.routing.policy import check_threshold
 from retroexit.routing.wishes import Wishes
 from retroexit.wrapping import Anatomy, WrapOptions, build_anatomy
 
@@ -40,7 +38,6 @@ class EarlyExitGenerator(RoutedCalls):
             what the predictor expects.
         latency: Measured times of the exits, or ``None`` before `measure_latency`.
         drift: Counts inputs that are too far from the fitting set and went to the backbone.
-        regions: Chooses exits inside the image, or ``None`` before ``fit(..., regions=True)``.
     """
 
     def __init__(self, generator: nn.Module, options: WrapOptions) -> None:
@@ -157,7 +154,6 @@ class EarlyExitGenerator(RoutedCalls):
         threshold: float | Tensor | None = None,
         budget: float | Tensor | None = None,
         deadline_ms: float | None = None,
-        regions: bool | str = False,
         **kwargs: Any,
     ) -> Any:
         """Render images.
@@ -172,26 +168,22 @@ class EarlyExitGenerator(RoutedCalls):
                 like those of the calibration; see `Wishes`. One for all, or one per sample ``(N,)``.
             deadline_ms: Milliseconds that this call may take, by `measure_latency`; also as a limit on what
                 a threshold or budget chooses.
-            regions: Whether parts of an image may leave at different exits, with a threshold for all:
-                ``True`` or ``"image"`` keeps the image's loss below it, ``"tiles"`` that of every tile, both
-                as predicted. What an output holds besides the image is then what the image's own exit gives.
             **kwargs: The generator's keyword inputs.
 
         Returns:
             A value with the structure of the generator's output.
 
         Raises:
-            RegionError: If no part of this generator's images can be made alone.
             OptionError: If wishes exclude one another, cannot be met, or are out of range.
             InputMismatchError: If the inputs differ from the recording where that matters.
             TrainingError: If there is no predictor, calibration or measured time yet, and one is needed.
             BankError: If the branches take a guide and there is no bank yet.
         """
         own: dict[str, Any] = {"exit": exit, "threshold": threshold, "budget": budget}
-        own |= {"deadline_ms": deadline_ms, "regions": regions}
+        own |= {"deadline_ms": deadline_ms}
         for name in self.options.shadowed:
             value = own.pop(name)
-            if value is not None and value is not False:
+            if value is not None:
                 kwargs[name] = value
         return self.route(inputs, kwargs, **own)
 
@@ -204,7 +196,6 @@ class EarlyExitGenerator(RoutedCalls):
         threshold: float | Tensor | None = None,
         budget: float | Tensor | None = None,
         deadline_ms: float | None = None,
-        regions: bool | str = False,
     ) -> Any:
         """Render images, with the generator's arguments apart from ours.
 
@@ -215,7 +206,6 @@ class EarlyExitGenerator(RoutedCalls):
             threshold: See `forward`.
             budget: See `forward`.
             deadline_ms: See `forward`.
-            regions: See `forward`.
 
         Returns:
             A value with the structure of the generator's output.
@@ -228,16 +218,8 @@ class EarlyExitGenerator(RoutedCalls):
                 f"asked for exit={exit} and {named}; found two ways to choose an exit. Pass one of them.",
                 exit,
             )
-        if exit is not None and regions is not False:
-            raise OptionError(
-                f"asked for regions={regions!r} and exit={exit}; found two ways to choose an exit. Pass one "
-                "of them.",
-                exit,
-            )
         if not self.is_recorded:
             self.record(*args, **kwargs)
-        if regions is not False:
-            return self._regions(args, kwargs, wishes, regions)[0]
         if wishes:
             return self._routed(args, kwargs, wishes)[0]
         if exit is None or self._check_exit(exit) == len(self.branches) + 1:
@@ -351,23 +333,6 @@ class EarlyExitGenerator(RoutedCalls):
     def _folded(self) -> int:
         """Rows of one sample in the first attach point's feature, into which frames may be folded."""
         return self.split.batched.get(self.split.cuts[0].crossing[0]) or 1
-
-    def _regions(self, args: Any, kwargs: Any, wishes: Wishes, regions: bool | str) -> tuple[Any, Tensor]:
-        threshold = wishes.threshold
-        if threshold is None or isinstance(threshold, Tensor) or len(wishes.given()) > 1:
-            given = ", ".join(f"{name}={value}" for name, value in wishes.given().items()) or "no threshold"
-            raise OptionError(
-                f"asked for regions={regions!r}; found {given}. Pass threshold=... as well, one number for "
-                "all, and nothing else.",
-                regions,
-            )
-        if self.regions is None:
-            raise TrainingError(
-                "asked for regions; found no tile predictor. Fit with retroexit.fit(..., regions=True), or "
-                "give a fitted model one with retroexit.regions.fitting.fit_regions.",
-                self,
-            )
-        return self.regions.route(self, args, kwargs, check_threshold(threshold), check_goal(regions))
 
     def _check_exit(self, exit: int) -> int:
         if isinstance(exit, bool) or not isinstance(exit, int) or not 1 <= exit <= len(self.branches) + 1:

@@ -28,8 +28,7 @@ class EarlyExitDecoder(nn.Module):
         model: The wrapped decoder.
         exit: Every image leaves at this exit, from 1; ``None`` for the decoder itself.
         threshold: Instead, every image leaves at the cheapest exit predicted to lose no more than this.
-        **wishes: Further ways to choose, as a call of the model has them: ``budget``, ``deadline_ms``,
-            ``regions``.
+        **wishes: Further ways to choose, as a call of the model has them: ``budget``, ``deadline_ms``.
 
     Attributes:
         model: The wrapped decoder; ``model.unwrap()`` is the decoder.
@@ -71,13 +70,11 @@ class EarlyExitDecoder(nn.Module):
         *,
         budget: float | None = None,
         deadline_ms: float | None = None,
-        regions: bool | str = False,
     ) -> None:
         """Leave elsewhere from now on; arguments and errors are those of the class."""
         model = self.model
         asked = {"threshold": threshold, "budget": budget, "deadline_ms": deadline_ms}
         wishes: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
-        wishes |= {"regions": regions} if regions is not False else {}
         if exit is not None and wishes:
             named = " and ".join(f"{name}={value}" for name, value in wishes.items())
             raise OptionError(
@@ -93,7 +90,6 @@ class EarlyExitDecoder(nn.Module):
             "threshold": (model.predictor, "predictor. Run retroexit.fit first, or choose with exit=k"),
             "budget": (model.calibration, "calibration. Call model.calibrate(latents) first"),
             "deadline_ms": (model.latency, "measured times. Call model.measure_latency(latents) first"),
-            "regions": (model.regions, "tile predictor. Fit with retroexit.fit(..., regions=True)"),
         }
         for name, value in wishes.items():
             part, advice = needed[name]

@@ -16,10 +16,9 @@ from tqdm import tqdm
 from retroexit.evaluation.macs import count_macs
 from retroexit.evaluation.quality import ImageRange, QualityMetric
 from retroexit.evaluation.sweep import Evaluation, OperatingPoint
-from retroexit.model import EarlyExitGenerator
 from retroexit.routing.policy import spend
 
-__all__ = ["Point", "by_region", "exit_points", "network_point", "seconds_of", "thresholds_of"]
+__all__ = ["Point", "exit_points", "network_point", "seconds_of", "thresholds_of"]
 
 Draw = Callable[[Tensor], Tensor]
 """Makes images ``(N, C, H, W)`` of a batch of latents."""
@@ -101,28 +100,6 @@ def exit_points(evaluation: Evaluation, dense: int = 60) -> list[Point]:
     for price in np.geomspace(1e-3, 1e2, 4 * dense):
         exits = spend(predicted, shares, float(price)).numpy()
         found.append(of("ours by budget", price, evaluation.at_exits(exits, float(price))))
-    return found
-
-
-@torch.no_grad()
-def by_region(
-    model: EarlyExitGenerator,
-    latents: Sequence[Tensor],
-    targets: Tensor,
-    metric: QualityMetric,
-    limits: ImageRange,
-    taus: Sequence[float],
-) -> list[Point]:
-    """Render all images with exits inside them, counting what every call really computes."""
-    found = []
-    for tau in tqdm(taus, desc="ours by region", disable=None):
-        macs, losses = [], []
-        for number, latent in enumerate(latents):
-            image: list[Tensor] = []
-            call = lambda x: image.append(model.routed(x, threshold=tau, regions=True)[0])  # noqa: B023, E731
-            macs.append(count_macs(call, latent[None]))
-            losses.append(float(metric(limits.to_signed(image[0]), targets[number : number + 1])))
-        found.append(Point("ours by region", tau, float(np.mean(macs)), losses))
     return found
 
 

@@ -21,7 +21,7 @@ __all__ = [
 ]
 
 LIMIT = 0.1
-OURS = ("ours by image", "ours by budget", "ours by region")
+OURS = ("ours by image", "ours by budget")
 STATIC = ("thin student", "student, longer", "Torch-Pruning", "one exit")
 _STYLES = {
     "thin student": ("#009E73", "s-"),
@@ -31,7 +31,6 @@ _STYLES = {
     "oracle": ("#BBBBBB", "-"),
     "ours by image": ("#0072B2", "-"),
     "ours by budget": ("#56B4E9", "-"),
-    "ours by region": ("#D55E00", "D-"),
 }
 _MEASURES = ("mean", "p95", "above")
 
@@ -187,7 +186,7 @@ def draw(points: Sequence[Point], macs: float, seconds: float | None, path: Path
             axes.set(xlabel=label, ylabel=labels[measure], xlim=(0, 100))
             if measure != "above":
                 axes.set_yscale("log")
-                least = [value(p, measure) for p in points if p.way in (*STATIC, "ours by region")]
+                least = [value(p, measure) for p in points if p.way in STATIC]
                 axes.set_ylim(0.7 * min(least), 1.3 * max(least))  # a backbone's 0 has no place here
                 axes.set_yticks([0.01, 0.02, 0.05, 0.1, 0.2, 0.3])
                 axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))

@@ -42,8 +42,6 @@ from retroexit.cli.routing_options import (
     Latency,
     PredictFrom,
     PredictorKind,
-    Regions,
-    Tile,
     routing_results,
 )
 from retroexit.device import device_of
@@ -126,8 +124,6 @@ def fit(
     calibrate: Calibrate = None,
     alpha: Alpha = 0.05,
     confidence: Confidence = 0.95,
-    regions: Regions = False,
-    tile: Tile = 32,
     latency: Latency = None,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     bfloat16: Annotated[bool, typer.Option(help="Train under bfloat16 autocast.")] = False,
@@ -206,7 +202,7 @@ _LOSSES = (
     *("loss", "equalise", "equalise_steps", "instead", "loss_weights"),
     *("discriminator", "adversarial", "discriminator_lr", "gaze"),
 )
-_OTHERS = ("metric", "weights", "alpha", "confidence", "regions", "tile", "latency")
+_OTHERS = ("metric", "weights", "alpha", "confidence", "latency")
 
 
 def _arguments(given: Mapping[str, Any]) -> dict[str, Any]:

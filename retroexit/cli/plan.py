@@ -80,8 +80,6 @@ def _work(model: EarlyExitGenerator, job: Job, metric: str) -> str:
     if job.aside:
         alpha, confidence = job.promise
         lines.append(f"promise: P(loss > threshold) <= {alpha:g} with confidence {confidence:g}")
-    if job.tile:
-        lines.append(f"regions: tiles of {job.tile} pixels")
     if job.latency:
         lines.append(f"times: calls with {job.latency} samples")
     return "\n".join(lines)

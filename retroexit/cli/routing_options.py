@@ -17,8 +17,6 @@ __all__ = [
     "Latency",
     "PredictFrom",
     "PredictorKind",
-    "Regions",
-    "Tile",
     "routing_results",
 ]
 
@@ -33,21 +31,15 @@ Calibrate = Annotated[
 ]
 Alpha = Annotated[float, typer.Option(help="Share of inputs that may lose more than a promised threshold.")]
 Confidence = Annotated[float, typer.Option(help="Probability that the promise holds.")]
-Regions = Annotated[bool, typer.Option(help="Fit a tile predictor too, for exits inside the image.")]
-Tile = Annotated[int, typer.Option(min=1, help="Side of its tiles in pixels.")]
 Latency = Annotated[
     int | None, typer.Option(min=1, help="Measure times of calls with so many samples, for deadlines.")
 ]
 
 
 def routing_results(model: EarlyExitGenerator) -> Iterator[str]:
-    """Say what a model promises, how well it knows its tiles, and how long its exits take."""
+    """Say what a model promises and how long its exits take."""
     if model.calibration is not None:
         yield f"promise: {model.calibration}"
-    if model.regions is not None:
-        ranks = model.regions.about.get("rank_correlation", [])
-        known = f"; rank correlation with their losses {_listed(ranks, '.2f')}" if ranks else ""
-        yield f"regions: tiles of {model.regions.predictor.tile} pixels{known}"
     if model.latency is not None:
         found = model.latency
         samples = "1 sample" if found.batch == 1 else f"{found.batch} samples"

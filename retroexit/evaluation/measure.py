@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,6 @@ from retroexit.device import device_of
 from retroexit.evaluation.limits import limits_of
 from retroexit.evaluation.macs import cross_check
 from retroexit.evaluation.quality import ImageRange, QualityMetric
-from retroexit.evaluation.region_strips import region_strips
 from retroexit.evaluation.strips import Strip
 from retroexit.evaluation.sweep import Evaluation
 from retroexit.evaluation.thresholds import highlighted, thresholds_for
@@ -170,11 +168,7 @@ def measure(
             "versions": versions(),
         },
     )
-    strips = pick_strips(run, evaluation, show)
-    means = evaluation.loss.mean(0)
-    between = [float(a + b) / 2 for a, b in pairwise(means)][:2] or [float(means[0]) / 2]
-    hardest = np.argsort(evaluation.loss.mean(1))[[0, -1]].tolist()
-    return evaluation, [*strips, *region_strips(run, hardest, between)]
+    return evaluation, pick_strips(run, evaluation, show)
 
 
 def route_seconds(model: EarlyExitGenerator, args: Any, kwargs: Any, repeats: int) -> list[float]:

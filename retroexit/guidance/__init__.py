@@ -1,7 +1,6 @@
 """The guiding database of the paper (section 3.3): patches, their thinning, and the bank that holds them."""
 
 from retroexit.guidance.bank import GuidanceBank, Retrieved
-from retroexit.guidance.editing import add_pairs, merge_banks, remove_pairs
 from retroexit.guidance.patches import cut, glue
 from retroexit.guidance.sampling import central_points, coverage, farthest_points, random_points, thin
 from retroexit.guidance.slopes import with_slopes
@@ -9,15 +8,12 @@ from retroexit.guidance.slopes import with_slopes
 __all__ = [
     "GuidanceBank",
     "Retrieved",
-    "add_pairs",
     "central_points",
     "coverage",
     "cut",
     "farthest_points",
     "glue",
-    "merge_banks",
     "random_points",
-    "remove_pairs",
     "thin",
     "with_slopes",
 ]

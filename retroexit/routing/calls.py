@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from retroexit.decoder.split import SplitGenerator, Values
 from retroexit.errors import OptionError, TrainingError
-from retroexit.regions.router import RegionRouter
 from retroexit.routing.calibration import Calibration
 from retroexit.routing.dispatch import leave_in_turn
 from retroexit.routing.drift import GUIDE_LIMIT, Drift
@@ -51,7 +50,6 @@ class RoutedCalls(nn.Module):
         record: Callable[..., None]
         route: Callable[..., Any]
         _leave: Callable[..., Any]
-        _regions: Callable[..., tuple[Any, Tensor]]
         _guide: Callable[..., Tensor | None]
         _need_bank: Callable[[], GuidanceBank]
 
@@ -60,7 +58,6 @@ class RoutedCalls(nn.Module):
         self.predictor: Predictor | None = None
         self.calibration: Calibration | None = None
         self.latency: Latency | None = None
-        self.regions: RegionRouter | None = None
         self.drift = Drift()
 
     def overhead(self) -> list[int]:
@@ -87,7 +84,6 @@ class RoutedCalls(nn.Module):
         threshold: float | Tensor | None = None,
         budget: float | Tensor | None = None,
         deadline_ms: float | None = None,
-        regions: bool | str = False,
         choose: Policy | None = None,
         **kwargs: Any,
     ) -> tuple[Any, Tensor]:
@@ -98,7 +94,6 @@ class RoutedCalls(nn.Module):
             threshold: See `forward`.
             budget: See `forward`.
             deadline_ms: See `forward`.
-            regions: See `forward`.
             choose: A policy of your own: gives exits ``(N,)`` for predicted losses ``(N, K)``, which are
                 infinite for inputs too far from the fitting set, and the limits ``(K,)`` or ``(N, K)`` that
                 the threshold sets them.
@@ -106,7 +101,7 @@ class RoutedCalls(nn.Module):
 
         Returns:
             A value with the structure of the generator's output, and exit indices ``(N,)`` from 1, ``K + 1``
-            for the backbone; with regions one per tile, ``(N, tiles...)``.
+            for the backbone.
 
         Raises:
             OptionError, InputMismatchError, TrainingError, BankError: See `forward`.
@@ -116,8 +111,6 @@ class RoutedCalls(nn.Module):
             raise OptionError("asked for a routed call; found neither threshold, budget nor deadline_ms.")
         if not self.is_recorded:
             self.record(*inputs, **kwargs)
-        if regions is not False:
-            return self._regions(inputs, kwargs, wishes, regions)
         return self._routed(inputs, kwargs, wishes, choose)
 
     def predict(self, *inputs: Any, **kwargs: Any) -> Tensor:

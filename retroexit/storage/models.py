@@ -27,7 +27,6 @@ from retroexit.storage.parts import (
     load_calibration,
     predictor_from_json,
     reads_adapter,
-    regions_from_json,
     save_calibration,
     with_guard,
 )
@@ -43,8 +42,7 @@ _UNSEALED = (
     *("schema", "fingerprint", "generator", "attach_at", "options", "plans", "predictor", "predictor_reads"),
     *("has_bank", "bank_sha256", "weights_sha256", "exits", "about", "versions"),
 )
-_SCHEMA = 2  # since 2: what the predictor reads, its drift guard, calibration, latency
-_READABLE = (1, 2)
+_SCHEMA = 3
 
 
 def versions() -> dict[str, str]:
@@ -79,8 +77,6 @@ def save_model(model: EarlyExitGenerator, folder: str | Path) -> Path:
     tensors = {f"branches.{name}": value for name, value in model.branches.state_dict().items()}
     if model.predictor is not None:
         tensors |= {f"predictor.{name}": value for name, value in model.predictor.state_dict().items()}
-    if model.regions is not None:
-        tensors |= {f"regions.{name}": value for name, value in model.regions.state_dict().items()}
     write_tensors(folder / "weights.safetensors", tensors)
     if model.bank is not None:
         model.bank.save(folder / "bank")
@@ -98,9 +94,6 @@ def save_model(model: EarlyExitGenerator, folder: str | Path) -> Path:
         "predictor_reads": "inputs" if reads_adapter(model) else "feature",
         "calibration_sha256": save_calibration(model.calibration, folder / CALIBRATION),
         "latency": None if model.latency is None else model.latency.to_json(),
-        "regions": None
-        if model.regions is None
-        else {**model.regions.predictor.options, "about": model.regions.about},
         "has_bank": model.bank is not None,
         "bank_sha256": None if model.bank is None else sha256_of(folder / "bank" / MANIFEST),
         "weights_sha256": sha256_of(folder / "weights.safetensors"),
@@ -131,7 +124,6 @@ def load_model(
     try:
         options = options_from_json(manifest, found)
         predictor = predictor_from_json(manifest["predictor"])
-        regions = regions_from_json(manifest.get("regions"))
         wanted, digest, about = manifest["fingerprint"], manifest["weights_sha256"], dict(manifest["about"])
         has_bank, reads = bool(manifest["has_bank"]), manifest.get("predictor_reads", "feature")
         latency = manifest.get("latency")
@@ -166,10 +158,9 @@ def load_model(
     tensors, _ = read_tensors(folder / "weights.safetensors")
     model = EarlyExitGenerator(generator, options)
     model.about = about
-    for name, part in (("predictor", predictor), ("regions", regions)):
-        if part is not None:
-            _fill(part, _under(f"{name}.", tensors), folder)
-            setattr(model, name, part.to(device_of(generator)).eval())
+    if predictor is not None:
+        _fill(predictor, _under("predictor.", tensors), folder)
+        model.predictor = predictor.to(device_of(generator)).eval()
     if has_bank:
         model.bank = _load_bank(folder, manifest, options.guidance, retriever)
     model.latency = latency
@@ -218,9 +209,9 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
             "folder that model.save wrote.",
             folder,
         ) from error
-    if schema not in _READABLE:
+    if schema != _SCHEMA:
         raise CheckpointError(
-            f"asked to load {folder}; found schema {schema}, this version reads 1 to {_SCHEMA}. "
+            f"asked to load {folder}; found schema {schema}, this version reads {_SCHEMA}. "
             f"Use the version that wrote it: {manifest.get('versions', {}).get('retroexit')}.",
             folder,
         )

@@ -1,4 +1,4 @@
-"""What routes, in plain JSON types and back: predictor, calibration, the predictor of regions."""
+"""What routes, in plain JSON types and back: predictor and calibration."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from torch import Tensor
 
 from retroexit.errors import CheckpointError, RetroExitError
 from retroexit.model import EarlyExitGenerator
-from retroexit.regions.predictor import TilePredictor
-from retroexit.regions.router import RegionRouter
 from retroexit.routing.calibration import Calibration
 from retroexit.routing.judge import reads_of
 from retroexit.routing.predictor import Predictor
@@ -21,7 +19,6 @@ __all__ = [
     "load_calibration",
     "predictor_from_json",
     "reads_adapter",
-    "regions_from_json",
     "save_calibration",
     "with_guard",
 ]
@@ -82,14 +79,3 @@ def load_calibration(folder: Path, digest: str | None) -> Calibration | None:
         raise CheckpointError(
             f"asked to load {folder}; found {path.name} damaged ({error}). Copy it again.", path
         ) from error
-
-
-def regions_from_json(saved: dict[str, Any] | None) -> RegionRouter | None:
-    """Build an untrained router of regions from what was saved of it."""
-    if saved is None:
-        return None
-    options = {**saved}
-    about = options.pop("about")
-    router = RegionRouter(TilePredictor(**options))
-    router.about = dict(about)
-    return router

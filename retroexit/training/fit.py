@@ -90,7 +90,7 @@ def fit_model(
     team.wait()
     if team.is_first:
         write_json(folder / "fit.json", wanted)
-    model.calibration = model.regions = model.latency = None  # they belong to another fit
+    model.calibration = model.latency = None  # they belong to another fit
     reach: float | None = None
     taps = model.anatomy.taps
     if taps is not None:

@@ -379,7 +379,6 @@ def test_a_pipeline_that_raises_gets_its_decoder_back(pipe: Any, model: Any) -> 
         ({"exit": 1, "deadline_ms": 5}, OptionError, r"exit=1 and deadline_ms=5; found two ways"),
         ({"budget": 0.5}, TrainingError, r"budget=0\.5; found no calibration\. Call model\.calibrate"),
         ({"deadline_ms": 5}, TrainingError, r"deadline_ms=5; found no measured times\. Call model\.measure"),
-        ({"regions": "tiles"}, TrainingError, r"regions=tiles; found no tile predictor\. Fit with"),
     ],
 )
 def test_choices_that_cannot_be_kept_are_refused_before_anything_changes(

@@ -70,7 +70,7 @@ def test_one_run_compares_everything_and_goes_on_where_it_stopped(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("torch_pruning")
-    words = ["--case", "tiny", "--steps", "3", "--batch", "4", "--tile", "0", "--float32"]
+    words = ["--case", "tiny", "--steps", "3", "--batch", "4", "--float32"]
     words += ["--out", str(tmp_path), "--timed", "1", "--repeats", "1", "--thresholds", "3", "--longer", "5"]
     against_static.main(words)
     first = json.loads((tmp_path / "static.json").read_text())
@@ -101,14 +101,14 @@ def test_a_verdict_takes_the_best_of_ours_that_costs_no_more() -> None:
         Point("thin student", 8, 100.0, [0.2, 0.2]),
         Point("Torch-Pruning", 0.5, 40.0, [0.3, 0.3]),
         Point("ours by image", 0.1, 90.0, [0.08, 0.16]),
-        Point("ours by region", 0.1, 100.1, [0.11, 0.11]),
+        Point("ours by budget", 0.1, 100.1, [0.11, 0.11]),
         Point("ours by image", 0.05, 110.0, [0.0, 0.0]),
         Point("oracle", 0.1, 10.0, [0.0, 0.0]),
     ]
     student, pruned = show.verdicts(points)
     # The mean of ours is read between the two points of one way, the 95th percentile at one point.
     assert student["ours mean"] == pytest.approx(0.06) and student["mean by"] == "ours by image"
-    assert student["ours p95"] == pytest.approx(0.11) and student["p95 by"] == "ours by region"
+    assert student["ours p95"] == pytest.approx(0.11) and student["p95 by"] == "ours by budget"
     assert student["above"] == 1.0 and student["ours above"] == 0.5
     assert pruned["ours mean"] is None and pruned["mean by"] is None
     text = show.verdicts_table([student, pruned], "macs", 1.0, 200.0)

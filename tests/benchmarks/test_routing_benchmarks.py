@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from retroexit.evaluation.sweep import Evaluation
-from retroexit.regions.planner import Layout
 
 BENCHMARKS = str(Path(__file__).resolve().parents[2] / "benchmarks")
 if BENCHMARKS not in sys.path:
@@ -20,7 +19,6 @@ if BENCHMARKS not in sys.path:
 import hysteresis  # noqa: E402
 import predictors  # noqa: E402
 import promise  # noqa: E402
-import region_curves  # noqa: E402
 
 
 def _clip(frames: int = 40, noise: float = 0.05) -> hysteresis.Clip:
@@ -125,21 +123,3 @@ def test_the_predictor_of_a_fit_is_compared_without_training_any(
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[0] for line in lines[2:]] == ["the mean loss", "as fitted"]
     assert f"{100 * predictors.errors(evaluation)['relative']:.1f} %" in lines[3]
-
-
-def test_a_curve_is_read_along_the_best_mixtures_of_its_points() -> None:
-    curve = region_curves.Curve("made up", macs=[1.0, 2.0, 3.0], loss=[1.0, 0.9, 0.0])
-    assert region_curves.at_macs(curve, 2.0, "loss") == pytest.approx(0.5)
-    assert region_curves.at_macs(curve, 1.5, "loss") == pytest.approx(0.75)
-
-
-def test_an_image_of_parts_is_put_together_of_the_images_of_its_exits() -> None:
-    images = torch.stack([torch.full((3, 4, 6), float(exit)) for exit in range(3)])
-    sample = region_curves.Sample(images, np.zeros((2, 2, 2)), np.zeros((2, 2, 2)))
-    canvas = SimpleNamespace(edges=[[0, 2, 4], [0, 4, 6]])
-    layout = Layout(None, 0, ((0, ((0, 2), (0, 1))), (2, ((0, 2), (1, 2)))), 1.0, 0.0)
-    found = region_curves.paste(sample, layout, canvas)
-    assert found[:, :, :4].unique().tolist() == [0] and found[:, :, 4:].unique().tolist() == [2]
-    layout = Layout(1, 0, ((2, ((1, 2), (0, 1))),), 1.0, 0.0)
-    found = region_curves.paste(sample, layout, canvas)
-    assert found[0].tolist() == [[1.0] * 6] * 2 + [[2.0] * 4 + [1.0] * 2] * 2

@@ -157,21 +157,21 @@ def test_a_file_holds_all_of_it_and_options_go_before_it(run: Any, tmp_path: Pat
         'target = "toy.py:decoder"\ninputs = "toy.py:samples"\nattach-at = "1,2"\nscale = 0.5\n'
         'min-channels = 4\nmetric = "ms-ssim"\nout = "run"\nloss = "megaportraits"\nequalise = true\n'
         'discriminator = "toy.py:Judge"\ngaze = "toy.py:Looks"\nadversarial = "non-saturating"\n'
-        'discriminator-lr = 0.01\npredictor = "linear"\nregions = true\ntile = 8\nlatency = 1\n'
+        'discriminator-lr = 0.01\npredictor = "linear"\nlatency = 1\n'
         'calibrate = 0.5\nalpha = 0.5\nconfidence = 0.5\n[instead]\nvgg = "features-random"\n'
     )
     shown = run("fit", "--config", "fit.toml", "--dry-run")
     assert shown.status == 0, shown.err
     assert "non-saturating, lr 0.01" in shown.out and "predictor: linear, reads" in shown.out
-    assert "regions: tiles of 8 pixels\ntimes: calls with 1 samples" in shown.out
+    assert "times: calls with 1 samples" in shown.out
     assert "promise: P(loss > threshold) <= 0.5 with confidence 0.5" in shown.out
-    words = ("--adversarial", "hinge", "--no-equalise", "--no-regions", "--predictor", "pooled")
+    words = ("--adversarial", "hinge", "--no-equalise", "--predictor", "pooled")
     shown = run(
         "fit", "--config", "fit.toml", "--dry-run", *words, "--loss", "l1=1", "--instead", "l1=quality"
     )
     assert shown.status == 0, shown.err
     assert "loss 1 quality" in shown.out and "predictor: pooled" in shown.out
-    assert "regions" not in shown.out and "equalised" not in shown.out
+    assert "equalised" not in shown.out
 
 
 def test_a_dry_run_refuses_a_folder_of_another_fit_and_processes_that_cannot_be(

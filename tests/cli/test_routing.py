@@ -1,4 +1,4 @@
-"""Predictors, promises, regions and times from the command line."""
+"""Predictors, promises and times from the command line."""
 
 from __future__ import annotations
 
@@ -21,24 +21,23 @@ def _saved(folder: Path) -> Any:
     return json.loads((folder / "run/model.json").read_text())
 
 
-def test_a_fit_ends_with_promise_regions_and_times(run: Any, tmp_path: Path) -> None:
-    more = ("--calibrate", "0.5", "--regions", "--tile", "8", "--latency", "2", "--predictor", "pooled")
+def test_a_fit_ends_with_promise_and_times(run: Any, tmp_path: Path) -> None:
+    more = ("--calibrate", "0.5", "--latency", "2", "--predictor", "pooled")
     fitted = run(*FIT, *more, *PROMISE, "--predict-from", "inputs")
     assert fitted.status == 0, fitted.err
     assert "promise: P(ms-ssim > threshold) <= 0.5 with confidence 0.5 on inputs like the 6" in fitted.out
-    assert re.search(r"regions: tiles of 8 pixels; rank correlation with their losses -?[\d.]+, ", fitted.out)
     assert re.search(
         r"times of 2 samples on cpu: .* threads: [\d.]+, [\d.]+, [\d.]+ ms, the backb", fitted.out
     )
     saved = _saved(tmp_path)
     assert (saved["predictor"]["kind"], saved["predictor"]["reads"]) == ("pooled", "inputs")
-    assert saved["about"]["inputs"] == 6 and saved["regions"]["tile"] == 8 and saved["latency"]["batch"] == 2
+    assert saved["about"]["inputs"] == 6 and saved["latency"]["batch"] == 2
     shown = run("evaluate", "toy.py:decoder", "run", "--inputs", "toy.py:others", "--threshold", "0.2")
     assert shown.status == 0, shown.err
     assert re.search(r"promise: P\(.*\n.*consistent\n.*\n +0.2 .* \d+ of 12 .* (yes|no)\n", shown.out)
     assert re.search(r"drift guard: \d+ of 12 samples are too far", shown.out)
     page = (tmp_path / "run/report/report.html").read_text()
-    assert 'id="promise"' in page and page.count("exits inside the image") == 2
+    assert 'id="promise"' in page
 
 
 def test_a_model_is_calibrated_later_and_evaluate_says_what_a_threshold_means(
@@ -73,7 +72,6 @@ def test_a_model_is_calibrated_later_and_evaluate_says_what_a_threshold_means(
         (("--predictor", "deep"), "asked for the predictor 'deep'; found conv, pooled, linear only"),
         (("--predict-from", "noise"), "asked for predict_from='noise'; found features, inputs"),
         (("--predict-from", "features+distance"), "found branches without guidance. Wrap with guidance=True"),
-        (("--regions", "--no-cache"), "regions and cache=False; found that the tile predictor reads cached"),
     ],
 )
 def test_what_cannot_be_routed_is_refused_before_anything_is_trained(
@@ -81,14 +79,6 @@ def test_what_cannot_be_routed_is_refused_before_anything_is_trained(
 ) -> None:
     run(*FIT, *words).fails_with(message)
     assert not (tmp_path / "run").exists()
-
-
-def test_regions_of_a_decoder_that_norms_over_space_are_refused_with_the_layer(
-    run: Any, tmp_path: Path
-) -> None:
-    words = [word.replace("toy.py:decoder", "toy.py:Normed") for word in FIT]
-    run(*words, "--regions", "--dry-run").fails_with("instance_norm")
-    assert run(*words, "--dry-run").status == 0
 
 
 def test_too_few_inputs_to_calibrate_on_are_refused_with_the_number_needed(run: Any, tmp_path: Path) -> None:

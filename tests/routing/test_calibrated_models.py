@@ -127,31 +127,6 @@ def test_promise_and_times_are_saved_with_the_model(
     assert retroexit.load(tmp_path / "m", generator, (TRAIN[:1],)).calibration is None
 
 
-def test_folders_of_the_first_schema_are_read(
-    model: EarlyExitGenerator, generator: nn.Module, tmp_path: Path
-) -> None:
-    from retroexit.storage import read_tensors, sha256_of, write_tensors
-
-    model.predictor = Predictor(12, exits=2, log=False)
-    model.predictor.input_shape = (12, 8, 8)
-    model.predictor.eval()
-    wanted = model.predict(TRAIN)
-    path = model.save(tmp_path / "m")
-    tensors, _ = read_tensors(path / "weights.safetensors")
-    new = ("predictor.guard.", "predictor.extra_")
-    write_tensors(path / "weights.safetensors", {n: t for n, t in tensors.items() if not n.startswith(new)})
-    manifest = json.loads((path / "model.json").read_text())
-    for name in ("log", "kind", "reads"):
-        del manifest["predictor"][name]
-    for name in ("calibration_sha256", "latency", "regions", "digest"):
-        del manifest[name]
-    manifest |= {"schema": 1, "weights_sha256": sha256_of(path / "weights.safetensors")}
-    (path / "model.json").write_text(json.dumps(manifest))
-    loaded = retroexit.load(path, generator, (TRAIN[:1],))
-    assert torch.equal(loaded.predict(TRAIN), wanted)
-    assert not bool(loaded.judge(1000 * TRAIN).far.any())
-
-
 def test_what_cannot_be_calibrated_is_refused_before_anything_is_measured(
     model: EarlyExitGenerator, monkeypatch: pytest.MonkeyPatch
 ) -> None:

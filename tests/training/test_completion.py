@@ -1,4 +1,4 @@
-"""What a fit ends with on request: promise, regions, times; and what it remembers of an adapter."""
+"""What a fit ends with on request: promise and times; and what it remembers of an adapter."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import retroexit
 from retroexit import fitting
-from retroexit.errors import CheckpointError, OptionError, PluginError, RegionError
+from retroexit.errors import CheckpointError, OptionError, PluginError
 from retroexit.training.devices import Team
 from retroexit.training.inputs import Samples
 from retroexit.training.settings import FitSettings, set_aside
@@ -86,35 +86,22 @@ class Named(nn.Module):
 def test_a_process_that_is_not_the_first_gets_what_the_first_one_made(
     decoders: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = fitting.fit_regions
-    monkeypatch.setattr(fitting, "fit_regions", lambda *a, **k: real(*a, **k, steps=5))
     model = decoders.wrap(decoders.make(decoders.Plain))
-    more = {**PROMISE, "regions": True, "tile": 8, "latency": 3}
+    more = {**PROMISE, "latency": 3}
     decoders.fit(model, tmp_path, **more)
-    assert model.regions.predictor.tile == 8 and model.latency.batch == 3
-    with torch.no_grad():
-        assert model(decoders.latents(2), threshold=0.5, regions=True).shape == (2, 3, 16, 16)
+    assert model.latency.batch == 3
     second = decoders.wrap(decoders.make(decoders.Plain))
     monkeypatch.setattr(Team, "wait", lambda self: None)
     job = fitting.prepare(second, decoders.latents(10), metric=decoders.Distance(), **more)
     fitting._complete(second, job, tmp_path, False, Team(1, 2))
     assert second.latency == model.latency and second.calibration.describe() == model.calibration.describe()
-    for a, b in zip(second.regions.parameters(), model.regions.parameters(), strict=True):
-        assert torch.equal(a, b)
 
 
 def test_what_a_fit_could_not_end_with_is_refused_before_it_begins(
     decoders: ModuleType, tmp_path: Path
 ) -> None:
-    class Normed(decoders.Plain):  # type: ignore[name-defined]
-        def forward(self, z: Tensor) -> Tensor:
-            return nn.functional.instance_norm(super().forward(z))
-
-    with pytest.raises(RegionError, match="instance_norm"):
-        decoders.fit(decoders.wrap(decoders.make(Normed)), tmp_path, regions=True)
     for wrong, message in (
         ({"latency": 0}, "asked for latency=0; found no number of samples >= 1"),
-        ({"regions": True, "tile": 0}, "asked for tile=0"),
         ({"calibrate": 0.3}, "on 0.3 of 10 inputs, which are 3; .* takes at least 59. Pass 197 inputs"),
         ({"calibrate": 0.3, "confidence": 1.0}, "asked for confidence=1.0; found no number between 0 and 1"),
         ({"predictors": "conv"}, "asked for predictors=...; found no such setting. Closest: 'predictor'"),
