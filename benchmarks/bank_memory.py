@@ -27,11 +27,11 @@ from retroexit_oasis import OASISGenerator, SPADEBlock
 from torch import Tensor
 
 import retroexit
+from retroexit.core.samples import Samples
+from retroexit.core.versions import versions
+from retroexit.report.text_tables import table
 from retroexit.retrieval import ExactRetriever
-from retroexit.storage import versions
-from retroexit.tables import table
-from retroexit.training.banks import stream_bank
-from retroexit.training.inputs import Samples
+from retroexit.training.stream_bank import stream_bank
 
 PAPER = 500 * 100 * 128  # pairs
 NOISES = 100

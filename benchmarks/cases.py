@@ -17,11 +17,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 import retroexit
+from retroexit.core.samples import Samples
 from retroexit.demo import load_scene_generator, scene_inputs
-from retroexit.evaluation.quality import QualityMetric
+from retroexit.metrics.base import QualityMetric
 from retroexit.model import EarlyExitGenerator
 from retroexit.plugins import host
-from retroexit.training.inputs import Samples
 
 __all__ = ["CASES", "Case", "shared_folder"]
 

@@ -34,7 +34,7 @@ from gain.show import draw, summary
 from gain.training import CONTROLS, Bench, Schedule
 from tqdm import tqdm
 
-from retroexit.storage import versions
+from retroexit.core.versions import versions
 
 
 def main(given: Sequence[str] | None = None) -> None:

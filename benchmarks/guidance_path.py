@@ -25,10 +25,10 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from retroexit.core.versions import versions
 from retroexit.guidance import GuidanceBank, cut
+from retroexit.report.text_tables import table
 from retroexit.retrieval import AutoRetriever, ExactRetriever
-from retroexit.storage import versions
-from retroexit.tables import table
 
 GRID, WIDTH = (8, 16), 1024
 

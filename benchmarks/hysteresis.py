@@ -35,10 +35,10 @@ from tqdm import tqdm
 import retroexit
 from retroexit.evaluation.sweep import Evaluation
 from retroexit.model import EarlyExitGenerator
+from retroexit.report.text_tables import table
 from retroexit.routing.calibration import with_backbone
 from retroexit.routing.policy import assign_exits
-from retroexit.routing.sticky import stay
-from retroexit.tables import table
+from retroexit.routing.video import stay
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 import latent_decoder as example

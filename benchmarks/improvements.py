@@ -43,17 +43,17 @@ from torch.nn.utils import parametrize
 from tqdm import tqdm
 
 import retroexit
-from retroexit.evaluation.quality import LPIPS
-from retroexit.storage import versions
-from retroexit.tables import table
-from retroexit.training.branches import BranchSchedule, BranchTrainer
-from retroexit.training.cache import FeatureCache
-from retroexit.training.crops import Cropper
-from retroexit.training.features import FeatureDistance
-from retroexit.training.inputs import Samples
+from retroexit.core.samples import Samples
+from retroexit.core.versions import versions
+from retroexit.metrics.base import LPIPS
+from retroexit.report.text_tables import table
+from retroexit.training.branches.feature_distance import FeatureDistance
+from retroexit.training.branches.initialise import reconstruct_branches
+from retroexit.training.branches.trainer import BranchSchedule, BranchTrainer
+from retroexit.training.data.cache import FeatureCache
+from retroexit.training.data.crops import Cropper
+from retroexit.training.data.steps import Step, Steps
 from retroexit.training.losses import L1, TrainingLoss
-from retroexit.training.start import reconstruct_branches
-from retroexit.training.steps import Step, Steps
 
 
 @dataclass(frozen=True)

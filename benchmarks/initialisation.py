@@ -36,17 +36,17 @@ import torch
 from tqdm import tqdm
 
 import retroexit
-from retroexit.evaluation.quality import LPIPS, ImageRange
-from retroexit.storage import versions
-from retroexit.tables import table
-from retroexit.training.branches import BranchSchedule, BranchTrainer
-from retroexit.training.cache import IMAGE, FeatureCache
-from retroexit.training.crops import Cropper
-from retroexit.training.inputs import Samples
+from retroexit.core.samples import Samples
+from retroexit.core.versions import versions
+from retroexit.metrics.base import LPIPS, ImageRange
+from retroexit.report.text_tables import table
+from retroexit.training.branches.initialise import reconstruct_branches
+from retroexit.training.branches.trainer import BranchSchedule, BranchTrainer
+from retroexit.training.data.cache import IMAGE, FeatureCache
+from retroexit.training.data.crops import Cropper
+from retroexit.training.data.steps import Steps
 from retroexit.training.losses import L1, TrainingLoss
-from retroexit.training.measuring import chunks
-from retroexit.training.start import reconstruct_branches
-from retroexit.training.steps import Steps
+from retroexit.training.predictor.exit_losses import chunks
 
 LIMITS = ImageRange(0.0, 1.0)
 

@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import retroexit
-from retroexit.evaluation.macs import count_macs
+from retroexit.evaluation.thop_check import count_macs
 from retroexit.routing.predictor import Predictor
 
 SCALES = {"1/2": 1 / 2, "1/3": 1 / 3, "1/4": 1 / 4, "1/6": 1 / 6, "1/15": 1 / 15}
@@ -135,8 +135,8 @@ def routes(models: dict[str, Any], backbone: Count) -> Rows:
         for scale, model in models.items():
             rest = rest or count(on_meta(model.split.tail(index)), *crossing)
             thin, guide, more = on_meta(model.branches[index]), None, 0.0
-            if model.anatomy.value_cut is not None:
-                guide = enlarged(model.anatomy.value_cut.feature.meta["shape"])
+            if model.decomposition.value_cut is not None:
+                guide = enlarged(model.decomposition.value_cut.feature.meta["shape"])
                 more = resizing(thin, guide)
             cost = count(thin, *crossing, guide=guide)
             macs, biases = backbone.macs - rest.macs + cost.macs, backbone.biases - rest.biases + cost.biases

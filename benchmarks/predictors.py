@@ -32,14 +32,14 @@ import torch
 from torch import Tensor, nn
 
 import retroexit
+from retroexit.core.samples import Samples
 from retroexit.evaluation.sweep import Evaluation
 from retroexit.model import EarlyExitGenerator
+from retroexit.report.text_tables import table
 from retroexit.routing.predictor import KINDS, READS
-from retroexit.tables import table
-from retroexit.training.cache import FeatureCache
+from retroexit.training.data.cache import FeatureCache
 from retroexit.training.fit import FitSettings, divide
-from retroexit.training.inputs import Samples
-from retroexit.training.predictor import fit_predictor
+from retroexit.training.predictor.fit import fit_predictor
 
 
 def demo(count: int, tests: int) -> tuple[nn.Module, Sequence[Any], Sequence[Any]]:
@@ -85,16 +85,18 @@ def errors(evaluation: Evaluation) -> dict[str, float]:
 
 def judge(model: EarlyExitGenerator, evaluation: Evaluation, tests: Sequence[Any]) -> dict[str, float]:
     """Predict the losses of the test inputs and compare."""
-    judged = [model.judge(*args, **kwargs) for _, args, kwargs in Samples(tests, 10_000).batches(16)]
-    predicted = torch.cat([j.predicted for j in judged])
+    prediction = [
+        model.predict_losses(*args, **kwargs) for _, args, kwargs in Samples(tests, 10_000).batches(16)
+    ]
+    predicted = torch.cat([j.predicted for j in prediction])
     said = dataclasses.replace(evaluation, predicted=predicted.double().numpy())
-    error, backbone = said.predictor_error(), model.anatomy.backbone_macs
+    error, backbone = said.predictor_error(), model.decomposition.backbone_macs
     return {
         **errors(said),
         "rank": float(np.mean([r for r in error["spearman"] if r is not None])),
         "above_oracle": above_oracle(said),
         "macs": model.overhead()[-1] / backbone,
-        "false_alarms": float(torch.cat([j.far for j in judged]).float().mean()),
+        "false_alarms": float(torch.cat([j.far for j in prediction]).float().mean()),
         **{f"alarms_{name}": alarms(model, tests[:96], change) for name, change in CHANGES.items()},
     }
 
@@ -114,7 +116,7 @@ def alarms(model: EarlyExitGenerator, tests: Sequence[Any], change: Callable[[Te
     far = []
     for _, args, kwargs in Samples(tests, 10_000).batches(16):
         changed = [change(x) if x.dim() == 4 else x for x in args]
-        far.append(model.judge(*changed, **kwargs).far)
+        far.append(model.predict_losses(*changed, **kwargs).far)
     return float(torch.cat(far).float().mean())
 
 
@@ -182,7 +184,7 @@ def main() -> None:
         model, samples, arguments.run / "cache", batch=about["cache_batch"], progress=False
     )
     for reads in arguments.reads:
-        if reads == "features+distance" and model.anatomy.taps is None:
+        if reads == "features+distance" and model.decomposition.taps is None:
             continue
         for kind in arguments.kinds:
             begin = time.perf_counter()

@@ -25,10 +25,10 @@ import torch
 
 from retroexit.evaluation.promise import promise_summary
 from retroexit.evaluation.sweep import Evaluation
+from retroexit.report.text_tables import table
 from retroexit.routing.bounds import most_violations, samples_needed
 from retroexit.routing.calibration import Calibration
-from retroexit.routing.policy import price_for, spend
-from retroexit.tables import table
+from retroexit.routing.policy import assign_by_budget, lagrange_multiplier
 
 
 def half(evaluation: Evaluation, rows: np.ndarray) -> Evaluation:
@@ -91,8 +91,8 @@ def spent(evaluation: Evaluation, budget: float, splits: int) -> dict[str, float
         order = np.random.default_rng(seed).permutation(len(evaluation.loss))
         first = half(evaluation, order[: len(order) // 2])
         second = half(evaluation, order[len(order) // 2 :])
-        price = price_for(torch.from_numpy(first.need_predicted()), shares, budget)
-        exits = spend(torch.from_numpy(second.need_predicted()), shares, price)
+        price = lagrange_multiplier(torch.from_numpy(first.need_predicted()), shares, budget)
+        exits = assign_by_budget(torch.from_numpy(second.need_predicted()), shares, price)
         points.append(second.at_exits(exits.numpy(), float("inf")))
     fixed = [evaluation.fixed(k) for k in range(1, len(evaluation.macs) + 1)]
     affordable = [point for point in fixed if point.share <= budget]

@@ -35,14 +35,14 @@ from cases import CASES, Case, shared_folder
 from tqdm import tqdm
 
 import retroexit
-from retroexit.evaluation.quality import ImageRange
+from retroexit.core.samples import Samples
+from retroexit.core.versions import versions
 from retroexit.guidance import GuidanceBank, cut
+from retroexit.metrics.base import ImageRange
 from retroexit.model import EarlyExitGenerator
 from retroexit.plugins import host
+from retroexit.report.text_tables import table
 from retroexit.retrieval import Retriever
-from retroexit.storage import versions
-from retroexit.tables import table
-from retroexit.training.inputs import Samples
 
 Row = dict[str, Any]
 HELD_OUT, NEW_NOISE = "held out", "new noise"
@@ -86,11 +86,11 @@ class Queries:
 @torch.no_grad()
 def keys_of(model: EarlyExitGenerator, inputs: Sequence[Any]) -> np.ndarray:
     """Collect the keys of every input, float32 ``(inputs, queries per input, D)``."""
-    taps, found = model.anatomy.taps, []
+    taps, found = model.decomposition.taps, []
     assert taps is not None
     for _, args, kwargs in tqdm(Samples(inputs).batches(16), desc="keys", disable=None):
-        _, keyed = model.split.begin(args, kwargs)
-        found.append(cut(taps.query(keyed, args, kwargs), taps.patch).flatten(1, -2))
+        _, key_feature = model.split.begin(args, kwargs)
+        found.append(cut(taps.query(key_feature, args, kwargs), taps.patch).flatten(1, -2))
     return torch.cat(found).float().numpy()
 
 

@@ -28,8 +28,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from retroexit.report.text_tables import table
 from retroexit.retrieval import ExactRetriever, FaissRetriever, HnswlibRetriever, Retriever
-from retroexit.tables import table
 
 Bar = dict[str, Any]
 

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from retroexit.core.versions import versions
 from retroexit.guidance import coverage, thin
-from retroexit.storage import versions
-from retroexit.tables import table
+from retroexit.report.text_tables import table
 
 
 @torch.no_grad()

@@ -29,16 +29,16 @@ import torch
 from tqdm import tqdm
 
 import retroexit
-from retroexit.evaluation.quality import LPIPS, ImageRange
-from retroexit.storage import versions
-from retroexit.tables import table
-from retroexit.training.branches import BranchSchedule, BranchTrainer
-from retroexit.training.cache import FeatureCache
-from retroexit.training.crops import Cropper
-from retroexit.training.inputs import Samples
-from retroexit.training.live import LiveFeatures
+from retroexit.core.samples import Samples
+from retroexit.core.versions import versions
+from retroexit.metrics.base import LPIPS, ImageRange
+from retroexit.report.text_tables import table
+from retroexit.training.branches.trainer import BranchSchedule, BranchTrainer
+from retroexit.training.data.cache import FeatureCache
+from retroexit.training.data.crops import Cropper
+from retroexit.training.data.live import LiveFeatures
+from retroexit.training.data.steps import Steps
 from retroexit.training.losses import L1, TrainingLoss
-from retroexit.training.steps import Steps
 
 LIMITS = ImageRange(0.0, 1.0)
 WAYS = [(together, cached) for together in (True, False) for cached in (True, False)]

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 import retroexit
 from retroexit.evaluation.sweep import Evaluation
-from retroexit.tables import sweep_table, table
+from retroexit.report.text_tables import sweep_table, table
 
 ATTACH_AT = (3, 4, 5, 6, 7, 8)
 WIDTHS = (16, 16, 16, 20, 24, 32)  # of 64 channels

@@ -7,15 +7,14 @@ generator, bit for bit, until an exit is asked for. Reference: FIANCEE, Karpikov
 import logging
 
 from retroexit.api import evaluate, find_stages, fit, load, wrap
-from retroexit.decoder.stages import Stage
+from retroexit.core.versions import __version__ as __version__
 from retroexit.errors import RetroExitError, RetroExitWarning
-from retroexit.exits import Exit
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.guidance.options import Guidance
 from retroexit.model import EarlyExitGenerator
 from retroexit.plugins import Description, hookimpl
-
-__version__ = "0.1.0"
+from retroexit.stages.decoder import Stage
+from retroexit.wrapping.exits import Exit
 
 __all__ = [
     "Description",

@@ -9,15 +9,15 @@ from typing import Any
 
 from torch import Tensor
 
+from retroexit.core.samples import Samples
 from retroexit.errors import RetroExitWarning
-from retroexit.evaluation.calibrate import calibrate_model
 from retroexit.evaluation.measure import measure
-from retroexit.evaluation.quality import QualityMetric
 from retroexit.evaluation.sweep import Evaluation
+from retroexit.measuring.calibrate import calibrate_model
+from retroexit.metrics.base import QualityMetric
 from retroexit.model import EarlyExitGenerator
 from retroexit.plugins.host import host
 from retroexit.routing.calibration import Calibration
-from retroexit.training.inputs import Samples
 
 __all__ = ["calibrate", "evaluate", "find_metric"]
 
@@ -69,7 +69,7 @@ def evaluate(
         model, inputs, find_metric(name, weights), show=show, progress=progress, **settings
     )
     if folder is not None:
-        from retroexit.evaluation.report import write_report
+        from retroexit.report.report import write_report
 
         heading = title or f"{type(model.generator).__name__} with {len(model.branches)} early exits"
         Path(folder).mkdir(parents=True, exist_ok=True)

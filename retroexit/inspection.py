@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import nn
 
-from retroexit.decoder.naming import forward_signature
-from retroexit.decoder.split import SplitGenerator, places
-from retroexit.decoder.stages import Decoder, Stage, read_decoder
 from retroexit.errors import OptionError, RecordingError
 from retroexit.plugins.host import host
+from retroexit.split.split import SplitGenerator, places
+from retroexit.stages.decoder import Decoder, Stage, read_decoder
+from retroexit.stages.value_names import forward_signature
 
 __all__ = ["find_stages", "read_generator"]
 
@@ -27,7 +27,7 @@ def find_stages(
 ) -> list[Stage]:
     """List the stages l_1..l_N of a generator, with cost, output shape and live values.
 
-    `retroexit.stage_table` prints them, `retroexit.evaluation.decoder_picture` draws them.
+    `retroexit.report.stage_table` prints them, `retroexit.report.decoder_picture` draws them.
 
     Args:
         generator: A trained generator in eval mode.

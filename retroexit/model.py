@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from retroexit.decoder.split import SplitGenerator, Values
-from retroexit.decoder.structure import twin
+from retroexit.core.nested import clone_strided
 from retroexit.errors import BankError, CheckpointError, NotRecordedError, OptionError
-from retroexit.exits import Exit, list_exits
 from retroexit.guidance.bank import GuidanceBank, Retrieved
-from retroexit.routing.calls import RoutedCalls
-from retroexit.routing.wishes import Wishes
-from retroexit.wrapping import Anatomy, WrapOptions, build_anatomy
+from retroexit.routing.request import RoutingRequest
+from retroexit.routing.router import RoutedCalls
+from retroexit.split.split import SplitGenerator, Values
+from retroexit.wrapping.build import Decomposition, WrapOptions, decompose
+from retroexit.wrapping.exits import Exit, list_exits
 
 __all__ = ["EarlyExitGenerator"]
 
@@ -46,7 +46,7 @@ class EarlyExitGenerator(RoutedCalls):
         self.options = options
         self.branches = nn.ModuleList()
         self.about: dict[str, Any] = {}
-        self._anatomy: Anatomy | None = None
+        self._decomposition: Decomposition | None = None
         self._bank: GuidanceBank | None = None
         self._saved: dict[str, Tensor] | None = None
         self._lock = threading.Lock()
@@ -57,7 +57,7 @@ class EarlyExitGenerator(RoutedCalls):
     @property
     def is_recorded(self) -> bool:
         """Tell whether the generator has been recorded, so that exits exist."""
-        return self._anatomy is not None
+        return self._decomposition is not None
 
     def record(self, *inputs: Any, **kwargs: Any) -> None:
         """Record the generator on these inputs and build the branches, unless that is done already.
@@ -66,13 +66,13 @@ class EarlyExitGenerator(RoutedCalls):
             RetroExitError: Whatever keeps the generator from being wrapped; see `retroexit.wrap`.
         """
         with self._lock:
-            if self._anatomy is None:
-                anatomy, branches = build_anatomy(self.generator, self.options, inputs, kwargs)
-                anatomy.check_bank(self._bank)
+            if self._decomposition is None:
+                decomposition, branches = decompose(self.generator, self.options, inputs, kwargs)
+                decomposition.check_bank(self._bank)
                 self.branches.extend(branches)
                 if self._saved is not None:
                     self._load_saved(self._saved)
-                self._anatomy = anatomy
+                self._decomposition = decomposition
 
     @property
     def bank(self) -> GuidanceBank | None:
@@ -85,8 +85,8 @@ class EarlyExitGenerator(RoutedCalls):
 
     @bank.setter
     def bank(self, bank: GuidanceBank | None) -> None:
-        if self._anatomy is not None:  # else it is compared once the taps are known
-            self._anatomy.check_bank(bank)
+        if self._decomposition is not None:  # else it is compared once the taps are known
+            self._decomposition.check_bank(bank)
         self._bank = bank
 
     def restore(self, weights: dict[str, Tensor]) -> None:
@@ -116,34 +116,34 @@ class EarlyExitGenerator(RoutedCalls):
         Raises:
             NotRecordedError: If there are no branches yet.
         """
-        from retroexit.storage import save_model
+        from retroexit.load import save_model
 
         return save_model(self, folder)
 
     @property
-    def anatomy(self) -> Anatomy:
+    def decomposition(self) -> Decomposition:
         """What is known of the generator once it has been recorded.
 
         Raises:
             NotRecordedError: If it has not.
         """
-        if self._anatomy is None:
+        if self._decomposition is None:
             raise NotRecordedError(
                 "asked for the exits; found that the generator has not been recorded yet. Call the model "
                 "once, or pass example_inputs to retroexit.wrap.",
                 self,
             )
-        return self._anatomy
+        return self._decomposition
 
     @property
     def split(self) -> SplitGenerator:
         """The generator in pieces."""
-        return self.anatomy.split
+        return self.decomposition.split
 
     @property
     def exits(self) -> list[Exit]:
         """The K branch exits, cheapest first, then the backbone."""
-        return list_exits(self.anatomy, self.branches, self.generator)
+        return list_exits(self.decomposition, self.branches, self.generator)
 
     # Calls.
 
@@ -165,7 +165,7 @@ class EarlyExitGenerator(RoutedCalls):
                 sample takes the cheapest exit predicted to keep it, or, once the model is calibrated, the
                 cheapest that keeps the promise of its `Calibration`.
             budget: Mean share of the backbone's compute to spend, predictor and retrieval counted, on inputs
-                like those of the calibration; see `Wishes`. One for all, or one per sample ``(N,)``.
+                like those of the calibration; see `RoutingRequest`. One for all, or one per sample ``(N,)``.
             deadline_ms: Milliseconds that this call may take, by `measure_latency`; also as a limit on what
                 a threshold or budget chooses.
             **kwargs: The generator's keyword inputs.
@@ -174,7 +174,7 @@ class EarlyExitGenerator(RoutedCalls):
             A value with the structure of the generator's output.
 
         Raises:
-            OptionError: If wishes exclude one another, cannot be met, or are out of range.
+            OptionError: If request exclude one another, cannot be met, or are out of range.
             InputMismatchError: If the inputs differ from the recording where that matters.
             TrainingError: If there is no predictor, calibration or measured time yet, and one is needed.
             BankError: If the branches take a guide and there is no bank yet.
@@ -211,22 +211,22 @@ class EarlyExitGenerator(RoutedCalls):
             A value with the structure of the generator's output.
         """
         args, kwargs = tuple(args), dict(kwargs or {})
-        wishes = Wishes(threshold, budget, deadline_ms)
-        if exit is not None and wishes:
-            named = " and ".join(f"{name}={value}" for name, value in wishes.given().items())
+        request = RoutingRequest(threshold, budget, deadline_ms)
+        if exit is not None and request:
+            named = " and ".join(f"{name}={value}" for name, value in request.given().items())
             raise OptionError(
                 f"asked for exit={exit} and {named}; found two ways to choose an exit. Pass one of them.",
                 exit,
             )
         if not self.is_recorded:
             self.record(*args, **kwargs)
-        if wishes:
-            return self._routed(args, kwargs, wishes)[0]
+        if request:
+            return self._routed(args, kwargs, request)[0]
         if exit is None or self._check_exit(exit) == len(self.branches) + 1:
             return self.generator(*args, **kwargs)
         with torch.no_grad():
-            values, keyed = self.split.begin(args, kwargs)
-            guide = self._guide(keyed, args, kwargs)
+            values, key_feature = self.split.begin(args, kwargs)
+            guide = self._guide(key_feature, args, kwargs)
             for index in range(1, exit):
                 values = self.split.advance(values, index)
         return self._leave(values, exit - 1, guide)
@@ -244,8 +244,8 @@ class EarlyExitGenerator(RoutedCalls):
         if not self.is_recorded:
             self.record(*inputs, **kwargs)
         with torch.no_grad():
-            values, keyed = self.split.begin(inputs, kwargs)
-            guide = self._guide(keyed, inputs, kwargs)
+            values, key_feature = self.split.begin(inputs, kwargs)
+            guide = self._guide(key_feature, inputs, kwargs)
         outputs = []
         for index in range(len(self.branches)):
             if index:
@@ -279,9 +279,9 @@ class EarlyExitGenerator(RoutedCalls):
 
     def __repr__(self) -> str:
         """Show the exits as a table, and say what a threshold means."""
-        from retroexit.tables import exit_table
+        from retroexit.report.text_tables import exit_table
 
-        reason = self.anatomy.split.decoder.replayed if self.is_recorded else ""
+        reason = self.decomposition.split.decoder.replayed if self.is_recorded else ""
         lines = [exit_table(self), *([f"replayed, since {reason}"] if reason else [])]
         if self.calibration is not None:
             lines.append(f"threshold: a promise, {self.calibration}")
@@ -293,32 +293,32 @@ class EarlyExitGenerator(RoutedCalls):
 
     def _leave(self, values: Values, index: int, guide: Tensor | None) -> Any:
         crossing = self.split.crossing(values, index)
-        written = self.anatomy.written[index]
+        written = self.decomposition.written[index]
         branch = self.branches[index]
         self.split.check_precision(branch)
-        return branch(*(twin(v) if i in written else v for i, v in enumerate(crossing)), guide=guide)
+        return branch(*(clone_strided(v) if i in written else v for i, v in enumerate(crossing)), guide=guide)
 
     def _guide(
         self,
-        keyed: Tensor,
+        key_feature: Tensor,
         args: Any,
         kwargs: Any,
         rows: Tensor | None = None,
         found: Retrieved | None = None,
     ) -> Tensor | None:
         """Retrieve the guide of all samples, or of some rows only, where the branches take one."""
-        taps = self.anatomy.taps
+        taps = self.decomposition.taps
         if taps is None or (rows is not None and not len(rows)):
             return None
         bank, query = self._need_bank(), None
         if found is None or bank.order:
-            query = taps.query(keyed, args, kwargs)
+            query = taps.query(key_feature, args, kwargs)
             query = query if rows is None else query[rows]
         if found is None:
             assert query is not None
-            return bank.guide(query).to(keyed)
+            return bank.guide(query).to(key_feature)
         ids = found.ids if rows is None else found.ids[rows.to(found.ids.device)]
-        return bank.glue(ids, feature=query).to(keyed)
+        return bank.glue(ids, feature=query).to(key_feature)
 
     def _need_bank(self) -> GuidanceBank:
         if self.bank is None:

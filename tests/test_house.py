@@ -15,7 +15,8 @@ import pytest
 import torch
 
 import retroexit
-from retroexit import doctor, errors
+from retroexit import errors
+from retroexit.cli import diagnose as doctor
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = ("torchvision", "lpips", "faiss", "hnswlib", "matplotlib", "torchmetrics", "typer", "thop")

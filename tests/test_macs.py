@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from retroexit.errors import MissingExtraError
-from retroexit.evaluation.macs import count_macs, thop_macs
+from retroexit.evaluation.thop_check import count_macs, thop_macs
 
 X = torch.rand(2, 6, 8, 10)
 

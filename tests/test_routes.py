@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import retroexit
 from retroexit import errors
-from retroexit.decoder.structure import tensors
+from retroexit.core.nested import tensors
 from retroexit.model import EarlyExitGenerator
 from retroexit.routing.predictor import Predictor
 
@@ -105,12 +105,12 @@ def test_the_final_exit_differentiates_and_branches_keep_to_themselves(
     model(x, exit=1)["image"].sum().backward()
     assert x.grad is None and all(p.grad is None for p in toy.generator.parameters())
     assert all(p.grad is not None for p in model.branches[0].parameters())
-    twin = copy.deepcopy(toy.generator)
-    twin.zero_grad()
-    twin(toy.args[0])["image"].sum().backward()
+    clone_strided = copy.deepcopy(toy.generator)
+    clone_strided.zero_grad()
+    clone_strided(toy.args[0])["image"].sum().backward()
     model(x)["image"].sum().backward()
     assert x.grad is not None
-    wanted = dict(twin.named_parameters())
+    wanted = dict(clone_strided.named_parameters())
     assert all(torch.equal(p.grad, wanted[name].grad) for name, p in toy.generator.named_parameters())
 
 
@@ -297,7 +297,7 @@ def test_a_guide_enters_where_it_is_asked_to(toy: Any, inject: Any) -> None:
     )
     (branch,) = model.branches
     feature = torch.rand(2, 32, 8, 8)
-    guide = torch.rand(2, *model.anatomy.value_cut.feature.meta["shape"][1:])
+    guide = torch.rand(2, *model.decomposition.value_cut.feature.meta["shape"][1:])
     with torch.no_grad():
         plain, guided = (branch(feature, guide=g)["image"] for g in (torch.zeros_like(guide), guide))
     assert not torch.equal(plain, guided)
@@ -343,7 +343,7 @@ def test_a_stage_may_take_its_map_by_keyword_or_inside_a_tuple(attach_at: list[A
     )
     (branch,) = model.branches
     feature = torch.rand(2, 16, 8, 8)
-    guide = torch.rand(2, *model.anatomy.value_cut.feature.meta["shape"][1:])
+    guide = torch.rand(2, *model.decomposition.value_cut.feature.meta["shape"][1:])
     with torch.no_grad():
         plain, guided = (branch(feature, guide=g) for g in (torch.zeros_like(guide), guide))
     assert not torch.equal(plain, guided)

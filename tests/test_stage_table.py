@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import retroexit
-from retroexit.evaluation.macs import unit_of
+from retroexit.evaluation.thop_check import unit_of
 from retroexit.inspection import read_generator
-from retroexit.stage_table import brief_count, decoder_table, ranges, shorten, stage_table
+from retroexit.report.stage_table import brief_count, decoder_table, ranges, shorten, stage_table
 
 
 class Block(nn.Module):

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 import retroexit
+from retroexit.core.files import self_digest
+from retroexit.core.tensor_files import read_tensors, write_tensors
 from retroexit.errors import CheckpointError, NotRecordedError
-from retroexit.evaluation.quality import QualityMetric
 from retroexit.fingerprint import fingerprint
+from retroexit.metrics.base import QualityMetric
 from retroexit.model import EarlyExitGenerator
-from retroexit.retrieval.storage import self_digest
-from retroexit.storage import read_tensors, write_tensors
 
 
 class Distance(QualityMetric):

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import retroexit
-from retroexit.decoder.structure import tensors
+from retroexit.core.nested import tensors
 from retroexit.model import EarlyExitGenerator
 
 Untouched = Callable[[nn.Module], AbstractContextManager[None]]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from retroexit.errors import TrainingError
-from retroexit.training.batch import TrainingBatch
-from retroexit.training.objectives import Judge
-from retroexit.training.verdict import Verdict
+from retroexit.training.data.batch import TrainingBatch
+from retroexit.training.losses.discriminator_output import DiscriminatorOutput
+from retroexit.training.losses.objectives import Judge
 from retroexit_oasis.losses import fake_loss, labelmix_loss, labelmix_mask, mix, real_loss
 
 __all__ = ["OASISObjective"]
@@ -29,7 +29,7 @@ class OASISObjective:
     def __init__(self, labelmix: float = 10.0, unknown: int | None = 0) -> None:
         self.labelmix, self.unknown = labelmix, unknown
 
-    def of_branch(self, verdict: Verdict, batch: TrainingBatch) -> Tensor:
+    def of_branch(self, verdict: DiscriminatorOutput, batch: TrainingBatch) -> Tensor:
         """Ask that every pixel be taken for what its label says; a scalar."""
         return real_loss(_logits(verdict), label_map(batch), self.unknown)
 
@@ -62,7 +62,7 @@ def label_map(batch: TrainingBatch) -> Tensor:
     return label.to(batch.image.device, batch.image.dtype)
 
 
-def _logits(verdict: Verdict) -> Tensor:
+def _logits(verdict: DiscriminatorOutput) -> Tensor:
     if not isinstance(verdict.output, Tensor):
         raise TrainingError(
             f"asked for the loss of OASIS; found that the discriminator returns a "

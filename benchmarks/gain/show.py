@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from gain.training import CONTROLS
-from retroexit.evaluation.figures import density, metric_label
-from retroexit.tables import table
+from retroexit.report.figures import density, metric_label
+from retroexit.report.text_tables import table
 
 __all__ = ["draw", "summary"]
 

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import retroexit
-from retroexit.evaluation.quality import ImageRange
+from retroexit.core.samples import Samples
 from retroexit.guidance import GuidanceBank, with_slopes
+from retroexit.metrics.base import ImageRange
 from retroexit.model import EarlyExitGenerator
 from retroexit.plugins import host
-from retroexit.training.cache import IMAGE, FeatureCache, guidance_names
-from retroexit.training.crops import Cropper
-from retroexit.training.inputs import Samples
+from retroexit.training.data.cache import IMAGE, FeatureCache, guidance_names
+from retroexit.training.data.crops import Cropper
 
 __all__ = ["CONTROLS", "Bench", "Schedule", "noise", "shuffled"]
 
@@ -66,7 +66,7 @@ class Bench:
 
     def caches(self, model: EarlyExitGenerator) -> tuple[FeatureCache, FeatureCache]:
         """Features of the inputs to fit on and of those to test on."""
-        taps = model.anatomy.taps
+        taps = model.decomposition.taps
         if taps is None:  # what crosses the cuts is the same with every guide
             probe = self.case.wrap(next(iter(self.case.variants.values())), 0)
             return self.caches(probe)
@@ -81,7 +81,7 @@ class Bench:
 
     def bank(self, model: EarlyExitGenerator, cache: FeatureCache) -> GuidanceBank:
         """Fill a bank from the inputs to fit on, or read it where another run has filled it."""
-        taps, guidance = model.anatomy.taps, model.options.guidance
+        taps, guidance = model.decomposition.taps, model.options.guidance
         assert taps is not None and guidance is not None
         key, value = guidance_names(taps, model.split.cuts[0].feature.name)
         settings = [taps.key_tap, taps.value_cut.feature.name, *_settings_of(guidance).values()]
@@ -125,14 +125,14 @@ class Bench:
             test_guides, distance = self._guides(model, bank, test, control, seed + 1, own=True)
             swapped = shuffled(test_guides, len(test), seed + 2)
             row |= {"keys": len(bank), "width": bank.retriever.width, "distance": distance}
-            row["search_macs"] = 0 if control else model.anatomy.search_macs(bank)
+            row["search_macs"] = 0 if control else model.decomposition.search_macs(bank)
         begin = time.perf_counter()
         self._train(model, exit_index - 1, train, guides, seed, _plain(f"{variant}-{exit_index}-{seed}"))
         row["seconds"] = time.perf_counter() - begin
         row["losses"] = self._losses(model, exit_index - 1, test, test_guides)
         if swapped is not None and not control:
             row["swapped"] = self._losses(model, exit_index - 1, test, swapped)
-            taps = model.anatomy.taps
+            taps = model.decomposition.taps
             if taps is not None and taps.gives_image:
                 row["alone"] = self._compared(test, test_guides)
         return row
@@ -147,7 +147,7 @@ class Bench:
         own: bool,
     ) -> tuple[Guides, list[float]]:
         """Search once for every sample; an input that is in the bank must not find its own keys."""
-        taps = model.anatomy.taps
+        taps = model.decomposition.taps
         assert taps is not None
         key, _ = guidance_names(taps, model.split.cuts[0].feature.name)
         found = [
@@ -214,7 +214,7 @@ class Bench:
     def _cropper(self, model: EarlyExitGenerator, cache: FeatureCache, index: int) -> Cropper:
         image = cache.read(IMAGE, [0])
         sizes = [tuple(cache.read(name, [0]).shape[2:]) for name in _crossing(model, index)]
-        taps = model.anatomy.taps
+        taps = model.decomposition.taps
         sizes += [] if taps is None else [taps.guide.size]
         return Cropper.for_maps(
             self.case.crop, tuple(image.shape[2:]), [s for s in sizes if len(s) == image.dim() - 2]

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 import retroexit
 from generators.acceptance import judge_stages
 from generators.entry import Entry, Made
-from retroexit.decoder.record import record
-from retroexit.decoder.structure import cloned, rebuild, tensors
+from retroexit.core.nested import cloned, rebuild, tensors
 from retroexit.model import EarlyExitGenerator
+from retroexit.tracing.record import record
 
 __all__ = ["SCALES", "BranchRow", "Row", "measure_entry"]
 
@@ -168,7 +168,7 @@ def _plain_wrap(entry: Entry, made: Made, places: list[int], scale: float, tap: 
 def _wrap(
     row: Row, entry: Entry, made: Made, places: list[int], scale: float, tap: str
 ) -> EarlyExitGenerator | None:
-    """Wrap at all places, or where that fails at each alone, so that every branch is judged by itself."""
+    """Wrap at all places, or where that fails at each alone, so that every branch is prediction by itself."""
     held, begin = _peak_memory(), time.perf_counter()
     try:
         model = _plain_wrap(entry, made, places, scale, tap)
@@ -212,7 +212,7 @@ def _branches(model: EarlyExitGenerator, made: Made, scale: float) -> list[Branc
                 scale,
                 exit.attach_at,
                 (_count(branch), _count(tail)),
-                (exit.macs - prefix, model.anatomy.backbone_macs - prefix),
+                (exit.macs - prefix, model.decomposition.backbone_macs - prefix),
                 exit.pinned,
                 sorted(names - {name.removeprefix("tail.") for name in reached} - dead),
             )

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from retroexit.evaluation.macs import count_macs
-from retroexit.evaluation.quality import ImageRange, QualityMetric
 from retroexit.evaluation.sweep import Evaluation, OperatingPoint
-from retroexit.routing.policy import spend
+from retroexit.evaluation.thop_check import count_macs
+from retroexit.metrics.base import ImageRange, QualityMetric
+from retroexit.routing.policy import assign_by_budget
 
 __all__ = ["Point", "exit_points", "network_point", "seconds_of", "thresholds_of"]
 
@@ -98,7 +98,7 @@ def exit_points(evaluation: Evaluation, dense: int = 60) -> list[Point]:
     predicted = torch.from_numpy(evaluation.need_predicted())
     shares = torch.from_numpy((evaluation.macs + evaluation.overhead) / evaluation.macs[-1])
     for price in np.geomspace(1e-3, 1e2, 4 * dense):
-        exits = spend(predicted, shares, float(price)).numpy()
+        exits = assign_by_budget(predicted, shares, float(price)).numpy()
         found.append(of("ours by budget", price, evaluation.at_exits(exits, float(price))))
     return found
 

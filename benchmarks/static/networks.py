@@ -16,20 +16,20 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import retroexit
-from retroexit.evaluation.quality import ImageRange
+from retroexit.core.samples import Samples, drawing_from
+from retroexit.core.tensor_files import read_tensors, write_tensors
+from retroexit.metrics.base import ImageRange
 from retroexit.model import EarlyExitGenerator
-from retroexit.storage import read_tensors, write_tensors
-from retroexit.training.batch import TrainingBatch
-from retroexit.training.branches import BranchSchedule, learning_rate
-from retroexit.training.cache import IMAGE, FeatureCache
-from retroexit.training.crops import Cropper
-from retroexit.training.ema import Average
-from retroexit.training.inputs import Samples, drawing_from
-from retroexit.training.live import LiveFeatures
+from retroexit.training.branches.ema import Average
+from retroexit.training.branches.initialise import reconstruct_branches
+from retroexit.training.branches.trainer import BranchSchedule, learning_rate
+from retroexit.training.data.batch import TrainingBatch
+from retroexit.training.data.cache import IMAGE, FeatureCache
+from retroexit.training.data.crops import Cropper
+from retroexit.training.data.live import LiveFeatures
+from retroexit.training.data.steps import Step, Steps
 from retroexit.training.losses import L1, TrainingLoss
 from retroexit.training.settings import FitSettings, divide
-from retroexit.training.start import reconstruct_branches
-from retroexit.training.steps import Step, Steps
 
 __all__ = ["Student", "Training", "early_exits", "prune", "tune", "tuned"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from retroexit.tables import table
+from retroexit.report.text_tables import table
 from static.measuring import Point
 
 __all__ = [

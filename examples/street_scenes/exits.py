@@ -31,7 +31,7 @@ from tqdm import tqdm
 import retroexit
 from retroexit.cli.report import report
 from retroexit.evaluation.sweep import Evaluation
-from retroexit.tables import promise_table, sweep_table, table
+from retroexit.report.text_tables import promise_table, sweep_table, table
 
 ATTACH_AT = (1, 2, 3, 4)
 MIN_CHANNELS = 16  # the floor of 64 of the paper, for a generator a quarter as wide
@@ -41,7 +41,7 @@ COLUMNS = ["scale", "bank", "exit", "MACs", "LPIPS", "10 %", "90 %", "mIoU", "Fr
 
 @dataclasses.dataclass
 class Scenes:
-    """Label maps with noise, and what they are judged by.
+    """Label maps with noise, and what they are prediction by.
 
     Attributes:
         train: Inputs to fit on: every training map, and mirrored with another noise.
@@ -120,7 +120,7 @@ def images_of(model: Any, samples: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
     return [torch.cat(part) for part in zip(*batches, strict=True)]
 
 
-def judged(images: list[Tensor], scenes: Scenes, shared: Path) -> list[dict[str, float]]:
+def prediction(images: list[Tensor], scenes: Scenes, shared: Path) -> list[dict[str, float]]:
     """Let the two judges see every exit's images, and last the photographs."""
     weights = shared / "data/weights"
     espnet = ESPNet.load(weights / "espnet_p_2_q_8_camvid.pth")
@@ -137,7 +137,7 @@ def measured(scale: float, bank: bool, scenes: Scenes, args: argparse.Namespace)
     """Fit one model, measure it, write its report; what was measured before is read."""
     name = f"{round(1 / scale)}" + ("" if bank else "-no-bank")
     out = args.out / name
-    page, kept = out / "report", out / "judged.json"
+    page, kept = out / "report", out / "prediction.json"
     if not kept.exists():
         model = fitted(scale, bank, scenes, out, args)
         weights = args.shared / "data/weights/lpips_alex_v0.1.pth"
@@ -154,7 +154,7 @@ def measured(scale: float, bank: bool, scenes: Scenes, args: argparse.Namespace)
         )
         images = images_of(model, scenes.test)
         figures.strip(images, scenes, args.out / f"strip-{name}.png")
-        kept.write_text(json.dumps(judged(images, scenes, args.shared)))
+        kept.write_text(json.dumps(prediction(images, scenes, args.shared)))
     evaluation = Evaluation.from_json((page / "evaluation.json").read_text(encoding="utf-8"))
     return figures.Run(scale, bank, evaluation, json.loads(kept.read_text()))
 
@@ -162,7 +162,7 @@ def measured(scale: float, bank: bool, scenes: Scenes, args: argparse.Namespace)
 def exit_rows(run: figures.Run) -> list[list[str]]:
     """One row per exit, then the backbone."""
     rows, evaluation = [], run.evaluation
-    for k, seen in enumerate(run.judged[:-1], start=1):
+    for k, seen in enumerate(run.prediction[:-1], start=1):
         point = evaluation.fixed(k)
         low, high = np.percentile(point.loss_of, [10, 90])
         where = str(k) if k <= evaluation.loss.shape[1] else "backbone"
@@ -193,7 +193,7 @@ def routed_rows(run: figures.Run) -> list[list[str]]:
 def show(runs: list[figures.Run], out: Path) -> None:
     """Print all tables."""
     print(table(COLUMNS, [row for run in runs for row in exit_rows(run)]))
-    real = runs[0].judged[-1]
+    real = runs[0].prediction[-1]
     print(f"photographs at this size: mIoU {100 * real['miou']:.1f} %; Frechet distances times 1000")
     best = next(run for run in runs if run.bank and run.scale == min(r.scale for r in runs))
     evaluation = best.evaluation

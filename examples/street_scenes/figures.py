@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from retroexit.evaluation import figures
 from retroexit.evaluation.sweep import Evaluation
+from retroexit.report import figures
 
 __all__ = ["Run", "draw", "label_picture", "strip"]
 
@@ -43,13 +43,13 @@ class Run:
         scale: Scale factor of its branches.
         bank: Whether they are guided.
         evaluation: Losses and costs.
-        judged: What the judges saw in every exit's images, in the backbone's, and in the photographs.
+        prediction: What the judges saw in every exit's images, in the backbone's, and in the photographs.
     """
 
     scale: float
     bank: bool
     evaluation: Evaluation
-    judged: list[dict[str, float]]
+    prediction: list[dict[str, float]]
 
 
 def label_picture(sample: Any) -> Tensor:
@@ -92,8 +92,8 @@ def frechet_against_compute(runs: Sequence[Run], file: Path) -> None:
     figure = Figure(figsize=(5.6, 3.6), layout="constrained")
     axes = figure.add_subplot()
     for run in sorted(runs, key=lambda run: (-run.scale, run.bank)):
-        macs = [run.evaluation.fixed(k).mean_macs / 1e9 for k in range(1, len(run.judged))]
-        distance = [1000 * seen["frechet"] for seen in run.judged[:-1]]
+        macs = [run.evaluation.fixed(k).mean_macs / 1e9 for k in range(1, len(run.prediction))]
+        distance = [1000 * seen["frechet"] for seen in run.prediction[:-1]]
         name = f"1/{round(1 / run.scale)}" + ("" if run.bank else ", no bank")
         axes.plot(macs, distance, "o-" if run.bank else "o--", label=f"scale {name}")
     axes.set(

@@ -35,7 +35,7 @@ from retroexit_oasis import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from retroexit.evaluation.quality import LPIPS
+from retroexit.metrics.base import LPIPS
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from gan_training import GanTrainer, export, options, train  # beside this folder
@@ -97,8 +97,8 @@ class Trainer(GanTrainer):
         self.discriminator.requires_grad_(True)
         mask = labelmix_mask(label)
         with self.autocast():
-            judged = self.discriminator(torch.cat([photograph, image, mix(photograph, image, mask)]))
-        real, fake, mixed = judged.float().chunk(3)
+            prediction = self.discriminator(torch.cat([photograph, image, mix(photograph, image, mask)]))
+        real, fake, mixed = prediction.float().chunk(3)
         loss = (
             real_loss(real, label) + fake_loss(fake) + args.labelmix * labelmix_loss(mixed, real, fake, mask)
         )

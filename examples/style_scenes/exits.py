@@ -32,9 +32,9 @@ from tqdm import tqdm
 
 import retroexit
 from retroexit.evaluation.promise import promise_summary
-from retroexit.evaluation.quality import LPIPS
 from retroexit.evaluation.sweep import Evaluation, OperatingPoint
-from retroexit.tables import promise_table, sweep_table, table
+from retroexit.metrics.base import LPIPS
+from retroexit.report.text_tables import promise_table, sweep_table, table
 
 BACKBONE = Path(__file__).with_name("backbone.safetensors")
 ATTACH_AT = (1, 2, 3, 4)

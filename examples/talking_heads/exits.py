@@ -25,9 +25,9 @@ from frames import Clips, PoseKey, TalkingHead, load, shared_folder
 from summary import Run, summarise
 
 import retroexit
-from retroexit.evaluation.quality import LPIPS
 from retroexit.fingerprint import fingerprint
 from retroexit.guidance import GuidanceBank
+from retroexit.metrics.base import LPIPS
 from retroexit.model import EarlyExitGenerator
 from retroexit.retrieval import ExactRetriever
 
@@ -55,12 +55,12 @@ def wrapped(options: argparse.Namespace, key: PoseKey | None, width: int) -> Ear
 def bank_of(model: EarlyExitGenerator, inputs: Inputs, folder: Path) -> GuidanceBank:
     """Fill a bank with the frames of some people, or read it where it has been filled.
 
-    `retroexit.training.banks.stream_bank` fills the same one; here frames are drawn in bfloat16, which is
+    `retroexit.training.stream_bank.stream_bank` fills the same one; here frames are drawn in bfloat16, which is
     more than twice as fast and does no harm, since a bank keeps them in float16.
     """
     if not folder.exists():
         latents, people = (torch.stack(list(column)) for column in zip(*inputs, strict=True))
-        taps, guidance = model.anatomy.taps, model.options.guidance
+        taps, guidance = model.decomposition.taps, model.options.guidance
         assert taps is not None and guidance is not None and callable(guidance.key)
         keys = guidance.key(latents, people)[..., None, None]  # (N, D) -> (N, D, 1, 1)
 

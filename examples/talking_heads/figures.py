@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from summary import Run, correlation, thresholds
 
-from retroexit.evaluation.figures import density, difficulty_against_distance, distribution_over_exits
+from retroexit.report.figures import density, difficulty_against_distance, distribution_over_exits
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

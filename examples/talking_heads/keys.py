@@ -20,8 +20,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from retroexit.evaluation.quality import LPIPS
-from retroexit.tables import table
+from retroexit.metrics.base import LPIPS
+from retroexit.report.text_tables import table
 
 Key = Callable[[Tensor], Tensor]
 SIDE = 128  # of the frames that LPIPS compares

@@ -11,7 +11,7 @@ from typing import Self
 import numpy as np
 
 from retroexit.evaluation.sweep import Evaluation
-from retroexit.tables import sweep_table, table
+from retroexit.report.text_tables import sweep_table, table
 
 __all__ = ["Run", "correlation", "summarise", "thresholds"]
 

@@ -11,19 +11,19 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from retroexit.branch.draft import BranchSpec, Draft, narrowed
-from retroexit.branch.entry import GuideEntry
-from retroexit.branch.exchange import (
+from retroexit.branch.adapter_stages import (
     BuildStage,
     exchanged,
     inherit_stage,
     settle_norms,
 )
+from retroexit.branch.builder import BranchBuilder, BranchSpec, narrowed
+from retroexit.branch.entry import GuideEntry
 from retroexit.branch.resize import correct_fan_in, emptied, start_from_scratch
-from retroexit.branch.widths import Pin, WidthPlan
-from retroexit.decoder.counting import MacCounter
-from retroexit.decoder.cut import Cut, Tail, clone_module
+from retroexit.branch.widths.plan import Pin, WidthPlan
+from retroexit.core.macs import MacCounter
 from retroexit.errors import BranchError
+from retroexit.split.segments import Cut, Tail, clone_module
 
 __all__ = ["Branch", "build_branch"]
 
@@ -113,11 +113,11 @@ def build_branch(
     Reference: paper section 3.1.
     """
     if plan is not None:
-        draft = Draft(cast("Tail", emptied(tail, plan)), tail, cut, values, spec, plan, is_new=False)
+        draft = BranchBuilder(cast("Tail", emptied(tail, plan)), tail, cut, values, spec, plan, is_new=False)
     elif spec.rule.scale < 1:
         draft = narrowed(tail, cut, values, spec)
     else:
-        draft = Draft(cast("Tail", clone_module(tail)), tail, cut, values, spec)
+        draft = BranchBuilder(cast("Tail", clone_module(tail)), tail, cut, values, spec)
     if plan is None and spec.init == "scratch":
         start_from_scratch(draft.thin, tail, spec.seed)
     if plan is None and spec.rule.scale < 1:
@@ -130,7 +130,7 @@ def build_branch(
     return _assemble(draft, {})
 
 
-def _with_built_stages(draft: Draft) -> Branch:
+def _with_built_stages(draft: BranchBuilder) -> Branch:
     """Let the adapter build stages; keep the narrowed ones, and say so, where its own do not fit."""
     sizes = draft.sizes()
     try:
@@ -157,7 +157,7 @@ def _with_built_stages(draft: Draft) -> Branch:
     return _assemble(draft, {})
 
 
-def _would_build(draft: Draft, path: str) -> bool:
+def _would_build(draft: BranchBuilder, path: str) -> bool:
     """Tell whether an adapter builds stages of this kind at all."""
     shape, full = draft.shapes[path], draft.full.get_submodule(path)
     with torch.random.fork_rng(devices=[]):
@@ -165,7 +165,7 @@ def _would_build(draft: Draft, path: str) -> bool:
     return built is not None
 
 
-def _notes(draft: Draft, notes: dict[str, str]) -> list[Pin]:
+def _notes(draft: BranchBuilder, notes: dict[str, str]) -> list[Pin]:
     return [
         Pin(path, 1, draft.shapes[path].channels, f"narrowing, not built by the adapter: {why}")
         for path, why in notes.items()
@@ -173,7 +173,7 @@ def _notes(draft: Draft, notes: dict[str, str]) -> list[Pin]:
 
 
 def _build_stages(
-    draft: Draft, sizes: dict[str, tuple[int, int]], must: bool = False
+    draft: BranchBuilder, sizes: dict[str, tuple[int, int]], must: bool = False
 ) -> dict[str, nn.Module]:
     """Ask the adapter for thin stages; those that it leaves to us are not among the result."""
     spec, stages = draft.spec, {}
@@ -216,7 +216,7 @@ def _kept_in(kept: Callable[[str, int], Tensor | None], path: str, name: str, ax
     return kept(f"{path}.{name}", axis)
 
 
-def _assemble(draft: Draft, stages: dict[str, nn.Module]) -> Branch:
+def _assemble(draft: BranchBuilder, stages: dict[str, nn.Module]) -> Branch:
     """Put narrowed tail, built stages and entries together, and run the branch once."""
     spec, feature = draft.spec, draft.values[0]
     with torch.random.fork_rng(devices=[]):
@@ -235,7 +235,7 @@ def _assemble(draft: Draft, stages: dict[str, nn.Module]) -> Branch:
     return branch.eval()
 
 
-def _entry(draft: Draft, stages: dict[str, nn.Module]) -> GuideEntry | None:
+def _entry(draft: BranchBuilder, stages: dict[str, nn.Module]) -> GuideEntry | None:
     feature, guide, width = draft.values[0], draft.spec.guide, draft.width
     channels, size = int(feature.shape[1]), tuple(feature.shape[2:])
     if draft.first is not None and draft.first in stages:
@@ -245,7 +245,7 @@ def _entry(draft: Draft, stages: dict[str, nn.Module]) -> GuideEntry | None:
     return GuideEntry(channels, width, size, guide, guide_channels=width)
 
 
-def _injections(draft: Draft, stages: dict[str, nn.Module]) -> dict[str, GuideEntry]:
+def _injections(draft: BranchBuilder, stages: dict[str, nn.Module]) -> dict[str, GuideEntry]:
     """Entries for the guide at every stage behind the first; the branch's own entry serves that one."""
     guide = draft.spec.guide
     if guide is None or guide.inject != "every_stage":

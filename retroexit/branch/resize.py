@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from retroexit.branch.attributes import set_attribute
-from retroexit.branch.widths import WidthPlan
-from retroexit.decoder.cut import clone_module
+from retroexit.branch.widths.int_attributes import set_attribute
+from retroexit.branch.widths.plan import WidthPlan
+from retroexit.split.segments import clone_module
 
 __all__ = ["correct_fan_in", "emptied", "resized", "start_from_scratch"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field
 
-from retroexit.branch.leniency import Namespace
-from retroexit.branch.standins import blame
+from retroexit.branch.widths.opaque_modules import blame
+from retroexit.branch.widths.symint_patch import Namespace
 from retroexit.errors import BranchError
 
 __all__ = ["Attribute", "Tries"]

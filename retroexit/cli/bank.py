@@ -10,15 +10,15 @@ import typer
 from torch import nn
 
 import retroexit
+from retroexit.cli.load_target import example_of, load_generator, load_object, load_samples, parse_places
 from retroexit.cli.options import TARGET, FactoryArguments, resumable
+from retroexit.core.files import MANIFEST
+from retroexit.core.samples import Samples
 from retroexit.errors import OptionError
 from retroexit.fingerprint import fingerprint
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.plugins.host import host
-from retroexit.retrieval.storage import MANIFEST
-from retroexit.targets import example_of, load_generator, load_object, load_samples, parse_places
-from retroexit.training.banks import stream_bank, stream_banks
-from retroexit.training.inputs import Samples
+from retroexit.training.stream_bank import stream_bank, stream_banks
 
 __all__ = ["bank"]
 

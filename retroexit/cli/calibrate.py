@@ -8,11 +8,11 @@ from typing import Annotated
 import typer
 
 import retroexit
+from retroexit.cli.load_target import example_of, load_generator, load_samples
 from retroexit.cli.options import TARGET, Adapter, FactoryArguments, chosen_adapter
 from retroexit.cli.routing_options import Alpha, Confidence, Latency, routing_results
-from retroexit.fitting import measure_times
-from retroexit.tables import limits_table
-from retroexit.targets import example_of, load_generator, load_samples
+from retroexit.fit import measure_times
+from retroexit.report.text_tables import limits_table
 
 __all__ = ["calibrate"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from retroexit import doctor as doctor_checks
+from retroexit.cli import diagnose as doctor_checks
 
 __all__ = ["doctor"]
 

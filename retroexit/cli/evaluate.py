@@ -8,10 +8,10 @@ from typing import Annotated
 import typer
 
 import retroexit
+from retroexit.cli.load_target import example_of, load_generator, load_samples
 from retroexit.cli.options import TARGET, Adapter, FactoryArguments, chosen_adapter
 from retroexit.evaluation.promise import EXPECTATION, promise_summary
-from retroexit.tables import exit_table, promise_table, sweep_table
-from retroexit.targets import example_of, load_generator, load_samples
+from retroexit.report.text_tables import exit_table, promise_table, sweep_table
 
 __all__ = ["evaluate"]
 

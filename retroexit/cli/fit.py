@@ -11,6 +11,8 @@ import typer
 
 import retroexit
 from retroexit.cli.config import Config
+from retroexit.cli.dry_run import plan
+from retroexit.cli.load_target import example_of, load_generator, load_samples, parse_places, parse_scales
 from retroexit.cli.loss_options import (
     Adversarial,
     Discriminator,
@@ -34,7 +36,6 @@ from retroexit.cli.options import (
     parse_range,
     resumable,
 )
-from retroexit.cli.plan import plan
 from retroexit.cli.routing_options import (
     Alpha,
     Calibrate,
@@ -44,16 +45,15 @@ from retroexit.cli.routing_options import (
     PredictorKind,
     routing_results,
 )
-from retroexit.device import device_of
+from retroexit.core.modules import device_of
+from retroexit.core.samples import moved
 from retroexit.errors import OptionError
 from retroexit.guidance.bank import GuidanceBank
-from retroexit.planning import DEFAULT_LOSSES
 from retroexit.plugins.host import host
-from retroexit.tables import exit_table
-from retroexit.targets import example_of, load_generator, load_samples, parse_places, parse_scales
-from retroexit.training.devices import Team, join, kind_of_device, rehearse
-from retroexit.training.inputs import moved
-from retroexit.training.presets import SPECIAL, find_weights
+from retroexit.report.text_tables import exit_table
+from retroexit.training.branches.distributed import Team, join, kind_of_device, rehearse
+from retroexit.training.losses.plan import DEFAULT_LOSSES
+from retroexit.training.losses.presets import SPECIAL, find_weights
 from retroexit.training.settings import FitSettings
 
 __all__ = ["fit"]

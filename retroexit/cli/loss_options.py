@@ -9,9 +9,9 @@ from typing import Annotated, Any
 import typer
 from torch import nn
 
+from retroexit.cli.load_target import load_network
 from retroexit.errors import OptionError
-from retroexit.targets import load_network
-from retroexit.training.presets import PRESETS
+from retroexit.training.losses.presets import PRESETS
 
 __all__ = [
     "Adversarial",

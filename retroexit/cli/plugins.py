@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from retroexit.plugins.host import host
-from retroexit.tables import table
+from retroexit.report.text_tables import table
 
 __all__ = ["plugins"]
 

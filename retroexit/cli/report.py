@@ -29,9 +29,9 @@ def report(
     Example:
         retroexit report runs/decoder --threshold 0.05 --threshold 0.1
     """
-    from retroexit.evaluation.kept import find_report, model_facts, read_evaluation, read_kept
-    from retroexit.evaluation.report import write_report
-    from retroexit.storage.parts import load_calibration
+    from retroexit.report.report import write_report
+    from retroexit.report.saved_report import find_report, model_facts, read_evaluation, read_kept
+    from retroexit.saving.parts import load_calibration
 
     place = find_report(folder)
     evaluation, kept = read_evaluation(place), read_kept(place)

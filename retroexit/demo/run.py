@@ -13,10 +13,10 @@ from retroexit.api import evaluate, find_metric, fit, wrap
 from retroexit.demo.generator import load_scene_generator, scene_inputs
 from retroexit.demo.scenes import LABEL_COLOURS
 from retroexit.errors import WeightsError
-from retroexit.evaluation.quality import QualityMetric
 from retroexit.evaluation.sweep import Evaluation
+from retroexit.metrics.base import QualityMetric
 from retroexit.model import EarlyExitGenerator
-from retroexit.tables import exit_table, sweep_table
+from retroexit.report.text_tables import exit_table, sweep_table
 
 __all__ = ["pick_metric", "run_demo", "wrap_scene_generator"]
 

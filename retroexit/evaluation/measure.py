@@ -15,20 +15,20 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
-from retroexit.decoder.structure import tensors
-from retroexit.device import device_of
-from retroexit.evaluation.limits import limits_of
-from retroexit.evaluation.macs import cross_check
-from retroexit.evaluation.quality import ImageRange, QualityMetric
-from retroexit.evaluation.strips import Strip
+from retroexit.core.modules import device_of
+from retroexit.core.nested import tensors
+from retroexit.core.samples import Samples, drawing_from
+from retroexit.core.versions import versions
 from retroexit.evaluation.sweep import Evaluation
+from retroexit.evaluation.thop_check import cross_check
 from retroexit.evaluation.thresholds import highlighted, thresholds_for
 from retroexit.fingerprint import fingerprint
+from retroexit.measuring.image_range import limits_of
+from retroexit.metrics.base import ImageRange, QualityMetric
 from retroexit.model import EarlyExitGenerator
-from retroexit.routing.drift import GUIDE_LIMIT
-from retroexit.routing.judge import guide_distance
-from retroexit.storage import versions
-from retroexit.training.inputs import Samples, drawing_from
+from retroexit.report.strips import Strip
+from retroexit.routing.ood_guard import GUIDE_LIMIT
+from retroexit.routing.predict import guide_distance
 
 __all__ = ["Measurement", "measure", "pick_strips", "route_seconds"]
 
@@ -69,14 +69,14 @@ class Measurement:
             )
             if self.model.predictor is not None:
                 with self._seeded(indices[0]):
-                    judged = self.model.judge(*args, **kwargs)
-                predicted.append(judged.predicted)
-                far = judged.far.cpu()
-            taps = self.model.anatomy.taps
+                    prediction = self.model.predict_losses(*args, **kwargs)
+                predicted.append(prediction.predicted)
+                far = prediction.far.cpu()
+            taps = self.model.decomposition.taps
             if self.model.bank is not None and taps is not None:
                 with self._seeded(indices[0]):
-                    _, keyed = self.model.split.begin(args, kwargs)
-                found = self.model.bank.search(taps.query(keyed, args, kwargs)).distances
+                    _, key_feature = self.model.split.begin(args, kwargs)
+                found = self.model.bank.search(taps.query(key_feature, args, kwargs)).distances
                 distances.append(guide_distance(found)[:, 0])
                 far = far | (distances[-1].cpu() > (self.model.about.get(GUIDE_LIMIT) or torch.inf))
             self.far += int(far.sum())
@@ -142,7 +142,7 @@ def measure(
     with drawing_from(seed, device_of(model.generator)):
         one = samples.gather([0])
         seconds = np.array(route_seconds(model, *one, repeats)) if repeats else None
-        thop = cross_check(model.generator, model.anatomy.backbone_macs, *one)
+        thop = cross_check(model.generator, model.decomposition.backbone_macs, *one)
     evaluation = Evaluation(
         loss=losses.double().numpy(),
         predicted=None if predicted is None else predicted.double().numpy(),

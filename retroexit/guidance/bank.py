@@ -20,7 +20,7 @@ from retroexit.errors import BankError, CheckpointError
 from retroexit.guidance import patches
 from retroexit.guidance.candidates import Candidates
 from retroexit.guidance.filling import fill, hold_candidates
-from retroexit.guidance.origin import Origin, refuse_another
+from retroexit.guidance.provenance import Provenance, check_provenance
 from retroexit.guidance.sampling import Thinning
 from retroexit.guidance.storage import load_parts, save_parts, saved_retriever
 from retroexit.retrieval import Retriever
@@ -189,10 +189,10 @@ class GuidanceBank:
         return self.values.shape[-1] // (1 + self.order * self.retriever.width)
 
     @property
-    def origin(self) -> Origin:
+    def origin(self) -> Provenance:
         """What the bank was made from, as far as it knows."""
         known = {name: self.meta.get(name) for name in ("fingerprint", "key_tap", "value_tap")}
-        return Origin(
+        return Provenance(
             **known,
             patch=self.patch,
             key_width=self.retriever.width,
@@ -369,7 +369,7 @@ class GuidanceBank:
         mmap: bool = True,
         *,
         retriever_class: type[Retriever] | None = None,
-        origin: Origin | None = None,
+        origin: Provenance | None = None,
     ) -> GuidanceBank:
         """Read what `save` wrote.
 
@@ -391,5 +391,5 @@ class GuidanceBank:
         except BankError as error:
             raise CheckpointError(f"{folder} is no consistent bank: {error}", folder) from error
         if origin is not None:
-            refuse_another(bank.origin, origin, folder, f"the bank in {folder}")
+            check_provenance(bank.origin, origin, folder, f"the bank in {folder}")
         return bank

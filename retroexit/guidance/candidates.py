@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from retroexit.core.files import MANIFEST, check_file, read_manifest, staged, write_manifest
 from retroexit.errors import CheckpointError, OptionError
-from retroexit.retrieval.storage import MANIFEST, check_file, read_manifest, staged, write_manifest
 
 __all__ = ["Candidates"]
 

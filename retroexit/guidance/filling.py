@@ -17,11 +17,11 @@ from torch import Tensor
 from retroexit.errors import BankError
 from retroexit.guidance.candidates import Candidates
 from retroexit.guidance.coreset import Coreset
-from retroexit.guidance.drafts import ValueDraft
 from retroexit.guidance.patches import cut
 from retroexit.guidance.reservoir import Reservoir
 from retroexit.guidance.sampling import Thinning, distances_to
 from retroexit.guidance.sampling import thin as choose
+from retroexit.guidance.value_buffer import ValueDraft
 from retroexit.retrieval.base import as_matrix
 
 __all__ = ["Pairs", "collect_keys", "compute_values", "fill", "hold_candidates"]

@@ -8,9 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from retroexit.errors import BankError, OptionError
-from retroexit.retrieval import AutoRetriever, ExactRetriever, FaissRetriever, HnswlibRetriever, Retriever
-from retroexit.retrieval.storage import (
+from retroexit.core.files import (
     MANIFEST,
     check_file,
     read_array,
@@ -18,6 +16,8 @@ from retroexit.retrieval.storage import (
     staged,
     write_manifest,
 )
+from retroexit.errors import BankError, OptionError
+from retroexit.retrieval import AutoRetriever, ExactRetriever, FaissRetriever, HnswlibRetriever, Retriever
 
 __all__ = ["load_parts", "save_parts", "saved_retriever"]
 

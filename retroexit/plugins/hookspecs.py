@@ -8,7 +8,7 @@ is marked ``hookimpl(optionalhook=True)``. Hooks are asked when something of the
 import heavy dependencies inside them, or later.
 
 A name that we offer stays ours. One that two other plug-ins offer is an error when it is asked for.
-`retroexit.testing.check_adapter` tests what an adapter says.
+`retroexit.testing.check_adapter.check_adapter` tests what an adapter says.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from torch import nn
 from retroexit.plugins.description import Description
 
 if TYPE_CHECKING:
-    from retroexit.branch.widths import WidthFunction
-    from retroexit.evaluation.quality import QualityMetric
+    from retroexit.branch.widths.plan import WidthFunction
+    from retroexit.metrics.base import QualityMetric
     from retroexit.retrieval import Retriever
     from retroexit.training.losses import BatchTerm, Term
 
@@ -95,7 +95,7 @@ def retroexit_metrics() -> dict[str, Callable[..., QualityMetric]]:  # type: ign
 
     Returns:
         Factories by the name under which users ask for them: ``fit(..., metric=name)``. Calling one makes a
-        `retroexit.evaluation.quality.QualityMetric` whose ``name`` is the same; where the user names a file
+        `retroexit.metrics.base.QualityMetric` whose ``name`` is the same; where the user names a file
         of weights, it is handed over as ``weights``.
     """
 
@@ -109,7 +109,7 @@ def retroexit_losses() -> dict[str, Callable[..., Term | BatchTerm]]:  # type: i
         makes the term, which takes an exit's image and the backbone's, both ``(N, C, H, W)`` in [-1, 1], and
         returns a scalar or one number per image. ``torch.nn.HuberLoss`` is such a factory. A term that needs
         the generator's inputs too has ``needs_inputs = True`` and the method ``of_batch(batch)``, which takes
-        a `retroexit.training.batch.TrainingBatch`. Where the user names a file of weights, it is handed to
+        a `retroexit.training.data.batch.TrainingBatch`. Where the user names a file of weights, it is handed to
         the factory as ``weights``.
     """
 

@@ -23,15 +23,15 @@ from retroexit.errors import PluginError, RetroExitWarning
 from retroexit.plugins import hookspecs
 from retroexit.plugins.admission import hooks_of
 from retroexit.plugins.description import Description
-from retroexit.plugins.finding import announcements, own_version
+from retroexit.plugins.discovery import announcements, own_version
 from retroexit.plugins.info import PluginInfo, brief, cause_of
-from retroexit.plugins.offers import check_retriever, make_loss, make_metric
+from retroexit.plugins.registry import check_retriever, make_loss, make_metric
 from retroexit.plugins.shelf import BUILTIN, Shelf
-from retroexit.training.presets import SPECIAL
+from retroexit.training.losses.presets import SPECIAL
 
 if TYPE_CHECKING:
-    from retroexit.branch.widths import WidthFunction
-    from retroexit.evaluation.quality import QualityMetric
+    from retroexit.branch.widths.plan import WidthFunction
+    from retroexit.metrics.base import QualityMetric
     from retroexit.retrieval import Retriever
     from retroexit.training.losses import BatchTerm, Term
 
@@ -292,7 +292,7 @@ class Host:
         self._warn()
 
     def _discover(self) -> None:
-        from retroexit.plugins import builtin
+        from retroexit import builtin
 
         self._admit(builtin, PluginInfo(BUILTIN, "retroexit", own_version()))
         for announced in announcements():

@@ -21,11 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from retroexit.errors import CheckpointError, OptionError, RetrieverError
-from retroexit.retrieval.distances import first_of_each, nearest, pair_distances
-from retroexit.retrieval.forks import OneThreadAfterFork, generation
-from retroexit.retrieval.matrix import as_matrix
-from retroexit.retrieval.storage import (
+from retroexit.core.files import (
     MANIFEST,
     file_digest,
     read_array,
@@ -33,6 +29,10 @@ from retroexit.retrieval.storage import (
     staged,
     write_manifest,
 )
+from retroexit.errors import CheckpointError, OptionError, RetrieverError
+from retroexit.retrieval.distances import first_of_each, nearest, pair_distances
+from retroexit.retrieval.forks import OneThreadAfterFork, generation
+from retroexit.retrieval.matrix import as_matrix
 
 __all__ = ["Retriever", "SearchResult", "as_matrix"]
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from retroexit.errors import OptionError
 from retroexit.routing.bounds import most_violations, samples_needed
-from retroexit.routing.policy import assign_exits, check_threshold, price_for
+from retroexit.routing.policy import assign_exits, check_threshold, lagrange_multiplier
 
 __all__ = ["Calibration", "Rule", "check_promise"]
 
@@ -148,14 +148,14 @@ class Calibration:
         return int((with_backbone(self.losses).gather(1, exits[:, None] - 1) > tau).sum())
 
     def price(self, shares: Tensor, budget: float) -> float:
-        """Find the price of compute at which these inputs spend a budget on average; see `price_for`.
+        """Find the price of compute at which these inputs spend a budget on average; see `lagrange_multiplier`.
 
         Raises:
             OptionError: If the cheapest exit costs more.
         """
         key = (budget, *shares.tolist())
         if key not in self._prices:
-            self._prices[key] = price_for(self.predicted, shares.cpu(), budget)
+            self._prices[key] = lagrange_multiplier(self.predicted, shares.cpu(), budget)
         return self._prices[key]
 
     def observed(self, losses: Tensor, predicted: Tensor, threshold: float) -> tuple[Tensor, Tensor]:

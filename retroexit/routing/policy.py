@@ -7,7 +7,7 @@ from torch import Tensor
 
 from retroexit.errors import OptionError
 
-__all__ = ["assign_exits", "check_threshold", "price_for", "spend"]
+__all__ = ["assign_by_budget", "assign_exits", "check_threshold", "lagrange_multiplier"]
 
 
 def check_threshold(threshold: float) -> float:
@@ -56,7 +56,7 @@ def assign_exits(predicted: Tensor, threshold: float | Tensor) -> Tensor:
     return torch.cat([good, fallback], 1).int().argmax(1).long() + 1
 
 
-def spend(predicted: Tensor, shares: Tensor, price: float | Tensor) -> Tensor:
+def assign_by_budget(predicted: Tensor, shares: Tensor, price: float | Tensor) -> Tensor:
     """Pick for each sample the exit of the least predicted loss plus price of its compute.
 
     Args:
@@ -78,7 +78,7 @@ def spend(predicted: Tensor, shares: Tensor, price: float | Tensor) -> Tensor:
     return torch.where(free, cheapest, exits)
 
 
-def price_for(predicted: Tensor, shares: Tensor, budget: float) -> float:
+def lagrange_multiplier(predicted: Tensor, shares: Tensor, budget: float) -> float:
     """Find the lowest price at which some samples spend a budget on average (see `spend`).
 
     For every mean share that it reaches, that way of choosing exits has the least mean predicted loss: it is
@@ -94,7 +94,7 @@ def price_for(predicted: Tensor, shares: Tensor, budget: float) -> float:
     """
 
     def spent(price: float) -> float:
-        return float(shares.double()[spend(predicted, shares, price) - 1].mean())
+        return float(shares.double()[assign_by_budget(predicted, shares, price) - 1].mean())
 
     low, high = 0.0, float("inf")
     if spent(high) > budget * (1 + 1e-6):  # shares are float32

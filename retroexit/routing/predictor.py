@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from retroexit.errors import OptionError
-from retroexit.routing.drift import DriftGuard
+from retroexit.routing.ood_guard import OODGuard
 
 __all__ = ["KINDS", "READS", "Kind", "Predictor", "Reads", "check_kind"]
 
@@ -35,7 +35,7 @@ class Predictor(nn.Module):
 
     It reads the feature map at the first attach point, which every route computes anyway, or a map made from
     the generator's inputs as in the paper. Inputs and outputs are standardised with statistics of the
-    training set (`calibrate_scales`), so that one learning rate serves every generator. A `DriftGuard` looks
+    training set (`calibrate_scales`), so that one learning rate serves every generator. A `OODGuard` looks
     at the same pooled statistics of the map.
 
     Args:
@@ -93,7 +93,7 @@ class Predictor(nn.Module):
         if kind != "linear":
             self.head = nn.Sequential(nn.Linear(seen, 64), nn.ReLU(), nn.Linear(64, exits))
         # Not at the distance: whoever is nearer to the bank than the fitting set was, is not far.
-        self.guard = DriftGuard(2 * channels)
+        self.guard = OODGuard(2 * channels)
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("std", torch.ones(channels))
         self.register_buffer("extra_mean", torch.zeros(extra))
@@ -118,9 +118,9 @@ class Predictor(nn.Module):
         Returns:
             Predicted loss of every branch exit, ``(N, K)``.
         """
-        return self.judge(x, extra)[0]
+        return self.predict_losses(x, extra)[0]
 
-    def judge(self, x: Tensor, extra: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def predict_losses(self, x: Tensor, extra: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Predict losses ``(N, K)``, and tell how far the input is from the fitting set, ``(N,)``.
 
         A distance above 1 is further than 99.9 % of inputs like those of the fit.

@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from retroexit.decoder.counting import MacCounter
+from retroexit.core.macs import MacCounter
 from retroexit.model import EarlyExitGenerator
-from retroexit.training.branches import BranchSchedule, BranchTrainer
+from retroexit.training.branches.trainer import BranchSchedule, BranchTrainer
+from retroexit.training.data.steps import Step, Steps
 from retroexit.training.losses import TrainingLoss
 from retroexit.training.settings import FitSettings
-from retroexit.training.steps import Step, Steps
 
 __all__ = ["Estimate", "estimate"]
 
@@ -87,7 +87,7 @@ def estimate(
     parameters = sum(p.numel() * p.element_size() for trainer in trainers for p in trainer.trained)
     opponents = [loss.adversary.parameters() for loss in losses if loss.adversary is not None]
     against = sum(p.numel() * p.element_size() for opponent in opponents for p in opponent)
-    backbone_macs = model.anatomy.backbone_macs * len(step.rows)
+    backbone_macs = model.decomposition.backbone_macs * len(step.rows)
     # Weights, gradients, two moments; of branches the average too.
     memory = 5 * parameters + 4 * against + kept.most
     return Estimate(counter.macs, backbone_macs, seconds, backbone, memory, len(trainers))

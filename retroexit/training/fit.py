@@ -13,37 +13,38 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from retroexit.device import device_of
-from retroexit.evaluation.limits import image_range_of
-from retroexit.evaluation.quality import ImageRange, QualityMetric
+from retroexit.core.files import MANIFEST
+from retroexit.core.modules import device_of
+from retroexit.core.samples import Samples, drawing_from, moved
 from retroexit.fingerprint import fingerprint
 from retroexit.guidance.bank import GuidanceBank
-from retroexit.guidance.slopes import with_slopes
+from retroexit.guidance.first_order import with_slopes
+from retroexit.guidance.taps import Taps
+from retroexit.load import save_model
+from retroexit.measuring.image_range import image_range_of
+from retroexit.metrics.base import ImageRange, QualityMetric
 from retroexit.model import EarlyExitGenerator
 from retroexit.retrieval.base import Retriever
-from retroexit.retrieval.storage import MANIFEST
-from retroexit.routing.drift import GUIDE_LIMIT, farthest
-from retroexit.routing.judge import guide_distance
-from retroexit.storage import save_model, wrap_settings
-from retroexit.taps import Taps
-from retroexit.training.batch import TrainingBatch
-from retroexit.training.branches import BranchSchedule, BranchTrainer
-from retroexit.training.cache import IMAGE, FeatureCache, guidance_names
-from retroexit.training.crops import Cropper
-from retroexit.training.devices import Team
+from retroexit.routing.ood_guard import GUIDE_LIMIT, farthest
+from retroexit.routing.predict import guide_distance
+from retroexit.saving.settings import wrap_settings
+from retroexit.training.branches.distributed import Team
+from retroexit.training.branches.feature_distance import FeatureDistance
+from retroexit.training.branches.initialise import reconstruct_branches
+from retroexit.training.branches.loop import train_branches
+from retroexit.training.branches.tensorboard import Watch
+from retroexit.training.branches.trainer import BranchSchedule, BranchTrainer
+from retroexit.training.data.batch import TrainingBatch
+from retroexit.training.data.cache import IMAGE, FeatureCache, guidance_names
+from retroexit.training.data.crops import Cropper
+from retroexit.training.data.live import Features, LiveFeatures
+from retroexit.training.data.steps import Steps
 from retroexit.training.estimate import Estimate, estimate
-from retroexit.training.features import FeatureDistance
-from retroexit.training.inputs import Samples, drawing_from, moved
-from retroexit.training.live import Features, LiveFeatures
-from retroexit.training.loop import train_branches
 from retroexit.training.losses import L1, TrainingLoss
-from retroexit.training.measuring import chunks, exit_losses
-from retroexit.training.predictor import fit_predictor
-from retroexit.training.presets import LossPlan
+from retroexit.training.losses.presets import LossPlan
+from retroexit.training.predictor.exit_losses import chunks, exit_losses
+from retroexit.training.predictor.fit import fit_predictor
 from retroexit.training.settings import FitSettings, check_same, divide, write_json
-from retroexit.training.start import reconstruct_branches
-from retroexit.training.steps import Steps
-from retroexit.training.watch import Watch
 
 __all__ = ["FitSettings", "divide", "estimate_fit", "fit_model", "fit_record"]
 
@@ -92,7 +93,7 @@ def fit_model(
         write_json(folder / "fit.json", wanted)
     model.calibration = model.latency = None  # they belong to another fit
     reach: float | None = None
-    taps = model.anatomy.taps
+    taps = model.decomposition.taps
     if taps is not None:
         place = folder / "bank"
         model.bank = _bank(model, taps, features, place, retriever, settings.seed, team, progress, given)
@@ -207,7 +208,7 @@ def estimate_fit(
     plan = replace(plan, equalise=0) if plan.weights else LossPlan({"l1": 1.0}, {"l1": L1()})
     losses = branch_losses(model, plan, device)
     steps = _steps(model, samples, features, losses, limits, trained, settings, Team())
-    taps = model.anatomy.taps
+    taps = model.decomposition.taps
     if taps is not None:
         shape = (taps.guide.channels, *taps.guide.size)
         steps.guide_of = lambda rows: torch.zeros(len(rows), *shape)
@@ -261,7 +262,7 @@ def _features(
 
 
 def _places(model: EarlyExitGenerator) -> list[str]:
-    return [place.path for place in model.anatomy.places]
+    return [place.path for place in model.decomposition.places]
 
 
 def branch_losses(model: EarlyExitGenerator, plan: LossPlan, device: torch.device) -> list[TrainingLoss]:
@@ -309,9 +310,9 @@ def _bank(
         team.wait()
         return given
     key, value = guidance_names(taps, model.split.cuts[0].feature.name)
-    keyed = ((features.read(key, rows), list(rows)) for rows in chunks(len(features), 16))
+    key_feature = ((features.read(key, rows), list(rows)) for rows in chunks(len(features), 16))
     bank = GuidanceBank.build(
-        keyed,
+        key_feature,
         lambda rows: features.read(value, rows),
         patch=taps.patch,
         size=guidance.size,
@@ -374,6 +375,6 @@ def _cropper(model: EarlyExitGenerator, features: Features, crop: int | None) ->
     names = {node.name for cut in model.split.cuts for node in cut.crossing}
     maps = [features.read(name, [0]) for name in sorted(names) if features.is_per_sample(name)]
     sizes = [tuple(m.shape[2:]) for m in maps if m.dim() == image.dim()]
-    if model.anatomy.taps is not None:
-        sizes.append(model.anatomy.taps.guide.size)
+    if model.decomposition.taps is not None:
+        sizes.append(model.decomposition.taps.guide.size)
     return Cropper.for_maps(crop, tuple(image.shape[2:]), sizes)

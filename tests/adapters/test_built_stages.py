@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 import retroexit
 from retroexit.errors import BranchError
-from retroexit.evaluation.macs import count_macs
+from retroexit.evaluation.thop_check import count_macs
+from retroexit.load import load_model
 from retroexit.plugins.host import Host
-from retroexit.storage import load_model
 
 retroexit_oasis = pytest.importorskip("retroexit_oasis", reason="install the project to get its adapters")
 retroexit_megaportraits = pytest.importorskip("retroexit_megaportraits")
@@ -113,8 +113,8 @@ def test_the_first_stage_sees_the_whole_feature_and_every_parameter_learns(
     guidance = retroexit.Guidance(value_after=5, inject="every_stage")
     model = wrap(generator, [4], scale=1 / 4, min_channels=6, init=init, guidance=guidance)
     (branch,) = model.branches
-    crossing = [torch.rand(2, *n.meta["shape"][1:]) for n in model.anatomy.split.cuts[0].crossing]
-    guide = torch.rand(2, *model.anatomy.value_cut.feature.meta["shape"][1:]).requires_grad_()
+    crossing = [torch.rand(2, *n.meta["shape"][1:]) for n in model.decomposition.split.cuts[0].crossing]
+    guide = torch.rand(2, *model.decomposition.value_cut.feature.meta["shape"][1:]).requires_grad_()
     feature = crossing[0].requires_grad_()
     image: Tensor = branch(*crossing, guide=guide)
     assert image.isfinite().all()
@@ -161,14 +161,14 @@ def test_a_saved_model_gets_the_same_stages_back(
     model.save(tmp_path)
     known = Host(discover=False)
     known.register(retroexit_megaportraits, "megaportraits")
-    for module in ("retroexit.api", "retroexit.plugins.asking"):
+    for module in ("retroexit.api", "retroexit.plugins.adapters"):
         monkeypatch.setattr(f"{module}.host", lambda: known)
     again = retroexit.load(tmp_path, decoder)
     (old,), (new,) = model.branches, again.branches
     assert new.plan.built == old.plan.built != {}
     assert again.exits == model.exits
     feature = torch.rand(1, 64, 4, 4)
-    guide = torch.rand(1, *model.anatomy.value_cut.feature.meta["shape"][1:])
+    guide = torch.rand(1, *model.decomposition.value_cut.feature.meta["shape"][1:])
     with torch.no_grad():
         assert torch.equal(new(feature, guide=guide), old(feature, guide=guide))
     (example,), _ = retroexit_megaportraits.retroexit_describe(decoder).example_inputs(decoder)

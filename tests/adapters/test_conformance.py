@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from retroexit.testing import check_adapter
+from retroexit.testing.check_adapter import check_adapter
 
 FOLDER = Path(__file__).resolve().parents[2] / "adapters"
 

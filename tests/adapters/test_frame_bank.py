@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import retroexit
+from retroexit import builtin
 from retroexit.errors import BankError
-from retroexit.evaluation.quality import QualityMetric
-from retroexit.plugins import builtin
+from retroexit.metrics.base import QualityMetric
 from retroexit.plugins.host import Host
 
 megaportraits = pytest.importorskip(
@@ -174,7 +174,7 @@ def test_a_saved_model_finds_the_same_frames(
     known = Host(discover=False)
     known.register(builtin, "builtin")
     known.register(megaportraits, "megaportraits")
-    for module in ("retroexit.api", "retroexit.plugins.asking"):
+    for module in ("retroexit.api", "retroexit.plugins.adapters"):
         monkeypatch.setattr(f"{module}.host", lambda: known)
     loaded = retroexit.load(folder, driven)
     batch = drivers(4, 11)

@@ -174,7 +174,7 @@ def test_noise_may_vary_from_place_to_place(label: torch.Tensor) -> None:
 def test_noise_is_a_live_value_that_no_exit_draws_twice(label: torch.Tensor) -> None:
     generator = small()
     model = retroexit.wrap(generator, [2, 4], scale=1.0, adapter=describe(generator))
-    assert any(shape[1:] == (5 + 4, 32, 64) for _, shape in model.anatomy.places[0].live)
+    assert any(shape[1:] == (5 + 4, 32, 64) for _, shape in model.decomposition.places[0].live)
 
     def drawn(run: Callable[[], object]) -> tuple[object, torch.Tensor]:
         torch.manual_seed(3)

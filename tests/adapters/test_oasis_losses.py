@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from retroexit.errors import TrainingError
-from retroexit.training.adversary import Adversarial, Adversary
-from retroexit.training.batch import TrainingBatch
+from retroexit.training.data.batch import TrainingBatch
+from retroexit.training.losses.adversary import Adversarial, Adversary
 
 oasis = pytest.importorskip("retroexit_oasis", reason="install the project to get its adapters")
 

@@ -160,8 +160,8 @@ def test_the_labelmix_loss_is_the_official_one(official: SimpleNamespace) -> Non
 
 
 def test_both_sides_of_the_objective_are_the_official_ones(official: SimpleNamespace) -> None:
-    from retroexit.training.adversary import Adversarial, Adversary
-    from retroexit.training.batch import TrainingBatch
+    from retroexit.training.data.batch import TrainingBatch
+    from retroexit.training.losses.adversary import Adversarial, Adversary
 
     computer = official.losses.losses_computer(options("cityscapes"))
     theirs = lived_in(official.discriminator.OASIS_Discriminator(options("cityscapes")))
@@ -209,11 +209,11 @@ def test_an_official_generator_is_wrapped_as_it_is_with_blocks_of_its_own_constr
     ours = retroexit_oasis.OASISGenerator(5, 4, 4, (32, 64)).eval()
     ours.load_state_dict(generator.state_dict())
     known = retroexit_oasis.retroexit_describe(ours)
-    twin = retroexit.wrap(ours, [1, 4], scale=1 / 4, min_channels=4, init="scratch", adapter=known)
-    assert [leave.macs for leave in twin.exits] == [leave.macs for leave in model.exits]
+    clone_strided = retroexit.wrap(ours, [1, 4], scale=1 / 4, min_channels=4, init="scratch", adapter=known)
+    assert [leave.macs for leave in clone_strided.exits] == [leave.macs for leave in model.exits]
     for k in (1, 2):
-        twin.branches[k - 1].load_state_dict(model.branches[k - 1].state_dict())
+        clone_strided.branches[k - 1].load_state_dict(model.branches[k - 1].state_dict())
         torch.manual_seed(k)
         wanted = model(label, exit=k)
         torch.manual_seed(k)
-        assert torch.equal(twin(label, exit=k), wanted)
+        assert torch.equal(clone_strided(label, exit=k), wanted)

@@ -13,8 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import retroexit
-from retroexit.decoder.record import record
-from retroexit.decoder.structure import tensors
+from retroexit.core.nested import tensors
+from retroexit.tracing.record import record
 
 
 class StorageCounter(TorchDispatchMode):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import retroexit
-from retroexit.branch.widths import Pin
+from retroexit.branch.widths.plan import Pin
 
 
 class Recurrent(nn.Module):

@@ -14,9 +14,9 @@ from torch.nn.utils import parametrizations
 
 import retroexit
 from retroexit.branch.factory import Branch
-from retroexit.branch.linear import as_weight, design, least_squares, rows
-from retroexit.branch.reconstruct import Reconstruction, reconstruct
-from retroexit.branch.telling import Reader, most_telling
+from retroexit.branch.init.channel_selection import Reader, most_telling
+from retroexit.branch.init.linear import as_weight, design, least_squares, rows
+from retroexit.branch.init.reconstruct import Reconstruction, reconstruct
 from retroexit.model import EarlyExitGenerator
 
 
@@ -217,7 +217,7 @@ def test_fresh_branches_are_not_reconstructed() -> None:
 
 
 def test_what_does_not_help_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("retroexit.branch.reconstruct.least_squares", lambda *a: 100 + least_squares(*a))
+    monkeypatch.setattr("retroexit.branch.init.reconstruct.least_squares", lambda *a: 100 + least_squares(*a))
     model = wrap(decoder(Conv))
     weights = copy.deepcopy(model.branches.state_dict())
     found = solve(model)
@@ -256,7 +256,7 @@ def _without_making_up(
     branch = other.branches[0]
     assert isinstance(branch, Branch)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("retroexit.branch.reconstruct._ADDITIONS", ())
+        patch.setattr("retroexit.branch.init.reconstruct._ADDITIONS", ())
         reconstruct(branch, other.split.tail(0, share=True), values)
     return (behind(branch.tail, lambda: branch(*values)) - wanted).square().mean()
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import retroexit
-from retroexit.branch.unscripted import Interpreted
+from retroexit.branch.widths.torchscript import Interpreted
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated")
 

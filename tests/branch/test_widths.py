@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import retroexit
-from retroexit.branch import inherit
-from retroexit.branch.widths import WidthRule, scaled_width
+from retroexit.branch.init import inherit
+from retroexit.branch.widths.plan import WidthRule, scaled_width
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,9 @@ import pytest
 import typer
 
 import retroexit
-from retroexit import doctor, plugins
+from retroexit import builtin, plugins
+from retroexit.cli import diagnose as doctor
 from retroexit.cli.commands import COMMANDS
-from retroexit.plugins import builtin
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -16,7 +16,7 @@ from torch import nn
 import retroexit
 from retroexit.training.fit import estimate_fit
 from retroexit.training.losses import L1
-from retroexit.training.presets import LossPlan
+from retroexit.training.losses.presets import LossPlan
 from retroexit.training.settings import FitSettings
 
 CONFIG = """
@@ -145,7 +145,7 @@ def test_the_macs_of_a_step_are_those_of_a_count_by_hand() -> None:
     convolutions = 2 * 64 * (2 * 9 * 16 + 12)
     entering = 2 * 64 * 9 * 16  # no gradient goes into the feature
     assert found.step_macs == 3 * convolutions - entering
-    assert found.backbone_macs == 2 * model.anatomy.backbone_macs
+    assert found.backbone_macs == 2 * model.decomposition.backbone_macs
     weights = 4 * (2 * (9 * 16 + 4) + 12 + 3)
     kept = 4 * 2 * 64 * 4 * 3 + 4 * 2 * 64 * 3  # feature, two maps behind a relu, an image
     assert found.memory == pytest.approx(5 * weights + kept, rel=0.35)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from retroexit import doctor
+from retroexit.cli import diagnose as doctor
 
 
 def test_plugins_lists_our_own(run: Any) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from retroexit.errors import WeightsError
 from retroexit.guidance import GuidanceBank
-from retroexit.training.branches import BranchTrainer
+from retroexit.training.branches.trainer import BranchTrainer
 
 FIT = (
     "fit",
@@ -121,7 +121,7 @@ def test_a_dry_run_without_the_metrics_weights_says_everything_and_is_refused_as
     def missing(*_: object, **__: object) -> None:
         raise WeightsError("found none")
 
-    monkeypatch.setattr("retroexit.evaluation.quality.LPIPS.__init__", missing)
+    monkeypatch.setattr("retroexit.metrics.base.LPIPS.__init__", missing)
     for metric in ("lpips", "lpips-vgg"):
         shown = run(*FIT, "--metric", metric, "--out", "run", "--dry-run")
         assert (shown.status, shown.err) == (1, "error: found none\n")
@@ -155,7 +155,7 @@ def test_samples_by_keyword_can_be_fitted(run: Any) -> None:
 def test_a_dry_run_says_what_would_be_done_and_does_nothing(
     run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("retroexit.fitting.fit_model", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr("retroexit.fit.fit_model", lambda *_: pytest.fail("trained"))
     before = sorted(path for path in tmp_path.rglob("*") if "__pycache__" not in path.parts)
     shown = run(*FIT, *FAST, "--guidance", "--crop", "12", "--out", "deep/run", "--dry-run")
     assert shown.status == 0, shown.err

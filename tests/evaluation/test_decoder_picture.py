@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from retroexit.decoder.stages import Stage
 from retroexit.errors import MissingExtraError, OptionError
-from retroexit.evaluation.decoder_picture import draw_decoder
+from retroexit.report.decoder_picture import draw_decoder
+from retroexit.stages.decoder import Stage
 
 pytest.importorskip("matplotlib")
 

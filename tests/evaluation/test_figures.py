@@ -12,8 +12,8 @@ import pytest
 from scipy import stats
 
 from retroexit.errors import MissingExtraError, OptionError
-from retroexit.evaluation import figures
 from retroexit.evaluation.sweep import Evaluation
+from retroexit.report import figures
 
 Make = Callable[..., Evaluation]
 
@@ -157,7 +157,7 @@ def test_without_matplotlib_the_error_holds_the_pip_line(
 
 def test_importing_the_evaluation_modules_loads_no_optional_package() -> None:
     code = (
-        "import sys, retroexit.evaluation.quality, retroexit.evaluation.report\n"
+        "import sys, retroexit.metrics.base, retroexit.report.report\n"
         "optional = {'lpips', 'torchvision', 'torchmetrics', 'matplotlib', 'jinja2', 'PIL', 'scipy'}\n"
         "print(sorted(optional & set(sys.modules)))"
     )

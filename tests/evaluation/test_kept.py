@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from retroexit.errors import CheckpointError
-from retroexit.evaluation.kept import (
+from retroexit.evaluation.sweep import Evaluation
+from retroexit.report.report import Strip, write_report
+from retroexit.report.saved_report import (
     Kept,
     find_report,
     hashes,
@@ -19,8 +21,6 @@ from retroexit.evaluation.kept import (
     read_evaluation,
     read_kept,
 )
-from retroexit.evaluation.report import Strip, write_report
-from retroexit.evaluation.sweep import Evaluation
 
 Make = Callable[..., Evaluation]
 

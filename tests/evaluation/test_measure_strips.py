@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from retroexit.evaluation.measure import pick_strips
-from retroexit.evaluation.quality import ImageRange
 from retroexit.evaluation.sweep import Evaluation
+from retroexit.metrics.base import ImageRange
 
 
 def test_easiest_hardest_and_worst_routed_samples_are_shown_at_the_highlighted_threshold() -> None:

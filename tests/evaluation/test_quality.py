@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
 
 from retroexit.errors import MissingExtraError, OptionError, OutputError, WeightsError
-from retroexit.evaluation import weights as weights_module
-from retroexit.evaluation.quality import (
+from retroexit.metrics import weights as weights_module
+from retroexit.metrics.base import (
     LPIPS,
     MSSSIM,
     ImageRange,

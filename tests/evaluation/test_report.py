@@ -18,9 +18,9 @@ from PIL import Image
 
 from retroexit.errors import MissingExtraError, OptionError
 from retroexit.evaluation.promise import promised
-from retroexit.evaluation.report import Strip, strip_image, write_report
 from retroexit.evaluation.sweep import Evaluation
 from retroexit.evaluation.thresholds import thresholds_for
+from retroexit.report.report import Strip, strip_image, write_report
 from retroexit.routing.calibration import Calibration
 
 Make = Callable[..., Evaluation]

@@ -20,8 +20,8 @@ import numpy as np
 import pytest
 import torch
 
-from retroexit.evaluation.report import Strip, write_report
 from retroexit.evaluation.sweep import Evaluation
+from retroexit.report.report import Strip, write_report
 from retroexit.routing.calibration import Calibration
 
 Make = Callable[..., Evaluation]

@@ -16,12 +16,12 @@ Make = Callable[..., Evaluation]
 
 
 def route_by_loop(
-    e: Evaluation, judged: np.ndarray, tau: float
+    e: Evaluation, prediction: np.ndarray, tau: float
 ) -> tuple[list[int], list[float], list[float]]:
     """Exit (from 1), true loss and MACs of each sample, one by one."""
     exits, losses, macs = [], [], []
     for s in range(len(e.loss)):
-        leave = next((k for k in range(e.loss.shape[1]) if judged[s, k] <= tau), e.loss.shape[1])
+        leave = next((k for k in range(e.loss.shape[1]) if prediction[s, k] <= tau), e.loss.shape[1])
         exits.append(leave + 1)
         losses.append(e.loss[s, leave] if leave < e.loss.shape[1] else 0.0)
         macs.append(e.macs[leave] + e.overhead[leave])

@@ -146,7 +146,7 @@ def test_the_script_runs(
         assert (tmp_path / f"figure-{number}.svg").read_text(encoding="utf-8").count("<path") > 3
     assert "Dashed: the same exits without guidance" in (tmp_path / "4/report/report.html").read_text()
     before = (tmp_path / "4/report/evaluation.json").stat().st_mtime_ns
-    (tmp_path / "4-no-bank/judged.json").unlink()  # as if it had been stopped behind the fit
+    (tmp_path / "4-no-bank/prediction.json").unlink()  # as if it had been stopped behind the fit
     example.exits.main()
     assert (tmp_path / "4/report/evaluation.json").stat().st_mtime_ns == before
     again = capsys.readouterr().out

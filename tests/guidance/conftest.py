@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from retroexit.evaluation.quality import QualityMetric
+from retroexit.metrics.base import QualityMetric
 
 
 class Posed(nn.Module):

@@ -12,8 +12,8 @@ import pytest
 from retroexit.errors import CheckpointError, RetroExitError
 from retroexit.guidance.candidates import Candidates
 from retroexit.guidance.coreset import Coreset
-from retroexit.guidance.drafts import ValueDraft
 from retroexit.guidance.reservoir import Reservoir
+from retroexit.guidance.value_buffer import ValueDraft
 
 KEYS = np.random.default_rng(0).standard_normal((500, 3)).astype(np.float32)
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 import retroexit
+from retroexit.core.samples import Samples
 from retroexit.errors import BankError, RetroExitError
 from retroexit.guidance import GuidanceBank
 from retroexit.retrieval import ExactRetriever
-from retroexit.training.banks import stream_bank
-from retroexit.training.inputs import Samples
+from retroexit.training.stream_bank import stream_bank
 
 INPUTS = torch.randn(6, 4, 8, 8, generator=torch.Generator().manual_seed(1))
 POSES = torch.randn(6, 5, generator=torch.Generator().manual_seed(2))
@@ -107,9 +107,9 @@ def test_a_model_without_guidance_takes_no_bank(posed: nn.Module) -> None:
 
 def test_a_saved_bank_is_compared_where_it_is_loaded(posed: nn.Module, tmp_path: Path) -> None:
     bank_of(posed, patch=(2, 2)).save(tmp_path / "bank")
-    taps = wrap(posed, retroexit.Guidance(patch=(2, 2))).anatomy.taps
+    taps = wrap(posed, retroexit.Guidance(patch=(2, 2))).decomposition.taps
     assert len(GuidanceBank.load(tmp_path / "bank", origin=taps.origin())) == 20
-    taps = wrap(posed, retroexit.Guidance(key_after=1)).anatomy.taps
+    taps = wrap(posed, retroexit.Guidance(key_after=1)).decomposition.taps
     with pytest.raises(BankError, match=r"the bank in .*bank; found keys from"):
         GuidanceBank.load(tmp_path / "bank", origin=taps.origin())
 
@@ -127,7 +127,7 @@ def test_a_saved_model_with_the_bank_of_another_is_refused(posed: nn.Module, tmp
 def test_the_bank_of_each_identity_guides_with_its_own_frames(
     posed: nn.Module, inject: Any, handed: Any
 ) -> None:
-    from retroexit.training.banks import stream_banks
+    from retroexit.training.stream_bank import stream_banks
 
     guidance = retroexit.Guidance(key=pose_key, inject=inject, thin="none")
     model = wrap(posed, guidance)

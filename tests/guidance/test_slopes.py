@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 import retroexit
+from retroexit.core.samples import Samples
 from retroexit.errors import BankError, OptionError
-from retroexit.evaluation.quality import QualityMetric
 from retroexit.guidance import GuidanceBank, cut, merge_banks, with_slopes
+from retroexit.metrics.base import QualityMetric
 from retroexit.retrieval import ExactRetriever
-from retroexit.training.banks import stream_bank
-from retroexit.training.inputs import Samples
+from retroexit.training.stream_bank import stream_bank
 
 
 def _maps(count: int = 12, seed: int = 0) -> tuple[Tensor, Tensor]:

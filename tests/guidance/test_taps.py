@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 import retroexit
 from retroexit.errors import AttachPointError, BankError, CheckpointError, OptionError
-from retroexit.evaluation.quality import QualityMetric
 from retroexit.guidance.keys import key_name
+from retroexit.metrics.base import QualityMetric
 from retroexit.plugins import host
 
 INPUTS = torch.randn(7, 4, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -251,7 +251,7 @@ def test_a_frames_value_is_the_whole_image_or_map(
     assert guides[0].shape == (2, channels, side, side)
     torch.testing.assert_close(guides[0], values[[4, 6]], rtol=1e-3, atol=1e-3)
     # One search of 7 keys of 5 numbers.
-    assert model.anatomy.search_macs(model.bank) == 7 * 5
+    assert model.decomposition.search_macs(model.bank) == 7 * 5
 
 
 # Whose word counts.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from retroexit.errors import AdapterError, RetroExitError
 from retroexit.plugins import Description, hookimpl
-from retroexit.testing import AdapterReport, check_adapter
+from retroexit.testing.check_adapter import AdapterReport, check_adapter
 
 
 class Block(nn.Module):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import retroexit
 from retroexit import cli
 from retroexit.errors import OptionError, PluginError
-from retroexit.evaluation.quality import QualityMetric
+from retroexit.metrics.base import QualityMetric
 from retroexit.plugins import Description, Host, PluginInfo, hookimpl, hookspecs
 from retroexit.retrieval import Retriever
 
@@ -55,7 +55,7 @@ def painter() -> nn.Module:
 @pytest.fixture
 def use(monkeypatch: pytest.MonkeyPatch) -> Callable[[object], Host]:
     """Let the library work with our own parts and one more plug-in, called ``mine``."""
-    from retroexit.plugins import builtin
+    from retroexit import builtin
 
     def install(plugin: object) -> Host:
         known = Host(discover=False)

@@ -162,7 +162,7 @@ def test_the_earlier_version_is_put_back_where_the_new_one_cannot_be_moved_in(
         rename(source, target)
 
     with monkeypatch.context() as patched:
-        patched.setattr("retroexit.retrieval.storage.os.rename", stubborn)
+        patched.setattr("retroexit.core.files.os.rename", stubborn)
         with pytest.raises(OSError, match="busy"):
             HnswlibRetriever().build(keys[:5]).save(tmp_path / "index")
     assert len(ExactRetriever.load(tmp_path / "index")) == 120
@@ -171,7 +171,7 @@ def test_the_earlier_version_is_put_back_where_the_new_one_cannot_be_moved_in(
 def test_an_absent_folder_another_kind_and_a_newer_schema_are_named(keys, tmp_path) -> None:
     with pytest.raises(CheckpointError, match=r"no retriever in .*absent: meta.json is missing"):
         ExactRetriever.load(tmp_path / "absent")
-    from retroexit.retrieval.storage import write_manifest
+    from retroexit.core.files import write_manifest
 
     write_manifest(tmp_path, {"kind": "guidance bank", "schema": 1}, ())
     with pytest.raises(CheckpointError, match="holds a 'guidance bank', not a 'retriever'"):
@@ -187,7 +187,7 @@ def test_an_absent_folder_another_kind_and_a_newer_schema_are_named(keys, tmp_pa
 def test_pickled_keys_are_never_read(keys, tmp_path) -> None:
     import numpy as np
 
-    from retroexit.retrieval.storage import read_manifest, write_manifest
+    from retroexit.core.files import read_manifest, write_manifest
 
     ExactRetriever().build(keys).save(tmp_path / "index")
     facts = read_manifest(tmp_path / "index", "retriever", 1)

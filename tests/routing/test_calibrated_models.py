@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 
 import retroexit
+from retroexit.core.samples import Samples
 from retroexit.errors import BankError, CheckpointError, OptionError, TrainingError
 from retroexit.evaluation.promise import promise_summary, promised
-from retroexit.evaluation.quality import QualityMetric
+from retroexit.metrics.base import QualityMetric
 from retroexit.model import EarlyExitGenerator
 from retroexit.routing.policy import assign_exits
 from retroexit.routing.predictor import Kind, Predictor, Reads
-from retroexit.training.cache import FeatureCache
-from retroexit.training.inputs import Samples
-from retroexit.training.predictor import fit_predictor
+from retroexit.training.data.cache import FeatureCache
+from retroexit.training.predictor.fit import fit_predictor
 
 
 class Distance(QualityMetric):
@@ -80,7 +80,7 @@ def test_calibration_measures_every_exit_and_changes_what_a_threshold_means(
 ) -> None:
     inputs = _inputs(80, 2)
     assert "threshold: what the predictor expects" in repr(model)
-    predicted = model.judge(inputs).guarded
+    predicted = model.predict_losses(inputs).guarded
     _calibrate(model)
     calibration = model.calibration
     assert calibration is not None
@@ -93,7 +93,7 @@ def test_calibration_measures_every_exit_and_changes_what_a_threshold_means(
     assert "threshold: a promise, P(distance > threshold) <= 0.05 with confidence 0.95" in repr(model)
     new, tau = _inputs(200, 3), float(calibration.losses[:, 1].median())
     output, exits = model.routed(new, threshold=tau)
-    wanted = assign_exits(model.judge(new).guarded, calibration.limits(tau))
+    wanted = assign_exits(model.predict_losses(new).guarded, calibration.limits(tau))
     assert torch.equal(exits, wanted)
     lost = (output - model.generator(new)).abs().mean((1, 2, 3))
     assert float((lost > tau).float().mean()) <= 0.1
@@ -166,7 +166,7 @@ def test_a_predictor_of_every_kind_reads_what_it_is_told(
     assert model.calibration is None, "the promise was another predictor's"
     assert model.predictor is not None and model.predictor.input_shape is not None
     assert model.predictor.input_shape[0] == (4 if reads == "inputs" else 12)
-    search = model.anatomy.search_macs(model.bank)
+    search = model.decomposition.search_macs(model.bank)
     predictor = model.overhead()[0] - search
     assert model.overhead()[-1] == predictor + (search if reads == "features+distance" else 0)
     with torch.no_grad():
@@ -205,7 +205,7 @@ def test_the_distance_to_the_guide_is_searched_once_and_matters(
         near = model.predictor(feature[:9], found[:9, None])
         far = model.predictor(feature[:9], 2 * found[:9, None])
     assert bool((far > near).all())
-    assert not model.judge(TRAIN).far.any(), (
+    assert not model.predict_losses(TRAIN).far.any(), (
         "their own keys are in the bank, so that they are nearer, not far"
     )
     tau = float(model.predict(TRAIN[:9])[:, 0].median())

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from retroexit.guidance.bank import GuidanceBank
-from retroexit.guidance.slopes import with_slopes
+from retroexit.guidance.first_order import with_slopes
 from retroexit.model import EarlyExitGenerator
-from retroexit.routing.drift import GUIDE_LIMIT, DriftGuard, farthest
+from retroexit.routing.ood_guard import GUIDE_LIMIT, OODGuard, farthest
 from retroexit.routing.predictor import Predictor
-from retroexit.training.predictor import train_predictor
+from retroexit.training.predictor.fit import train_predictor
 
 Make = Callable[..., EarlyExitGenerator]
 
@@ -40,7 +40,7 @@ def fitted() -> Predictor:
 
 @torch.no_grad()
 def _far(predictor: Predictor, maps: Tensor) -> float:
-    return float((predictor.judge(maps)[1] > 1).float().mean())
+    return float((predictor.predict_losses(maps)[1] > 1).float().mean())
 
 
 def test_few_inputs_like_the_fitting_set_raise_the_alarm(fitted: Predictor) -> None:
@@ -58,7 +58,7 @@ def test_inputs_of_another_kind_raise_it(fitted: Predictor) -> None:
 def test_the_distance_is_that_of_mahalanobis_where_the_rank_is_full() -> None:
     torch.manual_seed(2)
     pooled = torch.randn(400, 5) @ torch.randn(5, 5) + 3
-    guard = DriftGuard(5)
+    guard = OODGuard(5)
     guard.fit(pooled, pooled[:0])
     other = torch.randn(20, 5) * 3
     inverse = torch.linalg.inv(torch.cov(pooled.T, correction=0))
@@ -67,7 +67,7 @@ def test_the_distance_is_that_of_mahalanobis_where_the_rank_is_full() -> None:
 
 
 def test_a_guard_that_saw_nothing_stops_nothing() -> None:
-    guard = DriftGuard(4)
+    guard = OODGuard(4)
     assert guard(torch.full((2, 4), 1e6)).tolist() == [0.0, 0.0]
     guard.fit(torch.randn(5, 4), torch.zeros(0, 4))  # too few to know
     assert guard(torch.full((2, 4), 1e6)).tolist() == [0.0, 0.0]
@@ -86,7 +86,7 @@ def test_routing_sends_them_to_the_backbone_and_counts_them(routed: Make) -> Non
     _, exits = model.routed(strange, w[:4], threshold=1e3)
     assert exits.tolist() == [1, 1, 4, 1]
     assert (model.drift.seen, model.drift.count) == (4, 1)
-    assert model.judge(strange, w[:4]).far.tolist() == [False, False, True, False]
+    assert model.predict_losses(strange, w[:4]).far.tolist() == [False, False, True, False]
     assert torch.isfinite(model.predict(strange, w[:4])).all(), "predictions themselves stay as they are"
     assert model.drift.seen == 4, "only routed calls are counted"
     model.drift.enabled = False
@@ -104,8 +104,8 @@ def test_inputs_far_from_the_bank_go_to_the_backbone_and_are_counted(
     z[:, 0] = torch.tensor([0.0, 1.0, 9.0, 0.0, 0.0])[:, None, None]  # exits 1, 2, 4, 1, 1
     z[3, 1:] *= 200
     assert model.bank is not None
-    _, keyed = model.split.begin((z, w), {})
-    distance = model.bank.search(keyed).distances.sqrt().flatten(1).mean(1)
+    _, key_feature = model.split.begin((z, w), {})
+    distance = model.bank.search(key_feature).distances.sqrt().flatten(1).mean(1)
     model.about[GUIDE_LIMIT] = float(distance[[0, 1, 4]].max()) + 1e-3
     searches: list[int] = []
     real = model.bank.search

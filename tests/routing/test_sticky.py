@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from retroexit.errors import OptionError
 from retroexit.model import EarlyExitGenerator
 from retroexit.routing.policy import assign_exits
-from retroexit.routing.sticky import StickyRouter, stay
+from retroexit.routing.video import StickyRouter, stay
 
 Make = Callable[..., EarlyExitGenerator]
 LOSS = st.floats(0, 0.25, width=32)

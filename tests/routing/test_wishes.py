@@ -14,8 +14,8 @@ from retroexit.errors import OptionError, TrainingError
 from retroexit.model import EarlyExitGenerator
 from retroexit.routing.calibration import Calibration
 from retroexit.routing.latency import Latency, time_exits
-from retroexit.routing.policy import price_for, spend
-from retroexit.routing.wishes import Wishes
+from retroexit.routing.policy import assign_by_budget, lagrange_multiplier
+from retroexit.routing.request import RoutingRequest
 
 Make = Callable[..., EarlyExitGenerator]
 SHARES = torch.tensor([0.1, 0.3, 0.6, 1.01])
@@ -33,7 +33,7 @@ def _latency(batch: int = 2, times: tuple[float, ...] = (5.0, 8.0, 12.0, 20.0)) 
 @pytest.mark.parametrize("budget", [0.1, 0.15, 0.4, 0.75, 1.0, 1.2])
 def test_a_budget_is_kept_on_the_samples_and_spent(budget: float) -> None:
     predicted = _predicted()
-    exits = spend(predicted, SHARES, price_for(predicted, SHARES, budget))
+    exits = assign_by_budget(predicted, SHARES, lagrange_multiplier(predicted, SHARES, budget))
     mean = float(SHARES[exits - 1].mean())
     assert mean <= budget + 1e-6
     assert mean > min(budget, 1.01) - 0.02
@@ -41,8 +41,8 @@ def test_a_budget_is_kept_on_the_samples_and_spent(budget: float) -> None:
 
 def test_a_budget_takes_the_least_loss_of_all_ways_to_spend_as_much() -> None:
     predicted = _predicted(7)
-    price = price_for(predicted, SHARES, 0.5)
-    exits = spend(predicted, SHARES, price)
+    price = lagrange_multiplier(predicted, SHARES, 0.5)
+    exits = assign_by_budget(predicted, SHARES, price)
     spent = float(SHARES[exits - 1].sum())
     whole = torch.nn.functional.pad(predicted, (0, 1))
     least = float(whole.gather(1, exits[:, None] - 1).sum())
@@ -55,13 +55,13 @@ def test_a_budget_takes_the_least_loss_of_all_ways_to_spend_as_much() -> None:
 def test_a_sample_that_is_too_far_goes_to_the_backbone_under_any_budget() -> None:
     predicted = torch.tensor([[0.1, 0.05, 0.02], [math.inf] * 3])
     for price in (0.0, 0.3, 1e6, math.inf):
-        assert spend(predicted, SHARES, price)[1] == 4
-    assert spend(predicted, SHARES, math.inf)[0] == 1
+        assert assign_by_budget(predicted, SHARES, price)[1] == 4
+    assert assign_by_budget(predicted, SHARES, math.inf)[0] == 1
 
 
 def test_a_budget_below_the_cheapest_exit_is_refused() -> None:
     with pytest.raises(OptionError, match="budget=0.05; found that the cheapest way to route costs 0.100"):
-        price_for(_predicted(), SHARES, 0.05)
+        lagrange_multiplier(_predicted(), SHARES, 0.05)
 
 
 def test_every_sample_may_have_a_budget_of_its_own(routed: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,7 +185,7 @@ def test_wishes_that_exclude_one_another_are_refused(routed: Make) -> None:
     for name in ("budget", "deadline_ms"):
         for wrong in (0, -1.0, math.inf, math.nan, True, "1"):
             with pytest.raises(OptionError, match=f"asked for {name}={wrong!r}; found no finite number > 0"):
-                Wishes(**{name: wrong})  # type: ignore[arg-type]
+                RoutingRequest(**{name: wrong})  # type: ignore[arg-type]
     wrong_thresholds: list[Any] = [torch.zeros(2, 2), torch.tensor([True]), torch.tensor([0.1, -1.0])]
     for threshold in wrong_thresholds:
         with pytest.raises(OptionError, match="threshold"):

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from retroexit.errors import CheckpointError, OptionError, TrainingError
-from retroexit.training.adversary import Adversarial, Adversary, AdversarySettings
-from retroexit.training.batch import TrainingBatch
+from retroexit.training.data.batch import TrainingBatch
 from retroexit.training.losses import FeatureMatching
-from retroexit.training.objectives import Hinge, NonSaturating, Objective, find_objective
-from retroexit.training.verdict import listened_layers
+from retroexit.training.losses.adversary import Adversarial, Adversary, AdversarySettings
+from retroexit.training.losses.discriminator_output import captured_layers
+from retroexit.training.losses.objectives import Hinge, NonSaturating, Objective, find_objective
 
 
 class Patches(nn.Module):
@@ -131,7 +131,7 @@ def test_feature_matching_compares_what_the_discriminator_sees_on_the_way(
             [x for scale in judge(image) for x in scale[:-1]] for image in (batch.image, batch.target)
         )
     else:
-        assert listened_layers(judge) == ["model.0", "model.2", "score"]
+        assert captured_layers(judge) == ["model.0", "model.2", "score"]
         features = lambda x: [judge.model[:2](x), judge.model(x)]  # type: ignore[index, operator]  # noqa: E731
         made, wanted = features(batch.image), features(batch.target)
     parts = []

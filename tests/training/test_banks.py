@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 import retroexit
-from retroexit.decoder.split import SplitGenerator
+from retroexit.core.samples import Samples
 from retroexit.errors import CheckpointError, OptionError
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.retrieval import ExactRetriever
-from retroexit.training.banks import stream_bank, stream_banks
-from retroexit.training.inputs import Samples
+from retroexit.split.split import SplitGenerator
+from retroexit.training.stream_bank import stream_bank, stream_banks
 
 
 class Noisy(nn.Module):
@@ -95,7 +95,9 @@ def test_an_interrupted_build_goes_on_to_the_same_bank(tmp_path, monkeypatch) ->
         built(items, **options)
     items.most, run = 99, []
     monkeypatch.setattr(
-        SplitGenerator, "keyed", lambda *a, f=SplitGenerator.keyed: run.append(len(a[1][0])) or f(*a)
+        SplitGenerator,
+        "key_feature",
+        lambda *a, f=SplitGenerator.key_feature: run.append(len(a[1][0])) or f(*a),
     )
     bank, whole = built(items, **options), built(max_candidates=200)
     assert run == [4, 2, 4, 4, 4, 2]  # of the first bank, the first two batches are not run again

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 
 import retroexit
+from retroexit.core.samples import Samples
+from retroexit.core.tensor_files import read_tensors
 from retroexit.errors import OptionError
-from retroexit.storage import read_tensors
-from retroexit.training.branches import BranchSchedule, BranchTrainer, learning_rate
-from retroexit.training.cache import IMAGE, FeatureCache
-from retroexit.training.crops import Cropper
-from retroexit.training.ema import Average
-from retroexit.training.inputs import Samples
-from retroexit.training.live import LiveFeatures
+from retroexit.training.branches.ema import Average
+from retroexit.training.branches.trainer import BranchSchedule, BranchTrainer, learning_rate
+from retroexit.training.data.cache import IMAGE, FeatureCache
+from retroexit.training.data.crops import Cropper
+from retroexit.training.data.live import LiveFeatures
 
 
 def _same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:

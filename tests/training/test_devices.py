@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from retroexit.core.tensor_files import read_tensors
 from retroexit.errors import DeviceError, MissingExtraError, OptionError
-from retroexit.storage import read_tensors
-from retroexit.training.devices import Team, join
+from retroexit.training.branches.distributed import Team, join
 
 SETTINGS = {"steps": 12, "batch": 4, "checkpoint_every": 5, "crop": 8}
 
@@ -103,6 +103,6 @@ def test_processes_divide_a_batch_between_them() -> None:
 def test_a_generator_on_another_device_is_refused(
     decoders: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("retroexit.fitting.join", lambda *_: Team(1, 2, torch.device("meta")))
+    monkeypatch.setattr("retroexit.fit.join", lambda *_: Team(1, 2, torch.device("meta")))
     with pytest.raises(DeviceError, match="found the generator on cpu in the process of meta"):
         decoders.fit(decoders.wrap(), tmp_path)

@@ -15,15 +15,15 @@ import torch
 from torch import Tensor, nn
 
 import retroexit
+from retroexit.core.samples import Samples
 from retroexit.errors import CheckpointError, OptionError, TrainingError
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.training import fit as fitting
-from retroexit.training.batch import TrainingBatch
-from retroexit.training.branches import BranchTrainer
-from retroexit.training.cache import FeatureCache
-from retroexit.training.inputs import Samples
+from retroexit.training.branches.trainer import BranchTrainer
+from retroexit.training.data.batch import TrainingBatch
+from retroexit.training.data.cache import FeatureCache
+from retroexit.training.data.steps import Step, Steps
 from retroexit.training.losses import L1, TrainingLoss
-from retroexit.training.steps import Step, Steps
 
 Untouched = Callable[[nn.Module], AbstractContextManager[None]]
 

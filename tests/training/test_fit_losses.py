@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 import retroexit
+from retroexit.core.tensor_files import read_tensors
 from retroexit.errors import CheckpointError, OptionError
-from retroexit.evaluation.quality import QualityMetric
-from retroexit.storage import read_tensors
-from retroexit.training.batch import TrainingBatch
-from retroexit.training.branches import BranchTrainer
-from retroexit.training.verdict import Verdict
+from retroexit.metrics.base import QualityMetric
+from retroexit.training.branches.trainer import BranchTrainer
+from retroexit.training.data.batch import TrainingBatch
+from retroexit.training.losses.discriminator_output import DiscriminatorOutput
 
 oasis = pytest.importorskip("retroexit_oasis", reason="install the project to get its adapters")
 
@@ -122,7 +122,7 @@ def test_an_objective_of_ones_own_sees_the_inputs(tmp_path: Path) -> None:
     class Own:
         name, needs_inputs = "own", True
 
-        def of_branch(self, verdict: Verdict, batch: TrainingBatch) -> Tensor:
+        def of_branch(self, verdict: DiscriminatorOutput, batch: TrainingBatch) -> Tensor:
             seen.append(tuple(batch.args[0].shape))
             return -verdict.scores[0].mean()
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from retroexit.core.samples import Samples, drawing_from
 from retroexit.errors import OptionError
-from retroexit.training.inputs import Samples, drawing_from
 
 
 def test_tensors_tuples_and_dicts_become_batches() -> None:

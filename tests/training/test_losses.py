@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from retroexit.errors import OptionError, TrainingError, WeightsError
-from retroexit.evaluation.quality import LPIPS, MSSSIM
+from retroexit.metrics.base import LPIPS, MSSSIM
 from retroexit.plugins import host
-from retroexit.training.batch import TrainingBatch
+from retroexit.training.data.batch import TrainingBatch
 from retroexit.training.losses import L1, PERCEPTUAL, Gaze, Perceptual, TrainingLoss
 
 

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 import retroexit
 from retroexit.errors import OptionError, PluginError, RetroExitWarning, WeightsError
-from retroexit.evaluation.quality import LPIPS, MSSSIM, QualityMetric
-from retroexit.planning import plan_losses
+from retroexit.metrics.base import LPIPS, MSSSIM, QualityMetric
 from retroexit.plugins import Description
-from retroexit.training.batch import TrainingBatch
+from retroexit.training.data.batch import TrainingBatch
 from retroexit.training.losses import L1
-from retroexit.training.objectives import Hinge
-from retroexit.training.presets import LossPlan, find_weights
+from retroexit.training.losses.objectives import Hinge
+from retroexit.training.losses.plan import plan_losses
+from retroexit.training.losses.presets import LossPlan, find_weights
 
 oasis = pytest.importorskip("retroexit_oasis", reason="install the project to get its adapters")
 

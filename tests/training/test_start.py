@@ -10,15 +10,15 @@ import torch
 
 import retroexit
 from retroexit.branch.factory import Branch
-from retroexit.evaluation.quality import ImageRange
+from retroexit.core.samples import Samples
+from retroexit.metrics.base import ImageRange
 from retroexit.model import EarlyExitGenerator
-from retroexit.training.branches import BranchTrainer
-from retroexit.training.crops import Cropper
-from retroexit.training.devices import Team
-from retroexit.training.inputs import Samples
-from retroexit.training.live import LiveFeatures
-from retroexit.training.start import reconstruct_branches
-from retroexit.training.steps import Steps
+from retroexit.training.branches.distributed import Team
+from retroexit.training.branches.initialise import reconstruct_branches
+from retroexit.training.branches.trainer import BranchTrainer
+from retroexit.training.data.crops import Cropper
+from retroexit.training.data.live import LiveFeatures
+from retroexit.training.data.steps import Steps
 
 HALVES = {"init": "inherit", "scale": 0.5, "min_channels": 8}
 
@@ -62,7 +62,7 @@ def test_a_fit_that_goes_on_reconstructs_nothing_and_ends_alike(
     with pytest.raises(KeyboardInterrupt):
         decoders.fit(decoders.wrap(**HALVES), tmp_path / "cut")
     monkeypatch.undo()
-    monkeypatch.setattr("retroexit.training.start.reconstruct", None)  # calling it would fail
+    monkeypatch.setattr("retroexit.training.branches.initialise.reconstruct", None)  # calling it would fail
     again = decoders.fit(decoders.wrap(**HALVES), tmp_path / "cut")
     wanted = decoders.trained(whole)
     assert all(torch.equal(value, wanted[name]) for name, value in decoders.trained(again).items())

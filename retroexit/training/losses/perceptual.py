@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from retroexit.errors import MissingExtraError, OptionError, WeightsError, closest
-from retroexit.evaluation.weights import digest, fill_trunk, hub_file
+from retroexit.metrics.weights import digest, fill_trunk, hub_file
 
 __all__ = ["PERCEPTUAL", "Perceptual"]
 

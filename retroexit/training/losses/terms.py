@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from retroexit.decoder.cut import clone_module
-from retroexit.decoder.structure import tensors
+from retroexit.core.nested import tensors
 from retroexit.errors import TrainingError
-from retroexit.training.batch import TrainingBatch
+from retroexit.split.segments import clone_module
+from retroexit.training.data.batch import TrainingBatch
 
 if TYPE_CHECKING:
-    from retroexit.training.adversary import Adversary
+    from retroexit.training.losses.adversary import Adversary
 
 __all__ = ["L1", "QUALITY", "BatchTerm", "FeatureMatching", "Gaze", "Term", "l1"]
 

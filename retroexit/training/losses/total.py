@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from retroexit.errors import TrainingError
-from retroexit.training.adversary import Adversary
-from retroexit.training.batch import TrainingBatch
+from retroexit.training.data.batch import TrainingBatch
+from retroexit.training.losses.adversary import Adversary
+from retroexit.training.losses.equalise import Equaliser
 from retroexit.training.losses.terms import BatchTerm, Term
-from retroexit.training.weighing import Equaliser
 
 __all__ = ["TrainingLoss"]
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from retroexit.evaluation.quality import QualityMetric
+from retroexit.metrics.base import QualityMetric
 
 __all__ = ["EdgeDistance"]
 

@@ -1,0 +1,4 @@
+"""Starting weights of branches.
+
+Imports what `retroexit.branch` may import.
+"""

@@ -1,1 +1,0 @@
-"""What `retroexit.testing.check_adapter` looks at, one file for each kind of question."""

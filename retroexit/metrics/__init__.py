@@ -1,0 +1,4 @@
+"""Quality metrics and their weights.
+
+Imports `retroexit.core` and `retroexit.errors`.
+"""

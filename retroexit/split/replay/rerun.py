@@ -1,0 +1,357 @@
+"""Run a generator's own forward again with modules answered from an earlier part of the same call.
+
+The forward runs on a *skeleton*: a copy of the modules that are running at the cut, in which the modules that
+they call are stand-ins. What a stand-in does is decided by the `Run` of the current thread: hand out what the
+module returned before the cut, note what it returns, stop the forward when the place of a cut is reached, or
+just run. Random draws that the forward itself makes in front of a cut are handed out again too. Nothing is
+patched; the generator and its hooks stay as they are.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from retroexit.core.nested import tensors
+from retroexit.core.opaque import rebuild_deep
+from retroexit.errors import InputMismatchError
+from retroexit.split.segments import change_first_map
+from retroexit.tracing.source_lines import user_line
+from retroexit.tracing.tensor_reads import READS
+
+__all__ = ["Answer", "Place", "Run", "become_standin", "delegate", "is_fake", "opened_by", "running"]
+
+_DRAWS = {
+    *("rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "normal"),
+    *("bernoulli", "binomial", "multinomial", "poisson", "gumbel_softmax", "rrelu"),
+    *("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"),
+}
+_IN_PLACE_DRAWS = {
+    f"{name}_"
+    for name in (
+        "normal",
+        "uniform",
+        "random",
+        "bernoulli",
+        "exponential",
+        "geometric",
+        "cauchy",
+        "log_normal",
+    )
+}
+
+Answer = tuple[tuple[str, int] | None, Any]
+
+_CURRENT: ContextVar[Run | None] = ContextVar("retroexit_run", default=None)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a forward is cut.
+
+    Attributes:
+        path: The module.
+        tap: Behind it (``"after"``), or in front of it.
+        enclosing: Paths of the modules that are running when it is called.
+        leaf: Which of the tensors that it returns (takes) is the feature.
+    """
+
+    path: str
+    tap: str
+    enclosing: frozenset[str]
+    leaf: int = 0
+
+
+class _Reached(BaseException):
+    """Stops a forward at the place of a cut; no handler of the generator's may catch it."""
+
+
+@dataclass
+class Run:
+    """What stand-ins do during one run of a forward.
+
+    Attributes:
+        source: The place in front of which answers are known; ``None`` to start from the inputs.
+        fed: What modules returned in front of it, by path and number of the call; for a place in front of a
+            module, what went into that one, under number -1.
+        draws: What the forward itself drew in front of it.
+        target: The place where to stop; ``None`` to run to the end.
+        before: For the path of a module, what to do to its first map.
+        script: Answers to questions about the values of tensors, with the line that asks.
+        log: Answers given, and whether behind ``source``; not kept where ``None``.
+    """
+
+    source: Place | None = None
+    fed: dict[tuple[str, int], Any] = field(default_factory=dict)
+    draws: list[Tensor] = field(default_factory=list)
+    target: Place | None = None
+    before: dict[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    script: Sequence[Answer] | None = None
+    log: list[tuple[Answer, bool]] | None = None
+
+    caught: list[tuple[str, int, Any]] = field(default_factory=list)
+    caught_draws: list[Tensor] = field(default_factory=list)
+    reached_target: bool = False
+    out: Any = None
+
+    def __post_init__(self) -> None:
+        self.is_behind = self.source is None
+        self._inside_fed, self._inside_caught, self._drawn = 0, 0, 0
+        self._fed_calls: Counter[str] = Counter()
+        self._caught_calls: Counter[str] = Counter()
+        self._unread: list[Answer] | None = None
+
+    # Modules.
+
+    def call(self, path: str, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Stand in for a module's call."""
+        target, source = self.target, self.source
+        catches = target is not None and not self._inside_caught and path not in target.enclosing
+        feeds = not self.is_behind and not self._inside_fed and source is not None
+        feeds = feeds and source is not None and path not in source.enclosing
+        if feeds and source is not None and path == source.path and source.tap == "before":
+            args, kwargs = self._feed(path, -1)
+            self.is_behind, feeds = True, False
+        if target is not None and target.tap == "before" and path == target.path:
+            self._catch(path, -1, (args, kwargs))
+            self._stop()
+        if feeds:
+            out = self._feed(path, self._fed_calls[path])
+            self._fed_calls[path] += 1
+            self.is_behind = source is not None and path == source.path
+        else:
+            out = self._run(path, original, args, kwargs)
+        if catches:
+            self._catch(path, self._caught_calls[path], out)
+            self._caught_calls[path] += 1
+            if target is not None and path == target.path:
+                self._stop()
+        return out
+
+    def _run(self, path: str, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if path in self.before and self.is_behind:
+            args, kwargs = change_first_map(args, kwargs, self.before[path])
+        opens_fed = self.source is None or path not in self.source.enclosing
+        opens_caught = self.target is None or path not in self.target.enclosing
+        self._inside_fed += opens_fed
+        self._inside_caught += opens_caught
+        try:
+            return original(*args, **kwargs)
+        finally:
+            self._inside_fed -= opens_fed
+            self._inside_caught -= opens_caught
+
+    def _feed(self, path: str, number: int) -> Any:
+        if (path, number) not in self.fed:
+            raise InputMismatchError(
+                f"asked for an early exit; found that the generator calls {path!r} for these inputs "
+                f"({number + 1} times), and that its output was not kept when the backbone ran. Wrap with "
+                "example inputs for which it runs as often.",
+                path,
+            )
+        return self.fed[path, number]
+
+    def _catch(self, path: str, number: int, value: Any) -> None:
+        # What the forward writes into a value afterwards it will write again.
+        copies: dict[int, Tensor] = {}
+
+        def copied(leaf: Any) -> Any:
+            return copies.setdefault(id(leaf), leaf.clone()) if isinstance(leaf, Tensor) else leaf
+
+        self.caught.append((path, number, rebuild_deep(value, copied)))
+
+    def _stop(self) -> None:
+        self.reached_target = True
+        raise _Reached
+
+    # Tensor functions.
+
+    def draw(self, func: Callable[..., Any], args: Any, kwargs: Any, in_place: bool) -> Any:
+        """Stand in for a random draw."""
+        if not self.is_behind and not self._inside_fed:
+            value = self.draws[self._drawn] if self._drawn < len(self.draws) else None
+            self._drawn += 1
+            if value is None:
+                raise InputMismatchError(
+                    "asked for an early exit; found that the generator draws more random numbers in front of "
+                    "it for these inputs than were kept. Let nothing but its inputs steer what it draws.",
+                    func,
+                )
+            out = args[0].copy_(value) if in_place else value.clone()
+        else:
+            out = func(*args, **kwargs)
+        if self.target is not None and not self._inside_caught and isinstance(out, Tensor):
+            self.caught_draws.append(out.detach().clone())
+        return out
+
+    def read(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Stand in for a question about the values of a tensor."""
+        assert self.log is not None
+        site = user_line()
+        if self._unread is None:
+            self._unread = list(self.script or ())
+        known = next((i for i, (where, _) in enumerate(self._unread) if where == site), None)
+        if known is not None:
+            _, answer = self._unread.pop(known)
+            if any(map(is_fake, tensors(args))) and isinstance(answer, (np.ndarray, list)):
+                for tensor in tensors(args):
+                    _pin(tensor)
+        else:
+            answer = func(*args, **kwargs)
+        kept = answer.copy() if isinstance(answer, (np.ndarray, list)) else answer
+        self.log.append(((site, kept), self.is_behind))
+        return answer
+
+
+class _Functions(TorchFunctionMode):
+    """Lets a run stand in for random draws and, where it keeps a log, for questions about values."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__()
+        self.run = run
+
+    def __torch_function__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        if name in _DRAWS or name in _IN_PLACE_DRAWS:
+            return self.run.draw(func, args, kwargs, name in _IN_PLACE_DRAWS)
+        if self.run.log is not None and name in READS:
+            return self.run.read(func, args, kwargs)
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def running(run: Run) -> Iterator[None]:
+    """Let stand-ins that are called inside, on this thread, follow a run; ends when its target is reached."""
+    token = _CURRENT.set(run)
+    try:
+        with _Functions(run):
+            yield
+    except _Reached:
+        pass
+    finally:
+        _CURRENT.reset(token)
+
+
+# Stand-ins.
+
+
+def _call_itself(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    run, kind = _CURRENT.get(), type(module).__base__
+    assert kind is not None
+    if run is None:
+        return kind.__call__(module, *args, **kwargs)
+    return run.call(module.__dict__["_standin_path"], partial(kind.__call__, module), args, kwargs)
+
+
+def _call_other(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    run, original = _CURRENT.get(), module.__dict__["_standin_for"].module
+    if run is None:
+        return original(*args, **kwargs)
+    return run.call(module.__dict__["_standin_path"], original, args, kwargs)
+
+
+def _ask_other(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda module, *args: function(module.__dict__["_standin_for"].module, *args)
+
+
+_ITSELF: dict[str, Any] = {"__call__": _call_itself}
+_OTHER: dict[str, Any] = {
+    "__call__": _call_other,
+    "__getattr__": _ask_other(getattr),
+    "__bool__": _ask_other(bool),
+    "__len__": _ask_other(len),
+    "__iter__": _ask_other(iter),
+    "__getitem__": _ask_other(operator.getitem),
+}
+
+
+class _Borrowed:
+    """Holds a module that is somebody else's: neither listed among the parts nor copied with them."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __deepcopy__(self, _memo: object) -> _Borrowed:
+        return self
+
+
+_CLASSES: dict[tuple[str, type], type] = {}
+
+
+def _subclass(kind: type, methods: dict[str, Any]) -> type:
+    """Make a subclass of a module's class that looks like it, but for a few methods."""
+    key = (methods["__call__"].__name__, kind)
+    if key not in _CLASSES:
+        looks = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
+        _CLASSES[key] = type(kind)(kind.__name__, (kind,), {**looks, **methods})
+    return _CLASSES[key]
+
+
+def become_standin(module: nn.Module, path: str) -> None:
+    """Turn a module (of ours) into a stand-in for itself; scripted modules run as they are."""
+    if "_standin_path" in module.__dict__ or isinstance(module, torch.jit.ScriptModule):
+        return
+    module.__class__ = _subclass(type(module), _ITSELF)
+    module.__dict__["_standin_path"] = path
+
+
+def delegate(module: nn.Module, path: str) -> nn.Module:
+    """Make an empty stand-in for a module of somebody else's."""
+    kind: Any = nn.Module if isinstance(module, torch.jit.ScriptModule) else type(module)
+    made: Any = _subclass(kind, _OTHER)
+    standin: nn.Module = made.__new__(made)
+    nn.Module.__init__(standin)
+    standin.__dict__.update(_standin_path=path, _standin_for=_Borrowed(module), training=module.training)
+    return standin
+
+
+def is_fake(value: Any) -> bool:
+    """Tell whether a tensor has sizes but no values."""
+    return type(value).__name__ == "FakeTensor"
+
+
+def _pin(tensor: Tensor) -> None:
+    """Fix sizes that a value of this very shape has been read from."""
+    for size in tensor.shape:
+        if hasattr(size, "node"):
+            bool(size == int(size.node.hint))
+
+
+def opened_by(
+    generator: nn.Module, enclosing: Iterable[str], called: frozenset[str]
+) -> tuple[list[str], list[str]]:
+    """Tell modules whose forward is run again from those that they call.
+
+    Args:
+        generator: The generator.
+        enclosing: Paths of modules that are running at the cut.
+        called: Paths of modules that were called in the recording.
+
+    Returns:
+        Paths of opened modules: the enclosing ones, and containers that are never called themselves; and
+        paths of the modules directly inside them.
+    """
+    enclosing = set(enclosing)
+    opened: dict[str, None] = {}
+    inside: list[str] = []
+    for path, module in generator.named_modules():
+        parent = path.rpartition(".")[0]
+        if path and parent not in opened:
+            continue
+        is_container = path not in called and any(True for _ in module.children())
+        if path in enclosing or is_container or not path:
+            opened[path] = None
+        else:
+            inside.append(path)
+    return list(opened), inside

@@ -1,0 +1,278 @@
+"""Find the decoder's stages l_1..l_N in a recording (paper section 3.1)."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+from torch import fx, nn
+
+from retroexit.errors import AttachPointError, GeneratorError, RecordingError, closest
+from retroexit.split.segments import Cut, cut_at
+from retroexit.stages.choose import choose_stages
+from retroexit.stages.image import find_image, is_map
+from retroexit.stages.stage_errors import runs_often
+from retroexit.stages.suggest import suggest_attach_points
+from retroexit.stages.tokens import lay_out_tokens, mark_tokens
+from retroexit.stages.value_names import value_names
+from retroexit.tracing.control_flow import steering_line
+from retroexit.tracing.record import Recording, record
+from retroexit.tracing.recorder import Call
+
+__all__ = ["Decoder", "Stage", "read_decoder"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One decoder module l_i of the backbone.
+
+    Attributes:
+        index: Its number, from 1; 0 for a module that is not among l_1..l_N but was asked for by path.
+        path: Dotted path in the generator.
+        kind: Class name.
+        shape: Shape of its output feature map, with the batch axis of the example.
+        macs: Multiply-accumulates spent inside, for the whole example batch.
+        share: ``macs`` as a share of the backbone's.
+        cumulative: Share of the backbone's MACs that has been spent when the stage is done.
+        live: Name and shape of every value that the rest needs besides the feature.
+        end: Path of the module that closes the stage (a normalisation or activation behind a bare
+            convolution).
+        feature: Name of the feature map, as it would stand in the ``live`` of a later stage.
+        is_suggested: Whether this is a good place for a branch, see `suggest_attach_points`.
+    """
+
+    index: int
+    path: str
+    kind: str
+    shape: tuple[int, ...]
+    macs: int
+    share: float
+    cumulative: float
+    live: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    end: str = field(default="", repr=False)
+    feature: str = field(default="", repr=False)
+    is_suggested: bool = False
+
+    @property
+    def saves(self) -> float:
+        """Share of the backbone's MACs that an exit here saves at best: its branch costs nothing yet."""
+        return 1 - self.cumulative
+
+    @property
+    def live_size(self) -> int:
+        """How many numbers the live values hold, for the whole example batch."""
+        return sum(math.prod(shape) for _, shape in self.live)
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A generator that has been read.
+
+    Attributes:
+        recording: One execution, with every stage as one node.
+        stages: l_1..l_N.
+        image: Node of the output image.
+        image_path: Where the image is in the generator's output.
+        replayed: Why the recording cannot be cut, so that the generator's own forward runs again behind a cut
+            (see `retroexit.split.replay.split`); empty where it can.
+    """
+
+    recording: Recording
+    stages: tuple[Stage, ...]
+    image: fx.Node
+    image_path: tuple[Any, ...]
+    replayed: str = ""
+
+    @cached_property
+    def paths(self) -> list[str]:
+        """Paths of the modules that a branch can be attached to."""
+        return [call.path for call in self.recording.calls if call.path]
+
+    def call(self, path: str) -> Call:
+        """Find the one call of a module.
+
+        Raises:
+            RepeatedStageError: If it runs more than once.
+        """
+        calls = [call for call in self.recording.calls if call.path == path]
+        if len(calls) > 1:
+            raise runs_often(path, len(calls))
+        return calls[0]
+
+    def cut_after(self, stage: Stage) -> Cut:
+        """Cut behind a stage's output."""
+        call = self.call(stage.end or stage.path)
+        candidates = self._maps(call.outputs)
+        if not candidates:
+            raise AttachPointError(
+                f"asked for a branch after {stage.path!r}; found that it returns no feature map. "
+                f"Attach at one of {closest(stage.path, [s.path for s in self.stages])}.",
+                stage.path,
+            )
+        return cut_at(self.recording, call.end, candidates, f"after {stage.path!r}")
+
+    def cut_before(self, stage: Stage) -> Cut:
+        """Cut in front of a stage's input."""
+        call = self.call(stage.path)
+        candidates = self._maps(call.inputs)
+        if not candidates:
+            raise AttachPointError(
+                f"asked for a branch before {stage.path!r}; found that it takes no feature map. Use "
+                "tap='after'.",
+                stage.path,
+            )
+        return cut_at(self.recording, call.begin, candidates, f"before {stage.path!r}")
+
+    def _maps(self, nodes: Iterable[fx.Node]) -> list[fx.Node]:
+        """Maps among some nodes, the one with most channels first."""
+        maps = [node for node in nodes if node.op != "get_attr" and is_map(node, self.image)]
+        return sorted(maps, key=lambda node: -node.meta["shape"][1])
+
+
+def read_decoder(
+    generator: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any] | None = None,
+    *,
+    stages: Sequence[str] | None = None,
+    also: Iterable[str] = (),
+    image: Any = None,
+) -> Decoder:
+    """Record a generator with its stages as leaves.
+
+    Args:
+        generator: A trained generator in eval mode.
+        args: Positional inputs that it accepts.
+        kwargs: Keyword inputs.
+        stages: Paths of l_1..l_N, where they are known; otherwise they are found.
+        also: Paths of further modules that must stay visible as single nodes.
+        image: Key, index or path of the image in the output.
+
+    Returns:
+        The decoder.
+
+    Raises:
+        AttachPointError: If a path in ``stages`` or ``also`` names no module that runs.
+        GeneratorError: If the generator rejects the inputs, is in train mode, or returns no finite image.
+        RecordingError: If its execution cannot be written down.
+    """
+    deep = _record_deeply(generator, args, kwargs)
+    _, deep_image = find_image(deep, image)
+    ran = Counter(call.path for call in deep.calls if call.path)
+    chosen = {path: path for path in stages} if stages is not None else choose_stages(deep, image)
+    for path in (*chosen, *also):
+        _check_path(generator, path, ran)
+    keep = {*chosen, *chosen.values(), *also}
+    opened = _opened(deep, keep)
+
+    def is_leaf(path: str, _module: nn.Module) -> bool:
+        return path not in opened
+
+    shallow, reason = _record_stages(generator, args, kwargs, is_leaf)
+    image_path, image_node = find_image(shallow, image)
+    image_node.meta["map_rank"] = deep_image.meta["map_rank"]  # layers inside stages are out of sight here
+    tokens = _token_sizes(deep, deep_image, keep)
+    if not reason:
+        lay_out_tokens(shallow, tokens)
+    elif stages is None:  # a forward that runs again hands on what the stage returns
+        chosen = {path: end for path, end in chosen.items() if end not in tokens} or chosen
+    draft = Decoder(shallow, (), image_node, image_path, reason)
+    found = tuple(
+        describe_stage(draft, path, index, end) for index, (path, end) in enumerate(chosen.items(), 1)
+    )
+    good = suggest_attach_points(found)
+    found = tuple(replace(stage, is_suggested=stage.index in good) for stage in found)
+    return replace(draft, stages=found)
+
+
+def _token_sizes(deep: Recording, image: fx.Node, paths: Iterable[str]) -> dict[str, tuple[int, ...]]:
+    """Spatial size of what modules return as tokens and not as a map, by path."""
+    mark_tokens(deep, image)
+    found = {}
+    for call in deep.calls:
+        if call.path in set(paths):
+            tokens = [n.meta["tokens"] for n in call.outputs if "tokens" in n.meta]
+            if tokens and len(tokens) == len(call.outputs):
+                found[call.path] = tokens[0]
+    return found
+
+
+def _opened(deep: Recording, keep: Iterable[str]) -> set[str]:
+    """Modules that must be looked into so that others are seen as single nodes.
+
+    They lie on the way to them by name, or call them: a module may be registered in several places.
+    """
+    opened = {"", *(".".join(p.split(".")[:i]) for p in keep for i in range(1, p.count(".") + 1))}
+    for call in deep.calls:
+        while call.path in keep and call.parent is not None:
+            call = deep.calls[call.parent]
+            opened.add(call.path)
+            keep = {*keep, call.path}
+    return opened
+
+
+def _record_deeply(generator: nn.Module, args: Any, kwargs: Any) -> Recording:
+    """Record what stages are picked from: with values that leave PyTorch on their way, just observed."""
+    try:
+        deep = record(generator, args, kwargs)
+    except (RecordingError, GeneratorError):
+        return record(generator, args, kwargs, observing=True)
+    return record(generator, args, kwargs, observing=True) if deep.reads else deep
+
+
+def _record_stages(
+    generator: nn.Module, args: Any, kwargs: Any, is_leaf: Callable[[str, nn.Module], bool]
+) -> tuple[Recording, str]:
+    """Record with stages as leaves; gives also why the recording cannot be cut, if that is so."""
+    try:
+        shallow = record(generator, args, kwargs, is_leaf)
+    except (RecordingError, GeneratorError) as error:
+        reason = " ".join(str(error).split())
+    else:
+        line = steering_line(shallow, lambda i: record(generator, args, kwargs, is_leaf, change=i))
+        if not line:
+            return shallow, ""
+        reason = f"values read out of tensors steer Python at {line}"
+    return record(generator, args, kwargs, is_leaf, observing=True), reason
+
+
+def describe_stage(decoder: Decoder, path: str, index: int = 0, end: str = "") -> Stage:
+    """Describe one module of a decoder as a stage."""
+    recording = decoder.recording
+    call = decoder.call(path)
+    bare = Stage(index, path, "", (), 0, 0.0, 0.0, end=end or path)
+    cut = decoder.cut_after(bare)
+    spent = sum(n.meta.get("macs", 0) for n in recording.nodes[: cut.position])
+    total = max(recording.macs, 1)
+    names = value_names(recording)
+    return Stage(
+        index=index,
+        path=path,
+        kind=type(call.module).__name__,
+        shape=decoder._maps(call.outputs)[0].meta["shape"],
+        macs=call.macs,
+        share=call.macs / total,
+        cumulative=spent / total,
+        live=tuple((names[n], n.meta.get("shape", ())) for n in cut.live),
+        end=end or path,
+        feature=names[cut.feature],
+    )
+
+
+def _check_path(generator: nn.Module, path: str, ran: Counter[str]) -> None:
+    if ran[path] == 1:
+        return
+    if ran[path] > 1:
+        raise runs_often(path, ran[path])
+    exists = path in dict(generator.named_modules())
+    found = "that this module is never called" if exists else "no such module"
+    raise AttachPointError(
+        f"asked for a branch at {path!r}; found {found} in {type(generator).__name__}. Closest: "
+        f"{closest(path, ran)}. "
+        "List all with 'retroexit inspect' or retroexit.find_stages.",
+        path,
+    )

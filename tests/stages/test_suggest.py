@@ -1,0 +1,99 @@
+"""Suggested attach points: spread in MACs, few live values, always a place that `wrap` takes."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import retroexit
+from retroexit.stages.suggest import suggest_attach_points
+
+
+def stages(cumulative: list[float], live: list[int] | None = None) -> list[retroexit.Stage]:
+    """Stages that have spent these shares, with this many numbers in live values."""
+    sizes = live or [0] * len(cumulative)
+    shares = [b - a for a, b in zip([0.0, *cumulative], cumulative, strict=False)]
+    return [
+        retroexit.Stage(i, f"l.{i}", "Block", (1, 8, 4, 4), 1, share, done, (("x", (1, size)),))
+        for i, (share, done, size) in enumerate(zip(shares, cumulative, sizes, strict=True), 1)
+    ]
+
+
+def test_four_exits_are_spread_evenly_in_macs_not_in_stages() -> None:
+    assert suggest_attach_points(stages([i / 20 for i in range(1, 21)])) == [2, 6, 10, 14]
+    # Half of the stages cost nothing: the exits are in the other half.
+    assert suggest_attach_points(
+        stages([0.001 * i for i in range(1, 11)] + [0.1 * i for i in range(1, 11)])
+    ) == [
+        11,
+        13,
+        15,
+        17,
+    ]
+
+
+def test_what_lies_before_the_decoder_is_not_part_of_the_spread() -> None:
+    late = stages([0.44 + 0.04 * i for i in range(1, 15)])
+    late[0] = retroexit.Stage(1, "l.1", "Block", (1, 8, 4, 4), 1, 0.08, 0.48)  # 40 % are spent before it
+    assert suggest_attach_points(late) == [1, 3, 5, 8]
+
+
+def test_within_five_percent_the_fewest_live_numbers_win() -> None:
+    done = [0.06, 0.1, 0.14, 0.3, 0.5, 0.7, 1.0]
+    assert suggest_attach_points(stages(done, [9, 9, 2, 9, 9, 9, 0])) == [3, 4, 5, 6]
+    assert suggest_attach_points(stages(done, [2, 9, 9, 9, 9, 9, 0])) == [1, 4, 5, 6]
+    assert suggest_attach_points(stages(done, [9, 9, 9, 9, 9, 9, 0])) == [2, 4, 5, 6]
+
+
+def test_no_two_exits_are_within_five_percent() -> None:
+    assert suggest_attach_points(stages([0.14, 0.2, 0.69, 0.7, 1.0])) == [1, 2, 3]
+    assert suggest_attach_points(stages([0.1, 0.13, 0.7, 1.0])) == [1, 3]
+
+
+def test_where_few_stages_are_near_the_aims_a_third_is_added() -> None:
+    # The aims at 10, 30, 50 and 70 % are all nearest to l_2 or l_3.
+    assert suggest_attach_points(stages([0.02, 0.1, 0.69, 1.0])) == [1, 2, 3]
+
+
+def test_an_exit_leaves_twenty_percent_to_save_unless_none_does() -> None:
+    assert suggest_attach_points(stages([0.3, 0.81, 1.0])) == [1]
+    assert suggest_attach_points(stages([0.85, 0.9, 1.0])) == [1]
+
+
+def test_one_stage_has_no_attach_point() -> None:
+    assert suggest_attach_points(stages([1.0])) == []
+
+
+@given(
+    st.lists(st.floats(0, 1), min_size=1, max_size=70), st.lists(st.integers(1, 99), min_size=70, max_size=70)
+)
+def test_never_the_last_stage_at_most_four_in_order(shares: list[float], live: list[int]) -> None:
+    found = suggest_attach_points(stages(sorted(shares), live[: len(shares)]))
+    assert found == sorted(set(found))
+    assert len(found) <= 4
+    assert len(shares) not in found
+    assert bool(found) == (len(shares) > 1)
+
+
+@pytest.mark.parametrize("name", ["list_input_with_unet_skips", "attention_single_head"])
+def test_the_generator_can_be_wrapped_where_it_is_suggested(name: str, toys: ModuleType) -> None:
+    toy = toys.TOYS[name]()
+    found = retroexit.find_stages(toy.generator, toy.args, toy.kwargs)
+    places = [stage.index for stage in found if stage.is_suggested]
+    assert places == suggest_attach_points(found)
+    model = retroexit.wrap(
+        toy.generator, places, 1 / 4, min_channels=8, example_inputs=toy.args, example_kwargs=toy.kwargs
+    )
+    assert [e.stage for e in model.exits[:-1]] == places
+    assert torch.isfinite(next(iter(model(*toy.args, exit=1, **toy.kwargs)))).all()
+
+
+def test_what_a_stage_saves_is_what_its_exit_does_not_spend(toys: ModuleType) -> None:
+    toy = toys.TOYS["list_input_with_unet_skips"]()
+    found = retroexit.find_stages(toy.generator, toy.args)
+    assert [s.saves for s in found] == [1 - s.cumulative for s in found]
+    assert found[0].live_size == 2 * 16 * 16 * 16 + 2 * 24 * 8 * 8
