@@ -98,7 +98,7 @@ def _page(
         import jinja2
     except ImportError as error:
         raise MissingExtraError("a report needs jinja2: pip install 'retroexit[report]'") from error
-    text = importlib.resources.files("retroexit.evaluation").joinpath("report.html.j2").read_text("utf-8")
+    text = importlib.resources.files("retroexit.report").joinpath("report.html.j2").read_text("utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     html: str = environment.from_string(text).render(
         **{name: summary[name] for name in ("title", "headline", "command", "promise")},
