@@ -50,10 +50,10 @@ from static.measuring import (
 from torch import Tensor
 
 import retroexit
+from retroexit.core.images import ImageRange
 from retroexit.core.samples import Samples
 from retroexit.core.versions import versions
 from retroexit.evaluation.sweep import Evaluation
-from retroexit.metrics.base import ImageRange
 from retroexit.model import EarlyExitGenerator
 from retroexit.training.data.cache import FeatureCache
 

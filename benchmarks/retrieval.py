@@ -35,10 +35,10 @@ from cases import CASES, Case, shared_folder
 from tqdm import tqdm
 
 import retroexit
+from retroexit.core.images import ImageRange
 from retroexit.core.samples import Samples
 from retroexit.core.versions import versions
 from retroexit.guidance import GuidanceBank, cut
-from retroexit.metrics.base import ImageRange
 from retroexit.model import EarlyExitGenerator
 from retroexit.plugins import host
 from retroexit.report.text_tables import table

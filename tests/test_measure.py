@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 import retroexit
+from retroexit.core.images import ImageRange
 from retroexit.core.samples import Samples
 from retroexit.errors import CheckpointError, MissingExtraError, OptionError, OutputError
 from retroexit.evaluation.measure import Measurement, measure, pick_strips, route_seconds
 from retroexit.evaluation.sweep import Evaluation
 from retroexit.evaluation.thop_check import count_macs, cross_check
-from retroexit.metrics.base import ImageRange, QualityMetric
+from retroexit.metrics.base import QualityMetric
 from retroexit.model import EarlyExitGenerator
 
 

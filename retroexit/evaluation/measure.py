@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
+from retroexit.core.images import ImageRange
 from retroexit.core.modules import device_of
 from retroexit.core.nested import tensors
 from retroexit.core.samples import Samples, drawing_from
@@ -24,7 +25,7 @@ from retroexit.evaluation.thop_check import cross_check
 from retroexit.evaluation.thresholds import highlighted, thresholds_for
 from retroexit.fingerprint import fingerprint
 from retroexit.measuring.image_range import limits_of
-from retroexit.metrics.base import ImageRange, QualityMetric
+from retroexit.metrics.base import QualityMetric
 from retroexit.model import EarlyExitGenerator
 from retroexit.report.strips import Strip
 from retroexit.routing.ood_guard import GUIDE_LIMIT
