@@ -222,7 +222,7 @@ def main(given: Sequence[str] | None = None) -> None:
 
 
 def _backbone_macs(case: Case) -> int:
-    from retroexit.evaluation.thop_check import count_macs
+    from retroexit.core.macs import count_macs
 
     args, _ = Samples(case.test).gather([0])
     return count_macs(case.generator, *args)

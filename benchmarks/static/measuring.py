@@ -14,8 +14,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from retroexit.core.images import ImageRange
+from retroexit.core.macs import count_macs
 from retroexit.evaluation.sweep import Evaluation, OperatingPoint
-from retroexit.evaluation.thop_check import count_macs
 from retroexit.metrics.base import QualityMetric
 from retroexit.routing.policy import assign_by_budget
 
