@@ -76,7 +76,7 @@ class Measurement:
             taps = self.model.decomposition.taps
             if self.model.bank is not None and taps is not None:
                 with self._seeded(indices[0]):
-                    _, key_feature = self.model.split.begin(args, kwargs)
+                    key_feature = self.model.split.begin(args, kwargs).key_feature
                 found = self.model.bank.search(taps.query(key_feature, args, kwargs)).distances
                 distances.append(guide_distance(found)[:, 0])
                 far = far | (distances[-1].cpu() > (self.model.about.get(GUIDE_LIMIT) or torch.inf))
