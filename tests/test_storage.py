@@ -15,10 +15,9 @@ import torch
 from torch import Tensor, nn
 
 import retroexit
-from retroexit.core.files import self_digest
-from retroexit.core.tensor_files import read_tensors, write_tensors
+from retroexit.core.files import read_tensors, self_digest, write_tensors
+from retroexit.core.modules import fingerprint
 from retroexit.errors import CheckpointError, NotRecordedError
-from retroexit.fingerprint import fingerprint
 from retroexit.metrics.base import QualityMetric
 from retroexit.model import EarlyExitGenerator
 
