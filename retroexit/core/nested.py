@@ -1,4 +1,4 @@
-"""Nested values that generators take and return: tuples, lists, dicts, dataclasses and objects with tensors."""
+"""Nested values that generators take and return: tuples, lists, dicts, dataclasses, objects with tensors."""
 
 from __future__ import annotations
 

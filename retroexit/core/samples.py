@@ -54,8 +54,8 @@ class Samples:
         is_one = isinstance(items, dict) or (isinstance(items, Tensor) and items.dim() == 0)
         if not is_sequence or is_one or len(items) == 0:
             raise OptionError(
-                f"inputs must be a non-empty sequence of samples, got {type(self.items).__name__}. A sample is "
-                "a tensor, a tuple of positional inputs, or a dict of keyword inputs, without the batch axis.",
+                f"inputs must be a non-empty sequence of samples, got {type(self.items).__name__}. A "
+                "sample is a tensor, a tuple of inputs, or a dict of keyword inputs, without the batch axis.",
                 self.items,
             )
         self.split(self.items[0])
@@ -110,8 +110,8 @@ class Samples:
         shapes = {tuple(leaf.shape) for leaf in leaves}
         if len(shapes) > 1:
             raise OptionError(
-                f"the samples of a batch must have one shape, got {sorted(shapes)}. Use batch=1, or inputs of "
-                "one size.",
+                f"the samples of a batch must have one shape, got {sorted(shapes)}. Use batch=1, or "
+                "inputs of one size.",
                 shapes,
             )
         return torch.stack(leaves)
