@@ -19,7 +19,7 @@ from retroexit.core.files import self_digest
 from retroexit.core.tensor_files import read_tensors, write_tensors
 from retroexit.errors import CheckpointError, NotRecordedError
 from retroexit.fingerprint import fingerprint
-from retroexit.metrics.base import QualityMetric
+from retroexit.metrics import QualityMetric
 from retroexit.model import EarlyExitGenerator
 
 

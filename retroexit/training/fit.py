@@ -23,7 +23,7 @@ from retroexit.guidance.first_order import with_slopes
 from retroexit.guidance.taps import Taps
 from retroexit.load import save_model
 from retroexit.measuring.image_range import image_range_of
-from retroexit.metrics.base import QualityMetric
+from retroexit.metrics import QualityMetric
 from retroexit.model import EarlyExitGenerator
 from retroexit.retrieval.base import Retriever
 from retroexit.routing.ood_guard import GUIDE_LIMIT, farthest
