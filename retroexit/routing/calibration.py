@@ -148,7 +148,7 @@ class Calibration:
         return int((with_backbone(self.losses).gather(1, exits[:, None] - 1) > tau).sum())
 
     def price(self, shares: Tensor, budget: float) -> float:
-        """Find the price of compute at which these inputs spend a budget on average; see `lagrange_multiplier`.
+        """Find the price of compute at which these inputs spend a budget on average: `lagrange_multiplier`.
 
         Raises:
             OptionError: If the cheapest exit costs more.
