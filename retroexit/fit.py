@@ -26,7 +26,7 @@ from retroexit.model import EarlyExitGenerator
 from retroexit.plugins.adapters import describe
 from retroexit.plugins.description import Description
 from retroexit.plugins.host import host
-from retroexit.retrieval.base import Retriever
+from retroexit.retrieval import Retriever
 from retroexit.routing.bounds import samples_needed
 from retroexit.routing.calibration import check_promise
 from retroexit.routing.latency import Latency
