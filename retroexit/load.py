@@ -31,7 +31,7 @@ from retroexit.saving.parts import (
 from retroexit.saving.settings import options_from_json, plan_to_json, with_key, wrap_settings
 
 if TYPE_CHECKING:
-    from retroexit.retrieval.base import Retriever
+    from retroexit.retrieval import Retriever
 
 __all__ = ["load_model", "save_model"]
 

@@ -18,7 +18,7 @@ import retroexit
 from retroexit.core.files import read_tensors, self_digest, write_tensors
 from retroexit.core.modules import fingerprint
 from retroexit.errors import CheckpointError, NotRecordedError
-from retroexit.metrics.base import QualityMetric
+from retroexit.metrics import QualityMetric
 from retroexit.model import EarlyExitGenerator
 
 

@@ -27,7 +27,7 @@ from summary import Run, summarise
 import retroexit
 from retroexit.core.modules import fingerprint
 from retroexit.guidance import GuidanceBank
-from retroexit.metrics.base import LPIPS
+from retroexit.metrics import LPIPS
 from retroexit.model import EarlyExitGenerator
 from retroexit.retrieval import ExactRetriever
 

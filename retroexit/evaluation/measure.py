@@ -24,7 +24,7 @@ from retroexit.evaluation.sweep import Evaluation
 from retroexit.evaluation.thop_check import cross_check
 from retroexit.evaluation.thresholds import highlighted, thresholds_for
 from retroexit.measuring.image_range import limits_of
-from retroexit.metrics.base import QualityMetric
+from retroexit.metrics import QualityMetric
 from retroexit.model import EarlyExitGenerator
 from retroexit.report.strips import Strip
 from retroexit.routing.ood_guard import GUIDE_LIMIT

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import retroexit
 from retroexit.core.files import read_tensors
 from retroexit.errors import CheckpointError, OptionError
-from retroexit.metrics.base import QualityMetric
+from retroexit.metrics import QualityMetric
 from retroexit.training.branches.trainer import BranchTrainer
 from retroexit.training.data.batch import TrainingBatch
 from retroexit.training.losses.discriminator_output import DiscriminatorOutput
