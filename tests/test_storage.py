@@ -214,7 +214,7 @@ def _without(key: str) -> Callable[[dict[str, Any]], None]:
     [
         (
             lambda m: m.update(schema=99),
-            "found schema 99, this version reads 1 to 2. Use the version that wrote it: 0.",
+            "found schema 99, this version reads 3. Use the version that wrote it: 0.",
         ),
         (_without("schema"), "found no readable model.json .KeyError: 'schema'"),
         (_without("fingerprint"), "model.json damaged .KeyError: 'fingerprint'"),
