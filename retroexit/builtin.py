@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from retroexit.plugins.hookspecs import hookimpl
 
@@ -16,7 +15,6 @@ if TYPE_CHECKING:
     from retroexit.training.losses import BatchTerm, Term
 
 __all__ = [
-    "retroexit_commands",
     "retroexit_losses",
     "retroexit_metrics",
     "retroexit_retrievers",
@@ -57,13 +55,3 @@ def retroexit_width_rules() -> dict[str, WidthFunction]:
     from retroexit.branch.widths.plan import multiple_of_8, scaled_width
 
     return {"floor": scaled_width, "multiple-of-8": multiple_of_8}
-
-
-@hookimpl
-def retroexit_commands() -> dict[str, Callable[..., Any]]:
-    """Offer the commands that come with the library, where typer is there to run them."""
-    if importlib.util.find_spec("typer") is None:
-        return {}
-    from retroexit.cli.commands import own_commands
-
-    return own_commands()
