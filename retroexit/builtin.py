@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from retroexit.branch.widths.plan import WidthFunction, multiple_of_8, scaled_width
-from retroexit.metrics.base import LPIPS, MSSSIM, QualityMetric
+from retroexit.metrics import LPIPS, MSSSIM, QualityMetric
 from retroexit.plugins.hookspecs import hookimpl
 from retroexit.retrieval import AutoRetriever, ExactRetriever, FaissRetriever, HnswlibRetriever, Retriever
 from retroexit.training.losses import L1, PERCEPTUAL, Perceptual

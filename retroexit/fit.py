@@ -21,7 +21,7 @@ from retroexit.errors import DeviceError, OptionError, WeightsError
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.load import load_model, save_model
 from retroexit.measuring.calibrate import calibrate_model
-from retroexit.metrics.base import QualityMetric
+from retroexit.metrics import QualityMetric
 from retroexit.model import EarlyExitGenerator
 from retroexit.plugins.description import Description
 from retroexit.plugins.host import host

@@ -23,7 +23,7 @@ from retroexit.plugins.description import Description
 
 if TYPE_CHECKING:
     from retroexit.branch.widths.plan import WidthFunction
-    from retroexit.metrics.base import QualityMetric
+    from retroexit.metrics import QualityMetric
     from retroexit.retrieval import Retriever
 
 __all__ = [
@@ -105,7 +105,7 @@ def retroexit_metrics() -> dict[str, Callable[..., QualityMetric]]:  # type: ign
 
     Returns:
         Factories by the name that users pass as ``fit(..., metric=name)``. A factory makes a
-        `retroexit.metrics.base.QualityMetric` whose ``name`` is the same. A file of weights named by the user
+        `retroexit.metrics.QualityMetric` whose ``name`` is the same. A file of weights named by the user
         is passed as ``weights``.
     """
 

@@ -30,7 +30,7 @@ from retroexit.retrieval import Retriever
 if TYPE_CHECKING:
     from retroexit.branch.adapter_stages import BuildStage
     from retroexit.branch.widths.plan import WidthFunction
-    from retroexit.metrics.base import QualityMetric
+    from retroexit.metrics import QualityMetric
 
 __all__ = ["Host", "PluginInfo", "brief", "cause_of", "host"]
 
@@ -135,8 +135,7 @@ class Host:
         metric, author = self._make("retroexit_metrics", name, options)
         if not (callable(metric) and hasattr(metric, "compare") and hasattr(metric, "describe")):
             raise PluginError(
-                f"metric {name!r} of {author} must be a retroexit.metrics.base.QualityMetric, got "
-                f"{brief(metric)}",
+                f"metric {name!r} of {author} must be a retroexit.metrics.QualityMetric, got {brief(metric)}",
                 metric,
             )
         if metric.name != name:  # a fitted model stores the name of its metric

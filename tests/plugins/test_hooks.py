@@ -18,7 +18,7 @@ import retroexit
 from retroexit import cli
 from retroexit.cli import commands
 from retroexit.errors import OptionError, PluginError
-from retroexit.metrics.base import QualityMetric
+from retroexit.metrics import QualityMetric
 from retroexit.plugins import Description, Host, PluginInfo, hookimpl, hookspecs, host
 from retroexit.retrieval import Retriever
 

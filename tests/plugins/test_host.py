@@ -13,7 +13,7 @@ import pytest
 from torch import Tensor, nn
 
 from retroexit.errors import OptionError, PluginError, RetroExitWarning
-from retroexit.metrics.base import QualityMetric
+from retroexit.metrics import QualityMetric
 from retroexit.plugins import Description, Host, hookimpl, host
 from retroexit.retrieval import Retriever
 
