@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from retroexit.core.tensor_files import sha256_of
+from retroexit.core.files import sha256_of
 from retroexit.errors import MissingExtraError, WeightsError
 
 __all__ = ["digest", "empty_lpips", "fill_lpips", "fill_trunk", "hub_file"]

@@ -15,10 +15,9 @@ from torch import Tensor
 from torch.utils.data import Subset
 from tqdm import tqdm
 
-from retroexit.core.modules import device_of
+from retroexit.core.modules import device_of, fingerprint
 from retroexit.core.samples import Samples, drawing_from
 from retroexit.errors import OptionError
-from retroexit.fingerprint import fingerprint
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.guidance.building import build_bank, with_slopes
 from retroexit.guidance.candidates import Candidates

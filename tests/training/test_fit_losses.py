@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import retroexit
-from retroexit.core.tensor_files import read_tensors
+from retroexit.core.files import read_tensors
 from retroexit.errors import CheckpointError, OptionError
 from retroexit.metrics import QualityMetric
 from retroexit.training.branches.trainer import BranchTrainer
