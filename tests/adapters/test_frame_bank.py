@@ -219,7 +219,7 @@ def test_a_driver_that_does_not_fit_is_refused_with_the_reason(fitted: tuple[Any
     model, _ = fitted
     feature, _, expression = drivers(2, 15)
     with pytest.raises(
-        BankError, match=r"raises ValueError: angles must have the shape \(N, 3\), got \(2, 4\)"
+        BankError, match=r"raised ValueError: angles must have the shape \(N, 3\), got \(2, 4\)"
     ):
         model(feature, torch.zeros(2, 4), expression, exit=1)
 
