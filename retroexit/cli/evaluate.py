@@ -106,7 +106,7 @@ def evaluate(
         typer.echo(EXPECTATION)
     else:
         typer.echo(f"promise: {promise['text']}\n{promise_table(promise)}")
-    typer.echo(f"drift guard: {result.about['drift_guard']}")
+    typer.echo(f"out-of-distribution guard: {result.about['ood_guard']}")
     typer.echo(f"report: {place / 'report.html'}")
 
 

@@ -15,7 +15,7 @@ import pytest
 import typer
 
 import retroexit
-from retroexit import builtin, plugins
+from retroexit import plugins
 from retroexit.cli import doctor
 from retroexit.cli.app import COMMANDS
 
@@ -86,7 +86,6 @@ def _offer(monkeypatch: pytest.MonkeyPatch, **commands: Any) -> None:
             return commands
 
     host = plugins.Host(discover=False)
-    host.register(builtin, "builtin")
     host.register(Offers(), "mine")
     monkeypatch.setattr("retroexit.cli.app.host", lambda: host)
 

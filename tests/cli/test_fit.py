@@ -161,7 +161,7 @@ def test_a_fit_ends_with_promise_and_times(run: Any, tmp_path: Path) -> None:
     assert saved["about"]["inputs"] == 6 and saved["latency"]["batch"] == 2
     shown = run("evaluate", *OTHERS).succeeds()
     assert re.search(r"promise: P\(.*\n.*consistent *\n.*\n +0.2 .* \d+ of 12 .* (yes|no) *\n", shown)
-    assert re.search(r"drift guard: \d+ of 12 samples are too far", shown)
+    assert re.search(r"out-of-distribution guard: \d+ of 12 samples are out", shown)
     assert 'id="promise"' in (tmp_path / "run/report/report.html").read_text()
 
 
