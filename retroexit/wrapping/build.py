@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from retroexit.branch.adapter_stages import BuildStage
-from retroexit.branch.builder import BranchSpec, Init
-from retroexit.branch.factory import Branch, build_branch
+from retroexit.branch.branch import Branch
+from retroexit.branch.builder import BranchSpec, Init, build_branch
 from retroexit.branch.widths.plan import WidthPlan, WidthRule
 from retroexit.errors import (
     AttachPointError,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from retroexit.branch.factory import Branch
+from retroexit.branch.branch import Branch
 from retroexit.branch.widths.plan import Pin
 from retroexit.wrapping.build import Decomposition
 
@@ -58,7 +58,7 @@ def list_exits(
                 macs=macs,
                 share=macs / decomposition.backbone_macs,
                 parameters=_count(branch),
-                widths=tuple(branch.widths()),
+                widths=tuple(branch.widths),
                 pinned=_by_reason(branch.pins),
             )
         )

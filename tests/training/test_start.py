@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import retroexit
-from retroexit.branch.factory import Branch
+from retroexit.branch.branch import Branch
 from retroexit.core.samples import Samples
 from retroexit.metrics.base import ImageRange
 from retroexit.model import EarlyExitGenerator
