@@ -139,10 +139,11 @@ class BranchBuilder:
 
     @cached_property
     def stages(self) -> list[str]:
-        """Paths of the stages in the tail that take a map, in order."""
+        """Paths of the stages in the tail that take a map, in order; scripted modules cannot be changed."""
         modules = [node for node in self.cut.rest if node.op == "call_module"]
         inside = {str(node.target) for node in modules if not node.meta.get("takes_tokens")}
-        return [path for path in self.spec.stages if path in inside]
+        is_scripted = {p for p, m in self.full.named_modules() if isinstance(m, torch.jit.ScriptModule)}
+        return [path for path in self.spec.stages if path in inside - is_scripted]
 
     @cached_property
     def first(self) -> str | None:
@@ -321,8 +322,9 @@ class BranchBuilder:
                 branch(*(value.clone() for value in self.values), guide=guide)
         except Exception as error:
             raise BranchError(
-                f"a copy of the stages at scale {self.spec.rule.scale:g} does not run: {type(error).__name__}: "
-                f"{error}. Use another scale or min_channels, attach elsewhere, or let an adapter build it.",
+                f"a copy of the stages at scale {self.spec.rule.scale:g} does not run: "
+                f"{type(error).__name__}: {error}. "
+                "Use another scale or min_channels, attach elsewhere, or let an adapter build the stage.",
                 branch,
             ) from error
         branch.macs = counter.macs

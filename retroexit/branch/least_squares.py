@@ -1,11 +1,11 @@
 """Solve the layers of a branch that inherited channels by least squares, so that they follow the backbone.
 
-With fewer channels to read, every layer of a narrowed copy returns something else than the layer it comes from.
-A linear layer can compensate for much of that: its weights are solved so that from the branch's own, inexact
-input it gives the backbone's output in the kept channels. Layers are solved in the order in which they run,
-while they run, so that each reads what those before it now return. Where an output is added to something, such
-as a skip connection, it compensates for the error of that too. Norms stay as they are, and so do layers whose
-weight is computed from others (weight norm, spectral norm, modulation) or that run more than once.
+With fewer channels to read, a layer of a narrowed copy returns something else than the original layer. A linear
+layer can compensate for much of that: its weights are solved so that from the branch's own, inexact input it
+gives the backbone's output in the kept channels. Layers are solved in the order in which they run, while they
+run, so that each reads what those before it now return. Where an output is added to something, such as a skip
+connection, it compensates for the error of that too. Norms stay as they are, and so do layers whose weight is
+computed from others (weight norm, spectral norm, modulation) or that run more than once.
 
 Reference: not in the paper, which trains branches from scratch; reconstruction of pruned networks by least
 squares is in ThiNet and "Channel pruning for accelerating very deep neural networks" (both ICCV 2017).

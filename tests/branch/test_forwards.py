@@ -161,6 +161,6 @@ def test_a_table_that_is_looked_up_keeps_its_rows_and_names_the_line() -> None:
 def test_a_width_that_numpy_computes_with_is_fixed_and_the_line_is_named() -> None:
     model, x = wrapped(NumpyRoot)
     (branch,) = model.branches
-    assert all("y / np.sqrt(y.shape[1])" in pin.reason for pin in branch.pins)
+    assert any("y / np.sqrt(y.shape[1])" in pin.reason for pin in branch.pins)
     assert branch.tail.get_parameter("blocks.1.a.weight").shape == (32, 32, 3, 3)
     assert model(x, exit=1).shape == (1, 3, 16, 16)

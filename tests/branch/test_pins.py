@@ -142,4 +142,4 @@ class Scripted(nn.Module):
 def test_a_scripted_module_keeps_its_widths_and_is_named() -> None:
     found = pins(Scripted(), "stem")
     assert "gate.0.weight" in {pin.parameter for pin in found}
-    assert all("the scripted module gate (Sequential)" in pin.reason for pin in found)
+    assert any("the scripted module gate (Sequential)" in pin.reason for pin in found)

@@ -226,7 +226,9 @@ def test_a_width_rule_out_of_range_is_named(painter: nn.Module, use: Callable[[o
             return {"huge": lambda channels, scale, least: channels + 1}
 
     use(Offers())
-    with pytest.raises(OptionError, match="width rule 'huge' for 16 channels at scale 0.5; found 17"):
+    with pytest.raises(
+        OptionError, match="width rule 'huge' must return .* 1 to 16 for 16 channels at scale 0.5, got 17"
+    ):
         wrap(painter, width_rule="huge")
 
 

@@ -96,8 +96,8 @@ def analyse(
                 return run.collect(out, image, names or [f"number {i}" for i in range(1, len(values))])
             attempt.counts |= run.new_counts - attempt.refused
     raise BranchError(
-        f"the stages after the attach point do not run on symbolic widths, not even with these modules at full "
-        f"width: {', '.join(attempt.opaque)}. Attach elsewhere, use scale=1, or let an adapter build the stage.",
+        f"the stages after the attach point do not run on symbolic widths, even with these modules at full "
+        f"width: {', '.join(attempt.opaque)}. Attach elsewhere, use scale=1, or let an adapter build it.",
         tail,
     )
 
@@ -127,7 +127,7 @@ class _Attempt:
     refused: set[Attribute] = field(default_factory=set)
 
     def retract(self, error: Exception, paths: dict[int, str]) -> None:
-        """Retract the assumption about attributes that may have caused an error, else make a module opaque."""
+        """Retract an assumption about attributes that may have caused an error, else make a module opaque."""
         path, reason = blame(error, paths, self.opaque)
         logger.debug("a symbolic run failed in %r", path, exc_info=error)
         guesses = {(p, n) for p, n in self.counts if not path or path == p or path.startswith(f"{p}.")}

@@ -83,7 +83,8 @@ class WidthRule:
         if isinstance(width, bool) or not isinstance(width, int) or not 1 <= width <= channels:
             raise OptionError(
                 f"width rule {self.name!r} must return an integer from 1 to {channels} for {channels} "
-                f"channels at scale {self.scale:g}, got {width!r}. Use another rule, or report this to its authors.",
+                f"channels at scale {self.scale:g}, got {width!r}. "
+                "Use another rule, or report this to its authors.",
                 self.name,
             )
         return width

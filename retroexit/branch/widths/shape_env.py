@@ -47,8 +47,8 @@ _LOGGERS = ("torch._subclasses.fake_tensor", "torch.fx.experimental.sym_node", "
 class SizeEnv(ShapeEnv):
     """Answers every question about sizes from their real values; adds an equation where two are equal.
 
-    An inequality adds nothing, since a narrower copy may answer it differently. Neither does ``int(size)``, or
-    ``math.sqrt(size)``, by itself: a number that is used as a size is compared with others later.
+    An inequality adds nothing, since a narrower copy may answer it differently. Neither does ``int(size)``
+    or ``math.sqrt(size)`` by itself: a number that is used as a size is compared with others later.
     """
 
     def __init__(self) -> None:
