@@ -19,8 +19,7 @@ from retroexit.stages.stage_errors import runs_often
 from retroexit.stages.suggest import suggest_attach_points
 from retroexit.stages.tokens import lay_out_tokens, mark_tokens
 from retroexit.stages.value_names import value_names
-from retroexit.tracing.control_flow import steering_line
-from retroexit.tracing.record import Recording, record
+from retroexit.tracing.record import Recording, record, steering_line
 from retroexit.tracing.recorder import Call
 
 __all__ = ["Decoder", "Stage", "read_decoder"]

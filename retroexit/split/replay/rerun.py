@@ -27,7 +27,7 @@ from retroexit.core.nested import rebuild_deep, tensors
 from retroexit.errors import InputMismatchError
 from retroexit.split.segments import change_first_map
 from retroexit.tracing.source_lines import user_line
-from retroexit.tracing.tensor_reads import READS
+from retroexit.tracing.recorder import READS
 
 __all__ = ["Answer", "Place", "Run", "become_standin", "delegate", "is_fake", "opened_by", "running"]
 

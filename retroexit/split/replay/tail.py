@@ -24,7 +24,7 @@ from retroexit.split.replay.rerun import (
 )
 from retroexit.split.replay.value_registry import Layout, Values
 from retroexit.split.segments import Cut, Tail
-from retroexit.tracing.tensor_reads import changed
+from retroexit.tracing.recorder import altered
 
 __all__ = ["ReplayCut", "ReplayTail"]
 
@@ -198,7 +198,7 @@ class ReplayTail(Tail):
                 for i in range(len(script), len(log)):
                     (site, answer), is_behind = log[i]
                     if is_behind and type(answer) in (bool, int, float):
-                        waiting.append((*answers[:i], (site, changed(answer))))
+                        waiting.append((*answers[:i], (site, altered(answer))))
         finally:
             for hook in hooks:
                 hook.remove()
