@@ -17,8 +17,8 @@ from retroexit.guidance.bank import GuidanceBank
 from retroexit.guidance.keys import key_name, keys_of
 from retroexit.guidance.options import WHOLE_IMAGE, Guidance
 from retroexit.guidance.provenance import Provenance
-from retroexit.split.segments import Cut
 from retroexit.split.split import SplitGenerator
+from retroexit.stages.cuts import Cut
 from retroexit.stages.decoder import Decoder, Stage, describe_stage
 from retroexit.tracing.record import unobserved
 

@@ -14,7 +14,8 @@ from retroexit.core.nested import cloned, flatten, rebuild, tensors
 from retroexit.errors import DeviceError, InputMismatchError, ModeError, RecordingError
 from retroexit.split.batch_rows import are_grouped, group, recorded_shapes, rows_per_sample
 from retroexit.split.call_signature import CallForm
-from retroexit.split.segments import Cut, Segment, Tail
+from retroexit.split.segments import Segment, Tail
+from retroexit.stages.cuts import Cut
 from retroexit.stages.decoder import Decoder, Stage
 from retroexit.tracing.record import unobserved
 
@@ -95,8 +96,8 @@ class SplitGenerator:
         """Cut the recording into segments."""
         recording, generator = self.decoder.recording, self.generator
         ends = [0, *(cut.position for cut in self.cuts)]
-        entering = [(), *(cut.crossing for cut in self.cuts)]
-        self._segments = [
+        entering = [None, *(cut.crossing for cut in self.cuts)]
+        self.segments = [
             Segment(recording, generator, begin, cut.position, cut.crossing, enter)
             for begin, cut, enter in zip(ends, self.cuts, entering, strict=False)
         ]
@@ -144,10 +145,10 @@ class SplitGenerator:
             values = self.advance(values, 0)
             return values, self.crossing(values, 0)[0]
         before, behind = self._around_key
-        values = before(values)
+        values = _run(before, values)
         # What comes next may write into the feature; on every route keys are what the stage returned.
         key_feature: Tensor = values[self.key_cut.feature].clone()
-        return behind(values), key_feature
+        return _run(behind, values), key_feature
 
     def key_feature(self, args: Any, kwargs: Any) -> Tensor:
         """Run no farther than to the feature that keys are cut from, and give it.
@@ -158,16 +159,16 @@ class SplitGenerator:
         values = self.start(args, kwargs)
         if self.key_cut is None or self._around_key is None:
             return self.crossing(self.advance(values, 0), 0)[0]
-        found: Tensor = self._around_key[0](values)[self.key_cut.feature]
+        found: Tensor = _run(self._around_key[0], values)[self.key_cut.feature]
         return found
 
     def advance(self, values: Values, index: int) -> Values:
         """Run the generator from the cut before to cut ``index`` (from 0); gives the values that cross it."""
-        return self._segments[index](values)
+        return _run(self.segments[index], values)
 
     def finish(self, values: Values) -> Any:
         """Run the rest of the generator from the last cut; gives its output."""
-        done = self._rest(values)
+        done = _run(self._rest, values)
         return rebuild(self._result, lambda leaf: done[leaf] if isinstance(leaf, fx.Node) else leaf)
 
     def crossing(self, values: Values, index: int) -> list[Tensor]:
@@ -188,7 +189,7 @@ class SplitGenerator:
     def value_at(self, cut: Cut, args: Any, kwargs: Any) -> Tensor:
         """Run the generator up to another cut; gives its feature ``(N, C, ...)``."""
         segment = Segment(self.decoder.recording, self.generator, 0, cut.position, [cut.feature])
-        found: Tensor = segment(self.start(args, kwargs))[cut.feature]
+        found: Tensor = _run(segment, self.start(args, kwargs))[cut.feature]
         return found
 
     def place_of(self, image: Any) -> Tensor:
@@ -383,6 +384,10 @@ def places(decoder: Decoder, stages: Iterable[Stage], tap: str) -> list[tuple[St
     """Cut a decoder at several stages, in order of execution."""
     cut = decoder.cut_after if tap == "after" else decoder.cut_before
     return sorted(((stage, cut(stage)) for stage in stages), key=lambda pair: pair[1].position)
+
+
+def _run(segment: Segment, values: Values) -> Values:
+    return dict(zip(segment.keep, segment(*(values[node] for node in segment.enter)), strict=True))
 
 
 def _precision(module: nn.Module) -> torch.dtype | None:

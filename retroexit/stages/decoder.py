@@ -12,8 +12,8 @@ from typing import Any
 from torch import fx, nn
 
 from retroexit.errors import AttachPointError, GeneratorError, RecordingError, closest
-from retroexit.split.segments import Cut, cut_at
 from retroexit.stages.choose import choose_stages
+from retroexit.stages.cuts import Cut, cut_at
 from retroexit.stages.image import find_image, is_map
 from retroexit.stages.stage_errors import runs_often
 from retroexit.stages.suggest import suggest_attach_points

@@ -1,7 +1,7 @@
 """Write one real execution of a generator into a `torch.fx.Graph` whose leaves are whole modules.
 
-`torch.fx.symbolic_trace` runs a forward on proxies and fails at the first ``if`` on a shape. The recorder runs
-it on real tensors. Sizes stay symbolic, so that a recording made with a batch of one runs with any batch.
+`torch.fx.symbolic_trace` runs a forward on proxies and fails at the first ``if`` on a shape. The recorder
+runs it on real tensors. Sizes stay symbolic, so that a recording made with a batch of one runs with any batch.
 """
 
 from __future__ import annotations
@@ -180,8 +180,8 @@ def _explain(generator: nn.Module, args: Any, kwargs: Any, error: Exception) -> 
     for tensor in inputs if weight is not None else ():
         if tensor.device != weight.device:
             return DeviceError(
-                f"{name} is on {weight.device} and an input of shape {tuple(tensor.shape)} on {tensor.device}. "
-                f"Move one of them. {cause}",
+                f"{name} is on {weight.device} and an input of shape {tuple(tensor.shape)} on {tensor.device}"
+                f". Move one of them. {cause}",
                 tensor,
             )
         if tensor.is_floating_point() and tensor.dtype != weight.dtype:

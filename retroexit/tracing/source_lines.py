@@ -22,7 +22,9 @@ _STANDARD = sysconfig.get_paths()["stdlib"]
 def is_user_code(filename: str) -> bool:
     """Return whether a file belongs neither to PyTorch, nor to Python, nor to this library."""
     installed = "site-packages" in filename or "dist-packages" in filename
-    is_standard = (filename.startswith(_STANDARD) and not installed) or filename.startswith(("<frozen", "<retroexit"))
+    is_standard = (filename.startswith(_STANDARD) and not installed) or filename.startswith(
+        ("<frozen", "<retroexit")
+    )
     is_ours = filename.startswith(_OURS) and not filename.startswith(_DEMO)
     return not is_standard and not is_ours and not filename.startswith(_LIBRARIES)
 

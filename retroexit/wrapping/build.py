@@ -29,9 +29,9 @@ from retroexit.guidance.provenance import check_provenance
 from retroexit.guidance.taps import Taps, find_key_cut, find_taps, tap_paths
 from retroexit.routing.predictor import Predictor
 from retroexit.split.replay.split import ReplaySplit
-from retroexit.split.segments import Cut
 from retroexit.split.self_test import cross
 from retroexit.split.split import SplitGenerator, places
+from retroexit.stages.cuts import Cut
 from retroexit.stages.decoder import Decoder, Stage, describe_stage, read_decoder
 from retroexit.stages.value_names import value_names
 from retroexit.tracing.record import unobserved

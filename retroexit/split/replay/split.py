@@ -24,8 +24,9 @@ from retroexit.errors import InputMismatchError, RecordingError
 from retroexit.split.replay.rerun import Place, Run, become_standin, delegate, opened_by, running
 from retroexit.split.replay.tail import ReplayCut, ReplayTail
 from retroexit.split.replay.value_registry import Layout
-from retroexit.split.segments import Cut, Tail
+from retroexit.split.segments import Tail
 from retroexit.split.split import SplitGenerator, Values
+from retroexit.stages.cuts import Cut
 from retroexit.stages.decoder import Decoder, Stage
 from retroexit.tracing.record import unobserved
 

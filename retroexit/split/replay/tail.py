@@ -23,7 +23,8 @@ from retroexit.split.replay.rerun import (
     running,
 )
 from retroexit.split.replay.value_registry import Layout, Values
-from retroexit.split.segments import Cut, Tail
+from retroexit.split.segments import Tail
+from retroexit.stages.cuts import Cut
 from retroexit.tracing.recorder import altered
 
 __all__ = ["ReplayCut", "ReplayTail"]
