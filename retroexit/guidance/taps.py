@@ -19,7 +19,8 @@ from retroexit.guidance.options import WHOLE_IMAGE, Guidance
 from retroexit.guidance.provenance import Provenance
 from retroexit.split.split import SplitGenerator
 from retroexit.stages.cuts import Cut
-from retroexit.stages.decoder import Decoder, Stage, describe_stage
+from retroexit.stages.decoder import Decoder, describe_stage
+from retroexit.stages.stage import Stage
 from retroexit.tracing.record import unobserved
 
 __all__ = ["Taps", "find_key_cut", "find_taps", "tap_paths"]

@@ -16,7 +16,8 @@ from retroexit.split.batch_rows import are_grouped, group, recorded_shapes, rows
 from retroexit.split.call_signature import CallForm
 from retroexit.split.segments import Segment, Tail
 from retroexit.stages.cuts import Cut
-from retroexit.stages.decoder import Decoder, Stage
+from retroexit.stages.decoder import Decoder
+from retroexit.stages.stage import Stage
 from retroexit.tracing.record import unobserved
 
 __all__ = ["Begun", "SplitGenerator", "Values"]

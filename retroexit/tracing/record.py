@@ -1,7 +1,7 @@
 """Write one real execution of a generator into a `torch.fx.Graph` whose leaves are whole modules.
 
 `torch.fx.symbolic_trace` runs a forward on proxies and fails at the first ``if`` on a shape. The recorder
-runs it on real tensors. Sizes stay symbolic, so that a recording made with a batch of one runs with any batch.
+runs it on real tensors. Sizes stay symbolic, so that a recording of one sample runs with any batch.
 """
 
 from __future__ import annotations

@@ -27,7 +27,8 @@ from retroexit.split.replay.value_registry import Layout
 from retroexit.split.segments import Tail
 from retroexit.split.split import SplitGenerator, Values
 from retroexit.stages.cuts import Cut
-from retroexit.stages.decoder import Decoder, Stage
+from retroexit.stages.decoder import Decoder
+from retroexit.stages.stage import Stage
 from retroexit.tracing.record import unobserved
 
 __all__ = ["ReplaySplit"]
