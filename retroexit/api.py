@@ -21,8 +21,7 @@ from retroexit.guidance.options import Guidance
 from retroexit.inspection import find_stages
 from retroexit.load import load_model
 from retroexit.model import EarlyExitGenerator
-from retroexit.plugins.adapters import build_stage_of, describe
-from retroexit.plugins.hookspecs import Description
+from retroexit.plugins.description import Description
 from retroexit.plugins.host import host
 from retroexit.wrapping.build import WrapOptions
 
@@ -110,7 +109,7 @@ def wrap(
         )
     if isinstance(attach_at, (str, int)):
         attach_at = [attach_at]
-    known = describe(generator, adapter)
+    known = host().describe(generator, adapter)
     if example_inputs is None and known is not None and known.example_inputs is not None:
         example_inputs, example_kwargs = known.example_inputs(generator)
     if stages is None and known is not None:
@@ -129,7 +128,7 @@ def wrap(
         seed=seed,
         shadowed=_shadowed(generator),
         predictor_inputs=None if known is None else known.predictor_inputs,
-        build_stage=build_stage_of(known, adapter),
+        build_stage=host().stage_builder(known, adapter),
         told=None if adapter is None else known,
     )
     model = EarlyExitGenerator(generator, options)
@@ -164,7 +163,7 @@ def load(
         CheckpointError: If files are missing, damaged, or belong to another generator, or a key function is.
         PluginError: If the bank's search back-end is not installed.
     """
-    known = describe(generator, adapter)
+    known = host().describe(generator, adapter)
     if example_inputs is None and known is not None and known.example_inputs is not None:
         example_inputs, example_kwargs = known.example_inputs(generator)
     return load_model(
@@ -177,7 +176,7 @@ def load(
         known_key=None if known is None else known.key,
         shadowed=_shadowed(generator),
         predictor_inputs=None if known is None else known.predictor_inputs,
-        build_stage=build_stage_of(known, adapter),
+        build_stage=host().stage_builder(known, adapter),
         told=None if adapter is None else known,
     )
 

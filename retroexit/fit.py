@@ -23,7 +23,6 @@ from retroexit.load import load_model, save_model
 from retroexit.measuring.calibrate import calibrate_model
 from retroexit.metrics import QualityMetric
 from retroexit.model import EarlyExitGenerator
-from retroexit.plugins.adapters import describe
 from retroexit.plugins.description import Description
 from retroexit.plugins.host import host
 from retroexit.retrieval import Retriever
@@ -240,7 +239,7 @@ def prepare(
         if missing is None:
             raise
         missing[QUALITY] = error
-    known = model.options.told if adapter is None else describe(model.generator, adapter)
+    known = model.options.told if adapter is None else host().describe(model.generator, adapter)
     plan = plan_losses(model.generator, losses, measured_by, known=known, missing=missing, **terms)
     wanted = FitSettings(**{**more, "losses": find_weights(losses, terms.get("instead"))})
     samples = Samples(inputs, wanted.seed)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from retroexit.core.modules import fingerprint
 from retroexit.core.nested import cloned, rebuild, tensors
 from retroexit.plugins.description import Description
-from retroexit.plugins.info import cause_of
+from retroexit.plugins.host import cause_of
 
 __all__ = ["Case", "Findings", "Inputs", "first_map", "nearly_equal", "snapshot"]
 

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from retroexit.errors import AdapterError, PluginError, RetroExitWarning
 from retroexit.plugins.description import Description
-from retroexit.plugins.host import Host, host
-from retroexit.plugins.info import brief
+from retroexit.plugins.host import Host, brief, host
 from retroexit.testing import claims
 from retroexit.testing.adversarial import check_contest
 from retroexit.testing.case import Case, Findings, Inputs, snapshot
@@ -188,7 +187,7 @@ class _Asked:
             return
         with self.found.part("the generator is recognised, others are not"):
             for stranger in strangers:
-                if self.host.describe(stranger, self.author) is not None:
+                if self.host.recognise(stranger, self.author) is not None:
                     self.found.wrong(
                         f"the adapter recognises a {type(stranger).__name__} too; return None for what it "
                         "does not know"

@@ -14,7 +14,7 @@ from retroexit.branch.widths.plan import scaled_width
 from retroexit.core.images import measure_range
 from retroexit.core.nested import cloned, tensors
 from retroexit.errors import OutputError
-from retroexit.plugins.info import brief
+from retroexit.plugins.host import brief
 from retroexit.stages.decoder import Decoder, read_decoder
 from retroexit.testing.case import Case, first_map, nearly_equal
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from retroexit.api import load, wrap
 from retroexit.core.nested import tensors
 from retroexit.model import EarlyExitGenerator
-from retroexit.plugins.info import cause_of
+from retroexit.plugins.host import cause_of
 from retroexit.stages.decoder import Decoder
 from retroexit.testing.case import Case, Inputs, nearly_equal
 

@@ -14,7 +14,7 @@ import retroexit
 from retroexit import builtin
 from retroexit.errors import BankError
 from retroexit.metrics import QualityMetric
-from retroexit.plugins.host import Host
+from retroexit.plugins.host import Host, host
 
 megaportraits = pytest.importorskip(
     "retroexit_megaportraits", reason="install the project to get its adapters"
@@ -174,8 +174,7 @@ def test_a_saved_model_finds_the_same_frames(
     known = Host(discover=False)
     known.register(builtin, "builtin")
     known.register(megaportraits, "megaportraits")
-    for module in ("retroexit.api", "retroexit.plugins.adapters"):
-        monkeypatch.setattr(f"{module}.host", lambda: known)
+    monkeypatch.setattr(host(), "__dict__", vars(known))
     loaded = retroexit.load(folder, driven)
     batch = drivers(4, 11)
     for exit in (1, 2, 3, 4):

@@ -374,7 +374,7 @@ class Misspelt:
         ({"plugin": Greedy(), "example_inputs": (torch.ones(1, 8, 8).long(),)}, "recognises a _Stranger too"),
         ({"plugin": Failing()}, "plug-in 'Failing': retroexit_describe raised AttributeError: "),
         ({"plugin": Blind()}, "Blind does not recognise a Decoder; return a Description"),
-        ({"plugin": Misspelt()}, "the plug-in does not fit: no hook 'retroexit_descibe'; closest: "),
+        ({"plugin": Misspelt()}, "the plug-in does not fit: unknown hook 'retroexit_descibe' in plugin"),
         ({}, "no installed plug-in recognises a Decoder; install the adapter's distribution"),
         ({"plugin": Adapter(), "strangers": [Decoder()]}, "the adapter recognises a Decoder too"),
     ],
