@@ -115,7 +115,7 @@ def test_a_generator_in_train_mode(toy: Any, untouched: Untouched) -> None:
     toy.generator.train()
     with (
         untouched(toy.generator),
-        pytest.raises(errors.ModeError, match="found it in train mode.*generator.eval"),
+        pytest.raises(errors.ModeError, match="must be in eval mode.*generator.eval"),
     ):
         wrap(toy.generator)
 
@@ -376,7 +376,7 @@ def test_tensors_hidden_in_an_object(toys: ModuleType, untouched: Untouched) -> 
     generator.opens = Opens()
     with untouched(generator):
         model = wrap(generator)
-    assert "a Box object that holds tensors" in model.split.decoder.replayed
+    assert "a Box object with tensors" in model.split.decoder.replayed
 
 
 class _OneStage(nn.Module):

@@ -179,7 +179,7 @@ def test_a_replayed_generator_says_why(generator: nn.Module, untouched: Untouche
         reason = model.split.decoder.replayed
         assert reason in repr(model)
         assert "\n" not in reason
-    line = "a Bundle object that holds tensors" if isinstance(generator, Bundles) else r"test_replay.py:"
+    line = "a Bundle object with tensors" if isinstance(generator, Bundles) else r"test_replay.py:"
     assert line in reason
 
 
@@ -371,7 +371,7 @@ def test_where_replay_does_not_help_both_reasons_are_given(untouched: Untouched)
     generator = Changes().eval()
     with (
         untouched(generator),
-        pytest.raises(errors.RecordingError, match=r"Bundle object that holds.*again behind (a|the) cut"),
+        pytest.raises(errors.RecordingError, match=r"Bundle object with tensors.*again behind (a|the) cut"),
     ):
         wrap(generator)
 
