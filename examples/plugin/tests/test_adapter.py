@@ -9,7 +9,7 @@ from torch import nn
 
 import retroexit
 from retroexit.plugins import host
-from retroexit.testing.check_adapter import check_adapter
+from retroexit.testing import check_adapter
 
 
 @pytest.fixture
