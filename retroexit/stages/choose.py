@@ -377,14 +377,15 @@ def nothing_found(recording: Recording, image: fx.Node) -> AttachPointError:
     times = Counter(call.path for call in recording.calls if call.path and call.macs)
     often = [(path, n) for path, n in times.items() if n > 1]
     once = _run_once(recording, image, times)
-    asked = "asked for the decoder's stages; found "
     if often:
         # The outermost of what runs again is what the user wrote a loop around.
         path, n = next((p, n) for p, n in often if not any(p.startswith(f"{q}.") for q, _ in often))
-        what = f"that {path!r} runs {n} times, so that there is no single place behind it, and "
-        what += "little work in modules that run once. " + _turns(path, n)
+        what = (
+            f"no stages in the decoder: {path!r} runs {n} times, so there is no single place behind it, and "
+        )
+        what += "modules that run once do little work. " + _turns(path, n)
     else:
-        what = "no module with weights that passes a feature map on to the image. "
+        what = "no stages in the decoder: no module with weights passes a feature map on to the image. "
         what += (
             "Put the layers of each resolution into a module of their own, or wrap the module that renders "
         )
@@ -393,14 +394,14 @@ def nothing_found(recording: Recording, image: fx.Node) -> AttachPointError:
         what += f" Or name what runs once: stages={once}."
     elif not often:
         what += " Then name them: stages=['blocks.0', 'blocks.1']."
-    return AttachPointError(asked + what, recording)
+    return AttachPointError(what, recording)
 
 
 def runs_often(path: str, times: int) -> RepeatedStageError:
     """Explain that a module that was asked for runs more than once."""
     return RepeatedStageError(
-        f"asked for a branch at {path!r}; found that it runs {times} times in one forward pass, so that "
-        "there is no single place behind it. Attach at a module that runs once, or "
+        f"{path!r} runs {times} times in one forward pass, so there is no single place behind it. "
+        "Attach at a module that runs once, or "
         f"{_lower(_turns(path, times))}",
         path,
     )

@@ -66,7 +66,7 @@ class Decoder:
         candidates = self._maps(call.outputs)
         if not candidates:
             raise AttachPointError(
-                f"asked for a branch after {stage.path!r}; found that it returns no feature map. "
+                f"no branch is possible after {stage.path!r}: it returns no feature map. "
                 f"Attach at one of {closest(stage.path, [s.path for s in self.stages])}.",
                 stage.path,
             )
@@ -78,8 +78,7 @@ class Decoder:
         candidates = self._maps(call.inputs)
         if not candidates:
             raise AttachPointError(
-                f"asked for a branch before {stage.path!r}; found that it takes no feature map. Use "
-                "tap='after'.",
+                f"no branch is possible before {stage.path!r}: it takes no feature map. Use tap='after'.",
                 stage.path,
             )
         return cut_at(self.recording, call.begin, candidates, f"before {stage.path!r}")
@@ -226,11 +225,10 @@ def _check_path(generator: nn.Module, path: str, ran: Counter[str]) -> None:
     if ran[path] > 1:
         raise runs_often(path, ran[path])
     exists = path in dict(generator.named_modules())
-    found = "that this module is never called" if exists else "no such module"
+    name = type(generator).__name__
+    problem = f"{path!r} is never called in {name}" if exists else f"no module {path!r} in {name}"
     raise AttachPointError(
-        f"asked for a branch at {path!r}; found {found} in {type(generator).__name__}. Closest: "
-        f"{closest(path, ran)}. "
-        "List all with 'retroexit inspect' or retroexit.find_stages.",
+        f"{problem}; closest: {closest(path, ran)}. List all with 'retroexit inspect'.",
         path,
     )
 

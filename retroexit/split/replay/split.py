@@ -125,9 +125,8 @@ class ReplaySplit(SplitGenerator):
             run.out = self._skeletons[index](*args, **kwargs)
         if target is not None and not run.reached_target:
             raise InputMismatchError(
-                f"asked for an early exit at {target.path!r}; found that the generator does not run that "
-                "module for these inputs. Take the backbone's exit for them, or attach to a module that "
-                "always runs.",
+                f"the generator does not run {target.path!r} for these inputs, so there is no exit. Take the "
+                "backbone's exit for them, or attach to a module that always runs.",
                 target.path,
             )
         return run
@@ -190,8 +189,8 @@ class ReplaySplit(SplitGenerator):
             trouble = self._trouble(*given)
             if trouble:
                 raise RecordingError(
-                    f"asked to run the forward of {type(self.generator).__name__} again behind a cut; found "
-                    f"that it {trouble}. Attach elsewhere, or let its modules return all that they change.",
+                    f"the forward of {type(self.generator).__name__}, run again behind a cut, {trouble}. Attach "
+                    "elsewhere, or let its modules return all that they change.",
                     self.generator,
                 )
 

@@ -163,9 +163,8 @@ class ReplayTail(Tail):
             out = self._root(*args, **kwargs)
         if not run.is_behind:
             raise InputMismatchError(
-                f"asked for an early exit at {self._cut.place.path!r}; found that the generator's forward, "
-                "run again with what it had called before, does not come to that module. Let nothing but its "
-                "inputs and its modules' outputs steer it.",
+                f"the generator's forward, run again, does not reach {self._cut.place.path!r}. Only its inputs "
+                "and its modules' outputs may control it.",
                 self._cut.place.path,
             )
         return out
