@@ -74,7 +74,8 @@ def _self_test(split: SplitGenerator, index: int, handed: list[Tensor], wanted: 
             default=float("nan"),
         )
         raise RecordingError(
-            f"the recorded rest of the generator behind cut {index + 1} does not reproduce its output (largest "
+            f"the recorded rest of the generator behind cut {index + 1} does not reproduce its "
+            "output (largest "
             f"difference {difference:.3g}). Attach elsewhere, or pass self_test=False if the generator draws "
             "random numbers behind this place in an order of its own.",
             index,

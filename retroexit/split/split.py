@@ -267,14 +267,16 @@ class SplitGenerator:
             if module.training != mode:
                 state = "train" if module.training else "eval"
                 raise ModeError(
-                    f"{type(module).__name__} must be in {'train' if mode else 'eval'} mode as in the recording, "
+                    f"{type(module).__name__} must be in {'train' if mode else 'eval'} mode as in the "
+                    "recording, "
                     f"got {state} mode. Set the generator's mode back, or wrap it again.",
                     module,
                 )
         device = device_of(self.generator, self._device)
         if device != self._device:
             raise DeviceError(
-                f"the generator must be on {self._device} as in the recording, got {device}. Move it first, then "
+                f"the generator must be on {self._device} as in the recording, got {device}. Move it "
+                "first, then "
                 "wrap it again (retroexit.load keeps the trained branches).",
                 device,
             )
@@ -325,13 +327,15 @@ class SplitGenerator:
             agrees = self._agrees(args, kwargs)
         except Exception as error:
             raise InputMismatchError(
-                f"the recorded forward fixes sizes or types and raises {type(error).__name__}: {error} for inputs "
+                f"the recorded forward fixes sizes or types and raises {type(error).__name__}: "
+                f"{error} for inputs "
                 f"of {what}. Wrap again with such example inputs.",
                 shapes,
             ) from error
         if not agrees:
             raise InputMismatchError(
-                f"the recorded forward gives another output than the generator for inputs of {what}. Wrap again "
+                f"the recorded forward gives another output than the generator for inputs of {what}. "
+                "Wrap again "
                 "with such example inputs.",
                 shapes,
             )
@@ -376,7 +380,8 @@ class SplitGenerator:
             reads = [read.line for read in self.decoder.recording.reads]
             frozen = f" Values read out of tensors are frozen: {'; '.join(reads[:3])}." if reads else ""
             raise RecordingError(
-                f"the recorded execution of {type(self.generator).__name__} {trouble} on other inputs.{frozen} "
+                f"the recorded execution of {type(self.generator).__name__} {trouble} on other "
+                f"inputs.{frozen} "
                 "Attach branches to a submodule whose forward does not depend on the data's values.",
                 self.generator,
             )

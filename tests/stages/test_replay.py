@@ -345,9 +345,7 @@ def test_a_module_that_does_not_run_for_these_inputs_is_named() -> None:
             return self.rgb(self.blocks[2](self.warm(h)))
 
     model = wrap(Skips().eval())
-    with pytest.raises(
-        errors.InputMismatchError, match=r"'blocks\.1'; found that the generator does not run"
-    ):
+    with pytest.raises(errors.InputMismatchError, match=r"does not run 'blocks\.1'"):
         model(-bright(), exit=2)
     assert torch.equal(model(-bright(), exit=1), model.generator(-bright()))
 

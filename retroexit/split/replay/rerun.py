@@ -154,7 +154,8 @@ class Run:
     def _feed(self, path: str, number: int) -> Any:
         if (path, number) not in self.fed:
             raise InputMismatchError(
-                f"the generator calls {path!r} {number + 1} times for these inputs, more often than before the "
+                f"the generator calls {path!r} {number + 1} times for these inputs, more often than "
+                "before the "
                 "exit. Wrap with example inputs for which it runs as often.",
                 path,
             )

@@ -189,7 +189,8 @@ class ReplaySplit(SplitGenerator):
             trouble = self._trouble(*given)
             if trouble:
                 raise RecordingError(
-                    f"the forward of {type(self.generator).__name__}, run again behind a cut, {trouble}. Attach "
+                    f"the forward of {type(self.generator).__name__}, run again behind a cut, {trouble}. "
+                    "Attach "
                     "elsewhere, or let its modules return all that they change.",
                     self.generator,
                 )

@@ -163,7 +163,8 @@ class ReplayTail(Tail):
             out = self._root(*args, **kwargs)
         if not run.is_behind:
             raise InputMismatchError(
-                f"the generator's forward, run again, does not reach {self._cut.place.path!r}. Only its inputs "
+                f"the generator's forward, run again, does not reach {self._cut.place.path!r}. Only "
+                "its inputs "
                 "and its modules' outputs may control it.",
                 self._cut.place.path,
             )
