@@ -3,8 +3,8 @@
 The bank is filled from a generator's inputs as `fit` does it. There are two kinds of queries: inputs that
 are not in the bank ("held out"), and inputs that are, with new noise ("new noise"). Per back-end, those of
 plug-ins included, and size of the bank: recall@1 against a plain loop, the time of one image's queries in one
-search (median, 10th to 90th percentile; back-ends take turns), time to build, memory, time and size of saving,
-and the loss of each exit's image when its guide comes from that back-end.
+search (median, 10th to 90th percentile; back-ends take turns), time to build, memory, time and size of
+saving, and the loss of each exit's image when its guide comes from that back-end.
 
     python benchmarks/retrieval.py --sizes 1000 10000 --json runs/retrieval.json --plot runs/retrieval.png
     python benchmarks/retrieval.py --case latent --shared ../shared --model runs/latent-guided
