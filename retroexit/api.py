@@ -1,6 +1,6 @@
 """What the README shows first: wrap a generator, find its stages, load it again.
 
-To fit is `retroexit.fit`, to evaluate and to calibrate `retroexit.assessing`; all can be had from here.
+To fit is `retroexit.fit`, to evaluate `retroexit.evaluate`; all can be had from here.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from retroexit.assessing import calibrate, evaluate, find_metric
+from retroexit.assessing import calibrate
 from retroexit.branch.widths.plan import WidthRule
 from retroexit.errors import GeneratorError, OptionError, RetroExitWarning
+from retroexit.evaluate import evaluate
 from retroexit.fit import fit
 from retroexit.guidance.options import Guidance
 from retroexit.inspection import find_stages
@@ -23,6 +24,7 @@ from retroexit.load import load_model
 from retroexit.model import EarlyExitGenerator
 from retroexit.plugins.description import Description
 from retroexit.plugins.host import host
+from retroexit.plugins.metrics import find_metric
 from retroexit.wrapping.build import WrapOptions
 
 __all__ = ["calibrate", "evaluate", "find_metric", "find_stages", "fit", "load", "wrap"]

@@ -14,7 +14,6 @@ from typing import Any
 
 from torch import nn
 
-from retroexit.assessing import find_metric
 from retroexit.core.modules import device_of
 from retroexit.core.samples import Samples, moved
 from retroexit.errors import DeviceError, OptionError, WeightsError
@@ -25,6 +24,7 @@ from retroexit.metrics import QualityMetric
 from retroexit.model import EarlyExitGenerator
 from retroexit.plugins.description import Description
 from retroexit.plugins.host import host
+from retroexit.plugins.metrics import find_metric
 from retroexit.retrieval import Retriever
 from retroexit.routing.bounds import samples_needed
 from retroexit.routing.calibration import check_promise

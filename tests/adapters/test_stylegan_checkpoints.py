@@ -93,13 +93,6 @@ def test_sizes_are_read_off_the_tensors(tmp_path: Path, suffix: str, options: di
     assert torch.equal(again(z, c, 0.7, 1), trained(z, c, 0.7, 1))
 
 
-def test_the_clamp_is_told_by_the_caller(tmp_path: Path) -> None:
-    trained, z = small(conv_clamp=0.1), torch.randn(1, 8)
-    path = save(trained.state_dict(), tmp_path / "weights.pth")
-    assert torch.equal(load_generator(path, conv_clamp=0.1)(z), trained(z))
-    assert not torch.equal(load_generator(path)(z), trained(z))
-
-
 def written_by_train(generator: nn.Module) -> dict[str, Any]:
     """Make what rosinality's ``train.py`` saves: networks, optimisers, its options, no mean style vector."""
     state, _ = to_rosinality(generator.state_dict())
@@ -197,21 +190,6 @@ def test_another_architecture_is_refused_by_the_name_that_differs(tmp_path: Path
     del state["synthesis.b8.skip.weight"], state["synthesis.b4.torgb.bias"]
     with pytest.raises(CheckpointError, match=r"another architecture.*synthesis\.b4\.torgb\.bias"):
         load_generator(save(state, tmp_path / "orig.pth"))
-
-
-def test_weights_in_rosinalitys_layout_are_converted() -> None:
-    generator = small()
-    state, w_avg = to_rosinality(generator.state_dict())
-    assert state["convs.0.conv.weight"].shape == (1, 64, 64, 3, 3)
-    assert state["to_rgbs.2.conv.weight"].shape == (1, 3, 16, 1, 1)
-    converted = convert(state, w_avg)
-    assert list(converted) and converted.keys() == generator.state_dict().keys()
-    for name, value in generator.state_dict().items():
-        assert torch.equal(converted[name], value), name
-    fresh, z = small(), torch.randn(1, 8)
-    fresh.load_state_dict(converted)
-    assert torch.equal(fresh(z, None, 0.5), generator(z, None, 0.5))
-    assert not convert(state)["mapping.w_avg"].any()
 
 
 def test_a_state_that_is_not_rosinalitys_is_refused() -> None:
