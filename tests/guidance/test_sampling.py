@@ -98,12 +98,6 @@ def test_the_first_choices_are_a_smaller_sample_and_the_seed_moves_them() -> Non
     assert {int(farthest_points(keys, 1, seed=seed)[0]) for seed in range(20)} != {0}
 
 
-def test_progress_counts_up_to_the_size() -> None:
-    calls: list[tuple[int, int]] = []
-    farthest_points(torch.randn(500, 4), 100, progress=lambda done, total: calls.append((done, total)))
-    assert calls[0] == (1, 100) and calls[-1] == (100, 100)
-
-
 def test_coverage_equals_a_full_table_of_distances() -> None:
     keys = torch.randn(200, 5) + 100
     chosen = farthest_points(keys, 20)

@@ -94,21 +94,6 @@ def test_a_sound_index_is_not_built_again(make, keys, tmp_path, monkeypatch) -> 
     assert same(retriever, type(retriever).load(tmp_path / "index"), keys)
 
 
-def test_a_search_option_changed_on_load_keeps_the_index_and_another_rebuilds_it(
-    keys, tmp_path, monkeypatch
-) -> None:
-    HnswlibRetriever(ef=20).build(keys).save(tmp_path / "index")
-    built = []
-    build = HnswlibRetriever._build
-    monkeypatch.setattr(
-        HnswlibRetriever, "_build", lambda self, rows: (built.append(self), build(self, rows))
-    )
-    assert HnswlibRetriever.load(tmp_path / "index", ef=50).options["ef"] == 50
-    assert not built
-    assert HnswlibRetriever.load(tmp_path / "index", M=4, threads=3).threads == 3
-    assert len(built) == 1
-
-
 def test_keys_saved_by_one_back_end_serve_another(keys, tmp_path) -> None:
     HnswlibRetriever().build(keys).save(tmp_path / "index")
     loaded = ExactRetriever.load(tmp_path / "index")
