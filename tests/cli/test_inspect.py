@@ -160,7 +160,7 @@ def test_a_file_is_not_mistaken_for_a_module_of_its_name(run: Any, tmp_path: Pat
         (("toy.py:decoder", "--shape", "1,4:nn"), "found no type torch.nn"),
         (("toy.py:decoder", "--shape", "1,5,4,4"), r"rejects the example inputs \(\(1, 5, 4, 4\)\)"),
         (("toy.py:with_inputs", "--picture", "d.gif"), "found the ending '.gif'. End it with one of .svg"),
-        (("toy.py:with_inputs", "--picture", "no/d.svg"), "found no folder 'no'"),
+        (("toy.py:with_inputs", "--picture", "no/d.svg"), "no folder 'no'"),
         (("toy.py:with_inputs", "--json", "no/d.json"), "asked for --json no/d.json; found no folder 'no'"),
     ],
 )
