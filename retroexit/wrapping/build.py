@@ -25,7 +25,6 @@ from retroexit.errors import (
 )
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.guidance.options import Guidance
-from retroexit.guidance.provenance import check_provenance
 from retroexit.guidance.taps import Taps, find_key_cut, find_taps, tap_paths
 from retroexit.routing.predictor import Predictor
 from retroexit.split.replay.split import ReplaySplit
@@ -177,8 +176,8 @@ class Decomposition:
                 bank,
             )
         # Hashing all weights takes a while: only where there is something to compare with.
-        own = None if bank.origin.fingerprint is None else fingerprint(self.split.generator)
-        check_provenance(bank.origin, self.taps.origin(own), bank)
+        own = None if bank.meta.get("fingerprint") is None else fingerprint(self.split.generator)
+        bank.check_origin(fingerprint=own, **self.taps.origin())
 
     def search_macs(self, bank: GuidanceBank | None) -> int:
         """MACs of the search in the bank for one sample, as exact search counts them."""
