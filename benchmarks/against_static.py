@@ -50,10 +50,10 @@ from static.measuring import (
 from torch import Tensor
 
 import retroexit
+from retroexit.core.images import ImageRange
 from retroexit.core.samples import Samples
 from retroexit.core.versions import versions
 from retroexit.evaluation.sweep import Evaluation
-from retroexit.metrics.base import ImageRange
 from retroexit.model import EarlyExitGenerator
 from retroexit.training.data.cache import FeatureCache
 
@@ -222,7 +222,7 @@ def main(given: Sequence[str] | None = None) -> None:
 
 
 def _backbone_macs(case: Case) -> int:
-    from retroexit.evaluation.thop_check import count_macs
+    from retroexit.core.macs import count_macs
 
     args, _ = Samples(case.test).gather([0])
     return count_macs(case.generator, *args)

@@ -35,10 +35,10 @@ from cases import CASES, Case, shared_folder
 from tqdm import tqdm
 
 import retroexit
+from retroexit.core.images import ImageRange
 from retroexit.core.samples import Samples
 from retroexit.core.versions import versions
 from retroexit.guidance import GuidanceBank, cut
-from retroexit.metrics.base import ImageRange
 from retroexit.model import EarlyExitGenerator
 from retroexit.plugins import host
 from retroexit.report.text_tables import table
@@ -89,7 +89,7 @@ def keys_of(model: EarlyExitGenerator, inputs: Sequence[Any]) -> np.ndarray:
     taps, found = model.decomposition.taps, []
     assert taps is not None
     for _, args, kwargs in tqdm(Samples(inputs).batches(16), desc="keys", disable=None):
-        _, key_feature = model.split.begin(args, kwargs)
+        key_feature = model.split.begin(args, kwargs).key_feature
         found.append(cut(taps.query(key_feature, args, kwargs), taps.patch).flatten(1, -2))
     return torch.cat(found).float().numpy()
 

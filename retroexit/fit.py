@@ -93,8 +93,8 @@ def fit(
             ``"feature-matching"`` is a term: the generator's own, trained; a file with the state dict of the
             one that the adapter makes; ``"auto"``, that one as it is made, which knows nothing yet; ``None``.
         adversarial: How they compete: ``"hinge"``, ``"non-saturating"`` or a
-            `retroexit.training.losses.objectives.Objective`; by default as the adapter says, else as the preset
-            does.
+            `retroexit.training.losses.objectives.Objective`; by default as the adapter says, else as the
+            preset does.
         discriminator_lr: Learning rate of the discriminators.
         gaze: Gaze network of the term ``"gaze"``.
         adapter: What is known about the generator, as for `wrap`, by default what it was wrapped with; only

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import retroexit
+from retroexit.core.images import ImageRange
 from retroexit.core.samples import Samples
 from retroexit.guidance import GuidanceBank, with_slopes
-from retroexit.metrics.base import ImageRange
 from retroexit.model import EarlyExitGenerator
 from retroexit.plugins import host
 from retroexit.training.data.cache import IMAGE, FeatureCache, guidance_names

@@ -55,8 +55,8 @@ def wrapped(options: argparse.Namespace, key: PoseKey | None, width: int) -> Ear
 def bank_of(model: EarlyExitGenerator, inputs: Inputs, folder: Path) -> GuidanceBank:
     """Fill a bank with the frames of some people, or read it where it has been filled.
 
-    `retroexit.training.stream_bank.stream_bank` fills the same one; here frames are drawn in bfloat16, which is
-    more than twice as fast and does no harm, since a bank keeps them in float16.
+    `retroexit.training.stream_bank.stream_bank` fills the same one; here frames are drawn in bfloat16, which
+    is more than twice as fast and does no harm, since a bank keeps them in float16.
     """
     if not folder.exists():
         latents, people = (torch.stack(list(column)) for column in zip(*inputs, strict=True))

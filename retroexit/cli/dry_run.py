@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import nn
 
+from retroexit.core.macs import unit_of
 from retroexit.core.samples import Samples
 from retroexit.errors import MissingExtraError, WeightsError
-from retroexit.evaluation.thop_check import unit_of
 from retroexit.fit import Job, prepare
 from retroexit.metrics.base import QualityMetric
 from retroexit.model import EarlyExitGenerator

@@ -1,7 +1,7 @@
 """Thinning by k-means: the keys nearest to the centres of clusters.
 
 Where farthest points serve the worst query best, centres serve the average query: they lie where keys are
-dense. The paper thins by farthest points (section 4.1); this is the alternative for banks that are prediction by
+dense. The paper thins by farthest points (section 4.1); this is the alternative for banks that are judged by
 the mean distance to the guide.
 """
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from retroexit.core.images import ImageRange, measure_range
 from retroexit.core.modules import device_of
 from retroexit.core.samples import Samples, drawing_from
-from retroexit.metrics.base import ImageRange, measure_range
 from retroexit.model import EarlyExitGenerator
 
 __all__ = ["image_range_of", "limits_of"]

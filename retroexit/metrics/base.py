@@ -1,4 +1,4 @@
-"""How far an exit's image is from the backbone's: LPIPS, MS-SSIM, and the range of an image.
+"""How far an exit's image is from the backbone's: LPIPS and MS-SSIM.
 
 A quality metric is a *loss*: 0 for equal images, larger is worse. The paper states every threshold as LPIPS
 to the backbone's own output (sections 3.2 and 3.4); MS-SSIM is one of its training losses (equation 4).
@@ -10,17 +10,16 @@ import importlib.metadata
 import math
 import weakref
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from retroexit.errors import MissingExtraError, OptionError, OutputError, closest
+from retroexit.errors import MissingExtraError, OptionError, closest
 from retroexit.metrics.weights import digest, empty_lpips, fill_lpips, hub_file
 
-__all__ = ["LPIPS", "MSSSIM", "ImageRange", "QualityMetric", "measure_range"]
+__all__ = ["LPIPS", "MSSSIM", "QualityMetric"]
 
 # Below this many pixels on the shorter side a pooling layer of the network has no output.
 _SMALLEST_SIDE = {"alex": 31, "squeeze": 17, "vgg": 16}
@@ -222,71 +221,6 @@ class MSSSIM(QualityMetric):
             weights = _scale_weights(size)
             facts |= {"size": list(size), "scales": len(weights), "weights": list(weights)}
         return facts
-
-
-@dataclass(frozen=True)
-class ImageRange:
-    """The nominal range of a generator's images.
-
-    Attributes:
-        low: Value of black.
-        high: Value of white.
-    """
-
-    low: float
-    high: float
-
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
-            raise OptionError(f"image_range needs finite low < high, found ({self.low}, {self.high})", self)
-
-    def to_signed(self, x: Tensor) -> Tensor:
-        """Map images from this range to ``[-1, 1]``; overshoot stays overshoot, nothing is clamped."""
-        if (self.low, self.high) == (-1.0, 1.0):
-            return x
-        return (x - self.low) * (2 / (self.high - self.low)) - 1
-
-    def from_signed(self, x: Tensor) -> Tensor:
-        """Map images from ``[-1, 1]`` to this range, the inverse of `to_signed`."""
-        if (self.low, self.high) == (-1.0, 1.0):
-            return x
-        return (x + 1) * ((self.high - self.low) / 2) + self.low
-
-
-def measure_range(image: Tensor) -> ImageRange:
-    """Tell from real images whether their range is [0, 1], [-1, 1] or [0, 255].
-
-    Decoders rarely clamp their output, so the bulk of the values (99.8 %) may leave the range by 15 % of its
-    span. A range is only accepted if the image also uses a good part of it.
-
-    Args:
-        image: One or more images of the generator, any shape; the more, the safer.
-
-    Raises:
-        OutputError: If the values are not finite, or fit none of the three ranges clearly.
-    """
-    if image.dtype == torch.uint8:
-        return ImageRange(0.0, 255.0)
-    values = image.detach().double().flatten()
-    if values.numel() == 0 or not bool(torch.isfinite(values).all()):
-        raise OutputError(f"the image of shape {_shape(image)} is empty or holds NaN or infinity", image)
-    rank = max(1, round(0.001 * values.numel()))
-    bulk_low = float(values.kthvalue(rank).values)
-    bulk_high = float(values.kthvalue(values.numel() + 1 - rank).values)
-    low, high = float(values.min()), float(values.max())
-    if bulk_low >= -0.15 and bulk_high <= 1.15 and high >= 0.25 and high - low >= 0.2:
-        return ImageRange(0.0, 1.0)
-    # Between -0.25 and -0.5 only a maximum that stays in [-1, 1] rules out a [0, 1] image that overshoots.
-    reaches_below = bulk_low <= -0.5 or (bulk_low <= -0.25 and bulk_high <= 1.0)
-    if reaches_below and bulk_low >= -1.3 and bulk_high <= 1.3:
-        return ImageRange(-1.0, 1.0)
-    if bulk_low >= -38 and 64 <= bulk_high <= 293:
-        return ImageRange(0.0, 255.0)
-    raise OutputError(
-        f"cannot tell the range of an image with minimum {low:.4g} and maximum {high:.4g}: it fits none of "
-        "[0, 1], [-1, 1], [0, 255] clearly; pass image_range=(low, high)",
-        image,
-    )
 
 
 def _shape(x: Tensor) -> str:

@@ -109,8 +109,8 @@ def retroexit_losses() -> dict[str, Callable[..., Term | BatchTerm]]:  # type: i
         makes the term, which takes an exit's image and the backbone's, both ``(N, C, H, W)`` in [-1, 1], and
         returns a scalar or one number per image. ``torch.nn.HuberLoss`` is such a factory. A term that needs
         the generator's inputs too has ``needs_inputs = True`` and the method ``of_batch(batch)``, which takes
-        a `retroexit.training.data.batch.TrainingBatch`. Where the user names a file of weights, it is handed to
-        the factory as ``weights``.
+        a `retroexit.training.data.batch.TrainingBatch`. Where the user names a file of weights, it is handed
+        to the factory as ``weights``.
     """
 
 

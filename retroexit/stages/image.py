@@ -68,7 +68,7 @@ def _only_image(maps: Maps, output: Any) -> tuple[Any, ...]:
     candidates = {path: pair for path, pair in candidates.items() if len(path) == shallow}
     if len(candidates) > 1:
         raise OutputError(
-            f"found {len(candidates)} image outputs, at {_list(candidates)}; exits are prediction by one image. "
+            f"found {len(candidates)} image outputs, at {_list(candidates)}; exits need one image. "
             f"Say which with image={next(iter(candidates))[-1]!r} or another of these keys.",
             output,
         )

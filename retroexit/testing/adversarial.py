@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
+from retroexit.core.images import ImageRange
 from retroexit.errors import OptionError
-from retroexit.metrics.base import ImageRange
 from retroexit.testing.case import Case
 from retroexit.training.data.batch import TrainingBatch
 from retroexit.training.losses.adversary import Adversarial, Adversary, AdversarySettings

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from retroexit.branch.adapter_stages import BuildStage
 from retroexit.branch.widths.plan import scaled_width
+from retroexit.core.images import measure_range
 from retroexit.core.nested import cloned, tensors
 from retroexit.errors import OutputError
-from retroexit.metrics.base import measure_range
 from retroexit.plugins.info import brief
 from retroexit.stages.decoder import Decoder, read_decoder
 from retroexit.testing.case import Case, first_map, nearly_equal

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from retroexit.core.files import MANIFEST
+from retroexit.core.images import ImageRange
 from retroexit.core.modules import device_of
 from retroexit.core.samples import Samples, drawing_from, moved
 from retroexit.fingerprint import fingerprint
@@ -22,7 +23,7 @@ from retroexit.guidance.first_order import with_slopes
 from retroexit.guidance.taps import Taps
 from retroexit.load import save_model
 from retroexit.measuring.image_range import image_range_of
-from retroexit.metrics.base import ImageRange, QualityMetric
+from retroexit.metrics.base import QualityMetric
 from retroexit.model import EarlyExitGenerator
 from retroexit.retrieval.base import Retriever
 from retroexit.routing.ood_guard import GUIDE_LIMIT, farthest

@@ -259,6 +259,6 @@ def _maps(
     """Run all inputs once more, for their key and value features; the draws are those of the first time."""
     for indices, args, kwargs in samples.batches(batch):
         with torch.no_grad(), drawing_from(samples.seed + indices[0], device):
-            _, key_feature = model.split.begin(args, kwargs)
+            key_feature = model.split.begin(args, kwargs).key_feature
         with drawing_from(samples.seed + indices[0], device):
             yield taps.query(key_feature, args, kwargs), model.decomposition.guidance_values(args, kwargs)

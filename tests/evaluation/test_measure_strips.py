@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from retroexit.core.images import ImageRange
 from retroexit.evaluation.measure import pick_strips
 from retroexit.evaluation.sweep import Evaluation
-from retroexit.metrics.base import ImageRange
 
 
 def test_easiest_hardest_and_worst_routed_samples_are_shown_at_the_highlighted_threshold() -> None:

@@ -16,15 +16,10 @@ from PIL import Image
 from torch import Tensor, nn
 from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
 
+from retroexit.core.images import ImageRange, measure_range
 from retroexit.errors import MissingExtraError, OptionError, OutputError, WeightsError
 from retroexit.metrics import weights as weights_module
-from retroexit.metrics.base import (
-    LPIPS,
-    MSSSIM,
-    ImageRange,
-    QualityMetric,
-    measure_range,
-)
+from retroexit.metrics.base import LPIPS, MSSSIM, QualityMetric
 
 
 def random_backbone(net: str = "squeeze") -> dict[str, Tensor]:
@@ -348,7 +343,7 @@ def test_to_signed_maps_the_ends_to_minus_one_and_one() -> None:
 
 
 def test_an_empty_range_is_refused() -> None:
-    with pytest.raises(OptionError, match=r"low < high, found \(1, 0\)"):
+    with pytest.raises(OptionError, match=r"low < high, got \(1, 0\)"):
         ImageRange(1, 0)
 
 

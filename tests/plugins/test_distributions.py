@@ -90,13 +90,13 @@ IN_PART = {
         marked("def retroexit_losses(): return {'l1': int, 'l3': int}"),
         "'l1' is claimed by plug-in 'builtin' of retroexit .* and plug-in 'claims ours' of bad-claims-ours",
     ),
-    "clone_strided a": (
-        marked("def retroexit_losses(): return {'clone_strided': int}"),
-        "loss 'clone_strided' is claimed by plug-in 'clone_strided a' of bad-clone_strided-a 1.2 and plug-in 'clone_strided b' of bad-clone_strided-b 1.2",
+    "twin a": (
+        marked("def retroexit_losses(): return {'twin': int}"),
+        "loss 'twin' is claimed by plug-in 'twin a' of bad-twin-a 1.2 and plug-in 'twin b' of bad-twin-b 1.2",
     ),
-    "clone_strided b": (
-        marked("def retroexit_losses(): return {'clone_strided': int}"),
-        "loss 'clone_strided' is claimed by",
+    "twin b": (
+        marked("def retroexit_losses(): return {'twin': int}"),
+        "loss 'twin' is claimed by",
     ),
 }
 WRONG_ENTRY = {

@@ -4,7 +4,8 @@ The tail's own Python runs on fake tensors with a fresh symbolic size for every 
 every integer attribute that could be a channel count; whatever the run asks about sizes, and what it must be
 answered, goes into a `Knowledge`. The run is repeated where it shows that more can be left open: a file that
 freezes sizes by ``int()``, an attribute that is a number of groups, a module that does not run on symbolic
-sizes at all and keeps its own. Private PyTorch interfaces are used here and in `retroexit.branch.widths.shape_env`.
+sizes at all and keeps its own. Private PyTorch interfaces are used here and in
+`retroexit.branch.widths.shape_env`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Width algebra: which channel counts of a tail move together, and to what.
 
-There are no rules per layer type: `retroexit.branch.widths.analyse` derives from the tail's own execution how its
-sizes hang together, and here widths are chosen that satisfy it.
+There are no rules per layer type: `retroexit.branch.widths.analyse` derives from the tail's own execution how
+its sizes hang together, and here widths are chosen that satisfy it.
 """
 
 from __future__ import annotations

@@ -332,7 +332,8 @@ def compute_features(
     device = device_of(model.generator)
     args, kwargs = moved((args, kwargs), device)
     with drawing_from(seed, device):
-        values, key_feature = split.begin(args, kwargs)
+        begun = split.begin(args, kwargs)
+        values, key_feature = begun.values, begun.key_feature
         for index in range(len(split.cuts)):
             values = split.advance(values, index) if index else values
             found.update({node.name: values[node].clone() for node in split.cuts[index].crossing})
