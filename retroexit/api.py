@@ -24,7 +24,7 @@ from retroexit.model import EarlyExitGenerator
 from retroexit.plugins.adapters import build_stage_of, describe
 from retroexit.plugins.hookspecs import Description
 from retroexit.plugins.host import host
-from retroexit.wrapping.build import WrapOptions
+from retroexit.wrapping.options import WrapOptions
 
 __all__ = ["calibrate", "evaluate", "find_metric", "find_stages", "fit", "load", "wrap"]
 

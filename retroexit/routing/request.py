@@ -88,7 +88,11 @@ class RoutingRequest:
 
     @classmethod
     def parse(
-        cls, inputs: Sequence[Any], kwargs: Mapping[str, Any], shadowed: Sequence[str] = ()
+        cls,
+        inputs: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        shadowed: Sequence[str] = (),
+        choose: Policy | None = None,
     ) -> tuple[RoutingRequest, Call]:
         """Separate the routing options of a call from the generator's arguments.
 
@@ -96,10 +100,11 @@ class RoutingRequest:
             inputs: Positional arguments, all for the generator.
             kwargs: Keyword arguments of both.
             shadowed: Options that the generator's own forward takes, which are left to it.
+            choose: A policy of the user's.
         """
         options = {name: kwargs[name] for name in OWN_KEYWORDS if name in kwargs and name not in shadowed}
         rest = {name: value for name, value in kwargs.items() if name not in options}
-        return cls(**options), Call(tuple(inputs), rest)
+        return cls(**options, choose=choose), Call(tuple(inputs), rest)
 
     @property
     def is_plain(self) -> bool:

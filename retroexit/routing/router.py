@@ -106,7 +106,7 @@ class Router(nn.Module):
             TrainingError: If a predictor, calibration or measured time is needed and missing.
             BankError: If the guidance bank is needed and missing.
         """
-        samples, last = self._samples(begun), self.exits
+        samples, last = self.samples(begun), self.exits
         device = begun.key_feature.device
         if request.exit is not None:
             return Choice(torch.full((samples,), self.check_exit(request.exit), device=device))
@@ -303,7 +303,8 @@ class Router(nn.Module):
     def _feature(self, begun: Begun) -> Tensor:
         return self._recorded.split.crossing(begun.values, 0)[0]
 
-    def _samples(self, begun: Begun) -> int:
+    def samples(self, begun: Begun) -> int:
+        """Number of samples of a batch."""
         return len(self._feature(begun)) // self._rows_per_sample
 
 

@@ -14,7 +14,7 @@ from retroexit.errors import CheckpointError
 from retroexit.guidance.keys import key_name
 from retroexit.guidance.options import Guidance
 from retroexit.model import EarlyExitGenerator
-from retroexit.wrapping.build import WrapOptions
+from retroexit.wrapping.options import WrapOptions
 
 __all__ = ["options_from_json", "plan_to_json", "with_key", "wrap_settings"]
 
