@@ -119,7 +119,9 @@ class EarlyExitGenerator(nn.Module):
         """
         request, call = RoutingRequest.parse(inputs, kwargs, choose=choose)
         if not request.is_routed:
-            raise OptionError("a routed call needs threshold, budget, deadline_ms or choose, got none of them.")
+            raise OptionError(
+                "a routed call needs threshold, budget, deadline_ms or choose, got none of them."
+            )
         output, exits = self._render(request, *call)
         assert exits is not None
         return output, exits
@@ -193,7 +195,9 @@ class EarlyExitGenerator(nn.Module):
         if request.is_plain or is_backbone:
             return self.generator(*args, **kwargs), None
         begun = self._begin(args, kwargs)  # values at the first cut, key feature, the call itself
-        choice = self.router.choose(begun, request)  # exits (N,), what was retrieved, who is out of distribution
+        choice = self.router.choose(
+            begun, request
+        )  # exits (N,), what was retrieved, who is out of distribution
         return render(self.split, self.branches, self.guide, begun, choice), choice.exits
 
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Begun:
@@ -316,9 +320,7 @@ class EarlyExitGenerator(nn.Module):
         """
         fitted_with = self.about.get("metric", {}).get("name", "lpips-alex")
         measure = find_metric(metric or fitted_with, weights)
-        self.calibration = calibrate(
-            self, inputs, measure, alpha=alpha, confidence=confidence, **settings
-        )
+        self.calibration = calibrate(self, inputs, measure, alpha=alpha, confidence=confidence, **settings)
         return self.calibration
 
     def measure_latency(self, *inputs: Any, runs: int = 20, **kwargs: Any) -> Latency:
@@ -361,7 +363,13 @@ class EarlyExitGenerator(nn.Module):
             NotRecordedError: If there are no branches yet.
         """
         snapshot = Snapshot(
-            self.generator, self.options, self.decomposition, self.branches, self.router, self.bank, self.about
+            self.generator,
+            self.options,
+            self.decomposition,
+            self.branches,
+            self.router,
+            self.bank,
+            self.about,
         )
         return write_model(folder, snapshot)
 

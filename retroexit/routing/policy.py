@@ -7,7 +7,13 @@ from torch import Tensor
 
 from retroexit.errors import OptionError
 
-__all__ = ["assign_by_budget", "assign_exits", "assign_with_hysteresis", "check_threshold", "lagrange_multiplier"]
+__all__ = [
+    "assign_by_budget",
+    "assign_exits",
+    "assign_with_hysteresis",
+    "check_threshold",
+    "lagrange_multiplier",
+]
 
 
 def check_threshold(threshold: float) -> float:

@@ -12,13 +12,12 @@ from torch import Tensor
 
 from retroexit.errors import OptionError
 from retroexit.routing.policy import check_threshold
+from retroexit.wrapping.options import OWN_KEYWORDS
 
-__all__ = ["OWN_KEYWORDS", "Call", "Policy", "RoutingOptions", "RoutingRequest"]
+__all__ = ["Call", "Policy", "RoutingOptions", "RoutingRequest"]
 
 Policy = Callable[[Tensor, "Tensor | None"], Tensor]
 """Gives exits ``(N,)`` from 1 for predicted losses ``(N, K)`` and their limits ``(K,)`` or ``(N, K)``."""
-
-OWN_KEYWORDS = ("exit", "threshold", "budget", "deadline_ms")
 
 
 class RoutingOptions(TypedDict, total=False):

@@ -17,8 +17,8 @@ from retroexit.guidance.bank import Retrieved
 from retroexit.guidance.provider import GuideProvider
 from retroexit.routing.calibration import Calibration
 from retroexit.routing.latency import Latency
-from retroexit.routing.policy import assign_by_budget, assign_exits
 from retroexit.routing.ood_guard import OODCounter
+from retroexit.routing.policy import assign_by_budget, assign_exits
 from retroexit.routing.predictor import Predictor
 from retroexit.routing.request import RoutingRequest
 from retroexit.split.split import Begun
@@ -221,7 +221,12 @@ class Router(nn.Module):
         """Send samples that are too far from their guides to the backbone, which needs no guide."""
         is_far = torch.zeros_like(exits).bool()
         early = (exits < self.exits).nonzero()[:, 0]
-        if self.guide_limit is None or self._guide.taps is None or self._rows_per_sample > 1 or not len(early):
+        if (
+            self.guide_limit is None
+            or self._guide.taps is None
+            or self._rows_per_sample > 1
+            or not len(early)
+        ):
             return exits, retrieved, is_far
         if retrieved is None:
             retrieved = self._guide.retrieve(begun, early).spread(early, len(exits))
@@ -347,5 +352,6 @@ def input_map(args: Any, kwargs: Any, dims: int) -> Tensor:
 def _check_count(values: float | Tensor, name: str, losses: Tensor) -> None:
     if isinstance(values, Tensor) and values.dim() and len(values) != len(losses):
         raise OptionError(
-            f"{name} must be one number or one per sample, got {len(values)} for {len(losses)} samples.", values
+            f"{name} must be one number or one per sample, got {len(values)} for {len(losses)} samples.",
+            values,
         )

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from retroexit.branch.adapter_stages import BuildStage
 from retroexit.branch.builder import Init
 from retroexit.branch.widths.plan import WidthPlan, WidthRule
-from retroexit.errors import AttachPointError, OptionError
+from retroexit.errors import AttachPointError, OptionError, RetroExitWarning
 from retroexit.guidance.options import Guidance
 from retroexit.plugins.description import Description
 from retroexit.stages.decoder import Stage
 
-__all__ = ["WrapOptions"]
+__all__ = ["OWN_KEYWORDS", "WrapOptions", "shadowed_keywords"]
+
+OWN_KEYWORDS = ("exit", "threshold", "budget", "deadline_ms")
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,8 @@ class WrapOptions:
     def __post_init__(self) -> None:
         if not self.attach_at:
             raise AttachPointError(
-                "attach_at must name at least one stage, got []. Pass for example attach_at=[2].", self.attach_at
+                "attach_at must name at least one stage, got []. Pass for example attach_at=[2].",
+                self.attach_at,
             )
         for place in self.attach_at:
             if isinstance(place, bool) or not isinstance(place, (int, str)):
@@ -83,3 +88,21 @@ class WrapOptions:
         """Width rule of the branch at a stage."""
         rules = dict(zip(self.attach_at, self.rules, strict=True))
         return rules[stage.path] if stage.path in rules else rules[stage.index]
+
+
+def shadowed_keywords(generator: nn.Module) -> tuple[str, ...]:
+    """List routing options that the generator's own forward takes, with a warning."""
+    try:
+        parameters = set(inspect.signature(generator.forward).parameters)
+    except (TypeError, ValueError):
+        return ()
+    shadowed = tuple(name for name in OWN_KEYWORDS if name in parameters)
+    if shadowed:
+        warnings.warn(
+            f"{type(generator).__name__}.forward has its own keyword {' and '.join(map(repr, shadowed))}; "
+            "model(...) hands it to the generator. Choose exits with model.route(inputs, kwargs, exit=..., "
+            "threshold=...).",
+            RetroExitWarning,
+            stacklevel=3,
+        )
+    return shadowed
