@@ -45,7 +45,7 @@ from tqdm import tqdm
 import retroexit
 from retroexit.core.samples import Samples
 from retroexit.core.versions import versions
-from retroexit.metrics.base import LPIPS
+from retroexit.metrics import LPIPS
 from retroexit.report.text_tables import table
 from retroexit.training.branches.feature_distance import FeatureDistance
 from retroexit.training.branches.initialise import reconstruct_branches

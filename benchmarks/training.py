@@ -32,7 +32,7 @@ import retroexit
 from retroexit.core.images import ImageRange
 from retroexit.core.samples import Samples
 from retroexit.core.versions import versions
-from retroexit.metrics.base import LPIPS
+from retroexit.metrics import LPIPS
 from retroexit.report.text_tables import table
 from retroexit.training.branches.trainer import BranchSchedule, BranchTrainer
 from retroexit.training.data.cache import FeatureCache

@@ -21,12 +21,12 @@ from retroexit.errors import DeviceError, OptionError, WeightsError
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.load import load_model, save_model
 from retroexit.measuring.calibrate import calibrate_model
-from retroexit.metrics.base import QualityMetric
+from retroexit.metrics import QualityMetric
 from retroexit.model import EarlyExitGenerator
 from retroexit.plugins.adapters import describe
 from retroexit.plugins.description import Description
 from retroexit.plugins.host import host
-from retroexit.retrieval.base import Retriever
+from retroexit.retrieval import Retriever
 from retroexit.routing.bounds import samples_needed
 from retroexit.routing.calibration import check_promise
 from retroexit.routing.latency import Latency

@@ -8,11 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from retroexit.core.files import MANIFEST
-from retroexit.core.modules import device_of
-from retroexit.core.tensor_files import read_tensors, sha256_of
+from retroexit.core.files import MANIFEST, read_tensors, sha256_of
+from retroexit.core.modules import device_of, fingerprint
 from retroexit.errors import CheckpointError, RetroExitError
-from retroexit.fingerprint import fingerprint
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.model import EarlyExitGenerator
 from retroexit.plugins.adapters import build_stage_of, describe

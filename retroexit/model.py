@@ -14,7 +14,7 @@ from retroexit.errors import CheckpointError, NotRecordedError, OptionError
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.guidance.provider import GuideProvider
 from retroexit.measuring.calibrate import calibrate
-from retroexit.metrics.base import QualityMetric
+from retroexit.metrics import QualityMetric
 from retroexit.plugins.metrics import find_metric
 from retroexit.routing.calibration import Calibration
 from retroexit.routing.latency import Latency, time_exits

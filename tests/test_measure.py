@@ -21,7 +21,7 @@ from retroexit.errors import CheckpointError, MissingExtraError, OptionError, Ou
 from retroexit.evaluation.measure import Measurement, measure, pick_strips, route_seconds
 from retroexit.evaluation.sweep import Evaluation
 from retroexit.evaluation.thop_check import cross_check
-from retroexit.metrics.base import QualityMetric
+from retroexit.metrics import QualityMetric
 from retroexit.model import EarlyExitGenerator
 
 

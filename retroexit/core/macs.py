@@ -16,11 +16,7 @@ __all__ = ["MacCounter", "count_macs", "unit_of"]
 
 
 class _NoModules:
-    """Takes the place of PyTorch's module tracker.
-
-    The tracker hooks every module of the process, those of other threads too, and stumbles over views of
-    parameters that are handed from module to module without gradient. Totals need none of it.
-    """
+    """Replaces PyTorch's module tracker, which hooks every module of the process. Totals do not need it."""
 
     parents = frozenset({"Global"})
 

@@ -16,16 +16,15 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from retroexit.core.images import ImageRange
-from retroexit.core.modules import device_of
+from retroexit.core.modules import device_of, fingerprint
 from retroexit.core.nested import tensors
 from retroexit.core.samples import Samples, drawing_from
 from retroexit.core.versions import versions
 from retroexit.evaluation.sweep import Evaluation
 from retroexit.evaluation.thop_check import cross_check
 from retroexit.evaluation.thresholds import highlighted, thresholds_for
-from retroexit.fingerprint import fingerprint
 from retroexit.measuring.image_range import limits_of
-from retroexit.metrics.base import QualityMetric
+from retroexit.metrics import QualityMetric
 from retroexit.model import EarlyExitGenerator
 from retroexit.report.strips import Strip
 from retroexit.routing.ood_guard import GUIDE_LIMIT

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from retroexit.core.modules import fingerprint
 from retroexit.errors import BankError
-from retroexit.fingerprint import fingerprint
 from retroexit.guidance.bank import GuidanceBank, Retrieved
 from retroexit.guidance.provenance import check_provenance
 from retroexit.guidance.taps import Taps

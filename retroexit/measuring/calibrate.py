@@ -12,7 +12,7 @@ from retroexit.core.modules import device_of
 from retroexit.core.samples import Samples
 from retroexit.errors import OptionError, TrainingError
 from retroexit.measuring.exits import MeasuredModel, Measurement, limits_of
-from retroexit.metrics.base import QualityMetric
+from retroexit.metrics import QualityMetric
 from retroexit.routing.bounds import samples_needed
 from retroexit.routing.calibration import Calibration, Rule
 

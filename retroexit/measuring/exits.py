@@ -14,7 +14,7 @@ from retroexit.core.images import ImageRange, measure_range
 from retroexit.core.modules import device_of
 from retroexit.core.samples import Samples, drawing_from
 from retroexit.guidance.provider import GuideProvider
-from retroexit.metrics.base import QualityMetric
+from retroexit.metrics import QualityMetric
 from retroexit.routing.router import LossPrediction, Router, guide_distance
 from retroexit.split.split import SplitGenerator
 from retroexit.wrapping.options import WrapOptions

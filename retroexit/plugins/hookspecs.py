@@ -23,7 +23,7 @@ from retroexit.plugins.description import Description
 
 if TYPE_CHECKING:
     from retroexit.branch.widths.plan import WidthFunction
-    from retroexit.metrics.base import QualityMetric
+    from retroexit.metrics import QualityMetric
     from retroexit.retrieval import Retriever
     from retroexit.training.losses import BatchTerm, Term
 
@@ -95,7 +95,7 @@ def retroexit_metrics() -> dict[str, Callable[..., QualityMetric]]:  # type: ign
 
     Returns:
         Factories by the name under which users ask for them: ``fit(..., metric=name)``. Calling one makes a
-        `retroexit.metrics.base.QualityMetric` whose ``name`` is the same; where the user names a file
+        `retroexit.metrics.QualityMetric` whose ``name`` is the same; where the user names a file
         of weights, it is handed over as ``weights``.
     """
 

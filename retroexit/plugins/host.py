@@ -31,7 +31,7 @@ from retroexit.training.losses.presets import SPECIAL
 
 if TYPE_CHECKING:
     from retroexit.branch.widths.plan import WidthFunction
-    from retroexit.metrics.base import QualityMetric
+    from retroexit.metrics import QualityMetric
     from retroexit.retrieval import Retriever
     from retroexit.training.losses import BatchTerm, Term
 

@@ -11,11 +11,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from retroexit.core.files import MANIFEST, is_whole, self_digest
-from retroexit.core.tensor_files import read_tensors, sha256_of, write_tensors
+from retroexit.core.files import MANIFEST, is_whole, read_tensors, self_digest, sha256_of, write_tensors
+from retroexit.core.modules import fingerprint
 from retroexit.core.versions import versions
 from retroexit.errors import CheckpointError, RetroExitError
-from retroexit.fingerprint import fingerprint
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.routing.calibration import Calibration
 from retroexit.routing.predictor import Predictor

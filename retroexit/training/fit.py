@@ -15,17 +15,16 @@ from torch import Tensor
 
 from retroexit.core.files import MANIFEST
 from retroexit.core.images import ImageRange
-from retroexit.core.modules import device_of
+from retroexit.core.modules import device_of, fingerprint
 from retroexit.core.samples import Samples, drawing_from, moved
-from retroexit.fingerprint import fingerprint
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.guidance.first_order import with_slopes
 from retroexit.guidance.taps import Taps
 from retroexit.load import save_model
 from retroexit.measuring.image_range import image_range_of
-from retroexit.metrics.base import QualityMetric
+from retroexit.metrics import QualityMetric
 from retroexit.model import EarlyExitGenerator
-from retroexit.retrieval.base import Retriever
+from retroexit.retrieval import Retriever
 from retroexit.routing.ood_guard import GUIDE_LIMIT, farthest
 from retroexit.routing.predict import guide_distance
 from retroexit.saving.settings import wrap_settings

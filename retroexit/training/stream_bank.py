@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from retroexit.core.modules import device_of
+from retroexit.core.modules import device_of, fingerprint
 from retroexit.core.samples import Samples, drawing_from
 from retroexit.errors import CheckpointError, OptionError
-from retroexit.fingerprint import fingerprint
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.guidance.candidates import Candidates
 from retroexit.guidance.filling import hold_candidates

@@ -13,7 +13,7 @@ import retroexit
 from retroexit.core.samples import Samples
 from retroexit.errors import BankError, CheckpointError, OptionError, TrainingError
 from retroexit.evaluation.promise import promise_summary, promised
-from retroexit.metrics.base import QualityMetric
+from retroexit.metrics import QualityMetric
 from retroexit.model import EarlyExitGenerator
 from retroexit.routing.policy import assign_exits
 from retroexit.routing.predictor import Kind, Predictor, Reads

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import retroexit
 from retroexit.errors import TrainingError
-from retroexit.metrics.base import QualityMetric
+from retroexit.metrics import QualityMetric
 from retroexit.routing.predictor import Predictor
 from retroexit.training.predictor.fit import train_predictor
 

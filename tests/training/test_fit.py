@@ -281,7 +281,7 @@ def test_a_window_too_small_for_the_metric_is_refused_before_training(
     decoders: ModuleType, tmp_path: Path
 ) -> None:
     model = decoders.wrap()
-    with pytest.raises(OptionError, match="ms-ssim needs images of at least 11x11 pixels, found 8x8"):
+    with pytest.raises(OptionError, match="ms-ssim must have at least 11x11 pixels, got 8x8"):
         retroexit.fit(
             model,
             decoders.latents(10),

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from retroexit.errors import OptionError, PluginError, RetroExitWarning, WeightsError
-from retroexit.metrics.base import QualityMetric
+from retroexit.metrics import QualityMetric
 from retroexit.plugins.description import Description
 from retroexit.plugins.host import host
 from retroexit.training.losses.adversary import AdversarySettings

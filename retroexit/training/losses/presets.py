@@ -20,8 +20,8 @@ from typing import Any
 
 from torch import nn
 
+from retroexit.core.modules import fingerprint
 from retroexit.errors import OptionError
-from retroexit.fingerprint import fingerprint
 from retroexit.training.losses.adversary import Adversarial, Adversary, AdversarySettings
 from retroexit.training.losses.equalise import Equaliser
 from retroexit.training.losses.objectives import Objective
