@@ -37,8 +37,7 @@ from retroexit.evaluation.sweep import Evaluation
 from retroexit.model import EarlyExitGenerator
 from retroexit.report.text_tables import table
 from retroexit.routing.calibration import with_backbone
-from retroexit.routing.policy import assign_exits
-from retroexit.routing.video import stay
+from retroexit.routing.policy import assign_exits, assign_with_hysteresis
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 import latent_decoder as example
@@ -70,7 +69,7 @@ def leave(predicted: Tensor, threshold: float, hysteresis: float) -> Tensor:
         return assign_exits(predicted, limits)
     exits: list[Tensor] = []
     for frame in predicted:
-        exits.append(stay(frame[None], limits, exits[-1] if exits else None, hysteresis))
+        exits.append(assign_with_hysteresis(frame[None], limits, exits[-1] if exits else None, hysteresis))
     return torch.cat(exits)
 
 
@@ -157,7 +156,7 @@ def measured(arguments: argparse.Namespace) -> tuple[list[Clip], Tensor]:
     """Measure clips, or read what was measured, and the compute of every exit."""
     shared = example.shared_folder(arguments.shared)
     model = retroexit.load(arguments.run, example.load("decoder", shared), (torch.zeros(1, 32, 16, 32),))
-    clips, macs = kept(arguments.measured, arguments.clips), model.shares()
+    clips, macs = kept(arguments.measured, arguments.clips), model.router.shares()
     if clips is None:
         metric = retroexit.api.find_metric("lpips-alex", shared / "data/weights/lpips_alex_v0.1.pth")
         encoder = example.load("encoder", shared)

@@ -95,8 +95,8 @@ def judge(model: EarlyExitGenerator, evaluation: Evaluation, tests: Sequence[Any
         **errors(said),
         "rank": float(np.mean([r for r in error["spearman"] if r is not None])),
         "above_oracle": above_oracle(said),
-        "macs": model.overhead()[-1] / backbone,
-        "false_alarms": float(torch.cat([j.far for j in prediction]).float().mean()),
+        "macs": model.router.overhead()[-1] / backbone,
+        "false_alarms": float(torch.cat([j.is_ood for j in prediction]).float().mean()),
         **{f"alarms_{name}": alarms(model, tests[:96], change) for name, change in CHANGES.items()},
     }
 
@@ -116,7 +116,7 @@ def alarms(model: EarlyExitGenerator, tests: Sequence[Any], change: Callable[[Te
     far = []
     for _, args, kwargs in Samples(tests, 10_000).batches(16):
         changed = [change(x) if x.dim() == 4 else x for x in args]
-        far.append(model.predict_losses(*changed, **kwargs).far)
+        far.append(model.predict_losses(*changed, **kwargs).is_ood)
     return float(torch.cat(far).float().mean())
 
 

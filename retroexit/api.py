@@ -1,7 +1,4 @@
-"""What the README shows first: wrap a generator, find its stages, load it again.
-
-To fit is `retroexit.fit`, to evaluate and to calibrate `retroexit.assessing`; all can be had from here.
-"""
+"""What the README shows first: wrap a generator; fit, evaluate and load are imported from here too."""
 
 from __future__ import annotations
 
@@ -10,7 +7,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from retroexit.assessing import calibrate, evaluate, find_metric
+from retroexit.assessing import evaluate
 from retroexit.branch.widths.plan import WidthRule
 from retroexit.errors import GeneratorError, OptionError
 from retroexit.fit import fit
@@ -23,7 +20,7 @@ from retroexit.plugins.hookspecs import Description
 from retroexit.plugins.host import host
 from retroexit.wrapping.options import WrapOptions, shadowed_keywords
 
-__all__ = ["calibrate", "evaluate", "find_metric", "find_stages", "fit", "load", "wrap"]
+__all__ = ["evaluate", "find_stages", "fit", "load", "wrap"]
 
 
 def wrap(

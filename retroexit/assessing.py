@@ -13,13 +13,11 @@ from retroexit.core.samples import Samples
 from retroexit.errors import RetroExitWarning
 from retroexit.evaluation.measure import measure
 from retroexit.evaluation.sweep import Evaluation
-from retroexit.measuring.calibrate import calibrate_model
 from retroexit.metrics import QualityMetric
 from retroexit.model import EarlyExitGenerator
-from retroexit.plugins.host import host
-from retroexit.routing.calibration import Calibration
+from retroexit.plugins.metrics import find_metric
 
-__all__ = ["calibrate", "evaluate", "find_metric"]
+__all__ = ["evaluate"]
 
 
 def evaluate(
@@ -76,47 +74,3 @@ def evaluate(
         Path(folder, "evaluation.json").write_text(evaluation.to_json())
         write_report(folder, evaluation, strips, title=heading, command=command, calibration=calibration)
     return evaluation
-
-
-def calibrate(
-    model: EarlyExitGenerator,
-    inputs: Sequence[Any],
-    alpha: float = 0.05,
-    confidence: float = 0.95,
-    *,
-    metric: QualityMetric | str | None = None,
-    weights: str | Path | None = None,
-    **settings: Any,
-) -> Calibration:
-    """Make a model's thresholds promises; the same as ``model.calibrate``, see there.
-
-    Args:
-        model: A fitted model.
-        inputs: Samples as for `fit` that nothing was fitted on.
-        alpha: Share of inputs that may lose more than the threshold.
-        confidence: Probability that the promise holds.
-        metric: Quality metric: its name or itself; by default the one that the model was fitted with.
-        weights: File with the metric's weights.
-        **settings: ``rule`` (see `Calibration`), ``seed``, ``batch``, ``progress``.
-    """
-    name = metric or model.about.get("metric", {}).get("name", "lpips-alex")
-    found = find_metric(name, weights)
-    return calibrate_model(model, inputs, found, alpha=alpha, confidence=confidence, **settings)
-
-
-def find_metric(metric: QualityMetric | str, weights: str | Path | None = None) -> QualityMetric:
-    """Make the metric behind a name; a metric object is returned as it is.
-
-    Args:
-        metric: Its name, ``"lpips"`` for ``"lpips-alex"``, or itself.
-        weights: File with its weights.
-
-    Raises:
-        OptionError: If weights are given for a name that takes none.
-        PluginError: If no plug-in, or more than one, offers it.
-        WeightsError: If its weights cannot be had.
-    """
-    if isinstance(metric, QualityMetric):
-        return metric
-    name = "lpips-alex" if metric == "lpips" else metric
-    return host().metric(name) if weights is None else host().metric(name, weights=weights)

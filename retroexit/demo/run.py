@@ -16,7 +16,7 @@ from retroexit.errors import WeightsError
 from retroexit.evaluation.sweep import Evaluation
 from retroexit.metrics import QualityMetric
 from retroexit.model import EarlyExitGenerator
-from retroexit.report.text_tables import exit_table, sweep_table
+from retroexit.report.text_tables import sweep_table
 
 __all__ = ["pick_metric", "run_demo", "wrap_scene_generator"]
 
@@ -85,7 +85,7 @@ def run_demo(
     begin = time.monotonic()
     quality = pick_metric(metric, weights, say)
     model = wrap_scene_generator()
-    say(str(exit_table(model)))
+    say(str(str(model)))
     fit(
         model,
         scene_inputs(scenes, FIT_SEED),

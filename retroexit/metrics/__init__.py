@@ -3,7 +3,7 @@
 Imports only `retroexit.core` and `retroexit.errors`; lpips and torchmetrics are loaded on first use.
 """
 
-from retroexit.metrics import QualityMetric
+from retroexit.metrics.base import QualityMetric
 from retroexit.metrics.lpips import LPIPS
 from retroexit.metrics.ms_ssim import MSSSIM
 

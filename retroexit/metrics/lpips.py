@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from retroexit.errors import OptionError, closest
-from retroexit.metrics import QualityMetric, versions_of
+from retroexit.metrics.base import QualityMetric, versions_of
 from retroexit.metrics.weights import digest, empty_lpips, fill_lpips, hub_file
 
 __all__ = ["LPIPS"]

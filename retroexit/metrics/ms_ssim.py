@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from retroexit.errors import MissingExtraError, OptionError
-from retroexit.metrics import QualityMetric, versions_of
+from retroexit.metrics.base import QualityMetric, versions_of
 
 __all__ = ["MSSSIM"]
 

@@ -82,7 +82,7 @@ def test_keys_are_what_the_named_stage_returns(
     model(INPUTS[:3], POSES[:3], exit=1)
     # The bank holds the very keys, so that every place finds its own value again.
     torch.testing.assert_close(guides[0], values[:3], rtol=0, atol=1e-3)
-    assert model.overhead()[0] == 64 * (7 * 64) * 12
+    assert model.router.overhead()[0] == 64 * (7 * 64) * 12
 
 
 def test_keys_of_two_inputs_are_searched_place_by_place(posed: nn.Module, handed: Handed) -> None:
@@ -251,7 +251,7 @@ def test_a_frames_value_is_the_whole_image_or_map(
     assert guides[0].shape == (2, channels, side, side)
     torch.testing.assert_close(guides[0], values[[4, 6]], rtol=1e-3, atol=1e-3)
     # One search of 7 keys of 5 numbers.
-    assert model.decomposition.search_macs(model.bank) == 7 * 5
+    assert model.guide.search_macs() == 7 * 5
 
 
 # Whose word counts.

@@ -166,9 +166,9 @@ def test_a_predictor_of_every_kind_reads_what_it_is_told(
     assert model.calibration is None, "the promise was another predictor's"
     assert model.predictor is not None and model.predictor.input_shape is not None
     assert model.predictor.input_shape[0] == (4 if reads == "inputs" else 12)
-    search = model.decomposition.search_macs(model.bank)
-    predictor = model.overhead()[0] - search
-    assert model.overhead()[-1] == predictor + (search if reads == "features+distance" else 0)
+    search = model.guide.search_macs()
+    predictor = model.router.overhead()[0] - search
+    assert model.router.overhead()[-1] == predictor + (search if reads == "features+distance" else 0)
     with torch.no_grad():
         alone = torch.cat([model.predict(x[None]) for x in TRAIN[:5]])
         assert torch.allclose(model.predict(TRAIN[:5]), alone, atol=1e-5)
@@ -205,7 +205,7 @@ def test_the_distance_to_the_guide_is_searched_once_and_matters(
         near = model.predictor(feature[:9], found[:9, None])
         far = model.predictor(feature[:9], 2 * found[:9, None])
     assert bool((far > near).all())
-    assert not model.predict_losses(TRAIN).far.any(), (
+    assert not model.predict_losses(TRAIN).is_ood.any(), (
         "their own keys are in the bank, so that they are nearer, not far"
     )
     tau = float(model.predict(TRAIN[:9])[:, 0].median())

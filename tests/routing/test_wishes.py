@@ -168,7 +168,7 @@ def test_measured_times_belong_to_routed_calls_of_this_batch(routed: Make, guide
     assert len(found.milliseconds) == 4 and min(found.median) > 0
     assert all(high >= middle for high, middle in zip(found.milliseconds, found.median, strict=True))
     assert model.predictor.rows == [3] * 20  # type: ignore[union-attr]
-    assert model.drift.seen == 0
+    assert model.router.ood_counter.seen == 0
     assert Latency.from_json(found.to_json()) == found
     _, exits = model.routed(z, w, deadline_ms=1e6)
     assert exits.tolist() == [4, 4, 4]
