@@ -66,13 +66,14 @@ def load(
         options = options_from_json(manifest, knowledge)
         predictor = read_predictor(manifest["predictor"])
         about, has_bank, limit = dict(manifest["about"]), bool(manifest["has_bank"]), manifest["guide_limit"]
+        expected = str(manifest["fingerprint"])
         latency = None if manifest["latency"] is None else Latency.from_json(manifest["latency"])
     except (ValueError, KeyError, TypeError, AttributeError, RetroExitError) as error:
         raise CheckpointError(
             f"{folder} is damaged: model.json holds {type(error).__name__}: {error}. Copy it again.", folder
         ) from error
     options = with_key(options, manifest, key, None if description is None else description.key, folder)
-    _check_folder(folder, manifest, generator, options)
+    _check_folder(folder, manifest, expected, generator, options)
     tensors, _ = read_tensors(folder / "weights.safetensors")
     model = EarlyExitGenerator(generator, options)
     model.about = about
@@ -89,9 +90,11 @@ def load(
     return model
 
 
-def _check_folder(folder: Path, manifest: dict[str, Any], generator: nn.Module, options: WrapOptions) -> None:
+def _check_folder(
+    folder: Path, manifest: dict[str, Any], expected: str, generator: nn.Module, options: WrapOptions
+) -> None:
     """Check that the weights are unchanged and belong to this generator and adapter."""
-    expected, actual = str(manifest["fingerprint"]), fingerprint(generator)
+    actual = fingerprint(generator)
     if actual != expected:
         raise CheckpointError(
             f"{folder} belongs to another generator: its fingerprint is {expected[:12]}, that of this "

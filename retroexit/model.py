@@ -30,8 +30,6 @@ from retroexit.wrapping.options import WrapOptions
 
 __all__ = ["EarlyExitGenerator"]
 
-_OF_ROUTER = ("predictor", "calibration", "latency")
-
 
 class EarlyExitGenerator(nn.Module):
     """A generator with early exits. Made by `retroexit.wrap`.
@@ -261,9 +259,8 @@ class EarlyExitGenerator(nn.Module):
     # What fitting adds.
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # nn.Module would register a predictor here instead of calling a property's setter.
-        if name in _OF_ROUTER:
-            setattr(self.router, name, value)
+        if name == "predictor":  # nn.Module would register the predictor here instead of calling the setter
+            self.router.predictor = value
         else:
             super().__setattr__(name, value)
 
@@ -272,15 +269,27 @@ class EarlyExitGenerator(nn.Module):
         """The router's predictor, or ``None`` before `retroexit.fit`."""
         return self.router.predictor
 
+    @predictor.setter
+    def predictor(self, predictor: nn.Module | None) -> None:
+        self.router.predictor = predictor
+
     @property
     def calibration(self) -> Calibration | None:
         """The router's calibration, or ``None``: a threshold is then compared with predictions."""
         return self.router.calibration
 
+    @calibration.setter
+    def calibration(self, calibration: Calibration | None) -> None:
+        self.router.calibration = calibration
+
     @property
     def latency(self) -> Latency | None:
         """Measured times of the exits, or ``None`` before `measure_latency`."""
         return self.router.latency
+
+    @latency.setter
+    def latency(self, latency: Latency | None) -> None:
+        self.router.latency = latency
 
     @property
     def bank(self) -> GuidanceBank | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ __all__ = ["leave", "render"]
 
 def render(
     split: SplitGenerator,
-    branches: Sequence[nn.Module],
+    branches: nn.ModuleList,
     guide: GuideProvider,
     begun: Begun,
     choice: Choice,

@@ -81,7 +81,7 @@ class Router(nn.Module):
         self.latency: Latency | None = None
         self.ood_counter = OODCounter()
         self.guide_limit: float | None = None
-        self._predictor_inputs = predictor_inputs
+        self.predictor_inputs = predictor_inputs
         self._decomposition: Decomposition | None = None
         self._guide = GuideProvider()
         self._predictor_macs: tuple[nn.Module, tuple[int, ...], int] | None = None
@@ -143,7 +143,7 @@ class Router(nn.Module):
         feature, retrieved, reads = self._feature(begun), None, self.reads
         inputs = [feature]
         if reads == "inputs":
-            source = self._predictor_inputs
+            source = self.predictor_inputs
             inputs = [
                 input_map(begun.args, begun.kwargs, feature.dim() - 2)
                 if source is None
@@ -249,12 +249,12 @@ class Router(nn.Module):
     def reads(self) -> str:
         """What the predictor reads: ``"features"``, ``"inputs"`` or ``"features+distance"``."""
         choice = self.predictor.reads if isinstance(self.predictor, Predictor) else None
-        return choice or ("features" if self._predictor_inputs is None else "inputs")
+        return choice or ("features" if self.predictor_inputs is None else "inputs")
 
     @property
     def needs_adapter(self) -> bool:
         """Whether the predictor reads a map that an adapter makes from the inputs."""
-        return self._predictor_inputs is not None and self.reads == "inputs"
+        return self.predictor_inputs is not None and self.reads == "inputs"
 
     @property
     def exits(self) -> int:

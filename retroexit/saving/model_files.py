@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from retroexit.core.files import MANIFEST, is_whole, read_tensors, self_digest, sha256_of, write_tensors
 from retroexit.core.modules import fingerprint
 from retroexit.core.versions import versions
-from retroexit.errors import CheckpointError, RetroExitError
+from retroexit.errors import CheckpointError, OptionError, RetroExitError
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.routing.calibration import Calibration
 from retroexit.routing.predictor import Predictor
@@ -69,8 +69,8 @@ def write_model(folder: str | Path, snapshot: Snapshot) -> Path:
         The folder.
     """
     folder, router = Path(folder), snapshot.router
+    predictor, arguments = router.predictor, _predictor_to_json(router.predictor)
     folder.mkdir(parents=True, exist_ok=True)
-    predictor = router.predictor
     tensors = {f"branches.{name}": value for name, value in snapshot.branches.state_dict().items()}
     if predictor is not None:
         tensors |= {f"predictor.{name}": value for name, value in predictor.state_dict().items()}
@@ -85,9 +85,7 @@ def write_model(folder: str | Path, snapshot: Snapshot) -> Path:
         "attach_at": [place.path for place in snapshot.decomposition.places],
         "options": options_to_json(snapshot.options, snapshot.decomposition),
         "plans": [plan_to_json(branch.plan) for branch in snapshot.branches],  # type: ignore[arg-type]
-        "predictor": None
-        if predictor is None
-        else {**predictor.options, "input_shape": predictor.input_shape},
+        "predictor": arguments,
         "predictor_reads": "inputs" if router.needs_adapter else "feature",
         "calibration_sha256": _write_calibration(router.calibration, folder / _CALIBRATION),
         "latency": None if router.latency is None else router.latency.to_json(),
@@ -132,6 +130,19 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{folder} is damaged: model.json does not match its own digest. Copy it again.", folder
         )
     return manifest
+
+
+def _predictor_to_json(predictor: nn.Module | None) -> dict[str, Any] | None:
+    """Arguments of a predictor, for `read_predictor`."""
+    if predictor is None:
+        return None
+    if not isinstance(predictor, Predictor):
+        raise OptionError(
+            f"only a retroexit Predictor can be saved, got a {type(predictor).__name__}. Save it yourself, and set "
+            "model.predictor after loading.",
+            predictor,
+        )
+    return {**predictor.options, "input_shape": predictor.input_shape}
 
 
 def read_predictor(saved: dict[str, Any] | None) -> Predictor | None:

@@ -68,9 +68,9 @@ def test_a_model_is_calibrated_later_and_evaluate_says_what_a_threshold_means(
             "calibrate on 0.5 of 12 inputs, which are 6; found .* takes at least 59. Pass 118 ",
         ),
         (("--calibrate", "1.5"), "asked for calibrate=1.5; found neither None nor a share"),
-        (("--calibrate", "0.5", "--alpha", "0"), "asked for alpha=0.0; found no number between 0 and 1"),
-        (("--predictor", "deep"), "asked for the predictor 'deep'; found conv, pooled, linear only"),
-        (("--predict-from", "noise"), "asked for predict_from='noise'; found features, inputs"),
+        (("--calibrate", "0.5", "--alpha", "0"), "alpha must be a number between 0 and 1, got 0.0"),
+        (("--predictor", "deep"), "predictor must be one of conv, pooled, linear, got 'deep'"),
+        (("--predict-from", "noise"), "predict_from must be one of features, inputs, .*got 'noise'"),
         (("--predict-from", "features+distance"), "found branches without guidance. Wrap with guidance=True"),
     ],
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 
 import pytest
@@ -76,7 +75,7 @@ def test_a_guard_that_saw_nothing_stops_nothing() -> None:
 @torch.no_grad()
 def test_routing_sends_them_to_the_backbone_and_counts_them(routed: Make) -> None:
     model = routed()
-    model.options = dataclasses.replace(model.options, predictor_inputs=None)
+    model.router.predictor_inputs = None
     model.predictor = Predictor(10, exits=3)
     z, w = torch.rand(40, 4, 4, 4), torch.rand(40, 5)
     values = model.split.begin((z, w), {}).values
