@@ -98,7 +98,6 @@ def measure(bank: GuidanceBank, arguments: argparse.Namespace) -> tuple[list[dic
     """Time every step by turns; each turn has other queries."""
     flat = torch.from_numpy(np.array(bank.values, np.float32)).movedim(-1, 1).flatten(1)  # (n, C * ph * pw)
     patch, size = bank.value_patch, tuple(g * p for g, p in zip(GRID, bank.value_patch, strict=True))
-    buffer = bank.guide_buffer(arguments.images, GRID)
 
     def plainly(ids: torch.Tensor) -> torch.Tensor:
         columns = flat.index_select(0, ids.flatten()).view(len(ids), -1, flat.shape[1]).mT
@@ -110,12 +109,11 @@ def measure(bank: GuidanceBank, arguments: argparse.Namespace) -> tuple[list[dic
         feature = torch.randn(arguments.images, WIDTH, *GRID)
         ids = bank.search(feature).ids
         if not turn:
-            assert torch.equal(plainly(ids), bank.glue(ids, out=buffer))
+            assert torch.equal(plainly(ids), bank.glue(ids))
         steps: dict[str, Callable[[], Any]] = {
             "cut": lambda x=feature: cut(x, (1, 1)),
             "search": lambda x=feature: bank.search(x),
-            "gather and glue": lambda i=ids: bank.glue(i, out=buffer),
-            "gather and glue, new tensor": lambda i=ids: bank.glue(i),
+            "gather and glue": lambda i=ids: bank.glue(i),
             "index_select and F.fold": lambda i=ids: plainly(i),
             "whole path": lambda x=feature: bank.guide(x),
         }

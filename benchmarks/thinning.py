@@ -75,7 +75,7 @@ def main() -> None:
     plain_cpu = statistics.median(busy["plain greedy loop"])
     results = []
     for name, rows in chosen.items():
-        radius, mean = coverage(keys, rows)
+        radius, mean = coverage(keys.numpy(), keys[rows].numpy())
         seconds = statistics.median(taken[name])
         results.append(
             {

@@ -15,8 +15,7 @@ from retroexit.guidance.options import Guidance
 from retroexit.inspection import find_stages
 from retroexit.load import load
 from retroexit.model import EarlyExitGenerator
-from retroexit.plugins.adapters import build_stage_of, describe
-from retroexit.plugins.hookspecs import Description
+from retroexit.plugins.description import Description
 from retroexit.plugins.host import host
 from retroexit.wrapping.options import WrapOptions, shadowed_keywords
 
@@ -101,7 +100,7 @@ def wrap(
         )
     if isinstance(attach_at, (str, int)):
         attach_at = [attach_at]
-    description = describe(generator, adapter)
+    description = host().describe(generator, adapter)
     if example_inputs is None and description is not None and description.example_inputs is not None:
         example_inputs, example_kwargs = description.example_inputs(generator)
     if stages is None and description is not None:
@@ -122,7 +121,7 @@ def wrap(
         seed=seed,
         shadowed=shadowed_keywords(generator),
         predictor_inputs=None if description is None else description.predictor_inputs,
-        build_stage=build_stage_of(description, adapter),
+        build_stage=host().stage_builder(description, adapter),
         description=None if adapter is None else description,
     )
     model = EarlyExitGenerator(generator, options)

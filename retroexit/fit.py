@@ -22,7 +22,6 @@ from retroexit.load import load
 from retroexit.measuring.calibrate import calibrate
 from retroexit.metrics import QualityMetric
 from retroexit.model import EarlyExitGenerator
-from retroexit.plugins.adapters import describe
 from retroexit.plugins.description import Description
 from retroexit.plugins.host import host
 from retroexit.plugins.metrics import find_metric
@@ -240,7 +239,7 @@ def prepare(
         if missing is None:
             raise
         missing[QUALITY] = error
-    known = model.options.description if adapter is None else describe(model.generator, adapter)
+    known = model.options.description if adapter is None else host().describe(model.generator, adapter)
     plan = plan_losses(model.generator, losses, measured_by, known=known, missing=missing, **terms)
     wanted = FitSettings(**{**more, "losses": find_weights(losses, terms.get("instead"))})
     samples = Samples(inputs, wanted.seed)

@@ -13,7 +13,6 @@ from retroexit.core.modules import device_of, fingerprint
 from retroexit.errors import CheckpointError, RetroExitError
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.model import EarlyExitGenerator
-from retroexit.plugins.adapters import build_stage_of, describe
 from retroexit.plugins.description import Description
 from retroexit.plugins.host import host
 from retroexit.routing.latency import Latency
@@ -52,14 +51,14 @@ def load(
         PluginError: If the bank's search back-end is not installed.
     """
     folder = Path(folder)
-    description = describe(generator, adapter)
+    description = host().describe(generator, adapter)
     if example_inputs is None and description is not None and description.example_inputs is not None:
         example_inputs, example_kwargs = description.example_inputs(generator)
     manifest = read_manifest(folder)
     knowledge = {
         "shadowed": shadowed_keywords(generator),
         "predictor_inputs": None if description is None else description.predictor_inputs,
-        "build_stage": build_stage_of(description, adapter),
+        "build_stage": host().stage_builder(description, adapter),
         "description": None if adapter is None else description,
     }
     try:

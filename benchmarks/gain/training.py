@@ -20,7 +20,7 @@ from tqdm import tqdm
 import retroexit
 from retroexit.core.images import ImageRange
 from retroexit.core.samples import Samples
-from retroexit.guidance import GuidanceBank, with_slopes
+from retroexit.guidance import GuidanceBank, build_bank, with_slopes
 from retroexit.model import EarlyExitGenerator
 from retroexit.plugins import host
 from retroexit.training.data.cache import IMAGE, FeatureCache, guidance_names
@@ -88,7 +88,7 @@ class Bench:
         folder = self.out / "banks" / "-".join(_plain(part) for part in settings)
         back_end = host().retriever(guidance.retriever)
         if not folder.exists():
-            bank = GuidanceBank.build(
+            bank = build_bank(
                 ((cache.read(key, rows), list(rows)) for rows in _chunks(len(cache), 16)),
                 lambda rows: cache.read(value, rows),
                 patch=taps.patch,

@@ -26,7 +26,7 @@ from summary import Run, summarise
 
 import retroexit
 from retroexit.core.modules import fingerprint
-from retroexit.guidance import GuidanceBank
+from retroexit.guidance import GuidanceBank, build_bank
 from retroexit.metrics import LPIPS
 from retroexit.model import EarlyExitGenerator
 from retroexit.retrieval import ExactRetriever
@@ -70,7 +70,7 @@ def bank_of(model: EarlyExitGenerator, inputs: Inputs, folder: Path) -> Guidance
             return image.float()
 
         meta = {"key_tap": taps.key_tap, "value_tap": taps.value_cut.feature.name}
-        GuidanceBank.build(
+        build_bank(
             [(keys, list(range(len(keys))))],
             values_of,
             size=len(keys),

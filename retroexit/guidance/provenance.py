@@ -1,4 +1,4 @@
-"""What a bank was made from, and whether that is what it shall guide."""
+"""What a bank was made from, compared with the generator that it guides."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ __all__ = ["Provenance", "check_provenance"]
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where keys and values come from; what is ``None`` is unknown, and fits everything.
+    """Where keys and values come from; ``None`` is unknown and matches anything.
 
     Attributes:
         fingerprint: Of the backbone.
-        key_tap: What keys are cut from, or the function that gives them.
-        value_tap: What values are cut from.
+        key_tap: Node that keys are cut from, or the function that returns them.
+        value_tap: Node that values are cut from.
         patch: Size of a key's patch.
         key_width: Numbers of a key.
         value_patch: Size of a value's patch.
@@ -34,34 +34,32 @@ class Provenance:
 
 
 _WORDS = {
-    "fingerprint": "backbone",
-    "key_tap": "keys from",
-    "value_tap": "values from",
-    "patch": "key patches of",
-    "key_width": "numbers per key:",
-    "value_patch": "value patches of",
-    "value_channels": "channels per value:",
+    "fingerprint": "the backbone of the bank",
+    "key_tap": "the source of keys",
+    "value_tap": "the source of values",
+    "patch": "the patch of a key",
+    "key_width": "numbers per key",
+    "value_patch": "the patch of a value",
+    "value_channels": "channels per value",
 }
 
 
-def check_provenance(found: Provenance, wanted: Provenance, what: Any, whose: str = "the bank") -> None:
-    """Compare what a bank is made from with what it shall serve.
+def check_provenance(bank: Provenance, generator: Provenance, subject: Any) -> None:
+    """Compare a bank with the wrapped generator that it guides.
 
     Args:
-        found: Of the bank.
-        wanted: Of the wrapped generator.
-        what: The bank, for the error.
-        whose: What to call it there.
+        bank: Provenance of the bank.
+        generator: What the generator needs.
+        subject: The bank, for the error.
 
     Raises:
-        BankError: If both know something that differs; the first such thing is named.
+        BankError: If a known fact differs; the first one is named.
     """
     for field in fields(Provenance):
-        has, needs = getattr(found, field.name), getattr(wanted, field.name)
-        if has is None or needs is None or has == needs:
-            continue
-        raise BankError(
-            f"asked to guide a generator with {whose}; found {_WORDS[field.name]} {has!r}, this one has "
-            f"{needs!r}. Build a bank for it, or wrap it with the guidance of the bank.",
-            what,
-        )
+        has, needs = getattr(bank, field.name), getattr(generator, field.name)
+        if has is not None and needs is not None and has != needs:
+            raise BankError(
+                f"{_WORDS[field.name]} must be {needs!r}, got {has!r}. Build a bank for this generator, or "
+                "wrap it with the guidance of the bank.",
+                subject,
+            )

@@ -18,7 +18,7 @@ from retroexit.core.images import ImageRange
 from retroexit.core.modules import device_of, fingerprint
 from retroexit.core.samples import Samples, drawing_from, moved
 from retroexit.guidance.bank import GuidanceBank
-from retroexit.guidance.first_order import with_slopes
+from retroexit.guidance.building import build_bank, with_slopes
 from retroexit.guidance.taps import Taps
 from retroexit.measuring.exits import image_range_of
 from retroexit.metrics import QualityMetric
@@ -310,7 +310,7 @@ def _bank(
         return given
     key, value = guidance_names(taps, model.split.cuts[0].feature.name)
     key_feature = ((features.read(key, rows), list(rows)) for rows in chunks(len(features), 16))
-    bank = GuidanceBank.build(
+    bank = build_bank(
         key_feature,
         lambda rows: features.read(value, rows),
         patch=taps.patch,

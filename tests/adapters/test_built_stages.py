@@ -14,7 +14,7 @@ import retroexit
 from retroexit.core.macs import count_macs
 from retroexit.errors import BranchError
 from retroexit.load import load
-from retroexit.plugins.host import Host
+from retroexit.plugins.host import Host, host
 
 retroexit_oasis = pytest.importorskip("retroexit_oasis", reason="install the project to get its adapters")
 retroexit_megaportraits = pytest.importorskip("retroexit_megaportraits")
@@ -161,8 +161,7 @@ def test_a_saved_model_gets_the_same_stages_back(
     model.save(tmp_path)
     known = Host(discover=False)
     known.register(retroexit_megaportraits, "megaportraits")
-    for module in ("retroexit.api", "retroexit.plugins.adapters"):
-        monkeypatch.setattr(f"{module}.host", lambda: known)
+    monkeypatch.setattr(host(), "__dict__", vars(known))
     again = retroexit.load(tmp_path, decoder)
     (old,), (new,) = model.branches, again.branches
     assert new.plan.built == old.plan.built != {}

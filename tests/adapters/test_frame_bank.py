@@ -13,8 +13,9 @@ from torch import Tensor, nn
 import retroexit
 from retroexit import builtin
 from retroexit.errors import BankError
+from retroexit.guidance import build_bank
 from retroexit.metrics import QualityMetric
-from retroexit.plugins.host import Host
+from retroexit.plugins.host import Host, host
 
 megaportraits = pytest.importorskip(
     "retroexit_megaportraits", reason="install the project to get its adapters"
@@ -174,8 +175,7 @@ def test_a_saved_model_finds_the_same_frames(
     known = Host(discover=False)
     known.register(builtin, "builtin")
     known.register(megaportraits, "megaportraits")
-    for module in ("retroexit.api", "retroexit.plugins.adapters"):
-        monkeypatch.setattr(f"{module}.host", lambda: known)
+    monkeypatch.setattr(host(), "__dict__", vars(known))
     loaded = retroexit.load(folder, driven)
     batch = drivers(4, 11)
     for exit in (1, 2, 3, 4):
@@ -205,7 +205,7 @@ def test_another_source_face_is_another_bank(fitted: tuple[Any, Path], driven: n
     feature, angles, expression = drivers(3, 13)
     with torch.no_grad():
         frames = driven(feature, angles, expression)
-    loaded.bank = retroexit.GuidanceBank.build(
+    loaded.bank = build_bank(
         [(megaportraits.frame_key(angles, expression), torch.arange(3))],
         lambda ids: frames[ids],
         thin="none",
@@ -219,7 +219,7 @@ def test_a_driver_that_does_not_fit_is_refused_with_the_reason(fitted: tuple[Any
     model, _ = fitted
     feature, _, expression = drivers(2, 15)
     with pytest.raises(
-        BankError, match=r"raises ValueError: angles must have the shape \(N, 3\), got \(2, 4\)"
+        BankError, match=r"raised ValueError: angles must have the shape \(N, 3\), got \(2, 4\)"
     ):
         model(feature, torch.zeros(2, 4), expression, exit=1)
 
@@ -267,7 +267,7 @@ def test_another_implementation_is_told_by_the_names_of_its_blocks() -> None:
     feature, angles, expression = drivers(4, 1)
     with torch.no_grad():
         pictures = driven(feature, angles, expression)
-    model.bank = retroexit.GuidanceBank.build(
+    model.bank = build_bank(
         [(megaportraits.frame_key(angles, expression), torch.arange(4))],
         lambda ids: pictures[ids],
         thin="none",

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import retroexit
+from retroexit.guidance import build_bank
 from retroexit.plugins import host
 
 retroexit_megaportraits = pytest.importorskip(
@@ -124,7 +125,7 @@ def test_angles_and_expressions_that_do_not_fit_are_refused(
 def test_a_bank_of_frames_answers_with_the_whole_frame_of_the_most_similar_face() -> None:
     angles, expression = torch.randn(5, 3), torch.randn(5, 512)
     frames = torch.rand(5, 3, 8, 8)
-    bank = retroexit.GuidanceBank.build(
+    bank = build_bank(
         [(frame_key(angles, expression), torch.arange(5))],
         lambda ids: frames[ids],
         thin="none",

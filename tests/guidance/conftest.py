@@ -1,4 +1,4 @@
-"""A small generator that is told what to draw, and how somebody would describe the telling."""
+"""A small generator with a pose as its second input, and a quality metric."""
 
 from __future__ import annotations
 

@@ -71,11 +71,11 @@ NOT_IN_USE = {
     "panic": ("class Panic(BaseException): pass\nraise Panic('rust')", "Panic: rust"),
     "wrong argument": (
         marked("def retroexit_describe(model): return None"),
-        r"'retroexit_describe' asks for 'model'; it is given \(generator\), by position",
+        r"Plugin 'wrong argument' for hook 'retroexit_describe' .*describe\(model\)",
     ),
     "unknown hook": (
         marked("def retroexit_metrix(): return {}"),
-        "no hook 'retroexit_metrix'; closest: 'retroexit_metrics'",
+        "unknown hook 'retroexit_metrix' in plugin",
     ),
     "no hook": ("x = 1", "<module 'plug_no_hook' .*> implements no hook"),
 }
@@ -88,20 +88,19 @@ IN_PART = {
     ),
     "claims ours": (
         marked("def retroexit_losses(): return {'l1': int, 'l3': int}"),
-        "'l1' is claimed by plug-in 'builtin' of retroexit .* and plug-in 'claims ours' of bad-claims-ours",
+        "'l1' is offered by plug-in 'builtin' of retroexit .* and plug-in 'claims ours' of bad-claims-ours",
     ),
     "twin a": (
         marked("def retroexit_losses(): return {'twin': int}"),
-        "loss 'twin' is claimed by plug-in 'twin a' of bad-twin-a 1.2 and plug-in 'twin b' of bad-twin-b 1.2",
+        "loss 'twin' is offered by plug-in 'twin a' of bad-twin-a 1.2 and plug-in 'twin b' of bad-twin-b 1.2",
     ),
     "twin b": (
         marked("def retroexit_losses(): return {'twin': int}"),
-        "loss 'twin' is claimed by",
+        "loss 'twin' is offered by",
     ),
 }
 WRONG_ENTRY = {
     "no attribute": ("plug_good:plugin", "AttributeError: module 'plug_good' has no attribute 'plugin'"),
-    "no name": ("plug good!", r"its entry point is no name = 'plug good!'; write package.module or"),
     "no module": ("plug_z", "ModuleNotFoundError: No module named 'plug_z'"),
 }
 LOOK = """
@@ -149,7 +148,7 @@ def test_whatever_is_installed_the_library_imports_and_works(seen: Any) -> None:
     assert {"l1", "l3", "mse", "zoo"} <= set(seen["losses"])
     assert seen["plugins"]["plug_good"] == seen["plugins"]["builtin"] == ["in use", None]
     assert {category for category, _ in seen["said"]} == {"RetroExitWarning"}
-    # One for each, but the twins share theirs and a second zoo has its own.
+    # One for each, but the two that offer 'twice' share theirs, and a second zoo has its own.
     assert len(seen["said"]) == len(NOT_IN_USE) + len(IN_PART) - 1 + len(WRONG_ENTRY) + 1
 
 
@@ -189,7 +188,7 @@ def test_distributions_without_version_or_metadata_work(site: Site) -> None:
     shown = site.run("-m", "retroexit", "plugins")
     assert shown.stderr == ""
     assert re.search(r"^plug_a +alpha +in use +retroexit_losses$", shown.stdout, re.MULTILINE), shown.stdout
-    assert re.search(r"^plug_b +beta +in use +retroexit_losses$", shown.stdout, re.MULTILINE)
+    assert re.search(r"^plug_b +in use +retroexit_losses$", shown.stdout, re.MULTILINE)
 
 
 def test_the_command_line_lists_what_is_broken_and_goes_on(site: Site) -> None:
@@ -208,7 +207,7 @@ def test_the_command_line_lists_what_is_broken_and_goes_on(site: Site) -> None:
     assert re.search(r"^retroexit_commands +plug_odd +greet$", shown.stdout, re.MULTILINE)
     cause = "plug-in 'plug_bad' of sad-plugin 1.2: ModuleNotFoundError: No module named 'nowhere_at_all'"
     assert cause in shown.stdout.splitlines()
-    assert "command 'fit' is claimed by" in shown.stdout
+    assert "command 'fit' is offered by" in shown.stdout
     assert shown.stderr.count("nowhere_at_all") == 1
     assert "Traceback" not in shown.stderr
     listed = json.loads(site.run("-m", "retroexit", "plugins", "--json").stdout)

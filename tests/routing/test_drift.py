@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from retroexit.guidance import with_slopes
 from retroexit.guidance.bank import GuidanceBank
-from retroexit.guidance.first_order import with_slopes
 from retroexit.model import EarlyExitGenerator
 from retroexit.routing.ood_guard import OODGuard, farthest
 from retroexit.routing.predictor import Predictor

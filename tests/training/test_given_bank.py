@@ -64,7 +64,7 @@ def test_a_bank_that_does_not_fit_is_refused_before_anything_is_written(
     bank = _bank_of(decoders.wrap(guidance=True), decoders.latents(10))
     with pytest.raises(BankError, match="wrapped without guidance"):
         decoders.fit(decoders.wrap(), tmp_path / "plain", bank=bank)
-    with pytest.raises(BankError, match="found values from"):
+    with pytest.raises(BankError, match="source of values must be"):
         decoders.fit(
             decoders.wrap(guidance=retroexit.Guidance(value_after="image")), tmp_path / "taps", bank=bank
         )
