@@ -307,7 +307,7 @@ def test_a_missing_torchmetrics_is_answered_with_the_pip_line(
 
 
 def test_what_cannot_be_measured_is_refused(model: EarlyExitGenerator) -> None:
-    with pytest.raises(OptionError, match="found list without samples"):
+    with pytest.raises(OptionError, match="must be a non-empty sequence of samples, got list"):
         retroexit.evaluate(model, [], metric=Distance())
     with pytest.raises(CheckpointError, match="not an evaluation written by retroexit"):
         Evaluation.from_json("[]")

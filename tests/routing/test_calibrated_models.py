@@ -119,7 +119,7 @@ def test_promise_and_times_are_saved_with_the_model(
     path = tmp_path / "m" / "calibration.safetensors"
     whole = path.read_bytes()
     path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    with pytest.raises(CheckpointError, match="found calibration.safetensors changed since it was written"):
+    with pytest.raises(CheckpointError, match="calibration.safetensors has changed since it was written"):
         retroexit.load(tmp_path / "m", generator, (TRAIN[:1],))
     model.calibration = model.latency = None
     model.save(tmp_path / "m")

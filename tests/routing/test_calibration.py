@@ -92,7 +92,7 @@ def test_too_few_samples_are_refused_with_the_number_needed(samples: int, missin
     ):
         Calibration(*_draw(samples, 0))
     Calibration(*_draw(59, 0))
-    with pytest.raises(OptionError, match="takes at least 244"):
+    with pytest.raises(OptionError, match="needs at least 244 samples"):
         Calibration(*_draw(59, 0), rule="bound")
 
 
@@ -106,7 +106,7 @@ def test_what_is_no_calibration_is_refused() -> None:
     with pytest.raises(OptionError, match=r"got \(60, 3\) and \(60, 2\)"):
         Calibration(losses, predicted[:, :2])
     losses[3, 1] = np.nan
-    with pytest.raises(OptionError, match="losses that are not finite"):
+    with pytest.raises(OptionError, match="losses must be finite"):
         Calibration(losses, predicted)
     with pytest.raises(OptionError, match="threshold=-0.1"):
         Calibration(predicted, predicted).limits(-0.1)
