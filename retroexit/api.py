@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 from torch import nn
 
-from retroexit.assessing import evaluate
 from retroexit.branch.widths.plan import WidthRule
 from retroexit.errors import GeneratorError, OptionError
+from retroexit.evaluate import evaluate
 from retroexit.fit import fit
 from retroexit.guidance.options import Guidance
 from retroexit.inspection import find_stages

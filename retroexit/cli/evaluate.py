@@ -47,5 +47,5 @@ def evaluate(
     else:
         typer.echo(f"promise: {promise['text']}")
         typer.echo(promise_table(promise))
-    typer.echo(f"drift guard: {result.about['drift_guard']}")
+    typer.echo(f"out-of-distribution guard: {result.about['ood_guard']}")
     typer.echo(f"report: {report / 'report.html'}")

@@ -1,4 +1,4 @@
-"""Find a quality metric by name."""
+"""Quality metrics by name."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ __all__ = ["find_metric"]
 
 
 def find_metric(metric: QualityMetric | str, weights: str | Path | None = None) -> QualityMetric:
-    """Make the metric behind a name; a metric object is returned as it is.
+    """Make a metric from its name; a metric object is returned unchanged.
 
     Args:
-        metric: Its name, ``"lpips"`` for ``"lpips-alex"``, or itself.
-        weights: File with its weights.
+        metric: A metric or its name. ``"lpips"`` means ``"lpips-alex"``.
+        weights: File with the metric's weights.
 
     Raises:
-        OptionError: If weights are given for a name that takes none.
-        PluginError: If no plug-in, or more than one, offers it.
-        WeightsError: If its weights cannot be had.
+        OptionError: If the metric takes no weights and some are given.
+        PluginError: If no plug-in, or more than one, offers the name.
+        WeightsError: If the weights are missing or damaged.
     """
     if isinstance(metric, QualityMetric):
         return metric
-    name = "lpips-alex" if metric == "lpips" else metric
-    return host().metric(name) if weights is None else host().metric(name, weights=weights)
+    options = {} if weights is None else {"weights": weights}
+    return host().metric("lpips-alex" if metric == "lpips" else metric, **options)

@@ -25,10 +25,10 @@ from retroexit.report.html_tables import (
     sweep_table,
 )
 from retroexit.report.saved_report import Kept, hashes, keep, model_facts
-from retroexit.report.strips import Strip, data_address, strip_image
+from retroexit.report.strips import Strip, data_address
 from retroexit.routing.calibration import Calibration
 
-__all__ = ["Strip", "strip_image", "write_report"]
+__all__ = ["write_report"]
 
 
 def write_report(

@@ -35,7 +35,7 @@ def test_a_fit_ends_with_promise_and_times(run: Any, tmp_path: Path) -> None:
     shown = run("evaluate", "toy.py:decoder", "run", "--inputs", "toy.py:others", "--threshold", "0.2")
     assert shown.status == 0, shown.err
     assert re.search(r"promise: P\(.*\n.*consistent\n.*\n +0.2 .* \d+ of 12 .* (yes|no)\n", shown.out)
-    assert re.search(r"drift guard: \d+ of 12 samples are too far", shown.out)
+    assert re.search(r"out-of-distribution guard: \d+ of 12 samples are out", shown.out)
     page = (tmp_path / "run/report/report.html").read_text()
     assert 'id="promise"' in page
 
@@ -56,7 +56,7 @@ def test_a_model_is_calibrated_later_and_evaluate_says_what_a_threshold_means(
     assert "times of 1 sample on cpu" in found.out
     assert _saved(tmp_path)["calibration_sha256"] is not None
     again = run(*evaluate)
-    assert "warning: the inputs are those that the model was calibrated on" in again.err
+    assert "warning: the model was calibrated on these inputs" in again.err
     assert "promise: P(ms-ssim" in again.out
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from retroexit.errors import CheckpointError
 from retroexit.evaluation.sweep import Evaluation
-from retroexit.report.report import Strip, write_report
+from retroexit.report.report import write_report
 from retroexit.report.saved_report import (
     Kept,
     find_report,
@@ -21,6 +21,7 @@ from retroexit.report.saved_report import (
     read_evaluation,
     read_kept,
 )
+from retroexit.report.strips import Strip
 
 Make = Callable[..., Evaluation]
 

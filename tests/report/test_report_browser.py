@@ -21,7 +21,8 @@ import pytest
 import torch
 
 from retroexit.evaluation.sweep import Evaluation
-from retroexit.report.report import Strip, write_report
+from retroexit.report.report import write_report
+from retroexit.report.strips import Strip
 from retroexit.routing.calibration import Calibration
 
 Make = Callable[..., Evaluation]

@@ -108,7 +108,7 @@ def test_what_is_no_calibration_is_refused() -> None:
     losses[3, 1] = np.nan
     with pytest.raises(OptionError, match="losses must be finite"):
         Calibration(losses, predicted)
-    with pytest.raises(OptionError, match="threshold=-0.1"):
+    with pytest.raises(OptionError, match="threshold must be .* got -0.1"):
         Calibration(predicted, predicted).limits(-0.1)
 
 

@@ -1,4 +1,4 @@
-"""What a fitted model is worth: measured on new inputs, promised by calibration; metrics by name."""
+"""Measure a model on new inputs and write a report."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ from retroexit.evaluation.sweep import Evaluation
 from retroexit.metrics import QualityMetric
 from retroexit.model import EarlyExitGenerator
 from retroexit.plugins.metrics import find_metric
+from retroexit.report.report import write_report
+from retroexit.report.saved_report import EVALUATION
+from retroexit.report.strips import pick_strips
 
 __all__ = ["evaluate"]
 
@@ -39,38 +42,34 @@ def evaluate(
         model: A wrapped generator, fitted or not.
         inputs: Samples as for `fit`.
         folder: Where ``report.html``, ``summary.json`` and ``evaluation.json`` go; ``None`` writes nothing.
-        metric: Quality metric: its name or itself; by default the one that the model was fitted with.
+        metric: Quality metric or its name; by default the one that the model was fitted with.
         weights: File with the metric's weights.
         title: Heading of the report.
-        command: The command that reproduces it, to be shown there.
+        command: Command line that reproduces the report, shown in it.
         show: Turns one sample into a picture ``(3, H, W)`` in [0, 1] for the report's image strips.
-        progress: Whether to show a bar on a terminal.
+        progress: Whether to show a progress bar on a terminal.
         **settings: ``seed``, ``batch``, ``repeats`` (timed runs per route).
 
     Returns:
-        Losses of every sample and exit, with the sweeps over thresholds as methods.
+        Losses of every sample at every exit, with the sweeps over thresholds as methods.
 
     Raises:
         OptionError: If the inputs are out of range.
-        WeightsError: If the metric's weights cannot be had.
+        WeightsError: If the metric's weights are missing or damaged.
     """
     calibration = model.calibration
     if calibration is not None and calibration.about.get("hash") == Samples(inputs).digest():
         warnings.warn(
-            "the inputs are those that the model was calibrated on; what they lose tests no promise. "
-            "Pass others.",
+            "the model was calibrated on these inputs, so they cannot test its promise. Pass others.",
             RetroExitWarning,
             stacklevel=2,
         )
     name = metric or model.about.get("metric", {}).get("name", "lpips-alex")
-    evaluation, strips = measure(
-        model, inputs, find_metric(name, weights), show=show, progress=progress, **settings
-    )
+    evaluation, run = measure(model, inputs, find_metric(name, weights), progress=progress, **settings)
     if folder is not None:
-        from retroexit.report.report import write_report
-
-        heading = title or f"{type(model.generator).__name__} with {len(model.branches)} early exits"
+        title = title or f"{type(model.generator).__name__} with {len(model.branches)} early exits"
+        strips = pick_strips(run, evaluation, show)
         Path(folder).mkdir(parents=True, exist_ok=True)
-        Path(folder, "evaluation.json").write_text(evaluation.to_json())
-        write_report(folder, evaluation, strips, title=heading, command=command, calibration=calibration)
+        Path(folder, EVALUATION).write_text(evaluation.to_json())
+        write_report(folder, evaluation, strips, title=title, command=command, calibration=calibration)
     return evaluation
