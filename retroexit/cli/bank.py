@@ -131,7 +131,7 @@ def verify(
     if target is not None:
         typer.echo(f"backbone is the one that the bank was built with: {wanted}")
     if model is not None:
-        typer.echo(f"keys from {found.origin.key_tap}, values from {found.origin.value_tap}, as asked for")
+        typer.echo(f"keys from {found.meta['key_tap']}, values from {found.meta['value_tap']}, as asked for")
 
 
 def _guidance(key: str | None, value_after: str | None, patch: int, **more: Any) -> retroexit.Guidance:

@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from retroexit.core.modules import fingerprint
 from retroexit.errors import BankError
 from retroexit.guidance.bank import GuidanceBank, Retrieved
-from retroexit.guidance.provenance import check_provenance
 from retroexit.guidance.taps import Taps
 from retroexit.split.split import Begun
 
@@ -71,8 +70,8 @@ class GuideProvider:
             )
         assert self._generator is not None
         # Hashing all weights takes a while; it is only done where there is a fingerprint to compare with.
-        weights = None if bank.origin.fingerprint is None else fingerprint(self._generator)
-        check_provenance(bank.origin, self.taps.origin(weights), bank)
+        weights = None if bank.meta.get("fingerprint") is None else fingerprint(self._generator)
+        bank.check_origin(fingerprint=weights, **self.taps.origin())
 
     def retrieve(self, begun: Begun, rows: Tensor | None = None) -> Retrieved:
         """Search the bank for the nearest keys of a batch, or of some rows of it.

@@ -290,7 +290,8 @@ def _check_built(case: Case, run: _Run, build: BuildStage) -> int:
 def _check_exits(case: Case, decoder: Decoder, thin_at: Sequence[int] | None) -> None:
     """Wrap the generator at every stage but the last; check exits, a batch of two, saving and loading."""
     stages = range(1, len(decoder.stages))
-    full = thin = None
+    full: EarlyExitGenerator | None = None
+    thin: EarlyExitGenerator | None = None
     with case.results.claim("at scale 1 every exit is the generator, bit for bit"):
         full = _wrap(case, stages, 1.0, 1)
         expected = case.render()

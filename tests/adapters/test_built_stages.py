@@ -174,13 +174,6 @@ def test_a_saved_model_gets_the_same_stages_back(
         retroexit.load(tmp_path, decoder, (example,), adapter=False)
 
 
-def test_a_full_width_branch_without_guide_stays_the_backbones_own(decoder: nn.Module) -> None:
-    model = wrap(decoder, [2], scale=1.0)
-    feature = torch.randn(1, 24, 4, 4)
-    with torch.no_grad():
-        assert torch.equal(model(feature, exit=1), decoder(feature))
-
-
 def test_a_full_width_branch_with_guide_takes_both(decoder: nn.Module) -> None:
     model = wrap(decoder, [2], scale=1.0, guidance=True)
     assert model.branches[0].tail.get_submodule("blocks.2").conv_0.in_channels == 64 + 64
@@ -235,16 +228,3 @@ def test_stages_that_do_not_run_are_narrowed_and_the_exit_says_so(build_stage: A
     assert branch.plan.built == {}
     assert any("blocks.2" in line and "does not run" in line for line in model.exits[0].pinned)
     assert branch.tail.get_parameter("blocks.2.conv_1.weight").shape == (4, 4, 3, 3)
-
-
-def test_what_an_adapter_leaves_to_us_is_narrowed(decoder: nn.Module) -> None:
-    plain = retroexit.wrap(decoder, [6], 1 / 4, min_channels=6, adapter=False, stages=G2D_STAGES)
-    known = retroexit.Description(name="leaves all", stages=G2D_STAGES, build_stage=lambda *_: None)
-    asked = retroexit.wrap(decoder, [6], 1 / 4, min_channels=6, adapter=known)
-    for model in (plain, asked):
-        feature = torch.randn(1, 24, 4, 4, generator=torch.Generator().manual_seed(1))
-        model.record(feature)
-        assert model.branches[0].plan.built == {}
-    assert asked.exits == plain.exits
-    with torch.no_grad():
-        assert torch.equal(asked(feature, exit=1), plain(feature, exit=1))

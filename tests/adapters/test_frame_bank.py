@@ -91,14 +91,6 @@ def guides(fitted: tuple[Any, Path]) -> Any:
         hook.remove()
 
 
-def test_pose_and_expression_pass_the_decoder_by(driven: nn.Module) -> None:
-    feature, angles, expression = drivers(2, 5)
-    assert torch.equal(driven(feature, angles, expression), driven.decoder(feature))
-    assert torch.equal(driven(feature, -angles, -expression), driven.decoder(feature))
-    assert not driven.training
-    assert megaportraits.driver_key(feature, angles, expression).shape == (2, 515)
-
-
 def test_the_bank_holds_every_frame_under_its_pose_and_expression(
     fitted: tuple[Any, Path], driven: nn.Module
 ) -> None:
@@ -199,22 +191,6 @@ def test_an_evaluation_measures_the_distance_to_the_frame_that_is_found(fitted: 
     assert found.overhead[0] - found.overhead[-1] == FRAMES * 515
 
 
-def test_another_source_face_is_another_bank(fitted: tuple[Any, Path], driven: nn.Module) -> None:
-    model, folder = fitted
-    loaded = retroexit.load(folder, driven, adapter=describe(driven))
-    feature, angles, expression = drivers(3, 13)
-    with torch.no_grad():
-        frames = driven(feature, angles, expression)
-    loaded.bank = build_bank(
-        [(megaportraits.frame_key(angles, expression), torch.arange(3))],
-        lambda ids: frames[ids],
-        thin="none",
-        retriever=type(model.bank.retriever)(),
-    )
-    batch = drivers(2, 14)
-    assert not torch.equal(loaded(*batch, exit=1), model(*batch, exit=1))
-
-
 def test_a_driver_that_does_not_fit_is_refused_with_the_reason(fitted: tuple[Any, Path]) -> None:
     model, _ = fitted
     feature, _, expression = drivers(2, 15)
@@ -274,25 +250,6 @@ def test_another_implementation_is_told_by_the_names_of_its_blocks() -> None:
         retriever=retroexit.plugins.host().retriever("exact")(),
     )
     assert model(*drivers(3, 2), exit=1).shape == (3, 3, 8, 8)
-
-
-def test_blocks_that_nobody_names_are_found() -> None:
-    driven = megaportraits.DrivenG2d(OtherG2d().eval())
-    known = describe(driven)
-    assert known.stages is None and known.key is megaportraits.driver_key
-    model = retroexit.wrap(
-        driven, ["decoder.res.1"], 1 / 4, min_channels=2, adapter=known, example_inputs=drivers(1, 1)
-    )
-    assert model.exits[0].attach_at == "decoder.res.1"
-
-
-def test_without_a_frame_bank_the_bare_decoder_is_described_too() -> None:
-    decoder = OtherG2d().eval()
-    known = megaportraits.describe_g2d(decoder, BLOCKS, image_range=(0.0, 1.0))
-    assert known.stages == tuple(BLOCKS)
-    assert known.key is None and known.value_after is None
-    model = retroexit.wrap(decoder, [3], 1 / 2, min_channels=2, adapter=known)
-    assert model(torch.randn(2, 24, 4, 4), exit=1).shape == (2, 3, 8, 8)
 
 
 def test_somebodys_own_thin_blocks_are_used() -> None:

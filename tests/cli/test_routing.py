@@ -84,7 +84,7 @@ def test_what_cannot_be_routed_is_refused_before_anything_is_trained(
 def test_too_few_inputs_to_calibrate_on_are_refused_with_the_number_needed(run: Any, tmp_path: Path) -> None:
     assert run(*FIT).status == 0
     words = ("calibrate", "toy.py:decoder", "run", "--inputs", "toy.py:others")
-    run(*words).fails_with("from 12 samples; found that it takes at least 59, .* Pass 47 more")
+    run(*words).fails_with("needs at least 59 samples, got 12. Pass 47 more")
     run(*words, *PROMISE, "--rule", "strict").fails_with(
         "asked for rule='strict'; found 'margin' and 'bound'"
     )

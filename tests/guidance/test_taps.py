@@ -127,11 +127,6 @@ def test_keys_that_not_every_route_computes_are_refused(
         wrap(posed, [2, 3], retroexit.Guidance(key_after=key_after))
 
 
-def test_a_branch_in_front_of_a_stage_cannot_take_keys_behind_it(posed: nn.Module) -> None:
-    with pytest.raises(OptionError, match=r"first attach point 'stages\.1', got 'stages\.1'"):
-        wrap(posed, [2], retroexit.Guidance(key_after=2), tap="before")
-
-
 class Painter(nn.Module):
     """Begins with a learned constant, which the input joins only behind the first stage."""
 

@@ -335,17 +335,6 @@ def test_exits_that_depend_on_the_batch_or_do_not_shrink_are_named() -> None:
     )
 
 
-def test_a_stage_that_no_branch_can_sit_behind_is_named() -> None:
-    class Twice(Decoder):
-        def forward(self, codes: Tensor) -> dict[str, Tensor]:
-            x = self.blocks[0](self.book(codes).permute(0, 3, 1, 2))
-            x = self.blocks[2](self.blocks[1](self.blocks[1](x)))
-            return {"depth": self.depth(x), "rgb": torch.sigmoid(self.rgb(x))}
-
-    problems = problems_of(Twice().eval(), plugin=Adapter())
-    assert "got 'blocks.1', which runs 2 times" in problems
-
-
 class Greedy:
     @hookimpl
     def retroexit_describe(self, generator: nn.Module) -> Description:

@@ -23,7 +23,7 @@ def test_the_adapter_keeps_its_promises(decoder: TokenDecoder) -> None:
     assert report.name == "token decoder"
     assert report.skipped == (
         "key: the description has none",
-        "the objective trains both sides: the description names no objective",
+        "the objective trains both sides: the description has no objective",
     )
 
 
