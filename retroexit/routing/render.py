@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from retroexit.core.nested import clone_strided
 from retroexit.guidance.provider import GuideProvider
 from retroexit.routing.router import Choice
-from retroexit.split.batch_rows import merge
-from retroexit.split.split import Begun, SplitGenerator, Values
+from retroexit.split.split import Begun, SplitGenerator, Values, merge
 
 __all__ = ["leave", "render"]
 

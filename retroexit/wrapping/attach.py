@@ -5,9 +5,10 @@ from __future__ import annotations
 from torch import fx
 
 from retroexit.errors import AttachPointError, closest
-from retroexit.split.segments import Cut
 from retroexit.split.split import places
-from retroexit.stages.decoder import Decoder, Stage, describe_stage
+from retroexit.stages.cuts import Cut
+from retroexit.stages.decoder import Decoder, describe_stage
+from retroexit.stages.stage import Stage
 from retroexit.wrapping.options import WrapOptions
 
 __all__ = ["find_places"]

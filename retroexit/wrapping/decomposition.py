@@ -15,11 +15,11 @@ from retroexit.branch.widths.plan import WidthPlan
 from retroexit.errors import InputMismatchError, OptionError, RecordingError
 from retroexit.guidance.taps import Taps, find_key_cut, find_taps, tap_paths
 from retroexit.split.replay.split import ReplaySplit
-from retroexit.split.segments import Cut
 from retroexit.split.self_test import cross
 from retroexit.split.split import SplitGenerator
-from retroexit.stages.decoder import Decoder, Stage, read_decoder
-from retroexit.stages.value_names import value_names
+from retroexit.stages.cuts import Cut
+from retroexit.stages.decoder import Decoder, read_decoder, value_names
+from retroexit.stages.stage import Stage
 from retroexit.tracing.record import unobserved
 from retroexit.wrapping.attach import find_places
 from retroexit.wrapping.options import WrapOptions

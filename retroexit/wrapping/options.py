@@ -16,7 +16,7 @@ from retroexit.branch.widths.plan import WidthPlan, WidthRule
 from retroexit.errors import AttachPointError, OptionError, RetroExitWarning
 from retroexit.guidance.options import Guidance
 from retroexit.plugins.description import Description
-from retroexit.stages.decoder import Stage
+from retroexit.stages.stage import Stage
 
 __all__ = ["OWN_KEYWORDS", "WrapOptions", "shadowed_keywords"]
 

@@ -113,7 +113,7 @@ def test_a_fit_fills_the_bank_from_the_named_stages(
         ),
         ("rgb", OptionError, r"at or before the first attach point 'stages\.1', got 'rgb'"),
         (9, OptionError, r"key_after must be a stage from 1 to 4, got 9"),
-        ("stage.0", AttachPointError, r"no such module in Posed\. Closest: 'stages\.0'"),
+        ("stage.0", AttachPointError, r"no module 'stage\.0' in Posed; closest: 'stages\.0'"),
     ],
 )
 def test_keys_that_not_every_route_computes_are_refused(
