@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from retroexit.errors import MissingExtraError, OptionError
 from retroexit.report.stage_table import ranges, shorten
-from retroexit.stages.decoder import Stage
-from retroexit.stages.live_spans import LiveSpan, live_spans
+from retroexit.stages.stage import LiveSpan, Stage, live_spans
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
