@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from retroexit.report.stage_table import ranges, shorten
-from retroexit.stages.decoder import Stage
-from retroexit.stages.live_spans import LiveSpan, live_spans
+from retroexit.stages.stage import LiveSpan, Stage, live_spans
 
 __all__ = [
     "COSTS",

@@ -24,7 +24,7 @@ from retroexit.report.decoder_layout import (
     runs,
     shape_text,
 )
-from retroexit.stages.decoder import Stage
+from retroexit.stages.stage import Stage
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

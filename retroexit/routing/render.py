@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retroexit.split.batch_rows import merge
-from retroexit.split.split import SplitGenerator, Values
+from retroexit.split.split import SplitGenerator, Values, merge
 
 __all__ = ["leave_in_turn"]
 

@@ -28,11 +28,11 @@ from retroexit.guidance.options import Guidance
 from retroexit.guidance.taps import Taps, find_key_cut, find_taps, tap_paths
 from retroexit.routing.predictor import Predictor
 from retroexit.split.replay.split import ReplaySplit
-from retroexit.split.segments import Cut
 from retroexit.split.self_test import cross
 from retroexit.split.split import SplitGenerator, places
-from retroexit.stages.decoder import Decoder, Stage, describe_stage, read_decoder
-from retroexit.stages.value_names import value_names
+from retroexit.stages.cuts import Cut
+from retroexit.stages.decoder import Decoder, describe_stage, read_decoder, value_names
+from retroexit.stages.stage import Stage
 from retroexit.tracing.record import unobserved
 
 if TYPE_CHECKING:

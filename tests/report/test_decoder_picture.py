@@ -13,7 +13,7 @@ import pytest
 
 from retroexit.errors import MissingExtraError, OptionError
 from retroexit.report.decoder_picture import draw_decoder
-from retroexit.stages.decoder import Stage
+from retroexit.stages.stage import Stage
 
 pytest.importorskip("matplotlib")
 
