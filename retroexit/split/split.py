@@ -110,6 +110,7 @@ class SplitGenerator:
         batched: Rows of one sample in the crossing values and the keys' feature that depend on the batch:
             1 mostly, more where frames are folded in, 0 where samples are not told apart by rows.
         output_rows: Likewise for tensors of the output; ``None`` where one belongs to no sample.
+        written: For every cut, positions of the crossing values that its tail writes into.
         divides: Whether samples of one batch can be told apart in all of these.
         any_batch: Whether a batch of another size gives the generator's own output.
 
@@ -138,6 +139,7 @@ class SplitGenerator:
         self.batch = self._batch_size(args, kwargs)
         self.batched: dict[fx.Node, int] = {}
         self.output_rows, self.divides = list[int | None](), True
+        self.written: list[set[int]] = []
         self._around_key: tuple[Segment, Segment] | None = None
         self._prepare()
         self.any_batch = self._probe_batch(args, kwargs)
