@@ -50,10 +50,10 @@ from static.measuring import (
 from torch import Tensor
 
 import retroexit
+from retroexit.core.images import ImageRange
 from retroexit.core.samples import Samples
 from retroexit.core.versions import versions
 from retroexit.evaluation.sweep import Evaluation
-from retroexit.metrics.base import ImageRange
 from retroexit.model import EarlyExitGenerator
 from retroexit.training.data.cache import FeatureCache
 
@@ -119,7 +119,9 @@ class Run:
         model = self.model = networks.early_exits(
             self.case, attach_at, scale, floor, self.training, self.out / "ours"
         )
-        model.drift.enabled = False  # sending strange inputs to the backbone is no part of what is compared
+        model.router.ood_counter.enabled = (
+            False  # sending strange inputs to the backbone is no part of what is compared
+        )
         path = self.out / "ours" / "report" / "evaluation.json"
         if not path.exists():
             retroexit.evaluate(model, self.latents, path.parent, metric=self.case.metric, repeats=0)
@@ -222,7 +224,7 @@ def main(given: Sequence[str] | None = None) -> None:
 
 
 def _backbone_macs(case: Case) -> int:
-    from retroexit.evaluation.thop_check import count_macs
+    from retroexit.core.macs import count_macs
 
     args, _ = Samples(case.test).gather([0])
     return count_macs(case.generator, *args)

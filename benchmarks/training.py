@@ -29,9 +29,10 @@ import torch
 from tqdm import tqdm
 
 import retroexit
+from retroexit.core.images import ImageRange
 from retroexit.core.samples import Samples
 from retroexit.core.versions import versions
-from retroexit.metrics.base import LPIPS, ImageRange
+from retroexit.metrics import LPIPS
 from retroexit.report.text_tables import table
 from retroexit.training.branches.trainer import BranchSchedule, BranchTrainer
 from retroexit.training.data.cache import FeatureCache

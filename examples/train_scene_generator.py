@@ -21,13 +21,14 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save, save_file
+from scene_pictures import paint_scene  # beside this file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 from tqdm import tqdm
 
-from retroexit.demo.generator import SceneGenerator, scene_inputs, scene_target
-from retroexit.demo.scenes import CLASSES, LABEL_COLOURS, TEST_SEEDS, TRAIN_SEEDS, draw_scene
+from retroexit.demo.generator import SceneGenerator, scene_inputs
+from retroexit.demo.scenes import CLASSES, LABEL_COLOURS, TEST_SEEDS, TRAIN_SEEDS
 
 HELD_OUT = 32
 EMPHASIS = {"car": 3.0, "person": 3.0, "pole": 2.0, "window": 1.0, "roof": 1.0}
@@ -75,7 +76,7 @@ class Scenes:
                 self.labels, self.images, self.z = stored["labels"], stored["images"], stored["z"]
         if not file.exists() or len(self.z) < count:
             drawn = [
-                draw_scene(TRAIN_SEEDS[index]) for index in tqdm(range(count), desc="draw", mininterval=10)
+                paint_scene(TRAIN_SEEDS[index]) for index in tqdm(range(count), desc="draw", mininterval=10)
             ]
             self.labels, self.images = np.stack([s.labels for s in drawn]), np.stack([s.image for s in drawn])
             self.z = np.stack([s.z for s in drawn])
@@ -159,7 +160,8 @@ class Trainer:
         for first in range(0, HELD_OUT, 8):
             pairs = scene_inputs(8, first=first)
             labels, z = torch.stack([p[0] for p in pairs]), torch.stack([p[1] for p in pairs])
-            drawn = torch.stack([scene_target(first=first + i) for i in range(8)])
+            images = np.stack([paint_scene(TEST_SEEDS[first + i]).image for i in range(8)])
+            drawn = torch.from_numpy(images.astype(np.float32)).permute(0, 3, 1, 2) / 127.5 - 1
             total += float((self.average(labels, z) - drawn).abs().mean())
         return total / (HELD_OUT / 8)
 
@@ -206,10 +208,10 @@ class Trainer:
 @torch.no_grad()
 def sample_grid(generator: SceneGenerator, file: Path, rows: int = 10) -> None:
     """Write label map, drawn picture and generated picture of held-out scenes, from easy to hard."""
-    order = sorted(range(rows), key=lambda index: draw_scene(TEST_SEEDS[index]).difficulty)
+    order = sorted(range(rows), key=lambda index: paint_scene(TEST_SEEDS[index]).difficulty)
     lines = []
     for index in order:
-        scene = draw_scene(TEST_SEEDS[index])
+        scene = paint_scene(TEST_SEEDS[index])
         labels, z = scene_inputs(1, first=index)[0]
         made = generator(labels[None], z[None])[0].permute(1, 2, 0)
         made = ((made + 1) * 127.5).round().clamp(0, 255).byte().numpy()

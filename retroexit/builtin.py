@@ -1,69 +1,42 @@
-"""Our own parts, offered through the same hooks as everybody else's."""
+"""The library's own plug-in: back-ends, metrics, losses and width rules, offered through the hooks.
+
+The host imports it by name at the first look-up; nothing else imports it.
+"""
 
 from __future__ import annotations
 
 import functools
-import importlib.util
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from retroexit.branch.widths.plan import WidthFunction, multiple_of_8, scaled_width
+from retroexit.metrics import LPIPS, MSSSIM, QualityMetric
 from retroexit.plugins.hookspecs import hookimpl
-
-if TYPE_CHECKING:
-    from retroexit.branch.widths.plan import WidthFunction
-    from retroexit.metrics.base import QualityMetric
-    from retroexit.retrieval import Retriever
-    from retroexit.training.losses import BatchTerm, Term
-
-__all__ = [
-    "retroexit_commands",
-    "retroexit_losses",
-    "retroexit_metrics",
-    "retroexit_retrievers",
-    "retroexit_width_rules",
-]
+from retroexit.retrieval import AutoRetriever, ExactRetriever, FaissRetriever, HnswlibRetriever, Retriever
+from retroexit.training.losses import L1, PERCEPTUAL, Perceptual
 
 
 @hookimpl
 def retroexit_retrievers() -> dict[str, type[Retriever]]:
-    """Offer exact search, FAISS, hnswlib, and a choice among them."""
-    from retroexit.retrieval import AutoRetriever, ExactRetriever, FaissRetriever, HnswlibRetriever
-
-    ours = (AutoRetriever, ExactRetriever, FaissRetriever, HnswlibRetriever)
-    return {back_end.name: back_end for back_end in ours}
+    """Offer exact search, FAISS, hnswlib, and an automatic choice."""
+    return {r.name: r for r in (AutoRetriever, ExactRetriever, FaissRetriever, HnswlibRetriever)}
 
 
 @hookimpl
 def retroexit_metrics() -> dict[str, Callable[..., QualityMetric]]:
     """Offer LPIPS on three networks, and MS-SSIM."""
-    from retroexit.metrics.base import LPIPS, MSSSIM
-
     lpips = {f"lpips-{net}": functools.partial(LPIPS, net=net) for net in ("alex", "squeeze", "vgg")}
     return {**lpips, "ms-ssim": MSSSIM}
 
 
 @hookimpl
-def retroexit_losses() -> dict[str, Callable[..., Term | BatchTerm]]:
-    """Offer the mean absolute difference, MS-SSIM, LPIPS, and differences of features of trained networks."""
-    from retroexit.training.losses import L1, PERCEPTUAL, Perceptual
-
+def retroexit_losses() -> dict[str, Callable[..., Any]]:
+    """Offer the mean absolute difference, MS-SSIM, LPIPS, and distances of features of trained networks."""
     perceptual = {name: functools.partial(Perceptual, name) for name in PERCEPTUAL}
     return {"l1": L1, **perceptual, **retroexit_metrics()}
 
 
 @hookimpl
 def retroexit_width_rules() -> dict[str, WidthFunction]:
-    """Offer the paper's rule, and one that keeps to whole multiples of eight."""
-    from retroexit.branch.widths.plan import multiple_of_8, scaled_width
-
+    """Offer the paper's rule, and one that rounds to multiples of eight."""
     return {"floor": scaled_width, "multiple-of-8": multiple_of_8}
-
-
-@hookimpl
-def retroexit_commands() -> dict[str, Callable[..., Any]]:
-    """Offer the commands that come with the library, where typer is there to run them."""
-    if importlib.util.find_spec("typer") is None:
-        return {}
-    from retroexit.cli.commands import own_commands
-
-    return own_commands()

@@ -14,13 +14,17 @@ import torch
 from torch import Tensor, nn
 
 import retroexit
+from retroexit.core.images import ImageRange
+from retroexit.core.macs import count_macs
 from retroexit.core.samples import Samples
 from retroexit.errors import CheckpointError, MissingExtraError, OptionError, OutputError
-from retroexit.evaluation.measure import Measurement, measure, pick_strips, route_seconds
+from retroexit.evaluation.measure import measure, route_seconds
 from retroexit.evaluation.sweep import Evaluation
-from retroexit.evaluation.thop_check import count_macs, cross_check
-from retroexit.metrics.base import ImageRange, QualityMetric
+from retroexit.evaluation.thop_check import cross_check
+from retroexit.measuring.exits import Measurement
+from retroexit.metrics import QualityMetric
 from retroexit.model import EarlyExitGenerator
+from retroexit.report.strips import pick_strips
 
 
 class Distance(QualityMetric):
@@ -175,7 +179,7 @@ def test_the_range_that_a_model_was_fitted_with_needs_no_measuring(model: EarlyE
     with torch.no_grad():
         dark.generator.rgb.weight.mul_(1e-3)
         dark.generator.rgb.bias.fill_(-0.2)
-    with pytest.raises(OutputError, match="cannot tell the range of an image"):
+    with pytest.raises(OutputError, match="fits none of the ranges"):
         measure(dark, INPUTS[:2], Distance(), repeats=0, progress=False)
     dark.about["image_range"] = [0.0, 1.0]
     found, _ = measure(dark, INPUTS[:2], Distance(), repeats=0, progress=False)
@@ -232,14 +236,8 @@ def test_strips_show_the_samples_that_they_name(model: EarlyExitGenerator) -> No
 
 
 def test_a_picture_of_the_input_can_be_given(model: EarlyExitGenerator) -> None:
-    _, strips = measure(
-        model,
-        INPUTS[:2],
-        Distance(),
-        repeats=0,
-        show=lambda z: torch.full((3, 5, 7), float(z[0, 0, 0] > 9)),
-        progress=False,
-    )
+    found, run = measure(model, INPUTS[:2], Distance(), repeats=0, progress=False)
+    strips = pick_strips(run, found, lambda z: torch.full((3, 5, 7), float(z[0, 0, 0] > 9)))
     assert all(strip.images[0][1].shape == (5, 7, 3) and not strip.images[0][1].any() for strip in strips)
 
 
@@ -273,7 +271,7 @@ def test_a_missing_thop_is_said_and_breaks_nothing(
     model: EarlyExitGenerator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "thop", None)
-    assert "MissingExtraError: asked for a count by thop" in cross_check(
+    assert "MissingExtraError: thop is not installed" in cross_check(
         model.generator, model.exits[-1].macs, (INPUTS[:1],)
     )
 
@@ -305,7 +303,7 @@ def test_a_missing_torchmetrics_is_answered_with_the_pip_line(
 
 
 def test_what_cannot_be_measured_is_refused(model: EarlyExitGenerator) -> None:
-    with pytest.raises(OptionError, match="found list without samples"):
+    with pytest.raises(OptionError, match="inputs must be a non-empty sequence of samples, got list"):
         retroexit.evaluate(model, [], metric=Distance())
     with pytest.raises(CheckpointError, match="not an evaluation written by retroexit"):
         Evaluation.from_json("[]")

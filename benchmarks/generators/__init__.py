@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from generators import audio, checkouts, gans, latent, medical, own, segmentation
+from generators import checkouts, latent, own, published
 from generators.entry import Entry
 
 __all__ = ["ENTRIES"]
@@ -10,9 +10,6 @@ __all__ = ["ENTRIES"]
 ENTRIES: tuple[Entry, ...] = (
     *own.ENTRIES,
     *latent.ENTRIES,
-    *medical.ENTRIES,
-    *segmentation.ENTRIES,
-    *gans.ENTRIES,
-    *audio.ENTRIES,
+    *published.ENTRIES,
     *checkouts.ENTRIES,
 )

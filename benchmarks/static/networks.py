@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import retroexit
+from retroexit.core.files import read_tensors, write_tensors
+from retroexit.core.images import ImageRange
 from retroexit.core.samples import Samples, drawing_from
-from retroexit.core.tensor_files import read_tensors, write_tensors
-from retroexit.metrics.base import ImageRange
 from retroexit.model import EarlyExitGenerator
 from retroexit.training.branches.ema import Average
 from retroexit.training.branches.initialise import reconstruct_branches

@@ -33,7 +33,7 @@ from tqdm import tqdm
 import retroexit
 from retroexit.evaluation.promise import promise_summary
 from retroexit.evaluation.sweep import Evaluation, OperatingPoint
-from retroexit.metrics.base import LPIPS
+from retroexit.metrics import LPIPS
 from retroexit.report.text_tables import promise_table, sweep_table, table
 
 BACKBONE = Path(__file__).with_name("backbone.safetensors")
@@ -105,7 +105,9 @@ def with_predictor(
 ) -> Evaluation:
     """Judge the same samples and exits by another predictor; its MACs are counted."""
     predicted = torch.cat([model.predict(z=z, noise=noise) for z, noise in batches(test)])
-    return replace(result, predicted=predicted.double().numpy(), overhead=np.array(model.overhead(), float))
+    return replace(
+        result, predicted=predicted.double().numpy(), overhead=np.array(model.router.overhead(), float)
+    )
 
 
 def picture(sample: Sample) -> Tensor:

@@ -24,10 +24,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from retroexit.demo.scenes import TRAIN_SEEDS, draw_scene
+from retroexit.demo.scenes import TRAIN_SEEDS
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from gan_training import GanTrainer, export, options, train  # beside this folder
+from scene_pictures import paint_scene
 
 LATENT = 64
 CHANNELS = {4: 128, 8: 96, 16: 64, 32: 32, 64: 16}
@@ -47,7 +48,7 @@ class Scenes:
         stored = np.load(file, allow_pickle=False)["images"] if file.exists() else ()
         if len(stored) < count:
             seeds = tqdm(TRAIN_SEEDS[:count], desc="draw", mininterval=10)
-            stored = np.stack([draw_scene(seed, (SIZE, SIZE)).image for seed in seeds])
+            stored = np.stack([paint_scene(seed, (SIZE, SIZE)).image for seed in seeds])
             np.savez(file, images=stored)
         self.images = torch.from_numpy(stored[:count]).permute(0, 3, 1, 2)  # (S, 3, 64, 64)
 

@@ -25,9 +25,9 @@ from frames import Clips, PoseKey, TalkingHead, load, shared_folder
 from summary import Run, summarise
 
 import retroexit
-from retroexit.fingerprint import fingerprint
-from retroexit.guidance import GuidanceBank
-from retroexit.metrics.base import LPIPS
+from retroexit.core.modules import fingerprint
+from retroexit.guidance import GuidanceBank, build_bank
+from retroexit.metrics import LPIPS
 from retroexit.model import EarlyExitGenerator
 from retroexit.retrieval import ExactRetriever
 
@@ -55,8 +55,8 @@ def wrapped(options: argparse.Namespace, key: PoseKey | None, width: int) -> Ear
 def bank_of(model: EarlyExitGenerator, inputs: Inputs, folder: Path) -> GuidanceBank:
     """Fill a bank with the frames of some people, or read it where it has been filled.
 
-    `retroexit.training.stream_bank.stream_bank` fills the same one; here frames are drawn in bfloat16, which is
-    more than twice as fast and does no harm, since a bank keeps them in float16.
+    `retroexit.training.stream_bank.stream_bank` fills the same one; here frames are drawn in bfloat16, which
+    is more than twice as fast and does no harm, since a bank keeps them in float16.
     """
     if not folder.exists():
         latents, people = (torch.stack(list(column)) for column in zip(*inputs, strict=True))
@@ -70,7 +70,7 @@ def bank_of(model: EarlyExitGenerator, inputs: Inputs, folder: Path) -> Guidance
             return image.float()
 
         meta = {"key_tap": taps.key_tap, "value_tap": taps.value_cut.feature.name}
-        GuidanceBank.build(
+        build_bank(
             [(keys, list(range(len(keys))))],
             values_of,
             size=len(keys),

@@ -28,8 +28,10 @@ from retroexit.branch.widths.plan import Pin, WidthPlan, WidthRule
 from retroexit.branch.widths.resize import correct_fan_in, emptied, start_from_scratch
 from retroexit.branch.widths.solve import TailWidths
 from retroexit.core.macs import MacCounter
+from retroexit.core.modules import clone_module
 from retroexit.errors import BranchError
-from retroexit.split.segments import Cut, Tail, clone_module
+from retroexit.split.segments import Tail
+from retroexit.stages.cuts import Cut
 
 __all__ = ["BranchSpec", "Init", "build_branch"]
 

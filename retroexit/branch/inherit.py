@@ -29,8 +29,8 @@ from retroexit.branch.widths.equations import symbols_of
 from retroexit.branch.widths.plan import WidthPlan
 from retroexit.branch.widths.resize import resized
 from retroexit.branch.widths.solve import TailWidths
+from retroexit.core.modules import clone_module
 from retroexit.core.nested import tensors
-from retroexit.split.segments import clone_module
 
 __all__ = ["Layout", "Reader", "choose_channels", "find_layout", "narrow", "pick_channels", "readers_of"]
 

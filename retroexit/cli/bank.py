@@ -13,9 +13,9 @@ import retroexit
 from retroexit.cli.load_target import example_of, load_generator, load_object, load_samples, parse_places
 from retroexit.cli.options import TARGET, FactoryArguments, resumable
 from retroexit.core.files import MANIFEST
+from retroexit.core.modules import fingerprint
 from retroexit.core.samples import Samples
 from retroexit.errors import OptionError
-from retroexit.fingerprint import fingerprint
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.plugins.host import host
 from retroexit.training.stream_bank import stream_bank, stream_banks
@@ -131,7 +131,7 @@ def verify(
     if target is not None:
         typer.echo(f"backbone is the one that the bank was built with: {wanted}")
     if model is not None:
-        typer.echo(f"keys from {found.origin.key_tap}, values from {found.origin.value_tap}, as asked for")
+        typer.echo(f"keys from {found.meta['key_tap']}, values from {found.meta['value_tap']}, as asked for")
 
 
 def _guidance(key: str | None, value_after: str | None, patch: int, **more: Any) -> retroexit.Guidance:

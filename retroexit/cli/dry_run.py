@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import nn
 
+from retroexit.core.macs import unit_of
 from retroexit.core.samples import Samples
 from retroexit.errors import MissingExtraError, WeightsError
-from retroexit.evaluation.thop_check import unit_of
 from retroexit.fit import Job, prepare
-from retroexit.metrics.base import QualityMetric
+from retroexit.metrics import QualityMetric
 from retroexit.model import EarlyExitGenerator
 from retroexit.report.text_tables import table
 from retroexit.training.data.cache import FeatureCache

@@ -1,6 +1,9 @@
-"""What a bare machine can try without a download: drawn street scenes, and a generator trained on them."""
+"""Drawn street scenes and a generator trained on them, for a demo without downloads.
 
-from retroexit.demo.generator import SceneGenerator, load_scene_generator, scene_inputs, scene_target
+May import everything but `retroexit.cli`, `retroexit.testing` and `retroexit.builtin`.
+"""
+
+from retroexit.demo.generator import SceneGenerator, load_scene_generator, scene_inputs
 from retroexit.demo.scenes import Scene, draw_scene
 
-__all__ = ["Scene", "SceneGenerator", "draw_scene", "load_scene_generator", "scene_inputs", "scene_target"]
+__all__ = ["Scene", "SceneGenerator", "draw_scene", "load_scene_generator", "scene_inputs"]

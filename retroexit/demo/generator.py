@@ -1,10 +1,9 @@
 """The small street-scene generator that ships with the package, so that a demo needs no download.
 
-It has the layout of OASIS, the first backbone of the paper (section 4.1): the label map, together with noise,
-is shrunk to the first resolution, and six SPADE residual blocks see it again at their own resolution.
-Departures, all for size: the noise is a global style vector beside fixed texture planes, the map is shrunk by
-averaging (thin things stay visible), the modulation's second convolution is 1x1, and the shortcut is not
-modulated.
+It has the layout of OASIS, the first backbone of the paper (section 4.1): the label map is shrunk to the
+first resolution, and six SPADE residual blocks see it again at their own. Simpler than OASIS, to stay small:
+the noise is one style vector and fixed texture planes, the map is shrunk by averaging, the second convolution
+of a modulation is 1x1, and the shortcut is not modulated.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors.torch import load
 from torch import Tensor, nn
@@ -33,14 +31,7 @@ from retroexit.demo.scenes import (
 )
 from retroexit.errors import CheckpointError, InputMismatchError, OptionError, WeightsError
 
-__all__ = [
-    "Modulation",
-    "SceneBlock",
-    "SceneGenerator",
-    "load_scene_generator",
-    "scene_inputs",
-    "scene_target",
-]
+__all__ = ["Modulation", "SceneBlock", "SceneGenerator", "load_scene_generator", "scene_inputs"]
 
 CHANNELS = (192, 128, 96, 64, 48, 32)
 UPSAMPLE_AFTER = (1, 3, 5)
@@ -140,9 +131,9 @@ class SceneGenerator(nn.Module):
         """
         if labels.shape[1:] != (len(CLASSES), *SCENE_SIZE) or z.shape != (labels.shape[0], len(STYLE)):
             raise InputMismatchError(
-                f"SceneGenerator takes labels (N, {len(CLASSES)}, {SCENE_SIZE[0]}, {SCENE_SIZE[1]}) "
-                f"and z (N, {len(STYLE)}), found {tuple(labels.shape)} and {tuple(z.shape)}; "
-                "scene_inputs() makes both",
+                f"labels must be (N, {len(CLASSES)}, {SCENE_SIZE[0]}, {SCENE_SIZE[1]}) and z "
+                f"(N, {len(STYLE)}), got {tuple(labels.shape)} and {tuple(z.shape)}. Make both with "
+                "scene_inputs().",
                 (tuple(labels.shape), tuple(z.shape)),
             )
         count = labels.shape[0]
@@ -156,25 +147,6 @@ class SceneGenerator(nn.Module):
         return torch.tanh(self.conv_img(F.leaky_relu(x, 0.2)))
 
 
-def _read_checked(folder: Traversable) -> dict[str, Tensor]:
-    """Read the checkpoint after comparing its hash with the record beside it."""
-    weights, record = folder / f"{CHECKPOINT}.safetensors", folder / f"{CHECKPOINT}.json"
-    for file in (weights, record):
-        if not file.is_file():
-            raise WeightsError(
-                f"the scene generator needs {file.name}, none in {folder}; reinstall retroexit", str(file)
-            )
-    content = weights.read_bytes()
-    wanted = json.loads(record.read_text(encoding="utf-8"))["sha256"]
-    found = hashlib.sha256(content).hexdigest()
-    if found != wanted:
-        raise CheckpointError(
-            f"{weights} should have sha256 {wanted[:12]}..., found {found[:12]}...; reinstall retroexit",
-            str(weights),
-        )
-    return load(content)
-
-
 def load_scene_generator(folder: Path | None = None) -> SceneGenerator:
     """Load the trained generator that ships with the package, in eval mode, on the CPU, in float32.
 
@@ -183,18 +155,27 @@ def load_scene_generator(folder: Path | None = None) -> SceneGenerator:
 
     Raises:
         WeightsError: If a file is missing.
-        CheckpointError: If the weights are not the ones that the record beside them describes, or do not fit.
+        CheckpointError: If the weights have another hash than their record states, or do not fit.
     """
-    stored = _read_checked(folder if folder is not None else resources.files("retroexit.demo"))
-    # Kept in half precision on disk; the counters of the norms are integers and stay so.
-    state = {name: value.float() if value.is_floating_point() else value for name, value in stored.items()}
+    source: Traversable = folder if folder is not None else resources.files("retroexit.demo")
+    weights, record = source / f"{CHECKPOINT}.safetensors", source / f"{CHECKPOINT}.json"
+    for file in (weights, record):
+        if not file.is_file():
+            raise WeightsError(f"no file {file.name} in {source}. Reinstall retroexit.", str(file))
+    content = weights.read_bytes()
+    expected, actual = json.loads(record.read_text("utf-8"))["sha256"], hashlib.sha256(content).hexdigest()
+    if actual != expected:
+        raise CheckpointError(
+            f"sha256 of {weights} must be {expected[:12]}..., got {actual[:12]}.... Reinstall retroexit.",
+            str(weights),
+        )
     generator = SceneGenerator()
-    try:
-        generator.load_state_dict(state)
+    try:  # stored in half precision; loading converts it to float32
+        generator.load_state_dict(load(content))
     except RuntimeError as error:
         raise CheckpointError(
-            f"{CHECKPOINT}.safetensors holds another network: {error}; export it again with "
-            "examples/train_scene_generator.py",
+            f"{CHECKPOINT}.safetensors does not fit SceneGenerator: {error}. Export it again with "
+            "examples/train_scene_generator.py.",
             CHECKPOINT,
         ) from error
     return generator.eval()
@@ -216,28 +197,16 @@ def scene_inputs(count: int, seed: int = 0, first: int = 0) -> list[tuple[Tensor
     Raises:
         OptionError: If the numbers lead outside `TEST_SEEDS`.
     """
-    return [_encode(scene) for scene in _held_out(count, seed, first)]
-
-
-def scene_target(seed: int = 0, first: int = 0) -> Tensor:
-    """Return the drawn picture of ``scene_inputs(1, seed, first)``, ``(3, 64, 128)`` in ``[-1, 1]``."""
-    image = torch.from_numpy(_held_out(1, seed, first)[0].image.astype(np.float32))
-    return image.permute(2, 0, 1) / 127.5 - 1
-
-
-def _held_out(count: int, seed: int, first: int) -> list[Scene]:
     start = 1000 * seed + first
     if min(count, seed, first) < 0 or start + count > len(TEST_SEEDS):
         raise OptionError(
-            f"count={count}, seed={seed}, first={first} asked; none may be negative, and "
-            f"1000 * seed + first + count may not pass {len(TEST_SEEDS)}",
+            "count, seed and first must be >= 0 and 1000 * seed + first + count at most "
+            f"{len(TEST_SEEDS)}, got count={count}, seed={seed}, first={first}",
             (count, seed, first),
         )
-    return [draw_scene(TEST_SEEDS[start + index]) for index in range(count)]
+    return [_encode(draw_scene(TEST_SEEDS[start + index])) for index in range(count)]
 
 
 def _encode(scene: Scene) -> tuple[Tensor, Tensor]:
-    labels = (
-        F.one_hot(torch.from_numpy(scene.labels).long(), len(CLASSES)).permute(2, 0, 1).float().contiguous()
-    )
-    return labels, torch.from_numpy(scene.z.copy())
+    labels = F.one_hot(torch.from_numpy(scene.labels).long(), len(CLASSES)).permute(2, 0, 1)
+    return labels.float().contiguous(), torch.from_numpy(scene.z.copy())

@@ -1,13 +1,12 @@
 """The guiding database: patches of early features as keys, of middle ones as values (paper, section 3.3).
 
-The bank knows nothing of models. Whoever builds it streams key features in and answers which value features
-belong to which input; whoever uses it hands over the feature before a branch and receives the guide.
+The values of the keys that are nearest to a feature are glued into the guide of a branch.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,18 +15,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from retroexit.errors import BankError, CheckpointError
-from retroexit.guidance import patches
-from retroexit.guidance.candidates import Candidates
-from retroexit.guidance.filling import fill, hold_candidates
-from retroexit.guidance.provenance import Provenance, check_provenance
-from retroexit.guidance.sampling import Thinning
-from retroexit.guidance.storage import load_parts, save_parts, saved_retriever
-from retroexit.retrieval import Retriever
+from retroexit.core.files import MANIFEST, check_file, read_array, read_manifest, staged, write_manifest
+from retroexit.errors import BankError, CheckpointError, OptionError
+from retroexit.retrieval import AutoRetriever, ExactRetriever, FaissRetriever, HnswlibRetriever, Retriever
 
-__all__ = ["GuidanceBank", "Retrieved"]
+__all__ = ["GuidanceBank", "Retrieved", "cut", "glue"]
 
 _CHECKED = 1024  # rows per step of a check
+_KIND, _SCHEMA = "guidance bank", 1
+_KEYS, _VALUES, _SOURCE = "keys", "values.npy", "source.npy"
+_ORIGIN = {
+    "fingerprint": "the backbone of the bank",
+    "key_tap": "the source of keys",
+    "value_tap": "the source of values",
+    "patch": "the patch of a key",
+    "key_width": "numbers per key",
+    "value_patch": "the patch of a value",
+    "value_channels": "channels per value",
+}
+_BACKENDS = {back.name: back for back in (AutoRetriever, ExactRetriever, FaissRetriever, HnswlibRetriever)}
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,7 @@ class Retrieved:
     distances: Tensor
 
     def spread(self, rows: Tensor, count: int) -> Retrieved:
-        """Give every sample its row of a batch of ``count``; what no sample fills is infinitely far."""
+        """Move sample i to row ``rows[i]`` of a batch of ``count``; all other rows are infinitely far."""
         rows = rows.to(self.ids.device)
         ids = self.ids.new_zeros(count, *self.ids.shape[1:])
         distances = self.distances.new_full((count, *self.distances.shape[1:]), torch.inf)
@@ -51,22 +57,21 @@ class Retrieved:
 
 
 class GuidanceBank:
-    """Key-value store of patches. Nothing in it is trained, and no gradient passes through it.
+    """Key-value store of patches. It has no trained parameters, and no gradient passes through it.
 
-    Maps with one or three spatial dimensions work as those with two. A key that describes a whole input, such
-    as head pose and expression in the paper's section 4.2, is a map of one location: give it shape ``(N, D,
-    1, 1)``; its value is then the whole value map.
+    Maps may have one, two or three spatial dimensions. A key that describes a whole input, such as head pose
+    and expression (paper, section 4.2), is a map of one location, ``(N, D, 1, 1)``; its value is the whole
+    value map.
 
     Args:
         retriever: Index over the n keys.
         values: Patches of values, channels last, float16 ``(n, ph, pw, C)``; an array or a memory map. In a
             bank of order 1 (`with_slopes`) every number is followed by its slopes, ``C = Cv * (1 + D)``.
-        source: Index of the input that each key came from, int64 ``(n,)``.
-        meta: What the bank was made from. ``patch``, the size of a key's patch, must be there.
+        source: Index of the input that each key comes from, int64 ``(n,)``.
+        meta: Facts about the bank, plain data. ``patch``, the size of a key's patch, is required.
 
     Raises:
-        BankError: If the three do not have the same length, or values have another type or no ``patch`` is
-            named.
+        BankError: If the three differ in length, values are not float16, or ``patch`` is missing.
     """
 
     def __init__(
@@ -74,13 +79,13 @@ class GuidanceBank:
     ) -> None:
         if not len(retriever) == len(values) == len(source) or not len(values):
             raise BankError(
-                f"a bank needs one value and one source per key, got {len(retriever)} keys, "
+                f"a bank must have one value and one source per key, got {len(retriever)} keys, "
                 f"{len(values)} values, {len(source)} sources",
                 retriever,
             )
         if values.dtype != np.float16 or "patch" not in meta or values.ndim != 2 + len(meta["patch"]):
             raise BankError(
-                f"values must be float16 (n, *patch, C) beside a meta['patch'] of as many dimensions, got "
+                "values must be float16 (n, *patch, C) with as many dimensions as meta['patch'], got "
                 f"{values.dtype} {values.shape} and patch {meta.get('patch')}",
                 values,
             )
@@ -88,78 +93,6 @@ class GuidanceBank:
         self.values = values
         self.source = torch.from_numpy(np.array(source, np.int64))
         self.meta = meta
-
-    @classmethod
-    @torch.no_grad()
-    def build(
-        cls,
-        features: Iterable[tuple[Tensor, Tensor | list[int]]],
-        values_of: Callable[[list[int]], Tensor],
-        *,
-        patch: tuple[int, ...] = (1, 1),
-        size: int = 1024,
-        thin: Thinning = "fps",
-        retriever: Retriever,
-        eps: float = 0.0,
-        seed: int = 0,
-        max_candidates: int = 100_000,
-        candidates: Candidates | None = None,
-        folder: Path | None = None,
-        meta: dict[str, Any] | None = None,
-        progress: bool = False,
-    ) -> GuidanceBank:
-        """Cut key features into patches, thin them, and compute the values of those that remain.
-
-        Args:
-            features: Batches of key features ``(N, C, H, W)`` with the index of each input ``(N,)``; read
-                once.
-            values_of: Given input indices, returns their value features ``(len, Cv, Hv, Wv)``; asked only for
-                inputs that own a kept key, a few at a time. The value map must be a whole multiple of the
-                grid of key patches.
-            patch: Size of a key's patch, ``(ph, pw)``.
-            size: Keys to keep at most.
-            thin: ``"fps"`` (the paper), ``"kmeans"``, ``"random"`` or ``"none"``; see `sampling.thin`.
-            retriever: Unbuilt index; it receives the kept keys.
-            eps: Farthest point sampling stops when no candidate is farther than this from the kept keys.
-            seed: Of all random choices.
-            max_candidates: Keys held in memory before thinning, at least twice ``size`` with ``"fps"``. Of
-                more keys, ``"fps"`` thins a `Coreset`, so that ``meta["thinning"]["within"]`` bounds the
-                distance of every key ever seen to a kept one; the other ways thin a uniform sample.
-            candidates: Holds them instead, and may have seen a part of the stream before.
-            folder: Where values are written as they come, to go on from; in memory if ``None``.
-            meta: Facts to record, such as ``fingerprint`` of the backbone, ``key_tap`` and ``value_tap``;
-                plain data.
-            progress: Show progress bars on a terminal.
-
-        Raises:
-            BankError: If there are no features, batches differ in shape, or values do not fit the keys.
-            RetrieverError: If a feature is not finite.
-            OptionError: If an option is out of range.
-        """
-        if candidates is None:
-            candidates = hold_candidates(thin, max_candidates, size=size, seed=seed)
-        pairs = fill(
-            features,
-            values_of,
-            candidates,
-            patch=tuple(patch),
-            size=size,
-            thin=thin,
-            eps=eps,
-            seed=seed,
-            folder=folder,
-            progress=progress,
-        )
-        retriever.build(pairs.keys)
-        facts = {
-            **(meta or {}),
-            "patch": list(patch),
-            "value_patch": list(pairs.values.shape[1:-1]),
-            "value_channels": pairs.values.shape[-1],
-            "dtype": "float16",
-            "thinning": pairs.thinning,
-        }
-        return cls(retriever=retriever, values=pairs.values, source=pairs.source, meta=facts)
 
     def __len__(self) -> int:
         return len(self.values)
@@ -188,23 +121,30 @@ class GuidanceBank:
         """Channels of a value, and of the guide."""
         return self.values.shape[-1] // (1 + self.order * self.retriever.width)
 
-    @property
-    def origin(self) -> Provenance:
-        """What the bank was made from, as far as it knows."""
-        known = {name: self.meta.get(name) for name in ("fingerprint", "key_tap", "value_tap")}
-        return Provenance(
-            **known,
-            patch=self.patch,
-            key_width=self.retriever.width,
-            value_patch=self.value_patch,
-            value_channels=self.value_channels,
-        )
+    def check_origin(self, **expected: Any) -> None:
+        """Compare the bank with the generator that it guides; facts that ``meta`` does not hold are skipped.
+
+        Raises:
+            BankError: If a fact differs; the first one is named.
+        """
+        facts = {
+            **self.meta,
+            "patch": self.patch,
+            "key_width": self.retriever.width,
+            "value_patch": self.value_patch,
+            "value_channels": self.value_channels,
+        }
+        for name, words in _ORIGIN.items():
+            actual, required = facts.get(name), expected.get(name)
+            if actual is not None and required is not None and actual != required:
+                raise BankError(
+                    f"{words} must be {required!r}, got {actual!r}. Build a bank for this generator, or wrap "
+                    "it with the guidance of the bank.",
+                    self,
+                )
 
     def macs_per_search(self, queries: int) -> int:
-        """Count the multiply-adds of an exact search, queries x keys x width, and of following the slopes.
-
-        Back-ends that search a graph or a few lists visit fewer keys.
-        """
+        """Count the MACs of an exact search, queries x keys x width, and of following the slopes."""
         slopes = self.order * math.prod(self.value_patch) * self.value_channels
         return queries * (len(self) + slopes) * self.retriever.width
 
@@ -213,102 +153,70 @@ class GuidanceBank:
         """Find the nearest key of every patch of a feature, in one search for the whole batch.
 
         Args:
-            feature: Shape ``(N, C, H, W)``, where ``C`` is that of the key features; ``H`` and ``W`` may
-                differ.
-            exclude: Per sample the input index, int64 ``(N,)``, whose own keys must not be found, so that an
-                input that is in the bank is trained with foreign guides as a new one would get; -1 excludes
-                nothing. Where the bank holds no other key at all, the nearest is returned all the same.
+            feature: Shape ``(N, C, H, W)`` with the channels of the key features; ``H`` and ``W`` may differ.
+            exclude: Input index of each sample, int64 ``(N,)``, whose own keys are skipped, so that training
+                inputs get foreign guides like new inputs; -1 excludes nothing. If the bank holds no other
+                key, the nearest is returned.
 
         Raises:
             OptionError: If patches do not divide the map.
             RetrieverError: If the feature has other channels than the keys, or is not finite.
             BankError: If ``exclude`` is not one index per sample.
         """
-        cells = patches.cut(feature, self.patch)
+        cells = cut(feature, self.patch)
         queries = cells.reshape(-1, cells.shape[-1])
         nearest = self.retriever.search(queries)
         ids, distances = nearest.ids[:, 0], nearest.distances[:, 0]
         if exclude is not None:
             if exclude.shape != feature.shape[:1]:
                 raise BankError(
-                    f"exclude must name one input per sample, shape ({len(feature)},), "
-                    f"got {tuple(exclude.shape)}",
-                    exclude,
+                    f"exclude must have shape ({len(feature)},), got {tuple(exclude.shape)}", exclude
                 )
-            own = exclude.to("cpu", torch.int64).repeat_interleave(math.prod(cells.shape[1:-1]))
-            self._avoid(queries, own, ids, distances)
+            excluded = exclude.to("cpu", torch.int64).repeat_interleave(math.prod(cells.shape[1:-1]))
+            self._avoid(queries, excluded, ids, distances)
         return Retrieved(ids.view(cells.shape[:-1]), distances.view(cells.shape[:-1]))
 
-    def _avoid(self, queries: Tensor, own: Tensor, ids: Tensor, distances: Tensor) -> None:
-        """Replace, in place, what queries found among their own input's keys by the nearest foreign key."""
-        left = (self.source[ids] == own).nonzero()[:, 0]
+    def _avoid(self, queries: Tensor, excluded: Tensor, ids: Tensor, distances: Tensor) -> None:
+        """Replace, in place, keys that come from the excluded input by the nearest other key."""
+        left = (self.source[ids] == excluded).nonzero()[:, 0]
         if not len(left):
             return
-        # One neighbour more than the largest number of own keys holds a foreign one; mostly a few are enough.
-        owned = torch.isin(self.source, own[left])
+        # One neighbour more than the largest number of excluded keys is enough; mostly a few suffice.
+        owned = torch.isin(self.source, excluded[left])
         enough = 1 + int(self.source[owned].unique(return_counts=True)[1].max())
         k, most = 1, min(enough, self.retriever.distinct)
         while len(left) and k < most:
             k = min(4 * k, most)
-            found = self.retriever.search(queries[left], k)
-            foreign = self.source[found.ids] != own[left, None]
+            neighbours = self.retriever.search(queries[left], k)
+            foreign = self.source[neighbours.ids] != excluded[left, None]
             hit, first = foreign.any(1), foreign.int().argmax(1)
-            ids[left[hit]] = found.ids[hit, first[hit]]
-            distances[left[hit]] = found.distances[hit, first[hit]]
+            ids[left[hit]] = neighbours.ids[hit, first[hit]]
+            distances[left[hit]] = neighbours.distances[hit, first[hit]]
             left = left[~hit]
 
-    def guide_buffer(self, count: int, grid: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
-        """Make a tensor that `glue` can write the guides of ``count`` inputs into, again and again.
-
-        Returns:
-            ``(count, Cv, h * ph, w * pw)`` on the CPU, channels-last layout, for a grid ``(h, w)`` of keys.
-        """
-        size = (g * p for g, p in zip(grid, self.value_patch, strict=True))
-        return torch.empty((count, *size, self.value_channels), dtype=dtype).movedim(-1, 1)
-
     @torch.no_grad()
-    def glue(self, ids: Tensor, *, feature: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    def glue(self, ids: Tensor, *, feature: Tensor | None = None) -> Tensor:
         """Glue the values of these keys into a map.
 
         Args:
             ids: Rows of the bank, ``(N, h, w)``.
-            feature: What was searched for, ``(N, C, H, W)``; a bank of order 1 follows it.
-            out: Tensor to write into, see `guide_buffer`; a new one if ``None``.
+            feature: The searched feature, ``(N, C, H, W)``; required by a bank of order 1.
 
         Returns:
-            Guide, float32 ``(N, Cv, h * ph, w * pw)`` on the CPU, channels-last layout; ``out`` if given.
+            Guide, float32 ``(N, Cv, h * ph, w * pw)`` on the CPU, channels-last layout.
 
         Raises:
-            BankError: If an id is no row of the bank, or a bank of order 1 gets no feature.
-            OptionError: If ``out`` has another shape or layout.
+            BankError: If an id is not a row of the bank, or a bank of order 1 gets no feature.
         """
-        rows = self._rows(ids)
-        if self.order:
-            return patches.glue(self._followed(rows, feature), dtype=torch.float32, out=out)
-        return patches.glue_rows(np.asarray(self.values), rows, dtype=torch.float32, out=out)
+        return self._glued(ids, feature, torch.device("cpu"), torch.float32)
 
     @torch.no_grad()
     def guide(self, feature: Tensor, exclude: Tensor | None = None) -> Tensor:
-        """Retrieve and glue the guide of a feature, on its device and in its dtype: `search`, then `glue`.
+        """Do `search`, then `glue`, on the feature's device and in its dtype, without gradient."""
+        return self._glued(self.search(feature, exclude).ids, feature, feature.device, feature.dtype)
 
-        Args:
-            feature: See `search`.
-            exclude: See `search`.
-
-        Returns:
-            ``(N, Cv, h * ph, w * pw)``, channels-last layout, without gradient.
-        """
-        rows, table = self._rows(self.search(feature, exclude).ids), np.asarray(self.values)
-        if self.order:
-            return patches.glue(self._followed(rows, feature).to(feature.device), dtype=feature.dtype)
-        if feature.device.type == "cpu":
-            return patches.glue_rows(table, rows, dtype=feature.dtype)
-        # Another device is sent float16, and converts it itself.
-        return patches.glue(torch.from_numpy(table[rows]).to(feature.device), dtype=feature.dtype)
-
-    def _rows(self, ids: Tensor) -> np.ndarray:
-        """Check that ids are a grid of rows of the bank."""
-        rows = ids.detach().cpu().numpy()
+    def _glued(self, ids: Tensor, feature: Tensor | None, device: torch.device, dtype: torch.dtype) -> Tensor:
+        rows, table = ids.detach().cpu().numpy(), np.asarray(self.values)
         if rows.ndim != len(self.patch) + 1 or (rows.size and not 0 <= rows.min() <= rows.max() < len(self)):
             span = f"from {rows.min()} to {rows.max()}" if rows.size else "without elements"
             raise BankError(
@@ -316,80 +224,173 @@ class GuidanceBank:
                 f"0..{len(self) - 1}, got {tuple(rows.shape)} {span}",
                 ids,
             )
-        return rows
-
-    def _followed(self, rows: np.ndarray, feature: Tensor | None) -> Tensor:
-        """Values of these rows, moved along their slopes to the feature that was searched for."""
-        if feature is None:
-            raise BankError("asked a bank of order 1 for a guide; pass the feature that it follows.", self)
-        cells = patches.cut(feature.detach().cpu().float(), self.patch)
-        return patches.follow(self.values, rows, cells - torch.from_numpy(self.retriever.keys[rows]))
+        if self.order:
+            if feature is None:
+                raise BankError("a bank of order 1 needs the searched feature: pass feature=...", self)
+            cells = cut(feature.detach().cpu().float(), self.patch)
+            offsets = cells - torch.from_numpy(self.retriever.keys[rows])
+            return glue(_follow(table, rows, offsets).to(device), dtype=dtype)
+        if device.type == "cpu":
+            return _glue_rows(table, rows, dtype)
+        # Another device is sent float16, and converts it itself.
+        return glue(torch.from_numpy(table[rows]).to(device), dtype=dtype)
 
     @torch.no_grad()
     def check(self) -> int:
-        """Check that every value is finite, and count the keys whose own row a search for them finds.
+        """Check that every value is finite; return the number of keys whose own row is found for them.
 
         Raises:
             BankError: If a value is not finite.
         """
-        found = 0
+        correct = 0
         for start in range(0, len(self), _CHECKED):
             if not np.isfinite(self.values[start : start + _CHECKED]).all():
-                raise BankError(f"values from row {start} on are not finite; build the bank again", self)
+                raise BankError(f"values from row {start} on are not finite. Build the bank again.", self)
             ids = self.retriever.search(self.retriever.keys[start : start + _CHECKED]).ids[:, 0]
-            found += int((ids == torch.arange(start, start + len(ids))).sum())
-        return found
+            correct += int((ids == torch.arange(start, start + len(ids))).sum())
+        return correct
 
     def save(self, folder: str | Path) -> None:
         """Write the bank to a folder, in one step.
 
-        Args:
-            folder: Created, or replaced if it holds a saved bank.
-
         Raises:
-            CheckpointError: If the folder holds something else.
-            OptionError: If ``meta`` holds what JSON cannot.
+            CheckpointError: If the folder holds anything but a saved bank, which is replaced.
+            OptionError: If ``meta`` is not JSON data.
         """
-        save_parts(folder, retriever=self.retriever, values=self.values, source=self.source, meta=self.meta)
+        with staged(folder, owns=(MANIFEST, _KEYS, _VALUES, _SOURCE)) as fresh:
+            self.retriever.save(fresh / _KEYS)
+            np.save(fresh / _VALUES, self.values, allow_pickle=False)
+            np.save(fresh / _SOURCE, self.source.numpy(), allow_pickle=False)
+            facts = {"kind": _KIND, "schema": _SCHEMA, "retriever": self.retriever.name, "meta": self.meta}
+            try:
+                write_manifest(fresh, facts, (f"{_KEYS}/{MANIFEST}", _SOURCE, _VALUES))
+            except TypeError as error:
+                raise OptionError(f"meta of a bank must be plain data: {error}", self.meta) from error
 
     @staticmethod
     def retriever_name(folder: str | Path) -> str:
-        """Read the name of the back-end that a saved bank is searched with.
-
-        Raises:
-            CheckpointError: If there is no bank, or its manifest is damaged.
-        """
-        return saved_retriever(folder)
+        """Read the name of the back-end of a saved bank."""
+        return str(read_manifest(folder, _KIND, _SCHEMA)["retriever"])
 
     @classmethod
     def load(
         cls,
         folder: str | Path,
         fingerprint: str | None = None,
-        mmap: bool = True,
         *,
         retriever_class: type[Retriever] | None = None,
-        origin: Provenance | None = None,
     ) -> GuidanceBank:
         """Read what `save` wrote.
 
         Args:
             folder: A folder written by `save`.
-            fingerprint: Of the backbone that the bank shall guide; not compared if ``None``.
-            mmap: Leave the values on disk and map them into memory.
+            fingerprint: Of the backbone that the bank guides; not compared if ``None``.
             retriever_class: Back-end for the keys; by default the saved one, if it is one of ours.
-            origin: Taps and patches that the bank must have; not compared if ``None``.
 
         Raises:
-            BankError: If the bank belongs to another backbone, has other taps or patches, or its back-end is
-                not ours and was not given.
+            BankError: If the bank belongs to another backbone, or its back-end is unknown and not passed.
             CheckpointError: If a file is missing or damaged.
         """
-        parts = load_parts(folder, fingerprint, mmap, retriever_class)
+        manifest = read_manifest(folder, _KIND, _SCHEMA)
+        name, built_for = manifest["retriever"], manifest["meta"].get("fingerprint")
+        if fingerprint is not None and built_for != fingerprint:
+            raise BankError(
+                f"the bank in {folder} was built with backbone {built_for!r}, this backbone is "
+                f"{fingerprint!r}. Build a bank for it.",
+                folder,
+            )
+        back_end: type[Retriever] | None = retriever_class or _BACKENDS.get(name)
+        if back_end is None:
+            raise BankError(
+                f"the bank in {folder} uses the retriever {name!r}, which is not one of ours. Pass its class "
+                "as retriever_class.",
+                folder,
+            )
+        check_file(folder, f"{_KEYS}/{MANIFEST}", manifest)
+        values = read_array(folder, _VALUES, manifest, mmap=True)
+        source = read_array(folder, _SOURCE, manifest)
+        retriever = back_end.load(Path(folder) / _KEYS)
         try:
-            bank = cls(**parts)
+            return cls(retriever=retriever, values=values, source=source, meta=manifest["meta"])
         except BankError as error:
-            raise CheckpointError(f"{folder} is no consistent bank: {error}", folder) from error
-        if origin is not None:
-            check_provenance(bank.origin, origin, folder, f"the bank in {folder}")
-        return bank
+            raise CheckpointError(f"{folder} is not a consistent bank: {error}", folder) from error
+
+
+def cut(feature: Tensor, patch: tuple[int, ...] = (1, 1)) -> Tensor:
+    """Cut a map ``(N, C, H, W)`` into patches ``(N, H / ph, W / pw, C * ph * pw)``, channel by channel.
+
+    Raises:
+        OptionError: If ``patch`` has another number of dimensions than the map, or does not divide it.
+    """
+    size, patch = tuple(feature.shape[2:]), tuple(patch)
+    if feature.ndim < 3 or len(patch) != len(size) or min(patch) < 1:
+        raise OptionError(
+            f"patch must be one positive size per spatial dimension of a feature {tuple(feature.shape)}, got "
+            f"{patch}",
+            patch,
+        )
+    if any(side % step for side, step in zip(size, patch, strict=True)):
+        raise OptionError(f"patches of {patch} do not divide a map of {size}. Choose divisors of it.", patch)
+    if math.prod(patch) == 1:
+        return feature.movedim(1, -1)
+    grid = tuple(side // step for side, step in zip(size, patch, strict=True))
+    parted = feature.reshape(*feature.shape[:2], *(n for pair in zip(grid, patch, strict=True) for n in pair))
+    dims = len(size)
+    # (N, C, h, ph, w, pw) -> (N, h, w, C, ph, pw) -> (N, h, w, C * ph * pw)
+    parted = parted.permute(0, *range(2, 2 + 2 * dims, 2), 1, *range(3, 3 + 2 * dims, 2))
+    return parted.flatten(1 + dims)
+
+
+def glue(values: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
+    """Glue patches ``(N, h, w, ph, pw, C)`` into a channels-last map ``(N, C, h * ph, w * pw)``.
+
+    Raises:
+        OptionError: If the number of dimensions is not that of a grid of patches.
+    """
+    if values.ndim < 4 or values.ndim % 2:
+        raise OptionError(f"patches must have shape (N, *grid, *patch, C), got {tuple(values.shape)}", values)
+    map_, places = _places(values.shape, dtype or values.dtype, values.device)
+    places.copy_(values)
+    return map_
+
+
+def _glue_rows(table: np.ndarray, rows: np.ndarray, dtype: torch.dtype) -> Tensor:
+    """Gather patches out of a table and `glue` them, without holding all of them in between."""
+    map_, places = _places((*rows.shape, *table.shape[1:]), dtype, torch.device("cpu"))
+    if rows.ndim > 2:  # one row of a grid at a time stays in the cache
+        rows, places = rows.reshape(-1, *rows.shape[2:]), places.flatten(0, 1)
+    part = np.empty((*rows.shape[1:], *table.shape[1:]), table.dtype)
+    for chosen, place in zip(rows, places, strict=True):
+        np.take(table, chosen, axis=0, out=part, mode="clip")  # "raise" would gather into a buffer first
+        place.copy_(torch.from_numpy(part))
+    return map_
+
+
+def _places(sizes: Sequence[int], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Make an empty map; return it and a view of it as patches ``(N, *grid, *patch, C)``."""
+    dims = (len(sizes) - 2) // 2
+    pairs = list(zip(sizes[1 : 1 + dims], sizes[1 + dims : -1], strict=True))
+    flat = torch.empty((sizes[0], *(g * p for g, p in pairs), sizes[-1]), dtype=dtype, device=device)
+    # (N, h, ph, w, pw, C) -> (N, h, w, ph, pw, C)
+    parted = flat.view(sizes[0], *(n for pair in pairs for n in pair), sizes[-1])
+    places = parted.permute(0, *range(1, 2 * dims, 2), *range(2, 1 + 2 * dims, 2), 1 + 2 * dims)
+    return flat.movedim(-1, 1), places
+
+
+def _follow(values: np.ndarray, ids: np.ndarray, offsets: Tensor) -> Tensor:
+    """Evaluate the linear maps of a bank of order 1, ``v + S (q - k)``.
+
+    ``ids`` ``(N, h, w)`` are the nearest keys, ``offsets`` ``(N, h, w, D)`` the queries minus these keys.
+    Returns patches ``(N, h, w, ph, pw, C)``, float32.
+    """
+    width = offsets.shape[-1]
+    rows = torch.cat([offsets.new_ones(*ids.shape, 1), offsets], -1).flatten(0, -2)
+    place = (*values.shape[1:-1], values.shape[-1] // (1 + width))
+    followed = torch.empty(len(rows), math.prod(place))
+    # Neighbouring patches share keys: read each map once, not once per query.
+    unique, counts = np.unique(ids, return_counts=True)
+    order = torch.from_numpy(ids.reshape(-1).argsort(kind="stable"))
+    for key, queries in zip(unique.tolist(), order.split(counts.tolist()), strict=True):
+        linear = torch.from_numpy(np.array(values[key])).float().view(-1, 1 + width)
+        followed[queries] = rows[queries] @ linear.T
+    return followed.view(*ids.shape, *place)

@@ -1,171 +1,166 @@
-"""Keys that wait to be thinned: a bounded part of an unbounded stream, which can be gone on with later."""
+"""Keys held in bounded memory until they are thinned: part of a long stream, which can be resumed."""
 
 from __future__ import annotations
 
 import json
-from abc import ABC, abstractmethod
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from retroexit.core.files import MANIFEST, check_file, read_manifest, staged, write_manifest
+from retroexit.core.files import MANIFEST, read_array, read_manifest, staged, write_manifest
 from retroexit.errors import CheckpointError, OptionError
+from retroexit.guidance.sampling import Thinning, farthest_points
 
 __all__ = ["Candidates"]
 
-_KIND, _SCHEMA = "stream of keys", 2
+_KIND, _SCHEMA = "stream of keys", 3
+_FILES = ("keys.npy", "tags.npy")
+_MORE = 4  # survivors of one piece per key of the bank
 
 
-class Candidates(ABC):
-    """Keys of a stream, in bounded memory, however the stream is batched.
+class Candidates:
+    """Keys of a stream, in bounded memory, independent of how the stream is batched.
 
-    With a folder, `store` writes all of it there in one step; a stream that was interrupted goes on from the
-    last `store` as if nothing had happened.
+    All keys are held while they fit. Then, with ``"fps"``, the newest keys are thinned by farthest points to
+    a few; when such survivors fill half of the memory, they are thinned in turn. `reach`, the sum of the
+    radii, holds for every key ever seen. Each radius is at most twice the smallest that as many centres could
+    have for the whole stream (Gonzalez, 1985). No outlier is lost. With other ways of thinning, a uniform
+    sample of the stream is held (a reservoir).
 
     Args:
-        most: Keys held at most.
+        most: Keys held at most; with ``"fps"`` at least twice ``size``.
+        size: Keys of the bank.
+        thin: How they will be thinned.
         seed: Of all random choices.
-        folder: Where to store; made if missing. One that holds candidates is gone on with.
-        identity: What the keys are of, plain data; a folder with another identity is refused.
+        folder: Where `store` writes; a stream found there is resumed.
+        identity: What the keys belong to, plain data; a folder with another identity is refused.
 
     Attributes:
-        seen: Number of keys offered so far.
+        seen: Number of keys added so far.
         shape: Shape of the features that the keys were cut from, ``(C, H, W)``; empty before the first.
         grid: The grid of patches of each feature, ``(h, w)``.
-        passed: Digest of the inputs seen so far, as whoever reads them computes it.
-
-    Raises:
-        OptionError: If ``most`` is below 1.
-        CheckpointError: If the folder holds candidates of something else, or damaged ones.
+        held: Number of keys held.
     """
 
     def __init__(
         self,
         most: int,
         *,
+        size: int,
+        thin: Thinning = "fps",
         seed: int = 0,
         folder: Path | None = None,
         identity: dict[str, Any] | None = None,
     ) -> None:
         if most < 1:
-            raise OptionError(f"a stream of keys must keep at least 1 key, got {most}", most)
-        self.seen = 0
+            raise OptionError(f"max_candidates must be >= 1, got {most}", most)
+        self.seen = self.held = 0
         self.shape: tuple[int, ...] = ()
         self.grid: tuple[int, ...] = ()
-        self.passed = ""
-        self._most, self._seed, self._folder = most, seed, folder
-        self._identity = {**(identity or {}), "most": most, "seed": seed, "how": type(self).__name__}
-        self._keys = np.empty((0, 0), np.float32)
-        self._tags = np.empty((0, 0), np.int64)
-
-    @abstractmethod
-    def add(self, keys: np.ndarray, tags: np.ndarray) -> None:
-        """Offer keys, float32 ``(b, D)``, each with a row of integers, ``(b, T)``, that stays with it."""
-
-    @property
-    @abstractmethod
-    def held(self) -> int:
-        """Number of keys that wait."""
+        facts = {**(identity or {}), "max_candidates": most, "size": size, "thin": thin, "seed": seed}
+        self._identity = json.loads(json.dumps(facts))
+        self._folder, self._seed = folder, seed
+        self._farthest = thin == "fps"
+        self._most = max(most, 2 * size) if self._farthest else most
+        self._survive = min(_MORE * size, self._most // 2)
+        self._thinned = 0  # how many of those held are survivors
+        self._reach = 0.0
+        self._random = np.random.default_rng(seed)
+        self._arrays: list[np.ndarray] = []  # keys and tags, with room for all that may be held
+        if folder is not None and (folder / MANIFEST).exists():
+            self._resume(folder)
 
     @property
     def keys(self) -> np.ndarray:
-        """The keys that wait, float32 ``(m, D)``."""
-        return self._keys[: self.held]
+        """The keys held, float32 ``(held, D)``."""
+        return self._arrays[0][: self.held]
 
     @property
     def tags(self) -> np.ndarray:
-        """The integers of the same keys, int64 ``(m, T)``."""
-        return self._tags[: self.held]
+        """The integers of these keys, int64 ``(held, T)``."""
+        return self._arrays[1][: self.held]
 
     @property
     def reach(self) -> float:
-        """Distance within which each key seen has one that waits; infinity where none is known."""
-        return 0.0
+        """Largest distance from a key ever seen to the nearest one held; infinity if unknown."""
+        return self._reach if self._farthest or self.seen <= self._most else math.inf
 
-    @property
-    def sample(self) -> np.ndarray:
-        """A uniform sample of all keys seen, float32 ``(s, D)``."""
-        return self.keys
+    def add(self, keys: np.ndarray, tags: np.ndarray) -> None:
+        """Add keys, float32 ``(b, D)``, each with a row of integers, ``(b, T)``."""
+        if not self.seen:  # memory is only taken up as it is written
+            self._arrays = [np.empty((self._most, part.shape[1]), part.dtype) for part in (keys, tags)]
+        if self._farthest:
+            self._add_all(keys, tags)
+        else:
+            self._add_sample(keys, tags)
+        self.seen += len(keys)
+
+    def _add_sample(self, keys: np.ndarray, tags: np.ndarray) -> None:
+        number = self.seen + np.arange(len(keys))
+        # Key number t goes to slot t while there is room, then to a random one of t + 1, if that exists.
+        draws = (self._random.random(len(keys)) * (number + 1)).astype(np.int64)
+        slot = np.where(number < self._most, number, draws)
+        into = slot < self._most
+        for array, part in zip(self._arrays, (keys, tags), strict=True):
+            array[slot[into]] = part[into]  # of equal slots the last one wins
+        self.held = min(self.seen + len(keys), self._most)
+
+    def _add_all(self, keys: np.ndarray, tags: np.ndarray) -> None:
+        start = 0
+        while start < len(keys):
+            if self.held == self._most:
+                self._make_room()
+            count = min(len(keys) - start, self._most - self.held)
+            for array, part in zip(self._arrays, (keys, tags), strict=True):
+                array[self.held : self.held + count] = part[start : start + count]
+            self.held, start = self.held + count, start + count
+
+    def _make_room(self) -> None:
+        """Thin the newest keys, or all once survivors take half of the memory."""
+        begin = self._thinned if self._thinned < self._most // 2 else 0
+        rows, radius = farthest_points(self.keys[begin:], self._survive, seed=self._seed)
+        self._reach = max(self._reach, radius) if begin else self._reach + radius
+        self._thinned = self.held = begin + len(rows)
+        for array in self._arrays:  # row by row in ascending order: nothing is held twice
+            for place, row in enumerate(np.sort(rows) + begin, begin):
+                array[place] = array[row]
 
     def store(self) -> None:
-        """Write everything to the folder; without one nothing is done."""
+        """Write everything to the folder, in one step; without a folder nothing is done."""
         if self._folder is None or not self.seen:
             return
-        files = self._arrays()
-        with staged(self._folder, owns=(MANIFEST, *files)) as fresh:
-            for name, array in files.items():
+        with staged(self._folder, owns=(MANIFEST, *_FILES)) as fresh:
+            for name, array in zip(_FILES, (self.keys, self.tags), strict=True):
                 np.save(fresh / name, array, allow_pickle=False)
             facts = {
                 "kind": _KIND,
                 "schema": _SCHEMA,
                 "identity": self._identity,
-                "seen": self.seen,
-                "shape": self.shape,
-                "grid": self.grid,
-                "passed": self.passed,
-                "state": self._state(),
+                "state": [self.seen, self.held, self._thinned, self._reach, self.shape, self.grid],
+                "random": self._random.bit_generator.state,
             }
-            write_manifest(fresh, facts, files)
+            write_manifest(fresh, facts, _FILES)
 
-    # What a way of choosing adds to what is stored.
-
-    def _arrays(self) -> dict[str, np.ndarray]:
-        """Give what `store` writes, by file name."""
-        return {"keys.npy": self.keys, "tags.npy": self.tags}
-
-    @abstractmethod
-    def _state(self) -> dict[str, Any]:
-        """Give what else a stream needs to go on, plain data."""
-
-    @abstractmethod
-    def _set_state(self, state: dict[str, Any]) -> None:
-        """Take up what `_state` gave; `seen` is set already."""
-
-    def _go_on(self) -> None:
-        """Take up what the folder holds, if it holds anything."""
-        folder = self._folder
-        if folder is None or not (folder / MANIFEST).exists():
-            return
-        try:
-            facts = read_manifest(folder, _KIND, _SCHEMA)
-            changed = self._changed(facts["identity"])
-            if not changed:
-                self.seen, self.passed = int(facts["seen"]), str(facts["passed"])
-                self.shape, self.grid = tuple(facts["shape"]), tuple(facts["grid"])
-                self._set_state(facts["state"])
-                self._keys = self._read(folder, "keys.npy", facts, self._most, self.held)
-                self._tags = self._read(folder, "tags.npy", facts, self._most, self.held)
-                self._read_more(folder, facts)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+    def _resume(self, folder: Path) -> None:
+        facts = read_manifest(folder, _KIND, _SCHEMA)
+        saved, current = facts["identity"], self._identity
+        names = [
+            name for name in sorted(saved.keys() | current.keys()) if saved.get(name) != current.get(name)
+        ]
+        if names:
+            changes = ", ".join(f"{name} was {saved.get(name)}, is {current.get(name)}" for name in names)
             raise CheckpointError(
-                f"asked to go on with the candidates in {folder}; found them damaged ({error}). Remove it.",
-                folder,
-            ) from error
-        if changed:
-            raise CheckpointError(
-                f"asked to go on with the candidates in {folder}; found those of something else: {changed}. "
-                "Use another folder, or remove this one.",
+                f"the unfinished bank in {folder} belongs to another build: {changes}. Use another folder, "
+                "or remove this one.",
                 folder,
             )
-
-    def _changed(self, was: dict[str, Any]) -> str:
-        now = json.loads(json.dumps(self._identity))
-        changed = sorted(key for key in was.keys() | now.keys() if was.get(key) != now.get(key))
-        return ", ".join(f"{key} was {was.get(key)}, is {now.get(key)}" for key in changed)
-
-    def _read_more(self, folder: Path, facts: dict[str, Any]) -> None:  # noqa: B027  (may stay empty)
-        """Read further arrays that `_arrays` named, after keys and tags."""
-
-    @staticmethod
-    def _read(folder: Path, name: str, facts: dict[str, Any], most: int, held: int) -> np.ndarray:
-        """Read an array into the first rows of a larger one, without holding both."""
-        with open(check_file(folder, name, facts), "rb") as file:
-            np.lib.format.read_magic(file)
-            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-            if len(shape) != 2 or shape[0] != held:
-                raise ValueError(f"{name} has shape {shape}, expected {held} rows")
-            array = np.empty((most, shape[1]), dtype)  # pages are only taken up as they are written
-            if file.readinto(array[:held].data.cast("B")) != array[:held].nbytes:
-                raise ValueError(f"{name} is too short")
-        return array
+        self.seen, self.held, self._thinned, self._reach, shape, grid = facts["state"]
+        self.shape, self.grid = tuple(shape), tuple(grid)
+        self._random.bit_generator.state = facts["random"]
+        for name in _FILES:
+            saved_rows = read_array(folder, name, facts, mmap=True)
+            array = np.empty((self._most, saved_rows.shape[1]), saved_rows.dtype)
+            array[: self.held] = saved_rows
+            self._arrays.append(array)

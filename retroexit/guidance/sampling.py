@@ -1,14 +1,13 @@
-"""Thinning: which of many candidate keys a bank keeps.
+"""Thinning: which of many candidate keys a bank holds.
 
 The paper thins its keys by farthest point sampling to "decrease the redundancy" (section 4.1). That gives the
-smallest radius (the worst query is served best), while centres of clusters and even a random sample give the
-smaller mean distance: all are offered, and `coverage` reports both numbers.
+smallest radius, so that the worst query is served best. The keys nearest to the centres of k-means clusters,
+and even random keys, give a smaller mean distance. `coverage` measures both.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
@@ -16,26 +15,68 @@ import torch
 from torch import Tensor
 
 from retroexit.errors import BankError, OptionError
-from retroexit.guidance.centres import central_rows
-from retroexit.retrieval.base import as_matrix
-from retroexit.retrieval.distances import first_of_each, nearest, pair_distances, squared_norms
+from retroexit.retrieval.base import as_matrix, first_of_each, nearest, pair_distances, squared_norms
+from retroexit.retrieval.faiss import cluster_centres
 
-__all__ = [
-    "Thinning",
-    "central_points",
-    "coverage",
-    "distances_to",
-    "farthest_points",
-    "random_points",
-    "spread_out",
-    "thin",
-]
+__all__ = ["Thinning", "coverage", "farthest_points", "thin"]
 
 Thinning = Literal["fps", "kmeans", "random", "none"]
 """Ways of thinning: farthest points, keys nearest to centres, a uniform sample, or every distinct key."""
 
 _ROUND = 64  # picks per pass over all keys; a pool of 8 x 64 seldom runs dry earlier
 _NUMBERS = 1 << 21  # converted to float64 at a time: 8192 keys of 256, 2048 of 1024
+
+
+def thin(
+    keys: Tensor | np.ndarray,
+    size: int,
+    how: Thinning = "fps",
+    *,
+    eps: float = 0.0,
+    seed: int = 0,
+) -> Tensor:
+    """Choose at most ``size`` distinct keys.
+
+    Args:
+        keys: Candidates, ``(n, D)``.
+        size: Number of keys to choose, ``>= 1``; ``how="none"`` ignores it.
+        how: ``"fps"`` (`farthest_points`), ``"kmeans"`` (the keys nearest to the centres of clusters),
+            ``"random"`` or ``"none"`` (every distinct key).
+        eps: See `farthest_points`.
+        seed: Of the first choice, the first centres, or the sample.
+
+    Returns:
+        Row numbers, int64 ``(m,)``.
+
+    Raises:
+        OptionError, BankError, RetrieverError: If an option is out of range, or there are no finite keys.
+    """
+    if how == "fps":
+        return torch.from_numpy(farthest_points(keys, size, eps=eps, seed=seed)[0])
+    if how not in ("kmeans", "random", "none"):
+        raise OptionError(f"thin must be 'fps', 'kmeans', 'random' or 'none', got {how!r}", how)
+    matrix, distinct = _distinct(keys, size)
+    if how == "random":
+        order = torch.randperm(len(distinct), generator=torch.Generator().manual_seed(seed))
+        return torch.from_numpy(distinct)[order[:size]]
+    if how == "kmeans" and size < len(distinct):
+        points = matrix if len(distinct) == len(matrix) else matrix[distinct]
+        return torch.from_numpy(distinct[_central(points, size, seed)])
+    return torch.from_numpy(distinct)
+
+
+@torch.no_grad()
+def _central(points: np.ndarray, size: int, seed: int) -> np.ndarray:
+    """Choose of every cluster of distinct points the member nearest to its centre."""
+    points = points - points.mean(axis=0, dtype=np.float64).astype(np.float32)
+    centres = cluster_centres(points, size, seed=seed, threads=torch.get_num_threads())
+    ids = nearest(torch.from_numpy(points), torch.from_numpy(centres)).numpy()
+    owner, gap = ids[:, 0], pair_distances(points, centres, ids)[:, 0]
+    order = np.lexsort((gap, owner))  # cluster by cluster, the nearest member first
+    chosen = order[np.r_[True, owner[order][1:] != owner[order][:-1]]]
+    # An empty cluster is replaced by the point that is farthest from its own centre.
+    others = np.setdiff1d(np.arange(len(points)), chosen)
+    return np.concatenate([chosen, others[np.argsort(-gap[others], kind="stable")[: size - len(chosen)]]])
 
 
 @torch.no_grad()
@@ -45,43 +86,25 @@ def farthest_points(
     *,
     eps: float = 0.0,
     seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
-) -> Tensor:
+) -> tuple[np.ndarray, float]:
     """Choose keys greedily, each the farthest from all chosen before (the paper's reference [19]).
 
-    The result is that of the plain greedy loop, at a fraction of its passes over the keys: the farthest few
-    hundred keys form a pool, the loop runs inside it for as long as its farthest key beats every key outside,
-    and only then all distances are brought up to date by one matrix product.
+    The result is that of the plain greedy loop, with fewer passes over the keys: the farthest few hundred
+    keys form a pool, the loop runs inside it as long as its farthest key beats every key outside, and only
+    then all distances are updated by one matrix product.
 
     Args:
-        keys: Candidates, ``(n, D)``.
-        size: How many to choose at most.
-        eps: Stop when no key is farther than this from the chosen ones.
-        seed: Picks the first key.
-        progress: Called with the number chosen and ``size`` after each pass.
+        keys: See `thin`.
+        size: See `thin`.
+        eps: Stop when no key is farther than this from the chosen ones, ``>= 0``.
+        seed: Of the first key.
 
     Returns:
-        Row numbers in the order of choice, int64 ``(m,)``, ``m <= size``. No two of these keys are equal.
-
-    Raises:
-        OptionError: If ``size`` is below 1 or ``eps`` below 0.
-        RetrieverError: If the keys are no finite matrix.
+        Row numbers in the order of choice, int64 ``(m,)``, no two of them equal keys; and the largest
+        distance from a key to the nearest chosen one.
     """
     if not eps >= 0:
-        raise OptionError(f"eps must be a distance, 0 or more, got {eps}", eps)
-    return torch.from_numpy(spread_out(keys, size, eps=eps, seed=seed, progress=progress)[0])
-
-
-@torch.no_grad()
-def spread_out(
-    keys: Tensor | np.ndarray,
-    size: int,
-    *,
-    eps: float = 0.0,
-    seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
-) -> tuple[np.ndarray, float]:
-    """Do as `farthest_points` does, and say the largest distance from any key to the nearest chosen one."""
+        raise OptionError(f"eps must be >= 0, got {eps}", eps)
     matrix, distinct = _distinct(keys, size)
     points = torch.from_numpy(matrix)
     once = np.zeros((len(matrix), 1), bool)
@@ -96,17 +119,15 @@ def spread_out(
     while True:
         _update(gap, points, centre, norms, fresh)
         gap[chosen] = -1.0  # rounding may leave a trace of distance to itself
-        if progress is not None:
-            progress(len(chosen), size)
         fresh = _greedy(gap, points, min(_ROUND, size - len(chosen)), eps * eps)
         if not fresh:
             break
         chosen = chosen + fresh
-    return np.asarray(chosen), math.sqrt(max(0.0, float(gap.max())))
+    return np.asarray(chosen, np.int64), math.sqrt(max(0.0, float(gap.max())))
 
 
 def _rows(points: Tensor) -> int:
-    """Tell how many points are converted at a time."""
+    """Return how many points are converted at a time."""
     return max(64, _NUMBERS // points.shape[1])
 
 
@@ -155,129 +176,24 @@ def _greedy(gap: Tensor, points: Tensor, most: int, least: float) -> list[int]:
     return picked
 
 
-def random_points(keys: Tensor | np.ndarray, size: int, *, seed: int = 0) -> Tensor:
-    """Choose keys uniformly among the distinct ones.
-
-    Args:
-        keys: Candidates, ``(n, D)``.
-        size: How many to choose at most.
-        seed: Of the sample.
-
-    Returns:
-        Row numbers, int64 ``(m,)``, ``m <= size``.
-
-    Raises:
-        OptionError: If ``size`` is below 1.
-        RetrieverError: If the keys are no finite matrix.
-    """
-    _, distinct = _distinct(keys, size)
-    order = torch.randperm(len(distinct), generator=torch.Generator().manual_seed(seed))
-    return torch.from_numpy(distinct)[order[:size]]
-
-
-@torch.no_grad()
-def central_points(
-    keys: Tensor | np.ndarray,
-    size: int,
-    *,
-    seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
-) -> Tensor:
-    """Choose the keys nearest to the centres of k-means clusters.
-
-    Args:
-        keys: Candidates, ``(n, D)``.
-        size: How many to choose at most.
-        seed: Picks the first centres.
-        progress: Called with the number of passes done and of all.
-
-    Returns:
-        Row numbers, int64 ``(m,)``; ``m`` is ``size``, or the number of distinct keys if that is smaller. No
-        two of these keys are equal.
-
-    Raises:
-        OptionError: If ``size`` is below 1.
-        RetrieverError: If the keys are no finite matrix.
-    """
-    matrix, distinct = _distinct(keys, size)
-    points = matrix if len(distinct) == len(matrix) else matrix[distinct]
-    rows = central_rows(points, min(size, len(points)), seed=seed, progress=progress)
-    return torch.from_numpy(distinct[rows])
-
-
 def _distinct(keys: Tensor | np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
     if size < 1:
-        raise OptionError(f"size must be at least 1, got {size}", size)
+        raise OptionError(f"size must be >= 1, got {size}", size)
     matrix = as_matrix(keys, "keys")
     if not len(matrix):
-        raise BankError(f"no keys to choose from: got shape {matrix.shape}", keys)
+        raise BankError(f"thinning needs at least 1 key, got shape {matrix.shape}", keys)
     return matrix, first_of_each(matrix)
 
 
 @torch.no_grad()
-def coverage(keys: Tensor | np.ndarray, chosen: Tensor | np.ndarray) -> tuple[float, float]:
-    """Measure how well chosen keys stand for all.
-
-    Args:
-        keys: All candidates, ``(n, D)``.
-        chosen: Row numbers of the kept ones, ``(m,)``.
-
-    Returns:
-        The largest and the mean Euclidean distance from a key to the nearest chosen one (not squared).
-
-    Raises:
-        RetrieverError: If the keys are no finite matrix.
-    """
-    matrix = as_matrix(keys, "keys")
-    return distances_to(matrix, matrix[np.asarray(chosen)])
-
-
-def distances_to(keys: np.ndarray, kept: np.ndarray) -> tuple[float, float]:
-    """Measure the largest and the mean distance from keys, ``(n, D)``, each to the nearest kept one."""
-    centre = kept.mean(axis=0, dtype=np.float64).astype(np.float32)
-    centred = torch.from_numpy(kept - centre)
+def coverage(keys: np.ndarray, chosen: np.ndarray) -> tuple[float, float]:
+    """Return the largest and the mean distance from keys ``(n, D)`` to the nearest chosen one ``(m, D)``."""
+    centre = chosen.mean(axis=0, dtype=np.float64).astype(np.float32)
+    centred = torch.from_numpy(chosen - centre)
     distances = np.empty(len(keys))
     step = max(64, _NUMBERS // keys.shape[1])
     for start in range(0, len(keys), step):  # block by block: no second copy of all keys
         part = keys[start : start + step]
         ids = nearest(torch.from_numpy(part - centre), centred).numpy()
-        distances[start : start + step] = np.sqrt(pair_distances(part, kept, ids)[:, 0], dtype=np.float64)
+        distances[start : start + step] = np.sqrt(pair_distances(part, chosen, ids)[:, 0], dtype=np.float64)
     return float(distances.max()), float(distances.mean())
-
-
-def thin(
-    keys: Tensor | np.ndarray,
-    size: int,
-    how: Thinning = "fps",
-    *,
-    eps: float = 0.0,
-    seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
-) -> Tensor:
-    """Choose at most ``size`` of the keys in the named way.
-
-    Args:
-        keys: Candidates, ``(n, D)``.
-        size: How many to keep at most; ``how="none"`` ignores it.
-        how: ``"fps"`` (`farthest_points`), ``"kmeans"`` (`central_points`), ``"random"`` (`random_points`) or
-            ``"none"`` (every distinct key).
-        eps: See `farthest_points`.
-        seed: See there.
-        progress: See there.
-
-    Returns:
-        Row numbers of distinct keys, int64 ``(m,)``.
-
-    Raises:
-        OptionError: If there is no such way, or an option is out of range.
-        RetrieverError: If the keys are no finite matrix.
-    """
-    if how == "fps":
-        return farthest_points(keys, size, eps=eps, seed=seed, progress=progress)
-    if how == "kmeans":
-        return central_points(keys, size, seed=seed, progress=progress)
-    if how == "random":
-        return random_points(keys, size, seed=seed)
-    if how == "none":
-        return torch.from_numpy(_distinct(keys, size)[1])
-    raise OptionError(f"no thinning {how!r}; choose 'fps', 'kmeans', 'random' or 'none'", how)

@@ -1,14 +1,14 @@
-"""Every hook that a plug-in may implement: signatures and documentation, nothing else.
+"""The hooks that a plug-in may implement: signatures and documentation.
 
-A plug-in is a module, or an object that is no class, whose functions carry `hookimpl`; a distribution
-announces it under the entry-point group ``retroexit``. A hook may leave out arguments that it does not need,
-and may not give defaults to the others. Wrappers are not supported: every result has one author, so that a
-mistake can be reported under its name. A hook for another version of retroexit, which this one does not know,
-is marked ``hookimpl(optionalhook=True)``. Hooks are asked when something of their kind is first looked up;
-import heavy dependencies inside them, or later.
+A plug-in is a module, or an object, whose functions are marked with `hookimpl`; a distribution announces it
+under the entry-point group ``retroexit``. An implementation may leave out arguments that it does not need;
+the others have no defaults. Hook wrappers are not supported: every result has one author, so that a mistake
+can be reported under its name. A hook that only another version of retroexit has is marked
+``hookimpl(optionalhook=True)``. A hook is called when something of its kind is first looked up; import heavy
+dependencies inside it, or later.
 
-A name that we offer stays ours. One that two other plug-ins offer is an error when it is asked for.
-`retroexit.testing.check_adapter.check_adapter` tests what an adapter says.
+Names of the library cannot be replaced. Looking up a name that two other plug-ins offer is an error.
+`retroexit.testing.check_adapter` tests an adapter.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from retroexit.plugins.description import Description
 
 if TYPE_CHECKING:
     from retroexit.branch.widths.plan import WidthFunction
-    from retroexit.metrics.base import QualityMetric
+    from retroexit.metrics import QualityMetric
     from retroexit.retrieval import Retriever
-    from retroexit.training.losses import BatchTerm, Term
 
 __all__ = [
     "GROUP",
+    "RESERVED",
     "hookimpl",
     "hookspec",
     "retroexit_build_stage",
@@ -41,7 +41,19 @@ __all__ = [
 ]
 
 GROUP: Final = "retroexit"
-"""Name of the entry-point group, and of the project in the eyes of pluggy."""
+"""The entry-point group, and the project's name in pluggy."""
+
+RESERVED: Final = {
+    "retroexit_metrics": {"auto": "the best metric that is available", "lpips": "'lpips-alex'"},
+    "retroexit_losses": {
+        "quality": "the metric of the fit",
+        "lpips": "the metric of the fit where it is an LPIPS, else 'lpips-alex'",
+        "adversarial": "the objective of the discriminators",
+        "feature-matching": "features of the discriminators",
+        "gaze": "the user's gaze network",
+    },
+}
+"""Names that no plug-in can offer, with their meaning, by hook."""
 
 hookspec = pluggy.HookspecMarker(GROUP)
 hookimpl = pluggy.HookimplMarker(GROUP)
@@ -49,33 +61,31 @@ hookimpl = pluggy.HookimplMarker(GROUP)
 
 @hookspec(firstresult=True)
 def retroexit_describe(generator: nn.Module) -> Description | None:
-    """Recognise a generator and describe it; the first plug-in that does is believed.
+    """Recognise a generator and describe it; the first description is used, newest plug-in first.
 
     Args:
         generator: The user's trained model. It must be neither run nor changed here.
 
     Returns:
-        The description (stages, example inputs, discriminator and its objective, taps of key and value, the
-        predictor's input), or ``None`` for a generator that this plug-in does not know.
+        The description, or ``None`` for a generator that this plug-in does not know.
     """
 
 
 @hookspec(firstresult=True)
 def retroexit_build_stage(stage: nn.Module, in_channels: int, out_channels: int) -> nn.Module | None:
-    """Make a thin stage through the stage's own constructor; the first plug-in that does is believed.
+    """Make a thin stage through the stage's own constructor; the first result is used, newest plug-in first.
 
-    The first stage of a branch is asked for with the feature's full width, and the guide's channels come on
-    top wherever a stage is handed the guide (paper sections 3.1, 4.1, 4.2). The result must run where the
-    full stage did, with the same further arguments, and take its map first.
+    The first stage of a branch gets the feature at its full width. The guide's channels are added wherever a
+    stage receives the guide (paper sections 3.1, 4.1, 4.2). The result takes the map first, and the same
+    further arguments as the full stage.
 
     Args:
-        stage: The generator's own stage, at full width; neither run nor change it.
-        in_channels: Channels of the map that goes in.
-        out_channels: Channels of the map that comes out.
+        stage: The generator's own stage at full width. It must be neither run nor changed here.
+        in_channels: Channels of the input map.
+        out_channels: Channels of the output map.
 
     Returns:
-        A new stage of the same kind, or ``None`` for a stage that this plug-in does not know or would rather
-        have narrowed.
+        A new stage of the same kind, or ``None`` to have the stage narrowed by retroexit.
     """
 
 
@@ -84,8 +94,8 @@ def retroexit_retrievers() -> dict[str, type[Retriever]]:  # type: ignore[empty-
     """Offer nearest-neighbour back-ends for the guidance bank.
 
     Returns:
-        Classes derived from `retroexit.retrieval.Retriever` by the name under which users ask for them,
-        ``Guidance(retriever=name)``, which is the class's own ``name`` too.
+        Subclasses of `retroexit.retrieval.Retriever` by the name that users pass as
+        ``Guidance(retriever=name)``; the class attribute ``name`` is the same.
     """
 
 
@@ -94,34 +104,34 @@ def retroexit_metrics() -> dict[str, Callable[..., QualityMetric]]:  # type: ign
     """Offer measures of the distance between an exit's image and the backbone's.
 
     Returns:
-        Factories by the name under which users ask for them: ``fit(..., metric=name)``. Calling one makes a
-        `retroexit.metrics.base.QualityMetric` whose ``name`` is the same; where the user names a file
-        of weights, it is handed over as ``weights``.
+        Factories by the name that users pass as ``fit(..., metric=name)``. A factory makes a
+        `retroexit.metrics.QualityMetric` whose ``name`` is the same. A file of weights named by the user
+        is passed as ``weights``.
     """
 
 
 @hookspec
-def retroexit_losses() -> dict[str, Callable[..., Term | BatchTerm]]:  # type: ignore[empty-body]
+def retroexit_losses() -> dict[str, Callable[..., Any]]:  # type: ignore[empty-body]
     """Offer terms of the loss that branches are trained with.
 
     Returns:
-        Factories by the name under which users ask for them: ``fit(..., losses={name: weight})``. Calling one
-        makes the term, which takes an exit's image and the backbone's, both ``(N, C, H, W)`` in [-1, 1], and
-        returns a scalar or one number per image. ``torch.nn.HuberLoss`` is such a factory. A term that needs
-        the generator's inputs too has ``needs_inputs = True`` and the method ``of_batch(batch)``, which takes
-        a `retroexit.training.data.batch.TrainingBatch`. Where the user names a file of weights, it is handed to
-        the factory as ``weights``.
+        Factories by the name that users pass as ``fit(..., losses={name: weight})``. A factory makes a
+        callable that takes an exit's image and the backbone's, both ``(N, C, H, W)`` in [-1, 1], and returns
+        a scalar or one number per image; ``torch.nn.HuberLoss`` is such a factory. A term that also needs the
+        generator's inputs has ``needs_inputs = True`` and a method ``of_batch(batch)``, which takes a
+        `retroexit.training.data.batch.TrainingBatch`. A file of weights named by the user is passed as
+        ``weights``.
     """
 
 
 @hookspec
 def retroexit_width_rules() -> dict[str, WidthFunction]:  # type: ignore[empty-body]
-    """Offer rules by which a branch's channel counts follow from the backbone's.
+    """Offer rules for the channel counts of a branch.
 
     Returns:
-        Functions by the name under which users ask for them: ``wrap(..., width_rule=name)``. One is called
-        with the backbone's channel count, the scale in (0, 1] and ``min_channels``, and returns an integer
-        from 1 to the backbone's count.
+        Functions by the name that users pass as ``wrap(..., width_rule=name)``. A function takes the
+        backbone's channel count, the scale in (0, 1] and ``min_channels``, and returns an integer from 1 to
+        the backbone's count.
     """
 
 
@@ -130,6 +140,6 @@ def retroexit_commands() -> dict[str, Callable[..., Any]]:  # type: ignore[empty
     """Offer commands of the command line.
 
     Returns:
-        Functions with typer's annotations, or apps of sub-commands, by the word that calls them: ``retroexit
-        name``. The docstring becomes the help, its section ``Example:`` the end of it.
+        Functions with typer's annotations, or typer apps, by the name of the command: ``retroexit name``. The
+        docstring becomes the help text, its section ``Example:`` the end of it.
     """

@@ -1,390 +1,489 @@
-"""Where plug-ins are found, checked and looked up.
+"""Find plug-ins, check them, and look up what they offer.
 
-Nothing is imported before the first look-up, and a hook is called when something of its kind is first looked
-up. From then on a plug-in works, or it, or a part of it, was left out with a warning that names its
-distribution and the cause, once. Neither breaks ``import retroexit``.
+No plug-in is imported before the first look-up, and a hook is called when something of its kind is first
+looked up. A plug-in, or the part of it, that does not work is left out with one warning that names it, its
+distribution and the cause.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
+import importlib.metadata
+import inspect
 import logging
-import os
+import textwrap
 import threading
 import warnings
-from collections.abc import Callable, Collection, Iterator, Set
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 
 import pluggy
 from torch import nn
 
-from retroexit.errors import PluginError, RetroExitWarning
+from retroexit.errors import OptionError, PluginError, RetroExitError, RetroExitWarning, closest
 from retroexit.plugins import hookspecs
-from retroexit.plugins.admission import hooks_of
 from retroexit.plugins.description import Description
-from retroexit.plugins.discovery import announcements, own_version
-from retroexit.plugins.info import PluginInfo, brief, cause_of
-from retroexit.plugins.registry import check_retriever, make_loss, make_metric
-from retroexit.plugins.shelf import BUILTIN, Shelf
-from retroexit.training.losses.presets import SPECIAL
+from retroexit.retrieval import Retriever
 
 if TYPE_CHECKING:
+    from retroexit.branch.adapter_stages import BuildStage
     from retroexit.branch.widths.plan import WidthFunction
-    from retroexit.metrics.base import QualityMetric
-    from retroexit.retrieval import Retriever
-    from retroexit.training.losses import BatchTerm, Term
+    from retroexit.metrics import QualityMetric
 
-__all__ = ["Host", "host"]
+__all__ = ["Host", "PluginInfo", "brief", "cause_of", "host"]
 
+_OWN: Final = {"builtin": "retroexit.builtin", "cli": "retroexit.cli.commands"}
+"""Plug-ins of the library, whose names others cannot take. Imported by name: they lie above the host."""
+
+_NOUNS: Final = {  # singular and plural
+    "retroexit_retrievers": ("retriever", "retrievers"),
+    "retroexit_metrics": ("metric", "metrics"),
+    "retroexit_losses": ("loss", "losses"),
+    "retroexit_width_rules": ("width rule", "width rules"),
+    "retroexit_commands": ("command", "commands"),
+}
 _Answer = TypeVar("_Answer")
-_METRIC_ALIASES = {"auto": "the best metric that can be had", "lpips": "'lpips-alex'"}
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class PluginInfo:
+    """One installed plug-in, working or not.
+
+    Attributes:
+        name: Name of its entry point, or the one passed to `Host.register`.
+        distribution: Distribution that contains it; ``""`` when registered by hand.
+        version: Version of that distribution; ``""`` when it has none or was registered by hand.
+        hooks: Hooks that it implements, sorted; empty when it could not be loaded.
+        offers: For each hook that offers objects by name, the names.
+        error: Why it, or a part of it, is not in use; ``None`` when all of it works.
+    """
+
+    name: str
+    distribution: str = ""
+    version: str = ""
+    hooks: tuple[str, ...] = ()
+    offers: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    error: str | None = None
+
+    @property
+    def state(self) -> Literal["in use", "in part", "not in use"]:
+        """Whether it works, works except for `error`, or was left out."""
+        if self.error is None:
+            return "in use"
+        return "in part" if self.hooks else "not in use"
+
+    def __str__(self) -> str:
+        origin = f" of {self.distribution} {self.version}".rstrip() if self.distribution else ""
+        return f"plug-in {self.name!r}{origin}"
 
 
 class Host:
-    """The plug-ins of one process; `host` gives the one that the library uses.
+    """The plug-ins of one process; `host` returns the one that the library uses.
 
     Args:
-        discover: Whether the first look-up loads our own plug-in and those of installed distributions. A host
-            with ``discover=False`` holds only what `register` gives it.
+        discover: Whether the first look-up loads the library's own plug-in and those of installed
+            distributions. With ``discover=False`` only what is passed to `register` is used.
     """
 
     def __init__(self, discover: bool = True) -> None:
         self._pluggy = pluggy.PluginManager(hookspecs.GROUP)
         self._pluggy.add_hookspecs(hookspecs)
-        self._infos: dict[str, PluginInfo] = {}
+        self._plugins: dict[str, PluginInfo] = {}
         self._rejected: list[PluginInfo] = []
-        self._retrievers = Shelf("retroexit_retrievers", "retriever", check_retriever)
-        self._metrics = Shelf("retroexit_metrics", "metric", reserved=_METRIC_ALIASES)
-        self._losses = Shelf("retroexit_losses", "loss", reserved=SPECIAL)
-        self._width_rules = Shelf("retroexit_width_rules", "width rule")
-        self._commands = Shelf("retroexit_commands", "command")
-        self._to_discover = discover
-        self._unsaid: list[str] = []
+        self._offers: dict[str, dict[str, dict[str, Any]]] = {}  # hook -> name -> plug-in -> object
+        self._warnings: dict[str, bool] = {}  # text -> whether it was issued
+        self._is_loaded = not discover
         self._lock = threading.RLock()
 
     def register(self, plugin: object, name: str) -> None:
-        """Add a plug-in by hand, without a distribution.
+        """Add a plug-in by hand.
 
         Args:
-            plugin: Module or object whose functions carry `hookimpl`.
+            plugin: Module or object whose functions are marked with `hookimpl`.
             name: Name under which `installed` lists it.
 
         Raises:
-            PluginError: If the name is taken, or a hook is unknown, wraps others or asks for arguments that
-                it is not given. The plug-in is then not registered at all.
+            PluginError: If the name is taken, or an implementation does not fit its hook. Nothing of the
+                plug-in is registered then.
         """
         with self._lock:
-            self._admit(plugin, PluginInfo(name))
+            self._register(plugin, PluginInfo(name))
+            self._offers.clear()
 
-    # What is offered by name.
+    # Look up by name.
 
     def retriever(self, name: str) -> type[Retriever]:
-        """Look up a nearest-neighbour back-end by name.
-
-        Raises:
-            PluginError: If no plug-in offers it, or more than one does.
-        """
-        found: type[Retriever] = self._look_up(self._retrievers, name)[0]
-        return found
-
-    def metric(self, name: str, **options: Any) -> QualityMetric:
-        """Make a quality metric by name.
-
-        Args:
-            name: Its name.
-            **options: For its factory, such as ``weights``.
-
-        Raises:
-            PluginError: If no plug-in offers it, more than one does, or what it makes is no metric.
-        """
-        factory, author = self._look_up(self._metrics, name)
-        return make_metric(factory, name, author, options)
-
-    def loss(self, name: str, **options: Any) -> Term | BatchTerm:
-        """Make a term of the training loss by name.
-
-        Args:
-            name: Its name.
-            **options: For its factory, such as ``weights``.
-
-        Raises:
-            PluginError: If no plug-in offers it, more than one does, or what it makes is no term.
-        """
-        factory, author = self._look_up(self._losses, name)
-        return make_loss(factory, name, author, options)
+        """Look up a nearest-neighbour back-end; raises `PluginError` if not exactly one plug-in offers it."""
+        retriever: type[Retriever] = self._find("retroexit_retrievers", name)[0]
+        return retriever
 
     def width_rule(self, name: str) -> WidthFunction:
-        """Look up a rule of width by name.
+        """Look up a width rule; raises `PluginError` if not exactly one plug-in offers it."""
+        rule: WidthFunction = self._find("retroexit_width_rules", name)[0]
+        return rule
+
+    def metric(self, name: str, **options: Any) -> QualityMetric:
+        """Make a quality metric; ``options`` such as ``weights`` are passed to its factory.
 
         Raises:
-            PluginError: If no plug-in offers it, or more than one does.
+            OptionError: If its factory does not take the options.
+            PluginError: If no plug-in offers it, more than one does, or the result is no metric.
         """
-        found: WidthFunction = self._look_up(self._width_rules, name)[0]
-        return found
+        metric, author = self._make("retroexit_metrics", name, options)
+        if not (callable(metric) and hasattr(metric, "compare") and hasattr(metric, "describe")):
+            raise PluginError(
+                f"metric {name!r} of {author} must be a retroexit.metrics.QualityMetric, got {brief(metric)}",
+                metric,
+            )
+        if metric.name != name:  # a fitted model stores the name of its metric
+            raise PluginError(
+                f"name of metric {name!r} of {author} must be equal, got {metric.name!r}", metric
+            )
+        quality: QualityMetric = metric
+        return quality
+
+    def loss(self, name: str, **options: Any) -> Any:
+        """Make a term of the training loss; ``options`` such as ``weights`` are passed to its factory.
+
+        Raises:
+            OptionError: If its factory does not take the options.
+            PluginError: If no plug-in offers it, more than one does, or the result is no term.
+        """
+        term, author = self._make("retroexit_losses", name, options)
+        if not callable(term) and not callable(getattr(term, "of_batch", None)):
+            raise PluginError(f"loss {name!r} of {author} must be callable, got {brief(term)}", term)
+        return term
 
     def retrievers(self) -> tuple[str, ...]:
-        """List the names that `retriever` knows, sorted."""
-        return self._names(self._retrievers)
+        """List the names that `retriever` accepts, sorted."""
+        return self._names("retroexit_retrievers")
 
     def metrics(self) -> tuple[str, ...]:
-        """List the names that `metric` knows, sorted."""
-        return self._names(self._metrics)
+        """List the names that `metric` accepts, sorted."""
+        return self._names("retroexit_metrics")
 
     def losses(self) -> tuple[str, ...]:
-        """List the names that `loss` knows, sorted."""
-        return self._names(self._losses)
-
-    def width_rules(self) -> tuple[str, ...]:
-        """List the names that `width_rule` knows, sorted."""
-        return self._names(self._width_rules)
+        """List the names that `loss` accepts, sorted."""
+        return self._names("retroexit_losses")
 
     def commands(self) -> dict[str, Callable[..., Any]]:
-        """List the commands of the command line by name, ours first; of a name claimed twice, none."""
-        self._fill(self._commands)
-        return {name: self._look_up(self._commands, name)[0] for name in self._commands.names()}
+        """List the commands of the command line by name, without those that two plug-ins offer."""
+        names = self._names("retroexit_commands")
+        return {name: self._find("retroexit_commands", name)[0] for name in names}
 
     def drop_command(self, name: str, cause: str) -> None:
-        """Leave out a command that turned out not to work, and report it."""
-        author = self._look_up(self._commands, name)[1]
-        self._commands.remove(name, author.name)
-        self._report([author.name], f"{author}: left out the command {name!r}: {cause}")
+        """Leave out a command that does not work, and warn."""
+        author = self._find("retroexit_commands", name)[1]
+        del self._offers["retroexit_commands"][name]
+        self._report(f"left out the command {name!r}: {cause}", author)
         self._warn()
 
-    # What is asked about a generator.
+    def installed(self) -> list[PluginInfo]:
+        """List every plug-in, including those that are not in use."""
+        offers = {hook: self._names(hook) for hook in _NOUNS}
+        for plugin, info in self._plugins.items():
+            info.offers = {
+                hook: tuple(name for name in offers[hook] if self._author(hook, name) == plugin)
+                for hook in _NOUNS
+                if hook in info.hooks
+            }
+        return [*self._plugins.values(), *self._rejected]
+
+    # Describe a generator.
+
+    def describe(
+        self, generator: nn.Module, adapter: Description | str | bool | None = None
+    ) -> Description | None:
+        """Describe a generator.
+
+        Args:
+            generator: The user's trained model.
+            adapter: A description, which is returned; the name of the plug-in to call; ``False`` to call
+                none; ``None`` to call all.
+
+        Returns:
+            The description, which is empty where no plug-in is called, or ``None`` if none of them recognises
+            the generator.
+
+        Raises:
+            OptionError: If the named plug-in does not recognise the generator.
+            PluginError: If there is no plug-in of that name, or it is not in use.
+        """
+        if isinstance(adapter, Description):
+            return adapter
+        if adapter is False:
+            return Description(name=type(generator).__name__)
+        plugin = adapter if isinstance(adapter, str) else None
+        recognised = self.recognise(generator, plugin)
+        if recognised is None and plugin is not None:
+            raise OptionError(
+                f"adapter must be a plug-in that recognises a {type(generator).__name__}, got {plugin!r}. "
+                "Leave adapter out to call all plug-ins, or pass a retroexit.Description.",
+                adapter,
+            )
+        return None if recognised is None else recognised[1]
 
     def recognise(
         self, generator: nn.Module, plugin: str | None = None
     ) -> tuple[PluginInfo, Description] | None:
-        """Ask the plug-ins, newest first, whether they recognise a generator.
-
-        A plug-in that raises or returns something else than a `Description` is reported and passed over.
+        """Return the first plug-in that describes a generator, newest first, with the description.
 
         Args:
             generator: Any module.
-            plugin: Ask this plug-in alone.
-
-        Returns:
-            The first plug-in that does, and its description; ``None`` when nobody knows the generator.
+            plugin: Call this plug-in only.
 
         Raises:
             PluginError: If there is no plug-in of that name, or it is not in use.
         """
-        self._load()
         if plugin is not None:
             self._check_in_use(plugin)
-        among = None if plugin is None else {plugin}
-        return self._first("retroexit_describe", Description, {"generator": generator}, among)
-
-    def describe(self, generator: nn.Module, plugin: str | None = None) -> Description | None:
-        """Give the description that `recognise` finds, or ``None``."""
-        found = self.recognise(generator, plugin)
-        return None if found is None else found[1]
+        return self._first("retroexit_describe", Description, {"generator": generator}, plugin)
 
     def build_stage(self, stage: nn.Module, in_channels: int, out_channels: int) -> nn.Module | None:
-        """Ask the plug-ins, newest first, for a thin stage; see `hookspecs.retroexit_build_stage`.
-
-        A plug-in that raises or returns something else than a module is reported and passed over.
-
-        Returns:
-            The first stage, or ``None`` when nobody builds this kind.
-        """
+        """Return the first thin stage that a plug-in builds; see `hookspecs.retroexit_build_stage`."""
         arguments = {"stage": stage, "in_channels": in_channels, "out_channels": out_channels}
-        found = self._first("retroexit_build_stage", nn.Module, arguments)
-        return None if found is None else found[1]
+        built = self._first("retroexit_build_stage", nn.Module, arguments)
+        return None if built is None else built[1]
 
-    def discriminator(self, generator: nn.Module) -> nn.Module | None:
-        """Make the discriminator that a plug-in names for a generator (paper 3.1, equation 1).
+    def stage_builder(
+        self, description: Description | None, adapter: Description | str | bool | None
+    ) -> BuildStage | None:
+        """Return the description's own ``build_stage``, else `build_stage`; ``None`` if ``adapter=False``."""
+        if description is not None and description.build_stage is not None:
+            return description.build_stage
+        return None if adapter is False else self.build_stage
 
-        Returns:
-            A fresh one, or ``None`` when nobody knows the generator or names one for it.
-
-        Raises:
-            PluginError: If making it raises, or gives something else than a module.
-        """
-        found = self.recognise(generator)
-        if found is None or found[1].discriminator is None:
-            return None
-        author, known = found
-        try:
-            made = known.discriminator(generator) if known.discriminator is not None else None
-        except Exception as error:
-            raise PluginError(
-                f"the discriminator of {known.name} by {author} raised {cause_of(error)}", generator
-            ) from error
-        if not isinstance(made, nn.Module):
-            raise PluginError(
-                f"the discriminator of {known.name} by {author} is {brief(made)}; return a torch.nn.Module",
-                made,
-            )
-        return made
-
-    def installed(self) -> list[PluginInfo]:
-        """List every plug-in found, those that are not in use included, with the reason."""
-        shelves = (self._retrievers, self._metrics, self._losses, self._width_rules, self._commands)
-        for shelf in shelves:
-            self._fill(shelf)
-        found = []
-        for name, info in self._infos.items():
-            offers = {shelf.hook: shelf.names(name) for shelf in shelves if shelf.hook in info.hooks}
-            found.append(replace(info, offers=offers))
-        return [*found, *self._rejected]
-
-    # Asking.
-
-    def _look_up(self, shelf: Shelf, name: str) -> tuple[Any, PluginInfo]:
-        self._fill(shelf)
-        author = shelf.author(name)
-        if author is not None:
-            return shelf.offers[name][author], self._infos[author]
-        if name in shelf.offers:
-            raise PluginError(self._claim(shelf, name), name)
-        raise PluginError(
-            f"no {shelf.kind} {name!r}; closest: {shelf.near(name)}. List all with 'retroexit plugins'", name
-        )
-
-    def _names(self, shelf: Shelf) -> tuple[str, ...]:
-        self._fill(shelf)
-        return shelf.names()
+    # Call hooks.
 
     def _first(
-        self, hook: str, wanted: type[_Answer], arguments: dict[str, object], among: Set[str] | None = None
+        self, hook: str, kind: type[_Answer], arguments: dict[str, object], plugin: str | None = None
     ) -> tuple[PluginInfo, _Answer] | None:
-        """Take the first answer of the wanted type; report other ones."""
+        """Return the first answer of the right type and its author; report answers of other types."""
         self._load()
-        found = None
-        for plugin, answer in self._ask(hook, arguments, among):
-            if isinstance(answer, wanted):
-                found = self._infos[plugin], answer
+        first = None
+        for info, answer in self._call(hook, arguments, plugin):
+            if isinstance(answer, kind):
+                first = info, answer
                 break
             if answer is not None:
-                text = f"{hook} returned {brief(answer)}; return a {wanted.__name__} or None"
-                self._report([plugin], f"{self._infos[plugin]}: {text}")
+                self._report(f"{hook} returned {brief(answer)}; return a {kind.__name__} or None", info)
         self._warn()
-        return found
+        return first
 
-    def _ask(
-        self, hook: str, arguments: dict[str, object], among: Set[str] | None = None
-    ) -> Iterator[tuple[str, Any]]:
+    def _call(
+        self, hook: str, arguments: dict[str, object], plugin: str | None = None
+    ) -> Iterator[tuple[PluginInfo, Any]]:
         """Call one hook plug-in by plug-in, newest first, so that each answer and error has its author."""
         for implementation in reversed(getattr(self._pluggy.hook, hook).get_hookimpls()):
-            plugin = implementation.plugin_name
-            if among is not None and plugin not in among:
+            info = self._plugins[implementation.plugin_name]
+            if plugin not in (None, info.name):
                 continue
-            given = [arguments[name] for name in implementation.argnames]
             try:
-                answer = implementation.function(*given)
+                answer = implementation.function(*[arguments[name] for name in implementation.argnames])
             except (Exception, SystemExit) as error:
-                _trace().info("%s.%s raised %s", plugin, hook, cause_of(error))
-                self._report([plugin], f"{self._infos[plugin]}: {hook} raised {cause_of(error)}")
+                self._report(f"{hook} raised {cause_of(error)}", info)
             else:
-                _trace().info("%s.%s -> %s", plugin, hook, brief(answer))
-                yield plugin, answer
+                _log.info("%s of %s returned %s", hook, info, brief(answer))
+                yield info, answer
 
-    # Loading.
-
-    def _load(self) -> None:
-        """Discover plug-ins, once."""
-        with self._lock:
-            if self._to_discover:
-                self._to_discover = False
-                self._discover()
-        self._warn()
-
-    def _discover(self) -> None:
-        from retroexit import builtin
-
-        self._admit(builtin, PluginInfo(BUILTIN, "retroexit", own_version()))
-        for announced in announcements():
-            info = PluginInfo(announced.name, announced.distribution, announced.version)
-            try:
-                self._admit(announced.load(), info)
-            except KeyboardInterrupt:
-                raise
-            except BaseException as error:  # some modules leave the interpreter; panics are no Exceptions
-                self._rejected.append(replace(info, error=cause_of(error)))
-                self._unsaid.append(f"{info} is not in use: {cause_of(error)}")
-
-    def _admit(self, plugin: object, info: PluginInfo) -> None:
-        """Check a plug-in as a whole, then register it; one that fails leaves no trace."""
-        if info.name in self._infos:
-            raise PluginError(
-                f"the name {info.name!r} is taken by {self._infos[info.name]}; choose another", info
-            )
-        hooks = hooks_of(plugin, self._pluggy)
-        try:
-            self._pluggy.register(plugin, info.name)
-        except Exception as error:
-            if self._pluggy.get_name(plugin) == info.name:
-                self._pluggy.unregister(plugin)
-            raise PluginError(" ".join(str(error).split()), plugin) from error
-        self._infos[info.name] = replace(info, hooks=hooks)
-
-    def _fill(self, shelf: Shelf) -> None:
-        """Collect what plug-ins offer that were not asked yet; report nonsense and names that are taken."""
+    def _offered(self, hook: str) -> dict[str, dict[str, Any]]:
+        """Collect what plug-ins offer under a hook, once: name -> plug-in -> object."""
         self._load()
         with self._lock:
-            fresh = self._infos.keys() - shelf.asked
-            shelf.asked |= fresh
-            for plugin, offered in self._ask(shelf.hook, {}, fresh):
-                try:
-                    shelf.add(plugin, offered)
-                except PluginError as error:
-                    self._report([plugin], f"{self._infos[plugin]}: {error}")
-            for name, plugins in shelf.claimed().items():
-                if fresh.intersection(plugins):
-                    self._report([p for p in plugins if p != BUILTIN], self._claim(shelf, name))
+            if hook not in self._offers:
+                offers = self._offers[hook] = {}
+                for info, answer in self._call(hook, {}):
+                    problem = _problem_with(hook, answer)
+                    if problem is not None:
+                        self._report(problem, info)
+                        continue
+                    for name, offer in answer.items():
+                        offers.setdefault(name, {})[info.name] = offer
+                for name, authors in offers.items():
+                    if len(authors) > 1:
+                        others = [self._plugins[author] for author in authors if author not in _OWN]
+                        self._report(self._conflict(hook, name), *others)
+        self._warn()
+        return self._offers[hook]
+
+    def _names(self, hook: str) -> tuple[str, ...]:
+        return tuple(sorted(name for name in self._offered(hook) if self._author(hook, name) is not None))
+
+    def _author(self, hook: str, name: str) -> str | None:
+        """Return the plug-in whose offer is used: the library's, or the only one."""
+        authors = self._offers[hook].get(name, {})
+        own = next((author for author in authors if author in _OWN), None)
+        return own or (next(iter(authors)) if len(authors) == 1 else None)
+
+    def _find(self, hook: str, name: str) -> tuple[Any, PluginInfo]:
+        offers, noun = self._offered(hook), _NOUNS[hook][0]
+        author = self._author(hook, name)
+        if author is not None:
+            return offers[name][author], self._plugins[author]
+        if name in offers:
+            raise PluginError(self._conflict(hook, name), name)
+        near = closest(name, sorted(offers)) or f"none, because no plug-in offers a {noun}"
+        raise PluginError(f"no {noun} {name!r}; closest: {near}. List all with 'retroexit plugins'.", name)
+
+    def _make(self, hook: str, name: str, options: dict[str, Any]) -> tuple[Any, PluginInfo]:
+        """Call the factory of a metric or a loss."""
+        factory, author = self._find(hook, name)
+        what = f"{_NOUNS[hook][0]} {name!r} of {author}"
+        if not _accepts(factory, options):
+            raise OptionError(f"{what} takes no {', '.join(options)}. Leave it out.", options)
+        try:
+            return factory(**options), author
+        except RetroExitError:
+            raise
+        except Exception as error:
+            raise PluginError(f"{what} raised {cause_of(error)}", factory) from error
+
+    # Load plug-ins.
+
+    def _load(self) -> None:
+        """Register the library's own plug-in and those of installed distributions, once."""
+        with self._lock:
+            if not self._is_loaded:
+                self._is_loaded = True
+                for name, module in _OWN.items():
+                    info = PluginInfo(name, "retroexit", _own_version())
+                    self._register(importlib.import_module(module), info)
+                entries = importlib.metadata.entry_points(group=hookspecs.GROUP)
+                for entry in sorted(entries, key=lambda entry: (_origin_of(entry), entry.name)):
+                    info = PluginInfo(entry.name, *_origin_of(entry))
+                    try:
+                        self._register(entry.load(), info)
+                    except KeyboardInterrupt:
+                        raise
+                    except BaseException as error:  # an import may exit the interpreter or panic
+                        info.error = cause_of(error)
+                        self._rejected.append(info)
+                        self._warnings[f"{info} is not in use: {info.error}"] = False
         self._warn()
 
+    def _register(self, plugin: object, info: PluginInfo) -> None:
+        """Check and register a plug-in; one that fails is removed completely."""
+        if info.name in self._plugins:
+            raise PluginError(
+                f"the name {info.name!r} is taken by {self._plugins[info.name]}; choose another", info
+            )
+        if inspect.isclass(plugin):
+            raise PluginError(f"{plugin.__name__} is a class; announce a module or an instance", plugin)
+        try:
+            self._pluggy.register(plugin, info.name)
+            self._pluggy.check_pending()
+            callers = self._pluggy.get_hookcallers(plugin) or []
+            info.hooks = tuple(sorted(caller.name for caller in callers if caller.has_spec()))
+            for hook in hookspecs.__all__:
+                if hook.startswith("retroexit_") and hook not in info.hooks and hasattr(plugin, hook):
+                    raise PluginError(f"{hook!r} is not marked with hookimpl", plugin)
+            if not info.hooks:
+                raise PluginError(f"{brief(plugin)} implements no hook; mark functions with hookimpl", plugin)
+        except (pluggy.PluginValidationError, PluginError, ValueError) as error:
+            info.hooks = ()
+            self._pluggy.unregister(name=info.name)
+            raise PluginError(" ".join(str(error).split()), plugin) from error
+        self._plugins[info.name] = info
+
     def _check_in_use(self, plugin: str) -> None:
-        if plugin in self._infos:
+        self._load()
+        if plugin in self._plugins:
             return
-        rejected = next((info for info in self._rejected if info.name == plugin), None)
-        if rejected is not None:
-            raise PluginError(f"{rejected} is not in use: {rejected.error}", plugin)
-        near = ", ".join(map(repr, sorted(self._infos)))
-        raise PluginError(f"no plug-in {plugin!r}; installed: {near}. See 'retroexit plugins'", plugin)
+        for info in self._rejected:
+            if info.name == plugin:
+                raise PluginError(f"{info} is not in use: {info.error}", plugin)
+        names = ", ".join(map(repr, sorted(self._plugins)))
+        raise PluginError(f"no plug-in {plugin!r}; installed: {names}. See 'retroexit plugins'.", plugin)
 
-    # Reporting.
+    # Report problems.
 
-    def _claim(self, shelf: Shelf, name: str) -> str:
-        plugins = shelf.offers[name]
-        claimants = [str(info) for plugin, info in self._infos.items() if plugin in plugins]
-        found = f"{shelf.kind} {name!r} is claimed by {' and '.join(claimants)}"
-        if BUILTIN in plugins:
-            return f"{found}; ours is used, so the other must be renamed"
-        return f"{found}; uninstall one of them or rename what it offers"
+    def _conflict(self, hook: str, name: str) -> str:
+        authors = self._offers[hook][name]
+        claimants = " and ".join(str(info) for info in self._plugins.values() if info.name in authors)
+        advice = "uninstall one of them or rename what it offers"
+        if not _OWN.keys().isdisjoint(authors):
+            advice = "the library's own is used. Rename the other one"
+        return f"{_NOUNS[hook][0]} {name!r} is offered by {claimants}; {advice}"
 
-    def _report(self, plugins: Collection[str], text: str) -> None:
-        """Note what is wrong with plug-ins, once; `_warn` says it."""
-        for plugin in plugins:
-            info = self._infos[plugin]
-            text_of = text.removeprefix(f"{info}: ")
-            if info.error is None or text_of not in info.error:
-                error = f"{info.error}; {text_of}" if info.error else text_of
-                self._infos[plugin] = replace(info, error=error)
-                if text not in self._unsaid:
-                    self._unsaid.append(text)
+    def _report(self, problem: str, *plugins: PluginInfo) -> None:
+        """Note a problem of plug-ins; `_warn` issues the warning."""
+        for info in plugins:
+            if info.error is None or problem not in info.error:
+                info.error = f"{info.error}; {problem}" if info.error else problem
+        text = problem if str(plugins[0]) in problem else f"{plugins[0]}: {problem}"
+        self._warnings.setdefault(text, False)
 
     def _warn(self) -> None:
-        """Say what was found out, at the end: a warning turned into an error must not stop the loading."""
+        """Issue pending warnings at the end: a warning turned into an error must not stop the loading."""
         with self._lock:
-            texts, self._unsaid = self._unsaid, []
-        for text in texts:
+            pending = [text for text, is_issued in self._warnings.items() if not is_issued]
+            self._warnings.update(dict.fromkeys(pending, True))
+        for text in pending:
             warnings.warn(text, RetroExitWarning, stacklevel=4)
 
 
 @functools.cache
 def host() -> Host:
-    """Return the host of this process, the one that names given as strings are looked up in."""
+    """Return the host of this process, which the library uses."""
     return Host()
 
 
-@functools.cache
-def _trace() -> logging.Logger:
-    """Log every call of a hook, to standard error if ``RETROEXIT_TRACE_PLUGINS`` is set."""
-    trace = logging.getLogger("retroexit.plugins.trace")
-    if os.environ.get("RETROEXIT_TRACE_PLUGINS"):
-        trace.addHandler(logging.StreamHandler())
-        trace.setLevel(logging.INFO)
-    return trace
+def cause_of(error: BaseException) -> str:
+    """Format an exception in one line, with its type if it is not one of retroexit's."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, RetroExitError) else f"{type(error).__name__}: {text}"
+
+
+def brief(value: object) -> str:
+    """Show a value in one line of at most 100 characters."""
+    return textwrap.shorten(repr(value), 100, placeholder="...")
+
+
+def _problem_with(hook: str, offers: object) -> str | None:
+    """Return what is wrong with the objects offered under a hook, if anything is."""
+    nouns = _NOUNS[hook][1]
+    if not isinstance(offers, dict):
+        return f"{hook} returned {brief(offers)}; return a dict of {nouns} by name"
+    for name, offer in offers.items():
+        if not isinstance(name, str) or not name or not callable(offer):
+            return f"{hook} offers {name!r}: {brief(offer)}; names must be strings, {nouns} callable"
+        meaning = hookspecs.RESERVED.get(hook, {}).get(name)
+        if meaning is not None:
+            return f"{hook} offers {name!r}, which stands for {meaning}; choose another name"
+        if hook == "retroexit_retrievers":
+            if not (inspect.isclass(offer) and issubclass(offer, Retriever)) or inspect.isabstract(offer):
+                return (
+                    f"retriever {name!r} must be a complete subclass of retroexit.retrieval.Retriever, got "
+                    f"{brief(offer)}"
+                )
+            if offer.name != name:  # a saved bank stores the name of its class
+                return f"name of retriever {name!r} must be equal, got {offer.name!r}"
+    return None
+
+
+def _accepts(factory: Callable[..., Any], options: dict[str, Any]) -> bool:
+    try:
+        inspect.signature(factory).bind_partial(**options)
+    except TypeError:
+        return False
+    except ValueError:  # some functions written in C have no signature
+        return True
+    return True
+
+
+def _own_version() -> str:
+    try:
+        return importlib.metadata.version("retroexit")
+    except importlib.metadata.PackageNotFoundError:
+        return ""  # a checkout that is not installed
+
+
+def _origin_of(entry: importlib.metadata.EntryPoint) -> tuple[str, str]:
+    """Return name and version of the distribution; ``""`` for what its metadata lack."""
+    try:
+        return str(entry.dist.name or ""), str(entry.dist.version or "")  # type: ignore[union-attr]
+    except Exception:
+        return "", ""

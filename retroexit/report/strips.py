@@ -1,23 +1,29 @@
-"""Rows of images that show what each exit makes of one input, for reports and for README pictures."""
+"""Rows of images that show what each exit makes of one input."""
 
 from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn import functional
 
+from retroexit.core.images import ImageRange
+from retroexit.core.nested import tensors
+from retroexit.core.samples import Samples
 from retroexit.errors import OptionError
+from retroexit.evaluation.sweep import Evaluation, highlighted, thresholds_for
+from retroexit.measuring.exits import Measurement
 
-__all__ = ["Strip", "data_address", "strip_image"]
+__all__ = ["Strip", "data_address", "pick_strips"]
 
 _LONGEST_SIDE = 384  # pixels of an image in a page; ten strips of five then stay below 10 MB
-_PICK = "#C44E00"
 
 
 @dataclass(frozen=True)
@@ -27,10 +33,10 @@ class Strip:
     Attributes:
         label: What the input is, such as ``"hardest input"``.
         images: Caption and pixels of each image; pixels have shape ``(H, W, 3)``, uint8.
-        chosen: Place of the image that routing chose, from 0; ``None`` frames none.
+        chosen: Index of the image that routing chose; ``None`` frames none.
 
     Raises:
-        OptionError: If pixels have another shape or type, or ``chosen`` is not a place in ``images``.
+        OptionError: If pixels have another shape or type, or ``chosen`` is not an index of ``images``.
     """
 
     label: str
@@ -40,69 +46,49 @@ class Strip:
     def __post_init__(self) -> None:
         if self.chosen is not None and not 0 <= self.chosen < len(self.images):
             raise OptionError(
-                f"strip {self.label!r}: chosen={self.chosen}, but there are {len(self.images)} images, from 0"
+                f"strip {self.label!r}: chosen must be an index of {len(self.images)} images, "
+                f"got {self.chosen}"
             )
         for caption, pixels in self.images:
             if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.size == 0:
                 raise OptionError(
-                    f"strip {self.label!r}, image {caption!r}: pixels need shape (H, W, 3) and type uint8, "
-                    f"found {pixels.shape} and {pixels.dtype}"
+                    f"strip {self.label!r}, image {caption!r}: pixels must be uint8 of shape (H, W, 3), got "
+                    f"{pixels.dtype} of shape {pixels.shape}"
                 )
 
 
-def strip_image(strips: Sequence[Strip], path: str | Path, *, width: int = 224) -> Path:
-    """Write strips as one PNG, one row each, the chosen image framed.
+def pick_strips(
+    run: Measurement, evaluation: Evaluation, show: Callable[[Any], Tensor] | None = None
+) -> list[Strip]:
+    """Render the easiest, hardest and, at the highlighted threshold, worst-routed samples at every exit.
 
     Args:
-        strips: At least one.
-        path: File to write; its folder is made if absent.
-        width: Width of each image in pixels.
-
-    Returns:
-        ``path``.
-
-    Raises:
-        OptionError: If ``strips`` is empty.
+        run: The measurement that the evaluation came from.
+        evaluation: Its losses.
+        show: Turns one sample into a picture ``(3, H, W)`` in [0, 1]; default `_picture`.
     """
-    from PIL import Image, ImageDraw, ImageFont
-
-    if not strips:
-        raise OptionError("a contact sheet needs at least one strip, found none")
-    gap, line, frame = 10, 24, 5
-    pictures = [[Image.fromarray(pixels) for _, pixels in strip.images] for strip in strips]
-    heights = [max(round(width * p.height / p.width) for p in row) for row in pictures]
-    columns = max(len(row) for row in pictures)
-    size = (gap + columns * (width + gap), gap + sum(height + 2 * line + gap for height in heights))
-    sheet = Image.new("RGB", size, "white")
-    pen = ImageDraw.Draw(sheet)
-    font: Any = ImageFont.load_default(size=15)
-    y = gap
-    for strip, row, height in zip(strips, pictures, heights, strict=True):
-        pen.text((gap, y), strip.label, fill="black", font=font)
-        top = y + line
-        for place, ((caption, _), picture) in enumerate(zip(strip.images, row, strict=True)):
-            x, chosen = gap + place * (width + gap), place == strip.chosen
-            own = round(width * picture.height / picture.width)
-            sheet.paste(picture.resize((width, own), Image.Resampling.LANCZOS), (x, top))
-            if chosen:
-                box = (x - frame, top - frame, x + width + frame - 1, top + own + frame - 1)
-                pen.rectangle(box, outline=_PICK, width=frame)
-            text = _fitting(f"chosen: {caption}" if chosen else caption, width, font)
-            pen.text((x, top + height + frame), text, fill=_PICK if chosen else "#444444", font=font)
-        y += height + 2 * line + gap
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path, format="PNG", optimize=True)
-    return path
-
-
-def _fitting(text: str, width: int, font: Any) -> str:
-    """Shorten a caption to the width of its image."""
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(text + "...") > width:
-        text = text[:-1]
-    return text + "..."
+    order = np.argsort(evaluation.loss.mean(1))
+    tenth = len(order) // 10
+    samples = {"easiest": order[0], "easy": order[tenth], "hard": order[-1 - tenth], "hardest": order[-1]}
+    threshold = highlighted(thresholds_for(evaluation))
+    exits = np.full(len(order), len(evaluation.macs))
+    if evaluation.predicted is not None:
+        point = evaluation.at_threshold(threshold)
+        exits = point.exit_of
+        samples["worst routed"] = np.argmax(point.loss_of)
+    strips = []
+    for label, index in ((label, int(index)) for label, index in samples.items()):
+        *branches, backbone = run.images_of(index)
+        item = run.samples.items[index]
+        images = [("input", _pixels(_picture(item, backbone.shape[1:]) if show is None else show(item)))]
+        for k, image in enumerate(branches):
+            images.append(
+                (f"exit {k + 1}: {evaluation.loss[index, k]:.3f}", _pixels(_unit(run.limits, image)))
+            )
+        images.append(("backbone", _pixels(_unit(run.limits, backbone))))
+        title = f"{label} (sample {index}), threshold {threshold:.3g}"
+        strips.append(Strip(title, images, int(exits[index])))
+    return strips
 
 
 def data_address(pixels: npt.NDArray[np.uint8]) -> str:
@@ -114,3 +100,34 @@ def data_address(pixels: npt.NDArray[np.uint8]) -> str:
     file = io.BytesIO()
     picture.save(file, format="PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode("ascii")
+
+
+def _unit(limits: ImageRange, image: Tensor) -> Tensor:
+    return (limits.to_signed(image[None])[0] + 1) / 2
+
+
+def _pixels(image: Tensor) -> npt.NDArray[np.uint8]:
+    """Turn ``(C, H, W)`` in [0, 1] into ``(H, W, 3)`` bytes."""
+    image = image.detach().float().cpu()
+    image = image.expand(3, -1, -1) if image.shape[0] == 1 else image[:3]
+    pixels: npt.NDArray[np.uint8] = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+    return pixels
+
+
+def _picture(sample: Any, size: Sequence[int]) -> Tensor:
+    """Show the first map of a sample: the classes of a one-hot map in colours, else three channels."""
+    maps = [t for t in tensors(Samples.split(sample)) if t.dim() == 3 and t.is_floating_point()]
+    if not maps:
+        return torch.full((3, *size), 0.9)
+    picture = maps[0].float()
+    if picture.shape[0] > 3 and bool((picture >= 0).all()) and bool((picture.sum(0) - 1).abs().max() < 1e-3):
+        classes = picture.argmax(0)
+        golden = torch.arange(picture.shape[0]) * 0.618034
+        shifts = torch.tensor([0.0, 0.33, 0.67])
+        palette = (torch.sin(6.2832 * (golden[:, None] + shifts)) + 1) / 2  # (classes, 3)
+        picture = palette[classes].permute(2, 0, 1)
+    else:
+        picture = picture[:3] if picture.shape[0] >= 3 else picture[:1].expand(3, -1, -1)
+        low, high = picture.amin((1, 2), keepdim=True), picture.amax((1, 2), keepdim=True)
+        picture = (picture - low) / (high - low).clamp_min(1e-6)
+    return functional.interpolate(picture[None], size=tuple(size), mode="nearest")[0]

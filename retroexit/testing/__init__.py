@@ -1,4 +1,8 @@
-"""The checks that an adapter's author calls: `retroexit.testing.check_adapter.check_adapter`.
+"""The test that an adapter's author calls: `check_adapter`.
 
-Imports everything but `retroexit.cli` and `retroexit.demo`.
+Imports everything except `retroexit.cli` and `retroexit.demo`.
 """
+
+from retroexit.testing.conformance import AdapterReport, check_adapter
+
+__all__ = ["AdapterReport", "check_adapter"]

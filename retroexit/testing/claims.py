@@ -1,34 +1,46 @@
-"""Whether what a description says about a generator is true of it."""
+"""Check what a description states about a generator, and that the generator can be wrapped with it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from retroexit.api import load, wrap
 from retroexit.branch.adapter_stages import BuildStage
 from retroexit.branch.widths.plan import scaled_width
+from retroexit.core.images import ImageRange, measure_range
 from retroexit.core.nested import cloned, tensors
 from retroexit.errors import OutputError
-from retroexit.metrics.base import measure_range
-from retroexit.plugins.info import brief
+from retroexit.model import EarlyExitGenerator
+from retroexit.plugins.host import brief, cause_of
 from retroexit.stages.decoder import Decoder, read_decoder
-from retroexit.testing.case import Case, first_map, nearly_equal
+from retroexit.testing.case import Case, Inputs, first_map, nearly_equal
+from retroexit.training.data.batch import TrainingBatch
+from retroexit.training.losses.adversary import Adversarial, Adversary, AdversarySettings
+from retroexit.training.losses.objectives import find_objective
 
-__all__ = [
-    "check_batches",
-    "check_built_stages",
-    "check_discriminator",
-    "check_image",
-    "check_made_from_inputs",
-    "check_stages",
-    "check_taps",
-]
+__all__ = ["Stranger", "check_all"]
 
-_GUIDE = 3  # channels of a guide, which come on top of a stage's own
+_GUIDE = 3  # channels of a guide, added to those of a stage
+
+
+class Stranger(nn.Module):
+    """A decoder of a class that no adapter knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Upsample(scale_factor=2))
+        self.to_rgb = nn.Conv2d(8, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return an image of ``(N, 4, H, W)``."""
+        return torch.tanh(self.to_rgb(self.layers(x)))
 
 
 @dataclass(frozen=True)
@@ -41,172 +53,337 @@ class _Run:
     output: Any
 
 
-def check_stages(case: Case) -> Decoder | None:
-    """Check that the stages run once and in their order; read the generator with them."""
-    stages = case.known.stages
+def check_all(case: Case, thin_at: Sequence[int] | None) -> tuple[str, ...]:
+    """Check every claim, those that others need first; returns the stages' paths."""
+    with case.results.claim("example inputs run"):
+        output = case.render()
+    decoder = None if case.results.problems else _check_stages(case)
+    if decoder is None:
+        return ()
+    case.image_path = decoder.image_path
+    case.image = case.image_in(output)
+    _check_image(case)
+    _find_pair(case)
+    _check_taps(case, decoder)
+    _check_made(case, "predictor_inputs", case.description.predictor_inputs, 4, "(N, C, H, W)")
+    _check_made(case, "key", case.description.key, 2, "(N, D)")
+    _check_discriminator(case)
+    _check_objective(case)
+    _check_built_stages(case, decoder)
+    _check_exits(case, decoder, thin_at)
+    return tuple(stage.path for stage in decoder.stages)
+
+
+def _check_stages(case: Case) -> Decoder | None:
+    """Check that the stages run once and in order; read the generator with them."""
+    stages, claim = case.description.stages, "stages run once, in order"
     if stages is None:
-        case.found.skip("stages run once, in order", "the description leaves them to the search")
+        case.results.skip(claim, "the description has no stages")
     else:
-        with case.found.part("stages run once, in order"):
+        with case.results.claim(claim):
             runs = _watch(case, stages)
             for path in stages:
                 _check_runs_once(case, path, runs, "stage")
-            order = [path for path in dict.fromkeys(run.path for run in runs)]
-            wanted = [path for path in stages if path in order]
-            if order != wanted:
-                case.found.wrong(f"stages run in the order {order}; list them so, not as {wanted}")
+            order = list(dict.fromkeys(run.path for run in runs))
+            if order != [path for path in stages if path in order]:
+                case.results.wrong(f"stages run in the order {order}; list them in this order")
     decoder = None
-    with case.found.part("the generator can be read with these stages"):
-        args, kwargs = case.inputs
-        decoder = read_decoder(case.generator, args, kwargs, stages=stages, image=case.known.image)
+    with case.results.claim("the generator can be read with these stages"):
+        decoder = read_decoder(case.generator, *case.inputs, stages=stages, image=case.description.image)
     return decoder
 
 
-def check_image(case: Case) -> None:
-    """Check that the image has the range that the description states."""
-    limits = case.known.image_range
+def _check_image(case: Case) -> None:
+    limits, claim = case.description.image_range, "the image keeps its range"
     if limits is None:
-        case.found.skip("the image keeps its range", "the description leaves it to be measured")
+        case.results.skip(claim, "the description has no image_range")
         return
-    with case.found.part("the image keeps its range"):
-        low, high = limits
-        values, span = case.image.float().flatten(), high - low
+    with case.results.claim(claim):
+        (low, high), values = limits, case.image.float().flatten()
+        span = high - low
         outside = ((values < low - 0.15 * span) | (values > high + 0.15 * span)).float().mean()
-        if outside > 0.002:  # the bulk may overshoot as in `measure_range`: decoders rarely clamp
-            case.found.wrong(
-                f"image_range is {limits}; found values from {float(values.min()):.4g} to "
-                f"{float(values.max()):.4g}. State the range of the trained generator, or test with weights "
-                "that keep it (a fainter last layer)"
-            )
         try:
             measured = measure_range(case.image)
-        except OutputError:
-            return  # too dull to tell
-        if 10 * (measured.high - measured.low) < span:
-            case.found.wrong(
-                f"image_range is {limits}; found an image in ({measured.low:g}, {measured.high:g}). State "
-                "the range of the values themselves"
+            is_narrow = 10 * (measured.high - measured.low) < span
+        except OutputError:  # almost constant
+            is_narrow = False
+        if outside > 0.002 or is_narrow:  # few values may lie outside: decoders rarely clamp
+            case.results.wrong(
+                f"image_range must be that of the image, {float(values.min()):.4g} to "
+                f"{float(values.max()):.4g}, got {limits}. State the range of the trained generator, or test "
+                "with weights that keep it"
             )
 
 
-def check_batches(case: Case) -> None:
-    """Find out whether the generator takes a batch of two, so that the adapter can be asked about one."""
-    pair = case.grown()
+def _find_pair(case: Case) -> None:
+    """Find out whether the generator accepts a batch of two."""
+    pair = case.make_pair()
     try:
-        both = len(case.image_in(case.render(pair))) == 2
+        if len(case.image_in(case.render(pair))) == 2:
+            case.pair = pair
+        else:
+            case.results.skip("batches of two", "the generator returns one image for two samples")
     except Exception as error:
-        case.found.skip("batches of two", f"the generator raised {type(error).__name__}: {error}")
-        return
-    if both:
-        case.pair = pair
-    else:
-        case.found.skip("batches of two", "the generator gives one image for two samples")
+        case.results.skip("batches of two", f"the generator raised {cause_of(error)}")
 
 
-def check_taps(case: Case, decoder: Decoder) -> None:
-    """Check that the places where keys and values are cut from are maps that exist once."""
+def _check_taps(case: Case, decoder: Decoder) -> None:
+    """Check that keys and values are cut from maps that exist once."""
     count = len(decoder.stages)
     for tap, deepest in (("key_after", count), ("value_after", count - 1)):
-        place = getattr(case.known, tap)
+        place = getattr(case.description, tap)
         if place is None:
-            case.found.skip(tap, "the description leaves it to the wrap")
+            case.results.skip(tap, "the description has none")
             continue
-        with case.found.part(f"{tap} is a place with a map"):
+        with case.results.claim(f"{tap} is a place with a map"):
             if isinstance(place, int) and place > deepest:
-                case.found.wrong(f"{tap} is {place}; found stages 1 to {deepest} to choose from")
+                case.results.wrong(f"{tap} must be a stage from 1 to {deepest}, got {place}")
                 continue
             path = decoder.stages[place - 1].path if isinstance(place, int) else place
-            if tap == "value_after" and path == "image":  # the values of a bank of whole frames
+            if tap == "value_after" and path == "image":  # a bank of whole frames
                 continue
             runs = _watch(case, [path])
             _check_runs_once(case, path, runs, tap)
             if runs and first_map(runs[0].output) is None:
-                case.found.wrong(
-                    f"{tap} is {path!r}; found that it returns no map (N, C, ...). Tap elsewhere"
+                case.results.wrong(f"{tap} must be a module that returns a map (N, C, ...), got {path!r}")
+
+
+def _check_made(case: Case, name: str, make: Callable[..., Any] | None, dims: int, shape: str) -> None:
+    """Check a tensor that the description makes from the generator's arguments."""
+    if make is None:
+        case.results.skip(name, "the description has none")
+        return
+    with case.results.claim(f"{name} gives {shape}"):
+        made, rows = case.seeded(make), len(case.image)
+        is_float = isinstance(made, Tensor) and made.is_floating_point()
+        if not is_float or made.dim() != dims or len(made) != rows:
+            got = f"{made.dtype} {tuple(made.shape)}" if isinstance(made, Tensor) else brief(made)
+            case.results.wrong(f"{name} must return floating-point {shape} with N = {rows}, got {got}")
+        elif case.pair is not None:
+            both = case.seeded(make, case.pair)
+            if both.shape[1] != made.shape[1] or len(both) != 2:
+                case.results.wrong(
+                    f"{name} gave {tuple(both.shape)} for two samples and {tuple(made.shape)} before; only N "
+                    "may vary"
                 )
+            elif not nearly_equal(
+                both, torch.cat([case.seeded(make, case.row(case.pair, i)) for i in (0, 1)])
+            ):
+                case.results.wrong(f"{name} of a sample depends on the others in its batch")
 
 
-def check_made_from_inputs(case: Case) -> None:
-    """Check what the description makes from the generator's own arguments: predictor inputs and keys."""
-    _check_made(case, "predictor_inputs", case.known.predictor_inputs, case.image.dim(), "(N, C, H, W)")
-    _check_made(case, "key", case.known.key, 2, "(N, D)")
+def _check_discriminator(case: Case) -> None:
+    """Check that the discriminator scores the image, and that gradients reach image and weights."""
+    make = case.description.discriminator
+    if make is None:
+        case.results.skip("the discriminator", "the description has none")
+        return
+    with case.results.claim("the discriminator gives scores with gradients"):
+        discriminator: Any = make(case.generator)
+        if not isinstance(discriminator, nn.Module) or not _is_trainable(discriminator):
+            case.results.wrong(f"discriminator must return a trainable module, got {brief(discriminator)}")
+            return
+        if _share_weights(discriminator, [make(case.generator), case.generator]):
+            case.results.wrong("the discriminator shares weights with the generator or an earlier one")
+        source = case.image if case.pair is None else case.image_in(case.render(case.pair))
+        image = source.detach().clone().requires_grad_()
+        scores = [score for score in tensors(discriminator(image)) if score.is_floating_point()]
+        if not scores or not all(bool(torch.isfinite(score).all()) for score in scores):
+            case.results.wrong("the discriminator returns no finite scores")
+            return
+        torch.stack([score.square().mean() for score in scores]).sum().backward()
+        if image.grad is None or not bool(image.grad.any()):
+            case.results.wrong("no gradient reaches the image; the discriminator must not detach it")
+        unused = [name for name, p in discriminator.named_parameters() if p.requires_grad and p.grad is None]
+        if unused:
+            case.results.wrong(f"no gradient reaches {', '.join(unused[:5])} of the discriminator")
 
 
-def check_built_stages(case: Case, decoder: Decoder, build: BuildStage) -> None:
-    """Check that thin stages run where the full ones did and keep the shapes."""
+def _check_objective(case: Case) -> None:
+    """Check that the objective trains the discriminator, and gives a branch gradients."""
+    make, adversarial = case.description.discriminator, case.description.adversarial
+    claim = "the objective trains both sides"
+    if make is None or adversarial is None:
+        case.results.skip(claim, f"the description has no {'discriminator' if make is None else 'objective'}")
+        return
+    with case.results.claim(claim):
+        objective = find_objective(adversarial)
+        limits = case.description.image_range or (-1.0, 1.0)
+        adversary = Adversary(make(case.generator), objective, AdversarySettings(image_range=limits))
+        target = ImageRange(*limits).to_signed(case.image.detach().float())
+        noise = torch.rand(target.shape, generator=torch.Generator().manual_seed(0)).to(target.device)
+        image = (0.5 * target + noise - 0.5).requires_grad_()
+        args, kwargs = case.inputs
+        inputs: dict[str, Any] = {"args": args, "kwargs": kwargs} if adversary.needs_inputs else {}
+        batch = TrainingBatch(image, target, **inputs)
+        value = Adversarial(adversary).of_batch(batch)
+        if value.shape != () or not bool(torch.isfinite(value)):
+            case.results.wrong(f"{objective.name} must give one finite number, got {value.detach()}")
+            return
+        value.backward()
+        if image.grad is None or not bool(image.grad.any()):
+            case.results.wrong(f"{objective.name} gives the branch no gradient; do not detach its images")
+        before = [p.detach().clone() for p in adversary.parameters()]
+        adversary.step(batch)
+        if all(torch.equal(a, b) for a, b in zip(before, adversary.parameters(), strict=True)):
+            case.results.wrong(f"{objective.name} does not train the discriminator; do not detach its scores")
+
+
+def _check_built_stages(case: Case, decoder: Decoder) -> None:
+    """Build thin stages with and without a guide's channels, and run them."""
+    build, claim = case.description.build_stage, "build_stage makes stages that run"
+    if build is None:
+        case.results.skip(claim, "the adapter builds none")
+        return
+    with case.results.claim("build_stage leaves other stages alone"):
+        if build(Stranger(), 8, 4) is not None:
+            case.results.wrong("build_stage must return None for a stage of an unknown class")
+    before, built = len(case.results.problems), 0
     runs = {run.path: run for run in _watch(case, [stage.path for stage in decoder.stages])}
-    built = 0
-    claim = "build_stage makes stages that run"
-    before = len(case.found.problems)
     for path, run in runs.items():
         try:
             built += _check_built(case, run, build)
         except Exception as error:
-            case.found.wrong(f"build_stage for {path!r}: {type(error).__name__}: {error}")
-    with case.found.part("build_stage leaves other stages alone"):
-        if build(_Stranger(), 8, 4) is not None:
-            case.found.wrong("build_stage built a stage of a class it cannot know; return None for those")
-    if not built and len(case.found.problems) == before:
-        case.found.skip(claim, "it builds none of this generator's stages")
-    elif len(case.found.problems) == before:
-        case.found.checked.append(claim)
+            case.results.wrong(f"build_stage for {path!r}: {cause_of(error)}")
+    if not built and len(case.results.problems) == before:
+        case.results.skip(claim, "it builds none of this generator's stages")
+    elif len(case.results.problems) == before:
+        case.results.checked.append(claim)
 
 
-def check_discriminator(case: Case) -> None:
-    """Check that the discriminator judges the generator's image; gradients reach image and weights."""
-    make = case.known.discriminator
-    if make is None:
-        case.found.skip("the discriminator", "the description names none")
+def _check_built(case: Case, run: _Run, build: BuildStage) -> int:
+    """Build one stage at several widths; returns how many were built."""
+    full = case.generator.get_submodule(run.path)
+    x, y = run.args[0] if run.args else None, first_map(run.output)
+    if y is None or not isinstance(x, Tensor) or x.dim() < 3:
+        if y is not None and build(full, y.shape[1], y.shape[1]) is not None:
+            case.results.wrong(f"build_stage must return None for {run.path!r}, which takes no map first")
+        return 0
+    thin_in, thin_out = (scaled_width(len(t[0]), case.scale, case.min_channels) for t in (x, y))
+    built = 0
+    for channels in dict.fromkeys([x.shape[1], thin_in, x.shape[1] + _GUIDE]):
+        stage = build(full, channels, thin_out)
+        if stage is None:
+            continue
+        built += 1
+        if not isinstance(stage, nn.Module) or stage is full or _share_weights(stage, [full]):
+            case.results.wrong(f"build_stage for {run.path!r} must return a new module, got {brief(stage)}")
+            return built
+        feature = torch.cat([x, x.new_zeros(len(x), _GUIDE, *x.shape[2:])], 1)[:, :channels]
+        with torch.no_grad():
+            output = stage.eval()(feature, *cloned(run.args[1:]), **cloned(run.kwargs))
+        shapes = [tuple(t.shape) for t in tensors(output)]
+        expected = [tuple(t.shape) for t in tensors(run.output)]
+        expected[expected.index(tuple(y.shape))] = (len(y), thin_out, *y.shape[2:])
+        if shapes != expected:
+            case.results.wrong(
+                f"the stage built for {run.path!r} with {channels} to {thin_out} channels must return "
+                f"{expected}, got {shapes}"
+            )
+        names = dict(full.named_parameters()).keys()
+        if names and not names & dict(stage.named_parameters()).keys():
+            case.results.wrong(f"the stage built for {run.path!r} has no parameter name in common with it")
+            return built
+    return built
+
+
+def _check_exits(case: Case, decoder: Decoder, thin_at: Sequence[int] | None) -> None:
+    """Wrap the generator at every stage but the last; check exits, a batch of two, saving and loading."""
+    stages = range(1, len(decoder.stages))
+    full: EarlyExitGenerator | None = None
+    models: list[EarlyExitGenerator] = []
+    with case.results.claim("at scale 1 every exit is the generator, bit for bit"):
+        full = _wrap(case, stages, 1.0, 1)
+        expected = case.render()
+        for exit in full.exits:
+            if not _equal(_render_exit(case, full, exit.index), expected):
+                case.results.wrong(
+                    f"exit {exit.index} after {exit.attach_at} is not the generator at scale 1; attach "
+                    "elsewhere, or leave random draws out of the stages"
+                )
+    with case.results.claim("thin exits keep the output's shapes"):
+        models.append(_wrap(case, thin_at or stages, case.scale, case.min_channels))
+        _check_thin(case, models[0], full)
+    if not models:
         return
-    with case.found.part("the discriminator gives scores with gradients"):
-        judge: Any = make(case.generator)
-        if not isinstance(judge, nn.Module):
-            case.found.wrong(f"discriminator returned {brief(judge)}; return a torch.nn.Module")
-            return
-        if not any(p.requires_grad for p in judge.parameters()):
-            case.found.wrong("the discriminator has no parameter that learns; return a trainable module")
-            return
-        if _shared(judge, [make(case.generator), case.generator]):
-            case.found.wrong(
-                "the discriminator shares weights with the generator or the one before; make a new one"
-            )
-        source = case.image if case.pair is None else case.image_in(case.render(case.pair))
-        image = source.detach().clone().requires_grad_()
-        scores = [score for score in tensors(judge(image)) if score.is_floating_point()]
-        if not scores or not all(bool(torch.isfinite(score).all()) for score in scores):
-            case.found.wrong(
-                "the discriminator returns no finite scores; return a tensor of them, of any shape"
-            )
-            return
-        torch.stack([score.square().mean() for score in scores]).sum().backward()
-        if image.grad is None or not bool(image.grad.abs().sum() > 0):
-            case.found.wrong("no gradient reaches the image; the discriminator must not detach it")
-        idle = [name for name, p in judge.named_parameters() if p.requires_grad and p.grad is None]
-        if idle:
-            case.found.wrong(
-                f"no gradient reaches {', '.join(idle[:5])} of the discriminator; use or drop them"
-            )
+    thin = models[0]
+    _check_batch(case, thin)
+    with (
+        case.results.claim("saved and loaded, every exit gives the same"),
+        tempfile.TemporaryDirectory() as folder,
+    ):
+        thin.save(folder)
+        loaded = load(folder, case.generator, *case.inputs, adapter=case.description)
+        for index in range(1, len(thin.branches) + 1):
+            if not _equal(_render_exit(case, loaded, index), _render_exit(case, thin, index)):
+                case.results.wrong(
+                    f"exit {index} differs after saving and loading; build_stage must not vary"
+                )
 
 
-class _Stranger(nn.Module):
-    """A stage of a class that no adapter knows."""
+def _check_thin(case: Case, thin: EarlyExitGenerator, full: EarlyExitGenerator | None) -> None:
+    expected = [tuple(tensor.shape) for tensor in tensors(case.render())]
+    for exit in thin.exits:
+        outputs = tensors(_render_exit(case, thin, exit.index))
+        shapes = [tuple(tensor.shape) for tensor in outputs]
+        if shapes != expected:
+            case.results.wrong(f"exit {exit.index} must return {expected}, got {shapes}")
+        elif not all(bool(torch.isfinite(t).all()) for t in outputs if t.is_floating_point()):
+            case.results.wrong(f"exit {exit.index} returns NaN or infinity before any training")
+    sizes = {exit.attach_at: exit.parameters for exit in full.exits} if full is not None else {}
+    if sizes and not any(e.parameters < sizes[e.attach_at] for e in thin.exits if e.attach_at):
+        pinned = dict.fromkeys(cause for exit in thin.exits for cause in exit.pinned)
+        advice = "; ".join(pinned) or "test a wider generator, or pass a smaller scale or min_channels"
+        case.results.wrong(
+            f"no branch shrinks at scale {case.scale:g} with min_channels={case.min_channels}; {advice}"
+        )
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x
+
+def _check_batch(case: Case, thin: EarlyExitGenerator) -> None:
+    """Compare every exit for two samples with the same exit for each of them."""
+    pair, claim = case.pair, "a batch of two equals two of one"
+    if pair is None:
+        return
+    if not thin.split.any_batch:
+        case.results.skip(claim, "the generator's forward fixes the batch size")
+    elif not _equal(case.render(seed=0), case.render(seed=1)):
+        case.results.skip(claim, "the generator draws random numbers")
+    else:
+        with case.results.claim(claim):
+            for index in range(1, len(thin.branches) + 1):
+                both = case.image_in(_render_exit(case, thin, index, pair))
+                rows = [_render_exit(case, thin, index, case.row(pair, i)) for i in (0, 1)]
+                alone = torch.cat([case.image_in(row) for row in rows])
+                if not nearly_equal(both, alone):
+                    gap = float((both - alone).abs().max())
+                    case.results.wrong(
+                        f"exit {index} of two samples differs from each alone by up to {gap:.2g}"
+                    )
+
+
+def _wrap(case: Case, stages: Sequence[int], scale: float, min_channels: int) -> EarlyExitGenerator:
+    args, kwargs = case.inputs
+    options: dict[str, Any] = {"example_inputs": args, "example_kwargs": kwargs, "adapter": case.description}
+    return wrap(case.generator, stages, scale, min_channels=min_channels, **options)
+
+
+def _render_exit(case: Case, model: EarlyExitGenerator, index: int, inputs: Inputs | None = None) -> Any:
+    return case.seeded(lambda *args, **kwargs: model.route(args, kwargs, exit=index), inputs)
 
 
 def _watch(case: Case, paths: Iterable[str]) -> list[_Run]:
-    """Run the generator and note every call of some of its modules, in the order in which they return."""
+    """Run the generator and record every call of some of its modules, in the order in which they return."""
     runs: list[_Run] = []
 
-    def note(path: str) -> Callable[..., None]:
-        def seen(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            runs.append(_Run(path, cloned(args), cloned(kwargs), output))
+    def record(path: str, _: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        runs.append(_Run(path, cloned(args), cloned(kwargs), output))
 
-        return seen
-
-    parts = dict(case.generator.named_modules())
-    hooks = [parts[p].register_forward_hook(note(p), with_kwargs=True) for p in paths if p in parts]
+    modules = dict(case.generator.named_modules())
+    hooks = [
+        modules[path].register_forward_hook(partial(record, path), with_kwargs=True)
+        for path in paths
+        if path in modules
+    ]
     try:
         case.render()
     finally:
@@ -217,101 +394,21 @@ def _watch(case: Case, paths: Iterable[str]) -> list[_Run]:
 
 def _check_runs_once(case: Case, path: str, runs: list[_Run], what: str) -> None:
     count = sum(run.path == path for run in runs)
-    if count == 1:
-        return
-    exists = path in dict(case.generator.named_modules())
-    found = f"that it runs {count} times" if exists else "no such module"
-    case.found.wrong(f"{what} {path!r}; found {found} in one forward pass. Name a module that runs once")
+    if count != 1:
+        exists = path in dict(case.generator.named_modules())
+        got = f"{path!r}, which runs {count} times" if exists else f"{path!r}, which does not exist"
+        case.results.wrong(f"{what} must be a module that runs once in a forward pass, got {got}")
 
 
-def _check_made(case: Case, name: str, make: Callable[..., Any] | None, dims: int, shape: str) -> None:
-    if make is None:
-        case.found.skip(name, "the description has none")
-        return
-    with case.found.part(f"{name} gives {shape}"):
-        made = case.seeded(lambda args, kwargs: make(*args, **kwargs))
-        rows = len(case.image)
-        if (
-            not isinstance(made, Tensor)
-            or not made.is_floating_point()
-            or made.dim() != dims
-            or len(made) != rows
-        ):
-            got = f"{made.dtype} {tuple(made.shape)}" if isinstance(made, Tensor) else brief(made)
-            case.found.wrong(f"{name} gave {got}; return floating-point numbers {shape} with N = {rows}")
-            return
-        if case.pair is None:
-            return
-        pair = case.pair
-        both = case.seeded(lambda args, kwargs: make(*args, **kwargs), pair)
-        alone = [case.seeded(lambda args, kwargs: make(*args, **kwargs), case.row(pair, i)) for i in (0, 1)]
-        if both.shape[1] != made.shape[1] or len(both) != 2:
-            case.found.wrong(
-                f"{name} gave {tuple(both.shape)} for two samples and {tuple(made.shape)} before; only N may "
-                "vary"
-            )
-        elif not nearly_equal(both, torch.cat(alone)):
-            case.found.wrong(f"{name} of a sample depends on the others in its batch; make each from its own")
+def _is_trainable(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
 
 
-def _check_built(case: Case, run: _Run, build: BuildStage) -> int:
-    """Build one stage at several widths; gives how many were built."""
-    full = case.generator.get_submodule(run.path)
-    x, y = run.args[0] if run.args else None, first_map(run.output)
-    if y is None:
-        return 0
-    c_in = x.shape[1] if isinstance(x, Tensor) and x.dim() >= 3 else y.shape[1]
-    thin_in, thin_out = (scaled_width(c, case.scale, case.min_channels) for c in (c_in, y.shape[1]))
-    built = 0
-    for size in dict.fromkeys([c_in, thin_in, c_in + _GUIDE]):
-        stage = build(full, size, thin_out)
-        if stage is None:
-            continue
-        built += 1
-        if not isinstance(stage, nn.Module) or _shared(stage, [full]) or stage is full:
-            case.found.wrong(
-                f"build_stage for {run.path!r} gave {brief(stage)}; return a new module of its kind"
-            )
-            return built
-        if not isinstance(x, Tensor) or x.dim() < 3:
-            case.found.wrong(f"stage {run.path!r} does not take its map first; leave it out of build_stage")
-            return built
-        _run_built(case, run, stage.eval(), _with_channels(x, size), (*y.shape[:1], thin_out, *y.shape[2:]))
-        names = dict(full.named_parameters()).keys()
-        if names and not names & dict(stage.named_parameters()).keys():
-            case.found.wrong(
-                f"the stage built for {run.path!r} shares no parameter name with it, so it inherits nothing"
-            )
-            return built
-    return built
+def _share_weights(module: nn.Module, others: Iterable[nn.Module]) -> bool:
+    ids = {id(parameter) for parameter in module.parameters()}
+    return any(id(parameter) in ids for other in others for parameter in other.parameters())
 
 
-def _run_built(case: Case, run: _Run, stage: nn.Module, x: Tensor, wanted: tuple[int, ...]) -> None:
-    what = f"the stage built for {run.path!r} with {x.shape[1]} to {wanted[1]} channels"
-    try:
-        with torch.no_grad():
-            output = stage(x, *cloned(run.args[1:]), **cloned(run.kwargs))
-    except Exception as error:
-        case.found.wrong(
-            f"{what} raised {type(error).__name__}: {error}; return None for widths it cannot have"
-        )
-        return
-    given = first_map(output)
-    got = None if given is None else tuple(given.shape)
-    if got != wanted:
-        case.found.wrong(f"{what} gave {got}; return {wanted}")
-    elif len(tensors(output)) != len(tensors(run.output)):
-        case.found.wrong(f"{what} returned {len(tensors(output))} tensors; return {len(tensors(run.output))}")
-
-
-def _with_channels(x: Tensor, channels: int) -> Tensor:
-    """Cut a map to its first channels, or add channels of zeros."""
-    if channels <= x.shape[1]:
-        return x[:, :channels].clone()
-    return torch.cat([x, x.new_zeros(len(x), channels - x.shape[1], *x.shape[2:])], 1)
-
-
-def _shared(module: nn.Module, others: Iterable[nn.Module]) -> bool:
-    """Tell whether a module holds parameters of others."""
-    own = {id(parameter) for parameter in module.parameters()}
-    return any(id(parameter) in own for other in others for parameter in other.parameters())
+def _equal(a: Any, b: Any) -> bool:
+    left, right = tensors(a), tensors(b)
+    return len(left) == len(right) and all(torch.equal(x, y) for x, y in zip(left, right, strict=True))

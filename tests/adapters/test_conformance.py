@@ -1,4 +1,4 @@
-"""Every adapter of ours passes the conformance test that other people's call."""
+"""Every adapter of the project passes the conformance test."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from retroexit.testing.check_adapter import check_adapter
+from retroexit.testing import check_adapter
 
 FOLDER = Path(__file__).resolve().parents[2] / "adapters"
 
@@ -59,7 +59,7 @@ INSTANCES: dict[str, Callable[[ModuleType], nn.Module]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", INSTANCES)
-def test_the_adapter_keeps_its_promises(name: str) -> None:
+def test_the_adapter_conforms(name: str) -> None:
     adapter = pytest.importorskip(name, reason="install the project to get its adapters")
     generator = INSTANCES[name](adapter).eval()
     strangers = [nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Conv2d(8, 3, 1)).eval()]
@@ -71,9 +71,10 @@ def test_the_adapter_keeps_its_promises(name: str) -> None:
         "stages run once, in order",
         "the image keeps its range",
         "at scale 1 every exit is the generator, bit for bit",
-        "a batch of two equals two of one",
         "the generator is left as it was",
     } <= set(report.checked)
+    batch = "a batch of two equals two of one"
+    assert batch in report.checked or f"{batch}: the generator draws random numbers" in report.skipped
 
 
 def test_no_adapter_is_forgotten() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -89,27 +88,9 @@ def test_the_discriminator_has_the_names_and_shapes_of_the_official_checkpoints(
     }
 
 
-def test_every_part_of_the_discriminator_can_learn_from_an_image() -> None:
-    discriminator = oasis.OASISDiscriminator(LABELS)
-    scores = discriminator(torch.rand(1, 3, 64, 64))
-    scores.square().mean().backward()
-    assert [n for n, p in discriminator.named_parameters() if p.grad is None or not p.grad.any()] == []
-
-
 def test_an_image_that_cannot_be_halved_six_times_is_refused() -> None:
     with pytest.raises(ValueError, match=r"multiple of 64 high and wide, got \(1, 3, 96, 64\)"):
         oasis.OASISDiscriminator(LABELS)(torch.zeros(1, 3, 96, 64))
-
-
-def test_the_description_gives_every_asker_a_fresh_trainable_discriminator() -> None:
-    generator = oasis.OASISGenerator(LABELS, 4, 2, (32, 64), 8).eval()
-    make = oasis.retroexit_describe(generator).discriminator
-    one, other = make(generator), make(generator)
-    assert one is not other
-    assert one.layer_up_last.out_channels == LABELS + 1
-    assert all(parameter.requires_grad for parameter in one.parameters())
-    assert not {id(p) for p in one.parameters()} & {id(p) for p in other.parameters()}
-    assert one(torch.zeros(1, 3, 64, 64)).shape == (1, LABELS + 1, 64, 64)
 
 
 def test_weights_make_every_known_label_that_occurs_count_the_same(numbers: Tensor, label: Tensor) -> None:
@@ -164,14 +145,6 @@ def test_a_labelmix_mask_is_constant_on_every_label_of_an_image_and_fair(label: 
     assert any(not torch.equal(mask[0, 0, 0, :1], mask[1, 0, 0, :1]) for mask in masks)
 
 
-def test_a_labelmix_mask_can_be_drawn_again(label: Tensor) -> None:
-    source = torch.Generator().manual_seed(3)
-    first = oasis.labelmix_mask(label, source)
-    before = torch.get_rng_state()
-    assert torch.equal(oasis.labelmix_mask(label, source.manual_seed(3)), first)
-    assert torch.equal(torch.get_rng_state(), before)
-
-
 def test_a_mixed_image_holds_each_pixel_of_one_or_the_other(label: Tensor) -> None:
     real, fake, mask = torch.rand(2, 3, 4, 8), -torch.rand(2, 3, 4, 8), oasis.labelmix_mask(label)
     mixed = oasis.mix(real, fake, mask)
@@ -193,13 +166,6 @@ def test_labelmix_compares_the_judgement_of_the_mix_with_the_mixed_judgements(la
                     total += float(mixed[n, c, y, x] - part[n, c, y, x]) ** 2
     loss = oasis.labelmix_loss(mixed, real, fake, mask)
     assert float(loss) == pytest.approx(total / mixed.numel(), rel=1e-5)
-
-
-def test_a_discriminator_that_judges_pixels_alone_is_consistent_already(label: Tensor) -> None:
-    judge: Callable[[Tensor], Tensor] = nn.Conv2d(3, LABELS + 1, 1)
-    real, fake, mask = torch.rand(2, 3, 4, 8), torch.rand(2, 3, 4, 8), oasis.labelmix_mask(label)
-    loss = oasis.labelmix_loss(judge(oasis.mix(real, fake, mask)), judge(real), judge(fake), mask)
-    assert loss.item() == pytest.approx(0, abs=1e-10)
 
 
 @pytest.fixture
@@ -249,17 +215,17 @@ def test_the_objective_is_finite_under_bfloat16_and_at_equal_images(batch: Train
 def test_the_objective_asks_for_a_label_map_and_for_logits(batch: TrainingBatch, label: Tensor) -> None:
     term = Adversarial(Adversary(nn.Conv2d(3, LABELS + 1, 1), oasis.OASISObjective()))
     assert term.of_batch(replace(batch, args=(), kwargs={"label": label})) > 0
-    for args, found in (
+    for args, got in (
         ((), "NoneType"),
         ((label[:, 0],), r"\(2, 4, 8\)"),
         ((label[..., :4],), r"6, 4, 4\)"),
     ):
-        with pytest.raises(TrainingError, match=f"OASIS on images.*{found} as the first input, no one-hot"):
+        with pytest.raises(TrainingError, match=f"first input must be a one-hot label map.*{got}"):
             term.of_batch(replace(batch, args=args))
 
     class Lists(nn.Conv2d):
         def forward(self, x: Tensor) -> list[Tensor]:  # type: ignore[override]
             return [super().forward(x)]
 
-    with pytest.raises(TrainingError, match="found that the discriminator returns a list, not logits"):
+    with pytest.raises(TrainingError, match="must return logits .* got a list"):
         Adversarial(Adversary(Lists(3, 1, 1), oasis.OASISObjective())).of_batch(batch)

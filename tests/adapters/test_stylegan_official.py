@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
-import pickle
 import sys
 import types
 from collections.abc import Iterator
@@ -17,7 +16,6 @@ import torch
 from torch import nn
 
 import retroexit
-from retroexit.errors import CheckpointError
 
 retroexit_stylegan = pytest.importorskip(
     "retroexit_stylegan", reason="install the project to get its adapters"
@@ -154,26 +152,6 @@ def test_checkpoints_of_rosinalitys_code_give_rosinalitys_images(
                 torch.manual_seed(3)
                 image = ours(z, truncation_psi=psi, noise_mode="random" if drawn else "const")
             torch.testing.assert_close(image, want, **CLOSE)
-
-
-def test_the_three_lines_of_the_error_export_what_can_be_read(
-    nvidia: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("click")
-    pytest.importorskip("requests")
-    theirs = nvidia_generator(nvidia, classes=3)
-    path = tmp_path / "network.pkl"
-    path.write_bytes(pickle.dumps({"G": theirs, "D": theirs, "G_ema": theirs, "augment_pipe": None}))
-    with pytest.raises(CheckpointError, match="hold code. Export the weights") as caught:
-        load_generator(path)
-    lines = [line.strip() for line in str(caught.value).splitlines()[1:]]
-    assert len(lines) == 3
-    monkeypatch.chdir(tmp_path)
-    exec("\n".join(lines), {})
-    z, c = torch.randn(2, 16), torch.eye(3)[:2]
-    with torch.no_grad():
-        want = theirs(z, c, noise_mode="const", force_fp32=True)
-        torch.testing.assert_close(load_generator("network.pth")(z, c), want, **CLOSE)
 
 
 @pytest.mark.parametrize("part", ["generator", "synthesis"])

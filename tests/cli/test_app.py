@@ -15,7 +15,7 @@ import pytest
 import typer
 
 import retroexit
-from retroexit import builtin, plugins
+from retroexit import plugins
 from retroexit.cli import diagnose as doctor
 from retroexit.cli.commands import COMMANDS
 
@@ -86,7 +86,7 @@ def _offer(monkeypatch: pytest.MonkeyPatch, **commands: Any) -> None:
             return commands
 
     known = plugins.Host(discover=False)
-    known.register(builtin, "builtin")
+    known.register(retroexit.cli.commands, "cli")
     known.register(Offers(), "mine")
     monkeypatch.setattr("retroexit.cli.app.host", lambda: known)
 
@@ -105,7 +105,7 @@ def test_a_command_of_a_plugin_is_one_of_ours(run: Any, monkeypatch: pytest.Monk
         (
             "fit",
             Command.greet,
-            "'fit' is claimed by plug-in 'builtin' and plug-in 'mine'; ours is used",
+            "'fit' is offered by plug-in 'cli' and plug-in 'mine'; the library's own is used",
         ),
         ("odd", Command.unreadable, "left out the command 'odd': NameError: name 'Unknown' is not defined"),
         ("odd", Command.unshowable, "left out the command 'odd': .*Error"),

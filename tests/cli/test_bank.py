@@ -87,6 +87,8 @@ def test_verify_compares_taps_and_patches_on_request(run: Any) -> None:
     assert run(*BUILD, "--value-after", "2").status == 0
     same = ("bank", "verify", "made", "toy.py:with_inputs", "--key-after", "1", "--value-after")
     assert "as asked for" in run(*same, "2").out
-    run(*same, "1").fails_with("found values from")
-    run(*same, "2", "--patch", "2").fails_with(r"found key patches of \(1, 1\)")
-    run("bank", "verify", "made", "toy.py:with_inputs", "--key-after", "2").fails_with("found keys from")
+    run(*same, "1").fails_with("source of values must be")
+    run(*same, "2", "--patch", "2").fails_with(r"patch of a key must be \(2, 2\), got \(1, 1\)")
+    run("bank", "verify", "made", "toy.py:with_inputs", "--key-after", "2").fails_with(
+        "source of keys must be"
+    )

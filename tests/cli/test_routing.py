@@ -35,7 +35,7 @@ def test_a_fit_ends_with_promise_and_times(run: Any, tmp_path: Path) -> None:
     shown = run("evaluate", "toy.py:decoder", "run", "--inputs", "toy.py:others", "--threshold", "0.2")
     assert shown.status == 0, shown.err
     assert re.search(r"promise: P\(.*\n.*consistent\n.*\n +0.2 .* \d+ of 12 .* (yes|no)\n", shown.out)
-    assert re.search(r"drift guard: \d+ of 12 samples are too far", shown.out)
+    assert re.search(r"out-of-distribution guard: \d+ of 12 samples are out", shown.out)
     page = (tmp_path / "run/report/report.html").read_text()
     assert 'id="promise"' in page
 
@@ -56,7 +56,7 @@ def test_a_model_is_calibrated_later_and_evaluate_says_what_a_threshold_means(
     assert "times of 1 sample on cpu" in found.out
     assert _saved(tmp_path)["calibration_sha256"] is not None
     again = run(*evaluate)
-    assert "warning: the inputs are those that the model was calibrated on" in again.err
+    assert "warning: the model was calibrated on these inputs" in again.err
     assert "promise: P(ms-ssim" in again.out
 
 
@@ -68,9 +68,9 @@ def test_a_model_is_calibrated_later_and_evaluate_says_what_a_threshold_means(
             "calibrate on 0.5 of 12 inputs, which are 6; found .* takes at least 59. Pass 118 ",
         ),
         (("--calibrate", "1.5"), "asked for calibrate=1.5; found neither None nor a share"),
-        (("--calibrate", "0.5", "--alpha", "0"), "asked for alpha=0.0; found no number between 0 and 1"),
-        (("--predictor", "deep"), "asked for the predictor 'deep'; found conv, pooled, linear only"),
-        (("--predict-from", "noise"), "asked for predict_from='noise'; found features, inputs"),
+        (("--calibrate", "0.5", "--alpha", "0"), "alpha must be a number between 0 and 1, got 0.0"),
+        (("--predictor", "deep"), "predictor must be one of conv, pooled, linear, got 'deep'"),
+        (("--predict-from", "noise"), "predict_from must be one of features, inputs, .*got 'noise'"),
         (("--predict-from", "features+distance"), "found branches without guidance. Wrap with guidance=True"),
     ],
 )
@@ -84,8 +84,6 @@ def test_what_cannot_be_routed_is_refused_before_anything_is_trained(
 def test_too_few_inputs_to_calibrate_on_are_refused_with_the_number_needed(run: Any, tmp_path: Path) -> None:
     assert run(*FIT).status == 0
     words = ("calibrate", "toy.py:decoder", "run", "--inputs", "toy.py:others")
-    run(*words).fails_with("from 12 samples; found that it takes at least 59, .* Pass 47 more")
-    run(*words, *PROMISE, "--rule", "strict").fails_with(
-        "asked for rule='strict'; found 'margin' and 'bound'"
-    )
+    run(*words).fails_with("needs at least 59 samples, got 12. Pass 47 more")
+    run(*words, *PROMISE, "--rule", "strict").fails_with("rule must be 'margin' or 'bound', got 'strict'")
     assert _saved(tmp_path)["calibration_sha256"] is None

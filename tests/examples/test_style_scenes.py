@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import retroexit
-from retroexit.demo.scenes import TEST_SEEDS, draw_scene
+from retroexit.demo.scenes import TEST_SEEDS
 from retroexit.evaluation.sweep import Evaluation
 
 retroexit_stylegan = pytest.importorskip(
@@ -61,14 +61,14 @@ def test_the_weights_are_those_of_the_record_and_fit_the_training_scripts_networ
     assert all(value.isfinite().all() for value in loaded.state_dict().values())
 
 
-def test_the_backbone_draws_scenes(exits: ModuleType) -> None:
+def test_the_backbone_draws_scenes(training: ModuleType, exits: ModuleType) -> None:
     generator = retroexit_stylegan.load_generator(BACKBONE)
     with torch.no_grad():
         made = torch.cat(
             [generator(z, noise=noise) for z, noise in exits.batches(exits.draw(generator, 64, 3))]
         )
     made = made.clamp(-1, 1)
-    scenes = np.stack([draw_scene(seed, (64, 64)).image for seed in TEST_SEEDS[:64]])
+    scenes = np.stack([training.paint_scene(seed, (64, 64)).image for seed in TEST_SEEDS[:64]])
     drawn = torch.from_numpy(scenes).permute(0, 3, 1, 2) / 127.5 - 1
     assert float((made.mean(0) - drawn.mean(0)).abs().mean()) < 0.1
     assert 0.7 < float(made.std(0).mean() / drawn.std(0).mean()) < 1.3

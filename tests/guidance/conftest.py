@@ -1,4 +1,4 @@
-"""A small generator that is told what to draw, and how somebody would describe the telling."""
+"""A small generator with a pose as its second input, and a quality metric."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from retroexit.metrics.base import QualityMetric
+from retroexit.metrics import QualityMetric
 
 
 class Posed(nn.Module):

@@ -1,4 +1,4 @@
-"""A bank finds, glues, excludes, and comes back from disk the same or not at all."""
+"""A bank finds and glues values, excludes inputs, and is saved and loaded unchanged."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from retroexit.errors import BankError, CheckpointError, OptionError, RetrieverError, RetroExitError
-from retroexit.guidance import GuidanceBank
+from retroexit.guidance import GuidanceBank, build_bank
 from retroexit.retrieval import ExactRetriever, FaissRetriever, HnswlibRetriever
 
 INPUTS = 12
@@ -32,7 +32,7 @@ def values_of(ids: list[int]) -> Tensor:
 
 def make(**changes) -> GuidanceBank:
     options = {"patch": (2, 2), "thin": "none", "retriever": ExactRetriever()}
-    return GuidanceBank.build(stream(), values_of, **{**options, **changes})
+    return build_bank(stream(), values_of, **{**options, **changes})
 
 
 def by_loop(feature: Tensor, foreign_to: list[int] | None = None) -> tuple[Tensor, Tensor]:
@@ -92,7 +92,7 @@ def test_excluding_an_input_equals_a_loop_over_the_other_inputs() -> None:
 def test_excluding_works_where_all_near_keys_are_own_ones() -> None:
     # Ten inputs, 32 keys each, far from one another: the first foreign key is the 33rd.
     features = 0.1 * torch.randn(10, 2, 4, 8) + 100 * torch.arange(10.0).view(10, 1, 1, 1)
-    bank = GuidanceBank.build(
+    bank = build_bank(
         [(features, torch.arange(10))], lambda ids: VALUES[ids], thin="none", retriever=ExactRetriever()
     )
     sources = bank.source[bank.search(features, exclude=torch.arange(10)).ids]
@@ -103,7 +103,7 @@ def test_excluding_works_where_all_near_keys_are_own_ones() -> None:
 
 
 def test_a_bank_of_one_input_guides_even_that_input() -> None:
-    bank = GuidanceBank.build([(FEATURES[:1], [7])], lambda ids: VALUES[:1], retriever=ExactRetriever())
+    bank = build_bank([(FEATURES[:1], [7])], lambda ids: VALUES[:1], retriever=ExactRetriever())
     found = bank.search(FEATURES[:1], exclude=torch.tensor([7]))
     assert torch.equal(found.ids, bank.search(FEATURES[:1]).ids)
 
@@ -116,7 +116,7 @@ def test_thinning_keeps_few_keys_and_computes_only_their_values(how) -> None:
         asked.extend(ids)
         return VALUES[ids]
 
-    bank = GuidanceBank.build(stream(), watched, patch=(2, 2), size=5, thin=how, retriever=ExactRetriever())
+    bank = build_bank(stream(), watched, patch=(2, 2), size=5, thin=how, retriever=ExactRetriever())
     assert len(bank) == 5
     assert sorted(asked) == sorted(set(bank.source.tolist()))
     facts = bank.meta["thinning"]
@@ -134,27 +134,11 @@ def test_thinning_keeps_few_keys_and_computes_only_their_values(how) -> None:
         assert row in where and np.array_equal(full.values[row], value)
 
 
-def test_candidates_are_bounded_and_the_result_does_not_depend_on_batches() -> None:
-    def small(batch: int) -> GuidanceBank:
-        return GuidanceBank.build(
-            stream(batch), values_of, patch=(2, 2), size=10, max_candidates=20, retriever=ExactRetriever()
-        )
-
-    one, other = small(12), small(1)
-    assert one.meta["thinning"]["seen"] == 96 and one.meta["thinning"]["candidates"] <= 20
-    everything = torch.from_numpy(make().retriever.keys.copy())
-    gaps = torch.cdist(everything, torch.from_numpy(one.retriever.keys.copy())).amin(1)
-    assert len(one) == 10 and float(gaps.max()) <= one.meta["thinning"]["within"]
-    assert np.array_equal(one.retriever.keys, other.retriever.keys) and np.array_equal(
-        one.values, other.values
-    )
-
-
 def test_facts_of_a_bank_are_recorded() -> None:
     bank = make(meta={"fingerprint": "abc", "key_tap": "body.1", "value_tap": "body.3"})
     assert (bank.patch, bank.value_patch, bank.value_channels, len(bank)) == ((2, 2), (4, 4), 3, 96)
     assert bank.values.dtype == np.float16 and bank.values.shape == (96, 4, 4, 3)
-    assert bank.meta["key_tap"] == "body.1" and bank.meta["value_patch"] == [4, 4]
+    assert bank.meta["key_tap"] == "body.1"
     assert bank.macs_per_search(128) == 128 * 96 * 24
     assert repr(bank).startswith("GuidanceBank(ExactRetriever(96 keys x 24")
 
@@ -178,7 +162,7 @@ def test_maps_of_another_size_and_empty_batches_are_guided_too() -> None:
 
 def test_a_key_for_the_whole_input_retrieves_the_whole_value() -> None:
     poses = torch.randn(INPUTS, 7, 1, 1)
-    bank = GuidanceBank.build([(poses, range(INPUTS))], values_of, retriever=ExactRetriever())
+    bank = build_bank([(poses, range(INPUTS))], values_of, retriever=ExactRetriever())
     assert bank.value_patch == (8, 16)
     assert torch.equal(bank.guide(poses[[3, 9]]), VALUES[[3, 9]])
 
@@ -187,7 +171,7 @@ def test_maps_of_one_and_three_dimensions_work() -> None:
     for key, value in (((4, 3, 6), (4, 2, 12)), ((4, 3, 2, 2, 4), (4, 2, 4, 2, 4))):
         features, values = torch.randn(key), torch.randn(value).half().float()
         patch = (1, 2) if len(key) == 4 else (1,) * (len(key) - 3) + (2,)
-        bank = GuidanceBank.build(
+        bank = build_bank(
             [(features, range(4))],
             lambda ids, v=values: v[ids],
             patch=patch,
@@ -206,34 +190,34 @@ def test_maps_of_one_and_three_dimensions_work() -> None:
         (
             [(FEATURES, range(INPUTS))],
             VALUES[:, :, :7],
-            r"shape \(8, 3, 7, 16\) do not fit 8 inputs with \(4, 8\)",
+            r"\(8, 3, 7, 16\) do not fit 8 inputs with \(4, 8\)",
         ),
-        ([(FEATURES, range(INPUTS))], VALUES[..., 0], r"shape \(8, 3, 8\) do not fit"),
-        ([(FEATURES, range(INPUTS))], VALUES * 1e6, "not finite in float16: the value feature reaches"),
-        ([(FEATURES, range(INPUTS))], VALUES / 0, "not finite in float16"),
+        ([(FEATURES, range(INPUTS))], VALUES[..., 0], r"\(8, 3, 8\) do not fit"),
+        ([(FEATURES, range(INPUTS))], VALUES * 1e6, "finite in float16, but the value feature reaches"),
+        ([(FEATURES, range(INPUTS))], VALUES / 0, "must be finite in float16"),
     ],
 )
 def test_features_and_values_that_do_not_fit_are_refused(features, values, message) -> None:
     with pytest.raises(BankError, match=message):
-        GuidanceBank.build(iter(features), lambda ids: values[ids], retriever=ExactRetriever())
+        build_bank(iter(features), lambda ids: values[ids], retriever=ExactRetriever())
 
 
 def test_a_feature_with_nan_is_refused_before_anything_is_kept() -> None:
     feature = FEATURES.clone()
     feature[0, 0, 0, 0] = float("nan")
-    with pytest.raises(RetrieverError, match="1 of 384 keys are not finite"):
-        GuidanceBank.build([(feature, range(INPUTS))], values_of, retriever=ExactRetriever())
-    with pytest.raises(RetrieverError, match="1 of 96 queries are not finite"):
+    with pytest.raises(RetrieverError, match="keys must be finite .*1 of 384 rows"):
+        build_bank([(feature, range(INPUTS))], values_of, retriever=ExactRetriever())
+    with pytest.raises(RetrieverError, match="queries must be finite .*1 of 96 rows"):
         make().guide(feature)
 
 
-def test_wrong_calls_are_refused_with_what_was_found() -> None:
+def test_wrong_calls_are_refused_with_the_value() -> None:
     bank = make()
-    with pytest.raises(RetrieverError, match="queries are 20 wide, the keys of this index 24"):
+    with pytest.raises(RetrieverError, match="queries must have 24 numbers like the keys, got 20"):
         bank.guide(FEATURES[:, :5])
     with pytest.raises(OptionError, match=r"patches of \(2, 2\) do not divide a map of \(3, 8\)"):
         bank.guide(FEATURES[:, :, :3])
-    with pytest.raises(BankError, match=r"shape \(12,\), got \(3,\)"):
+    with pytest.raises(BankError, match=r"exclude must have shape \(12,\), got \(3,\)"):
         bank.search(FEATURES, exclude=torch.arange(3))
     with pytest.raises(BankError, match=r"lie in 0..95, got \(1, 1, 1\) from 96 to 96"):
         bank.glue(torch.tensor([[[96]]]))
@@ -255,13 +239,12 @@ def test_wrong_calls_are_refused_with_what_was_found() -> None:
     [ExactRetriever(), FaissRetriever(index="HNSW8"), HnswlibRetriever(ef=40)],
     ids=lambda retriever: retriever.name,
 )
-@pytest.mark.parametrize("mmap", [True, False])
-def test_a_saved_bank_guides_alike(retriever, mmap, tmp_path) -> None:
+def test_a_saved_bank_gives_the_same_guides(retriever, tmp_path) -> None:
     bank = make(retriever=retriever, meta={"fingerprint": "abc"})
     bank.save(tmp_path / "bank")
-    loaded = GuidanceBank.load(tmp_path / "bank", fingerprint="abc", mmap=mmap)
+    loaded = GuidanceBank.load(tmp_path / "bank", fingerprint="abc")
     assert type(loaded.retriever) is type(retriever) and loaded.meta == bank.meta
-    assert isinstance(loaded.values, np.memmap) == mmap
+    assert isinstance(loaded.values, np.memmap)
     feature, own = torch.randn(2, 6, 4, 8), torch.tensor([1, 2])
     assert torch.equal(loaded.guide(feature, exclude=own), bank.guide(feature, exclude=own))
     loaded.save(tmp_path / "bank")  # over the very file that is mapped
@@ -273,7 +256,7 @@ def test_another_back_end_can_take_over_a_saved_bank(tmp_path) -> None:
         name = "mine"
 
     make(retriever=Mine()).save(tmp_path / "bank")
-    with pytest.raises(BankError, match="uses the retriever 'mine'.*pass its class as retriever_class"):
+    with pytest.raises(BankError, match="uses the retriever 'mine'.*Pass its class"):
         GuidanceBank.load(tmp_path / "bank")
     for found in (Mine, FaissRetriever):
         bank = GuidanceBank.load(tmp_path / "bank", retriever_class=found)
@@ -290,23 +273,14 @@ def test_a_bank_of_another_backbone_is_refused(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("name", ["values.npy", "source.npy", "meta.json", "keys/keys.npy", "keys/meta.json"])
-@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
-def test_a_damaged_bank_is_refused(name, damage, tmp_path) -> None:
+def test_a_bank_with_a_missing_file_is_refused(name, tmp_path) -> None:
     make().save(tmp_path / "bank")
-    path = tmp_path / "bank" / name
-    if damage == "flip":
-        data = bytearray(path.read_bytes())
-        data[-30] ^= 1
-        path.write_bytes(data)
-    elif damage == "truncate":
-        os.truncate(path, path.stat().st_size - 40)
-    else:
-        path.unlink()
+    (tmp_path / "bank" / name).unlink()
     with pytest.raises(CheckpointError, match=Path(name).name):
         GuidanceBank.load(tmp_path / "bank")
 
 
-def test_of_150_damaged_files_none_is_believed(damage, tmp_path) -> None:
+def test_damaged_files_are_never_used(damage, tmp_path) -> None:
     bank = make(retriever=HnswlibRetriever(ef=40))  # with a native index among its files
     bank.save(tmp_path / "bank")
     feature = torch.randn(2, 6, 4, 8)
@@ -314,41 +288,27 @@ def test_of_150_damaged_files_none_is_believed(damage, tmp_path) -> None:
 
     def load_all(report) -> None:
         damage.one_thread()
-        for done in damage.damaged(tmp_path / "bank", 150):
+        for done in damage.damaged(tmp_path / "bank", 60):
             report([done, "began"])
             try:
                 loaded = GuidanceBank.load(tmp_path / "bank")
             except RetroExitError:
                 report([done, "refused"])
                 continue
-            report([done, "rebuilt" if torch.equal(loaded.guide(feature), sound) else "believed"])
+            report([done, "rebuilt" if torch.equal(loaded.guide(feature), sound) else "wrong"])
 
     reports, end = damage.in_child(load_all)
     assert end == "", f"{end} at {reports[-1]}"
     outcomes = [report for report in reports if report[1] != "began"]
-    assert len(outcomes) == 150
+    assert len(outcomes) == 60
     others = {done.split()[0] for done, outcome in outcomes if outcome != "refused"}
     assert others == {"keys/index.bin"} and {outcome for _, outcome in outcomes} == {"refused", "rebuilt"}
 
 
-def test_the_keys_of_another_bank_are_refused(tmp_path) -> None:
-    make().save(tmp_path / "one")
-    make(size=7, thin="fps").save(tmp_path / "other")
-    os.rename(tmp_path / "one" / "keys", tmp_path / "old")
-    os.rename(tmp_path / "other" / "keys", tmp_path / "one" / "keys")
-    with pytest.raises(CheckpointError, match=r"keys/meta.json is damaged"):
-        GuidanceBank.load(tmp_path / "one")
-
-
-def test_facts_that_json_cannot_hold_are_refused_and_leave_no_folder(tmp_path) -> None:
+def test_meta_that_is_not_plain_data_is_refused_and_leaves_no_folder(tmp_path) -> None:
     with pytest.raises(OptionError, match="meta of a bank must be plain data"):
         make(meta={"tap": object()}).save(tmp_path / "bank")
     assert os.listdir(tmp_path) == []
-
-
-def test_a_progress_bar_does_not_disturb_building(capsys) -> None:
-    assert torch.equal(make(progress=True).guide(FEATURES), VALUES)
-    assert capsys.readouterr().out == ""
 
 
 def test_a_check_counts_keys_that_find_themselves_and_refuses_values_that_are_not_finite() -> None:
@@ -359,11 +319,3 @@ def test_a_check_counts_keys_that_find_themselves_and_refuses_values_that_are_no
     broken = GuidanceBank(retriever=bank.retriever, values=values, source=bank.source.numpy(), meta=bank.meta)
     with pytest.raises(BankError, match="values from row 0 on are not finite"):
         broken.check()
-
-
-def test_guides_are_written_into_a_buffer_again_and_again() -> None:
-    bank = make()
-    buffer = bank.guide_buffer(2, (2, 4))
-    for own in ([3, 4], [0, 5]):
-        guide = bank.glue(bank.search(FEATURES[own]).ids, out=buffer)
-        assert guide.data_ptr() == buffer.data_ptr() and torch.equal(guide, VALUES[own])

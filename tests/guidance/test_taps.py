@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 import retroexit
 from retroexit.errors import AttachPointError, BankError, CheckpointError, OptionError
-from retroexit.guidance.keys import key_name
-from retroexit.metrics.base import QualityMetric
+from retroexit.guidance import build_bank
+from retroexit.guidance.taps import key_name
+from retroexit.metrics import QualityMetric
 from retroexit.plugins import host
 
 INPUTS = torch.randn(7, 4, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -45,7 +46,7 @@ def wrap(generator: nn.Module, attach_at: Any = (2,), guidance: Any = True, **op
 
 
 def fill(model: Any, keys: Tensor, values: Tensor, patch: tuple[int, ...] = (1, 1)) -> None:
-    model.bank = retroexit.GuidanceBank.build(
+    model.bank = build_bank(
         [(keys, torch.arange(len(keys)))],
         lambda ids: values[ids],
         patch=patch,
@@ -82,24 +83,7 @@ def test_keys_are_what_the_named_stage_returns(
     model(INPUTS[:3], POSES[:3], exit=1)
     # The bank holds the very keys, so that every place finds its own value again.
     torch.testing.assert_close(guides[0], values[:3], rtol=0, atol=1e-3)
-    assert model.overhead()[0] == 64 * (7 * 64) * 12
-
-
-def test_keys_of_two_inputs_are_searched_place_by_place(posed: nn.Module, handed: Handed) -> None:
-    model = wrap(posed, [2, 3], retroexit.Guidance(key_after=1, value_after=3))
-    keys, values = torch.randn(5, 12, 8, 8), torch.rand(5, 12, 16, 16)
-    fill(model, keys, values)
-    guides = handed(model.branches[1])
-    model(INPUTS[:2], POSES[:2], exit=2)
-    queries = outputs_of(posed, "stages.0")[:2]
-    for n in range(2):
-        for y in range(8):
-            for x in range(8):
-                distances = (keys - queries[n, :, y, x, None, None]).square().sum(1)
-                i, j, k = (int(v) for v in (distances == distances.min()).nonzero()[0])
-                found = guides[0][n, :, 2 * y : 2 * y + 2, 2 * x : 2 * x + 2]
-                wanted = values[i, :, 2 * j : 2 * j + 2, 2 * k : 2 * k + 2]
-                torch.testing.assert_close(found, wanted, rtol=0, atol=1e-3)
+    assert model.router.overhead()[0] == 64 * (7 * 64) * 12
 
 
 def test_a_fit_fills_the_bank_from_the_named_stages(
@@ -125,11 +109,11 @@ def test_a_fit_fills_the_bank_from_the_named_stages(
         (
             3,
             OptionError,
-            r"keys after 'stages\.2'; found that the first branch leaves at 'stages\.1', in front",
+            r"at or before the first attach point 'stages\.1', got 'stages\.2'",
         ),
-        ("rgb", OptionError, r"keys after 'rgb'; found that the first branch leaves at 'stages\.1'"),
-        (9, OptionError, r"keys after stage 9; found stages 1 to 4"),
-        ("stage.0", AttachPointError, r"no such module in Posed\. Closest: 'stages\.0'"),
+        ("rgb", OptionError, r"at or before the first attach point 'stages\.1', got 'rgb'"),
+        (9, OptionError, r"key_after must be a stage from 1 to 4, got 9"),
+        ("stage.0", AttachPointError, r"no module 'stage\.0' in Posed; closest: 'stages\.0'"),
     ],
 )
 def test_keys_that_not_every_route_computes_are_refused(
@@ -141,13 +125,6 @@ def test_keys_that_not_every_route_computes_are_refused(
 ) -> None:
     with untouched(posed), pytest.raises(error, match=message):
         wrap(posed, [2, 3], retroexit.Guidance(key_after=key_after))
-
-
-def test_a_branch_in_front_of_a_stage_cannot_take_keys_behind_it(posed: nn.Module) -> None:
-    with pytest.raises(
-        OptionError, match=r"keys after 'stages\.1'; found .* leaves at 'stages\.1', in front"
-    ):
-        wrap(posed, [2], retroexit.Guidance(key_after=2), tap="before")
 
 
 class Painter(nn.Module):
@@ -166,7 +143,7 @@ class Painter(nn.Module):
 
 def test_keys_that_are_the_same_for_all_inputs_are_refused() -> None:
     options = {"stages": ("stages.0", "stages.1", "stages.2"), "example_inputs": (torch.randn(2, 8),)}
-    with pytest.raises(BankError, match=r"keys after 1; found that its output is the same for all inputs"):
+    with pytest.raises(BankError, match=r"output of key_after=1 is the same for all inputs"):
         retroexit.wrap(
             Painter().eval(),
             [2],
@@ -184,15 +161,15 @@ def test_keys_that_are_the_same_for_all_inputs_are_refused() -> None:
 @pytest.mark.parametrize(
     ("key", "message"),
     [
-        (lambda x, pose: pose[:, :, None], r"found the shape \(2, 5, 1\)\. Return one row .* \(2, D\)"),
-        (lambda x, pose: pose[:1], r"2 inputs; found the shape \(1, 5\)"),
-        (lambda x, pose: pose[:, :0], r"found the shape \(2, 0\)"),
-        (lambda x, pose: pose.long(), r"found torch\.int64\. Return a floating-point tensor \(2, D\)"),
-        (lambda x, pose: [0.0], r"found list\. Return a floating-point tensor"),
-        (lambda x: x, r"raises TypeError: .*positional argument.* called with the generator's own arguments"),
+        (lambda x, pose: pose[:, :, None], r"one row of numbers per input, \(2, D\), got \(2, 5, 1\)"),
+        (lambda x, pose: pose[:1], r"\(2, D\), got \(1, 5\)"),
+        (lambda x, pose: pose[:, :0], r"got \(2, 0\)"),
+        (lambda x, pose: pose.long(), r"floating-point tensor \(2, D\), got torch\.int64"),
+        (lambda x, pose: [0.0], r"floating-point tensor .*, got list"),
+        (lambda x: x, r"raised TypeError: .*positional argument.* called with the generator's own arguments"),
     ],
 )
-def test_functions_that_give_no_keys_are_refused(
+def test_functions_that_return_no_keys_are_refused(
     posed: nn.Module,
     untouched: Callable[[nn.Module], AbstractContextManager[None]],
     key: Any,
@@ -202,26 +179,28 @@ def test_functions_that_give_no_keys_are_refused(
         wrap(posed, guidance=retroexit.Guidance(key=key))
 
 
-def test_a_function_that_changes_its_mind_is_refused_at_the_call(posed: nn.Module) -> None:
+def test_a_function_that_returns_another_width_is_refused(posed: nn.Module) -> None:
     wanted = [5]
     model = wrap(posed, guidance=retroexit.Guidance(key=lambda x, pose: pose[:, : wanted[0]]))
     fill(model, POSES[:, :, None, None], torch.rand(7, 3, 16, 16))
     assert model(INPUTS, POSES, exit=1).shape == (7, 3, 16, 16)
     wanted[0] = 4
-    with pytest.raises(BankError, match=r"found keys of 4 numbers, and 5 at the recording\. Return \(7, 5\)"):
+    with pytest.raises(BankError, match=r"\(7, 5\), got \(7, 4\)"):
         model(INPUTS, POSES, exit=1)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"key": pose_key, "key_after": 1}, r"a key function and key_after=1; found"),
-        ({"key": pose_key, "patch": (2, 2)}, r"a key function and patch=\(2, 2\); found"),
-        ({"key": "pose"}, r"key='pose'; found no function"),
-        ({"key": True}, r"key=True; found no function"),
+        ({"key": pose_key, "key_after": 1}, r"not be combined with key_after=1"),
+        ({"key": pose_key, "patch": (2, 2)}, r"not be combined with patch=\(2, 2\)"),
+        ({"key": "pose"}, r"key must be a function .* got 'pose'"),
+        ({"inject": "all"}, r"inject must be 'input' or 'every_stage', got 'all'"),
+        ({"size": 0}, r"size must be >= 1, got 0"),
+        ({"key": True}, r"key must be a function .* got True"),
     ],
 )
-def test_settings_that_contradict_one_another_are_refused(options: Any, message: str) -> None:
+def test_invalid_settings_are_refused(options: Any, message: str) -> None:
     with pytest.raises(OptionError, match=message):
         retroexit.Guidance(**options)
 
@@ -251,10 +230,10 @@ def test_a_frames_value_is_the_whole_image_or_map(
     assert guides[0].shape == (2, channels, side, side)
     torch.testing.assert_close(guides[0], values[[4, 6]], rtol=1e-3, atol=1e-3)
     # One search of 7 keys of 5 numbers.
-    assert model.decomposition.search_macs(model.bank) == 7 * 5
+    assert model.guide.search_macs() == 7 * 5
 
 
-# Whose word counts.
+# Settings of the user and of the adapter.
 
 
 def describe(**facts: Any) -> retroexit.Description:
@@ -294,7 +273,7 @@ def test_an_adapters_key_function_makes_a_bank_of_frames_unless_patches_are_want
 # Saving.
 
 
-def test_a_key_function_goes_by_its_name(posed: nn.Module) -> None:
+def test_a_key_function_is_named_by_module_and_name(posed: nn.Module) -> None:
     assert key_name(pose_key).endswith("test_taps.pose_key")
     assert key_name(partial(partial(pose_key), pose=None)) == key_name(pose_key)
     assert key_name(posed).endswith("Posed")
@@ -327,7 +306,7 @@ def test_a_key_function_is_given_again_at_loading_or_comes_from_the_adapter(
 def test_a_key_function_for_a_model_without_one_is_refused(posed: nn.Module, tmp_path: Path) -> None:
     wrap(posed).save(tmp_path)
     with pytest.raises(
-        CheckpointError, match=r"pose_key'; found that it was saved without one\. Leave key out"
+        CheckpointError, match=r"was saved without a key function, got key=.*pose_key'. Leave key out"
     ):
         retroexit.load(tmp_path, posed, adapter=False, key=pose_key)
 

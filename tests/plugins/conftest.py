@@ -13,7 +13,7 @@ from retroexit.plugins import Host
 
 @pytest.fixture
 def empty() -> Host:
-    """Give a host without any plug-in."""
+    """Return a host without any plug-in."""
     return Host(discover=False)
 
 
@@ -31,8 +31,5 @@ def announce(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         dist = SimpleNamespace(name=distribution, version="1.2")
         entries.append(SimpleNamespace(name=name, value=name, dist=dist, load=load))
 
-    def entry_points(*, group: str) -> list[SimpleNamespace]:
-        return entries if group == "retroexit" else []
-
-    monkeypatch.setattr(importlib.metadata, "entry_points", entry_points)
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: entries)
     return add

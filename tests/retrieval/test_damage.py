@@ -1,18 +1,17 @@
-"""Files cut short or with bits flipped: refused, or rebuilt with a warning; never believed, never a crash."""
+"""Damaged files are refused, or the index is built again with a warning; no wrong result, no crash."""
 
 from __future__ import annotations
 
 import logging
 
-import pytest
 import torch
 
 from retroexit.errors import RetroExitError
 
-TRIALS = 150
+TRIALS = 60
 
 
-def test_of_150_damaged_files_none_is_believed(any_backend, damage, tmp_path) -> None:
+def test_damaged_files_are_never_used(any_backend, damage, tmp_path) -> None:
     keys, queries = torch.randn(120, 16), torch.randn(20, 16)
     retriever = any_backend().build(keys)
     retriever.save(tmp_path / "index")
@@ -45,48 +44,3 @@ def test_of_150_damaged_files_none_is_believed(any_backend, damage, tmp_path) ->
     assert [report for report in outcomes if report[1] not in ("refused", "rebuilt")] == []
     rebuilt = {done.split()[0] for done, outcome in outcomes if outcome == "rebuilt"}
     assert rebuilt == ({"index.bin"} if (tmp_path / "index" / "index.bin").exists() else set())
-
-
-def test_the_child_process_tells_a_crash_and_a_hang_from_a_failure(damage) -> None:
-    import os
-    import signal
-    import time
-
-    def crash(report) -> None:
-        report(1)
-        os.kill(os.getpid(), signal.SIGSEGV)
-
-    assert damage.in_child(crash) == ([1], "SIGSEGV")
-    assert damage.in_child(lambda report: time.sleep(60), seconds=1) == ([], "SIGALRM")
-    reports, end = damage.in_child(lambda report: report(1 / 0))
-    assert reports == [] and "ZeroDivisionError" in end
-
-
-def test_damage_is_undone_reproducible_and_always_some(damage, tmp_path) -> None:
-    (tmp_path / "a").write_bytes(b"some bytes")
-    (tmp_path / "b").write_bytes(bytes(500))
-    once = []
-    for done in damage.damaged(tmp_path, 40, seed=3):
-        once.append(done)
-        damaged = tmp_path / done.split()[0]
-        assert damaged.read_bytes() != {"a": b"some bytes", "b": bytes(500)}[damaged.name]
-    assert (tmp_path / "a").read_bytes() == b"some bytes" and (tmp_path / "b").read_bytes() == bytes(500)
-    assert list(damage.damaged(tmp_path, 40, seed=3)) == once
-    assert {done.split()[1] for done in once} == {"cut", "with"}
-
-
-@pytest.mark.parametrize("name", ["keys.npy", "meta.json", "index.bin"])
-def test_a_file_without_its_last_byte_is_noticed(name, damage, tmp_path, caplog) -> None:
-    from retroexit.errors import CheckpointError
-    from retroexit.retrieval import HnswlibRetriever
-
-    HnswlibRetriever().build(torch.randn(30, 4)).save(tmp_path / "index")
-    path = tmp_path / "index" / name
-    path.write_bytes(path.read_bytes()[:-1])
-    if name == "index.bin":
-        with caplog.at_level(logging.WARNING, logger="retroexit"):
-            HnswlibRetriever.load(tmp_path / "index")
-        assert "index.bin is missing or damaged" in caplog.text
-    else:
-        with pytest.raises(CheckpointError, match=name):
-            HnswlibRetriever.load(tmp_path / "index")

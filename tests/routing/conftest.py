@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import retroexit
-from retroexit.guidance.bank import GuidanceBank
+from retroexit.guidance import build_bank
 from retroexit.model import EarlyExitGenerator
 from retroexit.retrieval import ExactRetriever
 
@@ -73,7 +73,7 @@ def routed() -> Callable[..., EarlyExitGenerator]:
         )
         model.predictor = Says()  # type: ignore[assignment]
         if guided:
-            model.bank = GuidanceBank.build(
+            model.bank = build_bank(
                 [(torch.rand(6, 10, 4, 4), list(range(6)))],
                 lambda rows: torch.rand(len(rows), 10, 8, 8),
                 size=12,

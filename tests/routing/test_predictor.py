@@ -10,7 +10,7 @@ from torch import Tensor
 
 import retroexit
 from retroexit.errors import TrainingError
-from retroexit.metrics.base import QualityMetric
+from retroexit.metrics import QualityMetric
 from retroexit.routing.predictor import Predictor
 from retroexit.training.predictor.fit import train_predictor
 
@@ -164,11 +164,11 @@ def test_it_can_read_the_inputs_through_an_adapter(tmp_path: Path) -> None:
     z, label = torch.rand(5, 6, 8, 8), torch.rand(5)
     with torch.no_grad():
         assert torch.equal(model.predict(z, label), model.predictor(reads(z, label)))
-    counted = model.overhead()
+    counted = model.router.overhead()
     assert counted[0] == counted[-1] == _macs(model.predictor, torch.zeros(1, 3, 8, 8))
 
 
 def _macs(module: torch.nn.Module, x: Tensor) -> int:
-    from retroexit.evaluation.thop_check import count_macs
+    from retroexit.core.macs import count_macs
 
     return count_macs(module, x)

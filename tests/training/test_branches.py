@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import retroexit
+from retroexit.core.files import read_tensors
 from retroexit.core.samples import Samples
-from retroexit.core.tensor_files import read_tensors
 from retroexit.errors import OptionError
 from retroexit.training.branches.ema import Average
 from retroexit.training.branches.trainer import BranchSchedule, BranchTrainer, learning_rate

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import retroexit
-from retroexit.core.tensor_files import read_tensors
+from retroexit.core.files import read_tensors
 from retroexit.errors import CheckpointError, MissingExtraError, TrainingError
 from retroexit.training import fit as fitting
 from retroexit.training.branches.trainer import BranchTrainer

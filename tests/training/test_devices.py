@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from retroexit.core.tensor_files import read_tensors
+from retroexit.core.files import read_tensors
 from retroexit.errors import DeviceError, MissingExtraError, OptionError
 from retroexit.training.branches.distributed import Team, join
 

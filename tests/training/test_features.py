@@ -20,7 +20,7 @@ def test_the_distance_is_what_a_loop_over_the_layers_gives(decoders: ModuleType)
     model = decoders.wrap(**HALVES)
     branch, distance = model.branches[0], FeatureDistance(model, 0, 0.5)
     assert distance.paths == ["stages.1.conv", "stages.2.conv", "rgb"]
-    values = model.split.crossing(model.split.begin((decoders.latents(4),), {})[0], 0)
+    values = model.split.crossing(model.split.begin((decoders.latents(4),), {}).values, 0)
     distance.look(values)
     with distance.following():
         branch(*values)

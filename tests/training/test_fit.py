@@ -17,7 +17,6 @@ from torch import Tensor, nn
 import retroexit
 from retroexit.core.samples import Samples
 from retroexit.errors import CheckpointError, OptionError, TrainingError
-from retroexit.guidance.bank import GuidanceBank
 from retroexit.training import fit as fitting
 from retroexit.training.branches.trainer import BranchTrainer
 from retroexit.training.data.batch import TrainingBatch
@@ -40,9 +39,9 @@ def test_bank_branches_and_predictor_are_made_in_this_order(
             done.append(label(*args))
             return real(*args, **kwargs)
 
-        monkeypatch.setattr(owner, name, staticmethod(noted) if name == "build" else noted)
+        monkeypatch.setattr(owner, name, noted)
 
-    noting(GuidanceBank, "build", lambda *_: "bank")
+    noting(fitting, "build_bank", lambda *_: "bank")
     noting(fitting, "train_branches", lambda trainers, *_: f"{len(trainers)} branches")
     noting(fitting, "fit_predictor", lambda *_: "predictor")
     model = decoders.fit(decoders.wrap(guidance=True), tmp_path)
@@ -281,7 +280,7 @@ def test_a_window_too_small_for_the_metric_is_refused_before_training(
     decoders: ModuleType, tmp_path: Path
 ) -> None:
     model = decoders.wrap()
-    with pytest.raises(OptionError, match="ms-ssim needs images of at least 11x11 pixels, found 8x8"):
+    with pytest.raises(OptionError, match="ms-ssim must have at least 11x11 pixels, got 8x8"):
         retroexit.fit(
             model,
             decoders.latents(10),

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import retroexit
-from retroexit.core.tensor_files import read_tensors
+from retroexit.core.files import read_tensors
 from retroexit.errors import CheckpointError, OptionError
-from retroexit.metrics.base import QualityMetric
+from retroexit.metrics import QualityMetric
 from retroexit.training.branches.trainer import BranchTrainer
 from retroexit.training.data.batch import TrainingBatch
 from retroexit.training.losses.discriminator_output import DiscriminatorOutput

@@ -41,7 +41,7 @@ def test_a_bank_made_beforehand_guides_with_what_it_holds_whatever_its_sources_a
     monkeypatch.setattr(Steps, "at", at)
     model.bank = None
     decoders.fit(model, tmp_path, inputs=inputs, bank=bank)
-    _, key_feature = model.split.begin((inputs,), {})
+    key_feature = model.split.begin((inputs,), {}).key_feature
     assert torch.equal(guides[-1], bank.guide(key_feature))
     assert torch.equal(model.bank.guide(key_feature), bank.guide(key_feature))
     assert np.array_equal(bank.source.unique().numpy(), np.arange(10))  # the one given stays as it is
@@ -64,7 +64,7 @@ def test_a_bank_that_does_not_fit_is_refused_before_anything_is_written(
     bank = _bank_of(decoders.wrap(guidance=True), decoders.latents(10))
     with pytest.raises(BankError, match="wrapped without guidance"):
         decoders.fit(decoders.wrap(), tmp_path / "plain", bank=bank)
-    with pytest.raises(BankError, match="found values from"):
+    with pytest.raises(BankError, match="source of values must be"):
         decoders.fit(
             decoders.wrap(guidance=retroexit.Guidance(value_after="image")), tmp_path / "taps", bank=bank
         )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import retroexit
 from retroexit.errors import OptionError, PluginError, RetroExitWarning, WeightsError
-from retroexit.metrics.base import LPIPS, MSSSIM, QualityMetric
+from retroexit.metrics import LPIPS, MSSSIM, QualityMetric
 from retroexit.plugins import Description
 from retroexit.training.data.batch import TrainingBatch
 from retroexit.training.losses import L1

@@ -14,7 +14,7 @@ if BENCHMARKS not in sys.path:
 
 from generators import ENTRIES  # noqa: E402
 from generators.acceptance import judge_stages  # noqa: E402
-from generators.entry import Entry, expand  # noqa: E402
+from generators.entry import Entry  # noqa: E402
 from generators.measure import measure_entry, spread  # noqa: E402
 
 INSTALLABLE = [entry for entry in ENTRIES if not entry.checkout and not entry.is_large]
@@ -61,10 +61,6 @@ def test_a_generator_gets_thin_exits_and_stays_as_it_was(entry: Entry) -> None:
 )
 def test_a_list_of_stages_is_judged_as_a_person_would(found: list[str], wanted: str, objection: str) -> None:
     assert judge_stages(found, wanted) == objection
-
-
-def test_the_notation_of_the_lists_is_written_out() -> None:
-    assert expand("?a x.{2-0}.y b|c") == ["?a", "x.2.y", "x.1.y", "x.0.y", "b|c"]
 
 
 @pytest.mark.parametrize(

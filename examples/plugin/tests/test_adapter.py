@@ -9,7 +9,7 @@ from torch import nn
 
 import retroexit
 from retroexit.plugins import host
-from retroexit.testing.check_adapter import check_adapter
+from retroexit.testing import check_adapter
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def test_the_adapter_keeps_its_promises(decoder: TokenDecoder) -> None:
     assert report.name == "token decoder"
     assert report.skipped == (
         "key: the description has none",
-        "the objective trains both sides: the description names no objective",
+        "the objective trains both sides: the description has no objective",
     )
 
 
@@ -41,6 +41,6 @@ def test_a_wrapped_decoder_keeps_both_maps_and_builds_thin_blocks(decoder: Token
 
 
 def test_the_discriminator_judges_patches(decoder: TokenDecoder) -> None:
-    judge = host().discriminator(decoder)
-    assert judge is not None
-    assert judge(torch.zeros(2, 3, 64, 64)).shape == (2, 1, 8, 8)
+    description = host().describe(decoder)
+    assert description is not None and description.discriminator is not None
+    assert description.discriminator(decoder)(torch.zeros(2, 3, 64, 64)).shape == (2, 1, 8, 8)

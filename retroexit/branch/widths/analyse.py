@@ -29,10 +29,10 @@ from retroexit.branch.widths.plan import LIVE
 from retroexit.branch.widths.resize import int_attributes
 from retroexit.branch.widths.shape_env import SizeEnv, SymbolicMode
 from retroexit.branch.widths.solve import TailWidths
+from retroexit.core.modules import clone_module
 from retroexit.core.nested import flatten, rebuild, tensors
 from retroexit.errors import BranchError
 from retroexit.split.replay.tail import ReplayTail
-from retroexit.split.segments import clone_module
 from retroexit.tracing.source_lines import is_user_code, show
 
 __all__ = ["analyse", "blame"]

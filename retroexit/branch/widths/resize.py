@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from retroexit.branch.widths.plan import WidthPlan
-from retroexit.split.segments import clone_module
+from retroexit.core.modules import clone_module
 
 __all__ = ["correct_fan_in", "emptied", "int_attributes", "resized", "start_from_scratch"]
 

@@ -23,7 +23,7 @@ from sympy.core.relational import (
     StrictLessThan,
     Unequality,
 )
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.sym_node import SymNode
@@ -34,6 +34,7 @@ from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.value_ranges import ValueRanges
 
 from retroexit.branch.widths.equations import Expr, SizeEquations
+from retroexit.split.segments import GENERATED
 from retroexit.tracing.source_lines import is_user_code, show
 
 __all__ = ["SizeEnv", "SymbolicMode"]
@@ -231,10 +232,9 @@ def _user_line() -> str:
         variables = frame.f_locals
         if is_user_code(frame.f_code.co_filename):
             return show((frame.f_code.co_filename, frame.f_lineno))
-        node = next((v for n in ("node", "n") if isinstance(v := variables.get(n), fx.Node)), None)
-        if node is not None:
-            line = node.meta.get("line")
-            if isinstance(line, tuple):
+        if frame.f_code.co_filename == GENERATED:
+            line = variables["self"].recorded_line(frame.f_lineno)
+            if line is not None:
                 return show(line)
             break
         if module is None and isinstance(variables.get("self"), nn.Module):

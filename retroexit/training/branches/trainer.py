@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from retroexit.branch.branch import Branch
+from retroexit.core.files import read_tensors, write_tensors
+from retroexit.core.images import ImageRange
 from retroexit.core.modules import device_of
 from retroexit.core.samples import drawing_from
-from retroexit.core.tensor_files import read_tensors, write_tensors
 from retroexit.errors import CheckpointError, TrainingError
-from retroexit.metrics.base import ImageRange
 from retroexit.model import EarlyExitGenerator
 from retroexit.training.branches.distributed import Team
 from retroexit.training.branches.ema import Average

@@ -19,10 +19,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from retroexit.core.files import is_whole, read_npy, self_digest
-from retroexit.core.modules import device_of
+from retroexit.core.modules import device_of, fingerprint
 from retroexit.core.samples import Samples, drawing_from, moved
 from retroexit.errors import CheckpointError, OptionError, TrainingError
-from retroexit.fingerprint import fingerprint
 from retroexit.guidance.taps import Taps
 from retroexit.model import EarlyExitGenerator
 from retroexit.training.data.crops import Window, cut_out
@@ -332,7 +331,8 @@ def compute_features(
     device = device_of(model.generator)
     args, kwargs = moved((args, kwargs), device)
     with drawing_from(seed, device):
-        values, key_feature = split.begin(args, kwargs)
+        begun = split.begin(args, kwargs)
+        values, key_feature = begun.values, begun.key_feature
         for index in range(len(split.cuts)):
             values = split.advance(values, index) if index else values
             found.update({node.name: values[node].clone() for node in split.cuts[index].crossing})

@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from retroexit.core.images import ImageRange
+from retroexit.core.modules import clone_module
 from retroexit.errors import CheckpointError, TrainingError
-from retroexit.metrics.base import ImageRange
-from retroexit.split.segments import clone_module
 from retroexit.training.data.batch import TrainingBatch
 from retroexit.training.losses.discriminator_output import DiscriminatorOutput, capture_features
 from retroexit.training.losses.objectives import Objective

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from retroexit.errors import OptionError, PluginError, RetroExitWarning, WeightsError
-from retroexit.metrics.base import QualityMetric
+from retroexit.metrics import QualityMetric
 from retroexit.plugins.description import Description
 from retroexit.plugins.host import host
 from retroexit.training.losses.adversary import AdversarySettings
@@ -86,8 +86,8 @@ def plan_losses(
     competes = bool({ADVERSARIAL, FEATURE_MATCHING} & set(weights))
     opponent, objective = None, None
     if competes:
-        opponent = _discriminator(generator, known, discriminator)
         known = host().describe(generator) if known is None else known
+        opponent = _discriminator(generator, known, discriminator)
         told = None if known is None else known.adversarial
         objective = find_objective(adversarial or told or (preset.objective if preset else "non-saturating"))
     limits = (-1.0, 1.0) if known is None or known.image_range is None else known.image_range
@@ -150,7 +150,7 @@ def _discriminator(
         raise OptionError(
             f"asked for discriminator={wanted!r}; found neither a module, a file, 'auto' nor None.", wanted
         )
-    made = host().discriminator(generator) if known is None else _made(known, generator)
+    made = None if known is None else _made(known, generator)
     if wanted == "auto":
         if made is not None:
             warnings.warn(

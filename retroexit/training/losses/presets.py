@@ -20,12 +20,13 @@ from typing import Any
 
 from torch import nn
 
+from retroexit.core.modules import fingerprint
 from retroexit.errors import OptionError
-from retroexit.fingerprint import fingerprint
+from retroexit.plugins.hookspecs import RESERVED
 from retroexit.training.losses.adversary import Adversarial, Adversary, AdversarySettings
 from retroexit.training.losses.equalise import Equaliser
 from retroexit.training.losses.objectives import Objective
-from retroexit.training.losses.terms import QUALITY, BatchTerm, FeatureMatching, Gaze, Term
+from retroexit.training.losses.terms import BatchTerm, FeatureMatching, Gaze, Term
 from retroexit.training.losses.total import TrainingLoss
 
 __all__ = [
@@ -42,13 +43,7 @@ __all__ = [
 
 ADVERSARIAL, FEATURE_MATCHING, GAZE, LPIPS = "adversarial", "feature-matching", "gaze", "lpips"
 
-SPECIAL = {
-    QUALITY: "the metric of the fit",
-    LPIPS: "the metric of the fit where it is an LPIPS, else 'lpips-alex'",
-    ADVERSARIAL: "the objective of the discriminators",
-    FEATURE_MATCHING: "features of the discriminators",
-    GAZE: "the user's gaze network",
-}
+SPECIAL = RESERVED["retroexit_losses"]
 """Names of terms that are made from what a fit is given; nobody can offer others under them."""
 
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from retroexit.core.modules import clone_module
 from retroexit.core.nested import tensors
 from retroexit.errors import TrainingError
-from retroexit.split.segments import clone_module
 from retroexit.training.data.batch import TrainingBatch
 
 if TYPE_CHECKING:

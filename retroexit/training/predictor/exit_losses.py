@@ -13,7 +13,7 @@ from tqdm import tqdm
 from retroexit.core.files import file_digest, read_npy
 from retroexit.core.samples import drawing_from
 from retroexit.errors import CheckpointError, TrainingError
-from retroexit.metrics.base import QualityMetric
+from retroexit.metrics import QualityMetric
 from retroexit.model import EarlyExitGenerator
 from retroexit.training.data.cache import IMAGE
 from retroexit.training.data.steps import Steps

@@ -1,0 +1,75 @@
+"""Measure a model on new inputs and write a report."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from retroexit.core.samples import Samples
+from retroexit.errors import RetroExitWarning
+from retroexit.evaluation.measure import measure
+from retroexit.evaluation.sweep import Evaluation
+from retroexit.metrics import QualityMetric
+from retroexit.model import EarlyExitGenerator
+from retroexit.plugins.metrics import find_metric
+from retroexit.report.report import write_report
+from retroexit.report.saved_report import EVALUATION
+from retroexit.report.strips import pick_strips
+
+__all__ = ["evaluate"]
+
+
+def evaluate(
+    model: EarlyExitGenerator,
+    inputs: Sequence[Any],
+    folder: str | Path | None = None,
+    *,
+    metric: QualityMetric | str | None = None,
+    weights: str | Path | None = None,
+    title: str | None = None,
+    command: str | None = None,
+    show: Callable[[Any], Tensor] | None = None,
+    progress: bool = True,
+    **settings: Any,
+) -> Evaluation:
+    """Measure every exit on inputs that the model was not fitted on, and write a report.
+
+    Args:
+        model: A wrapped generator, fitted or not.
+        inputs: Samples as for `fit`.
+        folder: Where ``report.html``, ``summary.json`` and ``evaluation.json`` go; ``None`` writes nothing.
+        metric: Quality metric or its name; by default the one that the model was fitted with.
+        weights: File with the metric's weights.
+        title: Heading of the report.
+        command: Command line that reproduces the report, shown in it.
+        show: Turns one sample into a picture ``(3, H, W)`` in [0, 1] for the report's image strips.
+        progress: Whether to show a progress bar on a terminal.
+        **settings: ``seed``, ``batch``, ``repeats`` (timed runs per route).
+
+    Returns:
+        Losses of every sample at every exit, with the sweeps over thresholds as methods.
+
+    Raises:
+        OptionError: If the inputs are out of range.
+        WeightsError: If the metric's weights are missing or damaged.
+    """
+    calibration = model.calibration
+    if calibration is not None and calibration.about.get("hash") == Samples(inputs).digest():
+        warnings.warn(
+            "the model was calibrated on these inputs, so they cannot test its promise. Pass others.",
+            RetroExitWarning,
+            stacklevel=2,
+        )
+    name = metric or model.about.get("metric", {}).get("name", "lpips-alex")
+    evaluation, run = measure(model, inputs, find_metric(name, weights), progress=progress, **settings)
+    if folder is not None:
+        title = title or f"{type(model.generator).__name__} with {len(model.branches)} early exits"
+        strips = pick_strips(run, evaluation, show)
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        Path(folder, EVALUATION).write_text(evaluation.to_json())
+        write_report(folder, evaluation, strips, title=title, command=command, calibration=calibration)
+    return evaluation

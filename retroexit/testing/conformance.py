@@ -1,0 +1,164 @@
+"""`check_adapter`, which an adapter's author calls in a test, with or without pytest."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from retroexit.errors import PluginError, RetroExitWarning
+from retroexit.plugins.description import Description
+from retroexit.plugins.host import Host, brief, host
+from retroexit.testing.case import Case, Inputs, Results, snapshot
+from retroexit.testing.claims import Stranger, check_all
+
+__all__ = ["AdapterReport", "check_adapter"]
+
+_RECOGNISED = "the generator is recognised, others are not"
+
+
+@dataclass(frozen=True)
+class AdapterReport:
+    """The result of a conformance test.
+
+    Attributes:
+        name: The generator's name in the description.
+        stages: Paths of l_1..l_N.
+        checked: Claims that hold.
+        skipped: Claims that were not checked, with the reason.
+    """
+
+    name: str
+    stages: tuple[str, ...]
+    checked: tuple[str, ...]
+    skipped: tuple[str, ...]
+
+    def __str__(self) -> str:
+        lines = [f"adapter for {self.name}: {len(self.stages)} stages"]
+        lines += [f"  ok       {claim}" for claim in self.checked]
+        return "\n".join(lines + [f"  skipped  {claim}" for claim in self.skipped])
+
+
+def check_adapter(
+    generator: nn.Module,
+    *,
+    plugin: object | None = None,
+    description: Description | None = None,
+    example_inputs: Sequence[Any] | None = None,
+    example_kwargs: dict[str, Any] | None = None,
+    scale: float = 1 / 4,
+    min_channels: int = 4,
+    thin_at: Sequence[int] | None = None,
+    strangers: Sequence[nn.Module] = (),
+) -> AdapterReport:
+    """Test an adapter on one generator: everything that it states, and wrapping, saving and loading with it.
+
+    Args:
+        generator: A small instance with random or trained weights, in eval mode, on the CPU: at full width
+            the generator is copied once for every stage.
+        plugin: The module or object whose functions are marked with `hookimpl`; by default the installed
+            plug-ins are called.
+        description: A description to test instead of a plug-in.
+        example_inputs: Positional inputs, if the description makes none.
+        example_kwargs: Keyword inputs, if the description makes none.
+        scale: Width factor of thin stages and branches, in (0, 1).
+        min_channels: Smallest width; small, so that a small instance shrinks.
+        thin_at: Numbers of the stages to build thin branches at; all but the last by default.
+        strangers: Further modules that must not be recognised, such as a relative of the generator.
+
+    Returns:
+        What was checked, and what was not.
+
+    Raises:
+        AdapterError: If anything is wrong; the text lists all of it with advice. It is an ``AssertionError``
+            too.
+
+    Example:
+        >>> def test_adapter():
+        ...     check_adapter(MyDecoder(channels=16).eval())
+    """
+    results = Results()
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore", RetroExitWarning)  # problems of a plug-in are listed in the error
+        plugins = host() if plugin is None else Host(discover=False)
+        author = None
+        if description is not None:
+            results.skip(_RECOGNISED, "a description was passed")
+        else:
+            description, author = _recognise(generator, plugin, plugins, results)
+            with results.claim(_RECOGNISED):
+                for stranger in (Stranger().eval(), *strangers):
+                    if plugins.recognise(stranger, author) is not None:
+                        results.wrong(f"the adapter recognises a {type(stranger).__name__} too; return None")
+        before = snapshot(generator)
+        inputs = _make_inputs(generator, description, example_inputs, example_kwargs, results)
+        stages = check_all(Case(generator, description, inputs, scale, min_channels, results), thin_at)
+        with results.claim("the generator is left as it was"):
+            changed = [part for part, state in snapshot(generator).items() if state != before[part]]
+            if changed:
+                results.wrong(f"the adapter changed {', '.join(changed)} of the generator; work on a copy")
+        for info in plugins.installed():
+            if info.name == author and info.error is not None:
+                results.wrong(f"{info}: {info.error}")
+    results.raise_problems(description.name, generator)
+    return AdapterReport(description.name, stages, tuple(results.checked), tuple(results.skipped))
+
+
+def _recognise(
+    generator: nn.Module, plugin: object | None, plugins: Host, results: Results
+) -> tuple[Description, str]:
+    """Return the description of a generator and the plug-in that made it."""
+    name = "an adapter" if plugin is None else getattr(plugin, "__name__", None) or type(plugin).__name__
+    recognised = None
+    try:
+        if plugin is not None:
+            plugins.register(plugin, name)
+        recognised = plugins.recognise(generator)
+    except PluginError as error:
+        results.wrong(f"the plug-in does not fit: {error}")
+    if recognised is None:
+        results.problems += [
+            f"{info}: {info.error}" for info in plugins.installed() if info.error is not None
+        ]
+        if plugin is None:
+            results.wrong(
+                f"no installed plug-in recognises a {type(generator).__name__}; install the adapter's "
+                "distribution ('retroexit plugins' lists them), or pass plugin=... or description=..."
+            )
+        elif not results.problems:
+            results.wrong(f"{name} does not recognise a {type(generator).__name__}; return a Description")
+        results.raise_problems(name, generator)
+    assert recognised is not None
+    info, description = recognised
+    if description.build_stage is None and "retroexit_build_stage" in info.hooks:
+        description = dataclasses.replace(description, build_stage=plugins.build_stage)
+    return description, info.name
+
+
+def _make_inputs(
+    generator: nn.Module,
+    description: Description,
+    args: Sequence[Any] | None,
+    kwargs: dict[str, Any] | None,
+    results: Results,
+) -> Inputs:
+    """Return the description's example inputs, else those that were passed."""
+    made: Any = (tuple(args or ()), dict(kwargs or {}))
+    if description.example_inputs is not None:
+        with results.claim("example inputs are made"):
+            made = description.example_inputs(generator)
+            is_pair = isinstance(made, tuple) and len(made) == 2
+            if not is_pair or not isinstance(made[0], tuple) or not isinstance(made[1], dict):
+                results.wrong(
+                    f"example_inputs must return (args, kwargs), a tuple and a dict, got {brief(made)}"
+                )
+    elif args is None and kwargs is None:
+        results.wrong("the description has no example_inputs; write them, or pass example_inputs=(...)")
+    results.raise_problems(description.name, generator)
+    inputs: Inputs = made
+    return inputs

@@ -1,0 +1,134 @@
+"""The picture of a decoder: nothing overlaps, text is text, equal stages give an equal file."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from retroexit.errors import MissingExtraError, OptionError
+from retroexit.report.decoder_picture import draw_decoder
+from retroexit.stages.stage import Stage
+
+pytest.importorskip("matplotlib")
+
+
+def decoder(
+    count: int, live: int = 0, dimensions: int = 2, name: str = "body", alike: bool = False
+) -> list[Stage]:
+    """Stages whose costs grow; after l_i all but the first i of some live values are needed."""
+    total = sum(range(1, count + 1)) * 1.1
+    stages, spent = [], 0.05
+    for i in range(1, count + 1):
+        side = 8 if alike else 4 << (6 * i // count)
+        spent += i / total
+        values = tuple((f"encoder.{k}", (1, 8 * k, side, side)) for k in range(i, live + 1))
+        shape = (1, 64 if alike else 4 * (count - i + 2), *[side] * dimensions)
+        chosen = i in {count // 4, count // 3, count // 2, count - 1}
+        stages.append(
+            Stage(i, f"{name}.{i}", "Block", shape, i, i / total, spent, values, is_suggested=chosen)
+        )
+    return stages
+
+
+CASES = {
+    "two stages": decoder(2),
+    "usual": decoder(6, 1),
+    "skips": decoder(6, 6),
+    "one dimension": decoder(5, 2, dimensions=1),
+    "three dimensions": decoder(5, 2, dimensions=3),
+    "long paths": decoder(9, 3, name="generator.synthesis.upsampling_blocks.residual"),
+    "thirty, all different": decoder(30, 30),
+    "sixty, alike": decoder(60, alike=True),
+    "sixty with skips": decoder(60, 20, name="decoder.up_path.blocks"),
+    "formula": decoder(3, name="a$b_c$"),
+}
+
+
+def texts(file: Path) -> list[str]:
+    root = ElementTree.parse(file).getroot()
+    return ["".join(node.itertext()).strip() for node in root.iter("{http://www.w3.org/2000/svg}text")]
+
+
+@pytest.mark.parametrize("stages", CASES.values(), ids=CASES)
+def test_texts_neither_overlap_nor_leave_the_sheet(
+    stages: list[Stage], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    drawn: list[Any] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    draw_decoder(stages, tmp_path / "d.svg", "A title that goes on and on, " * 9)
+    figure = drawn[0]
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    slanted = [text for text in figure.axes[0].texts if text.get_rotation() not in (0, 90)]
+    boxes = {t: t.get_window_extent(renderer) for t in figure.axes[0].texts if t.get_text()}
+    for text, box in boxes.items():
+        inside = box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
+        assert inside, text.get_text()
+    # Slanted texts are parallel: their upright boxes may overlap, the texts do not.
+    upright = [(text, box) for text, box in boxes.items() if text not in slanted]
+    for (a, box_a), (b, box_b) in itertools.combinations(upright, 2):
+        across = min(box_a.x1, box_b.x1) - max(box_a.x0, box_b.x0)
+        down = min(box_a.y1, box_b.y1) - max(box_a.y0, box_b.y0)
+        assert min(across, down) <= 1, (a.get_text(), b.get_text())  # a pixel of a hundredth of an inch
+
+
+def test_numbers_paths_sizes_and_savings_can_be_read_and_selected(tmp_path: Path) -> None:
+    stages = CASES["usual"]
+    draw_decoder(stages, tmp_path / "d.svg", "A decoder")
+    shown = texts(tmp_path / "d.svg")
+    assert shown[0] == "A decoder"
+    assert {stage.path for stage in stages} <= set(shown)
+    assert [text for text in shown if text.startswith("saves ")] == [
+        f"saves {int(100 * s.saves)}%" for s in stages if s.is_suggested
+    ]
+    assert {f"{100 * s.cumulative:.0f}%" for s in stages} <= set(shown)
+    whole = (tmp_path / "d.svg").read_text()
+    assert "4×4" in whole or "8×8" in whole
+    assert "encoder.1" in whole
+
+
+def test_live_values_that_find_no_room_are_counted(tmp_path: Path) -> None:
+    draw_decoder(CASES["thirty, all different"], tmp_path / "d.svg")
+    shown = texts(tmp_path / "d.svg")
+    drawn = [text for text in shown if re.match(r"v\d+", text)]
+    assert f"and {30 - len(drawn)} more live values" in shown
+    assert len(drawn) == 12
+
+
+@pytest.mark.parametrize("ending", [".svg", ".png", ".pdf"])
+def test_equal_stages_give_an_equal_small_file(tmp_path: Path, ending: str) -> None:
+    for name in "ab":
+        draw_decoder(CASES["usual"], tmp_path / f"{name}{ending}", "A decoder")
+    written = [(tmp_path / f"{name}{ending}").read_bytes() for name in "ab"]
+    assert written[0] == written[1]
+    assert len(written[0]) < 100_000
+    assert b"date" not in written[0].lower() or ending != ".svg"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("d.jpg", "must end in one of .svg, .png, .pdf, got '.*d.jpg'"),
+        ("d", "must end in one of .*, got '.*/d'"),
+        ("nowhere/d.svg", "no folder '.*nowhere' for the picture"),
+    ],
+)
+def test_a_file_that_cannot_be_written_is_refused(tmp_path: Path, name: str, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        draw_decoder(CASES["usual"], tmp_path / name)
+
+
+def test_without_matplotlib_the_error_holds_the_pip_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'retroexit\[report\]'"):
+        draw_decoder(CASES["usual"], tmp_path / "d.svg")

@@ -1,0 +1,165 @@
+"""Figures: valid SVG that shows the numbers, and densities that agree with scipy."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from retroexit.errors import MissingExtraError, OptionError
+from retroexit.evaluation.sweep import Evaluation
+from retroexit.report import figures
+
+Make = Callable[..., Evaluation]
+
+
+def texts(svg: str) -> list[str]:
+    """All texts of an SVG, in order; fails if it is not well-formed."""
+    root = ElementTree.fromstring(svg)
+    return ["".join(node.itertext()).strip() for node in root.iter("{http://www.w3.org/2000/svg}text")]
+
+
+DRAWINGS: dict[str, Callable[[Evaluation], str]] = {
+    "distribution": lambda e: figures.distribution_over_exits(e, [0.05, 0.1]),
+    "per exit": figures.quality_per_exit,
+    "against compute": figures.quality_against_compute,
+    "enforcement": figures.predictor_enforcement,
+    "distance": figures.difficulty_against_distance,
+}
+
+
+@pytest.mark.parametrize("draw", DRAWINGS.values(), ids=DRAWINGS)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {},
+        {"samples": 1, "branches": 1},
+        {"samples": 30, "branches": 8},
+        {"samples": 4, "branches": 2, "loss": np.zeros((4, 2)), "predicted": np.zeros((4, 2))},
+        {"samples": 4, "distance": np.ones(4)},
+    ],
+    ids=["usual", "one sample", "eight exits", "no loss at all", "one distance"],
+)
+def test_every_figure_is_drawn_for_any_evaluation(
+    make_evaluation: Make, draw: Callable[[Evaluation], str], shape: dict[str, object]
+) -> None:
+    shown = texts(draw(make_evaluation(**shape)))
+    assert any("LPIPS (alex)" in text for text in shown)
+    assert not any("nan" in text for text in shown)
+
+
+def test_equal_numbers_give_an_equal_svg(make_evaluation: Make) -> None:
+    for draw in DRAWINGS.values():
+        assert draw(make_evaluation()) == draw(make_evaluation())
+
+
+def test_the_distribution_names_thresholds_exits_and_units(make_evaluation: Make) -> None:
+    shown = texts(figures.distribution_over_exits(make_evaluation(), [0.05, 0.1]))
+    assert {"0.05", "0.1", "exit 1", "exit 2", "exit 3", "backbone", "samples (%)"} <= set(shown)
+    assert "mean GMACs per sample" in shown
+    assert "threshold, LPIPS (alex)" in shown
+
+
+def test_the_distribution_has_one_visible_bar_per_exit_that_is_taken(make_evaluation: Make) -> None:
+    e = make_evaluation(samples=3, branches=2, loss=np.full((3, 2), 0.2), predicted=np.full((3, 2), 0.2))
+    heights = bar_heights(figures.distribution_over_exits(e, [0.1, 0.3]))
+    full = max(heights)
+    # Below every prediction all go to the backbone, above all to exit 1: the order is exit by exit.
+    assert [round(h / full, 3) for h in heights] == [0, 1, 0, 0, 1, 0]
+
+
+def bar_heights(svg: str) -> list[float]:
+    """Heights of the bars: clipped white-edged rectangles."""
+    heights = []
+    for path in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}path"):
+        if "stroke: #ffffff" in path.get("style", "") and path.get("clip-path") and "z" in path.get("d", ""):
+            ys = [float(number) for number in path.get("d", "").split() if number not in "MLz"][1::2]
+            heights.append(max(ys) - min(ys))
+    return heights
+
+
+def test_the_enforcement_figure_states_how_many_samples_are_above(make_evaluation: Make) -> None:
+    e = make_evaluation()
+    tau = float(e.loss[:, 0].mean())
+    routed = e.at_threshold(tau)
+    title = (
+        f"exit 1, threshold {tau:.3g}: {(e.loss[:, 0] > tau).mean():.0%} above it, "
+        f"routed {routed.violations:.0%}; {routed.counts[-1] / 60:.0%} to backbone"
+    )
+    assert title in texts(figures.predictor_enforcement(e))
+
+
+def test_unguided_exits_must_be_as_many(make_evaluation: Make) -> None:
+    e = make_evaluation()
+    assert "without guide" in texts(figures.quality_per_exit(e, make_evaluation(seed=1)))
+    with pytest.raises(OptionError, match="unguided must have 3 exits, got 2"):
+        figures.quality_per_exit(e, make_evaluation(branches=2))
+
+
+def test_routing_is_left_out_without_predictions(make_evaluation: Make) -> None:
+    e = make_evaluation(predicted=None)
+    shown = texts(figures.quality_against_compute(e))
+    assert "routed, perfect prediction" in shown and "routed" not in shown
+    with pytest.raises(OptionError, match="has no predicted losses"):
+        figures.predictor_enforcement(e)
+
+
+def test_distances_are_needed_for_the_distance_figure(make_evaluation: Make) -> None:
+    with pytest.raises(OptionError, match="has no distances"):
+        figures.difficulty_against_distance(make_evaluation(distance=None))
+    svg = figures.difficulty_against_distance(make_evaluation(predicted=None), 0.05)
+    assert "exits taken at threshold 0.05" in texts(svg)
+
+
+def test_a_density_equals_scipys(make_evaluation: Make) -> None:
+    samples, grid = make_evaluation().loss[:, 0], np.linspace(-0.2, 0.6, 300)
+    for bandwidth in (0.3, 0.5):
+        want = stats.gaussian_kde(samples, bw_method=bandwidth)(grid)
+        assert figures.density(samples, grid, bandwidth) == pytest.approx(want, abs=1e-9)
+
+
+def test_the_density_of_equal_samples_is_a_peak_of_area_one() -> None:
+    grid = np.linspace(0, 1, 401)
+    curve = figures.density(np.full(5, 0.5), grid)
+    assert grid[curve.argmax()] == pytest.approx(0.5)
+    assert np.trapezoid(curve, grid) == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("largest", "unit"), [(2e13, "TMACs"), (3.2e11, "GMACs"), (2e8, "GMACs"), (9e7, "MMACs"), (5e3, "kMACs")]
+)
+def test_the_unit_fits_the_backbone(largest: float, unit: str) -> None:
+    name, scale = figures.macs_unit(np.array([1.0, largest]))
+    assert name == unit
+    assert scale == {"T": 1e12, "G": 1e9, "M": 1e6, "k": 1e3}[unit[0]]
+
+
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [("lpips-vgg", "LPIPS (vgg)"), ("ms-ssim", "1 − MS-SSIM"), ("my-own", "my-own"), (None, "loss")],
+)
+def test_the_metric_is_named_for_readers(name: str | None, label: str) -> None:
+    assert figures.metric_label({} if name is None else {"name": name}) == label
+
+
+def test_without_matplotlib_the_error_holds_the_pip_line(
+    make_evaluation: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'retroexit\[report\]'"):
+        figures.quality_per_exit(make_evaluation())
+
+
+def test_importing_the_evaluation_modules_loads_no_optional_package() -> None:
+    code = (
+        "import sys, retroexit.metrics, retroexit.report.report\n"
+        "optional = {'lpips', 'torchvision', 'torchmetrics', 'matplotlib', 'jinja2', 'PIL', 'scipy'}\n"
+        "print(sorted(optional & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"

@@ -1,0 +1,301 @@
+"""The report as a file: self-contained, complete, and with the numbers that it claims."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+import sys
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from retroexit.errors import MissingExtraError, OptionError
+from retroexit.evaluation.promise import promised
+from retroexit.evaluation.sweep import Evaluation, thresholds_for
+from retroexit.report.report import write_report
+from retroexit.report.strips import Strip
+from retroexit.routing.calibration import Calibration
+
+Make = Callable[..., Evaluation]
+
+
+class Page(HTMLParser):
+    """Tables, addresses, ids, headings and figures of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tables: dict[str, list[list[str]]] = {}
+        self.addresses: list[str] = []
+        self.ids: list[str] = []
+        self.headings: list[str] = []
+        self.drawings = 0
+        self.chosen = 0
+        self._table: list[list[str]] = []
+        self._inside: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        self.addresses += [
+            values[key] or "" for key in ("src", "href", "xlink:href", "srcset") if key in values
+        ]
+        self.ids += [values["id"] or ""] if "id" in values else []
+        self.drawings += tag == "svg"
+        self.chosen += tag == "figure" and values.get("class") == "chosen"
+        if tag == "table":
+            self._table = self.tables.setdefault(values["id"] or "", [])
+        elif tag == "tr":
+            self._table.append([])
+        elif tag in ("td", "th"):
+            self._table[-1].append("")
+        self._inside.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in self._inside:
+            while self._inside.pop() != tag:
+                pass
+
+    def handle_data(self, data: str) -> None:
+        if {"td", "th"} & set(self._inside):
+            self._table[-1][-1] += data
+        elif "h2" in self._inside:
+            self.headings.append(data)
+
+
+@pytest.fixture(scope="module")
+def strips() -> list[Strip]:
+    random = np.random.default_rng(0)
+    images = [(f"exit {k}", random.integers(0, 256, (24, 32, 3), dtype=np.uint8)) for k in (1, 2, 3)]
+    return [Strip("easiest <input>", images, 0), Strip("hardest input", images[:2], 1)]
+
+
+@pytest.fixture(scope="module")
+def usual(make_evaluation: Make, strips: list[Strip], tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Text of a report that has everything."""
+    folder = tmp_path_factory.mktemp("report")
+    return write_report(folder, make_evaluation(), strips, title="<b>T</b>").read_text("utf-8")
+
+
+def test_the_page_asks_nothing_of_the_network(usual: str) -> None:
+    assert not re.search(r"https?://|//[a-z]+\.|@import|<link|<script", usual)
+    addresses = Page(usual).addresses
+    pictures = [address for address in addresses if address.startswith("data:image/png;base64,")]
+    assert len(pictures) == 5
+    assert all(address.startswith("#") for address in set(addresses) - set(pictures))
+
+
+def test_pictures_survive_unchanged(usual: str, strips: list[Strip]) -> None:
+    page = Page(usual)
+    first = next(address for address in page.addresses if address.startswith("data:"))
+    pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(first.partition(",")[2]))))
+    assert np.array_equal(pixels, strips[0].images[0][1])
+    assert page.chosen == 2
+
+
+def test_large_pictures_are_reduced(make_evaluation: Make, tmp_path: Path) -> None:
+    strip = Strip("large", [("one", np.zeros((300, 1200, 3), np.uint8))], 0)
+    bare = make_evaluation(predicted=None, distance=None)
+    page = Page(write_report(tmp_path, bare, [strip], title="T").read_text("utf-8"))
+    source = next(address for address in page.addresses if address.startswith("data:"))
+    assert Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))).size == (384, 96)
+
+
+def test_references_inside_the_drawings_resolve_and_ids_do_not_collide(usual: str) -> None:
+    page = Page(usual)
+    wanted = {a[1:] for a in page.addresses if a.startswith("#")} | set(re.findall(r"url\(#([^)]+)\)", usual))
+    assert page.drawings == 5
+    assert wanted and wanted <= set(page.ids)
+    assert len(page.ids) == len(set(page.ids))
+
+
+def test_the_sweep_table_holds_the_numbers_of_the_evaluation(make_evaluation: Make, tmp_path: Path) -> None:
+    e = make_evaluation()
+    path = write_report(tmp_path, e, [], title="T", thresholds=[0.1, 0.05])
+    rows = Page(path.read_text("utf-8")).tables["sweep"]
+    assert len(rows) == 3
+    for row, tau in zip(rows[1:], (0.05, 0.1), strict=True):
+        point = e.at_threshold(tau)
+        assert row[0] == f"{tau:g}"
+        assert row[1] == f"{100 * point.saved:.0f} %"
+        assert float(row[3]) == pytest.approx(point.mean_macs / 1e9, rel=0.01)
+        assert float(row[4]) == pytest.approx(point.mean_loss, rel=0.01)
+        assert float(row[5]) == pytest.approx(point.p90_loss, rel=0.01)
+        assert [int(cell) for cell in row[7:]] == point.counts.tolist()
+
+
+def test_the_exit_table_holds_cost_and_quality_of_every_exit(make_evaluation: Make, usual: str) -> None:
+    e = make_evaluation()
+    head, *rows = Page(usual).tables["exits"]
+    assert [row[0] for row in rows] == ["1", "2", "3", "backbone"]
+    compute, quality = head.index("computeGMACs"), next(i for i, h in enumerate(head) if "mean LPIPS" in h)
+    for k, row in enumerate(rows[:-1]):
+        assert float(row[compute]) == pytest.approx(e.macs[k] / 1e9, rel=0.01)
+        assert float(row[quality].split()[0]) == pytest.approx(e.loss[:, k].mean(), rel=0.01)
+    assert [row[head.index("after stage")] for row in rows] == ["2", "4", "6", ""]
+    assert rows[0][head.index("speed-up")] == "5×"
+
+
+def test_the_predictor_table_holds_the_errors(make_evaluation: Make, usual: str) -> None:
+    rows = Page(usual).tables["predictor"][1:]
+    error = make_evaluation().predictor_error()
+    assert [float(row[1]) for row in rows] == pytest.approx(error["mean_absolute"], rel=0.01)
+    assert [float(row[3]) for row in rows] == pytest.approx(error["spearman"], abs=0.006)
+
+
+def test_the_headline_states_saving_and_loss_at_the_papers_threshold(
+    make_evaluation: Make, usual: str
+) -> None:
+    point = make_evaluation().at_threshold(0.1)
+    assert f"At a threshold of 0.1 LPIPS (alex), {100 * point.saved:.0f} % of the backbone" in usual
+    assert f"mean {point.mean_loss:.3g}, 90 % of the samples below {point.p90_loss:.3g}." in usual
+
+
+def test_a_calibrated_model_is_headed_by_its_promise(make_evaluation: Make, tmp_path: Path) -> None:
+    e, other = make_evaluation(samples=100), make_evaluation(samples=100, seed=1)
+    calibration = Calibration(torch.from_numpy(other.loss), torch.from_numpy(other.need_predicted()))
+    write_report(tmp_path, e, [], title="T", calibration=calibration)
+    point = promised(e, calibration, 0.1)
+    assert point.saved != pytest.approx(e.at_threshold(0.1).saved)
+    headline = json.loads((tmp_path / "summary.json").read_text())["headline"]
+    assert headline.startswith(
+        f"At a threshold of 0.1 LPIPS (alex), {100 * point.saved:.0f} % of the backbone"
+    )
+    assert "at most 5 % of the inputs lose more (confidence 95 %)" in headline
+    assert f"here {int((point.loss_of > 0.1).sum())} of 100 do, mean {point.mean_loss:.3g}." in headline
+
+
+def test_a_given_headline_replaces_the_sentence(make_evaluation: Make, tmp_path: Path) -> None:
+    bare = make_evaluation(predicted=None, distance=None)
+    text = write_report(tmp_path, bare, [], title="T", headline="My words.").read_text("utf-8")
+    assert '<p class="headline">My words.</p>' in text
+
+
+def test_routing_that_costs_more_than_it_saves_is_called_that(make_evaluation: Make, tmp_path: Path) -> None:
+    e = make_evaluation(overhead=np.full(4, 9e9))
+    summary = write_report(tmp_path, e, [], title="T").with_name("summary.json")
+    assert re.search(r"\d+ % of the backbone's compute is added", json.loads(summary.read_text())["headline"])
+
+
+def test_metric_hash_versions_and_command_are_on_the_page(make_evaluation: Make, tmp_path: Path) -> None:
+    e = make_evaluation(about={"data": "d", "versions": {"python": "3.11", "numpy": "2"}, "nothing": None})
+    text = write_report(tmp_path, e, [], title="T", command="retroexit evaluate --x '<y>'").read_text("utf-8")
+    for part in (
+        "ab" * 32,
+        "torch 2.15.0",
+        "python 3.11, numpy 2",
+        "retroexit evaluate --x &#39;&lt;y&gt;&#39;",
+    ):
+        assert part in text
+    assert "<dt>nothing" not in text
+
+
+def test_text_from_outside_is_escaped(usual: str) -> None:
+    assert "&lt;b&gt;T&lt;/b&gt;" in usual and "easiest &lt;input&gt;" in usual
+    assert "<b>T" not in usual and "<input>" not in usual
+
+
+def test_what_was_not_measured_is_left_out(make_evaluation: Make, tmp_path: Path) -> None:
+    bare = make_evaluation(predicted=None, distance=None, seconds=None, exits=[], metric={}, about={})
+    page = Page(write_report(tmp_path, bare, [], title="T", command=None).read_text("utf-8"))
+    assert page.headings == ["Exits", "Figures", "What was counted", "How this was measured"]
+    assert set(page.tables) == {"exits", "counted"}
+    assert not any("time" in head or "stage" in head for head in page.tables["exits"][0])
+    assert page.drawings == 2
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["highlight"], summary["sweep"], summary["predictor_error"]) == (None, [], None)
+    assert summary["headline"].startswith("Exit 1 takes 22 % of the backbone's compute")
+
+
+def test_the_summary_holds_all_headline_numbers_as_plain_json(make_evaluation: Make, tmp_path: Path) -> None:
+    e = make_evaluation(about={"folder": Path("a/b"), "count": np.int64(3)})
+    write_report(tmp_path, e, [], title="T", command="c", thresholds=[0.04, 0.1])
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    point = e.at_threshold(0.1)
+    assert summary["highlight"] == summary["sweep"][1]
+    assert summary["highlight"]["saved"] == pytest.approx(point.saved)
+    assert summary["highlight"]["counts"] == point.counts.tolist()
+    assert summary["highlight"]["best_fixed"]["saved"] == pytest.approx(e.best_fixed(point.mean_loss).saved)
+    assert summary["gain_factor"] == e.gain_factor(e.sweep([0.04, 0.1]))
+    assert [row["exit"] for row in summary["fixed"]] == [1, 2, 3, 4]
+    assert [row["violations"] for row in summary["oracle"]] == [0, 0]
+    assert summary["predictor_error"]["mean_absolute"] == e.predictor_error()["mean_absolute"]
+    assert (summary["title"], summary["command"], summary["samples"]) == ("T", "c", 60)
+    assert summary["about"] == {"folder": "a/b", "count": 3}
+
+
+def test_what_was_counted_is_listed_part_by_part(make_evaluation: Make, usual: str) -> None:
+    e = make_evaluation()
+    rows = {row[0]: row for row in Page(usual).tables["counted"][1:]}
+    routes = [f"route to exit {k}" for k in (1, 2, 3)]
+    assert list(rows) == ["backbone", *routes, "predictor", "retrieval"]
+    assert all(row[1].endswith(" GMACs") for row in rows.values())
+    amount = {name: float(row[1].split()[0]) * 1e9 for name, row in rows.items()}
+    assert amount["predictor"] == pytest.approx(e.overhead[-1])
+    assert amount["retrieval"] == pytest.approx(e.overhead[0] - e.overhead[-1])
+    point = e.at_threshold(-1.0)  # every sample to the backbone
+    assert amount["backbone"] + amount["predictor"] == pytest.approx(point.mean_macs)
+    assert rows["retrieval"][2] == "2 %"  # 0.2 of 9 GMACs
+
+
+def test_small_parts_are_counted_in_a_unit_that_shows_them(make_evaluation: Make, tmp_path: Path) -> None:
+    small = make_evaluation(overhead=np.array([0.9e6, 0.9e6, 0.9e6, 0.9e6]))
+    rows = Page(write_report(tmp_path, small, [], title="T").read_text("utf-8")).tables["counted"]
+    assert rows[-1][:3] == ["predictor", "0.9 MMACs", "0.01 %"]
+
+
+def test_figures_that_cannot_be_drawn_are_named_with_what_would_give_them(
+    make_evaluation: Make, tmp_path: Path, usual: str
+) -> None:
+    bare = make_evaluation(predicted=None, distance=None)
+    text = write_report(tmp_path, bare, [], title="T").read_text("utf-8")
+    assert "Figures 3, 7 and 9 need a predictor: retroexit.fit trains one." in text
+    assert "Figure 10 needs a bank: wrap the generator with guidance." in text
+    assert "need a predictor" not in usual and "needs a bank" not in usual
+    numbers = ("s 3 and 7", "s 4 and 6", " 8", " 9", " 10")
+    assert [n for n in numbers if f"Paper, figure{n}." not in usual] == []
+
+
+@pytest.mark.parametrize("scale", [1e-4, 0.01, 1.0, 40.0])
+def test_default_thresholds_are_few_round_and_span_the_losses(make_evaluation: Make, scale: float) -> None:
+    e = make_evaluation()
+    other = Evaluation(e.loss * scale, None, e.macs, e.overhead)
+    taus = thresholds_for(other)
+    assert 5 <= len(taus) <= 16
+    assert taus[0] > 0 and taus == sorted(taus)
+    assert taus[0] <= np.percentile(other.loss, 20) and taus[-1] >= np.percentile(other.loss, 90)
+    assert all(len(f"{tau:e}".rstrip("0").partition("e")[0].rstrip("0")) <= 5 for tau in taus)
+    assert 0.1 in thresholds_for(Evaluation(e.loss * scale, None, e.macs, e.overhead, {"name": "lpips-vgg"}))
+
+
+def test_a_report_of_one_sample_without_any_loss_still_works(make_evaluation: Make, tmp_path: Path) -> None:
+    e = make_evaluation(samples=1, branches=1, loss=np.zeros((1, 1)), predicted=np.zeros((1, 1)))
+    assert "backbone" in write_report(tmp_path / "deep" / "er", e, [], title="T").read_text("utf-8")
+
+
+def test_an_empty_list_of_thresholds_is_refused(make_evaluation: Make, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="thresholds must not be empty, got"):
+        write_report(tmp_path, make_evaluation(), [], title="T", thresholds=[])
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_jinja2_the_error_holds_the_pip_line(
+    make_evaluation: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'retroexit\[report\]'"):
+        write_report(tmp_path, make_evaluation(), [], title="T")
+
+
+def test_strips_that_cannot_be_shown_are_refused() -> None:
+    good = np.zeros((4, 4, 3), np.uint8)
+    with pytest.raises(OptionError, match="chosen must be an index of 2 images, got 2"):
+        Strip("s", [("a", good), ("b", good)], 2)
+    with pytest.raises(OptionError, match=r"image 'a': .* got float32 of shape \(3, 4, 4\)"):
+        Strip("s", [("a", np.zeros((3, 4, 4), np.float32))], 0)  # type: ignore[list-item]

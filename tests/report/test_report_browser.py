@@ -1,0 +1,154 @@
+"""The report as a browser shows it: nothing fetched, nothing cut off at either width, every picture there."""
+
+from __future__ import annotations
+
+import html
+import http.server
+import json
+import os
+import re
+import shutil
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from retroexit.evaluation.sweep import Evaluation
+from retroexit.report.report import write_report
+from retroexit.report.strips import Strip
+from retroexit.routing.calibration import Calibration
+
+Make = Callable[..., Evaluation]
+NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
+FLAGS = (
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--dump-dom"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+    *("--virtual-time-budget=10000", "--window-size=1800,1200"),
+)
+# A frame of one width around the page; what is found in it is written where --dump-dom shows it.
+FRAME = """<!doctype html><meta charset="utf-8"><pre id="found"></pre>
+<iframe style="border:0;height:900px;width:WIDTHpx" src="page.html"></iframe>
+<script>
+const frame = document.querySelector("iframe");
+frame.addEventListener("load", () => {
+  const page = frame.contentDocument, view = frame.contentWindow, root = page.documentElement;
+  const all = chosen => [...page.querySelectorAll(chosen)];
+  document.getElementById("found").textContent = JSON.stringify({
+    inside: view.innerWidth,
+    wide: root.scrollWidth,
+    outside: all("body *").filter(e => !e.closest(".wide"))
+      .filter(e => e.getBoundingClientRect().right > root.clientWidth + 1)
+      .map(e => e.tagName),
+    pictures: all("img").map(i => i.complete && i.naturalWidth > 0 && i.clientWidth > 40),
+    drawings: all("svg").map(s => s.getBoundingClientRect().width),
+    smallest: Math.min(...all("p, td, th, figcaption, dd, h1, h2, h3")
+      .map(e => parseFloat(view.getComputedStyle(e).fontSize))),
+    tables: all("div.wide").map(d => d.clientWidth),
+    fetched: view.performance.getEntriesByType("resource").map(e => e.name)
+      .filter(name => !name.startsWith("data:")),
+  });
+});
+</script>
+"""
+
+
+@pytest.fixture(scope="session")
+def browser() -> str:
+    """A headless browser; tests that need one skip where there is none."""
+    for name in (os.environ.get("RETROEXIT_BROWSER", ""), *NAMES):
+        found = shutil.which(name) if name else None
+        if found:
+            return found
+    pytest.skip(f"no browser found; install one of {', '.join(NAMES)}, or set RETROEXIT_BROWSER")
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    """Serves files and says nothing."""
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@contextmanager
+def served(folder: Path) -> Iterator[str]:
+    """Serve a folder on this machine; gives its address."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=folder)) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def look(browser: str, page: str, width: int, folder: Path) -> dict[str, Any]:
+    """Show a page in a frame of some width; gives what is found in it."""
+    (folder / "page.html").write_text(page, encoding="utf-8")
+    (folder / "frame.html").write_text(FRAME.replace("WIDTH", str(width)), encoding="utf-8")
+    with served(folder) as address:
+        command = [browser, *FLAGS, f"--user-data-dir={folder / 'profile'}", f"{address}/frame.html"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    found = re.search(r'<pre id="found">(\{.*?\})</pre>', done.stdout, re.DOTALL)
+    assert found, done.stderr[-2000:]
+    read: dict[str, Any] = json.loads(html.unescape(found[1]))
+    return read
+
+
+@pytest.fixture(scope="module")
+def page(make_evaluation: Make, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A report with everything: promise, guidance, long names, images of two sizes."""
+    evaluation = make_evaluation(samples=120, branches=5)
+    other = make_evaluation(samples=120, branches=5, seed=1)
+    calibration = Calibration(torch.from_numpy(other.loss), torch.from_numpy(other.need_predicted()))
+    random = np.random.default_rng(0)
+    strips = [
+        Strip(
+            f"hardest (sample {side}), threshold 0.100",
+            [(f"exit {k}: 0.123", random.integers(0, 256, (side, 2 * side, 3), np.uint8)) for k in range(7)],
+            2,
+        )
+        for side in (32, 300)
+    ]
+    path = write_report(
+        tmp_path_factory.mktemp("report"),
+        evaluation,
+        strips,
+        title="A latent decoder with a rather long name and five early exits",
+        command="retroexit evaluate examples/latent_decoder.py:decoder runs/latent --inputs x.py:" + "y" * 80,
+        unguided=make_evaluation(samples=120, branches=5, seed=2),
+        calibration=calibration,
+    )
+    return path.read_text("utf-8")
+
+
+@pytest.mark.parametrize("width", [400, 1600])
+def test_the_page_can_be_read_at_any_width_and_fetches_nothing(
+    browser: str, page: str, width: int, tmp_path: Path
+) -> None:
+    found = look(browser, page, width, tmp_path)
+    assert found["inside"] == width
+    assert found["wide"] <= width and found["outside"] == []
+    assert len(found["pictures"]) == 14 and all(found["pictures"])
+    assert len(found["drawings"]) == 5
+    assert all(min(0.8 * width, 350) <= drawn <= width for drawn in found["drawings"])
+    assert found["smallest"] >= 12
+    assert all(table >= 0.85 * min(width, 1472) for table in found["tables"])
+    assert found["fetched"] == []
+
+
+def test_the_check_sees_what_is_wrong_with_a_page(browser: str, page: str, tmp_path: Path) -> None:
+    more = (
+        '<img src="nowhere.png"><img src="http://elsewhere.invalid/a.png"><div style="width:900px">wide</div>'
+    )
+    found = look(browser, page.replace("</body>", f"{more}</body>"), 400, tmp_path)
+    assert found["wide"] > 400 and found["outside"] == ["DIV"]
+    assert found["pictures"].count(False) == 2
+    assert [name.rpartition("/")[2] for name in found["fetched"]] == ["nowhere.png", "a.png"]

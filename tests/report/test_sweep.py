@@ -1,0 +1,217 @@
+"""Operating points against plain loops over samples."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from retroexit.errors import CheckpointError, OptionError
+from retroexit.evaluation.sweep import Evaluation, OperatingPoint
+
+Make = Callable[..., Evaluation]
+
+
+def route_by_loop(
+    e: Evaluation, prediction: np.ndarray, tau: float
+) -> tuple[list[int], list[float], list[float]]:
+    """Exit (from 1), true loss and MACs of each sample, one by one."""
+    exits, losses, macs = [], [], []
+    for s in range(len(e.loss)):
+        leave = next((k for k in range(e.loss.shape[1]) if prediction[s, k] <= tau), e.loss.shape[1])
+        exits.append(leave + 1)
+        losses.append(e.loss[s, leave] if leave < e.loss.shape[1] else 0.0)
+        macs.append(e.macs[leave] + e.overhead[leave])
+    return exits, losses, macs
+
+
+@pytest.mark.parametrize("tau", [0.0, 0.03, 0.06, 0.1, 1.0])
+@pytest.mark.parametrize("truth", [False, True])
+def test_a_routed_point_equals_a_loop_over_the_samples(
+    make_evaluation: Make, tau: float, truth: bool
+) -> None:
+    e = make_evaluation(samples=40)
+    assert e.predicted is not None
+    exits, losses, macs = route_by_loop(e, e.loss if truth else e.predicted, tau)
+    point = e.oracle(tau) if truth else e.at_threshold(tau)
+    assert point.exit_of.tolist() == exits
+    assert point.counts.tolist() == [exits.count(k) for k in range(1, 5)]
+    assert point.mean_macs == pytest.approx(sum(macs) / 40)
+    assert point.share == pytest.approx(sum(macs) / 40 / 9e9)
+    assert point.saved == pytest.approx(1 - point.share)
+    assert point.mean_loss == pytest.approx(sum(losses) / 40)
+    assert point.p90_loss == pytest.approx(np.percentile(losses, 90))
+    assert point.p95_loss == pytest.approx(np.percentile(losses, 95))
+    assert point.violations == pytest.approx(sum(x > tau for x in losses) / 40)
+    assert point.loss_of.tolist() == pytest.approx(losses)
+
+
+def test_a_predicted_loss_equal_to_the_threshold_is_accepted() -> None:
+    e = Evaluation(np.array([[0.1]]), np.array([[0.1]]), np.array([1.0, 2.0]), np.zeros(2))
+    assert e.at_threshold(0.1).counts.tolist() == [1, 0]
+    assert e.at_threshold(np.nextafter(0.1, 0)).counts.tolist() == [0, 1]
+
+
+def test_the_cheapest_good_exit_wins_even_where_costs_are_not_in_order() -> None:
+    losses = np.array([[0.1, 0.1], [0.1, 0.3]])
+    e = Evaluation(losses, losses, np.array([5.0, 3.0, 9.0]), np.zeros(3))
+    assert e.at_threshold(0.2).exit_of.tolist() == [2, 1]
+
+
+def test_the_oracle_never_violates_its_threshold(make_evaluation: Make) -> None:
+    e = make_evaluation(noise=0.05)
+    assert e.oracle(0.05).violations == 0
+    assert (e.at_threshold(0.05).violations or 0) > 0
+
+
+def test_a_fixed_exit_pays_for_retrieval_and_not_for_the_predictor(make_evaluation: Make) -> None:
+    e = make_evaluation()
+    first, backbone = e.fixed(1), e.fixed(4)
+    assert first.mean_macs == pytest.approx(0.2 * 9e9 + 0.3e9 - 0.1e9)
+    assert first.mean_loss == pytest.approx(e.loss[:, 0].mean())
+    assert (first.threshold, first.violations) == (None, None)
+    assert (backbone.share, backbone.mean_loss) == (1, 0)
+
+
+def test_an_exit_that_does_not_exist_is_refused(make_evaluation: Make) -> None:
+    for k in (0, 5):
+        with pytest.raises(OptionError, match=f"no exit {k}; there are exits 1 to 4"):
+            make_evaluation().fixed(k)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("target", [0.0, 0.004, 0.02, 0.05, 10.0])
+def test_at_mean_finds_what_trying_every_threshold_finds(
+    make_evaluation: Make, seed: int, target: float
+) -> None:
+    e = make_evaluation(samples=25, noise=0.04, seed=seed)
+    assert e.predicted is not None
+    candidates = [e.at_threshold(t) for t in [e.predicted.min() - 1, *e.predicted.ravel()]]
+    fitting = [p.mean_loss for p in candidates if p.mean_loss <= target]
+    assert e.at_mean(target).mean_loss == pytest.approx(max(fitting), abs=1e-12)
+
+
+def test_at_mean_meets_a_target_that_is_exactly_reachable(make_evaluation: Make) -> None:
+    e = make_evaluation()
+    for tau in (0.03, 0.05, 0.09):
+        assert e.at_mean(e.at_threshold(tau).mean_loss).mean_loss == pytest.approx(
+            e.at_threshold(tau).mean_loss
+        )
+
+
+def test_at_mean_treats_equal_predictions_as_one_step() -> None:
+    loss = np.array([[0.1], [0.3], [0.5]])
+    e = Evaluation(loss, np.full((3, 1), 0.2), np.array([1.0, 2.0]), np.zeros(2))
+    assert e.at_mean(0.2).counts.tolist() == [0, 3]
+    assert e.at_mean(0.3).counts.tolist() == [3, 0]
+
+
+def test_an_impossible_target_is_refused(make_evaluation: Make) -> None:
+    with pytest.raises(OptionError, match=r"target must be finite and >= 0, got -0\.1"):
+        make_evaluation().at_mean(-0.1)
+    with pytest.raises(OptionError, match="threshold must be finite, got nan"):
+        make_evaluation().at_threshold(float("nan"))
+
+
+def test_the_best_fixed_exit_is_the_cheapest_that_is_no_worse(make_evaluation: Make) -> None:
+    e = make_evaluation()
+    means = e.loss.mean(axis=0)
+    assert e.best_fixed(float(means[1])).exit_of[0] == 2
+    assert e.best_fixed(float(means[1]) - 1e-6).exit_of[0] == 3
+    assert e.best_fixed(0.0).exit_of[0] == 4
+
+
+def test_the_gain_factor_is_the_slope_of_the_saved_macs() -> None:
+    def point(tau: float, saved: float, mean: float) -> OperatingPoint:
+        none = np.zeros(1)
+        return OperatingPoint(
+            tau, none.astype(int), 0, 1 - saved, saved, mean, 0, 0, 0, none.astype(int), none
+        )
+
+    e = Evaluation(np.ones((1, 1)), None, np.array([1e9, 213e9]), np.zeros(2))
+    points = [point(0.05, 0.10, 0.02), point(0.10, 0.40, 0.04), point(0.15, 0.70, 0.06)]
+    gain = e.gain_factor(points)
+    assert gain["gmacs_per_threshold"] == pytest.approx(213 * 0.3 / 0.05)
+    assert gain["percent_per_hundredth_threshold"] == pytest.approx(6)  # 30 % per 0.05
+    assert gain["gmacs_per_mean_loss"] == pytest.approx(213 * 0.3 / 0.02)
+    assert gain["percent_per_hundredth_mean_loss"] == pytest.approx(15)
+    bent = [point(0, 0, 0), point(1, 0.5, 1), point(3, 0.6, 3)]
+    want = np.polyfit([0, 1, 3], [0, 0.5, 0.6], 1)[0]
+    assert e.gain_factor(bent)["percent_per_hundredth_threshold"] == pytest.approx(want)
+
+
+def test_a_gain_factor_needs_two_thresholds(make_evaluation: Make) -> None:
+    e = make_evaluation()
+    with pytest.raises(OptionError, match=r"two different values of threshold, got \[0\.1\]"):
+        e.gain_factor(e.sweep([0.1]))
+
+
+def test_the_predictor_error_equals_scipy_and_a_loop() -> None:
+    random = np.random.default_rng(1)
+    true = random.integers(0, 6, (30, 2)) / 10  # ties and zeros
+    guess = true + random.integers(-2, 3, (30, 2)) / 10
+    error = Evaluation(true, guess, np.ones(3), np.zeros(3)).predictor_error()
+    for k in range(2):
+        pairs = list(zip(true[:, k], guess[:, k], strict=True))
+        relative = [abs(g - t) / t for t, g in pairs if t > 0]
+        assert error["mean_absolute"][k] == pytest.approx(sum(abs(g - t) for t, g in pairs) / 30)
+        assert error["mean_relative"][k] == pytest.approx(sum(relative) / len(relative))
+        assert error["spearman"][k] == pytest.approx(stats.spearmanr(true[:, k], guess[:, k]).statistic)
+
+
+def test_a_constant_predictor_has_no_rank_correlation(make_evaluation: Make) -> None:
+    e = make_evaluation()
+    constant = Evaluation(e.loss, np.full_like(e.loss, 0.1), e.macs, e.overhead)
+    assert constant.predictor_error()["spearman"] == [None, None, None]
+
+
+def test_without_a_predictor_only_fixed_and_oracle_work(make_evaluation: Make) -> None:
+    e = make_evaluation(predicted=None)
+    assert e.oracle(0.05).counts.sum() == 60
+    for call in (lambda: e.at_threshold(0.1), lambda: e.at_mean(0.1), e.predictor_error):
+        with pytest.raises(OptionError, match="has no predicted losses"):
+            call()
+
+
+@pytest.mark.parametrize("more", [{}, {"predicted": None, "distance": None, "seconds": None}])
+def test_json_keeps_everything(make_evaluation: Make, more: dict[str, None]) -> None:
+    e = make_evaluation(**more)
+    back = Evaluation.from_json(e.to_json())
+    for name in ("loss", "predicted", "macs", "overhead", "distance", "seconds"):
+        assert np.array_equal(getattr(back, name), getattr(e, name)), name
+    assert (back.metric, back.exits, back.about) == (e.metric, e.exits, e.about)
+    assert json.loads(e.to_json())["loss"][0] == e.loss[0].tolist()
+
+
+def test_a_damaged_evaluation_is_refused(make_evaluation: Make) -> None:
+    with pytest.raises(CheckpointError, match="not an evaluation"):
+        Evaluation.from_json("[1, 2]")
+    with pytest.raises(CheckpointError, match="unexpected keyword argument 'extra'"):
+        Evaluation.from_json(json.dumps({**json.loads(make_evaluation().to_json()), "extra": 1}))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"macs": np.ones(3)}, r"macs must have shape \(4,\) like loss, got \(3,\)"),
+        ({"predicted": np.ones((60, 2))}, r"predicted must have shape \(60, 3\)"),
+        ({"distance": np.full(60, np.nan)}, "distance must be finite, got NaN or infinity in 60 of 60"),
+        ({"loss": np.ones(5)}, r"\(samples, branch exits\), got \(5,\)"),
+        ({"loss": np.ones((0, 3))}, r"got \(0, 3\)"),
+        ({"macs": np.zeros(4)}, "must be > 0, got 0"),
+    ],
+)
+def test_numbers_that_do_not_fit_together_are_refused(
+    make_evaluation: Make, more: dict[str, np.ndarray], message: str
+) -> None:
+    with pytest.raises(OptionError, match=message):
+        make_evaluation(**more)
+
+
+def test_a_row_of_a_point_is_plain_json(make_evaluation: Make) -> None:
+    row = make_evaluation().at_threshold(0.05).row()
+    assert json.loads(json.dumps(row)) == row
+    assert sum(row["counts"]) == 60 and "exit_of" not in row
