@@ -22,8 +22,7 @@ from retroexit.core.modules import clone_module
 from retroexit.core.nested import clone_strided, cloned, rebuild
 from retroexit.errors import InputMismatchError, RecordingError
 from retroexit.split.replay.rerun import Place, Run, become_standin, delegate, opened_by, running
-from retroexit.split.replay.tail import ReplayCut, ReplayTail
-from retroexit.split.replay.value_registry import Layout
+from retroexit.split.replay.tail import Layout, ReplayCut, ReplayTail
 from retroexit.split.segments import Tail
 from retroexit.split.split import SplitGenerator, Values
 from retroexit.stages.cuts import Cut
