@@ -110,7 +110,9 @@ class Run:
         model = self.model = networks.early_exits(
             self.case, attach_at, scale, floor, self.training, self.out / "ours"
         )
-        model.drift.enabled = False  # sending strange inputs to the backbone is no part of what is compared
+        model.router.ood_counter.enabled = (
+            False  # sending strange inputs to the backbone is no part of what is compared
+        )
         path = self.out / "ours" / "report" / "evaluation.json"
         if not path.exists():
             retroexit.evaluate(model, self.latents, path.parent, metric=self.case.metric, repeats=0)

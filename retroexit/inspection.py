@@ -11,8 +11,8 @@ from torch import nn
 from retroexit.errors import OptionError, RecordingError
 from retroexit.plugins.host import host
 from retroexit.split.split import SplitGenerator, places
-from retroexit.stages.decoder import Decoder, Stage, read_decoder
-from retroexit.stages.value_names import forward_signature
+from retroexit.stages.decoder import Decoder, forward_signature, read_decoder
+from retroexit.stages.stage import Stage
 
 __all__ = ["find_stages", "read_generator"]
 

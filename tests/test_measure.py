@@ -18,9 +18,10 @@ from retroexit.core.images import ImageRange
 from retroexit.core.macs import count_macs
 from retroexit.core.samples import Samples
 from retroexit.errors import CheckpointError, MissingExtraError, OptionError, OutputError
-from retroexit.evaluation.measure import Measurement, measure, route_seconds
+from retroexit.evaluation.measure import measure, route_seconds
 from retroexit.evaluation.sweep import Evaluation
 from retroexit.evaluation.thop_check import cross_check
+from retroexit.measuring.exits import Measurement
 from retroexit.metrics import QualityMetric
 from retroexit.model import EarlyExitGenerator
 from retroexit.report.strips import pick_strips

@@ -267,7 +267,7 @@ class SynthesisBlock(nn.Module):
         Returns:
             Feature map ``(N, channels, 2h, 2w)`` and image ``(N, image_channels, 2h, 2w)``.
         """
-        if x is None:
+        if x is None:  # noqa: SIM108
             x = self.const.repeat(len(ws), 1, 1, 1)
         else:
             x = self.conv0(x, ws[:, 0], noise_mode, *noise[:1])

@@ -16,7 +16,8 @@ from retroexit.branch.widths.plan import WidthPlan, WidthRule
 from retroexit.core.macs import MacCounter
 from retroexit.core.nested import tensors
 from retroexit.errors import BranchError
-from retroexit.split.segments import Cut, Tail
+from retroexit.split.segments import Tail
+from retroexit.stages.cuts import Cut
 
 if TYPE_CHECKING:
     import sympy

@@ -24,7 +24,8 @@ from retroexit.branch.widths.plan import Pin, WidthPlan
 from retroexit.core.macs import MacCounter
 from retroexit.core.modules import clone_module
 from retroexit.errors import BranchError
-from retroexit.split.segments import Cut, Tail
+from retroexit.split.segments import Tail
+from retroexit.stages.cuts import Cut
 
 __all__ = ["Branch", "build_branch"]
 

@@ -11,7 +11,7 @@ import retroexit
 from retroexit.cli.load_target import example_of, load_generator, load_samples
 from retroexit.cli.options import TARGET, Adapter, FactoryArguments, chosen_adapter
 from retroexit.evaluation.promise import EXPECTATION, promise_summary
-from retroexit.report.text_tables import exit_table, promise_table, sweep_table
+from retroexit.report.text_tables import promise_table, sweep_table
 
 __all__ = ["evaluate"]
 
@@ -39,7 +39,7 @@ def evaluate(
     report = out or folder / "report"
     result = retroexit.evaluate(model, samples, report, weights=weights, command=context.obj)
     taus = threshold or [0.05, 0.1, 0.15]
-    typer.echo(exit_table(model))
+    typer.echo(str(model))
     typer.echo(sweep_table(result, taus))
     promise = promise_summary(result, model.calibration, taus)
     if promise is None:

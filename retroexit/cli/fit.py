@@ -50,7 +50,6 @@ from retroexit.core.samples import moved
 from retroexit.errors import OptionError
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.plugins.host import host
-from retroexit.report.text_tables import exit_table
 from retroexit.training.branches.distributed import Team, join, kind_of_device, rehearse
 from retroexit.training.losses.plan import DEFAULT_LOSSES
 from retroexit.training.losses.presets import SPECIAL, find_weights
@@ -181,7 +180,7 @@ def fit(
     if bank is not None:
         asked["bank"] = GuidanceBank.load(bank, retriever_class=host().retriever(retriever))
     say = typer.echo if team.is_first else lambda text: None
-    say(exit_table(model))
+    say(str(model))
     if dry_run:
         rehearse(devices, nodes, batch)
         networks = {"discriminator": discriminator_source(discriminator), "gaze": gaze or ""}

@@ -19,7 +19,7 @@ from retroexit.inspection import read_generator
 from retroexit.report.decoder_picture import check_picture, draw_decoder
 from retroexit.report.stage_table import decoder_table
 from retroexit.stages.decoder import Decoder
-from retroexit.stages.facts import decoder_facts
+from retroexit.stages.module_tree import decoder_facts
 
 __all__ = ["inspect"]
 

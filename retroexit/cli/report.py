@@ -30,19 +30,19 @@ def report(
         retroexit report runs/decoder --threshold 0.05 --threshold 0.1
     """
     from retroexit.report.report import write_report
-    from retroexit.report.saved_report import find_report, model_facts, read_evaluation, read_kept
+    from retroexit.report.saved_report import find_report, model_facts, read_evaluation, read_report
     from retroexit.saving.parts import load_calibration
 
     place = find_report(folder)
-    evaluation, kept = read_evaluation(place), read_kept(place)
+    evaluation, saved = read_evaluation(place), read_report(place)
     model = model_facts(place, evaluation)
     page = write_report(
         out or place,
         evaluation,
-        kept.strips,
-        title=title or kept.title or f"{evaluation.about.get('generator', 'A generator')} with early exits",
-        headline=kept.headline,
-        command=kept.command,
+        saved.strips,
+        title=title or saved.title or f"{evaluation.about.get('generator', 'A generator')} with early exits",
+        headline=saved.headline,
+        command=saved.command,
         thresholds=threshold or None,
         unguided=None if unguided is None else read_evaluation(find_report(unguided)),
         calibration=None if model is None else load_calibration(model[0], model[1].get("calibration_sha256")),

@@ -317,14 +317,7 @@ class GuidanceBank:
 
 
 def cut(feature: Tensor, patch: tuple[int, ...] = (1, 1)) -> Tensor:
-    """Cut a feature map into non-overlapping patches, one row of numbers each.
-
-    Args:
-        feature: Shape ``(N, C, H, W)``, likewise ``(N, C, L)`` or ``(N, C, D, H, W)``.
-        patch: Size of a patch along each spatial dimension, ``(ph, pw)``.
-
-    Returns:
-        Patches ``(N, H / ph, W / pw, C * ph * pw)``; within a patch, channel by channel.
+    """Cut a map ``(N, C, H, W)`` into patches ``(N, H / ph, W / pw, C * ph * pw)``, channel by channel.
 
     Raises:
         OptionError: If ``patch`` has another number of dimensions than the map, or does not divide it.
@@ -349,15 +342,7 @@ def cut(feature: Tensor, patch: tuple[int, ...] = (1, 1)) -> Tensor:
 
 
 def glue(values: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
-    """Glue patches into a map: written once, straight into a channels-last tensor.
-
-    Args:
-        values: Patches with channels last, ``(N, h, w, ph, pw, C)``; likewise for one or three spatial
-            dimensions.
-        dtype: Of the map; that of the patches if ``None``.
-
-    Returns:
-        ``(N, C, h * ph, w * pw)``, in channels-last layout.
+    """Glue patches ``(N, h, w, ph, pw, C)`` into a channels-last map ``(N, C, h * ph, w * pw)``.
 
     Raises:
         OptionError: If the number of dimensions is not that of a grid of patches.

@@ -192,7 +192,7 @@ def with_slopes(bank: GuidanceBank, maps: Iterable[tuple[Tensor, Tensor]], patch
         patches: Number of key patches in all of them together.
 
     Returns:
-        A bank of the same keys, of order 1. Its values hold v and S: ``(n, ph, pw, Cv * (1 + D))`` float16.
+        A bank of order 1 with the same keys; its values hold v and S.
 
     Raises:
         OptionError: If the linear maps of so many keys would not fit into memory.

@@ -49,9 +49,7 @@ def thin(
         Row numbers, int64 ``(m,)``.
 
     Raises:
-        OptionError: If the way does not exist, or an option is out of range.
-        BankError: If there are no keys.
-        RetrieverError: If the keys are not a finite matrix.
+        OptionError, BankError, RetrieverError: If an option is out of range, or there are no finite keys.
     """
     if how == "fps":
         return torch.from_numpy(farthest_points(keys, size, eps=eps, seed=seed)[0])

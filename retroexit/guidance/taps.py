@@ -15,9 +15,10 @@ from retroexit.core.nested import cloned
 from retroexit.errors import BankError, OptionError
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.guidance.options import WHOLE_IMAGE, Guidance
-from retroexit.split.segments import Cut
 from retroexit.split.split import SplitGenerator
-from retroexit.stages.decoder import Decoder, Stage, describe_stage
+from retroexit.stages.cuts import Cut
+from retroexit.stages.decoder import Decoder, describe_stage
+from retroexit.stages.stage import Stage
 from retroexit.tracing.record import unobserved
 
 __all__ = ["Taps", "find_key_cut", "find_taps", "key_name", "tap_paths"]

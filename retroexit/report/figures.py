@@ -142,7 +142,7 @@ def quality_per_exit(figure: Figure, evaluation: Evaluation, unguided: Evaluatio
     if unguided is not None:
         if unguided.loss.shape[1] != evaluation.loss.shape[1]:
             raise OptionError(
-                f"cannot compare {evaluation.loss.shape[1]} exits with {unguided.loss.shape[1]} unguided ones"
+                f"unguided must have {evaluation.loss.shape[1]} exits, got {unguided.loss.shape[1]}"
             )
         runs.append((unguided, "--", True))
     top = max(_right_end(run.loss) for run, _, _ in runs)
@@ -270,7 +270,7 @@ def difficulty_against_distance(figure: Figure, evaluation: Evaluation, tau: flo
     """
     distance = evaluation.distance
     if distance is None:
-        raise OptionError("this evaluation holds no distances to the guide; evaluate a model with a bank")
+        raise OptionError("the evaluation has no distances to the guide. Evaluate a model with a bank.")
     tau = float(np.median(evaluation.loss[:, 0])) if tau is None else tau
     point = evaluation.oracle(tau) if evaluation.predicted is None else evaluation.at_threshold(tau)
     figure.set_figheight(4.6)

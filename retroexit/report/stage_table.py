@@ -14,10 +14,9 @@ from typing import Final
 
 from retroexit.core.macs import unit_of
 from retroexit.report.text_tables import table
-from retroexit.stages.decoder import Decoder, Stage
-from retroexit.stages.live_spans import LiveSpan, live_spans
+from retroexit.stages.decoder import Decoder, input_names
 from retroexit.stages.module_tree import Part, module_tree
-from retroexit.stages.value_names import input_names
+from retroexit.stages.stage import LiveSpan, Stage, live_spans
 
 __all__ = ["brief_count", "decoder_table", "ranges", "shorten", "stage_table", "times"]
 

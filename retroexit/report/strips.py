@@ -18,9 +18,8 @@ from retroexit.core.images import ImageRange
 from retroexit.core.nested import tensors
 from retroexit.core.samples import Samples
 from retroexit.errors import OptionError
-from retroexit.evaluation.measure import Measurement
-from retroexit.evaluation.sweep import Evaluation
-from retroexit.evaluation.thresholds import highlighted, thresholds_for
+from retroexit.evaluation.sweep import Evaluation, highlighted, thresholds_for
+from retroexit.measuring.exits import Measurement
 
 __all__ = ["Strip", "data_address", "pick_strips"]
 

@@ -1,9 +1,8 @@
-"""Tell inputs that are unlike those the predictor was fitted on, so that the backbone can take them.
+"""Detect inputs that are out of distribution, so that the backbone can take them.
 
-A predictor says nothing of inputs far from what it has seen, and a guidance bank holds nothing for them.
-The distance is Mahalanobis' in pooled statistics of the predictor's input, with a covariance of low rank and
-equal spread in what is left (probabilistic principal components: Tipping and Bishop, 1999). Inputs whose
-guides are farther from them than those of the fitting set are too far as well. The paper has no such guard.
+A prediction means nothing for inputs far from the fitting set. The guard measures the Mahalanobis distance of
+pooled statistics of the predictor's input, with a covariance of low rank and equal variance in the remaining
+directions (probabilistic principal components: Tipping and Bishop, 1999). The paper has no such guard.
 """
 
 from __future__ import annotations
@@ -14,34 +13,37 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-__all__ = ["GUIDE_LIMIT", "OODCounter", "OODGuard", "farthest"]
-
-GUIDE_LIMIT = "farthest_guide"
-"""What a model knows of its bank: mean distance of an input's patches to their guides beyond which it is
-unlike what the bank holds."""
+__all__ = ["OODCounter", "OODGuard", "farthest"]
 
 _RANK = 32
-_QUANTILE = 3.0902  # of a normal distribution, 99.9 %
+_QUANTILE = 3.0902  # of the standard normal distribution, 99.9 %
 
 
-def farthest(seen: Tensor) -> float:
-    """Say how far inputs like some others may be, given the distances of those, ``(S,)``.
+def farthest(distances: Tensor) -> float:
+    """Largest distance to expect of inputs like some others, given the distances ``(S,)`` of those.
 
-    The 99.9 % quantile, as a normal distribution of the logarithms has it, and never below the largest of
-    them: few sets hold a thousand samples.
+    The 99.9 % quantile of a log-normal distribution fitted to them, and at least their maximum: few sets hold
+    a thousand samples.
     """
-    logs = seen.double().clamp_min(1e-9).log()
-    return max(float(torch.exp(logs.mean() + _QUANTILE * logs.std())), float(seen.max()))
+    logs = distances.double().clamp_min(1e-9).log()
+    return max(float(torch.exp(logs.mean() + _QUANTILE * logs.std())), float(distances.max()))
 
 
 class OODGuard(nn.Module):
-    """Distance of pooled statistics to those of the fitting set, and how far is too far.
+    """Distance of pooled statistics from those of the fitting set, relative to a limit.
 
-    Before `fit`, nothing is too far.
+    Before `fit`, every distance is 0.
 
     Args:
         width: Number of pooled statistics, D.
     """
+
+    centre: Tensor
+    scale: Tensor
+    directions: Tensor
+    spread: Tensor
+    rest: Tensor
+    limit: Tensor
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -53,31 +55,22 @@ class OODGuard(nn.Module):
         self.register_buffer("rest", torch.ones(()))
         self.register_buffer("limit", torch.full((), torch.inf))
 
-    centre: Tensor
-    scale: Tensor
-    directions: Tensor
-    spread: Tensor
-    rest: Tensor
-    limit: Tensor
-
     def forward(self, pooled: Tensor) -> Tensor:
-        """Measure distances: ``(N, D) -> (N,)``; above 1 is too far."""
-        away = (pooled - self.centre) / self.scale
-        along = away @ self.directions  # (N, rank)
-        left = (away.square().sum(1) - along.square().sum(1)).clamp_min(0)
-        squared = (along / self.spread).square().sum(1) + left / self.rest.square()
+        """Measure distances, ``(N, D) -> (N,)``; above 1 is out of distribution."""
+        offset = (pooled - self.centre) / self.scale
+        along = offset @ self.directions  # (N, rank)
+        remaining = (offset.square().sum(1) - along.square().sum(1)).clamp_min(0)
+        squared = (along / self.spread).square().sum(1) + remaining / self.rest.square()
         return squared.sqrt() / self.limit
 
     @torch.no_grad()
     def fit(self, pooled: Tensor, held_out: Tensor) -> None:
-        """Learn what inputs look like.
-
-        The limit is what `farthest` says of the held-out distances.
+        """Estimate the distribution, and set the limit with `farthest` of the held-out distances.
 
         Args:
             pooled: Statistics of the fitting set, ``(S, D)``.
-            held_out: Of samples that are only used to set the limit, ``(H, D)``; without any the fitting
-                set serves, and the limit is doubled.
+            held_out: Statistics of other samples, ``(H, D)``; with fewer than 8 the fitting set is used and
+                the limit is doubled.
         """
         self.limit.fill_(torch.inf)
         if len(pooled) < 8:
@@ -85,31 +78,31 @@ class OODGuard(nn.Module):
         self.centre.copy_(pooled.mean(0))
         deviation = pooled.std(0, unbiased=False)
         self.scale.copy_(deviation.clamp_min(max(1e-6, 0.01 * float(deviation.mean()))))
-        away = ((pooled - self.centre) / self.scale).double()
-        _, values, directions = torch.linalg.svd(away, full_matrices=False)
+        offset = ((pooled - self.centre) / self.scale).double()
+        _, values, directions = torch.linalg.svd(offset, full_matrices=False)
         rank = min(self.spread.numel(), len(pooled) // 8)
         spread = values / math.sqrt(len(pooled))
-        behind = spread[rank:].square().sum() / max(away.shape[1] - rank, 1)
-        # What hardly varies in a small set may vary more in the next one.
+        variance = spread[rank:].square().sum() / max(offset.shape[1] - rank, 1)
+        # A direction that hardly varies in a small set may vary more in the next one.
         floor = float(spread.square().mean().sqrt()) * 0.05
-        rest = max(float(behind.sqrt()), floor, 1e-6)
+        rest = max(float(variance.sqrt()), floor, 1e-6)
         self.rest.fill_(rest)
         self.directions.zero_()
         self.directions[:, :rank] = directions[:rank].T.to(self.directions)
         self.spread.fill_(1.0)
         self.spread[:rank] = spread[:rank].clamp_min(rest).to(self.spread)
         self.limit.fill_(1.0)
-        seen = self(held_out if len(held_out) >= 8 else pooled)
-        self.limit.fill_(farthest(seen) * (1 if len(held_out) >= 8 else 2))
+        enough = len(held_out) >= 8
+        self.limit.fill_(farthest(self(held_out if enough else pooled)) * (1 if enough else 2))
 
 
 @dataclass
 class OODCounter:
-    """Counts what the drift guard did in routed calls.
+    """Counts samples of routed calls that were out of distribution.
 
     Attributes:
         seen: Samples that were routed by their predicted loss.
-        count: How many of them were too far from the fitting set, or from the bank, and went to the backbone.
+        count: How many of them were out of distribution and went to the backbone.
         enabled: Set to ``False`` to route all inputs by prediction.
     """
 
@@ -117,10 +110,10 @@ class OODCounter:
     count: int = 0
     enabled: bool = True
 
-    def note(self, far: Tensor) -> None:
-        """Count a batch: which samples were too far, ``(N,)``."""
-        self.seen += len(far)
-        self.count += int(far.sum())
+    def add(self, is_ood: Tensor) -> None:
+        """Count a batch, bool ``(N,)``."""
+        self.seen += len(is_ood)
+        self.count += int(is_ood.sum())
 
     def reset(self) -> None:
         """Count from zero."""

@@ -1,4 +1,4 @@
-"""Policies: from predicted quality losses to exits."""
+"""Policies: choose exits from predicted quality losses."""
 
 from __future__ import annotations
 
@@ -7,7 +7,13 @@ from torch import Tensor
 
 from retroexit.errors import OptionError
 
-__all__ = ["assign_by_budget", "assign_exits", "check_threshold", "lagrange_multiplier"]
+__all__ = [
+    "assign_by_budget",
+    "assign_exits",
+    "assign_with_hysteresis",
+    "check_threshold",
+    "lagrange_multiplier",
+]
 
 
 def check_threshold(threshold: float) -> float:
@@ -19,8 +25,8 @@ def check_threshold(threshold: float) -> float:
     is_number = isinstance(threshold, (int, float)) and not isinstance(threshold, bool)
     if not is_number or not 0 <= threshold < float("inf"):
         raise OptionError(
-            f"asked for threshold={threshold!r}; found no finite number >= 0. It is the largest quality loss "
-            "to accept, such as 0.1.",
+            f"threshold must be a finite number >= 0, got {threshold!r}. It is the largest quality loss to accept, "
+            "such as 0.1.",
             threshold,
         )
     return float(threshold)
@@ -47,8 +53,7 @@ def assign_exits(predicted: Tensor, threshold: float | Tensor) -> Tensor:
         check_threshold(threshold)
     if predicted.dim() != 2:
         raise OptionError(
-            f"asked to assign exits; found predictions of shape {tuple(predicted.shape)}, not (samples, "
-            "exits).",
+            f"predicted must have the shape (samples, exits), got {tuple(predicted.shape)}.",
             predicted,
         )
     good = predicted <= threshold
@@ -79,7 +84,7 @@ def assign_by_budget(predicted: Tensor, shares: Tensor, price: float | Tensor) -
 
 
 def lagrange_multiplier(predicted: Tensor, shares: Tensor, budget: float) -> float:
-    """Find the lowest price at which some samples spend a budget on average (see `spend`).
+    """Find the lowest price at which some samples spend a budget on average (see `assign_by_budget`).
 
     For every mean share that it reaches, that way of choosing exits has the least mean predicted loss: it is
     the Lagrangian of the budget.
@@ -99,9 +104,8 @@ def lagrange_multiplier(predicted: Tensor, shares: Tensor, budget: float) -> flo
     low, high = 0.0, float("inf")
     if spent(high) > budget * (1 + 1e-6):  # shares are float32
         raise OptionError(
-            f"asked for budget={budget:g}; found that the cheapest way to route costs {spent(high):.3f} of "
-            "the backbone's compute, predictor and retrieval counted. Ask for more, or wrap with a cheaper "
-            "exit.",
+            f"budget must be >= {spent(high):.3f}, the share of the cheapest exit with predictor and retrieval, "
+            f"got {budget:g}. Allow more, or wrap with a cheaper exit.",
             budget,
         )
     if spent(low) <= budget:
@@ -115,3 +119,28 @@ def lagrange_multiplier(predicted: Tensor, shares: Tensor, budget: float) -> flo
         middle = (low + high) / 2
         low, high = (low, middle) if spent(middle) <= budget else (middle, high)
     return high
+
+
+def assign_with_hysteresis(
+    predicted: Tensor, limits: Tensor, previous: Tensor | None, hysteresis: float
+) -> Tensor:
+    """Pick exits for the next frame of a video: change to a cheaper exit only by a clear margin.
+
+    Args:
+        predicted: Predicted losses, ``(N, K)``.
+        limits: Largest prediction accepted at each exit, ``(K,)`` or ``(N, K)``.
+        previous: Exits of the previous frame, ``(N,)`` from 1, or ``None``.
+        hysteresis: Share of the limit by which a cheaper exit has to be better, in [0, 1).
+
+    Returns:
+        Exits ``(N,)`` from 1, never cheaper than the limits allow.
+    """
+    needed = assign_exits(predicted, limits)
+    if previous is None:
+        return needed
+    previous = previous.to(needed)
+    clearly_good = assign_exits(predicted, limits * (1 - hysteresis))
+    good = torch.nn.functional.pad(predicted <= limits, (0, 1), value=True)  # (N, K + 1)
+    still_good = good.gather(1, previous[:, None] - 1)[:, 0]
+    moved = torch.where(previous > clearly_good, clearly_good, needed)
+    return torch.where(still_good & (previous <= clearly_good), previous, moved)

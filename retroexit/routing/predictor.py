@@ -19,15 +19,15 @@ KINDS, READS = ("conv", "pooled", "linear"), ("features", "inputs", "features+di
 
 
 def check_kind(kind: str, reads: str | None) -> None:
-    """Refuse a kind of predictor that there is not, or something to read that there is not.
+    """Check the kind of a predictor and what it reads.
 
     Raises:
-        OptionError: If it is one.
+        OptionError: If there is no such kind, or no such source.
     """
     if kind not in KINDS:
-        raise OptionError(f"asked for the predictor {kind!r}; found {', '.join(KINDS)} only.", kind)
+        raise OptionError(f"predictor must be one of {', '.join(KINDS)}, got {kind!r}.", kind)
     if reads is not None and reads not in READS:
-        raise OptionError(f"asked for predict_from={reads!r}; found {', '.join(READS)} only.", reads)
+        raise OptionError(f"predict_from must be one of {', '.join(READS)}, got {reads!r}.", reads)
 
 
 class Predictor(nn.Module):
@@ -59,6 +59,13 @@ class Predictor(nn.Module):
     public.
     """
 
+    mean: Tensor
+    std: Tensor
+    extra_mean: Tensor
+    extra_std: Tensor
+    loss_mean: Tensor
+    loss_std: Tensor
+
     def __init__(
         self,
         channels: int,
@@ -73,14 +80,8 @@ class Predictor(nn.Module):
         super().__init__()
         check_kind(kind, reads)
         self.options: dict[str, Any] = {
-            "channels": channels,
-            "exits": exits,
-            "width": width,
-            "depth": depth,
-            "dims": dims,
-            "kind": kind,
-            "reads": reads,
-            "log": log,
+            **{"channels": channels, "exits": exits, "width": width, "depth": depth},
+            **{"dims": dims, "kind": kind, "reads": reads, "log": log},
         }
         self.log = log
         self.reads = reads
@@ -88,11 +89,11 @@ class Predictor(nn.Module):
         extra = int(reads == "features+distance")
         pooled = 2 * channels + extra
         self.convolutions = _convolutions(channels, width, depth, dims) if kind == "conv" else None
-        seen = pooled + (2 * width if kind == "conv" else 0)
-        self.head: nn.Module = nn.Linear(seen, exits)
+        features = pooled + (2 * width if kind == "conv" else 0)
+        self.head: nn.Module = nn.Linear(features, exits)
         if kind != "linear":
-            self.head = nn.Sequential(nn.Linear(seen, 64), nn.ReLU(), nn.Linear(64, exits))
-        # Not at the distance: whoever is nearer to the bank than the fitting set was, is not far.
+            self.head = nn.Sequential(nn.Linear(features, 64), nn.ReLU(), nn.Linear(64, exits))
+        # The guard leaves out the distance: an input closer to the bank than the fitting set is not an outlier.
         self.guard = OODGuard(2 * channels)
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("std", torch.ones(channels))
@@ -100,13 +101,6 @@ class Predictor(nn.Module):
         self.register_buffer("extra_std", torch.ones(extra))
         self.register_buffer("loss_mean", torch.zeros(exits))
         self.register_buffer("loss_std", torch.ones(exits))
-
-    mean: Tensor
-    std: Tensor
-    extra_mean: Tensor
-    extra_std: Tensor
-    loss_mean: Tensor
-    loss_std: Tensor
 
     def forward(self, x: Tensor, extra: Tensor | None = None) -> Tensor:
         """Predict quality losses.
@@ -121,20 +115,20 @@ class Predictor(nn.Module):
         return self.predict_losses(x, extra)[0]
 
     def predict_losses(self, x: Tensor, extra: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Predict losses ``(N, K)``, and tell how far the input is from the fitting set, ``(N,)``.
+        """Predict losses ``(N, K)`` and the distance ``(N,)`` of each input from the fitting set.
 
-        A distance above 1 is further than 99.9 % of inputs like those of the fit.
+        A distance above 1 is farther than 99.9 % of inputs like those of the fit.
         """
         x, pooled = self.pool(x, extra)
-        seen = pooled
+        statistics = pooled  # (N, D)
         if self.convolutions is not None:
-            seen = torch.cat([pooled, _pool(self.convolutions(x))], 1)
-        # Far from the fitting set nothing is known, and a logarithm would run away.
-        found: Tensor = self.head(seen).clamp(-_FARTHEST, _FARTHEST) * self.loss_std + self.loss_mean
-        return found.exp() if self.log else found, self.guard(self.guarded(pooled))
+            statistics = torch.cat([pooled, _pool(self.convolutions(x))], 1)
+        # The clamp bounds the prediction far from the fitting set, where exp() would diverge.
+        losses: Tensor = self.head(statistics).clamp(-_FARTHEST, _FARTHEST) * self.loss_std + self.loss_mean
+        return losses.exp() if self.log else losses, self.guard(self.guarded(pooled))
 
     def guarded(self, pooled: Tensor) -> Tensor:
-        """Pick the statistics that the drift guard looks at, those of the map, from `pool`'s."""
+        """Statistics that the out-of-distribution guard reads: those of the map, ``(N, 2 C)``."""
         return pooled[:, : self.guard.centre.numel()]
 
     def scaled(self, losses: Tensor) -> Tensor:
@@ -147,8 +141,8 @@ class Predictor(nn.Module):
         x = (x.to(self.mean.dtype) - self.mean.view(shape)) / self.std.view(shape)
         pooled = [_pool(x)]
         if self.extra_mean.numel():
-            known = torch.zeros(len(x), 1, device=x.device) if extra is None else extra.to(x)
-            pooled.append((known - self.extra_mean) / self.extra_std)
+            distance = torch.zeros(len(x), 1, device=x.device) if extra is None else extra.to(x)
+            pooled.append((distance - self.extra_mean) / self.extra_std)
         return x, torch.cat(pooled, 1)
 
     @torch.no_grad()
@@ -158,7 +152,7 @@ class Predictor(nn.Module):
         axes = [0, *range(2, features.dim())]
         self.mean.copy_(features.mean(axes))
         spread = features.std(axes, unbiased=False)
-        # A channel that is dead in the training set must not shout once it is alive.
+        # Bound the scale of channels that were constant in training.
         self.std.copy_(spread.clamp_min(max(1e-6, 0.01 * float(spread.mean()))))
         if extra is not None:
             self.extra_mean.copy_(extra.mean(0))

@@ -1,135 +1,124 @@
-"""What a routed call asks for: a quality floor, a budget, a deadline; and which exits answer it."""
+"""What a call asks for: an exit, a quality floor, a budget or a deadline."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
 
-from retroexit.errors import OptionError, TrainingError
-from retroexit.routing.calibration import Calibration
-from retroexit.routing.latency import Latency
-from retroexit.routing.policy import assign_by_budget, assign_exits, check_threshold
+from retroexit.errors import OptionError
+from retroexit.routing.policy import check_threshold
+from retroexit.wrapping.options import OWN_KEYWORDS
 
-__all__ = ["RoutingRequest"]
+__all__ = ["Call", "Policy", "RoutingOptions", "RoutingRequest"]
+
+Policy = Callable[[Tensor, "Tensor | None"], Tensor]
+"""Gives exits ``(N,)`` from 1 for predicted losses ``(N, K)`` and their limits ``(K,)`` or ``(N, K)``."""
+
+
+class RoutingOptions(TypedDict, total=False):
+    """How the exits of a call are chosen. Without any, the call is the generator's own.
+
+    Attributes:
+        exit: Leave at this exit, from 1; ``K + 1`` is the backbone.
+        threshold: Largest quality loss to accept, ``>= 0``; one number, or one per sample ``(N,)``. With a
+            `Calibration` it is a promise, without one it is compared with the predicted loss.
+        budget: Mean share of the backbone's compute to spend, ``> 0``, predictor and retrieval included; one
+            number, or one per sample ``(N,)``. Exits are chosen so that inputs like the calibration set spend
+            at most this on average at the least predicted loss. A single batch may spend more or less.
+        deadline_ms: Milliseconds that the call may take, ``> 0``, according to the measured `Latency`. Alone,
+            it takes the last exit that is fast enough. With a threshold or a budget it limits what they
+            choose. The whole batch leaves at one exit.
+        choose: A policy of your own. Predicted losses are infinite for out-of-distribution samples.
+    """
+
+    exit: int | None
+    threshold: float | Tensor | None
+    budget: float | Tensor | None
+    deadline_ms: float | None
+    choose: Policy | None
+
+
+class Call(NamedTuple):
+    """The generator's own arguments."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
 
 
 @dataclass(frozen=True, eq=False)
 class RoutingRequest:
-    """How a call wants its exits chosen.
+    """The checked `RoutingOptions` of one call.
 
-    Attributes:
-        threshold: Largest quality loss to accept, ``>= 0``; one for all, or one per sample ``(N,)``. With a
-            `Calibration` it is a promise, else what the predictor expects.
-        budget: Mean share of the backbone's compute to spend, ``> 0``, predictor and retrieval counted: exits
-            are chosen so that inputs like the calibration set spend at most this on average, at the least
-            predicted loss. One batch may spend more or less. One for all, or one per sample ``(N,)``.
-        deadline_ms: Milliseconds that the call may take by `Latency`, ``> 0``. Alone, it takes the last exit
-            that is fast enough; with a threshold or budget it is a limit on what they choose, and wins over
-            them. One per call: the batch leaves together, since only such calls have been measured.
+    Raises:
+        OptionError: If an option is out of range, or two of them exclude each other.
     """
 
+    exit: int | None = None
     threshold: float | Tensor | None = None
     budget: float | Tensor | None = None
     deadline_ms: float | None = None
+    choose: Policy | None = None
 
     def __post_init__(self) -> None:
         if self.threshold is not None:
             _check_each(self.threshold, "threshold", check_threshold)
         if self.budget is not None:
-            _check_each(self.budget, "budget", partial(_check_above_0, "budget"))
+            _check_each(self.budget, "budget", partial(_check_positive, "budget"))
         if self.deadline_ms is not None:
-            _check_above_0("deadline_ms", self.deadline_ms)
+            _check_positive("deadline_ms", self.deadline_ms)
+        goals = {name: getattr(self, name) for name in OWN_KEYWORDS[1:] if getattr(self, name) is not None}
+        if self.exit is not None and goals:
+            names = " and ".join(f"{name}={value}" for name, value in goals.items())
+            raise OptionError(
+                f"exit must not be combined with another option, got exit={self.exit} and {names}. Pass one.",
+                self.exit,
+            )
         if self.threshold is not None and self.budget is not None:
             raise OptionError(
-                f"asked for threshold={self.threshold} and budget={self.budget}; found two goals that "
-                "exclude one another: a threshold spends what the quality needs, a budget takes the quality "
-                "that it pays for. Pass one of them.",
+                f"threshold and budget exclude each other, got threshold={self.threshold} and "
+                f"budget={self.budget}. Pass one.",
                 self.budget,
             )
 
-    def __bool__(self) -> bool:
-        return self.given() != {}
-
-    def given(self) -> dict[str, Any]:
-        """List what is asked for."""
-        named = {"threshold": self.threshold, "budget": self.budget, "deadline_ms": self.deadline_ms}
-        return {name: value for name, value in named.items() if value is not None}
-
-    @property
-    def weighs_losses(self) -> bool:
-        """Tell whether the predicted losses of this call's samples matter."""
-        return self.threshold is not None or self.budget is not None
-
-    def choose(
-        self, predicted: Tensor, shares: Tensor | None = None, calibration: Calibration | None = None
-    ) -> Tensor:
-        """Choose exits for a batch by threshold or budget; the last one where neither is asked for.
+    @classmethod
+    def parse(
+        cls,
+        inputs: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        shadowed: Sequence[str] = (),
+        choose: Policy | None = None,
+    ) -> tuple[RoutingRequest, Call]:
+        """Separate the routing options of a call from the generator's arguments.
 
         Args:
-            predicted: Predicted loss of each branch exit, ``(N, K)``; infinite for samples that are sent to
-                the backbone.
-            shares: Compute of every exit as a share of the backbone's, ``(K + 1,)``, for a budget.
-            calibration: Turns the threshold into a promise; a budget cannot do without.
-
-        Returns:
-            Exit index per sample, ``(N,)``, int64, from 1.
-
-        Raises:
-            OptionError: If the budget cannot be met, or there is another number of thresholds than of
-                samples.
-            TrainingError: If a budget is asked for without calibration.
+            inputs: Positional arguments, all for the generator.
+            kwargs: Keyword arguments of both.
+            shadowed: Options that the generator's own forward takes, which are left to it.
+            choose: A policy of the user's.
         """
-        if self.threshold is not None:
-            return assign_exits(predicted, self.limits(predicted, calibration))
-        if self.budget is None:
-            return torch.full((len(predicted),), predicted.shape[1] + 1, device=predicted.device)
-        if calibration is None or shares is None:
-            raise TrainingError(
-                f"asked for budget={self.budget}; found no calibration, so that nothing is known of what "
-                "inputs spend on average. Call model.calibrate(inputs) first.",
-                self,
-            )
-        if not isinstance(self.budget, Tensor) or not self.budget.dim():
-            return assign_by_budget(predicted, shares, calibration.price(shares, float(self.budget)))
-        _check_count(self.budget, "budgets", predicted)
-        prices = [calibration.price(shares, budget) for budget in self.budget.tolist()]
-        return assign_by_budget(predicted, shares, torch.tensor(prices, device=predicted.device))
+        options = {name: kwargs[name] for name in OWN_KEYWORDS if name in kwargs and name not in shadowed}
+        rest = {name: value for name, value in kwargs.items() if name not in options}
+        return cls(**options, choose=choose), Call(tuple(inputs), rest)
 
-    def limits(self, predicted: Tensor, calibration: Calibration | None) -> Tensor:
-        """Give the largest prediction that each exit may have under the threshold, ``(K,)`` or ``(N, K)``."""
-        threshold = self.threshold
-        assert threshold is not None
-        per_sample = isinstance(threshold, Tensor) and threshold.dim() > 0
-        if per_sample:
-            _check_count(threshold, "thresholds", predicted)  # type: ignore[arg-type]
-        if calibration is not None:
-            return calibration.limits(threshold).to(predicted)
-        if isinstance(threshold, Tensor) and per_sample:
-            return threshold.to(predicted)[:, None].expand_as(predicted)
-        return predicted.new_full((predicted.shape[1],), float(threshold))
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing is asked for, so that the generator itself is called."""
+        return self.exit is None and not self.is_routed
 
-    def in_time(self, exits: Tensor, latency: Latency | None) -> Tensor:
-        """Bring exits ``(N,)`` within the deadline, if there is one; the batch then leaves together.
+    @property
+    def is_routed(self) -> bool:
+        """Whether the router chooses the exits."""
+        return self.needs_losses or self.deadline_ms is not None
 
-        Raises:
-            TrainingError: If nothing has been measured.
-            OptionError: If no exit is fast enough, or the times are those of another batch size or machine.
-        """
-        if self.deadline_ms is None:
-            return exits
-        if latency is None:
-            raise TrainingError(
-                f"asked for deadline_ms={self.deadline_ms:g}; found no measured times. Call "
-                "model.measure_latency(*inputs) on this machine first.",
-                self,
-            )
-        last = latency.last_within(self.deadline_ms, len(exits), exits.device)
-        return exits.max().clamp_max(last).expand_as(exits)
+    @property
+    def needs_losses(self) -> bool:
+        """Whether predicted losses are needed."""
+        return self.threshold is not None or self.budget is not None or self.choose is not None
 
 
 def _check_each(values: float | Tensor, name: str, check: Callable[[float], object]) -> None:
@@ -138,25 +127,16 @@ def _check_each(values: float | Tensor, name: str, check: Callable[[float], obje
         check(float(values) if isinstance(values, Tensor) else values)
     elif values.dim() != 1 or values.is_complex() or values.dtype == torch.bool:
         raise OptionError(
-            f"asked for {name}s of shape {tuple(values.shape)} and type {values.dtype}; found neither one "
-            "number nor one per sample (N,).",
+            f"{name} must be one number or one per sample (N,), got shape {tuple(values.shape)} and type "
+            f"{values.dtype}.",
             values,
         )
     else:
-        for one in values.tolist():
-            check(float(one))
+        for value in values.tolist():
+            check(float(value))
 
 
-def _check_above_0(name: str, value: float) -> None:
+def _check_positive(name: str, value: float) -> None:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or not 0 < value < float("inf"):
-        raise OptionError(f"asked for {name}={value!r}; found no finite number > 0.", value)
-
-
-def _check_count(values: Tensor, name: str, predicted: Tensor) -> None:
-    if len(values) != len(predicted):
-        raise OptionError(
-            f"asked for {len(values)} {name}; found {len(predicted)} samples. Pass one number, or one per "
-            "sample.",
-            values,
-        )
+        raise OptionError(f"{name} must be a finite number > 0, got {value!r}.", value)

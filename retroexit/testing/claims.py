@@ -291,7 +291,7 @@ def _check_exits(case: Case, decoder: Decoder, thin_at: Sequence[int] | None) ->
     """Wrap the generator at every stage but the last; check exits, a batch of two, saving and loading."""
     stages = range(1, len(decoder.stages))
     full: EarlyExitGenerator | None = None
-    thin: EarlyExitGenerator | None = None
+    models: list[EarlyExitGenerator] = []
     with case.results.claim("at scale 1 every exit is the generator, bit for bit"):
         full = _wrap(case, stages, 1.0, 1)
         expected = case.render()
@@ -302,10 +302,11 @@ def _check_exits(case: Case, decoder: Decoder, thin_at: Sequence[int] | None) ->
                     "elsewhere, or leave random draws out of the stages"
                 )
     with case.results.claim("thin exits keep the output's shapes"):
-        thin = _wrap(case, thin_at or stages, case.scale, case.min_channels)
-        _check_thin(case, thin, full)
-    if thin is None:
+        models.append(_wrap(case, thin_at or stages, case.scale, case.min_channels))
+        _check_thin(case, models[0], full)
+    if not models:
         return
+    thin = models[0]
     _check_batch(case, thin)
     with (
         case.results.claim("saved and loaded, every exit gives the same"),

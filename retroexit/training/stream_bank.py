@@ -52,9 +52,6 @@ def stream_bank(
             and gives the same bank; the caller removes it in the end.
         progress: Show progress bars on a terminal.
 
-    Returns:
-        The bank; ``model.bank`` is not changed.
-
     Raises:
         OptionError: If the model was wrapped without guidance.
         BankError: If features or values do not fit together.
@@ -138,10 +135,6 @@ def stream_banks(
 
     Yields:
         A name and its bank, in the order of first occurrence. ``source`` counts the samples of that identity.
-
-    Raises:
-        OptionError: If there is not one name per sample, or a name cannot be a folder's.
-        RetroExitError: Whatever `stream_bank` raises.
     """
     rows: dict[str, list[int]] = {}
     for row, name in enumerate(identities):

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 import retroexit
 from retroexit.core.macs import count_macs
 from retroexit.errors import BranchError
-from retroexit.load import load_model
 from retroexit.plugins.host import Host, host
 
 retroexit_oasis = pytest.importorskip("retroexit_oasis", reason="install the project to get its adapters")
@@ -172,7 +171,7 @@ def test_a_saved_model_gets_the_same_stages_back(
         assert torch.equal(new(feature, guide=guide), old(feature, guide=guide))
     (example,), _ = retroexit_megaportraits.retroexit_describe(decoder).example_inputs(decoder)
     with pytest.raises(BranchError, match=r"the stage 'blocks\.[23]' with 80 to 16 .* plug-in"):
-        load_model(tmp_path, decoder, (example,))
+        retroexit.load(tmp_path, decoder, (example,), adapter=False)
 
 
 def test_a_full_width_branch_with_guide_takes_both(decoder: nn.Module) -> None:

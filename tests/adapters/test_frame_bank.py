@@ -173,7 +173,7 @@ def test_a_saved_model_finds_the_same_frames(
     for exit in (1, 2, 3, 4):
         assert torch.equal(loaded(*batch, exit=exit), model(*batch, exit=exit))
     assert loaded.options.guidance == model.options.guidance
-    assert loaded.overhead() == model.overhead()
+    assert loaded.overhead() == model.router.overhead()
 
 
 def test_an_evaluation_measures_the_distance_to_the_frame_that_is_found(fitted: tuple[Any, Path]) -> None:

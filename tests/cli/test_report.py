@@ -68,5 +68,5 @@ def test_title_thresholds_place_and_comparison_can_be_chosen(
 
 
 def test_a_folder_that_nothing_was_evaluated_in_is_refused(run: Any, tmp_path: Path) -> None:
-    run("report", "nowhere").fails_with(r"found no evaluation.json there nor in nowhere/report. Run 'retroex")
+    run("report", "nowhere").fails_with(r"no evaluation.json in nowhere or nowhere/report. Run 'retroex")
     assert not (tmp_path / "nowhere").exists()

@@ -68,9 +68,9 @@ def test_a_model_is_calibrated_later_and_evaluate_says_what_a_threshold_means(
             "calibrate on 0.5 of 12 inputs, which are 6; found .* takes at least 59. Pass 118 ",
         ),
         (("--calibrate", "1.5"), "asked for calibrate=1.5; found neither None nor a share"),
-        (("--calibrate", "0.5", "--alpha", "0"), "asked for alpha=0.0; found no number between 0 and 1"),
-        (("--predictor", "deep"), "asked for the predictor 'deep'; found conv, pooled, linear only"),
-        (("--predict-from", "noise"), "asked for predict_from='noise'; found features, inputs"),
+        (("--calibrate", "0.5", "--alpha", "0"), "alpha must be a number between 0 and 1, got 0.0"),
+        (("--predictor", "deep"), "predictor must be one of conv, pooled, linear, got 'deep'"),
+        (("--predict-from", "noise"), "predict_from must be one of features, inputs, .*got 'noise'"),
         (("--predict-from", "features+distance"), "found branches without guidance. Wrap with guidance=True"),
     ],
 )
@@ -84,8 +84,6 @@ def test_what_cannot_be_routed_is_refused_before_anything_is_trained(
 def test_too_few_inputs_to_calibrate_on_are_refused_with_the_number_needed(run: Any, tmp_path: Path) -> None:
     assert run(*FIT).status == 0
     words = ("calibrate", "toy.py:decoder", "run", "--inputs", "toy.py:others")
-    run(*words).fails_with("from 12 samples; found that it takes at least 59, .* Pass 47 more")
-    run(*words, *PROMISE, "--rule", "strict").fails_with(
-        "asked for rule='strict'; found 'margin' and 'bound'"
-    )
+    run(*words).fails_with("needs at least 59 samples, got 12. Pass 47 more")
+    run(*words, *PROMISE, "--rule", "strict").fails_with("rule must be 'margin' or 'bound', got 'strict'")
     assert _saved(tmp_path)["calibration_sha256"] is None

@@ -134,22 +134,6 @@ def test_thinning_keeps_few_keys_and_computes_only_their_values(how) -> None:
         assert row in where and np.array_equal(full.values[row], value)
 
 
-def test_candidates_are_bounded_and_the_result_does_not_depend_on_batches() -> None:
-    def small(batch: int) -> GuidanceBank:
-        return build_bank(
-            stream(batch), values_of, patch=(2, 2), size=10, max_candidates=20, retriever=ExactRetriever()
-        )
-
-    one, other = small(12), small(1)
-    assert one.meta["thinning"]["seen"] == 96 and one.meta["thinning"]["candidates"] <= 20
-    everything = torch.from_numpy(make().retriever.keys.copy())
-    gaps = torch.cdist(everything, torch.from_numpy(one.retriever.keys.copy())).amin(1)
-    assert len(one) == 10 and float(gaps.max()) <= one.meta["thinning"]["within"]
-    assert np.array_equal(one.retriever.keys, other.retriever.keys) and np.array_equal(
-        one.values, other.values
-    )
-
-
 def test_facts_of_a_bank_are_recorded() -> None:
     bank = make(meta={"fingerprint": "abc", "key_tap": "body.1", "value_tap": "body.3"})
     assert (bank.patch, bank.value_patch, bank.value_channels, len(bank)) == ((2, 2), (4, 4), 3, 96)

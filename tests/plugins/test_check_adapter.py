@@ -143,9 +143,9 @@ def test_a_good_adapter_passes_and_the_report_says_what_was_checked(
     ]
 
 
-def test_what_a_description_leaves_to_us_is_skipped_and_said(decoder: nn.Module) -> None:
-    known = Description(name="little", image="rgb")
-    report = check_adapter(decoder, description=known, example_inputs=codes(decoder)[0], thin_at=[1])
+def test_what_a_description_leaves_out_is_skipped(decoder: nn.Module) -> None:
+    described = Description(name="little", image="rgb")
+    report = check_adapter(decoder, description=described, example_inputs=codes(decoder)[0], thin_at=[1])
     assert len(report.stages) >= 2
     assert {line.partition(":")[0] for line in report.skipped} == {
         "the generator is recognised, others are not",

@@ -18,8 +18,7 @@ from PIL import Image
 
 from retroexit.errors import MissingExtraError, OptionError
 from retroexit.evaluation.promise import promised
-from retroexit.evaluation.sweep import Evaluation
-from retroexit.evaluation.thresholds import thresholds_for
+from retroexit.evaluation.sweep import Evaluation, thresholds_for
 from retroexit.report.report import write_report
 from retroexit.report.strips import Strip
 from retroexit.routing.calibration import Calibration
@@ -281,7 +280,7 @@ def test_a_report_of_one_sample_without_any_loss_still_works(make_evaluation: Ma
 
 
 def test_an_empty_list_of_thresholds_is_refused(make_evaluation: Make, tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match="at least one threshold"):
+    with pytest.raises(OptionError, match="thresholds must not be empty, got"):
         write_report(tmp_path, make_evaluation(), [], title="T", thresholds=[])
     assert not list(tmp_path.iterdir())
 

@@ -110,9 +110,9 @@ def test_at_mean_treats_equal_predictions_as_one_step() -> None:
 
 
 def test_an_impossible_target_is_refused(make_evaluation: Make) -> None:
-    with pytest.raises(OptionError, match=r"found -0\.1"):
+    with pytest.raises(OptionError, match=r"target must be finite and >= 0, got -0\.1"):
         make_evaluation().at_mean(-0.1)
-    with pytest.raises(OptionError, match="finite loss, found nan"):
+    with pytest.raises(OptionError, match="threshold must be finite, got nan"):
         make_evaluation().at_threshold(float("nan"))
 
 
@@ -145,7 +145,7 @@ def test_the_gain_factor_is_the_slope_of_the_saved_macs() -> None:
 
 def test_a_gain_factor_needs_two_thresholds(make_evaluation: Make) -> None:
     e = make_evaluation()
-    with pytest.raises(OptionError, match=r"two different values of threshold, found \[0\.1\]"):
+    with pytest.raises(OptionError, match=r"two different values of threshold, got \[0\.1\]"):
         e.gain_factor(e.sweep([0.1]))
 
 
@@ -172,7 +172,7 @@ def test_without_a_predictor_only_fixed_and_oracle_work(make_evaluation: Make) -
     e = make_evaluation(predicted=None)
     assert e.oracle(0.05).counts.sum() == 60
     for call in (lambda: e.at_threshold(0.1), lambda: e.at_mean(0.1), e.predictor_error):
-        with pytest.raises(OptionError, match="holds no predicted losses"):
+        with pytest.raises(OptionError, match="has no predicted losses"):
             call()
 
 
@@ -196,12 +196,12 @@ def test_a_damaged_evaluation_is_refused(make_evaluation: Make) -> None:
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"macs": np.ones(3)}, r"macs needs shape \(4,\) to go with loss, found \(3,\)"),
-        ({"predicted": np.ones((60, 2))}, r"predicted needs shape \(60, 3\)"),
-        ({"distance": np.full(60, np.nan)}, "distance holds NaN or infinity in 60 of 60 places"),
-        ({"loss": np.ones(5)}, r"\(samples, branch exits\), found \(5,\)"),
-        ({"loss": np.ones((0, 3))}, r"found \(0, 3\)"),
-        ({"macs": np.zeros(4)}, "must be positive, found 0"),
+        ({"macs": np.ones(3)}, r"macs must have shape \(4,\) like loss, got \(3,\)"),
+        ({"predicted": np.ones((60, 2))}, r"predicted must have shape \(60, 3\)"),
+        ({"distance": np.full(60, np.nan)}, "distance must be finite, got NaN or infinity in 60 of 60"),
+        ({"loss": np.ones(5)}, r"\(samples, branch exits\), got \(5,\)"),
+        ({"loss": np.ones((0, 3))}, r"got \(0, 3\)"),
+        ({"macs": np.zeros(4)}, "must be > 0, got 0"),
     ],
 )
 def test_numbers_that_do_not_fit_together_are_refused(

@@ -6,11 +6,10 @@ import logging
 import os
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
-from retroexit.core.files import read_manifest, write_manifest
+from retroexit.core.files import write_manifest
 from retroexit.errors import CheckpointError
 from retroexit.retrieval import ExactRetriever, FaissRetriever, HnswlibRetriever, Retriever
 
@@ -146,12 +145,3 @@ def test_an_absent_folder_another_kind_and_another_schema_are_named(keys, tmp_pa
     write_manifest(tmp_path, {"kind": "retriever", "schema": 9}, ())
     with pytest.raises(CheckpointError, match="schema 9"):
         ExactRetriever.load(tmp_path)
-
-
-def test_pickled_keys_are_never_read(keys, tmp_path) -> None:
-    ExactRetriever().build(keys).save(tmp_path / "index")
-    facts = read_manifest(tmp_path / "index", "retriever", 1)
-    np.save(tmp_path / "index" / "keys.npy", np.array([{}]), allow_pickle=True)
-    write_manifest(tmp_path / "index", facts, ("keys.npy",))
-    with pytest.raises(CheckpointError, match="is no array"):
-        ExactRetriever.load(tmp_path / "index")

@@ -103,7 +103,7 @@ def test_what_a_fit_could_not_end_with_is_refused_before_it_begins(
     for wrong, message in (
         ({"latency": 0}, "asked for latency=0; found no number of samples >= 1"),
         ({"calibrate": 0.3}, "on 0.3 of 10 inputs, which are 3; .* takes at least 59. Pass 197 inputs"),
-        ({"calibrate": 0.3, "confidence": 1.0}, "asked for confidence=1.0; found no number between 0 and 1"),
+        ({"calibrate": 0.3, "confidence": 1.0}, "confidence must be a number between 0 and 1, got 1.0"),
         ({"predictors": "conv"}, "asked for predictors=...; found no such setting. Closest: 'predictor'"),
     ):
         with pytest.raises(OptionError, match=message):

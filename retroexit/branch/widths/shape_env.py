@@ -27,7 +27,7 @@ from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.value_ranges import ValueRanges
 
 from retroexit.branch.widths.equations import Knowledge
-from retroexit.split import segments as cut
+from retroexit.split.segments import GENERATED
 from retroexit.tracing.source_lines import is_user_code, show
 
 __all__ = ["HalfFakeMode", "SizeEnv"]
@@ -170,8 +170,8 @@ def _user_line() -> str:
         filename, inside = frame.f_code.co_filename, frame.f_locals
         if is_user_code(filename):
             return show((filename, frame.f_lineno))
-        if filename == cut.__file__ and "node" in inside:
-            line = inside["node"].meta.get("line")
+        if filename == GENERATED:
+            line = inside["self"].recorded_line(frame.f_lineno)
             if isinstance(line, tuple):
                 return show(line)
             break

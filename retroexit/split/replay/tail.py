@@ -23,8 +23,9 @@ from retroexit.split.replay.rerun import (
     running,
 )
 from retroexit.split.replay.value_registry import Layout, Values
-from retroexit.split.segments import Cut, Tail
-from retroexit.tracing.tensor_reads import changed
+from retroexit.split.segments import Tail
+from retroexit.stages.cuts import Cut
+from retroexit.tracing.recorder import altered
 
 __all__ = ["ReplayCut", "ReplayTail"]
 
@@ -162,9 +163,9 @@ class ReplayTail(Tail):
             out = self._root(*args, **kwargs)
         if not run.is_behind:
             raise InputMismatchError(
-                f"asked for an early exit at {self._cut.place.path!r}; found that the generator's forward, "
-                "run again with what it had called before, does not come to that module. Let nothing but its "
-                "inputs and its modules' outputs steer it.",
+                f"the generator's forward, run again, does not reach {self._cut.place.path!r}. Only "
+                "its inputs "
+                "and its modules' outputs may control it.",
                 self._cut.place.path,
             )
         return out
@@ -198,7 +199,7 @@ class ReplayTail(Tail):
                 for i in range(len(script), len(log)):
                     (site, answer), is_behind = log[i]
                     if is_behind and type(answer) in (bool, int, float):
-                        waiting.append((*answers[:i], (site, changed(answer))))
+                        waiting.append((*answers[:i], (site, altered(answer))))
         finally:
             for hook in hooks:
                 hook.remove()

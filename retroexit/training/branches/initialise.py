@@ -16,7 +16,7 @@ from retroexit.model import EarlyExitGenerator
 from retroexit.tracing.record import unobserved
 from retroexit.training.branches.distributed import Team
 from retroexit.training.data.steps import Steps
-from retroexit.wrapping.build import branch_for
+from retroexit.wrapping.decomposition import branch_for
 
 __all__ = ["reconstruct_branches"]
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,7 +10,7 @@ import retroexit
 from retroexit.core.samples import Samples
 from retroexit.errors import TrainingError
 from retroexit.model import EarlyExitGenerator
-from retroexit.split.batch_rows import are_grouped, group, rows_per_sample
+from retroexit.split.split import are_grouped, group, rows_per_sample
 from retroexit.training.data.cache import FeatureCache
 
 _FRAMES = 3
@@ -69,7 +67,7 @@ def _model(frames_first: bool = False, folded_output: bool = False, batch: int =
     examples = (torch.randn(batch, 4, _FRAMES, 4, 4),)
     model = retroexit.wrap(generator, [1, 2], 1 / 2, min_channels=4, example_inputs=examples, adapter=False)
     model.predictor = _Says()
-    model.options = replace(model.options, predictor_inputs=lambda z: z[:, 0, 0, 0, 0])
+    model.router.predictor_inputs = lambda z: z[:, 0, 0, 0, 0]
     return model
 
 
@@ -110,7 +108,7 @@ def test_samples_whose_frames_come_first_all_leave_at_the_deepest_exit() -> None
 
 def test_a_predictor_of_frames_speaks_for_the_whole_sample() -> None:
     model = _model()
-    model.options = replace(model.options, predictor_inputs=None)
+    model.router.predictor_inputs = None
     model.predictor = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 2)).eval()
     z, _ = _latents()
     assert model.predict(z).shape == (4, 2)

@@ -13,13 +13,13 @@ from retroexit.errors import CheckpointError
 from retroexit.evaluation.sweep import Evaluation
 from retroexit.report.report import write_report
 from retroexit.report.saved_report import (
-    Kept,
+    SavedReport,
     find_report,
     hashes,
-    keep,
     model_facts,
     read_evaluation,
-    read_kept,
+    read_report,
+    save_report,
 )
 from retroexit.report.strips import Strip
 
@@ -34,9 +34,9 @@ def strips() -> list[Strip]:
 
 
 def test_words_and_images_come_back_as_they_were_written(strips: list[Strip], tmp_path: Path) -> None:
-    keep(tmp_path, Kept("T", "H", "retroexit evaluate 'x'", strips))
-    keep(tmp_path, Kept("T", None, "c", strips[:1]))  # fewer images than before
-    back = read_kept(tmp_path)
+    save_report(tmp_path, SavedReport("T", "H", "retroexit evaluate 'x'", strips))
+    save_report(tmp_path, SavedReport("T", None, "c", strips[:1]))  # fewer images than before
+    back = read_report(tmp_path)
     assert (back.title, back.headline, back.command) == ("T", None, "c")
     assert [(s.label, s.chosen) for s in back.strips] == [("easiest", 0)]
     for (caption, pixels), (own, before) in zip(back.strips[0].images, strips[0].images, strict=True):
@@ -51,16 +51,16 @@ def test_the_report_written_again_is_the_same_page(
     (tmp_path / "evaluation.json").write_text(evaluation.to_json())
     page = write_report(tmp_path, evaluation, strips, title="T", command="c")
     before, numbers = page.read_text("utf-8"), (tmp_path / "summary.json").read_text()
-    kept = read_kept(tmp_path)
+    saved = read_report(tmp_path)
     again = write_report(
-        tmp_path / "again", read_evaluation(tmp_path), kept.strips, title="T", command=kept.command
+        tmp_path / "again", read_evaluation(tmp_path), saved.strips, title="T", command=saved.command
     )
     assert again.read_text("utf-8") == before
     assert again.with_name("summary.json").read_text() == numbers
 
 
 def test_a_report_is_found_in_a_models_folder_too(make_evaluation: Make, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"no evaluation.json there nor in .*report. Run 'retroexit ev"):
+    with pytest.raises(CheckpointError, match=r"no evaluation.json in .* or .*report. Run 'retroexit ev"):
         find_report(tmp_path)
     (tmp_path / "report").mkdir()
     (tmp_path / "report/evaluation.json").write_text(make_evaluation().to_json())
@@ -68,14 +68,14 @@ def test_a_report_is_found_in_a_models_folder_too(make_evaluation: Make, tmp_pat
 
 
 def test_a_folder_without_words_gives_a_report_without_images(tmp_path: Path) -> None:
-    assert read_kept(tmp_path) == Kept()
+    assert read_report(tmp_path) == SavedReport()
 
 
 @pytest.mark.parametrize(
     "damage", ["text", "missing", "elsewhere", "chosen"], ids=lambda name: f"damaged: {name}"
 )
 def test_damaged_words_are_refused_with_what_to_do(damage: str, strips: list[Strip], tmp_path: Path) -> None:
-    keep(tmp_path, Kept("T", None, None, strips))
+    save_report(tmp_path, SavedReport("T", None, None, strips))
     path = tmp_path / "report.json"
     words = json.loads(path.read_text())
     if damage == "text":
@@ -88,13 +88,13 @@ def test_damaged_words_are_refused_with_what_to_do(damage: str, strips: list[Str
     else:
         words["strips"][0]["chosen"] = 7
         path.write_text(json.dumps(words))
-    with pytest.raises(CheckpointError, match=r"found report.json or an image .* damaged .* Remove"):
-        read_kept(tmp_path)
+    with pytest.raises(CheckpointError, match=r"report.json or an image .* is damaged .* Remove"):
+        read_report(tmp_path)
 
 
 def test_numbers_that_are_none_are_refused(tmp_path: Path) -> None:
     (tmp_path / "evaluation.json").write_text('{"loss": 3}')
-    with pytest.raises(CheckpointError, match=r"found .*evaluation.json damaged: not an evaluation"):
+    with pytest.raises(CheckpointError, match=r"evaluation.json is damaged: not an evaluation"):
         read_evaluation(tmp_path)
 
 
