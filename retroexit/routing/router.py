@@ -295,7 +295,7 @@ class Router(nn.Module):
     @property
     def _divides(self) -> bool:
         """Whether samples of one batch may leave at different exits."""
-        return self._recorded.split.divides and (self._guide.taps is None or self._rows_per_sample == 1)
+        return self._recorded.split.mixes and (self._guide.taps is None or self._rows_per_sample == 1)
 
     @property
     def _rows_per_sample(self) -> int:
