@@ -18,8 +18,8 @@ from retroexit.metrics import QualityMetric
 from retroexit.plugins.metrics import find_metric
 from retroexit.routing.calibration import Calibration
 from retroexit.routing.latency import Latency, time_exits
+from retroexit.routing.policy import Policy, RoutingOptions, RoutingRequest
 from retroexit.routing.render import leave, render
-from retroexit.routing.request import Policy, RoutingOptions, RoutingRequest
 from retroexit.routing.router import LossPrediction, Router
 from retroexit.routing.video import VideoRouter
 from retroexit.saving.model_files import Snapshot, write_model
@@ -344,7 +344,7 @@ class EarlyExitGenerator(nn.Module):
             The times, which are now part of the model and saved with it.
         """
         begun = self._begin(inputs, kwargs)
-        rows = self.router.samples(begun)
+        rows = begun.samples
 
         def call(k: int) -> None:
             if self.predictor is None:
