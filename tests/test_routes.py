@@ -357,7 +357,9 @@ def test_features_are_the_maps_at_the_attach_points(toys: ModuleType) -> None:
     )
     seen: list[Tensor] = []
     hooks = [
-        toy.generator.get_submodule(exit.attach_at).register_forward_hook(lambda m, i, o: seen.append(o.clone()))
+        toy.generator.get_submodule(exit.attach_at).register_forward_hook(
+            lambda m, i, o: seen.append(o.clone())
+        )
         for exit in model.exits[:-1]
     ]
     features = model.features(*toy.args, **toy.kwargs)
