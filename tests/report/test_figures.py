@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from retroexit.core.macs import unit_of
 from retroexit.errors import MissingExtraError, OptionError
 from retroexit.evaluation.sweep import Evaluation
 from retroexit.report import figures
@@ -118,15 +117,6 @@ def test_a_density_equals_scipys_or_is_a_peak_of_area_one(make_evaluation: Make)
     curve = figures.density(np.full(5, 0.5), grid)
     assert grid[curve.argmax()] == pytest.approx(0.5)
     assert np.trapezoid(curve, grid) == pytest.approx(1, abs=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("largest", "unit"), [(2e13, "TMACs"), (3.2e11, "GMACs"), (2e8, "GMACs"), (9e7, "MMACs"), (5e3, "kMACs")]
-)
-def test_the_unit_fits_the_backbone(largest: float, unit: str) -> None:
-    name, scale = unit_of(largest)
-    assert name == unit
-    assert scale == {"T": 1e12, "G": 1e9, "M": 1e6, "k": 1e3}[unit[0]]
 
 
 @pytest.mark.parametrize(
