@@ -173,6 +173,22 @@ class EarlyExitGenerator(nn.Module):
             outputs.append(self.split.finish(values))
         return outputs
 
+    def features(self, *inputs: Any, **kwargs: Any) -> list[Tensor]:
+        """Feature maps at the attach points, first to last, each ``(N, C, ...)``.
+
+        Args:
+            *inputs: The generator's positional inputs.
+            **kwargs: The generator's keyword inputs.
+        """
+        values = self._begin(inputs, kwargs).values
+        features = []
+        with torch.no_grad():
+            for index in range(len(self.split.cuts)):
+                values = self.split.advance(values, index) if index else values
+                # The next stage may write into its input.
+                features.append(self.split.crossing(values, index)[0].clone())
+        return features
+
     def video(self, hysteresis: float = 0.1) -> VideoRouter:
         """Route the frames of a video without flicker between exits: ``with model.video() as step: ...``.
 

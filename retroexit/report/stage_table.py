@@ -34,7 +34,7 @@ def decoder_table(decoder: Decoder) -> str:
     """Show a generator: its module tree, the stages in it, their costs and live values.
 
     Args:
-        decoder: What `retroexit.inspection.read_generator` returns.
+        decoder: What `retroexit.api.read_generator` returns.
 
     Returns:
         Lines of at most 100 characters, for a terminal.
