@@ -12,11 +12,10 @@ A trained branch is also tested with the guides of other inputs ("swapped"), whi
     python benchmarks/guidance_gain.py --case latent --shared ../shared --out runs/gain \
         --variants none image "image shuffled" "image noise" --seeds 0 1 2
 
-Cases: ``latent``, street photographs through a real latent decoder; ``faces``, frames of talking heads
-through the same decoder, with a bank of whole frames; ``scenes``, the generator that comes with the library;
-``tiny``, for ``--quick``. Finished runs are stored in ``--out``: an interrupted benchmark continues, and
-variants can be added later. The table, the plot (paper, figures 8 and 10) and the JSON file show all runs in
-the folder.
+Cases: ``latent``, street photographs through a real latent decoder; ``mixed``, talking heads as well;
+``scenes``, the generator that comes with the library; ``tiny``, for ``--quick``. Finished runs are stored in
+``--out``: an interrupted benchmark continues, and variants can be added later. The table, the plot (paper,
+figures 8 and 10) and the JSON file show all runs in the folder.
 """
 
 from __future__ import annotations

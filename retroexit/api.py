@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 from torch import nn
 
 from retroexit.branch.widths.plan import WidthRule
-from retroexit.errors import GeneratorError, OptionError
+from retroexit.errors import GeneratorError, OptionError, RecordingError
 from retroexit.evaluate import evaluate
 from retroexit.fit import fit
 from retroexit.guidance.options import Guidance
-from retroexit.inspection import find_stages
 from retroexit.load import load
 from retroexit.model import EarlyExitGenerator
 from retroexit.plugins.description import Description
 from retroexit.plugins.host import host
+from retroexit.split.split import SplitGenerator, places
+from retroexit.stages.decoder import Decoder, forward_signature, read_decoder
+from retroexit.stages.stage import Stage
 from retroexit.wrapping.options import WrapOptions, shadowed_keywords
 
-__all__ = ["evaluate", "find_stages", "fit", "load", "wrap"]
+__all__ = ["evaluate", "find_stages", "fit", "load", "read_generator", "wrap"]
 
 
 def wrap(
@@ -128,6 +131,80 @@ def wrap(
     if example_inputs is not None:
         model.record(*example_inputs, **(example_kwargs or {}))
     return model
+
+
+def find_stages(
+    generator: nn.Module,
+    example_inputs: Sequence[Any] | None = None,
+    example_kwargs: dict[str, Any] | None = None,
+    *,
+    image: Any = None,
+    stages: Sequence[str] | None = None,
+) -> list[Stage]:
+    """List the stages l_1..l_N of a generator, with cost, output shape and live values.
+
+    `retroexit.report.stage_table` prints them, `retroexit.report.decoder_picture` draws them.
+
+    Args:
+        generator: A trained generator in eval mode.
+        example_inputs: Positional inputs that it accepts; an adapter may make them.
+        example_kwargs: Keyword inputs.
+        image: Key of the image in its output, where it returns several maps.
+        stages: Paths of l_1..l_N, where the search should not decide.
+
+    Returns:
+        The stages, in order; those marked ``is_suggested`` are good places for branches.
+
+    Raises:
+        GeneratorError, RecordingError: As `wrap`.
+
+    Reference: paper section 3.1.
+    """
+    return list(read_generator(generator, example_inputs, example_kwargs, image=image, stages=stages).stages)
+
+
+def read_generator(
+    generator: nn.Module,
+    example_inputs: Sequence[Any] | None = None,
+    example_kwargs: dict[str, Any] | None = None,
+    *,
+    image: Any = None,
+    stages: Sequence[str] | None = None,
+) -> Decoder:
+    """Read a generator as `wrap` does: its stages, and the execution that they were found in."""
+    description = host().describe(generator)
+    if example_inputs is None and not example_kwargs:
+        if description is None or description.example_inputs is None:
+            raise OptionError(
+                f"example_inputs are needed, because no adapter makes the inputs of {type(generator).__name__}, "
+                f"{forward_signature(generator)}. Pass example_inputs=(...); on the command line, --shape 1,32,16,32 "
+                "once per input, or a factory that returns (generator, inputs).",
+                generator,
+            )
+        example_inputs, example_kwargs = description.example_inputs(generator)
+    args, kwargs = tuple(example_inputs or ()), dict(example_kwargs or {})
+    decoder = read_decoder(
+        generator,
+        args,
+        kwargs,
+        stages=stages if stages is not None or description is None else description.stages,
+        image=image if image is not None or description is None else description.image,
+    )
+    return decoder if decoder.replayed else _check_pieces(generator, decoder, args, kwargs)
+
+
+def _check_pieces(
+    generator: nn.Module, decoder: Decoder, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Decoder:
+    """Cut at the suggested stages and run the pieces; note the reason where they do not reproduce the output."""
+    pairs = places(decoder, [stage for stage in decoder.stages if stage.is_suggested], "after")
+    if not pairs:
+        return decoder
+    try:
+        SplitGenerator(generator, decoder, [cut for _, cut in pairs], args, kwargs)
+    except RecordingError as error:
+        return replace(decoder, replayed=" ".join(str(error).split()))
+    return decoder
 
 
 def _rules(scale: float | Sequence[float], min_channels: int, count: int, name: str) -> tuple[WidthRule, ...]:

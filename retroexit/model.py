@@ -15,11 +15,11 @@ from retroexit.guidance.bank import GuidanceBank
 from retroexit.guidance.provider import GuideProvider
 from retroexit.measuring.calibrate import calibrate
 from retroexit.metrics import QualityMetric
-from retroexit.plugins.metrics import find_metric
+from retroexit.plugins.host import find_metric
 from retroexit.routing.calibration import Calibration
 from retroexit.routing.latency import Latency, time_exits
+from retroexit.routing.policy import Policy, RoutingOptions, RoutingRequest
 from retroexit.routing.render import leave, render
-from retroexit.routing.request import Policy, RoutingOptions, RoutingRequest
 from retroexit.routing.router import LossPrediction, Router
 from retroexit.routing.video import VideoRouter
 from retroexit.saving.model_files import Snapshot, write_model
@@ -172,6 +172,22 @@ class EarlyExitGenerator(nn.Module):
         with torch.no_grad():
             outputs.append(self.split.finish(values))
         return outputs
+
+    def features(self, *inputs: Any, **kwargs: Any) -> list[Tensor]:
+        """Feature maps at the attach points, first to last, each ``(N, C, ...)``.
+
+        Args:
+            *inputs: The generator's positional inputs.
+            **kwargs: The generator's keyword inputs.
+        """
+        values = self._begin(inputs, kwargs).values
+        features = []
+        with torch.no_grad():
+            for index in range(len(self.split.cuts)):
+                values = self.split.advance(values, index) if index else values
+                # The next stage may write into its input.
+                features.append(self.split.crossing(values, index)[0].clone())
+        return features
 
     def video(self, hysteresis: float = 0.1) -> VideoRouter:
         """Route the frames of a video without flicker between exits: ``with model.video() as step: ...``.
@@ -344,7 +360,7 @@ class EarlyExitGenerator(nn.Module):
             The times, which are now part of the model and saved with it.
         """
         begun = self._begin(inputs, kwargs)
-        rows = self.router.samples(begun)
+        rows = begun.samples
 
         def call(k: int) -> None:
             if self.predictor is None:

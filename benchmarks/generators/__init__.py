@@ -7,9 +7,4 @@ from generators.entry import Entry
 
 __all__ = ["ENTRIES"]
 
-ENTRIES: tuple[Entry, ...] = (
-    *own.ENTRIES,
-    *latent.ENTRIES,
-    *published.ENTRIES,
-    *checkouts.ENTRIES,
-)
+ENTRIES: tuple[Entry, ...] = (*own.ENTRIES, *latent.ENTRIES, *published.ENTRIES, *checkouts.ENTRIES)

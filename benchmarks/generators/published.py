@@ -227,12 +227,7 @@ ENTRIES = (
     ),
     # Per level a transposed convolution, then residual blocks beside each other, none of which is a
     # place: what they are averaged to is no module's.
-    Entry(
-        "transformers-hifigan",
-        hifi_gan,
-        "?conv_pre upsampler.{0-2}",
-        ["transformers"],
-    ),
+    Entry("transformers-hifigan", hifi_gan, "?conv_pre upsampler.{0-2}", ["transformers"]),
     Entry("transformers-univnet", univ_net, "?conv_pre resblocks.{0-1}", ["transformers"]),
     # Convolution, LSTM, then per level an activation, a transposed convolution and a residual block.
     Entry(
@@ -271,10 +266,7 @@ ENTRIES = (
     Entry("smp-unet", smp_unet, "?decoder.center decoder.blocks.{0-4}", ["segmentation_models_pytorch"]),
     # Top-down pathway; the four heads then run beside each other, so that none is a place.
     Entry(
-        "smp-fpn",
-        smp_fpn,
-        "?decoder.p5 decoder.p4 decoder.p3 decoder.p2",
-        ["segmentation_models_pytorch"],
+        "smp-fpn", smp_fpn, "?decoder.p5 decoder.p4 decoder.p3 decoder.p2", ["segmentation_models_pytorch"]
     ),
     # A triangle of blocks; x_0_i is the way up, the others refine the skips.
     Entry(
@@ -293,10 +285,5 @@ ENTRIES = (
         "decode_head.linear_fuse|decode_head.batch_norm",
         ["transformers"],
     ),
-    Entry(
-        "transformers-segformer-head",
-        segformer_head,
-        "linear_fuse|batch_norm",
-        ["transformers"],
-    ),
+    Entry("transformers-segformer-head", segformer_head, "linear_fuse|batch_norm", ["transformers"]),
 )

@@ -472,6 +472,9 @@ def nearest(
         # |q|^2 is the same for every key of a query: left out.
         return torch.addmm(lengths, queries, part.T, alpha=-2)
 
+    if len(keys) <= _KEYS:
+        scores = score(0, len(keys))
+        return scores.min(1, keepdim=True).indices if k == 1 else scores.topk(k, largest=False).indices
     return scan(score, len(keys), k, smallest, _KEYS)[1]
 
 

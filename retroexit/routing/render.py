@@ -40,7 +40,9 @@ def render(
     early = (exits <= len(branches)).nonzero()[:, 0]
     everyone = len(early) == len(exits)
     with torch.no_grad():  # one search for all samples that leave early
-        guides = guide.guide(begun, None if everyone else early, choice.retrieved)
+        guides = (
+            None if guide.taps is None else guide.guide(begun, None if everyone else early, choice.retrieved)
+        )
     values, rows = begun.values, torch.arange(len(exits), device=exits.device)
     parts: list[tuple[Tensor, Any]] = []
     for index, branch in enumerate(branches):

@@ -17,10 +17,8 @@ from retroexit.guidance.bank import Retrieved
 from retroexit.guidance.provider import GuideProvider
 from retroexit.routing.calibration import Calibration
 from retroexit.routing.latency import Latency
-from retroexit.routing.ood_guard import OODCounter
-from retroexit.routing.policy import assign_by_budget, assign_exits
-from retroexit.routing.predictor import Predictor
-from retroexit.routing.request import RoutingRequest
+from retroexit.routing.policy import RoutingRequest, assign_by_budget, assign_exits
+from retroexit.routing.predictor import OODCounter, Predictor
 from retroexit.split.split import Begun
 from retroexit.wrapping.decomposition import Decomposition
 
@@ -106,7 +104,7 @@ class Router(nn.Module):
             TrainingError: If a predictor, calibration or measured time is needed and missing.
             BankError: If the guidance bank is needed and missing.
         """
-        samples, last = self.samples(begun), self.exits
+        samples, last = begun.samples, self.exits
         device = begun.key_feature.device
         if request.exit is not None:
             return Choice(torch.full((samples,), self.check_exit(request.exit), device=device))
@@ -140,7 +138,7 @@ class Router(nn.Module):
                 "with exit=k.",
                 self,
             )
-        feature, retrieved, reads = self._feature(begun), None, self.reads
+        feature, retrieved, reads = begun.feature, None, self.reads
         inputs = [feature]
         if reads == "inputs":
             source = self.predictor_inputs
@@ -297,20 +295,12 @@ class Router(nn.Module):
     @property
     def _divides(self) -> bool:
         """Whether samples of one batch may leave at different exits."""
-        return self._recorded.split.divides and (self._guide.taps is None or self._rows_per_sample == 1)
+        return self._recorded.split.mixes and (self._guide.taps is None or self._rows_per_sample == 1)
 
     @property
     def _rows_per_sample(self) -> int:
         """Rows of one sample in the first feature, into which frames may be folded."""
-        split = self._recorded.split
-        return split.batched.get(split.cuts[0].crossing[0]) or 1
-
-    def _feature(self, begun: Begun) -> Tensor:
-        return self._recorded.split.crossing(begun.values, 0)[0]
-
-    def samples(self, begun: Begun) -> int:
-        """Number of samples of a batch."""
-        return len(self._feature(begun)) // self._rows_per_sample
+        return self._recorded.split.rows_per_sample
 
 
 def guide_distance(squared: Tensor) -> Tensor:

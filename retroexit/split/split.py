@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from retroexit.tracing.record import unobserved
 __all__ = ["Begun", "SplitGenerator", "Values", "are_grouped", "group", "merge", "places", "rows_per_sample"]
 
 Values = dict[fx.Node, Any]
+Leaves = list[tuple[tuple[Any, ...], Any]]
 
 
 @dataclass(frozen=True)
@@ -38,9 +40,8 @@ class CallForm:
     constants: tuple[tuple[tuple[Any, ...], str], ...]
 
     @classmethod
-    def of(cls, args: Any, kwargs: Any) -> CallForm:
-        """Describe a call."""
-        leaves = list(flatten((tuple(args), dict(kwargs))))
+    def of(cls, leaves: Leaves) -> CallForm:
+        """Describe a call by the leaves of its arguments."""
         inputs = [(path, leaf) for path, leaf in leaves if isinstance(leaf, Tensor)]
         others = [(path, repr(leaf)) for path, leaf in leaves if not isinstance(leaf, Tensor)]
         return cls(tuple(path for path, _ in inputs), tuple(x.dtype for _, x in inputs), tuple(others))
@@ -81,12 +82,16 @@ class Begun:
 
     Attributes:
         values: Values that cross the first cut, by node.
+        feature: Feature at the first cut, shape ``(N, C, ...)``.
+        samples: Number of samples; fewer than N where frames are folded into the batch.
         key_feature: Feature that the keys are cut from, shape ``(N, C, ...)``.
         args: Positional inputs of the call.
         kwargs: Keyword inputs of the call.
     """
 
     values: Values
+    feature: Tensor
+    samples: int
     key_feature: Tensor
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -129,18 +134,20 @@ class SplitGenerator:
     ) -> None:
         self.generator, self.decoder, self.cuts, self.key_cut = generator, decoder, tuple(cuts), key_cut
         recording = decoder.recording
-        self._call = CallForm.of(args, kwargs)
+        leaves = list(flatten((tuple(args), dict(kwargs))))
+        self._call = CallForm.of(leaves)
         self.example = (cloned(tuple(args)), cloned(dict(kwargs)))
         self._inputs = [node for node in recording.nodes if node.op == "placeholder"]
         self._modes = [(m, recording.modes[name]) for name, m in generator.named_modules()]
         self._device = device_of(generator)
         self._precision = _precision(generator)
-        self._shapes = {self._shape_key(args, kwargs)}
-        self.batch = self._batch_size(args, kwargs)
+        self._shapes = {_shape_key(leaves)}
+        self.batch = _batch_size(leaves)
         self.batched: dict[fx.Node, int] = {}
         self.output_rows, self.divides = list[int | None](), True
         self.written: list[set[int]] = []
         self._around_key: tuple[Segment, Segment] | None = None
+        self._crossing = [cut.crossing for cut in self.cuts]
         self._prepare()
         self.any_batch = self._probe_batch(args, kwargs)
         self.divides = self.any_batch and self.divides
@@ -181,8 +188,9 @@ class SplitGenerator:
             DeviceError: If the generator moved since.
         """
         self._check_generator()
-        self._check_call(args, kwargs)
-        return self._bind(args, kwargs)
+        leaves = list(flatten((tuple(args), dict(kwargs))))
+        self._check_call(args, kwargs, leaves)
+        return self._bind(args, kwargs, leaves)
 
     def begin(self, args: Any, kwargs: Any) -> Begun:
         """Run the generator to the first cut.
@@ -191,7 +199,15 @@ class SplitGenerator:
             InputMismatchError, ModeError, DeviceError: See `start`.
         """
         values, key_feature = self._to_first_cut(self.start(args, kwargs))
-        return Begun(values, key_feature, tuple(args), dict(kwargs))
+        feature = self.crossing(values, 0)[0]
+        return Begun(
+            values, feature, len(feature) // self.rows_per_sample, key_feature, tuple(args), dict(kwargs)
+        )
+
+    @property
+    def rows_per_sample(self) -> int:
+        """Rows of one sample in the first cut's feature, into which frames may be folded."""
+        return self.batched.get(self.cuts[0].feature) or 1
 
     def _to_first_cut(self, values: Values) -> tuple[Values, Tensor]:
         if self.key_cut is None or self._around_key is None:
@@ -226,7 +242,7 @@ class SplitGenerator:
 
     def crossing(self, values: Values, index: int) -> list[Tensor]:
         """List the values that cross a cut, the feature first."""
-        return [values[node] for node in self.cuts[index].crossing]
+        return [values[node] for node in self._crossing[index]]
 
     def select(self, values: Values, rows: Tensor) -> Values:
         """Keep some samples of a batch."""
@@ -259,8 +275,8 @@ class SplitGenerator:
 
     # Checks.
 
-    def _bind(self, args: Any, kwargs: Any) -> Values:
-        by_path = dict(flatten((tuple(args), dict(kwargs))))
+    def _bind(self, args: Any, kwargs: Any, leaves: Leaves | None = None) -> Values:
+        by_path = dict(flatten((tuple(args), dict(kwargs))) if leaves is None else leaves)
         paths = self.decoder.recording.inputs
         return {node: by_path[path] for node, path in zip(self._inputs, paths, strict=True)}
 
@@ -274,7 +290,8 @@ class SplitGenerator:
                     f"got {state} mode. Set the generator's mode back, or wrap it again.",
                     module,
                 )
-        device = device_of(self.generator, self._device)
+        first = next(chain(self.generator.parameters(), self.generator.buffers()), None)
+        device = self._device if first is None else first.device
         if device != self._device:
             raise DeviceError(
                 f"the generator must be on {self._device} as in the recording, got {device}. Move it "
@@ -297,19 +314,19 @@ class SplitGenerator:
                 branch,
             )
 
-    def _check_call(self, args: Any, kwargs: Any) -> None:
-        call = CallForm.of(args, kwargs)
+    def _check_call(self, args: Any, kwargs: Any, leaves: Leaves) -> None:
+        call = CallForm.of(leaves)
         # A generator that was converted runs in its new precision: that is checked as a new shape is.
         if call != self._call and not (
             _precision(self.generator) != self._precision and call.in_precision_of(self._call) == self._call
         ):
             raise InputMismatchError(call.difference(self._call), (args, kwargs))
-        self._check_shape(args, kwargs)
+        self._check_shape(args, kwargs, leaves)
 
-    def _check_shape(self, args: Any, kwargs: Any) -> None:
-        key = self._shape_key(args, kwargs)
+    def _check_shape(self, args: Any, kwargs: Any, leaves: Leaves) -> None:
+        key = _shape_key(leaves)
         if key in self._shapes:
-            batch = self._batch_size(args, kwargs)
+            batch = _batch_size(leaves)
             if batch != self.batch and not self.any_batch:
                 raise InputMismatchError(
                     f"the batch size must be {self.batch}, which the generator's forward fixes, got {batch}. "
@@ -400,7 +417,7 @@ class SplitGenerator:
         self, small: tuple[Any, Any], large: tuple[Any, Any], shapes: dict[Any, Any], grown: dict[Any, Any]
     ) -> None:
         """See which rows belong to which sample, from a batch and the same with one more sample."""
-        rows = rows_per_sample(shapes, grown, self._batch_size(*small))
+        rows = rows_per_sample(shapes, grown, _batch_size(list(flatten(small))))
         self.batched = {node: size for node, size in rows.items() if isinstance(node, fx.Node)}
         self.output_rows = [rows.get(name) for name in shapes if isinstance(name, int)]
         self.divides = all(rows.values())
@@ -430,11 +447,13 @@ class SplitGenerator:
             found.update((i, look(v) if v.dim() > 0 else None) for i, v in enumerate(outputs))
         return found, outputs
 
-    def _shape_key(self, args: Any, kwargs: Any) -> tuple[Any, ...]:
-        return tuple((t.dtype, *t.shape[1:]) for t in tensors((args, kwargs)))
 
-    def _batch_size(self, args: Any, kwargs: Any) -> int:
-        return next((t.shape[0] for t in tensors((args, kwargs)) if t.dim() > 0), 1)
+def _shape_key(leaves: Leaves) -> tuple[Any, ...]:
+    return tuple((x.dtype, *x.shape[1:]) for _, x in leaves if isinstance(x, Tensor))
+
+
+def _batch_size(leaves: Leaves) -> int:
+    return next((x.shape[0] for _, x in leaves if isinstance(x, Tensor) and x.dim() > 0), 1)
 
 
 def places(decoder: Decoder, stages: Iterable[Stage], tap: str) -> list[tuple[Stage, Cut]]:

@@ -24,7 +24,7 @@ from retroexit.measuring.exits import image_range_of
 from retroexit.metrics import QualityMetric
 from retroexit.model import EarlyExitGenerator
 from retroexit.retrieval import Retriever
-from retroexit.routing.ood_guard import farthest
+from retroexit.routing.predictor import farthest
 from retroexit.routing.router import guide_distance
 from retroexit.saving.settings import options_to_json
 from retroexit.training.branches.distributed import Team

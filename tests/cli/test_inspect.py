@@ -154,7 +154,7 @@ def test_a_file_is_not_mistaken_for_a_module_of_its_name(run: Any, tmp_path: Pat
         (("toy.py:sized", "--args", "4) + f(4"), "found no list of arguments"),
         (("toy.py:sized", "--args", "**{'width': 4}"), r"found '\*\*'"),
         (("toy.py:ready", "--args", "4"), "found a Decoder, which no call makes. Leave --args out"),
-        (("toy.py:decoder",), r"found no adapter that can make its inputs, \(z\).*--shape 1,32,16,32"),
+        (("toy.py:decoder",), r"no adapter makes the inputs of .*, \(z\).*--shape 1,32,16,32"),
         (("toy.py:decoder", "--shape", "1,x"), "asked for --shape 1,x; found invalid literal"),
         (("toy.py:decoder", "--shape", "1,-4,4,4"), "asked for --shape 1,-4,4,4; found .*Write 1,32,16,32"),
         (("toy.py:decoder", "--shape", "1,4:nn"), "found no type torch.nn"),

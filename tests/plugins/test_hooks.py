@@ -172,8 +172,8 @@ def test_hook_retroexit_metrics(painter: nn.Module, use: Callable[[object], Host
     retroexit.fit(model, SAMPLES, tmp_path, metric="gradient", **QUICK)
     report = retroexit.evaluate(model, SAMPLES, progress=False)
     with torch.no_grad():
-        want = Gradient()(model(SAMPLES, exit=1), painter(SAMPLES))
-    assert report.loss[:, 0] == pytest.approx(want.numpy(), rel=1e-4, abs=1e-6)
+        expected = Gradient()(model(SAMPLES, exit=1), painter(SAMPLES))
+    assert report.loss[:, 0] == pytest.approx(expected.numpy(), rel=1e-4, abs=1e-6)
 
 
 def test_hook_retroexit_losses(painter: nn.Module, use: Callable[[object], Host], tmp_path: Path) -> None:

@@ -11,8 +11,7 @@ from torch import Tensor
 from retroexit.guidance import with_slopes
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.model import EarlyExitGenerator
-from retroexit.routing.ood_guard import OODGuard, farthest
-from retroexit.routing.predictor import Predictor
+from retroexit.routing.predictor import OODGuard, Predictor, farthest
 from retroexit.training.predictor.fit import train_predictor
 
 Make = Callable[..., EarlyExitGenerator]

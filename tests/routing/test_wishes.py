@@ -14,8 +14,7 @@ from retroexit.errors import OptionError, TrainingError
 from retroexit.model import EarlyExitGenerator
 from retroexit.routing.calibration import Calibration
 from retroexit.routing.latency import Latency, time_exits
-from retroexit.routing.policy import assign_by_budget, lagrange_multiplier
-from retroexit.routing.request import RoutingRequest
+from retroexit.routing.policy import RoutingRequest, assign_by_budget, lagrange_multiplier
 
 Make = Callable[..., EarlyExitGenerator]
 SHARES = torch.tensor([0.1, 0.3, 0.6, 1.01])

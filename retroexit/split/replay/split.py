@@ -22,10 +22,9 @@ from retroexit.core.modules import clone_module
 from retroexit.core.nested import clone_strided, cloned, rebuild
 from retroexit.errors import InputMismatchError, RecordingError
 from retroexit.split.replay.rerun import Place, Run, become_standin, delegate, opened_by, running
-from retroexit.split.replay.tail import ReplayCut, ReplayTail
-from retroexit.split.replay.value_registry import Layout
+from retroexit.split.replay.tail import Layout, ReplayCut, ReplayTail
 from retroexit.split.segments import Tail
-from retroexit.split.split import SplitGenerator, Values
+from retroexit.split.split import Leaves, SplitGenerator, Values
 from retroexit.stages.cuts import Cut
 from retroexit.stages.decoder import Decoder
 from retroexit.stages.stage import Stage
@@ -173,10 +172,10 @@ class ReplaySplit(SplitGenerator):
 
     # Checks.
 
-    def _bind(self, args: Any, kwargs: Any) -> Values:
+    def _bind(self, args: Any, kwargs: Any, leaves: Leaves | None = None) -> Values:
         return self._layout.bind(args, kwargs)
 
-    def _check_shape(self, args: Any, kwargs: Any) -> None:
+    def _check_shape(self, args: Any, kwargs: Any, leaves: Leaves) -> None:
         """The generator's own forward runs, whatever the sizes."""
 
     def _probe_batch(self, args: Any, kwargs: Any) -> bool:
