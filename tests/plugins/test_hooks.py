@@ -204,7 +204,10 @@ def test_hook_retroexit_width_rules(painter: nn.Module, use: Callable[[object], 
     class Offers:
         @hookimpl
         def retroexit_width_rules(self) -> dict[str, Callable[[int, float, int], int]]:
-            return {"odd": lambda channels, scale, least: max(least, int(channels * scale)) | 1}
+            return {
+                "odd": lambda channels, scale, least: max(least, int(channels * scale)) | 1,
+                "huge": lambda channels, scale, least: channels + 1,
+            }
 
     plugins = use(Offers())
     assert plugins.width_rule("odd")(16, 0.5, 4) == 9
@@ -212,15 +215,6 @@ def test_hook_retroexit_width_rules(painter: nn.Module, use: Callable[[object], 
     assert wrap(painter).branches[0].tail.get_submodule("rgb").in_channels == 8
     with pytest.raises(PluginError, match="no width rule 'od'; closest: 'odd'"):
         wrap(painter, width_rule="od")
-
-
-def test_a_width_rule_out_of_range_is_named(painter: nn.Module, use: Callable[[object], Host]) -> None:
-    class Offers:
-        @hookimpl
-        def retroexit_width_rules(self) -> dict[str, Callable[[int, float, int], int]]:
-            return {"huge": lambda channels, scale, least: channels + 1}
-
-    use(Offers())
     with pytest.raises(OptionError, match="width rule 'huge' for 16 channels at scale 0.5; found 17"):
         wrap(painter, width_rule="huge")
 
