@@ -204,7 +204,10 @@ def test_hook_retroexit_width_rules(painter: nn.Module, use: Callable[[object], 
     class Offers:
         @hookimpl
         def retroexit_width_rules(self) -> dict[str, Callable[[int, float, int], int]]:
-            return {"odd": lambda channels, scale, least: max(least, int(channels * scale)) | 1}
+            return {
+                "odd": lambda channels, scale, least: max(least, int(channels * scale)) | 1,
+                "huge": lambda channels, scale, least: channels + 1,
+            }
 
     plugins = use(Offers())
     assert plugins.width_rule("odd")(16, 0.5, 4) == 9

@@ -32,7 +32,10 @@ class Page(HTMLParser):
     def __init__(self, text: str) -> None:
         super().__init__()
         self.tables: dict[str, list[list[str]]] = {}
-        self.addresses, self.ids, self.headings, self._inside = [], [], [], []  # type: ignore[var-annotated]
+        self.addresses: list[str] = []
+        self.ids: list[str] = []
+        self.headings: list[str] = []
+        self._inside: list[str] = []
         self.drawings = self.chosen = 0
         self.feed(text)
 
