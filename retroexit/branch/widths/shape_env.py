@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import sympy
 import torch
@@ -74,7 +74,7 @@ class SizeEnv(ShapeEnv):
     def pin(self, size: Any, reason: str) -> None:
         """Fix a size."""
         if isinstance(size, torch.SymInt):
-            self.equations.equate(size.node.expr, int(size.node.hint), reason)
+            self.equations.equate(size.node.expr, int(cast(int, size.node.hint)), reason)
             self._invalidate_caches()
 
     def evaluate_expr(
