@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 import retroexit
-from retroexit import fit as fitting
 from retroexit.core.samples import Samples
 from retroexit.errors import CheckpointError, OptionError, PluginError
 from retroexit.training.branches.distributed import Team
 from retroexit.training.settings import FitSettings, set_aside
+
+fitting = sys.modules["retroexit.fit"]  # the name in the package is the function
 
 PROMISE: dict[str, Any] = {"calibrate": 0.5, "alpha": 0.5, "confidence": 0.5}
 
