@@ -1,7 +1,6 @@
 """PyTorch's symbolic shapes, answered by `SizeEquations` instead of PyTorch's own solver.
 
 This is the only module of `retroexit.branch` that uses private PyTorch interfaces;
-``tests/branch/test_private_torch.py`` states what it relies on.
 """
 
 from __future__ import annotations
