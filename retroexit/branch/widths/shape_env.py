@@ -1,6 +1,6 @@
 """PyTorch's symbolic shapes, answered by `SizeEquations` instead of PyTorch's own solver.
 
-This is the only module of `retroexit.branch` that uses private PyTorch interfaces;
+This is the only module of `retroexit.branch` that uses private PyTorch interfaces.
 """
 
 from __future__ import annotations
