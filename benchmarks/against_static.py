@@ -27,8 +27,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
-import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -38,21 +36,14 @@ from typing import Any
 import numpy as np
 import torch
 from cases import CASES, Case, shared_folder
+from common import argument_parser, machine_line, write_json
 from static import networks, show
-from static.measuring import (
-    Draw,
-    Point,
-    exit_points,
-    network_point,
-    seconds_of,
-    thresholds_of,
-)
+from static.measuring import Draw, Point, exit_points, network_point, seconds_of, thresholds_of
 from torch import Tensor
 
 import retroexit
 from retroexit.core.images import ImageRange
 from retroexit.core.samples import Samples
-from retroexit.core.versions import versions
 from retroexit.evaluation.sweep import Evaluation
 from retroexit.model import EarlyExitGenerator
 from retroexit.training.data.cache import FeatureCache
@@ -119,7 +110,9 @@ class Run:
         model = self.model = networks.early_exits(
             self.case, attach_at, scale, floor, self.training, self.out / "ours"
         )
-        model.drift.enabled = False  # sending strange inputs to the backbone is no part of what is compared
+        model.router.ood_counter.enabled = (
+            False  # sending strange inputs to the backbone is no part of what is compared
+        )
         path = self.out / "ours" / "report" / "evaluation.json"
         if not path.exists():
             retroexit.evaluate(model, self.latents, path.parent, metric=self.case.metric, repeats=0)
@@ -153,7 +146,7 @@ class Run:
             student = networks.Student(self.case, width / full, min(width, floor))
             path = self.out / f"thin-{width}-longer.safetensors"
             self.network("student, longer", width, networks.tuned(student, self.case, long, features, path))
-        for ratio in self.arguments.ratios or ratios:
+        for ratio in ratios if self.arguments.ratios is None else self.arguments.ratios:
             network, path = networks.prune(self.case, ratio), self.out / f"pruned-{ratio:g}.safetensors"
             self.network(
                 "Torch-Pruning", ratio, networks.tuned(network, self.case, self.training, features, path)
@@ -186,7 +179,7 @@ def main(given: Sequence[str] | None = None) -> None:
     training = networks.Training(
         arguments.steps, arguments.batch, arguments.crop, arguments.lr, arguments.seed, not arguments.float32
     )
-    run, load = Run(case, training, arguments), os.getloadavg()[0]
+    run = Run(case, training, arguments)
     run.ours()
     run.rivals()
     seconds = run.time() if arguments.repeats else None
@@ -195,23 +188,19 @@ def main(given: Sequence[str] | None = None) -> None:
     verdicts = {cost: show.verdicts(run.points, cost) for cost in timed}
     about = {
         "arguments": {k: str(v) for k, v in vars(arguments).items()},
-        "machine": platform.processor() or platform.machine(),
-        "load": [load, os.getloadavg()[0]],
-        "threads": torch.get_num_threads(),
-        "versions": versions(),
         "metric": case.metric.describe(),
         "images": len(run.latents),
         "backbone": {"macs": macs, "seconds": seconds},
     }
-    text = json.dumps({"about": about, "points": [p.plain() for p in run.points], "verdicts": verdicts})
-    (arguments.out / "static.json").write_text(text)
+    points = [p.plain() for p in run.points]
+    write_json(arguments.json or arguments.out / "static.json", about=about, points=points, verdicts=verdicts)
     windows = "whole images" if training.crop is None else f"windows of {training.crop} pixels"
     title = (
         f"{training.steps} steps per network on {windows}, {training.batch} per step; "
         f"{len(run.latents)} test images; {arguments.threads} thread"
     )
     show.draw(run.points, macs, seconds, arguments.out / "static.png", title)
-    print(f"{title}; {about['machine']}, load {load:.1f} at the start, {versions()}")
+    print(f"{title}; {machine_line()}")
     print(show.points_table(run.points, macs, seconds))
     print("MACs that keep 95 % of the images below a limit, the best setting of each way:")
     print(show.floors_table(run.points, macs, LIMITS))
@@ -229,9 +218,7 @@ def _backbone_macs(case: Case) -> int:
 
 
 def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument("--case", choices=sorted(EXITS), default="latent")
     parser.add_argument("--shared", type=Path, default=shared_folder(), help="folder with weights and data")
     parser.add_argument("--out", type=Path, default=Path("runs/static"))
@@ -245,7 +232,6 @@ def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--float32", action="store_true", help="train without bfloat16 autocast")
     parser.add_argument("--thresholds", type=int, default=8, help="thresholds of ours that are rendered")
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--timed", type=int, default=4, help="images to time")
     parser.add_argument("--repeats", type=int, default=5, help="timed turns per image; 0: no times")
     return parser.parse_args(given)

@@ -23,7 +23,7 @@ from retroexit.metrics import QualityMetric
 from retroexit.model import EarlyExitGenerator
 from retroexit.plugins import host
 
-__all__ = ["CASES", "Case", "shared_folder"]
+__all__ = ["CASES", "Case", "latent_decoder", "shared_folder"]
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def _restyled(scenes: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Ten
 
 def latent_case(shared: Path, out: Path) -> Case:
     """Street photographs through the latent decoder of examples/latent_decoder.py."""
-    example = _example()
+    example = latent_decoder()
     test = example.latents("test", shared, out)
     image = retroexit.Guidance(value_after="image", inject="every_stage", size=10_000, thin="random")
     slopes = dataclasses.replace(image, order=1, size=512, thin="kmeans")
@@ -112,36 +112,11 @@ def latent_case(shared: Path, out: Path) -> Case:
     )
 
 
-def face_case(shared: Path, out: Path) -> Case:
-    """Frames of talking heads through the same decoder; the bank: the first three fifths of six clips."""
-    example = _example()
-    encoder = example.load("encoder", shared)
-    clips = sorted(path for path in (shared / "data/faces").iterdir() if (path / "0000.jpg").exists())[::3]
-    train, test = [], []
-    for clip in clips:
-        frames = sorted(clip.glob("*.jpg"))
-        bank = 3 * len(frames) // 5
-        train += [_encoded(encoder, frame) for frame in frames[:bank]]
-        test += [_encoded(encoder, frame) for frame in frames[bank + 2 :: 3]]
-    frame = retroexit.Guidance(key=pooled, size=len(train), thin="none")
-    return dataclasses.replace(
-        latent_case(shared, out),
-        train=torch.stack(train),
-        test=torch.stack(test),
-        variants={
-            "frame": frame,
-            "slopes": retroexit.Guidance(
-                value_after="image", inject="every_stage", order=1, size=512, thin="kmeans"
-            ),
-        },
-    )
-
-
 def mixed_case(shared: Path, out: Path) -> Case:
     """Street photographs and as many talking heads, split by clip, through the same decoder."""
     street, path = latent_case(shared, out), out / "latents-heads.npz"
     if not path.exists():
-        encoder = _example().load("encoder", shared)
+        encoder = latent_decoder().load("encoder", shared)
         splits = json.loads((shared / "data/faces/clips.json").read_text(encoding="utf-8"))["splits"]
 
         def heads(clips: Sequence[str], count: int) -> Tensor:
@@ -167,11 +142,6 @@ def _encoded(encoder: nn.Module, path: Path, rows: slice = slice(None)) -> Tenso
     return encoder(torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255)[0]
 
 
-def pooled(latent: Tensor) -> Tensor:
-    """Key of a whole frame: its latent at a sixteenth of the resolution, ``(N, 32 * 4 * 4)``."""
-    return nn.functional.adaptive_avg_pool2d(latent, 4).flatten(1)
-
-
 def scene_case(shared: Path, out: Path) -> Case:
     """Drawn street scenes through the generator that comes with the library."""
     image = retroexit.Guidance(value_after="image", inject="every_stage", size=10_000, thin="random")
@@ -186,10 +156,7 @@ def scene_case(shared: Path, out: Path) -> Case:
         image_range=(-1.0, 1.0),
         crop=None,
         renew=_restyled,
-        variants={
-            "image": image,
-            "middle": dataclasses.replace(image, value_after=None, inject="input"),
-        },
+        variants={"image": image, "middle": dataclasses.replace(image, value_after=None, inject="input")},
     )
 
 
@@ -220,16 +187,11 @@ def tiny_case(shared: Path, out: Path) -> Case:
     )
 
 
-CASES = {
-    "latent": latent_case,
-    "faces": face_case,
-    "mixed": mixed_case,
-    "scenes": scene_case,
-    "tiny": tiny_case,
-}
+CASES = {"latent": latent_case, "mixed": mixed_case, "scenes": scene_case, "tiny": tiny_case}
 
 
-def _example() -> Any:
+def latent_decoder() -> Any:
+    """Import the example that holds the decoder."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
     import latent_decoder
 

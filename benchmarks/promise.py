@@ -7,28 +7,24 @@ of all inputs were above it (a one-sided binomial test); beside it, the splits w
 ``alpha`` of its samples above, without that allowance. MACs saved count predictor and retrieval. "One exit"
 is what the cheapest exit for everybody saves that the same test would promise.
 
-Budgets likewise: exits are priced on one half and chosen on the other.
-
     python benchmarks/promise.py runs/latent/report/evaluation.json --taus 0.05 0.1 0.15
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from common import argument_parser, write_json
 
 from retroexit.evaluation.promise import promise_summary
 from retroexit.evaluation.sweep import Evaluation
 from retroexit.report.text_tables import table
 from retroexit.routing.bounds import most_violations, samples_needed
 from retroexit.routing.calibration import Calibration
-from retroexit.routing.policy import assign_by_budget, lagrange_multiplier
 
 
 def half(evaluation: Evaluation, rows: np.ndarray) -> Evaluation:
@@ -81,56 +77,14 @@ def promised_exit(evaluation: Evaluation, tau: float, alpha: float, confidence: 
     return min(exits, key=lambda k: evaluation.macs[k - 1], default=len(evaluation.macs))
 
 
-def spent(evaluation: Evaluation, budget: float, splits: int) -> dict[str, float] | None:
-    """Price compute on one half and spend on the other; ``None`` where no exit is as cheap as the budget."""
-    shares = torch.from_numpy((evaluation.macs + evaluation.overhead) / evaluation.macs[-1])
-    if float(shares.min()) > budget:
-        return None
-    points = []
-    for seed in range(splits):
-        order = np.random.default_rng(seed).permutation(len(evaluation.loss))
-        first = half(evaluation, order[: len(order) // 2])
-        second = half(evaluation, order[len(order) // 2 :])
-        price = lagrange_multiplier(torch.from_numpy(first.need_predicted()), shares, budget)
-        exits = assign_by_budget(torch.from_numpy(second.need_predicted()), shares, price)
-        points.append(second.at_exits(exits.numpy(), float("inf")))
-    fixed = [evaluation.fixed(k) for k in range(1, len(evaluation.macs) + 1)]
-    affordable = [point for point in fixed if point.share <= budget]
-    return {
-        "share": float(np.mean([point.share for point in points])),
-        "largest": max(point.share for point in points),
-        "loss": float(np.mean([point.mean_loss for point in points])),
-        "fixed_loss": min(point.mean_loss for point in affordable) if affordable else float("nan"),
-    }
-
-
-def show_budgets(evaluation: Evaluation, budgets: list[float], splits: int) -> list[dict[str, Any]]:
-    """Print what budgets spend and give."""
-    found, rows = [], []
-    for budget in budgets:
-        row = spent(evaluation, budget, splits)
-        if row is None:
-            rows.append([f"{budget:g}", "no exit is as cheap", "", "", ""])
-            continue
-        found.append({"budget": budget, **row})
-        cells = [f"{row[key]:.3f}" for key in ("share", "largest")]
-        rows.append([f"{budget:g}", *cells, f"{row['loss']:.4f}", f"{row['fixed_loss']:.4f}"])
-    print(table(["budget", "spent, mean", "largest", "mean loss", "best fixed exit within it"], rows))
-    return found
-
-
 def main() -> None:
     """Split and print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument("evaluations", type=Path, nargs="+")
     parser.add_argument("--taus", type=float, nargs="+", default=[0.05, 0.1, 0.15])
-    parser.add_argument("--budgets", type=float, nargs="+", default=[0.1, 0.2, 0.3, 0.4, 0.5, 0.7])
     parser.add_argument("--splits", type=int, default=20)
     parser.add_argument("--alpha", type=float, default=0.05)
     parser.add_argument("--confidence", type=float, default=0.95)
-    parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     found = []
     for path in arguments.evaluations:
@@ -166,9 +120,7 @@ def main() -> None:
                 )
         head = ["threshold", "rule", "held", "strictly", "above, mean", "worst", "saved"]
         print(table([*head, "saved, expected", "above, expected", "saved, one exit", "saved, oracle"], rows))
-        found += show_budgets(evaluation, arguments.budgets, arguments.splits)
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(found, indent=1))
+    write_json(arguments.json, rows=found)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,20 @@
-"""Compare the installed retrieval back-ends on keys of a real generator, and what they do to its picture.
+"""Compare the installed retrieval back-ends on keys of a real generator, down to the images they lead to.
 
-The bank is filled from a generator's inputs as `fit` does it. Two kinds of queries: inputs that are not in
-the bank ("held out"), and inputs that are, with new noise ("new noise"). Per back-end, those of plug-ins
-included, and size of the bank: recall@1 against a plain loop, the time of one image's queries in one search
-(median, 10th to 90th percentile; back-ends take turns), time to build, memory, time and size of saving, and
-the loss of each exit's image when its guide comes from that back-end.
+The bank is filled from a generator's inputs as `fit` does it. There are two kinds of queries: inputs that
+are not in the bank ("held out"), and inputs that are, with new noise ("new noise"). Per back-end, those of
+plug-ins included, and size of the bank: recall@1 against a plain loop, the time of one image's queries in one
+search (median, 10th to 90th percentile; back-ends take turns), time to build, memory, time and size of
+saving, and the loss of each exit's image when its guide comes from that back-end.
 
     python benchmarks/retrieval.py --sizes 1000 10000 --json runs/retrieval.json --plot runs/retrieval.png
     python benchmarks/retrieval.py --case latent --shared ../shared --model runs/latent-guided
 
-The branches are those of ``--model``, a folder that `fit` wrote for the case's generator with guidance; else
-they are trained for a moment (``--steps``), enough to show what a worse neighbour costs.
+The branches are those of ``--model``, a folder that `fit` wrote for the case's generator with guidance;
+without it they are trained for ``--steps`` steps, enough to show what a worse neighbour costs.
+
+    python benchmarks/retrieval.py --bars --large 100000
+
+``--bars`` compares the back-ends with hand-written searches instead; see ``retrieval_bars.py``.
 """
 
 from __future__ import annotations
@@ -18,13 +22,11 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,12 +34,12 @@ from typing import Any
 import numpy as np
 import torch
 from cases import CASES, Case, shared_folder
+from common import argument_parser, cell, machine_line, take_turns, write_json
 from tqdm import tqdm
 
 import retroexit
 from retroexit.core.images import ImageRange
 from retroexit.core.samples import Samples
-from retroexit.core.versions import versions
 from retroexit.guidance import GuidanceBank, cut
 from retroexit.model import EarlyExitGenerator
 from retroexit.plugins import host
@@ -47,19 +49,19 @@ from retroexit.retrieval import Retriever
 Row = dict[str, Any]
 HELD_OUT, NEW_NOISE = "held out", "new noise"
 
-# Every index is kept, so that none takes the memory that another has given back.
+# All indexes stay in memory, so that none reuses what another one freed.
 _MEMORY = """
 import json, sys, numpy as np
 from retroexit.plugins import host
 def resident():
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) for line in file if line.startswith("VmRSS")) / 1024
-keys, grown, kept = np.load(sys.argv[1]), {}, []
+keys, grown, indexes = np.load(sys.argv[1]), {}, []
 for spec, name, options in json.loads(sys.argv[2]):
     make = host().retriever(name)
     make(**options).build(keys[:256])  # libraries are loaded before
     before = resident()
-    kept.append(make(**options).build(keys))
+    indexes.append(make(**options).build(keys))
     grown[spec] = resident() - before
 print(json.dumps(grown))
 """
@@ -67,11 +69,11 @@ print(json.dumps(grown))
 
 @dataclass(frozen=True)
 class Queries:
-    """Inputs of one kind, and the keys that they look for.
+    """Inputs of one kind and their keys.
 
     Attributes:
         inputs: Samples of the generator.
-        keys: Float32 ``(inputs, queries per input, D)``.
+        keys: Their keys, float32 ``(inputs, queries per input, D)``.
     """
 
     inputs: Sequence[Any]
@@ -86,15 +88,15 @@ class Queries:
 @torch.no_grad()
 def keys_of(model: EarlyExitGenerator, inputs: Sequence[Any]) -> np.ndarray:
     """Collect the keys of every input, float32 ``(inputs, queries per input, D)``."""
-    taps, found = model.decomposition.taps, []
+    taps, keys = model.decomposition.taps, []
     assert taps is not None
     for _, args, kwargs in tqdm(Samples(inputs).batches(16), desc="keys", disable=None):
         key_feature = model.split.begin(args, kwargs).key_feature
-        found.append(cut(taps.query(key_feature, args, kwargs), taps.patch).flatten(1, -2))
-    return torch.cat(found).float().numpy()
+        keys.append(cut(taps.query(key_feature, args, kwargs), taps.patch).flatten(1, -2))
+    return torch.cat(keys).float().numpy()
 
 
-def parted(spec: str) -> tuple[str, dict[str, Any]]:
+def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
     """Read ``faiss:index=IVF16,Flat;nprobe=2`` as the name of a back-end and its options."""
     name, _, text = spec.partition(":")
     pairs = (part.partition("=") for part in text.split(";") if part)
@@ -103,7 +105,7 @@ def parted(spec: str) -> tuple[str, dict[str, Any]]:
 
 def retriever_of(spec: str) -> Retriever:
     """Make a back-end that holds no keys yet."""
-    name, options = parted(spec)
+    name, options = parse_spec(spec)
     return host().retriever(name)(**options)
 
 
@@ -155,13 +157,15 @@ def resized(bank: GuidanceBank, size: int, retriever: Retriever) -> GuidanceBank
 
 
 @torch.no_grad()
-def losses(model: EarlyExitGenerator, bank: GuidanceBank, case: Case, inputs: Sequence[Any]) -> list[float]:
+def mean_losses(
+    model: EarlyExitGenerator, bank: GuidanceBank, case: Case, inputs: Sequence[Any]
+) -> list[float]:
     """Mean loss of every exit's image to the backbone's, with guides from this bank."""
-    model.bank, limits, found = bank, ImageRange(*case.image_range), []
+    model.bank, limits, losses = bank, ImageRange(*case.image_range), []
     for _, args, kwargs in Samples(inputs).batches(4):
         *early, last = (limits.to_signed(model.image(o)).float() for o in model.all_exits(*args, **kwargs))
-        found.append(torch.stack([case.metric(image, last) for image in early], 1))
-    return [float(loss) for loss in torch.cat(found).mean(0)]
+        losses.append(torch.stack([case.metric(image, last) for image in early], 1))
+    return [float(loss) for loss in torch.cat(losses).mean(0)]
 
 
 def compare(
@@ -173,55 +177,53 @@ def compare(
     turns: int,
 ) -> list[Row]:
     """Measure every back-end on the same bank and queries; searches of different back-ends take turns."""
-    whole = model.bank
-    assert whole is not None
+    bank = model.bank
+    assert bank is not None
     banks, rows = {}, []
     for name in names:
         begin = time.perf_counter()
-        banks[name] = resized(whole, size, retriever_of(name))
+        banks[name] = resized(bank, size, retriever_of(name))
         rows.append({"backend": name, "keys": size, "build_s": time.perf_counter() - begin})
     keys = banks[names[0]].retriever.keys
-    grown = memory(names, keys)
+    megabytes = memory(names, keys)
     for row in rows:
-        retriever = banks[row["backend"]].retriever
-        row |= {"width": keys.shape[1], "memory_mb": grown[row["backend"]], **saving(retriever)}
-    for kind, wanted in queries.items():
-        some = wanted.rows[:: max(1, len(wanted.rows) // 512)]
-        truth, taken = nearest(keys, some), latencies(banks, wanted, turns)
+        name = row["backend"]
+        row |= {"width": keys.shape[1], "memory_mb": megabytes[name], **saving(banks[name].retriever)}
+    for kind, asked in queries.items():
+        some = asked.rows[:: max(1, len(asked.rows) // 512)]
+        truth, taken = nearest(keys, some), take_turns(searches(banks, asked), turns)
         for row in rows:
-            bank = banks[row["backend"]]
-            found = bank.retriever.search(some).distances[:, 0].numpy()
-            low, middle, high = np.quantile(taken[row["backend"]], (0.1, 0.5, 0.9))
+            name = row["backend"]
+            distances = banks[name].retriever.search(some).distances[:, 0].numpy()
+            low, median, high = np.quantile(1000 * taken[name][0], (0.1, 0.5, 0.9))
             row[kind] = {
-                "recall": float((found <= truth * (1 + 1e-4) + 1e-4).mean()),
-                "ms": float(middle),
+                "recall": float((distances <= truth * (1 + 1e-4) + 1e-4).mean()),
+                "ms": float(median),
                 "ms_p10": float(low),
                 "ms_p90": float(high),
-                "losses": losses(model, bank, case, wanted.inputs),
+                "losses": mean_losses(model, banks[name], case, asked.inputs),
             }
-    model.bank = whole
+    model.bank = bank
     return rows
 
 
-def latencies(banks: dict[str, GuidanceBank], queries: Queries, turns: int) -> dict[str, list[float]]:
-    """Time searches for one image's queries in milliseconds; the first two turns warm up."""
-    taken: dict[str, list[float]] = {name: [] for name in banks}
-    for turn in range(turns + 2):
-        for name, bank in banks.items():
-            begin = time.perf_counter()
-            bank.retriever.search(queries.keys[turn % len(queries.keys)])
-            taken[name].append(1000 * (time.perf_counter() - begin))
-    return {name: times[2:] for name, times in taken.items()}
+def searches(banks: dict[str, GuidanceBank], queries: Queries) -> dict[str, Callable[[int], object]]:
+    """Give a search per back-end for the queries of one image, another one in each turn."""
+
+    def search(bank: GuidanceBank) -> Callable[[int], object]:
+        return lambda turn: bank.retriever.search(queries.keys[turn % len(queries.keys)])
+
+    return {name: search(bank) for name, bank in banks.items()}
 
 
 def memory(names: Sequence[str], keys: np.ndarray) -> dict[str, float | None]:
-    """Say by how many MB a fresh process grows with each index, its copy of the keys included."""
+    """Measure by how many MB a fresh process grows with each index, its copy of the keys included."""
     if not Path("/proc/self/status").exists():
         return dict.fromkeys(names)
     with tempfile.TemporaryDirectory() as folder:
         np.save(Path(folder) / "keys.npy", keys)
         command = [sys.executable, "-c", _MEMORY, str(Path(folder) / "keys.npy")]
-        command.append(json.dumps([(name, *parted(name)) for name in names]))
+        command.append(json.dumps([(name, *parse_spec(name)) for name in names]))
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     return dict(json.loads(done.stdout))
 
@@ -257,7 +259,7 @@ def show(rows: Sequence[Row], kinds: Sequence[str]) -> str:
             r["backend"],
             str(r["keys"]),
             f"{r[kind]['recall']:.3f}",
-            f"{r[kind]['ms']:.2f} ({r[kind]['ms_p10']:.2f}-{r[kind]['ms_p90']:.2f})",
+            cell(*(r[kind][name] for name in ("ms", "ms_p10", "ms_p90"))),
             *(f"{loss:.4f}" for loss in r[kind]["losses"]),
         ]
         for kind in kinds
@@ -314,11 +316,9 @@ def _thousands(count: int) -> str:
     return f"{count // 1000}k" if count >= 1000 and count % 1000 == 0 else str(count)
 
 
-def main(given: Sequence[str] | None = None) -> None:
-    """Measure, print, draw."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    """Read the options."""
+    parser = argument_parser(__doc__)
     parser.add_argument("--sizes", type=int, nargs="+", help="1000 and 10000 by default, or all of --model's")
     parser.add_argument(
         "--backends",
@@ -327,45 +327,53 @@ def main(given: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--case", choices=tuple(CASES), default="scenes")
     parser.add_argument("--shared", type=Path, default=shared_folder(), help="folder with data/weights")
-    parser.add_argument("--cache", type=Path, default=Path("runs/latent"), help="where latents are kept")
+    parser.add_argument("--cache", type=Path, default=Path("runs/latent"), help="folder with encoded latents")
     parser.add_argument("--model", type=Path, help="folder of a fitted model with guidance")
-    parser.add_argument("--steps", type=int, default=60, help="of each branch, where there is no --model")
-    parser.add_argument("--repeats", type=int, default=20, help="timed searches per back-end")
-    parser.add_argument("--images", type=int, default=8, help="inputs that ask, of each kind")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--steps", type=int, default=60, help="of each branch, without --model")
+    parser.add_argument("--repeats", type=int, default=21, help="timed searches per back-end")
+    parser.add_argument("--images", type=int, default=8, help="inputs to search for, of each kind")
     parser.add_argument("--plot", type=Path)
-    arguments = parser.parse_args(given)
+    parser.add_argument("--bars", action="store_true", help="compare with hand-written searches instead")
+    parser.add_argument("--large", type=int, default=100_000, help="keys of the largest bar; 0 leaves it out")
+    return parser, parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, print, draw."""
+    parser, arguments = parse(argv)
+    torch.set_num_threads(arguments.threads)
+    print(machine_line())
+    if arguments.bars:
+        import retrieval_bars
+
+        write_json(arguments.json, bars=retrieval_bars.measure(arguments.repeats, arguments.large))
+        return
     names = arguments.backends or installed()
     case = CASES[arguments.case](arguments.shared, arguments.cache)
     sizes = arguments.sizes or [1_000, 10_000]
     model = guided_model(case, arguments.model, arguments.steps, max(sizes))
     if model.bank is None:
-        parser.error(f"asked for the model in {arguments.model}; found one that was fitted without guidance")
+        parser.error(
+            f"the model in {arguments.model} must have a bank, got one without. Fit it with guidance."
+        )
     if arguments.sizes is None and arguments.model is not None:
         sizes = [len(model.bank)]
     if len(model.bank) < max(sizes):
-        parser.error(f"asked for {max(sizes)} keys; found a bank of {len(model.bank)}. Ask for fewer.")
+        parser.error(f"--sizes must be <= {len(model.bank)}, the keys of the bank, got {max(sizes)}")
     kinds = {HELD_OUT: case.test[: arguments.images]}
     if case.renew is not None:
         kinds[NEW_NOISE] = case.renew(case.train[: arguments.images])
     queries = {kind: Queries(inputs, keys_of(model, inputs)) for kind, inputs in kinds.items()}
-    load = os.getloadavg()[0]
-    machine = platform.processor() or platform.machine()
-    print(f"{arguments.case}, {case.metric.name}; {machine}, one thread, load {load:.1f}, {versions()}")
     rows: list[Row] = []
     for size in tqdm(sizes, desc="sizes", disable=None):
         rows += compare(model, case, names, size, queries, arguments.repeats)
     print(show(rows, list(queries)))
-    asked = f"{queries[HELD_OUT].keys.shape[1]} queries of {rows[0]['width']} numbers"
-    print(f"{asked} per image; one set of branches for all back-ends")
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        found = {"case": arguments.case, "versions": versions(), "load": load, "rows": rows}
-        arguments.json.write_text(json.dumps(found, indent=1))
+    shape = f"{queries[HELD_OUT].keys.shape[1]} queries of {rows[0]['width']} numbers per image"
+    print(f"{arguments.case}, {case.metric.name}; {shape}; the same branches for all back-ends")
+    write_json(arguments.json, case=arguments.case, rows=rows)
     if arguments.plot:
         draw(rows, list(queries), arguments.plot)
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     main()

@@ -1,30 +1,27 @@
-"""Hold the retrieval back-ends against bars: how much slower than the best that one could do by hand.
+"""Compare the retrieval back-ends with the best searches that one could write by hand.
 
-Every bar is a ratio of two medians. The two sides take turns in one process, so that whatever else the
-machine does slows both; the spread is the 10-90 % range of the ratios turn by turn. Beside wall time, the
-ratio of CPU times is printed, which a busy machine disturbs less. Keys are rectified features of a random
-network over 24 hidden numbers, with noise; queries are further samples.
+Every bar is a ratio of two medians with a limit. The two sides take turns in one process, so that other work
+on the machine slows both; the spread is the 10-90 % range of the ratios turn by turn. The ratio of CPU times
+is printed beside the one of wall times: a busy machine disturbs it less. Keys are rectified features of a
+random network over 24 hidden numbers, with noise; queries are further samples.
 
-    python benchmarks/retrieval_bars.py --large 100000 --json runs/bars.json
+    python benchmarks/retrieval.py --bars --large 100000
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
-import json
 import os
-import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import faiss
 import numpy as np
 import torch
+from common import cell, take_turns
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -40,36 +37,21 @@ def features(count: int, width: int, seed: int) -> Tensor:
     first = torch.randn(24, 256, generator=weights) / 24**0.5
     second = torch.randn(256, width, generator=weights) / 16
     random = torch.Generator().manual_seed(seed)
-    found = torch.empty(count, width)
+    rows = torch.empty(count, width)
     for start in range(0, count, 8192):
-        part = found[start : start + 8192]
+        part = rows[start : start + 8192]
         hidden = torch.relu(torch.randn(len(part), 24, generator=random) @ first)
         part.copy_(torch.relu(hidden @ second) + 0.02 * torch.randn(part.shape, generator=random))
-    return found
+    return rows
 
 
-def take_turns(sides: dict[str, Callable[[], object]], repeats: int) -> dict[str, np.ndarray]:
-    """Time the sides in turn, after two turns to warm up.
-
-    Returns:
-        By name, wall seconds and CPU seconds of the calling thread, ``(2, repeats)``.
-    """
-    taken = {name: np.empty((2, repeats + 2)) for name in sides}
-    for turn in range(repeats + 2):
-        for name, run in sides.items():
-            wall, busy = time.perf_counter(), time.thread_time()
-            run()
-            taken[name][:, turn] = time.perf_counter() - wall, time.thread_time() - busy
-    return {name: times[:, 2:] for name, times in taken.items()}
-
-
-def bar(what: str, most: float, ours: np.ndarray, theirs: np.ndarray, note: str = "") -> Bar:
-    """Compare two sides of `take_turns` with the largest ratio that is fine."""
+def bar(name: str, limit: float, ours: np.ndarray, theirs: np.ndarray, note: str = "") -> Bar:
+    """Compare two sides of `take_turns` with the largest ratio that is accepted."""
     wall, busy = np.median(ours, axis=1) / np.median(theirs, axis=1)
     low, high = np.quantile(ours[0] / theirs[0], (0.1, 0.9))
     return {
-        "bar": what,
-        "at_most": most,
+        "bar": name,
+        "at_most": limit,
         "ratio": wall,
         "p10": low,
         "p90": high,
@@ -77,7 +59,7 @@ def bar(what: str, most: float, ours: np.ndarray, theirs: np.ndarray, note: str 
         "ours_ms": 1000 * np.median(ours[0]),
         "theirs_ms": 1000 * np.median(theirs[0]),
         "turns": ours.shape[1],
-        "met": bool(wall <= most),
+        "met": bool(wall <= limit),
         "note": note,
     }
 
@@ -101,17 +83,17 @@ def at_ten_thousand(repeats: int) -> Iterator[Bar]:
     centred = matrix - keys.numpy().mean(0)  # the graph was built over centred keys
     times = take_turns(
         {
-            "exact f32": lambda: plain.search(queries),
-            "exact f32, 120": lambda: plain.search(few),
-            "exact bf16": lambda: rounded.search(queries),
-            "exact bf16, 120": lambda: rounded.search(few),
-            "faiss": lambda: flat.search(queries),
-            "faiss, 120": lambda: flat.search(few),
-            "hnswlib": lambda: graph.search(queries),
-            "raw torch": lambda: by_hand(queries),
-            "raw faiss": lambda: native.search(matrix, 1),
-            "raw hnswlib": lambda: graph._native.knn_query(centred, k=1, num_threads=1),
-            "cdist": lambda: torch.cdist(queries, keys).min(1),
+            "exact f32": lambda _: plain.search(queries),
+            "exact f32, 120": lambda _: plain.search(few),
+            "exact bf16": lambda _: rounded.search(queries),
+            "exact bf16, 120": lambda _: rounded.search(few),
+            "faiss": lambda _: flat.search(queries),
+            "faiss, 120": lambda _: flat.search(few),
+            "hnswlib": lambda _: graph.search(queries),
+            "raw torch": lambda _: by_hand(queries),
+            "raw faiss": lambda _: native.search(matrix, 1),
+            "raw hnswlib": lambda _: graph._native.knn_query(centred, k=1, num_threads=1),
+            "cdist": lambda _: torch.cdist(queries, keys).min(1),
         },
         repeats,
     )
@@ -136,12 +118,12 @@ def one_frame(repeats: int) -> Iterator[Bar]:
     native.add(keys.numpy())
     times = take_turns(
         {
-            "exact f32": lambda: plain.search(query),
-            "faiss": lambda: flat.search(query),
-            "hnswlib": lambda: graph.search(query),
-            "raw torch": lambda: by_hand(query),
-            "raw faiss": lambda: native.search(matrix, 1),
-            "raw hnswlib": lambda: graph._native.knn_query(centred, k=1, num_threads=1),
+            "exact f32": lambda _: plain.search(query),
+            "faiss": lambda _: flat.search(query),
+            "hnswlib": lambda _: graph.search(query),
+            "raw torch": lambda _: by_hand(query),
+            "raw faiss": lambda _: native.search(matrix, 1),
+            "raw hnswlib": lambda _: graph._native.knn_query(centred, k=1, num_threads=1),
         },
         20 * repeats,
     )
@@ -165,18 +147,18 @@ def graph_at(size: int, repeats: int) -> Iterator[Bar]:
     image, matrix = queries[:128], queries[:128].numpy()
     times = take_turns(
         {
-            "graph": lambda: graph.search(image),
-            "exact": lambda: exact.search(image),
-            "flat": lambda: flat.search(matrix, 1),
+            "graph": lambda _: graph.search(image),
+            "exact": lambda _: exact.search(image),
+            "flat": lambda _: flat.search(matrix, 1),
         },
         repeats,
     )
     truth = exact.search(queries)
     recall = float((graph.search(queries).distances == truth.distances).float().mean())
     note = f"recall {recall:.4f}, build {built:.0f} s, load {loaded:.1f} s"
-    found = bar(f"faiss HNSW16 at {size}, loaded : flat", 0.3, times["graph"], times["flat"], note)
-    found["met"] = found["met"] and recall >= 0.95
-    yield found
+    result = bar(f"faiss HNSW16 at {size}, loaded : flat", 0.3, times["graph"], times["flat"], note)
+    result["met"] = result["met"] and recall >= 0.95
+    yield result
     yield bar(f"exact {exact.precision} at {size} : flat", 1.5, times["exact"], times["flat"])
 
 
@@ -190,74 +172,48 @@ def beside_convolutions(repeats: int) -> Iterator[Bar]:
     for retriever in (ExactRetriever(), FaissRetriever(), HnswlibRetriever()):
         retriever.build(keys)
 
-        def search(retriever: Retriever = retriever) -> None:
-            retriever.search(queries)
+        def run(_: int, conv: bool, search: bool, retriever: Retriever = retriever) -> None:
+            for _ in range(3):
+                if conv:
+                    layers(x)
+                if search:
+                    retriever.search(queries)
 
-        def several(run: Callable[[], object]) -> Callable[[], None]:
-            return lambda: [run() for _ in range(3)] and None
-
-        def both(search: Callable[[], None] = search) -> None:
-            layers(x)
-            search()
-
-        sides = {"conv": lambda: layers(x), "search": search, "both": both}
-        times = take_turns({name: several(run) for name, run in sides.items()}, repeats)
+        sides = {"conv": (True, False), "search": (False, True), "both": (True, True)}
+        times = take_turns(
+            {
+                name: functools.partial(run, conv=conv, search=search)
+                for name, (conv, search) in sides.items()
+            },
+            repeats,
+        )
         name = f"convolution and {retriever.name} in turn : alone"
         yield bar(name, 1.3, times["both"], times["conv"] + times["search"], f"torch on {cores} threads")
     torch.set_num_threads(1)
 
 
-def machine() -> dict[str, Any]:
-    """Say what the numbers were measured on."""
-    listing = Path("/proc/cpuinfo")
-    lines = listing.read_text().splitlines() if listing.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return {
-        "cpu": names[0] if names else platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load": [round(load, 1) for load in os.getloadavg()],
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "numpy", "faiss-cpu", "hnswlib", "retroexit")},
-    }
+def measure(repeats: int, large: int) -> list[Bar]:
+    """Measure and print all bars.
 
-
-def main() -> None:
-    """Measure, print, and keep."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--repeats", type=int, default=21, help="turns per bar, 20 or more")
-    parser.add_argument("--large", type=int, default=100_000, help="keys of the graph; 0 leaves it out")
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    facts = machine()
-    print(", ".join(f"{name} {value}" for name, value in facts.items()), "- seeds fixed", flush=True)
+    Args:
+        repeats: Timed turns per bar.
+        large: Keys of the largest graph; 0 leaves it out.
+    """
     measures = [one_frame, at_ten_thousand, beside_convolutions]
-    if arguments.large:
-        measures.append(functools.partial(graph_at, arguments.large))
-    bars: list[Bar] = []
-    for measure in tqdm(measures, disable=None):
-        bars += measure(arguments.repeats)
+    if large:
+        measures.append(functools.partial(graph_at, large))
+    bars = [bar for measure in tqdm(measures, disable=None) for bar in measure(repeats)]
     rows = [
         [
-            found["bar"],
-            f"{found['ratio']:.2f} ({found['p10']:.2f}-{found['p90']:.2f})",
-            f"{found['cpu_ratio']:.2f}",
-            f"{found['at_most']:g}",
-            "met" if found["met"] else "MISSED",
-            f"{found['ours_ms']:.3g} / {found['theirs_ms']:.3g} ms",
-            found["note"],
+            bar["bar"],
+            cell(bar["ratio"], bar["p10"], bar["p90"]),
+            f"{bar['cpu_ratio']:.2f}",
+            f"{bar['at_most']:g}",
+            "met" if bar["met"] else "MISSED",
+            f"{bar['ours_ms']:.3g} / {bar['theirs_ms']:.3g} ms",
+            bar["note"],
         ]
-        for found in bars
+        for bar in bars
     ]
     print(table(["bar", "ratio (10-90 %)", "CPU time", "at most", "", "medians", ""], rows))
-    print(f"ratios of medians of {arguments.repeats} turns or more; load at the end {os.getloadavg()[0]:.1f}")
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps({"machine": facts, "bars": bars}, indent=1))
-
-
-if __name__ == "__main__":
-    main()
+    return bars

@@ -2,7 +2,7 @@
 
 All five branches of the real latent decoder of ``examples/latent_decoder.py`` are trained on windows of 64
 pixels. Compared are branches side by side against one by one, and features from a cache against the backbone
-run in every step; then the parts of a step are timed apart. Ways take turns, each round in a process of its
+run in every step. Ways take turns, each round in a process of its
 own, whose largest resident memory is read.
 
     python benchmarks/training.py --out runs/training
@@ -11,27 +11,22 @@ own, whose largest resident memory is read.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
-import os
-import platform
 import resource
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import torch
+from cases import latent_decoder
+from common import argument_parser, machine_line, write_json
 from tqdm import tqdm
 
 import retroexit
 from retroexit.core.images import ImageRange
 from retroexit.core.samples import Samples
-from retroexit.core.versions import versions
 from retroexit.metrics import LPIPS
 from retroexit.report.text_tables import table
 from retroexit.training.branches.trainer import BranchSchedule, BranchTrainer
@@ -45,19 +40,9 @@ LIMITS = ImageRange(0.0, 1.0)
 WAYS = [(together, cached) for together in (True, False) for cached in (True, False)]
 
 
-def example() -> ModuleType:
-    """Import the example that holds the decoder."""
-    path = Path(__file__).resolve().parents[1] / "examples" / "latent_decoder.py"
-    spec = importlib.util.spec_from_file_location("latent_decoder", path)
-    assert spec is not None and spec.loader is not None
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def prepare(arguments: argparse.Namespace, batch: int, cached: bool) -> tuple[list[BranchTrainer], Steps]:
     """Wrap the decoder; gives trainers of all branches and their steps."""
-    latent = example()
+    latent = latent_decoder()
     shared = latent.shared_folder(arguments.shared)
     inputs = latent.latents("train", shared, arguments.out)[: arguments.samples]
     model = retroexit.wrap(
@@ -109,51 +94,6 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
     return {"s": statistics.median(taken[1:]), "memory": memory}
 
 
-def parts(arguments: argparse.Namespace) -> dict[str, float]:
-    """Time the parts of a step of the middle branch apart, in seconds."""
-    trainers, steps = prepare(arguments, arguments.batch[0], True)
-    trainer, step = trainers[len(trainers) // 2], steps.at(1)
-    trainer.advance(step)
-    values = [step.read(name) for name in trainer.names]
-    metric: Any = trainer.loss.terms["quality"][1]
-    image = step.target.clone().requires_grad_()
-
-    def branch(backward: bool) -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=not arguments.float32):
-            output = trainer.branch(*values, guide=None)
-        if backward:
-            output.float().sum().backward()
-
-    def quality(target: torch.Tensor) -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=not arguments.float32):
-            loss = metric(image, target).mean()
-        loss.backward()
-
-    quality(step.target)
-    rows = steps.at(1).rows
-    whole: Callable[[], Any] = lambda: [steps.features.read(name, rows) for name in trainer.names]  # noqa: E731
-    ways: dict[str, Callable[[], Any]] = {
-        "a whole step": lambda: trainer.advance(step),
-        "reading windows": lambda: (steps.at(1), [step.read(name) for name in trainer.names]),
-        "reading whole maps, for comparison": whole,
-        "branch forward": lambda: branch(False),
-        "branch forward and backward": lambda: branch(True),
-        "metric, target known": lambda: quality(step.target),
-        "metric, target new": lambda: quality(step.target.clone()),
-        "optimiser": trainer.optimizer.step,
-        "average of weights": lambda: trainer.average.update(1),
-    }
-    found = {}
-    for name, way in ways.items():
-        taken = []
-        for _ in range(arguments.steps + 1):
-            begin = time.process_time()
-            way()
-            taken.append(time.process_time() - begin)
-        found[name] = statistics.median(taken[1:])
-    return found
-
-
 def in_process(words: list[str]) -> dict[str, float]:
     """Run this script in a process of its own and read what it prints."""
     done = subprocess.run([sys.executable, __file__, *words], stdout=subprocess.PIPE, text=True, check=True)
@@ -163,39 +103,34 @@ def in_process(words: list[str]) -> dict[str, float]:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument("--shared", help="folder with data/weights and data/street")
     parser.add_argument("--out", type=Path, default=Path("runs/training"))
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 8, 16])
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--steps", type=int, default=5, help="timed steps per round")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--float32", action="store_true", help="train without bfloat16 autocast")
     parser.add_argument("--cpu-time", action="store_true", help="processor time, for a busy machine")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--one", choices=("way", "parts"), help=argparse.SUPPRESS)
+    parser.add_argument("--one", choices=("way",), help=argparse.SUPPRESS)
     parser.add_argument("--together", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--cached", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.one:
-        print(json.dumps(measure(arguments) if arguments.one == "way" else parts(arguments)))
+        print(json.dumps(measure(arguments)))
         return
     common = ["--out", str(arguments.out), "--samples", str(arguments.samples)]
     common += ["--steps", str(arguments.steps), "--threads", str(arguments.threads)]
     common += ["--shared", arguments.shared] if arguments.shared else []
     common += [flag for flag in ("--float32", "--cpu-time") if getattr(arguments, flag[2:].replace("-", "_"))]
-    load, rounds = os.getloadavg()[0], dict[tuple[int, bool, bool], list[dict[str, float]]]()
+    rounds: dict[tuple[int, bool, bool], list[dict[str, float]]] = {}
     for _ in tqdm(range(arguments.rounds), desc="rounds", disable=None):
         for batch in arguments.batch:
             for together, cached in WAYS:
                 words = ["--one", "way", "--batch", str(batch), *common]
                 words += ["--together"] * together + ["--cached"] * cached
                 rounds.setdefault((batch, together, cached), []).append(in_process(words))
-    apart = in_process(["--one", "parts", "--batch", "8", *common])
     rows = []
     for (batch, together, cached), results in rounds.items():
         seconds = [result["s"] for result in results]
@@ -212,26 +147,17 @@ def main() -> None:
                 f"{max(result['memory'] for result in results) / 1e6:,.0f}",
             ]
         )
-    load_now = f"load {load:.1f} before, {os.getloadavg()[0]:.1f} after"
-    print(
-        f"{platform.processor() or platform.machine()}, {arguments.threads} threads, {load_now}, {versions()}"
-    )
+    print(machine_line())
     print(table(["batch", "branches", "features", "images/s", "ms", "min-max", "MB"], rows))
     print(
         "a step of all five branches; images/s: samples that all branches have seen; median of "
         f"{arguments.rounds} rounds of {arguments.steps} steps, "
         f"{'processor' if arguments.cpu_time else 'wall'} time; MB: largest resident memory of the process"
     )
-    print(table(["part of a step, batch 8", "ms"], [[k, f"{1000 * v:.2f}"] for k, v in apart.items()]))
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        named = [
-            {"batch": b, "together": t, "cached": c, "rounds": results}
-            for (b, t, c), results in rounds.items()
-        ]
-        arguments.json.write_text(
-            json.dumps({"versions": versions(), "load": load_now, "rows": named, "parts": apart}, indent=1)
-        )
+    names = [
+        {"batch": b, "together": t, "cached": c, "rounds": results} for (b, t, c), results in rounds.items()
+    ]
+    write_json(arguments.json, rows=names)
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def main() -> None:
         with torch.no_grad():
             whole, routed = model(*inputs)[0] / 2 + 0.5, model(*inputs, threshold=threshold)[0] / 2 + 0.5
         k = int(chosen[index])
-        share = model.exits[k - 1].share + model.overhead()[k - 1] / model.exits[-1].macs
+        share = model.exits[k - 1].share + model.router.overhead()[k - 1] / model.exits[-1].macs
         name = f"exit {k} of {len(model.exits)}" if k < len(model.exits) else "the full generator"
         rows.append(
             [

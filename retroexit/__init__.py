@@ -13,7 +13,7 @@ from retroexit.guidance.bank import GuidanceBank
 from retroexit.guidance.options import Guidance
 from retroexit.model import EarlyExitGenerator
 from retroexit.plugins import Description, hookimpl
-from retroexit.stages.decoder import Stage
+from retroexit.stages.stage import Stage
 from retroexit.wrapping.exits import Exit
 
 __all__ = [

@@ -1,35 +1,28 @@
-"""What the README shows first: wrap a generator, find its stages, load it again.
-
-To fit is `retroexit.fit`, to evaluate `retroexit.evaluate`; all can be had from here.
-"""
+"""What the README shows first: wrap a generator; fit, evaluate and load are imported from here too."""
 
 from __future__ import annotations
 
-import inspect
-import warnings
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import nn
 
-from retroexit.assessing import calibrate
 from retroexit.branch.widths.plan import WidthRule
-from retroexit.errors import GeneratorError, OptionError, RetroExitWarning
+from retroexit.errors import GeneratorError, OptionError, RecordingError
 from retroexit.evaluate import evaluate
 from retroexit.fit import fit
 from retroexit.guidance.options import Guidance
-from retroexit.inspection import find_stages
-from retroexit.load import load_model
+from retroexit.load import load
 from retroexit.model import EarlyExitGenerator
 from retroexit.plugins.description import Description
 from retroexit.plugins.host import host
-from retroexit.plugins.metrics import find_metric
-from retroexit.wrapping.build import WrapOptions
+from retroexit.split.split import SplitGenerator, places
+from retroexit.stages.decoder import Decoder, forward_signature, read_decoder
+from retroexit.stages.stage import Stage
+from retroexit.wrapping.options import WrapOptions, shadowed_keywords
 
-__all__ = ["calibrate", "evaluate", "find_metric", "find_stages", "fit", "load", "wrap"]
-
-_OWN_KEYWORDS = ("exit", "threshold", "budget", "deadline_ms")
+__all__ = ["evaluate", "find_stages", "fit", "load", "read_generator", "wrap"]
 
 
 def wrap(
@@ -71,7 +64,7 @@ def wrap(
         guidance: ``None``; ``True`` for a bank of frames where the adapter knows keys of whole inputs, else
             of patches; ``"patches"`` for these in any case; or a `Guidance`.
         adapter: What a plug-in knows about the generator: a `Description`, the name of the plug-in to ask,
-            ``False`` to ask none. By default all are asked. A fit goes by it too.
+            ``False`` to ask none. By default all are asked. `fit` uses the same description.
         init: Starting weights of a branch: ``"inherit"``, the backbone's most important channels, which `fit`
             chooses anew from its samples and solves for, or ``"scratch"``.
         width_rule: How widths follow from the scale: ``"floor"``, the paper's, ``"multiple-of-8"``, or a
@@ -105,33 +98,34 @@ def wrap(
     """
     if not isinstance(generator, nn.Module):
         raise GeneratorError(
-            f"asked to wrap a {type(generator).__name__}; found no torch.nn.Module. Pass the trained "
-            "generator itself.",
+            f"generator must be a torch.nn.Module, got a {type(generator).__name__}. Pass the trained generator.",
             generator,
         )
     if isinstance(attach_at, (str, int)):
         attach_at = [attach_at]
-    known = host().describe(generator, adapter)
-    if example_inputs is None and known is not None and known.example_inputs is not None:
-        example_inputs, example_kwargs = known.example_inputs(generator)
-    if stages is None and known is not None:
-        stages = known.stages
+    description = host().describe(generator, adapter)
+    if example_inputs is None and description is not None and description.example_inputs is not None:
+        example_inputs, example_kwargs = description.example_inputs(generator)
+    if stages is None and description is not None:
+        stages = description.stages
     attach_at = tuple(attach_at)
     options = WrapOptions(
         attach_at=attach_at,
         rules=_rules(scale, min_channels, len(attach_at), width_rule),
         tap=tap,
         stages=None if stages is None else tuple(stages),
-        guidance=_guidance(guidance, known),
+        guidance=_guidance(guidance, description),
         init=init,
-        image=image if image is not None or known is None else known.image,
-        image_range=image_range if image_range is not None or known is None else known.image_range,
+        image=image if image is not None or description is None else description.image,
+        image_range=image_range
+        if image_range is not None or description is None
+        else description.image_range,
         self_test=self_test,
         seed=seed,
-        shadowed=_shadowed(generator),
-        predictor_inputs=None if known is None else known.predictor_inputs,
-        build_stage=host().stage_builder(known, adapter),
-        told=None if adapter is None else known,
+        shadowed=shadowed_keywords(generator),
+        predictor_inputs=None if description is None else description.predictor_inputs,
+        build_stage=host().stage_builder(description, adapter),
+        description=None if adapter is None else description,
     )
     model = EarlyExitGenerator(generator, options)
     if example_inputs is not None:
@@ -139,48 +133,78 @@ def wrap(
     return model
 
 
-def load(
-    folder: str | Path,
+def find_stages(
     generator: nn.Module,
     example_inputs: Sequence[Any] | None = None,
     example_kwargs: dict[str, Any] | None = None,
     *,
-    adapter: Description | str | bool | None = None,
-    key: Callable[..., Tensor] | None = None,
-) -> EarlyExitGenerator:
-    """Read a wrapped generator that ``model.save`` or `fit` wrote.
+    image: Any = None,
+    stages: Sequence[str] | None = None,
+) -> list[Stage]:
+    """List the stages l_1..l_N of a generator, with cost, output shape and live values.
+
+    `retroexit.report.stage_table` prints them, `retroexit.report.decoder_picture` draws them.
 
     Args:
-        folder: The folder.
-        generator: The same trained generator, weights included; it is not part of what was saved.
-        example_inputs: Positional inputs to record it with; without them its first call records.
+        generator: A trained generator in eval mode.
+        example_inputs: Positional inputs that it accepts; an adapter may make them.
         example_kwargs: Keyword inputs.
-        adapter: What a plug-in knows about the generator, as for `wrap`.
-        key: The key function of its `Guidance`, which is not saved; not needed where the adapter brings it.
+        image: Key of the image in its output, where it returns several maps.
+        stages: Paths of l_1..l_N, where the search should not decide.
 
     Returns:
-        The wrapped generator, with its branches, predictor and bank.
+        The stages, in order; those marked ``is_suggested`` are good places for branches.
 
     Raises:
-        CheckpointError: If files are missing, damaged, or belong to another generator, or a key function is.
-        PluginError: If the bank's search back-end is not installed.
+        GeneratorError, RecordingError: As `wrap`.
+
+    Reference: paper section 3.1.
     """
-    known = host().describe(generator, adapter)
-    if example_inputs is None and known is not None and known.example_inputs is not None:
-        example_inputs, example_kwargs = known.example_inputs(generator)
-    return load_model(
-        folder,
+    return list(read_generator(generator, example_inputs, example_kwargs, image=image, stages=stages).stages)
+
+
+def read_generator(
+    generator: nn.Module,
+    example_inputs: Sequence[Any] | None = None,
+    example_kwargs: dict[str, Any] | None = None,
+    *,
+    image: Any = None,
+    stages: Sequence[str] | None = None,
+) -> Decoder:
+    """Read a generator as `wrap` does: its stages, and the execution that they were found in."""
+    description = host().describe(generator)
+    if example_inputs is None and not example_kwargs:
+        if description is None or description.example_inputs is None:
+            raise OptionError(
+                f"example_inputs are needed, because no adapter makes the inputs of {type(generator).__name__}, "
+                f"{forward_signature(generator)}. Pass example_inputs=(...); on the command line, --shape 1,32,16,32 "
+                "once per input, or a factory that returns (generator, inputs).",
+                generator,
+            )
+        example_inputs, example_kwargs = description.example_inputs(generator)
+    args, kwargs = tuple(example_inputs or ()), dict(example_kwargs or {})
+    decoder = read_decoder(
         generator,
-        example_inputs,
-        example_kwargs,
-        host().retriever,
-        key=key,
-        known_key=None if known is None else known.key,
-        shadowed=_shadowed(generator),
-        predictor_inputs=None if known is None else known.predictor_inputs,
-        build_stage=host().stage_builder(known, adapter),
-        told=None if adapter is None else known,
+        args,
+        kwargs,
+        stages=stages if stages is not None or description is None else description.stages,
+        image=image if image is not None or description is None else description.image,
     )
+    return decoder if decoder.replayed else _check_pieces(generator, decoder, args, kwargs)
+
+
+def _check_pieces(
+    generator: nn.Module, decoder: Decoder, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Decoder:
+    """Cut at the suggested stages and run the pieces; note the reason where they do not reproduce the output."""
+    pairs = places(decoder, [stage for stage in decoder.stages if stage.is_suggested], "after")
+    if not pairs:
+        return decoder
+    try:
+        SplitGenerator(generator, decoder, [cut for _, cut in pairs], args, kwargs)
+    except RecordingError as error:
+        return replace(decoder, replayed=" ".join(str(error).split()))
+    return decoder
 
 
 def _rules(scale: float | Sequence[float], min_channels: int, count: int, name: str) -> tuple[WidthRule, ...]:
@@ -188,39 +212,22 @@ def _rules(scale: float | Sequence[float], min_channels: int, count: int, name: 
     scales: list[Any] = list(scale) if isinstance(scale, (list, tuple)) else [scale] * count
     if len(scales) != count:
         raise OptionError(
-            f"asked for {len(scales)} scales; found {count} attach points. Pass one scale, or one per attach "
-            "point.",
+            f"scale must be one number or one per attach point ({count}), got {len(scales)}.",
             scale,
         )
     function = host().width_rule(name)
     return tuple(WidthRule(item, min_channels, name, function) for item in scales)
 
 
-def _guidance(wanted: Guidance | str | bool | None, known: Description | None) -> Guidance | None:
-    if wanted is None or wanted is False:
+def _guidance(guidance: Guidance | str | bool | None, description: Description | None) -> Guidance | None:
+    if guidance is None or guidance is False:
         return None
-    if wanted is True or wanted == "patches":
-        wanted = Guidance(key=None if wanted is True else False)
-    if isinstance(wanted, Guidance):
-        hints = (None, None, None) if known is None else (known.key, known.key_after, known.value_after)
-        return wanted.completed(*hints)
-    raise OptionError(
-        f"asked for guidance={wanted!r}; found None, True, 'patches' or a retroexit.Guidance only.", wanted
-    )
-
-
-def _shadowed(generator: nn.Module) -> tuple[str, ...]:
-    try:
-        taken = set(inspect.signature(generator.forward).parameters)
-    except (TypeError, ValueError):
-        return ()
-    clash = tuple(name for name in _OWN_KEYWORDS if name in taken)
-    if clash:
-        warnings.warn(
-            f"{type(generator).__name__}.forward has its own keyword {' and '.join(map(repr, clash))}; "
-            "model(...) hands it to the generator. Choose exits with model.route(inputs, kwargs, exit=..., "
-            "threshold=...).",
-            RetroExitWarning,
-            stacklevel=3,
+    if guidance is True or guidance == "patches":
+        guidance = Guidance(key=None if guidance is True else False)
+    if not isinstance(guidance, Guidance):
+        raise OptionError(
+            f"guidance must be None, True, 'patches' or a retroexit.Guidance, got {guidance!r}.", guidance
         )
-    return clash
+    if description is None:
+        return guidance.completed(None, None, None)
+    return guidance.completed(description.key, description.key_after, description.value_after)

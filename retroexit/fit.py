@@ -18,13 +18,12 @@ from retroexit.core.modules import device_of
 from retroexit.core.samples import Samples, moved
 from retroexit.errors import DeviceError, OptionError, WeightsError
 from retroexit.guidance.bank import GuidanceBank
-from retroexit.load import load_model, save_model
-from retroexit.measuring.calibrate import calibrate_model
+from retroexit.load import load
+from retroexit.measuring.calibrate import calibrate
 from retroexit.metrics import QualityMetric
 from retroexit.model import EarlyExitGenerator
 from retroexit.plugins.description import Description
-from retroexit.plugins.host import host
-from retroexit.plugins.metrics import find_metric
+from retroexit.plugins.host import find_metric, host
 from retroexit.retrieval import Retriever
 from retroexit.routing.bounds import samples_needed
 from retroexit.routing.calibration import check_promise
@@ -239,7 +238,7 @@ def prepare(
         if missing is None:
             raise
         missing[QUALITY] = error
-    known = model.options.told if adapter is None else host().describe(model.generator, adapter)
+    known = model.options.description if adapter is None else host().describe(model.generator, adapter)
     plan = plan_losses(model.generator, losses, measured_by, known=known, missing=missing, **terms)
     wanted = FitSettings(**{**more, "losses": find_weights(losses, terms.get("instead"))})
     samples = Samples(inputs, wanted.seed)
@@ -250,7 +249,7 @@ def prepare(
         args, kwargs = moved(samples.gather([0]), device_of(model.generator))
         model.record(*args, **kwargs)
     if bank is not None:
-        model.decomposition.check_bank(bank)
+        model.guide.check(bank)
     check_reads(model, samples, wanted.predict_from)
     if latency is not None and latency < 1:
         raise OptionError(f"asked for latency={latency}; found no number of samples >= 1.", latency)
@@ -289,7 +288,7 @@ def _complete(model: EarlyExitGenerator, job: Job, folder: Path, progress: bool,
         if job.aside:
             alpha, confidence = job.promise
             batch = job.settings.cache_batch
-            calibrate_model(
+            model.calibration = calibrate(
                 model,
                 job.aside,
                 metric,
@@ -300,12 +299,12 @@ def _complete(model: EarlyExitGenerator, job: Job, folder: Path, progress: bool,
             )
         if job.latency:
             measure_times(model, job.inputs, job.latency)
-        save_model(model, folder)
+        model.save(folder)
     team.wait()
     if not team.is_first:
         guidance = model.options.guidance
         key = guidance.key if guidance is not None and callable(guidance.key) else None
-        saved = load_model(folder, model.generator, retriever=host().retriever, key=key)
+        saved = load(folder, model.generator, key=key)
         model.calibration, model.latency = saved.calibration, saved.latency
 
 

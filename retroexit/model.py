@@ -1,43 +1,50 @@
-"""The wrapped generator: its routes, routed calls, batches whose samples leave at different exits."""
+"""The wrapped generator, composed of its pieces, branches, guides and router."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 
-from retroexit.core.nested import clone_strided
-from retroexit.errors import BankError, CheckpointError, NotRecordedError, OptionError
-from retroexit.guidance.bank import GuidanceBank, Retrieved
-from retroexit.routing.request import RoutingRequest
-from retroexit.routing.router import RoutedCalls
-from retroexit.split.split import SplitGenerator, Values
-from retroexit.wrapping.build import Decomposition, WrapOptions, decompose
-from retroexit.wrapping.exits import Exit, list_exits
+from retroexit.errors import CheckpointError, NotRecordedError, OptionError
+from retroexit.guidance.bank import GuidanceBank
+from retroexit.guidance.provider import GuideProvider
+from retroexit.measuring.calibrate import calibrate
+from retroexit.metrics import QualityMetric
+from retroexit.plugins.host import find_metric
+from retroexit.routing.calibration import Calibration
+from retroexit.routing.latency import Latency, time_exits
+from retroexit.routing.policy import Policy, RoutingOptions, RoutingRequest
+from retroexit.routing.render import leave, render
+from retroexit.routing.router import LossPrediction, Router
+from retroexit.routing.video import VideoRouter
+from retroexit.saving.model_files import Snapshot, write_model
+from retroexit.split.split import Begun, SplitGenerator
+from retroexit.wrapping.decomposition import Decomposition, decompose
+from retroexit.wrapping.exits import Exit, exit_table, list_exits
+from retroexit.wrapping.options import WrapOptions
 
 __all__ = ["EarlyExitGenerator"]
 
 
-class EarlyExitGenerator(RoutedCalls):
+class EarlyExitGenerator(nn.Module):
     """A generator with early exits. Made by `retroexit.wrap`.
 
-    ``model(*inputs)`` is the generator, bit for bit. ``exit=k`` leaves at exit k, ``threshold=t`` routes
-    every sample to the cheapest exit whose predicted quality loss is at most ``t``, ``budget=b`` spends a
-    share of the backbone's compute, ``deadline_ms=d`` keeps a call within measured times.
+    ``model(*inputs)`` is the generator, bit for bit. ``exit=k`` leaves at exit k, ``threshold=t`` routes every
+    sample to the cheapest exit whose predicted quality loss is at most ``t``, ``budget=b`` spends a share of
+    the backbone's compute, ``deadline_ms=d`` keeps a call within measured times; see `RoutingOptions`.
 
     Attributes:
         generator: The user's generator, never changed.
         options: How it was wrapped.
         branches: The thin branches, cheapest first. Empty until the generator has been recorded.
-        predictor: The predictor, or ``None`` before `retroexit.fit`.
-        calibration: What makes a threshold a promise, or ``None`` before `calibrate`: a threshold is then
-            what the predictor expects.
-        latency: Measured times of the exits, or ``None`` before `measure_latency`.
-        drift: Counts inputs that are too far from the fitting set and went to the backbone.
+        guide: Looks up guides in the guidance bank.
+        router: Chooses exits; owns predictor, calibration and measured times.
+        about: Facts about the fit, as JSON types.
     """
 
     def __init__(self, generator: nn.Module, options: WrapOptions) -> None:
@@ -45,92 +52,212 @@ class EarlyExitGenerator(RoutedCalls):
         self.generator = generator
         self.options = options
         self.branches = nn.ModuleList()
+        self.guide = GuideProvider()
+        self.router = Router(options.predictor_inputs)
         self.about: dict[str, Any] = {}
         self._decomposition: Decomposition | None = None
-        self._bank: GuidanceBank | None = None
-        self._saved: dict[str, Tensor] | None = None
+        self._saved_weights: dict[str, Tensor] | None = None
         self._lock = threading.Lock()
         self.eval()
+
+    # Calls.
+
+    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        """Render images.
+
+        Args:
+            *inputs: The generator's positional inputs.
+            **kwargs: The generator's keyword inputs, and `RoutingOptions`. An option that the generator's own
+                forward takes goes to the generator; use `route` then.
+
+        Returns:
+            A value with the structure of the generator's output.
+
+        Raises:
+            OptionError: If options exclude each other, cannot be met, or are out of range.
+            InputMismatchError: If the inputs differ from the recording where that matters.
+            TrainingError: If there is no predictor, calibration or measured time yet, and one is needed.
+            BankError: If the branches take a guide and there is no bank yet.
+        """
+        request, call = RoutingRequest.parse(inputs, kwargs, self.options.shadowed)
+        return self._render(request, *call)[0]
+
+    def route(
+        self, args: Sequence[Any], kwargs: dict[str, Any] | None = None, **options: Unpack[RoutingOptions]
+    ) -> Any:
+        """Render images, with the generator's arguments apart from the options.
+
+        Args:
+            args: The generator's positional inputs.
+            kwargs: The generator's keyword inputs.
+            **options: How exits are chosen.
+
+        Returns:
+            A value with the structure of the generator's output.
+
+        Raises:
+            OptionError, InputMismatchError, TrainingError, BankError: As `forward`.
+        """
+        return self._render(RoutingRequest(**options), tuple(args), dict(kwargs or {}))[0]
+
+    def routed(self, *inputs: Any, choose: Policy | None = None, **kwargs: Any) -> tuple[Any, Tensor]:
+        """Render images as ``model(*inputs, threshold=...)`` does, and return the exit of each sample.
+
+        Args:
+            *inputs: The generator's positional inputs.
+            choose: A policy of your own, see `RoutingOptions`.
+            **kwargs: The generator's keyword inputs, and `RoutingOptions`.
+
+        Returns:
+            A value with the structure of the generator's output, and exits ``(N,)`` from 1, ``K + 1`` for the
+            backbone.
+
+        Raises:
+            OptionError, InputMismatchError, TrainingError, BankError: As `forward`.
+        """
+        request, call = RoutingRequest.parse(inputs, kwargs, choose=choose)
+        if not request.is_routed:
+            raise OptionError(
+                "a routed call needs threshold, budget, deadline_ms or choose, got none of them."
+            )
+        output, exits = self._render(request, *call)
+        assert exits is not None
+        return output, exits
+
+    def choose_exits(self, *inputs: Any, **kwargs: Any) -> Tensor:
+        """Choose the exit of each sample without rendering it: ``(N,)`` from 1, ``K + 1`` for the backbone."""
+        request, call = RoutingRequest.parse(inputs, kwargs)
+        return self.router.choose(self._begin(*call), request, count=False).exits
+
+    def predict(self, *inputs: Any, **kwargs: Any) -> Tensor:
+        """Predict the quality loss of every branch exit.
+
+        Args:
+            *inputs: The generator's positional inputs.
+            **kwargs: The generator's keyword inputs.
+
+        Returns:
+            Predicted losses, ``(N, K)``.
+
+        Raises:
+            TrainingError: If there is no predictor yet.
+        """
+        return self.predict_losses(*inputs, **kwargs).losses
+
+    def predict_losses(self, *inputs: Any, **kwargs: Any) -> LossPrediction:
+        """Predict losses as `predict` does, and which samples are out of distribution."""
+        return self.router.predict(self._begin(inputs, kwargs))
+
+    def all_exits(self, *inputs: Any, **kwargs: Any) -> list[Any]:
+        """Render every exit from one pass over the backbone.
+
+        Args:
+            *inputs: The generator's positional inputs.
+            **kwargs: The generator's keyword inputs.
+
+        Returns:
+            K + 1 outputs, cheapest exit first. The last one, the backbone's, carries no gradient here.
+        """
+        begun = self._begin(inputs, kwargs)
+        with torch.no_grad():
+            guide, values = self.guide.guide(begun), begun.values
+        outputs = []
+        for index, branch in enumerate(self.branches):
+            if index:
+                with torch.no_grad():
+                    values = self.split.advance(values, index)
+            # Random numbers that a branch draws are drawn again by the backbone: all get the generator's own.
+            with torch.random.fork_rng(devices=self.split.cuda_devices):
+                outputs.append(leave(self.split, branch, index, values, guide))
+        with torch.no_grad():
+            outputs.append(self.split.finish(values))
+        return outputs
+
+    def features(self, *inputs: Any, **kwargs: Any) -> list[Tensor]:
+        """Feature maps at the attach points, first to last, each ``(N, C, ...)``.
+
+        Args:
+            *inputs: The generator's positional inputs.
+            **kwargs: The generator's keyword inputs.
+        """
+        values = self._begin(inputs, kwargs).values
+        features = []
+        with torch.no_grad():
+            for index in range(len(self.split.cuts)):
+                values = self.split.advance(values, index) if index else values
+                # The next stage may write into its input.
+                features.append(self.split.crossing(values, index)[0].clone())
+        return features
+
+    def video(self, hysteresis: float = 0.1) -> VideoRouter:
+        """Route the frames of a video without flicker between exits: ``with model.video() as step: ...``.
+
+        Args:
+            hysteresis: Share of the threshold by which a cheaper exit has to be better, in [0, 1).
+        """
+        return VideoRouter(self.routed, hysteresis)
+
+    def image(self, output: Any) -> Tensor:
+        """Find the image ``(N, C, ...)`` in an output."""
+        return self.split.place_of(output)
+
+    def _render(
+        self, request: RoutingRequest, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, Tensor | None]:
+        self._ensure_recorded(args, kwargs)
+        is_backbone = request.exit is not None and self.router.check_exit(request.exit) == self.router.exits
+        if request.is_plain or is_backbone:
+            return self.generator(*args, **kwargs), None
+        begun = self._begin(args, kwargs)  # values at the first cut, key feature, the call itself
+        choice = self.router.choose(
+            begun, request
+        )  # exits (N,), what was retrieved, who is out of distribution
+        return render(self.split, self.branches, self.guide, begun, choice), choice.exits
+
+    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Begun:
+        self._ensure_recorded(args, kwargs)
+        with torch.no_grad():
+            return self.split.begin(args, kwargs)
 
     # Recording.
 
     @property
     def is_recorded(self) -> bool:
-        """Tell whether the generator has been recorded, so that exits exist."""
+        """Whether the generator has been recorded, so that exits exist."""
         return self._decomposition is not None
 
     def record(self, *inputs: Any, **kwargs: Any) -> None:
         """Record the generator on these inputs and build the branches, unless that is done already.
 
         Raises:
-            RetroExitError: Whatever keeps the generator from being wrapped; see `retroexit.wrap`.
+            RetroExitError: Any reason why the generator cannot be wrapped; see `retroexit.wrap`.
         """
+        self._ensure_recorded(inputs, kwargs)
+
+    def _ensure_recorded(self, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        if self._decomposition is not None:
+            return
         with self._lock:
             if self._decomposition is None:
-                decomposition, branches = decompose(self.generator, self.options, inputs, kwargs)
-                decomposition.check_bank(self._bank)
+                decomposition, branches = decompose(self.generator, self.options, args, kwargs)
+                self.guide.attach(self.generator, decomposition.taps)
+                self.router.attach(decomposition, self.guide)
                 self.branches.extend(branches)
-                if self._saved is not None:
-                    self._load_saved(self._saved)
+                if self._saved_weights is not None:
+                    self._load_weights(self._saved_weights)
                 self._decomposition = decomposition
 
     @property
-    def bank(self) -> GuidanceBank | None:
-        """The guidance bank; one of another backbone, other taps or other patches cannot be set.
-
-        Raises:
-            BankError: On setting one that does not fit, or one of a model without guidance.
-        """
-        return self._bank
-
-    @bank.setter
-    def bank(self, bank: GuidanceBank | None) -> None:
-        if self._decomposition is not None:  # else it is compared once the taps are known
-            self._decomposition.check_bank(bank)
-        self._bank = bank
-
-    def restore(self, weights: dict[str, Tensor]) -> None:
-        """Give the branches saved weights, now or when the generator is recorded.
-
-        Raises:
-            CheckpointError: If they do not fit.
-        """
-        self._saved = weights
-        if self.is_recorded:
-            self._load_saved(weights)
-
-    def _load_saved(self, weights: dict[str, Tensor]) -> None:
-        try:
-            self.branches.load_state_dict(weights)
-        except RuntimeError as error:
-            raise CheckpointError(
-                "asked to load saved branches; found that they do not fit: "
-                f"{str(error).splitlines()[-1].strip()}",
-                self,
-            ) from error
-        self._saved = None
-
-    def save(self, folder: str | Path) -> Path:
-        """Write branches, predictor, bank and settings to a folder; the generator itself is not saved.
-
-        Raises:
-            NotRecordedError: If there are no branches yet.
-        """
-        from retroexit.load import save_model
-
-        return save_model(self, folder)
-
-    @property
     def decomposition(self) -> Decomposition:
-        """What is known of the generator once it has been recorded.
+        """The recorded generator, cut at its attach points.
 
         Raises:
-            NotRecordedError: If it has not.
+            NotRecordedError: If it has not been recorded.
         """
         if self._decomposition is None:
             raise NotRecordedError(
-                "asked for the exits; found that the generator has not been recorded yet. Call the model "
-                "once, or pass example_inputs to retroexit.wrap.",
+                "the generator has not been recorded yet, so there are no exits. Call the model once, or pass "
+                "example_inputs to retroexit.wrap.",
                 self,
             )
         return self._decomposition
@@ -145,132 +272,158 @@ class EarlyExitGenerator(RoutedCalls):
         """The K branch exits, cheapest first, then the backbone."""
         return list_exits(self.decomposition, self.branches, self.generator)
 
-    # Calls.
+    # What fitting adds.
 
-    def forward(
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "predictor":  # nn.Module would register the predictor here instead of calling the setter
+            self.router.predictor = value
+        else:
+            super().__setattr__(name, value)
+
+    @property
+    def predictor(self) -> nn.Module | None:
+        """The router's predictor, or ``None`` before `retroexit.fit`."""
+        return self.router.predictor
+
+    @predictor.setter
+    def predictor(self, predictor: nn.Module | None) -> None:
+        self.router.predictor = predictor
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """The router's calibration, or ``None``: a threshold is then compared with predictions."""
+        return self.router.calibration
+
+    @calibration.setter
+    def calibration(self, calibration: Calibration | None) -> None:
+        self.router.calibration = calibration
+
+    @property
+    def latency(self) -> Latency | None:
+        """Measured times of the exits, or ``None`` before `measure_latency`."""
+        return self.router.latency
+
+    @latency.setter
+    def latency(self, latency: Latency | None) -> None:
+        self.router.latency = latency
+
+    @property
+    def bank(self) -> GuidanceBank | None:
+        """The guidance bank, or ``None``."""
+        return self.guide.bank
+
+    @bank.setter
+    def bank(self, bank: GuidanceBank | None) -> None:
+        self.guide.bank = bank
+
+    def calibrate(
         self,
-        *inputs: Any,
-        exit: int | None = None,
-        threshold: float | Tensor | None = None,
-        budget: float | Tensor | None = None,
-        deadline_ms: float | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Render images.
+        inputs: Sequence[Any],
+        alpha: float = 0.05,
+        confidence: float = 0.95,
+        *,
+        metric: QualityMetric | str | None = None,
+        weights: str | Path | None = None,
+        **settings: Any,
+    ) -> Calibration:
+        """Make thresholds promises: P(loss > threshold) <= alpha on inputs like these; see `Calibration`.
 
         Args:
-            *inputs: The generator's positional inputs.
-            exit: Leave at this exit, from 1; ``K + 1`` is the backbone.
-            threshold: Largest quality loss to accept, ``>= 0``, one for all or one per sample ``(N,)``; each
-                sample takes the cheapest exit predicted to keep it, or, once the model is calibrated, the
-                cheapest that keeps the promise of its `Calibration`.
-            budget: Mean share of the backbone's compute to spend, predictor and retrieval counted, on inputs
-                like those of the calibration; see `RoutingRequest`. One for all, or one per sample ``(N,)``.
-            deadline_ms: Milliseconds that this call may take, by `measure_latency`; also as a limit on what
-                a threshold or budget chooses.
-            **kwargs: The generator's keyword inputs.
+            inputs: Samples without the batch axis that nothing was fitted on, drawn as later inputs will be.
+            alpha: Share of inputs that may lose more than the threshold, in (0, 1).
+            confidence: Probability over the draw of these inputs that the promise holds, in (0, 1).
+            metric: Quality metric, or its name; by default the one that the model was fitted with.
+            weights: File with the metric's weights.
+            **settings: ``rule``, ``seed``, ``batch``, ``progress``.
 
         Returns:
-            A value with the structure of the generator's output.
+            The calibration, which is now part of the model and saved with it.
 
         Raises:
-            OptionError: If request exclude one another, cannot be met, or are out of range.
-            InputMismatchError: If the inputs differ from the recording where that matters.
-            TrainingError: If there is no predictor, calibration or measured time yet, and one is needed.
-            BankError: If the branches take a guide and there is no bank yet.
+            OptionError: If there are too few inputs, with the number needed.
+            TrainingError: If there is no predictor yet.
         """
-        own: dict[str, Any] = {"exit": exit, "threshold": threshold, "budget": budget}
-        own |= {"deadline_ms": deadline_ms}
-        for name in self.options.shadowed:
-            value = own.pop(name)
-            if value is not None:
-                kwargs[name] = value
-        return self.route(inputs, kwargs, **own)
+        fitted_with = self.about.get("metric", {}).get("name", "lpips-alex")
+        measure = find_metric(metric or fitted_with, weights)
+        self.calibration = calibrate(self, inputs, measure, alpha=alpha, confidence=confidence, **settings)
+        return self.calibration
 
-    def route(
-        self,
-        args: Sequence[Any],
-        kwargs: dict[str, Any] | None = None,
-        *,
-        exit: int | None = None,
-        threshold: float | Tensor | None = None,
-        budget: float | Tensor | None = None,
-        deadline_ms: float | None = None,
-    ) -> Any:
-        """Render images, with the generator's arguments apart from ours.
+    def measure_latency(self, *inputs: Any, runs: int = 20, **kwargs: Any) -> Latency:
+        """Time every exit on this machine for calls like this one, for ``deadline_ms``.
 
         Args:
-            args: The generator's positional inputs.
-            kwargs: The generator's keyword inputs.
-            exit: See `forward`.
-            threshold: See `forward`.
-            budget: See `forward`.
-            deadline_ms: See `forward`.
-
-        Returns:
-            A value with the structure of the generator's output.
-        """
-        args, kwargs = tuple(args), dict(kwargs or {})
-        request = RoutingRequest(threshold, budget, deadline_ms)
-        if exit is not None and request:
-            named = " and ".join(f"{name}={value}" for name, value in request.given().items())
-            raise OptionError(
-                f"asked for exit={exit} and {named}; found two ways to choose an exit. Pass one of them.",
-                exit,
-            )
-        if not self.is_recorded:
-            self.record(*args, **kwargs)
-        if request:
-            return self._routed(args, kwargs, request)[0]
-        if exit is None or self._check_exit(exit) == len(self.branches) + 1:
-            return self.generator(*args, **kwargs)
-        with torch.no_grad():
-            begun = self.split.begin(args, kwargs)
-            values, key_feature = begun.values, begun.key_feature
-            guide = self._guide(key_feature, args, kwargs)
-            for index in range(1, exit):
-                values = self.split.advance(values, index)
-        return self._leave(values, exit - 1, guide)
-
-    def all_exits(self, *inputs: Any, **kwargs: Any) -> list[Any]:
-        """Render every exit from one pass over the backbone.
-
-        Args:
-            *inputs: The generator's positional inputs.
+            *inputs: The generator's positional inputs; their batch size is the one that deadlines hold for.
+            runs: Timed calls per exit.
             **kwargs: The generator's keyword inputs.
 
         Returns:
-            K + 1 outputs, cheapest exit first. The last one, the backbone's, carries no gradient here.
+            The times, which are now part of the model and saved with it.
         """
-        if not self.is_recorded:
-            self.record(*inputs, **kwargs)
-        with torch.no_grad():
-            begun = self.split.begin(inputs, kwargs)
-            values, key_feature = begun.values, begun.key_feature
-            guide = self._guide(key_feature, inputs, kwargs)
-        outputs = []
-        for index in range(len(self.branches)):
-            if index:
-                with torch.no_grad():
-                    values = self.split.advance(values, index)
-            # What a branch draws, the rest of the backbone draws too: the generator's own numbers for
-            # everybody.
-            with torch.random.fork_rng(devices=self.split.cuda_devices):
-                outputs.append(self._leave(values, index, guide))
-        with torch.no_grad():
-            outputs.append(self.split.finish(values))
-        return outputs
+        begun = self._begin(inputs, kwargs)
+        rows = begun.samples
 
-    def image(self, output: Any) -> Tensor:
-        """Find the image ``(N, C, ...)`` in an output."""
-        return self.split.place_of(output)
+        def call(k: int) -> None:
+            if self.predictor is None:
+                self.route(inputs, kwargs, exit=k)
+                return
+            request = RoutingRequest(choose=lambda *_: torch.full((rows,), k))
+            begun = self._begin(inputs, kwargs)
+            choice = self.router.choose(begun, request, count=False)
+            render(self.split, self.branches, self.guide, begun, choice)
+
+        with torch.no_grad():
+            device = begun.key_feature.device
+            self.latency = time_exits(call, self.router.exits, rows, device, runs)
+        return self.latency
+
+    # Saving.
+
+    def save(self, folder: str | Path) -> Path:
+        """Write branches, predictor, bank and settings to a folder; the generator itself is not saved.
+
+        Args:
+            folder: Made if missing; files of an earlier save are replaced.
+
+        Raises:
+            NotRecordedError: If there are no branches yet.
+        """
+        snapshot = Snapshot(
+            self.generator,
+            self.options,
+            self.decomposition,
+            self.branches,
+            self.router,
+            self.bank,
+            self.about,
+        )
+        return write_model(folder, snapshot)
+
+    def restore(self, weights: dict[str, Tensor]) -> None:
+        """Give the branches saved weights, now or when the generator is recorded.
+
+        Raises:
+            CheckpointError: If they do not fit.
+        """
+        self._saved_weights = weights
+        if self.is_recorded:
+            self._load_weights(weights)
+
+    def _load_weights(self, weights: dict[str, Tensor]) -> None:
+        try:
+            self.branches.load_state_dict(weights)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[-1].strip()
+            raise CheckpointError(f"the saved branches do not fit this model: {reason}", self) from error
+        self._saved_weights = None
+
+    # The module.
 
     def unwrap(self) -> nn.Module:
-        """Give the generator back, as it came."""
+        """Return the generator, unchanged."""
         return self.generator
 
     def train(self, mode: bool = True) -> EarlyExitGenerator:
-        """Set the mode of branches and predictor; the generator keeps its own."""
+        """Set the mode of branches and router; the generator keeps its own."""
         generator = self._modules.pop("generator", None)
         try:
             super().train(mode)
@@ -280,67 +433,16 @@ class EarlyExitGenerator(RoutedCalls):
         return self
 
     def __repr__(self) -> str:
-        """Show the exits as a table, and say what a threshold means."""
-        from retroexit.report.text_tables import exit_table
-
-        reason = self.decomposition.split.decoder.replayed if self.is_recorded else ""
-        lines = [exit_table(self), *([f"replayed, since {reason}"] if reason else [])]
+        """Show the exits as a table, and what a threshold means."""
+        name = type(self.generator).__name__
+        if not self.is_recorded:
+            places = list(self.options.attach_at)
+            return f"{name} with early exits at {places}, not recorded yet: call it once to see its exits."
+        lines = [exit_table(name, self.options, self.exits)]
+        if self.split.decoder.replayed:
+            lines.append(f"replayed, since {self.split.decoder.replayed}")
         if self.calibration is not None:
             lines.append(f"threshold: a promise, {self.calibration}")
         elif self.predictor is not None:
-            lines.append("threshold: what the predictor expects; model.calibrate(inputs) makes it a promise")
+            lines.append("threshold: compared with predictions; model.calibrate(inputs) makes it a promise")
         return "\n".join(lines)
-
-    # How samples leave.
-
-    def _leave(self, values: Values, index: int, guide: Tensor | None) -> Any:
-        crossing = self.split.crossing(values, index)
-        written = self.decomposition.written[index]
-        branch = self.branches[index]
-        self.split.check_precision(branch)
-        return branch(*(clone_strided(v) if i in written else v for i, v in enumerate(crossing)), guide=guide)
-
-    def _guide(
-        self,
-        key_feature: Tensor,
-        args: Any,
-        kwargs: Any,
-        rows: Tensor | None = None,
-        found: Retrieved | None = None,
-    ) -> Tensor | None:
-        """Retrieve the guide of all samples, or of some rows only, where the branches take one."""
-        taps = self.decomposition.taps
-        if taps is None or (rows is not None and not len(rows)):
-            return None
-        bank, query = self._need_bank(), None
-        if found is None or bank.order:
-            query = taps.query(key_feature, args, kwargs)
-            query = query if rows is None else query[rows]
-        if found is None:
-            assert query is not None
-            return bank.guide(query).to(key_feature)
-        ids = found.ids if rows is None else found.ids[rows.to(found.ids.device)]
-        return bank.glue(ids, feature=query).to(key_feature)
-
-    def _need_bank(self) -> GuidanceBank:
-        if self.bank is None:
-            raise BankError(
-                "asked for a branch that takes a guide; found no guidance bank. Run retroexit.fit, or set "
-                "model.bank.",
-                self,
-            )
-        return self.bank
-
-    @property
-    def _folded(self) -> int:
-        """Rows of one sample in the first attach point's feature, into which frames may be folded."""
-        return self.split.batched.get(self.split.cuts[0].crossing[0]) or 1
-
-    def _check_exit(self, exit: int) -> int:
-        if isinstance(exit, bool) or not isinstance(exit, int) or not 1 <= exit <= len(self.branches) + 1:
-            raise OptionError(
-                f"asked for exit={exit!r}; found exits 1 to {len(self.branches) + 1}, the last one the "
-                "backbone.",
-                exit,
-            )
-        return exit

@@ -43,14 +43,14 @@ def test_inputs_in_another_precision_than_the_generators_are_refused(
     toy: Any, model: retroexit.EarlyExitGenerator
 ) -> None:
     inputs = [value.half() for value in toy.args]
-    with pytest.raises(InputMismatchError, match=r"torch\.float16 at .*, recorded torch\.float32"):
+    with pytest.raises(InputMismatchError, match=r"must be torch\.float32 .*got torch\.float16"):
         model(*inputs, exit=1)
 
 
 def test_a_branch_that_was_left_behind_is_refused(toy: Any, model: retroexit.EarlyExitGenerator) -> None:
     toy.generator.half()
     inputs = [value.half() for value in toy.args]
-    message = r"generator in torch\.float16 and the branch in torch\.float32.*model\.to\(torch\.float16\)"
+    message = r"got torch\.float16 and torch\.float32.*model\.to\(torch\.float16\)"
     with pytest.raises(DeviceError, match=message):
         model(*inputs, exit=1)
 
@@ -70,5 +70,5 @@ def test_a_generator_that_names_its_precision_is_refused_in_another() -> None:
     x = torch.rand(1, 16, 8, 8)
     model = retroexit.wrap(Fixed().eval(), ["blocks.0"], 1 / 2, min_channels=8, example_inputs=(x,))
     model.half()
-    with pytest.raises(InputMismatchError, match=r"in torch\.float16; .*fixes sizes or types.*Wrap again"):
+    with pytest.raises(InputMismatchError, match=r"fixes sizes or types.*in torch\.float16\. Wrap again"):
         model(x.half(), exit=1)

@@ -348,3 +348,24 @@ def test_a_stage_may_take_its_map_by_keyword_or_inside_a_tuple(attach_at: list[A
         plain, guided = (branch(feature, guide=g) for g in (torch.zeros_like(guide), guide))
     assert not torch.equal(plain, guided)
     assert model.exits[0].parameters < sum(p.numel() for p in generator.parameters())
+
+
+def test_features_are_the_maps_at_the_attach_points(toys: ModuleType) -> None:
+    toy = toys.TOYS["plain"]() if "plain" in toys.TOYS else next(iter(toys.TOYS.values()))()
+    model = retroexit.wrap(
+        toy.generator, [1, 2], 0.5, min_channels=4, example_inputs=toy.args, example_kwargs=toy.kwargs
+    )
+    seen: list[Tensor] = []
+    hooks = [
+        toy.generator.get_submodule(exit.attach_at).register_forward_hook(
+            lambda m, i, o: seen.append(o.clone())
+        )
+        for exit in model.exits[:-1]
+    ]
+    features = model.features(*toy.args, **toy.kwargs)
+    del seen[:]
+    toy.generator(*toy.args, **toy.kwargs)
+    for hook in hooks:
+        hook.remove()
+    assert len(features) == 2
+    assert all(torch.equal(a, b) for a, b in zip(features, seen, strict=True))

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import retroexit
+from retroexit.api import read_generator
 from retroexit.core.macs import unit_of
-from retroexit.inspection import read_generator
 from retroexit.report.stage_table import brief_count, decoder_table, ranges, shorten, stage_table
 
 

@@ -28,13 +28,13 @@ class EarlyExitDecoder(nn.Module):
         model: The wrapped decoder.
         exit: Every image leaves at this exit, from 1; ``None`` for the decoder itself.
         threshold: Instead, every image leaves at the cheapest exit predicted to lose no more than this.
-        **wishes: Further ways to choose, as a call of the model has them: ``budget``, ``deadline_ms``.
+        **routing: Further ways to choose, as a call of the model has them: ``budget``, ``deadline_ms``.
 
     Attributes:
         model: The wrapped decoder; ``model.unwrap()`` is the decoder.
         exit: As given.
         threshold: As given.
-        wishes: All that a routed call is asked for.
+        routing: Options of the routed call.
         counts: How many images (tiles, where the autoencoder or the routing cuts them) left at each exit so
             far, ``K + 1`` for the decoder itself.
 
@@ -46,7 +46,7 @@ class EarlyExitDecoder(nn.Module):
     model: EarlyExitGenerator
     exit: int | None
     threshold: float | None
-    wishes: dict[str, Any]
+    routing: dict[str, Any]
     counts: Counter[int]
 
     def __init__(
@@ -54,14 +54,14 @@ class EarlyExitDecoder(nn.Module):
         model: EarlyExitGenerator,
         exit: int | None = None,
         threshold: float | None = None,
-        **wishes: Any,
+        **routing: Any,
     ) -> None:
         super().__init__()
         decoder = model.unwrap()
         vars(self).update({name: vars(decoder)[name] for name in _SHARED})
         # Past nn.Module, which would list the model among the parts.
         vars(self).update(model=model, training=decoder.training, counts=Counter())
-        self.choose(exit, threshold, **wishes)
+        self.choose(exit, threshold, **routing)
 
     def choose(
         self,
@@ -73,29 +73,27 @@ class EarlyExitDecoder(nn.Module):
     ) -> None:
         """Leave elsewhere from now on; arguments and errors are those of the class."""
         model = self.model
-        asked = {"threshold": threshold, "budget": budget, "deadline_ms": deadline_ms}
-        wishes: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
-        if exit is not None and wishes:
-            named = " and ".join(f"{name}={value}" for name, value in wishes.items())
+        options = {"threshold": threshold, "budget": budget, "deadline_ms": deadline_ms}
+        routing: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+        if exit is not None and routing:
+            named = " and ".join(f"{name}={value}" for name, value in routing.items())
             raise OptionError(
-                f"asked for exit={exit} and {named}; found two ways to choose an exit. Pass one of them.",
+                f"exit={exit} and {named} both choose an exit. Pass one of them.",
                 exit,
             )
         last = len(model.branches) + 1
         if model.is_recorded and exit is not None and exit not in range(1, last + 1):
-            raise OptionError(
-                f"asked for exit={exit!r}; found exits 1 to {last}, the last one the decoder itself.", exit
-            )
+            raise OptionError(f"exit must be from 1 to {last}, the decoder itself, got {exit!r}", exit)
         needed = {
-            "threshold": (model.predictor, "predictor. Run retroexit.fit first, or choose with exit=k"),
-            "budget": (model.calibration, "calibration. Call model.calibrate(latents) first"),
+            "threshold": (model.predictor, "a predictor. Run retroexit.fit first, or choose with exit=k"),
+            "budget": (model.calibration, "a calibration. Call model.calibrate(latents) first"),
             "deadline_ms": (model.latency, "measured times. Call model.measure_latency(latents) first"),
         }
-        for name, value in wishes.items():
+        for name, value in routing.items():
             part, advice = needed[name]
             if part is None:
-                raise TrainingError(f"asked for {name}={value}; found no {advice}.", model)
-        vars(self).update(exit=exit, threshold=threshold, wishes=wishes)
+                raise TrainingError(f"{name}={value} needs {advice}.", model)
+        vars(self).update(exit=exit, threshold=threshold, routing=routing)
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Tensor:
         """Decode latents ``(N, C, h, w)`` to images ``(N, 3, H, W)``, range about ``[-1, 1]``."""
@@ -104,14 +102,14 @@ class EarlyExitDecoder(nn.Module):
         while present and present[-1] is None:
             present.pop()
         named = {name: value for name, value in kwargs.items() if value is not None}
-        if self.wishes:
-            image, exits = self.model.routed(*present, **self.wishes, **named)
+        if self.routing:
+            image, exits = self.model.routed(*present, **self.routing, **named)
             self.counts.update(exits.flatten().tolist())
         else:
             image = self.model.route(present, named, exit=self.exit)
             self.counts[self.exit or len(self.model.branches) + 1] += len(image)
-        found: Tensor = image
-        return found
+        output: Tensor = image
+        return output
 
     def unwrap(self) -> nn.Module:
         """Give the decoder back, as it came."""
@@ -149,7 +147,7 @@ def early_exits(
     model: EarlyExitGenerator,
     exit: int | None = None,
     threshold: float | None = None,
-    **wishes: Any,
+    **routing: Any,
 ) -> Iterator[EarlyExitDecoder]:
     """Let a pipeline decode with early exits inside a ``with`` block.
 
@@ -158,7 +156,7 @@ def early_exits(
         model: Its decoder, wrapped by `retroexit.wrap`.
         exit: See `EarlyExitDecoder`.
         threshold: See `EarlyExitDecoder`.
-        **wishes: See `EarlyExitDecoder`.
+        **routing: See `EarlyExitDecoder`.
 
     Yields:
         What stands in the decoder's place: counts exits, and can be told to choose others.
@@ -168,7 +166,7 @@ def early_exits(
         OptionError, TrainingError: See `EarlyExitDecoder`.
     """
     autoencoder = _autoencoder(pipe, model)
-    decoder = EarlyExitDecoder(model, exit, threshold, **wishes)
+    decoder = EarlyExitDecoder(model, exit, threshold, **routing)
     before = autoencoder.decoder
     autoencoder.decoder = decoder
     try:
@@ -196,8 +194,8 @@ def gather_latents(pipe: Any, model: EarlyExitGenerator) -> Iterator[list[Tensor
     samples: list[Tensor | tuple[Tensor, ...]] = []
 
     def keep(_decoder: nn.Module, inputs: tuple[Any, ...]) -> None:
-        given = [value.detach().to("cpu", copy=True) for value in inputs if isinstance(value, Tensor)]
-        samples.extend(given[0] if len(given) == 1 else zip(*given, strict=True))
+        latents = [value.detach().to("cpu", copy=True) for value in inputs if isinstance(value, Tensor)]
+        samples.extend(latents[0] if len(latents) == 1 else zip(*latents, strict=True))
 
     handle = _autoencoder(pipe, model).decoder.register_forward_pre_hook(keep)
     try:
@@ -215,9 +213,9 @@ def _autoencoder(pipe: Any, model: EarlyExitGenerator) -> Any:
             decoder = decoder.unwrap()
         if decoder is model.unwrap():
             return parts[name]
-    found = [name for name, decoder in decoders.items() if isinstance(decoder, nn.Module)]
+    others = [name for name, decoder in decoders.items() if isinstance(decoder, nn.Module)]
     raise GeneratorError(
-        f"asked for early exits in a {type(pipe).__name__}; found the model's decoder nowhere in it, but "
-        f"others in {found}. Wrap its own decoder, as in retroexit.wrap(pipe.vae.decoder, ...).",
+        f"the {type(pipe).__name__} does not contain the model's decoder, but others in {others}. Wrap its "
+        "own decoder, as in retroexit.wrap(pipe.vae.decoder, ...).",
         pipe,
     )

@@ -93,7 +93,7 @@ def _latents(latents: Tensor, *_others: Tensor) -> Tensor:
 def _refuse_autoencoder(autoencoder: nn.Module) -> NoReturn:
     name = type(autoencoder).__name__
     raise GeneratorError(
-        f"asked to wrap a whole {name}; found an encoder in it too, and pipelines call its decoder alone. "
+        f"a whole {name} cannot be wrapped here: pipelines call its decoder alone. "
         "Wrap autoencoder.decoder, and put that back with retroexit_diffusers.early_exits(pipe, model, ...). "
         "To reconstruct images instead, pass some as example_inputs.",
         autoencoder,
@@ -102,7 +102,6 @@ def _refuse_autoencoder(autoencoder: nn.Module) -> NoReturn:
 
 def _refuse_exits(decoder: nn.Module) -> NoReturn:
     raise GeneratorError(
-        "asked to wrap an EarlyExitDecoder; found that it has exits already. Wrap the decoder that it stands "
-        "for, decoder.unwrap().",
+        "an EarlyExitDecoder has exits already. Wrap the decoder inside it, decoder.unwrap().",
         decoder,
     )

@@ -37,12 +37,12 @@ class OASISObjective:
         """Tell the backbone's pixels from the branch's, and judge a mixed image as its parts."""
         label = label_map(batch)
         real, fake = _logits(judge(batch.target)), _logits(judge(batch.image))
-        found = {"real": real_loss(real, label, self.unknown), "fake": fake_loss(fake)}
+        losses = {"real": real_loss(real, label, self.unknown), "fake": fake_loss(fake)}
         if self.labelmix:
             mask = labelmix_mask(label)
             mixed = _logits(judge(mix(batch.target, batch.image, mask)))
-            found["labelmix"] = self.labelmix * labelmix_loss(mixed, real, fake, mask)
-        return found
+            losses["labelmix"] = self.labelmix * labelmix_loss(mixed, real, fake, mask)
+        return losses
 
 
 def label_map(batch: TrainingBatch) -> Tensor:
@@ -53,10 +53,10 @@ def label_map(batch: TrainingBatch) -> Tensor:
     """
     label = next(iter((*batch.args, *batch.kwargs.values())), None)
     if not isinstance(label, Tensor) or label.dim() != 4 or label.shape[2:] != batch.image.shape[2:]:
-        found = tuple(label.shape) if isinstance(label, Tensor) else type(label).__name__
+        got = tuple(label.shape) if isinstance(label, Tensor) else type(label).__name__
         raise TrainingError(
-            f"asked for the loss of OASIS on images of shape {tuple(batch.image.shape)}; found {found} as "
-            "the first input, no one-hot label map of their size. Train on samples whose first input is one.",
+            f"the first input must be a one-hot label map of the size of the images "
+            f"{tuple(batch.image.shape)} for the loss of OASIS, got {got}",
             batch,
         )
     return label.to(batch.image.device, batch.image.dtype)
@@ -65,9 +65,8 @@ def label_map(batch: TrainingBatch) -> Tensor:
 def _logits(verdict: DiscriminatorOutput) -> Tensor:
     if not isinstance(verdict.output, Tensor):
         raise TrainingError(
-            f"asked for the loss of OASIS; found that the discriminator returns a "
-            f"{type(verdict.output).__name__}, not logits (N, 1 + L, H, W). Pass OASIS's own, or name "
-            "another objective.",
+            "the discriminator must return logits (N, 1 + L, H, W) for the loss of OASIS, got a "
+            f"{type(verdict.output).__name__}. Pass OASIS's own, or name another objective.",
             verdict.output,
         )
     return verdict.output.float()

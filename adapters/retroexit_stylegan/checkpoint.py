@@ -58,8 +58,8 @@ def load_generator(
         has_mean = True
     else:
         raise CheckpointError(
-            f"asked to read StyleGAN2 from {path}; found neither 'synthesis.b4.const' (NVIDIA's layout) nor "
-            f"'input.input' (rosinality's) in it, but {sorted(state)[:4]}. Pass the generator's weights.",
+            f"{path} must hold 'synthesis.b4.const' (NVIDIA's layout) or 'input.input' (rosinality's), got "
+            f"{sorted(state)[:4]}. Pass the generator's weights.",
             path,
         )
     generator = _generator(state, conv_clamp, path)
@@ -95,7 +95,7 @@ def _read(path: Path) -> Any:
         cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         advice = _EXPORT.format(path=path.name, target=path.with_suffix(".pth").name)
         raise CheckpointError(
-            f"asked to read {path}; found no file of tensors and plain values ({cause}). {advice}", path
+            f"{path} must be a file of tensors and plain values only ({cause}). {advice}", path
         ) from error
 
 
@@ -108,8 +108,8 @@ def _weights(content: Any, path: Path) -> tuple[dict[str, Tensor], Tensor | None
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
         keys = list(content)[:6] if isinstance(content, Mapping) else type(content).__name__
         raise CheckpointError(
-            f"asked to read StyleGAN2 from {path}; found {keys} instead of a state dict. Save the "
-            "generator's state_dict(), or a checkpoint that has it under 'g_ema'.",
+            f"{path} must hold a state dict, got {keys}. Save the generator's state_dict(), or a checkpoint "
+            "that has it under 'g_ema'.",
             path,
         )
     return dict(content), w_avg
@@ -136,7 +136,7 @@ def _generator(state: dict[str, Tensor], conv_clamp: float | None, path: Path) -
         generator.load_state_dict(state)
     except (KeyError, IndexError, ValueError, RuntimeError) as error:
         raise CheckpointError(
-            f"asked to read StyleGAN2 from {path}; found weights of another architecture than the paper's: "
+            f"{path} holds weights of another architecture than the paper's: "
             f"{' '.join(str(error).split())[:300]}. Wrap the network's own object instead.",
             path,
         ) from error

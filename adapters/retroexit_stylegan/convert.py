@@ -33,7 +33,7 @@ def convert_rosinality(state: Mapping[str, Tensor], w_avg: Tensor | None = None)
     blocks = source.count("to_rgbs.{}.bias")
     if not blocks:
         raise CheckpointError(
-            f"no tensor 'to_rgbs.0.bias' in the state; found {_some(state)}. Pass the checkpoint's 'g_ema'"
+            f"no tensor 'to_rgbs.0.bias' in the state, got {_some(state)}. Pass the checkpoint's 'g_ema'"
         )
     target: dict[str, Tensor] = {}
     for i in range(source.count("style.{}.weight", first=1)):

@@ -2,17 +2,9 @@
 
 from __future__ import annotations
 
-from generators import audio, checkouts, gans, latent, medical, own, segmentation
+from generators import checkouts, latent, own, published
 from generators.entry import Entry
 
 __all__ = ["ENTRIES"]
 
-ENTRIES: tuple[Entry, ...] = (
-    *own.ENTRIES,
-    *latent.ENTRIES,
-    *medical.ENTRIES,
-    *segmentation.ENTRIES,
-    *gans.ENTRIES,
-    *audio.ENTRIES,
-    *checkouts.ENTRIES,
-)
+ENTRIES: tuple[Entry, ...] = (*own.ENTRIES, *latent.ENTRIES, *published.ENTRIES, *checkouts.ENTRIES)

@@ -185,10 +185,7 @@ ENTRIES = (
         image=0,
     ),
     Entry(
-        "pix2pixhd-global",
-        pix2pixhd_global,
-        "model.{13-16} model.17 model.20 model.23",
-        checkout="pix2pixHD",
+        "pix2pixhd-global", pix2pixhd_global, "model.{13-16} model.17 model.20 model.23", checkout="pix2pixHD"
     ),
     # The global generator at half the size, then the enhancer's own blocks.
     Entry(
@@ -217,10 +214,5 @@ ENTRIES = (
         "?conv_first RRDB_trunk.{0-3} ?trunk_conv upconv1 upconv2 ?HRconv",
         checkout="ESRGAN",
     ),
-    Entry(
-        "megaportraits-g2d",
-        megaportraits,
-        "res_blocks.{0-7} upsample{1-3}",
-        checkout="MegaPortrait-hack",
-    ),
+    Entry("megaportraits-g2d", megaportraits, "res_blocks.{0-7} upsample{1-3}", checkout="MegaPortrait-hack"),
 )

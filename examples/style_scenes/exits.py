@@ -105,7 +105,9 @@ def with_predictor(
 ) -> Evaluation:
     """Judge the same samples and exits by another predictor; its MACs are counted."""
     predicted = torch.cat([model.predict(z=z, noise=noise) for z, noise in batches(test)])
-    return replace(result, predicted=predicted.double().numpy(), overhead=np.array(model.overhead(), float))
+    return replace(
+        result, predicted=predicted.double().numpy(), overhead=np.array(model.router.overhead(), float)
+    )
 
 
 def picture(sample: Sample) -> Tensor:

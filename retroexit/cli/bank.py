@@ -122,8 +122,8 @@ def verify(
     if target is not None:
         typer.echo(f"backbone is the one that the bank was built with: {expected}")
     if model is not None:
-        origin = loaded.origin
-        typer.echo(f"keys from {origin.key_tap}, values from {origin.value_tap}, as expected")
+        meta = loaded.meta
+        typer.echo(f"keys from {meta['key_tap']}, values from {meta['value_tap']}, as expected")
 
 
 def _guidance(key: str | None, value_after: str | None, patch: int, **more: Any) -> retroexit.Guidance:

@@ -29,6 +29,13 @@ def demo(
     Example:
         retroexit demo --out my-demo
     """
-    settings = {"metric": metric, "weights": weights, "steps": steps, "scenes": scenes}
     with resumable():
-        job.run_demo(out, say=typer.echo, command=context.obj, **settings)
+        job.run_demo(
+            out,
+            say=typer.echo,
+            command=context.obj,
+            metric=metric,
+            weights=weights,
+            steps=steps,
+            scenes=scenes,
+        )

@@ -26,9 +26,9 @@ from retroexit.evaluation.promise import EXPECTATION, promise_summary
 from retroexit.fit import measure_times
 from retroexit.model import EarlyExitGenerator
 from retroexit.report.report import write_report
-from retroexit.report.saved_report import find_report, model_facts, read_evaluation, read_kept
-from retroexit.report.text_tables import exit_table, limits_table, promise_table, sweep_table
-from retroexit.saving.parts import load_calibration
+from retroexit.report.saved_report import find_report, model_facts, read_evaluation, read_report
+from retroexit.report.text_tables import limits_table, promise_table, sweep_table
+from retroexit.saving.model_files import read_calibration
 
 __all__ = ["calibrate", "evaluate", "report", "routing_results"]
 
@@ -99,7 +99,7 @@ def evaluate(
     model, samples = _load(target, factory_arguments, folder, inputs, adapter)
     place = out or folder / "report"
     result = retroexit.evaluate(model, samples, place, weights=weights, command=context.obj)
-    typer.echo(exit_table(model))
+    typer.echo(str(model))
     typer.echo(sweep_table(result, threshold or _THRESHOLDS))
     promise = promise_summary(result, model.calibration, threshold or _THRESHOLDS)
     if promise is None:
@@ -130,18 +130,18 @@ def report(
         retroexit report runs/decoder --threshold 0.05 --threshold 0.1
     """
     place = find_report(folder)
-    evaluation, kept = read_evaluation(place), read_kept(place)
+    evaluation, saved = read_evaluation(place), read_report(place)
     model = model_facts(place, evaluation)
     page = write_report(
         out or place,
         evaluation,
-        kept.strips,
-        title=title or kept.title or f"{evaluation.about.get('generator', 'A generator')} with early exits",
-        headline=kept.headline,
-        command=kept.command,
+        saved.strips,
+        title=title or saved.title or f"{evaluation.about.get('generator', 'A generator')} with early exits",
+        headline=saved.headline,
+        command=saved.command,
         thresholds=threshold or None,
         unguided=None if unguided is None else read_evaluation(find_report(unguided)),
-        calibration=None if model is None else load_calibration(model[0], model[1].get("calibration_sha256")),
+        calibration=None if model is None else read_calibration(model[0], model[1].get("calibration_sha256")),
     )
     typer.echo(f"report: {page}\nnumbers: {page.with_name('summary.json')}")
 

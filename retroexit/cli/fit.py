@@ -37,7 +37,6 @@ from retroexit.core.samples import moved
 from retroexit.errors import OptionError
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.plugins.host import host
-from retroexit.report.text_tables import exit_table
 from retroexit.routing.predictor import KINDS, READS
 from retroexit.training.branches.distributed import Team, join, kind_of_device, rehearse
 from retroexit.training.losses.plan import DEFAULT_LOSSES
@@ -207,7 +206,7 @@ def fit(
     if bank is not None:
         arguments["bank"] = GuidanceBank.load(bank, retriever_class=host().retriever(retriever))
     say = typer.echo if team.is_first else lambda text: None
-    say(exit_table(model))
+    say(str(model))
     if dry_run:
         rehearse(devices, nodes, batch)
         untrained = "none: as the adapter makes it, untrained"

@@ -9,14 +9,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from retroexit.api import evaluate, find_metric, fit, wrap
+from retroexit.api import evaluate, fit, wrap
 from retroexit.demo.generator import load_scene_generator, scene_inputs
 from retroexit.demo.scenes import LABEL_COLOURS
 from retroexit.errors import WeightsError
 from retroexit.evaluation.sweep import Evaluation
 from retroexit.metrics import QualityMetric
 from retroexit.model import EarlyExitGenerator
-from retroexit.report.text_tables import exit_table, sweep_table
+from retroexit.plugins.host import find_metric
+from retroexit.report.text_tables import sweep_table
 
 __all__ = ["pick_metric", "run_demo", "wrap_scene_generator"]
 
@@ -85,7 +86,7 @@ def run_demo(
     begin = time.monotonic()
     quality = pick_metric(metric, weights, say)
     model = wrap_scene_generator()
-    say(str(exit_table(model)))
+    say(str(str(model)))
     fit(
         model,
         scene_inputs(scenes, FIT_SEED),

@@ -7,6 +7,7 @@ Everything here is arithmetic on recorded numbers: nothing is generated again. P
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Self
@@ -16,43 +17,30 @@ import numpy.typing as npt
 
 from retroexit.errors import CheckpointError, OptionError
 
-__all__ = ["Evaluation", "OperatingPoint", "plain_json"]
+__all__ = ["Evaluation", "OperatingPoint", "highlighted", "plain_json", "thresholds_for"]
 
 Array = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
 class OperatingPoint:
-    """What one way of choosing exits costs and gives on the samples of an evaluation.
+    """Cost and loss of one way of choosing exits on the samples of an evaluation.
 
-    MACs are multiply-accumulates per sample. They include what the choice itself needs: predictor and
-    retrieval for a routed point, retrieval alone for a fixed exit.
-
-    Attributes:
-        threshold: Accepted loss, or ``None`` for a fixed exit.
-        counts: Samples that leave at each exit, shape ``(K + 1,)``, last = backbone.
-        mean_macs: Mean MACs of a sample.
-        share: ``mean_macs`` over the MACs of the plain backbone.
-        saved: ``1 - share``; negative when routing costs more than it saves.
-        mean_loss: Mean loss to the backbone's image.
-        p90_loss: 90th percentile of the loss.
-        p95_loss: 95th percentile of the loss.
-        violations: Share of the samples whose true loss is above the threshold; ``None`` without a threshold.
-        exit_of: Exit of each sample, shape ``(S,)``, numbered from 1; ``K + 1`` is the backbone.
-        loss_of: True loss of each sample at its exit, shape ``(S,)``; 0 at the backbone.
+    MACs (multiply-accumulates per sample) include predictor and retrieval for a routed point, retrieval alone
+    for a fixed exit.
     """
 
-    threshold: float | None
-    counts: npt.NDArray[np.int64]
+    threshold: float | None  # accepted loss; None for a fixed exit
+    counts: npt.NDArray[np.int64]  # samples that leave at each exit, (K + 1,), last = backbone
     mean_macs: float
-    share: float
-    saved: float
-    mean_loss: float
+    share: float  # mean_macs over the MACs of the plain backbone
+    saved: float  # 1 - share; negative when routing costs more than it saves
+    mean_loss: float  # to the backbone's image
     p90_loss: float
     p95_loss: float
-    violations: float | None
-    exit_of: npt.NDArray[np.int64]
-    loss_of: Array
+    violations: float | None  # share of the samples whose true loss is above the threshold
+    exit_of: npt.NDArray[np.int64]  # exit of each sample, (S,), from 1; K + 1 is the backbone
+    loss_of: Array  # true loss of each sample at its exit, (S,); 0 at the backbone
 
     def row(self) -> dict[str, Any]:
         """Return everything but the per-sample arrays as plain JSON types."""
@@ -93,29 +81,24 @@ class Evaluation:
     def __post_init__(self) -> None:
         loss = np.asarray(self.loss, dtype=np.float64)
         if loss.ndim != 2 or 0 in loss.shape:
-            raise OptionError(f"loss needs shape (samples, branch exits), found {loss.shape}", loss)
+            raise OptionError(f"loss must have shape (samples, branch exits), got {loss.shape}", loss)
         samples, exits = loss.shape
-        expected = {
-            "loss": loss.shape,
-            "predicted": loss.shape,
-            "macs": (exits + 1,),
-            "overhead": (exits + 1,),
-            "distance": (samples,),
-            "seconds": (exits + 1,),
-        }
+        expected = {"loss": loss.shape, "predicted": loss.shape, "distance": (samples,)}
+        expected |= dict.fromkeys(("macs", "overhead", "seconds"), (exits + 1,))
         for name, shape in expected.items():
             value = getattr(self, name)
             if value is None and name in ("predicted", "distance", "seconds"):
                 continue
             value = np.asarray(value, dtype=np.float64)
             if value.shape != shape:
-                raise OptionError(f"{name} needs shape {shape} to go with loss, found {value.shape}", value)
+                raise OptionError(f"{name} must have shape {shape} like loss, got {value.shape}", value)
             if not np.isfinite(value).all():
-                bad = int((~np.isfinite(value)).sum())
-                raise OptionError(f"{name} holds NaN or infinity in {bad} of {value.size} places", value)
+                count = int((~np.isfinite(value)).sum())
+                text = f"{name} must be finite, got NaN or infinity in {count} of {value.size}"
+                raise OptionError(text, value)
             object.__setattr__(self, name, value)
         if self.macs[-1] <= 0:
-            raise OptionError(f"the backbone's MACs must be positive, found {self.macs[-1]}", self.macs)
+            raise OptionError(f"the backbone's MACs must be > 0, got {self.macs[-1]}", self.macs)
 
     def at_threshold(self, tau: float) -> OperatingPoint:
         """Take the cheapest exit whose *predicted* loss is at most ``tau``, else the backbone.
@@ -154,7 +137,7 @@ class Evaluation:
             OptionError: If the evaluation holds no predictions, or ``target`` is negative or not finite.
         """
         if not 0 <= target < np.inf:
-            raise OptionError(f"a mean loss to aim at must be finite and >= 0, found {target}", target)
+            raise OptionError(f"target must be finite and >= 0, got {target}", target)
         predicted = self.need_predicted()
         # Raising the threshold past predicted[s, k] moves sample s to the cheapest exit passed so far. Follow
         # each sample through its own predictions, then merge all these steps in order of the threshold.
@@ -184,12 +167,8 @@ class Evaluation:
     def gain_factor(self, points: Sequence[OperatingPoint]) -> dict[str, float]:
         """Fit the gain factor of section 3.4: computations saved per loss accepted.
 
-        A least-squares line through the sweep, as the paper does for its figures 3 and 7. The paper's number
-        is the slope over the *threshold*; the slope over the mean loss really paid is given beside it. Points
-        where every sample leaves at one exit already flatten the slope: leave them out of the sweep.
-
-        Args:
-            points: Routed points at two or more thresholds.
+        The slope of a least-squares line through points at two or more thresholds (the paper's number) or mean
+        losses. Leave out points where every sample leaves at one exit: they flatten the slope.
 
         Returns:
             ``gmacs_per_threshold`` and ``gmacs_per_mean_loss``: saved GMACs per unit of loss;
@@ -205,7 +184,7 @@ class Evaluation:
             x = np.array([getattr(point, name) for point in points], dtype=np.float64)
             if len(x) < 2 or not np.ptp(x) > 0:
                 raise OptionError(
-                    f"a gain factor needs two different values of {name}, found {x.tolist()}", points
+                    f"points must have two different values of {name}, got {x.tolist()}", points
                 )
             centred = x - x.mean()
             slope = float(centred @ saved / (centred @ centred))
@@ -223,9 +202,10 @@ class Evaluation:
         predicted = self.need_predicted()
         result: dict[str, list[float | None]] = {"mean_absolute": [], "mean_relative": [], "spearman": []}
         for true, guess in zip(self.loss.T, predicted.T, strict=True):
-            wrong, some = np.abs(guess - true), true > 0
-            result["mean_absolute"].append(float(wrong.mean()))
-            result["mean_relative"].append(float((wrong[some] / true[some]).mean()) if some.any() else None)
+            error, nonzero = np.abs(guess - true), true > 0
+            result["mean_absolute"].append(float(error.mean()))
+            relative = float((error[nonzero] / true[nonzero]).mean()) if nonzero.any() else None
+            result["mean_relative"].append(relative)
             result["spearman"].append(_spearman(true, guess))
         return result
 
@@ -236,25 +216,17 @@ class Evaluation:
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Read what :meth:`to_json` wrote.
-
-        Raises:
-            CheckpointError: If the text is not JSON or has other fields.
-        """
+        """Read what :meth:`to_json` wrote, or raise `CheckpointError`."""
         try:
             return cls(**json.loads(text))
         except (ValueError, TypeError) as error:
             raise CheckpointError(f"not an evaluation written by retroexit: {error}") from error
 
     def need_predicted(self) -> Array:
-        """Give the predicted losses.
-
-        Raises:
-            OptionError: If there are none.
-        """
+        """Return the predicted losses, or raise `OptionError` if there are none."""
         if self.predicted is None:
             raise OptionError(
-                "this evaluation holds no predicted losses; fit a predictor, or use oracle or fixed"
+                "the evaluation has no predicted losses. Fit a predictor, or use oracle or fixed."
             )
         return self.predicted
 
@@ -265,7 +237,7 @@ class Evaluation:
     def _cheapest(self, loss: Array, tau: float) -> npt.NDArray[np.int64]:
         """Pick for each sample the cheapest exit with ``loss <= tau``, from 0; ``K`` where there is none."""
         if not np.isfinite(tau):
-            raise OptionError(f"a threshold must be a finite loss, found {tau}", tau)
+            raise OptionError(f"threshold must be finite, got {tau}", tau)
         order = self._cost_order()
         good = loss[:, order] <= tau
         return np.where(good.any(axis=1), order[good.argmax(axis=1)], loss.shape[1])
@@ -293,20 +265,36 @@ class Evaluation:
 
 
 def plain_json(value: object) -> object:
-    """Turn what ``json`` does not know into what it does: arrays into lists, paths and the like into text."""
+    """Turn arrays into lists and other unknown objects into text, for ``json``."""
     return value.tolist() if isinstance(value, np.ndarray | np.generic) else str(value)
-
-
-def _ranks(x: Array) -> Array:
-    """Rank from 0; equal values share the mean of their ranks."""
-    _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts) - 1
-    return (last - (counts - 1) / 2)[inverse]
 
 
 def _spearman(x: Array, y: Array) -> float | None:
     """Correlation of ranks, or ``None`` where one side is constant."""
-    a, b = _ranks(x), _ranks(y)
-    a, b = a - a.mean(), b - b.mean()
-    scale = float(np.sqrt((a @ a) * (b @ b)))
-    return float(a @ b) / scale if scale > 0 else None
+    from scipy import stats
+
+    if np.ptp(x) == 0 or np.ptp(y) == 0:
+        return None
+    return float(stats.spearmanr(x, y).statistic)
+
+
+def thresholds_for(evaluation: Evaluation) -> list[float]:
+    """Choose about ten round thresholds that span the losses of the branch exits.
+
+    LPIPS evaluations always get the paper's 0.1 as well.
+    """
+    low = max(0.0, float(np.percentile(evaluation.loss.min(axis=1), 1)))
+    high = float(np.percentile(evaluation.loss.max(axis=1), 95))
+    least = max((high - low) / 12, high / 100, 1e-6)
+    power = 10.0 ** math.floor(math.log10(least))
+    step = next(nice * power for nice in (1, 2, 2.5, 5, 10) if nice * power >= least * (1 - 1e-9))
+    first, last = max(1, math.floor(low / step)), max(1, math.ceil(high / step))
+    taus = {round(n * step, 12) for n in range(first, last + 1)}
+    if str(evaluation.metric.get("name", "")).startswith("lpips"):
+        taus.add(0.1)
+    return sorted(taus)
+
+
+def highlighted(taus: Sequence[float]) -> float:
+    """Choose one of some sorted thresholds: the paper's 0.1 where it is among them, else the middle one."""
+    return 0.1 if 0.1 in taus else taus[len(taus) // 2]

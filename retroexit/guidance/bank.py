@@ -1,7 +1,6 @@
 """The guiding database: patches of early features as keys, of middle ones as values (paper, section 3.3).
 
-`build_bank` fills one; a feature in front of a branch is searched in it, and the values of the nearest keys
-are glued into the guide of the branch.
+The values of the keys that are nearest to a feature are glued into the guide of a branch.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ from torch import Tensor
 
 from retroexit.core.files import MANIFEST, check_file, read_array, read_manifest, staged, write_manifest
 from retroexit.errors import BankError, CheckpointError, OptionError
-from retroexit.guidance.provenance import Provenance
 from retroexit.retrieval import AutoRetriever, ExactRetriever, FaissRetriever, HnswlibRetriever, Retriever
 
 __all__ = ["GuidanceBank", "Retrieved", "cut", "glue"]
@@ -26,6 +24,15 @@ __all__ = ["GuidanceBank", "Retrieved", "cut", "glue"]
 _CHECKED = 1024  # rows per step of a check
 _KIND, _SCHEMA = "guidance bank", 1
 _KEYS, _VALUES, _SOURCE = "keys", "values.npy", "source.npy"
+_ORIGIN = {
+    "fingerprint": "the backbone of the bank",
+    "key_tap": "the source of keys",
+    "value_tap": "the source of values",
+    "patch": "the patch of a key",
+    "key_width": "numbers per key",
+    "value_patch": "the patch of a value",
+    "value_channels": "channels per value",
+}
 _BACKENDS = {back.name: back for back in (AutoRetriever, ExactRetriever, FaissRetriever, HnswlibRetriever)}
 
 
@@ -114,16 +121,27 @@ class GuidanceBank:
         """Channels of a value, and of the guide."""
         return self.values.shape[-1] // (1 + self.order * self.retriever.width)
 
-    @property
-    def origin(self) -> Provenance:
-        """What the bank was made from, as far as it is recorded."""
-        return Provenance(
-            **{name: self.meta.get(name) for name in ("fingerprint", "key_tap", "value_tap")},
-            patch=self.patch,
-            key_width=self.retriever.width,
-            value_patch=self.value_patch,
-            value_channels=self.value_channels,
-        )
+    def check_origin(self, **expected: Any) -> None:
+        """Compare the bank with the generator that it guides; facts that ``meta`` does not hold are skipped.
+
+        Raises:
+            BankError: If a fact differs; the first one is named.
+        """
+        facts = {
+            **self.meta,
+            "patch": self.patch,
+            "key_width": self.retriever.width,
+            "value_patch": self.value_patch,
+            "value_channels": self.value_channels,
+        }
+        for name, words in _ORIGIN.items():
+            actual, required = facts.get(name), expected.get(name)
+            if actual is not None and required is not None and actual != required:
+                raise BankError(
+                    f"{words} must be {required!r}, got {actual!r}. Build a bank for this generator, or wrap "
+                    "it with the guidance of the bank.",
+                    self,
+                )
 
     def macs_per_search(self, queries: int) -> int:
         """Count the MACs of an exact search, queries x keys x width, and of following the slopes."""
@@ -194,15 +212,7 @@ class GuidanceBank:
 
     @torch.no_grad()
     def guide(self, feature: Tensor, exclude: Tensor | None = None) -> Tensor:
-        """Retrieve and glue the guide of a feature, on its device and in its dtype: `search`, then `glue`.
-
-        Args:
-            feature: See `search`.
-            exclude: See `search`.
-
-        Returns:
-            ``(N, Cv, h * ph, w * pw)``, channels-last layout, without gradient.
-        """
+        """Do `search`, then `glue`, on the feature's device and in its dtype, without gradient."""
         return self._glued(self.search(feature, exclude).ids, feature, feature.device, feature.dtype)
 
     def _glued(self, ids: Tensor, feature: Tensor | None, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -243,11 +253,8 @@ class GuidanceBank:
     def save(self, folder: str | Path) -> None:
         """Write the bank to a folder, in one step.
 
-        Args:
-            folder: Created, or replaced if it holds a saved bank.
-
         Raises:
-            CheckpointError: If the folder holds something else.
+            CheckpointError: If the folder holds anything but a saved bank, which is replaced.
             OptionError: If ``meta`` is not JSON data.
         """
         with staged(folder, owns=(MANIFEST, _KEYS, _VALUES, _SOURCE)) as fresh:
@@ -262,11 +269,7 @@ class GuidanceBank:
 
     @staticmethod
     def retriever_name(folder: str | Path) -> str:
-        """Read the name of the back-end of a saved bank.
-
-        Raises:
-            CheckpointError: If there is no bank, or its manifest is damaged.
-        """
+        """Read the name of the back-end of a saved bank."""
         return str(read_manifest(folder, _KIND, _SCHEMA)["retriever"])
 
     @classmethod
@@ -274,7 +277,6 @@ class GuidanceBank:
         cls,
         folder: str | Path,
         fingerprint: str | None = None,
-        mmap: bool = True,
         *,
         retriever_class: type[Retriever] | None = None,
     ) -> GuidanceBank:
@@ -283,7 +285,6 @@ class GuidanceBank:
         Args:
             folder: A folder written by `save`.
             fingerprint: Of the backbone that the bank guides; not compared if ``None``.
-            mmap: Leave the values on disk and map them into memory.
             retriever_class: Back-end for the keys; by default the saved one, if it is one of ours.
 
         Raises:
@@ -306,7 +307,7 @@ class GuidanceBank:
                 folder,
             )
         check_file(folder, f"{_KEYS}/{MANIFEST}", manifest)
-        values = read_array(folder, _VALUES, manifest, mmap=mmap)
+        values = read_array(folder, _VALUES, manifest, mmap=True)
         source = read_array(folder, _SOURCE, manifest)
         retriever = back_end.load(Path(folder) / _KEYS)
         try:
@@ -316,14 +317,7 @@ class GuidanceBank:
 
 
 def cut(feature: Tensor, patch: tuple[int, ...] = (1, 1)) -> Tensor:
-    """Cut a feature map into non-overlapping patches, one row of numbers each.
-
-    Args:
-        feature: Shape ``(N, C, H, W)``, likewise ``(N, C, L)`` or ``(N, C, D, H, W)``.
-        patch: Size of a patch along each spatial dimension, ``(ph, pw)``.
-
-    Returns:
-        Patches ``(N, H / ph, W / pw, C * ph * pw)``; within a patch, channel by channel.
+    """Cut a map ``(N, C, H, W)`` into patches ``(N, H / ph, W / pw, C * ph * pw)``, channel by channel.
 
     Raises:
         OptionError: If ``patch`` has another number of dimensions than the map, or does not divide it.
@@ -348,15 +342,7 @@ def cut(feature: Tensor, patch: tuple[int, ...] = (1, 1)) -> Tensor:
 
 
 def glue(values: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
-    """Glue patches into a map: written once, straight into a channels-last tensor.
-
-    Args:
-        values: Patches with channels last, ``(N, h, w, ph, pw, C)``; likewise for one or three spatial
-            dimensions.
-        dtype: Of the map; that of the patches if ``None``.
-
-    Returns:
-        ``(N, C, h * ph, w * pw)``, in channels-last layout.
+    """Glue patches ``(N, h, w, ph, pw, C)`` into a channels-last map ``(N, C, h * ph, w * pw)``.
 
     Raises:
         OptionError: If the number of dimensions is not that of a grid of patches.
@@ -394,13 +380,8 @@ def _places(sizes: Sequence[int], dtype: torch.dtype, device: torch.device) -> t
 def _follow(values: np.ndarray, ids: np.ndarray, offsets: Tensor) -> Tensor:
     """Evaluate the linear maps of a bank of order 1, ``v + S (q - k)``.
 
-    Args:
-        values: All values, float16 ``(n, ph, pw, C * (1 + D))``; every number is followed by its D slopes.
-        ids: Rows of the nearest keys, ``(N, h, w)``.
-        offsets: Queries minus these keys, float32 ``(N, h, w, D)``.
-
-    Returns:
-        Patches ``(N, h, w, ph, pw, C)``, float32.
+    ``ids`` ``(N, h, w)`` are the nearest keys, ``offsets`` ``(N, h, w, D)`` the queries minus these keys.
+    Returns patches ``(N, h, w, ph, pw, C)``, float32.
     """
     width = offsets.shape[-1]
     rows = torch.cat([offsets.new_ones(*ids.shape, 1), offsets], -1).flatten(0, -2)

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -80,21 +79,16 @@ def build_bank(
         candidates = Candidates(max_candidates, size=size, thin=thin, seed=seed)
     patch = tuple(patch)
     _collect(features, patch, candidates)
-    with _bar(progress, "thinning") as step:
-        rows = choose(candidates.keys, size, thin, eps=eps, seed=seed, progress=step).numpy()
+    rows = choose(candidates.keys, size, thin, eps=eps, seed=seed).numpy()
     keys = candidates.keys[rows]
     radius, mean = coverage(candidates.keys, keys)
     within = candidates.reach + radius
     source, cells = candidates.tags[rows].T
-    with _bar(progress, "values") as step:
-        values = _compute_values(values_of, source, cells, candidates.grid, step)
+    values = _compute_values(values_of, source, cells, candidates.grid, progress)
     retriever.build(keys)
     facts = {
         **(meta or {}),
         "patch": list(patch),
-        "value_patch": list(values.shape[1:-1]),
-        "value_channels": values.shape[-1],
-        "dtype": "float16",
         "thinning": {
             "how": thin,
             "size": size,
@@ -145,13 +139,13 @@ def _compute_values(
     source: np.ndarray,
     cells: np.ndarray,
     grid: tuple[int, ...],
-    step: Callable[[int, int], None],
+    progress: bool,
 ) -> np.ndarray:
     """Compute the value patch of every chosen key, float16 ``(n, ph, pw, Cv)``."""
     inputs = np.unique(source)
     values: np.ndarray | None = None
-    done = 0
-    for start in range(0, len(inputs), _VALUE_BATCH):
+    starts = range(0, len(inputs), _VALUE_BATCH)
+    for start in tqdm(starts, desc="values", disable=None if progress else True):
         batch = inputs[start : start + _VALUE_BATCH]
         rows = np.flatnonzero(np.isin(source, batch))
         feature = values_of(batch.tolist())
@@ -182,22 +176,8 @@ def _compute_values(
                 feature,
             )
         values[rows] = part
-        done += len(rows)
-        step(done, len(source))
     assert values is not None  # a thinned set of keys is never empty
     return values
-
-
-@contextmanager
-def _bar(show: bool, what: str) -> Iterator[Callable[[int, int], None]]:
-    """Yield a function of the number done and the total; a progress bar follows it on a terminal."""
-    with tqdm(desc=what, disable=None if show else True) as bar:
-
-        def step(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield step
 
 
 @torch.no_grad()
@@ -212,7 +192,7 @@ def with_slopes(bank: GuidanceBank, maps: Iterable[tuple[Tensor, Tensor]], patch
         patches: Number of key patches in all of them together.
 
     Returns:
-        A bank of the same keys, of order 1. Its values hold v and S: ``(n, ph, pw, Cv * (1 + D))`` float16.
+        A bank of order 1 with the same keys; its values hold v and S.
 
     Raises:
         OptionError: If the linear maps of so many keys would not fit into memory.

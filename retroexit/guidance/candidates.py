@@ -23,14 +23,11 @@ _MORE = 4  # survivors of one piece per key of the bank
 class Candidates:
     """Keys of a stream, in bounded memory, independent of how the stream is batched.
 
-    While all keys fit, all are held. Then it depends on ``thin``:
-
-    * ``"fps"``: keys that came since the last thinning are thinned by farthest points to a few; when such
-      survivors fill half of the memory, they are thinned in turn. A key is at most one radius from a survivor
-      of its piece, and a survivor at most one radius from a survivor of the survivors, so that the sum of
-      the radii, `reach`, holds for every key ever seen. Each radius is at most twice the smallest that as
-      many centres could have for the whole stream (Gonzalez, 1985). No outlier is lost.
-    * All others: a uniform sample of the stream (a reservoir).
+    All keys are held while they fit. Then, with ``"fps"``, the newest keys are thinned by farthest points to
+    a few; when such survivors fill half of the memory, they are thinned in turn. `reach`, the sum of the
+    radii, holds for every key ever seen. Each radius is at most twice the smallest that as many centres could
+    have for the whole stream (Gonzalez, 1985). No outlier is lost. With other ways of thinning, a uniform
+    sample of the stream is held (a reservoir).
 
     Args:
         most: Keys held at most; with ``"fps"`` at least twice ``size``.
@@ -45,10 +42,6 @@ class Candidates:
         shape: Shape of the features that the keys were cut from, ``(C, H, W)``; empty before the first.
         grid: The grid of patches of each feature, ``(h, w)``.
         held: Number of keys held.
-
-    Raises:
-        OptionError: If ``most`` is below 1.
-        CheckpointError: If the folder holds other or damaged candidates.
     """
 
     def __init__(

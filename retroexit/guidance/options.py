@@ -86,14 +86,7 @@ class Guidance:
     ) -> Guidance:
         """Fill in what is left open: from an adapter's description, then by default.
 
-        Args:
-            key: The adapter's key function; used unless ``key=False``, ``key_after`` or ``patch`` ask for
-                patches.
-            key_after: The adapter's stage for keys of patches.
-            value_after: The adapter's stage for values.
-
-        Returns:
-            Settings with ``inject`` decided and ``key`` a function or ``None``.
+        The adapter's key function is used unless ``key=False``, ``key_after`` or ``patch`` ask for patches.
         """
         patches = self.key is False or self.key_after is not None or max(self.patch) > 1
         function = None if patches else self.key or key

@@ -8,7 +8,6 @@ and even random keys, give a smaller mean distance. `coverage` measures both.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
@@ -35,7 +34,6 @@ def thin(
     *,
     eps: float = 0.0,
     seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """Choose at most ``size`` distinct keys.
 
@@ -46,18 +44,15 @@ def thin(
             ``"random"`` or ``"none"`` (every distinct key).
         eps: See `farthest_points`.
         seed: Of the first choice, the first centres, or the sample.
-        progress: See `farthest_points`.
 
     Returns:
         Row numbers, int64 ``(m,)``.
 
     Raises:
-        OptionError: If the way does not exist, or an option is out of range.
-        BankError: If there are no keys.
-        RetrieverError: If the keys are not a finite matrix.
+        OptionError, BankError, RetrieverError: If an option is out of range, or there are no finite keys.
     """
     if how == "fps":
-        return torch.from_numpy(farthest_points(keys, size, eps=eps, seed=seed, progress=progress)[0])
+        return torch.from_numpy(farthest_points(keys, size, eps=eps, seed=seed)[0])
     if how not in ("kmeans", "random", "none"):
         raise OptionError(f"thin must be 'fps', 'kmeans', 'random' or 'none', got {how!r}", how)
     matrix, distinct = _distinct(keys, size)
@@ -91,7 +86,6 @@ def farthest_points(
     *,
     eps: float = 0.0,
     seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
 ) -> tuple[np.ndarray, float]:
     """Choose keys greedily, each the farthest from all chosen before (the paper's reference [19]).
 
@@ -100,20 +94,14 @@ def farthest_points(
     then all distances are updated by one matrix product.
 
     Args:
-        keys: Candidates, ``(n, D)``.
-        size: Number of keys to choose at most, ``>= 1``.
+        keys: See `thin`.
+        size: See `thin`.
         eps: Stop when no key is farther than this from the chosen ones, ``>= 0``.
         seed: Of the first key.
-        progress: Called with the number chosen and ``size`` after each pass.
 
     Returns:
         Row numbers in the order of choice, int64 ``(m,)``, no two of them equal keys; and the largest
         distance from a key to the nearest chosen one.
-
-    Raises:
-        OptionError: If ``size`` or ``eps`` is out of range.
-        BankError: If there are no keys.
-        RetrieverError: If the keys are not a finite matrix.
     """
     if not eps >= 0:
         raise OptionError(f"eps must be >= 0, got {eps}", eps)
@@ -131,8 +119,6 @@ def farthest_points(
     while True:
         _update(gap, points, centre, norms, fresh)
         gap[chosen] = -1.0  # rounding may leave a trace of distance to itself
-        if progress is not None:
-            progress(len(chosen), size)
         fresh = _greedy(gap, points, min(_ROUND, size - len(chosen)), eps * eps)
         if not fresh:
             break
@@ -201,15 +187,7 @@ def _distinct(keys: Tensor | np.ndarray, size: int) -> tuple[np.ndarray, np.ndar
 
 @torch.no_grad()
 def coverage(keys: np.ndarray, chosen: np.ndarray) -> tuple[float, float]:
-    """Measure how well chosen keys represent all.
-
-    Args:
-        keys: All keys, float32 ``(n, D)``.
-        chosen: The chosen keys, float32 ``(m, D)``.
-
-    Returns:
-        The largest and the mean Euclidean distance from a key to the nearest chosen one.
-    """
+    """Return the largest and the mean distance from keys ``(n, D)`` to the nearest chosen one ``(m, D)``."""
     centre = chosen.mean(axis=0, dtype=np.float64).astype(np.float32)
     centred = torch.from_numpy(chosen - centre)
     distances = np.empty(len(keys))

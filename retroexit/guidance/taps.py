@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from retroexit.branch.entry import GuideShape
+from retroexit.branch.branch import GuideShape
 from retroexit.core.nested import cloned
 from retroexit.errors import BankError, OptionError
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.guidance.options import WHOLE_IMAGE, Guidance
-from retroexit.guidance.provenance import Provenance
-from retroexit.split.segments import Cut
 from retroexit.split.split import SplitGenerator
-from retroexit.stages.decoder import Decoder, Stage, describe_stage
+from retroexit.stages.cuts import Cut
+from retroexit.stages.decoder import Decoder, describe_stage
+from retroexit.stages.stage import Stage
 from retroexit.tracing.record import unobserved
 
 __all__ = ["Taps", "find_key_cut", "find_taps", "key_name", "tap_paths"]
@@ -62,32 +62,22 @@ class Taps:
         return math.prod(self.grid)
 
     def query(self, key_feature: Tensor, args: Any, kwargs: Any) -> Tensor:
-        """Return the map ``(N, D, ...)`` that keys are cut from.
-
-        Args:
-            key_feature: The feature from `SplitGenerator.begin`.
-            args: The generator's positional inputs.
-            kwargs: Its keyword inputs.
-
-        Raises:
-            BankError: If a key function does not return valid keys.
-        """
+        """Return the map ``(N, D, ...)`` that keys are cut from, a key function's or the key feature."""
         if self.key is None:
             return key_feature
         width, *place = self.key_shape
         return _keys_of(self.key, args, kwargs, len(key_feature), len(place), width)
 
-    def origin(self, fingerprint: str | None = None) -> Provenance:
-        """Return the provenance of a bank for this generator."""
-        return Provenance(
-            fingerprint,
-            self.key_tap,
-            self.value_cut.feature.name,
-            tuple(self.patch),
-            self.key_shape[0] * math.prod(self.patch),
-            tuple(side // count for side, count in zip(self.guide.size, self.grid, strict=True)),
-            self.guide.channels,
-        )
+    def origin(self) -> dict[str, Any]:
+        """Return the facts that a bank for this generator has, see `GuidanceBank.check_origin`."""
+        return {
+            "key_tap": self.key_tap,
+            "value_tap": self.value_cut.feature.name,
+            "patch": tuple(self.patch),
+            "key_width": self.key_shape[0] * math.prod(self.patch),
+            "value_patch": tuple(side // n for side, n in zip(self.guide.size, self.grid, strict=True)),
+            "value_channels": self.guide.channels,
+        }
 
     def search_macs(self, bank: GuidanceBank) -> int:
         """MACs of the search in the bank for one sample, as exact search counts them."""
@@ -141,11 +131,6 @@ def tap_paths(guidance: Guidance | None) -> list[str]:
 def find_key_cut(decoder: Decoder, guidance: Guidance | None, first: tuple[Stage, Cut]) -> Cut | None:
     """Cut after the stage that keys come from; ``None`` if that is the first attach point.
 
-    Args:
-        decoder: The generator's stages.
-        guidance: Its settings.
-        first: The first attach point.
-
     Raises:
         AttachPointError, OptionError: If there is no such stage, or it lies behind the first attach point.
     """
@@ -170,10 +155,6 @@ def find_key_cut(decoder: Decoder, guidance: Guidance | None, first: tuple[Stage
 
 def find_taps(split: SplitGenerator, guidance: Guidance) -> Taps:
     """Determine the keys and values of a split generator.
-
-    Args:
-        split: The generator in pieces.
-        guidance: Its settings.
 
     Raises:
         AttachPointError, OptionError: If there is no such stage for values.

@@ -1,4 +1,4 @@
-"""Measure a calibration set: what every exit loses, and what routing would have predicted."""
+"""Measure a calibration set: the loss of every exit, and the losses that routing predicts."""
 
 from __future__ import annotations
 
@@ -6,25 +6,22 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from retroexit.core.modules import device_of
-from retroexit.core.samples import Samples, drawing_from
+from retroexit.core.samples import Samples
 from retroexit.errors import OptionError, TrainingError
-from retroexit.evaluation.measure import Measurement
-from retroexit.measuring.image_range import limits_of
+from retroexit.measuring.exits import MeasuredModel, Measurement, limits_of
 from retroexit.metrics import QualityMetric
-from retroexit.model import EarlyExitGenerator
 from retroexit.routing.bounds import samples_needed
 from retroexit.routing.calibration import Calibration, Rule
 
-__all__ = ["calibrate_model"]
+__all__ = ["calibrate"]
 
 
 @torch.no_grad()
-def calibrate_model(
-    model: EarlyExitGenerator,
+def calibrate(
+    model: MeasuredModel,
     inputs: Sequence[Any],
     metric: QualityMetric,
     *,
@@ -35,53 +32,54 @@ def calibrate_model(
     batch: int = 8,
     progress: bool = True,
 ) -> Calibration:
-    """Measure inputs, and give the model the promise that they carry; see `RoutedCalls.calibrate`."""
-    # Whatever is wrong with what is asked is found before the inputs are measured.
+    """Measure inputs and return the promise that they support.
+
+    Args:
+        model: A fitted model; it is not changed.
+        inputs: Samples without the batch axis that nothing was fitted on.
+        metric: The metric that the model was fitted with.
+        alpha: Share of inputs that may lose more than the threshold, in (0, 1).
+        confidence: Probability over the draw of the inputs that the promise holds, in (0, 1).
+        rule: See `Calibration`.
+        seed: Noise drawn inside the generator begins here.
+        batch: Samples per pass.
+        progress: Whether to show a bar on a terminal.
+
+    Raises:
+        OptionError: If there are too few inputs, or the metric is not that of the fit.
+        TrainingError: If there is no predictor.
+    """
     samples = Samples(inputs, seed)
     if not model.is_recorded:
         args, kwargs = samples.gather([0])
         model.record(*args, **kwargs)
-    exits = len(model.branches)
-    blank = torch.zeros(len(samples), exits)
+    # Wrong options are refused before the inputs are measured.
+    blank = torch.zeros(len(samples), model.router.exits - 1)
     Calibration(blank, blank, alpha, confidence, rule)
-    if model.predictor is None:
+    if model.router.predictor is None:
         raise TrainingError(
-            "asked to calibrate; found no predictor. Run retroexit.fit first, on other inputs.",
+            "calibrating needs a predictor, but the model has none. Run retroexit.fit first, on other inputs.",
             model,
         )
-    fitted = model.about.get("metric", {}).get("name")
-    if fitted not in (None, metric.name):
+    fitted_with = model.about.get("metric", {}).get("name")
+    if fitted_with not in (None, metric.name):
         raise OptionError(
-            f"asked to calibrate with {metric.name}; found a predictor of {fitted}, and thresholds of one "
-            f"metric mean nothing in another. Pass metric={fitted!r}.",
+            f"metric must be {fitted_with}, the one that the predictor was fitted with, got {metric.name}.",
             metric,
         )
-    losses, predicted = _measure(model, samples, metric, batch, progress)
+    metric.to(device_of(model.generator))
+    run = Measurement(model, samples, metric, limits_of(model, samples), batch)
+    losses, predicted = [], []
+    with tqdm(total=len(samples), desc="calibration", disable=not progress or None) as bar:
+        for indices, args, kwargs in samples.batches(batch):
+            losses.append(run.batch_losses(indices[0], args, kwargs).float().cpu())
+            predicted.append(run.predict(indices[0], args, kwargs).guarded.float().cpu())
+            bar.update(len(indices))
     about = {
         "metric": metric.name,
         "hash": samples.digest(),
         "seed": seed,
-        "far": int(torch.isinf(predicted).any(1).sum()),
+        "ood": sum(int(torch.isinf(rows).any(1).sum()) for rows in predicted),
         "samples_needed": samples_needed(alpha, confidence),
     }
-    model.calibration = Calibration(losses, predicted, alpha, confidence, rule, about)
-    return model.calibration
-
-
-def _measure(
-    model: EarlyExitGenerator, samples: Samples, metric: QualityMetric, batch: int, progress: bool
-) -> tuple[Tensor, Tensor]:
-    device = device_of(model.generator)
-    metric.to(device)
-    run = Measurement(model, samples, metric, limits_of(model, samples), batch)
-    losses, predicted = [], []
-    bar = tqdm(total=len(samples), desc="calibration", disable=None if progress else True)
-    for indices, args, kwargs in samples.batches(batch):
-        images = run.images(indices[0], args, kwargs)
-        target = run.limits.to_signed(images[-1])
-        losses.append(torch.stack([metric(run.limits.to_signed(i), target) for i in images[:-1]], 1).cpu())
-        with drawing_from(samples.seed + indices[0], device):
-            predicted.append(model.predict_losses(*args, **kwargs).guarded.float().cpu())
-        bar.update(len(indices))
-    bar.close()
-    return torch.cat(losses).float(), torch.cat(predicted)
+    return Calibration(torch.cat(losses), torch.cat(predicted), alpha, confidence, rule, about)

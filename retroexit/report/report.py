@@ -1,30 +1,22 @@
-"""Write an evaluation down for people (one HTML file, no outside requests) and for scripts (summary.json)."""
+"""Write an evaluation as one self-contained HTML page and as summary.json for scripts."""
 
 from __future__ import annotations
 
 import importlib.resources
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from retroexit.core.macs import unit_of
 from retroexit.errors import MissingExtraError, OptionError
 from retroexit.evaluation.promise import EXPECTATION, promise_summary
-from retroexit.evaluation.sweep import Evaluation, plain_json
-from retroexit.evaluation.thresholds import highlighted, thresholds_for
+from retroexit.evaluation.sweep import Evaluation, highlighted, plain_json, thresholds_for
 from retroexit.report import figures
-from retroexit.report.html_tables import (
-    counted_rows,
-    error_rows,
-    exit_table,
-    facts_of,
-    percent,
-    promise_rows,
-    routed_row,
-    sweep_table,
-)
-from retroexit.report.saved_report import Kept, hashes, keep, model_facts
+from retroexit.report.saved_report import SavedReport, hashes, model_facts, save_report
 from retroexit.report.strips import Strip, data_address
 from retroexit.routing.calibration import Calibration
 
@@ -46,17 +38,15 @@ def write_report(
     """Write ``report.html`` and ``summary.json``, and keep words and images to write them again from.
 
     Args:
-        folder: Made if absent; files that an earlier report left are overwritten. Where the model lies there
-            or one folder above, its hashes and how it was fitted are on the page.
+        folder: Made if absent. If the model is there or one folder above, the page shows its hashes.
         evaluation: The numbers. What it does not hold (predictions, distances, seconds) is left out.
         strips: Images to show; may be empty.
         title: Heading of the page.
         headline: First sentence; by default the saving at the highlighted threshold.
         command: The command that reproduces the report.
-        thresholds: Thresholds of the table, by default :func:`thresholds_for`. The one at 0.1 is highlighted,
-            or else the middle one.
+        thresholds: Default :func:`thresholds_for`; 0.1 is highlighted, or else the middle one.
         unguided: The same exits without guidance, for comparison in one figure.
-        calibration: What the model promises; a section compares it with these samples.
+        calibration: The model's calibration, compared with these samples.
 
     Returns:
         Path of ``report.html``.
@@ -67,16 +57,16 @@ def write_report(
     """
     taus = sorted(set(thresholds_for(evaluation) if thresholds is None else thresholds))
     if not taus:
-        raise OptionError("a report needs at least one threshold, found thresholds=[]")
+        raise OptionError("thresholds must not be empty, got []")
     folder = Path(folder)
-    found = model_facts(folder, evaluation)
-    manifest = None if found is None else found[1]
+    model = model_facts(folder, evaluation)
+    manifest = None if model is None else model[1]
     picked = highlighted(taus)
     summary = _summary(evaluation, taus, picked, calibration, manifest)
     summary = {"title": title, "command": command, **summary, "headline": headline or summary["headline"]}
     html = _page(evaluation, summary, taus, picked, unguided, strips, manifest)
     folder.mkdir(parents=True, exist_ok=True)
-    keep(folder, Kept(title, headline, command, list(strips)))
+    save_report(folder, SavedReport(title, headline, command, list(strips)))
     path = folder / "report.html"
     path.write_text(html, encoding="utf-8")
     text = json.dumps(summary, indent=1, default=plain_json, allow_nan=False)
@@ -104,18 +94,18 @@ def _page(
         **{name: summary[name] for name in ("title", "headline", "command", "promise")},
         samples=len(evaluation.loss),
         metric_label=figures.metric_label(evaluation.metric),
-        unit=figures.macs_unit(evaluation.macs)[0],
+        unit=unit_of(evaluation.macs.max())[0],
         cards=_cards(evaluation, summary, picked),
         figures=_figures(evaluation, taus, unguided),
         missing=_missing(evaluation, unguided),
         strips=[_strip_context(strip) for strip in strips],
-        facts=facts_of(evaluation, manifest),
-        counted=counted_rows(evaluation),
-        error_rows=error_rows(evaluation),
+        facts=_facts_of(evaluation, manifest),
+        counted=_counted_rows(evaluation),
+        error_rows=_error_rows(evaluation),
         expectation=EXPECTATION,
-        promise_rows=promise_rows(summary["promise"]),
-        **exit_table(evaluation),
-        **sweep_table(evaluation, taus, picked),
+        promise_rows=_promise_rows(summary["promise"]),
+        **_exit_table(evaluation),
+        **_sweep_table(evaluation, taus, picked),
     )
     return html
 
@@ -140,8 +130,8 @@ def _summary(
         "macs": evaluation.macs,
         "overhead": evaluation.overhead,
         "seconds": evaluation.seconds,
-        "highlight": routed_row(evaluation, picked) if routed else None,
-        "sweep": [routed_row(evaluation, tau) for tau in taus] if routed else [],
+        "highlight": _routed_row(evaluation, picked) if routed else None,
+        "sweep": [_routed_row(evaluation, tau) for tau in taus] if routed else [],
         "oracle": [evaluation.oracle(tau).row() for tau in taus],
         "fixed": [{"exit": k, **evaluation.fixed(k).row()} for k in range(1, last + 1)],
         "gain_factor": _gain_factor(evaluation, taus),
@@ -153,12 +143,9 @@ def _summary(
 
 def _gain_factor(evaluation: Evaluation, taus: Sequence[float]) -> dict[str, float] | None:
     """Gain factor over the thresholds at which routing still has a choice."""
-    if evaluation.predicted is None:
-        return None
-    points = [p for p in evaluation.sweep(taus) if p.counts.max() < len(evaluation.loss)]
-    if len({p.mean_loss for p in points}) < 2:
-        return None
-    return evaluation.gain_factor(points)
+    points = [] if evaluation.predicted is None else evaluation.sweep(taus)
+    points = [p for p in points if p.counts.max() < len(evaluation.loss)]
+    return evaluation.gain_factor(points) if len({p.mean_loss for p in points}) > 1 else None
 
 
 def _headline(evaluation: Evaluation, picked: float, promise: dict[str, Any] | None) -> str:
@@ -166,22 +153,23 @@ def _headline(evaluation: Evaluation, picked: float, promise: dict[str, Any] | N
     if promise is not None:  # a calibrated model routes by its promise
         row = next(row for row in promise["rows"] if row["threshold"] == picked)
         return (
-            f"At a threshold of {picked:g} {label}, {percent(row['saved'])} of the backbone's compute is "
-            f"saved under the promise that at most {percent(promise['alpha'])} of the inputs lose more "
-            f"(confidence {percent(promise['confidence'])}); here {row['above']} of {promise['held_out']} "
+            f"At a threshold of {picked:g} {label}, {_percent(row['saved'])} of the backbone's compute is "
+            f"saved under the promise that at most {_percent(promise['alpha'])} of the inputs lose more "
+            f"(confidence {_percent(promise['confidence'])}); here {row['above']} of {promise['held_out']} "
             f"do, mean {row['mean_loss']:.3g}."
         )
     if evaluation.predicted is None:
         point = evaluation.fixed(1)
         return (
-            f"Exit 1 takes {percent(point.share)} of the backbone's compute "
+            f"Exit 1 takes {_percent(point.share)} of the backbone's compute "
             f"at a mean {label} of {point.mean_loss:.3g}."
         )
     point = evaluation.at_threshold(picked)
-    verb = "is saved" if point.saved >= 0 else "is added"
-    share = f"{percent(abs(point.saved))} of the backbone's compute {verb}"
-    quality = f"mean {point.mean_loss:.3g}, 90 % of the samples below {point.p90_loss:.3g}"
-    return f"At a threshold of {picked:g} {label}, {share}; {quality}."
+    return (
+        f"At a threshold of {picked:g} {label}, {_percent(abs(point.saved))} of the backbone's compute is "
+        f"{'saved' if point.saved >= 0 else 'added'}; mean {point.mean_loss:.3g}, 90 % of the samples below "
+        f"{point.p90_loss:.3g}."
+    )
 
 
 def _cards(evaluation: Evaluation, summary: dict[str, Any], picked: float) -> list[tuple[str, str]]:
@@ -192,21 +180,16 @@ def _cards(evaluation: Evaluation, summary: dict[str, Any], picked: float) -> li
     best, gain = row["best_fixed"], summary["gain_factor"]
     name = "the backbone" if best["exit"] == len(evaluation.macs) else f"exit {best['exit']}"
     kind = "routing included" if summary["promise"] is None else "by expectation, without the promise"
+    label = figures.metric_label(evaluation.metric)
     cards = [
-        (
-            percent(row["saved"]),
-            f"of the compute saved at threshold {picked:g}, {kind}",
-        ),
-        (
-            f"{row['mean_loss']:.3g}",
-            f"mean {figures.metric_label(evaluation.metric)} to the backbone's image",
-        ),
-        (percent(row["violations"]), f"of the samples above the threshold of {picked:g}"),
-        (percent(best["saved"]), f"saved by {name} for all samples, the best fixed exit of no higher mean"),
+        (_percent(row["saved"]), f"of the compute saved at threshold {picked:g}, {kind}"),
+        (f"{row['mean_loss']:.3g}", f"mean {label} to the backbone's image"),
+        (_percent(row["violations"]), f"of the samples above the threshold of {picked:g}"),
+        (_percent(best["saved"]), f"saved by {name} for all samples, the best fixed exit of no higher mean"),
     ]
     if gain is not None:
         rate, gmacs = gain["percent_per_hundredth_threshold"], gain["gmacs_per_threshold"]
-        unit, scale = figures.macs_unit(evaluation.macs)
+        unit, scale = unit_of(evaluation.macs.max())
         text = (
             f"of the backbone saved per 0.01 of threshold ({gmacs * 1e9 / scale:.3g} {unit} per unit of loss)"
         )
@@ -217,7 +200,6 @@ def _cards(evaluation: Evaluation, summary: dict[str, Any], picked: float) -> li
 def _figures(
     evaluation: Evaluation, taus: Sequence[float], unguided: Evaluation | None
 ) -> list[dict[str, str]]:
-    """Give every figure for the page."""
     drawn = enumerate(_drawn(evaluation, taus, unguided))
     return [{"svg": _inline(svg, f"f{n}"), "caption": " ".join(text.split())} for n, (svg, text) in drawn]
 
@@ -253,14 +235,14 @@ def _drawn(
 
 def _missing(evaluation: Evaluation, unguided: Evaluation | None) -> list[str]:
     """Say which figures of the paper cannot be drawn from these numbers, and what would give them."""
-    found = []
+    lines = []
     if evaluation.predicted is None:
-        found.append("Figures 3, 7 and 9 need a predictor: retroexit.fit trains one.")
+        lines.append("Figures 3, 7 and 9 need a predictor: retroexit.fit trains one.")
     if evaluation.distance is None:
-        found.append("Figure 10 needs a bank: wrap the generator with guidance.")
+        lines.append("Figure 10 needs a bank: wrap the generator with guidance.")
     elif unguided is None:
-        found.append("Figure 8 can show the exits without guidance too: retroexit report --unguided FOLDER.")
-    return found
+        lines.append("Figure 8 can show the exits without guidance too: retroexit report --unguided FOLDER.")
+    return lines
 
 
 def _inline(svg: str, prefix: str) -> str:
@@ -274,13 +256,173 @@ def _inline(svg: str, prefix: str) -> str:
 
 
 def _strip_context(strip: Strip) -> dict[str, Any]:
-    images = [
-        {
-            "caption": caption,
-            "chosen": place == strip.chosen,
-            "small": max(pixels.shape[:2]) <= 128,
-            "source": data_address(pixels),
-        }
-        for place, (caption, pixels) in enumerate(strip.images)
-    ]
+    images = []
+    for place, (caption, pixels) in enumerate(strip.images):
+        is_small, source = max(pixels.shape[:2]) <= 128, data_address(pixels)
+        images.append(dict(caption=caption, chosen=place == strip.chosen, small=is_small, source=source))
     return {"label": strip.label, "images": images}
+
+
+def _exit_table(evaluation: Evaluation) -> dict[str, Any]:
+    """Columns and rows of the exit table; a column appears only if some exit fills it."""
+    unit, scale = unit_of(evaluation.macs.max())
+    label = figures.metric_label(evaluation.metric)
+    last = len(evaluation.macs)
+    columns: dict[tuple[str, str], list[str]] = {
+        ("after stage", ""): [],
+        ("stages", "in the branch"): [],
+        ("compute", unit): [],
+        ("share", "of the backbone"): [],
+        ("retrieval", unit): [],
+        ("parameters", "of the branch"): [],
+        (f"mean {label}", "10th–90th percentile"): [],
+        ("time", "ms, median"): [],
+        ("speed-up", ""): [],
+    }
+    seconds = evaluation.seconds
+    times = [("", "")] * last
+    if seconds is not None:
+        times = [(_number(s * 1e3), f"{seconds[-1] / s:.2g}×") for s in seconds]
+    for k in range(1, last + 1):
+        facts = evaluation.exits[k - 1] if k <= len(evaluation.exits) else {}
+        point, branch = evaluation.fixed(k), k < last
+        low, high = np.percentile(point.loss_of, [10, 90])
+        retrieval = point.mean_macs - evaluation.macs[k - 1]
+        cells = [
+            str(facts.get("attach_at") or "") if branch else "",
+            str(facts.get("depth") or "") if branch else "",
+            _number(evaluation.macs[k - 1] / scale),
+            _percent(evaluation.macs[k - 1] / evaluation.macs[-1]),
+            _number(retrieval / scale) if branch and retrieval > 0 else "",
+            f"{facts['parameters']:,}" if branch and facts.get("parameters") else "",
+            f"{point.mean_loss:.3g} ({low:.3g}–{high:.3g})" if branch else "0",
+            *times[k - 1],
+        ]
+        for column, cell in zip(columns.values(), cells, strict=True):
+            column.append(cell)
+    filled = {head: column for head, column in columns.items() if any(column)}
+    names = [*map(str, range(1, last)), "backbone"]
+    return {"exit_columns": list(filled), "exit_rows": list(zip(names, *filled.values(), strict=True))}
+
+
+def _sweep_table(evaluation: Evaluation, taus: Sequence[float], picked: float) -> dict[str, Any]:
+    """Columns and rows of the sweep over thresholds; the picked one is marked."""
+    unit, scale = unit_of(evaluation.macs.max())
+    last = len(evaluation.macs)
+    columns = [
+        ("saved", "routed"),
+        ("saved", "best fixed exit"),
+        ("compute", f"mean {unit}"),
+        ("mean", figures.metric_label(evaluation.metric)),
+        ("90th", "percentile"),
+        ("above", "the threshold"),
+        *((f"exit {k}", "samples") for k in range(1, last)),
+        ("backbone", "samples"),
+    ]
+    rows = []
+    for tau in taus if evaluation.predicted is not None else []:
+        row = _routed_row(evaluation, tau)
+        cells = [
+            f"{tau:g}",
+            _percent(row["saved"]),
+            _percent(row["best_fixed"]["saved"]),
+            _number(row["mean_macs"] / scale),
+            f"{row['mean_loss']:.3g}",
+            f"{row['p90_loss']:.3g}",
+            _percent(row["violations"]),
+            *map(str, row["counts"]),
+        ]
+        rows.append((cells, tau == picked))
+    return {"sweep_columns": columns, "sweep_rows": rows}
+
+
+def _promise_rows(promise: dict[str, Any] | None) -> list[list[str]]:
+    """Rows of the promise: what it saves, and what these samples do under it."""
+    if promise is None:
+        return []
+    return [
+        [
+            f"{row['threshold']:g}",
+            _percent(row["saved"]),
+            _percent(row["expected_saved"]),
+            f"{row['mean_loss']:.3g}",
+            f"{row['above']} of {promise['held_out']}",
+            _percent(row["violations"]),
+            "yes" if row["consistent"] else "no",
+        ]
+        for row in promise["rows"]
+    ]
+
+
+def _error_rows(evaluation: Evaluation) -> list[list[str]]:
+    """Rows of the predictor's errors, one per exit."""
+    if evaluation.predicted is None:
+        return []
+    error = evaluation.predictor_error()
+    formats = {"mean_absolute": "{:.3g}".format, "mean_relative": _percent, "spearman": "{:.2f}".format}
+    columns = [["–" if x is None else form(x) for x in error[name]] for name, form in formats.items()]
+    return [[str(k), *cells] for k, cells in enumerate(zip(*columns, strict=True), start=1)]
+
+
+def _facts_of(evaluation: Evaluation, manifest: Mapping[str, Any] | None = None) -> list[tuple[str, str]]:
+    """Facts about metric, evaluation and model (its ``model.json``), one line each."""
+    facts = {"metric": figures.metric_label(evaluation.metric)}
+    facts |= {f"metric {key}": _text(value) for key, value in evaluation.metric.items() if value is not None}
+    facts |= {str(key): _text(value) for key, value in evaluation.about.items() if value is not None}
+    if manifest is not None:
+        about = manifest.get("about") or {}
+        facts |= {f"sha256 of {name}": value for name, value in hashes(manifest)}
+        facts |= {
+            "exits after": _text(manifest.get("attach_at", [])),
+            "fitted on": f"{about.get('inputs', '?')} inputs",
+            "fitted with": _text(about.get("fit", {})),
+            "written by": _text(manifest.get("versions", {})),
+        }
+    return list(facts.items())
+
+
+def _text(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_text(inner)}" for key, inner in value.items())
+    return ", ".join(map(_text, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _counted_rows(evaluation: Evaluation) -> list[list[str]]:
+    """Rows that say what is counted: part, MACs of one sample, share of the backbone, where it is paid."""
+    backbone, predictor = float(evaluation.macs[-1]), float(evaluation.overhead[-1])
+    rows = [
+        ("backbone", backbone, "every sample that no exit is good enough for"),
+        *(
+            (f"route to exit {k}", float(macs), "stages up to the exit and its branch")
+            for k, macs in enumerate(evaluation.macs[:-1], start=1)
+        ),
+        ("predictor", predictor, "every routed sample, also those that go to the backbone"),
+    ]
+    retrieval = float((evaluation.overhead[:-1] - predictor).max())
+    if retrieval > 0:
+        rows.append(("retrieval", retrieval, "every sample that leaves at a branch"))
+    cells = []
+    for name, macs, where in rows:
+        unit, scale = unit_of(macs)
+        share = macs / backbone
+        text = _percent(share) if share > 0.001 or not macs else f"{100 * share:.1g} %"
+        cells.append([name, f"{_number(macs / scale)} {unit}", text, where])
+    return cells
+
+
+def _routed_row(evaluation: Evaluation, tau: float) -> dict[str, Any]:
+    """One threshold as plain JSON types, with the best fixed exit of no higher mean beside it."""
+    point = evaluation.at_threshold(tau)
+    best = evaluation.best_fixed(point.mean_loss)
+    return {**point.row(), "best_fixed": {"exit": int(best.exit_of[0]), "saved": best.saved}}
+
+
+def _percent(share: float) -> str:
+    """Percent without decimals, except where that would hide the difference to 0 or 100."""
+    value = 100 * share
+    return f"{value:.1f} %" if 0 < abs(value) < 1 or 99 < value < 100 else f"{value:.0f} %"
+
+
+def _number(x: float) -> str:
+    """Three significant digits, never in powers of ten."""
+    return f"{x:.0f}" if abs(x) >= 100 else f"{x:.3g}"

@@ -1,7 +1,7 @@
-"""What a report is made of, kept beside it, so that it can be written again without measuring again.
+"""The parts of a report, saved beside it, so that it can be written again without measuring again.
 
-The numbers are in ``evaluation.json``; words and places of images are in ``report.json``, the images, at
-their full size, in ``strips/``. What belongs to the model is read from ``model.json`` in its own folder.
+``evaluation.json`` holds the numbers, ``report.json`` the texts and the names of the images, ``strips/`` the
+images at full size. Facts about the model are read from ``model.json`` in the model's folder.
 """
 
 from __future__ import annotations
@@ -20,28 +20,28 @@ from retroexit.report.strips import Strip
 
 __all__ = [
     "EVALUATION",
-    "Kept",
+    "SavedReport",
     "find_report",
     "hashes",
-    "keep",
     "model_facts",
     "read_evaluation",
-    "read_kept",
+    "read_report",
+    "save_report",
 ]
 
 EVALUATION: Final = "evaluation.json"
-_WORDS: Final = "report.json"
+_TEXTS: Final = "report.json"
 _IMAGES: Final = "strips"
 
 
 @dataclass(frozen=True)
-class Kept:
+class SavedReport:
     """Words and images of a report.
 
     Attributes:
-        title: Heading of the page, or ``None`` where none was kept.
-        headline: First sentence, where it was given.
-        command: The command that measured.
+        title: Heading of the page, or ``None`` if unknown.
+        headline: First sentence; ``None`` for the default one.
+        command: Command line that measured.
         strips: Images.
     """
 
@@ -51,7 +51,7 @@ class Kept:
     strips: list[Strip] = field(default_factory=list)
 
 
-def keep(folder: Path, kept: Kept) -> None:
+def save_report(folder: Path, report: SavedReport) -> None:
     """Write words and images of a report into its folder."""
     from PIL import Image
 
@@ -59,38 +59,37 @@ def keep(folder: Path, kept: Kept) -> None:
     for old in (folder / _IMAGES).glob("*-*.png"):
         old.unlink()
     rows = []
-    for i, strip in enumerate(kept.strips):
+    for i, strip in enumerate(report.strips):
         images = []
         for j, (caption, pixels) in enumerate(strip.images):
             file = f"{_IMAGES}/{i}-{j}.png"
             Image.fromarray(pixels).save(folder / file, optimize=True)
             images.append([caption, file])
         rows.append({"label": strip.label, "chosen": strip.chosen, "images": images})
-    words = {"title": kept.title, "headline": kept.headline, "command": kept.command, "strips": rows}
-    (folder / _WORDS).write_text(json.dumps(words, indent=1) + "\n", encoding="utf-8")
+    words = {"title": report.title, "headline": report.headline, "command": report.command, "strips": rows}
+    (folder / _TEXTS).write_text(json.dumps(words, indent=1) + "\n", encoding="utf-8")
 
 
-def read_kept(folder: Path) -> Kept:
-    """Read what `keep` wrote; empty where there is nothing, as in reports of an earlier version.
+def read_report(folder: Path) -> SavedReport:
+    """Read what `save_report` wrote; an empty report if there is nothing.
 
     Raises:
         CheckpointError: If it is damaged, or an image is missing.
     """
-    path = folder / _WORDS
+    path = folder / _TEXTS
     if not path.exists():
-        return Kept()
+        return SavedReport()
     try:
         words = json.loads(path.read_text(encoding="utf-8"))
         strips = [
             Strip(row["label"], [(c, _pixels(folder, file)) for c, file in row["images"]], row["chosen"])
             for row in words["strips"]
         ]
-        return Kept(words["title"], words["headline"], words["command"], strips)
+        return SavedReport(words["title"], words["headline"], words["command"], strips)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
-            f"asked for the report of {folder}; found {_WORDS} or an image that it names damaged "
-            f"({type(error).__name__}: {error}). Remove {_WORDS} for a report without images, or run "
-            "retroexit evaluate again.",
+            f"{path} or an image that it names is damaged ({type(error).__name__}: {error}). Remove it for a "
+            "report without images, or run 'retroexit evaluate' again.",
             path,
         ) from error
 
@@ -116,8 +115,8 @@ def find_report(folder: str | Path) -> Path:
         if (place / EVALUATION).is_file():
             return place
     raise CheckpointError(
-        f"asked for the report of {folder}; found no {EVALUATION} there nor in {folder / 'report'}. Run "
-        "'retroexit evaluate' first, or name the folder that it wrote.",
+        f"no {EVALUATION} in {folder} or {folder / 'report'}. Run 'retroexit evaluate' first, or pass the "
+        "folder that it wrote.",
         folder,
     )
 
@@ -132,10 +131,7 @@ def read_evaluation(folder: Path) -> Evaluation:
     try:
         return Evaluation.from_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"asked for the report of {folder}; found {path} damaged: {error}. Run retroexit evaluate again.",
-            path,
-        ) from error
+        raise CheckpointError(f"{path} is damaged: {error}. Run 'retroexit evaluate' again.", path) from error
 
 
 def model_facts(folder: Path, evaluation: Evaluation) -> tuple[Path, dict[str, Any]] | None:
@@ -144,25 +140,24 @@ def model_facts(folder: Path, evaluation: Evaluation) -> tuple[Path, dict[str, A
     Returns:
         Its folder and ``model.json``; ``None`` where there is no model, or that of another generator.
     """
-    own = str(evaluation.about.get("fingerprint") or "")
+    fingerprint = str(evaluation.about.get("fingerprint") or "")
     for place in (folder, folder.parent):
         try:
             manifest = dict(json.loads((place / "model.json").read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
             continue
-        if own and str(manifest.get("fingerprint", "")).startswith(own):
+        if fingerprint and str(manifest.get("fingerprint", "")).startswith(fingerprint):
             return place, manifest
     return None
 
 
 def hashes(manifest: Mapping[str, Any]) -> Sequence[tuple[str, str]]:
-    """Name the hashes by which a model's files can be told from others."""
-    names = ("fingerprint", "weights_sha256", "bank_sha256", "calibration_sha256", "digest")
-    said = {
+    """Label the hashes that identify a model's files."""
+    labels = {
         "fingerprint": "generator",
         "weights_sha256": "branches and predictor",
         "bank_sha256": "bank",
         "calibration_sha256": "calibration",
         "digest": "model.json",
     }
-    return [(said[name], str(manifest[name])) for name in names if manifest.get(name)]
+    return [(label, str(manifest[name])) for name, label in labels.items() if manifest.get(name)]

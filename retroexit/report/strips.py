@@ -18,9 +18,8 @@ from retroexit.core.images import ImageRange
 from retroexit.core.nested import tensors
 from retroexit.core.samples import Samples
 from retroexit.errors import OptionError
-from retroexit.evaluation.measure import Measurement
-from retroexit.evaluation.sweep import Evaluation
-from retroexit.evaluation.thresholds import highlighted, thresholds_for
+from retroexit.evaluation.sweep import Evaluation, highlighted, thresholds_for
+from retroexit.measuring.exits import Measurement
 
 __all__ = ["Strip", "data_address", "pick_strips"]
 
@@ -63,10 +62,7 @@ def pick_strips(
 ) -> list[Strip]:
     """Render the easiest, hardest and, at the highlighted threshold, worst-routed samples at every exit.
 
-    Args:
-        run: The measurement that the evaluation came from.
-        evaluation: Its losses.
-        show: Turns one sample into a picture ``(3, H, W)`` in [0, 1]; default `_picture`.
+    ``show`` turns one sample into a picture ``(3, H, W)`` in [0, 1]; by default `_picture` does.
     """
     order = np.argsort(evaluation.loss.mean(1))
     tenth = len(order) // 10

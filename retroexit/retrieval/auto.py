@@ -30,9 +30,8 @@ class AutoRetriever(Retriever):
     1,000,000 and more  FAISS's inverted lists of compressed keys, refined
     ==================  =====================================================
 
-    A graph over 100,000 keys takes minutes to build, and finds nearly all of the nearest keys. The last row
-    is an estimate: our benchmarks end at 100,000 keys. With ``exact``, or on a GPU that has room for them,
-    any number of keys is searched exactly. A saved index is built again if the choice differs on loading.
+    A graph over 100,000 keys takes minutes to build. The last row is an estimate: our benchmarks end at
+    100,000 keys. With ``exact``, or on a GPU with room for them, any number of keys is searched exactly.
 
     Args:
         exact: Always search exactly.

@@ -27,15 +27,7 @@ from retroexit.core.files import MANIFEST, file_digest, read_array, read_manifes
 from retroexit.errors import CheckpointError, OptionError, RetrieverError
 from retroexit.retrieval.rounded import RoundedKeys, multiplies_bfloat16, scan, smallest
 
-__all__ = [
-    "ExactRetriever",
-    "Retriever",
-    "SearchResult",
-    "as_matrix",
-    "is_forked",
-    "nearest",
-    "pair_distances",
-]
+__all__ = ["ExactRetriever", "Retriever", "SearchResult", "as_matrix", "nearest", "pair_distances"]
 
 log = logging.getLogger(__name__)
 
@@ -61,10 +53,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def is_forked() -> bool:
-    """Return whether this process was forked after this module was imported, such as a data loader's worker.
-
-    A forked process has no OpenMP thread pool: a parallel loop of torch or FAISS would wait forever.
-    """
+    """Return whether this process is a fork, whose OpenMP loops of several threads would wait forever."""
     return _forked
 
 
@@ -98,10 +87,9 @@ class SearchResult:
 class Retriever(ABC):
     """A nearest-neighbour index over the keys of a guidance bank (paper, section 3.3).
 
-    A back-end sets ``name`` and implements `_build` and `_search`. To keep a slow index on disk it also
-    implements `_dump`, `_restore` and `_made_by`. It receives distinct, centred, finite, contiguous float32
-    rows. `_search` may be called from several threads at once, but not during `build`. In a forked process it
-    must use one thread, see `threads`.
+    A back-end sets ``name`` and implements `_build` and `_search`, and `_dump`, `_restore` and `_made_by` to
+    save a slow index. It receives distinct, centred, finite, contiguous float32 rows. `_search` may be called
+    from several threads at once, but not during `build`.
 
     Args:
         threads: CPU threads for building and searching, ``>= 1``. One by default: a second spinning thread
@@ -114,8 +102,6 @@ class Retriever(ABC):
 
     name: ClassVar[str]
     """Short name under which the back-end is chosen and recorded."""
-    search_options: ClassVar[tuple[str, ...]] = ()
-    """Options that change how an index is searched, not its content; changing them keeps a saved index."""
 
     def __init__(self, *, threads: int = 1, **options: Any) -> None:
         if threads < 1:
@@ -132,8 +118,6 @@ class Retriever(ABC):
         self._first = np.empty(0, np.int64)  # row of _keys behind each distinct key of the index
         self._mean = np.empty(0, np.float32)
 
-    # Implemented by a back-end.
-
     @abstractmethod
     def _build(self, keys: np.ndarray) -> None:
         """Index these keys, float32 ``(n, D)``, in place of any earlier ones."""
@@ -142,9 +126,9 @@ class Retriever(ABC):
     def _search(self, queries: np.ndarray, k: int) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
         """Return rows of the ``k <= n`` nearest keys, integers ``(Q, k)`` in any order; -1 for none.
 
-        A back-end may return more columns; the ``k`` nearest of them are used. It may also return ``(rows,
-        floor)``: a Euclidean distance ``(Q,)`` such that no other key is nearer. Queries for which the floor
-        does not prove that the ``k`` nearest keys were found are searched exactly.
+        There may be more columns; the ``k`` nearest are used. With ``(rows, floor)``, no other key is nearer
+        than the Euclidean distance ``floor``, ``(Q,)``; queries whose result it does not prove are searched
+        exactly.
         """
 
     def _dump(self, path: Path) -> None:  # noqa: B027  (optional)
@@ -157,8 +141,6 @@ class Retriever(ABC):
     def _made_by(self) -> str:
         """Return library and version that `_dump` writes with; a file of another one is not read."""
         return self.name
-
-    # Public interface.
 
     def __len__(self) -> int:
         """Return the number of keys given to `build`, duplicates included; 0 before."""
@@ -196,9 +178,6 @@ class Retriever(ABC):
         Args:
             keys: Shape ``(n, D)``, any dtype, device and layout; copied.
 
-        Returns:
-            The retriever itself.
-
         Raises:
             RetrieverError: If there are no keys, the shape is not ``(n, D)``, or a key is not finite.
         """
@@ -222,8 +201,7 @@ class Retriever(ABC):
             k: Neighbours per query, from 1 to `distinct`.
 
         Returns:
-            Ids and squared distances on the CPU, both ``(Q, k)``, nearest first, equal distances by id.
-            Distances are exact even if the choice of ids is approximate.
+            Ids and exact squared distances, both ``(Q, k)``, nearest first, equal distances by id.
 
         Raises:
             RetrieverError: If nothing was built, the width differs from the keys', a query is not finite,
@@ -253,12 +231,9 @@ class Retriever(ABC):
     def save(self, folder: str | Path) -> None:
         """Write keys and options to a folder, in one step; a native index is added as a cache.
 
-        Args:
-            folder: Created, or replaced if it holds a saved retriever.
-
         Raises:
             RetrieverError: If nothing was built.
-            CheckpointError: If the folder holds something else.
+            CheckpointError: If the folder holds anything but a saved retriever, which is replaced.
         """
         if not len(self):
             raise RetrieverError(f"the index {self.name!r} is empty. Call build(keys) before save.", self)
@@ -277,34 +252,26 @@ class Retriever(ABC):
             write_manifest(fresh, facts, sorted(path.name for path in fresh.iterdir()))
 
     @classmethod
-    def load(cls, folder: str | Path, *, threads: int | None = None, **options: Any) -> Self:
+    def load(cls, folder: str | Path) -> Self:
         """Read what `save` wrote.
 
-        A native index is read only if its file is unchanged and fits the options; otherwise it is built again
-        from the keys. Keys saved by another back-end are indexed with this one's default options.
-
-        Args:
-            folder: A folder written by `save`.
-            threads: CPU threads; as saved if ``None``.
-            options: Options that differ from the saved ones.
+        A native index is read only if its file is unchanged; otherwise it is built again from the keys. Keys
+        saved by another back-end are indexed with this one's default options.
 
         Raises:
             CheckpointError: If a file is missing or damaged.
         """
         manifest = read_manifest(folder, _KIND, _SCHEMA)
         same = manifest["name"] == cls.name
-        saved = manifest["options"] if same else {}
-        retriever = cls(threads=manifest["threads"] if threads is None else threads, **{**saved, **options})
+        retriever = cls(threads=manifest["threads"], **(manifest["options"] if same else {}))
         keys = read_array(folder, _KEYS_FILE, manifest)
         if keys.dtype != np.float32 or list(keys.shape) != manifest["shape"]:
             raise CheckpointError(
                 f"keys in {folder} must be float32 {manifest['shape']}, got {keys.dtype} {keys.shape}", folder
             )
-        changed = {key for key, value in retriever.options.items() if saved.get(key) != value}
         with _safe_settings():
             retriever._hold(as_matrix(keys, "keys"))
-            usable = same and not changed - set(cls.search_options)
-            if not (usable and retriever._restored(Path(folder) / _INDEX_FILE, manifest)):
+            if not (same and retriever._restored(Path(folder) / _INDEX_FILE, manifest)):
                 retriever._build(retriever._distinct_keys() - retriever._mean)
         return retriever
 
@@ -412,7 +379,6 @@ class ExactRetriever(Retriever):
     """
 
     name = "exact"
-    search_options = ("device", "precision")
 
     def __init__(
         self,
@@ -489,19 +455,10 @@ def squared_norms(rows: Tensor) -> Tensor:
 def nearest(
     queries: Tensor, keys: Tensor, k: int = 1, norms: Tensor | None = None, centre: Tensor | None = None
 ) -> Tensor:
-    """Find the ``k`` nearest keys of each query by comparing it with all of them.
+    """Find the ``k <= n`` nearest keys ``(n, D)`` of each query ``(Q, D)`` by comparing it with all of them.
 
-    Args:
-        queries: Shape ``(Q, D)``.
-        keys: Shape ``(n, D)``, same dtype and device, ``n >= k``. Centre both: rows far from the origin lose
-            precision, since ``|q|^2 - 2 q k + |k|^2`` cancels.
-        k: Neighbours per query.
-        norms: `squared_norms` of the keys, if known.
-        centre: Subtracted from the keys block by block, ``(D,)``, to avoid a second copy of them; without
-            ``norms``. The queries must be centred already.
-
-    Returns:
-        Row numbers, int64 ``(Q, k)``, nearest first.
+    Centre both: far from the origin ``|q|^2 - 2 q k + |k|^2`` cancels. With ``centre`` (and without the keys'
+    ``norms``) keys are centred here, block by block. Returns row numbers ``(Q, k)``, nearest first.
     """
     if len(queries) > _QUERIES:
         return torch.cat([nearest(block, keys, k, norms, centre) for block in queries.split(_QUERIES)])
@@ -515,19 +472,16 @@ def nearest(
         # |q|^2 is the same for every key of a query: left out.
         return torch.addmm(lengths, queries, part.T, alpha=-2)
 
+    if len(keys) <= _KEYS:
+        scores = score(0, len(keys))
+        return scores.min(1, keepdim=True).indices if k == 1 else scores.topk(k, largest=False).indices
     return scan(score, len(keys), k, smallest, _KEYS)[1]
 
 
 def pair_distances(queries: np.ndarray, keys: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """Compute the squared distance of each query to its own few keys from differences, without cancellation.
+    """Compute the squared distances of each query ``(Q, D)`` to its keys, rows ``ids`` ``(Q, k)``.
 
-    Args:
-        queries: float32 ``(Q, D)``.
-        keys: float32 ``(n, D)``.
-        ids: Rows of ``keys``, ``(Q, k)``.
-
-    Returns:
-        float32 ``(Q, k)``.
+    Computed from differences, without cancellation.
     """
     step = max(1, _PAIR_FLOATS // max(1, ids.shape[1] * keys.shape[1]))
     distances = np.empty(ids.shape, np.float32)
@@ -539,11 +493,7 @@ def pair_distances(queries: np.ndarray, keys: np.ndarray, ids: np.ndarray) -> np
 
 
 def first_of_each(rows: np.ndarray) -> np.ndarray:
-    """Return the rows that do not repeat an earlier one, as ascending int64 row numbers.
-
-    Args:
-        rows: float32 ``(n, D)``, C-contiguous. ``-0.0`` counts as ``0.0``.
-    """
+    """Return the numbers of the rows that do not repeat an earlier one, ascending; -0.0 equals 0.0."""
     # A digest per row takes 16 bytes of each key, where np.unique would sort a copy of all of them.
     seen: set[bytes] = set()
     first = []
@@ -556,10 +506,10 @@ def first_of_each(rows: np.ndarray) -> np.ndarray:
 
 
 def as_matrix(rows: Tensor | np.ndarray, what: str, *, copy: bool = False) -> np.ndarray:
-    """Convert keys or queries of any dtype, device and layout to a contiguous float32 matrix.
+    """Convert rows ``(n, D)`` of any dtype, device and layout to a contiguous float32 matrix.
 
     Args:
-        rows: Shape ``(n, D)``.
+        rows: Keys or queries.
         what: ``"keys"`` or ``"queries"``, for the error message.
         copy: Never share memory with ``rows``.
 

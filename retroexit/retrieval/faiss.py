@@ -45,26 +45,11 @@ def _running(threads: int, width: int) -> Iterator[None]:
 
 
 def cluster_centres(points: np.ndarray, count: int, *, seed: int, threads: int) -> np.ndarray:
-    """Find the centres of k-means clusters.
-
-    Args:
-        points: float32 ``(n, D)``, C-contiguous.
-        count: Number of clusters, at most n.
-        seed: Of the first centres.
-        threads: CPU threads.
-
-    Returns:
-        float32 ``(count, D)``.
-    """
+    """Find the centres, float32 ``(count, D)``, of k-means clusters of points, float32 ``(n, D)``."""
     faiss = _faiss()
-    kmeans = faiss.Kmeans(
-        points.shape[1],
-        count,
-        niter=10,  # the mean distance falls by less than 1 % per pass after these
-        seed=seed % 2**31,
-        min_points_per_centroid=1,
-        max_points_per_centroid=len(points),
-    )
+    # The mean distance falls by less than 1 % per pass after 10 passes. All points are used.
+    limits = {"min_points_per_centroid": 1, "max_points_per_centroid": len(points)}
+    kmeans = faiss.Kmeans(points.shape[1], count, niter=10, seed=seed % 2**31, **limits)
     with _running(threads, points.shape[1]):
         kmeans.train(points)
     return np.asarray(kmeans.centroids)
@@ -90,7 +75,6 @@ class FaissRetriever(Retriever):
     """
 
     name = "faiss"
-    search_options = ("nprobe", "ef", "refine")
 
     def __init__(
         self,

@@ -28,7 +28,6 @@ class HnswlibRetriever(Retriever):
     """
 
     name = "hnswlib"
-    search_options = ("ef",)
 
     def __init__(self, *, M: int = 16, ef_construction: int = 200, ef: int = 64, threads: int = 1) -> None:
         super().__init__(threads=threads, M=M, ef_construction=ef_construction, ef=ef)

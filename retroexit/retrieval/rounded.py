@@ -26,10 +26,7 @@ _FAR = 1e38
 
 @functools.cache
 def multiplies_bfloat16() -> bool:
-    """Return whether this processor multiplies bfloat16 natively (AVX512_BF16 or AMX) and torch uses it.
-
-    Elsewhere bfloat16 is emulated and slower than float32.
-    """
+    """Return whether torch multiplies bfloat16 natively (AVX512_BF16 or AMX) and so fast."""
     if not torch.backends.mkldnn.is_available():
         return False
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
@@ -53,17 +50,10 @@ def scan(
     select: Callable[[Tensor, int], tuple[Tensor, Tensor]],
     step: int,
 ) -> tuple[Tensor, Tensor]:
-    """Collect the ``k`` smallest scores of every query from blocks of keys.
+    """Collect the ``k`` smallest scores of every query among ``rows`` keys, in blocks of ``step`` keys.
 
-    Args:
-        score: Called with a first and a last key; returns scores ``(Q, last - first)``.
-        rows: Number of keys, ``>= k``.
-        k: Scores per query.
-        select: Returns that many smallest scores of each row with their columns, see `smallest`.
-        step: Keys per block.
-
-    Returns:
-        Scores and row numbers, ``(Q, k)``, ascending.
+    ``score(first, last)`` returns scores ``(Q, last - first)``; ``select`` is `smallest` or a faster version.
+    Returns scores and row numbers, ``(Q, k)``, ascending.
     """
     best, at = select(score(0, min(step, rows)), min(k, step, rows))
     for start in range(step, rows, step):
@@ -75,11 +65,7 @@ def scan(
 
 
 class RoundedKeys:
-    """A table of keys in bfloat16 that returns candidates and a floor under all other distances.
-
-    Args:
-        keys: Centred rows, float32 ``(n, D)``, on any device.
-    """
+    """A table of centred keys, float32 ``(n, D)``, in bfloat16."""
 
     def __init__(self, keys: Tensor) -> None:
         self.rows, self.width = keys.shape
@@ -104,8 +90,8 @@ class RoundedKeys:
             count: Candidates per query, at most the number of keys.
 
         Returns:
-            Row numbers, int64 ``(Q, count)``; and a floor, float32 ``(Q,)``: no other key is nearer than
-            this, as a Euclidean distance, not squared. It may be negative, which proves nothing.
+            Row numbers, int64 ``(Q, count)``; and a floor, float32 ``(Q,)``: no other key has a smaller
+            Euclidean distance. A negative floor proves nothing.
         """
         if len(queries) > _QUERIES:
             parts = [self.candidates(block, count) for block in queries.split(_QUERIES)]
@@ -131,15 +117,9 @@ class RoundedKeys:
     def _augmented(self, rows: Tensor, sign: int) -> tuple[Tensor, Tensor, Tensor]:
         """Round rows and append columns, so that a product of two rows is half their squared distance.
 
-        With scores that shrink with the distance, rounding them to bfloat16 costs a share of the distance and
-        not of the vectors' lengths.
-
-        Args:
-            rows: float32 ``(n, D)``.
-            sign: 1 for keys, -1 for queries.
-
-        Returns:
-            The table's rows, the lengths of the rounded rows, and how far rounding moved each row.
+        Rounding a score to bfloat16 then costs a share of the distance, not of the lengths. ``sign`` is
+        1 for keys, -1 for queries. Returns the table's rows, the lengths of the rounded rows, and how far
+        rounding moved each row.
         """
         table = torch.zeros((len(rows), self._table.shape[1]), dtype=torch.bfloat16, device=rows.device)
         head = table[:, : self.width].copy_(rows)

@@ -1,8 +1,8 @@
-"""Make a threshold a promise: few inputs lose more, with a stated confidence, however good the predictor.
+"""Make a threshold a promise: few inputs lose more, with a stated confidence, whatever the predictor is worth.
 
-The routing margin is chosen by testing, from the safest to the boldest, until one fails (fixed-sequence
-testing, the simplest case of Learn then Test: Angelopoulos et al., 2021). Every test is an exact binomial
-one, so nothing is assumed about losses or predictor. Section 3.2 of the paper trusts the predictor instead.
+Limits on the prediction are tested from the strictest to the loosest, until one fails (fixed-sequence testing,
+the simplest case of Learn then Test: Angelopoulos et al., 2021). The tests are exact binomial ones, so nothing
+is assumed about losses or predictor. Section 3.2 of the paper trusts the predictor instead.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ __all__ = ["Calibration", "Rule", "check_promise"]
 
 Rule = Literal["margin", "bound"]
 
-# What is tried: predictions up to so many hundredths of the threshold are accepted. It may go beyond 100:
-# a predictor that expects too much can be corrected as well as one that expects too little.
+# Limits on the prediction are tried up to this many hundredths of the threshold. More than 100 corrects a
+# predictor whose predictions are too high.
 _HUNDREDTHS = 200
 
 
 def check_promise(alpha: float, confidence: float) -> None:
-    """Refuse a promise that cannot be meant.
+    """Check the two numbers of a promise.
 
     Raises:
         OptionError: If a value is no number between 0 and 1.
     """
     for name, value in (("alpha", alpha), ("confidence", confidence)):
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:
-            raise OptionError(f"asked for {name}={value!r}; found no number between 0 and 1.", value)
+            raise OptionError(f"{name} must be a number between 0 and 1, got {value!r}.", value)
 
 
 @dataclass(eq=False)
 class Calibration:
-    """Measured and predicted losses of inputs that nothing was fitted on, and the promise that they carry.
+    """Measured and predicted losses of inputs that nothing was fitted on, and the promise based on them.
 
     For a threshold t chosen without looking at these inputs: with probability at least ``confidence`` over
     the draw of the calibration set, ``P(loss > t) <= alpha`` for a new input, routed with ``threshold=t``.
@@ -48,8 +48,8 @@ class Calibration:
 
     Args:
         losses: Measured loss of every branch exit, ``(S, K)``.
-        predicted: What routing predicted for them, ``(S, K)``; infinite where the drift guard sent a sample
-            to the backbone.
+        predicted: What routing predicted for them, ``(S, K)``; infinite for a sample that is out of
+            distribution and goes to the backbone.
         alpha: Share of inputs that may lose more than the threshold, in (0, 1).
         confidence: Probability that the promise holds, in (0, 1).
         rule: ``"margin"``: one margin for all exits. ``"bound"``: every exit has its own, so that its upper
@@ -70,45 +70,44 @@ class Calibration:
     def __post_init__(self) -> None:
         check_promise(self.alpha, self.confidence)
         if self.rule not in ("margin", "bound"):
-            raise OptionError(f"asked for rule={self.rule!r}; found 'margin' and 'bound' only.", self.rule)
+            raise OptionError(f"rule must be 'margin' or 'bound', got {self.rule!r}.", self.rule)
         if self.losses.dim() != 2 or self.losses.shape != self.predicted.shape or not self.losses.numel():
             raise OptionError(
-                f"asked to calibrate; found losses {tuple(self.losses.shape)} and predictions "
-                f"{tuple(self.predicted.shape)}, not (samples, exits) both.",
+                "losses and predicted must have the shape (samples, exits), got "
+                f"{tuple(self.losses.shape)} and {tuple(self.predicted.shape)}.",
                 self.losses,
             )
         if not bool(torch.isfinite(self.losses).all()) or bool(self.predicted.isnan().any()):
-            raise OptionError("asked to calibrate; found losses that are not finite.", self.losses)
+            raise OptionError("losses must be finite and predictions no NaN.", self.losses)
         alpha, confidence = self._each()
         needed = samples_needed(alpha, confidence)
         if len(self) < needed:
             raise OptionError(
-                f"asked for P(loss > threshold) <= {self.alpha:g} with confidence {self.confidence:g} from "
-                f"{len(self)} samples; found that it takes at least {needed}, even if none is above the "
-                f"threshold. Pass {needed - len(self)} more, or ask for less.",
+                f"P(loss > threshold) <= {self.alpha:g} with confidence {self.confidence:g} needs at least "
+                f"{needed} samples, got {len(self)}. Pass {needed - len(self)} more, or a larger alpha.",
                 self.losses,
             )
         self.losses, self.predicted = self.losses.detach().cpu(), self.predicted.detach().cpu()
-        self._found: dict[float, Tensor] = {}
+        self._limits: dict[float, Tensor] = {}
         self._prices: dict[tuple[float, ...], float] = {}
 
     def __len__(self) -> int:
         return len(self.losses)
 
     def _each(self) -> tuple[float, float]:
-        """What is tested at once: everything, or one exit."""
+        """Level and confidence of one test: of all exits together, or of one exit."""
         exits = 1 if self.rule == "margin" else self.losses.shape[1]
         return self.alpha / exits, 1 - (1 - self.confidence) / exits
 
     def limits(self, threshold: float | Tensor) -> Tensor:
-        """Give the largest prediction that each exit may have for a threshold to be kept.
+        """Largest prediction that each exit may have for a threshold to be kept.
 
         Args:
             threshold: Largest loss to accept, ``>= 0``; one, or one per sample ``(N,)``.
 
         Returns:
-            ``(K,)``, or ``(N, K)``; -infinity where no prediction is good enough, so that all take the
-            backbone.
+            ``(K,)``, or ``(N, K)``; -infinity where no prediction is low enough, so that every sample
+            takes the backbone.
 
         Raises:
             OptionError: If a threshold is no finite number ``>= 0``.
@@ -116,25 +115,25 @@ class Calibration:
         if isinstance(threshold, Tensor) and threshold.dim():
             return torch.stack([self.limits(float(one)) for one in threshold])
         tau = check_threshold(threshold if not isinstance(threshold, Tensor) else float(threshold))
-        if tau not in self._found:
-            self._found[tau] = self._search(tau)
-        return self._found[tau]
+        if tau not in self._limits:
+            self._limits[tau] = self._search(tau)
+        return self._limits[tau]
 
     def _search(self, tau: float) -> Tensor:
         exits = self.losses.shape[1]
         allowed = most_violations(len(self), *self._each())
         accepted = torch.full((exits,), -torch.inf)
         if self.rule == "bound":
-            # Whoever is accepted by an exit may leave there: its own bad samples are counted, for every exit.
+            # Count violations per exit among all samples it accepts.
             for k in range(exits):
                 bad = self.predicted[self.losses[:, k] > tau, k]
-                accepted[k] = self._boldest(tau, lambda limit, bad=bad: int((bad <= limit).sum()), allowed)
+                accepted[k] = self._loosest(tau, lambda limit, bad=bad: int((bad <= limit).sum()), allowed)
             return accepted
-        return accepted.fill_(self._boldest(tau, lambda limit: self._violations(tau, limit), allowed))
+        return accepted.fill_(self._loosest(tau, lambda limit: self._violations(tau, limit), allowed))
 
     @staticmethod
-    def _boldest(tau: float, count: Any, allowed: int) -> float:
-        """Try limits from the safest on; gives the last one before the first that fails."""
+    def _loosest(tau: float, count: Any, allowed: int) -> float:
+        """Try limits from the strictest on; returns the last one before the first that fails."""
         best = -torch.inf
         for step in range(_HUNDREDTHS + 1):
             limit = tau * step / 100
@@ -148,7 +147,7 @@ class Calibration:
         return int((with_backbone(self.losses).gather(1, exits[:, None] - 1) > tau).sum())
 
     def price(self, shares: Tensor, budget: float) -> float:
-        """Find the price of compute at which these inputs spend a budget on average: `lagrange_multiplier`.
+        """Price of compute at which these inputs spend a budget on average; see `lagrange_multiplier`.
 
         Raises:
             OptionError: If the cheapest exit costs more.
@@ -159,11 +158,11 @@ class Calibration:
         return self._prices[key]
 
     def observed(self, losses: Tensor, predicted: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-        """Route other samples under the promise.
+        """Choose the exits of other samples under the promise.
 
         Args:
             losses: Their measured losses, ``(S, K)``.
-            predicted: What is predicted for them, ``(S, K)``.
+            predicted: Their predicted losses, ``(S, K)``.
             threshold: Largest loss to accept.
 
         Returns:
@@ -173,12 +172,12 @@ class Calibration:
         return exits, with_backbone(losses).gather(1, exits[:, None] - 1)[:, 0]
 
     def settings(self) -> dict[str, Any]:
-        """Give the arguments besides the tensors, in plain JSON types."""
+        """The arguments besides the tensors, as JSON types."""
         names = ("alpha", "confidence", "rule", "about")
         return {name: getattr(self, name) for name in names}
 
     def describe(self) -> dict[str, Any]:
-        """Say in plain JSON types what is promised, and on what."""
+        """What is promised, and on which samples, as JSON types."""
         return {
             "alpha": self.alpha,
             "confidence": self.confidence,
@@ -196,5 +195,5 @@ class Calibration:
 
 
 def with_backbone(losses: Tensor) -> Tensor:
-    """Append the backbone, which loses nothing: ``(S, K) -> (S, K + 1)``."""
+    """Append the backbone, whose loss is 0: ``(S, K) -> (S, K + 1)``."""
     return torch.nn.functional.pad(losses, (0, 1))

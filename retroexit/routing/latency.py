@@ -1,4 +1,4 @@
-"""Measured times of every exit, and which of them meets a deadline."""
+"""Measured times of the exits, and the last exit within a deadline."""
 
 from __future__ import annotations
 
@@ -51,16 +51,16 @@ class Latency:
         here = (batch, threads, _name(device))
         if here != (self.batch, self.threads, self.device):
             raise OptionError(
-                f"asked for deadline_ms={deadline_ms:g} with {batch} samples on {threads} threads of "
-                f"{here[2]}; found times of {self.batch} samples on {self.threads} threads of {self.device}. "
-                "Call model.measure_latency here with such a batch.",
+                f"deadline_ms needs times of {batch} samples on {threads} threads of {here[2]}, got times of "
+                f"{self.batch} samples on {self.threads} threads of {self.device}. Call model.measure_latency "
+                "here with such a batch.",
                 deadline_ms,
             )
         fast = [k for k, taken in enumerate(self.milliseconds, 1) if taken <= deadline_ms]
         if not fast:
             raise OptionError(
-                f"asked for deadline_ms={deadline_ms:g}; found that the fastest exit takes "
-                f"{min(self.milliseconds):.1f} ms on {self.device}. Allow more, or wrap with a cheaper exit.",
+                f"deadline_ms must be >= {min(self.milliseconds):.1f}, the time of the fastest exit on "
+                f"{self.device}, got {deadline_ms:g}. Allow more, or wrap with a cheaper exit.",
                 deadline_ms,
             )
         return max(fast)
@@ -81,7 +81,7 @@ class Latency:
 def time_exits(
     call: Callable[[int], Any], exits: int, batch: int, device: torch.device, runs: int
 ) -> Latency:
-    """Time exits by turns, so that a busy moment falls on all of them.
+    """Time the exits in turns, so that a busy moment affects all of them.
 
     Args:
         call: Renders the batch through the exit of a number.

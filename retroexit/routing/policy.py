@@ -1,13 +1,151 @@
-"""Policies: from predicted quality losses to exits."""
+"""What a call asks for (an exit, a quality floor, a budget or a deadline), and the policies that choose exits."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
 
 from retroexit.errors import OptionError
+from retroexit.wrapping.options import OWN_KEYWORDS
 
-__all__ = ["assign_by_budget", "assign_exits", "check_threshold", "lagrange_multiplier"]
+__all__ = [
+    "Call",
+    "Policy",
+    "RoutingOptions",
+    "RoutingRequest",
+    "assign_by_budget",
+    "assign_exits",
+    "assign_with_hysteresis",
+    "check_threshold",
+    "lagrange_multiplier",
+]
+
+Policy = Callable[[Tensor, "Tensor | None"], Tensor]
+"""Gives exits ``(N,)`` from 1 for predicted losses ``(N, K)`` and their limits ``(K,)`` or ``(N, K)``."""
+
+
+class RoutingOptions(TypedDict, total=False):
+    """How the exits of a call are chosen. Without any, the call is the generator's own.
+
+    Attributes:
+        exit: Leave at this exit, from 1; ``K + 1`` is the backbone.
+        threshold: Largest quality loss to accept, ``>= 0``; one number, or one per sample ``(N,)``. With a
+            `Calibration` it is a promise, without one it is compared with the predicted loss.
+        budget: Mean share of the backbone's compute to spend, ``> 0``, predictor and retrieval included; one
+            number, or one per sample ``(N,)``. Exits are chosen so that inputs like the calibration set spend
+            at most this on average at the least predicted loss. A single batch may spend more or less.
+        deadline_ms: Milliseconds that the call may take, ``> 0``, according to the measured `Latency`. Alone,
+            it takes the last exit that is fast enough. With a threshold or a budget it limits what they
+            choose. The whole batch leaves at one exit.
+        choose: A policy of your own. Predicted losses are infinite for out-of-distribution samples.
+    """
+
+    exit: int | None
+    threshold: float | Tensor | None
+    budget: float | Tensor | None
+    deadline_ms: float | None
+    choose: Policy | None
+
+
+class Call(NamedTuple):
+    """The generator's own arguments."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class RoutingRequest:
+    """The checked `RoutingOptions` of one call.
+
+    Attributes:
+        is_plain: Whether nothing is asked for, so that the generator itself is called.
+        is_routed: Whether the router chooses the exits.
+        needs_losses: Whether predicted losses are needed.
+
+    Raises:
+        OptionError: If an option is out of range, or two of them exclude each other.
+    """
+
+    exit: int | None = None
+    threshold: float | Tensor | None = None
+    budget: float | Tensor | None = None
+    deadline_ms: float | None = None
+    choose: Policy | None = None
+    is_plain: bool = field(init=False)
+    is_routed: bool = field(init=False)
+    needs_losses: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.threshold is not None:
+            _check_each(self.threshold, "threshold", check_threshold)
+        if self.budget is not None:
+            _check_each(self.budget, "budget", partial(_check_positive, "budget"))
+        if self.deadline_ms is not None:
+            _check_positive("deadline_ms", self.deadline_ms)
+        needs = self.threshold is not None or self.budget is not None or self.choose is not None
+        object.__setattr__(self, "needs_losses", needs)
+        object.__setattr__(self, "is_routed", needs or self.deadline_ms is not None)
+        object.__setattr__(self, "is_plain", self.exit is None and not self.is_routed)
+        goals = {name: getattr(self, name) for name in OWN_KEYWORDS[1:] if getattr(self, name) is not None}
+        if self.exit is not None and goals:
+            names = " and ".join(f"{name}={value}" for name, value in goals.items())
+            raise OptionError(
+                f"exit must not be combined with another option, got exit={self.exit} and {names}. Pass one.",
+                self.exit,
+            )
+        if self.threshold is not None and self.budget is not None:
+            raise OptionError(
+                f"threshold and budget exclude each other, got threshold={self.threshold} and "
+                f"budget={self.budget}. Pass one.",
+                self.budget,
+            )
+
+    @classmethod
+    def parse(
+        cls,
+        inputs: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        shadowed: Sequence[str] = (),
+        choose: Policy | None = None,
+    ) -> tuple[RoutingRequest, Call]:
+        """Separate the routing options of a call from the generator's arguments.
+
+        Args:
+            inputs: Positional arguments, all for the generator.
+            kwargs: Keyword arguments of both.
+            shadowed: Options that the generator's own forward takes, which are left to it.
+            choose: A policy of the user's.
+        """
+        options = {name: kwargs[name] for name in OWN_KEYWORDS if name in kwargs and name not in shadowed}
+        rest = {name: value for name, value in kwargs.items() if name not in options}
+        return cls(**options, choose=choose), Call(tuple(inputs), rest)
+
+
+def _check_each(values: float | Tensor, name: str, check: Callable[[float], object]) -> None:
+    """Check one number, or one per sample."""
+    if not isinstance(values, Tensor) or not values.dim():
+        check(float(values) if isinstance(values, Tensor) else values)
+    elif values.dim() != 1 or values.is_complex() or values.dtype == torch.bool:
+        raise OptionError(
+            f"{name} must be one number or one per sample (N,), got shape {tuple(values.shape)} and type "
+            f"{values.dtype}.",
+            values,
+        )
+    else:
+        for value in values.tolist():
+            check(float(value))
+
+
+def _check_positive(name: str, value: float) -> None:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not 0 < value < float("inf"):
+        raise OptionError(f"{name} must be a finite number > 0, got {value!r}.", value)
 
 
 def check_threshold(threshold: float) -> float:
@@ -19,8 +157,8 @@ def check_threshold(threshold: float) -> float:
     is_number = isinstance(threshold, (int, float)) and not isinstance(threshold, bool)
     if not is_number or not 0 <= threshold < float("inf"):
         raise OptionError(
-            f"asked for threshold={threshold!r}; found no finite number >= 0. It is the largest quality loss "
-            "to accept, such as 0.1.",
+            f"threshold must be a finite number >= 0, got {threshold!r}. It is the largest quality loss to accept, "
+            "such as 0.1.",
             threshold,
         )
     return float(threshold)
@@ -47,8 +185,7 @@ def assign_exits(predicted: Tensor, threshold: float | Tensor) -> Tensor:
         check_threshold(threshold)
     if predicted.dim() != 2:
         raise OptionError(
-            f"asked to assign exits; found predictions of shape {tuple(predicted.shape)}, not (samples, "
-            "exits).",
+            f"predicted must have the shape (samples, exits), got {tuple(predicted.shape)}.",
             predicted,
         )
     good = predicted <= threshold
@@ -79,7 +216,7 @@ def assign_by_budget(predicted: Tensor, shares: Tensor, price: float | Tensor) -
 
 
 def lagrange_multiplier(predicted: Tensor, shares: Tensor, budget: float) -> float:
-    """Find the lowest price at which some samples spend a budget on average (see `spend`).
+    """Find the lowest price at which some samples spend a budget on average (see `assign_by_budget`).
 
     For every mean share that it reaches, that way of choosing exits has the least mean predicted loss: it is
     the Lagrangian of the budget.
@@ -99,9 +236,8 @@ def lagrange_multiplier(predicted: Tensor, shares: Tensor, budget: float) -> flo
     low, high = 0.0, float("inf")
     if spent(high) > budget * (1 + 1e-6):  # shares are float32
         raise OptionError(
-            f"asked for budget={budget:g}; found that the cheapest way to route costs {spent(high):.3f} of "
-            "the backbone's compute, predictor and retrieval counted. Ask for more, or wrap with a cheaper "
-            "exit.",
+            f"budget must be >= {spent(high):.3f}, the share of the cheapest exit with predictor and retrieval, "
+            f"got {budget:g}. Allow more, or wrap with a cheaper exit.",
             budget,
         )
     if spent(low) <= budget:
@@ -115,3 +251,28 @@ def lagrange_multiplier(predicted: Tensor, shares: Tensor, budget: float) -> flo
         middle = (low + high) / 2
         low, high = (low, middle) if spent(middle) <= budget else (middle, high)
     return high
+
+
+def assign_with_hysteresis(
+    predicted: Tensor, limits: Tensor, previous: Tensor | None, hysteresis: float
+) -> Tensor:
+    """Pick exits for the next frame of a video: change to a cheaper exit only by a clear margin.
+
+    Args:
+        predicted: Predicted losses, ``(N, K)``.
+        limits: Largest prediction accepted at each exit, ``(K,)`` or ``(N, K)``.
+        previous: Exits of the previous frame, ``(N,)`` from 1, or ``None``.
+        hysteresis: Share of the limit by which a cheaper exit has to be better, in [0, 1).
+
+    Returns:
+        Exits ``(N,)`` from 1, never cheaper than the limits allow.
+    """
+    needed = assign_exits(predicted, limits)
+    if previous is None:
+        return needed
+    previous = previous.to(needed)
+    clearly_good = assign_exits(predicted, limits * (1 - hysteresis))
+    good = torch.nn.functional.pad(predicted <= limits, (0, 1), value=True)  # (N, K + 1)
+    still_good = good.gather(1, previous[:, None] - 1)[:, 0]
+    moved = torch.where(previous > clearly_good, clearly_good, needed)
+    return torch.where(still_good & (previous <= clearly_good), previous, moved)

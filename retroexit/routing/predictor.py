@@ -1,33 +1,41 @@
-"""The predictor: regress the quality loss of every branch exit (paper section 3.2, equation 2)."""
+"""The predictor: regress the quality loss of every branch exit (paper section 3.2, equation 2).
+
+A prediction means nothing for inputs far from the fitting set, so the predictor has a guard, which the paper has
+not: the Mahalanobis distance of pooled statistics of its input, with a covariance of low rank and equal variance
+in the remaining directions (probabilistic principal components: Tipping and Bishop, 1999).
+"""
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from retroexit.errors import OptionError
-from retroexit.routing.ood_guard import OODGuard
 
-__all__ = ["KINDS", "READS", "Kind", "Predictor", "Reads", "check_kind"]
+__all__ = ["KINDS", "READS", "Kind", "OODCounter", "OODGuard", "Predictor", "Reads", "check_kind", "farthest"]
 
 Kind = Literal["conv", "pooled", "linear"]
 Reads = Literal["features", "inputs", "features+distance"]
 _FARTHEST = 8.0  # standard deviations of the losses
+_RANK = 32
+_QUANTILE = 3.0902  # of the standard normal distribution, 99.9 %
 KINDS, READS = ("conv", "pooled", "linear"), ("features", "inputs", "features+distance")
 
 
 def check_kind(kind: str, reads: str | None) -> None:
-    """Refuse a kind of predictor that there is not, or something to read that there is not.
+    """Check the kind of a predictor and what it reads.
 
     Raises:
-        OptionError: If it is one.
+        OptionError: If there is no such kind, or no such source.
     """
     if kind not in KINDS:
-        raise OptionError(f"asked for the predictor {kind!r}; found {', '.join(KINDS)} only.", kind)
+        raise OptionError(f"predictor must be one of {', '.join(KINDS)}, got {kind!r}.", kind)
     if reads is not None and reads not in READS:
-        raise OptionError(f"asked for predict_from={reads!r}; found {', '.join(READS)} only.", reads)
+        raise OptionError(f"predict_from must be one of {', '.join(READS)}, got {reads!r}.", reads)
 
 
 class Predictor(nn.Module):
@@ -59,6 +67,13 @@ class Predictor(nn.Module):
     public.
     """
 
+    mean: Tensor
+    std: Tensor
+    extra_mean: Tensor
+    extra_std: Tensor
+    loss_mean: Tensor
+    loss_std: Tensor
+
     def __init__(
         self,
         channels: int,
@@ -73,14 +88,8 @@ class Predictor(nn.Module):
         super().__init__()
         check_kind(kind, reads)
         self.options: dict[str, Any] = {
-            "channels": channels,
-            "exits": exits,
-            "width": width,
-            "depth": depth,
-            "dims": dims,
-            "kind": kind,
-            "reads": reads,
-            "log": log,
+            **{"channels": channels, "exits": exits, "width": width, "depth": depth},
+            **{"dims": dims, "kind": kind, "reads": reads, "log": log},
         }
         self.log = log
         self.reads = reads
@@ -88,11 +97,11 @@ class Predictor(nn.Module):
         extra = int(reads == "features+distance")
         pooled = 2 * channels + extra
         self.convolutions = _convolutions(channels, width, depth, dims) if kind == "conv" else None
-        seen = pooled + (2 * width if kind == "conv" else 0)
-        self.head: nn.Module = nn.Linear(seen, exits)
+        features = pooled + (2 * width if kind == "conv" else 0)
+        self.head: nn.Module = nn.Linear(features, exits)
         if kind != "linear":
-            self.head = nn.Sequential(nn.Linear(seen, 64), nn.ReLU(), nn.Linear(64, exits))
-        # Not at the distance: whoever is nearer to the bank than the fitting set was, is not far.
+            self.head = nn.Sequential(nn.Linear(features, 64), nn.ReLU(), nn.Linear(64, exits))
+        # The guard leaves out the distance: an input closer to the bank than the fitting set is not an outlier.
         self.guard = OODGuard(2 * channels)
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("std", torch.ones(channels))
@@ -100,13 +109,6 @@ class Predictor(nn.Module):
         self.register_buffer("extra_std", torch.ones(extra))
         self.register_buffer("loss_mean", torch.zeros(exits))
         self.register_buffer("loss_std", torch.ones(exits))
-
-    mean: Tensor
-    std: Tensor
-    extra_mean: Tensor
-    extra_std: Tensor
-    loss_mean: Tensor
-    loss_std: Tensor
 
     def forward(self, x: Tensor, extra: Tensor | None = None) -> Tensor:
         """Predict quality losses.
@@ -121,20 +123,20 @@ class Predictor(nn.Module):
         return self.predict_losses(x, extra)[0]
 
     def predict_losses(self, x: Tensor, extra: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Predict losses ``(N, K)``, and tell how far the input is from the fitting set, ``(N,)``.
+        """Predict losses ``(N, K)`` and the distance ``(N,)`` of each input from the fitting set.
 
-        A distance above 1 is further than 99.9 % of inputs like those of the fit.
+        A distance above 1 is farther than 99.9 % of inputs like those of the fit.
         """
         x, pooled = self.pool(x, extra)
-        seen = pooled
+        statistics = pooled  # (N, D)
         if self.convolutions is not None:
-            seen = torch.cat([pooled, _pool(self.convolutions(x))], 1)
-        # Far from the fitting set nothing is known, and a logarithm would run away.
-        found: Tensor = self.head(seen).clamp(-_FARTHEST, _FARTHEST) * self.loss_std + self.loss_mean
-        return found.exp() if self.log else found, self.guard(self.guarded(pooled))
+            statistics = torch.cat([pooled, _pool(self.convolutions(x))], 1)
+        # The clamp bounds the prediction far from the fitting set, where exp() would diverge.
+        losses: Tensor = self.head(statistics).clamp(-_FARTHEST, _FARTHEST) * self.loss_std + self.loss_mean
+        return losses.exp() if self.log else losses, self.guard(self.guarded(pooled))
 
     def guarded(self, pooled: Tensor) -> Tensor:
-        """Pick the statistics that the drift guard looks at, those of the map, from `pool`'s."""
+        """Statistics that the out-of-distribution guard reads: those of the map, ``(N, 2 C)``."""
         return pooled[:, : self.guard.centre.numel()]
 
     def scaled(self, losses: Tensor) -> Tensor:
@@ -147,8 +149,8 @@ class Predictor(nn.Module):
         x = (x.to(self.mean.dtype) - self.mean.view(shape)) / self.std.view(shape)
         pooled = [_pool(x)]
         if self.extra_mean.numel():
-            known = torch.zeros(len(x), 1, device=x.device) if extra is None else extra.to(x)
-            pooled.append((known - self.extra_mean) / self.extra_std)
+            distance = torch.zeros(len(x), 1, device=x.device) if extra is None else extra.to(x)
+            pooled.append((distance - self.extra_mean) / self.extra_std)
         return x, torch.cat(pooled, 1)
 
     @torch.no_grad()
@@ -158,7 +160,7 @@ class Predictor(nn.Module):
         axes = [0, *range(2, features.dim())]
         self.mean.copy_(features.mean(axes))
         spread = features.std(axes, unbiased=False)
-        # A channel that is dead in the training set must not shout once it is alive.
+        # Bound the scale of channels that were constant in training.
         self.std.copy_(spread.clamp_min(max(1e-6, 0.01 * float(spread.mean()))))
         if extra is not None:
             self.extra_mean.copy_(extra.mean(0))
@@ -180,3 +182,104 @@ def _pool(x: Tensor) -> Tensor:
     """Mean and standard deviation over space: ``(N, C, ...) -> (N, 2 C)``."""
     flat = x.flatten(2)
     return torch.cat([flat.mean(2), flat.var(2, unbiased=False).add(1e-8).sqrt()], 1)
+
+
+def farthest(distances: Tensor) -> float:
+    """Largest distance to expect of inputs like some others, given the distances ``(S,)`` of those.
+
+    The 99.9 % quantile of a log-normal distribution fitted to them, and at least their maximum: few sets hold
+    a thousand samples.
+    """
+    logs = distances.double().clamp_min(1e-9).log()
+    return max(float(torch.exp(logs.mean() + _QUANTILE * logs.std())), float(distances.max()))
+
+
+class OODGuard(nn.Module):
+    """Distance of pooled statistics from those of the fitting set, relative to a limit.
+
+    Before `fit`, every distance is 0.
+
+    Args:
+        width: Number of pooled statistics, D.
+    """
+
+    centre: Tensor
+    scale: Tensor
+    directions: Tensor
+    spread: Tensor
+    rest: Tensor
+    limit: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        rank = min(_RANK, width)
+        self.register_buffer("centre", torch.zeros(width))
+        self.register_buffer("scale", torch.ones(width))
+        self.register_buffer("directions", torch.zeros(width, rank))
+        self.register_buffer("spread", torch.ones(rank))
+        self.register_buffer("rest", torch.ones(()))
+        self.register_buffer("limit", torch.full((), torch.inf))
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """Measure distances, ``(N, D) -> (N,)``; above 1 is out of distribution."""
+        offset = (pooled - self.centre) / self.scale
+        along = offset @ self.directions  # (N, rank)
+        remaining = (offset.square().sum(1) - along.square().sum(1)).clamp_min(0)
+        squared = (along / self.spread).square().sum(1) + remaining / self.rest.square()
+        return squared.sqrt() / self.limit
+
+    @torch.no_grad()
+    def fit(self, pooled: Tensor, held_out: Tensor) -> None:
+        """Estimate the distribution, and set the limit with `farthest` of the held-out distances.
+
+        Args:
+            pooled: Statistics of the fitting set, ``(S, D)``.
+            held_out: Statistics of other samples, ``(H, D)``; with fewer than 8 the fitting set is used and
+                the limit is doubled.
+        """
+        self.limit.fill_(torch.inf)
+        if len(pooled) < 8:
+            return
+        self.centre.copy_(pooled.mean(0))
+        deviation = pooled.std(0, unbiased=False)
+        self.scale.copy_(deviation.clamp_min(max(1e-6, 0.01 * float(deviation.mean()))))
+        offset = ((pooled - self.centre) / self.scale).double()
+        _, values, directions = torch.linalg.svd(offset, full_matrices=False)
+        rank = min(self.spread.numel(), len(pooled) // 8)
+        spread = values / math.sqrt(len(pooled))
+        variance = spread[rank:].square().sum() / max(offset.shape[1] - rank, 1)
+        # A direction that hardly varies in a small set may vary more in the next one.
+        floor = float(spread.square().mean().sqrt()) * 0.05
+        rest = max(float(variance.sqrt()), floor, 1e-6)
+        self.rest.fill_(rest)
+        self.directions.zero_()
+        self.directions[:, :rank] = directions[:rank].T.to(self.directions)
+        self.spread.fill_(1.0)
+        self.spread[:rank] = spread[:rank].clamp_min(rest).to(self.spread)
+        self.limit.fill_(1.0)
+        enough = len(held_out) >= 8
+        self.limit.fill_(farthest(self(held_out if enough else pooled)) * (1 if enough else 2))
+
+
+@dataclass
+class OODCounter:
+    """Counts samples of routed calls that were out of distribution.
+
+    Attributes:
+        seen: Samples that were routed by their predicted loss.
+        count: How many of them were out of distribution and went to the backbone.
+        enabled: Set to ``False`` to route all inputs by prediction.
+    """
+
+    seen: int = 0
+    count: int = 0
+    enabled: bool = True
+
+    def add(self, is_ood: Tensor) -> None:
+        """Count a batch, bool ``(N,)``."""
+        self.seen += len(is_ood)
+        self.count += int(is_ood.sum())
+
+    def reset(self) -> None:
+        """Count from zero."""
+        self.seen = self.count = 0

@@ -1,345 +1,347 @@
-"""Calls whose exits are chosen by the predictor, and what makes that choice keep its word."""
+"""Choose an exit for every sample of a batch (paper section 3.2)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
+from retroexit.core.macs import count_macs
+from retroexit.core.nested import tensors
 from retroexit.errors import OptionError, TrainingError
+from retroexit.guidance.bank import Retrieved
+from retroexit.guidance.provider import GuideProvider
 from retroexit.routing.calibration import Calibration
-from retroexit.routing.latency import Latency, time_exits
-from retroexit.routing.ood_guard import GUIDE_LIMIT, OODCounter
-from retroexit.routing.predict import LossPrediction, guide_distance, predict_losses, reads_of
-from retroexit.routing.predictor import Predictor
-from retroexit.routing.render import leave_in_turn
-from retroexit.routing.request import RoutingRequest
-from retroexit.routing.video import StickyRouter
-from retroexit.split.split import SplitGenerator, Values
+from retroexit.routing.latency import Latency
+from retroexit.routing.policy import RoutingRequest, assign_by_budget, assign_exits
+from retroexit.routing.predictor import OODCounter, Predictor
+from retroexit.split.split import Begun
+from retroexit.wrapping.decomposition import Decomposition
 
-if TYPE_CHECKING:
-    from retroexit.guidance.bank import GuidanceBank, Retrieved
-    from retroexit.wrapping.build import Decomposition, WrapOptions
-
-__all__ = ["Policy", "RoutedCalls"]
-
-Policy = Callable[[Tensor, "Tensor | None"], Tensor]
+__all__ = ["Choice", "LossPrediction", "Router", "guide_distance", "input_map"]
 
 
-class RoutedCalls(nn.Module):
-    """The part of `retroexit.model.EarlyExitGenerator` that chooses exits."""
+@dataclass(frozen=True, eq=False)
+class LossPrediction:
+    """What is predicted for a batch.
 
-    # What the class itself brings: the generator in pieces, its branches and its bank.
-    options: WrapOptions
-    branches: nn.ModuleList
-    bank: GuidanceBank | None
-    about: dict[str, Any]
-    if TYPE_CHECKING:
+    Attributes:
+        losses: Predicted loss of each branch exit, ``(N, K)``.
+        is_ood: Whether a sample is out of distribution: too far from the fitting set, bool ``(N,)``.
+        retrieved: What the bank holds for the batch, where the predictor reads the distance to it.
+    """
 
-        @property
-        def decomposition(self) -> Decomposition: ...  # noqa: D102
-        @property
-        def split(self) -> SplitGenerator: ...  # noqa: D102
-        @property
-        def is_recorded(self) -> bool: ...  # noqa: D102
-        @property
-        def _folded(self) -> int: ...
+    losses: Tensor
+    is_ood: Tensor
+    retrieved: Retrieved | None = None
 
-        record: Callable[..., None]
-        route: Callable[..., Any]
-        _leave: Callable[..., Any]
-        _guide: Callable[..., Tensor | None]
-        _need_bank: Callable[[], GuidanceBank]
+    @property
+    def guarded(self) -> Tensor:
+        """Predicted losses, infinite for samples that are out of distribution."""
+        return self.losses.masked_fill(self.is_ood[:, None], torch.inf)
 
-    def __init__(self) -> None:
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """The exits of a batch.
+
+    Attributes:
+        exits: Exit of every sample, ``(N,)`` from 1, ``K + 1`` for the backbone.
+        retrieved: What the bank holds for the whole batch, where that has been searched.
+        is_ood: Which samples are out of distribution, ``(N,)``; ``None`` where that was not checked.
+    """
+
+    exits: Tensor
+    retrieved: Retrieved | None = None
+    is_ood: Tensor | None = None
+
+
+class Router(nn.Module):
+    """Chooses exits from predicted losses, measured times and the out-of-distribution guard.
+
+    Attributes:
+        predictor: Gives losses ``(N, K)``; ``None`` before `retroexit.fit`.
+        calibration: Makes a threshold a promise; ``None`` before ``model.calibrate``.
+        latency: Measured times of the exits; ``None`` before ``model.measure_latency``.
+        ood_counter: Counts samples that were out of distribution and went to the backbone.
+        guide_limit: Mean distance of an input's patches to their guides beyond which it is out of
+            distribution; ``None`` for no limit.
+    """
+
+    def __init__(self, predictor_inputs: Callable[..., Tensor] | None = None) -> None:
         super().__init__()
-        self.predictor: Predictor | None = None
+        self.predictor: nn.Module | None = None
         self.calibration: Calibration | None = None
         self.latency: Latency | None = None
-        self.drift = OODCounter()
+        self.ood_counter = OODCounter()
+        self.guide_limit: float | None = None
+        self.predictor_inputs = predictor_inputs
+        self._decomposition: Decomposition | None = None
+        self._guide = GuideProvider()
+        self._predictor_macs: tuple[nn.Module, tuple[int, ...], int] | None = None
+
+    def attach(self, decomposition: Decomposition, guide: GuideProvider) -> None:
+        """Take the exits of a recorded generator and the provider of their guides."""
+        self._decomposition, self._guide = decomposition, guide
+
+    # Choosing.
+
+    @torch.no_grad()
+    def choose(self, begun: Begun, request: RoutingRequest, count: bool = True) -> Choice:
+        """Choose an exit for every sample.
+
+        Args:
+            begun: The batch at the first cut.
+            request: What the call asks for.
+            count: Whether `ood_counter` counts this batch.
+
+        Raises:
+            OptionError: If the request cannot be met.
+            TrainingError: If a predictor, calibration or measured time is needed and missing.
+            BankError: If the guidance bank is needed and missing.
+        """
+        samples, last = begun.samples, self.exits
+        device = begun.key_feature.device
+        if request.exit is not None:
+            return Choice(torch.full((samples,), self.check_exit(request.exit), device=device))
+        exits, retrieved, is_ood = torch.full((samples,), last, device=device), None, None
+        if request.needs_losses:
+            prediction = self.predict(begun)
+            exits = self._assign(prediction, request)
+            retrieved, is_ood = prediction.retrieved, prediction.is_ood
+            # Under a deadline a sample cannot be sent to the backbone afterwards.
+            if self.ood_counter.enabled and request.deadline_ms is None:
+                exits, retrieved, is_far = self._check_guides(exits, retrieved, begun)
+                is_ood = is_ood | is_far
+            if self.ood_counter.enabled and count:
+                self.ood_counter.add(is_ood)
+        if request.deadline_ms is not None:
+            exits = exits.max().clamp_max(self._last_in_time(request.deadline_ms, exits)).expand_as(exits)
+        if not self._divides:
+            exits = exits.max().expand_as(exits)  # the batch leaves together, at the deepest exit chosen
+        return Choice(exits, retrieved, is_ood)
+
+    @torch.no_grad()
+    def predict(self, begun: Begun) -> LossPrediction:
+        """Predict the loss of every branch exit.
+
+        Raises:
+            TrainingError: If there is no predictor.
+        """
+        if self.predictor is None:
+            raise TrainingError(
+                "choosing exits needs a predictor, but the model has none. Run retroexit.fit first, or choose "
+                "with exit=k.",
+                self,
+            )
+        feature, retrieved, reads = begun.feature, None, self.reads
+        inputs = [feature]
+        if reads == "inputs":
+            source = self.predictor_inputs
+            inputs = [
+                input_map(begun.args, begun.kwargs, feature.dim() - 2)
+                if source is None
+                else source(*begun.args, **begun.kwargs)
+            ]
+        elif reads == "features+distance":
+            retrieved = self._guide.retrieve(begun)
+            inputs.append(guide_distance(retrieved.distances).to(feature.device))
+        if isinstance(self.predictor, Predictor):
+            losses, distance = self.predictor.predict_losses(*inputs)  # (rows, K), (rows,)
+        else:
+            losses = self.predictor(*inputs)
+            distance = losses.new_zeros(len(losses))
+        if reads != "inputs" and self._rows_per_sample > 1:  # the frames of a sample leave together
+            losses = losses.unflatten(0, (-1, self._rows_per_sample)).mean(dim=1)
+            distance = distance.unflatten(0, (-1, self._rows_per_sample)).amax(dim=1)
+        return LossPrediction(losses, distance > 1, retrieved)
+
+    def check_exit(self, exit: int) -> int:
+        """Check the number of an exit.
+
+        Raises:
+            OptionError: If there is no such exit.
+        """
+        if isinstance(exit, bool) or not isinstance(exit, int) or not 1 <= exit <= self.exits:
+            raise OptionError(
+                f"exit must be an integer from 1 to {self.exits}, the backbone, got {exit!r}.", exit
+            )
+        return exit
+
+    def _assign(self, prediction: LossPrediction, request: RoutingRequest) -> Tensor:
+        losses = prediction.guarded if self.ood_counter.enabled else prediction.losses  # (N, K)
+        if request.choose is not None:
+            limits = None if request.threshold is None else self._limits(losses, request.threshold)
+            exits = request.choose(losses, limits).to(losses.device)
+            if exits.shape != losses.shape[:1] or not bool(((exits >= 1) & (exits <= self.exits)).all()):
+                raise OptionError(
+                    f"a policy must give one exit from 1 to {self.exits} for each of {len(losses)} samples, got "
+                    f"{exits.tolist()}.",
+                    exits,
+                )
+            return exits
+        if request.threshold is not None:
+            return assign_exits(losses, self._limits(losses, request.threshold))
+        assert request.budget is not None
+        return assign_by_budget(losses, self.shares(), self._prices(losses, request.budget))
+
+    def _limits(self, losses: Tensor, threshold: float | Tensor) -> Tensor:
+        """Largest prediction that each exit may have under a threshold, ``(K,)`` or ``(N, K)``."""
+        _check_count(threshold, "threshold", losses)
+        if self.calibration is not None:
+            return self.calibration.limits(threshold).to(losses)
+        if isinstance(threshold, Tensor) and threshold.dim():
+            return threshold.to(losses)[:, None].expand_as(losses)
+        return losses.new_full((losses.shape[1],), float(threshold))
+
+    def _prices(self, losses: Tensor, budget: float | Tensor) -> float | Tensor:
+        """Price of compute at which inputs like the calibration set spend a budget on average."""
+        if self.calibration is None:
+            raise TrainingError(
+                f"budget={budget} needs a calibration, but the model has none. Call model.calibrate(inputs) "
+                "first.",
+                self,
+            )
+        _check_count(budget, "budget", losses)
+        shares, calibration = self.shares(), self.calibration
+        if not isinstance(budget, Tensor) or not budget.dim():
+            return calibration.price(shares, float(budget))
+        prices = [calibration.price(shares, value) for value in budget.tolist()]
+        return torch.tensor(prices, device=losses.device)
+
+    def _check_guides(
+        self, exits: Tensor, retrieved: Retrieved | None, begun: Begun
+    ) -> tuple[Tensor, Retrieved | None, Tensor]:
+        """Send samples that are too far from their guides to the backbone, which needs no guide."""
+        is_far = torch.zeros_like(exits).bool()
+        early = (exits < self.exits).nonzero()[:, 0]
+        if (
+            self.guide_limit is None
+            or self._guide.taps is None
+            or self._rows_per_sample > 1
+            or not len(early)
+        ):
+            return exits, retrieved, is_far
+        if retrieved is None:
+            retrieved = self._guide.retrieve(begun, early).spread(early, len(exits))
+        distance = guide_distance(retrieved.distances)[:, 0].to(exits.device)
+        is_far[early] = distance[early] > self.guide_limit
+        return exits.masked_fill(is_far, self.exits), retrieved, is_far
+
+    def _last_in_time(self, deadline_ms: float, exits: Tensor) -> int:
+        if self.latency is None:
+            raise TrainingError(
+                f"deadline_ms={deadline_ms:g} needs measured times, but the model has none. Call "
+                "model.measure_latency(*inputs) on this machine first.",
+                self,
+            )
+        return self.latency.last_within(deadline_ms, len(exits), exits.device)
+
+    # Facts.
+
+    @property
+    def reads(self) -> str:
+        """What the predictor reads: ``"features"``, ``"inputs"`` or ``"features+distance"``."""
+        choice = self.predictor.reads if isinstance(self.predictor, Predictor) else None
+        return choice or ("features" if self.predictor_inputs is None else "inputs")
+
+    @property
+    def needs_adapter(self) -> bool:
+        """Whether the predictor reads a map that an adapter makes from the inputs."""
+        return self.predictor_inputs is not None and self.reads == "inputs"
+
+    @property
+    def exits(self) -> int:
+        """Number of exits, K + 1."""
+        return len(self._recorded.places) + 1
 
     def overhead(self) -> list[int]:
-        """MACs that a routed call pays besides the route itself, per exit and for one sample.
+        """MACs of a routed call besides the route itself, per exit and for one sample.
 
-        Every routed sample pays for the predictor, the drift guard within it counted; a sample that leaves
-        at a branch pays for the search in the bank too, and every sample where the predictor reads the
-        distance to its guide.
+        Every routed sample pays for the predictor; a sample that leaves at a branch pays for the search in
+        the bank too, and every sample does where the predictor reads the distance to its guide.
         """
-        predictor = self.decomposition.predictor_macs(self.predictor)
-        search = self.decomposition.search_macs(self.bank)
-        always = reads_of(self.predictor, None) == "features+distance"
-        return [predictor + search] * len(self.branches) + [predictor + search * always]
+        predictor, search = self._count_predictor(), self._guide.search_macs()
+        always = self.reads == "features+distance"
+        return [predictor + search] * (self.exits - 1) + [predictor + search * always]
 
     def shares(self) -> Tensor:
         """Compute of a routed sample at every exit as a share of the backbone's, ``(K + 1,)``."""
-        backbone = self.decomposition.backbone_macs
-        macs = torch.tensor([*self.decomposition.route_macs, backbone]) + torch.tensor(self.overhead())
+        backbone = self._recorded.backbone_macs
+        macs = torch.tensor([*self._recorded.route_macs, backbone]) + torch.tensor(self.overhead())
         return macs / backbone
 
-    def routed(
-        self,
-        *inputs: Any,
-        threshold: float | Tensor | None = None,
-        budget: float | Tensor | None = None,
-        deadline_ms: float | None = None,
-        choose: Policy | None = None,
-        **kwargs: Any,
-    ) -> tuple[Any, Tensor]:
-        """Render images as ``model(*inputs, threshold=...)`` does, and tell where each sample left.
-
-        Args:
-            *inputs: The generator's positional inputs.
-            threshold: See `forward`.
-            budget: See `forward`.
-            deadline_ms: See `forward`.
-            choose: A policy of your own: gives exits ``(N,)`` for predicted losses ``(N, K)``, which are
-                infinite for inputs too far from the fitting set, and the limits ``(K,)`` or ``(N, K)`` that
-                the threshold sets them.
-            **kwargs: The generator's keyword inputs.
-
-        Returns:
-            A value with the structure of the generator's output, and exit indices ``(N,)`` from 1, ``K + 1``
-            for the backbone.
-
-        Raises:
-            OptionError, InputMismatchError, TrainingError, BankError: See `forward`.
-        """
-        request = RoutingRequest(threshold, budget, deadline_ms)
-        if not request and choose is None:
-            raise OptionError("asked for a routed call; found neither threshold, budget nor deadline_ms.")
-        if not self.is_recorded:
-            self.record(*inputs, **kwargs)
-        return self._routed(inputs, kwargs, request, choose)
-
-    def predict(self, *inputs: Any, **kwargs: Any) -> Tensor:
-        """Predict the quality loss of every branch exit.
-
-        Args:
-            *inputs: The generator's positional inputs.
-            **kwargs: The generator's keyword inputs.
-
-        Returns:
-            Predicted losses ``(N, K)``.
-
-        Raises:
-            TrainingError: If there is no predictor yet.
-        """
-        return self.predict_losses(*inputs, **kwargs).predicted
-
-    def predict_losses(self, *inputs: Any, **kwargs: Any) -> LossPrediction:
-        """Predict losses, and tell which samples are too far from the fitting set to be trusted to them."""
-        if not self.is_recorded:
-            self.record(*inputs, **kwargs)
-        with torch.no_grad():
-            begun = self.split.begin(inputs, kwargs)
-            return self._predict(begun.values, begun.key_feature, inputs, kwargs)
-
-    def choose_exits(
-        self,
-        *inputs: Any,
-        threshold: float | Tensor | None = None,
-        budget: float | Tensor | None = None,
-        deadline_ms: float | None = None,
-        **kwargs: Any,
-    ) -> Tensor:
-        """Tell where each sample would leave: exit indices ``(N,)`` from 1, ``K + 1`` for the backbone."""
-        if not self.is_recorded:
-            self.record(*inputs, **kwargs)
-        with torch.no_grad():
-            begun = self.split.begin(inputs, kwargs)
-            request = RoutingRequest(threshold, budget, deadline_ms)
-            return self._exits(begun.values, begun.key_feature, inputs, kwargs, request)[0]
-
-    # What routing goes by.
-
-    def calibrate(
-        self,
-        inputs: Sequence[Any],
-        alpha: float = 0.05,
-        confidence: float = 0.95,
-        **settings: Any,
-    ) -> Calibration:
-        """Make thresholds promises: P(loss > threshold) <= alpha on inputs like these; see `Calibration`.
-
-        Args:
-            inputs: Samples without the batch axis that nothing was fitted on, drawn as later inputs will be.
-            alpha: Share of inputs that may lose more than the threshold, in (0, 1).
-            confidence: Probability over the draw of these inputs that the promise holds, in (0, 1).
-            **settings: ``metric`` (by default the one of the fit), ``weights``, ``rule``, ``seed``,
-                ``batch``, ``progress``.
-
-        Returns:
-            The calibration, which is now part of the model and saved with it.
-
-        Raises:
-            OptionError: If there are too few inputs, with the number needed.
-            TrainingError: If there is no predictor yet.
-        """
-        from retroexit.api import calibrate
-
-        return calibrate(self, inputs, alpha, confidence, **settings)  # type: ignore[arg-type]
-
-    def measure_latency(self, *inputs: Any, runs: int = 20, **kwargs: Any) -> Latency:
-        """Time every exit on this machine for calls like this one, for ``deadline_ms``.
-
-        Args:
-            *inputs: The generator's positional inputs; their batch size is the one that deadlines hold for.
-            runs: Timed calls per exit.
-            **kwargs: The generator's keyword inputs.
-
-        Returns:
-            The times, which are now part of the model and saved with it.
-        """
-        if not self.is_recorded:
-            self.record(*inputs, **kwargs)
-        values = self.split.begin(inputs, kwargs).values
-        rows = self._samples(values)
-
-        def call(k: int) -> None:
-            if self.predictor is None:
-                self.route(inputs, kwargs, exit=k)
-            else:
-                self._routed(
-                    inputs, kwargs, RoutingRequest(), lambda *_: torch.full((rows,), k), counted=False
-                )
-
-        with torch.no_grad():
-            device = self.split.crossing(values, 0)[0].device
-            self.latency = time_exits(call, len(self.branches) + 1, rows, device, runs)
-        return self.latency
-
-    def video(self, hysteresis: float = 0.1) -> StickyRouter:
-        """Route the frames of a video, without flicker between exits: ``with model.video() as step: ...``.
-
-        Args:
-            hysteresis: See `StickyRouter`.
-        """
-        return StickyRouter(self, hysteresis)
-
-    # How exits are chosen.
-
-    def _samples(self, values: Values) -> int:
-        return len(self.split.crossing(values, 0)[0]) // self._folded
-
-    def _predict(self, values: Values, key_feature: Tensor, args: Any, kwargs: Any) -> LossPrediction:
+    def _count_predictor(self) -> int:
+        """MACs of the predictor for one sample."""
         if self.predictor is None:
-            raise TrainingError(
-                "asked for a threshold; found no predictor. Run retroexit.fit first, or choose with exit=k.",
-                self,
-            )
+            return 0
+        shape = getattr(self.predictor, "input_shape", None) or self._recorded.feature_shape
+        # The cache holds the predictor itself: an id() could be that of an earlier, freed one.
+        if self._predictor_macs is None or self._predictor_macs[:2] != (self.predictor, shape):
+            device = next((p.device for p in self.predictor.parameters()), torch.device("cpu"))
+            macs = count_macs(self.predictor, torch.zeros(1, *shape, device=device))
+            self._predictor_macs = (self.predictor, shape, macs)
+        return self._predictor_macs[2]
 
-        def search() -> Retrieved:
-            taps = self.decomposition.taps
-            assert taps is not None
-            return self._need_bank().search(taps.query(key_feature, args, kwargs))
+    @property
+    def _recorded(self) -> Decomposition:
+        assert self._decomposition is not None, "the model records its generator before it routes"
+        return self._decomposition
 
-        source = self.options.predictor_inputs
-        return predict_losses(self.predictor, self.split, values, (args, kwargs), source, search)
+    @property
+    def _divides(self) -> bool:
+        """Whether samples of one batch may leave at different exits."""
+        return self._recorded.split.mixes and (self._guide.taps is None or self._rows_per_sample == 1)
 
-    def _choose(
-        self, request: RoutingRequest, prediction: LossPrediction, policy: Policy | None = None
-    ) -> Tensor:
-        predicted = prediction.guarded if self.drift.enabled else prediction.predicted
-        if policy is None:
-            shares = None if request.budget is None else self.shares()
-            return request.choose(predicted, shares, self.calibration)
-        limits = None if request.threshold is None else request.limits(predicted, self.calibration)
-        exits, last = policy(predicted, limits).to(predicted.device), len(self.branches) + 1
-        if exits.shape != predicted.shape[:1] or not bool(((exits >= 1) & (exits <= last)).all()):
-            raise OptionError(
-                f"asked a policy for the exits of {len(predicted)} samples; found {exits.tolist()}. Give one "
-                f"number from 1 to {last} for each.",
-                exits,
-            )
-        return exits
+    @property
+    def _rows_per_sample(self) -> int:
+        """Rows of one sample in the first feature, into which frames may be folded."""
+        return self._recorded.split.rows_per_sample
 
-    def _exits(
-        self,
-        values: Values,
-        key_feature: Tensor,
-        args: Any,
-        kwargs: Any,
-        request: RoutingRequest,
-        policy: Policy | None = None,
-    ) -> tuple[Tensor, Retrieved | None, Tensor | None]:
-        """Choose exits; gives what was looked up on the way, and who is too far, where that was asked."""
-        if policy is None and not request.weighs_losses:
-            last = torch.full((self._samples(values),), len(self.branches) + 1, device=key_feature.device)
-            return request.in_time(last, self.latency), None, None
-        prediction = self._predict(values, key_feature, args, kwargs)
-        exits, found, far = self._choose(request, prediction, policy), prediction.found, prediction.far
-        if self.drift.enabled and request.deadline_ms is None:  # which would not allow for the backbone
-            exits, found, strange = self._within_reach(exits, found, key_feature, args, kwargs)
-            far = far | strange
-        return request.in_time(exits, self.latency), found, far
 
-    def _within_reach(
-        self, exits: Tensor, found: Retrieved | None, key_feature: Tensor, args: Any, kwargs: Any
-    ) -> tuple[Tensor, Retrieved | None, Tensor]:
-        """Send samples whose guides are too far from them to the backbone; who takes no guide needs none."""
-        limit, taps, far = (
-            self.about.get(GUIDE_LIMIT),
-            self.decomposition.taps,
-            torch.zeros_like(exits).bool(),
+def guide_distance(squared: Tensor) -> Tensor:
+    """Mean distance of a sample's patches to their guides: squared distances ``(N, ...) -> (N, 1)``."""
+    return squared.clamp_min(0).sqrt().flatten(1).mean(1, keepdim=True)
+
+
+def input_map(args: Any, kwargs: Any, dims: int) -> Tensor:
+    """Put all tensors of a generator's inputs into one map.
+
+    Maps are resized to the largest one; vectors are spread over it; other tensors are left out.
+
+    Args:
+        args: Positional inputs.
+        kwargs: Keyword inputs.
+        dims: Spatial axes of the map.
+
+    Returns:
+        ``(N, C, ...)``, float32.
+
+    Raises:
+        OptionError: If no input is a map or a vector.
+    """
+    usable = [t.float() for t in tensors((args, kwargs)) if t.dim() > 0 and not t.is_complex()]
+    maps = [t for t in usable if t.dim() == dims + 2]
+    vectors = [t[:, None] if t.dim() == 1 else t for t in usable if t.dim() in (1, 2) and t.dim() != dims + 2]
+    if not maps and not vectors:
+        raise OptionError(
+            "predict_from='inputs' needs a map (N, C, ...) or a vector (N, D) among the inputs, got neither. "
+            "Use predict_from='features'.",
+            (args, kwargs),
         )
-        early = (exits <= len(self.branches)).nonzero()[:, 0]
-        if limit is None or taps is None or self._folded > 1 or not len(early):
-            return exits, found, far
-        if found is None:
-            found = (
-                self._need_bank()
-                .search(taps.query(key_feature, args, kwargs)[early])
-                .spread(early, len(exits))
-            )
-        distance = guide_distance(found.distances)[:, 0].to(exits.device)
-        far[early] = distance[early] > limit
-        return exits.masked_fill(far, len(self.branches) + 1), found, far
+    size = max((t.shape[2:] for t in maps), key=lambda s: s.numel(), default=torch.Size((1,) * dims))
+    parts = [t if t.shape[2:] == size else functional.interpolate(t, tuple(size)) for t in maps]
+    parts += [t[(...,) + (None,) * dims].expand(*t.shape, *size) for t in vectors]
+    return torch.cat(parts, 1)
 
-    def is_ood(
-        self, values: Values, key_feature: Tensor, args: Any, kwargs: dict[str, Any], exits: Tensor
-    ) -> Tensor:
-        """Ask the drift guard who is too far from what predictor and bank have seen, bool ``(N,)``.
 
-        Args:
-            values: What crosses the first cut.
-            key_feature: The feature that keys are cut from.
-            args: The generator's inputs.
-            kwargs: Those by keyword.
-            exits: The first exit that each sample takes anything from, ``(N,)``, from 1.
-        """
-        if not self.drift.enabled or self.predictor is None:
-            return torch.zeros(self._samples(values), dtype=torch.bool)
-        prediction = self._predict(values, key_feature, args, kwargs)
-        strange = self._within_reach(
-            exits.to(key_feature.device), prediction.found, key_feature, args, kwargs
-        )[2]
-        return prediction.far.to(strange.device) | strange
-
-    def _routed(
-        self,
-        args: Any,
-        kwargs: Any,
-        request: RoutingRequest,
-        policy: Policy | None = None,
-        counted: bool = True,
-    ) -> tuple[Any, Tensor]:
-        with torch.no_grad():
-            begun = self.split.begin(args, kwargs)
-            values, key_feature = begun.values, begun.key_feature
-            exits, found, far = self._exits(values, key_feature, args, kwargs, request, policy)
-            if far is not None and self.drift.enabled and counted:
-                self.drift.note(far)
-        if not self.split.mixes or (self.decomposition.taps is not None and self._folded > 1):
-            # The batch cannot be divided: everybody takes the deepest exit chosen.
-            exits = exits.max().expand_as(exits)
-        early = (exits <= len(self.branches)).nonzero()[:, 0]
-        # One search for all that leave early, none for the others.
-        guide = self._guide(key_feature, args, kwargs, early, found)
-
-        def leave(part: Values, index: int, rows: Tensor) -> Any:
-            own = None if guide is None else guide[torch.searchsorted(early, rows)]
-            return self._leave(part, index, own)
-
-        return leave_in_turn(self.split, values, exits, leave), exits
+def _check_count(values: float | Tensor, name: str, losses: Tensor) -> None:
+    if isinstance(values, Tensor) and values.dim() and len(values) != len(losses):
+        raise OptionError(
+            f"{name} must be one number or one per sample, got {len(values)} for {len(losses)} samples.",
+            values,
+        )

@@ -1,36 +1,33 @@
-"""Exits for video: a frame stays at its exit until there is a reason to leave it."""
+"""Choose exits for video without flicker between exits."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Self
+from collections.abc import Callable
+from typing import Any, Self
 
-import torch
 from torch import Tensor
 
 from retroexit.errors import OptionError
-from retroexit.routing.policy import assign_exits
+from retroexit.routing.policy import assign_with_hysteresis
 
-if TYPE_CHECKING:
-    from retroexit.routing.router import RoutedCalls
-
-__all__ = ["StickyRouter", "stay"]
+__all__ = ["VideoRouter"]
 
 
-class StickyRouter:
-    """Renders the frames of one video, or of N side by side, without flicker between exits.
+class VideoRouter:
+    """Renders the frames of one video, or of N side by side, and keeps exits where the loss allows it.
 
-    A frame that needs a deeper exit gets it at once, so that no frame is predicted to lose more than the
-    threshold. A cheaper exit is taken only once its predicted loss is below the threshold by the share
-    ``hysteresis``: frames that hover around a threshold stay where they are. Made by ``model.video()``.
+    A frame that needs a deeper exit gets it at once, so no frame is predicted to lose more than the threshold.
+    A cheaper exit is taken only if its predicted loss is below the threshold by the share ``hysteresis``.
+    Made by ``model.video()``.
 
     Args:
-        model: A wrapped generator with a predictor.
-        hysteresis: How far below its limit a cheaper exit's predicted loss has to be, as a share of it, in
-            [0, 1). 0 routes every frame for itself.
+        routed: ``model.routed``.
+        hysteresis: Share of the limit by which a cheaper exit's predicted loss has to be below it, in [0, 1).
+            0 routes every frame independently.
 
     Attributes:
-        exits: Where the frame before left, ``(N,)`` from 1; ``None`` before the first.
-        frames: Frames seen.
+        exits: Exits of the previous frame, ``(N,)`` from 1; ``None`` before the first one.
+        frames: Number of frames so far.
         changes: How often a stream changed its exit.
 
     Raises:
@@ -42,15 +39,14 @@ class StickyRouter:
         ...         image = step(frame, threshold=0.1)
     """
 
-    def __init__(self, model: RoutedCalls, hysteresis: float = 0.1) -> None:
+    def __init__(self, routed: Callable[..., tuple[Any, Tensor]], hysteresis: float = 0.1) -> None:
         is_number = isinstance(hysteresis, (int, float)) and not isinstance(hysteresis, bool)
         if not is_number or not 0 <= hysteresis < 1:
             raise OptionError(
-                f"asked for hysteresis={hysteresis!r}; found no number in [0, 1). It is a share of the "
-                "threshold, such as 0.1.",
+                f"hysteresis must be in [0, 1), got {hysteresis!r}. It is a share of the threshold, such as 0.1.",
                 hysteresis,
             )
-        self.model, self.hysteresis = model, hysteresis
+        self._routed, self.hysteresis = routed, hysteresis
         self.reset()
 
     def reset(self) -> None:
@@ -72,18 +68,17 @@ class StickyRouter:
 
         Args:
             *inputs: The generator's positional inputs, one sample per stream.
-            threshold: See `EarlyExitGenerator.forward`; with a calibration the promise stands where deeper
-                exits lose no more than cheaper ones.
-            deadline_ms: See `EarlyExitGenerator.forward`.
+            threshold: Largest quality loss to accept, ``>= 0``; one number, or one per stream ``(N,)``.
+            deadline_ms: Milliseconds that the call may take.
             **kwargs: The generator's keyword inputs.
 
         Returns:
             A value with the structure of the generator's output.
 
         Raises:
-            OptionError: If the number of streams changed, and for the reasons that a routed call has.
+            OptionError: If the number of streams changed, or as for any routed call.
         """
-        output, exits = self.model.routed(
+        output, exits = self._routed(
             *inputs, threshold=threshold, deadline_ms=deadline_ms, choose=self._choose, **kwargs
         )
         if self.exits is not None:
@@ -96,31 +91,8 @@ class StickyRouter:
         assert limits is not None
         if self.exits is not None and len(self.exits) != len(predicted):
             raise OptionError(
-                f"asked for the next frame of {len(predicted)} streams; found {len(self.exits)} before. Call "
-                "reset() between videos.",
+                f"the number of streams must stay {len(self.exits)}, got {len(predicted)}. Call reset() between "
+                "videos.",
                 predicted,
             )
-        return stay(predicted, limits, self.exits, self.hysteresis)
-
-
-def stay(predicted: Tensor, limits: Tensor, before: Tensor | None, hysteresis: float) -> Tensor:
-    """Choose exits, given those of the frame before.
-
-    Args:
-        predicted: Predicted losses, ``(N, K)``.
-        limits: Largest prediction of each exit, ``(K,)`` or ``(N, K)``.
-        before: Exits of the frame before, ``(N,)`` from 1, or ``None``.
-        hysteresis: Share of the limit by which a cheaper exit has to be better.
-
-    Returns:
-        Exits ``(N,)`` from 1; never cheaper than the threshold allows.
-    """
-    needed = assign_exits(predicted, limits)
-    if before is None:
-        return needed
-    before = before.to(needed)
-    eager = assign_exits(predicted, limits * (1 - hysteresis))
-    # The backbone is always good enough.
-    good = torch.nn.functional.pad(predicted <= limits, (0, 1), value=True)
-    still_good = good.gather(1, before[:, None] - 1)[:, 0]
-    return torch.where(still_good & (before <= eager), before, torch.where(before > eager, eager, needed))
+        return assign_with_hysteresis(predicted, limits, self.exits, self.hysteresis)

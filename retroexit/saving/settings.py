@@ -1,4 +1,4 @@
-"""How a generator was wrapped, in plain JSON types and back."""
+"""How a generator was wrapped, as JSON types."""
 
 from __future__ import annotations
 
@@ -13,17 +13,15 @@ from retroexit.branch.widths.plan import Pin, WidthPlan, WidthRule
 from retroexit.errors import CheckpointError
 from retroexit.guidance.options import Guidance
 from retroexit.guidance.taps import key_name
-from retroexit.model import EarlyExitGenerator
-from retroexit.wrapping.build import WrapOptions
+from retroexit.wrapping.decomposition import Decomposition
+from retroexit.wrapping.options import WrapOptions
 
-__all__ = ["options_from_json", "plan_to_json", "with_key", "wrap_settings"]
+__all__ = ["options_from_json", "options_to_json", "plan_to_json", "with_key"]
 
 
-def wrap_settings(model: EarlyExitGenerator) -> dict[str, Any]:
-    """Say in plain JSON types how a recorded generator was wrapped, attach points aside."""
-    options, decomposition = model.options, model.decomposition
-    by_place = dict(zip(options.attach_at, options.rules, strict=True))
-    rules = [by_place[p.path] if p.path in by_place else by_place[p.index] for p in decomposition.places]
+def options_to_json(options: WrapOptions, decomposition: Decomposition) -> dict[str, Any]:
+    """Write how a recorded generator was wrapped, attach points aside, as JSON types."""
+    rules = [options.rule_of(place) for place in decomposition.places]
     return {
         "rules": [{"scale": r.scale, "min_channels": r.min_channels, "name": r.name} for r in rules],
         "tap": options.tap,
@@ -48,38 +46,39 @@ def _guidance_to_json(guidance: Guidance | None) -> dict[str, Any] | None:
 def with_key(
     options: WrapOptions,
     manifest: dict[str, Any],
-    given: Callable[..., Tensor] | None,
-    known: Callable[..., Tensor] | None,
+    key: Callable[..., Tensor] | None,
+    adapter_key: Callable[..., Tensor] | None,
     folder: Path,
 ) -> WrapOptions:
-    """Put back the key function of a bank of frames: the one handed over, or the adapter's if it is that."""
+    """Put back the key function of a bank of frames: the user's, or the adapter's if its name is the saved one.
+
+    Raises:
+        CheckpointError: If it is missing, or given where none was saved.
+    """
     saved = (manifest["options"]["guidance"] or {}).get("key")
     if saved is None:
-        if given is not None:
+        if key is not None:
             raise CheckpointError(
-                f"asked to load {folder} with the key function {key_name(given)!r}; found that it was saved "
-                "without one. Leave key out.",
-                given,
+                f"{folder} was saved without a key function, got key={key_name(key)!r}. Leave key out.", key
             )
         return options
-    if given is None and (known is None or key_name(known) != saved):
+    if key is None and (adapter_key is None or key_name(adapter_key) != saved):
         raise CheckpointError(
-            f"asked to load {folder}; found that its bank of frames is searched with keys from the function "
-            f"{saved!r}, which is not saved with it. Pass it as retroexit.load(..., key=...), or install the "
-            "plug-in that it comes from.",
+            f"{folder} needs the key function {saved!r}, which is not saved with it. Pass "
+            "retroexit.load(..., key=...), or install the plug-in that it comes from.",
             folder,
         )
     assert options.guidance is not None
-    guidance = dataclasses.replace(options.guidance, key=known if given is None else given)
+    guidance = dataclasses.replace(options.guidance, key=adapter_key if key is None else key)
     return dataclasses.replace(options, guidance=guidance)
 
 
-def options_from_json(manifest: dict[str, Any], found: dict[str, Any]) -> WrapOptions:
-    """Read what `wrap_settings` and `plan_to_json` wrote; ``found`` is what an adapter knows."""
+def options_from_json(manifest: dict[str, Any], knowledge: dict[str, Any]) -> WrapOptions:
+    """Read what `options_to_json` and `plan_to_json` wrote; ``knowledge`` is what an adapter adds."""
     saved = dict(manifest["options"])
     guidance = saved.pop("guidance")
     if guidance is not None:
-        # A key function is put back later: where it is missing, the file is not to blame.
+        # The key function is put back by `with_key`: a missing one is no damage of the file.
         guidance = Guidance(**{**guidance, "key": None, "patch": tuple(guidance["patch"])})
     image, image_range = saved.pop("image"), saved.pop("image_range")
     return WrapOptions(
@@ -91,7 +90,7 @@ def options_from_json(manifest: dict[str, Any], found: dict[str, Any]) -> WrapOp
         image_range=None if image_range is None else tuple(image_range),
         plans=tuple(_plan_from_json(plan) for plan in manifest["plans"]),
         **saved,
-        **found,
+        **knowledge,
     )
 
 

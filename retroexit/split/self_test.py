@@ -74,9 +74,10 @@ def _self_test(split: SplitGenerator, index: int, handed: list[Tensor], wanted: 
             default=float("nan"),
         )
         raise RecordingError(
-            f"asked for a branch at cut {index + 1}; found that the recorded rest of the generator does not "
-            f"reproduce its output (largest difference {difference:.3g}). Attach elsewhere, or pass "
-            "self_test=False if the generator draws random numbers behind this place in an order of its own.",
+            f"the recorded rest of the generator behind cut {index + 1} does not reproduce its "
+            "output (largest "
+            f"difference {difference:.3g}). Attach elsewhere, or pass self_test=False if the generator draws "
+            "random numbers behind this place in an order of its own.",
             index,
         )
     return {i for i, value in enumerate(handed) if value._version != before[i]}

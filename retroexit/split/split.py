@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -12,15 +13,67 @@ from torch import Tensor, fx, nn
 from retroexit.core.modules import device_of
 from retroexit.core.nested import cloned, flatten, rebuild, tensors
 from retroexit.errors import DeviceError, InputMismatchError, ModeError, RecordingError
-from retroexit.split.batch_rows import are_grouped, group, recorded_shapes, rows_per_sample
-from retroexit.split.call_signature import CallForm
-from retroexit.split.segments import Cut, Segment, Tail
-from retroexit.stages.decoder import Decoder, Stage
+from retroexit.split.segments import Segment, Tail
+from retroexit.stages.cuts import Cut
+from retroexit.stages.decoder import Decoder
+from retroexit.stages.stage import Stage
 from retroexit.tracing.record import unobserved
 
-__all__ = ["Begun", "SplitGenerator", "Values"]
+__all__ = ["Begun", "SplitGenerator", "Values", "are_grouped", "group", "merge", "places", "rows_per_sample"]
 
 Values = dict[fx.Node, Any]
+Leaves = list[tuple[tuple[Any, ...], Any]]
+
+
+@dataclass(frozen=True)
+class CallForm:
+    """What a recording depends on in a call besides shapes: structure, types, and values frozen in the graph.
+
+    Attributes:
+        paths: Where tensors are among the arguments.
+        dtypes: Their types.
+        constants: Path and value of everything that is not a tensor.
+    """
+
+    paths: tuple[tuple[Any, ...], ...]
+    dtypes: tuple[torch.dtype, ...]
+    constants: tuple[tuple[tuple[Any, ...], str], ...]
+
+    @classmethod
+    def of(cls, leaves: Leaves) -> CallForm:
+        """Describe a call by the leaves of its arguments."""
+        inputs = [(path, leaf) for path, leaf in leaves if isinstance(leaf, Tensor)]
+        others = [(path, repr(leaf)) for path, leaf in leaves if not isinstance(leaf, Tensor)]
+        return cls(tuple(path for path, _ in inputs), tuple(x.dtype for _, x in inputs), tuple(others))
+
+    def in_precision_of(self, other: CallForm) -> CallForm:
+        """Take over the precision of another call's floating-point tensors."""
+        pairs = zip(self.dtypes, other.dtypes, strict=False)  # of unequal length only where paths differ too
+        both = (b if a.is_floating_point and b.is_floating_point else a for a, b in pairs)
+        return replace(self, dtypes=tuple(both))
+
+    def difference(self, recorded: CallForm) -> str:
+        """Say how this call differs from the recorded one, and what to do."""
+        if self.paths != recorded.paths:
+            return (
+                f"tensors must be at {list(recorded.paths)} as in the recording, got {list(self.paths)}. "
+                "Wrap again with such inputs."
+            )
+        for path, new, old in zip(self.paths, self.dtypes, recorded.dtypes, strict=True):
+            if new != old:
+                return (
+                    f"the input at {path} must be {old} as in the recording, got {new}. Convert it, or "
+                    "wrap again with this type."
+                )
+        for (path, new_value), (_, old_value) in zip(self.constants, recorded.constants, strict=False):
+            if new_value != old_value:
+                return (
+                    f"{path[-1]} must be {old_value} as in the recording, got {new_value}. Values that are "
+                    "not tensors are frozen; wrap again with this value."
+                )
+        return (
+            f"inputs must be {recorded.constants} as recorded, got {self.constants}. Wrap again with these."
+        )
 
 
 @dataclass(frozen=True)
@@ -29,12 +82,16 @@ class Begun:
 
     Attributes:
         values: Values that cross the first cut, by node.
+        feature: Feature at the first cut, shape ``(N, C, ...)``.
+        samples: Number of samples; fewer than N where frames are folded into the batch.
         key_feature: Feature that the keys are cut from, shape ``(N, C, ...)``.
         args: Positional inputs of the call.
         kwargs: Keyword inputs of the call.
     """
 
     values: Values
+    feature: Tensor
+    samples: int
     key_feature: Tensor
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -58,6 +115,7 @@ class SplitGenerator:
         batched: Rows of one sample in the crossing values and the keys' feature that depend on the batch:
             1 mostly, more where frames are folded in, 0 where samples are not told apart by rows.
         output_rows: Likewise for tensors of the output; ``None`` where one belongs to no sample.
+        written: For every cut, positions of the crossing values that its tail writes into.
         divides: Whether samples of one batch can be told apart in all of these.
         any_batch: Whether a batch of another size gives the generator's own output.
 
@@ -76,17 +134,20 @@ class SplitGenerator:
     ) -> None:
         self.generator, self.decoder, self.cuts, self.key_cut = generator, decoder, tuple(cuts), key_cut
         recording = decoder.recording
-        self._call = CallForm.of(args, kwargs)
+        leaves = list(flatten((tuple(args), dict(kwargs))))
+        self._call = CallForm.of(leaves)
         self.example = (cloned(tuple(args)), cloned(dict(kwargs)))
         self._inputs = [node for node in recording.nodes if node.op == "placeholder"]
         self._modes = [(m, recording.modes[name]) for name, m in generator.named_modules()]
         self._device = device_of(generator)
         self._precision = _precision(generator)
-        self._shapes = {self._shape_key(args, kwargs)}
-        self.batch = self._batch_size(args, kwargs)
+        self._shapes = {_shape_key(leaves)}
+        self.batch = _batch_size(leaves)
         self.batched: dict[fx.Node, int] = {}
         self.output_rows, self.divides = list[int | None](), True
+        self.written: list[set[int]] = []
         self._around_key: tuple[Segment, Segment] | None = None
+        self._crossing = [cut.crossing for cut in self.cuts]
         self._prepare()
         self.any_batch = self._probe_batch(args, kwargs)
         self.divides = self.any_batch and self.divides
@@ -95,8 +156,8 @@ class SplitGenerator:
         """Cut the recording into segments."""
         recording, generator = self.decoder.recording, self.generator
         ends = [0, *(cut.position for cut in self.cuts)]
-        entering = [(), *(cut.crossing for cut in self.cuts)]
-        self._segments = [
+        entering = [None, *(cut.crossing for cut in self.cuts)]
+        self.segments = [
             Segment(recording, generator, begin, cut.position, cut.crossing, enter)
             for begin, cut, enter in zip(ends, self.cuts, entering, strict=False)
         ]
@@ -127,8 +188,9 @@ class SplitGenerator:
             DeviceError: If the generator moved since.
         """
         self._check_generator()
-        self._check_call(args, kwargs)
-        return self._bind(args, kwargs)
+        leaves = list(flatten((tuple(args), dict(kwargs))))
+        self._check_call(args, kwargs, leaves)
+        return self._bind(args, kwargs, leaves)
 
     def begin(self, args: Any, kwargs: Any) -> Begun:
         """Run the generator to the first cut.
@@ -137,17 +199,25 @@ class SplitGenerator:
             InputMismatchError, ModeError, DeviceError: See `start`.
         """
         values, key_feature = self._to_first_cut(self.start(args, kwargs))
-        return Begun(values, key_feature, tuple(args), dict(kwargs))
+        feature = self.crossing(values, 0)[0]
+        return Begun(
+            values, feature, len(feature) // self.rows_per_sample, key_feature, tuple(args), dict(kwargs)
+        )
+
+    @property
+    def rows_per_sample(self) -> int:
+        """Rows of one sample in the first cut's feature, into which frames may be folded."""
+        return self.batched.get(self.cuts[0].feature) or 1
 
     def _to_first_cut(self, values: Values) -> tuple[Values, Tensor]:
         if self.key_cut is None or self._around_key is None:
             values = self.advance(values, 0)
             return values, self.crossing(values, 0)[0]
         before, behind = self._around_key
-        values = before(values)
+        values = _run(before, values)
         # What comes next may write into the feature; on every route keys are what the stage returned.
         key_feature: Tensor = values[self.key_cut.feature].clone()
-        return behind(values), key_feature
+        return _run(behind, values), key_feature
 
     def key_feature(self, args: Any, kwargs: Any) -> Tensor:
         """Run no farther than to the feature that keys are cut from, and give it.
@@ -158,21 +228,21 @@ class SplitGenerator:
         values = self.start(args, kwargs)
         if self.key_cut is None or self._around_key is None:
             return self.crossing(self.advance(values, 0), 0)[0]
-        found: Tensor = self._around_key[0](values)[self.key_cut.feature]
+        found: Tensor = _run(self._around_key[0], values)[self.key_cut.feature]
         return found
 
     def advance(self, values: Values, index: int) -> Values:
         """Run the generator from the cut before to cut ``index`` (from 0); gives the values that cross it."""
-        return self._segments[index](values)
+        return _run(self.segments[index], values)
 
     def finish(self, values: Values) -> Any:
         """Run the rest of the generator from the last cut; gives its output."""
-        done = self._rest(values)
+        done = _run(self._rest, values)
         return rebuild(self._result, lambda leaf: done[leaf] if isinstance(leaf, fx.Node) else leaf)
 
     def crossing(self, values: Values, index: int) -> list[Tensor]:
         """List the values that cross a cut, the feature first."""
-        return [values[node] for node in self.cuts[index].crossing]
+        return [values[node] for node in self._crossing[index]]
 
     def select(self, values: Values, rows: Tensor) -> Values:
         """Keep some samples of a batch."""
@@ -188,7 +258,7 @@ class SplitGenerator:
     def value_at(self, cut: Cut, args: Any, kwargs: Any) -> Tensor:
         """Run the generator up to another cut; gives its feature ``(N, C, ...)``."""
         segment = Segment(self.decoder.recording, self.generator, 0, cut.position, [cut.feature])
-        found: Tensor = segment(self.start(args, kwargs))[cut.feature]
+        found: Tensor = _run(segment, self.start(args, kwargs))[cut.feature]
         return found
 
     def place_of(self, image: Any) -> Tensor:
@@ -205,8 +275,8 @@ class SplitGenerator:
 
     # Checks.
 
-    def _bind(self, args: Any, kwargs: Any) -> Values:
-        by_path = dict(flatten((tuple(args), dict(kwargs))))
+    def _bind(self, args: Any, kwargs: Any, leaves: Leaves | None = None) -> Values:
+        by_path = dict(flatten((tuple(args), dict(kwargs))) if leaves is None else leaves)
         paths = self.decoder.recording.inputs
         return {node: by_path[path] for node, path in zip(self._inputs, paths, strict=True)}
 
@@ -215,15 +285,18 @@ class SplitGenerator:
             if module.training != mode:
                 state = "train" if module.training else "eval"
                 raise ModeError(
-                    f"asked for an early exit; found {type(module).__name__} in {state} mode, recorded in "
-                    f"{'train' if mode else 'eval'} mode. Set the generator's mode back, or wrap it again.",
+                    f"{type(module).__name__} must be in {'train' if mode else 'eval'} mode as in the "
+                    "recording, "
+                    f"got {state} mode. Set the generator's mode back, or wrap it again.",
                     module,
                 )
-        device = device_of(self.generator, self._device)
+        first = next(chain(self.generator.parameters(), self.generator.buffers()), None)
+        device = self._device if first is None else first.device
         if device != self._device:
             raise DeviceError(
-                f"asked for an early exit; found the generator on {device}, recorded on {self._device}. Move "
-                "it first, then wrap it again (retroexit.load keeps the trained branches).",
+                f"the generator must be on {self._device} as in the recording, got {device}. Move it "
+                "first, then "
+                "wrap it again (retroexit.load keeps the trained branches).",
                 device,
             )
 
@@ -236,29 +309,28 @@ class SplitGenerator:
         own, left = _precision(self.generator), _precision(branch)
         if own != self._precision and left == self._precision:
             raise DeviceError(
-                f"asked for an early exit; found the generator in {own} and the branch in {left}. Convert "
-                f"both: model.to({own}).",
+                f"generator and branch must have one precision, got {own} and {left}. Convert both: "
+                f"model.to({own}).",
                 branch,
             )
 
-    def _check_call(self, args: Any, kwargs: Any) -> None:
-        call = CallForm.of(args, kwargs)
+    def _check_call(self, args: Any, kwargs: Any, leaves: Leaves) -> None:
+        call = CallForm.of(leaves)
         # A generator that was converted runs in its new precision: that is checked as a new shape is.
         if call != self._call and not (
-            _precision(self.generator) != self._precision and call.as_if(self._call) == self._call
+            _precision(self.generator) != self._precision and call.in_precision_of(self._call) == self._call
         ):
             raise InputMismatchError(call.difference(self._call), (args, kwargs))
-        self._check_shape(args, kwargs)
+        self._check_shape(args, kwargs, leaves)
 
-    def _check_shape(self, args: Any, kwargs: Any) -> None:
-        key = self._shape_key(args, kwargs)
+    def _check_shape(self, args: Any, kwargs: Any, leaves: Leaves) -> None:
+        key = _shape_key(leaves)
         if key in self._shapes:
-            batch = self._batch_size(args, kwargs)
+            batch = _batch_size(leaves)
             if batch != self.batch and not self.any_batch:
                 raise InputMismatchError(
-                    f"asked for a batch of {batch}; found that the recording holds for a batch of "
-                    f"{self.batch} only, since the generator's own forward fixes it. Use that batch size, "
-                    "or wrap with example inputs of this one.",
+                    f"the batch size must be {self.batch}, which the generator's forward fixes, got {batch}. "
+                    "Wrap again with example inputs of this batch size.",
                     batch,
                 )
             return
@@ -274,15 +346,16 @@ class SplitGenerator:
             agrees = self._agrees(args, kwargs)
         except Exception as error:
             raise InputMismatchError(
-                f"asked for an early exit on inputs of {what}; found that the recorded forward raises "
-                f"{type(error).__name__}: {error}, since it fixes sizes or types. Wrap again with such "
-                "example inputs.",
+                f"the recorded forward fixes sizes or types and raises {type(error).__name__}: "
+                f"{error} for inputs "
+                f"of {what}. Wrap again with such example inputs.",
                 shapes,
             ) from error
         if not agrees:
             raise InputMismatchError(
-                f"asked for an early exit on inputs of {what}; found that the recorded forward gives another "
-                "output than the generator for them. Wrap again with such example inputs.",
+                f"the recorded forward gives another output than the generator for inputs of {what}. "
+                "Wrap again "
+                "with such example inputs.",
                 shapes,
             )
 
@@ -316,17 +389,21 @@ class SplitGenerator:
         many, shapes = rebuild((tuple(args), dict(kwargs)), grow), dict[Any, Any]()
         if not self._trouble(many[0], many[1], shapes):
             cuts = self.cuts if self.key_cut is None else (self.key_cut, *self.cuts)
-            crossing = [node for cut in cuts for node in cut.crossing]
-            self._find_rows(few, many, recorded_shapes(crossing, self.decoder.recording.output), shapes)
+            recorded: dict[Any, Any] = {
+                n: n.meta["shape"] for cut in cuts for n in cut.crossing if n.meta["shape"]
+            }
+            outputs = enumerate(tensors(self.decoder.recording.output))
+            recorded |= {i: tuple(x.shape) or None for i, x in outputs}
+            self._find_rows(few, many, recorded, shapes)
             return True
         trouble = self._trouble(*few)
         if trouble:
             reads = [read.line for read in self.decoder.recording.reads]
             frozen = f" Values read out of tensors are frozen: {'; '.join(reads[:3])}." if reads else ""
             raise RecordingError(
-                f"asked to split {type(self.generator).__name__}; found that its recorded execution "
-                f"{trouble} on other inputs.{frozen} Attach branches to a submodule whose forward does not "
-                "depend on the data's values.",
+                f"the recorded execution of {type(self.generator).__name__} {trouble} on other "
+                f"inputs.{frozen} "
+                "Attach branches to a submodule whose forward does not depend on the data's values.",
                 self.generator,
             )
         return False
@@ -342,7 +419,7 @@ class SplitGenerator:
         self, small: tuple[Any, Any], large: tuple[Any, Any], shapes: dict[Any, Any], grown: dict[Any, Any]
     ) -> None:
         """See which rows belong to which sample, from a batch and the same with one more sample."""
-        rows = rows_per_sample(shapes, grown, self._batch_size(*small))
+        rows = rows_per_sample(shapes, grown, _batch_size(list(flatten(small))))
         self.batched = {node: size for node, size in rows.items() if isinstance(node, fx.Node)}
         self.output_rows = [rows.get(name) for name in shapes if isinstance(name, int)]
         self.divides = all(rows.values())
@@ -372,11 +449,13 @@ class SplitGenerator:
             found.update((i, look(v) if v.dim() > 0 else None) for i, v in enumerate(outputs))
         return found, outputs
 
-    def _shape_key(self, args: Any, kwargs: Any) -> tuple[Any, ...]:
-        return tuple((t.dtype, *t.shape[1:]) for t in tensors((args, kwargs)))
 
-    def _batch_size(self, args: Any, kwargs: Any) -> int:
-        return next((t.shape[0] for t in tensors((args, kwargs)) if t.dim() > 0), 1)
+def _shape_key(leaves: Leaves) -> tuple[Any, ...]:
+    return tuple((x.dtype, *x.shape[1:]) for _, x in leaves if isinstance(x, Tensor))
+
+
+def _batch_size(leaves: Leaves) -> int:
+    return next((x.shape[0] for _, x in leaves if isinstance(x, Tensor) and x.dim() > 0), 1)
 
 
 def places(decoder: Decoder, stages: Iterable[Stage], tap: str) -> list[tuple[Stage, Cut]]:
@@ -385,5 +464,76 @@ def places(decoder: Decoder, stages: Iterable[Stage], tap: str) -> list[tuple[St
     return sorted(((stage, cut(stage)) for stage in stages), key=lambda pair: pair[1].position)
 
 
+def _run(segment: Segment, values: Values) -> Values:
+    return dict(zip(segment.keep, segment(*(values[node] for node in segment.enter)), strict=True))
+
+
 def _precision(module: nn.Module) -> torch.dtype | None:
     return next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
+
+
+# Rows of a value that belong to one sample: mostly one; more where frames are folded into the batch.
+
+
+def rows_per_sample(
+    small: Mapping[Hashable, tuple[int, ...]], large: Mapping[Hashable, tuple[int, ...]], batch: int
+) -> dict[Hashable, int]:
+    """Compare shapes at two batch sizes; gives the rows of one sample, for values that depend on the batch.
+
+    Args:
+        small: Shapes by name, at a batch of ``batch``.
+        large: The same at ``batch + 1``.
+        batch: The smaller batch size.
+
+    Returns:
+        Rows of one sample, 0 where the first axis is no multiple of the batch or another axis grows too.
+        Values of the same shape at both sizes belong to no sample and are left out.
+    """
+    found: dict[Hashable, int] = {}
+    for name, shape in small.items():
+        other = large.get(name, shape)
+        if shape == other:
+            continue
+        rows = other[0] - shape[0] if shape[1:] == other[1:] else 0
+        found[name] = rows if rows > 0 and shape[0] == rows * batch else 0
+    return found
+
+
+def are_grouped(small: Tensor, large: Tensor) -> bool:
+    """Tell whether rows of one sample lie side by side: one more sample then leaves the first rows alone.
+
+    Args:
+        small: A value with several rows per sample.
+        large: The same for a batch that begins with the same samples.
+    """
+    first = small[:1].expand_as(small)
+    if torch.allclose(small.float(), first.float(), rtol=1e-3, atol=1e-5):
+        return False  # all rows alike say nothing about their order
+    return torch.allclose(small.float(), large[: len(small)].float(), rtol=1e-3, atol=1e-5)
+
+
+def group(rows: Tensor, size: int) -> Tensor:
+    """Write out the rows of some samples, each with a group of ``size`` rows.
+
+    >>> group(torch.tensor([0, 2]), 3).tolist()
+    [0, 1, 2, 6, 7, 8]
+    """
+    return (rows[:, None] * size + torch.arange(size, device=rows.device)).flatten()
+
+
+def merge(parts: list[tuple[Tensor, Any]], count: int, sizes: Sequence[int | None]) -> Any:
+    """Put the outputs of parts of a batch back into the batch's order."""
+    if len(parts) == 1:
+        return parts[0][1]
+    outputs = [tensors(output) for _, output in parts]
+    merged: list[Tensor] = []
+    for size, *leaves in zip(sizes, *outputs, strict=True):
+        if size is None:
+            merged.append(leaves[0])
+            continue
+        whole = leaves[0].new_empty(count * size, *leaves[0].shape[1:])
+        for leaf, (rows, _) in zip(leaves, parts, strict=True):
+            whole[group(rows, size).to(whole.device)] = leaf.detach()
+        merged.append(whole)
+    rest = iter(merged)
+    return rebuild(parts[0][1], lambda leaf: next(rest) if isinstance(leaf, Tensor) else leaf)

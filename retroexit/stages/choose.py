@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import fx
 
+from retroexit.errors import AttachPointError, RepeatedStageError
 from retroexit.stages.image import find_image, is_map
 from retroexit.stages.module_parts import (
     FEW_CHANNELS,
@@ -26,12 +27,12 @@ from retroexit.stages.module_parts import (
     rises,
     shrinks,
 )
-from retroexit.stages.stage_errors import nothing_found
 from retroexit.stages.tokens import mark_tokens, width_of
 from retroexit.tracing.record import Recording
 
-__all__ = ["choose_stages"]
+__all__ = ["choose_stages", "runs_often"]
 
+_MOST_LISTED = 4
 _FEW_STAGES = 3  # with fewer there is hardly a choice of exits
 _DEEPER = 3  # a module this many times as deep as its neighbours holds stages rather than is one
 _ALIKE = 0.25  # a parallel branch with this share of another's work is its equal
@@ -361,3 +362,74 @@ def _count(shape: Sequence[int]) -> int:
     for size in shape:
         total *= size
     return total
+
+
+# Errors.
+
+
+def nothing_found(recording: Recording, image: fx.Node) -> AttachPointError:
+    """Explain that a generator has no stages.
+
+    Args:
+        recording: One execution, with every layer as a node.
+        image: Node of the image.
+    """
+    times = Counter(call.path for call in recording.calls if call.path and call.macs)
+    often = [(path, n) for path, n in times.items() if n > 1]
+    once = _run_once(recording, image, times)
+    if often:
+        # The outermost of what runs again is what the user wrote a loop around.
+        path, n = next((p, n) for p, n in often if not any(p.startswith(f"{q}.") for q, _ in often))
+        what = (
+            f"no stages in the decoder: {path!r} runs {n} times, so there is no single place behind it, and "
+        )
+        what += "modules that run once do little work. " + _turns(path, n)
+    else:
+        what = "no stages in the decoder: no module with weights passes a feature map on to the image. "
+        what += (
+            "Put the layers of each resolution into a module of their own, or wrap the module that renders "
+        )
+        what += "the image."
+    if once:
+        what += f" Or name what runs once: stages={once}."
+    elif not often:
+        what += " Then name them: stages=['blocks.0', 'blocks.1']."
+    return AttachPointError(what, recording)
+
+
+def runs_often(path: str, times: int) -> RepeatedStageError:
+    """Explain that a module that was asked for runs more than once."""
+    return RepeatedStageError(
+        f"{path!r} runs {times} times in one forward pass, so there is no single place behind it. "
+        "Attach at a module that runs once, or "
+        f"{_lower(_turns(path, times))}",
+        path,
+    )
+
+
+def _turns(path: str, times: int) -> str:
+    name = path.rpartition(".")[2]
+    name = name if name.isidentifier() else f"get_submodule({path!r})"
+    return (
+        f"Give every turn a module of its own: self.turns = nn.ModuleList(nn.Sequential(self.{name}) for _ "
+        f"in range({times})), call self.turns[i] in the loop, and write stages=['turns.0', 'turns.1']; the "
+        "weights stay shared."
+    )
+
+
+def _lower(text: str) -> str:
+    return text[0].lower() + text[1:]
+
+
+def _run_once(recording: Recording, image: fx.Node, times: Counter[str]) -> list[str]:
+    """Paths of modules with weights that run once and return a map which is not yet the image."""
+    found = [
+        call.path
+        for call in recording.calls
+        if times[call.path] == 1
+        and image not in call.outputs
+        and any(is_map(node, image) for node in call.outputs)
+        and any(True for _ in call.module.parameters())
+    ]
+    outer = [path for path in found if not any(path.startswith(f"{other}.") for other in found)]
+    return outer[:_MOST_LISTED]

@@ -2,70 +2,27 @@
 
 from __future__ import annotations
 
-import math
+import inspect
+import operator
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from torch import fx, nn
 
 from retroexit.errors import AttachPointError, GeneratorError, RecordingError, closest
-from retroexit.split.segments import Cut, cut_at
-from retroexit.stages.choose import choose_stages
+from retroexit.stages.choose import choose_stages, runs_often
+from retroexit.stages.cuts import Cut, cut_at
 from retroexit.stages.image import find_image, is_map
-from retroexit.stages.stage_errors import runs_often
-from retroexit.stages.suggest import suggest_attach_points
+from retroexit.stages.stage import Stage, suggest_attach_points
 from retroexit.stages.tokens import lay_out_tokens, mark_tokens
-from retroexit.stages.value_names import value_names
-from retroexit.tracing.control_flow import steering_line
-from retroexit.tracing.record import Recording, record
+from retroexit.tracing.record import Recording, record, steering_line
 from retroexit.tracing.recorder import Call
 
-__all__ = ["Decoder", "Stage", "read_decoder"]
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One decoder module l_i of the backbone.
-
-    Attributes:
-        index: Its number, from 1; 0 for a module that is not among l_1..l_N but was asked for by path.
-        path: Dotted path in the generator.
-        kind: Class name.
-        shape: Shape of its output feature map, with the batch axis of the example.
-        macs: Multiply-accumulates spent inside, for the whole example batch.
-        share: ``macs`` as a share of the backbone's.
-        cumulative: Share of the backbone's MACs that has been spent when the stage is done.
-        live: Name and shape of every value that the rest needs besides the feature.
-        end: Path of the module that closes the stage (a normalisation or activation behind a bare
-            convolution).
-        feature: Name of the feature map, as it would stand in the ``live`` of a later stage.
-        is_suggested: Whether this is a good place for a branch, see `suggest_attach_points`.
-    """
-
-    index: int
-    path: str
-    kind: str
-    shape: tuple[int, ...]
-    macs: int
-    share: float
-    cumulative: float
-    live: tuple[tuple[str, tuple[int, ...]], ...] = ()
-    end: str = field(default="", repr=False)
-    feature: str = field(default="", repr=False)
-    is_suggested: bool = False
-
-    @property
-    def saves(self) -> float:
-        """Share of the backbone's MACs that an exit here saves at best: its branch costs nothing yet."""
-        return 1 - self.cumulative
-
-    @property
-    def live_size(self) -> int:
-        """How many numbers the live values hold, for the whole example batch."""
-        return sum(math.prod(shape) for _, shape in self.live)
+__all__ = ["Decoder", "describe_stage", "forward_signature", "input_names", "read_decoder", "value_names"]
 
 
 @dataclass(frozen=True)
@@ -109,7 +66,7 @@ class Decoder:
         candidates = self._maps(call.outputs)
         if not candidates:
             raise AttachPointError(
-                f"asked for a branch after {stage.path!r}; found that it returns no feature map. "
+                f"no branch is possible after {stage.path!r}: it returns no feature map. "
                 f"Attach at one of {closest(stage.path, [s.path for s in self.stages])}.",
                 stage.path,
             )
@@ -121,8 +78,7 @@ class Decoder:
         candidates = self._maps(call.inputs)
         if not candidates:
             raise AttachPointError(
-                f"asked for a branch before {stage.path!r}; found that it takes no feature map. Use "
-                "tap='after'.",
+                f"no branch is possible before {stage.path!r}: it takes no feature map. Use tap='after'.",
                 stage.path,
             )
         return cut_at(self.recording, call.begin, candidates, f"before {stage.path!r}")
@@ -269,10 +225,63 @@ def _check_path(generator: nn.Module, path: str, ran: Counter[str]) -> None:
     if ran[path] > 1:
         raise runs_often(path, ran[path])
     exists = path in dict(generator.named_modules())
-    found = "that this module is never called" if exists else "no such module"
+    name = type(generator).__name__
+    problem = f"{path!r} is never called in {name}" if exists else f"no module {path!r} in {name}"
     raise AttachPointError(
-        f"asked for a branch at {path!r}; found {found} in {type(generator).__name__}. Closest: "
-        f"{closest(path, ran)}. "
-        "List all with 'retroexit inspect' or retroexit.find_stages.",
+        f"{problem}; closest: {closest(path, ran)}. List all with 'retroexit inspect'.",
         path,
     )
+
+
+# Names that users recognise.
+
+
+def forward_signature(generator: nn.Module) -> inspect.Signature:
+    """What a module's forward takes; ``()`` where Python cannot tell."""
+    try:
+        return inspect.signature(generator.forward)
+    except (TypeError, ValueError):
+        return inspect.Signature()
+
+
+def input_names(recording: Recording) -> dict[fx.Node, str]:
+    """Name the tensors among the inputs as the generator's forward does: ``z``, ``maps[1]``."""
+    placeholders = [node for node in recording.graph.nodes if node.op == "placeholder"]
+    signature = forward_signature(recording.calls[0].module)
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    positional = [p.name for p in signature.parameters.values() if p.kind in kinds]
+    names = {}
+    for node, (kind, key, *inner) in zip(placeholders, recording.inputs, strict=True):
+        name = str(key)
+        if kind == 0:  # what lies behind the last named parameter went into ``*args``
+            name = positional[key] if key < len(positional) else node.name
+        names[node] = name + "".join(f"[{step!r}]" for step in inner)
+    return names
+
+
+def value_names(recording: Recording) -> dict[fx.Node, str]:
+    """Name every value: by the input that it is, by the module that returned it, else by operation and line.
+
+    No two values have one name: ``encoder.2``, ``encoder.2 #2`` for its second call, ``synthesis.b8[1]`` for
+    the second thing that a module returned, ``cat (model.py:81)``.
+    """
+    names: dict[fx.Node, str] = {}
+    taken: Counter[str] = Counter()
+    inputs = input_names(recording)
+    for node in recording.graph.nodes:
+        name = inputs.get(node) or _name(node, names)
+        taken[name] += 1
+        names[node] = name if taken[name] == 1 else f"{name} #{taken[name]}"
+    return names
+
+
+def _name(node: fx.Node, names: dict[fx.Node, str]) -> str:
+    if node.op == "call_module":
+        return str(node.target)
+    if node.op == "call_function" and node.target in (operator.getitem, getattr):
+        owner, key = node.args
+        if isinstance(owner, fx.Node) and isinstance(key, (str, int)):
+            return names[owner] + (f".{key}" if node.target is getattr else f"[{key!r}]")
+    operation = getattr(node.target, "__name__", str(node.target)).strip("_")
+    line = node.meta.get("line")
+    return f"{operation} ({Path(line[0]).name}:{line[1]})" if isinstance(line, tuple) else operation

@@ -43,8 +43,7 @@ def find_image(recording: Recording, wanted: Any) -> tuple[tuple[Any, ...], fx.N
         path = wanted if isinstance(wanted, tuple) else (wanted,)
         if path not in maps:
             raise OptionError(
-                f"asked for image={wanted!r}; found maps at {_list(maps)} in the output. Pass one of these "
-                "keys.",
+                f"no image at {wanted!r} in the output; maps are at {_list(maps)}. Pass one of these keys.",
                 wanted,
             )
     else:
@@ -60,7 +59,7 @@ def _only_image(maps: Maps, output: Any) -> tuple[Any, ...]:
         candidates = candidates or {path: pair for path, pair in maps.items() if pair[1].dim() >= least}
     if not candidates:
         raise OutputError(
-            "found no image among the generator's outputs: no tensor of shape (N, C, ...). "
+            "no image among the generator's outputs: no tensor has shape (N, C, ...). "
             "Wrap the module that returns the image.",
             output,
         )
@@ -68,8 +67,8 @@ def _only_image(maps: Maps, output: Any) -> tuple[Any, ...]:
     candidates = {path: pair for path, pair in candidates.items() if len(path) == shallow}
     if len(candidates) > 1:
         raise OutputError(
-            f"found {len(candidates)} image outputs, at {_list(candidates)}; exits need one image. "
-            f"Say which with image={next(iter(candidates))[-1]!r} or another of these keys.",
+            f"the generator must return one image, got {len(candidates)} at {_list(candidates)}. "
+            f"Choose one with image={next(iter(candidates))[-1]!r} or another of these keys.",
             output,
         )
     return next(iter(candidates))

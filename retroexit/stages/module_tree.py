@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from torch import nn
 
-from retroexit.stages.decoder import Decoder, Stage
+from retroexit.stages.decoder import Decoder, input_names
+from retroexit.stages.stage import Stage, live_spans
 
-__all__ = ["Part", "module_tree"]
+__all__ = ["Part", "decoder_facts", "module_tree"]
 
 
 @dataclass(frozen=True)
@@ -152,3 +154,32 @@ def _from_to(first: str, last: str) -> str:
 
 def _is_within(path: str, other: str) -> bool:
     return path == other or path.startswith(f"{other}.")
+
+
+def decoder_facts(decoder: Decoder) -> dict[str, Any]:
+    """Write down what has been read from a generator.
+
+    Returns:
+        ``generator`` (class name), ``inputs`` (shapes by name), ``parameters``, ``macs``, ``replayed`` (why,
+        or empty), ``suggested`` (stage numbers), ``stages``, ``live`` (from which stage to which a value is
+        needed), ``tree`` (its lines; ``stage`` is a number or ``None``). MACs and shapes are those of the
+        whole example batch.
+    """
+    tree = module_tree(decoder)
+    stages = []
+    for s in decoder.stages:
+        live = [{"name": name, "shape": list(shape)} for name, shape in s.live]
+        stages.append({**asdict(s), "shape": list(s.shape), "saves": s.saves, "live": live})
+    return {
+        "generator": tree[0].kind,
+        "inputs": {name: list(node.meta["shape"]) for node, name in input_names(decoder.recording).items()},
+        "parameters": sum(part.parameters for part in tree),
+        "macs": decoder.recording.macs,
+        "replayed": decoder.replayed,
+        "suggested": [s.index for s in decoder.stages if s.is_suggested],
+        "stages": stages,
+        "live": [{**asdict(span), "shape": list(span.shape)} for span in live_spans(decoder.stages)],
+        "tree": [
+            {**asdict(part), "stage": part.stage.index if part.stage is not None else None} for part in tree
+        ],
+    }

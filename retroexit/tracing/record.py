@@ -1,14 +1,11 @@
-"""Write one real execution of a generator down as a `torch.fx.Graph` whose leaves are whole modules.
+"""Write one real execution of a generator into a `torch.fx.Graph` whose leaves are whole modules.
 
-`torch.fx.symbolic_trace` runs a forward on proxies and stops at the first ``if`` on a shape. The recorder
-runs it on real tensors instead: a `TorchFunctionMode` writes every tensor function as a node and a patched
-``nn.Module.__call__`` writes chosen modules as ``call_module`` nodes. Sizes read from a tensor stay symbolic
-(`TracedInt`), so that a recording made with a batch of one runs with a batch of eight.
+`torch.fx.symbolic_trace` runs a forward on proxies and fails at the first ``if`` on a shape. The recorder
+runs it on real tensors. Sizes stay symbolic, so that a recording of one sample runs with any batch.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,12 +16,12 @@ from torch import Tensor, fx, nn
 
 from retroexit.core.nested import flatten, tensors
 from retroexit.errors import DeviceError, GeneratorError, ModeError, NonFiniteError, RecordingError
-from retroexit.tracing.recorder import Call, Recorder
-from retroexit.tracing.tensor_reads import Read
+from retroexit.tracing.recorder import QUESTIONS, Call, Read, Recorder
 
-__all__ = ["Recording", "record", "unobserved"]
+__all__ = ["Recording", "record", "steering_line", "unobserved"]
 
-_PATCH_LOCK = threading.RLock()
+_ARRAYS = ("numpy", "tolist", "__array__")
+_MOST_READS = 16
 
 
 @dataclass
@@ -32,19 +29,19 @@ class Recording:
     """One execution of a generator.
 
     Attributes:
-        graph: The execution; placeholders are the tensors among the inputs, leaves are whole modules.
-        constants: Tensors that the forward used and that are neither inputs nor parameters nor buffers, by
+        graph: The execution. Placeholders are the tensors among the inputs, leaves are whole modules.
+        constants: Values that the forward used and that are neither inputs nor parameters nor buffers, by
             node target.
         inputs: For each placeholder, the path of its tensor in ``(args, kwargs)``.
         calls: Every call of a submodule that was not inside a leaf, in order.
         macs: Multiply-accumulates of the whole execution.
         output: What the generator returned.
         modes: ``training`` flag of every submodule during the recording.
-        reads: Values that were read out of tensors into Python; such values are frozen.
+        reads: Values that were read out of tensors into Python; they are frozen.
     """
 
     graph: fx.Graph
-    constants: dict[str, Tensor]
+    constants: dict[str, Any]
     inputs: list[tuple[Any, ...]]
     calls: list[Call]
     macs: int
@@ -67,41 +64,34 @@ def record(
     observing: bool = False,
     change: int | None = None,
 ) -> Recording:
-    """Run a generator once and write the execution down as a graph.
+    """Run a generator once and write the execution into a graph.
 
-    The generator is left as it was: buffers that the run changed are put back, random number generators too.
+    The generator is left as it was: hooks are removed, changed buffers and random states are restored.
 
     Args:
         generator: The trained generator, in eval mode.
         args: Its positional inputs.
         kwargs: Its keyword inputs.
-        is_leaf: Tells for a path and a module whether the module becomes one node. By default every module
-            that has no submodules of its own, and everything under ``torch.nn`` but the containers.
-        observing: Whether the graph is to be looked at and not to be run: tensors may hide in objects or come
-            from outside PyTorch; what depends on what is then a guess.
-        change: Number of the read to which another value is given, to see what depends on it.
-
-    Returns:
-        The recording.
+        is_leaf: Decides by path and module whether the module becomes one node. By default every module
+            without submodules, and everything under ``torch.nn`` but the containers.
+        observing: Whether the graph is only looked at, not run: tensors may be inside objects or come from
+            outside PyTorch; what depends on what is then a guess.
+        change: Number of the read that returns another value, to test what depends on it.
 
     Raises:
-        GeneratorError: If the generator raises on these inputs (its own error is shown and chained).
+        GeneratorError: If the generator raises on these inputs; its error is shown and chained.
         DeviceError: If it raises and its parameters and the inputs differ in device or precision.
         NonFiniteError: If its output holds NaN or infinity.
         ModeError: If it is in train mode.
-        RecordingError: If it passes tensors around inside objects that a graph cannot follow.
+        RecordingError: If it passes tensors inside objects that a graph cannot follow.
     """
     kwargs = dict(kwargs or {})
+    name = type(generator).__name__
     if generator.training:
-        raise ModeError(
-            f"asked to record {type(generator).__name__}; found it in train mode, where one forward pass "
-            "changes "
-            "its buffers. Call generator.eval() first.",
-            generator,
-        )
-    recorder = Recorder(generator, is_leaf or is_atom, observing=observing, change=change)
+        raise ModeError(f"{name} must be in eval mode. Call generator.eval() first.", generator)
+    recorder = Recorder(generator, is_leaf or _is_atom, observing=observing, change=change)
     placeholders = _make_placeholders(recorder, args, kwargs)
-    with unobserved(generator), torch.no_grad(), _patched_calls(recorder), recorder.counter, recorder:
+    with unobserved(generator), torch.no_grad(), recorder.hooked(), recorder.counter, recorder:
         recorder.is_running = True
         try:
             output = generator(*args, **kwargs)
@@ -117,9 +107,8 @@ def record(
     for tensor in tensors(output):
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise NonFiniteError(
-                f"{type(generator).__name__} returned NaN or infinity in a tensor of shape "
-                f"{tuple(tensor.shape)} on "
-                "the example inputs. Check its weights and the range of the inputs.",
+                f"{name} returned NaN or infinity in a tensor of shape {tuple(tensor.shape)} on the example "
+                "inputs. Check its weights and the range of the inputs.",
                 tensor,
             )
     return Recording(
@@ -127,15 +116,15 @@ def record(
         constants=recorder.constants,
         inputs=placeholders,
         calls=recorder.calls,
-        macs=recorder._macs(),
+        macs=recorder.counter.macs,
         output=output,
         modes={name: module.training for name, module in generator.named_modules()},
         reads=recorder.reads,
     )
 
 
-def is_atom(path: str, module: nn.Module) -> bool:
-    """Tell whether a module is the smallest thing a recording distinguishes."""
+def _is_atom(_path: str, module: nn.Module) -> bool:
+    """Return whether a module is the smallest thing that a recording distinguishes."""
     if isinstance(module, torch.jit.ScriptModule) or not any(True for _ in module.children()):
         return True
     containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -146,8 +135,8 @@ def is_atom(path: str, module: nn.Module) -> bool:
 
 @contextmanager
 def unobserved(generator: nn.Module) -> Iterator[None]:
-    """Leave no trace of what runs inside: changed buffers and random number generators are put back."""
-    buffers = [(buffer, buffer._version, buffer.detach().clone()) for buffer in generator.buffers()]
+    """Restore buffers and random states that change inside the block."""
+    buffers = [(buffer, buffer.detach().clone()) for buffer in generator.buffers()]
     devices = {tensor.device for tensor in (*generator.parameters(), *generator.buffers())}
     cuda = [device for device in devices if device.type == "cuda"]
     try:
@@ -156,32 +145,16 @@ def unobserved(generator: nn.Module) -> Iterator[None]:
         with torch.inference_mode(False), torch.set_grad_enabled(grad), torch.random.fork_rng(devices=cuda):
             yield
     finally:
-        for buffer, version, copy in buffers:
-            if buffer._version != version:
+        for buffer, copy in buffers:
+            if not torch.equal(buffer, copy):
                 buffer.detach().copy_(copy)
-
-
-@contextmanager
-def _patched_calls(recorder: Recorder) -> Iterator[None]:
-    # The patch is seen by all threads; `Recorder.call_module` lets other threads' calls pass.
-    with _PATCH_LOCK:
-        original = nn.Module.__call__
-
-        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            return recorder.call_module(original, module, args, kwargs)
-
-        nn.Module.__call__ = call  # type: ignore[method-assign]
-        try:
-            yield
-        finally:
-            nn.Module.__call__ = original  # type: ignore[method-assign]
 
 
 def _make_placeholders(recorder: Recorder, args: Any, kwargs: Any) -> list[tuple[Any, ...]]:
     paths: list[tuple[Any, ...]] = []
     for path, leaf in flatten((tuple(args), kwargs)):
-        if isinstance(leaf, Tensor) and id(leaf) not in recorder._node_of:
-            recorder._bind(recorder.graph.placeholder(f"input{len(paths)}"), leaf)
+        if isinstance(leaf, Tensor) and not recorder.stands_for(leaf):
+            recorder.bind(recorder.graph.placeholder(f"input{len(paths)}"), leaf)
             paths.append(path)
     return paths
 
@@ -193,35 +166,68 @@ def _drop_unused_sizes(graph: fx.Graph, calls: list[Call]) -> None:
         if node.meta.get("size") and not node.users:
             graph.erase_node(node)
     remaining = set(graph.nodes)
-    kept = [0]
+    position = [0]
     for node in old:
-        kept.append(kept[-1] + (node in remaining))
+        position.append(position[-1] + (node in remaining))
     for call in calls:
-        call.begin, call.end = kept[call.begin], kept[call.end]
+        call.begin, call.end = position[call.begin], position[call.end]
 
 
 def _explain(generator: nn.Module, args: Any, kwargs: Any, error: Exception) -> GeneratorError:
-    given = tensors((args, kwargs))
-    own = next(iter(generator.parameters()), None)
-    name, cause = type(generator).__name__, f"{type(error).__name__}: {error}"
-    for tensor in given:
-        if own is not None and tensor.device != own.device:
+    inputs = tensors((args, kwargs))
+    weight = next(iter(generator.parameters()), None)
+    name, cause = type(generator).__name__, f"The generator raised {type(error).__name__}: {error}."
+    for tensor in inputs:
+        if weight is None:
+            break
+        if tensor.device != weight.device:
             return DeviceError(
-                f"{name} is on {own.device} and an input of shape {tuple(tensor.shape)} on {tensor.device}; "
-                "the "
-                f"generator raised {cause}. Move one of them.",
+                f"{name} is on {weight.device} and an input of shape {tuple(tensor.shape)} on {tensor.device}"
+                f". Move one of them. {cause}",
                 tensor,
             )
-        if own is not None and tensor.is_floating_point() and tensor.dtype != own.dtype:
+        if tensor.is_floating_point() and tensor.dtype != weight.dtype:
             return DeviceError(
-                f"{name} has {own.dtype} parameters and an input of shape {tuple(tensor.shape)} is "
-                f"{tensor.dtype}; "
-                f"the generator raised {cause}. Convert one of them.",
+                f"{name} has {weight.dtype} parameters and an input of shape {tuple(tensor.shape)} is "
+                f"{tensor.dtype}. Convert one of them. {cause}",
                 tensor,
             )
-    shapes = ", ".join(str(tuple(tensor.shape)) for tensor in given) or "no tensors"
+    shapes = ", ".join(str(tuple(tensor.shape)) for tensor in inputs) or "no tensors"
     return GeneratorError(
-        f"{name} rejects the example inputs ({shapes}); it raised {cause}. Pass inputs that "
-        "generator(*inputs) takes.",
+        f"{name} rejects the example inputs ({shapes}). Pass inputs that generator(*inputs) takes. {cause}",
         generator,
     )
+
+
+def steering_line(recording: Recording, record_changed: Callable[[int], Recording]) -> str:
+    """Find a read whose value depends on the inputs and changes what the forward does.
+
+    Values of parameters and constants are the same in every call. A question that only guards (another
+    answer raises) or that changes nothing may stay frozen.
+
+    Args:
+        recording: A recording.
+        record_changed: Records again, with another value for the read of this number.
+
+    Returns:
+        The line that reads, ``file:line: code``; empty if there is none.
+    """
+    varies: dict[fx.Node, bool] = {}
+    for node in recording.nodes:
+        drawn = node.op == "call_function" and not node.all_input_nodes and "rand" in str(node.target)
+        varies[node] = node.op == "placeholder" or drawn or any(varies[n] for n in node.all_input_nodes)
+    for number, read in enumerate(recording.reads):
+        if not varies.get(read.node, False):
+            continue
+        if read.name in _ARRAYS or number >= _MOST_READS:
+            return read.line
+        try:
+            output = record_changed(number).output
+        except Exception:
+            if read.name in QUESTIONS:
+                continue
+            return read.line
+        pairs = list(zip(tensors(output), tensors(recording.output), strict=False))
+        if any(a.shape != b.shape or not torch.equal(a, b) for a, b in pairs):
+            return read.line
+    return ""

@@ -20,14 +20,13 @@ from retroexit.core.samples import Samples, drawing_from, moved
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.guidance.building import build_bank, with_slopes
 from retroexit.guidance.taps import Taps
-from retroexit.load import save_model
-from retroexit.measuring.image_range import image_range_of
+from retroexit.measuring.exits import image_range_of
 from retroexit.metrics import QualityMetric
 from retroexit.model import EarlyExitGenerator
 from retroexit.retrieval import Retriever
-from retroexit.routing.ood_guard import GUIDE_LIMIT, farthest
-from retroexit.routing.predict import guide_distance
-from retroexit.saving.settings import wrap_settings
+from retroexit.routing.predictor import farthest
+from retroexit.routing.router import guide_distance
+from retroexit.saving.settings import options_to_json
 from retroexit.training.branches.distributed import Team
 from retroexit.training.branches.feature_distance import FeatureDistance
 from retroexit.training.branches.initialise import reconstruct_branches
@@ -102,6 +101,7 @@ def fit_model(
     _train(model, losses, steps, settings, folder / "branches", watch, progress)
     measured = exit_losses(model, steps, metric, folder / "losses.npy", progress)
     error = _predict(model, steps, measured, held_out, settings, progress)
+    model.router.guide_limit = reach
     model.about = {
         "metric": metric.describe(),
         "image_range": [limits.low, limits.high],
@@ -109,10 +109,9 @@ def fit_model(
         "fit": asdict(settings),
         "inputs": len(samples),
         "predictor_error": error,
-        GUIDE_LIMIT: reach,
     }
     if team.is_first:
-        save_model(model, folder)
+        model.save(folder)
     team.wait()
 
 
@@ -182,7 +181,7 @@ def fit_record(
         "metric": metric.describe(),
         "loss": plan.describe(),
         "attach_at": _places(model),
-        "wrap": wrap_settings(model),
+        "wrap": options_to_json(model.options, model.decomposition),
     }
 
 

@@ -52,9 +52,6 @@ def stream_bank(
             and gives the same bank; the caller removes it in the end.
         progress: Show progress bars on a terminal.
 
-    Returns:
-        The bank; ``model.bank`` is not changed.
-
     Raises:
         OptionError: If the model was wrapped without guidance.
         BankError: If features or values do not fit together.
@@ -97,7 +94,7 @@ def stream_bank(
 
     bank = build_bank(
         keys(),
-        _Values(model, samples, batch, device),
+        _values(model, samples, batch, device),
         patch=taps.patch,
         size=guidance.size,
         thin=guidance.thin,
@@ -138,10 +135,6 @@ def stream_banks(
 
     Yields:
         A name and its bank, in the order of first occurrence. ``source`` counts the samples of that identity.
-
-    Raises:
-        OptionError: If there is not one name per sample, or a name cannot be a folder's.
-        RetroExitError: Whatever `stream_bank` raises.
     """
     rows: dict[str, list[int]] = {}
     for row, name in enumerate(identities):
@@ -161,44 +154,25 @@ def stream_banks(
             yield name, bank
 
 
-class _Values:
-    """Value features of single inputs, with the noise that was drawn for their keys.
+def _values(
+    model: EarlyExitGenerator, samples: Samples, batch: int, device: torch.device
+) -> Callable[[list[int]], Tensor]:
+    """Return a function for the value features of single inputs.
 
-    If the generator draws noise, it repeats only when the same batch runs again; otherwise, as the first
-    batch shows, only the needed inputs run.
+    Inputs run in the batches in which their keys were computed, so that noise drawn by the generator repeats.
     """
+    last: tuple[int, Tensor] = (-1, torch.empty(0))
 
-    def __init__(self, model: EarlyExitGenerator, samples: Samples, batch: int, device: torch.device) -> None:
-        self._model, self._samples, self._batch, self._device = model, samples, batch, device
-        self._draws: bool | None = None
-        self._last: tuple[int, Tensor] = (-1, torch.empty(0))
+    def value(index: int) -> Tensor:
+        nonlocal last
+        begin = index - index % batch
+        if last[0] != begin:
+            args, kwargs = samples.gather(range(begin, min(begin + batch, len(samples))))
+            with drawing_from(samples.seed + begin, device):
+                last = begin, model.decomposition.guidance_values(args, kwargs)
+        return last[1][index - begin]
 
-    def __call__(self, indices: list[int]) -> Tensor:
-        features: list[Tensor] = []
-        while len(features) < len(indices):
-            left = indices[len(features) :][: self._batch]
-            features.extend(self._run(left, left[0]) if self._draws is False else [self._in_batch(left[0])])
-        return torch.stack(features)
-
-    def _in_batch(self, index: int) -> Tensor:
-        begin = index - index % self._batch
-        if self._last[0] != begin:
-            rows = range(begin, min(begin + self._batch, len(self._samples)))
-            self._last = begin, self._run(rows, begin)
-        return self._last[1][index - begin]
-
-    def _run(self, rows: Sequence[int], seed: int) -> Tensor:
-        args, kwargs = self._samples.gather(rows)
-        with drawing_from(self._samples.seed + seed, self._device):
-            before = _random_state(self._device)
-            values = self._model.decomposition.guidance_values(args, kwargs)
-            self._draws = bool(self._draws) or not torch.equal(before, _random_state(self._device))
-        return values
-
-
-def _random_state(device: torch.device) -> Tensor:
-    states = [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
-    return torch.cat(states)
+    return lambda indices: torch.stack([value(index) for index in indices])
 
 
 def _query(model: EarlyExitGenerator, taps: Taps, args: Any, kwargs: Any, count: int) -> Tensor:

@@ -1,17 +1,19 @@
-"""Facts about the exits of a wrapped generator."""
+"""Facts about the exits of a wrapped generator, and their table."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
-from retroexit.branch.factory import Branch
+from retroexit.branch.branch import Branch
 from retroexit.branch.widths.plan import Pin
-from retroexit.wrapping.build import Decomposition
+from retroexit.wrapping.decomposition import Decomposition
+from retroexit.wrapping.options import WrapOptions
 
-__all__ = ["Exit", "list_exits"]
+__all__ = ["Exit", "exit_table", "list_exits", "table"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Exit:
         share: ``macs`` as a share of the backbone's.
         parameters: Number of parameters in the branch.
         widths: Channel counts along the branch.
-        pinned: Widths that could have shrunk but are fixed, and by what.
+        pinned: Widths that are fixed, and by what.
     """
 
     index: int
@@ -58,7 +60,7 @@ def list_exits(
                 macs=macs,
                 share=macs / decomposition.backbone_macs,
                 parameters=_count(branch),
-                widths=tuple(branch.widths()),
+                widths=tuple(branch.widths),
                 pinned=_by_reason(branch.pins),
             )
         )
@@ -70,7 +72,7 @@ def _count(module: nn.Module) -> int:
 
 
 def _by_reason(pins: Sequence[Pin]) -> tuple[str, ...]:
-    """Say once per cause which widths are fixed."""
+    """List the fixed widths, one line per cause."""
     causes: dict[tuple[int, str], list[str]] = {}
     for pin in pins:
         causes.setdefault((pin.size, pin.reason), []).append(f"{pin.parameter}[{pin.axis}]")
@@ -78,3 +80,50 @@ def _by_reason(pins: Sequence[Pin]) -> tuple[str, ...]:
         f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''} fixed to {size} by {reason}"
         for (size, reason), names in causes.items()
     )
+
+
+def exit_table(name: str, options: WrapOptions, exits: Sequence[Exit]) -> str:
+    """Show exits as plain text.
+
+    Args:
+        name: Name of the generator.
+        options: How it was wrapped.
+        exits: Its exits, the backbone last.
+    """
+    rows = []
+    for e in exits:
+        place = f"{options.tap} {e.attach_at}" + (f" (l_{e.stage})" if e.stage else "")
+        rows.append(
+            [
+                str(e.index),
+                place if e.attach_at else "backbone",
+                str(e.depth) if e.attach_at else "",
+                f"{e.macs / 1e9:.3f}",
+                f"{100 * e.share:.1f} %",
+                f"{e.parameters:,}",
+                " ".join([str(w) for w in e.widths[:8]] + ["..."] * (len(e.widths) > 8)),
+                "see below" if e.pinned else "",
+            ]
+        )
+    head = ["exit", "attached", "depth", "GMACs", "share", "parameters", "widths", "pinned"]
+    lines = [f"{name} with {len(rows) - 1} early exits", table(head, rows)]
+    lines += [f"exit {e.index}: {cause}" for e in exits for cause in e.pinned]
+    useless = [str(e.index) for e in exits if e.attach_at and e.share >= 1]
+    if useless:
+        lines.append(
+            f"exit {', '.join(useless)}: saves nothing; take a smaller scale or min_channels, here "
+            f"{options.rules[0].min_channels}"
+        )
+    return "\n".join(lines)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Arrange text in columns, numbers to the right."""
+    columns = list(zip(header, *rows, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    right = [all(re.fullmatch(r"[-\d.,]*\s?[kMG%*]?", c.strip()) for c in column[1:]) for column in columns]
+    lines = []
+    for row in (header, ["-" * width for width in widths], *rows):
+        cells = [c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True)]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)

@@ -289,7 +289,9 @@ def test_branches_left_in_another_precision_are_refused(pipe: Any, model: Any) -
     with (
         early_exits(pipe.vae, model, exit=1),
         torch.no_grad(),
-        pytest.raises(DeviceError, match=r"in torch\.bfloat16 and the branch in torch\.float32.*model\.to\("),
+        pytest.raises(
+            DeviceError, match=r"must have one precision, got torch\.bfloat16 and torch\.float32.*model\.to\("
+        ),
     ):
         pipe.vae.decode(torch.randn(1, 4, 8, 8, dtype=torch.bfloat16))
     pipe.vae.to(torch.float32)
@@ -308,12 +310,12 @@ def test_a_pipeline_that_raises_gets_its_decoder_back(pipe: Any, model: Any) -> 
 @pytest.mark.parametrize(
     ("choice", "error", "message"),
     [
-        ({"exit": 4}, OptionError, r"exit=4; found exits 1 to 3, the last one the decoder itself"),
-        ({"exit": 1, "threshold": 0.1}, OptionError, r"exit=1 and threshold=0\.1; found two ways"),
-        ({"threshold": 0.1}, TrainingError, r"threshold=0\.1; found no predictor\. Run retroexit\.fit"),
-        ({"exit": 1, "deadline_ms": 5}, OptionError, r"exit=1 and deadline_ms=5; found two ways"),
-        ({"budget": 0.5}, TrainingError, r"budget=0\.5; found no calibration\. Call model\.calibrate"),
-        ({"deadline_ms": 5}, TrainingError, r"deadline_ms=5; found no measured times\. Call model\.measure"),
+        ({"exit": 4}, OptionError, "exit must be from 1 to 3, the decoder itself, got 4"),
+        ({"exit": 1, "threshold": 0.1}, OptionError, r"exit=1 and threshold=0\.1 both choose an exit"),
+        ({"threshold": 0.1}, TrainingError, r"threshold=0\.1 needs a predictor\. Run retroexit\.fit"),
+        ({"exit": 1, "deadline_ms": 5}, OptionError, r"exit=1 and deadline_ms=5 both choose an exit"),
+        ({"budget": 0.5}, TrainingError, r"budget=0\.5 needs a calibration\. Call model\.calibrate"),
+        ({"deadline_ms": 5}, TrainingError, r"deadline_ms=5 needs measured times\. Call model\.measure"),
     ],
 )
 def test_choices_that_cannot_be_kept_are_refused_before_anything_changes(
@@ -330,7 +332,7 @@ def test_choices_that_cannot_be_kept_are_refused_before_anything_changes(
 @pytest.mark.parametrize("enter", [early_exits, gather_latents])
 def test_another_pipelines_model_is_refused(pipe: Any, model: Any, enter: Callable[..., Any]) -> None:
     stranger = kl().eval()
-    message = r"in a AutoencoderKL; found the model's decoder nowhere in it, but others in \['itself'\]"
+    message = r"the AutoencoderKL does not contain the model's decoder, but others in \['itself'\]"
     with pytest.raises(GeneratorError, match=message), enter(stranger, model):
         raise AssertionError("never gets here")
 

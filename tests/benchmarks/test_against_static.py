@@ -20,7 +20,6 @@ from static import networks, show  # noqa: E402
 from static.measuring import Point  # noqa: E402
 
 import retroexit  # noqa: E402
-from retroexit.core.macs import count_macs  # noqa: E402
 from retroexit.core.samples import Samples  # noqa: E402
 from retroexit.training.data.cache import FeatureCache  # noqa: E402
 
@@ -53,17 +52,6 @@ def test_a_student_is_trained_exactly_as_a_branch_is(tmp_path: Path) -> None:
     assert torch.equal(again(case.test[:1]), student(case.test[:1]))
     with pytest.raises(SystemExit, match="was trained with .* use another --out"):
         networks.tuned(networks.Student(case, 1 / 2, 4), case, networks.Training(), features, path)
-
-
-def test_pruning_leaves_the_decoder_alone_and_gives_a_smaller_one(tmp_path: Path) -> None:
-    pytest.importorskip("torch_pruning")
-    case = CASES["tiny"](tmp_path, tmp_path)
-    before = {name: value.clone() for name, value in case.generator.state_dict().items()}
-    network = networks.prune(case, 0.25)
-    assert all(torch.equal(case.generator.state_dict()[name], value) for name, value in before.items())
-    x = case.test[:1]
-    assert network(x).shape == case.generator(x).shape
-    assert count_macs(network, x) < 0.8 * count_macs(case.generator, x)
 
 
 def test_one_run_compares_everything_and_goes_on_where_it_stopped(

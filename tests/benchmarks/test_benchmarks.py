@@ -1,8 +1,9 @@
-"""The benchmarks of retrieval and guidance run from end to end on a tiny generator."""
+"""The benchmarks start, and those of retrieval and guidance run from end to end on a tiny generator."""
 
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import ClassVar
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from retroexit.evaluation.sweep import Evaluation
 from retroexit.plugins import host
 from retroexit.retrieval import ExactRetriever
 
@@ -19,6 +21,7 @@ if BENCHMARKS not in sys.path:
     sys.path.insert(0, BENCHMARKS)
 
 import guidance_gain  # noqa: E402
+import promise  # noqa: E402
 import retrieval  # noqa: E402
 from gain.training import noise, shuffled  # noqa: E402
 
@@ -95,8 +98,8 @@ def test_back_ends_are_compared_down_to_the_picture(
 
 
 def test_options_of_a_back_end_stand_behind_a_colon() -> None:
-    assert retrieval.parted("exact") == ("exact", {})
-    assert retrieval.parted("faiss:index=IVF16,Flat;nprobe=2") == (
+    assert retrieval.parse_spec("exact") == ("exact", {})
+    assert retrieval.parse_spec("faiss:index=IVF16,Flat;nprobe=2") == (
         "faiss",
         {"index": "IVF16,Flat", "nprobe": 2},
     )
@@ -108,3 +111,42 @@ def test_memory_of_an_index_is_that_of_its_keys_at_least() -> None:
     keys = np.random.default_rng(0).standard_normal((40_000, 64)).astype(np.float32)  # 10 MB
     grown = retrieval.memory(["exact"], keys)["exact"]
     assert grown is not None and 9 < grown < 100
+
+
+@pytest.mark.parametrize("name", ["paper_tables", "training", "zoo"])
+def test_a_benchmark_shows_its_options(name: str) -> None:
+    script = Path(BENCHMARKS) / f"{name}.py"
+    done = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "--json" in done.stdout, done.stderr
+
+
+def _evaluation(samples: int = 240) -> Evaluation:
+    random = np.random.default_rng(1)
+    hard = random.gamma(4.0, 0.25, (samples, 1))
+    loss = hard * np.array([[0.1, 0.05]])
+    predicted = loss * random.uniform(0.8, 1.25, (samples, 1))
+    macs, overhead = np.array([20.0, 50.0, 100.0]), np.zeros(3)
+    return Evaluation(
+        loss=loss, predicted=predicted, macs=macs, overhead=overhead, metric={"name": "made up"}
+    )
+
+
+def test_the_promise_holds_on_inputs_like_those_of_the_calibration() -> None:
+    row = promise.resplit(_evaluation(), 0.1, "margin", splits=10, alpha=0.1, confidence=0.95)
+    assert row is not None and row["held"] >= 9 and row["violations"] <= 0.1
+    assert 0 < row["saved"] < row["oracle_saved"]
+    few = promise.resplit(_evaluation(60), 0.1, "margin", splits=2, alpha=0.05, confidence=0.95)
+    assert few is None
+
+
+def test_one_exit_is_promised_where_the_binomial_test_lets_its_losses_pass() -> None:
+    loss = np.zeros((59, 2))
+    macs = np.array([1.0, 2.0, 4.0])
+    evaluation = Evaluation(loss, loss, macs, np.zeros(3))
+    assert promise.promised_exit(evaluation, 0.1, 0.05, 0.95) == 1  # 59 samples, none of them bad
+    loss[0, 0] = 0.2
+    evaluation = Evaluation(loss, loss, macs, np.zeros(3))
+    assert promise.promised_exit(evaluation, 0.1, 0.05, 0.95) == 2  # one in 59 shows less
+    loss[0, 1] = 0.2
+    assert promise.promised_exit(Evaluation(loss, loss, macs, np.zeros(3)), 0.1, 0.05, 0.95) == 3
+    assert promise.promised_exit(Evaluation(loss[:20], loss[:20], macs, np.zeros(3)), 0.3, 0.05, 0.95) == 3

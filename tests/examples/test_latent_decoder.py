@@ -31,13 +31,6 @@ def test_the_decoder_turns_latents_into_images_of_eight_times_their_size(example
         assert example.encoder_layers().eval()(torch.zeros(1, 3, 32, 48)).shape == (1, 32, 4, 6)
 
 
-def test_a_missing_folder_is_said_in_one_line(example: ModuleType, tmp_path: Path) -> None:
-    with pytest.raises(
-        SystemExit, match=f"no data/weights in {tmp_path}; pass --shared or set RETROEXIT_SHARED"
-    ):
-        example.shared_folder(str(tmp_path))
-
-
 def test_the_weights_decode_what_they_encode(example: ModuleType, shared: Path) -> None:
     from PIL import Image
 

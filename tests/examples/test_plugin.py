@@ -83,15 +83,3 @@ def test_everything_that_it_offers_is_used_by_name(python: Path, tmp_path: Path)
 def test_its_own_tests_pass(python: Path) -> None:
     shown = run(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(PLUGIN / "tests"), folder=PLUGIN)
     assert re.search(r"^\d+ passed", shown, re.MULTILINE), shown
-
-
-def test_it_is_a_distribution_of_its_own_and_no_part_of_ours() -> None:
-    assert "retroexit_example" not in sys.modules
-    root = PLUGIN.parents[1]
-    assert "retroexit_example" not in (root / "pyproject.toml").read_text()
-    assert (
-        '[project.entry-points.retroexit]\nexample = "retroexit_example"'
-        in (PLUGIN / "pyproject.toml").read_text()
-    )
-    for file in re.findall(r"`((?:src|tests)/\S*)`", (PLUGIN / "README.md").read_text()):
-        assert (PLUGIN / file).exists()

@@ -11,13 +11,10 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-import numpy as np
 import pytest
 import torch
 
 import retroexit
-from retroexit.demo.scenes import TEST_SEEDS
-from retroexit.evaluation.sweep import Evaluation
 
 retroexit_stylegan = pytest.importorskip(
     "retroexit_stylegan", reason="install the project to get its adapters"
@@ -61,19 +58,6 @@ def test_the_weights_are_those_of_the_record_and_fit_the_training_scripts_networ
     assert all(value.isfinite().all() for value in loaded.state_dict().values())
 
 
-def test_the_backbone_draws_scenes(training: ModuleType, exits: ModuleType) -> None:
-    generator = retroexit_stylegan.load_generator(BACKBONE)
-    with torch.no_grad():
-        made = torch.cat(
-            [generator(z, noise=noise) for z, noise in exits.batches(exits.draw(generator, 64, 3))]
-        )
-    made = made.clamp(-1, 1)
-    scenes = np.stack([training.paint_scene(seed, (64, 64)).image for seed in TEST_SEEDS[:64]])
-    drawn = torch.from_numpy(scenes).permute(0, 3, 1, 2) / 127.5 - 1
-    assert float((made.mean(0) - drawn.mean(0)).abs().mean()) < 0.1
-    assert 0.7 < float(made.std(0).mean() / drawn.std(0).mean()) < 1.3
-
-
 def test_a_samples_noise_is_the_same_whichever_exit_it_takes(exits: ModuleType) -> None:
     generator = retroexit_stylegan.load_generator(BACKBONE)
     ((z, noise),) = exits.batches(exits.draw(generator, 3, 4))
@@ -96,17 +80,6 @@ def test_a_samples_noise_is_the_same_whichever_exit_it_takes(exits: ModuleType) 
     torch.testing.assert_close(mixed, full, rtol=1e-4, atol=1e-4)
 
 
-def test_predictors_see_the_latent_or_what_the_mapping_network_makes_of_it(exits: ModuleType) -> None:
-    generator = retroexit_stylegan.load_generator(BACKBONE)
-    ((z, noise),) = exits.batches(exits.draw(generator, 3, 4))
-    seen = {
-        reads: exits.wrap(generator, reads, [2], [0.5]).options.predictor_inputs(z=z, noise=noise)
-        for reads in ("z", "w")
-    }
-    assert torch.equal(seen["z"][:, :, 0, 0], z)
-    assert torch.equal(seen["w"][:, :, 0, 0], generator.mapping(z)[:, 4])
-
-
 def test_a_training_that_goes_on_takes_the_step_that_it_would_have_taken(
     training: ModuleType, tmp_path: Path
 ) -> None:
@@ -121,14 +94,6 @@ def test_a_training_that_goes_on_takes_the_step_that_it_would_have_taken(
     for part in ("generator", "discriminator", "average"):
         states = [getattr(one, part).state_dict() for one in (trainer, again)]
         assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
-
-
-def test_a_gradient_at_the_drawn_picture_is_penalised_by_its_square(training: ModuleType) -> None:
-    trainer = training.Trainer(options())
-    trainer.discriminator = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 1))
-    drawn = torch.rand(5, 3, 2, 2)
-    weight = trainer.discriminator[1].weight
-    torch.testing.assert_close(trainer._slope(drawn), weight.square().sum())
 
 
 def test_the_training_script_runs_and_goes_on(
@@ -147,22 +112,6 @@ def test_the_training_script_runs_and_goes_on(
     file = tmp_path / "backbone.safetensors"
     assert hashlib.sha256(file.read_bytes()).hexdigest() == record["sha256"]
     assert retroexit_stylegan.load_generator(file).mapping.w_avg.abs().max() > 0
-
-
-def test_a_missing_folder_is_said_in_one_line(exits: ModuleType, tmp_path: Path) -> None:
-    with pytest.raises(
-        SystemExit, match=f"no data/weights in {tmp_path}; pass --shared or set RETROEXIT_SHARED"
-    ):
-        exits.shared_folder(str(tmp_path))
-
-
-def test_a_blind_mix_of_exits_saves_what_lies_between_them(exits: ModuleType) -> None:
-    loss, macs = np.array([[0.3, 0.1], [0.1, 0.1]]), np.array([20.0, 50.0, 100.0])
-    free = Evaluation(loss=loss, predicted=None, macs=macs, overhead=0 * macs)
-    assert exits._mixed(free, 0.15) == pytest.approx(0.65)  # half at 0.2, which saves 0.8; half at 0.1
-    assert exits._mixed(free, 0.1) == pytest.approx(0.5)
-    assert exits._mixed(free, 0.05) == pytest.approx(0.25)  # half at exit 2, half at the backbone
-    assert exits._mixed(free, 1.0) == pytest.approx(0.8)
 
 
 @pytest.mark.slow

@@ -55,13 +55,6 @@ def drawn(shared: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_the_frames_of_a_clip_are_bank_or_query_and_never_both(example: ModuleType) -> None:
-    for count in (1, 2, 5, 39, 100):
-        bank, queries = sys.modules["frames"].divided(count)
-        assert [*bank, *queries] == list(range(count))
-        assert len(bank) >= len(queries)
-
-
 def test_a_key_does_not_tell_colours_but_places(example: ModuleType) -> None:
     frames = sys.modules["frames"]
     still = torch.randn(4, 16, 16)
@@ -78,14 +71,6 @@ def test_a_key_does_not_tell_colours_but_places(example: ModuleType) -> None:
     assert near < far / 2
     tinted = clip + torch.randn(4, 1, 1)  # somebody else: another colour all over, always the same
     assert torch.allclose(key.pose(tinted)[3] - key.pose(tinted)[0], there[3] - there[0], atol=1e-4)
-
-
-def test_a_key_is_read_back_as_it_was_saved(example: ModuleType, tmp_path: Path) -> None:
-    frames = sys.modules["frames"]
-    key = frames.PoseKey.fitted([torch.randn(6, 4, 16, 16)], people=2, components=3)
-    key.save(tmp_path / "pose.npz")
-    latent, clip = torch.randn(5, 4, 16, 16), torch.tensor([0, 1, 1, 0, 1])
-    assert torch.equal(frames.PoseKey.load(tmp_path / "pose.npz")(latent, clip), key(latent, clip))
 
 
 def test_a_query_sees_its_own_persons_frames_and_not_itself(

@@ -134,27 +134,11 @@ def test_thinning_keeps_few_keys_and_computes_only_their_values(how) -> None:
         assert row in where and np.array_equal(full.values[row], value)
 
 
-def test_candidates_are_bounded_and_the_result_does_not_depend_on_batches() -> None:
-    def small(batch: int) -> GuidanceBank:
-        return build_bank(
-            stream(batch), values_of, patch=(2, 2), size=10, max_candidates=20, retriever=ExactRetriever()
-        )
-
-    one, other = small(12), small(1)
-    assert one.meta["thinning"]["seen"] == 96 and one.meta["thinning"]["candidates"] <= 20
-    everything = torch.from_numpy(make().retriever.keys.copy())
-    gaps = torch.cdist(everything, torch.from_numpy(one.retriever.keys.copy())).amin(1)
-    assert len(one) == 10 and float(gaps.max()) <= one.meta["thinning"]["within"]
-    assert np.array_equal(one.retriever.keys, other.retriever.keys) and np.array_equal(
-        one.values, other.values
-    )
-
-
 def test_facts_of_a_bank_are_recorded() -> None:
     bank = make(meta={"fingerprint": "abc", "key_tap": "body.1", "value_tap": "body.3"})
     assert (bank.patch, bank.value_patch, bank.value_channels, len(bank)) == ((2, 2), (4, 4), 3, 96)
     assert bank.values.dtype == np.float16 and bank.values.shape == (96, 4, 4, 3)
-    assert bank.meta["key_tap"] == "body.1" and bank.meta["value_patch"] == [4, 4]
+    assert bank.meta["key_tap"] == "body.1"
     assert bank.macs_per_search(128) == 128 * 96 * 24
     assert repr(bank).startswith("GuidanceBank(ExactRetriever(96 keys x 24")
 
@@ -258,10 +242,9 @@ def test_wrong_calls_are_refused_with_the_value() -> None:
 def test_a_saved_bank_gives_the_same_guides(retriever, tmp_path) -> None:
     bank = make(retriever=retriever, meta={"fingerprint": "abc"})
     bank.save(tmp_path / "bank")
-    mmap = retriever.name != "faiss"
-    loaded = GuidanceBank.load(tmp_path / "bank", fingerprint="abc", mmap=mmap)
+    loaded = GuidanceBank.load(tmp_path / "bank", fingerprint="abc")
     assert type(loaded.retriever) is type(retriever) and loaded.meta == bank.meta
-    assert isinstance(loaded.values, np.memmap) == mmap
+    assert isinstance(loaded.values, np.memmap)
     feature, own = torch.randn(2, 6, 4, 8), torch.tensor([1, 2])
     assert torch.equal(loaded.guide(feature, exclude=own), bank.guide(feature, exclude=own))
     loaded.save(tmp_path / "bank")  # over the very file that is mapped

@@ -105,26 +105,3 @@ def test_a_saved_model_with_the_bank_of_another_is_refused(posed: nn.Module, tmp
     bank_of(posed, value_after=2).save(tmp_path / "bank")
     with pytest.raises(RetroExitError, match="another guidance bank than the one it was saved with"):
         retroexit.load(tmp_path, posed, adapter=False)
-
-
-@pytest.mark.parametrize("inject", ["every_stage", "input"])
-def test_the_bank_of_each_identity_guides_with_its_own_frames(
-    posed: nn.Module, inject: Any, handed: Any
-) -> None:
-    from retroexit.training.stream_bank import stream_banks
-
-    guidance = retroexit.Guidance(key=pose_key, inject=inject, thin="none")
-    model = wrap(posed, guidance)
-    names = ["ann", "ann", "ann", "bob", "bob", "bob"]
-    banks = dict(stream_banks(model, SAMPLES, names, ExactRetriever, progress=False))
-    with torch.no_grad():
-        frames = posed(INPUTS, POSES)
-    guides = handed(model.branches[0])
-    images = []
-    for name, start in (("ann", 0), ("bob", 3)):
-        model.bank = banks[name]
-        images.append(model(INPUTS, POSES, exit=1))
-        nearest = torch.cdist(POSES, POSES[start : start + 3]).argmin(1) + start
-        torch.testing.assert_close(guides[-1], frames[nearest], rtol=1e-3, atol=1e-3)
-    assert not torch.equal(*images)
-    assert model.options.guidance.inject == inject

@@ -43,17 +43,6 @@ def test_cut_equals_a_loop_over_patches() -> None:
                 assert torch.equal(rows[n, i, j], patch.flatten())
 
 
-def test_glue_places_every_patch_in_a_channels_last_map() -> None:
-    values = torch.randn(2, 3, 2, 2, 4, 5).half()
-    whole = glue(values, dtype=torch.float32)
-    assert whole.shape == (2, 5, 6, 8) and whole.dtype == torch.float32
-    assert whole.is_contiguous(memory_format=torch.channels_last)
-    for i in range(3):
-        for j in range(2):
-            part = whole[:, :, 2 * i : 2 * i + 2, 4 * j : 4 * j + 4]
-            assert torch.equal(part, values[:, i, j].permute(0, 3, 1, 2).float())
-
-
 @pytest.mark.parametrize(
     ("shape", "patch", "message"),
     [

@@ -92,29 +92,12 @@ def test_sampling_stops_when_everything_is_near() -> None:
     assert covered(keys, chosen)[0] <= 0.8 < covered(keys, chosen[:-1])[0]
 
 
-def test_the_first_choices_are_a_smaller_sample_and_the_seed_moves_them() -> None:
-    keys = torch.randn(300, 4)
-    assert torch.equal(farthest_points(keys, 40)[:10], farthest_points(keys, 10))
-    assert {int(farthest_points(keys, 1, seed=seed)[0]) for seed in range(20)} != {0}
-
-
-def test_progress_counts_up_to_the_size() -> None:
-    calls: list[tuple[int, int]] = []
-    farthest_points(torch.randn(500, 4), 100, progress=lambda done, total: calls.append((done, total)))
-    assert calls[0] == (1, 100) and calls[-1] == (100, 100)
-
-
 def test_coverage_equals_a_full_table_of_distances() -> None:
     keys = torch.randn(200, 5) + 100
     chosen = farthest_points(keys, 20)
     nearest = torch.cdist(keys.double(), keys[chosen].double()).amin(1)
     assert covered(keys, chosen) == pytest.approx((float(nearest.max()), float(nearest.mean())), rel=1e-4)
     assert covered(keys, torch.arange(200)) == (0, 0)
-
-
-def test_farthest_points_cover_with_a_smaller_radius_than_a_random_sample() -> None:
-    keys = torch.randn(1000, 3)
-    assert covered(keys, farthest_points(keys, 50))[0] < covered(keys, random_points(keys, 50))[0]
 
 
 def test_central_points_find_one_key_of_every_heap() -> None:

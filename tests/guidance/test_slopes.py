@@ -56,17 +56,6 @@ def test_values_that_are_linear_in_the_key_are_guided_without_error(patch: tuple
     assert float((plain - expected).abs().mean()) > 0.3 * spread
 
 
-def test_maps_of_one_and_three_dimensions_are_followed_too() -> None:
-    draw = torch.Generator().manual_seed(0)
-    for size in ((24,), (2, 4, 4)):
-        keys = torch.randn(9, 5, *size, generator=draw)
-        values = keys[:, :2].repeat_interleave(2, 2) - 0.5  # twice as long along the first axis
-        bank = _followed(keys, values, patch=(1,) * len(size))
-        guide = bank.guide(keys)
-        assert guide.shape == values.shape and bank.value_patch == (2, *(1,) * (len(size) - 1))
-        assert float((guide - values).abs().mean()) < 0.05
-
-
 def test_slopes_are_those_of_a_plain_ridge_regression() -> None:
     keys, values = _maps()
     values = values.square()  # no straight line
@@ -104,13 +93,6 @@ def test_the_macs_of_slopes_are_counted() -> None:
     # 48 queries: 10 keys of 5 numbers, then 5 numbers for each of 2 x 2 x 3 values.
     assert _bank(keys, values).macs_per_search(48) == 48 * 10 * 5
     assert _followed(keys, values).macs_per_search(48) == 48 * 10 * 5 + 48 * 5 * 12
-
-
-def test_a_key_that_no_patch_is_near_keeps_its_value() -> None:
-    keys, values = _maps()
-    bank = _bank(keys, values)
-    followed = with_slopes(bank, [], keys[:, 0].numel())
-    assert torch.equal(followed.guide(keys), bank.guide(keys))
 
 
 def test_wrong_calls_of_a_bank_with_slopes_are_refused() -> None:

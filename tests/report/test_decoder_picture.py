@@ -13,7 +13,7 @@ import pytest
 
 from retroexit.errors import MissingExtraError, OptionError
 from retroexit.report.decoder_picture import draw_decoder
-from retroexit.stages.decoder import Stage
+from retroexit.stages.stage import Stage
 
 pytest.importorskip("matplotlib")
 
@@ -116,9 +116,9 @@ def test_equal_stages_give_an_equal_small_file(tmp_path: Path, ending: str) -> N
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("d.jpg", "found the ending '.jpg'. End it with one of .svg, .png, .pdf"),
-        ("d", "found no ending"),
-        ("nowhere/d.svg", "found no folder '.*nowhere'"),
+        ("d.jpg", "must end in one of .svg, .png, .pdf, got '.*d.jpg'"),
+        ("d", "must end in one of .*, got '.*/d'"),
+        ("nowhere/d.svg", "no folder '.*nowhere' for the picture"),
     ],
 )
 def test_a_file_that_cannot_be_written_is_refused(tmp_path: Path, name: str, message: str) -> None:

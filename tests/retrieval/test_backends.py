@@ -134,12 +134,6 @@ def test_several_blocks_are_merged() -> None:
     assert torch.equal(ExactRetriever().build(keys).search(queries).ids, expected[:, :1])
 
 
-def test_lists_with_too_few_keys_are_completed_by_exact_search(keys, queries) -> None:
-    result = FaissRetriever(index="IVF50,Flat", nprobe=1).build(keys).search(queries, 200)
-    assert all(len(set(row)) == 200 for row in result.ids.tolist())
-    assert (result.distances.diff(dim=1) >= 0).all()
-
-
 def test_faiss_restores_the_settings_of_the_process(keys, queries) -> None:
     import faiss
 

@@ -95,17 +95,6 @@ def test_rows_come_sorted_by_distance_and_equal_distances_by_id() -> None:
     assert found.distances.tolist() == [[1, 1, 1, 18]]
 
 
-def test_the_nearest_of_more_candidates_are_returned() -> None:
-    class Coarse(Loop):
-        def _search(self, queries: np.ndarray, k: int) -> np.ndarray:
-            return super()._search(queries, 4 * k)[:, ::-1]
-
-    keys, queries = torch.randn(50, 4), torch.randn(8, 4)
-    expected = ExactRetriever().build(keys).search(queries, 3)
-    found = Coarse().build(keys).search(queries, 3)
-    assert torch.equal(found.ids, expected.ids) and torch.equal(found.distances, expected.distances)
-
-
 def test_a_query_whose_floor_proves_nothing_is_searched_exactly() -> None:
     class Guessing(Loop):
         def _search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

@@ -44,31 +44,3 @@ def test_damaged_files_are_never_used(any_backend, damage, tmp_path) -> None:
     assert [report for report in outcomes if report[1] not in ("refused", "rebuilt")] == []
     rebuilt = {done.split()[0] for done, outcome in outcomes if outcome == "rebuilt"}
     assert rebuilt == ({"index.bin"} if (tmp_path / "index" / "index.bin").exists() else set())
-
-
-def test_the_child_process_tells_a_crash_and_a_hang_from_a_failure(damage) -> None:
-    import os
-    import signal
-    import time
-
-    def crash(report) -> None:
-        report(1)
-        os.kill(os.getpid(), signal.SIGSEGV)
-
-    assert damage.in_child(crash) == ([1], "SIGSEGV")
-    assert damage.in_child(lambda report: time.sleep(60), seconds=1) == ([], "SIGALRM")
-    reports, end = damage.in_child(lambda report: report(1 / 0))
-    assert reports == [] and "ZeroDivisionError" in end
-
-
-def test_damage_is_undone_reproducible_and_always_some(damage, tmp_path) -> None:
-    (tmp_path / "a").write_bytes(b"some bytes")
-    (tmp_path / "b").write_bytes(bytes(500))
-    once = []
-    for done in damage.damaged(tmp_path, 40, seed=3):
-        once.append(done)
-        damaged = tmp_path / done.split()[0]
-        assert damaged.read_bytes() != {"a": b"some bytes", "b": bytes(500)}[damaged.name]
-    assert (tmp_path / "a").read_bytes() == b"some bytes" and (tmp_path / "b").read_bytes() == bytes(500)
-    assert list(damage.damaged(tmp_path, 40, seed=3)) == once
-    assert {done.split()[1] for done in once} == {"cut", "with"}

@@ -6,11 +6,10 @@ import logging
 import os
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
-from retroexit.core.files import read_manifest, write_manifest
+from retroexit.core.files import write_manifest
 from retroexit.errors import CheckpointError
 from retroexit.retrieval import ExactRetriever, FaissRetriever, HnswlibRetriever, Retriever
 
@@ -94,21 +93,6 @@ def test_a_sound_index_is_not_built_again(make, keys, tmp_path, monkeypatch) -> 
     assert same(retriever, type(retriever).load(tmp_path / "index"), keys)
 
 
-def test_a_search_option_changed_on_load_keeps_the_index_and_another_rebuilds_it(
-    keys, tmp_path, monkeypatch
-) -> None:
-    HnswlibRetriever(ef=20).build(keys).save(tmp_path / "index")
-    built = []
-    build = HnswlibRetriever._build
-    monkeypatch.setattr(
-        HnswlibRetriever, "_build", lambda self, rows: (built.append(self), build(self, rows))
-    )
-    assert HnswlibRetriever.load(tmp_path / "index", ef=50).options["ef"] == 50
-    assert not built
-    assert HnswlibRetriever.load(tmp_path / "index", M=4, threads=3).threads == 3
-    assert len(built) == 1
-
-
 def test_keys_saved_by_one_back_end_serve_another(keys, tmp_path) -> None:
     HnswlibRetriever().build(keys).save(tmp_path / "index")
     loaded = ExactRetriever.load(tmp_path / "index")
@@ -161,12 +145,3 @@ def test_an_absent_folder_another_kind_and_another_schema_are_named(keys, tmp_pa
     write_manifest(tmp_path, {"kind": "retriever", "schema": 9}, ())
     with pytest.raises(CheckpointError, match="schema 9"):
         ExactRetriever.load(tmp_path)
-
-
-def test_pickled_keys_are_never_read(keys, tmp_path) -> None:
-    ExactRetriever().build(keys).save(tmp_path / "index")
-    facts = read_manifest(tmp_path / "index", "retriever", 1)
-    np.save(tmp_path / "index" / "keys.npy", np.array([{}]), allow_pickle=True)
-    write_manifest(tmp_path / "index", facts, ("keys.npy",))
-    with pytest.raises(CheckpointError, match="is no array"):
-        ExactRetriever.load(tmp_path / "index")

@@ -79,7 +79,7 @@ def test_calibration_measures_every_exit_and_changes_what_a_threshold_means(
     model: EarlyExitGenerator,
 ) -> None:
     inputs = _inputs(80, 2)
-    assert "threshold: what the predictor expects" in repr(model)
+    assert "threshold: compared with predictions" in repr(model)
     predicted = model.predict_losses(inputs).guarded
     _calibrate(model)
     calibration = model.calibration
@@ -114,12 +114,12 @@ def test_promise_and_times_are_saved_with_the_model(
     new, tau = _inputs(30, 4), float(model.calibration.losses.median())
     assert torch.equal(loaded.choose_exits(new, threshold=tau), model.choose_exits(new, threshold=tau))
     assert torch.equal(loaded.choose_exits(new, budget=1.35), model.choose_exits(new, budget=1.35))
-    assert json.loads((tmp_path / "m" / "model.json").read_text())["schema"] == 2
+    assert json.loads((tmp_path / "m" / "model.json").read_text())["schema"] == 3
 
     path = tmp_path / "m" / "calibration.safetensors"
     whole = path.read_bytes()
     path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    with pytest.raises(CheckpointError, match="found calibration.safetensors changed since it was written"):
+    with pytest.raises(CheckpointError, match="calibration.safetensors has changed since it was written"):
         retroexit.load(tmp_path / "m", generator, (TRAIN[:1],))
     model.calibration = model.latency = None
     model.save(tmp_path / "m")
@@ -131,14 +131,14 @@ def test_what_cannot_be_calibrated_is_refused_before_anything_is_measured(
     model: EarlyExitGenerator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(type(model), "all_exits", lambda *_: pytest.fail("measured"))
-    with pytest.raises(OptionError, match="takes at least 59, .* Pass 39 more"):
+    with pytest.raises(OptionError, match="needs at least 59 samples, got 20. Pass 39 more"):
         _calibrate(model, 20)
-    with pytest.raises(OptionError, match="asked for alpha=2"):
+    with pytest.raises(OptionError, match="alpha must be a number between 0 and 1, got 2"):
         model.calibrate(TRAIN, 2, metric=Distance())
-    with pytest.raises(OptionError, match="with ms-ssim; found a predictor of distance"):
+    with pytest.raises(OptionError, match="metric must be distance, .*got ms-ssim"):
         model.calibrate(TRAIN, metric="ms-ssim")
     model.predictor = None
-    with pytest.raises(TrainingError, match="asked to calibrate; found no predictor"):
+    with pytest.raises(TrainingError, match="calibrating needs a predictor"):
         _calibrate(model)
     assert model.calibration is None
 
@@ -166,9 +166,9 @@ def test_a_predictor_of_every_kind_reads_what_it_is_told(
     assert model.calibration is None, "the promise was another predictor's"
     assert model.predictor is not None and model.predictor.input_shape is not None
     assert model.predictor.input_shape[0] == (4 if reads == "inputs" else 12)
-    search = model.decomposition.search_macs(model.bank)
-    predictor = model.overhead()[0] - search
-    assert model.overhead()[-1] == predictor + (search if reads == "features+distance" else 0)
+    search = model.guide.search_macs()
+    predictor = model.router.overhead()[0] - search
+    assert model.router.overhead()[-1] == predictor + (search if reads == "features+distance" else 0)
     with torch.no_grad():
         alone = torch.cat([model.predict(x[None]) for x in TRAIN[:5]])
         assert torch.allclose(model.predict(TRAIN[:5]), alone, atol=1e-5)
@@ -205,7 +205,7 @@ def test_the_distance_to_the_guide_is_searched_once_and_matters(
         near = model.predictor(feature[:9], found[:9, None])
         far = model.predictor(feature[:9], 2 * found[:9, None])
     assert bool((far > near).all())
-    assert not model.predict_losses(TRAIN).far.any(), (
+    assert not model.predict_losses(TRAIN).is_ood.any(), (
         "their own keys are in the bank, so that they are nearer, not far"
     )
     tau = float(model.predict(TRAIN[:9])[:, 0].median())
@@ -218,9 +218,9 @@ def test_the_distance_to_the_guide_is_searched_once_and_matters(
 
 
 def test_what_a_predictor_cannot_read_is_refused(generator: nn.Module, folder: Path) -> None:
-    with pytest.raises(OptionError, match="asked for the predictor 'deep'; found conv, pooled, linear only"):
+    with pytest.raises(OptionError, match="predictor must be one of conv, pooled, linear, got 'deep'"):
         Predictor(3, 2, kind="deep")  # type: ignore[arg-type]
-    with pytest.raises(OptionError, match="asked for predict_from='noise'; found features"):
+    with pytest.raises(OptionError, match="predict_from must be one of features, .* got 'noise'"):
         Predictor(3, 2, reads="noise")  # type: ignore[arg-type]
     plain = retroexit.wrap(generator, [1], 0.5, min_channels=4, example_inputs=(TRAIN[:1],))
     samples = Samples(TRAIN)

@@ -87,28 +87,28 @@ def test_samples_that_the_drift_guard_took_cost_no_violation() -> None:
 def test_too_few_samples_are_refused_with_the_number_needed(samples: int, missing: int) -> None:
     with pytest.raises(
         OptionError,
-        match=rf"P\(loss > threshold\) <= 0.05 with confidence 0.95 from {samples} samples; found that it "
-        rf"takes at least 59, .* Pass {missing} more",
+        match=rf"P\(loss > threshold\) <= 0.05 with confidence 0.95 needs at least 59 samples, "
+        rf"got {samples}. Pass {missing} more",
     ):
         Calibration(*_draw(samples, 0))
     Calibration(*_draw(59, 0))
-    with pytest.raises(OptionError, match="takes at least 244"):
+    with pytest.raises(OptionError, match="needs at least 244 samples"):
         Calibration(*_draw(59, 0), rule="bound")
 
 
 def test_what_is_no_calibration_is_refused() -> None:
     losses, predicted = _draw(60, 0)
     for name, value in (("alpha", 0), ("alpha", 1.0), ("confidence", True), ("confidence", "0.9")):
-        with pytest.raises(OptionError, match=f"asked for {name}={value!r}; found no number between 0 and 1"):
+        with pytest.raises(OptionError, match=f"{name} must be a number between 0 and 1, got {value!r}"):
             Calibration(losses, predicted, **{name: value})  # type: ignore[arg-type]
-    with pytest.raises(OptionError, match="asked for rule='best'; found 'margin' and 'bound'"):
+    with pytest.raises(OptionError, match="rule must be 'margin' or 'bound', got 'best'"):
         Calibration(losses, predicted, rule="best")  # type: ignore[arg-type]
-    with pytest.raises(OptionError, match=r"found losses \(60, 3\) and predictions \(60, 2\)"):
+    with pytest.raises(OptionError, match=r"got \(60, 3\) and \(60, 2\)"):
         Calibration(losses, predicted[:, :2])
     losses[3, 1] = np.nan
-    with pytest.raises(OptionError, match="losses that are not finite"):
+    with pytest.raises(OptionError, match="losses must be finite"):
         Calibration(losses, predicted)
-    with pytest.raises(OptionError, match="threshold=-0.1"):
+    with pytest.raises(OptionError, match="threshold must be .* got -0.1"):
         Calibration(predicted, predicted).limits(-0.1)
 
 

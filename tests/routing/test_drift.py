@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 
 import pytest
@@ -12,8 +11,7 @@ from torch import Tensor
 from retroexit.guidance import with_slopes
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.model import EarlyExitGenerator
-from retroexit.routing.ood_guard import GUIDE_LIMIT, OODGuard, farthest
-from retroexit.routing.predictor import Predictor
+from retroexit.routing.predictor import OODGuard, Predictor, farthest
 from retroexit.training.predictor.fit import train_predictor
 
 Make = Callable[..., EarlyExitGenerator]
@@ -76,7 +74,7 @@ def test_a_guard_that_saw_nothing_stops_nothing() -> None:
 @torch.no_grad()
 def test_routing_sends_them_to_the_backbone_and_counts_them(routed: Make) -> None:
     model = routed()
-    model.options = dataclasses.replace(model.options, predictor_inputs=None)
+    model.router.predictor_inputs = None
     model.predictor = Predictor(10, exits=3)
     z, w = torch.rand(40, 4, 4, 4), torch.rand(40, 5)
     values = model.split.begin((z, w), {}).values
@@ -85,14 +83,14 @@ def test_routing_sends_them_to_the_backbone_and_counts_them(routed: Make) -> Non
     strange = torch.cat([z[:2], -20 * z[:1], z[2:3]])
     _, exits = model.routed(strange, w[:4], threshold=1e3)
     assert exits.tolist() == [1, 1, 4, 1]
-    assert (model.drift.seen, model.drift.count) == (4, 1)
-    assert model.predict_losses(strange, w[:4]).far.tolist() == [False, False, True, False]
+    assert (model.router.ood_counter.seen, model.router.ood_counter.count) == (4, 1)
+    assert model.predict_losses(strange, w[:4]).is_ood.tolist() == [False, False, True, False]
     assert torch.isfinite(model.predict(strange, w[:4])).all(), "predictions themselves stay as they are"
-    assert model.drift.seen == 4, "only routed calls are counted"
-    model.drift.enabled = False
+    assert model.router.ood_counter.seen == 4, "only routed calls are counted"
+    model.router.ood_counter.enabled = False
     assert model.routed(strange, w[:4], threshold=1e3)[1].tolist() == [1, 1, 1, 1]
-    model.drift.reset()
-    assert (model.drift.seen, model.drift.count) == (0, 0)
+    model.router.ood_counter.reset()
+    assert (model.router.ood_counter.seen, model.router.ood_counter.count) == (0, 0)
 
 
 @torch.no_grad()
@@ -106,19 +104,19 @@ def test_inputs_far_from_the_bank_go_to_the_backbone_and_are_counted(
     assert model.bank is not None
     key_feature = model.split.begin((z, w), {}).key_feature
     distance = model.bank.search(key_feature).distances.sqrt().flatten(1).mean(1)
-    model.about[GUIDE_LIMIT] = float(distance[[0, 1, 4]].max()) + 1e-3
+    model.router.guide_limit = float(distance[[0, 1, 4]].max()) + 1e-3
     searches: list[int] = []
     real = model.bank.search
     monkeypatch.setattr(model.bank, "search", lambda x, *more: (searches.append(len(x)), real(x, *more))[1])
     output, exits = model.routed(z, w, threshold=0.5)
     assert exits.tolist() == [1, 2, 4, 4, 1]
     assert searches == [4], "one search, for those alone that would take a guide"
-    assert (model.drift.seen, model.drift.count) == (5, 1)
+    assert (model.router.ood_counter.seen, model.router.ood_counter.count) == (5, 1)
     for row, k in enumerate(exits.tolist()):
         alone = model(z[row][None], w[row][None], exit=k)
         assert torch.allclose(output["image"][row], alone["image"][0], atol=1e-5)
     assert torch.equal(model.choose_exits(z, w, threshold=0.5), exits)
-    model.drift.enabled = False
+    model.router.ood_counter.enabled = False
     assert model.routed(z, w, threshold=0.5)[1].tolist() == [1, 2, 4, 1, 1]
 
 
@@ -133,7 +131,7 @@ def test_a_guide_that_follows_its_query_is_the_same_when_the_bank_is_guarded(rou
     z, w = torch.rand(3, 4, 4, 4), torch.rand(3, 5)
     z[:, 0] = torch.tensor([0.0, 1.0, 0.0])[:, None, None]
     wanted = model(z, w, threshold=0.5)["image"]
-    model.about[GUIDE_LIMIT] = 1e6
+    model.router.guide_limit = 1e6
     assert torch.allclose(model(z, w, threshold=0.5)["image"], wanted, atol=1e-6)
 
 

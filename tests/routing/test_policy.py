@@ -44,7 +44,7 @@ def test_no_sample_is_no_exit() -> None:
 
 @pytest.mark.parametrize("threshold", [-0.1, math.inf, math.nan, True, "0.1", None])
 def test_a_threshold_that_is_no_accepted_loss_is_refused(threshold: Any) -> None:
-    with pytest.raises(OptionError, match=f"asked for threshold={threshold!r}; found no finite number >= 0"):
+    with pytest.raises(OptionError, match=f"threshold must be a finite number >= 0, got {threshold!r}"):
         check_threshold(threshold)
     with pytest.raises(OptionError, match="such as 0.1"):
         assign_exits(torch.zeros(1, 2), threshold)
@@ -57,5 +57,5 @@ def test_a_threshold_comes_back_as_a_float(threshold: float) -> None:
 
 
 def test_predictions_of_another_shape_are_refused() -> None:
-    with pytest.raises(OptionError, match=r"predictions of shape \(3,\), not \(samples, exits\)"):
+    with pytest.raises(OptionError, match=r"predicted must have the shape \(samples, exits\), got \(3,\)"):
         assign_exits(torch.zeros(3), 0.1)

@@ -164,7 +164,7 @@ def test_it_can_read_the_inputs_through_an_adapter(tmp_path: Path) -> None:
     z, label = torch.rand(5, 6, 8, 8), torch.rand(5)
     with torch.no_grad():
         assert torch.equal(model.predict(z, label), model.predictor(reads(z, label)))
-    counted = model.overhead()
+    counted = model.router.overhead()
     assert counted[0] == counted[-1] == _macs(model.predictor, torch.zeros(1, 3, 8, 8))
 
 

@@ -135,16 +135,18 @@ def test_a_stricter_threshold_never_leaves_earlier(routed: Make) -> None:
 def test_what_cannot_be_routed_is_refused(routed: Make) -> None:
     model = routed(True)
     z, w = _inputs([0.0, 1.0])
-    with pytest.raises(OptionError, match="asked for exit=1 and threshold=0.5; found two ways"):
+    with pytest.raises(OptionError, match="exit must not be combined .* got exit=1 and threshold=0.5"):
         model(z, w, exit=1, threshold=0.5)
-    with pytest.raises(OptionError, match="threshold=-1"):
+    with pytest.raises(OptionError, match="threshold must be a finite number >= 0, got -1"):
         model(z, w, threshold=-1)
     for wrong in (0, 5, True, "1"):
-        with pytest.raises(OptionError, match=f"asked for exit={wrong!r}; found exits 1 to 4"):
+        with pytest.raises(
+            OptionError, match=f"exit must be an integer from 1 to 4, the backbone, got {wrong!r}"
+        ):
             model(z, w, exit=wrong)
     model.bank = None
-    with pytest.raises(BankError, match="asked for a branch that takes a guide; found no guidance bank"):
+    with pytest.raises(BankError, match="this branch needs a guide, but there is no guidance bank"):
         model(z, w, threshold=0.5)
     model.predictor = None
-    with pytest.raises(TrainingError, match="asked for a threshold; found no predictor"):
+    with pytest.raises(TrainingError, match="choosing exits needs a predictor"):
         model(z, w, threshold=0.5)

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from retroexit.errors import OptionError
 from retroexit.model import EarlyExitGenerator
-from retroexit.routing.policy import assign_exits
-from retroexit.routing.video import StickyRouter, stay
+from retroexit.routing.policy import assign_exits, assign_with_hysteresis
+from retroexit.routing.video import VideoRouter
 
 Make = Callable[..., EarlyExitGenerator]
 LOSS = st.floats(0, 0.25, width=32)
@@ -26,7 +26,7 @@ def test_no_frame_leaves_where_more_than_the_threshold_is_predicted(
     limits, before, changes, plain_changes, plain = torch.full((3,), 0.125), None, 0, 0, None
     for row in losses:
         predicted = torch.tensor([row])
-        now = stay(predicted, limits, before, hysteresis)
+        now = assign_with_hysteresis(predicted, limits, before, hysteresis)
         needed = assign_exits(predicted, limits)
         good = [*(loss <= 0.125 for loss in row), True]
         assert good[int(now) - 1]
@@ -41,7 +41,7 @@ def test_no_frame_leaves_where_more_than_the_threshold_is_predicted(
 def test_a_loss_that_hovers_around_the_threshold_changes_the_exit_once() -> None:
     limits, before, taken = torch.full((2,), 0.1), None, []
     for loss in (0.099, 0.101, 0.098, 0.102, 0.097, 0.101, 0.05, 0.099):
-        before = stay(torch.tensor([[loss, loss / 2]]), limits, before, 0.1)
+        before = assign_with_hysteresis(torch.tensor([[loss, loss / 2]]), limits, before, 0.1)
         taken.append(int(before))
     assert taken == [1, 2, 2, 2, 2, 2, 1, 1]
 
@@ -63,7 +63,7 @@ def test_frames_of_several_streams_are_kept_apart(routed: Make) -> None:
                 alone = model(z[row][None], w[row][None], exit=k)
                 assert torch.allclose(output["image"][row], alone["image"][0], atol=1e-5)
         assert (step.frames, step.changes) == (3, 2)
-        with pytest.raises(OptionError, match="the next frame of 1 streams; found 2 before"):
+        with pytest.raises(OptionError, match="the number of streams must stay 2, got 1"):
             step(*frame(0.1), threshold=0.5)
         step.reset()
         step(*frame(0.1), threshold=0.5)
@@ -72,5 +72,5 @@ def test_frames_of_several_streams_are_kept_apart(routed: Make) -> None:
 
 @pytest.mark.parametrize("wrong", [-0.1, 1.0, True, "0.1"])
 def test_a_hysteresis_that_is_no_share_is_refused(routed: Make, wrong: Any) -> None:
-    with pytest.raises(OptionError, match=f"asked for hysteresis={wrong!r}; found no number in"):
-        StickyRouter(routed(), wrong)
+    with pytest.raises(OptionError, match=rf"hysteresis must be in \[0, 1\), got {wrong!r}"):
+        VideoRouter(routed(), wrong)

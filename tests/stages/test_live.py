@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import retroexit
-from retroexit.stages.decoder import Stage, read_decoder
-from retroexit.stages.live_spans import LiveSpan, live_spans
+from retroexit.stages.decoder import read_decoder
+from retroexit.stages.stage import LiveSpan, Stage, live_spans
 
 
 class Block(nn.Module):

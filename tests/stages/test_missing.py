@@ -41,7 +41,7 @@ def test_a_block_that_runs_in_a_loop_is_named_with_the_line_to_write() -> None:
 
 
 def test_a_stage_that_was_asked_for_and_runs_in_a_loop_gets_the_same_advice() -> None:
-    with pytest.raises(RepeatedStageError, match=f"'block'; found that it runs 3 times.*{ADVICE}"):
+    with pytest.raises(RepeatedStageError, match=f"'block' runs 3 times.*{ADVICE}"):
         retroexit.find_stages(_Shared().eval(), (torch.randn(1, 16, 4, 4),), stages=["block"])
 
 

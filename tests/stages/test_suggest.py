@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import retroexit
-from retroexit.stages.suggest import suggest_attach_points
+from retroexit.stages.stage import suggest_attach_points
 
 
 def stages(cumulative: list[float], live: list[int] | None = None) -> list[retroexit.Stage]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from retroexit.inspection import read_generator
+from retroexit.api import read_generator
 from retroexit.stages.module_tree import Part, module_tree
 
 

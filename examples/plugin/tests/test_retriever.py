@@ -46,7 +46,7 @@ def test_one_key_and_few_dimensions_work(tmp_path: Path) -> None:
     single = PCATreeRetriever().build(np.ones((1, 2)))
     assert single.search(np.zeros((3, 2))).ids.tolist() == [[0], [0], [0]]
     single.save(tmp_path / "index")
-    again = PCATreeRetriever.load(tmp_path / "index", candidates=2)
+    again = PCATreeRetriever.load(tmp_path / "index")
     assert again.search(np.zeros((1, 2))).distances.tolist() == [[2.0]]
 
 

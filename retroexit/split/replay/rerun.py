@@ -26,8 +26,8 @@ from torch.overrides import TorchFunctionMode
 from retroexit.core.nested import rebuild_deep, tensors
 from retroexit.errors import InputMismatchError
 from retroexit.split.segments import change_first_map
+from retroexit.tracing.recorder import READS
 from retroexit.tracing.source_lines import user_line
-from retroexit.tracing.tensor_reads import READS
 
 __all__ = ["Answer", "Place", "Run", "become_standin", "delegate", "is_fake", "opened_by", "running"]
 
@@ -154,9 +154,9 @@ class Run:
     def _feed(self, path: str, number: int) -> Any:
         if (path, number) not in self.fed:
             raise InputMismatchError(
-                f"asked for an early exit; found that the generator calls {path!r} for these inputs "
-                f"({number + 1} times), and that its output was not kept when the backbone ran. Wrap with "
-                "example inputs for which it runs as often.",
+                f"the generator calls {path!r} {number + 1} times for these inputs, more often than "
+                "before the "
+                "exit. Wrap with example inputs for which it runs as often.",
                 path,
             )
         return self.fed[path, number]
@@ -183,8 +183,8 @@ class Run:
             self._drawn += 1
             if value is None:
                 raise InputMismatchError(
-                    "asked for an early exit; found that the generator draws more random numbers in front of "
-                    "it for these inputs than were kept. Let nothing but its inputs steer what it draws.",
+                    "the generator draws more random numbers before the exit than in its first run. Only its "
+                    "inputs may control what it draws.",
                     func,
                 )
             out = args[0].copy_(value) if in_place else value.clone()

@@ -22,11 +22,12 @@ from retroexit.core.modules import clone_module
 from retroexit.core.nested import clone_strided, cloned, rebuild
 from retroexit.errors import InputMismatchError, RecordingError
 from retroexit.split.replay.rerun import Place, Run, become_standin, delegate, opened_by, running
-from retroexit.split.replay.tail import ReplayCut, ReplayTail
-from retroexit.split.replay.value_registry import Layout
-from retroexit.split.segments import Cut, Tail
-from retroexit.split.split import SplitGenerator, Values
-from retroexit.stages.decoder import Decoder, Stage
+from retroexit.split.replay.tail import Layout, ReplayCut, ReplayTail
+from retroexit.split.segments import Tail
+from retroexit.split.split import Leaves, SplitGenerator, Values
+from retroexit.stages.cuts import Cut
+from retroexit.stages.decoder import Decoder
+from retroexit.stages.stage import Stage
 from retroexit.tracing.record import unobserved
 
 __all__ = ["ReplaySplit"]
@@ -123,9 +124,8 @@ class ReplaySplit(SplitGenerator):
             run.out = self._skeletons[index](*args, **kwargs)
         if target is not None and not run.reached_target:
             raise InputMismatchError(
-                f"asked for an early exit at {target.path!r}; found that the generator does not run that "
-                "module for these inputs. Take the backbone's exit for them, or attach to a module that "
-                "always runs.",
+                f"the generator does not run {target.path!r} for these inputs, so there is no exit. Take the "
+                "backbone's exit for them, or attach to a module that always runs.",
                 target.path,
             )
         return run
@@ -172,10 +172,10 @@ class ReplaySplit(SplitGenerator):
 
     # Checks.
 
-    def _bind(self, args: Any, kwargs: Any) -> Values:
+    def _bind(self, args: Any, kwargs: Any, leaves: Leaves | None = None) -> Values:
         return self._layout.bind(args, kwargs)
 
-    def _check_shape(self, args: Any, kwargs: Any) -> None:
+    def _check_shape(self, args: Any, kwargs: Any, leaves: Leaves) -> None:
         """The generator's own forward runs, whatever the sizes."""
 
     def _probe_batch(self, args: Any, kwargs: Any) -> bool:
@@ -188,8 +188,9 @@ class ReplaySplit(SplitGenerator):
             trouble = self._trouble(*given)
             if trouble:
                 raise RecordingError(
-                    f"asked to run the forward of {type(self.generator).__name__} again behind a cut; found "
-                    f"that it {trouble}. Attach elsewhere, or let its modules return all that they change.",
+                    f"the forward of {type(self.generator).__name__}, run again behind a cut, {trouble}. "
+                    "Attach "
+                    "elsewhere, or let its modules return all that they change.",
                     self.generator,
                 )
 

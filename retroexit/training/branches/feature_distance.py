@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from retroexit.branch.factory import Branch
+from retroexit.branch.branch import Branch
 from retroexit.model import EarlyExitGenerator
 from retroexit.tracing.record import unobserved
 

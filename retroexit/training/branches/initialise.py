@@ -9,14 +9,14 @@ from pathlib import Path
 
 from torch import Tensor
 
-from retroexit.branch.factory import Branch
-from retroexit.branch.init.reconstruct import Reconstruction, reconstruct
+from retroexit.branch.branch import Branch
+from retroexit.branch.least_squares import Reconstruction, reconstruct
 from retroexit.errors import RetroExitError
 from retroexit.model import EarlyExitGenerator
 from retroexit.tracing.record import unobserved
 from retroexit.training.branches.distributed import Team
 from retroexit.training.data.steps import Steps
-from retroexit.wrapping.build import branch_for
+from retroexit.wrapping.decomposition import branch_for
 
 __all__ = ["reconstruct_branches"]
 

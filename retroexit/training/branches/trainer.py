@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from retroexit.branch.factory import Branch
+from retroexit.branch.branch import Branch
 from retroexit.core.files import read_tensors, write_tensors
 from retroexit.core.images import ImageRange
 from retroexit.core.modules import device_of

@@ -13,8 +13,8 @@ from retroexit.core.modules import device_of
 from retroexit.core.samples import Samples, drawing_from
 from retroexit.errors import BankError, TrainingError
 from retroexit.model import EarlyExitGenerator
-from retroexit.routing.predict import guide_distance, input_map, reads_of
 from retroexit.routing.predictor import Kind, Predictor, Reads, check_kind
+from retroexit.routing.router import guide_distance, input_map
 from retroexit.training.data.cache import guidance_names
 from retroexit.training.data.live import Features
 from retroexit.training.predictor.exit_losses import chunks
@@ -59,7 +59,7 @@ def fit_predictor(
         TrainingError: If the loss stops being finite.
     """
     check_reads(model, samples, predict_from)
-    reads = predict_from or reads_of(None, model.options.predictor_inputs)
+    reads = predict_from or ("features" if model.options.predictor_inputs is None else "inputs")
     maps, extra = predictor_reads(model, samples, features, reads)
     with drawing_from(seed):
         exits = len(model.branches)

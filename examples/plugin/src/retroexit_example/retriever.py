@@ -30,7 +30,6 @@ class PCATreeRetriever(Retriever):
     """
 
     name = "pca-tree"
-    search_options = ("candidates",)
 
     def __init__(self, *, components: int = 12, candidates: int = 32, threads: int = 1) -> None:
         super().__init__(threads=threads, components=components, candidates=candidates)

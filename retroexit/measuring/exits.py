@@ -1,0 +1,135 @@
+"""Run a model over samples and measure every exit of every sample against the backbone."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from retroexit.core.images import ImageRange, measure_range
+from retroexit.core.modules import device_of
+from retroexit.core.samples import Samples, drawing_from
+from retroexit.guidance.provider import GuideProvider
+from retroexit.metrics import QualityMetric
+from retroexit.routing.router import LossPrediction, Router, guide_distance
+from retroexit.split.split import SplitGenerator
+from retroexit.wrapping.options import WrapOptions
+
+__all__ = ["MeasuredModel", "Measurement", "image_range_of", "limits_of"]
+
+
+class MeasuredModel(Protocol):
+    """What measuring needs of an `EarlyExitGenerator`."""
+
+    generator: nn.Module
+    options: WrapOptions
+    guide: GuideProvider
+    router: Router
+    about: dict[str, Any]
+
+    @property
+    def is_recorded(self) -> bool: ...  # noqa: D102
+    @property
+    def split(self) -> SplitGenerator: ...  # noqa: D102
+    def record(self, *inputs: Any, **kwargs: Any) -> None: ...  # noqa: D102
+    def route(self, args: Any, kwargs: Any = None) -> Any: ...  # noqa: D102
+    def all_exits(self, *inputs: Any, **kwargs: Any) -> list[Any]: ...  # noqa: D102
+    def predict_losses(self, *inputs: Any, **kwargs: Any) -> LossPrediction: ...  # noqa: D102
+    def image(self, output: Any) -> Tensor: ...  # noqa: D102
+
+
+def image_range_of(model: MeasuredModel, images: Tensor) -> ImageRange:
+    """Range of a generator's images: declared at the wrap, or measured on some of them."""
+    declared = model.options.image_range
+    return ImageRange(*declared) if declared is not None else measure_range(images)
+
+
+def limits_of(model: MeasuredModel, samples: Samples) -> ImageRange:
+    """Range of the images: the one of the fit, else the declared one, else measured on some samples."""
+    if "image_range" in model.about:
+        return ImageRange(*model.about["image_range"])
+    args, kwargs = samples.gather(range(min(16, len(samples))))
+    with torch.no_grad(), drawing_from(samples.seed, device_of(model.generator)):
+        return image_range_of(model, model.image(model.route(args, kwargs)))
+
+
+@dataclass
+class Measurement:
+    """Runs a model over samples so that noise drawn inside the generator repeats.
+
+    Attributes:
+        model: A wrapped generator.
+        samples: Its inputs.
+        metric: Compares an exit's image with the backbone's.
+        limits: Range of the generator's images.
+        batch: Samples per pass.
+        ood: Number of samples measured so far that are out of distribution.
+    """
+
+    model: MeasuredModel
+    samples: Samples
+    metric: QualityMetric
+    limits: ImageRange
+    batch: int = 8
+    ood: int = 0
+
+    @torch.no_grad()
+    def losses(self, progress: bool = True) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Measure all samples: losses ``(S, K)``, predicted losses ``(S, K)``, guide distance ``(S,)``."""
+        losses, predicted, distances = [], [], []
+        with tqdm(
+            total=len(self.samples), desc="exits against backbone", disable=not progress or None
+        ) as bar:
+            for indices, args, kwargs in self.samples.batches(self.batch):
+                is_ood = torch.zeros(len(indices)).bool()
+                losses.append(self.batch_losses(indices[0], args, kwargs))
+                if self.model.router.predictor is not None:
+                    prediction = self.predict(indices[0], args, kwargs)
+                    predicted.append(prediction.losses)
+                    is_ood = prediction.is_ood.cpu()
+                if self.model.guide.bank is not None and self.model.guide.taps is not None:
+                    with self._seeded(indices[0]):
+                        retrieved = self.model.guide.retrieve(self.model.split.begin(args, kwargs))
+                    distances.append(guide_distance(retrieved.distances)[:, 0])
+                    limit = self.model.router.guide_limit
+                    is_ood = is_ood | (distances[-1].cpu() > (torch.inf if limit is None else limit))
+                self.ood += int(is_ood.sum())
+                bar.update(len(indices))
+        return (
+            torch.cat(losses).cpu(),
+            torch.cat(predicted).cpu() if predicted else None,
+            torch.cat(distances).cpu() if distances else None,
+        )
+
+    @torch.no_grad()
+    def batch_losses(self, first: int, args: Any, kwargs: Any) -> Tensor:
+        """Losses ``(N, K)`` of one batch, whose first sample has the number ``first``."""
+        images = self.images(first, args, kwargs)
+        target = self.limits.to_signed(images[-1])
+        return torch.stack([self.metric(self.limits.to_signed(i), target) for i in images[:-1]], 1)
+
+    @torch.no_grad()
+    def predict(self, first: int, args: Any, kwargs: Any) -> LossPrediction:
+        """Predicted losses of one batch."""
+        with self._seeded(first):
+            return self.model.predict_losses(*args, **kwargs)
+
+    @torch.no_grad()
+    def images(self, first: int, args: Any, kwargs: Any) -> list[Tensor]:
+        """Images of every exit for one batch, the backbone's last."""
+        with self._seeded(first):
+            return [self.model.image(output) for output in self.model.all_exits(*args, **kwargs)]
+
+    def images_of(self, index: int) -> list[Tensor]:
+        """Images ``(C, H, W)`` of every exit for one sample, rendered in the batch it was measured in."""
+        first = index - index % self.batch
+        rows = list(range(first, min(first + self.batch, len(self.samples))))
+        args, kwargs = self.samples.gather(rows)
+        return [image[index - first] for image in self.images(first, args, kwargs)]
+
+    def _seeded(self, first: int) -> AbstractContextManager[None]:
+        return drawing_from(self.samples.seed + first, device_of(self.model.generator))

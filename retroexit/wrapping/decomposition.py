@@ -1,0 +1,175 @@
+"""From options and example inputs to exits: read the generator, cut it, test the cuts, build the branches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from retroexit.branch.branch import Branch
+from retroexit.branch.builder import BranchSpec, build_branch
+from retroexit.branch.widths.plan import WidthPlan
+from retroexit.errors import InputMismatchError, OptionError, RecordingError
+from retroexit.guidance.taps import Taps, find_key_cut, find_taps, tap_paths
+from retroexit.split.replay.split import ReplaySplit
+from retroexit.split.self_test import cross
+from retroexit.split.split import SplitGenerator
+from retroexit.stages.cuts import Cut
+from retroexit.stages.decoder import Decoder, read_decoder, value_names
+from retroexit.stages.stage import Stage
+from retroexit.tracing.record import unobserved
+from retroexit.wrapping.attach import find_places
+from retroexit.wrapping.options import WrapOptions
+
+__all__ = ["Decomposition", "branch_for", "decompose"]
+
+
+@dataclass
+class Decomposition:
+    """A recorded generator, cut at its attach points.
+
+    Attributes:
+        split: The generator in pieces.
+        places: Stage of every branch exit, cheapest first.
+        backbone_macs: MACs of the backbone for one sample.
+        route_macs: MACs of every branch exit's route for one sample.
+        feature_shape: Shape ``(C, ...)`` of the feature at the first attach point.
+        taps: Where guidance keys and values come from, or ``None`` without guidance.
+        specs: How the branches were built.
+    """
+
+    split: SplitGenerator
+    places: list[Stage]
+    backbone_macs: int
+    route_macs: list[int]
+    feature_shape: tuple[int, ...]
+    taps: Taps | None = None
+    specs: list[BranchSpec] = field(default_factory=list)
+
+    @property
+    def value_cut(self) -> Cut | None:
+        """Behind the map that guidance values are cut from, or ``None`` without guidance."""
+        return None if self.taps is None else self.taps.value_cut
+
+    def depth(self, place: Stage) -> int:
+        """Number of stages in the branch behind a place, N - k (paper section 3.1)."""
+        position = next(c.position for c, p in zip(self.split.cuts, self.places, strict=True) if p is place)
+        recording = self.split.decoder.recording
+        later = {call.path for call in recording.calls if call.begin >= position}
+        return sum(stage.path in later for stage in self.split.decoder.stages)
+
+    def guidance_values(self, args: Any, kwargs: Any) -> Tensor:
+        """Run the backbone up to the stage that values are cut from; gives its map ``(N, C, ...)``."""
+        assert self.value_cut is not None
+        with torch.no_grad():
+            return self.split.value_at(self.value_cut, args, kwargs)
+
+
+def decompose(
+    generator: nn.Module, options: WrapOptions, args: Sequence[Any], kwargs: dict[str, Any]
+) -> tuple[Decomposition, list[Branch]]:
+    """Record a generator, cut it at the attach points, test the cuts, and build the branches.
+
+    Raises:
+        RetroExitError: See `retroexit.wrap`; the generator is left as it was.
+    """
+    args = tuple(args)
+    named = [place for place in options.attach_at if isinstance(place, str)]
+    named += tap_paths(options.guidance)
+    decoder = read_decoder(generator, args, kwargs, stages=options.stages, also=named, image=options.image)
+    if not decoder.replayed:
+        try:
+            return _build(generator, decoder, options, args, kwargs)
+        except RecordingError as error:
+            decoder = replace(decoder, replayed=" ".join(str(error).split()))
+    try:
+        return _build(generator, decoder, options, args, kwargs)
+    except (RecordingError, InputMismatchError) as error:
+        raise RecordingError(
+            f"{decoder.replayed} Nor can the forward be run again behind the cut: {error}", generator
+        ) from error
+
+
+def _build(
+    generator: nn.Module, decoder: Decoder, options: WrapOptions, args: Any, kwargs: dict[str, Any]
+) -> tuple[Decomposition, list[Branch]]:
+    """Cut a recorded generator and build its branches; where the recording cannot be cut, run the forward again."""
+    pairs = find_places(decoder, options)
+    key_cut = find_key_cut(decoder, options.guidance, pairs[0])
+    split: SplitGenerator
+    if not decoder.replayed:
+        split = SplitGenerator(generator, decoder, [cut for _, cut in pairs], args, kwargs, key_cut)
+    elif key_cut is None:
+        split = ReplaySplit(generator, decoder, pairs, options.tap, args, kwargs)
+    else:
+        raise OptionError(
+            "key_after must be the first attach point here, because the generator's forward runs again behind the "
+            f"cut ({decoder.replayed}). Leave key_after out.",
+            options.guidance,
+        )
+    states, split.written = cross(split, args, kwargs, options.self_test)
+    decomposition = Decomposition(
+        split=split,
+        places=[stage for stage, _ in pairs],
+        backbone_macs=decoder.recording.macs // split.batch,
+        route_macs=[],
+        feature_shape=tuple(states[0][0].shape[1:]),
+        taps=None if options.guidance is None else find_taps(split, options.guidance),
+    )
+    guide = None if decomposition.taps is None else decomposition.taps.guide
+    plans, names = options.plans or (None,) * len(pairs), value_names(decoder.recording)
+    branches = []
+    for index, ((stage, cut), plan) in enumerate(zip(pairs, plans, strict=True)):
+        spec = BranchSpec(
+            options.rule_of(stage),
+            options.init,
+            guide,
+            tuple(s.path for s in decoder.stages),
+            options.seed + index,
+            options.build_stage,
+            decoder.image_path,
+            names,
+        )
+        decomposition.specs.append(spec)
+        branch, macs = _build_exit(split, index, states[index], spec, plan)
+        branches.append(branch)
+        decomposition.route_macs.append(macs + _macs_before(decoder, cut) // split.batch)
+    return decomposition, branches
+
+
+def _build_exit(
+    split: SplitGenerator, index: int, crossing: list[Tensor], spec: BranchSpec, plan: WidthPlan | None
+) -> tuple[Branch, int]:
+    """Build one branch; gives it, and its MACs for one sample."""
+    cut = split.cuts[index]
+    # Where samples cannot be told apart, the whole batch of the example stands for one.
+    rows = split.batched if split.divides else {}
+    one = [v[: rows[n]] if n in rows else v for n, v in zip(cut.crossing, crossing, strict=True)]
+    with unobserved(split.generator):  # trial runs draw from generators that are not theirs
+        branch = build_branch(split.tail(index, share=True), cut, one, spec, plan)
+    return branch, branch.macs if split.divides else branch.macs // split.batch
+
+
+def branch_for(decomposition: Decomposition, index: int, samples: Sequence[Tensor]) -> Branch:
+    """Build a branch once more, this time choosing the channels that it inherits by samples.
+
+    Args:
+        decomposition: The generator, recorded.
+        index: Which branch, from 0.
+        samples: Feature and live values of some samples at its attach point.
+
+    Returns:
+        Another branch of the same widths.
+    """
+    split = decomposition.split
+    with torch.random.fork_rng(devices=split.cuda_devices):
+        states, _ = cross(split, *split.example, cuts=index + 1)
+    spec = replace(decomposition.specs[index], samples=samples)
+    return _build_exit(split, index, states[index], spec, None)[0]
+
+
+def _macs_before(decoder: Decoder, cut: Cut) -> int:
+    return sum(int(n.meta.get("macs", 0)) for n in decoder.recording.nodes[: cut.position])

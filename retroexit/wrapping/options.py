@@ -1,0 +1,108 @@
+"""Settings of one wrap."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from retroexit.branch.adapter_stages import BuildStage
+from retroexit.branch.builder import Init
+from retroexit.branch.widths.plan import WidthPlan, WidthRule
+from retroexit.errors import AttachPointError, OptionError, RetroExitWarning
+from retroexit.guidance.options import Guidance
+from retroexit.plugins.description import Description
+from retroexit.stages.stage import Stage
+
+__all__ = ["OWN_KEYWORDS", "WrapOptions", "shadowed_keywords"]
+
+OWN_KEYWORDS = ("exit", "threshold", "budget", "deadline_ms")
+
+
+@dataclass(frozen=True)
+class WrapOptions:
+    """Settings of one wrap, checked as far as possible without running the generator.
+
+    Attributes:
+        attach_at: Stage numbers or module paths.
+        rules: Width rule of each of them.
+        tap: Whether a branch takes the stage's output or its input.
+        stages: Paths of l_1..l_N, where known.
+        guidance: How branches are guided, or ``None``.
+        init: Starting weights of branches.
+        image: Key of the image in the generator's output.
+        image_range: Smallest and largest pixel value, or ``None`` to measure it.
+        self_test: Whether every cut is checked to reproduce the generator.
+        seed: Seed of fresh weights.
+        shadowed: Keywords of ours that the generator's own forward takes.
+        predictor_inputs: Makes the predictor's input from the generator's; by default it reads the first
+            feature.
+        plans: Widths chosen earlier, one per exit, from a saved model.
+        build_stage: Builds thin stages through their own constructor, where an adapter can.
+        description: What the chosen adapter says about the generator; ``None`` where all plug-ins are consulted.
+    """
+
+    attach_at: tuple[int | str, ...]
+    rules: tuple[WidthRule, ...]
+    tap: Literal["after", "before"] = "after"
+    stages: tuple[str, ...] | None = None
+    guidance: Guidance | None = None
+    init: Init = "inherit"
+    image: Any = None
+    image_range: tuple[float, float] | None = None
+    self_test: bool = True
+    seed: int = 0
+    shadowed: tuple[str, ...] = ()
+    predictor_inputs: Callable[..., Tensor] | None = None
+    plans: tuple[WidthPlan | None, ...] | None = None
+    build_stage: BuildStage | None = None
+    description: Description | None = None
+
+    def __post_init__(self) -> None:
+        if not self.attach_at:
+            raise AttachPointError(
+                "attach_at must name at least one stage, got []. Pass for example attach_at=[2].",
+                self.attach_at,
+            )
+        for place in self.attach_at:
+            if isinstance(place, bool) or not isinstance(place, (int, str)):
+                raise AttachPointError(
+                    f"attach_at must hold stage numbers and module paths, got {place!r} in "
+                    f"{list(self.attach_at)}.",
+                    place,
+                )
+        if len(set(self.attach_at)) < len(self.attach_at):
+            raise AttachPointError(
+                f"attach_at must name each stage once, got {list(self.attach_at)}.", self.attach_at
+            )
+        if self.tap not in ("after", "before"):
+            raise OptionError(f"tap must be 'after' or 'before', got {self.tap!r}.", self.tap)
+        if self.init not in ("inherit", "scratch"):
+            raise OptionError(f"init must be 'inherit' or 'scratch', got {self.init!r}.", self.init)
+
+    def rule_of(self, stage: Stage) -> WidthRule:
+        """Width rule of the branch at a stage."""
+        rules = dict(zip(self.attach_at, self.rules, strict=True))
+        return rules[stage.path] if stage.path in rules else rules[stage.index]
+
+
+def shadowed_keywords(generator: nn.Module) -> tuple[str, ...]:
+    """List routing options that the generator's own forward takes, with a warning."""
+    try:
+        parameters = set(inspect.signature(generator.forward).parameters)
+    except (TypeError, ValueError):
+        return ()
+    shadowed = tuple(name for name in OWN_KEYWORDS if name in parameters)
+    if shadowed:
+        warnings.warn(
+            f"{type(generator).__name__}.forward has its own keyword {' and '.join(map(repr, shadowed))}; "
+            "model(...) hands it to the generator. Choose exits with model.route(inputs, kwargs, exit=..., "
+            "threshold=...).",
+            RetroExitWarning,
+            stacklevel=3,
+        )
+    return shadowed

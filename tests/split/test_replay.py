@@ -1,0 +1,394 @@
+"""A generator whose recording cannot be cut runs its own forward again behind the cut, and says so."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import retroexit
+from retroexit import errors
+from retroexit.metrics import QualityMetric
+from retroexit.model import EarlyExitGenerator
+from retroexit.stages.decoder import read_decoder
+
+Untouched = Callable[[nn.Module], AbstractContextManager[None]]
+CALLS: Counter[str] = Counter()
+
+
+class Block(nn.Module):
+    """A convolution that counts its calls; copies of a block count under the same name."""
+
+    def __init__(self, name: str, channels: int, out: int) -> None:
+        super().__init__()
+        self.name = name
+        self.conv = nn.Conv2d(channels, out, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        CALLS[self.name] += 1
+        return F.leaky_relu(self.conv(x), 0.2)
+
+
+class Parts(nn.Module):
+    """What the generators below are made of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = Block("stem", 4, 32)
+        self.blocks = nn.ModuleList(Block(f"block{i}", 32, 32) for i in range(3))
+        self.warm, self.cold = Block("warm", 32, 32), Block("cold", 32, 32)
+        self.offset = nn.Parameter(torch.randn(1, 32, 1, 1) * 0.1)
+        self.shift = nn.Parameter(torch.randn(1, 32, 1, 1) * 0.1)
+        self.rgb = nn.Conv2d(32, 3, 1)
+
+    def start(self, x: Tensor) -> Tensor:
+        return F.interpolate(self.stem(x) + self.offset, scale_factor=2.0)
+
+
+class Branches(Parts):
+    """Takes one of two ways between the stages, in front of the cut and behind it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.start(x)
+        if x.mean() > 0:
+            h = h * 1.5
+        h = self.blocks[1](self.blocks[0](h))
+        h = self.warm(h) if x.mean() > 0 else self.cold(h)
+        return self.rgb(self.blocks[2](h + self.shift)).tanh()
+
+
+class Loops(Parts):
+    """Runs a stage in front of the cut and one behind it as often as a value says."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.start(x)
+        times = 2 + int((x.mean() > 0).item())
+        for _ in range(times):
+            h = self.cold(h)
+        h = self.blocks[1](self.blocks[0](h))
+        for _ in range(times):
+            h = self.warm(h)
+        return self.rgb(self.blocks[2](h + self.shift)).tanh()
+
+
+class Bundle:
+    """Carries tensors from module to module, and a number."""
+
+    def __init__(self, maps: dict[str, Tensor], gain: float) -> None:
+        self.maps, self.gain = maps, gain
+
+
+class Wraps(nn.Module):
+    def forward(self, h: Tensor) -> Bundle:
+        return Bundle({"h": h, "half": F.avg_pool2d(h, 2)}, float(h.detach().mean() > 0) + 1)
+
+
+class Opens(nn.Module):
+    def forward(self, bundle: Bundle) -> Tensor:
+        return bundle.maps["h"] * bundle.gain + F.interpolate(bundle.maps["half"], scale_factor=2.0)
+
+
+class Bundles(Parts):
+    """Hands tensors on in an object of its own, in front of the cut and behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wraps, self.opens = Wraps(), Opens()
+
+    def forward(self, x: Tensor) -> Tensor:
+        bundle = self.wraps(self.start(x))
+        h = self.blocks[1](self.blocks[0](self.opens(bundle)))
+        h = self.opens(self.wraps(self.warm(h)))
+        return self.rgb(self.blocks[2](h + self.shift)).tanh()
+
+
+class Leaves(Parts):
+    """Leaves PyTorch between two stages in front of the cut."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.blocks[0](self.start(x))
+        h = torch.from_numpy(np.tanh(h.detach().numpy()))
+        h = self.warm(self.blocks[1](h))
+        return self.rgb(self.blocks[2](h + self.shift)).tanh()
+
+
+class Draws(Parts):
+    """Draws in front of the cut and behind it, in its own forward; and steers by a value."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        noise = torch.randn(x.shape[0], 1, 1, 1)
+        h = self.start(x) + noise
+        h = self.blocks[0](F.dropout(h, 0.2))
+        h = self.blocks[1](h)
+        if x.mean() > 0:
+            h = h + torch.empty_like(h).normal_() * noise
+        h = self.warm(h) + torch.rand_like(h)
+        return self.rgb(self.blocks[2](h + self.shift)).tanh()
+
+
+KINDS: dict[str, type[Parts]] = {
+    "branches": Branches, "loops": Loops, "bundles": Bundles, "leaves": Leaves, "draws": Draws,
+}  # fmt: skip
+PLACES = ["blocks.0", "blocks.1"]
+STAGES = ("blocks.0", "blocks.1", "warm", "blocks.2")
+
+
+@pytest.fixture(params=list(KINDS))
+def generator(request: pytest.FixtureRequest) -> nn.Module:
+    return KINDS[request.param]().eval()
+
+
+def bright(batch: int = 2) -> Tensor:
+    return torch.rand(batch, 4, 8, 8, generator=torch.Generator().manual_seed(batch))
+
+
+def wrap(generator: nn.Module, scale: float = 1.0, **options: Any) -> EarlyExitGenerator:
+    given = {"attach_at": PLACES, "min_channels": 8, "example_inputs": (bright(),), **options}
+    return retroexit.wrap(generator, scale=scale, **given)
+
+
+def drawn(call: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
+    """Call with the same random numbers every time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        return call(*inputs, **options)
+
+
+@pytest.mark.parametrize("x", [bright(), -bright(), -bright(3)], ids=["bright", "dark", "dark-batch-of-3"])
+def test_full_width_exits_give_the_generators_own_output_either_way(generator: nn.Module, x: Tensor) -> None:
+    model = wrap(generator)
+    want = drawn(generator, x)
+    assert torch.equal(drawn(model, x), want)
+    for exit in (1, 2):
+        assert torch.equal(drawn(model, x, exit=exit), want)
+    assert all(torch.equal(got, want) for got in drawn(model.all_exits, x))
+
+
+def test_a_replayed_generator_says_why(generator: nn.Module, untouched: Untouched) -> None:
+    with untouched(generator):
+        model = wrap(generator, 1 / 4)
+        reason = model.split.decoder.replayed
+        assert reason in repr(model)
+        assert "\n" not in reason
+    line = "a Bundle object with tensors" if isinstance(generator, Bundles) else r"test_replay.py:"
+    assert line in reason
+
+
+def test_stages_of_a_replayed_generator_are_found(generator: nn.Module) -> None:
+    found = {stage.path: stage for stage in retroexit.find_stages(generator, (bright(),))}
+    assert {"blocks.0", "blocks.1", "blocks.2"} <= set(found)
+    assert found["blocks.1"].macs == 2 * 32 * 32 * 9 * 16 * 16
+    assert found["blocks.1"].shape == (2, 32, 16, 16)
+
+
+def test_thin_branches_of_a_replayed_generator_shrink(generator: nn.Module, untouched: Untouched) -> None:
+    with untouched(generator):
+        model = wrap(generator, 1 / 4)
+    for branch in model.branches:
+        tail = dict(branch.tail.named_parameters())
+        assert tail["blocks.2.conv.weight"].shape == (8, 8, 3, 3)
+        assert tail["warm.conv.weight"].shape == (8, 8, 3, 3)
+        assert "stem.conv.weight" not in tail
+        assert "offset" not in tail
+        assert tail["shift"].shape[1] == 8
+    assert model.exits[0].macs < model.exits[1].macs < model.exits[2].macs
+    for x in (bright(), -bright()):  # the way that the example did not take fits too
+        assert model(x, exit=1).shape == (2, 3, 16, 16)
+
+
+def test_both_ways_of_a_condition_are_narrowed_together() -> None:
+    tail = dict(wrap(Branches().eval(), 1 / 4).branches[1].tail.named_parameters())
+    assert tail["cold.conv.weight"].shape == tail["warm.conv.weight"].shape == (8, 8, 3, 3)
+
+
+def test_skipped_stages_of_a_replayed_generator_do_not_run(generator: nn.Module) -> None:
+    model = wrap(generator, 1 / 4)
+    CALLS.clear()
+    model.split.advance(model.split.start((bright(),), {}), 0)
+    assert CALLS["block0"] == 1
+    assert CALLS["block1"] == CALLS["block2"] == CALLS["warm"] == 0
+    CALLS.clear()
+    model(bright(), exit=1)
+    assert CALLS["stem"] == CALLS["block0"] == 1  # nothing in front of the cut runs twice
+    assert CALLS["block1"] == CALLS["block2"] == 1  # the branch's
+
+
+def test_a_replayed_generator_is_left_as_it_was(generator: nn.Module, untouched: Untouched) -> None:
+    with untouched(generator):
+        model = wrap(generator, 1 / 4)
+        for exit in (1, 2, 3):
+            drawn(model, bright(), exit=exit)
+        drawn(model.all_exits, -bright())
+
+
+@pytest.mark.parametrize("kind", ["branches", "loops", "bundles", "leaves", "draws"])
+def test_gradients_reach_every_parameter_of_a_replayed_branch(kind: str) -> None:
+    model = wrap(KINDS[kind]().eval(), 1 / 4)
+    for index, branch in enumerate(model.branches):
+        if kind == "leaves" and index == 0:
+            continue  # NumPy knows no gradient
+        for x in (bright(), -bright()):
+            output = model(x, exit=index + 1)
+            output.square().sum().backward()
+        missing = [name for name, p in branch.named_parameters() if p.grad is None]
+        assert missing == []
+    assert all(p.grad is None for p in model.generator.parameters())
+
+
+def test_two_threads_render_a_replayed_generator_at_once(generator: nn.Module) -> None:
+    if isinstance(generator, Draws):
+        pytest.skip("threads share PyTorch's random numbers, in any generator")
+    model = wrap(generator)
+    inputs = [bright(), -bright()] * 4
+    want, got = [generator(x) for x in inputs], [None] * len(inputs)
+
+    def render(rows: range) -> None:
+        with torch.no_grad():
+            for i in rows:
+                got[i] = model(inputs[i], exit=1 + i % 2)
+
+    threads = [threading.Thread(target=render, args=(range(k, len(inputs), 2),)) for k in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
+
+
+def test_a_replayed_generator_is_loaded_as_it_was_saved(generator: nn.Module, tmp_path: Path) -> None:
+    model = wrap(generator, 1 / 4)
+    with torch.no_grad():
+        for parameter in model.branches.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.01)
+    model.save(tmp_path)
+    again = retroexit.load(tmp_path, generator, (bright(),))
+    for x in (bright(), -bright()):
+        for exit in (1, 2):
+            assert torch.equal(drawn(again, x, exit=exit), drawn(model, x, exit=exit))
+
+
+def test_no_stop_is_swallowed_by_the_generators_own_handlers() -> None:
+    class Careful(Branches):
+        def forward(self, x: Tensor) -> Tensor:
+            try:
+                return super().forward(x)
+            except Exception:
+                return torch.zeros(x.shape[0], 3, 16, 16)
+
+    generator = Careful().eval()
+    x = -bright()
+    assert torch.equal(wrap(generator)(x, exit=1), generator(x))
+
+
+def test_samples_of_a_steered_batch_leave_together() -> None:
+    class Alternates(nn.Module):
+        input_shape = None
+
+        def forward(self, feature: Tensor) -> Tensor:
+            return torch.stack([torch.tensor([0.0, 1.0]), torch.tensor([0.0, 0.0])], 1)
+
+    model = wrap(Branches().eval())
+    model.predictor = Alternates()  # type: ignore[assignment]
+    x = bright()
+    output, exits = model.routed(x, threshold=0.5)
+    assert exits.tolist() == [2, 2]
+    assert torch.equal(output, model.generator(x))
+
+
+def test_a_replayed_generator_is_cut_in_front_of_a_stage(generator: nn.Module) -> None:
+    model = wrap(generator, tap="before", attach_at=["blocks.1", "blocks.2"])
+    for x in (bright(), -bright()):
+        for exit in (1, 2):
+            assert torch.equal(drawn(model, x, exit=exit), drawn(generator, x))
+
+
+def test_a_recording_that_can_be_cut_is_cut(toys: Any) -> None:
+    toy = toys.TOYS["dict_output"]()
+    assert read_decoder(toy.generator, toy.args, toy.kwargs).replayed == ""
+
+
+def test_a_guard_does_not_count_as_steering() -> None:
+    class Guards(Parts):
+        def forward(self, x: Tensor) -> Tensor:
+            if torch.isnan(x).any():
+                raise ValueError("not a number")
+            h = self.warm(self.blocks[1](self.blocks[0](self.start(x))))
+            return self.rgb(self.blocks[2](h))
+
+    assert wrap(Guards().eval()).split.decoder.replayed == ""
+
+
+def test_a_number_read_out_of_a_parameter_does_not_count_as_steering() -> None:
+    class Scales(Parts):
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.warm(self.blocks[1](self.blocks[0](self.start(x))))
+            return self.rgb(self.blocks[2](h)) * self.shift.detach()[0, 0].item()
+
+    assert wrap(Scales().eval()).split.decoder.replayed == ""
+
+
+def test_a_module_that_does_not_run_for_these_inputs_is_named() -> None:
+    class Skips(Parts):
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.blocks[0](self.start(x))
+            if x.mean() > 0:
+                h = self.blocks[1](h)
+            return self.rgb(self.blocks[2](self.warm(h)))
+
+    model = wrap(Skips().eval())
+    with pytest.raises(errors.InputMismatchError, match=r"does not run 'blocks\.1'"):
+        model(-bright(), exit=2)
+    assert torch.equal(model(-bright(), exit=1), model.generator(-bright()))
+
+
+def test_where_replay_does_not_help_both_reasons_are_given(untouched: Untouched) -> None:
+    class Remembers(nn.Module):
+        def forward(self, bundle: Bundle) -> None:
+            bundle.maps["h"] = bundle.maps["h"] * 2  # changes what it is handed, and returns nothing
+
+    class Changes(Bundles):
+        def __init__(self) -> None:
+            super().__init__()
+            self.changes = Remembers()
+
+        def forward(self, x: Tensor) -> Tensor:
+            bundle = self.wraps(self.start(x))
+            self.changes(bundle)
+            h = self.blocks[1](self.blocks[0](self.opens(bundle))) + bundle.maps["h"]
+            return self.rgb(self.blocks[2](self.warm(h)))
+
+    generator = Changes().eval()
+    with (
+        untouched(generator),
+        pytest.raises(errors.RecordingError, match=r"Bundle object with tensors.*again behind (a|the) cut"),
+    ):
+        wrap(generator)
+
+
+class Distance(QualityMetric):
+    name = "distance"
+
+    def compare(self, a: Tensor, b: Tensor) -> Tensor:
+        return ((a - b).square().mean((1, 2, 3)) + 1e-12).sqrt()
+
+
+@pytest.mark.parametrize(("kind", "inject"), [("branches", "input"), ("bundles", "every_stage")])
+def test_a_replayed_generator_is_fitted_and_routed(kind: str, inject: Any, tmp_path: Path) -> None:
+    guidance = retroexit.Guidance(patch=(4, 4), size=16, value_after="warm", inject=inject)
+    model = wrap(KINDS[kind]().eval(), 1 / 4, guidance=guidance, image_range=(-1, 1))
+    settings = {"steps": 2, "predictor_steps": 2, "batch": 2, "held_out": 0.25, "progress": False}
+    samples = list(torch.rand(8, 4, 8, 8))
+    retroexit.fit(model, samples, tmp_path, metric=Distance(), **settings)
+    again = retroexit.load(tmp_path, model.generator, (bright(),))
+    output, exits = model.routed(bright(), threshold=1e6)
+    assert exits.tolist() == [1, 1]
+    assert torch.equal(output, again(bright(), exit=1))

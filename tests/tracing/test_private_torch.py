@@ -1,0 +1,122 @@
+"""What the recorder relies on in PyTorch beyond its documentation."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+
+from retroexit.tracing.record import record
+
+
+class Names(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_function__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(getattr(func, "__name__", ""))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_function_mode_sees_plain_tensors_and_not_what_its_own_handler_calls() -> None:
+    with Names() as mode:
+        torch.rand(2).relu()
+    assert mode.names == ["rand", "relu"]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`")
+def test_hooks_can_be_put_on_scripted_modules_and_run_around_the_users() -> None:
+    order: list[str] = []
+    for module in (nn.Linear(2, 2), torch.jit.script(nn.Linear(2, 2))):
+        order.clear()
+        if not isinstance(module, torch.jit.ScriptModule):
+            module.register_forward_pre_hook(lambda *_: order.append("user's pre-hook"))
+            module.register_forward_hook(lambda *_: order.append("user's hook"))
+        nn.Module.register_forward_pre_hook(
+            module, lambda _m, _a, _k: order.append("first"), prepend=True, with_kwargs=True
+        )
+        nn.Module.register_forward_hook(module, lambda *_: order.append("last"), always_call=True)
+        module(torch.rand(1, 2))
+        assert (order[0], order[-1]) == ("first", "last")
+
+
+def test_a_hook_that_is_always_called_sees_the_error_as_the_handled_one() -> None:
+    seen: list[BaseException | None] = []
+
+    class Fails(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise ValueError
+
+    module = Fails()
+    module.register_forward_hook(lambda *_: seen.append(sys.exc_info()[1]), always_call=True)
+    with pytest.raises(ValueError):
+        module(torch.rand(1))
+    assert isinstance(seen[0], ValueError)
+
+
+def test_generated_code_has_one_line_per_node_and_drops_values() -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    graph.output(graph.call_function(torch.add, (graph.call_method("relu", (x,)), 1)))
+    lines = [line.strip() for line in graph.python_code("self").src.strip().splitlines()]
+    assert lines[1] == "relu = x.relu();  x = None"
+    assert lines[2] == "add = torch.add(relu, 1);  relu = None"
+
+
+def test_a_forward_that_catches_an_error_of_a_module_is_recorded() -> None:
+    class Part(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            if x.dim() == 3:
+                raise ValueError
+            return x * 2
+
+    class Tries(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.part, self.layer = Part(), nn.Conv2d(3, 3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            try:
+                self.part(x[0])
+            except ValueError:
+                x = x + 1
+            return self.layer(self.part(x))
+
+    recording = record(Tries().eval(), (torch.rand(1, 3, 4, 4),))
+    called = [node.target for node in recording.nodes if node.op == "call_module"]
+    assert called == ["part", "layer"]
+
+
+def test_the_users_hooks_run_as_before_and_stay() -> None:
+    generator = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU()).eval()
+    calls: list[int] = []
+    generator[0].register_forward_hook(lambda _m, _a, out: out + len(calls) * 0 + 1)
+    generator[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    x = torch.rand(1, 3, 4, 4)
+    expected, hooks = generator(x), [dict(m._forward_hooks) for m in generator.modules()]
+    assert torch.equal(record(generator, (x,)).output, expected)
+    assert [dict(m._forward_hooks) for m in generator.modules()] == hooks
+    assert not any(m._forward_pre_hooks for m in generator.modules() if m is not generator[0])
+    assert len(calls) == 2
+
+
+def test_another_thread_that_runs_the_same_generator_is_not_recorded() -> None:
+    class Waits(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Conv2d(3, 3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            thread = threading.Thread(target=lambda: self.layer(torch.rand(1, 3, 2, 2)))
+            thread.start()
+            thread.join()
+            return self.layer(x)
+
+    recording = record(Waits().eval(), (torch.rand(1, 3, 4, 4),))
+    assert [call.path for call in recording.calls] == ["", "layer"]
