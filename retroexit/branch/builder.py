@@ -27,8 +27,7 @@ from retroexit.branch.widths.equations import symbols_of
 from retroexit.branch.widths.plan import Pin, WidthPlan, WidthRule
 from retroexit.branch.widths.resize import correct_fan_in, emptied, start_from_scratch
 from retroexit.branch.widths.solve import TailWidths
-from retroexit.core.macs import MacCounter
-from retroexit.core.modules import clone_module
+from retroexit.core.modules import MacCounter, clone_module
 from retroexit.errors import BranchError
 from retroexit.split.segments import Tail
 from retroexit.stages.cuts import Cut
