@@ -167,9 +167,7 @@ def _headline(summary: dict[str, Any], picked: float) -> str:
     )
 
 
-def _drawings(
-    evaluation: Evaluation, taus: Sequence[float], unguided: Evaluation | None
-) -> dict[str, str]:
+def _drawings(evaluation: Evaluation, taus: Sequence[float], unguided: Evaluation | None) -> dict[str, str]:
     """Draw every figure that the evaluation has numbers for, as SVG for use inside HTML."""
     drawings = {
         "compute": figures.quality_against_compute(evaluation),
