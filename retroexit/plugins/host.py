@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Host", "PluginInfo", "brief", "host"]
 
-_OWN: Final = {"builtin": "retroexit.builtin", "cli": "retroexit.cli.commands"}
+_OWN: Final = {"builtin": "retroexit.builtin"}
 """Plug-ins of the library, whose names others cannot take. Imported by name: they lie above the host."""
 
 _NOUNS: Final = {

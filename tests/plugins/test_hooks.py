@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 import retroexit
 from retroexit import cli
-from retroexit.cli import commands
 from retroexit.errors import OptionError, PluginError
 from retroexit.metrics import QualityMetric
 from retroexit.plugins import Description, Host, PluginInfo, hookimpl, hookspecs, host
@@ -61,7 +60,6 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Callable[[object], Host]:
     def install(plugin: object) -> Host:
         replacement = Host(discover=False)
         replacement.register(builtin, "builtin")
-        replacement.register(commands, "cli")
         replacement.register(plugin, "mine")
         monkeypatch.setattr(host(), "__dict__", vars(replacement))
         return host()
