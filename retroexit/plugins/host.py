@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Host", "PluginInfo", "brief", "host"]
 
-_OWN: Final = {"builtin": "retroexit.builtin"}
-"""Plug-ins of the library, whose names others cannot take. Imported by name: they lie above the host."""
+_OWN: Final = "builtin"
+"""The plug-in of the library, whose names others cannot take. Imported by name: it lies above the host."""
 
 _NOUNS: Final = {
     "retroexit_retrievers": "retriever",
@@ -84,7 +84,7 @@ class Host:
     """The plug-ins of one process; `host` returns the one that the library uses.
 
     Args:
-        discover: Whether the first look-up loads the library's own plug-ins and those of installed
+        discover: Whether the first look-up loads the library's own plug-in and those of installed
             distributions. With ``discover=False`` only what is passed to `register` is used.
     """
 
@@ -270,7 +270,7 @@ class Host:
                         candidates.setdefault(name, []).insert(0, (offer, info))
                 chosen = {}
                 for name, offers in candidates.items():
-                    own = [offer for offer in offers if offer[1].name in _OWN]
+                    own = [offer for offer in offers if offer[1].name == _OWN]
                     if len(offers) == 1 or own:
                         chosen[name] = (own or offers)[0]
                     if len(offers) > 1:
@@ -278,7 +278,7 @@ class Host:
                         advice = "the library's own is used" if own else "uninstall one"
                         conflict = f"{_NOUNS[hook]} {name!r} is offered by {authors}; {advice}"
                         self._conflicts[hook, name] = conflict
-                        self._report(conflict, *(info for _, info in offers if info.name not in _OWN))
+                        self._report(conflict, *(info for _, info in offers if info.name != _OWN))
                 self._offers[hook] = chosen
             return self._offers[hook]
 
@@ -301,16 +301,15 @@ class Host:
             raise
         except Exception as error:
             if weights is not None and isinstance(error, TypeError) and "weights" in str(error):
-                raise OptionError(f"{what} takes no weights. Leave them out.", weights) from error
+                raise OptionError(f"{what} takes no weights. Leave it out.", weights) from error
             raise PluginError(f"{what} raised {cause_of(error)}", factory) from error
 
     def _load(self) -> None:
-        """Register the library's own plug-ins and those of installed distributions, once."""
+        """Register the library's own plug-in and those of installed distributions, once."""
         with self._lock:
             if self._entries is None:
-                for name, module in _OWN.items():
-                    own = PluginInfo(name, "retroexit", __version__)
-                    self._register(importlib.import_module(module), own)
+                own = PluginInfo(_OWN, "retroexit", __version__)
+                self._register(importlib.import_module(f"retroexit.{_OWN}"), own)
                 entries = importlib.metadata.entry_points(group=hookspecs.GROUP)
                 self._entries = sorted(entries, key=lambda entry: (_origin_of(entry), entry.name))
             while self._entries:
