@@ -16,7 +16,7 @@ from retroexit.errors import WeightsError
 from retroexit.evaluation.sweep import Evaluation
 from retroexit.metrics import QualityMetric
 from retroexit.model import EarlyExitGenerator
-from retroexit.plugins.host import find_metric
+from retroexit.plugins.host import host
 from retroexit.report.text_tables import sweep_table
 
 __all__ = ["pick_metric", "run_demo", "wrap_scene_generator"]
@@ -46,15 +46,15 @@ def pick_metric(name: str, weights: Path | None, say: Callable[[str], None]) -> 
         WeightsError: If the metric is named and its weights are not available.
     """
     if name != "auto":
-        return find_metric(name, weights)
+        return host().metric(name, weights)
     try:
-        return find_metric("lpips-alex", weights)
+        return host().metric("lpips-alex", weights)
     except WeightsError as error:
         say(
             "The LPIPS weights are not available, so this demo measures quality by 1 - MS-SSIM instead (as with "
             f"--metric ms-ssim); thresholds are on that scale.\n  reason: {error}"
         )
-        return find_metric("ms-ssim")
+        return host().metric("ms-ssim")
 
 
 def run_demo(
