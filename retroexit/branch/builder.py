@@ -21,12 +21,20 @@ from retroexit.branch.adapter_stages import (
     stage_shapes,
 )
 from retroexit.branch.branch import Branch, GuideEntry, GuideShape
-from retroexit.branch.inherit import Layout, choose_channels, find_layout, narrow, readers_of
+from retroexit.branch.inherit import (
+    Layout,
+    choose_channels,
+    correct_fan_in,
+    emptied,
+    find_layout,
+    narrow,
+    readers_of,
+    start_from_scratch,
+)
+from retroexit.branch.least_squares import CONVOLUTIONS
 from retroexit.branch.widths.analyse import analyse, blame
 from retroexit.branch.widths.equations import symbols_of
-from retroexit.branch.widths.plan import Pin, WidthPlan, WidthRule
-from retroexit.branch.widths.resize import correct_fan_in, emptied, start_from_scratch
-from retroexit.branch.widths.solve import TailWidths
+from retroexit.branch.widths.plan import Pin, TailWidths, WidthPlan, WidthRule
 from retroexit.core.macs import MacCounter
 from retroexit.core.modules import clone_module
 from retroexit.errors import BranchError
@@ -311,7 +319,7 @@ class BranchBuilder:
         return {
             path: self.kept(f"{path}.weight", int(getattr(module, "transposed", False)))
             for path, module in self.full.named_modules()
-            if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) and f"{path}.weight" in named
+            if isinstance(module, (nn.Linear, *CONVOLUTIONS)) and f"{path}.weight" in named
         }
 
     def _trial_run(self, branch: Branch) -> None:
