@@ -88,11 +88,11 @@ def _int_items(
 def analyse(
     tail: nn.Module,
     values: Sequence[Tensor],
-    *,
     threshold: int,
-    image: Sequence[Any] = (),
-    names: Sequence[str] = (),
-    opaque: dict[str, str] | None = None,
+    image: Sequence[Any],
+    names: Sequence[str],
+    opaque: dict[str, str],
+    *,
     small: bool = False,
 ) -> TailWidths:
     """Run a tail with symbolic widths and collect the equations between them.
@@ -111,7 +111,7 @@ def analyse(
     Raises:
         BranchError: If the tail cannot run on symbolic sizes.
     """
-    attempt = _Attempt(_scripted_modules(tail) | (opaque or {}))
+    attempt = _Attempt(_scripted_modules(tail) | opaque)
     for _ in range(_MAX_RUNS):
         run = _SymbolicRun(tail, values, threshold, attempt, small)
         try:
