@@ -300,7 +300,7 @@ class Host:
         except RetroExitError:
             raise
         except Exception as error:
-            if weights is not None and isinstance(error, TypeError) and "weights" in str(error):
+            if weights is not None and isinstance(error, TypeError):
                 raise OptionError(f"{what} takes no weights. Leave it out.", weights) from error
             raise PluginError(f"{what} raised {cause_of(error)}", factory) from error
 
