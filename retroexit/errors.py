@@ -142,6 +142,12 @@ class RetroExitWarning(UserWarning):
     """Category of every warning that retroexit issues."""
 
 
+def cause_of(error: BaseException) -> str:
+    """Format an exception in one line, with its type if it is not one of retroexit's."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, RetroExitError) else f"{type(error).__name__}: {text}"
+
+
 def closest(name: object, names: Iterable[str], most: int = 3) -> str:
     """Format the names nearest to a wrong one, for the end of an error message."""
     names = list(names)
