@@ -31,7 +31,7 @@ from retroexit.core.macs import MacCounter
 from retroexit.core.modules import clone_module
 from retroexit.errors import BranchError
 from retroexit.split.segments import Tail
-from retroexit.stages.cuts import Cut
+from retroexit.stages.decoder import Cut
 
 __all__ = ["BranchSpec", "Init", "build_branch"]
 
