@@ -22,7 +22,7 @@ from retroexit.stages.maps import is_map, shape_of, sizes_of, width_of
 from retroexit.tracing.record import Recording
 from retroexit.tracing.recorder import Call
 
-__all__ = ["choose_stages", "repeated_stage"]
+__all__ = ["choose_stages", "closing_modules", "repeated_stage"]
 
 _FEW_CHANNELS = 4  # a map with so few channels is an image, a mask or a latent, not a feature
 _FEW_STAGES = 3  # fewer leave hardly a choice of exits
@@ -48,7 +48,7 @@ def choose_stages(recording: Recording, image: fx.Node) -> dict[str, str]:
             no work beside one that runs more than once.
     """
     calls = recording.calls
-    root = next((part for part in _Reader(recording, image).parts(calls[0]) if part.path == ""), None)
+    root = _read_parts(recording, image)
     stages: list[Part] = []
     if root is not None:
         _mark_encoders(root)
@@ -58,6 +58,25 @@ def choose_stages(recording: Recording, image: fx.Node) -> dict[str, str]:
     if not stages or sum(part.call.macs for part in stages) < _NEGLIGIBLE * repeated:
         raise _no_stages(recording, image)
     return {part.path: part.closing for part in stages}
+
+
+def closing_modules(recording: Recording, image: fx.Node, stages: Sequence[str]) -> dict[str, str]:
+    """Find the modules that close some stages, such as the norm behind a single layer; see `choose_stages`.
+
+    Args:
+        recording: One execution, with every layer as a node and tokens marked.
+        image: Node of the image.
+        stages: Paths of modules that run once, in order of execution.
+    """
+    root = _read_parts(recording, image)
+    closing = {} if root is None else {part.path: part.closing for part in root.inside()}
+    calls = {call.path: call for call in recording.calls}
+    ends = {}
+    for path in stages:
+        end = closing.get(path, path)
+        is_crossed = any(calls[path].end <= calls[other].begin < calls[end].end for other in stages)
+        ends[path] = path if is_crossed else end
+    return ends
 
 
 # A recording as a tree of parts.
@@ -132,6 +151,12 @@ def _shrinks(length: float, source: float) -> bool:
 
 def _rises(length: float, source: float) -> bool:
     return _shrinks(source, length)
+
+
+def _read_parts(recording: Recording, image: fx.Node) -> Part | None:
+    """Read a recording as a tree; returns the generator as a part, if it makes the image."""
+    parts = _Reader(recording, image).parts(recording.calls[0])
+    return next((part for part in parts if part.path == ""), None)
 
 
 class _Reader:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import operator
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +13,7 @@ from typing import Any, Literal
 from torch import fx, nn
 
 from retroexit.errors import AttachPointError, GeneratorError, RecordingError, closest
-from retroexit.stages.choose import choose_stages, repeated_stage
+from retroexit.stages.choose import choose_stages, closing_modules, repeated_stage
 from retroexit.stages.maps import find_image, is_map, lay_out_tokens, mark_tokens, shape_of
 from retroexit.stages.stage import Stage, suggest_attach_points
 from retroexit.tracing.record import Recording, record, steering_line
@@ -148,7 +148,7 @@ def read_decoder(
     args: tuple[Any, ...],
     kwargs: dict[str, Any] | None = None,
     *,
-    stages: Sequence[str] | None = None,
+    stages: Sequence[str] | Mapping[str, str] | None = None,
     also: Iterable[str] = (),
     image: Any = None,
 ) -> Decoder:
@@ -158,7 +158,8 @@ def read_decoder(
         generator: A trained generator in eval mode.
         args: Positional inputs that it accepts.
         kwargs: Keyword inputs.
-        stages: Paths of l_1..l_N; found if ``None``.
+        stages: Paths of l_1..l_N, or a mapping from these to the paths of the modules that close them; found if
+            ``None``.
         also: Paths of further modules that must stay visible as single nodes.
         image: Key, index or path of the image in the output.
 
@@ -170,10 +171,15 @@ def read_decoder(
     deep = _record_deeply(generator, args, kwargs)
     _, deep_image = find_image(deep, image)
     mark_tokens(deep, deep_image)
-    ends = {path: path for path in stages} if stages is not None else choose_stages(deep, deep_image)
+    if stages is None:
+        ends = choose_stages(deep, deep_image)
+    else:
+        ends = dict(stages) if isinstance(stages, Mapping) else dict.fromkeys(stages, "")
     ran = Counter(call.path for call in deep.calls if call.path)
-    for path in (*ends, *also):
+    for path in (*ends, *filter(None, ends.values()), *also):
         _check_path(generator, path, ran)
+    if stages is not None and not isinstance(stages, Mapping):
+        ends = closing_modules(deep, deep_image, stages)
     leaves = {*ends, *ends.values(), *also}
     opened = _opened(deep, leaves)
     shallow, reason = _record_stages(generator, args, kwargs, lambda path, _module: path not in opened)
