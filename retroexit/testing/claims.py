@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from retroexit.api import load
 from retroexit.branch.adapter_stages import BuildStage
 from retroexit.branch.widths.plan import scaled_width
-from retroexit.core.images import ImageRange, measure_range
 from retroexit.core.nested import cloned, tensors
+from retroexit.core.samples import ImageRange, measure_range
 from retroexit.errors import OutputError, cause_of
 from retroexit.model import EarlyExitGenerator
 from retroexit.plugins.host import brief
