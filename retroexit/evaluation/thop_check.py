@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from retroexit.core.macs import unit_of
+from retroexit.core.modules import unit_of
 from retroexit.core.nested import tensors
 from retroexit.errors import MissingExtraError
 

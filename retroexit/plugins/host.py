@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 import pluggy
 from torch import nn
 
-from retroexit.core.versions import __version__
+from retroexit.core.files import __version__
 from retroexit.errors import OptionError, PluginError, RetroExitError, RetroExitWarning, cause_of, closest
 from retroexit.metrics import QualityMetric
 from retroexit.plugins import hookspecs
