@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from retroexit.branch.widths.plan import WidthFunction
     from retroexit.metrics.base import QualityMetric
     from retroexit.retrieval import Retriever
-    from retroexit.training.losses import BatchTerm, Term
+    from retroexit.plugins.training_types import BatchTerm, Term
 
 __all__ = [
     "retroexit_commands",

@@ -33,7 +33,7 @@ from retroexit.routing.latency import Latency
 from retroexit.training.branches.distributed import Team, join
 from retroexit.training.fit import fit_model
 from retroexit.training.losses import QUALITY
-from retroexit.training.losses.objectives import Objective
+from retroexit.plugins.training_types import Objective
 from retroexit.training.losses.plan import DEFAULT_LOSSES, plan_losses
 from retroexit.training.losses.presets import LossPlan, find_weights
 from retroexit.training.predictor.fit import check_reads
@@ -93,7 +93,7 @@ def fit(
             ``"feature-matching"`` is a term: the generator's own, trained; a file with the state dict of the
             one that the adapter makes; ``"auto"``, that one as it is made, which knows nothing yet; ``None``.
         adversarial: How they compete: ``"hinge"``, ``"non-saturating"`` or a
-            `retroexit.training.losses.objectives.Objective`; by default as the adapter says, else as the
+            `retroexit.plugins.training_types.Objective`; by default as the adapter says, else as the
             preset does.
         discriminator_lr: Learning rate of the discriminators.
         gaze: Gaze network of the term ``"gaze"``.

@@ -23,7 +23,7 @@ from retroexit.model import EarlyExitGenerator
 from retroexit.training.branches.ema import Average
 from retroexit.training.branches.initialise import reconstruct_branches
 from retroexit.training.branches.trainer import BranchSchedule, learning_rate
-from retroexit.training.data.batch import TrainingBatch
+from retroexit.plugins.training_types import TrainingBatch
 from retroexit.training.data.cache import IMAGE, FeatureCache
 from retroexit.training.data.crops import Cropper
 from retroexit.training.data.live import LiveFeatures

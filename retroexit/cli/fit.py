@@ -53,7 +53,8 @@ from retroexit.plugins.host import host
 from retroexit.report.text_tables import exit_table
 from retroexit.training.branches.distributed import Team, join, kind_of_device, rehearse
 from retroexit.training.losses.plan import DEFAULT_LOSSES
-from retroexit.training.losses.presets import SPECIAL, find_weights
+from retroexit.plugins.training_types import RESERVED_LOSSES
+from retroexit.training.losses.presets import find_weights
 from retroexit.training.settings import FitSettings
 
 __all__ = ["fit"]
@@ -224,7 +225,7 @@ def _check_names(metric: str, retriever: str, guidance: bool, asked: Mapping[str
     if metric != "lpips" and metric not in host().metrics():
         host().metric(metric)  # says why not
     for name in _terms(asked):
-        if name not in SPECIAL and name not in (*host().losses(), *host().metrics()):
+        if name not in RESERVED_LOSSES and name not in (*host().losses(), *host().metrics()):
             host().loss(name)  # says why not
     host().retriever(retriever)
     if retriever != "exact" and not guidance:

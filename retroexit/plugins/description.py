@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from retroexit.errors import OptionError
 
 if TYPE_CHECKING:
-    from retroexit.training.losses.objectives import Objective
+    from retroexit.plugins.training_types import Objective
 
 __all__ = ["Description"]
 
@@ -45,7 +45,7 @@ class Description:
             against branches (paper 3.1, equation 1). It takes an image ``(N, C, H, W)`` in ``image_range``
             and returns scores of any shape, or a list whose last part is the score, or a list of such lists.
         adversarial: How branches and discriminator compete (equation 1): ``"hinge"``, ``"non-saturating"``,
-            or a `retroexit.training.losses.objectives.Objective`; ``None`` leaves it to the user.
+            or a `retroexit.plugins.training_types.Objective`; ``None`` leaves it to the user.
 
     Raises:
         OptionError: If ``name`` is empty, ``stages`` holds fewer than two distinct paths, ``image_range`` is

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from retroexit.branch.widths.plan import WidthFunction
     from retroexit.metrics.base import QualityMetric
     from retroexit.retrieval import Retriever
-    from retroexit.training.losses import BatchTerm, Term
+    from retroexit.plugins.training_types import BatchTerm, Term
 
 __all__ = [
     "GROUP",
@@ -109,7 +109,7 @@ def retroexit_losses() -> dict[str, Callable[..., Term | BatchTerm]]:  # type: i
         makes the term, which takes an exit's image and the backbone's, both ``(N, C, H, W)`` in [-1, 1], and
         returns a scalar or one number per image. ``torch.nn.HuberLoss`` is such a factory. A term that needs
         the generator's inputs too has ``needs_inputs = True`` and the method ``of_batch(batch)``, which takes
-        a `retroexit.training.data.batch.TrainingBatch`. Where the user names a file of weights, it is handed
+        a `retroexit.plugins.training_types.TrainingBatch`. Where the user names a file of weights, it is handed
         to the factory as ``weights``.
     """
 

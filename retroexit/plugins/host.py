@@ -27,13 +27,13 @@ from retroexit.plugins.discovery import announcements, own_version
 from retroexit.plugins.info import PluginInfo, brief, cause_of
 from retroexit.plugins.registry import check_retriever, make_loss, make_metric
 from retroexit.plugins.shelf import BUILTIN, Shelf
-from retroexit.training.losses.presets import SPECIAL
+from retroexit.plugins.training_types import RESERVED_LOSSES
 
 if TYPE_CHECKING:
     from retroexit.branch.widths.plan import WidthFunction
     from retroexit.metrics.base import QualityMetric
     from retroexit.retrieval import Retriever
-    from retroexit.training.losses import BatchTerm, Term
+    from retroexit.plugins.training_types import BatchTerm, Term
 
 __all__ = ["Host", "host"]
 
@@ -56,7 +56,7 @@ class Host:
         self._rejected: list[PluginInfo] = []
         self._retrievers = Shelf("retroexit_retrievers", "retriever", check_retriever)
         self._metrics = Shelf("retroexit_metrics", "metric", reserved=_METRIC_ALIASES)
-        self._losses = Shelf("retroexit_losses", "loss", reserved=SPECIAL)
+        self._losses = Shelf("retroexit_losses", "loss", reserved=RESERVED_LOSSES)
         self._width_rules = Shelf("retroexit_width_rules", "width rule")
         self._commands = Shelf("retroexit_commands", "command")
         self._to_discover = discover

@@ -11,7 +11,7 @@ from retroexit.plugins.info import PluginInfo, brief, cause_of
 
 if TYPE_CHECKING:
     from retroexit.metrics.base import QualityMetric
-    from retroexit.training.losses import BatchTerm, Term
+    from retroexit.plugins.training_types import BatchTerm, Term
 
 __all__ = ["check_retriever", "make_loss", "make_metric"]
 

@@ -35,7 +35,7 @@ from retroexit.training.branches.initialise import reconstruct_branches
 from retroexit.training.branches.loop import train_branches
 from retroexit.training.branches.tensorboard import Watch
 from retroexit.training.branches.trainer import BranchSchedule, BranchTrainer
-from retroexit.training.data.batch import TrainingBatch
+from retroexit.plugins.training_types import TrainingBatch
 from retroexit.training.data.cache import IMAGE, FeatureCache, guidance_names
 from retroexit.training.data.crops import Cropper
 from retroexit.training.data.live import Features, LiveFeatures

@@ -160,7 +160,7 @@ def test_the_labelmix_loss_is_the_official_one(official: SimpleNamespace) -> Non
 
 
 def test_both_sides_of_the_objective_are_the_official_ones(official: SimpleNamespace) -> None:
-    from retroexit.training.data.batch import TrainingBatch
+    from retroexit.plugins.training_types import TrainingBatch
     from retroexit.training.losses.adversary import Adversarial, Adversary
 
     computer = official.losses.losses_computer(options("cityscapes"))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from retroexit.errors import CheckpointError, OptionError, TrainingError
-from retroexit.training.data.batch import TrainingBatch
+from retroexit.plugins.training_types import TrainingBatch
 from retroexit.training.losses import FeatureMatching
 from retroexit.training.losses.adversary import Adversarial, Adversary, AdversarySettings
 from retroexit.training.losses.discriminator_output import captured_layers

@@ -20,7 +20,7 @@ from retroexit.errors import CheckpointError, OptionError, TrainingError
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.training import fit as fitting
 from retroexit.training.branches.trainer import BranchTrainer
-from retroexit.training.data.batch import TrainingBatch
+from retroexit.plugins.training_types import TrainingBatch
 from retroexit.training.data.cache import FeatureCache
 from retroexit.training.data.steps import Step, Steps
 from retroexit.training.losses import L1, TrainingLoss

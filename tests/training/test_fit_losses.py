@@ -15,8 +15,8 @@ from retroexit.core.tensor_files import read_tensors
 from retroexit.errors import CheckpointError, OptionError
 from retroexit.metrics.base import QualityMetric
 from retroexit.training.branches.trainer import BranchTrainer
-from retroexit.training.data.batch import TrainingBatch
-from retroexit.training.losses.discriminator_output import DiscriminatorOutput
+from retroexit.plugins.training_types import TrainingBatch
+from retroexit.plugins.training_types import DiscriminatorOutput
 
 oasis = pytest.importorskip("retroexit_oasis", reason="install the project to get its adapters")
 

@@ -14,7 +14,7 @@ import retroexit
 from retroexit.errors import OptionError, PluginError, RetroExitWarning, WeightsError
 from retroexit.metrics.base import LPIPS, MSSSIM, QualityMetric
 from retroexit.plugins import Description
-from retroexit.training.data.batch import TrainingBatch
+from retroexit.plugins.training_types import TrainingBatch
 from retroexit.training.losses import L1
 from retroexit.training.losses.objectives import Hinge
 from retroexit.training.losses.plan import plan_losses

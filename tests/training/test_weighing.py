@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from retroexit.errors import CheckpointError
-from retroexit.training.data.batch import TrainingBatch
+from retroexit.plugins.training_types import TrainingBatch
 from retroexit.training.losses import L1, TrainingLoss
 from retroexit.training.losses.equalise import Equaliser
 
@@ -127,7 +127,7 @@ def test_a_term_that_hardly_pulls_is_not_blown_up_without_end() -> None:
 
 PROCESS = """
 import sys, torch, torch.distributed as dist
-from retroexit.training.data.batch import TrainingBatch
+from retroexit.plugins.training_types import TrainingBatch
 from retroexit.training.losses import L1, TrainingLoss
 from retroexit.training.losses.equalise import Equaliser
 
