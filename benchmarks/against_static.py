@@ -55,7 +55,7 @@ from retroexit.core.samples import Samples
 from retroexit.core.versions import versions
 from retroexit.evaluation.sweep import Evaluation
 from retroexit.model import EarlyExitGenerator
-from retroexit.training.data.cache import FeatureCache
+from retroexit.training.cache import FeatureCache
 
 _LATENT = ((3, 4, 6, 7, 8), (16, 20, 24, 28, 32), (16, 24, 36), (0.4, 0.7), 64, 16)
 EXITS = {  # stages, scales and the least width of ours; scales of the students; ratios of Torch-Pruning
@@ -222,7 +222,7 @@ def main(given: Sequence[str] | None = None) -> None:
 
 
 def _backbone_macs(case: Case) -> int:
-    from retroexit.evaluation.thop_check import count_macs
+    from retroexit.core.macs import count_macs
 
     args, _ = Samples(case.test).gather([0])
     return count_macs(case.generator, *args)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import retroexit
 from retroexit.core.samples import Samples
 from retroexit.demo import load_scene_generator, scene_inputs
-from retroexit.metrics.base import QualityMetric
+from retroexit.metrics import QualityMetric
 from retroexit.model import EarlyExitGenerator
 from retroexit.plugins import host
 

@@ -45,15 +45,13 @@ from tqdm import tqdm
 import retroexit
 from retroexit.core.samples import Samples
 from retroexit.core.versions import versions
-from retroexit.metrics.base import LPIPS
+from retroexit.metrics import LPIPS
 from retroexit.report.text_tables import table
-from retroexit.training.branches.feature_distance import FeatureDistance
-from retroexit.training.branches.initialise import reconstruct_branches
-from retroexit.training.branches.trainer import BranchSchedule, BranchTrainer
-from retroexit.training.data.cache import FeatureCache
-from retroexit.training.data.crops import Cropper
-from retroexit.training.data.steps import Step, Steps
+from retroexit.training.cache import FeatureCache
+from retroexit.training.initialise import reconstruct_branches
 from retroexit.training.losses import L1, TrainingLoss
+from retroexit.training.steps import Cropper, Step, Steps
+from retroexit.training.trainer import BranchSchedule, BranchTrainer, FeatureDistance
 
 
 @dataclass(frozen=True)

@@ -39,15 +39,13 @@ import retroexit
 from retroexit.core.images import ImageRange
 from retroexit.core.samples import Samples
 from retroexit.core.versions import versions
-from retroexit.metrics.base import LPIPS
+from retroexit.metrics import LPIPS
 from retroexit.report.text_tables import table
-from retroexit.training.branches.initialise import reconstruct_branches
-from retroexit.training.branches.trainer import BranchSchedule, BranchTrainer
-from retroexit.training.data.cache import IMAGE, FeatureCache
-from retroexit.training.data.crops import Cropper
-from retroexit.training.data.steps import Steps
+from retroexit.training.cache import IMAGE, FeatureCache, chunks
+from retroexit.training.initialise import reconstruct_branches
 from retroexit.training.losses import L1, TrainingLoss
-from retroexit.training.predictor.exit_losses import chunks
+from retroexit.training.steps import Cropper, Steps
+from retroexit.training.trainer import BranchSchedule, BranchTrainer
 
 LIMITS = ImageRange(0.0, 1.0)
 

@@ -37,9 +37,9 @@ from retroexit.evaluation.sweep import Evaluation
 from retroexit.model import EarlyExitGenerator
 from retroexit.report.text_tables import table
 from retroexit.routing.predictor import KINDS, READS
-from retroexit.training.data.cache import FeatureCache
-from retroexit.training.fit import FitSettings, divide
-from retroexit.training.predictor.fit import fit_predictor
+from retroexit.training.cache import FeatureCache
+from retroexit.training.predictor import fit_predictor
+from retroexit.training.settings import FitSettings, divide
 
 
 def demo(count: int, tests: int) -> tuple[nn.Module, Sequence[Any], Sequence[Any]]:

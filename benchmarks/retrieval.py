@@ -89,7 +89,7 @@ def keys_of(model: EarlyExitGenerator, inputs: Sequence[Any]) -> np.ndarray:
     taps, found = model.decomposition.taps, []
     assert taps is not None
     for _, args, kwargs in tqdm(Samples(inputs).batches(16), desc="keys", disable=None):
-        _, key_feature = model.split.begin(args, kwargs)
+        key_feature = model.split.begin(args, kwargs).key_feature
         found.append(cut(taps.query(key_feature, args, kwargs), taps.patch).flatten(1, -2))
     return torch.cat(found).float().numpy()
 

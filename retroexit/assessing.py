@@ -14,7 +14,7 @@ from retroexit.errors import RetroExitWarning
 from retroexit.evaluation.measure import measure
 from retroexit.evaluation.sweep import Evaluation
 from retroexit.measuring.calibrate import calibrate_model
-from retroexit.metrics.base import QualityMetric
+from retroexit.metrics import QualityMetric
 from retroexit.model import EarlyExitGenerator
 from retroexit.plugins.host import host
 from retroexit.routing.calibration import Calibration

@@ -11,9 +11,9 @@ from retroexit.plugins.hookspecs import hookimpl
 
 if TYPE_CHECKING:
     from retroexit.branch.widths.plan import WidthFunction
-    from retroexit.metrics.base import QualityMetric
-    from retroexit.retrieval import Retriever
+    from retroexit.metrics import QualityMetric
     from retroexit.plugins.training_types import BatchTerm, Term
+    from retroexit.retrieval import Retriever
 
 __all__ = [
     "retroexit_commands",
@@ -36,7 +36,7 @@ def retroexit_retrievers() -> dict[str, type[Retriever]]:
 @hookimpl
 def retroexit_metrics() -> dict[str, Callable[..., QualityMetric]]:
     """Offer LPIPS on three networks, and MS-SSIM."""
-    from retroexit.metrics.base import LPIPS, MSSSIM
+    from retroexit.metrics import LPIPS, MSSSIM
 
     lpips = {f"lpips-{net}": functools.partial(LPIPS, net=net) for net in ("alex", "squeeze", "vgg")}
     return {**lpips, "ms-ssim": MSSSIM}

@@ -11,12 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from retroexit.core.files import MANIFEST, is_whole, self_digest
-from retroexit.core.modules import device_of
-from retroexit.core.tensor_files import read_tensors, sha256_of, write_tensors
+from retroexit.core.files import MANIFEST, is_whole, read_tensors, self_digest, sha256_of, write_tensors
+from retroexit.core.modules import device_of, fingerprint
 from retroexit.core.versions import versions
 from retroexit.errors import CheckpointError, RetroExitError
-from retroexit.fingerprint import fingerprint
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.guidance.options import Guidance
 from retroexit.model import EarlyExitGenerator
@@ -33,7 +31,7 @@ from retroexit.saving.parts import (
 from retroexit.saving.settings import options_from_json, plan_to_json, with_key, wrap_settings
 
 if TYPE_CHECKING:
-    from retroexit.retrieval.base import Retriever
+    from retroexit.retrieval import Retriever
 
 __all__ = ["load_model", "save_model"]
 

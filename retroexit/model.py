@@ -225,7 +225,8 @@ class EarlyExitGenerator(RoutedCalls):
         if exit is None or self._check_exit(exit) == len(self.branches) + 1:
             return self.generator(*args, **kwargs)
         with torch.no_grad():
-            values, key_feature = self.split.begin(args, kwargs)
+            begun = self.split.begin(args, kwargs)
+            values, key_feature = begun.values, begun.key_feature
             guide = self._guide(key_feature, args, kwargs)
             for index in range(1, exit):
                 values = self.split.advance(values, index)
@@ -244,7 +245,8 @@ class EarlyExitGenerator(RoutedCalls):
         if not self.is_recorded:
             self.record(*inputs, **kwargs)
         with torch.no_grad():
-            values, key_feature = self.split.begin(inputs, kwargs)
+            begun = self.split.begin(inputs, kwargs)
+            values, key_feature = begun.values, begun.key_feature
             guide = self._guide(key_feature, inputs, kwargs)
         outputs = []
         for index in range(len(self.branches)):

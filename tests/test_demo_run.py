@@ -14,7 +14,7 @@ from retroexit.demo import run as demo
 from retroexit.demo.generator import load_scene_generator, scene_inputs
 from retroexit.demo.scenes import LABEL_COLOURS
 from retroexit.errors import PluginError, WeightsError
-from retroexit.metrics.base import MSSSIM
+from retroexit.metrics import MSSSIM
 
 
 def test_the_demo_command_wraps_fits_and_reports(

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 import retroexit
 from retroexit.core.images import ImageRange
+from retroexit.core.macs import count_macs
 from retroexit.core.samples import Samples
 from retroexit.errors import CheckpointError, MissingExtraError, OptionError, OutputError
 from retroexit.evaluation.measure import Measurement, measure, pick_strips, route_seconds
 from retroexit.evaluation.sweep import Evaluation
-from retroexit.evaluation.thop_check import count_macs, cross_check
-from retroexit.metrics.base import QualityMetric
+from retroexit.evaluation.thop_check import cross_check
+from retroexit.metrics import QualityMetric
 from retroexit.model import EarlyExitGenerator
 
 
@@ -274,7 +275,7 @@ def test_a_missing_thop_is_said_and_breaks_nothing(
     model: EarlyExitGenerator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "thop", None)
-    assert "MissingExtraError: asked for a count by thop" in cross_check(
+    assert "MissingExtraError: thop is not installed" in cross_check(
         model.generator, model.exits[-1].macs, (INPUTS[:1],)
     )
 

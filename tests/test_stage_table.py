@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import retroexit
-from retroexit.evaluation.thop_check import unit_of
+from retroexit.core.macs import unit_of
 from retroexit.inspection import read_generator
 from retroexit.report.stage_table import brief_count, decoder_table, ranges, shorten, stage_table
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from retroexit.errors import TrainingError
-from retroexit.plugins.training_types import TrainingBatch
-from retroexit.plugins.training_types import DiscriminatorOutput
-from retroexit.plugins.training_types import Discriminate
+from retroexit.plugins.training_types import Discriminate, DiscriminatorOutput, TrainingBatch
 from retroexit_oasis.losses import fake_loss, labelmix_loss, labelmix_mask, mix, real_loss
 
 __all__ = ["OASISObjective"]

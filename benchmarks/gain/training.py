@@ -23,8 +23,8 @@ from retroexit.core.samples import Samples
 from retroexit.guidance import GuidanceBank, with_slopes
 from retroexit.model import EarlyExitGenerator
 from retroexit.plugins import host
-from retroexit.training.data.cache import IMAGE, FeatureCache, guidance_names
-from retroexit.training.data.crops import Cropper
+from retroexit.training.cache import IMAGE, FeatureCache, guidance_names
+from retroexit.training.steps import Cropper
 
 __all__ = ["CONTROLS", "Bench", "Schedule", "noise", "shuffled"]
 

@@ -14,9 +14,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from retroexit.core.images import ImageRange
+from retroexit.core.macs import count_macs
 from retroexit.evaluation.sweep import Evaluation, OperatingPoint
-from retroexit.evaluation.thop_check import count_macs
-from retroexit.metrics.base import QualityMetric
+from retroexit.metrics import QualityMetric
 from retroexit.routing.policy import assign_by_budget
 
 __all__ = ["Point", "exit_points", "network_point", "seconds_of", "thresholds_of"]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassJaccardIndex
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from retroexit.metrics.base import LPIPS
+from retroexit.metrics import LPIPS
 
 __all__ = ["ESPNet", "SqueezeFeatures", "frechet_distance", "mean_iou"]
 

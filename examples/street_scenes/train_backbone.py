@@ -35,7 +35,7 @@ from retroexit_oasis import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from retroexit.metrics.base import LPIPS
+from retroexit.metrics import LPIPS
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from gan_training import GanTrainer, export, options, train  # beside this folder

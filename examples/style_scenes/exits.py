@@ -33,7 +33,7 @@ from tqdm import tqdm
 import retroexit
 from retroexit.evaluation.promise import promise_summary
 from retroexit.evaluation.sweep import Evaluation, OperatingPoint
-from retroexit.metrics.base import LPIPS
+from retroexit.metrics import LPIPS
 from retroexit.report.text_tables import promise_table, sweep_table, table
 
 BACKBONE = Path(__file__).with_name("backbone.safetensors")

@@ -25,9 +25,9 @@ from frames import Clips, PoseKey, TalkingHead, load, shared_folder
 from summary import Run, summarise
 
 import retroexit
-from retroexit.fingerprint import fingerprint
+from retroexit.core.modules import fingerprint
 from retroexit.guidance import GuidanceBank
-from retroexit.metrics.base import LPIPS
+from retroexit.metrics import LPIPS
 from retroexit.model import EarlyExitGenerator
 from retroexit.retrieval import ExactRetriever
 

@@ -22,8 +22,9 @@ from retroexit.branch.entry import GuideEntry
 from retroexit.branch.resize import correct_fan_in, emptied, start_from_scratch
 from retroexit.branch.widths.plan import Pin, WidthPlan
 from retroexit.core.macs import MacCounter
+from retroexit.core.modules import clone_module
 from retroexit.errors import BranchError
-from retroexit.split.segments import Cut, Tail, clone_module
+from retroexit.split.segments import Cut, Tail
 
 __all__ = ["Branch", "build_branch"]
 

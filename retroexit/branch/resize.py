@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from retroexit.branch.widths.int_attributes import set_attribute
 from retroexit.branch.widths.plan import WidthPlan
-from retroexit.split.segments import clone_module
+from retroexit.core.modules import clone_module
 
 __all__ = ["correct_fan_in", "emptied", "resized", "start_from_scratch"]
 

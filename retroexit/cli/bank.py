@@ -13,9 +13,9 @@ import retroexit
 from retroexit.cli.load_target import example_of, load_generator, load_object, load_samples, parse_places
 from retroexit.cli.options import TARGET, FactoryArguments, resumable
 from retroexit.core.files import MANIFEST
+from retroexit.core.modules import fingerprint
 from retroexit.core.samples import Samples
 from retroexit.errors import OptionError
-from retroexit.fingerprint import fingerprint
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.plugins.host import host
 from retroexit.training.stream_bank import stream_bank, stream_banks

@@ -50,11 +50,10 @@ from retroexit.core.samples import moved
 from retroexit.errors import OptionError
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.plugins.host import host
-from retroexit.report.text_tables import exit_table
-from retroexit.training.branches.distributed import Team, join, kind_of_device, rehearse
-from retroexit.training.losses.plan import DEFAULT_LOSSES
 from retroexit.plugins.training_types import RESERVED_LOSSES
-from retroexit.training.losses.presets import find_weights
+from retroexit.report.text_tables import exit_table
+from retroexit.training.distributed import Team, check_devices, join, kind_of_device
+from retroexit.training.losses.plan import DEFAULT_LOSSES, find_weights
 from retroexit.training.settings import FitSettings
 
 __all__ = ["fit"]
@@ -184,7 +183,7 @@ def fit(
     say = typer.echo if team.is_first else lambda text: None
     say(exit_table(model))
     if dry_run:
-        rehearse(devices, nodes, batch)
+        check_devices(devices, nodes, batch)
         networks = {"discriminator": discriminator_source(discriminator), "gaze": gaze or ""}
         for text in plan(model, samples, out, asked, networks):
             say(text)

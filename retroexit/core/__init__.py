@@ -1,4 +1,4 @@
-"""What every layer stands on: nested structures, modules, samples, MAC counting and files.
+"""Shared ground of all layers: nested structures, modules, samples, images, MAC counting and files.
 
 Imports only `retroexit.errors`.
 """

@@ -1,7 +1,7 @@
-"""Folders that are written whole and read with suspicion: ``.npy`` arrays and a ``meta.json`` of hashes.
+"""Files that are written completely and checked when read: arrays, tensors and JSON with SHA-256 digests.
 
-A retriever and a guidance bank are both kept this way. Nothing is ever unpickled, every file is compared with
-the SHA-256 in the manifest before it is parsed, and the manifest carries a digest of itself.
+Nothing is ever unpickled. A folder of arrays has a manifest ``meta.json`` with the digest of each file and of
+the manifest itself; a safetensors file holds its own digest.
 """
 
 from __future__ import annotations
@@ -17,6 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
 from retroexit.errors import CheckpointError
 
@@ -28,9 +32,12 @@ __all__ = [
     "read_array",
     "read_manifest",
     "read_npy",
+    "read_tensors",
     "self_digest",
+    "sha256_of",
     "staged",
     "write_manifest",
+    "write_tensors",
 ]
 
 MANIFEST = "meta.json"
@@ -42,46 +49,55 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def sha256_of(path: Path) -> str:
+    """Compute the SHA-256 of a file of a saved model.
+
+    Raises:
+        CheckpointError: If it cannot be read.
+    """
+    try:
+        return file_digest(path)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot read {path}: {error}. Pass a folder that model.save wrote.", path
+        ) from error
+
+
 def self_digest(manifest: dict[str, Any]) -> str:
-    """Hash facts, plain data, but for their own ``digest``."""
+    """Hash plain data without its own entry ``digest``."""
     rest = {key: value for key, value in manifest.items() if key != "digest"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def is_whole(facts: dict[str, Any], unsealed: Collection[str]) -> bool:
-    """Tell whether facts match their own ``digest``.
-
-    Args:
-        facts: As they were read.
-        unsealed: What facts may hold that were written before there was a digest.
-    """
+def is_whole(facts: dict[str, Any], unsealed: Collection[str] = ()) -> bool:
+    """Return whether plain data matches its own ``digest``; without one, it may hold ``unsealed`` only."""
     if "digest" in facts:
         return bool(facts["digest"] == self_digest(facts))
-    return set(facts) <= set(unsealed)
+    return bool(unsealed) and set(facts) <= set(unsealed)
 
 
 @contextmanager
 def staged(folder: str | Path, owns: Collection[str]) -> Iterator[Path]:
-    """Write a folder so that a reader sees the old one or the new one, never half of either.
+    """Write a folder so that a reader sees either the old or the new one.
 
-    Yields a temporary folder beside the target; leaving the block renames it into place, an exception deletes
-    it.
+    Yields a temporary folder beside the target. Leaving the block renames it to the target; an exception
+    deletes it.
 
     Args:
-        folder: The target. Parents are created; an earlier version of the same thing is replaced.
-        owns: Names that such a folder may hold. A target that holds anything else is somebody else's.
+        folder: The target. Parents are created; an earlier version is replaced.
+        owns: Names that such a folder may hold.
 
     Raises:
         CheckpointError: If the target is a file, or a folder with other things in it.
     """
     folder = Path(folder).absolute()
     if folder.exists() and not folder.is_dir():
-        raise CheckpointError(f"cannot save to {folder}: it is a file; name a new folder", folder)
+        raise CheckpointError(f"cannot save to {folder}: it is a file. Name a new folder.", folder)
     foreign = sorted({entry.name for entry in folder.iterdir()} - set(owns)) if folder.exists() else []
     if foreign:
         raise CheckpointError(
-            f"cannot save to {folder}: saving replaces the whole folder and it holds {foreign[0]!r}; "
-            "name a new folder",
+            f"cannot save to {folder}: saving replaces the whole folder and it holds {foreign[0]!r}. "
+            "Name a new folder.",
             folder,
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -103,18 +119,18 @@ def staged(folder: str | Path, owns: Collection[str]) -> Iterator[Path]:
 
 
 def write_manifest(folder: Path, facts: dict[str, Any], files: Collection[str]) -> None:
-    """Write ``meta.json``: the facts, the SHA-256 of each named file, and a digest of the manifest itself."""
+    """Write ``meta.json``: the facts, the SHA-256 of each named file, and the manifest's own digest."""
     manifest = {**facts, "files": {name: file_digest(folder / name) for name in files}}
     manifest["digest"] = self_digest(manifest)
-    # No newline at the end: a file that lost so much as its last byte shall not be taken for whole.
+    # No newline at the end, so that a file without its last byte is not valid JSON.
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True), encoding="utf-8")
 
 
 def read_manifest(folder: str | Path, kind: str, schema: int) -> dict[str, Any]:
-    """Read ``meta.json`` and check that it is whole, of this kind and of a schema that we can read.
+    """Read ``meta.json`` and check its digest, kind and schema.
 
     Raises:
-        CheckpointError: If it is absent, damaged, of another kind, or written by a newer version.
+        CheckpointError: If it is missing, damaged, of another kind or of another schema.
     """
     path = Path(folder) / MANIFEST
     try:
@@ -140,24 +156,19 @@ def read_manifest(folder: str | Path, kind: str, schema: int) -> dict[str, Any]:
 
 
 def check_file(folder: str | Path, name: str, manifest: dict[str, Any]) -> Path:
-    """Compare a file with its hash in the manifest, and return its path.
-
-    Args:
-        folder: Where the manifest was read.
-        name: File name, listed under ``files`` in the manifest.
-        manifest: What `read_manifest` returned.
+    """Compare a file with its digest in the manifest, and return its path.
 
     Raises:
-        CheckpointError: If the file is missing or is not the one that was saved.
+        CheckpointError: If the file is missing or was changed.
     """
     path = Path(folder) / name
-    wanted = manifest["files"].get(name)
-    if wanted is None or not path.is_file():
+    expected = manifest["files"].get(name)
+    if expected is None or not path.is_file():
         raise CheckpointError(f"{path} is missing; restore it or build and save again", path)
-    found = file_digest(path)
-    if found != wanted:
+    digest = file_digest(path)
+    if digest != expected:
         raise CheckpointError(
-            f"{path} is damaged: its SHA-256 is {found[:12]}..., {MANIFEST} says {wanted[:12]}...; "
+            f"{path} is damaged: its SHA-256 is {digest[:12]}..., {MANIFEST} says {expected[:12]}...; "
             "restore it or build and save again",
             path,
         )
@@ -168,11 +179,11 @@ def read_npy(path: Path, mode: Any = None) -> np.ndarray:
     """Load a ``.npy`` file, or map it into memory with ``mode`` ``"r"`` or ``"r+"``.
 
     Raises:
-        ValueError: If it cannot be read: numpy raises whatever Python's tokenizer does on a damaged header.
+        ValueError: If it cannot be read. NumPy raises many types on a damaged header.
     """
     try:
         array: np.ndarray = np.load(path, mmap_mode="r" if mode else None, allow_pickle=False)
-        if mode not in (None, "r"):  # opened for writing, a file cut short would be filled up with zeros
+        if mode not in (None, "r"):  # opened for writing, a truncated file would be filled with zeros
             array = np.load(path, mmap_mode=mode, allow_pickle=False)
         return array
     except Exception as error:
@@ -180,13 +191,50 @@ def read_npy(path: Path, mode: Any = None) -> np.ndarray:
 
 
 def read_array(folder: str | Path, name: str, manifest: dict[str, Any], *, mmap: bool = False) -> np.ndarray:
-    """Load one ``.npy`` file after `check_file`; ``mmap`` maps it, read-only, rather than reading it.
+    """Load one ``.npy`` file after `check_file`; ``mmap`` maps it read-only.
 
     Raises:
-        CheckpointError: If the file is missing, is not the one that was saved, or is no array.
+        CheckpointError: If the file is missing, was changed, or is not an array.
     """
     path = check_file(folder, name, manifest)
     try:
         return read_npy(path, "r" if mmap else None)
     except ValueError as error:
         raise CheckpointError(f"{path} is no array: {error}", path) from error
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, Any] | None = None) -> None:
+    """Write tensors and plain data to a safetensors file; a reader sees the old or the new file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(path.suffix + ".part")
+    # safetensors refuses tied and channels-last tensors; these copies are neither.
+    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    facts = json.dumps(about or {})
+    save_file(plain, temporary, {"about": facts, "digest": _tensors_digest(plain, facts)})
+    os.replace(temporary, path)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what `write_tensors` wrote.
+
+    Raises:
+        CheckpointError: If the file is missing or damaged.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            about = metadata.get("about", "{}")
+            if metadata.get("digest") != _tensors_digest(tensors, about):
+                raise ValueError("it does not match its own digest")
+            return tensors, dict(json.loads(about))
+    except (OSError, SafetensorError, ValueError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}. Write it again.", path) from error
+
+
+def _tensors_digest(tensors: dict[str, Tensor], about: str) -> str:
+    total = hashlib.sha256(about.encode())
+    for name, tensor in sorted(tensors.items()):
+        total.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+        total.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()

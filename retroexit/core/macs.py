@@ -1,21 +1,22 @@
-"""Count multiply-accumulates while something runs, without a trace on the modules that run."""
+"""Count multiply-accumulates (MACs), which the paper prints as "GFLOPs"; 1 MAC = 2 FLOPs.
+
+Convolutions, matrix products and attention count, functional ones too. Interpolation, `grid_sample`,
+normalisation and activations count zero.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-__all__ = ["MacCounter"]
+__all__ = ["MacCounter", "count_macs", "unit_of"]
 
 
 class _NoModules:
-    """Takes the place of PyTorch's module tracker.
-
-    The tracker hooks every module of the process, those of other threads too, and stumbles over views of
-    parameters that are handed from module to module without gradient. Totals need none of it.
-    """
+    """Replaces PyTorch's module tracker, which hooks every module of the process. Totals do not need it."""
 
     parents = frozenset({"Global"})
 
@@ -47,3 +48,19 @@ class MacCounter(FlopCounterMode):
     def macs(self) -> int:
         """Multiply-accumulates so far."""
         return int(self.get_total_flops()) // 2
+
+
+def count_macs(function: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
+    """Count the MACs of one call of ``function(*args, **kwargs)``, run without gradient."""
+    counter = MacCounter()
+    with torch.no_grad(), counter:
+        function(*args, **kwargs)
+    return counter.macs
+
+
+def unit_of(macs: float) -> tuple[str, float]:
+    """Choose a unit for a number of MACs: its name, and MACs per unit."""
+    for name, least, scale in (("TMACs", 1e13, 1e12), ("GMACs", 1e8, 1e9), ("MMACs", 1e5, 1e6)):
+        if macs >= least:
+            return name, scale
+    return "kMACs", 1e3

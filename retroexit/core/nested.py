@@ -1,28 +1,45 @@
-"""Walk the nested values that generators take and return: tuples, lists, dicts, dataclasses."""
+"""Nested values that generators take and return: tuples, lists, dicts, dataclasses, objects with tensors."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator
+import types
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx.immutable_collections import immutable_dict
 
-__all__ = ["children", "clone_strided", "cloned", "flatten", "is_record", "rebuild", "tensors"]
+__all__ = [
+    "Packed",
+    "children",
+    "clone_strided",
+    "cloned",
+    "flatten",
+    "hidden_tensors",
+    "is_record",
+    "pack",
+    "rebuild",
+    "rebuild_deep",
+    "tensors",
+]
+
+_NUMBERS = (bool, int, float)
+_PLAIN = (str, bytes, type(None), torch.dtype, torch.device)
 
 
 def is_record(value: Any) -> bool:
-    """Tell whether a value is a container with fields: a dataclass instance or a subclass of ``dict``."""
+    """Return whether a value is a dataclass instance or of a subclass of ``dict``."""
     if isinstance(value, dict):
         return type(value) not in (dict, immutable_dict)
     return dataclasses.is_dataclass(value) and not isinstance(value, type)
 
 
 def children(value: Any) -> list[tuple[Any, Any]] | None:
-    """List the ``(key, child)`` pairs of a container, or return ``None`` for anything else."""
+    """List the ``(key, child)`` pairs of a container; ``None`` for anything else."""
     if isinstance(value, (tuple, list)):
         return list(enumerate(value))
     if isinstance(value, dict):
@@ -37,14 +54,12 @@ def rebuild(value: Any, leaf: Callable[[Any], Any]) -> Any:
     if isinstance(value, tuple):
         items = [rebuild(item, leaf) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
-    if type(value) is list:
+    if isinstance(value, list):
         return [rebuild(item, leaf) for item in value]
     if type(value) in (dict, immutable_dict):
         return {key: rebuild(item, leaf) for key, item in value.items()}
     if isinstance(value, slice):
         return slice(leaf(value.start), leaf(value.stop), leaf(value.step))
-    if isinstance(value, list):
-        return [rebuild(item, leaf) for item in value]
     if is_record(value):
         pairs = [(key, rebuild(item, leaf)) for key, item in children(value) or ()]
         duplicate = copy.copy(value)
@@ -73,10 +88,7 @@ def tensors(value: Any) -> list[Tensor]:
 
 
 def clone_strided(tensor: Tensor) -> Tensor:
-    """Clone a tensor with its strides: where these differ, kernels round differently.
-
-    ``clone`` closes the gaps of a slice.
-    """
+    """Clone a tensor with its strides, since kernels round differently on other strides."""
     if tensor.layout is not torch.strided or 0 in tensor.stride() or tensor.is_contiguous():
         return tensor.clone()
     room = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
@@ -84,5 +96,106 @@ def clone_strided(tensor: Tensor) -> Tensor:
 
 
 def cloned(value: Any) -> Any:
-    """Copy a nested value with its tensors cloned, so that writing into them leaves the original alone."""
+    """Copy a nested value and clone its tensors."""
     return rebuild(value, lambda leaf: clone_strided(leaf) if isinstance(leaf, Tensor) else leaf)
+
+
+# Objects of other classes that hold tensors in their attributes.
+
+
+class _Slot:
+    """Marks the place of a tensor in a template, or of a number that is carried as a tensor."""
+
+    def __init__(self, index: int, number: Any = None) -> None:
+        self.index, self.number = index, number
+
+
+def _is_object(value: Any, seen: frozenset[int] = frozenset()) -> bool:
+    """Return whether a value is an object of another class with tensors in its attributes."""
+    inner = getattr(value, "__dict__", None)
+    if not isinstance(inner, dict) or isinstance(value, (Tensor, nn.Module, type, types.FunctionType)):
+        return False
+    if id(value) in seen:
+        return False
+    seen = seen | {id(value)}
+    leaves = flatten(dict(inner))
+    return any(isinstance(leaf, (Tensor, _Slot)) or _is_object(leaf, seen) for _, leaf in leaves)
+
+
+def rebuild_deep(value: Any, leaf: Callable[[Any], Any]) -> Any:
+    """Copy a nested value like `rebuild`, and also copy the objects inside that hold tensors."""
+
+    def visit(item: Any) -> Any:
+        if not _is_object(item):
+            return leaf(item)
+        duplicate = copy.copy(item)
+        duplicate.__dict__.update({key: rebuild(part, visit) for key, part in vars(item).items()})
+        return duplicate
+
+    return rebuild(value, visit)
+
+
+def hidden_tensors(value: Any) -> list[Tensor]:
+    """List the tensors inside a nested value, in order, including those inside objects."""
+    leaves: list[Tensor] = []
+    rebuild_deep(value, lambda leaf: leaves.append(leaf) if isinstance(leaf, Tensor) else None)
+    return leaves
+
+
+@dataclass(frozen=True)
+class Packed:
+    """The structure of a value without its tensors.
+
+    Attributes:
+        template: The value with marks in the places of tensors and numbers.
+        signature: Equal for values of the same structure.
+    """
+
+    template: Any
+    signature: tuple[str, ...]
+
+    def unpack(self, tensors: Sequence[Tensor], *, recorded_numbers: bool = False) -> Any:
+        """Put tensors back into the structure.
+
+        Args:
+            tensors: Tensors in the order of `pack`.
+            recorded_numbers: Whether to use the packed value's numbers (fake tensors hold none).
+        """
+
+        def put(leaf: Any) -> Any:
+            if not isinstance(leaf, _Slot):
+                return leaf
+            if leaf.number is None:
+                return tensors[leaf.index]
+            return leaf.number if recorded_numbers else type(leaf.number)(tensors[leaf.index].item())
+
+        return rebuild_deep(self.template, put)
+
+
+def pack(value: Any, *, numbers: bool = True) -> tuple[Packed, list[Tensor]]:
+    """Separate a value into structure and tensors.
+
+    Args:
+        value: Any nested value. A tensor that occurs twice is listed once.
+        numbers: Whether plain numbers become tensors too, since they may differ between calls.
+    """
+    parts: list[Tensor] = []
+    kinds: list[str] = []
+    index: dict[int, int] = {}
+
+    def take(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            if id(leaf) not in index:
+                index[id(leaf)] = len(parts)
+                parts.append(leaf)
+            kinds.append(f"tensor {index[id(leaf)]}")
+            return _Slot(index[id(leaf)])
+        if numbers and type(leaf) in _NUMBERS:
+            kinds.append(type(leaf).__name__)
+            parts.append(torch.tensor(leaf))
+            return _Slot(len(parts) - 1, leaf)
+        kinds.append(repr(leaf) if isinstance(leaf, _PLAIN) else type(leaf).__name__)
+        return leaf
+
+    template = rebuild_deep(value, take)
+    return Packed(template, (type(value).__name__, *kinds)), parts

@@ -1,4 +1,4 @@
-"""Generator inputs as a collection of samples, and the random state each batch of them is run with."""
+"""Generator inputs as a collection of samples, and the random state that each batch is run with."""
 
 from __future__ import annotations
 
@@ -19,12 +19,7 @@ __all__ = ["Samples", "drawing_from", "moved"]
 
 @contextmanager
 def drawing_from(seed: int, device: torch.device | str = "cpu") -> Iterator[None]:
-    """Draw random numbers from a seed inside the block; the states before it are put back.
-
-    Args:
-        seed: The seed, ``>= 0``.
-        device: Device whose state is kept, beside the CPU's.
-    """
+    """Draw random numbers from a seed inside the block, and restore the states of CPU and ``device``."""
     device = torch.device(device)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
@@ -38,16 +33,16 @@ def moved(value: Any, device: torch.device | str) -> Any:
 
 @dataclass
 class Samples:
-    """Inputs of a generator, one sample at a time, put together to batches.
+    """Inputs of a generator, one sample at a time, stacked to batches.
 
     Args:
-        items: A sequence; each item is one sample without the batch axis: a tensor, a tuple or list of
+        items: A sequence. Each item is one sample without the batch axis: a tensor, a tuple or list of
             positional inputs, or a dict of keyword inputs. A tensor ``(S, ...)`` counts as S samples.
-        seed: A batch that begins at sample ``i`` is run with the random state ``seed + i``, so that noise
+        seed: A batch that begins at sample ``i`` is run with the random seed ``seed + i``, so that noise
             drawn inside the generator repeats.
 
     Raises:
-        OptionError: If there are no samples, or the first is of another kind.
+        OptionError: If there are no samples, or the first has a wrong type.
     """
 
     items: Sequence[Any]
@@ -59,9 +54,8 @@ class Samples:
         is_one = isinstance(items, dict) or (isinstance(items, Tensor) and items.dim() == 0)
         if not is_sequence or is_one or len(items) == 0:
             raise OptionError(
-                f"asked for a pass over inputs; found {type(self.items).__name__} without samples. Pass a "
-                "sequence of samples: tensors, tuples of positional inputs, or dicts of keyword inputs, each "
-                "without the batch axis.",
+                f"inputs must be a non-empty sequence of samples, got {type(self.items).__name__}. A "
+                "sample is a tensor, a tuple of inputs, or a dict of keyword inputs, without the batch axis.",
                 self.items,
             )
         self.split(self.items[0])
@@ -79,50 +73,48 @@ class Samples:
         if isinstance(item, (tuple, list)):
             return tuple(item), {}
         raise OptionError(
-            f"asked for a sample; found a {type(item).__name__}. A sample is a tensor, a tuple of positional "
-            "inputs, or a dict of keyword inputs.",
+            "a sample must be a tensor, a tuple of positional inputs, or a dict of keyword inputs, got "
+            f"{type(item).__name__}",
             item,
         )
 
     def gather(self, indices: Sequence[int]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Stack samples to one batch of ``(args, kwargs)``.
+        """Stack samples to one batch ``(args, kwargs)``.
 
         Raises:
-            OptionError: If they differ in structure, in shape, or in a value that is no tensor.
+            OptionError: If they differ in structure, in shape, or in a value that is not a tensor.
         """
-        picked = [self.split(self.items[i]) for i in indices]
-        flat = [dict(flatten(sample)) for sample in picked]
+        samples = [self.split(self.items[i]) for i in indices]
+        flat = [dict(flatten(sample)) for sample in samples]
         for index, parts in zip(indices, flat, strict=True):
             if parts.keys() != flat[0].keys():
                 raise OptionError(
-                    f"asked for a batch; found that sample {index} has other parts than sample {indices[0]}. "
-                    "Give every sample the same structure.",
+                    f"all samples must have the same structure, sample {index} differs from {indices[0]}",
                     self.items[index],
                 )
-        stacked: list[Any] = []
-        for path in flat[0]:
-            leaves: list[Any] = [parts[path] for parts in flat]
-            if not isinstance(leaves[0], Tensor):
-                if any(repr(leaf) != repr(leaves[0]) for leaf in leaves):
-                    raise OptionError(
-                        f"asked for a batch of {len(indices)} samples; found {path[-1]!r} = {leaves[0]!r} in "
-                        "one and another value in others. Values that are no tensors must be equal in all "
-                        "samples.",
-                        leaves,
-                    )
-                stacked.append(leaves[0])
-                continue
-            shapes = {tuple(leaf.shape) for leaf in leaves}
-            if len(shapes) > 1:
-                raise OptionError(
-                    f"asked for a batch of {len(indices)} samples; found shapes {sorted(shapes)}. Use "
-                    "batch=1, or inputs of one size.",
-                    shapes,
-                )
-            stacked.append(torch.stack(leaves))
+        stacked = [self._stack(path, [parts[path] for parts in flat]) for path in flat[0]]
         rest = iter(stacked)
-        args, kwargs = rebuild(picked[0], lambda leaf: next(rest))
+        args, kwargs = rebuild(samples[0], lambda leaf: next(rest))
         return args, kwargs
+
+    @staticmethod
+    def _stack(path: tuple[Any, ...], leaves: list[Any]) -> Any:
+        if not isinstance(leaves[0], Tensor):
+            if any(repr(leaf) != repr(leaves[0]) for leaf in leaves):
+                raise OptionError(
+                    f"values that are not tensors must be equal in all samples, got {path[-1]!r} = "
+                    f"{leaves[0]!r} in one and another value in others",
+                    leaves,
+                )
+            return leaves[0]
+        shapes = {tuple(leaf.shape) for leaf in leaves}
+        if len(shapes) > 1:
+            raise OptionError(
+                f"the samples of a batch must have one shape, got {sorted(shapes)}. Use batch=1, or "
+                "inputs of one size.",
+                shapes,
+            )
+        return torch.stack(leaves)
 
     def batches(
         self, size: int, first: int = 0
@@ -133,7 +125,7 @@ class Samples:
             yield (indices, *self.gather(indices))
 
     def digest(self) -> str:
-        """Hash all samples, to tell whether a cache belongs to them."""
+        """Hash all samples, to check whether a cache belongs to them."""
         total = hashlib.sha256()
         for index in range(len(self)):
             for path, leaf in flatten(self.split(self.items[index])):

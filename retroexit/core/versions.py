@@ -12,10 +12,10 @@ __version__ = "0.1.0"
 
 def versions() -> dict[str, str]:
     """List the versions that a result depends on."""
-    found = {"python": platform.python_version(), "retroexit": __version__}
+    result = {"python": platform.python_version(), "retroexit": __version__}
     for name in ("torch", "numpy", "lpips", "faiss-cpu", "hnswlib", "torchmetrics"):
         try:
-            found[name] = metadata.version(name)
+            result[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return result

@@ -14,7 +14,7 @@ from retroexit.demo.generator import load_scene_generator, scene_inputs
 from retroexit.demo.scenes import LABEL_COLOURS
 from retroexit.errors import WeightsError
 from retroexit.evaluation.sweep import Evaluation
-from retroexit.metrics.base import QualityMetric
+from retroexit.metrics import QualityMetric
 from retroexit.model import EarlyExitGenerator
 from retroexit.report.text_tables import exit_table, sweep_table
 

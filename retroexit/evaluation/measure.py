@@ -16,16 +16,15 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from retroexit.core.images import ImageRange
-from retroexit.core.modules import device_of
+from retroexit.core.modules import device_of, fingerprint
 from retroexit.core.nested import tensors
 from retroexit.core.samples import Samples, drawing_from
 from retroexit.core.versions import versions
 from retroexit.evaluation.sweep import Evaluation
 from retroexit.evaluation.thop_check import cross_check
 from retroexit.evaluation.thresholds import highlighted, thresholds_for
-from retroexit.fingerprint import fingerprint
 from retroexit.measuring.image_range import limits_of
-from retroexit.metrics.base import QualityMetric
+from retroexit.metrics import QualityMetric
 from retroexit.model import EarlyExitGenerator
 from retroexit.report.strips import Strip
 from retroexit.routing.ood_guard import GUIDE_LIMIT
@@ -76,7 +75,7 @@ class Measurement:
             taps = self.model.decomposition.taps
             if self.model.bank is not None and taps is not None:
                 with self._seeded(indices[0]):
-                    _, key_feature = self.model.split.begin(args, kwargs)
+                    key_feature = self.model.split.begin(args, kwargs).key_feature
                 found = self.model.bank.search(taps.query(key_feature, args, kwargs)).distances
                 distances.append(guide_distance(found)[:, 0])
                 far = far | (distances[-1].cpu() > (self.model.about.get(GUIDE_LIMIT) or torch.inf))

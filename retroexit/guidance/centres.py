@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from retroexit.retrieval.distances import nearest, pair_distances
+from retroexit.retrieval.base import nearest, pair_distances
 
 __all__ = ["central_rows"]
 

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from retroexit.errors import BankError, OptionError
 from retroexit.guidance.centres import central_rows
-from retroexit.retrieval.base import as_matrix
-from retroexit.retrieval.distances import first_of_each, nearest, pair_distances, squared_norms
+from retroexit.retrieval.base import as_matrix, first_of_each, nearest, pair_distances, squared_norms
 
 __all__ = [
     "Thinning",

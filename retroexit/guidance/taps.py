@@ -149,7 +149,7 @@ def find_taps(split: SplitGenerator, guidance: Guidance) -> Taps:
     key = guidance.key if callable(guidance.key) else None
     args, kwargs = split.example
     with torch.no_grad(), unobserved(split.generator):
-        _, key_feature = split.begin(cloned(args), cloned(kwargs))
+        key_feature = split.begin(cloned(args), cloned(kwargs)).key_feature
         if key is not None:
             key_feature = keys_of(key, args, kwargs, len(key_feature), len(shape) - 2)
     key_node = (split.key_cut or split.cuts[0]).feature

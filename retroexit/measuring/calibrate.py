@@ -14,7 +14,7 @@ from retroexit.core.samples import Samples, drawing_from
 from retroexit.errors import OptionError, TrainingError
 from retroexit.evaluation.measure import Measurement
 from retroexit.measuring.image_range import limits_of
-from retroexit.metrics.base import QualityMetric
+from retroexit.metrics import QualityMetric
 from retroexit.model import EarlyExitGenerator
 from retroexit.routing.bounds import samples_needed
 from retroexit.routing.calibration import Calibration, Rule

@@ -23,9 +23,9 @@ from retroexit.plugins.description import Description
 
 if TYPE_CHECKING:
     from retroexit.branch.widths.plan import WidthFunction
-    from retroexit.metrics.base import QualityMetric
-    from retroexit.retrieval import Retriever
+    from retroexit.metrics import QualityMetric
     from retroexit.plugins.training_types import BatchTerm, Term
+    from retroexit.retrieval import Retriever
 
 __all__ = [
     "GROUP",
@@ -95,7 +95,7 @@ def retroexit_metrics() -> dict[str, Callable[..., QualityMetric]]:  # type: ign
 
     Returns:
         Factories by the name under which users ask for them: ``fit(..., metric=name)``. Calling one makes a
-        `retroexit.metrics.base.QualityMetric` whose ``name`` is the same; where the user names a file
+        `retroexit.metrics.QualityMetric` whose ``name`` is the same; where the user names a file
         of weights, it is handed over as ``weights``.
     """
 
@@ -109,8 +109,8 @@ def retroexit_losses() -> dict[str, Callable[..., Term | BatchTerm]]:  # type: i
         makes the term, which takes an exit's image and the backbone's, both ``(N, C, H, W)`` in [-1, 1], and
         returns a scalar or one number per image. ``torch.nn.HuberLoss`` is such a factory. A term that needs
         the generator's inputs too has ``needs_inputs = True`` and the method ``of_batch(batch)``, which takes
-        a `retroexit.plugins.training_types.TrainingBatch`. Where the user names a file of weights, it is handed
-        to the factory as ``weights``.
+        a `retroexit.plugins.training_types.TrainingBatch`. Where the user names a file of weights, it is
+        handed to the factory as ``weights``.
     """
 
 

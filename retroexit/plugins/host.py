@@ -31,9 +31,9 @@ from retroexit.plugins.training_types import RESERVED_LOSSES
 
 if TYPE_CHECKING:
     from retroexit.branch.widths.plan import WidthFunction
-    from retroexit.metrics.base import QualityMetric
-    from retroexit.retrieval import Retriever
+    from retroexit.metrics import QualityMetric
     from retroexit.plugins.training_types import BatchTerm, Term
+    from retroexit.retrieval import Retriever
 
 __all__ = ["Host", "host"]
 

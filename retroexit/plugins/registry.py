@@ -10,7 +10,7 @@ from retroexit.errors import OptionError, PluginError, RetroExitError
 from retroexit.plugins.info import PluginInfo, brief, cause_of
 
 if TYPE_CHECKING:
-    from retroexit.metrics.base import QualityMetric
+    from retroexit.metrics import QualityMetric
     from retroexit.plugins.training_types import BatchTerm, Term
 
 __all__ = ["check_retriever", "make_loss", "make_metric"]
@@ -46,7 +46,7 @@ def make_metric(
         PluginError: If the factory raises, makes no `QualityMetric`, or one with another name.
         RetroExitError: What the factory says itself, such as `WeightsError`.
     """
-    from retroexit.metrics.base import QualityMetric
+    from retroexit.metrics import QualityMetric
 
     if not _takes(factory, options):
         raise OptionError(
@@ -57,8 +57,7 @@ def make_metric(
     made = _make("metric", factory, name, author, options)
     if not isinstance(made, QualityMetric):
         raise PluginError(
-            f"metric {name!r} of {author} made {brief(made)}; derive it from "
-            "retroexit.metrics.base.QualityMetric",
+            f"metric {name!r} of {author} made {brief(made)}; derive it from retroexit.metrics.QualityMetric",
             made,
         )
     own = getattr(made, "name", None)

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
 import numpy as np
 import numpy.typing as npt
 
+from retroexit.core.macs import unit_of
 from retroexit.errors import MissingExtraError, OptionError
 from retroexit.evaluation.sweep import Evaluation, OperatingPoint
-from retroexit.evaluation.thop_check import unit_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from retroexit.core.macs import unit_of
 from retroexit.evaluation.sweep import Evaluation
-from retroexit.evaluation.thop_check import unit_of
 from retroexit.report import figures
 from retroexit.report.saved_report import hashes
 

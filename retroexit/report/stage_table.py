@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import Final
 
-from retroexit.evaluation.thop_check import unit_of
+from retroexit.core.macs import unit_of
 from retroexit.report.text_tables import table
 from retroexit.stages.decoder import Decoder, Stage
 from retroexit.stages.live_spans import LiveSpan, live_spans

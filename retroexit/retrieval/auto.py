@@ -1,46 +1,41 @@
-"""The retriever that chooses among ours, by the number of keys and by what the machine has."""
+"""The retriever that chooses a back-end by the number of keys and by the machine."""
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from retroexit.retrieval.base import Retriever
-from retroexit.retrieval.exact import ExactRetriever
+from retroexit.retrieval.base import ExactRetriever, Retriever, is_forked
 from retroexit.retrieval.faiss import FaissRetriever
-from retroexit.retrieval.forks import generation
-from retroexit.retrieval.hnswlib import HnswlibRetriever
 
 __all__ = ["AutoRetriever"]
 
 # Where each way of searching overtakes the one before, for one image's 128 queries of 1024 numbers on one
-# thread: benchmarks/retrieval_bars.py measures it.
+# thread; measured by benchmarks/retrieval_bars.py.
 _GRAPH_FROM = 100_000
 _LISTS_FROM = 1_000_000
 
 
 class AutoRetriever(Retriever):
-    """Whichever of our back-ends serves this many keys best on this machine; see `chosen`.
+    """The back-end that suits the number of keys and the machine; see `chosen`.
 
     ==================  =====================================================
     keys                back-end
     ==================  =====================================================
     fewer than 100,000  `ExactRetriever`, bfloat16 first where that is faster
-    100,000 and more    a graph: FAISS's HNSW, or hnswlib where there is no FAISS
+    100,000 and more    a graph, FAISS's HNSW
     1,000,000 and more  FAISS's inverted lists of compressed keys, refined
     ==================  =====================================================
 
     A graph over 100,000 keys takes minutes to build, and finds nearly all of the nearest keys. The last row
-    is an estimate: our benchmarks end at 100,000 keys. Where there is a GPU with room for them, or ``exact``
-    is asked for, keys are searched exactly, however many they are. A saved index is read on a machine where
-    the choice is the same, and else built again.
+    is an estimate: our benchmarks end at 100,000 keys. With ``exact``, or on a GPU that has room for them,
+    any number of keys is searched exactly. A saved index is built again if the choice differs on loading.
 
     Args:
-        exact: Never give up recall for speed.
+        exact: Always search exactly.
         threads: CPU threads for building and searching.
     """
 
@@ -52,24 +47,22 @@ class AutoRetriever(Retriever):
 
     @property
     def chosen(self) -> Retriever | None:
-        """The back-end at work, ``None`` before `build`."""
+        """The back-end in use, ``None`` before `build`."""
         return self._chosen
 
     def _choose(self) -> Retriever:
-        """Make the back-end for the keys that are held."""
-        keys, threads = self.distinct, self._threads
+        """Return a new back-end that suits the keys, and that shares them."""
+        count, threads = self.distinct, self._threads
         chosen: Retriever
         if _fits_gpu(self._keys.nbytes):
             chosen = ExactRetriever(device="cuda", threads=threads)
-        elif self.options["exact"] or keys < _GRAPH_FROM or not (_has("faiss") or _has("hnswlib")):
+        elif self.options["exact"] or count < _GRAPH_FROM:
             chosen = ExactRetriever(threads=threads)
-        elif keys >= _LISTS_FROM and _has("faiss"):
-            chosen = FaissRetriever(index=_lists(keys, self.width), refine=16, threads=threads)
-        elif _has("faiss"):
+        elif count < _LISTS_FROM:
             chosen = FaissRetriever(index="HNSW16", threads=threads)
         else:
-            chosen = HnswlibRetriever(threads=threads)
-        chosen._share(self)
+            chosen = FaissRetriever(index=_lists(count, self.width), refine=16, threads=threads)
+        chosen._keys, chosen._first, chosen._mean = self._keys, self._first, self._mean
         return chosen
 
     def _build(self, keys: np.ndarray) -> None:
@@ -93,20 +86,11 @@ class AutoRetriever(Retriever):
     def _made_by(self) -> str:
         return (self._chosen or self._choose())._made_by()
 
-    def _after_fork(self) -> None:
-        assert self._chosen is not None
-        self._chosen._after_fork()
-
-
-def _has(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
-
 
 def _fits_gpu(size: int) -> bool:
-    """Say whether there is a GPU that these bytes would fill to a half at most."""
-    if generation():  # a forked process may not touch the GPU
-        return False
-    return torch.cuda.is_available() and 2 * size <= torch.cuda.mem_get_info()[0]
+    """Return whether this many bytes fill at most half of a GPU's free memory."""
+    # A forked process cannot use the GPU.
+    return not is_forked() and torch.cuda.is_available() and 2 * size <= torch.cuda.mem_get_info()[0]
 
 
 def _lists(keys: int, width: int) -> str:

@@ -1,46 +1,85 @@
-"""What every retrieval back-end shares: one careful class around two small hooks.
+"""Exact nearest-neighbour search, and the base class of all retrieval back-ends.
 
-A back-end writes `Retriever._build` and `Retriever._search`; all that can go wrong around a nearest-neighbour
-index (odd dtypes, NaN, repeated keys, far-off origins, wrong widths, ids out of range, damaged files) is
-dealt with here, once. The paper searches its guiding database patch by patch for "the closest key" (section
-3.3).
+A back-end implements `Retriever._build` and `Retriever._search`. The base class validates keys, queries and
+the ids that a back-end returns, removes duplicate keys, centres the keys, ranks candidates by exact distance,
+and saves and loads. The paper searches its guiding database patch by patch for the closest key (section 3.3).
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import operator
-import threading
+import os
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from retroexit.core.files import (
-    MANIFEST,
-    file_digest,
-    read_array,
-    read_manifest,
-    staged,
-    write_manifest,
-)
+from retroexit.core.files import MANIFEST, file_digest, read_array, read_manifest, staged, write_manifest
 from retroexit.errors import CheckpointError, OptionError, RetrieverError
-from retroexit.retrieval.distances import first_of_each, nearest, pair_distances
-from retroexit.retrieval.forks import OneThreadAfterFork, generation
-from retroexit.retrieval.matrix import as_matrix
+from retroexit.retrieval.rounded import RoundedKeys, multiplies_bfloat16, scan, smallest
 
-__all__ = ["Retriever", "SearchResult", "as_matrix"]
+__all__ = [
+    "ExactRetriever",
+    "Retriever",
+    "SearchResult",
+    "as_matrix",
+    "is_forked",
+    "nearest",
+    "pair_distances",
+]
 
 log = logging.getLogger(__name__)
 
 _KIND, _SCHEMA = "retriever", 1
 _KEYS_FILE, _INDEX_FILE = "keys.npy", "index.bin"
-_reviving = threading.Lock()
+_QUERIES, _KEYS = 2048, 4096  # one block of scores is 2048 x 4096 floats = 32 MiB
+_PAIR_FLOATS = 1 << 17  # numbers in one gathered block of pairs: half a MiB stays in the cache
+_LARGEST = 1e37  # squared length up to which any squared distance stays finite in float32
+_MANY = 3_000_000  # numbers in the keys from which bfloat16 pays for ranking candidates: 3k x 1024, 16k x 192
+_SPARE = 15  # candidates beside the k nearest
+_PROBES = 64
+
+_forked = False
+
+
+def _mark_forked() -> None:
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_mark_forked)
+
+
+def is_forked() -> bool:
+    """Return whether this process was forked after this module was imported, such as a data loader's worker.
+
+    A forked process has no OpenMP thread pool: a parallel loop of torch or FAISS would wait forever.
+    """
+    return _forked
+
+
+@contextmanager
+def _safe_settings() -> Iterator[None]:
+    """Disable autocast, and limit torch to one thread in a forked process."""
+    threads = torch.get_num_threads() if _forked else 1
+    if threads > 1:
+        torch.set_num_threads(1)
+    try:
+        with torch.autocast("cpu", enabled=False):
+            yield
+    finally:
+        if threads > 1:
+            torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True)
@@ -59,16 +98,15 @@ class SearchResult:
 class Retriever(ABC):
     """A nearest-neighbour index over the keys of a guidance bank (paper, section 3.3).
 
-    A back-end sets ``name`` and writes `_build` and `_search`; it may write `_dump` and `_restore` so that a
-    slow index is kept on disk, and `_made_by` beside them. It sees only distinct, centred, finite, contiguous
-    float32 rows, and its ids are checked and ranked by exact distance. `_search` may be called from several
-    threads at once; `build` must not run meanwhile.
+    A back-end sets ``name`` and implements `_build` and `_search`. To keep a slow index on disk it also
+    implements `_dump`, `_restore` and `_made_by`. It receives distinct, centred, finite, contiguous float32
+    rows. `_search` may be called from several threads at once, but not during `build`. In a forked process it
+    must use one thread, see `threads`.
 
     Args:
         threads: CPU threads for building and searching, ``>= 1``. One by default: a second spinning thread
             pool beside the one of torch slows down both.
-        options: The back-end's own options, anything JSON can hold; saved, and given back to the constructor
-            on load.
+        options: The back-end's own options, JSON data; saved, and passed to the constructor on load.
 
     Raises:
         OptionError: If ``threads`` is below 1 or an option cannot be written as JSON.
@@ -77,12 +115,11 @@ class Retriever(ABC):
     name: ClassVar[str]
     """Short name under which the back-end is chosen and recorded."""
     search_options: ClassVar[tuple[str, ...]] = ()
-    """Options that change how an index is searched, not what it holds: changing them on load keeps the saved
-    index."""
+    """Options that change how an index is searched, not its content; changing them keeps a saved index."""
 
     def __init__(self, *, threads: int = 1, **options: Any) -> None:
         if threads < 1:
-            raise OptionError(f"threads must be at least 1, got {threads}", threads)
+            raise OptionError(f"threads must be >= 1, got {threads}", threads)
         try:
             json.dumps(options)
         except (TypeError, ValueError) as error:
@@ -90,13 +127,12 @@ class Retriever(ABC):
                 f"options of {type(self).__name__} must be plain data: {error}", options
             ) from error
         self._threads = threads
-        self._generation = generation()
         self.options: dict[str, Any] = options
         self._keys = np.empty((0, 0), np.float32)
         self._first = np.empty(0, np.int64)  # row of _keys behind each distinct key of the index
         self._mean = np.empty(0, np.float32)
 
-    # What a back-end writes.
+    # Implemented by a back-end.
 
     @abstractmethod
     def _build(self, keys: np.ndarray) -> None:
@@ -104,41 +140,34 @@ class Retriever(ABC):
 
     @abstractmethod
     def _search(self, queries: np.ndarray, k: int) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
-        """Return rows of the ``k <= n`` nearest keys, integers ``(Q, k)`` in any order; -1 for none found.
+        """Return rows of the ``k <= n`` nearest keys, integers ``(Q, k)`` in any order; -1 for none.
 
-        A back-end that is unsure of its ranking may return more columns: the ``k`` nearest of them are kept.
-        One that can prove what it left out returns ``(rows, floor)``: no key outside a query's row is nearer
-        than its floor, a Euclidean distance, ``(Q,)``. Where the proof fails the query is searched exactly.
+        A back-end may return more columns; the ``k`` nearest of them are used. It may also return ``(rows,
+        floor)``: a Euclidean distance ``(Q,)`` such that no other key is nearer. Queries for which the floor
+        does not prove that the ``k`` nearest keys were found are searched exactly.
         """
 
-    def _dump(self, path: Path) -> None:  # noqa: B027  (a hook that may stay empty)
-        """Write the index to one file, if rebuilding it is slow. The default writes none."""
+    def _dump(self, path: Path) -> None:  # noqa: B027  (optional)
+        """Write the index to one file, if building it is slow. The default writes none."""
 
     def _restore(self, path: Path) -> None:
-        """Read back what `_dump` wrote; the file is known to be the very same bytes."""
+        """Read what `_dump` wrote; the file's hash was checked."""
         raise NotImplementedError
 
     def _made_by(self) -> str:
-        """Name the library and version that `_dump` writes with; a file of another one is not read."""
+        """Return library and version that `_dump` writes with; a file of another one is not read."""
         return self.name
 
-    def _after_fork(self) -> None:
-        """Make the index usable in a forked process, once, before its first search there.
-
-        Libraries with threads of their own seldom survive a fork, so that the default builds the index again.
-        """
-        self._index()
-
-    # What everybody calls.
+    # Public interface.
 
     def __len__(self) -> int:
-        """Number of keys that were given to `build`, repetitions included; 0 before."""
+        """Return the number of keys given to `build`, duplicates included; 0 before."""
         return len(self._keys)
 
     @property
     def threads(self) -> int:
-        """CPU threads for building and searching; 1 in a forked process, where more would wait forever."""
-        return 1 if generation() else self._threads
+        """CPU threads for building and searching; 1 in a forked process, see `is_forked`."""
+        return 1 if _forked else self._threads
 
     @property
     def width(self) -> int:
@@ -147,7 +176,7 @@ class Retriever(ABC):
 
     @property
     def distinct(self) -> int:
-        """Number of different keys, the most that ``k`` may be."""
+        """Number of distinct keys, the largest possible ``k``."""
         return len(self._first)
 
     @property
@@ -174,19 +203,19 @@ class Retriever(ABC):
             RetrieverError: If there are no keys, the shape is not ``(n, D)``, or a key is not finite.
         """
         before = self._keys, self._first, self._mean
-        with OneThreadAfterFork(), torch.autocast("cpu", enabled=False):
+        with _safe_settings():
             self._hold(as_matrix(keys, "keys", copy=True))
             try:
-                self._index()
-            except BaseException:  # the index is still the earlier one, so that its keys must be too
+                self._build(self._distinct_keys() - self._mean)
+            except BaseException:  # the index is still the earlier one
                 self._keys, self._first, self._mean = before
                 raise
         return self
 
     def search(self, queries: Tensor | np.ndarray, k: int = 1) -> SearchResult:
-        """Find the ``k`` nearest keys of every query; give all patches of all images in one call.
+        """Find the ``k`` nearest keys of every query; pass all patches of all images in one call.
 
-        Keys that repeat an earlier key bit for bit are never returned: the earlier one is.
+        Of keys that are equal bit for bit only the first is returned.
 
         Args:
             queries: Shape ``(Q, D)``, any dtype, device and layout. ``Q`` may be 0.
@@ -194,34 +223,30 @@ class Retriever(ABC):
 
         Returns:
             Ids and squared distances on the CPU, both ``(Q, k)``, nearest first, equal distances by id.
-            Distances are computed from the keys themselves, so that they are exact even where the choice of
-            ids is approximate.
+            Distances are exact even if the choice of ids is approximate.
 
         Raises:
             RetrieverError: If nothing was built, the width differs from the keys', a query is not finite,
-                ``k`` is out of range, or the back-end answers with ids that do not exist.
+                ``k`` is out of range, or the back-end returns ids that do not exist.
         """
         if not len(self):
-            raise RetrieverError(f"{self.name}: nothing to search; call build(keys) first", self)
-        with OneThreadAfterFork(), torch.autocast("cpu", enabled=False):
+            raise RetrieverError(f"the index {self.name!r} is empty. Call build(keys) first.", self)
+        with _safe_settings():
             matrix = as_matrix(queries, "queries")
             if matrix.shape[1] != self.width:
                 raise RetrieverError(
-                    f"queries are {matrix.shape[1]} wide, the keys of this index {self.width}; "
-                    "cut them from the same feature with the same patch size",
+                    f"queries must have {self.width} numbers like the keys, got {matrix.shape[1]}. Cut them "
+                    "from the same feature with the same patch size.",
                     queries,
                 )
             k = operator.index(k)
             if not 1 <= k <= self.distinct:
                 raise RetrieverError(
-                    f"asked for k={k} neighbours, the index holds {self.distinct} distinct keys "
-                    f"(of {len(self)}); choose k from 1 to {self.distinct}",
+                    f"k must be from 1 to {self.distinct}, the number of distinct keys, got {k}",
                     k,
                 )
             if not len(matrix):
                 return SearchResult(torch.empty((0, k), dtype=torch.int64), torch.empty((0, k)))
-            if self._generation != generation():
-                self._revive()
             ids, distances = self._nearest(matrix, k)
         return SearchResult(torch.from_numpy(ids), torch.from_numpy(distances))
 
@@ -236,7 +261,7 @@ class Retriever(ABC):
             CheckpointError: If the folder holds something else.
         """
         if not len(self):
-            raise RetrieverError(f"{self.name}: nothing to save; call build(keys) first", self)
+            raise RetrieverError(f"the index {self.name!r} is empty. Call build(keys) before save.", self)
         with staged(folder, owns=(MANIFEST, _KEYS_FILE, _INDEX_FILE)) as fresh:
             np.save(fresh / _KEYS_FILE, self._keys, allow_pickle=False)
             self._dump(fresh / _INDEX_FILE)
@@ -255,70 +280,54 @@ class Retriever(ABC):
     def load(cls, folder: str | Path, *, threads: int | None = None, **options: Any) -> Self:
         """Read what `save` wrote.
 
-        The keys are the truth. A native index is read only if it is the very file that was saved and still
-        fits the options; otherwise it is built again. Keys saved by another back-end are indexed anew, with
-        this one's defaults.
+        A native index is read only if its file is unchanged and fits the options; otherwise it is built again
+        from the keys. Keys saved by another back-end are indexed with this one's default options.
 
         Args:
             folder: A folder written by `save`.
             threads: CPU threads; as saved if ``None``.
-            options: Options that shall differ from the saved ones.
+            options: Options that differ from the saved ones.
 
         Raises:
             CheckpointError: If a file is missing or damaged.
         """
         manifest = read_manifest(folder, _KIND, _SCHEMA)
         same = manifest["name"] == cls.name
-        kept = manifest["options"] if same else {}
-        retriever = cls(threads=manifest["threads"] if threads is None else threads, **{**kept, **options})
+        saved = manifest["options"] if same else {}
+        retriever = cls(threads=manifest["threads"] if threads is None else threads, **{**saved, **options})
         keys = read_array(folder, _KEYS_FILE, manifest)
         if keys.dtype != np.float32 or list(keys.shape) != manifest["shape"]:
             raise CheckpointError(
-                f"{folder}: keys are {keys.dtype} {keys.shape}, expected float32 {manifest['shape']}", folder
+                f"keys in {folder} must be float32 {manifest['shape']}, got {keys.dtype} {keys.shape}", folder
             )
-        changed = {key for key, value in retriever.options.items() if kept.get(key) != value}
-        with OneThreadAfterFork(), torch.autocast("cpu", enabled=False):
+        changed = {key for key, value in retriever.options.items() if saved.get(key) != value}
+        with _safe_settings():
             retriever._hold(as_matrix(keys, "keys"))
             usable = same and not changed - set(cls.search_options)
             if not (usable and retriever._restored(Path(folder) / _INDEX_FILE, manifest)):
-                retriever._index()
+                retriever._build(retriever._distinct_keys() - retriever._mean)
         return retriever
 
     def _hold(self, keys: np.ndarray) -> None:
         if not len(keys):
-            raise RetrieverError(f"no keys to index: got shape {keys.shape}", keys)
+            raise RetrieverError(f"an index needs at least 1 key, got shape {keys.shape}", keys)
         self._keys, self._first = keys, first_of_each(keys)
         self._mean = keys.mean(axis=0, dtype=np.float64).astype(np.float32)
-
-    def _share(self, other: Retriever) -> None:
-        """Hold what another retriever holds, without a copy, so that it can hand its work to this one."""
-        self._keys, self._first, self._mean = other._keys, other._first, other._mean
-
-    def _index(self) -> None:
-        """Hand the distinct, centred keys to the back-end."""
-        self._build(self._distinct_keys() - self._mean)
-        self._generation = generation()
 
     def _distinct_keys(self) -> np.ndarray:
         return self._keys if self.distinct == len(self) else self._keys[self._first]
 
-    def _revive(self) -> None:
-        with _reviving:  # threads of a forked process may all come here at once
-            if self._generation != generation():
-                self._after_fork()
-                self._generation = generation()
-
     def _restored(self, path: Path, manifest: dict[str, Any]) -> bool:
-        """Try the saved index; say whether it can be used."""
-        wanted = manifest["files"].get(_INDEX_FILE)
-        if wanted is None:
+        """Try to read the saved index; return whether it can be used."""
+        digest = manifest["files"].get(_INDEX_FILE)
+        if digest is None:
             return False
-        found, ours = manifest.get("index_by"), self._made_by()
-        if found != ours:
-            log.warning("%s was made by %s, here is %s; building the index again", path, found, ours)
+        writer, reader = manifest.get("index_by"), self._made_by()
+        if writer != reader:
+            log.warning("%s was made by %s, here is %s; building the index again", path, writer, reader)
             return False
-        # A damaged index can kill the process or answer wrongly, so that no byte of it is parsed before this.
-        if not path.is_file() or file_digest(path) != wanted:
+        # A damaged native index can crash the process or answer wrongly: compare its hash before reading it.
+        if not path.is_file() or file_digest(path) != digest:
             log.warning("%s is missing or damaged; building the index again from the keys", path)
             return False
         try:
@@ -329,56 +338,52 @@ class Retriever(ABC):
         return True
 
     def _nearest(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Rank what the back-end finds by exact distance; search exactly where that is not enough."""
+        """Rank the back-end's candidates by exact distance; search exactly where they are not sufficient."""
         centred = queries - self._mean
         answer = self._search(centred, k)
-        found, floor = answer if isinstance(answer, tuple) else (answer, None)
-        candidates, whole = self._checked(found, floor, len(queries), k)
-        if (
-            whole and floor is None and candidates.shape[1] == 1
-        ):  # nothing to rank: one short query pays for it
+        rows, floor = answer if isinstance(answer, tuple) else (answer, None)
+        candidates, complete = self._checked(rows, floor, len(queries), k)
+        if complete and floor is None and candidates.shape[1] == 1:  # nothing to rank
             ids = self._first[candidates]
             return ids, pair_distances(queries, self._keys, ids)
         ids, distances = self._ranked(queries, candidates, k)
-        reach = distances[:, -1]
-        unsure = np.isinf(reach) if floor is None else ~(np.sqrt(reach) <= floor)
+        farthest = distances[:, -1]
+        unsure = np.isinf(farthest) if floor is None else ~(np.sqrt(farthest) <= floor)
         if unsure.any():
             keys, mean = torch.from_numpy(self._distinct_keys()), torch.from_numpy(self._mean)
-            rows = nearest(torch.from_numpy(centred[unsure]), keys, k, centre=mean).numpy()
-            ids[unsure], distances[unsure] = self._ranked(queries[unsure], rows, k)
+            exact = nearest(torch.from_numpy(centred[unsure]), keys, k, centre=mean).numpy()
+            ids[unsure], distances[unsure] = self._ranked(queries[unsure], exact, k)
         return self._first[ids], distances
 
     def _checked(
         self, ids: np.ndarray, floor: np.ndarray | None, rows: int, k: int
     ) -> tuple[np.ndarray, bool]:
-        """Check that a back-end's answer can be used as row numbers, or as -1; say whether there is no -1."""
+        """Check that ids are rows or -1; return them as int64, and whether none is -1."""
         ids = np.asarray(ids)
         if ids.ndim != 2 or len(ids) != rows or ids.shape[1] < k or ids.dtype.kind not in "iu":
             raise RetrieverError(
-                f"{self.name} answered with {ids.dtype} {ids.shape}, expected integers {(rows, k)}: "
-                "the back-end is broken",
+                f"the back-end {self.name!r} must return integers {(rows, k)}, got {ids.dtype} {ids.shape}",
                 ids,
             )
         if floor is not None and np.shape(floor) != (rows,):
             raise RetrieverError(
-                f"{self.name} answered with a floor of shape {np.shape(floor)}, expected {(rows,)}: "
-                "the back-end is broken",
+                f"the back-end {self.name!r} must return a floor of shape {(rows,)}, got {np.shape(floor)}",
                 floor,
             )
         ids = ids.astype(np.int64, copy=False)
-        if ids.view(np.uint64).max() < self.distinct:  # as such a number, what is negative is huge
+        if ids.view(np.uint64).max() < self.distinct:  # as unsigned numbers, negative ones are huge
             return ids, True
         low, high = int(ids.min()), int(ids.max())
         if low < -1 or high >= self.distinct:
             raise RetrieverError(
-                f"{self.name} answered with id {low if low < -1 else high}, there are {self.distinct} "
-                "distinct keys: the index is damaged or the back-end is broken; build it again",
+                f"the back-end {self.name!r} returned the id {low if low < -1 else high}, but there are only "
+                f"{self.distinct} distinct keys. The index is damaged: build it again.",
                 ids,
             )
         return ids, False
 
     def _ranked(self, queries: np.ndarray, ids: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Keep the ``k`` nearest of each query's candidates; what is missing is infinitely far."""
+        """Return the ``k`` nearest of each query's candidates; missing ones are infinitely far."""
         ids = np.sort(ids, axis=1)
         missing = ids < 0
         missing[:, 1:] |= ids[:, 1:] == ids[:, :-1]  # an approximate index may name a key twice
@@ -386,3 +391,206 @@ class Retriever(ABC):
         distances[missing] = np.inf
         order = np.argsort(distances, axis=1, kind="stable")[:, :k]  # stable: equal distances by id
         return np.take_along_axis(ids, order, 1), np.take_along_axis(distances, order, 1)
+
+
+class ExactRetriever(Retriever):
+    """Exhaustive search by blocks of one matrix product; costs ``Q * n * D`` multiply-adds.
+
+    With bfloat16, rounded keys are compared first and sixteen candidates are compared again in float32. A
+    query for which rounding could hide the nearest key is searched in float32, so that both precisions give
+    the same result up to float32 rounding.
+
+    Args:
+        device: Where the keys are held and compared, such as ``"cpu"`` or ``"cuda"``.
+        precision: ``"float32"``, ``"bfloat16"``, or ``"auto"``: bfloat16 on processors that multiply it
+            natively, for large banks whose keys are far enough apart.
+        threads: Recorded only: the search runs in torch's own thread pool, see `torch.set_num_threads`.
+
+    Raises:
+        OptionError: If the device or the precision does not exist; on `build`, if the keys cannot be put on
+            the device.
+    """
+
+    name = "exact"
+    search_options = ("device", "precision")
+
+    def __init__(
+        self,
+        *,
+        device: str = "cpu",
+        precision: Literal["auto", "float32", "bfloat16"] = "auto",
+        threads: int = 1,
+    ) -> None:
+        super().__init__(threads=threads, device=str(device), precision=precision)
+        try:
+            self._device = torch.device(device)
+        except RuntimeError as error:
+            raise OptionError(f"no device {device!r}: {error}", device) from error
+        if precision not in ("auto", "float32", "bfloat16"):
+            raise OptionError(
+                f"precision must be 'auto', 'float32' or 'bfloat16', got {precision!r}", precision
+            )
+        self._rounded: RoundedKeys | None = None
+        self._rows: Tensor
+        self._norms: Tensor
+
+    @property
+    def precision(self) -> Literal["float32", "bfloat16"]:
+        """Precision of the first comparison, after `build`."""
+        return "float32" if self._rounded is None else "bfloat16"
+
+    def _build(self, keys: np.ndarray) -> None:
+        try:
+            rows = torch.from_numpy(keys).to(self._device)
+            rounded = self._round(rows)
+            if rounded is not None:
+                rows = rows[:0].clone()
+            self._rounded, self._rows, self._norms = rounded, rows, squared_norms(rows)
+        except (RuntimeError, AssertionError) as error:  # torch asserts that it was compiled for the device
+            raise OptionError(
+                f"cannot hold {len(keys)} x {keys.shape[1]} keys on {str(self._device)!r}: {error}",
+                self._device,
+            ) from error
+
+    def _round(self, rows: Tensor) -> RoundedKeys | None:
+        """Round the keys if the precision is bfloat16, or automatic and rounding pays."""
+        precision = self.options["precision"]
+        pays = self._device.type == "cpu" and rows.numel() >= _MANY and multiplies_bfloat16()
+        if precision == "float32" or (precision == "auto" and not pays):
+            return None
+        rounded = RoundedKeys(rows)
+        return rounded if precision == "bfloat16" or _proves(rounded, rows) else None
+
+    def _search(self, queries: np.ndarray, k: int) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
+        rows = torch.from_numpy(queries).to(self._device)
+        count = min(k + _SPARE, self.distinct)
+        if self._rounded is not None:
+            ids, floor = self._rounded.candidates(rows, count)
+            return ids.cpu().numpy(), floor.cpu().numpy()
+        # A GPU may round float32 products as well (TF32): rank more candidates there.
+        ids = nearest(rows, self._rows, k if self._device.type == "cpu" else count, self._norms)
+        return ids.cpu().numpy()
+
+
+def _proves(rounded: RoundedKeys, rows: Tensor) -> bool:
+    """Return whether the floor proves nearly all neighbours of a sample of the keys."""
+    probes = rows[:: max(1, len(rows) // _PROBES)]
+    ids, floor = rounded.candidates(probes, min(2 + _SPARE, len(rows)))
+    distances = pair_distances(probes.numpy(), rows.numpy(), ids.numpy())
+    second = np.sqrt(np.sort(distances, axis=1)[:, min(1, distances.shape[1] - 1)])  # the first is itself
+    return bool((second <= floor.numpy()).mean() >= 0.9)
+
+
+def squared_norms(rows: Tensor) -> Tensor:
+    """Compute the squared length of each row, ``(n, D) -> (n,)``."""
+    return torch.einsum("nd,nd->n", rows, rows)
+
+
+def nearest(
+    queries: Tensor, keys: Tensor, k: int = 1, norms: Tensor | None = None, centre: Tensor | None = None
+) -> Tensor:
+    """Find the ``k`` nearest keys of each query by comparing it with all of them.
+
+    Args:
+        queries: Shape ``(Q, D)``.
+        keys: Shape ``(n, D)``, same dtype and device, ``n >= k``. Centre both: rows far from the origin lose
+            precision, since ``|q|^2 - 2 q k + |k|^2`` cancels.
+        k: Neighbours per query.
+        norms: `squared_norms` of the keys, if known.
+        centre: Subtracted from the keys block by block, ``(D,)``, to avoid a second copy of them; without
+            ``norms``. The queries must be centred already.
+
+    Returns:
+        Row numbers, int64 ``(Q, k)``, nearest first.
+    """
+    if len(queries) > _QUERIES:
+        return torch.cat([nearest(block, keys, k, norms, centre) for block in queries.split(_QUERIES)])
+
+    def score(start: int, stop: int) -> Tensor:
+        everything = stop - start == len(keys)  # slicing costs as much as searching a few hundred keys
+        part = keys if everything else keys[start:stop]
+        if centre is not None:
+            part = part - centre
+        lengths = squared_norms(part) if norms is None else norms if everything else norms[start:stop]
+        # |q|^2 is the same for every key of a query: left out.
+        return torch.addmm(lengths, queries, part.T, alpha=-2)
+
+    return scan(score, len(keys), k, smallest, _KEYS)[1]
+
+
+def pair_distances(queries: np.ndarray, keys: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """Compute the squared distance of each query to its own few keys from differences, without cancellation.
+
+    Args:
+        queries: float32 ``(Q, D)``.
+        keys: float32 ``(n, D)``.
+        ids: Rows of ``keys``, ``(Q, k)``.
+
+    Returns:
+        float32 ``(Q, k)``.
+    """
+    step = max(1, _PAIR_FLOATS // max(1, ids.shape[1] * keys.shape[1]))
+    distances = np.empty(ids.shape, np.float32)
+    for top in range(0, len(queries), step):
+        gap = keys[ids[top : top + step]]  # (q, k, D)
+        gap -= queries[top : top + step, None]
+        np.einsum("qkd,qkd->qk", gap, gap, out=distances[top : top + step])
+    return distances
+
+
+def first_of_each(rows: np.ndarray) -> np.ndarray:
+    """Return the rows that do not repeat an earlier one, as ascending int64 row numbers.
+
+    Args:
+        rows: float32 ``(n, D)``, C-contiguous. ``-0.0`` counts as ``0.0``.
+    """
+    # A digest per row takes 16 bytes of each key, where np.unique would sort a copy of all of them.
+    seen: set[bytes] = set()
+    first = []
+    for number, row in enumerate(rows):
+        digest = hashlib.blake2b(row + np.float32(0), digest_size=16).digest()
+        if digest not in seen:
+            seen.add(digest)
+            first.append(number)
+    return np.asarray(first, np.int64)
+
+
+def as_matrix(rows: Tensor | np.ndarray, what: str, *, copy: bool = False) -> np.ndarray:
+    """Convert keys or queries of any dtype, device and layout to a contiguous float32 matrix.
+
+    Args:
+        rows: Shape ``(n, D)``.
+        what: ``"keys"`` or ``"queries"``, for the error message.
+        copy: Never share memory with ``rows``.
+
+    Raises:
+        RetrieverError: If the shape is not ``(n, D)`` with ``D >= 1``, or a number is NaN, infinite, or so
+            large that squared distances overflow float32.
+    """
+    if rows.is_complex() if isinstance(rows, Tensor) else np.asarray(rows).dtype.kind not in "fiub":
+        raise RetrieverError(f"{what} must be real numbers, got {rows.dtype}", rows)
+    if isinstance(rows, Tensor):
+        dense = rows.detach().to_dense()
+        if copy or dense.dtype != torch.float32 or dense.device.type != "cpu" or not dense.is_contiguous():
+            dense = dense.to("cpu", torch.float32, copy=copy).contiguous()
+        matrix: np.ndarray = dense.resolve_neg().numpy()
+    else:
+        with np.errstate(over="ignore"):
+            # Writeable, since torch warns about every array that is not.
+            matrix = (
+                np.array(rows, np.float32, order="C") if copy else np.require(rows, np.float32, ["C", "W"])
+            )
+    if matrix.ndim != 2 or matrix.shape[1] == 0:
+        raise RetrieverError(f"{what} must have shape (n, D) with D >= 1, got {matrix.shape}", rows)
+    flat = matrix.reshape(-1)
+    if not np.einsum("i,i->", flat, flat) <= _LARGEST:  # written so that it is true for NaN
+        wrong = np.flatnonzero(~(np.einsum("nd,nd->n", matrix, matrix) <= _LARGEST))
+        if len(wrong):
+            row = matrix[wrong[0]]
+            worst = row[np.argmax(np.abs(row))]  # argmax returns the first NaN, if there is one
+            raise RetrieverError(
+                f"{what} must be finite and small enough for float32 distances, got {worst} in row "
+                f"{wrong[0]} ({len(wrong)} of {len(matrix)} rows are wrong). Check the feature behind them.",
+                rows,
+            )
+    return matrix

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import threading
 from collections.abc import Iterator
@@ -12,26 +11,63 @@ from typing import Any
 
 import numpy as np
 
-from retroexit.errors import MissingExtraError, OptionError, RetrieverError
+from retroexit.errors import OptionError, RetrieverError
 from retroexit.retrieval.base import Retriever
 
-__all__ = ["FaissRetriever"]
+__all__ = ["FaissRetriever", "cluster_centres"]
 
 _settings = threading.Lock()  # thread count and BLAS threshold belong to the process, not to an index
-if hasattr(os, "register_at_fork"):  # a child must not inherit a lock that nobody will open
-    os.register_at_fork(
-        before=_settings.acquire, after_in_parent=_settings.release, after_in_child=_settings.release
-    )
 
 
 def _faiss() -> Any:
-    try:
-        import faiss
-    except ImportError as error:
-        raise MissingExtraError(
-            "the retriever 'faiss' needs FAISS: pip install faiss-cpu", "faiss"
-        ) from error
+    import faiss
+
     return faiss
+
+
+@contextmanager
+def _running(threads: int, width: int) -> Iterator[None]:
+    """Run FAISS with this number of threads, and with BLAS for small batches of queries too."""
+    faiss = _faiss()
+    with _settings:
+        before, threshold = faiss.omp_get_max_threads(), faiss.cvar.distance_compute_blas_threshold
+        if before != threads:
+            faiss.omp_set_num_threads(threads)
+        # Since FAISS 1.15 the threshold counts queries x width, and below it (124 queries 1024 wide, one
+        # image) the search is eight times slower. Older versions count queries, 20, and need no change.
+        faiss.cvar.distance_compute_blas_threshold = min(threshold, 4 * width)
+        try:
+            yield
+        finally:
+            if before != threads:
+                faiss.omp_set_num_threads(before)
+            faiss.cvar.distance_compute_blas_threshold = threshold
+
+
+def cluster_centres(points: np.ndarray, count: int, *, seed: int, threads: int) -> np.ndarray:
+    """Find the centres of k-means clusters.
+
+    Args:
+        points: float32 ``(n, D)``, C-contiguous.
+        count: Number of clusters, at most n.
+        seed: Of the first centres.
+        threads: CPU threads.
+
+    Returns:
+        float32 ``(count, D)``.
+    """
+    faiss = _faiss()
+    kmeans = faiss.Kmeans(
+        points.shape[1],
+        count,
+        niter=10,  # the mean distance falls by less than 1 % per pass after these
+        seed=seed % 2**31,
+        min_points_per_centroid=1,
+        max_points_per_centroid=len(points),
+    )
+    with _running(threads, points.shape[1]):
+        kmeans.train(points)
+    return np.asarray(kmeans.centroids)
 
 
 class FaissRetriever(Retriever):
@@ -41,17 +77,16 @@ class FaissRetriever(Retriever):
         index: Factory string: ``"Flat"`` (exact), ``"HNSW16"``, ``"IVF256,Flat"``, ``"IVF1024,PQ64"``,
             ``"IVF1024,PQ64,RFlat"``, ``"PCA64,IVF256,Flat"``...
         nprobe: Lists visited per query by an IVF index; 32 if ``None``, at most all of them.
-        ef: Candidates kept while an HNSW index is searched; 64 if ``None``.
-        ef_construction: The same while it is built; 200 if ``None``.
-        refine: Candidates per neighbour that are compared exactly, for indexes that hold compressed keys; 8
-            if ``None`` and the string ends in a refinement such as ``RFlat``, else 1. Without that ending
-            they are compared with the retriever's own keys, so that FAISS needs no second copy.
+        ef: Candidates held while an HNSW index is searched; 64 if ``None``.
+        ef_construction: Candidates held while it is built; 200 if ``None``.
+        refine: Candidates per neighbour that are compared exactly, for indexes of compressed keys; 8 if
+            ``None`` and the string ends in a refinement such as ``RFlat``, else 1. Without that ending they
+            are compared with the retriever's keys, so that FAISS needs no second copy.
         threads: CPU threads for building and searching.
 
     Raises:
-        MissingExtraError: If FAISS is not installed.
-        OptionError: On `build`, if the string names no index, or an option is given that this index does not
-            have.
+        OptionError: If an option is below 1; on `build`, if the string names no index, or this index does
+            not have a given option.
     """
 
     name = "faiss"
@@ -77,10 +112,9 @@ class FaissRetriever(Retriever):
         )
         for option, value in self.options.items():
             if option != "index" and value is not None and value < 1:
-                raise OptionError(f"{option} must be at least 1, got {value}", value)
-        _faiss()
+                raise OptionError(f"{option} must be >= 1, got {value}", value)
         self._native: Any = None
-        self._more = 1  # candidates per neighbour that the base class shall rank
+        self._more = 1  # candidates per neighbour that the base class ranks
 
     def _build(self, keys: np.ndarray) -> None:
         faiss = _faiss()
@@ -88,13 +122,13 @@ class FaissRetriever(Retriever):
             native = faiss.index_factory(keys.shape[1], self.options["index"])
         except RuntimeError as error:
             raise OptionError(
-                f"no FAISS index {self.options['index']!r} for keys {keys.shape[1]} wide: {_reason(error)}; "
-                "see the factory strings in FAISS's documentation",
+                f"no FAISS index {self.options['index']!r} for keys of {keys.shape[1]} numbers: "
+                f"{_reason(error)}. See the factory strings in FAISS's documentation.",
                 self.options["index"],
             ) from error
         _prepare(native)
         self._tune(native)
-        with self._running(keys.shape[1]):
+        with _running(self.threads, keys.shape[1]):
             try:
                 native.train(keys)
                 native.add(keys)
@@ -106,7 +140,7 @@ class FaissRetriever(Retriever):
         self._native = native
 
     def _search(self, queries: np.ndarray, k: int) -> np.ndarray:
-        with self._running(self.width):
+        with _running(self.threads, self.width):
             return self._native.search(queries, min(k * self._more, self.distinct))[1]
 
     def _dump(self, path: Path) -> None:
@@ -114,9 +148,6 @@ class FaissRetriever(Retriever):
 
     def _made_by(self) -> str:
         return f"faiss {_faiss().__version__}"
-
-    def _after_fork(self) -> None:
-        """Change nothing: with one thread FAISS does not touch the pool that the fork left behind."""
 
     def _restore(self, path: Path) -> None:
         native = _faiss().read_index(str(path))
@@ -128,54 +159,30 @@ class FaissRetriever(Retriever):
         self._native = native
 
     def _tune(self, native: Any) -> None:
-        """Set what the user asked for, or refuse; and our defaults where they apply."""
+        """Set the options on the index, or our defaults where they apply."""
         faiss = _faiss()
         space = faiss.ParameterSpace()
         ivf = faiss.try_extract_index_ivf(native)
         defaults = {"nprobe": 32 if ivf is None else min(32, ivf.nlist), "ef": 64, "ef_construction": 200}
         theirs = {"nprobe": "nprobe", "ef": "efSearch", "ef_construction": "efConstruction"}
         self._more = self.options["refine"] or 1
-        if isinstance(native, faiss.IndexRefine):  # it refines by itself and returns what was asked for
+        if isinstance(native, faiss.IndexRefine):  # it refines by itself
             self._more, defaults["refine"], theirs["refine"] = 1, 8, "k_factor_rf"
         for option, default in defaults.items():
-            wanted = self.options[option]
+            value = self.options[option]
             try:
-                space.set_index_parameter(native, theirs[option], default if wanted is None else wanted)
+                space.set_index_parameter(native, theirs[option], default if value is None else value)
             except RuntimeError as error:
-                if wanted is not None:
+                if value is not None:
                     raise OptionError(
-                        f"the FAISS index {self.options['index']!r} has no {option} (asked for {wanted}); "
-                        "leave it out",
-                        wanted,
+                        f"the FAISS index {self.options['index']!r} has no option {option}, got {value}. "
+                        "Leave it out.",
+                        value,
                     ) from error
-
-    @contextmanager
-    def _running(self, width: int) -> Iterator[None]:
-        """Run FAISS with our number of threads, and with BLAS for small batches too."""
-        faiss = _faiss()
-        with _settings:
-            threads, threshold = faiss.omp_get_max_threads(), faiss.cvar.distance_compute_blas_threshold
-            if threads != self.threads:
-                faiss.omp_set_num_threads(self.threads)
-            if threshold > 4 * width:
-                # Since FAISS 1.15 the threshold counts queries x width, and below it (124 queries 1024 wide,
-                # one image) the search is eight times slower. Older versions count queries, 20, and need no
-                # help.
-                faiss.cvar.distance_compute_blas_threshold = 4 * width
-            try:
-                yield
-            finally:
-                if threads != self.threads:
-                    faiss.omp_set_num_threads(threads)
-                if threshold > 4 * width:
-                    faiss.cvar.distance_compute_blas_threshold = threshold
 
 
 def _prepare(native: Any) -> None:
-    """Keep FAISS from printing to the terminal about small banks, and from ordering codes at length.
-
-    The order of the codes serves a polysemous search, which nobody asks for here.
-    """
+    """Prevent FAISS from printing warnings about small banks, and from training for polysemous search."""
     downcast = _faiss().downcast_index
     for wrapper in ("base_index", "index"):  # of IndexRefine and IndexPreTransform
         if hasattr(native, wrapper):
@@ -188,5 +195,5 @@ def _prepare(native: Any) -> None:
 
 
 def _reason(error: RuntimeError) -> str:
-    """Keep of a FAISS message what follows the C++ signature."""
+    """Return the part of a FAISS message that follows the C++ signature."""
     return re.sub(r"^.* at \S+:\d+: (Error: )?", "", str(error).strip(), flags=re.DOTALL)

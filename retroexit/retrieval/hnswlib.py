@@ -8,20 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from retroexit.errors import MissingExtraError, OptionError
+from retroexit.errors import OptionError
 from retroexit.retrieval.base import Retriever
 
 __all__ = ["HnswlibRetriever"]
-
-
-def _hnswlib() -> Any:
-    try:
-        import hnswlib
-    except ImportError as error:
-        raise MissingExtraError(
-            "the retriever 'hnswlib' needs hnswlib: pip install hnswlib (a C++ compiler builds it)", "hnswlib"
-        ) from error
-    return hnswlib
 
 
 class HnswlibRetriever(Retriever):
@@ -29,12 +19,11 @@ class HnswlibRetriever(Retriever):
 
     Args:
         M: Links per key, ``>= 2``; more recall, more memory.
-        ef_construction: Candidates kept while a key is inserted.
-        ef: Candidates kept while searching; hnswlib keeps ``k`` where that is more.
+        ef_construction: Candidates held while a key is inserted, ``>= 1``.
+        ef: Candidates held while searching, ``>= 1``; hnswlib holds at least ``k``.
         threads: CPU threads. With more than one, two builds over the same keys may differ.
 
     Raises:
-        MissingExtraError: If hnswlib is not installed.
         OptionError: If an option is out of range.
     """
 
@@ -45,12 +34,13 @@ class HnswlibRetriever(Retriever):
         super().__init__(threads=threads, M=M, ef_construction=ef_construction, ef=ef)
         for option, value, least in (("M", M, 2), ("ef_construction", ef_construction, 1), ("ef", ef, 1)):
             if value < least:
-                raise OptionError(f"{option} must be at least {least}, got {value}", value)
-        _hnswlib()
+                raise OptionError(f"{option} must be >= {least}, got {value}", value)
         self._native: Any = None
 
     def _build(self, keys: np.ndarray) -> None:
-        native = _hnswlib().Index(space="l2", dim=keys.shape[1])
+        import hnswlib
+
+        native = hnswlib.Index(space="l2", dim=keys.shape[1])
         native.init_index(
             max_elements=len(keys),
             M=self.options["M"],
@@ -75,11 +65,10 @@ class HnswlibRetriever(Retriever):
     def _made_by(self) -> str:
         return f"hnswlib {importlib.metadata.version('hnswlib')}"
 
-    def _after_fork(self) -> None:
-        """Change nothing: hnswlib starts its threads anew at every call."""
-
     def _restore(self, path: Path) -> None:
-        native = _hnswlib().Index(space="l2", dim=self.width)
+        import hnswlib
+
+        native = hnswlib.Index(space="l2", dim=self.width)
         native.load_index(str(path), max_elements=self.distinct)
         if native.get_current_count() != self.distinct:
             raise ValueError(f"index of {native.get_current_count()} keys, there are {self.distinct}")

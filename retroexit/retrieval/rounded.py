@@ -1,23 +1,21 @@
-"""Keys rounded to bfloat16: half the bytes, much of the speed, and a proof of what rounding cannot hide.
+"""Search among keys rounded to bfloat16, with a lower bound on the distance to all other keys.
 
 Where a processor multiplies bfloat16 natively, comparing rounded rows costs a third of comparing float32
-ones. Rounding moves a query and a key by known lengths, so that by the triangle inequality every key that is
-not among the few candidates is farther than a known floor. Whoever finds its neighbours nearer than the floor
-has found the nearest of all.
+rows. Rounding moves a query and a key by known lengths, so that by the triangle inequality every key that is
+not a candidate is farther than a known floor. Neighbours nearer than the floor are the nearest of all keys.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from retroexit.retrieval.distances import scan, smallest
-
-__all__ = ["RoundedKeys", "multiplies_bfloat16"]
+__all__ = ["RoundedKeys", "multiplies_bfloat16", "scan", "smallest"]
 
 _QUERIES = 1024
 _KEYS = 8192  # one block of scores is 1024 x 8192 floats = 32 MiB
@@ -28,7 +26,7 @@ _FAR = 1e38
 
 @functools.cache
 def multiplies_bfloat16() -> bool:
-    """Say whether this processor multiplies bfloat16 natively (AVX512_BF16 or AMX) and torch makes use of it.
+    """Return whether this processor multiplies bfloat16 natively (AVX512_BF16 or AMX) and torch uses it.
 
     Elsewhere bfloat16 is emulated and slower than float32.
     """
@@ -37,12 +35,47 @@ def multiplies_bfloat16() -> bool:
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     if capabilities:
         return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-    asks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # until torch 2.10
-    return any(getattr(torch.cpu, ask, bool)() for ask in asks)
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # until torch 2.10
+    return any(getattr(torch.cpu, probe, bool)() for probe in probes)
+
+
+def smallest(score: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Find the ``k`` smallest numbers of each row and their columns, ascending."""
+    if k == 1:  # several times faster than topk(1)
+        return tuple(score.min(dim=1, keepdim=True))  # type: ignore[return-value]
+    return tuple(score.topk(k, dim=1, largest=False))  # type: ignore[return-value]
+
+
+def scan(
+    score: Callable[[int, int], Tensor],
+    rows: int,
+    k: int,
+    select: Callable[[Tensor, int], tuple[Tensor, Tensor]],
+    step: int,
+) -> tuple[Tensor, Tensor]:
+    """Collect the ``k`` smallest scores of every query from blocks of keys.
+
+    Args:
+        score: Called with a first and a last key; returns scores ``(Q, last - first)``.
+        rows: Number of keys, ``>= k``.
+        k: Scores per query.
+        select: Returns that many smallest scores of each row with their columns, see `smallest`.
+        step: Keys per block.
+
+    Returns:
+        Scores and row numbers, ``(Q, k)``, ascending.
+    """
+    best, at = select(score(0, min(step, rows)), min(k, step, rows))
+    for start in range(step, rows, step):
+        stop = min(start + step, rows)
+        near, here = select(score(start, stop), min(k, stop - start))
+        best, order = smallest(torch.cat([best, near], 1), min(k, stop))
+        at = torch.cat([at, here + start], 1).gather(1, order)
+    return best, at
 
 
 class RoundedKeys:
-    """A table of keys in bfloat16 that answers with candidates and with a floor under all other distances.
+    """A table of keys in bfloat16 that returns candidates and a floor under all other distances.
 
     Args:
         keys: Centred rows, float32 ``(n, D)``, on any device.
@@ -64,7 +97,7 @@ class RoundedKeys:
 
     @torch.no_grad()
     def candidates(self, queries: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """Find keys among which the nearest of each query are, or say how far off the proof is.
+        """Find candidates for the nearest keys of each query, and a bound on the distance to all others.
 
         Args:
             queries: Centred like the keys, float32 ``(Q, D)``, on their device.
@@ -77,10 +110,10 @@ class RoundedKeys:
         if len(queries) > _QUERIES:
             parts = [self.candidates(block, count) for block in queries.split(_QUERIES)]
             return torch.cat([ids for ids, _ in parts]), torch.cat([floor for _, floor in parts])
-        asked, lengths, errors = self._augmented(queries, -1)
+        table, lengths, errors = self._augmented(queries, -1)
 
         def score(start: int, stop: int) -> Tensor:
-            return _product(asked, self._table[start:stop])
+            return _product(table, self._table[start:stop])
 
         near, ids = scan(score, len(self._table), count, _smallest_by_groups, _KEYS)
         if count == self.rows:  # nothing is left out

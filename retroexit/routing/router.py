@@ -133,7 +133,8 @@ class RoutedCalls(nn.Module):
         if not self.is_recorded:
             self.record(*inputs, **kwargs)
         with torch.no_grad():
-            return self._predict(*self.split.begin(inputs, kwargs), inputs, kwargs)
+            begun = self.split.begin(inputs, kwargs)
+            return self._predict(begun.values, begun.key_feature, inputs, kwargs)
 
     def choose_exits(
         self,
@@ -148,7 +149,8 @@ class RoutedCalls(nn.Module):
             self.record(*inputs, **kwargs)
         with torch.no_grad():
             begun = self.split.begin(inputs, kwargs)
-            return self._exits(*begun, inputs, kwargs, RoutingRequest(threshold, budget, deadline_ms))[0]
+            request = RoutingRequest(threshold, budget, deadline_ms)
+            return self._exits(begun.values, begun.key_feature, inputs, kwargs, request)[0]
 
     # What routing goes by.
 
@@ -192,7 +194,7 @@ class RoutedCalls(nn.Module):
         """
         if not self.is_recorded:
             self.record(*inputs, **kwargs)
-        values, _ = self.split.begin(inputs, kwargs)
+        values = self.split.begin(inputs, kwargs).values
         rows = self._samples(values)
 
         def call(k: int) -> None:
@@ -324,7 +326,8 @@ class RoutedCalls(nn.Module):
         counted: bool = True,
     ) -> tuple[Any, Tensor]:
         with torch.no_grad():
-            values, key_feature = self.split.begin(args, kwargs)
+            begun = self.split.begin(args, kwargs)
+            values, key_feature = begun.values, begun.key_feature
             exits, found, far = self._exits(values, key_feature, args, kwargs, request, policy)
             if far is not None and self.drift.enabled and counted:
                 self.drift.note(far)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from retroexit.core.tensor_files import read_tensors, sha256_of, write_tensors
+from retroexit.core.files import read_tensors, sha256_of, write_tensors
 from retroexit.errors import CheckpointError, RetroExitError
 from retroexit.model import EarlyExitGenerator
 from retroexit.routing.calibration import Calibration

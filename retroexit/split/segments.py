@@ -13,14 +13,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
+from retroexit.core.modules import clone_module
 from retroexit.core.nested import rebuild
 from retroexit.errors import AttachPointError
 from retroexit.tracing.record import Recording
 
-__all__ = ["Cut", "Segment", "Tail", "change_first_map", "clone_module", "cut_at"]
+__all__ = ["Cut", "Segment", "Tail", "change_first_map", "cut_at"]
 
 
 @dataclass(frozen=True)
@@ -256,35 +256,6 @@ class Tail(nn.Module):
         for key, value in self.__dict__.items():
             duplicate.__dict__[key] = value if key in shared else copy.deepcopy(value, memo)
         return duplicate
-
-
-def clone_module(module: nn.Module, memo: dict[int, Any] | None = None, *, share: bool = False) -> nn.Module:
-    """Copy a module deeply, also where plain ``deepcopy`` refuses.
-
-    Legacy spectral norm leaves a non-leaf ``weight`` on a module after a forward with gradient; such tensors
-    are detached first. The copy's parameters require gradient.
-
-    Args:
-        module: What to copy.
-        memo: Copies that exist already, by identity.
-        share: Whether the copy holds the module's own tensors, to run it or to give it others.
-    """
-    memo = {} if memo is None else memo
-    if share:
-        memo.update({id(t): t for t in (*module.parameters(), *module.buffers())})
-    for owner in module.modules():
-        for value in vars(owner).values():
-            if isinstance(value, Tensor) and id(value) not in memo and (share or not value.is_leaf):
-                memo[id(value)] = value if share else value.detach().clone()
-    with (
-        torch.no_grad()
-    ):  # scripted modules copy their parameters by an operation that gradient flows through
-        duplicate = copy.deepcopy(module, memo)
-    for parameter in () if share else duplicate.parameters():
-        parameter.grad = None
-        if parameter.is_floating_point():
-            parameter.requires_grad_(True)
-    return duplicate
 
 
 def _clone_tensor(tensor: Tensor, memo: dict[int, Any]) -> Tensor:

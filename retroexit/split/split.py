@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,9 +18,26 @@ from retroexit.split.segments import Cut, Segment, Tail
 from retroexit.stages.decoder import Decoder, Stage
 from retroexit.tracing.record import unobserved
 
-__all__ = ["SplitGenerator", "Values"]
+__all__ = ["Begun", "SplitGenerator", "Values"]
 
 Values = dict[fx.Node, Any]
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A call of the generator that has run to the first cut.
+
+    Attributes:
+        values: Values that cross the first cut, by node.
+        key_feature: Feature that the keys are cut from, shape ``(N, C, ...)``.
+        args: Positional inputs of the call.
+        kwargs: Keyword inputs of the call.
+    """
+
+    values: Values
+    key_feature: Tensor
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
 
 
 class SplitGenerator:
@@ -112,13 +130,14 @@ class SplitGenerator:
         self._check_call(args, kwargs)
         return self._bind(args, kwargs)
 
-    def begin(self, args: Any, kwargs: Any) -> tuple[Values, Tensor]:
-        """Run to the first cut; gives the values that cross it, and the feature that keys are cut from.
+    def begin(self, args: Any, kwargs: Any) -> Begun:
+        """Run the generator to the first cut.
 
         Raises:
             InputMismatchError, ModeError, DeviceError: See `start`.
         """
-        return self._to_first_cut(self.start(args, kwargs))
+        values, key_feature = self._to_first_cut(self.start(args, kwargs))
+        return Begun(values, key_feature, tuple(args), dict(kwargs))
 
     def _to_first_cut(self, values: Values) -> tuple[Values, Tensor]:
         if self.key_cut is None or self._around_key is None:

@@ -8,10 +8,9 @@ import torch
 
 from retroexit.core.images import ImageRange
 from retroexit.errors import OptionError
-from retroexit.testing.case import Case
 from retroexit.plugins.training_types import TrainingBatch
-from retroexit.training.losses.adversary import Adversarial, Adversary, AdversarySettings
-from retroexit.training.losses.objectives import find_objective
+from retroexit.testing.case import Case
+from retroexit.training.losses.adversary import Adversarial, Adversary, AdversarySettings, find_objective
 
 __all__ = ["check_contest"]
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from retroexit.core.modules import fingerprint
 from retroexit.core.nested import cloned, rebuild, tensors
-from retroexit.fingerprint import fingerprint
 from retroexit.plugins.description import Description
 from retroexit.plugins.info import cause_of
 

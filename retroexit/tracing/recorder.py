@@ -19,8 +19,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from retroexit.core.macs import MacCounter
-from retroexit.core.nested import children, is_record, rebuild, tensors
-from retroexit.core.opaque import hidden_tensors
+from retroexit.core.nested import children, hidden_tensors, is_record, rebuild, tensors
 from retroexit.errors import RecordingError
 from retroexit.tracing.source_lines import show, user_line
 from retroexit.tracing.tensor_reads import READS, Read, changed

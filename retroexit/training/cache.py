@@ -19,10 +19,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from retroexit.core.files import is_whole, read_npy, self_digest
-from retroexit.core.modules import device_of
+from retroexit.core.modules import device_of, fingerprint
 from retroexit.core.samples import Samples, drawing_from, moved
 from retroexit.errors import CheckpointError, OptionError, TrainingError
-from retroexit.fingerprint import fingerprint
 from retroexit.guidance.taps import Taps
 from retroexit.model import EarlyExitGenerator
 
@@ -257,14 +256,15 @@ def compute_features(
         with_guidance: Whether to compute guidance keys and values too.
 
     Returns:
-        The values that cross the cuts by the names of their nodes, the image and guidance maps by the names of
+        The values that cross the cuts by the names of their nodes; the image and guidance maps by those of
         this module.
     """
     split, features = model.split, dict[str, Tensor]()
     device = device_of(model.generator)
     args, kwargs = moved((args, kwargs), device)
     with drawing_from(seed, device):
-        values, key_feature = split.begin(args, kwargs)
+        begun = split.begin(args, kwargs)
+        values, key_feature = begun.values, begun.key_feature
         for index in range(len(split.cuts)):
             values = split.advance(values, index) if index else values
             features.update({node.name: values[node].clone() for node in split.cuts[index].crossing})
@@ -329,7 +329,7 @@ def _store(
         arrays[name] = np.lib.format.open_memmap(path, "w+", rows.dtype, shape)
     if arrays[name].shape[1:] != rows.shape[1:]:
         raise OptionError(
-            f"inputs must be of one size, got {name} of shape {rows.shape[1:]} after {arrays[name].shape[1:]}",
+            f"inputs must be of one size, got shapes {arrays[name].shape[1:]} and {rows.shape[1:]} of {name}",
             value,
         )
     arrays[name][indices] = rows

@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from retroexit.core.modules import device_of
+from retroexit.core.modules import device_of, fingerprint
 from retroexit.core.samples import Samples, drawing_from
 from retroexit.errors import CheckpointError, OptionError
-from retroexit.fingerprint import fingerprint
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.guidance.candidates import Candidates
 from retroexit.guidance.filling import hold_candidates
@@ -259,6 +258,6 @@ def _maps(
     """Run all inputs once more, for their key and value features; the draws are those of the first time."""
     for indices, args, kwargs in samples.batches(batch):
         with torch.no_grad(), drawing_from(samples.seed + indices[0], device):
-            _, key_feature = model.split.begin(args, kwargs)
+            key_feature = model.split.begin(args, kwargs).key_feature
         with drawing_from(samples.seed + indices[0], device):
             yield taps.query(key_feature, args, kwargs), model.decomposition.guidance_values(args, kwargs)

@@ -75,13 +75,13 @@ def learning_rate(step: int, schedule: BranchSchedule) -> float:
 def averaged(parameters: Sequence[nn.Parameter], decay: float) -> AveragedModel:
     """Make an exponential moving average of parameters, in their order in ``module.parameters()``.
 
-    The decay at step t, from 0, is ``min(decay, t / (9 + t))``: early averages are shorter, and the first step
-    replaces the starting weights.
+    The decay at step t, from 0, is ``min(decay, (1 + t) / (10 + t))``; the first step replaces the
+    starting weights.
     """
 
     def update(averages: Any, current: Any, count: Tensor) -> None:
         number = int(count)
-        get_ema_multi_avg_fn(min(decay, number / (9 + number)))(averages, current, count)
+        get_ema_multi_avg_fn(min(decay, (1 + number) / (10 + number)))(averages, current, count)
 
     return AveragedModel(nn.ParameterList(parameters), multi_avg_fn=update)
 
@@ -284,9 +284,9 @@ class BranchTrainer:
 
     def _diverged(self, what: str, value: float, parts: dict[str, float]) -> TrainingError:
         return TrainingError(
-            f"the {what} of exit {self.index + 1} became {value} at step {self.step}, with parts {parts}. The "
-            f"branches have the weights of the last checkpoint, {self.path}. Use another folder and a learning "
-            f"rate below {self.schedule.lr:g}.",
+            f"the {what} of exit {self.index + 1} became {value} at step {self.step}: {parts}. The "
+            f"branches have the weights of the last checkpoint, {self.path}. Use another folder, and lr below "
+            f"{self.schedule.lr:g}.",
             parts,
         )
 
@@ -451,7 +451,7 @@ def train_branches(
         for group in groups:
             for trainer in group:
                 if not trainer.resume():
-                    trainer.save()  # a run interrupted before its next checkpoint starts with the same weights
+                    trainer.save()  # a run interrupted before the next one starts with the same weights
             bar.update(min(trainer.step for trainer in group))
             if not together:
                 bar.set_description(f"exit {group[0].index + 1} of {len(trainers)}")

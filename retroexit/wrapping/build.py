@@ -13,6 +13,8 @@ from retroexit.branch.adapter_stages import BuildStage
 from retroexit.branch.builder import BranchSpec, Init
 from retroexit.branch.factory import Branch, build_branch
 from retroexit.branch.widths.plan import WidthPlan, WidthRule
+from retroexit.core.macs import count_macs
+from retroexit.core.modules import fingerprint
 from retroexit.errors import (
     AttachPointError,
     BankError,
@@ -21,8 +23,6 @@ from retroexit.errors import (
     RecordingError,
     closest,
 )
-from retroexit.evaluation.thop_check import count_macs
-from retroexit.fingerprint import fingerprint
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.guidance.options import Guidance
 from retroexit.guidance.provenance import check_provenance

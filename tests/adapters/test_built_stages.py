@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import retroexit
+from retroexit.core.macs import count_macs
 from retroexit.errors import BranchError
-from retroexit.evaluation.thop_check import count_macs
 from retroexit.load import load_model
 from retroexit.plugins.host import Host
 

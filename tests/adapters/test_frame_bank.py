@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import retroexit
 from retroexit import builtin
 from retroexit.errors import BankError
-from retroexit.metrics.base import QualityMetric
+from retroexit.metrics import QualityMetric
 from retroexit.plugins.host import Host
 
 megaportraits = pytest.importorskip(

@@ -128,7 +128,7 @@ def wrap(generator: nn.Module, scale: float = 0.5, **options: object) -> EarlyEx
 
 def solve(model: EarlyExitGenerator, count: int = 32, seed: int = 3) -> Reconstruction | None:
     """Reconstruct the first branch on latents of its own."""
-    values = model.split.begin((latents(count, seed),), {})[0]
+    values = model.split.begin((latents(count, seed),), {}).values
     branch = model.branches[0]
     assert isinstance(branch, Branch)
     return reconstruct(branch, model.split.tail(0, share=True), model.split.crossing(values, 0))
@@ -180,7 +180,7 @@ def test_what_other_people_s_decoders_do_can_be_reconstructed(toys: ModuleType, 
     model = retroexit.wrap(toy.generator, attach_at=[1], scale=0.5, min_channels=8, **options)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        values = model.split.crossing(model.split.begin(toy.args, {})[0], 0)
+        values = model.split.crossing(model.split.begin(toy.args, {}).values, 0)
     branch = model.branches[0]
     assert isinstance(branch, Branch)
     found = reconstruct(branch, model.split.tail(0, share=True), values)
@@ -227,7 +227,7 @@ def test_what_does_not_help_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_skip_connection_s_error_is_made_up_for() -> None:
     model = wrap(decoder(Residual))
-    values = model.split.crossing(model.split.begin((latents(64, 3),), {})[0], 0)
+    values = model.split.crossing(model.split.begin((latents(64, 3),), {}).values, 0)
     full, branch = model.split.tail(0, share=True), model.branches[0]
     assert isinstance(branch, Branch)
     kept = branch.kept["blocks.2.out"]

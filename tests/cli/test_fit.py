@@ -12,7 +12,7 @@ import pytest
 
 from retroexit.errors import WeightsError
 from retroexit.guidance import GuidanceBank
-from retroexit.training.branches.trainer import BranchTrainer
+from retroexit.training.trainer import BranchTrainer
 
 FIT = (
     "fit",
@@ -121,7 +121,7 @@ def test_a_dry_run_without_the_metrics_weights_says_everything_and_is_refused_as
     def missing(*_: object, **__: object) -> None:
         raise WeightsError("found none")
 
-    monkeypatch.setattr("retroexit.metrics.base.LPIPS.__init__", missing)
+    monkeypatch.setattr("retroexit.metrics.LPIPS.__init__", missing)
     for metric in ("lpips", "lpips-vgg"):
         shown = run(*FIT, "--metric", metric, "--out", "run", "--dry-run")
         assert (shown.status, shown.err) == (1, "error: found none\n")

@@ -92,7 +92,7 @@ def test_missing_weights_are_listed_and_refused_at_the_end(
     run(*words).fails_with("the loss 'vgg' needs vgg19-dcbb9e9d.pth")
     assert not (tmp_path / "run").exists()
     (tmp_path / "vgg19.pth").write_bytes(b"no weights")
-    run(*words, "--loss-weights", "vgg=vgg19.pth", "--dry-run").fails_with("vgg19.pth is no weight file")
+    run(*words, "--loss-weights", "vgg=vgg19.pth", "--dry-run").fails_with("vgg19.pth is not a weight file")
 
 
 def test_a_trained_discriminator_comes_from_a_file_for_the_adapters_own(run: Any, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from retroexit.metrics.base import QualityMetric
+from retroexit.metrics import QualityMetric
 
 
 class Posed(nn.Module):

@@ -13,7 +13,7 @@ import retroexit
 from retroexit.core.samples import Samples
 from retroexit.errors import BankError, OptionError
 from retroexit.guidance import GuidanceBank, cut, merge_banks, with_slopes
-from retroexit.metrics.base import QualityMetric
+from retroexit.metrics import QualityMetric
 from retroexit.retrieval import ExactRetriever
 from retroexit.training.stream_bank import stream_bank
 

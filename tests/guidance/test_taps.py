@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import retroexit
 from retroexit.errors import AttachPointError, BankError, CheckpointError, OptionError
 from retroexit.guidance.keys import key_name
-from retroexit.metrics.base import QualityMetric
+from retroexit.metrics import QualityMetric
 from retroexit.plugins import host
 
 INPUTS = torch.randn(7, 4, 8, 8, generator=torch.Generator().manual_seed(1))

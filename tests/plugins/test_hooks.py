@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import retroexit
 from retroexit import cli
 from retroexit.errors import OptionError, PluginError
-from retroexit.metrics.base import QualityMetric
+from retroexit.metrics import QualityMetric
 from retroexit.plugins import Description, Host, PluginInfo, hookimpl, hookspecs
 from retroexit.retrieval import Retriever
 

@@ -9,7 +9,7 @@ import pytest
 from torch import Tensor
 
 from retroexit.errors import PluginError
-from retroexit.metrics.base import QualityMetric
+from retroexit.metrics import QualityMetric
 from retroexit.plugins import Host, hookimpl
 
 

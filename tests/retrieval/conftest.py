@@ -1,4 +1,4 @@
-"""Every back-end that is installed, ours in several shapes and those of others."""
+"""Every back-end that is installed: ours with several options, and those of plug-ins."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from retroexit.plugins import host
 from retroexit.retrieval import AutoRetriever, ExactRetriever, FaissRetriever, HnswlibRetriever, Retriever
@@ -20,44 +22,47 @@ OURS: dict[str, Callable[..., Retriever]] = {
     "faiss-ivf": lambda **more: FaissRetriever(index="IVF8,Flat", nprobe=6, **more),
     "auto": AutoRetriever,
 }
-# A code book wants more keys than most tests have.
+# A code book needs more keys than most tests have.
 COMPRESSED: dict[str, Callable[..., Retriever]] = {
-    "faiss-ivfpq": lambda **more: FaissRetriever(index="IVF4,PQ8x4", nprobe=4, refine=10, **more),
-    "faiss-ivfpq-refined": lambda **more: FaissRetriever(index="IVF4,PQ8x4,RFlat", refine=10, **more),
+    "faiss-ivfpq": lambda **more: FaissRetriever(index="IVF4,PQ8x4", nprobe=4, refine=20, **more),
+    "faiss-ivfpq-refined": lambda **more: FaissRetriever(index="IVF4,PQ8x4,RFlat", refine=20, **more),
 }
 
 
-def _others() -> dict[str, Callable[..., Retriever]]:
+def _plugins() -> dict[str, Callable[..., Retriever]]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of broken plug-ins
         names = set(host().retrievers()) - {"auto", "exact", "faiss", "hnswlib"}
         return {name: host().retriever(name) for name in sorted(names)}
 
 
-BACKENDS = OURS | _others()
+BACKENDS = OURS | _plugins()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run a test that asks for ``backend`` with every one; ``any_backend`` adds those for larger banks."""
+    """Run a test with every ``backend``; ``any_backend`` adds those for larger banks."""
     for fixture, made in (("backend", BACKENDS), ("any_backend", BACKENDS | COMPRESSED)):
         if fixture in metafunc.fixturenames:
             metafunc.parametrize(fixture, list(made), indirect=True)
 
 
-def _make(name: str) -> Callable[..., Retriever]:
-    library = name.partition("-")[0]
-    if library in ("faiss", "hnswlib"):
-        pytest.importorskip(library)
-    return (BACKENDS | COMPRESSED)[name]
-
-
 @pytest.fixture
 def backend(request: pytest.FixtureRequest) -> Any:
     """A function that makes an unbuilt retriever; takes ``threads``."""
-    return _make(request.param)
+    return BACKENDS[request.param]
 
 
 @pytest.fixture
 def any_backend(request: pytest.FixtureRequest) -> Any:
     """As ``backend``."""
-    return _make(request.param)
+    return (BACKENDS | COMPRESSED)[request.param]
+
+
+@pytest.fixture
+def keys() -> Tensor:
+    return torch.randn(500, 32)
+
+
+@pytest.fixture
+def queries() -> Tensor:
+    return torch.randn(60, 32)

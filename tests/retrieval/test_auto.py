@@ -1,4 +1,4 @@
-"""The automatic choice, at thresholds small enough for a test."""
+"""The automatic choice, with thresholds small enough for a test."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from retroexit.plugins import host
-from retroexit.retrieval import AutoRetriever, ExactRetriever, FaissRetriever, HnswlibRetriever, auto
+from retroexit.retrieval import AutoRetriever, ExactRetriever, FaissRetriever, auto
 
 
 @pytest.fixture(autouse=True)
@@ -18,26 +18,19 @@ def _small(monkeypatch) -> None:
     monkeypatch.setattr(auto, "_fits_gpu", lambda size: False)
 
 
-def without(*names: str):
-    return lambda module: module not in names
-
-
 @pytest.mark.parametrize(
-    ("keys", "missing", "options", "expected", "index"),
+    ("keys", "options", "expected", "index"),
     [
-        (299, (), {}, ExactRetriever, None),
-        (300, (), {}, FaissRetriever, "HNSW16"),
-        (300, ("faiss",), {}, HnswlibRetriever, None),
-        (1000, ("faiss",), {}, HnswlibRetriever, None),
-        (1000, (), {}, FaissRetriever, "IVF126,PQ2"),
-        (1000, (), {"exact": True}, ExactRetriever, None),
-        (1000, ("faiss", "hnswlib"), {}, ExactRetriever, None),
+        (299, {}, ExactRetriever, None),
+        (300, {}, FaissRetriever, "HNSW16"),
+        (1000, {}, FaissRetriever, "IVF126,PQ2"),
+        (1000, {"exact": True}, ExactRetriever, None),
     ],
 )
-def test_size_and_installed_libraries_decide(keys, missing, options, expected, index, monkeypatch) -> None:
-    monkeypatch.setattr(auto, "_has", without(*missing))
+def test_the_number_of_keys_decides(keys, options, expected, index) -> None:
     flat = torch.randn(6, 32)  # features lie near surfaces of few dimensions
     bank, queries = torch.randn(keys, 6) @ flat, torch.randn(50, 6) @ flat
+    assert host().retriever("auto") is AutoRetriever and AutoRetriever(**options).chosen is None
     retriever = AutoRetriever(**options).build(bank)
     assert type(retriever.chosen) is expected
     assert retriever.chosen.options.get("index") == index
@@ -52,27 +45,16 @@ def test_a_gpu_with_room_is_chosen_for_exact_search(monkeypatch) -> None:
     assert retriever._choose().options["device"] == "cuda"
 
 
-def test_the_name_is_known_wherever_back_ends_are_named() -> None:
-    assert host().retriever("auto") is AutoRetriever
-    assert AutoRetriever().chosen is None
-
-
-def test_a_saved_index_is_read_where_the_choice_is_the_same(tmp_path, monkeypatch) -> None:
+def test_a_saved_index_is_read_only_where_the_choice_is_the_same(tmp_path, monkeypatch, caplog) -> None:
     keys = torch.randn(400, 8)
     retriever = AutoRetriever().build(keys)
     retriever.save(tmp_path / "index")
     monkeypatch.setattr(FaissRetriever, "_build", lambda *_: pytest.fail("built again"))
     loaded = AutoRetriever.load(tmp_path / "index")
     assert torch.equal(loaded.search(keys + 0.1, 3).ids, retriever.search(keys + 0.1, 3).ids)
-
-
-def test_an_index_of_another_library_is_never_parsed(tmp_path, monkeypatch, caplog) -> None:
-    keys = torch.randn(400, 8)
-    AutoRetriever().build(keys).save(tmp_path / "index")
-    monkeypatch.setattr(auto, "_has", without("faiss"))
-    monkeypatch.setattr(HnswlibRetriever, "_restore", lambda *_: pytest.fail("parsed a file of FAISS"))
+    monkeypatch.setattr(auto, "_GRAPH_FROM", 500)
     with caplog.at_level(logging.WARNING, logger="retroexit"):
         loaded = AutoRetriever.load(tmp_path / "index")
-    assert "index.bin was made by faiss" in caplog.text and "here is hnswlib" in caplog.text
-    assert type(loaded.chosen) is HnswlibRetriever
+    assert "index.bin was made by faiss" in caplog.text and "here is exact" in caplog.text
+    assert type(loaded.chosen) is ExactRetriever
     assert loaded.search(keys).ids[:, 0].tolist() == list(range(400))

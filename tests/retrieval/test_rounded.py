@@ -1,4 +1,4 @@
-"""Comparing rounded keys first changes the time of an exact search, not its answer."""
+"""Comparing rounded keys first changes the time of an exact search, not its result."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from retroexit.retrieval import ExactRetriever, exact, rounded
-from retroexit.retrieval.rounded import RoundedKeys, multiplies_bfloat16
+from retroexit.retrieval import ExactRetriever, base, rounded
+from retroexit.retrieval.rounded import RoundedKeys
 
 
 def clusters(spread: float) -> tuple[Tensor, Tensor]:
-    """Keys and queries in knots whose width rounding to bfloat16 may swallow."""
+    """Keys and queries in clusters; rounding to bfloat16 may hide the differences inside one."""
     centres = 10 * torch.randn(20, 24)
     keys = (centres[:, None] + spread * torch.randn(20, 40, 24)).flatten(0, 1)
     return keys, centres.repeat(2, 1) + spread * torch.randn(40, 24)
@@ -35,7 +35,7 @@ def test_rounding_hides_no_neighbour(spread, k) -> None:
     torch.testing.assert_close(found, truth, rtol=1e-5, atol=4 * ulp)
 
 
-def test_unproven_queries_are_what_makes_the_difference(monkeypatch) -> None:
+def test_results_would_be_wrong_without_the_floor(monkeypatch) -> None:
     keys, queries = clusters(1e-2)
     monkeypatch.setattr(RoundedKeys, "_floor", lambda self, last, *_: torch.full_like(last, np.inf))
     found = ExactRetriever(precision="bfloat16").build(keys).search(queries).distances[:, 0].double()
@@ -44,7 +44,7 @@ def test_unproven_queries_are_what_makes_the_difference(monkeypatch) -> None:
 
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
 @pytest.mark.parametrize("rows", [9, 700, 9000])
-def test_no_key_that_was_left_out_is_below_the_floor(rows, scale) -> None:
+def test_no_other_key_is_below_the_floor(rows, scale) -> None:
     keys, queries = scale * torch.randn(rows, 12), scale * torch.randn(30, 12)
     ids, floor = RoundedKeys(keys).candidates(queries, 8)
     distances = true_distances(keys, queries).sqrt()
@@ -55,41 +55,42 @@ def test_no_key_that_was_left_out_is_below_the_floor(rows, scale) -> None:
     assert (floor.double() >= 0.9 * distances.amin(1)).float().mean() > 0.5
 
 
-def test_more_queries_than_one_block_are_answered_alike() -> None:
+def test_more_queries_than_one_block_are_searched_alike() -> None:
     keys, queries = torch.randn(300, 6), torch.randn(2500, 6)
     found = ExactRetriever(precision="bfloat16").build(keys).search(queries, 3)
     assert torch.equal(found.ids, ExactRetriever(precision="float32").build(keys).search(queries, 3).ids)
 
 
-def test_automatic_precision_asks_for_size_processor_and_proof(monkeypatch) -> None:
-    apart, knots = torch.randn(800, 24), clusters(1e-3)[0]
+def test_automatic_precision_depends_on_size_processor_and_proof(monkeypatch) -> None:
+    apart, dense = torch.randn(800, 24), clusters(1e-3)[0]
     assert ExactRetriever().build(apart).precision == "float32"
-    monkeypatch.setattr(exact, "_MANY", 1000)
-    monkeypatch.setattr(exact, "multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr(base, "_MANY", 1000)
+    monkeypatch.setattr(base, "multiplies_bfloat16", lambda: False)
     assert ExactRetriever().build(apart).precision == "float32"
-    monkeypatch.setattr(exact, "multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(base, "multiplies_bfloat16", lambda: True)
     assert ExactRetriever().build(apart).precision == "bfloat16"
     assert ExactRetriever(precision="float32").build(apart).precision == "float32"
-    assert ExactRetriever().build(knots).precision == "float32"  # rounding could hide most neighbours
+    assert ExactRetriever().build(dense).precision == "float32"  # rounding could hide most neighbours
 
 
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this build of torch has no oneDNN")
 @pytest.mark.parametrize(
-    ("capabilities", "expected"),
-    [({"avx512_bf16": True}, True), ({"amx_bf16": True}, True), ({"avx512_f": True, "avx2": True}, False)],
+    ("capabilities", "older", "expected"),
+    [
+        ({"avx512_bf16": True}, False, True),
+        ({"amx_bf16": True}, False, True),
+        ({"avx512_f": True, "avx2": True}, False, False),
+        (None, True, True),
+        (None, False, False),
+    ],
 )
-def test_the_processor_is_asked_what_it_can_do(capabilities, expected, monkeypatch) -> None:
-    if not torch.backends.mkldnn.is_available():
-        pytest.skip("this build of torch has no oneDNN")
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
-    assert rounded.multiplies_bfloat16.__wrapped__() is expected
-    assert isinstance(multiplies_bfloat16(), bool)
-
-
-def test_an_older_torch_is_asked_in_its_own_way(monkeypatch) -> None:
-    if not torch.backends.mkldnn.is_available():
-        pytest.skip("this build of torch has no oneDNN")
-    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+def test_native_bfloat16_is_detected_in_old_and_new_versions_of_torch(
+    capabilities, older, expected, monkeypatch
+) -> None:
+    if capabilities is None:
+        monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    else:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False, raising=False)
-    for amx in (True, False):
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx, raising=False)
-        assert rounded.multiplies_bfloat16.__wrapped__() is amx
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: older, raising=False)
+    assert rounded.multiplies_bfloat16.__wrapped__() is expected

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from retroexit.core.files import read_manifest, write_manifest
 from retroexit.errors import CheckpointError
 from retroexit.retrieval import ExactRetriever, FaissRetriever, HnswlibRetriever, Retriever
 
@@ -50,6 +51,7 @@ def test_a_round_trip_gives_the_same_answers_options_and_threads(make, keys, tmp
     retriever.save(tmp_path / "index")
     loaded = type(retriever).load(tmp_path / "index")
     assert same(retriever, loaded, keys)
+    assert not isinstance(loaded, HnswlibRetriever) or loaded._native.ef == 33
     assert (loaded.options, loaded.threads, len(loaded), loaded.width) == (
         retriever.options,
         retriever.threads,
@@ -107,13 +109,6 @@ def test_a_search_option_changed_on_load_keeps_the_index_and_another_rebuilds_it
     assert len(built) == 1
 
 
-def test_the_ef_of_hnswlib_comes_back_with_the_index(keys, tmp_path) -> None:
-    HnswlibRetriever(ef=77).build(keys).save(tmp_path / "index")
-    loaded = HnswlibRetriever.load(tmp_path / "index")
-    loaded.search(keys)
-    assert loaded._native.ef == 77
-
-
 def test_keys_saved_by_one_back_end_serve_another(keys, tmp_path) -> None:
     HnswlibRetriever().build(keys).save(tmp_path / "index")
     loaded = ExactRetriever.load(tmp_path / "index")
@@ -129,66 +124,46 @@ def test_saving_replaces_an_earlier_version_and_leaves_nothing_beside_it(keys, t
     assert os.listdir(tmp_path) == ["index"]
 
 
-def test_saving_into_somebody_elses_folder_is_refused_and_touches_nothing(keys, tmp_path) -> None:
-    (tmp_path / "thesis.tex").write_text("mine")
-    with pytest.raises(CheckpointError, match="it holds 'thesis.tex'"):
+def test_a_folder_with_other_files_is_refused_and_left_alone(keys, tmp_path) -> None:
+    (tmp_path / "thesis.tex").write_text("text")
+    with pytest.raises(CheckpointError, match="holds 'thesis.tex'"):
         ExactRetriever().build(keys).save(tmp_path)
     assert os.listdir(tmp_path) == ["thesis.tex"]
 
 
-def test_a_save_that_fails_leaves_the_earlier_version(keys, tmp_path, monkeypatch) -> None:
-    ExactRetriever().build(keys).save(tmp_path / "index")
-
-    def fail(self: Retriever, path: Path) -> None:
-        raise OSError("disk full")
-
-    monkeypatch.setattr(ExactRetriever, "_dump", fail)
-    with pytest.raises(OSError, match="disk full"):
-        ExactRetriever().build(keys[:5]).save(tmp_path / "index")
-    monkeypatch.undo()
-    assert len(ExactRetriever.load(tmp_path / "index")) == 120
-    assert os.listdir(tmp_path) == ["index"]
-
-
-def test_the_earlier_version_is_put_back_where_the_new_one_cannot_be_moved_in(
-    keys, tmp_path, monkeypatch
-) -> None:
+@pytest.mark.parametrize("step", ["write", "rename"])
+def test_a_failed_save_leaves_the_earlier_version(step, keys, tmp_path, monkeypatch) -> None:
     ExactRetriever().build(keys).save(tmp_path / "index")
     rename = os.rename
 
-    def stubborn(source: Path, target: Path) -> None:
-        if Path(source).name == "new":
-            raise OSError("busy")
-        rename(source, target)
+    def fail(*paths: Path) -> None:
+        if step == "write" or Path(paths[0]).name == "new":
+            raise OSError("disk full")
+        rename(*paths)
 
     with monkeypatch.context() as patched:
-        patched.setattr("retroexit.core.files.os.rename", stubborn)
-        with pytest.raises(OSError, match="busy"):
-            HnswlibRetriever().build(keys[:5]).save(tmp_path / "index")
+        if step == "write":
+            patched.setattr(ExactRetriever, "_dump", fail)
+        else:
+            patched.setattr("retroexit.core.files.os.rename", fail)
+        with pytest.raises(OSError, match="disk full"):
+            ExactRetriever().build(keys[:5]).save(tmp_path / "index")
     assert len(ExactRetriever.load(tmp_path / "index")) == 120
+    assert os.listdir(tmp_path) == ["index"] or step == "rename"
 
 
-def test_an_absent_folder_another_kind_and_a_newer_schema_are_named(keys, tmp_path) -> None:
-    with pytest.raises(CheckpointError, match=r"no retriever in .*absent: meta.json is missing"):
+def test_an_absent_folder_another_kind_and_another_schema_are_named(keys, tmp_path) -> None:
+    with pytest.raises(CheckpointError, match=r"no retriever in .*absent"):
         ExactRetriever.load(tmp_path / "absent")
-    from retroexit.core.files import write_manifest
-
     write_manifest(tmp_path, {"kind": "guidance bank", "schema": 1}, ())
-    with pytest.raises(CheckpointError, match="holds a 'guidance bank', not a 'retriever'"):
+    with pytest.raises(CheckpointError, match="'guidance bank'.*'retriever'"):
         ExactRetriever.load(tmp_path)
     write_manifest(tmp_path, {"kind": "retriever", "schema": 9}, ())
-    with pytest.raises(CheckpointError, match="has schema 9, this version reads 1"):
-        ExactRetriever.load(tmp_path)
-    (tmp_path / "meta.json").write_text(json.dumps([1]))
-    with pytest.raises(CheckpointError, match="does not match its own digest"):
+    with pytest.raises(CheckpointError, match="schema 9"):
         ExactRetriever.load(tmp_path)
 
 
 def test_pickled_keys_are_never_read(keys, tmp_path) -> None:
-    import numpy as np
-
-    from retroexit.core.files import read_manifest, write_manifest
-
     ExactRetriever().build(keys).save(tmp_path / "index")
     facts = read_manifest(tmp_path / "index", "retriever", 1)
     np.save(tmp_path / "index" / "keys.npy", np.array([{}]), allow_pickle=True)

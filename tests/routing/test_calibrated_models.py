@@ -13,12 +13,12 @@ import retroexit
 from retroexit.core.samples import Samples
 from retroexit.errors import BankError, CheckpointError, OptionError, TrainingError
 from retroexit.evaluation.promise import promise_summary, promised
-from retroexit.metrics.base import QualityMetric
+from retroexit.metrics import QualityMetric
 from retroexit.model import EarlyExitGenerator
 from retroexit.routing.policy import assign_exits
 from retroexit.routing.predictor import Kind, Predictor, Reads
-from retroexit.training.data.cache import FeatureCache
-from retroexit.training.predictor.fit import fit_predictor
+from retroexit.training.cache import FeatureCache
+from retroexit.training.predictor import fit_predictor
 
 
 class Distance(QualityMetric):

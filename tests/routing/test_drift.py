@@ -14,7 +14,7 @@ from retroexit.guidance.first_order import with_slopes
 from retroexit.model import EarlyExitGenerator
 from retroexit.routing.ood_guard import GUIDE_LIMIT, OODGuard, farthest
 from retroexit.routing.predictor import Predictor
-from retroexit.training.predictor.fit import train_predictor
+from retroexit.training.predictor import train_predictor
 
 Make = Callable[..., EarlyExitGenerator]
 
@@ -79,7 +79,7 @@ def test_routing_sends_them_to_the_backbone_and_counts_them(routed: Make) -> Non
     model.options = dataclasses.replace(model.options, predictor_inputs=None)
     model.predictor = Predictor(10, exits=3)
     z, w = torch.rand(40, 4, 4, 4), torch.rand(40, 5)
-    values, _ = model.split.begin((z, w), {})
+    values = model.split.begin((z, w), {}).values
     feature = model.split.crossing(values, 0)[0]
     train_predictor(model.predictor, feature, torch.rand(40, 3) + 0.1, held_out=[], steps=2, progress=False)
     strange = torch.cat([z[:2], -20 * z[:1], z[2:3]])
@@ -104,7 +104,7 @@ def test_inputs_far_from_the_bank_go_to_the_backbone_and_are_counted(
     z[:, 0] = torch.tensor([0.0, 1.0, 9.0, 0.0, 0.0])[:, None, None]  # exits 1, 2, 4, 1, 1
     z[3, 1:] *= 200
     assert model.bank is not None
-    _, key_feature = model.split.begin((z, w), {})
+    key_feature = model.split.begin((z, w), {}).key_feature
     distance = model.bank.search(key_feature).distances.sqrt().flatten(1).mean(1)
     model.about[GUIDE_LIMIT] = float(distance[[0, 1, 4]].max()) + 1e-3
     searches: list[int] = []

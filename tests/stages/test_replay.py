@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 import retroexit
 from retroexit import errors
-from retroexit.metrics.base import QualityMetric
+from retroexit.metrics import QualityMetric
 from retroexit.model import EarlyExitGenerator
 from retroexit.stages.decoder import read_decoder
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import retroexit
-from retroexit.metrics.base import QualityMetric
+from retroexit.metrics import QualityMetric
 from retroexit.model import EarlyExitGenerator
 
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 import retroexit
 from retroexit.core.samples import Samples
 from retroexit.errors import RetroExitError
-from retroexit.metrics.base import QualityMetric
-from retroexit.training.data.cache import FeatureCache
+from retroexit.metrics import QualityMetric
+from retroexit.training.cache import FeatureCache
 
 INPUTS = torch.randn(10, 4, 6, 6, generator=torch.Generator().manual_seed(1))
 TRIALS = 150
@@ -114,8 +114,8 @@ def test_of_150_damaged_files_of_a_feature_cache_none_is_gone_on_with(
 def test_a_fit_does_not_go_on_from_damaged_files(
     fitted: Path, damage: Any, part: str, tmp_path: Path
 ) -> None:
-    from retroexit.core.tensor_files import read_tensors
-    from retroexit.training.predictor.exit_losses import read_losses
+    from retroexit.core.files import read_tensors
+    from retroexit.training.predictor import read_losses
 
     (tmp_path / "part").mkdir()
     path = tmp_path / "part" / Path(part).name

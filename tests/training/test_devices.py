@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from retroexit.core.tensor_files import read_tensors
+from retroexit.core.files import read_tensors
 from retroexit.errors import DeviceError, MissingExtraError, OptionError
-from retroexit.training.branches.distributed import Team, join
+from retroexit.training.distributed import Team, join
 
 SETTINGS = {"steps": 12, "batch": 4, "checkpoint_every": 5, "crop": 8}
 

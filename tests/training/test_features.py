@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from retroexit.errors import OptionError
-from retroexit.training.branches.feature_distance import FeatureDistance
-from retroexit.training.branches.trainer import BranchTrainer
 from retroexit.training.settings import FitSettings
+from retroexit.training.trainer import BranchTrainer, FeatureDistance
 
 HALVES = {"init": "inherit", "scale": 0.5, "min_channels": 8}
 
@@ -20,7 +19,7 @@ def test_the_distance_is_what_a_loop_over_the_layers_gives(decoders: ModuleType)
     model = decoders.wrap(**HALVES)
     branch, distance = model.branches[0], FeatureDistance(model, 0, 0.5)
     assert distance.paths == ["stages.1.conv", "stages.2.conv", "rgb"]
-    values = model.split.crossing(model.split.begin((decoders.latents(4),), {})[0], 0)
+    values = model.split.crossing(model.split.begin((decoders.latents(4),), {}).values, 0)
     distance.look(values)
     with distance.following():
         branch(*values)

@@ -18,12 +18,12 @@ import retroexit
 from retroexit.core.samples import Samples
 from retroexit.errors import CheckpointError, OptionError, TrainingError
 from retroexit.guidance.bank import GuidanceBank
-from retroexit.training import fit as fitting
-from retroexit.training.branches.trainer import BranchTrainer
 from retroexit.plugins.training_types import TrainingBatch
-from retroexit.training.data.cache import FeatureCache
-from retroexit.training.data.steps import Step, Steps
+from retroexit.training import fit as fitting
+from retroexit.training.cache import FeatureCache
 from retroexit.training.losses import L1, TrainingLoss
+from retroexit.training.steps import Step, Steps
+from retroexit.training.trainer import BranchTrainer
 
 Untouched = Callable[[nn.Module], AbstractContextManager[None]]
 
@@ -281,7 +281,7 @@ def test_a_window_too_small_for_the_metric_is_refused_before_training(
     decoders: ModuleType, tmp_path: Path
 ) -> None:
     model = decoders.wrap()
-    with pytest.raises(OptionError, match="ms-ssim needs images of at least 11x11 pixels, found 8x8"):
+    with pytest.raises(OptionError, match="ms-ssim must have at least 11x11 pixels, got 8x8"):
         retroexit.fit(
             model,
             decoders.latents(10),

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor, nn
 
 import retroexit
-from retroexit.core.tensor_files import read_tensors
+from retroexit.core.files import read_tensors
 from retroexit.errors import CheckpointError, OptionError
-from retroexit.metrics.base import QualityMetric
-from retroexit.training.branches.trainer import BranchTrainer
-from retroexit.plugins.training_types import TrainingBatch
-from retroexit.plugins.training_types import DiscriminatorOutput
+from retroexit.metrics import QualityMetric
+from retroexit.plugins.training_types import DiscriminatorOutput, TrainingBatch
+from retroexit.training.trainer import BranchTrainer
 
 oasis = pytest.importorskip("retroexit_oasis", reason="install the project to get its adapters")
 

@@ -16,7 +16,7 @@ from retroexit.errors import BankError, CheckpointError
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.model import EarlyExitGenerator
 from retroexit.retrieval import ExactRetriever
-from retroexit.training.data.steps import Step, Steps
+from retroexit.training.steps import Step, Steps
 from retroexit.training.stream_bank import stream_bank
 
 
@@ -41,7 +41,7 @@ def test_a_bank_made_beforehand_guides_with_what_it_holds_whatever_its_sources_a
     monkeypatch.setattr(Steps, "at", at)
     model.bank = None
     decoders.fit(model, tmp_path, inputs=inputs, bank=bank)
-    _, key_feature = model.split.begin((inputs,), {})
+    key_feature = model.split.begin((inputs,), {}).key_feature
     assert torch.equal(guides[-1], bank.guide(key_feature))
     assert torch.equal(model.bank.guide(key_feature), bank.guide(key_feature))
     assert np.array_equal(bank.source.unique().numpy(), np.arange(10))  # the one given stays as it is

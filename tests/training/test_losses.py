@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from retroexit.errors import OptionError, TrainingError, WeightsError
-from retroexit.metrics.base import LPIPS, MSSSIM
+from retroexit.metrics import LPIPS, MSSSIM
 from retroexit.plugins import host
 from retroexit.plugins.training_types import TrainingBatch
 from retroexit.training.losses import L1, PERCEPTUAL, Gaze, Perceptual, TrainingLoss

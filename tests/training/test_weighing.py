@@ -13,7 +13,7 @@ from torch import Tensor
 from retroexit.errors import CheckpointError
 from retroexit.plugins.training_types import TrainingBatch
 from retroexit.training.losses import L1, TrainingLoss
-from retroexit.training.losses.equalise import Equaliser
+from retroexit.training.losses.terms import Equaliser
 
 
 def strong(a: Tensor, b: Tensor) -> Tensor:
@@ -129,7 +129,7 @@ PROCESS = """
 import sys, torch, torch.distributed as dist
 from retroexit.plugins.training_types import TrainingBatch
 from retroexit.training.losses import L1, TrainingLoss
-from retroexit.training.losses.equalise import Equaliser
+from retroexit.training.losses.terms import Equaliser
 
 rank, size, file, out = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
 if size > 1:

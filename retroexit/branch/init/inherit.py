@@ -23,7 +23,7 @@ from retroexit.branch.init.channel_selection import Reader, most_telling
 from retroexit.branch.resize import resized
 from retroexit.branch.widths.plan import WidthPlan
 from retroexit.branch.widths.solve import Algebra
-from retroexit.split.segments import clone_module
+from retroexit.core.modules import clone_module
 
 __all__ = ["Layout", "choose_channels", "find_layout", "narrow"]
 

@@ -30,9 +30,9 @@ from retroexit.branch.widths.shape_env import HalfFakeMode, SizeEnv
 from retroexit.branch.widths.solve import Algebra
 from retroexit.branch.widths.symint_patch import FrozenSizeError, lenient_python
 from retroexit.branch.widths.torchscript import interpret_scripts, unreadable_scripts
+from retroexit.core.modules import clone_module
 from retroexit.core.nested import flatten
 from retroexit.errors import BranchError
-from retroexit.split.segments import clone_module
 
 __all__ = ["analyse"]
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from retroexit.branch.widths.shape_env import SizeEnv
+from retroexit.core.modules import clone_module
 from retroexit.core.nested import rebuild, tensors
 from retroexit.split.replay.tail import ReplayTail
-from retroexit.split.segments import clone_module
 from retroexit.tracing.source_lines import is_user_code, show
 
 __all__ = ["Fault", "blame", "exchange", "replace_by_standins"]

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from retroexit.branch.widths.opaque_modules import exchange
+from retroexit.core.modules import clone_module
 from retroexit.core.nested import tensors
-from retroexit.split.segments import clone_module
 
 __all__ = ["Interpreted", "interpret_scripts", "unreadable_scripts"]
 

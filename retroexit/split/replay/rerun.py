@@ -23,8 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from retroexit.core.nested import tensors
-from retroexit.core.opaque import rebuild_deep
+from retroexit.core.nested import rebuild_deep, tensors
 from retroexit.errors import InputMismatchError
 from retroexit.split.segments import change_first_map
 from retroexit.tracing.source_lines import user_line

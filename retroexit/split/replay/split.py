@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from retroexit.core.modules import clone_module
 from retroexit.core.nested import clone_strided, cloned, rebuild
 from retroexit.errors import InputMismatchError, RecordingError
 from retroexit.split.replay.rerun import Place, Run, become_standin, delegate, opened_by, running
 from retroexit.split.replay.tail import ReplayCut, ReplayTail
 from retroexit.split.replay.value_registry import Layout
-from retroexit.split.segments import Cut, Tail, clone_module
+from retroexit.split.segments import Cut, Tail
 from retroexit.split.split import SplitGenerator, Values
 from retroexit.stages.decoder import Decoder, Stage
 from retroexit.tracing.record import unobserved

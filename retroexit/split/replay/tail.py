@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from retroexit.core.modules import clone_module
 from retroexit.errors import InputMismatchError
 from retroexit.split.replay.rerun import (
     Answer,
@@ -22,7 +23,7 @@ from retroexit.split.replay.rerun import (
     running,
 )
 from retroexit.split.replay.value_registry import Layout, Values
-from retroexit.split.segments import Cut, Tail, clone_module
+from retroexit.split.segments import Cut, Tail
 from retroexit.tracing.tensor_reads import changed
 
 __all__ = ["ReplayCut", "ReplayTail"]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from retroexit.core.opaque import Packed, hidden_tensors, pack
+from retroexit.core.nested import Packed, hidden_tensors, pack
 from retroexit.split.replay.rerun import Place, Run
 
 __all__ = ["Layout", "Values"]

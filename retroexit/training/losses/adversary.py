@@ -199,7 +199,7 @@ class AdversarySettings:
 class Adversary:
     """A discriminator that competes with one branch, with its own optimiser.
 
-    Random numbers of the objective, such as LabelMix's masks, come from the global state; the caller seeds it.
+    Random numbers of the objective, such as LabelMix's masks, come from the global state.
 
     Args:
         discriminator: The starting point: the generator's own, trained. It is copied.
@@ -229,7 +229,7 @@ class Adversary:
         return [p for p in self.module.parameters() if p.requires_grad]
 
     def discriminate(self, image: Tensor, batch: TrainingBatch) -> DiscriminatorOutput:
-        """Run the discriminator on images ``(N, C, H, W)`` in [-1, 1] that belong to the inputs of a batch."""
+        """Run the discriminator on images ``(N, C, H, W)`` in [-1, 1] for the inputs of a batch."""
         image = self._range.from_signed(image)
         args, kwargs = (batch.args, batch.kwargs) if self.is_conditional else ((), {})
         return capture_features(
@@ -261,8 +261,8 @@ class Adversary:
         parts = {f"discriminator-{name}": float(value.detach()) for name, value in losses.items()}
         if not torch.isfinite(total):
             raise TrainingError(
-                f"the loss of the discriminator became {float(total.detach())} at its step {self.steps}, with "
-                f"parts {parts}. Lower discriminator_lr, now {self.settings.lr:g}.",
+                f"the loss of the discriminator became {float(total.detach())} at its step {self.steps}: "
+                f"{parts}. Lower discriminator_lr, now {self.settings.lr:g}.",
                 self.module,
             )
         self.optimizer.zero_grad(set_to_none=True)

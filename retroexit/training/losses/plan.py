@@ -25,9 +25,9 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from retroexit.core.modules import fingerprint
 from retroexit.errors import OptionError, PluginError, RetroExitWarning, TrainingError, WeightsError
-from retroexit.fingerprint import fingerprint
-from retroexit.metrics.base import QualityMetric
+from retroexit.metrics import QualityMetric
 from retroexit.plugins.description import Description
 from retroexit.plugins.host import host
 from retroexit.plugins.training_types import BatchTerm, Objective, Term, TrainingBatch
@@ -90,7 +90,7 @@ class LossOptions:
         gaze: Gaze network of the term ``"gaze"``.
     """
 
-    losses: Mapping[str, float] | str = DEFAULT_LOSSES
+    losses: Mapping[str, float] | str = field(default_factory=lambda: DEFAULT_LOSSES)
     equalise: bool | int | None = None
     instead: Mapping[str, str] | None = None
     loss_weights: Mapping[str, str | Path] | None = None
@@ -228,7 +228,7 @@ def plan_losses(
         options: Terms, weights, discriminator.
         metric: The metric of the fit, which is the term ``"quality"``; ``None`` if it is in ``missing``.
         description: Description of the generator; the plug-ins' if ``None``.
-        missing: Collects the terms whose weights are not available; the plan leaves them out. ``None`` raises.
+        missing: Collects the terms whose weights are not available, which are left out; ``None`` raises.
 
     Raises:
         OptionError: If a term lacks what it needs, or an option is out of range.

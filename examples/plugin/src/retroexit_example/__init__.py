@@ -9,7 +9,7 @@ from retroexit_example.adapter import retroexit_build_stage, retroexit_describe
 from retroexit_example.decoder import Block, TokenDecoder
 
 if TYPE_CHECKING:
-    from retroexit.metrics.base import QualityMetric
+    from retroexit.metrics import QualityMetric
     from retroexit.retrieval import Retriever
 
 __all__ = [

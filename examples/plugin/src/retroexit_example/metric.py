@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from retroexit.metrics.base import QualityMetric
+from retroexit.metrics import QualityMetric
 
 __all__ = ["EdgeDistance"]
 

@@ -157,7 +157,7 @@ def test_without_matplotlib_the_error_holds_the_pip_line(
 
 def test_importing_the_evaluation_modules_loads_no_optional_package() -> None:
     code = (
-        "import sys, retroexit.metrics.base, retroexit.report.report\n"
+        "import sys, retroexit.metrics, retroexit.report.report\n"
         "optional = {'lpips', 'torchvision', 'torchmetrics', 'matplotlib', 'jinja2', 'PIL', 'scipy'}\n"
         "print(sorted(optional & set(sys.modules)))"
     )

@@ -1,0 +1,117 @@
+"""LPIPS, the paper's quality metric."""
+
+from __future__ import annotations
+
+import weakref
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from retroexit.errors import OptionError, closest
+from retroexit.metrics.base import QualityMetric, versions_of
+from retroexit.metrics.weights import digest, empty_lpips, fill_lpips, hub_file
+
+__all__ = ["LPIPS"]
+
+# Below this many pixels on the shorter side a pooling layer of the network has no output.
+_SMALLEST_SIDE = {"alex": 31, "squeeze": 17, "vgg": 16}
+
+
+class LPIPS(QualityMetric):
+    """Learned perceptual distance, version 0.1 (Zhang et al. 2018).
+
+    The network comes from the ``lpips`` package. Its weights come from ``weights``, else from torch hub's
+    cache folder, else from a download into that folder. Wrong or missing weights are always an error.
+
+    Args:
+        net: Feature network: ``"alex"``, ``"squeeze"`` or ``"vgg"``.
+        weights: File with the network's convolutions: a torchvision state dict (``features.N.*``; the linear
+            heads then come from the ``lpips`` package), or a dict with such a ``"backbone"`` and the heads as
+            ``"lin"`` (``linK.model.1.weight``).
+
+    Raises:
+        OptionError: If ``net`` is unknown.
+        WeightsError: If the weights are missing, damaged, or another network's.
+        MissingExtraError: If the ``lpips`` package is not installed.
+    """
+
+    def __init__(self, net: str = "alex", weights: str | Path | None = None) -> None:
+        super().__init__()
+        if net not in _SMALLEST_SIDE:
+            raise OptionError(f"no LPIPS network {net!r}; closest: {closest(net, _SMALLEST_SIDE)}", net)
+        self.net = net
+        self.name = f"lpips-{net}"
+        self._network = empty_lpips(net)
+        path = hub_file(net) if weights is None else Path(weights)
+        fill_lpips(self._network, net, path)
+        self.requires_grad_(False)
+        self.eval()
+        self.source = str(path)
+        self._file = path.name
+        self._cached: tuple[weakref.ref[Tensor], tuple[Any, ...], Any] | None = None
+        self._sha256 = digest(self._network)
+
+    def compare(self, a: Tensor, b: Tensor) -> Tensor:
+        """Compare checked images of shape ``(N, 3, H, W)``, range ``[-1, 1]``; return ``(N,)``."""
+        # The order of the network's layers fixes the rounding of the sum.
+        start = a.new_zeros(a.shape[0], dtype=self._dtype)
+        return sum((m.mean(dim=(1, 2, 3)) for m in self.maps(a, b)), start)  # (N, 1, h, w) -> (N,)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    def maps(self, a: Tensor, b: Tensor) -> list[Tensor]:
+        """Return the distance at every place: one map ``(N, 1, h, w)`` per layer, finest first.
+
+        The loss is the sum of their means. Images are as in :meth:`compare`.
+        """
+        smallest, (height, width) = _SMALLEST_SIDE[self.net], a.shape[-2:]
+        if min(height, width) < smallest:
+            raise OptionError(
+                f"the images for {self.name} must have at least {smallest}x{smallest} pixels, got "
+                f"{height}x{width}. Enlarge them or use another metric.",
+                a,
+            )
+        features = [self.features(a.to(self._dtype)), self._target_features(b)]
+        pairs = zip(self._network.lins, *features, strict=True)
+        return [head((_unit(x) - _unit(y)) ** 2) for head, x, y in pairs]
+
+    def features(self, x: Tensor) -> Any:
+        """Return the maps of the network's layers, ``(N, C, h, w)`` each, of images in [-1, 1]."""
+        return self._network.net(self._network.scaling_layer(x))
+
+    def _target_features(self, b: Tensor) -> Any:
+        """Features of ``b``, cached for several images that are compared with the same one."""
+        dtype = self._dtype
+        if b.requires_grad or b.is_inference():
+            return self.features(b.to(dtype))
+        state = (b._version, dtype, torch.is_autocast_enabled(b.device.type), torch.is_grad_enabled())
+        if self._cached is None or self._cached[0]() is not b or self._cached[1] != state:
+            self._cached = (weakref.ref(b), state, self.features(b.to(dtype)))
+        return self._cached[2]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_cached": None}  # weak references cannot be pickled
+
+    def describe(self) -> dict[str, Any]:
+        """Return name, network, weight file, hash of the weights in use and library versions.
+
+        ``sha256`` covers the numbers in use, so it does not depend on the layout of the file.
+        """
+        return {
+            "name": self.name,
+            "net": self.net,
+            "version": "0.1",
+            "file": self._file,
+            "sha256": self._sha256,
+            "versions": versions_of("lpips", "torch", "torchvision"),
+        }
+
+
+def _unit(features: Tensor) -> Tensor:
+    """Scale the channels at each place to length 1, as lpips does, with a finite gradient at zero."""
+    # lpips writes sqrt(sum(x**2)), whose gradient is NaN at 0; that of the norm is 0 there.
+    return features / (torch.linalg.vector_norm(features, dim=1, keepdim=True) + 1e-10)
