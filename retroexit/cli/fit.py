@@ -50,9 +50,9 @@ from retroexit.core.samples import moved
 from retroexit.errors import OptionError
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.plugins.host import host
-from retroexit.training.branches.distributed import Team, join, kind_of_device, rehearse
-from retroexit.training.losses.plan import DEFAULT_LOSSES
-from retroexit.training.losses.presets import SPECIAL, find_weights
+from retroexit.plugins.training_types import RESERVED_LOSSES
+from retroexit.training.distributed import Team, check_devices, join, kind_of_device
+from retroexit.training.losses.plan import DEFAULT_LOSSES, find_weights
 from retroexit.training.settings import FitSettings
 
 __all__ = ["fit"]
@@ -182,7 +182,7 @@ def fit(
     say = typer.echo if team.is_first else lambda text: None
     say(str(model))
     if dry_run:
-        rehearse(devices, nodes, batch)
+        check_devices(devices, nodes, batch)
         networks = {"discriminator": discriminator_source(discriminator), "gaze": gaze or ""}
         for text in plan(model, samples, out, asked, networks):
             say(text)
@@ -223,7 +223,7 @@ def _check_names(metric: str, retriever: str, guidance: bool, asked: Mapping[str
     if metric != "lpips" and metric not in host().metrics():
         host().metric(metric)  # says why not
     for name in _terms(asked):
-        if name not in SPECIAL and name not in (*host().losses(), *host().metrics()):
+        if name not in RESERVED_LOSSES and name not in (*host().losses(), *host().metrics()):
             host().loss(name)  # says why not
     host().retriever(retriever)
     if retriever != "exact" and not guidance:

@@ -11,7 +11,7 @@ from torch import nn
 
 from retroexit.cli.load_target import load_network
 from retroexit.errors import OptionError
-from retroexit.training.losses.presets import PRESETS
+from retroexit.training.losses.plan import PRESETS
 
 __all__ = [
     "Adversarial",

@@ -19,11 +19,10 @@ from retroexit.core.nested import cloned, tensors
 from retroexit.errors import OutputError
 from retroexit.model import EarlyExitGenerator
 from retroexit.plugins.host import brief, cause_of
+from retroexit.plugins.training_types import TrainingBatch, find_objective
 from retroexit.stages.decoder import Decoder, read_decoder
 from retroexit.testing.case import Case, Inputs, first_map, nearly_equal
-from retroexit.training.data.batch import TrainingBatch
 from retroexit.training.losses.adversary import Adversarial, Adversary, AdversarySettings
-from retroexit.training.losses.objectives import find_objective
 
 __all__ = ["Stranger", "check_all"]
 

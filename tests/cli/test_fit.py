@@ -12,7 +12,7 @@ import pytest
 
 from retroexit.errors import WeightsError
 from retroexit.guidance import GuidanceBank
-from retroexit.training.branches.trainer import BranchTrainer
+from retroexit.training.trainer import BranchTrainer
 
 FIT = (
     "fit",

@@ -12,11 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from retroexit.errors import CheckpointError, OptionError, TrainingError
-from retroexit.training.data.batch import TrainingBatch
+from retroexit.plugins.training_types import TrainingBatch
 from retroexit.training.losses import FeatureMatching
-from retroexit.training.losses.adversary import Adversarial, Adversary, AdversarySettings
-from retroexit.training.losses.discriminator_output import captured_layers
-from retroexit.training.losses.objectives import Hinge, NonSaturating, Objective, find_objective
+from retroexit.training.losses.adversary import (
+    Adversarial,
+    Adversary,
+    AdversarySettings,
+    Hinge,
+    NonSaturating,
+    Objective,
+    captured_layers,
+    find_objective,
+)
 
 
 class Patches(nn.Module):
@@ -115,7 +122,7 @@ def test_a_discriminator_learns_to_tell_the_two_apart() -> None:
     losses = [sum(adversary.step(batch).values()) for _ in range(40)]
     assert losses[-1] < 0.3 * losses[0]
     with torch.no_grad():
-        real, fake = (adversary.judge(image, batch).scores[0] for image in (batch.target, batch.image))
+        real, fake = (adversary.discriminate(image, batch).scores[0] for image in (batch.target, batch.image))
     assert real.min() > fake.max()
 
 

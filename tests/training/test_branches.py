@@ -11,17 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from retroexit.training.branches.ema import Average
 from torch import Tensor, nn
 
 import retroexit
 from retroexit.core.files import read_tensors
 from retroexit.core.samples import Samples
 from retroexit.errors import OptionError
-from retroexit.training.branches.ema import Average
-from retroexit.training.branches.trainer import BranchSchedule, BranchTrainer, learning_rate
-from retroexit.training.data.cache import IMAGE, FeatureCache
-from retroexit.training.data.crops import Cropper
-from retroexit.training.data.live import LiveFeatures
+from retroexit.training.cache import IMAGE, FeatureCache, LiveFeatures
+from retroexit.training.steps import Cropper
+from retroexit.training.trainer import BranchSchedule, BranchTrainer, learning_rate
 
 
 def _same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:

@@ -15,7 +15,7 @@ import retroexit
 from retroexit import fit as fitting
 from retroexit.core.samples import Samples
 from retroexit.errors import CheckpointError, OptionError, PluginError
-from retroexit.training.branches.distributed import Team
+from retroexit.training.distributed import Team
 from retroexit.training.settings import FitSettings, set_aside
 
 PROMISE: dict[str, Any] = {"calibrate": 0.5, "alpha": 0.5, "confidence": 0.5}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import retroexit
 from retroexit.errors import OptionError
-from retroexit.training.data.crops import Cropper
+from retroexit.training.steps import Cropper
 
 
 def _coordinates(height: int, width: int) -> Tensor:

@@ -15,7 +15,7 @@ import retroexit
 from retroexit.core.samples import Samples
 from retroexit.errors import RetroExitError
 from retroexit.metrics import QualityMetric
-from retroexit.training.data.cache import FeatureCache
+from retroexit.training.cache import FeatureCache
 
 INPUTS = torch.randn(10, 4, 6, 6, generator=torch.Generator().manual_seed(1))
 TRIALS = 150
@@ -115,7 +115,7 @@ def test_a_fit_does_not_go_on_from_damaged_files(
     fitted: Path, damage: Any, part: str, tmp_path: Path
 ) -> None:
     from retroexit.core.files import read_tensors
-    from retroexit.training.predictor.exit_losses import read_losses
+    from retroexit.training.predictor import read_losses
 
     (tmp_path / "part").mkdir()
     path = tmp_path / "part" / Path(part).name

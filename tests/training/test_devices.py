@@ -15,7 +15,7 @@ from torch import Tensor
 
 from retroexit.core.files import read_tensors
 from retroexit.errors import DeviceError, MissingExtraError, OptionError
-from retroexit.training.branches.distributed import Team, join
+from retroexit.training.distributed import Team, join
 
 SETTINGS = {"steps": 12, "batch": 4, "checkpoint_every": 5, "crop": 8}
 

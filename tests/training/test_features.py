@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from retroexit.errors import OptionError
-from retroexit.training.branches.feature_distance import FeatureDistance
-from retroexit.training.branches.trainer import BranchTrainer
 from retroexit.training.settings import FitSettings
+from retroexit.training.trainer import BranchTrainer, FeatureDistance
 
 HALVES = {"init": "inherit", "scale": 0.5, "min_channels": 8}
 

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 import retroexit
 from retroexit.core.samples import Samples
 from retroexit.errors import CheckpointError, OptionError, TrainingError
+from retroexit.plugins.training_types import TrainingBatch
 from retroexit.training import fit as fitting
-from retroexit.training.branches.trainer import BranchTrainer
-from retroexit.training.data.batch import TrainingBatch
-from retroexit.training.data.cache import FeatureCache
-from retroexit.training.data.steps import Step, Steps
+from retroexit.training.cache import FeatureCache
 from retroexit.training.losses import L1, TrainingLoss
+from retroexit.training.steps import Step, Steps
+from retroexit.training.trainer import BranchTrainer
 
 Untouched = Callable[[nn.Module], AbstractContextManager[None]]
 

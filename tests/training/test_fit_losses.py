@@ -14,9 +14,8 @@ import retroexit
 from retroexit.core.files import read_tensors
 from retroexit.errors import CheckpointError, OptionError
 from retroexit.metrics import QualityMetric
-from retroexit.training.branches.trainer import BranchTrainer
-from retroexit.training.data.batch import TrainingBatch
-from retroexit.training.losses.discriminator_output import DiscriminatorOutput
+from retroexit.plugins.training_types import DiscriminatorOutput, TrainingBatch
+from retroexit.training.trainer import BranchTrainer
 
 oasis = pytest.importorskip("retroexit_oasis", reason="install the project to get its adapters")
 

@@ -16,7 +16,7 @@ from retroexit.errors import BankError, CheckpointError
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.model import EarlyExitGenerator
 from retroexit.retrieval import ExactRetriever
-from retroexit.training.data.steps import Step, Steps
+from retroexit.training.steps import Step, Steps
 from retroexit.training.stream_bank import stream_bank
 
 

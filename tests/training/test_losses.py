@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from retroexit.errors import OptionError, TrainingError, WeightsError
 from retroexit.metrics import LPIPS, MSSSIM
 from retroexit.plugins import host
-from retroexit.training.data.batch import TrainingBatch
+from retroexit.plugins.training_types import TrainingBatch
 from retroexit.training.losses import L1, PERCEPTUAL, Gaze, Perceptual, TrainingLoss
 
 

@@ -14,11 +14,10 @@ import retroexit
 from retroexit.errors import OptionError, PluginError, RetroExitWarning, WeightsError
 from retroexit.metrics import LPIPS, MSSSIM, QualityMetric
 from retroexit.plugins import Description
-from retroexit.training.data.batch import TrainingBatch
+from retroexit.plugins.training_types import TrainingBatch
 from retroexit.training.losses import L1
-from retroexit.training.losses.objectives import Hinge
-from retroexit.training.losses.plan import plan_losses
-from retroexit.training.losses.presets import LossPlan, find_weights
+from retroexit.training.losses.adversary import Hinge
+from retroexit.training.losses.plan import LossPlan, find_weights, plan_losses
 
 oasis = pytest.importorskip("retroexit_oasis", reason="install the project to get its adapters")
 

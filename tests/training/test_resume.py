@@ -19,10 +19,10 @@ from torch import Tensor
 from retroexit.errors import CheckpointError
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.model import EarlyExitGenerator
+from retroexit.training import cache as caching
 from retroexit.training import fit as fitting
-from retroexit.training.branches.trainer import BranchSchedule, BranchTrainer, learning_rate
-from retroexit.training.data import cache as caching
-from retroexit.training.data.steps import draw_batch
+from retroexit.training.steps import draw_batch
+from retroexit.training.trainer import BranchSchedule, BranchTrainer, learning_rate
 
 STEPS = 2 * 4  # two branches
 
@@ -134,7 +134,7 @@ def test_a_finished_fit_that_is_called_again_trains_nothing(
 KILLED = """
 import importlib.util, os, signal, sys, torch
 from pathlib import Path
-from retroexit.training.branches.trainer import BranchTrainer
+from retroexit.training.trainer import BranchTrainer
 spec = importlib.util.spec_from_file_location("training_decoders", sys.argv[1])
 decoders = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(decoders)

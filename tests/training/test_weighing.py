@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from retroexit.errors import CheckpointError
-from retroexit.training.data.batch import TrainingBatch
+from retroexit.plugins.training_types import TrainingBatch
 from retroexit.training.losses import L1, TrainingLoss
-from retroexit.training.losses.equalise import Equaliser
+from retroexit.training.losses.terms import Equaliser
 
 
 def strong(a: Tensor, b: Tensor) -> Tensor:
@@ -127,9 +127,9 @@ def test_a_term_that_hardly_pulls_is_not_blown_up_without_end() -> None:
 
 PROCESS = """
 import sys, torch, torch.distributed as dist
-from retroexit.training.data.batch import TrainingBatch
+from retroexit.plugins.training_types import TrainingBatch
 from retroexit.training.losses import L1, TrainingLoss
-from retroexit.training.losses.equalise import Equaliser
+from retroexit.training.losses.terms import Equaliser
 
 rank, size, file, out = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
 if size > 1:
