@@ -15,7 +15,7 @@ from retroexit.evaluation.measure import measure
 from retroexit.evaluation.sweep import Evaluation
 from retroexit.metrics import QualityMetric
 from retroexit.model import EarlyExitGenerator
-from retroexit.plugins.metrics import find_metric
+from retroexit.plugins.host import find_metric
 from retroexit.report.report import write_report
 from retroexit.report.saved_report import EVALUATION
 from retroexit.report.strips import pick_strips

@@ -19,8 +19,7 @@ from retroexit.measuring.calibrate import calibrate
 from retroexit.metrics import QualityMetric
 from retroexit.model import EarlyExitGenerator
 from retroexit.plugins.description import Description
-from retroexit.plugins.host import host
-from retroexit.plugins.metrics import find_metric
+from retroexit.plugins.host import find_metric, host
 from retroexit.plugins.training_types import Objective
 from retroexit.routing.bounds import samples_needed
 from retroexit.routing.calibration import check_promise

@@ -15,7 +15,7 @@ from retroexit.guidance.bank import GuidanceBank
 from retroexit.guidance.provider import GuideProvider
 from retroexit.measuring.calibrate import calibrate
 from retroexit.metrics import QualityMetric
-from retroexit.plugins.metrics import find_metric
+from retroexit.plugins.host import find_metric
 from retroexit.routing.calibration import Calibration
 from retroexit.routing.latency import Latency, time_exits
 from retroexit.routing.policy import Policy, RoutingOptions, RoutingRequest

@@ -18,7 +18,7 @@ from retroexit.core.images import ImageRange
 from retroexit.core.macs import count_macs
 from retroexit.core.samples import Samples
 from retroexit.errors import CheckpointError, MissingExtraError, OptionError, OutputError
-from retroexit.evaluation.measure import measure, route_seconds
+from retroexit.evaluation.measure import measure
 from retroexit.evaluation.sweep import Evaluation
 from retroexit.evaluation.thop_check import cross_check
 from retroexit.measuring.exits import Measurement
@@ -58,8 +58,8 @@ INPUTS = (
 
 def _fitted(folder: Path, noise: float = 0.0, **options: Any) -> EarlyExitGenerator:
     torch.manual_seed(0)
-    known = {"init": "scratch", "image_range": (0, 1), "adapter": False, "example_inputs": (INPUTS[:2],)}
-    model = retroexit.wrap(Decoder(noise).eval(), [1, 2], 1.0, **(known | options))
+    defaults = {"init": "scratch", "image_range": (0, 1), "adapter": False, "example_inputs": (INPUTS[:2],)}
+    model = retroexit.wrap(Decoder(noise).eval(), [1, 2], 1.0, **(defaults | options))
     return retroexit.fit(
         model, INPUTS, folder, metric=Distance(), steps=3, batch=2, predictor_steps=4, progress=False
     )
@@ -70,88 +70,81 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> EarlyExitGenerator:
     return _fitted(tmp_path_factory.mktemp("fit"), guidance=True)
 
 
+COMMAND = "retroexit evaluate toys:decoder runs/toy --inputs toys:test"
+
+
 @pytest.fixture(scope="module")
 def evaluation(
     model: EarlyExitGenerator, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Evaluation, Path]:
     folder = tmp_path_factory.mktemp("report")
-    command = "retroexit evaluate toys:decoder runs/toy --inputs toys:test"
-    found = retroexit.evaluate(
-        model,
-        INPUTS,
-        folder,
-        metric=Distance(),
-        batch=4,
-        repeats=1,
-        title="A toy",
-        command=command,
-        progress=False,
-    )
-    return found, folder
+    options = {"batch": 4, "repeats": 1, "title": "A toy", "command": COMMAND, "progress": False}
+    return retroexit.evaluate(model, INPUTS, folder, metric=Distance(), **options), folder
 
 
 def test_losses_equal_those_of_the_samples_one_by_one(
     model: EarlyExitGenerator, evaluation: tuple[Evaluation, Path]
 ) -> None:
-    found, _ = evaluation
-    assert found.loss.shape == (11, 2)
+    result, _ = evaluation
+    assert result.loss.shape == (11, 2)
     with torch.no_grad():
         for row, z in enumerate(INPUTS):
             target = 2 * model(z[None]) - 1
             for k in (1, 2):
                 by_hand = float((2 * model(z[None], exit=k) - 1 - target).abs().mean())
-                assert found.loss[row, k - 1] == pytest.approx(by_hand, rel=1e-4, abs=1e-6)
-        assert found.predicted is not None
+                assert result.loss[row, k - 1] == pytest.approx(by_hand, rel=1e-4, abs=1e-6)
+        assert result.predicted is not None
         predicted = torch.cat([model.predict(z[None]) for z in INPUTS])
-        assert found.predicted == pytest.approx(predicted.numpy(), rel=1e-4, abs=1e-5)
+        assert result.predicted == pytest.approx(predicted.numpy(), rel=1e-4, abs=1e-5)
 
 
 def test_distance_is_that_to_the_nearest_key(
     model: EarlyExitGenerator, evaluation: tuple[Evaluation, Path]
 ) -> None:
-    found, _ = evaluation
-    assert found.distance is not None and model.bank is not None
+    result, _ = evaluation
+    assert result.distance is not None and model.bank is not None
     with torch.no_grad():
         features = nn.functional.interpolate(
             torch.relu(model.generator.stages[0](model.generator.stem(INPUTS))), scale_factor=2.0
         )
         at_tap = model.split.crossing(model.split.advance(model.split.start((INPUTS,), {}), 0), 0)[0]
-        own = model.bank.search(at_tap).distances
+        distances = model.bank.search(at_tap).distances
     assert at_tap.shape[1] == features.shape[1]
     for row in range(11):
-        assert found.distance[row] == pytest.approx(
-            np.mean(np.sqrt(own[row].clamp_min(0).numpy())), rel=1e-3, abs=1e-4
+        assert result.distance[row] == pytest.approx(
+            np.mean(np.sqrt(distances[row].clamp_min(0).numpy())), rel=1e-3, abs=1e-4
         )
 
 
 def test_macs_and_overhead_equal_counts_of_calls_made_by_hand(
     model: EarlyExitGenerator, evaluation: tuple[Evaluation, Path]
 ) -> None:
-    found, _ = evaluation
+    result, _ = evaluation
     z, stages, bank, predictor = INPUTS[:1], model.generator.stages, model.bank, model.predictor
     assert bank is not None and predictor is not None
     stem = 16 * 4 * 12
     inside = [size * size * 12 * 12 * 9 for size in (4, 8, 16)]
     assert count_macs(model.generator, z) == stem + sum(inside) + 32 * 32 * 12 * 3
-    assert found.macs[-1] == count_macs(model.generator, z)
+    assert result.macs[-1] == count_macs(model.generator, z)
     feature = model.split.crossing(model.split.advance(model.split.start((z,), {}), 0), 0)[0]
     search = feature[0, 0].numel() * len(bank) * 12
     for k in (1, 2):  # a guided call searches by a matrix product
-        assert found.macs[k - 1] == count_macs(lambda k=k: model(z, exit=k)) - search
-    assert found.overhead.tolist() == [count_macs(predictor, feature) + search] * 2 + [
+        assert result.macs[k - 1] == count_macs(lambda k=k: model(z, exit=k)) - search
+    assert result.overhead.tolist() == [count_macs(predictor, feature) + search] * 2 + [
         count_macs(predictor, feature)
     ]
     assert len(stages) == 3
 
 
 def test_the_report_and_its_numbers_are_written(evaluation: tuple[Evaluation, Path]) -> None:
-    found, folder = evaluation
+    result, folder = evaluation
+    assert result.seconds is not None and len(result.seconds) == 3 and (result.seconds > 0).all()
     page = (folder / "report.html").read_text()
-    assert "A toy" in page and "retroexit evaluate toys:decoder runs/toy --inputs toys:test" in page
+    assert "A toy" in page and COMMAND in page
     assert page.count("data:image/png") >= 5 * 4
     assert json.loads((folder / "summary.json").read_text())
     again = Evaluation.from_json((folder / "evaluation.json").read_text())
-    assert np.array_equal(again.loss, found.loss) and np.array_equal(again.macs, found.macs)
+    assert np.array_equal(again.loss, result.loss) and np.array_equal(again.macs, result.macs)
     assert again.about["generator"] == "Decoder"
     assert again.about["image_range"] == [0, 1]
     assert again.metric["name"] == "distance"
@@ -161,16 +154,16 @@ def test_without_a_folder_nothing_is_written(
     model: EarlyExitGenerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    found = retroexit.evaluate(model, INPUTS[:2], metric=Distance(), repeats=0, progress=False)
-    assert found.seconds is None
+    result = retroexit.evaluate(model, INPUTS[:2], metric=Distance(), repeats=0, progress=False)
+    assert result.seconds is None
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_model_that_was_never_fitted_can_be_measured(tmp_path: Path) -> None:
     model = retroexit.wrap(Decoder().eval(), [2], 1.0, init="scratch", adapter=False)
-    found = retroexit.evaluate(model, INPUTS[:3], tmp_path, metric=Distance(), repeats=0, progress=False)
-    assert found.predicted is None and found.distance is None
-    assert found.overhead.tolist() == [0, 0]
+    result = retroexit.evaluate(model, INPUTS[:3], tmp_path, metric=Distance(), repeats=0, progress=False)
+    assert result.predicted is None and result.distance is None
+    assert result.overhead.tolist() == [0, 0]
     assert (tmp_path / "report.html").exists()
 
 
@@ -182,15 +175,15 @@ def test_the_range_that_a_model_was_fitted_with_needs_no_measuring(model: EarlyE
     with pytest.raises(OutputError, match="fits none of the ranges"):
         measure(dark, INPUTS[:2], Distance(), repeats=0, progress=False)
     dark.about["image_range"] = [0.0, 1.0]
-    found, _ = measure(dark, INPUTS[:2], Distance(), repeats=0, progress=False)
-    assert found.about["image_range"] == [0, 1]
+    result, _ = measure(dark, INPUTS[:2], Distance(), repeats=0, progress=False)
+    assert result.about["image_range"] == [0, 1]
 
 
 def test_noise_inside_is_drawn_alike_for_every_exit_and_leaves_no_trace(tmp_path: Path) -> None:
     model = _fitted(tmp_path, noise=0.5)
     torch.manual_seed(1)
     state = torch.random.get_rng_state()
-    found, _ = measure(model, INPUTS, Distance(), batch=4, seed=50, repeats=0, progress=False)
+    result, _ = measure(model, INPUTS, Distance(), batch=4, seed=50, repeats=0, progress=False)
     assert torch.equal(torch.random.get_rng_state(), state)
     with torch.no_grad():
         for first in (0, 4, 8):
@@ -200,10 +193,10 @@ def test_noise_inside_is_drawn_alike_for_every_exit_and_leaves_no_trace(tmp_path
                 torch.manual_seed(50 + first)
                 images.append(2 * model(INPUTS[rows], exit=k) - 1)
             by_hand = torch.stack([(image - images[-1]).abs().mean((1, 2, 3)) for image in images[:2]], 1)
-            assert found.loss[rows] == pytest.approx(by_hand.numpy(), abs=1e-5)
+            assert result.loss[rows] == pytest.approx(by_hand.numpy(), abs=1e-5)
     again, _ = measure(model, INPUTS, Distance(), batch=4, seed=50, repeats=0, progress=False)
     other, _ = measure(model, INPUTS, Distance(), batch=4, seed=51, repeats=0, progress=False)
-    assert np.array_equal(found.loss, again.loss) and not np.array_equal(found.loss, other.loss)
+    assert np.array_equal(result.loss, again.loss) and not np.array_equal(result.loss, other.loss)
 
 
 def test_strips_show_the_samples_that_they_name(model: EarlyExitGenerator) -> None:
@@ -213,8 +206,8 @@ def test_strips_show_the_samples_that_they_name(model: EarlyExitGenerator) -> No
     predicted = loss.copy()
     predicted[5] = 0.0  # looks easy and is not
     predicted[3] = 9.0
-    found = Evaluation(loss=loss, predicted=predicted, macs=np.array([1.0, 2, 3]), overhead=np.zeros(3))
-    strips = pick_strips(run, found)
+    result = Evaluation(loss=loss, predicted=predicted, macs=np.array([1.0, 2, 3]), overhead=np.zeros(3))
+    strips = pick_strips(run, result)
     labels = {strip.label.split(" (")[0]: strip for strip in strips}
     assert set(labels) == {"easiest", "easy", "hard", "hardest", "worst routed"}
     assert "(sample 7)" in labels["easiest"].label and "(sample 3)" in labels["hardest"].label
@@ -222,12 +215,8 @@ def test_strips_show_the_samples_that_they_name(model: EarlyExitGenerator) -> No
     order = loss.mean(1).argsort()
     assert f"(sample {order[1]})" in labels["easy"].label and f"(sample {order[-2]})" in labels["hard"].label
     hardest = labels["hardest"]
-    assert [caption for caption, _ in hardest.images] == [
-        "input",
-        "exit 1: 2.000",
-        "exit 2: 2.000",
-        "backbone",
-    ]
+    captions = [caption for caption, _ in hardest.images]
+    assert captions == ["input", "exit 1: 2.000", "exit 2: 2.000", "backbone"]
     assert hardest.chosen == 3 and labels["worst routed"].chosen == 1
     with torch.no_grad():
         for place, k in ((1, 1), (2, 2), (3, 3)):
@@ -236,34 +225,24 @@ def test_strips_show_the_samples_that_they_name(model: EarlyExitGenerator) -> No
 
 
 def test_a_picture_of_the_input_can_be_given(model: EarlyExitGenerator) -> None:
-    found, run = measure(model, INPUTS[:2], Distance(), repeats=0, progress=False)
-    strips = pick_strips(run, found, lambda z: torch.full((3, 5, 7), float(z[0, 0, 0] > 9)))
+    result, run = measure(model, INPUTS[:2], Distance(), repeats=0, progress=False)
+    strips = pick_strips(run, result, lambda z: torch.full((3, 5, 7), float(z[0, 0, 0] > 9)))
     assert all(strip.images[0][1].shape == (5, 7, 3) and not strip.images[0][1].any() for strip in strips)
 
 
-def test_every_route_takes_time(model: EarlyExitGenerator) -> None:
-    seconds = route_seconds(model, (INPUTS[:1],), {}, repeats=2)
-    assert len(seconds) == 3
-    assert all(second > 0 for second in seconds)
-
-
-def test_the_cross_check_agrees_on_plain_layers(model: EarlyExitGenerator) -> None:
+def test_the_cross_check_agrees_on_plain_layers_and_explains_a_functional_convolution(
+    model: EarlyExitGenerator, toys: ModuleType
+) -> None:
     pytest.importorskip("thop")
-    assert (
-        cross_check(model.generator, model.exits[-1].macs, (INPUTS[:1],))
-        == "0.473 MMACs for the backbone, 1.000 of ours"
-    )
-
-
-def test_the_cross_check_explains_a_functional_convolution(toys: ModuleType) -> None:
-    pytest.importorskip("thop")
+    plain = cross_check(model.generator, model.exits[-1].macs, (INPUTS[:1],))
+    assert plain == "0.473 MMACs for the backbone, 1.000 of ours"
     toy = toys.TOYS["modulated_convolution_with_skip_image"]()
     model = retroexit.wrap(
         toy.generator, ["blocks.1"], 1.0, stages=toy.stages, example_inputs=toy.args, adapter=False
     )
-    said = cross_check(model.generator, model.exits[-1].macs, tuple(x[:1] for x in toy.args))
-    assert "thop counts by layer type; it misses functional convolutions and attention" in said
-    assert float(said.split(" of ours")[0].split()[-1]) < 0.2
+    text = cross_check(model.generator, model.exits[-1].macs, tuple(x[:1] for x in toy.args))
+    assert "thop counts by layer type; it misses functional convolutions and attention" in text
+    assert float(text.split(" of ours")[0].split()[-1]) < 0.2
     assert cross_check(model.generator, 1, (), {"x": 1}) == "not counted: thop takes positional tensors only"
 
 
@@ -276,30 +255,21 @@ def test_a_missing_thop_is_said_and_breaks_nothing(
     )
 
 
-def test_a_missing_matplotlib_is_answered_with_the_pip_line(
+def test_a_missing_package_is_an_error_with_the_pip_line(
     model: EarlyExitGenerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
+    for name in [n for n in sys.modules if n.split(".")[0] in ("matplotlib", "torchmetrics")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(MissingExtraError, match=r"pip install 'retroexit\[report\]'"):
-        retroexit.evaluate(model, INPUTS[:4], tmp_path, metric=Distance(), repeats=0, progress=False)
-
-
-def test_a_missing_torchmetrics_is_answered_with_the_pip_line(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    for name in [name for name in sys.modules if name.split(".")[0] == "torchmetrics"]:
-        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "torchmetrics", None)
-    model = retroexit.wrap(
+    unfitted = retroexit.wrap(
         Decoder().eval(), [2], 1.0, init="scratch", adapter=False, example_inputs=(INPUTS[:1],)
     )
-    with pytest.raises(
-        MissingExtraError, match=r"MS-SSIM needs torchmetrics: pip install 'retroexit\[metrics\]'"
-    ):
-        retroexit.fit(model, INPUTS, tmp_path, metric="ms-ssim")
+    with pytest.raises(MissingExtraError, match=r"MS-SSIM needs torchmetrics: pip install 'retroexit\[me"):
+        retroexit.fit(unfitted, INPUTS, tmp_path, metric="ms-ssim")
     assert list(tmp_path.iterdir()) == []
+    with pytest.raises(MissingExtraError, match=r"pip install 'retroexit\[report\]'"):
+        retroexit.evaluate(model, INPUTS[:4], tmp_path, metric=Distance(), repeats=0, progress=False)
 
 
 def test_what_cannot_be_measured_is_refused(model: EarlyExitGenerator) -> None:

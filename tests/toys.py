@@ -7,7 +7,7 @@ import math
 import warnings
 from collections import OrderedDict, namedtuple
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -600,4 +600,5 @@ class _Sum(nn.Module):
 
 @toy
 def scripted_child() -> Toy:
-    return chain(lambda i, o, up: nn.Sequential(Block(i, o, up), torch.jit.script(_Sum(o))))
+    toy = chain(lambda i, o, up: nn.Sequential(Block(i, o, up), torch.jit.script(_Sum(o))))
+    return replace(toy, pinned="the scripted module blocks.1.1")

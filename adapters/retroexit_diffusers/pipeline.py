@@ -108,8 +108,8 @@ class EarlyExitDecoder(nn.Module):
         else:
             image = self.model.route(present, named, exit=self.exit)
             self.counts[self.exit or len(self.model.branches) + 1] += len(image)
-        found: Tensor = image
-        return found
+        output: Tensor = image
+        return output
 
     def unwrap(self) -> nn.Module:
         """Give the decoder back, as it came."""
@@ -194,8 +194,8 @@ def gather_latents(pipe: Any, model: EarlyExitGenerator) -> Iterator[list[Tensor
     samples: list[Tensor | tuple[Tensor, ...]] = []
 
     def keep(_decoder: nn.Module, inputs: tuple[Any, ...]) -> None:
-        given = [value.detach().to("cpu", copy=True) for value in inputs if isinstance(value, Tensor)]
-        samples.extend(given[0] if len(given) == 1 else zip(*given, strict=True))
+        latents = [value.detach().to("cpu", copy=True) for value in inputs if isinstance(value, Tensor)]
+        samples.extend(latents[0] if len(latents) == 1 else zip(*latents, strict=True))
 
     handle = _autoencoder(pipe, model).decoder.register_forward_pre_hook(keep)
     try:

@@ -27,8 +27,8 @@ For another source face fill a new bank, with `frame_key` for its keys, and set 
 
 ```python
 driven = DrivenG2d(their_g2d.eval())
-known = describe_g2d(driven, blocks=[f"res_blocks.{i}" for i in range(6)] + ["up1", "up2", "up3"])
-model = retroexit.wrap(driven, attach_at=[2, 4, 6], scale=1 / 15, adapter=known, guidance=True)
+description = describe_g2d(driven, blocks=[f"res_blocks.{i}" for i in range(6)] + ["up1", "up2", "up3"])
+model = retroexit.wrap(driven, attach_at=[2, 4, 6], scale=1 / 15, adapter=description, guidance=True)
 ```
 
 Without frame bank ``retroexit.wrap(their_g2d, ..., stages=[...])`` is all it takes, and without names

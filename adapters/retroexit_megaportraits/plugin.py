@@ -63,10 +63,10 @@ def describe_g2d(
         ValueError: If the decoder has no module of such a path.
     """
     decoder = generator.decoder if isinstance(generator, DrivenG2d) else generator
-    known = dict(decoder.named_modules())
-    missing = [path for path in blocks or () if path not in known]
+    modules = dict(decoder.named_modules())
+    missing = [path for path in blocks or () if path not in modules]
     if missing:
-        raise ValueError(f"no module {missing[0]!r} in the {type(decoder).__name__}; it has {_some(known)}")
+        raise ValueError(f"no module {missing[0]!r} in the {type(decoder).__name__}; it has {_some(modules)}")
     start = "decoder." if isinstance(generator, DrivenG2d) else ""
     is_driven = bool(start)
     return Description(
@@ -81,8 +81,8 @@ def describe_g2d(
     )
 
 
-def _some(known: dict[str, nn.Module]) -> str:
-    paths = [repr(path) for path in known if path]
+def _some(modules: dict[str, nn.Module]) -> str:
+    paths = [repr(path) for path in modules if path]
     return ", ".join(paths[:8]) + (f" and {len(paths) - 8} more" if len(paths) > 8 else "")
 
 

@@ -76,8 +76,8 @@ class OASISGenerator(nn.Module):
         Raises:
             ValueError: If there are no settings of this name.
         """
-        known = dataset(name)
-        return cls(known.num_labels, crop=known.crop, use_noise3d=use_noise3d)
+        settings = dataset(name)
+        return cls(settings.num_labels, crop=settings.crop, use_noise3d=use_noise3d)
 
     def forward(self, label: Tensor, z: Tensor | None = None) -> Tensor:
         """Draw an image.

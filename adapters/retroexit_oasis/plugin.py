@@ -89,7 +89,7 @@ def _discriminator(generator: nn.Module) -> nn.Module:
 
 def _objective(generator: nn.Module) -> OASISObjective:
     """Weigh LabelMix as the authors did for the data set with as many labels."""
-    weights = {known.num_labels: known.labelmix_weight for known in DATASETS.values()}
+    weights = {dataset.num_labels: dataset.labelmix_weight for dataset in DATASETS.values()}
     return OASISObjective(weights.get(_num_labels(generator), 10.0))
 
 

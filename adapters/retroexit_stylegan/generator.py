@@ -139,8 +139,8 @@ class MappingNetwork(nn.Module):
             raise ValueError(f"z must have the shape (N, {self.z_dim}), got {tuple(z.shape)}")
         labels = z.new_zeros(len(z), 0) if c is None else c
         if labels.shape != (len(z), self.c_dim):
-            found = "None" if c is None else tuple(c.shape)
-            raise ValueError(f"c must have the shape {(len(z), self.c_dim)}, got {found}")
+            got = "None" if c is None else tuple(c.shape)
+            raise ValueError(f"c must have the shape {(len(z), self.c_dim)}, got {got}")
         x = _normalise(z)
         if self.c_dim:
             x = torch.cat([x, _normalise(self.embed(labels))], 1)

@@ -1,1 +1,4 @@
-"""Making thin branches: which widths move together, cloning and narrowing a tail, starting weights."""
+"""Thin branches: which widths change together, the narrowed copy of a tail, its starting weights.
+
+Imports `retroexit.split` and what lies below it.
+"""

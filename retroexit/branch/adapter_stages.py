@@ -1,8 +1,8 @@
-"""Exchange narrowed stages for thin ones that an adapter builds through the stage's own constructor.
+"""Replace narrowed stages by thin ones that an adapter builds through the stage's own constructor.
 
 Narrowing keeps a stage's structure: an identity shortcut stays one, so the feature must first be projected to
-the branch's width. A stage that is built anew can grow a shortcut: the first one takes the whole feature
-instead, and every stage takes the guide as further channels (paper sections 4.1 and 4.2).
+the branch's width. A stage that is built anew can have a learned shortcut: the first one takes the whole
+feature, and every stage takes the guide as further channels (paper sections 4.1 and 4.2).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm
 
@@ -23,20 +23,20 @@ from retroexit.stages.cuts import Cut
 __all__ = [
     "BuildStage",
     "StageShape",
-    "exchanged",
     "first_stage",
     "inherit_stage",
-    "look_at_stages",
+    "replaced_stages",
     "settle_norms",
+    "stage_shapes",
 ]
 
 BuildStage = Callable[[nn.Module, int, int], nn.Module | None]
-"""From a full-width stage, input and output channels to a thin stage of its kind, or ``None``."""
+"""``(stage, in_channels, out_channels)`` -> a thin stage of the same kind, or ``None``."""
 
 
 @dataclass(frozen=True)
 class StageShape:
-    """What goes through a stage of a narrowed tail.
+    """Shapes of a stage of a narrowed tail.
 
     Attributes:
         channels: Channels of its input map.
@@ -49,56 +49,43 @@ class StageShape:
     out_channels: int
 
 
-def look_at_stages(
+def stage_shapes(
     tail: nn.Module, values: Sequence[Tensor], width: int, paths: Sequence[str]
 ) -> dict[str, StageShape]:
-    """Run a narrowed tail once and note what goes into its stages and what comes out.
-
-    Args:
-        tail: The tail.
-        values: Example feature at full width, and live values.
-        width: Channels that the tail takes.
-        paths: The stages.
-    """
+    """Run a narrowed tail of ``width`` input channels once and note the shapes of its stages."""
     inputs: dict[str, torch.Size] = {}
-    found: dict[str, StageShape] = {}
+    shapes: dict[str, StageShape] = {}
 
-    def note_input(path: str) -> Callable[[Tensor], Tensor]:
-        def seen(x: Tensor) -> Tensor:
-            inputs[path] = x.shape
-            return x
+    def note_input(path: str, x: Tensor) -> Tensor:
+        inputs[path] = x.shape
+        return x
 
-        return seen
+    def note_output(path: str, output: Any) -> None:
+        maps = [t for t in tensors(output) if t.dim() >= 3]
+        if path in inputs:
+            out_channels = maps[0].shape[1] if maps else 0
+            shapes[path] = StageShape(inputs[path][1], tuple(inputs[path][2:]), out_channels)
 
-    def note_output(path: str) -> Callable[[nn.Module, object, object], None]:
-        def seen(_module: nn.Module, _args: object, output: object) -> None:
-            maps = [t for t in tensors(output) if t.dim() >= 3]
-            shape = inputs.get(path)
-            if shape is not None:
-                channels = maps[0].shape[1] if maps else 0
-                found[path] = StageShape(shape[1], tuple(shape[2:]), channels)
-
-        return seen
-
-    hooks = [tail.get_submodule(path).register_forward_hook(note_output(path)) for path in paths]
+    hooks = [
+        tail.get_submodule(path).register_forward_hook(lambda _m, _a, out, path=path: note_output(path, out))
+        for path in paths
+    ]
+    before = {path: (lambda x, path=path: note_input(path, x)) for path in paths}
     try:
         with torch.no_grad():
-            live = [value.clone() for value in values[1:]]
-            tail(values[0][:, :width].clone(), *live, before={path: note_input(path) for path in paths})
+            tail(values[0][:, :width].clone(), *(value.clone() for value in values[1:]), before=before)
     finally:
         for hook in hooks:
             hook.remove()
-    return found
+    return shapes
 
 
 def first_stage(tail: nn.Module, cut: Cut, paths: Sequence[str]) -> str | None:
-    """Find the stage that takes the feature, and that alone, with nothing that has a width in between.
-
-    Resizing on the way is allowed; a layer with weights, a sum with something else, or a second reader of the
-    feature is not, since each of them needs the feature at the branch's width.
+    """Find the stage that takes the feature directly, resized at most.
 
     Returns:
-        Its path, or ``None``.
+        Its path; ``None`` if a layer with weights, a sum with another value or a second reader of the feature
+        comes before it, since each of them needs the feature at the branch's width.
     """
     value = cut.feature
     while True:
@@ -108,29 +95,25 @@ def first_stage(tail: nn.Module, cut: Cut, paths: Sequence[str]) -> str | None:
         node = readers[0]
         if node.op == "call_module" and str(node.target) in paths:
             return str(node.target)
-        others = [n for n in node.all_input_nodes if n is not value and not n.meta.get("size")]
-        if others or _has_width(tail, node):
+        if any(n is not value and not n.meta.get("size") for n in node.all_input_nodes):
             return None
+        if node.op == "call_module":
+            module = tail.get_submodule(str(node.target))
+            if [*module.parameters(), *module.buffers()]:
+                return None
         value = node
 
 
-def _has_width(tail: nn.Module, node: fx.Node) -> bool:
-    if node.op != "call_module":
-        return False
-    module = tail.get_submodule(str(node.target))
-    return any(True for _ in module.parameters()) or any(True for _ in module.buffers())
-
-
 @contextmanager
-def exchanged(tail: nn.Module, stages: dict[str, nn.Module]) -> Iterator[None]:
-    """Put other stages into a tail; if what follows raises, its own are put back."""
-    own = {path: tail.get_submodule(path) for path in stages}
+def replaced_stages(tail: nn.Module, stages: dict[str, nn.Module]) -> Iterator[None]:
+    """Put other stages into a tail; if the block raises, the previous ones are restored."""
+    previous = {path: tail.get_submodule(path) for path in stages}
     try:
         for path, stage in stages.items():
             tail.set_submodule(path, stage)
         yield
     except BaseException:
-        for path, stage in own.items():
+        for path, stage in previous.items():
             tail.set_submodule(path, stage)
         raise
 
@@ -146,16 +129,16 @@ def inherit_stage(
 ) -> None:
     """Copy the backbone's channels into a built stage, wherever names and dimensions match.
 
-    A dimension matches if it has as many channels as the backbone's stage (then all are taken) or as its
-    narrowed copy (then the selected ones). What matches nothing, such as a shortcut that the backbone does
-    not have, stays as the constructor made it; weights that read the guide are made small.
+    A dimension matches if it has as many channels as the backbone's stage (all are copied) or as its narrowed
+    copy (the kept ones are). Anything else, such as a shortcut that the backbone does not have, keeps the
+    constructor's weights; weights that read the guide are made small.
 
     Args:
         built: The stage to fill.
         full: The backbone's stage.
         kept: For a parameter's name and axis the channels that the narrowed copy keeps; ``None`` for all.
-        in_channels: Channels that the built stage takes, those of the guide included.
-        guide_channels: How many of them, the last ones, are the guide's.
+        in_channels: Channels that the built stage takes, including the guide's, which are the last ones.
+        guide_channels: Channels of the guide among them.
         is_first: Whether it takes the whole feature.
     """
     source = dict(full.named_parameters()) | dict(full.named_buffers())
@@ -165,13 +148,11 @@ def inherit_stage(
             continue
         part, target = old.detach(), tensor.detach()
         for axis in range(old.dim()):
-            reads_guide = guide_channels > 0 and tensor.shape[axis] == in_channels
             sizes = [tensor.shape[axis]]
-            if reads_guide:
+            if guide_channels > 0 and tensor.shape[axis] == in_channels:
                 sizes.insert(0, tensor.shape[axis] - guide_channels)
-            where = kept(name, axis)
-            every = torch.arange(old.shape[axis])
-            choices = [every] if where is None else [every, where] if is_first else [where, every]
+            narrow, every = kept(name, axis), torch.arange(old.shape[axis])
+            choices = [every] if narrow is None else [every, narrow] if is_first else [narrow, every]
             match = next((c for size in sizes for c in choices if len(c) == size), None)
             if match is None:
                 break
@@ -185,7 +166,7 @@ def inherit_stage(
 
 @torch.no_grad()
 def settle_norms(stage: nn.Module, rounds: int = 30) -> None:
-    """Let spectral norms in a stage find the singular vectors of its weights, which eval mode keeps fixed."""
+    """Iterate spectral norms to the singular vectors of a stage's weights, which eval mode keeps fixed."""
     for module in stage.modules():
         for hook in module._forward_pre_hooks.values():
             if isinstance(hook, SpectralNorm):

@@ -1,34 +1,41 @@
-"""A branch on its way: what is to be built, and the narrowed copy of a tail that it is built from."""
+"""Build a branch: copy the tail, narrow it, add the entries for feature and guide (paper 3.1 and 3.3)."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, fx, nn
 
-from retroexit.branch.adapter_stages import BuildStage, StageShape, first_stage, look_at_stages
-from retroexit.branch.entry import GuideShape
-from retroexit.branch.widths.plan import WidthPlan, WidthRule
+from retroexit.branch.adapter_stages import (
+    BuildStage,
+    StageShape,
+    first_stage,
+    inherit_stage,
+    replaced_stages,
+    settle_norms,
+    stage_shapes,
+)
+from retroexit.branch.branch import Branch, GuideEntry, GuideShape
+from retroexit.branch.inherit import Layout, choose_channels, find_layout, narrow, readers_of
+from retroexit.branch.widths.analyse import analyse, blame
+from retroexit.branch.widths.equations import symbols_of
+from retroexit.branch.widths.plan import Pin, WidthPlan, WidthRule
+from retroexit.branch.widths.resize import correct_fan_in, emptied, start_from_scratch
+from retroexit.branch.widths.solve import TailWidths
 from retroexit.core.macs import MacCounter
-from retroexit.core.nested import tensors
+from retroexit.core.modules import clone_module
 from retroexit.errors import BranchError
 from retroexit.split.segments import Tail
 from retroexit.stages.cuts import Cut
 
-if TYPE_CHECKING:
-    import sympy
+__all__ = ["BranchSpec", "Init", "build_branch"]
 
-    from retroexit.branch.init.channel_selection import Reader
-    from retroexit.branch.init.inherit import Layout
-    from retroexit.branch.widths.solve import Algebra
-
-    Readers = Mapping[sympy.Symbol, Sequence[Reader]]
-
-__all__ = ["BranchBuilder", "BranchSpec", "Init", "narrowed"]
+logger = logging.getLogger(__name__)
 
 Init = Literal["inherit", "scratch"]
 
@@ -40,14 +47,14 @@ class BranchSpec:
     Attributes:
         rule: Its width.
         init: Starting weights.
-        guide: The guide it takes, if any.
+        guide: The guide that it takes, if any.
         stages: Paths of the backbone's stages.
-        seed: Seed of fresh weights.
+        seed: Seed of random weights.
         build_stage: Builds thin stages through their own constructor, where an adapter can.
         image: Path of the image in the output.
-        names: What to call the values that cross the cut, in messages.
-        samples: Feature and live values of more samples, by which to choose the channels that are inherited;
-            without them, the norms of weights decide.
+        names: Names of the values that cross the cut, for messages.
+        samples: Feature and live values of more samples, by which the inherited channels are chosen; without
+            them, the norms of the weights decide.
     """
 
     rule: WidthRule
@@ -61,9 +68,49 @@ class BranchSpec:
     samples: Sequence[Tensor] = ()
 
 
+def build_branch(
+    tail: Tail, cut: Cut, values: Sequence[Tensor], spec: BranchSpec, plan: WidthPlan | None = None
+) -> Branch:
+    """Make a thin branch out of a full-width tail.
+
+    Args:
+        tail: The full-width tail; it is not changed, and may hold the generator's own weights.
+        cut: Where it begins.
+        values: Example feature and live tensors, one sample is enough.
+        spec: How to build it.
+        plan: Widths of a saved model; by default they are chosen here.
+
+    Returns:
+        The branch, in eval mode, on the feature's device.
+
+    Raises:
+        BranchError: If the tail cannot be narrowed, or a stage of a saved model cannot be built again.
+
+    Reference: paper section 3.1.
+    """
+    if plan is not None:
+        builder = BranchBuilder(
+            cast("Tail", emptied(tail, plan)), tail, cut, values, spec, plan, is_new=False
+        )
+    elif spec.rule.scale < 1:
+        builder = _Narrowing(tail, cut, values, spec).run()
+    else:
+        builder = BranchBuilder(cast("Tail", clone_module(tail)), tail, cut, values, spec)
+    if plan is None and spec.init == "scratch":
+        start_from_scratch(builder.thin, tail, spec.seed)
+    if plan is None and spec.rule.scale < 1:
+        settle_norms(builder.thin)  # the singular vectors of the wide weights do not fit the narrow ones
+    correct_fan_in(builder.thin, tail)
+    if plan is not None and plan.built:
+        return builder.assemble(builder.build_stages(plan.built))
+    if plan is None and spec.build_stage is not None and (spec.rule.scale < 1 or spec.guide is not None):
+        return builder.with_built_stages()
+    return builder.assemble({})
+
+
 @dataclass
 class BranchBuilder:
-    """A branch on its way.
+    """A branch that is being built.
 
     Attributes:
         thin: The narrowed tail.
@@ -73,8 +120,8 @@ class BranchBuilder:
         spec: How to build it.
         plan: Its widths; ``None`` where nothing shrinks.
         kept: For a parameter's name and axis the channels that are kept, ``None`` for all of them.
-        entering: Channels of the feature that the narrowed tail keeps, likewise.
-        is_new: Whether its weights are to be used, rather than those of a saved model.
+        kept_entry: Channels of the feature that the narrowed tail keeps, likewise.
+        is_new: Whether its weights are used; ``False`` for a saved model, which has others.
     """
 
     thin: Tail
@@ -84,179 +131,300 @@ class BranchBuilder:
     spec: BranchSpec
     plan: WidthPlan | None = None
     kept: Callable[[str, int], Tensor | None] = lambda _name, _axis: None
-    entering: Tensor | None = None
+    kept_entry: Tensor | None = None
     is_new: bool = True
 
     @property
     def width(self) -> int:
-        """Channels that the narrowed tail takes."""
+        """Input channels of the narrowed tail."""
         return self.plan.entry if self.plan is not None else int(self.values[0].shape[1])
 
     @cached_property
     def stages(self) -> list[str]:
-        """Paths of the stages in the tail that take a map, in order."""
-        called = [node for node in self.cut.rest if node.op == "call_module"]
-        inside = {str(node.target) for node in called if not node.meta.get("takes_tokens")}
-        return [path for path in self.spec.stages if path in inside]
+        """Paths of the stages in the tail that take a map, in order; scripted modules cannot be changed."""
+        modules = [node for node in self.cut.rest if node.op == "call_module"]
+        inside = {str(node.target) for node in modules if not node.meta.get("takes_tokens")}
+        is_scripted = {p for p, m in self.full.named_modules() if isinstance(m, torch.jit.ScriptModule)}
+        return [path for path in self.spec.stages if path in inside - is_scripted]
 
     @cached_property
     def first(self) -> str | None:
-        """Path of the stage that takes the feature, where nothing but that stage ties it to a width."""
+        """Path of the stage that takes the feature directly; see `first_stage`."""
         return first_stage(self.full, self.cut, self.stages)
 
     @cached_property
     def shapes(self) -> dict[str, StageShape]:
-        """What goes through every stage of the narrowed tail."""
-        return look_at_stages(self.thin, self.values, self.width, self.stages)
+        """Shapes of every stage of the narrowed tail."""
+        return stage_shapes(self.thin, self.values, self.width, self.stages)
 
-    def kept_outputs(self) -> dict[str, Tensor | None]:
-        """Say for every convolution and linear layer which of the backbone's output channels are kept."""
-        named = {name for name, _ in self.full.named_parameters()}  # a tied weight goes by its first name
+    def trial_macs(self) -> int:
+        """Run the narrowed tail once and count its multiply-accumulates."""
+        feature, *live = self.values
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), MacCounter() as counter:
+            self.thin(feature[:, : self.width].clone(), *(value.clone() for value in live))
+        return counter.macs
+
+    # Stages of an adapter.
+
+    def with_built_stages(self) -> Branch:
+        """Assemble with stages built by the adapter; keep the narrowed ones, with a pin, where those fail."""
+        channels = {path: shape.channels for path, shape in self.shapes.items()}
+        if self.first is not None:
+            channels[self.first] = int(self.values[0].shape[1])
+        sizes = {
+            path: (channels[path] + self._guide_channels(path), shape.out_channels)
+            for path, shape in self.shapes.items()
+            if path == self.first or path != self.stages[0]
+        }
+        narrowed_plan = self.plan
+        try:
+            notes = {
+                path: "the feature reaches it through a layer, a sum or twice"
+                for path in self.stages[:1]
+                if path not in sizes and self._call_adapter(path, *self._channels(path)) is not None
+            }
+            stages = self.build_stages(sizes)
+            if stages:
+                plan = self.plan
+                if plan is None:  # full width, with a guide
+                    named = [*self.thin.named_parameters(), *self.thin.named_buffers()]
+                    plan = WidthPlan({}, {name: tuple(t.shape) for name, t in named}, {}, self.width, ())
+                pins = [
+                    pin for pin in plan.pins if not any(pin.parameter.startswith(f"{p}.") for p in stages)
+                ]
+                built = {path: sizes[path] for path in stages}
+                self.plan = replace(plan, built=built, pins=(*pins, *self._notes(notes)))
+                return self.assemble(stages)
+        except BranchError as error:
+            notes = dict.fromkeys(sizes, f"the adapter's own does not run ({error.__cause__})")
+            logger.warning("stages of the adapter do not run", exc_info=error)
+            self.plan = narrowed_plan
+        if self.plan is not None:
+            self.plan = replace(self.plan, pins=(*self.plan.pins, *self._notes(notes)))
+        return self.assemble({})
+
+    def build_stages(self, sizes: Mapping[str, tuple[int, int]]) -> dict[str, nn.Module]:
+        """Build thin stages by the adapter; it may decline some, except those of a saved model."""
+        stages = {}
+        for number, (path, (channels, out_channels)) in enumerate(sizes.items()):
+            full = self.full.get_submodule(path)
+            stage = self._call_adapter(path, channels, out_channels, self.spec.seed + 7919 * (number + 1))
+            if stage is None:
+                if not self.is_new:
+                    raise BranchError(
+                        f"no adapter builds the stage {path!r} with {channels} to {out_channels} channels. "
+                        "Install the plug-in that the model was wrapped with.",
+                        path,
+                    )
+                continue
+            stage.eval().to(next((p.device for p in full.parameters()), self.values[0].device))
+            if self.spec.init == "inherit" and self.is_new:
+                kept = partial(_kept_in, self.kept, path)
+                inherit_stage(stage, full, kept, channels, self._guide_channels(path), path == self.first)
+            settle_norms(stage)
+            stages[path] = stage
+        return stages
+
+    def _call_adapter(self, path: str, channels: int, out_channels: int, seed: int = 0) -> nn.Module | None:
+        if self.spec.build_stage is None:
+            return None
+        full = self.full.get_submodule(path)
+        try:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                return self.spec.build_stage(full, channels, out_channels)
+        except Exception as error:
+            raise BranchError(
+                f"the adapter cannot build a {type(full).__name__} of {channels} to {out_channels} channels: "
+                f"{type(error).__name__}: {error}. Report this to the adapter's authors.",
+                full,
+            ) from error
+
+    def _channels(self, path: str) -> tuple[int, int]:
+        return self.shapes[path].channels, self.shapes[path].out_channels
+
+    def _guide_channels(self, path: str) -> int:
+        """Return the guide's channels in the input of a built stage, at most those of its output."""
+        guide = self.spec.guide
+        if guide is None or not (path == self.first or guide.inject == "every_stage"):
+            return 0
+        return min(guide.channels, self.shapes[path].out_channels)
+
+    def _notes(self, notes: dict[str, str]) -> list[Pin]:
+        return [
+            Pin(path, 1, self.shapes[path].channels, f"narrowing, not built by the adapter: {reason}")
+            for path, reason in notes.items()
+        ]
+
+    # The branch.
+
+    def assemble(self, stages: dict[str, nn.Module]) -> Branch:
+        """Put narrowed tail, built stages and entries together, and run the branch once."""
+        spec, feature = self.spec, self.values[0]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(spec.seed)
+            entry = self._entry(stages)
+            injections = self._injections(stages)
+        kept = self.kept_entry
+        if entry is not None and spec.init == "inherit" and (kept is None or len(kept) == self.width):
+            entry.select(kept)
+        with replaced_stages(self.thin, stages):
+            branch = Branch(entry, self.thin, injections, self.plan)
+            if spec.init == "inherit" and self.is_new:
+                branch.kept, branch.is_fresh = self._kept_outputs(), True
+            branch.to(device=feature.device, dtype=feature.dtype if feature.is_floating_point() else None)
+            self._trial_run(branch)
+        return branch.eval()
+
+    def _entry(self, stages: dict[str, nn.Module]) -> GuideEntry | None:
+        feature, guide, width = self.values[0], self.spec.guide, self.width
+        channels, size = int(feature.shape[1]), tuple(feature.shape[2:])
+        if self.first is not None and self.first in stages:
+            guide_channels = self._guide_channels(self.first)
+            return None if guide is None else GuideEntry(channels, None, size, guide, guide_channels)
+        if width == channels and guide is None:
+            return None
+        return GuideEntry(channels, width, size, guide, guide_channels=width)
+
+    def _injections(self, stages: dict[str, nn.Module]) -> dict[str, GuideEntry]:
+        """Make entries for the guide at every stage but the first, which the branch's own entry serves."""
+        guide = self.spec.guide
+        if guide is None or guide.inject != "every_stage":
+            return {}
+        modules = {str(node.target): node for node in self.cut.rest if node.op == "call_module"}
+        injections = {}
+        for path in self.stages:
+            if path == self.first or self.cut.feature in modules[path].all_input_nodes:
+                continue
+            channels, size = self.shapes[path].channels, self.shapes[path].size
+            if path in stages:
+                injections[path] = GuideEntry(channels, None, size, guide, self._guide_channels(path))
+            else:
+                injections[path] = GuideEntry(channels, channels, size, guide, guide_channels=channels)
+            if self.spec.init == "inherit":
+                injections[path].select(None)
+        return injections
+
+    def _kept_outputs(self) -> dict[str, Tensor | None]:
+        """Return the backbone's output channels that every convolution and linear layer keeps."""
+        named = {name for name, _ in self.full.named_parameters()}  # a tied weight has its first name only
         return {
             path: self.kept(f"{path}.weight", int(getattr(module, "transposed", False)))
             for path, module in self.full.named_modules()
             if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) and f"{path}.weight" in named
         }
 
-    def guide_at(self, path: str) -> int:
-        """Channels of the resized guide that a stage built by the adapter takes, at most its own output's.
-
-        A wider guide would cost the stage more than it saves.
-        """
-        guide = self.spec.guide
-        takes = guide is not None and (path == self.first or guide.inject == "every_stage")
-        return min(guide.channels, self.shapes[path].out_channels) if guide is not None and takes else 0
-
-    def sizes(self) -> dict[str, tuple[int, int]]:
-        """Input and output channels of every stage that an adapter may build."""
-        channels = {path: shape.channels for path, shape in self.shapes.items()}
-        if self.first is not None:
-            channels[self.first] = int(self.values[0].shape[1])
-        return {
-            path: (channels[path] + self.guide_at(path), shape.out_channels)
-            for path, shape in self.shapes.items()
-            if path == self.first or path != self.stages[0]
-        }
-
-
-def narrowed(tail: Tail, cut: Cut, values: Sequence[Tensor], spec: BranchSpec) -> BranchBuilder:
-    """Narrow a tail, all of it but what turns out not to run any narrower."""
-    # Symbolic shapes take seconds to import, and a model that is loaded needs none.
-    from retroexit.branch.widths.opaque_modules import blame
-
-    frozen: dict[str, str] = {}
-    while True:
-        algebra, plan = _analysed(frozen, tail, cut, values, spec)
-        layout, readers = _layout(tail, algebra, values, spec)
-        make = partial(_thinned, tail, cut, values, spec, algebra, layout, readers)
-        draft = make(plan)
+    def _trial_run(self, branch: Branch) -> None:
+        """Run the branch once, and count its multiply-accumulates."""
+        shape, guide = self.spec.guide, None
+        if shape is not None:
+            guide = self.values[0].new_zeros(self.values[0].shape[0], shape.channels, *shape.size)
         try:
-            macs = _trial(draft)
+            with torch.no_grad(), MacCounter() as counter:
+                branch(*(value.clone() for value in self.values), guide=guide)
         except Exception as error:
-            fault = blame(error, {id(m): n for n, m in draft.thin.named_modules() if n}, frozen)
-            if fault.path is None:
-                return draft  # the trial run of the branch says the rest
-            frozen[fault.path] = fault.reason
-        else:
-            return _without_projection(draft, macs, algebra, make) or draft
+            raise BranchError(
+                f"a copy of the stages at scale {self.spec.rule.scale:g} does not run: "
+                f"{type(error).__name__}: {error}. "
+                "Use another scale or min_channels, attach elsewhere, or let an adapter build the stage.",
+                branch,
+            ) from error
+        branch.macs = counter.macs
 
 
-def _analysed(
-    frozen: dict[str, str], tail: Tail, cut: Cut, values: Sequence[Tensor], spec: BranchSpec
-) -> tuple[Algebra, WidthPlan]:
-    """Find out about a tail's widths, and choose them."""
-    from retroexit.branch.widths.analyse import analyse
-
-    names = [spec.names.get(node, node.name) for node in cut.live]
-    look = partial(
-        analyse,
-        tail,
-        values,
-        threshold=spec.rule.min_channels,
-        image=spec.image,
-        names=names,
-        frozen=frozen,
-    )
-    algebra = look()
-    plan = algebra.plan(spec.rule)
-    if any(not pin.is_live for pin in plan.pins):
-        return _less_pinned(algebra, plan, partial(look, small=True), spec.rule)
-    return algebra, plan
+def _kept_in(kept: Callable[[str, int], Tensor | None], path: str, name: str, axis: int) -> Tensor | None:
+    return kept(f"{path}.{name}", axis)
 
 
-def _less_pinned(
-    algebra: Algebra, plan: WidthPlan, look_closer: Callable[[], Algebra], rule: WidthRule
-) -> tuple[Algebra, WidthPlan]:
-    """Look again, at narrow dimensions too: one that must be an eighth of a width, say, pins that width."""
-    try:
-        closer = look_closer()
-        other = closer.plan(rule)
-    except BranchError:
-        return algebra, plan
-    return (closer, other) if other.numbers < plan.numbers else (algebra, plan)
+_Build = Callable[[WidthPlan], BranchBuilder]
 
 
-def _layout(
-    tail: Tail, algebra: Algebra, values: Sequence[Tensor], spec: BranchSpec
-) -> tuple[Layout, Readers]:
-    """Find out which channel is which, and who reads it; fresh weights need not know."""
-    from retroexit.branch.init.channel_selection import readers_of
-    from retroexit.branch.init.inherit import Layout, find_layout
+class _Narrowing:
+    """Narrows a tail, except for modules that turn out not to run on narrower tensors."""
 
-    if spec.init != "inherit":
-        return Layout(), {}
-    readers = readers_of(tail, algebra, spec.samples) if spec.samples else {}
-    return find_layout(tail, algebra, values, tensors), readers
+    def __init__(self, tail: Tail, cut: Cut, values: Sequence[Tensor], spec: BranchSpec) -> None:
+        self.tail, self.cut, self.values, self.spec = tail, cut, values, spec
+        self.opaque: dict[str, str] = {}
 
+    def run(self) -> BranchBuilder:
+        """Analyse the tail, choose widths, copy it; repeat with more opaque modules until it runs."""
+        while True:
+            widths, plan = self._analyse()
+            layout, readers = Layout(), {}
+            if self.spec.init == "inherit":
+                layout = find_layout(self.tail, widths, self.values)
+                readers = readers_of(self.tail, widths, self.spec.samples) if self.spec.samples else {}
+            build = partial(self._build, widths, layout, readers)
+            builder = build(plan)
+            try:
+                macs = builder.trial_macs()
+            except Exception as error:
+                paths = {id(module): name for name, module in builder.thin.named_modules() if name}
+                path, reason = blame(error, paths, self.opaque)
+                if path is None:
+                    return builder  # the trial run of the branch reports the error
+                self.opaque[path] = reason
+            else:
+                return self._without_projection(builder, macs, widths, build) or builder
 
-def _thinned(
-    tail: Tail,
-    cut: Cut,
-    values: Sequence[Tensor],
-    spec: BranchSpec,
-    algebra: Algebra,
-    layout: Layout,
-    readers: Readers,
-    plan: WidthPlan,
-) -> BranchBuilder:
-    """Copy a tail with chosen widths."""
-    from retroexit.branch.init.inherit import choose_channels, narrow
+    def _analyse(self) -> tuple[TailWidths, WidthPlan]:
+        """Find the equations between a tail's widths, and choose widths."""
+        spec = self.spec
+        run = partial(
+            analyse,
+            self.tail,
+            self.values,
+            threshold=spec.rule.min_channels,
+            image=spec.image,
+            names=[spec.names.get(node, node.name) for node in self.cut.live],
+            opaque=self.opaque,
+        )
+        widths = run()
+        plan = widths.plan(spec.rule)
+        if all(pin.is_live for pin in plan.pins):
+            return widths, plan
+        # A narrow dimension, an eighth of a width perhaps, may pin that width: let narrow ones shrink too.
+        try:
+            all_widths = run(small=True)
+            all_plan = all_widths.plan(spec.rule)
+        except BranchError:
+            return widths, plan
+        return (all_widths, all_plan) if all_plan.numbers < plan.numbers else (widths, plan)
 
-    selection = choose_channels(tail, algebra, plan, readers)
-    thin = narrow(tail, algebra, plan, selection, layout)
+    def _build(
+        self, widths: TailWidths, layout: Layout, readers: Mapping[Any, Any], plan: WidthPlan
+    ) -> BranchBuilder:
+        """Copy the tail with chosen widths."""
+        selection = choose_channels(self.tail, widths, plan, readers)
+        thin = narrow(self.tail, widths, plan, selection, layout)
 
-    def kept(name: str, axis: int) -> Tensor | None:
-        return layout.indices(algebra.shapes[name][axis], selection, algebra.values)
+        def kept(name: str, axis: int) -> Tensor | None:
+            return layout.indices(widths.shapes[name][axis], selection, widths.values)
 
-    entering = layout.indices(algebra.entry, selection, algebra.values)
-    return BranchBuilder(cast("Tail", thin), tail, cut, values, spec, plan, kept, entering)
+        kept_entry = layout.indices(widths.entry, selection, widths.values)
+        return BranchBuilder(
+            cast("Tail", thin), self.tail, self.cut, self.values, self.spec, plan, kept, kept_entry
+        )
 
+    def _without_projection(
+        self,
+        builder: BranchBuilder,
+        macs: int,
+        widths: TailWidths,
+        build: Callable[[WidthPlan], BranchBuilder],
+    ) -> BranchBuilder | None:
+        """Let the tail take the whole feature where a projection would cost more than it saves.
 
-def _trial(draft: BranchBuilder) -> int:
-    """Run a narrowed tail once; gives its multiply-accumulates."""
-    feature, *live = draft.values
-    with torch.no_grad(), torch.random.fork_rng(devices=[]), MacCounter() as counter:
-        draft.thin(feature[:, : draft.width].clone(), *(value.clone() for value in live))
-    return counter.macs
-
-
-def _without_projection(
-    draft: BranchBuilder, macs: int, algebra: Algebra, make: Callable[[WidthPlan], BranchBuilder]
-) -> BranchBuilder | None:
-    """Let the tail take the whole feature where a projection would cost more than it saves.
-
-    So it is where the feature goes into 1x1 layers alone: a narrow layer that reads all channels is cheaper
-    than a projection with a narrower layer behind it.
-    """
-    from retroexit.branch.expressions import symbols_of
-
-    feature, spec = draft.values[0], draft.spec
-    channels = int(feature.shape[1])
-    if draft.plan is None or draft.width == channels or spec.guide is not None:
-        return None
-    plan = algebra.plan(spec.rule, keep=symbols_of(algebra.entry))
-    projection = channels * draft.width
-    if plan.entry < channels or plan.numbers > draft.plan.numbers + projection:
-        return None
-    whole = make(plan)
-    return whole if _trial(whole) <= macs + projection * (feature.numel() // channels) else None
+        This is so where only 1x1 layers read the feature: a narrow layer that reads all channels is cheaper
+        than a projection with a narrower layer behind it.
+        """
+        feature, spec = self.values[0], self.spec
+        channels = int(feature.shape[1])
+        if builder.plan is None or builder.width == channels or spec.guide is not None:
+            return None
+        plan = widths.plan(spec.rule, keep=symbols_of(widths.entry))
+        projection = channels * builder.width
+        if plan.entry < channels or plan.numbers > builder.plan.numbers + projection:
+            return None
+        other = build(plan)
+        return other if other.trial_macs() <= macs + projection * (feature.numel() // channels) else None

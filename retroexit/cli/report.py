@@ -31,7 +31,7 @@ def report(
     """
     from retroexit.report.report import write_report
     from retroexit.report.saved_report import find_report, model_facts, read_evaluation, read_report
-    from retroexit.saving.parts import load_calibration
+    from retroexit.saving.model_files import read_calibration
 
     place = find_report(folder)
     evaluation, saved = read_evaluation(place), read_report(place)
@@ -45,7 +45,7 @@ def report(
         command=saved.command,
         thresholds=threshold or None,
         unguided=None if unguided is None else read_evaluation(find_report(unguided)),
-        calibration=None if model is None else load_calibration(model[0], model[1].get("calibration_sha256")),
+        calibration=None if model is None else read_calibration(model[0], model[1].get("calibration_sha256")),
     )
     typer.echo(f"report: {page}")
     typer.echo(f"numbers: {page.with_name('summary.json')}")

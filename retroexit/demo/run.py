@@ -16,7 +16,7 @@ from retroexit.errors import WeightsError
 from retroexit.evaluation.sweep import Evaluation
 from retroexit.metrics import QualityMetric
 from retroexit.model import EarlyExitGenerator
-from retroexit.plugins.metrics import find_metric
+from retroexit.plugins.host import find_metric
 from retroexit.report.text_tables import sweep_table
 
 __all__ = ["pick_metric", "run_demo", "wrap_scene_generator"]

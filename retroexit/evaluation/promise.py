@@ -24,15 +24,8 @@ EXPECTATION = (
 def promised(evaluation: Evaluation, calibration: Calibration, tau: float) -> OperatingPoint:
     """Route the samples of an evaluation as ``model(..., threshold=tau)`` does once it is calibrated.
 
-    Samples that the drift guard would send to the backbone are routed here like the others.
-
-    Args:
-        evaluation: Measured and predicted losses of samples outside of the calibration set.
-        calibration: The promise.
-        tau: Threshold.
-
-    Raises:
-        OptionError: If the evaluation holds no predictions.
+    The samples must not be in the calibration set. The OOD guard is not applied. Raises `OptionError` if the
+    evaluation holds no predictions.
     """
     predicted = torch.from_numpy(evaluation.need_predicted())
     exits, _ = calibration.observed(torch.from_numpy(evaluation.loss), predicted, tau)
@@ -46,11 +39,6 @@ def promise_summary(
 
     A row is ``consistent`` unless so many samples above the threshold would be seen with a probability of 5 %
     at most if the promise held.
-
-    Args:
-        evaluation: Samples outside of the calibration set.
-        calibration: The promise, or ``None``.
-        taus: Thresholds.
     """
     if calibration is None or evaluation.predicted is None:
         return None

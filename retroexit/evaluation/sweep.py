@@ -24,36 +24,23 @@ Array = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class OperatingPoint:
-    """What one way of choosing exits costs and gives on the samples of an evaluation.
+    """Cost and loss of one way of choosing exits on the samples of an evaluation.
 
-    MACs are multiply-accumulates per sample. They include what the choice itself needs: predictor and
-    retrieval for a routed point, retrieval alone for a fixed exit.
-
-    Attributes:
-        threshold: Accepted loss, or ``None`` for a fixed exit.
-        counts: Samples that leave at each exit, shape ``(K + 1,)``, last = backbone.
-        mean_macs: Mean MACs of a sample.
-        share: ``mean_macs`` over the MACs of the plain backbone.
-        saved: ``1 - share``; negative when routing costs more than it saves.
-        mean_loss: Mean loss to the backbone's image.
-        p90_loss: 90th percentile of the loss.
-        p95_loss: 95th percentile of the loss.
-        violations: Share of the samples whose true loss is above the threshold; ``None`` without a threshold.
-        exit_of: Exit of each sample, shape ``(S,)``, numbered from 1; ``K + 1`` is the backbone.
-        loss_of: True loss of each sample at its exit, shape ``(S,)``; 0 at the backbone.
+    MACs (multiply-accumulates per sample) include predictor and retrieval for a routed point, retrieval alone
+    for a fixed exit.
     """
 
-    threshold: float | None
-    counts: npt.NDArray[np.int64]
+    threshold: float | None  # accepted loss; None for a fixed exit
+    counts: npt.NDArray[np.int64]  # samples that leave at each exit, (K + 1,), last = backbone
     mean_macs: float
-    share: float
-    saved: float
-    mean_loss: float
+    share: float  # mean_macs over the MACs of the plain backbone
+    saved: float  # 1 - share; negative when routing costs more than it saves
+    mean_loss: float  # to the backbone's image
     p90_loss: float
     p95_loss: float
-    violations: float | None
-    exit_of: npt.NDArray[np.int64]
-    loss_of: Array
+    violations: float | None  # share of the samples whose true loss is above the threshold
+    exit_of: npt.NDArray[np.int64]  # exit of each sample, (S,), from 1; K + 1 is the backbone
+    loss_of: Array  # true loss of each sample at its exit, (S,); 0 at the backbone
 
     def row(self) -> dict[str, Any]:
         """Return everything but the per-sample arrays as plain JSON types."""
@@ -96,14 +83,8 @@ class Evaluation:
         if loss.ndim != 2 or 0 in loss.shape:
             raise OptionError(f"loss must have shape (samples, branch exits), got {loss.shape}", loss)
         samples, exits = loss.shape
-        expected = {
-            "loss": loss.shape,
-            "predicted": loss.shape,
-            "macs": (exits + 1,),
-            "overhead": (exits + 1,),
-            "distance": (samples,),
-            "seconds": (exits + 1,),
-        }
+        expected = {"loss": loss.shape, "predicted": loss.shape, "distance": (samples,)}
+        expected |= dict.fromkeys(("macs", "overhead", "seconds"), (exits + 1,))
         for name, shape in expected.items():
             value = getattr(self, name)
             if value is None and name in ("predicted", "distance", "seconds"):
@@ -113,9 +94,8 @@ class Evaluation:
                 raise OptionError(f"{name} must have shape {shape} like loss, got {value.shape}", value)
             if not np.isfinite(value).all():
                 count = int((~np.isfinite(value)).sum())
-                raise OptionError(
-                    f"{name} must be finite, got NaN or infinity in {count} of {value.size}", value
-                )
+                text = f"{name} must be finite, got NaN or infinity in {count} of {value.size}"
+                raise OptionError(text, value)
             object.__setattr__(self, name, value)
         if self.macs[-1] <= 0:
             raise OptionError(f"the backbone's MACs must be > 0, got {self.macs[-1]}", self.macs)
@@ -187,12 +167,8 @@ class Evaluation:
     def gain_factor(self, points: Sequence[OperatingPoint]) -> dict[str, float]:
         """Fit the gain factor of section 3.4: computations saved per loss accepted.
 
-        A least-squares line through the sweep, as the paper does for its figures 3 and 7. The paper's number
-        is the slope over the *threshold*; the slope over the mean loss really paid is given beside it. Points
-        where every sample leaves at one exit already flatten the slope: leave them out of the sweep.
-
-        Args:
-            points: Routed points at two or more thresholds.
+        The slope of a least-squares line through points at two or more thresholds (the paper's number) or mean
+        losses. Leave out points where every sample leaves at one exit: they flatten the slope.
 
         Returns:
             ``gmacs_per_threshold`` and ``gmacs_per_mean_loss``: saved GMACs per unit of loss;
@@ -228,9 +204,8 @@ class Evaluation:
         for true, guess in zip(self.loss.T, predicted.T, strict=True):
             error, nonzero = np.abs(guess - true), true > 0
             result["mean_absolute"].append(float(error.mean()))
-            result["mean_relative"].append(
-                float((error[nonzero] / true[nonzero]).mean()) if nonzero.any() else None
-            )
+            relative = float((error[nonzero] / true[nonzero]).mean()) if nonzero.any() else None
+            result["mean_relative"].append(relative)
             result["spearman"].append(_spearman(true, guess))
         return result
 
@@ -241,22 +216,14 @@ class Evaluation:
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Read what :meth:`to_json` wrote.
-
-        Raises:
-            CheckpointError: If the text is not JSON or has other fields.
-        """
+        """Read what :meth:`to_json` wrote, or raise `CheckpointError`."""
         try:
             return cls(**json.loads(text))
         except (ValueError, TypeError) as error:
             raise CheckpointError(f"not an evaluation written by retroexit: {error}") from error
 
     def need_predicted(self) -> Array:
-        """Return the predicted losses.
-
-        Raises:
-            OptionError: If there are none.
-        """
+        """Return the predicted losses, or raise `OptionError` if there are none."""
         if self.predicted is None:
             raise OptionError(
                 "the evaluation has no predicted losses. Fit a predictor, or use oracle or fixed."
@@ -298,7 +265,7 @@ class Evaluation:
 
 
 def plain_json(value: object) -> object:
-    """Turn what ``json`` does not know into what it does: arrays into lists, paths and the like into text."""
+    """Turn arrays into lists and other unknown objects into text, for ``json``."""
     return value.tolist() if isinstance(value, np.ndarray | np.generic) else str(value)
 
 

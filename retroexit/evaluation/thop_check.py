@@ -17,17 +17,7 @@ __all__ = ["cross_check"]
 
 
 def cross_check(generator: nn.Module, macs: int, args: Any, kwargs: Any = None) -> str:
-    """Compare thop's MACs of one call with ours, and say why they differ.
-
-    Args:
-        generator: The generator; thop profiles a copy.
-        macs: Our count of the call.
-        args: Positional inputs of the call.
-        kwargs: Keyword inputs; thop takes none.
-
-    Returns:
-        A sentence to print; a failure of thop is reported in it, not raised.
-    """
+    """Return a sentence that compares thop's MACs of one call with ours; thop's errors are reported in it."""
     if kwargs or not all(isinstance(arg, Tensor) for arg in args):
         return "not counted: thop takes positional tensors only"
     try:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from retroexit.branch.entry import GuideShape
+from retroexit.branch.branch import GuideShape
 from retroexit.core.nested import cloned
 from retroexit.errors import BankError, OptionError
 from retroexit.guidance.bank import GuidanceBank

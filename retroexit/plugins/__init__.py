@@ -1,6 +1,6 @@
 """Plug-ins: the hooks that they implement, what they say about a generator, and where names are looked up.
 
-Imports `retroexit.branch`, `retroexit.retrieval` and `retroexit.errors`, and types of `retroexit.metrics`.
+Imports `retroexit.retrieval`, `retroexit.metrics` and `retroexit.errors`, and types of `retroexit.branch`.
 """
 
 from __future__ import annotations

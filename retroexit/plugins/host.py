@@ -17,12 +17,14 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 
 import pluggy
 from torch import nn
 
 from retroexit.errors import OptionError, PluginError, RetroExitError, RetroExitWarning, closest
+from retroexit.metrics import QualityMetric
 from retroexit.plugins import hookspecs
 from retroexit.plugins.description import Description
 from retroexit.retrieval import Retriever
@@ -30,9 +32,8 @@ from retroexit.retrieval import Retriever
 if TYPE_CHECKING:
     from retroexit.branch.adapter_stages import BuildStage
     from retroexit.branch.widths.plan import WidthFunction
-    from retroexit.metrics import QualityMetric
 
-__all__ = ["Host", "PluginInfo", "brief", "cause_of", "host"]
+__all__ = ["Host", "PluginInfo", "brief", "cause_of", "find_metric", "host"]
 
 _OWN: Final = {"builtin": "retroexit.builtin", "cli": "retroexit.cli.commands"}
 """Plug-ins of the library, whose names others cannot take. Imported by name: they lie above the host."""
@@ -429,6 +430,24 @@ class Host:
 def host() -> Host:
     """Return the host of this process, which the library uses."""
     return Host()
+
+
+def find_metric(metric: QualityMetric | str, weights: str | Path | None = None) -> QualityMetric:
+    """Make a metric from its name; a metric object is returned unchanged.
+
+    Args:
+        metric: A metric or its name. ``"lpips"`` means ``"lpips-alex"``.
+        weights: File with the metric's weights.
+
+    Raises:
+        OptionError: If the metric takes no weights and some are passed.
+        PluginError: If no plug-in, or more than one, offers the name.
+        WeightsError: If the weights are missing or damaged.
+    """
+    if isinstance(metric, QualityMetric):
+        return metric
+    options = {} if weights is None else {"weights": weights}
+    return host().metric("lpips-alex" if metric == "lpips" else metric, **options)
 
 
 def cause_of(error: BaseException) -> str:

@@ -32,15 +32,10 @@ _STYLE: Final[dict[Any, Any]] = {
     "svg.hashsalt": "decoder",
 }
 _COVER: Final = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}  # keeps lines out of a text
-_LEFT: Final = 0.62
-_RIGHT: Final = 0.2
-_TALLEST: Final = 1.5
-_LOWEST: Final = 0.32
-"""Height of the lowest box."""
-_COSTS: Final = 1.45
-"""Height of the diagram of costs."""
-_ROW: Final = 0.22
-_MOST_ROWS: Final = 12
+_LEFT, _RIGHT, _TALLEST = 0.62, 0.2, 1.5
+_LOWEST: Final = 0.32  # height of the lowest box
+_COSTS: Final = 1.45  # height of the diagram of costs
+_ROW, _MOST_ROWS = 0.22, 12
 _EXPLAINED: Final = (
     "Box: the higher the finer the resolution, the wider the more channels. Lines under the boxes: live "
     "values, which a branch needs besides the feature. Grey: what runs between stages. Orange: suggested "
@@ -72,13 +67,12 @@ def check_picture(file: str | Path) -> Path:
 def draw_decoder(stages: Sequence[Stage], file: str | Path, title: str = "") -> None:
     """Draw the stages of a decoder.
 
-    Above, the stages as a chain of boxes: the higher the finer the resolution, the wider the more channels.
-    Under them, the live values, from where each is made to where it is used last. Below, the share of the
-    MACs spent up to each stage. Suggested exits are marked with what they save at best.
+    A chain of boxes (height: resolution, width: channels), under it the live values from where each is made to
+    its last use, below the share of the MACs spent up to each stage. Suggested exits show their largest saving.
 
     Args:
         stages: What `retroexit.find_stages` returns.
-        file: Where to; the ending says what: ``.svg``, ``.png`` or ``.pdf``.
+        file: Path that ends in ``.svg``, ``.png`` or ``.pdf``.
         title: Heading.
 
     Raises:
@@ -134,7 +128,6 @@ class _Drawing:
             self.axes.add_patch(Rectangle(corner, width, height, facecolor=color, linewidth=0, zorder=zorder))
 
     def heading(self) -> None:
-        """Title, and how to read the picture."""
         top = self.sheet.height - 0.2
         title, *lines = self.sheet.head
         self.text(0.2, top, title, 11, ha="left", weight="bold")
@@ -142,7 +135,7 @@ class _Drawing:
             self.text(0.2, top - 0.22 - 0.15 * i, line, ha="left", color=_GREY)
 
     def exits(self) -> None:
-        """Dashed lines behind suggested stages, and what largest saving of an exit there."""
+        """Dashed lines behind suggested stages, with the largest saving of an exit there."""
         sheet = self.sheet
         for stage, row in sheet.flag_rows:
             x, y = sheet.x(stage.index + 0.5), sheet.flags + 0.17 * row
@@ -201,10 +194,10 @@ class _Drawing:
         self.text(0.13, low + _COSTS / 2, "MACs spent", color=_GREY, rotation=90)
         spent = [0.0, max(0.0, sheet.stages[0].cumulative - sheet.stages[0].share)]
         spent += [*(stage.cumulative for stage in sheet.stages), 1.0]
-        own = [0.0, *(stage.share for stage in sheet.stages), 0.0]
+        shares = [0.0, *(stage.share for stage in sheet.stages), 0.0]
         wide = 0.8 * sheet.slot
         for slot, (before, after) in enumerate(itertools.pairwise(spent)):
-            x, mine = sheet.x(slot), max(0.0, min(own[slot], after - before))
+            x, mine = sheet.x(slot), max(0.0, min(shares[slot], after - before))
             self.bar(x, low, wide, before * _COSTS, _SPENT)
             self.bar(x, low + before * _COSTS, wide, (after - mine - before) * _COSTS, _ELSE)
             self.bar(x, low + (after - mine) * _COSTS, wide, mine * _COSTS, _STAGE)
@@ -229,19 +222,12 @@ class _Drawing:
 
 @dataclass(frozen=True)
 class _Lane:
-    """Live values with the same first and last use, drawn as one line.
+    """Live values with the same first and last use, drawn as one line."""
 
-    Attributes:
-        spans: The values, with their numbers.
-        row: How far below the boxes the line runs, from 0.
-        begin: Slot in which they are made.
-        end: Slot in which they are used up.
-    """
-
-    spans: tuple[tuple[int, LiveSpan], ...]
-    row: int
-    begin: int
-    end: int
+    spans: tuple[tuple[int, LiveSpan], ...]  # with their numbers
+    row: int  # below the boxes, from 0
+    begin: int  # slot in which they are made
+    end: int  # slot of their last use
 
     @property
     def size(self) -> int:
@@ -264,34 +250,20 @@ class _Lane:
 
 @dataclass(frozen=True)
 class _Sheet:
-    """The sheet: slots from left to right, 0 for what lies before the decoder, 1..N, N + 1 for what follows.
-
-    Attributes:
-        stages: l_1..l_N.
-        head: Title, then the lines that explain.
-        slot: Width of a slot.
-        width, height: Of the sheet.
-        costs: Lower end of the diagram of costs.
-        base: Where the boxes stand.
-        flags: Lower end of the room for what the exits save.
-        flag_rows: Suggested stages, with the row in it for each.
-        lanes: Live values as lines.
-        hidden: How many have no line for want of room.
-        turn: Angle of the paths, in degrees.
-    """
+    """The layout: slot 0 lies before the decoder, 1..N are the stages, N + 1 follows it."""
 
     stages: tuple[Stage, ...]
-    head: tuple[str, ...]
-    slot: float
+    head: tuple[str, ...]  # title, then the lines that explain
+    slot: float  # width of a slot
     width: float
     height: float
-    costs: float
-    base: float
-    flags: float
-    flag_rows: tuple[tuple[Stage, int], ...]
+    costs: float  # lower end of the diagram of costs
+    base: float  # lower end of the boxes
+    flags: float  # lower end of the savings of the exits
+    flag_rows: tuple[tuple[Stage, int], ...]  # suggested stages with the row of their text
     lanes: tuple[_Lane, ...]
-    hidden: int
-    turn: int
+    hidden: int  # number of live values without a line
+    turn: int  # angle of the paths in degrees
 
     @classmethod
     def of(cls, stages: Sequence[Stage], title: str) -> _Sheet:
@@ -338,11 +310,7 @@ class _Sheet:
         return self.base - 0.2 - _ROW * lane.row
 
     def lane_ends(self, lane: _Lane) -> tuple[float, float]:
-        """Where a line leaves a box, on the right, and where it enters one, on the left.
-
-        Lines that meet at a box touch it beside one another; the lowest starts and ends outermost, so that it
-        passes around those above it.
-        """
+        """Where a line leaves a box and where it enters one; lower lines pass around those above."""
         begins = sorted((o for o in self.lanes if o.begin == lane.begin), key=lambda o: -o.row)
         ends = sorted((o for o in self.lanes if o.end == lane.end), key=lambda o: o.row)
         starts = begins.index(lane) / max(len(begins), 2)

@@ -26,7 +26,6 @@ __all__ = [
     "density",
     "difficulty_against_distance",
     "distribution_over_exits",
-    "macs_unit",
     "metric_label",
     "predictor_enforcement",
     "quality_against_compute",
@@ -86,19 +85,10 @@ def _drawn(
 
 @_drawn
 def distribution_over_exits(figure: Figure, evaluation: Evaluation, taus: Sequence[float]) -> None:
-    """Draw which exits are taken at each threshold, and the mean compute (paper, figures 3 and 7).
-
-    Args:
-        figure: Filled in by the wrapper; callers pass the evaluation first.
-        evaluation: Losses and costs; predictions are needed.
-        taus: Thresholds, one bar each.
-
-    Returns:
-        SVG text.
-    """
+    """Draw which exits are taken at each threshold, and the mean compute (paper, figures 3 and 7)."""
     points = evaluation.sweep(taus)
     shares = np.array([point.counts for point in points]).T / len(evaluation.loss) * 100  # (K + 1, T)
-    unit, scale = macs_unit(evaluation.macs)
+    unit, scale = unit_of(evaluation.macs.max())
     axes, x = figure.add_subplot(), np.arange(len(points))
     bottom = np.zeros(len(points))
     for name, colour, share in zip(_names(evaluation), _colours(evaluation), shares, strict=True):
@@ -118,21 +108,12 @@ def distribution_over_exits(figure: Figure, evaluation: Evaluation, taus: Sequen
     )
     right.grid(visible=False)
     handles, labels = axes.get_legend_handles_labels()
-    handles, labels = [*handles, right.lines[1]], [*labels, f"mean {unit}"]
-    figure.legend(handles, labels, loc="outside upper center", ncols=_columns(labels), columnspacing=1.2)
+    _legend(figure, [*handles, right.lines[1]], [*labels, f"mean {unit}"], columnspacing=1.2)
 
 
 @_drawn
 def quality_per_exit(figure: Figure, evaluation: Evaluation, unguided: Evaluation | None = None) -> None:
-    """Draw how the loss of each exit is distributed over the samples (paper, figure 8).
-
-    Args:
-        figure: Filled in by the wrapper; callers pass the evaluation first.
-        evaluation: Losses with guidance.
-        unguided: Losses of the same exits without guidance, drawn dashed.
-
-    Returns:
-        SVG text.
+    """Draw the density of each exit's loss (paper, figure 8); dashed without guidance.
 
     Raises:
         OptionError: If the two evaluations differ in their number of exits.
@@ -156,23 +137,14 @@ def quality_per_exit(figure: Figure, evaluation: Evaluation, unguided: Evaluatio
                 axes.fill_between(grid, curve, color=colour, alpha=0.15, linewidth=0)
     axes.set(xlabel=f"{metric_label(evaluation.metric)} to the backbone's image", xlim=(0, top))
     _hide_density_ticks(axes)
-    labels = axes.get_legend_handles_labels()[1]
-    figure.legend(loc="outside upper center", ncols=_columns(labels))
+    _legend(figure, *axes.get_legend_handles_labels())
 
 
 @_drawn
 def quality_against_compute(figure: Figure, evaluation: Evaluation) -> None:
-    """Draw loss against compute: each exit, routing, and perfect routing (paper, figures 4 and 6).
-
-    Args:
-        figure: Filled in by the wrapper; callers pass the evaluation first.
-        evaluation: Losses and costs; without predictions the routed curve is left out.
-
-    Returns:
-        SVG text.
-    """
+    """Draw loss against compute: each exit, routing, and perfect routing (paper, figures 4 and 6)."""
     axes, exits = figure.add_subplot(), evaluation.loss.shape[1]
-    unit, scale = macs_unit(evaluation.macs)
+    unit, scale = unit_of(evaluation.macs.max())
 
     def curve(points: Iterable[OperatingPoint], width: float, colour: str, label: str) -> None:
         pairs = np.array([(point.mean_macs / scale, point.mean_loss) for point in points])
@@ -213,13 +185,6 @@ def predictor_enforcement(figure: Figure, evaluation: Evaluation) -> None:
 
     The routed density is scaled to the samples that leave at a branch exit; those sent to the backbone have
     loss 0 and are given as a number.
-
-    Args:
-        figure: Filled in by the wrapper; callers pass the evaluation first.
-        evaluation: Losses and costs; predictions are needed.
-
-    Returns:
-        SVG text.
     """
     exits = evaluation.loss.shape[1]
     figure.set_figheight(0.75 + 1.35 * exits)
@@ -245,25 +210,16 @@ def predictor_enforcement(figure: Figure, evaluation: Evaluation) -> None:
         )
         _hide_density_ticks(axes)
     rows[-1].set(xlabel=f"{metric_label(evaluation.metric)} to the backbone's image", xlim=(0, top))
-    handles, _ = rows[0].get_legend_handles_labels()
-    figure.legend(
-        handles, ["always this exit", "routed"][: len(handles)], loc="outside upper center", ncols=2
-    )
+    _legend(figure, *rows[0].get_legend_handles_labels())
 
 
 @_drawn
 def difficulty_against_distance(figure: Figure, evaluation: Evaluation, tau: float | None = None) -> None:
-    """Draw how the distance to the guide goes with difficulty (paper, figure 10).
+    """Draw distance to the guide against difficulty (paper, figure 10).
 
     Above: the distances of the samples that leave at each exit. Below: each sample's loss at the first exit.
-
-    Args:
-        figure: Filled in by the wrapper; callers pass the evaluation first.
-        evaluation: Needs ``distance``. Exits are chosen by prediction, or by true loss where there is none.
-        tau: Threshold; default the median loss of the first exit.
-
-    Returns:
-        SVG text.
+    Exits are chosen by prediction, or by true loss without a predictor. ``tau`` is by default the median loss
+    of the first exit.
 
     Raises:
         OptionError: If the evaluation holds no distances.
@@ -292,20 +248,13 @@ def difficulty_against_distance(figure: Figure, evaluation: Evaluation, tau: flo
     _hide_density_ticks(upper)
     lower.set(xlabel="mean distance to the guide", ylabel=f"{metric_label(evaluation.metric)} of exit 1")
     lower.set_ylim(bottom=0)
-    labels = upper.get_legend_handles_labels()[1]
-    figure.legend(loc="outside upper center", ncols=_columns(labels))
+    _legend(figure, *upper.get_legend_handles_labels())
 
 
 def density(samples: Array, grid: Array, bandwidth: float = 0.3) -> Array:
-    """Estimate a density with a Gaussian kernel, as in the paper's figures.
+    """Estimate the density of samples ``(S,)`` at the places ``(G,)`` of a grid with a Gaussian kernel.
 
-    Args:
-        samples: Shape ``(S,)``.
-        grid: Places to evaluate at, shape ``(G,)``.
-        bandwidth: Kernel width in standard deviations of the samples (scipy's scalar ``bw_method``).
-
-    Returns:
-        Density at each place, shape ``(G,)``; its integral over all numbers is 1.
+    ``bandwidth`` is the kernel width in standard deviations of the samples (scipy's scalar ``bw_method``).
     """
     spread = float(np.std(samples, ddof=1)) if len(samples) > 1 else 0.0
     # Equal samples have no spread: draw them as a peak two grid steps wide.
@@ -323,11 +272,6 @@ def metric_label(metric: dict[str, Any]) -> str:
     return f"LPIPS ({net})" if head == "lpips" and net else name
 
 
-def macs_unit(macs: Array) -> tuple[str, float]:
-    """Choose a unit for MACs by the largest value: its name, and MACs per unit."""
-    return unit_of(float(np.max(macs)))
-
-
 def _names(evaluation: Evaluation) -> list[str]:
     return [*(f"exit {k + 1}" for k in range(evaluation.loss.shape[1])), "backbone"]
 
@@ -337,9 +281,10 @@ def _colours(evaluation: Evaluation) -> list[str]:
     return [*(_COLOURS[k % len(_COLOURS)] for k in range(exits)), _BACKBONE]
 
 
-def _columns(labels: Sequence[str]) -> int:
-    """Legend columns that fit the width of a figure at 11 points."""
-    return max(1, min(len(labels), 58 // (max(map(len, labels)) + 5)))
+def _legend(figure: Figure, handles: Sequence[Any], labels: Sequence[str], **options: Any) -> None:
+    """Put a legend above the axes, with as many columns as fit the width at 11 points."""
+    columns = max(1, min(len(labels), 58 // (max(map(len, labels)) + 5)))
+    figure.legend(handles, labels, loc="outside upper center", ncols=columns, **options)
 
 
 def _levels(losses: Array) -> list[float]:

@@ -38,17 +38,15 @@ def write_report(
     """Write ``report.html`` and ``summary.json``, and keep words and images to write them again from.
 
     Args:
-        folder: Made if absent; files that an earlier report left are overwritten. Where the model lies there
-            or one folder above, its hashes and how it was fitted are on the page.
+        folder: Made if absent. If the model is there or one folder above, the page shows its hashes.
         evaluation: The numbers. What it does not hold (predictions, distances, seconds) is left out.
         strips: Images to show; may be empty.
         title: Heading of the page.
         headline: First sentence; by default the saving at the highlighted threshold.
         command: The command that reproduces the report.
-        thresholds: Thresholds of the table, by default :func:`thresholds_for`. The one at 0.1 is highlighted,
-            or else the middle one.
+        thresholds: Default :func:`thresholds_for`; 0.1 is highlighted, or else the middle one.
         unguided: The same exits without guidance, for comparison in one figure.
-        calibration: What the model promises; a section compares it with these samples.
+        calibration: The model's calibration, compared with these samples.
 
     Returns:
         Path of ``report.html``.
@@ -96,7 +94,7 @@ def _page(
         **{name: summary[name] for name in ("title", "headline", "command", "promise")},
         samples=len(evaluation.loss),
         metric_label=figures.metric_label(evaluation.metric),
-        unit=figures.macs_unit(evaluation.macs)[0],
+        unit=unit_of(evaluation.macs.max())[0],
         cards=_cards(evaluation, summary, picked),
         figures=_figures(evaluation, taus, unguided),
         missing=_missing(evaluation, unguided),
@@ -145,12 +143,9 @@ def _summary(
 
 def _gain_factor(evaluation: Evaluation, taus: Sequence[float]) -> dict[str, float] | None:
     """Gain factor over the thresholds at which routing still has a choice."""
-    if evaluation.predicted is None:
-        return None
-    points = [p for p in evaluation.sweep(taus) if p.counts.max() < len(evaluation.loss)]
-    if len({p.mean_loss for p in points}) < 2:
-        return None
-    return evaluation.gain_factor(points)
+    points = [] if evaluation.predicted is None else evaluation.sweep(taus)
+    points = [p for p in points if p.counts.max() < len(evaluation.loss)]
+    return evaluation.gain_factor(points) if len({p.mean_loss for p in points}) > 1 else None
 
 
 def _headline(evaluation: Evaluation, picked: float, promise: dict[str, Any] | None) -> str:
@@ -170,10 +165,11 @@ def _headline(evaluation: Evaluation, picked: float, promise: dict[str, Any] | N
             f"at a mean {label} of {point.mean_loss:.3g}."
         )
     point = evaluation.at_threshold(picked)
-    verb = "is saved" if point.saved >= 0 else "is added"
-    share = f"{_percent(abs(point.saved))} of the backbone's compute {verb}"
-    quality = f"mean {point.mean_loss:.3g}, 90 % of the samples below {point.p90_loss:.3g}"
-    return f"At a threshold of {picked:g} {label}, {share}; {quality}."
+    return (
+        f"At a threshold of {picked:g} {label}, {_percent(abs(point.saved))} of the backbone's compute is "
+        f"{'saved' if point.saved >= 0 else 'added'}; mean {point.mean_loss:.3g}, 90 % of the samples below "
+        f"{point.p90_loss:.3g}."
+    )
 
 
 def _cards(evaluation: Evaluation, summary: dict[str, Any], picked: float) -> list[tuple[str, str]]:
@@ -184,21 +180,16 @@ def _cards(evaluation: Evaluation, summary: dict[str, Any], picked: float) -> li
     best, gain = row["best_fixed"], summary["gain_factor"]
     name = "the backbone" if best["exit"] == len(evaluation.macs) else f"exit {best['exit']}"
     kind = "routing included" if summary["promise"] is None else "by expectation, without the promise"
+    label = figures.metric_label(evaluation.metric)
     cards = [
-        (
-            _percent(row["saved"]),
-            f"of the compute saved at threshold {picked:g}, {kind}",
-        ),
-        (
-            f"{row['mean_loss']:.3g}",
-            f"mean {figures.metric_label(evaluation.metric)} to the backbone's image",
-        ),
+        (_percent(row["saved"]), f"of the compute saved at threshold {picked:g}, {kind}"),
+        (f"{row['mean_loss']:.3g}", f"mean {label} to the backbone's image"),
         (_percent(row["violations"]), f"of the samples above the threshold of {picked:g}"),
         (_percent(best["saved"]), f"saved by {name} for all samples, the best fixed exit of no higher mean"),
     ]
     if gain is not None:
         rate, gmacs = gain["percent_per_hundredth_threshold"], gain["gmacs_per_threshold"]
-        unit, scale = figures.macs_unit(evaluation.macs)
+        unit, scale = unit_of(evaluation.macs.max())
         text = (
             f"of the backbone saved per 0.01 of threshold ({gmacs * 1e9 / scale:.3g} {unit} per unit of loss)"
         )
@@ -209,7 +200,6 @@ def _cards(evaluation: Evaluation, summary: dict[str, Any], picked: float) -> li
 def _figures(
     evaluation: Evaluation, taus: Sequence[float], unguided: Evaluation | None
 ) -> list[dict[str, str]]:
-    """Give every figure for the page."""
     drawn = enumerate(_drawn(evaluation, taus, unguided))
     return [{"svg": _inline(svg, f"f{n}"), "caption": " ".join(text.split())} for n, (svg, text) in drawn]
 
@@ -266,21 +256,16 @@ def _inline(svg: str, prefix: str) -> str:
 
 
 def _strip_context(strip: Strip) -> dict[str, Any]:
-    images = [
-        {
-            "caption": caption,
-            "chosen": place == strip.chosen,
-            "small": max(pixels.shape[:2]) <= 128,
-            "source": data_address(pixels),
-        }
-        for place, (caption, pixels) in enumerate(strip.images)
-    ]
+    images = []
+    for place, (caption, pixels) in enumerate(strip.images):
+        is_small, source = max(pixels.shape[:2]) <= 128, data_address(pixels)
+        images.append(dict(caption=caption, chosen=place == strip.chosen, small=is_small, source=source))
     return {"label": strip.label, "images": images}
 
 
 def _exit_table(evaluation: Evaluation) -> dict[str, Any]:
     """Columns and rows of the exit table; a column appears only if some exit fills it."""
-    unit, scale = figures.macs_unit(evaluation.macs)
+    unit, scale = unit_of(evaluation.macs.max())
     label = figures.metric_label(evaluation.metric)
     last = len(evaluation.macs)
     columns: dict[tuple[str, str], list[str]] = {
@@ -294,6 +279,10 @@ def _exit_table(evaluation: Evaluation) -> dict[str, Any]:
         ("time", "ms, median"): [],
         ("speed-up", ""): [],
     }
+    seconds = evaluation.seconds
+    times = [("", "")] * last
+    if seconds is not None:
+        times = [(_number(s * 1e3), f"{seconds[-1] / s:.2g}×") for s in seconds]
     for k in range(1, last + 1):
         facts = evaluation.exits[k - 1] if k <= len(evaluation.exits) else {}
         point, branch = evaluation.fixed(k), k < last
@@ -307,10 +296,7 @@ def _exit_table(evaluation: Evaluation) -> dict[str, Any]:
             _number(retrieval / scale) if branch and retrieval > 0 else "",
             f"{facts['parameters']:,}" if branch and facts.get("parameters") else "",
             f"{point.mean_loss:.3g} ({low:.3g}–{high:.3g})" if branch else "0",
-            "" if evaluation.seconds is None else _number(evaluation.seconds[k - 1] * 1e3),
-            ""
-            if evaluation.seconds is None
-            else f"{evaluation.seconds[-1] / evaluation.seconds[k - 1]:.2g}×",
+            *times[k - 1],
         ]
         for column, cell in zip(columns.values(), cells, strict=True):
             column.append(cell)
@@ -321,7 +307,7 @@ def _exit_table(evaluation: Evaluation) -> dict[str, Any]:
 
 def _sweep_table(evaluation: Evaluation, taus: Sequence[float], picked: float) -> dict[str, Any]:
     """Columns and rows of the sweep over thresholds; the picked one is marked."""
-    unit, scale = figures.macs_unit(evaluation.macs)
+    unit, scale = unit_of(evaluation.macs.max())
     last = len(evaluation.macs)
     columns = [
         ("saved", "routed"),
@@ -373,25 +359,13 @@ def _error_rows(evaluation: Evaluation) -> list[list[str]]:
     if evaluation.predicted is None:
         return []
     error = evaluation.predictor_error()
-    columns = (error["mean_absolute"], error["mean_relative"], error["spearman"])
-    return [
-        [
-            str(k),
-            "–" if absolute is None else f"{absolute:.3g}",
-            "–" if relative is None else _percent(relative),
-            "–" if rank is None else f"{rank:.2f}",
-        ]
-        for k, (absolute, relative, rank) in enumerate(zip(*columns, strict=True), start=1)
-    ]
+    formats = {"mean_absolute": "{:.3g}".format, "mean_relative": _percent, "spearman": "{:.2f}".format}
+    columns = [["–" if x is None else form(x) for x in error[name]] for name, form in formats.items()]
+    return [[str(k), *cells] for k, cells in enumerate(zip(*columns, strict=True), start=1)]
 
 
 def _facts_of(evaluation: Evaluation, manifest: Mapping[str, Any] | None = None) -> list[tuple[str, str]]:
-    """Metric first, then everything that evaluation and model say about themselves; one line each.
-
-    Args:
-        evaluation: The numbers.
-        manifest: ``model.json`` of the model, where it is known.
-    """
+    """Facts about metric, evaluation and model (its ``model.json``), one line each."""
     facts = {"metric": figures.metric_label(evaluation.metric)}
     facts |= {f"metric {key}": _text(value) for key, value in evaluation.metric.items() if value is not None}
     facts |= {str(key): _text(value) for key, value in evaluation.about.items() if value is not None}

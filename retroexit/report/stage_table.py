@@ -21,8 +21,7 @@ from retroexit.stages.stage import LiveSpan, Stage, live_spans
 __all__ = ["brief_count", "decoder_table", "ranges", "shorten", "stage_table", "times"]
 
 _WIDTH: Final = 100
-_RUN: Final = 4
-"""A longer run of equal stages shows its ends only."""
+_RUN: Final = 4  # a longer run of equal stages shows its ends only
 _MODULE, _CLASS, _PARAMETERS, _LIVE = 1, 2, 5, 10  # columns
 _LEAST: Final = 12
 _NAME: Final = 16  # a class can be told by so many letters
@@ -31,14 +30,7 @@ _MOST_LIVE: Final = 16
 
 
 def decoder_table(decoder: Decoder) -> str:
-    """Show a generator: its module tree, the stages in it, their costs and live values.
-
-    Args:
-        decoder: What `retroexit.api.read_generator` returns.
-
-    Returns:
-        Lines of at most 100 characters, for a terminal.
-    """
+    """Show a generator, its stages, costs and live values as lines of at most 100 characters."""
     recording, parts = decoder.recording, module_tree(decoder)
     unit, scale = unit_of(recording.macs)
     head = f"{parts[0].kind}, {sum(part.parameters for part in parts):,} parameters"
@@ -53,14 +45,7 @@ def decoder_table(decoder: Decoder) -> str:
 
 
 def stage_table(stages: Sequence[Stage]) -> str:
-    """Show the stages of a decoder without the tree around them.
-
-    Args:
-        stages: What `retroexit.find_stages` returns.
-
-    Returns:
-        Lines of at most 100 characters, for a terminal.
-    """
+    """Show what `retroexit.find_stages` returns, without the tree around it, for a terminal of 100 columns."""
     parts = [Part(0, s.path, s.path, s.kind, 0, s.macs, s) for s in stages]
     total = round(stages[0].macs / stages[0].share) if stages[0].share else 0
     return _table_of(parts, live_spans(stages), total)
@@ -167,26 +152,15 @@ def _fit(head: Sequence[str], rows: Sequence[list[str]]) -> None:
 
 def ranges(numbers: Sequence[int]) -> str:
     """Write 1, 2, 3, 5 as ``v1-v3 v5``."""
-    runs: list[list[int]] = []
-    for number in sorted(numbers):
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
+    keyed = groupby(enumerate(sorted(numbers)), lambda pair: pair[1] - pair[0])
+    runs = [[number for _, number in group] for _, group in keyed]
     text = " ".join(f"v{run[0]}" if len(run) == 1 else f"v{run[0]}-v{run[-1]}" for run in runs)
     return text if len(text) <= _LIVE_WIDTH else f"{len(numbers)} values"
 
 
 def _legend(spans: Sequence[LiveSpan]) -> list[str]:
-    groups: list[list[tuple[int, LiveSpan]]] = []
-    for numbered in enumerate(spans, 1):
-        span = numbered[1]
-        last = groups[-1][-1][1] if groups else None
-        if last is not None and (last.shape, last.first, last.last) == (span.shape, span.first, span.last):
-            groups[-1].append(numbered)
-        else:
-            groups.append([numbered])
-    rows = []
+    keyed = groupby(enumerate(spans, 1), lambda pair: (pair[1].shape, pair[1].first, pair[1].last))
+    groups, rows = [list(group) for _, group in keyed], []
     for group in groups[:_MOST_LIVE]:
         span, count = group[0][1], len(group)
         name = span.name if count == 1 else f"{span.name} .. {group[-1][1].name}"
@@ -195,10 +169,8 @@ def _legend(spans: Sequence[LiveSpan]) -> list[str]:
         stages = f"l_{span.first}" if span.first == span.last else f"l_{span.first}..l_{span.last}"
         rows.append([ranges([n for n, _ in group]), shorten(name, 44), shape, numbers, f"after {stages}"])
     columns = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
-    lines = [
-        "       " + "  ".join(cell.ljust(width) for cell, width in zip(row, columns, strict=True)).rstrip()
-        for row in rows
-    ]
+    cells = [[cell.ljust(width) for cell, width in zip(row, columns, strict=True)] for row in rows]
+    lines = ["       " + "  ".join(row).rstrip() for row in cells]
     more = len(groups) - _MOST_LIVE
     return [*lines, f"       and {more} more"] if more > 0 else lines
 

@@ -62,10 +62,7 @@ def pick_strips(
 ) -> list[Strip]:
     """Render the easiest, hardest and, at the highlighted threshold, worst-routed samples at every exit.
 
-    Args:
-        run: The measurement that the evaluation came from.
-        evaluation: Its losses.
-        show: Turns one sample into a picture ``(3, H, W)`` in [0, 1]; default `_picture`.
+    ``show`` turns one sample into a picture ``(3, H, W)`` in [0, 1]; by default `_picture` does.
     """
     order = np.argsort(evaluation.loss.mean(1))
     tenth = len(order) // 10

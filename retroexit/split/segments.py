@@ -90,6 +90,9 @@ class Segment(GraphPart):
         enter: Nodes whose values go in; the generator's inputs if ``None``.
     """
 
+    keep: tuple[fx.Node, ...]
+    enter: tuple[fx.Node, ...]
+
     def __init__(
         self,
         recording: Recording,

@@ -389,7 +389,9 @@ class SplitGenerator:
         many, shapes = rebuild((tuple(args), dict(kwargs)), grow), dict[Any, Any]()
         if not self._trouble(many[0], many[1], shapes):
             cuts = self.cuts if self.key_cut is None else (self.key_cut, *self.cuts)
-            recorded = {n: n.meta["shape"] for cut in cuts for n in cut.crossing if n.meta["shape"]}
+            recorded: dict[Any, Any] = {
+                n: n.meta["shape"] for cut in cuts for n in cut.crossing if n.meta["shape"]
+            }
             outputs = enumerate(tensors(self.decoder.recording.output))
             recorded |= {i: tuple(x.shape) or None for i, x in outputs}
             self._find_rows(few, many, recorded, shapes)

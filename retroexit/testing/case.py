@@ -119,18 +119,18 @@ class Case:
         pair: Inputs = rebuild(self.inputs, grow)
         return pair
 
-    def row(self, pair: Inputs, index: int) -> Inputs:
-        """Take one sample out of a batch that `make_pair` made."""
+    def repeat(self, pair: Inputs, index: int, count: int) -> Inputs:
+        """Make a batch of ``count`` copies of one sample of a batch that `make_pair` made."""
         originals, batch = iter(tensors(self.inputs)), len(self.image)
 
         def take(leaf: Any) -> Any:
             if not isinstance(leaf, Tensor):
                 return leaf
             original = next(originals)
-            return leaf[index : index + 1] if original.dim() > 0 and len(original) == batch else leaf
+            return leaf[[index] * count] if original.dim() > 0 and len(original) == batch else leaf
 
-        row: Inputs = rebuild(pair, take)
-        return row
+        repeated: Inputs = rebuild(pair, take)
+        return repeated
 
 
 def first_map(value: Any) -> Tensor | None:

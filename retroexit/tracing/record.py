@@ -177,7 +177,9 @@ def _explain(generator: nn.Module, args: Any, kwargs: Any, error: Exception) -> 
     inputs = tensors((args, kwargs))
     weight = next(iter(generator.parameters()), None)
     name, cause = type(generator).__name__, f"The generator raised {type(error).__name__}: {error}."
-    for tensor in inputs if weight is not None else ():
+    for tensor in inputs:
+        if weight is None:
+            break
         if tensor.device != weight.device:
             return DeviceError(
                 f"{name} is on {weight.device} and an input of shape {tuple(tensor.shape)} on {tensor.device}"

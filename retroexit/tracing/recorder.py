@@ -39,8 +39,10 @@ _IMPORTS = {"tensor", "as_tensor", "asarray", "from_numpy", "full"}
 _TENSOR_PROPERTIES = {
     *("shape", "ndim", "dtype", "device", "requires_grad", "is_cuda", "layout", "grad_fn", "grad")
 }
-_PRINTABLE = (int, float, bool, complex, str, type(None), type(...), torch.dtype, torch.device)
-_PRINTABLE += (torch.memory_format, torch.layout)
+_PRINTABLE = (
+    *(int, float, bool, complex, str, type(None), type(...)),
+    *(torch.dtype, torch.device, torch.memory_format, torch.layout),
+)
 
 
 class TracedInt(int):

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from retroexit.branch.factory import Branch
-from retroexit.branch.init.reconstruct import Reconstruction, reconstruct
+from retroexit.branch.branch import Branch
+from retroexit.branch.least_squares import Reconstruction, reconstruct
 from retroexit.errors import RetroExitError
 from retroexit.model import EarlyExitGenerator
 from retroexit.tracing.record import unobserved

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from retroexit.branch.factory import Branch
+from retroexit.branch.branch import Branch
 from retroexit.core.files import read_tensors, write_tensors
 from retroexit.core.images import ImageRange
 from retroexit.core.modules import device_of

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from retroexit.branch.builder import BranchSpec
-from retroexit.branch.factory import Branch, build_branch
+from retroexit.branch.branch import Branch
+from retroexit.branch.builder import BranchSpec, build_branch
 from retroexit.branch.widths.plan import WidthPlan
 from retroexit.errors import InputMismatchError, OptionError, RecordingError
 from retroexit.guidance.taps import Taps, find_key_cut, find_taps, tap_paths

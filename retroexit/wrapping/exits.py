@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from retroexit.branch.factory import Branch
+from retroexit.branch.branch import Branch
 from retroexit.branch.widths.plan import Pin
 from retroexit.wrapping.decomposition import Decomposition
 from retroexit.wrapping.options import WrapOptions
@@ -60,7 +60,7 @@ def list_exits(
                 macs=macs,
                 share=macs / decomposition.backbone_macs,
                 parameters=_count(branch),
-                widths=tuple(branch.widths()),
+                widths=tuple(branch.widths),
                 pinned=_by_reason(branch.pins),
             )
         )

@@ -36,19 +36,19 @@ def decoder() -> nn.Module:
 
 
 def wrap(generator: nn.Module, attach_at: list[int | str], **options: Any) -> Any:
-    known = retroexit_oasis.retroexit_describe(generator) or retroexit_megaportraits.retroexit_describe(
+    description = retroexit_oasis.retroexit_describe(generator) or retroexit_megaportraits.retroexit_describe(
         generator
     )
-    return retroexit.wrap(generator, attach_at, adapter=known, **options)
+    return retroexit.wrap(generator, attach_at, adapter=description, **options)
 
 
 def rows_of(full: Tensor, thin: Tensor) -> list[int]:
     """Find every row of a thin weight in the full one; there must be exactly one that is equal."""
-    found = []
+    rows = []
     for row in thin:
         (same,) = (full == row).flatten(1).all(1).nonzero().flatten().tolist()
-        found.append(same)
-    return found
+        rows.append(same)
+    return rows
 
 
 def spade_macs(c_in: int, c_out: int, pixels: int) -> int:
@@ -158,9 +158,9 @@ def test_a_saved_model_gets_the_same_stages_back(
 ) -> None:
     model = wrap(decoder, [3], scale=1 / 4, min_channels=6, tap=tap, guidance=True)
     model.save(tmp_path)
-    known = Host(discover=False)
-    known.register(retroexit_megaportraits, "megaportraits")
-    monkeypatch.setattr(host(), "__dict__", vars(known))
+    plugins = Host(discover=False)
+    plugins.register(retroexit_megaportraits, "megaportraits")
+    monkeypatch.setattr(host(), "__dict__", vars(plugins))
     again = retroexit.load(tmp_path, decoder)
     (old,), (new,) = model.branches, again.branches
     assert new.plan.built == old.plan.built != {}
@@ -203,8 +203,10 @@ def describe_twice(build_stage: Any) -> retroexit.Description:
 
 
 def test_a_feature_that_is_read_twice_is_projected_and_the_exit_says_so() -> None:
-    known = describe_twice(lambda stage, c_in, c_out: retroexit_megaportraits.ResidualBlock(c_in, c_out))
-    model = retroexit.wrap(Twice().eval(), [1], 1 / 4, min_channels=4, adapter=known)
+    description = describe_twice(
+        lambda stage, c_in, c_out: retroexit_megaportraits.ResidualBlock(c_in, c_out)
+    )
+    model = retroexit.wrap(Twice().eval(), [1], 1 / 4, min_channels=4, adapter=description)
     (branch,) = model.branches
     assert branch.entry.project.out_channels == 4
     assert branch.plan.built == {"blocks.2": (4, 4)}
@@ -222,8 +224,8 @@ def fail(*_: object) -> nn.Module:
     ids=["wrong width", "raises"],
 )
 def test_stages_that_do_not_run_are_narrowed_and_the_exit_says_so(build_stage: Any) -> None:
-    known = describe_twice(build_stage)
-    model = retroexit.wrap(Twice().eval(), [1], 1 / 4, min_channels=4, adapter=known)
+    description = describe_twice(build_stage)
+    model = retroexit.wrap(Twice().eval(), [1], 1 / 4, min_channels=4, adapter=description)
     (branch,) = model.branches
     assert branch.plan.built == {}
     assert any("blocks.2" in line and "does not run" in line for line in model.exits[0].pinned)

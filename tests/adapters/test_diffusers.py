@@ -72,7 +72,7 @@ AUTOENCODERS: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...]]] = {
 
 
 @pytest.fixture(params=list(AUTOENCODERS))
-def known(request: pytest.FixtureRequest) -> tuple[nn.Module, tuple[str, ...]]:
+def known_decoder(request: pytest.FixtureRequest) -> tuple[nn.Module, tuple[str, ...]]:
     make, stages = AUTOENCODERS[request.param]
     try:
         return make().eval(), stages
@@ -81,9 +81,9 @@ def known(request: pytest.FixtureRequest) -> tuple[nn.Module, tuple[str, ...]]:
 
 
 def test_every_known_decoder_decodes_early_inside_its_autoencoder(
-    known: tuple[nn.Module, tuple[str, ...]],
+    known_decoder: tuple[nn.Module, tuple[str, ...]],
 ) -> None:
-    autoencoder, stages = known
+    autoencoder, stages = known_decoder
     decoder = autoencoder.decoder
     described = describe(decoder)
     assert described.stages == stages

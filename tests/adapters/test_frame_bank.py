@@ -41,14 +41,14 @@ def drivers(count: int, seed: int) -> list[Tensor]:
 def nearest(angles: Tensor, expression: Tensor, skip: int | None = None) -> int:
     """Find the frame that looks most like one driver, by a loop over all frames."""
     _, frame_angles, frame_expressions = drivers(FRAMES, 1)
-    best, found = float("inf"), -1
+    best, index = float("inf"), -1
     for i in range(FRAMES):
         distance = float(
             ((frame_angles[i] - angles) ** 2).sum() + ((frame_expressions[i] - expression) ** 2).sum()
         )
         if i != skip and distance < best:
-            best, found = distance, i
-    return found
+            best, index = distance, i
+    return index
 
 
 @pytest.fixture(scope="module")
@@ -96,12 +96,12 @@ def test_the_bank_holds_every_frame_under_its_pose_and_expression(
 ) -> None:
     model, _ = fitted
     feature, angles, expression = drivers(FRAMES, 1)
-    found = model.bank.search(megaportraits.frame_key(angles, expression))
-    assert found.ids.shape == (FRAMES, 1, 1)
-    assert model.bank.source[found.ids.flatten()].tolist() == list(range(FRAMES))
+    matches = model.bank.search(megaportraits.frame_key(angles, expression))
+    assert matches.ids.shape == (FRAMES, 1, 1)
+    assert model.bank.source[matches.ids.flatten()].tolist() == list(range(FRAMES))
     with torch.no_grad():
         torch.testing.assert_close(
-            model.bank.glue(found.ids), driven(feature, angles, expression), rtol=0, atol=1e-3
+            model.bank.glue(matches.ids), driven(feature, angles, expression), rtol=0, atol=1e-3
         )
 
 
@@ -113,12 +113,12 @@ def test_an_early_exit_is_handed_the_frame_nearest_in_pose_and_expression(
     feature, angles, expression = drivers(6, 7)
     expression[3:] = drivers(FRAMES, 1)[2][:3] + 0.3 * expression[3:]  # three that look like certain frames
     model(feature, angles, expression, exit=exit)
-    wanted = [nearest(a, e) for a, e in zip(angles, expression, strict=True)]
-    assert len(set(wanted)) > 2
+    expected = [nearest(a, e) for a, e in zip(angles, expression, strict=True)]
+    assert len(set(expected)) > 2
     with torch.no_grad():
         frames = driven(*drivers(FRAMES, 1))
     (guide,) = guides[exit - 1]
-    torch.testing.assert_close(guide, frames[wanted], rtol=0, atol=1e-3)
+    torch.testing.assert_close(guide, frames[expected], rtol=0, atol=1e-3)
 
 
 def test_the_frame_reaches_every_module_of_a_branch_resized_by_a_convolution(
@@ -143,9 +143,9 @@ def test_the_frame_reaches_every_module_of_a_branch_resized_by_a_convolution(
 def test_a_frame_is_trained_with_another_frame_than_itself(fitted: tuple[Any, Path]) -> None:
     model, _ = fitted
     _, angles, expression = drivers(FRAMES, 1)
-    found = model.bank.search(megaportraits.frame_key(angles, expression), torch.arange(FRAMES))
-    wanted = [nearest(angles[i], expression[i], skip=i) for i in range(FRAMES)]
-    assert model.bank.source[found.ids.flatten()].tolist() == wanted
+    matches = model.bank.search(megaportraits.frame_key(angles, expression), torch.arange(FRAMES))
+    expected = [nearest(angles[i], expression[i], skip=i) for i in range(FRAMES)]
+    assert model.bank.source[matches.ids.flatten()].tolist() == expected
 
 
 def test_a_routed_batch_of_mixed_exits_gives_every_sample_its_own_frame(fitted: tuple[Any, Path]) -> None:
@@ -164,31 +164,31 @@ def test_a_saved_model_finds_the_same_frames(
     fitted: tuple[Any, Path], driven: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, folder = fitted
-    known = Host(discover=False)
-    known.register(builtin, "builtin")
-    known.register(megaportraits, "megaportraits")
-    monkeypatch.setattr(host(), "__dict__", vars(known))
+    plugins = Host(discover=False)
+    plugins.register(builtin, "builtin")
+    plugins.register(megaportraits, "megaportraits")
+    monkeypatch.setattr(host(), "__dict__", vars(plugins))
     loaded = retroexit.load(folder, driven)
     batch = drivers(4, 11)
     for exit in (1, 2, 3, 4):
         assert torch.equal(loaded(*batch, exit=exit), model(*batch, exit=exit))
     assert loaded.options.guidance == model.options.guidance
-    assert loaded.overhead() == model.router.overhead()
+    assert loaded.router.overhead() == model.router.overhead()
 
 
 def test_an_evaluation_measures_the_distance_to_the_frame_that_is_found(fitted: tuple[Any, Path]) -> None:
     model, _ = fitted
     feature, angles, expression = drivers(3, 17)
     samples = list(zip(feature, angles, expression, strict=True))
-    found = retroexit.evaluate(model, samples, metric=Distance(), repeats=0, progress=False)
+    evaluation = retroexit.evaluate(model, samples, metric=Distance(), repeats=0, progress=False)
     _, frame_angles, frame_expressions = drivers(FRAMES, 1)
     for i in range(3):
         k = nearest(angles[i], expression[i])
         squares = (frame_angles[k] - angles[i]).square().sum()
         squares += (frame_expressions[k] - expression[i]).square().sum()
-        assert found.distance[i] == pytest.approx(float(squares.sqrt()), rel=1e-4)
+        assert evaluation.distance[i] == pytest.approx(float(squares.sqrt()), rel=1e-4)
     # One search of all frames, and the predictor.
-    assert found.overhead[0] - found.overhead[-1] == FRAMES * 515
+    assert evaluation.overhead[0] - evaluation.overhead[-1] == FRAMES * 515
 
 
 def test_a_driver_that_does_not_fit_is_refused_with_the_reason(fitted: tuple[Any, Path]) -> None:
@@ -233,8 +233,8 @@ BLOCKS = ["res.0", "res.1", "res.2", "res.3", "up1"]
 def test_another_implementation_is_told_by_the_names_of_its_blocks() -> None:
     torch.manual_seed(0)
     driven = megaportraits.DrivenG2d(OtherG2d().eval())
-    known = megaportraits.describe_g2d(driven, BLOCKS)
-    model = retroexit.wrap(driven, [2, 4], 1 / 4, min_channels=2, adapter=known, guidance=True)
+    description = megaportraits.describe_g2d(driven, BLOCKS)
+    model = retroexit.wrap(driven, [2, 4], 1 / 4, min_channels=2, adapter=description, guidance=True)
     frames = [(f, a, e) for f, a, e in zip(*drivers(4, 1), strict=True)]
     model.record(*(part[None] for part in frames[0]))
     assert [leave.attach_at for leave in model.exits] == ["decoder.res.1", "decoder.res.3", ""]
@@ -260,13 +260,13 @@ def test_somebodys_own_thin_blocks_are_used() -> None:
         asked.append((type(stage).__name__, c_in, c_out))
         return OtherBlock(c_in, c_out) if isinstance(stage, OtherBlock) else None
 
-    known = megaportraits.describe_g2d(driven, BLOCKS, build_block=build)
+    description = megaportraits.describe_g2d(driven, BLOCKS, build_block=build)
     model = retroexit.wrap(
         driven,
         [2],
         1 / 4,
         min_channels=2,
-        adapter=known,
+        adapter=description,
         guidance=True,
         example_inputs=drivers(1, 1),
     )

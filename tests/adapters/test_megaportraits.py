@@ -115,7 +115,7 @@ def test_exits_are_thin_grow_in_cost_and_end_in_the_decoder_itself() -> None:
         ("blocks.5", 3),
     ]
     for number, branch in enumerate(model.branches, 1):
-        assert branch.widths() == [16, 8, 3] if number < 3 else [8, 3]
+        assert branch.widths == [16, 8, 3] if number < 3 else [8, 3]
         image = model(feature, exit=number)
         assert image.shape == (3, 3, 32, 32)
         (image - 0.5).square().mean().backward()

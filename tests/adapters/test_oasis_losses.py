@@ -35,8 +35,8 @@ def test_one_hot_marks_the_label_of_every_pixel(numbers: Tensor) -> None:
     for n in range(2):
         for y in range(4):
             for x in range(8):
-                wanted = [float(c == numbers[n, y, x]) for c in range(LABELS)]
-                assert label[n, :, y, x].tolist() == wanted
+                expected = [float(c == numbers[n, y, x]) for c in range(LABELS)]
+                assert label[n, :, y, x].tolist() == expected
     assert torch.equal(oasis.one_hot(numbers.to(torch.uint8), LABELS), label)
 
 
@@ -95,12 +95,12 @@ def test_an_image_that_cannot_be_halved_six_times_is_refused() -> None:
 
 def test_weights_make_every_known_label_that_occurs_count_the_same(numbers: Tensor, label: Tensor) -> None:
     counts = [int((numbers == c).sum()) for c in range(LABELS)]
-    known = [c for c in range(1, LABELS) if counts[c]]
-    wanted = [numbers.numel() / (len(known) * counts[c]) if c in known else 0.0 for c in range(LABELS)]
-    assert oasis.class_weights(label).tolist() == pytest.approx(wanted)
+    classes = [c for c in range(1, LABELS) if counts[c]]
+    expected = [numbers.numel() / (len(classes) * counts[c]) if c in classes else 0.0 for c in range(LABELS)]
+    assert oasis.class_weights(label).tolist() == pytest.approx(expected)
     everyone = [c for c in range(LABELS) if counts[c]]
-    wanted = [numbers.numel() / (len(everyone) * counts[c]) if counts[c] else 0.0 for c in range(LABELS)]
-    assert oasis.class_weights(label, unknown=None).tolist() == pytest.approx(wanted)
+    expected = [numbers.numel() / (len(everyone) * counts[c]) if counts[c] else 0.0 for c in range(LABELS)]
+    assert oasis.class_weights(label, unknown=None).tolist() == pytest.approx(expected)
 
 
 def test_weights_are_zero_where_nothing_is_known() -> None:

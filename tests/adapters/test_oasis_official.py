@@ -45,18 +45,18 @@ def official() -> Iterator[SimpleNamespace]:
 
 def options(name: str, width: int = 4, noise: bool = True, norm: str = "syncbatch") -> SimpleNamespace:
     """Make the options that the official training script comes to for a data set."""
-    known = DATASETS[name]
+    dataset = DATASETS[name]
     return SimpleNamespace(
         channels_G=width,
-        semantic_nc=known.num_labels,
+        semantic_nc=dataset.num_labels,
         z_dim=64,
         no_3dnoise=not noise,
         gpu_ids="-1",
         no_spectral_norm=False,
         param_free_norm=norm,
         spade_ks=3,
-        crop_size=known.crop[1],
-        aspect_ratio=known.crop[1] / known.crop[0],
+        crop_size=dataset.crop[1],
+        aspect_ratio=dataset.crop[1] / dataset.crop[0],
         num_res_blocks=6,
         no_balancing_inloss=False,
         contain_dontcare_label=True,
@@ -80,10 +80,10 @@ def lived_in(network: nn.Module) -> Any:
 
 
 def labels(name: str, batch: int = 1) -> Tensor:
-    known = DATASETS[name]
-    numbers = torch.randint(known.num_labels, (batch, 8, 8)).repeat_interleave(known.crop[0] // 8, 1)
-    numbers = numbers.repeat_interleave(known.crop[1] // 8, 2)
-    return retroexit_oasis.one_hot(numbers, known.num_labels)
+    dataset = DATASETS[name]
+    numbers = torch.randint(dataset.num_labels, (batch, 8, 8)).repeat_interleave(dataset.crop[0] // 8, 1)
+    numbers = numbers.repeat_interleave(dataset.crop[1] // 8, 2)
+    return retroexit_oasis.one_hot(numbers, dataset.num_labels)
 
 
 @pytest.mark.parametrize("name", list(DATASETS))
@@ -93,16 +93,16 @@ def test_an_official_ema_file_loads_strictly_and_draws_the_same_images(
 ) -> None:
     theirs = lived_in(official.generator.OASIS_Generator(options(name, noise=noise)))
     torch.save(theirs.state_dict(), tmp_path / "best_EMA.pth")
-    known = DATASETS[name]
-    ours = retroexit_oasis.OASISGenerator(known.num_labels, 64, 4, known.crop, use_noise3d=noise).eval()
+    dataset = DATASETS[name]
+    ours = retroexit_oasis.OASISGenerator(dataset.num_labels, 64, 4, dataset.crop, use_noise3d=noise).eval()
     ours.load_state_dict(torch.load(tmp_path / "best_EMA.pth", weights_only=True), strict=True)
     label = labels(name)
     with torch.no_grad():
         torch.manual_seed(5)
-        wanted = theirs(label)
+        expected = theirs(label)
         torch.manual_seed(5)
-        assert torch.equal(ours(label), wanted)
-    assert wanted.std() > 0.05
+        assert torch.equal(ours(label), expected)
+    assert expected.std() > 0.05
 
 
 @pytest.mark.parametrize("name", list(DATASETS))
@@ -131,8 +131,8 @@ def test_both_sides_of_the_objective_are_the_official_ones(official: SimpleNames
     adversary = Adversary(theirs, retroexit_oasis.OASISObjective())
     adversary.module.eval()  # so that spectral norms stay in what follows
     batch = TrainingBatch(made.requires_grad_(), target, (label,))
-    wanted = computer.loss(theirs(made), label.clone(), for_real=True)
-    torch.testing.assert_close(Adversarial(adversary).of_batch(batch), wanted)
+    expected = computer.loss(theirs(made), label.clone(), for_real=True)
+    torch.testing.assert_close(Adversarial(adversary).of_batch(batch), expected)
     torch.manual_seed(4)
     parts = adversary.step(batch)
     torch.manual_seed(4)
@@ -154,13 +154,15 @@ def test_an_official_generator_is_wrapped_as_it_is_with_blocks_of_its_own_constr
     chosen = options("cityscapes")
     chosen.semantic_nc, chosen.z_dim, chosen.crop_size = 5, 4, 64
     generator = lived_in(official.generator.OASIS_Generator(chosen))
-    known = retroexit_oasis.retroexit_describe(generator)
-    model = retroexit.wrap(generator, [1, 4], scale=1 / 4, min_channels=4, init="scratch", adapter=known)
+    description = retroexit_oasis.retroexit_describe(generator)
+    model = retroexit.wrap(
+        generator, [1, 4], scale=1 / 4, min_channels=4, init="scratch", adapter=description
+    )
     label = retroexit_oasis.one_hot(torch.randint(5, (2, 32, 64)), 5)
     torch.manual_seed(1)
-    wanted = generator(label)
+    expected = generator(label)
     torch.manual_seed(1)
-    assert torch.equal(model(label), wanted)
+    assert torch.equal(model(label), expected)
     for branch, k in zip(model.branches, (1, 4), strict=True):
         blocks = list(branch.tail.body.children())
         assert {type(block) for block in blocks} == {type(generator.body[0])}
@@ -169,12 +171,14 @@ def test_an_official_generator_is_wrapped_as_it_is_with_blocks_of_its_own_constr
     # Ours, holding the same weights, costs and draws the same.
     ours = retroexit_oasis.OASISGenerator(5, 4, 4, (32, 64)).eval()
     ours.load_state_dict(generator.state_dict())
-    known = retroexit_oasis.retroexit_describe(ours)
-    clone_strided = retroexit.wrap(ours, [1, 4], scale=1 / 4, min_channels=4, init="scratch", adapter=known)
+    description = retroexit_oasis.retroexit_describe(ours)
+    clone_strided = retroexit.wrap(
+        ours, [1, 4], scale=1 / 4, min_channels=4, init="scratch", adapter=description
+    )
     assert [leave.macs for leave in clone_strided.exits] == [leave.macs for leave in model.exits]
     for k in (1, 2):
         clone_strided.branches[k - 1].load_state_dict(model.branches[k - 1].state_dict())
         torch.manual_seed(k)
-        wanted = model(label, exit=k)
+        expected = model(label, exit=k)
         torch.manual_seed(k)
-        assert torch.equal(clone_strided(label, exit=k), wanted)
+        assert torch.equal(clone_strided(label, exit=k), expected)

@@ -139,13 +139,13 @@ def test_noise_may_be_an_input() -> None:
     shapes = generator.synthesis.noise_shapes
     assert shapes == [(1, size, size) for size in (4, 8, 8, 16, 16, 32, 32)]
     stored = [value for name, value in generator.named_buffers() if name.endswith("noise_const")]
-    given = [value.expand(2, *shape) for value, shape in zip(stored, shapes, strict=True)]
-    assert torch.equal(generator(z, noise=given), generator(z))
-    for i in range(len(given)):  # every layer adds its own
-        changed = [1 + value if i == k else value for k, value in enumerate(given)]
+    noise = [value.expand(2, *shape) for value, shape in zip(stored, shapes, strict=True)]
+    assert torch.equal(generator(z, noise=noise), generator(z))
+    for i in range(len(noise)):  # every layer adds its own
+        changed = [1 + value if i == k else value for k, value in enumerate(noise)]
         assert not torch.equal(generator(z, noise=changed), generator(z))
     with pytest.raises(ValueError, match=r"noise must be maps .* got \[\(1, 4, 4\)\]"):
-        generator(z, noise=given[:1])
+        generator(z, noise=noise[:1])
 
 
 def test_a_clamp_bounds_every_layer() -> None:

@@ -51,9 +51,11 @@ class NumpyRoot(Block):
         return y / np.sqrt(y.shape[1])
 
 
-class Logarithm(Block):
+class Factors(Block):
+    """Scales by numbers that it computes from its width."""
+
     def middle(self, y: Tensor) -> Tensor:
-        return y / math.log2(y.shape[1])
+        return y / math.sqrt(y.shape[1]) * int(y.shape[1]) ** -0.5 / math.log2(y.shape[1])
 
 
 class Configured(Block):
@@ -113,7 +115,7 @@ def wrapped(block: Callable[[], nn.Module]) -> tuple[EarlyExitGenerator, Tensor]
     return model, x
 
 
-@pytest.mark.parametrize("block", [NumpyRoot, Logarithm, Configured, InDictionary, Heads])
+@pytest.mark.parametrize("block", [Factors, Configured, InDictionary, Heads])
 def test_widths_that_a_forward_computes_with_shrink(block: Any) -> None:
     model, x = wrapped(block)
     (branch,) = model.branches
@@ -153,4 +155,12 @@ def test_a_table_that_is_looked_up_keeps_its_rows_and_names_the_line() -> None:
     assert {pin.parameter for pin in branch.pins} == {"blocks.1.table.weight"}
     assert "test_forwards.py" in str(branch.pins[0])
     assert "self.table(last)" in str(branch.pins[0])
+    assert model(x, exit=1).shape == (1, 3, 16, 16)
+
+
+def test_a_width_that_numpy_computes_with_is_fixed_and_the_line_is_named() -> None:
+    model, x = wrapped(NumpyRoot)
+    (branch,) = model.branches
+    assert any("y / np.sqrt(y.shape[1])" in pin.reason for pin in branch.pins)
+    assert branch.tail.get_parameter("blocks.1.a.weight").shape == (32, 32, 3, 3)
     assert model(x, exit=1).shape == (1, 3, 16, 16)

@@ -103,3 +103,43 @@ def test_a_number_in_the_code_is_named_by_its_line() -> None:
     assert {pin.parameter for pin in found} == {"body.weight", "body.bias", "rgb.weight"}
     assert all(f"{__file__}:" in pin.reason for pin in found)
     assert any("y.view(y.shape[0], 4, 8" in pin.reason for pin in found)
+
+
+class Gated(nn.Module):
+    """Half of the channels gates the other half; the half is computed as ``int(c / 2)``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(4, 32, 1)
+        self.body = nn.Conv2d(32, 64, 3, padding=1)
+        self.rgb = nn.Conv2d(32, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.body(self.stem(x))
+        half = int(y.size(1) / 2)
+        return self.rgb(y[:, :half] * torch.sigmoid(y[:, half:]))
+
+
+def test_a_slice_that_ends_at_a_converted_width_is_named_by_its_line() -> None:
+    found = pins(Gated(), "stem")
+    assert {pin.parameter for pin in found} == {"body.weight", "body.bias", "rgb.weight"}
+    assert all("y[:, :half] * torch.sigmoid" in pin.reason for pin in found)
+
+
+class Scripted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(4, 32, 3, padding=1)
+        self.gate = torch.jit.script(nn.Sequential(nn.Conv2d(32, 32, 1), nn.Sigmoid()))
+        self.rgb = nn.Conv2d(32, 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.rgb(self.gate(x.relu()))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated")
+def test_a_scripted_module_keeps_its_widths_and_is_named() -> None:
+    found = pins(Scripted(), "stem")
+    assert "gate.0.weight" in {pin.parameter for pin in found}
+    assert any("the scripted module gate (Sequential)" in pin.reason for pin in found)

@@ -13,10 +13,9 @@ from torch.nn import functional
 from torch.nn.utils import parametrizations
 
 import retroexit
-from retroexit.branch.factory import Branch
-from retroexit.branch.init.channel_selection import Reader, most_telling
-from retroexit.branch.init.linear import as_weight, design, least_squares, rows
-from retroexit.branch.init.reconstruct import Reconstruction, reconstruct
+from retroexit.branch.branch import Branch
+from retroexit.branch.inherit import Reader, pick_channels
+from retroexit.branch.least_squares import Reconstruction, as_weight, design, least_squares, reconstruct, rows
 from retroexit.model import EarlyExitGenerator
 
 
@@ -217,7 +216,7 @@ def test_fresh_branches_are_not_reconstructed() -> None:
 
 
 def test_what_does_not_help_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("retroexit.branch.init.reconstruct.least_squares", lambda *a: 100 + least_squares(*a))
+    monkeypatch.setattr("retroexit.branch.least_squares.least_squares", lambda *a: 100 + least_squares(*a))
     model = wrap(decoder(Conv))
     weights = copy.deepcopy(model.branches.state_dict())
     found = solve(model)
@@ -256,7 +255,7 @@ def _without_making_up(
     branch = other.branches[0]
     assert isinstance(branch, Branch)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("retroexit.branch.init.reconstruct._ADDITIONS", ())
+        patch.setattr("retroexit.branch.least_squares._ADDITIONS", ())
         reconstruct(branch, other.split.tail(0, share=True), values)
     return (behind(branch.tail, lambda: branch(*values)) - wanted).square().mean()
 
@@ -299,5 +298,5 @@ def test_channels_are_picked_for_what_they_add() -> None:
     x = torch.cat([3 * a, 2 * a + 0.01 * noise, b, 0.1 * noise], 1).double()
     y = torch.cat([2 * a + b, b], 1).double()
     reader = Reader(x.T @ x / 500, x.T @ y / 500)
-    assert set(most_telling([reader], 4, 2)) in ({0, 2}, {1, 2})
-    assert len(set(most_telling([reader], 4, 4))) == 4
+    assert set(pick_channels([reader], 4, 2)) in ({0, 2}, {1, 2})
+    assert len(set(pick_channels([reader], 4, 4))) == 4

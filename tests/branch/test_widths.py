@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import retroexit
-from retroexit.branch.init import inherit
+from retroexit.branch import inherit
 from retroexit.branch.widths.plan import WidthRule, scaled_width
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +137,7 @@ def test_the_range_of_the_image_can_be_told(run: Any, tmp_path: Path) -> None:
 
 
 def test_weights_for_a_metric_without_weights_are_refused(run: Any) -> None:
-    message = "asked for the metric 'ms-ssim' with weights; found that it takes no such thing"
+    message = "metric 'ms-ssim' of plug-in 'builtin' .* takes no weights"
     run(*FIT, *FAST, "--weights", "x.pth", "--out", "run").fails_with(message)
 
 
@@ -155,7 +156,7 @@ def test_samples_by_keyword_can_be_fitted(run: Any) -> None:
 def test_a_dry_run_says_what_would_be_done_and_does_nothing(
     run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("retroexit.fit.fit_model", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr(sys.modules["retroexit.fit"], "fit_model", lambda *_: pytest.fail("trained"))
     before = sorted(path for path in tmp_path.rglob("*") if "__pycache__" not in path.parts)
     shown = run(*FIT, *FAST, "--guidance", "--crop", "12", "--out", "deep/run", "--dry-run")
     assert shown.status == 0, shown.err
@@ -203,19 +204,19 @@ def test_one_scale_serves_all_exits(run: Any) -> None:
     [
         (_with(scale="1/0"), "asked for --scale 1/0"),
         (_with(scale="wide"), "asked for --scale wide; found Invalid literal for Fraction: 'wide'"),
-        (_with(scale="2"), "asked for scale=2.0"),
-        (_with(scale="1/2,1/3,1/4"), "asked for 3 scales; found 2 attach points"),
-        (_with(attach_at="7", scale="1"), "asked for a branch at stage 7; found stages 1 to 3"),
+        (_with(scale="2"), "scale must be in .0, 1., got 2.0"),
+        (_with(scale="1/2,1/3,1/4"), "scale must be one number or one per attach point .2., got 3"),
+        (_with(attach_at="7", scale="1"), "attach_at must be stages 1 to 3, got 7"),
         (_with(attach_at="stages.9", scale="1"), "stages.9.*stages.2"),
-        (_with(attach_at=","), "asked for .*; found .* attach point"),
-        (_with(inputs="toy.py:none"), "found list without samples"),
-        (_with(inputs="toy.py:number"), "found int without samples"),
+        (_with(attach_at=","), "scale must be one number or one per attach point .0., got 2"),
+        (_with(inputs="toy.py:none"), "inputs must be a non-empty sequence of samples, got list"),
+        (_with(inputs="toy.py:number"), "inputs must be a non-empty sequence of samples, got int"),
         (_with(metric="psnr"), "no metric 'psnr'; closest: "),
         (_with(out="toy.py"), "toy.py"),
         ((*FIT, *FAST, "--out", "run", "--seed", "-1"), "asked for seed=-1"),
         ((*FIT, *FAST, "--out", "run", "--lr", "0"), "asked for lr=0.0"),
-        ((*FIT, *FAST, "--out", "run", "--tap", "beside"), "asked for tap='beside'"),
-        ((*FIT, *FAST, "--out", "run", "--init", "warm"), "asked for init='warm'"),
+        ((*FIT, *FAST, "--out", "run", "--tap", "beside"), "tap must be 'after' or 'before', got 'beside'"),
+        ((*FIT, *FAST, "--out", "run", "--init", "warm"), "init must be 'inherit' or 'scratch', got 'warm'"),
         (
             (*FIT, *FAST, "--out", "run", "--guidance", "--retriever", "fais"),
             "no retriever 'fais'; closest: 'faiss'",
@@ -223,7 +224,7 @@ def test_one_scale_serves_all_exits(run: Any) -> None:
         ((*FIT, *FAST, "--out", "run", "--crop", "5"), "asked for crops of 5 pixels"),
         (
             ("evaluate", "toy.py:decoder", "away", "--inputs", "toy.py:few"),
-            "asked to load away; found no readable model.json",
+            "away must hold a readable model.json",
         ),
     ],
 )

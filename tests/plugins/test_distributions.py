@@ -92,13 +92,13 @@ with warnings.catch_warnings(record=True) as said:
         host().installed()
         host().describe(torch.nn.ReLU())
     used = host().retriever("exact").__name__, host().width_rule("floor")(64, 0.5, 8)
-    found = host().installed()
+    plugins = host().installed()
 print(json.dumps({
     "early": early,
     "said": [[w.category.__name__, str(w.message)] for w in said],
     "used": used,
     "losses": host().losses(),
-    "plugins": {p.name: [p.state, p.error] for p in found},
+    "plugins": {p.name: [p.state, p.error] for p in plugins},
 }))
 """
 
@@ -184,9 +184,9 @@ def test_importing_the_library_looks_for_no_plugin(site: Site) -> None:
     code = """
 import importlib.metadata as metadata
 find = metadata.entry_points
-def watched(**wanted):
-    assert wanted.get("group") != "retroexit", "looked for plug-ins"  # torch looks for its own
-    return find(**wanted)
+def watched(**filters):
+    assert filters.get("group") != "retroexit", "looked for plug-ins"  # torch looks for its own
+    return find(**filters)
 metadata.entry_points = watched
 import retroexit, sys
 print("plug_bad" in sys.modules)

@@ -172,8 +172,8 @@ def test_hook_retroexit_metrics(painter: nn.Module, use: Callable[[object], Host
     retroexit.fit(model, SAMPLES, tmp_path, metric="gradient", **QUICK)
     report = retroexit.evaluate(model, SAMPLES, progress=False)
     with torch.no_grad():
-        want = Gradient()(model(SAMPLES, exit=1), painter(SAMPLES))
-    assert report.loss[:, 0] == pytest.approx(want.numpy(), rel=1e-4, abs=1e-6)
+        expected = Gradient()(model(SAMPLES, exit=1), painter(SAMPLES))
+    assert report.loss[:, 0] == pytest.approx(expected.numpy(), rel=1e-4, abs=1e-6)
 
 
 def test_hook_retroexit_losses(painter: nn.Module, use: Callable[[object], Host], tmp_path: Path) -> None:
@@ -204,7 +204,10 @@ def test_hook_retroexit_width_rules(painter: nn.Module, use: Callable[[object], 
     class Offers:
         @hookimpl
         def retroexit_width_rules(self) -> dict[str, Callable[[int, float, int], int]]:
-            return {"odd": lambda channels, scale, least: max(least, int(channels * scale)) | 1}
+            return {
+                "odd": lambda channels, scale, least: max(least, int(channels * scale)) | 1,
+                "huge": lambda channels, scale, least: channels + 1,
+            }
 
     plugins = use(Offers())
     assert plugins.width_rule("odd")(16, 0.5, 4) == 9
@@ -221,7 +224,9 @@ def test_a_width_rule_out_of_range_is_named(painter: nn.Module, use: Callable[[o
             return {"huge": lambda channels, scale, least: channels + 1}
 
     use(Offers())
-    with pytest.raises(OptionError, match="width rule 'huge' for 16 channels at scale 0.5; found 17"):
+    with pytest.raises(
+        OptionError, match="width rule 'huge' must return .* 1 to 16 for 16 channels at scale 0.5, got 17"
+    ):
         wrap(painter, width_rule="huge")
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from retroexit.errors import OptionError, PluginError, RetroExitWarning
 from retroexit.metrics import QualityMetric
-from retroexit.plugins import Description, Host, hookimpl, host
+from retroexit.plugins import Description, Host, hookimpl
 from retroexit.retrieval import Retriever
 
 Announce = Callable[..., None]
@@ -312,7 +312,3 @@ def test_every_call_of_a_hook_is_logged(empty: Host, caplog: pytest.LogCaptureFi
     empty.register(offering(retrievers=ANNOY), "annoy")
     empty.retrievers()
     assert caplog.messages[0].startswith("retroexit_retrievers of plug-in 'annoy' returned {'annoy': <class ")
-
-
-def test_one_host_serves_the_whole_process() -> None:
-    assert host() is host()

@@ -58,14 +58,13 @@ def test_equal_numbers_give_an_equal_svg(make_evaluation: Make) -> None:
         assert draw(make_evaluation()) == draw(make_evaluation())
 
 
-def test_the_distribution_names_thresholds_exits_and_units(make_evaluation: Make) -> None:
+def test_the_distribution_names_thresholds_exits_and_units_and_has_a_bar_per_exit_taken(
+    make_evaluation: Make,
+) -> None:
     shown = texts(figures.distribution_over_exits(make_evaluation(), [0.05, 0.1]))
     assert {"0.05", "0.1", "exit 1", "exit 2", "exit 3", "backbone", "samples (%)"} <= set(shown)
     assert "mean GMACs per sample" in shown
     assert "threshold, LPIPS (alex)" in shown
-
-
-def test_the_distribution_has_one_visible_bar_per_exit_that_is_taken(make_evaluation: Make) -> None:
     e = make_evaluation(samples=3, branches=2, loss=np.full((3, 2), 0.2), predicted=np.full((3, 2), 0.2))
     heights = bar_heights(figures.distribution_over_exits(e, [0.1, 0.3]))
     full = max(heights)
@@ -94,49 +93,30 @@ def test_the_enforcement_figure_states_how_many_samples_are_above(make_evaluatio
     assert title in texts(figures.predictor_enforcement(e))
 
 
-def test_unguided_exits_must_be_as_many(make_evaluation: Make) -> None:
-    e = make_evaluation()
-    assert "without guide" in texts(figures.quality_per_exit(e, make_evaluation(seed=1)))
+def test_figures_need_their_numbers(make_evaluation: Make) -> None:
+    usual, unpredicted = make_evaluation(), make_evaluation(predicted=None)
+    assert "without guide" in texts(figures.quality_per_exit(usual, make_evaluation(seed=1)))
     with pytest.raises(OptionError, match="unguided must have 3 exits, got 2"):
-        figures.quality_per_exit(e, make_evaluation(branches=2))
-
-
-def test_routing_is_left_out_without_predictions(make_evaluation: Make) -> None:
-    e = make_evaluation(predicted=None)
-    shown = texts(figures.quality_against_compute(e))
+        figures.quality_per_exit(usual, make_evaluation(branches=2))
+    shown = texts(figures.quality_against_compute(unpredicted))
     assert "routed, perfect prediction" in shown and "routed" not in shown
     with pytest.raises(OptionError, match="has no predicted losses"):
-        figures.predictor_enforcement(e)
-
-
-def test_distances_are_needed_for_the_distance_figure(make_evaluation: Make) -> None:
+        figures.predictor_enforcement(unpredicted)
     with pytest.raises(OptionError, match="has no distances"):
         figures.difficulty_against_distance(make_evaluation(distance=None))
-    svg = figures.difficulty_against_distance(make_evaluation(predicted=None), 0.05)
+    svg = figures.difficulty_against_distance(unpredicted, 0.05)
     assert "exits taken at threshold 0.05" in texts(svg)
 
 
-def test_a_density_equals_scipys(make_evaluation: Make) -> None:
+def test_a_density_equals_scipys_or_is_a_peak_of_area_one(make_evaluation: Make) -> None:
     samples, grid = make_evaluation().loss[:, 0], np.linspace(-0.2, 0.6, 300)
     for bandwidth in (0.3, 0.5):
         want = stats.gaussian_kde(samples, bw_method=bandwidth)(grid)
         assert figures.density(samples, grid, bandwidth) == pytest.approx(want, abs=1e-9)
-
-
-def test_the_density_of_equal_samples_is_a_peak_of_area_one() -> None:
     grid = np.linspace(0, 1, 401)
     curve = figures.density(np.full(5, 0.5), grid)
     assert grid[curve.argmax()] == pytest.approx(0.5)
     assert np.trapezoid(curve, grid) == pytest.approx(1, abs=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("largest", "unit"), [(2e13, "TMACs"), (3.2e11, "GMACs"), (2e8, "GMACs"), (9e7, "MMACs"), (5e3, "kMACs")]
-)
-def test_the_unit_fits_the_backbone(largest: float, unit: str) -> None:
-    name, scale = figures.macs_unit(np.array([1.0, largest]))
-    assert name == unit
-    assert scale == {"T": 1e12, "G": 1e9, "M": 1e6, "k": 1e3}[unit[0]]
 
 
 @pytest.mark.parametrize(

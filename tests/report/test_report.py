@@ -35,10 +35,8 @@ class Page(HTMLParser):
         self.addresses: list[str] = []
         self.ids: list[str] = []
         self.headings: list[str] = []
-        self.drawings = 0
-        self.chosen = 0
-        self._table: list[list[str]] = []
         self._inside: list[str] = []
+        self.drawings = self.chosen = 0
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -109,9 +107,11 @@ def test_large_pictures_are_reduced(make_evaluation: Make, tmp_path: Path) -> No
 
 def test_references_inside_the_drawings_resolve_and_ids_do_not_collide(usual: str) -> None:
     page = Page(usual)
-    wanted = {a[1:] for a in page.addresses if a.startswith("#")} | set(re.findall(r"url\(#([^)]+)\)", usual))
+    targets = {a[1:] for a in page.addresses if a.startswith("#")} | set(
+        re.findall(r"url\(#([^)]+)\)", usual)
+    )
     assert page.drawings == 5
-    assert wanted and wanted <= set(page.ids)
+    assert targets and targets <= set(page.ids)
     assert len(page.ids) == len(set(page.ids))
 
 
@@ -149,9 +149,7 @@ def test_the_predictor_table_holds_the_errors(make_evaluation: Make, usual: str)
     assert [float(row[3]) for row in rows] == pytest.approx(error["spearman"], abs=0.006)
 
 
-def test_the_headline_states_saving_and_loss_at_the_papers_threshold(
-    make_evaluation: Make, usual: str
-) -> None:
+def test_the_headline_states_saving_and_loss_at_threshold_0_1(make_evaluation: Make, usual: str) -> None:
     point = make_evaluation().at_threshold(0.1)
     assert f"At a threshold of 0.1 LPIPS (alex), {100 * point.saved:.0f} % of the backbone" in usual
     assert f"mean {point.mean_loss:.3g}, 90 % of the samples below {point.p90_loss:.3g}." in usual
@@ -171,12 +169,6 @@ def test_a_calibrated_model_is_headed_by_its_promise(make_evaluation: Make, tmp_
     assert f"here {int((point.loss_of > 0.1).sum())} of 100 do, mean {point.mean_loss:.3g}." in headline
 
 
-def test_a_given_headline_replaces_the_sentence(make_evaluation: Make, tmp_path: Path) -> None:
-    bare = make_evaluation(predicted=None, distance=None)
-    text = write_report(tmp_path, bare, [], title="T", headline="My words.").read_text("utf-8")
-    assert '<p class="headline">My words.</p>' in text
-
-
 def test_routing_that_costs_more_than_it_saves_is_called_that(make_evaluation: Make, tmp_path: Path) -> None:
     e = make_evaluation(overhead=np.full(4, 9e9))
     summary = write_report(tmp_path, e, [], title="T").with_name("summary.json")
@@ -186,13 +178,8 @@ def test_routing_that_costs_more_than_it_saves_is_called_that(make_evaluation: M
 def test_metric_hash_versions_and_command_are_on_the_page(make_evaluation: Make, tmp_path: Path) -> None:
     e = make_evaluation(about={"data": "d", "versions": {"python": "3.11", "numpy": "2"}, "nothing": None})
     text = write_report(tmp_path, e, [], title="T", command="retroexit evaluate --x '<y>'").read_text("utf-8")
-    for part in (
-        "ab" * 32,
-        "torch 2.15.0",
-        "python 3.11, numpy 2",
-        "retroexit evaluate --x &#39;&lt;y&gt;&#39;",
-    ):
-        assert part in text
+    command = "retroexit evaluate --x &#39;&lt;y&gt;&#39;"
+    assert all(part in text for part in ("ab" * 32, "torch 2.15.0", "python 3.11, numpy 2", command))
     assert "<dt>nothing" not in text
 
 
@@ -230,7 +217,7 @@ def test_the_summary_holds_all_headline_numbers_as_plain_json(make_evaluation: M
     assert summary["about"] == {"folder": "a/b", "count": 3}
 
 
-def test_what_was_counted_is_listed_part_by_part(make_evaluation: Make, usual: str) -> None:
+def test_what_was_counted_is_listed_part_by_part(make_evaluation: Make, usual: str, tmp_path: Path) -> None:
     e = make_evaluation()
     rows = {row[0]: row for row in Page(usual).tables["counted"][1:]}
     routes = [f"route to exit {k}" for k in (1, 2, 3)]
@@ -242,19 +229,17 @@ def test_what_was_counted_is_listed_part_by_part(make_evaluation: Make, usual: s
     point = e.at_threshold(-1.0)  # every sample to the backbone
     assert amount["backbone"] + amount["predictor"] == pytest.approx(point.mean_macs)
     assert rows["retrieval"][2] == "2 %"  # 0.2 of 9 GMACs
-
-
-def test_small_parts_are_counted_in_a_unit_that_shows_them(make_evaluation: Make, tmp_path: Path) -> None:
     small = make_evaluation(overhead=np.array([0.9e6, 0.9e6, 0.9e6, 0.9e6]))
-    rows = Page(write_report(tmp_path, small, [], title="T").read_text("utf-8")).tables["counted"]
-    assert rows[-1][:3] == ["predictor", "0.9 MMACs", "0.01 %"]
+    page = Page(write_report(tmp_path, small, [], title="T").read_text("utf-8"))
+    assert page.tables["counted"][-1][:3] == ["predictor", "0.9 MMACs", "0.01 %"]
 
 
 def test_figures_that_cannot_be_drawn_are_named_with_what_would_give_them(
     make_evaluation: Make, tmp_path: Path, usual: str
 ) -> None:
     bare = make_evaluation(predicted=None, distance=None)
-    text = write_report(tmp_path, bare, [], title="T").read_text("utf-8")
+    text = write_report(tmp_path, bare, [], title="T", headline="My words.").read_text("utf-8")
+    assert '<p class="headline">My words.</p>' in text
     assert "Figures 3, 7 and 9 need a predictor: retroexit.fit trains one." in text
     assert "Figure 10 needs a bank: wrap the generator with guidance." in text
     assert "need a predictor" not in usual and "needs a bank" not in usual
@@ -279,18 +264,15 @@ def test_a_report_of_one_sample_without_any_loss_still_works(make_evaluation: Ma
     assert "backbone" in write_report(tmp_path / "deep" / "er", e, [], title="T").read_text("utf-8")
 
 
-def test_an_empty_list_of_thresholds_is_refused(make_evaluation: Make, tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match="thresholds must not be empty, got"):
-        write_report(tmp_path, make_evaluation(), [], title="T", thresholds=[])
-    assert not list(tmp_path.iterdir())
-
-
-def test_without_jinja2_the_error_holds_the_pip_line(
+def test_no_thresholds_and_a_missing_jinja2_are_refused(
     make_evaluation: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    with pytest.raises(OptionError, match="thresholds must not be empty, got"):
+        write_report(tmp_path, make_evaluation(), [], title="T", thresholds=[])
     monkeypatch.setitem(sys.modules, "jinja2", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'retroexit\[report\]'"):
         write_report(tmp_path, make_evaluation(), [], title="T")
+    assert not list(tmp_path.iterdir())
 
 
 def test_strips_that_cannot_be_shown_are_refused() -> None:

@@ -49,13 +49,10 @@ def test_a_routed_point_equals_a_loop_over_the_samples(
     assert point.loss_of.tolist() == pytest.approx(losses)
 
 
-def test_a_predicted_loss_equal_to_the_threshold_is_accepted() -> None:
+def test_a_loss_equal_to_the_threshold_is_accepted_and_the_cheapest_good_exit_wins() -> None:
     e = Evaluation(np.array([[0.1]]), np.array([[0.1]]), np.array([1.0, 2.0]), np.zeros(2))
     assert e.at_threshold(0.1).counts.tolist() == [1, 0]
     assert e.at_threshold(np.nextafter(0.1, 0)).counts.tolist() == [0, 1]
-
-
-def test_the_cheapest_good_exit_wins_even_where_costs_are_not_in_order() -> None:
     losses = np.array([[0.1, 0.1], [0.1, 0.3]])
     e = Evaluation(losses, losses, np.array([5.0, 3.0, 9.0]), np.zeros(3))
     assert e.at_threshold(0.2).exit_of.tolist() == [2, 1]
@@ -76,12 +73,6 @@ def test_a_fixed_exit_pays_for_retrieval_and_not_for_the_predictor(make_evaluati
     assert (backbone.share, backbone.mean_loss) == (1, 0)
 
 
-def test_an_exit_that_does_not_exist_is_refused(make_evaluation: Make) -> None:
-    for k in (0, 5):
-        with pytest.raises(OptionError, match=f"no exit {k}; there are exits 1 to 4"):
-            make_evaluation().fixed(k)
-
-
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("target", [0.0, 0.004, 0.02, 0.05, 10.0])
 def test_at_mean_finds_what_trying_every_threshold_finds(
@@ -94,26 +85,31 @@ def test_at_mean_finds_what_trying_every_threshold_finds(
     assert e.at_mean(target).mean_loss == pytest.approx(max(fitting), abs=1e-12)
 
 
-def test_at_mean_meets_a_target_that_is_exactly_reachable(make_evaluation: Make) -> None:
+def test_at_mean_meets_an_exact_target_and_treats_equal_predictions_as_one_step(
+    make_evaluation: Make,
+) -> None:
     e = make_evaluation()
-    for tau in (0.03, 0.05, 0.09):
-        assert e.at_mean(e.at_threshold(tau).mean_loss).mean_loss == pytest.approx(
-            e.at_threshold(tau).mean_loss
-        )
-
-
-def test_at_mean_treats_equal_predictions_as_one_step() -> None:
+    for mean in (e.at_threshold(tau).mean_loss for tau in (0.03, 0.05, 0.09)):
+        assert e.at_mean(mean).mean_loss == pytest.approx(mean)
     loss = np.array([[0.1], [0.3], [0.5]])
     e = Evaluation(loss, np.full((3, 1), 0.2), np.array([1.0, 2.0]), np.zeros(2))
     assert e.at_mean(0.2).counts.tolist() == [0, 3]
     assert e.at_mean(0.3).counts.tolist() == [3, 0]
 
 
-def test_an_impossible_target_is_refused(make_evaluation: Make) -> None:
-    with pytest.raises(OptionError, match=r"target must be finite and >= 0, got -0\.1"):
-        make_evaluation().at_mean(-0.1)
-    with pytest.raises(OptionError, match="threshold must be finite, got nan"):
-        make_evaluation().at_threshold(float("nan"))
+@pytest.mark.parametrize(
+    ("method", "value", "message"),
+    [
+        ("at_mean", -0.1, r"target must be finite and >= 0, got -0\.1"),
+        ("at_threshold", float("nan"), "threshold must be finite, got nan"),
+        ("fixed", 0, "no exit 0; there are exits 1 to 4"),
+        ("fixed", 5, "no exit 5; there are exits 1 to 4"),
+        ("gain_factor", [], r"two different values of threshold, got \[\]"),
+    ],
+)
+def test_wrong_arguments_are_refused(make_evaluation: Make, method: str, value: object, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        getattr(make_evaluation(), method)(value)
 
 
 def test_the_best_fixed_exit_is_the_cheapest_that_is_no_worse(make_evaluation: Make) -> None:
@@ -143,12 +139,6 @@ def test_the_gain_factor_is_the_slope_of_the_saved_macs() -> None:
     assert e.gain_factor(bent)["percent_per_hundredth_threshold"] == pytest.approx(want)
 
 
-def test_a_gain_factor_needs_two_thresholds(make_evaluation: Make) -> None:
-    e = make_evaluation()
-    with pytest.raises(OptionError, match=r"two different values of threshold, got \[0\.1\]"):
-        e.gain_factor(e.sweep([0.1]))
-
-
 def test_the_predictor_error_equals_scipy_and_a_loop() -> None:
     random = np.random.default_rng(1)
     true = random.integers(0, 6, (30, 2)) / 10  # ties and zeros
@@ -160,12 +150,8 @@ def test_the_predictor_error_equals_scipy_and_a_loop() -> None:
         assert error["mean_absolute"][k] == pytest.approx(sum(abs(g - t) for t, g in pairs) / 30)
         assert error["mean_relative"][k] == pytest.approx(sum(relative) / len(relative))
         assert error["spearman"][k] == pytest.approx(stats.spearmanr(true[:, k], guess[:, k]).statistic)
-
-
-def test_a_constant_predictor_has_no_rank_correlation(make_evaluation: Make) -> None:
-    e = make_evaluation()
-    constant = Evaluation(e.loss, np.full_like(e.loss, 0.1), e.macs, e.overhead)
-    assert constant.predictor_error()["spearman"] == [None, None, None]
+    constant = Evaluation(true, np.full_like(true, 0.1), np.ones(3), np.zeros(3))
+    assert constant.predictor_error()["spearman"] == [None, None]
 
 
 def test_without_a_predictor_only_fixed_and_oracle_work(make_evaluation: Make) -> None:
@@ -184,6 +170,9 @@ def test_json_keeps_everything(make_evaluation: Make, more: dict[str, None]) -> 
         assert np.array_equal(getattr(back, name), getattr(e, name)), name
     assert (back.metric, back.exits, back.about) == (e.metric, e.exits, e.about)
     assert json.loads(e.to_json())["loss"][0] == e.loss[0].tolist()
+    row = e.at_threshold(0.05).row() if e.predicted is not None else e.fixed(1).row()
+    assert json.loads(json.dumps(row)) == row
+    assert sum(row["counts"]) == 60 and "exit_of" not in row
 
 
 def test_a_damaged_evaluation_is_refused(make_evaluation: Make) -> None:
@@ -209,9 +198,3 @@ def test_numbers_that_do_not_fit_together_are_refused(
 ) -> None:
     with pytest.raises(OptionError, match=message):
         make_evaluation(**more)
-
-
-def test_a_row_of_a_point_is_plain_json(make_evaluation: Make) -> None:
-    row = make_evaluation().at_threshold(0.05).row()
-    assert json.loads(json.dumps(row)) == row
-    assert sum(row["counts"]) == 60 and "exit_of" not in row

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from retroexit.training.branches.ema import Average
 from torch import Tensor, nn
 
 import retroexit
@@ -20,7 +19,7 @@ from retroexit.core.samples import Samples
 from retroexit.errors import OptionError
 from retroexit.training.cache import IMAGE, FeatureCache, LiveFeatures
 from retroexit.training.steps import Cropper
-from retroexit.training.trainer import BranchSchedule, BranchTrainer, learning_rate
+from retroexit.training.trainer import BranchSchedule, BranchTrainer, averaged, learning_rate
 
 
 def _same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
@@ -138,16 +137,15 @@ def test_a_fit_may_go_on_in_another_way(
 
 def test_the_average_is_that_of_a_loop(decoders: ModuleType) -> None:
     parameter, mean = nn.Parameter(torch.zeros(3)), np.zeros(3)
-    average = Average([parameter], 0.9)
+    average = averaged([parameter], 0.9)
     for step in range(200):
         with torch.no_grad():
             parameter += torch.tensor([1.0, -step, 0.5])
-        average.update(step)
+        average.update_parameters(nn.ParameterList([parameter]))
         decay = min(0.9, (1 + step) / (10 + step))
         mean = decay * mean + (1 - decay) * parameter.detach().double().numpy()
-    assert np.allclose(average.values[0].numpy(), mean, rtol=1e-4)
-    average.load()
-    assert np.allclose(parameter.detach().numpy(), mean, rtol=1e-4)
+    (value,) = average.module.parameters()
+    assert np.allclose(value.detach().numpy(), mean, rtol=1e-4)
 
 
 def test_what_is_saved_is_the_average_and_what_goes_on_are_the_weights(

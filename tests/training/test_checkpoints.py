@@ -21,8 +21,8 @@ import retroexit
 from retroexit.core.files import read_tensors
 from retroexit.errors import CheckpointError, MissingExtraError, TrainingError
 from retroexit.training import fit as fitting
+from retroexit.training import trainer as training
 from retroexit.training.trainer import BranchTrainer
-from retroexit.training.trainer import trainer as training
 
 
 def _same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:

@@ -103,6 +103,6 @@ def test_processes_divide_a_batch_between_them() -> None:
 def test_a_generator_on_another_device_is_refused(
     decoders: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("retroexit.fit.join", lambda *_: Team(1, 2, torch.device("meta")))
+    monkeypatch.setattr(sys.modules["retroexit.fit"], "join", lambda *_: Team(1, 2, torch.device("meta")))
     with pytest.raises(DeviceError, match="found the generator on cpu in the process of meta"):
         decoders.fit(decoders.wrap(), tmp_path)

@@ -16,7 +16,7 @@ from retroexit.metrics import LPIPS, MSSSIM, QualityMetric
 from retroexit.plugins import Description
 from retroexit.plugins.training_types import TrainingBatch
 from retroexit.training.losses import L1
-from retroexit.training.losses.adversary import Hinge
+from retroexit.training.losses.adversary import OBJECTIVES
 from retroexit.training.losses.plan import LossPlan, find_weights, plan_losses
 
 oasis = pytest.importorskip("retroexit_oasis", reason="install the project to get its adapters")
@@ -103,7 +103,7 @@ def test_the_preset_megaportraits_is_equation_4() -> None:
     )
     names = ["adversarial", "features-random", "ms-ssim", "l1", "feature-matching", "gaze"]
     assert list(made.weights) == names
-    assert isinstance(made.objective, Hinge)
+    assert made.objective is OBJECTIVES["hinge"]
     assert made.adversary.image_range == (0, 1)
     loss = made.for_branch()
     assert not loss.needs_inputs

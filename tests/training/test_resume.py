@@ -108,7 +108,7 @@ def test_what_branches_draw_themselves_belongs_to_the_step(
         (BranchTrainer, "save", 3),
         (fitting, "exit_losses", 0),
         (fitting, "fit_predictor", 0),
-        (fitting, "save_model", 0),
+        (EarlyExitGenerator, "save", 0),
     ],
 )
 def test_interrupted_between_steps_a_fit_ends_the_same(

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import retroexit
-from retroexit.branch.factory import Branch
+from retroexit.branch.branch import Branch
 from retroexit.core.images import ImageRange
 from retroexit.core.samples import Samples
 from retroexit.model import EarlyExitGenerator

@@ -1,4 +1,1 @@
-"""Find out which channels of a decoder scale together, and choose their widths.
-
-Imports what `retroexit.branch` may import.
-"""
+"""Which channel counts of a decoder scale together, and which widths to choose; imports what branch may."""

@@ -1,52 +1,61 @@
-"""Run a tail on symbolic widths and collect what follows about them.
+"""Run a tail on symbolic widths and collect the equations that the run implies.
 
-The tail's own Python runs on fake tensors with a fresh symbolic size for every wide parameter dimension and
-every integer attribute that could be a channel count; whatever the run asks about sizes, and what it must be
-answered, goes into a `Knowledge`. The run is repeated where it shows that more can be left open: a file that
-freezes sizes by ``int()``, an attribute that is a number of groups, a module that does not run on symbolic
-sizes at all and keeps its own. Private PyTorch interfaces are used here and in
-`retroexit.branch.widths.shape_env`.
+The tail's own Python code runs on fake tensors, with a fresh symbolic size for every wide parameter dimension
+and every integer attribute that may be a channel count. The run is repeated where it shows that an attribute
+is a number of groups or heads, which may change too, or that a module cannot run on symbolic sizes. Such a
+module becomes opaque: it keeps its widths and is replaced by the outputs of a real run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import logging
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
 import sympy
 import torch
 from torch import Tensor, nn
-from torch._dispatch.python import enable_python_dispatcher
+from torch.nn import functional
+from torch.nn.modules.conv import _ConvNd
+from torch.overrides import TorchFunctionMode
 
-from retroexit.branch.expressions import Expr, symbols_of
-from retroexit.branch.kernels import kernel_axes
-from retroexit.branch.tries import Attribute, Tries
-from retroexit.branch.widths.equations import Product
-from retroexit.branch.widths.int_attributes import places
-from retroexit.branch.widths.op_constraints import Demands, attributes_with
-from retroexit.branch.widths.opaque_modules import replace_by_standins
+from retroexit.branch.widths.equations import Product, symbols_of
 from retroexit.branch.widths.plan import LIVE
-from retroexit.branch.widths.shape_env import HalfFakeMode, SizeEnv
-from retroexit.branch.widths.solve import Algebra
-from retroexit.branch.widths.symint_patch import FrozenSizeError, lenient_python
-from retroexit.branch.widths.torchscript import interpret_scripts, unreadable_scripts
+from retroexit.branch.widths.resize import int_attributes
+from retroexit.branch.widths.shape_env import SizeEnv, SymbolicMode
+from retroexit.branch.widths.solve import TailWidths
 from retroexit.core.modules import clone_module
-from retroexit.core.nested import flatten
+from retroexit.core.nested import flatten, rebuild, tensors
 from retroexit.errors import BranchError
+from retroexit.split.replay.tail import ReplayTail
+from retroexit.tracing.source_lines import is_user_code, show
 
-__all__ = ["analyse"]
+__all__ = ["analyse", "blame"]
 
-# What PyTorch's own layers print about themselves and do not compute with; `resize` keeps it up to date.
-_DESCRIPTIONS = {
+logger = logging.getLogger(__name__)
+
+# What PyTorch's layers print about themselves and do not compute with; `resize` updates these.
+_DESCRIPTIONS = (
     "in_channels",
     "out_channels",
     "in_features",
     "out_features",
     "num_channels",
     "embedding_dim",
-}
-_COUNTS = {"num_groups", "num_heads"}
-_MOST_RUNS = 40
+)
+_COUNTS = ("num_groups", "num_heads")
+_MAX_RUNS = 40
+_MAX_KERNEL = 31
+_CONVOLUTIONS = tuple(getattr(torch, f"conv{d}d") for d in (1, 2, 3))
+_TRANSPOSED = tuple(getattr(torch, f"conv_transpose{d}d") for d in (1, 2, 3))
+
+Attribute = tuple[str, str]
+"""Path of a module, and name of an attribute of it."""
 
 
 def analyse(
@@ -56,82 +65,133 @@ def analyse(
     threshold: int,
     image: Sequence[Any] = (),
     names: Sequence[str] = (),
-    frozen: dict[str, str] | None = None,
+    opaque: dict[str, str] | None = None,
     small: bool = False,
-) -> Algebra:
-    """Run a tail with symbolic widths and collect what follows about them.
+) -> TailWidths:
+    """Run a tail with symbolic widths and collect the equations between them.
 
     Args:
-        tail: A module; ``tail(feature, *live)``. It is not changed.
-        values: Real example values of the feature ``(N, C, ...)`` and the live tensors. The feature's
-            channels are free; live values keep their size.
-        threshold: Dimensions up to this size never shrink and stay numbers.
+        tail: A module, called as ``tail(feature, *live)``. It is not changed.
+        values: Example values of the feature ``(N, C, ...)``, whose channels are free, and of the live
+            tensors, which keep their size.
+        threshold: Dimensions up to this size never shrink.
         image: Path of the image in the tail's output, all of whose tensors keep their sizes.
-        names: What to call the live values.
-        frozen: Modules that have to stay as they are, by path, with the reason.
-        small: Whether the channels of weights up to the threshold are sizes too, which shrink with what they
-            are a fraction of.
-
-    Returns:
-        The algebra.
+        names: Names of the live values.
+        opaque: Modules that keep their sizes, by path, with the reason.
+        small: Whether channels of weights up to the threshold are symbolic too, so that they can shrink with
+            a width of which they are a fraction.
 
     Raises:
         BranchError: If the tail cannot run on symbolic sizes.
     """
-    tries = Tries(unreadable_scripts(tail, values) | (frozen or {}))
-    for _ in range(_MOST_RUNS):
-        run = _SymbolicRun(tail, values, threshold, tries, small)
+    attempt = _Attempt(_scripted_modules(tail) | (opaque or {}))
+    for _ in range(_MAX_RUNS):
+        run = _SymbolicRun(tail, values, threshold, attempt, small)
         try:
             out = run(values)
-        except FrozenSizeError as error:
-            tries.covered.append(error.namespace)
         except Exception as error:
-            tries.give_way(error, run.paths)
+            attempt.retract(error, run.paths)
         else:
-            if run.found_counts - tries.refused <= tries.counts:
+            if run.new_counts - attempt.refused <= attempt.counts:
                 return run.collect(out, image, names or [f"number {i}" for i in range(1, len(values))])
-            tries.counts |= run.found_counts - tries.refused
+            attempt.counts |= run.new_counts - attempt.refused
     raise BranchError(
-        "asked for a narrower copy of the stages after the attach point; found no end of what must stay as "
-        f"it is: {', '.join(tries.frozen)}. Attach elsewhere, use scale=1, or let an adapter build it.",
+        f"the stages after the attach point do not run on symbolic widths, even with these modules at full "
+        f"width: {', '.join(attempt.opaque)}. Attach elsewhere, use scale=1, or let an adapter build it.",
         tail,
     )
 
 
+def _scripted_modules(tail: nn.Module) -> dict[str, str]:
+    """List the outermost scripted modules, which compute with plain numbers only."""
+    reasons: dict[str, str] = {}
+    for path, module in tail.named_modules():
+        if isinstance(module, torch.jit.ScriptModule) and not any(path.startswith(f"{p}.") for p in reasons):
+            name = getattr(module, "original_name", "")
+            reasons[path] = f"code that is not Python: the scripted module {path} ({name})"
+    return reasons
+
+
+@dataclass
+class _Attempt:
+    """Assumptions of a symbolic run.
+
+    Attributes:
+        opaque: Modules that keep their sizes, by path, with the reason.
+        counts: Attributes that are assumed to be a number of groups or heads, or the size of one.
+        refused: Attributes for which that assumption failed.
+    """
+
+    opaque: dict[str, str]
+    counts: set[Attribute] = field(default_factory=set)
+    refused: set[Attribute] = field(default_factory=set)
+
+    def retract(self, error: Exception, paths: dict[int, str]) -> None:
+        """Retract an assumption about attributes that may have caused an error, else make a module opaque."""
+        path, reason = blame(error, paths, self.opaque)
+        logger.debug("a symbolic run failed in %r", path, exc_info=error)
+        guesses = {(p, n) for p, n in self.counts if not path or path == p or path.startswith(f"{p}.")}
+        if guesses:
+            self.counts -= guesses
+            self.refused |= guesses
+        elif path:
+            outside = {p: r for p, r in self.opaque.items() if not p.startswith(f"{path}.")}
+            self.opaque = outside | {path: reason}
+        else:
+            raise BranchError(
+                f"the stages after the attach point cannot be made narrower because of {reason}. Attach "
+                "elsewhere, use scale=1, or let an adapter build the stage.",
+                error,
+            ) from error
+
+
+def blame(error: Exception, paths: dict[int, str], opaque: dict[str, str]) -> tuple[str | None, str]:
+    """Find the innermost module in which an error arose, and the line of the generator's code.
+
+    Args:
+        error: The error, with its traceback.
+        paths: Path of every module of the tail, by identity.
+        opaque: Modules that are opaque already, and so not the cause.
+
+    Returns:
+        The module's path, ``None`` if there is none, and the line with the error.
+    """
+    path, line = None, "code that is not Python"
+    for frame, number in traceback.walk_tb(error.__traceback__):
+        owner = paths.get(id(frame.f_locals.get("self")))
+        path = owner if owner is not None and owner not in opaque else path
+        if is_user_code(frame.f_code.co_filename):
+            line = show((frame.f_code.co_filename, number))
+    text = (str(error).strip().splitlines() or ["no text"])[0]
+    return path, f"{line}, which does not run on other sizes ({type(error).__name__}: {text})"
+
+
 class _SymbolicRun:
-    """A copy of a tail, sharing its weights, to run with fake ones whose wide dimensions are symbols."""
+    """A copy of a tail that shares its weights, to run with fake ones whose wide dimensions are symbols."""
 
     def __init__(
-        self,
-        tail: nn.Module,
-        values: Sequence[Tensor],
-        threshold: int,
-        tries: Tries,
-        small: bool,
+        self, tail: nn.Module, values: Sequence[Tensor], threshold: int, attempt: _Attempt, small: bool
     ) -> None:
-        self.small = small
+        self.small, self.threshold, self.attempt = small, threshold, attempt
         self.env = SizeEnv()
-        self.env.knowledge.noticed = self._note_number
-        self.mode = HalfFakeMode(shape_env=self.env, allow_non_fake_inputs=True)
-        self.mode.cache_enabled = False  # every call is a new question
-        self.threshold, self.tries = threshold, tries
-        self.found_counts: set[Attribute] = set()
+        self.env.equations.on_number = self._guess_counts
+        self.mode = SymbolicMode(self.env)
+        self.new_counts: set[Attribute] = set()
         self.tail = clone_module(tail, share=True)
-        interpret_scripts(self.tail, tries.frozen)
-        real = [*self.tail.named_parameters(), *self.tail.named_buffers()]
-        parameters = [name for name, _ in self.tail.named_parameters()]
-        self.original = {name: tuple(tensor.shape) for name, tensor in real}
-        self.kernels = {name: kernel_axes(self.tail, name, self.original[name]) for name in self.original}
-        sizes = {
+        parameters = dict(self.tail.named_parameters())
+        real = parameters | dict(self.tail.named_buffers())
+        self.original = {name: tuple(tensor.shape) for name, tensor in real.items()}
+        self.kernels = {name: _kernel_axes(self.tail, name, shape) for name, shape in self.original.items()}
+        widths = {
             size
             for name in parameters
             for axis, size in enumerate(self.original[name])
             if size > threshold and axis not in self.kernels[name]
         }
         self.tensors = {
-            name: self.fake(tensor, self._free_axes(name, tensor, sizes))
-            for name, tensor in real
-            if not self._is_frozen(name)
+            name: self.mode.fake(tensor, self._free_axes(name, tensor, widths))
+            for name, tensor in real.items()
+            if not self._is_opaque(name)
         }
         self.parameters = [name for name in parameters if name in self.tensors]
         self.symbols = {
@@ -140,127 +200,108 @@ class _SymbolicRun:
             for axis, size in enumerate[Any](self.tensors[name].shape)
             if isinstance(size, torch.SymInt)
         }
-        self.attributes = self._free_attributes(tail, sizes)
+        self.attributes = self._symbolic_attributes(tail, widths)
         self.paths = {id(m): name for name, m in self.tail.named_modules() if name}
-        replace_by_standins(tail, self.tail, values, tries.frozen, self.fake, self.env)
+        if attempt.opaque:
+            _replace_opaque(tail, self.tail, values, attempt.opaque, self.mode)
 
     def __call__(self, values: Sequence[Tensor]) -> Any:
         axes = [[1] if v.dim() != 3 or i == 0 else [1, 2] for i, v in enumerate(values)]
-        entering = [
-            self.fake(v, [a in wide and v.shape[a] > self.threshold for a in range(v.dim())])
+        inputs = [
+            self.mode.fake(v, [a in wide and v.shape[a] > self.threshold for a in range(v.dim())])
             for v, wide in zip(values, axes, strict=True)
         ]
-        self.entry, self.live = entering[0].shape[1], entering[1:]
-        lenient = lenient_python(self.tries.covered, self.tries.exempt)
-        with self.mode, enable_python_dispatcher(), torch.no_grad(), lenient, Demands():
-            return torch.func.functional_call(self.tail, self.tensors, tuple(entering))
+        self.entry, self.live = inputs[0].shape[1], inputs[1:]
+        with self.mode.running(), _OpConstraints():
+            return torch.func.functional_call(self.tail, self.tensors, tuple(inputs))
 
-    def fake(self, tensor: Tensor, free: Sequence[bool] | None = None) -> Tensor:
-        """Make a fake tensor, some of whose sizes are symbols; indices and single numbers stay real."""
-        if not any(free or ()) and (not tensor.is_floating_point() or tensor.numel() <= 1):
-            return tensor.detach().clone()
-        sizes = [
-            self.env.size(size) if is_free else size
-            for size, is_free in zip(tensor.shape, free or [False] * tensor.dim(), strict=True)
-        ]
-        with self.mode:
-            return torch.empty(sizes, dtype=tensor.dtype, device=tensor.device)
+    def _is_opaque(self, name: str) -> bool:
+        return any(name.startswith(f"{path}.") or name == path for path in self.attempt.opaque)
 
-    def _is_frozen(self, name: str) -> bool:
-        return any(name.startswith(f"{path}.") or name == path for path in self.tries.frozen)
-
-    def _note_number(self, number: int, is_divisor: bool) -> None:
-        self.found_counts |= {
+    def _guess_counts(self, number: int, is_divisor: bool) -> None:
+        self.new_counts |= {
             (path, name)
-            for path, name in attributes_with(number, is_divisor, self.paths)
+            for path, name in _attributes_with(number, is_divisor, self.paths)
             if _is_width(self.tail.get_submodule(path), name)
         }
 
-    def _free_axes(self, name: str, tensor: Tensor, sizes: set[int]) -> list[bool]:
-        """Tell which axes may shrink: wide ones, and channels per group where all groups together are."""
+    def _free_axes(self, name: str, tensor: Tensor, widths: set[int]) -> list[bool]:
+        """Tell which axes may shrink: wide ones, and channels per group if all groups together are wide."""
         owner = self.tail.get_submodule(name.rpartition(".")[0])
         groups = {v for k, v in vars(owner).items() if type(v) is int and v > 1 and _is_width(owner, k)}
         return [
             (size > self.threshold and axis not in self.kernels[name])
-            or (axis < 2 and size > 1 and (self.small or any(size * g in sizes for g in groups)))
+            or (axis < 2 and size > 1 and (self.small or any(size * g in widths for g in groups)))
             for axis, size in enumerate(tensor.shape)
         ]
 
-    def _free_attributes(self, original: nn.Module, sizes: set[int]) -> dict[Attribute, Any]:
-        """Make a symbol of every integer attribute that could be a channel count or a number of groups."""
-        found: dict[Attribute, Any] = {}
-        seen: set[tuple[int, Any]] = set()  # a configuration may be held by many modules
+    def _symbolic_attributes(self, original: nn.Module, widths: set[int]) -> dict[Attribute, Any]:
+        """Make a symbol of every integer attribute that may be a channel count or a number of groups."""
+        symbolic: dict[Attribute, Any] = {}
+        seen: set[tuple[int, Any]] = set()  # modules may share a configuration
         for path, module in self.tail.named_modules():
-            if isinstance(module, torch.jit.ScriptModule) or self._is_frozen(path):
+            if isinstance(module, torch.jit.ScriptModule) or self._is_opaque(path):
                 continue
-            shared = {id(owner) for _, owner, _ in places(original.get_submodule(path))}
-            for name, owner, key in list(places(module)):
+            shared = {id(owner) for _, owner, _ in int_attributes(original.get_submodule(path))}
+            for name, owner, key in list(int_attributes(module)):
                 place, value = (id(owner), key), owner[key]
                 if place in seen or id(owner) in shared or not _is_width(module, name):
                     continue
-                is_count = (path, name) in self.tries.counts or name in _COUNTS
-
-                def free(v: Any, is_count: bool = is_count) -> Any:
-                    can = type(v) is int and (v in sizes or (is_count and v > 1))
-                    return self.env.size(v) if can else v
-
-                new = free(value) if type(value) is int else type(value)(map(free, value))
-                if any(isinstance(v, torch.SymInt) for v in (new if type(new) in (list, tuple) else [new])):
+                is_count = (path, name) in self.attempt.counts or name in _COUNTS
+                items = value if type(value) in (list, tuple) else [value]
+                new = [
+                    self.env.size(v) if type(v) is int and (v in widths or (is_count and v > 1)) else v
+                    for v in items
+                ]
+                if any(isinstance(v, torch.SymInt) for v in new):
                     seen.add(place)
-                    found[path, name] = owner[key] = new
-        return found
+                    owner[key] = symbolic[path, name] = new[0] if type(value) is int else type(value)(new)
+        return symbolic
 
-    def expression(self, size: Any) -> Expr:
-        if isinstance(size, (tuple, list)):
-            return type(size)(self.expression(item) for item in size)
-        if isinstance(size, torch.SymInt):
-            found = self.env.replace(size.node.expr)
-            return int(found) if found.is_Integer else found
-        return size
-
-    def collect(self, output: Any, image: Sequence[Any], names: Sequence[str]) -> Algebra:
-        knowledge = self.env.knowledge
+    def collect(self, output: Any, image: Sequence[Any], names: Sequence[str]) -> TailWidths:
+        """Collect the equations after a run that gave an output."""
+        equations, expression = self.env.equations, self.env.expression
         shapes = {
-            name: tuple(map(self.expression, self.tensors[name].shape)) if name in self.tensors else shape
+            name: tuple(map(expression, self.tensors[name].shape)) if name in self.tensors else shape
             for name, shape in self.original.items()
         }
         fixed: dict[sympy.Symbol, str] = {}
-        for tensor, name in zip(self.live, names, strict=True):
-            for size in map(self.expression, tensor.shape):
-                fixed.update(dict.fromkeys(symbols_of(size), f"{LIVE} {name!r}, which keeps its size"))
-        for tensor, reason in _output_reasons(output, image):
-            for size in map(self.expression, tensor.shape):
-                fixed.update(dict.fromkeys(symbols_of(size), reason))
-        # A symbol that occurs in buffers or attributes alone is no width: tables, filter kernels.
-        entry = self.expression(self.entry)
-        used = {s for name in self.parameters for e in shapes[name] for s in symbols_of(e)} | symbols_of(
-            entry
-        )
-        used |= {s for p in knowledge.products for s in (p.parts, p.each) if symbols_of(p.whole) & used}
-        for symbol in knowledge.values:
+        reasons = [
+            (tensor, f"{LIVE} {name!r}, which keeps its size")
+            for tensor, name in zip(self.live, names, strict=True)
+        ]
+        for tensor, reason in (*reasons, *_output_reasons(output, image)):
+            for size in tensor.shape:
+                fixed.update(dict.fromkeys(symbols_of(expression(size)), reason))
+        # A symbol of buffers or attributes alone is no width, but a table or a filter's size.
+        entry = expression(self.entry)
+        used = symbols_of(entry) | {
+            s for name in self.parameters for e in shapes[name] for s in symbols_of(e)
+        }
+        used |= {s for p in equations.products for s in (p.parts, p.each) if symbols_of(p.whole) & used}
+        for symbol in equations.values:
             if symbol not in used:
                 fixed.setdefault(symbol, "no parameter has this width")
-        return Algebra(
+        attributes = {key: expression(value) for key, value in self.attributes.items()}
+        return TailWidths(
             shapes=shapes,
             original=self.original,
-            attributes={key: self.expression(v) for key, v in self.attributes.items()},
+            attributes=attributes,
             entry=entry,
-            values={symbol: int(value) for symbol, value in knowledge.values.items()},
+            values={symbol: int(value) for symbol, value in equations.values.items()},
             fixed=fixed,
-            products=self._products(),
-            conditions=knowledge.held(),
-            lines={s: line for s in self.symbols.values() if (line := knowledge.line_of(s)) is not None},
+            # Where one factor of a product is an attribute, that one is the number of parts.
+            products=[
+                Product(p.each, p.parts, p.whole)
+                if p.each in attributes.values() and p.parts not in attributes.values()
+                else p
+                for p in equations.products
+            ],
+            conditions=equations.open_conditions(),
+            lines={s: line for s in self.symbols.values() if (line := equations.line_of(s)) is not None},
             symbols=self.symbols,
-            frozen=dict(self.tries.frozen),
+            opaque=dict(self.attempt.opaque),
         )
-
-    def _products(self) -> list[Product]:
-        """List the products; where one factor is an attribute, that one is the number of parts."""
-        attributes = {self.expression(v) for v in self.attributes.values() if isinstance(v, torch.SymInt)}
-        return [
-            Product(p.each, p.parts, p.whole) if p.each in attributes and p.parts not in attributes else p
-            for p in self.env.knowledge.products
-        ]
 
 
 def _output_reasons(output: Any, image: Sequence[Any]) -> list[tuple[Tensor, str]]:
@@ -272,15 +313,154 @@ def _output_reasons(output: Any, image: Sequence[Any]) -> list[tuple[Tensor, str
         if path == tuple(image):
             images.append((leaf, "the size of the image" if path else "the size of the output"))
         else:
-            reason = (
-                f"the size of the output's entry {''.join(f'[{key!r}]' for key in path)}, which every exit "
-                "returns as the backbone does; to drop it, wrap a module that returns the image alone"
+            entry = "".join(f"[{key!r}]" for key in path)
+            others.append(
+                (
+                    leaf,
+                    f"the size of the output's entry {entry}, which every exit returns as the backbone does; "
+                    "to drop it, wrap a module that returns the image alone",
+                )
             )
-            others.append((leaf, reason))
     return [*others, *images]
 
 
 def _is_width(module: nn.Module, attribute: str) -> bool:
     """Tell whether an attribute may be a channel or group count that a forward computes with."""
-    builtin = type(module).__module__.startswith("torch.nn")
-    return not attribute.startswith("_") and not (builtin and attribute in _DESCRIPTIONS)
+    is_builtin = type(module).__module__.startswith("torch.nn")
+    return not attribute.startswith("_") and not (is_builtin and attribute in _DESCRIPTIONS)
+
+
+def _kernel_axes(tail: nn.Module, name: str, shape: Sequence[int]) -> range:
+    """List the axes of a parameter that are spatial sizes of a convolution's kernel, never widths.
+
+    A bare parameter is a convolution's by its shape: ``(O, I, k, k)`` or, modulated, ``(1, O, I, k, k)``.
+    """
+    owner = name.split(".parametrizations.")[0] if ".parametrizations." in name else name.rpartition(".")[0]
+    if isinstance(tail.get_submodule(owner), _ConvNd):
+        return range(2, len(shape))
+    first = 3 if len(shape) == 5 and shape[0] == 1 else 2
+    is_square = len(shape) >= first + 2 and len(set(shape[first:])) == 1 and shape[-1] <= _MAX_KERNEL
+    return range(first, len(shape)) if is_square else range(0)
+
+
+def _attributes_with(number: int, is_divisor: bool, paths: dict[int, str]) -> set[Attribute]:
+    """Find the integer attributes of the running module that may be a number of groups or heads.
+
+    Args:
+        number: A constant that a width is divided by (``is_divisor``), or that a width has become.
+        is_divisor: Which of the two.
+        paths: Path of every module, by identity.
+
+    Returns:
+        Attributes equal to a divisor or to a half, a third or a quarter of it (queries, keys and values in
+        one), and pairs of attributes whose product is the number or a third of it (heads and their size).
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        module = frame.f_locals.get("self")
+        path = paths.get(id(module))
+        if path is not None and isinstance(module, nn.Module):
+            attributes = {name: owner[key] for name, owner, key in int_attributes(module)}
+            values = {name: v for name, v in attributes.items() if type(v) is int and v > 1}
+            counts = {number // k for k in (1, 2, 3, 4) if number % k == 0} if is_divisor else set()
+            for one, other in itertools.combinations(values.values(), 2):
+                counts |= {one, other} if one * other in (number, number // 3) else set()
+            return {(path, name) for name, value in values.items() if value in counts}
+        frame = frame.f_back
+    return set()
+
+
+class _OpConstraints(TorchFunctionMode):
+    """Checks the channels of group norms and convolutions, which fake tensors do not.
+
+    Real kernels take a number of groups as a plain integer, or check divisibility only when they compute.
+    """
+
+    def __torch_function__(
+        self, func: Any, _types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Check the arguments of a call, then make it."""
+        kwargs = kwargs or {}
+        if func in (torch.group_norm, functional.group_norm):
+            names = ("input", "num_groups", "weight", "bias")
+            return _group_norm(**dict(zip(names, args, strict=False)), **kwargs)
+        if func in _CONVOLUTIONS or func in _TRANSPOSED:
+            x = kwargs["input"] if "input" in kwargs else args[0]
+            weight = kwargs["weight"] if "weight" in kwargs else args[1]
+            groups = kwargs.get("groups", args[6] if len(args) > 6 else 1)
+            _check(weight.shape[0] % groups == 0, f"{weight.shape[0]} channels in {groups} groups")
+            channels = weight.shape[0] if func in _TRANSPOSED else weight.shape[1] * groups
+            axis = 1 if x.dim() == weight.dim() else 0
+            _check(x.shape[axis] == channels, f"{x.shape[axis]} channels in a convolution of {channels}")
+        return func(*args, **kwargs)
+
+
+def _group_norm(
+    input: Tensor, num_groups: Any, weight: Tensor | None = None, bias: Tensor | None = None, **_: Any
+) -> Tensor:
+    channels = input.shape[1]
+    _check(channels % num_groups == 0, f"{channels} channels in {num_groups} groups")
+    for affine in (weight, bias):
+        if affine is not None:
+            _check(affine.shape[0] == channels, f"{channels} channels in a norm of {affine.shape[0]}")
+    return torch.empty_like(input)
+
+
+def _check(is_met: Any, sizes: str) -> None:
+    if not is_met:
+        raise RuntimeError(f"sizes do not match: {sizes}")
+
+
+class _OpaqueModule(nn.Module):
+    """Fixes the sizes of its inputs and returns fakes of the outputs of a real run."""
+
+    def __init__(self, outputs: Iterator[Any], reason: str, mode: SymbolicMode) -> None:
+        super().__init__()
+        self.outputs, self.reason, self.mode = outputs, reason, mode
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        for tensor in tensors((args, kwargs)):
+            for size in tensor.shape:
+                self.mode.shape_env.pin(size, self.reason)
+        return rebuild(next(self.outputs), lambda x: self.mode.fake(x) if isinstance(x, Tensor) else x)
+
+
+class _RecordedModule(nn.Module):
+    """Keeps what a module returns; scripted modules take no hooks."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.call = module.__call__  # no submodule, which would hide the layers' own names
+        self.outputs: list[Any] = []
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = self.call(*args, **kwargs)
+        self.outputs.append(rebuild(output, lambda x: x.detach().clone() if isinstance(x, Tensor) else x))
+        return output
+
+
+def _replace_opaque(
+    tail: nn.Module,
+    symbolic: nn.Module,
+    values: Sequence[Tensor],
+    reasons: dict[str, str],
+    mode: SymbolicMode,
+) -> None:
+    """Replace modules of the symbolic copy by what the tail's modules return for example values."""
+    recorded = {path: _RecordedModule(tail.get_submodule(path)) for path in reasons}
+    real = clone_module(tail, share=True)
+    for path, module in recorded.items():
+        _replace_module(real, path, module)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        run = real.along_every_path if isinstance(real, ReplayTail) else real
+        run(*(value.clone() for value in values))
+    for path, reason in reasons.items():
+        _replace_module(symbolic, path, _OpaqueModule(iter(recorded[path].outputs), reason, mode))
+
+
+def _replace_module(root: nn.Module, path: str, new: nn.Module) -> None:
+    old = root.get_submodule(path)
+    for parent in list(root.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is old:
+                parent._modules[name] = new

@@ -1,45 +1,71 @@
-"""What is known about sizes: which are equal, sums, multiples, products, or one number for good.
+"""Equations between the channel counts of a tail: equal, sums, multiples, products, or constant.
 
-A union-find over polynomials instead of a solver. A size that must equal an expression is replaced by it; a
-size that must be a multiple of a number is written as that multiple; a size that is divided by another one
-(512 channels in 32 groups) becomes a `Product` of that one and of a new size. So equations stay short, and
-what none of these steps can use is kept as a condition that chosen numbers have to meet.
+A union-find over polynomials instead of a general solver. A size that must equal an expression is replaced
+by it; a size that must be a multiple of a number is written as that multiple; a size that is divided by
+another one (512 channels in 32 groups) becomes a `Product` of that one and a new size. Equations that none
+of these steps can use are kept as conditions on the chosen sizes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import sympy
-from torch.utils._sympy import functions
 
-from retroexit.branch.expressions import Expr, divides, real_value, symbols_of
+__all__ = ["Expr", "Product", "SizeEquations", "real_value", "symbols_of"]
 
-__all__ = ["Knowledge", "Product"]
+Expr = Any
+"""A size: an int, or a sympy polynomial of symbols."""
 
-_QUOTIENTS = (functions.FloorDiv, functions.CleanDiv, functions.IntTrueDiv)
-_REMAINDERS = (functions.Mod, functions.PythonMod)
-_ROUNDINGS = (
-    functions.TruncToInt,
-    functions.FloorToInt,
-    functions.CeilToInt,
-    functions.RoundToInt,
-    functions.ToFloat,
-)
-_MOST_STEPS = 100  # of rewriting; each leaves fewer symbols, unless sizes are defined in a circle
+# Names of the functions in which PyTorch's shape expressions divide and round.
+_QUOTIENTS = ("FloorDiv", "CleanDiv", "IntTrueDiv")
+_REMAINDERS = ("Mod", "PythonMod")
+_ROUNDINGS = ("TruncToInt", "FloorToInt", "CeilToInt", "RoundToInt", "ToFloat")
+_MAX_STEPS = 100  # of rewriting; each leaves fewer symbols, unless sizes are defined in a circle
+
+
+def symbols_of(expression: Expr) -> set[sympy.Symbol]:
+    """List the symbols in a size."""
+    return set(expression.free_symbols) if isinstance(expression, sympy.Basic) else set()
+
+
+def real_value(expression: Expr, sizes: dict[sympy.Symbol, int]) -> Any:
+    """Compute a size, or a condition, from the sizes of its symbols."""
+    if not isinstance(expression, sympy.Basic):
+        return expression
+    value = expression.xreplace({s: sympy.Integer(sizes[s]) for s in expression.free_symbols})
+    if value.is_Boolean:
+        return bool(value)
+    return int(value) if value.is_integer else float(value)
+
+
+def _calls(expression: Expr, names: Collection[str]) -> set[Expr]:
+    """List the calls of functions with these names in an expression."""
+    return {call for call in expression.atoms(sympy.Function) if call.func.__name__ in names}
+
+
+def _divides(part: Expr, term: Expr) -> bool:
+    """Tell whether a product of symbols and numbers divides another one."""
+    if not term.is_Mul and not term.is_Symbol:
+        return False
+    (a, divisor), (b, other) = part.as_coeff_Mul(), term.as_coeff_Mul()
+    if not a.is_Integer or not b.is_Integer or b % a:
+        return False
+    powers = other.as_powers_dict()
+    return all(f.is_Symbol and powers.get(f, 0) >= p for f, p in divisor.as_powers_dict().items() if f != 1)
 
 
 @dataclass(frozen=True)
 class Product:
-    """Two sizes whose product is a third: so many parts, of such a size, of the whole.
+    """Two sizes whose product is a third.
 
     Attributes:
-        parts: Usually an attribute of a module, such as a number of groups or heads.
+        parts: Number of parts, usually an attribute of a module, such as the number of groups or heads.
         each: Size of each part.
-        whole: What is divided.
+        whole: Expression of the product.
     """
 
     parts: sympy.Symbol
@@ -48,86 +74,82 @@ class Product:
 
 
 @dataclass
-class Knowledge:
-    """Equations between positive sizes, each of which has a real value that meets them.
+class SizeEquations:
+    """Equations between positive sizes, each of which has a real value that satisfies them.
 
     Attributes:
         values: Real value of every symbol.
-        products: Divisions that were made.
+        products: Divisions of one size by another.
         conditions: Equations that no step could use.
-        places: For a symbol that was replaced, by what, and where that was asked for.
-        noticed: Told of every plain number that a size is divided by, or that it turns out to be.
+        lines: For a symbol that was replaced, its replacement and the line of code that requires it.
+        on_number: Called with every constant that a size is divided by (``True``) or turns out to be
+            (``False``).
+        version: Grows with every change.
     """
 
     values: dict[sympy.Symbol, int]
     products: list[Product] = field(default_factory=list)
     conditions: list[sympy.Basic] = field(default_factory=list)
-    places: dict[sympy.Symbol, tuple[Expr, str]] = field(default_factory=dict)
-    noticed: Callable[[int, bool], None] = lambda _number, _is_divisor: None
+    lines: dict[sympy.Symbol, tuple[Expr, str]] = field(default_factory=dict)
+    on_number: Callable[[int, bool], None] = lambda _number, _is_divisor: None
     version: int = 0
-    _known: dict[sympy.Symbol, Expr] = field(default_factory=dict)
+    _replaced: dict[sympy.Symbol, Expr] = field(default_factory=dict)
     _resolved: dict[Expr, Expr] = field(default_factory=dict)
-    _place: str = ""
+    _line: str = ""
 
     def real(self, expression: Expr) -> Any:
         """Compute an expression at the real sizes."""
         return real_value(expression, self.values)
 
     def resolve(self, expression: Expr) -> Expr:
-        """Write an expression in the symbols that are left."""
+        """Write an expression in the remaining symbols."""
         if not isinstance(expression, sympy.Basic):
             return expression
-        found = self._resolved.get(expression)
-        if found is None:
-            found = expression
-            for _ in range(_MOST_STEPS):
-                swaps = {s: self._known[s] for s in found.free_symbols if s in self._known}
-                new = self._fold(sympy.expand(found.xreplace(swaps)) if swaps else found)
-                if new == found:
+        resolved = self._resolved.get(expression)
+        if resolved is None:
+            resolved = expression
+            for _ in range(_MAX_STEPS):
+                swaps = {s: self._replaced[s] for s in resolved.free_symbols if s in self._replaced}
+                new = self._fold(sympy.expand(resolved.xreplace(swaps)) if swaps else resolved)
+                if new == resolved:
                     break
-                found = new
-            self._resolved[expression] = found
-        return found
+                resolved = new
+            self._resolved[expression] = resolved
+        return resolved
 
     def symbol(self, value: int) -> sympy.Symbol:
-        """Make a symbol for a size that nothing is known about, from its real value."""
-        # PyTorch reads from the first letter that it is a size.
+        """Make a new, independent symbol for a size with this real value."""
+        # PyTorch recognises a size by the first letter of its symbol.
         symbol = sympy.Symbol(f"s_{len(self.values)}", positive=True, integer=True)
         self.values[symbol] = int(value)
         return symbol
 
-    def equate(self, left: Expr, right: Expr, place: str) -> None:
-        """Learn that two expressions, whose real values are equal, always are.
-
-        Args:
-            left: One of them.
-            right: The other.
-            place: Line of code that asks for it.
-        """
-        self._place = place
+    def equate(self, left: Expr, right: Expr, line: str) -> None:
+        """Add an equation that holds for the real values; ``line`` of the code requires it."""
+        self._line = line
         self._equate(left, right)
         self._settle()
 
     def proves(self, left: Expr, right: Expr) -> bool:
-        """Tell whether two expressions are known to be equal."""
+        """Tell whether two expressions are equal by the equations."""
         return bool(sympy.expand(self.resolve(left) - self.resolve(right)) == 0)
 
     def line_of(self, symbol: sympy.Symbol) -> str | None:
-        """Name the line that made of a symbol what it is now: a number, or the size of something else."""
+        """Return the line of code that last replaced a symbol."""
         seen: set[sympy.Symbol] = set()
-        place = None
-        while symbol in self.places and symbol not in seen:
+        line = None
+        while symbol in self.lines and symbol not in seen:
             seen.add(symbol)
-            target, place = self.places[symbol]
+            target, line = self.lines[symbol]
             symbol = min(symbols_of(target), key=str, default=symbol)
-        return place or next((p for target, p in self.places.values() if target == symbol), None)
+        return line or next((at for target, at in self.lines.values() if target == symbol), None)
 
-    def held(self) -> list[sympy.Basic]:
-        """List the conditions, in the symbols that are left, without those that hold by now."""
-        found = (self.resolve(condition) for condition in self.conditions)
-        return [c for c in dict.fromkeys(found) if c not in (sympy.true, sympy.false)]
+    def open_conditions(self) -> list[sympy.Basic]:
+        """List the conditions that are not yet satisfied by the equations, in the remaining symbols."""
+        resolved = (self.resolve(condition) for condition in self.conditions)
+        return [c for c in dict.fromkeys(resolved) if c not in (sympy.true, sympy.false)]
 
-    # Learning.
+    # Adding equations.
 
     def _equate(self, left: Expr, right: Expr) -> None:
         gap = self._gap(left, right)
@@ -136,7 +158,7 @@ class Knowledge:
         tried: set[Expr] = set()
         while True:
             parts = sorted(
-                gap.atoms(*_QUOTIENTS, *_REMAINDERS) - tried, key=lambda e: (e.count_ops(), str(e))
+                _calls(gap, _QUOTIENTS + _REMAINDERS) - tried, key=lambda e: (e.count_ops(), str(e))
             )
             if not parts:
                 break
@@ -162,7 +184,7 @@ class Knowledge:
         if gap.atoms(sympy.Function) and not linear:
             self.conditions.append(sympy.Eq(gap, 0))
         elif len(signs) == 1 and not (len(linear) == 1 and len(gap.free_symbols) == 1):
-            # A sum that is one number: all of its parts are.
+            # A sum of positive sizes is constant: so is each of them.
             for symbol in sorted(gap.free_symbols, key=str):
                 self._assign(symbol, sympy.Integer(self.values[symbol]))
         elif not (self._solve_for_one(gap, linear) or self._solve_pair(terms) or self._match(terms)):
@@ -198,7 +220,7 @@ class Knowledge:
         return True
 
     def _solve_pair(self, terms: tuple[Expr, ...]) -> bool:
-        """Write sizes of a fixed ratio as multiples of a new one, equal products as parts of one whole."""
+        """Write sizes of a fixed ratio as multiples of a new one, and equal products as one product."""
         if len(terms) != 2 or any(not t.free_symbols for t in terms):
             return False
         (a, x), (b, y) = (t.as_coeff_Mul() for t in terms)
@@ -222,7 +244,7 @@ class Knowledge:
         return False
 
     def _match(self, terms: tuple[Expr, ...]) -> bool:
-        """Two sums of the same sizes: each is its own counterpart."""
+        """Equate two sums term by term where their real terms are equal."""
         plus = sorted((t for t in terms if t.as_coeff_Mul()[0].is_positive), key=self.real)
         minus = sorted((-t for t in terms if not t.as_coeff_Mul()[0].is_positive), key=self.real)
         if len(plus) < 2 or list(map(self.real, plus)) != list(map(self.real, minus)):
@@ -232,7 +254,7 @@ class Knowledge:
         return True
 
     def _divide(self, whole: Expr, divisor: Expr) -> None:
-        """Learn that one expression is a multiple of another, if it is one by the real sizes."""
+        """Make one expression a multiple of another, if its real value is one."""
         whole, divisor = self.resolve(whole), self.resolve(divisor)
         size, count = self.real(whole), self.real(divisor)
         if size != int(size) or count != int(count) or count < 1:
@@ -241,7 +263,7 @@ class Knowledge:
             whole, size = whole - divisor + 1, size - count + 1
         if size % count or self.quotient(whole, divisor) is not None:
             return
-        if not symbols_of(whole):  # a map in windows, say: nothing that shrinks
+        if not symbols_of(whole):  # e.g. a spatial size divided into windows
             for symbol in sorted(symbols_of(divisor), key=str):
                 self._assign(symbol, sympy.Integer(self.values[symbol]))
             return
@@ -270,7 +292,7 @@ class Knowledge:
             if needed > 1 and not factors:
                 return
             if needed > 1:
-                self.noticed(needed, True)
+                self.on_number(needed, True)
                 multiples[factors[0]] = math.lcm(multiples.get(factors[0], 1), needed)
         for symbol, factor in multiples.items():
             self._assign(symbol, factor * self.symbol(self.values[symbol] // factor))
@@ -281,7 +303,7 @@ class Knowledge:
         base = rest if number.is_Integer and self.real(rest) % count == 0 else whole
         size = self.real(base) // count
         if size == 1:
-            self._equate(base, parts)  # one in each part: both are the same size
+            self._equate(base, parts)  # one channel per part: both sizes are equal
         else:
             self._multiply(parts, self.symbol(size), base)
 
@@ -291,18 +313,18 @@ class Knowledge:
 
     def _assign(self, symbol: sympy.Symbol, expression: Expr) -> None:
         expression = self.resolve(expression)
-        if symbol in self._known:
-            self._equate(self._known[symbol], expression)
+        if symbol in self._replaced:
+            self._equate(self._replaced[symbol], expression)
         elif symbol != expression and symbol not in symbols_of(expression):
             if expression.is_Integer:
-                self.noticed(int(expression), False)
-            self._known[symbol] = expression
-            self.places.setdefault(symbol, (expression, self._place))
+                self.on_number(int(expression), False)
+            self._replaced[symbol] = expression
+            self.lines.setdefault(symbol, (expression, self._line))
             self._changed()
 
     def _settle(self) -> None:
-        """Bring products up to date: what is no longer a product of two symbols is an equation."""
-        asked: set[tuple[Expr, Expr]] = set()  # some equations have no use but as a condition
+        """Update products; a product that is no longer one of two symbols becomes an equation."""
+        tried: set[tuple[Expr, Expr]] = set()  # some equations can only become conditions
         while True:
             seen: dict[tuple[Expr, Expr], Expr] = {}
             products, self.products = self.products, []
@@ -320,10 +342,10 @@ class Knowledge:
                 if Product(parts, each, whole) not in self.products:
                     self.products.append(Product(parts, each, whole))
             self._changed()
-            equations = [equation for equation in equations if equation not in asked]
+            equations = [equation for equation in equations if equation not in tried]
             if not equations:
                 return
-            asked.update(equations)
+            tried.update(equations)
             for left, right in equations:
                 self._equate(left, right)
 
@@ -334,7 +356,7 @@ class Knowledge:
     # Simplifying.
 
     def quotient(self, whole: Expr, divisor: Expr) -> Expr | None:
-        """Divide exactly; ``None`` where the divisor is not known to divide."""
+        """Divide exactly; ``None`` where the equations do not imply divisibility."""
         number, rest = divisor.as_coeff_Mul()
         if not number.is_Integer:
             return None
@@ -342,15 +364,15 @@ class Knowledge:
         coefficients = [t.as_coeff_Mul()[0] for t in terms]
         if any(not c.is_Integer or c % number for c in coefficients):
             return None
-        found: Expr | None = sympy.Add(*(t / number for t in terms))
+        quotient: Expr | None = sympy.Add(*(t / number for t in terms))
         for factor, power in rest.as_powers_dict().items():
             if factor == 1:
                 continue
             if not factor.is_Symbol or not power.is_Integer or power < 0:
                 return None
             for _ in range(int(power)):
-                found = None if found is None else self._over(found, factor)
-        return found
+                quotient = None if quotient is None else self._over(quotient, factor)
+        return quotient
 
     def _over(self, whole: Expr, symbol: sympy.Symbol) -> Expr | None:
         pairs = [
@@ -359,38 +381,40 @@ class Knowledge:
             for one, other in ((p.parts, p.each), (p.each, p.parts))
             if one == symbol
         ]
-        for other, known in pairs:
-            ratio = self.real(whole) // self.real(known)
-            if known.is_Add and ratio and sympy.expand(whole - ratio * known) == 0:
+        for other, product in pairs:
+            ratio = self.real(whole) // self.real(product)
+            if product.is_Add and ratio and sympy.expand(whole - ratio * product) == 0:
                 return ratio * other
-        found = []
+        terms = []
         for term in sympy.Add.make_args(whole):
             factors = sympy.Mul.make_args(term)
             quotients = [term / symbol] if symbol in factors else []
-            quotients += [term / known * other for other, known in pairs if divides(known, term)]
+            quotients += [term / product * other for other, product in pairs if _divides(product, term)]
             if not quotients:
                 return None
-            found.append(quotients[0])
-        return sympy.Add(*found)
+            terms.append(quotients[0])
+        return sympy.Add(*terms)
 
     def _fold(self, expression: Expr) -> Expr:
-        """Replace known products by their whole, and divisions that come out even by their quotient."""
+        """Replace products by their whole, and exact divisions by their quotient."""
         symbols = expression.free_symbols
         for product in self.products:
             pair = product.parts * product.each
             if symbols >= pair.free_symbols:
-                swaps = {m: m / pair * product.whole for m in expression.atoms(sympy.Mul) if divides(pair, m)}
+                swaps = {
+                    m: m / pair * product.whole for m in expression.atoms(sympy.Mul) if _divides(pair, m)
+                }
                 if swaps:
                     expression = sympy.expand(expression.xreplace(swaps))
         swaps = {}
-        for part in expression.atoms(*_QUOTIENTS, *_REMAINDERS):
+        for part in _calls(expression, _QUOTIENTS + _REMAINDERS):
             whole, divisor = part.args
             exact = self.quotient(whole, divisor)
-            if exact is None and isinstance(part, functions.FloorDiv):  # rounded up
+            if exact is None and part.func.__name__ == "FloorDiv":  # rounded up
                 exact = self.quotient(sympy.expand(whole - divisor + 1), divisor)
             if exact is not None:
-                swaps[part] = exact if isinstance(part, _QUOTIENTS) else sympy.Integer(0)
-        for part in expression.atoms(*_ROUNDINGS):
+                swaps[part] = sympy.Integer(0) if part.func.__name__ in _REMAINDERS else exact
+        for part in _calls(expression, _ROUNDINGS):
             inner = part.args[0].xreplace(
                 {f: sympy.Integer(int(f)) for f in part.args[0].atoms(sympy.Float) if f == int(f)}
             )

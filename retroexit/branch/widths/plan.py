@@ -1,4 +1,4 @@
-"""Rules of width, and the widths that were chosen by them.
+"""The width rule of the paper, the widths chosen by it, and the widths that cannot change.
 
 Reference: paper sections 3.1 and 4.1 (modules "less complex", a scale factor, a minimum number of channels).
 """
@@ -15,10 +15,10 @@ from retroexit.errors import OptionError
 __all__ = ["LIVE", "Pin", "WidthFunction", "WidthPlan", "WidthRule", "multiple_of_8", "scaled_width"]
 
 LIVE = "the live value"
-"""How reasons begin that name a live value."""
+"""Start of the reasons that name a live value."""
 
 WidthFunction = Callable[[int, float, int], int]
-"""From the backbone's channel count, the scale and the least number of channels to the branch's count."""
+"""``(channels, scale, min_channels) -> channels`` of the branch."""
 
 
 def scaled_width(channels: int, scale: float, min_channels: int) -> int:
@@ -39,16 +39,7 @@ def scaled_width(channels: int, scale: float, min_channels: int) -> int:
 
 
 def multiple_of_8(channels: int, scale: float, min_channels: int) -> int:
-    """Scale one channel count, then round it up to a whole multiple of eight, as matrix units like it.
-
-    Args:
-        channels: The backbone's channel count, ``>= 1``; never exceeded, multiple or not.
-        scale: Width factor, in (0, 1].
-        min_channels: Floor below which nothing is scaled.
-
-    Returns:
-        The branch's channel count.
-    """
+    """Scale one channel count and round it up to a multiple of 8, at most ``channels``."""
     return min(channels, -(-scaled_width(channels, scale, min_channels) // 8) * 8)
 
 
@@ -59,9 +50,9 @@ class WidthRule:
     Attributes:
         scale: Width factor, in (0, 1].
         min_channels: Floor, ``>= 1``.
-        name: What the function is called, for saved models.
+        name: Name of the function, for saved models.
         function: Computes a width from channel count, scale and floor; the paper's rule by default. A saved
-            model has its widths on record, so that it is not asked again when one is loaded.
+            model contains its widths, so loading does not call it.
     """
 
     scale: float
@@ -73,14 +64,12 @@ class WidthRule:
         is_number = isinstance(self.scale, (int, float)) and not isinstance(self.scale, bool)
         if not is_number or not 0 < self.scale <= 1:
             raise OptionError(
-                f"asked for scale={self.scale!r}; found it outside (0, 1]. Pass the share of the channels to "
-                "keep, such "
-                "as 1/4.",
+                f"scale must be in (0, 1], got {self.scale!r}. Pass the share of channels to keep, e.g. 1/4.",
                 self.scale,
             )
         if not isinstance(self.min_channels, int) or self.min_channels < 1:
             raise OptionError(
-                f"asked for min_channels={self.min_channels!r}; found no integer >= 1. The paper uses 64.",
+                f"min_channels must be an integer >= 1, got {self.min_channels!r}. The paper uses 64.",
                 self.min_channels,
             )
 
@@ -93,9 +82,9 @@ class WidthRule:
         width = self.function(channels, self.scale, self.min_channels)
         if isinstance(width, bool) or not isinstance(width, int) or not 1 <= width <= channels:
             raise OptionError(
-                f"asked the width rule {self.name!r} for {channels} channels at scale {self.scale:g}; found "
-                f"{width!r}, which is no integer from 1 to {channels}. Use another rule, or report this to "
-                "the authors of the plug-in that offers it.",
+                f"width rule {self.name!r} must return an integer from 1 to {channels} for {channels} "
+                f"channels at scale {self.scale:g}, got {width!r}. "
+                "Use another rule, or report this to its authors.",
                 self.name,
             )
         return width
@@ -103,13 +92,13 @@ class WidthRule:
 
 @dataclass(frozen=True)
 class Pin:
-    """A width that stays as it is.
+    """A width that cannot change.
 
     Attributes:
         parameter: Dotted name of the parameter.
         axis: Which of its dimensions.
         size: The fixed size.
-        reason: Where it was fixed: ``file:line: code``, or the interface that needs it.
+        reason: What fixes it: ``file:line: code``, or the interface that needs this size.
     """
 
     parameter: str
@@ -119,7 +108,7 @@ class Pin:
 
     @property
     def is_live(self) -> bool:
-        """Tell whether it fits a live value, which keeps its size whatever the branch does."""
+        """Whether a live value fixes it, which keeps its size in every branch."""
         return self.reason.startswith(LIVE)
 
     def __str__(self) -> str:
@@ -131,11 +120,11 @@ class WidthPlan:
     """Chosen widths.
 
     Attributes:
-        sizes: New size of every free width symbol of the algebra that it was made from.
+        sizes: New size of every free symbol of the `TailWidths` that it was made from.
         shapes: New shape of every parameter and buffer.
         attributes: New value of every integer attribute that is a width, by module path and name.
-        entry: Channels that the tail takes from its entry, at most the feature's.
-        pins: Widths that could have shrunk by the rule but are fixed, and why.
+        entry: Channels of the tail's input, at most the feature's.
+        pins: Widths that the rule would shrink but that are fixed, and why.
         built: Input and output channels of the stages that an adapter builds, by path.
     """
 
@@ -148,5 +137,5 @@ class WidthPlan:
 
     @property
     def numbers(self) -> int:
-        """How many numbers the parameters and buffers hold."""
+        """Number of elements of all parameters and buffers."""
         return sum(math.prod(shape) for shape in self.shapes.values())

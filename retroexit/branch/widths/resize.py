@@ -1,60 +1,86 @@
-"""Give a copied tail other sizes, and fresh weights where its own are not wanted."""
+"""Give a copied tail other sizes, and new random weights if they are not inherited."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from retroexit.branch.widths.int_attributes import set_attribute
 from retroexit.branch.widths.plan import WidthPlan
 from retroexit.core.modules import clone_module
 
-__all__ = ["correct_fan_in", "emptied", "resized", "start_from_scratch"]
+__all__ = ["correct_fan_in", "emptied", "int_attributes", "resized", "start_from_scratch"]
+
+_MAX_DEPTH = 3
+
+
+def int_attributes(module: nn.Module) -> Iterator[tuple[str, dict[Any, Any], Any]]:
+    """List the attributes of a module, or of its configuration, that are integers or lists or tuples of some.
+
+    Yields:
+        The name (``channels``, ``cfg.width``, ``widths.16``), the dictionary that holds it, and its key.
+        Parameters, buffers, submodules and private names are left out.
+    """
+    yield from _int_items("", vars(module), _MAX_DEPTH, {id(module)})
+
+
+def _int_items(
+    prefix: str, owner: dict[Any, Any], depth: int, seen: set[int]
+) -> Iterator[tuple[str, dict[Any, Any], Any]]:
+    for key, value in list(owner.items()):
+        name = str(key)
+        if type(key) not in (str, int) or name.startswith("_") or "." in name:
+            continue
+        if type(value) is int or (type(value) in (list, tuple) and any(type(v) is int for v in value)):
+            yield prefix + name, owner, key
+        elif depth > 0 and id(value) not in seen:
+            content = value if type(value) is dict else _settings(value)
+            if content is not None:
+                yield from _int_items(f"{prefix}{name}.", content, depth - 1, seen | {id(value)})
+
+
+def _settings(value: Any) -> dict[Any, Any] | None:
+    """Return the attributes of a configuration object."""
+    is_other = isinstance(value, (nn.Module, Tensor, type)) or callable(value)
+    is_builtin = type(value).__module__.partition(".")[0] in ("builtins", "torch", "numpy", "collections")
+    return None if is_other or is_builtin else getattr(value, "__dict__", None)
 
 
 def resized(tail: nn.Module, plan: WidthPlan, content: Callable[[str, Tensor], Tensor]) -> nn.Module:
-    """Copy a tail with the plan's sizes.
+    """Copy a tail with the plan's sizes; tied weights stay tied.
 
     Args:
         tail: The full-width tail; it is not changed.
         plan: The chosen widths.
-        content: Makes the copy of a parameter or buffer, from its name and the original.
-
-    Returns:
-        The copy; what is tied in the tail is tied in it.
+        content: Makes the copy of a parameter or buffer from its name and the original.
     """
     memo: dict[int, Any] = {}
-    made: dict[str, Tensor] = {}
     for name, old in [*tail.named_parameters(), *tail.named_buffers()]:
-        new = made[name] = content(name, old.detach())
+        new = content(name, old.detach())
         memo[id(old)] = nn.Parameter(new, requires_grad=False) if isinstance(old, nn.Parameter) else new
     thin = clone_module(tail, memo)
     modules = dict(thin.named_modules(remove_duplicate=False))
-    for (path, name), value in plan.attributes.items():
-        set_attribute(modules[path], name, value)
+    for (path, attribute), value in plan.attributes.items():
+        for name, owner, key in int_attributes(modules[path]):
+            if name == attribute:
+                owner[key] = type(owner[key])(value)
     for path, module in modules.items():
-        if isinstance(module, torch.jit.ScriptModule):
-            # Scripted modules copy their weights without looking into the memo.
-            for name, _ in module.named_parameters(recurse=False):
-                new = made[f"{path}.{name}"]
-                setattr(module, name, nn.Parameter(new, requires_grad=new.is_floating_point()))
-            for name, _ in module.named_buffers(recurse=False):
-                setattr(module, name, made[f"{path}.{name}"])
-            continue
-        # A narrowed buffer cannot be made again from the generator; it is saved.
-        module._non_persistent_buffers_set -= {
-            name for name in module._buffers if _is_resized(tail, plan, f"{path}.{name}" if path else name)
-        }
-        _sync_descriptions(module)
+        if not isinstance(module, torch.jit.ScriptModule):  # these keep their widths
+            # A narrowed buffer cannot be made again from the generator, so it is saved.
+            module._non_persistent_buffers_set -= {
+                name
+                for name in module._buffers
+                if _is_resized(tail, plan, f"{path}.{name}" if path else name)
+            }
+            _update_descriptions(module)
     return thin
 
 
 def emptied(tail: nn.Module, plan: WidthPlan) -> nn.Module:
-    """Copy a tail with the plan's sizes; the contents of what is narrower are undefined."""
+    """Copy a tail with the plan's sizes; the contents of narrowed tensors are undefined."""
 
     def content(name: str, old: Tensor) -> Tensor:
         return old.new_empty(plan.shapes[name]) if _is_resized(tail, plan, name) else old.clone()
@@ -69,17 +95,17 @@ def _is_resized(tail: nn.Module, plan: WidthPlan, name: str) -> bool:
 
 
 def start_from_scratch(thin: nn.Module, full: nn.Module, seed: int = 0) -> None:
-    """Replace every weight of a branch by a fresh random one, in place.
+    """Initialise every weight of a branch at random, in place.
 
-    Layers that know how (``reset_parameters``) do it themselves; any other parameter is drawn from a normal
-    distribution with the mean and spread of the backbone's own, so that constants stay constants.
+    Layers with ``reset_parameters`` use it; other parameters are drawn from a normal distribution with the
+    mean and standard deviation of the backbone's, so that constants stay constants.
     """
     originals = dict(full.named_parameters())
     devices = {parameter.device for parameter in thin.parameters() if parameter.device.type == "cuda"}
     with torch.random.fork_rng(devices=list(devices)), torch.no_grad():
         torch.manual_seed(seed)
         for path, module in thin.named_modules():
-            owned = _own_parameters(module)
+            owned = _direct_parameters(module)
             before = {name: parameter._version for name, parameter in owned.items()}
             reset = getattr(module, "reset_parameters", None)
             if before and callable(reset):
@@ -87,21 +113,19 @@ def start_from_scratch(thin: nn.Module, full: nn.Module, seed: int = 0) -> None:
             for name, parameter in owned.items():
                 if parameter._version == before[name] and parameter.is_floating_point():
                     original = originals[f"{path}.{name}" if path else name]
-                    spread = float(original.std()) if original.numel() > 1 else 0.0
-                    parameter.normal_(float(original.mean()), spread) if spread else parameter.fill_(
-                        float(original.mean())
-                    )
+                    std = float(original.std()) if original.numel() > 1 else 0.0
+                    parameter.normal_(float(original.mean()), std)
 
 
 def correct_fan_in(thin: nn.Module, full: nn.Module) -> None:
-    """Recompute equalised learning rates: float attributes that are ``gain / sqrt(fan in)`` of a weight."""
+    """Recompute equalised learning rates: float attributes ``gain / sqrt(fan_in)`` of a weight."""
     wide = dict(full.named_modules())
     for path, module in thin.named_modules():
         for name, value in list(vars(module).items()):
             if type(value) is not float or not math.isfinite(value) or value <= 0:
                 continue
-            originals = _own_parameters(wide[path])
-            for leaf, parameter in _own_parameters(module).items():
+            originals = _direct_parameters(wide[path])
+            for leaf, parameter in _direct_parameters(module).items():
                 if parameter.dim() < 2:
                     continue
                 original = originals[leaf]
@@ -114,8 +138,8 @@ def correct_fan_in(thin: nn.Module, full: nn.Module) -> None:
                     break
 
 
-def _own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters that a module itself holds; scripted modules keep theirs where only this way leads."""
+def _direct_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters of a module itself, scripted modules included."""
     return dict(module.named_parameters(recurse=False, remove_duplicate=False))
 
 
@@ -125,8 +149,8 @@ def _fan_in(weight: Tensor) -> int:
     return math.prod(shape[1:])
 
 
-def _sync_descriptions(module: nn.Module) -> None:
-    """Let the channel counts that a built-in layer prints (and that profilers read) follow its weight."""
+def _update_descriptions(module: nn.Module) -> None:
+    """Update the channel counts that a PyTorch layer prints, and that profilers read."""
     if not type(module).__module__.startswith("torch.nn.modules"):
         return
     weight = module._parameters.get("weight", module._parameters.get("weight_orig"))

@@ -1,0 +1,150 @@
+"""A branch: where feature and guide enter (paper sections 3.3 and 4.1), and the thin stages behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from retroexit.branch.widths.plan import Pin, WidthPlan
+from retroexit.split.segments import Tail
+
+__all__ = ["Branch", "GuideEntry", "GuideShape", "Inject"]
+
+Inject = Literal["input", "every_stage"]
+
+
+@dataclass(frozen=True)
+class GuideShape:
+    """Shape of the guide that a branch takes.
+
+    Attributes:
+        channels: Channels of the guide.
+        size: Its spatial size for the example inputs.
+        inject: ``"input"`` concatenates it to the branch's input (paper section 4.1), ``"every_stage"`` to
+            the input of every branch module (section 4.2).
+    """
+
+    channels: int
+    size: tuple[int, ...]
+    inject: Inject = "input"
+
+
+class GuideEntry(nn.Module):
+    """Resize a guide, concatenate it to a feature, and project both to the branch's width.
+
+    Args:
+        channels: Channels of the feature.
+        out_channels: Channels of the projection; ``None`` for no projection.
+        size: Spatial size of the feature, for the example inputs.
+        guide: The guide's shape, or ``None`` for a projection of the feature alone.
+        guide_channels: Channels of the resized guide.
+
+    Reference: paper section 4.1, "concatenating it to each branch's input after due resizing performed by a
+        convolution".
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        out_channels: int | None,
+        size: tuple[int, ...],
+        guide: GuideShape | None,
+        guide_channels: int,
+    ) -> None:
+        super().__init__()
+        convolution: Any = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[len(size)]
+        self.guide_channels = 0 if guide is None else guide_channels
+        self.resize: nn.Module | None = None
+        if guide is not None:
+            stride = tuple(max(1, g // s) for g, s in zip(guide.size, size, strict=True))
+            self.resize = convolution(guide.channels, guide_channels, stride, stride=stride)
+        self.project: nn.Module | None = None
+        if out_channels is not None:
+            self.project = convolution(channels + self.guide_channels, out_channels, 1)
+
+    def forward(self, x: Tensor, guide: Tensor | None) -> Tensor:
+        """Join a feature ``(N, C, ...)`` and a guide ``(N, G, ...)`` to ``(N, out_channels, ...)``."""
+        if self.resize is not None and guide is not None:
+            resized = self.resize(guide)
+            if resized.shape[2:] != x.shape[2:]:
+                resized = functional.interpolate(resized, size=x.shape[2:], mode="nearest")
+            x = torch.cat([x, resized], 1)
+        out: Tensor = x if self.project is None else self.project(x)
+        return out
+
+    @torch.no_grad()
+    def select(self, channels: Tensor | None) -> None:
+        """Initialise the projection as a selection of the feature's channels, with small guide weights."""
+        if self.project is None:
+            return
+        weight = self.project.get_parameter("weight")
+        channels = torch.arange(weight.shape[0]) if channels is None else channels
+        weight.mul_(0.1)
+        weight[:, : weight.shape[1] - self.guide_channels].zero_()
+        weight[torch.arange(len(channels)), channels] = 1.0
+        self.project.get_parameter("bias").zero_()
+
+
+class Branch(nn.Module):
+    """A thin copy of the rest of a generator after an attach point.
+
+    Attributes:
+        entry: Projection of feature and guide to the branch's width, if needed.
+        tail: The narrowed stages and the operations between and after them.
+        injections: With ``inject="every_stage"``, entries of further stages by path, with dots as ``__``.
+        plan: The chosen widths; ``None`` at full width.
+        macs: Multiply-accumulates of its first run, on the example values that it was built for.
+        kept: For the path of every layer in the tail, the backbone's channels that its output inherits,
+            ``None`` for all; empty for a branch that inherits nothing.
+        is_fresh: Whether it has just inherited its weights, so that `reconstruct` may improve them.
+    """
+
+    def __init__(
+        self, entry: GuideEntry | None, tail: Tail, injections: dict[str, GuideEntry], plan: WidthPlan | None
+    ) -> None:
+        super().__init__()
+        self.entry, self.tail = entry, tail
+        self.injections = nn.ModuleDict(
+            {path.replace(".", "__"): entry for path, entry in injections.items()}
+        )
+        self.plan, self.macs = plan, 0
+        self.kept: dict[str, Tensor | None] = {}
+        self.is_fresh = False
+
+    @property
+    def pins(self) -> tuple[Pin, ...]:
+        """Widths that the rule would shrink but that are fixed, and why."""
+        return self.plan.pins if self.plan is not None else ()
+
+    @property
+    def widths(self) -> list[int]:
+        """Distinct output widths of the tail's weights, in the order of the layers."""
+        sizes = [int(p.shape[0]) for p in self.tail.parameters() if p.dim() >= 3]
+        return [size for i, size in enumerate(sizes) if i == 0 or size != sizes[i - 1]]
+
+    def forward(self, feature: Tensor, *live: Tensor, guide: Tensor | None = None) -> Any:
+        """Render an image from the attach point.
+
+        Args:
+            feature: Feature map at the attach point, ``(N, C, ...)``.
+            live: The other values that cross the cut.
+            guide: Guide ``(N, G, ...)``, where the branch takes one.
+
+        Returns:
+            A value with the structure of the generator's output.
+        """
+        if self.entry is not None:
+            feature = self.entry(feature, guide)
+        before = {
+            path.replace("__", "."): self._injector(entry, guide) for path, entry in self.injections.items()
+        }
+        return self.tail(feature, *live, before=before)
+
+    @staticmethod
+    def _injector(entry: nn.Module, guide: Tensor | None) -> Callable[[Tensor], Tensor]:
+        return lambda x: entry(x, guide)

@@ -1,4 +1,0 @@
-"""Starting weights of branches.
-
-Imports what `retroexit.branch` may import.
-"""
