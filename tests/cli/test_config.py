@@ -67,7 +67,7 @@ def test_what_is_given_as_an_option_goes_before_the_file(run: Any, tmp_path: Pat
 
 def test_every_argument_and_setting_of_a_fit_is_an_option(run: Any) -> None:
     shown = run("fit", "--help").out
-    ours = {"model", "folder", "progress", "settings"}
+    ours = {"model", "folder", "progress", "settings", "promise"}
     for name in inspect.signature(retroexit.fit).parameters.keys() - ours:
         assert f"--{ {'losses': 'loss'}.get(name, name).replace('_', '-') }" in shown
     for field in fields(FitSettings):
@@ -86,7 +86,7 @@ def test_every_argument_and_setting_of_a_fit_is_an_option(run: Any) -> None:
         ("lr = [1, 2]", r"asked for 'lr' in fit.toml; found \[1, 2\], not a number"),
         ("loss = 'l1'", "asked for --loss l1; found no weight behind a '='. Write l1=1, or one of oasis, m"),
         ("steps = ", "asked for --config fit.toml; found Invalid value"),
-        ("ema = 1.0", r"asked for ema=1.0; found it outside \[0, 1\)"),
+        ("ema = 1.0", r"ema must be in \[0, 1\), got 1.0"),
     ],
 )
 def test_mistakes_in_a_file_are_named(run: Any, tmp_path: Path, line: str, message: str) -> None:

@@ -92,7 +92,7 @@ def test_losses_and_width_rules_are_chosen_by_name(run: Any, tmp_path: Path) -> 
         (("--loss", "l1"), "asked for --loss l1; found no weight behind a '='. Write l1=1"),
         (("--loss", "=2"), "asked for --loss =2; found no name"),
         (("--loss", "l1=1", "--loss", "l1=2"), "asked for --loss l1=2; found a name given twice"),
-        (("--loss", "l1=nan"), "asked for losses={'l1': nan}; found no weights >= 0"),
+        (("--loss", "l1=nan"), "losses must have weights >= 0 by name, one of them > 0, got {'l1': nan}"),
         (("--loss", "l2=1"), "no loss 'l2'; closest: 'l1'. List all with 'retroexit plugins'"),
         (("--width-rule", "flor"), "no width rule 'flor'; closest: 'floor'"),
     ],
@@ -192,7 +192,7 @@ def test_other_settings_for_a_folder_are_refused_by_name(run: Any) -> None:
     assert run(*_with()).status == 0
     failed = run(*_with(steps="3"))
     assert failed.status == 1
-    assert "error: asked to go on with the fit in run; found other settings: steps was 2, is 3." in failed.err
+    assert "error: run has a fit with other settings: steps was 2, is 3." in failed.err
 
 
 def test_one_scale_serves_all_exits(run: Any) -> None:
@@ -213,15 +213,15 @@ def test_one_scale_serves_all_exits(run: Any) -> None:
         (_with(inputs="toy.py:number"), "inputs must be a non-empty sequence of samples, got int"),
         (_with(metric="psnr"), "no metric 'psnr'; closest: "),
         (_with(out="toy.py"), "toy.py"),
-        ((*FIT, *FAST, "--out", "run", "--seed", "-1"), "asked for seed=-1"),
-        ((*FIT, *FAST, "--out", "run", "--lr", "0"), "asked for lr=0.0"),
+        ((*FIT, *FAST, "--out", "run", "--seed", "-1"), "seed must be >= 0, got -1"),
+        ((*FIT, *FAST, "--out", "run", "--lr", "0"), "lr must be finite and > 0, got 0.0"),
         ((*FIT, *FAST, "--out", "run", "--tap", "beside"), "tap must be 'after' or 'before', got 'beside'"),
         ((*FIT, *FAST, "--out", "run", "--init", "warm"), "init must be 'inherit' or 'scratch', got 'warm'"),
         (
             (*FIT, *FAST, "--out", "run", "--guidance", "--retriever", "fais"),
             "no retriever 'fais'; closest: 'faiss'",
         ),
-        ((*FIT, *FAST, "--out", "run", "--crop", "5"), "asked for crops of 5 pixels"),
+        ((*FIT, *FAST, "--out", "run", "--crop", "5"), "crop must be a multiple of .*, got 5"),
         (
             ("evaluate", "toy.py:decoder", "away", "--inputs", "toy.py:few"),
             "away must hold a readable model.json",

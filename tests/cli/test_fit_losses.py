@@ -84,9 +84,7 @@ def test_missing_weights_are_listed_and_refused_at_the_end(
     monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
     words = (*FIT, "--loss", "oasis", "--discriminator", "toy.py:Judge")
     shown = run(*words, "--dry-run")
-    shown.fails_with(
-        "the loss 'vgg' needs vgg19-dcbb9e9d.pth.*no network.*ask for it by name: 'features-alex'"
-    )
+    shown.fails_with("the loss 'vgg' needs vgg19-dcbb9e9d.pth.*no network.*Other networks: 'features-alex'")
     assert re.search(r"^vgg +1 +not found, see below$", shown.out, re.MULTILINE)
     assert "vgg, lpips not counted, since their weights were not found" in shown.out
     run(*words).fails_with("the loss 'vgg' needs vgg19-dcbb9e9d.pth")
@@ -115,9 +113,9 @@ def test_a_trained_discriminator_comes_from_a_file_for_the_adapters_own(run: Any
     assert re.search(rf"^adversarial +1 +{told}", shown.out, re.MULTILINE), shown.out
     untrained = run(*words, *stand_in, "--dry-run")
     assert "oasis, lr 0.0004  none: as the adapter makes it, untrained" in untrained.out
-    assert "warning: branches compete with copies of a OASISDiscriminator that knows nothing" in untrained.err
+    assert "warning: the discriminator OASISDiscriminator is untrained" in untrained.err
     run(*words, *stand_in, "--adapter", "none", "--dry-run").fails_with(
-        "'adversarial'; found no discriminator"
+        "'adversarial' needs a discriminator, got none"
     )
     run(*words, "--adapter", "oases", "--dry-run").fails_with("no plug-in 'oases'; installed: .*'oasis'")
 
@@ -131,18 +129,21 @@ def test_a_trained_discriminator_comes_from_a_file_for_the_adapters_own(run: Any
             ("--instead", "vgg"),
             "asked for --instead vgg; found nothing behind a '='. Write vgg=features-alex",
         ),
-        (("--instead", "vgg=l1"), "'l1' instead of 'vgg'; found the losses l1, quality"),
+        (("--instead", "vgg=l1"), "the losses l1, quality by another one, got 'l1' instead of 'vgg'"),
         (
             ("--loss-weights", "vgg=x.pth"),
-            "asked for weights of the loss 'vgg'; found the losses l1, quality",
+            "loss_weights must name one of l1, quality, got 'vgg'",
         ),
-        (("--loss", "adversarial=1", "--discriminator", "none"), "'adversarial'; found no discriminator"),
-        (("--loss", "adversarial=1", "--discriminator", "D.pth"), "no adapter that makes a discriminator"),
-        (("--loss", "gaze=1"), "asked for the loss 'gaze'; found no gaze network"),
+        (
+            ("--loss", "adversarial=1", "--discriminator", "none"),
+            "'adversarial' needs a discriminator, got none",
+        ),
+        (("--loss", "adversarial=1", "--discriminator", "D.pth"), "no adapter makes a discriminator"),
+        (("--loss", "gaze=1"), "the loss 'gaze' needs a gaze network, got none"),
         (("--gaze", "toy.py:number"), "asked for --gaze toy.py:number; found a int. The factory returns"),
         (("--discriminator", "toy.py:broken"), "found that it raised RuntimeError: no weights here"),
         (("--no-equalise", "--equalise-steps", "3"), "--no-equalise and --equalise-steps 3; found that they"),
-        ((*FACE, "--adversarial", "best"), "adversarial='best'; found no such objective"),
+        ((*FACE, "--adversarial", "best"), "of_discriminator, got 'best'"),
     ],
 )
 def test_losses_that_cannot_be_had_are_refused_by_a_dry_run(
@@ -178,8 +179,8 @@ def test_a_dry_run_refuses_a_folder_of_another_fit_and_processes_that_cannot_be(
     run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert run(*FIT).status == 0
-    run(*FIT, "--lr", "0.1", "--dry-run").fails_with("found other settings: lr was 0.004, is 0.1")
+    run(*FIT, "--lr", "0.1", "--dry-run").fails_with("other settings: lr was 0.004, is 0.1")
     assert run(*FIT, "--predictor", "linear", "--dry-run").status == 0, "the predictor is trained anew"
-    run(*FIT, "--devices", "3", "--dry-run").fails_with("asked for batch=2 on 3 processes")
+    run(*FIT, "--devices", "3", "--dry-run").fails_with("batch must be a multiple of 3 processes, got 2")
     monkeypatch.setitem(sys.modules, "lightning_fabric", None)
-    run(*FIT, "--devices", "2", "--dry-run").fails_with("asked for 2 devices; found no lightning-fabric")
+    run(*FIT, "--devices", "2", "--dry-run").fails_with("2 devices need lightning-fabric")

@@ -65,13 +65,13 @@ def test_a_model_is_calibrated_later_and_evaluate_says_what_a_threshold_means(
     [
         (
             ("--calibrate", "0.5"),
-            "calibrate on 0.5 of 12 inputs, which are 6; found .* takes at least 59. Pass 118 ",
+            "calibrate=0.5 of 12 inputs must be at least 59 .*got 6. Pass 118 ",
         ),
-        (("--calibrate", "1.5"), "asked for calibrate=1.5; found neither None nor a share"),
+        (("--calibrate", "1.5"), "calibrate must be between 0 and 1, got 1.5"),
         (("--calibrate", "0.5", "--alpha", "0"), "alpha must be a number between 0 and 1, got 0.0"),
         (("--predictor", "deep"), "predictor must be one of conv, pooled, linear, got 'deep'"),
         (("--predict-from", "noise"), "predict_from must be one of features, inputs, .*got 'noise'"),
-        (("--predict-from", "features+distance"), "found branches without guidance. Wrap with guidance=True"),
+        (("--predict-from", "features+distance"), "needs branches with guidance. Wrap with guidance=True"),
     ],
 )
 def test_what_cannot_be_routed_is_refused_before_anything_is_trained(

@@ -196,10 +196,10 @@ def test_a_constant_schedule_stays_after_the_warm_up() -> None:
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"ema": 1.0}, r"asked for ema=1.0; found it outside \[0, 1\)"),
-        ({"clip": 0.0}, "asked for clip=0.0; found neither None nor a finite number above 0"),
-        ({"schedule": "cosin"}, "asked for schedule='cosin'; closest: 'cosine'"),
-        ({"tensorbord": True}, "asked for tensorbord=.*Closest: 'tensorboard'"),
+        ({"ema": 1.0}, r"ema must be in \[0, 1\), got 1.0"),
+        ({"clip": 0.0}, "clip must be finite and > 0, got 0.0"),
+        ({"schedule": "cosin"}, "no schedule 'cosin'; closest: 'cosine'"),
+        ({"tensorbord": True}, "no setting 'tensorbord' of a fit; closest: 'tensorboard'"),
     ],
 )
 def test_wrong_settings_are_refused(

@@ -115,7 +115,7 @@ def test_a_fit_does_not_go_on_from_damaged_files(
     fitted: Path, damage: Any, part: str, tmp_path: Path
 ) -> None:
     from retroexit.core.files import read_tensors
-    from retroexit.training.predictor import read_losses
+    from retroexit.training.predictor import _read_losses as read_losses
 
     (tmp_path / "part").mkdir()
     path = tmp_path / "part" / Path(part).name

@@ -191,10 +191,10 @@ def _cut(path: Path) -> None:
     ("file", "message"),
     [
         ("branches/exit1.safetensors", "cannot read .*exit1.safetensors"),
-        ("cache/cache.json", "cache.json; found it damaged"),
-        ("cache/backbone-image.npy", "backbone-image.npy damaged"),
-        ("fit.json", "found fit.json damaged"),
-        ("losses.npy", "losses.npy; found it damaged"),
+        ("cache/cache.json", "cache.json is damaged"),
+        ("cache/backbone-image.npy", "backbone-image.npy is damaged|backbone-image.npy damaged"),
+        ("fit.json", "fit.json is damaged"),
+        ("losses.npy", "losses.npy is damaged"),
     ],
 )
 def test_a_file_cut_in_half_is_refused(decoders: ModuleType, tmp_path: Path, file: str, message: str) -> None:

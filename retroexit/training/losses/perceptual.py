@@ -171,7 +171,9 @@ def _hub_file(name: str, net: str) -> Path:
         return hub_file(net, f"the loss {name!r}")
     except WeightsError as error:
         others = ", ".join(repr(other) for other in PERCEPTUAL if other != name and other.startswith("feat"))
-        raise WeightsError(f"{error}. Other networks: {others}.", error.subject) from error
+        raise WeightsError(
+            f"{str(error).removesuffix('.')}. Other networks: {others}.", error.subject
+        ) from error
 
 
 def _check(name: str, image: Tensor, smallest: int) -> None:

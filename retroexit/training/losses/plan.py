@@ -239,8 +239,8 @@ def plan_losses(
     equalise = isinstance(options.losses, str) if options.equalise is None else options.equalise
     discriminator, objective = None, None
     if {ADVERSARIAL, FEATURE_MATCHING} & set(weights):
-        discriminator = _discriminator(generator, description, options.discriminator)
         description = host().describe(generator) if description is None else description
+        discriminator = _discriminator(generator, description, options.discriminator)
         described = None if description is None else description.adversarial
         default = "hinge" if options.losses == "megaportraits" else "non-saturating"
         objective = find_objective(options.adversarial or described or default)
