@@ -19,7 +19,7 @@ from retroexit.measuring.calibrate import calibrate
 from retroexit.metrics import QualityMetric
 from retroexit.model import EarlyExitGenerator
 from retroexit.plugins.description import Description
-from retroexit.plugins.host import find_metric, host
+from retroexit.plugins.host import host
 from retroexit.plugins.training_types import Objective
 from retroexit.routing.bounds import samples_needed
 from retroexit.routing.calibration import check_promise
@@ -214,7 +214,7 @@ def prepare(
     retriever = host().retriever(guidance.retriever if guidance is not None else "exact")
     quality: QualityMetric | None = None
     try:
-        quality = find_metric(metric, weights)
+        quality = host().metric(metric, weights)
     except WeightsError as error:
         if missing is None:
             raise

@@ -29,7 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import retroexit
-from retroexit.cli.report import report
+from retroexit.cli.evaluate import report
 from retroexit.evaluation.sweep import Evaluation
 from retroexit.report.text_tables import promise_table, sweep_table, table
 

@@ -1,4 +1,8 @@
-"""The command line: parse, call the library, print. ``retroexit --help`` lists the commands."""
+"""The command line: parse, call the library, print.
+
+May import everything but `retroexit.demo` (outside the demo command), `retroexit.testing` and
+`retroexit.builtin`.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +13,16 @@ __all__ = ["main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; user errors end with one line and status 1, never with a traceback.
+    """Run the command line. Errors of a user end with one line and status 1, without a traceback.
 
     Args:
-        arguments: Words behind ``retroexit``; those of this process by default.
+        arguments: Words after ``retroexit``; by default those of this process.
 
     Raises:
         SystemExit: At the end, with the status.
     """
     if importlib.util.find_spec("typer") is None:
-        raise SystemExit(
-            "error: the command line needs typer, which is not installed. Run: pip install 'retroexit[cli]'"
-        )
+        raise SystemExit("error: the command line needs typer. Run: pip install 'retroexit[cli]'")
     from retroexit.cli.app import run
 
     run(arguments)

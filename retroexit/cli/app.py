@@ -1,4 +1,4 @@
-"""One app of all commands, ours and those of plug-ins.
+"""One app of all commands, those of plug-ins included.
 
 A command is a function with typer's annotations and a Google-style docstring; its section ``Example:`` is
 shown at the end of the command's help.
@@ -13,37 +13,55 @@ import shlex
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Final
 
 import typer
 
-from retroexit.cli.commands import own_commands
+from retroexit.cli.bank import bank
+from retroexit.cli.demo import demo
+from retroexit.cli.doctor import doctor, plugins
+from retroexit.cli.evaluate import calibrate, evaluate, report
+from retroexit.cli.fit import fit
+from retroexit.cli.inspect import inspect as inspect_command
 from retroexit.errors import RetroExitError, RetroExitWarning
 from retroexit.plugins.host import host
 
-__all__ = ["run"]
+__all__ = ["COMMANDS", "run"]
+
+COMMANDS: Final[dict[str, Any]] = {
+    "demo": demo,
+    "inspect": inspect_command,
+    "fit": fit,
+    "calibrate": calibrate,
+    "evaluate": evaluate,
+    "report": report,
+    "bank": bank,
+    "plugins": plugins,
+    "doctor": doctor,
+}
+"""Functions, or typer apps of sub-commands, in the order of the help."""
 
 
 def run(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; see `retroexit.cli.main`."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
     logging.basicConfig(level=logging.INFO if os.environ.get("RETROEXIT_VERBOSE") else logging.WARNING)
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         warnings.simplefilter("always", RetroExitWarning)
         try:
-            _app()(given, prog_name="retroexit", obj="retroexit " + shlex.join(given))
+            _app()(words, prog_name="retroexit", obj="retroexit " + shlex.join(words))
         except (RetroExitError, OSError) as error:
             raise SystemExit(f"error: {' '.join(str(error).split())}") from None
 
 
 def _app() -> typer.Typer:
     app = _empty_app()
-    ours = own_commands()
-    for name, command in ours.items():
+    for name, command in COMMANDS.items():
         _add(app, name, command)
     for name, command in host().commands().items():
-        if name in ours:
+        if name in COMMANDS:
+            host().drop_command(name, "retroexit has a command of that name")
             continue
         try:
             _try(name, command)
@@ -55,12 +73,12 @@ def _app() -> typer.Typer:
 
 
 def _try(name: str, command: Callable[..., Any]) -> None:
-    """Add a command to an app of its own and show its help; typer would read those of all at once."""
+    """Show the help of a command in a separate app, since typer reads all commands of an app at once."""
     trial = _empty_app()
     _add(trial, name, command)
     group: Any = typer.main.get_command(trial)
-    made = group.commands[name]
-    made.get_help(made.context_class(made, info_name=name))
+    click_command = group.commands[name]
+    click_command.get_help(click_command.context_class(click_command, info_name=name))
 
 
 def _empty_app() -> typer.Typer:
@@ -68,14 +86,10 @@ def _empty_app() -> typer.Typer:
         add_completion=False,
         no_args_is_help=True,
         pretty_exceptions_enable=False,
-        rich_markup_mode=None,  # the examples stay in one line
+        rich_markup_mode=None,  # keeps an example on one line
     )
-    app.callback()(_about)
+    app.callback(help="Early exits for any trained image decoder.")(lambda: None)
     return app
-
-
-def _about() -> None:
-    """Early exits for any trained image decoder."""
 
 
 def _add(app: typer.Typer, name: str, command: Callable[..., Any]) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from retroexit.cli.options import resumable
+from retroexit.cli.options import Weights, resumable
 from retroexit.demo import run as job
 
 __all__ = ["demo"]
@@ -18,9 +18,9 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for cache, model and report.")] = Path("retroexit-demo"),
     metric: Annotated[
         str,
-        typer.Option(help="Quality metric by name; auto: lpips-alex if its weights can be had, or ms-ssim."),
+        typer.Option(help="Quality metric; auto: lpips-alex if its weights are found, or ms-ssim."),
     ] = "auto",
-    weights: Annotated[Path | None, typer.Option(help="File with the metric's weights.")] = None,
+    weights: Weights = None,
     steps: Annotated[int, typer.Option(min=1, help="Training steps per branch.")] = 300,
     scenes: Annotated[int, typer.Option(min=16, help="Drawn scenes to fit on.")] = 256,
 ) -> None:
@@ -32,10 +32,10 @@ def demo(
     with resumable():
         job.run_demo(
             out,
+            say=typer.echo,
+            command=context.obj,
             metric=metric,
             weights=weights,
             steps=steps,
             scenes=scenes,
-            say=typer.echo,
-            command=context.obj,
         )

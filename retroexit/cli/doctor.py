@@ -1,25 +1,224 @@
-"""``retroexit doctor``: is this machine in order?"""
+"""``retroexit doctor`` and ``retroexit plugins``: the machine, the installation, what extends it."""
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import importlib
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
 import typer
 
-from retroexit.cli import diagnose as doctor_checks
+from retroexit.plugins.host import host
+from retroexit.report.text_tables import table
 
-__all__ = ["doctor"]
+__all__ = ["Check", "diagnose", "doctor", "plugins"]
+
+Status = Literal["ok", "warn", "fail"]
+
+_BACKENDS = {"faiss": "faiss-cpu", "hnswlib": "hnswlib"}
+_LPIPS_FILES = {
+    "alex": "alexnet-owt-7be5be79.pth",
+    "squeeze": "squeezenet1_1-b8a52dc0.pth",
+    "vgg": "vgg16-397923af.pth",
+}
+_COMBINED = ("all", "demo", "dev", "test", "zoo")  # made of other extras, or not for users
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """A result: ``warn`` is slow or incomplete, ``fail`` is broken; ``hint`` says what to do, if anything."""
+
+    name: str
+    status: Status
+    detail: str
+    hint: str = ""
 
 
 def doctor() -> None:
-    """Check versions, threads, search back-ends and metric weights.
+    """Check versions, threads, search back-ends and metric weights; downloads nothing.
 
     Example:
         retroexit doctor
     """
-    checks = doctor_checks.diagnose()
+    checks = diagnose()
     for check in checks:
-        typer.echo(
-            f"{check.status:4}  {check.name}: {check.detail}"
-            + (f"\n      {check.hint}" if check.hint else "")
-        )
+        hint = f"\n      {check.hint}" if check.hint else ""
+        typer.echo(f"{check.status:4}  {check.name}: {check.detail}{hint}")
     if any(check.status == "fail" for check in checks):
         raise typer.Exit(1)
+
+
+def plugins(
+    as_json: Annotated[bool, typer.Option("--json", help="Print a list of objects instead.")] = False,
+) -> None:
+    """List the installed plug-ins, the hooks of each one, and the names that it offers there.
+
+    Example:
+        retroexit plugins
+    """
+    installed = host().installed()
+    if as_json:
+        typer.echo(json.dumps([{**dataclasses.asdict(p), "state": p.state} for p in installed], indent=1))
+        return
+    rows = [[p.name, p.distribution, p.version, p.state, ", ".join(p.hooks)] for p in installed]
+    typer.echo(table(["plug-in", "distribution", "version", "state", "hooks"], rows))
+    offers = sorted((hook, p.name, " ".join(names)) for p in installed for hook, names in p.offers.items())
+    typer.echo("\n" + table(["hook", "plug-in", "offers"], offers))
+    problems = [f"{plugin}: {plugin.error}" for plugin in installed if plugin.error is not None]
+    if problems:
+        typer.echo("\n" + "\n".join(problems))
+
+
+def diagnose() -> list[Check]:
+    """Run every check; one that raises is a failed check."""
+    checks: list[Callable[[], Iterator[Check]]] = [
+        *(_python, _torch, _threads, _cpu, _cuda, _dependencies, _backends, _cache, _lpips_weights, _plugins)
+    ]
+    results: list[Check] = []
+    for check in checks:
+        try:
+            results.extend(check())
+        except Exception as error:
+            name = check.__name__.lstrip("_").replace("_", " ")
+            results.append(Check(name, "fail", f"the check failed: {type(error).__name__}: {error}"))
+    return results
+
+
+def _python() -> Iterator[Check]:
+    detail = f"{platform.python_version()} ({platform.system()} {platform.machine()}), {sys.executable}"
+    yield Check("python", "ok", detail)
+
+
+def _torch() -> Iterator[Check]:
+    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU only"
+    release = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
+    if release < (2, 9):
+        yield Check("torch", "fail", f"{torch.__version__}, {build}", "pip install --upgrade 'torch>=2.9'")
+    else:
+        yield Check("torch", "ok", f"{torch.__version__}, {build}")
+
+
+def _threads() -> Iterator[Check]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = torch.get_num_threads()
+    detail = (
+        f"torch uses {threads} of {cores} usable cores; OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS')}"
+    )
+    if threads > cores:
+        yield Check("threads", "warn", detail, f"torch.set_num_threads({cores}): more threads only wait")
+    else:
+        yield Check("threads", "ok", detail)
+
+
+def _cpu() -> Iterator[Check]:
+    listing = Path("/proc/cpuinfo")
+    text = listing.read_text(errors="replace") if listing.exists() else ""
+    model = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    line = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.MULTILINE)
+    flags = set(line.group(1).split()) if line else set()
+    name = model.group(1) if model else platform.processor() or platform.machine()
+    has = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "bf16") if flag in flags]
+    detail = f"{name}; {' '.join(has) or 'no vector extensions known'}"
+    if {"avx512_bf16", "amx_bf16", "bf16"} & flags:
+        yield Check("cpu", "ok", detail)
+    else:
+        yield Check("cpu", "warn", detail, "bfloat16 is emulated here: leave autocast off on the CPU")
+
+
+def _cuda() -> Iterator[Check]:
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        yield Check("cuda", "ok", ", ".join(names))
+    else:
+        yield Check("cuda", "ok", "no CUDA device; everything runs on the CPU")
+
+
+def _dependencies() -> Iterator[Check]:
+    """Read the requirements of the installed distribution: the core ones must be there, extras may be."""
+    try:
+        requirements = importlib.metadata.requires("retroexit") or []
+    except importlib.metadata.PackageNotFoundError:
+        yield Check("retroexit", "warn", "not installed, run from its folder", "pip install --editable .")
+        return
+    yield Check("retroexit", "ok", importlib.metadata.version("retroexit"))
+    for requirement in requirements:
+        name = re.match(r"[A-Za-z0-9._-]+", requirement)
+        extra = re.search(r"extra == ['\"]([^'\"]+)", requirement)
+        if name is None or name.group() == "torch" or "python_version" in requirement:
+            continue
+        if extra is not None and extra.group(1) in _COMBINED:
+            continue
+        yield _version(name.group(), extra.group(1) if extra else None)
+
+
+def _version(distribution: str, extra: str | None) -> Check:
+    try:
+        return Check(distribution, "ok", importlib.metadata.version(distribution))
+    except importlib.metadata.PackageNotFoundError:
+        if extra is None:
+            return Check(distribution, "fail", "not installed", f"pip install {distribution}")
+        return Check(
+            distribution, "ok", f"not installed (extra {extra!r})", f"pip install 'retroexit[{extra}]'"
+        )
+
+
+def _backends() -> Iterator[Check]:
+    for module, distribution in _BACKENDS.items():
+        try:
+            importlib.import_module(module)
+        except Exception as error:  # a compiled module can fail in more ways than ImportError
+            hint = f"pip install --force-reinstall --no-cache-dir {distribution}"
+            yield Check(f"retrieval: {module}", "fail", f"{type(error).__name__}: {error}", hint)
+        else:
+            yield Check(f"retrieval: {module}", "ok", "can be imported")
+
+
+def _cache() -> Iterator[Check]:
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if existing.is_dir() and os.access(existing, os.W_OK | os.X_OK):
+        yield Check("cache folder", "ok", f"{folder} is writable")
+    else:
+        hint = "set TORCH_HOME to a folder that you may write to"
+        yield Check("cache folder", "fail", f"{folder}: nothing can be written to {existing}", hint)
+
+
+def _lpips_weights() -> Iterator[Check]:
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    for net, file in _LPIPS_FILES.items():
+        path, name = folder / file, f"lpips weights: {net}"
+        if not path.is_file():
+            hint = f"downloaded at first use; offline, copy {file} into {folder} or give LPIPS(weights=...)"
+            yield Check(name, "warn", f"{file} is not in {folder}", hint)
+            continue
+        with path.open("rb") as opened:
+            digest = hashlib.file_digest(opened, "sha256").hexdigest()
+        if digest.startswith(path.stem.rpartition("-")[2]):
+            yield Check(name, "ok", f"{file}, its hash is right")
+        else:
+            detail = f"{path} is damaged: its sha256 begins with {digest[:8]}"
+            yield Check(name, "fail", detail, "delete the file; it is downloaded again at next use")
+
+
+def _plugins() -> Iterator[Check]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the same texts are reported below
+        installed = host().installed()
+    for plugin in installed:
+        origin = f"{plugin.distribution} {plugin.version}".strip()
+        if plugin.error is None:
+            yield Check(f"plug-in: {plugin.name}", "ok", f"{origin}: {', '.join(plugin.hooks)}")
+        else:
+            hint = f"report it to {plugin.distribution or 'its author'}, or uninstall it"
+            yield Check(f"plug-in: {plugin.name}", "fail", f"{origin}: {plugin.error}", hint)

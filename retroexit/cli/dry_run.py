@@ -1,4 +1,4 @@
-"""What a fit would do, write and cost, in words."""
+"""What a fit would do, write and cost, as text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from retroexit.core.macs import unit_of
+from retroexit.core.modules import unit_of
 from retroexit.core.samples import Samples
 from retroexit.errors import MissingExtraError, WeightsError
 from retroexit.fit import prepare
@@ -27,33 +27,28 @@ Missing = Mapping[str, WeightsError]
 
 
 def plan(
-    model: EarlyExitGenerator, samples: Any, out: Path, asked: dict[str, Any], sources: Mapping[str, str]
+    model: EarlyExitGenerator, samples: Any, out: Path, arguments: dict[str, Any], sources: Mapping[str, str]
 ) -> Iterator[str]:
-    """Say what a fit would do and write, and what it would cost; two of its steps are timed.
+    """Describe a fit and its cost in paragraphs; two of its steps are timed.
 
     Args:
         model: The wrapped generator, recorded; its weights stay.
         samples: The inputs.
         out: Folder of the fit.
-        asked: Arguments of `retroexit.fit`.
-        sources: Where discriminator and gaze network come from, in words.
-
-    Yields:
-        Paragraphs.
+        arguments: Arguments of `retroexit.fit`.
+        sources: Where the weights of ``"discriminator"`` and ``"gaze"`` come from.
 
     Raises:
-        RetroExitError: Whatever the fit would be refused for; missing weights after everything else was said.
+        RetroExitError: What the fit would raise; missing weights after everything else was described.
     """
     missing: dict[str, WeightsError] = {}
-    job = prepare(model, samples, missing=missing, **asked)
+    job = prepare(model, samples, missing=missing, **arguments)
     if job.metric is not None and not missing:
         check_same(out / "fit.json", fit_record(model, job.metric, job.settings, job.plan))
     if job.settings.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise MissingExtraError(
-            "asked for TensorBoard; found no tensorboard. Run: pip install 'retroexit[train]'"
-        )
-    cost = _cost(model, job, missing, str(asked["metric"]))  # whatever the loss refuses, it refuses here
-    yield _work(model, job, str(asked["metric"]))
+        raise MissingExtraError("--tensorboard needs tensorboard. Run: pip install 'retroexit[train]'")
+    cost = _cost(model, job, missing, str(arguments["metric"]))  # first, since the loss may be refused
+    yield _work(model, job, str(arguments["metric"]))
     yield _terms(model, job, missing, sources)
     yield cost
     yield f"would write to {out}: {', '.join(_files(model, job))}"

@@ -1,51 +1,160 @@
-"""``retroexit evaluate``: measure a fitted model on new inputs."""
+"""Commands for a fitted model: ``calibrate``, ``evaluate`` and ``report``."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 import retroexit
 from retroexit.cli.load_target import example_of, load_generator, load_samples
-from retroexit.cli.options import TARGET, Adapter, FactoryArguments, chosen_adapter
+from retroexit.cli.options import (
+    TARGET,
+    Adapter,
+    Alpha,
+    Batch,
+    Confidence,
+    FactoryArguments,
+    Latency,
+    Thresholds,
+    Weights,
+    chosen_adapter,
+)
 from retroexit.evaluation.promise import EXPECTATION, promise_summary
-from retroexit.report.text_tables import promise_table, sweep_table
+from retroexit.fit import measure_times
+from retroexit.model import EarlyExitGenerator
+from retroexit.report.report import write_report
+from retroexit.report.saved_report import find_report, model_facts, read_evaluation, read_report
+from retroexit.report.text_tables import limits_table, promise_table, sweep_table
+from retroexit.saving.model_files import read_calibration
 
-__all__ = ["evaluate"]
+__all__ = ["calibrate", "evaluate", "report", "routing_results"]
+
+_THRESHOLDS = [0.05, 0.1, 0.15]
+Target = Annotated[str, typer.Argument(help=TARGET)]
+
+
+def _load(
+    target: str, arguments: str, folder: Path, inputs: str, adapter: str | None
+) -> tuple[EarlyExitGenerator, Any]:
+    """Load a fitted model and the samples."""
+    generator, example = load_generator(target, arguments)
+    samples = load_samples(inputs)
+    args, kwargs = example_of(example, samples)
+    return retroexit.load(folder, generator, args, kwargs, adapter=chosen_adapter(adapter)), samples
+
+
+def calibrate(
+    target: Target,
+    folder: Annotated[Path, typer.Argument(help="Folder that fit wrote; the promise is saved there.")],
+    inputs: Annotated[
+        str, typer.Option(help="Samples not used in the fit, like later ones: package.module:name.")
+    ],
+    factory_arguments: FactoryArguments = "",
+    adapter: Adapter = None,
+    alpha: Alpha = 0.05,
+    confidence: Confidence = 0.95,
+    rule: Annotated[
+        str, typer.Option(help="margin: one margin for all exits; bound: a bound for each exit.")
+    ] = "margin",
+    weights: Weights = None,
+    batch: Batch = 8,
+    latency: Latency = None,
+    threshold: Thresholds = None,
+) -> None:
+    """Measure new inputs, so that P(loss > threshold) <= alpha; with too few, say how many are needed.
+
+    Example:
+        retroexit calibrate mymodels:decoder runs/decoder --inputs mydata:calibration --alpha 0.05
+    """
+    model, samples = _load(target, factory_arguments, folder, inputs, adapter)
+    model.calibrate(samples, alpha, confidence, weights=weights, rule=rule, batch=batch)
+    if latency is not None:
+        measure_times(model, samples, latency)
+    model.save(folder)
+    typer.echo(limits_table(model, threshold or _THRESHOLDS))
+    for text in routing_results(model):
+        typer.echo(text)
+    typer.echo(f"saved to {folder}")
 
 
 def evaluate(
     context: typer.Context,
-    target: Annotated[str, typer.Argument(help=TARGET)],
+    target: Target,
     folder: Annotated[Path, typer.Argument(help="Folder that fit wrote.")],
     inputs: Annotated[str, typer.Option(help="Test samples: package.module:name.")],
     factory_arguments: FactoryArguments = "",
     adapter: Adapter = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the report; FOLDER/report by default.")] = None,
-    weights: Annotated[Path | None, typer.Option(help="File with the metric's weights.")] = None,
-    threshold: Annotated[list[float] | None, typer.Option(min=0, help="Thresholds to print.")] = None,
+    weights: Weights = None,
+    threshold: Thresholds = None,
 ) -> None:
     """Measure every exit on new inputs, print the sweep over thresholds, write a report.
 
     Example:
         retroexit evaluate mymodels:decoder runs/decoder --inputs mydata:test
     """
-    generator, example = load_generator(target, factory_arguments)
-    samples = load_samples(inputs)
-    asked = chosen_adapter(adapter)
-    model = retroexit.load(folder, generator, *example_of(example, samples), adapter=asked)
-    report = out or folder / "report"
-    result = retroexit.evaluate(model, samples, report, weights=weights, command=context.obj)
-    taus = threshold or [0.05, 0.1, 0.15]
+    model, samples = _load(target, factory_arguments, folder, inputs, adapter)
+    place = out or folder / "report"
+    result = retroexit.evaluate(model, samples, place, weights=weights, command=context.obj)
     typer.echo(str(model))
-    typer.echo(sweep_table(result, taus))
-    promise = promise_summary(result, model.calibration, taus)
+    typer.echo(sweep_table(result, threshold or _THRESHOLDS))
+    promise = promise_summary(result, model.calibration, threshold or _THRESHOLDS)
     if promise is None:
         typer.echo(EXPECTATION)
     else:
-        typer.echo(f"promise: {promise['text']}")
-        typer.echo(promise_table(promise))
+        typer.echo(f"promise: {promise['text']}\n{promise_table(promise)}")
     typer.echo(f"out-of-distribution guard: {result.about['ood_guard']}")
-    typer.echo(f"report: {report / 'report.html'}")
+    typer.echo(f"report: {place / 'report.html'}")
+
+
+def report(
+    folder: Annotated[Path, typer.Argument(help="Folder that evaluate wrote, or the model's folder.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the page; where the numbers are, by default.")
+    ] = None,
+    title: Annotated[str | None, typer.Option(help="Heading of the page.")] = None,
+    threshold: Thresholds = None,
+    unguided: Annotated[
+        Path | None, typer.Option(help="Folder of an evaluation without guidance, for figure 8.")
+    ] = None,
+) -> None:
+    """Write one HTML page and summary.json from what evaluate measured, without measuring again.
+
+    The page holds exits, thresholds, the promise, the paper's figures, images, versions and hashes. It loads
+    nothing from the network.
+
+    Example:
+        retroexit report runs/decoder --threshold 0.05 --threshold 0.1
+    """
+    place = find_report(folder)
+    evaluation, saved = read_evaluation(place), read_report(place)
+    model = model_facts(place, evaluation)
+    page = write_report(
+        out or place,
+        evaluation,
+        saved.strips,
+        title=title or saved.title or f"{evaluation.about.get('generator', 'A generator')} with early exits",
+        headline=saved.headline,
+        command=saved.command,
+        thresholds=threshold or None,
+        unguided=None if unguided is None else read_evaluation(find_report(unguided)),
+        calibration=None if model is None else read_calibration(model[0], model[1].get("calibration_sha256")),
+    )
+    typer.echo(f"report: {page}\nnumbers: {page.with_name('summary.json')}")
+
+
+def routing_results(model: EarlyExitGenerator) -> Iterator[str]:
+    """Describe what a model promises and how long its exits take."""
+    if model.calibration is not None:
+        yield f"promise: {model.calibration}"
+    if model.latency is not None:
+        latency = model.latency
+        samples = "1 sample" if latency.batch == 1 else f"{latency.batch} samples"
+        times = ", ".join(f"{time:.1f}" for time in latency.milliseconds)
+        yield (
+            f"times of {samples} on {latency.device}, {latency.threads} threads: {times} ms, "
+            "the backbone last"
+        )

@@ -10,40 +10,27 @@ from typing import Annotated, Any
 import typer
 
 import retroexit
-from retroexit.cli.config import Config
 from retroexit.cli.dry_run import plan
-from retroexit.cli.load_target import example_of, load_generator, load_samples, parse_places, parse_scales
-from retroexit.cli.loss_options import (
-    Adversarial,
-    Discriminator,
-    DiscriminatorLr,
-    Equalise,
-    EqualiseSteps,
-    Gaze,
-    Instead,
-    Loss,
-    LossWeights,
-    discriminator_source,
-    loss_arguments,
-)
+from retroexit.cli.evaluate import routing_results
+from retroexit.cli.load_target import example_of, load_generator, load_network, load_samples
 from retroexit.cli.options import (
     TARGET,
     Adapter,
+    Alpha,
+    Confidence,
+    Config,
     FactoryArguments,
     ImageKey,
+    Latency,
+    Weights,
     chosen_adapter,
     image_key,
+    parse_losses,
+    parse_pairs,
+    parse_places,
     parse_range,
+    parse_scales,
     resumable,
-)
-from retroexit.cli.routing_options import (
-    Alpha,
-    Calibrate,
-    Confidence,
-    Latency,
-    PredictFrom,
-    PredictorKind,
-    routing_results,
 )
 from retroexit.core.modules import device_of
 from retroexit.core.samples import moved
@@ -51,8 +38,9 @@ from retroexit.errors import OptionError
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.plugins.host import host
 from retroexit.plugins.training_types import RESERVED_LOSSES
+from retroexit.routing.predictor import KINDS, READS
 from retroexit.training.distributed import Team, check_devices, join, kind_of_device
-from retroexit.training.losses.plan import DEFAULT_LOSSES, find_weights
+from retroexit.training.losses.plan import DEFAULT_LOSSES, PRESETS, find_weights
 from retroexit.training.settings import FitSettings
 
 __all__ = ["fit"]
@@ -89,17 +77,49 @@ def fit(
         str, typer.Option(help="How widths follow from the scale: floor, multiple-of-8, a plug-in's.")
     ] = "floor",
     adapter: Adapter = None,
-    loss: Loss = None,
-    equalise: Equalise = None,
-    equalise_steps: EqualiseSteps = None,
-    instead: Instead = None,
-    loss_weights: LossWeights = None,
-    discriminator: Discriminator = "auto",
-    adversarial: Adversarial = None,
-    discriminator_lr: DiscriminatorLr = 4e-4,
-    gaze: Gaze = None,
+    loss: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Term of the training loss and its weight, name=weight; repeat it for several. Or a preset: "
+            f"{', '.join(PRESETS)}. By default l1=1 and quality=1, the metric."
+        ),
+    ] = None,
+    equalise: Annotated[
+        bool | None,
+        typer.Option(
+            "--equalise/--no-equalise",
+            help="Scale the weights until all terms pull equally; by default for presets only.",
+            show_default=False,
+        ),
+    ] = None,
+    equalise_steps: Annotated[
+        int | None, typer.Option(min=1, help="Steps during which that is measured, 50 by default.")
+    ] = None,
+    instead: Annotated[
+        list[str] | None,
+        typer.Option(help="Term that replaces another one: vgg=features-alex; repeat it for several."),
+    ] = None,
+    loss_weights: Annotated[
+        list[str] | None,
+        typer.Option(help="File with the weights of a term's network: vgg=vgg19.pth; repeat it for several."),
+    ] = None,
+    discriminator: Annotated[
+        str,
+        typer.Option(
+            help="What every branch competes with a copy of: auto (the adapter's, untrained), none, a file "
+            "with its trained weights, or package.module:factory."
+        ),
+    ] = "auto",
+    adversarial: Annotated[
+        str | None,
+        typer.Option(help="Adversarial loss: hinge or non-saturating; by default the adapter's or preset's."),
+    ] = None,
+    discriminator_lr: Annotated[float, typer.Option(min=0, help="Their learning rate.")] = 4e-4,
+    gaze: Annotated[
+        str | None, typer.Option(help="Network of the term gaze: package.module:factory, or the module.")
+    ] = None,
     metric: Annotated[str, typer.Option(help="Quality metric by name.")] = "lpips-alex",
-    weights: Annotated[Path | None, typer.Option(help="File with the metric's weights.")] = None,
+    weights: Weights = None,
     steps: Annotated[int, typer.Option(min=1, help="Training steps per branch.")] = _DEFAULT.steps,
     batch: Annotated[int, typer.Option(min=1, help="Samples per step, over all processes.")] = _DEFAULT.batch,
     crop: Annotated[int | None, typer.Option(min=1, help="Train on windows of this many pixels.")] = None,
@@ -115,12 +135,19 @@ def fit(
     held_out: Annotated[
         float, typer.Option(help="Share of the samples that branches are not trained on.")
     ] = _DEFAULT.held_out,
-    predictor: PredictorKind = _DEFAULT.predictor,
-    predict_from: PredictFrom = None,
+    predictor: Annotated[
+        str, typer.Option(help=f"Architecture of the predictor: {', '.join(KINDS)}.")
+    ] = _DEFAULT.predictor,
+    predict_from: Annotated[
+        str | None,
+        typer.Option(help=f"Its input: {', '.join(READS)}; by default the adapter's choice, else features."),
+    ] = None,
     predictor_steps: Annotated[
         int, typer.Option(min=1, help="Training steps of the predictor.")
     ] = _DEFAULT.predictor_steps,
-    calibrate: Calibrate = None,
+    calibrate: Annotated[
+        float | None, typer.Option(help="Share of the samples to set aside, to calibrate thresholds on.")
+    ] = None,
     alpha: Alpha = 0.05,
     confidence: Confidence = 0.95,
     latency: Latency = None,
@@ -153,15 +180,14 @@ def fit(
     Example:
         retroexit fit mymodels:decoder --inputs mydata:train --attach-at 2,4,6 --scale 1/15 --out runs/decoder
     """
-    asked = _arguments(dict(locals()))
-    _check_names(metric, retriever, guidance, asked)
+    arguments = _arguments(dict(locals()))
+    _check_names(metric, retriever, guidance, arguments)
     team = Team() if dry_run else join(devices, nodes, kind_of_device(accelerator))
     generator, example = load_generator(target, factory_arguments)
     if team.device is not None or accelerator is not None:
         generator.to(team.device or kind_of_device(accelerator))
     samples = load_samples(inputs)
-    device = device_of(generator)
-    args, kwargs = moved(example_of(example, samples), device)
+    args, kwargs = moved(example_of(example, samples), device_of(generator))
     model = retroexit.wrap(
         generator,
         parse_places(attach_at),
@@ -178,55 +204,71 @@ def fit(
         example_kwargs=kwargs,
     )
     if bank is not None:
-        asked["bank"] = GuidanceBank.load(bank, retriever_class=host().retriever(retriever))
+        arguments["bank"] = GuidanceBank.load(bank, retriever_class=host().retriever(retriever))
     say = typer.echo if team.is_first else lambda text: None
     say(str(model))
     if dry_run:
         check_devices(devices, nodes, batch)
-        networks = {"discriminator": discriminator_source(discriminator), "gaze": gaze or ""}
-        for text in plan(model, samples, out, asked, networks):
+        untrained = "none: as the adapter makes it, untrained"
+        source = {"auto": untrained, "none": ""}.get(discriminator, discriminator)
+        for text in plan(model, samples, out, arguments, {"discriminator": source, "gaze": gaze or ""}):
             say(text)
         return
     with resumable():
-        retroexit.fit(model, samples, out, **asked)
+        retroexit.fit(model, samples, out, **arguments)
     for text in routing_results(model):
         say(text)
     error = model.about["predictor_error"]
-    said = "; no input was held out" if error is None else f"; predictor error on held-out inputs {error:.4f}"
-    say(f"saved to {out}{said}")
+    note = "; no input was held out" if error is None else f"; predictor error on held-out inputs {error:.4f}"
+    say(f"saved to {out}{note}")
 
 
 _SETTINGS = tuple(field.name for field in fields(FitSettings))
-_LOSSES = (
-    *("loss", "equalise", "equalise_steps", "instead", "loss_weights"),
-    *("discriminator", "adversarial", "discriminator_lr", "gaze"),
+_PASSED_ON = (
+    *("metric", "weights", "alpha", "confidence", "latency", "equalise", "adversarial", "discriminator_lr"),
 )
-_OTHERS = ("metric", "weights", "alpha", "confidence", "latency")
 
 
-def _arguments(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Turn options into arguments of `retroexit.fit`; what is out of range is refused at once."""
-    asked = {name: given[name] for name in (*_SETTINGS, *_OTHERS) if name in given}
-    asked["clip"] = asked["clip"] or None
-    asked |= loss_arguments(*(given[name] for name in _LOSSES))
-    settings = {name: asked[name] for name in _SETTINGS if name in asked}
-    FitSettings(**{**settings, "losses": _terms(asked)})
-    return asked
+def _arguments(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn options into arguments of `retroexit.fit`; a setting out of range is refused at once."""
+    arguments = {name: options[name] for name in (*_SETTINGS, *_PASSED_ON) if name in options}
+    arguments["clip"] = arguments["clip"] or None
+    count = options["equalise_steps"]
+    if count is not None:
+        if options["equalise"] is False:
+            raise OptionError(f"--equalise-steps {count} excludes --no-equalise. Leave one out.", count)
+        arguments["equalise"] = count
+    for name, form in (("instead", "vgg=features-alex"), ("loss_weights", "vgg=vgg19.pth")):
+        arguments[name] = parse_pairs(f"--{name.replace('_', '-')}", options[name] or [], form)
+    losses = parse_losses(options["loss"] or [], tuple(PRESETS))
+    if losses:
+        arguments["losses"] = losses
+    network, gaze = options["discriminator"], options["gaze"]
+    if network == "none":
+        arguments["discriminator"] = None
+    elif network == "auto":
+        arguments["discriminator"] = "auto"
+    elif ":" in network and not Path(network).exists():
+        arguments["discriminator"] = load_network(network, "--discriminator")
+    else:
+        arguments["discriminator"] = Path(network)
+    arguments["gaze"] = None if gaze is None else load_network(gaze, "--gaze")
+    settings = {name: arguments[name] for name in _SETTINGS if name in arguments}
+    FitSettings(**{**settings, "losses": _terms(arguments)})
+    return arguments
 
 
-def _terms(asked: Mapping[str, Any]) -> dict[str, float]:
-    return find_weights(asked.get("losses", DEFAULT_LOSSES), asked["instead"])
+def _terms(arguments: Mapping[str, Any]) -> dict[str, float]:
+    return find_weights(arguments.get("losses", DEFAULT_LOSSES), arguments["instead"])
 
 
-def _check_names(metric: str, retriever: str, guidance: bool, asked: Mapping[str, Any]) -> None:
-    """Look up what is asked for by name, before anything is computed; no weights are looked for."""
+def _check_names(metric: str, retriever: str, guidance: bool, arguments: Mapping[str, Any]) -> None:
+    """Look up every name before anything is computed; no weights are loaded."""
     if metric != "lpips" and metric not in host().metrics():
-        host().metric(metric)  # says why not
-    for name in _terms(asked):
+        host().metric(metric)  # raises
+    for name in _terms(arguments):
         if name not in RESERVED_LOSSES and name not in (*host().losses(), *host().metrics()):
-            host().loss(name)  # says why not
+            host().loss(name)  # raises
     host().retriever(retriever)
     if retriever != "exact" and not guidance:
-        raise OptionError(
-            f"asked for --retriever {retriever}; found no guidance that searches. Add --guidance.", retriever
-        )
+        raise OptionError(f"--retriever {retriever} needs guidance. Add --guidance.", retriever)

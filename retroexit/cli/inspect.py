@@ -13,7 +13,7 @@ import typer
 from retroexit.api import read_generator
 from retroexit.cli.load_target import load_generator, random_inputs
 from retroexit.cli.options import TARGET, FactoryArguments, ImageKey, image_key
-from retroexit.core.macs import unit_of
+from retroexit.core.modules import unit_of
 from retroexit.errors import OptionError
 from retroexit.evaluation.thop_check import cross_check
 from retroexit.report.decoder_picture import check_picture, draw_decoder
@@ -44,21 +44,24 @@ def inspect(
     Example:
         retroexit inspect mymodels:decoder --shape 1,32,16,32 --picture decoder.svg
     """
-    _check_files(picture, facts)
+    if picture is not None:
+        check_picture(picture)
+    if facts is not None and not facts.parent.is_dir():
+        raise OptionError(f"no folder {str(facts.parent)!r} for --json {facts}. Make it first.", facts)
     generator, inputs = load_generator(target, factory_arguments)
     if shape:
         inputs = random_inputs(shape, generator)
     key = image_key(image)
     args, kwargs = inputs or (None, None)
     decoder = read_generator(generator, args, kwargs, image=key)
-    unit, scale = unit_of(decoder.recording.macs)
-    total = f"{decoder.recording.macs / scale:.3f} {unit}"
     typer.echo(decoder_table(decoder))
     if inputs is not None:
         checked = f"thop   {cross_check(generator, decoder.recording.macs, *inputs)}"
         typer.echo(textwrap.fill(checked, 100, subsequent_indent=" " * 7))
     typer.echo(_next_steps(decoder, target, factory_arguments, key))
     if picture is not None:
+        unit, scale = unit_of(decoder.recording.macs)
+        total = f"{decoder.recording.macs / scale:.3f} {unit}"
         title = f"{type(generator).__name__}: {len(decoder.stages)} stages, {total}"
         draw_decoder(decoder.stages, picture, title)
         typer.echo(f"picture: {picture}")
@@ -67,43 +70,26 @@ def inspect(
         typer.echo(f"facts: {facts}")
 
 
-def _check_files(picture: Path | None, facts: Path | None) -> None:
-    if picture is not None:
-        check_picture(picture)
-    if facts is not None and not facts.parent.is_dir():
-        raise OptionError(
-            f"asked for --json {facts}; found no folder {str(facts.parent)!r}. Make it first.", facts
-        )
-
-
 def _next_steps(decoder: Decoder, target: str, arguments: str, image: Any) -> str:
     """Lines to copy that wrap or fit the generator at the suggested attach points."""
     places = [stage.index for stage in decoder.stages if stage.is_suggested]
     if not places:
-        return "\nOne stage alone has no place for an exit: a branch needs a stage behind it."
-    floor, output = _least_channels(decoder), "" if image is None else f", image={image!r}"
-    least = "" if floor is None else f", min_channels={floor}"
+        return "\nOne stage alone has no place for an exit: a branch needs a stage after it."
+    channels = [stage.shape[1] for stage in decoder.stages]
+    keywords, options = "", f"--attach-at {','.join(map(str, places))} --scale 1/4"
+    if max(channels) < 4 * 64:  # the default floor of 64 would decide every width
+        floor = max(4, min(channels) // 4)
+        keywords, options = f", min_channels={floor}", f"{options} --min-channels {floor}"
+    if image is not None:
+        keywords, options = f"{keywords}, image={image!r}", f"{options} --image {_quoted(str(image))}"
     made = f" --args {_quoted(arguments)}" if arguments else ""
-    options = f"--attach-at {','.join(map(str, places))} --scale 1/4"
-    options += "" if floor is None else f" --min-channels {floor}"
-    options += "" if image is None else f" --image {_quoted(str(image))}"
-    return "\n".join(
-        [
-            "\nto go on:",
-            f"  model = retroexit.wrap(generator, attach_at={places}, scale=1 / 4{least}{output})",
-            f"  retroexit fit {_quoted(target)}{made} --inputs mydata:train \\",
-            f"      {options} --out runs/mine",
-        ]
+    return (
+        f"\nto go on:\n  model = retroexit.wrap(generator, attach_at={places}, scale=1 / 4{keywords})\n"
+        f"  retroexit fit {_quoted(target)}{made} --inputs mydata:train \\\n      {options} --out runs/mine"
     )
 
 
-def _least_channels(decoder: Decoder) -> int | None:
-    """Say how far to thin a narrow generator, where the default floor of 64 would decide every width."""
-    channels = [stage.shape[1] for stage in decoder.stages]
-    return max(4, min(channels) // 4) if max(channels) < 4 * 64 else None
-
-
 def _quoted(text: str) -> str:
-    """Quote a word for the shell, readably where it holds single quotes only."""
+    """Quote a word for the shell, readably if it holds single quotes only."""
     plain = "'" in text and not set(text) & set('"$`\\!')
     return f'"{text}"' if plain else shlex.quote(text)

@@ -30,7 +30,7 @@ from retroexit.stages.module_parts import (
 from retroexit.stages.tokens import mark_tokens, width_of
 from retroexit.tracing.record import Recording
 
-__all__ = ["choose_stages", "runs_often"]
+__all__ = ["choose_stages", "closings", "runs_often"]
 
 _MOST_LISTED = 4
 _FEW_STAGES = 3  # with fewer there is hardly a choice of exits
@@ -61,6 +61,26 @@ def choose_stages(recording: Recording, image: Any) -> dict[str, str]:
     if _work_elsewhere(recording, stages):
         raise nothing_found(recording, node)
     return {part.path: part.closing for part in stages}
+
+
+def closings(recording: Recording, image: fx.Node, stages: Sequence[str]) -> dict[str, str]:
+    """Find the modules that close given stages: path -> path of the norm or activation behind a single layer.
+
+    Args:
+        recording: One execution, with every layer as a node.
+        image: Node of the image.
+        stages: Paths of modules that run once, in order of execution.
+    """
+    mark_tokens(recording, image)
+    root = read_parts(recording, image)
+    closing = {} if root is None else {part.path: part.closing for part in root.inside()}
+    calls = {call.path: call for call in recording.calls}
+    ends = {}
+    for path in stages:
+        end = closing.get(path, path)
+        is_crossed = any(calls[path].end <= calls[other].begin < calls[end].end for other in stages)
+        ends[path] = path if is_crossed else end
+    return ends
 
 
 def _work_elsewhere(recording: Recording, stages: Sequence[Part]) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import operator
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 from torch import fx, nn
 
 from retroexit.errors import AttachPointError, GeneratorError, RecordingError, closest
-from retroexit.stages.choose import choose_stages, runs_often
+from retroexit.stages.choose import choose_stages, closings, runs_often
 from retroexit.stages.cuts import Cut, cut_at
 from retroexit.stages.image import find_image, is_map
 from retroexit.stages.stage import Stage, suggest_attach_points
@@ -94,7 +94,7 @@ def read_decoder(
     args: tuple[Any, ...],
     kwargs: dict[str, Any] | None = None,
     *,
-    stages: Sequence[str] | None = None,
+    stages: Sequence[str] | Mapping[str, str] | None = None,
     also: Iterable[str] = (),
     image: Any = None,
 ) -> Decoder:
@@ -104,7 +104,8 @@ def read_decoder(
         generator: A trained generator in eval mode.
         args: Positional inputs that it accepts.
         kwargs: Keyword inputs.
-        stages: Paths of l_1..l_N, where they are known; otherwise they are found.
+        stages: Paths of l_1..l_N, where they are known, as a mapping with the path of the module that closes each;
+            otherwise they are found.
         also: Paths of further modules that must stay visible as single nodes.
         image: Key, index or path of the image in the output.
 
@@ -119,9 +120,14 @@ def read_decoder(
     deep = _record_deeply(generator, args, kwargs)
     _, deep_image = find_image(deep, image)
     ran = Counter(call.path for call in deep.calls if call.path)
-    chosen = {path: path for path in stages} if stages is not None else choose_stages(deep, image)
-    for path in (*chosen, *also):
+    if stages is None:
+        chosen = choose_stages(deep, image)
+    else:
+        chosen = dict(stages) if isinstance(stages, Mapping) else dict.fromkeys(stages, "")
+    for path in (*chosen, *filter(None, chosen.values()), *also):
         _check_path(generator, path, ran)
+    if stages is not None and not isinstance(stages, Mapping):
+        chosen = closings(deep, deep_image, stages)
     keep = {*chosen, *chosen.values(), *also}
     opened = _opened(deep, keep)
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from retroexit.core.files import is_whole, read_npy, self_digest
+from retroexit.core.files import is_intact, read_npy, self_digest
 from retroexit.core.modules import device_of, fingerprint
 from retroexit.core.samples import Samples, drawing_from, moved
 from retroexit.errors import CheckpointError, OptionError, TrainingError
@@ -383,7 +383,7 @@ def _read_state(folder: Path, identity: dict[str, Any]) -> dict[str, Any]:
         return {"identity": identity, "done": 0, "arrays": [], "sums": {}}
     try:
         state: dict[str, Any] = json.loads(path.read_text())
-        if not is_whole(state, ("identity", "done", "arrays", "sums")):
+        if not is_intact(state):
             raise ValueError("its digest does not match")
         other = [key for key in identity if state["identity"].get(key) != identity[key]]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

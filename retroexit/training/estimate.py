@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from retroexit.core.macs import MacCounter
+from retroexit.core.modules import MacCounter
 from retroexit.model import EarlyExitGenerator
 from retroexit.training.losses import TrainingLoss
 from retroexit.training.settings import FitSettings

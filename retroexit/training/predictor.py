@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from retroexit.core.files import file_digest, read_npy
+from retroexit.core.files import read_npy, sha256_of
 from retroexit.core.modules import device_of
 from retroexit.core.samples import Samples, drawing_from
 from retroexit.errors import BankError, CheckpointError, TrainingError
@@ -66,7 +66,7 @@ def exit_losses(
     if team.is_first:
         temporary = path.with_suffix(".part.npy")
         np.save(temporary, losses.numpy(), allow_pickle=False)
-        path.with_suffix(".sha256").write_text(file_digest(temporary), encoding="ascii")
+        path.with_suffix(".sha256").write_text(sha256_of(temporary), encoding="ascii")
         os.replace(temporary, path)
     return losses
 
@@ -87,7 +87,7 @@ def _batch_losses(model: EarlyExitGenerator, steps: Steps, metric: QualityMetric
 
 def _read_losses(path: Path, size: tuple[int, int]) -> Tensor:
     try:
-        if path.with_suffix(".sha256").read_text(encoding="ascii") != file_digest(path):
+        if path.with_suffix(".sha256").read_text(encoding="ascii") != sha256_of(path):
             raise ValueError(f"it does not match {path.with_suffix('.sha256').name}")
         losses = torch.from_numpy(read_npy(path))
     except (OSError, ValueError) as error:

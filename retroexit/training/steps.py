@@ -11,9 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from retroexit.core.images import ImageRange
 from retroexit.core.nested import rebuild
-from retroexit.core.samples import Samples, moved
+from retroexit.core.samples import ImageRange, Samples, moved
 from retroexit.errors import OptionError
 from retroexit.training.cache import IMAGE, Features, Window, cut_out
 from retroexit.training.distributed import Team

@@ -16,9 +16,8 @@ from tqdm import tqdm
 
 from retroexit.branch.branch import Branch
 from retroexit.core.files import read_tensors, write_tensors
-from retroexit.core.images import ImageRange
 from retroexit.core.modules import device_of
-from retroexit.core.samples import drawing_from
+from retroexit.core.samples import ImageRange, drawing_from
 from retroexit.errors import CheckpointError, MissingExtraError, TrainingError
 from retroexit.model import EarlyExitGenerator
 from retroexit.plugins.training_types import TrainingBatch

@@ -114,15 +114,20 @@ class Looks(nn.Module):
 
     def forward(self, image):
         return self.last(image.mean((2, 3)))
-
-
-class Normed(Decoder):
-    def forward(self, z):
-        h = self.stem(z)
-        for stage in self.stages:
-            h = nn.functional.instance_norm(stage(h))
-        return torch.tanh(self.rgb(h))
 """
+
+
+FIT = {
+    "--inputs": "toy.py:samples",
+    "--attach-at": "1,2",
+    "--scale": "1/2,3/4",
+    "--min-channels": "4",
+    "--metric": "ms-ssim",
+    "--steps": "2",
+    "--batch": "2",
+    "--predictor-steps": "3",
+    "--out": "run",
+}
 
 
 @dataclass
@@ -137,26 +142,44 @@ class Result:
         assert re.fullmatch(rf"error: .*{message}.*\n", self.err), self.err
         assert "Traceback" not in self.err + self.out
 
+    def succeeds(self) -> str:
+        """Check the status; returns what was printed."""
+        assert self.status == 0, self.err
+        return self.out
 
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Run a command line beside a file ``toy.py``; gives exit status and what was printed."""
-    (tmp_path / "toy.py").write_text(TOY)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
 
-    def call(*arguments: str) -> Result:
-        capsys.readouterr()
+@dataclass
+class Runner:
+    """Runs a command line; ``fit`` runs a fast fit of the toy, with some options replaced."""
+
+    capsys: pytest.CaptureFixture[str]
+
+    def __call__(self, *arguments: str) -> Result:
+        self.capsys.readouterr()
         status: Any = 0
         try:
             cli.main(arguments)
         except SystemExit as end:
             status = end.code or 0
-        printed = capsys.readouterr()
+        printed = self.capsys.readouterr()
         if isinstance(status, str):  # as the interpreter does
             return Result(1, printed.out, printed.err + status + "\n")
         return Result(status, printed.out, printed.err)
 
-    yield call
+    def fit(self, *words: str, target: str = "toy.py:decoder", **options: str) -> Result:
+        changed = {f"--{name.replace('_', '-')}": value for name, value in options.items()}
+        pairs = [word for pair in {**FIT, **changed}.items() for word in pair]
+        return self("fit", target, *pairs, *words)
+
+
+@pytest.fixture
+def run(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Runner]:
+    """Run a command line beside a file ``toy.py``."""
+    (tmp_path / "toy.py").write_text(TOY)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield Runner(capsys)
     for name in [name for name in sys.modules if str(tmp_path) in name]:
         del sys.modules[name]

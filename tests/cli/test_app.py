@@ -16,8 +16,8 @@ import typer
 
 import retroexit
 from retroexit import plugins
-from retroexit.cli import diagnose as doctor
-from retroexit.cli.commands import COMMANDS
+from retroexit.cli import doctor
+from retroexit.cli.app import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -85,10 +85,9 @@ def _offer(monkeypatch: pytest.MonkeyPatch, **commands: Any) -> None:
         def retroexit_commands(self) -> dict[str, Any]:
             return commands
 
-    known = plugins.Host(discover=False)
-    known.register(retroexit.cli.commands, "cli")
-    known.register(Offers(), "mine")
-    monkeypatch.setattr("retroexit.cli.app.host", lambda: known)
+    host = plugins.Host(discover=False)
+    host.register(Offers(), "mine")
+    monkeypatch.setattr("retroexit.cli.app.host", lambda: host)
 
 
 def test_a_command_of_a_plugin_is_one_of_ours(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,14 +101,10 @@ def test_a_command_of_a_plugin_is_one_of_ours(run: Any, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("name", "command", "cause"),
     [
-        (
-            "fit",
-            Command.greet,
-            "'fit' is offered by plug-in 'cli' and plug-in 'mine'; the library's own is used",
-        ),
-        ("odd", Command.unreadable, "left out the command 'odd': NameError: name 'Unknown' is not defined"),
-        ("odd", Command.unshowable, "left out the command 'odd': .*Error"),
-        ("odd", 3, "retroexit_commands offers 'odd': 3; names must be strings, commands callable"),
+        ("fit", Command.greet, "the command 'fit': retroexit has a command of that name"),
+        ("odd", Command.unreadable, "the command 'odd': NameError: name 'Unknown' is not defined"),
+        ("odd", Command.unshowable, "the command 'odd': .*Error"),
+        ("odd", 3, "command 'odd' must be callable, got 3"),
     ],
 )
 def test_a_command_of_a_plugin_that_cannot_be_added_is_reported_and_left_out(
@@ -148,34 +143,29 @@ def test_warnings_of_ours_are_one_line_and_the_handler_is_put_back(
 def test_a_traceback_never_reaches_the_terminal(tmp_path: Path) -> None:
     code = "import sys; from retroexit.cli import main; main(['inspect', 'nowhere:thing'])"
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=_environment()
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == 1
     assert done.stdout == ""
-    assert done.stderr.startswith("error: asked for 'nowhere:thing'; found ModuleNotFoundError")
+    assert done.stderr.startswith("error: 'nowhere:thing' cannot be imported: ModuleNotFoundError")
     assert done.stderr.count("\n") == 1
 
 
-def _environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT)}
-
-
-@pytest.mark.parametrize("file", ["README.md"])
-def test_commands_and_code_in_the_readme_can_be_read(run: Any, file: str) -> None:
-    text = (ROOT / file).read_text().replace("\\\n", "")  # continued lines
+def test_commands_and_code_in_the_readme_can_be_read(run: Any) -> None:
+    text = (ROOT / "README.md").read_text().replace("\\\n", "")  # continued lines
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert blocks
     for block in blocks:
-        compile(block, file, "exec")
+        compile(block, "README.md", "exec")
         for name in re.findall(r"retroexit\.(\w+)\(", block):
             assert callable(getattr(retroexit, name))
     helps = {command: run(command, "--help").out for command in COMMANDS}
-    lines = [
-        line
-        for line in re.findall(
-            r"`(retroexit [^`]+)`|^\s*(retroexit \S.*)$|&& (retroexit \w+)", text, re.MULTILINE
-        )
-    ]
+    pattern = r"`(retroexit [^`]+)`|^\s*(retroexit \S.*)$|&& (retroexit \w+)"
+    lines = re.findall(pattern, text, re.MULTILINE)
     named = [next(filter(None, line)) for line in lines]
     assert {shlex.split(line)[1] for line in named} == set(COMMANDS)
     for line in named:

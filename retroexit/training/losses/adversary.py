@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from retroexit.core.images import ImageRange
+from retroexit.core.modules import clone_module
 from retroexit.core.nested import tensors
+from retroexit.core.samples import ImageRange
 from retroexit.errors import CheckpointError, OptionError, TrainingError, closest
 from retroexit.plugins.training_types import Discriminate, DiscriminatorOutput, Objective, TrainingBatch
-from retroexit.split.segments import clone_module
 from retroexit.training.distributed import average
 from retroexit.training.losses.terms import l1
 

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from retroexit.core.modules import clone_module
 from retroexit.core.nested import tensors
 from retroexit.errors import CheckpointError, TrainingError
-from retroexit.split.segments import clone_module
 from retroexit.training.distributed import average
 
 __all__ = ["L1", "Equaliser", "Gaze", "l1"]

@@ -1,0 +1,235 @@
+"""``retroexit fit --config`` and ``--dry-run``: what a file holds, what a dry run prints and refuses."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import retroexit
+from retroexit.errors import WeightsError
+from retroexit.training.settings import FitSettings
+
+CONFIG = """
+target = "toy.py:decoder"
+inputs = "toy.py:samples"
+attach-at = [1, 2]
+scale = "1/2,3/4"
+min_channels = 4
+metric = "ms-ssim"
+steps = 2
+batch = 2
+predictor-steps = 3
+out = "run"
+together = false
+calibrate = 0.5
+alpha = 0.5
+confidence = 0.5
+predictor = "linear"
+latency = 1
+
+[loss]
+l1 = 0.5
+quality = 2
+"""
+FACE = (
+    *("--loss", "megaportraits", "--instead", "vgg=features-random", "--instead", "ms-ssim=quality"),
+    *("--discriminator", "toy.py:Judge", "--gaze", "toy.py:Looks"),
+)
+
+
+def _config(run: Any, text: str, *words: str) -> Any:
+    Path("fit.toml").write_text(text)
+    return run("fit", "--config", "fit.toml", *words)
+
+
+def test_a_file_holds_all_options_and_typed_options_replace_its_values(run: Any, tmp_path: Path) -> None:
+    _config(run, CONFIG).succeeds()
+    saved = json.loads((tmp_path / "run/model.json").read_text())
+    record = saved["about"]["fit"]
+    assert saved["attach_at"] == ["stages.0", "stages.1"]
+    assert record["losses"] == {"l1": 0.5, "quality": 2.0}
+    assert (record["steps"], record["batch"], record["predictor_steps"]) == (2, 2, 3)
+    assert (record["together"], record["cache"], record["lr"]) == (False, True, 4e-3)
+    words = ("--steps", "3", "--loss", "l1=1", "--together", "--attach-at", "2", "--scale", "1/2")
+    _config(run, CONFIG, *words, "--ema", "0.5", "--clip", "0", "--out", "again").succeeds()
+    saved = json.loads((tmp_path / "again/model.json").read_text())
+    record = saved["about"]["fit"]
+    assert saved["attach_at"] == ["stages.1"]
+    assert (record["steps"], record["losses"], record["together"]) == (3, {"l1": 1.0}, True)
+    assert (record["batch"], record["ema"], record["clip"]) == (2, 0.5, None)
+
+
+def test_a_file_can_name_a_preset_and_tables_of_replacements(run: Any) -> None:
+    head = CONFIG.partition("[loss]")[0]
+    more = (
+        'loss = "megaportraits"\nequalise = true\ndiscriminator = "toy.py:Judge"\ngaze = "toy.py:Looks"\n'
+        'adversarial = "non-saturating"\ndiscriminator-lr = 0.01\n[instead]\nvgg = "features-random"\n'
+    )
+    printed = _config(run, head + more, "--dry-run").succeeds()
+    assert "non-saturating, lr 0.01" in printed and "predictor: linear, reads" in printed
+    assert "times: calls with 1 samples" in printed
+    assert "promise: P(loss > threshold) <= 0.5 with confidence 0.5" in printed
+    words = ("--no-equalise", "--predictor", "pooled", "--loss", "l1=1", "--instead", "l1=quality")
+    printed = _config(run, head + more, "--dry-run", *words).succeeds()
+    assert "loss 1 quality" in printed and "predictor: pooled" in printed and "equalised" not in printed
+
+
+def test_every_argument_and_setting_of_a_fit_is_an_option(run: Any) -> None:
+    shown = run("fit", "--help").out
+    names = {*inspect.signature(retroexit.fit).parameters, *(field.name for field in fields(FitSettings))}
+    for name in names - {"model", "folder", "progress", "settings"}:
+        assert f"--{ {'losses': 'loss'}.get(name, name).replace('_', '-') }" in shown
+
+
+@pytest.mark.parametrize(
+    ("line", "status", "message"),
+    [
+        ("stepz = 3", 1, "no option 'stepz' for fit.toml; closest: 'steps'"),
+        ("checkpoint_evry = 3", 1, "closest: 'checkpoint-every'"),
+        ("steps = ", 1, "--config fit.toml cannot be read: Invalid value"),
+        ("ema = 1.0", 1, "ema"),
+        ("steps = 2.5", 2, "Invalid value for '--steps'"),
+        ("steps = true", 2, "Invalid value for '--steps'"),
+        ("steps = 0", 2, "Invalid value for '--steps'"),
+        ("bfloat16 = 'maybe'", 2, "Invalid value for '--bfloat16'"),
+        ("lr = [1, 2]", 2, "Invalid value for '--lr'"),
+        ("", 2, "Missing option '--out'"),
+    ],
+)
+def test_mistakes_in_a_file_are_named(run: Any, line: str, status: int, message: str) -> None:
+    key = line.partition(" =")[0] or "out"
+    rest = [part for part in CONFIG.splitlines() if part.partition(" =")[0] != key]
+    failed = _config(run, "\n".join([line, *rest]))
+    assert failed.status == status
+    assert message in failed.err and "Traceback" not in failed.err
+
+
+def test_a_missing_file_is_named(run: Any) -> None:
+    run("fit", "--config", "away.toml").fails_with("--config away.toml cannot be read: .*No such file")
+
+
+def test_a_dry_run_prints_work_and_cost_and_writes_nothing(run: Any, tmp_path: Path) -> None:
+    before = sorted(path for path in tmp_path.rglob("*") if "__pycache__" not in path.parts)
+    losses = ("--loss", "l1=0.5", "--loss", "quality=2")
+    printed = run.fit("--guidance", "--crop", "12", *losses, "--dry-run", out="deep/run").succeeds()
+    # Per sample: features of 12 channels at 8x8 and 16x16, the value map and an image of 3 channels at 16x16.
+    megabytes = 12 * 4 * (12 * (64 + 256 + 256) + 3 * 256) / 1e6
+    for line in (
+        "Decoder with 2 early exits",
+        "samples: 12, 10 to train branches on, 2 held out",
+        "steps: 2 branches side by side x 2, batches of 2 windows of 12 pixels; predictor 3; metric ms-ssim",
+        "metric ms-ssim; loss 0.5 l1 + 2 quality",
+        f"would write to deep/run: cache ({megabytes:.1f} MB), bank (up to 1,024 pairs), branches",
+    ):
+        assert line in printed
+    assert re.search(
+        r"cost: [\d.,]+ \w+ and \d+\.\d\d s a step of all branches, .* in all; about \d+ s and \d+ MB "
+        r"besides the generator, from two steps on this machine\n",
+        printed,
+    )
+    assert printed.endswith("dry run: nothing was trained or written\n")
+    assert sorted(path for path in tmp_path.rglob("*") if "__pycache__" not in path.parts) == before
+    printed = run.fit("--dry-run", min_channels="64").succeeds()
+    assert "exit 1, 2: saves nothing" in printed
+
+
+def test_a_dry_run_lists_every_term_with_its_network_and_the_source_of_its_weights(run: Any) -> None:
+    printed = run.fit(*FACE, "--dry-run").succeeds()
+    opponent = r"Judge, a copy per branch: 2 x 117 parameters"  # 3 * 4 * 9 + 4 + 4 + 1
+    for line in (
+        rf"adversarial +1 +{opponent}, hinge, lr 0.0004 +toy.py:Judge",
+        r"features-random +1 +vgg19 +random numbers, the same everywhere",
+        r"quality +1 +ms-ssim",
+        r"l1 +1",
+        rf"feature-matching +1 +{opponent}, hinge, lr 0.0004 +toy.py:Judge",
+        r"gaze +1 +Looks, 8 parameters +toy.py:Looks",
+    ):
+        assert re.search(rf"^{line} *$", printed, re.MULTILINE), (line, printed)
+    assert re.search("equalised: .* first 50 steps", printed)
+    plain = run.fit(*FACE, "--no-equalise", "--discriminator-lr", "0.001", "--dry-run").out
+    assert "hinge, lr 0.001" in plain and "equalised" not in plain
+
+
+def test_a_dry_run_counts_the_discriminators(run: Any) -> None:
+    def macs(*words: str) -> float:
+        printed = run.fit(*words, "--dry-run").succeeds()
+        number, unit = re.search(r"cost: ([\d.,]+) (\w+) and", printed).groups()  # type: ignore[union-attr]
+        return float(number.replace(",", "")) * {"MMACs": 1, "GMACs": 1000, "kMACs": 1e-3}[unit]
+
+    alone = macs("--loss", "l1=1")
+    both = macs("--loss", "l1=1", "--loss", "adversarial=1", "--discriminator", "toy.py:Judge")
+    # Judge: 16x16 pixels x (3 * 4 * 9 + 4) MACs, 2 images, 2 branches. Forward and to the image in the
+    # branch's step; real and fake, each forward and to the weights, and to the 4 maps between, in its own.
+    first, second = 256 * 108, 256 * 4
+    step = 2 * 2 * ((first + second) * 2 + 2 * (2 * first + 3 * second))
+    assert both - alone == pytest.approx(step / 1e6, abs=0.11)
+
+
+def test_missing_weights_are_listed_and_refused_at_the_end(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_network(*_: object, **__: object) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
+    words = ("--loss", "oasis", "--discriminator", "toy.py:Judge")
+    printed = run.fit(*words, "--dry-run")
+    printed.fails_with("vgg19-dcbb9e9d.pth.*no network.*features-alex")
+    assert re.search(r"^vgg +1 +not found, see below *$", printed.out, re.MULTILINE)
+    assert "vgg, lpips not counted, since their weights were not found" in printed.out
+    run.fit(*words).fails_with("vgg19-dcbb9e9d.pth")
+    (tmp_path / "vgg19.pth").write_bytes(b"no weights")
+    run.fit(*words, "--loss-weights", "vgg=vgg19.pth", "--dry-run").fails_with("vgg19.pth")
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_weights_of_the_metric_are_refused_at_the_end(
+    run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(*_: object, **__: object) -> None:
+        raise WeightsError("found none")
+
+    monkeypatch.setattr(retroexit.metrics.LPIPS, "__init__", missing)
+    printed = run.fit("--dry-run", metric="lpips-vgg")
+    printed.fails_with("found none")
+    assert "steps on this machine, lpips-vgg not counted, since its weights were not found" in printed.out
+
+
+def test_a_trained_discriminator_is_loaded_from_a_file_into_the_adapters_network(
+    run: Any, tmp_path: Path
+) -> None:
+    oasis = pytest.importorskip("retroexit_oasis")
+    (tmp_path / "city.py").write_text(
+        "import torch, retroexit_oasis as o\n"
+        "def make():\n    torch.manual_seed(0)\n    return o.OASISGenerator(6, 4, 2, (64, 128), 8)\n"
+        "labels = torch.randint(6, (4, 8, 16), generator=torch.Generator().manual_seed(0))\n"
+        "labels = labels.repeat_interleave(8, 1).repeat_interleave(8, 2)\n"
+        "samples = [o.one_hot(x[None], 6)[0] for x in labels]\n"
+    )
+    torch.save(oasis.OASISDiscriminator(6).state_dict(), tmp_path / "D.pth")
+    city = {"target": "city.py:make", "inputs": "city.py:samples", "attach_at": "1", "scale": "1/2"}
+    losses = ("--loss", "oasis", "--instead", "vgg=l1", "--instead", "lpips=quality", "--dry-run")
+    printed = run.fit(*losses, "--discriminator", "D.pth", "--adapter", "oasis", **city).succeeds()
+    size = sum(p.numel() for p in oasis.OASISDiscriminator(6).parameters())
+    network = rf"OASISDiscriminator, a copy per branch: 1 x {size:,} parameters, oasis, lr 0.0004"
+    assert re.search(rf"^adversarial +1 +{network} +D.pth *$", printed, re.MULTILINE), printed
+    untrained = run.fit(*losses, **city)
+    assert re.search(r"oasis, lr 0.0004 +none: as the adapter makes it, untrained", untrained.out)
+    assert re.search("^warning: .*OASISDiscriminator", untrained.err)
+    run.fit(*losses, "--adapter", "none", **city).fails_with("discriminator")
+    run.fit("--adapter", "oases", "--dry-run", **city).fails_with("no plug-in 'oases'; .*'oasis'")
+
+
+def test_a_dry_run_refuses_impossible_processes(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    run.fit("--devices", "3", "--dry-run").fails_with("batch.*3 processes")
+    monkeypatch.setitem(sys.modules, "lightning_fabric", None)
+    run.fit("--devices", "2", "--dry-run").fails_with("2 devices.* lightning-fabric")
