@@ -106,8 +106,13 @@ def test_of_150_damaged_files_of_a_feature_cache_none_is_gone_on_with(
     def read() -> FeatureCache:
         return FeatureCache.build(model, samples, tmp_path / "cache", progress=False)
 
-    assert read().count == 10
-    assert outcomes(damage, tmp_path / "cache", read, lambda _: False) == {"refused"}
+    def values(cache: FeatureCache) -> list[Tensor]:
+        return [cache.read(path.stem, range(10)) for path in sorted(cache.folder.glob("*.npy"))]
+
+    before = values(read())
+    same = lambda cache: all(map(torch.equal, values(cache), before))  # noqa: E731
+    # A flipped bit may write the same header in another way: '<f4' and '=f4' are one type.
+    assert outcomes(damage, tmp_path / "cache", read, same) <= {"refused", "rebuilt"}
 
 
 @pytest.mark.parametrize("part", ["branches/exit1.safetensors", "losses.npy", "fit.json"])

@@ -210,7 +210,7 @@ def test_files_of_another_fit_are_refused(decoders: ModuleType, tmp_path: Path) 
     for name, message in (
         ("losses.npy", r"it does not match losses\.sha256"),
         ("branches/exit1.safetensors", None),
-        ("cache/stages_0.npy", r"stages_0.npy with shape \(10, 12, 8, 8\), not 9 samples"),
+        ("cache/stages_0.npy", r"stages_0.npy must have 9 samples, got shape \(10, 12, 8, 8\)"),
     ):
         kept = (tmp_path / "other" / name).read_bytes()
         (tmp_path / "other" / name).write_bytes((tmp_path / "one" / name).read_bytes())
