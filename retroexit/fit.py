@@ -21,8 +21,7 @@ from retroexit.model import EarlyExitGenerator
 from retroexit.plugins.description import Description
 from retroexit.plugins.host import host
 from retroexit.plugins.training_types import Objective
-from retroexit.routing.bounds import samples_needed
-from retroexit.routing.calibration import check_promise
+from retroexit.routing.calibration import check_promise, samples_needed
 from retroexit.routing.latency import Latency
 from retroexit.routing.predictor import Kind, Reads
 from retroexit.training.distributed import Team, join
