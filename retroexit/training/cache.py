@@ -22,7 +22,7 @@ from retroexit.core.files import is_intact, read_npy, self_digest
 from retroexit.core.modules import device_of, fingerprint
 from retroexit.core.samples import Samples, drawing_from, moved
 from retroexit.errors import CheckpointError, OptionError, TrainingError
-from retroexit.guidance.taps import Taps
+from retroexit.guidance.provider import Taps
 from retroexit.model import EarlyExitGenerator
 
 __all__ = [
