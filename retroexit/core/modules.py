@@ -1,35 +1,19 @@
-"""Modules: their device, their fingerprint, deep copies of them."""
+"""Modules: their device, deep copies of them."""
 
 from __future__ import annotations
 
 import copy
-import hashlib
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["clone_module", "device_of", "fingerprint"]
+__all__ = ["clone_module", "device_of"]
 
 
 def device_of(module: nn.Module, default: torch.device | None = None) -> torch.device:
     """Return the device of a module's weights; without any, ``default`` or the CPU."""
     return next((p.device for p in module.parameters()), default or torch.device("cpu"))
-
-
-def fingerprint(generator: nn.Module) -> str:
-    """Hash a module's class name, parameters and buffers.
-
-    Returns:
-        A SHA-256 in hexadecimal. Equal weights under equal names give equal fingerprints on every device.
-    """
-    total = hashlib.sha256(type(generator).__name__.encode())
-    named = [*generator.named_parameters(), *generator.named_buffers()]
-    for name, tensor in sorted(named, key=lambda pair: pair[0]):
-        raw = tensor.detach().cpu().contiguous()
-        total.update(f"{name}{raw.dtype}{tuple(raw.shape)}".encode())
-        total.update(raw.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return total.hexdigest()
 
 
 def clone_module(module: nn.Module, memo: dict[int, Any] | None = None, *, share: bool = False) -> nn.Module:

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from retroexit.core.modules import device_of, fingerprint
+from retroexit.core.identity import fingerprint
+from retroexit.core.modules import device_of
 from retroexit.core.samples import Samples, drawing_from
 from retroexit.core.versions import versions
 from retroexit.evaluation.sweep import Evaluation

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
-from retroexit.core.modules import fingerprint
+from retroexit.core.identity import fingerprint
 from retroexit.errors import BankError
 from retroexit.guidance.bank import GuidanceBank, Retrieved
 from retroexit.guidance.taps import Taps
@@ -24,6 +26,10 @@ class GuideProvider:
         self.taps: Taps | None = None
         self._generator: nn.Module | None = None
         self._bank: GuidanceBank | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Taps belong to one recording: a copy takes those of its own.
+        return {"taps": None, "_generator": None, "_bank": self._bank}
 
     @property
     def bank(self) -> GuidanceBank | None:

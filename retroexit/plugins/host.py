@@ -257,6 +257,9 @@ class Host:
             return description.build_stage
         return None if adapter is False else self.build_stage
 
+    def __reduce__(self) -> tuple[Callable[[], Host], tuple[()]]:
+        return host, ()  # a copy of a bound method still belongs to the one host of the process
+
     # Call hooks.
 
     def _first(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from retroexit.core.modules import fingerprint
+from retroexit.core.identity import fingerprint
 from retroexit.core.nested import cloned, rebuild, tensors
 from retroexit.errors import AdapterError
 from retroexit.plugins.description import Description

@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import nn
 
-from retroexit.core.modules import fingerprint
+from retroexit.core.identity import fingerprint
 from retroexit.errors import OptionError
 from retroexit.plugins.hookspecs import RESERVED
 from retroexit.training.losses.adversary import Adversarial, Adversary, AdversarySettings
