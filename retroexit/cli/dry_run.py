@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from retroexit.core.macs import unit_of
+from retroexit.core.modules import unit_of
 from retroexit.core.samples import Samples
 from retroexit.errors import MissingExtraError, WeightsError
 from retroexit.fit import Job, prepare

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from retroexit.core.files import MANIFEST, file_digest, read_array, read_manifest, staged, write_manifest
+from retroexit.core.files import MANIFEST, read_array, read_manifest, sha256_of, staged, write_manifest
 from retroexit.errors import CheckpointError, OptionError, RetrieverError
 from retroexit.retrieval.rounded import RoundedKeys, multiplies_bfloat16, scan, smallest
 
@@ -294,7 +294,7 @@ class Retriever(ABC):
             log.warning("%s was made by %s, here is %s; building the index again", path, writer, reader)
             return False
         # A damaged native index can crash the process or answer wrongly: compare its hash before reading it.
-        if not path.is_file() or file_digest(path) != digest:
+        if not path.is_file() or sha256_of(path) != digest:
             log.warning("%s is missing or damaged; building the index again from the keys", path)
             return False
         try:

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from retroexit.core.identity import fingerprint
 from retroexit.core.nested import cloned, rebuild, tensors
-from retroexit.errors import AdapterError
+from retroexit.errors import AdapterError, cause_of
 from retroexit.plugins.description import Description
-from retroexit.plugins.host import cause_of
 
 __all__ = ["Case", "Inputs", "Results", "first_map", "nearly_equal", "snapshot"]
 

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from retroexit.api import load, wrap
 from retroexit.branch.adapter_stages import BuildStage
 from retroexit.branch.widths.plan import scaled_width
-from retroexit.core.images import ImageRange, measure_range
 from retroexit.core.nested import cloned, tensors
-from retroexit.errors import OutputError
+from retroexit.core.samples import ImageRange, measure_range
+from retroexit.errors import OutputError, cause_of
 from retroexit.model import EarlyExitGenerator
-from retroexit.plugins.host import brief, cause_of
+from retroexit.plugins.host import brief
 from retroexit.stages.decoder import Decoder, read_decoder
 from retroexit.testing.case import Case, Inputs, first_map, nearly_equal
 from retroexit.training.data.batch import TrainingBatch

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-from retroexit.core.macs import MacCounter
+from retroexit.core.modules import MacCounter
 from retroexit.core.nested import children, hidden_tensors, is_record, rebuild, tensors
 from retroexit.errors import RecordingError
 from retroexit.tracing.source_lines import show, user_line
