@@ -37,7 +37,7 @@ from retroexit.branch.widths.plan import Pin, TailWidths, WidthPlan, WidthRule
 from retroexit.core.modules import MacCounter, clone_module, device_of
 from retroexit.errors import BranchError
 from retroexit.split.segments import Tail
-from retroexit.stages.cuts import Cut
+from retroexit.stages.decoder import Cut
 
 __all__ = ["BranchSpec", "Init", "build_branch"]
 

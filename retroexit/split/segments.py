@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from retroexit.core.modules import clone_module
 from retroexit.core.nested import change_first_map
-from retroexit.stages.cuts import Cut
+from retroexit.stages.decoder import Cut
 from retroexit.tracing.record import Recording
 
 __all__ = ["GENERATED", "GraphPart", "Segment", "Tail"]

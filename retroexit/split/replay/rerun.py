@@ -25,8 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 from retroexit.core.nested import change_first_map, rebuild_deep, tensors
 from retroexit.errors import InputMismatchError
-from retroexit.tracing.recorder import READS
-from retroexit.tracing.source_lines import user_line
+from retroexit.tracing.recorder import READS, user_line
 
 __all__ = ["Answer", "Place", "Run", "become_standin", "delegate", "is_fake", "opened_by", "running"]
 
