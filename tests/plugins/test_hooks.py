@@ -139,7 +139,7 @@ def test_hook_retroexit_retrievers(painter: nn.Module, use: Callable[[object], H
 
     plugins = use(Offers())
     assert plugins.retriever("backwards") is Backwards
-    assert plugins.retrievers() == ("auto", "backwards", "exact", "faiss", "hnswlib")
+    assert plugins.retrievers() == ("backwards", "exact", "faiss", "hnswlib")
     model = wrap(painter, guidance=retroexit.Guidance(retriever="backwards", size=16), image_range=(-1, 1))
     retroexit.fit(model, SAMPLES, tmp_path, metric=Gradient(), **QUICK)
     assert isinstance(model.bank.retriever, Backwards)

@@ -19,7 +19,7 @@ from retroexit.plugins import Description, Host, hookimpl
 from retroexit.retrieval import Retriever
 
 Announce = Callable[..., None]
-OWN_RETRIEVERS = ("auto", "exact", "faiss", "hnswlib")
+OWN_RETRIEVERS = ("exact", "faiss", "hnswlib")
 
 
 def offering(**offers: Any) -> Any:
