@@ -23,8 +23,7 @@ from common import argument_parser, write_json
 from retroexit.evaluation.promise import promise_summary
 from retroexit.evaluation.sweep import Evaluation
 from retroexit.report.text_tables import table
-from retroexit.routing.bounds import most_violations, samples_needed
-from retroexit.routing.calibration import Calibration
+from retroexit.routing.calibration import Calibration, most_violations, samples_needed
 
 
 def half(evaluation: Evaluation, rows: np.ndarray) -> Evaluation:

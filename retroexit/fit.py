@@ -25,8 +25,7 @@ from retroexit.model import EarlyExitGenerator
 from retroexit.plugins.description import Description
 from retroexit.plugins.host import host
 from retroexit.retrieval import Retriever
-from retroexit.routing.bounds import samples_needed
-from retroexit.routing.calibration import check_promise
+from retroexit.routing.calibration import check_promise, samples_needed
 from retroexit.routing.latency import Latency
 from retroexit.training.branches.distributed import Team, join
 from retroexit.training.fit import fit_model

@@ -106,7 +106,7 @@ class Bench:
             test_guides, distance = self._guides(model, bank, test, control, seed + 1, in_bank=False)
             swapped = shuffled(test_guides, len(test), seed + 2)
             row |= {"keys": len(bank), "width": bank.retriever.width, "distance": distance}
-            row["search_macs"] = 0 if control else model.decomposition.taps.search_macs(bank)
+            row["search_macs"] = 0 if control else bank.macs_per_search(model.decomposition.taps.queries)
         begin = time.perf_counter()
         self._train(model, exit_index - 1, train, guides, seed, _file_name(f"{variant}-{exit_index}-{seed}"))
         row["seconds"] = time.perf_counter() - begin

@@ -19,7 +19,7 @@ from retroexit.core.modules import device_of
 from retroexit.core.samples import ImageRange, Samples, drawing_from, moved
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.guidance.building import build_bank, with_slopes
-from retroexit.guidance.taps import Taps
+from retroexit.guidance.provider import Taps
 from retroexit.measuring.exits import image_range_of
 from retroexit.metrics import QualityMetric
 from retroexit.model import EarlyExitGenerator

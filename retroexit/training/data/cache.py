@@ -23,7 +23,7 @@ from retroexit.core.identity import fingerprint
 from retroexit.core.modules import device_of
 from retroexit.core.samples import Samples, drawing_from, moved
 from retroexit.errors import CheckpointError, OptionError, TrainingError
-from retroexit.guidance.taps import Taps
+from retroexit.guidance.provider import Taps
 from retroexit.model import EarlyExitGenerator
 from retroexit.training.data.crops import Window, cut_out
 
