@@ -18,12 +18,10 @@ from retroexit.core.samples import ImageRange, Samples
 from retroexit.guidance import GuidanceBank, build_bank, with_slopes
 from retroexit.model import EarlyExitGenerator
 from retroexit.plugins import host
-from retroexit.training.branches.loop import train_branches
-from retroexit.training.branches.trainer import BranchSchedule, BranchTrainer
-from retroexit.training.data.cache import IMAGE, FeatureCache, guidance_names
-from retroexit.training.data.crops import Cropper
-from retroexit.training.data.steps import Steps
+from retroexit.training.cache import IMAGE, FeatureCache, guidance_names
 from retroexit.training.losses import L1, TrainingLoss
+from retroexit.training.steps import Cropper, Steps
+from retroexit.training.trainer import BranchSchedule, BranchTrainer, train_branches
 
 __all__ = ["CONTROLS", "Bench", "noise", "shuffled"]
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from retroexit.training.data.crops import Window, cut_out
 from torch import Tensor
 from tqdm import tqdm
 
@@ -25,7 +26,6 @@ from retroexit.core.samples import Samples, drawing_from, moved
 from retroexit.errors import CheckpointError, OptionError, TrainingError
 from retroexit.guidance.provider import Taps
 from retroexit.model import EarlyExitGenerator
-from retroexit.training.data.crops import Window, cut_out
 
 __all__ = [
     "GUIDANCE_KEY",
