@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.utils.data import Subset
 from tqdm import tqdm
 
-from retroexit.core.modules import device_of, fingerprint
+from retroexit.core.identity import fingerprint
+from retroexit.core.modules import device_of
 from retroexit.core.samples import Samples, drawing_from
 from retroexit.errors import OptionError
 from retroexit.guidance.bank import GuidanceBank
