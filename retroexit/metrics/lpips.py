@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retroexit.core.modules import fingerprint
+from retroexit.core.identity import fingerprint
 from retroexit.errors import OptionError, closest
 from retroexit.metrics.base import QualityMetric, versions_of
 from retroexit.metrics.weights import empty_lpips, fill_lpips, hub_file
