@@ -42,8 +42,7 @@ from static.measuring import Draw, Point, exit_points, network_point, seconds_of
 from torch import Tensor
 
 import retroexit
-from retroexit.core.images import ImageRange
-from retroexit.core.samples import Samples
+from retroexit.core.samples import ImageRange, Samples
 from retroexit.evaluation.sweep import Evaluation
 from retroexit.model import EarlyExitGenerator
 from retroexit.training.data.cache import FeatureCache
@@ -211,7 +210,7 @@ def main(given: Sequence[str] | None = None) -> None:
 
 
 def _backbone_macs(case: Case) -> int:
-    from retroexit.core.macs import count_macs
+    from retroexit.core.modules import count_macs
 
     args, _ = Samples(case.test).gather([0])
     return count_macs(case.generator, *args)

@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import retroexit
-from retroexit.core.macs import count_macs
+from retroexit.core.modules import count_macs
 from retroexit.routing.predictor import Predictor
 
 SCALES = {"1/2": 1 / 2, "1/3": 1 / 3, "1/4": 1 / 4, "1/6": 1 / 6, "1/15": 1 / 15}

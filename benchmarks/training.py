@@ -25,8 +25,7 @@ from common import argument_parser, machine_line, write_json
 from tqdm import tqdm
 
 import retroexit
-from retroexit.core.images import ImageRange
-from retroexit.core.samples import Samples
+from retroexit.core.samples import ImageRange, Samples
 from retroexit.metrics import LPIPS
 from retroexit.report.text_tables import table
 from retroexit.training.branches.trainer import BranchSchedule, BranchTrainer

@@ -16,27 +16,14 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from retroexit.demo.scenes import (
-    BRICK,
-    CAR,
-    GRASS,
-    MARKING,
     OVERSAMPLE,
-    PAVEMENT,
-    PERSON,
     PLANES,
-    PLASTER,
-    POLE,
-    ROAD,
-    ROOF,
     SCENE_SIZE,
     STYLE,
-    TREE,
-    WINDOW,
     Array,
     Building,
     LabelMap,
     Point,
-    Span,
     place_scene,
     texture_planes,
 )
@@ -126,12 +113,12 @@ class PaintedScene(LabelMap):
 
     def fill(self, points: Sequence[Point], label: int | None, paint: Any = None) -> None:
         """Fill a polygon with a colour, or with what ``paint(rows, columns)`` returns."""
-        super().fill(points, label)
+        super().fill(points, label, paint)
         self._colour(points, label, paint, lambda pen, inside: pen.polygon(inside, fill=1))
 
     def fill_ellipse(self, low: Point, high: Point, label: int | None, paint: Any = None) -> None:
         """Fill the ellipse in the box between two corners."""
-        super().fill_ellipse(low, high, label)
+        super().fill_ellipse(low, high, label, paint)
         (left, right), (top, bottom) = sorted((low[0], high[0])), sorted((low[1], high[1]))
         corners = [(left, top), (right, bottom)]
         self._colour(corners, label, paint, lambda pen, inside: pen.ellipse([*inside[0], *inside[1]], fill=1))
@@ -180,64 +167,54 @@ class PaintedScene(LabelMap):
 
         return paint
 
-    def shadow(self, x: float, z: float, width: float, depth: float) -> None:
-        """Darken an ellipse on the ground."""
+    def look(self, thing: str, *place: Any) -> dict[str, Any]:
+        """Return the paints of a thing by part."""
+        paints: dict[str, Any] = getattr(self, f"_{thing}")(*place)
+        return paints
+
+    def _shadow(self) -> dict[str, Any]:
         strength = 0.62 + 0.2 * self.light.night
-        low, high = self.project(x - width, 0, max(3.0, z - depth)), self.project(x + width, 0, z + depth)
-        self.fill_ellipse(low, high, None, rgb(strength, strength, strength + 0.04))
+        return {"ground": rgb(strength, strength, strength + 0.04)}
 
-    def surface(self, x: Span, z: Span, label: int) -> None:
-        """Paint a part of the road, or of the pavement with its kerb."""
-        paint = {
-            PAVEMENT: self._ground_paint(rgb(0.60, 0.57, 0.53), 0.03, 0.06),
-            ROAD: self._ground_paint(rgb(0.31, 0.31, 0.33), 0.05, 0.09),
-            MARKING: self._ground_paint(rgb(0.93, 0.92, 0.86), 0.0, 0.04),
-        }[label]
-        self.ground(x, z, label, paint)
-        if label == PAVEMENT:
-            kerb = self._ground_paint(rgb(0.74, 0.72, 0.69), 0.0, 0.04)
-            self.ground((x[0], x[0] + 0.25 * float(np.sign(x[0]))), z, label, kerb)
+    def _road(self) -> dict[str, Any]:
+        return {
+            "pavement": self._ground_paint(rgb(0.60, 0.57, 0.53), 0.03, 0.06),
+            "kerb": self._ground_paint(rgb(0.74, 0.72, 0.69), 0.0, 0.04),
+            "asphalt": self._ground_paint(rgb(0.31, 0.31, 0.33), 0.05, 0.09),
+            "marking": self._ground_paint(rgb(0.93, 0.92, 0.86), 0.0, 0.04),
+        }
 
-    def meadows(self, ridge: Sequence[Point]) -> None:
-        """Paint hills on the horizon and grass below it."""
+    def _meadows(self) -> dict[str, Any]:
         green = rgb(0.33, 0.47, 0.16) + rgb(0.16, 0.0, -0.02) * self.light.style["season"]
-        right, bottom = float(self.width), float(self.height)
         far = self.light.at(0.8 * green + rgb(0, 0.02, 0.06), 70.0)
-        self.fill([*ridge, (right, bottom), (0, bottom)], GRASS, far)
-        plain = [(0, self.horizon), (right, self.horizon), (right, bottom), (0, bottom)]
-        self.fill(plain, GRASS, self._ground_paint(green, 0.16, 0.14))
+        return {"far": far, "near": self._ground_paint(green, 0.16, 0.14)}
 
-    def building(self, building: Building) -> None:
-        """Paint roof, walls, windows, and the shadow on the pavement."""
-        b, light = building, self.light
-        inner, outer, height = b.side * b.setback, b.side * (b.setback + b.width), b.height
-        label = BRICK if b.brick else PLASTER
-        facing, flank = 0.92, light.side(b.side)
+    def building(self, b: Building) -> None:
+        """Paint a building and the shadow on the pavement."""
+        super().building(b)
+        if b.side * self.light.sun > 0.15:  # the shadow falls towards the road
+            reach = b.setback - 1.6 * b.side * self.light.sun
+            x = (b.side * reach, b.side * b.setback)
+            self.ground(x, (b.near, b.far), None, rgb(0.74, 0.75, 0.8))
+
+    def _building(self, b: Building) -> dict[str, Any]:
+        light, facing, flank = self.light, 0.92, self.light.side(b.side)
         roof = light.at(hue(0.02 + 0.05 * light.style["tint"], 0.34, 0.10), b.near, flank + 0.1)
-        middle, ridge, eaves = (inner + outer) / 2, height + 0.45 * b.width, height - 0.45
-        top = [(middle, ridge, b.near)] if b.has_gable else []
-        if b.has_gable:
-            slope = [(inner, height, b.near), (inner, height, b.far), (middle, ridge, b.far), *top]
-            self.world(slope, ROOF, roof)
-        self.flank(inner, (0, height), (b.near, b.far), label, self._wall(b, (b.near + b.far) / 2, flank))
-        front = [(inner, 0, b.near), (outer, 0, b.near), (outer, height, b.near), *top]
-        self.world([*front, (inner, height, b.near)], label, self._wall(b, b.near, facing))
-        if not b.has_gable:
-            self.flank(inner, (eaves, height), (b.near, b.far), ROOF, roof)
-            self.facing((inner, outer), (eaves, height), b.near, ROOF, 1.06 * roof)
-        for outside, inside, along, is_door in self.openings(b):
-            shade = flank if along else facing
-            self.fill(outside, WINDOW, light.at(rgb(0.86, 0.84, 0.80), b.near, shade))
-            wood = light.at(rgb(0.33, 0.22, 0.15), b.near, shade)
-            self.fill(inside, WINDOW, wood if is_door else self._glass(b.near))
-        if b.side * light.sun > 0.15:  # the shadow falls towards the road
-            reach = b.setback - 1.6 * b.side * light.sun
-            self.ground((b.side * reach, inner), (b.near, b.far), None, rgb(0.74, 0.75, 0.8))
+        return {
+            "roof": roof,
+            "roof front": 1.06 * roof,
+            "flank": self._wall(b, (b.near + b.far) / 2, flank),
+            "front": self._wall(b, b.near, facing),
+            "frame flank": light.at(rgb(0.86, 0.84, 0.80), b.near, flank),
+            "frame front": light.at(rgb(0.86, 0.84, 0.80), b.near, facing),
+            "door": light.at(rgb(0.33, 0.22, 0.15), b.near, flank),
+            "glass": self._glass(b.near),
+        }
 
     def _wall(self, building: Building, depth: float, shade: float) -> Paint:
         light = self.light
         facade, tint = light.style["facade"], light.style["tint"]
-        if building.brick:
+        if building.is_brick:
             colour, plane, relief = hue(0.03 + 0.03 * facade, 0.40 + 0.08 * tint, 0.17), "brick", 0.13
         else:
             turn = 0.08 + 0.07 * facade + 0.04 * building.side
@@ -265,14 +242,9 @@ class PaintedScene(LabelMap):
 
         return paint
 
-    def tree(self, x: float, z: float, height: float, rng: np.random.Generator) -> None:
-        """Paint a tree."""
-        light, thick = self.light, 0.035 * height
+    def _tree(self, z: float, centre: Point, radius: float) -> dict[str, Any]:
+        light = self.light
         leaves = rgb(0.20, 0.38, 0.12) + rgb(0.26, 0.04, 0.0) * max(0.0, light.style["season"])
-        self.shadow(x, z, 0.3 * height, 0.25 * height)
-        bark = light.at(rgb(0.30, 0.22, 0.15), z)
-        self.facing((x - thick, x + thick), (0, 0.5 * height), z, TREE, bark)
-        centre, radius = self.project(x, 0.66 * height, z), self.focal * 0.36 * height / z
 
         def foliage(rows: slice, columns: slice) -> Array:
             ys, xs = self.grid(rows, columns)
@@ -280,55 +252,32 @@ class PaintedScene(LabelMap):
             texture = 0.42 * self.plane("leaf", rows, columns) + 0.22 * self.plane("grain", rows, columns)
             return light.at(leaves * (bright + texture).clip(0.2), z)
 
-        for low, high in self.crown(x, z, height, rng):
-            self.fill_ellipse(low, high, TREE, foliage)
+        return {"bark": light.at(rgb(0.30, 0.22, 0.15), z), "leaves": foliage}
 
-    def car(self, x: float, z: float) -> None:
-        """Paint a car: it comes towards the camera on the left, and drives away on the right."""
+    def _car(self, x: float, z: float) -> dict[str, Any]:
         light, coming = self.light, x < 0
         body = hue(0.45 + 0.45 * light.style["car"] + 0.25 * coming, 0.46, 0.34)
-        self.shadow(x, z + 1.5, 1.25, 2.4)
-        black = light.at(rgb(0.07, 0.07, 0.08), z)
-        glass = light.at(rgb(0.17, 0.21, 0.27), z) * 0.7 + 0.12 * light.horizon
-        inner = x - 0.85 * float(np.sign(x))
-        self.flank(inner, (0.22, 0.85), (z, z + 3.8), CAR, light.at(body, z, 0.72))
-        self.flank(inner, (0.85, 1.36), (z + 0.6, z + 2.9), CAR, glass)
-        for axle in (z + 0.7, z + 3.0):
-            self.flank(inner, (0, 0.5), (axle - 0.3, axle + 0.3), CAR, black)
-        for left in (x - 0.8, x + 0.52):
-            self.facing((left, left + 0.28), (0, 0.4), z, CAR, black)
-        self.facing((x - 0.8, x + 0.8), (0.8, 1.45), z, CAR, light.at(body, z, 1.12), inset=0.2)
-        self.facing((x - 0.66, x + 0.66), (0.88, 1.34), z, CAR, glass, inset=0.16)
-        self.facing((x - 0.87, x + 0.87), (0.22, 0.88), z, CAR, light.at(body, z, 0.95))
-        self.facing((x - 0.85, x + 0.85), (0.22, 0.38), z, CAR, light.at(body, z, 0.5))
-        lamp = rgb(0.98, 0.95, 0.78) if coming else rgb(0.85, 0.10, 0.08)
-        for left in (x - 0.82, x + 0.5):
-            self.facing((left, left + 0.32), (0.58, 0.78), z, CAR, lamp)
-        self.facing((x - 0.24, x + 0.24), (0.44, 0.6), z, CAR, light.at(rgb(0.9, 0.9, 0.85), z))
+        return {
+            "side": light.at(body, z, 0.72),
+            "roof": light.at(body, z, 1.12),
+            "body": light.at(body, z, 0.95),
+            "bumper": light.at(body, z, 0.5),
+            "tyre": light.at(rgb(0.07, 0.07, 0.08), z),
+            "glass": light.at(rgb(0.17, 0.21, 0.27), z) * 0.7 + 0.12 * light.horizon,
+            "lamp": rgb(0.98, 0.95, 0.78) if coming else rgb(0.85, 0.10, 0.08),
+            "plate": light.at(rgb(0.9, 0.9, 0.85), z),
+        }
 
-    def person(self, x: float, z: float) -> None:
-        """Paint a person who stands beside the road."""
-        light = self.light
-        shirt = hue(0.95 + 0.3 * light.style["car"] + (0.3 if x < 0 else 0.0), 0.5, 0.35)
-        self.shadow(x, z, 0.4, 0.3)
-        trousers = light.at(rgb(0.16, 0.18, 0.27), z)
-        for left in (x - 0.2, x + 0.03):
-            self.facing((left, left + 0.17), (0, 0.85), z, PERSON, trousers)
-        self.facing((x - 0.22, x + 0.22), (0.8, 1.4), z, PERSON, light.at(shirt, z), inset=-0.08)
-        self.disc(x, (1.42, 1.76), z, 0.14, PERSON, light.at(rgb(0.80, 0.60, 0.48), z))
+    def _person(self, x: float, z: float) -> dict[str, Any]:
+        shirt = hue(0.95 + 0.3 * self.light.style["car"] + (0.3 if x < 0 else 0.0), 0.5, 0.35)
+        colours = {"trousers": rgb(0.16, 0.18, 0.27), "shirt": shirt, "face": rgb(0.80, 0.60, 0.48)}
+        return {part: self.light.at(colour, z) for part, colour in colours.items()}
 
-    def lamp_post(self, x: float, z: float) -> None:
-        """Paint a lamp post; it is lit after dusk."""
-        light = self.light
-        steel = light.at(rgb(0.24, 0.26, 0.27), z)
-        tip = x - float(np.sign(x)) * 1.2
-        self.facing((x - 0.09, x + 0.09), (0, 5.2), z, POLE, steel, inset=0.03)
-        self.world([(x, 5.05, z), (tip, 5.15, z), (tip, 5.3, z), (x, 5.25, z)], POLE, steel)
-        bulb = steel + (rgb(1.0, 0.92, 0.65) - steel) * (0.25 + 0.75 * light.night)
-        self.facing((tip - 0.3, tip + 0.3), (4.95, 5.3), z, POLE, bulb)
+    def _lamp_post(self, z: float) -> dict[str, Any]:
+        steel = self.light.at(rgb(0.24, 0.26, 0.27), z)
+        bulb = steel + (rgb(1.0, 0.92, 0.65) - steel) * (0.25 + 0.75 * self.light.night)
+        return {"steel": steel, "bulb": bulb}
 
-    def sign(self, x: float, z: float) -> None:
-        """Paint a round traffic sign."""
-        self.facing((x - 0.06, x + 0.06), (0, 2), z, POLE, self.light.at(rgb(0.5, 0.5, 0.5), z))
-        for radius, colour in ((0.48, rgb(0.80, 0.10, 0.10)), (0.3, rgb(0.95, 0.95, 0.92))):
-            self.disc(x, (2.2 - radius, 2.2 + radius), z, radius, POLE, self.light.at(colour, z))
+    def _sign(self, z: float) -> dict[str, Any]:
+        colours = {"steel": rgb(0.5, 0.5, 0.5), "rim": rgb(0.80, 0.10, 0.10), "middle": rgb(0.95, 0.95, 0.92)}
+        return {part: self.light.at(colour, z) for part, colour in colours.items()}

@@ -7,7 +7,7 @@ generator, bit for bit, until an exit is asked for. Reference: FIANCEE, Karpikov
 import logging
 
 from retroexit.api import evaluate, find_stages, fit, load, wrap
-from retroexit.core.versions import __version__ as __version__
+from retroexit.core.files import __version__ as __version__
 from retroexit.errors import RetroExitError, RetroExitWarning
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.guidance.options import Guidance

@@ -104,10 +104,9 @@ def wrap(
     if isinstance(attach_at, (str, int)):
         attach_at = [attach_at]
     description = host().describe(generator, adapter)
-    if example_inputs is None and description is not None and description.example_inputs is not None:
+    if example_inputs is None and description.example_inputs is not None:
         example_inputs, example_kwargs = description.example_inputs(generator)
-    if stages is None and description is not None:
-        stages = description.stages
+    stages = description.stages if stages is None else stages
     attach_at = tuple(attach_at)
     options = WrapOptions(
         attach_at=attach_at,
@@ -116,15 +115,13 @@ def wrap(
         stages=None if stages is None else tuple(stages),
         guidance=_guidance(guidance, description),
         init=init,
-        image=image if image is not None or description is None else description.image,
-        image_range=image_range
-        if image_range is not None or description is None
-        else description.image_range,
+        image=description.image if image is None else image,
+        image_range=description.image_range if image_range is None else image_range,
         self_test=self_test,
         seed=seed,
         shadowed=shadowed_keywords(generator),
-        predictor_inputs=None if description is None else description.predictor_inputs,
-        build_stage=host().stage_builder(description, adapter),
+        predictor_inputs=description.predictor_inputs,
+        build_stage=description.build_stage,
         description=None if adapter is None else description,
     )
     model = EarlyExitGenerator(generator, options)
@@ -174,7 +171,7 @@ def read_generator(
     """Read a generator as `wrap` does: its stages, and the execution that they were found in."""
     description = host().describe(generator)
     if example_inputs is None and not example_kwargs:
-        if description is None or description.example_inputs is None:
+        if description.example_inputs is None:
             raise OptionError(
                 f"example_inputs are needed, because no adapter makes the inputs of {type(generator).__name__}, "
                 f"{forward_signature(generator)}. Pass example_inputs=(...); on the command line, --shape 1,32,16,32 "
@@ -187,8 +184,8 @@ def read_generator(
         generator,
         args,
         kwargs,
-        stages=stages if stages is not None or description is None else description.stages,
-        image=image if image is not None or description is None else description.image,
+        stages=description.stages if stages is None else stages,
+        image=description.image if image is None else image,
     )
     return decoder if decoder.replayed else _check_pieces(generator, decoder, args, kwargs)
 
@@ -219,7 +216,7 @@ def _rules(scale: float | Sequence[float], min_channels: int, count: int, name: 
     return tuple(WidthRule(item, min_channels, name, function) for item in scales)
 
 
-def _guidance(guidance: Guidance | str | bool | None, description: Description | None) -> Guidance | None:
+def _guidance(guidance: Guidance | str | bool | None, description: Description) -> Guidance | None:
     if guidance is None or guidance is False:
         return None
     if guidance is True or guidance == "patches":
@@ -228,6 +225,4 @@ def _guidance(guidance: Guidance | str | bool | None, description: Description |
         raise OptionError(
             f"guidance must be None, True, 'patches' or a retroexit.Guidance, got {guidance!r}.", guidance
         )
-    if description is None:
-        return guidance.completed(None, None, None)
     return guidance.completed(description.key, description.key_after, description.value_after)

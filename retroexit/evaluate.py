@@ -15,7 +15,7 @@ from retroexit.evaluation.measure import measure
 from retroexit.evaluation.sweep import Evaluation
 from retroexit.metrics import QualityMetric
 from retroexit.model import EarlyExitGenerator
-from retroexit.plugins.host import find_metric
+from retroexit.plugins.host import host
 from retroexit.report.report import write_report
 from retroexit.report.saved_report import EVALUATION
 from retroexit.report.strips import pick_strips
@@ -65,7 +65,7 @@ def evaluate(
             stacklevel=2,
         )
     name = metric or model.about.get("metric", {}).get("name", "lpips-alex")
-    evaluation, run = measure(model, inputs, find_metric(name, weights), progress=progress, **settings)
+    evaluation, run = measure(model, inputs, host().metric(name, weights), progress=progress, **settings)
     if folder is not None:
         title = title or f"{type(model.generator).__name__} with {len(model.branches)} early exits"
         strips = pick_strips(run, evaluation, show)

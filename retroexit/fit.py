@@ -23,7 +23,7 @@ from retroexit.measuring.calibrate import calibrate
 from retroexit.metrics import QualityMetric
 from retroexit.model import EarlyExitGenerator
 from retroexit.plugins.description import Description
-from retroexit.plugins.host import find_metric, host
+from retroexit.plugins.host import host
 from retroexit.retrieval import Retriever
 from retroexit.routing.bounds import samples_needed
 from retroexit.routing.calibration import check_promise
@@ -233,7 +233,7 @@ def prepare(
     back_end = host().retriever(guidance.retriever if guidance is not None else "exact")
     measured_by: QualityMetric | None = None
     try:
-        measured_by = find_metric(metric, weights)
+        measured_by = host().metric(metric, weights)
     except WeightsError as error:
         if missing is None:
             raise

@@ -52,13 +52,13 @@ def load(
     """
     folder = Path(folder)
     description = host().describe(generator, adapter)
-    if example_inputs is None and description is not None and description.example_inputs is not None:
+    if example_inputs is None and description.example_inputs is not None:
         example_inputs, example_kwargs = description.example_inputs(generator)
     manifest = read_manifest(folder)
     knowledge = {
         "shadowed": shadowed_keywords(generator),
-        "predictor_inputs": None if description is None else description.predictor_inputs,
-        "build_stage": host().stage_builder(description, adapter),
+        "predictor_inputs": description.predictor_inputs,
+        "build_stage": description.build_stage,
         "description": None if adapter is None else description,
     }
     try:
@@ -71,7 +71,7 @@ def load(
         raise CheckpointError(
             f"{folder} is damaged: model.json holds {type(error).__name__}: {error}. Copy it again.", folder
         ) from error
-    options = with_key(options, manifest, key, None if description is None else description.key, folder)
+    options = with_key(options, manifest, key, description.key, folder)
     _check_folder(folder, manifest, expected, generator, options)
     tensors, _ = read_tensors(folder / "weights.safetensors")
     model = EarlyExitGenerator(generator, options)

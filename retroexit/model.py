@@ -15,7 +15,7 @@ from retroexit.guidance.bank import GuidanceBank
 from retroexit.guidance.provider import GuideProvider
 from retroexit.measuring.calibrate import calibrate
 from retroexit.metrics import QualityMetric
-from retroexit.plugins.host import find_metric
+from retroexit.plugins.host import host
 from retroexit.routing.calibration import Calibration
 from retroexit.routing.latency import Latency, time_exits
 from retroexit.routing.policy import Policy, RoutingOptions, RoutingRequest
@@ -344,7 +344,7 @@ class EarlyExitGenerator(nn.Module):
             TrainingError: If there is no predictor yet.
         """
         fitted_with = self.about.get("metric", {}).get("name", "lpips-alex")
-        measure = find_metric(metric or fitted_with, weights)
+        measure = host().metric(metric or fitted_with, weights)
         self.calibration = calibrate(self, inputs, measure, alpha=alpha, confidence=confidence, **settings)
         return self.calibration
 

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import retroexit
-from retroexit.core.images import ImageRange
-from retroexit.core.macs import count_macs
-from retroexit.core.samples import Samples
+from retroexit.core.modules import count_macs
+from retroexit.core.samples import ImageRange, Samples
 from retroexit.errors import CheckpointError, MissingExtraError, OptionError, OutputError
 from retroexit.evaluation.measure import measure
 from retroexit.evaluation.sweep import Evaluation

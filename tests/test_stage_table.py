@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import retroexit
 from retroexit.api import read_generator
-from retroexit.core.macs import unit_of
+from retroexit.core.modules import unit_of
 from retroexit.report.stage_table import brief_count, decoder_table, ranges, shorten, stage_table
 
 

@@ -14,8 +14,7 @@ import torch
 from cases import Case
 from torch import Tensor
 
-from retroexit.core.images import ImageRange
-from retroexit.core.samples import Samples
+from retroexit.core.samples import ImageRange, Samples
 from retroexit.guidance import GuidanceBank, build_bank, with_slopes
 from retroexit.model import EarlyExitGenerator
 from retroexit.plugins import host

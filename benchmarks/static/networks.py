@@ -17,8 +17,7 @@ from tqdm import tqdm
 
 import retroexit
 from retroexit.core.files import read_tensors, write_tensors
-from retroexit.core.images import ImageRange
-from retroexit.core.samples import Samples, drawing_from
+from retroexit.core.samples import ImageRange, Samples, drawing_from
 from retroexit.model import EarlyExitGenerator
 from retroexit.training.branches.ema import Average
 from retroexit.training.branches.initialise import reconstruct_branches

@@ -7,9 +7,9 @@ feature, and every stage takes the guide as further channels (paper sections 4.1
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,14 +18,13 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 from retroexit.core.nested import tensors
-from retroexit.stages.cuts import Cut
+from retroexit.stages.decoder import Cut
 
 __all__ = [
     "BuildStage",
     "StageShape",
     "first_stage",
     "inherit_stage",
-    "replaced_stages",
     "settle_norms",
     "stage_shapes",
 ]
@@ -49,31 +48,23 @@ class StageShape:
     out_channels: int
 
 
-def stage_shapes(
-    tail: nn.Module, values: Sequence[Tensor], width: int, paths: Sequence[str]
-) -> dict[str, StageShape]:
-    """Run a narrowed tail of ``width`` input channels once and note the shapes of its stages."""
-    inputs: dict[str, torch.Size] = {}
+def stage_shapes(tail: nn.Module, values: Sequence[Tensor], paths: Sequence[str]) -> dict[str, StageShape]:
+    """Run a narrowed tail once and note the shapes of its stages."""
     shapes: dict[str, StageShape] = {}
 
-    def note_input(path: str, x: Tensor) -> Tensor:
-        inputs[path] = x.shape
-        return x
-
-    def note_output(path: str, output: Any) -> None:
-        maps = [t for t in tensors(output) if t.dim() >= 3]
-        if path in inputs:
-            out_channels = maps[0].shape[1] if maps else 0
-            shapes[path] = StageShape(inputs[path][1], tuple(inputs[path][2:]), out_channels)
+    def note(path: str, _module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        inputs = [t for t in (*args, *tensors((args, kwargs))) if isinstance(t, Tensor) and t.dim() >= 3]
+        outputs = [t for t in tensors(output) if t.dim() >= 3]
+        if inputs:
+            x = inputs[0]
+            shapes[path] = StageShape(x.shape[1], tuple(x.shape[2:]), outputs[0].shape[1] if outputs else 0)
 
     hooks = [
-        tail.get_submodule(path).register_forward_hook(lambda _m, _a, out, path=path: note_output(path, out))
+        tail.get_submodule(path).register_forward_hook(partial(note, path), with_kwargs=True)
         for path in paths
     ]
-    before = {path: (lambda x, path=path: note_input(path, x)) for path in paths}
     try:
-        with torch.no_grad():
-            tail(values[0][:, :width].clone(), *(value.clone() for value in values[1:]), before=before)
+        tail(*values)
     finally:
         for hook in hooks:
             hook.remove()
@@ -102,20 +93,6 @@ def first_stage(tail: nn.Module, cut: Cut, paths: Sequence[str]) -> str | None:
             if [*module.parameters(), *module.buffers()]:
                 return None
         value = node
-
-
-@contextmanager
-def replaced_stages(tail: nn.Module, stages: dict[str, nn.Module]) -> Iterator[None]:
-    """Put other stages into a tail; if the block raises, the previous ones are restored."""
-    previous = {path: tail.get_submodule(path) for path in stages}
-    try:
-        for path, stage in stages.items():
-            tail.set_submodule(path, stage)
-        yield
-    except BaseException:
-        for path, stage in previous.items():
-            tail.set_submodule(path, stage)
-        raise
 
 
 @torch.no_grad()

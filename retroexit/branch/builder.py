@@ -16,22 +16,28 @@ from retroexit.branch.adapter_stages import (
     StageShape,
     first_stage,
     inherit_stage,
-    replaced_stages,
     settle_norms,
     stage_shapes,
 )
 from retroexit.branch.branch import Branch, GuideEntry, GuideShape
-from retroexit.branch.inherit import Layout, choose_channels, find_layout, narrow, readers_of
+from retroexit.branch.inherit import (
+    Layout,
+    choose_channels,
+    correct_fan_in,
+    emptied,
+    find_layout,
+    narrow,
+    readers_of,
+    start_from_scratch,
+)
+from retroexit.branch.least_squares import CONVOLUTIONS
 from retroexit.branch.widths.analyse import analyse, blame
 from retroexit.branch.widths.equations import symbols_of
-from retroexit.branch.widths.plan import Pin, WidthPlan, WidthRule
-from retroexit.branch.widths.resize import correct_fan_in, emptied, start_from_scratch
-from retroexit.branch.widths.solve import TailWidths
-from retroexit.core.macs import MacCounter
-from retroexit.core.modules import clone_module
+from retroexit.branch.widths.plan import Pin, TailWidths, WidthPlan, WidthRule
+from retroexit.core.modules import MacCounter, clone_module, device_of
 from retroexit.errors import BranchError
 from retroexit.split.segments import Tail
-from retroexit.stages.cuts import Cut
+from retroexit.stages.decoder import Cut
 
 __all__ = ["BranchSpec", "Init", "build_branch"]
 
@@ -71,7 +77,7 @@ class BranchSpec:
 def build_branch(
     tail: Tail, cut: Cut, values: Sequence[Tensor], spec: BranchSpec, plan: WidthPlan | None = None
 ) -> Branch:
-    """Make a thin branch out of a full-width tail.
+    """Make a thin branch out of a full-width tail (paper section 3.1).
 
     Args:
         tail: The full-width tail; it is not changed, and may hold the generator's own weights.
@@ -85,40 +91,35 @@ def build_branch(
 
     Raises:
         BranchError: If the tail cannot be narrowed, or a stage of a saved model cannot be built again.
-
-    Reference: paper section 3.1.
     """
     if plan is not None:
-        builder = BranchBuilder(
-            cast("Tail", emptied(tail, plan)), tail, cut, values, spec, plan, is_new=False
-        )
-    elif spec.rule.scale < 1:
+        thin = cast("Tail", emptied(tail, plan))
+        builder = _BranchBuilder(thin, tail, cut, values, spec, plan, is_new=False)
+        correct_fan_in(thin, tail)
+        return builder.assemble(builder.build_stages(plan.built))
+    is_narrow = spec.rule.scale < 1
+    if is_narrow:
         builder = _Narrowing(tail, cut, values, spec).run()
     else:
-        builder = BranchBuilder(cast("Tail", clone_module(tail)), tail, cut, values, spec)
-    if plan is None and spec.init == "scratch":
+        builder = _BranchBuilder(cast("Tail", clone_module(tail)), tail, cut, values, spec)
+    if spec.init == "scratch":
         start_from_scratch(builder.thin, tail, spec.seed)
-    if plan is None and spec.rule.scale < 1:
+    if is_narrow:
         settle_norms(builder.thin)  # the singular vectors of the wide weights do not fit the narrow ones
     correct_fan_in(builder.thin, tail)
-    if plan is not None and plan.built:
-        return builder.assemble(builder.build_stages(plan.built))
-    if plan is None and spec.build_stage is not None and (spec.rule.scale < 1 or spec.guide is not None):
+    if spec.build_stage is not None and (is_narrow or spec.guide is not None):
         return builder.with_built_stages()
     return builder.assemble({})
 
 
 @dataclass
-class BranchBuilder:
+class _BranchBuilder:
     """A branch that is being built.
 
     Attributes:
         thin: The narrowed tail.
         full: The full-width tail.
-        cut: Where it begins.
-        values: Example feature and live values.
-        spec: How to build it.
-        plan: Its widths; ``None`` where nothing shrinks.
+        plan: The chosen widths; ``None`` where nothing shrinks.
         kept: For a parameter's name and axis the channels that are kept, ``None`` for all of them.
         kept_entry: Channels of the feature that the narrowed tail keeps, likewise.
         is_new: Whether its weights are used; ``False`` for a saved model, which has others.
@@ -155,42 +156,47 @@ class BranchBuilder:
     @cached_property
     def shapes(self) -> dict[str, StageShape]:
         """Shapes of every stage of the narrowed tail."""
-        return stage_shapes(self.thin, self.values, self.width, self.stages)
+        with torch.no_grad():
+            return stage_shapes(self.thin, self._narrow_values(), self.stages)
 
     def trial_macs(self) -> int:
         """Run the narrowed tail once and count its multiply-accumulates."""
-        feature, *live = self.values
         with torch.no_grad(), torch.random.fork_rng(devices=[]), MacCounter() as counter:
-            self.thin(feature[:, : self.width].clone(), *(value.clone() for value in live))
+            self.thin(*self._narrow_values())
         return counter.macs
+
+    def _narrow_values(self) -> list[Tensor]:
+        return [self.values[0][:, : self.width].clone(), *(value.clone() for value in self.values[1:])]
 
     # Stages of an adapter.
 
     def with_built_stages(self) -> Branch:
         """Assemble with stages built by the adapter; keep the narrowed ones, with a pin, where those fail."""
-        channels = {path: shape.channels for path, shape in self.shapes.items()}
-        if self.first is not None:
-            channels[self.first] = int(self.values[0].shape[1])
         sizes = {
-            path: (channels[path] + self._guide_channels(path), shape.out_channels)
+            path: (shape.channels + self._guide_channels(path), shape.out_channels)
             for path, shape in self.shapes.items()
             if path == self.first or path != self.stages[0]
         }
-        narrowed_plan = self.plan
+        if self.first in sizes:  # it takes the whole feature
+            feature = int(self.values[0].shape[1])
+            sizes[self.first] = (feature + self._guide_channels(self.first), sizes[self.first][1])
+        narrowed_plan, narrowed_stages = self.plan, {path: self.thin.get_submodule(path) for path in sizes}
         try:
             notes = {
                 path: "the feature reaches it through a layer, a sum or twice"
                 for path in self.stages[:1]
-                if path not in sizes and self._call_adapter(path, *self._channels(path)) is not None
+                if path not in sizes
+                and self._call_adapter(path, self.shapes[path].channels, self.shapes[path].out_channels)
+                is not None
             }
             stages = self.build_stages(sizes)
             if stages:
                 plan = self.plan
                 if plan is None:  # full width, with a guide
-                    named = [*self.thin.named_parameters(), *self.thin.named_buffers()]
-                    plan = WidthPlan({}, {name: tuple(t.shape) for name, t in named}, {}, self.width, ())
+                    tensors = [*self.thin.named_parameters(), *self.thin.named_buffers()]
+                    plan = WidthPlan({}, {name: tuple(t.shape) for name, t in tensors}, {}, self.width, ())
                 pins = [
-                    pin for pin in plan.pins if not any(pin.parameter.startswith(f"{p}.") for p in stages)
+                    p for p in plan.pins if not any(p.parameter.startswith(f"{path}.") for path in stages)
                 ]
                 built = {path: sizes[path] for path in stages}
                 self.plan = replace(plan, built=built, pins=(*pins, *self._notes(notes)))
@@ -199,6 +205,8 @@ class BranchBuilder:
             notes = dict.fromkeys(sizes, f"the adapter's own does not run ({error.__cause__})")
             logger.warning("stages of the adapter do not run", exc_info=error)
             self.plan = narrowed_plan
+            for path, stage in narrowed_stages.items():
+                self.thin.set_submodule(path, stage)
         if self.plan is not None:
             self.plan = replace(self.plan, pins=(*self.plan.pins, *self._notes(notes)))
         return self.assemble({})
@@ -217,9 +225,9 @@ class BranchBuilder:
                         path,
                     )
                 continue
-            stage.eval().to(next((p.device for p in full.parameters()), self.values[0].device))
+            stage.eval().to(device_of(full, self.values[0].device))
             if self.spec.init == "inherit" and self.is_new:
-                kept = partial(_kept_in, self.kept, path)
+                kept = partial(lambda path, name, axis: self.kept(f"{path}.{name}", axis), path)
                 inherit_stage(stage, full, kept, channels, self._guide_channels(path), path == self.first)
             settle_norms(stage)
             stages[path] = stage
@@ -239,9 +247,6 @@ class BranchBuilder:
                 f"{type(error).__name__}: {error}. Report this to the adapter's authors.",
                 full,
             ) from error
-
-    def _channels(self, path: str) -> tuple[int, int]:
-        return self.shapes[path].channels, self.shapes[path].out_channels
 
     def _guide_channels(self, path: str) -> int:
         """Return the guide's channels in the input of a built stage, at most those of its output."""
@@ -268,12 +273,19 @@ class BranchBuilder:
         kept = self.kept_entry
         if entry is not None and spec.init == "inherit" and (kept is None or len(kept) == self.width):
             entry.select(kept)
-        with replaced_stages(self.thin, stages):
-            branch = Branch(entry, self.thin, injections, self.plan)
-            if spec.init == "inherit" and self.is_new:
-                branch.kept, branch.is_fresh = self._kept_outputs(), True
-            branch.to(device=feature.device, dtype=feature.dtype if feature.is_floating_point() else None)
-            self._trial_run(branch)
+        for path, stage in stages.items():
+            self.thin.set_submodule(path, stage)
+        branch = Branch(entry, self.thin, injections, self.plan)
+        if spec.init == "inherit" and self.is_new:
+            parameters = {name for name, _ in self.full.named_parameters()}  # a tied weight has one name only
+            branch.kept = {
+                path: self.kept(f"{path}.weight", int(getattr(module, "transposed", False)))
+                for path, module in self.full.named_modules()
+                if isinstance(module, (nn.Linear, *CONVOLUTIONS)) and f"{path}.weight" in parameters
+            }
+            branch.is_fresh = True
+        branch.to(device=feature.device, dtype=feature.dtype if feature.is_floating_point() else None)
+        self._trial_run(branch)
         return branch.eval()
 
     def _entry(self, stages: dict[str, nn.Module]) -> GuideEntry | None:
@@ -297,22 +309,12 @@ class BranchBuilder:
             if path == self.first or self.cut.feature in modules[path].all_input_nodes:
                 continue
             channels, size = self.shapes[path].channels, self.shapes[path].size
-            if path in stages:
-                injections[path] = GuideEntry(channels, None, size, guide, self._guide_channels(path))
-            else:
-                injections[path] = GuideEntry(channels, channels, size, guide, guide_channels=channels)
+            guide_channels = self._guide_channels(path) if path in stages else channels
+            out_channels = None if path in stages else channels
+            injections[path] = GuideEntry(channels, out_channels, size, guide, guide_channels)
             if self.spec.init == "inherit":
                 injections[path].select(None)
         return injections
-
-    def _kept_outputs(self) -> dict[str, Tensor | None]:
-        """Return the backbone's output channels that every convolution and linear layer keeps."""
-        named = {name for name, _ in self.full.named_parameters()}  # a tied weight has its first name only
-        return {
-            path: self.kept(f"{path}.weight", int(getattr(module, "transposed", False)))
-            for path, module in self.full.named_modules()
-            if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) and f"{path}.weight" in named
-        }
 
     def _trial_run(self, branch: Branch) -> None:
         """Run the branch once, and count its multiply-accumulates."""
@@ -332,13 +334,6 @@ class BranchBuilder:
         branch.macs = counter.macs
 
 
-def _kept_in(kept: Callable[[str, int], Tensor | None], path: str, name: str, axis: int) -> Tensor | None:
-    return kept(f"{path}.{name}", axis)
-
-
-_Build = Callable[[WidthPlan], BranchBuilder]
-
-
 class _Narrowing:
     """Narrows a tail, except for modules that turn out not to run on narrower tensors."""
 
@@ -346,7 +341,7 @@ class _Narrowing:
         self.tail, self.cut, self.values, self.spec = tail, cut, values, spec
         self.opaque: dict[str, str] = {}
 
-    def run(self) -> BranchBuilder:
+    def run(self) -> _BranchBuilder:
         """Analyse the tail, choose widths, copy it; repeat with more opaque modules until it runs."""
         while True:
             widths, plan = self._analyse()
@@ -370,15 +365,8 @@ class _Narrowing:
     def _analyse(self) -> tuple[TailWidths, WidthPlan]:
         """Find the equations between a tail's widths, and choose widths."""
         spec = self.spec
-        run = partial(
-            analyse,
-            self.tail,
-            self.values,
-            threshold=spec.rule.min_channels,
-            image=spec.image,
-            names=[spec.names.get(node, node.name) for node in self.cut.live],
-            opaque=self.opaque,
-        )
+        names = [spec.names.get(node, node.name) for node in self.cut.live]
+        run = partial(analyse, self.tail, self.values, spec.rule.min_channels, spec.image, names, self.opaque)
         widths = run()
         plan = widths.plan(spec.rule)
         if all(pin.is_live for pin in plan.pins):
@@ -393,26 +381,24 @@ class _Narrowing:
 
     def _build(
         self, widths: TailWidths, layout: Layout, readers: Mapping[Any, Any], plan: WidthPlan
-    ) -> BranchBuilder:
+    ) -> _BranchBuilder:
         """Copy the tail with chosen widths."""
         selection = choose_channels(self.tail, widths, plan, readers)
-        thin = narrow(self.tail, widths, plan, selection, layout)
+        thin = cast("Tail", narrow(self.tail, widths, plan, selection, layout))
 
         def kept(name: str, axis: int) -> Tensor | None:
             return layout.indices(widths.shapes[name][axis], selection, widths.values)
 
-        kept_entry = layout.indices(widths.entry, selection, widths.values)
-        return BranchBuilder(
-            cast("Tail", thin), self.tail, self.cut, self.values, self.spec, plan, kept, kept_entry
-        )
+        entry = layout.indices(widths.entry, selection, widths.values)
+        return _BranchBuilder(thin, self.tail, self.cut, self.values, self.spec, plan, kept, entry)
 
     def _without_projection(
         self,
-        builder: BranchBuilder,
+        builder: _BranchBuilder,
         macs: int,
         widths: TailWidths,
-        build: Callable[[WidthPlan], BranchBuilder],
-    ) -> BranchBuilder | None:
+        build: Callable[[WidthPlan], _BranchBuilder],
+    ) -> _BranchBuilder | None:
         """Let the tail take the whole feature where a projection would cost more than it saves.
 
         This is so where only 1x1 layers read the feature: a narrow layer that reads all channels is cheaper

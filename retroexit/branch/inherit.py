@@ -1,9 +1,9 @@
-"""Starting weights of a branch out of the backbone's own channels.
+"""Narrowed copies of a tail, and their starting weights: the backbone's own channels, or random.
 
 Of every width the most important channels are kept, the same ones wherever the width occurs. They are picked
 one after another: each is the one that, with those picked before, explains most of the outputs of the layers
-that read them on example values (`retroexit.branch.least_squares` then solves those layers for the kept
-channels). Without samples, the norms of the weights decide.
+that read them on example values. `retroexit.branch.least_squares` then solves those layers for the kept
+channels. Without samples, the norms of the weights decide.
 
 Where a dimension is a multiple or a sum of widths (a pixel shuffle's output, the input behind a
 concatenation), sizes do not tell which channel is which. The layout is found by experiment: permuting the
@@ -17,22 +17,32 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import sympy
 import torch
 from torch import Tensor, nn
 
-from retroexit.branch.least_squares import can_read, design, exact, is_linear, rows, some_places
-from retroexit.branch.widths.equations import symbols_of
-from retroexit.branch.widths.plan import WidthPlan
-from retroexit.branch.widths.resize import resized
-from retroexit.branch.widths.solve import TailWidths
+from retroexit.branch.least_squares import CONVOLUTIONS, can_read, design, draw_places, exact, is_linear, rows
+from retroexit.branch.widths.analyse import int_attributes
+from retroexit.branch.widths.equations import Expr, symbols_of
+from retroexit.branch.widths.plan import TailWidths, WidthPlan
 from retroexit.core.modules import clone_module
 from retroexit.core.nested import tensors
 
-__all__ = ["Layout", "Reader", "choose_channels", "find_layout", "narrow", "pick_channels", "readers_of"]
+__all__ = [
+    "Layout",
+    "Reader",
+    "choose_channels",
+    "correct_fan_in",
+    "emptied",
+    "find_layout",
+    "narrow",
+    "pick_channels",
+    "readers_of",
+    "start_from_scratch",
+]
 
 _PLACES = 4096
 _RIDGE = 1e-4
@@ -45,8 +55,17 @@ _WEIGHTS = (
     "parametrizations.weight.original",
     "parametrizations.weight.original1",
 )
+_NORMS = (
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
+    *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+)
+_GAINS = (1.0, math.sqrt(2.0), 0.01, 0.1)
 
 Selection = dict[sympy.Symbol, Tensor]
+"""For every width the kept channels."""
+
+
+# Which channels to keep.
 
 
 @dataclass(frozen=True)
@@ -96,7 +115,7 @@ def _reader(
 ) -> Reader | None:
     if not can_read(module, args, output) or channels > _MAX_UNKNOWNS:
         return None
-    places = some_places(module, output, _PLACES, generator)
+    places = draw_places(module, output, _PLACES, generator)
     taps = math.prod(getattr(module, "kernel_size", ()))
     x = exact(design(module, args[0], places, centre=channels * taps > _MAX_UNKNOWNS))
     y = exact(rows(module, output, places))
@@ -117,8 +136,13 @@ def pick_channels(readers: Sequence[Reader], channels: int, count: int) -> list[
         gain[picked] = -1.0
         best = int(gain.argmax())
         picked.append(best)
-        for gram, cross in state:
-            _subtract(gram, cross, best, len(gram) // channels)
+        for gram, cross in state:  # subtract what the channel explains
+            taps = len(gram) // channels
+            span = slice(best * taps, (best + 1) * taps)
+            block, left = gram[span, span], gram[:, span].clone()
+            right = torch.linalg.solve(block + _floor(block), torch.cat([gram[span], cross[span]], 1))
+            gram -= left @ right[:, : len(gram)]
+            cross -= left @ right[:, len(gram) :]
     return picked
 
 
@@ -130,55 +154,10 @@ def _gains(gram: Tensor, cross: Tensor, channels: int) -> Tensor:
     return (parts * torch.linalg.solve(blocks + _floor(blocks), parts)).sum((1, 2))
 
 
-def _subtract(gram: Tensor, cross: Tensor, channel: int, taps: int) -> None:
-    """Subtract what a channel explains, in place."""
-    span = slice(channel * taps, (channel + 1) * taps)
-    block, left = gram[span, span], gram[:, span].clone()
-    right = torch.linalg.solve(block + _floor(block), torch.cat([gram[span], cross[span]], 1))
-    gram -= left @ right[:, : len(gram)]
-    cross -= left @ right[:, len(gram) :]
-
-
 def _floor(blocks: Tensor) -> Tensor:
-    """Keep blocks that the channels before have explained, or that are dead, from being singular."""
+    """Keep blocks that picked channels explain, or that are dead, from being singular."""
     level = 1e-9 * blocks.diagonal(dim1=-2, dim2=-1).abs().mean(-1)[..., None, None] + 1e-30
     return level * torch.eye(blocks.shape[-1], dtype=blocks.dtype)
-
-
-@dataclass
-class Layout:
-    """How the channels of composite dimensions are arranged.
-
-    Attributes:
-        interleaved: Composite expressions ``k * s`` whose channel ``i`` is at ``[k i, k i + k)`` instead of
-            at ``i + j s``.
-        order: For a sum of widths, the order of its terms along the dimension.
-    """
-
-    interleaved: set[Any] = field(default_factory=set)
-    order: dict[Any, tuple[Any, ...]] = field(default_factory=dict)
-
-    def indices(self, expression: Any, selection: Selection, sizes: dict[sympy.Symbol, int]) -> Tensor | None:
-        """List the positions that a selection keeps along a dimension; ``None`` for all of them."""
-        if not isinstance(expression, sympy.Basic) or not expression.free_symbols & set(selection):
-            return None
-        parts, offset = [], 0
-        for term in self.order.get(expression, sympy.Add.make_args(expression)):
-            factor, rest = term.as_coeff_Mul()
-            if not term.free_symbols:
-                parts.append(torch.arange(int(term)) + offset)
-                offset += int(term)
-                continue
-            if not rest.is_Symbol or not factor.is_Integer:
-                return None
-            kept, size, times = selection.get(rest, torch.arange(sizes[rest])), sizes[rest], int(factor)
-            copies = torch.arange(times)
-            if term in self.interleaved:
-                parts.append((kept[:, None] * times + copies[None, :]).flatten() + offset)
-            else:
-                parts.append((copies[:, None] * size + kept[None, :]).flatten() + offset)
-            offset += times * size
-        return torch.cat(parts)
 
 
 def choose_channels(
@@ -187,7 +166,7 @@ def choose_channels(
     plan: WidthPlan,
     readers: Mapping[sympy.Symbol, Sequence[Reader]],
 ) -> Selection:
-    """Pick the most important channels of every free width.
+    """Pick the most important channels of every free width, ascending.
 
     A channel's importance is its rank in `pick_channels` or, where no layer that reads it is known, the norm
     of its weights, summed over all parameters after each was scaled to mean one. Where a width is used in
@@ -199,9 +178,6 @@ def choose_channels(
         widths: Its widths.
         plan: The chosen widths.
         readers: For a width the layers that read its channels, see `readers_of`.
-
-    Returns:
-        For every free symbol the kept channels, ascending.
     """
     importance = _norms(tail, widths, plan)
     for symbol, layers in readers.items():
@@ -210,26 +186,24 @@ def choose_channels(
             order = torch.tensor(pick_channels(layers, widths.values[symbol], count))
             importance[symbol] = torch.zeros_like(importance[symbol])
             importance[symbol][order] = torch.arange(count, 0, -1, dtype=torch.float64) / count
-    used_in_parts = [p for p in widths.products if p.whole in importance]
-    divided = {p.whole for p in used_in_parts}
-    for product in used_in_parts:
+    products = [p for p in widths.products if p.whole in importance]
+    for product in products:
         score = importance[product.whole].view(widths.values[product.parts], -1).mean(1)
         importance[product.parts] = importance[product.parts] + score
+    divided = sorted({p.whole for p in products}, key=str)
     selection = {
         symbol: score.topk(plan.sizes[symbol]).indices.sort().values
         for symbol, score in importance.items()
         if symbol not in divided
     }
     # A part may be divided itself, e.g. where heads share a few keys: first those that others need.
-    waiting = sorted(divided, key=str)
-    while waiting:
+    while divided:
         needed = {
-            s: {f for p in widths.products if p.whole == s for f in (p.parts, p.each)} - {s} for s in waiting
+            s: {f for p in widths.products if p.whole == s for f in (p.parts, p.each)} - {s} for s in divided
         }
-        ready = [s for s in waiting if needed[s].isdisjoint(waiting)] or waiting[:1]
-        for symbol in ready:
-            selection[symbol] = _in_parts(widths, plan, symbol, importance[symbol], selection)
-        waiting = [s for s in waiting if s not in ready]
+        symbol = next((s for s in divided if needed[s].isdisjoint(divided)), divided[0])
+        selection[symbol] = _in_parts(widths, plan, symbol, importance[symbol], selection)
+        divided.remove(symbol)
     return selection
 
 
@@ -250,13 +224,12 @@ def _in_parts(
     widths: TailWidths, plan: WidthPlan, symbol: sympy.Symbol, score: Tensor, selection: Selection
 ) -> Tensor:
     """Pick channels of a width that is divided into parts, which may be divided into smaller ones."""
-    levels = sorted(
+    first, *finer_levels = sorted(
         (p for p in widths.products if p.whole == symbol), key=lambda p: (widths.values[p.parts], str(p))
     )
-    first = levels[0]
     blocks = torch.arange(len(score)).view(widths.values[first.parts], -1)[selection[first.parts]]
     each, old, new = first.each, widths.values[first.parts], plan.sizes[first.parts]
-    for level in levels[1:]:
+    for level in finer_levels:
         finer_old, finer_new = widths.values[level.parts], plan.sizes[level.parts]
         if finer_old % old or finer_new % new or finer_old == old or finer_new // new > finer_old // old:
             continue  # these parts overlap; the coarser ones stay whole
@@ -270,23 +243,33 @@ def _in_parts(
     return blocks.gather(1, top).flatten()
 
 
-def narrow(
-    tail: nn.Module, widths: TailWidths, plan: WidthPlan, selection: Selection, layout: Layout
-) -> nn.Module:
-    """Copy a tail with the selected channels only; weights are the backbone's own, not rescaled."""
+# Where a width's channels are in composite dimensions.
 
-    def content(name: str, old: Tensor) -> Tensor:
-        part = old
-        for axis, expression in enumerate(widths.shapes[name]):
-            where = layout.indices(expression, selection, widths.values)
-            size = plan.shapes[name][axis]
-            if where is None or len(where) != size:
-                where = torch.arange(size)
-            if len(where) < old.shape[axis]:
-                part = part.index_select(axis, where.to(part.device))
-        return part.clone() if part is old else part
 
-    return resized(tail, plan, content)
+class Layout(dict[Expr, tuple[tuple[Expr, bool], ...]]):
+    """How the channels of composite dimensions are arranged.
+
+    For an expression such as ``4*s + 8`` the order of its terms along the dimension, each with whether channel
+    ``i`` of a term ``k * s`` is at ``[k i, k i + k)`` instead of at ``i + j s``.
+    """
+
+    def indices(
+        self, expression: Expr, selection: Selection, sizes: dict[sympy.Symbol, int]
+    ) -> Tensor | None:
+        """List the positions that a selection keeps along a dimension; ``None`` for all of them."""
+        if not symbols_of(expression) & set(selection):
+            return None
+        parts, offset = [], 0
+        for term, is_interleaved in self.get(expression) or _arrangements(expression)[0]:
+            times, symbol = term.as_coeff_Mul()
+            if not times.is_Integer or not (symbol.is_Symbol or symbol == 1):
+                return None
+            size = sizes[symbol] if symbol.is_Symbol else 1
+            kept = selection.get(symbol, torch.arange(size))
+            places = torch.arange(int(times) * size) + offset
+            offset += len(places)
+            parts.append(places.view(size, -1)[kept] if is_interleaved else places.view(-1, size)[:, kept])
+        return torch.cat([part.flatten() for part in parts])
 
 
 def find_layout(tail: nn.Module, widths: TailWidths, values: Sequence[Tensor]) -> Layout:
@@ -304,12 +287,10 @@ def find_layout(tail: nn.Module, widths: TailWidths, values: Sequence[Tensor]) -
     free = set(widths.free())
     dimensions = {e for shape in widths.shapes.values() for e in shape if symbols_of(e) & free}
     composite = sorted((e for e in dimensions if not e.is_Symbol), key=str)
-    layout = Layout()
+    options = {expression: _arrangements(expression) for expression in composite}
+    layout = Layout({expression: choices[0] for expression, choices in options.items()})
     if not composite:
         return layout
-    options = {expression: _arrangements(expression) for expression in composite}
-    for expression in composite:
-        options[expression][0](layout)
     permutation = _permutation(widths, torch.Generator().manual_seed(0))
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         state = torch.random.get_rng_state()
@@ -321,7 +302,7 @@ def find_layout(tail: nn.Module, widths: TailWidths, values: Sequence[Tensor]) -
 
         if fits(permutation):
             return layout
-        settled: set[Any] = set()
+        settled: set[Expr] = set()
         for symbol in sorted({s for e in composite for s in symbols_of(e) & free}, key=str):
             unsettled = [e for e in composite if symbol in symbols_of(e) and e not in settled]
             # The widths whose channels can only be permuted together with this one's.
@@ -330,40 +311,31 @@ def find_layout(tail: nn.Module, widths: TailWidths, values: Sequence[Tensor]) -
             part = {s: order for s, order in permutation.items() if s in moving}
             combinations = itertools.product(*(options[e] for e in unsettled))
             for combination in itertools.islice(combinations, _MAX_LAYOUTS):
-                for arrange in combination:
-                    arrange(layout)
+                layout.update(zip(unsettled, combination, strict=True))
                 if fits(part):
                     break
             else:
-                for expression in unsettled:
-                    options[expression][0](layout)
+                layout.update({expression: options[expression][0] for expression in unsettled})
             settled.update(unsettled)
     return layout
 
 
-def _arrangements(expression: Any) -> list[Callable[[Layout], None]]:
+def _arrangements(expression: Expr) -> list[tuple[tuple[Expr, bool], ...]]:
     """List the possible layouts of a dimension, the likeliest first."""
     terms = sorted(sympy.Add.make_args(expression), key=lambda t: (not t.free_symbols, str(t)))
-    multiples = [t for t in terms if t.free_symbols and t.as_coeff_Mul()[0] != 1]
-    # A kernel's or pixel shuffle's k * k places lie together, chunks do not.
-    flags = [(True, False) if _is_square(t.as_coeff_Mul()[0]) else (False, True) for t in multiples]
-    choices = itertools.product(list(itertools.permutations(terms))[:6], *flags)
-    return [_setter(expression, order, multiples, chosen) for order, *chosen in choices]
 
+    def flags(term: Expr) -> tuple[bool, ...]:
+        factor = term.as_coeff_Mul()[0]
+        if not term.free_symbols or factor == 1:
+            return (False,)
+        # A kernel's or pixel shuffle's k * k places lie together, chunks do not.
+        is_square = bool(factor.is_Integer) and math.isqrt(int(factor)) ** 2 == int(factor)
+        return (True, False) if is_square else (False, True)
 
-def _is_square(factor: Any) -> bool:
-    return bool(factor.is_Integer) and math.isqrt(int(factor)) ** 2 == int(factor)
-
-
-def _setter(
-    expression: Any, order: Any, multiples: list[Any], flags: Sequence[bool]
-) -> Callable[[Layout], None]:
-    def arrange(layout: Layout) -> None:
-        layout.order[expression] = tuple(order)
-        layout.interleaved.difference_update(multiples)
-        layout.interleaved.update(term for term, flag in zip(multiples, flags, strict=True) if flag)
-
-    return arrange
+    orders = itertools.islice(itertools.permutations(terms), 6)
+    return [
+        tuple(zip(o, chosen, strict=True)) for o in orders for chosen in itertools.product(*map(flags, o))
+    ]
 
 
 def _permutation(widths: TailWidths, generator: torch.Generator) -> Selection:
@@ -392,26 +364,160 @@ def _is_invariant(
     layout: Layout,
     expected: Sequence[Tensor],
 ) -> bool:
-    """Tell whether a tail gives the expected output with permuted channels."""
+    """Return whether a tail gives the expected output with permuted channels."""
+    permuted = _clone_with(
+        tail, lambda name, old: _selected(old, widths, widths.shapes[name], old.shape, permutation, layout)
+    )
+    feature = _selected(values[0], widths, (1, widths.entry), values[0].shape, permutation, layout)
+    output = tensors(permuted(feature.clone(), *(value.clone() for value in values[1:])))
+    return all(
+        torch.allclose(a.float(), b.float(), rtol=1e-2, atol=2e-3 * float(b.float().abs().max() + 1e-12))
+        for a, b in zip(output, expected, strict=True)
+    )
 
-    def content(name: str, old: Tensor) -> Tensor:
-        for axis, expression in enumerate(widths.shapes[name]):
-            where = layout.indices(expression, permutation, widths.values)
-            if where is not None and len(where) == old.shape[axis]:
-                old = old.index_select(axis, where.to(old.device))
-        return old
 
+# The copy.
+
+
+def _clone_with(tail: nn.Module, content: Callable[[str, Tensor], Tensor]) -> nn.Module:
+    """Copy a tail with other parameters and buffers; tied weights stay tied, unchanged ones are shared."""
     memo: dict[int, Any] = {}
     for name, tensor in [*tail.named_parameters(), *tail.named_buffers()]:
         old = tensor.detach()
         new = content(name, old)
         is_parameter = isinstance(tensor, nn.Parameter)
         memo[id(tensor)] = tensor if new is old else nn.Parameter(new, False) if is_parameter else new
-    permuted = clone_module(tail, memo)
-    entry = layout.indices(widths.entry, permutation, widths.values)
-    feature = values[0] if entry is None else values[0].index_select(1, entry.to(values[0].device))
-    output = tensors(permuted(feature.clone(), *(value.clone() for value in values[1:])))
-    return all(
-        torch.allclose(a.float(), b.float(), rtol=1e-2, atol=2e-3 * float(b.float().abs().max() + 1e-12))
-        for a, b in zip(output, expected, strict=True)
+    return clone_module(tail, memo)
+
+
+def _selected(
+    tensor: Tensor,
+    widths: TailWidths,
+    expressions: Sequence[Expr],
+    shape: Sequence[int],
+    selection: Selection,
+    layout: Layout,
+) -> Tensor:
+    """Select the kept channels of all axes, the first ones where a layout is unknown."""
+    for axis, expression in enumerate(expressions):
+        where = layout.indices(expression, selection, widths.values)
+        if where is not None and len(where) == shape[axis]:
+            tensor = tensor.index_select(axis, where.to(tensor.device))
+        elif shape[axis] < tensor.shape[axis]:
+            tensor = tensor.narrow(axis, 0, shape[axis])
+    return tensor
+
+
+def narrow(
+    tail: nn.Module, widths: TailWidths, plan: WidthPlan, selection: Selection, layout: Layout
+) -> nn.Module:
+    """Copy a tail with the selected channels only; weights are the backbone's own, not rescaled."""
+
+    def content(name: str, old: Tensor) -> Tensor:
+        return _selected(old, widths, widths.shapes[name], plan.shapes[name], selection, layout).clone()
+
+    return _resized(tail, plan, content)
+
+
+def emptied(tail: nn.Module, plan: WidthPlan) -> nn.Module:
+    """Copy a tail with the plan's sizes; the contents of narrowed tensors are undefined."""
+
+    def content(name: str, old: Tensor) -> Tensor:
+        return old.new_empty(plan.shapes[name]) if plan.shapes[name] != old.shape else old.clone()
+
+    return _resized(tail, plan, content)
+
+
+def _resized(tail: nn.Module, plan: WidthPlan, content: Callable[[str, Tensor], Tensor]) -> nn.Module:
+    """Copy a tail with the plan's sizes, and update the attributes that are widths."""
+    thin = _clone_with(tail, content)
+    modules = dict(thin.named_modules(remove_duplicate=False))
+    for (path, attribute), value in plan.attributes.items():
+        for name, owner, key in int_attributes(modules[path]):
+            if name == attribute:
+                owner[key] = type(owner[key])(value)
+    for name, buffer in tail.named_buffers():
+        if plan.shapes[name] != buffer.shape:  # it cannot be computed from the generator, so it is saved
+            path, _, leaf = name.rpartition(".")
+            modules[path].register_buffer(leaf, modules[path].get_buffer(leaf))
+    for module in modules.values():
+        _update_description(module)
+    return thin
+
+
+def _update_description(module: nn.Module) -> None:
+    """Update the channel counts that a PyTorch layer prints, and that profilers read."""
+    if not type(module).__module__.startswith("torch.nn.modules"):
+        return
+    weight: Any = next(
+        (p for n, p in _direct_parameters(module).items() if n in ("weight", "weight_orig")), None
     )
+    if weight is None:
+        return
+    if isinstance(module, CONVOLUTIONS):
+        groups = module.groups
+        if module.transposed:
+            module.in_channels, module.out_channels = weight.shape[0], weight.shape[1] * groups
+        else:
+            module.in_channels, module.out_channels = weight.shape[1] * groups, weight.shape[0]
+    elif isinstance(module, nn.Linear):
+        module.out_features, module.in_features = weight.shape
+    elif isinstance(module, nn.GroupNorm):
+        module.num_channels = weight.shape[0]
+    elif isinstance(module, _NORMS):
+        module.num_features = weight.shape[0]
+
+
+# Other weights.
+
+
+def start_from_scratch(thin: nn.Module, full: nn.Module, seed: int = 0) -> None:
+    """Initialise every weight of a branch at random, in place.
+
+    Layers with ``reset_parameters`` use it; other parameters are drawn from a normal distribution with the
+    mean and standard deviation of the backbone's, so that constants stay constants.
+    """
+    originals = dict(full.named_parameters())
+    devices = {parameter.device for parameter in thin.parameters() if parameter.device.type == "cuda"}
+    with torch.random.fork_rng(devices=list(devices)), torch.no_grad():
+        torch.manual_seed(seed)
+        for path, module in thin.named_modules():
+            parameters = _direct_parameters(module)
+            before = {name: parameter._version for name, parameter in parameters.items()}
+            reset = getattr(module, "reset_parameters", None)
+            if before and callable(reset):
+                reset()
+            for name, parameter in parameters.items():
+                if parameter._version == before[name] and parameter.is_floating_point():
+                    original = originals[f"{path}.{name}".removeprefix(".")]
+                    std = float(original.std()) if original.numel() > 1 else 0.0
+                    parameter.normal_(float(original.mean()), std)
+
+
+def correct_fan_in(thin: nn.Module, full: nn.Module) -> None:
+    """Recompute equalised learning rates: float attributes ``gain / sqrt(fan_in)`` of a weight."""
+    wide = dict(full.named_modules())
+    for path, module in thin.named_modules():
+        rates = {n: v for n, v in vars(module).items() if type(v) is float and 0 < v < math.inf}
+        if not rates:
+            continue
+        originals = _direct_parameters(wide[path])
+        weights = {leaf: p for leaf, p in _direct_parameters(module).items() if p.dim() > 1}
+        fans = [(_fan_in(originals[leaf]), _fan_in(weight)) for leaf, weight in weights.items()]
+        for name, value in rates.items():
+            for old, new in fans:
+                gain = value * math.sqrt(old)
+                if old != new and any(math.isclose(gain, g, rel_tol=1e-4) for g in _GAINS):
+                    setattr(module, name, gain / math.sqrt(new))
+                    break
+
+
+def _direct_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters of a module itself, scripted modules included."""
+    return dict(module.named_parameters(recurse=False, remove_duplicate=False))
+
+
+def _fan_in(weight: Tensor) -> int:
+    # StyleGAN's modulated weights have a leading axis of one.
+    shape = weight.shape[1:] if weight.shape[0] == 1 and weight.dim() > 2 else weight.shape
+    return math.prod(shape[1:])

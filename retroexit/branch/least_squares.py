@@ -2,10 +2,10 @@
 
 With fewer channels to read, a layer of a narrowed copy returns something else than the original layer. A linear
 layer can compensate for much of that: its weights are solved so that from the branch's own, inexact input it
-gives the backbone's output in the kept channels. Layers are solved in the order in which they run, while they
-run, so that each reads what those before it now return. Where an output is added to something, such as a skip
-connection, it compensates for the error of that too. Norms stay as they are, and so do layers whose weight is
-computed from others (weight norm, spectral norm, modulation) or that run more than once.
+gives the backbone's output in the inherited channels. Layers are solved in the order in which they run, while
+they run. Where an output is added to another tensor, such as a skip connection, the layer compensates for the
+error of that tensor too. Norms stay as they are, and so do layers whose weight is computed (weight norm,
+spectral norm, modulation) or that run more than once.
 
 Reference: not in the paper, which trains branches from scratch; reconstruction of pruned networks by least
 squares is in ThiNet and "Channel pruning for accelerating very deep neural networks" (both ICCV 2017).
@@ -13,18 +13,19 @@ squares is in ThiNet and "Channel pruning for accelerating very deep neural netw
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, skip_init
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -32,172 +33,138 @@ from retroexit.branch.branch import Branch
 from retroexit.core.nested import tensors
 
 __all__ = [
+    "CONVOLUTIONS",
     "Reconstruction",
     "as_weight",
     "can_read",
     "design",
+    "draw_places",
     "exact",
     "is_linear",
     "least_squares",
     "reconstruct",
     "rows",
-    "some_places",
 ]
 
 logger = logging.getLogger(__name__)
+
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
+"""PyTorch's convolutions."""
 
 _ADDITIONS = (torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__)
 _RIDGE = 1e-3
 _CHUNK = 2048
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-
 
 def is_linear(module: nn.Module) -> bool:
-    """Tell whether a module is a convolution or linear layer of PyTorch's own, with its own forward."""
-    return type(module) in (*_CONVOLUTIONS, *_TRANSPOSED, nn.Linear)
+    """Return whether a module is a convolution or linear layer of PyTorch's own, with its own forward."""
+    return type(module) in (*CONVOLUTIONS, nn.Linear)
 
 
 def can_read(module: nn.Module, args: tuple[Any, ...], output: Any) -> bool:
-    """Tell whether `design` and `rows` fit a call of a layer: one batch, given by place."""
+    """Return whether a layer was called with one batch, by position."""
     if len(args) != 1 or not isinstance(args[0], Tensor) or not isinstance(output, Tensor):
         return False
     dims = args[0].dim()
     return dims >= 2 if isinstance(module, nn.Linear) else dims == 2 + len(module.kernel_size)  # type: ignore[arg-type]
 
 
-def owns_weight(module: nn.Module) -> bool:
-    """Tell whether a layer uses its weight as it is, rather than something computed from others."""
-    return (
-        isinstance(module._parameters.get("weight"), nn.Parameter)
-        and not parametrize.is_parametrized(module)
-        and not module._forward_pre_hooks
-    )
-
-
-def out_channels(module: nn.Module) -> int:
-    """Channels that a layer gives."""
+def _out_channels(module: nn.Module) -> int:
     weight = module.get_parameter("weight")
     is_transposed = isinstance(module, _TRANSPOSED)
     return int(weight.shape[1] * module.groups if is_transposed else weight.shape[0])  # type: ignore[operator]
 
 
-def _channel_axis(module: nn.Module) -> int:
-    return -1 if isinstance(module, nn.Linear) else 1
-
-
-def some_places(module: nn.Module, output: Tensor, count: int, generator: torch.Generator) -> Tensor:
+def draw_places(module: nn.Module, output: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """Draw at most ``count`` places of a layer's output, numbered over samples and positions, ascending."""
-    total = output.numel() // output.shape[_channel_axis(module)]
+    total = output.numel() // output.shape[-1 if isinstance(module, nn.Linear) else 1]
     return torch.randperm(total, generator=generator)[:count].sort().values.to(output.device)
 
 
 def rows(module: nn.Module, output: Tensor, places: Tensor) -> Tensor:
     """Pick a layer's output at some places, ``(P, C)``."""
-    return every_row(module, output)[places]
-
-
-def every_row(module: nn.Module, output: Tensor) -> Tensor:
-    """Lay out a layer's output by places, ``(samples * positions, C)``."""
-    axis = _channel_axis(module)
-    return output.movedim(axis, -1).reshape(-1, output.shape[axis])
+    axis = -1 if isinstance(module, nn.Linear) else 1
+    return output.movedim(axis, -1).reshape(-1, output.shape[axis])[places]
 
 
 def design(module: nn.Module, x: Tensor, places: Tensor, *, centre: bool = False) -> Tensor:
-    """Pick what a layer reads for its output at some places, ``(P, C * kernel)``, channel by channel.
-
-    ``design @ weight.flatten(1).T`` is the output without its bias, for a single group. Of a transposed
-    convolution the kernel is the flipped one.
+    """Pick what a layer reads for its output at some places, ``(P, C * K)`` for K numbers in the kernel.
 
     Args:
         module: A layer, see `is_linear`.
-        x: Its input.
-        places: Places of the output, see `some_places`.
-        centre: Whether to leave all of the kernel's window out but its middle, ``(P, C)``.
+        x: Its input ``(N, C, ...)``, of a linear layer ``(..., C)``.
+        places: Places of the output, see `draw_places`.
+        centre: Whether to use the middle of the kernel only, ``(P, C)``.
     """
     if isinstance(module, nn.Linear):
-        return x.reshape(-1, x.shape[-1])[places]
+        return rows(module, x, places)
     conv: Any = module
-    dims = len(conv.kernel_size)
-    if conv.transposed:
-        x, strides = _spread(conv, x), (1,) * dims
-    else:
-        mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
-        x, strides = functional.pad(x, conv._reversed_padding_repeated_twice, mode=mode), conv.stride
-    for axis in range(dims):
-        span = conv.dilation[axis] * (conv.kernel_size[axis] - 1) + 1
-        x = x.unfold(2 + axis, span, strides[axis])
-    taps: list[Any] = [..., *(slice(None, None, step) for step in conv.dilation)]
-    x = x[tuple(taps)]
-    if centre:
-        taps = [..., *(slice(size // 2, size // 2 + 1) for size in conv.kernel_size)]
-        x = x[tuple(taps)]
-    where = torch.unravel_index(places, (x.shape[0], *x.shape[2 : 2 + dims]))
-    return x.movedim(1, 1 + dims)[where].flatten(1)  # (N, C, ..., kernel) -> (P, C * kernel)
+    names = ["stride", "padding", "dilation", "padding_mode"]
+    names += ["output_padding"] if isinstance(module, _TRANSPOSED) else []
+    options = {name: getattr(conv, name) for name in names}
+    channels, size = x.shape[1], conv.kernel_size
+    # A depthwise layer with a single one in its kernel copies what the layer reads at that place.
+    probe = skip_init(
+        type(module), channels, channels, size, **options, groups=channels, bias=False, device=x.device
+    ).to(x.dtype)
+    middle = tuple(s // 2 for s in size)
+    columns = []
+    for tap in (
+        [middle] if centre else torch.cartesian_prod(*map(torch.arange, size)).view(-1, len(size)).tolist()
+    ):
+        probe.weight.zero_()
+        probe.weight[(slice(None), 0, *tap)] = 1
+        columns.append(rows(module, probe(x), places))
+    return torch.stack(columns, 2).flatten(1)
 
 
-def least_squares(read: Tensor, wanted: Tensor, groups: int = 1) -> Tensor:
-    """Solve for the weights that make the most of what a layer reads, with a little ridge.
+def least_squares(read: Tensor, target: Tensor, groups: int = 1) -> Tensor:
+    """Solve for the weights with which a layer comes closest to a target, with a little ridge.
 
     Args:
         read: What it reads, ``(P, I)``, see `design`.
-        wanted: What it should give, ``(P, O)``.
-        groups: Both are divided into so many parts, each on its own.
+        target: What it should return, ``(P, O)``.
+        groups: Number of equal parts of both that are solved independently.
 
     Returns:
         Weights ``(groups, I / groups, O / groups)``, float64.
     """
     x = read.view(len(read), groups, -1).transpose(0, 1)
-    y = wanted.view(len(wanted), groups, -1).transpose(0, 1)
+    y = target.view(len(target), groups, -1).transpose(0, 1)
     gram = exact(x.new_zeros(groups, x.shape[2], x.shape[2]))
     cross = exact(x.new_zeros(groups, x.shape[2], y.shape[2]))
-    for part, goal in zip(x.split(_CHUNK, 1), y.split(_CHUNK, 1), strict=True):
-        gram += exact(part).mT @ exact(part)
-        cross += exact(part).mT @ exact(goal)
+    for x_part, y_part in zip(x.split(_CHUNK, 1), y.split(_CHUNK, 1), strict=True):
+        gram += exact(x_part).mT @ exact(x_part)
+        cross += exact(x_part).mT @ exact(y_part)
     level = gram.diagonal(dim1=1, dim2=2).mean(1)
-    # What is never anything but zero gets no weight.
+    # An input that is always zero gets no weight.
     gram.diagonal(dim1=1, dim2=2).add_((_RIDGE * level).clamp_min(torch.finfo(gram.dtype).tiny)[:, None])
     return torch.linalg.solve(gram, cross)
 
 
 def exact(value: Tensor) -> Tensor:
-    """Give a tensor in float64, on the CPU where its device has none."""
+    """Convert a tensor to float64, on the CPU where its device has none."""
     return (value.cpu() if value.device.type == "mps" else value).double()
 
 
-def as_weight(module: nn.Module, step: Tensor) -> Tensor:
-    """Lay out what `least_squares` found as the weight of a layer."""
+def as_weight(module: nn.Module, solution: Tensor) -> Tensor:
+    """Arrange the solution of `least_squares` as the weight of a layer."""
     weight = module.get_parameter("weight")
-    if not isinstance(module, _TRANSPOSED):
-        return step.mT.reshape(weight.shape).to(weight)
-    kernel = weight.shape[2:]
-    parts = step.view(len(step), -1, *kernel, step.shape[2]).movedim(-1, 2)  # (groups, in, out, kernel)
-    return parts.flatten(0, 1).flip(tuple(range(2, weight.dim()))).to(weight)
-
-
-def _spread(conv: Any, x: Tensor) -> Tensor:
-    """Put zeros between and around a map so that a convolution of stride 1 does the transposed one."""
-    dims = len(conv.kernel_size)
-    sizes = [(size - 1) * stride + 1 for size, stride in zip(x.shape[2:], conv.stride, strict=True)]
-    spread = x.new_zeros(*x.shape[:2], *sizes)
-    where: list[Any] = [..., *(slice(None, None, stride) for stride in conv.stride)]
-    spread[tuple(where)] = x
-    around: list[int] = []
-    for axis in reversed(range(dims)):
-        margin = conv.dilation[axis] * (conv.kernel_size[axis] - 1) - conv.padding[axis]
-        around += [margin, margin + conv.output_padding[axis]]
-    return functional.pad(spread, around)
+    if isinstance(module, _TRANSPOSED):  # (groups, in * kernel, out) -> (groups * in, out, kernel)
+        kernel = math.prod(weight.shape[2:])
+        return solution.unflatten(1, (-1, kernel)).transpose(2, 3).reshape(weight.shape).to(weight)
+    return solution.mT.reshape(weight.shape).to(weight)
 
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """What came of it.
+    """Result of `reconstruct`.
 
     Attributes:
         layers: Paths of the layers that were solved, in the order in which they run.
         before: Mean squared error of the branch's output, in units of the backbone output's variance, on
-            samples that nothing was solved on.
+            samples that were not used to solve.
         after: The same afterwards.
     """
 
@@ -207,7 +174,7 @@ class Reconstruction:
 
     @property
     def is_better(self) -> bool:
-        """Tell whether the output came closer; otherwise the branch has its weights of before."""
+        """Whether the error became smaller; if not, the branch has its previous weights."""
         return self.after < self.before
 
 
@@ -229,116 +196,108 @@ def reconstruct(
         values: Feature and live values of some samples. The last quarter of them only tests the result.
         guide: Their guide, where the branch takes one.
         places: Places (samples times positions) of each layer's output to solve for.
-        seed: Decides the places, and what branch and tail draw.
+        seed: Seed of the places, and of random operations in branch and tail.
 
     Returns:
-        What came of it, or ``None`` where there is nothing to solve: the branch did not inherit, or gives
-        just what the backbone does.
+        The result, ``None`` if the branch did not inherit or equals the backbone.
     """
-    layers = _pairs(branch, full)
-    if not layers:
+    pairs = _pairs(branch, full)
+    if not pairs:
         return None
     count = int(values[0].shape[0])
     most = max(1, count - count // 4)
-    solved = _part((*values, guide), count, slice(most))
-    tested = _part((*values, guide), count, slice(most if most < count else 0, count))
-    wanted = _run(full, tested[:-1], seed)
-    before = _error(_run(branch, tested[:-1], seed, guide=tested[-1]), wanted)
-    kept = {name: value.clone() for name, value in branch.state_dict().items()}
-    with _Watching(layers, places, seed).at_work():
-        _run(full, solved[:-1], seed)
-    solving = _Solving(layers)
+    samples = _slice((*values, guide), count, slice(most))
+    tests = _slice((*values, guide), count, slice(most if most < count else 0, count))
+    expected = _run(full, tests[:-1], seed)
+    before = _error(_run(branch, tests[:-1], seed, guide=tests[-1]), expected)
+    previous = {name: value.clone() for name, value in branch.state_dict().items()}
+    with _Watching(pairs, places, seed).observing():
+        _run(full, samples[:-1], seed)
+    solving = _Solving(pairs)
     try:
-        with solving.at_work():
-            _run(branch, solved[:-1], seed, guide=solved[-1])
+        with solving.observing():
+            _run(branch, samples[:-1], seed, guide=samples[-1])
     except torch.linalg.LinAlgError as error:
-        branch.load_state_dict(kept)
+        branch.load_state_dict(previous)
         logger.info("a branch keeps its inherited weights: %s", error)
         return None
     if not solving.solved:
         return None
-    after = _error(_run(branch, tested[:-1], seed, guide=tested[-1]), wanted)
-    found = Reconstruction(tuple(dict.fromkeys(solving.solved)), before, after)
-    if not found.is_better:
-        branch.load_state_dict(kept)
+    after = _error(_run(branch, tests[:-1], seed, guide=tests[-1]), expected)
+    result = Reconstruction(tuple(dict.fromkeys(solving.solved)), before, after)
+    if not result.is_better:
+        branch.load_state_dict(previous)
     logger.info("error of a branch, inherited %.4f, reconstructed %.4f", before, after)
-    return found
+    return result
 
 
 @dataclass
 class _Pair:
-    """A layer of a branch and the backbone's own.
+    """A layer of a branch, the backbone's layer, and what the latter returns at some places.
 
     Attributes:
-        path: Its path in the tail.
-        thin: The branch's.
-        full: The backbone's.
-        kept: The backbone's output channels that the branch's layer gives; ``None`` for all.
-        calls: How often the backbone's runs.
+        channels: The backbone's output channels that the branch's layer inherits; ``None`` for all.
+        calls: How often the backbone's layer runs.
         sums: How many additions read its output directly.
-        places: Places that are looked at.
-        output: What the branch's layer should give there, ``(P, O)``.
-        total: What the addition should give there, ``(P, O)``.
+        output: What the branch's layer should return at the places, ``(P, O)``.
+        total: What the addition should return there, ``(P, O)``.
     """
 
     path: str
     thin: nn.Module
     full: nn.Module
-    kept: Tensor | None
+    channels: Tensor | None
+    is_solvable: bool = True
     calls: int = 0
     sums: int = 0
-    places: Tensor | None = None
-    output: Tensor | None = None
-    total: Tensor | None = None
+    places: Any = None
+    output: Any = None
+    total: Any = None
 
 
 def _pairs(branch: Branch, full: nn.Module) -> list[_Pair]:
-    """Find the layers that can be solved."""
-    originals, found = dict(full.named_modules()), []
+    """List the layers that can be solved."""
+    originals, pairs = dict(full.named_modules()), []
     owners = Counter(id(p) for _, p in branch.tail.named_parameters(remove_duplicate=False))
     for path, thin in branch.tail.named_modules():
-        own = originals.get(path)
-        if own is None or path not in branch.kept or type(own) is not type(thin):
+        original = originals.get(path)
+        if original is None or path not in branch.kept or type(original) is not type(thin):
             continue
-        if is_linear(thin) and owns_weight(thin) and owns_weight(own) and owners[id(thin.weight)] == 1:
-            kept, size = branch.kept[path], out_channels(thin)
-            if size == (out_channels(own) if kept is None else len(kept)):
-                found.append(_Pair(path, thin, own, kept))
-            elif size == out_channels(own):
-                found.append(_Pair(path, thin, own, None))
-    return found
+        if is_linear(thin) and _owns_weight(thin) and _owns_weight(original) and owners[id(thin.weight)] == 1:
+            channels, size = branch.kept[path], _out_channels(thin)
+            if channels is not None and len(channels) == size:
+                pairs.append(_Pair(path, thin, original, channels))
+            elif size == _out_channels(original):
+                pairs.append(_Pair(path, thin, original, None))
+    return pairs
 
 
-@dataclass(frozen=True)
-class _Made:
-    """Where a tensor came from: the layer, what the layer read, and the tensor's version then."""
-
-    pair: _Pair
-    read: Tensor
-    version: int
-    number: int
+def _owns_weight(module: nn.Module) -> bool:
+    """Return whether a layer uses its weight as it is, not one computed from others."""
+    is_computed = parametrize.is_parametrized(module) or module._forward_pre_hooks
+    return isinstance(module._parameters.get("weight"), nn.Parameter) and not is_computed
 
 
 class _Observer(TorchFunctionMode):
-    """Sees layers run, and their outputs added to something."""
+    """Calls `on_output` after a layer, and `on_sum` where its output is added to another tensor."""
 
-    def __init__(self, pairs: Sequence[_Pair]) -> None:
+    def __init__(self, layers: Mapping[nn.Module, _Pair]) -> None:
         super().__init__()
-        self.pairs, self.made = pairs, WeakIdKeyDictionary()
-        self.count = 0
+        self.layers = layers
+        self.outputs = WeakIdKeyDictionary()  # output -> (running number, pair, input, version)
+        self.number = itertools.count()
 
-    def layer_of(self, pair: _Pair) -> nn.Module:
+    def on_output(self, pair: _Pair, x: Tensor, output: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def ran(self, pair: _Pair, x: Tensor, output: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def adding(self, made: _Made, own: Tensor, other: Tensor, add: Callable[[], Tensor]) -> Tensor:
+    def on_sum(
+        self, pair: _Pair, x: Tensor, terms: tuple[Tensor, Tensor], add: Callable[[], Tensor]
+    ) -> Tensor:
         raise NotImplementedError
 
     @contextmanager
-    def at_work(self) -> Iterator[None]:
-        hooks = [self.layer_of(pair).register_forward_hook(self._hook(pair)) for pair in self.pairs]
+    def observing(self) -> Iterator[None]:
+        hooks = [m.register_forward_hook(partial(self._after, pair)) for m, pair in self.layers.items()]
         try:
             with self:
                 yield
@@ -346,111 +305,98 @@ class _Observer(TorchFunctionMode):
             for hook in hooks:
                 hook.remove()
 
-    def _hook(self, pair: _Pair) -> Callable[[nn.Module, tuple[Any, ...], Any], Any]:
-        def seen(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-            if not can_read(module, args, output):
-                pair.calls += 1000  # not one that can be solved
-                return output
-            output = self.ran(pair, args[0], output)
-            self.count += 1
-            self.made[output] = _Made(pair, args[0], output._version, self.count)
+    def _after(self, pair: _Pair, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if not can_read(module, args, output):
+            pair.is_solvable = False
             return output
-
-        return seen
+        output = self.on_output(pair, args[0], output)
+        self.outputs[output] = (next(self.number), pair, args[0], output._version)
+        return output
 
     def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+        self, func: Any, _types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        kwargs = kwargs or {}
-        if func not in _ADDITIONS or len(args) < 2 or kwargs:
-            return func(*args, **kwargs)
-        a, b = args[:2]
-        if not isinstance(a, Tensor) or not isinstance(b, Tensor) or a.shape != b.shape:
+        if func not in _ADDITIONS or len(args) != 2 or kwargs:
+            return func(*args, **(kwargs or {}))
+        a, b = args
+        if not isinstance(a, Tensor) or not isinstance(b, Tensor) or a.shape != b.shape or a is b:
             return func(*args)
-        found = [(self.made.get(own), own, other) for own, other in ((a, b), (b, a))]
-        known = [(made, own, other) for made, own, other in found if made and made.version == own._version]
-        if not known or a is b:
+        outputs = [(self.outputs.get(one), one, other) for one, other in ((a, b), (b, a))]
+        outputs = [item for item in outputs if item[0] is not None and item[0][3] == item[1]._version]
+        if not outputs:
             return func(*args)
-        # Of two layers that are added, the later one makes up for both.
-        made, own, other = max(known, key=lambda item: item[0].number)
-        return self.adding(made, own, other, lambda: func(*args))
+        # Of two layers whose outputs are added, the later one compensates for both.
+        (_, pair, x, _), output, other = max(outputs, key=lambda item: item[0][0])
+        return self.on_sum(pair, x, (output, other), lambda: func(*args))
 
 
 class _Watching(_Observer):
-    """Notes what the backbone's layers give."""
+    """Notes what the backbone's layers return."""
 
     def __init__(self, pairs: Sequence[_Pair], places: int, seed: int) -> None:
-        super().__init__(pairs)
+        super().__init__({pair.full: pair for pair in pairs})
         self.places, self.generator = places, torch.Generator().manual_seed(seed)
 
-    def layer_of(self, pair: _Pair) -> nn.Module:
-        return pair.full
-
-    def ran(self, pair: _Pair, x: Tensor, output: Tensor) -> Tensor:
+    def on_output(self, pair: _Pair, x: Tensor, output: Tensor) -> Tensor:
         pair.calls += 1
-        unknowns = math.prod(pair.thin.get_parameter("weight").shape) // out_channels(pair.thin)
-        pair.places = some_places(pair.full, output, max(self.places, 2 * unknowns), self.generator)
-        pair.output = self._kept(pair, output)
+        unknowns = math.prod(pair.thin.get_parameter("weight").shape) // _out_channels(pair.thin)
+        pair.places = draw_places(pair.full, output, max(self.places, 2 * unknowns), self.generator)
+        pair.output = self._inherited_rows(pair, output)
         return output
 
-    def adding(self, made: _Made, own: Tensor, other: Tensor, add: Callable[[], Tensor]) -> Tensor:
+    def on_sum(
+        self, pair: _Pair, x: Tensor, terms: tuple[Tensor, Tensor], add: Callable[[], Tensor]
+    ) -> Tensor:
         total = add()
-        made.pair.sums += 1
-        made.pair.total = self._kept(made.pair, total)
+        pair.sums += 1
+        pair.total = self._inherited_rows(pair, total)
         return total
 
     @staticmethod
-    def _kept(pair: _Pair, output: Tensor) -> Tensor:
-        assert pair.places is not None
-        found = rows(pair.full, output, pair.places)
-        return found if pair.kept is None else found[:, pair.kept.to(found.device)]
+    def _inherited_rows(pair: _Pair, output: Tensor) -> Tensor:
+        selected = rows(pair.full, output, pair.places)
+        return selected if pair.channels is None else selected[:, pair.channels.to(selected.device)]
 
 
 class _Solving(_Observer):
     """Solves the branch's layers when they run."""
 
     def __init__(self, pairs: Sequence[_Pair]) -> None:
-        super().__init__([pair for pair in pairs if pair.calls == 1])
+        super().__init__({pair.thin: pair for pair in pairs if pair.calls == 1 and pair.is_solvable})
         self.solved: list[str] = []
 
-    def layer_of(self, pair: _Pair) -> nn.Module:
-        return pair.thin
-
-    def ran(self, pair: _Pair, x: Tensor, output: Tensor) -> Tensor:
-        assert pair.output is not None and pair.places is not None
+    def on_output(self, pair: _Pair, x: Tensor, output: Tensor) -> Tensor:
         return self._solve(pair, x, output, pair.output - rows(pair.thin, output, pair.places))
 
-    def adding(self, made: _Made, own: Tensor, other: Tensor, add: Callable[[], Tensor]) -> Tensor:
-        pair = made.pair
-        if pair.sums == 1 and pair.total is not None and pair.places is not None:
-            total = rows(pair.thin, own, pair.places) + rows(pair.thin, other, pair.places)
-            own.copy_(self._solve(pair, made.read, own, pair.total - total))
+    def on_sum(
+        self, pair: _Pair, x: Tensor, terms: tuple[Tensor, Tensor], add: Callable[[], Tensor]
+    ) -> Tensor:
+        if pair.sums == 1:
+            total = sum(rows(pair.thin, term, pair.places) for term in terms)
+            terms[0].copy_(self._solve(pair, x, terms[0], pair.total - total))
         return add()
 
-    def _solve(self, pair: _Pair, x: Tensor, output: Tensor, lacking: Tensor) -> Tensor:
-        """Let a layer give what is lacking ``(P, O)``, as far as it can; gives its output then."""
-        assert pair.places is not None
+    def _solve(self, pair: _Pair, x: Tensor, output: Tensor, missing: Tensor) -> Tensor:
+        """Change a layer so that it adds what is missing ``(P, O)``; return its new output."""
         layer: Any = pair.thin
-        lacking, read = lacking.float(), design(layer, x, pair.places).float()
-        if not bool(lacking.any()) or not bool(torch.isfinite(lacking).all() and torch.isfinite(read).all()):
+        missing, read = missing.float(), design(layer, x, pair.places).float()
+        if not bool(missing.any()) or not bool(torch.isfinite(missing).all() and torch.isfinite(read).all()):
             return output
-        middle, shift = read.mean(0), lacking.mean(0)
+        mean, shift = read.mean(0), missing.mean(0)
         if layer.bias is None:
-            middle, shift = torch.zeros_like(middle), torch.zeros_like(shift)
-        step = least_squares(read - middle, lacking - shift, getattr(layer, "groups", 1))
-        layer.weight.add_(as_weight(layer, step))
+            mean, shift = torch.zeros_like(mean), torch.zeros_like(shift)
+        solution = least_squares(read - mean, missing - shift, getattr(layer, "groups", 1))
+        layer.weight.add_(as_weight(layer, solution))
         if layer.bias is not None:
-            groups = step.shape[0]
-            layer.bias.add_(
-                shift - torch.einsum("gi,gio->go", middle.view(groups, -1).double(), step).flatten()
-            )
+            mean = mean.view(len(solution), -1).double()
+            layer.bias.add_(shift - torch.einsum("gi,gio->go", mean, solution).flatten())
         self.solved.append(pair.path)
         changed: Tensor = layer.forward(x)
         return changed
 
 
-def _part(values: Sequence[Tensor | None], count: int, part: slice) -> list[Any]:
-    """Take some samples; what all samples share stays as it is."""
+def _slice(values: Sequence[Tensor | None], count: int, part: slice) -> list[Any]:
+    """Take some of ``count`` samples; values that all samples share stay."""
     return [v[part] if v is not None and v.dim() and v.shape[0] == count else v for v in values]
 
 
@@ -462,6 +408,6 @@ def _run(module: nn.Module, values: Sequence[Tensor], seed: int, **guide: Tensor
     return [value.float() for value in tensors(output) if value.is_floating_point()]
 
 
-def _error(got: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
-    errors = [(g - w).square().mean() / (w.var() + 1e-12) for g, w in zip(got, wanted, strict=True)]
+def _error(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    errors = [(o - e).square().mean() / (e.var() + 1e-12) for o, e in zip(outputs, expected, strict=True)]
     return float(sum(errors)) / len(errors) if errors else 0.0

@@ -33,8 +33,7 @@ from retroexit.cli.options import (
     parse_places,
     resumable,
 )
-from retroexit.core.macs import unit_of
-from retroexit.core.modules import device_of
+from retroexit.core.modules import device_of, unit_of
 from retroexit.core.samples import Samples, moved
 from retroexit.errors import MissingExtraError, OptionError, WeightsError
 from retroexit.fit import Job, prepare

@@ -13,7 +13,7 @@ import typer
 from retroexit.api import read_generator
 from retroexit.cli.load_target import load_generator, random_inputs
 from retroexit.cli.options import FactoryArguments, ImageKey, Target, parse_image_key
-from retroexit.core.macs import unit_of
+from retroexit.core.modules import unit_of
 from retroexit.errors import OptionError
 from retroexit.evaluation.thop_check import cross_check
 from retroexit.report.decoder_picture import check_picture, draw_decoder

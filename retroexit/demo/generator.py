@@ -9,6 +9,7 @@ of a modulation is 1x1, and the shortcut is not modulated.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from importlib import resources
 from importlib.resources.abc import Traversable
@@ -19,16 +20,7 @@ from safetensors.torch import load
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from retroexit.demo.scenes import (
-    CLASSES,
-    PLANES,
-    SCENE_SIZE,
-    STYLE,
-    TEST_SEEDS,
-    Scene,
-    draw_scene,
-    texture_planes,
-)
+from retroexit.demo.scenes import CLASSES, PLANES, SCENE_SIZE, STYLE, TEST_SEEDS, draw_scene, texture_planes
 from retroexit.errors import CheckpointError, InputMismatchError, OptionError, WeightsError
 
 __all__ = ["Modulation", "SceneBlock", "SceneGenerator", "load_scene_generator", "scene_inputs"]
@@ -40,13 +32,7 @@ CHECKPOINT = "scene_generator"
 
 
 class Modulation(nn.Module):
-    """SPADE: normalise, then scale and shift every position as the condition says.
-
-    Args:
-        channels: Width of the feature map.
-        condition: Channels of the condition map.
-        hidden: Width between the two convolutions.
-    """
+    """SPADE: normalise, then scale and shift every position by maps computed from the condition."""
 
     def __init__(self, channels: int, condition: int, hidden: int = HIDDEN) -> None:
         super().__init__()
@@ -62,14 +48,7 @@ class Modulation(nn.Module):
 
 
 class SceneBlock(nn.Module):
-    """SPADE residual block, with a learned shortcut where the width changes.
-
-    Args:
-        in_channels: Width of the input.
-        out_channels: Width of the output.
-        condition: Channels of the condition map.
-        hidden: Width inside the modulations.
-    """
+    """SPADE residual block, with a learned shortcut where the width changes."""
 
     def __init__(self, in_channels: int, out_channels: int, condition: int, hidden: int = HIDDEN) -> None:
         super().__init__()
@@ -84,9 +63,9 @@ class SceneBlock(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         """Map ``x (N, in_channels, H, W)`` to ``(N, out_channels, H, W)``, the condition shrunk to match."""
-        seen = F.adaptive_avg_pool2d(condition, (x.shape[-2], x.shape[-1]))
-        y = self.conv_0(F.leaky_relu(self.norm_0(x, seen), 0.2))
-        y = self.conv_1(F.leaky_relu(self.norm_1(y, seen), 0.2))
+        condition = F.adaptive_avg_pool2d(condition, (x.shape[-2], x.shape[-1]))
+        y = self.conv_0(F.leaky_relu(self.norm_0(x, condition), 0.2))
+        y = self.conv_1(F.leaky_relu(self.norm_1(y, condition), 0.2))
         return self.shortcut(x) + y
 
 
@@ -109,10 +88,7 @@ class SceneGenerator(nn.Module):
         self.register_buffer("planes", torch.from_numpy(texture_planes().copy())[None], persistent=False)
         self.fc = nn.Conv2d(condition, channels[0], 3, padding=1)
         widths = [channels[0], *channels]
-        self.body = nn.ModuleList(
-            SceneBlock(before, after, condition, hidden)
-            for before, after in zip(widths, channels, strict=False)
-        )
+        self.body = nn.ModuleList(SceneBlock(a, b, condition, hidden) for a, b in itertools.pairwise(widths))
         self.up = nn.Upsample(scale_factor=2)
         self.conv_img = nn.Conv2d(channels[-1], 3, 3, padding=1)
 
@@ -204,9 +180,8 @@ def scene_inputs(count: int, seed: int = 0, first: int = 0) -> list[tuple[Tensor
             f"{len(TEST_SEEDS)}, got count={count}, seed={seed}, first={first}",
             (count, seed, first),
         )
-    return [_encode(draw_scene(TEST_SEEDS[start + index])) for index in range(count)]
-
-
-def _encode(scene: Scene) -> tuple[Tensor, Tensor]:
-    labels = F.one_hot(torch.from_numpy(scene.labels).long(), len(CLASSES)).permute(2, 0, 1)
-    return labels.float().contiguous(), torch.from_numpy(scene.z.copy())
+    inputs = []
+    for scene in map(draw_scene, TEST_SEEDS[start : start + count]):
+        labels = F.one_hot(torch.from_numpy(scene.labels).long(), len(CLASSES)).permute(2, 0, 1)
+        inputs.append((labels.float().contiguous(), torch.from_numpy(scene.z)))
+    return inputs

@@ -16,13 +16,13 @@ from retroexit.errors import WeightsError
 from retroexit.evaluation.sweep import Evaluation
 from retroexit.metrics import QualityMetric
 from retroexit.model import EarlyExitGenerator
-from retroexit.plugins.host import find_metric
+from retroexit.plugins.host import host
 from retroexit.report.text_tables import sweep_table
 
 __all__ = ["pick_metric", "run_demo", "wrap_scene_generator"]
 
 ATTACH_AT, SCALES, MIN_CHANNELS = (1, 2, 3, 4), (1 / 4, 1 / 4, 1 / 3, 1 / 2), 12
-FIT_SEED, TEST_SEED = 1, 2  # blocks of a thousand scenes that neither the generator nor each other have seen
+FIT_SEED, TEST_SEED = 1, 2  # disjoint blocks of a thousand scenes, not used to train the generator
 
 
 def wrap_scene_generator() -> EarlyExitGenerator:
@@ -39,22 +39,22 @@ def wrap_scene_generator() -> EarlyExitGenerator:
 
 
 def pick_metric(name: str, weights: Path | None, say: Callable[[str], None]) -> QualityMetric:
-    """Take the named metric; ``auto`` takes LPIPS where its weights can be had, else MS-SSIM, and says so.
+    """Return the named metric; ``auto`` means LPIPS, or MS-SSIM with a message if its weights are missing.
 
     Raises:
         PluginError: If no plug-in, or more than one, offers the metric.
-        WeightsError: If LPIPS is asked for by name and its weights cannot be had.
+        WeightsError: If the metric is named and its weights are not available.
     """
     if name != "auto":
-        return find_metric(name, weights)
+        return host().metric(name, weights)
     try:
-        return find_metric("lpips-alex", weights)
+        return host().metric("lpips-alex", weights)
     except WeightsError as error:
         say(
-            "LPIPS weights cannot be had here, so this demo measures quality by 1 - MS-SSIM instead (as with "
+            "The LPIPS weights are not available, so this demo measures quality by 1 - MS-SSIM instead (as with "
             f"--metric ms-ssim); thresholds are on that scale.\n  reason: {error}"
         )
-        return find_metric("ms-ssim")
+        return host().metric("ms-ssim")
 
 
 def run_demo(
@@ -86,7 +86,7 @@ def run_demo(
     begin = time.monotonic()
     quality = pick_metric(metric, weights, say)
     model = wrap_scene_generator()
-    say(str(str(model)))
+    say(str(model))
     fit(
         model,
         scene_inputs(scenes, FIT_SEED),
@@ -110,13 +110,9 @@ def run_demo(
     )
     means = result.loss.mean(0)
     thresholds = sorted({round(float(t), 3) for t in (0.75 * means.min(), *means, 1.25 * means.max())})
-    say(
-        f"\nQuality loss ({quality.name}) of every exit to the backbone, on {test_scenes} scenes it was not "
-        "fitted on:"
-    )
+    say(f"\nQuality loss ({quality.name}) of every exit to the backbone, on {test_scenes} other scenes:")
     say("  " + "  ".join(f"exit {k}: {m:.3f}" for k, m in enumerate(means, 1)))
-    say("\nRouted by threshold, predictor and retrieval counted:")
-    say(sweep_table(result, thresholds))
+    say(f"\nRouted by threshold, predictor and retrieval counted:\n{sweep_table(result, thresholds)}")
     say(f"\nreport with pictures: {report / 'report.html'}   ({time.monotonic() - begin:.0f} s)")
     return model, result
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from retroexit.core.files import MANIFEST, check_file, read_array, read_manifest, staged, write_manifest
 from retroexit.errors import BankError, CheckpointError, OptionError
-from retroexit.retrieval import AutoRetriever, ExactRetriever, FaissRetriever, HnswlibRetriever, Retriever
+from retroexit.retrieval import BACKENDS, Retriever
 
 __all__ = ["GuidanceBank", "Retrieved", "cut", "glue"]
 
@@ -33,7 +33,6 @@ _ORIGIN = {
     "value_patch": "the patch of a value",
     "value_channels": "channels per value",
 }
-_BACKENDS = {back.name: back for back in (AutoRetriever, ExactRetriever, FaissRetriever, HnswlibRetriever)}
 
 
 @dataclass(frozen=True)
@@ -299,7 +298,7 @@ class GuidanceBank:
                 f"{fingerprint!r}. Build a bank for it.",
                 folder,
             )
-        back_end: type[Retriever] | None = retriever_class or _BACKENDS.get(name)
+        back_end: type[Retriever] | None = retriever_class or BACKENDS.get(name)
         if back_end is None:
             raise BankError(
                 f"the bank in {folder} uses the retriever {name!r}, which is not one of ours. Pass its class "

@@ -16,8 +16,7 @@ from retroexit.errors import BankError, OptionError
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.guidance.options import WHOLE_IMAGE, Guidance
 from retroexit.split.split import SplitGenerator
-from retroexit.stages.cuts import Cut
-from retroexit.stages.decoder import Decoder, describe_stage
+from retroexit.stages.decoder import Cut, Decoder
 from retroexit.stages.stage import Stage
 from retroexit.tracing.record import unobserved
 
@@ -138,12 +137,12 @@ def find_key_cut(decoder: Decoder, guidance: Guidance | None, first: tuple[Stage
     if place is None:
         return None
     if isinstance(place, str):
-        stage = describe_stage(decoder, place)
+        stage = decoder.describe(place)
     elif not 1 <= place <= len(decoder.stages):
         raise OptionError(f"key_after must be a stage from 1 to {len(decoder.stages)}, got {place}", place)
     else:
         stage = decoder.stages[place - 1]
-    cut, (attached, earliest) = decoder.cut_after(stage), first
+    cut, (attached, earliest) = decoder.cut(stage), first
     if cut.position > earliest.position:
         raise OptionError(
             f"key_after must be at or before the first attach point {attached.path!r}, got {stage.path!r}: "
@@ -193,11 +192,11 @@ def _value_cut(decoder: Decoder, guidance: Guidance) -> Cut:
     if place == WHOLE_IMAGE:
         return Cut(len(decoder.recording.nodes) - 1, decoder.image, (), ())
     if isinstance(place, str):
-        return decoder.cut_after(describe_stage(decoder, place))
+        return decoder.cut(decoder.describe(place))
     count = len(decoder.stages)
     index = (count + 1) // 2 if place is None else place
     if not 1 <= index < count:
         raise OptionError(
             f"value_after must be 'image' or a stage before the last of {count}, got {index}", index
         )
-    return decoder.cut_after(decoder.stages[index - 1])
+    return decoder.cut(decoder.stages[index - 1])

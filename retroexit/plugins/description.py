@@ -5,15 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from torch import Tensor, nn
 
 from retroexit.errors import OptionError
 
 __all__ = ["Description"]
-
-_OBJECTIVE = ("name", "needs_inputs", "of_branch", "of_discriminator")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,46 +59,47 @@ class Description:
     adversarial: Any = None
 
     def __post_init__(self) -> None:
-        if not self.name:
-            raise OptionError("name of a description must not be empty, got ''", self)
+        for names, is_valid, expected in _CHECKS:
+            for name in names:
+                value = getattr(self, name)
+                if value is not None and not is_valid(value):
+                    raise OptionError(
+                        f"{name} of {self.name or 'a description'} must be {expected}, got {value!r}", self
+                    )
         if self.stages is not None:
-            if not _are_stages(self.stages):
-                self._refuse("stages", "at least two different module paths in the order in which they run")
             object.__setattr__(self, "stages", tuple(self.stages))
-        if self.image_range is not None and not _is_range(self.image_range):
-            self._refuse("image_range", "(smallest, largest)")
-        for tap in ("key_after", "value_after"):
-            place = getattr(self, tap)
-            if place is not None and not _is_place(place):
-                self._refuse(tap, "a stage's number from 1 or its path")
-        for part in ("example_inputs", "predictor_inputs", "key", "build_stage", "discriminator"):
-            function = getattr(self, part)
-            if function is not None and (not callable(function) or isinstance(function, nn.Module)):
-                self._refuse(part, "a function")
-        is_name = self.adversarial is None or isinstance(self.adversarial, str)
-        if not is_name and not all(hasattr(self.adversarial, part) for part in _OBJECTIVE):
-            self._refuse("adversarial", f"an objective's name or an object with {', '.join(_OBJECTIVE)}")
-
-    def _refuse(self, attribute: str, expected: str) -> None:
-        value = getattr(self, attribute)
-        raise OptionError(f"{attribute} of {self.name} must be {expected}, got {value!r}", self)
 
 
-def _are_stages(stages: object) -> bool:
+def _are_stages(stages: Any) -> bool:
     is_list = isinstance(stages, (tuple, list)) and all(isinstance(path, str) and path for path in stages)
-    return is_list and isinstance(stages, (tuple, list)) and len(set(stages)) == len(stages) >= 2
+    return is_list and len(set(stages)) == len(stages) >= 2
 
 
-def _is_place(place: object) -> bool:
-    if isinstance(place, int):
-        return not isinstance(place, bool) and place >= 1
-    return isinstance(place, str) and bool(place)
+def _is_place(place: Any) -> bool:
+    return (type(place) is int and place >= 1) or (isinstance(place, str) and place != "")
 
 
-def _is_range(pair: object) -> bool:
-    return (
-        isinstance(pair, (tuple, list))
-        and len(pair) == 2
-        and all(isinstance(end, (int, float)) and math.isfinite(end) for end in pair)
-        and pair[0] < pair[1]
-    )
+def _is_range(pair: Any) -> bool:
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        return False
+    return all(isinstance(end, (int, float)) and math.isfinite(end) for end in pair) and pair[0] < pair[1]
+
+
+def _is_function(value: Any) -> bool:
+    return callable(value) and not isinstance(value, nn.Module)
+
+
+def _is_objective(value: Any) -> bool:
+    return isinstance(value, str) or all(hasattr(value, part) for part in _OBJECTIVE)
+
+
+_OBJECTIVE: Final = ("name", "needs_inputs", "of_branch", "of_discriminator")
+_FUNCTIONS: Final = ("example_inputs", "predictor_inputs", "key", "build_stage", "discriminator")
+_CHECKS: Final[tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...]] = (
+    (("name",), bool, "a string that is not empty"),
+    (("stages",), _are_stages, "at least two different module paths in the order in which they run"),
+    (("image_range",), _is_range, "(smallest, largest)"),
+    (("key_after", "value_after"), _is_place, "a stage's number from 1 or its path"),
+    (_FUNCTIONS, _is_function, "a function"),
+    (("adversarial",), _is_objective, f"an objective's name or an object with {', '.join(_OBJECTIVE)}"),
+)

@@ -1,14 +1,10 @@
 """The hooks that a plug-in may implement: signatures and documentation.
 
 A plug-in is a module, or an object, whose functions are marked with `hookimpl`; a distribution announces it
-under the entry-point group ``retroexit``. An implementation may leave out arguments that it does not need;
-the others have no defaults. Hook wrappers are not supported: every result has one author, so that a mistake
-can be reported under its name. A hook that only another version of retroexit has is marked
-``hookimpl(optionalhook=True)``. A hook is called when something of its kind is first looked up; import heavy
-dependencies inside it, or later.
-
-Names of the library cannot be replaced. Looking up a name that two other plug-ins offer is an error.
-`retroexit.testing.check_adapter` tests an adapter.
+under the entry-point group ``retroexit``. An implementation may leave out arguments that it does not need.
+Hook wrappers are not supported, so that every mistake can be reported with its author. A hook that only another
+version of retroexit has is marked ``hookimpl(optionalhook=True)``. Import heavy dependencies inside a hook, or
+later. Names of the library cannot be replaced. `retroexit.testing.check_adapter` tests an adapter.
 """
 
 from __future__ import annotations
@@ -26,19 +22,7 @@ if TYPE_CHECKING:
     from retroexit.metrics import QualityMetric
     from retroexit.retrieval import Retriever
 
-__all__ = [
-    "GROUP",
-    "RESERVED",
-    "hookimpl",
-    "hookspec",
-    "retroexit_build_stage",
-    "retroexit_commands",
-    "retroexit_describe",
-    "retroexit_losses",
-    "retroexit_metrics",
-    "retroexit_retrievers",
-    "retroexit_width_rules",
-]
+__all__ = ["GROUP", "HOOKS", "RESERVED", "hookimpl"]
 
 GROUP: Final = "retroexit"
 """The entry-point group, and the project's name in pluggy."""
@@ -76,8 +60,7 @@ def retroexit_build_stage(stage: nn.Module, in_channels: int, out_channels: int)
     """Make a thin stage through the stage's own constructor; the first result is used, newest plug-in first.
 
     The first stage of a branch gets the feature at its full width. The guide's channels are added wherever a
-    stage receives the guide (paper sections 3.1, 4.1, 4.2). The result takes the map first, and the same
-    further arguments as the full stage.
+    stage receives the guide (paper sections 3.1, 4.1, 4.2).
 
     Args:
         stage: The generator's own stage at full width. It must be neither run nor changed here.
@@ -85,7 +68,8 @@ def retroexit_build_stage(stage: nn.Module, in_channels: int, out_channels: int)
         out_channels: Channels of the output map.
 
     Returns:
-        A new stage of the same kind, or ``None`` to have the stage narrowed by retroexit.
+        A new stage of the same kind, which takes the map first and then the same arguments as the full stage,
+        or ``None`` to have the stage narrowed by retroexit.
     """
 
 
@@ -143,3 +127,6 @@ def retroexit_commands() -> dict[str, Callable[..., Any]]:  # type: ignore[empty
         Functions with typer's annotations, or typer apps, by the name of the command: ``retroexit name``. The
         docstring becomes the help text, its section ``Example:`` the end of it.
     """
+
+
+HOOKS: Final = tuple(name for name in globals() if name.startswith(f"{GROUP}_"))

@@ -1,8 +1,7 @@
 """Find plug-ins, check them, and look up what they offer.
 
-No plug-in is imported before the first look-up, and a hook is called when something of its kind is first
-looked up. A plug-in, or the part of it, that does not work is left out with one warning that names it, its
-distribution and the cause.
+Plug-ins are imported at the first look-up, and a hook is called when something of its kind is first looked up.
+A plug-in, or the part of it, that does not work is left out with one warning that names it and the cause.
 """
 
 from __future__ import annotations
@@ -16,35 +15,36 @@ import textwrap
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 
 import pluggy
 from torch import nn
 
-from retroexit.errors import OptionError, PluginError, RetroExitError, RetroExitWarning, closest
+from retroexit.core.files import __version__
+from retroexit.errors import OptionError, PluginError, RetroExitError, RetroExitWarning, cause_of, closest
 from retroexit.metrics import QualityMetric
 from retroexit.plugins import hookspecs
 from retroexit.plugins.description import Description
 from retroexit.retrieval import Retriever
 
 if TYPE_CHECKING:
-    from retroexit.branch.adapter_stages import BuildStage
     from retroexit.branch.widths.plan import WidthFunction
 
-__all__ = ["Host", "PluginInfo", "brief", "cause_of", "find_metric", "host"]
+__all__ = ["Host", "PluginInfo", "brief", "host"]
 
-_OWN: Final = {"builtin": "retroexit.builtin"}
-"""Plug-ins of the library, whose names others cannot take. Imported by name: they lie above the host."""
+_OWN: Final = "builtin"
+"""The plug-in of the library, whose names others cannot take. Imported by name: it lies above the host."""
 
-_NOUNS: Final = {  # singular and plural
-    "retroexit_retrievers": ("retriever", "retrievers"),
-    "retroexit_metrics": ("metric", "metrics"),
-    "retroexit_losses": ("loss", "losses"),
-    "retroexit_width_rules": ("width rule", "width rules"),
-    "retroexit_commands": ("command", "commands"),
+_NOUNS: Final = {
+    "retroexit_retrievers": "retriever",
+    "retroexit_metrics": "metric",
+    "retroexit_losses": "loss",
+    "retroexit_width_rules": "width rule",
+    "retroexit_commands": "command",
 }
+_Recognised = tuple["PluginInfo", Description]
 _Answer = TypeVar("_Answer")
 _log = logging.getLogger(__name__)
 
@@ -55,8 +55,7 @@ class PluginInfo:
 
     Attributes:
         name: Name of its entry point, or the one passed to `Host.register`.
-        distribution: Distribution that contains it; ``""`` when registered by hand.
-        version: Version of that distribution; ``""`` when it has none or was registered by hand.
+        distribution: Distribution that contains it, and its ``version``; ``""`` when registered by hand.
         hooks: Hooks that it implements, sorted; empty when it could not be loaded.
         offers: For each hook that offers objects by name, the names.
         error: Why it, or a part of it, is not in use; ``None`` when all of it works.
@@ -94,27 +93,21 @@ class Host:
         self._pluggy.add_hookspecs(hookspecs)
         self._plugins: dict[str, PluginInfo] = {}
         self._rejected: list[PluginInfo] = []
-        self._offers: dict[str, dict[str, dict[str, Any]]] = {}  # hook -> name -> plug-in -> object
-        self._warnings: dict[str, bool] = {}  # text -> whether it was issued
-        self._is_loaded = not discover
+        self._offers: dict[str, dict[str, tuple[Any, PluginInfo]]] = {}  # hook -> name -> object, author
+        self._conflicts: dict[tuple[str, str], str] = {}  # (hook, name) -> message
+        self._entries: list[importlib.metadata.EntryPoint] | None = None if discover else []  # still to load
         self._lock = threading.RLock()
 
     def register(self, plugin: object, name: str) -> None:
-        """Add a plug-in by hand.
-
-        Args:
-            plugin: Module or object whose functions are marked with `hookimpl`.
-            name: Name under which `installed` lists it.
+        """Add a plug-in by hand: a module or an object whose functions are marked with `hookimpl`.
 
         Raises:
-            PluginError: If the name is taken, or an implementation does not fit its hook. Nothing of the
-                plug-in is registered then.
+            PluginError: If the name is taken, or the plug-in does not fit its hooks; it is left out then.
         """
         with self._lock:
             self._register(plugin, PluginInfo(name))
             self._offers.clear()
-
-    # Look up by name.
+            self._conflicts.clear()
 
     def retriever(self, name: str) -> type[Retriever]:
         """Look up a nearest-neighbour back-end; raises `PluginError` if not exactly one plug-in offers it."""
@@ -126,156 +119,128 @@ class Host:
         rule: WidthFunction = self._find("retroexit_width_rules", name)[0]
         return rule
 
-    def metric(self, name: str, **options: Any) -> QualityMetric:
-        """Make a quality metric; ``options`` such as ``weights`` are passed to its factory.
+    def metric(self, metric: QualityMetric | str, weights: str | Path | None = None) -> QualityMetric:
+        """Make a quality metric from its name; a metric object is returned unchanged.
+
+        ``"lpips"`` means ``"lpips-alex"``; ``weights`` is a file with the metric's weights.
 
         Raises:
-            OptionError: If its factory does not take the options.
+            OptionError: If the metric takes no weights and some are passed.
             PluginError: If no plug-in offers it, more than one does, or the result is no metric.
+            WeightsError: If the weights are missing or damaged.
         """
-        metric, author = self._make("retroexit_metrics", name, options)
-        if not (callable(metric) and hasattr(metric, "compare") and hasattr(metric, "describe")):
-            raise PluginError(
-                f"metric {name!r} of {author} must be a retroexit.metrics.QualityMetric, got {brief(metric)}",
-                metric,
-            )
-        if metric.name != name:  # a fitted model stores the name of its metric
-            raise PluginError(
-                f"name of metric {name!r} of {author} must be equal, got {metric.name!r}", metric
-            )
-        quality: QualityMetric = metric
-        return quality
+        if isinstance(metric, QualityMetric):
+            return metric
+        name = "lpips-alex" if metric == "lpips" else metric
+        made, what = self._make("retroexit_metrics", name, weights)
+        if not isinstance(made, QualityMetric) or made.name != name:  # a fitted model stores the name
+            expected = f"a retroexit.metrics.QualityMetric with name {name!r}"
+            raise PluginError(f"{what} must be {expected}, got {brief(made)}", made)
+        return made
 
-    def loss(self, name: str, **options: Any) -> Any:
-        """Make a term of the training loss; ``options`` such as ``weights`` are passed to its factory.
-
-        Raises:
-            OptionError: If its factory does not take the options.
-            PluginError: If no plug-in offers it, more than one does, or the result is no term.
-        """
-        term, author = self._make("retroexit_losses", name, options)
+    def loss(self, name: str, weights: str | Path | None = None) -> Any:
+        """Make a term of the training loss from its name; arguments and errors as for `metric`."""
+        term, what = self._make("retroexit_losses", name, weights)
         if not callable(term) and not callable(getattr(term, "of_batch", None)):
-            raise PluginError(f"loss {name!r} of {author} must be callable, got {brief(term)}", term)
+            raise PluginError(f"{what} must be callable, got {brief(term)}", term)
         return term
 
     def retrievers(self) -> tuple[str, ...]:
         """List the names that `retriever` accepts, sorted."""
-        return self._names("retroexit_retrievers")
+        return tuple(sorted(self._offered("retroexit_retrievers")))
 
     def metrics(self) -> tuple[str, ...]:
         """List the names that `metric` accepts, sorted."""
-        return self._names("retroexit_metrics")
+        return tuple(sorted(self._offered("retroexit_metrics")))
 
     def losses(self) -> tuple[str, ...]:
         """List the names that `loss` accepts, sorted."""
-        return self._names("retroexit_losses")
+        return tuple(sorted(self._offered("retroexit_losses")))
 
     def commands(self) -> dict[str, Callable[..., Any]]:
         """List the commands of the command line by name, without those that two plug-ins offer."""
-        names = self._names("retroexit_commands")
-        return {name: self._find("retroexit_commands", name)[0] for name in names}
+        return {name: command for name, (command, _) in sorted(self._offered("retroexit_commands").items())}
 
     def drop_command(self, name: str, cause: str) -> None:
         """Leave out a command that does not work, and warn."""
-        author = self._find("retroexit_commands", name)[1]
-        del self._offers["retroexit_commands"][name]
+        _, author = self._offered("retroexit_commands").pop(name)
         self._report(f"left out the command {name!r}: {cause}", author)
-        self._warn()
 
     def installed(self) -> list[PluginInfo]:
         """List every plug-in, including those that are not in use."""
-        offers = {hook: self._names(hook) for hook in _NOUNS}
-        for plugin, info in self._plugins.items():
+        offers = {hook: sorted(self._offered(hook).items()) for hook in _NOUNS}
+        for info in self._plugins.values():
             info.offers = {
-                hook: tuple(name for name in offers[hook] if self._author(hook, name) == plugin)
+                hook: tuple(name for name, (_, author) in offers[hook] if author is info)
                 for hook in _NOUNS
                 if hook in info.hooks
             }
         return [*self._plugins.values(), *self._rejected]
 
-    # Describe a generator.
-
-    def describe(
-        self, generator: nn.Module, adapter: Description | str | bool | None = None
-    ) -> Description | None:
+    def describe(self, generator: nn.Module, adapter: Description | str | bool | None = None) -> Description:
         """Describe a generator.
 
         Args:
             generator: The user's trained model.
-            adapter: A description, which is returned; the name of the plug-in to call; ``False`` to call
-                none; ``None`` to call all.
+            adapter: A description; the name of the plug-in to call; ``False`` for none, ``None`` for all.
 
         Returns:
-            The description, which is empty where no plug-in is called, or ``None`` if none of them recognises
-            the generator.
+            The description, which has no more than a name if no plug-in recognises the generator. Its
+            ``build_stage``, if missing, becomes that of the plug-ins, unless ``adapter`` is ``False``.
 
         Raises:
             OptionError: If the named plug-in does not recognise the generator.
             PluginError: If there is no plug-in of that name, or it is not in use.
         """
-        if isinstance(adapter, Description):
-            return adapter
+        kind = type(generator).__name__
         if adapter is False:
-            return Description(name=type(generator).__name__)
-        plugin = adapter if isinstance(adapter, str) else None
-        recognised = self.recognise(generator, plugin)
-        if recognised is None and plugin is not None:
-            raise OptionError(
-                f"adapter must be a plug-in that recognises a {type(generator).__name__}, got {plugin!r}. "
-                "Leave adapter out to call all plug-ins, or pass a retroexit.Description.",
-                adapter,
-            )
-        return None if recognised is None else recognised[1]
+            return Description(name=kind)
+        description = adapter
+        if not isinstance(description, Description):
+            plugin = adapter if isinstance(adapter, str) else None
+            recognised = self.recognise(generator, plugin)
+            if recognised is None and plugin is not None:
+                raise OptionError(
+                    f"adapter must be a plug-in that recognises a {kind}, got {plugin!r}. Leave adapter out to "
+                    "call all plug-ins, or pass a retroexit.Description.",
+                    adapter,
+                )
+            description = Description(name=kind) if recognised is None else recognised[1]
+        if description.build_stage is None:
+            description = replace(description, build_stage=self.build_stage)
+        return description
 
-    def recognise(
-        self, generator: nn.Module, plugin: str | None = None
-    ) -> tuple[PluginInfo, Description] | None:
-        """Return the first plug-in that describes a generator, newest first, with the description.
-
-        Args:
-            generator: Any module.
-            plugin: Call this plug-in only.
-
-        Raises:
-            PluginError: If there is no plug-in of that name, or it is not in use.
-        """
-        if plugin is not None:
-            self._check_in_use(plugin)
-        return self._first("retroexit_describe", Description, {"generator": generator}, plugin)
+    def recognise(self, generator: nn.Module, plugin: str | None = None) -> _Recognised | None:
+        """Return the newest plug-in that describes a generator, or is the named one, with the description."""
+        self._load()
+        if plugin is not None and plugin not in self._plugins:
+            for info in self._rejected:
+                if info.name == plugin:
+                    raise PluginError(f"{info} is not in use: {info.error}", plugin)
+            names = ", ".join(map(repr, sorted(self._plugins)))
+            raise PluginError(f"no plug-in {plugin!r}; installed: {names}. See 'retroexit plugins'.", plugin)
+        return self._first("retroexit_describe", Description, plugin, generator=generator)
 
     def build_stage(self, stage: nn.Module, in_channels: int, out_channels: int) -> nn.Module | None:
         """Return the first thin stage that a plug-in builds; see `hookspecs.retroexit_build_stage`."""
-        arguments = {"stage": stage, "in_channels": in_channels, "out_channels": out_channels}
-        built = self._first("retroexit_build_stage", nn.Module, arguments)
+        shape = {"in_channels": in_channels, "out_channels": out_channels}
+        built = self._first("retroexit_build_stage", nn.Module, stage=stage, **shape)
         return None if built is None else built[1]
 
-    def stage_builder(
-        self, description: Description | None, adapter: Description | str | bool | None
-    ) -> BuildStage | None:
-        """Return the description's own ``build_stage``, else `build_stage`; ``None`` if ``adapter=False``."""
-        if description is not None and description.build_stage is not None:
-            return description.build_stage
-        return None if adapter is False else self.build_stage
-
-    # Call hooks.
-
     def _first(
-        self, hook: str, kind: type[_Answer], arguments: dict[str, object], plugin: str | None = None
+        self, hook: str, kind: type[_Answer], plugin: str | None = None, **arguments: object
     ) -> tuple[PluginInfo, _Answer] | None:
         """Return the first answer of the right type and its author; report answers of other types."""
         self._load()
-        first = None
-        for info, answer in self._call(hook, arguments, plugin):
+        for info, answer in self._call(hook, plugin, **arguments):
             if isinstance(answer, kind):
-                first = info, answer
-                break
+                return info, answer
             if answer is not None:
-                self._report(f"{hook} returned {brief(answer)}; return a {kind.__name__} or None", info)
-        self._warn()
-        return first
+                self._report(f"{hook} must return a {kind.__name__} or None, got {brief(answer)}", info)
+        return None
 
     def _call(
-        self, hook: str, arguments: dict[str, object], plugin: str | None = None
+        self, hook: str, plugin: str | None = None, **arguments: object
     ) -> Iterator[tuple[PluginInfo, Any]]:
         """Call one hook plug-in by plug-in, newest first, so that each answer and error has its author."""
         for implementation in reversed(getattr(self._pluggy.hook, hook).get_hookimpls()):
@@ -290,140 +255,104 @@ class Host:
                 _log.info("%s of %s returned %s", hook, info, brief(answer))
                 yield info, answer
 
-    def _offered(self, hook: str) -> dict[str, dict[str, Any]]:
-        """Collect what plug-ins offer under a hook, once: name -> plug-in -> object."""
+    def _offered(self, hook: str) -> dict[str, tuple[Any, PluginInfo]]:
+        """Collect what plug-ins offer under a hook, once, with the author: by name, if it is clear whose."""
         self._load()
         with self._lock:
             if hook not in self._offers:
-                offers = self._offers[hook] = {}
-                for info, answer in self._call(hook, {}):
+                candidates: dict[str, list[tuple[Any, PluginInfo]]] = {}
+                for info, answer in self._call(hook):
                     problem = _problem_with(hook, answer)
                     if problem is not None:
                         self._report(problem, info)
                         continue
                     for name, offer in answer.items():
-                        offers.setdefault(name, {})[info.name] = offer
-                for name, authors in offers.items():
-                    if len(authors) > 1:
-                        others = [self._plugins[author] for author in authors if author not in _OWN]
-                        self._report(self._conflict(hook, name), *others)
-        self._warn()
-        return self._offers[hook]
-
-    def _names(self, hook: str) -> tuple[str, ...]:
-        return tuple(sorted(name for name in self._offered(hook) if self._author(hook, name) is not None))
-
-    def _author(self, hook: str, name: str) -> str | None:
-        """Return the plug-in whose offer is used: the library's, or the only one."""
-        authors = self._offers[hook].get(name, {})
-        own = next((author for author in authors if author in _OWN), None)
-        return own or (next(iter(authors)) if len(authors) == 1 else None)
+                        candidates.setdefault(name, []).insert(0, (offer, info))
+                chosen = {}
+                for name, offers in candidates.items():
+                    own = [offer for offer in offers if offer[1].name == _OWN]
+                    if len(offers) == 1 or own:
+                        chosen[name] = (own or offers)[0]
+                    if len(offers) > 1:
+                        authors = " and ".join(str(info) for _, info in offers)
+                        advice = "the library's own is used" if own else "uninstall one"
+                        conflict = f"{_NOUNS[hook]} {name!r} is offered by {authors}; {advice}"
+                        self._conflicts[hook, name] = conflict
+                        self._report(conflict, *(info for _, info in offers if info.name != _OWN))
+                self._offers[hook] = chosen
+            return self._offers[hook]
 
     def _find(self, hook: str, name: str) -> tuple[Any, PluginInfo]:
-        offers, noun = self._offered(hook), _NOUNS[hook][0]
-        author = self._author(hook, name)
-        if author is not None:
-            return offers[name][author], self._plugins[author]
+        offers, noun = self._offered(hook), _NOUNS[hook]
         if name in offers:
-            raise PluginError(self._conflict(hook, name), name)
+            return offers[name]
+        if (hook, name) in self._conflicts:
+            raise PluginError(self._conflicts[hook, name], name)
         near = closest(name, sorted(offers)) or f"none, because no plug-in offers a {noun}"
         raise PluginError(f"no {noun} {name!r}; closest: {near}. List all with 'retroexit plugins'.", name)
 
-    def _make(self, hook: str, name: str, options: dict[str, Any]) -> tuple[Any, PluginInfo]:
-        """Call the factory of a metric or a loss."""
+    def _make(self, hook: str, name: str, weights: str | Path | None) -> tuple[Any, str]:
+        """Call the factory of a metric or a loss; also returns how to refer to the result."""
         factory, author = self._find(hook, name)
-        what = f"{_NOUNS[hook][0]} {name!r} of {author}"
-        if not _accepts(factory, options):
-            raise OptionError(f"{what} takes no {', '.join(options)}. Leave it out.", options)
+        what = f"{_NOUNS[hook]} {name!r} of {author}"
         try:
-            return factory(**options), author
+            return (factory() if weights is None else factory(weights=weights)), what
         except RetroExitError:
             raise
         except Exception as error:
+            if weights is not None and isinstance(error, TypeError):
+                raise OptionError(f"{what} takes no weights. Leave it out.", weights) from error
             raise PluginError(f"{what} raised {cause_of(error)}", factory) from error
-
-    # Load plug-ins.
 
     def _load(self) -> None:
         """Register the library's own plug-in and those of installed distributions, once."""
         with self._lock:
-            if not self._is_loaded:
-                self._is_loaded = True
-                for name, module in _OWN.items():
-                    info = PluginInfo(name, "retroexit", _own_version())
-                    self._register(importlib.import_module(module), info)
+            if self._entries is None:
+                own = PluginInfo(_OWN, "retroexit", __version__)
+                self._register(importlib.import_module(f"retroexit.{_OWN}"), own)
                 entries = importlib.metadata.entry_points(group=hookspecs.GROUP)
-                for entry in sorted(entries, key=lambda entry: (_origin_of(entry), entry.name)):
-                    info = PluginInfo(entry.name, *_origin_of(entry))
-                    try:
-                        self._register(entry.load(), info)
-                    except KeyboardInterrupt:
-                        raise
-                    except BaseException as error:  # an import may exit the interpreter or panic
-                        info.error = cause_of(error)
-                        self._rejected.append(info)
-                        self._warnings[f"{info} is not in use: {info.error}"] = False
-        self._warn()
+                self._entries = sorted(entries, key=lambda entry: (_origin_of(entry), entry.name))
+            while self._entries:
+                entry = self._entries.pop(0)
+                info = PluginInfo(entry.name, *_origin_of(entry))
+                try:
+                    self._register(entry.load(), info)
+                except KeyboardInterrupt:
+                    raise
+                except BaseException as error:  # an import may exit the interpreter or panic
+                    info.error = cause_of(error)
+                    self._rejected.append(info)
+                    _warn(f"{info} is not in use: {info.error}")
 
     def _register(self, plugin: object, info: PluginInfo) -> None:
         """Check and register a plug-in; one that fails is removed completely."""
         if info.name in self._plugins:
-            raise PluginError(
-                f"the name {info.name!r} is taken by {self._plugins[info.name]}; choose another", info
-            )
+            taken = self._plugins[info.name]
+            raise PluginError(f"the name {info.name!r} is taken by {taken}; choose another", info)
         if inspect.isclass(plugin):
             raise PluginError(f"{plugin.__name__} is a class; announce a module or an instance", plugin)
         try:
             self._pluggy.register(plugin, info.name)
             self._pluggy.check_pending()
-            callers = self._pluggy.get_hookcallers(plugin) or []
-            info.hooks = tuple(sorted(caller.name for caller in callers if caller.has_spec()))
-            for hook in hookspecs.__all__:
-                if hook.startswith("retroexit_") and hook not in info.hooks and hasattr(plugin, hook):
-                    raise PluginError(f"{hook!r} is not marked with hookimpl", plugin)
-            if not info.hooks:
+            hooks = {caller.name for caller in self._pluggy.get_hookcallers(plugin) or [] if caller.spec}
+            if not hooks:
                 raise PluginError(f"{brief(plugin)} implements no hook; mark functions with hookimpl", plugin)
+            unmarked = [hook for hook in hookspecs.HOOKS if hook not in hooks and hasattr(plugin, hook)]
+            if unmarked:
+                raise PluginError(f"{unmarked[0]!r} is not marked with hookimpl", plugin)
         except (pluggy.PluginValidationError, PluginError, ValueError) as error:
-            info.hooks = ()
             self._pluggy.unregister(name=info.name)
             raise PluginError(" ".join(str(error).split()), plugin) from error
+        info.hooks = tuple(sorted(hooks))
         self._plugins[info.name] = info
 
-    def _check_in_use(self, plugin: str) -> None:
-        self._load()
-        if plugin in self._plugins:
-            return
-        for info in self._rejected:
-            if info.name == plugin:
-                raise PluginError(f"{info} is not in use: {info.error}", plugin)
-        names = ", ".join(map(repr, sorted(self._plugins)))
-        raise PluginError(f"no plug-in {plugin!r}; installed: {names}. See 'retroexit plugins'.", plugin)
-
-    # Report problems.
-
-    def _conflict(self, hook: str, name: str) -> str:
-        authors = self._offers[hook][name]
-        claimants = " and ".join(str(info) for info in self._plugins.values() if info.name in authors)
-        advice = "uninstall one of them or rename what it offers"
-        if not _OWN.keys().isdisjoint(authors):
-            advice = "the library's own is used. Rename the other one"
-        return f"{_NOUNS[hook][0]} {name!r} is offered by {claimants}; {advice}"
-
     def _report(self, problem: str, *plugins: PluginInfo) -> None:
-        """Note a problem of plug-ins; `_warn` issues the warning."""
-        for info in plugins:
-            if info.error is None or problem not in info.error:
-                info.error = f"{info.error}; {problem}" if info.error else problem
-        text = problem if str(plugins[0]) in problem else f"{plugins[0]}: {problem}"
-        self._warnings.setdefault(text, False)
-
-    def _warn(self) -> None:
-        """Issue pending warnings at the end: a warning turned into an error must not stop the loading."""
-        with self._lock:
-            pending = [text for text, is_issued in self._warnings.items() if not is_issued]
-            self._warnings.update(dict.fromkeys(pending, True))
-        for text in pending:
-            warnings.warn(text, RetroExitWarning, stacklevel=4)
+        """Note a problem of plug-ins, and warn of it once."""
+        affected = [info for info in plugins if problem not in (info.error or "")]
+        for info in affected:
+            info.error = f"{info.error}; {problem}" if info.error else problem
+        if affected:
+            _warn(problem if str(affected[0]) in problem else f"{affected[0]}: {problem}")
 
 
 @functools.cache
@@ -432,28 +361,9 @@ def host() -> Host:
     return Host()
 
 
-def find_metric(metric: QualityMetric | str, weights: str | Path | None = None) -> QualityMetric:
-    """Make a metric from its name; a metric object is returned unchanged.
-
-    Args:
-        metric: A metric or its name. ``"lpips"`` means ``"lpips-alex"``.
-        weights: File with the metric's weights.
-
-    Raises:
-        OptionError: If the metric takes no weights and some are passed.
-        PluginError: If no plug-in, or more than one, offers the name.
-        WeightsError: If the weights are missing or damaged.
-    """
-    if isinstance(metric, QualityMetric):
-        return metric
-    options = {} if weights is None else {"weights": weights}
-    return host().metric("lpips-alex" if metric == "lpips" else metric, **options)
-
-
-def cause_of(error: BaseException) -> str:
-    """Format an exception in one line, with its type if it is not one of retroexit's."""
-    text = " ".join(str(error).split())
-    return text if isinstance(error, RetroExitError) else f"{type(error).__name__}: {text}"
+def _warn(text: str) -> None:
+    """Warn of a problem that is already noted: if the warning becomes an error, the next look-up goes on."""
+    warnings.warn(text, RetroExitWarning, stacklevel=5)
 
 
 def brief(value: object) -> str:
@@ -463,41 +373,22 @@ def brief(value: object) -> str:
 
 def _problem_with(hook: str, offers: object) -> str | None:
     """Return what is wrong with the objects offered under a hook, if anything is."""
-    nouns = _NOUNS[hook][1]
     if not isinstance(offers, dict):
-        return f"{hook} returned {brief(offers)}; return a dict of {nouns} by name"
+        return f"{hook} must return a dict by name, got {brief(offers)}"
+    noun, reserved = _NOUNS[hook], hookspecs.RESERVED.get(hook, {})
     for name, offer in offers.items():
-        if not isinstance(name, str) or not name or not callable(offer):
-            return f"{hook} offers {name!r}: {brief(offer)}; names must be strings, {nouns} callable"
-        meaning = hookspecs.RESERVED.get(hook, {}).get(name)
-        if meaning is not None:
-            return f"{hook} offers {name!r}, which stands for {meaning}; choose another name"
+        if not isinstance(name, str) or not name:
+            return f"name of a {noun} must be a string, got {name!r}"
+        if not callable(offer):
+            return f"{noun} {name!r} must be callable, got {brief(offer)}"
+        if name in reserved:
+            return f"{noun} {name!r} must have another name: this one stands for {reserved[name]}"
         if hook == "retroexit_retrievers":
-            if not (inspect.isclass(offer) and issubclass(offer, Retriever)) or inspect.isabstract(offer):
-                return (
-                    f"retriever {name!r} must be a complete subclass of retroexit.retrieval.Retriever, got "
-                    f"{brief(offer)}"
-                )
-            if offer.name != name:  # a saved bank stores the name of its class
-                return f"name of retriever {name!r} must be equal, got {offer.name!r}"
+            is_retriever = inspect.isclass(offer) and issubclass(offer, Retriever)
+            if not is_retriever or inspect.isabstract(offer) or offer.name != name:  # a saved bank stores it
+                expected = f"a complete subclass of retroexit.retrieval.Retriever with name {name!r}"
+                return f"{noun} {name!r} must be {expected}, got {brief(offer)}"
     return None
-
-
-def _accepts(factory: Callable[..., Any], options: dict[str, Any]) -> bool:
-    try:
-        inspect.signature(factory).bind_partial(**options)
-    except TypeError:
-        return False
-    except ValueError:  # some functions written in C have no signature
-        return True
-    return True
-
-
-def _own_version() -> str:
-    try:
-        return importlib.metadata.version("retroexit")
-    except importlib.metadata.PackageNotFoundError:
-        return ""  # a checkout that is not installed
 
 
 def _origin_of(entry: importlib.metadata.EntryPoint) -> tuple[str, str]:

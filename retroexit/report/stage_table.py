@@ -12,13 +12,13 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import Final
 
-from retroexit.core.macs import unit_of
+from retroexit.core.modules import unit_of
 from retroexit.report.text_tables import table
 from retroexit.stages.decoder import Decoder, input_names
 from retroexit.stages.module_tree import Part, module_tree
 from retroexit.stages.stage import LiveSpan, Stage, live_spans
 
-__all__ = ["brief_count", "decoder_table", "ranges", "shorten", "stage_table", "times"]
+__all__ = ["brief_count", "decoder_table", "legend_of", "ranges", "shorten", "stage_table", "times"]
 
 _WIDTH: Final = 100
 _RUN: Final = 4  # a longer run of equal stages shows its ends only
@@ -92,7 +92,7 @@ def _table_of(parts: Sequence[Part], spans: Sequence[LiveSpan], total: int) -> s
     lines.append("up to  share of the MACs that is spent when the stage is done")
     lines.append("saves  what an exit there saves at best, its branch not yet counted")
     if spans:
-        lines += ["live   what a branch there needs besides the feature:", *_legend(spans)]
+        lines += ["live   what a branch there needs besides the feature:", *legend_of(spans)]
     return "\n".join(lines)
 
 
@@ -158,7 +158,10 @@ def ranges(numbers: Sequence[int]) -> str:
     return text if len(text) <= _LIVE_WIDTH else f"{len(numbers)} values"
 
 
-def _legend(spans: Sequence[LiveSpan]) -> list[str]:
+def legend_of(spans: Sequence[LiveSpan]) -> list[str]:
+    """Describe live values, one line for neighbours of one shape."""
+    if not spans:
+        return []
     keyed = groupby(enumerate(spans, 1), lambda pair: (pair[1].shape, pair[1].first, pair[1].last))
     groups, rows = [list(group) for _, group in keyed], []
     for group in groups[:_MOST_LIVE]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from retroexit.core.macs import count_macs
+from retroexit.core.modules import count_macs
 from retroexit.core.nested import tensors
 from retroexit.errors import OptionError, TrainingError
 from retroexit.guidance.bank import Retrieved

@@ -11,9 +11,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from retroexit.core.files import MANIFEST, is_whole, read_tensors, self_digest, sha256_of, write_tensors
+from retroexit.core.files import (
+    MANIFEST,
+    is_intact,
+    read_tensors,
+    self_digest,
+    sha256_of,
+    versions,
+    write_tensors,
+)
 from retroexit.core.modules import fingerprint
-from retroexit.core.versions import versions
 from retroexit.errors import CheckpointError, OptionError, RetroExitError
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.routing.calibration import Calibration
@@ -28,11 +35,6 @@ __all__ = ["Snapshot", "fill_predictor", "read_calibration", "read_manifest", "r
 
 _CALIBRATION = "calibration.safetensors"
 _SCHEMA = 3
-# A manifest without a digest is whole only if it has no key besides these.
-_UNSEALED = (
-    *("schema", "fingerprint", "generator", "attach_at", "options", "plans", "predictor", "predictor_reads"),
-    *("has_bank", "bank_sha256", "weights_sha256", "exits", "about", "versions"),
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,7 +127,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{manifest.get('versions', {}).get('retroexit')}.",
             folder,
         )
-    if not is_whole(manifest, _UNSEALED):
+    if not is_intact(manifest):
         raise CheckpointError(
             f"{folder} is damaged: model.json does not match its own digest. Copy it again.", folder
         )

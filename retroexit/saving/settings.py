@@ -25,7 +25,7 @@ def options_to_json(options: WrapOptions, decomposition: Decomposition) -> dict[
     return {
         "rules": [{"scale": r.scale, "min_channels": r.min_channels, "name": r.name} for r in rules],
         "tap": options.tap,
-        "stages": [stage.path for stage in decomposition.split.decoder.stages],
+        "stages": {stage.path: stage.end for stage in decomposition.split.decoder.stages},
         "guidance": _guidance_to_json(options.guidance),
         "init": options.init,
         "image": options.image,
@@ -84,7 +84,7 @@ def options_from_json(manifest: dict[str, Any], knowledge: dict[str, Any]) -> Wr
     return WrapOptions(
         attach_at=tuple(manifest["attach_at"]),
         rules=tuple(WidthRule(**rule) for rule in saved.pop("rules")),
-        stages=tuple(saved.pop("stages")),
+        stages={str(path): str(end) for path, end in saved.pop("stages").items()},
         guidance=guidance,
         image=tuple(image) if isinstance(image, list) else image,
         image_range=None if image_range is None else tuple(image_range),

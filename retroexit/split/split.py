@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
@@ -14,8 +14,7 @@ from retroexit.core.modules import device_of
 from retroexit.core.nested import cloned, flatten, rebuild, tensors
 from retroexit.errors import DeviceError, InputMismatchError, ModeError, RecordingError
 from retroexit.split.segments import Segment, Tail
-from retroexit.stages.cuts import Cut
-from retroexit.stages.decoder import Decoder
+from retroexit.stages.decoder import Cut, Decoder
 from retroexit.stages.stage import Stage
 from retroexit.tracing.record import unobserved
 
@@ -458,10 +457,11 @@ def _batch_size(leaves: Leaves) -> int:
     return next((x.shape[0] for _, x in leaves if isinstance(x, Tensor) and x.dim() > 0), 1)
 
 
-def places(decoder: Decoder, stages: Iterable[Stage], tap: str) -> list[tuple[Stage, Cut]]:
+def places(
+    decoder: Decoder, stages: Iterable[Stage], tap: Literal["after", "before"]
+) -> list[tuple[Stage, Cut]]:
     """Cut a decoder at several stages, in order of execution."""
-    cut = decoder.cut_after if tap == "after" else decoder.cut_before
-    return sorted(((stage, cut(stage)) for stage in stages), key=lambda pair: pair[1].position)
+    return sorted(((stage, decoder.cut(stage, tap)) for stage in stages), key=lambda pair: pair[1].position)
 
 
 def _run(segment: Segment, values: Values) -> Values:

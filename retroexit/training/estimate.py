@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from retroexit.core.macs import MacCounter
+from retroexit.core.modules import MacCounter
 from retroexit.model import EarlyExitGenerator
 from retroexit.training.branches.trainer import BranchSchedule, BranchTrainer
 from retroexit.training.data.steps import Step, Steps

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from retroexit.core.files import MANIFEST
-from retroexit.core.images import ImageRange
 from retroexit.core.modules import device_of, fingerprint
-from retroexit.core.samples import Samples, drawing_from, moved
+from retroexit.core.samples import ImageRange, Samples, drawing_from, moved
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.guidance.building import build_bank, with_slopes
 from retroexit.guidance.taps import Taps

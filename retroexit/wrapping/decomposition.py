@@ -17,8 +17,7 @@ from retroexit.guidance.taps import Taps, find_key_cut, find_taps, tap_paths
 from retroexit.split.replay.split import ReplaySplit
 from retroexit.split.self_test import cross
 from retroexit.split.split import SplitGenerator
-from retroexit.stages.cuts import Cut
-from retroexit.stages.decoder import Decoder, read_decoder, value_names
+from retroexit.stages.decoder import Cut, Decoder, read_decoder, value_names
 from retroexit.stages.stage import Stage
 from retroexit.tracing.record import unobserved
 from retroexit.wrapping.attach import find_places

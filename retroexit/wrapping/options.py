@@ -31,7 +31,7 @@ class WrapOptions:
         attach_at: Stage numbers or module paths.
         rules: Width rule of each of them.
         tap: Whether a branch takes the stage's output or its input.
-        stages: Paths of l_1..l_N, where known.
+        stages: Paths of l_1..l_N, where known; from a saved model, with the path of the module that closes each.
         guidance: How branches are guided, or ``None``.
         init: Starting weights of branches.
         image: Key of the image in the generator's output.
@@ -49,7 +49,7 @@ class WrapOptions:
     attach_at: tuple[int | str, ...]
     rules: tuple[WidthRule, ...]
     tap: Literal["after", "before"] = "after"
-    stages: tuple[str, ...] | None = None
+    stages: tuple[str, ...] | dict[str, str] | None = None
     guidance: Guidance | None = None
     init: Init = "inherit"
     image: Any = None

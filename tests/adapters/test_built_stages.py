@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import retroexit
-from retroexit.core.macs import count_macs
+from retroexit.core.modules import count_macs
 from retroexit.errors import BranchError
 from retroexit.plugins.host import Host, host
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from retroexit.errors import AdapterError, RetroExitError
+import retroexit
+from retroexit.errors import AdapterError, BranchError, RetroExitError
 from retroexit.plugins import Description, hookimpl
 from retroexit.testing import AdapterReport, check_adapter
 
@@ -130,10 +131,9 @@ def test_a_good_adapter_passes_and_the_report_says_what_was_checked(
         "the discriminator gives scores with gradients",
         "the objective trains both sides",
         "build_stage makes stages that run",
-        "build_stage leaves other stages alone",
         "at scale 1 every exit is the generator, bit for bit",
         "thin exits keep the output's shapes",
-        "a batch of two equals two of one",
+        "samples of a batch do not change each other",
         "saved and loaded, every exit gives the same",
         "the generator is left as it was",
     }
@@ -151,11 +151,11 @@ def test_what_a_description_leaves_out_is_skipped(decoder: nn.Module) -> None:
         "the generator is recognised, others are not",
         "stages run once, in order",
         "the image keeps its range",
-        "key_after",
-        "value_after",
-        "predictor_inputs",
-        "key",
-        "the discriminator",
+        "key_after is a place with a map",
+        "value_after is a place with a map",
+        "predictor_inputs gives (N, C, H, W)",
+        "key gives (N, D)",
+        "the discriminator gives scores with gradients",
         "the objective trains both sides",
         "build_stage makes stages that run",
     }
@@ -163,7 +163,7 @@ def test_what_a_description_leaves_out_is_skipped(decoder: nn.Module) -> None:
 
 def test_noise_drawn_inside_the_forward_is_no_problem() -> None:
     report = check_adapter(Decoder(noisy=True).eval(), plugin=Adapter(), thin_at=[1, 2])
-    assert "a batch of two equals two of one" in report.checked
+    assert "samples of a batch do not change each other" in report.checked
 
 
 def test_everything_that_is_wrong_is_listed_at_once(decoder: nn.Module) -> None:
@@ -264,7 +264,7 @@ def change_weights(generator: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any
                 "the discriminator gives scores with gradients: RuntimeError",
                 "build_stage for 'blocks.0': ZeroDivisionError",
                 "got (0.9, 1.0). State the range of the trained",
-                "predictor_inputs gave (2, 2, 8, 8) for two samples and (1, 1, 8, 8) before; only N may vary",
+                "predictor_inputs must return shapes that differ in N only, got (2, 2, 8, 8) for two samples and (1",
             ],
         ),
     ],
@@ -337,6 +337,19 @@ def test_exits_that_do_not_shrink_are_named() -> None:
     assert "no branch shrinks at scale 0.25 with min_channels=4" in problems_of(
         Narrow().eval(), plugin=Adapter()
     )
+
+
+def test_every_stage_at_which_wrapping_fails_is_named(
+    decoder: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrap_partly(generator: nn.Module, attach_at: Sequence[int], *args: Any, **options: Any) -> Any:
+        if 2 in attach_at:
+            raise BranchError("stage 2 has no room for a branch")
+        return retroexit.wrap(generator, attach_at, *args, **options)
+
+    monkeypatch.setattr("retroexit.testing.case.wrap", wrap_partly)
+    problems = problems_of(decoder, plugin=Adapter())
+    assert problems == "no branch of scale 1 after stage 2 (blocks.1): stage 2 has no room for a branch"
 
 
 class Greedy:

@@ -14,7 +14,7 @@ from retroexit.plugins import Description
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"name": ""}, "must not be empty, got ''"),
+        ({"name": ""}, "must be a string that is not empty, got ''"),
         ({"stages": ("a",)}, r"at least two different module paths .*, got \('a',\)"),
         ({"stages": ("a", "a")}, r"got \('a', 'a'\)"),
         ({"stages": ("a", 2)}, r"module paths .*, got \('a', 2\)"),

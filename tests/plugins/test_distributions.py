@@ -74,7 +74,7 @@ IN_PART = {
     "raises": (marked("def retroexit_losses(): return 1 / 0"), "retroexit_losses raised ZeroDivisionError"),
     "describes nonsense": (
         marked("def retroexit_describe(generator): return 'a relu'"),
-        "retroexit_describe returned 'a relu'; return a Description or None",
+        "retroexit_describe must return a Description or None, got 'a relu'",
     ),
     "claims ours": (
         marked("def retroexit_losses(): return {'l1': int, 'l3': int}"),

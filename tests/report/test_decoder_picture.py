@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import re
 import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -39,20 +38,12 @@ def decoder(
 CASES = {
     "two stages": decoder(2),
     "usual": decoder(6, 1),
-    "skips": decoder(6, 6),
     "one dimension": decoder(5, 2, dimensions=1),
     "three dimensions": decoder(5, 2, dimensions=3),
-    "long paths": decoder(9, 3, name="generator.synthesis.upsampling_blocks.residual"),
-    "thirty, all different": decoder(30, 30),
+    "thirty, all different": decoder(30, 30, name="generator.synthesis.upsampling_blocks.residual"),
     "sixty, alike": decoder(60, alike=True),
-    "sixty with skips": decoder(60, 20, name="decoder.up_path.blocks"),
     "formula": decoder(3, name="a$b_c$"),
 }
-
-
-def texts(file: Path) -> list[str]:
-    root = ElementTree.parse(file).getroot()
-    return ["".join(node.itertext()).strip() for node in root.iter("{http://www.w3.org/2000/svg}text")]
 
 
 @pytest.mark.parametrize("stages", CASES.values(), ids=CASES)
@@ -67,40 +58,32 @@ def test_texts_neither_overlap_nor_leave_the_sheet(
     draw_decoder(stages, tmp_path / "d.svg", "A title that goes on and on, " * 9)
     figure = drawn[0]
     renderer = FigureCanvasAgg(figure).get_renderer()
-    slanted = [text for text in figure.axes[0].texts if text.get_rotation() not in (0, 90)]
     boxes = {t: t.get_window_extent(renderer) for t in figure.axes[0].texts if t.get_text()}
     for text, box in boxes.items():
         inside = box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
         assert inside, text.get_text()
-    # Slanted texts are parallel: their upright boxes may overlap, the texts do not.
-    upright = [(text, box) for text, box in boxes.items() if text not in slanted]
-    for (a, box_a), (b, box_b) in itertools.combinations(upright, 2):
+    for (a, box_a), (b, box_b) in itertools.combinations(boxes.items(), 2):
         across = min(box_a.x1, box_b.x1) - max(box_a.x0, box_b.x0)
         down = min(box_a.y1, box_b.y1) - max(box_a.y0, box_b.y0)
         assert min(across, down) <= 1, (a.get_text(), b.get_text())  # a pixel of a hundredth of an inch
 
 
-def test_numbers_paths_sizes_and_savings_can_be_read_and_selected(tmp_path: Path) -> None:
-    stages = CASES["usual"]
+@pytest.mark.parametrize("name", ["usual", "thirty, all different"])
+def test_numbers_sizes_savings_and_live_values_can_be_read_and_selected(name: str, tmp_path: Path) -> None:
+    stages = CASES[name]
     draw_decoder(stages, tmp_path / "d.svg", "A decoder")
-    shown = texts(tmp_path / "d.svg")
+    nodes = ElementTree.parse(tmp_path / "d.svg").getroot().iter("{http://www.w3.org/2000/svg}text")
+    shown = ["".join(node.itertext()).strip() for node in nodes]
     assert shown[0] == "A decoder"
-    assert {stage.path for stage in stages} <= set(shown)
-    assert [text for text in shown if text.startswith("saves ")] == [
-        f"saves {int(100 * s.saves)}%" for s in stages if s.is_suggested
-    ]
+    savings = [f"saves {int(100 * s.saves)}%" for s in stages if s.is_suggested]
+    assert [text for text in shown if text.startswith("saves ")] == savings
     assert {f"{100 * s.cumulative:.0f}%" for s in stages} <= set(shown)
-    whole = (tmp_path / "d.svg").read_text()
-    assert "4×4" in whole or "8×8" in whole
-    assert "encoder.1" in whole
-
-
-def test_live_values_that_find_no_room_are_counted(tmp_path: Path) -> None:
-    draw_decoder(CASES["thirty, all different"], tmp_path / "d.svg")
-    shown = texts(tmp_path / "d.svg")
-    drawn = [text for text in shown if re.match(r"v\d+", text)]
-    assert f"and {30 - len(drawn)} more live values" in shown
-    assert len(drawn) == 12
+    assert any(text.startswith(f"{stages[0].shape[2]}×") and text.endswith("ch") for text in shown)
+    if name == "usual":
+        assert {stage.path for stage in stages} <= set(shown)
+        assert "v1" in shown and any("encoder.1" in text for text in shown)
+    else:
+        assert "18 more live values are not drawn" in shown
 
 
 @pytest.mark.parametrize("ending", [".svg", ".png", ".pdf"])
@@ -113,22 +96,14 @@ def test_equal_stages_give_an_equal_small_file(tmp_path: Path, ending: str) -> N
     assert b"date" not in written[0].lower() or ending != ".svg"
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
+def test_a_file_that_cannot_be_written_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, message in (
         ("d.jpg", "must end in one of .svg, .png, .pdf, got '.*d.jpg'"),
         ("d", "must end in one of .*, got '.*/d'"),
         ("nowhere/d.svg", "no folder '.*nowhere' for the picture"),
-    ],
-)
-def test_a_file_that_cannot_be_written_is_refused(tmp_path: Path, name: str, message: str) -> None:
-    with pytest.raises(OptionError, match=message):
-        draw_decoder(CASES["usual"], tmp_path / name)
-
-
-def test_without_matplotlib_the_error_holds_the_pip_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    ):
+        with pytest.raises(OptionError, match=message):
+            draw_decoder(CASES["usual"], tmp_path / name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'retroexit\[report\]'"):
         draw_decoder(CASES["usual"], tmp_path / "d.svg")

@@ -169,6 +169,6 @@ def test_it_can_read_the_inputs_through_an_adapter(tmp_path: Path) -> None:
 
 
 def _macs(module: torch.nn.Module, x: Tensor) -> int:
-    from retroexit.core.macs import count_macs
+    from retroexit.core.modules import count_macs
 
     return count_macs(module, x)

@@ -10,8 +10,7 @@ import torch
 
 import retroexit
 from retroexit.branch.branch import Branch
-from retroexit.core.images import ImageRange
-from retroexit.core.samples import Samples
+from retroexit.core.samples import ImageRange, Samples
 from retroexit.model import EarlyExitGenerator
 from retroexit.training.branches.distributed import Team
 from retroexit.training.branches.initialise import reconstruct_branches

@@ -14,6 +14,7 @@ import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -21,25 +22,23 @@ import sympy
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 
+from retroexit.branch.least_squares import CONVOLUTIONS
 from retroexit.branch.widths.equations import Product, symbols_of
-from retroexit.branch.widths.plan import LIVE
-from retroexit.branch.widths.resize import int_attributes
+from retroexit.branch.widths.plan import LIVE, TailWidths
 from retroexit.branch.widths.shape_env import SizeEnv, SymbolicMode
-from retroexit.branch.widths.solve import TailWidths
 from retroexit.core.modules import clone_module
 from retroexit.core.nested import flatten, rebuild, tensors
 from retroexit.errors import BranchError
 from retroexit.split.replay.tail import ReplayTail
-from retroexit.tracing.source_lines import is_user_code, show
+from retroexit.tracing.recorder import is_user_code, show
 
-__all__ = ["analyse", "blame"]
+__all__ = ["analyse", "blame", "int_attributes"]
 
 logger = logging.getLogger(__name__)
 
-# What PyTorch's layers print about themselves and do not compute with; `resize` updates these.
+# What PyTorch's layers print about themselves and do not compute with.
 _DESCRIPTIONS = (
     "in_channels",
     "out_channels",
@@ -51,6 +50,7 @@ _DESCRIPTIONS = (
 _COUNTS = ("num_groups", "num_heads")
 _MAX_RUNS = 40
 _MAX_KERNEL = 31
+_MAX_DEPTH = 3
 _CONVOLUTIONS = tuple(getattr(torch, f"conv{d}d") for d in (1, 2, 3))
 _TRANSPOSED = tuple(getattr(torch, f"conv_transpose{d}d") for d in (1, 2, 3))
 
@@ -58,14 +58,41 @@ Attribute = tuple[str, str]
 """Path of a module, and name of an attribute of it."""
 
 
+def int_attributes(module: nn.Module) -> Iterator[tuple[str, dict[Any, Any], Any]]:
+    """List the attributes of a module, or of its configuration, that are integers or lists or tuples of some.
+
+    Yields:
+        The name (``channels``, ``cfg.width``, ``widths.16``), the dictionary that holds it, and its key.
+        Parameters, buffers, submodules and private names are left out.
+    """
+    yield from _int_items("", vars(module), _MAX_DEPTH, {id(module)})
+
+
+def _int_items(
+    prefix: str, owner: dict[Any, Any], depth: int, seen: set[int]
+) -> Iterator[tuple[str, dict[Any, Any], Any]]:
+    for key, value in list(owner.items()):
+        name = str(key)
+        if type(key) not in (str, int) or name.startswith("_") or "." in name:
+            continue
+        if type(value) is int or (type(value) in (list, tuple) and any(type(v) is int for v in value)):
+            yield prefix + name, owner, key
+        elif depth > 0 and id(value) not in seen:
+            is_settings = not isinstance(value, (nn.Module, Tensor, type)) and not callable(value)
+            package = type(value).__module__.partition(".")[0]
+            is_settings &= package not in ("builtins", "torch", "numpy", "collections")
+            content = value if type(value) is dict else getattr(value, "__dict__", {}) if is_settings else {}
+            yield from _int_items(f"{prefix}{name}.", content, depth - 1, seen | {id(value)})
+
+
 def analyse(
     tail: nn.Module,
     values: Sequence[Tensor],
-    *,
     threshold: int,
-    image: Sequence[Any] = (),
-    names: Sequence[str] = (),
-    opaque: dict[str, str] | None = None,
+    image: Sequence[Any],
+    names: Sequence[str],
+    opaque: dict[str, str],
+    *,
     small: bool = False,
 ) -> TailWidths:
     """Run a tail with symbolic widths and collect the equations between them.
@@ -84,7 +111,7 @@ def analyse(
     Raises:
         BranchError: If the tail cannot run on symbolic sizes.
     """
-    attempt = _Attempt(_scripted_modules(tail) | (opaque or {}))
+    attempt = _Attempt(_scripted_modules(tail) | opaque)
     for _ in range(_MAX_RUNS):
         run = _SymbolicRun(tail, values, threshold, attempt, small)
         try:
@@ -93,10 +120,10 @@ def analyse(
             attempt.retract(error, run.paths)
         else:
             if run.new_counts - attempt.refused <= attempt.counts:
-                return run.collect(out, image, names or [f"number {i}" for i in range(1, len(values))])
+                return run.collect(out, image, names)
             attempt.counts |= run.new_counts - attempt.refused
     raise BranchError(
-        f"the stages after the attach point do not run on symbolic widths, even with these modules at full "
+        "the stages after the attach point do not run on symbolic widths, even with these modules at full "
         f"width: {', '.join(attempt.opaque)}. Attach elsewhere, use scale=1, or let an adapter build it.",
         tail,
     )
@@ -178,6 +205,7 @@ class _SymbolicRun:
         self.mode = SymbolicMode(self.env)
         self.new_counts: set[Attribute] = set()
         self.tail = clone_module(tail, share=True)
+        self.paths = {id(m): name for name, m in self.tail.named_modules() if name}
         parameters = dict(self.tail.named_parameters())
         real = parameters | dict(self.tail.named_buffers())
         self.original = {name: tuple(tensor.shape) for name, tensor in real.items()}
@@ -201,9 +229,8 @@ class _SymbolicRun:
             if isinstance(size, torch.SymInt)
         }
         self.attributes = self._symbolic_attributes(tail, widths)
-        self.paths = {id(m): name for name, m in self.tail.named_modules() if name}
         if attempt.opaque:
-            _replace_opaque(tail, self.tail, values, attempt.opaque, self.mode)
+            self._replace_opaque(tail, values)
 
     def __call__(self, values: Sequence[Tensor]) -> Any:
         axes = [[1] if v.dim() != 3 or i == 0 else [1, 2] for i, v in enumerate(values)]
@@ -218,15 +245,8 @@ class _SymbolicRun:
     def _is_opaque(self, name: str) -> bool:
         return any(name.startswith(f"{path}.") or name == path for path in self.attempt.opaque)
 
-    def _guess_counts(self, number: int, is_divisor: bool) -> None:
-        self.new_counts |= {
-            (path, name)
-            for path, name in _attributes_with(number, is_divisor, self.paths)
-            if _is_width(self.tail.get_submodule(path), name)
-        }
-
     def _free_axes(self, name: str, tensor: Tensor, widths: set[int]) -> list[bool]:
-        """Tell which axes may shrink: wide ones, and channels per group if all groups together are wide."""
+        """Return which axes may shrink: wide ones, and channels per group if all groups together are wide."""
         owner = self.tail.get_submodule(name.rpartition(".")[0])
         groups = {v for k, v in vars(owner).items() if type(v) is int and v > 1 and _is_width(owner, k)}
         return [
@@ -248,15 +268,64 @@ class _SymbolicRun:
                 if place in seen or id(owner) in shared or not _is_width(module, name):
                     continue
                 is_count = (path, name) in self.attempt.counts or name in _COUNTS
-                items = value if type(value) in (list, tuple) else [value]
                 new = [
                     self.env.size(v) if type(v) is int and (v in widths or (is_count and v > 1)) else v
-                    for v in items
+                    for v in (value if type(value) in (list, tuple) else [value])
                 ]
                 if any(isinstance(v, torch.SymInt) for v in new):
                     seen.add(place)
                     owner[key] = symbolic[path, name] = new[0] if type(value) is int else type(value)(new)
         return symbolic
+
+    def _guess_counts(self, number: int, is_divisor: bool) -> None:
+        """Note attributes of the running module that may be a number of groups or heads.
+
+        They equal a divisor or a half, a third or a quarter of it (queries, keys and values in one), or are
+        pairs of attributes whose product is the number or a third of it (heads and their size).
+
+        Args:
+            number: A constant that a width is divided by (``is_divisor``), or that a width has become.
+            is_divisor: Which of the two.
+        """
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and id(frame.f_locals.get("self")) not in self.paths:
+            frame = frame.f_back
+        if frame is None:
+            return
+        module: nn.Module = frame.f_locals["self"]
+        attributes = {name: owner[key] for name, owner, key in int_attributes(module)}
+        values = {name: v for name, v in attributes.items() if type(v) is int and v > 1}
+        counts = {number // k for k in (1, 2, 3, 4) if number % k == 0} if is_divisor else set()
+        for one, other in itertools.combinations(values.values(), 2):
+            counts |= {one, other} if one * other in (number, number // 3) else set()
+        names = [name for name, value in values.items() if value in counts and _is_width(module, name)]
+        self.new_counts |= {(self.paths[id(module)], name) for name in names}
+
+    def _replace_opaque(self, tail: nn.Module, values: Sequence[Tensor]) -> None:
+        """Replace the opaque modules by what the tail's modules return for example values."""
+        outputs: dict[str, list[Any]] = {path: [] for path in self.attempt.opaque}
+
+        def note(path: str, _module: nn.Module, _args: Any, output: Any) -> None:
+            outputs[path].append(
+                rebuild(output, lambda x: x.detach().clone() if isinstance(x, Tensor) else x)
+            )
+
+        # A scripted module's own method refuses hooks.
+        add_hook = nn.Module.register_forward_hook
+        hooks = [add_hook(tail.get_submodule(path), partial(note, path)) for path in outputs]
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                run = tail.along_every_path if isinstance(tail, ReplayTail) else tail
+                run(*(value.clone() for value in values))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        for path, reason in self.attempt.opaque.items():
+            old, new = self.tail.get_submodule(path), _OpaqueModule(outputs[path], reason, self.mode)
+            for parent in list(self.tail.modules()):
+                for name, child in list(parent._modules.items()):
+                    if child is old:
+                        setattr(parent, name, new)
 
     def collect(self, output: Any, image: Sequence[Any], names: Sequence[str]) -> TailWidths:
         """Collect the equations after a run that gave an output."""
@@ -305,27 +374,23 @@ class _SymbolicRun:
 
 
 def _output_reasons(output: Any, image: Sequence[Any]) -> list[tuple[Tensor, str]]:
-    """Say why each tensor of an output keeps its size; the image last, whose reason counts most."""
+    """List the tensors of an output and why they keep their size; the image last, whose reason counts most."""
     others, images = [], []
     for path, leaf in flatten(output):
-        if not isinstance(leaf, Tensor):
-            continue
-        if path == tuple(image):
+        if isinstance(leaf, Tensor) and path == tuple(image):
             images.append((leaf, "the size of the image" if path else "the size of the output"))
-        else:
+        elif isinstance(leaf, Tensor):
             entry = "".join(f"[{key!r}]" for key in path)
-            others.append(
-                (
-                    leaf,
-                    f"the size of the output's entry {entry}, which every exit returns as the backbone does; "
-                    "to drop it, wrap a module that returns the image alone",
-                )
+            reason = (
+                f"the size of the output's entry {entry}, which every exit returns as the backbone does; "
+                "to drop it, wrap a module that returns the image alone"
             )
+            others.append((leaf, reason))
     return [*others, *images]
 
 
 def _is_width(module: nn.Module, attribute: str) -> bool:
-    """Tell whether an attribute may be a channel or group count that a forward computes with."""
+    """Return whether an attribute may be a channel or group count that a forward computes with."""
     is_builtin = type(module).__module__.startswith("torch.nn")
     return not attribute.startswith("_") and not (is_builtin and attribute in _DESCRIPTIONS)
 
@@ -336,38 +401,11 @@ def _kernel_axes(tail: nn.Module, name: str, shape: Sequence[int]) -> range:
     A bare parameter is a convolution's by its shape: ``(O, I, k, k)`` or, modulated, ``(1, O, I, k, k)``.
     """
     owner = name.split(".parametrizations.")[0] if ".parametrizations." in name else name.rpartition(".")[0]
-    if isinstance(tail.get_submodule(owner), _ConvNd):
+    if isinstance(tail.get_submodule(owner), CONVOLUTIONS):
         return range(2, len(shape))
     first = 3 if len(shape) == 5 and shape[0] == 1 else 2
     is_square = len(shape) >= first + 2 and len(set(shape[first:])) == 1 and shape[-1] <= _MAX_KERNEL
     return range(first, len(shape)) if is_square else range(0)
-
-
-def _attributes_with(number: int, is_divisor: bool, paths: dict[int, str]) -> set[Attribute]:
-    """Find the integer attributes of the running module that may be a number of groups or heads.
-
-    Args:
-        number: A constant that a width is divided by (``is_divisor``), or that a width has become.
-        is_divisor: Which of the two.
-        paths: Path of every module, by identity.
-
-    Returns:
-        Attributes equal to a divisor or to a half, a third or a quarter of it (queries, keys and values in
-        one), and pairs of attributes whose product is the number or a third of it (heads and their size).
-    """
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        module = frame.f_locals.get("self")
-        path = paths.get(id(module))
-        if path is not None and isinstance(module, nn.Module):
-            attributes = {name: owner[key] for name, owner, key in int_attributes(module)}
-            values = {name: v for name, v in attributes.items() if type(v) is int and v > 1}
-            counts = {number // k for k in (1, 2, 3, 4) if number % k == 0} if is_divisor else set()
-            for one, other in itertools.combinations(values.values(), 2):
-                counts |= {one, other} if one * other in (number, number // 3) else set()
-            return {(path, name) for name, value in values.items() if value in counts}
-        frame = frame.f_back
-    return set()
 
 
 class _OpConstraints(TorchFunctionMode):
@@ -414,53 +452,12 @@ def _check(is_met: Any, sizes: str) -> None:
 class _OpaqueModule(nn.Module):
     """Fixes the sizes of its inputs and returns fakes of the outputs of a real run."""
 
-    def __init__(self, outputs: Iterator[Any], reason: str, mode: SymbolicMode) -> None:
+    def __init__(self, outputs: Sequence[Any], reason: str, mode: SymbolicMode) -> None:
         super().__init__()
-        self.outputs, self.reason, self.mode = outputs, reason, mode
+        self.outputs, self.reason, self.mode = iter(outputs), reason, mode
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         for tensor in tensors((args, kwargs)):
             for size in tensor.shape:
                 self.mode.shape_env.pin(size, self.reason)
         return rebuild(next(self.outputs), lambda x: self.mode.fake(x) if isinstance(x, Tensor) else x)
-
-
-class _RecordedModule(nn.Module):
-    """Keeps what a module returns; scripted modules take no hooks."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.call = module.__call__  # no submodule, which would hide the layers' own names
-        self.outputs: list[Any] = []
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        output = self.call(*args, **kwargs)
-        self.outputs.append(rebuild(output, lambda x: x.detach().clone() if isinstance(x, Tensor) else x))
-        return output
-
-
-def _replace_opaque(
-    tail: nn.Module,
-    symbolic: nn.Module,
-    values: Sequence[Tensor],
-    reasons: dict[str, str],
-    mode: SymbolicMode,
-) -> None:
-    """Replace modules of the symbolic copy by what the tail's modules return for example values."""
-    recorded = {path: _RecordedModule(tail.get_submodule(path)) for path in reasons}
-    real = clone_module(tail, share=True)
-    for path, module in recorded.items():
-        _replace_module(real, path, module)
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        run = real.along_every_path if isinstance(real, ReplayTail) else real
-        run(*(value.clone() for value in values))
-    for path, reason in reasons.items():
-        _replace_module(symbolic, path, _OpaqueModule(iter(recorded[path].outputs), reason, mode))
-
-
-def _replace_module(root: nn.Module, path: str, new: nn.Module) -> None:
-    old = root.get_submodule(path)
-    for parent in list(root.modules()):
-        for name, child in list(parent._modules.items()):
-            if child is old:
-                parent._modules[name] = new

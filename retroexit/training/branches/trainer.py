@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from retroexit.branch.branch import Branch
 from retroexit.core.files import read_tensors, write_tensors
-from retroexit.core.images import ImageRange
 from retroexit.core.modules import device_of
-from retroexit.core.samples import drawing_from
+from retroexit.core.samples import ImageRange, drawing_from
 from retroexit.errors import CheckpointError, TrainingError
 from retroexit.model import EarlyExitGenerator
 from retroexit.training.branches.distributed import Team

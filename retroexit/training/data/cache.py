@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from retroexit.core.files import is_whole, read_npy, self_digest
+from retroexit.core.files import is_intact, read_npy, self_digest
 from retroexit.core.modules import device_of, fingerprint
 from retroexit.core.samples import Samples, drawing_from, moved
 from retroexit.errors import CheckpointError, OptionError, TrainingError
@@ -359,7 +359,7 @@ def _read_state(folder: Path) -> dict[str, Any] | None:
         identity, done, arrays = state["identity"], state["done"], state["arrays"]
         if not (isinstance(identity, dict) and isinstance(done, int) and isinstance(arrays, list)):
             raise ValueError("its parts are not what they should be")
-        if not is_whole(state, ("identity", "done", "arrays")):
+        if not is_intact(state):
             raise ValueError("it does not match its own digest")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(

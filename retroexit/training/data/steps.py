@@ -11,9 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from retroexit.core.images import ImageRange
 from retroexit.core.nested import rebuild
-from retroexit.core.samples import Samples, moved
+from retroexit.core.samples import ImageRange, Samples, moved
 from retroexit.training.branches.distributed import Team
 from retroexit.training.data.cache import IMAGE
 from retroexit.training.data.crops import Cropper

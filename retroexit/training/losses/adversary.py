@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from retroexit.core.images import ImageRange
 from retroexit.core.modules import clone_module
+from retroexit.core.samples import ImageRange
 from retroexit.errors import CheckpointError, TrainingError
 from retroexit.training.data.batch import TrainingBatch
 from retroexit.training.losses.discriminator_output import DiscriminatorOutput, capture_features

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from retroexit.core.files import file_digest, read_npy
+from retroexit.core.files import read_npy, sha256_of
 from retroexit.core.samples import drawing_from
 from retroexit.errors import CheckpointError, TrainingError
 from retroexit.metrics import QualityMetric
@@ -67,7 +67,7 @@ def exit_losses(
     if team.is_first:
         temporary = path.with_suffix(".part.npy")
         np.save(temporary, losses.numpy(), allow_pickle=False)
-        path.with_suffix(".sha256").write_text(file_digest(temporary), encoding="ascii")
+        path.with_suffix(".sha256").write_text(sha256_of(temporary), encoding="ascii")
         os.replace(temporary, path)
     return losses
 
@@ -90,7 +90,7 @@ def read_losses(path: Path, size: tuple[int, int]) -> Tensor:
     """Read measured losses of a shape, and refuse a damaged file."""
     try:
         seal = path.with_suffix(".sha256")
-        if seal.exists() and seal.read_text(encoding="ascii") != file_digest(path):
+        if seal.exists() and seal.read_text(encoding="ascii") != sha256_of(path):
             raise ValueError(f"it does not match {seal.name}")
         losses = torch.from_numpy(read_npy(path))
     except (OSError, ValueError) as error:
