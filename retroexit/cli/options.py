@@ -105,7 +105,7 @@ def options_of(source: Callable[..., Any], **options: Any) -> Any:
             least 1, other numbers and those with the default 0 at least 0.
         **options: The help of every option, or its annotation.
     """
-    hints = get_type_hints(source.__init__ if isinstance(source, type) else source)
+    hints = get_type_hints(source)
     simple = (str, bool, int, float)
     group = []
     for name, option in options.items():
