@@ -12,7 +12,7 @@ from retroexit.branch.widths.plan import WidthRule
 from retroexit.errors import GeneratorError, OptionError, RecordingError
 from retroexit.evaluate import evaluate
 from retroexit.fit import fit
-from retroexit.guidance.options import Guidance
+from retroexit.guidance.provider import Guidance
 from retroexit.load import load
 from retroexit.model import EarlyExitGenerator
 from retroexit.plugins.description import Description

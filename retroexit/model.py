@@ -18,10 +18,8 @@ from retroexit.metrics import QualityMetric
 from retroexit.plugins.host import host
 from retroexit.routing.calibration import Calibration
 from retroexit.routing.latency import Latency, time_exits
-from retroexit.routing.policy import Policy, RoutingOptions, RoutingRequest
-from retroexit.routing.render import leave, render
-from retroexit.routing.router import LossPrediction, Router
-from retroexit.routing.video import VideoRouter
+from retroexit.routing.policy import Policy, RoutingOptions, RoutingRequest, VideoRouter
+from retroexit.routing.router import LossPrediction, Router, render, render_branch
 from retroexit.saving.model_files import Snapshot, write_model
 from retroexit.split.split import Begun, SplitGenerator
 from retroexit.wrapping.decomposition import Decomposition, decompose
@@ -79,8 +77,8 @@ class EarlyExitGenerator(nn.Module):
             TrainingError: If there is no predictor, calibration or measured time yet, and one is needed.
             BankError: If the branches take a guide and there is no bank yet.
         """
-        request, call = RoutingRequest.parse(inputs, kwargs, self.options.shadowed)
-        return self._render(request, *call)[0]
+        request, args, kwargs = RoutingRequest.parse(inputs, kwargs, self.options.shadowed)
+        return self._render(request, args, kwargs)[0]
 
     def route(
         self, args: Sequence[Any], kwargs: dict[str, Any] | None = None, **options: Unpack[RoutingOptions]
@@ -115,19 +113,19 @@ class EarlyExitGenerator(nn.Module):
         Raises:
             OptionError, InputMismatchError, TrainingError, BankError: As `forward`.
         """
-        request, call = RoutingRequest.parse(inputs, kwargs, choose=choose)
+        request, args, kwargs = RoutingRequest.parse(inputs, kwargs, choose=choose)
         if not request.is_routed:
             raise OptionError(
                 "a routed call needs threshold, budget, deadline_ms or choose, got none of them."
             )
-        output, exits = self._render(request, *call)
+        output, exits = self._render(request, args, kwargs)
         assert exits is not None
         return output, exits
 
     def choose_exits(self, *inputs: Any, **kwargs: Any) -> Tensor:
         """Choose the exit of each sample without rendering it: ``(N,)`` from 1, ``K + 1`` for the backbone."""
-        request, call = RoutingRequest.parse(inputs, kwargs)
-        return self.router.choose(self._begin(*call), request, count=False).exits
+        request, args, kwargs = RoutingRequest.parse(inputs, kwargs)
+        return self.router.choose(self._begin(args, kwargs), request, count=False).exits
 
     def predict(self, *inputs: Any, **kwargs: Any) -> Tensor:
         """Predict the quality loss of every branch exit.
@@ -168,7 +166,7 @@ class EarlyExitGenerator(nn.Module):
                     values = self.split.advance(values, index)
             # Random numbers that a branch draws are drawn again by the backbone: all get the generator's own.
             with torch.random.fork_rng(devices=self.split.cuda_devices):
-                outputs.append(leave(self.split, branch, index, values, guide))
+                outputs.append(render_branch(self.split, branch, index, values, guide))
         with torch.no_grad():
             outputs.append(self.split.finish(values))
         return outputs

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from datetime import timedelta
 from fractions import Fraction
 from pathlib import Path
@@ -36,19 +35,17 @@ from retroexit.cli.options import (
 from retroexit.core.modules import device_of, unit_of
 from retroexit.core.samples import Samples, moved
 from retroexit.errors import MissingExtraError, OptionError, WeightsError
-from retroexit.fit import Job, prepare
+from retroexit.fit import DeviceOptions, PromiseOptions, prepare
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.metrics import QualityMetric
 from retroexit.model import EarlyExitGenerator
 from retroexit.plugins.host import host
 from retroexit.report.text_tables import table
 from retroexit.routing.predictor import KINDS, READS
-from retroexit.training.branches.distributed import Team, join, kind_of_device, rehearse
-from retroexit.training.data.cache import FeatureCache
-from retroexit.training.fit import estimate_fit, fit_record
-from retroexit.training.losses import QUALITY
-from retroexit.training.losses.plan import plan_losses
-from retroexit.training.losses.presets import ADVERSARIAL, FEATURE_MATCHING, GAZE, PRESETS
+from retroexit.training.cache import bytes_per_sample
+from retroexit.training.distributed import Team, check_devices, join, kind_of_device
+from retroexit.training.fit import FitJob, estimate_fit, fit_record
+from retroexit.training.losses.plan import ADVERSARIAL, FEATURE_MATCHING, GAZE, PRESETS, QUALITY, LossOptions
 from retroexit.training.settings import FitSettings, check_same, divide
 
 __all__ = ["fit"]
@@ -56,8 +53,11 @@ __all__ = ["fit"]
 
 Exits: Any = options_of(
     retroexit.wrap,
+    attach_at="Stages, by number or path: 2,4,6.",
+    scale=Annotated[str, typer.Option(help="Width factor of the branches: 1/15, or one per exit.")],
     min_channels="No width is scaled below this.",
     tap="Take the stage's output (after) or its input (before).",
+    guidance=Annotated[bool, typer.Option(help="Guide branches by retrieval.")],
     image=ImageKey,
     image_range="Smallest and largest pixel value, 0,1 or -1,1; measured by default.",
     init="Starting weights: inherit or scratch.",
@@ -65,7 +65,7 @@ Exits: Any = options_of(
     adapter=Adapter,
 )
 Losses: Any = options_of(
-    plan_losses,
+    LossOptions,
     losses=Annotated[
         list[str] | None,
         typer.Option(
@@ -116,54 +116,38 @@ Training: Any = options_of(
 )
 
 
-@dataclass(frozen=True)
-class Measures:
-    """The metric, and what is promised and measured after the training."""
-
-    metric: Annotated[str, typer.Option(help="Quality metric by name.")] = "lpips-alex"
-    weights: Weights = None
-    alpha: Alpha = 0.05
-    confidence: Confidence = 0.95
-    latency: Latency = None
-
-
-@dataclass(frozen=True)
-class Processes:
-    """The devices of a fit."""
-
-    devices: Annotated[
-        int | None, typer.Option(min=1, help="Devices of each machine; torchrun's by default, or one.")
-    ] = None
-    nodes: Annotated[int | None, typer.Option(min=1, help="Machines; torchrun's by default, or one.")] = None
-    accelerator: Annotated[
-        str | None, typer.Option(help="cpu, cuda or auto; by default where the factory puts the generator.")
-    ] = None
+Promise: Any = options_of(PromiseOptions, alpha=Alpha, confidence=Confidence)
+Devices: Any = options_of(
+    DeviceOptions,
+    devices="Devices of each machine; torchrun's by default, or one.",
+    nodes="Machines; torchrun's by default, or one.",
+)
 
 
 @grouped
 def fit(
     target: Target,
-    inputs: Annotated[
-        str,
-        typer.Option(help="Training samples: package.module:name, a sequence or a function returning one."),
-    ],
-    attach_at: Annotated[str, typer.Option(help="Stages, by number or path: 2,4,6.")],
-    scale: Annotated[str, typer.Option(help="Width factor of the branches: 1/15, or one per exit.")],
+    inputs: Annotated[str, typer.Option(help="Samples, or a function returning them: package.module:name.")],
     out: Annotated[Path, typer.Option(help="Folder for cache, checkpoints and result.")],
     exits: Exits,
     losses: Losses,
-    measures: Measures,
     training: Training,
-    processes: Processes,
+    promise: Promise,
+    devices: Devices,
     config: Config = None,
     factory_arguments: FactoryArguments = "",
-    guidance: Annotated[bool, typer.Option(help="Guide branches by retrieval.")] = False,
     retriever: Annotated[str, typer.Option(help="Search back-end of the guidance.")] = "exact",
     bank: Annotated[
-        Path | None, typer.Option(help="Folder of a bank made beforehand, of other inputs; with --guidance.")
+        Path | None, typer.Option(help="Folder of a bank of other inputs, for --guidance.")
+    ] = None,
+    metric: Annotated[str, typer.Option(help="Quality metric by name.")] = "lpips-alex",
+    weights: Weights = None,
+    latency: Latency = None,
+    accelerator: Annotated[
+        str | None, typer.Option(help="cpu, cuda or auto; by default where the factory puts the generator.")
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what would be done at what cost; train and write nothing.")
+        bool, typer.Option("--dry-run", help="Show work and cost, train and write nothing.")
     ] = False,
 ) -> None:
     """Add early exits to a generator: bank, branches, predictor. Can be interrupted and resumed.
@@ -173,25 +157,22 @@ def fit(
     """
     settings = {**vars(training), "clip": training.clip or None}
     FitSettings(**settings)  # refuses values out of range before anything is loaded
-    arguments = {**settings, **vars(measures), **_loss_arguments(losses)}
-    if retriever != "exact" and not guidance:
-        raise OptionError(f"--retriever {retriever} needs guidance. Add --guidance.", retriever)
-    kind = kind_of_device(processes.accelerator)
-    team = Team() if dry_run else join(processes.devices, processes.nodes, kind)
+    wrapping = _wrap_arguments(exits, retriever)
+    arguments = {**settings, **vars(promise), **_loss_arguments(losses)}
+    arguments.update(metric=metric, weights=weights, latency=latency)
+    team = Team() if dry_run else join(**vars(devices), accelerator=kind_of_device(accelerator))
     generator, example = load_generator(target, factory_arguments)
-    if team.device is not None or processes.accelerator is not None:
-        generator.to(team.device or kind)
+    if team.device is not None or accelerator is not None:
+        generator.to(team.device or kind_of_device(accelerator))
     samples = load_samples(inputs)
     args, kwargs = moved(example_of(example, samples), device_of(generator))
-    wrapping = _wrap_arguments(exits, attach_at, scale)
-    wrapping["guidance"] = retroexit.Guidance(retriever=retriever) if guidance else None
     model = retroexit.wrap(generator, **wrapping, example_inputs=args, example_kwargs=kwargs)
     if bank is not None:
         arguments["bank"] = GuidanceBank.load(bank, retriever_class=host().retriever(retriever))
     say = typer.echo if team.is_first else lambda text: None
     say(str(model))
     if dry_run:
-        rehearse(processes.devices, processes.nodes, training.batch)
+        check_devices(**vars(devices), batch=training.batch)
         for text in _plan(model, samples, out, arguments, losses):
             say(text)
         return
@@ -204,13 +185,16 @@ def fit(
     say(f"saved to {out}{note}")
 
 
-def _wrap_arguments(exits: Any, attach_at: str, scale: str) -> dict[str, Any]:
+def _wrap_arguments(exits: Any, retriever: str) -> dict[str, Any]:
     """Read the options for `retroexit.wrap`."""
+    if retriever != "exact" and not exits.guidance:
+        raise OptionError(f"--retriever {retriever} needs guidance. Add --guidance.", retriever)
     try:
-        scales = [float(Fraction(part.strip())) for part in scale.split(",")]
+        scales = [float(Fraction(part.strip())) for part in exits.scale.split(",")]
     except (ValueError, ZeroDivisionError) as error:
         raise OptionError(
-            f"--scale must be numbers, got {scale}. Write 1/15, 0.25 or one per exit: 1/4,1/3.", scale
+            f"--scale must be numbers, got {exits.scale}. Write 1/15, 0.25 or one per exit: 1/4,1/3.",
+            exits.scale,
         ) from error
     limits = None
     if exits.image_range is not None:
@@ -227,8 +211,9 @@ def _wrap_arguments(exits: Any, attach_at: str, scale: str) -> dict[str, Any]:
             )
     return {
         **vars(exits),
-        "attach_at": parse_places(attach_at),
+        "attach_at": parse_places(exits.attach_at),
         "scale": scales[0] if len(scales) == 1 else scales,
+        "guidance": retroexit.Guidance(retriever=retriever) if exits.guidance else None,
         "image": parse_image_key(exits.image),
         "image_range": limits,
         "adapter": False if exits.adapter == "none" else exits.adapter,
@@ -287,7 +272,7 @@ def _plan(
         raise error
 
 
-def _work(model: EarlyExitGenerator, job: Job, metric: str) -> str:
+def _work(model: EarlyExitGenerator, job: FitJob, metric: str) -> str:
     settings = job.settings
     trained, held_out = divide(len(job.inputs), settings)
     windows = "whole images" if settings.crop is None else f"windows of {settings.crop} pixels"
@@ -302,14 +287,16 @@ def _work(model: EarlyExitGenerator, job: Job, metric: str) -> str:
         f"predictor: {settings.predictor}, reads {settings.predict_from or 'what the adapter says, else features'}",
     ]
     if job.aside:
-        alpha, confidence = job.promise
+        alpha, confidence = job.alpha, job.confidence
         lines.append(f"promise: P(loss > threshold) <= {alpha:g} with confidence {confidence:g}")
     if job.latency:
         lines.append(f"times: calls with {job.latency} samples")
     return "\n".join(lines)
 
 
-def _term(name: str, job: Job, branches: int, missing: Mapping[str, WeightsError], losses: Any) -> list[str]:
+def _term(
+    name: str, job: FitJob, branches: int, missing: Mapping[str, WeightsError], losses: Any
+) -> list[str]:
     """Name a term, its weight, its network, and where the weights of that come from."""
     network, source, plan = "", "", job.plan
     if name in (ADVERSARIAL, FEATURE_MATCHING):
@@ -338,10 +325,10 @@ def _size(module: nn.Module) -> str:
     return f"{sum(p.numel() for p in module.parameters()):,} parameters"
 
 
-def _files(model: EarlyExitGenerator, job: Job) -> Iterator[str]:
+def _files(model: EarlyExitGenerator, job: FitJob) -> Iterator[str]:
     if job.settings.cache:
         samples = Samples(job.inputs)
-        yield f"cache ({len(samples) * FeatureCache.bytes_per_sample(model, samples) / 1e6:,.1f} MB)"
+        yield f"cache ({len(samples) * bytes_per_sample(model, samples) / 1e6:,.1f} MB)"
     if model.options.guidance is not None:
         yield f"bank (up to {model.options.guidance.size:,} pairs)"
     yield "branches"
@@ -352,7 +339,7 @@ def _files(model: EarlyExitGenerator, job: Job) -> Iterator[str]:
         yield "calibration.safetensors"
 
 
-def _cost(model: EarlyExitGenerator, job: Job, missing: Mapping[str, WeightsError], metric: str) -> str:
+def _cost(model: EarlyExitGenerator, job: FitJob, missing: Mapping[str, WeightsError], metric: str) -> str:
     settings = job.settings
     cost = estimate_fit(model, job.inputs, settings, job.plan)
     total = settings.steps * cost.step_macs

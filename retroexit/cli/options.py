@@ -105,20 +105,19 @@ def options_of(source: Callable[..., Any], **options: Any) -> Any:
             least 1, other numbers and those with the default 0 at least 0.
         **options: The help of every option, or its annotation.
     """
-    hints = get_type_hints(source)
-    simple = (str, bool, int, float)
-    group = []
+    hints, simple, group = get_type_hints(source), (str, bool, int, float), []
     for name, option in options.items():
         default = inspect.signature(source).parameters[name].default
+        is_required = default is inspect.Parameter.empty
         default = default if isinstance(default, simple) else None
         if isinstance(option, str):
             kind: Any = type(default)
             if default is None:
                 kind = next((part for part in simple if part in get_args(hints[name])), str)
             minimum = {int: 0 if default == 0 else 1, float: 0}.get(kind)
-            annotation = kind if default is not None else kind | None
+            annotation = kind if is_required or default is not None else kind | None
             option = Annotated[annotation, typer.Option(help=option, min=minimum)]
-        group.append((name, option, default))
+        group.append((name, option) if is_required else (name, option, default))
     return make_dataclass("Options", group, frozen=True)
 
 

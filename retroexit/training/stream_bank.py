@@ -21,7 +21,7 @@ from retroexit.errors import OptionError
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.guidance.building import build_bank, with_slopes
 from retroexit.guidance.candidates import Candidates
-from retroexit.guidance.taps import Taps
+from retroexit.guidance.provider import Taps
 from retroexit.model import EarlyExitGenerator
 from retroexit.retrieval import Retriever
 

@@ -13,7 +13,7 @@ from retroexit.branch.branch import Branch
 from retroexit.branch.builder import BranchSpec, build_branch
 from retroexit.branch.widths.plan import WidthPlan
 from retroexit.errors import InputMismatchError, OptionError, RecordingError
-from retroexit.guidance.taps import Taps, find_key_cut, find_taps, tap_paths
+from retroexit.guidance.provider import Taps, find_key_cut, find_taps, tap_paths
 from retroexit.split.replay.split import ReplaySplit
 from retroexit.split.self_test import cross
 from retroexit.split.split import SplitGenerator
