@@ -5,9 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from retroexit.errors import TrainingError
-from retroexit.training.data.batch import TrainingBatch
-from retroexit.training.losses.discriminator_output import DiscriminatorOutput
-from retroexit.training.losses.objectives import Judge
+from retroexit.plugins.training_types import Discriminate, DiscriminatorOutput, TrainingBatch
 from retroexit_oasis.losses import fake_loss, labelmix_loss, labelmix_mask, mix, real_loss
 
 __all__ = ["OASISObjective"]
@@ -33,14 +31,14 @@ class OASISObjective:
         """Return the loss of a branch, lowest if every pixel is classified as its label; a scalar."""
         return real_loss(_logits(verdict), label_map(batch), self.unknown)
 
-    def of_discriminator(self, judge: Judge, batch: TrainingBatch) -> dict[str, Tensor]:
+    def of_discriminator(self, discriminate: Discriminate, batch: TrainingBatch) -> dict[str, Tensor]:
         """Return the losses of the discriminator: real and fake pixels, and LabelMix."""
         label = label_map(batch)
-        real, fake = _logits(judge(batch.target)), _logits(judge(batch.image))
+        real, fake = _logits(discriminate(batch.target)), _logits(discriminate(batch.image))
         losses = {"real": real_loss(real, label, self.unknown), "fake": fake_loss(fake)}
         if self.labelmix:
             mask = labelmix_mask(label)
-            mixed = _logits(judge(mix(batch.target, batch.image, mask)))
+            mixed = _logits(discriminate(mix(batch.target, batch.image, mask)))
             losses["labelmix"] = self.labelmix * labelmix_loss(mixed, real, fake, mask)
         return losses
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from retroexit.errors import TrainingError
-from retroexit.training.data.batch import TrainingBatch
+from retroexit.plugins.training_types import TrainingBatch
 from retroexit.training.losses.adversary import Adversarial, Adversary
 
 oasis = pytest.importorskip("retroexit_oasis", reason="install the project to get its adapters")
@@ -144,7 +144,7 @@ def test_the_objective_puts_the_parts_together(batch: TrainingBatch, label: Tens
     judge = nn.Conv2d(3, LABELS + 1, 3, padding=1)
     adversary = Adversary(judge, oasis.OASISObjective(labelmix=3.0))
     assert adversary.needs_inputs
-    assert not adversary.needs_inputs_to_judge
+    assert not adversary.is_conditional
     value = Adversarial(adversary).of_batch(batch)
     assert torch.allclose(value, oasis.real_loss(judge(batch.image), label))
     torch.manual_seed(7)

@@ -257,7 +257,7 @@ class Idler:
 @pytest.mark.parametrize(
     ("objective", "messages"),
     [
-        ("best", ["asked for adversarial='best'; found no such objective"]),
+        ("best", ["of_discriminator, got 'best'"]),
         (
             Idler(),
             [
