@@ -47,10 +47,10 @@ def test_a_student_is_trained_exactly_as_a_branch_is(tmp_path: Path) -> None:
     networks.tuned(student, case, TRAINING, features, path)
     for name, weight in same.branches.state_dict().items():
         torch.testing.assert_close(student.branches.state_dict()[name], weight, rtol=0, atol=1e-6)
-    # Kept: the same weights without training, and no other training is taken for it.
+    # The stored weights are read again; those of other settings are an error.
     again = networks.tuned(networks.Student(case, 1 / 2, 4), case, TRAINING, features, path)
     assert torch.equal(again(case.test[:1]), student(case.test[:1]))
-    with pytest.raises(SystemExit, match="was trained with .* use another --out"):
+    with pytest.raises(SystemExit, match="was trained with .* Use another --out"):
         networks.tuned(networks.Student(case, 1 / 2, 4), case, networks.Training(), features, path)
 
 
