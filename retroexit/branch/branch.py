@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -122,6 +121,11 @@ class Branch(nn.Module):
         return self.plan.pins if self.plan is not None else ()
 
     @property
+    def code(self) -> str:
+        """The tail as Python code; a tail that runs the generator's own forward again has none."""
+        return self.tail.code
+
+    @property
     def widths(self) -> list[int]:
         """Distinct output widths of the tail's weights, in the order of the layers."""
         sizes = [int(p.shape[0]) for p in self.tail.parameters() if p.dim() >= 3]
@@ -141,10 +145,7 @@ class Branch(nn.Module):
         if self.entry is not None:
             feature = self.entry(feature, guide)
         before = {
-            path.replace("__", "."): self._injector(entry, guide) for path, entry in self.injections.items()
+            path.replace("__", "."): (lambda x, entry=entry: entry(x, guide))
+            for path, entry in self.injections.items()
         }
         return self.tail(feature, *live, before=before)
-
-    @staticmethod
-    def _injector(entry: nn.Module, guide: Tensor | None) -> Callable[[Tensor], Tensor]:
-        return lambda x: entry(x, guide)

@@ -346,7 +346,8 @@ class _Narrowing:
         """Analyse the tail, choose widths, copy it; repeat with more opaque modules until it runs."""
         while True:
             widths, plan = self._analyse()
-            layout, readers = Layout(), {}
+            layout: Layout = {}
+            readers: dict[Any, Any] = {}
             if self.spec.init == "inherit":
                 layout = find_layout(self.tail, widths, self.values)
                 readers = readers_of(self.tail, widths, self.spec.samples) if self.spec.samples else {}
@@ -384,13 +385,13 @@ class _Narrowing:
         self, widths: TailWidths, layout: Layout, readers: Mapping[Any, Any], plan: WidthPlan
     ) -> _BranchBuilder:
         """Copy the tail with chosen widths."""
-        selection = choose_channels(self.tail, widths, plan, readers)
-        thin = cast("Tail", narrow(self.tail, widths, plan, selection, layout))
+        selection = choose_channels(self.tail, widths, plan, layout, readers)
+        thin = cast("Tail", narrow(self.tail, plan, selection))
 
         def kept(name: str, axis: int) -> Tensor | None:
-            return layout.indices(widths.shapes[name][axis], selection, widths.values)
+            return selection.indices(widths.shapes[name][axis])
 
-        entry = layout.indices(widths.entry, selection, widths.values)
+        entry = selection.indices(widths.entry)
         return _BranchBuilder(thin, self.tail, self.cut, self.values, self.spec, plan, kept, entry)
 
     def _without_projection(

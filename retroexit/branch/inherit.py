@@ -61,8 +61,55 @@ _NORMS = (
 )
 _GAINS = (1.0, math.sqrt(2.0), 0.01, 0.1)
 
-Selection = dict[sympy.Symbol, Tensor]
-"""For every width the kept channels."""
+Layout = dict[Expr, tuple[tuple[Expr, bool], ...]]
+"""How the channels of composite dimensions are arranged.
+
+For an expression such as ``4*s + 8`` the order of its terms along the dimension, each with whether channel ``i``
+of a term ``k * s`` is at ``[k i, k i + k)`` instead of at ``i + j s``.
+"""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Channels of a tail.
+
+    Attributes:
+        widths: The tail's widths.
+        layout: How composite dimensions are arranged.
+        channels: For every free width the selected channels.
+    """
+
+    widths: TailWidths
+    layout: Layout
+    channels: dict[sympy.Symbol, Tensor]
+
+    def indices(self, expression: Expr) -> Tensor | None:
+        """List the positions of the channels along a dimension; ``None`` for all of them."""
+        if not symbols_of(expression) & set(self.channels):
+            return None
+        parts, offset = [], 0
+        for term, is_interleaved in self.layout.get(expression) or _arrangements(expression)[0]:
+            times, symbol = term.as_coeff_Mul()
+            if not times.is_Integer or not (symbol.is_Symbol or symbol == 1):
+                return None
+            size = self.widths.values[symbol] if symbol.is_Symbol else 1
+            channels = self.channels.get(symbol, torch.arange(size))
+            places = torch.arange(int(times) * size) + offset
+            offset += len(places)
+            parts.append(
+                places.view(size, -1)[channels] if is_interleaved else places.view(-1, size)[:, channels]
+            )
+        return torch.cat([part.flatten() for part in parts])
+
+    def select(self, tensor: Tensor, expressions: Sequence[Expr], shape: Sequence[int]) -> Tensor:
+        """Select the channels along all axes, the first ones where a layout is unknown."""
+        for axis, expression in enumerate(expressions):
+            where = self.indices(expression)
+            if where is not None and len(where) == shape[axis]:
+                tensor = tensor.index_select(axis, where.to(tensor.device))
+            elif shape[axis] < tensor.shape[axis]:
+                tensor = tensor.narrow(axis, 0, shape[axis])
+        return tensor
 
 
 # Which channels to keep.
@@ -164,9 +211,10 @@ def choose_channels(
     tail: nn.Module,
     widths: TailWidths,
     plan: WidthPlan,
+    layout: Layout,
     readers: Mapping[sympy.Symbol, Sequence[Reader]],
 ) -> Selection:
-    """Pick the most important channels of every free width, ascending.
+    """Pick the most important channels of every free width, in ascending order.
 
     A channel's importance is its rank in `pick_channels` or, where no layer that reads it is known, the norm
     of its weights, summed over all parameters after each was scaled to mean one. Where a width is used in
@@ -177,6 +225,7 @@ def choose_channels(
         tail: The full-width tail.
         widths: Its widths.
         plan: The chosen widths.
+        layout: How composite dimensions are arranged.
         readers: For a width the layers that read its channels, see `readers_of`.
     """
     importance = _norms(tail, widths, plan)
@@ -191,7 +240,7 @@ def choose_channels(
         score = importance[product.whole].view(widths.values[product.parts], -1).mean(1)
         importance[product.parts] = importance[product.parts] + score
     divided = sorted({p.whole for p in products}, key=str)
-    selection = {
+    channels = {
         symbol: score.topk(plan.sizes[symbol]).indices.sort().values
         for symbol, score in importance.items()
         if symbol not in divided
@@ -202,9 +251,9 @@ def choose_channels(
             s: {f for p in widths.products if p.whole == s for f in (p.parts, p.each)} - {s} for s in divided
         }
         symbol = next((s for s in divided if needed[s].isdisjoint(divided)), divided[0])
-        selection[symbol] = _in_parts(widths, plan, symbol, importance[symbol], selection)
+        channels[symbol] = _in_parts(widths, plan, symbol, importance[symbol], channels)
         divided.remove(symbol)
-    return selection
+    return Selection(widths, layout, channels)
 
 
 def _norms(tail: nn.Module, widths: TailWidths, plan: WidthPlan) -> dict[sympy.Symbol, Tensor]:
@@ -221,13 +270,17 @@ def _norms(tail: nn.Module, widths: TailWidths, plan: WidthPlan) -> dict[sympy.S
 
 
 def _in_parts(
-    widths: TailWidths, plan: WidthPlan, symbol: sympy.Symbol, score: Tensor, selection: Selection
+    widths: TailWidths,
+    plan: WidthPlan,
+    symbol: sympy.Symbol,
+    score: Tensor,
+    channels: dict[sympy.Symbol, Tensor],
 ) -> Tensor:
     """Pick channels of a width that is divided into parts, which may be divided into smaller ones."""
     first, *finer_levels = sorted(
         (p for p in widths.products if p.whole == symbol), key=lambda p: (widths.values[p.parts], str(p))
     )
-    blocks = torch.arange(len(score)).view(widths.values[first.parts], -1)[selection[first.parts]]
+    blocks = torch.arange(len(score)).view(widths.values[first.parts], -1)[channels[first.parts]]
     each, old, new = first.each, widths.values[first.parts], plan.sizes[first.parts]
     for level in finer_levels:
         finer_old, finer_new = widths.values[level.parts], plan.sizes[level.parts]
@@ -238,38 +291,12 @@ def _in_parts(
         blocks = finer.gather(1, top[:, :, None].expand(-1, -1, finer.shape[2])).flatten(0, 1)
         each, old, new = level.each, finer_old, finer_new
     if any(each in symbols_of(e) for shape in widths.shapes.values() for e in shape):
-        return blocks[:, selection[each]].flatten()  # all parts keep the same places
+        return blocks[:, channels[each]].flatten()  # all parts keep the same places
     top = score[blocks].topk(plan.sizes[symbol] // new, dim=1).indices.sort(dim=1).values
     return blocks.gather(1, top).flatten()
 
 
 # Where a width's channels are in composite dimensions.
-
-
-class Layout(dict[Expr, tuple[tuple[Expr, bool], ...]]):
-    """How the channels of composite dimensions are arranged.
-
-    For an expression such as ``4*s + 8`` the order of its terms along the dimension, each with whether channel
-    ``i`` of a term ``k * s`` is at ``[k i, k i + k)`` instead of at ``i + j s``.
-    """
-
-    def indices(
-        self, expression: Expr, selection: Selection, sizes: dict[sympy.Symbol, int]
-    ) -> Tensor | None:
-        """List the positions that a selection keeps along a dimension; ``None`` for all of them."""
-        if not symbols_of(expression) & set(selection):
-            return None
-        parts, offset = [], 0
-        for term, is_interleaved in self.get(expression) or _arrangements(expression)[0]:
-            times, symbol = term.as_coeff_Mul()
-            if not times.is_Integer or not (symbol.is_Symbol or symbol == 1):
-                return None
-            size = sizes[symbol] if symbol.is_Symbol else 1
-            kept = selection.get(symbol, torch.arange(size))
-            places = torch.arange(int(times) * size) + offset
-            offset += len(places)
-            parts.append(places.view(size, -1)[kept] if is_interleaved else places.view(-1, size)[:, kept])
-        return torch.cat([part.flatten() for part in parts])
 
 
 def find_layout(tail: nn.Module, widths: TailWidths, values: Sequence[Tensor]) -> Layout:
@@ -288,7 +315,7 @@ def find_layout(tail: nn.Module, widths: TailWidths, values: Sequence[Tensor]) -
     dimensions = {e for shape in widths.shapes.values() for e in shape if symbols_of(e) & free}
     composite = sorted((e for e in dimensions if not e.is_Symbol), key=str)
     options = {expression: _arrangements(expression) for expression in composite}
-    layout = Layout({expression: choices[0] for expression, choices in options.items()})
+    layout: Layout = {expression: choices[0] for expression, choices in options.items()}
     if not composite:
         return layout
     permutation = _permutation(widths, torch.Generator().manual_seed(0))
@@ -296,9 +323,9 @@ def find_layout(tail: nn.Module, widths: TailWidths, values: Sequence[Tensor]) -
         state = torch.random.get_rng_state()
         expected = tensors(tail(*(value.clone() for value in values)))
 
-        def fits(selection: Selection) -> bool:
+        def fits(channels: dict[sympy.Symbol, Tensor]) -> bool:
             torch.random.set_rng_state(state)
-            return _is_invariant(tail, widths, values, selection, layout, expected)
+            return _is_invariant(tail, values, Selection(widths, layout, channels), expected)
 
         if fits(permutation):
             return layout
@@ -338,7 +365,7 @@ def _arrangements(expression: Expr) -> list[tuple[tuple[Expr, bool], ...]]:
     ]
 
 
-def _permutation(widths: TailWidths, generator: torch.Generator) -> Selection:
+def _permutation(widths: TailWidths, generator: torch.Generator) -> dict[sympy.Symbol, Tensor]:
     """Permute the channels of every width, within its parts where it is used in parts."""
     free = widths.free()
     divided = {p.whole: p for p in sorted(widths.products, key=lambda p: widths.values[p.parts])}
@@ -357,18 +384,12 @@ def _permutation(widths: TailWidths, generator: torch.Generator) -> Selection:
 
 
 def _is_invariant(
-    tail: nn.Module,
-    widths: TailWidths,
-    values: Sequence[Tensor],
-    permutation: Selection,
-    layout: Layout,
-    expected: Sequence[Tensor],
+    tail: nn.Module, values: Sequence[Tensor], permutation: Selection, expected: Sequence[Tensor]
 ) -> bool:
     """Return whether a tail gives the expected output with permuted channels."""
-    permuted = _clone_with(
-        tail, lambda name, old: _selected(old, widths, widths.shapes[name], old.shape, permutation, layout)
-    )
-    feature = _selected(values[0], widths, (1, widths.entry), values[0].shape, permutation, layout)
+    widths, select = permutation.widths, permutation.select
+    permuted = _clone_with(tail, lambda name, old: select(old, widths.shapes[name], old.shape))
+    feature = select(values[0], (1, widths.entry), values[0].shape)
     output = tensors(permuted(feature.clone(), *(value.clone() for value in values[1:])))
     return all(
         torch.allclose(a.float(), b.float(), rtol=1e-2, atol=2e-3 * float(b.float().abs().max() + 1e-12))
@@ -390,31 +411,11 @@ def _clone_with(tail: nn.Module, content: Callable[[str, Tensor], Tensor]) -> nn
     return clone_module(tail, memo)
 
 
-def _selected(
-    tensor: Tensor,
-    widths: TailWidths,
-    expressions: Sequence[Expr],
-    shape: Sequence[int],
-    selection: Selection,
-    layout: Layout,
-) -> Tensor:
-    """Select the kept channels of all axes, the first ones where a layout is unknown."""
-    for axis, expression in enumerate(expressions):
-        where = layout.indices(expression, selection, widths.values)
-        if where is not None and len(where) == shape[axis]:
-            tensor = tensor.index_select(axis, where.to(tensor.device))
-        elif shape[axis] < tensor.shape[axis]:
-            tensor = tensor.narrow(axis, 0, shape[axis])
-    return tensor
-
-
-def narrow(
-    tail: nn.Module, widths: TailWidths, plan: WidthPlan, selection: Selection, layout: Layout
-) -> nn.Module:
+def narrow(tail: nn.Module, plan: WidthPlan, selection: Selection) -> nn.Module:
     """Copy a tail with the selected channels only; weights are the backbone's own, not rescaled."""
 
     def content(name: str, old: Tensor) -> Tensor:
-        return _selected(old, widths, widths.shapes[name], plan.shapes[name], selection, layout).clone()
+        return selection.select(old, selection.widths.shapes[name], plan.shapes[name]).clone()
 
     return _resized(tail, plan, content)
 
