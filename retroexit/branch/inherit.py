@@ -1,13 +1,12 @@
 """Narrowed copies of a tail, and their starting weights: the backbone's own channels, or random.
 
-Of every width the most important channels are kept, the same ones wherever the width occurs. They are picked
-one after another: each is the one that, with those picked before, explains most of the outputs of the layers
-that read them on example values. `retroexit.branch.least_squares` then solves those layers for the kept
-channels. Without samples, the norms of the weights decide.
+Of every width the most important channels are kept, the same ones wherever it occurs: those that explain most of
+the outputs of the layers that read them on example values or, without samples, those with the largest weights.
+`retroexit.branch.least_squares` then solves those layers for the kept channels.
 
-Where a dimension is a multiple or a sum of widths (a pixel shuffle's output, the input behind a
-concatenation), sizes do not tell which channel is which. The layout is found by experiment: permuting the
-channels of a width consistently must not change the output.
+Where a dimension is a multiple or a sum of widths (a pixel shuffle's output, the input behind a concatenation),
+sizes do not tell which channel is which. The layout is found by experiment: permuting the channels of a width
+consistently must not change the output.
 
 Reference: channel selection by the next layer's output, ThiNet (ICCV 2017), here greedy least squares.
 """
@@ -48,17 +47,8 @@ _PLACES = 4096
 _RIDGE = 1e-4
 _MAX_UNKNOWNS = 1024  # per output; of larger layers only the middle of the kernel is used
 _MAX_LAYOUTS = 32
-_WEIGHTS = (
-    "weight",
-    "weight_orig",
-    "weight_v",
-    "parametrizations.weight.original",
-    "parametrizations.weight.original1",
-)
-_NORMS = (
-    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
-    *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
-)
+_PARAMETRIZED = "parametrizations.weight.original"
+_WEIGHTS = ("weight", "weight_orig", "weight_v", _PARAMETRIZED, f"{_PARAMETRIZED}1")
 _GAINS = (1.0, math.sqrt(2.0), 0.01, 0.1)
 
 Layout = dict[Expr, tuple[tuple[Expr, bool], ...]]
@@ -112,9 +102,6 @@ class Selection:
         return tensor
 
 
-# Which channels to keep.
-
-
 @dataclass(frozen=True)
 class Reader:
     """Second moments of what a layer reads and returns on example values.
@@ -136,9 +123,18 @@ def readers_of(
     generator = torch.Generator().manual_seed(0)
 
     def note(symbol: sympy.Symbol, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        reader = _reader(module, args, output, widths.values[symbol], generator)
-        if reader is not None:
-            readers.setdefault(symbol, []).append(reader)
+        channels = widths.values[symbol]
+        if not can_read(module, args, output) or channels > _MAX_UNKNOWNS:
+            return
+        places = draw_places(module, output, _PLACES, generator)
+        taps = math.prod(getattr(module, "kernel_size", ()))
+        x = exact(design(module, args[0], places, centre=channels * taps > _MAX_UNKNOWNS))
+        y = exact(rows(module, output, places))
+        x, y = x - x.mean(0), y - y.mean(0)
+        gram, cross, size = x.T @ x / len(x), x.T @ y / len(x), y.square().sum(1).mean()
+        gram.diagonal().add_(_RIDGE * gram.diagonal().mean())
+        if bool(torch.isfinite(gram).all() and torch.isfinite(cross).all() and size > 0):
+            readers.setdefault(symbol, []).append(Reader(gram.cpu(), (cross / size.sqrt()).cpu()))
 
     free, hooks = set(widths.free()), []
     for path, module in tail.named_modules():
@@ -157,29 +153,17 @@ def readers_of(
     return readers
 
 
-def _reader(
-    module: nn.Module, args: tuple[Any, ...], output: Any, channels: int, generator: torch.Generator
-) -> Reader | None:
-    if not can_read(module, args, output) or channels > _MAX_UNKNOWNS:
-        return None
-    places = draw_places(module, output, _PLACES, generator)
-    taps = math.prod(getattr(module, "kernel_size", ()))
-    x = exact(design(module, args[0], places, centre=channels * taps > _MAX_UNKNOWNS))
-    y = exact(rows(module, output, places))
-    x, y = x - x.mean(0), y - y.mean(0)
-    gram, cross, size = x.T @ x / len(x), x.T @ y / len(x), y.square().sum(1).mean()
-    gram.diagonal().add_(_RIDGE * gram.diagonal().mean())
-    if not bool(torch.isfinite(gram).all() and torch.isfinite(cross).all() and size > 0):
-        return None
-    return Reader(gram.cpu(), (cross / size.sqrt()).cpu())
-
-
 def pick_channels(readers: Sequence[Reader], channels: int, count: int) -> list[int]:
     """Pick the ``count`` channels that explain most of the readers' outputs, best first."""
     picked: list[int] = []
     state = [(reader.gram.clone(), reader.cross.clone()) for reader in readers]
     while len(picked) < count:
-        gain = torch.stack([_gains(gram, cross, channels) for gram, cross in state]).sum(0)
+        gain = torch.zeros(channels, dtype=torch.float64)
+        for gram, cross in state:  # how much more of the output each channel explains
+            taps = len(gram) // channels
+            blocks = gram.view(channels, taps, channels, taps).diagonal(dim1=0, dim2=2).movedim(-1, 0)
+            parts = cross.view(channels, taps, -1)
+            gain += (parts * torch.linalg.solve(blocks + _floor(blocks), parts)).sum((1, 2))
         gain[picked] = -1.0
         best = int(gain.argmax())
         picked.append(best)
@@ -191,14 +175,6 @@ def pick_channels(readers: Sequence[Reader], channels: int, count: int) -> list[
             gram -= left @ right[:, : len(gram)]
             cross -= left @ right[:, len(gram) :]
     return picked
-
-
-def _gains(gram: Tensor, cross: Tensor, channels: int) -> Tensor:
-    """Return how much more of a layer's output each channel explains, ``(C,)``."""
-    taps = len(gram) // channels
-    blocks = gram.view(channels, taps, channels, taps).diagonal(dim1=0, dim2=2).movedim(-1, 0)
-    parts = cross.view(channels, taps, -1)
-    return (parts * torch.linalg.solve(blocks + _floor(blocks), parts)).sum((1, 2))
 
 
 def _floor(blocks: Tensor) -> Tensor:
@@ -216,19 +192,19 @@ def choose_channels(
 ) -> Selection:
     """Pick the most important channels of every free width, in ascending order.
 
-    A channel's importance is its rank in `pick_channels` or, where no layer that reads it is known, the norm
-    of its weights, summed over all parameters after each was scaled to mean one. Where a width is used in
-    equal parts (groups of a norm, heads), whole parts are kept, the most important ones of all widths that
-    share their number, and of each part as much as there is room for.
-
-    Args:
-        tail: The full-width tail.
-        widths: Its widths.
-        plan: The chosen widths.
-        layout: How composite dimensions are arranged.
-        readers: For a width the layers that read its channels, see `readers_of`.
+    A channel's importance is its rank in `pick_channels` or, without readers, the norm of its weights, summed
+    over all parameters after each was scaled to mean one. Where a width is used in equal parts (groups of a
+    norm, heads), whole parts are kept, the most important ones of all widths that share their number, and of
+    each part as much as there is room for.
     """
-    importance = _norms(tail, widths, plan)
+    importance = {symbol: torch.zeros(widths.values[symbol], dtype=torch.float64) for symbol in plan.sizes}
+    for name, parameter in tail.named_parameters():
+        for axis, expression in enumerate(widths.shapes[name]):
+            if expression in importance and parameter.shape[axis] == widths.values[expression]:
+                weight = parameter.detach().movedim(axis, 0).reshape(parameter.shape[axis], -1)
+                norm = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float64).cpu()
+                if norm.mean() > 0:
+                    importance[expression] += norm / norm.mean()
     for symbol, layers in readers.items():
         if symbol in importance:
             count = plan.sizes[symbol]
@@ -254,19 +230,6 @@ def choose_channels(
         channels[symbol] = _in_parts(widths, plan, symbol, importance[symbol], channels)
         divided.remove(symbol)
     return Selection(widths, layout, channels)
-
-
-def _norms(tail: nn.Module, widths: TailWidths, plan: WidthPlan) -> dict[sympy.Symbol, Tensor]:
-    """Sum the norms of the weights of every channel of every width."""
-    importance = {symbol: torch.zeros(widths.values[symbol], dtype=torch.float64) for symbol in plan.sizes}
-    for name, parameter in tail.named_parameters():
-        for axis, expression in enumerate(widths.shapes[name]):
-            if expression in importance and parameter.shape[axis] == widths.values[expression]:
-                weight = parameter.detach().movedim(axis, 0).reshape(parameter.shape[axis], -1)
-                norm = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float64).cpu()
-                if norm.mean() > 0:
-                    importance[expression] += norm / norm.mean()
-    return importance
 
 
 def _in_parts(
@@ -296,20 +259,10 @@ def _in_parts(
     return blocks.gather(1, top).flatten()
 
 
-# Where a width's channels are in composite dimensions.
-
-
 def find_layout(tail: nn.Module, widths: TailWidths, values: Sequence[Tensor]) -> Layout:
-    """Find by experiment how composite dimensions are arranged.
+    """Find the layout under which permuting channels does not change the output for example values.
 
-    Args:
-        tail: The full-width tail.
-        widths: Its widths.
-        values: Example feature and live tensors.
-
-    Returns:
-        A layout under which permuting channels does not change the output; where a width has none, its
-        likeliest one.
+    Where a width has none, its likeliest one is returned.
     """
     free = set(widths.free())
     dimensions = {e for shape in widths.shapes.values() for e in shape if symbols_of(e) & free}
@@ -397,9 +350,6 @@ def _is_invariant(
     )
 
 
-# The copy.
-
-
 def _clone_with(tail: nn.Module, content: Callable[[str, Tensor], Tensor]) -> nn.Module:
     """Copy a tail with other parameters and buffers; tied weights stay tied, unchanged ones are shared."""
     memo: dict[int, Any] = {}
@@ -463,20 +413,17 @@ def _update_description(module: nn.Module) -> None:
             module.in_channels, module.out_channels = weight.shape[1] * groups, weight.shape[0]
     elif isinstance(module, nn.Linear):
         module.out_features, module.in_features = weight.shape
-    elif isinstance(module, nn.GroupNorm):
-        module.num_channels = weight.shape[0]
-    elif isinstance(module, _NORMS):
-        module.num_features = weight.shape[0]
-
-
-# Other weights.
+    else:  # norms
+        for name in ("num_channels", "num_features"):
+            if hasattr(module, name):
+                setattr(module, name, weight.shape[0])
 
 
 def start_from_scratch(thin: nn.Module, full: nn.Module, seed: int = 0) -> None:
     """Initialise every weight of a branch at random, in place.
 
-    Layers with ``reset_parameters`` use it; other parameters are drawn from a normal distribution with the
-    mean and standard deviation of the backbone's, so that constants stay constants.
+    Layers use their ``reset_parameters``; other parameters are drawn from a normal distribution with mean and
+    standard deviation of the backbone's, so that constants stay constants.
     """
     originals = dict(full.named_parameters())
     devices = {parameter.device for parameter in thin.parameters() if parameter.device.type == "cuda"}
