@@ -42,11 +42,10 @@ from static.measuring import Draw, Point, exit_points, network_point, seconds_of
 from torch import Tensor
 
 import retroexit
-from retroexit.core.images import ImageRange
-from retroexit.core.samples import Samples
+from retroexit.core.samples import ImageRange, Samples
 from retroexit.evaluation.sweep import Evaluation
 from retroexit.model import EarlyExitGenerator
-from retroexit.training.data.cache import FeatureCache
+from retroexit.training.cache import FeatureCache
 
 _LATENT = ((3, 4, 6, 7, 8), (16, 20, 24, 28, 32), (16, 24, 36), (0.4, 0.7), 64, 16)
 EXITS = {  # stages, scales and the least width of ours; scales of the students; ratios of Torch-Pruning
@@ -211,7 +210,7 @@ def main(given: Sequence[str] | None = None) -> None:
 
 
 def _backbone_macs(case: Case) -> int:
-    from retroexit.core.macs import count_macs
+    from retroexit.core.modules import count_macs
 
     args, _ = Samples(case.test).gather([0])
     return count_macs(case.generator, *args)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from retroexit.core.versions import versions
+from retroexit.core.files import versions
 
 __all__ = ["argument_parser", "cell", "machine", "machine_line", "take_turns", "write_json"]
 

@@ -38,8 +38,7 @@ from common import argument_parser, cell, machine_line, take_turns, write_json
 from tqdm import tqdm
 
 import retroexit
-from retroexit.core.images import ImageRange
-from retroexit.core.samples import Samples
+from retroexit.core.samples import ImageRange, Samples
 from retroexit.guidance import GuidanceBank, cut
 from retroexit.model import EarlyExitGenerator
 from retroexit.plugins import host

@@ -1,29 +1,7 @@
 """Every exception and warning of retroexit.
 
-Each error derives from `RetroExitError` and from the builtin a caller would expect, and its text says
-what was asked, what was found, and what to do next.
-
-    RetroExitError
-    |-- GeneratorError          the generator cannot be used as it stands
-    |   |-- ModeError               train/eval flags are not what the recording needs
-    |   |-- DeviceError             generator and inputs disagree about device or precision
-    |   |-- NonFiniteError          NaN or infinity in an output
-    |   `-- OutputError             no image, or several, in what the generator returns
-    |-- RecordingError          one execution could not be written down as a graph
-    |   `-- NotRecordedError        something needs a recording and there is none yet
-    |-- AttachPointError        no branch can sit at this place
-    |   `-- RepeatedStageError      the module runs more than once
-    |-- BranchError             a thin copy could not be made
-    |-- InputMismatchError      the inputs differ from the recording where that matters
-    |-- OptionError             an argument has a value outside its range
-    |-- BankError               a guidance bank is empty, damaged, or another backbone's
-    |-- RetrieverError          keys or queries that no index may be given
-    |-- WeightsError            pretrained weights are missing or are not what they claim
-    |-- MissingExtraError       an optional dependency is not installed
-    |-- CheckpointError         a file on disk is damaged or belongs to something else
-    |-- TrainingError           training cannot start or go on
-    |-- PluginError             a plug-in is broken or two claim one name
-    `-- AdapterError            an adapter fails its conformance test
+Each error derives from `RetroExitError` and from the builtin exception that a caller would expect. Its message
+names the wrong value, the rule, and what to do.
 """
 
 from __future__ import annotations
@@ -90,11 +68,11 @@ class OutputError(GeneratorError):
 
 
 class RecordingError(RetroExitError, RuntimeError):
-    """One execution of the generator could not be written down as a graph."""
+    """One execution of the generator could not be recorded as a graph."""
 
 
 class NotRecordedError(RecordingError):
-    """Something needs a recording of the generator and there is none yet."""
+    """The generator must be recorded first."""
 
 
 class AttachPointError(RetroExitError, ValueError):
@@ -126,14 +104,14 @@ class RetrieverError(RetroExitError, ValueError):
 
 
 class WeightsError(RetroExitError, FileNotFoundError):
-    """Pretrained weights are missing or are not what they claim to be."""
+    """Pretrained weights are missing, or belong to another network."""
 
     def __str__(self) -> str:  # OSError would format its arguments as (errno, strerror)
         return str(self.args[0]) if self.args else ""
 
 
 class MissingExtraError(RetroExitError, ImportError):
-    """An optional dependency is not installed; the text holds the pip line."""
+    """An optional dependency is not installed; the message holds the pip command."""
 
 
 class CheckpointError(RetroExitError, ValueError):
@@ -141,7 +119,7 @@ class CheckpointError(RetroExitError, ValueError):
 
 
 class TrainingError(RetroExitError, RuntimeError):
-    """Training cannot start or go on."""
+    """Training cannot start or continue."""
 
 
 class PluginError(RetroExitError, RuntimeError):
@@ -149,7 +127,7 @@ class PluginError(RetroExitError, RuntimeError):
 
 
 class AdapterError(RetroExitError, AssertionError):
-    """An adapter fails its conformance test; the text lists everything that was found wrong.
+    """An adapter fails its conformance test; the message lists every problem.
 
     Attributes:
         problems: One line for each.
@@ -170,8 +148,8 @@ def cause_of(error: BaseException) -> str:
     return text if isinstance(error, RetroExitError) else f"{type(error).__name__}: {text}"
 
 
-def closest(wanted: object, known: Iterable[str], most: int = 3) -> str:
-    """Format the known names nearest to a wrong one, for the end of an error message."""
-    known = list(known)
-    near = difflib.get_close_matches(str(wanted), known, n=most, cutoff=0.3) or known[:most]
-    return ", ".join(repr(name) for name in near)
+def closest(name: object, names: Iterable[str], most: int = 3) -> str:
+    """Format the names nearest to a wrong one, for the end of an error message."""
+    names = list(names)
+    near = difflib.get_close_matches(str(name), names, n=most, cutoff=0.3) or names[:most]
+    return ", ".join(repr(near_name) for near_name in near)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from retroexit.core.macs import count_macs
+from retroexit.core.modules import count_macs
 from retroexit.evaluation.thop_check import cross_check
 
 X = torch.rand(2, 6, 8, 10)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from retroexit.core.images import ImageRange
-from retroexit.core.macs import count_macs
+from retroexit.core.modules import count_macs
+from retroexit.core.samples import ImageRange
 from retroexit.evaluation.sweep import Evaluation, OperatingPoint
 from retroexit.metrics import QualityMetric
 from retroexit.routing.policy import assign_by_budget

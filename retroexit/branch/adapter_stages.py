@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 from retroexit.core.nested import tensors
-from retroexit.stages.cuts import Cut
+from retroexit.stages.decoder import Cut
 
 __all__ = [
     "BuildStage",

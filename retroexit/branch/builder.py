@@ -18,11 +18,10 @@ from retroexit.branch.least_squares import CONVOLUTIONS
 from retroexit.branch.widths.analyse import analyse, blame
 from retroexit.branch.widths.equations import symbols_of
 from retroexit.branch.widths.plan import Pin, TailWidths, WidthPlan, WidthRule
-from retroexit.core.macs import MacCounter
-from retroexit.core.modules import clone_module, device_of
+from retroexit.core.modules import MacCounter, clone_module, device_of
 from retroexit.errors import BranchError
 from retroexit.split.segments import Tail
-from retroexit.stages.cuts import Cut
+from retroexit.stages.decoder import Cut
 
 __all__ = ["BranchSpec", "Init", "build_branch"]
 

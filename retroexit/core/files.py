@@ -9,26 +9,27 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import shutil
 import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from retroexit.core.modules import tensor_bytes
 from retroexit.errors import CheckpointError
 
 __all__ = [
     "MANIFEST",
     "check_file",
-    "file_digest",
-    "is_whole",
+    "is_intact",
     "read_array",
     "read_manifest",
     "read_npy",
@@ -36,44 +37,48 @@ __all__ = [
     "self_digest",
     "sha256_of",
     "staged",
+    "versions",
     "write_manifest",
     "write_tensors",
 ]
 
 MANIFEST = "meta.json"
+__version__ = "0.1.0"
 
 
-def file_digest(path: Path) -> str:
-    """Compute the SHA-256 of a file, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def versions() -> dict[str, str]:
+    """List the versions that a saved result depends on."""
+    result = {"python": platform.python_version(), "retroexit": __version__}
+    for name in ("torch", "numpy", "lpips", "faiss-cpu", "hnswlib", "torchmetrics"):
+        try:
+            result[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return result
 
 
 def sha256_of(path: Path) -> str:
-    """Compute the SHA-256 of a file of a saved model.
+    """Compute the SHA-256 of a file, in hexadecimal.
 
     Raises:
-        CheckpointError: If it cannot be read.
+        CheckpointError: If the file cannot be read.
     """
     try:
-        return file_digest(path)
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise CheckpointError(
-            f"cannot read {path}: {error}. Pass a folder that model.save wrote.", path
-        ) from error
+        raise CheckpointError(f"cannot read {path}: {error}. Restore it or save again.", path) from error
 
 
-def self_digest(manifest: dict[str, Any]) -> str:
+def self_digest(facts: dict[str, Any]) -> str:
     """Hash plain data without its own entry ``digest``."""
-    rest = {key: value for key, value in manifest.items() if key != "digest"}
+    rest = {key: value for key, value in facts.items() if key != "digest"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def is_whole(facts: dict[str, Any], unsealed: Collection[str] = ()) -> bool:
-    """Return whether plain data matches its own ``digest``; without one, it may hold ``unsealed`` only."""
-    if "digest" in facts:
-        return bool(facts["digest"] == self_digest(facts))
-    return bool(unsealed) and set(facts) <= set(unsealed)
+def is_intact(facts: dict[str, Any]) -> bool:
+    """Return whether plain data matches its own entry ``digest``."""
+    return bool(facts.get("digest") == self_digest(facts))
 
 
 @contextmanager
@@ -120,7 +125,7 @@ def staged(folder: str | Path, owns: Collection[str]) -> Iterator[Path]:
 
 def write_manifest(folder: Path, facts: dict[str, Any], files: Collection[str]) -> None:
     """Write ``meta.json``: the facts, the SHA-256 of each named file, and the manifest's own digest."""
-    manifest = {**facts, "files": {name: file_digest(folder / name) for name in files}}
+    manifest = {**facts, "files": {name: sha256_of(folder / name) for name in files}}
     manifest["digest"] = self_digest(manifest)
     # No newline at the end, so that a file without its last byte is not valid JSON.
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True), encoding="utf-8")
@@ -133,25 +138,20 @@ def read_manifest(folder: str | Path, kind: str, schema: int) -> dict[str, Any]:
         CheckpointError: If it is missing, damaged, of another kind or of another schema.
     """
     path = Path(folder) / MANIFEST
+    again = f"Build and save the {kind} again."
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"no {kind} in {folder}: {MANIFEST} is missing", path) from None
     except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"cannot read {path}: {error}; build and save the {kind} again", path
-        ) from error
-    if not isinstance(manifest, dict) or manifest.get("digest") != self_digest(manifest):
-        raise CheckpointError(
-            f"{path} is damaged: it does not match its own digest; save the {kind} again", path
-        )
+        raise CheckpointError(f"cannot read {path}: {error}. {again}", path) from error
+    if not isinstance(manifest, dict) or not is_intact(manifest):
+        raise CheckpointError(f"{path} is damaged: it does not match its own digest. {again}", path)
     if manifest.get("kind") != kind:
-        raise CheckpointError(f"{folder} holds a {manifest.get('kind')!r}, not a {kind!r}", path)
+        raise CheckpointError(f"{folder} must hold a {kind!r}, got a {manifest.get('kind')!r}", path)
     if manifest.get("schema") != schema:
-        raise CheckpointError(
-            f"{path} has schema {manifest.get('schema')}, this version reads {schema}; save the {kind} again",
-            path,
-        )
+        message = f"the schema of {path} must be {schema}, got schema {manifest.get('schema')}. {again}"
+        raise CheckpointError(message, path)
     return manifest
 
 
@@ -164,12 +164,12 @@ def check_file(folder: str | Path, name: str, manifest: dict[str, Any]) -> Path:
     path = Path(folder) / name
     expected = manifest["files"].get(name)
     if expected is None or not path.is_file():
-        raise CheckpointError(f"{path} is missing; restore it or build and save again", path)
-    digest = file_digest(path)
+        raise CheckpointError(f"{path} is missing. Restore it or build and save again.", path)
+    digest = sha256_of(path)
     if digest != expected:
         raise CheckpointError(
-            f"{path} is damaged: its SHA-256 is {digest[:12]}..., {MANIFEST} says {expected[:12]}...; "
-            "restore it or build and save again",
+            f"{path} is damaged: its SHA-256 must be {expected[:12]}..., got {digest[:12]}.... "
+            "Restore it or build and save again.",
             path,
         )
     return path
@@ -200,7 +200,7 @@ def read_array(folder: str | Path, name: str, manifest: dict[str, Any], *, mmap:
     try:
         return read_npy(path, "r" if mmap else None)
     except ValueError as error:
-        raise CheckpointError(f"{path} is no array: {error}", path) from error
+        raise CheckpointError(f"{path} is no array: {error}. Build and save again.", path) from error
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, Any] | None = None) -> None:
@@ -222,10 +222,10 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     try:
         with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
+            facts = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            about = metadata.get("about", "{}")
-            if metadata.get("digest") != _tensors_digest(tensors, about):
+            about = facts.get("about", "{}")
+            if facts.get("digest") != _tensors_digest(tensors, about):
                 raise ValueError("it does not match its own digest")
             return tensors, dict(json.loads(about))
     except (OSError, SafetensorError, ValueError) as error:
@@ -235,6 +235,5 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def _tensors_digest(tensors: dict[str, Tensor], about: str) -> str:
     total = hashlib.sha256(about.encode())
     for name, tensor in sorted(tensors.items()):
-        total.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
-        total.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+        total.update(name.encode() + tensor_bytes(tensor))
     return total.hexdigest()

@@ -7,6 +7,7 @@ import dataclasses
 import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch.fx.immutable_collections import immutable_dict
 
 __all__ = [
     "Packed",
+    "change_first_map",
     "children",
     "clone_strided",
     "cloned",
@@ -63,11 +65,9 @@ def rebuild(value: Any, leaf: Callable[[Any], Any]) -> Any:
     if is_record(value):
         pairs = [(key, rebuild(item, leaf)) for key, item in children(value) or ()]
         duplicate = copy.copy(value)
+        put = duplicate.__setitem__ if isinstance(value, dict) else partial(object.__setattr__, duplicate)
         for key, item in pairs:
-            if isinstance(value, dict):
-                duplicate[key] = item
-            else:
-                object.__setattr__(duplicate, key, item)
+            put(key, item)
         return duplicate
     return leaf(value)
 
@@ -100,7 +100,23 @@ def cloned(value: Any) -> Any:
     return rebuild(value, lambda leaf: clone_strided(leaf) if isinstance(leaf, Tensor) else leaf)
 
 
-# Objects of other classes that hold tensors in their attributes.
+def change_first_map(
+    args: Sequence[Any], kwargs: dict[str, Any], change: Callable[[Tensor], Tensor]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Change the first map among arguments: a positional one, else one inside of them or by keyword."""
+    for position, arg in enumerate(args):
+        if isinstance(arg, Tensor) and arg.dim() >= 3:
+            return (*args[:position], change(arg), *args[position + 1 :]), kwargs
+    is_changed = False
+
+    def changed(leaf: Any) -> Any:
+        nonlocal is_changed
+        if is_changed or not (isinstance(leaf, Tensor) and leaf.dim() >= 3):
+            return leaf
+        is_changed = True
+        return change(leaf)
+
+    return rebuild(tuple(args), changed), {key: rebuild(item, changed) for key, item in kwargs.items()}
 
 
 class _Slot:

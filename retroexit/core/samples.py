@@ -1,8 +1,9 @@
-"""Generator inputs as a collection of samples, and the random state that each batch is run with."""
+"""What goes into a generator and comes out: samples, their random state, and the value range of images."""
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from retroexit.core.modules import tensor_bytes
 from retroexit.core.nested import flatten, rebuild
-from retroexit.errors import OptionError
+from retroexit.errors import OptionError, OutputError
 
-__all__ = ["Samples", "drawing_from", "moved"]
+__all__ = ["ImageRange", "Samples", "drawing_from", "measure_range", "moved"]
 
 
 @contextmanager
@@ -54,11 +56,11 @@ class Samples:
         is_one = isinstance(items, dict) or (isinstance(items, Tensor) and items.dim() == 0)
         if not is_sequence or is_one or len(items) == 0:
             raise OptionError(
-                f"inputs must be a non-empty sequence of samples, got {type(self.items).__name__}. A "
-                "sample is a tensor, a tuple of inputs, or a dict of keyword inputs, without the batch axis.",
-                self.items,
+                f"inputs must be a non-empty sequence of samples, got {type(items).__name__}. A sample is a "
+                "tensor, a tuple of inputs, or a dict of keyword inputs, without the batch axis.",
+                items,
             )
-        self.split(self.items[0])
+        self.split(items[0])
 
     def __len__(self) -> int:
         return len(self.items)
@@ -92,29 +94,9 @@ class Samples:
                     f"all samples must have the same structure, sample {index} differs from {indices[0]}",
                     self.items[index],
                 )
-        stacked = [self._stack(path, [parts[path] for parts in flat]) for path in flat[0]]
-        rest = iter(stacked)
-        args, kwargs = rebuild(samples[0], lambda leaf: next(rest))
+        stacked = iter([_stack(path, [parts[path] for parts in flat]) for path in flat[0]])
+        args, kwargs = rebuild(samples[0], lambda leaf: next(stacked))
         return args, kwargs
-
-    @staticmethod
-    def _stack(path: tuple[Any, ...], leaves: list[Any]) -> Any:
-        if not isinstance(leaves[0], Tensor):
-            if any(repr(leaf) != repr(leaves[0]) for leaf in leaves):
-                raise OptionError(
-                    f"values that are not tensors must be equal in all samples, got {path[-1]!r} = "
-                    f"{leaves[0]!r} in one and another value in others",
-                    leaves,
-                )
-            return leaves[0]
-        shapes = {tuple(leaf.shape) for leaf in leaves}
-        if len(shapes) > 1:
-            raise OptionError(
-                f"the samples of a batch must have one shape, got {sorted(shapes)}. Use batch=1, or "
-                "inputs of one size.",
-                shapes,
-            )
-        return torch.stack(leaves)
 
     def batches(
         self, size: int, first: int = 0
@@ -130,10 +112,95 @@ class Samples:
         for index in range(len(self)):
             for path, leaf in flatten(self.split(self.items[index])):
                 total.update(repr(path).encode())
-                if isinstance(leaf, Tensor):
-                    raw = leaf.detach().cpu().contiguous()
-                    total.update(f"{raw.dtype}{tuple(raw.shape)}".encode())
-                    total.update(raw.flatten().view(torch.uint8).numpy().tobytes())
-                else:
-                    total.update(repr(leaf).encode())
+                total.update(tensor_bytes(leaf) if isinstance(leaf, Tensor) else repr(leaf).encode())
         return total.hexdigest()
+
+
+def _stack(path: tuple[Any, ...], leaves: list[Any]) -> Any:
+    first = leaves[0]
+    if isinstance(first, Tensor):
+        shapes = {tuple(leaf.shape) for leaf in leaves}
+        if len(shapes) > 1:
+            raise OptionError(
+                f"the samples of a batch must have one shape, got {sorted(shapes)}. Use batch=1, or inputs of "
+                "one size.",
+                shapes,
+            )
+        return torch.stack(leaves)
+    if any(repr(leaf) != repr(first) for leaf in leaves):
+        raise OptionError(
+            f"values that are not tensors must be equal in all samples, got {path[-1]!r} = {first!r} in one "
+            "and another value in others",
+            leaves,
+        )
+    return first
+
+
+@dataclass(frozen=True)
+class ImageRange:
+    """The nominal range of a generator's images.
+
+    Attributes:
+        low: Value of black.
+        high: Value of white.
+    """
+
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
+            raise OptionError(
+                f"image_range must be finite with low < high, got ({self.low}, {self.high})", self
+            )
+
+    def to_signed(self, x: Tensor) -> Tensor:
+        """Map images from this range to ``[-1, 1]``. Nothing is clamped."""
+        if (self.low, self.high) == (-1.0, 1.0):
+            return x
+        return (x - self.low) * (2 / (self.high - self.low)) - 1
+
+    def from_signed(self, x: Tensor) -> Tensor:
+        """Map images from ``[-1, 1]`` to this range, the inverse of `to_signed`."""
+        if (self.low, self.high) == (-1.0, 1.0):
+            return x
+        return (x + 1) * ((self.high - self.low) / 2) + self.low
+
+
+def measure_range(image: Tensor) -> ImageRange:
+    """Decide from real images whether their range is [0, 1], [-1, 1] or [0, 255].
+
+    Decoders rarely clamp their output, so 99.8 % of the values may leave the range by 15 % of its span. A
+    range is accepted only if the image also uses a good part of it.
+
+    Args:
+        image: One or more images of the generator, any shape. More images make the result safer.
+
+    Raises:
+        OutputError: If the values are not finite, or clearly fit none of the three ranges.
+    """
+    if image.dtype == torch.uint8:
+        return ImageRange(0.0, 255.0)
+    values = image.detach().double().flatten()
+    if values.numel() == 0 or not bool(torch.isfinite(values).all()):
+        raise OutputError(
+            f"images must have finite values, got shape {tuple(image.shape)} with NaN, infinity or no values",
+            image,
+        )
+    rank = max(1, round(0.001 * values.numel()))
+    bulk_low = float(values.kthvalue(rank).values)
+    bulk_high = float(values.kthvalue(values.numel() + 1 - rank).values)
+    low, high = float(values.min()), float(values.max())
+    if bulk_low >= -0.15 and bulk_high <= 1.15 and high >= 0.25 and high - low >= 0.2:
+        return ImageRange(0.0, 1.0)
+    # Between -0.25 and -0.5 only a maximum inside [-1, 1] excludes a [0, 1] image that overshoots.
+    reaches_below = bulk_low <= -0.5 or (bulk_low <= -0.25 and bulk_high <= 1.0)
+    if reaches_below and bulk_low >= -1.3 and bulk_high <= 1.3:
+        return ImageRange(-1.0, 1.0)
+    if bulk_low >= -38 and 64 <= bulk_high <= 293:
+        return ImageRange(0.0, 255.0)
+    raise OutputError(
+        f"an image with minimum {low:.4g} and maximum {high:.4g} fits none of the ranges [0, 1], [-1, 1] and "
+        "[0, 255]. Pass image_range=(low, high).",
+        image,
+    )

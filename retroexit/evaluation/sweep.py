@@ -62,7 +62,7 @@ class Evaluation:
         exits: One row per exit: index, attach_at, depth, macs, share, parameters.
         distance: Mean distance of each sample to its guide, shape ``(S,)``, or ``None``.
         seconds: Median wall-clock seconds of each route, shape ``(K + 1,)``, or ``None``.
-        about: Anything else worth keeping: generator, data, seed, machine, versions.
+        about: Other facts: generator, data, seed, machine, versions.
 
     Raises:
         OptionError: If shapes disagree or a number is not finite.
@@ -83,19 +83,19 @@ class Evaluation:
         if loss.ndim != 2 or 0 in loss.shape:
             raise OptionError(f"loss must have shape (samples, branch exits), got {loss.shape}", loss)
         samples, exits = loss.shape
-        expected = {"loss": loss.shape, "predicted": loss.shape, "distance": (samples,)}
-        expected |= dict.fromkeys(("macs", "overhead", "seconds"), (exits + 1,))
-        for name, shape in expected.items():
+        shapes = {"loss": loss.shape, "predicted": loss.shape, "distance": (samples,)}
+        shapes |= dict.fromkeys(("macs", "overhead", "seconds"), (exits + 1,))
+        for name, shape in shapes.items():
             value = getattr(self, name)
             if value is None and name in ("predicted", "distance", "seconds"):
                 continue
             value = np.asarray(value, dtype=np.float64)
             if value.shape != shape:
                 raise OptionError(f"{name} must have shape {shape} like loss, got {value.shape}", value)
-            if not np.isfinite(value).all():
-                count = int((~np.isfinite(value)).sum())
-                text = f"{name} must be finite, got NaN or infinity in {count} of {value.size}"
-                raise OptionError(text, value)
+            if count := int((~np.isfinite(value)).sum()):
+                raise OptionError(
+                    f"{name} must be finite, got NaN or infinity in {count} of {value.size}", value
+                )
             object.__setattr__(self, name, value)
         if self.macs[-1] <= 0:
             raise OptionError(f"the backbone's MACs must be > 0, got {self.macs[-1]}", self.macs)
@@ -139,25 +139,20 @@ class Evaluation:
         if not 0 <= target < np.inf:
             raise OptionError(f"target must be finite and >= 0, got {target}", target)
         predicted = self.need_predicted()
-        # Raising the threshold past predicted[s, k] moves sample s to the cheapest exit passed so far. Follow
-        # each sample through its own predictions, then merge all these steps in order of the threshold.
+        # Passing predicted[s, k], a rising threshold moves sample s to the cheapest exit it has passed so far.
         order = np.argsort(predicted, axis=1, kind="stable")
         rank = np.argsort(self._cost_order())  # rank[k] = place of exit k by cost
         cheapest = self._cost_order()[np.minimum.accumulate(rank[order], axis=1)]
-        loss = np.take_along_axis(self.loss, cheapest, axis=1)
-        steps = np.diff(loss, axis=1, prepend=0.0).ravel()
-        thresholds = np.take_along_axis(predicted, order, axis=1).ravel()
-        merged = np.argsort(thresholds, kind="stable")
-        means = np.cumsum(steps[merged]) / len(self.loss)
-        thresholds = thresholds[merged]
-        complete = np.append(thresholds[1:] > thresholds[:-1], True)  # all steps at this threshold taken
+        steps = np.diff(np.take_along_axis(self.loss, cheapest, axis=1), axis=1, prepend=0.0)
+        thresholds, at = np.unique(predicted, return_inverse=True)
+        at = np.take_along_axis(at.reshape(predicted.shape), order, axis=1)
+        means = np.cumsum(np.bincount(at.ravel(), steps.ravel())) / len(self.loss)
+        thresholds = np.insert(thresholds, 0, np.nextafter(thresholds[0], -np.inf))
+        means = np.insert(means, 0, 0.0)  # below all predictions every sample goes to the backbone
         # Summation in another order may leave a mean a rounding error above a target that it equals.
-        fits = np.flatnonzero(complete & (means <= target * (1 + 1e-12) + 1e-15))
-        below_all = float(np.nextafter(thresholds[0], -np.inf))
-        if len(fits) == 0 or means[fits].max() < 0:
-            return self.at_threshold(below_all)
-        best = fits[means[fits] >= means[fits].max() - 1e-12][-1]
-        return self.at_threshold(float(thresholds[best]))
+        best = means[means <= target * (1 + 1e-12) + 1e-15].max()
+        fits = (means <= target * (1 + 1e-12) + 1e-15) & (means >= best - 1e-12)
+        return self.at_threshold(float(thresholds[fits][-1]))
 
     def best_fixed(self, mean_loss: float) -> OperatingPoint:
         """Return the cheapest fixed exit of at most this mean loss: what routing has to beat."""
@@ -199,14 +194,18 @@ class Evaluation:
             Three lists of length ``K``: ``mean_absolute``, ``mean_relative`` (the paper's 5 %; samples
             without loss are left out) and ``spearman``, the correlation of ranks. ``None`` where undefined.
         """
+        from scipy import stats
+
         predicted = self.need_predicted()
         result: dict[str, list[float | None]] = {"mean_absolute": [], "mean_relative": [], "spearman": []}
         for true, guess in zip(self.loss.T, predicted.T, strict=True):
             error, nonzero = np.abs(guess - true), true > 0
+            is_constant = np.ptp(true) == 0 or np.ptp(guess) == 0
             result["mean_absolute"].append(float(error.mean()))
             relative = float((error[nonzero] / true[nonzero]).mean()) if nonzero.any() else None
             result["mean_relative"].append(relative)
-            result["spearman"].append(_spearman(true, guess))
+            rank = None if is_constant else float(stats.spearmanr(true, guess).statistic)
+            result["spearman"].append(rank)
         return result
 
     def to_json(self) -> str:
@@ -267,15 +266,6 @@ class Evaluation:
 def plain_json(value: object) -> object:
     """Turn arrays into lists and other unknown objects into text, for ``json``."""
     return value.tolist() if isinstance(value, np.ndarray | np.generic) else str(value)
-
-
-def _spearman(x: Array, y: Array) -> float | None:
-    """Correlation of ranks, or ``None`` where one side is constant."""
-    from scipy import stats
-
-    if np.ptp(x) == 0 or np.ptp(y) == 0:
-        return None
-    return float(stats.spearmanr(x, y).statistic)
 
 
 def thresholds_for(evaluation: Evaluation) -> list[float]:

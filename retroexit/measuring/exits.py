@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from retroexit.core.images import ImageRange, measure_range
 from retroexit.core.modules import device_of
-from retroexit.core.samples import Samples, drawing_from
+from retroexit.core.samples import ImageRange, Samples, drawing_from, measure_range
 from retroexit.guidance.provider import GuideProvider
 from retroexit.metrics import QualityMetric
 from retroexit.routing.router import LossPrediction, Router, guide_distance

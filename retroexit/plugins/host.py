@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 import pluggy
 from torch import nn
 
-from retroexit.core.versions import __version__
+from retroexit.core.files import __version__
 from retroexit.errors import OptionError, PluginError, RetroExitError, RetroExitWarning, cause_of, closest
 from retroexit.metrics import QualityMetric
 from retroexit.plugins import hookspecs
@@ -226,6 +226,9 @@ class Host:
         shape = {"in_channels": in_channels, "out_channels": out_channels}
         built = self._first("retroexit_build_stage", nn.Module, stage=stage, **shape)
         return None if built is None else built[1]
+
+    def __reduce__(self) -> tuple[Callable[[], Host], tuple[()]]:
+        return host, ()  # a copy of a bound method still belongs to the one host of the process
 
     def _first(
         self, hook: str, kind: type[_Answer], plugin: str | None = None, **arguments: object

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
 import numpy as np
 import numpy.typing as npt
 
-from retroexit.core.macs import unit_of
+from retroexit.core.modules import unit_of
 from retroexit.errors import MissingExtraError, OptionError
 from retroexit.evaluation.sweep import Evaluation, OperatingPoint
 

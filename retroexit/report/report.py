@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from retroexit.core.macs import unit_of
+from retroexit.core.modules import unit_of
 from retroexit.errors import MissingExtraError, OptionError
 from retroexit.evaluation.promise import EXPECTATION, promise_summary
 from retroexit.evaluation.sweep import Evaluation, highlighted, plain_json, thresholds_for

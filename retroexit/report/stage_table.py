@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import Final
 
-from retroexit.core.macs import unit_of
+from retroexit.core.modules import unit_of
 from retroexit.report.text_tables import table
 from retroexit.stages.decoder import Decoder, input_names
 from retroexit.stages.module_tree import Part, module_tree

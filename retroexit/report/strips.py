@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from retroexit.core.images import ImageRange
 from retroexit.core.nested import tensors
-from retroexit.core.samples import Samples
+from retroexit.core.samples import ImageRange, Samples
 from retroexit.errors import OptionError
 from retroexit.evaluation.sweep import Evaluation, highlighted, thresholds_for
 from retroexit.measuring.exits import Measurement

@@ -11,9 +11,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from retroexit.core.files import MANIFEST, is_whole, read_tensors, self_digest, sha256_of, write_tensors
-from retroexit.core.modules import fingerprint
-from retroexit.core.versions import versions
+from retroexit.core.files import (
+    MANIFEST,
+    is_intact,
+    read_tensors,
+    self_digest,
+    sha256_of,
+    versions,
+    write_tensors,
+)
+from retroexit.core.identity import Identity
 from retroexit.errors import CheckpointError, OptionError, RetroExitError
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.routing.calibration import Calibration
@@ -28,11 +35,6 @@ __all__ = ["Snapshot", "fill_predictor", "read_calibration", "read_manifest", "r
 
 _CALIBRATION = "calibration.safetensors"
 _SCHEMA = 3
-# A manifest without a digest is whole only if it has no key besides these.
-_UNSEALED = (
-    *("schema", "fingerprint", "generator", "attach_at", "options", "plans", "predictor", "predictor_reads"),
-    *("has_bank", "bank_sha256", "weights_sha256", "exits", "about", "versions"),
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +69,11 @@ def write_model(folder: str | Path, snapshot: Snapshot) -> Path:
 
     Returns:
         The folder.
+
+    Raises:
+        GeneratorError: If the generator's weights have changed since it was recorded.
     """
+    snapshot.decomposition.check_weights()
     folder, router = Path(folder), snapshot.router
     predictor, arguments = router.predictor, _predictor_to_json(router.predictor)
     folder.mkdir(parents=True, exist_ok=True)
@@ -77,11 +83,12 @@ def write_model(folder: str | Path, snapshot: Snapshot) -> Path:
     write_tensors(folder / "weights.safetensors", tensors)
     if snapshot.bank is not None:
         snapshot.bank.save(folder / "bank")
+    identity = Identity.of(snapshot.generator)
     exits = list_exits(snapshot.decomposition, snapshot.branches, snapshot.generator)
     manifest = {
         "schema": _SCHEMA,
-        "fingerprint": fingerprint(snapshot.generator),
-        "generator": type(snapshot.generator).__name__,
+        "fingerprint": identity.fingerprint,
+        "generator": identity.to_json(),
         "attach_at": [place.path for place in snapshot.decomposition.places],
         "options": options_to_json(snapshot.options, snapshot.decomposition),
         "plans": [plan_to_json(branch.plan) for branch in snapshot.branches],  # type: ignore[arg-type]
@@ -125,7 +132,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{manifest.get('versions', {}).get('retroexit')}.",
             folder,
         )
-    if not is_whole(manifest, _UNSEALED):
+    if not is_intact(manifest):
         raise CheckpointError(
             f"{folder} is damaged: model.json does not match its own digest. Copy it again.", folder
         )

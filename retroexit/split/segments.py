@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, fx, nn
 
 from retroexit.core.modules import clone_module
-from retroexit.core.nested import rebuild
-from retroexit.stages.cuts import Cut
+from retroexit.core.nested import change_first_map
+from retroexit.stages.decoder import Cut
 from retroexit.tracing.record import Recording
 
-__all__ = ["GENERATED", "GraphPart", "Segment", "Tail", "change_first_map"]
+__all__ = ["GENERATED", "GraphPart", "Segment", "Tail"]
 
 GENERATED = "<retroexit graph>"
 """File name of generated code in tracebacks."""
@@ -224,22 +224,3 @@ def _container(root: nn.Module, path: str) -> nn.Module:
             root.add_module(name, nn.Module())
         root = root.get_submodule(name)
     return root
-
-
-def change_first_map(
-    args: Sequence[Any], kwargs: dict[str, Any], change: Callable[[Tensor], Tensor]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Change the first map among arguments: a positional one, else one inside of them or by keyword."""
-    for position, arg in enumerate(args):
-        if isinstance(arg, Tensor) and arg.dim() >= 3:
-            return (*args[:position], change(arg), *args[position + 1 :]), kwargs
-    is_changed = False
-
-    def changed(leaf: Any) -> Any:
-        nonlocal is_changed
-        if is_changed or not (isinstance(leaf, Tensor) and leaf.dim() >= 3):
-            return leaf
-        is_changed = True
-        return change(leaf)
-
-    return rebuild(tuple(args), changed), {key: rebuild(item, changed) for key, item in kwargs.items()}

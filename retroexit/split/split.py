@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
@@ -14,8 +14,7 @@ from retroexit.core.modules import device_of
 from retroexit.core.nested import cloned, flatten, rebuild, tensors
 from retroexit.errors import DeviceError, InputMismatchError, ModeError, RecordingError
 from retroexit.split.segments import Segment, Tail
-from retroexit.stages.cuts import Cut
-from retroexit.stages.decoder import Decoder
+from retroexit.stages.decoder import Cut, Decoder
 from retroexit.stages.stage import Stage
 from retroexit.tracing.record import unobserved
 
@@ -171,6 +170,20 @@ class SplitGenerator:
         self._result = recording.nodes[-1].args[0]
         leaves = [leaf for _, leaf in flatten(self._result) if isinstance(leaf, fx.Node)]
         self._rest = Segment(recording, generator, ends[-1], len(recording.nodes), leaves, entering[-1])
+
+    def example_now(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The inputs of the recording, in the device and precision that the generator has now."""
+        precision, device = _precision(self.generator), device_of(self.generator)
+        is_converted = precision != self._precision
+
+        def move(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor):
+                return leaf
+            dtype = precision if is_converted and leaf.is_floating_point() else leaf.dtype
+            return leaf.to(device, dtype)
+
+        example: tuple[tuple[Any, ...], dict[str, Any]] = rebuild(self.example, move)
+        return example
 
     # Running pieces.
 
@@ -458,10 +471,11 @@ def _batch_size(leaves: Leaves) -> int:
     return next((x.shape[0] for _, x in leaves if isinstance(x, Tensor) and x.dim() > 0), 1)
 
 
-def places(decoder: Decoder, stages: Iterable[Stage], tap: str) -> list[tuple[Stage, Cut]]:
+def places(
+    decoder: Decoder, stages: Iterable[Stage], tap: Literal["after", "before"]
+) -> list[tuple[Stage, Cut]]:
     """Cut a decoder at several stages, in order of execution."""
-    cut = decoder.cut_after if tap == "after" else decoder.cut_before
-    return sorted(((stage, cut(stage)) for stage in stages), key=lambda pair: pair[1].position)
+    return sorted(((stage, decoder.cut(stage, tap)) for stage in stages), key=lambda pair: pair[1].position)
 
 
 def _run(segment: Segment, values: Values) -> Values:

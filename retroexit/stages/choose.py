@@ -1,78 +1,74 @@
-"""Pick l_1..l_N in a recording (paper section 3.1: "a series of convolutional modules we label l_i").
+"""Choose the stages l_1..l_N in a recording (paper section 3.1: "a series of convolutional modules we label l_i").
 
-A person who picks stages looks for the coarsest modules of like grain that hand the feature map from one to
-the next on its way from the smallest map to the image. The same is read off a recording here: leave encoders
-out, open modules that span several resolutions or are many times as deep as their neighbours, follow the
-longest way up through what is left, and drop the glue.
+The stages are the coarsest modules of similar depth that hand the feature map from one to the next on the way
+from the smallest map to the image. The recording is read as a tree of parts. Encoders are left out; modules that
+span several resolutions or are much deeper than their neighbours are opened; the longest way up through the rest
+is followed, and modules that do hardly any work on it are dropped.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
-from typing import Any
 
-from torch import fx
+from torch import fx, nn
 
 from retroexit.errors import AttachPointError, RepeatedStageError
-from retroexit.stages.image import find_image, is_map
-from retroexit.stages.module_parts import (
-    FEW_CHANNELS,
-    Part,
-    ancestors_of,
-    length_of,
-    read_parts,
-    rises,
-    shrinks,
-)
-from retroexit.stages.tokens import mark_tokens, width_of
+from retroexit.stages.maps import is_map, shape_of, sizes_of, width_of
 from retroexit.tracing.record import Recording
+from retroexit.tracing.recorder import Call
 
-__all__ = ["choose_stages", "closings", "runs_often"]
+__all__ = ["choose_stages", "closing_modules", "repeated_stage"]
 
-_MOST_LISTED = 4
-_FEW_STAGES = 3  # with fewer there is hardly a choice of exits
-_DEEPER = 3  # a module this many times as deep as its neighbours holds stages rather than is one
-_ALIKE = 0.25  # a parallel branch with this share of another's work is its equal
-_SPAN = 4  # a module whose parts differ this much in resolution holds stages too
-_WORK = 0.4  # blocks that do this share of a level's work make single layers beside them glue
-_MUCH = 0.2  # share of all work but the encoders' that makes a module a decoder rather than one of its stages
+_FEW_CHANNELS = 4  # a map with so few channels is an image, a mask or a latent, not a feature
+_FEW_STAGES = 3  # fewer leave hardly a choice of exits
+_DEEPER = 3  # a module this many times as deep as its neighbours contains stages
+_SIMILAR_WORK = 0.25  # a parallel branch with this share of another's work is its equal
+_SPAN = 4  # a module whose parts differ this much in resolution contains stages
+_BLOCK_WORK = 0.4  # blocks that do this share of a level's work make single layers beside them negligible
+_DECODER_WORK = 0.2  # share of all work but the encoders' that makes a module a decoder, not a stage
 _NARROW = 8  # a first map this many times narrower than the second is no feature map
-_NEGLIGIBLE = 0.03  # share of a level's work below which a module is glue
+_NEGLIGIBLE = 0.03  # share of a level's work below which a module is no stage
+_MOST_LISTED = 4
 
 
-def choose_stages(recording: Recording, image: Any) -> dict[str, str]:
-    """Pick the stages of a deep recording: path -> path of the module that closes the stage.
+def choose_stages(recording: Recording, image: fx.Node) -> dict[str, str]:
+    """Choose the stages of a recording: path -> path of the module that closes the stage.
 
     Args:
-        recording: One execution, with every layer as a node.
-        image: Key, index or path of the image in the output, where it returns several maps.
+        recording: One execution, with every layer as a node and tokens marked.
+        image: Node of the image.
 
     Raises:
-        AttachPointError: If no module passes a feature map on to the image.
+        AttachPointError: If no module passes a feature map on to the image, or only modules that do next to
+            no work beside one that runs more than once.
     """
-    _, node = find_image(recording, image)
-    mark_tokens(recording, node)
-    root = read_parts(recording, node)
-    chooser = _Chooser(recording, node)
-    stages = chooser.choose(root) if root is not None else []
-    if _work_elsewhere(recording, stages):
-        raise nothing_found(recording, node)
+    calls = recording.calls
+    root = _read_parts(recording, image)
+    stages: list[Part] = []
+    if root is not None:
+        _mark_encoders(root)
+        stages = _Chooser(recording.nodes, image, root).choose()
+    times = Counter(call.path for call in calls)
+    repeated = max((call.macs for call in calls if times[call.path] > 1), default=0)
+    if not stages or sum(part.call.macs for part in stages) < _NEGLIGIBLE * repeated:
+        raise _no_stages(recording, image)
     return {part.path: part.closing for part in stages}
 
 
-def closings(recording: Recording, image: fx.Node, stages: Sequence[str]) -> dict[str, str]:
-    """Find the modules that close given stages: path -> path of the norm or activation behind a single layer.
+def closing_modules(recording: Recording, image: fx.Node, stages: Sequence[str]) -> dict[str, str]:
+    """Find the modules that close some stages, such as the norm behind a single layer; see `choose_stages`.
 
     Args:
-        recording: One execution, with every layer as a node.
+        recording: One execution, with every layer as a node and tokens marked.
         image: Node of the image.
         stages: Paths of modules that run once, in order of execution.
     """
-    mark_tokens(recording, image)
-    root = read_parts(recording, image)
+    root = _read_parts(recording, image)
     closing = {} if root is None else {part.path: part.closing for part in root.inside()}
     calls = {call.path: call for call in recording.calls}
     ends = {}
@@ -83,41 +79,218 @@ def closings(recording: Recording, image: fx.Node, stages: Sequence[str]) -> dic
     return ends
 
 
-def _work_elsewhere(recording: Recording, stages: Sequence[Part]) -> bool:
-    """Tell whether there are no stages, or next to nothing beside modules that run more than once."""
-    times = Counter(call.path for call in recording.calls)
-    repeated = max((call.macs for call in recording.calls if times[call.path] > 1), default=0)
-    return not stages or sum(part.call.macs for part in stages) < _NEGLIGIBLE * repeated
+# A recording as a tree of parts.
+
+
+@dataclass(eq=False)
+class Part:
+    """One call of a module that returns a feature map which the image depends on.
+
+    Attributes:
+        call: The call.
+        output: The map that it returns, the widest one if there are several.
+        input_length: Side of the coarsest feature map that goes in; skips and conditioning are finer.
+        children: Parts inside, in order of execution.
+        depth: Number of layers with MACs inside.
+        closing: Path of the module that ends it: its own, or that of a norm or an activation behind it.
+        is_pyramid: Whether it returns maps of several resolutions, so that none of them is the feature map.
+        is_encoder: Whether it belongs to something that makes maps smaller.
+    """
+
+    call: Call
+    output: fx.Node
+    input_length: float
+    children: list[Part]
+    depth: int
+    closing: str
+    is_pyramid: bool
+    is_encoder: bool = False
+
+    @property
+    def path(self) -> str:
+        """Dotted path of the module."""
+        return self.call.path
+
+    @property
+    def channels(self) -> int:
+        """Channels of the map that it returns."""
+        return width_of(self.output)
+
+    @property
+    def length(self) -> float:
+        """Side of the map that it returns."""
+        return _length(self.output)
+
+    @property
+    def is_layer(self) -> bool:
+        """Whether it is a single layer, with or without a norm and an activation around it."""
+        return self.depth <= 1
+
+    @property
+    def is_sequence(self) -> bool:
+        """Whether its forward is that of a plain sequence."""
+        return isinstance(self.call.module, nn.Sequential)
+
+    def inside(self) -> Iterator[Part]:
+        """Yield all parts inside."""
+        for child in self.children:
+            yield child
+            yield from child.inside()
+
+
+def _length(node: fx.Node) -> float:
+    """Side of a map: of its last two axes, since the frames of a video change at another rate."""
+    sizes = sizes_of(node)[-2:]
+    return math.prod(sizes) ** (1 / max(len(sizes), 1))
+
+
+def _shrinks(length: float, source: float) -> bool:
+    """Return whether a map is a level coarser than another; cutting off a border is no level."""
+    return length < 0.6 * source
+
+
+def _rises(length: float, source: float) -> bool:
+    return _shrinks(source, length)
+
+
+def _read_parts(recording: Recording, image: fx.Node) -> Part | None:
+    """Read a recording as a tree; returns the generator as a part, if it makes the image."""
+    parts = _Reader(recording, image).parts(recording.calls[0])
+    return next((part for part in parts if part.path == ""), None)
+
+
+class _Reader:
+    def __init__(self, recording: Recording, image: fx.Node) -> None:
+        self.image, self.nodes, self.calls = image, recording.nodes, recording.calls
+        self.index = {node: i for i, node in enumerate(self.nodes)}
+        self.times = Counter(call.path for call in recording.calls)
+        self.ancestors = {image}
+        for node in reversed(self.nodes[: self.index[image] + 1]):
+            if node in self.ancestors:
+                self.ancestors.update(node.all_input_nodes)
+        self.features = self._features()
+
+    def _features(self) -> set[fx.Node]:
+        """Nodes that depend on both inputs and weights: no conditioning from inputs alone, no tables."""
+        weighted = {
+            self.nodes[call.end - 1]
+            for call in self.calls
+            if call.end and any(True for _ in call.module.parameters())
+        }
+        weighted = {node for node in weighted if node.op == "call_module"}
+        from_inputs: set[fx.Node] = set()
+        from_weights: set[fx.Node] = set()
+        for node in self.nodes:
+            inputs = node.all_input_nodes
+            if node.op == "placeholder" or (
+                not node.meta.get("size") and any(n in from_inputs for n in inputs)
+            ):
+                from_inputs.add(node)
+            if node in weighted or any(n in from_weights or n.meta.get("parameter") for n in inputs):
+                from_weights.add(node)
+        return from_weights & from_inputs if from_inputs else from_weights
+
+    def outputs(self, call: Call) -> list[fx.Node]:
+        """Feature maps that a call returns and the image needs afterwards; of blocks also tokens."""
+        return [
+            n
+            for n in call.outputs
+            if n in self.features
+            and (self.depth(call) > 1 if "tokens" in n.meta else is_map(n, self.image))
+            and (n is self.image or any(u in self.ancestors and self.index[u] >= call.end for u in n.users))
+        ]
+
+    def parts(self, call: Call) -> list[Part]:
+        """A call as a part; if it has no weights, returns no map or runs twice, the parts inside."""
+        children = [part for child in call.children for part in self.parts(child)]
+        outputs = self.outputs(call)
+        has_work = call.macs > 0 and any(True for _ in call.module.parameters())
+        if call.path and (not outputs or not has_work or self.times[call.path] > 1):
+            return children
+        output = max(outputs, key=width_of) if outputs else self.image
+        maps = [n for n in call.inputs if "tokens" in n.meta or is_map(n, self.image)]
+        sources = [n for n in maps if n in self.features] or maps
+        input_length = min(map(_length, sources or [output]))
+        is_pyramid = len(outputs) > 1 and _rises(max(map(_length, outputs)), min(map(_length, outputs)))
+        part = Part(call, output, input_length, children, self.depth(call), call.path, is_pyramid)
+        self.close_layers(part)
+        return [part]
+
+    def depth(self, call: Call) -> int:
+        """Number of layers with MACs of their own inside a call, itself included."""
+        has_work = call.macs > sum(child.macs for child in call.children)
+        # A layer that computes its own weights or styles first is one layer, not two.
+        return max(sum(map(self.depth, call.children)), int(has_work))
+
+    def close_layers(self, parent: Part) -> None:
+        """Let a single layer end behind the norm and activation that follow it and alone read its map."""
+        by_path = {part.path: part for part in parent.children}
+        layer: Part | None = None
+        for call in parent.call.children:
+            part = by_path.get(call.path)
+            if part is not None or call.macs > 0:
+                layer = part if part is not None and part.is_layer else None
+                continue
+            if layer is None:
+                continue
+            used_elsewhere = set(layer.output.users) - set(self.nodes[call.begin : call.end])
+            merges = any(n is not layer.output and is_map(n, self.image) for n in call.inputs)
+            if used_elsewhere or merges or {*map(shape_of, call.outputs)} != {shape_of(layer.output)}:
+                layer = None
+            elif self.times[call.path] == 1:  # one activation for all layers closes none of them
+                layer.closing, layer.output = call.path, call.outputs[0]
+
+
+def _mark_encoders(root: Part) -> None:
+    """Mark what makes maps smaller and never larger: a module, or modules side by side in one container.
+
+    The modules that run last make the image, whatever its size.
+    """
+    last = max((part.call.begin for part in root.inside()), default=0)
+    groups: dict[str, list[Part]] = {}
+    for part in root.inside():
+        names = part.path.split(".")
+        for i in range(1, len(names) + 1):
+            groups.setdefault(".".join(names[:i]), []).append(part)
+    for members in groups.values():
+        final = max(members, key=lambda part: (part.call.end, -part.call.begin))
+        makes_image = max(part.call.begin for part in members) >= last
+        least = min(p.length for member in members for p in (member, *member.inside()))
+        goes_up = _rises(final.length, least)
+        if not makes_image and not goes_up and _shrinks(final.length, members[0].input_length):
+            for member in members:
+                member.is_encoder = True
+
+
+# From parts to stages.
 
 
 class _Chooser:
-    def __init__(self, recording: Recording, image: fx.Node) -> None:
-        self.nodes, self.image = recording.nodes, image
-        self.work = 0
-        self.kinds: dict[str, type] = {}
-
-    def choose(self, root: Part) -> list[Part]:
-        """Open modules until the stages are many enough and of like grain."""
-        self.work = root.call.macs - _encoders_work(root)
+    def __init__(self, nodes: Sequence[fx.Node], image: fx.Node, root: Part) -> None:
+        self.nodes, self.image, self.root = nodes, image, root
+        self.work = root.call.macs - _encoder_macs(root)
         self.kinds = {part.path: type(part.call.module) for part in root.inside()}
-        parts: list[Part] | None = [p for child in root.children for p in self.spread(child)]
+
+    def choose(self) -> list[Part]:
+        """Open modules until there are enough stages of similar depth."""
+        parts: list[Part] | None = self.spread(self.root.children)
         while parts is not None:
             stages = self.select(parts)
-            now, more = parts, len(stages) + 1
-            choices = (self.opened(now, part, more) for part in self.worth_opening(stages, now))
+            current, more = parts, len(stages) + 1
+            choices = (self.opened(current, part, more) for part in self.worth_opening(stages, current))
             parts = next((finer for finer in choices if finer is not None), None)
         if len(stages) == 1 and self.makes_image(stages[0]):
-            stages = self.select([p for step in _steps(stages[0]) for p in self.spread(step)]) or stages
+            stages = self.select(self.spread(_steps(stages[0]))) or stages
         return stages
 
     def makes_image(self, part: Part) -> bool:
-        """Tell whether nothing is left to do behind a module."""
+        """Return whether nothing with MACs runs behind a module."""
         return not any(node.meta.get("macs") for node in self.nodes[part.call.end :])
 
     def opened(self, parts: Sequence[Part], part: Part, least: int) -> list[Part] | None:
-        """Open one of the parts, and those inside it, until there are enough stages; ``None`` if never."""
+        """Open one of the parts, and parts inside, until there are ``least`` stages; ``None`` if never."""
         at = list(parts).index(part)
-        inside = [p for step in _steps(part) for p in self.spread(step)]
+        inside = self.spread(_steps(part))
         finer = [*parts[:at], *inside, *parts[at + 1 :]]
         stages = self.select(finer)
         if len(stages) >= least or sum(stage in inside for stage in stages) >= _FEW_STAGES:
@@ -125,48 +298,45 @@ class _Chooser:
         inner = sorted((p for p in inside if len(_steps(p)) >= 2), key=lambda p: -p.depth)
         return next((f for p in inner if (f := self.opened(finer, p, least)) is not None), None)
 
-    def spread(self, part: Part) -> list[Part]:
-        """Open what cannot be a stage: it goes up through several resolutions, or down and up again."""
-        if part.is_encoder:
-            return []
-        if self.spans(part) or shrinks(part.length, part.input_length):
-            return [p for child in part.children for p in self.spread(child)]
-        return [part]
+    def spread(self, parts: Sequence[Part]) -> list[Part]:
+        """Open parts that cannot be stages: they go up through several resolutions, or down and up again."""
+        result: list[Part] = []
+        for part in parts:
+            if part.is_encoder:
+                continue
+            is_open = self.spans(part) or _shrinks(part.length, part.input_length)
+            result += self.spread(part.children) if is_open else [part]
+        return result
 
     def spans(self, part: Part) -> bool:
-        """Tell whether a module goes up through at least three resolutions and does much of the work."""
-        if part.is_atom or part.call.macs < _MUCH * self.work:
+        """Return whether a module goes up through three resolutions or more and does much of the work."""
+        if part.is_layer or part.call.macs < _DECODER_WORK * self.work:
             return False
         leaves = [p for p in part.inside() if not p.children]
         way, *_ = _Ways(self.nodes, part.output, self.usable(leaves)).longest()
-        levels = 1 + sum(rises(b.length, a.length) for a, b in pairwise(way))
+        levels = 1 + sum(_rises(b.length, a.length) for a, b in pairwise(way))
         return levels >= 3 and way[-1].length >= _SPAN * way[0].length
 
     def worth_opening(self, stages: Sequence[Part], parts: Sequence[Part]) -> list[Part]:
-        """Modules that should be looked into, the deepest first."""
+        """Parts that may contain stages, the deepest first."""
         if len(stages) < _FEW_STAGES:
-            found = [
-                p
-                for p in (stages or parts)
-                if len(_steps(p)) >= 2 and (len(stages) < 2 or self.is_chain(p) or _goes_down_too(p))
-            ]
+            several = [p for p in (stages or parts) if len(_steps(p)) >= 2]
+            found = [p for p in several if len(stages) < 2 or self.is_chain(p) or _contains_encoder(p)]
         else:
-            typical = median(part.depth for part in stages)
-            found = [
-                p for p in stages if (p.depth >= _DEEPER * typical and self.is_chain(p)) or self.is_nested(p)
-            ]
+            deep = _DEEPER * median(part.depth for part in stages)
+            found = [p for p in stages if (p.depth >= deep and self.is_chain(p)) or self.is_nested(p)]
         return sorted(found, key=lambda part: -part.depth)
 
     def is_nested(self, part: Part) -> bool:
-        """Tell whether a module goes down and up as the one around it does, of which it is a smaller copy."""
+        """Return whether a module goes down and up and is a smaller copy of a module around it."""
         names = part.path.split(".")
         around = {self.kinds.get(".".join(names[:i])) for i in range(1, len(names))}
-        return type(part.call.module) in around and _goes_down_too(part) and not part.is_sequence
+        return type(part.call.module) in around and _contains_encoder(part) and not part.is_sequence
 
     def is_chain(self, part: Part) -> bool:
-        """Tell whether inside a module each part hands only its own map on to the next.
+        """Return whether each part inside a module hands only its own map on to the next.
 
-        A trunk of blocks may have one more way, from its start around it all.
+        A trunk of blocks may have one more way, from its start around the blocks.
         """
         steps = _steps(part)
         if not steps or part.is_sequence:
@@ -181,75 +351,65 @@ class _Chooser:
             around.update(n for n in crossing if n is not step.output)
         return not around or (len(around) == 1 and around <= {steps[0].output} and _is_trunk(steps))
 
-    # From parts to stages.
-
     def select(self, parts: Sequence[Part]) -> list[Part]:
         """Keep the way from the smallest feature map to the image, without heads and side branches."""
-        way, beside, gates = _Ways(self.nodes, self.image, self.usable(parts)).longest()
+        way, parallel, gates = _Ways(self.nodes, self.image, self.usable(parts)).longest()
         while len(way) > 1 and self.is_head(way[-1]):
             way.pop()
         while len(way) > 1 and _NARROW * way[0].channels <= way[1].channels:
-            way.pop(0)  # a mask or a latent, of which the feature map is yet to be made
-        apart = [p for p in way if p not in beside and p not in gates]
-        way = apart if len(apart) >= 2 else way
-        stages = _without_glue(way)
+            way.pop(0)  # a mask or a latent
+        alone = [p for p in way if p not in parallel and p not in gates]
+        way = alone if len(alone) >= 2 else way
+        stages = _without_negligible(way)
         return stages if len(stages) >= _FEW_STAGES else way
 
     @staticmethod
     def usable(parts: Sequence[Part]) -> list[Part]:
-        """Leave out what lowers the resolution and what hands on no feature map."""
+        """Leave out what lowers the resolution and what returns no feature map."""
         return [
             p
             for p in parts
-            if not (p.is_encoder or p.is_pyramid or shrinks(p.length, p.input_length))
-            and not (p.is_atom and p.channels <= FEW_CHANNELS)
+            if not (p.is_encoder or p.is_pyramid or _shrinks(p.length, p.input_length))
+            and not (p.is_layer and p.channels <= _FEW_CHANNELS)
         ]
 
     def is_head(self, part: Part) -> bool:
-        """Tell whether the last feature map is turned into the image: by one layer, or by nothing wider."""
-        if not part.is_atom:
-            inside = self.nodes[part.call.begin : part.call.end]
-            made = [n for n in inside if n.meta.get("macs") and is_map(n, self.image)]
-            return max(map(width_of, [part.output, *made])) <= FEW_CHANNELS
-        return self.makes_image(part) or part.channels <= int(self.image.meta["shape"][1])
+        """Return whether the last feature map becomes the image here: in one layer, or in nothing wider."""
+        if part.is_layer:
+            return self.makes_image(part) or part.channels <= int(shape_of(self.image)[1])
+        inside = self.nodes[part.call.begin : part.call.end]
+        maps = [n for n in inside if n.meta.get("macs") and is_map(n, self.image)]
+        return max(map(width_of, [part.output, *maps])) <= _FEW_CHANNELS
 
 
 class _Ways:
-    """Ways through parts: which hands its map to which."""
+    """Ways through parts: which part hands its map to which."""
 
     def __init__(self, nodes: Sequence[fx.Node], image: fx.Node, parts: Sequence[Part]) -> None:
         self.parts = sorted(parts, key=lambda part: part.call.end)
-        owner = {
-            node: i for i, part in enumerate(self.parts) for node in nodes[part.call.begin : part.call.end]
-        }
+        owner: dict[fx.Node, int] = {}
+        for i, part in enumerate(self.parts):
+            owner.update(dict.fromkeys(nodes[part.call.begin : part.call.end], i))
         owner |= {part.output: i for i, part in enumerate(self.parts)}
-        ends = {i: part.call.end for i, part in enumerate(self.parts)}
-        position = {node: i for i, node in enumerate(nodes)}
         reach: dict[fx.Node, int] = {}  # bit i: part i hands something to this node, with no part in between
-        needed = ancestors_of(image)
         before = [0] * len(self.parts)
-        for node in nodes:
+        for position, node in enumerate(nodes):
+            i = owner.get(node)
             through = 0
             for used in node.all_input_nodes:
                 through |= reach[used]
-            i = owner.get(node)
-            if i is not None and position[node] < ends[i]:
-                for used in node.all_input_nodes:
-                    if owner.get(used) != i:
-                        before[i] |= reach[used]
+                if i is not None and owner.get(used) != i and position < self.parts[i].call.end:
+                    before[i] |= reach[used]
             reach[node] = through if i is None else 1 << i
         self.before = [{j for j in range(len(self.parts)) if mask >> j & 1} for mask in before]
-        self.last = {j for j in range(len(self.parts)) if reach[image] >> j & 1 and image in needed}
+        self.last = {j for j in range(len(self.parts)) if reach[image] >> j & 1}
 
     def longest(self) -> tuple[list[Part], list[Part], list[Part]]:
-        """Follow the way to the image that climbs through most resolutions, of these the one with most parts.
-
-        Between ways that are alike in both, the one that does most of the work is followed.
+        """Follow the way to the image through most resolutions, then most parts, then most work.
 
         Returns:
-            The parts on the way; those of them that have an equal beside them: parallel branches whose
-            results are merged, so that neither alone carries the map on; and those that only weigh what goes
-            around them, such as attention gates.
+            The parts on the way; those of them with an equal parallel branch, so that neither alone carries
+            the map; and those that only weigh what passes them, such as attention gates.
         """
         score: list[tuple[int, int, int]] = []
         come_from: list[int | None] = []
@@ -257,9 +417,9 @@ class _Ways:
             best: tuple[tuple[int, int, int], int | None] = ((1, 1, part.call.macs), None)
             for j in sorted(self.before[i]):
                 source = self.parts[j]
-                if j >= i or source.channels <= FEW_CHANNELS or shrinks(part.length, source.length):
+                if j >= i or source.channels <= _FEW_CHANNELS or _shrinks(part.length, source.length):
                     continue
-                levels = score[j][0] + rises(part.length, source.length)
+                levels = score[j][0] + _rises(part.length, source.length)
                 work = score[j][2] + part.call.macs
                 best = max(best, ((levels, score[j][1] + 1, work), j), key=lambda pair: pair[0])
             score.append(best[0])
@@ -271,163 +431,149 @@ class _Ways:
         while at is not None:
             way.insert(0, at)
             at = come_from[at]
-        beside = [self.parts[i] for i in self._parallel(way)]
-        return [self.parts[i] for i in way], beside, self._gates(way)
+        parallel, gates = self._parallel(way), self._gates(way)
+        return [self.parts[i] for i in way], [self.parts[i] for i in parallel], [self.parts[i] for i in gates]
 
-    def _gates(self, way: Sequence[int]) -> list[Part]:
-        """Find small parts whose input goes around them to the next part as well."""
-        found = []
+    def _gates(self, way: Sequence[int]) -> list[int]:
+        """Find small parts whose input also goes around them to the next part."""
+        gates = []
         for a, i, b in zip(way, way[1:], way[2:], strict=False):
             work = max(self.parts[a].call.macs, self.parts[b].call.macs)
-            if a in self.before[b] and self.parts[i].call.macs < _ALIKE * work:
-                found.append(self.parts[i])
-        return found
+            if a in self.before[b] and self.parts[i].call.macs < _SIMILAR_WORK * work:
+                gates.append(i)
+        return gates
 
     def _parallel(self, way: Sequence[int]) -> list[int]:
         above: list[set[int]] = []  # everything that a part depends on
         for i in range(len(self.parts)):
             above.append(set().union(*({j} | above[j] for j in self.before[i] if j < i)))
         to_image = self.last | set().union(*(above[i] for i in self.last))
-        found = []
-        for k, i in enumerate(way):
-            if k == 0:
-                continue
-            then = above[way[k + 1]] if k + 1 < len(way) else to_image
-            for j in set(range(len(self.parts))) - set(way):
-                is_between = not above[j].isdisjoint(way[:k]) and j in then
-                is_apart = i not in above[j] and j not in above[i]
-                if is_between and is_apart and self.parts[j].call.macs >= _ALIKE * self.parts[i].call.macs:
-                    found.append(i)
-                    break
-        return found
+        others = set(range(len(self.parts))) - set(way)
+        parallel = []
+        for k, i in enumerate(way[1:], 1):
+            needed = above[way[k + 1]] if k + 1 < len(way) else to_image
+            if any(
+                j in needed
+                and not above[j].isdisjoint(way[:k])
+                and i not in above[j]
+                and j not in above[i]
+                and self.parts[j].call.macs >= _SIMILAR_WORK * self.parts[i].call.macs
+                for j in others
+            ):
+                parallel.append(i)
+        return parallel
 
 
 def _steps(part: Part) -> list[Part]:
-    """Parts inside a module, without encoders; of a mere wrapper, those inside what it wraps."""
+    """Parts inside a module, without encoders; of a wrapper around one module, those of that module."""
     steps = [child for child in part.children if not child.is_encoder]
     return _steps(steps[0]) if len(steps) == 1 and steps[0].children else steps
 
 
 def _is_trunk(steps: Sequence[Part]) -> bool:
-    """Tell whether most of what runs is a row of blocks, with single layers around it at most."""
-    blocks = [step for step in steps if not step.is_atom]
+    """Return whether the steps are mainly a row of blocks, with single layers around it."""
+    blocks = [step for step in steps if not step.is_layer]
     return len(blocks) >= _FEW_STAGES or (len(blocks) == 1 and _is_trunk(blocks[0].children))
 
 
-def _goes_down_too(part: Part) -> bool:
+def _contains_encoder(part: Part) -> bool:
     return any(inner.is_encoder for inner in part.inside())
 
 
-def _encoders_work(part: Part) -> int:
-    return sum(child.call.macs if child.is_encoder else _encoders_work(child) for child in part.children)
+def _encoder_macs(part: Part) -> int:
+    return sum(child.call.macs if child.is_encoder else _encoder_macs(child) for child in part.children)
 
 
-def _without_glue(way: Sequence[Part]) -> list[Part]:
+def _without_negligible(way: Sequence[Part]) -> list[Part]:
     """Drop single layers where blocks of the same resolution do the work, and what does hardly any."""
     levels: list[list[Part]] = []
     length = 0.0
     for part in way:
-        here = _rearranged(part)
-        if not levels or rises(here, length):
+        shuffled = _shuffled_length(part)
+        if not levels or _rises(shuffled, length):
             levels.append([])
-            length = here
+            length = shuffled
         levels[-1].append(part)
-    if len(levels) > 1 and _only_prepares(levels[0]) and any(part.has_parts for part in way):
+    has_blocks = any(part.call.children for part in way)
+    if len(levels) > 1 and has_blocks and _only_prepares(levels[0]):
         levels.pop(0)
-    bare = [level for level in levels if not any(not part.is_atom for part in level)]
-    stages = {_build(part) for level in bare for part in level if part.has_parts}
-    kept: list[Part] = []
+    layer_levels = [level for level in levels if all(part.is_layer for part in level)]
+    structures = {_structure(part) for level in layer_levels for part in level if part.call.children}
+    stages: list[Part] = []
     for level in levels:
         total = sum(part.call.macs for part in level)
-        much = [part for part in level if part.call.macs >= _NEGLIGIBLE * total]
-        kinds = {type(part.call.module) for part in much if not (part.is_atom or part.is_sequence)}
-        working = [part for part in level if part in much or type(part.call.module) in kinds]
-        blocks = [part for part in working if not part.is_atom]
-        layers = [part for part in working if part.has_parts]
-        for better in (blocks, layers):
-            if sum(part.call.macs for part in better) >= _WORK * total:
+        large = [part for part in level if part.call.macs >= _NEGLIGIBLE * total]
+        kinds = {type(part.call.module) for part in large if not (part.is_layer or part.is_sequence)}
+        working = [part for part in level if part in large or type(part.call.module) in kinds]
+        blocks = [part for part in working if not part.is_layer]
+        for better in (blocks, [part for part in working if part.call.children]):
+            if sum(part.call.macs for part in better) >= _BLOCK_WORK * total:
                 # What is a stage at one level is one beside an attention layer at another too.
-                working = [part for part in working if part in better or _build(part) in stages]
+                working = [part for part in working if part in better or _structure(part) in structures]
                 break
-        kept.extend(working)
-    return kept
-
-
-def _build(part: Part) -> tuple[type, ...]:
-    """What a single layer with parts is made of."""
-    return (type(part.call.module), *(type(child) for child in part.call.module.children()))
+        stages.extend(working)
+    return stages
 
 
 def _only_prepares(level: Sequence[Part]) -> bool:
-    """Tell whether a first level is bare layers that give the first block its channels."""
-    return not any(part.has_parts or rises(part.length, part.input_length) for part in level)
+    """Return whether a first level is bare layers that only give the first block its channels."""
+    return not any(part.call.children or _rises(part.length, part.input_length) for part in level)
 
 
-def _rearranged(part: Part) -> float:
+def _structure(part: Part) -> tuple[type, ...]:
+    """Classes of a module and of the modules directly inside."""
+    return (type(part.call.module), *(type(child) for child in part.call.module.children()))
+
+
+def _shuffled_length(part: Part) -> float:
     """Side of a part's map once channels have been moved into space, as a pixel shuffle does."""
-    node, length = part.output, part.length
+    node, length, shape = part.output, part.length, shape_of(part.output)
     while len(node.users) == 1:
         node = next(iter(node.users))
-        shape = node.meta.get("shape", ())
-        if len(shape) != len(part.output.meta["shape"]) or _count(shape) != _count(part.output.meta["shape"]):
+        is_same_size = len(shape_of(node)) == len(shape) and math.prod(shape_of(node)) == math.prod(shape)
+        if not is_same_size or node.meta.get("macs"):
             break
-        if node.meta.get("macs"):
-            break
-        length = length_of(node)
+        length = _length(node)
     return max(length, part.length)
-
-
-def _count(shape: Sequence[int]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total
 
 
 # Errors.
 
 
-def nothing_found(recording: Recording, image: fx.Node) -> AttachPointError:
-    """Explain that a generator has no stages.
-
-    Args:
-        recording: One execution, with every layer as a node.
-        image: Node of the image.
-    """
+def _no_stages(recording: Recording, image: fx.Node) -> AttachPointError:
+    """Explain that a generator has no stages."""
     times = Counter(call.path for call in recording.calls if call.path and call.macs)
-    often = [(path, n) for path, n in times.items() if n > 1]
-    once = _run_once(recording, image, times)
-    if often:
-        # The outermost of what runs again is what the user wrote a loop around.
-        path, n = next((p, n) for p, n in often if not any(p.startswith(f"{q}.") for q, _ in often))
-        what = (
-            f"no stages in the decoder: {path!r} runs {n} times, so there is no single place behind it, and "
+    repeated = [path for path, n in times.items() if n > 1]
+    single = _single_modules(recording, image, times)
+    if repeated:  # the outermost one is what the user wrote a loop around
+        path = next(p for p in repeated if not any(p.startswith(f"{q}.") for q in repeated))
+        message = (
+            f"no stages in the decoder: {path!r} runs {times[path]} times, and modules that run once do little "
+            f"work. {_unrolled(path, times[path])}"
         )
-        what += "modules that run once do little work. " + _turns(path, n)
     else:
-        what = "no stages in the decoder: no module with weights passes a feature map on to the image. "
-        what += (
-            "Put the layers of each resolution into a module of their own, or wrap the module that renders "
+        message = (
+            "no stages in the decoder: no module with weights passes a feature map on to the image. "
+            "Put the layers of each resolution into a module of their own, or wrap the module that renders the "
+            "image."
         )
-        what += "the image."
-    if once:
-        what += f" Or name what runs once: stages={once}."
-    elif not often:
-        what += " Then name them: stages=['blocks.0', 'blocks.1']."
-    return AttachPointError(what, recording)
+    if single:
+        message += f" Or name what runs once: stages={single}."
+    elif not repeated:
+        message += " Then name them: stages=['blocks.0', 'blocks.1']."
+    return AttachPointError(message, recording)
 
 
-def runs_often(path: str, times: int) -> RepeatedStageError:
-    """Explain that a module that was asked for runs more than once."""
+def repeated_stage(path: str, times: int) -> RepeatedStageError:
+    """Explain that a stage runs more than once."""
     return RepeatedStageError(
-        f"{path!r} runs {times} times in one forward pass, so there is no single place behind it. "
-        "Attach at a module that runs once, or "
-        f"{_lower(_turns(path, times))}",
+        f"a stage must run once, but {path!r} runs {times} times in one forward pass. Attach at another module. "
+        f"Or: {_unrolled(path, times)}",
         path,
     )
 
 
-def _turns(path: str, times: int) -> str:
+def _unrolled(path: str, times: int) -> str:
     name = path.rpartition(".")[2]
     name = name if name.isidentifier() else f"get_submodule({path!r})"
     return (
@@ -437,13 +583,9 @@ def _turns(path: str, times: int) -> str:
     )
 
 
-def _lower(text: str) -> str:
-    return text[0].lower() + text[1:]
-
-
-def _run_once(recording: Recording, image: fx.Node, times: Counter[str]) -> list[str]:
+def _single_modules(recording: Recording, image: fx.Node, times: Counter[str]) -> list[str]:
     """Paths of modules with weights that run once and return a map which is not yet the image."""
-    found = [
+    paths = [
         call.path
         for call in recording.calls
         if times[call.path] == 1
@@ -451,5 +593,5 @@ def _run_once(recording: Recording, image: fx.Node, times: Counter[str]) -> list
         and any(is_map(node, image) for node in call.outputs)
         and any(True for _ in call.module.parameters())
     ]
-    outer = [path for path in found if not any(path.startswith(f"{other}.") for other in found)]
+    outer = [path for path in paths if not any(path.startswith(f"{other}.") for other in paths)]
     return outer[:_MOST_LISTED]

@@ -1,4 +1,4 @@
-"""Find the decoder's stages l_1..l_N in a recording (paper section 3.1)."""
+"""Read a generator: its stages l_1..l_N (paper section 3.1), its image, and the cuts between the stages."""
 
 from __future__ import annotations
 
@@ -7,22 +7,42 @@ import operator
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import fx, nn
 
 from retroexit.errors import AttachPointError, GeneratorError, RecordingError, closest
-from retroexit.stages.choose import choose_stages, closings, runs_often
-from retroexit.stages.cuts import Cut, cut_at
-from retroexit.stages.image import find_image, is_map
+from retroexit.stages.choose import choose_stages, closing_modules, repeated_stage
+from retroexit.stages.maps import find_image, is_map, lay_out_tokens, mark_tokens, shape_of
 from retroexit.stages.stage import Stage, suggest_attach_points
-from retroexit.stages.tokens import lay_out_tokens, mark_tokens
 from retroexit.tracing.record import Recording, record, steering_line
 from retroexit.tracing.recorder import Call
 
-__all__ = ["Decoder", "describe_stage", "forward_signature", "input_names", "read_decoder", "value_names"]
+__all__ = ["Cut", "Decoder", "forward_signature", "input_names", "read_decoder", "value_names"]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A place between two nodes of a recording.
+
+    Attributes:
+        position: Number of nodes before the cut.
+        feature: Node of the stage's feature map, the branch's main input.
+        live: Nodes of the other tensors that the rest needs.
+        rest: Nodes after the cut that the output depends on, in order. Sizes and attributes from before the
+            cut are repeated here, so that only tensors cross.
+    """
+
+    position: int
+    feature: fx.Node
+    live: tuple[fx.Node, ...]
+    rest: tuple[fx.Node, ...]
+
+    @property
+    def crossing(self) -> tuple[fx.Node, ...]:
+        """All nodes whose values cross the cut, the feature first."""
+        return (self.feature, *self.live)
 
 
 @dataclass(frozen=True)
@@ -35,7 +55,7 @@ class Decoder:
         image: Node of the output image.
         image_path: Where the image is in the generator's output.
         replayed: Why the recording cannot be cut, so that the generator's own forward runs again behind a cut
-            (see `retroexit.split.replay.split`); empty where it can.
+            (see `retroexit.split.replay`); empty where it can.
     """
 
     recording: Recording
@@ -44,49 +64,83 @@ class Decoder:
     image_path: tuple[Any, ...]
     replayed: str = ""
 
-    @cached_property
-    def paths(self) -> list[str]:
-        """Paths of the modules that a branch can be attached to."""
-        return [call.path for call in self.recording.calls if call.path]
-
     def call(self, path: str) -> Call:
-        """Find the one call of a module.
+        """Return the one call of a module.
 
         Raises:
             RepeatedStageError: If it runs more than once.
         """
         calls = [call for call in self.recording.calls if call.path == path]
         if len(calls) > 1:
-            raise runs_often(path, len(calls))
+            raise repeated_stage(path, len(calls))
         return calls[0]
 
-    def cut_after(self, stage: Stage) -> Cut:
-        """Cut behind a stage's output."""
-        call = self.call(stage.end or stage.path)
-        candidates = self._maps(call.outputs)
-        if not candidates:
+    def cut(self, stage: Stage, tap: Literal["after", "before"] = "after") -> Cut:
+        """Cut behind a stage's output, or in front of its input.
+
+        Raises:
+            AttachPointError: If there is no feature map that the image depends on afterwards.
+        """
+        call = self.call(stage.end or stage.path if tap == "after" else stage.path)
+        position, tensors = (call.end, call.outputs) if tap == "after" else (call.begin, call.inputs)
+        features = self._maps(tensors)
+        if not features:
             raise AttachPointError(
-                f"no branch is possible after {stage.path!r}: it returns no feature map. "
+                f"no branch is possible {tap} {stage.path!r}: there is no feature map. "
                 f"Attach at one of {closest(stage.path, [s.path for s in self.stages])}.",
                 stage.path,
             )
-        return cut_at(self.recording, call.end, candidates, f"after {stage.path!r}")
-
-    def cut_before(self, stage: Stage) -> Cut:
-        """Cut in front of a stage's input."""
-        call = self.call(stage.path)
-        candidates = self._maps(call.inputs)
-        if not candidates:
+        nodes = self.recording.nodes
+        needed: set[fx.Node] = set(nodes[-1].all_input_nodes)
+        rest: list[fx.Node] = [nodes[-1]]
+        for i in range(len(nodes) - 2, -1, -1):
+            node = nodes[i]
+            # Sizes and attributes are read again, so that a part of a batch sees its own sizes.
+            repeats = i >= position or _is_read_again(node)
+            if repeats and (node in needed or (i >= position and node.meta.get("mutates"))):
+                needed.update(node.all_input_nodes)
+                rest.append(node)
+        live = [node for node in nodes[:position] if node in needed and not _is_read_again(node)]
+        feature = next((node for node in features if node in live), None)
+        if feature is None:
             raise AttachPointError(
-                f"no branch is possible before {stage.path!r}: it takes no feature map. Use tap='after'.",
+                f"no branch is possible {tap} {stage.path!r}: the image does not depend on that feature map "
+                "afterwards. Attach at one of the stages that 'retroexit inspect' lists.",
                 stage.path,
             )
-        return cut_at(self.recording, call.begin, candidates, f"before {stage.path!r}")
+        live.remove(feature)
+        return Cut(position, feature, tuple(live), tuple(reversed(rest)))
+
+    def describe(self, path: str, index: int = 0, end: str = "") -> Stage:
+        """Describe a module as a stage.
+
+        Args:
+            path: Its path.
+            index: Its number; 0 if it is not among l_1..l_N.
+            end: Path of the module that closes it, if that is another one.
+        """
+        call, recording, names = self.call(path), self.recording, value_names(self.recording)
+        stage = Stage(index, path, type(call.module).__name__, (), call.macs, 0.0, 0.0, end=end or path)
+        cut = self.cut(stage)
+        spent = sum(n.meta.get("macs", 0) for n in recording.nodes[: cut.position])
+        total = max(recording.macs, 1)
+        return replace(
+            stage,
+            shape=shape_of(self._maps(call.outputs)[0]),
+            share=call.macs / total,
+            cumulative=spent / total,
+            live=tuple((names[n], shape_of(n)) for n in cut.live),
+            feature=names[cut.feature],
+        )
 
     def _maps(self, nodes: Iterable[fx.Node]) -> list[fx.Node]:
         """Maps among some nodes, the one with most channels first."""
         maps = [node for node in nodes if node.op != "get_attr" and is_map(node, self.image)]
-        return sorted(maps, key=lambda node: -node.meta["shape"][1])
+        return sorted(maps, key=lambda node: -shape_of(node)[1])
+
+
+def _is_read_again(node: fx.Node) -> bool:
+    return bool(node.meta.get("size")) or node.op == "get_attr"
 
 
 def read_decoder(
@@ -104,81 +158,62 @@ def read_decoder(
         generator: A trained generator in eval mode.
         args: Positional inputs that it accepts.
         kwargs: Keyword inputs.
-        stages: Paths of l_1..l_N, where they are known, as a mapping with the path of the module that closes each;
-            otherwise they are found.
+        stages: Paths of l_1..l_N, or a mapping from these to the paths of the modules that close them; found if
+            ``None``.
         also: Paths of further modules that must stay visible as single nodes.
         image: Key, index or path of the image in the output.
-
-    Returns:
-        The decoder.
 
     Raises:
         AttachPointError: If a path in ``stages`` or ``also`` names no module that runs.
         GeneratorError: If the generator rejects the inputs, is in train mode, or returns no finite image.
-        RecordingError: If its execution cannot be written down.
+        RecordingError: If its execution cannot be recorded.
     """
     deep = _record_deeply(generator, args, kwargs)
     _, deep_image = find_image(deep, image)
-    ran = Counter(call.path for call in deep.calls if call.path)
+    mark_tokens(deep, deep_image)
     if stages is None:
-        chosen = choose_stages(deep, image)
+        ends = choose_stages(deep, deep_image)
     else:
-        chosen = dict(stages) if isinstance(stages, Mapping) else dict.fromkeys(stages, "")
-    for path in (*chosen, *filter(None, chosen.values()), *also):
+        ends = dict(stages) if isinstance(stages, Mapping) else dict.fromkeys(stages, "")
+    ran = Counter(call.path for call in deep.calls if call.path)
+    for path in (*ends, *filter(None, ends.values()), *also):
         _check_path(generator, path, ran)
     if stages is not None and not isinstance(stages, Mapping):
-        chosen = closings(deep, deep_image, stages)
-    keep = {*chosen, *chosen.values(), *also}
-    opened = _opened(deep, keep)
-
-    def is_leaf(path: str, _module: nn.Module) -> bool:
-        return path not in opened
-
-    shallow, reason = _record_stages(generator, args, kwargs, is_leaf)
+        ends = closing_modules(deep, deep_image, stages)
+    leaves = {*ends, *ends.values(), *also}
+    opened = _opened(deep, leaves)
+    shallow, reason = _record_stages(generator, args, kwargs, lambda path, _module: path not in opened)
     image_path, image_node = find_image(shallow, image)
-    image_node.meta["map_rank"] = deep_image.meta["map_rank"]  # layers inside stages are out of sight here
-    tokens = _token_sizes(deep, deep_image, keep)
+    image_node.meta["map_rank"] = deep_image.meta["map_rank"]  # layers inside stages are not seen here
+    token_sizes = {
+        call.path: call.outputs[0].meta["tokens"]
+        for call in deep.calls
+        if call.path in leaves and call.outputs and all("tokens" in node.meta for node in call.outputs)
+    }
     if not reason:
-        lay_out_tokens(shallow, tokens)
+        lay_out_tokens(shallow, token_sizes)
     elif stages is None:  # a forward that runs again hands on what the stage returns
-        chosen = {path: end for path, end in chosen.items() if end not in tokens} or chosen
-    draft = Decoder(shallow, (), image_node, image_path, reason)
-    found = tuple(
-        describe_stage(draft, path, index, end) for index, (path, end) in enumerate(chosen.items(), 1)
-    )
-    good = suggest_attach_points(found)
-    found = tuple(replace(stage, is_suggested=stage.index in good) for stage in found)
-    return replace(draft, stages=found)
+        ends = {path: end for path, end in ends.items() if end not in token_sizes} or ends
+    decoder = Decoder(shallow, (), image_node, image_path, reason)
+    described = [decoder.describe(path, index, end) for index, (path, end) in enumerate(ends.items(), 1)]
+    suggested = suggest_attach_points(described)
+    marked = tuple(replace(stage, is_suggested=stage.index in suggested) for stage in described)
+    return replace(decoder, stages=marked)
 
 
-def _token_sizes(deep: Recording, image: fx.Node, paths: Iterable[str]) -> dict[str, tuple[int, ...]]:
-    """Spatial size of what modules return as tokens and not as a map, by path."""
-    mark_tokens(deep, image)
-    found = {}
+def _opened(deep: Recording, leaves: set[str]) -> set[str]:
+    """Paths of the modules that contain or call a leaf; a module may be registered in several places."""
+    opened = {"", *(".".join(p.split(".")[:i]) for p in leaves for i in range(1, p.count(".") + 1))}
     for call in deep.calls:
-        if call.path in set(paths):
-            tokens = [n.meta["tokens"] for n in call.outputs if "tokens" in n.meta]
-            if tokens and len(tokens) == len(call.outputs):
-                found[call.path] = tokens[0]
-    return found
-
-
-def _opened(deep: Recording, keep: Iterable[str]) -> set[str]:
-    """Modules that must be looked into so that others are seen as single nodes.
-
-    They lie on the way to them by name, or call them: a module may be registered in several places.
-    """
-    opened = {"", *(".".join(p.split(".")[:i]) for p in keep for i in range(1, p.count(".") + 1))}
-    for call in deep.calls:
-        while call.path in keep and call.parent is not None:
-            call = deep.calls[call.parent]
+        while call.path in leaves and call.parent is not None:
+            call = call.parent
             opened.add(call.path)
-            keep = {*keep, call.path}
+            leaves = {*leaves, call.path}
     return opened
 
 
 def _record_deeply(generator: nn.Module, args: Any, kwargs: Any) -> Recording:
-    """Record what stages are picked from: with values that leave PyTorch on their way, just observed."""
+    """Record with every layer as a node, to choose stages; only observe if values leave PyTorch on the way."""
     try:
         deep = record(generator, args, kwargs)
     except (RecordingError, GeneratorError):
@@ -189,7 +224,7 @@ def _record_deeply(generator: nn.Module, args: Any, kwargs: Any) -> Recording:
 def _record_stages(
     generator: nn.Module, args: Any, kwargs: Any, is_leaf: Callable[[str, nn.Module], bool]
 ) -> tuple[Recording, str]:
-    """Record with stages as leaves; gives also why the recording cannot be cut, if that is so."""
+    """Record with stages as leaves; also returns why the recording cannot be cut, or an empty string."""
     try:
         shallow = record(generator, args, kwargs, is_leaf)
     except (RecordingError, GeneratorError) as error:
@@ -202,34 +237,11 @@ def _record_stages(
     return record(generator, args, kwargs, is_leaf, observing=True), reason
 
 
-def describe_stage(decoder: Decoder, path: str, index: int = 0, end: str = "") -> Stage:
-    """Describe one module of a decoder as a stage."""
-    recording = decoder.recording
-    call = decoder.call(path)
-    bare = Stage(index, path, "", (), 0, 0.0, 0.0, end=end or path)
-    cut = decoder.cut_after(bare)
-    spent = sum(n.meta.get("macs", 0) for n in recording.nodes[: cut.position])
-    total = max(recording.macs, 1)
-    names = value_names(recording)
-    return Stage(
-        index=index,
-        path=path,
-        kind=type(call.module).__name__,
-        shape=decoder._maps(call.outputs)[0].meta["shape"],
-        macs=call.macs,
-        share=call.macs / total,
-        cumulative=spent / total,
-        live=tuple((names[n], n.meta.get("shape", ())) for n in cut.live),
-        end=end or path,
-        feature=names[cut.feature],
-    )
-
-
 def _check_path(generator: nn.Module, path: str, ran: Counter[str]) -> None:
     if ran[path] == 1:
         return
     if ran[path] > 1:
-        raise runs_often(path, ran[path])
+        raise repeated_stage(path, ran[path])
     exists = path in dict(generator.named_modules())
     name = type(generator).__name__
     problem = f"{path!r} is never called in {name}" if exists else f"no module {path!r} in {name}"
@@ -239,11 +251,11 @@ def _check_path(generator: nn.Module, path: str, ran: Counter[str]) -> None:
     )
 
 
-# Names that users recognise.
+# Names of values, for messages and tables.
 
 
 def forward_signature(generator: nn.Module) -> inspect.Signature:
-    """What a module's forward takes; ``()`` where Python cannot tell."""
+    """Signature of a module's forward; empty if Python cannot tell it."""
     try:
         return inspect.signature(generator.forward)
     except (TypeError, ValueError):
@@ -251,7 +263,7 @@ def forward_signature(generator: nn.Module) -> inspect.Signature:
 
 
 def input_names(recording: Recording) -> dict[fx.Node, str]:
-    """Name the tensors among the inputs as the generator's forward does: ``z``, ``maps[1]``."""
+    """Name the input tensors as the generator's forward does: ``z``, ``maps[1]``."""
     placeholders = [node for node in recording.graph.nodes if node.op == "placeholder"]
     signature = forward_signature(recording.calls[0].module)
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -266,10 +278,10 @@ def input_names(recording: Recording) -> dict[fx.Node, str]:
 
 
 def value_names(recording: Recording) -> dict[fx.Node, str]:
-    """Name every value: by the input that it is, by the module that returned it, else by operation and line.
+    """Name every value uniquely: by input, by the module that returned it, else by operation and line.
 
-    No two values have one name: ``encoder.2``, ``encoder.2 #2`` for its second call, ``synthesis.b8[1]`` for
-    the second thing that a module returned, ``cat (model.py:81)``.
+    Examples: ``encoder.2``, ``encoder.2 #2`` for its second call, ``synthesis.b8[1]`` for the second tensor
+    that a module returned, ``cat (model.py:81)``.
     """
     names: dict[fx.Node, str] = {}
     taken: Counter[str] = Counter()

@@ -5,17 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Final
 
 __all__ = ["LiveSpan", "Stage", "live_spans", "suggest_attach_points"]
 
-_EXITS: Final = 4
-"""As many as the paper attaches to OASIS (section 4.1)."""
-_FEWEST: Final = 3
-_LEAST_SAVED: Final = 0.2
-"""An exit that cannot save this share, its branch not yet counted, is hardly worth training."""
-_NEAR: Final = 0.05
-"""Stages whose shares of the compute differ by no more than this are as good as one another."""
+_EXITS = 4  # as many as the paper attaches to OASIS (section 4.1)
+_FEWEST = 3
+_LEAST_SAVED = 0.2  # share of the MACs that an exit must save at least, without its branch
+_NEAR = 0.05  # stages whose cumulative shares differ by no more than this are equivalent
 
 
 @dataclass(frozen=True)
@@ -23,17 +19,16 @@ class Stage:
     """One decoder module l_i of the backbone.
 
     Attributes:
-        index: Its number, from 1; 0 for a module that is not among l_1..l_N but was asked for by path.
+        index: Its number, from 1; 0 for a module that is not among l_1..l_N.
         path: Dotted path in the generator.
         kind: Class name.
         shape: Shape of its output feature map, with the batch axis of the example.
-        macs: Multiply-accumulates spent inside, for the whole example batch.
+        macs: Multiply-accumulates inside, for the whole example batch.
         share: ``macs`` as a share of the backbone's.
-        cumulative: Share of the backbone's MACs that has been spent when the stage is done.
-        live: Name and shape of every value that the rest needs besides the feature.
-        end: Path of the module that closes the stage (a normalisation or activation behind a bare
-            convolution).
-        feature: Name of the feature map, as it would stand in the ``live`` of a later stage.
+        cumulative: Share of the backbone's MACs up to the end of the stage.
+        live: Name and shape of every value besides the feature that the rest needs.
+        end: Path of the module that closes the stage, such as the norm behind a convolution.
+        feature: Name of the feature map, as in the ``live`` of a later stage.
         is_suggested: Whether this is a good place for a branch, see `suggest_attach_points`.
     """
 
@@ -51,25 +46,25 @@ class Stage:
 
     @property
     def saves(self) -> float:
-        """Share of the backbone's MACs that an exit here saves at best: its branch costs nothing yet."""
+        """Share of the backbone's MACs behind the stage: what an exit saves, less its branch."""
         return 1 - self.cumulative
 
     @property
     def live_size(self) -> int:
-        """How many numbers the live values hold, for the whole example batch."""
+        """Number of elements in the live values, for the whole example batch."""
         return sum(math.prod(shape) for _, shape in self.live)
 
 
 @dataclass(frozen=True)
 class LiveSpan:
-    """A value that a branch needs besides the feature, wherever it sits between two stages.
+    """A value that branches need besides the feature.
 
     Attributes:
-        name: What it is, see `retroexit.stages.decoder.value_names`.
+        name: See `retroexit.stages.decoder.value_names`.
         shape: Its shape.
-        made_by: Stage whose feature it is, or after which it appears; 0 where it is there before l_1.
+        made_by: Stage that returns it, or after which it appears; 0 if it exists before l_1.
         first: First stage after which it is live.
-        last: Last stage after which it is live; the next one, or what lies before it, uses it up.
+        last: Last stage after which it is live.
     """
 
     name: str
@@ -80,11 +75,7 @@ class LiveSpan:
 
 
 def live_spans(stages: Sequence[Stage]) -> list[LiveSpan]:
-    """List the live values of a decoder, in order of their first stage, the longest first.
-
-    Args:
-        stages: l_1..l_N.
-    """
+    """List the live values of the stages l_1..l_N, by first stage, the longest first."""
     features = {stage.feature: stage.index for stage in stages if stage.feature}
     after: dict[str, list[int]] = {}
     shapes = {}
@@ -94,7 +85,7 @@ def live_spans(stages: Sequence[Stage]) -> list[LiveSpan]:
             shapes[name] = shape
     spans = []
     for name, where in after.items():
-        # A second thing that a stage returns is named after it.
+        # Further tensors that a stage returns are named after it.
         inside = (s.index for s in stages if name.startswith((f"{s.path}[", f"{s.path}.")))
         appears = where[0] if where[0] > stages[0].index else 0
         made_by = features.get(name, next(inside, appears))
@@ -103,20 +94,18 @@ def live_spans(stages: Sequence[Stage]) -> list[LiveSpan]:
 
 
 def suggest_attach_points(stages: Sequence[Stage]) -> list[int]:
-    """Suggest the stages after which branches are worth trying.
+    """Suggest the stages after which branches are worth trying; never the last stage.
 
-    The rule: four aims are spread evenly, in MACs, from where the decoder begins to where 20 % are left to
-    save. For each aim the stage wins whose cumulative share is nearest; where several are within 5 % of the
-    backbone, the one with the fewest numbers in live values, which a branch takes in besides the feature.
-    No two are within 5 % of each other; where that leaves fewer than three, the stages farthest from these
-    that leave 20 % are added. Where no stage but the last leaves 20 %, only the one that leaves most is
-    suggested.
+    Four targets are spread evenly, in MACs, from the begin of the decoder to where 20 % are left to save. For
+    each one the stage nearest in cumulative share is taken; among several within 5 % of the backbone, the one
+    with the fewest elements in live values. No two are within 5 % of each other; if fewer than three remain,
+    the stages farthest from them are added. If no stage leaves 20 %, the one that leaves most is suggested.
 
     Args:
-        stages: l_1..l_N, from `retroexit.find_stages`.
+        stages: l_1..l_N.
 
     Returns:
-        Stage numbers, ascending; never the last stage. Empty for a decoder of one stage.
+        Stage numbers, ascending; empty for a decoder of one stage.
     """
     possible = stages[:-1]
     worthwhile = [s for s in possible if s.saves >= _LEAST_SAVED]
@@ -126,15 +115,15 @@ def suggest_attach_points(stages: Sequence[Stage]) -> list[int]:
     chosen: list[Stage] = []
 
     def apart(stage: Stage) -> float:
-        """How far a stage is from those that are chosen, or 0 if it is too near."""
+        """Distance to the nearest chosen stage, 0 if it is too near."""
         distance = min((abs(stage.cumulative - c.cumulative) for c in chosen), default=1.0)
         return distance if distance > _NEAR else 0.0
 
     for exit_ in range(_EXITS):
-        aim = start + (exit_ + 0.5) / _EXITS * (1 - _LEAST_SAVED - start)
-        near = [s for s in worthwhile if abs(s.cumulative - aim) <= _NEAR]
-        nearest = min(worthwhile, key=lambda s: abs(s.cumulative - aim))
-        best = min(near or [nearest], key=lambda s: (s.live_size, abs(s.cumulative - aim)))
+        target = start + (exit_ + 0.5) / _EXITS * (1 - _LEAST_SAVED - start)
+        near = [s for s in worthwhile if abs(s.cumulative - target) <= _NEAR]
+        nearest = min(worthwhile, key=lambda s: abs(s.cumulative - target))
+        best = min(near or [nearest], key=lambda s: (s.live_size, abs(s.cumulative - target)))
         if apart(best):
             chosen.append(best)
     while len(chosen) < _FEWEST and apart(farthest := max(worthwhile, key=apart)):

@@ -1,43 +1,79 @@
-"""The state of one conformance test: generator, description, inputs, and results so far."""
+"""The state of one conformance test: what is tested, the results so far, and ways to run the generator."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from retroexit.core.modules import fingerprint
-from retroexit.core.nested import cloned, rebuild, tensors
+from retroexit.api import wrap
+from retroexit.core.nested import cloned, rebuild
 from retroexit.errors import AdapterError, cause_of
+from retroexit.model import EarlyExitGenerator
 from retroexit.plugins.description import Description
+from retroexit.stages.decoder import Stage
 
-__all__ = ["Case", "Inputs", "Results", "first_map", "nearly_equal", "snapshot"]
+__all__ = ["Case", "Inputs", "Run"]
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword inputs of one forward pass."""
 
 
-@dataclass
-class Results:
-    """Claims that hold, claims that were not checked with the reason, and problems with advice."""
+class Run(NamedTuple):
+    """One call of a module of the generator."""
 
+    path: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any
+
+
+@dataclass
+class Case:
+    """One adapter under test.
+
+    Attributes:
+        generator: The generator.
+        description: Its description.
+        scale: Width factor of thin stages and branches.
+        min_channels: Floor of their widths.
+        inputs: Inputs of one forward pass.
+        stages: l_1..l_N, once the generator was read.
+        image: The generator's image for these inputs.
+        image_path: Where the image is in the generator's output.
+        takes_pairs: Whether the generator accepts a batch of two.
+        checked: Claims that hold.
+        skipped: Claims that were not checked, with the reason.
+        problems: What is wrong, with advice.
+    """
+
+    generator: nn.Module
+    description: Description
+    scale: float
+    min_channels: int
+    inputs: Inputs = ((), {})
+    stages: Sequence[Stage] = ()
+    image: Tensor = field(default_factory=lambda: torch.empty(0))
+    image_path: tuple[Any, ...] = ()
+    takes_pairs: bool = False
     checked: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
     @contextmanager
     def claim(self, text: str) -> Iterator[None]:
-        """Check one claim; it holds if no problem is noted and nothing is raised."""
-        before = len(self.problems)
+        """Check one claim; it holds if nothing is raised, noted as a problem, or skipped."""
+        before = len(self.problems), len(self.skipped)
         try:
             yield
         except Exception as error:
-            self.problems.append(f"{text}: {cause_of(error)}")
-        if len(self.problems) == before:
+            self.wrong(f"{text}: {cause_of(error)}")
+        if (len(self.problems), len(self.skipped)) == before:
             self.checked.append(text)
 
     def wrong(self, problem: str) -> None:
@@ -48,56 +84,60 @@ class Results:
         """Note that a claim was not checked."""
         self.skipped.append(f"{claim}: {reason}")
 
-    def raise_problems(self, name: str, generator: nn.Module) -> None:
+    def raise_problems(self) -> None:
         """Raise one error that lists all problems, if there are any."""
         problems = tuple(dict.fromkeys(self.problems))
         if problems:
             lines = "".join(f"\n  - {problem}" for problem in problems)
             raise AdapterError(
-                f"{name} does not describe this {type(generator).__name__}:{lines}\n"
+                f"{self.description.name} does not describe this {type(self.generator).__name__}:{lines}\n"
                 "retroexit.plugins.Description and retroexit/plugins/hookspecs.py document every part.",
-                generator,
+                self.generator,
                 problems,
             )
-
-
-@dataclass
-class Case:
-    """One adapter under test.
-
-    Attributes:
-        generator: The generator.
-        description: Its description.
-        inputs: Inputs of one forward pass.
-        scale: Width factor of thin stages and branches.
-        min_channels: Floor of their widths.
-        results: Results so far.
-        image: The generator's image for these inputs.
-        image_path: Where the image is in the generator's output.
-        pair: Two different samples, if the generator accepts a batch of two.
-    """
-
-    generator: nn.Module
-    description: Description
-    inputs: Inputs
-    scale: float
-    min_channels: int
-    results: Results
-    image: Tensor = field(default_factory=lambda: torch.empty(0))
-    image_path: tuple[Any, ...] = ()
-    pair: Inputs | None = None
 
     def render(self, inputs: Inputs | None = None, seed: int = 0) -> Any:
         """Run the generator with seeded random draws."""
         return self.seeded(self.generator, inputs, seed)
 
     def seeded(self, function: Callable[..., Any], inputs: Inputs | None = None, seed: int = 0) -> Any:
-        """Call a function with copies of the inputs and seeded random draws; the global state is kept."""
+        """Call a function with copies of the inputs and seeded random draws; the global state is restored."""
         args, kwargs = cloned(inputs or self.inputs)
         device = self.image.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
             torch.manual_seed(seed)
             return function(*args, **kwargs)
+
+    def render_exit(self, model: EarlyExitGenerator, index: int, inputs: Inputs | None = None) -> Any:
+        """Run one exit with seeded random draws."""
+        return self.seeded(lambda *args, **kwargs: model.route(args, kwargs, exit=index), inputs)
+
+    def wrap(self, attach_at: Sequence[int], scale: float, min_channels: int) -> EarlyExitGenerator:
+        """Wrap the generator with its description."""
+        args, kwargs = self.inputs
+        options: dict[str, Any] = {"example_inputs": args, "example_kwargs": kwargs}
+        options |= {"adapter": self.description, "min_channels": min_channels}
+        return wrap(self.generator, attach_at, scale, **options)
+
+    def watch(self, paths: Iterable[str]) -> list[Run]:
+        """Run the generator and record the calls of some of its modules, in the order in which they return."""
+        runs: list[Run] = []
+
+        def record(path: str, _: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            runs.append(Run(path, cloned(args), cloned(kwargs), output))
+
+        modules = dict(self.generator.named_modules())
+        hooks = [
+            modules[path].register_forward_hook(partial(record, path), with_kwargs=True)
+            for path in paths
+            if path in modules
+        ]
+        try:
+            self.render()
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return runs
 
     def image_in(self, output: Any) -> Tensor:
         """Return the image in an output of the generator or of an exit."""
@@ -106,57 +146,30 @@ class Case:
         image: Tensor = output
         return image
 
-    def make_pair(self) -> Inputs:
-        """Make a batch of two: the first sample, and the same one shifted along its last axis."""
-        batch = len(self.image)
+    def pairs(self) -> tuple[Inputs, Inputs, Inputs]:
+        """Make batches of two: the first sample and the same one shifted, each of them twice.
 
-        def grow(leaf: Any) -> Any:
-            if not isinstance(leaf, Tensor) or leaf.dim() == 0 or len(leaf) != batch:
+        All have the same size, because seeded random draws repeat only at the same size.
+        """
+
+        def batch(picks: tuple[int, int], leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor) or leaf.dim() == 0 or len(leaf) != len(self.image):
                 return leaf
-            return torch.cat([leaf[:1], leaf[:1].roll(1, -1) if leaf.dim() > 1 else leaf[:1]])
+            samples = leaf[:1], leaf[:1].roll(1, -1) if leaf.dim() > 1 else leaf[:1]
+            return torch.cat([samples[pick] for pick in picks])
 
-        pair: Inputs = rebuild(self.inputs, grow)
-        return pair
+        both, first, second = (
+            rebuild(self.inputs, partial(batch, picks)) for picks in ((0, 1), (0, 0), (1, 1))
+        )
+        return both, first, second
 
-    def repeat(self, pair: Inputs, index: int, count: int) -> Inputs:
-        """Make a batch of ``count`` copies of one sample of a batch that `make_pair` made."""
-        originals, batch = iter(tensors(self.inputs)), len(self.image)
+    def depends_on_batch(self, run: Callable[[Inputs], Tensor]) -> str:
+        """Compare a batch of two with each sample twice; returns by how much they differ, ``""`` if hardly.
 
-        def take(leaf: Any) -> Any:
-            if not isinstance(leaf, Tensor):
-                return leaf
-            original = next(originals)
-            return leaf[[index] * count] if original.dim() > 0 and len(original) == batch else leaf
-
-        repeated: Inputs = rebuild(pair, take)
-        return repeated
-
-
-def first_map(value: Any) -> Tensor | None:
-    """Return the first tensor of at least three axes in a nested value."""
-    return next((tensor for tensor in tensors(value) if tensor.dim() >= 3), None)
-
-
-def nearly_equal(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors differ by at most a hundredth of their variation.
-
-    Convolutions round differently for other batch sizes, and untrained weights may amplify that a
-    thousandfold; samples that affect one another differ by as much as they vary.
-    """
-    a, b = a.double(), b.double()
-    return float((a - b).square().mean().sqrt()) <= 0.01 * float(b.std(correction=0)) + 1e-5
-
-
-def snapshot(generator: nn.Module) -> dict[str, Any]:
-    """Record everything about a generator that an adapter must not change."""
-    modules = list(generator.named_modules())
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_state_dict_hooks")
-    return {
-        "weights or buffers": fingerprint(generator),
-        "requires_grad": {name: p.requires_grad for name, p in generator.named_parameters()},
-        "gradients": {name for name, p in generator.named_parameters() if p.grad is not None},
-        "train/eval flags": {name: module.training for name, module in modules},
-        "hooks": {
-            (name, kind): len(vars(module).get(kind, ())) for name, module in modules for kind in hooks
-        },
-    }
+        Convolutions round differently for other batches, and untrained weights may amplify that a
+        thousandfold; samples that affect one another differ by as much as they vary.
+        """
+        both, *same = (run(pair).double() for pair in self.pairs())
+        gap = both - torch.stack([output[i] for i, output in enumerate(same)])
+        tolerance = 0.01 * float(both.std(correction=0)) + 1e-5
+        return f"{float(gap.abs().max()):.2g}" if float(gap.square().mean().sqrt()) > tolerance else ""

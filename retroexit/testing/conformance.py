@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from retroexit.core.identity import fingerprint
 from retroexit.errors import PluginError, RetroExitWarning
 from retroexit.plugins.description import Description
 from retroexit.plugins.host import Host, brief, host
-from retroexit.testing.case import Case, Inputs, Results, snapshot
+from retroexit.testing.case import Case
 from retroexit.testing.claims import Stranger, check_all
 
 __all__ = ["AdapterReport", "check_adapter"]
@@ -82,83 +83,86 @@ def check_adapter(
         >>> def test_adapter():
         ...     check_adapter(MyDecoder(channels=16).eval())
     """
-    results = Results()
+    name = "an adapter" if plugin is None else getattr(plugin, "__name__", None) or type(plugin).__name__
+    case = Case(generator, description or Description(name=name), scale, min_channels)
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore", RetroExitWarning)  # problems of a plug-in are listed in the error
         plugins = host() if plugin is None else Host(discover=False)
         author = None
         if description is not None:
-            results.skip(_RECOGNISED, "a description was passed")
+            case.skip(_RECOGNISED, "a description was passed")
         else:
-            description, author = _recognise(generator, plugin, plugins, results)
-            with results.claim(_RECOGNISED):
+            author = _recognise(case, plugin, plugins)
+            with case.claim(_RECOGNISED):
                 for stranger in (Stranger().eval(), *strangers):
                     if plugins.recognise(stranger, author) is not None:
-                        results.wrong(f"the adapter recognises a {type(stranger).__name__} too; return None")
-        before = snapshot(generator)
-        inputs = _make_inputs(generator, description, example_inputs, example_kwargs, results)
-        stages = check_all(Case(generator, description, inputs, scale, min_channels, results), thin_at)
-        with results.claim("the generator is left as it was"):
-            changed = [part for part, state in snapshot(generator).items() if state != before[part]]
+                        case.wrong(f"the adapter recognises a {type(stranger).__name__} too; return None")
+        before = _snapshot(generator)
+        _make_inputs(case, example_inputs, example_kwargs)
+        check_all(case, thin_at)
+        with case.claim("the generator is left as it was"):
+            changed = [part for part, state in _snapshot(generator).items() if state != before[part]]
             if changed:
-                results.wrong(f"the adapter changed {', '.join(changed)} of the generator; work on a copy")
+                case.wrong(f"the adapter changed {', '.join(changed)} of the generator; work on a copy")
         for info in plugins.installed():
             if info.name == author and info.error is not None:
-                results.wrong(f"{info}: {info.error}")
-    results.raise_problems(description.name, generator)
-    return AdapterReport(description.name, stages, tuple(results.checked), tuple(results.skipped))
+                case.wrong(f"{info}: {info.error}")
+    case.raise_problems()
+    paths = tuple(stage.path for stage in case.stages)
+    return AdapterReport(case.description.name, paths, tuple(case.checked), tuple(case.skipped))
 
 
-def _recognise(
-    generator: nn.Module, plugin: object | None, plugins: Host, results: Results
-) -> tuple[Description, str]:
-    """Return the description of a generator and the plug-in that made it."""
-    name = "an adapter" if plugin is None else getattr(plugin, "__name__", None) or type(plugin).__name__
-    recognised = None
+def _recognise(case: Case, plugin: object | None, plugins: Host) -> str:
+    """Have the generator described; returns the name of the plug-in that does."""
+    kind, name, recognised = type(case.generator).__name__, case.description.name, None
     try:
         if plugin is not None:
             plugins.register(plugin, name)
-        recognised = plugins.recognise(generator)
+        recognised = plugins.recognise(case.generator)
     except PluginError as error:
-        results.wrong(f"the plug-in does not fit: {error}")
+        case.wrong(f"the plug-in does not fit: {error}")
     if recognised is None:
-        results.problems += [
-            f"{info}: {info.error}" for info in plugins.installed() if info.error is not None
-        ]
+        case.problems += [f"{info}: {info.error}" for info in plugins.installed() if info.error is not None]
         if plugin is None:
-            results.wrong(
-                f"no installed plug-in recognises a {type(generator).__name__}; install the adapter's "
-                "distribution ('retroexit plugins' lists them), or pass plugin=... or description=..."
+            case.wrong(
+                f"no installed plug-in recognises a {kind}; install the adapter's distribution ('retroexit "
+                "plugins' lists them), or pass plugin=... or description=..."
             )
-        elif not results.problems:
-            results.wrong(f"{name} does not recognise a {type(generator).__name__}; return a Description")
-        results.raise_problems(name, generator)
+        elif not case.problems:
+            case.wrong(f"{name} does not recognise a {kind}; return a Description")
+        case.raise_problems()
     assert recognised is not None
-    info, description = recognised
-    if description.build_stage is None and "retroexit_build_stage" in info.hooks:
-        description = dataclasses.replace(description, build_stage=plugins.build_stage)
-    return description, info.name
+    info, case.description = recognised
+    if case.description.build_stage is None and "retroexit_build_stage" in info.hooks:
+        case.description = dataclasses.replace(case.description, build_stage=plugins.build_stage)
+    return info.name
 
 
-def _make_inputs(
-    generator: nn.Module,
-    description: Description,
-    args: Sequence[Any] | None,
-    kwargs: dict[str, Any] | None,
-    results: Results,
-) -> Inputs:
-    """Return the description's example inputs, else those that were passed."""
+def _make_inputs(case: Case, args: Sequence[Any] | None, kwargs: dict[str, Any] | None) -> None:
+    """Use the description's example inputs, else those that were passed."""
     made: Any = (tuple(args or ()), dict(kwargs or {}))
-    if description.example_inputs is not None:
-        with results.claim("example inputs are made"):
-            made = description.example_inputs(generator)
+    if case.description.example_inputs is not None:
+        with case.claim("example inputs are made"):
+            made = case.description.example_inputs(case.generator)
             is_pair = isinstance(made, tuple) and len(made) == 2
             if not is_pair or not isinstance(made[0], tuple) or not isinstance(made[1], dict):
-                results.wrong(
+                case.wrong(
                     f"example_inputs must return (args, kwargs), a tuple and a dict, got {brief(made)}"
                 )
     elif args is None and kwargs is None:
-        results.wrong("the description has no example_inputs; write them, or pass example_inputs=(...)")
-    results.raise_problems(description.name, generator)
-    inputs: Inputs = made
-    return inputs
+        case.wrong("the description has no example_inputs; write them, or pass example_inputs=(...)")
+    case.raise_problems()
+    case.inputs = made
+
+
+def _snapshot(generator: nn.Module) -> dict[str, Any]:
+    """Record everything about a generator that an adapter must not change."""
+    modules, parameters = dict(generator.named_modules()), dict(generator.named_parameters())
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_state_dict_hooks")
+    return {
+        "weights or buffers": fingerprint(generator),
+        "requires_grad": {name: p.requires_grad for name, p in parameters.items()},
+        "gradients": {name for name, p in parameters.items() if p.grad is not None},
+        "train/eval flags": {name: module.training for name, module in modules.items()},
+        "hooks": {name: [len(vars(m).get(kind, ())) for kind in hooks] for name, m in modules.items()},
+    }

@@ -1,7 +1,7 @@
-"""Write one real execution of a generator into a `torch.fx.Graph` whose leaves are whole modules.
+"""Record one real execution of a generator as a `torch.fx.Graph` whose leaves are whole modules.
 
-`torch.fx.symbolic_trace` runs a forward on proxies and fails at the first ``if`` on a shape. The recorder
-runs it on real tensors. Sizes stay symbolic, so that a recording of one sample runs with any batch.
+`torch.fx.symbolic_trace` runs a forward on proxies and fails at the first ``if`` on a shape. The recorder runs
+it on real tensors. Sizes stay symbolic, so that a recording of one sample runs with any batch.
 """
 
 from __future__ import annotations
@@ -29,15 +29,13 @@ class Recording:
     """One execution of a generator.
 
     Attributes:
-        graph: The execution. Placeholders are the tensors among the inputs, leaves are whole modules.
-        constants: Values that the forward used and that are neither inputs nor parameters nor buffers, by
-            node target.
+        graph: The execution. Placeholders are the input tensors, leaves are whole modules.
+        constants: Values that are neither inputs nor parameters nor buffers, by node target.
         inputs: For each placeholder, the path of its tensor in ``(args, kwargs)``.
-        calls: Every call of a submodule that was not inside a leaf, in order.
-        macs: Multiply-accumulates of the whole execution.
+        calls: Every call of a module outside of leaves, in order; the generator's own is the first.
         output: What the generator returned.
         modes: ``training`` flag of every submodule during the recording.
-        reads: Values that were read out of tensors into Python; they are frozen.
+        reads: Values read out of tensors into Python; they are frozen in the graph.
     """
 
     graph: fx.Graph
@@ -64,23 +62,21 @@ def record(
     observing: bool = False,
     change: int | None = None,
 ) -> Recording:
-    """Run a generator once and write the execution into a graph.
-
-    The generator is left as it was: hooks are removed, changed buffers and random states are restored.
+    """Run a generator once and record the execution as a graph; leaves the generator unchanged.
 
     Args:
         generator: The trained generator, in eval mode.
         args: Its positional inputs.
         kwargs: Its keyword inputs.
-        is_leaf: Decides by path and module whether the module becomes one node. By default every module
-            without submodules, and everything under ``torch.nn`` but the containers.
-        observing: Whether the graph is only looked at, not run: tensors may be inside objects or come from
-            outside PyTorch; what depends on what is then a guess.
+        is_leaf: Decides by path and module whether the module becomes one node. Default: every module without
+            submodules, and everything under ``torch.nn`` except containers.
+        observing: Allow tensors inside objects and tensors made outside PyTorch, and guess what depends on
+            them. Such a graph can be analysed, but not run.
         change: Number of the read that returns another value, to test what depends on it.
 
     Raises:
-        GeneratorError: If the generator raises on these inputs; its error is shown and chained.
-        DeviceError: If it raises and its parameters and the inputs differ in device or precision.
+        GeneratorError: If the generator raises on these inputs.
+        DeviceError: If it raises and its parameters and inputs differ in device or precision.
         NonFiniteError: If its output holds NaN or infinity.
         ModeError: If it is in train mode.
         RecordingError: If it passes tensors inside objects that a graph cannot follow.
@@ -90,7 +86,27 @@ def record(
     if generator.training:
         raise ModeError(f"{name} must be in eval mode. Call generator.eval() first.", generator)
     recorder = Recorder(generator, is_leaf or _is_atom, observing=observing, change=change)
-    placeholders = _make_placeholders(recorder, args, kwargs)
+    inputs: list[tuple[Any, ...]] = []
+    for path, leaf in flatten((tuple(args), kwargs)):
+        if isinstance(leaf, Tensor) and not recorder.has_node(leaf):
+            recorder.bind(recorder.graph.placeholder(f"input{len(inputs)}"), leaf)
+            inputs.append(path)
+    output = _run(recorder, args, kwargs)
+    for tensor in tensors(output):
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise NonFiniteError(
+                f"{name} returned NaN or infinity in a tensor of shape {tuple(tensor.shape)} on the example "
+                "inputs. Check its weights and the range of the inputs.",
+                tensor,
+            )
+    modes = {path: module.training for path, module in generator.named_modules()}
+    graph, calls, macs = recorder.graph, recorder.calls, recorder.counter.macs
+    return Recording(graph, recorder.constants, inputs, calls, macs, output, modes, recorder.reads)
+
+
+def _run(recorder: Recorder, args: Any, kwargs: Any) -> Any:
+    """Run the generator and complete the graph; returns the generator's output."""
+    generator = recorder.generator
     with unobserved(generator), torch.no_grad(), recorder.hooked(), recorder.counter, recorder:
         recorder.is_running = True
         try:
@@ -104,23 +120,7 @@ def record(
             recorder.is_running = False
     recorder.graph.output(result)
     _drop_unused_sizes(recorder.graph, recorder.calls)
-    for tensor in tensors(output):
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise NonFiniteError(
-                f"{name} returned NaN or infinity in a tensor of shape {tuple(tensor.shape)} on the example "
-                "inputs. Check its weights and the range of the inputs.",
-                tensor,
-            )
-    return Recording(
-        graph=recorder.graph,
-        constants=recorder.constants,
-        inputs=placeholders,
-        calls=recorder.calls,
-        macs=recorder.counter.macs,
-        output=output,
-        modes={name: module.training for name, module in generator.named_modules()},
-        reads=recorder.reads,
-    )
+    return output
 
 
 def _is_atom(_path: str, module: nn.Module) -> bool:
@@ -150,17 +150,8 @@ def unobserved(generator: nn.Module) -> Iterator[None]:
                 buffer.detach().copy_(copy)
 
 
-def _make_placeholders(recorder: Recorder, args: Any, kwargs: Any) -> list[tuple[Any, ...]]:
-    paths: list[tuple[Any, ...]] = []
-    for path, leaf in flatten((tuple(args), kwargs)):
-        if isinstance(leaf, Tensor) and not recorder.stands_for(leaf):
-            recorder.bind(recorder.graph.placeholder(f"input{len(paths)}"), leaf)
-            paths.append(path)
-    return paths
-
-
 def _drop_unused_sizes(graph: fx.Graph, calls: list[Call]) -> None:
-    """Erase the nodes of shapes that were only looked at, and renumber the calls' node ranges."""
+    """Erase the nodes of unused sizes, and renumber the node ranges of calls."""
     old = list(graph.nodes)
     for node in reversed(old):
         if node.meta.get("size") and not node.users:
@@ -177,20 +168,14 @@ def _explain(generator: nn.Module, args: Any, kwargs: Any, error: Exception) -> 
     inputs = tensors((args, kwargs))
     weight = next(iter(generator.parameters()), None)
     name, cause = type(generator).__name__, f"The generator raised {type(error).__name__}: {error}."
-    for tensor in inputs:
-        if weight is None:
-            break
-        if tensor.device != weight.device:
+    for x in inputs:
+        if weight is not None and (
+            x.device != weight.device or (x.is_floating_point() and x.dtype != weight.dtype)
+        ):
             return DeviceError(
-                f"{name} is on {weight.device} and an input of shape {tuple(tensor.shape)} on {tensor.device}"
-                f". Move one of them. {cause}",
-                tensor,
-            )
-        if tensor.is_floating_point() and tensor.dtype != weight.dtype:
-            return DeviceError(
-                f"{name} has {weight.dtype} parameters and an input of shape {tuple(tensor.shape)} is "
-                f"{tensor.dtype}. Convert one of them. {cause}",
-                tensor,
+                f"{name} and its inputs must share device and precision, got parameters on {weight.device} in "
+                f"{weight.dtype} and an input {tuple(x.shape)} on {x.device} in {x.dtype}. Convert one. {cause}",
+                x,
             )
     shapes = ", ".join(str(tuple(tensor.shape)) for tensor in inputs) or "no tensors"
     return GeneratorError(
@@ -202,8 +187,7 @@ def _explain(generator: nn.Module, args: Any, kwargs: Any, error: Exception) -> 
 def steering_line(recording: Recording, record_changed: Callable[[int], Recording]) -> str:
     """Find a read whose value depends on the inputs and changes what the forward does.
 
-    Values of parameters and constants are the same in every call. A question that only guards (another
-    answer raises) or that changes nothing may stay frozen.
+    A question to which another answer raises, or changes nothing, may stay frozen.
 
     Args:
         recording: A recording.

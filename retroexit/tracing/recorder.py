@@ -1,34 +1,41 @@
-"""Write what runs into an fx graph; `retroexit.tracing.record` starts and ends the recording.
+"""Write the tensor functions and modules that run into a `torch.fx.Graph`.
 
-A `TorchFunctionMode` writes every tensor function as a node, and hooks on the generator's modules write the
-chosen ones as ``call_module`` nodes. Sizes read from a tensor stay symbolic (`TracedInt`).
+`retroexit.tracing.record` starts and ends a recording. A `TorchFunctionMode` writes every tensor function as a
+node; hooks on the generator's modules write the chosen ones as ``call_module`` nodes. Sizes read from a tensor
+stay symbolic (`TracedInt`).
 """
 
 from __future__ import annotations
 
+import linecache
 import operator
 import sys
+import sysconfig
 import threading
 import types
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-from retroexit.core.macs import MacCounter
+from retroexit.core.modules import MacCounter
 from retroexit.core.nested import children, hidden_tensors, is_record, rebuild, tensors
 from retroexit.errors import RecordingError
-from retroexit.tracing.source_lines import show, user_line
 
-__all__ = ["QUESTIONS", "READS", "Call", "Read", "Recorder", "TracedInt", "altered", "assemble"]
+__all__ = [
+    "QUESTIONS", "READS", "Call", "Read", "Recorder", "altered", "assemble", "is_user_code", "show", "user_line",
+]  # fmt: skip
 
 QUESTIONS = frozenset({"__bool__", "__contains__", "allclose", "equal", "is_nonzero"})
-"""Functions that read yes or no out of tensors."""
+"""Functions that read a boolean out of tensors."""
 
 READS = QUESTIONS | {
     *("__array__", "__complex__", "__float__", "__index__", "__int__", "item", "numpy", "tolist")
@@ -36,13 +43,54 @@ READS = QUESTIONS | {
 """Functions that read values out of tensors into Python."""
 
 _IMPORTS = {"tensor", "as_tensor", "asarray", "from_numpy", "full"}
-_TENSOR_PROPERTIES = {
-    *("shape", "ndim", "dtype", "device", "requires_grad", "is_cuda", "layout", "grad_fn", "grad")
-}
+_NOT_RECORDED = {"grad", "grad_fn"}
 _PRINTABLE = (
     *(int, float, bool, complex, str, type(None), type(...)),
     *(torch.dtype, torch.device, torch.memory_format, torch.layout),
 )
+
+# Lines of the user's code, for messages.
+
+_OURS = str(Path(__file__).parents[1])
+_DEMO = str(Path(_OURS, "demo"))  # holds a generator, which counts as the user's
+_LIBRARIES = tuple(
+    str(Path(spec.origin).parent) for name in ("torch", "sympy") if (spec := find_spec(name)) and spec.origin
+)
+_STANDARD = sysconfig.get_paths()["stdlib"]
+
+
+def is_user_code(filename: str) -> bool:
+    """Return whether a file belongs neither to PyTorch, nor to Python, nor to this library."""
+    if filename.startswith((_OURS, *_LIBRARIES, "<frozen", "<retroexit")):
+        return filename.startswith(_DEMO)
+    return "-packages" in filename or not filename.startswith(_STANDARD)
+
+
+def user_line() -> tuple[str, int] | None:
+    """Return file and number of the innermost running line of the user's code.
+
+    Returns ``None`` if code of this library, outside the calling file, was called from the user's code. Never
+    returns a frame, which would keep the tensors of all callers alive.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    caller = frame.f_code.co_filename if frame else ""
+    while frame is not None:
+        filename = frame.f_code.co_filename
+        if is_user_code(filename):
+            return filename, frame.f_lineno
+        if filename.startswith(_OURS) and filename != caller:
+            return None
+        frame = frame.f_back
+    return None
+
+
+def show(place: tuple[str, int]) -> str:
+    """Format a line as ``file:number: code``."""
+    filename, number = place
+    return f"{filename}:{number}: {linecache.getline(filename, number).strip()}"
+
+
+# What a recording consists of.
 
 
 class TracedInt(int):
@@ -51,44 +99,27 @@ class TracedInt(int):
     recorder: Recorder
     node: fx.Node
 
-    @classmethod
-    def of(cls, value: int, recorder: Recorder, node: fx.Node) -> TracedInt:
-        """Tie an integer to a node, which is marked as a size."""
-        traced = cls(value)
-        traced.recorder, traced.node = recorder, node
-        node.meta["size"] = True
-        return traced
 
-
-def _traced_operator(name: str, reflected: bool = False) -> Callable[[Any, Any], Any]:
-    function = getattr(operator, name)
-    plain = getattr(int, f"__{'r' if reflected else ''}{name}__")
+def _traced_operator(name: str, prefix: str = "") -> Callable[[Any, Any], Any]:
+    function, plain = getattr(operator, name), getattr(int, f"__{prefix}{name}__")
 
     def method(self: TracedInt, other: Any) -> Any:
         value = plain(self, other)
         if value is NotImplemented or type(other) is bool or not self.recorder.is_running:
             return value
-        operands = (other, self) if reflected else (self, other)
-        node = self.recorder.graph.call_function(function, self.recorder.to_nodes(operands))
-        return TracedInt.of(int(value), self.recorder, node)
+        return self.recorder.size(value, function, *((other, self) if prefix else (self, other)))
 
     return method
 
 
 for _name in ("add", "sub", "mul", "floordiv", "mod"):
     setattr(TracedInt, f"__{_name}__", _traced_operator(_name))
-    setattr(TracedInt, f"__r{_name}__", _traced_operator(_name, reflected=True))
+    setattr(TracedInt, f"__r{_name}__", _traced_operator(_name, "r"))
 
 
 @dataclass(frozen=True)
 class Read:
-    """A value that was read out of a tensor.
-
-    Attributes:
-        node: The tensor.
-        name: The function that read it.
-        line: ``file:line: code``.
-    """
+    """A value read out of the tensor ``node`` by the function ``name`` at ``line`` (``file:line: code``)."""
 
     node: fx.Node
     name: str
@@ -104,64 +135,53 @@ def altered(value: Any) -> Any:
     return -value or 1.0 if isinstance(value, float) else value
 
 
-@dataclass
+@dataclass(eq=False)
 class Call:
-    """One call of one submodule during the recording.
+    """One call of one module during the recording.
 
     Attributes:
         path: Dotted path of the module in the generator.
-        module: The module itself.
+        module: The module.
         begin: Number of nodes written before the call.
+        inputs: Nodes of the input tensors.
+        parent: The enclosing call, or ``None``.
         end: Number of nodes written after it; the call's nodes are ``nodes[begin:end]``.
-        inputs: Nodes of the tensors that went in.
-        outputs: Nodes of the tensors that came out.
-        macs: Multiply-accumulates spent inside.
-        parent: Index of the enclosing call in `Recording.calls`, or ``None``.
+        outputs: Nodes of the output tensors.
+        macs: Multiply-accumulates inside.
+        children: The calls directly inside, in order.
     """
 
     path: str
     module: nn.Module
     begin: int
     inputs: list[fx.Node]
+    parent: Call | None = field(repr=False)
     end: int = 0
     outputs: list[fx.Node] = field(default_factory=list)
     macs: int = 0
-    parent: int | None = None
+    children: list[Call] = field(default_factory=list, repr=False)
 
 
-@dataclass
-class _Opened:
-    """A call that is running: its index, its MACs at the start, and of a leaf its arguments as nodes."""
-
-    index: int
-    macs: int
-    handled: BaseException | None
-    arguments: tuple[Any, Any] | None
+@dataclass(frozen=True)
+class _Running:
+    call: Call
+    macs: int  # counted before it
+    handled: BaseException | None  # when it began
+    arguments: tuple[Any, Any] | None  # as nodes, if it is a leaf
 
 
 class _Slot:
     """Marks in a template of `assemble` where a value goes."""
 
 
-@dataclass(frozen=True)
-class _Constant:
-    """Keeps a container from fx, which makes a plain dict of every subclass of ``dict``."""
-
-    value: Any
-
-
-def assemble(template: _Constant, values: tuple[Any, ...]) -> Any:
-    """Put values into a dataclass or model output, which fx cannot express."""
+def assemble(template: Any, values: tuple[Any, ...]) -> Any:
+    """Put values into a dataclass or a subclass of ``dict``, which fx cannot express."""
     rest = iter(values)
-    return rebuild(template.value, lambda leaf: next(rest) if leaf is _Slot else leaf)
+    return rebuild(template, lambda leaf: next(rest) if leaf is _Slot else leaf)
 
 
 class Recorder(TorchFunctionMode):
-    """Writes what runs under it into a graph; see `record`.
-
-    An observing recorder continues where tensors are inside objects or come from outside PyTorch, and guesses
-    what depends on what. Such a graph cannot be run.
-    """
+    """Writes what runs under it into a graph; see `record` for the arguments."""
 
     def __init__(
         self,
@@ -180,8 +200,7 @@ class Recorder(TorchFunctionMode):
         self.constants: dict[str, Any] = {}
         self.reads: list[Read] = []
         self.counter = MacCounter()
-        self._open: list[_Opened] = []
-        # By identity. A tensor that is gone is forgotten, since another one may get its identity.
+        self._running: list[_Running] = []
         self._node_of: dict[int, fx.Node] = {}
         self._watched: dict[int, weakref.ref[Tensor]] = {}
         named = [*generator.named_parameters(), *generator.named_buffers()]
@@ -193,6 +212,8 @@ class Recorder(TorchFunctionMode):
 
     def to_nodes(self, value: Any) -> Any:
         """Replace the tensors and traced sizes inside an argument by their nodes."""
+        if isinstance(value, fx.Node):
+            return value
         if isinstance(value, Tensor):
             return self.node(value)
         if isinstance(value, TracedInt):
@@ -206,7 +227,7 @@ class Recorder(TorchFunctionMode):
                 parts.append(self.to_nodes(leaf))
                 return _Slot
 
-            template = self._constant(_Constant(rebuild(value, take)))
+            template = self._constant(rebuild(value, take))
             return self.graph.call_function(assemble, (template, tuple(parts)))
         if isinstance(value, slice):
             return slice(*map(self.to_nodes, (value.start, value.stop, value.step)))
@@ -219,11 +240,12 @@ class Recorder(TorchFunctionMode):
             return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
         if self.observing:
             return [self.node(tensor) for tensor in hidden_tensors(value)] or value
-        self._refuse_hidden_tensors(value)
+        inner = getattr(value, "__dict__", None)
+        if isinstance(inner, dict) and not isinstance(value, (nn.Module, type, types.FunctionType)):
+            self._refuse_hidden_tensors(value, inner)
         return value if type(value) in _PRINTABLE else self._constant(value)
 
     def _constant(self, value: Any) -> fx.Node:
-        """Write an attribute for a value that is not in the generator and cannot be printed as code."""
         name = next((n for n, constant in self.constants.items() if constant is value), None)
         if name is None:
             name = f"_constant{len(self.constants)}"
@@ -250,7 +272,7 @@ class Recorder(TorchFunctionMode):
         return node
 
     def bind(self, node: fx.Node, value: Any) -> None:
-        """Let a node stand for a value, and write access nodes for what is inside a container."""
+        """Let a node stand for a value; write access nodes for the tensors inside a container."""
         if isinstance(value, Tensor):
             self._remember(value, node)
             with self._paused():
@@ -268,7 +290,7 @@ class Recorder(TorchFunctionMode):
                 self.bind(self.graph.call_function(access, (node, key)), child)
 
     def _remember(self, tensor: Tensor, node: fx.Node) -> None:
-        """Let a node stand for a tensor as long as the tensor lives."""
+        # A tensor that is gone is forgotten, since another one may get its id.
         key = id(tensor)
 
         def forget(gone: weakref.ref[Tensor]) -> None:
@@ -277,20 +299,17 @@ class Recorder(TorchFunctionMode):
 
         self._watched[key], self._node_of[key] = weakref.ref(tensor, forget), node
 
-    def stands_for(self, tensor: Tensor) -> bool:
+    def has_node(self, tensor: Tensor) -> bool:
         """Return whether a tensor has a node."""
         return id(tensor) in self._node_of
 
     def _tensors(self, value: Any) -> list[Tensor]:
         return hidden_tensors(value) if self.observing else tensors(value)
 
-    def _refuse_hidden_tensors(self, value: Any) -> None:
-        inner = getattr(value, "__dict__", None)
-        if not isinstance(inner, dict) or isinstance(value, (nn.Module, type, types.FunctionType)):
-            return
-        if any(self.stands_for(item) for item in tensors(dict(inner))):
+    def _refuse_hidden_tensors(self, value: Any, inner: dict[str, Any]) -> None:
+        if any(self.has_node(item) for item in tensors(dict(inner))):
             raise RecordingError(
-                f"values passed between modules must be tensors, tuples, lists, dicts or dataclasses, got a "
+                "values passed between modules must be tensors, tuples, lists, dicts or dataclasses, got a "
                 f"{type(value).__name__} object with tensors in its attributes. Make it a dataclass.",
                 value,
             )
@@ -311,12 +330,12 @@ class Recorder(TorchFunctionMode):
             return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
         if name == "__get__":
-            return self._property(func, args)
-        if name in ("size", "numel", "nelement", "__len__") and not kwargs and isinstance(args[0], Tensor):
+            return self._property(func, args[0])
+        if name in ("size", "numel", "nelement") and not kwargs and isinstance(args[0], Tensor):
             return self._size(func, name, args)
         if name == "__iter__":
             return iter(self._call(torch.unbind, (args[0], 0), {}))
-        if name in ("__set__", "requires_grad_", "register_hook", "backward"):
+        if name in ("__len__", "__set__", "requires_grad_", "register_hook", "backward"):
             return func(*args, **kwargs)
         return self._call(func, args, kwargs)
 
@@ -346,36 +365,37 @@ class Recorder(TorchFunctionMode):
         self.bind(node, out)
         return out
 
-    def _property(self, func: Any, args: Any) -> Any:
-        out = func(*args)
+    def size(self, value: int, function: Callable[..., Any], *operands: Any) -> TracedInt:
+        """Write the node that computes a size; returns the size as an integer tied to it."""
+        traced = TracedInt(value)
+        traced.recorder, traced.node = self, self.graph.call_function(function, self.to_nodes(operands))
+        traced.node.meta["size"] = True
+        return traced
+
+    def _property(self, func: Any, tensor: Tensor) -> Any:
+        out = func(tensor)
         name = getattr(func.__self__, "__name__", None) or getattr(func.__self__, "fget", func).__name__
-        if name == "shape":
-            return out if self.observing else self._traced_shape(args[0], out)
-        if name in _TENSOR_PROPERTIES or not tensors(out):
-            return out
-        self.bind(self.graph.call_function(getattr, (self.node(args[0]), name)), out)
+        if name == "shape" and not self.observing:
+            return self._traced_shape(tensor, out)
+        if tensors(out) and name not in _NOT_RECORDED:
+            self.bind(self.graph.call_function(getattr, (self.node(tensor), name)), out)
         return out
 
     def _size(self, func: Any, name: str, args: Any) -> Any:
-        out = func(*_untraced(args))
-        if self.observing or name == "__len__":
-            return out
+        if self.observing:
+            return func(*_untraced(args))
         if name == "size":
             shape = self._traced_shape(args[0], args[0].size())
             return shape if len(args) == 1 else shape[args[1]]
-        return TracedInt.of(out, self, self.graph.call_method("numel", (self.node(args[0]),)))
+        return self.size(func(args[0]), Tensor.numel, args[0])
 
     def _traced_shape(self, tensor: Tensor, shape: Any) -> torch.Size:
         node = self.node(tensor)
-        whole = node.meta.get("shape_node")
-        if whole is None:
-            whole = node.meta["shape_node"] = self.graph.call_function(getattr, (node, "shape"))
-            whole.meta["size"] = True
-        sizes = [
-            TracedInt.of(int(size), self, self.graph.call_function(operator.getitem, (whole, axis)))
-            for axis, size in enumerate(shape)
-        ]
-        return torch.Size(sizes)
+        if "shape_node" not in node.meta:
+            node.meta["shape_node"] = self.graph.call_function(getattr, (node, "shape"))
+            node.meta["shape_node"].meta["size"] = True
+        axes = enumerate(shape)
+        return torch.Size([self.size(n, operator.getitem, node.meta["shape_node"], axis) for axis, n in axes])
 
     def _note_read(self, name: str, args: Any, out: Any) -> Any:
         """Note that a value leaves a tensor; return another value for the read number ``change``."""
@@ -389,7 +409,7 @@ class Recorder(TorchFunctionMode):
 
     @property
     def _is_inside_leaf(self) -> bool:
-        return bool(self._open) and self._open[-1].arguments is not None
+        return bool(self._running) and self._running[-1].arguments is not None
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
@@ -407,32 +427,35 @@ class Recorder(TorchFunctionMode):
             for handle in handles:
                 handle.remove()
 
+    @property
     def _is_observed(self) -> bool:
         return self.is_running and threading.get_ident() == self._thread
 
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-        if not self._is_observed() or self._is_inside_leaf:
+        if not self._is_observed or self._is_inside_leaf:
             return None
         path = self._path[id(module)]
         begin = len(self.graph.nodes)
         leaf = path != "" and self.is_leaf(path, module)
         arguments = (self.to_nodes(tuple(args)), self.to_nodes(dict(kwargs))) if leaf else None
-        entered = [self.node(tensor) for tensor in self._tensors((args, kwargs))]
-        parent = self._open[-1].index if self._open else None
-        self._open.append(_Opened(len(self.calls), self.counter.macs, sys.exc_info()[1], arguments))
-        self.calls.append(Call(path, module, begin, entered, parent=parent))
+        inputs = [self.node(tensor) for tensor in self._tensors((args, kwargs))]
+        call = Call(path, module, begin, inputs, self._running[-1].call if self._running else None)
+        if call.parent is not None:
+            call.parent.children.append(call)
+        self.calls.append(call)
+        self._running.append(_Running(call, self.counter.macs, sys.exc_info()[1], arguments))
         return (_untraced(args), _untraced(kwargs)) if leaf else None
 
     def _leave(self, module: nn.Module, _args: Any, out: Any) -> None:
-        if not self._is_observed() or not self._open or self.calls[self._open[-1].index].module is not module:
+        if not self._is_observed or not self._running or self._running[-1].call.module is not module:
             return
-        opened = self._open.pop()
-        if sys.exc_info()[1] is not opened.handled:  # the call failed
+        running = self._running.pop()
+        if sys.exc_info()[1] is not running.handled:  # the call failed
             return
-        call = self.calls[opened.index]
-        call.macs = self.counter.macs - opened.macs
-        if opened.arguments is not None:
-            node = self.graph.create_node("call_module", call.path, *opened.arguments)
+        call = running.call
+        call.macs = self.counter.macs - running.macs
+        if running.arguments is not None:
+            node = self.graph.create_node("call_module", call.path, *running.arguments)
             node.meta["macs"], node.meta["line"] = call.macs, user_line()
             self.bind(node, out)
         call.outputs = [self.node(tensor) for tensor in self._tensors(out)]
@@ -445,8 +468,9 @@ def _untraced(value: Any) -> Any:
 
 def _mutates(name: str, kwargs: dict[str, Any]) -> bool:
     """Return whether a function writes into its arguments."""
-    is_dunder = name.startswith("__") and name.endswith("__")
-    in_place = name.endswith("_") and not is_dunder
-    augmented = is_dunder and name.startswith("__i") and name not in ("__invert__", "__int__", "__index__")
-    writes = name in ("__setitem__", "__delitem__") or "out" in kwargs or bool(kwargs.get("inplace"))
-    return in_place or augmented or writes
+    if "out" in kwargs or kwargs.get("inplace"):
+        return True
+    if name.startswith("__") and name.endswith("__"):
+        is_augmented = name.startswith("__i") and name not in ("__invert__", "__int__", "__index__")
+        return is_augmented or name in ("__setitem__", "__delitem__")
+    return name.endswith("_")

@@ -6,8 +6,7 @@ from torch import fx
 
 from retroexit.errors import AttachPointError, closest
 from retroexit.split.split import places
-from retroexit.stages.cuts import Cut
-from retroexit.stages.decoder import Decoder, describe_stage
+from retroexit.stages.decoder import Cut, Decoder
 from retroexit.stages.stage import Stage
 from retroexit.wrapping.options import WrapOptions
 
@@ -24,7 +23,7 @@ def find_places(decoder: Decoder, options: WrapOptions) -> list[tuple[Stage, Cut
     chosen: list[Stage] = []
     for place in options.attach_at:
         if isinstance(place, str):
-            chosen.append(stage_of.get(place) or describe_stage(decoder, place))
+            chosen.append(stage_of.get(place) or decoder.describe(place))
         elif not 1 <= place <= len(decoder.stages):
             near = ", ".join(
                 f"{s.index} ({s.path})" for s in decoder.stages if abs(s.index - place) <= 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from retroexit.core.images import ImageRange, measure_range
+from retroexit.core.samples import ImageRange, measure_range
 from retroexit.errors import OptionError, OutputError
 
 

@@ -48,14 +48,11 @@ DRAWINGS: dict[str, Callable[[Evaluation], str]] = {
 def test_every_figure_is_drawn_for_any_evaluation(
     make_evaluation: Make, draw: Callable[[Evaluation], str], shape: dict[str, object]
 ) -> None:
-    shown = texts(draw(make_evaluation(**shape)))
+    svg = draw(make_evaluation(**shape))
+    assert svg == draw(make_evaluation(**shape))
+    shown = texts(svg)
     assert any("LPIPS (alex)" in text for text in shown)
     assert not any("nan" in text for text in shown)
-
-
-def test_equal_numbers_give_an_equal_svg(make_evaluation: Make) -> None:
-    for draw in DRAWINGS.values():
-        assert draw(make_evaluation()) == draw(make_evaluation())
 
 
 def test_the_distribution_names_thresholds_exits_and_units_and_has_a_bar_per_exit_taken(
@@ -93,7 +90,9 @@ def test_the_enforcement_figure_states_how_many_samples_are_above(make_evaluatio
     assert title in texts(figures.predictor_enforcement(e))
 
 
-def test_figures_need_their_numbers(make_evaluation: Make) -> None:
+def test_figures_need_their_numbers_and_matplotlib(
+    make_evaluation: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     usual, unpredicted = make_evaluation(), make_evaluation(predicted=None)
     assert "without guide" in texts(figures.quality_per_exit(usual, make_evaluation(seed=1)))
     with pytest.raises(OptionError, match="unguided must have 3 exits, got 2"):
@@ -106,13 +105,16 @@ def test_figures_need_their_numbers(make_evaluation: Make) -> None:
         figures.difficulty_against_distance(make_evaluation(distance=None))
     svg = figures.difficulty_against_distance(unpredicted, 0.05)
     assert "exits taken at threshold 0.05" in texts(svg)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'retroexit\[report\]'"):
+        figures.quality_per_exit(usual)
 
 
 def test_a_density_equals_scipys_or_is_a_peak_of_area_one(make_evaluation: Make) -> None:
     samples, grid = make_evaluation().loss[:, 0], np.linspace(-0.2, 0.6, 300)
     for bandwidth in (0.3, 0.5):
-        want = stats.gaussian_kde(samples, bw_method=bandwidth)(grid)
-        assert figures.density(samples, grid, bandwidth) == pytest.approx(want, abs=1e-9)
+        expected = stats.gaussian_kde(samples, bw_method=bandwidth)(grid)
+        assert figures.density(samples, grid, bandwidth) == pytest.approx(expected, abs=1e-9)
     grid = np.linspace(0, 1, 401)
     curve = figures.density(np.full(5, 0.5), grid)
     assert grid[curve.argmax()] == pytest.approx(0.5)
@@ -125,14 +127,6 @@ def test_a_density_equals_scipys_or_is_a_peak_of_area_one(make_evaluation: Make)
 )
 def test_the_metric_is_named_for_readers(name: str | None, label: str) -> None:
     assert figures.metric_label({} if name is None else {"name": name}) == label
-
-
-def test_without_matplotlib_the_error_holds_the_pip_line(
-    make_evaluation: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(MissingExtraError, match=r"pip install 'retroexit\[report\]'"):
-        figures.quality_per_exit(make_evaluation())
 
 
 def test_importing_the_evaluation_modules_loads_no_optional_package() -> None:

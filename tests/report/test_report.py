@@ -32,39 +32,35 @@ class Page(HTMLParser):
     def __init__(self, text: str) -> None:
         super().__init__()
         self.tables: dict[str, list[list[str]]] = {}
-        self.addresses: list[str] = []
-        self.ids: list[str] = []
-        self.headings: list[str] = []
-        self._inside: list[str] = []
-        self.drawings = self.chosen = 0
+        self.addresses = re.findall(r'\b(?:src|href|srcset)="([^"]*)"', text)
+        self.ids = re.findall(r'\bid="([^"]*)"', text)
+        self.headings = re.findall("<h2>(.*?)</h2>", text)
+        self.pictures = [
+            address for address in self.addresses if address.startswith("data:image/png;base64,")
+        ]
+        self.drawings, self.chosen = text.count("<svg"), text.count('<figure class="chosen"')
+        self._in_cell = False
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        values = dict(attrs)
-        self.addresses += [
-            values[key] or "" for key in ("src", "href", "xlink:href", "srcset") if key in values
-        ]
-        self.ids += [values["id"] or ""] if "id" in values else []
-        self.drawings += tag == "svg"
-        self.chosen += tag == "figure" and values.get("class") == "chosen"
         if tag == "table":
-            self._table = self.tables.setdefault(values["id"] or "", [])
+            self._rows = self.tables.setdefault(dict(attrs)["id"] or "", [])
         elif tag == "tr":
-            self._table.append([])
+            self._rows.append([])
         elif tag in ("td", "th"):
-            self._table[-1].append("")
-        self._inside.append(tag)
+            self._rows[-1].append("")
+            self._in_cell = True
 
     def handle_endtag(self, tag: str) -> None:
-        if tag in self._inside:
-            while self._inside.pop() != tag:
-                pass
+        self._in_cell &= tag not in ("td", "th")
 
     def handle_data(self, data: str) -> None:
-        if {"td", "th"} & set(self._inside):
-            self._table[-1][-1] += data
-        elif "h2" in self._inside:
-            self.headings.append(data)
+        if self._in_cell:
+            self._rows[-1][-1] += data
+
+    def pixels(self, number: int) -> np.ndarray:
+        """Decode one of the pictures."""
+        return np.asarray(Image.open(io.BytesIO(base64.b64decode(self.pictures[number].partition(",")[2]))))
 
 
 @pytest.fixture(scope="module")
@@ -81,38 +77,29 @@ def usual(make_evaluation: Make, strips: list[Strip], tmp_path_factory: pytest.T
     return write_report(folder, make_evaluation(), strips, title="<b>T</b>").read_text("utf-8")
 
 
-def test_the_page_asks_nothing_of_the_network(usual: str) -> None:
+def test_the_page_needs_no_network_and_its_references_resolve(usual: str) -> None:
     assert not re.search(r"https?://|//[a-z]+\.|@import|<link|<script", usual)
-    addresses = Page(usual).addresses
-    pictures = [address for address in addresses if address.startswith("data:image/png;base64,")]
-    assert len(pictures) == 5
-    assert all(address.startswith("#") for address in set(addresses) - set(pictures))
-
-
-def test_pictures_survive_unchanged(usual: str, strips: list[Strip]) -> None:
     page = Page(usual)
-    first = next(address for address in page.addresses if address.startswith("data:"))
-    pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(first.partition(",")[2]))))
-    assert np.array_equal(pixels, strips[0].images[0][1])
-    assert page.chosen == 2
-
-
-def test_large_pictures_are_reduced(make_evaluation: Make, tmp_path: Path) -> None:
-    strip = Strip("large", [("one", np.zeros((300, 1200, 3), np.uint8))], 0)
-    bare = make_evaluation(predicted=None, distance=None)
-    page = Page(write_report(tmp_path, bare, [strip], title="T").read_text("utf-8"))
-    source = next(address for address in page.addresses if address.startswith("data:"))
-    assert Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))).size == (384, 96)
-
-
-def test_references_inside_the_drawings_resolve_and_ids_do_not_collide(usual: str) -> None:
-    page = Page(usual)
-    targets = {a[1:] for a in page.addresses if a.startswith("#")} | set(
-        re.findall(r"url\(#([^)]+)\)", usual)
-    )
+    inner = set(page.addresses) - set(page.pictures)
+    assert all(address.startswith("#") for address in inner)
+    targets = {address[1:] for address in inner} | set(re.findall(r"url\(#([^)]+)\)", usual))
     assert page.drawings == 5
     assert targets and targets <= set(page.ids)
     assert len(page.ids) == len(set(page.ids))
+    assert "&lt;b&gt;T&lt;/b&gt;" in usual and "easiest &lt;input&gt;" in usual
+    assert "<b>T" not in usual and "<input>" not in usual
+
+
+def test_small_pictures_survive_unchanged_and_large_ones_are_reduced(
+    usual: str, strips: list[Strip], make_evaluation: Make, tmp_path: Path
+) -> None:
+    page = Page(usual)
+    assert len(page.pictures) == 5 and page.chosen == 2
+    assert np.array_equal(page.pixels(0), strips[0].images[0][1])
+    strip = Strip("large", [("one", np.zeros((300, 1200, 3), np.uint8))], 0)
+    bare = make_evaluation(predicted=None, distance=None)
+    page = Page(write_report(tmp_path, bare, [strip], title="T").read_text("utf-8"))
+    assert page.pixels(0).shape == (96, 384, 3)
 
 
 def test_the_sweep_table_holds_the_numbers_of_the_evaluation(make_evaluation: Make, tmp_path: Path) -> None:
@@ -142,20 +129,16 @@ def test_the_exit_table_holds_cost_and_quality_of_every_exit(make_evaluation: Ma
     assert rows[0][head.index("speed-up")] == "5×"
 
 
-def test_the_predictor_table_holds_the_errors(make_evaluation: Make, usual: str) -> None:
-    rows = Page(usual).tables["predictor"][1:]
-    error = make_evaluation().predictor_error()
+def test_the_predictor_table_and_the_headline_hold_the_numbers(make_evaluation: Make, usual: str) -> None:
+    e = make_evaluation()
+    rows, error, point = Page(usual).tables["predictor"][1:], e.predictor_error(), e.at_threshold(0.1)
     assert [float(row[1]) for row in rows] == pytest.approx(error["mean_absolute"], rel=0.01)
     assert [float(row[3]) for row in rows] == pytest.approx(error["spearman"], abs=0.006)
-
-
-def test_the_headline_states_saving_and_loss_at_threshold_0_1(make_evaluation: Make, usual: str) -> None:
-    point = make_evaluation().at_threshold(0.1)
     assert f"At a threshold of 0.1 LPIPS (alex), {100 * point.saved:.0f} % of the backbone" in usual
     assert f"mean {point.mean_loss:.3g}, 90 % of the samples below {point.p90_loss:.3g}." in usual
 
 
-def test_a_calibrated_model_is_headed_by_its_promise(make_evaluation: Make, tmp_path: Path) -> None:
+def test_the_headline_of_a_calibrated_model_states_its_promise(make_evaluation: Make, tmp_path: Path) -> None:
     e, other = make_evaluation(samples=100), make_evaluation(samples=100, seed=1)
     calibration = Calibration(torch.from_numpy(other.loss), torch.from_numpy(other.need_predicted()))
     write_report(tmp_path, e, [], title="T", calibration=calibration)
@@ -169,7 +152,9 @@ def test_a_calibrated_model_is_headed_by_its_promise(make_evaluation: Make, tmp_
     assert f"here {int((point.loss_of > 0.1).sum())} of 100 do, mean {point.mean_loss:.3g}." in headline
 
 
-def test_routing_that_costs_more_than_it_saves_is_called_that(make_evaluation: Make, tmp_path: Path) -> None:
+def test_the_headline_states_that_routing_costs_more_than_it_saves(
+    make_evaluation: Make, tmp_path: Path
+) -> None:
     e = make_evaluation(overhead=np.full(4, 9e9))
     summary = write_report(tmp_path, e, [], title="T").with_name("summary.json")
     assert re.search(r"\d+ % of the backbone's compute is added", json.loads(summary.read_text())["headline"])
@@ -181,11 +166,6 @@ def test_metric_hash_versions_and_command_are_on_the_page(make_evaluation: Make,
     command = "retroexit evaluate --x &#39;&lt;y&gt;&#39;"
     assert all(part in text for part in ("ab" * 32, "torch 2.15.0", "python 3.11, numpy 2", command))
     assert "<dt>nothing" not in text
-
-
-def test_text_from_outside_is_escaped(usual: str) -> None:
-    assert "&lt;b&gt;T&lt;/b&gt;" in usual and "easiest &lt;input&gt;" in usual
-    assert "<b>T" not in usual and "<input>" not in usual
 
 
 def test_what_was_not_measured_is_left_out(make_evaluation: Make, tmp_path: Path) -> None:
@@ -259,12 +239,15 @@ def test_default_thresholds_are_few_round_and_span_the_losses(make_evaluation: M
     assert 0.1 in thresholds_for(Evaluation(e.loss * scale, None, e.macs, e.overhead, {"name": "lpips-vgg"}))
 
 
-def test_a_report_of_one_sample_without_any_loss_still_works(make_evaluation: Make, tmp_path: Path) -> None:
+def test_a_report_of_one_sample_without_any_loss_has_no_negative_zero(
+    make_evaluation: Make, tmp_path: Path
+) -> None:
     e = make_evaluation(samples=1, branches=1, loss=np.zeros((1, 1)), predicted=np.zeros((1, 1)))
-    assert "backbone" in write_report(tmp_path / "deep" / "er", e, [], title="T").read_text("utf-8")
+    text = write_report(tmp_path / "deep" / "er", e, [], title="T").read_text("utf-8")
+    assert "backbone" in text and not re.search(r"-0(\.0+)? %", text)
 
 
-def test_no_thresholds_and_a_missing_jinja2_are_refused(
+def test_no_thresholds_and_a_missing_jinja2_are_errors(
     make_evaluation: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(OptionError, match="thresholds must not be empty, got"):
@@ -275,7 +258,7 @@ def test_no_thresholds_and_a_missing_jinja2_are_refused(
     assert not list(tmp_path.iterdir())
 
 
-def test_strips_that_cannot_be_shown_are_refused() -> None:
+def test_strips_that_cannot_be_shown_are_errors() -> None:
     good = np.zeros((4, 4, 3), np.uint8)
     with pytest.raises(OptionError, match="chosen must be an index of 2 images, got 2"):
         Strip("s", [("a", good), ("b", good)], 2)

@@ -1,4 +1,4 @@
-"""What a report is written from again: words, images, numbers, and the model that they belong to."""
+"""What a report is written from again: texts, images, numbers, and the model that they belong to."""
 
 from __future__ import annotations
 
@@ -33,14 +33,15 @@ def strips() -> list[Strip]:
     return [Strip("easiest", images, 0), Strip("hardest", images[::-1], 1)]
 
 
-def test_words_and_images_come_back_as_they_were_written(strips: list[Strip], tmp_path: Path) -> None:
+def test_texts_and_images_come_back_as_they_were_written(strips: list[Strip], tmp_path: Path) -> None:
+    assert read_report(tmp_path) == SavedReport()
     save_report(tmp_path, SavedReport("T", "H", "retroexit evaluate 'x'", strips))
     save_report(tmp_path, SavedReport("T", None, "c", strips[:1]))  # fewer images than before
     back = read_report(tmp_path)
     assert (back.title, back.headline, back.command) == ("T", None, "c")
     assert [(s.label, s.chosen) for s in back.strips] == [("easiest", 0)]
-    for (caption, pixels), (own, before) in zip(back.strips[0].images, strips[0].images, strict=True):
-        assert caption == own and np.array_equal(pixels, before)
+    for (caption, pixels), (old, before) in zip(back.strips[0].images, strips[0].images, strict=True):
+        assert caption == old and np.array_equal(pixels, before)
     assert len(list((tmp_path / "strips").iterdir())) == 2
 
 
@@ -67,38 +68,26 @@ def test_a_report_is_found_in_a_models_folder_too(make_evaluation: Make, tmp_pat
     assert find_report(tmp_path) == find_report(tmp_path / "report") == tmp_path / "report"
 
 
-def test_a_folder_without_words_gives_a_report_without_images(tmp_path: Path) -> None:
-    assert read_report(tmp_path) == SavedReport()
-
-
-@pytest.mark.parametrize(
-    "damage", ["text", "missing", "elsewhere", "chosen"], ids=lambda name: f"damaged: {name}"
-)
-def test_damaged_words_are_refused_with_what_to_do(damage: str, strips: list[Strip], tmp_path: Path) -> None:
-    save_report(tmp_path, SavedReport("T", None, None, strips))
-    path = tmp_path / "report.json"
-    words = json.loads(path.read_text())
-    if damage == "text":
-        path.write_text("{")
-    elif damage == "missing":
-        (tmp_path / "strips/0-0.png").unlink()
-    elif damage == "elsewhere":
-        words["strips"][0]["images"][0][1] = "../../secret.png"
-        path.write_text(json.dumps(words))
-    else:
-        words["strips"][0]["chosen"] = 7
-        path.write_text(json.dumps(words))
-    with pytest.raises(CheckpointError, match=r"report.json or an image .* is damaged .* Remove"):
-        read_report(tmp_path)
-
-
-def test_numbers_that_are_none_are_refused(tmp_path: Path) -> None:
+def test_damaged_files_are_errors_with_advice(strips: list[Strip], tmp_path: Path) -> None:
     (tmp_path / "evaluation.json").write_text('{"loss": 3}')
     with pytest.raises(CheckpointError, match=r"evaluation.json is damaged: not an evaluation"):
         read_evaluation(tmp_path)
+    save_report(tmp_path, SavedReport("T", None, None, strips))
+    path = tmp_path / "report.json"
+    text = path.read_text()
+    for old, new in (
+        ("{", ""),
+        ("strips/0-0.png", "strips/9-9.png"),
+        ("strips/0-0.png", "../../secret.png"),
+        ('"chosen": 0', '"chosen": 7'),
+    ):
+        assert old in text
+        path.write_text(text.replace(old, new))
+        with pytest.raises(CheckpointError, match=r"report.json or an image .* is damaged .* Remove"):
+            read_report(tmp_path)
 
 
-def test_only_the_model_of_the_same_generator_is_taken_for_the_reports_model(
+def test_the_page_shows_the_hashes_of_a_model_of_the_same_generator_only(
     make_evaluation: Make, tmp_path: Path
 ) -> None:
     evaluation = make_evaluation(about={"fingerprint": "ab" * 8})
@@ -112,8 +101,7 @@ def test_only_the_model_of_the_same_generator_is_taken_for_the_reports_model(
         "about": {"inputs": 12, "fit": {"steps": 7}},
     }
     (tmp_path / "model.json").write_text(json.dumps(manifest))
-    found = model_facts(report, evaluation)
-    assert found == (tmp_path, manifest)
+    assert model_facts(report, evaluation) == (tmp_path, manifest)
     assert hashes(manifest) == [("generator", "ab" * 32), ("branches and predictor", "cd" * 32)]
     text = write_report(report, evaluation, [], title="T").read_text("utf-8")
     assert "cd" * 32 in text and "12 inputs" in text and "steps 7" in text

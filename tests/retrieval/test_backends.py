@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from retroexit.errors import OptionError, RetrieverError
-from retroexit.retrieval import AutoRetriever, ExactRetriever, FaissRetriever, HnswlibRetriever
+from retroexit.retrieval import ExactRetriever, FaissRetriever, HnswlibRetriever
 
 
 def by_loop(keys: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -30,7 +30,7 @@ def test_search_finds_the_neighbours_of_a_loop_with_exact_distances(any_backend,
     retriever = any_backend().build(keys)
     result = retriever.search(queries, 5)
     assert result.ids.dtype == torch.int64 and result.distances.dtype == torch.float32
-    if isinstance(retriever, (ExactRetriever, AutoRetriever)) or retriever.options.get("index") == "Flat":
+    if isinstance(retriever, ExactRetriever) or retriever.options.get("index") == "Flat":
         assert torch.equal(result.ids, ids) and torch.equal(retriever.search(queries).ids, ids[:, :1])
         torch.testing.assert_close(result.distances, distances, rtol=1e-5, atol=1e-5)
     else:

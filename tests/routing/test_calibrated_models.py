@@ -17,8 +17,8 @@ from retroexit.metrics import QualityMetric
 from retroexit.model import EarlyExitGenerator
 from retroexit.routing.policy import assign_exits
 from retroexit.routing.predictor import Kind, Predictor, Reads
-from retroexit.training.data.cache import FeatureCache
-from retroexit.training.predictor.fit import fit_predictor
+from retroexit.training.cache import FeatureCache
+from retroexit.training.predictor import fit_predictor
 
 
 class Distance(QualityMetric):

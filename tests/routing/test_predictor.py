@@ -12,7 +12,7 @@ import retroexit
 from retroexit.errors import TrainingError
 from retroexit.metrics import QualityMetric
 from retroexit.routing.predictor import Predictor
-from retroexit.training.predictor.fit import train_predictor
+from retroexit.training.predictor import train_predictor
 
 
 class Distance(QualityMetric):
@@ -169,6 +169,6 @@ def test_it_can_read_the_inputs_through_an_adapter(tmp_path: Path) -> None:
 
 
 def _macs(module: torch.nn.Module, x: Tensor) -> int:
-    from retroexit.core.macs import count_macs
+    from retroexit.core.modules import count_macs
 
     return count_macs(module, x)

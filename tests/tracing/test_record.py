@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from retroexit.core.macs import MacCounter
+from retroexit.core.modules import MacCounter
 from retroexit.core.nested import flatten, rebuild, tensors
 from retroexit.tracing.record import record
 

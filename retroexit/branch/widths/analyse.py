@@ -32,7 +32,7 @@ from retroexit.core.modules import clone_module
 from retroexit.core.nested import flatten, rebuild, tensors
 from retroexit.errors import BranchError
 from retroexit.split.replay.tail import ReplayTail
-from retroexit.tracing.source_lines import is_user_code, show
+from retroexit.tracing.recorder import is_user_code, show
 
 __all__ = ["analyse", "blame", "int_attributes"]
 

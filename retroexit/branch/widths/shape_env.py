@@ -34,7 +34,7 @@ from torch.utils._sympy.value_ranges import ValueRanges
 
 from retroexit.branch.widths.equations import Expr, SizeEquations
 from retroexit.split.segments import GENERATED
-from retroexit.tracing.source_lines import is_user_code, show
+from retroexit.tracing.recorder import is_user_code, show
 
 __all__ = ["SizeEnv", "SymbolicMode"]
 

@@ -23,11 +23,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from retroexit.core.nested import rebuild_deep, tensors
+from retroexit.core.nested import change_first_map, rebuild_deep, tensors
 from retroexit.errors import InputMismatchError
-from retroexit.split.segments import change_first_map
-from retroexit.tracing.recorder import READS
-from retroexit.tracing.source_lines import user_line
+from retroexit.tracing.recorder import READS, user_line
 
 __all__ = ["Answer", "Place", "Run", "become_standin", "delegate", "is_fake", "opened_by", "running"]
 

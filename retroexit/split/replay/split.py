@@ -25,8 +25,7 @@ from retroexit.split.replay.rerun import Place, Run, become_standin, delegate, o
 from retroexit.split.replay.tail import Layout, ReplayCut, ReplayTail
 from retroexit.split.segments import Tail
 from retroexit.split.split import Leaves, SplitGenerator, Values
-from retroexit.stages.cuts import Cut
-from retroexit.stages.decoder import Decoder
+from retroexit.stages.decoder import Cut, Decoder
 from retroexit.stages.stage import Stage
 from retroexit.tracing.record import unobserved
 
@@ -216,10 +215,9 @@ def _place(decoder: Decoder, stage: Stage, cut: Cut, tap: str) -> Place:
     call = decoder.call((stage.end or stage.path) if tap == "after" else stage.path)
     tensors = call.outputs if tap == "after" else call.inputs
     enclosing, parent = [""], call.parent
-    calls = decoder.recording.calls
     while parent is not None:
-        enclosing.append(calls[parent].path)
-        parent = calls[parent].parent
+        enclosing.append(parent.path)
+        parent = parent.parent
     return Place(call.path, tap, frozenset(enclosing), _distinct(tensors).index(cut.feature))
 
 

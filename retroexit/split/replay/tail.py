@@ -25,7 +25,7 @@ from retroexit.split.replay.rerun import (
     running,
 )
 from retroexit.split.segments import Tail
-from retroexit.stages.cuts import Cut
+from retroexit.stages.decoder import Cut
 from retroexit.tracing.recorder import altered
 
 __all__ = ["Layout", "ReplayCut", "ReplayTail", "Values"]
