@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from retroexit.branch.branch import GuideShape
-from retroexit.core.modules import fingerprint
+from retroexit.core.identity import fingerprint
 from retroexit.core.nested import cloned
 from retroexit.errors import BankError, OptionError
 from retroexit.guidance.bank import GuidanceBank, Retrieved
@@ -295,6 +295,10 @@ class GuideProvider:
         self.taps: Taps | None = None
         self._generator: nn.Module | None = None
         self._bank: GuidanceBank | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Taps belong to one recording: a copy takes those of its own.
+        return {"taps": None, "_generator": None, "_bank": self._bank}
 
     @property
     def bank(self) -> GuidanceBank | None:

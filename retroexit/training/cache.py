@@ -19,7 +19,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from retroexit.core.files import is_intact, read_npy, self_digest
-from retroexit.core.modules import device_of, fingerprint
+from retroexit.core.identity import fingerprint
+from retroexit.core.modules import device_of
 from retroexit.core.samples import Samples, drawing_from, moved
 from retroexit.errors import CheckpointError, OptionError, TrainingError
 from retroexit.guidance.provider import Taps

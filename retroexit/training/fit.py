@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from retroexit.core.files import MANIFEST
-from retroexit.core.modules import device_of, fingerprint
+from retroexit.core.identity import fingerprint
+from retroexit.core.modules import device_of
 from retroexit.core.samples import ImageRange, Samples, drawing_from
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.guidance.building import build_bank, with_slopes

@@ -25,7 +25,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from retroexit.core.modules import fingerprint
+from retroexit.core.identity import fingerprint
 from retroexit.errors import OptionError, PluginError, RetroExitWarning, TrainingError, WeightsError
 from retroexit.metrics import QualityMetric
 from retroexit.plugins.description import Description
