@@ -304,7 +304,7 @@ def _term(
         network = f"{type(plan.discriminator).__name__}, a copy per branch: {branches} x "
         network += _size(plan.discriminator)
         if ADVERSARIAL in plan.weights:
-            network += f", {plan.objective.name}, lr {plan.adversary.lr:g}"
+            network += f", {plan.objective.name}, lr {plan.discriminator_lr:g}"
         untrained = {"auto": "none: as the adapter makes it, untrained", "none": ""}
         source = untrained.get(losses.discriminator, losses.discriminator)
     elif name == GAZE:
