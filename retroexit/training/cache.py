@@ -106,9 +106,9 @@ class FeatureCache:
         array = self._arrays[name]
         windows = None if crop is None else crop(array.shape[2:])
         if windows is None:
-            return torch.from_numpy(array[np.asarray(indices)]).to(device)
+            return _to_tensor(array[np.asarray(indices)]).to(device)
         places: list[Any] = [(row, slice(None), *part) for row, part in zip(indices, windows, strict=True)]
-        return torch.from_numpy(np.stack([array[place] for place in places])).to(device)
+        return _to_tensor(np.stack([array[place] for place in places])).to(device)
 
     def is_per_sample(self, name: str) -> bool:
         """Tell whether a value has one row per sample, instead of being the same for all."""
@@ -300,7 +300,7 @@ def _identity(model: EarlyExitGenerator, samples: Samples, batch: int) -> dict[s
 def _store(
     folder: Path, name: str, arrays: dict[str, np.ndarray], indices: list[int], value: Tensor, count: int
 ) -> None:
-    rows = value.cpu().numpy()
+    rows = _to_numpy(value)
     if name not in arrays:
         path, shape = folder / f"{name}.npy", (count, *rows.shape[1:])
         arrays[name] = np.lib.format.open_memmap(path, "w+", rows.dtype, shape)
@@ -310,6 +310,20 @@ def _store(
             value,
         )
     arrays[name][indices] = rows
+
+
+def _to_numpy(value: Tensor) -> np.ndarray:
+    """NumPy has no bfloat16: its bits are kept as uint16."""
+    value = value.cpu()
+    if value.dtype == torch.uint16:
+        value = value.int()
+    return value.view(torch.uint16).numpy() if value.dtype == torch.bfloat16 else value.numpy()
+
+
+def _to_tensor(rows: np.ndarray) -> Tensor:
+    """Undo `_to_numpy`."""
+    value = torch.from_numpy(rows)
+    return value.view(torch.bfloat16) if value.dtype == torch.uint16 else value
 
 
 def _sum(rows: np.ndarray) -> int:

@@ -18,6 +18,7 @@ import pickle
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
@@ -102,7 +103,7 @@ class LossOptions:
 def check_weights(losses: object) -> None:
     """Raise `OptionError` unless ``losses`` has weights >= 0 by name, one of them above 0."""
     weights = list(losses.values()) if isinstance(losses, Mapping) else []
-    is_valid = all(isinstance(weight, (int, float)) and 0 <= weight < math.inf for weight in weights)
+    is_valid = all(isinstance(weight, Real) and 0 <= weight < math.inf for weight in weights)
     if not is_valid or not sum(weights) > 0:
         raise OptionError(f"losses must have weights >= 0 by name, one of them > 0, got {losses!r}", losses)
 
