@@ -20,7 +20,7 @@ from retroexit.cli.load_target import example_of, load_generator, load_made, loa
 from retroexit.core.modules import device_of, unit_of
 from retroexit.core.samples import Samples, moved
 from retroexit.errors import MissingExtraError, OptionError, WeightsError
-from retroexit.fit import DeviceOptions, PromiseOptions, prepare
+from retroexit.fit import prepare
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.metrics import QualityMetric
 from retroexit.model import EarlyExitGenerator
@@ -96,9 +96,16 @@ Training: Any = options.group_of(
     cache_batch="Samples per pass of the backbone.",
     tensorboard="Write scalars and images to OUT/tensorboard.",
 )
-Promise: Any = options.group_of(PromiseOptions, alpha=options.Alpha, confidence=options.Confidence)
+Measures: Any = options.group_of(
+    retroexit.fit,
+    metric="Quality metric by name.",
+    weights=options.Weights,
+    alpha=options.Alpha,
+    confidence=options.Confidence,
+    latency=options.Latency,
+)
 Devices: Any = options.group_of(
-    DeviceOptions,
+    retroexit.fit,
     devices="Devices of each machine; torchrun's by default, or one.",
     nodes="Machines; torchrun's by default, or one.",
 )
@@ -112,15 +119,12 @@ def fit(
     exits: Exits,
     losses: Losses,
     training: Training,
-    promise: Promise,
+    measures: Measures,
     devices: Devices,
     config: options.Config = None,
     factory_arguments: options.FactoryArguments = "",
     retriever: Annotated[str, Option(help="Search back-end of the guidance.")] = "exact",
     bank: Annotated[Path | None, Option(help="Folder of a bank of other inputs, for --guidance.")] = None,
-    metric: Annotated[str, Option(help="Quality metric by name.")] = "lpips-alex",
-    weights: options.Weights = None,
-    latency: options.Latency = None,
     accelerator: Annotated[
         str | None, Option(help="cpu, cuda or auto; by default where the factory puts the generator.")
     ] = None,
@@ -136,8 +140,7 @@ def fit(
     settings = {**vars(training), "clip": training.clip or None}
     FitSettings(**settings)  # refuses values out of range before anything is loaded
     wrapping = _wrap_arguments(exits, retriever)
-    arguments = {**settings, **vars(promise), **_loss_arguments(losses)}
-    arguments.update(metric=metric, weights=weights, latency=latency)
+    arguments = {**settings, **vars(measures), **_loss_arguments(losses)}
     team = Team() if dry_run else join(**vars(devices), accelerator=kind_of_device(accelerator))
     generator, example = load_generator(target, factory_arguments)
     if team.device is not None or accelerator is not None:
@@ -282,7 +285,7 @@ def _term(
         network = f"{type(plan.discriminator).__name__}, a copy per branch: {branches} x "
         network += _size(plan.discriminator)
         if ADVERSARIAL in plan.weights:
-            network += f", {plan.objective.name}, lr {plan.adversary.lr:g}"
+            network += f", {plan.objective.name}, lr {plan.discriminator_lr:g}"
         untrained = {"auto": "none: as the adapter makes it, untrained", "none": ""}
         source = untrained.get(losses.discriminator, losses.discriminator)
     elif name == GAZE:

@@ -55,11 +55,8 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
         for field in fields(group):
             default = parameter.empty if field.default is MISSING else field.default
             parameters.append(
-                parameter.replace(
-                    name=field.name,
-                    kind=parameter.KEYWORD_ONLY,
-                    default=default,
-                    annotation=hints[field.name],
+                inspect.Parameter(
+                    field.name, parameter.KEYWORD_ONLY, default=default, annotation=hints[field.name]
                 )
             )
 
@@ -130,11 +127,7 @@ def resumable() -> Iterator[None]:
 def _read_config(context: typer.Context, path: Path | None) -> Path | None:
     """Take the values of a TOML file as click's ``default_map``, the defaults of a command's options.
 
-    Keys are names of options: ``attach-at = [2, 4, 6]``. Options with ``name=value`` are tables:
-    ``[loss]`` with ``l1 = 1.0``.
-
-    Raises:
-        OptionError: If the file cannot be read, or has a key that is no option.
+    Keys are names of options: ``attach-at = [2, 4, 6]``. Options with ``name=value`` are tables.
     """
     if path is None:
         return None
