@@ -28,12 +28,11 @@ import retroexit
 from retroexit.core.samples import ImageRange, Samples
 from retroexit.metrics import LPIPS
 from retroexit.report.text_tables import table
-from retroexit.training.branches.trainer import BranchSchedule, BranchTrainer
-from retroexit.training.data.cache import FeatureCache
-from retroexit.training.data.crops import Cropper
-from retroexit.training.data.live import LiveFeatures
-from retroexit.training.data.steps import Steps
+from retroexit.training.cache import FeatureCache, LiveFeatures
 from retroexit.training.losses import L1, TrainingLoss
+from retroexit.training.settings import FitSettings
+from retroexit.training.steps import Cropper, Steps
+from retroexit.training.trainer import BranchTrainer
 
 LIMITS = ImageRange(0.0, 1.0)
 WAYS = [(together, cached) for together in (True, False) for cached in (True, False)]
@@ -62,7 +61,7 @@ def prepare(arguments: argparse.Namespace, batch: int, cached: bool) -> tuple[li
     steps = Steps(features, samples, rows, cropper, LIMITS, None, batch, 0, torch.device("cpu"))
     metric = LPIPS("alex", shared / "data/weights/lpips_alex_v0.1.pth")
     loss = TrainingLoss({"l1": (1.0, L1()), "quality": (1.0, metric)})
-    schedule = BranchSchedule(1000, bfloat16=not arguments.float32)
+    schedule = FitSettings(steps=1000, bfloat16=not arguments.float32)
     trainers = [
         BranchTrainer(model, index, loss, LIMITS, schedule, arguments.out)
         for index in range(len(model.branches))
@@ -96,8 +95,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
 def in_process(words: list[str]) -> dict[str, float]:
     """Run this script in a process of its own and read what it prints."""
     done = subprocess.run([sys.executable, __file__, *words], stdout=subprocess.PIPE, text=True, check=True)
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return result
 
 
 def main() -> None:

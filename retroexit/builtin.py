@@ -12,14 +12,14 @@ from typing import Any
 from retroexit.branch.widths.plan import WidthFunction, multiple_of_8, scaled_width
 from retroexit.metrics import LPIPS, MSSSIM, QualityMetric
 from retroexit.plugins.hookspecs import hookimpl
-from retroexit.retrieval import AutoRetriever, ExactRetriever, FaissRetriever, HnswlibRetriever, Retriever
+from retroexit.retrieval import BACKENDS, Retriever
 from retroexit.training.losses import L1, PERCEPTUAL, Perceptual
 
 
 @hookimpl
 def retroexit_retrievers() -> dict[str, type[Retriever]]:
-    """Offer exact search, FAISS, hnswlib, and an automatic choice."""
-    return {r.name: r for r in (AutoRetriever, ExactRetriever, FaissRetriever, HnswlibRetriever)}
+    """Offer exact search, FAISS and hnswlib."""
+    return dict(BACKENDS)
 
 
 @hookimpl

@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from retroexit.core.files import MANIFEST, read_tensors, sha256_of
-from retroexit.core.modules import device_of, fingerprint
+from retroexit.core.identity import Identity, fingerprint, unwrapped
+from retroexit.core.modules import device_of
 from retroexit.errors import CheckpointError, RetroExitError
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.model import EarlyExitGenerator
@@ -50,7 +51,7 @@ def load(
             generator.
         PluginError: If the bank's search back-end is not installed.
     """
-    folder = Path(folder)
+    folder, generator = Path(folder), unwrapped(generator)
     description = host().describe(generator, adapter)
     if example_inputs is None and description.example_inputs is not None:
         example_inputs, example_kwargs = description.example_inputs(generator)
@@ -65,7 +66,7 @@ def load(
         options = options_from_json(manifest, knowledge)
         predictor = read_predictor(manifest["predictor"])
         about, has_bank, limit = dict(manifest["about"]), bool(manifest["has_bank"]), manifest["guide_limit"]
-        expected = str(manifest["fingerprint"])
+        expected, weights_of = Identity.from_json(manifest["generator"]), str(manifest["fingerprint"])
         latency = None if manifest["latency"] is None else Latency.from_json(manifest["latency"])
     except (ValueError, KeyError, TypeError, AttributeError, RetroExitError) as error:
         raise CheckpointError(
@@ -80,7 +81,7 @@ def load(
         fill_predictor(predictor, _under("predictor.", tensors), folder)
         model.router.predictor = predictor.to(device_of(generator)).eval()
     if has_bank:
-        model.bank = _load_bank(folder, manifest, options)
+        model.bank = _load_bank(folder, manifest, weights_of, options, generator)
     model.router.latency, model.router.guide_limit = latency, limit
     model.router.calibration = read_calibration(folder, manifest["calibration_sha256"])
     model.restore(_under("branches.", tensors))
@@ -90,14 +91,14 @@ def load(
 
 
 def _check_folder(
-    folder: Path, manifest: dict[str, Any], expected: str, generator: nn.Module, options: WrapOptions
+    folder: Path, manifest: dict[str, Any], expected: Identity, generator: nn.Module, options: WrapOptions
 ) -> None:
     """Check that the weights are unchanged and belong to this generator and adapter."""
-    actual = fingerprint(generator)
-    if actual != expected:
+    difference = expected.difference(Identity.of(generator))
+    if difference:
         raise CheckpointError(
-            f"{folder} belongs to another generator: its fingerprint is {expected[:12]}, that of this "
-            f"{type(generator).__name__} {actual[:12]}. Load the weights it was fitted with first.",
+            f"{folder} belongs to another generator than this {type(generator).__name__}: {difference}. Load the "
+            "weights that it was fitted with first.",
             folder,
         )
     if sha256_of(folder / "weights.safetensors") != manifest["weights_sha256"]:
@@ -113,14 +114,18 @@ def _check_folder(
         )
 
 
-def _load_bank(folder: Path, manifest: dict[str, Any], options: WrapOptions) -> GuidanceBank:
+def _load_bank(
+    folder: Path, manifest: dict[str, Any], weights_of: str, options: WrapOptions, generator: nn.Module
+) -> GuidanceBank:
     """Read the bank that was saved with the model, and no other."""
     if manifest["bank_sha256"] not in (None, sha256_of(folder / "bank" / MANIFEST)):
         raise CheckpointError(
             f"{folder} holds another guidance bank than the one it was saved with. Copy it again.", folder
         )
     retriever = None if options.guidance is None else host().retriever(options.guidance.retriever)
-    return GuidanceBank.load(folder / "bank", manifest["fingerprint"], retriever_class=retriever)
+    bank = GuidanceBank.load(folder / "bank", weights_of, retriever_class=retriever)
+    bank.meta["fingerprint"] = fingerprint(generator)  # the same network, maybe in another precision
+    return bank
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Unpack
@@ -10,7 +12,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, nn
 
-from retroexit.errors import CheckpointError, NotRecordedError, OptionError
+from retroexit.errors import CheckpointError, NotRecordedError, OptionError, RetroExitWarning
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.guidance.provider import GuideProvider
 from retroexit.measuring.calibrate import calibrate
@@ -18,10 +20,8 @@ from retroexit.metrics import QualityMetric
 from retroexit.plugins.host import host
 from retroexit.routing.calibration import Calibration
 from retroexit.routing.latency import Latency, time_exits
-from retroexit.routing.policy import Policy, RoutingOptions, RoutingRequest
-from retroexit.routing.render import leave, render
-from retroexit.routing.router import LossPrediction, Router
-from retroexit.routing.video import VideoRouter
+from retroexit.routing.policy import Policy, RoutingOptions, RoutingRequest, VideoRouter
+from retroexit.routing.router import LossPrediction, Router, render, render_branch
 from retroexit.saving.model_files import Snapshot, write_model
 from retroexit.split.split import Begun, SplitGenerator
 from retroexit.wrapping.decomposition import Decomposition, decompose
@@ -58,7 +58,7 @@ class EarlyExitGenerator(nn.Module):
         self._decomposition: Decomposition | None = None
         self._saved_weights: dict[str, Tensor] | None = None
         self._lock = threading.Lock()
-        self.eval()
+        self.training = False
 
     # Calls.
 
@@ -79,8 +79,8 @@ class EarlyExitGenerator(nn.Module):
             TrainingError: If there is no predictor, calibration or measured time yet, and one is needed.
             BankError: If the branches take a guide and there is no bank yet.
         """
-        request, call = RoutingRequest.parse(inputs, kwargs, self.options.shadowed)
-        return self._render(request, *call)[0]
+        request, args, kwargs = RoutingRequest.parse(inputs, kwargs, self.options.shadowed)
+        return self._render(request, args, kwargs)[0]
 
     def route(
         self, args: Sequence[Any], kwargs: dict[str, Any] | None = None, **options: Unpack[RoutingOptions]
@@ -115,19 +115,19 @@ class EarlyExitGenerator(nn.Module):
         Raises:
             OptionError, InputMismatchError, TrainingError, BankError: As `forward`.
         """
-        request, call = RoutingRequest.parse(inputs, kwargs, choose=choose)
+        request, args, kwargs = RoutingRequest.parse(inputs, kwargs, choose=choose)
         if not request.is_routed:
             raise OptionError(
                 "a routed call needs threshold, budget, deadline_ms or choose, got none of them."
             )
-        output, exits = self._render(request, *call)
+        output, exits = self._render(request, args, kwargs)
         assert exits is not None
         return output, exits
 
     def choose_exits(self, *inputs: Any, **kwargs: Any) -> Tensor:
         """Choose the exit of each sample without rendering it: ``(N,)`` from 1, ``K + 1`` for the backbone."""
-        request, call = RoutingRequest.parse(inputs, kwargs)
-        return self.router.choose(self._begin(*call), request, count=False).exits
+        request, args, kwargs = RoutingRequest.parse(inputs, kwargs)
+        return self.router.choose(self._begin(args, kwargs), request, count=False).exits
 
     def predict(self, *inputs: Any, **kwargs: Any) -> Tensor:
         """Predict the quality loss of every branch exit.
@@ -168,7 +168,7 @@ class EarlyExitGenerator(nn.Module):
                     values = self.split.advance(values, index)
             # Random numbers that a branch draws are drawn again by the backbone: all get the generator's own.
             with torch.random.fork_rng(devices=self.split.cuda_devices):
-                outputs.append(leave(self.split, branch, index, values, guide))
+                outputs.append(render_branch(self.split, branch, index, values, guide))
         with torch.no_grad():
             outputs.append(self.split.finish(values))
         return outputs
@@ -218,6 +218,10 @@ class EarlyExitGenerator(nn.Module):
         self._ensure_recorded(args, kwargs)
         with torch.no_grad():
             return self.split.begin(args, kwargs)
+
+    def overhead(self) -> list[int]:
+        """MACs of predictor and retrieval in a routed call, per exit and for one sample; see `Router.overhead`."""
+        return self.router.overhead()
 
     # Recording.
 
@@ -341,8 +345,11 @@ class EarlyExitGenerator(nn.Module):
 
         Raises:
             OptionError: If there are too few inputs, with the number needed.
+            GeneratorError: If the generator's weights have changed since it was recorded.
             TrainingError: If there is no predictor yet.
         """
+        if self._decomposition is not None:
+            self._decomposition.check_weights()
         fitted_with = self.about.get("metric", {}).get("name", "lpips-alex")
         measure = host().metric(metric or fitted_with, weights)
         self.calibration = calibrate(self, inputs, measure, alpha=alpha, confidence=confidence, **settings)
@@ -385,6 +392,7 @@ class EarlyExitGenerator(nn.Module):
             folder: Made if missing; files of an earlier save are replaced.
 
         Raises:
+            GeneratorError: If the generator's weights have changed since it was recorded.
             NotRecordedError: If there are no branches yet.
         """
         snapshot = Snapshot(
@@ -416,6 +424,36 @@ class EarlyExitGenerator(nn.Module):
             raise CheckpointError(f"the saved branches do not fit this model: {reason}", self) from error
         self._saved_weights = None
 
+    # Copies.
+
+    def __getstate__(self) -> dict[str, Any]:
+        """State for `copy.deepcopy` and `pickle`: what `save` writes, the generator and the example inputs."""
+        state = {k: v for k, v in self.__dict__.items() if k not in ("_lock", "_decomposition")}
+        if self._decomposition is not None:
+            split, branches = self.split, list(self.branches)
+            state["options"] = dataclasses.replace(
+                self.options,
+                stages={stage.path: stage.end for stage in split.decoder.stages},
+                plans=tuple(branch.plan for branch in branches),  # type: ignore[misc]
+            )
+            state["_saved_weights"] = self.branches.state_dict()
+            state["_branch_facts"] = [branch.facts() for branch in branches]  # type: ignore[operator]
+            state["_example"] = split.example_now()
+        state["_modules"] = self._modules | {"branches": nn.ModuleList()}
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        example, facts = state.pop("_example", None), state.pop("_branch_facts", ())
+        super().__setstate__(state)
+        self._lock, self._decomposition = threading.Lock(), None
+        if example is not None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", RetroExitWarning)  # the user has seen them
+                self.record(*example[0], **example[1])
+            for branch, values in zip(self.branches, facts, strict=True):
+                branch.restore_facts(values)  # type: ignore[operator]
+
     # The module.
 
     def unwrap(self) -> nn.Module:
@@ -423,13 +461,10 @@ class EarlyExitGenerator(nn.Module):
         return self.generator
 
     def train(self, mode: bool = True) -> EarlyExitGenerator:
-        """Set the mode of branches and router; the generator keeps its own."""
-        generator = self._modules.pop("generator", None)
-        try:
-            super().train(mode)
-        finally:
-            if generator is not None:
-                self._modules["generator"] = generator
+        """Do nothing, so that a parent's ``train()`` cannot change what exits render.
+
+        `retroexit.fit` trains branches; to train one yourself, call ``branches[k].train()``.
+        """
         return self
 
     def __repr__(self) -> str:

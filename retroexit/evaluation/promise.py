@@ -10,8 +10,7 @@ import numpy as np
 import torch
 
 from retroexit.evaluation.sweep import Evaluation, OperatingPoint
-from retroexit.routing.bounds import most_violations, upper_bound
-from retroexit.routing.calibration import Calibration
+from retroexit.routing.calibration import Calibration, most_violations, upper_bound
 
 __all__ = ["promise_summary", "promised"]
 

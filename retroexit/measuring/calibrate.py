@@ -13,8 +13,7 @@ from retroexit.core.samples import Samples
 from retroexit.errors import OptionError, TrainingError
 from retroexit.measuring.exits import MeasuredModel, Measurement, limits_of
 from retroexit.metrics import QualityMetric
-from retroexit.routing.bounds import samples_needed
-from retroexit.routing.calibration import Calibration, Rule
+from retroexit.routing.calibration import Calibration, Rule, samples_needed
 
 __all__ = ["calibrate"]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Final
 
 from torch import Tensor, nn
@@ -39,7 +40,7 @@ class Description:
             (paper 3.1, equation 1). It takes an image ``(N, C, H, W)`` in ``image_range`` and returns scores
             of any shape, or a list whose last item is the score, or a list of such lists.
         adversarial: How branches and discriminator compete (equation 1): ``"hinge"``, ``"non-saturating"``
-            or a `retroexit.training.losses.objectives.Objective`; ``None`` leaves it to the user.
+            or a `retroexit.plugins.training_types.Objective`; ``None`` leaves it to the user.
 
     Raises:
         OptionError: If an attribute is out of range or of the wrong type.
@@ -82,7 +83,7 @@ def _is_place(place: Any) -> bool:
 def _is_range(pair: Any) -> bool:
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
         return False
-    return all(isinstance(end, (int, float)) and math.isfinite(end) for end in pair) and pair[0] < pair[1]
+    return all(isinstance(end, Real) and math.isfinite(end) for end in pair) and pair[0] < pair[1]
 
 
 def _is_function(value: Any) -> bool:

@@ -3,16 +3,12 @@
 Imports only `retroexit.core` and `retroexit.errors`; third-party libraries are imported on first use.
 """
 
-from retroexit.retrieval.auto import AutoRetriever
-from retroexit.retrieval.base import ExactRetriever, Retriever, SearchResult
+from retroexit.retrieval.base import Retriever, SearchResult
+from retroexit.retrieval.exact import ExactRetriever
 from retroexit.retrieval.faiss import FaissRetriever
 from retroexit.retrieval.hnswlib import HnswlibRetriever
 
-__all__ = [
-    "AutoRetriever",
-    "ExactRetriever",
-    "FaissRetriever",
-    "HnswlibRetriever",
-    "Retriever",
-    "SearchResult",
-]
+__all__ = ["BACKENDS", "ExactRetriever", "FaissRetriever", "HnswlibRetriever", "Retriever", "SearchResult"]
+
+BACKENDS: dict[str, type[Retriever]] = {r.name: r for r in (ExactRetriever, FaissRetriever, HnswlibRetriever)}
+"""Our back-ends by name."""

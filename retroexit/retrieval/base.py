@@ -1,4 +1,4 @@
-"""Exact nearest-neighbour search, and the base class of all retrieval back-ends.
+"""The base class of all retrieval back-ends, and the arithmetic that they share.
 
 A back-end implements `Retriever._build` and `Retriever._search`. The base class validates keys, queries and
 the ids that a back-end returns, removes duplicate keys, centres the keys, ranks candidates by exact distance,
@@ -13,11 +13,11 @@ import logging
 import operator
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -25,9 +25,18 @@ from torch import Tensor
 
 from retroexit.core.files import MANIFEST, read_array, read_manifest, sha256_of, staged, write_manifest
 from retroexit.errors import CheckpointError, OptionError, RetrieverError
-from retroexit.retrieval.rounded import RoundedKeys, multiplies_bfloat16, scan, smallest
 
-__all__ = ["ExactRetriever", "Retriever", "SearchResult", "as_matrix", "nearest", "pair_distances"]
+__all__ = [
+    "Retriever",
+    "SearchResult",
+    "as_matrix",
+    "first_of_each",
+    "nearest",
+    "pair_distances",
+    "scan",
+    "smallest",
+    "squared_norms",
+]
 
 log = logging.getLogger(__name__)
 
@@ -36,9 +45,6 @@ _KEYS_FILE, _INDEX_FILE = "keys.npy", "index.bin"
 _QUERIES, _KEYS = 2048, 4096  # one block of scores is 2048 x 4096 floats = 32 MiB
 _PAIR_FLOATS = 1 << 17  # numbers in one gathered block of pairs: half a MiB stays in the cache
 _LARGEST = 1e37  # squared length up to which any squared distance stays finite in float32
-_MANY = 3_000_000  # numbers in the keys from which bfloat16 pays for ranking candidates: 3k x 1024, 16k x 192
-_SPARE = 15  # candidates beside the k nearest
-_PROBES = 64
 
 _forked = False
 
@@ -52,14 +58,9 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_mark_forked)
 
 
-def is_forked() -> bool:
-    """Return whether this process is a fork, whose OpenMP loops of several threads would wait forever."""
-    return _forked
-
-
 @contextmanager
 def _safe_settings() -> Iterator[None]:
-    """Disable autocast, and limit torch to one thread in a forked process."""
+    """Disable autocast; in a forked process, where OpenMP loops of several threads wait forever, use one."""
     threads = torch.get_num_threads() if _forked else 1
     if threads > 1:
         torch.set_num_threads(1)
@@ -109,9 +110,8 @@ class Retriever(ABC):
         try:
             json.dumps(options)
         except (TypeError, ValueError) as error:
-            raise OptionError(
-                f"options of {type(self).__name__} must be plain data: {error}", options
-            ) from error
+            message = f"options of {type(self).__name__} must be plain data: {error}"
+            raise OptionError(message, options) from error
         self._threads = threads
         self.options: dict[str, Any] = options
         self._keys = np.empty((0, 0), np.float32)
@@ -148,7 +148,7 @@ class Retriever(ABC):
 
     @property
     def threads(self) -> int:
-        """CPU threads for building and searching; 1 in a forked process, see `is_forked`."""
+        """CPU threads for building and searching; 1 in a forked process."""
         return 1 if _forked else self._threads
 
     @property
@@ -219,10 +219,8 @@ class Retriever(ABC):
                 )
             k = operator.index(k)
             if not 1 <= k <= self.distinct:
-                raise RetrieverError(
-                    f"k must be from 1 to {self.distinct}, the number of distinct keys, got {k}",
-                    k,
-                )
+                message = f"k must be from 1 to {self.distinct}, the number of distinct keys, got {k}"
+                raise RetrieverError(message, k)
             if not len(matrix):
                 return SearchResult(torch.empty((0, k), dtype=torch.int64), torch.empty((0, k)))
             ids, distances = self._nearest(matrix, k)
@@ -266,9 +264,8 @@ class Retriever(ABC):
         retriever = cls(threads=manifest["threads"], **(manifest["options"] if same else {}))
         keys = read_array(folder, _KEYS_FILE, manifest)
         if keys.dtype != np.float32 or list(keys.shape) != manifest["shape"]:
-            raise CheckpointError(
-                f"keys in {folder} must be float32 {manifest['shape']}, got {keys.dtype} {keys.shape}", folder
-            )
+            expected = f"float32 {manifest['shape']}, got {keys.dtype} {keys.shape}"
+            raise CheckpointError(f"keys in {folder} must be {expected}", folder)
         with _safe_settings():
             retriever._hold(as_matrix(keys, "keys"))
             if not (same and retriever._restored(Path(folder) / _INDEX_FILE, manifest)):
@@ -290,29 +287,26 @@ class Retriever(ABC):
         if digest is None:
             return False
         writer, reader = manifest.get("index_by"), self._made_by()
-        if writer != reader:
-            log.warning("%s was made by %s, here is %s; building the index again", path, writer, reader)
-            return False
         # A damaged native index can crash the process or answer wrongly: compare its hash before reading it.
-        if not path.is_file() or sha256_of(path) != digest:
-            log.warning("%s is missing or damaged; building the index again from the keys", path)
-            return False
-        try:
-            self._restore(path)
-        except Exception as error:
-            log.warning("%s cannot be read (%s); building the index again from the keys", path, error)
-            return False
-        return True
+        if writer != reader:
+            problem = f"was made by {writer}, here is {reader}"
+        elif not path.is_file() or sha256_of(path) != digest:
+            problem = "is missing or damaged"
+        else:
+            try:
+                self._restore(path)
+                return True
+            except Exception as error:
+                problem = f"cannot be read ({error})"
+        log.warning("%s %s; building the index again from the keys", path, problem)
+        return False
 
     def _nearest(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Rank the back-end's candidates by exact distance; search exactly where they are not sufficient."""
         centred = queries - self._mean
         answer = self._search(centred, k)
         rows, floor = answer if isinstance(answer, tuple) else (answer, None)
-        candidates, complete = self._checked(rows, floor, len(queries), k)
-        if complete and floor is None and candidates.shape[1] == 1:  # nothing to rank
-            ids = self._first[candidates]
-            return ids, pair_distances(queries, self._keys, ids)
+        candidates = self._checked(rows, floor, len(queries), k)
         ids, distances = self._ranked(queries, candidates, k)
         farthest = distances[:, -1]
         unsure = np.isinf(farthest) if floor is None else ~(np.sqrt(farthest) <= floor)
@@ -322,32 +316,22 @@ class Retriever(ABC):
             ids[unsure], distances[unsure] = self._ranked(queries[unsure], exact, k)
         return self._first[ids], distances
 
-    def _checked(
-        self, ids: np.ndarray, floor: np.ndarray | None, rows: int, k: int
-    ) -> tuple[np.ndarray, bool]:
-        """Check that ids are rows or -1; return them as int64, and whether none is -1."""
+    def _checked(self, ids: np.ndarray, floor: np.ndarray | None, rows: int, k: int) -> np.ndarray:
+        """Check that ids are rows or -1, and the shape of the floor; return the ids as int64."""
         ids = np.asarray(ids)
+        problem = ""
         if ids.ndim != 2 or len(ids) != rows or ids.shape[1] < k or ids.dtype.kind not in "iu":
-            raise RetrieverError(
-                f"the back-end {self.name!r} must return integers {(rows, k)}, got {ids.dtype} {ids.shape}",
-                ids,
+            problem = f"must return integers {(rows, k)}, got {ids.dtype} {ids.shape}"
+        elif floor is not None and np.shape(floor) != (rows,):
+            problem = f"must return a floor of shape {(rows,)}, got {np.shape(floor)}"
+        elif (low := int(ids.min())) < -1 or (high := int(ids.max())) >= self.distinct:
+            problem = (
+                f"returned the id {low if low < -1 else high}, but there are only {self.distinct} distinct "
+                "keys. The index is damaged: build it again."
             )
-        if floor is not None and np.shape(floor) != (rows,):
-            raise RetrieverError(
-                f"the back-end {self.name!r} must return a floor of shape {(rows,)}, got {np.shape(floor)}",
-                floor,
-            )
-        ids = ids.astype(np.int64, copy=False)
-        if ids.view(np.uint64).max() < self.distinct:  # as unsigned numbers, negative ones are huge
-            return ids, True
-        low, high = int(ids.min()), int(ids.max())
-        if low < -1 or high >= self.distinct:
-            raise RetrieverError(
-                f"the back-end {self.name!r} returned the id {low if low < -1 else high}, but there are only "
-                f"{self.distinct} distinct keys. The index is damaged: build it again.",
-                ids,
-            )
-        return ids, False
+        if problem:
+            raise RetrieverError(f"the back-end {self.name!r} {problem}", ids)
+        return ids.astype(np.int64, copy=False)
 
     def _ranked(self, queries: np.ndarray, ids: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the ``k`` nearest of each query's candidates; missing ones are infinitely far."""
@@ -358,93 +342,6 @@ class Retriever(ABC):
         distances[missing] = np.inf
         order = np.argsort(distances, axis=1, kind="stable")[:, :k]  # stable: equal distances by id
         return np.take_along_axis(ids, order, 1), np.take_along_axis(distances, order, 1)
-
-
-class ExactRetriever(Retriever):
-    """Exhaustive search by blocks of one matrix product; costs ``Q * n * D`` multiply-adds.
-
-    With bfloat16, rounded keys are compared first and sixteen candidates are compared again in float32. A
-    query for which rounding could hide the nearest key is searched in float32, so that both precisions give
-    the same result up to float32 rounding.
-
-    Args:
-        device: Where the keys are held and compared, such as ``"cpu"`` or ``"cuda"``.
-        precision: ``"float32"``, ``"bfloat16"``, or ``"auto"``: bfloat16 on processors that multiply it
-            natively, for large banks whose keys are far enough apart.
-        threads: Recorded only: the search runs in torch's own thread pool, see `torch.set_num_threads`.
-
-    Raises:
-        OptionError: If the device or the precision does not exist; on `build`, if the keys cannot be put on
-            the device.
-    """
-
-    name = "exact"
-
-    def __init__(
-        self,
-        *,
-        device: str = "cpu",
-        precision: Literal["auto", "float32", "bfloat16"] = "auto",
-        threads: int = 1,
-    ) -> None:
-        super().__init__(threads=threads, device=str(device), precision=precision)
-        try:
-            self._device = torch.device(device)
-        except RuntimeError as error:
-            raise OptionError(f"no device {device!r}: {error}", device) from error
-        if precision not in ("auto", "float32", "bfloat16"):
-            raise OptionError(
-                f"precision must be 'auto', 'float32' or 'bfloat16', got {precision!r}", precision
-            )
-        self._rounded: RoundedKeys | None = None
-        self._rows: Tensor
-        self._norms: Tensor
-
-    @property
-    def precision(self) -> Literal["float32", "bfloat16"]:
-        """Precision of the first comparison, after `build`."""
-        return "float32" if self._rounded is None else "bfloat16"
-
-    def _build(self, keys: np.ndarray) -> None:
-        try:
-            rows = torch.from_numpy(keys).to(self._device)
-            rounded = self._round(rows)
-            if rounded is not None:
-                rows = rows[:0].clone()
-            self._rounded, self._rows, self._norms = rounded, rows, squared_norms(rows)
-        except (RuntimeError, AssertionError) as error:  # torch asserts that it was compiled for the device
-            raise OptionError(
-                f"cannot hold {len(keys)} x {keys.shape[1]} keys on {str(self._device)!r}: {error}",
-                self._device,
-            ) from error
-
-    def _round(self, rows: Tensor) -> RoundedKeys | None:
-        """Round the keys if the precision is bfloat16, or automatic and rounding pays."""
-        precision = self.options["precision"]
-        pays = self._device.type == "cpu" and rows.numel() >= _MANY and multiplies_bfloat16()
-        if precision == "float32" or (precision == "auto" and not pays):
-            return None
-        rounded = RoundedKeys(rows)
-        return rounded if precision == "bfloat16" or _proves(rounded, rows) else None
-
-    def _search(self, queries: np.ndarray, k: int) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
-        rows = torch.from_numpy(queries).to(self._device)
-        count = min(k + _SPARE, self.distinct)
-        if self._rounded is not None:
-            ids, floor = self._rounded.candidates(rows, count)
-            return ids.cpu().numpy(), floor.cpu().numpy()
-        # A GPU may round float32 products as well (TF32): rank more candidates there.
-        ids = nearest(rows, self._rows, k if self._device.type == "cpu" else count, self._norms)
-        return ids.cpu().numpy()
-
-
-def _proves(rounded: RoundedKeys, rows: Tensor) -> bool:
-    """Return whether the floor proves nearly all neighbours of a sample of the keys."""
-    probes = rows[:: max(1, len(rows) // _PROBES)]
-    ids, floor = rounded.candidates(probes, min(2 + _SPARE, len(rows)))
-    distances = pair_distances(probes.numpy(), rows.numpy(), ids.numpy())
-    second = np.sqrt(np.sort(distances, axis=1)[:, min(1, distances.shape[1] - 1)])  # the first is itself
-    return bool((second <= floor.numpy()).mean() >= 0.9)
 
 
 def squared_norms(rows: Tensor) -> Tensor:
@@ -464,17 +361,11 @@ def nearest(
         return torch.cat([nearest(block, keys, k, norms, centre) for block in queries.split(_QUERIES)])
 
     def score(start: int, stop: int) -> Tensor:
-        everything = stop - start == len(keys)  # slicing costs as much as searching a few hundred keys
-        part = keys if everything else keys[start:stop]
-        if centre is not None:
-            part = part - centre
-        lengths = squared_norms(part) if norms is None else norms if everything else norms[start:stop]
+        part = keys[start:stop] if centre is None else keys[start:stop] - centre
+        lengths = squared_norms(part) if norms is None else norms[start:stop]
         # |q|^2 is the same for every key of a query: left out.
         return torch.addmm(lengths, queries, part.T, alpha=-2)
 
-    if len(keys) <= _KEYS:
-        scores = score(0, len(keys))
-        return scores.min(1, keepdim=True).indices if k == 1 else scores.topk(k, largest=False).indices
     return scan(score, len(keys), k, smallest, _KEYS)[1]
 
 
@@ -505,6 +396,34 @@ def first_of_each(rows: np.ndarray) -> np.ndarray:
     return np.asarray(first, np.int64)
 
 
+def smallest(score: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Find the ``k`` smallest numbers of each row and their columns, ascending."""
+    if k == 1:  # several times faster than topk(1)
+        return tuple(score.min(dim=1, keepdim=True))  # type: ignore[return-value]
+    return tuple(score.topk(k, dim=1, largest=False))  # type: ignore[return-value]
+
+
+def scan(
+    score: Callable[[int, int], Tensor],
+    rows: int,
+    k: int,
+    select: Callable[[Tensor, int], tuple[Tensor, Tensor]],
+    step: int,
+) -> tuple[Tensor, Tensor]:
+    """Collect the ``k`` smallest scores of every query among ``rows`` keys, in blocks of ``step`` keys.
+
+    ``score(first, last)`` returns scores ``(Q, last - first)``; ``select`` is `smallest` or a faster version.
+    Returns scores and row numbers, ``(Q, k)``, ascending.
+    """
+    best, at = select(score(0, min(step, rows)), min(k, step, rows))
+    for start in range(step, rows, step):
+        stop = min(start + step, rows)
+        near, here = select(score(start, stop), min(k, stop - start))
+        best, order = smallest(torch.cat([best, near], 1), min(k, stop))
+        at = torch.cat([at, here + start], 1).gather(1, order)
+    return best, at
+
+
 def as_matrix(rows: Tensor | np.ndarray, what: str, *, copy: bool = False) -> np.ndarray:
     """Convert rows ``(n, D)`` of any dtype, device and layout to a contiguous float32 matrix.
 
@@ -519,17 +438,14 @@ def as_matrix(rows: Tensor | np.ndarray, what: str, *, copy: bool = False) -> np
     """
     if rows.is_complex() if isinstance(rows, Tensor) else np.asarray(rows).dtype.kind not in "fiub":
         raise RetrieverError(f"{what} must be real numbers, got {rows.dtype}", rows)
+    matrix: np.ndarray
     if isinstance(rows, Tensor):
-        dense = rows.detach().to_dense()
-        if copy or dense.dtype != torch.float32 or dense.device.type != "cpu" or not dense.is_contiguous():
-            dense = dense.to("cpu", torch.float32, copy=copy).contiguous()
-        matrix: np.ndarray = dense.resolve_neg().numpy()
+        dense = rows.detach().to_dense().to("cpu", torch.float32, copy=copy).contiguous()
+        matrix = dense.resolve_neg().numpy()
     else:
         with np.errstate(over="ignore"):
-            # Writeable, since torch warns about every array that is not.
-            matrix = (
-                np.array(rows, np.float32, order="C") if copy else np.require(rows, np.float32, ["C", "W"])
-            )
+            matrix = np.require(rows, np.float32, ["C", "W"])  # torch warns about arrays that are read-only
+        matrix = matrix.copy() if copy and np.shares_memory(matrix, rows) else matrix
     if matrix.ndim != 2 or matrix.shape[1] == 0:
         raise RetrieverError(f"{what} must have shape (n, D) with D >= 1, got {matrix.shape}", rows)
     flat = matrix.reshape(-1)

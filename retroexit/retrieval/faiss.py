@@ -86,16 +86,10 @@ class FaissRetriever(Retriever):
         refine: int | None = None,
         threads: int = 1,
     ) -> None:
-        super().__init__(
-            threads=threads,
-            index=index,
-            nprobe=nprobe,
-            ef=ef,
-            ef_construction=ef_construction,
-            refine=refine,
-        )
-        for option, value in self.options.items():
-            if option != "index" and value is not None and value < 1:
+        options = {"nprobe": nprobe, "ef": ef, "ef_construction": ef_construction, "refine": refine}
+        super().__init__(threads=threads, index=index, **options)
+        for option, value in options.items():
+            if value is not None and value < 1:
                 raise OptionError(f"{option} must be >= 1, got {value}", value)
         self._native: Any = None
         self._more = 1  # candidates per neighbour that the base class ranks

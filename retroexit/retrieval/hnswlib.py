@@ -40,12 +40,8 @@ class HnswlibRetriever(Retriever):
         import hnswlib
 
         native = hnswlib.Index(space="l2", dim=keys.shape[1])
-        native.init_index(
-            max_elements=len(keys),
-            M=self.options["M"],
-            ef_construction=self.options["ef_construction"],
-            random_seed=100,
-        )
+        links = {name: self.options[name] for name in ("M", "ef_construction")}
+        native.init_index(max_elements=len(keys), random_seed=100, **links)
         native.add_items(keys, np.arange(len(keys)), num_threads=self.threads)
         self._native = native
 

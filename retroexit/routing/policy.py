@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, NamedTuple, TypedDict
+from numbers import Integral, Real
+from typing import Any, Self, TypedDict
 
 import torch
 from torch import Tensor
@@ -14,14 +14,14 @@ from retroexit.errors import OptionError
 from retroexit.wrapping.options import OWN_KEYWORDS
 
 __all__ = [
-    "Call",
     "Policy",
     "RoutingOptions",
     "RoutingRequest",
+    "VideoRouter",
     "assign_by_budget",
     "assign_exits",
     "assign_with_hysteresis",
-    "check_threshold",
+    "check_number",
     "lagrange_multiplier",
 ]
 
@@ -52,13 +52,6 @@ class RoutingOptions(TypedDict, total=False):
     choose: Policy | None
 
 
-class Call(NamedTuple):
-    """The generator's own arguments."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-
 @dataclass(frozen=True, eq=False)
 class RoutingRequest:
     """The checked `RoutingOptions` of one call.
@@ -82,12 +75,13 @@ class RoutingRequest:
     needs_losses: bool = field(init=False)
 
     def __post_init__(self) -> None:
-        if self.threshold is not None:
-            _check_each(self.threshold, "threshold", check_threshold)
-        if self.budget is not None:
-            _check_each(self.budget, "budget", partial(_check_positive, "budget"))
-        if self.deadline_ms is not None:
-            _check_positive("deadline_ms", self.deadline_ms)
+        for name in OWN_KEYWORDS[1:]:  # NumPy's numbers become Python's
+            value = getattr(self, name)
+            if value is not None:
+                check = check_number if name == "deadline_ms" else _check_numbers
+                object.__setattr__(self, name, check(name, value))
+        if isinstance(self.exit, Integral) and not isinstance(self.exit, bool):
+            object.__setattr__(self, "exit", int(self.exit))
         needs = self.threshold is not None or self.budget is not None or self.choose is not None
         object.__setattr__(self, "needs_losses", needs)
         object.__setattr__(self, "is_routed", needs or self.deadline_ms is not None)
@@ -113,7 +107,7 @@ class RoutingRequest:
         kwargs: Mapping[str, Any],
         shadowed: Sequence[str] = (),
         choose: Policy | None = None,
-    ) -> tuple[RoutingRequest, Call]:
+    ) -> tuple[RoutingRequest, tuple[Any, ...], dict[str, Any]]:
         """Separate the routing options of a call from the generator's arguments.
 
         Args:
@@ -124,44 +118,36 @@ class RoutingRequest:
         """
         options = {name: kwargs[name] for name in OWN_KEYWORDS if name in kwargs and name not in shadowed}
         rest = {name: value for name, value in kwargs.items() if name not in options}
-        return cls(**options, choose=choose), Call(tuple(inputs), rest)
+        return cls(**options, choose=choose), tuple(inputs), rest
 
 
-def _check_each(values: float | Tensor, name: str, check: Callable[[float], object]) -> None:
+def check_number(name: str, value: float) -> float:
+    """Check a routing option: a finite number, ``>= 0`` for a threshold and ``> 0`` for others.
+
+    Raises:
+        OptionError: If it is not.
+    """
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    is_zero_allowed = name == "threshold"
+    if not is_number or not 0 <= value < float("inf") or (value == 0 and not is_zero_allowed):
+        bound = ">= 0" if is_zero_allowed else "> 0"
+        raise OptionError(f"{name} must be a finite number {bound}, got {value!r}.", value)
+    return float(value)
+
+
+def _check_numbers(name: str, values: float | Tensor) -> float | Tensor:
     """Check one number, or one per sample."""
-    if not isinstance(values, Tensor) or not values.dim():
-        check(float(values) if isinstance(values, Tensor) else values)
-    elif values.dim() != 1 or values.is_complex() or values.dtype == torch.bool:
+    if not isinstance(values, Tensor):
+        return check_number(name, values)
+    if values.dim() > 1 or values.is_complex() or values.dtype == torch.bool:
         raise OptionError(
             f"{name} must be one number or one per sample (N,), got shape {tuple(values.shape)} and type "
             f"{values.dtype}.",
             values,
         )
-    else:
-        for value in values.tolist():
-            check(float(value))
-
-
-def _check_positive(name: str, value: float) -> None:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not 0 < value < float("inf"):
-        raise OptionError(f"{name} must be a finite number > 0, got {value!r}.", value)
-
-
-def check_threshold(threshold: float) -> float:
-    """Check an accepted quality loss.
-
-    Raises:
-        OptionError: If it is no finite number ``>= 0``.
-    """
-    is_number = isinstance(threshold, (int, float)) and not isinstance(threshold, bool)
-    if not is_number or not 0 <= threshold < float("inf"):
-        raise OptionError(
-            f"threshold must be a finite number >= 0, got {threshold!r}. It is the largest quality loss to accept, "
-            "such as 0.1.",
-            threshold,
-        )
-    return float(threshold)
+    for value in values.reshape(-1).tolist():
+        check_number(name, float(value))
+    return values
 
 
 def assign_exits(predicted: Tensor, threshold: float | Tensor) -> Tensor:
@@ -182,7 +168,7 @@ def assign_exits(predicted: Tensor, threshold: float | Tensor) -> Tensor:
     Reference: paper section 3.2.
     """
     if not isinstance(threshold, Tensor):
-        check_threshold(threshold)
+        check_number("threshold", threshold)
     if predicted.dim() != 2:
         raise OptionError(
             f"predicted must have the shape (samples, exits), got {tuple(predicted.shape)}.",
@@ -193,30 +179,30 @@ def assign_exits(predicted: Tensor, threshold: float | Tensor) -> Tensor:
     return torch.cat([good, fallback], 1).int().argmax(1).long() + 1
 
 
-def assign_by_budget(predicted: Tensor, shares: Tensor, price: float | Tensor) -> Tensor:
-    """Pick for each sample the exit of the least predicted loss plus price of its compute.
+def assign_by_budget(predicted: Tensor, shares: Tensor, multiplier: float | Tensor) -> Tensor:
+    """Pick for each sample the exit of the least predicted loss plus multiplier times compute.
 
     Args:
         predicted: Predicted loss of each branch exit, ``(N, K)``.
         shares: Compute of every exit as a share of the backbone's, ``(K + 1,)``.
-        price: Loss that a whole backbone's compute has to save, ``>= 0``; infinite for the cheapest exit. One
-            for all, or one per sample ``(N,)``.
+        multiplier: Loss that the backbone's whole compute has to save, ``>= 0``; infinite for the cheapest
+            exit. One for all, or one per sample ``(N,)``.
 
     Returns:
         Exit index per sample, ``(N,)``, int64, from 1. Of equal ones, the cheapest. Where no loss is finite,
         the backbone.
     """
-    losses = torch.nn.functional.pad(predicted, (0, 1))
-    prices = torch.as_tensor(price, dtype=torch.float64, device=losses.device).expand(len(losses))
-    free = torch.isinf(prices)
-    weighed = losses + prices.masked_fill(free, 0).to(losses)[:, None] * shares.to(losses)
+    losses = torch.nn.functional.pad(predicted.nan_to_num(nan=torch.inf), (0, 1))
+    multipliers = torch.as_tensor(multiplier, dtype=torch.float64, device=losses.device).expand(len(losses))
+    free = torch.isinf(multipliers)
+    weighed = losses + multipliers.masked_fill(free, 0).to(losses)[:, None] * shares.to(losses)
     exits: Tensor = weighed.argmin(1) + 1
     cheapest = torch.where(torch.isfinite(predicted).any(1), int(shares.argmin()) + 1, losses.shape[1])
     return torch.where(free, cheapest, exits)
 
 
 def lagrange_multiplier(predicted: Tensor, shares: Tensor, budget: float) -> float:
-    """Find the lowest price at which some samples spend a budget on average (see `assign_by_budget`).
+    """Find the lowest multiplier at which some samples spend a budget on average (see `assign_by_budget`).
 
     For every mean share that it reaches, that way of choosing exits has the least mean predicted loss: it is
     the Lagrangian of the budget.
@@ -230,8 +216,8 @@ def lagrange_multiplier(predicted: Tensor, shares: Tensor, budget: float) -> flo
         OptionError: If even the cheapest exit for all costs more.
     """
 
-    def spent(price: float) -> float:
-        return float(shares.double()[assign_by_budget(predicted, shares, price) - 1].mean())
+    def spent(multiplier: float) -> float:
+        return float(shares.double()[assign_by_budget(predicted, shares, multiplier) - 1].mean())
 
     low, high = 0.0, float("inf")
     if spent(high) > budget * (1 + 1e-6):  # shares are float32
@@ -276,3 +262,88 @@ def assign_with_hysteresis(
     still_good = good.gather(1, previous[:, None] - 1)[:, 0]
     moved = torch.where(previous > clearly_good, clearly_good, needed)
     return torch.where(still_good & (previous <= clearly_good), previous, moved)
+
+
+class VideoRouter:
+    """Renders the frames of one video, or of N side by side, and keeps exits where the loss allows it.
+
+    A frame that needs a deeper exit gets it at once, so no frame is predicted to lose more than the threshold.
+    A cheaper exit is taken only if its predicted loss is below the threshold by the share ``hysteresis``.
+    Made by ``model.video()``.
+
+    Args:
+        routed: ``model.routed``.
+        hysteresis: Share of the limit by which a cheaper exit's predicted loss has to be below it, in [0, 1).
+            0 routes every frame independently.
+
+    Attributes:
+        exits: Exits of the previous frame, ``(N,)`` from 1; ``None`` before the first one.
+        frames: Number of frames so far.
+        changes: How often a stream changed its exit.
+
+    Raises:
+        OptionError: If ``hysteresis`` is out of range.
+
+    Example:
+        >>> with model.video(hysteresis=0.1) as step:
+        ...     for frame in frames:
+        ...         image = step(frame, threshold=0.1)
+    """
+
+    def __init__(self, routed: Callable[..., tuple[Any, Tensor]], hysteresis: float = 0.1) -> None:
+        is_number = isinstance(hysteresis, Real) and not isinstance(hysteresis, bool)
+        if not is_number or not 0 <= hysteresis < 1:
+            raise OptionError(
+                f"hysteresis must be in [0, 1), got {hysteresis!r}. It is a share of the threshold, such as 0.1.",
+                hysteresis,
+            )
+        self._routed, self.hysteresis = routed, hysteresis
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin another video."""
+        self.exits: Tensor | None = None
+        self.frames = self.changes = 0
+
+    def __enter__(self) -> Self:
+        self.reset()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.exits = None
+
+    def __call__(
+        self, *inputs: Any, threshold: float | Tensor, deadline_ms: float | None = None, **kwargs: Any
+    ) -> Any:
+        """Render the next frame of every stream.
+
+        Args:
+            *inputs: The generator's positional inputs, one sample per stream.
+            threshold: Largest quality loss to accept, ``>= 0``; one number, or one per stream ``(N,)``.
+            deadline_ms: Milliseconds that the call may take.
+            **kwargs: The generator's keyword inputs.
+
+        Returns:
+            A value with the structure of the generator's output.
+
+        Raises:
+            OptionError: If the number of streams changed, or as for any routed call.
+        """
+        output, exits = self._routed(
+            *inputs, threshold=threshold, deadline_ms=deadline_ms, choose=self._choose, **kwargs
+        )
+        if self.exits is not None:
+            self.changes += int((exits != self.exits).sum())
+        self.exits = exits
+        self.frames += 1
+        return output
+
+    def _choose(self, predicted: Tensor, limits: Tensor | None) -> Tensor:
+        assert limits is not None
+        if self.exits is not None and len(self.exits) != len(predicted):
+            raise OptionError(
+                f"the number of streams must stay {len(self.exits)}, got {len(predicted)}. Call reset() between "
+                "videos.",
+                predicted,
+            )
+        return assign_with_hysteresis(predicted, limits, self.exits, self.hysteresis)

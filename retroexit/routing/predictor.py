@@ -8,8 +8,9 @@ in the remaining directions (probabilistic principal components: Tipping and Bis
 from __future__ import annotations
 
 import math
+import threading
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -274,12 +275,16 @@ class OODCounter:
     seen: int = 0
     count: int = 0
     enabled: bool = True
+    _lock: ClassVar = threading.Lock()  # of the class, so that a counter can be copied
 
     def add(self, is_ood: Tensor) -> None:
         """Count a batch, bool ``(N,)``."""
-        self.seen += len(is_ood)
-        self.count += int(is_ood.sum())
+        count = int(is_ood.sum())
+        with self._lock:
+            self.seen += len(is_ood)
+            self.count += count
 
     def reset(self) -> None:
         """Count from zero."""
-        self.seen = self.count = 0
+        with self._lock:
+            self.seen = self.count = 0

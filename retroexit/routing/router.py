@@ -1,4 +1,4 @@
-"""Choose an exit for every sample of a batch (paper section 3.2)."""
+"""Choose an exit for every sample of a batch (paper section 3.2), and run the batch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from retroexit.core.modules import count_macs
-from retroexit.core.nested import tensors
+from retroexit.core.nested import clone_strided, tensors
 from retroexit.errors import OptionError, TrainingError
 from retroexit.guidance.bank import Retrieved
 from retroexit.guidance.provider import GuideProvider
@@ -19,20 +19,20 @@ from retroexit.routing.calibration import Calibration
 from retroexit.routing.latency import Latency
 from retroexit.routing.policy import RoutingRequest, assign_by_budget, assign_exits
 from retroexit.routing.predictor import OODCounter, Predictor
-from retroexit.split.split import Begun
+from retroexit.split.split import Begun, SplitGenerator, Values, merge
 from retroexit.wrapping.decomposition import Decomposition
 
-__all__ = ["Choice", "LossPrediction", "Router", "guide_distance", "input_map"]
+__all__ = ["Choice", "LossPrediction", "Router", "guide_distance", "input_map", "render", "render_branch"]
 
 
 @dataclass(frozen=True, eq=False)
 class LossPrediction:
-    """What is predicted for a batch.
+    """Predicted losses of a batch.
 
     Attributes:
         losses: Predicted loss of each branch exit, ``(N, K)``.
-        is_ood: Whether a sample is out of distribution: too far from the fitting set, bool ``(N,)``.
-        retrieved: What the bank holds for the batch, where the predictor reads the distance to it.
+        is_ood: Which samples are out of distribution, bool ``(N,)``.
+        retrieved: Result of the search in the bank, where the predictor reads the distance to the guide.
     """
 
     losses: Tensor
@@ -51,20 +51,18 @@ class Choice:
 
     Attributes:
         exits: Exit of every sample, ``(N,)`` from 1, ``K + 1`` for the backbone.
-        retrieved: What the bank holds for the whole batch, where that has been searched.
-        is_ood: Which samples are out of distribution, ``(N,)``; ``None`` where that was not checked.
+        retrieved: Result of the search in the bank for the whole batch, if it has been searched.
     """
 
     exits: Tensor
     retrieved: Retrieved | None = None
-    is_ood: Tensor | None = None
 
 
 class Router(nn.Module):
     """Chooses exits from predicted losses, measured times and the out-of-distribution guard.
 
     Attributes:
-        predictor: Gives losses ``(N, K)``; ``None`` before `retroexit.fit`.
+        predictor: Predicts losses ``(N, K)``; ``None`` before `retroexit.fit`.
         calibration: Makes a threshold a promise; ``None`` before ``model.calibrate``.
         latency: Measured times of the exits; ``None`` before ``model.measure_latency``.
         ood_counter: Counts samples that were out of distribution and went to the backbone.
@@ -84,6 +82,10 @@ class Router(nn.Module):
         self._guide = GuideProvider()
         self._predictor_macs: tuple[nn.Module, tuple[int, ...], int] | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        # The decomposition and the provider of guides belong to one recording: a copy is attached to its own.
+        return self.__dict__ | {"_decomposition": None, "_guide": GuideProvider(), "_predictor_macs": None}
+
     def attach(self, decomposition: Decomposition, guide: GuideProvider) -> None:
         """Take the exits of a recorded generator and the provider of their guides."""
         self._decomposition, self._guide = decomposition, guide
@@ -96,7 +98,7 @@ class Router(nn.Module):
 
         Args:
             begun: The batch at the first cut.
-            request: What the call asks for.
+            request: Routing options of the call.
             count: Whether `ood_counter` counts this batch.
 
         Raises:
@@ -104,15 +106,18 @@ class Router(nn.Module):
             TrainingError: If a predictor, calibration or measured time is needed and missing.
             BankError: If the guidance bank is needed and missing.
         """
-        samples, last = begun.samples, self.exits
-        device = begun.key_feature.device
+        exit = self.exits if request.exit is None else self.check_exit(request.exit)
+        exits = torch.full((begun.samples,), exit, device=begun.key_feature.device)
         if request.exit is not None:
-            return Choice(torch.full((samples,), self.check_exit(request.exit), device=device))
-        exits, retrieved, is_ood = torch.full((samples,), last, device=device), None, None
+            return Choice(exits)
+        retrieved = None
         if request.needs_losses:
             prediction = self.predict(begun)
-            exits = self._assign(prediction, request)
-            retrieved, is_ood = prediction.retrieved, prediction.is_ood
+            exits, retrieved, is_ood = (
+                self._assign(prediction, request),
+                prediction.retrieved,
+                prediction.is_ood,
+            )
             # Under a deadline a sample cannot be sent to the backbone afterwards.
             if self.ood_counter.enabled and request.deadline_ms is None:
                 exits, retrieved, is_far = self._check_guides(exits, retrieved, begun)
@@ -123,7 +128,7 @@ class Router(nn.Module):
             exits = exits.max().clamp_max(self._last_in_time(request.deadline_ms, exits)).expand_as(exits)
         if not self._divides:
             exits = exits.max().expand_as(exits)  # the batch leaves together, at the deepest exit chosen
-        return Choice(exits, retrieved, is_ood)
+        return Choice(exits, retrieved)
 
     @torch.no_grad()
     def predict(self, begun: Begun) -> LossPrediction:
@@ -138,18 +143,15 @@ class Router(nn.Module):
                 "with exit=k.",
                 self,
             )
-        feature, retrieved, reads = begun.feature, None, self.reads
-        inputs = [feature]
-        if reads == "inputs":
-            source = self.predictor_inputs
-            inputs = [
-                input_map(begun.args, begun.kwargs, feature.dim() - 2)
-                if source is None
-                else source(*begun.args, **begun.kwargs)
-            ]
+        inputs, retrieved, reads = [begun.feature], None, self.reads
+        if self.needs_adapter:
+            assert self.predictor_inputs is not None
+            inputs = [self.predictor_inputs(*begun.args, **begun.kwargs)]
+        elif reads == "inputs":
+            inputs = [input_map(begun.args, begun.kwargs, begun.feature.dim() - 2)]
         elif reads == "features+distance":
             retrieved = self._guide.retrieve(begun)
-            inputs.append(guide_distance(retrieved.distances).to(feature.device))
+            inputs.append(guide_distance(retrieved.distances).to(begun.feature.device))
         if isinstance(self.predictor, Predictor):
             losses, distance = self.predictor.predict_losses(*inputs)  # (rows, K), (rows,)
         else:
@@ -187,7 +189,7 @@ class Router(nn.Module):
         if request.threshold is not None:
             return assign_exits(losses, self._limits(losses, request.threshold))
         assert request.budget is not None
-        return assign_by_budget(losses, self.shares(), self._prices(losses, request.budget))
+        return assign_by_budget(losses, self.shares(), self._multipliers(losses, request.budget))
 
     def _limits(self, losses: Tensor, threshold: float | Tensor) -> Tensor:
         """Largest prediction that each exit may have under a threshold, ``(K,)`` or ``(N, K)``."""
@@ -198,8 +200,8 @@ class Router(nn.Module):
             return threshold.to(losses)[:, None].expand_as(losses)
         return losses.new_full((losses.shape[1],), float(threshold))
 
-    def _prices(self, losses: Tensor, budget: float | Tensor) -> float | Tensor:
-        """Price of compute at which inputs like the calibration set spend a budget on average."""
+    def _multipliers(self, losses: Tensor, budget: float | Tensor) -> Tensor:
+        """Lagrange multipliers at which inputs like the calibration set spend a budget on average."""
         if self.calibration is None:
             raise TrainingError(
                 f"budget={budget} needs a calibration, but the model has none. Call model.calibrate(inputs) "
@@ -207,11 +209,9 @@ class Router(nn.Module):
                 self,
             )
         _check_count(budget, "budget", losses)
-        shares, calibration = self.shares(), self.calibration
-        if not isinstance(budget, Tensor) or not budget.dim():
-            return calibration.price(shares, float(budget))
-        prices = [calibration.price(shares, value) for value in budget.tolist()]
-        return torch.tensor(prices, device=losses.device)
+        shares, budgets = self.shares(), torch.as_tensor(budget, dtype=torch.float64)
+        multipliers = [self.calibration.lagrange_multiplier(shares, b) for b in budgets.reshape(-1).tolist()]
+        return torch.tensor(multipliers, dtype=torch.float64, device=losses.device)
 
     def _check_guides(
         self, exits: Tensor, retrieved: Retrieved | None, begun: Begun
@@ -301,6 +301,58 @@ class Router(nn.Module):
     def _rows_per_sample(self) -> int:
         """Rows of one sample in the first feature, into which frames may be folded."""
         return self._recorded.split.rows_per_sample
+
+
+def render(
+    split: SplitGenerator, branches: nn.ModuleList, guide: GuideProvider, begun: Begun, choice: Choice
+) -> Any:
+    """Run the backbone from the first cut on; at every exit some samples leave and the others continue.
+
+    A stage that no sample needs does not run.
+
+    Returns:
+        A value with the structure of the generator's output, samples in the order of the batch.
+    """
+    exits = choice.exits
+    early = (exits <= len(branches)).nonzero()[:, 0]
+    everyone = len(early) == len(exits)
+    with torch.no_grad():  # one search for all samples that leave early
+        guides = (
+            None if guide.taps is None else guide.guide(begun, None if everyone else early, choice.retrieved)
+        )
+    values, rows = begun.values, torch.arange(len(exits), device=exits.device)
+    parts: list[tuple[Tensor, Any]] = []
+    for index, branch in enumerate(branches):
+        if index:
+            with torch.no_grad():
+                values = split.advance(values, index)
+        leaves = exits[rows] == index + 1
+        if not bool(leaves.any()):
+            continue
+        leaving, staying = leaves.nonzero()[:, 0], (~leaves).nonzero()[:, 0]
+        part = values if not len(staying) else split.select(values, leaving)
+        if guides is None or len(leaving) == len(exits):
+            part_guides = guides
+        else:  # early is sorted, so a row's position in it is its position among the guides
+            part_guides = guides[torch.searchsorted(early, rows[leaving])]
+        parts.append((rows[leaving], render_branch(split, branch, index, part, part_guides)))
+        if not len(staying):
+            break
+        values, rows = split.select(values, staying), rows[staying]
+    else:
+        with torch.no_grad():
+            parts.append((rows, split.finish(values)))
+    return merge(parts, len(exits), split.output_rows)
+
+
+def render_branch(
+    split: SplitGenerator, branch: nn.Module, index: int, values: Values, guide: Tensor | None
+) -> Any:
+    """Make the output of a branch from the values at its cut ``index``, from 0, and its guides ``(N, C, ...)``."""
+    split.check_precision(branch)
+    crossing = split.crossing(values, index)
+    written = split.written[index]  # values that the branch writes into: it gets copies
+    return branch(*(clone_strided(v) if i in written else v for i, v in enumerate(crossing)), guide=guide)
 
 
 def guide_distance(squared: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from retroexit.core.files import (
     versions,
     write_tensors,
 )
-from retroexit.core.modules import fingerprint
+from retroexit.core.identity import Identity
 from retroexit.errors import CheckpointError, OptionError, RetroExitError
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.routing.calibration import Calibration
@@ -69,7 +69,11 @@ def write_model(folder: str | Path, snapshot: Snapshot) -> Path:
 
     Returns:
         The folder.
+
+    Raises:
+        GeneratorError: If the generator's weights have changed since it was recorded.
     """
+    snapshot.decomposition.check_weights()
     folder, router = Path(folder), snapshot.router
     predictor, arguments = router.predictor, _predictor_to_json(router.predictor)
     folder.mkdir(parents=True, exist_ok=True)
@@ -79,11 +83,12 @@ def write_model(folder: str | Path, snapshot: Snapshot) -> Path:
     write_tensors(folder / "weights.safetensors", tensors)
     if snapshot.bank is not None:
         snapshot.bank.save(folder / "bank")
+    identity = Identity.of(snapshot.generator)
     exits = list_exits(snapshot.decomposition, snapshot.branches, snapshot.generator)
     manifest = {
         "schema": _SCHEMA,
-        "fingerprint": fingerprint(snapshot.generator),
-        "generator": type(snapshot.generator).__name__,
+        "fingerprint": identity.fingerprint,
+        "generator": identity.to_json(),
         "attach_at": [place.path for place in snapshot.decomposition.places],
         "options": options_to_json(snapshot.options, snapshot.decomposition),
         "plans": [plan_to_json(branch.plan) for branch in snapshot.branches],  # type: ignore[arg-type]

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from retroexit.branch.widths.plan import Pin, WidthPlan, WidthRule
 from retroexit.errors import CheckpointError
-from retroexit.guidance.options import Guidance
-from retroexit.guidance.taps import key_name
+from retroexit.guidance.provider import Guidance, key_name
 from retroexit.wrapping.decomposition import Decomposition
 from retroexit.wrapping.options import WrapOptions
 

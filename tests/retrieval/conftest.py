@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from retroexit.plugins import host
-from retroexit.retrieval import AutoRetriever, ExactRetriever, FaissRetriever, HnswlibRetriever, Retriever
+from retroexit.retrieval import ExactRetriever, FaissRetriever, HnswlibRetriever, Retriever
 
 OURS: dict[str, Callable[..., Retriever]] = {
     "exact": lambda **more: ExactRetriever(precision="float32", **more),
@@ -20,7 +20,6 @@ OURS: dict[str, Callable[..., Retriever]] = {
     "hnswlib": HnswlibRetriever,
     "faiss-hnsw": lambda **more: FaissRetriever(index="HNSW16", **more),
     "faiss-ivf": lambda **more: FaissRetriever(index="IVF8,Flat", nprobe=6, **more),
-    "auto": AutoRetriever,
 }
 # A code book needs more keys than most tests have.
 COMPRESSED: dict[str, Callable[..., Retriever]] = {
@@ -32,7 +31,7 @@ COMPRESSED: dict[str, Callable[..., Retriever]] = {
 def _plugins() -> dict[str, Callable[..., Retriever]]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of broken plug-ins
-        names = set(host().retrievers()) - {"auto", "exact", "faiss", "hnswlib"}
+        names = set(host().retrievers()) - {"exact", "faiss", "hnswlib"}
         return {name: host().retriever(name) for name in sorted(names)}
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from retroexit.retrieval import ExactRetriever, base, rounded
-from retroexit.retrieval.rounded import RoundedKeys
+from retroexit.retrieval import ExactRetriever, exact
+from retroexit.retrieval.exact import RoundedKeys
 
 
 def clusters(spread: float) -> tuple[Tensor, Tensor]:
@@ -56,10 +56,10 @@ def test_more_queries_than_one_block_are_searched_alike() -> None:
 def test_automatic_precision_depends_on_size_processor_and_proof(monkeypatch) -> None:
     apart, dense = torch.randn(800, 24), clusters(1e-3)[0]
     assert ExactRetriever().build(apart).precision == "float32"
-    monkeypatch.setattr(base, "_MANY", 1000)
-    monkeypatch.setattr(base, "multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr(exact, "_MANY", 1000)
+    monkeypatch.setattr(exact, "multiplies_bfloat16", lambda: False)
     assert ExactRetriever().build(apart).precision == "float32"
-    monkeypatch.setattr(base, "multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(exact, "multiplies_bfloat16", lambda: True)
     assert ExactRetriever().build(apart).precision == "bfloat16"
     assert ExactRetriever(precision="float32").build(apart).precision == "float32"
     assert ExactRetriever().build(dense).precision == "float32"  # rounding could hide most neighbours
@@ -85,4 +85,4 @@ def test_native_bfloat16_is_detected_in_old_and_new_versions_of_torch(
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False, raising=False)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: older, raising=False)
-    assert rounded.multiplies_bfloat16.__wrapped__() is expected
+    assert exact.multiplies_bfloat16.__wrapped__() is expected

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from retroexit.routing.bounds import most_violations, samples_needed, upper_bound
+from retroexit.routing.calibration import most_violations, samples_needed, upper_bound
 
 binom = pytest.importorskip("scipy.stats", reason="scipy computes the same another way").binom
 beta = pytest.importorskip("scipy.stats").beta

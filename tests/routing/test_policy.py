@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from retroexit.errors import OptionError
-from retroexit.routing.policy import assign_exits, check_threshold
+from retroexit.routing.policy import assign_exits, check_number
 
 LOSS = st.floats(-1, 2, width=32) | st.just(math.nan) | st.just(math.inf)
 
@@ -45,15 +45,15 @@ def test_no_sample_is_no_exit() -> None:
 @pytest.mark.parametrize("threshold", [-0.1, math.inf, math.nan, True, "0.1", None])
 def test_a_threshold_that_is_no_accepted_loss_is_refused(threshold: Any) -> None:
     with pytest.raises(OptionError, match=f"threshold must be a finite number >= 0, got {threshold!r}"):
-        check_threshold(threshold)
-    with pytest.raises(OptionError, match="such as 0.1"):
+        check_number("threshold", threshold)
+    with pytest.raises(OptionError, match="threshold must be"):
         assign_exits(torch.zeros(1, 2), threshold)
 
 
 @pytest.mark.parametrize("threshold", [0, 0.25, 3])
 def test_a_threshold_comes_back_as_a_float(threshold: float) -> None:
-    assert check_threshold(threshold) == threshold
-    assert type(check_threshold(threshold)) is float
+    assert check_number("threshold", threshold) == threshold
+    assert type(check_number("threshold", threshold)) is float
 
 
 def test_predictions_of_another_shape_are_refused() -> None:

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 
 from retroexit.errors import OptionError
 from retroexit.model import EarlyExitGenerator
-from retroexit.routing.policy import assign_exits, assign_with_hysteresis
-from retroexit.routing.video import VideoRouter
+from retroexit.routing.policy import VideoRouter, assign_exits, assign_with_hysteresis
 
 Make = Callable[..., EarlyExitGenerator]
 LOSS = st.floats(0, 0.25, width=32)

@@ -1,4 +1,4 @@
-"""Search among keys rounded to bfloat16, with a lower bound on the distance to all other keys.
+"""Exact search: float32 blocks, or bfloat16 first with a bound that proves the result.
 
 Where a processor multiplies bfloat16 natively, comparing rounded rows costs a third of comparing float32
 rows. Rounding moves a query and a key by known lengths, so that by the triangle inequality every key that is
@@ -9,19 +9,103 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["RoundedKeys", "multiplies_bfloat16", "scan", "smallest"]
+from retroexit.errors import OptionError
+from retroexit.retrieval.base import Retriever, nearest, pair_distances, scan, smallest, squared_norms
 
+__all__ = ["ExactRetriever"]
+
+_MANY = 3_000_000  # numbers in the keys from which bfloat16 pays for ranking candidates: 3k x 1024, 16k x 192
+_SPARE = 15  # candidates beside the k nearest
+_PROBES = 64
 _QUERIES = 1024
 _KEYS = 8192  # one block of scores is 1024 x 8192 floats = 32 MiB
 _GROUP = 32
 _UNIT = 2.0**-8  # half a unit in the last place of bfloat16, relative
 _FAR = 1e38
+
+
+class ExactRetriever(Retriever):
+    """Exhaustive search by blocks of one matrix product; costs ``Q * n * D`` multiply-adds.
+
+    With bfloat16, rounded keys are compared first and sixteen candidates are compared again in float32. A
+    query for which rounding could hide the nearest key is searched in float32, so that both precisions give
+    the same result up to float32 rounding.
+
+    Args:
+        device: Where the keys are held and compared, such as ``"cpu"`` or ``"cuda"``.
+        precision: ``"float32"``, ``"bfloat16"``, or ``"auto"``: bfloat16 on processors that multiply it
+            natively, for large banks whose keys are far enough apart.
+        threads: Recorded only: the search runs in torch's own thread pool, see `torch.set_num_threads`.
+
+    Raises:
+        OptionError: If the device or the precision does not exist; on `build`, if the keys cannot be put on
+            the device.
+    """
+
+    name = "exact"
+
+    def __init__(
+        self,
+        *,
+        device: str = "cpu",
+        precision: Literal["auto", "float32", "bfloat16"] = "auto",
+        threads: int = 1,
+    ) -> None:
+        super().__init__(threads=threads, device=str(device), precision=precision)
+        try:
+            self._device = torch.device(device)
+        except RuntimeError as error:
+            raise OptionError(f"no device {device!r}: {error}", device) from error
+        if precision not in ("auto", "float32", "bfloat16"):
+            raise OptionError(
+                f"precision must be 'auto', 'float32' or 'bfloat16', got {precision!r}", precision
+            )
+        self._rounded: RoundedKeys | None = None
+        self._rows: Tensor
+        self._norms: Tensor
+
+    @property
+    def precision(self) -> Literal["float32", "bfloat16"]:
+        """Precision of the first comparison, after `build`."""
+        return "float32" if self._rounded is None else "bfloat16"
+
+    def _build(self, keys: np.ndarray) -> None:
+        try:
+            rows = torch.from_numpy(keys).to(self._device)
+            rounded = self._round(rows)
+            if rounded is not None:
+                rows = rows[:0].clone()
+            self._rounded, self._rows, self._norms = rounded, rows, squared_norms(rows)
+        except (RuntimeError, AssertionError) as error:  # torch asserts that it was compiled for the device
+            raise OptionError(
+                f"cannot hold {len(keys)} x {keys.shape[1]} keys on {str(self._device)!r}: {error}",
+                self._device,
+            ) from error
+
+    def _round(self, rows: Tensor) -> RoundedKeys | None:
+        """Round the keys if the precision is bfloat16, or automatic and rounding pays."""
+        precision = self.options["precision"]
+        pays = self._device.type == "cpu" and rows.numel() >= _MANY and multiplies_bfloat16()
+        if precision == "float32" or (precision == "auto" and not pays):
+            return None
+        rounded = RoundedKeys(rows)
+        return rounded if precision == "bfloat16" or rounded.proves(rows) else None
+
+    def _search(self, queries: np.ndarray, k: int) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
+        rows = torch.from_numpy(queries).to(self._device)
+        count = min(k + _SPARE, self.distinct)
+        if self._rounded is not None:
+            ids, floor = self._rounded.candidates(rows, count)
+            return ids.cpu().numpy(), floor.cpu().numpy()
+        # A GPU may round float32 products as well (TF32): rank more candidates there.
+        ids = nearest(rows, self._rows, k if self._device.type == "cpu" else count, self._norms)
+        return ids.cpu().numpy()
 
 
 @functools.cache
@@ -36,41 +120,13 @@ def multiplies_bfloat16() -> bool:
     return any(getattr(torch.cpu, probe, bool)() for probe in probes)
 
 
-def smallest(score: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Find the ``k`` smallest numbers of each row and their columns, ascending."""
-    if k == 1:  # several times faster than topk(1)
-        return tuple(score.min(dim=1, keepdim=True))  # type: ignore[return-value]
-    return tuple(score.topk(k, dim=1, largest=False))  # type: ignore[return-value]
-
-
-def scan(
-    score: Callable[[int, int], Tensor],
-    rows: int,
-    k: int,
-    select: Callable[[Tensor, int], tuple[Tensor, Tensor]],
-    step: int,
-) -> tuple[Tensor, Tensor]:
-    """Collect the ``k`` smallest scores of every query among ``rows`` keys, in blocks of ``step`` keys.
-
-    ``score(first, last)`` returns scores ``(Q, last - first)``; ``select`` is `smallest` or a faster version.
-    Returns scores and row numbers, ``(Q, k)``, ascending.
-    """
-    best, at = select(score(0, min(step, rows)), min(k, step, rows))
-    for start in range(step, rows, step):
-        stop = min(start + step, rows)
-        near, here = select(score(start, stop), min(k, stop - start))
-        best, order = smallest(torch.cat([best, near], 1), min(k, stop))
-        at = torch.cat([at, here + start], 1).gather(1, order)
-    return best, at
-
-
 class RoundedKeys:
     """A table of centred keys, float32 ``(n, D)``, in bfloat16."""
 
     def __init__(self, keys: Tensor) -> None:
         self.rows, self.width = keys.shape
         # Whole groups of rows; rows of whole cache lines, with room for six columns (see `_augmented`).
-        shape = (_up(self.rows, _GROUP), _up(self.width + 6, 32))
+        shape = (-(-self.rows // _GROUP) * _GROUP, -(-(self.width + 6) // 32) * 32)
         self._table = torch.zeros(shape, dtype=torch.bfloat16, device=keys.device)
         self._longest = self._error = 0.0
         for start in range(0, self.rows, _KEYS):
@@ -99,12 +155,23 @@ class RoundedKeys:
         table, lengths, errors = self._augmented(queries, -1)
 
         def score(start: int, stop: int) -> Tensor:
-            return _product(table, self._table[start:stop])
+            keys = self._table[start:stop].T
+            if keys.is_cuda:  # without out_dtype a GPU may also round partial sums to bfloat16
+                return torch.mm(table, keys, out_dtype=torch.float32)
+            return torch.mm(table, keys).float()
 
         near, ids = scan(score, len(self._table), count, _smallest_by_groups, _KEYS)
         if count == self.rows:  # nothing is left out
             return ids, torch.full((len(queries),), math.inf, device=queries.device)
         return ids, self._floor(near[:, -1], lengths, errors)
+
+    def proves(self, rows: Tensor) -> bool:
+        """Return whether the floor proves nearly all neighbours of a sample of the keys ``rows``."""
+        probes = rows[:: max(1, len(rows) // _PROBES)]
+        ids, floor = self.candidates(probes, min(2 + _SPARE, len(rows)))
+        distances = pair_distances(probes.numpy(), rows.numpy(), ids.numpy())
+        second = np.sqrt(np.sort(distances, axis=1)[:, min(1, distances.shape[1] - 1)])  # the first is itself
+        return bool((second <= floor.numpy()).mean() >= 0.9)
 
     def _floor(self, last: Tensor, lengths: Tensor, errors: Tensor) -> Tensor:
         """Bound from below the distance to every key whose score is ``last`` or more."""
@@ -137,12 +204,6 @@ class RoundedKeys:
         return table, lengths, errors
 
 
-def _product(queries: Tensor, keys: Tensor) -> Tensor:
-    if queries.is_cuda:  # without out_dtype a GPU may also round partial sums to bfloat16
-        return torch.mm(queries, keys.T, out_dtype=torch.float32)
-    return torch.mm(queries, keys.T).float()
-
-
 def _smallest_by_groups(score: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Do as `smallest` does, faster: the ``k`` smallest lie in the ``k`` groups of smallest minima."""
     groups = score.shape[1] // _GROUP
@@ -153,7 +214,3 @@ def _smallest_by_groups(score: Tensor, k: int) -> tuple[Tensor, Tensor]:
     columns = (group[:, :, None] * _GROUP + torch.arange(_GROUP, device=score.device)).flatten(1)
     near, order = score.gather(1, columns).topk(k, dim=1, largest=False)
     return near, columns.gather(1, order)
-
-
-def _up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple
