@@ -30,8 +30,9 @@ from retroexit.metrics import LPIPS
 from retroexit.report.text_tables import table
 from retroexit.training.cache import FeatureCache, LiveFeatures
 from retroexit.training.losses import L1, TrainingLoss
+from retroexit.training.settings import FitSettings
 from retroexit.training.steps import Cropper, Steps
-from retroexit.training.trainer import BranchSchedule, BranchTrainer
+from retroexit.training.trainer import BranchTrainer
 
 LIMITS = ImageRange(0.0, 1.0)
 WAYS = [(together, cached) for together in (True, False) for cached in (True, False)]
@@ -60,7 +61,7 @@ def prepare(arguments: argparse.Namespace, batch: int, cached: bool) -> tuple[li
     steps = Steps(features, samples, rows, cropper, LIMITS, None, batch, 0, torch.device("cpu"))
     metric = LPIPS("alex", shared / "data/weights/lpips_alex_v0.1.pth")
     loss = TrainingLoss({"l1": (1.0, L1()), "quality": (1.0, metric)})
-    schedule = BranchSchedule(1000, bfloat16=True)
+    schedule = FitSettings(steps=1000, bfloat16=True)
     trainers = [
         BranchTrainer(model, index, loss, LIMITS, schedule, arguments.out)
         for index in range(len(model.branches))

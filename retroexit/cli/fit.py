@@ -35,7 +35,7 @@ from retroexit.cli.options import (
 from retroexit.core.modules import device_of, unit_of
 from retroexit.core.samples import Samples, moved
 from retroexit.errors import MissingExtraError, OptionError, WeightsError
-from retroexit.fit import DeviceOptions, PromiseOptions, prepare
+from retroexit.fit import prepare
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.metrics import QualityMetric
 from retroexit.model import EarlyExitGenerator
@@ -116,9 +116,9 @@ Training: Any = options_of(
 )
 
 
-Promise: Any = options_of(PromiseOptions, alpha=Alpha, confidence=Confidence)
+Promise: Any = options_of(retroexit.fit, alpha=Alpha, confidence=Confidence)
 Devices: Any = options_of(
-    DeviceOptions,
+    retroexit.fit,
     devices="Devices of each machine; torchrun's by default, or one.",
     nodes="Machines; torchrun's by default, or one.",
 )
@@ -304,7 +304,7 @@ def _term(
         network = f"{type(plan.discriminator).__name__}, a copy per branch: {branches} x "
         network += _size(plan.discriminator)
         if ADVERSARIAL in plan.weights:
-            network += f", {plan.objective.name}, lr {plan.adversary.lr:g}"
+            network += f", {plan.objective.name}, lr {plan.discriminator_lr:g}"
         untrained = {"auto": "none: as the adapter makes it, untrained", "none": ""}
         source = untrained.get(losses.discriminator, losses.discriminator)
     elif name == GAZE:
