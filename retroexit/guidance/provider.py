@@ -14,7 +14,8 @@ from retroexit.branch.branch import GuideShape
 from retroexit.core.identity import fingerprint
 from retroexit.core.nested import cloned
 from retroexit.errors import BankError, OptionError
-from retroexit.guidance.bank import GuidanceBank, Retrieved
+from retroexit.guidance.bank import GuidanceBank
+from retroexit.retrieval import SearchResult
 from retroexit.split.split import Begun, SplitGenerator
 from retroexit.stages.decoder import Cut, Decoder
 from retroexit.stages.stage import Stage
@@ -348,7 +349,7 @@ class GuideProvider:
         weights = None if bank.meta.get("fingerprint") is None else fingerprint(self._generator)
         bank.check_origin(fingerprint=weights, **self.taps.origin())
 
-    def retrieve(self, begun: Begun, rows: Tensor | None = None) -> Retrieved:
+    def retrieve(self, begun: Begun, rows: Tensor | None = None) -> SearchResult:
         """Search the bank for the nearest keys of a batch, or of some rows of it.
 
         Raises:
@@ -357,7 +358,7 @@ class GuideProvider:
         return self._required_bank().search(self._query(begun, rows))
 
     def guide(
-        self, begun: Begun, rows: Tensor | None = None, retrieved: Retrieved | None = None
+        self, begun: Begun, rows: Tensor | None = None, retrieved: SearchResult | None = None
     ) -> Tensor | None:
         """Glue the guides of a batch, or of some rows of it; ``None`` where branches take none.
 
