@@ -19,13 +19,13 @@ from retroexit.core.samples import ImageRange, Samples, drawing_from, moved
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.guidance.building import build_bank, with_slopes
 from retroexit.guidance.taps import Taps
-from retroexit.measuring.exits import image_range_of
+from retroexit.measuring import image_range_of
 from retroexit.metrics import QualityMetric
 from retroexit.model import EarlyExitGenerator
 from retroexit.retrieval import Retriever
 from retroexit.routing.predictor import farthest
 from retroexit.routing.router import guide_distance
-from retroexit.saving.settings import options_to_json
+from retroexit.saving import options_to_json
 from retroexit.training.branches.distributed import Team
 from retroexit.training.branches.feature_distance import FeatureDistance
 from retroexit.training.branches.initialise import reconstruct_branches

@@ -1,0 +1,304 @@
+"""The files of a wrapped generator: safetensors and JSON, never pickles, and not the generator itself.
+
+Imports `retroexit.routing` and what lies below it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from retroexit.branch.widths.plan import Pin, WidthPlan, WidthRule
+from retroexit.core.files import (
+    MANIFEST,
+    is_intact,
+    read_tensors,
+    self_digest,
+    sha256_of,
+    versions,
+    write_tensors,
+)
+from retroexit.core.modules import fingerprint
+from retroexit.errors import CheckpointError, OptionError, RetroExitError
+from retroexit.guidance.bank import GuidanceBank
+from retroexit.guidance.options import Guidance
+from retroexit.guidance.taps import key_name
+from retroexit.routing.calibration import Calibration
+from retroexit.routing.predictor import Predictor
+from retroexit.routing.router import Router
+from retroexit.wrapping.decomposition import Decomposition
+from retroexit.wrapping.exits import list_exits
+from retroexit.wrapping.options import WrapOptions
+
+__all__ = [
+    "fill_predictor",
+    "find_key",
+    "options_from_json",
+    "options_to_json",
+    "read_calibration",
+    "read_manifest",
+    "read_predictor",
+    "write_model",
+]
+
+_CALIBRATION = "calibration.safetensors"
+_SCHEMA = 3
+
+
+def write_model(
+    folder: str | Path,
+    generator: nn.Module,
+    options: WrapOptions,
+    decomposition: Decomposition,
+    branches: nn.ModuleList,
+    router: Router,
+    bank: GuidanceBank | None,
+    about: dict[str, Any],
+) -> Path:
+    """Write branches, predictor, bank, calibration and settings to a folder.
+
+    Args:
+        folder: Made if missing; files of an earlier save are replaced.
+        generator: The user's generator; only its fingerprint is written.
+        options: How it was wrapped.
+        decomposition: The generator, cut at its attach points.
+        branches: The branches.
+        router: Predictor, calibration and measured times.
+        bank: The guidance bank, or ``None``.
+        about: Facts about the fit, as JSON types.
+
+    Returns:
+        The folder.
+    """
+    folder = Path(folder)
+    predictor, arguments = router.predictor, _predictor_to_json(router.predictor)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {f"branches.{name}": value for name, value in branches.state_dict().items()}
+    if predictor is not None:
+        tensors |= {f"predictor.{name}": value for name, value in predictor.state_dict().items()}
+    write_tensors(folder / "weights.safetensors", tensors)
+    if bank is not None:
+        bank.save(folder / "bank")
+    manifest = {
+        "schema": _SCHEMA,
+        "fingerprint": fingerprint(generator),
+        "generator": type(generator).__name__,
+        "attach_at": [place.path for place in decomposition.places],
+        "options": options_to_json(options, decomposition),
+        "plans": [plan_to_json(branch.plan) for branch in branches],  # type: ignore[arg-type]
+        "predictor": arguments,
+        "predictor_reads": "inputs" if router.needs_adapter else "feature",
+        "calibration_sha256": _write_calibration(router.calibration, folder / _CALIBRATION),
+        "latency": None if router.latency is None else router.latency.to_json(),
+        "guide_limit": router.guide_limit,
+        "has_bank": bank is not None,
+        "bank_sha256": None if bank is None else sha256_of(folder / "bank" / MANIFEST),
+        "weights_sha256": sha256_of(folder / "weights.safetensors"),
+        "exits": [dataclasses.asdict(e) for e in list_exits(decomposition, branches, generator)],
+        "about": about,
+        "versions": versions(),
+    }
+    manifest["digest"] = self_digest(json.loads(json.dumps(manifest)))
+    temporary = folder / "model.json.part"
+    temporary.write_text(json.dumps(manifest, indent=1, allow_nan=False))
+    os.replace(temporary, folder / "model.json")
+    return folder
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Read and check ``model.json``.
+
+    Raises:
+        CheckpointError: If it is missing, damaged, or of another schema.
+    """
+    try:
+        manifest: dict[str, Any] = dict(json.loads((folder / "model.json").read_text()))
+        schema = manifest["schema"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{folder} must hold a readable model.json, got {type(error).__name__}: {error}. Pass a folder that "
+            "model.save wrote.",
+            folder,
+        ) from error
+    if schema != _SCHEMA:
+        raise CheckpointError(
+            f"the schema of {folder} must be {_SCHEMA}, got {schema}. Use the version that wrote it: "
+            f"{manifest.get('versions', {}).get('retroexit')}.",
+            folder,
+        )
+    if not is_intact(manifest):
+        raise CheckpointError(
+            f"{folder} is damaged: model.json does not match its own digest. Copy it again.", folder
+        )
+    return manifest
+
+
+def _predictor_to_json(predictor: nn.Module | None) -> dict[str, Any] | None:
+    """Arguments of a predictor, for `read_predictor`."""
+    if predictor is None:
+        return None
+    if not isinstance(predictor, Predictor):
+        raise OptionError(
+            f"only a retroexit Predictor can be saved, got a {type(predictor).__name__}. Save it yourself, and set "
+            "model.predictor after loading.",
+            predictor,
+        )
+    return {**predictor.options, "input_shape": predictor.input_shape}
+
+
+def read_predictor(saved: dict[str, Any] | None) -> Predictor | None:
+    """Build a predictor without weights from its entry in the manifest."""
+    if saved is None:
+        return None
+    options = dict(saved)
+    shape = options.pop("input_shape")
+    predictor = Predictor(**options)
+    predictor.input_shape = None if shape is None else tuple(shape)
+    return predictor
+
+
+def fill_predictor(predictor: Predictor, weights: dict[str, Tensor], folder: Path) -> None:
+    """Give a predictor its saved weights.
+
+    Raises:
+        CheckpointError: If they do not fit.
+    """
+    try:
+        predictor.load_state_dict(weights)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"the predictor saved in {folder} does not fit: {' '.join(str(error).split())}", folder
+        ) from error
+
+
+def _write_calibration(calibration: Calibration | None, path: Path) -> str | None:
+    """Write a calibration and return the sha256 of its file; without one, remove an older file."""
+    if calibration is None:
+        path.unlink(missing_ok=True)
+        return None
+    tensors = {"losses": calibration.losses, "predicted": calibration.predicted}
+    write_tensors(path, tensors, calibration.settings())
+    return sha256_of(path)
+
+
+def read_calibration(folder: Path, sha256: str | None) -> Calibration | None:
+    """Read the calibration whose file has this sha256; ``None`` without one.
+
+    Raises:
+        CheckpointError: If it is damaged.
+    """
+    if sha256 is None:
+        return None
+    path = folder / _CALIBRATION
+    if sha256_of(path) != sha256:
+        raise CheckpointError(f"{path} has changed since it was written. Copy it again.", path)
+    tensors, settings = read_tensors(path)
+    try:
+        return Calibration(tensors["losses"], tensors["predicted"], **settings)
+    except (KeyError, TypeError, RetroExitError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}). Copy it again.", path) from error
+
+
+def options_to_json(options: WrapOptions, decomposition: Decomposition) -> dict[str, Any]:
+    """Write how a recorded generator was wrapped, attach points aside, as JSON types."""
+    rules = [options.rule_of(place) for place in decomposition.places]
+    return {
+        "rules": [{"scale": r.scale, "min_channels": r.min_channels, "name": r.name} for r in rules],
+        "tap": options.tap,
+        "stages": {stage.path: stage.end for stage in decomposition.split.decoder.stages},
+        "guidance": _guidance_to_json(options.guidance),
+        "init": options.init,
+        "image": options.image,
+        "image_range": options.image_range,
+        "self_test": options.self_test,
+        "seed": options.seed,
+    }
+
+
+def _guidance_to_json(guidance: Guidance | None) -> dict[str, Any] | None:
+    """Write settings as plain data; of a key function, its name."""
+    if guidance is None:
+        return None
+    plain = {field.name: getattr(guidance, field.name) for field in dataclasses.fields(guidance)}
+    return {**plain, "key": key_name(guidance.key) if callable(guidance.key) else None}
+
+
+def find_key(
+    folder: Path,
+    manifest: dict[str, Any],
+    key: Callable[..., Tensor] | None,
+    adapter_key: Callable[..., Tensor] | None,
+) -> Callable[..., Tensor] | None:
+    """Find the key function of a bank of frames: the user's, or the adapter's if its name is the saved one.
+
+    Raises:
+        CheckpointError: If it is missing, or passed where none was saved.
+    """
+    name = (manifest["options"]["guidance"] or {}).get("key")
+    if name is None and key is not None:
+        raise CheckpointError(
+            f"{folder} was saved without a key function, got key={key_name(key)!r}. Leave key out.", key
+        )
+    if name is None or key is not None:
+        return key
+    if adapter_key is None or key_name(adapter_key) != name:
+        raise CheckpointError(
+            f"{folder} needs the key function {name!r}, which is not saved with it. Pass "
+            "retroexit.load(..., key=...), or install the plug-in that it comes from.",
+            folder,
+        )
+    return adapter_key
+
+
+def options_from_json(
+    manifest: dict[str, Any], key: Callable[..., Tensor] | None, **adapter_options: Any
+) -> WrapOptions:
+    """Read what `options_to_json` and `plan_to_json` wrote, and add the key function and an adapter's options."""
+    saved = dict(manifest["options"])
+    guidance = saved.pop("guidance")
+    if guidance is not None:
+        guidance = Guidance(**{**guidance, "key": key, "patch": tuple(guidance["patch"])})
+    image, image_range = saved.pop("image"), saved.pop("image_range")
+    return WrapOptions(
+        attach_at=tuple(manifest["attach_at"]),
+        rules=tuple(WidthRule(**rule) for rule in saved.pop("rules")),
+        stages={str(path): str(end) for path, end in saved.pop("stages").items()},
+        guidance=guidance,
+        image=tuple(image) if isinstance(image, list) else image,
+        image_range=None if image_range is None else tuple(image_range),
+        plans=tuple(_plan_from_json(plan) for plan in manifest["plans"]),
+        **saved,
+        **adapter_options,
+    )
+
+
+def plan_to_json(plan: WidthPlan | None) -> dict[str, Any] | None:
+    """Write the widths of a branch as plain data."""
+    if plan is None:
+        return None
+    return {
+        "shapes": {name: list(shape) for name, shape in plan.shapes.items()},
+        "attributes": [[path, name, value] for (path, name), value in plan.attributes.items()],
+        "entry": plan.entry,
+        "pins": [dataclasses.asdict(pin) for pin in plan.pins],
+        "built": {path: list(channels) for path, channels in plan.built.items()},
+    }
+
+
+def _plan_from_json(saved: dict[str, Any] | None) -> WidthPlan | None:
+    if saved is None:
+        return None
+    return WidthPlan(
+        sizes={},
+        shapes={name: tuple(shape) for name, shape in saved["shapes"].items()},
+        attributes={(p, n): tuple(v) if isinstance(v, list) else v for p, n, v in saved["attributes"]},
+        entry=saved["entry"],
+        pins=tuple(Pin(**pin) for pin in saved["pins"]),
+        built={path: (int(c_in), int(c_out)) for path, (c_in, c_out) in saved["built"].items()},
+    )
