@@ -45,7 +45,7 @@ import retroexit
 from retroexit.core.samples import ImageRange, Samples
 from retroexit.evaluation.sweep import Evaluation
 from retroexit.model import EarlyExitGenerator
-from retroexit.training.data.cache import FeatureCache
+from retroexit.training.cache import FeatureCache
 
 _LATENT = ((3, 4, 6, 7, 8), (16, 20, 24, 28, 32), (16, 24, 36), (0.4, 0.7), 64, 16)
 EXITS = {  # stages, scales and the least width of ours; scales of the students; ratios of Torch-Pruning

@@ -32,7 +32,7 @@ from gain.show import draw, summary
 from gain.training import CONTROLS, Bench
 from tqdm import tqdm
 
-from retroexit.training.branches.trainer import BranchSchedule
+from retroexit.training.trainer import BranchSchedule
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -128,7 +128,7 @@ def routes(models: dict[str, Any], backbone: Count) -> Rows:
 
     A route costs what the backbone does, less the rest of it behind the attach point, plus the branch.
     """
-    found: Rows = {scale: [] for scale in models}
+    rows: Rows = {scale: [] for scale in models}
     for index, cut in enumerate(next(iter(models.values())).split.cuts):
         crossing = [enlarged(node.meta["shape"]) for node in cut.crossing]
         rest = None
@@ -140,8 +140,8 @@ def routes(models: dict[str, Any], backbone: Count) -> Rows:
                 more = resizing(thin, guide)
             cost = count(thin, *crossing, guide=guide)
             macs, biases = backbone.macs - rest.macs + cost.macs, backbone.biases - rest.biases + cost.biases
-            found[scale].append(Count(macs, biases, more))
-    return {scale: [*row, backbone] for scale, row in found.items()}
+            rows[scale].append(Count(macs, biases, more))
+    return {scale: [*row, backbone] for scale, row in rows.items()}
 
 
 def oasis(scales: Sequence[str], guidance: Any = None) -> Rows:
@@ -150,8 +150,8 @@ def oasis(scales: Sequence[str], guidance: Any = None) -> Rows:
         full, label = OASISGenerator().eval(), torch.empty(1, 35, 256, 512)
     backbone = count(full, label)
     small = OASISGenerator(crop=(256 // ENLARGED, 512 // ENLARGED)).eval()
-    known = describe_oasis(small)
-    return routes({s: wrap(small, known, [1, 2, 3, 4], s, guidance=guidance) for s in scales}, backbone)
+    description = describe_oasis(small)
+    return routes({s: wrap(small, description, [1, 2, 3, 4], s, guidance=guidance) for s in scales}, backbone)
 
 
 def megaportraits(tap: Any, floor: int, guidance: Any = None) -> Rows:
@@ -160,27 +160,29 @@ def megaportraits(tap: Any, floor: int, guidance: Any = None) -> Rows:
         full, feature = MegaPortraitsG2d().eval(), torch.empty(1, 1536, 64, 64)
     backbone = count(full, feature)
     small = MegaPortraitsG2d(size=64 // ENLARGED).eval()
-    known = describe_megaportraits(small)
+    description = describe_megaportraits(small)
     options = {"tap": tap, "min_channels": floor, "guidance": guidance}
-    return routes({s: wrap(small, known, [2, 4, 6], s, **options) for s in TABLE_2}, backbone)
+    return routes({s: wrap(small, description, [2, 4, 6], s, **options) for s in TABLE_2}, backbone)
 
 
-def wrap(generator: nn.Module, known: Any, attach_at: list[int | str], scale: str, **options: Any) -> Any:
+def wrap(
+    generator: nn.Module, description: Any, attach_at: list[int | str], scale: str, **options: Any
+) -> Any:
     # Widths do not depend on the starting weights, and fresh ones are made faster.
     return retroexit.wrap(
-        generator, attach_at, SCALES[scale], adapter=known, init="scratch", self_test=False, **options
+        generator, attach_at, SCALES[scale], adapter=description, init="scratch", self_test=False, **options
     )
 
 
-def show(title: str, paper: dict[str, tuple[int, ...]], found: Rows) -> None:
+def show(title: str, paper: dict[str, tuple[int, ...]], rows: Rows) -> None:
     """Print ours beside the paper's, cell by cell."""
     print(f"\n{title}\n  scale exit  paper    ours    diff   MACs alone  diff   (GMACs)")
     for scale, row in paper.items():
-        for number, (want, got) in enumerate(zip(row, found[scale], strict=True), 1):
+        for number, (theirs, ours) in enumerate(zip(row, rows[scale], strict=True), 1):
             place = "BB" if number == len(row) else str(number)
             print(
-                f"  {scale:>5} {place:>4} {want:>6} {got.total:>7.2f} {got.total - want:>+7.2f}   "
-                f"{got.macs:>7.2f} {got.macs - want:>+7.2f}"
+                f"  {scale:>5} {place:>4} {theirs:>6} {ours.total:>7.2f} "
+                f"{ours.total - theirs:>+7.2f}   {ours.macs:>7.2f} {ours.macs - theirs:>+7.2f}"
             )
 
 

@@ -25,6 +25,16 @@ from retroexit.evaluation.sweep import Evaluation
 from retroexit.report.text_tables import table
 from retroexit.routing.calibration import Calibration, most_violations, samples_needed
 
+SHARES = {
+    "violations": "above, mean",
+    "worst": "worst",
+    "saved": "saved",
+    "expected_saved": "saved, expected",
+    "expected_violations": "above, expected",
+    "saved_by_one_exit": "saved, one exit",
+    "oracle_saved": "saved, oracle",
+}
+
 
 def half(evaluation: Evaluation, rows: np.ndarray) -> Evaluation:
     """Keep some samples."""
@@ -85,7 +95,7 @@ def main() -> None:
     parser.add_argument("--alpha", type=float, default=0.05)
     parser.add_argument("--confidence", type=float, default=0.95)
     arguments = parser.parse_args()
-    found = []
+    results = []
     for path in arguments.evaluations:
         evaluation = Evaluation.from_json(path.read_text())
         print(f"{path}: {len(evaluation.loss)} samples, {evaluation.loss.shape[1]} branch exits")
@@ -96,30 +106,11 @@ def main() -> None:
                 if row is None:
                     rows.append([f"{tau:g}", rule, "too few samples", *[""] * 8])
                     continue
-                found.append({"evaluation": str(path), "threshold": tau, "rule": rule, **row})
-                rows.append(
-                    [
-                        f"{tau:g}",
-                        rule,
-                        f"{row['held']} of {arguments.splits}",
-                        f"{row['strictly']} of {arguments.splits}",
-                        *(
-                            f"{100 * row[key]:.1f} %"
-                            for key in (
-                                "violations",
-                                "worst",
-                                "saved",
-                                "expected_saved",
-                                "expected_violations",
-                                "saved_by_one_exit",
-                                "oracle_saved",
-                            )
-                        ),
-                    ]
-                )
-        head = ["threshold", "rule", "held", "strictly", "above, mean", "worst", "saved"]
-        print(table([*head, "saved, expected", "above, expected", "saved, one exit", "saved, oracle"], rows))
-    write_json(arguments.json, rows=found)
+                results.append({"evaluation": str(path), "threshold": tau, "rule": rule, **row})
+                counts = [f"{row[key]} of {arguments.splits}" for key in ("held", "strictly")]
+                rows.append([f"{tau:g}", rule, *counts, *(f"{100 * row[key]:.1f} %" for key in SHARES)])
+        print(table(["threshold", "rule", "held", "strictly", *SHARES.values()], rows))
+    write_json(arguments.json, rows=results)
 
 
 if __name__ == "__main__":

@@ -71,64 +71,64 @@ def raw_torch(retriever: Retriever) -> Callable[[Tensor], object]:
     return lambda queries: torch.addmm(norms, queries, keys.T, alpha=-2).min(1)
 
 
-def at_ten_thousand(repeats: int) -> Iterator[Bar]:
-    """Exact search of 128 queries among 10,000 keys of 1024 numbers, and what wraps it."""
+Search = Callable[[Any], object]
+
+
+def wrapped_and_raw(keys: Tensor) -> dict[str, tuple[Retriever, Search]]:
+    """Build three back-ends, each with the search that one would write by hand over the same keys."""
+    plain = ExactRetriever(precision="float32").build(keys)
+    flat, graph = FaissRetriever().build(keys), HnswlibRetriever().build(keys)
+    native, mean = faiss.IndexFlatL2(keys.shape[1]), keys.numpy().mean(0)
+    native.add(keys.numpy())
+    return {
+        "exact f32": (plain, raw_torch(plain)),
+        "faiss": (flat, lambda queries: native.search(queries.numpy(), 1)),
+        # The graph is built over centred keys.
+        "hnswlib": (graph, lambda q: graph._native.knn_query(q.numpy() - mean, k=1, num_threads=1)),
+    }
+
+
+def overheads(size: int, width: int, count: int, limit: float, repeats: int) -> Iterator[Bar]:
+    """Compare back-ends with their raw searches: what the wrapper costs."""
+    queries, sides = features(count, width, 5), {}
+    pairs = wrapped_and_raw(features(size, width, 4))
+    for name, (retriever, raw) in pairs.items():
+        sides[name] = functools.partial(_run, retriever.search, queries)
+        sides[f"raw {name}"] = functools.partial(_run, raw, queries)
+    times = take_turns(sides, repeats)
+    for name in pairs:
+        yield bar(f"{name} : raw, {count} x {size} x {width}", limit, times[name], times[f"raw {name}"])
+
+
+def _run(search: Search, queries: Tensor, turn: int) -> None:
+    search(queries)
+
+
+def exact_search(repeats: int) -> Iterator[Bar]:
+    """Exact search of 128 queries among 10,000 keys of 1024 numbers, in two precisions."""
     keys, queries = features(10_000, 1024, 1), features(128, 1024, 2)
     plain = ExactRetriever(precision="float32").build(keys)
     rounded = ExactRetriever(precision="bfloat16").build(keys)
-    flat, graph = FaissRetriever().build(keys), HnswlibRetriever().build(keys)
-    by_hand, native = raw_torch(plain), faiss.IndexFlatL2(1024)
+    flat, native, few = FaissRetriever().build(keys), faiss.IndexFlatL2(1024), queries[:120]
     native.add(keys.numpy())
-    few, matrix = queries[:120], queries.numpy()
-    centred = matrix - keys.numpy().mean(0)  # the graph was built over centred keys
-    times = take_turns(
-        {
-            "exact f32": lambda _: plain.search(queries),
-            "exact f32, 120": lambda _: plain.search(few),
-            "exact bf16": lambda _: rounded.search(queries),
-            "exact bf16, 120": lambda _: rounded.search(few),
-            "faiss": lambda _: flat.search(queries),
-            "faiss, 120": lambda _: flat.search(few),
-            "hnswlib": lambda _: graph.search(queries),
-            "raw torch": lambda _: by_hand(queries),
-            "raw faiss": lambda _: native.search(matrix, 1),
-            "raw hnswlib": lambda _: graph._native.knn_query(centred, k=1, num_threads=1),
-            "cdist": lambda _: torch.cdist(queries, keys).min(1),
-        },
-        repeats,
-    )
+    searches: dict[str, Search] = {
+        "exact f32": plain.search,
+        "exact bf16": rounded.search,
+        "faiss": flat.search,
+    }
+    sides = {name: functools.partial(_run, search, queries) for name, search in searches.items()}
+    sides |= {f"{name}, 120": functools.partial(_run, search, few) for name, search in searches.items()}
+    sides["raw faiss"] = lambda _: native.search(queries.numpy(), 1)
+    sides["cdist"] = lambda _: torch.cdist(queries, keys).min(1)
+    times = take_turns(sides, repeats)
     yield bar("exact f32 : faiss flat", 1.5, times["exact f32"], times["raw faiss"])
     yield bar("exact f32 : torch.cdist", 0.5, times["exact f32"], times["cdist"])
     many = features(4096, 1024, 3)
     same = (plain.search(many).distances == rounded.search(many).distances).float().mean()
     note = f"recall {float(same):.4f}"
     yield bar("exact bf16 : exact f32", 0.8, times["exact bf16"], times["exact f32"], note)
-    for name in ("exact f32", "exact bf16", "faiss"):
+    for name in searches:
         yield bar(f"{name}, 120 : 128 queries", 1.3, times[f"{name}, 120"], times[name])
-    for name, raw in (("exact f32", "torch"), ("faiss", "faiss"), ("hnswlib", "hnswlib")):
-        yield bar(f"{name} : raw {raw}, 128 x 10k x 1024", 1.1, times[name], times[f"raw {raw}"])
-
-
-def one_frame(repeats: int) -> Iterator[Bar]:
-    """One query among 960 keys of 515 numbers: what the wrapper costs where there is little to search."""
-    keys, query = features(960, 515, 4), features(1, 515, 5)
-    plain, flat, graph = (make().build(keys) for make in (ExactRetriever, FaissRetriever, HnswlibRetriever))
-    by_hand, native, matrix = raw_torch(plain), faiss.IndexFlatL2(515), query.numpy()
-    centred = matrix - keys.numpy().mean(0)
-    native.add(keys.numpy())
-    times = take_turns(
-        {
-            "exact f32": lambda _: plain.search(query),
-            "faiss": lambda _: flat.search(query),
-            "hnswlib": lambda _: graph.search(query),
-            "raw torch": lambda _: by_hand(query),
-            "raw faiss": lambda _: native.search(matrix, 1),
-            "raw hnswlib": lambda _: graph._native.knn_query(centred, k=1, num_threads=1),
-        },
-        20 * repeats,
-    )
-    for name, raw in (("exact f32", "torch"), ("faiss", "faiss"), ("hnswlib", "hnswlib")):
-        yield bar(f"{name} : raw {raw}, 1 x 960 x 515", 2.0, times[name], times[f"raw {raw}"])
 
 
 def graph_at(size: int, repeats: int) -> Iterator[Bar]:
@@ -171,19 +171,11 @@ def beside_convolutions(repeats: int) -> Iterator[Bar]:
     x = torch.randn(1, 128, 64, 64, generator=torch.Generator().manual_seed(10))
     for retriever in (ExactRetriever(), FaissRetriever(), HnswlibRetriever()):
         retriever.build(keys)
-
-        def run(_: int, conv: bool, search: bool, retriever: Retriever = retriever) -> None:
-            for _ in range(3):
-                if conv:
-                    layers(x)
-                if search:
-                    retriever.search(queries)
-
-        sides = {"conv": (True, False), "search": (False, True), "both": (True, True)}
         times = take_turns(
             {
-                name: functools.partial(run, conv=conv, search=search)
-                for name, (conv, search) in sides.items()
+                "conv": lambda _: [layers(x) for _ in range(3)],
+                "search": lambda _, r=retriever: [r.search(queries) for _ in range(3)],
+                "both": lambda _, r=retriever: [(layers(x), r.search(queries)) for _ in range(3)],
             },
             repeats,
         )
@@ -199,10 +191,14 @@ def measure(repeats: int, large: int) -> list[Bar]:
         repeats: Timed turns per bar.
         large: Keys of the largest graph; 0 leaves it out.
     """
-    measures = [one_frame, at_ten_thousand, beside_convolutions]
-    if large:
-        measures.append(functools.partial(graph_at, large))
-    bars = [bar for measure in tqdm(measures, disable=None) for bar in measure(repeats)]
+    groups = [
+        overheads(960, 515, 1, 2.0, 20 * repeats),  # little to search
+        overheads(10_000, 1024, 128, 1.1, repeats),
+        exact_search(repeats),
+        beside_convolutions(repeats),
+        *([graph_at(large, repeats)] if large else []),
+    ]
+    bars = [bar for group in tqdm(groups, disable=None) for bar in group]
     rows = [
         [
             bar["bar"],

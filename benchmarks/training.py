@@ -28,12 +28,10 @@ import retroexit
 from retroexit.core.samples import ImageRange, Samples
 from retroexit.metrics import LPIPS
 from retroexit.report.text_tables import table
-from retroexit.training.branches.trainer import BranchSchedule, BranchTrainer
-from retroexit.training.data.cache import FeatureCache
-from retroexit.training.data.crops import Cropper
-from retroexit.training.data.live import LiveFeatures
-from retroexit.training.data.steps import Steps
+from retroexit.training.cache import FeatureCache, LiveFeatures
 from retroexit.training.losses import L1, TrainingLoss
+from retroexit.training.steps import Cropper, Steps
+from retroexit.training.trainer import BranchSchedule, BranchTrainer
 
 LIMITS = ImageRange(0.0, 1.0)
 WAYS = [(together, cached) for together in (True, False) for cached in (True, False)]

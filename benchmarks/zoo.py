@@ -96,8 +96,8 @@ def _in_own_process(entry: Entry, checkouts: Path | None) -> dict[str, Any]:
         except subprocess.TimeoutExpired:
             reason = f"took more than {_LIMIT} s"
         if result.is_file():
-            found: dict[str, Any] = json.loads(result.read_text())
-            return found
+            row: dict[str, Any] = json.loads(result.read_text())
+            return row
     return {"name": entry.name, "errors": {"process": reason}, "branches": [], "objection": reason}
 
 
@@ -106,8 +106,8 @@ def _one_line(row: dict[str, Any], markdown: bool) -> str:
     if markdown:
         return f"| {line} |"
     notes = [f"{step}: {text}" for step, text in row["errors"].items()]
-    notes.append(f"found    {' '.join(row.get('found', ())) or 'nothing'}")
-    notes.append(f"a person {row.get('wanted', '')}")
+    notes.append(f"detected {' '.join(row.get('stages', ())) or 'nothing'}")
+    notes.append(f"a person {row.get('expected', '')}")
     if row["objection"]:
         notes.append(f"objection: {row['objection']}")
     for branch in row["branches"]:
@@ -136,7 +136,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
     live = " ".join(str(len(values)) for values in row["live"]) or "-"
     batch = "draws" if row["batch"] is None and "batch" not in row["errors"] else row["batch"]
     return [
-        f"{len(row['found'])} stages {'accepted' if not row['objection'] else 'NOT ACCEPTED'}",
+        f"{len(row['stages'])} stages {'accepted' if not row['objection'] else 'NOT ACCEPTED'}",
         f"live {live}",
         "backbone equal" if row["backbone"] else "BACKBONE DIFFERS",
         "self-test equal" if row["self_test"] else "SELF-TEST FAILS",

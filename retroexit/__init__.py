@@ -10,7 +10,7 @@ from retroexit.api import evaluate, find_stages, fit, load, wrap
 from retroexit.core.files import __version__ as __version__
 from retroexit.errors import RetroExitError, RetroExitWarning
 from retroexit.guidance.bank import GuidanceBank
-from retroexit.guidance.options import Guidance
+from retroexit.guidance.provider import Guidance
 from retroexit.model import EarlyExitGenerator
 from retroexit.plugins import Description, hookimpl
 from retroexit.stages.stage import Stage

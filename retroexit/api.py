@@ -9,10 +9,11 @@ from typing import Any, Literal, TypedDict, Unpack
 from torch import nn
 
 from retroexit.branch.widths.plan import WidthRule
+from retroexit.core.identity import unwrapped
 from retroexit.errors import GeneratorError, OptionError, RecordingError
 from retroexit.evaluate import evaluate
 from retroexit.fit import fit
-from retroexit.guidance.options import Guidance
+from retroexit.guidance.provider import Guidance
 from retroexit.load import load
 from retroexit.model import EarlyExitGenerator
 from retroexit.plugins.description import Description
@@ -100,6 +101,7 @@ def wrap(
             f"generator must be a torch.nn.Module, got a {type(generator).__name__}. Pass the trained generator.",
             generator,
         )
+    generator = unwrapped(generator)
     places = (attach_at,) if isinstance(attach_at, (str, int)) else tuple(attach_at)
     description = host().describe(generator, adapter)
     if example_inputs is None and description.example_inputs is not None:
@@ -191,6 +193,7 @@ def read_generator(
     stages: Sequence[str] | None = None,
 ) -> Decoder:
     """Read a generator as `wrap` does: its stages, and the execution that they were found in."""
+    generator = unwrapped(generator)
     description = host().describe(generator)
     if example_inputs is None and not example_kwargs:
         if description.example_inputs is None:

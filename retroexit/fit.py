@@ -1,22 +1,18 @@
-"""Fit a wrapped generator, and give it what routing goes by: promise and times.
-
-Everything that can be refused is refused in `prepare`, before anything is trained or written; a dry run is
-that much of a fit.
-"""
+"""Fit a wrapped generator: check everything, train, then calibrate and measure times."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, TypeVar, Unpack
 
 from torch import nn
 
 from retroexit.core.modules import device_of
 from retroexit.core.samples import Samples, moved
-from retroexit.errors import DeviceError, OptionError, WeightsError
+from retroexit.errors import DeviceError, OptionError, WeightsError, closest
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.load import load
 from retroexit.measuring import calibrate
@@ -24,19 +20,80 @@ from retroexit.metrics import QualityMetric
 from retroexit.model import EarlyExitGenerator
 from retroexit.plugins.description import Description
 from retroexit.plugins.host import host
-from retroexit.retrieval import Retriever
+from retroexit.plugins.training_types import Objective
 from retroexit.routing.calibration import check_promise, samples_needed
 from retroexit.routing.latency import Latency
-from retroexit.training.branches.distributed import Team, join
-from retroexit.training.fit import fit_model
-from retroexit.training.losses import QUALITY
-from retroexit.training.losses.objectives import Objective
-from retroexit.training.losses.plan import DEFAULT_LOSSES, plan_losses
-from retroexit.training.losses.presets import LossPlan, find_weights
-from retroexit.training.predictor.fit import check_reads
-from retroexit.training.settings import FitSettings, check_settings, set_aside
+from retroexit.routing.predictor import Kind, Reads
+from retroexit.training.distributed import Team, join
+from retroexit.training.fit import FitJob, fit_model
+from retroexit.training.losses.plan import QUALITY, LossOptions, find_weights, plan_losses
+from retroexit.training.predictor import check_reads
+from retroexit.training.settings import FitSettings, set_aside
 
-__all__ = ["Job", "fit", "measure_times", "prepare"]
+__all__ = ["DeviceOptions", "FitKeywords", "PromiseOptions", "fit", "measure_times", "prepare"]
+
+_Options = TypeVar("_Options")
+
+
+@dataclass(frozen=True)
+class PromiseOptions:
+    """What a calibration at the end of a fit promises, with ``calibrate=share``.
+
+    Attributes:
+        alpha: Share of inputs that may lose more than a threshold, in (0, 1).
+        confidence: Probability that the promise holds, in (0, 1).
+    """
+
+    alpha: float = 0.05
+    confidence: float = 0.95
+
+
+@dataclass(frozen=True)
+class DeviceOptions:
+    """The processes of a fit, one per device.
+
+    Attributes:
+        devices: Devices of each machine; ``None``: torchrun's, or 1.
+        nodes: Machines; ``None``: torchrun's, or 1.
+    """
+
+    devices: int | None = None
+    nodes: int | None = None
+
+
+class FitKeywords(TypedDict, total=False):
+    """Fields of `FitSettings`, `LossOptions`, `PromiseOptions` and `DeviceOptions` as keywords of a fit."""
+
+    steps: int
+    batch: int
+    crop: int | None
+    lr: float
+    schedule: str
+    clip: float | None
+    ema: float
+    features: float
+    held_out: float
+    calibrate: float | None
+    predictor: Kind
+    predict_from: Reads | None
+    predictor_steps: int
+    seed: int
+    checkpoint_every: int
+    bfloat16: bool
+    together: bool
+    cache: bool
+    cache_batch: int
+    tensorboard: bool | str
+    equalise: bool | int | None
+    instead: Mapping[str, str] | None
+    loss_weights: Mapping[str, str | Path] | None
+    discriminator: nn.Module | str | Path | None
+    adversarial: Objective | str | None
+    discriminator_lr: float
+    gaze: nn.Module | None
+    alpha: float
+    confidence: float
+    nodes: int | None
 
 
 def fit(
@@ -47,83 +104,60 @@ def fit(
     bank: GuidanceBank | None = None,
     metric: QualityMetric | str = "lpips-alex",
     weights: str | Path | None = None,
-    losses: Mapping[str, float] | str = DEFAULT_LOSSES,
-    equalise: bool | int | None = None,
-    instead: Mapping[str, str] | None = None,
-    loss_weights: Mapping[str, str | Path] | None = None,
-    discriminator: nn.Module | str | Path | None = "auto",
-    adversarial: Objective | str | None = None,
-    discriminator_lr: float = 4e-4,
-    gaze: nn.Module | None = None,
+    losses: LossOptions | Mapping[str, float] | str | None = None,
     adapter: Description | str | bool | None = None,
-    alpha: float = 0.05,
-    confidence: float = 0.95,
+    promise: PromiseOptions | None = None,
     latency: int | None = None,
+    devices: DeviceOptions | int | None = None,
     progress: bool = True,
-    devices: int | None = None,
-    nodes: int | None = None,
-    **settings: Any,
+    **settings: Unpack[FitKeywords],
 ) -> EarlyExitGenerator:
-    """Fill the bank, train the branches, train the predictor, from generator inputs alone.
+    """Fill the bank, train the branches and the predictor, from generator inputs alone.
 
-    The backbone's own image is the target, so no photographs are needed. Backbone features and images are
-    computed once and kept in the folder. A fit that was interrupted goes on when it is called again, to the
-    same weights. Promise and times are made at the end, where they are asked for; those of an
-    earlier fit in the folder are dropped.
+    The target of training is the backbone's own image, so that no photographs are needed. An interrupted fit
+    continues when it is called again, to the same weights. Calibration and times of an earlier fit in the
+    folder are dropped.
 
     Args:
         model: A wrapped generator; its branches are trained in place.
         inputs: Samples without the batch axis: tensors, tuples of positional inputs, or dicts of keyword
             inputs.
-        folder: Where cache, checkpoints and the result go; `load` reads the result from there.
-        bank: Guides made beforehand of other inputs than these, as `stream_bank` does. Without it a bank is
-            filled from the inputs, and each of them is trained with what the others know.
-        metric: Quality metric to train with and to predict: its name or itself.
+        folder: Folder of cache, checkpoints and result, for `load`.
+        bank: A bank made from other inputs, as by `stream_bank`; by default it is filled from the inputs, and
+            each of them is trained with a guide from the others.
+        metric: Quality metric to train with and to predict, or its name.
         weights: File with the metric's weights.
-        losses: Weight of every term of the training loss by name, ``"quality"`` being the metric; or a
-            preset: ``"oasis"`` (equation 3), ``"megaportraits"`` (equation 4).
-        equalise: Whether weights are multiplied such that all terms pull equally at the image, measured over
-            the first 50 steps, or this many; by default for presets alone.
-        instead: Terms that take the place of others: ``{"vgg": "features-alex"}``.
-        loss_weights: File with a term's weights, by its name.
-        discriminator: What every branch competes with a copy of, where ``"adversarial"`` or
-            ``"feature-matching"`` is a term: the generator's own, trained; a file with the state dict of the
-            one that the adapter makes; ``"auto"``, that one as it is made, which knows nothing yet; ``None``.
-        adversarial: How they compete: ``"hinge"``, ``"non-saturating"`` or a
-            `retroexit.training.losses.objectives.Objective`; by default as the adapter says, else as the
-            preset does.
-        discriminator_lr: Learning rate of the discriminators.
-        gaze: Gaze network of the term ``"gaze"``.
-        adapter: What is known about the generator, as for `wrap`, by default what it was wrapped with; only
-            its discriminator is asked for.
-        alpha: With ``calibrate=share`` among the settings: share of inputs that may lose more than a
-            threshold once it is a promise, see `calibrate`.
-        confidence: Probability that the promise holds.
-        latency: Measure the times of all exits for calls with so many samples, for ``deadline_ms``.
-        progress: Whether to show bars on a terminal.
-        devices: Devices on each machine, each with a process and a part of every batch; under torchrun what
-            it started. With several, a folder that all machines see, and each process puts the generator on
-            its own device before it is wrapped.
-        nodes: Machines; under torchrun what it started.
-        **settings: Fields of `FitSettings`, such as ``steps``, ``batch``, ``crop``, ``lr``, ``seed``,
-            ``predictor``, ``predict_from`` and ``calibrate``.
+        losses: What branches are trained on; weights by name or a preset are short for
+            ``LossOptions(losses=...)``.
+        adapter: Description of the generator, as for `wrap`, for its discriminator; by default what the
+            generator was wrapped with.
+        promise: What a calibration promises, with ``calibrate=share``.
+        latency: Measure the times of all exits for calls with so many samples, ``>= 1``, for ``deadline_ms``.
+        devices: Devices, each with a process and a part of every batch. All machines must see the folder, and
+            each process moves the generator to its own device before it is wrapped.
+        progress: Whether to show progress bars on a terminal.
+        **settings: Fields of `FitSettings`, `LossOptions`, `PromiseOptions` and `DeviceOptions`.
 
     Returns:
         The model.
 
     Raises:
         OptionError: If a setting or the inputs are out of range, or a term lacks what it needs.
-        BankError: If the predictor should read the distance to a guide, and there is none, or ``bank`` does
-            not fit the generator.
+        BankError: If the predictor reads the distance to a guide and there is none, or ``bank`` does not fit
+            the generator.
         DeviceError: If a process has the generator on another process's device.
-        MissingExtraError: If several devices or TensorBoard are asked for and cannot be had.
+        MissingExtraError: If lightning-fabric or tensorboard is needed and not installed.
         PluginError: If no plug-in, or more than one, offers a loss, a metric or a search back-end.
-        WeightsError: If weights of the metric, of a term or of the discriminator cannot be had.
-        CheckpointError: If the folder holds another fit.
-        TrainingError: If the loss stops being finite.
+        WeightsError: If weights of the metric, of a term or of the discriminator are not available.
+        CheckpointError: If the folder has another fit.
+        TrainingError: If the loss is not finite.
 
     Reference: paper sections 3.2, 3.3, 4.1, 4.2; equations 1, 3, 4.
     """
+    keywords: dict[str, Any] = dict(settings)
+    placed = (
+        devices if isinstance(devices, DeviceOptions) else DeviceOptions(devices, keywords.pop("nodes", None))
+    )
     job = prepare(
         model,
         inputs,
@@ -131,68 +165,22 @@ def fit(
         metric=metric,
         weights=weights,
         losses=losses,
-        equalise=equalise,
-        instead=instead,
-        loss_weights=loss_weights,
-        discriminator=discriminator,
-        adversarial=adversarial,
-        discriminator_lr=discriminator_lr,
-        gaze=gaze,
         adapter=adapter,
-        alpha=alpha,
-        confidence=confidence,
+        promise=promise,
         latency=latency,
-        **settings,
+        **keywords,
     )
-    assert job.metric is not None
-    team = join(devices, nodes, device_of(model.generator).type)
-    _check_place(model, team)
-    fit_model(
-        model,
-        job.inputs,
-        Path(folder),
-        job.metric,
-        job.settings,
-        job.retriever,
-        job.plan,
-        progress,
-        team,
-        job.bank,
-    )
-    _complete(model, job, Path(folder), progress, team)
+    device, folder = device_of(model.generator), Path(folder)
+    team = join(placed.devices, placed.nodes, device.type)
+    if team.device is not None and device != team.device:
+        raise DeviceError(
+            f"the generator must be on {team.device} in this process of {team.size}, got {device}. Move it "
+            "there before it is wrapped; LOCAL_RANK has the number.",
+            model.generator,
+        )
+    fit_model(model, job, folder, team, lambda: model.save(folder), progress)
+    _complete(model, job, folder, team, progress)
     return model
-
-
-_OF_LOSSES = (
-    *("equalise", "instead", "loss_weights", "discriminator", "adversarial", "discriminator_lr", "gaze"),
-)
-
-
-@dataclass(frozen=True, eq=False)
-class Job:
-    """A fit that has been checked as far as that can be done before anything is trained.
-
-    Attributes:
-        settings: Settings of the training.
-        metric: The quality metric; ``None`` where its weights are missing and that was to be tolerated.
-        plan: What branches are trained on.
-        retriever: Makes the search back-end of the bank.
-        inputs: Samples to fit on.
-        aside: Samples to calibrate on.
-        promise: Share of inputs that may lose more, and confidence.
-        latency: Samples per call whose times are measured, or ``None``.
-        bank: Guides made beforehand, or ``None``.
-    """
-
-    settings: FitSettings
-    metric: QualityMetric | None
-    plan: LossPlan
-    retriever: Callable[[], Retriever]
-    inputs: Sequence[Any]
-    aside: Sequence[Any]
-    promise: tuple[float, float] = (0.05, 0.95)
-    latency: int | None = None
-    bank: GuidanceBank | None = None
 
 
 def prepare(
@@ -202,98 +190,103 @@ def prepare(
     bank: GuidanceBank | None = None,
     metric: QualityMetric | str = "lpips-alex",
     weights: str | Path | None = None,
+    losses: LossOptions | Mapping[str, float] | str | None = None,
     adapter: Description | str | bool | None = None,
-    alpha: float = 0.05,
-    confidence: float = 0.95,
+    promise: PromiseOptions | None = None,
     latency: int | None = None,
-    losses: Mapping[str, float] | str = DEFAULT_LOSSES,
     missing: dict[str, WeightsError] | None = None,
-    **more: Any,
-) -> Job:
-    """Check a fit, and look up all that it names; the model is recorded, nothing else happens to it.
+    **settings: Unpack[FitKeywords],
+) -> FitJob:
+    """Check the arguments of `fit` and look up what they name; the model is recorded.
 
-    Args:
-        model: See `fit`, as for all that is not here.
-        inputs: See `fit`.
-        bank: See `fit`.
-        metric: See `fit`.
-        weights: See `fit`.
-        adapter: See `fit`.
-        alpha: See `fit`.
-        confidence: See `fit`.
-        latency: See `fit`.
-        losses: See `fit`.
-        missing: Takes the terms whose weights cannot be had, by name; ``None`` raises.
-        **more: Further arguments of `plan_losses`, and fields of `FitSettings`.
+    Terms whose weights are not available are collected in ``missing``, by name; ``None`` raises.
     """
-    terms = {name: more.pop(name) for name in _OF_LOSSES if name in more}
-    check_settings(more)
+    keywords: dict[str, Any] = dict(settings)
+    if losses is not None and not isinstance(losses, LossOptions):
+        keywords["losses"] = losses
+    terms = _pick(LossOptions, losses if isinstance(losses, LossOptions) else None, keywords)
+    promise = _pick(PromiseOptions, promise, keywords)
+    names = [field.name for field in fields(FitSettings)]
+    for name in sorted(set(keywords) - set(names)):
+        raise OptionError(f"no setting {name!r} of a fit; closest: {closest(name, names)}", name)
     guidance = model.options.guidance
-    back_end = host().retriever(guidance.retriever if guidance is not None else "exact")
-    measured_by: QualityMetric | None = None
+    retriever = host().retriever(guidance.retriever if guidance is not None else "exact")
+    quality: QualityMetric | None = None
     try:
-        measured_by = host().metric(metric, weights)
+        quality = host().metric(metric, weights)
     except WeightsError as error:
         if missing is None:
             raise
         missing[QUALITY] = error
-    known = model.options.description if adapter is None else host().describe(model.generator, adapter)
-    plan = plan_losses(model.generator, losses, measured_by, known=known, missing=missing, **terms)
-    wanted = FitSettings(**{**more, "losses": find_weights(losses, terms.get("instead"))})
-    samples = Samples(inputs, wanted.seed)
-    fitted, aside = set_aside(len(samples), wanted)
-    if wanted.calibrate is not None:
-        _check_promise(len(aside), len(samples), wanted.calibrate, alpha, confidence)
+    description = model.options.description if adapter is None else host().describe(model.generator, adapter)
+    plan = plan_losses(model.generator, terms, quality, description=description, missing=missing)
+    options = FitSettings(**keywords, losses=find_weights(terms.losses, terms.instead))
+    samples = Samples(inputs, options.seed)
+    fitted, aside = set_aside(len(samples), options)
+    if options.calibrate is not None:
+        _check_promise(len(aside), len(samples), options.calibrate, promise)
     if not model.is_recorded:
         args, kwargs = moved(samples.gather([0]), device_of(model.generator))
         model.record(*args, **kwargs)
+    model.decomposition.check_weights()
     if bank is not None:
         model.guide.check(bank)
-    check_reads(model, samples, wanted.predict_from)
+    check_reads(model, samples, options.predict_from)
     if latency is not None and latency < 1:
-        raise OptionError(f"asked for latency={latency}; found no number of samples >= 1.", latency)
-    return Job(
-        settings=wanted,
-        metric=measured_by,
+        raise OptionError(f"latency must be >= 1, got {latency}", latency)
+    return FitJob(
+        settings=options,
+        metric=quality,
         plan=plan,
-        retriever=back_end,
+        retriever=retriever,
         inputs=[inputs[i] for i in fitted] if aside else inputs,
         aside=[inputs[i] for i in aside],
-        promise=(alpha, confidence),
+        alpha=promise.alpha,
+        confidence=promise.confidence,
         latency=latency,
         bank=bank,
     )
 
 
-def _check_promise(aside: int, count: int, share: float, alpha: float, confidence: float) -> None:
-    check_promise(alpha, confidence)
-    needed = samples_needed(alpha, confidence)
+def _pick(kind: Callable[..., _Options], options: _Options | None, keywords: dict[str, Any]) -> _Options:
+    """Take the fields of a dataclass out of keywords; an instance excludes them."""
+    names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+    picked = {name: keywords.pop(name) for name in names if name in keywords}
+    if options is None:
+        return kind(**picked)
+    if picked:
+        raise OptionError(
+            f"{next(iter(picked))} must not be passed beside {type(options).__name__}. Set it there.", picked
+        )
+    return options
+
+
+def _check_promise(aside: int, count: int, share: float, promise: PromiseOptions) -> None:
+    check_promise(promise.alpha, promise.confidence)
+    needed = samples_needed(promise.alpha, promise.confidence)
     if aside < needed:
         raise OptionError(
-            f"asked to calibrate on {share:g} of {count} inputs, which are {aside}; found that P(loss > "
-            f"threshold) <= {alpha:g} with confidence {confidence:g} takes at least {needed}. Pass "
-            f"{math.ceil(needed / share)} inputs, set a larger share aside, or ask for less.",
+            f"calibrate={share:g} of {count} inputs must be at least {needed} for alpha={promise.alpha:g} "
+            f"and confidence={promise.confidence:g}, got {aside}. Pass {math.ceil(needed / share)} inputs, or "
+            "change one of these.",
             share,
         )
 
 
-def _complete(model: EarlyExitGenerator, job: Job, folder: Path, progress: bool, team: Team) -> None:
-    """Calibrate and measure times, where that is asked for; the first process does it for all."""
+def _complete(model: EarlyExitGenerator, job: FitJob, folder: Path, team: Team, progress: bool) -> None:
+    """Calibrate and measure times in the first process; the others load the result."""
     if not (job.aside or job.latency):
         return
-    metric = job.metric
-    assert metric is not None
+    assert job.metric is not None
     if team.is_first:
         if job.aside:
-            alpha, confidence = job.promise
-            batch = job.settings.cache_batch
             model.calibration = calibrate(
                 model,
                 job.aside,
-                metric,
-                alpha=alpha,
-                confidence=confidence,
-                batch=batch,
+                job.metric,
+                alpha=job.alpha,
+                confidence=job.confidence,
+                batch=job.settings.cache_batch,
                 progress=progress,
             )
         if job.latency:
@@ -308,25 +301,14 @@ def _complete(model: EarlyExitGenerator, job: Job, folder: Path, progress: bool,
 
 
 def measure_times(model: EarlyExitGenerator, inputs: Sequence[Any], count: int) -> Latency:
-    """Time every exit for calls with so many samples, see `EarlyExitGenerator.measure_latency`.
+    """Time every exit for calls with ``count`` samples.
 
     Args:
         model: A fitted model.
-        inputs: Samples as for `fit`; they are repeated where there are fewer than ``count``.
+        inputs: Samples as for `fit`; they are repeated if there are fewer than ``count``.
         count: Samples per call.
     """
     samples = Samples(inputs)
-    args, kwargs = moved(
-        samples.gather([row % len(samples) for row in range(count)]), device_of(model.generator)
-    )
+    rows = [row % len(samples) for row in range(count)]
+    args, kwargs = moved(samples.gather(rows), device_of(model.generator))
     return model.measure_latency(*args, **kwargs)
-
-
-def _check_place(model: EarlyExitGenerator, team: Team) -> None:
-    found = device_of(model.generator)
-    if team.device is not None and found != team.device:
-        raise DeviceError(
-            f"asked to fit on {team.size} devices; found the generator on {found} in the process of "
-            f"{team.device}. Move it there before it is wrapped; LOCAL_RANK holds the number.",
-            model.generator,
-        )

@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from retroexit.core.files import MANIFEST, read_tensors, sha256_of
-from retroexit.core.modules import device_of, fingerprint
+from retroexit.core.identity import Identity, fingerprint, unwrapped
+from retroexit.core.modules import device_of
 from retroexit.errors import CheckpointError, RetroExitError
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.model import EarlyExitGenerator
@@ -56,7 +57,7 @@ def load(
             generator.
         PluginError: If the bank's search back-end is not installed.
     """
-    folder = Path(folder)
+    folder, generator = Path(folder), unwrapped(generator)
     description = host().describe(generator, adapter)
     if example_inputs is None and description.example_inputs is not None:
         example_inputs, example_kwargs = description.example_inputs(generator)
@@ -65,7 +66,7 @@ def load(
         key = find_key(folder, manifest, key, description.key)
         options = options_from_json(manifest, key, **adapter_options(generator, adapter, description))
         model = EarlyExitGenerator(generator, options)
-        model.about = dict(manifest["about"])
+        model.about, bank_of = dict(manifest["about"]), str(manifest["fingerprint"])
         predictor, router = read_predictor(manifest["predictor"]), model.router
         router.guide_limit, has_bank = manifest["guide_limit"], bool(manifest["has_bank"])
         router.latency = None if manifest["latency"] is None else Latency.from_json(manifest["latency"])
@@ -82,7 +83,9 @@ def load(
         router.predictor = predictor.to(device_of(generator)).eval()
     if has_bank:
         retriever = None if options.guidance is None else host().retriever(options.guidance.retriever)
-        model.bank = GuidanceBank.load(folder / "bank", manifest["fingerprint"], retriever_class=retriever)
+        bank = GuidanceBank.load(folder / "bank", bank_of, retriever_class=retriever)
+        bank.meta["fingerprint"] = fingerprint(generator)  # the same network, maybe in another precision
+        model.bank = bank
     router.calibration = read_calibration(folder, manifest["calibration_sha256"])
     model.restore(_under("branches.", tensors))
     if example_inputs is not None or example_kwargs is not None:
@@ -92,15 +95,12 @@ def load(
 
 def _check_folder(folder: Path, manifest: dict[str, Any], model: EarlyExitGenerator) -> None:
     """Check that the files are unchanged and belong to this generator and adapter."""
-    kind, expected, actual = (
-        type(model.generator).__name__,
-        manifest["fingerprint"],
-        fingerprint(model.generator),
-    )
-    if actual != expected:
+    kind = type(model.generator).__name__
+    difference = Identity.from_json(manifest["generator"]).difference(Identity.of(model.generator))
+    if difference:
         raise CheckpointError(
-            f"{folder} belongs to another generator: its fingerprint is {expected[:12]}, that of this {kind} "
-            f"{actual[:12]}. Load the weights it was fitted with first.",
+            f"{folder} belongs to another generator than this {kind}: {difference}. Load the weights that it was "
+            "fitted with first.",
             folder,
         )
     if sha256_of(folder / "weights.safetensors") != manifest["weights_sha256"]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Unpack
@@ -10,7 +12,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, nn
 
-from retroexit.errors import CheckpointError, NotRecordedError, OptionError
+from retroexit.errors import CheckpointError, NotRecordedError, OptionError, RetroExitWarning
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.guidance.provider import GuideProvider
 from retroexit.measuring import calibrate
@@ -339,8 +341,11 @@ class EarlyExitGenerator(nn.Module):
 
         Raises:
             OptionError: If there are too few inputs, with the number needed.
+            GeneratorError: If the generator's weights have changed since it was recorded.
             TrainingError: If there is no predictor yet.
         """
+        if self._decomposition is not None:
+            self._decomposition.check_weights()
         fitted_with = self.about.get("metric", {}).get("name", "lpips-alex")
         measure = host().metric(metric or fitted_with, weights)
         self.calibration = calibrate(self, inputs, measure, alpha=alpha, confidence=confidence, **settings)
@@ -383,6 +388,7 @@ class EarlyExitGenerator(nn.Module):
             folder: Made if missing; files of an earlier save are replaced.
 
         Raises:
+            GeneratorError: If the generator's weights have changed since it was recorded.
             NotRecordedError: If there are no branches yet.
         """
         parts = (self.generator, self.options, self.decomposition, self.branches, self.router, self.bank)
@@ -405,6 +411,36 @@ class EarlyExitGenerator(nn.Module):
             reason = str(error).splitlines()[-1].strip()
             raise CheckpointError(f"the saved branches do not fit this model: {reason}", self) from error
         self._saved_weights = None
+
+    # Copies.
+
+    def __getstate__(self) -> dict[str, Any]:
+        """State for `copy.deepcopy` and `pickle`: what `save` writes, the generator and the example inputs."""
+        state = {k: v for k, v in self.__dict__.items() if k not in ("_lock", "_decomposition")}
+        if self._decomposition is not None:
+            split, branches = self.split, list(self.branches)
+            state["options"] = dataclasses.replace(
+                self.options,
+                stages={stage.path: stage.end for stage in split.decoder.stages},
+                plans=tuple(branch.plan for branch in branches),  # type: ignore[misc]
+            )
+            state["_saved_weights"] = self.branches.state_dict()
+            state["_branch_facts"] = [branch.facts() for branch in branches]  # type: ignore[operator]
+            state["_example"] = split.example_now()
+        state["_modules"] = self._modules | {"branches": nn.ModuleList()}
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        example, facts = state.pop("_example", None), state.pop("_branch_facts", ())
+        super().__setstate__(state)
+        self._lock, self._decomposition = threading.Lock(), None
+        if example is not None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", RetroExitWarning)  # the user has seen them
+                self.record(*example[0], **example[1])
+            for branch, values in zip(self.branches, facts, strict=True):
+                branch.restore_facts(values)  # type: ignore[operator]
 
     # The module.
 

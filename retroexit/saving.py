@@ -24,11 +24,10 @@ from retroexit.core.files import (
     versions,
     write_tensors,
 )
-from retroexit.core.modules import fingerprint
+from retroexit.core.identity import Identity
 from retroexit.errors import CheckpointError, OptionError, RetroExitError
 from retroexit.guidance.bank import GuidanceBank
-from retroexit.guidance.options import Guidance
-from retroexit.guidance.taps import key_name
+from retroexit.guidance.provider import Guidance, key_name
 from retroexit.routing.calibration import Calibration
 from retroexit.routing.predictor import Predictor
 from retroexit.routing.router import Router
@@ -75,8 +74,12 @@ def write_model(
 
     Returns:
         The folder.
+
+    Raises:
+        GeneratorError: If the generator's weights have changed since it was recorded.
     """
-    folder = Path(folder)
+    decomposition.check_weights()
+    folder, identity = Path(folder), Identity.of(generator)
     predictor, arguments = router.predictor, _predictor_to_json(router.predictor)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {f"branches.{name}": value for name, value in branches.state_dict().items()}
@@ -87,8 +90,8 @@ def write_model(
         bank.save(folder / "bank")
     manifest = {
         "schema": _SCHEMA,
-        "fingerprint": fingerprint(generator),
-        "generator": type(generator).__name__,
+        "fingerprint": identity.fingerprint,
+        "generator": identity.to_json(),
         "attach_at": [place.path for place in decomposition.places],
         "options": options_to_json(options, decomposition),
         "plans": [plan_to_json(branch.plan) for branch in branches],  # type: ignore[arg-type]

@@ -51,8 +51,8 @@ def table_of(generator: nn.Module, *args: Any) -> list[str]:
 
 
 def stage_rows(lines: list[str]) -> dict[int, str]:
-    found = (re.match(r" *(\d+)[* ] ", line) for line in lines)
-    return {int(match[1]): match.string for match in found if match}
+    matches = (re.match(r" *(\d+)[* ] ", line) for line in lines)
+    return {int(match[1]): match.string for match in matches if match}
 
 
 @pytest.mark.parametrize(("dimensions", "sizes"), [(1, "8"), (2, "8x8"), (3, "8x8x8")])
@@ -79,13 +79,13 @@ def test_a_row_adds_up() -> None:
     assert second.macs == 8 * 8 * 9 * (12 * 8 + 8 * 8)
     first = 4 * 4 * 9 * 2 * 12 * 12
     total = first + second.macs + 16 * 16 * (9 * (8 * 6 + 6 * 6) + 6 * 3)
-    held = 9 * (12 * 8 + 8 * 8) + 16
+    parameters = 9 * (12 * 8 + 8 * 8) + 16
     done = (first + second.macs) / total
     (row,) = [line for line in lines if re.match(r" *2[* ] ", line)]
     assert row.split()[3:] == [
         "8x8",
         "8",
-        f"{held / 1e3:.2f}k",
+        f"{parameters / 1e3:.2f}k",
         f"{second.macs / 1e6:.3f}",
         f"{100 * second.macs / total:.1f}%",
         f"{100 * done:.1f}%",
@@ -132,28 +132,8 @@ def test_names_are_shortened_in_the_middle() -> None:
     assert [len(shorten("a" * 40, width)) for width in range(4, 40)] == list(range(4, 40))
 
 
-def test_numbers_in_a_row_are_written_as_ranges() -> None:
-    assert ranges([1, 2, 3, 7]) == "v1-v3 v7"
-    assert ranges([4]) == "v4"
-    assert ranges([]) == ""
-    assert ranges([1, 3, 5, 7]) == "4 values"
-
-
-@pytest.mark.parametrize(
-    ("number", "text"),
-    [
-        (0, "0"),
-        (999, "999"),
-        (1000, "1.00k"),
-        (9_996, "10.0k"),
-        (99_951, "100k"),
-        (999_600, "1.00M"),
-        (2**31, "2.15G"),
-    ],
-)
-def test_counts_have_three_digits(number: int, text: str) -> None:
-    assert brief_count(number) == text
-
-
-def test_units() -> None:
+def test_numbers_are_written_briefly() -> None:
+    assert [ranges(n) for n in ([1, 2, 3, 7], [4], [], [1, 3, 5, 7])] == ["v1-v3 v7", "v4", "", "4 values"]
+    counts = {0: "0", 999: "999", 1000: "1.00k", 9_996: "10.0k", 99_951: "100k", 999_600: "1.00M"}
+    assert {n: brief_count(n) for n in counts} == counts and brief_count(2**31) == "2.15G"
     assert [unit_of(macs)[0] for macs in (5e3, 9e7, 2e8, 2e13)] == ["kMACs", "MMACs", "GMACs", "TMACs"]

@@ -1,8 +1,8 @@
-"""Latent decoders of diffusers for retroexit: the plug-in that describes them, and the way into a pipeline.
+"""Latent decoders of diffusers for retroexit: the plug-in that describes them, and their use in a pipeline.
 
 ```python
 model = retroexit.wrap(pipe.vae.decoder, attach_at=[1, 2, 3], scale=1 / 4)
-with gather_latents(pipe, model) as latents:  # what the decoder is given, sample by sample
+with gather_latents(pipe, model) as latents:  # the inputs of the decoder, sample by sample
     for prompt in prompts:
         pipe(prompt)
 retroexit.fit(model, latents, "runs/vae")
@@ -11,22 +11,22 @@ with early_exits(pipe, model, threshold=0.1):
     images = pipe("a street").images
 ```
 
-Or for good, and back again:
+To install and remove the exits without a ``with`` block:
 
 ```python
 pipe.vae.decoder = EarlyExitDecoder(model, threshold=0.1)
 pipe.vae.decoder = model.unwrap()
 ```
 
-Known are the decoders of ``AutoencoderKL`` and of whatever shares its class (FLUX.2's autoencoder,
+The plug-in recognises the decoders of ``AutoencoderKL`` and of autoencoders that share its class (FLUX.2's,
 ``VQModel``), of ``AutoencoderTiny``, ``AutoencoderDC``, ``AutoencoderKLHunyuanImage``, and of
-``AsymmetricAutoencoderKL`` without a mask. Decoders of video and sound are left to retroexit's own search.
+``AsymmetricAutoencoderKL`` without a mask. In decoders of video and sound retroexit finds the stages itself.
 
-- Shares in the printed table hold for latents of 16x16; give `retroexit.wrap` ``example_inputs`` of another
-  size to see the shares there.
-- The decoder of ``AutoencoderTiny`` is 64 channels wide, which is also where `retroexit.wrap` stops thinning
-  unless told: pass ``min_channels=16``.
-- With ``enable_tiling``, every tile is routed by itself.
+- Shares in the printed table hold for latents of 16x16; pass `retroexit.wrap` ``example_inputs`` of another
+  size to see the shares at that size.
+- The decoder of ``AutoencoderTiny`` is 64 channels wide, the default of ``min_channels``: pass
+  ``min_channels=16`` to `retroexit.wrap`.
+- With ``enable_tiling``, every tile is routed separately.
 - Put a pipeline on its device before you wrap its decoder. Its precision may change later: fit in float32,
   then ``pipe.to(torch.float16)`` and ``model.to(torch.float16)``, or convert the pipeline while the exits are
   in. The decoder of ``AsymmetricAutoencoderKL`` names its precision in its code; wrap that again.

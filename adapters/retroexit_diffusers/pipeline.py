@@ -19,28 +19,28 @@ _PASSED_ON = ("gradient_checkpointing", "_gradient_checkpointing_func")  # what 
 
 
 class EarlyExitDecoder(nn.Module):
-    """A decoder that leaves early. Its autoencoder takes it for the decoder itself.
+    """A decoder with early exits that replaces the decoder of an autoencoder.
 
-    Parts, parameters and attributes are the decoder's own, and so are the names in ``state_dict``: a saved
-    autoencoder holds no trace of the exits. ``to`` moves the branches along.
+    Its modules, parameters, attributes and the names in its ``state_dict`` are the decoder's, so that a saved
+    autoencoder does not contain the exits. ``to`` moves the branches too.
 
     Args:
         model: The wrapped decoder.
         exit: Every image leaves at this exit, from 1; ``None`` for the decoder itself.
-        threshold: Instead, every image leaves at the cheapest exit predicted to lose no more than this.
-        **routing: Further ways to choose, as a call of the model has them: ``budget``, ``deadline_ms``.
+        threshold: Instead, every image leaves at the cheapest exit whose predicted loss is at most this.
+        **routing: ``budget`` or ``deadline_ms``, as in a call of the model.
 
     Attributes:
         model: The wrapped decoder; ``model.unwrap()`` is the decoder.
-        exit: As given.
-        threshold: As given.
+        exit: The exit, if fixed.
+        threshold: The threshold, if any.
         routing: Options of the routed call.
         counts: How many images (tiles, where the autoencoder or the routing cuts them) left at each exit so
             far, ``K + 1`` for the decoder itself.
 
     Raises:
-        OptionError: If exit and another way to choose are given, or the exit does not exist.
-        TrainingError: If the model has no predictor yet, or what else the way to choose needs.
+        OptionError: If exit and another option are passed, or the exit does not exist.
+        TrainingError: If the model has no predictor, calibration or latency yet that the option needs.
     """
 
     model: EarlyExitGenerator
@@ -59,7 +59,7 @@ class EarlyExitDecoder(nn.Module):
         super().__init__()
         decoder = model.unwrap()
         vars(self).update({name: vars(decoder)[name] for name in _SHARED})
-        # Past nn.Module, which would list the model among the parts.
+        # Not through nn.Module, which would register the model as a submodule.
         vars(self).update(model=model, training=decoder.training, counts=Counter())
         self.choose(exit, threshold, **routing)
 
@@ -71,7 +71,7 @@ class EarlyExitDecoder(nn.Module):
         budget: float | None = None,
         deadline_ms: float | None = None,
     ) -> None:
-        """Leave elsewhere from now on; arguments and errors are those of the class."""
+        """Change how exits are chosen; arguments and errors are those of the class."""
         model = self.model
         options = {"threshold": threshold, "budget": budget, "deadline_ms": deadline_ms}
         routing: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
@@ -97,7 +97,7 @@ class EarlyExitDecoder(nn.Module):
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Tensor:
         """Decode latents ``(N, C, h, w)`` to images ``(N, 3, H, W)``, range about ``[-1, 1]``."""
-        # Autoencoders spell out optional inputs that are absent; the recording knows only what is there.
+        # Autoencoders pass None for optional inputs that are absent; the recording has only those present.
         present = list(inputs)
         while present and present[-1] is None:
             present.pop()
@@ -112,7 +112,7 @@ class EarlyExitDecoder(nn.Module):
         return output
 
     def unwrap(self) -> nn.Module:
-        """Give the decoder back, as it came."""
+        """Return the unchanged decoder."""
         return self.model.unwrap()
 
     def train(self, mode: bool = True) -> EarlyExitDecoder:
@@ -159,7 +159,7 @@ def early_exits(
         **routing: See `EarlyExitDecoder`.
 
     Yields:
-        What stands in the decoder's place: counts exits, and can be told to choose others.
+        The module in the decoder's place, which counts the exits and can choose others.
 
     Raises:
         GeneratorError: If the model's decoder is not part of the pipeline.
@@ -177,9 +177,9 @@ def early_exits(
 
 @contextmanager
 def gather_latents(pipe: Any, model: EarlyExitGenerator) -> Iterator[list[Tensor | tuple[Tensor, ...]]]:
-    """Collect what a pipeline hands to its decoder inside a ``with`` block, for `retroexit.fit`.
+    """Collect the inputs that a pipeline passes to its decoder inside a ``with`` block, for `retroexit.fit`.
 
-    Latents reach the decoder scaled, shifted and converted; here they are as they arrive.
+    They are the latents after the pipeline's scaling, shift and conversion.
 
     Args:
         pipe: A diffusers pipeline, or its autoencoder.

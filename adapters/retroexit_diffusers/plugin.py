@@ -1,4 +1,4 @@
-"""What retroexit has to know about the latent decoders of diffusers: the hook.
+"""The plug-in that describes the latent decoders of diffusers.
 
 Classes are recognised by name and package, so that nothing is imported from diffusers.
 """
@@ -22,7 +22,7 @@ _LATENT_SIZE = 16  # pixels: small enough for a full-size decoder on a CPU, and 
 
 @hookimpl
 def retroexit_describe(generator: nn.Module) -> Description | None:
-    """Describe a latent decoder; of a whole autoencoder, say what to wrap instead."""
+    """Describe a latent decoder. A whole autoencoder raises an error that says what to wrap instead."""
     name = type(generator).__name__
     if isinstance(generator, EarlyExitDecoder):
         return Description(name=name, example_inputs=_refuse_exits)
@@ -31,10 +31,7 @@ def retroexit_describe(generator: nn.Module) -> Description | None:
             name=f"diffusers {name}",
             stages=_stages(generator),
             example_inputs=_example_inputs,
-            image_range=(
-                -1.0,
-                1.0,
-            ),  # the decoder of AutoencoderTiny too: it leaves its own [0, 1] at the end
+            image_range=(-1.0, 1.0),  # AutoencoderTiny's decoder too: its last layer leaves [0, 1]
             predictor_inputs=_latents,
         )
     decoder = getattr(generator, "decoder", None)
@@ -73,7 +70,7 @@ def _stages(decoder: nn.Module) -> tuple[str, ...] | None:
 
 
 def _example_inputs(decoder: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Draw latents, always the same, from a source of its own; once more where norms read them too."""
+    """Draw the same latents each time; twice if norms read them too."""
     first = next(module for module in decoder.modules() if isinstance(module, nn.Conv2d))
     entry: Any = getattr(decoder, "conv_in", first)
     norm: Any = getattr(decoder, "conv_norm_out", None)
@@ -86,7 +83,7 @@ def _example_inputs(decoder: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]
 
 
 def _latents(latents: Tensor, *_others: Tensor) -> Tensor:
-    """Judge an input by its latents."""
+    """Return the latents, the predictor's input."""
     return latents
 
 

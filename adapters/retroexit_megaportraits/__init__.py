@@ -1,7 +1,7 @@
 """MegaPortraits for retroexit: the decoder that gets the exits, the key of the frame bank, and the plug-in.
 
-No official weights exist, nor official code: the authors have published neither. The decoder is here to be
-trained and to be counted; it costs the 213 GMACs that FIANCEE states for its backbone (table 2).
+The authors have published neither code nor weights. This decoder is for training and for counting MACs; it
+costs the 213 GMACs that FIANCEE states for its backbone (table 2).
 
 ```python
 decoder = MegaPortraitsG2d().eval()
@@ -10,8 +10,8 @@ image = model(feature, exit=1)
 ```
 
 **The frame bank** (FIANCEE, section 4.2). Frames of the source are looked up by the driver's head angles and
-expression, which `DrivenG2d` adds to the decoder's arguments; `guidance=True` does the rest: the nearest
-frame, resized by convolutions, reaches every module of every branch.
+expression, which `DrivenG2d` adds to the decoder's arguments. With `guidance=True` the nearest frame, resized
+by convolutions, is passed to every module of every branch.
 
 ```python
 driven = DrivenG2d(decoder)
@@ -20,10 +20,10 @@ retroexit.fit(model, frames, "runs/avatar")  # frames: tuples (feature, angles, 
 image = model(feature, angles, expression, threshold=0.1)
 ```
 
-Each input to `fit` is a training sample and a frame of the bank; in training, it is guided by another one.
+Each input to `fit` is a training sample and a frame of the bank; in training, its guide is another frame.
 For another source face fill a new bank, with `frame_key` for its keys, and set it: ``model.bank = ...``.
 
-**Another implementation** is wrapped just as well. Name its blocks, as its own ``named_modules`` prints them:
+**Another implementation** can be wrapped too. Name its blocks, as its ``named_modules`` prints them:
 
 ```python
 driven = DrivenG2d(their_g2d.eval())
@@ -31,8 +31,8 @@ description = describe_g2d(driven, blocks=[f"res_blocks.{i}" for i in range(6)] 
 model = retroexit.wrap(driven, attach_at=[2, 4, 6], scale=1 / 15, adapter=description, guidance=True)
 ```
 
-Without frame bank ``retroexit.wrap(their_g2d, ..., stages=[...])`` is all it takes, and without names
-retroexit looks for the blocks itself.
+Without a frame bank, ``retroexit.wrap(their_g2d, ..., stages=[...])`` is enough; without names retroexit finds
+the blocks.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 There is neither official code nor weights. Written after both papers: residual blocks with batch
 normalisation, nine as FIANCEE counts them (section 4.2), in the widths that make up its 213 GMACs. The rest
 is chosen here: normalisation and ReLU come before each convolution, upsampling is bilinear, and a sigmoid
-bounds the image. Only the last convolution has a bias: whatever the others would add to a channel, the batch
-normalisations behind them take out again.
+bounds the image. Only the last convolution has a bias, because the batch normalisations behind the others would
+remove it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A decoder beside the pose and expression that its frame bank is searched with (FIANCEE, section 4.2)."""
+"""A decoder that also takes the pose and expression, the key of its frame bank (FIANCEE, section 4.2)."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ __all__ = ["DrivenG2d", "driver_key"]
 
 
 class DrivenG2d(nn.Module):
-    """Hand a decoder its feature, and let head angles and expression of the driver pass by.
+    """Pass the feature to a decoder; head angles and expression of the driver are arguments for the bank only.
 
-    G2d itself takes the feature alone; the driver is known to the modules in front of it. An early exit needs
-    it to find the frame of the source that looks most alike, so it must be among the generator's arguments.
+    G2d itself takes only the feature. An early exit looks up the most similar frame of the source by the driver's
+    pose and expression, so they must be among the generator's arguments.
 
     Args:
-        decoder: A `MegaPortraitsG2d`, or anybody's module that draws an image from one feature map.
+        decoder: A `MegaPortraitsG2d`, or any module that makes an image from one feature map.
     """
 
     def __init__(self, decoder: nn.Module) -> None:
@@ -25,7 +25,7 @@ class DrivenG2d(nn.Module):
         self.train(decoder.training)
 
     def forward(self, feature: Tensor, angles: Tensor, expression: Tensor) -> Tensor:
-        """Draw an image of the feature, whatever the other two say.
+        """Make an image of the feature; the other arguments are not used.
 
         Args:
             feature: What the decoder takes, batch first.
@@ -40,5 +40,5 @@ class DrivenG2d(nn.Module):
 
 
 def driver_key(feature: Tensor, angles: Tensor, expression: Tensor) -> Tensor:
-    """Give the keys ``(N, 515)`` of the arguments of a `DrivenG2d`; see `frame_key`."""
+    """Return the keys ``(N, 515)`` of the arguments of a `DrivenG2d`; see `frame_key`."""
     return frame_key(angles, expression).flatten(1)

@@ -14,7 +14,7 @@ def frame_key(angles: Tensor, expression: Tensor) -> Tensor:
     """Join head direction and expression to a key for a guidance bank.
 
     A face has one key, a map of a single location, whose value is the whole frame. The paper does not say how
-    it weighs angles against expression; here neither is scaled, so bring them to comparable units first.
+    angles and expression are weighted; neither is scaled here, so bring them to comparable units first.
 
     Args:
         angles: Angles of the head, shape ``(N, 3)``.
@@ -24,7 +24,7 @@ def frame_key(angles: Tensor, expression: Tensor) -> Tensor:
         Keys, shape ``(N, 515, 1, 1)``, in the wider of the two dtypes.
 
     Raises:
-        ValueError: If a shape is another one, or the two hold different numbers of faces.
+        ValueError: If a shape is wrong, or the numbers of faces differ.
 
     Reference: paper section 4.2.
     """

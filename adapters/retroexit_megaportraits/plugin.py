@@ -1,4 +1,4 @@
-"""What retroexit has to know about the decoder of MegaPortraits, and a way to describe another's."""
+"""The plug-in that describes the decoder of MegaPortraits, and a function that describes other versions."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ NAME = "MegaPortraits G2d"
 
 @hookimpl
 def retroexit_describe(generator: nn.Module) -> Description | None:
-    """Describe a `MegaPortraitsG2d` or a `DrivenG2d`; there is no official code that could be recognised."""
+    """Describe a `MegaPortraitsG2d` or a `DrivenG2d`. There is no official code to recognise."""
     decoder = generator.decoder if isinstance(generator, DrivenG2d) else generator
     if isinstance(decoder, MegaPortraitsG2d):
         blocks = [f"blocks.{name}" for name, _ in decoder.blocks.named_children()]
         return describe_g2d(generator, blocks, example_inputs=_example_inputs, image_range=(0.0, 1.0))
     if isinstance(generator, DrivenG2d):
-        return describe_g2d(generator)  # its blocks are left to be found
+        return describe_g2d(generator)  # retroexit finds its blocks
     return None
 
 
@@ -44,20 +44,20 @@ def describe_g2d(
     image_range: tuple[float, float] | None = None,
     build_block: Callable[[nn.Module, int, int], nn.Module | None] | None = None,
 ) -> Description:
-    """Describe anybody's G2d: hand the result to ``retroexit.wrap(..., adapter=...)``.
+    """Describe any G2d, for ``retroexit.wrap(..., adapter=...)``.
 
     Args:
         generator: The decoder, or a `DrivenG2d` around it.
         blocks: Paths of its residual blocks l_1..l_N in the decoder, as ``named_modules`` of the decoder
             itself prints them. Found by retroexit if ``None``.
-        example_inputs: Called with the generator; gives ``(args, kwargs)`` for one forward pass. Without it
+        example_inputs: Called with the generator; returns ``(args, kwargs)`` for one forward pass. Without it
             the first call is recorded.
         image_range: Smallest and largest pixel value; measured if ``None``.
-        build_block: Makes a thin block from one of theirs, input and output channels; blocks are narrowed
-            without it.
+        build_block: Called with a block, input and output channels; returns a thin block. Without it blocks
+            are narrowed.
 
     Returns:
-        A description; that of a `DrivenG2d` brings the frame bank: its key, and the image as its value.
+        A description; that of a `DrivenG2d` has the key and the value (the image) of the frame bank.
 
     Raises:
         ValueError: If the decoder has no module of such a path.
@@ -77,7 +77,7 @@ def describe_g2d(
         key=driver_key if is_driven else None,
         value_after="image" if is_driven else None,
         build_stage=build_block,
-        adversarial="hinge",  # against the discriminator that the user passes; there is none to be had
+        adversarial="hinge",  # against a discriminator that the user passes
     )
 
 

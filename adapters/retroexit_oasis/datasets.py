@@ -12,7 +12,7 @@ __all__ = ["DATASETS", "Dataset", "dataset", "one_hot"]
 
 @dataclass(frozen=True)
 class Dataset:
-    """What a data set decides about the two networks and their training.
+    """Settings of the two networks and their training for one data set.
 
     Attributes:
         num_labels: Channels of the label map. Label 0 is "unknown" in all three, and weighs nothing in the
@@ -38,7 +38,7 @@ def dataset(name: str) -> Dataset:
     """Look up a data set.
 
     Raises:
-        ValueError: If it is none of `DATASETS`.
+        ValueError: If `DATASETS` does not contain it.
     """
     if name not in DATASETS:
         raise ValueError(f"no settings for the data set {name!r}; there are {', '.join(DATASETS)}")
@@ -46,7 +46,7 @@ def dataset(name: str) -> Dataset:
 
 
 def one_hot(labels: Tensor, num_labels: int) -> Tensor:
-    """Spread a map of label numbers over channels, which is what both networks speak.
+    """Convert a map of label numbers to one-hot channels, the input of both networks.
 
     Args:
         labels: Label numbers from 0 to ``num_labels - 1``, shape ``(N, H, W)`` or ``(N, 1, H, W)``.

@@ -23,10 +23,10 @@ UP = (8, 4, 4, 2, 2, 1)
 
 
 class OASISDiscriminator(nn.Module):
-    """Tell for every pixel which label it shows, or that it is fake.
+    """Classify every pixel as one of the labels, or as fake.
 
     A U-Net: six blocks ``body_down.0`` .. ``body_down.5`` halve the map, six blocks ``body_up.0`` ..
-    ``body_up.5`` double it again and see, from the second on, what the encoder saw at their size.
+    ``body_up.5`` double it again; from the second on they also take the encoder's map of the same size.
 
     Args:
         num_labels: Channels of the label map.
@@ -65,7 +65,7 @@ class OASISDiscriminator(nn.Module):
         return cls(dataset(name).num_labels)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Judge images.
+        """Score every pixel of images.
 
         Args:
             image: Shape ``(N, 3, H, W)``, range ``[-1, 1]``; both sides multiples of 64.
@@ -79,14 +79,14 @@ class OASISDiscriminator(nn.Module):
         unit = 2 ** len(self.body_down)
         if image.shape[-2] % unit or image.shape[-1] % unit:
             raise ValueError(f"image must be a multiple of {unit} high and wide, got {tuple(image.shape)}")
-        seen = []
+        skips = []
         x = image
         for block in self.body_down:
             x = block(x)
-            seen.append(x)
-        seen.pop()
+            skips.append(x)
+        skips.pop()
         for i, block in enumerate(self.body_up):
-            x = block(torch.cat([seen.pop(), x], 1) if i else x)
+            x = block(torch.cat([skips.pop(), x], 1) if i else x)
         logits: Tensor = self.layer_up_last(x)
         return logits
 

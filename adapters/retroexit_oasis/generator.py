@@ -92,7 +92,7 @@ class OASISGenerator(nn.Module):
             Image of size ``crop``, shape ``(N, 3, H, W)``, range ``[-1, 1]``.
 
         Raises:
-            ValueError: If ``label`` or ``z`` has another number of channels, or ``z`` is given to a generator
+            ValueError: If ``label`` or ``z`` has another number of channels, or ``z`` is passed to a generator
                 without noise.
         """
         if label.shape[1] != self.num_labels:
@@ -111,7 +111,7 @@ class OASISGenerator(nn.Module):
         n, _, height, width = label.shape
         if not self.z_dim:
             if z is not None:
-                raise ValueError("z was given to a generator made with use_noise3d=False; leave it out")
+                raise ValueError("z must be None for a generator made with use_noise3d=False. Leave it out.")
             return label
         if z is None:
             z = torch.randn(n, self.z_dim, dtype=torch.float32, device=label.device)

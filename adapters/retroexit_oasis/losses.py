@@ -35,7 +35,7 @@ def class_weights(label: Tensor, unknown: int | None = 0) -> Tensor:
 
 
 def real_loss(scores: Tensor, label: Tensor, unknown: int | None = 0) -> Tensor:
-    """Cross-entropy of pixels that should be taken for real, weighted by `class_weights`.
+    """Cross-entropy of pixels that should be classified as real, weighted by `class_weights`.
 
     Args:
         scores: The discriminator's logits ``(N, 1 + L, H, W)``, those of "fake" first.
@@ -51,7 +51,7 @@ def real_loss(scores: Tensor, label: Tensor, unknown: int | None = 0) -> Tensor:
 
 
 def fake_loss(scores: Tensor) -> Tensor:
-    """Cross-entropy of pixels ``(N, 1 + L, H, W)`` that should be taken for fake; a scalar."""
+    """Cross-entropy of pixels ``(N, 1 + L, H, W)`` that should be classified as fake; a scalar."""
     return -F.log_softmax(scores, 1)[:, 0].mean()
 
 
@@ -60,7 +60,7 @@ def labelmix_mask(label: Tensor, generator: torch.Generator | None = None) -> Te
 
     Args:
         label: One-hot label map ``(N, L, H, W)``.
-        generator: Where the coins come from; the global generator if ``None``.
+        generator: Source of the random draws; the global generator if ``None``.
 
     Returns:
         Zeros and ones ``(N, 1, H, W)``, in the label map's dtype.
@@ -75,7 +75,7 @@ def mix(real: Tensor, fake: Tensor, mask: Tensor) -> Tensor:
 
 
 def labelmix_loss(mixed_scores: Tensor, real_scores: Tensor, fake_scores: Tensor, mask: Tensor) -> Tensor:
-    """Ask the discriminator to judge a mixed image as it judges the parts.
+    """Compare the scores of a mixed image with the mixed scores of its parts.
 
     Args:
         mixed_scores: Its logits of ``mix(real, fake, mask)``, ``(N, 1 + L, H, W)``.

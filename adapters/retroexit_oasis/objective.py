@@ -5,9 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from retroexit.errors import TrainingError
-from retroexit.training.data.batch import TrainingBatch
-from retroexit.training.losses.discriminator_output import DiscriminatorOutput
-from retroexit.training.losses.objectives import Judge
+from retroexit.plugins.training_types import Discriminate, DiscriminatorOutput, TrainingBatch
 from retroexit_oasis.losses import fake_loss, labelmix_loss, labelmix_mask, mix, real_loss
 
 __all__ = ["OASISObjective"]
@@ -18,7 +16,7 @@ class OASISObjective:
 
     Args:
         labelmix: Weight of LabelMix, see `Dataset.labelmix_weight`; 0 leaves it out.
-        unknown: Number of the label that weighs nothing; ``None`` where there is none.
+        unknown: Number of the label of weight 0; ``None`` if there is none.
 
     Reference: Schönfeld et al., section 3, equations 1 to 3; retroexit's paper, equations 1 and 3.
     """
@@ -30,26 +28,26 @@ class OASISObjective:
         self.labelmix, self.unknown = labelmix, unknown
 
     def of_branch(self, verdict: DiscriminatorOutput, batch: TrainingBatch) -> Tensor:
-        """Ask that every pixel be taken for what its label says; a scalar."""
+        """Return the loss of a branch, lowest if every pixel is classified as its label; a scalar."""
         return real_loss(_logits(verdict), label_map(batch), self.unknown)
 
-    def of_discriminator(self, judge: Judge, batch: TrainingBatch) -> dict[str, Tensor]:
-        """Tell the backbone's pixels from the branch's, and judge a mixed image as its parts."""
+    def of_discriminator(self, discriminate: Discriminate, batch: TrainingBatch) -> dict[str, Tensor]:
+        """Return the losses of the discriminator: real and fake pixels, and LabelMix."""
         label = label_map(batch)
-        real, fake = _logits(judge(batch.target)), _logits(judge(batch.image))
+        real, fake = _logits(discriminate(batch.target)), _logits(discriminate(batch.image))
         losses = {"real": real_loss(real, label, self.unknown), "fake": fake_loss(fake)}
         if self.labelmix:
             mask = labelmix_mask(label)
-            mixed = _logits(judge(mix(batch.target, batch.image, mask)))
+            mixed = _logits(discriminate(mix(batch.target, batch.image, mask)))
             losses["labelmix"] = self.labelmix * labelmix_loss(mixed, real, fake, mask)
         return losses
 
 
 def label_map(batch: TrainingBatch) -> Tensor:
-    """Find the one-hot label map ``(N, L, H, W)`` among the generator's inputs: the first of them.
+    """Return the one-hot label map ``(N, L, H, W)``, the first of the generator's inputs.
 
     Raises:
-        TrainingError: If it is not there, or not of the images' size.
+        TrainingError: If it is missing or does not have the images' size.
     """
     label = next(iter((*batch.args, *batch.kwargs.values())), None)
     if not isinstance(label, Tensor) or label.dim() != 4 or label.shape[2:] != batch.image.shape[2:]:

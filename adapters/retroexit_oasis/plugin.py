@@ -1,4 +1,4 @@
-"""What retroexit has to know about OASIS: the hooks, for our generator and for the official one."""
+"""The plug-in that describes OASIS generators: this package's and the official one."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def retroexit_describe(generator: nn.Module) -> Description | None:
 def retroexit_build_stage(stage: nn.Module, in_channels: int, out_channels: int) -> nn.Module | None:
     """Make a thin SPADE block: the hidden width of its normalisations stays, a shortcut is grown if needed.
 
-    Blocks of the official code carry the options that their constructor asks for.
+    Blocks of the official code hold the options of their constructor.
     """
     if isinstance(stage, SPADEBlock):
         painter = stage.norm_0.mlp_shared[0]
@@ -52,7 +52,7 @@ def retroexit_build_stage(stage: nn.Module, in_channels: int, out_channels: int)
 
 
 def _is_official(generator: nn.Module) -> bool:
-    """Recognise ``OASIS_Generator`` by its name and parts: its code is no package that could be imported."""
+    """Recognise ``OASIS_Generator`` by its name and parts, because its code is not an importable package."""
     parts = {name for name, _ in generator.named_children()}
     return (
         type(generator).__name__ == "OASIS_Generator"
@@ -88,15 +88,15 @@ def _discriminator(generator: nn.Module) -> nn.Module:
 
 
 def _objective(generator: nn.Module) -> OASISObjective:
-    """Weigh LabelMix as the authors did for the data set with as many labels."""
+    """Use the authors' weight of LabelMix for the data set with this number of labels."""
     weights = {dataset.num_labels: dataset.labelmix_weight for dataset in DATASETS.values()}
     return OASISObjective(weights.get(_num_labels(generator), 10.0))
 
 
 def _label_map(label: Tensor, z: Tensor | None = None) -> Tensor:
-    """Judge an input by its label map alone.
+    """Return the label map, the predictor's input.
 
-    The paper shows the predictor the noise as well, one of 100 fixed vectors (section 4.1). Here the noise is
-    drawn inside ``forward`` unless the caller gives it, so the predictor cannot count on seeing it.
+    The paper's predictor also reads the noise, one of 100 fixed vectors (section 4.1). Here the noise is usually
+    drawn inside ``forward``, where the predictor cannot read it.
     """
     return label

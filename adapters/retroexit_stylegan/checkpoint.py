@@ -28,19 +28,19 @@ _EXPORT = """NVIDIA's pickled networks hold code. Export the weights in a checko
 def load_generator(
     path: str | Path, conv_clamp: float | None = None, samples: int = 4096
 ) -> StyleGANGenerator:
-    """Read a generator from a checkpoint; its sizes are read off its tensors.
+    """Read a generator from a checkpoint; its sizes are inferred from the tensors.
 
-    Two layouts are known: the state dict of NVIDIA's ``G_ema``, saved by ``torch.save`` or as safetensors,
+    Two layouts are supported: the state dict of NVIDIA's ``G_ema``, saved by ``torch.save`` or as safetensors,
     and a checkpoint of rosinality's code, ``{"g_ema": ..., ...}``. Nothing but tensors and plain values is
     ever unpickled.
 
     Args:
         path: File ending in ``.safetensors``, or one written by ``torch.save``.
-        conv_clamp: Largest magnitude of any layer's output, which no file tells: 256 where training was in
-            mixed precision, as it is by default in NVIDIA's code.
-        samples: Latent vectors to estimate the mean style vector from, for truncation, where a checkpoint of
-            rosinality's code has no ``latent_avg``; those of its ``train.py`` have none. The vectors are the
-            same each time.
+        conv_clamp: Largest magnitude of any layer's output, which the files do not state: 256 if it was
+            trained in mixed precision, the default of NVIDIA's code.
+        samples: Number of latent vectors to estimate the mean style vector from, for truncation, if a
+            checkpoint of rosinality's code has no ``latent_avg``, as those of its ``train.py``. The vectors are
+            the same each time.
 
     Returns:
         The generator, in eval mode.
@@ -77,11 +77,9 @@ def _read(path: Path) -> Any:
 
         return load_file(path)
     try:
-        # What train.py keeps beside the weights: its options, a bag of plain values.
+        # train.py also saves its options, a namespace of plain values.
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # about the pickle's protocol: what cannot be read is refused below
+            warnings.simplefilter("ignore")  # about the pickle's protocol; unreadable files raise below
             return torch.load(path, map_location="cpu", weights_only=True)
     except (
         pickle.UnpicklingError,

@@ -21,7 +21,7 @@ _GROUP = 4  # images whose spread is compared
 
 
 class Discriminator(nn.Module):
-    """Score images: higher is more like those of the generator to be imitated.
+    """Score images: a higher score means more like the backbone's images.
 
     Args:
         widths: Channels at every resolution, powers of two from 4 up to the image's.
@@ -34,9 +34,7 @@ class Discriminator(nn.Module):
     def __init__(self, widths: Mapping[int, int], image_channels: int = 3) -> None:
         super().__init__()
         if len(widths) < 2:
-            raise ValueError(
-                f"widths must be given for 4 and at least one resolution more, got {dict(widths)}"
-            )
+            raise ValueError(f"widths must have 4 and at least one more resolution, got {dict(widths)}")
         self.block_resolutions = sorted(widths, reverse=True)[:-1]
         for size in self.block_resolutions:
             first = image_channels if size == self.block_resolutions[0] else 0
@@ -74,7 +72,7 @@ class _Block(nn.Module):
 
 
 class _Epilogue(nn.Module):
-    """Judge a 4x4 map, with the spread over groups of images as one more channel."""
+    """Score a 4x4 map, with the spread over groups of images as one more channel."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

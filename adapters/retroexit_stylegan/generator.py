@@ -32,11 +32,11 @@ class StyleGANGenerator(nn.Module):
         c_dim: Width of the class label; 0 for none.
         w_dim: Width of the style vectors.
         resolution: Height and width of the image, a power of two from 4 up.
-        channel_base: A block of resolution r has ``channel_base // r`` channels,
-        channel_max: but no more than this.
+        channel_base: A block of resolution r has ``channel_base // r`` channels.
+        channel_max: Largest number of channels of a block.
         num_mapping_layers: Layers of the mapping network.
-        conv_clamp: Largest magnitude of any layer's output, ``None`` for no limit. It is 256 where training
-            was in mixed precision.
+        conv_clamp: Largest magnitude of any layer's output, ``None`` for no limit. It is 256 if it was
+            trained in mixed precision.
         image_channels: Channels of the image.
         channels: Channels of every block, from 4x4 up, instead of ``channel_base`` and ``channel_max``.
 
@@ -89,12 +89,12 @@ class StyleGANGenerator(nn.Module):
             truncation_psi: 1 for full variety; towards 0, style vectors move to their mean.
             truncation_cutoff: How many style vectors are moved, the coarsest first; ``None`` for all.
             noise_mode: ``"const"`` adds the stored noise, ``"random"`` draws new noise, ``"none"`` adds none.
-            noise: Noise of your own instead, standard normal: one map ``(N, 1, H, W)`` for each layer, of the
+            noise: Noise to use instead, standard normal: one map ``(N, 1, H, W)`` for each layer, of the
                 shapes ``synthesis.noise_shapes``. Being an input, it belongs to its sample at every exit.
 
         Returns:
-            Image, shape ``(N, image_channels, resolution, resolution)``, range about ``[-1, 1]``: nothing
-            clips it.
+            Image, shape ``(N, image_channels, resolution, resolution)``, range about ``[-1, 1]``, not
+            clipped.
 
         Raises:
             ValueError: If ``z``, ``c`` or ``noise`` has another shape, or there is no such noise mode.
@@ -211,8 +211,8 @@ class SynthesisNetwork(nn.Module):
         for size in self.block_resolutions:
             block = getattr(self, f"b{size}")
             last = first + block.num_ws - 1  # the vector for the colours is the next block's first as well
-            own = () if noise is None else noise[first:last]
-            x, image = block(x, image, ws[:, first : last + 1], noise_mode, *own)
+            maps = () if noise is None else noise[first:last]
+            x, image = block(x, image, ws[:, first : last + 1], noise_mode, *maps)
             first = last
         assert image is not None
         return image

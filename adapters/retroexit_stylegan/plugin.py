@@ -1,4 +1,4 @@
-"""What retroexit has to know about StyleGAN2: the hook, for our generator, NVIDIA's and rosinality's."""
+"""The plug-in that describes StyleGAN2 generators: this package's, NVIDIA's and rosinality's."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _ROSINALITY_PARTS = {"style", "input", "conv1", "to_rgb1", "convs", "to_rgbs", "
 def retroexit_describe(generator: nn.Module) -> Description | None:
     """Describe a StyleGAN2: this package's, or an object of NVIDIA's or rosinality's code.
 
-    A synthesis network alone is known as well: it takes style vectors, so that every call may truncate and
-    mix them as it likes.
+    A synthesis network alone is recognised too. It takes style vectors, so that truncation and style mixing
+    can differ from call to call.
     """
     if isinstance(generator, StyleGANGenerator):
         return _describe("StyleGAN2", generator, _example_inputs)
@@ -144,7 +144,7 @@ def _nvidia_style_vectors(synthesis: nn.Module) -> tuple[tuple[Any, ...], dict[s
 
 
 def _nvidia_keywords(example: Tensor) -> dict[str, Any]:
-    """NVIDIA's code draws noise anew unless told, and runs its last blocks in a precision for CUDA only."""
+    """Fix the noise and the precision: by default NVIDIA's code draws new noise and runs in float16 on CUDA."""
     keywords: dict[str, Any] = {"noise_mode": "const"}
     if example.device.type == "cpu":
         keywords["force_fp32"] = True
@@ -158,7 +158,7 @@ def _rosinality_inputs(generator: nn.Module) -> tuple[tuple[Any, ...], dict[str,
 
 
 def _normal(generator: nn.Module, *sizes: int) -> Tensor:
-    """Draw numbers ``(1, *sizes)``, always the same, from a source of its own."""
+    """Draw the same normal numbers ``(1, *sizes)`` each time."""
     parameter = next(generator.parameters())
     source = torch.Generator().manual_seed(0)
     return torch.randn(1, *sizes, generator=source).to(parameter.device, parameter.dtype)

@@ -18,12 +18,10 @@ from retroexit.core.samples import ImageRange, Samples
 from retroexit.guidance import GuidanceBank, build_bank, with_slopes
 from retroexit.model import EarlyExitGenerator
 from retroexit.plugins import host
-from retroexit.training.branches.loop import train_branches
-from retroexit.training.branches.trainer import BranchSchedule, BranchTrainer
-from retroexit.training.data.cache import IMAGE, FeatureCache, guidance_names
-from retroexit.training.data.crops import Cropper
-from retroexit.training.data.steps import Steps
+from retroexit.training.cache import IMAGE, FeatureCache, guidance_names
 from retroexit.training.losses import L1, TrainingLoss
+from retroexit.training.steps import Cropper, Steps
+from retroexit.training.trainer import BranchSchedule, BranchTrainer, train_branches
 
 __all__ = ["CONTROLS", "Bench", "noise", "shuffled"]
 
@@ -106,7 +104,7 @@ class Bench:
             test_guides, distance = self._guides(model, bank, test, control, seed + 1, in_bank=False)
             swapped = shuffled(test_guides, len(test), seed + 2)
             row |= {"keys": len(bank), "width": bank.retriever.width, "distance": distance}
-            row["search_macs"] = 0 if control else model.decomposition.taps.search_macs(bank)
+            row["search_macs"] = 0 if control else bank.macs_per_search(model.decomposition.taps.queries)
         begin = time.perf_counter()
         self._train(model, exit_index - 1, train, guides, seed, _file_name(f"{variant}-{exit_index}-{seed}"))
         row["seconds"] = time.perf_counter() - begin

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -75,27 +75,14 @@ def stylegan2_rosinality(folder: Path) -> Made:
     return Made(model, ([torch.randn(1, 16)],), {"randomize_noise": False})
 
 
-def pix2pixhd_global(folder: Path) -> Made:
-    module = _load(folder, "models.networks")
-    model = module.GlobalGenerator(5, 3, 16, n_blocks=4, norm_layer=torch.nn.InstanceNorm2d)
-    return Made(model, (torch.rand(1, 5, 64, 64),))
+def _of_networks(name: str, *args: Any, size: int = 64, **options: Any) -> Callable[[Path], Made]:
+    """Make a class of ``models/networks.py`` that maps an image to an image; the first argument is its channels."""
 
+    def make(folder: Path) -> Made:
+        model = getattr(_load(folder, "models.networks"), name)(*args, **options)
+        return Made(model, (torch.rand(1, args[0], size, size),))
 
-def pix2pixhd_local(folder: Path) -> Made:
-    module = _load(folder, "models.networks")
-    model = module.LocalEnhancer(5, 3, 16, n_blocks_global=4, norm_layer=torch.nn.InstanceNorm2d)
-    return Made(model, (torch.rand(1, 5, 64, 64),))
-
-
-def cyclegan_resnet(folder: Path) -> Made:
-    module = _load(folder, "models.networks")
-    model = module.ResnetGenerator(3, 3, 32, norm_layer=torch.nn.InstanceNorm2d, n_blocks=6)
-    return Made(model, (torch.rand(1, 3, 32, 32),))
-
-
-def cyclegan_unet(folder: Path) -> Made:
-    module = _load(folder, "models.networks")
-    return Made(module.UnetGenerator(3, 3, 6, 16), (torch.rand(1, 3, 64, 64),))
+    return make
 
 
 def biggan(folder: Path) -> Made:
@@ -143,10 +130,10 @@ class _Stubs:
         self.folder = str(folder)
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: Any = None) -> ModuleSpec | None:
-        return ModuleSpec(name, self, is_package=True) if self._asks() else None
+        return ModuleSpec(name, self, is_package=True) if self._is_needed() else None
 
-    def _asks(self) -> bool:
-        """Tell whether the file that imports is one of the checkout's."""
+    def _is_needed(self) -> bool:
+        """Whether the file that imports is one of the checkout's."""
         frame = sys._getframe(1)
         while frame is not None:
             name = frame.f_code.co_filename
@@ -168,6 +155,8 @@ def _up(depth: int) -> str:
     return f"model.model.1{inside}.model.{3 if depth == 0 else 5}"
 
 
+_NORM = torch.nn.InstanceNorm2d
+
 ENTRIES = (
     Entry("oasis", oasis, "body.{0-5}", checkout="OASIS", draws=True),
     Entry("spade", spade, "head_0 G_middle_0 G_middle_1 up_{0-3}", checkout="SPADE"),
@@ -185,24 +174,27 @@ ENTRIES = (
         image=0,
     ),
     Entry(
-        "pix2pixhd-global", pix2pixhd_global, "model.{13-16} model.17 model.20 model.23", checkout="pix2pixHD"
+        "pix2pixhd-global",
+        _of_networks("GlobalGenerator", 5, 3, 16, n_blocks=4, norm_layer=_NORM),
+        "model.{13-16} model.17 model.20 model.23",
+        checkout="pix2pixHD",
     ),
     # The global generator at half the size, then the enhancer's own blocks.
     Entry(
         "pix2pixhd-local",
-        pix2pixhd_local,
+        _of_networks("LocalEnhancer", 5, 3, 16, n_blocks_global=4, norm_layer=_NORM),
         "model.{13-16} model.17 model.20 ?model.23 model1_2.{0-2} model1_2.3",
         checkout="pix2pixHD",
     ),
     Entry(
         "cyclegan-resnet",
-        cyclegan_resnet,
+        _of_networks("ResnetGenerator", 3, 3, 32, size=32, norm_layer=_NORM, n_blocks=6),
         "model.{12-19} model.20|model.21 ?model.21 model.24|model.25 ?model.25",
         checkout="pytorch-CycleGAN-and-pix2pix",
     ),
     Entry(
         "pix2pix-unet",
-        cyclegan_unet,
+        _of_networks("UnetGenerator", 3, 3, 6, 16),
         " ".join(_up(d) for d in range(5)),
         checkout="pytorch-CycleGAN-and-pix2pix",
     ),

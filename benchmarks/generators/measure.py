@@ -28,68 +28,42 @@ _SHRUNK = 2 / 3  # a branch shrinks if neither parameters nor MACs exceed this s
 
 @dataclass
 class BranchRow:
-    """One branch beside the tail that it stands for.
-
-    Attributes:
-        scale: Width factor.
-        after: Stage that it sits behind.
-        parameters: Its own and the tail's.
-        macs: Its own and the tail's, one sample.
-        pins: What cannot shrink, and the line that fixes it.
-        unreached: Parameters that get no gradient though the tail's do.
-        error: Why there is none.
-    """
+    """One branch beside the tail that it replaces; pairs are its own number and the tail's."""
 
     scale: float
-    after: str
+    after: str  # the stage before it
     parameters: tuple[int, int] = (0, 0)
-    macs: tuple[int, int] = (0, 0)
-    pins: tuple[str, ...] = ()
-    unreached: list[str] = field(default_factory=list)
-    error: str = ""
+    macs: tuple[int, int] = (0, 0)  # of one sample
+    pins: tuple[str, ...] = ()  # what cannot shrink, and the line that fixes it
+    unreached: list[str] = field(default_factory=list)  # no gradient, though the tail's have one
+    error: str = ""  # why there is none
 
     @property
     def shrinks(self) -> bool:
-        """Tell whether parameters and MACs are both at most two thirds of the tail's."""
-        if self.error:
-            return False
-        return all(own <= _SHRUNK * whole for own, whole in (self.parameters, self.macs))
+        """Whether parameters and MACs are both at most two thirds of the tail's."""
+        pairs = (self.parameters, self.macs)
+        return not self.error and all(branch <= _SHRUNK * tail for branch, tail in pairs)
 
 
 @dataclass
 class Row:
-    """What was measured of one generator.
-
-    Attributes:
-        name: The entry's.
-        wanted: Stages that a person would pick.
-        found: Stages that were found.
-        objection: What a person would object to, empty if nothing.
-        live: Per exit, the shapes of the live values besides the feature.
-        backbone: Whether the final exit equals the generator bit for bit and the generator is unchanged.
-        self_test: Whether every full-width branch equals the generator bit for bit.
-        branches: The branches, per scale.
-        batch: Largest relative difference between a batch of two and two of one, over all exits.
-        seconds: Time to wrap at the first scale.
-        memory: Peak memory while wrapping beyond what was there before, MiB, and the model's own size.
-        errors: What raised, by step.
-    """
+    """What was measured of one generator."""
 
     name: str
-    wanted: str = ""
-    found: list[str] = field(default_factory=list)
-    objection: str = "nothing was found"
-    live: list[list[tuple[int, ...]]] = field(default_factory=list)
-    backbone: bool = False
-    self_test: bool = False
+    expected: str = ""  # stages that a person would pick
+    stages: list[str] = field(default_factory=list)  # those that were detected
+    objection: str = "no stages"  # what a person would object to, empty if nothing
+    live: list[list[tuple[int, ...]]] = field(default_factory=list)  # shapes of live values, by exit
+    backbone: bool = False  # the final exit equals the unchanged generator bit for bit
+    self_test: bool = False  # so does every full-width branch
     branches: list[BranchRow] = field(default_factory=list)
-    batch: float | None = None
-    seconds: float = 0.0
-    memory: tuple[float, float] = (0.0, 0.0)
-    errors: dict[str, str] = field(default_factory=dict)
+    batch: float | None = None  # largest relative difference between a batch of two and two of one
+    seconds: float = 0.0  # to wrap at the first scale
+    memory: tuple[float, float] = (0.0, 0.0)  # MiB: peak while wrapping, and the model's own size
+    errors: dict[str, str] = field(default_factory=dict)  # by step
 
     def as_json(self) -> dict[str, Any]:
-        """Give plain values."""
+        """Return plain values."""
         rows = [{**asdict(branch), "shrinks": branch.shrinks} for branch in self.branches]
         return {**asdict(self), "branches": rows}
 
@@ -111,10 +85,10 @@ def measure_entry(entry: Entry, folder: Path | None = None, scales: Sequence[flo
         return row
     before, state = attempt("run", _run, made), _state(made.generator)
     stages = attempt("stages", _find, made, entry)
-    row.found = [stage.path for stage in stages or ()]
-    row.objection = judge_stages(row.found, entry.stages, attempt("work", _work, made) or {})
-    # Behind the only stage of a decoder nothing is left to be made thinner, so its branch takes its place.
-    tap, places = ("before", [1]) if len(row.found) == 1 else ("after", spread(len(row.found)))
+    row.stages = [stage.path for stage in stages or ()]
+    row.objection = judge_stages(row.stages, entry.stages, attempt("work", _work, made) or {})
+    # After the only stage of a decoder nothing is left to be made thinner, so its branch takes its place.
+    tap, places = ("before", [1]) if len(row.stages) == 1 else ("after", spread(len(row.stages)))
     if not places or before is None:
         return row
     models = [_wrap(row, entry, made, places, scale, tap) for scale in scales]
@@ -140,15 +114,15 @@ def _find(made: Made, entry: Entry) -> list[retroexit.Stage]:
 
 def _work(made: Made) -> dict[str, int]:
     """MACs by module path; of a container that is never called, those of what is in it."""
-    found: dict[str, int] = {}
+    work: dict[str, int] = {}
     calls = record(made.generator, made.args, made.kwargs).calls
     called = {call.path for call in calls}
     for call in calls:
-        found[call.path] = found.get(call.path, 0) + call.macs
+        work[call.path] = work.get(call.path, 0) + call.macs
         outer = call.path
         while (outer := outer.rpartition(".")[0]) and outer not in called:
-            found[outer] = found.get(outer, 0) + call.macs
-    return found
+            work[outer] = work.get(outer, 0) + call.macs
+    return work
 
 
 def _plain_wrap(entry: Entry, made: Made, places: list[int], scale: float, tap: Any) -> EarlyExitGenerator:
@@ -175,7 +149,7 @@ def _wrap(
     except Exception:
         model = None
         for place in places:
-            after = row.found[place - 1]
+            after = row.stages[place - 1]
             try:
                 model = _plain_wrap(entry, made, [place], scale, tap)
                 row.branches.extend(_branches(model, made, scale))
@@ -234,32 +208,22 @@ def _reached(module: nn.Module, outputs: list[Any]) -> set[str]:
         t.float().square().sum() for t in tensors(outputs) if t.is_floating_point() and t.requires_grad
     )
     names, parameters = zip(*module.named_parameters(), strict=True)
-    found = torch.autograd.grad(loss, parameters, allow_unused=True, retain_graph=True)
-    return {name for name, gradient in zip(names, found, strict=True) if gradient is not None}
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True, retain_graph=True)
+    return {name for name, gradient in zip(names, gradients, strict=True) if gradient is not None}
 
 
 def _count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _state(generator: nn.Module) -> list[tuple[str, Any]]:
-    """Everything of a generator that must not change."""
-    held = [*generator.named_parameters(), *generator.named_buffers()]
-    found: list[tuple[str, Any]] = [(n, (id(t), t.requires_grad, t.detach().clone())) for n, t in held]
+def _state(generator: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Everything of a generator that must not change: copies of its tensors, and facts."""
+    tensors_by_name = dict([*generator.named_parameters(), *generator.named_buffers()])
+    facts: dict[str, Any] = {name: (id(t), t.requires_grad) for name, t in tensors_by_name.items()}
     for name, module in generator.named_modules():
         hooks = (len(module._forward_hooks), len(module._forward_pre_hooks), len(module._backward_hooks))
-        found.append((name, (module.training, hooks, sorted(vars(module)))))
-    return found
-
-
-def _unchanged(old: list[tuple[str, Any]], new: list[tuple[str, Any]]) -> bool:
-    def same(a: Any, b: Any) -> bool:
-        return torch.equal(a, b) if isinstance(a, Tensor) else a == b
-
-    return len(old) == len(new) and all(
-        a == b and all(same(x, y) for x, y in zip(u, v, strict=True))
-        for (a, u), (b, v) in zip(old, new, strict=True)
-    )
+        facts[f"{name}()"] = (module.training, hooks, sorted(vars(module)))
+    return {name: t.detach().clone() for name, t in tensors_by_name.items()}, facts
 
 
 def _seeded(run: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Tensor]:
@@ -281,15 +245,16 @@ def _same_backbone(model: EarlyExitGenerator, made: Made, before: list[Tensor], 
     runs = [_seeded(model, *made.args, **made.kwargs), _run(made)]
     runs.append([t for t in tensors(_all_exits(model, made)[-1]) if t.is_floating_point()])
     same = all(torch.equal(a, b) for run in runs for a, b in zip(before, run, strict=True))
-    return same and _unchanged(state, _state(model.unwrap()))
+    (old, facts), (new, new_facts) = state, _state(model.unwrap())
+    return same and facts == new_facts and all(torch.equal(old[name], new[name]) for name in old)
 
 
 def _full_width_equals(entry: Entry, made: Made, places: list[int], tap: str, before: list[Tensor]) -> bool:
     model = _plain_wrap(entry, made, places, 1, tap)
     with torch.no_grad():
         outputs = _all_exits(model, made)
-    found = [[t for t in tensors(output) if t.is_floating_point()] for output in outputs]
-    return all(torch.equal(a, b) for run in found for a, b in zip(before, run, strict=True))
+    runs = [[t for t in tensors(output) if t.is_floating_point()] for output in outputs]
+    return all(torch.equal(a, b) for run in runs for a, b in zip(before, run, strict=True))
 
 
 def _batch_difference(model: EarlyExitGenerator, made: Made) -> float:
@@ -306,12 +271,13 @@ def _batch_difference(model: EarlyExitGenerator, made: Made) -> float:
     def pair(leaf: Any) -> Any:
         return torch.cat([leaf, another(leaf)]) if is_batched(leaf) else leaf
 
-    first = Made(made.generator, made.args, made.kwargs)
-    second = Made(made.generator, rebuild(made.args, another), rebuild(made.kwargs, another))
-    both = Made(made.generator, rebuild(made.args, pair), rebuild(made.kwargs, pair))
+    second, both = (
+        Made(made.generator, rebuild(made.args, change), rebuild(made.kwargs, change))
+        for change in (another, pair)
+    )
     worst = 0.0
     with torch.no_grad():
-        runs = [[model.image(output) for output in _all_exits(model, made)] for made in (first, second, both)]
+        runs = [[model.image(output) for output in _all_exits(model, m)] for m in (made, second, both)]
     for one, other, whole in zip(*runs, strict=True):
         alone = torch.cat([one, other])
         worst = max(worst, float((alone - whole).abs().max() / alone.abs().max().clamp_min(1e-12)))

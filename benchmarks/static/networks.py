@@ -19,16 +19,13 @@ import retroexit
 from retroexit.core.files import read_tensors, write_tensors
 from retroexit.core.samples import ImageRange, Samples, drawing_from
 from retroexit.model import EarlyExitGenerator
-from retroexit.training.branches.ema import Average
-from retroexit.training.branches.initialise import reconstruct_branches
-from retroexit.training.branches.trainer import BranchSchedule, learning_rate
-from retroexit.training.data.batch import TrainingBatch
-from retroexit.training.data.cache import IMAGE, FeatureCache
-from retroexit.training.data.crops import Cropper
-from retroexit.training.data.live import LiveFeatures
-from retroexit.training.data.steps import Step, Steps
+from retroexit.plugins.training_types import TrainingBatch
+from retroexit.training.cache import IMAGE, FeatureCache, LiveFeatures
+from retroexit.training.initialise import reconstruct_branches
 from retroexit.training.losses import L1, TrainingLoss
 from retroexit.training.settings import FitSettings, divide
+from retroexit.training.steps import Cropper, Step, Steps
+from retroexit.training.trainer import BranchSchedule, averaged, learning_rate
 
 __all__ = ["Student", "Training", "early_exits", "prune", "tune", "tuned"]
 
@@ -204,7 +201,7 @@ def tune(
     network.train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     weights = [p for p in network.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(weights, lr=schedule.lr, betas=(0.9, 0.99), fused=True)
-    average = Average(weights, schedule.ema)
+    average = averaged(weights, schedule.ema)
     for number in tqdm(range(schedule.steps), desc="tuning", disable=None):
         step = steps.at(number)
         for group in optimizer.param_groups:
@@ -217,6 +214,8 @@ def tune(
         if schedule.clip is not None:
             nn.utils.clip_grad_norm_(weights, schedule.clip)
         optimizer.step()
-        average.update(number)
-    average.load()
+        average.update_parameters(nn.ParameterList(weights))
+    with torch.no_grad():
+        for weight, mean in zip(weights, average.module.parameters(), strict=True):
+            weight.copy_(mean)
     network.eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]

@@ -25,7 +25,7 @@ from frames import Clips, PoseKey, TalkingHead, load, shared_folder
 from summary import Run, summarise
 
 import retroexit
-from retroexit.core.modules import fingerprint
+from retroexit.core.identity import fingerprint
 from retroexit.guidance import GuidanceBank, build_bank
 from retroexit.metrics import LPIPS
 from retroexit.model import EarlyExitGenerator

@@ -116,6 +116,18 @@ class Branch(nn.Module):
         self.kept: dict[str, Tensor | None] = {}
         self.is_fresh = False
 
+    def facts(self) -> dict[str, Any]:
+        """What a copy keeps besides weights: training flag, frozen parameters, inherited channels."""
+        frozen = [name for name, p in self.named_parameters() if not p.requires_grad]
+        return {"kept": self.kept, "is_fresh": self.is_fresh, "training": self.training, "frozen": frozen}
+
+    def restore_facts(self, facts: dict[str, Any]) -> None:
+        """Take over the `facts` of the branch that this one is a copy of."""
+        self.kept, self.is_fresh = facts["kept"], facts["is_fresh"]
+        self.train(facts["training"])
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(name not in facts["frozen"])
+
     @property
     def pins(self) -> tuple[Pin, ...]:
         """Widths that the rule would shrink but that are fixed, and why."""

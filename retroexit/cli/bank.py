@@ -13,7 +13,7 @@ import retroexit
 from retroexit.cli.load_target import example_of, load_generator, load_object, load_samples
 from retroexit.cli.options import TARGET, Batch, FactoryArguments, parse_places, resumable
 from retroexit.core.files import MANIFEST
-from retroexit.core.modules import fingerprint
+from retroexit.core.identity import fingerprint
 from retroexit.core.samples import Samples
 from retroexit.errors import OptionError
 from retroexit.guidance.bank import GuidanceBank

@@ -12,14 +12,13 @@ from torch import nn
 from retroexit.core.modules import unit_of
 from retroexit.core.samples import Samples
 from retroexit.errors import MissingExtraError, WeightsError
-from retroexit.fit import Job, prepare
+from retroexit.fit import prepare
 from retroexit.metrics import QualityMetric
 from retroexit.model import EarlyExitGenerator
 from retroexit.report.text_tables import table
-from retroexit.training.data.cache import FeatureCache
-from retroexit.training.fit import estimate_fit, fit_record
-from retroexit.training.losses import QUALITY
-from retroexit.training.losses.presets import ADVERSARIAL, FEATURE_MATCHING, GAZE
+from retroexit.training.cache import bytes_per_sample
+from retroexit.training.fit import FitJob, estimate_fit, fit_record
+from retroexit.training.losses.plan import ADVERSARIAL, FEATURE_MATCHING, GAZE, QUALITY
 from retroexit.training.settings import check_same, divide
 
 __all__ = ["plan"]
@@ -58,7 +57,7 @@ def plan(
         raise error
 
 
-def _work(model: EarlyExitGenerator, job: Job, metric: str) -> str:
+def _work(model: EarlyExitGenerator, job: FitJob, metric: str) -> str:
     settings = job.settings
     trained, held_out = divide(len(job.inputs), settings)
     windows = "whole images" if settings.crop is None else f"windows of {settings.crop} pixels"
@@ -73,14 +72,14 @@ def _work(model: EarlyExitGenerator, job: Job, metric: str) -> str:
     reads = settings.predict_from or "what the adapter says, else features"
     lines.append(f"predictor: {settings.predictor}, reads {reads}")
     if job.aside:
-        alpha, confidence = job.promise
+        alpha, confidence = job.alpha, job.confidence
         lines.append(f"promise: P(loss > threshold) <= {alpha:g} with confidence {confidence:g}")
     if job.latency:
         lines.append(f"times: calls with {job.latency} samples")
     return "\n".join(lines)
 
 
-def _terms(model: EarlyExitGenerator, job: Job, missing: Missing, sources: Mapping[str, str]) -> str:
+def _terms(model: EarlyExitGenerator, job: FitJob, missing: Missing, sources: Mapping[str, str]) -> str:
     """List every term: its weight, what network it has, where that one's weights come from."""
     rows = []
     for name, weight in job.settings.losses.items():
@@ -108,7 +107,7 @@ def _named(term: nn.Module) -> str:
     return name if isinstance(name, str) else type(term).__name__
 
 
-def _opponents(job: Job, branches: int) -> str:
+def _opponents(job: FitJob, branches: int) -> str:
     opponent, objective = job.plan.discriminator, job.plan.objective
     assert opponent is not None and objective is not None
     trained = f", {objective.name}, lr {job.plan.adversary.lr:g}" if ADVERSARIAL in job.plan.weights else ""
@@ -119,7 +118,7 @@ def _size(module: nn.Module) -> str:
     return f"{sum(p.numel() for p in module.parameters()):,} parameters"
 
 
-def _files(model: EarlyExitGenerator, job: Job) -> list[str]:
+def _files(model: EarlyExitGenerator, job: FitJob) -> list[str]:
     written = ["branches", "losses.npy", "fit.json", "weights.safetensors", "model.json"]
     if job.settings.tensorboard:
         written.insert(1, "tensorboard")
@@ -127,14 +126,14 @@ def _files(model: EarlyExitGenerator, job: Job) -> list[str]:
         written.insert(0, f"bank (up to {model.options.guidance.size:,} pairs)")
     if job.settings.cache:
         samples = Samples(job.inputs)
-        stored = len(samples) * FeatureCache.bytes_per_sample(model, samples)
+        stored = len(samples) * bytes_per_sample(model, samples)
         written.insert(0, f"cache ({stored / 1e6:,.1f} MB)")
     if job.aside:
         written.append("calibration.safetensors")
     return written
 
 
-def _cost(model: EarlyExitGenerator, job: Job, missing: Missing, metric: str) -> str:
+def _cost(model: EarlyExitGenerator, job: FitJob, missing: Missing, metric: str) -> str:
     settings = job.settings
     cost = estimate_fit(model, job.inputs, settings, job.plan)
     total = settings.steps * cost.step_macs

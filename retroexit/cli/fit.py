@@ -37,10 +37,10 @@ from retroexit.core.samples import moved
 from retroexit.errors import OptionError
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.plugins.host import host
+from retroexit.plugins.training_types import RESERVED_LOSSES
 from retroexit.routing.predictor import KINDS, READS
-from retroexit.training.branches.distributed import Team, join, kind_of_device, rehearse
-from retroexit.training.losses.plan import DEFAULT_LOSSES
-from retroexit.training.losses.presets import PRESETS, SPECIAL, find_weights
+from retroexit.training.distributed import Team, check_devices, join, kind_of_device
+from retroexit.training.losses.plan import DEFAULT_LOSSES, PRESETS, find_weights
 from retroexit.training.settings import FitSettings
 
 __all__ = ["fit"]
@@ -208,7 +208,7 @@ def fit(
     say = typer.echo if team.is_first else lambda text: None
     say(str(model))
     if dry_run:
-        rehearse(devices, nodes, batch)
+        check_devices(devices, nodes, batch)
         untrained = "none: as the adapter makes it, untrained"
         source = {"auto": untrained, "none": ""}.get(discriminator, discriminator)
         for text in plan(model, samples, out, arguments, {"discriminator": source, "gaze": gaze or ""}):
@@ -267,7 +267,7 @@ def _check_names(metric: str, retriever: str, guidance: bool, arguments: Mapping
     if metric != "lpips" and metric not in host().metrics():
         host().metric(metric)  # raises
     for name in _terms(arguments):
-        if name not in SPECIAL and name not in (*host().losses(), *host().metrics()):
+        if name not in RESERVED_LOSSES and name not in (*host().losses(), *host().metrics()):
             host().loss(name)  # raises
     host().retriever(retriever)
     if retriever != "exact" and not guidance:

@@ -29,7 +29,7 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 
 def fingerprint(module: nn.Module) -> str:
-    """Hash a module's class name, parameters and buffers.
+    """Hash a module's class name, parameters and persistent buffers.
 
     Returns:
         A SHA-256 in hexadecimal. Equal weights under equal names give equal fingerprints on every device and
@@ -44,7 +44,7 @@ class Identity:
 
     Attributes:
         name: Class name.
-        tensors: Parameters and buffers by name: dtype, shape, SHA-256 (16 digits), and values at up to eight
+        tensors: Parameters and persistent buffers by name: dtype, shape, SHA-256 (16 digits), and values at up to eight
             evenly spaced places, which are compared where the precision differs.
     """
 
@@ -114,8 +114,11 @@ class Identity:
 
 
 def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers, under the names that they have without wrappers of inner modules."""
-    named = [*module.named_parameters(), *module.named_buffers()]
+    """What a state dict holds, under the names that it has without wrappers of inner modules.
+
+    Buffers that are not persistent are computed, often for one size of input, and do not count.
+    """
+    named = [(name, value) for name, value in module.state_dict().items() if isinstance(value, Tensor)]
     plain = [".".join(part for part in name.split(".") if part != "_orig_mod") for name, _ in named]
     bare = [".".join(part for part in name.split(".") if part != "module") for name in plain]
     counts = Counter(bare)

@@ -1,4 +1,4 @@
-"""Modules: their device, their fingerprint, deep copies, and the multiply-accumulates (MACs) of a call.
+"""Modules: their device, deep copies, and the multiply-accumulates (MACs) of a call.
 
 The paper prints MACs as "GFLOPs"; 1 MAC = 2 FLOPs. Convolutions, matrix products and attention count, functional
 ones too. Interpolation, `grid_sample`, normalisation and activations count zero.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-__all__ = ["MacCounter", "clone_module", "count_macs", "device_of", "fingerprint", "tensor_bytes", "unit_of"]
+__all__ = ["MacCounter", "clone_module", "count_macs", "device_of", "tensor_bytes", "unit_of"]
 
 
 def device_of(module: nn.Module, default: torch.device | None = None) -> torch.device:
@@ -28,19 +27,6 @@ def tensor_bytes(tensor: Tensor) -> bytes:
     """Return dtype, shape and numbers of a tensor as bytes, to be hashed."""
     raw = tensor.detach().cpu().contiguous()
     return f"{raw.dtype}{tuple(raw.shape)}".encode() + raw.reshape(-1).view(torch.uint8).numpy().tobytes()
-
-
-def fingerprint(generator: nn.Module) -> str:
-    """Hash a module's class name, parameters and buffers.
-
-    Returns:
-        A SHA-256 in hexadecimal. Equal weights under equal names give equal fingerprints on every device.
-    """
-    total = hashlib.sha256(type(generator).__name__.encode())
-    named = [*generator.named_parameters(), *generator.named_buffers()]
-    for name, tensor in sorted(named, key=lambda pair: pair[0]):
-        total.update(name.encode() + tensor_bytes(tensor))
-    return total.hexdigest()
 
 
 def clone_module(module: nn.Module, memo: dict[int, Any] | None = None, *, share: bool = False) -> nn.Module:

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from retroexit.core.files import versions
-from retroexit.core.modules import device_of, fingerprint
+from retroexit.core.identity import fingerprint
+from retroexit.core.modules import device_of
 from retroexit.core.samples import Samples, drawing_from
 from retroexit.evaluation.sweep import Evaluation
 from retroexit.evaluation.thop_check import cross_check

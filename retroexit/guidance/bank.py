@@ -194,27 +194,22 @@ class GuidanceBank:
             left = left[~hit]
 
     @torch.no_grad()
-    def glue(self, ids: Tensor, *, feature: Tensor | None = None) -> Tensor:
+    def glue(
+        self, ids: Tensor, *, feature: Tensor | None = None, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
         """Glue the values of these keys into a map.
 
         Args:
             ids: Rows of the bank, ``(N, h, w)``.
             feature: The searched feature, ``(N, C, H, W)``; required by a bank of order 1.
+            dtype: Of the guide.
 
         Returns:
-            Guide, float32 ``(N, Cv, h * ph, w * pw)`` on the CPU, channels-last layout.
+            Guide, ``(N, Cv, h * ph, w * pw)`` on the CPU, channels-last layout.
 
         Raises:
             BankError: If an id is not a row of the bank, or a bank of order 1 gets no feature.
         """
-        return self._glued(ids, feature, torch.device("cpu"), torch.float32)
-
-    @torch.no_grad()
-    def guide(self, feature: Tensor, exclude: Tensor | None = None) -> Tensor:
-        """Do `search`, then `glue`, on the feature's device and in its dtype, without gradient."""
-        return self._glued(self.search(feature, exclude).ids, feature, feature.device, feature.dtype)
-
-    def _glued(self, ids: Tensor, feature: Tensor | None, device: torch.device, dtype: torch.dtype) -> Tensor:
         rows, table = ids.detach().cpu().numpy(), np.asarray(self.values)
         if rows.ndim != len(self.patch) + 1 or (rows.size and not 0 <= rows.min() <= rows.max() < len(self)):
             span = f"from {rows.min()} to {rows.max()}" if rows.size else "without elements"
@@ -223,16 +218,21 @@ class GuidanceBank:
                 f"0..{len(self) - 1}, got {tuple(rows.shape)} {span}",
                 ids,
             )
-        if self.order:
-            if feature is None:
-                raise BankError("a bank of order 1 needs the searched feature: pass feature=...", self)
-            cells = cut(feature.detach().cpu().float(), self.patch)
-            offsets = cells - torch.from_numpy(self.retriever.keys[rows])
-            return glue(_follow(table, rows, offsets).to(device), dtype=dtype)
-        if device.type == "cpu":
+        if not self.order:
             return _glue_rows(table, rows, dtype)
+        if feature is None:
+            raise BankError("a bank of order 1 needs the searched feature: pass feature=...", self)
+        cells = cut(feature.detach().cpu().float(), self.patch)
+        offsets = cells - torch.from_numpy(self.retriever.keys[rows])
+        return glue(_follow(table, rows, offsets)).to(dtype)
+
+    @torch.no_grad()
+    def guide(self, feature: Tensor, exclude: Tensor | None = None) -> Tensor:
+        """Do `search`, then `glue`, on the feature's device and in its dtype, without gradient."""
         # Another device is sent float16, and converts it itself.
-        return glue(torch.from_numpy(table[rows]).to(device), dtype=dtype)
+        dtype = feature.dtype if feature.device.type == "cpu" else torch.float16
+        glued = self.glue(self.search(feature, exclude).ids, feature=feature, dtype=dtype)
+        return glued.to(feature.device, feature.dtype)
 
     @torch.no_grad()
     def check(self) -> int:
@@ -340,7 +340,7 @@ def cut(feature: Tensor, patch: tuple[int, ...] = (1, 1)) -> Tensor:
     return parted.flatten(1 + dims)
 
 
-def glue(values: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
+def glue(values: Tensor) -> Tensor:
     """Glue patches ``(N, h, w, ph, pw, C)`` into a channels-last map ``(N, C, h * ph, w * pw)``.
 
     Raises:
@@ -348,14 +348,14 @@ def glue(values: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
     """
     if values.ndim < 4 or values.ndim % 2:
         raise OptionError(f"patches must have shape (N, *grid, *patch, C), got {tuple(values.shape)}", values)
-    map_, places = _places(values.shape, dtype or values.dtype, values.device)
+    map_, places = _places(values.shape, values.dtype, values.device)
     places.copy_(values)
     return map_
 
 
 def _glue_rows(table: np.ndarray, rows: np.ndarray, dtype: torch.dtype) -> Tensor:
     """Gather patches out of a table and `glue` them, without holding all of them in between."""
-    map_, places = _places((*rows.shape, *table.shape[1:]), dtype, torch.device("cpu"))
+    map_, places = _places((*rows.shape, *table.shape[1:]), dtype, "cpu")
     if rows.ndim > 2:  # one row of a grid at a time stays in the cache
         rows, places = rows.reshape(-1, *rows.shape[2:]), places.flatten(0, 1)
     part = np.empty((*rows.shape[1:], *table.shape[1:]), table.dtype)
@@ -365,7 +365,7 @@ def _glue_rows(table: np.ndarray, rows: np.ndarray, dtype: torch.dtype) -> Tenso
     return map_
 
 
-def _places(sizes: Sequence[int], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+def _places(sizes: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> tuple[Tensor, Tensor]:
     """Make an empty map; return it and a view of it as patches ``(N, *grid, *patch, C)``."""
     dims = (len(sizes) - 2) // 2
     pairs = list(zip(sizes[1 : 1 + dims], sizes[1 + dims : -1], strict=True))

@@ -1,4 +1,4 @@
-"""Build a bank: gather keys from a stream of features, thin them, compute the values of those chosen.
+"""Build a bank: hold keys of a stream in bounded memory, thin them, compute the values of those chosen.
 
 `with_slopes` goes beyond the paper, whose guide holds the value of the nearest key (section 3.3) and jumps
 between two keys. With slopes it is ``v + S (q - k)``: the linear map that fits the patches around the key k
@@ -7,9 +7,11 @@ best. A few hundred such pairs describe an image better than 100,000 plain ones.
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,22 +19,173 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from retroexit.errors import BankError, OptionError
+from retroexit.core.files import MANIFEST, read_array, read_manifest, staged, write_manifest
+from retroexit.errors import BankError, CheckpointError, OptionError
 from retroexit.guidance.bank import GuidanceBank, cut
-from retroexit.guidance.candidates import Candidates
-from retroexit.guidance.sampling import Thinning, coverage
+from retroexit.guidance.sampling import Thinning, coverage, farthest_points
 from retroexit.guidance.sampling import thin as choose
 from retroexit.retrieval import Retriever
 from retroexit.retrieval.base import as_matrix
 
-__all__ = ["build_bank", "with_slopes"]
+__all__ = ["Candidates", "build_bank", "with_slopes"]
 
+_KIND, _SCHEMA = "stream of keys", 3
+_FILES = ("keys.npy", "tags.npy")
+_MORE = 4  # survivors of one piece per key of the bank
 _STORED = 60.0  # seconds between two writes of the candidates, at least
 _SHARE = 20  # and this many times the duration of the last write
 _VALUE_BATCH = 8  # inputs whose value features are computed at once
 _PER_NUMBER = 20  # patches that a linear map is fitted to, on average, for every number of a key
 _RIDGE = 1e-2  # of the mean variance of a key's numbers
 _LARGEST = 2 * 2**30  # bytes of the sums that are held while fitting
+
+
+class Candidates:
+    """Keys of a stream, in bounded memory, independent of how the stream is batched.
+
+    All keys are held while they fit. Then, with ``"fps"``, the newest keys are thinned by farthest points to
+    a few; when such survivors fill half of the memory, they are thinned in turn. `reach`, the sum of the
+    radii, holds for every key ever seen. Each radius is at most twice the smallest that as many centres could
+    have for the whole stream (Gonzalez, 1985). No outlier is lost. With other ways of thinning, a uniform
+    sample of the stream is held (a reservoir).
+
+    Args:
+        most: Keys held at most; with ``"fps"`` at least twice ``size``.
+        size: Keys of the bank.
+        thin: How they will be thinned.
+        seed: Of all random choices.
+        folder: Where `store` writes; a stream found there is resumed.
+        identity: What the keys belong to, plain data; a folder with another identity is refused.
+
+    Attributes:
+        seen: Number of keys added so far.
+        shape: Shape of the features that the keys were cut from, ``(C, H, W)``; empty before the first.
+        grid: The grid of patches of each feature, ``(h, w)``.
+        held: Number of keys held.
+    """
+
+    def __init__(
+        self,
+        most: int,
+        *,
+        size: int,
+        thin: Thinning = "fps",
+        seed: int = 0,
+        folder: Path | None = None,
+        identity: dict[str, Any] | None = None,
+    ) -> None:
+        if most < 1:
+            raise OptionError(f"max_candidates must be >= 1, got {most}", most)
+        self.seen = self.held = 0
+        self.shape: tuple[int, ...] = ()
+        self.grid: tuple[int, ...] = ()
+        facts = {**(identity or {}), "max_candidates": most, "size": size, "thin": thin, "seed": seed}
+        self._identity = json.loads(json.dumps(facts))
+        self._folder, self._seed = folder, seed
+        self._farthest = thin == "fps"
+        self._most = max(most, 2 * size) if self._farthest else most
+        self._survive = min(_MORE * size, self._most // 2)
+        self._thinned = 0  # how many of those held are survivors
+        self._reach = 0.0
+        self._random = np.random.default_rng(seed)
+        self._arrays: list[np.ndarray] = []  # keys and tags, with room for all that may be held
+        if folder is not None and (folder / MANIFEST).exists():
+            self._resume(folder)
+
+    @property
+    def keys(self) -> np.ndarray:
+        """The keys held, float32 ``(held, D)``."""
+        return self._arrays[0][: self.held]
+
+    @property
+    def tags(self) -> np.ndarray:
+        """The integers of these keys, int64 ``(held, T)``."""
+        return self._arrays[1][: self.held]
+
+    @property
+    def reach(self) -> float:
+        """Largest distance from a key ever seen to the nearest one held; infinity if unknown."""
+        return self._reach if self._farthest or self.seen <= self._most else math.inf
+
+    def add(self, keys: np.ndarray, tags: np.ndarray) -> None:
+        """Add keys, float32 ``(b, D)``, each with a row of integers, ``(b, T)``."""
+        if not self.seen:  # memory is only taken up as it is written
+            self._arrays = [np.empty((self._most, part.shape[1]), part.dtype) for part in (keys, tags)]
+        if self._farthest:
+            self._add_all(keys, tags)
+        else:
+            self._add_sample(keys, tags)
+        self.seen += len(keys)
+
+    def _add_sample(self, keys: np.ndarray, tags: np.ndarray) -> None:
+        number = self.seen + np.arange(len(keys))
+        # Key number t goes to slot t while there is room, then to a random one of t + 1, if that exists.
+        draws = (self._random.random(len(keys)) * (number + 1)).astype(np.int64)
+        slot = np.where(number < self._most, number, draws)
+        into = slot < self._most
+        for array, part in zip(self._arrays, (keys, tags), strict=True):
+            array[slot[into]] = part[into]  # of equal slots the last one wins
+        self.held = min(self.seen + len(keys), self._most)
+
+    def _add_all(self, keys: np.ndarray, tags: np.ndarray) -> None:
+        start = 0
+        while start < len(keys):
+            if self.held == self._most:
+                self._make_room()
+            count = min(len(keys) - start, self._most - self.held)
+            for array, part in zip(self._arrays, (keys, tags), strict=True):
+                array[self.held : self.held + count] = part[start : start + count]
+            self.held, start = self.held + count, start + count
+
+    def _make_room(self) -> None:
+        """Thin the newest keys, or all once survivors take half of the memory."""
+        begin = self._thinned if self._thinned < self._most // 2 else 0
+        rows, radius = farthest_points(self.keys[begin:], self._survive, seed=self._seed)
+        self._reach = max(self._reach, radius) if begin else self._reach + radius
+        self._thinned = self.held = begin + len(rows)
+        for array in self._arrays:  # row by row in ascending order: nothing is held twice
+            for place, row in enumerate(np.sort(rows) + begin, begin):
+                array[place] = array[row]
+
+    def store(self) -> None:
+        """Write everything to the folder, in one step; without a folder nothing is done."""
+        if self._folder is None or not self.seen:
+            return
+        with staged(self._folder, owns=(MANIFEST, *_FILES)) as fresh:
+            for name, array in zip(_FILES, (self.keys, self.tags), strict=True):
+                np.save(fresh / name, array, allow_pickle=False)
+            facts = {
+                "kind": _KIND,
+                "schema": _SCHEMA,
+                "identity": self._identity,
+                "state": [self.seen, self.held, self._thinned, self._reach, self.shape, self.grid],
+                "random": self._random.bit_generator.state,
+            }
+            write_manifest(fresh, facts, _FILES)
+
+    def _resume(self, folder: Path) -> None:
+        facts = read_manifest(folder, _KIND, _SCHEMA)
+        saved, current = facts["identity"], self._identity
+        names = sorted(saved.keys() | current.keys())
+        changes = ", ".join(
+            f"{name} was {saved.get(name)}, is {current.get(name)}"
+            for name in names
+            if saved.get(name) != current.get(name)
+        )
+        if changes:
+            raise CheckpointError(
+                f"the unfinished bank in {folder} belongs to another build: {changes}. Use another folder, "
+                "or remove this one.",
+                folder,
+            )
+        self.seen, self.held, self._thinned, self._reach, shape, grid = facts["state"]
+        self.shape, self.grid = tuple(shape), tuple(grid)
+        self._random.bit_generator.state = facts["random"]
+        for name in _FILES:
+            saved_rows = read_array(folder, name, facts, mmap=True)
+            array = np.empty((self._most, saved_rows.shape[1]), saved_rows.dtype)
+            array[: self.held] = saved_rows
+            self._arrays.append(array)
 
 
 @torch.no_grad()
@@ -143,7 +296,7 @@ def _compute_values(
 ) -> np.ndarray:
     """Compute the value patch of every chosen key, float16 ``(n, ph, pw, Cv)``."""
     inputs = np.unique(source)
-    values: np.ndarray | None = None
+    values = np.empty(0, np.float16)
     starts = range(0, len(inputs), _VALUE_BATCH)
     for start in tqdm(starts, desc="values", disable=None if progress else True):
         batch = inputs[start : start + _VALUE_BATCH]
@@ -158,9 +311,7 @@ def _compute_values(
                 feature,
             )
         patch = tuple(side // count for side, count in zip(size, grid, strict=True))
-        parts = (
-            cut(feature, patch).reshape(len(batch), math.prod(grid), feature.shape[1], *patch).movedim(2, -1)
-        )
+        parts = _channels_last(cut(feature, patch), patch).unflatten(0, (len(batch), -1))
         part = parts[np.searchsorted(batch, source[rows]), cells[rows]].to("cpu", torch.float16).numpy()
         if not np.isfinite(part).all():
             raise BankError(
@@ -168,16 +319,18 @@ def _compute_values(
                 f"{float(feature.abs().max()):.3g}. Tap another stage.",
                 feature,
             )
-        if values is None:
+        if not start:
             values = np.empty((len(source), *part.shape[1:]), np.float16)
         if part.shape[1:] != values.shape[1:]:
-            raise BankError(
-                f"value features must have one shape, got {part.shape[1:]} after {values.shape[1:]}",
-                feature,
-            )
+            message = f"value features must have one shape, got {part.shape[1:]} after {values.shape[1:]}"
+            raise BankError(message, feature)
         values[rows] = part
-    assert values is not None  # a thinned set of keys is never empty
     return values
+
+
+def _channels_last(cells: Tensor, patch: tuple[int, ...]) -> Tensor:
+    """Reorder the numbers of patches, ``(N, h, w, C * ph * pw) -> (N * h * w, ph, pw, C)``."""
+    return cells.reshape(-1, cells.shape[-1] // math.prod(patch), *patch).movedim(1, -1)
 
 
 @torch.no_grad()
@@ -222,8 +375,7 @@ def with_slopes(bank: GuidanceBank, maps: Iterable[tuple[Tensor, Tensor]], patch
                 f"the bank's values {place}",
                 value,
             )
-        # (N, h, w, C * ph * pw) -> (N * h * w, ph, pw, C), the order of the bank's values
-        flat = parts.reshape(-1, place[-1], *place[:-1]).movedim(1, -1).flatten(1)
+        flat = _channels_last(parts, place[:-1]).flatten(1)
         rows = torch.from_numpy(as_matrix(cells.reshape(-1, width), "keys"))
         ids = bank.retriever.search(rows, near).ids.flatten()
         order = ids.argsort()

@@ -28,12 +28,7 @@ _NUMBERS = 1 << 21  # converted to float64 at a time: 8192 keys of 256, 2048 of 
 
 
 def thin(
-    keys: Tensor | np.ndarray,
-    size: int,
-    how: Thinning = "fps",
-    *,
-    eps: float = 0.0,
-    seed: int = 0,
+    keys: Tensor | np.ndarray, size: int, how: Thinning = "fps", *, eps: float = 0.0, seed: int = 0
 ) -> Tensor:
     """Choose at most ``size`` distinct keys.
 
@@ -81,11 +76,7 @@ def _central(points: np.ndarray, size: int, seed: int) -> np.ndarray:
 
 @torch.no_grad()
 def farthest_points(
-    keys: Tensor | np.ndarray,
-    size: int,
-    *,
-    eps: float = 0.0,
-    seed: int = 0,
+    keys: Tensor | np.ndarray, size: int, *, eps: float = 0.0, seed: int = 0
 ) -> tuple[np.ndarray, float]:
     """Choose keys greedily, each the farthest from all chosen before (the paper's reference [19]).
 
@@ -94,8 +85,8 @@ def farthest_points(
     then all distances are updated by one matrix product.
 
     Args:
-        keys: See `thin`.
-        size: See `thin`.
+        keys: Candidates, ``(n, D)``.
+        size: Number of keys to choose, ``>= 1``.
         eps: Stop when no key is farther than this from the chosen ones, ``>= 0``.
         seed: Of the first key.
 
@@ -126,7 +117,7 @@ def farthest_points(
     return np.asarray(chosen, np.int64), math.sqrt(max(0.0, float(gap.max())))
 
 
-def _rows(points: Tensor) -> int:
+def _rows(points: Tensor | np.ndarray) -> int:
     """Return how many points are converted at a time."""
     return max(64, _NUMBERS // points.shape[1])
 
@@ -191,7 +182,7 @@ def coverage(keys: np.ndarray, chosen: np.ndarray) -> tuple[float, float]:
     centre = chosen.mean(axis=0, dtype=np.float64).astype(np.float32)
     centred = torch.from_numpy(chosen - centre)
     distances = np.empty(len(keys))
-    step = max(64, _NUMBERS // keys.shape[1])
+    step = _rows(keys)
     for start in range(0, len(keys), step):  # block by block: no second copy of all keys
         part = keys[start : start + step]
         ids = nearest(torch.from_numpy(part - centre), centred).numpy()

@@ -39,7 +39,7 @@ class Description:
             (paper 3.1, equation 1). It takes an image ``(N, C, H, W)`` in ``image_range`` and returns scores
             of any shape, or a list whose last item is the score, or a list of such lists.
         adversarial: How branches and discriminator compete (equation 1): ``"hinge"``, ``"non-saturating"``
-            or a `retroexit.training.losses.objectives.Objective`; ``None`` leaves it to the user.
+            or a `retroexit.plugins.training_types.Objective`; ``None`` leaves it to the user.
 
     Raises:
         OptionError: If an attribute is out of range or of the wrong type.

@@ -16,6 +16,7 @@ import pluggy
 from torch import nn
 
 from retroexit.plugins.description import Description
+from retroexit.plugins.training_types import RESERVED_LOSSES
 
 if TYPE_CHECKING:
     from retroexit.branch.widths.plan import WidthFunction
@@ -29,13 +30,7 @@ GROUP: Final = "retroexit"
 
 RESERVED: Final = {
     "retroexit_metrics": {"auto": "the best metric that is available", "lpips": "'lpips-alex'"},
-    "retroexit_losses": {
-        "quality": "the metric of the fit",
-        "lpips": "the metric of the fit where it is an LPIPS, else 'lpips-alex'",
-        "adversarial": "the objective of the discriminators",
-        "feature-matching": "features of the discriminators",
-        "gaze": "the user's gaze network",
-    },
+    "retroexit_losses": RESERVED_LOSSES,
 }
 """Names that no plug-in can offer, with their meaning, by hook."""
 
@@ -103,7 +98,7 @@ def retroexit_losses() -> dict[str, Callable[..., Any]]:  # type: ignore[empty-b
         callable that takes an exit's image and the backbone's, both ``(N, C, H, W)`` in [-1, 1], and returns
         a scalar or one number per image; ``torch.nn.HuberLoss`` is such a factory. A term that also needs the
         generator's inputs has ``needs_inputs = True`` and a method ``of_batch(batch)``, which takes a
-        `retroexit.training.data.batch.TrainingBatch`. A file of weights named by the user is passed as
+        `retroexit.plugins.training_types.TrainingBatch`. A file of weights named by the user is passed as
         ``weights``.
     """
 

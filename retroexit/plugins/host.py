@@ -227,6 +227,9 @@ class Host:
         built = self._first("retroexit_build_stage", nn.Module, stage=stage, **shape)
         return None if built is None else built[1]
 
+    def __reduce__(self) -> tuple[Callable[[], Host], tuple[()]]:
+        return host, ()  # a copy of a bound method still belongs to the one host of the process
+
     def _first(
         self, hook: str, kind: type[_Answer], plugin: str | None = None, **arguments: object
     ) -> tuple[PluginInfo, _Answer] | None:

@@ -82,6 +82,10 @@ class Router(nn.Module):
         self._guide = GuideProvider()
         self._predictor_macs: tuple[nn.Module, tuple[int, ...], int] | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        # The decomposition and the provider of guides belong to one recording: a copy is attached to its own.
+        return self.__dict__ | {"_decomposition": None, "_guide": GuideProvider(), "_predictor_macs": None}
+
     def attach(self, decomposition: Decomposition, guide: GuideProvider) -> None:
         """Take the exits of a recorded generator and the provider of their guides."""
         self._decomposition, self._guide = decomposition, guide

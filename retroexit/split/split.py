@@ -171,6 +171,20 @@ class SplitGenerator:
         leaves = [leaf for _, leaf in flatten(self._result) if isinstance(leaf, fx.Node)]
         self._rest = Segment(recording, generator, ends[-1], len(recording.nodes), leaves, entering[-1])
 
+    def example_now(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The inputs of the recording, in the device and precision that the generator has now."""
+        precision, device = _precision(self.generator), device_of(self.generator)
+        is_converted = precision != self._precision
+
+        def move(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor):
+                return leaf
+            dtype = precision if is_converted and leaf.is_floating_point() else leaf.dtype
+            return leaf.to(device, dtype)
+
+        example: tuple[tuple[Any, ...], dict[str, Any]] = rebuild(self.example, move)
+        return example
+
     # Running pieces.
 
     @property

@@ -17,11 +17,10 @@ from retroexit.core.samples import ImageRange, measure_range
 from retroexit.errors import OutputError, cause_of
 from retroexit.model import EarlyExitGenerator
 from retroexit.plugins.host import brief
+from retroexit.plugins.training_types import TrainingBatch
 from retroexit.stages.decoder import Decoder, read_decoder
 from retroexit.testing.case import Case, Run
-from retroexit.training.data.batch import TrainingBatch
-from retroexit.training.losses.adversary import Adversarial, Adversary, AdversarySettings
-from retroexit.training.losses.objectives import find_objective
+from retroexit.training.losses.adversary import Adversarial, Adversary, AdversarySettings, find_objective
 
 __all__ = ["Stranger", "check_all"]
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from retroexit.core.modules import fingerprint
+from retroexit.core.identity import fingerprint
 from retroexit.errors import PluginError, RetroExitWarning
 from retroexit.plugins.description import Description
 from retroexit.plugins.host import Host, brief, host

@@ -1,4 +1,4 @@
-"""What a fit will cost: multiply-accumulates, memory and time, from two of its own steps."""
+"""Estimate what a fit will cost: multiply-accumulates, memory and time, from two of its own steps."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import Tensor
 
 from retroexit.core.modules import MacCounter
 from retroexit.model import EarlyExitGenerator
-from retroexit.training.branches.trainer import BranchSchedule, BranchTrainer
-from retroexit.training.data.steps import Step, Steps
 from retroexit.training.losses import TrainingLoss
 from retroexit.training.settings import FitSettings
+from retroexit.training.steps import Step, Steps
+from retroexit.training.trainer import BranchSchedule, BranchTrainer
 
 __all__ = ["Estimate", "estimate"]
 
@@ -25,12 +25,11 @@ class Estimate:
     """The cost of training the branches.
 
     Attributes:
-        step_macs: Multiply-accumulates of one step of all branches, backward passes and losses counted.
+        step_macs: Multiply-accumulates of one step of all branches, with backward passes and losses.
         backbone_macs: Those of the backbone for the samples of one step.
         step_seconds: Time of one step of all branches.
         backbone_seconds: Time of the backbone for the samples of one step.
-        memory: Bytes: weights, gradients, optimiser, average, discriminators, and what one step keeps for its
-            backward pass.
+        memory: Bytes of weights, gradients, optimiser, averages, discriminators and saved activations.
         branches: Number of branches.
     """
 
@@ -50,12 +49,9 @@ class Estimate:
 
 
 def estimate(
-    model: EarlyExitGenerator,
-    losses: Sequence[TrainingLoss],
-    steps: Steps,
-    settings: FitSettings,
+    model: EarlyExitGenerator, losses: Sequence[TrainingLoss], steps: Steps, settings: FitSettings
 ) -> Estimate:
-    """Time two steps of every branch; its weights are put back and nothing is written.
+    """Time two steps of every branch; the weights are restored and nothing is written.
 
     Args:
         model: The wrapped generator, recorded.
@@ -70,27 +66,31 @@ def estimate(
     ]
     begin = time.perf_counter()
     step = steps.at(0)
-    backbone = time.perf_counter() - begin
-    kept = _Kept()
+    backbone_seconds = time.perf_counter() - begin
+    saved = _SavedBytes()
     try:
         for trainer in trainers:
             trainer.begin(step)
-        with MacCounter() as counter, kept:
+        with MacCounter() as counter, saved:
             for trainer in trainers:
-                kept.next()
+                saved.clear()
                 trainer.advance(step)
         seconds = _timed(trainers, step)
     finally:
         for trainer in trainers:
             trainer.finish()
         model.branches.load_state_dict(before)
-    parameters = sum(p.numel() * p.element_size() for trainer in trainers for p in trainer.trained)
-    opponents = [loss.adversary.parameters() for loss in losses if loss.adversary is not None]
-    against = sum(p.numel() * p.element_size() for opponent in opponents for p in opponent)
+    trained = _bytes([p for trainer in trainers for p in trainer.trained])
+    adversaries = [loss.adversary for loss in losses if loss.adversary is not None]
+    discriminators = _bytes([p for adversary in adversaries for p in adversary.parameters()])
     backbone_macs = model.decomposition.backbone_macs * len(step.rows)
-    # Weights, gradients, two moments; of branches the average too.
-    memory = 5 * parameters + 4 * against + kept.most
-    return Estimate(counter.macs, backbone_macs, seconds, backbone, memory, len(trainers))
+    # Weights, gradients and two moments; averages of branches too.
+    memory = 5 * trained + 4 * discriminators + saved.most
+    return Estimate(counter.macs, backbone_macs, seconds, backbone_seconds, memory, len(trainers))
+
+
+def _bytes(values: Sequence[Tensor]) -> int:
+    return sum(value.numel() * value.element_size() for value in values)
 
 
 def _timed(trainers: Sequence[BranchTrainer], step: Step) -> float:
@@ -102,19 +102,19 @@ def _timed(trainers: Sequence[BranchTrainer], step: Step) -> float:
     return time.perf_counter() - begin
 
 
-class _Kept(torch.autograd.graph.saved_tensors_hooks):
-    """Counts the bytes that autograd keeps for backward passes."""
+class _SavedBytes(torch.autograd.graph.saved_tensors_hooks):
+    """Counts the bytes that autograd saves for the backward pass of one branch."""
 
     def __init__(self) -> None:
-        self.most, self._seen = 0, dict[int, int]()
+        self.most, self._sizes = 0, dict[int, int]()
         super().__init__(self._pack, lambda value: value)
 
-    def next(self) -> None:
-        """Begin with another branch; the one before has given back what it kept."""
-        self._seen.clear()
+    def clear(self) -> None:
+        """Start with another branch."""
+        self._sizes.clear()
 
     def _pack(self, value: Tensor) -> Tensor:
         storage = value.untyped_storage()
-        self._seen[storage.data_ptr()] = storage.nbytes()
-        self.most = max(self.most, sum(self._seen.values()))
+        self._sizes[storage.data_ptr()] = storage.nbytes()
+        self.most = max(self.most, sum(self._sizes.values()))
         return value

@@ -1,11 +1,11 @@
-"""Fit a wrapped generator: bank, branches, predictor, in that order, from generator inputs alone."""
+"""Fit a wrapped generator from its inputs alone: bank, branches, predictor, in this order."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,103 +14,128 @@ import torch
 from torch import Tensor
 
 from retroexit.core.files import MANIFEST
-from retroexit.core.modules import device_of, fingerprint
-from retroexit.core.samples import ImageRange, Samples, drawing_from, moved
+from retroexit.core.identity import fingerprint
+from retroexit.core.modules import device_of
+from retroexit.core.samples import ImageRange, Samples, drawing_from
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.guidance.building import build_bank, with_slopes
-from retroexit.guidance.taps import Taps
+from retroexit.guidance.provider import Taps
 from retroexit.measuring import image_range_of
 from retroexit.metrics import QualityMetric
 from retroexit.model import EarlyExitGenerator
+from retroexit.plugins.training_types import TrainingBatch
 from retroexit.retrieval import Retriever
 from retroexit.routing.predictor import farthest
 from retroexit.routing.router import guide_distance
 from retroexit.saving import options_to_json
-from retroexit.training.branches.distributed import Team
-from retroexit.training.branches.feature_distance import FeatureDistance
-from retroexit.training.branches.initialise import reconstruct_branches
-from retroexit.training.branches.loop import train_branches
-from retroexit.training.branches.tensorboard import Watch
-from retroexit.training.branches.trainer import BranchSchedule, BranchTrainer
-from retroexit.training.data.batch import TrainingBatch
-from retroexit.training.data.cache import IMAGE, FeatureCache, guidance_names
-from retroexit.training.data.crops import Cropper
-from retroexit.training.data.live import Features, LiveFeatures
-from retroexit.training.data.steps import Steps
+from retroexit.training.cache import IMAGE, FeatureCache, Features, LiveFeatures, chunks, guidance_names
+from retroexit.training.distributed import Team
 from retroexit.training.estimate import Estimate, estimate
+from retroexit.training.initialise import reconstruct_branches
 from retroexit.training.losses import L1, TrainingLoss
-from retroexit.training.losses.presets import LossPlan
-from retroexit.training.predictor.exit_losses import chunks, exit_losses
-from retroexit.training.predictor.fit import fit_predictor
+from retroexit.training.losses.plan import LossPlan
+from retroexit.training.predictor import exit_losses, fit_predictor
 from retroexit.training.settings import FitSettings, check_same, divide, write_json
+from retroexit.training.steps import Cropper, Steps
+from retroexit.training.trainer import (
+    BranchSchedule,
+    BranchTrainer,
+    FeatureDistance,
+    TrainingWriter,
+    train_branches,
+)
 
-__all__ = ["FitSettings", "divide", "estimate_fit", "fit_model", "fit_record"]
+__all__ = ["FitJob", "estimate_fit", "fit_model", "fit_record"]
 
 logger = logging.getLogger(__name__)
 
 
-def fit_model(
-    model: EarlyExitGenerator,
-    inputs: Sequence[Any],
-    folder: Path,
-    metric: QualityMetric,
-    settings: FitSettings,
-    retriever: Callable[[], Retriever],
-    plan: LossPlan,
-    progress: bool = True,
-    team: Team | None = None,
-    given: GuidanceBank | None = None,
-) -> None:
-    """Fit bank, branches and predictor; see `retroexit.fit`.
+@dataclass(frozen=True, eq=False)
+class FitJob:
+    """A fit whose arguments have been checked.
 
-    ``plan`` says what branches are trained on, ``team`` are the processes that train together, ``given`` is a
-    bank made beforehand.
+    Attributes:
+        settings: Settings of the training.
+        metric: The quality metric; ``None`` if its weights are missing in a dry run.
+        plan: What branches are trained on.
+        retriever: Makes the search back-end of the bank.
+        inputs: Samples to fit on.
+        aside: Samples to calibrate on.
+        alpha: Share of inputs that may lose more than a threshold.
+        confidence: Probability that the promise holds.
+        latency: Samples per call whose times are measured, or ``None``.
+        bank: A bank made beforehand, or ``None``.
     """
-    team = team or Team()
+
+    settings: FitSettings
+    metric: QualityMetric | None
+    plan: LossPlan
+    retriever: Callable[[], Retriever]
+    inputs: Sequence[Any]
+    aside: Sequence[Any]
+    alpha: float = 0.05
+    confidence: float = 0.95
+    latency: int | None = None
+    bank: GuidanceBank | None = None
+
+
+def fit_model(
+    model: EarlyExitGenerator, job: FitJob, folder: Path, team: Team, save: Callable[[], None], progress: bool
+) -> None:
+    """Fit bank, branches and predictor of a recorded model, and call ``save`` in the first process."""
+    settings, metric = job.settings, job.metric
+    assert metric is not None
     team.part(settings.batch)
-    samples = Samples(inputs, settings.seed)
-    device = device_of(model.generator)
-    if not model.is_recorded:
-        args, kwargs = moved(samples.gather([0]), device)
-        model.record(*args, **kwargs)
-    wanted = fit_record(model, metric, settings, plan)
-    if given is not None:
-        wanted["bank"] = _digest(given)
-    check_same(folder / "fit.json", wanted)
+    samples, device = Samples(job.inputs, settings.seed), device_of(model.generator)
+    record = fit_record(model, metric, settings, job.plan)
+    if job.bank is not None:
+        record["bank"] = _digest(job.bank)
+    check_same(folder / "fit.json", record)
     trained, held_out = divide(len(samples), settings)
     features = _features(model, samples, folder, settings, team, progress)
-    limits = image_range_of(model, features.read(IMAGE, range(min(32, len(features)))))
+    losses = branch_losses(model, job.plan, device)
     metric.to(device)
-    losses = branch_losses(model, plan, device)
-    steps = _steps(model, samples, features, losses, limits, trained, settings, team)
+    steps = _steps(model, samples, features, losses, trained, settings, team)
     _try_loss(losses[0], steps)
-    watch = _watch(folder, settings, team)
-    # From here on the folder belongs to these settings; mistakes above can be put right and fitted again.
+    writer = None
+    if settings.tensorboard and team.is_first:
+        is_default = settings.tensorboard is True
+        writer = TrainingWriter(folder / "tensorboard" if is_default else Path(settings.tensorboard))
+    # From here on the folder belongs to these settings.
     team.wait()
     if team.is_first:
-        write_json(folder / "fit.json", wanted)
+        write_json(folder / "fit.json", record)
     model.calibration = model.latency = None  # they belong to another fit
-    reach: float | None = None
+    model.router.guide_limit = None
     taps = model.decomposition.taps
     if taps is not None:
-        place = folder / "bank"
-        model.bank = _bank(model, taps, features, place, retriever, settings.seed, team, progress, given)
-        steps.guide_of, reach = _guides(model, taps, features)
+        model.bank = _bank(model, taps, features, folder / "bank", job, team, progress)
+        steps.guide_of, model.router.guide_limit = _guides(model, taps, features)
     reconstruct_branches(model, steps, folder / "branches", keep_channels=settings.features > 0)
-    _train(model, losses, steps, settings, folder / "branches", watch, progress)
-    measured = exit_losses(model, steps, metric, folder / "losses.npy", progress)
-    error = _predict(model, steps, measured, held_out, settings, progress)
-    model.router.guide_limit = reach
+    _train(model, losses, steps, settings, folder / "branches", writer, progress)
+    error = fit_predictor(
+        model,
+        samples,
+        features,
+        exit_losses(model, steps, metric, folder / "losses.npy", progress),
+        held_out=held_out,
+        kind=settings.predictor,
+        predict_from=settings.predict_from,
+        steps=settings.predictor_steps,
+        seed=settings.seed,
+        progress=progress and team.is_first,
+    )
+    logger.info("predictor error on held-out inputs: %s", error)
     model.about = {
         "metric": metric.describe(),
-        "image_range": [limits.low, limits.high],
+        "image_range": [steps.limits.low, steps.limits.high],
         "image_size": list(features.read(IMAGE, [0]).shape[2:]),
         "fit": asdict(settings),
         "inputs": len(samples),
         "predictor_error": error,
     }
     if team.is_first:
-        model.save(folder)
+        save()
     team.wait()
 
 
@@ -120,7 +145,7 @@ def _train(
     steps: Steps,
     settings: FitSettings,
     folder: Path,
-    watch: Watch | None,
+    writer: TrainingWriter | None,
     progress: bool,
 ) -> None:
     schedule = BranchSchedule(
@@ -138,74 +163,44 @@ def _train(
             steps,
             together=settings.together,
             checkpoint_every=settings.checkpoint_every,
-            watch=watch,
+            writer=writer,
             progress=progress,
         )
     finally:
-        if watch is not None:
-            watch.close()
-
-
-def _predict(
-    model: EarlyExitGenerator,
-    steps: Steps,
-    measured: Tensor,
-    held_out: list[int],
-    settings: FitSettings,
-    progress: bool,
-) -> float | None:
-    """Train the predictor, in every process alike; gives its error on the samples held out."""
-    error = fit_predictor(
-        model,
-        steps.samples,
-        steps.features,
-        measured,
-        held_out=held_out,
-        kind=settings.predictor,
-        predict_from=settings.predict_from,
-        steps=settings.predictor_steps,
-        seed=settings.seed,
-        progress=progress and steps.team.is_first,
-    )
-    logger.info("predictor error on held-out inputs: %s", error)
-    return error
+        if writer is not None:
+            writer.close()
 
 
 def fit_record(
     model: EarlyExitGenerator, metric: QualityMetric, settings: FitSettings, plan: LossPlan
 ) -> dict[str, Any]:
-    """Say what a fit that goes on must have in common with its beginning, as plain JSON types."""
+    """Return what a resumed fit must have in common with its first run, as JSON types."""
     return {
         **asdict(settings),
         "metric": metric.describe(),
         "loss": plan.describe(),
-        "attach_at": _places(model),
+        "attach_at": [place.path for place in model.decomposition.places],
         "wrap": options_to_json(model.options, model.decomposition),
     }
 
 
 def estimate_fit(
-    model: EarlyExitGenerator,
-    inputs: Sequence[Any],
-    settings: FitSettings,
-    plan: LossPlan,
+    model: EarlyExitGenerator, inputs: Sequence[Any], settings: FitSettings, plan: LossPlan
 ) -> Estimate:
-    """Find out what a fit would cost; nothing is written and no weight changes.
+    """Estimate the cost of a fit; nothing is written and no weight changes.
 
     Args:
         model: The wrapped generator, recorded.
-        inputs: See `retroexit.fit`.
+        inputs: Samples without the batch axis.
         settings: Settings of the fit.
-        plan: What branches are trained on; of one without terms, L1 is counted. The first steps, which
-            measure how hard terms pull, take longer than is said here.
+        plan: What branches are trained on; L1 is counted if it has no terms. The first steps, which equalise
+            weights, take longer than the estimate.
     """
     samples, device = Samples(inputs, settings.seed), device_of(model.generator)
     trained, _ = divide(len(samples), settings)
-    features = LiveFeatures(model, samples)
-    limits = image_range_of(model, features.read(IMAGE, range(min(8, len(features)))))
     plan = replace(plan, equalise=0) if plan.weights else LossPlan({"l1": 1.0}, {"l1": L1()})
     losses = branch_losses(model, plan, device)
-    steps = _steps(model, samples, features, losses, limits, trained, settings, Team())
+    steps = _steps(model, samples, LiveFeatures(model, samples), losses, trained, settings, Team())
     taps = model.decomposition.taps
     if taps is not None:
         shape = (taps.guide.channels, *taps.guide.size)
@@ -218,11 +213,12 @@ def _steps(
     samples: Samples,
     features: Features,
     losses: Sequence[TrainingLoss],
-    limits: ImageRange,
     rows: Sequence[int],
     settings: FitSettings,
     team: Team,
 ) -> Steps:
+    count = 8 if isinstance(features, LiveFeatures) else 32
+    limits: ImageRange = image_range_of(model, features.read(IMAGE, range(min(count, len(features)))))
     return Steps(
         features=features,
         samples=samples,
@@ -238,135 +234,6 @@ def _steps(
     )
 
 
-def _features(
-    model: EarlyExitGenerator,
-    samples: Samples,
-    folder: Path,
-    settings: FitSettings,
-    team: Team,
-    progress: bool,
-) -> Features:
-    """Features from a cache, which the first process fills, or computed when they are read."""
-    if not settings.cache:
-        folder.mkdir(parents=True, exist_ok=True)
-        return LiveFeatures(model, samples)
-
-    def build(show: bool) -> FeatureCache:
-        return FeatureCache.build(model, samples, folder / "cache", batch=settings.cache_batch, progress=show)
-
-    own = build(progress) if team.is_first else None
-    team.wait()
-    return own if own is not None else build(False)
-
-
-def _places(model: EarlyExitGenerator) -> list[str]:
-    return [place.path for place in model.decomposition.places]
-
-
-def branch_losses(model: EarlyExitGenerator, plan: LossPlan, device: torch.device) -> list[TrainingLoss]:
-    """Make a loss for every branch, on the device."""
-    return [plan.for_branch().to(device) for _ in model.branches]
-
-
-@torch.no_grad()
-def _try_loss(loss: TrainingLoss, steps: Steps) -> None:
-    """Find out before anything is trained whether metric and terms take such windows."""
-    step, before = steps.at(0), loss.state()
-    with drawing_from(step.seed, steps.device):
-        loss(TrainingBatch(step.target, step.target, step.args, step.kwargs))
-    loss.load_state(before)
-
-
-def _watch(folder: Path, settings: FitSettings, team: Team) -> Watch | None:
-    if not settings.tensorboard or not team.is_first:
-        return None
-    return Watch(folder / "tensorboard" if settings.tensorboard is True else Path(settings.tensorboard))
-
-
-def _bank(
-    model: EarlyExitGenerator,
-    taps: Taps,
-    features: Features,
-    folder: Path,
-    retriever: Callable[[], Retriever],
-    seed: int,
-    team: Team,
-    progress: bool,
-    given: GuidanceBank | None,
-) -> GuidanceBank:
-    guidance = model.options.guidance
-    assert guidance is not None
-    own = fingerprint(model.generator)
-    if team.from_first((folder / MANIFEST).exists()):
-        return GuidanceBank.load(folder, own, retriever_class=type(retriever()))
-    if not team.is_first:
-        team.wait()
-        return GuidanceBank.load(folder, own, retriever_class=type(retriever()))
-    if given is not None:
-        given = _of_others(given)
-        given.save(folder)
-        team.wait()
-        return given
-    key, value = guidance_names(taps, model.split.cuts[0].feature.name)
-    key_feature = ((features.read(key, rows), list(rows)) for rows in chunks(len(features), 16))
-    bank = build_bank(
-        key_feature,
-        lambda rows: features.read(value, rows),
-        patch=taps.patch,
-        size=guidance.size,
-        thin=guidance.thin,
-        retriever=retriever(),
-        seed=seed,
-        meta={"fingerprint": own, "key_tap": taps.key_tap, "value_tap": taps.value_cut.feature.name},
-        progress=progress,
-    )
-    if guidance.order:
-        maps = ((features.read(key, rows), features.read(value, rows)) for rows in chunks(len(features), 16))
-        bank = with_slopes(bank, maps, len(features) * taps.queries)
-    bank.save(folder)
-    team.wait()
-    return GuidanceBank.load(folder, own, retriever_class=type(retriever()))
-
-
-def _of_others(bank: GuidanceBank) -> GuidanceBank:
-    """Give the same bank, none of whose pairs counts as a sample's own: sources from -2 down."""
-    source = -2 - bank.source.numpy().clip(min=0)
-    return GuidanceBank(retriever=bank.retriever, values=bank.values, source=source, meta=bank.meta)
-
-
-def _digest(bank: GuidanceBank) -> str:
-    """Hash keys and values of a bank, to tell whether a fit goes on with the one that it began with."""
-    total = hashlib.sha256(np.ascontiguousarray(bank.retriever.keys).tobytes())
-    for row in bank.values:  # they may be on disk
-        total.update(np.ascontiguousarray(row).tobytes())
-    return total.hexdigest()
-
-
-def _guides(
-    model: EarlyExitGenerator, taps: Taps, features: Features
-) -> tuple[Callable[[Sequence[int]], Tensor], float | None]:
-    """Search once for every sample, its own keys left out, as a new input finds only foreign ones.
-
-    Returns:
-        The guide of some samples, and how far guides of inputs like these may be.
-    """
-    bank = model.bank
-    assert bank is not None
-    key, _ = guidance_names(taps, model.split.cuts[0].feature.name)
-    found = [
-        bank.search(features.read(key, rows), torch.as_tensor(rows)) for rows in chunks(len(features), 64)
-    ]
-    ids = torch.cat([one.ids for one in found])
-    distances = torch.cat([guide_distance(one.distances) for one in found])[:, 0]
-    reach = farthest(distances) if len(distances) >= 8 else None
-
-    def guide_of(rows: Sequence[int]) -> Tensor:
-        feature = features.read(key, rows) if bank.order else None
-        return bank.glue(ids[torch.as_tensor(list(rows))], feature=feature)
-
-    return guide_of, reach
-
-
 def _cropper(model: EarlyExitGenerator, features: Features, crop: int | None) -> Cropper:
     """Cut the same windows for all branches, on the grid of the coarsest map."""
     image = features.read(IMAGE, [0])
@@ -376,3 +243,125 @@ def _cropper(model: EarlyExitGenerator, features: Features, crop: int | None) ->
     if model.decomposition.taps is not None:
         sizes.append(model.decomposition.taps.guide.size)
     return Cropper.for_maps(crop, tuple(image.shape[2:]), sizes)
+
+
+def _features(
+    model: EarlyExitGenerator,
+    samples: Samples,
+    folder: Path,
+    settings: FitSettings,
+    team: Team,
+    progress: bool,
+) -> Features:
+    """Open the cache, which the first process fills; or compute features when they are read."""
+    if not settings.cache:
+        folder.mkdir(parents=True, exist_ok=True)
+        return LiveFeatures(model, samples)
+
+    def build(progress: bool) -> FeatureCache:
+        return FeatureCache.build(
+            model, samples, folder / "cache", batch=settings.cache_batch, progress=progress
+        )
+
+    features = build(progress) if team.is_first else None
+    team.wait()
+    return features if features is not None else build(False)
+
+
+def branch_losses(model: EarlyExitGenerator, plan: LossPlan, device: torch.device) -> list[TrainingLoss]:
+    """Make a loss for every branch, on the device."""
+    return [plan.for_branch().to(device) for _ in model.branches]
+
+
+@torch.no_grad()
+def _try_loss(loss: TrainingLoss, steps: Steps) -> None:
+    """Check before the training that all terms accept such windows."""
+    step, state = steps.at(0), loss.state()
+    with drawing_from(step.seed, steps.device):
+        loss(TrainingBatch(step.target, step.target, step.args, step.kwargs))
+    loss.load_state(state)
+
+
+def _bank(
+    model: EarlyExitGenerator,
+    taps: Taps,
+    features: Features,
+    folder: Path,
+    job: FitJob,
+    team: Team,
+    progress: bool,
+) -> GuidanceBank:
+    """Load the bank of the folder, which the first process writes."""
+    generator = fingerprint(model.generator)
+    if not team.from_first((folder / MANIFEST).exists()):
+        if team.is_first:
+            bank = _fill_bank(model, taps, features, job, progress) if job.bank is None else job.bank
+            if job.bank is not None:  # none of its pairs belongs to a sample: sources from -2 down
+                source = -2 - bank.source.numpy().clip(min=0)
+                bank = GuidanceBank(
+                    retriever=bank.retriever, values=bank.values, source=source, meta=bank.meta
+                )
+            bank.save(folder)
+        team.wait()
+        if team.is_first and job.bank is not None:
+            return bank
+    return GuidanceBank.load(folder, generator, retriever_class=type(job.retriever()))
+
+
+def _fill_bank(
+    model: EarlyExitGenerator, taps: Taps, features: Features, job: FitJob, progress: bool
+) -> GuidanceBank:
+    guidance = model.options.guidance
+    assert guidance is not None
+    key, value = guidance_names(taps, model.split.cuts[0].feature.name)
+    bank = build_bank(
+        ((features.read(key, rows), list(rows)) for rows in chunks(len(features), 16)),
+        lambda rows: features.read(value, rows),
+        patch=taps.patch,
+        size=guidance.size,
+        thin=guidance.thin,
+        retriever=job.retriever(),
+        seed=job.settings.seed,
+        meta={
+            "fingerprint": fingerprint(model.generator),
+            "key_tap": taps.key_tap,
+            "value_tap": taps.value_cut.feature.name,
+        },
+        progress=progress,
+    )
+    if guidance.order:
+        maps = ((features.read(key, rows), features.read(value, rows)) for rows in chunks(len(features), 16))
+        bank = with_slopes(bank, maps, len(features) * taps.queries)
+    return bank
+
+
+def _digest(bank: GuidanceBank) -> str:
+    """Hash keys and values of a bank, to check that a resumed fit has the same one."""
+    total = hashlib.sha256(np.ascontiguousarray(bank.retriever.keys).tobytes())
+    for row in bank.values:  # they may be on disk
+        total.update(np.ascontiguousarray(row).tobytes())
+    return total.hexdigest()
+
+
+def _guides(
+    model: EarlyExitGenerator, taps: Taps, features: Features
+) -> tuple[Callable[[Sequence[int]], Tensor], float | None]:
+    """Search once for every sample, without its own keys, since a new input has none in the bank.
+
+    Returns:
+        A function that returns the guide of some samples, and the limit of the distance of usual guides.
+    """
+    bank = model.bank
+    assert bank is not None
+    key, _ = guidance_names(taps, model.split.cuts[0].feature.name)
+    results = [
+        bank.search(features.read(key, rows), torch.as_tensor(rows)) for rows in chunks(len(features), 64)
+    ]
+    ids = torch.cat([result.ids for result in results])
+    distances = torch.cat([guide_distance(result.distances) for result in results])[:, 0]
+
+    def guide_of(rows: Sequence[int]) -> Tensor:
+        feature = features.read(key, rows) if bank.order else None
+        return bank.glue(ids[torch.as_tensor(list(rows))], feature=feature)
+
+    return guide_of, farthest(distances) if len(distances) >= 8 else None

@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.utils.data import Subset
 from tqdm import tqdm
 
-from retroexit.core.modules import device_of, fingerprint
+from retroexit.core.identity import fingerprint
+from retroexit.core.modules import device_of
 from retroexit.core.samples import Samples, drawing_from
 from retroexit.errors import OptionError
 from retroexit.guidance.bank import GuidanceBank
-from retroexit.guidance.building import build_bank, with_slopes
-from retroexit.guidance.candidates import Candidates
-from retroexit.guidance.taps import Taps
+from retroexit.guidance.building import Candidates, build_bank, with_slopes
+from retroexit.guidance.provider import Taps
 from retroexit.model import EarlyExitGenerator
 from retroexit.retrieval import Retriever
 

@@ -12,8 +12,16 @@ from torch import Tensor, nn
 from retroexit.branch.branch import Branch
 from retroexit.branch.builder import BranchSpec, build_branch
 from retroexit.branch.widths.plan import WidthPlan
-from retroexit.errors import AttachPointError, InputMismatchError, OptionError, RecordingError, closest
-from retroexit.guidance.taps import Taps, find_key_cut, find_taps, tap_paths
+from retroexit.core.identity import Identity
+from retroexit.errors import (
+    AttachPointError,
+    GeneratorError,
+    InputMismatchError,
+    OptionError,
+    RecordingError,
+    closest,
+)
+from retroexit.guidance.provider import Taps, find_key_cut, find_taps, tap_paths
 from retroexit.split.replay.split import ReplaySplit
 from retroexit.split.self_test import cross
 from retroexit.split.split import SplitGenerator, places
@@ -37,6 +45,7 @@ class Decomposition:
         feature_shape: Shape ``(C, ...)`` of the feature at the first attach point.
         taps: Where guidance keys and values come from, or ``None`` without guidance.
         specs: How the branches were built.
+        identity: The generator's class and weights when it was recorded, which the branches are made for.
     """
 
     split: SplitGenerator
@@ -44,6 +53,7 @@ class Decomposition:
     backbone_macs: int
     route_macs: list[int]
     feature_shape: tuple[int, ...]
+    identity: Identity
     taps: Taps | None = None
     specs: list[BranchSpec] = field(default_factory=list)
 
@@ -58,6 +68,21 @@ class Decomposition:
         recording = self.split.decoder.recording
         later = {call.path for call in recording.calls if call.begin >= position}
         return sum(stage.path in later for stage in self.split.decoder.stages)
+
+    def check_weights(self) -> None:
+        """Refuse a generator whose weights have changed since the branches were made for it.
+
+        Raises:
+            GeneratorError: If they have.
+        """
+        generator = self.split.generator
+        difference = self.identity.difference(Identity.of(generator))
+        if difference:
+            raise GeneratorError(
+                f"the branches belong to other weights of {type(generator).__name__}: {difference}. Load the weights "
+                "that it was wrapped with, or wrap and fit it again.",
+                generator,
+            )
 
     def guidance_values(self, args: Any, kwargs: Any) -> Tensor:
         """Run the backbone up to the stage that values are cut from; gives its map ``(N, C, ...)``."""
@@ -115,6 +140,7 @@ def _build(
         backbone_macs=decoder.recording.macs // split.batch,
         route_macs=[],
         feature_shape=tuple(states[0][0].shape[1:]),
+        identity=Identity.of(generator),
         taps=None if options.guidance is None else find_taps(split, options.guidance),
     )
     guide = None if decomposition.taps is None else decomposition.taps.guide

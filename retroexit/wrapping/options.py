@@ -14,7 +14,7 @@ from retroexit.branch.adapter_stages import BuildStage
 from retroexit.branch.builder import Init
 from retroexit.branch.widths.plan import WidthPlan, WidthRule
 from retroexit.errors import AttachPointError, OptionError, RetroExitWarning
-from retroexit.guidance.options import Guidance
+from retroexit.guidance.provider import Guidance
 from retroexit.plugins.description import Description
 from retroexit.stages.stage import Stage
 

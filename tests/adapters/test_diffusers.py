@@ -129,19 +129,20 @@ def test_other_modules_are_left_to_others() -> None:
         """Has the name, but comes from elsewhere."""
 
     autoencoder = kl()
-    unet = diffusers.UNet2DModel(8, block_out_channels=(8,), norm_num_groups=4, **HALVES)
-    for other in (Decoder(), autoencoder.encoder, autoencoder.post_quant_conv, unet):
+    for other in (Decoder(), autoencoder.encoder, autoencoder.post_quant_conv):
         assert describe(other) is None
 
 
-HALVES: dict[str, Any] = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
-
-
-def test_a_whole_autoencoder_is_refused_with_advice() -> None:
+def test_whole_autoencoders_and_wrapped_decoders_are_refused_with_advice() -> None:
     autoencoder = kl().eval()
     described = describe(autoencoder)
     with pytest.raises(GeneratorError, match=r"whole AutoencoderKL.*Wrap autoencoder\.decoder.*early_exits"):
         retroexit.wrap(autoencoder, [1], scale=1 / 4, adapter=described)
+    decoder = autoencoder.decoder
+    model = retroexit.wrap(decoder, [1], 1 / 2, min_channels=4, adapter=describe(decoder))
+    again = retroexit_diffusers.EarlyExitDecoder(model)
+    with pytest.raises(GeneratorError, match=r"has exits already.*decoder\.unwrap\(\)"):
+        retroexit.wrap(again, [1], 1 / 2, adapter=describe(again))
 
 
 def test_a_whole_autoencoder_that_gets_images_reconstructs_them() -> None:
@@ -159,13 +160,3 @@ def test_a_whole_autoencoder_that_gets_images_reconstructs_them() -> None:
         assert torch.equal(model(images).sample, whole)
     assert early.shape == whole.shape
     assert not torch.equal(early, whole)
-
-
-def test_a_decoder_that_has_exits_already_is_refused() -> None:
-    autoencoder = kl().eval()
-    model = retroexit.wrap(
-        autoencoder.decoder, [1], 1 / 2, min_channels=4, adapter=describe(autoencoder.decoder)
-    )
-    again = retroexit_diffusers.EarlyExitDecoder(model)
-    with pytest.raises(GeneratorError, match=r"has exits already.*decoder\.unwrap\(\)"):
-        retroexit.wrap(again, [1], 1 / 2, adapter=describe(again))

@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-import retroexit
-
 retroexit_megaportraits = pytest.importorskip(
     "retroexit_megaportraits", reason="install the project to get its adapters"
 )
 MegaPortraitsG2d = retroexit_megaportraits.MegaPortraitsG2d
-describe = retroexit_megaportraits.retroexit_describe
 frame_key = retroexit_megaportraits.frame_key
 
 
 def small() -> nn.Module:
-    """Make a decoder of 4x4 to 32x32 whose normalisations have seen something."""
-    decoder = MegaPortraitsG2d(in_channels=24, channels=64, size=4)
-    for module in decoder.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = None  # the plain mean of what was seen
-    with torch.no_grad():
-        decoder(2 * torch.randn(4, 24, 4, 4) + 1)
-    return decoder.eval()
+    return MegaPortraitsG2d(in_channels=24, channels=64, size=4).eval()
 
 
 def test_the_full_size_decoder_costs_what_the_paper_counts() -> None:
@@ -70,13 +62,6 @@ def test_a_block_adds_two_normalised_convolutions_to_its_shortcut() -> None:
     torch.testing.assert_close(block(x), conv("shortcut", double(x)) + dx)
 
 
-def test_features_and_widths_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"shape \(N, \*\(24, 4, 4\)\), got \(1, 24, 8, 8\)"):
-        small()(torch.zeros(1, 24, 8, 8))
-    with pytest.raises(ValueError, match="channels must be a multiple of 8, got 12"):
-        MegaPortraitsG2d(channels=12)
-
-
 def test_a_frame_key_is_angles_then_expression_at_a_single_location() -> None:
     angles, expression = torch.randn(4, 3), torch.randn(4, 512)
     key = frame_key(angles, expression)
@@ -86,38 +71,14 @@ def test_a_frame_key_is_angles_then_expression_at_a_single_location() -> None:
 
 
 @pytest.mark.parametrize(
-    ("angles", "expression", "message"),
+    ("call", "message"),
     [
-        ((2, 4), (2, 512), r"angles must have the shape \(N, 3\), got \(2, 4\)"),
-        ((2, 3), (1, 512), r"expression must have the shape \(2, 512\), got \(1, 512\)"),
+        (lambda: frame_key(torch.zeros(2, 4), torch.zeros(2, 512)), r"angles .* \(N, 3\), got \(2, 4\)"),
+        (lambda: frame_key(torch.zeros(2, 3), torch.zeros(1, 512)), r"\(2, 512\), got \(1, 512\)"),
+        (lambda: small()(torch.zeros(1, 24, 8, 8)), r"shape \(N, \*\(24, 4, 4\)\), got \(1, 24, 8, 8\)"),
+        (lambda: MegaPortraitsG2d(channels=12), "channels must be a multiple of 8, got 12"),
     ],
 )
-def test_angles_and_expressions_that_do_not_fit_are_refused(
-    angles: tuple[int, ...], expression: tuple[int, ...], message: str
-) -> None:
+def test_wrong_shapes_and_widths_are_refused(call: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        frame_key(torch.zeros(angles), torch.zeros(expression))
-
-
-def test_exits_are_thin_grow_in_cost_and_end_in_the_decoder_itself() -> None:
-    decoder = small()
-    model = retroexit.wrap(
-        decoder, attach_at=[2, 4, 6], scale=1 / 4, min_channels=8, adapter=describe(decoder)
-    )
-    feature = torch.randn(3, 24, 4, 4)
-    assert torch.equal(model(feature), decoder(feature))
-    assert torch.equal(model(feature, exit=4), decoder(feature))
-    macs = [leave.macs for leave in model.exits]
-    assert macs == sorted(set(macs))
-    assert [(leave.attach_at, leave.depth) for leave in model.exits[:-1]] == [
-        ("blocks.1", 7),
-        ("blocks.3", 5),
-        ("blocks.5", 3),
-    ]
-    for number, branch in enumerate(model.branches, 1):
-        assert branch.widths == [16, 8, 3] if number < 3 else [8, 3]
-        image = model(feature, exit=number)
-        assert image.shape == (3, 3, 32, 32)
-        (image - 0.5).square().mean().backward()
-        assert [n for n, p in branch.named_parameters() if p.grad is None or not p.grad.any()] == []
-    assert all(parameter.grad is None for parameter in decoder.parameters())
+        call()

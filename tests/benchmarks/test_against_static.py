@@ -21,7 +21,7 @@ from static.measuring import Point  # noqa: E402
 
 import retroexit  # noqa: E402
 from retroexit.core.samples import Samples  # noqa: E402
-from retroexit.training.data.cache import FeatureCache  # noqa: E402
+from retroexit.training.cache import FeatureCache  # noqa: E402
 
 TRAINING = networks.Training(steps=12, batch=4, bfloat16=False)
 

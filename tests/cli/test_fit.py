@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from retroexit.guidance import GuidanceBank
-from retroexit.training.branches.trainer import BranchTrainer
+from retroexit.training.trainer import BranchTrainer
 
 PROMISE = ("--alpha", "0.5", "--confidence", "0.5")
 OTHERS = ("toy.py:decoder", "run", "--inputs", "toy.py:others", "--threshold", "0.2")
@@ -147,7 +147,7 @@ def test_mistakes_end_with_one_line_before_anything_is_written(
 
 
 def test_a_small_crop_and_a_folder_without_a_model_are_named(run: Any) -> None:
-    run.fit("--crop", "5").fails_with("5 pixels")
+    run.fit("--crop", "5").fails_with("crop must be a multiple of 2, got 5")
     run("evaluate", "toy.py:decoder", "away", "--inputs", "toy.py:few").fails_with("away")
 
 

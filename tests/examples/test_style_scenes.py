@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import functools
 import hashlib
-import importlib.util
 import json
-import sys
+from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -23,30 +23,28 @@ FOLDER = Path(__file__).resolve().parents[2] / "examples/style_scenes"
 BACKBONE = FOLDER / "backbone.safetensors"
 
 
-def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"style_scenes_{name}", FOLDER / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture(scope="module")
+def example(imported: Any) -> Iterator[SimpleNamespace]:
+    with imported("style_scenes", "train_backbone", "exits") as modules:
+        yield modules
 
 
 @pytest.fixture(scope="module")
-def training() -> ModuleType:
-    return script("train_backbone")
+def training(example: SimpleNamespace) -> ModuleType:
+    return example.train_backbone
 
 
 @pytest.fixture(scope="module")
-def exits() -> ModuleType:
-    return script("exits")
+def exits(example: SimpleNamespace) -> ModuleType:
+    return example.exits
 
 
 def options(**changed: object) -> argparse.Namespace:
-    given = {"seed": 0, "lr": 2.5e-3, "r1": 0.2, "steps": 10, "minutes": 10.0, "float32": False}
-    return argparse.Namespace(**given | changed)
+    defaults = {"seed": 0, "lr": 2.5e-3, "r1": 0.2, "steps": 10, "minutes": 10.0, "float32": False}
+    return argparse.Namespace(**defaults | changed)
 
 
-def test_the_weights_are_those_of_the_record_and_fit_the_training_scripts_network(
+def test_the_weights_have_the_recorded_hash_and_fit_the_network_of_the_training_script(
     training: ModuleType,
 ) -> None:
     record = json.loads(BACKBONE.with_suffix(".json").read_text())
@@ -80,7 +78,7 @@ def test_a_samples_noise_is_the_same_whichever_exit_it_takes(exits: ModuleType) 
     torch.testing.assert_close(mixed, full, rtol=1e-4, atol=1e-4)
 
 
-def test_a_training_that_goes_on_takes_the_step_that_it_would_have_taken(
+def test_a_resumed_training_takes_the_same_step_as_an_uninterrupted_one(
     training: ModuleType, tmp_path: Path
 ) -> None:
     first, second = torch.rand(2, 4, 3, 64, 64) * 2 - 1
@@ -96,14 +94,12 @@ def test_a_training_that_goes_on_takes_the_step_that_it_would_have_taken(
         assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
-def test_the_training_script_runs_and_goes_on(
-    training: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_training_script_runs_and_resumes(
+    training: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_script: Any
 ) -> None:
     monkeypatch.setattr(torch, "set_num_threads", lambda _count: None)
-    words = ["--out", str(tmp_path), "--batch", "4", "--scenes", "8", "--every", "1"]
-    for more in (["--steps", "2"], ["--steps", "3", "--resume"]):
-        monkeypatch.setattr(sys, "argv", ["train_backbone.py", *words, *more])
-        training.main()
+    for more in ("--steps 2", "--steps 3 --resume"):
+        run_script(training, f"--out {tmp_path} --batch 4 --scenes 8 --every 1 {more}")
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in log] == [1, 2, 3]
     assert (tmp_path / "samples-000003.png").exists()
@@ -116,25 +112,18 @@ def test_the_training_script_runs_and_goes_on(
 
 @pytest.mark.slow
 def test_the_exits_script_runs(
-    exits: ModuleType,
-    shared: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    exits: ModuleType, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_script: Any
 ) -> None:
     fit, evaluate = retroexit.fit, retroexit.evaluate
     monkeypatch.setattr(exits.retroexit, "fit", functools.partial(fit, predictor_steps=5))
     monkeypatch.setattr(exits.retroexit, "evaluate", functools.partial(evaluate, repeats=1))
-    words = ["--shared", str(shared), "--out", str(tmp_path), "--steps", "1", "--batch", "1"]
-    words += ["--train", "300", "--test", "3", "--attach-at", "2", "4", "--scale", "0.25", "0.5"]
-    monkeypatch.setattr(sys, "argv", ["exits.py", *words])
-    exits.main()
-    said = capsys.readouterr().out
-    assert "StyleGANGenerator with 2 early exits" in said
+    words = f"--shared {shared} --out {tmp_path} --steps 1 --batch 1 --train 300 --test 3"
+    printed = run_script(exits, f"{words} --attach-at 2 4 --scale 0.25 0.5")
+    assert "StyleGANGenerator with 2 early exits" in printed
     rows = ["z ", "w ", "feature ", "oracle, free", "always one exit", "two exits, blindly"]
     for row in [*rows, "its own", "another sample's", "the stored"]:
-        assert f"\n{row}" in said
-    assert "P(lpips-alex > threshold) <= 0.05 with confidence 0.95" in said
-    assert said.endswith(f"report: {tmp_path / 'report/report.html'}\n")
+        assert f"\n{row}" in printed
+    assert "P(lpips-alex > threshold) <= 0.05 with confidence 0.95" in printed
+    assert printed.endswith(f"report: {tmp_path / 'report/report.html'}\n")
     assert len(json.loads((tmp_path / "report/evaluation.json").read_text())["loss"]) == 3
     assert (tmp_path / "report/settings.json").exists()

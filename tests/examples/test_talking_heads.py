@@ -2,37 +2,26 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-FOLDER = Path(__file__).resolve().parents[2] / "examples/talking_heads"
-NAMES = ("latent_decoder", "frames", "keys", "figures", "summary", "exits")
 SPLITS = {"train": ["a", "b"], "val": [], "test": ["c", "d"]}
 
 
 @pytest.fixture(scope="module")
-def example() -> Iterator[ModuleType]:
-    """The script, with the files beside it, which find one another as they do when it is run."""
-    before = {name: sys.modules.pop(name, None) for name in NAMES}
-    path = sys.path[:]
-    sys.path.insert(0, str(FOLDER))
-    try:
-        yield importlib.import_module("exits")
-    finally:
-        sys.path[:] = path
-        for name, module in before.items():
-            sys.modules.pop(name, None)
-            if module is not None:
-                sys.modules[name] = module
+def example(imported: Any) -> Iterator[ModuleType]:
+    names = ("latent_decoder", "frames", "keys", "figures", "summary", "exits")
+    with imported("talking_heads", "exits", *names[:-1]) as modules:
+        yield modules.exits
 
 
 @pytest.fixture
@@ -55,7 +44,7 @@ def drawn(shared: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_key_does_not_tell_colours_but_places(example: ModuleType) -> None:
+def test_a_key_depends_on_places_not_on_colours(example: ModuleType) -> None:
     frames = sys.modules["frames"]
     still = torch.randn(4, 16, 16)
 
@@ -73,7 +62,7 @@ def test_a_key_does_not_tell_colours_but_places(example: ModuleType) -> None:
     assert torch.allclose(key.pose(tinted)[3] - key.pose(tinted)[0], there[3] - there[0], atol=1e-4)
 
 
-def test_a_query_sees_its_own_persons_frames_and_not_itself(
+def test_a_query_retrieves_another_frame_of_the_same_person(
     example: ModuleType, drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["exits.py", "--shared", str(drawn), "--size", "64"])
@@ -86,11 +75,11 @@ def test_a_query_sees_its_own_persons_frames_and_not_itself(
     bank = example.bank_of(model, inputs, tmp_path / "bank")
     assert len(bank) == len(inputs) == 12
     for latent, clip in clips.samples("train", "queries"):
-        found = bank.search(key(latent[None], clip[None])[..., None, None])
-        shown, whose = inputs[int(bank.source[found.ids])]
-        assert whose == clip
-        assert not torch.equal(shown, latent)
-        assert float(found.distances) < 100
+        neighbours = bank.search(key(latent[None], clip[None])[..., None, None])
+        frame, source_clip = inputs[int(bank.source[neighbours.ids])]
+        assert source_clip == clip
+        assert not torch.equal(frame, latent)
+        assert float(neighbours.distances) < 100
     nobody = example.misleading(bank, 4, same_person=False)
     owner = bank.retriever.keys[:, -4:].argmax(1)
     for row, one in enumerate(owner):
@@ -99,33 +88,20 @@ def test_a_query_sees_its_own_persons_frames_and_not_itself(
 
 
 @pytest.mark.slow
-def test_the_script_runs_and_goes_on(
-    example: ModuleType,
-    drawn: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+def test_the_script_runs_and_resumes(
+    example: ModuleType, drawn: Path, tmp_path: Path, run_script: Any
 ) -> None:
     out = tmp_path / "out"
-    words = "--size 64 --attach-at 6 8 --widths 8 --plain 8 --train-every 1 --steps 1 --batch 1 --crop 32"
-    words += " --predictor-steps 5 --repeats 1"
-    monkeypatch.setattr(sys, "argv", ["exits.py", "--shared", str(drawn), "--out", str(out), *words.split()])
-    example.main()
-    said = capsys.readouterr().out
-    assert "TalkingHead with 2 early exits" in said
-    assert "any frame of the same person" in said
-    assert "rank correlation of the distance to the guide" in said
-    figures = ["figure-6.svg", "figure-7-width-8.svg", "figure-10-width-8.svg", "talking-heads.png"]
-    assert said.strip().splitlines()[-1] == "figures: " + ", ".join(
-        str(out / name) for name in _order(figures)
-    )
+    words = f"--shared {drawn} --out {out} --size 64 --attach-at 6 8 --widths 8 --plain 8 --train-every 1"
+    words += " --steps 1 --batch 1 --crop 32 --predictor-steps 5 --repeats 1"
+    printed = run_script(example, words)
+    assert "TalkingHead with 2 early exits" in printed
+    assert "any frame of the same person" in printed
+    assert "rank correlation of the distance to the guide" in printed
+    # Those of one scale factor, then those of all.
+    figures = ["figure-7-width-8.svg", "figure-10-width-8.svg", "figure-6.svg", "talking-heads.png"]
+    assert printed.strip().splitlines()[-1] == "figures: " + ", ".join(str(out / name) for name in figures)
     assert all((out / name).stat().st_size > 5000 for name in figures)
-    example.main()  # nothing is fitted again
-    again = capsys.readouterr().out
+    again = run_script(example, words)  # nothing is fitted again
     assert "early exits" not in again
-    assert again in said
-
-
-def _order(figures: list[str]) -> list[str]:
-    """As they are made: those of one scale factor, then those of all."""
-    return [figures[1], figures[2], figures[0], figures[3]]
+    assert again in printed

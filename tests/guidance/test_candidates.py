@@ -12,7 +12,7 @@ import torch
 
 from retroexit.errors import CheckpointError, OptionError
 from retroexit.guidance import coverage, farthest_points
-from retroexit.guidance.candidates import Candidates
+from retroexit.guidance.building import Candidates
 
 
 def heaps(count: int, seed: int = 0) -> np.ndarray:

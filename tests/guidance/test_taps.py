@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import retroexit
 from retroexit.errors import AttachPointError, BankError, CheckpointError, OptionError
 from retroexit.guidance import build_bank
-from retroexit.guidance.taps import key_name
+from retroexit.guidance.provider import key_name
 from retroexit.metrics import QualityMetric
 from retroexit.plugins import host
 

@@ -292,7 +292,7 @@ class Idler:
 @pytest.mark.parametrize(
     ("objective", "messages"),
     [
-        ("best", ["asked for adversarial='best'; found no such objective"]),
+        ("best", ["of_discriminator, got 'best'"]),
         (
             Idler(),
             [

@@ -17,8 +17,8 @@ from retroexit.metrics import QualityMetric
 from retroexit.model import EarlyExitGenerator
 from retroexit.routing.policy import assign_exits
 from retroexit.routing.predictor import Kind, Predictor, Reads
-from retroexit.training.data.cache import FeatureCache
-from retroexit.training.predictor.fit import fit_predictor
+from retroexit.training.cache import FeatureCache
+from retroexit.training.predictor import fit_predictor
 
 
 class Distance(QualityMetric):
@@ -224,7 +224,7 @@ def test_what_a_predictor_cannot_read_is_refused(generator: nn.Module, folder: P
         Predictor(3, 2, reads="noise")  # type: ignore[arg-type]
     plain = retroexit.wrap(generator, [1], 0.5, min_channels=4, example_inputs=(TRAIN[:1],))
     samples = Samples(TRAIN)
-    with pytest.raises(BankError, match="predict_from='features.distance'; found branches without guidance"):
+    with pytest.raises(BankError, match="predict_from='features.distance' needs branches with guidance"):
         fit_predictor(
             plain,
             samples,

@@ -12,7 +12,7 @@ from retroexit.guidance import with_slopes
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.model import EarlyExitGenerator
 from retroexit.routing.predictor import OODGuard, Predictor, farthest
-from retroexit.training.predictor.fit import train_predictor
+from retroexit.training.predictor import train_predictor
 
 Make = Callable[..., EarlyExitGenerator]
 

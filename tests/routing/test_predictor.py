@@ -12,7 +12,7 @@ import retroexit
 from retroexit.errors import TrainingError
 from retroexit.metrics import QualityMetric
 from retroexit.routing.predictor import Predictor
-from retroexit.training.predictor.fit import train_predictor
+from retroexit.training.predictor import train_predictor
 
 
 class Distance(QualityMetric):

@@ -11,7 +11,7 @@ from retroexit.core.samples import Samples
 from retroexit.errors import TrainingError
 from retroexit.model import EarlyExitGenerator
 from retroexit.split.split import are_grouped, group, rows_per_sample
-from retroexit.training.data.cache import FeatureCache
+from retroexit.training.cache import FeatureCache
 
 _FRAMES = 3
 

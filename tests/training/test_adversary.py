@@ -12,11 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from retroexit.errors import CheckpointError, OptionError, TrainingError
-from retroexit.training.data.batch import TrainingBatch
-from retroexit.training.losses import FeatureMatching
-from retroexit.training.losses.adversary import Adversarial, Adversary, AdversarySettings
-from retroexit.training.losses.discriminator_output import captured_layers
-from retroexit.training.losses.objectives import Hinge, NonSaturating, Objective, find_objective
+from retroexit.plugins.training_types import Objective, TrainingBatch
+from retroexit.training.losses.adversary import (
+    OBJECTIVES,
+    Adversarial,
+    Adversary,
+    AdversarySettings,
+    FeatureMatching,
+    captured_layers,
+    find_objective,
+)
 
 
 class Patches(nn.Module):
@@ -96,7 +101,7 @@ def test_a_branch_gets_gradient_and_the_discriminator_learns_from_its_own_step_a
 ) -> None:
     judge = Patches().eval()
     with untouched(judge):
-        adversary = Adversary(judge, NonSaturating())
+        adversary = Adversary(judge, OBJECTIVES["non-saturating"])
         Adversarial(adversary).of_batch(batch).backward()
         assert batch.image.grad is not None
         assert batch.image.grad.any()
@@ -110,12 +115,12 @@ def test_a_branch_gets_gradient_and_the_discriminator_learns_from_its_own_step_a
 
 
 def test_a_discriminator_learns_to_tell_the_two_apart() -> None:
-    adversary = Adversary(Patches(), NonSaturating(), AdversarySettings(lr=1e-2))
+    adversary = Adversary(Patches(), OBJECTIVES["non-saturating"], AdversarySettings(lr=1e-2))
     batch = TrainingBatch(torch.full((2, 3, 16, 16), -0.5), torch.full((2, 3, 16, 16), 0.5))
     losses = [sum(adversary.step(batch).values()) for _ in range(40)]
     assert losses[-1] < 0.3 * losses[0]
     with torch.no_grad():
-        real, fake = (adversary.judge(image, batch).scores[0] for image in (batch.target, batch.image))
+        real, fake = (adversary.discriminate(image, batch).scores[0] for image in (batch.target, batch.image))
     assert real.min() > fake.max()
 
 
@@ -124,7 +129,7 @@ def test_feature_matching_compares_what_the_discriminator_sees_on_the_way(
     kind: type[nn.Module], batch: TrainingBatch
 ) -> None:
     judge = kind()
-    adversary = Adversary(judge, Hinge())
+    adversary = Adversary(judge, OBJECTIVES["hinge"])
     value = FeatureMatching(adversary).of_batch(batch)
     if isinstance(judge, Scales):
         made, wanted = (
@@ -160,12 +165,14 @@ def test_features_may_come_in_tuples(batch: TrainingBatch) -> None:
 
     judge = Stacked()
     a, b = (judge.block(image)[0] for image in (batch.image, batch.target))
-    assert torch.allclose(FeatureMatching(Adversary(judge, Hinge())).of_batch(batch), (a - b).abs().mean())
+    assert torch.allclose(
+        FeatureMatching(Adversary(judge, OBJECTIVES["hinge"])).of_batch(batch), (a - b).abs().mean()
+    )
 
 
 def test_feature_matching_is_finite_at_equal_images(batch: TrainingBatch) -> None:
     same = replace(batch, image=batch.target.clone().requires_grad_())
-    value = FeatureMatching(Adversary(Patches(), Hinge())).of_batch(same)
+    value = FeatureMatching(Adversary(Patches(), OBJECTIVES["hinge"])).of_batch(same)
     value.backward()
     assert value == 0
     assert same.image.grad is not None
@@ -174,12 +181,12 @@ def test_feature_matching_is_finite_at_equal_images(batch: TrainingBatch) -> Non
 
 def test_layers_for_feature_matching_can_be_named(batch: TrainingBatch) -> None:
     judge = Scales()
-    adversary = Adversary(judge, Hinge(), AdversarySettings(layers=("coarse.model.2",)))
+    adversary = Adversary(judge, OBJECTIVES["hinge"], AdversarySettings(layers=("coarse.model.2",)))
     halves = [nn.functional.avg_pool2d(image, 2) for image in (batch.image, batch.target)]
     a, b = (judge.coarse.model[2](torch.relu(judge.coarse.model[0](half))) for half in halves)
     assert torch.allclose(FeatureMatching(adversary).of_batch(batch), (a - b).abs().mean())
-    wrong = Adversary(judge, Hinge(), AdversarySettings(layers=("coarse.model.9",)))
-    with pytest.raises(OptionError, match="'coarse.model.9'; found no such module in Scales. Closest: 'coa"):
+    wrong = Adversary(judge, OBJECTIVES["hinge"], AdversarySettings(layers=("coarse.model.9",)))
+    with pytest.raises(OptionError, match="no module 'coarse.model.9' in Scales; closest: 'coa"):
         FeatureMatching(wrong).of_batch(batch)
 
 
@@ -192,12 +199,12 @@ def test_a_discriminator_without_features_cannot_be_matched(batch: TrainingBatch
         def forward(self, image: Tensor) -> Tensor:
             return image.mean((2, 3)) @ self.weight
 
-    with pytest.raises(TrainingError, match="found no features between image and score of Flat"):
-        FeatureMatching(Adversary(Flat(), Hinge())).of_batch(batch)
+    with pytest.raises(TrainingError, match="needs features between image and score, got none from Flat"):
+        FeatureMatching(Adversary(Flat(), OBJECTIVES["hinge"])).of_batch(batch)
 
 
 def test_the_branch_is_judged_once_for_all_terms(batch: TrainingBatch) -> None:
-    adversary = Adversary(Patches(), Hinge())
+    adversary = Adversary(Patches(), OBJECTIVES["hinge"])
     seen: list[int] = []
     adversary.module.register_forward_hook(lambda *_: seen.append(1))
     Adversarial(adversary).of_batch(batch)
@@ -218,19 +225,19 @@ def test_a_discriminator_that_asks_for_more_gets_the_generators_inputs(batch: Tr
 
     judge = Conditional()
     mask = torch.rand(2, 1, 16, 16)
-    adversary = Adversary(judge, Hinge())
+    adversary = Adversary(judge, OBJECTIVES["hinge"])
     assert adversary.needs_inputs
     assert Adversarial(adversary).needs_inputs
     given = replace(batch, kwargs={"mask": mask})
     want = -judge(batch.image, mask).mean()
     assert torch.allclose(Adversarial(adversary).of_batch(given), want)
     adversary.step(replace(batch, args=(mask,)))
-    assert not Adversary(Patches(), Hinge()).needs_inputs
+    assert not Adversary(Patches(), OBJECTIVES["hinge"]).needs_inputs
 
 
 def test_a_discriminator_sees_images_in_the_range_it_was_made_for(batch: TrainingBatch) -> None:
     judge = Patches()
-    adversary = Adversary(judge, Hinge(), AdversarySettings(image_range=(0.0, 255.0)))
+    adversary = Adversary(judge, OBJECTIVES["hinge"], AdversarySettings(image_range=(0.0, 255.0)))
     want = -judge((batch.image + 1) * 127.5).mean()
     assert torch.allclose(Adversarial(adversary).of_batch(batch), want, rtol=1e-4)
 
@@ -242,15 +249,15 @@ def test_an_output_that_is_no_verdict_is_refused(output: Any, batch: TrainingBat
             return output
 
     with pytest.raises(
-        TrainingError, match=f"asked Odd to judge.*returned a {type(output).__name__}. A discr"
+        TrainingError, match=f"list that ends with the score.* got a {type(output).__name__} from Odd"
     ):
-        Adversarial(Adversary(Odd(), Hinge())).of_batch(batch)
+        Adversarial(Adversary(Odd(), OBJECTIVES["hinge"])).of_batch(batch)
 
 
 def test_a_spectrally_normalised_discriminator_that_has_run_can_be_copied(batch: TrainingBatch) -> None:
     judge = nn.Sequential(nn.utils.spectral_norm(nn.Conv2d(3, 4, 3)), nn.Conv2d(4, 1, 1))
     judge(batch.target)
-    adversary = Adversary(judge, Hinge())
+    adversary = Adversary(judge, OBJECTIVES["hinge"])
     before = [p.detach().clone() for p in judge.parameters()]
     adversary.step(batch)
     assert all(torch.equal(a, b) for a, b in zip(before, judge.parameters(), strict=True))
@@ -259,14 +266,14 @@ def test_a_spectrally_normalised_discriminator_that_has_run_can_be_copied(batch:
 
 def test_an_adversary_goes_on_where_it_stopped(batch: TrainingBatch) -> None:
     judge = nn.Sequential(nn.utils.spectral_norm(nn.Conv2d(3, 4, 3)), nn.Conv2d(4, 1, 1))
-    whole, first = Adversary(judge, Hinge()), Adversary(judge, Hinge())
+    whole, first = Adversary(judge, OBJECTIVES["hinge"]), Adversary(judge, OBJECTIVES["hinge"])
     parts = []
     for _ in range(4):
         parts.append(whole.step(batch))
     for _ in range(2):
         first.step(batch)
     state = {name: value.clone() for name, value in first.state().items()}
-    second = Adversary(judge, Hinge())
+    second = Adversary(judge, OBJECTIVES["hinge"])
     second.load_state(state)
     assert second.steps == 2
     assert [second.step(batch) for _ in range(2)] == parts[2:]
@@ -277,28 +284,26 @@ def test_an_adversary_goes_on_where_it_stopped(batch: TrainingBatch) -> None:
 
 
 def test_the_state_of_another_discriminator_is_refused(batch: TrainingBatch) -> None:
-    adversary = Adversary(Patches(), Hinge())
-    with pytest.raises(
-        CheckpointError, match="go on with Patches as the discriminator; found the state of ano"
-    ):
-        adversary.load_state(Adversary(Scales(), Hinge()).state())
-    with pytest.raises(CheckpointError, match="found the state of another one, or none"):
+    adversary = Adversary(Patches(), OBJECTIVES["hinge"])
+    with pytest.raises(CheckpointError, match="the state of the discriminator Patches, got another one"):
+        adversary.load_state(Adversary(Scales(), OBJECTIVES["hinge"]).state())
+    with pytest.raises(CheckpointError, match="Use another folder, or the discriminator"):
         adversary.load_state({})
     assert adversary.steps == 0
 
 
 def test_a_discriminator_that_diverges_stops_with_its_step(batch: TrainingBatch) -> None:
-    adversary = Adversary(Patches(), Hinge(), AdversarySettings(lr=0.25))
+    adversary = Adversary(Patches(), OBJECTIVES["hinge"], AdversarySettings(lr=0.25))
     adversary.step(batch)
     broken = replace(batch, target=batch.target * float("nan"))
     with pytest.raises(
-        TrainingError, match="became nan at its step 1; parts .*real.*learning rate .now 0.25"
+        TrainingError, match="became nan at its step 1: .*real.*Lower discriminator_lr, now 0.25"
     ):
         adversary.step(broken)
 
 
 def test_both_sides_are_finite_under_bfloat16(batch: TrainingBatch) -> None:
-    adversary = Adversary(Patches(), NonSaturating())
+    adversary = Adversary(Patches(), OBJECTIVES["non-saturating"])
     with torch.autocast("cpu", torch.bfloat16):
         value = Adversarial(adversary).of_batch(batch)
         parts = adversary.step(batch)
@@ -309,12 +314,12 @@ def test_both_sides_are_finite_under_bfloat16(batch: TrainingBatch) -> None:
 
 
 def test_objectives_are_found_by_name_or_given() -> None:
-    own = NonSaturating()
+    own = OBJECTIVES["non-saturating"]
     assert find_objective(own) is own
     assert isinstance(find_objective("hinge"), Objective)
     with pytest.raises(
-        OptionError, match="adversarial='wasserstein'; found no such objective. There are 'hin"
+        OptionError, match="adversarial must be 'hinge' or 'non-saturating', or an object .*got 'wasserstein'"
     ):
         find_objective("wasserstein")
-    with pytest.raises(OptionError, match="found no such objective"):
+    with pytest.raises(OptionError, match="of_discriminator, got 3"):
         find_objective(3)  # type: ignore[arg-type]

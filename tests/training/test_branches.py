@@ -17,11 +17,9 @@ import retroexit
 from retroexit.core.files import read_tensors
 from retroexit.core.samples import Samples
 from retroexit.errors import OptionError
-from retroexit.training.branches.ema import Average
-from retroexit.training.branches.trainer import BranchSchedule, BranchTrainer, learning_rate
-from retroexit.training.data.cache import IMAGE, FeatureCache
-from retroexit.training.data.crops import Cropper
-from retroexit.training.data.live import LiveFeatures
+from retroexit.training.cache import IMAGE, FeatureCache, LiveFeatures
+from retroexit.training.steps import Cropper
+from retroexit.training.trainer import BranchSchedule, BranchTrainer, averaged, learning_rate
 
 
 def _same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
@@ -139,16 +137,15 @@ def test_a_fit_may_go_on_in_another_way(
 
 def test_the_average_is_that_of_a_loop(decoders: ModuleType) -> None:
     parameter, mean = nn.Parameter(torch.zeros(3)), np.zeros(3)
-    average = Average([parameter], 0.9)
+    average = averaged([parameter], 0.9)
     for step in range(200):
         with torch.no_grad():
             parameter += torch.tensor([1.0, -step, 0.5])
-        average.update(step)
+        average.update_parameters(nn.ParameterList([parameter]))
         decay = min(0.9, (1 + step) / (10 + step))
         mean = decay * mean + (1 - decay) * parameter.detach().double().numpy()
-    assert np.allclose(average.values[0].numpy(), mean, rtol=1e-4)
-    average.load()
-    assert np.allclose(parameter.detach().numpy(), mean, rtol=1e-4)
+    (value,) = average.module.parameters()
+    assert np.allclose(value.detach().numpy(), mean, rtol=1e-4)
 
 
 def test_what_is_saved_is_the_average_and_what_goes_on_are_the_weights(
@@ -199,10 +196,10 @@ def test_a_constant_schedule_stays_after_the_warm_up() -> None:
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"ema": 1.0}, r"asked for ema=1.0; found it outside \[0, 1\)"),
-        ({"clip": 0.0}, "asked for clip=0.0; found neither None nor a finite number above 0"),
-        ({"schedule": "cosin"}, "asked for schedule='cosin'; closest: 'cosine'"),
-        ({"tensorbord": True}, "asked for tensorbord=.*Closest: 'tensorboard'"),
+        ({"ema": 1.0}, r"ema must be in \[0, 1\), got 1.0"),
+        ({"clip": 0.0}, "clip must be finite and > 0, got 0.0"),
+        ({"schedule": "cosin"}, "no schedule 'cosin'; closest: 'cosine'"),
+        ({"tensorbord": True}, "no setting 'tensorbord' of a fit; closest: 'tensorboard'"),
     ],
 )
 def test_wrong_settings_are_refused(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import retroexit
 from retroexit.core.samples import Samples
 from retroexit.errors import CheckpointError, OptionError, PluginError
-from retroexit.training.branches.distributed import Team
+from retroexit.training.distributed import Team
 from retroexit.training.settings import FitSettings, set_aside
 
 fitting = sys.modules["retroexit.fit"]  # the name in the package is the function
@@ -95,7 +95,7 @@ def test_a_process_that_is_not_the_first_gets_what_the_first_one_made(
     second = decoders.wrap(decoders.make(decoders.Plain))
     monkeypatch.setattr(Team, "wait", lambda self: None)
     job = fitting.prepare(second, decoders.latents(10), metric=decoders.Distance(), **more)
-    fitting._complete(second, job, tmp_path, False, Team(1, 2))
+    fitting._complete(second, job, tmp_path, Team(1, 2), False)
     assert second.latency == model.latency and second.calibration.describe() == model.calibration.describe()
 
 
@@ -103,10 +103,10 @@ def test_what_a_fit_could_not_end_with_is_refused_before_it_begins(
     decoders: ModuleType, tmp_path: Path
 ) -> None:
     for wrong, message in (
-        ({"latency": 0}, "asked for latency=0; found no number of samples >= 1"),
-        ({"calibrate": 0.3}, "on 0.3 of 10 inputs, which are 3; .* takes at least 59. Pass 197 inputs"),
+        ({"latency": 0}, "latency must be >= 1, got 0"),
+        ({"calibrate": 0.3}, "calibrate=0.3 of 10 inputs must be at least 59 .* got 3. Pass 197 inputs"),
         ({"calibrate": 0.3, "confidence": 1.0}, "confidence must be a number between 0 and 1, got 1.0"),
-        ({"predictors": "conv"}, "asked for predictors=...; found no such setting. Closest: 'predictor'"),
+        ({"predictors": "conv"}, "no setting 'predictors' of a fit; closest: 'predictor"),
     ):
         with pytest.raises(OptionError, match=message):
             decoders.fit(decoders.wrap(), tmp_path, **wrong)
@@ -121,7 +121,7 @@ def test_a_fit_knows_the_description_that_the_generator_was_wrapped_with(
     )
     losses = {"losses": {"l1": 1, "adversarial": 1}}
     model = decoders.wrap(adapter=known)
-    with pytest.warns(retroexit.RetroExitWarning, match="copies of a Judge that knows nothing yet"):
+    with pytest.warns(retroexit.RetroExitWarning, match="the discriminator Judge is untrained"):
         decoders.fit(model, tmp_path / "a", **losses)
     told = json.loads((tmp_path / "a/fit.json").read_text())["loss"]
     assert told["objective"] == "hinge"
@@ -133,15 +133,15 @@ def test_a_fit_knows_the_description_that_the_generator_was_wrapped_with(
         job = fitting.prepare(model, decoders.latents(4), metric="ms-ssim", adapter=other, **losses)
     assert job.plan.objective is not None and job.plan.objective.name == "non-saturating"
     for adapter in (False, retroexit.Description(name="silent")):
-        with pytest.raises(OptionError, match="'adversarial'; found no discriminator"):
+        with pytest.raises(OptionError, match="'adversarial' needs a discriminator, got none"):
             decoders.fit(decoders.wrap(adapter=adapter), tmp_path / "b", **losses)
 
 
 @pytest.mark.parametrize(
     ("made", "message"),
     [
-        (lambda generator: 3, "asked mine for a discriminator; found a int. Return a torch.nn.Module"),
-        (lambda generator: 1 / 0, "asked mine for a discriminator; found that it raised ZeroDivisionError"),
+        (lambda generator: 3, "discriminator of mine must be a torch.nn.Module, got a int"),
+        (lambda generator: 1 / 0, "discriminator of mine raised ZeroDivisionError"),
     ],
 )
 def test_a_description_that_makes_no_discriminator_is_named(

@@ -9,7 +9,7 @@ from torch import nn
 import retroexit
 from retroexit.training.fit import estimate_fit
 from retroexit.training.losses import L1
-from retroexit.training.losses.presets import LossPlan
+from retroexit.training.losses.plan import LossPlan
 from retroexit.training.settings import FitSettings
 
 

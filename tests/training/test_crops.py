@@ -13,7 +13,7 @@ from torch import Tensor
 
 import retroexit
 from retroexit.errors import OptionError
-from retroexit.training.data.crops import Cropper
+from retroexit.training.steps import Cropper
 
 
 def _coordinates(height: int, width: int) -> Tensor:
@@ -106,12 +106,12 @@ def test_windows_as_large_as_the_image_are_the_image(size: int | None) -> None:
         (
             6,
             [(4, 4)],
-            "crops of 6 pixels; found that the coarsest map has one pixel per 4. Use a multiple of it",
+            "crop must be a multiple of 4, got 6",
         ),
-        (2, [(4, 4)], "crops of 2 pixels; found that the coarsest map has one pixel per 4"),
-        (0, [], "crops of 0 pixels"),
-        (8, [(5, 5)], r"crops of 8 pixels; found a map of \(5, 5\) beside images of \(16, 16\)"),
-        (8, [(4, 8)], r"found a map of \(4, 8\) .*Train on whole images \(crop=None\)"),
+        (2, [(4, 4)], "crop must be a multiple of 4, got 2"),
+        (0, [], "crop must be a multiple of 1, got 0"),
+        (8, [(5, 5)], r"divide the image's, \(16, 16\), got \(5, 5\)"),
+        (8, [(4, 8)], r"got \(4, 8\). Train on whole images \(crop=None\)"),
     ],
 )
 def test_wrong_sizes_are_refused(size: int, maps: list[Any], message: str) -> None:

@@ -15,7 +15,7 @@ import retroexit
 from retroexit.core.samples import Samples
 from retroexit.errors import RetroExitError
 from retroexit.metrics import QualityMetric
-from retroexit.training.data.cache import FeatureCache
+from retroexit.training.cache import FeatureCache
 
 INPUTS = torch.randn(10, 4, 6, 6, generator=torch.Generator().manual_seed(1))
 TRIALS = 150
@@ -106,8 +106,13 @@ def test_of_150_damaged_files_of_a_feature_cache_none_is_gone_on_with(
     def read() -> FeatureCache:
         return FeatureCache.build(model, samples, tmp_path / "cache", progress=False)
 
-    assert read().count == 10
-    assert outcomes(damage, tmp_path / "cache", read, lambda _: False) == {"refused"}
+    def values(cache: FeatureCache) -> list[Tensor]:
+        return [cache.read(path.stem, range(10)) for path in sorted(cache.folder.glob("*.npy"))]
+
+    before = values(read())
+    same = lambda cache: all(map(torch.equal, values(cache), before))  # noqa: E731
+    # A flipped bit may write the same header in another way: '<f4' and '=f4' are one type.
+    assert outcomes(damage, tmp_path / "cache", read, same) <= {"refused", "rebuilt"}
 
 
 @pytest.mark.parametrize("part", ["branches/exit1.safetensors", "losses.npy", "fit.json"])
@@ -115,7 +120,7 @@ def test_a_fit_does_not_go_on_from_damaged_files(
     fitted: Path, damage: Any, part: str, tmp_path: Path
 ) -> None:
     from retroexit.core.files import read_tensors
-    from retroexit.training.predictor.exit_losses import read_losses
+    from retroexit.training.predictor import _read_losses as read_losses
 
     (tmp_path / "part").mkdir()
     path = tmp_path / "part" / Path(part).name

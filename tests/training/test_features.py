@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from retroexit.errors import OptionError
-from retroexit.training.branches.feature_distance import FeatureDistance
-from retroexit.training.branches.trainer import BranchTrainer
 from retroexit.training.settings import FitSettings
+from retroexit.training.trainer import BranchTrainer, FeatureDistance
 
 HALVES = {"init": "inherit", "scale": 0.5, "min_channels": 8}
 
@@ -21,8 +20,8 @@ def test_the_distance_is_what_a_loop_over_the_layers_gives(decoders: ModuleType)
     branch, distance = model.branches[0], FeatureDistance(model, 0, 0.5)
     assert distance.paths == ["stages.1.conv", "stages.2.conv", "rgb"]
     values = model.split.crossing(model.split.begin((decoders.latents(4),), {}).values, 0)
-    distance.look(values)
-    with distance.following():
+    distance.run_backbone(values)
+    with distance.capture_branch():
         branch(*values)
 
     full, thin = model.split.tail(0), branch.tail
@@ -79,5 +78,5 @@ def test_fresh_branches_have_no_layers_to_compare(decoders: ModuleType, tmp_path
 
 
 def test_a_negative_weight_is_refused() -> None:
-    with pytest.raises(OptionError, match=r"asked for features=-1; found no weight >= 0"):
+    with pytest.raises(OptionError, match=r"features must be finite and >= 0, got -1"):
         FitSettings(features=-1)

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 import retroexit
 from retroexit.core.samples import Samples
 from retroexit.errors import CheckpointError, OptionError, TrainingError
+from retroexit.plugins.training_types import TrainingBatch
 from retroexit.training import fit as fitting
-from retroexit.training.branches.trainer import BranchTrainer
-from retroexit.training.data.batch import TrainingBatch
-from retroexit.training.data.cache import FeatureCache
-from retroexit.training.data.steps import Step, Steps
+from retroexit.training.cache import FeatureCache
 from retroexit.training.losses import L1, TrainingLoss
+from retroexit.training.steps import Step, Steps
+from retroexit.training.trainer import BranchTrainer
 
 Untouched = Callable[[nn.Module], AbstractContextManager[None]]
 
@@ -245,7 +245,7 @@ def test_a_forward_that_fixes_the_batch_size_is_refused(decoders: ModuleType, tm
             return super().forward(z.reshape(2, 4, 4, 4))
 
     model = decoders.wrap(decoders.make(Fixed))
-    with pytest.raises(TrainingError, match="found that its forward holds for batches of 2 only"):
+    with pytest.raises(TrainingError, match="must take any batch size, but its forward holds for 2 only"):
         decoders.fit(model, tmp_path, cache_batch=2)
     assert not (tmp_path / "fit.json").exists()
 
@@ -253,18 +253,18 @@ def test_a_forward_that_fixes_the_batch_size_is_refused(decoders: ModuleType, tm
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"steps": 0}, "steps=0; found no integer >= 1"),
-        ({"held_out": 1.0}, r"held_out=1.0; found it outside \[0, 1\)"),
-        ({"held_out": 0.99}, "held_out=0.99 of 10 samples; found none left"),
-        ({"crop": 0}, "crop=0; found neither None nor an integer >= 1"),
-        ({"crop": 6}, "crops of 6 pixels; found that the coarsest map has one pixel per 4"),
-        ({"seed": -1}, "seed=-1; found no integer >= 0"),
-        ({"lr": float("nan")}, "lr=nan; found no finite number above 0"),
-        ({"losses": {"l1": 0.0, "quality": 0.0}}, "losses={'l1': 0.0, 'quality': 0.0}; found no weights"),
-        ({"losses": {"l1": 1.0, "quality": -1.0}}, "found no weights >= 0 by name"),
-        ({"losses": {}}, "losses={}; found no weights"),
-        ({"losses": ["l1"]}, r"losses=\['l1'\]; found no weights"),
-        ({"stepz": 3}, "asked for stepz=.*Closest: 'steps'"),
+        ({"steps": 0}, "steps must be >= 1, got 0"),
+        ({"held_out": 1.0}, r"held_out must be in \[0, 1\), got 1.0"),
+        ({"held_out": 0.99}, "held_out=0.99 of 10 samples leaves none"),
+        ({"crop": 0}, "crop must be >= 1, got 0"),
+        ({"crop": 6}, "crop must be a multiple of 4, got 6"),
+        ({"seed": -1}, "seed must be >= 0, got -1"),
+        ({"lr": float("nan")}, "lr must be finite and > 0, got nan"),
+        ({"losses": {"l1": 0.0, "quality": 0.0}}, "one of them > 0, got {'l1': 0.0, 'quality': 0.0}"),
+        ({"losses": {"l1": 1.0, "quality": -1.0}}, "losses must have weights >= 0 by name"),
+        ({"losses": {}}, "one of them > 0, got {}"),
+        ({"losses": ["l1"]}, r"one of them > 0, got \['l1'\]"),
+        ({"stepz": 3}, "no setting 'stepz' of a fit; closest: 'steps'"),
     ],
 )
 def test_settings_out_of_range_are_refused_and_can_be_put_right(
@@ -305,7 +305,7 @@ def test_a_loss_that_is_not_finite_stops_training_with_its_step(decoders: Module
             return super().compare(a, b) * (float("nan") if self.calls == 6 else 1)
 
     with pytest.raises(
-        TrainingError, match="the loss of exit 1 became nan at step 2; parts .*Lower the learning rate"
+        TrainingError, match="the loss of exit 1 became nan at step 2: .*Use another folder, and lr below"
     ):
         retroexit.fit(
             decoders.wrap(),
@@ -350,13 +350,13 @@ def test_a_fit_of_something_else_is_refused_by_name(
         decoders.fit(decoders.wrap(guidance=guidance, attach_at=[2]), tmp_path)
     with pytest.raises(CheckpointError, match="wrap.guidance.*was"):
         decoders.fit(decoders.wrap(guidance=None if guidance else True), tmp_path)
-    with pytest.raises(CheckpointError, match="found a cache of something else: the inputs differs"):
+    with pytest.raises(CheckpointError, match="features of another fit, with other inputs"):
         decoders.fit(decoders.wrap(guidance=guidance), tmp_path, inputs=decoders.latents(10) + 1)
-    with pytest.raises(CheckpointError, match="the inputs, the number of inputs differ"):
+    with pytest.raises(CheckpointError, match="with other inputs, count"):
         decoders.fit(decoders.wrap(guidance=guidance), tmp_path, inputs=decoders.latents(11))
     other = decoders.make()
     other.stem.bias.data += 1
-    with pytest.raises(CheckpointError, match="found a cache of something else: the backbone differs"):
+    with pytest.raises(CheckpointError, match="features of another fit, with other fingerprint"):
         decoders.fit(decoders.wrap(other, guidance=guidance), tmp_path)
 
 

@@ -14,9 +14,8 @@ import retroexit
 from retroexit.core.files import read_tensors
 from retroexit.errors import CheckpointError, OptionError
 from retroexit.metrics import QualityMetric
-from retroexit.training.branches.trainer import BranchTrainer
-from retroexit.training.data.batch import TrainingBatch
-from retroexit.training.losses.discriminator_output import DiscriminatorOutput
+from retroexit.plugins.training_types import DiscriminatorOutput, TrainingBatch
+from retroexit.training.trainer import BranchTrainer
 
 oasis = pytest.importorskip("retroexit_oasis", reason="install the project to get its adapters")
 
@@ -106,7 +105,7 @@ def test_a_fit_on_equation_3_is_resumed_to_the_same_weights(
     written = json.loads((tmp_path / "whole" / "fit.json").read_text())["loss"]
     assert written["objective"] == "oasis"
     assert written["equalise"] == 3
-    with pytest.raises(CheckpointError, match=r"found other settings: loss\.discriminator was .*, is "):
+    with pytest.raises(CheckpointError, match=r"other settings: loss\.discriminator was .*, is "):
         fit(wrap(), tmp_path / "whole", discriminator=Judge())
 
 
@@ -134,6 +133,6 @@ def test_an_objective_of_ones_own_sees_the_inputs(tmp_path: Path) -> None:
 
 
 def test_what_a_loss_lacks_is_said_before_anything_is_computed(tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match="asked for the loss 'gaze'; found no gaze network"):
+    with pytest.raises(OptionError, match="the loss 'gaze' needs a gaze network, got none"):
         fit(wrap(), tmp_path, losses="megaportraits", instead={"vgg": "features-random"})
     assert list(tmp_path.iterdir()) == []

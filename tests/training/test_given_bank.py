@@ -16,7 +16,7 @@ from retroexit.errors import BankError, CheckpointError
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.model import EarlyExitGenerator
 from retroexit.retrieval import ExactRetriever
-from retroexit.training.data.steps import Step, Steps
+from retroexit.training.steps import Step, Steps
 from retroexit.training.stream_bank import stream_bank
 
 
@@ -54,7 +54,7 @@ def test_a_fit_goes_on_with_the_bank_that_it_began_with(decoders: ModuleType, tm
     trained = decoders.trained(decoders.fit(decoders.wrap(guidance=True), tmp_path, bank=bank))
     assert all(torch.equal(trained[name], value) for name, value in decoders.trained(whole).items())
     for wrong in (None, other):
-        with pytest.raises(CheckpointError, match="found other settings: bank was"):
+        with pytest.raises(CheckpointError, match="other settings: bank was"):
             decoders.fit(decoders.wrap(guidance=True), tmp_path, bank=wrong)
 
 

@@ -14,11 +14,10 @@ import retroexit
 from retroexit.errors import OptionError, PluginError, RetroExitWarning, WeightsError
 from retroexit.metrics import LPIPS, MSSSIM, QualityMetric
 from retroexit.plugins import Description
-from retroexit.training.data.batch import TrainingBatch
+from retroexit.plugins.training_types import TrainingBatch
 from retroexit.training.losses import L1
-from retroexit.training.losses.objectives import Hinge
-from retroexit.training.losses.plan import plan_losses
-from retroexit.training.losses.presets import LossPlan, find_weights
+from retroexit.training.losses.adversary import OBJECTIVES
+from retroexit.training.losses.plan import LossOptions, LossPlan, _value, find_weights, plan_losses
 
 oasis = pytest.importorskip("retroexit_oasis", reason="install the project to get its adapters")
 
@@ -69,14 +68,14 @@ def labels() -> Tensor:
     )
 
 
-def plan(losses: Any, metric: QualityMetric | None = None, **options: Any) -> LossPlan:
-    return plan_losses(generator(), losses, metric or Near(), **options)
+def plan(
+    losses: Any, metric: QualityMetric | None = None, description: Description | None = None, **options: Any
+) -> LossPlan:
+    return plan_losses(generator(), LossOptions(losses, **options), metric or Near(), description=description)
 
 
 def test_the_preset_oasis_is_equation_3() -> None:
-    with pytest.warns(
-        RetroExitWarning, match="copies of a OASISDiscriminator that knows nothing yet. Pass the"
-    ):
+    with pytest.warns(RetroExitWarning, match="the discriminator OASISDiscriminator is untrained. Pass the"):
         made = plan("oasis", instead={"vgg": "features-random"})
     assert dict(made.weights) == {"adversarial": 1, "features-random": 1, "lpips": 1}
     assert made.equalise == 50
@@ -100,11 +99,11 @@ def test_the_preset_megaportraits_is_equation_4() -> None:
         instead={"vgg": "features-random"},
         discriminator=Judge(),
         gaze=Looks(),
-        known=Description(name="face", image_range=(0.0, 1.0)),
+        description=Description(name="face", image_range=(0.0, 1.0)),
     )
     names = ["adversarial", "features-random", "ms-ssim", "l1", "feature-matching", "gaze"]
     assert list(made.weights) == names
-    assert isinstance(made.objective, Hinge)
+    assert made.objective is OBJECTIVES["hinge"]
     assert made.adversary.image_range == (0, 1)
     loss = made.for_branch()
     assert not loss.needs_inputs
@@ -121,7 +120,7 @@ def test_the_preset_megaportraits_is_equation_4() -> None:
     lengths = []
     for name in names:
         (gradient,) = torch.autograd.grad(
-            loss.equaliser.factor(name) * loss._value(name, loss.terms[name][1], batch), image
+            loss.equaliser.factor(name) * _value(name, loss.terms[name][1], batch), image
         )
         loss.adversary.forget()
         lengths.append(float(gradient.norm()))
@@ -220,38 +219,68 @@ def test_what_a_resumed_fit_must_share_is_told() -> None:
             "oasys",
             {},
             OptionError,
-            "losses='oasys'; found no such preset. There are 'oasis', 'megaportraits'",
+            "one of 'oasis', 'megaportraits', got 'oasys'",
         ),
-        ({"l1": -1}, {}, OptionError, "found no weights >= 0 by name of which one is above 0"),
-        ({"l1": 0}, {}, OptionError, "found no weights >= 0 by name"),
-        ({}, {}, OptionError, "losses={}; found no weights"),
-        (["l1"], {}, OptionError, r"losses=\['l1'\]; found no weights"),
-        ({"l1": 1}, {"instead": {"vgg": "l1"}}, OptionError, "'l1' instead of 'vgg'; found the losses l1"),
-        ({"l1": 1}, {"equalise": -1}, OptionError, "equalise=-1; found no integer >= 0"),
-        ({"l1": 1}, {"loss_weights": {"vgg": "x"}}, OptionError, "weights of the loss 'vgg'; found the loss"),
+        ({"l1": -1}, {}, OptionError, "losses must have weights >= 0 by name, one of them > 0, got"),
+        ({"l1": 0}, {}, OptionError, "losses must have weights >= 0 by name"),
+        ({}, {}, OptionError, "one of them > 0, got {}"),
+        (["l1"], {}, OptionError, r"one of them > 0, got \['l1'\]"),
+        (
+            {"l1": 1},
+            {"instead": {"vgg": "l1"}},
+            OptionError,
+            "the losses l1 by another one, got 'l1' instead of 'vgg'",
+        ),
+        ({"l1": 1}, {"equalise": -1}, OptionError, "equalise must be >= 0, got -1"),
+        (
+            {"l1": 1},
+            {"loss_weights": {"vgg": "x"}},
+            OptionError,
+            "loss_weights must name one of l1, got 'vgg'",
+        ),
         ({"l2": 1}, {}, PluginError, "no loss 'l2'; closest: 'l1'"),
         (
             ADVERSARIAL,
             {"discriminator": None},
             OptionError,
-            "'adversarial'; found no discriminator. Pass .*{'l",
+            "'adversarial' needs a discriminator, got none. Pass .*{'l",
         ),
         (
             ADVERSARIAL,
             {"discriminator": Judge(), "adversarial": "best"},
             OptionError,
-            "adversarial='best'; found no such objective",
+            "of_discriminator, got 'best'",
         ),
-        (ADVERSARIAL, {"discriminator": 3}, OptionError, "discriminator=3; found neither a module, a file"),
-        (ADVERSARIAL, {"discriminator": "no.pth"}, WeightsError, "no weights of OASISDiscriminator there"),
         (
             ADVERSARIAL,
-            {"discriminator": "D", "known": UNKNOWN},
+            {"discriminator": 3},
             OptionError,
-            "no adapter that makes a discrim",
+            "discriminator must be a module, a file, 'auto' or None, got 3",
         ),
-        ({"feature-matching": 1}, {"discriminator": None}, OptionError, "'feature-matching'; found no discr"),
-        ({"gaze": 1, "l1": 2}, {}, OptionError, "no gaze network. Pass one as gaze=module, or leave .*2.0"),
+        (
+            ADVERSARIAL,
+            {"discriminator": "no.pth"},
+            WeightsError,
+            "discriminator='no.pth' must be a file with a state dict of OASISDiscriminator",
+        ),
+        (
+            ADVERSARIAL,
+            {"discriminator": "D", "description": UNKNOWN},
+            OptionError,
+            "no adapter makes a discriminator for OASISGenerator to load 'D'",
+        ),
+        (
+            {"feature-matching": 1},
+            {"discriminator": None},
+            OptionError,
+            "'feature-matching' needs a discriminator",
+        ),
+        (
+            {"gaze": 1, "l1": 2},
+            {},
+            OptionError,
+            "'gaze' needs a gaze network, got none. Pass gaze=..., or leave .*2.0",
+        ),
     ],
 )
 def test_losses_that_cannot_be_had_are_refused(

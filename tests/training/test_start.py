@@ -12,12 +12,11 @@ import retroexit
 from retroexit.branch.branch import Branch
 from retroexit.core.samples import ImageRange, Samples
 from retroexit.model import EarlyExitGenerator
-from retroexit.training.branches.distributed import Team
-from retroexit.training.branches.initialise import reconstruct_branches
-from retroexit.training.branches.trainer import BranchTrainer
-from retroexit.training.data.crops import Cropper
-from retroexit.training.data.live import LiveFeatures
-from retroexit.training.data.steps import Steps
+from retroexit.training.cache import LiveFeatures
+from retroexit.training.distributed import Team
+from retroexit.training.initialise import reconstruct_branches
+from retroexit.training.steps import Cropper, Steps
+from retroexit.training.trainer import BranchTrainer
 
 HALVES = {"init": "inherit", "scale": 0.5, "min_channels": 8}
 
@@ -61,7 +60,7 @@ def test_a_fit_that_goes_on_reconstructs_nothing_and_ends_alike(
     with pytest.raises(KeyboardInterrupt):
         decoders.fit(decoders.wrap(**HALVES), tmp_path / "cut")
     monkeypatch.undo()
-    monkeypatch.setattr("retroexit.training.branches.initialise.reconstruct", None)  # calling it would fail
+    monkeypatch.setattr("retroexit.training.initialise.reconstruct", None)  # calling it would fail
     again = decoders.fit(decoders.wrap(**HALVES), tmp_path / "cut")
     wanted = decoders.trained(whole)
     assert all(torch.equal(value, wanted[name]) for name, value in decoders.trained(again).items())

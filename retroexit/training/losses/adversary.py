@@ -1,23 +1,179 @@
-"""The opponent of one branch: a copy of a discriminator, trained along with it (paper 3.1, equation 1)."""
+"""Adversarial terms: a copy of a discriminator for each branch, trained with it (paper 3.1, equation 1)."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from retroexit.core.modules import clone_module
+from retroexit.core.nested import tensors
 from retroexit.core.samples import ImageRange
-from retroexit.errors import CheckpointError, TrainingError
-from retroexit.training.data.batch import TrainingBatch
-from retroexit.training.losses.discriminator_output import DiscriminatorOutput, capture_features
-from retroexit.training.losses.objectives import Objective
+from retroexit.errors import CheckpointError, OptionError, TrainingError, closest
+from retroexit.plugins.training_types import Discriminate, DiscriminatorOutput, Objective, TrainingBatch
+from retroexit.training.distributed import average
+from retroexit.training.losses.terms import l1
 
-__all__ = ["Adversarial", "Adversary", "AdversarySettings"]
+__all__ = [
+    "OBJECTIVES",
+    "Adversarial",
+    "Adversary",
+    "AdversarySettings",
+    "FeatureMatching",
+    "capture_features",
+    "captured_layers",
+    "find_objective",
+]
+
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+@dataclass(frozen=True)
+class _ScoreObjective:
+    """An objective that compares scores alone.
+
+    Attributes:
+        name: Name of the objective.
+        of_generated: Loss of the branch for a score of its image.
+        of_real: Loss of the discriminator for a score of the backbone's image.
+        of_fake: Loss of the discriminator for a score of the branch's image.
+        needs_inputs: Whether it reads the generator's inputs.
+    """
+
+    name: str
+    of_generated: Callable[[Tensor], Tensor]
+    of_real: Callable[[Tensor], Tensor]
+    of_fake: Callable[[Tensor], Tensor]
+    needs_inputs: bool = False
+
+    def of_branch(self, output: DiscriminatorOutput, batch: TrainingBatch) -> Tensor:
+        """Return the loss of the branch."""
+        return _mean(output, self.of_generated)
+
+    def of_discriminator(self, discriminate: Discriminate, batch: TrainingBatch) -> dict[str, Tensor]:
+        """Return the losses of the discriminator."""
+        return {
+            "real": _mean(discriminate(batch.target), self.of_real),
+            "fake": _mean(discriminate(batch.image), self.of_fake),
+        }
+
+
+def _mean(output: DiscriminatorOutput, loss: Callable[[Tensor], Tensor]) -> Tensor:
+    """Mean over all scores of every discriminator, then over discriminators; a scalar."""
+    return torch.stack([loss(score.float()).mean() for score in output.scores]).mean()
+
+
+OBJECTIVES = {
+    # Equation 1 as a hinge (Lim and Ye 2017), the form of MegaPortraits.
+    "hinge": _ScoreObjective("hinge", lambda s: -s, lambda s: F.relu(1 - s), lambda s: F.relu(1 + s)),
+    # The branch maximises log D(G) instead of minimising log(1 - D(G)) (Goodfellow et al. 2014).
+    "non-saturating": _ScoreObjective(
+        "non-saturating", lambda s: F.softplus(-s), lambda s: F.softplus(-s), F.softplus
+    ),
+}
+"""Objectives for any discriminator that returns scores, by name."""
+
+
+def find_objective(objective: Objective | str) -> Objective:
+    """Return the objective of a name; an object is returned as it is.
+
+    Raises:
+        OptionError: If it is neither.
+    """
+    if isinstance(objective, str) and objective in OBJECTIVES:
+        return OBJECTIVES[objective]
+    if isinstance(objective, Objective) and not isinstance(objective, (str, type)):
+        return objective
+    raise OptionError(
+        f"adversarial must be {' or '.join(map(repr, OBJECTIVES))}, or an object with of_branch and "
+        f"of_discriminator, got {objective!r}",
+        objective,
+    )
+
+
+def captured_layers(module: nn.Module) -> list[str]:
+    """Name the modules whose outputs count as features of a discriminator that returns its score alone.
+
+    These are its children with parameters; containers are expanded, and so is an only child.
+    """
+    paths = list(_children(module, ""))
+    while len(paths) == 1 and any(True for _ in module.get_submodule(paths[0]).children()):
+        paths = list(_children(module.get_submodule(paths[0]), paths[0] + "."))
+    return paths
+
+
+def _children(module: nn.Module, start: str) -> Iterator[str]:
+    for name, child in module.named_children():
+        if isinstance(child, _CONTAINERS):
+            yield from _children(child, f"{start}{name}.")
+        elif next(child.parameters(), None) is not None:
+            yield start + name
+
+
+def capture_features(
+    module: nn.Module, call: Callable[[], Any], layers: Sequence[str] | None = None
+) -> DiscriminatorOutput:
+    """Call a discriminator and read its scores and features.
+
+    A tensor is the score. A list is the features of one discriminator, its score last; a list of lists is
+    several of them, as those of pix2pixHD at several scales. Features that are not returned are captured with
+    hooks.
+
+    Args:
+        module: The discriminator; hooks are registered for the duration of the call.
+        call: Calls it.
+        layers: Paths of modules whose outputs are the features; `captured_layers` if ``None``.
+
+    Raises:
+        OptionError: If there is no module at one of the paths.
+        TrainingError: If it returns something else than described above.
+    """
+    modules = dict(module.named_modules())
+    paths = captured_layers(module) if layers is None else list(layers)
+    for path in paths:
+        if path not in modules:
+            raise OptionError(
+                f"no module {path!r} in {type(module).__name__}; closest: "
+                f"{closest(path, [other for other in modules if other])}",
+                layers,
+            )
+    captured: list[Any] = []
+    hooks = [modules[path].register_forward_hook(lambda _m, _i, out: captured.append(out)) for path in paths]
+    try:
+        output = call()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    scales = _scales(output)
+    if scales is None:
+        raise TrainingError(
+            "a discriminator must return a tensor of scores, a list that ends with the score, or a list of "
+            f"such lists, got a {type(output).__name__} from {type(module).__name__}",
+            module,
+        )
+    scores, features = [scale[-1] for scale in scales], [scale[:-1] for scale in scales]
+    if layers is not None or not any(features):
+        maps = [next((x for x in tensors(out) if x.is_floating_point()), None) for out in captured]
+        features = [[x for x in maps if x is not None and not any(x is score for score in scores)]]
+    return DiscriminatorOutput(output, scores, features)
+
+
+def _scales(output: Any) -> list[list[Tensor]] | None:
+    """Read an output as one list per discriminator, the score last in each."""
+    if isinstance(output, Tensor):
+        return [[output]]
+    if not isinstance(output, (list, tuple)) or not output:
+        return None
+    if all(isinstance(part, Tensor) for part in output):
+        return [list(output)]
+    lists = [list(part) if isinstance(part, (list, tuple)) else [part] for part in output]
+    return lists if all(part and all(isinstance(x, Tensor) for x in part) for part in lists) else None
 
 
 @dataclass(frozen=True)
@@ -25,12 +181,12 @@ class AdversarySettings:
     """How discriminators are trained.
 
     Attributes:
-        lr: Learning rate of Adam, that of OASIS's discriminator by default.
-        betas: Its averaging constants.
-        conditional: Whether the discriminator is called with the generator's inputs behind the image;
-            ``None``: whether its forward asks for more than one.
-        layers: Paths of modules whose outputs are its features for feature matching; ``None`` to find them.
-        image_range: Smallest and largest pixel value of the images that it was made for.
+        lr: Learning rate of Adam, by default that of OASIS's discriminator.
+        betas: Coefficients of its running averages.
+        conditional: Whether the discriminator takes the generator's inputs after the image; ``None``: whether
+            its forward has more than one required parameter.
+        layers: Paths of modules whose outputs are the features for feature matching; ``None`` finds them.
+        image_range: Smallest and largest pixel value of its images.
     """
 
     lr: float = 4e-4
@@ -43,17 +199,16 @@ class AdversarySettings:
 class Adversary:
     """A discriminator that competes with one branch, with its own optimiser.
 
-    What its objective draws, such as LabelMix's coins, comes from the global random state: who calls `step`
-    seeds it. Where several processes train, the gradients of `module` are theirs to average.
+    Random numbers of the objective, such as LabelMix's masks, come from the global state.
 
     Args:
-        discriminator: Where to begin: the generator's own, trained. It is copied; yours stays as it is.
+        discriminator: The starting point: the generator's own, trained. It is copied.
         objective: What both sides minimise.
         settings: How it is trained.
 
     Attributes:
         module: The copy.
-        steps: Updates done.
+        steps: Number of updates done.
     """
 
     def __init__(
@@ -64,93 +219,90 @@ class Adversary:
         self.optimizer = torch.optim.Adam(self.parameters(), lr=self.settings.lr, betas=self.settings.betas)
         self.steps = 0
         conditional = self.settings.conditional
-        self.needs_inputs_to_judge = _asks_for_inputs(self.module) if conditional is None else conditional
+        self.is_conditional = _takes_inputs(self.module) if conditional is None else conditional
+        self.needs_inputs = self.is_conditional or objective.needs_inputs
         self._range = ImageRange(*self.settings.image_range)
         self._last: tuple[TrainingBatch, DiscriminatorOutput] | None = None
-
-    @property
-    def needs_inputs(self) -> bool:
-        """Whether ``batch.args`` and ``batch.kwargs`` must be given."""
-        return self.needs_inputs_to_judge or self.objective.needs_inputs
 
     def parameters(self) -> list[nn.Parameter]:
         """List what is trained."""
         return [p for p in self.module.parameters() if p.requires_grad]
 
-    def judge(self, image: Tensor, batch: TrainingBatch) -> DiscriminatorOutput:
-        """Ask about images ``(N, C, H, W)`` in [-1, 1] that belong to the inputs of a batch."""
+    def discriminate(self, image: Tensor, batch: TrainingBatch) -> DiscriminatorOutput:
+        """Run the discriminator on images ``(N, C, H, W)`` in [-1, 1] for the inputs of a batch."""
         image = self._range.from_signed(image)
-        args, kwargs = (batch.args, batch.kwargs) if self.needs_inputs_to_judge else ((), {})
+        args, kwargs = (batch.args, batch.kwargs) if self.is_conditional else ((), {})
         return capture_features(
             self.module, lambda: self.module(image, *args, **kwargs), self.settings.layers
         )
 
-    def judge_branch(self, batch: TrainingBatch) -> DiscriminatorOutput:
-        """Ask about a branch's images, once per batch; gradient reaches the images, not the discriminator."""
+    def discriminate_branch(self, batch: TrainingBatch) -> DiscriminatorOutput:
+        """Run it once per batch on the branch's images; the discriminator's parameters get no gradient."""
         if self._last is None or self._last[0] is not batch:
             with _frozen(self.parameters()):
-                self._last = batch, self.judge(batch.image, batch)
+                self._last = batch, self.discriminate(batch.image, batch)
         return self._last[1]
 
     def forget(self) -> None:
-        """Let go of the last verdict and of what its gradient needs."""
+        """Drop the last output and the graph of its gradient."""
         self._last = None
 
     def step(self, batch: TrainingBatch) -> dict[str, float]:
-        """Do one update: the backbone's images are real, the branch's are fake; gives the parts of the loss.
+        """Do one update: the backbone's images are real, the branch's are fake; returns the losses by name.
 
         Raises:
-            TrainingError: If the loss is no longer finite.
+            TrainingError: If the loss is not finite.
         """
         batch = replace(batch, image=batch.image.detach(), target=batch.target.detach())
         self.forget()
         with torch.enable_grad():
-            parts = self.objective.of_discriminator(lambda image: self.judge(image, batch), batch)
-            total = torch.stack(list(parts.values())).sum()
-        named = {f"discriminator-{name}": float(value.detach()) for name, value in parts.items()}
+            losses = self.objective.of_discriminator(lambda image: self.discriminate(image, batch), batch)
+            total = torch.stack(list(losses.values())).sum()
+        parts = {f"discriminator-{name}": float(value.detach()) for name, value in losses.items()}
         if not torch.isfinite(total):
             raise TrainingError(
-                f"the loss of the discriminator became {float(total.detach())} at its step {self.steps}; "
-                f"parts {named}. Lower its learning rate (now {self.settings.lr:g}).",
+                f"the loss of the discriminator became {float(total.detach())} at its step {self.steps}: "
+                f"{parts}. Lower discriminator_lr, now {self.settings.lr:g}.",
                 self.module,
             )
         self.optimizer.zero_grad(set_to_none=True)
         total.backward()
+        average([p.grad for p in self.parameters() if p.grad is not None])
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.steps += 1
-        return named
+        return parts
 
     def state(self) -> dict[str, Tensor]:
-        """Give weights, moments and step, for a checkpoint."""
-        found = {f"module.{name}": value for name, value in self.module.state_dict().items()}
+        """Return weights, moments and step, for a checkpoint."""
+        state = {f"module.{name}": value for name, value in self.module.state_dict().items()}
         for number, parameter in enumerate(self.parameters()):
             for key, value in self.optimizer.state.get(parameter, {}).items():
-                found[f"adam.{number}.{key}"] = value
-        return {**found, "steps": torch.tensor(self.steps)}
+                state[f"adam.{number}.{key}"] = value
+        return {**state, "steps": torch.tensor(self.steps)}
 
-    def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Go on from what `state` gave.
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Load what `state` returned.
 
         Raises:
             CheckpointError: If it is the state of another discriminator.
         """
-        weights = {name[7:]: value for name, value in tensors.items() if name.startswith("module.")}
+        weights = {name[7:]: value for name, value in state.items() if name.startswith("module.")}
         try:
-            steps = int(tensors["steps"])
+            steps = int(state["steps"])
             self.module.load_state_dict(weights)
         except (KeyError, RuntimeError) as error:
             raise CheckpointError(
-                f"asked to go on with {type(self.module).__name__} as the discriminator; found the state of "
-                f"another one, or none ({' '.join(str(error).split())}). Use another folder, or the "
-                "discriminator it began with.",
-                tensors,
+                f"the checkpoint must have the state of the discriminator {type(self.module).__name__}, got "
+                f"another one ({' '.join(str(error).split())}). Use another folder, or the discriminator of "
+                "the first run.",
+                state,
             ) from error
         self.steps = steps
         self.optimizer.state.clear()
         for number, parameter in enumerate(self.parameters()):
             start = f"adam.{number}."
-            moments = {k[len(start) :]: v.clone() for k, v in tensors.items() if k.startswith(start)}
+            moments = {k[len(start) :]: v.clone() for k, v in state.items() if k.startswith(start)}
             if moments:
                 self.optimizer.state[parameter] = {
                     key: value if key == "step" else value.to(parameter.device)
@@ -159,22 +311,48 @@ class Adversary:
 
 
 class Adversarial:
-    """What a branch minimises against its adversary (equation 1; L_OASIS of equation 3, L_Adv of equation 4).
-
-    Args:
-        adversary: The opponent.
-    """
+    """The adversarial term of a branch (equation 1; L_OASIS of equation 3, L_Adv of equation 4)."""
 
     def __init__(self, adversary: Adversary) -> None:
         self.adversary, self.needs_inputs = adversary, adversary.needs_inputs
 
     def of_batch(self, batch: TrainingBatch) -> Tensor:
-        """Judge a branch's images; gives a scalar."""
-        return self.adversary.objective.of_branch(self.adversary.judge_branch(batch), batch)
+        """Compute the loss for the branch's images; returns a scalar."""
+        return self.adversary.objective.of_branch(self.adversary.discriminate_branch(batch), batch)
 
 
-def _asks_for_inputs(module: nn.Module) -> bool:
-    """Tell whether a forward cannot be called with the image alone."""
+class FeatureMatching:
+    """Mean absolute difference of a discriminator's features for both images (L_FM of equation 4).
+
+    All features have the same weight, as in Wang et al. 2018, "High-Resolution Image Synthesis and Semantic
+    Manipulation with Conditional GANs", section 3.2; only the branch is trained by it.
+    """
+
+    def __init__(self, adversary: Adversary) -> None:
+        self.adversary, self.needs_inputs = adversary, adversary.is_conditional
+
+    def of_batch(self, batch: TrainingBatch) -> Tensor:
+        """Compare the features of the branch's images with those of the backbone's; returns a scalar.
+
+        Raises:
+            TrainingError: If the discriminator has no features between image and score.
+        """
+        features = self.adversary.discriminate_branch(batch).features
+        with torch.no_grad():
+            targets = self.adversary.discriminate(batch.target, batch).features
+        pairs = [pair for a, b in zip(features, targets, strict=True) for pair in zip(a, b, strict=True)]
+        if not pairs:
+            raise TrainingError(
+                f"feature matching needs features between image and score, got none from "
+                f"{type(self.adversary.module).__name__}. Name their modules in "
+                "AdversarySettings(layers=...), or return a list that ends with the score.",
+                self.adversary.module,
+            )
+        return torch.stack([l1(a, b) for a, b in pairs]).mean()
+
+
+def _takes_inputs(module: nn.Module) -> bool:
+    """Tell whether a forward has more than one required parameter."""
     try:
         parameters = inspect.signature(module.forward).parameters.values()
     except (TypeError, ValueError):
@@ -185,7 +363,7 @@ def _asks_for_inputs(module: nn.Module) -> bool:
 
 @contextmanager
 def _frozen(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Keep gradient from parameters inside the block."""
+    """Stop gradient to parameters inside the block."""
     for parameter in parameters:
         parameter.requires_grad_(False)
     try:

@@ -1,8 +1,4 @@
-"""Differences of features of a network that was trained to see (L_VGG of equations 3 and 4).
-
-The network is VGG with torchvision's ImageNet weights. Where they cannot be had, that is an error that names
-file, place and address; a network that can be had stands in on request, under a name of its own.
-"""
+"""Differences of the features of a pretrained network (L_VGG of equations 3 and 4)."""
 
 from __future__ import annotations
 
@@ -24,12 +20,12 @@ _MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet,
 
 @dataclass(frozen=True)
 class _Network:
-    """A network of torchvision, cut off behind its last tap.
+    """A network of torchvision up to the last layer that is compared.
 
     Attributes:
-        builder: Function of ``torchvision.models`` that builds it.
-        net: Which weights of torch hub it takes; ``None`` for random ones.
-        taps: Number of a layer in ``features``, and weight of the difference behind it.
+        builder: Function of ``torchvision.models``.
+        net: Name of its weights in torch hub; ``None`` for random ones.
+        taps: Weight of the difference after a layer, by its number in ``features``.
         smallest: Smallest side of an image.
     """
 
@@ -59,21 +55,19 @@ PERCEPTUAL = {
 class Perceptual(nn.Module):
     """Weighted sum over layers of the mean absolute difference of features.
 
-    Images are normalised as those that the network was trained on.
-
     Args:
-        name: ``"vgg"`` (VGG19), ``"vgg16"``, or a stand-in: ``"features-alex"``, ``"features-squeeze"`` (the
-            networks of LPIPS), ``"features-random"`` (VGG19 up to relu4_1, random weights, always the same).
-        weights: File with the network's convolutions, a torchvision state dict (or the ``"backbone"`` of an
-            LPIPS file); torch hub's cache, or a download into it, if ``None``.
+        name: ``"vgg"`` (VGG19), ``"vgg16"``, ``"features-alex"`` or ``"features-squeeze"`` (the networks of
+            LPIPS), or ``"features-random"`` (VGG19 up to relu4_1, the same random weights on all machines).
+        weights: Torchvision state dict of the convolutions, or the ``"backbone"`` of an LPIPS file; ``None``:
+            torch hub's cache, or a download into it.
 
     Attributes:
         network: Name of the network.
-        source: Where its weights come from, in words.
+        source: Where its weights come from.
 
     Raises:
-        OptionError: If there is no such network, or weights are given for the random one.
-        WeightsError: If the weights are nowhere to be found, or are damaged or another network's.
+        OptionError: If there is no such network, or ``weights`` is passed for the random one.
+        WeightsError: If the weights are not available, damaged or another network's.
 
     Reference: Johnson et al. 2016, "Perceptual Losses for Real-Time Style Transfer and Super-Resolution".
     """
@@ -84,7 +78,7 @@ class Perceptual(nn.Module):
     def __init__(self, name: str = "vgg", weights: str | Path | None = None) -> None:
         super().__init__()
         if name not in PERCEPTUAL:
-            raise OptionError(f"no perceptual loss {name!r}; there is {closest(name, PERCEPTUAL)}", name)
+            raise OptionError(f"no perceptual loss {name!r}; closest: {closest(name, PERCEPTUAL)}", name)
         self.name, self._network = name, PERCEPTUAL[name]
         self.network = self._network.builder
         self._last: tuple[weakref.ref[Tensor], tuple[int, bool], list[Tensor]] | None = None
@@ -92,9 +86,7 @@ class Perceptual(nn.Module):
         self.source = "random numbers, the same everywhere"
         if self._network.net is None:
             if weights is not None:
-                raise OptionError(
-                    f"asked for {name!r} with weights={weights}; found that its are random", name
-                )
+                raise OptionError(f"weights must be None for {name!r}, got {weights}", name)
             _fill_randomly(self.trunk)
         else:
             path = _hub_file(name, self._network.net) if weights is None else Path(weights)
@@ -106,33 +98,31 @@ class Perceptual(nn.Module):
         self.eval()
 
     def forward(self, image: Tensor, target: Tensor) -> Tensor:
-        """Compare images ``(N, 3, H, W)`` or ``(N, 1, H, W)`` in [-1, 1]; gives ``(N,)``.
-
-        Gradient reaches ``image`` alone.
+        """Compare images ``(N, 3, H, W)`` or ``(N, 1, H, W)`` in [-1, 1]; returns ``(N,)``.
 
         Raises:
             OptionError: If they have another number of channels, or are too small for the network.
         """
         _check(self.name, image, self._network.smallest)
-        wanted = self._target_features(target)
+        targets = self._target_features(target)
         total = image.new_zeros(len(image), dtype=torch.float32)
-        made = self.features(image)
-        for weight, a, b in zip(self._network.taps.values(), made, wanted, strict=True):
+        features = self.features(image)
+        for weight, a, b in zip(self._network.taps.values(), features, targets, strict=True):
             total = total + weight * (a.float() - b.float()).abs().mean((1, 2, 3))  # (N, C, h, w) -> (N,)
         return total
 
     def features(self, image: Tensor) -> list[Tensor]:
-        """Give the features of images in [-1, 1] behind every tap, ``(N, C, h, w)`` each."""
+        """Return the features of images in [-1, 1] after every tap, ``(N, C, h, w)`` each."""
         x = (((image + 1) / 2).expand(-1, 3, -1, -1) - self.mean) / self.deviation
-        found = []
+        maps = []
         for number, layer in enumerate(self.trunk):
             x = layer(x)
             if number in self._network.taps:
-                found.append(x)
-        return found
+                maps.append(x)
+        return maps
 
     def _target_features(self, target: Tensor) -> list[Tensor]:
-        """Features of the backbone's images, computed once where several branches share them."""
+        """Features of the backbone's images, computed once for all branches."""
         with torch.no_grad():
             if target.is_inference():
                 return self.features(target)
@@ -142,10 +132,10 @@ class Perceptual(nn.Module):
             return self._last[2]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_last": None}  # a weak reference cannot be written down
+        return {**self.__dict__, "_last": None}  # weak references cannot be pickled
 
     def describe(self) -> dict[str, str]:
-        """Say which network it is and hash its weights, for a record."""
+        """Return its name and a hash of its weights."""
         return {"name": self.name, "sha256": digest(self.trunk)}
 
 
@@ -160,12 +150,12 @@ def _empty_trunk(network: _Network) -> nn.Sequential:
     trunk: nn.Sequential = features[: max(network.taps) + 1]
     for module in trunk.modules():
         if isinstance(module, nn.ReLU):
-            module.inplace = False  # a tap in front of one would be overwritten
+            module.inplace = False  # it would overwrite the tap before it
     return trunk
 
 
 def _fill_randomly(trunk: nn.Sequential) -> None:
-    """Draw weights that keep the size of features from layer to layer; the same on every machine."""
+    """Draw weights that keep the variance of features; the same on every machine."""
     source = torch.Generator().manual_seed(0)
     drawn = {}
     for name, empty in trunk.state_dict().items():
@@ -182,14 +172,14 @@ def _hub_file(name: str, net: str) -> Path:
     except WeightsError as error:
         others = ", ".join(repr(other) for other in PERCEPTUAL if other != name and other.startswith("feat"))
         raise WeightsError(
-            f"{error}. To train on something else instead, ask for it by name: {others}", error.subject
+            f"{str(error).removesuffix('.')}. Other networks: {others}.", error.subject
         ) from error
 
 
 def _check(name: str, image: Tensor, smallest: int) -> None:
     if image.dim() != 4 or image.shape[1] not in (1, 3) or min(image.shape[2:]) < smallest:
         raise OptionError(
-            f"the loss {name!r} needs images (N, 3, H, W) or (N, 1, H, W) of at least {smallest}x{smallest} "
-            f"pixels, found {tuple(image.shape)}; train on larger windows, or leave it out",
+            f"the loss {name!r} takes images (N, 3, H, W) or (N, 1, H, W) of at least {smallest}x{smallest} "
+            f"pixels, got {tuple(image.shape)}. Train on larger windows, or leave the term out.",
             image,
         )

@@ -1,105 +1,259 @@
-"""From names to the losses of a fit: terms of plug-ins, the generator's own discriminator, its objective."""
+"""Which terms a branch is trained on, with which weights, and the weighted sum of them.
+
+====================  ===============================================================  ================
+Preset                Terms                                                            Equation
+====================  ===============================================================  ================
+``"oasis"``           adversarial + vgg + lpips                                        3, section 4.1
+``"megaportraits"``   adversarial + vgg + ms-ssim + l1 + feature-matching + gaze       4, section 4.2
+====================  ===============================================================  ================
+
+The paper leaves the coefficients to its supplement and says that all terms should contribute alike. Here all
+are 1 and the weights are equalised, see `Equaliser`.
+"""
 
 from __future__ import annotations
 
+import math
 import pickle
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Final
+from typing import Any, Final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from retroexit.errors import OptionError, PluginError, RetroExitWarning, WeightsError
+from retroexit.core.identity import fingerprint
+from retroexit.errors import OptionError, PluginError, RetroExitWarning, TrainingError, WeightsError
 from retroexit.metrics import QualityMetric
 from retroexit.plugins.description import Description
 from retroexit.plugins.host import host
-from retroexit.training.losses.adversary import AdversarySettings
-from retroexit.training.losses.objectives import Objective, find_objective
-from retroexit.training.losses.presets import (
-    ADVERSARIAL,
-    FEATURE_MATCHING,
-    GAZE,
-    LPIPS,
-    PRESETS,
-    LossPlan,
-    find_weights,
+from retroexit.plugins.training_types import BatchTerm, Objective, Term, TrainingBatch
+from retroexit.training.losses.adversary import (
+    Adversarial,
+    Adversary,
+    AdversarySettings,
+    FeatureMatching,
+    find_objective,
 )
-from retroexit.training.losses.terms import QUALITY, BatchTerm, Term
+from retroexit.training.losses.terms import Equaliser, Gaze
 
-__all__ = ["DEFAULT_LOSSES", "EQUALISE_STEPS", "plan_losses"]
+__all__ = [
+    "ADVERSARIAL",
+    "DEFAULT_LOSSES",
+    "FEATURE_MATCHING",
+    "GAZE",
+    "PRESETS",
+    "QUALITY",
+    "LossOptions",
+    "LossPlan",
+    "TrainingLoss",
+    "check_weights",
+    "find_weights",
+    "plan_losses",
+]
+
+QUALITY, LPIPS = "quality", "lpips"
+ADVERSARIAL, FEATURE_MATCHING, GAZE = "adversarial", "feature-matching", "gaze"
 
 DEFAULT_LOSSES: Final[Mapping[str, float]] = MappingProxyType({"l1": 1.0, QUALITY: 1.0})
 """L1 and the metric, both from the first step, since L1 alone leaves LPIPS high."""
 
-EQUALISE_STEPS: Final = 50
-"""Steps during which the pull of terms is measured."""
+PRESETS: Final = {
+    "oasis": {ADVERSARIAL: 1.0, "vgg": 1.0, LPIPS: 1.0},
+    "megaportraits": dict.fromkeys((ADVERSARIAL, "vgg", "ms-ssim", "l1", FEATURE_MATCHING, GAZE), 1.0),
+}
+"""Weight of every term of the paper's losses, by name."""
+
+_EQUALISE_STEPS = 50
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """What branches are trained on.
+
+    Attributes:
+        losses: Weight of every term by name, ``"quality"`` being the metric; or a preset: ``"oasis"``
+            (equation 3), ``"megaportraits"`` (equation 4).
+        equalise: Whether weights are multiplied such that the gradients of all terms have the same length,
+            measured over the first 50 steps, or this many; ``None``: for presets alone.
+        instead: Terms that replace others: ``{"vgg": "features-alex"}``.
+        loss_weights: File with the weights of a term's network, by the name of the term.
+        discriminator: Starting point of every branch's discriminator for the terms ``"adversarial"`` and
+            ``"feature-matching"``: a module (the generator's own, trained); a file with the state dict of the
+            one that the adapter makes; ``"auto"``: the adapter's, untrained, with a warning; or ``None``.
+        adversarial: ``"hinge"``, ``"non-saturating"`` or a `retroexit.plugins.training_types.Objective`;
+            ``None``: the adapter's, else ``"hinge"`` for ``"megaportraits"``, else ``"non-saturating"``.
+        discriminator_lr: Learning rate of the discriminators.
+        gaze: Gaze network of the term ``"gaze"``.
+    """
+
+    losses: Mapping[str, float] | str = field(default_factory=lambda: DEFAULT_LOSSES)
+    equalise: bool | int | None = None
+    instead: Mapping[str, str] | None = None
+    loss_weights: Mapping[str, str | Path] | None = None
+    discriminator: nn.Module | str | Path | None = "auto"
+    adversarial: Objective | str | None = None
+    discriminator_lr: float = 4e-4
+    gaze: nn.Module | None = None
+
+
+def check_weights(losses: object) -> None:
+    """Raise `OptionError` unless ``losses`` has weights >= 0 by name, one of them above 0."""
+    weights = list(losses.values()) if isinstance(losses, Mapping) else []
+    is_valid = all(isinstance(weight, (int, float)) and 0 <= weight < math.inf for weight in weights)
+    if not is_valid or not sum(weights) > 0:
+        raise OptionError(f"losses must have weights >= 0 by name, one of them > 0, got {losses!r}", losses)
+
+
+def find_weights(
+    losses: Mapping[str, float] | str, instead: Mapping[str, str] | None = None
+) -> dict[str, float]:
+    """Return the weight of every term by name; terms of weight 0 are left out.
+
+    Args:
+        losses: Weights by name, or the name of a preset.
+        instead: Terms that replace others, by the name of the others.
+
+    Raises:
+        OptionError: If there is no such preset, no weight above 0, or no such term to replace.
+    """
+    if isinstance(losses, str):
+        if losses not in PRESETS:
+            raise OptionError(
+                f"losses must be weights by name or one of {', '.join(map(repr, PRESETS))}, got {losses!r}",
+                losses,
+            )
+        losses = PRESETS[losses]
+    check_weights(losses)
+    weights = {name: float(weight) for name, weight in losses.items() if weight > 0}
+    instead = instead or {}
+    for name, other in instead.items():
+        if name not in weights or other in weights:
+            raise OptionError(
+                f"instead must replace one of the losses {', '.join(weights)} by another one, got {other!r} "
+                f"instead of {name!r}",
+                instead,
+            )
+    return {instead.get(name, name): weight for name, weight in weights.items()}
+
+
+@dataclass(frozen=True)
+class LossPlan:
+    """What the losses of all branches are made from.
+
+    Attributes:
+        weights: Weight of every term by name.
+        terms: The terms that branches share, by name.
+        discriminator: Starting point of every branch's adversary, or ``None``.
+        objective: What branch and discriminator minimise.
+        gaze: The gaze network, or ``None``.
+        equalise: Steps during which weights are equalised; 0 leaves them as they are.
+        adversary: How discriminators are trained.
+
+    Raises:
+        OptionError: If a term lacks what it is made from.
+    """
+
+    weights: Mapping[str, float]
+    terms: Mapping[str, Term | BatchTerm] = field(default_factory=dict)
+    discriminator: nn.Module | None = None
+    objective: Objective | None = None
+    gaze: nn.Module | None = None
+    equalise: int = 0
+    adversary: AdversarySettings = field(default_factory=AdversarySettings)
+
+    def __post_init__(self) -> None:
+        if self.equalise < 0:
+            raise OptionError(f"equalise must be >= 0, got {self.equalise}", self.equalise)
+        competes = self.discriminator is not None and self.objective is not None
+        for name in self.weights:
+            is_adversarial = name in (ADVERSARIAL, FEATURE_MATCHING)
+            if competes if is_adversarial else name in self.terms or (name == GAZE and self.gaze is not None):
+                continue
+            rest = {other: weight for other, weight in self.weights.items() if other != name}
+            part = "a discriminator" if is_adversarial else "a gaze network" if name == GAZE else "a term"
+            argument = "discriminator" if is_adversarial else "gaze" if name == GAZE else "terms"
+            raise OptionError(
+                f"the loss {name!r} needs {part}, got none. Pass {argument}=..., or leave the term out: "
+                f"losses={rest}.",
+                name,
+            )
+        if self.gaze is not None:
+            object.__setattr__(self, "terms", {**self.terms, GAZE: Gaze(self.gaze)})
+
+    def for_branch(self) -> TrainingLoss:
+        """Make the loss of one branch; its adversary starts as a copy of the discriminator."""
+        adversary, terms = None, dict(self.terms)
+        if {ADVERSARIAL, FEATURE_MATCHING} & set(self.weights):
+            assert self.discriminator is not None and self.objective is not None
+            adversary = Adversary(self.discriminator, self.objective, self.adversary)
+            if ADVERSARIAL not in self.weights:
+                adversary.module.eval()  # it is not trained
+            terms |= {ADVERSARIAL: Adversarial(adversary), FEATURE_MATCHING: FeatureMatching(adversary)}
+        return TrainingLoss(
+            {name: (weight, terms[name]) for name, weight in self.weights.items()},
+            adversary=adversary if ADVERSARIAL in self.weights else None,
+            equaliser=Equaliser(list(self.weights), self.equalise) if self.equalise else None,
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """Return what a resumed fit must have in common with its first run, as JSON types."""
+        facts: dict[str, Any] = {"weights": dict(self.weights), "equalise": self.equalise}
+        if {ADVERSARIAL, FEATURE_MATCHING} & set(self.weights):
+            assert self.discriminator is not None and self.objective is not None
+            facts["objective"] = self.objective.name
+            facts["discriminator"] = fingerprint(self.discriminator)
+            facts["discriminator_lr"] = self.adversary.lr
+        if GAZE in self.weights:
+            assert self.gaze is not None
+            facts[GAZE] = fingerprint(self.gaze)
+        return facts
 
 
 def plan_losses(
     generator: nn.Module,
-    losses: Mapping[str, float] | str,
+    options: LossOptions,
     metric: QualityMetric | None,
     *,
-    equalise: bool | int | None = None,
-    instead: Mapping[str, str] | None = None,
-    loss_weights: Mapping[str, str | Path] | None = None,
-    discriminator: nn.Module | str | Path | None = "auto",
-    adversarial: Objective | str | None = None,
-    discriminator_lr: float = 4e-4,
-    gaze: nn.Module | None = None,
-    known: Description | None = None,
+    description: Description | None = None,
     missing: dict[str, WeightsError] | None = None,
 ) -> LossPlan:
     """Plan what branches are trained on.
 
     Args:
         generator: The user's generator.
-        losses: Weight of every term by name, or a preset: ``"oasis"`` (equation 3), ``"megaportraits"`` (4).
+        options: Terms, weights, discriminator.
         metric: The metric of the fit, which is the term ``"quality"``; ``None`` if it is in ``missing``.
-        equalise: Whether weights are multiplied such that all terms pull equally at the image, measured over
-            the first 50 steps, or this many; by default for presets alone.
-        instead: Terms that take the place of others: ``{"vgg": "features-alex"}``.
-        loss_weights: File with a term's weights, by its name.
-        discriminator: What every branch competes with a copy of: a module (the generator's own, trained); a
-            file with the state dict of the one that the adapter makes; ``"auto"``, the adapter's as it makes
-            it, which knows nothing yet, with a warning; ``None``.
-        adversarial: How they compete: ``"hinge"``, ``"non-saturating"`` or an `Objective`; by default as the
-            adapter says, else as the preset does.
-        discriminator_lr: Learning rate of the discriminators.
-        gaze: Gaze network of the term ``"gaze"``.
-        known: What is known about the generator; plug-ins are asked if ``None``.
-        missing: Takes the terms whose weights cannot be had, which the plan then leaves out; ``None`` raises.
+        description: Description of the generator; the plug-ins' if ``None``.
+        missing: Collects the terms whose weights are not available, which are left out; ``None`` raises.
 
     Raises:
-        OptionError: If a term lacks what it needs, or an argument is out of range.
+        OptionError: If a term lacks what it needs, or an option is out of range.
         PluginError: If no plug-in, or more than one, offers a term.
-        WeightsError: If a term's weights, or the discriminator's, cannot be had.
+        WeightsError: If weights of a term or of the discriminator are not available.
     """
-    weights = find_weights(losses, instead)
-    preset = PRESETS[losses] if isinstance(losses, str) else None
-    if equalise is None:
-        equalise = preset is not None
-    steps = EQUALISE_STEPS if equalise is True else int(equalise)
-    competes = bool({ADVERSARIAL, FEATURE_MATCHING} & set(weights))
-    opponent, objective = None, None
-    if competes:
-        known = host().describe(generator) if known is None else known
-        opponent = _discriminator(generator, known, discriminator)
-        told = None if known is None else known.adversarial
-        objective = find_objective(adversarial or told or (preset.objective if preset else "non-saturating"))
-    limits = (-1.0, 1.0) if known is None or known.image_range is None else known.image_range
-    terms = _terms(weights, metric, loss_weights or {}, missing)
+    weights = find_weights(options.losses, options.instead)
+    equalise = isinstance(options.losses, str) if options.equalise is None else options.equalise
+    discriminator, objective = None, None
+    if {ADVERSARIAL, FEATURE_MATCHING} & set(weights):
+        description = host().describe(generator) if description is None else description
+        discriminator = _discriminator(generator, description, options.discriminator)
+        described = None if description is None else description.adversarial
+        default = "hinge" if options.losses == "megaportraits" else "non-saturating"
+        objective = find_objective(options.adversarial or described or default)
+    pixel_range = None if description is None else description.image_range
+    terms = _terms(weights, metric, options.loss_weights or {}, missing)
     return LossPlan(
         {name: weight for name, weight in weights.items() if not missing or name not in missing},
         terms,
-        discriminator=opponent,
+        discriminator=discriminator,
         objective=objective,
-        gaze=gaze,
-        equalise=steps,
-        adversary=AdversarySettings(lr=discriminator_lr, image_range=limits),
+        gaze=options.gaze,
+        equalise=_EQUALISE_STEPS if equalise is True else int(equalise),
+        adversary=AdversarySettings(lr=options.discriminator_lr, image_range=pixel_range or (-1.0, 1.0)),
     )
 
 
@@ -110,89 +264,164 @@ def _terms(
     missing: dict[str, WeightsError] | None,
 ) -> dict[str, Term | BatchTerm]:
     """Make the terms that branches share."""
-    stray = [name for name in files if name not in weights]
-    if stray:
-        raise OptionError(
-            f"asked for weights of the loss {stray[0]!r}; found the losses {', '.join(weights)}.", files
-        )
-    found: dict[str, Term | BatchTerm] = {}
+    for name in files:
+        if name not in weights:
+            raise OptionError(f"loss_weights must name one of {', '.join(weights)}, got {name!r}", files)
+    terms: dict[str, Term | BatchTerm] = {}
     for name in weights:
         if name in (ADVERSARIAL, FEATURE_MATCHING, GAZE) or (missing and name in missing):
             continue
         try:
-            found[name] = _term(name, metric, files.get(name))
+            terms[name] = _term(name, metric, files.get(name))
         except WeightsError as error:
             if missing is None:
                 raise
             missing[name] = error
-    return found
+    return terms
 
 
 def _term(name: str, metric: QualityMetric | None, file: str | Path | None) -> Term | BatchTerm:
-    own = None if metric is None else metric.name
-    called = name
+    metric_name = None if metric is None else metric.name
     if name == LPIPS:
-        called = own if own is not None and own.startswith("lpips-") else "lpips-alex"
-    if metric is not None and file is None and called in (QUALITY, own):
+        name = metric_name if (metric_name or "").startswith("lpips-") and metric_name else "lpips-alex"
+    if metric is not None and file is None and name in (QUALITY, metric_name):
         return metric
     options = {} if file is None else {"weights": file}
-    is_metric = called not in host().losses() and called in host().metrics()
-    return host().metric(called, **options) if is_metric else host().loss(called, **options)
+    is_metric = name not in host().losses() and name in host().metrics()
+    return host().metric(name, **options) if is_metric else host().loss(name, **options)
 
 
 def _discriminator(
-    generator: nn.Module, known: Description | None, wanted: nn.Module | str | Path | None
+    generator: nn.Module, description: Description | None, source: nn.Module | str | Path | None
 ) -> nn.Module | None:
-    """Find where adversaries begin."""
-    if wanted is None or isinstance(wanted, nn.Module):
-        return wanted
-    if not isinstance(wanted, (str, Path)):
-        raise OptionError(
-            f"asked for discriminator={wanted!r}; found neither a module, a file, 'auto' nor None.", wanted
-        )
-    made = None if known is None else _made(known, generator)
-    if wanted == "auto":
-        if made is not None:
+    """Return the starting point of adversaries."""
+    if source is None or isinstance(source, nn.Module):
+        return source
+    if not isinstance(source, (str, Path)):
+        raise OptionError(f"discriminator must be a module, a file, 'auto' or None, got {source!r}", source)
+    module = None if description is None else _described_discriminator(description, generator)
+    if source == "auto":
+        if module is not None:
             warnings.warn(
-                f"branches compete with copies of a {type(made).__name__} that knows nothing yet. Pass the "
-                "generator's own, trained, as discriminator=module or discriminator=file.",
+                f"the discriminator {type(module).__name__} is untrained. Pass the generator's own, trained, "
+                "as discriminator=module or discriminator=file.",
                 RetroExitWarning,
                 stacklevel=5,
             )
-        return made
-    if made is None:
+        return module
+    if module is None:
         raise OptionError(
-            f"asked for discriminator={str(wanted)!r}; found no adapter that makes a discriminator for "
-            f"{type(generator).__name__} to load it into. Pass the module itself.",
-            wanted,
+            f"no adapter makes a discriminator for {type(generator).__name__} to load {str(source)!r} into. "
+            "Pass discriminator=module.",
+            source,
         )
     try:
-        made.load_state_dict(torch.load(wanted, map_location="cpu", weights_only=True))
+        module.load_state_dict(torch.load(source, map_location="cpu", weights_only=True))
     except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError, TypeError) as error:
         raise WeightsError(
-            f"asked for discriminator={str(wanted)!r}; found no weights of {type(made).__name__} there "
-            f"({' '.join(str(error).split())[:300]}). Pass a file with its state dict.",
-            wanted,
+            f"discriminator={str(source)!r} must be a file with a state dict of {type(module).__name__}: "
+            f"{' '.join(str(error).split())[:300]}",
+            source,
         ) from error
-    return made
+    return module
 
 
-def _made(known: Description, generator: nn.Module) -> nn.Module | None:
-    """Make the discriminator that a description names."""
-    if known.discriminator is None:
+def _described_discriminator(description: Description, generator: nn.Module) -> nn.Module | None:
+    """Make the discriminator of a description."""
+    if description.discriminator is None:
         return None
     try:
-        made = known.discriminator(generator)
+        module = description.discriminator(generator)
     except Exception as error:
         raise PluginError(
-            f"asked {known.name} for a discriminator; found that it raised {type(error).__name__}: {error}. "
-            "Correct the description, or pass discriminator=module.",
-            known,
+            f"the discriminator of {description.name} raised {type(error).__name__}: {error}. Correct the "
+            "description, or pass discriminator=module.",
+            description,
         ) from error
-    if not isinstance(made, nn.Module):
+    if not isinstance(module, nn.Module):
         raise PluginError(
-            f"asked {known.name} for a discriminator; found a {type(made).__name__}. Return a "
-            "torch.nn.Module.",
-            known,
+            f"the discriminator of {description.name} must be a torch.nn.Module, got a "
+            f"{type(module).__name__}",
+            description,
         )
-    return made
+    return module
+
+
+class TrainingLoss:
+    """A weighted sum of terms on images in [-1, 1]; every branch has its own.
+
+    Args:
+        terms: Weight and term by name, added in this order.
+        adversary: The discriminator that is trained after every step of the branch, or ``None``.
+        equaliser: Multiplies the weights; ``None`` leaves them as they are.
+    """
+
+    def __init__(
+        self,
+        terms: Mapping[str, tuple[float, Term | BatchTerm]],
+        *,
+        adversary: Adversary | None = None,
+        equaliser: Equaliser | None = None,
+    ) -> None:
+        self.terms, self.adversary, self.equaliser = dict(terms), adversary, equaliser
+
+    @property
+    def needs_inputs(self) -> bool:
+        """Whether ``batch.args`` and ``batch.kwargs`` are read."""
+        terms = [term for _, term in self.terms.values() if isinstance(term, BatchTerm)]
+        opponents = [self.adversary] if self.adversary is not None else []
+        return any(part.needs_inputs for part in (*terms, *opponents))
+
+    def __call__(self, batch: TrainingBatch) -> tuple[Tensor, dict[str, float]]:
+        """Compare a branch's images with the backbone's; returns the loss, and its terms without weights.
+
+        Raises:
+            TrainingError: If a term returns neither a scalar nor one number per image.
+        """
+        values = {name: _value(name, term, batch) for name, (_, term) in self.terms.items()}
+        if self.adversary is not None:
+            self.adversary.forget()
+        weights = {name: weight for name, (weight, _) in self.terms.items()}
+        if self.equaliser is not None:
+            self.equaliser.observe(values, batch.image)
+            weights = {name: weight * self.equaliser.factor(name) for name, weight in weights.items()}
+        total = batch.image.new_zeros(())
+        for name, value in values.items():
+            total = total + weights[name] * value
+        return total, {name: float(value.detach()) for name, value in values.items()}
+
+    def to(self, device: torch.device) -> TrainingLoss:
+        """Move terms and adversary to a device."""
+        for _, term in self.terms.values():
+            move: Any = getattr(term, "to", None)
+            if callable(move):
+                move(device)
+        if self.adversary is not None:
+            self.adversary.module.to(device)
+        return self
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the equaliser's tensors for a checkpoint; the adversary has a state of its own."""
+        state = {} if self.equaliser is None else self.equaliser.state()
+        return {f"equaliser.{name}": value for name, value in state.items()}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Load what `state` returned.
+
+        Raises:
+            CheckpointError: If it is the state of another loss.
+        """
+        if self.equaliser is not None:
+            self.equaliser.load_state({name.removeprefix("equaliser."): v for name, v in state.items()})
+
+
+def _value(name: str, term: Term | BatchTerm, batch: TrainingBatch) -> Tensor:
+    value = term.of_batch(batch) if isinstance(term, BatchTerm) else term(batch.image, batch.target)
+    if not isinstance(value, Tensor) or value.shape not in ((), batch.image.shape[:1]):
+        raise TrainingError(
+            f"the loss {name!r} must return a scalar or one number per image, got "
+            f"{tuple(value.shape) if isinstance(value, Tensor) else value!r} for images of shape "
+            f"{tuple(batch.image.shape)}. Report this to the authors of the plug-in.",
+            term,
+        )
+    return value.float().mean()

@@ -1,42 +1,21 @@
-"""The kinds of terms, and the terms that need no weights of their own: L1, feature matching, gaze."""
+"""Terms of the loss that need no discriminator, and factors that equalise the gradients of all terms."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+import math
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from retroexit.core.modules import clone_module
 from retroexit.core.nested import tensors
-from retroexit.errors import TrainingError
-from retroexit.training.data.batch import TrainingBatch
+from retroexit.errors import CheckpointError, TrainingError
+from retroexit.training.distributed import average
 
-if TYPE_CHECKING:
-    from retroexit.training.losses.adversary import Adversary
+__all__ = ["L1", "Equaliser", "Gaze", "l1"]
 
-__all__ = ["L1", "QUALITY", "BatchTerm", "FeatureMatching", "Gaze", "Term", "l1"]
-
-Term = Callable[[Tensor, Tensor], Tensor]
-"""Compares images with the backbone's, both ``(N, C, H, W)`` in [-1, 1]; gives a scalar or ``(N,)``."""
-
-QUALITY = "quality"
-"""Name under which the quality metric of a fit is a term of its loss."""
-
-
-@runtime_checkable
-class BatchTerm(Protocol):
-    """A term that looks at more than two images.
-
-    Attributes:
-        needs_inputs: Whether it reads the generator's inputs, ``batch.args`` and ``batch.kwargs``.
-    """
-
-    needs_inputs: bool
-
-    def of_batch(self, batch: TrainingBatch) -> Tensor:
-        """Compare; gives a scalar or one number per image ``(N,)``."""
+_FACTOR_LIMIT = 1e4  # a term with a tiny gradient at first may have a large one later
 
 
 def l1(a: Tensor, b: Tensor) -> Tensor:
@@ -48,51 +27,16 @@ class L1:
     """Mean absolute difference (L_1 of equation 4)."""
 
     def __call__(self, image: Tensor, target: Tensor) -> Tensor:
-        """Compare two batches of images ``(N, C, H, W)``; gives a scalar."""
+        """Compare two batches of images ``(N, C, H, W)``; returns a scalar."""
         return l1(image, target)
 
 
-class FeatureMatching:
-    """Mean absolute difference of what a discriminator sees in both images (L_FM of equation 4).
-
-    All its features count the same, as in Wang et al. 2018, "High-Resolution Image Synthesis and Semantic
-    Manipulation with Conditional GANs", section 3.2; only the branch is trained by it.
-
-    Args:
-        adversary: Holds the discriminator.
-    """
-
-    def __init__(self, adversary: Adversary) -> None:
-        self.adversary = adversary
-        self.needs_inputs = adversary.needs_inputs_to_judge
-
-    def of_batch(self, batch: TrainingBatch) -> Tensor:
-        """Compare the features of the branch's images with those of the backbone's; gives a scalar.
-
-        Raises:
-            TrainingError: If the discriminator has no features between image and score.
-        """
-        made = self.adversary.judge_branch(batch).features
-        with torch.no_grad():
-            wanted = self.adversary.judge(batch.target, batch).features
-        pairs = [pair for a, b in zip(made, wanted, strict=True) for pair in zip(a, b, strict=True)]
-        if not pairs:
-            raise TrainingError(
-                f"asked for feature matching; found no features between image and score of "
-                f"{type(self.adversary.module).__name__}. Name the modules that give them, "
-                "AdversarySettings(layers=...), or let it return a list whose last part is the score.",
-                self.adversary.module,
-            )
-        return torch.stack([l1(a, b) for a, b in pairs]).mean()
-
-
 class Gaze:
-    """Mean absolute difference of what a gaze network sees in both images (L_GL of equation 4).
+    """Mean absolute difference of a gaze network's outputs for both images (L_GL of equation 4).
 
     Args:
-        network: Takes images ``(N, C, H, W)`` in [-1, 1] and returns directions of gaze, ``(N, 2)`` or what
-            else it has: a tensor, or several in a tuple, list or dict. It is copied, frozen and run in eval
-            mode; yours stays as it is.
+        network: Takes images ``(N, C, H, W)`` in [-1, 1] and returns gaze directions ``(N, 2)``, or several
+            tensors in a tuple, list or dict. It is copied, frozen and run in eval mode.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -104,19 +48,91 @@ class Gaze:
         return self
 
     def __call__(self, image: Tensor, target: Tensor) -> Tensor:
-        """Compare two batches of images; gives a scalar.
+        """Compare two batches of images; returns a scalar.
 
         Raises:
-            TrainingError: If the network returns no numbers that gradient flows through.
+            TrainingError: If the network returns no numbers, or none with gradient.
         """
-        made = [x for x in tensors(self.network(image)) if x.is_floating_point()]
-        if not made or (image.requires_grad and not any(x.requires_grad for x in made)):
+        outputs = [x for x in tensors(self.network(image)) if x.is_floating_point()]
+        if not outputs or (image.requires_grad and not any(x.requires_grad for x in outputs)):
             raise TrainingError(
-                f"asked for the gaze loss; found that {type(self.network).__name__} returns "
-                f"{'no numbers' if not made else 'numbers cut off from the image'}. Pass a network that is "
-                "differentiable from image to gaze.",
+                f"the gaze network must be differentiable from image to gaze, got "
+                f"{'outputs without gradient' if outputs else 'no floating point output'} from "
+                f"{type(self.network).__name__}. Pass another network as gaze=module.",
                 self.network,
             )
         with torch.no_grad():
-            wanted = [x for x in tensors(self.network(target)) if x.is_floating_point()]
-        return torch.stack([l1(a, b) for a, b in zip(made, wanted, strict=True)]).mean()
+            targets = [x for x in tensors(self.network(target)) if x.is_floating_point()]
+        return torch.stack([l1(a, b) for a, b in zip(outputs, targets, strict=True)]).mean()
+
+
+class Equaliser:
+    """Factors that give all terms a gradient of the same length (paper sections 4.1 and 4.2).
+
+    The paper chose its coefficients "in order to equalize the losses' contribution". Here that is measured
+    during the first steps: the root mean square of each term's gradient with respect to one image. The factor
+    of a term is the geometric mean over all terms divided by its own value. A term without gradient keeps 1.
+
+    Args:
+        names: Names of the terms.
+        steps: Number of steps to measure, ``>= 1``.
+    """
+
+    def __init__(self, names: Sequence[str], steps: int = 50) -> None:
+        self.names, self.steps = list(names), steps
+        self._squares = torch.zeros(len(self.names), dtype=torch.float64)
+        self._count = 0
+
+    def observe(self, values: Mapping[str, Tensor], image: Tensor) -> None:
+        """Measure one step, as long as fewer than ``steps`` were measured.
+
+        Args:
+            values: The terms by name, scalars: means over the images.
+            image: Images ``(N, C, H, W)`` that they were computed from; skipped if without gradient.
+        """
+        if self._count >= self.steps or not image.requires_grad or not torch.is_grad_enabled():
+            return
+        squares = torch.stack([_squared_gradient(values[name], image) for name in self.names])
+        average([squares])
+        squares = squares.cpu()
+        if bool(torch.isfinite(squares).all()):
+            self._squares += squares
+            self._count += 1
+
+    def factor(self, name: str) -> float:
+        """Return the factor of a term's weight, from what was measured until now."""
+        lengths = dict(zip(self.names, self._squares.sqrt().tolist(), strict=True))
+        logs = [math.log(length) for length in lengths.values() if length > 0]
+        if not logs or lengths[name] == 0:
+            return 1.0
+        factor = math.exp(sum(logs) / len(logs) - math.log(lengths[name]))
+        return min(max(factor, 1 / _FACTOR_LIMIT), _FACTOR_LIMIT)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the measurements, for a checkpoint."""
+        return {"squares": self._squares.clone(), "count": torch.tensor(self._count)}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Load what `state` returned.
+
+        Raises:
+            CheckpointError: If it was measured on other terms.
+        """
+        squares, count = state.get("squares"), state.get("count")
+        if squares is None or count is None or squares.shape != self._squares.shape:
+            raise CheckpointError(
+                f"the checkpoint must have equalised weights of {', '.join(self.names)}, got "
+                f"{'none' if squares is None else f'{squares.numel()} terms'}. Use another folder, or the "
+                "losses of the first run.",
+                state,
+            )
+        self._squares, self._count = squares.to("cpu", torch.float64).clone(), int(count)
+
+
+def _squared_gradient(value: Tensor, image: Tensor) -> Tensor:
+    """Mean square length of the gradient of a mean over images with respect to one image."""
+    if not value.requires_grad:
+        return torch.zeros((), dtype=torch.float64, device=image.device)
+    (gradient,) = torch.autograd.grad(value, image, retain_graph=True, materialize_grads=True)
+    # (1/N) sum_i |N g_i|^2, where g_i is the gradient of the mean at image i: independent of the batch size.
+    return len(image) * gradient.double().square().sum()

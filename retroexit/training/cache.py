@@ -1,0 +1,404 @@
+"""Backbone features and images for training: computed once and kept on disk, or computed in every step.
+
+A branch needs only the values at its attach point and the backbone's image. With stored ones, training costs
+the branch alone, which makes training on a CPU possible.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from retroexit.core.files import is_intact, read_npy, self_digest
+from retroexit.core.identity import fingerprint
+from retroexit.core.modules import device_of
+from retroexit.core.samples import Samples, drawing_from, moved
+from retroexit.errors import CheckpointError, OptionError, TrainingError
+from retroexit.guidance.provider import Taps
+from retroexit.model import EarlyExitGenerator
+
+__all__ = [
+    "GUIDANCE_KEY",
+    "GUIDANCE_VALUE",
+    "IMAGE",
+    "FeatureCache",
+    "Features",
+    "LiveFeatures",
+    "Window",
+    "bytes_per_sample",
+    "chunks",
+    "compute_features",
+    "cut_out",
+    "guidance_names",
+]
+
+# Crossing values are stored under the names of their nodes, which are identifiers; these are not.
+IMAGE, GUIDANCE_KEY, GUIDANCE_VALUE = "backbone-image", "guidance-key", "guidance-value"
+
+_SCHEMA = 2
+
+Window: TypeAlias = tuple[slice, ...]
+"""Part of a map ``(C, ...)``, without its channel axis."""
+
+Crop: TypeAlias = Callable[[tuple[int, ...]], list[Window] | None]
+"""Returns the window of each sample for maps of a size, or ``None`` for the whole map."""
+
+
+def cut_out(value: Tensor, windows: list[Window] | None, count: int) -> Tensor:
+    """Cut one window per sample out of a map ``(count, C, ...)`` or ``(1, C, ...)``; return others as is."""
+    if windows is None or value.shape[0] not in (1, count):
+        return value
+    value = value.expand(count, *value.shape[1:])
+    places: list[Any] = [(row, slice(None), *window) for row, window in enumerate(windows)]
+    return torch.stack([value[place] for place in places])  # (N, C, H, W) -> (N, C, h, w)
+
+
+def chunks(count: int, size: int) -> list[list[int]]:
+    """Divide ``range(count)`` into lists of at most ``size``."""
+    return [list(range(begin, min(begin + size, count))) for begin in range(0, count, size)]
+
+
+def guidance_names(taps: Taps, first: str) -> tuple[str, str]:
+    """Return the names of the maps that guidance keys and values are cut from; none is stored twice.
+
+    Args:
+        taps: Where they come from.
+        first: Name of the feature at the first attach point.
+    """
+    return first if taps.key_tap == first else GUIDANCE_KEY, IMAGE if taps.gives_image else GUIDANCE_VALUE
+
+
+class FeatureCache:
+    """Values at the attach points, guidance maps and images of the backbone, memory-mapped.
+
+    Use `FeatureCache.build`, which continues an interrupted build.
+
+    Attributes:
+        folder: Folder of the arrays.
+        count: Number of samples.
+    """
+
+    def __init__(self, folder: Path, arrays: Iterable[str], count: int, shared: dict[str, Tensor]) -> None:
+        self.folder, self.count, self._shared = folder, count, shared
+        self._arrays = {name: _open(folder, name, count, "r") for name in arrays}
+
+    def __len__(self) -> int:
+        return self.count
+
+    def read(
+        self,
+        name: str,
+        indices: Sequence[int],
+        device: torch.device | str = "cpu",
+        crop: Crop | None = None,
+    ) -> Tensor:
+        """Read one value for some samples, ``(len(indices), ...)``.
+
+        Args:
+            name: Name of a node that crosses a cut, or one of the names of this module.
+            indices: Samples, in this order.
+            device: Device of the result.
+            crop: Windows to read; nothing else is read from disk.
+        """
+        if name in self._shared:
+            value = self._shared[name].to(device, copy=True)  # branches may write into it
+            return value if crop is None else cut_out(value, crop(tuple(value.shape[2:])), len(indices))
+        array = self._arrays[name]
+        windows = None if crop is None else crop(array.shape[2:])
+        if windows is None:
+            return torch.from_numpy(array[np.asarray(indices)]).to(device)
+        places: list[Any] = [(row, slice(None), *part) for row, part in zip(indices, windows, strict=True)]
+        return torch.from_numpy(np.stack([array[place] for place in places])).to(device)
+
+    def is_per_sample(self, name: str) -> bool:
+        """Tell whether a value has one row per sample, instead of being the same for all."""
+        return name in self._arrays
+
+    @classmethod
+    def build(
+        cls,
+        model: EarlyExitGenerator,
+        samples: Samples,
+        folder: str | Path,
+        *,
+        batch: int = 8,
+        progress: bool = True,
+    ) -> FeatureCache:
+        """Run the backbone once over all samples and store what training needs.
+
+        Args:
+            model: The wrapped generator.
+            samples: Its inputs.
+            folder: Created if missing. A cache of the same backbone, attach points and inputs is reused.
+            batch: Samples per pass.
+            progress: Whether to show a progress bar on a terminal.
+
+        Raises:
+            CheckpointError: If the folder has a damaged cache or one of something else.
+            OptionError: If samples differ in size.
+            TrainingError: If samples cannot be told apart in the generator's values.
+        """
+        folder = Path(folder)
+        if not model.is_recorded:
+            args, kwargs = samples.gather([0])
+            model.record(*args, **kwargs)
+        _check_rows(model)
+        identity = _identity(model, samples, batch)
+        state = _read_state(folder, identity)
+        done, names = state["done"], state["arrays"]
+        folder.mkdir(parents=True, exist_ok=True)
+        arrays = {name: _open(folder, name, len(samples), "r+") for name in names}
+        sums = _check_sums(folder, arrays, state, batch)
+        shared_names, shared = _shared_by_all(model), dict[str, Tensor]()
+        if done and shared_names:  # they are not stored; the first batch computes them
+            args, kwargs = samples.gather(range(min(batch, len(samples))))
+            values = compute_features(model, args, kwargs, samples.seed)
+            shared = {name: values[name].cpu() for name in shared_names}
+        off = None if progress else True
+        bar = tqdm(total=len(samples), initial=done, desc="backbone features", disable=off)
+        for indices, args, kwargs in samples.batches(batch, done):
+            for name, value in compute_features(model, args, kwargs, samples.seed + indices[0]).items():
+                if name in shared_names:
+                    _check_shared(name, shared.setdefault(name, value.cpu()), value.cpu())
+                else:
+                    _store(folder, name, arrays, indices, value, len(samples))
+            for name, array in arrays.items():
+                array.flush()  # type: ignore[attr-defined]
+                sums.setdefault(name, []).append(_sum(array[indices[0] : indices[-1] + 1]))
+            state = {"identity": identity, "done": indices[-1] + 1, "arrays": sorted(arrays), "sums": sums}
+            _write_state(folder, state)
+            bar.update(len(indices))
+        bar.close()
+        return cls(folder, sorted(arrays), len(samples), shared)
+
+
+class LiveFeatures:
+    """Runs the backbone on the samples that are read, where nothing may be stored.
+
+    The last batch is kept, so that all values of a step come from one pass. Random numbers of the backbone
+    depend on the samples in the batch and the seed.
+
+    Args:
+        model: The wrapped generator, recorded.
+        samples: Its inputs.
+
+    Raises:
+        TrainingError: If samples cannot be told apart in the generator's values.
+    """
+
+    def __init__(self, model: EarlyExitGenerator, samples: Samples) -> None:
+        _check_rows(model)
+        self.model, self.samples = model, samples
+        self._shared = _shared_by_all(model)
+        self._last: tuple[tuple[int, ...], dict[str, Tensor]] | None = None
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def read(
+        self,
+        name: str,
+        indices: Sequence[int],
+        device: torch.device | str = "cpu",
+        crop: Crop | None = None,
+    ) -> Tensor:
+        """Compute one value for some samples, as `FeatureCache.read` reads it."""
+        rows = tuple(indices)
+        if self._last is None or self._last[0] != rows or name not in self._last[1]:
+            args, kwargs = self.samples.gather(rows)
+            seed = int(np.random.SeedSequence([self.samples.seed, *rows]).generate_state(1)[0])
+            with_guidance = name in (GUIDANCE_KEY, GUIDANCE_VALUE)
+            self._last = rows, compute_features(self.model, args, kwargs, seed, with_guidance)
+        value = self._last[1][name]
+        windows = None if crop is None else crop(tuple(value.shape[2:]))
+        if windows is None:
+            return value.to(device, copy=True)  # branches may write into it
+        return cut_out(value, windows, len(indices)).to(device)
+
+    def is_per_sample(self, name: str) -> bool:
+        """Tell whether a value has one row per sample, instead of being the same for all."""
+        return name not in self._shared
+
+    def forget(self) -> None:
+        """Drop the last batch."""
+        self._last = None
+
+
+Features: TypeAlias = FeatureCache | LiveFeatures
+
+
+def bytes_per_sample(model: EarlyExitGenerator, samples: Samples) -> int:
+    """Return the size of one sample in a cache; the model is recorded, and the backbone runs once."""
+    args, kwargs = samples.gather([0])
+    values, shared = compute_features(model, args, kwargs, samples.seed), _shared_by_all(model)
+    return sum(v[0].numel() * v.element_size() for name, v in values.items() if name not in shared)
+
+
+@torch.no_grad()
+def compute_features(
+    model: EarlyExitGenerator, args: Any, kwargs: Any, seed: int, with_guidance: bool = True
+) -> dict[str, Tensor]:
+    """Run the backbone once over a batch.
+
+    Args:
+        model: The wrapped generator, recorded.
+        args: Positional inputs.
+        kwargs: Keyword inputs.
+        seed: Seed of its random numbers.
+        with_guidance: Whether to compute guidance keys and values too.
+
+    Returns:
+        The values that cross the cuts by the names of their nodes; the image and guidance maps by those of
+        this module.
+    """
+    split, features = model.split, dict[str, Tensor]()
+    device = device_of(model.generator)
+    args, kwargs = moved((args, kwargs), device)
+    with drawing_from(seed, device):
+        begun = split.begin(args, kwargs)
+        values, key_feature = begun.values, begun.key_feature
+        for index in range(len(split.cuts)):
+            values = split.advance(values, index) if index else values
+            features.update({node.name: values[node].clone() for node in split.cuts[index].crossing})
+        features[IMAGE] = split.place_of(split.finish(values))
+    taps = model.decomposition.taps
+    if taps is None or not with_guidance:
+        return features
+    key, value = guidance_names(taps, split.cuts[0].feature.name)
+    if key == GUIDANCE_KEY:
+        features[GUIDANCE_KEY] = taps.query(key_feature, args, kwargs)
+    if value == GUIDANCE_VALUE:
+        # The same seed again, so that keys, values and image belong together.
+        with drawing_from(seed, device):
+            features[GUIDANCE_VALUE] = model.decomposition.guidance_values(args, kwargs)
+    return features
+
+
+def _shared_by_all(model: EarlyExitGenerator) -> set[str]:
+    """Names of crossing values that do not depend on the sample."""
+    split = model.split
+    return {node.name for cut in split.cuts for node in cut.crossing if node not in split.batched}
+
+
+def _check_rows(model: EarlyExitGenerator) -> None:
+    """Refuse a generator whose values cannot be told apart by sample."""
+    name = type(model.generator).__name__
+    if not model.split.any_batch:
+        raise TrainingError(
+            f"{name} must take any batch size, but its forward holds for {model.split.batch} only",
+            model.generator,
+        )
+    if {*model.split.batched.values(), *model.split.output_rows} - {1, None}:
+        raise TrainingError(
+            f"{name} has values with several rows per sample, such as frames folded into the batch. Wrap the "
+            "module that renders one frame, with frames as the batch.",
+            model.generator,
+        )
+
+
+def _identity(model: EarlyExitGenerator, samples: Samples, batch: int) -> dict[str, Any]:
+    """What a cache depends on."""
+    taps = model.decomposition.taps
+    return {
+        "schema": _SCHEMA,
+        "fingerprint": fingerprint(model.generator),
+        "attach points": [[node.name for node in cut.crossing] for cut in model.split.cuts],
+        "guidance key": None if taps is None else taps.key_tap,
+        "guidance value": None if taps is None else taps.value_cut.feature.name,
+        "inputs": samples.digest(),
+        "count": len(samples),
+        "seed": samples.seed,
+        "batch": batch,
+    }
+
+
+def _store(
+    folder: Path, name: str, arrays: dict[str, np.ndarray], indices: list[int], value: Tensor, count: int
+) -> None:
+    rows = value.cpu().numpy()
+    if name not in arrays:
+        path, shape = folder / f"{name}.npy", (count, *rows.shape[1:])
+        arrays[name] = np.lib.format.open_memmap(path, "w+", rows.dtype, shape)
+    if arrays[name].shape[1:] != rows.shape[1:]:
+        raise OptionError(
+            f"inputs must be of one size, got shapes {arrays[name].shape[1:]} and {rows.shape[1:]} of {name}",
+            value,
+        )
+    arrays[name][indices] = rows
+
+
+def _sum(rows: np.ndarray) -> int:
+    begin = zlib.crc32(f"{rows.dtype}{rows.shape}".encode())
+    return zlib.crc32(np.ascontiguousarray(rows).tobytes(), begin)
+
+
+def _check_sums(
+    folder: Path, arrays: dict[str, np.ndarray], state: dict[str, Any], batch: int
+) -> dict[str, list[int]]:
+    """Compare the stored batches with their checksums, and return these."""
+    done = state["done"]
+    for name, array in arrays.items():
+        sums = [_sum(array[begin : min(begin + batch, done)]) for begin in range(0, done, batch)]
+        if sums != state["sums"][name]:
+            first = next(i for i, (a, b) in enumerate(zip(sums, state["sums"][name], strict=True)) if a != b)
+            raise CheckpointError(
+                f"{folder / name}.npy is damaged from sample {first * batch} on. Remove {folder}.", folder
+            )
+    return dict(state["sums"])
+
+
+def _check_shared(name: str, first: Tensor, now: Tensor) -> None:
+    if first.shape != now.shape or not torch.allclose(first.double(), now.double(), rtol=1e-4, atol=1e-6):
+        raise TrainingError(
+            f"{name} has one value for all samples of a batch, and another one in the next batch. Draw noise "
+            "per sample inside the generator, or attach the branch elsewhere.",
+            now,
+        )
+
+
+def _open(folder: Path, name: str, count: int, mode: Any) -> np.ndarray:
+    path = folder / f"{name}.npy"
+    try:
+        array = read_npy(path, mode)
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged ({error}). Remove {folder}.", path) from error
+    if array.shape[:1] != (count,):
+        raise CheckpointError(
+            f"{path} must have {count} samples, got shape {array.shape}. Remove {folder}.", path
+        )
+    return array
+
+
+def _read_state(folder: Path, identity: dict[str, Any]) -> dict[str, Any]:
+    path = folder / "cache.json"
+    if not path.exists():
+        return {"identity": identity, "done": 0, "arrays": [], "sums": {}}
+    try:
+        state: dict[str, Any] = json.loads(path.read_text())
+        if not is_intact(state):
+            raise ValueError("its digest does not match")
+        other = [key for key in identity if state["identity"].get(key) != identity[key]]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}). Remove {folder}.", path) from error
+    if other:
+        raise CheckpointError(
+            f"{folder} has features of another fit, with other {', '.join(other)}. Use another folder, or "
+            "remove this one.",
+            folder,
+        )
+    return state
+
+
+def _write_state(folder: Path, state: dict[str, Any]) -> None:
+    temporary = folder / "cache.json.part"
+    temporary.write_text(json.dumps({**state, "digest": self_digest(json.loads(json.dumps(state)))}))
+    os.replace(temporary, folder / "cache.json")

@@ -1,0 +1,77 @@
+"""Starting weights: branches that inherited channels are fitted to the backbone's features."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor
+
+from retroexit.branch.branch import Branch
+from retroexit.branch.least_squares import Reconstruction, reconstruct
+from retroexit.errors import RetroExitError
+from retroexit.model import EarlyExitGenerator
+from retroexit.tracing.record import unobserved
+from retroexit.training.distributed import Team
+from retroexit.training.steps import Steps
+from retroexit.wrapping.decomposition import branch_for
+
+__all__ = ["reconstruct_branches"]
+
+logger = logging.getLogger(__name__)
+
+_SAMPLES, _PIXELS = 64, 2**20  # at most; all of them are in memory at once
+
+
+def reconstruct_branches(
+    model: EarlyExitGenerator, steps: Steps, folder: Path | None = None, *, keep_channels: bool = False
+) -> list[Reconstruction | None]:
+    """Choose the channels of new branches from training samples, and solve their layers, in place.
+
+    Every process computes the same. Branches that have inherited before, or that have a checkpoint, are left
+    as they are.
+
+    Args:
+        model: The wrapped generator, recorded.
+        steps: What the training reads.
+        folder: Folder of checkpoints.
+        keep_channels: Whether to find out the inherited channels of branches with a checkpoint too.
+
+    Returns:
+        The result for every branch, ``None`` if there was nothing to do.
+    """
+    pixels = steps.cropper.size or steps.cropper.image_size
+    count = max(2, min(_SAMPLES, _PIXELS // math.prod(pixels)))
+    step = replace(steps, team=Team(), batch=count, needs_inputs=False).at(0)
+    results: list[Reconstruction | None] = []
+    for index, branch in enumerate(model.branches):
+        assert isinstance(branch, Branch)
+        has_checkpoint = folder is not None and (folder / f"exit{index + 1}.safetensors").exists()
+        is_fresh, branch.is_fresh = branch.is_fresh, False
+        values = [step.read(node.name) for node in model.split.cuts[index].crossing] if is_fresh else []
+        if is_fresh and (keep_channels or not has_checkpoint):
+            _choose_channels(model, index, values)
+        if has_checkpoint or not is_fresh:
+            results.append(None)
+            continue
+        with unobserved(model.generator):
+            full = model.split.tail(index, share=True)
+            results.append(reconstruct(branch.eval(), full, values, step.guide, seed=steps.seed))
+    return results
+
+
+def _choose_channels(model: EarlyExitGenerator, index: int, values: list[Tensor]) -> None:
+    """Inherit the channels that explain most of the samples' features."""
+    branch = model.branches[index]
+    assert isinstance(branch, Branch)
+    try:
+        other = branch_for(model.decomposition, index, values)
+    except (RetroExitError, RuntimeError) as error:  # the generator's code may refuse other samples
+        logger.info("exit %d keeps its channels: %s", index + 1, error)
+        return
+    state = other.state_dict()
+    if {name: v.shape for name, v in branch.state_dict().items()} == {n: v.shape for n, v in state.items()}:
+        branch.load_state_dict(state)
+        branch.kept = other.kept

@@ -1,0 +1,297 @@
+"""Measure what every exit loses, and train the predictor of it (paper sections 3.2 and 3.4, equation 2)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from retroexit.core.files import read_npy, sha256_of
+from retroexit.core.modules import device_of
+from retroexit.core.samples import Samples, drawing_from
+from retroexit.errors import BankError, CheckpointError, TrainingError
+from retroexit.metrics import QualityMetric
+from retroexit.model import EarlyExitGenerator
+from retroexit.routing.predictor import Kind, Predictor, Reads, check_kind
+from retroexit.routing.router import guide_distance, input_map
+from retroexit.training.cache import IMAGE, Features, chunks, guidance_names
+from retroexit.training.distributed import average
+from retroexit.training.steps import Steps
+
+__all__ = ["check_reads", "exit_losses", "fit_predictor", "predictor_reads", "train_predictor"]
+
+
+@torch.no_grad()
+def exit_losses(
+    model: EarlyExitGenerator, steps: Steps, metric: QualityMetric, path: Path, progress: bool
+) -> Tensor:
+    """Measure the quality loss of every branch exit on every sample, ``(S, K)``.
+
+    Args:
+        model: The wrapped generator with trained branches.
+        steps: What they were trained on.
+        metric: Compares an exit's image with the backbone's.
+        path: File of the losses; read if it exists, else written.
+        progress: Whether to show a progress bar on a terminal.
+
+    Raises:
+        CheckpointError: If the file is damaged or belongs to another fit.
+        TrainingError: If a loss is not finite.
+    """
+    team, size = steps.team, (len(steps.features), len(model.branches))
+    if team.from_first(path.exists()):
+        return _read_losses(path, size)
+    losses = torch.zeros(size, device=steps.device)
+    off = None if progress and team.is_first else True
+    with tqdm(total=size[0], desc="losses of all exits", disable=off) as bar:
+        for number, rows in enumerate(chunks(size[0], 8)):
+            bar.update(len(rows))
+            if number % team.size == team.rank:
+                losses[rows] = _batch_losses(model, steps, metric, rows)
+    average([losses])
+    losses = (losses * team.size).cpu()
+    finite = torch.isfinite(losses).all(0).tolist()
+    if not all(finite):
+        exits = [index + 1 for index, is_finite in enumerate(finite) if not is_finite]
+        raise TrainingError(
+            f"{metric.name} must be finite, but is not at exits {exits}. Fit again in another folder, with a "
+            "lower learning rate.",
+            losses,
+        )
+    if team.is_first:
+        temporary = path.with_suffix(".part.npy")
+        np.save(temporary, losses.numpy(), allow_pickle=False)
+        path.with_suffix(".sha256").write_text(sha256_of(temporary), encoding="ascii")
+        os.replace(temporary, path)
+    return losses
+
+
+def _batch_losses(model: EarlyExitGenerator, steps: Steps, metric: QualityMetric, rows: list[int]) -> Tensor:
+    """Losses of all exits on some samples, ``(len(rows), K)``."""
+    read = steps.features.read
+    target = steps.limits.to_signed(read(IMAGE, rows, steps.device).float())
+    guide = None if steps.guide_of is None else steps.guide_of(rows).to(steps.device)
+    losses = []
+    for index, branch in enumerate(model.branches):
+        values = [read(node.name, rows, steps.device) for node in model.split.cuts[index].crossing]
+        with drawing_from(steps.seed + rows[0], steps.device):
+            image = model.split.place_of(branch(*values, guide=guide)).float()
+        losses.append(metric(steps.limits.to_signed(image), target).float())
+    return torch.stack(losses, 1)
+
+
+def _read_losses(path: Path, size: tuple[int, int]) -> Tensor:
+    try:
+        if path.with_suffix(".sha256").read_text(encoding="ascii") != sha256_of(path):
+            raise ValueError(f"it does not match {path.with_suffix('.sha256').name}")
+        losses = torch.from_numpy(read_npy(path))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}). Remove it.", path) from error
+    if tuple(losses.shape) != size:
+        raise CheckpointError(f"{path} must have shape {size}, got {tuple(losses.shape)}. Remove it.", path)
+    return losses
+
+
+def fit_predictor(
+    model: EarlyExitGenerator,
+    samples: Samples,
+    features: Features,
+    losses: Tensor,
+    *,
+    held_out: Sequence[int],
+    kind: Kind = "conv",
+    predict_from: Reads | None = None,
+    steps: int = 1500,
+    seed: int = 0,
+    progress: bool = True,
+) -> float | None:
+    """Train a predictor of measured losses and give it to the model, whose calibration is dropped.
+
+    Args:
+        model: The wrapped generator with trained branches.
+        samples: The inputs.
+        features: Their features.
+        losses: Quality loss of every branch exit, ``(S, K)``.
+        held_out: Samples that the branches were not trained on.
+        kind: ``"conv"``, ``"pooled"`` or ``"linear"``, see `Predictor`.
+        predict_from: What it reads, see `Predictor`.
+        steps: Optimiser steps.
+        seed: Seed of starting weights and batches.
+        progress: Whether to show a progress bar on a terminal.
+
+    Returns:
+        The error on the held-out samples, see `train_predictor`.
+
+    Raises:
+        OptionError: If there is no such kind, or nothing such to read.
+        BankError: If it reads the distance to a guide and the branches take none.
+        TrainingError: If the loss is not finite.
+    """
+    check_reads(model, samples, predict_from)
+    reads = predict_from or ("features" if model.options.predictor_inputs is None else "inputs")
+    maps, extra = predictor_reads(model, samples, features, reads)
+    with drawing_from(seed):
+        exits = len(model.branches)
+        predictor = Predictor(maps.shape[1], exits, dims=maps.dim() - 2, kind=kind, reads=predict_from)
+        error = train_predictor(
+            predictor,
+            maps,
+            losses,
+            held_out=held_out,
+            extra=extra,
+            steps=steps,
+            seed=seed,
+            progress=progress,
+        )
+    device = device_of(model.generator)
+    model.predictor, model.calibration = predictor.to(device).eval(), None
+    return error
+
+
+def check_reads(model: EarlyExitGenerator, samples: Samples, predict_from: Reads | None) -> None:
+    """Check that a predictor of this model can read ``predict_from``.
+
+    Raises:
+        OptionError: If there is no such choice, or no input is a map or a vector.
+        BankError: If it is the distance to a guide and the branches take none.
+    """
+    check_kind("conv", predict_from)
+    if predict_from == "features+distance" and model.decomposition.taps is None:
+        raise BankError(
+            "predict_from='features+distance' needs branches with guidance. Wrap with guidance=True, or use "
+            "predict_from='features'.",
+            model,
+        )
+    if predict_from == "inputs":
+        _input_maps(model, samples, [0])
+
+
+def _input_maps(model: EarlyExitGenerator, samples: Samples, rows: Sequence[int]) -> Tensor:
+    args, kwargs = samples.gather(rows)
+    source, dims = model.options.predictor_inputs, len(model.decomposition.feature_shape) - 1
+    with torch.no_grad(), drawing_from(samples.seed + rows[0]):
+        return (input_map(args, kwargs, dims) if source is None else source(*args, **kwargs)).cpu()
+
+
+def predictor_reads(
+    model: EarlyExitGenerator, samples: Samples, features: Features, reads: str
+) -> tuple[Tensor, Tensor | None]:
+    """Collect what a predictor reads: maps ``(S, C, ...)``, and distances ``(S, 1)`` or ``None``."""
+    if reads == "inputs":
+        return torch.cat([_input_maps(model, samples, rows) for rows in chunks(len(samples), 32)]), None
+    feature = model.split.cuts[0].feature.name
+    maps = torch.cat([features.read(feature, rows) for rows in chunks(len(features), 32)])
+    if reads != "features+distance":
+        return maps, None
+    taps, bank = model.decomposition.taps, model.bank
+    assert taps is not None and bank is not None
+    key, _ = guidance_names(taps, feature)
+    # The keys of the sample itself are left out, since a new input has none in the bank.
+    results = [
+        bank.search(features.read(key, rows), torch.as_tensor(rows)) for rows in chunks(len(features), 64)
+    ]
+    return maps, torch.cat([guide_distance(result.distances) for result in results])
+
+
+@torch.enable_grad()
+def train_predictor(
+    predictor: Predictor,
+    maps: Tensor,
+    losses: Tensor,
+    *,
+    held_out: Sequence[int],
+    extra: Tensor | None = None,
+    steps: int = 1500,
+    batch: int = 32,
+    lr: float = 2e-3,
+    seed: int = 0,
+    progress: bool = True,
+) -> float | None:
+    """Fit a predictor to quality losses by the squared error of their logarithms.
+
+    The weights that are best on the held-out samples are kept, and their mean error there is subtracted from
+    the predictions. The guard against out-of-distribution inputs is fitted to the same maps.
+
+    Args:
+        predictor: Trained in place; left in eval mode.
+        maps: Maps that it reads, ``(S, C, ...)``.
+        losses: Quality loss of every branch exit, ``(S, K)``.
+        held_out: Samples that the branches were not trained on.
+        extra: Distance to the guide, ``(S, 1)``, if it reads it.
+        steps: Adam steps.
+        batch: Samples per step.
+        lr: Learning rate, cosine to zero.
+        seed: Seed of the batches.
+        progress: Whether to show a progress bar on a terminal.
+
+    Returns:
+        Mean absolute error on the held-out samples; ``None`` without such samples.
+
+    Raises:
+        TrainingError: If the loss is not finite.
+
+    Reference: paper section 3.2, equation 2; the logarithm is ours.
+    """
+    held = torch.as_tensor(sorted(held_out), dtype=torch.long)
+    mask = torch.ones(len(maps), dtype=torch.bool)
+    mask[held] = False
+    rows = mask.nonzero()[:, 0] if bool(mask.any()) else torch.arange(len(maps))
+    predictor.calibrate_scales(maps[rows], losses[rows], None if extra is None else extra[rows])
+    optimizer = torch.optim.Adam(predictor.parameters(), lr=lr, weight_decay=1e-4)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    random = np.random.default_rng(seed)
+    scale, target = predictor.loss_std, predictor.scaled(losses)
+    best, best_state = float("inf"), dict[str, Tensor]()
+    bar = tqdm(range(steps), desc="predictor", disable=None if progress else True)
+    for step in bar:
+        predictor.train()
+        picked = rows[torch.from_numpy(random.integers(0, len(rows), batch))]
+        predicted = predictor(maps[picked], None if extra is None else extra[picked])
+        error = ((predictor.scaled(predicted) - target[picked]) / scale).square().mean()
+        optimizer.zero_grad(set_to_none=True)
+        error.backward()
+        optimizer.step()
+        scheduler.step()
+        if not torch.isfinite(error):
+            raise TrainingError(
+                f"the predictor's loss became {float(error.detach())} at step {step}. Check the features and "
+                "losses for infinite values.",
+                predictor,
+            )
+        if len(held) and (step % 50 == 49 or step == steps - 1):
+            residuals = predictor.scaled(_predict(predictor, maps, extra, held)) - target[held]
+            score = float((residuals - residuals.mean(0)).abs().mean())
+            if score < best or not best_state:
+                best, best_state = score, {k: v.clone() for k, v in predictor.state_dict().items()}
+            bar.set_postfix(held_out=f"{score:.4f}")
+    if best_state:
+        predictor.load_state_dict(best_state)
+    predictor.eval()
+    with torch.no_grad():
+        seen = _pooled(predictor, maps, extra, rows)
+        predictor.guard.fit(seen, _pooled(predictor, maps, extra, held) if len(held) else seen[:0])
+        if not len(held):
+            return None
+        predictor.loss_mean -= (predictor.scaled(_predict(predictor, maps, extra, held)) - target[held]).mean(
+            0
+        )
+    return float((_predict(predictor, maps, extra, held) - losses[held]).abs().mean())
+
+
+def _pooled(predictor: Predictor, maps: Tensor, extra: Tensor | None, rows: Tensor) -> Tensor:
+    """Pooled features of some samples, which the guard reads."""
+    parts = [predictor.pool(maps[part], None if extra is None else extra[part])[1] for part in rows.split(64)]
+    return predictor.guarded(torch.cat(parts))
+
+
+@torch.no_grad()
+def _predict(predictor: Predictor, maps: Tensor, extra: Tensor | None, rows: Tensor) -> Tensor:
+    predictor.eval()
+    return torch.cat(
+        [predictor(maps[part], None if extra is None else extra[part]) for part in rows.split(64)]
+    )

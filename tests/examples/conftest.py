@@ -1,0 +1,49 @@
+"""Import the examples as when their scripts are run, and run them."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+
+
+@contextmanager
+def _imported(folder: str, *names: str) -> Iterator[SimpleNamespace]:
+    hidden = {name: sys.modules.pop(name) for name in names if name in sys.modules}
+    path = sys.path[:]
+    sys.path.insert(0, str(EXAMPLES / folder))
+    try:
+        yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
+    finally:
+        sys.path[:] = path
+        for name in names:
+            sys.modules.pop(name, None)
+        sys.modules.update(hidden)
+
+
+@pytest.fixture(scope="session")
+def imported() -> Callable[..., AbstractContextManager[Any]]:
+    """Import modules of one folder; other folders have some of the same names."""
+    return _imported
+
+
+@pytest.fixture
+def run_script(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[[ModuleType, str], str]:
+    """Run ``main`` of a module with a command line and return what it prints."""
+
+    def run(module: ModuleType, words: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["script.py", *words.split()])
+        module.main()
+        return capsys.readouterr().out
+
+    return run
