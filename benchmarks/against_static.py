@@ -12,10 +12,10 @@ running average, the same metric, on the real latent decoder of ``examples/laten
 * ours by image: exits chosen by the predictor for a threshold;
 * ours by budget: exits chosen by the predictor for a price of compute.
 
-The drift guard is off: it would send inputs unlike those of the fit to the backbone, whatever they are worth.
+The guard against inputs out of distribution is off.
 Loss to the decoder's own image (mean, 95th percentile, share above 0.1) is set against mean MACs, everything
-counted, and against time, measured by turns in one process. Networks and losses are kept in ``--out`` as they
-are finished, so that the script goes on where it stopped.
+counted, and against time, measured by turns in one process. Networks and losses are stored in ``--out`` as they
+are finished, so that an interrupted run resumes.
 
     python benchmarks/against_static.py --shared ../shared --out runs/static
 
@@ -58,7 +58,7 @@ LIMITS = (0.03, 0.05, 0.07, 0.1, 0.15)
 
 @dataclass
 class Run:
-    """What is compared, and where it is kept.
+    """What is compared, and where it is stored.
 
     Attributes:
         case: Decoder and latents.
@@ -82,13 +82,13 @@ class Run:
             images = [self.case.generator(x[None]) for x in self.latents]
         self.targets = self.limits.to_signed(torch.cat(images))
 
-    def kept(self, name: str, make: Any) -> list[Point]:
-        """Read points that were measured before, or measure and keep them."""
+    def stored(self, name: str, make: Any) -> list[Point]:
+        """Read points that were measured before, or measure and store them."""
         path = self.out / "points" / f"{name}.json"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            found = make()
-            path.write_text(json.dumps([p.plain() for p in found]))
+            points = make()
+            path.write_text(json.dumps([p.plain() for p in points]))
         fields = ("way", "setting", "macs", "loss")
         return [Point(**{k: p[k] for k in fields}) for p in json.loads(path.read_text())]
 
@@ -98,7 +98,7 @@ class Run:
         measure = partial(
             network_point, way, setting, draw, self.latents, self.targets, self.case.metric, self.limits
         )
-        (point,) = self.kept(name, lambda: [measure()])
+        (point,) = self.stored(name, lambda: [measure()])
         self.points.append(point)
         self.draws.append((point, draw))
 
@@ -109,9 +109,7 @@ class Run:
         model = self.model = networks.early_exits(
             self.case, attach_at, scale, floor, self.training, self.out / "ours"
         )
-        model.router.ood_counter.enabled = (
-            False  # sending strange inputs to the backbone is no part of what is compared
-        )
+        model.router.ood_counter.enabled = False  # the guard is not compared
         path = self.out / "ours" / "report" / "evaluation.json"
         if not path.exists():
             retroexit.evaluate(model, self.latents, path.parent, metric=self.case.metric, repeats=0)
@@ -170,9 +168,9 @@ def _routed(model: EarlyExitGenerator, tau: float, latents: Tensor) -> Tensor:
     return model.image(model.routed(latents, threshold=tau)[0])
 
 
-def main(given: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Train what is missing, measure, print, plot."""
-    arguments = _arguments(given)
+    arguments = _arguments(argv)
     torch.set_num_threads(arguments.threads)
     case = CASES[arguments.case](arguments.shared, arguments.out)
     training = networks.Training(
@@ -216,7 +214,7 @@ def _backbone_macs(case: Case) -> int:
     return count_macs(case.generator, *args)
 
 
-def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argument_parser(__doc__)
     parser.add_argument("--case", choices=sorted(EXITS), default="latent")
     parser.add_argument("--shared", type=Path, default=shared_folder(), help="folder with weights and data")
@@ -233,7 +231,7 @@ def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--thresholds", type=int, default=8, help="thresholds of ours that are rendered")
     parser.add_argument("--timed", type=int, default=4, help="images to time")
     parser.add_argument("--repeats", type=int, default=5, help="timed turns per image; 0: no times")
-    return parser.parse_args(given)
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

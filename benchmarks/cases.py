@@ -126,8 +126,8 @@ def mixed_case(shared: Path, out: Path) -> Case:
 
         train = heads([*splits["train"], *splits["val"]], len(street.train))
         np.savez(path, train=train, test=heads(splits["test"], len(street.test)))
-    with np.load(path, allow_pickle=False) as kept:
-        train, test = torch.from_numpy(kept["train"]), torch.from_numpy(kept["test"])
+    with np.load(path, allow_pickle=False) as stored:
+        train, test = torch.from_numpy(stored["train"]), torch.from_numpy(stored["test"])
     return dataclasses.replace(
         street,
         train=torch.cat([torch.stack(list(street.train)), train]),

@@ -94,8 +94,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
 def in_process(words: list[str]) -> dict[str, float]:
     """Run this script in a process of its own and read what it prints."""
     done = subprocess.run([sys.executable, __file__, *words], stdout=subprocess.PIPE, text=True, check=True)
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return result
 
 
 def main() -> None:

@@ -48,7 +48,7 @@ class Clamp(nn.Module):
 
 
 class Block(nn.Module):
-    """Three convolutions with a skip; before them, where asked, a channel mixer with a norm."""
+    """Three convolutions with a skip; before them, with ``pool``, a channel mixer with a norm."""
 
     def __init__(self, width: int = 64, pool: bool = False) -> None:
         super().__init__()
@@ -91,11 +91,13 @@ def encoder_layers(latent: int = 32, width: int = 64) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Conv2d(width, latent, 3, padding=1))
 
 
-def shared_folder(given: str | None = None) -> Path:
-    """Find the folder with weights and photographs."""
-    folder = Path(given or os.environ.get("RETROEXIT_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+def shared_folder(folder_name: str | None = None) -> Path:
+    """Return the folder with weights and photographs."""
+    folder = Path(
+        folder_name or os.environ.get("RETROEXIT_SHARED", Path(__file__).resolve().parents[2] / "shared")
+    )
     if not (folder / "data" / "weights").is_dir():
-        raise SystemExit(f"no data/weights in {folder}; pass --shared or set RETROEXIT_SHARED")
+        raise SystemExit(f"no data/weights in {folder}. Pass --shared or set RETROEXIT_SHARED.")
     return folder
 
 
@@ -113,14 +115,14 @@ def latents(split: str, shared: Path, cache: Path) -> Tensor:
     path = cache / f"latents-{split}.npy"
     if path.exists():
         return torch.from_numpy(np.load(path, allow_pickle=False))
-    encoder, found = load("encoder", shared), []
+    encoder, encoded = load("encoder", shared), []
     street = shared / "data/street"
     for name in tqdm((street / f"{split}.txt").read_text().split(), desc=f"encoding {split}", disable=None):
         pixels = np.array(Image.open(street / "256x128/image" / f"{name}.jpg").convert("RGB"))
-        found.append(encoder(torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255)[0])
+        encoded.append(encoder(torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255)[0])
     cache.mkdir(parents=True, exist_ok=True)
-    np.save(path, torch.stack(found).numpy(), allow_pickle=False)
-    return torch.stack(found)
+    np.save(path, torch.stack(encoded).numpy(), allow_pickle=False)
+    return torch.stack(encoded)
 
 
 def decoder() -> nn.Sequential:
@@ -158,14 +160,8 @@ def summarise(result: Evaluation) -> str:
     at_mean = []
     for target in THRESHOLDS:
         point = result.at_mean(target)
-        at_mean.append(
-            [
-                f"{target:g}",
-                f"{100 * point.saved:.1f} %",
-                f"{point.mean_loss:.4f}",
-                " ".join(map(str, point.counts)),
-            ]
-        )
+        saved, counts = f"{100 * point.saved:z.1f} %", " ".join(map(str, point.counts))
+        at_mean.append([f"{target:g}", saved, f"{point.mean_loss:.4f}", counts])
     parts.append("threshold chosen so that the mean loss stays below:")
     parts.append(table(["mean", "saved", "reached", "samples per exit"], at_mean))
     for end in (0.05, 0.1):
@@ -181,8 +177,8 @@ def summarise(result: Evaluation) -> str:
     return "\n".join(parts)
 
 
-def main() -> None:
-    """Fit and evaluate."""
+def parse() -> argparse.Namespace:
+    """Read the options."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -203,8 +199,12 @@ def main() -> None:
     parser.add_argument("--float32", action="store_true", help="train without bfloat16 autocast")
     parser.add_argument("--train", type=int, default=None, help="use only so many training latents")
     parser.add_argument("--test", type=int, default=None, help="use only so many test latents")
-    arguments = parser.parse_args()
+    return parser.parse_args()
 
+
+def main() -> None:
+    """Fit and evaluate."""
+    arguments = parse()
     shared = shared_folder(arguments.shared)
     train = latents("train", shared, arguments.out)[: arguments.train]
     test = latents("test", shared, arguments.out)

@@ -35,7 +35,7 @@ EMPHASIS = {"car": 3.0, "person": 3.0, "pole": 2.0, "window": 1.0, "roof": 1.0}
 
 
 class PatchDiscriminator(nn.Module):
-    """Judge patches of a picture given its label map: ``(N, 3 + classes, H, W)`` to ``(N, 1, H/8, W/8)``."""
+    """Score patches of a picture given its label map: ``(N, 3 + classes, H, W)`` to ``(N, 1, H/8, W/8)``."""
 
     def __init__(self, width: int = 32) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ def picture_loss(made: Tensor, drawn: Tensor, labels: Tensor) -> Tensor:
 
 
 class Scenes:
-    """Drawn training scenes in memory; drawn once and kept in an npz file."""
+    """Drawn training scenes in memory; drawn once and stored in an npz file."""
 
     def __init__(self, file: Path, count: int) -> None:
         if file.exists():

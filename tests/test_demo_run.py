@@ -35,12 +35,12 @@ def test_the_demo_command_wraps_fits_and_reports(
     assert result.loss.shape == (3, 4)
     assert [e.attach_at for e in model.exits] == ["body.0", "body.1", "body.2", "body.3", ""]
     assert result.macs.tolist() == sorted(result.macs.tolist())
-    said = capsys.readouterr().out
-    assert "SceneGenerator with 4 early exits" in said
-    assert "Quality loss (ms-ssim) of every exit to the backbone, on 3 other scenes" in said
+    printed = capsys.readouterr().out
+    assert "SceneGenerator with 4 early exits" in printed
+    assert "Quality loss (ms-ssim) of every exit to the backbone, on 3 other scenes" in printed
     for k, mean in enumerate(result.loss.mean(0), 1):
-        assert f"exit {k}: {mean:.3f}" in said
-    assert f"report with pictures: {tmp_path / 'report/report.html'}" in said
+        assert f"exit {k}: {mean:.3f}" in printed
+    assert f"report with pictures: {tmp_path / 'report/report.html'}" in printed
     assert f"retroexit {' '.join(arguments)}" in (tmp_path / "report/report.html").read_text()
     assert json.loads((tmp_path / "report/evaluation.json").read_text())["metric"]["name"] == "ms-ssim"
     loaded = api.load(tmp_path / "ms-ssim", load_scene_generator())
@@ -50,7 +50,7 @@ def test_the_demo_command_wraps_fits_and_reports(
         assert torch.equal(loaded(*sample), load_scene_generator()(*sample))
 
 
-def test_lpips_without_weights_gives_way_to_ms_ssim_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_lpips_weights_the_demo_uses_ms_ssim_and_prints_why(monkeypatch: pytest.MonkeyPatch) -> None:
     real = Host.metric
 
     def offline(self: Host, name: str, weights: Path | None = None) -> object:
@@ -59,14 +59,14 @@ def test_lpips_without_weights_gives_way_to_ms_ssim_and_says_so(monkeypatch: pyt
         return real(self, name, weights)
 
     monkeypatch.setattr(Host, "metric", offline)
-    said: list[str] = []
-    assert isinstance(demo.pick_metric("auto", None, said.append), MSSSIM)
-    (line,) = said
+    lines: list[str] = []
+    assert isinstance(demo.pick_metric("auto", None, lines.append), MSSSIM)
+    (line,) = lines
     assert "1 - MS-SSIM instead" in line and "reason: alexnet-owt-7be5be79.pth cannot be downloaded" in line
     with pytest.raises(WeightsError, match="cannot be downloaded"):
-        demo.pick_metric("lpips-alex", None, said.append)
+        demo.pick_metric("lpips-alex", None, lines.append)
     with pytest.raises(PluginError, match="no metric 'psnr'; closest: "):
-        demo.pick_metric("psnr", None, said.append)
+        demo.pick_metric("psnr", None, lines.append)
 
 
 def test_a_picture_shows_the_colour_of_every_class() -> None:

@@ -73,7 +73,7 @@ def draw(rows: Sequence[Row], metric: str, main: str, path: Path) -> None:
     for exit_index in exits:
         for run in groups.get((exit_index, main), [])[:1]:
             distances.plot(run["distance"], run["losses"], "o", markersize=4, label=f"exit {exit_index}")
-    distances.set(title=f"difficulty, {main}", xlabel="mean distance to the keys found", ylabel=metric)
+    distances.set(title=f"difficulty, {main}", xlabel="mean distance to the retrieved keys", ylabel=metric)
     for axes in (*upper, sizes, distances):
         if axes.get_legend_handles_labels()[1]:
             axes.legend(frameon=False, fontsize=8)
@@ -90,8 +90,8 @@ def _groups(rows: Sequence[Row], *by: str) -> dict[tuple[Any, ...], list[Row]]:
 
 
 def _mean_of(runs: Sequence[Row], name: str) -> str:
-    found = [np.mean(run[name]) for run in runs if name in run]
-    return f"{np.mean(found):.4f}" if found else ""
+    means = [np.mean(run[name]) for run in runs if name in run]
+    return f"{np.mean(means):.4f}" if means else ""
 
 
 def _densities(axes: Any, groups: dict[tuple[Any, ...], list[Row]], exit_index: int, main: str) -> None:
@@ -103,8 +103,8 @@ def _densities(axes: Any, groups: dict[tuple[Any, ...], list[Row]], exit_index: 
     low, high = min(map(np.min, losses.values())), max(map(np.max, losses.values()))
     margin = 0.2 * (high - low)
     grid = np.linspace(max(0, low - margin), high + margin, 300)
-    for variant, found in losses.items():
-        axes.plot(grid, density(found, grid), label=f"{variant} ({found.mean():.3f})")
+    for variant, values in losses.items():
+        axes.plot(grid, density(values, grid), label=f"{variant} ({values.mean():.3f})")
     axes.set_ylim(bottom=0)
 
 

@@ -91,17 +91,17 @@ def exit_points(evaluation: Evaluation, dense: int = 60) -> list[Point]:
     def of(way: str, setting: float, point: OperatingPoint) -> Point:
         return Point(way, setting, point.mean_macs, point.loss_of.tolist())
 
-    found = [of("one exit", k, evaluation.fixed(k)) for k in range(1, exits + 1)]
+    points = [of("one exit", k, evaluation.fixed(k)) for k in range(1, exits + 1)]
     levels = np.quantile(evaluation.loss, np.linspace(0, 1, dense))
-    found += [of("oracle", tau, evaluation.oracle(tau)) for tau in levels]
+    points += [of("oracle", tau, evaluation.oracle(tau)) for tau in levels]
     for tau in np.quantile(evaluation.need_predicted(), np.linspace(0, 1, dense)):
-        found.append(of("ours by image", tau, evaluation.at_threshold(tau)))
+        points.append(of("ours by image", tau, evaluation.at_threshold(tau)))
     predicted = torch.from_numpy(evaluation.need_predicted())
     shares = torch.from_numpy((evaluation.macs + evaluation.overhead) / evaluation.macs[-1])
     for price in np.geomspace(1e-3, 1e2, 4 * dense):
         exits = assign_by_budget(predicted, shares, float(price)).numpy()
-        found.append(of("ours by budget", price, evaluation.at_exits(exits, float(price))))
-    return found
+        points.append(of("ours by budget", price, evaluation.at_exits(exits, float(price))))
+    return points
 
 
 def thresholds_of(evaluation: Evaluation, count: int) -> list[float]:

@@ -1,4 +1,4 @@
-"""The networks that are compared, trained alike and kept on disk."""
+"""The networks that are compared, trained alike and stored on disk."""
 
 from __future__ import annotations
 
@@ -64,9 +64,9 @@ def early_exits(
     if (out / "model.json").exists():
         args, kwargs = Samples(case.train).gather([0])
         model = retroexit.load(out, case.generator, args, kwargs, adapter=False)
-        was = {name: model.about["fit"].get(name) for name in asdict(training)}
-        if was != asdict(training):
-            raise SystemExit(f"{out} was trained with {was}, asked for {training}; use another --out")
+        settings = {name: model.about["fit"].get(name) for name in asdict(training)}
+        if settings != asdict(training):
+            raise SystemExit(f"{out} was trained with {settings}, got {training}. Use another --out.")
         return model
     model = _wrap(case, list(attach_at), list(scale), floor, "after")
     return retroexit.fit(model, case.train, out, metric=case.metric, **asdict(training))
@@ -80,11 +80,11 @@ class Student(nn.Module):
         model = _wrap(case, [1], [scale], floor, "before")
         self.branches, self.route = model.branches, partial(model.route, kwargs={}, exit=1)
         self.image = model.image
-        self._known = (model,)  # in a tuple, so that the whole decoder is no part of the student
+        self._model = (model,)  # in a tuple, so that the decoder is not registered as a submodule
 
     def begin(self, steps: Steps) -> None:
         """Start from weights that are solved for, as a fit does."""
-        (model,) = self._known
+        (model,) = self._model
         reconstruct_branches(model, replace(steps, features=LiveFeatures(model, steps.samples)))
 
     def forward(self, latents: Tensor) -> Tensor:
@@ -138,13 +138,13 @@ def tuned(
         case: Decoder, latents and metric.
         training: How.
         features: Holds the decoder's images of the latents.
-        path: Where the weights are kept.
+        path: File of the weights.
     """
-    wanted = json.loads(json.dumps(asdict(training)))
+    settings = json.loads(json.dumps(asdict(training)))
     if path.exists():
         tensors, about = read_tensors(path)
-        if about != wanted:
-            raise SystemExit(f"{path} was trained with {about}, asked for {wanted}; use another --out")
+        if about != settings:
+            raise SystemExit(f"{path} was trained with {about}, got {settings}. Use another --out.")
         network.load_state_dict(tensors)
         return network.eval()
     samples = Samples(case.train, training.seed)
@@ -155,7 +155,7 @@ def tuned(
     loss = TrainingLoss({"l1": (1.0, L1()), "quality": (1.0, case.metric)})
     schedule = BranchSchedule(training.steps, training.lr, bfloat16=training.bfloat16)
     tune(network, steps, lambda step: step.args, loss, limits, schedule)
-    write_tensors(path, network.state_dict(), wanted)
+    write_tensors(path, network.state_dict(), settings)
     return network
 
 
@@ -193,7 +193,7 @@ def tune(
     Args:
         network: Left in eval mode with its averaged weights.
         steps: Samples, windows and targets.
-        read: What the network is given in a step.
+        read: Returns the inputs of the network in a step.
         loss: What to minimise.
         limits: Range of the images.
         schedule: How long and how fast.

@@ -64,7 +64,7 @@ def points_table(points: Sequence[Point], macs: float, seconds: float | None) ->
 
 
 def verdicts(points: Sequence[Point], cost: str = "macs") -> list[dict[str, object]]:
-    """Hold every static point against the best that ours gives for no more cost.
+    """Compare every static point with the best of ours at no higher cost.
 
     For the mean, two settings of one way of ours may be mixed over the images; for the others they may not.
 
@@ -75,7 +75,7 @@ def verdicts(points: Sequence[Point], cost: str = "macs") -> list[dict[str, obje
     Returns:
         For every static point, its cost and measures, and those of ours, ``None`` where ours costs more.
     """
-    found = []
+    rows = []
     mine = [p for p in points if p.way in OURS and getattr(p, cost) is not None]
     for point in points:
         budget = getattr(point, cost)
@@ -87,31 +87,31 @@ def verdicts(points: Sequence[Point], cost: str = "macs") -> list[dict[str, obje
             best = min(((x, way) for x, way in candidates if x is not None), default=(None, None))
             row[measure] = value(point, measure)
             row[f"ours {measure}"], row[f"{measure} by"] = best
-        found.append(row)
-    return found
+        rows.append(row)
+    return rows
 
 
 def mixed(points: Sequence[Point], way: str, cost: str, budget: float, measure: str) -> float | None:
-    """Read off the least that a way gives for a budget; ``None`` where it costs more.
+    """Return the least loss of a way within a budget; ``None`` where it costs more.
 
     Args:
         points: Of any ways.
         way: Which one.
         cost: ``"macs"`` or ``"seconds"``.
-        budget: In its unit; a five-hundredth more is let pass, for the predictor's own compute.
+        budget: In its unit; 0.2 % more is accepted, for the predictor's own compute.
         measure: What is read off; only for ``"mean"``, between two points as well.
     """
     pairs = sorted((getattr(p, cost), value(p, measure)) for p in points if p.way == way)
     affordable = [y for x, y in pairs if x <= budget * 1.002]
     if not affordable:
         return None
-    found = min(affordable)
+    least = min(affordable)
     if measure == "mean":
         for x, y in pairs:
             for dearer, better in pairs:
                 if x <= budget < dearer and better < y:
-                    found = min(found, y + (better - y) * (budget - x) / (dearer - x))
-    return found
+                    least = min(least, y + (better - y) * (budget - x) / (dearer - x))
+    return least
 
 
 def verdicts_table(rows: Sequence[dict[str, object]], cost: str, unit: float, backbone: float) -> str:
@@ -140,11 +140,11 @@ def floors(points: Sequence[Point], limit: float, allowed: float = 0.05) -> dict
 
     Settings are chosen knowing the losses, for every way alike. Ways that have no such setting are left out.
     """
-    found: dict[str, float] = {}
+    least: dict[str, float] = {}
     for point in points:
         if point.above(limit) <= allowed:
-            found[point.way] = min(point.macs, found.get(point.way, point.macs))
-    return found
+            least[point.way] = min(point.macs, least.get(point.way, point.macs))
+    return least
 
 
 def floors_table(points: Sequence[Point], macs: float, limits: Sequence[float]) -> str:

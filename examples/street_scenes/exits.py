@@ -4,8 +4,9 @@
 
 Four exits, scale factors 1/2, 1/3 and 1/4, a bank of patches from the training maps; 1/4 once more without
 it. Every exit is measured on the test maps: LPIPS to the backbone's image, what ESPNet recognises in it
-(mean intersection over union with the map that was asked for), and the Frechet distance to the photographs on
-SqueezeNet features. What is finished is kept in ``--out``, and the script goes on there.
+(mean intersection over union with the input map), and the Frechet distance to the photographs on
+SqueezeNet features. Finished parts are stored in ``--out``, so that an interrupted run
+resumes.
 
 Weights and photographs are not the project's own: see README.md beside this file.
 """
@@ -137,8 +138,8 @@ def measured(scale: float, bank: bool, scenes: Scenes, args: argparse.Namespace)
     """Fit one model, measure it, write its report; what was measured before is read."""
     name = f"{round(1 / scale)}" + ("" if bank else "-no-bank")
     out = args.out / name
-    page, kept = out / "report", out / "prediction.json"
-    if not kept.exists():
+    page, judged = out / "report", out / "prediction.json"
+    if not judged.exists():
         model = fitted(scale, bank, scenes, out, args)
         weights = args.shared / "data/weights/lpips_alex_v0.1.pth"
         model.calibrate(scenes.val, args.alpha, weights=weights)
@@ -154,9 +155,9 @@ def measured(scale: float, bank: bool, scenes: Scenes, args: argparse.Namespace)
         )
         images = images_of(model, scenes.test)
         figures.strip(images, scenes, args.out / f"strip-{name}.png")
-        kept.write_text(json.dumps(prediction(images, scenes, args.shared)))
+        judged.write_text(json.dumps(prediction(images, scenes, args.shared)))
     evaluation = Evaluation.from_json((page / "evaluation.json").read_text(encoding="utf-8"))
-    return figures.Run(scale, bank, evaluation, json.loads(kept.read_text()))
+    return figures.Run(scale, bank, evaluation, json.loads(judged.read_text()))
 
 
 def exit_rows(run: figures.Run) -> list[list[str]]:
@@ -237,8 +238,8 @@ def main() -> None:
     args.shared = shared_folder(args.shared)
     args.out.mkdir(parents=True, exist_ok=True)
     scenes = Scenes.read(args.shared, load(args.backbone).z_dim, args.train, args.test)
-    wanted = [(scale, True) for scale in sorted(args.scales)] + [(min(args.scales), False)]
-    runs = [measured(scale, bank, scenes, args) for scale, bank in wanted]
+    models = [(scale, True) for scale in sorted(args.scales)] + [(min(args.scales), False)]
+    runs = [measured(scale, bank, scenes, args) for scale, bank in models]
     show(runs, args.out)
     narrowest = args.out / f"{round(1 / min(args.scales))}"
     report(narrowest, unguided=Path(f"{narrowest}-no-bank"), threshold=None, title=None, out=None)

@@ -26,7 +26,7 @@ BGR_MEAN, BGR_STD = (110.3314, 108.4092, 105.0335), (72.1252, 72.6885, 69.9026)
 
 
 class NormAct(nn.Module):
-    """Batch norm and PReLU, behind a convolution where ``c_in`` is given."""
+    """Batch norm and PReLU, after a convolution if ``c_in`` is set."""
 
     def __init__(self, channels: int, c_in: int | None = None, stride: int = 1) -> None:
         super().__init__()
@@ -157,7 +157,7 @@ class SqueezeFeatures(nn.Module):
 
 
 def mean_iou(judge: ESPNet, images: Tensor, labels: Tensor) -> float:
-    """Compare what the judge sees with what was asked for.
+    """Compare the labels that the judge recognises with the input maps.
 
     Args:
         judge: Reads the images.
@@ -168,8 +168,8 @@ def mean_iou(judge: ESPNet, images: Tensor, labels: Tensor) -> float:
         Intersection over union of all pixels of a class, averaged over the eleven classes.
     """
     score = MulticlassJaccardIndex(12, average="none", ignore_index=11)
-    for image, wanted in zip(images.split(8), labels.split(8), strict=True):
-        numbers = (wanted.long() - 1) % 12  # the judge's order: unknown last
+    for image, label in zip(images.split(8), labels.split(8), strict=True):
+        numbers = (label.long() - 1) % 12  # the judge's order: unknown last
         large = F.interpolate(numbers[:, None].float(), READS_AT, mode="nearest-exact")[:, 0].long()
         score.update(judge.labels(image), large)
     return float(score.compute()[:11].mean())

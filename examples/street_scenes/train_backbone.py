@@ -7,7 +7,7 @@ One processor core is enough. Generator and discriminator are those of `retroexi
 published, with its loss and LabelMix; LPIPS and L1 to the photograph, small beside it, save most of the time
 that purely adversarial training takes. Pairs are mirrored, and cropped at random between their stored size
 and half of it. Weights are a running average; after training, the norms' statistics are measured anew for
-it. Everything is kept in ``--out`` and the training goes on with ``--resume``.
+it. Everything is stored in ``--out``; ``--resume`` continues the training.
 """
 
 from __future__ import annotations
@@ -106,8 +106,8 @@ class Trainer(GanTrainer):
         loss.backward()
         self.for_discriminator.step()
         self.follow(0.999)
-        found = {"fooled": fooled, "lpips": lpips, "l1": l1, "discriminator": loss}
-        return {name: float(value.detach()) for name, value in found.items()}
+        losses = {"fooled": fooled, "lpips": lpips, "l1": l1, "discriminator": loss}
+        return {name: float(value.detach()) for name, value in losses.items()}
 
     @torch.no_grad()
     def settled(self, pairs: Pairs, batches: int) -> OASISGenerator:

@@ -46,11 +46,13 @@ TRAIN_SEED, TEST_SEED = 1, 2
 Sample = dict[str, Any]  # z, and the noise of every layer
 
 
-def shared_folder(given: str | None = None) -> Path:
-    """Find the folder with LPIPS's weights."""
-    folder = Path(given or os.environ.get("RETROEXIT_SHARED", Path(__file__).resolve().parents[3] / "shared"))
+def shared_folder(folder_name: str | None = None) -> Path:
+    """Return the folder with LPIPS's weights."""
+    folder = Path(
+        folder_name or os.environ.get("RETROEXIT_SHARED", Path(__file__).resolve().parents[3] / "shared")
+    )
     if not (folder / "data" / "weights").is_dir():
-        raise SystemExit(f"no data/weights in {folder}; pass --shared or set RETROEXIT_SHARED")
+        raise SystemExit(f"no data/weights in {folder}. Pass --shared or set RETROEXIT_SHARED.")
     return folder
 
 
@@ -79,8 +81,8 @@ def wrap(
     generator: StyleGANGenerator, reads: str, attach_at: Sequence[int | str], scales: Sequence[float]
 ) -> retroexit.EarlyExitGenerator:
     """Add untrained exits; ``reads`` says what a predictor of the inputs gets to see, z or w."""
-    known = retroexit_describe(generator)
-    assert known is not None
+    description = retroexit_describe(generator)
+    assert description is not None
 
     def latent(z: Tensor, **_: object) -> Tensor:
         return z[:, :, None, None]
@@ -94,7 +96,7 @@ def wrap(
         attach_at,
         scales,
         min_channels=MIN_CHANNELS,
-        adapter=replace(known, predictor_inputs=style if reads == "w" else latent),
+        adapter=replace(description, predictor_inputs=style if reads == "w" else latent),
         example_inputs=(),
         example_kwargs={"z": z, "noise": noise},
     )
@@ -153,14 +155,14 @@ def predictors_table(results: Mapping[str, Evaluation]) -> str:
 
 
 def _mixed(free: Evaluation, target: float) -> float:
-    """Tell what is saved at a mean loss if a share of all samples takes one exit and the rest another."""
+    """Return what is saved at a mean loss if a random share of the samples takes one exit, the rest another."""
     fixed = [free.fixed(k) for k in range(1, len(free.macs) + 1)]
-    found = [point.saved for point in fixed if point.mean_loss <= target]
+    saved = [point.saved for point in fixed if point.mean_loss <= target]
     for a, b in itertools.permutations(fixed, 2):
         if a.mean_loss <= target < b.mean_loss:
             share = (target - a.mean_loss) / (b.mean_loss - a.mean_loss)
-            found.append((1 - share) * a.saved + share * b.saved)
-    return max(found)
+            saved.append((1 - share) * a.saved + share * b.saved)
+    return max(saved)
 
 
 @torch.no_grad()
@@ -177,14 +179,14 @@ def noise_table(model: retroexit.EarlyExitGenerator, test: Sequence[Sample], met
         kinds = (noise, [one.roll(1, 0) for one in noise], stored)
         made = [model.all_exits(z=z, noise=kind) for kind in kinds]
         targets = (made[0][-1], made[0][-1], made[2][-1])
-        for found, images, target in zip(losses.values(), made, targets, strict=True):
-            found.append(torch.stack([metric(image, target) for image in images], 1))
-    rows = [[name, *(f"{loss:.4f}" for loss in torch.cat(found).mean(0))] for name, found in losses.items()]
+        for parts, images, target in zip(losses.values(), made, targets, strict=True):
+            parts.append(torch.stack([metric(image, target) for image in images], 1))
+    rows = [[name, *(f"{loss:.4f}" for loss in torch.cat(parts).mean(0))] for name, parts in losses.items()]
     return table(["noise", *(f"exit {k + 1}" for k in range(len(model.branches))), "backbone"], rows)
 
 
-def main() -> None:
-    """Fit, evaluate and compare."""
+def parse() -> argparse.Namespace:
+    """Read the options."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -200,8 +202,12 @@ def main() -> None:
     parser.add_argument("--test", type=int, default=500, help="latents to test on")
     parser.add_argument("--reads", choices=READS, default="w", help="what the report's predictor reads")
     parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
+    return parser.parse_args()
 
+
+def main() -> None:
+    """Fit, evaluate and compare."""
+    arguments = parse()
     weights = shared_folder(arguments.shared) / "data/weights/lpips_alex_v0.1.pth"
     generator = load_generator(arguments.backbone)
     train = draw(generator, arguments.train, TRAIN_SEED)

@@ -7,7 +7,7 @@ One processor core is enough. Generator and discriminator are those of `retroexi
 `LATENT` numbers for latent and style vector; the pictures are street scenes that the project draws. Loss and
 R1 every sixteenth step are those of StyleGAN2, with noise drawn anew for every sample; path lengths are not
 regularised, styles not mixed. Pictures are mirrored. The exported weights are a running average. Everything
-is kept in ``--out`` and the training goes on with ``--resume``.
+is stored in ``--out`` and ``--resume`` continues it.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def generator() -> StyleGANGenerator:
 
 
 class Scenes:
-    """Drawn pictures in memory; drawn once and kept in an npz file."""
+    """Drawn pictures in memory; drawn once and stored in an npz file."""
 
     def __init__(self, file: Path, count: int) -> None:
         stored = np.load(file, allow_pickle=False)["images"] if file.exists() else ()
@@ -87,13 +87,13 @@ class Trainer(GanTrainer):
         loss = F.softplus(-real).mean() + F.softplus(fake).mean()
         self.for_discriminator.zero_grad(set_to_none=True)
         loss.backward()
-        found = {"fooled": fooled, "discriminator": loss, "real": real.mean(), "fake": fake.mean()}
+        losses = {"fooled": fooled, "discriminator": loss, "real": real.mean(), "fake": fake.mean()}
         if self.step % PENALISE_EVERY == 0:
-            found["slope"] = self._slope(drawn)
-            (args.r1 / 2 * PENALISE_EVERY * found["slope"]).backward()
+            losses["slope"] = self._slope(drawn)
+            (args.r1 / 2 * PENALISE_EVERY * losses["slope"]).backward()
         self.for_discriminator.step()
         self.follow(0.998)
-        return {name: float(value.detach()) for name, value in found.items()}
+        return {name: float(value.detach()) for name, value in losses.items()}
 
     def _slope(self, drawn: Tensor) -> Tensor:
         """Squared gradient of the score at drawn pictures, in float32: R1 penalises it."""

@@ -151,10 +151,10 @@ def run(width: int, is_guided: bool, clips: Clips, key: PoseKey, options: argpar
             model.bank = misleading(new, len(clips.names), same)
             other = retroexit.evaluate(model, test[::3], weights=options.weights, batch=1, repeats=0)
             wrong[label] = other.loss.mean(0).tolist()
-    found = Run(width, is_guided, evaluation, wrong)
-    found.write(folder)
+    run = Run(width, is_guided, evaluation, wrong)
+    run.write(folder)
     done.write_text(json.dumps(settings, indent=1))
-    return found
+    return run
 
 
 @torch.no_grad()
@@ -164,12 +164,12 @@ def guides_alone(clips: Clips, key: PoseKey, options: argparse.Namespace) -> lis
     if not path.exists():
         model = wrapped(options, key, 64)  # as wide as the decoder; no exit is used
         bank = bank_of(model, clips.samples("test", "bank"), options.out / "bank-test")
-        metric, found = LPIPS(weights=options.weights), []
+        metric, losses = LPIPS(weights=options.weights), []
         for latent, clip in clips.samples("test", "queries", options.test_every)[::3]:
             inputs = latent[None], clip[None]
             guide = bank.guide(key(*inputs)[..., None, None])
-            found.append(float(metric(2 * guide - 1, 2 * model(*inputs) - 1)))
-        path.write_text(json.dumps(found))
+            losses.append(float(metric(2 * guide - 1, 2 * model(*inputs) - 1)))
+        path.write_text(json.dumps(losses))
     return list(json.loads(path.read_text()))
 
 

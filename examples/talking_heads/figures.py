@@ -41,8 +41,8 @@ def quality_of_scales(axes: Axes, runs: list[Run]) -> None:
     """Draw the loss of every exit against its compute, a line per scale factor (paper, figure 6)."""
     widths = sorted({run.width for run in runs}, reverse=True)
     for run in sorted(runs, key=lambda run: (-run.width, not run.is_guided)):
-        found, colour = run.evaluation, OF_SCALES[widths.index(run.width) % len(OF_SCALES)]
-        points = [found.fixed(k) for k in range(1, len(found.macs) + 1)]
+        evaluation, colour = run.evaluation, OF_SCALES[widths.index(run.width) % len(OF_SCALES)]
+        points = [evaluation.fixed(k) for k in range(1, len(evaluation.macs) + 1)]
         x = np.array([point.mean_macs for point in points]) / 1e9
         y = np.array([point.mean_loss for point in points])
         low, high = np.array([np.percentile(point.loss_of, [10, 90]) for point in points]).T
@@ -60,8 +60,8 @@ def quality_of_scales(axes: Axes, runs: list[Run]) -> None:
 
 def shares_of_exits(axes: Axes, run: Run) -> None:
     """Draw which exits are taken at each threshold, and the mean compute (paper, figure 7)."""
-    found, taus = run.evaluation, thresholds(run.evaluation)
-    points = found.sweep(taus)
+    evaluation, taus = run.evaluation, thresholds(run.evaluation)
+    points = evaluation.sweep(taus)
     x, bottom = np.arange(len(taus)), np.zeros(len(taus))
     for k, name, colour in _exits(run):
         share = np.array([100 * np.mean(point.exit_of == k) for point in points])
@@ -74,29 +74,29 @@ def shares_of_exits(axes: Axes, run: Run) -> None:
     right.plot(x, compute, color="white", linewidth=5)
     right.plot(x, compute, color="black", marker="o", markeredgecolor="white")
     right.set(ylabel="mean GMACs per image (line)")
-    right.set_ylim(0, 1.04 * found.macs[-1] / 1e9)
+    right.set_ylim(0, 1.04 * evaluation.macs[-1] / 1e9)
     right.grid(visible=False)
     right.spines["right"].set_visible(True)
 
 
 def exits_against_distance(upper: Axes, lower: Axes, run: Run, tau: float) -> None:
     """Draw how far the guide is where an exit is taken, and the loss of exit 1 (paper, figure 10)."""
-    found = run.evaluation
-    distance, taken = found.distance, found.at_threshold(tau).exit_of
+    evaluation = run.evaluation
+    distance, taken = evaluation.distance, evaluation.at_threshold(tau).exit_of
     assert distance is not None
     grid = np.linspace(0, 1.1 * distance.max(), 300)
     for k, name, colour in _exits(run):
         mine = taken == k
         if mine.any():
             upper.plot(grid, density(distance[mine], grid, 0.5) * mine.sum(), color=colour, label=name)
-            lower.plot(distance[mine], found.loss[mine, 0], "o", color=colour, markersize=4, alpha=0.8)
+            lower.plot(distance[mine], evaluation.loss[mine, 0], "o", color=colour, markersize=4, alpha=0.8)
     upper.set(ylabel="images", yticks=[])
     upper.tick_params(labelbottom=False)
     upper.set_ylim(bottom=0)
     lower.set(xlabel="distance to the guide", ylabel="LPIPS of exit 1")
     lower.set_ylim(bottom=0)
-    told = f"rank correlation {correlation(distance, found.loss[:, 0]):.2f}"
-    lower.text(0.98, 0.04, told, transform=lower.transAxes, ha="right")
+    text = f"rank correlation {correlation(distance, evaluation.loss[:, 0]):.2f}"
+    lower.text(0.98, 0.04, text, transform=lower.transAxes, ha="right")
 
 
 def _exits(run: Run) -> list[tuple[int, str, str]]:
@@ -110,7 +110,7 @@ def draw_all(runs: list[Run], out: Path) -> list[Path]:
     """Draw every figure alone, as SVG, and one PNG of all three for the smallest scale factor.
 
     Args:
-        runs: What was found; figures 7 and 10 are of the guided ones.
+        runs: All runs; figures 7 and 10 are of the guided ones.
         out: Folder for the figures.
 
     Returns:
@@ -123,10 +123,10 @@ def draw_all(runs: list[Run], out: Path) -> list[Path]:
         made[-1].write_text(text)
 
     for run in guided:
-        found = run.evaluation
-        write(f"figure-7-width-{run.width}.svg", distribution_over_exits(found, thresholds(found)))
-        middle = float(np.median(found.loss[:, 0]))
-        write(f"figure-10-width-{run.width}.svg", difficulty_against_distance(found, middle))
+        evaluation = run.evaluation
+        write(f"figure-7-width-{run.width}.svg", distribution_over_exits(evaluation, thresholds(evaluation)))
+        middle = float(np.median(evaluation.loss[:, 0]))
+        write(f"figure-10-width-{run.width}.svg", difficulty_against_distance(evaluation, middle))
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(5.6, 3.8), layout="constrained")
         quality_of_scales(figure.add_subplot(), runs)

@@ -30,7 +30,7 @@ FAR = 100.0  # between two people, in units in which poses of one person differ 
 
 
 class TalkingHead(nn.Module):
-    """A decoder that is told whom it draws, and lets that pass by."""
+    """A decoder with the clip as a second input, which only the key reads."""
 
     def __init__(self, decoder: nn.Module) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class TalkingHead(nn.Module):
 
 
 class Clips:
-    """Latents of the clips, encoded once and kept on disk.
+    """Latents of the clips, encoded once and stored on disk.
 
     Args:
         shared: Folder with ``data/faces`` and ``data/weights``.
@@ -74,14 +74,14 @@ class Clips:
             return torch.from_numpy(np.load(path, allow_pickle=False))
         if not len(list(self._encoder.children())):
             self._encoder = load("encoder", self._shared).to(memory_format=torch.channels_last)
-        found = []
+        items = []
         for frame in tqdm(sorted((self.folder / name).glob("*.jpg")), desc=f"encoding {name}", disable=None):
             image = Image.open(frame).convert("RGB").resize((self.size, self.size), Image.Resampling.LANCZOS)
             pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255  # (1, 3, H, W)
-            found.append(self._encoder(pixels)[0].float())
+            items.append(self._encoder(pixels)[0].float())
         path.parent.mkdir(parents=True, exist_ok=True)
-        np.save(path, torch.stack(found).numpy(), allow_pickle=False)
-        return torch.stack(found)
+        np.save(path, torch.stack(items).numpy(), allow_pickle=False)
+        return torch.stack(items)
 
     def samples(self, split: str, role: str, every: int = 1) -> list[tuple[Tensor, Tensor]]:
         """Give inputs of the generator: latent and number of the clip.
@@ -91,12 +91,12 @@ class Clips:
             role: ``"bank"`` or ``"queries"``, see `divided`.
             every: Use only every so manieth.
         """
-        found = []
+        items = []
         for name in self.splits[split]:
             latents = self.latents(name)
             rows = divided(len(latents))[role == "queries"]
-            found += [(latents[row], torch.tensor(self.names.index(name))) for row in rows]
-        return found[::every]
+            items += [(latents[row], torch.tensor(self.names.index(name))) for row in rows]
+        return items[::every]
 
 
 def divided(count: int) -> tuple[range, range]:

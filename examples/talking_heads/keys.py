@@ -46,13 +46,13 @@ def candidates(clips: Clips) -> dict[str, Callable[[Tensor], Key]]:
     """Give the keys by name: for the frames in a clip's bank, a function that makes keys of latents."""
     train = [clips.latents(name) for name in clips.splits["train"]]
     poses = {n: PoseKey.fitted(train, len(clips.names), n) for n in (3, 16, 64)}
-    found: dict[str, Callable[[Tensor], Key]] = {
+    keys: dict[str, Callable[[Tensor], Key]] = {
         "coarse latent, 512 numbers": lambda bank: lambda latents: pooled(latents, 4),
         "moments of the change, 5": lambda bank: lambda latents: moments(latents, bank.mean(0)),
     }
     for count, pose in poses.items():
-        found[f"components of the change, {count}"] = lambda bank, pose=pose: pose.pose
-    return found
+        keys[f"components of the change, {count}"] = lambda bank, pose=pose: pose.pose
+    return keys
 
 
 def frames(clips: Clips, name: str) -> Tensor:
@@ -66,7 +66,7 @@ def frames(clips: Clips, name: str) -> Tensor:
 
 @torch.no_grad()
 def compare(clips: Clips, metric: LPIPS, split: str, count: int) -> dict[str, np.ndarray]:
-    """Measure what every key finds.
+    """Measure the frames that every key retrieves.
 
     Args:
         clips: The clips.
@@ -75,25 +75,25 @@ def compare(clips: Clips, metric: LPIPS, split: str, count: int) -> dict[str, np
         count: Queries per clip, spread over it.
 
     Returns:
-        LPIPS between query and found frame for every query, by the name of the key.
+        LPIPS between query and retrieved frame for every query, by the name of the key.
     """
     keys, random = candidates(clips), np.random.default_rng(0)
-    found: dict[str, list[float]] = {}
+    losses: dict[str, list[float]] = {}
     for name in tqdm(clips.splits[split], desc="clips", disable=None):
         latents, images = clips.latents(name), frames(clips, name)
         bank, queries = divided(len(latents))
-        own = latents[bank.start : bank.stop]
+        stored = latents[bank.start : bank.stop]
         for query in np.linspace(queries.start, queries.stop - 1, count).round().astype(int):
             target = images[query][None].expand(len(bank), -1, -1, -1)
             lpips = metric(images[bank.start : bank.stop], target)
             picked = {"random": int(random.integers(len(bank))), "nearest in time": len(bank) - 1}
             for label, made in keys.items():
-                key = made(own)
-                picked[label] = int((key(own) - key(latents[query][None])).square().sum(1).argmin())
+                key = made(stored)
+                picked[label] = int((key(stored) - key(latents[query][None])).square().sum(1).argmin())
             picked["best there is"] = int(lpips.argmin())
             for label, row in picked.items():
-                found.setdefault(label, []).append(float(lpips[row]))
-    return {label: np.array(values) for label, values in found.items()}
+                losses.setdefault(label, []).append(float(lpips[row]))
+    return {label: np.array(values) for label, values in losses.items()}
 
 
 def main() -> None:
@@ -109,18 +109,18 @@ def main() -> None:
     shared = shared_folder(arguments.shared)
     clips = Clips(shared, arguments.out, arguments.size)
     metric = LPIPS(weights=shared / "data/weights/lpips_alex_v0.1.pth")
-    found = compare(clips, metric, "train", arguments.queries)
-    span = found["random"].mean() - found["best there is"].mean()
+    losses = compare(clips, metric, "train", arguments.queries)
+    span = losses["random"].mean() - losses["best there is"].mean()
     rows = [
         [
             label,
             f"{loss.mean():.4f}",
             f"{np.median(loss):.4f}",
-            f"{100 * (found['random'].mean() - loss.mean()) / span:.0f} %",
+            f"{100 * (losses['random'].mean() - loss.mean()) / span:.0f} %",
         ]
-        for label, loss in found.items()
+        for label, loss in losses.items()
     ]
-    print(table(["frame found by", "mean LPIPS", "median", "of what can be won"], rows))
+    print(table(["frame by", "mean LPIPS", "median", "of what can be won"], rows))
 
 
 if __name__ == "__main__":

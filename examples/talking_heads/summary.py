@@ -1,4 +1,4 @@
-"""What the runs found, in tables."""
+"""Tables of the results."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Run:
     Attributes:
         width: Channels of the branches, of 64.
         is_guided: Whether the branches take a guide.
-        evaluation: What the test found.
+        evaluation: Its results on the test clips.
         wrong: Mean loss of every exit with wrong guides, by what they are.
     """
 
@@ -44,8 +44,8 @@ class Run:
     @classmethod
     def read(cls, width: int, is_guided: bool, folder: Path) -> Self:
         """Read what a run left in its folder."""
-        found = Evaluation.from_json((folder / "report/evaluation.json").read_text())
-        return cls(width, is_guided, found, json.loads((folder / "wrong.json").read_text()))
+        evaluation = Evaluation.from_json((folder / "report/evaluation.json").read_text())
+        return cls(width, is_guided, evaluation, json.loads((folder / "wrong.json").read_text()))
 
 
 def thresholds(evaluation: Evaluation, count: int = 8) -> list[float]:
@@ -64,16 +64,16 @@ def summarise(runs: list[Run], people: np.ndarray) -> str:
     """Set the numbers that matter in tables.
 
     Args:
-        runs: What was found.
+        runs: All runs.
         people: Whom each image of the test shows, by number.
     """
     rows = []
     for run in runs:
-        found = run.evaluation
-        for k in range(found.loss.shape[1]):
-            seconds = "" if found.seconds is None else f"{1000 * found.seconds[k]:.0f}"
-            share = f"{100 * found.macs[k] / found.macs[-1]:.1f} %"
-            loss = found.loss[:, k]
+        evaluation = run.evaluation
+        for k in range(evaluation.loss.shape[1]):
+            seconds = "" if evaluation.seconds is None else f"{1000 * evaluation.seconds[k]:.0f}"
+            share = f"{100 * evaluation.macs[k] / evaluation.macs[-1]:.1f} %"
+            loss = evaluation.loss[:, k]
             rows.append(
                 [run.name, str(k + 1), share, f"{loss.mean():.4f}", f"{np.quantile(loss, 0.9):.4f}", seconds]
             )
@@ -90,32 +90,33 @@ def summarise(runs: list[Run], people: np.ndarray) -> str:
     return "\n".join(parts)
 
 
-def routing_table(found: Evaluation) -> str:
+def routing_table(evaluation: Evaluation) -> str:
     """Compare routing with a mix of two neighbouring exits, and with an oracle, at equal mean loss."""
-    rows, perfect = [], replace(found, predicted=found.loss)
-    for k in range(1, found.loss.shape[1] + 1):
-        cheap, dear = found.fixed(k), found.fixed(k + 1)
+    rows, perfect = [], replace(evaluation, predicted=evaluation.loss)
+    for k in range(1, evaluation.loss.shape[1] + 1):
+        cheap, dear = evaluation.fixed(k), evaluation.fixed(k + 1)
         mean = (cheap.mean_loss + dear.mean_loss) / 2
-        saved = [(cheap.saved + dear.saved) / 2, found.at_mean(mean).saved, perfect.at_mean(mean).saved]
+        saved = [(cheap.saved + dear.saved) / 2, evaluation.at_mean(mean).saved, perfect.at_mean(mean).saved]
         rows.append([f"{mean:.4f}", f"{k} and {k + 1}", *(f"{100 * share:.1f} %" for share in saved)])
     return table(["mean LPIPS", "exits", "half of the images each", "routed", "oracle"], rows)
 
 
-def difficulty(found: Evaluation, people: np.ndarray) -> list[str]:
-    """Say how far predictor and distance tell the losses apart."""
+def difficulty(evaluation: Evaluation, people: np.ndarray) -> list[str]:
+    """Describe how well predictor and distance rank the losses."""
     parts = []
-    error = found.predictor_error()
-    ranks = ", ".join("-" if r is None else f"{r:.2f}" for r in error["spearman"])
+    error = evaluation.predictor_error()
+    by_exit = ", ".join("-" if r is None else f"{r:.2f}" for r in error["spearman"])
     wrong = ", ".join("-" if e is None else f"{100 * e:.1f} %" for e in error["mean_relative"])
-    parts.append(f"predictor, per exit: mean relative error {wrong}; rank correlation {ranks}")
-    if found.distance is not None:
-        distance = found.distance
-        told = [f"{correlation(distance, loss):.2f}" for loss in found.loss.T]
+    parts.append(f"predictor, per exit: mean relative error {wrong}; rank correlation {by_exit}")
+    if evaluation.distance is not None:
+        distance = evaluation.distance
+        ranks = [f"{correlation(distance, loss):.2f}" for loss in evaluation.loss.T]
         parts.append(
-            f"rank correlation of the distance to the guide with the loss, per exit: {', '.join(told)}"
+            f"rank correlation of the distance to the guide with the loss, per exit: {', '.join(ranks)}"
         )
         within = [
-            correlation(distance[people == one], found.loss[people == one, 0]) for one in np.unique(people)
+            correlation(distance[people == one], evaluation.loss[people == one, 0])
+            for one in np.unique(people)
         ]
-        parts.append("within each person, exit 1: " + ", ".join(f"{told:.2f}" for told in within))
+        parts.append("within each person, exit 1: " + ", ".join(f"{rank:.2f}" for rank in within))
     return parts

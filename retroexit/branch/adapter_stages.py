@@ -35,13 +35,7 @@ BuildStage = Callable[[nn.Module, int, int], nn.Module | None]
 
 @dataclass(frozen=True)
 class StageShape:
-    """Shapes of a stage of a narrowed tail.
-
-    Attributes:
-        channels: Channels of its input map.
-        size: Spatial size of its input map.
-        out_channels: Channels of its output map.
-    """
+    """Channels and spatial size of the input map of a stage, and channels of its output map."""
 
     channels: int
     size: tuple[int, ...]
@@ -74,9 +68,8 @@ def stage_shapes(tail: nn.Module, values: Sequence[Tensor], paths: Sequence[str]
 def first_stage(tail: nn.Module, cut: Cut, paths: Sequence[str]) -> str | None:
     """Find the stage that takes the feature directly, resized at most.
 
-    Returns:
-        Its path; ``None`` if a layer with weights, a sum with another value or a second reader of the feature
-        comes before it, since each of them needs the feature at the branch's width.
+    ``None`` if a layer with weights, a sum with another value or a second reader of the feature comes before
+    it, since each of them needs the feature at the branch's width.
     """
     value = cut.feature
     while True:
@@ -106,9 +99,8 @@ def inherit_stage(
 ) -> None:
     """Copy the backbone's channels into a built stage, wherever names and dimensions match.
 
-    A dimension matches if it has as many channels as the backbone's stage (all are copied) or as its narrowed
-    copy (the kept ones are). Anything else, such as a shortcut that the backbone does not have, keeps the
-    constructor's weights; weights that read the guide are made small.
+    A dimension matches if it has as many channels as the backbone's stage or as its narrowed copy. Others, such
+    as a shortcut that the backbone does not have, keep the constructor's weights; those of the guide are small.
 
     Args:
         built: The stage to fill.
@@ -146,9 +138,8 @@ def settle_norms(stage: nn.Module, rounds: int = 30) -> None:
     """Iterate spectral norms to the singular vectors of a stage's weights, which eval mode keeps fixed."""
     for module in stage.modules():
         for hook in module._forward_pre_hooks.values():
-            if isinstance(hook, SpectralNorm):
-                for _ in range(rounds):
-                    setattr(module, hook.name, hook.compute_weight(module, do_power_iteration=True))
+            for _ in range(rounds if isinstance(hook, SpectralNorm) else 0):
+                setattr(module, hook.name, hook.compute_weight(module, do_power_iteration=True))
         if parametrize.is_parametrized(module):
             parametrizations: Any = module.parametrizations
             modes = [(part, part.training) for part in parametrizations.modules()]

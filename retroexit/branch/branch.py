@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,13 +19,10 @@ Inject = Literal["input", "every_stage"]
 
 @dataclass(frozen=True)
 class GuideShape:
-    """Shape of the guide that a branch takes.
+    """Channels and spatial size of the guide that a branch takes, for the example inputs.
 
-    Attributes:
-        channels: Channels of the guide.
-        size: Its spatial size for the example inputs.
-        inject: ``"input"`` concatenates it to the branch's input (paper section 4.1), ``"every_stage"`` to
-            the input of every branch module (section 4.2).
+    ``inject="input"`` concatenates it to the branch's input (paper section 4.1), ``"every_stage"`` to the input
+    of every branch module (section 4.2).
     """
 
     channels: int
@@ -35,7 +31,7 @@ class GuideShape:
 
 
 class GuideEntry(nn.Module):
-    """Resize a guide, concatenate it to a feature, and project both to the branch's width.
+    """Resize a guide by a convolution, concatenate it to a feature, and project both (paper section 4.1).
 
     Args:
         channels: Channels of the feature.
@@ -43,9 +39,6 @@ class GuideEntry(nn.Module):
         size: Spatial size of the feature, for the example inputs.
         guide: The guide's shape, or ``None`` for a projection of the feature alone.
         guide_channels: Channels of the resized guide.
-
-    Reference: paper section 4.1, "concatenating it to each branch's input after due resizing performed by a
-        convolution".
     """
 
     def __init__(
@@ -96,7 +89,7 @@ class Branch(nn.Module):
     Attributes:
         entry: Projection of feature and guide to the branch's width, if needed.
         tail: The narrowed stages and the operations between and after them.
-        injections: With ``inject="every_stage"``, entries of further stages by path, with dots as ``__``.
+        injections: With ``inject="every_stage"``, entries of other stages by path, with dots as ``__``.
         plan: The chosen widths; ``None`` at full width.
         macs: Multiply-accumulates of its first run, on the example values that it was built for.
         kept: For the path of every layer in the tail, the backbone's channels that its output inherits,
@@ -134,29 +127,28 @@ class Branch(nn.Module):
         return self.plan.pins if self.plan is not None else ()
 
     @property
+    def code(self) -> str:
+        """The tail as Python code; a tail that runs the generator's own forward again has none."""
+        return self.tail.code
+
+    @property
     def widths(self) -> list[int]:
         """Distinct output widths of the tail's weights, in the order of the layers."""
         sizes = [int(p.shape[0]) for p in self.tail.parameters() if p.dim() >= 3]
         return [size for i, size in enumerate(sizes) if i == 0 or size != sizes[i - 1]]
 
     def forward(self, feature: Tensor, *live: Tensor, guide: Tensor | None = None) -> Any:
-        """Render an image from the attach point.
+        """Render a value with the structure of the generator's output.
 
         Args:
             feature: Feature map at the attach point, ``(N, C, ...)``.
             live: The other values that cross the cut.
             guide: Guide ``(N, G, ...)``, where the branch takes one.
-
-        Returns:
-            A value with the structure of the generator's output.
         """
         if self.entry is not None:
             feature = self.entry(feature, guide)
         before = {
-            path.replace("__", "."): self._injector(entry, guide) for path, entry in self.injections.items()
+            path.replace("__", "."): (lambda x, entry=entry: entry(x, guide))
+            for path, entry in self.injections.items()
         }
         return self.tail(feature, *live, before=before)
-
-    @staticmethod
-    def _injector(entry: nn.Module, guide: Tensor | None) -> Callable[[Tensor], Tensor]:
-        return lambda x: entry(x, guide)

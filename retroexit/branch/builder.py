@@ -11,25 +11,9 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, fx, nn
 
-from retroexit.branch.adapter_stages import (
-    BuildStage,
-    StageShape,
-    first_stage,
-    inherit_stage,
-    settle_norms,
-    stage_shapes,
-)
+from retroexit.branch import adapter_stages, inherit
+from retroexit.branch.adapter_stages import BuildStage, StageShape
 from retroexit.branch.branch import Branch, GuideEntry, GuideShape
-from retroexit.branch.inherit import (
-    Layout,
-    choose_channels,
-    correct_fan_in,
-    emptied,
-    find_layout,
-    narrow,
-    readers_of,
-    start_from_scratch,
-)
 from retroexit.branch.least_squares import CONVOLUTIONS
 from retroexit.branch.widths.analyse import analyse, blame
 from retroexit.branch.widths.equations import symbols_of
@@ -51,16 +35,12 @@ class BranchSpec:
     """Everything that decides how a branch is built.
 
     Attributes:
-        rule: Its width.
-        init: Starting weights.
-        guide: The guide that it takes, if any.
         stages: Paths of the backbone's stages.
-        seed: Seed of random weights.
         build_stage: Builds thin stages through their own constructor, where an adapter can.
         image: Path of the image in the output.
         names: Names of the values that cross the cut, for messages.
-        samples: Feature and live values of more samples, by which the inherited channels are chosen; without
-            them, the norms of the weights decide.
+        samples: Feature and live values of samples by which the inherited channels are chosen; without them,
+            the norms of the weights decide.
     """
 
     rule: WidthRule
@@ -93,9 +73,9 @@ def build_branch(
         BranchError: If the tail cannot be narrowed, or a stage of a saved model cannot be built again.
     """
     if plan is not None:
-        thin = cast("Tail", emptied(tail, plan))
+        thin = cast("Tail", inherit.emptied(tail, plan))
         builder = _BranchBuilder(thin, tail, cut, values, spec, plan, is_new=False)
-        correct_fan_in(thin, tail)
+        inherit.correct_fan_in(thin, tail)
         return builder.assemble(builder.build_stages(plan.built))
     is_narrow = spec.rule.scale < 1
     if is_narrow:
@@ -103,10 +83,12 @@ def build_branch(
     else:
         builder = _BranchBuilder(cast("Tail", clone_module(tail)), tail, cut, values, spec)
     if spec.init == "scratch":
-        start_from_scratch(builder.thin, tail, spec.seed)
+        inherit.start_from_scratch(builder.thin, tail, spec.seed)
     if is_narrow:
-        settle_norms(builder.thin)  # the singular vectors of the wide weights do not fit the narrow ones
-    correct_fan_in(builder.thin, tail)
+        adapter_stages.settle_norms(
+            builder.thin
+        )  # the singular vectors of the wide weights do not fit the narrow ones
+    inherit.correct_fan_in(builder.thin, tail)
     if spec.build_stage is not None and (is_narrow or spec.guide is not None):
         return builder.with_built_stages()
     return builder.assemble({})
@@ -117,8 +99,7 @@ class _BranchBuilder:
     """A branch that is being built.
 
     Attributes:
-        thin: The narrowed tail.
-        full: The full-width tail.
+        thin: The narrowed copy of the tail ``full``.
         plan: The chosen widths; ``None`` where nothing shrinks.
         kept: For a parameter's name and axis the channels that are kept, ``None`` for all of them.
         kept_entry: Channels of the feature that the narrowed tail keeps, likewise.
@@ -137,12 +118,11 @@ class _BranchBuilder:
 
     @property
     def width(self) -> int:
-        """Input channels of the narrowed tail."""
         return self.plan.entry if self.plan is not None else int(self.values[0].shape[1])
 
     @cached_property
     def stages(self) -> list[str]:
-        """Paths of the stages in the tail that take a map, in order; scripted modules cannot be changed."""
+        """Stages in the tail that take a map, in order; scripted modules cannot be changed."""
         modules = [node for node in self.cut.rest if node.op == "call_module"]
         inside = {str(node.target) for node in modules if not node.meta.get("takes_tokens")}
         is_scripted = {p for p, m in self.full.named_modules() if isinstance(m, torch.jit.ScriptModule)}
@@ -150,14 +130,12 @@ class _BranchBuilder:
 
     @cached_property
     def first(self) -> str | None:
-        """Path of the stage that takes the feature directly; see `first_stage`."""
-        return first_stage(self.full, self.cut, self.stages)
+        return adapter_stages.first_stage(self.full, self.cut, self.stages)
 
     @cached_property
     def shapes(self) -> dict[str, StageShape]:
-        """Shapes of every stage of the narrowed tail."""
         with torch.no_grad():
-            return stage_shapes(self.thin, self._narrow_values(), self.stages)
+            return adapter_stages.stage_shapes(self.thin, self._narrow_values(), self.stages)
 
     def trial_macs(self) -> int:
         """Run the narrowed tail once and count its multiply-accumulates."""
@@ -168,10 +146,10 @@ class _BranchBuilder:
     def _narrow_values(self) -> list[Tensor]:
         return [self.values[0][:, : self.width].clone(), *(value.clone() for value in self.values[1:])]
 
-    # Stages of an adapter.
-
     def with_built_stages(self) -> Branch:
         """Assemble with stages built by the adapter; keep the narrowed ones, with a pin, where those fail."""
+        if not self.stages:
+            return self.assemble({})
         sizes = {
             path: (shape.channels + self._guide_channels(path), shape.out_channels)
             for path, shape in self.shapes.items()
@@ -182,13 +160,11 @@ class _BranchBuilder:
             sizes[self.first] = (feature + self._guide_channels(self.first), sizes[self.first][1])
         narrowed_plan, narrowed_stages = self.plan, {path: self.thin.get_submodule(path) for path in sizes}
         try:
-            notes = {
-                path: "the feature reaches it through a layer, a sum or twice"
-                for path in self.stages[:1]
-                if path not in sizes
-                and self._call_adapter(path, self.shapes[path].channels, self.shapes[path].out_channels)
-                is not None
-            }
+            notes = {}
+            if (path := self.stages[0]) not in sizes:
+                shape = self.shapes[path]
+                if self._call_adapter(path, shape.channels, shape.out_channels) is not None:
+                    notes[path] = "the feature reaches it through a layer, a sum or twice"
             stages = self.build_stages(sizes)
             if stages:
                 plan = self.plan
@@ -228,8 +204,10 @@ class _BranchBuilder:
             stage.eval().to(device_of(full, self.values[0].device))
             if self.spec.init == "inherit" and self.is_new:
                 kept = partial(lambda path, name, axis: self.kept(f"{path}.{name}", axis), path)
-                inherit_stage(stage, full, kept, channels, self._guide_channels(path), path == self.first)
-            settle_norms(stage)
+                adapter_stages.inherit_stage(
+                    stage, full, kept, channels, self._guide_channels(path), path == self.first
+                )
+            adapter_stages.settle_norms(stage)
             stages[path] = stage
         return stages
 
@@ -260,8 +238,6 @@ class _BranchBuilder:
             Pin(path, 1, self.shapes[path].channels, f"narrowing, not built by the adapter: {reason}")
             for path, reason in notes.items()
         ]
-
-    # The branch.
 
     def assemble(self, stages: dict[str, nn.Module]) -> Branch:
         """Put narrowed tail, built stages and entries together, and run the branch once."""
@@ -345,10 +321,13 @@ class _Narrowing:
         """Analyse the tail, choose widths, copy it; repeat with more opaque modules until it runs."""
         while True:
             widths, plan = self._analyse()
-            layout, readers = Layout(), {}
+            layout: inherit.Layout = {}
+            readers: dict[Any, Any] = {}
             if self.spec.init == "inherit":
-                layout = find_layout(self.tail, widths, self.values)
-                readers = readers_of(self.tail, widths, self.spec.samples) if self.spec.samples else {}
+                layout = inherit.find_layout(self.tail, widths, self.values)
+                readers = (
+                    inherit.readers_of(self.tail, widths, self.spec.samples) if self.spec.samples else {}
+                )
             build = partial(self._build, widths, layout, readers)
             builder = build(plan)
             try:
@@ -380,16 +359,16 @@ class _Narrowing:
         return (all_widths, all_plan) if all_plan.numbers < plan.numbers else (widths, plan)
 
     def _build(
-        self, widths: TailWidths, layout: Layout, readers: Mapping[Any, Any], plan: WidthPlan
+        self, widths: TailWidths, layout: inherit.Layout, readers: Mapping[Any, Any], plan: WidthPlan
     ) -> _BranchBuilder:
         """Copy the tail with chosen widths."""
-        selection = choose_channels(self.tail, widths, plan, readers)
-        thin = cast("Tail", narrow(self.tail, widths, plan, selection, layout))
+        selection = inherit.choose_channels(self.tail, widths, plan, layout, readers)
+        thin = cast("Tail", inherit.narrow(self.tail, plan, selection))
 
         def kept(name: str, axis: int) -> Tensor | None:
-            return layout.indices(widths.shapes[name][axis], selection, widths.values)
+            return selection.indices(widths.shapes[name][axis])
 
-        entry = layout.indices(widths.entry, selection, widths.values)
+        entry = selection.indices(widths.entry)
         return _BranchBuilder(thin, self.tail, self.cut, self.values, self.spec, plan, kept, entry)
 
     def _without_projection(

@@ -1,13 +1,12 @@
 """Narrowed copies of a tail, and their starting weights: the backbone's own channels, or random.
 
-Of every width the most important channels are kept, the same ones wherever the width occurs. They are picked
-one after another: each is the one that, with those picked before, explains most of the outputs of the layers
-that read them on example values. `retroexit.branch.least_squares` then solves those layers for the kept
-channels. Without samples, the norms of the weights decide.
+Of every width the most important channels are kept, the same ones wherever it occurs: those that explain most of
+the outputs of the layers that read them on example values or, without samples, those with the largest weights.
+`retroexit.branch.least_squares` then solves those layers for the kept channels.
 
-Where a dimension is a multiple or a sum of widths (a pixel shuffle's output, the input behind a
-concatenation), sizes do not tell which channel is which. The layout is found by experiment: permuting the
-channels of a width consistently must not change the output.
+Where a dimension is a multiple or a sum of widths (a pixel shuffle's output, the input behind a concatenation),
+sizes do not tell which channel is which. The layout is found by experiment: permuting the channels of a width
+consistently must not change the output.
 
 Reference: channel selection by the next layer's output, ThiNet (ICCV 2017), here greedy least squares.
 """
@@ -48,24 +47,59 @@ _PLACES = 4096
 _RIDGE = 1e-4
 _MAX_UNKNOWNS = 1024  # per output; of larger layers only the middle of the kernel is used
 _MAX_LAYOUTS = 32
-_WEIGHTS = (
-    "weight",
-    "weight_orig",
-    "weight_v",
-    "parametrizations.weight.original",
-    "parametrizations.weight.original1",
-)
-_NORMS = (
-    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
-    *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
-)
+_PARAMETRIZED = "parametrizations.weight.original"
+_WEIGHTS = ("weight", "weight_orig", "weight_v", _PARAMETRIZED, f"{_PARAMETRIZED}1")
 _GAINS = (1.0, math.sqrt(2.0), 0.01, 0.1)
 
-Selection = dict[sympy.Symbol, Tensor]
-"""For every width the kept channels."""
+Layout = dict[Expr, tuple[tuple[Expr, bool], ...]]
+"""How the channels of composite dimensions are arranged.
+
+For an expression such as ``4*s + 8`` the order of its terms along the dimension, each with whether channel ``i``
+of a term ``k * s`` is at ``[k i, k i + k)`` instead of at ``i + j s``.
+"""
 
 
-# Which channels to keep.
+@dataclass(frozen=True)
+class Selection:
+    """Channels of a tail.
+
+    Attributes:
+        widths: The tail's widths.
+        layout: How composite dimensions are arranged.
+        channels: For every free width the selected channels.
+    """
+
+    widths: TailWidths
+    layout: Layout
+    channels: dict[sympy.Symbol, Tensor]
+
+    def indices(self, expression: Expr) -> Tensor | None:
+        """List the positions of the channels along a dimension; ``None`` for all of them."""
+        if not symbols_of(expression) & set(self.channels):
+            return None
+        parts, offset = [], 0
+        for term, is_interleaved in self.layout.get(expression) or _arrangements(expression)[0]:
+            times, symbol = term.as_coeff_Mul()
+            if not times.is_Integer or not (symbol.is_Symbol or symbol == 1):
+                return None
+            size = self.widths.values[symbol] if symbol.is_Symbol else 1
+            channels = self.channels.get(symbol, torch.arange(size))
+            places = torch.arange(int(times) * size) + offset
+            offset += len(places)
+            parts.append(
+                places.view(size, -1)[channels] if is_interleaved else places.view(-1, size)[:, channels]
+            )
+        return torch.cat([part.flatten() for part in parts])
+
+    def select(self, tensor: Tensor, expressions: Sequence[Expr], shape: Sequence[int]) -> Tensor:
+        """Select the channels along all axes, the first ones where a layout is unknown."""
+        for axis, expression in enumerate(expressions):
+            where = self.indices(expression)
+            if where is not None and len(where) == shape[axis]:
+                tensor = tensor.index_select(axis, where.to(tensor.device))
+            elif shape[axis] < tensor.shape[axis]:
+                tensor = tensor.narrow(axis, 0, shape[axis])
+        return tensor
 
 
 @dataclass(frozen=True)
@@ -89,9 +123,18 @@ def readers_of(
     generator = torch.Generator().manual_seed(0)
 
     def note(symbol: sympy.Symbol, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        reader = _reader(module, args, output, widths.values[symbol], generator)
-        if reader is not None:
-            readers.setdefault(symbol, []).append(reader)
+        channels = widths.values[symbol]
+        if not can_read(module, args, output) or channels > _MAX_UNKNOWNS:
+            return
+        places = draw_places(module, output, _PLACES, generator)
+        taps = math.prod(getattr(module, "kernel_size", ()))
+        x = exact(design(module, args[0], places, centre=channels * taps > _MAX_UNKNOWNS))
+        y = exact(rows(module, output, places))
+        x, y = x - x.mean(0), y - y.mean(0)
+        gram, cross, size = x.T @ x / len(x), x.T @ y / len(x), y.square().sum(1).mean()
+        gram.diagonal().add_(_RIDGE * gram.diagonal().mean())
+        if bool(torch.isfinite(gram).all() and torch.isfinite(cross).all() and size > 0):
+            readers.setdefault(symbol, []).append(Reader(gram.cpu(), (cross / size.sqrt()).cpu()))
 
     free, hooks = set(widths.free()), []
     for path, module in tail.named_modules():
@@ -110,29 +153,17 @@ def readers_of(
     return readers
 
 
-def _reader(
-    module: nn.Module, args: tuple[Any, ...], output: Any, channels: int, generator: torch.Generator
-) -> Reader | None:
-    if not can_read(module, args, output) or channels > _MAX_UNKNOWNS:
-        return None
-    places = draw_places(module, output, _PLACES, generator)
-    taps = math.prod(getattr(module, "kernel_size", ()))
-    x = exact(design(module, args[0], places, centre=channels * taps > _MAX_UNKNOWNS))
-    y = exact(rows(module, output, places))
-    x, y = x - x.mean(0), y - y.mean(0)
-    gram, cross, size = x.T @ x / len(x), x.T @ y / len(x), y.square().sum(1).mean()
-    gram.diagonal().add_(_RIDGE * gram.diagonal().mean())
-    if not bool(torch.isfinite(gram).all() and torch.isfinite(cross).all() and size > 0):
-        return None
-    return Reader(gram.cpu(), (cross / size.sqrt()).cpu())
-
-
 def pick_channels(readers: Sequence[Reader], channels: int, count: int) -> list[int]:
     """Pick the ``count`` channels that explain most of the readers' outputs, best first."""
     picked: list[int] = []
     state = [(reader.gram.clone(), reader.cross.clone()) for reader in readers]
     while len(picked) < count:
-        gain = torch.stack([_gains(gram, cross, channels) for gram, cross in state]).sum(0)
+        gain = torch.zeros(channels, dtype=torch.float64)
+        for gram, cross in state:  # how much more of the output each channel explains
+            taps = len(gram) // channels
+            blocks = gram.view(channels, taps, channels, taps).diagonal(dim1=0, dim2=2).movedim(-1, 0)
+            parts = cross.view(channels, taps, -1)
+            gain += (parts * torch.linalg.solve(blocks + _floor(blocks), parts)).sum((1, 2))
         gain[picked] = -1.0
         best = int(gain.argmax())
         picked.append(best)
@@ -146,14 +177,6 @@ def pick_channels(readers: Sequence[Reader], channels: int, count: int) -> list[
     return picked
 
 
-def _gains(gram: Tensor, cross: Tensor, channels: int) -> Tensor:
-    """Return how much more of a layer's output each channel explains, ``(C,)``."""
-    taps = len(gram) // channels
-    blocks = gram.view(channels, taps, channels, taps).diagonal(dim1=0, dim2=2).movedim(-1, 0)
-    parts = cross.view(channels, taps, -1)
-    return (parts * torch.linalg.solve(blocks + _floor(blocks), parts)).sum((1, 2))
-
-
 def _floor(blocks: Tensor) -> Tensor:
     """Keep blocks that picked channels explain, or that are dead, from being singular."""
     level = 1e-9 * blocks.diagonal(dim1=-2, dim2=-1).abs().mean(-1)[..., None, None] + 1e-30
@@ -164,22 +187,24 @@ def choose_channels(
     tail: nn.Module,
     widths: TailWidths,
     plan: WidthPlan,
+    layout: Layout,
     readers: Mapping[sympy.Symbol, Sequence[Reader]],
 ) -> Selection:
-    """Pick the most important channels of every free width, ascending.
+    """Pick the most important channels of every free width, in ascending order.
 
-    A channel's importance is its rank in `pick_channels` or, where no layer that reads it is known, the norm
-    of its weights, summed over all parameters after each was scaled to mean one. Where a width is used in
-    equal parts (groups of a norm, heads), whole parts are kept, the most important ones of all widths that
-    share their number, and of each part as much as there is room for.
-
-    Args:
-        tail: The full-width tail.
-        widths: Its widths.
-        plan: The chosen widths.
-        readers: For a width the layers that read its channels, see `readers_of`.
+    A channel's importance is its rank in `pick_channels` or, without readers, the norm of its weights, summed
+    over all parameters after each was scaled to mean one. Where a width is used in equal parts (groups of a
+    norm, heads), whole parts are kept, the most important ones of all widths that share their number, and of
+    each part as much as there is room for.
     """
-    importance = _norms(tail, widths, plan)
+    importance = {symbol: torch.zeros(widths.values[symbol], dtype=torch.float64) for symbol in plan.sizes}
+    for name, parameter in tail.named_parameters():
+        for axis, expression in enumerate(widths.shapes[name]):
+            if expression in importance and parameter.shape[axis] == widths.values[expression]:
+                weight = parameter.detach().movedim(axis, 0).reshape(parameter.shape[axis], -1)
+                norm = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float64).cpu()
+                if norm.mean() > 0:
+                    importance[expression] += norm / norm.mean()
     for symbol, layers in readers.items():
         if symbol in importance:
             count = plan.sizes[symbol]
@@ -191,7 +216,7 @@ def choose_channels(
         score = importance[product.whole].view(widths.values[product.parts], -1).mean(1)
         importance[product.parts] = importance[product.parts] + score
     divided = sorted({p.whole for p in products}, key=str)
-    selection = {
+    channels = {
         symbol: score.topk(plan.sizes[symbol]).indices.sort().values
         for symbol, score in importance.items()
         if symbol not in divided
@@ -202,32 +227,23 @@ def choose_channels(
             s: {f for p in widths.products if p.whole == s for f in (p.parts, p.each)} - {s} for s in divided
         }
         symbol = next((s for s in divided if needed[s].isdisjoint(divided)), divided[0])
-        selection[symbol] = _in_parts(widths, plan, symbol, importance[symbol], selection)
+        channels[symbol] = _in_parts(widths, plan, symbol, importance[symbol], channels)
         divided.remove(symbol)
-    return selection
-
-
-def _norms(tail: nn.Module, widths: TailWidths, plan: WidthPlan) -> dict[sympy.Symbol, Tensor]:
-    """Sum the norms of the weights of every channel of every width."""
-    importance = {symbol: torch.zeros(widths.values[symbol], dtype=torch.float64) for symbol in plan.sizes}
-    for name, parameter in tail.named_parameters():
-        for axis, expression in enumerate(widths.shapes[name]):
-            if expression in importance and parameter.shape[axis] == widths.values[expression]:
-                weight = parameter.detach().movedim(axis, 0).reshape(parameter.shape[axis], -1)
-                norm = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float64).cpu()
-                if norm.mean() > 0:
-                    importance[expression] += norm / norm.mean()
-    return importance
+    return Selection(widths, layout, channels)
 
 
 def _in_parts(
-    widths: TailWidths, plan: WidthPlan, symbol: sympy.Symbol, score: Tensor, selection: Selection
+    widths: TailWidths,
+    plan: WidthPlan,
+    symbol: sympy.Symbol,
+    score: Tensor,
+    channels: dict[sympy.Symbol, Tensor],
 ) -> Tensor:
     """Pick channels of a width that is divided into parts, which may be divided into smaller ones."""
     first, *finer_levels = sorted(
         (p for p in widths.products if p.whole == symbol), key=lambda p: (widths.values[p.parts], str(p))
     )
-    blocks = torch.arange(len(score)).view(widths.values[first.parts], -1)[selection[first.parts]]
+    blocks = torch.arange(len(score)).view(widths.values[first.parts], -1)[channels[first.parts]]
     each, old, new = first.each, widths.values[first.parts], plan.sizes[first.parts]
     for level in finer_levels:
         finer_old, finer_new = widths.values[level.parts], plan.sizes[level.parts]
@@ -238,57 +254,21 @@ def _in_parts(
         blocks = finer.gather(1, top[:, :, None].expand(-1, -1, finer.shape[2])).flatten(0, 1)
         each, old, new = level.each, finer_old, finer_new
     if any(each in symbols_of(e) for shape in widths.shapes.values() for e in shape):
-        return blocks[:, selection[each]].flatten()  # all parts keep the same places
+        return blocks[:, channels[each]].flatten()  # all parts keep the same places
     top = score[blocks].topk(plan.sizes[symbol] // new, dim=1).indices.sort(dim=1).values
     return blocks.gather(1, top).flatten()
 
 
-# Where a width's channels are in composite dimensions.
-
-
-class Layout(dict[Expr, tuple[tuple[Expr, bool], ...]]):
-    """How the channels of composite dimensions are arranged.
-
-    For an expression such as ``4*s + 8`` the order of its terms along the dimension, each with whether channel
-    ``i`` of a term ``k * s`` is at ``[k i, k i + k)`` instead of at ``i + j s``.
-    """
-
-    def indices(
-        self, expression: Expr, selection: Selection, sizes: dict[sympy.Symbol, int]
-    ) -> Tensor | None:
-        """List the positions that a selection keeps along a dimension; ``None`` for all of them."""
-        if not symbols_of(expression) & set(selection):
-            return None
-        parts, offset = [], 0
-        for term, is_interleaved in self.get(expression) or _arrangements(expression)[0]:
-            times, symbol = term.as_coeff_Mul()
-            if not times.is_Integer or not (symbol.is_Symbol or symbol == 1):
-                return None
-            size = sizes[symbol] if symbol.is_Symbol else 1
-            kept = selection.get(symbol, torch.arange(size))
-            places = torch.arange(int(times) * size) + offset
-            offset += len(places)
-            parts.append(places.view(size, -1)[kept] if is_interleaved else places.view(-1, size)[:, kept])
-        return torch.cat([part.flatten() for part in parts])
-
-
 def find_layout(tail: nn.Module, widths: TailWidths, values: Sequence[Tensor]) -> Layout:
-    """Find by experiment how composite dimensions are arranged.
+    """Find the layout under which permuting channels does not change the output for example values.
 
-    Args:
-        tail: The full-width tail.
-        widths: Its widths.
-        values: Example feature and live tensors.
-
-    Returns:
-        A layout under which permuting channels does not change the output; where a width has none, its
-        likeliest one.
+    Where a width has none, its likeliest one is returned.
     """
     free = set(widths.free())
     dimensions = {e for shape in widths.shapes.values() for e in shape if symbols_of(e) & free}
     composite = sorted((e for e in dimensions if not e.is_Symbol), key=str)
     options = {expression: _arrangements(expression) for expression in composite}
-    layout = Layout({expression: choices[0] for expression, choices in options.items()})
+    layout: Layout = {expression: choices[0] for expression, choices in options.items()}
     if not composite:
         return layout
     permutation = _permutation(widths, torch.Generator().manual_seed(0))
@@ -296,9 +276,9 @@ def find_layout(tail: nn.Module, widths: TailWidths, values: Sequence[Tensor]) -
         state = torch.random.get_rng_state()
         expected = tensors(tail(*(value.clone() for value in values)))
 
-        def fits(selection: Selection) -> bool:
+        def fits(channels: dict[sympy.Symbol, Tensor]) -> bool:
             torch.random.set_rng_state(state)
-            return _is_invariant(tail, widths, values, selection, layout, expected)
+            return _is_invariant(tail, values, Selection(widths, layout, channels), expected)
 
         if fits(permutation):
             return layout
@@ -338,7 +318,7 @@ def _arrangements(expression: Expr) -> list[tuple[tuple[Expr, bool], ...]]:
     ]
 
 
-def _permutation(widths: TailWidths, generator: torch.Generator) -> Selection:
+def _permutation(widths: TailWidths, generator: torch.Generator) -> dict[sympy.Symbol, Tensor]:
     """Permute the channels of every width, within its parts where it is used in parts."""
     free = widths.free()
     divided = {p.whole: p for p in sorted(widths.products, key=lambda p: widths.values[p.parts])}
@@ -357,26 +337,17 @@ def _permutation(widths: TailWidths, generator: torch.Generator) -> Selection:
 
 
 def _is_invariant(
-    tail: nn.Module,
-    widths: TailWidths,
-    values: Sequence[Tensor],
-    permutation: Selection,
-    layout: Layout,
-    expected: Sequence[Tensor],
+    tail: nn.Module, values: Sequence[Tensor], permutation: Selection, expected: Sequence[Tensor]
 ) -> bool:
     """Return whether a tail gives the expected output with permuted channels."""
-    permuted = _clone_with(
-        tail, lambda name, old: _selected(old, widths, widths.shapes[name], old.shape, permutation, layout)
-    )
-    feature = _selected(values[0], widths, (1, widths.entry), values[0].shape, permutation, layout)
+    widths, select = permutation.widths, permutation.select
+    permuted = _clone_with(tail, lambda name, old: select(old, widths.shapes[name], old.shape))
+    feature = select(values[0], (1, widths.entry), values[0].shape)
     output = tensors(permuted(feature.clone(), *(value.clone() for value in values[1:])))
     return all(
         torch.allclose(a.float(), b.float(), rtol=1e-2, atol=2e-3 * float(b.float().abs().max() + 1e-12))
         for a, b in zip(output, expected, strict=True)
     )
-
-
-# The copy.
 
 
 def _clone_with(tail: nn.Module, content: Callable[[str, Tensor], Tensor]) -> nn.Module:
@@ -390,31 +361,11 @@ def _clone_with(tail: nn.Module, content: Callable[[str, Tensor], Tensor]) -> nn
     return clone_module(tail, memo)
 
 
-def _selected(
-    tensor: Tensor,
-    widths: TailWidths,
-    expressions: Sequence[Expr],
-    shape: Sequence[int],
-    selection: Selection,
-    layout: Layout,
-) -> Tensor:
-    """Select the kept channels of all axes, the first ones where a layout is unknown."""
-    for axis, expression in enumerate(expressions):
-        where = layout.indices(expression, selection, widths.values)
-        if where is not None and len(where) == shape[axis]:
-            tensor = tensor.index_select(axis, where.to(tensor.device))
-        elif shape[axis] < tensor.shape[axis]:
-            tensor = tensor.narrow(axis, 0, shape[axis])
-    return tensor
-
-
-def narrow(
-    tail: nn.Module, widths: TailWidths, plan: WidthPlan, selection: Selection, layout: Layout
-) -> nn.Module:
+def narrow(tail: nn.Module, plan: WidthPlan, selection: Selection) -> nn.Module:
     """Copy a tail with the selected channels only; weights are the backbone's own, not rescaled."""
 
     def content(name: str, old: Tensor) -> Tensor:
-        return _selected(old, widths, widths.shapes[name], plan.shapes[name], selection, layout).clone()
+        return selection.select(old, selection.widths.shapes[name], plan.shapes[name]).clone()
 
     return _resized(tail, plan, content)
 
@@ -462,20 +413,17 @@ def _update_description(module: nn.Module) -> None:
             module.in_channels, module.out_channels = weight.shape[1] * groups, weight.shape[0]
     elif isinstance(module, nn.Linear):
         module.out_features, module.in_features = weight.shape
-    elif isinstance(module, nn.GroupNorm):
-        module.num_channels = weight.shape[0]
-    elif isinstance(module, _NORMS):
-        module.num_features = weight.shape[0]
-
-
-# Other weights.
+    else:  # norms
+        for name in ("num_channels", "num_features"):
+            if hasattr(module, name):
+                setattr(module, name, weight.shape[0])
 
 
 def start_from_scratch(thin: nn.Module, full: nn.Module, seed: int = 0) -> None:
     """Initialise every weight of a branch at random, in place.
 
-    Layers with ``reset_parameters`` use it; other parameters are drawn from a normal distribution with the
-    mean and standard deviation of the backbone's, so that constants stay constants.
+    Layers use their ``reset_parameters``; other parameters are drawn from a normal distribution with mean and
+    standard deviation of the backbone's, so that constants stay constants.
     """
     originals = dict(full.named_parameters())
     devices = {parameter.device for parameter in thin.parameters() if parameter.device.type == "cuda"}

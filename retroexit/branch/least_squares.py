@@ -1,11 +1,10 @@
 """Solve the layers of a branch that inherited channels by least squares, so that they follow the backbone.
 
-With fewer channels to read, a layer of a narrowed copy returns something else than the original layer. A linear
-layer can compensate for much of that: its weights are solved so that from the branch's own, inexact input it
-gives the backbone's output in the inherited channels. Layers are solved in the order in which they run, while
-they run. Where an output is added to another tensor, such as a skip connection, the layer compensates for the
-error of that tensor too. Norms stay as they are, and so do layers whose weight is computed (weight norm,
-spectral norm, modulation) or that run more than once.
+With fewer channels to read, a layer of a narrowed copy returns something else than the original layer. The
+weights of a linear layer are solved so that from the branch's own, inexact input it gives the backbone's output
+in the inherited channels. Layers are solved in the order in which they run, while they run. Where an output is
+added to another tensor, such as a skip connection, the layer compensates for the error of that tensor too.
+Layers whose weight is computed (weight norm, modulation) or that run more than once stay as they are.
 
 Reference: not in the paper, which trains branches from scratch; reconstruction of pruned networks by least
 squares is in ThiNet and "Channel pruning for accelerating very deep neural networks" (both ICCV 2017).
@@ -21,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -91,11 +90,7 @@ def rows(module: nn.Module, output: Tensor, places: Tensor) -> Tensor:
 def design(module: nn.Module, x: Tensor, places: Tensor, *, centre: bool = False) -> Tensor:
     """Pick what a layer reads for its output at some places, ``(P, C * K)`` for K numbers in the kernel.
 
-    Args:
-        module: A layer, see `is_linear`.
-        x: Its input ``(N, C, ...)``, of a linear layer ``(..., C)``.
-        places: Places of the output, see `draw_places`.
-        centre: Whether to use the middle of the kernel only, ``(P, C)``.
+    With ``centre``, only the middle of the kernel is used, ``(P, C)``.
     """
     if isinstance(module, nn.Linear):
         return rows(module, x, places)
@@ -120,16 +115,7 @@ def design(module: nn.Module, x: Tensor, places: Tensor, *, centre: bool = False
 
 
 def least_squares(read: Tensor, target: Tensor, groups: int = 1) -> Tensor:
-    """Solve for the weights with which a layer comes closest to a target, with a little ridge.
-
-    Args:
-        read: What it reads, ``(P, I)``, see `design`.
-        target: What it should return, ``(P, O)``.
-        groups: Number of equal parts of both that are solved independently.
-
-    Returns:
-        Weights ``(groups, I / groups, O / groups)``, float64.
-    """
+    """Solve for weights ``(G, I / G, O / G)`` that map ``read`` ``(P, I)`` to ``target`` ``(P, O)``, with ridge."""
     x = read.view(len(read), groups, -1).transpose(0, 1)
     y = target.view(len(target), groups, -1).transpose(0, 1)
     gram = exact(x.new_zeros(groups, x.shape[2], x.shape[2]))
@@ -163,8 +149,8 @@ class Reconstruction:
 
     Attributes:
         layers: Paths of the layers that were solved, in the order in which they run.
-        before: Mean squared error of the branch's output, in units of the backbone output's variance, on
-            samples that were not used to solve.
+        before: Mean squared error of the branch's output on samples that were not used to solve, in units of
+            the variance of the backbone's output.
         after: The same afterwards.
     """
 
@@ -211,20 +197,12 @@ def reconstruct(
     expected = _run(full, tests[:-1], seed)
     before = _error(_run(branch, tests[:-1], seed, guide=tests[-1]), expected)
     previous = {name: value.clone() for name, value in branch.state_dict().items()}
-    with _Watching(pairs, places, seed).observing():
-        _run(full, samples[:-1], seed)
-    solving = _Solving(pairs)
-    try:
-        with solving.observing():
-            _run(branch, samples[:-1], seed, guide=samples[-1])
-    except torch.linalg.LinAlgError as error:
-        branch.load_state_dict(previous)
-        logger.info("a branch keeps its inherited weights: %s", error)
-        return None
-    if not solving.solved:
+    _watch(full, pairs, samples[:-1], places, seed)
+    layers = _solve(branch, pairs, samples, seed)
+    if not layers:
         return None
     after = _error(_run(branch, tests[:-1], seed, guide=tests[-1]), expected)
-    result = Reconstruction(tuple(dict.fromkeys(solving.solved)), before, after)
+    result = Reconstruction(layers, before, after)
     if not result.is_better:
         branch.load_state_dict(previous)
     logger.info("error of a branch, inherited %.4f, reconstructed %.4f", before, after)
@@ -237,22 +215,24 @@ class _Pair:
 
     Attributes:
         channels: The backbone's output channels that the branch's layer inherits; ``None`` for all.
-        calls: How often the backbone's layer runs.
-        sums: How many additions read its output directly.
         output: What the branch's layer should return at the places, ``(P, O)``.
-        total: What the addition should return there, ``(P, O)``.
+        total: What the addition that reads its output should return there, ``(P, O)``.
     """
 
     path: str
     thin: nn.Module
     full: nn.Module
     channels: Tensor | None
-    is_solvable: bool = True
     calls: int = 0
     sums: int = 0
+    is_solvable: bool = True
     places: Any = None
     output: Any = None
     total: Any = None
+
+    def inherited_rows(self, output: Tensor) -> Tensor:
+        selected = rows(self.full, output, self.places)
+        return selected if self.channels is None else selected[:, self.channels.to(selected.device)]
 
 
 def _pairs(branch: Branch, full: nn.Module) -> list[_Pair]:
@@ -278,22 +258,28 @@ def _owns_weight(module: nn.Module) -> bool:
     return isinstance(module._parameters.get("weight"), nn.Parameter) and not is_computed
 
 
+class _Call(NamedTuple):
+    """One call of a layer."""
+
+    number: int
+    pair: _Pair
+    x: Tensor
+    output: Tensor
+
+
 class _Observer(TorchFunctionMode):
     """Calls `on_output` after a layer, and `on_sum` where its output is added to another tensor."""
 
-    def __init__(self, layers: Mapping[nn.Module, _Pair]) -> None:
+    def __init__(
+        self,
+        layers: Mapping[nn.Module, _Pair],
+        on_output: Callable[[_Call], Tensor],
+        on_sum: Callable[[_Call, Tensor, Callable[[], Tensor]], Tensor],
+    ) -> None:
         super().__init__()
-        self.layers = layers
-        self.outputs = WeakIdKeyDictionary()  # output -> (running number, pair, input, version)
+        self.layers, self.on_output, self.on_sum = layers, on_output, on_sum
+        self.calls = WeakIdKeyDictionary()  # by output
         self.number = itertools.count()
-
-    def on_output(self, pair: _Pair, x: Tensor, output: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def on_sum(
-        self, pair: _Pair, x: Tensor, terms: tuple[Tensor, Tensor], add: Callable[[], Tensor]
-    ) -> Tensor:
-        raise NotImplementedError
 
     @contextmanager
     def observing(self) -> Iterator[None]:
@@ -309,90 +295,94 @@ class _Observer(TorchFunctionMode):
         if not can_read(module, args, output):
             pair.is_solvable = False
             return output
-        output = self.on_output(pair, args[0], output)
-        self.outputs[output] = (next(self.number), pair, args[0], output._version)
+        call = _Call(next(self.number), pair, args[0], output)
+        output = self.on_output(call)
+        self.calls[output] = (*call[:3], output._version)
         return output
 
     def __torch_function__(
         self, func: Any, _types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if func not in _ADDITIONS or len(args) != 2 or kwargs:
-            return func(*args, **(kwargs or {}))
-        a, b = args
-        if not isinstance(a, Tensor) or not isinstance(b, Tensor) or a.shape != b.shape or a is b:
-            return func(*args)
-        outputs = [(self.outputs.get(one), one, other) for one, other in ((a, b), (b, a))]
-        outputs = [item for item in outputs if item[0] is not None and item[0][3] == item[1]._version]
-        if not outputs:
+        kwargs = kwargs or {}
+        if func not in _ADDITIONS or len(args) != 2 or kwargs or not all(isinstance(a, Tensor) for a in args):
+            return func(*args, **kwargs)
+        calls = [
+            (*call[:3], output, other)
+            for output, other in (args, args[::-1])
+            if (call := self.calls.get(output)) is not None and call[3] == output._version
+        ]
+        if not calls or args[0] is args[1] or args[0].shape != args[1].shape:
             return func(*args)
         # Of two layers whose outputs are added, the later one compensates for both.
-        (_, pair, x, _), output, other = max(outputs, key=lambda item: item[0][0])
-        return self.on_sum(pair, x, (output, other), lambda: func(*args))
+        *call, other = max(calls, key=lambda item: item[0])
+        return self.on_sum(_Call(*call), other, lambda: func(*args))
 
 
-class _Watching(_Observer):
-    """Notes what the backbone's layers return."""
+def _watch(full: nn.Module, pairs: Sequence[_Pair], values: Sequence[Tensor], places: int, seed: int) -> None:
+    """Note what the backbone's layers return."""
+    generator = torch.Generator().manual_seed(seed)
 
-    def __init__(self, pairs: Sequence[_Pair], places: int, seed: int) -> None:
-        super().__init__({pair.full: pair for pair in pairs})
-        self.places, self.generator = places, torch.Generator().manual_seed(seed)
-
-    def on_output(self, pair: _Pair, x: Tensor, output: Tensor) -> Tensor:
+    def on_output(call: _Call) -> Tensor:
+        pair = call.pair
         pair.calls += 1
         unknowns = math.prod(pair.thin.get_parameter("weight").shape) // _out_channels(pair.thin)
-        pair.places = draw_places(pair.full, output, max(self.places, 2 * unknowns), self.generator)
-        pair.output = self._inherited_rows(pair, output)
-        return output
+        pair.places = draw_places(pair.full, call.output, max(places, 2 * unknowns), generator)
+        pair.output = pair.inherited_rows(call.output)
+        return call.output
 
-    def on_sum(
-        self, pair: _Pair, x: Tensor, terms: tuple[Tensor, Tensor], add: Callable[[], Tensor]
-    ) -> Tensor:
+    def on_sum(call: _Call, _other: Tensor, add: Callable[[], Tensor]) -> Tensor:
         total = add()
-        pair.sums += 1
-        pair.total = self._inherited_rows(pair, total)
+        call.pair.sums += 1
+        call.pair.total = call.pair.inherited_rows(total)
         return total
 
-    @staticmethod
-    def _inherited_rows(pair: _Pair, output: Tensor) -> Tensor:
-        selected = rows(pair.full, output, pair.places)
-        return selected if pair.channels is None else selected[:, pair.channels.to(selected.device)]
+    with _Observer({pair.full: pair for pair in pairs}, on_output, on_sum).observing():
+        _run(full, values, seed)
 
 
-class _Solving(_Observer):
-    """Solves the branch's layers when they run."""
+def _solve(branch: Branch, pairs: Sequence[_Pair], values: Sequence[Any], seed: int) -> tuple[str, ...]:
+    """Solve the branch's layers while they run; return the paths of those that changed."""
+    solved: dict[str, None] = {}
 
-    def __init__(self, pairs: Sequence[_Pair]) -> None:
-        super().__init__({pair.thin: pair for pair in pairs if pair.calls == 1 and pair.is_solvable})
-        self.solved: list[str] = []
+    def on_output(call: _Call) -> Tensor:
+        pair = call.pair
+        return change(call, pair.output - rows(pair.thin, call.output, pair.places))
 
-    def on_output(self, pair: _Pair, x: Tensor, output: Tensor) -> Tensor:
-        return self._solve(pair, x, output, pair.output - rows(pair.thin, output, pair.places))
-
-    def on_sum(
-        self, pair: _Pair, x: Tensor, terms: tuple[Tensor, Tensor], add: Callable[[], Tensor]
-    ) -> Tensor:
+    def on_sum(call: _Call, other: Tensor, add: Callable[[], Tensor]) -> Tensor:
+        pair = call.pair
         if pair.sums == 1:
-            total = sum(rows(pair.thin, term, pair.places) for term in terms)
-            terms[0].copy_(self._solve(pair, x, terms[0], pair.total - total))
+            total = rows(pair.thin, call.output, pair.places) + rows(pair.thin, other, pair.places)
+            call.output.copy_(change(call, pair.total - total))
         return add()
 
-    def _solve(self, pair: _Pair, x: Tensor, output: Tensor, missing: Tensor) -> Tensor:
-        """Change a layer so that it adds what is missing ``(P, O)``; return its new output."""
-        layer: Any = pair.thin
-        missing, read = missing.float(), design(layer, x, pair.places).float()
-        if not bool(missing.any()) or not bool(torch.isfinite(missing).all() and torch.isfinite(read).all()):
-            return output
-        mean, shift = read.mean(0), missing.mean(0)
-        if layer.bias is None:
-            mean, shift = torch.zeros_like(mean), torch.zeros_like(shift)
-        solution = least_squares(read - mean, missing - shift, getattr(layer, "groups", 1))
-        layer.weight.add_(as_weight(layer, solution))
-        if layer.bias is not None:
-            mean = mean.view(len(solution), -1).double()
-            layer.bias.add_(shift - torch.einsum("gi,gio->go", mean, solution).flatten())
-        self.solved.append(pair.path)
-        changed: Tensor = layer.forward(x)
+    def change(call: _Call, missing: Tensor) -> Tensor:
+        changed = _add_output(call.pair.thin, call.x, call.pair.places, missing)
+        if changed is None:
+            return call.output
+        solved[call.pair.path] = None
         return changed
+
+    layers = {pair.thin: pair for pair in pairs if pair.calls == 1 and pair.is_solvable}
+    with _Observer(layers, on_output, on_sum).observing():
+        _run(branch, values[:-1], seed, guide=values[-1])
+    return tuple(solved)
+
+
+def _add_output(layer: Any, x: Tensor, places: Tensor, missing: Tensor) -> Tensor | None:
+    """Change a layer so that it adds what is missing ``(P, O)``; return its new output."""
+    missing, read = missing.float(), design(layer, x, places).float()
+    if not bool(missing.any()) or not bool(torch.isfinite(missing).all() and torch.isfinite(read).all()):
+        return None
+    mean, shift = read.mean(0), missing.mean(0)
+    if layer.bias is None:
+        mean, shift = torch.zeros_like(mean), torch.zeros_like(shift)
+    solution = least_squares(read - mean, missing - shift, getattr(layer, "groups", 1))
+    layer.weight.add_(as_weight(layer, solution))
+    if layer.bias is not None:
+        mean = mean.view(len(solution), -1).double()
+        layer.bias.add_(shift - torch.einsum("gi,gio->go", mean, solution).flatten())
+    output: Tensor = layer.forward(x)
+    return output
 
 
 def _slice(values: Sequence[Tensor | None], count: int, part: slice) -> list[Any]:

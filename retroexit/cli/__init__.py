@@ -1,7 +1,6 @@
 """The command line: parse, call the library, print.
 
-May import everything but `retroexit.demo` (outside the demo command), `retroexit.testing` and
-`retroexit.builtin`.
+May import everything but `retroexit.testing` and `retroexit.builtin`.
 """
 
 from __future__ import annotations
@@ -13,14 +12,7 @@ __all__ = ["main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line. Errors of a user end with one line and status 1, without a traceback.
-
-    Args:
-        arguments: Words after ``retroexit``; by default those of this process.
-
-    Raises:
-        SystemExit: At the end, with the status.
-    """
+    """Run the command line, by default with the arguments of this process; exits with the status."""
     if importlib.util.find_spec("typer") is None:
         raise SystemExit("error: the command line needs typer. Run: pip install 'retroexit[cli]'")
     from retroexit.cli.app import run

@@ -13,20 +13,51 @@ import shlex
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, Final
+from pathlib import Path
+from typing import Annotated, Any, Final
 
 import typer
 
 from retroexit.cli.bank import bank
-from retroexit.cli.demo import demo
 from retroexit.cli.doctor import doctor, plugins
 from retroexit.cli.evaluate import calibrate, evaluate, report
 from retroexit.cli.fit import fit
 from retroexit.cli.inspect import inspect as inspect_command
+from retroexit.cli.options import Weights, resumable
+from retroexit.demo import run as demo_run
 from retroexit.errors import RetroExitError, RetroExitWarning
 from retroexit.plugins.host import host
 
 __all__ = ["COMMANDS", "run"]
+
+
+def demo(
+    context: typer.Context,
+    out: Annotated[Path, typer.Option(help="Folder for cache, model and report.")] = Path("retroexit-demo"),
+    metric: Annotated[
+        str,
+        typer.Option(help="Quality metric; auto: lpips-alex if its weights are found, or ms-ssim."),
+    ] = "auto",
+    weights: Weights = None,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps per branch.")] = 300,
+    scenes: Annotated[int, typer.Option(min=16, help="Drawn scenes to fit on.")] = 256,
+) -> None:
+    """Wrap, fit and evaluate a small trained generator that comes with the library.
+
+    Example:
+        retroexit demo --out my-demo
+    """
+    with resumable():
+        demo_run.run_demo(
+            out,
+            metric=metric,
+            weights=weights,
+            steps=steps,
+            scenes=scenes,
+            say=typer.echo,
+            command=context.obj,
+        )
+
 
 COMMANDS: Final[dict[str, Any]] = {
     "demo": demo,
@@ -63,22 +94,16 @@ def _app() -> typer.Typer:
         if name in COMMANDS:
             host().drop_command(name, "retroexit has a command of that name")
             continue
-        try:
-            _try(name, command)
+        try:  # in an app of its own, since typer reads all commands of an app at once
+            trial = _empty_app()
+            _add(trial, name, command)
+            read: Any = typer.main.get_command(trial)
+            read.commands[name].get_help(typer.Context(read.commands[name]))
         except (Exception, SystemExit) as error:
             host().drop_command(name, " ".join(f"{type(error).__name__}: {error}".split()))
         else:
             _add(app, name, command)
     return app
-
-
-def _try(name: str, command: Callable[..., Any]) -> None:
-    """Show the help of a command in a separate app, since typer reads all commands of an app at once."""
-    trial = _empty_app()
-    _add(trial, name, command)
-    group: Any = typer.main.get_command(trial)
-    click_command = group.commands[name]
-    click_command.get_help(click_command.context_class(click_command, info_name=name))
 
 
 def _empty_app() -> typer.Typer:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from torch import nn
 
 import retroexit
 from retroexit.cli.load_target import example_of, load_generator, load_object, load_samples
-from retroexit.cli.options import TARGET, Batch, FactoryArguments, parse_places, resumable
+from retroexit.cli.options import TARGET, Batch, FactoryArguments, Target, grouped, parse_places, resumable
 from retroexit.core.files import MANIFEST
 from retroexit.core.identity import fingerprint
 from retroexit.core.samples import Samples
@@ -30,29 +30,51 @@ bank = typer.Typer(
     rich_markup_mode=None,
 )
 Folder = Annotated[Path, typer.Argument(help="Folder of a bank: what build wrote, or FIT/bank.")]
-Key = Annotated[
-    str | None,
-    typer.Option(help="For a bank of frames: function that gives a key per input, package.module:name."),
-]
-Patch = Annotated[int, typer.Option(min=1, help="Side of a key's patch.")]
+
+
+@dataclass(frozen=True)
+class Taps:
+    """Where keys and values come from."""
+
+    key_after: Annotated[
+        str | None, typer.Option(help="Stage that keys are cut from, by number or path; 1 by default.")
+    ] = None
+    key: Annotated[
+        str | None,
+        typer.Option(help="For a bank of frames: function that gives a key per input, package.module:name."),
+    ] = None
+    value_after: Annotated[
+        str | None, typer.Option(help="Stage that values are cut from, or image; by default the middle one.")
+    ] = None
+    patch: Annotated[int, typer.Option(min=1, help="Side of a key's patch.")] = 1
+
+    def wrap(self, generator: Any, example: Any, samples: Any, **more: Any) -> retroexit.EarlyExitGenerator:
+        """Wrap a generator with one branch, which never runs: a bank needs the taps only."""
+        args, kwargs = example_of(example, samples)
+        guidance = retroexit.Guidance(
+            key=False if self.key is None else load_object(self.key),
+            value_after=None if self.value_after is None else parse_places(self.value_after)[0],
+            patch=(self.patch, self.patch),
+            **more,
+        )
+        places = parse_places(self.key_after or "1")
+        return retroexit.wrap(
+            generator, places, guidance=guidance, example_inputs=args, example_kwargs=kwargs, scale=1.0
+        )
 
 
 @bank.command(epilog=f"{_EXAMPLE} build mymodels:decoder --inputs mydata:train --out runs/bank")
+@grouped
 def build(
-    target: Annotated[str, typer.Argument(help=TARGET)],
+    target: Target,
     inputs: Annotated[str, typer.Option(help="Samples: package.module:name.")],
     out: Annotated[Path, typer.Option(help="Folder for the bank.")],
+    taps: Taps,
     factory_arguments: FactoryArguments = "",
-    key_after: Annotated[str, typer.Option(help="Stage that keys are cut from, by number or path.")] = "1",
-    key: Key = None,
     identities: Annotated[
         str | None,
         typer.Option(help="For a bank per identity: one name per sample, package.module:name."),
     ] = None,
-    value_after: Annotated[
-        str | None, typer.Option(help="Stage that values are cut from, or image; by default the middle one.")
-    ] = None,
-    patch: Patch = 1,
     order: Annotated[int, typer.Option(min=0, max=1, help="1: values follow the query.")] = 0,
     size: Annotated[int, typer.Option(min=1, help="Largest number of pairs.")] = 1024,
     thin: Annotated[str, typer.Option(help="fps, kmeans, random or none.")] = "fps",
@@ -70,9 +92,7 @@ def build(
         raise OptionError(f"{out} already holds a bank. Name a new folder.", out)
     generator, example = load_generator(target, factory_arguments)
     samples = load_samples(inputs)
-    args, kwargs = example_of(example, samples)
-    guidance = _guidance(key, value_after, patch, order=order, size=size, thin=thin, retriever=retriever)
-    model = _wrapped(generator, key_after, guidance, args, kwargs)
+    model = taps.wrap(generator, example, samples, order=order, size=size, thin=thin, retriever=retriever)
     scratch = out.with_name(f"{out.name}.part")
     streamed, make = Samples(samples, seed), host().retriever(retriever)
     options: dict[str, Any] = {"batch": batch, "eps": eps, "max_candidates": candidates, "scratch": scratch}
@@ -94,15 +114,13 @@ def info(folder: Folder) -> None:
 
 
 @bank.command(epilog=f"{_EXAMPLE} verify runs/decoder/bank mymodels:decoder --key-after 1")
+@grouped
 def verify(
     folder: Folder,
+    taps: Taps,
     target: Annotated[str | None, typer.Argument(help=TARGET)] = None,
     factory_arguments: FactoryArguments = "",
     inputs: Annotated[str | None, typer.Option(help="Samples, if the factory returns no inputs.")] = None,
-    key_after: Annotated[str | None, typer.Option(help="Also compare the stage of the keys.")] = None,
-    value_after: Annotated[str | None, typer.Option(help="Expected stage of the values.")] = None,
-    patch: Patch = 1,
-    key: Key = None,
 ) -> None:
     """Check every file of a bank, that every key finds its own pair, and that the generator is the bank's.
 
@@ -112,9 +130,8 @@ def verify(
     if target is not None:
         generator, example = load_generator(target, factory_arguments)
         expected = fingerprint(generator)
-        if key_after is not None or key is not None:
-            args, kwargs = example_of(example, None if inputs is None else load_samples(inputs))
-            model = _wrapped(generator, key_after or "1", _guidance(key, value_after, patch), args, kwargs)
+        if taps.key_after is not None or taps.key is not None:
+            model = taps.wrap(generator, example, None if inputs is None else load_samples(inputs))
     loaded = _load(folder, expected)
     if model is not None:
         model.bank = loaded
@@ -122,28 +139,8 @@ def verify(
     if target is not None:
         typer.echo(f"backbone is the one that the bank was built with: {expected}")
     if model is not None:
-        meta = loaded.meta
-        typer.echo(f"keys from {meta['key_tap']}, values from {meta['value_tap']}, as expected")
-
-
-def _guidance(key: str | None, value_after: str | None, patch: int, **more: Any) -> retroexit.Guidance:
-    """Settings of a bank of patches, or of frames if a key function is named."""
-    return retroexit.Guidance(
-        key=False if key is None else load_object(key),
-        value_after=None if value_after is None else parse_places(value_after)[0],
-        patch=(patch, patch),
-        **more,
-    )
-
-
-def _wrapped(
-    generator: nn.Module, key_after: str, guidance: retroexit.Guidance, args: Any, kwargs: Any
-) -> retroexit.EarlyExitGenerator:
-    """Wrap with one branch, which is never run: a bank needs the taps only."""
-    places = parse_places(key_after)
-    return retroexit.wrap(
-        generator, places, guidance=guidance, example_inputs=args, example_kwargs=kwargs, scale=1.0
-    )
+        taken = loaded.meta
+        typer.echo(f"keys from {taken['key_tap']}, values from {taken['value_tap']}, as expected")
 
 
 def _load(folder: Path, expected: str | None = None) -> GuidanceBank:
@@ -170,12 +167,14 @@ def _facts(shown: GuidanceBank) -> str:
     for name in ("fingerprint", "generator", "key_tap", "value_tap"):
         if name in meta:
             lines[name.replace("_", " ")] = meta[name]
-    how = meta.get("thinning")
-    if how is not None:
-        lines["thinning"] = (
-            f"{how['how']} of {how['candidates']:,} candidates, {how['seen']:,} keys seen, seed {how['seed']}"
+    thinning = meta.get("thinning")
+    if thinning is not None:
+        lines["thinning"] = "{how} of {candidates:,} candidates, {seen:,} keys seen, seed {seed}".format(
+            **thinning
         )
-        lines["coverage"] = f"radius {how['radius']:.4g}, mean distance to the nearest key {how['mean']:.4g}"
-        if how.get("within") is not None:
-            lines["coverage"] += f", every key seen within {how['within']:.4g}"
+        lines["coverage"] = "radius {radius:.4g}, mean distance to the nearest key {mean:.4g}".format(
+            **thinning
+        )
+        if thinning.get("within") is not None:
+            lines["coverage"] += f", every key seen within {thinning['within']:.4g}"
     return "\n".join(f"{name + ':':13}{fact}" for name, fact in lines.items())

@@ -12,7 +12,7 @@ import platform
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -82,17 +82,14 @@ def plugins(
 
 def diagnose() -> list[Check]:
     """Run every check; one that raises is a failed check."""
-    checks: list[Callable[[], Iterator[Check]]] = [
-        *(_python, _torch, _threads, _cpu, _cuda, _dependencies, _backends, _cache, _lpips_weights, _plugins)
-    ]
-    results: list[Check] = []
-    for check in checks:
+    checks: list[Check] = []
+    for check in (_python, _torch, _threads, _cpu, _cuda, _dependencies, _backends, _lpips_weights, _plugins):
         try:
-            results.extend(check())
+            checks.extend(check())
         except Exception as error:
             name = check.__name__.lstrip("_").replace("_", " ")
-            results.append(Check(name, "fail", f"the check failed: {type(error).__name__}: {error}"))
-    return results
+            checks.append(Check(name, "fail", f"the check failed: {type(error).__name__}: {error}"))
+    return checks
 
 
 def _python() -> Iterator[Check]:
@@ -102,23 +99,17 @@ def _python() -> Iterator[Check]:
 
 def _torch() -> Iterator[Check]:
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU only"
-    release = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
-    if release < (2, 9):
-        yield Check("torch", "fail", f"{torch.__version__}, {build}", "pip install --upgrade 'torch>=2.9'")
-    else:
-        yield Check("torch", "ok", f"{torch.__version__}, {build}")
+    is_old = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2]) < (2, 9)
+    hint = "pip install --upgrade 'torch>=2.9'" if is_old else ""
+    yield Check("torch", "fail" if is_old else "ok", f"{torch.__version__}, {build}", hint)
 
 
 def _threads() -> Iterator[Check]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = torch.get_num_threads()
-    detail = (
-        f"torch uses {threads} of {cores} usable cores; OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS')}"
-    )
-    if threads > cores:
-        yield Check("threads", "warn", detail, f"torch.set_num_threads({cores}): more threads only wait")
-    else:
-        yield Check("threads", "ok", detail)
+    threads, variable = torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
+    detail = f"torch uses {threads} of {cores} usable cores; OMP_NUM_THREADS={variable}"
+    hint = f"torch.set_num_threads({cores}): more threads only wait" if threads > cores else ""
+    yield Check("threads", "warn" if hint else "ok", detail, hint)
 
 
 def _cpu() -> Iterator[Check]:
@@ -128,49 +119,38 @@ def _cpu() -> Iterator[Check]:
     line = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.MULTILINE)
     flags = set(line.group(1).split()) if line else set()
     name = model.group(1) if model else platform.processor() or platform.machine()
-    has = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "bf16") if flag in flags]
-    detail = f"{name}; {' '.join(has) or 'no vector extensions known'}"
-    if {"avx512_bf16", "amx_bf16", "bf16"} & flags:
-        yield Check("cpu", "ok", detail)
-    else:
-        yield Check("cpu", "warn", detail, "bfloat16 is emulated here: leave autocast off on the CPU")
+    extensions = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "bf16") if flag in flags]
+    is_slow = not any("bf16" in flag for flag in extensions)
+    hint = "bfloat16 is emulated here: leave autocast off on the CPU" if is_slow else ""
+    detail = f"{name}; {' '.join(extensions) or 'no vector extensions known'}"
+    yield Check("cpu", "warn" if is_slow else "ok", detail, hint)
 
 
 def _cuda() -> Iterator[Check]:
-    if torch.cuda.is_available():
-        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-        yield Check("cuda", "ok", ", ".join(names))
-    else:
-        yield Check("cuda", "ok", "no CUDA device; everything runs on the CPU")
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    yield Check("cuda", "ok", ", ".join(names) or "no CUDA device; everything runs on the CPU")
 
 
 def _dependencies() -> Iterator[Check]:
-    """Read the requirements of the installed distribution: the core ones must be there, extras may be."""
+    """Read the requirements of the installed distribution: the core ones must be installed."""
     try:
         requirements = importlib.metadata.requires("retroexit") or []
     except importlib.metadata.PackageNotFoundError:
         yield Check("retroexit", "warn", "not installed, run from its folder", "pip install --editable .")
         return
     yield Check("retroexit", "ok", importlib.metadata.version("retroexit"))
-    for requirement in requirements:
-        name = re.match(r"[A-Za-z0-9._-]+", requirement)
-        extra = re.search(r"extra == ['\"]([^'\"]+)", requirement)
-        if name is None or name.group() == "torch" or "python_version" in requirement:
+    pattern = re.compile(r"""([\w.-]+)[^;]*(?:;\s*extra\s*==\s*['"]([^'"]+)['"])?$""")
+    for name, extra in (match.groups() for match in map(pattern.match, requirements) if match):
+        if name == "torch" or extra in _COMBINED:
             continue
-        if extra is not None and extra.group(1) in _COMBINED:
-            continue
-        yield _version(name.group(), extra.group(1) if extra else None)
-
-
-def _version(distribution: str, extra: str | None) -> Check:
-    try:
-        return Check(distribution, "ok", importlib.metadata.version(distribution))
-    except importlib.metadata.PackageNotFoundError:
-        if extra is None:
-            return Check(distribution, "fail", "not installed", f"pip install {distribution}")
-        return Check(
-            distribution, "ok", f"not installed (extra {extra!r})", f"pip install 'retroexit[{extra}]'"
-        )
+        try:
+            yield Check(name, "ok", importlib.metadata.version(name))
+        except importlib.metadata.PackageNotFoundError:
+            if extra is None:
+                yield Check(name, "fail", "not installed", f"pip install {name}")
+            else:
+                detail = f"not installed (extra {extra!r})"
+                yield Check(name, "ok", detail, f"pip install 'retroexit[{extra}]'")
 
 
 def _backends() -> Iterator[Check]:
@@ -184,7 +164,7 @@ def _backends() -> Iterator[Check]:
             yield Check(f"retrieval: {module}", "ok", "can be imported")
 
 
-def _cache() -> Iterator[Check]:
+def _lpips_weights() -> Iterator[Check]:
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     if existing.is_dir() and os.access(existing, os.W_OK | os.X_OK):
@@ -192,10 +172,6 @@ def _cache() -> Iterator[Check]:
     else:
         hint = "set TORCH_HOME to a folder that you may write to"
         yield Check("cache folder", "fail", f"{folder}: nothing can be written to {existing}", hint)
-
-
-def _lpips_weights() -> Iterator[Check]:
-    folder = Path(torch.hub.get_dir()) / "checkpoints"
     for net, file in _LPIPS_FILES.items():
         path, name = folder / file, f"lpips weights: {net}"
         if not path.is_file():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,16 +12,16 @@ import typer
 import retroexit
 from retroexit.cli.load_target import example_of, load_generator, load_samples
 from retroexit.cli.options import (
-    TARGET,
     Adapter,
     Alpha,
     Batch,
     Confidence,
     FactoryArguments,
     Latency,
+    Target,
     Thresholds,
     Weights,
-    chosen_adapter,
+    grouped,
 )
 from retroexit.evaluation.promise import EXPECTATION, promise_summary
 from retroexit.fit import measure_times
@@ -32,76 +33,74 @@ from retroexit.saving import read_calibration
 
 __all__ = ["calibrate", "evaluate", "report", "routing_results"]
 
-_THRESHOLDS = [0.05, 0.1, 0.15]
-Target = Annotated[str, typer.Argument(help=TARGET)]
 
+@dataclass(frozen=True)
+class Fitted:
+    """A fitted model, the samples to measure it on, and how to measure."""
 
-def _load(
-    target: str, arguments: str, folder: Path, inputs: str, adapter: str | None
-) -> tuple[EarlyExitGenerator, Any]:
-    """Load a fitted model and the samples."""
-    generator, example = load_generator(target, arguments)
-    samples = load_samples(inputs)
-    args, kwargs = example_of(example, samples)
-    return retroexit.load(folder, generator, args, kwargs, adapter=chosen_adapter(adapter)), samples
-
-
-def calibrate(
-    target: Target,
-    folder: Annotated[Path, typer.Argument(help="Folder that fit wrote; the promise is saved there.")],
+    target: Target
+    folder: Annotated[Path, typer.Argument(help="Folder that fit wrote; calibrate saves the promise there.")]
     inputs: Annotated[
         str, typer.Option(help="Samples not used in the fit, like later ones: package.module:name.")
-    ],
-    factory_arguments: FactoryArguments = "",
-    adapter: Adapter = None,
+    ]
+    factory_arguments: FactoryArguments = ""
+    adapter: Adapter = None
+    weights: Weights = None
+    threshold: Thresholds = None
+
+    def load(self) -> tuple[EarlyExitGenerator, Any, list[float]]:
+        """Return the model, the samples and the thresholds to print."""
+        generator, example = load_generator(self.target, self.factory_arguments)
+        samples = load_samples(self.inputs)
+        adapter = False if self.adapter == "none" else self.adapter
+        model = retroexit.load(self.folder, generator, *example_of(example, samples), adapter=adapter)
+        return model, samples, self.threshold or [0.05, 0.1, 0.15]
+
+
+@grouped
+def calibrate(
+    fitted: Fitted,
     alpha: Alpha = 0.05,
     confidence: Confidence = 0.95,
     rule: Annotated[
         str, typer.Option(help="margin: one margin for all exits; bound: a bound for each exit.")
     ] = "margin",
-    weights: Weights = None,
     batch: Batch = 8,
     latency: Latency = None,
-    threshold: Thresholds = None,
 ) -> None:
     """Measure new inputs, so that P(loss > threshold) <= alpha; with too few, say how many are needed.
 
     Example:
         retroexit calibrate mymodels:decoder runs/decoder --inputs mydata:calibration --alpha 0.05
     """
-    model, samples = _load(target, factory_arguments, folder, inputs, adapter)
-    model.calibrate(samples, alpha, confidence, weights=weights, rule=rule, batch=batch)
+    model, samples, thresholds = fitted.load()
+    model.calibrate(samples, alpha, confidence, weights=fitted.weights, rule=rule, batch=batch)
     if latency is not None:
         measure_times(model, samples, latency)
-    model.save(folder)
-    typer.echo(limits_table(model, threshold or _THRESHOLDS))
+    model.save(fitted.folder)
+    typer.echo(limits_table(model, thresholds))
     for text in routing_results(model):
         typer.echo(text)
-    typer.echo(f"saved to {folder}")
+    typer.echo(f"saved to {fitted.folder}")
 
 
+@grouped
 def evaluate(
     context: typer.Context,
-    target: Target,
-    folder: Annotated[Path, typer.Argument(help="Folder that fit wrote.")],
-    inputs: Annotated[str, typer.Option(help="Test samples: package.module:name.")],
-    factory_arguments: FactoryArguments = "",
-    adapter: Adapter = None,
+    fitted: Fitted,
     out: Annotated[Path | None, typer.Option(help="Folder for the report; FOLDER/report by default.")] = None,
-    weights: Weights = None,
-    threshold: Thresholds = None,
 ) -> None:
     """Measure every exit on new inputs, print the sweep over thresholds, write a report.
 
     Example:
         retroexit evaluate mymodels:decoder runs/decoder --inputs mydata:test
     """
-    model, samples = _load(target, factory_arguments, folder, inputs, adapter)
-    place = out or folder / "report"
-    result = retroexit.evaluate(model, samples, place, weights=weights, command=context.obj)
+    model, samples, thresholds = fitted.load()
+    place = out or fitted.folder / "report"
+    result = retroexit.evaluate(model, samples, place, weights=fitted.weights, command=context.obj)
     typer.echo(str(model))
-    typer.echo(sweep_table(result, threshold or _THRESHOLDS))
-    promise = promise_summary(result, model.calibration, threshold or _THRESHOLDS)
+    typer.echo(sweep_table(result, thresholds))
+    promise = promise_summary(result, model.calibration, thresholds)
     if promise is None:
         typer.echo(EXPECTATION)
     else:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import fields
+import importlib.util
+from collections.abc import Iterator, Mapping
+from datetime import timedelta
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from torch import nn
 
 import retroexit
-from retroexit.cli.dry_run import plan
 from retroexit.cli.evaluate import routing_results
 from retroexit.cli.load_target import example_of, load_generator, load_network, load_samples
 from retroexit.cli.options import (
-    TARGET,
     Adapter,
     Alpha,
     Confidence,
@@ -22,157 +23,131 @@ from retroexit.cli.options import (
     FactoryArguments,
     ImageKey,
     Latency,
+    Target,
     Weights,
-    chosen_adapter,
-    image_key,
-    parse_losses,
+    grouped,
+    options_of,
+    parse_image_key,
     parse_pairs,
     parse_places,
-    parse_range,
-    parse_scales,
     resumable,
 )
-from retroexit.core.modules import device_of
-from retroexit.core.samples import moved
-from retroexit.errors import OptionError
+from retroexit.core.modules import device_of, unit_of
+from retroexit.core.samples import Samples, moved
+from retroexit.errors import MissingExtraError, OptionError, WeightsError
+from retroexit.fit import DeviceOptions, PromiseOptions, prepare
 from retroexit.guidance.bank import GuidanceBank
+from retroexit.metrics import QualityMetric
+from retroexit.model import EarlyExitGenerator
 from retroexit.plugins.host import host
-from retroexit.plugins.training_types import RESERVED_LOSSES
+from retroexit.report.text_tables import table
 from retroexit.routing.predictor import KINDS, READS
+from retroexit.training.cache import bytes_per_sample
 from retroexit.training.distributed import Team, check_devices, join, kind_of_device
-from retroexit.training.losses.plan import DEFAULT_LOSSES, PRESETS, find_weights
-from retroexit.training.settings import FitSettings
+from retroexit.training.fit import FitJob, estimate_fit, fit_record
+from retroexit.training.losses.plan import ADVERSARIAL, FEATURE_MATCHING, GAZE, PRESETS, QUALITY, LossOptions
+from retroexit.training.settings import FitSettings, check_same, divide
 
 __all__ = ["fit"]
 
-_DEFAULT = FitSettings()
 
-
-def fit(
-    target: Annotated[str, typer.Argument(help=TARGET)],
-    inputs: Annotated[
-        str,
-        typer.Option(help="Training samples: package.module:name, a sequence or a function returning one."),
-    ],
-    attach_at: Annotated[str, typer.Option(help="Stages, by number or path: 2,4,6.")],
-    scale: Annotated[str, typer.Option(help="Width factor of the branches: 1/15, or one per exit.")],
-    out: Annotated[Path, typer.Option(help="Folder for cache, checkpoints and result.")],
-    config: Config = None,
-    factory_arguments: FactoryArguments = "",
-    min_channels: Annotated[int, typer.Option(min=1, help="No width is scaled below this.")] = 64,
-    tap: Annotated[
-        str, typer.Option(help="Take the stage's output (after) or its input (before).")
-    ] = "after",
-    image: ImageKey = None,
-    image_range: Annotated[
-        str | None, typer.Option(help="Smallest and largest pixel value, 0,1 or -1,1; measured by default.")
-    ] = None,
-    guidance: Annotated[bool, typer.Option(help="Guide branches by retrieval.")] = False,
-    retriever: Annotated[str, typer.Option(help="Search back-end of the guidance.")] = "exact",
-    bank: Annotated[
-        Path | None, typer.Option(help="Folder of a bank made beforehand, of other inputs; with --guidance.")
-    ] = None,
-    init: Annotated[str, typer.Option(help="Starting weights: inherit or scratch.")] = "inherit",
-    width_rule: Annotated[
-        str, typer.Option(help="How widths follow from the scale: floor, multiple-of-8, a plug-in's.")
-    ] = "floor",
-    adapter: Adapter = None,
-    loss: Annotated[
+Exits: Any = options_of(
+    retroexit.wrap,
+    attach_at="Stages, by number or path: 2,4,6.",
+    scale=Annotated[str, typer.Option(help="Width factor of the branches: 1/15, or one per exit.")],
+    min_channels="No width is scaled below this.",
+    tap="Take the stage's output (after) or its input (before).",
+    guidance=Annotated[bool, typer.Option(help="Guide branches by retrieval.")],
+    image=ImageKey,
+    image_range="Smallest and largest pixel value, 0,1 or -1,1; measured by default.",
+    init="Starting weights: inherit or scratch.",
+    width_rule="How widths follow from the scale: floor, multiple-of-8, a plug-in's.",
+    adapter=Adapter,
+)
+Losses: Any = options_of(
+    LossOptions,
+    losses=Annotated[
         list[str] | None,
         typer.Option(
+            "--loss",
             help="Term of the training loss and its weight, name=weight; repeat it for several. Or a preset: "
-            f"{', '.join(PRESETS)}. By default l1=1 and quality=1, the metric."
+            f"{', '.join(PRESETS)}. By default l1=1 and quality=1, the metric.",
         ),
-    ] = None,
-    equalise: Annotated[
-        bool | None,
-        typer.Option(
-            "--equalise/--no-equalise",
-            help="Scale the weights until all terms pull equally; by default for presets only.",
-            show_default=False,
-        ),
-    ] = None,
-    equalise_steps: Annotated[
-        int | None, typer.Option(min=1, help="Steps during which that is measured, 50 by default.")
-    ] = None,
-    instead: Annotated[
+    ],
+    equalise="Scale the weights until all terms pull equally; by default for presets only.",
+    instead=Annotated[
         list[str] | None,
         typer.Option(help="Term that replaces another one: vgg=features-alex; repeat it for several."),
-    ] = None,
-    loss_weights: Annotated[
+    ],
+    loss_weights=Annotated[
         list[str] | None,
         typer.Option(help="File with the weights of a term's network: vgg=vgg19.pth; repeat it for several."),
-    ] = None,
-    discriminator: Annotated[
-        str,
-        typer.Option(
-            help="What every branch competes with a copy of: auto (the adapter's, untrained), none, a file "
-            "with its trained weights, or package.module:factory."
-        ),
-    ] = "auto",
-    adversarial: Annotated[
-        str | None,
-        typer.Option(help="Adversarial loss: hinge or non-saturating; by default the adapter's or preset's."),
-    ] = None,
-    discriminator_lr: Annotated[float, typer.Option(min=0, help="Their learning rate.")] = 4e-4,
-    gaze: Annotated[
-        str | None, typer.Option(help="Network of the term gaze: package.module:factory, or the module.")
+    ],
+    discriminator="What every branch competes with a copy of: auto (the adapter's, untrained), none, a file with "
+    "its trained weights, or package.module:factory.",
+    adversarial="Adversarial loss: hinge or non-saturating; by default the adapter's or preset's.",
+    discriminator_lr="Learning rate of the discriminators.",
+    gaze="Network of the term gaze: package.module:factory, or the module.",
+)
+Training: Any = options_of(
+    FitSettings,
+    steps="Training steps per branch.",
+    batch="Samples per step, over all processes.",
+    crop="Train on windows of this many pixels.",
+    lr="Largest learning rate.",
+    schedule="Learning rate: cosine or constant.",
+    clip="Largest norm of a gradient; 0 does not clip.",
+    ema="Decay of the average of the weights that is saved; 0 saves the last ones.",
+    features="Weight of the layers' distance to the backbone's.",
+    held_out="Share of the samples that branches are not trained on.",
+    predictor=f"Architecture of the predictor: {', '.join(KINDS)}.",
+    predict_from=f"Its input: {', '.join(READS)}; by default the adapter's choice, else features.",
+    predictor_steps="Training steps of the predictor.",
+    calibrate="Share of the samples to set aside, to calibrate thresholds on.",
+    seed="Seed of everything random.",
+    bfloat16="Train under bfloat16 autocast.",
+    checkpoint_every="Steps between checkpoints.",
+    together=Annotated[
+        bool, typer.Option("--together/--one-by-one", help="Train all branches side by side.")
+    ],
+    cache="Keep backbone features on disk.",
+    cache_batch="Samples per pass of the backbone.",
+    tensorboard="Write scalars and images to OUT/tensorboard.",
+)
+
+
+Promise: Any = options_of(PromiseOptions, alpha=Alpha, confidence=Confidence)
+Devices: Any = options_of(
+    DeviceOptions,
+    devices="Devices of each machine; torchrun's by default, or one.",
+    nodes="Machines; torchrun's by default, or one.",
+)
+
+
+@grouped
+def fit(
+    target: Target,
+    inputs: Annotated[str, typer.Option(help="Samples, or a function returning them: package.module:name.")],
+    out: Annotated[Path, typer.Option(help="Folder for cache, checkpoints and result.")],
+    exits: Exits,
+    losses: Losses,
+    training: Training,
+    promise: Promise,
+    devices: Devices,
+    config: Config = None,
+    factory_arguments: FactoryArguments = "",
+    retriever: Annotated[str, typer.Option(help="Search back-end of the guidance.")] = "exact",
+    bank: Annotated[
+        Path | None, typer.Option(help="Folder of a bank of other inputs, for --guidance.")
     ] = None,
     metric: Annotated[str, typer.Option(help="Quality metric by name.")] = "lpips-alex",
     weights: Weights = None,
-    steps: Annotated[int, typer.Option(min=1, help="Training steps per branch.")] = _DEFAULT.steps,
-    batch: Annotated[int, typer.Option(min=1, help="Samples per step, over all processes.")] = _DEFAULT.batch,
-    crop: Annotated[int | None, typer.Option(min=1, help="Train on windows of this many pixels.")] = None,
-    lr: Annotated[float, typer.Option(min=0, help="Largest learning rate.")] = _DEFAULT.lr,
-    schedule: Annotated[str, typer.Option(help="Learning rate: cosine or constant.")] = _DEFAULT.schedule,
-    clip: Annotated[float, typer.Option(min=0, help="Largest norm of a gradient; 0 does not clip.")] = 1.0,
-    ema: Annotated[
-        float, typer.Option(help="Decay of the average of the weights that is saved; 0 saves the last ones.")
-    ] = _DEFAULT.ema,
-    features: Annotated[
-        float, typer.Option(min=0, help="Weight of the layers' distance to the backbone's.")
-    ] = _DEFAULT.features,
-    held_out: Annotated[
-        float, typer.Option(help="Share of the samples that branches are not trained on.")
-    ] = _DEFAULT.held_out,
-    predictor: Annotated[
-        str, typer.Option(help=f"Architecture of the predictor: {', '.join(KINDS)}.")
-    ] = _DEFAULT.predictor,
-    predict_from: Annotated[
-        str | None,
-        typer.Option(help=f"Its input: {', '.join(READS)}; by default the adapter's choice, else features."),
-    ] = None,
-    predictor_steps: Annotated[
-        int, typer.Option(min=1, help="Training steps of the predictor.")
-    ] = _DEFAULT.predictor_steps,
-    calibrate: Annotated[
-        float | None, typer.Option(help="Share of the samples to set aside, to calibrate thresholds on.")
-    ] = None,
-    alpha: Alpha = 0.05,
-    confidence: Confidence = 0.95,
     latency: Latency = None,
-    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
-    bfloat16: Annotated[bool, typer.Option(help="Train under bfloat16 autocast.")] = False,
-    checkpoint_every: Annotated[
-        int, typer.Option(min=1, help="Steps between checkpoints.")
-    ] = _DEFAULT.checkpoint_every,
-    together: Annotated[
-        bool, typer.Option("--together/--one-by-one", help="Train all branches side by side.")
-    ] = True,
-    cache: Annotated[bool, typer.Option(help="Keep backbone features on disk.")] = True,
-    cache_batch: Annotated[
-        int, typer.Option(min=1, help="Samples per pass of the backbone.")
-    ] = _DEFAULT.cache_batch,
-    tensorboard: Annotated[bool, typer.Option(help="Write scalars and images to OUT/tensorboard.")] = False,
-    devices: Annotated[
-        int | None, typer.Option(min=1, help="Devices of each machine; torchrun's by default, or one.")
-    ] = None,
-    nodes: Annotated[int | None, typer.Option(min=1, help="Machines; torchrun's by default, or one.")] = None,
     accelerator: Annotated[
         str | None, typer.Option(help="cpu, cuda or auto; by default where the factory puts the generator.")
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what would be done at what cost; train and write nothing.")
+        bool, typer.Option("--dry-run", help="Show work and cost, train and write nothing.")
     ] = False,
 ) -> None:
     """Add early exits to a generator: bank, branches, predictor. Can be interrupted and resumed.
@@ -180,38 +155,25 @@ def fit(
     Example:
         retroexit fit mymodels:decoder --inputs mydata:train --attach-at 2,4,6 --scale 1/15 --out runs/decoder
     """
-    arguments = _arguments(dict(locals()))
-    _check_names(metric, retriever, guidance, arguments)
-    team = Team() if dry_run else join(devices, nodes, kind_of_device(accelerator))
+    settings = {**vars(training), "clip": training.clip or None}
+    FitSettings(**settings)  # refuses values out of range before anything is loaded
+    wrapping = _wrap_arguments(exits, retriever)
+    arguments = {**settings, **vars(promise), **_loss_arguments(losses)}
+    arguments.update(metric=metric, weights=weights, latency=latency)
+    team = Team() if dry_run else join(**vars(devices), accelerator=kind_of_device(accelerator))
     generator, example = load_generator(target, factory_arguments)
     if team.device is not None or accelerator is not None:
         generator.to(team.device or kind_of_device(accelerator))
     samples = load_samples(inputs)
     args, kwargs = moved(example_of(example, samples), device_of(generator))
-    model = retroexit.wrap(
-        generator,
-        parse_places(attach_at),
-        parse_scales(scale),
-        min_channels=min_channels,
-        tap=tap,  # type: ignore[arg-type]  # checked there
-        guidance=retroexit.Guidance(retriever=retriever) if guidance else None,
-        adapter=chosen_adapter(adapter),
-        init=init,  # type: ignore[arg-type]
-        width_rule=width_rule,
-        image=image_key(image),
-        image_range=parse_range(image_range),
-        example_inputs=args,
-        example_kwargs=kwargs,
-    )
+    model = retroexit.wrap(generator, **wrapping, example_inputs=args, example_kwargs=kwargs)
     if bank is not None:
         arguments["bank"] = GuidanceBank.load(bank, retriever_class=host().retriever(retriever))
     say = typer.echo if team.is_first else lambda text: None
     say(str(model))
     if dry_run:
-        check_devices(devices, nodes, batch)
-        untrained = "none: as the adapter makes it, untrained"
-        source = {"auto": untrained, "none": ""}.get(discriminator, discriminator)
-        for text in plan(model, samples, out, arguments, {"discriminator": source, "gaze": gaze or ""}):
+        check_devices(**vars(devices), batch=training.batch)
+        for text in _plan(model, samples, out, arguments, losses):
             say(text)
         return
     with resumable():
@@ -223,52 +185,176 @@ def fit(
     say(f"saved to {out}{note}")
 
 
-_SETTINGS = tuple(field.name for field in fields(FitSettings))
-_PASSED_ON = (
-    *("metric", "weights", "alpha", "confidence", "latency", "equalise", "adversarial", "discriminator_lr"),
-)
-
-
-def _arguments(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Turn options into arguments of `retroexit.fit`; a setting out of range is refused at once."""
-    arguments = {name: options[name] for name in (*_SETTINGS, *_PASSED_ON) if name in options}
-    arguments["clip"] = arguments["clip"] or None
-    count = options["equalise_steps"]
-    if count is not None:
-        if options["equalise"] is False:
-            raise OptionError(f"--equalise-steps {count} excludes --no-equalise. Leave one out.", count)
-        arguments["equalise"] = count
-    for name, form in (("instead", "vgg=features-alex"), ("loss_weights", "vgg=vgg19.pth")):
-        arguments[name] = parse_pairs(f"--{name.replace('_', '-')}", options[name] or [], form)
-    losses = parse_losses(options["loss"] or [], tuple(PRESETS))
-    if losses:
-        arguments["losses"] = losses
-    network, gaze = options["discriminator"], options["gaze"]
-    if network == "none":
-        arguments["discriminator"] = None
-    elif network == "auto":
-        arguments["discriminator"] = "auto"
-    elif ":" in network and not Path(network).exists():
-        arguments["discriminator"] = load_network(network, "--discriminator")
-    else:
-        arguments["discriminator"] = Path(network)
-    arguments["gaze"] = None if gaze is None else load_network(gaze, "--gaze")
-    settings = {name: arguments[name] for name in _SETTINGS if name in arguments}
-    FitSettings(**{**settings, "losses": _terms(arguments)})
-    return arguments
-
-
-def _terms(arguments: Mapping[str, Any]) -> dict[str, float]:
-    return find_weights(arguments.get("losses", DEFAULT_LOSSES), arguments["instead"])
-
-
-def _check_names(metric: str, retriever: str, guidance: bool, arguments: Mapping[str, Any]) -> None:
-    """Look up every name before anything is computed; no weights are loaded."""
-    if metric != "lpips" and metric not in host().metrics():
-        host().metric(metric)  # raises
-    for name in _terms(arguments):
-        if name not in RESERVED_LOSSES and name not in (*host().losses(), *host().metrics()):
-            host().loss(name)  # raises
-    host().retriever(retriever)
-    if retriever != "exact" and not guidance:
+def _wrap_arguments(exits: Any, retriever: str) -> dict[str, Any]:
+    """Read the options for `retroexit.wrap`."""
+    if retriever != "exact" and not exits.guidance:
         raise OptionError(f"--retriever {retriever} needs guidance. Add --guidance.", retriever)
+    try:
+        scales = [float(Fraction(part.strip())) for part in exits.scale.split(",")]
+    except (ValueError, ZeroDivisionError) as error:
+        raise OptionError(
+            f"--scale must be numbers, got {exits.scale}. Write 1/15, 0.25 or one per exit: 1/4,1/3.",
+            exits.scale,
+        ) from error
+    limits = None
+    if exits.image_range is not None:
+        try:
+            low, high = limits = tuple(map(float, exits.image_range.split(",")))
+            is_range = low < high
+        except ValueError:
+            is_range = False
+        if not is_range:
+            raise OptionError(
+                f"--image-range must be two numbers, the smaller one first, got {exits.image_range}. "
+                "Write 0,1 or -1,1.",
+                exits.image_range,
+            )
+    return {
+        **vars(exits),
+        "attach_at": parse_places(exits.attach_at),
+        "scale": scales[0] if len(scales) == 1 else scales,
+        "guidance": retroexit.Guidance(retriever=retriever) if exits.guidance else None,
+        "image": parse_image_key(exits.image),
+        "image_range": limits,
+        "adapter": False if exits.adapter == "none" else exits.adapter,
+    }
+
+
+def _loss_arguments(options: Any) -> dict[str, Any]:
+    """Read the options for the training loss."""
+    arguments = {
+        **vars(options),
+        "instead": parse_pairs("--instead", options.instead, "vgg=features-alex"),
+        "loss_weights": parse_pairs("--loss-weights", options.loss_weights, "vgg=vgg19.pth"),
+        "gaze": None if options.gaze is None else load_network(options.gaze, "--gaze"),
+    }
+    network = options.discriminator
+    if ":" in network and not Path(network).exists():
+        arguments["discriminator"] = load_network(network, "--discriminator")
+    elif network != "auto":
+        arguments["discriminator"] = None if network == "none" else Path(network)
+    texts = arguments.pop("losses") or []
+    if len(texts) == 1 and texts[0] in PRESETS:
+        return {**arguments, "losses": texts[0]}
+    form = f"l1=1, or one of {', '.join(PRESETS)} alone"
+    pairs = parse_pairs("--loss", texts, form)
+    try:
+        losses = {name: float(weight) for name, weight in pairs.items()}
+    except ValueError as error:
+        raise OptionError(f"weights of --loss must be numbers, got {pairs}. Write {form}.", pairs) from error
+    return {**arguments, "losses": losses} if losses else arguments
+
+
+def _plan(
+    model: EarlyExitGenerator, samples: Any, out: Path, arguments: dict[str, Any], losses: Any
+) -> Iterator[str]:
+    """Describe a fit and its cost in paragraphs; two of its steps are timed, nothing is written.
+
+    Raises:
+        RetroExitError: What the fit would raise; missing weights after everything else was described.
+    """
+    missing: dict[str, WeightsError] = {}
+    job = prepare(model, samples, missing=missing, **arguments)
+    if job.metric is not None and not missing:
+        check_same(out / "fit.json", fit_record(model, job.metric, job.settings, job.plan))
+    if job.settings.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise MissingExtraError("--tensorboard needs tensorboard. Run: pip install 'retroexit[train]'")
+    cost = _cost(model, job, missing, arguments["metric"])  # first, since the loss may be refused
+    yield _work(model, job, arguments["metric"])
+    rows = [_term(name, job, len(model.branches), missing, losses) for name in job.settings.losses]
+    yield table(["term", "weight", "network", "weights from"], rows)
+    if job.plan.equalise:
+        yield f"equalised: weights are multiplied by what the first {job.plan.equalise} steps show"
+    yield cost
+    yield f"would write to {out}: {', '.join(_files(model, job))}"
+    yield "dry run: nothing was trained or written"
+    for error in missing.values():
+        raise error
+
+
+def _work(model: EarlyExitGenerator, job: FitJob, metric: str) -> str:
+    settings = job.settings
+    trained, held_out = divide(len(job.inputs), settings)
+    windows = "whole images" if settings.crop is None else f"windows of {settings.crop} pixels"
+    order = "side by side" if settings.together else "one by one"
+    aside = f", {len(job.aside)} to calibrate on" if job.aside else ""
+    lines = [
+        f"samples: {len(job.inputs) + len(job.aside)}, {len(trained)} to train branches on, {len(held_out)} "
+        f"held out{aside}",
+        f"steps: {len(model.branches)} branches {order} x {settings.steps}, batches of {settings.batch} "
+        f"{windows}; predictor {settings.predictor_steps}; metric {metric}; loss "
+        + " + ".join(f"{weight:g} {name}" for name, weight in settings.losses.items()),
+        f"predictor: {settings.predictor}, reads {settings.predict_from or 'what the adapter says, else features'}",
+    ]
+    if job.aside:
+        alpha, confidence = job.alpha, job.confidence
+        lines.append(f"promise: P(loss > threshold) <= {alpha:g} with confidence {confidence:g}")
+    if job.latency:
+        lines.append(f"times: calls with {job.latency} samples")
+    return "\n".join(lines)
+
+
+def _term(
+    name: str, job: FitJob, branches: int, missing: Mapping[str, WeightsError], losses: Any
+) -> list[str]:
+    """Name a term, its weight, its network, and where the weights of that come from."""
+    network, source, plan = "", "", job.plan
+    if name in (ADVERSARIAL, FEATURE_MATCHING):
+        assert plan.discriminator is not None and plan.objective is not None
+        network = f"{type(plan.discriminator).__name__}, a copy per branch: {branches} x "
+        network += _size(plan.discriminator)
+        if ADVERSARIAL in plan.weights:
+            network += f", {plan.objective.name}, lr {plan.adversary.lr:g}"
+        untrained = {"auto": "none: as the adapter makes it, untrained", "none": ""}
+        source = untrained.get(losses.discriminator, losses.discriminator)
+    elif name == GAZE:
+        assert plan.gaze is not None
+        network, source = f"{type(plan.gaze).__name__}, {_size(plan.gaze)}", losses.gaze
+    elif name in missing:
+        source = "not found, see below"
+    else:
+        term = plan.terms[name]
+        if isinstance(term, nn.Module):
+            attribute = "name" if isinstance(term, QualityMetric) else "network"
+            network = getattr(term, attribute, type(term).__name__)
+        source = getattr(term, "source", "")
+    return [name, f"{job.settings.losses[name]:g}", network, source]
+
+
+def _size(module: nn.Module) -> str:
+    return f"{sum(p.numel() for p in module.parameters()):,} parameters"
+
+
+def _files(model: EarlyExitGenerator, job: FitJob) -> Iterator[str]:
+    if job.settings.cache:
+        samples = Samples(job.inputs)
+        yield f"cache ({len(samples) * bytes_per_sample(model, samples) / 1e6:,.1f} MB)"
+    if model.options.guidance is not None:
+        yield f"bank (up to {model.options.guidance.size:,} pairs)"
+    yield "branches"
+    if job.settings.tensorboard:
+        yield "tensorboard"
+    yield from ("losses.npy", "fit.json", "weights.safetensors", "model.json")
+    if job.aside:
+        yield "calibration.safetensors"
+
+
+def _cost(model: EarlyExitGenerator, job: FitJob, missing: Mapping[str, WeightsError], metric: str) -> str:
+    settings = job.settings
+    cost = estimate_fit(model, job.inputs, settings, job.plan)
+    total = settings.steps * cost.step_macs
+    if not settings.cache:
+        total += settings.steps * cost.backbone_macs * (1 if settings.together else cost.branches)
+    macs = []
+    for count in (cost.step_macs, total):
+        unit, scale = unit_of(count)
+        macs.append(f"{count / scale:,.1f} {unit}")
+    seconds = cost.total_seconds(settings, len(job.inputs))
+    duration = f"{seconds:.0f} s" if seconds < 90 else str(timedelta(seconds=round(seconds)))
+    names = ", ".join(metric if name == QUALITY else name for name in missing)
+    without = f", {names} not counted, since {'its' if len(missing) == 1 else 'their'} weights were not found"
+    return (
+        f"cost: {macs[0]} and {cost.step_seconds:.2f} s a step of all branches, {macs[1]} in all; about "
+        f"{duration} and {cost.memory / 1e6:,.0f} MB besides the generator, from two steps on this machine"
+        f"{without if missing else ''}"
+    )

@@ -12,7 +12,7 @@ import typer
 
 from retroexit.api import read_generator
 from retroexit.cli.load_target import load_generator, random_inputs
-from retroexit.cli.options import TARGET, FactoryArguments, ImageKey, image_key
+from retroexit.cli.options import FactoryArguments, ImageKey, Target, parse_image_key
 from retroexit.core.modules import unit_of
 from retroexit.errors import OptionError
 from retroexit.evaluation.thop_check import cross_check
@@ -30,7 +30,7 @@ _SHAPE = (
 
 
 def inspect(
-    target: Annotated[str, typer.Argument(help=TARGET)],
+    target: Target,
     factory_arguments: FactoryArguments = "",
     shape: Annotated[list[str] | None, typer.Option(help=_SHAPE)] = None,
     image: ImageKey = None,
@@ -51,7 +51,7 @@ def inspect(
     generator, inputs = load_generator(target, factory_arguments)
     if shape:
         inputs = random_inputs(shape, generator)
-    key = image_key(image)
+    key = parse_image_key(image)
     args, kwargs = inputs or (None, None)
     decoder = read_generator(generator, args, kwargs, image=key)
     typer.echo(decoder_table(decoder))

@@ -33,7 +33,7 @@ Inputs: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword inputs of one call."""
 
 logger = logging.getLogger(__name__)
-_LITERALS = "Write Python literals as in a call, --args \"256, norm='batch'\"."
+_ARGUMENTS = "Write --args \"256, norm='batch'\""
 _VERBOSE = "set RETROEXIT_VERBOSE=1 to see where it was raised."
 
 
@@ -77,8 +77,7 @@ def _import_advice(where: str, error: Exception) -> str:
         return f"Correct the module; {_VERBOSE}"
     if error.name and f"{where}.".startswith(f"{error.name}."):
         return (
-            f"Check the spelling, run it in the folder of the module (this is {Path.cwd()}), or write "
-            "path/to/file.py:factory."
+            f"Check the name, run in the folder of the module ({Path.cwd()}?), or write path/to/file.py:name."
         )
     return f"The module imports {error.name}: install that."
 
@@ -111,25 +110,17 @@ def _search_first(folder: Path) -> None:
 def _parse_arguments(text: str) -> tuple[list[Any], dict[str, Any]]:
     """Read the arguments of a factory, Python literals as between the parentheses of a call."""
     try:
-        call = ast.parse(f"f({text}\n)", mode="eval").body
-    except SyntaxError as error:
-        raise OptionError(f"--args {text!r} cannot be read: {error.msg}. {_LITERALS}", text) from error
-    is_call = isinstance(call, ast.Call) and isinstance(call.func, ast.Name)
-    if not is_call or None in [keyword.arg for keyword in call.keywords]:  # type: ignore[attr-defined]
-        raise OptionError(f"--args must be a list of arguments, got {text!r}. {_LITERALS}", text)
-    assert isinstance(call, ast.Call)
-
-    def literal(node: ast.expr) -> Any:
-        try:
-            return ast.literal_eval(node)
-        except ValueError as error:
-            source = ast.unparse(node)
-            quoted = f" Quote a text: {source!r}." if isinstance(node, ast.Name) else ""
-            raise OptionError(
-                f"--args must be literals, got {source} in {text!r}.{quoted} {_LITERALS}", text
-            ) from error
-
-    return [literal(node) for node in call.args], {str(k.arg): literal(k.value) for k in call.keywords}
+        call: Any = ast.parse(f"f({text}\n)", mode="eval").body
+        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
+            raise ValueError
+        keywords = {keyword.arg or "": ast.literal_eval(keyword.value) for keyword in call.keywords}
+        if "" in keywords:
+            raise ValueError
+        return [ast.literal_eval(node) for node in call.args], keywords
+    except (SyntaxError, ValueError) as error:
+        raise OptionError(
+            f"--args must be Python literals as in a call, got {text!r}. {_ARGUMENTS}; quote texts.", text
+        ) from error
 
 
 def _call(spec: str, factory: Callable[..., Any], arguments: str, advice: str) -> Any:
@@ -139,7 +130,7 @@ def _call(spec: str, factory: Callable[..., Any], arguments: str, advice: str) -
         signature.bind(*args, **kwargs)
     except TypeError as error:
         raise OptionError(
-            f"{spec!r} takes {signature}, got ({arguments}): {error}. {advice}", spec
+            f"{spec!r} takes {signature}, got ({arguments}): {error}. {advice}.", spec
         ) from error
     except ValueError:
         pass  # a builtin without a signature
@@ -169,57 +160,44 @@ def load_generator(spec: str, arguments: str = "") -> tuple[nn.Module, Inputs | 
     """
     made = load_object(spec)
     if callable(made) and not isinstance(made, nn.Module):
-        made = _call(spec, made, arguments, "Pass its arguments with --args \"256, norm='batch'\".")
+        made = _call(spec, made, arguments, _ARGUMENTS)
     elif arguments:
         raise OptionError(
             f"{spec!r} must be a factory to take --args, got a {type(made).__name__}. Leave --args out.", spec
         )
     parts = made if isinstance(made, tuple) and 2 <= len(made) <= 3 else (made,)
-    generator, inputs, named = (*parts, None, None)[:3]
-    if not isinstance(generator, nn.Module):
+    generator, inputs, keywords = (*parts, None, None)[:3]
+    if not isinstance(generator, nn.Module) or not isinstance(keywords, dict | None):
         raise OptionError(
-            f"generator of {spec!r} must be a torch.nn.Module, got a {type(generator).__name__}. Return the "
-            "module, (module, example inputs) or (module, example inputs, keyword inputs).",
-            generator,
-        )
-    if named is not None and not isinstance(named, dict):
-        raise OptionError(
-            f"keyword inputs of {spec!r} must be a dict, got a {type(named).__name__}. Return it third.",
-            named,
+            f"{spec!r} must be or return a torch.nn.Module, (module, inputs) or (module, inputs, dict of "
+            f"keyword inputs), got {', '.join(type(part).__name__ for part in parts)}",
+            made,
         )
     generator.eval()
-    if inputs is None:
-        return generator, None if named is None else ((), named)
-    if isinstance(inputs, dict) and named is None:
+    if isinstance(inputs, dict) and keywords is None:
         return generator, ((), inputs)
-    return generator, (inputs if isinstance(inputs, tuple) else (inputs,), named or {})
+    if inputs is None:
+        return generator, None if keywords is None else ((), keywords)
+    return generator, (inputs if isinstance(inputs, tuple) else (inputs,), keywords or {})
 
 
 def load_network(spec: str, option: str) -> nn.Module:
-    """Make a network other than the generator, such as a discriminator; ``option`` is for messages.
-
-    Raises:
-        OptionError: If it cannot be made, or is no module.
-    """
-    made = load_object(spec)
-    if not isinstance(made, nn.Module) and callable(made):
-        made = _call(spec, made, "", "Write a function without arguments.")
-    if not isinstance(made, nn.Module):
+    """Make a network other than the generator, such as a discriminator; ``option`` is for messages."""
+    network = load_object(spec)
+    if callable(network) and not isinstance(network, nn.Module):
+        network = _call(spec, network, "", "Write a function without arguments")
+    if not isinstance(network, nn.Module):
         raise OptionError(
-            f"{option} must be a torch.nn.Module or its factory, got a {type(made).__name__} from {spec}",
-            made,
+            f"{option} must be a torch.nn.Module or its factory, got a {type(network).__name__} from {spec}",
+            network,
         )
-    return made
+    return network
 
 
 def load_samples(spec: str) -> Any:
-    """Import a sequence of samples, or call the function that returns one.
-
-    Raises:
-        OptionError: If it does not exist, or the function fails.
-    """
-    made = load_object(spec)
-    return _call(spec, made, "", "Write a function without arguments.") if callable(made) else made
+    """Import a sequence of samples, or call the function that returns one."""
+    samples = load_object(spec)
+    return _call(spec, samples, "", "Write a function without arguments") if callable(samples) else samples
 
 
 def example_of(example: Inputs | None, samples: Any) -> Inputs:
@@ -246,8 +224,10 @@ def random_inputs(texts: Sequence[str], like: nn.Module) -> Inputs:
         shape, _, kind = rest.partition(":")
         try:
             sizes = [int(number) for number in re.split("[,x]", shape)] if shape.strip() else []
-            tensor = _draw(sizes, kind.strip(), parameter.dtype).to(parameter.device)
-        except (ValueError, RuntimeError) as error:
+            dtype = getattr(torch, {"": "float", "int": "int64"}.get(kind.strip(), kind.strip()))
+            tensor = torch.randn(sizes) if dtype.is_floating_point else torch.randint(0, 2, sizes)
+            tensor = tensor.to(parameter.device, dtype if kind else parameter.dtype)
+        except (AttributeError, ValueError, RuntimeError) as error:
             raise OptionError(
                 f"--shape {text} cannot be read: {error}. Write 1,32,16,32, or z=1,32 for a keyword input, "
                 "or 1,77:int for whole numbers.",
@@ -258,12 +238,3 @@ def random_inputs(texts: Sequence[str], like: nn.Module) -> Inputs:
         else:
             args.append(tensor)
     return tuple(args), kwargs
-
-
-def _draw(sizes: Sequence[int], kind: str, default: torch.dtype) -> Tensor:
-    dtype = getattr(torch, "int64" if kind == "int" else kind, None) if kind else default
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"no type torch.{kind}")
-    if dtype.is_floating_point or dtype.is_complex:
-        return torch.randn(tuple(sizes), dtype=dtype)
-    return torch.randint(0, 2, tuple(sizes)).to(dtype)

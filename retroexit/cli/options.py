@@ -1,13 +1,15 @@
-"""Options that several commands share, how their texts are read, and the configuration file of ``fit``."""
+"""Options that several commands share, groups of options, and the configuration file of ``fit``."""
 
 from __future__ import annotations
 
+import functools
+import inspect
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from fractions import Fraction
+from dataclasses import MISSING, fields, is_dataclass, make_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, get_args, get_type_hints
 
 import typer
 
@@ -23,20 +25,20 @@ __all__ = [
     "FactoryArguments",
     "ImageKey",
     "Latency",
+    "Target",
     "Thresholds",
     "Weights",
-    "chosen_adapter",
-    "image_key",
-    "parse_losses",
+    "grouped",
+    "options_of",
+    "parse_image_key",
     "parse_pairs",
     "parse_places",
-    "parse_range",
-    "parse_scales",
     "resumable",
 ]
 
 TARGET: Final = "Where the trained generator comes from: package.module:factory or path/to/file.py:factory."
 
+Target = Annotated[str, typer.Argument(help=TARGET)]
 FactoryArguments = Annotated[
     str,
     typer.Option(
@@ -51,8 +53,8 @@ ImageKey = Annotated[
     str | None,
     typer.Option("--image", help="Key of the image in the generator's output, if there are several."),
 ]
-Weights = Annotated[Path | None, typer.Option(help="File with the metric's weights.")]
 Batch = Annotated[int, typer.Option(min=1, help="Samples per pass of the model.")]
+Weights = Annotated[Path | None, typer.Option(help="File with the metric's weights.")]
 Thresholds = Annotated[
     list[float] | None, typer.Option("--threshold", min=0, help="Threshold to print; repeat it for several.")
 ]
@@ -63,29 +65,65 @@ Latency = Annotated[
 ]
 
 
-def chosen_adapter(text: str | None) -> str | bool | None:
-    """Read the option ``--adapter``."""
-    return False if text == "none" else text
+def grouped(command: Callable[..., None]) -> Callable[..., None]:
+    """Replace every parameter of a command that is annotated with a dataclass by an option per field."""
+    parameters, groups = [], {}
+    for parameter in inspect.signature(command, eval_str=True).parameters.values():
+        group = parameter.annotation
+        if not is_dataclass(group):
+            parameters.append(parameter.replace(kind=parameter.KEYWORD_ONLY))
+            continue
+        assert isinstance(group, type)
+        groups[parameter.name] = group
+        hints = get_type_hints(group, include_extras=True)
+        for field in fields(group):
+            default = parameter.empty if field.default is MISSING else field.default
+            parameters.append(
+                parameter.replace(
+                    name=field.name,
+                    kind=parameter.KEYWORD_ONLY,
+                    default=default,
+                    annotation=hints[field.name],
+                )
+            )
+
+    @functools.wraps(command)
+    def run(**values: Any) -> None:
+        for name, group in groups.items():
+            values[name] = group(**{field.name: values.pop(field.name) for field in fields(group)})
+        command(**values)
+
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return run
 
 
-def image_key(text: str | None) -> int | str | None:
+def options_of(source: Callable[..., Any], **options: Any) -> Any:
+    """Make a group of options from arguments of a function or fields of a dataclass.
+
+    Args:
+        source: Where defaults and types come from. What is no number and no flag is a text. Counts must be at
+            least 1, other numbers and those with the default 0 at least 0.
+        **options: The help of every option, or its annotation.
+    """
+    hints, simple, group = get_type_hints(source), (str, bool, int, float), []
+    for name, option in options.items():
+        default = inspect.signature(source).parameters[name].default
+        is_required = default is inspect.Parameter.empty
+        default = default if isinstance(default, simple) else None
+        if isinstance(option, str):
+            kind: Any = type(default)
+            if default is None:
+                kind = next((part for part in simple if part in get_args(hints[name])), str)
+            minimum = {int: 0 if default == 0 else 1, float: 0}.get(kind)
+            annotation = kind if is_required or default is not None else kind | None
+            option = Annotated[annotation, typer.Option(help=option, min=minimum)]
+        group.append((name, option) if is_required else (name, option, default))
+    return make_dataclass("Options", group, frozen=True)
+
+
+def parse_image_key(text: str | None) -> int | str | None:
     """Read the key of an image; digits are an index."""
     return int(text) if text is not None and text.isdigit() else text
-
-
-def parse_range(text: str | None) -> tuple[float, float] | None:
-    """Read ``-1,1``, the smallest and the largest pixel value."""
-    if text is None:
-        return None
-    try:
-        low, high = map(float, text.split(","))
-    except ValueError:
-        low, high = 0.0, 0.0
-    if not low < high:
-        raise OptionError(
-            f"--image-range must be two numbers, the smaller one first, got {text}. Write 0,1 or -1,1.", text
-        )
-    return low, high
 
 
 def parse_places(text: str) -> list[int | str]:
@@ -93,42 +131,13 @@ def parse_places(text: str) -> list[int | str]:
     return [int(part) if part.strip().isdigit() else part.strip() for part in text.split(",") if part.strip()]
 
 
-def parse_scales(text: str) -> float | list[float]:
-    """Read ``1/15``, ``0.25`` or one of them per exit, ``1/4,1/3,1/2``."""
-    try:
-        scales = [float(Fraction(part.strip())) for part in text.split(",")]
-    except (ValueError, ZeroDivisionError) as error:
-        raise OptionError(
-            f"--scale must be numbers, got {text}: {error}. Write 1/15, 0.25 or one per exit: 1/4,1/3.", text
-        ) from error
-    return scales[0] if len(scales) == 1 else scales
-
-
-def parse_losses(texts: Sequence[str], presets: Sequence[str]) -> dict[str, float] | str:
-    """Read ``name=weight`` for each term of the loss, or the name of a single preset."""
-    if len(texts) == 1 and texts[0] in presets:
-        return texts[0]
-    form = f"l1=1, or one of {', '.join(presets)} alone"
-    losses: dict[str, float] = {}
-    for name, weight in parse_pairs("--loss", texts, form).items():
-        try:
-            losses[name] = float(weight)
-        except ValueError:
-            raise OptionError(
-                f"weight of --loss {name} must be a number, got {weight!r}. Write {form}.", weight
-            ) from None
-    return losses
-
-
-def parse_pairs(option: str, texts: Sequence[str], form: str) -> dict[str, str]:
+def parse_pairs(option: str, texts: Sequence[str] | None, form: str) -> dict[str, str]:
     """Read ``name=value`` texts; ``form`` is an example for the message."""
     pairs: dict[str, str] = {}
-    for text in texts:
+    for text in texts or []:
         name, _, value = text.partition("=")
-        if not (name and value):
-            raise OptionError(f"{option} must be name=value, got {text}. Write {form}.", text)
-        if name in pairs:
-            raise OptionError(f"{option} {name} must be given once, got {text} as well. Write {form}.", text)
+        if not (name and value) or name in pairs:
+            raise OptionError(f"{option} must be name=value, once per name, got {text}. Write {form}.", text)
         pairs[name] = value
     return pairs
 
@@ -142,7 +151,7 @@ def resumable() -> Iterator[None]:
         raise SystemExit("interrupted; the same command continues where it stopped") from None
 
 
-def read_config(context: typer.Context, path: Path | None) -> Path | None:
+def _read_config(context: typer.Context, path: Path | None) -> Path | None:
     """Take the values of a TOML file as click's ``default_map``, the defaults of a command's options.
 
     Keys are names of options: ``attach-at = [2, 4, 6]``. Options with ``name=value`` are tables:
@@ -157,36 +166,30 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
         values = tomllib.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise OptionError(f"--config {path} cannot be read: {error}. Correct the file.", path) from error
-    parameters: dict[str, Any] = {}
-    for parameter in context.command.params:
-        flags = [flag[2:] for flag in parameter.opts if flag.startswith("--")]
-        parameters[flags[0] if flags else str(parameter.name)] = parameter
-    for name in ("config", "help"):
-        parameters.pop(name, None)
-    defaults = dict(context.default_map or {})
+    options: dict[str, Any] = {}
+    for option in context.command.params:
+        flags = [flag[2:] for flag in option.opts if flag.startswith("--")]
+        options[flags[0] if flags else str(option.name)] = option
+    del options["config"]
+    context.default_map = dict(context.default_map or {})
     for key, value in values.items():
         name = key.replace("_", "-")
-        if name not in parameters:
-            raise OptionError(f"no option {key!r} for {path}; closest: {closest(name, parameters)}.", key)
-        defaults[parameters[name].name] = _as_typed(value, getattr(parameters[name], "multiple", False))
-    context.default_map = defaults
+        if name not in options:
+            raise OptionError(f"no option {key!r} for {path}; closest: {closest(name, options)}.", key)
+        # Click checks texts as it checks typed options.
+        if isinstance(value, Mapping):
+            value = [f"{part}={value[part]}" for part in value]
+        parts = [str(part) for part in value] if isinstance(value, list) else [str(value)]
+        is_repeated = getattr(options[name], "multiple", False)
+        context.default_map[options[name].name] = parts if is_repeated else ",".join(parts)
     return path
-
-
-def _as_typed(value: Any, is_repeated: bool) -> Any:
-    """Write a TOML value as a user would type it, so that click checks it as it checks a typed option."""
-    if isinstance(value, Mapping):
-        value = [f"{name}={part}" for name, part in value.items()]
-    if is_repeated:
-        return [str(part) for part in value] if isinstance(value, list) else [str(value)]
-    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 Config = Annotated[
     Path | None,
     typer.Option(
         "--config",
-        callback=read_config,
+        callback=_read_config,
         is_eager=True,
         help="TOML file with these options by name; options of the command line replace its values.",
     ),

@@ -21,7 +21,13 @@ from retroexit.measuring import Measurement, limits_of
 from retroexit.metrics import QualityMetric
 from retroexit.model import EarlyExitGenerator
 
-__all__ = ["measure", "route_seconds"]
+__all__ = ["measure"]
+
+_GUARD = "samples are out of distribution and leave at the backbone"
+_MACS = (
+    "multiply-accumulates of one sample by torch's FlopCounterMode / 2; "
+    "interpolation, normalisation and activations count 0"
+)
 
 
 def measure(
@@ -55,31 +61,29 @@ def measure(
     device = device_of(model.generator)
     metric.to(device)
     run = Measurement(model, samples, metric, limits_of(model, samples), batch)
-    losses, predicted, distances = run.losses(progress)
+    losses, predicted, distances = (x if x is None else x.double().numpy() for x in run.losses(progress))
     exits = model.exits
     with drawing_from(seed, device):
         args, kwargs = samples.gather([0])
-        seconds = np.array(route_seconds(model, args, kwargs, repeats)) if repeats else None
+        seconds = np.array(_route_seconds(model, args, kwargs, repeats)) if repeats else None
         thop = cross_check(model.generator, exits[-1].macs, args, kwargs)
-    guard = f"{run.ood} of {len(samples)} samples are out of distribution and leave at the backbone"
     evaluation = Evaluation(
-        loss=losses.double().numpy(),
-        predicted=None if predicted is None else predicted.double().numpy(),
+        loss=losses,
+        predicted=predicted,
         macs=np.array([float(e.macs) for e in exits]),
         overhead=np.array(model.router.overhead(), float),
         metric=metric.describe(),
         exits=[asdict(e) for e in exits],
-        distance=None if distances is None else distances.double().numpy(),
+        distance=distances,
         seconds=seconds,
         about={
             "generator": type(model.generator).__name__,
             "fingerprint": fingerprint(model.generator)[:16],
             "samples": len(samples),
             "image_range": [run.limits.low, run.limits.high],
-            "ood_guard": None if predicted is None else guard,
+            "ood_guard": None if predicted is None else f"{run.ood} of {len(samples)} {_GUARD}",
             "threads": torch.get_num_threads(),
-            "macs": "multiply-accumulates of one sample by torch's FlopCounterMode / 2; "
-            "interpolation, normalisation and activations count 0",
+            "macs": _MACS,
             "thop": thop,
             "versions": versions(),
         },
@@ -87,7 +91,7 @@ def measure(
     return evaluation, run
 
 
-def route_seconds(model: EarlyExitGenerator, args: Any, kwargs: Any, repeats: int) -> list[float]:
+def _route_seconds(model: EarlyExitGenerator, args: Any, kwargs: Any, repeats: int) -> list[float]:
     """Time the routes in turn; return the median seconds of each, the backbone's last."""
     routes = range(1, len(model.branches) + 2)
     seconds: dict[int, list[float]] = {k: [] for k in routes}

@@ -42,23 +42,18 @@ class QualityMetric(nn.Module, ABC):
         Raises:
             OptionError: If shapes, dtypes or devices do not fit, or the images are too small for the metric.
         """
-        shapes = f"{tuple(a.shape)} and {tuple(b.shape)}"
-        if a.shape != b.shape:
-            raise OptionError(f"the images for {self.name} must have equal shapes, got {shapes}", a)
-        if a.ndim != 4 or a.shape[1] not in (1, 3):
-            raise OptionError(
-                f"the images for {self.name} must have shape (N, 3, H, W) or (N, 1, H, W), got {shapes}", a
-            )
-        if not (a.is_floating_point() and b.is_floating_point()):
-            raise OptionError(
-                f"the images for {self.name} must be floating point, got {a.dtype} and {b.dtype}", a
-            )
+        problem, shapes = "", f"{tuple(a.shape)} and {tuple(b.shape)}"
         device = next(self.parameters(), a).device
-        if not a.device == b.device == device:
-            raise OptionError(
-                f"images and metric must be on one device, got {a.device}, {b.device} and {self.name} on "
-                f"{device}"
-            )
+        if a.shape != b.shape:
+            problem = f"must have equal shapes, got {shapes}"
+        elif a.ndim != 4 or a.shape[1] not in (1, 3):
+            problem = f"must have shape (N, 3, H, W) or (N, 1, H, W), got {shapes}"
+        elif not (a.is_floating_point() and b.is_floating_point()):
+            problem = f"must be floating point, got {a.dtype} and {b.dtype}"
+        elif not a.device == b.device == device:
+            problem = f"must be on the metric's device {device}, got {a.device} and {b.device}"
+        if problem:
+            raise OptionError(f"the images for {self.name} {problem}", a)
         if a.shape[1] == 1:
             a, b = a.expand(-1, 3, -1, -1), b.expand(-1, 3, -1, -1)
         return self.compare(a, b)

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from retroexit.core.identity import fingerprint
 from retroexit.errors import OptionError, closest
 from retroexit.metrics.base import QualityMetric, versions_of
-from retroexit.metrics.weights import digest, empty_lpips, fill_lpips, hub_file
+from retroexit.metrics.weights import empty_lpips, fill_lpips, hub_file
 
 __all__ = ["LPIPS"]
 
@@ -51,17 +52,13 @@ class LPIPS(QualityMetric):
         self.source = str(path)
         self._file = path.name
         self._cached: tuple[weakref.ref[Tensor], tuple[Any, ...], Any] | None = None
-        self._sha256 = digest(self._network)
+        self._sha256 = fingerprint(self._network)
 
     def compare(self, a: Tensor, b: Tensor) -> Tensor:
         """Compare checked images of shape ``(N, 3, H, W)``, range ``[-1, 1]``; return ``(N,)``."""
         # The order of the network's layers fixes the rounding of the sum.
-        start = a.new_zeros(a.shape[0], dtype=self._dtype)
+        start = a.new_zeros(a.shape[0], dtype=next(self.parameters()).dtype)
         return sum((m.mean(dim=(1, 2, 3)) for m in self.maps(a, b)), start)  # (N, 1, h, w) -> (N,)
-
-    @property
-    def _dtype(self) -> torch.dtype:
-        return next(self.parameters()).dtype
 
     def maps(self, a: Tensor, b: Tensor) -> list[Tensor]:
         """Return the distance at every place: one map ``(N, 1, h, w)`` per layer, finest first.
@@ -75,22 +72,22 @@ class LPIPS(QualityMetric):
                 f"{height}x{width}. Enlarge them or use another metric.",
                 a,
             )
-        features = [self.features(a.to(self._dtype)), self._target_features(b)]
+        features = [self.features(a), self._target_features(b)]
         pairs = zip(self._network.lins, *features, strict=True)
         return [head((_unit(x) - _unit(y)) ** 2) for head, x, y in pairs]
 
     def features(self, x: Tensor) -> Any:
         """Return the maps of the network's layers, ``(N, C, h, w)`` each, of images in [-1, 1]."""
-        return self._network.net(self._network.scaling_layer(x))
+        return self._network.net(self._network.scaling_layer(x.to(next(self.parameters()).dtype)))
 
     def _target_features(self, b: Tensor) -> Any:
         """Features of ``b``, cached for several images that are compared with the same one."""
-        dtype = self._dtype
         if b.requires_grad or b.is_inference():
-            return self.features(b.to(dtype))
+            return self.features(b)
+        dtype = next(self.parameters()).dtype
         state = (b._version, dtype, torch.is_autocast_enabled(b.device.type), torch.is_grad_enabled())
         if self._cached is None or self._cached[0]() is not b or self._cached[1] != state:
-            self._cached = (weakref.ref(b), state, self.features(b.to(dtype)))
+            self._cached = (weakref.ref(b), state, self.features(b))
         return self._cached[2]
 
     def __getstate__(self) -> dict[str, Any]:

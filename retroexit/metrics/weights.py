@@ -6,7 +6,6 @@ check a cached file, so the hash in torchvision's file names is checked here. Ra
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import pickle
 import warnings
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from retroexit.core.files import sha256_of
 from retroexit.errors import MissingExtraError, WeightsError
 
-__all__ = ["digest", "empty_lpips", "fill_lpips", "fill_trunk", "hub_file"]
+__all__ = ["empty_lpips", "fill_lpips", "fill_trunk", "hub_file"]
 
 logger = logging.getLogger(__name__)
 
@@ -50,12 +49,11 @@ def fill_lpips(network: Any, net: str, path: Path) -> None:
     heads = content.get("lin") or _read(Path(lpips.__file__).parent / f"weights/v0.1/{net}.pth")
     # slice3.6.bias -> features.6.bias
     trunk = {name: f"features.{name.partition('.')[2]}" for name in network.net.state_dict()}
-    network.net.load_state_dict(
-        _pick(trunk, content.get("backbone", content), network.net, path, owner), assign=True
-    )
+    _fill(network.net, trunk, content.get("backbone", content), path, owner)
     linear = [name for name in network.state_dict() if name.startswith("lin") and not name.startswith("lins")]
-    picked = _pick({name: name for name in linear}, heads, network, path, owner)
-    network.load_state_dict(picked, strict=False, assign=True)  # the heads appear again as ``lins``
+    _fill(
+        network, dict(zip(linear, linear, strict=True)), heads, path, owner
+    )  # they appear again as ``lins``
 
 
 def fill_trunk(trunk: nn.Module, owner: str, path: Path) -> None:
@@ -71,13 +69,13 @@ def fill_trunk(trunk: nn.Module, owner: str, path: Path) -> None:
     """
     content = _read(path)
     names = {name: f"features.{name}" for name in trunk.state_dict()}
-    trunk.load_state_dict(_pick(names, content.get("backbone", content), trunk, path, owner), assign=True)
+    _fill(trunk, names, content.get("backbone", content), path, owner)
 
 
-def _pick(
-    keys: Mapping[str, str], content: Mapping[str, Any], module: nn.Module, path: Path, owner: str
-) -> dict[str, Tensor]:
-    """Take ``keys`` (name in the module: key in the file) out of a state dict, with checks."""
+def _fill(
+    module: nn.Module, keys: Mapping[str, str], content: Mapping[str, Any], path: Path, owner: str
+) -> None:
+    """Load ``keys`` (name in the module: key in the file) out of a state dict, with checks."""
     expected, picked = module.state_dict(), {}
     for name, key in keys.items():
         value = content.get(key)
@@ -89,7 +87,7 @@ def _pick(
                 path,
             )
         picked[name] = value.float()
-    return picked
+    module.load_state_dict(picked, strict=False, assign=True)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -110,17 +108,17 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _hub_address(net: str) -> str:
-    """Address of torchvision's ImageNet weights; the file name ends in the first digits of its sha256."""
+    """Return the address of torchvision's ImageNet weights; the file name ends in the start of its sha256."""
     from torchvision import models
 
-    weights = {
-        "alex": models.AlexNet_Weights.IMAGENET1K_V1,
-        "squeeze": models.SqueezeNet1_1_Weights.IMAGENET1K_V1,
-        "vgg": models.VGG16_Weights.IMAGENET1K_V1,
-        "vgg16": models.VGG16_Weights.IMAGENET1K_V1,
-        "vgg19": models.VGG19_Weights.IMAGENET1K_V1,
+    names = {
+        "alex": "AlexNet",
+        "squeeze": "SqueezeNet1_1",
+        "vgg": "VGG16",
+        "vgg16": "VGG16",
+        "vgg19": "VGG19",
     }
-    return str(weights[net].url)
+    return str(models.get_weight(f"{names[net]}_Weights.IMAGENET1K_V1").url)
 
 
 def hub_file(net: str, owner: str | None = None) -> Path:
@@ -156,12 +154,3 @@ def hub_file(net: str, owner: str | None = None) -> Path:
             path,
         )
     return path
-
-
-def digest(network: nn.Module) -> str:
-    """Hash names and numbers of all weights in use, so that equal weights hash alike from any file layout."""
-    sha256 = hashlib.sha256()
-    for name, value in sorted(network.state_dict().items()):
-        sha256.update(name.encode())
-        sha256.update(value.contiguous().numpy().tobytes())
-    return sha256.hexdigest()

@@ -184,7 +184,7 @@ def predictor_enforcement(figure: Figure, evaluation: Evaluation) -> None:
     """Draw each exit's losses against routing at that exit's mean loss (paper, figure 9).
 
     The routed density is scaled to the samples that leave at a branch exit; those sent to the backbone have
-    loss 0 and are given as a number.
+    loss 0 and appear as a number only.
     """
     exits = evaluation.loss.shape[1]
     figure.set_figheight(0.75 + 1.35 * exits)

@@ -61,12 +61,8 @@ def write_report(
     folder = Path(folder)
     model = model_facts(folder, evaluation)
     manifest = {} if model is None else model[1]
-    summary = {
-        "title": title,
-        "command": command,
-        "hashes": dict(hashes(manifest)),
-        **_summary(evaluation, taus, calibration),
-    }
+    summary = {"title": title, "command": command, "hashes": dict(hashes(manifest))}
+    summary |= _summary(evaluation, taus, calibration)
     summary["headline"] = headline or _headline(summary, highlighted(taus))
     html = _template().render(
         summary,
@@ -80,13 +76,11 @@ def write_report(
         facts=_facts_of(evaluation, manifest),
         expectation=EXPECTATION,
     )
-    folder.mkdir(parents=True, exist_ok=True)
     save_report(folder, SavedReport(title, headline, command, list(strips)))
-    path = folder / "report.html"
-    path.write_text(html, encoding="utf-8")
+    (folder / "report.html").write_text(html, encoding="utf-8")
     text = json.dumps(summary, indent=1, default=plain_json, allow_nan=False)
     (folder / "summary.json").write_text(text + "\n", encoding="utf-8")
-    return path
+    return folder / "report.html"
 
 
 def _template() -> Any:

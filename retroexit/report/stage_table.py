@@ -24,7 +24,7 @@ _WIDTH: Final = 100
 _RUN: Final = 4  # a longer run of equal stages shows its ends only
 _MODULE, _CLASS, _PARAMETERS, _LIVE = 1, 2, 5, 10  # columns
 _LEAST: Final = 12
-_NAME: Final = 16  # a class can be told by so many letters
+_NAME: Final = 16  # letters of a class to keep
 _LIVE_WIDTH: Final = 8
 _MOST_LIVE: Final = 16
 

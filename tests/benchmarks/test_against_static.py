@@ -47,36 +47,25 @@ def test_a_student_is_trained_exactly_as_a_branch_is(tmp_path: Path) -> None:
     networks.tuned(student, case, TRAINING, features, path)
     for name, weight in same.branches.state_dict().items():
         torch.testing.assert_close(student.branches.state_dict()[name], weight, rtol=0, atol=1e-6)
-    # Kept: the same weights without training, and no other training is taken for it.
+    # The stored weights are read again; those of other settings are an error.
     again = networks.tuned(networks.Student(case, 1 / 2, 4), case, TRAINING, features, path)
     assert torch.equal(again(case.test[:1]), student(case.test[:1]))
-    with pytest.raises(SystemExit, match="was trained with .* use another --out"):
+    with pytest.raises(SystemExit, match="was trained with .* Use another --out"):
         networks.tuned(networks.Student(case, 1 / 2, 4), case, networks.Training(), features, path)
 
 
-def test_one_run_compares_everything_and_goes_on_where_it_stopped(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_one_run_compares_everything_and_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("torch_pruning")
     words = ["--case", "tiny", "--steps", "3", "--batch", "4", "--float32"]
     words += ["--out", str(tmp_path), "--timed", "1", "--repeats", "1", "--thresholds", "3", "--longer", "5"]
     against_static.main(words)
     first = json.loads((tmp_path / "static.json").read_text())
-    kept = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
     against_static.main(words)
     again = json.loads((tmp_path / "static.json").read_text())
-    assert {path: path.stat().st_mtime_ns for path in kept} == kept and len(kept) == 4 + 3
+    assert {path: path.stat().st_mtime_ns for path in times} == times and len(times) == 4 + 3
     assert [p["loss"] for p in again["points"]] == [p["loss"] for p in first["points"]]
-    ways = {point["way"] for point in first["points"]}
-    assert ways == {
-        "one exit",
-        "oracle",
-        "ours by image",
-        "ours by budget",
-        "thin student",
-        "student, longer",
-        "Torch-Pruning",
-    }
+    assert {point["way"] for point in first["points"]} == {*show.OURS, *show.STATIC, "oracle"}
     assert all(len(point["loss"]) == 8 and np.isfinite(point["loss"]).all() for point in first["points"])
     macs = first["about"]["backbone"]["macs"]
     assert all(0 < p["macs"] < macs for p in first["points"] if p["way"] in show.STATIC)
@@ -84,7 +73,7 @@ def test_one_run_compares_everything_and_goes_on_where_it_stopped(
     assert "thin student" in capsys.readouterr().out
 
 
-def test_a_verdict_takes_the_best_of_ours_that_costs_no_more() -> None:
+def test_a_verdict_compares_with_the_best_of_ours_at_no_higher_cost() -> None:
     points = [
         Point("thin student", 8, 100.0, [0.2, 0.2]),
         Point("Torch-Pruning", 0.5, 40.0, [0.3, 0.3]),

@@ -27,7 +27,7 @@ from gain.training import noise, shuffled  # noqa: E402
 
 
 class Careless(ExactRetriever):
-    """Finds the first key, whatever is asked; what a poor back-end of somebody else may look like."""
+    """Returns the first keys for every query, like a poor third-party back-end."""
 
     name: ClassVar[str] = "careless"
 
@@ -35,7 +35,7 @@ class Careless(ExactRetriever):
         return np.tile(np.arange(k), (len(queries), 1))
 
 
-def test_what_guidance_buys_is_measured_kept_and_gone_on_with(
+def test_the_gain_of_guidance_is_measured_and_resumed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     quick = ["--quick", "--out", str(tmp_path), "--exits", "1", "--variants"]
@@ -53,21 +53,18 @@ def test_what_guidance_buys_is_measured_kept_and_gone_on_with(
     table = capsys.readouterr().out
     assert f"{np.mean(plain['losses']) - np.mean(guided['losses']):+.4f}" in table
     assert "slopes shuffled" in table
-
-
-def test_a_variant_that_there_is_not_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        guidance_gain.main(["--quick", "--out", str(tmp_path), "--variants", "image mixed"])
+        guidance_gain.main([*quick, "image mixed"])
     assert "no variant 'image mixed'; there are none and image, slopes" in capsys.readouterr().err
 
 
-def test_the_controls_say_nothing_of_their_input_but_look_like_a_guide() -> None:
+def test_controls_are_guides_of_other_inputs_or_noise_like_a_guide() -> None:
     guides = torch.randn(40, 2, 8, 8) * torch.tensor([1.0, 5.0])[:, None, None] + 3
     rows = list(range(40))
-    mixed = shuffled(lambda asked: guides[asked], 40, 0)(rows)
+    mixed = shuffled(lambda rows: guides[rows], 40, 0)(rows)
     owner = (mixed[:, None] == guides[None]).flatten(2).all(-1).float().argmax(1).tolist()
-    assert sorted(owner) == rows and all(own != row for own, row in zip(owner, rows, strict=True))
-    drawn = noise(lambda asked: guides[asked], 40, 0)
+    assert sorted(owner) == rows and all(a != b for a, b in zip(owner, rows, strict=True))
+    drawn = noise(lambda rows: guides[rows], 40, 0)
     assert torch.equal(drawn([3, 7])[1], drawn([7])[0])
     torch.testing.assert_close(drawn(rows).mean((0, 2, 3)), guides.mean((0, 2, 3)), atol=0.6, rtol=0)
     torch.testing.assert_close(drawn(rows).std((0, 2, 3)), guides.std((0, 2, 3)), atol=0, rtol=0.1)
@@ -80,11 +77,11 @@ def test_back_ends_are_compared_down_to_the_picture(
         type(host()), "retriever", lambda self, name: {"exact": ExactRetriever, "careless": Careless}[name]
     )
     monkeypatch.setattr(retrieval, "memory", lambda names, keys: dict.fromkeys(names, 1.5))
-    asked = ["--case", "tiny", "--sizes", "32", "128", "--backends", "exact", "careless", "--steps", "2"]
-    asked += ["--repeats", "2", "--images", "4"]
-    asked += ["--json", str(tmp_path / "found.json"), "--plot", str(tmp_path / "plots" / "recall.png")]
-    retrieval.main(asked)
-    rows = json.loads((tmp_path / "found.json").read_text())["rows"]
+    words = ["--case", "tiny", "--sizes", "32", "128", "--backends", "exact", "careless", "--steps", "2"]
+    words += ["--repeats", "2", "--images", "4"]
+    words += ["--json", str(tmp_path / "rows.json"), "--plot", str(tmp_path / "plots" / "recall.png")]
+    retrieval.main(words)
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
     assert [(row["backend"], row["keys"]) for row in rows] == [
         (name, size) for size in (32, 128) for name in ("exact", "careless")
     ]
@@ -97,15 +94,9 @@ def test_back_ends_are_compared_down_to_the_picture(
     assert "MB in memory" in capsys.readouterr().out
 
 
-def test_options_of_a_back_end_stand_behind_a_colon() -> None:
-    assert retrieval.parse_spec("exact") == ("exact", {})
-    assert retrieval.parse_spec("faiss:index=IVF16,Flat;nprobe=2") == (
-        "faiss",
-        {"index": "IVF16,Flat", "nprobe": 2},
-    )
-
-
 def test_memory_of_an_index_is_that_of_its_keys_at_least() -> None:
+    options = {"index": "IVF16,Flat", "nprobe": 2}
+    assert retrieval.parse_spec("faiss:index=IVF16,Flat;nprobe=2") == ("faiss", options)
     if not Path("/proc/self/status").exists():
         pytest.skip("memory is read from /proc")
     keys = np.random.default_rng(0).standard_normal((40_000, 64)).astype(np.float32)  # 10 MB
@@ -139,14 +130,13 @@ def test_the_promise_holds_on_inputs_like_those_of_the_calibration() -> None:
     assert few is None
 
 
-def test_one_exit_is_promised_where_the_binomial_test_lets_its_losses_pass() -> None:
-    loss = np.zeros((59, 2))
-    macs = np.array([1.0, 2.0, 4.0])
-    evaluation = Evaluation(loss, loss, macs, np.zeros(3))
-    assert promise.promised_exit(evaluation, 0.1, 0.05, 0.95) == 1  # 59 samples, none of them bad
-    loss[0, 0] = 0.2
-    evaluation = Evaluation(loss, loss, macs, np.zeros(3))
-    assert promise.promised_exit(evaluation, 0.1, 0.05, 0.95) == 2  # one in 59 shows less
-    loss[0, 1] = 0.2
-    assert promise.promised_exit(Evaluation(loss, loss, macs, np.zeros(3)), 0.1, 0.05, 0.95) == 3
-    assert promise.promised_exit(Evaluation(loss[:20], loss[:20], macs, np.zeros(3)), 0.3, 0.05, 0.95) == 3
+@pytest.mark.parametrize(
+    ("samples", "bad", "exit"), [(59, [], 1), (59, [0], 2), (59, [0, 1], 3), (20, [], 3)]
+)
+def test_an_exit_is_promised_if_the_binomial_test_accepts_its_losses(
+    samples: int, bad: list[int], exit: int
+) -> None:
+    loss = np.zeros((samples, 2))
+    loss[0, bad] = 0.2
+    evaluation = Evaluation(loss, loss, np.array([1.0, 2.0, 4.0]), np.zeros(3))
+    assert promise.promised_exit(evaluation, 0.1, 0.05, 0.95) == exit

@@ -61,10 +61,10 @@ def test_losses_width_rules_and_keyword_samples_are_chosen_by_name(run: Any, tmp
 def test_a_preset_is_trained_on_with_replacements_discriminators_and_a_gaze_network(
     run: Any, tmp_path: Path
 ) -> None:
-    run.fit(*FACE, "--equalise-steps", "1", "--adversarial", "non-saturating").succeeds()
+    run.fit(*FACE, "--adversarial", "non-saturating").succeeds()
     record = _saved(tmp_path, "fit.json")
     terms = ["adversarial", "features-random", "quality", "l1", "feature-matching", "gaze"]
-    assert list(record["losses"]) == terms and record["loss"]["equalise"] == 1
+    assert list(record["losses"]) == terms and record["loss"]["equalise"] == 50
     assert record["loss"]["objective"] == "non-saturating"
     assert record["loss"]["discriminator_lr"] == 4e-4
     assert {"discriminator", "gaze"} < set(record["loss"])
@@ -92,7 +92,7 @@ def test_a_folder_of_another_fit_is_refused(run: Any) -> None:
     ("words", "changed", "message"),
     [
         ((), {"scale": "1/0"}, "--scale must be numbers, got 1/0"),
-        ((), {"scale": "wide"}, "got wide: Invalid literal for Fraction: 'wide'"),
+        ((), {"scale": "wide"}, "--scale must be numbers, got wide. Write 1/15"),
         ((), {"scale": "2"}, "scale.*2.0"),
         ((), {"scale": "1/2,1/3,1/4"}, "scale.*got 3"),
         ((), {"attach_at": "7", "scale": "1"}, "7.*3"),
@@ -103,7 +103,6 @@ def test_a_folder_of_another_fit_is_refused(run: Any) -> None:
         ((), {"metric": "psnr"}, "no metric 'psnr'; closest: "),
         ((), {"metric": "ssim"}, "no metric 'ssim'; closest: 'ms-ssim'"),
         ((), {"out": "toy.py"}, "toy.py"),
-        (("--seed", "-1"), {}, "seed.*-1"),
         (("--lr", "0"), {}, "lr.*0.0"),
         (("--tap", "beside"), {}, "tap.*'beside'"),
         (("--init", "warm"), {}, "init.*'warm'"),
@@ -113,15 +112,23 @@ def test_a_folder_of_another_fit_is_refused(run: Any) -> None:
         (("--image-range", "1"), {}, "--image-range must be two numbers, the smaller one first, got 1"),
         (("--image-range", "1,0"), {}, "--image-range must be two numbers, .* got 1,0. Write 0,1 or -1,1"),
         (("--width-rule", "flor"), {}, "no width rule 'flor'; closest: 'floor'"),
-        (("--loss", "l1"), {}, "--loss must be name=value, got l1. Write l1=1, or"),
-        (("--loss", "=2"), {}, "--loss must be name=value, got =2"),
-        (("--loss", "l1=1", "--loss", "l1=2"), {}, "--loss l1 must be given once, got l1=2"),
-        (("--loss", "l1=x"), {}, "weight of --loss l1 must be a number, got 'x'"),
+        (("--loss", "l1"), {}, "--loss must be name=value, once per name, got l1. Write l1=1, or"),
+        (("--loss", "=2"), {}, "--loss must be name=value, once per name, got =2"),
+        (("--loss", "l1=1", "--loss", "l1=2"), {}, "--loss must be name=value, once per name, got l1=2"),
+        (("--loss", "l1=x"), {}, "weights of --loss must be numbers, got .*'l1': 'x'"),
         (("--loss", "l1=nan"), {}, "nan"),
         (("--loss", "l2=1"), {}, "no loss 'l2'; closest: 'l1'. List all with 'retroexit plugins'"),
-        (("--loss", "oasys"), {}, "--loss must be name=value, got oasys. Write l1=1, or one of oasis, mega"),
-        (("--loss", "oasis", "--loss", "l1=1"), {}, "--loss must be name=value, got oasis"),
-        (("--instead", "vgg"), {}, "--instead must be name=value, got vgg. Write vgg=features-alex"),
+        (
+            ("--loss", "oasys"),
+            {},
+            "--loss must be name=value, once per name, got oasys. Write l1=1, or one of oasis, mega",
+        ),
+        (("--loss", "oasis", "--loss", "l1=1"), {}, "--loss must be name=value, once per name, got oasis"),
+        (
+            ("--instead", "vgg"),
+            {},
+            "--instead must be name=value, once per name, got vgg. Write vgg=features-alex",
+        ),
         (("--instead", "vgg=l1"), {}, "'vgg'"),
         (("--loss-weights", "vgg=x.pth"), {}, "'vgg'"),
         (("--loss", "adversarial=1", "--discriminator", "none"), {}, "discriminator"),
@@ -129,7 +136,6 @@ def test_a_folder_of_another_fit_is_refused(run: Any) -> None:
         (("--loss", "gaze=1"), {}, "gaze"),
         (("--gaze", "toy.py:number"), {}, "--gaze must be a torch.nn.Module or its factory, got a int"),
         (("--discriminator", "toy.py:broken"), {}, "raised RuntimeError: no weights here"),
-        (("--no-equalise", "--equalise-steps", "3"), {}, "--equalise-steps 3 excludes --no-equalise"),
         ((*FACE, "--adversarial", "best"), {}, "'best'"),
         (("--calibrate", "0.5"), {}, "59.*118"),
         (("--calibrate", "1.5"), {}, "calibrate.*1.5"),

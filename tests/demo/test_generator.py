@@ -50,7 +50,7 @@ def test_inputs_are_one_hot_maps_and_styles_of_held_out_scenes_in_order() -> Non
 @pytest.mark.parametrize(
     "arguments", [{"count": -1}, {"count": 1, "first": -1}, {"count": 2, "seed": 999, "first": 999}]
 )
-def test_inputs_outside_the_held_out_range_are_refused(arguments: dict[str, int]) -> None:
+def test_inputs_outside_the_held_out_range_are_errors(arguments: dict[str, int]) -> None:
     values = rf"got count={arguments['count']}, seed={arguments.get('seed', 0)}"
     with pytest.raises(OptionError, match=values):
         scene_inputs(**arguments)
@@ -71,34 +71,27 @@ def test_the_shipped_generator_reproduces_held_out_scenes(generator: SceneGenera
 
 
 @torch.no_grad()
-def test_pictures_do_not_depend_on_the_rest_of_the_batch(generator: SceneGenerator) -> None:
+def test_pictures_are_bounded_depend_on_the_style_and_not_on_the_batch(generator: SceneGenerator) -> None:
     labels, z = batch(3)
     together = generator(labels, z)
     assert together.shape == (3, 3, 64, 128) and float(together.abs().max()) <= 1
     assert torch.allclose(together[1:2], generator(labels[1:2], z[1:2]), atol=1e-5)
-
-
-@torch.no_grad()
-def test_style_changes_the_hour(generator: SceneGenerator) -> None:
-    labels, z = batch(1)
     dusk, noon = z.clone(), z.clone()
-    dusk[0, 0], noon[0, 0] = -0.9, 0.9
+    dusk[:, 0], noon[:, 0] = -0.9, 0.9
     assert float(generator(labels, noon).mean()) > float(generator(labels, dusk).mean()) + 0.2
 
 
-def test_a_wrong_shape_is_refused_with_both_shapes(generator: SceneGenerator) -> None:
+def test_a_wrong_shape_is_an_error_with_both_shapes(generator: SceneGenerator) -> None:
     with pytest.raises(InputMismatchError, match=r"got \(1, 13, 32, 64\) and \(1, 8\)"):
         generator(torch.zeros(1, 13, 32, 64), torch.zeros(1, 8))
 
 
-def _damage(folder: Path) -> None:
+def _replace_last_byte(folder: Path) -> None:
     weights = folder / "scene_generator.safetensors"
-    content = bytearray(weights.read_bytes())
-    content[-1] ^= 1
-    weights.write_bytes(content)
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\xff")
 
 
-def _take_another_network(folder: Path) -> None:
+def _drop_a_tensor(folder: Path) -> None:
     weights = folder / "scene_generator.safetensors"
     tensors = load_file(weights)
     tensors.pop("fc.bias")
@@ -110,17 +103,12 @@ def _take_another_network(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        (_damage, CheckpointError, r"sha256 of .* must be [0-9a-f]{12}\.\.\., got"),
-        (_take_another_network, CheckpointError, r"fc\.bias"),
+        (_replace_last_byte, CheckpointError, r"sha256 of .* must be [0-9a-f]{12}\.\.\., got"),
+        (_drop_a_tensor, CheckpointError, r"fc\.bias"),
         (lambda folder: (folder / "scene_generator.json").unlink(), WeightsError, r"scene_generator\.json"),
-        (
-            lambda folder: (folder / "scene_generator.safetensors").unlink(),
-            WeightsError,
-            r"scene_generator\.safetensors",
-        ),
     ],
 )
-def test_files_that_are_damaged_wrong_or_missing_are_refused(
+def test_damaged_wrong_or_missing_files_are_errors(
     tmp_path: Path, change: Callable[[Path], None], error: type[Exception], message: str
 ) -> None:
     for suffix in ("safetensors", "json"):

@@ -230,7 +230,7 @@ def test_code_in_a_weight_file_does_not_run(tmp_path: Path) -> None:
         (torch.zeros(3, 32, 32), torch.zeros(3, 32, 32), r"got \(3, 32, 32\)"),
         (torch.zeros(1, 3, 32, 32).byte(), torch.zeros(1, 3, 32, 32).byte(), "got torch.uint8"),
         (torch.zeros(1, 3, 16, 64), torch.zeros(1, 3, 16, 64), "at least 17x17 pixels, got 16x64"),
-        (torch.zeros(1, 3, 9, 9, device="meta"), torch.zeros(1, 3, 9, 9), "got meta, cpu and lpips-squeeze"),
+        (torch.zeros(1, 3, 9, 9, device="meta"), torch.zeros(1, 3, 9, 9), "cpu, got meta and cpu"),
     ],
 )
 def test_images_it_cannot_compare_are_refused(metric: LPIPS, a: Tensor, b: Tensor, message: str) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from retroexit.plugins import Host
+from retroexit.plugins import Host, hookimpl
 
 
 @pytest.fixture
@@ -33,3 +34,22 @@ def announce(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: entries)
     return add
+
+
+@pytest.fixture(scope="session")
+def offering() -> Callable[..., Any]:
+    """Return a function that makes plug-ins: ``offering(metrics={...})`` implements ``retroexit_metrics``."""
+
+    def implement(answer: Any) -> Callable[[], Any]:
+        def answer_or_raise() -> Any:
+            if isinstance(answer, BaseException):
+                raise answer
+            return answer
+
+        return answer_or_raise
+
+    def make(**answers: Any) -> Any:
+        marked = {name: hookimpl(specname=f"retroexit_{name}") for name in answers}
+        return SimpleNamespace(**{name: marked[name](implement(answer)) for name, answer in answers.items()})
+
+    return make

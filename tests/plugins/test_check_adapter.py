@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -49,10 +50,6 @@ def codes(generator: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (torch.arange(64).view(1, 8, 8) % generator.book.num_embeddings,), {}
 
 
-def build(stage: nn.Module, in_channels: int, out_channels: int) -> nn.Module | None:
-    return Block(in_channels, out_channels) if isinstance(stage, Block) else None
-
-
 class Judge(nn.Sequential):
     def __init__(self) -> None:
         super().__init__(nn.Conv2d(3, 4, 3), nn.LeakyReLU(), nn.Conv2d(4, 1, 3))
@@ -90,7 +87,7 @@ class Adapter:
 class BuildingAdapter(Adapter):
     @hookimpl
     def retroexit_build_stage(self, stage: nn.Module, in_channels: int, out_channels: int) -> Any:
-        return build(stage, in_channels, out_channels)
+        return Block(in_channels, out_channels) if isinstance(stage, Block) else None
 
 
 @pytest.fixture
@@ -117,26 +114,8 @@ def test_a_good_adapter_passes_and_the_report_says_what_was_checked(
     assert report.name == "toy"
     assert report.stages == ("blocks.0", "blocks.1", "blocks.2")
     assert report.skipped == ()
-    assert set(report.checked) == {
-        "the generator is recognised, others are not",
-        "example inputs are made",
-        "example inputs run",
-        "stages run once, in order",
-        "the generator can be read with these stages",
-        "the image keeps its range",
-        "key_after is a place with a map",
-        "value_after is a place with a map",
-        "predictor_inputs gives (N, C, H, W)",
-        "key gives (N, D)",
-        "the discriminator gives scores with gradients",
-        "the objective trains both sides",
-        "build_stage makes stages that run",
-        "at scale 1 every exit is the generator, bit for bit",
-        "thin exits keep the output's shapes",
-        "samples of a batch do not change each other",
-        "saved and loaded, every exit gives the same",
-        "the generator is left as it was",
-    }
+    assert len(report.checked) == 18
+    assert {"stages run once, in order", "build_stage makes stages that run"} < set(report.checked)
     assert str(report).splitlines()[:2] == [
         "adapter for toy: 3 stages",
         "  ok       the generator is recognised, others are not",
@@ -147,18 +126,8 @@ def test_what_a_description_leaves_out_is_skipped(decoder: nn.Module) -> None:
     described = Description(name="little", image="rgb")
     report = check_adapter(decoder, description=described, example_inputs=codes(decoder)[0], thin_at=[1])
     assert len(report.stages) >= 2
-    assert {line.partition(":")[0] for line in report.skipped} == {
-        "the generator is recognised, others are not",
-        "stages run once, in order",
-        "the image keeps its range",
-        "key_after is a place with a map",
-        "value_after is a place with a map",
-        "predictor_inputs gives (N, C, H, W)",
-        "key gives (N, D)",
-        "the discriminator gives scores with gradients",
-        "the objective trains both sides",
-        "build_stage makes stages that run",
-    }
+    assert len(report.skipped) == 10
+    assert "the image keeps its range: the description has no image_range" in report.skipped
 
 
 def test_noise_drawn_inside_the_forward_is_no_problem() -> None:
@@ -216,12 +185,8 @@ def test_a_wrong_stage_image_or_input_is_named(
     assert problem in problems_of(decoder, plugin=Adapter(**changed))
 
 
-def wrong_judge(generator: nn.Module) -> nn.Module:
-    return nn.Sequential(nn.Flatten(), nn.Linear(3, 1))
-
-
 class Idle(Judge):
-    """Judges without looking, and holds a layer that it never uses."""
+    """Detaches its input, and has a layer that it never uses."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -255,7 +220,7 @@ def change_weights(generator: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any
         ),
         (
             {
-                "discriminator": wrong_judge,
+                "discriminator": lambda generator: nn.Sequential(nn.Flatten(), nn.Linear(3, 1)),
                 "build_stage": lambda stage, c_in, c_out: 1 / 0,
                 "image_range": (0.9, 1.0),
                 "predictor_inputs": lambda codes: codes[:, None].float().expand(-1, len(codes), -1, -1),
@@ -278,7 +243,7 @@ def test_what_an_adapter_makes_is_looked_at(
 
 
 class Idler:
-    """An objective that teaches nobody."""
+    """An objective without gradients."""
 
     name, needs_inputs = "idler", False
 
@@ -302,7 +267,7 @@ class Idler:
         ),
     ],
 )
-def test_an_objective_that_trains_nobody_is_found_out(
+def test_an_objective_without_gradients_is_named(
     decoder: nn.Module, objective: Any, messages: list[str]
 ) -> None:
     problems = problems_of(decoder, plugin=Adapter(adversarial=objective))
@@ -314,8 +279,7 @@ class Mixing(Decoder):
 
     def forward(self, codes: Tensor) -> dict[str, Tensor]:
         x = self.book(codes).permute(0, 3, 1, 2)
-        x = self.blocks[0](x + self.noisy * torch.randn(x.shape[0], 8, 1, 1))
-        x = self.blocks[1](x)
+        x = self.blocks[1](self.blocks[0](x + self.noisy * torch.randn(x.shape[0], 8, 1, 1)))
         x = self.blocks[2](x - x.mean(0, keepdim=True) + x.mean())
         return {"depth": self.depth(x), "rgb": torch.sigmoid(self.rgb(x))}
 
@@ -364,16 +328,8 @@ class Failing(Adapter):
         return describe(generator)  # a stranger has no codebook
 
 
-class Blind:
-    @hookimpl
-    def retroexit_describe(self, generator: nn.Module) -> None:
-        return None
-
-
-class Misspelt:
-    @hookimpl
-    def retroexit_descibe(self, generator: nn.Module) -> None:
-        return None
+def hook(name: str) -> Any:
+    return SimpleNamespace(__name__="Blind", hook=hookimpl(lambda generator: None, specname=name))
 
 
 @pytest.mark.parametrize(
@@ -381,8 +337,11 @@ class Misspelt:
     [
         ({"plugin": Greedy(), "example_inputs": (torch.ones(1, 8, 8).long(),)}, "recognises a Stranger too"),
         ({"plugin": Failing()}, "plug-in 'Failing': retroexit_describe raised AttributeError: "),
-        ({"plugin": Blind()}, "Blind does not recognise a Decoder; return a Description"),
-        ({"plugin": Misspelt()}, "the plug-in does not fit: unknown hook 'retroexit_descibe' in plugin"),
+        ({"plugin": hook("retroexit_describe")}, "Blind does not recognise a Decoder; return a Description"),
+        (
+            {"plugin": hook("retroexit_descibe")},
+            "the plug-in does not fit: unknown hook 'retroexit_descibe' in plugin",
+        ),
         ({}, "no installed plug-in recognises a Decoder; install the adapter's distribution"),
         ({"plugin": Adapter(), "strangers": [Decoder()]}, "the adapter recognises a Decoder too"),
     ],

@@ -45,7 +45,4 @@ def test_a_description_outside_its_range_is_refused(options: dict[str, Any], mes
 def test_everything_but_the_name_is_optional() -> None:
     described = Description(name="g", key_after=1, value_after="body.3", discriminator=lambda g: nn.ReLU())
     assert described.stages is described.example_inputs is described.image is described.key is None
-
-
-def test_stages_may_be_given_as_a_list() -> None:
     assert Description(name="g", stages=["a", "b"]).stages == ("a", "b")  # type: ignore[arg-type]

@@ -23,6 +23,8 @@ from retroexit.retrieval import Retriever
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 SAMPLES = torch.randn(8, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+Offering = Callable[..., Any]
+Use = Callable[[object], Host]
 QUICK: dict[str, Any] = {"steps": 2, "batch": 2, "predictor_steps": 2, "progress": False}
 
 
@@ -75,7 +77,7 @@ def wrap(generator: nn.Module, **options: Any) -> retroexit.EarlyExitGenerator:
 # The hooks, one by one.
 
 
-def test_hook_retroexit_describe(painter: nn.Module, use: Callable[[object], Host]) -> None:
+def test_hook_retroexit_describe(painter: nn.Module, use: Use) -> None:
     paths = ("blocks.0", "blocks.1", "blocks.2")
 
     class Knows:
@@ -102,7 +104,7 @@ def test_hook_retroexit_describe(painter: nn.Module, use: Callable[[object], Hos
     assert recognised[1].name == "painter"
 
 
-def test_hook_retroexit_build_stage(painter: nn.Module, use: Callable[[object], Host]) -> None:
+def test_hook_retroexit_build_stage(painter: nn.Module, use: Use) -> None:
     class Builds:
         @hookimpl
         def retroexit_build_stage(self, stage: nn.Module, in_channels: int, out_channels: int) -> Any:
@@ -131,13 +133,9 @@ class Backwards(Retriever):
         return np.argsort(far, axis=1, kind="stable")[:, :k]
 
 
-def test_hook_retroexit_retrievers(painter: nn.Module, use: Callable[[object], Host], tmp_path: Path) -> None:
-    class Offers:
-        @hookimpl
-        def retroexit_retrievers(self) -> dict[str, type[Retriever]]:
-            return {"backwards": Backwards}
-
-    plugins = use(Offers())
+def test_hook_retroexit_retrievers(offering: Offering, painter: nn.Module, use: Use, tmp_path: Path) -> None:
+    plugin = offering(retrievers={"backwards": Backwards})
+    plugins = use(plugin)
     assert plugins.retriever("backwards") is Backwards
     assert plugins.retrievers() == ("backwards", "exact", "faiss", "hnswlib")
     model = wrap(painter, guidance=retroexit.Guidance(retriever="backwards", size=16), image_range=(-1, 1))
@@ -157,13 +155,9 @@ class Gradient(QualityMetric):
         return (a.diff(dim=-1) - b.diff(dim=-1)).abs().mean((1, 2, 3))
 
 
-def test_hook_retroexit_metrics(painter: nn.Module, use: Callable[[object], Host], tmp_path: Path) -> None:
-    class Offers:
-        @hookimpl
-        def retroexit_metrics(self) -> dict[str, Callable[..., QualityMetric]]:
-            return {"gradient": Gradient}
-
-    plugins = use(Offers())
+def test_hook_retroexit_metrics(offering: Offering, painter: nn.Module, use: Use, tmp_path: Path) -> None:
+    plugin = offering(metrics={"gradient": Gradient})
+    plugins = use(plugin)
     assert isinstance(plugins.metric("gradient"), Gradient)
     assert "gradient" in plugins.metrics()
     model = wrap(painter, image_range=(-1, 1))
@@ -174,7 +168,7 @@ def test_hook_retroexit_metrics(painter: nn.Module, use: Callable[[object], Host
     assert report.loss[:, 0] == pytest.approx(expected.numpy(), rel=1e-4, abs=1e-6)
 
 
-def test_hook_retroexit_losses(painter: nn.Module, use: Callable[[object], Host], tmp_path: Path) -> None:
+def test_hook_retroexit_losses(offering: Offering, painter: nn.Module, use: Use, tmp_path: Path) -> None:
     seen: list[tuple[int, ...]] = []
 
     class Recorded(nn.HuberLoss):
@@ -182,12 +176,8 @@ def test_hook_retroexit_losses(painter: nn.Module, use: Callable[[object], Host]
             seen.append(tuple(image.shape))
             return super().forward(image, target)
 
-    class Offers:
-        @hookimpl
-        def retroexit_losses(self) -> dict[str, Callable[[], Any]]:
-            return {"huber": Recorded}
-
-    plugins = use(Offers())
+    plugin = offering(losses={"huber": Recorded})
+    plugins = use(plugin)
     assert isinstance(plugins.loss("huber"), nn.HuberLoss)
     assert {"huber", "l1", "vgg", "ms-ssim"} < set(plugins.losses())
     model = wrap(painter, image_range=(-1, 1))
@@ -198,47 +188,31 @@ def test_hook_retroexit_losses(painter: nn.Module, use: Callable[[object], Host]
     assert model.about["fit"]["losses"] == {"huber": 2.0}
 
 
-def test_hook_retroexit_width_rules(painter: nn.Module, use: Callable[[object], Host]) -> None:
-    class Offers:
-        @hookimpl
-        def retroexit_width_rules(self) -> dict[str, Callable[[int, float, int], int]]:
-            return {
-                "odd": lambda channels, scale, least: max(least, int(channels * scale)) | 1,
-                "huge": lambda channels, scale, least: channels + 1,
-            }
-
-    plugins = use(Offers())
+def test_hook_retroexit_width_rules(offering: Offering, painter: nn.Module, use: Use) -> None:
+    plugin = offering(
+        width_rules={
+            "odd": lambda channels, scale, least: max(least, int(channels * scale)) | 1,
+            "huge": lambda channels, scale, least: channels + 1,
+        }
+    )
+    plugins = use(plugin)
     assert plugins.width_rule("odd")(16, 0.5, 4) == 9
     assert wrap(painter, width_rule="odd").branches[0].tail.get_submodule("rgb").in_channels == 9
     assert wrap(painter).branches[0].tail.get_submodule("rgb").in_channels == 8
     with pytest.raises(PluginError, match="no width rule 'od'; closest: 'odd'"):
         wrap(painter, width_rule="od")
-
-
-def test_a_width_rule_out_of_range_is_named(painter: nn.Module, use: Callable[[object], Host]) -> None:
-    class Offers:
-        @hookimpl
-        def retroexit_width_rules(self) -> dict[str, Callable[[int, float, int], int]]:
-            return {"huge": lambda channels, scale, least: channels + 1}
-
-    use(Offers())
-    with pytest.raises(
-        OptionError, match="width rule 'huge' must return .* 1 to 16 for 16 channels at scale 0.5, got 17"
-    ):
+    message = "width rule 'huge' must return .* 1 to 16 for 16 channels at scale 0.5, got 17"
+    with pytest.raises(OptionError, match=message):
         wrap(painter, width_rule="huge")
 
 
-def test_hook_retroexit_commands(use: Callable[[object], Host], capsys: pytest.CaptureFixture[str]) -> None:
+def test_hook_retroexit_commands(offering: Offering, use: Use, capsys: pytest.CaptureFixture[str]) -> None:
     def greet(name: str = "you") -> None:
         """Greet somebody."""
         typer.echo(f"hello {name}")
 
-    class Offers:
-        @hookimpl
-        def retroexit_commands(self) -> dict[str, Callable[..., Any]]:
-            return {"greet": greet}
-
-    plugins = use(Offers())
+    plugin = offering(commands={"greet": greet})
+    plugins = use(plugin)
     assert plugins.commands()["greet"] is greet
     shown = {}
     for words in (["--help"], ["greet", "--name", "me"], ["plugins"]):
@@ -265,17 +239,11 @@ def test_every_hook_has_a_test_a_documented_signature_and_a_row_in_the_readme() 
 # What more than one plug-in says.
 
 
-def test_the_newest_plugin_that_knows_a_generator_is_believed_unless_another_is_named(empty: Host) -> None:
-    class Says:
-        def __init__(self, name: str) -> None:
-            self.name = name
-
-        @hookimpl
-        def retroexit_describe(self) -> Description:
-            return Description(name=self.name)
-
+def test_the_newest_plugin_that_describes_a_generator_is_used_unless_another_is_named(
+    empty: Host, offering: Offering
+) -> None:
     for name in ("first", "second"):
-        empty.register(Says(name), name)
+        empty.register(offering(describe=Description(name=name)), name)
     described = empty.describe(nn.ReLU()), empty.describe(nn.ReLU(), "first")
     assert [d.name for d in described] == ["second", "first"]
     with pytest.raises(PluginError, match="no plug-in 'third'; installed: 'first', 'second'"):
@@ -283,7 +251,7 @@ def test_the_newest_plugin_that_knows_a_generator_is_believed_unless_another_is_
 
 
 def test_an_adapter_may_be_named_and_has_to_recognise_the_generator(
-    painter: nn.Module, toys: ModuleType, use: Callable[[object], Host]
+    painter: nn.Module, toys: ModuleType, use: Use
 ) -> None:
     class Knows:
         @hookimpl

@@ -19,23 +19,8 @@ from retroexit.plugins import Description, Host, hookimpl
 from retroexit.retrieval import Retriever
 
 Announce = Callable[..., None]
+Offering = Callable[..., Any]
 OWN_RETRIEVERS = ("exact", "faiss", "hnswlib")
-
-
-def offering(**offers: Any) -> Any:
-    """Make a plug-in: what to return, or to raise, by the hook's name without its prefix."""
-
-    def implement(answer: Any) -> Callable[[], Any]:
-        def answer_or_raise() -> Any:
-            if isinstance(answer, BaseException):
-                raise answer
-            return answer
-
-        return answer_or_raise
-
-    return SimpleNamespace(
-        **{name: hookimpl(specname=f"retroexit_{name}")(implement(answer)) for name, answer in offers.items()}
-    )
 
 
 class Annoy(Retriever):
@@ -66,7 +51,7 @@ def test_the_parts_of_the_library_come_through_the_hooks(announce: Announce) -> 
     assert error_of(host, "builtin") is None
 
 
-def test_an_unknown_name_is_answered_with_the_closest(empty: Host) -> None:
+def test_an_unknown_name_is_answered_with_the_closest(offering: Offering, empty: Host) -> None:
     empty.register(offering(retrievers=ANNOY), "annoy")
     with pytest.raises(PluginError, match=r"no retriever 'anoy'; closest: 'annoy'\..*retroexit plugins"):
         empty.retriever("anoy")
@@ -74,7 +59,7 @@ def test_an_unknown_name_is_answered_with_the_closest(empty: Host) -> None:
         empty.metric("fid")
 
 
-def test_two_distributions_that_offer_one_name_are_both_named(announce: Announce) -> None:
+def test_two_distributions_that_offer_one_name_are_both_named(offering: Offering, announce: Announce) -> None:
     announce("a", "alpha-search", offering(retrievers=ANNOY))
     announce("b", "beta-search", offering(retrievers=ANNOY))
     host = Host()
@@ -90,7 +75,7 @@ def test_two_distributions_that_offer_one_name_are_both_named(announce: Announce
     assert both in str(error_of(host, "a")) and both in str(error_of(host, "b"))
 
 
-def test_a_name_of_the_library_cannot_be_taken(announce: Announce) -> None:
+def test_a_name_of_the_library_cannot_be_taken(offering: Offering, announce: Announce) -> None:
     announce("usurper", "bold-plugin", offering(width_rules={"floor": max, "one": lambda c, s, m: 1}))
     host = Host()
     conflict = "'floor' is offered by plug-in 'builtin' of .*bold-plugin 1.2; the library's own is used"
@@ -104,6 +89,7 @@ def test_a_name_of_the_library_cannot_be_taken(announce: Announce) -> None:
 
 
 def test_plugins_are_loaded_once_and_a_warning_turned_into_an_error_stops_nothing(
+    offering: Offering,
     announce: Announce,
 ) -> None:
     announce("broken", "sad-plugin", ValueError("boom"))
@@ -120,7 +106,7 @@ def test_plugins_are_loaded_once_and_a_warning_turned_into_an_error_stops_nothin
     assert error_of(host, "broken") == "ValueError: boom"
 
 
-def test_a_plugin_registered_after_the_first_look_up_is_found(empty: Host) -> None:
+def test_a_plugin_registered_after_the_first_look_up_is_found(offering: Offering, empty: Host) -> None:
     assert empty.retrievers() == ()
     empty.register(offering(retrievers=ANNOY), "annoy")
     assert empty.retriever("annoy") is Annoy
@@ -157,7 +143,7 @@ def implementing(hook: str, *arguments: str) -> Any:
     ],
 )
 def test_a_plugin_that_does_not_fit_is_refused_as_a_whole(
-    empty: Host, announce: Announce, plugin: object, message: str
+    offering: Offering, empty: Host, announce: Announce, plugin: object, message: str
 ) -> None:
     with pytest.raises(PluginError, match=message):
         empty.register(plugin, "odd")
@@ -173,7 +159,7 @@ def test_a_plugin_that_does_not_fit_is_refused_as_a_whole(
         host.describe(nn.ReLU(), "odd")
 
 
-def test_a_hook_of_another_version_may_be_marked_as_optional(empty: Host) -> None:
+def test_a_hook_of_another_version_may_be_marked_as_optional(offering: Offering, empty: Host) -> None:
     plugin = offering(retrievers=ANNOY, samplers={})
     hookimpl(plugin.samplers, optionalhook=True, specname="retroexit_samplers")
     empty.register(plugin, "future")
@@ -202,7 +188,7 @@ def test_a_hook_of_another_version_may_be_marked_as_optional(empty: Host) -> Non
     ],
 )
 def test_a_nonsense_answer_is_reported_once_and_the_rest_works(
-    empty: Host, hook: str, offer: object, message: str
+    offering: Offering, empty: Host, hook: str, offer: object, message: str
 ) -> None:
     empty.register(offering(retrievers=ANNOY, describe=Description(name="relu")), "good")
     empty.register(offering(**{hook: offer}), "nonsense")
@@ -217,7 +203,7 @@ def test_a_nonsense_answer_is_reported_once_and_the_rest_works(
     assert re.search(message, str(error_of(empty, "nonsense")))
 
 
-def test_what_a_plugin_returns_is_shown_in_one_short_line(empty: Host) -> None:
+def test_what_a_plugin_returns_is_shown_in_one_short_line(offering: Offering, empty: Host) -> None:
     empty.register(offering(describe=nn.Sequential(*(nn.ReLU() for _ in range(99)))), "fails")
     with pytest.warns(RetroExitWarning) as caught:
         empty.describe(nn.ReLU())
@@ -259,14 +245,20 @@ def broken() -> object:
     ],
 )
 def test_a_factory_that_makes_the_wrong_thing_is_named(
-    empty: Host, kind: str, factory: Any, options: dict[str, Any], error: type[Exception], message: str
+    offering: Offering,
+    empty: Host,
+    kind: str,
+    factory: Any,
+    options: dict[str, Any],
+    error: type[Exception],
+    message: str,
 ) -> None:
     empty.register(offering(metrics={"zero": factory}, losses={"zero": factory}), "mine")
     with pytest.raises(error, match=message):
         getattr(empty, kind)("zero", **options)
 
 
-def test_a_dropped_command_is_reported_and_gone(empty: Host) -> None:
+def test_a_dropped_command_is_reported_and_gone(offering: Offering, empty: Host) -> None:
     empty.register(offering(commands={"good": print, "bad": print}), "mine")
     with pytest.warns(RetroExitWarning, match="plug-in 'mine': left out the command 'bad': no such type"):
         empty.drop_command("bad", "no such type")
@@ -275,7 +267,9 @@ def test_a_dropped_command_is_reported_and_gone(empty: Host) -> None:
     assert (info.state, info.offers) == ("in part", {"retroexit_commands": ("good",)})
 
 
-def test_every_call_of_a_hook_is_logged(empty: Host, caplog: pytest.LogCaptureFixture) -> None:
+def test_every_call_of_a_hook_is_logged(
+    offering: Offering, empty: Host, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.INFO, "retroexit.plugins")
     empty.register(offering(retrievers=ANNOY), "annoy")
     empty.retrievers()

@@ -129,13 +129,18 @@ def test_the_exit_table_holds_cost_and_quality_of_every_exit(make_evaluation: Ma
     assert rows[0][head.index("speed-up")] == "5×"
 
 
-def test_the_predictor_table_and_the_headline_hold_the_numbers(make_evaluation: Make, usual: str) -> None:
+def test_the_predictor_table_and_the_headline_hold_the_numbers(
+    make_evaluation: Make, usual: str, tmp_path: Path
+) -> None:
     e = make_evaluation()
     rows, error, point = Page(usual).tables["predictor"][1:], e.predictor_error(), e.at_threshold(0.1)
     assert [float(row[1]) for row in rows] == pytest.approx(error["mean_absolute"], rel=0.01)
     assert [float(row[3]) for row in rows] == pytest.approx(error["spearman"], abs=0.006)
     assert f"At a threshold of 0.1 LPIPS (alex), {100 * point.saved:.0f} % of the backbone" in usual
     assert f"mean {point.mean_loss:.3g}, 90 % of the samples below {point.p90_loss:.3g}." in usual
+    summary = write_report(tmp_path, make_evaluation(overhead=np.full(4, 9e9)), [], title="T").parent
+    headline = json.loads((summary / "summary.json").read_text())["headline"]
+    assert re.search(r"\d+ % of the backbone's compute is added", headline)
 
 
 def test_the_headline_of_a_calibrated_model_states_its_promise(make_evaluation: Make, tmp_path: Path) -> None:
@@ -152,22 +157,6 @@ def test_the_headline_of_a_calibrated_model_states_its_promise(make_evaluation: 
     assert f"here {int((point.loss_of > 0.1).sum())} of 100 do, mean {point.mean_loss:.3g}." in headline
 
 
-def test_the_headline_states_that_routing_costs_more_than_it_saves(
-    make_evaluation: Make, tmp_path: Path
-) -> None:
-    e = make_evaluation(overhead=np.full(4, 9e9))
-    summary = write_report(tmp_path, e, [], title="T").with_name("summary.json")
-    assert re.search(r"\d+ % of the backbone's compute is added", json.loads(summary.read_text())["headline"])
-
-
-def test_metric_hash_versions_and_command_are_on_the_page(make_evaluation: Make, tmp_path: Path) -> None:
-    e = make_evaluation(about={"data": "d", "versions": {"python": "3.11", "numpy": "2"}, "nothing": None})
-    text = write_report(tmp_path, e, [], title="T", command="retroexit evaluate --x '<y>'").read_text("utf-8")
-    command = "retroexit evaluate --x &#39;&lt;y&gt;&#39;"
-    assert all(part in text for part in ("ab" * 32, "torch 2.15.0", "python 3.11, numpy 2", command))
-    assert "<dt>nothing" not in text
-
-
 def test_what_was_not_measured_is_left_out(make_evaluation: Make, tmp_path: Path) -> None:
     bare = make_evaluation(predicted=None, distance=None, seconds=None, exits=[], metric={}, about={})
     page = Page(write_report(tmp_path, bare, [], title="T", command=None).read_text("utf-8"))
@@ -180,9 +169,13 @@ def test_what_was_not_measured_is_left_out(make_evaluation: Make, tmp_path: Path
     assert summary["headline"].startswith("Exit 1 takes 22 % of the backbone's compute")
 
 
-def test_the_summary_holds_all_headline_numbers_as_plain_json(make_evaluation: Make, tmp_path: Path) -> None:
-    e = make_evaluation(about={"folder": Path("a/b"), "count": np.int64(3)})
-    write_report(tmp_path, e, [], title="T", command="c", thresholds=[0.04, 0.1])
+def test_page_and_summary_hold_facts_and_numbers(make_evaluation: Make, tmp_path: Path) -> None:
+    about = {"folder": Path("a/b"), "count": np.int64(3), "versions": {"python": "3.11"}, "nothing": None}
+    e = make_evaluation(about=about)
+    page = write_report(tmp_path, e, [], title="T", command="--x '<y>'", thresholds=[0.04, 0.1])
+    text = page.read_text("utf-8")
+    assert all(part in text for part in ("ab" * 32, "torch 2.15.0", "python 3.11", "--x &#39;&lt;y&gt;&#39;"))
+    assert "<dt>nothing" not in text
     summary = json.loads((tmp_path / "summary.json").read_text())
     point = e.at_threshold(0.1)
     assert summary["highlight"] == summary["sweep"][1]
@@ -193,8 +186,8 @@ def test_the_summary_holds_all_headline_numbers_as_plain_json(make_evaluation: M
     assert [row["exit"] for row in summary["fixed"]] == [1, 2, 3, 4]
     assert [row["violations"] for row in summary["oracle"]] == [0, 0]
     assert summary["predictor_error"]["mean_absolute"] == e.predictor_error()["mean_absolute"]
-    assert (summary["title"], summary["command"], summary["samples"]) == ("T", "c", 60)
-    assert summary["about"] == {"folder": "a/b", "count": 3}
+    assert (summary["title"], summary["command"], summary["samples"]) == ("T", "--x '<y>'", 60)
+    assert summary["about"] == {**about, "folder": "a/b", "count": 3}
 
 
 def test_what_was_counted_is_listed_part_by_part(make_evaluation: Make, usual: str, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The adapter keeps what it promises, as installed: it is found by its entry point."""
+"""The installed adapter is loaded by its entry point and passes the checks of adapters."""
 
 from __future__ import annotations
 

@@ -32,8 +32,8 @@ def test_a_brighter_image_is_told_by_its_mean_alone() -> None:
 def test_one_edge_against_none_is_as_unlike_as_the_formula_says() -> None:
     flat, edge = torch.zeros(1, 3, 2, 2), torch.zeros(1, 3, 2, 2)
     edge[..., 1] = 0.5
-    want = 1 - (2e-4 * 0.5 + 0.01) / (0.25 + 0.01) + 0.25 / 2
-    assert float(EdgeDistance()(flat, edge)) == pytest.approx(want, abs=1e-5)
+    expected = 1 - (2e-4 * 0.5 + 0.01) / (0.25 + 0.01) + 0.25 / 2
+    assert float(EdgeDistance()(flat, edge)) == pytest.approx(expected, abs=1e-5)
 
 
 def test_gradients_are_finite_where_images_are_equal() -> None:

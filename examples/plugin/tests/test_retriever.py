@@ -30,16 +30,16 @@ def test_it_is_found_by_name() -> None:
 def test_nearly_all_neighbours_are_the_exact_ones(k: int) -> None:
     keys, queries = smooth(3000), smooth(400)
     exact = host().retriever("exact")().build(keys).search(queries, k)
-    found = PCATreeRetriever().build(keys).search(queries, k)
-    assert (found.ids == exact.ids).float().mean() > 0.98
-    assert (found.distances.diff(dim=1) >= 0).all()
+    neighbours = PCATreeRetriever().build(keys).search(queries, k)
+    assert (neighbours.ids == exact.ids).float().mean() > 0.98
+    assert (neighbours.distances.diff(dim=1) >= 0).all()
 
 
 def test_with_all_keys_as_candidates_it_is_exact() -> None:
     keys, queries = np.random.default_rng(1).normal(size=(2, 90, 40))
     exact = host().retriever("exact")().build(keys).search(queries, 3)
-    found = PCATreeRetriever(candidates=90, components=1).build(keys).search(queries, 3)
-    assert torch.equal(found.ids, exact.ids)
+    neighbours = PCATreeRetriever(candidates=90, components=1).build(keys).search(queries, 3)
+    assert torch.equal(neighbours.ids, exact.ids)
 
 
 def test_one_key_and_few_dimensions_work(tmp_path: Path) -> None:

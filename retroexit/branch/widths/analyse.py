@@ -61,9 +61,7 @@ Attribute = tuple[str, str]
 def int_attributes(module: nn.Module) -> Iterator[tuple[str, dict[Any, Any], Any]]:
     """List the attributes of a module, or of its configuration, that are integers or lists or tuples of some.
 
-    Yields:
-        The name (``channels``, ``cfg.width``, ``widths.16``), the dictionary that holds it, and its key.
-        Parameters, buffers, submodules and private names are left out.
+    Yields the name (``channels``, ``cfg.width``, ``widths.16``), the dictionary that holds it, and its key.
     """
     yield from _int_items("", vars(module), _MAX_DEPTH, {id(module)})
 
@@ -99,8 +97,7 @@ def analyse(
 
     Args:
         tail: A module, called as ``tail(feature, *live)``. It is not changed.
-        values: Example values of the feature ``(N, C, ...)``, whose channels are free, and of the live
-            tensors, which keep their size.
+        values: Example values of the feature ``(N, C, ...)`` and of the live tensors, which keep their size.
         threshold: Dimensions up to this size never shrink.
         image: Path of the image in the tail's output, all of whose tensors keep their sizes.
         names: Names of the live values.
@@ -143,10 +140,8 @@ def _scripted_modules(tail: nn.Module) -> dict[str, str]:
 class _Attempt:
     """Assumptions of a symbolic run.
 
-    Attributes:
-        opaque: Modules that keep their sizes, by path, with the reason.
-        counts: Attributes that are assumed to be a number of groups or heads, or the size of one.
-        refused: Attributes for which that assumption failed.
+    Some modules are opaque (by path, with the reason). Some attributes are a number of groups or heads
+    (``counts``); for others that assumption failed (``refused``).
     """
 
     opaque: dict[str, str]
@@ -173,15 +168,9 @@ class _Attempt:
 
 
 def blame(error: Exception, paths: dict[int, str], opaque: dict[str, str]) -> tuple[str | None, str]:
-    """Find the innermost module in which an error arose, and the line of the generator's code.
+    """Find the path of the innermost module in which an error arose, and the line of the generator's code.
 
-    Args:
-        error: The error, with its traceback.
-        paths: Path of every module of the tail, by identity.
-        opaque: Modules that are opaque already, and so not the cause.
-
-    Returns:
-        The module's path, ``None`` if there is none, and the line with the error.
+    ``paths`` holds the path of every module by identity. Modules that are ``opaque`` are not the cause.
     """
     path, line = None, "code that is not Python"
     for frame, number in traceback.walk_tb(error.__traceback__):
@@ -280,12 +269,9 @@ class _SymbolicRun:
     def _guess_counts(self, number: int, is_divisor: bool) -> None:
         """Note attributes of the running module that may be a number of groups or heads.
 
-        They equal a divisor or a half, a third or a quarter of it (queries, keys and values in one), or are
-        pairs of attributes whose product is the number or a third of it (heads and their size).
-
-        Args:
-            number: A constant that a width is divided by (``is_divisor``), or that a width has become.
-            is_divisor: Which of the two.
+        They equal a constant that a width is divided by (``is_divisor``) or a half, a third or a quarter of it
+        (queries, keys and values in one), or are pairs whose product is a constant that a width is divided by
+        or equals, or a third of it (heads and their size).
         """
         frame: FrameType | None = sys._getframe(1)
         while frame is not None and id(frame.f_locals.get("self")) not in self.paths:
@@ -421,7 +407,13 @@ class _OpConstraints(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in (torch.group_norm, functional.group_norm):
             names = ("input", "num_groups", "weight", "bias")
-            return _group_norm(**dict(zip(names, args, strict=False)), **kwargs)
+            values = dict(zip(names, args, strict=False)) | kwargs
+            channels, groups = values["input"].shape[1], values["num_groups"]
+            _check(channels % groups == 0, f"{channels} channels in {groups} groups")
+            for affine in (values.get("weight"), values.get("bias")):
+                size = channels if affine is None else affine.shape[0]
+                _check(size == channels, f"{channels} channels in a norm of {size}")
+            return torch.empty_like(values["input"])
         if func in _CONVOLUTIONS or func in _TRANSPOSED:
             x = kwargs["input"] if "input" in kwargs else args[0]
             weight = kwargs["weight"] if "weight" in kwargs else args[1]
@@ -431,17 +423,6 @@ class _OpConstraints(TorchFunctionMode):
             axis = 1 if x.dim() == weight.dim() else 0
             _check(x.shape[axis] == channels, f"{x.shape[axis]} channels in a convolution of {channels}")
         return func(*args, **kwargs)
-
-
-def _group_norm(
-    input: Tensor, num_groups: Any, weight: Tensor | None = None, bias: Tensor | None = None, **_: Any
-) -> Tensor:
-    channels = input.shape[1]
-    _check(channels % num_groups == 0, f"{channels} channels in {num_groups} groups")
-    for affine in (weight, bias):
-        if affine is not None:
-            _check(affine.shape[0] == channels, f"{channels} channels in a norm of {affine.shape[0]}")
-    return torch.empty_like(input)
 
 
 def _check(is_met: Any, sizes: str) -> None:

@@ -60,13 +60,7 @@ def _divides(part: Expr, term: Expr) -> bool:
 
 @dataclass(frozen=True)
 class Product:
-    """Two sizes whose product is a third.
-
-    Attributes:
-        parts: Number of parts, usually an attribute of a module, such as the number of groups or heads.
-        each: Size of each part.
-        whole: Expression of the product.
-    """
+    """``parts * each == whole``, such as a number of groups or heads, the size of each, and a width."""
 
     parts: sympy.Symbol
     each: sympy.Symbol
@@ -81,9 +75,8 @@ class SizeEquations:
         values: Real value of every symbol.
         products: Divisions of one size by another.
         conditions: Equations that no step could use.
-        lines: For a symbol that was replaced, its replacement and the line of code that requires it.
-        on_number: Called with every constant that a size is divided by (``True``) or turns out to be
-            (``False``).
+        lines: For a replaced symbol its replacement and the line of code that requires it.
+        on_number: Called with every constant that a size is divided by (``True``) or equals (``False``).
         version: Grows with every change.
     """
 
@@ -129,10 +122,6 @@ class SizeEquations:
         self._line = line
         self._equate(left, right)
         self._settle()
-
-    def proves(self, left: Expr, right: Expr) -> bool:
-        """Tell whether two expressions are equal by the equations."""
-        return bool(sympy.expand(self.resolve(left) - self.resolve(right)) == 0)
 
     def line_of(self, symbol: sympy.Symbol) -> str | None:
         """Return the line of code that last replaced a symbol."""
@@ -187,12 +176,12 @@ class SizeEquations:
             # A sum of positive sizes is constant: so is each of them.
             for symbol in sorted(gap.free_symbols, key=str):
                 self._assign(symbol, sympy.Integer(self.values[symbol]))
-        elif not (self._solve_for_one(gap, linear) or self._solve_pair(terms) or self._match(terms)):
+        elif not self._solve_for_one(gap, linear):
             self.conditions.append(sympy.Eq(gap, 0))
 
     def _solve_for_one(self, gap: Expr, linear: Iterable[Expr]) -> bool:
         """Replace a symbol that occurs once, without a factor, by the rest of the equation."""
-        best: tuple[tuple[bool, bool, str], sympy.Symbol, Expr] | None = None
+        solutions = []
         factors = {f for p in self.products for f in (p.parts, p.each)}
         for term in linear:
             coefficient, symbol = term.as_coeff_Mul()
@@ -200,14 +189,12 @@ class SizeEquations:
             if abs(coefficient) != 1 or symbol in rest.free_symbols:
                 continue
             solution = sympy.expand(-rest / coefficient)
-            if any(not t.as_coeff_Mul()[0].is_positive for t in sympy.Add.make_args(solution)):
-                continue
-            rank = (symbol in factors, bool(solution.is_Symbol and solution in factors), str(symbol))
-            if best is None or rank < best[0]:
-                best = rank, symbol, solution
-        if best is None:
+            if all(t.as_coeff_Mul()[0].is_positive for t in sympy.Add.make_args(solution)):
+                rank = (symbol in factors, bool(solution.is_Symbol and solution in factors), str(symbol))
+                solutions.append((rank, symbol, solution))
+        if not solutions:
             return False
-        _, symbol, solution = best
+        _, symbol, solution = min(solutions, key=lambda item: item[0])
         number, rest = solution.as_coeff_Mul()
         pair = [f for f in sympy.Mul.make_args(rest) if f.is_Symbol]
         if rest.is_Mul and len(pair) == 2 == len(rest.args):
@@ -217,40 +204,6 @@ class SizeEquations:
                 self._assign(symbol, number * whole)
         else:
             self._assign(symbol, solution)
-        return True
-
-    def _solve_pair(self, terms: tuple[Expr, ...]) -> bool:
-        """Write sizes of a fixed ratio as multiples of a new one, and equal products as one product."""
-        if len(terms) != 2 or any(not t.free_symbols for t in terms):
-            return False
-        (a, x), (b, y) = (t.as_coeff_Mul() for t in terms)
-        a, b = abs(a), abs(b)
-        if x.is_Symbol and y.is_Symbol and a.is_Integer and b.is_Integer:
-            unit = self.symbol(self.values[x] // int(b))
-            self._assign(x, b * unit)
-            self._assign(y, a * unit)
-            return True
-        for one, number, other in ((x, a, b * y), (y, b, a * x)):
-            factors = sympy.Mul.make_args(one)
-            if number == 1 and len(factors) == 2 and all(f.is_Symbol for f in factors):
-                times, rest = other.as_coeff_Mul()
-                others = sympy.Mul.make_args(rest)
-                if len(others) == 2 and all(f.is_Symbol for f in others):
-                    rest = self.symbol(self.real(rest))
-                    self._multiply(others[0], others[1], rest)
-                if rest.is_Symbol:
-                    self._multiply(factors[0], factors[1], times * rest)
-                    return True
-        return False
-
-    def _match(self, terms: tuple[Expr, ...]) -> bool:
-        """Equate two sums term by term where their real terms are equal."""
-        plus = sorted((t for t in terms if t.as_coeff_Mul()[0].is_positive), key=self.real)
-        minus = sorted((-t for t in terms if not t.as_coeff_Mul()[0].is_positive), key=self.real)
-        if len(plus) < 2 or list(map(self.real, plus)) != list(map(self.real, minus)):
-            return False
-        for one, other in zip(plus, minus, strict=True):
-            self._equate(one, other)
         return True
 
     def _divide(self, whole: Expr, divisor: Expr) -> None:

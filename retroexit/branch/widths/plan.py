@@ -37,18 +37,7 @@ WidthFunction = Callable[[int, float, int], int]
 
 
 def scaled_width(channels: int, scale: float, min_channels: int) -> int:
-    """Scale one channel count: ``min(c, max(min_channels, floor(c * scale)))``.
-
-    Args:
-        channels: The backbone's channel count, ``>= 1``.
-        scale: Width factor, in (0, 1] (the paper's scale factor SF).
-        min_channels: Floor below which nothing is scaled (64 in the paper's section 4.1).
-
-    Returns:
-        The branch's channel count.
-
-    Reference: paper section 4.1, caption of Table 1.
-    """
+    """Scale one channel count: ``min(c, max(min_channels, floor(c * scale)))`` (paper section 4.1, Table 1)."""
     # 1/3 * 3 must floor to 1, whatever the rounding of the fraction.
     return min(channels, max(min_channels, math.floor(channels * scale + 1e-9)))
 
@@ -66,8 +55,7 @@ class WidthRule:
         scale: Width factor, in (0, 1].
         min_channels: Floor, ``>= 1``.
         name: Name of the function, for saved models.
-        function: Computes a width from channel count, scale and floor; the paper's rule by default. A saved
-            model contains its widths, so loading does not call it.
+        function: Computes a width; the paper's rule by default. A saved model contains its widths.
     """
 
     scale: float
@@ -89,11 +77,7 @@ class WidthRule:
             )
 
     def __call__(self, channels: int) -> int:
-        """Compute the width of a branch where the backbone has this many channels.
-
-        Raises:
-            OptionError: If the function gives no integer from 1 to ``channels``.
-        """
+        """Compute the width of a branch where the backbone has this many channels."""
         width = self.function(channels, self.scale, self.min_channels)
         if isinstance(width, bool) or not isinstance(width, int) or not 1 <= width <= channels:
             raise OptionError(
@@ -107,13 +91,9 @@ class WidthRule:
 
 @dataclass(frozen=True)
 class Pin:
-    """A width that cannot change.
+    """The size of one axis of a parameter that cannot change.
 
-    Attributes:
-        parameter: Dotted name of the parameter.
-        axis: Which of its dimensions.
-        size: The fixed size.
-        reason: What fixes it: ``file:line: code``, or the interface that needs this size.
+    ``reason`` is ``file:line: code`` or the interface that needs this size.
     """
 
     parameter: str
@@ -152,7 +132,7 @@ class WidthPlan:
 
     @property
     def numbers(self) -> int:
-        """Number of elements of all parameters and buffers."""
+        """Elements of all parameters and buffers."""
         return sum(math.prod(shape) for shape in self.shapes.values())
 
 
@@ -165,15 +145,14 @@ class TailWidths:
     """The sizes in a tail as expressions, and what holds between them.
 
     Attributes:
-        shapes: Size expressions of every parameter and buffer.
-        original: Their real shapes.
+        shapes: Size expressions of every parameter and buffer; ``original`` has the real shapes.
         attributes: Expressions of integer attributes, by module path and name.
         entry: Expression of the input's channels.
         values: Real value of every symbol.
         fixed: Symbols that an interface or a shared size fixes, with the reason.
         products: Widths that are used in equal parts: groups of a norm, attention heads.
         conditions: Expressions that must be true.
-        lines: For a symbol that was replaced, the line of code that requires it.
+        lines: For a replaced symbol the line of code that requires it.
         symbols: Symbol of each (name, axis) before any equation was added.
         opaque: Modules that keep their widths, by path, with the reason.
     """
@@ -192,10 +171,7 @@ class TailWidths:
 
     def free(self) -> list[sympy.Symbol]:
         """List the symbols that may shrink and occur in a parameter."""
-        used: set[sympy.Symbol] = set()
-        for expressions in (*self.shapes.values(), (self.entry,)):
-            for expression in expressions:
-                used |= symbols_of(expression)
+        used = {s for shape in (*self.shapes.values(), (self.entry,)) for e in shape for s in symbols_of(e)}
         return sorted(used - set(self.fixed), key=str)
 
     def plan(self, rule: Rule, keep: Collection[sympy.Symbol] = ()) -> WidthPlan:

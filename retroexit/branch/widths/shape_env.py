@@ -108,13 +108,11 @@ class SizeEnv(ShapeEnv):
             self._version_counter += 1
             self._replacements_version_counter = getattr(self, "_replacements_version_counter", 0) + 1
 
-    def replace(self, expr: Any) -> Any:  # type: ignore[override]
+    def replace(self, expr: Any, *_args: Any, **_kwargs: Any) -> Any:  # type: ignore[override]
         """Write an expression in the remaining symbols."""
         return self.equations.resolve(expr)
 
-    def simplify(self, expr: Any, *_args: Any, **_kwargs: Any) -> Any:  # type: ignore[override]
-        """Write an expression in the remaining symbols."""
-        return self.equations.resolve(expr)
+    simplify = replace
 
     def bound_sympy(self, expr: sympy.Expr, *_args: Any, **_kwargs: Any) -> ValueRanges[Any]:
         """Bound an expression by the sign of its real value."""
@@ -125,15 +123,9 @@ class SizeEnv(ShapeEnv):
     ) -> sympy.Basic | None:
         """Answer what needs no new equation; ``None`` otherwise."""
         resolved = self.equations.resolve(expr)
-        if resolved.is_number or resolved in (sympy.true, sympy.false):
-            return resolved
-        if compute_hint or isinstance(resolved, _ORDERS):
+        is_decided = resolved.is_number or resolved in (sympy.true, sympy.false)
+        if is_decided or compute_hint or isinstance(resolved, _ORDERS):
             return sympy.sympify(self.equations.real(resolved))
-        if isinstance(resolved, (Equality, Unequality)):
-            if self.equations.proves(*resolved.args):
-                return sympy.sympify(isinstance(resolved, Equality))
-            if self.equations.real(resolved) != isinstance(resolved, Equality):
-                return sympy.sympify(isinstance(resolved, Unequality))
         return None
 
 
@@ -196,16 +188,15 @@ def _indexed_sizes(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> It
     table = named.get("weight") if func is aten.embedding.default else named.get("self")
     if not isinstance(table, Tensor):
         return
-    dim = named.get("dim", 0)
+    dim, axes = named.get("dim", 0), []
     if func is aten.embedding.default:
-        yield table.shape[0], "a table that is looked up by index"
+        axes = [0]
     elif func is aten.index.Tensor:
-        for axis, index in enumerate(named["indices"]):
-            if index is not None and axis < table.dim():
-                yield table.shape[axis], "a table that is looked up by index"
+        axes = [axis for axis, index in enumerate(named["indices"]) if index is not None]
     elif func in (aten.index_select.default, aten.gather.default):
-        yield table.shape[dim], "a table that is looked up by index"
-    elif func is aten.select.int and type(named["index"]) is int and named["index"] > 0:
+        axes = [dim]
+    yield from ((table.shape[axis], "a table that is looked up by index") for axis in axes)
+    if func is aten.select.int and type(named["index"]) is int and named["index"] > 0:
         yield table.shape[dim], f"entry {named['index']} of it"
     elif func is aten.slice.Tensor and type(named.get("end")) is int:
         size: Any = table.shape[dim]
@@ -214,13 +205,13 @@ def _indexed_sizes(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> It
 
 
 def _is_conversion() -> bool:
-    """Tell whether Python code converts a size by ``int(size)``, ``math.sqrt(size)`` or the like."""
+    """Return whether Python code converts a size by ``int(size)``, ``math.sqrt(size)`` or the like."""
     frame: FrameType | None = sys._getframe(2)
     for _ in range(_MAX_FRAMES):
-        if frame is None or frame.f_code is SymNode.int_.__code__:
-            break
-        frame = frame.f_back
-    return frame is not None and frame.f_code is SymNode.int_.__code__
+        if frame is not None and frame.f_code is SymNode.int_.__code__:
+            return True
+        frame = frame.f_back if frame is not None else None
+    return False
 
 
 def _user_line() -> str:

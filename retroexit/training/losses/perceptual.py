@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from retroexit.core.identity import fingerprint
 from retroexit.errors import MissingExtraError, OptionError, WeightsError, closest
-from retroexit.metrics.weights import digest, fill_trunk, hub_file
+from retroexit.metrics.weights import fill_trunk, hub_file
 
 __all__ = ["PERCEPTUAL", "Perceptual"]
 
@@ -136,7 +137,7 @@ class Perceptual(nn.Module):
 
     def describe(self) -> dict[str, str]:
         """Return its name and a hash of its weights."""
-        return {"name": self.name, "sha256": digest(self.trunk)}
+        return {"name": self.name, "sha256": fingerprint(self.trunk)}
 
 
 def _empty_trunk(network: _Network) -> nn.Sequential:

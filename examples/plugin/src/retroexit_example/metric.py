@@ -42,7 +42,7 @@ class EdgeDistance(QualityMetric):
         return torch.stack(unlike).mean(0) + difference
 
 
-_C = 0.01  # below an edge of about this squared height, likeness is not told from noise
+_C = 0.01  # edges of a smaller squared height count as noise
 
 
 def _edges(x: Tensor) -> Tensor:

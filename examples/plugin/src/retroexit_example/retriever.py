@@ -10,7 +10,7 @@ from retroexit.retrieval import Retriever
 
 __all__ = ["PCATreeRetriever"]
 
-_ROWS = 2048  # keys that the components are found from
+_ROWS = 2048  # keys that the components are computed from
 _BLOCK = 256  # queries compared with their candidates at a time
 
 
@@ -45,12 +45,12 @@ class PCATreeRetriever(Retriever):
         self._tree = cKDTree(keys @ self._axes)
 
     def _search(self, queries: np.ndarray, k: int) -> np.ndarray:
-        wanted = min(len(self._rows), max(k, self.options["candidates"]))
-        near = self._tree.query(queries @ self._axes, wanted, workers=self.threads)[1]
-        near = near.reshape(len(queries), wanted)  # scipy drops the axis of a single candidate
-        found = np.empty((len(queries), k), np.int64)
+        candidates = min(len(self._rows), max(k, self.options["candidates"]))
+        near = self._tree.query(queries @ self._axes, candidates, workers=self.threads)[1]
+        near = near.reshape(len(queries), candidates)  # scipy drops the axis of a single candidate
+        ids = np.empty((len(queries), k), np.int64)
         for begin in range(0, len(queries), _BLOCK):
             rows = slice(begin, begin + _BLOCK)
             gaps = np.square(self._rows[near[rows]] - queries[rows, None]).sum(-1)
-            found[rows] = np.take_along_axis(near[rows], np.argsort(gaps, axis=1)[:, :k], axis=1)
-        return found
+            ids[rows] = np.take_along_axis(near[rows], np.argsort(gaps, axis=1)[:, :k], axis=1)
+        return ids
