@@ -23,7 +23,7 @@ from retroexit.stages.decoder import Decoder, forward_signature, read_decoder
 from retroexit.stages.stage import Stage
 from retroexit.wrapping.options import WrapOptions, adapter_options
 
-__all__ = ["evaluate", "find_stages", "fit", "load", "read_generator", "wrap"]
+__all__ = ["evaluate", "find_stages", "fit", "load", "read_generator", "wrap", "wrap_options"]
 
 
 class WrapSettings(TypedDict, total=False):
@@ -102,31 +102,33 @@ def wrap(
             generator,
         )
     generator = unwrapped(generator)
-    places = (attach_at,) if isinstance(attach_at, (str, int)) else tuple(attach_at)
+    attach_points = (attach_at,) if isinstance(attach_at, (str, int)) else tuple(attach_at)
     description = host().describe(generator, adapter)
     if example_inputs is None and description.example_inputs is not None:
         example_inputs, example_kwargs = description.example_inputs(generator)
-    options = _wrap_options(places, scale, description, **settings)
-    model = EarlyExitGenerator(
-        generator, replace(options, **adapter_options(generator, adapter, description))
-    )
+    options = wrap_options(attach_points, scale, description, **settings)
+    options = replace(options, **adapter_options(generator, adapter, description))
+    model = EarlyExitGenerator(generator, options)
     if example_inputs is not None:
         model.record(*example_inputs, **(example_kwargs or {}))
     return model
 
 
-def _wrap_options(
+def wrap_options(
     attach_at: tuple[int | str, ...],
     scale: float | Sequence[float],
     description: Description,
     *,
     min_channels: int = 64,
+    tap: Literal["after", "before"] = "after",
     stages: Sequence[str] | None = None,
     guidance: Guidance | str | bool | None = None,
+    init: Literal["inherit", "scratch"] = "inherit",
     width_rule: str = "floor",
     image: Any = None,
     image_range: tuple[float, float] | None = None,
-    **others: Any,
+    self_test: bool = True,
+    seed: int = 0,
 ) -> WrapOptions:
     """Complete the settings of a wrap with the description of the generator."""
     count = len(attach_at)
@@ -153,7 +155,10 @@ def _wrap_options(
         guidance=guidance or None,
         image=description.image if image is None else image,
         image_range=description.image_range if image_range is None else image_range,
-        **others,
+        tap=tap,
+        init=init,
+        self_test=self_test,
+        seed=seed,
     )
 
 

@@ -13,6 +13,7 @@ import typer
 from torch import nn
 
 import retroexit
+from retroexit.api import wrap_options
 from retroexit.cli.evaluate import routing_results
 from retroexit.cli.load_target import example_of, load_generator, load_network, load_samples
 from retroexit.cli.options import (
@@ -52,7 +53,7 @@ __all__ = ["fit"]
 
 
 Exits: Any = options_of(
-    retroexit.wrap,
+    wrap_options,
     attach_at="Stages, by number or path: 2,4,6.",
     scale=Annotated[str, typer.Option(help="Width factor of the branches: 1/15, or one per exit.")],
     min_channels="No width is scaled below this.",
