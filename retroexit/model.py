@@ -58,7 +58,7 @@ class EarlyExitGenerator(nn.Module):
         self._decomposition: Decomposition | None = None
         self._saved_weights: dict[str, Tensor] | None = None
         self._lock = threading.Lock()
-        self.eval()
+        self.training = False
 
     # Calls.
 
@@ -218,6 +218,10 @@ class EarlyExitGenerator(nn.Module):
         self._ensure_recorded(args, kwargs)
         with torch.no_grad():
             return self.split.begin(args, kwargs)
+
+    def overhead(self) -> list[int]:
+        """MACs of predictor and retrieval in a routed call, per exit and for one sample; see `Router.overhead`."""
+        return self.router.overhead()
 
     # Recording.
 
@@ -449,13 +453,10 @@ class EarlyExitGenerator(nn.Module):
         return self.generator
 
     def train(self, mode: bool = True) -> EarlyExitGenerator:
-        """Set the mode of branches and router; the generator keeps its own."""
-        generator = self._modules.pop("generator", None)
-        try:
-            super().train(mode)
-        finally:
-            if generator is not None:
-                self._modules["generator"] = generator
+        """Do nothing, so that a parent's ``train()`` cannot change what exits render.
+
+        `retroexit.fit` trains branches; to train one yourself, call ``branches[k].train()``.
+        """
         return self
 
     def __repr__(self) -> str:

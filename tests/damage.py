@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 
-__all__ = ["damaged", "in_child"]
+from retroexit.errors import RetroExitError
+
+__all__ = ["damaged", "in_child", "one_thread", "outcomes"]
 
 
 def damaged(folder: Path, count: int, seed: int = 0) -> Iterator[str]:
@@ -88,3 +90,31 @@ def in_child(work: Callable[[Callable[[Any], None]], None], seconds: int = 60) -
 def one_thread() -> None:
     """Keep a child's own tensors off the thread pool that its parent left behind."""
     torch.set_num_threads(1)
+
+
+def outcomes(folder: Path, count: int, read: Callable[[], str]) -> set[tuple[str, str]]:
+    """Damage a folder ``count`` times and read it in a child process each time.
+
+    Args:
+        folder: See `damaged`.
+        count: See `damaged`.
+        read: Reads the folder and describes the result.
+
+    Returns:
+        Pairs of damaged file and result, which is ``"refused"`` where reading raised a `RetroExitError`.
+    """
+
+    def work(report: Callable[[Any], None]) -> None:
+        one_thread()
+        for done in damaged(folder, count):
+            report([done, "began"])
+            try:
+                report([done, read()])
+            except RetroExitError:
+                report([done, "refused"])
+
+    reports, end = in_child(work)
+    assert end == "", f"{end} at {reports[-1]}"
+    results = [report for report in reports if report[1] != "began"]
+    assert len(results) == count
+    return {(done.split()[0], result) for done, result in results}

@@ -86,9 +86,10 @@ class LPIPS(QualityMetric):
             return self.features(b)
         dtype = next(self.parameters()).dtype
         state = (b._version, dtype, torch.is_autocast_enabled(b.device.type), torch.is_grad_enabled())
-        if self._cached is None or self._cached[0]() is not b or self._cached[1] != state:
-            self._cached = (weakref.ref(b), state, self.features(b))
-        return self._cached[2]
+        cached = self._cached  # another thread may replace it at any time
+        if cached is None or cached[0]() is not b or cached[1] != state:
+            self._cached = cached = (weakref.ref(b), state, self.features(b))
+        return cached[2]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cached": None}  # weak references cannot be pickled

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Final
 
 from torch import Tensor, nn
@@ -82,7 +83,7 @@ def _is_place(place: Any) -> bool:
 def _is_range(pair: Any) -> bool:
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
         return False
-    return all(isinstance(end, (int, float)) and math.isfinite(end) for end in pair) and pair[0] < pair[1]
+    return all(isinstance(end, Real) and math.isfinite(end) for end in pair) and pair[0] < pair[1]
 
 
 def _is_function(value: Any) -> bool:

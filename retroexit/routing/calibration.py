@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -30,7 +31,7 @@ _CACHE_SIZE = 256
 def check_promise(alpha: float, confidence: float) -> None:
     """Raise `OptionError` unless both numbers are between 0 and 1."""
     for name, value in (("alpha", alpha), ("confidence", confidence)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:
+        if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < 1:
             raise OptionError(f"{name} must be a number between 0 and 1, got {value!r}.", value)
 
 

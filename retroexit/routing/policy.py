@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any, Self, TypedDict
 
 import torch
@@ -74,12 +75,13 @@ class RoutingRequest:
     needs_losses: bool = field(init=False)
 
     def __post_init__(self) -> None:
-        if self.threshold is not None:
-            _check_numbers("threshold", self.threshold)
-        if self.budget is not None:
-            _check_numbers("budget", self.budget)
-        if self.deadline_ms is not None:
-            check_number("deadline_ms", self.deadline_ms)
+        for name in OWN_KEYWORDS[1:]:  # NumPy's numbers become Python's
+            value = getattr(self, name)
+            if value is not None:
+                check = check_number if name == "deadline_ms" else _check_numbers
+                object.__setattr__(self, name, check(name, value))
+        if isinstance(self.exit, Integral) and not isinstance(self.exit, bool):
+            object.__setattr__(self, "exit", int(self.exit))
         needs = self.threshold is not None or self.budget is not None or self.choose is not None
         object.__setattr__(self, "needs_losses", needs)
         object.__setattr__(self, "is_routed", needs or self.deadline_ms is not None)
@@ -125,7 +127,7 @@ def check_number(name: str, value: float) -> float:
     Raises:
         OptionError: If it is not.
     """
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
     is_zero_allowed = name == "threshold"
     if not is_number or not 0 <= value < float("inf") or (value == 0 and not is_zero_allowed):
         bound = ">= 0" if is_zero_allowed else "> 0"
@@ -133,19 +135,19 @@ def check_number(name: str, value: float) -> float:
     return float(value)
 
 
-def _check_numbers(name: str, values: float | Tensor) -> None:
+def _check_numbers(name: str, values: float | Tensor) -> float | Tensor:
     """Check one number, or one per sample."""
     if not isinstance(values, Tensor):
-        check_number(name, values)
-    elif values.dim() > 1 or values.is_complex() or values.dtype == torch.bool:
+        return check_number(name, values)
+    if values.dim() > 1 or values.is_complex() or values.dtype == torch.bool:
         raise OptionError(
             f"{name} must be one number or one per sample (N,), got shape {tuple(values.shape)} and type "
             f"{values.dtype}.",
             values,
         )
-    else:
-        for value in values.reshape(-1).tolist():
-            check_number(name, float(value))
+    for value in values.reshape(-1).tolist():
+        check_number(name, float(value))
+    return values
 
 
 def assign_exits(predicted: Tensor, threshold: float | Tensor) -> Tensor:
@@ -190,7 +192,7 @@ def assign_by_budget(predicted: Tensor, shares: Tensor, multiplier: float | Tens
         Exit index per sample, ``(N,)``, int64, from 1. Of equal ones, the cheapest. Where no loss is finite,
         the backbone.
     """
-    losses = torch.nn.functional.pad(predicted, (0, 1))
+    losses = torch.nn.functional.pad(predicted.nan_to_num(nan=torch.inf), (0, 1))
     multipliers = torch.as_tensor(multiplier, dtype=torch.float64, device=losses.device).expand(len(losses))
     free = torch.isinf(multipliers)
     weighed = losses + multipliers.masked_fill(free, 0).to(losses)[:, None] * shares.to(losses)
@@ -289,7 +291,7 @@ class VideoRouter:
     """
 
     def __init__(self, routed: Callable[..., tuple[Any, Tensor]], hysteresis: float = 0.1) -> None:
-        is_number = isinstance(hysteresis, (int, float)) and not isinstance(hysteresis, bool)
+        is_number = isinstance(hysteresis, Real) and not isinstance(hysteresis, bool)
         if not is_number or not 0 <= hysteresis < 1:
             raise OptionError(
                 f"hysteresis must be in [0, 1), got {hysteresis!r}. It is a share of the threshold, such as 0.1.",

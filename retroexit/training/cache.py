@@ -68,12 +68,7 @@ def chunks(count: int, size: int) -> list[list[int]]:
 
 
 def guidance_names(taps: Taps, first: str) -> tuple[str, str]:
-    """Return the names of the maps that guidance keys and values are cut from; none is stored twice.
-
-    Args:
-        taps: Where they come from.
-        first: Name of the feature at the first attach point.
-    """
+    """Return the names of the maps that guidance keys and values are cut from; ``first``: the first feature."""
     return first if taps.key_tap == first else GUIDANCE_KEY, IMAGE if taps.gives_image else GUIDANCE_VALUE
 
 
@@ -95,11 +90,7 @@ class FeatureCache:
         return self.count
 
     def read(
-        self,
-        name: str,
-        indices: Sequence[int],
-        device: torch.device | str = "cpu",
-        crop: Crop | None = None,
+        self, name: str, indices: Sequence[int], device: torch.device | str = "cpu", crop: Crop | None = None
     ) -> Tensor:
         """Read one value for some samples, ``(len(indices), ...)``.
 
@@ -115,9 +106,9 @@ class FeatureCache:
         array = self._arrays[name]
         windows = None if crop is None else crop(array.shape[2:])
         if windows is None:
-            return torch.from_numpy(array[np.asarray(indices)]).to(device)
+            return _to_tensor(array[np.asarray(indices)]).to(device)
         places: list[Any] = [(row, slice(None), *part) for row, part in zip(indices, windows, strict=True)]
-        return torch.from_numpy(np.stack([array[place] for place in places])).to(device)
+        return _to_tensor(np.stack([array[place] for place in places])).to(device)
 
     def is_per_sample(self, name: str) -> bool:
         """Tell whether a value has one row per sample, instead of being the same for all."""
@@ -205,11 +196,7 @@ class LiveFeatures:
         return len(self.samples)
 
     def read(
-        self,
-        name: str,
-        indices: Sequence[int],
-        device: torch.device | str = "cpu",
-        crop: Crop | None = None,
+        self, name: str, indices: Sequence[int], device: torch.device | str = "cpu", crop: Crop | None = None
     ) -> Tensor:
         """Compute one value for some samples, as `FeatureCache.read` reads it."""
         rows = tuple(indices)
@@ -220,9 +207,7 @@ class LiveFeatures:
             self._last = rows, compute_features(self.model, args, kwargs, seed, with_guidance)
         value = self._last[1][name]
         windows = None if crop is None else crop(tuple(value.shape[2:]))
-        if windows is None:
-            return value.to(device, copy=True)  # branches may write into it
-        return cut_out(value, windows, len(indices)).to(device)
+        return cut_out(value, windows, len(indices)).to(device, copy=True)  # branches may write into it
 
     def is_per_sample(self, name: str) -> bool:
         """Tell whether a value has one row per sample, instead of being the same for all."""
@@ -247,18 +232,9 @@ def bytes_per_sample(model: EarlyExitGenerator, samples: Samples) -> int:
 def compute_features(
     model: EarlyExitGenerator, args: Any, kwargs: Any, seed: int, with_guidance: bool = True
 ) -> dict[str, Tensor]:
-    """Run the backbone once over a batch.
+    """Run the backbone once over a batch, and return its values by name.
 
-    Args:
-        model: The wrapped generator, recorded.
-        args: Positional inputs.
-        kwargs: Keyword inputs.
-        seed: Seed of its random numbers.
-        with_guidance: Whether to compute guidance keys and values too.
-
-    Returns:
-        The values that cross the cuts by the names of their nodes; the image and guidance maps by those of
-        this module.
+    Values that cross the cuts have the names of their nodes; the image and guidance maps those of this module.
     """
     split, features = model.split, dict[str, Tensor]()
     device = device_of(model.generator)
@@ -324,7 +300,7 @@ def _identity(model: EarlyExitGenerator, samples: Samples, batch: int) -> dict[s
 def _store(
     folder: Path, name: str, arrays: dict[str, np.ndarray], indices: list[int], value: Tensor, count: int
 ) -> None:
-    rows = value.cpu().numpy()
+    rows = _to_numpy(value)
     if name not in arrays:
         path, shape = folder / f"{name}.npy", (count, *rows.shape[1:])
         arrays[name] = np.lib.format.open_memmap(path, "w+", rows.dtype, shape)
@@ -334,6 +310,20 @@ def _store(
             value,
         )
     arrays[name][indices] = rows
+
+
+def _to_numpy(value: Tensor) -> np.ndarray:
+    """NumPy has no bfloat16: its bits are kept as uint16."""
+    value = value.cpu()
+    if value.dtype == torch.uint16:
+        value = value.int()
+    return value.view(torch.uint16).numpy() if value.dtype == torch.bfloat16 else value.numpy()
+
+
+def _to_tensor(rows: np.ndarray) -> Tensor:
+    """Undo `_to_numpy`."""
+    value = torch.from_numpy(rows)
+    return value.view(torch.bfloat16) if value.dtype == torch.uint16 else value
 
 
 def _sum(rows: np.ndarray) -> int:

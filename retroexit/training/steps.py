@@ -43,12 +43,7 @@ class Cropper:
     def for_maps(
         cls, size: int | None, image_size: tuple[int, ...], map_sizes: list[tuple[int, ...]]
     ) -> Cropper:
-        """Make a cropper for maps of these sizes.
-
-        Raises:
-            OptionError: If a map's size does not divide the image's, or the window is not a positive multiple
-                of the coarsest map's pixel.
-        """
+        """Make a cropper for maps of these sizes, which must divide the image's; raises `OptionError`."""
         if size is None:
             return cls(None, image_size)
         ratios = []

@@ -85,7 +85,7 @@ def test_a_file_can_name_a_preset_and_tables_of_replacements(run: Any) -> None:
 def test_every_argument_and_setting_of_a_fit_is_an_option(run: Any) -> None:
     shown = run("fit", "--help").out
     names = {*inspect.signature(retroexit.fit).parameters, *(field.name for field in fields(FitSettings))}
-    for name in names - {"model", "folder", "progress", "settings", "promise"}:
+    for name in names - {"model", "folder", "progress", "settings"}:
         assert f"--{ {'losses': 'loss'}.get(name, name).replace('_', '-') }" in shown
 
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from retroexit.errors import BankError, CheckpointError, OptionError, RetrieverError, RetroExitError
-from retroexit.guidance import GuidanceBank, build_bank
+from retroexit.errors import BankError, CheckpointError, OptionError, RetrieverError
+from retroexit.guidance import GuidanceBank, build_bank, cut, glue
 from retroexit.retrieval import ExactRetriever, FaissRetriever, HnswlibRetriever
 
 INPUTS = 12
@@ -35,31 +35,19 @@ def make(**changes) -> GuidanceBank:
     return build_bank(stream(), values_of, **{**options, **changes})
 
 
-def by_loop(feature: Tensor, foreign_to: list[int] | None = None) -> tuple[Tensor, Tensor]:
-    """Cut, search and glue patch by patch: the guide, and the input that each patch came from."""
-    guide, sources = torch.empty(len(feature), 3, 8, 16), torch.empty(len(feature), 2, 4, dtype=torch.int64)
-    for n in range(len(feature)):
-        for i in range(2):
-            for j in range(4):
-                query = feature[n, :, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2]
-                best = min(
-                    (
-                        float((query - FEATURES[m, :, 2 * a : 2 * a + 2, 2 * b : 2 * b + 2]).square().sum()),
-                        m,
-                        a,
-                        b,
-                    )
-                    for m in range(INPUTS)
-                    if foreign_to is None or m != foreign_to[n]
-                    for a in range(2)
-                    for b in range(4)
-                )
-                _, m, a, b = best
-                sources[n, i, j] = m
-                guide[n, :, 4 * i : 4 * i + 4, 4 * j : 4 * j + 4] = VALUES[
-                    m, :, 4 * a : 4 * a + 4, 4 * b : 4 * b + 4
-                ]
-    return guide, sources
+def by_table(feature: Tensor, foreign_to: list[int] | None = None) -> tuple[Tensor, Tensor]:
+    """Compare every patch with every other: the guide, and the input that each patch comes from."""
+
+    def patches(x: Tensor, side: int) -> Tensor:  # (N, C, H, W) -> (N, h, w, C, side, side)
+        return x.unfold(2, side, side).unfold(3, side, side).permute(0, 2, 3, 1, 4, 5)
+
+    queries, keys = patches(feature, 2).reshape(-1, 24), patches(FEATURES, 2).reshape(-1, 24)
+    distances = torch.cdist(queries.double(), keys.double()).view(len(feature), 8, INPUTS, 8)
+    for n, m in enumerate(foreign_to or ()):
+        distances[n, :, m] = torch.inf
+    nearest = distances.flatten(2).argmin(2)
+    values = patches(VALUES, 4).flatten(0, 2)[nearest].view(-1, 2, 4, 3, 4, 4)
+    return values.permute(0, 3, 1, 4, 2, 5).reshape(-1, 3, 8, 16), (nearest // 8).view(-1, 2, 4)
 
 
 def test_an_input_of_an_unthinned_bank_is_guided_by_its_own_value() -> None:
@@ -68,25 +56,18 @@ def test_an_input_of_an_unthinned_bank_is_guided_by_its_own_value() -> None:
     assert guide.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_the_guide_of_a_new_input_equals_a_loop_over_patches() -> None:
-    feature = torch.randn(3, 6, 4, 8)
+@pytest.mark.parametrize("excluded", [None, [4, 0, 11]])
+def test_a_guide_equals_a_search_among_all_patches_without_the_excluded_input(excluded) -> None:
+    feature = FEATURES[[4, 0, 11]] + 0.01 * torch.randn(3, 6, 4, 8)
     bank = make()
-    guide, sources = by_loop(feature)
-    assert torch.equal(bank.guide(feature), guide)
-    assert torch.equal(bank.source[bank.search(feature).ids], sources)
-
-
-def test_excluding_an_input_equals_a_loop_over_the_other_inputs() -> None:
-    own = [4, 0, 11]
-    feature = FEATURES[own] + 0.01 * torch.randn(3, 6, 4, 8)
-    bank = make()
-    guide, sources = by_loop(feature, foreign_to=own)
-    found = bank.search(feature, exclude=torch.tensor(own))
-    assert torch.equal(bank.source[found.ids], sources)
-    assert torch.equal(bank.glue(found.ids), guide)
-    keys = torch.from_numpy(bank.retriever.keys.copy())[found.ids]
+    guide, sources = by_table(feature, excluded)
+    exclude = None if excluded is None else torch.tensor(excluded)
+    result = bank.search(feature, exclude)
+    assert torch.equal(bank.source[result.ids], sources)
+    assert torch.equal(bank.glue(result.ids), guide) and torch.equal(bank.guide(feature, exclude), guide)
+    keys = torch.from_numpy(bank.retriever.keys.copy())[result.ids]
     queries = feature.unfold(2, 2, 2).unfold(3, 2, 2).permute(0, 2, 3, 1, 4, 5).flatten(3)
-    torch.testing.assert_close(found.distances, (queries - keys).square().sum(-1))
+    torch.testing.assert_close(result.distances, (queries - keys).square().sum(-1))
 
 
 def test_excluding_works_where_all_near_keys_are_own_ones() -> None:
@@ -97,15 +78,11 @@ def test_excluding_works_where_all_near_keys_are_own_ones() -> None:
     )
     sources = bank.source[bank.search(features, exclude=torch.arange(10)).ids]
     assert ((sources - torch.arange(10).view(10, 1, 1)).abs() == 1).all()
-    assert torch.equal(
-        bank.source[bank.search(features, exclude=torch.full((10,), -1)).ids][:, 0, 0], torch.arange(10)
-    )
-
-
-def test_a_bank_of_one_input_guides_even_that_input() -> None:
-    bank = build_bank([(FEATURES[:1], [7])], lambda ids: VALUES[:1], retriever=ExactRetriever())
-    found = bank.search(FEATURES[:1], exclude=torch.tensor([7]))
-    assert torch.equal(found.ids, bank.search(FEATURES[:1]).ids)
+    nothing = bank.search(features, exclude=torch.full((10,), -1))
+    assert torch.equal(bank.source[nothing.ids][:, 0, 0], torch.arange(10))
+    alone = build_bank([(FEATURES[:1], [7])], lambda ids: VALUES[:1], retriever=ExactRetriever())
+    nearest = alone.search(FEATURES[:1], exclude=torch.tensor([7]))  # there is no other input
+    assert torch.equal(nearest.ids, alone.search(FEATURES[:1]).ids)
 
 
 @pytest.mark.parametrize("how", ["fps", "random"])
@@ -139,6 +116,7 @@ def test_facts_of_a_bank_are_recorded() -> None:
     assert (bank.patch, bank.value_patch, bank.value_channels, len(bank)) == ((2, 2), (4, 4), 3, 96)
     assert bank.values.dtype == np.float16 and bank.values.shape == (96, 4, 4, 3)
     assert bank.meta["key_tap"] == "body.1"
+    assert bank.check() == 96  # keys that find themselves
     assert bank.macs_per_search(128) == 128 * 96 * 24
     assert repr(bank).startswith("GuidanceBank(ExactRetriever(96 keys x 24")
 
@@ -167,20 +145,6 @@ def test_a_key_for_the_whole_input_retrieves_the_whole_value() -> None:
     assert torch.equal(bank.guide(poses[[3, 9]]), VALUES[[3, 9]])
 
 
-def test_maps_of_one_and_three_dimensions_work() -> None:
-    for key, value in (((4, 3, 6), (4, 2, 12)), ((4, 3, 2, 2, 4), (4, 2, 4, 2, 4))):
-        features, values = torch.randn(key), torch.randn(value).half().float()
-        patch = (1, 2) if len(key) == 4 else (1,) * (len(key) - 3) + (2,)
-        bank = build_bank(
-            [(features, range(4))],
-            lambda ids, v=values: v[ids],
-            patch=patch,
-            thin="none",
-            retriever=ExactRetriever(),
-        )
-        assert torch.equal(bank.guide(features), values)
-
-
 @pytest.mark.parametrize(
     ("features", "values", "message"),
     [
@@ -194,44 +158,35 @@ def test_maps_of_one_and_three_dimensions_work() -> None:
         ),
         ([(FEATURES, range(INPUTS))], VALUES[..., 0], r"\(8, 3, 8\) do not fit"),
         ([(FEATURES, range(INPUTS))], VALUES * 1e6, "finite in float16, but the value feature reaches"),
-        ([(FEATURES, range(INPUTS))], VALUES / 0, "must be finite in float16"),
+        ([(FEATURES / 0, range(INPUTS))], VALUES, "keys must be finite .*of 384 rows"),
     ],
 )
 def test_features_and_values_that_do_not_fit_are_refused(features, values, message) -> None:
-    with pytest.raises(BankError, match=message):
+    with pytest.raises((BankError, RetrieverError), match=message):
         build_bank(iter(features), lambda ids: values[ids], retriever=ExactRetriever())
 
 
-def test_a_feature_with_nan_is_refused_before_anything_is_kept() -> None:
-    feature = FEATURES.clone()
-    feature[0, 0, 0, 0] = float("nan")
-    with pytest.raises(RetrieverError, match="keys must be finite .*1 of 384 rows"):
-        build_bank([(feature, range(INPUTS))], values_of, retriever=ExactRetriever())
-    with pytest.raises(RetrieverError, match="queries must be finite .*1 of 96 rows"):
-        make().guide(feature)
+def rebuilt(bank: GuidanceBank, values: np.ndarray) -> GuidanceBank:
+    return GuidanceBank(retriever=bank.retriever, values=values, source=bank.source.numpy(), meta=bank.meta)
 
 
-def test_wrong_calls_are_refused_with_the_value() -> None:
-    bank = make()
-    with pytest.raises(RetrieverError, match="queries must have 24 numbers like the keys, got 20"):
-        bank.guide(FEATURES[:, :5])
-    with pytest.raises(OptionError, match=r"patches of \(2, 2\) do not divide a map of \(3, 8\)"):
-        bank.guide(FEATURES[:, :, :3])
-    with pytest.raises(BankError, match=r"exclude must have shape \(12,\), got \(3,\)"):
-        bank.search(FEATURES, exclude=torch.arange(3))
-    with pytest.raises(BankError, match=r"lie in 0..95, got \(1, 1, 1\) from 96 to 96"):
-        bank.glue(torch.tensor([[[96]]]))
-    with pytest.raises(BankError, match=r"got 96 keys, 95 values, 96 sources"):
-        GuidanceBank(
-            retriever=bank.retriever, values=bank.values[1:], source=bank.source.numpy(), meta=bank.meta
-        )
-    with pytest.raises(BankError, match=r"got float32 \(96, 4, 4, 3\)"):
-        GuidanceBank(
-            retriever=bank.retriever,
-            values=bank.values.astype(np.float32),
-            source=bank.source.numpy(),
-            meta=bank.meta,
-        )
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda b: b.guide(FEATURES[:, :5]), RetrieverError, "24 numbers like the keys, got 20"),
+        (lambda b: b.guide(FEATURES / 0), RetrieverError, "queries must be finite .*96 of 96 rows"),
+        (lambda b: b.guide(FEATURES[:, :, :3]), OptionError, r"\(2, 2\) do not divide a map of \(3, 8\)"),
+        (lambda b: b.search(FEATURES, torch.arange(3)), BankError, r"shape \(12,\), got \(3,\)"),
+        (lambda b: b.glue(torch.tensor([[[96]]])), BankError, r"lie in 0..95, got \(1, 1, 1\) from 96 to 96"),
+        (lambda b: rebuilt(b, b.values[1:]), BankError, "got 96 keys, 95 values, 96 sources"),
+        (lambda b: rebuilt(b, b.values.astype(np.float32)), BankError, r"got float32 \(96, 4, 4, 3\)"),
+        (lambda b: rebuilt(b, b.values / 0).check(), BankError, "values from row 0 on are not finite"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid value")
+def test_wrong_calls_are_refused_with_the_value(call, error, message) -> None:
+    with pytest.raises(error, match=message):
+        call(make())
 
 
 @pytest.mark.parametrize(
@@ -263,7 +218,10 @@ def test_another_back_end_can_take_over_a_saved_bank(tmp_path) -> None:
         assert torch.equal(bank.guide(FEATURES), VALUES) and type(bank.retriever) is found
 
 
-def test_a_bank_of_another_backbone_is_refused(tmp_path) -> None:
+def test_meta_must_be_plain_data_and_a_bank_of_another_backbone_is_refused(tmp_path) -> None:
+    with pytest.raises(OptionError, match="meta of a bank must be plain data"):
+        make(meta={"tap": object()}).save(tmp_path / "bank")
+    assert os.listdir(tmp_path) == []
     make(meta={"fingerprint": "abc"}).save(tmp_path / "bank")
     with pytest.raises(BankError, match="built with backbone 'abc', this backbone is 'xyz'"):
         GuidanceBank.load(tmp_path / "bank", fingerprint="xyz")
@@ -286,36 +244,53 @@ def test_damaged_files_are_never_used(damage, tmp_path) -> None:
     feature = torch.randn(2, 6, 4, 8)
     sound = bank.guide(feature)
 
-    def load_all(report) -> None:
-        damage.one_thread()
-        for done in damage.damaged(tmp_path / "bank", 60):
-            report([done, "began"])
-            try:
-                loaded = GuidanceBank.load(tmp_path / "bank")
-            except RetroExitError:
-                report([done, "refused"])
-                continue
-            report([done, "rebuilt" if torch.equal(loaded.guide(feature), sound) else "wrong"])
+    def read() -> str:
+        loaded = GuidanceBank.load(tmp_path / "bank")
+        return "rebuilt" if torch.equal(loaded.guide(feature), sound) else "wrong"
 
-    reports, end = damage.in_child(load_all)
-    assert end == "", f"{end} at {reports[-1]}"
-    outcomes = [report for report in reports if report[1] != "began"]
-    assert len(outcomes) == 60
-    others = {done.split()[0] for done, outcome in outcomes if outcome != "refused"}
-    assert others == {"keys/index.bin"} and {outcome for _, outcome in outcomes} == {"refused", "rebuilt"}
+    outcomes = damage.outcomes(tmp_path / "bank", 60, read)
+    assert {outcome for outcome in outcomes if outcome[1] != "refused"} == {("keys/index.bin", "rebuilt")}
 
 
-def test_meta_that_is_not_plain_data_is_refused_and_leaves_no_folder(tmp_path) -> None:
-    with pytest.raises(OptionError, match="meta of a bank must be plain data"):
-        make(meta={"tap": object()}).save(tmp_path / "bank")
-    assert os.listdir(tmp_path) == []
+def uncut(rows: Tensor, channels: int, patch: tuple[int, ...]) -> Tensor:
+    """Bring rows of `cut` into the channels-last layout that `glue` takes."""
+    grid = rows.shape[:-1]
+    return rows.reshape(*grid, channels, *patch).movedim(len(grid), -1)
 
 
-def test_a_check_counts_keys_that_find_themselves_and_refuses_values_that_are_not_finite() -> None:
-    bank = make()
-    assert bank.check() == len(bank) == 96
-    values = np.array(bank.values)
-    values[7, 0, 0, 0] = np.inf
-    broken = GuidanceBank(retriever=bank.retriever, values=values, source=bank.source.numpy(), meta=bank.meta)
-    with pytest.raises(BankError, match="values from row 0 on are not finite"):
-        broken.check()
+@pytest.mark.parametrize(
+    ("shape", "patch"),
+    [
+        ((2, 3, 4, 6), (1, 1)),
+        ((2, 3, 4, 6), (2, 3)),
+        ((1, 5, 4, 6), (4, 6)),
+        ((2, 3, 12), (4,)),
+        ((2, 3, 4, 2, 6), (2, 1, 3)),
+    ],
+)
+def test_patches_of_maps_of_any_dimension_are_glued_to_the_same_map(shape, patch) -> None:
+    x = torch.randn(shape)
+    rows = cut(x, patch)
+    assert torch.equal(rows[(0,) * (len(shape) - 1)], x[(0, slice(None), *map(slice, patch))].flatten())
+    assert torch.equal(glue(uncut(rows, shape[1], patch)), x)
+    values = x.half().float()
+    bank = build_bank(
+        [(x, range(len(x)))], lambda ids: values[ids], patch=patch, thin="none", retriever=ExactRetriever()
+    )
+    assert torch.equal(bank.guide(x), values)
+
+
+@pytest.mark.parametrize(
+    ("shape", "patch", "message"),
+    [
+        ((1, 2, 4, 6), (3, 2), r"patches of \(3, 2\) do not divide a map of \(4, 6\)"),
+        ((1, 2, 4, 6), (2,), r"a feature \(1, 2, 4, 6\), got \(2,\)"),
+        ((1, 2, 4, 6), (0, 2), r"got \(0, 2\)"),
+        ((1, 2), (), r"a feature \(1, 2\), got \(\)"),
+    ],
+)
+def test_patches_that_do_not_fit_are_refused(shape, patch, message) -> None:
+    with pytest.raises(OptionError, match=message):
+        cut(torch.zeros(shape), patch)
+    with pytest.raises(OptionError, match=r"must have shape \(N, \*grid, \*patch, C\), got \(2, 3, 4\)"):
+        glue(torch.zeros(2, 3, 4))

@@ -83,16 +83,12 @@ def test_a_bank_with_slopes_is_saved_and_read(tmp_path: Path) -> None:
     bank.save(tmp_path / "bank")
     read = GuidanceBank.load(tmp_path / "bank")
     assert read.order == 1
+    # 48 queries: 10 keys of 5 numbers, then 5 numbers for each of 2 x 2 x 3 values.
+    assert _bank(keys, values).macs_per_search(48) == 48 * 10 * 5
+    assert read.macs_per_search(48) == 48 * 10 * 5 + 48 * 5 * 12
     assert torch.equal(read.guide(keys), bank.guide(keys))
     ids = read.search(keys).ids
     assert torch.equal(read.glue(ids, feature=keys), bank.guide(keys))
-
-
-def test_the_macs_of_slopes_are_counted() -> None:
-    keys, values = _maps()
-    # 48 queries: 10 keys of 5 numbers, then 5 numbers for each of 2 x 2 x 3 values.
-    assert _bank(keys, values).macs_per_search(48) == 48 * 10 * 5
-    assert _followed(keys, values).macs_per_search(48) == 48 * 10 * 5 + 48 * 5 * 12
 
 
 def test_wrong_calls_of_a_bank_with_slopes_are_refused() -> None:
@@ -104,23 +100,9 @@ def test_wrong_calls_of_a_bank_with_slopes_are_refused() -> None:
         with_slopes(bank, [], 1)
     with pytest.raises(BankError, match="do not fit the bank's values"):
         with_slopes(plain, [(keys, values[:, :2])], keys[:, 0].numel())
-    with pytest.raises(OptionError, match="order must be 0 or 1, got 2"):
-        retroexit.Guidance(order=2)  # type: ignore[arg-type]
-
-
-def test_values_with_slopes_are_of_the_image_and_enter_every_stage_by_default() -> None:
-    found = retroexit.Guidance(order=1).completed(value_after=2)
-    assert (found.value_after, found.inject) == ("image", "every_stage")
-    found = retroexit.Guidance(order=1, value_after=4, inject="input").completed(value_after=2)
-    assert (found.value_after, found.inject) == (4, "input")
-    assert retroexit.Guidance().completed(value_after=2).value_after == 2
-
-
-def test_slopes_that_would_not_fit_into_memory_are_refused() -> None:
-    keys = torch.randn(4, 512, 4, 4)
-    bank = _bank(keys, torch.randn(4, 512, 32, 32), size=64)
+    big = _bank(torch.randn(4, 512, 4, 4), torch.randn(4, 512, 32, 32), size=64)
     with pytest.raises(OptionError, match=r"64 pairs of 512 numbers .* Use a smaller bank"):
-        with_slopes(bank, [], 64)
+        with_slopes(big, [], 64)
 
 
 def test_a_fit_fills_a_bank_with_slopes_and_its_model_comes_back(

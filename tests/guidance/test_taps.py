@@ -14,11 +14,13 @@ import torch
 from torch import Tensor, nn
 
 import retroexit
+from retroexit.core.samples import Samples
 from retroexit.errors import AttachPointError, BankError, CheckpointError, OptionError
-from retroexit.guidance import build_bank
+from retroexit.guidance import GuidanceBank, build_bank
 from retroexit.guidance.provider import key_name
 from retroexit.metrics import QualityMetric
-from retroexit.plugins import host
+from retroexit.retrieval import ExactRetriever
+from retroexit.training.stream_bank import stream_bank
 
 INPUTS = torch.randn(7, 4, 8, 8, generator=torch.Generator().manual_seed(1))
 POSES = torch.randn(7, 5, generator=torch.Generator().manual_seed(2))
@@ -51,7 +53,7 @@ def fill(model: Any, keys: Tensor, values: Tensor, patch: tuple[int, ...] = (1, 
         lambda ids: values[ids],
         patch=patch,
         thin="none",
-        retriever=host().retriever("exact")(),
+        retriever=ExactRetriever(),
     )
 
 
@@ -106,11 +108,7 @@ def test_a_fit_fills_the_bank_from_the_named_stages(
 @pytest.mark.parametrize(
     ("key_after", "error", "message"),
     [
-        (
-            3,
-            OptionError,
-            r"at or before the first attach point 'stages\.1', got 'stages\.2'",
-        ),
+        (3, OptionError, r"at or before the first attach point 'stages\.1', got 'stages\.2'"),
         ("rgb", OptionError, r"at or before the first attach point 'stages\.1', got 'rgb'"),
         (9, OptionError, r"key_after must be a stage from 1 to 4, got 9"),
         ("stage.0", AttachPointError, r"no module 'stage\.0' in Posed; closest: 'stages\.0'"),
@@ -144,15 +142,7 @@ class Painter(nn.Module):
 def test_keys_that_are_the_same_for_all_inputs_are_refused() -> None:
     options = {"stages": ("stages.0", "stages.1", "stages.2"), "example_inputs": (torch.randn(2, 8),)}
     with pytest.raises(BankError, match=r"output of key_after=1 is the same for all inputs"):
-        retroexit.wrap(
-            Painter().eval(),
-            [2],
-            0.5,
-            min_channels=2,
-            adapter=False,
-            guidance=retroexit.Guidance(key_after=1),
-            **options,
-        )
+        wrap(Painter().eval(), guidance=retroexit.Guidance(key_after=1), **options)
 
 
 # Keys from a function.
@@ -198,6 +188,7 @@ def test_a_function_that_returns_another_width_is_refused(posed: nn.Module) -> N
         ({"inject": "all"}, r"inject must be 'input' or 'every_stage', got 'all'"),
         ({"size": 0}, r"size must be >= 1, got 0"),
         ({"key": True}, r"key must be a function .* got True"),
+        ({"order": 2}, r"order must be 0 or 1, got 2"),
     ],
 )
 def test_invalid_settings_are_refused(options: Any, message: str) -> None:
@@ -252,6 +243,10 @@ def test_an_adapters_taps_hold_where_the_user_names_none(posed: nn.Module) -> No
     assert (found.key_after, found.value_after) == (2, 1)
     found = settled(posed, retroexit.Guidance(value_after=1), key_after=1)
     assert (found.key_after, found.value_after) == (1, 1)
+    found = settled(posed, retroexit.Guidance(order=1), value_after=2)
+    assert (found.value_after, found.inject) == ("image", "every_stage")
+    found = settled(posed, retroexit.Guidance(order=1, value_after=1, inject="input"), value_after=2)
+    assert (found.value_after, found.inject) == (1, "input")
 
 
 def test_an_adapters_key_function_makes_a_bank_of_frames_unless_patches_are_wanted(posed: nn.Module) -> None:
@@ -320,5 +315,64 @@ def test_a_fit_that_began_with_other_keys_is_not_gone_on_with(
     with pytest.raises(CheckpointError, match=r"guidance\.key was .*pose_key, is .*other_key"):
         retroexit.fit(other, SAMPLES, tmp_path, **settings)
     (tmp_path / "fit.json").unlink()
-    with pytest.raises(CheckpointError, match="what guidance keys come from differs"):
+    with pytest.raises(CheckpointError, match="features of another fit, with other guidance key"):
         retroexit.fit(other, SAMPLES, tmp_path, **settings)
+
+
+# Banks of other taps.
+
+
+def bank_of(generator: nn.Module, **guidance: Any) -> GuidanceBank:
+    model = wrap(generator, guidance=retroexit.Guidance(size=20, **guidance))
+    return stream_bank(model, Samples(SAMPLES), ExactRetriever(), progress=False)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"key_after": 1}, r"the source of keys must be '.+', got '.+'"),
+        ({"value_after": 2}, r"the source of values must be '.+', got '.+'"),
+        ({"patch": (2, 2)}, r"patch of a key must be \(1, 1\), got \(2, 2\)"),
+        ({"key": pose_key}, r"the source of keys must be '.+', got '.*pose_key'"),
+    ],
+)
+def test_a_bank_of_other_taps_or_patches_is_refused(posed: nn.Module, other: Any, message: str) -> None:
+    foreign, fitting = bank_of(posed, **({"value_after": 3} | other)), bank_of(posed, value_after=3)
+    model = wrap(posed, guidance=retroexit.Guidance(value_after=3))
+    model.bank = fitting
+    with pytest.raises(BankError, match=message):
+        model.bank = foreign
+    assert model.bank is fitting
+    model = wrap(posed, guidance=retroexit.Guidance(value_after=3), example_inputs=None)
+    model.bank = foreign  # checked in the first call, before there are branches
+    with pytest.raises(BankError, match=message):
+        model(INPUTS[:2], POSES[:2], exit=1)
+    assert not model.is_recorded and len(model.branches) == 0
+    model.bank = fitting
+    assert model(INPUTS[:2], POSES[:2], exit=1).shape == (2, 3, 16, 16)
+
+
+def test_a_bank_of_another_backbone_is_refused(posed: nn.Module) -> None:
+    model, foreign = wrap(posed, guidance=retroexit.Guidance()), bank_of(posed)
+    foreign.meta["fingerprint"] = "0" * 64
+    with pytest.raises(BankError, match=r"the backbone of the bank must be '[0-9a-f]{64}', got '0{64}'"):
+        model.bank = foreign
+    assert model.bank is None
+
+
+def test_a_bank_made_by_hand_is_compared_by_its_shapes(posed: nn.Module) -> None:
+    model = wrap(posed, guidance=retroexit.Guidance(value_after=3))
+
+    def by_hand(keys: Tensor, values: Tensor) -> GuidanceBank:
+        return build_bank([(keys, range(len(keys)))], lambda ids: values[ids], retriever=ExactRetriever())
+
+    keys, values = torch.randn(3, 12, 8, 8), torch.rand(3, 12, 16, 16)
+    model.bank = fits = by_hand(keys, values)
+    for wrong, message in (
+        (by_hand(keys[:, :5], values), r"numbers per key must be 12, got 5"),
+        (by_hand(keys, values[:, :, ::2, ::2]), r"the patch of a value must be \(2, 2\), got \(1, 1\)"),
+        (by_hand(keys, values[:, :3]), r"channels per value must be 12, got 3"),
+    ):
+        with pytest.raises(BankError, match=message):
+            model.bank = wrong
+    assert model.bank is fits

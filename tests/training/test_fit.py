@@ -125,7 +125,7 @@ def test_held_out_samples_are_not_trained_on(
         return step
 
     def predictor(*args: Any, **kwargs: Any) -> float | None:
-        held.extend(kwargs["held_out"])
+        held.extend(args[4])
         return real_predictor(*args, **kwargs)
 
     monkeypatch.setattr(Steps, "at", at)

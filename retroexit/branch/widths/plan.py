@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 import sympy
@@ -64,7 +65,7 @@ class WidthRule:
     function: WidthFunction = field(default=scaled_width, repr=False)
 
     def __post_init__(self) -> None:
-        is_number = isinstance(self.scale, (int, float)) and not isinstance(self.scale, bool)
+        is_number = isinstance(self.scale, Real) and not isinstance(self.scale, bool)
         if not is_number or not 0 < self.scale <= 1:
             raise OptionError(
                 f"scale must be in (0, 1], got {self.scale!r}. Pass the share of channels to keep, e.g. 1/4.",

@@ -18,6 +18,7 @@ import pickle
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
@@ -34,7 +35,6 @@ from retroexit.plugins.training_types import BatchTerm, Objective, Term, Trainin
 from retroexit.training.losses.adversary import (
     Adversarial,
     Adversary,
-    AdversarySettings,
     FeatureMatching,
     find_objective,
 )
@@ -103,7 +103,7 @@ class LossOptions:
 def check_weights(losses: object) -> None:
     """Raise `OptionError` unless ``losses`` has weights >= 0 by name, one of them above 0."""
     weights = list(losses.values()) if isinstance(losses, Mapping) else []
-    is_valid = all(isinstance(weight, (int, float)) and 0 <= weight < math.inf for weight in weights)
+    is_valid = all(isinstance(weight, Real) and 0 <= weight < math.inf for weight in weights)
     if not is_valid or not sum(weights) > 0:
         raise OptionError(f"losses must have weights >= 0 by name, one of them > 0, got {losses!r}", losses)
 
@@ -113,12 +113,7 @@ def find_weights(
 ) -> dict[str, float]:
     """Return the weight of every term by name; terms of weight 0 are left out.
 
-    Args:
-        losses: Weights by name, or the name of a preset.
-        instead: Terms that replace others, by the name of the others.
-
-    Raises:
-        OptionError: If there is no such preset, no weight above 0, or no such term to replace.
+    ``losses`` are weights by name or the name of a preset; ``instead`` names the terms that replace others.
     """
     if isinstance(losses, str):
         if losses not in PRESETS:
@@ -151,7 +146,8 @@ class LossPlan:
         objective: What branch and discriminator minimise.
         gaze: The gaze network, or ``None``.
         equalise: Steps during which weights are equalised; 0 leaves them as they are.
-        adversary: How discriminators are trained.
+        discriminator_lr: Learning rate of the discriminators.
+        image_range: Smallest and largest pixel value of their images.
 
     Raises:
         OptionError: If a term lacks what it is made from.
@@ -163,7 +159,8 @@ class LossPlan:
     objective: Objective | None = None
     gaze: nn.Module | None = None
     equalise: int = 0
-    adversary: AdversarySettings = field(default_factory=AdversarySettings)
+    discriminator_lr: float = 4e-4
+    image_range: tuple[float, float] = (-1.0, 1.0)
 
     def __post_init__(self) -> None:
         if self.equalise < 0:
@@ -189,7 +186,7 @@ class LossPlan:
         adversary, terms = None, dict(self.terms)
         if {ADVERSARIAL, FEATURE_MATCHING} & set(self.weights):
             assert self.discriminator is not None and self.objective is not None
-            adversary = Adversary(self.discriminator, self.objective, self.adversary)
+            adversary = Adversary(self.discriminator, self.objective, self.discriminator_lr, self.image_range)
             if ADVERSARIAL not in self.weights:
                 adversary.module.eval()  # it is not trained
             terms |= {ADVERSARIAL: Adversarial(adversary), FEATURE_MATCHING: FeatureMatching(adversary)}
@@ -206,7 +203,7 @@ class LossPlan:
             assert self.discriminator is not None and self.objective is not None
             facts["objective"] = self.objective.name
             facts["discriminator"] = fingerprint(self.discriminator)
-            facts["discriminator_lr"] = self.adversary.lr
+            facts["discriminator_lr"] = self.discriminator_lr
         if GAZE in self.weights:
             assert self.gaze is not None
             facts[GAZE] = fingerprint(self.gaze)
@@ -253,7 +250,8 @@ def plan_losses(
         objective=objective,
         gaze=options.gaze,
         equalise=_EQUALISE_STEPS if equalise is True else int(equalise),
-        adversary=AdversarySettings(lr=options.discriminator_lr, image_range=pixel_range or (-1.0, 1.0)),
+        discriminator_lr=options.discriminator_lr,
+        image_range=pixel_range or (-1.0, 1.0),
     )
 
 
@@ -406,11 +404,7 @@ class TrainingLoss:
         return {f"equaliser.{name}": value for name, value in state.items()}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Load what `state` returned.
-
-        Raises:
-            CheckpointError: If it is the state of another loss.
-        """
+        """Load what `state` returned."""
         if self.equaliser is not None:
             self.equaliser.load_state({name.removeprefix("equaliser."): v for name, v in state.items()})
 

@@ -86,9 +86,7 @@ class Equaliser:
     def observe(self, values: Mapping[str, Tensor], image: Tensor) -> None:
         """Measure one step, as long as fewer than ``steps`` were measured.
 
-        Args:
-            values: The terms by name, scalars: means over the images.
-            image: Images ``(N, C, H, W)`` that they were computed from; skipped if without gradient.
+        ``values`` are the terms by name, means over the images ``(N, C, H, W)``, which need a gradient.
         """
         if self._count >= self.steps or not image.requires_grad or not torch.is_grad_enabled():
             return
@@ -113,11 +111,7 @@ class Equaliser:
         return {"squares": self._squares.clone(), "count": torch.tensor(self._count)}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Load what `state` returned.
-
-        Raises:
-            CheckpointError: If it was measured on other terms.
-        """
+        """Load what `state` returned; raises `CheckpointError` if it was measured on other terms."""
         squares, count = state.get("squares"), state.get("count")
         if squares is None or count is None or squares.shape != self._squares.shape:
             raise CheckpointError(
