@@ -54,14 +54,11 @@ class FitJob:
     """A fit whose arguments have been checked.
 
     Attributes:
-        settings: Settings of the training.
         metric: The quality metric; ``None`` if its weights are missing in a dry run.
         plan: What branches are trained on.
         retriever: Makes the search back-end of the bank.
         inputs: Samples to fit on.
-        aside: Samples to calibrate on.
-        alpha: Share of inputs that may lose more than a threshold.
-        confidence: Probability that the promise holds.
+        aside: Samples to calibrate on, with ``alpha`` and ``confidence``.
         latency: Samples per call whose times are measured, or ``None``.
         bank: A bank made beforehand, or ``None``.
     """
