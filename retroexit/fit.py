@@ -8,11 +8,12 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar, Unpack
 
+import torch
 from torch import nn
 
 from retroexit.core.modules import device_of
 from retroexit.core.samples import Samples, moved
-from retroexit.errors import DeviceError, OptionError, WeightsError, closest
+from retroexit.errors import DeviceError, ModeError, OptionError, WeightsError, closest
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.load import load
 from retroexit.measuring.calibrate import calibrate
@@ -201,6 +202,10 @@ def prepare(
 
     Terms whose weights are not available are collected in ``missing``, by name; ``None`` raises.
     """
+    if torch.is_inference_mode_enabled():
+        raise ModeError(
+            "fit must run outside torch.inference_mode(), which rules out training", model
+        )
     keywords: dict[str, Any] = dict(settings)
     if losses is not None and not isinstance(losses, LossOptions):
         keywords["losses"] = losses
