@@ -203,9 +203,7 @@ def prepare(
     Terms whose weights are not available are collected in ``missing``, by name; ``None`` raises.
     """
     if torch.is_inference_mode_enabled():
-        raise ModeError(
-            "fit must run outside torch.inference_mode(), which rules out training", model
-        )
+        raise ModeError("fit must run outside torch.inference_mode(), which rules out training", model)
     keywords: dict[str, Any] = dict(settings)
     if losses is not None and not isinstance(losses, LossOptions):
         keywords["losses"] = losses

@@ -60,6 +60,7 @@ class EarlyExitGenerator(nn.Module):
         self._saved_weights: dict[str, Tensor] | None = None
         self._lock = threading.Lock()
         self.training = False
+        self.router.eval()
 
     # Calls.
 
@@ -250,7 +251,7 @@ class EarlyExitGenerator(nn.Module):
                 decomposition, branches = decompose(self.generator, self.options, args, kwargs)
                 self.guide.attach(self.generator, decomposition.taps)
                 self.router.attach(decomposition, self.guide)
-                self.branches.extend(branches)
+                self.branches.extend(branches).eval()
                 if self._saved_weights is not None:
                     self._load_weights(self._saved_weights)
                 self._decomposition = decomposition

@@ -224,7 +224,7 @@ def test_what_a_predictor_cannot_read_is_refused(generator: nn.Module, folder: P
         Predictor(3, 2, reads="noise")  # type: ignore[arg-type]
     plain = retroexit.wrap(generator, [1], 0.5, min_channels=4, example_inputs=(TRAIN[:1],))
     samples = Samples(TRAIN)
-    with pytest.raises(BankError, match="predict_from='features.distance'; found branches without guidance"):
+    with pytest.raises(BankError, match="predict_from='features.distance' needs branches with guidance"):
         fit_predictor(
             plain,
             samples,
