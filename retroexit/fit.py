@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypedDict, TypeVar, Unpack
+from typing import Any
 
 import torch
-from torch import nn
 
 from retroexit.core.modules import device_of
 from retroexit.core.samples import Samples, moved
@@ -21,80 +20,15 @@ from retroexit.metrics import QualityMetric
 from retroexit.model import EarlyExitGenerator
 from retroexit.plugins.description import Description
 from retroexit.plugins.host import host
-from retroexit.plugins.training_types import Objective
 from retroexit.routing.calibration import check_promise, samples_needed
 from retroexit.routing.latency import Latency
-from retroexit.routing.predictor import Kind, Reads
 from retroexit.training.distributed import Team, join
 from retroexit.training.fit import FitJob, fit_model
-from retroexit.training.losses.plan import QUALITY, LossOptions, find_weights, plan_losses
+from retroexit.training.losses.plan import DEFAULT_LOSSES, QUALITY, LossOptions, find_weights, plan_losses
 from retroexit.training.predictor import check_reads
 from retroexit.training.settings import FitSettings, set_aside
 
-__all__ = ["DeviceOptions", "FitKeywords", "PromiseOptions", "fit", "measure_times", "prepare"]
-
-_Options = TypeVar("_Options")
-
-
-@dataclass(frozen=True)
-class PromiseOptions:
-    """What a calibration at the end of a fit promises, with ``calibrate=share``.
-
-    Attributes:
-        alpha: Share of inputs that may lose more than a threshold, in (0, 1).
-        confidence: Probability that the promise holds, in (0, 1).
-    """
-
-    alpha: float = 0.05
-    confidence: float = 0.95
-
-
-@dataclass(frozen=True)
-class DeviceOptions:
-    """The processes of a fit, one per device.
-
-    Attributes:
-        devices: Devices of each machine; ``None``: torchrun's, or 1.
-        nodes: Machines; ``None``: torchrun's, or 1.
-    """
-
-    devices: int | None = None
-    nodes: int | None = None
-
-
-class FitKeywords(TypedDict, total=False):
-    """Fields of `FitSettings`, `LossOptions`, `PromiseOptions` and `DeviceOptions` as keywords of a fit."""
-
-    steps: int
-    batch: int
-    crop: int | None
-    lr: float
-    schedule: str
-    clip: float | None
-    ema: float
-    features: float
-    held_out: float
-    calibrate: float | None
-    predictor: Kind
-    predict_from: Reads | None
-    predictor_steps: int
-    seed: int
-    checkpoint_every: int
-    bfloat16: bool
-    together: bool
-    cache: bool
-    cache_batch: int
-    tensorboard: bool | str
-    equalise: bool | int | None
-    instead: Mapping[str, str] | None
-    loss_weights: Mapping[str, str | Path] | None
-    discriminator: nn.Module | str | Path | None
-    adversarial: Objective | str | None
-    discriminator_lr: float
-    gaze: nn.Module | None
-    alpha: float
-    confidence: float
-    nodes: int | None
+__all__ = ["fit", "measure_times", "prepare"]
 
 
 def fit(
@@ -105,98 +39,86 @@ def fit(
     bank: GuidanceBank | None = None,
     metric: QualityMetric | str = "lpips-alex",
     weights: str | Path | None = None,
-    losses: LossOptions | Mapping[str, float] | str | None = None,
+    losses: Mapping[str, float] | str = DEFAULT_LOSSES,
     adapter: Description | str | bool | None = None,
-    promise: PromiseOptions | None = None,
+    alpha: float = 0.05,
+    confidence: float = 0.95,
     latency: int | None = None,
-    devices: DeviceOptions | int | None = None,
+    devices: int | None = None,
+    nodes: int | None = None,
     progress: bool = True,
-    **settings: Unpack[FitKeywords],
+    **settings: Any,
 ) -> EarlyExitGenerator:
     """Fill the bank, train the branches and the predictor, from generator inputs alone.
 
-    The target of training is the backbone's own image, so that no photographs are needed. An interrupted fit
-    continues when it is called again, to the same weights. Calibration and times of an earlier fit in the
-    folder are dropped.
+    The target of training is the backbone's own image. An interrupted fit continues when it is called again,
+    to the same weights. Calibration and times of an earlier fit in the folder are dropped.
 
     Args:
         model: A wrapped generator; its branches are trained in place.
-        inputs: Samples without the batch axis: tensors, tuples of positional inputs, or dicts of keyword
-            inputs.
+        inputs: Samples without the batch axis: tensors, tuples of positional or dicts of keyword inputs.
         folder: Folder of cache, checkpoints and result, for `load`.
-        bank: A bank made from other inputs, as by `stream_bank`; by default it is filled from the inputs, and
-            each of them is trained with a guide from the others.
+        bank: A bank made from other inputs; by default it is filled from the inputs, and each of them is
+            trained with a guide from the others.
         metric: Quality metric to train with and to predict, or its name.
         weights: File with the metric's weights.
-        losses: What branches are trained on; weights by name or a preset are short for
-            ``LossOptions(losses=...)``.
-        adapter: Description of the generator, as for `wrap`, for its discriminator; by default what the
-            generator was wrapped with.
-        promise: What a calibration promises, with ``calibrate=share``.
-        latency: Measure the times of all exits for calls with so many samples, ``>= 1``, for ``deadline_ms``.
-        devices: Devices, each with a process and a part of every batch. All machines must see the folder, and
-            each process moves the generator to its own device before it is wrapped.
+        losses: Weight of every term by name, or a preset, see `LossOptions`.
+        adapter: Description of the generator; by default the one it was wrapped with.
+        alpha: With ``calibrate=share``, the share of inputs that may lose more than a threshold, in (0, 1).
+        confidence: Probability that this promise holds, in (0, 1).
+        latency: Samples per call, ``>= 1``; measure the times of all exits for such calls.
+        devices: Devices of each machine, each with a process; ``None``: torchrun's, or 1.
+        nodes: Machines, which must all see the folder; ``None``: torchrun's, or 1.
         progress: Whether to show progress bars on a terminal.
-        **settings: Fields of `FitSettings`, `LossOptions`, `PromiseOptions` and `DeviceOptions`.
-
-    Returns:
-        The model.
+        **settings: Fields of `FitSettings` and `LossOptions`.
 
     Raises:
         OptionError: If a setting or the inputs are out of range, or a term lacks what it needs.
-        BankError: If the predictor reads the distance to a guide and there is none, or ``bank`` does not fit
-            the generator.
+        BankError: If ``bank`` does not fit the generator, or the predictor needs one.
         DeviceError: If a process has the generator on another process's device.
         MissingExtraError: If lightning-fabric or tensorboard is needed and not installed.
-        PluginError: If no plug-in, or more than one, offers a loss, a metric or a search back-end.
         WeightsError: If weights of the metric, of a term or of the discriminator are not available.
-        CheckpointError: If the folder has another fit.
+        CheckpointError: If the folder has another fit, or a damaged file.
         TrainingError: If the loss is not finite.
 
     Reference: paper sections 3.2, 3.3, 4.1, 4.2; equations 1, 3, 4.
     """
-    keywords: dict[str, Any] = dict(settings)
-    placed = (
-        devices if isinstance(devices, DeviceOptions) else DeviceOptions(devices, keywords.pop("nodes", None))
-    )
+    promise: Any = {"alpha": alpha, "confidence": confidence, "latency": latency}
     job = prepare(
-        model,
-        inputs,
-        bank=bank,
-        metric=metric,
-        weights=weights,
-        losses=losses,
-        adapter=adapter,
-        promise=promise,
-        latency=latency,
-        **keywords,
+        model, inputs, bank, metric, weights=weights, losses=losses, adapter=adapter, **promise, **settings
     )
-    device, folder = device_of(model.generator), Path(folder)
-    team = join(placed.devices, placed.nodes, device.type)
+    team, folder = _join(model, devices, nodes), Path(folder)
+    fit_model(model, job, folder, team, lambda: model.save(folder), progress)
+    _complete(model, job, folder, team, progress)
+    return model
+
+
+def _join(model: EarlyExitGenerator, devices: int | None, nodes: int | None) -> Team:
+    """Join the processes of a fit."""
+    device = device_of(model.generator)
+    team = join(devices, nodes, device.type)
     if team.device is not None and device != team.device:
         raise DeviceError(
             f"the generator must be on {team.device} in this process of {team.size}, got {device}. Move it "
             "there before it is wrapped; LOCAL_RANK has the number.",
             model.generator,
         )
-    fit_model(model, job, folder, team, lambda: model.save(folder), progress)
-    _complete(model, job, folder, team, progress)
-    return model
+    return team
 
 
 def prepare(
     model: EarlyExitGenerator,
     inputs: Sequence[Any],
-    *,
     bank: GuidanceBank | None = None,
     metric: QualityMetric | str = "lpips-alex",
+    *,
     weights: str | Path | None = None,
-    losses: LossOptions | Mapping[str, float] | str | None = None,
     adapter: Description | str | bool | None = None,
-    promise: PromiseOptions | None = None,
+    alpha: float = 0.05,
+    confidence: float = 0.95,
     latency: int | None = None,
     missing: dict[str, WeightsError] | None = None,
-    **settings: Unpack[FitKeywords],
+    **settings: Any,
 ) -> FitJob:
     """Check the arguments of `fit` and look up what they name; the model is recorded.
 
@@ -204,13 +126,9 @@ def prepare(
     """
     if torch.is_inference_mode_enabled():
         raise ModeError("fit must run outside torch.inference_mode(), which rules out training", model)
-    keywords: dict[str, Any] = dict(settings)
-    if losses is not None and not isinstance(losses, LossOptions):
-        keywords["losses"] = losses
-    terms = _pick(LossOptions, losses if isinstance(losses, LossOptions) else None, keywords)
-    promise = _pick(PromiseOptions, promise, keywords)
+    terms = LossOptions(**{f.name: settings.pop(f.name) for f in fields(LossOptions) if f.name in settings})
     names = [field.name for field in fields(FitSettings)]
-    for name in sorted(set(keywords) - set(names)):
+    for name in sorted(set(settings) - set(names)):
         raise OptionError(f"no setting {name!r} of a fit; closest: {closest(name, names)}", name)
     guidance = model.options.guidance
     retriever = host().retriever(guidance.retriever if guidance is not None else "exact")
@@ -223,11 +141,11 @@ def prepare(
         missing[QUALITY] = error
     description = model.options.description if adapter is None else host().describe(model.generator, adapter)
     plan = plan_losses(model.generator, terms, quality, description=description, missing=missing)
-    options = FitSettings(**keywords, losses=find_weights(terms.losses, terms.instead))
+    options = FitSettings(**settings, losses=find_weights(terms.losses, terms.instead))
     samples = Samples(inputs, options.seed)
     fitted, aside = set_aside(len(samples), options)
     if options.calibrate is not None:
-        _check_promise(len(aside), len(samples), options.calibrate, promise)
+        _check_promise(len(aside), len(samples), options.calibrate, alpha, confidence)
     if not model.is_recorded:
         args, kwargs = moved(samples.gather([0]), device_of(model.generator))
         model.record(*args, **kwargs)
@@ -237,40 +155,18 @@ def prepare(
     check_reads(model, samples, options.predict_from)
     if latency is not None and latency < 1:
         raise OptionError(f"latency must be >= 1, got {latency}", latency)
-    return FitJob(
-        settings=options,
-        metric=quality,
-        plan=plan,
-        retriever=retriever,
-        inputs=[inputs[i] for i in fitted] if aside else inputs,
-        aside=[inputs[i] for i in aside],
-        alpha=promise.alpha,
-        confidence=promise.confidence,
-        latency=latency,
-        bank=bank,
-    )
+    reserved = [inputs[i] for i in aside]
+    inputs = [inputs[i] for i in fitted] if aside else inputs
+    return FitJob(options, quality, plan, retriever, inputs, reserved, alpha, confidence, latency, bank)
 
 
-def _pick(kind: Callable[..., _Options], options: _Options | None, keywords: dict[str, Any]) -> _Options:
-    """Take the fields of a dataclass out of keywords; an instance excludes them."""
-    names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
-    picked = {name: keywords.pop(name) for name in names if name in keywords}
-    if options is None:
-        return kind(**picked)
-    if picked:
-        raise OptionError(
-            f"{next(iter(picked))} must not be passed beside {type(options).__name__}. Set it there.", picked
-        )
-    return options
-
-
-def _check_promise(aside: int, count: int, share: float, promise: PromiseOptions) -> None:
-    check_promise(promise.alpha, promise.confidence)
-    needed = samples_needed(promise.alpha, promise.confidence)
+def _check_promise(aside: int, count: int, share: float, alpha: float, confidence: float) -> None:
+    check_promise(alpha, confidence)
+    needed = samples_needed(alpha, confidence)
     if aside < needed:
         raise OptionError(
-            f"calibrate={share:g} of {count} inputs must be at least {needed} for alpha={promise.alpha:g} "
-            f"and confidence={promise.confidence:g}, got {aside}. Pass {math.ceil(needed / share)} inputs, or "
+            f"calibrate={share:g} of {count} inputs must be at least {needed} for alpha={alpha:g} "
+            f"and confidence={confidence:g}, got {aside}. Pass {math.ceil(needed / share)} inputs, or "
             "change one of these.",
             share,
         )
@@ -287,8 +183,7 @@ def _complete(model: EarlyExitGenerator, job: FitJob, folder: Path, team: Team, 
                 model,
                 job.aside,
                 job.metric,
-                alpha=job.alpha,
-                confidence=job.confidence,
+                **{"alpha": job.alpha, "confidence": job.confidence},
                 batch=job.settings.cache_batch,
                 progress=progress,
             )

@@ -20,13 +20,15 @@ from retroexit.model import EarlyExitGenerator
 from retroexit.plugins import host
 from retroexit.training.cache import IMAGE, FeatureCache, guidance_names
 from retroexit.training.losses import L1, TrainingLoss
+from retroexit.training.settings import FitSettings
 from retroexit.training.steps import Cropper, Steps
-from retroexit.training.trainer import BranchSchedule, BranchTrainer, train_branches
+from retroexit.training.trainer import BranchTrainer, train_branches
 
 __all__ = ["CONTROLS", "Bench", "noise", "shuffled"]
 
 Guides = Callable[[Sequence[int]], Tensor]
 CONTROLS = ("shuffled", "noise")
+SCHEDULE = ("steps", "lr", "schedule", "clip", "ema", "bfloat16")
 
 
 class Bench:
@@ -39,7 +41,7 @@ class Bench:
         batch: Samples (or crops) per step.
     """
 
-    def __init__(self, case: Case, out: Path, schedule: BranchSchedule, batch: int) -> None:
+    def __init__(self, case: Case, out: Path, schedule: FitSettings, batch: int) -> None:
         self.case, self.out, self.schedule, self.batch = case, out, schedule, batch
         self.limits = ImageRange(*case.image_range)
 
@@ -90,7 +92,7 @@ class Bench:
         row: dict[str, Any] = {
             "variant": variant,
             "exit": exit_index,
-            **dataclasses.asdict(self.schedule),
+            **{name: getattr(self.schedule, name) for name in SCHEDULE},
             "batch": self.batch,
             "seed": seed,
             "macs": model.exits[exit_index - 1].macs,
@@ -167,7 +169,7 @@ class Bench:
         folder = self.out / "unfinished" / f"{name}-{self.schedule.steps}"
         folder.mkdir(parents=True, exist_ok=True)
         trainer = BranchTrainer(model, index, loss, self.limits, self.schedule, folder)
-        train_branches([trainer], steps, together=False, checkpoint_every=100)
+        train_branches([trainer], steps, self.schedule)
         shutil.rmtree(folder)
 
     @torch.no_grad()

@@ -25,7 +25,7 @@ from retroexit.training.initialise import reconstruct_branches
 from retroexit.training.losses import L1, TrainingLoss
 from retroexit.training.settings import FitSettings, divide
 from retroexit.training.steps import Cropper, Step, Steps
-from retroexit.training.trainer import BranchSchedule, averaged, learning_rate
+from retroexit.training.trainer import averaged, learning_rate
 
 __all__ = ["Student", "Training", "early_exits", "prune", "tune", "tuned"]
 
@@ -153,8 +153,7 @@ def tuned(
     if isinstance(network, Student):
         network.begin(steps)
     loss = TrainingLoss({"l1": (1.0, L1()), "quality": (1.0, case.metric)})
-    schedule = BranchSchedule(training.steps, training.lr, bfloat16=training.bfloat16)
-    tune(network, steps, lambda step: step.args, loss, limits, schedule)
+    tune(network, steps, lambda step: step.args, loss, limits, training.settings())
     write_tensors(path, network.state_dict(), settings)
     return network
 
@@ -186,7 +185,7 @@ def tune(
     read: Callable[[Step], Sequence[Tensor]],
     loss: TrainingLoss,
     limits: ImageRange,
-    schedule: BranchSchedule,
+    schedule: FitSettings,
 ) -> None:
     """Train all weights of any network as the library trains a branch: same steps, rates, loss and average.
 

@@ -18,6 +18,7 @@ from typing import Annotated, Literal
 
 import torch
 import typer
+from typer import Option
 
 from retroexit.plugins.host import host
 from retroexit.report.text_tables import table
@@ -60,7 +61,7 @@ def doctor() -> None:
 
 
 def plugins(
-    as_json: Annotated[bool, typer.Option("--json", help="Print a list of objects instead.")] = False,
+    as_json: Annotated[bool, Option("--json", help="Print a list of objects instead.")] = False,
 ) -> None:
     """List the installed plug-ins, the hooks of each one, and the names that it offers there.
 
@@ -115,15 +116,11 @@ def _threads() -> Iterator[Check]:
 def _cpu() -> Iterator[Check]:
     listing = Path("/proc/cpuinfo")
     text = listing.read_text(errors="replace") if listing.exists() else ""
-    model = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    line = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.MULTILINE)
-    flags = set(line.group(1).split()) if line else set()
-    name = model.group(1) if model else platform.processor() or platform.machine()
-    extensions = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "bf16") if flag in flags]
-    is_slow = not any("bf16" in flag for flag in extensions)
-    hint = "bfloat16 is emulated here: leave autocast off on the CPU" if is_slow else ""
-    detail = f"{name}; {' '.join(extensions) or 'no vector extensions known'}"
-    yield Check("cpu", "warn" if is_slow else "ok", detail, hint)
+    model = re.search(r"model name\s*:\s*(.+)", text)
+    has_bfloat16 = re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", text)
+    hint = "" if has_bfloat16 else "bfloat16 is emulated here: leave autocast off on the CPU"
+    name = model.group(1) if model else platform.machine()
+    yield Check("cpu", "warn" if hint else "ok", f"{name}; {torch.backends.cpu.get_cpu_capability()}", hint)
 
 
 def _cuda() -> Iterator[Check]:

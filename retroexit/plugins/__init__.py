@@ -1,6 +1,6 @@
-"""Plug-ins: the hooks that they implement, what they say about a generator, and where names are looked up.
+"""Plug-ins: the hooks, the description of a generator, and the host that looks up names.
 
-Imports `retroexit.retrieval`, `retroexit.metrics` and `retroexit.errors`, and types of `retroexit.branch`.
+Imports `retroexit.metrics`, `retroexit.retrieval` and what lies below them, and types of `retroexit.branch`.
 """
 
 from __future__ import annotations

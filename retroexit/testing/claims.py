@@ -20,7 +20,7 @@ from retroexit.plugins.host import brief
 from retroexit.plugins.training_types import TrainingBatch
 from retroexit.stages.decoder import Decoder, read_decoder
 from retroexit.testing.case import Case, Run
-from retroexit.training.losses.adversary import Adversarial, Adversary, AdversarySettings, find_objective
+from retroexit.training.losses.adversary import Adversarial, Adversary, find_objective
 
 __all__ = ["Stranger", "check_all"]
 
@@ -166,7 +166,7 @@ def _check_objective(case: Case, _: str, adversarial: Any) -> None:
         case.skip("the objective trains both sides", "the description has no discriminator")
         return
     limits = case.description.image_range or (-1.0, 1.0)
-    adversary = Adversary(make(case.generator), objective, AdversarySettings(image_range=limits))
+    adversary = Adversary(make(case.generator), objective, image_range=limits)
     target = ImageRange(*limits).to_signed(case.image.detach().float())
     noise = torch.rand(target.shape, generator=torch.Generator().manual_seed(0)).to(target.device)
     image = (0.5 * target + noise - 0.5).requires_grad_()

@@ -68,12 +68,7 @@ def chunks(count: int, size: int) -> list[list[int]]:
 
 
 def guidance_names(taps: Taps, first: str) -> tuple[str, str]:
-    """Return the names of the maps that guidance keys and values are cut from; none is stored twice.
-
-    Args:
-        taps: Where they come from.
-        first: Name of the feature at the first attach point.
-    """
+    """Return the names of the maps that guidance keys and values are cut from; ``first``: the first feature."""
     return first if taps.key_tap == first else GUIDANCE_KEY, IMAGE if taps.gives_image else GUIDANCE_VALUE
 
 
@@ -95,19 +90,11 @@ class FeatureCache:
         return self.count
 
     def read(
-        self,
-        name: str,
-        indices: Sequence[int],
-        device: torch.device | str = "cpu",
-        crop: Crop | None = None,
+        self, name: str, indices: Sequence[int], device: torch.device | str = "cpu", crop: Crop | None = None
     ) -> Tensor:
-        """Read one value for some samples, ``(len(indices), ...)``.
+        """Read one value for some samples, ``(len(indices), ...)``; only ``crop``'s windows are read from disk.
 
-        Args:
-            name: Name of a node that crosses a cut, or one of the names of this module.
-            indices: Samples, in this order.
-            device: Device of the result.
-            crop: Windows to read; nothing else is read from disk.
+        ``name`` is that of a node that crosses a cut, or one of this module.
         """
         if name in self._shared:
             value = self._shared[name].to(device, copy=True)  # branches may write into it
@@ -135,12 +122,7 @@ class FeatureCache:
     ) -> FeatureCache:
         """Run the backbone once over all samples and store what training needs.
 
-        Args:
-            model: The wrapped generator.
-            samples: Its inputs.
-            folder: Created if missing. A cache of the same backbone, attach points and inputs is reused.
-            batch: Samples per pass.
-            progress: Whether to show a progress bar on a terminal.
+        A cache of the same backbone, attach points and inputs in the folder is continued or reused.
 
         Raises:
             CheckpointError: If the folder has a damaged cache or one of something else.
@@ -186,13 +168,6 @@ class LiveFeatures:
 
     The last batch is kept, so that all values of a step come from one pass. Random numbers of the backbone
     depend on the samples in the batch and the seed.
-
-    Args:
-        model: The wrapped generator, recorded.
-        samples: Its inputs.
-
-    Raises:
-        TrainingError: If samples cannot be told apart in the generator's values.
     """
 
     def __init__(self, model: EarlyExitGenerator, samples: Samples) -> None:
@@ -205,11 +180,7 @@ class LiveFeatures:
         return len(self.samples)
 
     def read(
-        self,
-        name: str,
-        indices: Sequence[int],
-        device: torch.device | str = "cpu",
-        crop: Crop | None = None,
+        self, name: str, indices: Sequence[int], device: torch.device | str = "cpu", crop: Crop | None = None
     ) -> Tensor:
         """Compute one value for some samples, as `FeatureCache.read` reads it."""
         rows = tuple(indices)
@@ -220,9 +191,7 @@ class LiveFeatures:
             self._last = rows, compute_features(self.model, args, kwargs, seed, with_guidance)
         value = self._last[1][name]
         windows = None if crop is None else crop(tuple(value.shape[2:]))
-        if windows is None:
-            return value.to(device, copy=True)  # branches may write into it
-        return cut_out(value, windows, len(indices)).to(device)
+        return cut_out(value, windows, len(indices)).to(device, copy=True)  # branches may write into it
 
     def is_per_sample(self, name: str) -> bool:
         """Tell whether a value has one row per sample, instead of being the same for all."""
@@ -247,18 +216,9 @@ def bytes_per_sample(model: EarlyExitGenerator, samples: Samples) -> int:
 def compute_features(
     model: EarlyExitGenerator, args: Any, kwargs: Any, seed: int, with_guidance: bool = True
 ) -> dict[str, Tensor]:
-    """Run the backbone once over a batch.
+    """Run the backbone once over a batch, and return its values by name.
 
-    Args:
-        model: The wrapped generator, recorded.
-        args: Positional inputs.
-        kwargs: Keyword inputs.
-        seed: Seed of its random numbers.
-        with_guidance: Whether to compute guidance keys and values too.
-
-    Returns:
-        The values that cross the cuts by the names of their nodes; the image and guidance maps by those of
-        this module.
+    Values that cross the cuts have the names of their nodes; the image and guidance maps those of this module.
     """
     split, features = model.split, dict[str, Tensor]()
     device = device_of(model.generator)

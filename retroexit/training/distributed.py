@@ -44,11 +44,7 @@ class Team:
         return self.rank == 0
 
     def part(self, count: int) -> slice:
-        """Return this process's part of a batch of ``count`` samples.
-
-        Raises:
-            OptionError: If the batch does not divide.
-        """
+        """Return this process's part of a batch of ``count`` samples; raises `OptionError` if it does not divide."""
         if count % self.size:
             raise OptionError(f"batch must be a multiple of {self.size} processes, got {count}", count)
         share = count // self.size
@@ -87,14 +83,9 @@ def average(tensors: Sequence[Tensor]) -> None:
 
 
 def join(devices: int | None = None, nodes: int | None = None, accelerator: str = "cpu") -> Team:
-    """Join the processes that torchrun started, or start them.
+    """Join the processes that torchrun started, or start them, one per device of every machine.
 
     Without torchrun, Lightning Fabric starts the running script once more for every further device.
-
-    Args:
-        devices: Devices, and so processes, of each machine; by default torchrun's, or 1.
-        nodes: Machines; by default torchrun's, or 1.
-        accelerator: ``"cpu"``, ``"cuda"``, or another of Fabric's names.
 
     Raises:
         MissingExtraError: If there are several devices and lightning-fabric is not installed.
@@ -127,12 +118,7 @@ def join(devices: int | None = None, nodes: int | None = None, accelerator: str 
 
 
 def check_devices(devices: int | None, nodes: int | None, batch: int | None = None) -> None:
-    """Check that processes could be started and could divide a batch; starts nothing.
-
-    Raises:
-        OptionError: If a number is below 1, or the batch does not divide.
-        MissingExtraError: If there are several devices and lightning-fabric is not installed.
-    """
+    """Check that processes could be started and could divide a batch; starts nothing."""
     devices, nodes = 1 if devices is None else devices, 1 if nodes is None else nodes
     if min(devices, nodes) < 1:
         raise OptionError(f"devices and nodes must be >= 1, got {devices} and {nodes}", (devices, nodes))

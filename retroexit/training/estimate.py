@@ -15,7 +15,7 @@ from retroexit.model import EarlyExitGenerator
 from retroexit.training.losses import TrainingLoss
 from retroexit.training.settings import FitSettings
 from retroexit.training.steps import Step, Steps
-from retroexit.training.trainer import BranchSchedule, BranchTrainer
+from retroexit.training.trainer import BranchTrainer
 
 __all__ = ["Estimate", "estimate"]
 
@@ -51,18 +51,10 @@ class Estimate:
 def estimate(
     model: EarlyExitGenerator, losses: Sequence[TrainingLoss], steps: Steps, settings: FitSettings
 ) -> Estimate:
-    """Time two steps of every branch; the weights are restored and nothing is written.
-
-    Args:
-        model: The wrapped generator, recorded.
-        losses: One per branch.
-        steps: What the steps read, computed when it is read.
-        settings: Settings of the fit.
-    """
+    """Time two steps of every branch; the weights are restored and nothing is written."""
     before = {name: value.clone() for name, value in model.branches.state_dict().items()}
-    schedule = BranchSchedule(settings.steps, settings.lr, bfloat16=settings.bfloat16)
     trainers = [
-        BranchTrainer(model, index, loss, steps.limits, schedule, Path()) for index, loss in enumerate(losses)
+        BranchTrainer(model, index, loss, steps.limits, settings, Path()) for index, loss in enumerate(losses)
     ]
     begin = time.perf_counter()
     step = steps.at(0)

@@ -38,7 +38,6 @@ from retroexit.training.predictor import exit_losses, fit_predictor
 from retroexit.training.settings import FitSettings, check_same, divide, write_json
 from retroexit.training.steps import Cropper, Steps
 from retroexit.training.trainer import (
-    BranchSchedule,
     BranchTrainer,
     FeatureDistance,
     TrainingWriter,
@@ -55,14 +54,11 @@ class FitJob:
     """A fit whose arguments have been checked.
 
     Attributes:
-        settings: Settings of the training.
         metric: The quality metric; ``None`` if its weights are missing in a dry run.
         plan: What branches are trained on.
         retriever: Makes the search back-end of the bank.
         inputs: Samples to fit on.
-        aside: Samples to calibrate on.
-        alpha: Share of inputs that may lose more than a threshold.
-        confidence: Probability that the promise holds.
+        aside: Samples to calibrate on, with ``alpha`` and ``confidence``.
         latency: Samples per call whose times are measured, or ``None``.
         bank: A bank made beforehand, or ``None``.
     """
@@ -113,18 +109,9 @@ def fit_model(
         steps.guide_of, model.router.guide_limit = _guides(model, taps, features)
     reconstruct_branches(model, steps, folder / "branches", keep_channels=settings.features > 0)
     _train(model, losses, steps, settings, folder / "branches", writer, progress)
-    error = fit_predictor(
-        model,
-        samples,
-        features,
-        exit_losses(model, steps, metric, folder / "losses.npy", progress),
-        held_out=held_out,
-        kind=settings.predictor,
-        predict_from=settings.predict_from,
-        steps=settings.predictor_steps,
-        seed=settings.seed,
-        progress=progress and team.is_first,
-    )
+    quality_losses = exit_losses(model, steps, metric, folder / "losses.npy", progress)
+    progress = progress and team.is_first
+    error = fit_predictor(model, samples, features, quality_losses, held_out, settings, progress)
     logger.info("predictor error on held-out inputs: %s", error)
     model.about = {
         "metric": metric.describe(),
@@ -148,24 +135,14 @@ def _train(
     writer: TrainingWriter | None,
     progress: bool,
 ) -> None:
-    schedule = BranchSchedule(
-        settings.steps, settings.lr, settings.schedule, settings.clip, settings.ema, settings.bfloat16
-    )
     weight = settings.features
     distances = [FeatureDistance(model, i, weight) if weight else None for i in range(len(losses))]
     trainers = [
-        BranchTrainer(model, index, loss, steps.limits, schedule, folder, steps.team, distance)
+        BranchTrainer(model, index, loss, steps.limits, settings, folder, steps.team, distance)
         for index, (loss, distance) in enumerate(zip(losses, distances, strict=True))
     ]
     try:
-        train_branches(
-            trainers,
-            steps,
-            together=settings.together,
-            checkpoint_every=settings.checkpoint_every,
-            writer=writer,
-            progress=progress,
-        )
+        train_branches(trainers, steps, settings, writer, progress)
     finally:
         if writer is not None:
             writer.close()
@@ -189,12 +166,7 @@ def estimate_fit(
 ) -> Estimate:
     """Estimate the cost of a fit; nothing is written and no weight changes.
 
-    Args:
-        model: The wrapped generator, recorded.
-        inputs: Samples without the batch axis.
-        settings: Settings of the fit.
-        plan: What branches are trained on; L1 is counted if it has no terms. The first steps, which equalise
-            weights, take longer than the estimate.
+    L1 is counted if the plan has no terms. The first steps, which equalise weights, take longer.
     """
     samples, device = Samples(inputs, settings.seed), device_of(model.generator)
     trained, _ = divide(len(samples), settings)

@@ -30,14 +30,8 @@ def reconstruct_branches(
 ) -> list[Reconstruction | None]:
     """Choose the channels of new branches from training samples, and solve their layers, in place.
 
-    Every process computes the same. Branches that have inherited before, or that have a checkpoint, are left
-    as they are.
-
-    Args:
-        model: The wrapped generator, recorded.
-        steps: What the training reads.
-        folder: Folder of checkpoints.
-        keep_channels: Whether to find out the inherited channels of branches with a checkpoint too.
+    Every process computes the same. Branches that have inherited before, or that have a checkpoint in
+    ``folder``, are left as they are; ``keep_channels`` finds the inherited channels of the latter too.
 
     Returns:
         The result for every branch, ``None`` if there was nothing to do.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,13 +19,16 @@ from retroexit.core.samples import Samples, drawing_from
 from retroexit.errors import BankError, CheckpointError, TrainingError
 from retroexit.metrics import QualityMetric
 from retroexit.model import EarlyExitGenerator
-from retroexit.routing.predictor import Kind, Predictor, Reads, check_kind
+from retroexit.routing.predictor import Predictor, Reads, check_kind
 from retroexit.routing.router import guide_distance, input_map
 from retroexit.training.cache import IMAGE, Features, chunks, guidance_names
 from retroexit.training.distributed import average
+from retroexit.training.settings import FitSettings
 from retroexit.training.steps import Steps
 
 __all__ = ["check_reads", "exit_losses", "fit_predictor", "predictor_reads", "train_predictor"]
+
+_BATCH, _LR = 32, 2e-3  # samples per step; learning rate, cosine to zero
 
 
 @torch.no_grad()
@@ -32,12 +37,7 @@ def exit_losses(
 ) -> Tensor:
     """Measure the quality loss of every branch exit on every sample, ``(S, K)``.
 
-    Args:
-        model: The wrapped generator with trained branches.
-        steps: What they were trained on.
-        metric: Compares an exit's image with the backbone's.
-        path: File of the losses; read if it exists, else written.
-        progress: Whether to show a progress bar on a terminal.
+    ``path`` is the file of the losses, which is read if it exists.
 
     Raises:
         CheckpointError: If the file is damaged or belongs to another fit.
@@ -102,12 +102,8 @@ def fit_predictor(
     samples: Samples,
     features: Features,
     losses: Tensor,
-    *,
     held_out: Sequence[int],
-    kind: Kind = "conv",
-    predict_from: Reads | None = None,
-    steps: int = 1500,
-    seed: int = 0,
+    settings: FitSettings,
     progress: bool = True,
 ) -> float | None:
     """Train a predictor of measured losses and give it to the model, whose calibration is dropped.
@@ -118,48 +114,26 @@ def fit_predictor(
         features: Their features.
         losses: Quality loss of every branch exit, ``(S, K)``.
         held_out: Samples that the branches were not trained on.
-        kind: ``"conv"``, ``"pooled"`` or ``"linear"``, see `Predictor`.
-        predict_from: What it reads, see `Predictor`.
-        steps: Optimiser steps.
-        seed: Seed of starting weights and batches.
+        settings: Architecture, what is read, number of steps, seed.
         progress: Whether to show a progress bar on a terminal.
 
     Returns:
         The error on the held-out samples, see `train_predictor`.
-
-    Raises:
-        OptionError: If there is no such kind, or nothing such to read.
-        BankError: If it reads the distance to a guide and the branches take none.
-        TrainingError: If the loss is not finite.
     """
-    check_reads(model, samples, predict_from)
-    reads = predict_from or ("features" if model.options.predictor_inputs is None else "inputs")
-    maps, extra = predictor_reads(model, samples, features, reads)
-    with drawing_from(seed):
-        exits = len(model.branches)
-        predictor = Predictor(maps.shape[1], exits, dims=maps.dim() - 2, kind=kind, reads=predict_from)
-        error = train_predictor(
-            predictor,
-            maps,
-            losses,
-            held_out=held_out,
-            extra=extra,
-            steps=steps,
-            seed=seed,
-            progress=progress,
-        )
-    device = device_of(model.generator)
-    model.predictor, model.calibration = predictor.to(device).eval(), None
+    check_reads(model, samples, settings.predict_from)
+    reads = settings.predict_from or ("features" if model.options.predictor_inputs is None else "inputs")
+    maps, distances = predictor_reads(model, samples, features, reads)
+    options: Any = {"kind": settings.predictor, "reads": settings.predict_from}
+    training: Any = {"steps": settings.predictor_steps, "seed": settings.seed, "progress": progress}
+    with drawing_from(settings.seed):
+        predictor = Predictor(maps.shape[1], len(model.branches), dims=maps.dim() - 2, **options)
+        error = train_predictor(predictor, maps, losses, held_out=held_out, extra=distances, **training)
+    model.predictor, model.calibration = predictor.to(device_of(model.generator)).eval(), None
     return error
 
 
 def check_reads(model: EarlyExitGenerator, samples: Samples, predict_from: Reads | None) -> None:
-    """Check that a predictor of this model can read ``predict_from``.
-
-    Raises:
-        OptionError: If there is no such choice, or no input is a map or a vector.
-        BankError: If it is the distance to a guide and the branches take none.
-    """
+    """Check that a predictor of this model can read ``predict_from``; raises `OptionError` or `BankError`."""
     check_kind("conv", predict_from)
     if predict_from == "features+distance" and model.decomposition.taps is None:
         raise BankError(
@@ -198,7 +172,6 @@ def predictor_reads(
     return maps, torch.cat([guide_distance(result.distances) for result in results])
 
 
-@torch.enable_grad()
 def train_predictor(
     predictor: Predictor,
     maps: Tensor,
@@ -207,8 +180,6 @@ def train_predictor(
     held_out: Sequence[int],
     extra: Tensor | None = None,
     steps: int = 1500,
-    batch: int = 32,
-    lr: float = 2e-3,
     seed: int = 0,
     progress: bool = True,
 ) -> float | None:
@@ -224,8 +195,6 @@ def train_predictor(
         held_out: Samples that the branches were not trained on.
         extra: Distance to the guide, ``(S, 1)``, if it reads it.
         steps: Adam steps.
-        batch: Samples per step.
-        lr: Learning rate, cosine to zero.
         seed: Seed of the batches.
         progress: Whether to show a progress bar on a terminal.
 
@@ -241,18 +210,46 @@ def train_predictor(
     mask = torch.ones(len(maps), dtype=torch.bool)
     mask[held] = False
     rows = mask.nonzero()[:, 0] if bool(mask.any()) else torch.arange(len(maps))
+    data = _Data(maps, extra, losses)
     predictor.calibrate_scales(maps[rows], losses[rows], None if extra is None else extra[rows])
-    optimizer = torch.optim.Adam(predictor.parameters(), lr=lr, weight_decay=1e-4)
+    _optimise(predictor, data, rows, held, steps, seed, progress)
+    predictor.eval()
+    with torch.no_grad():
+        pooled = _pooled(predictor, data, rows)
+        predictor.guard.fit(pooled, _pooled(predictor, data, held) if len(held) else pooled[:0])
+        if not len(held):
+            return None
+        predictor.loss_mean -= _residuals(predictor, data, held).mean(0)
+        return float((_predict(predictor, data, held) - losses[held]).abs().mean())
+
+
+class _Data(NamedTuple):
+    """What a predictor reads of all samples, and what it should predict."""
+
+    maps: Tensor
+    extra: Tensor | None
+    losses: Tensor
+
+    def read(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self.maps[rows], None if self.extra is None else self.extra[rows]
+
+
+@torch.enable_grad()
+def _optimise(
+    predictor: Predictor, data: _Data, rows: Tensor, held: Tensor, steps: int, seed: int, progress: bool
+) -> None:
+    """Do Adam steps, and load the weights that are best on the held-out samples."""
+    optimizer = torch.optim.Adam(predictor.parameters(), lr=_LR, weight_decay=1e-4)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     random = np.random.default_rng(seed)
-    scale, target = predictor.loss_std, predictor.scaled(losses)
-    best, best_state = float("inf"), dict[str, Tensor]()
+    target = predictor.scaled(data.losses)
+    best, best_state = math.inf, dict[str, Tensor]()
     bar = tqdm(range(steps), desc="predictor", disable=None if progress else True)
     for step in bar:
         predictor.train()
-        picked = rows[torch.from_numpy(random.integers(0, len(rows), batch))]
-        predicted = predictor(maps[picked], None if extra is None else extra[picked])
-        error = ((predictor.scaled(predicted) - target[picked]) / scale).square().mean()
+        picked = rows[torch.from_numpy(random.integers(0, len(rows), _BATCH))]
+        difference = predictor.scaled(predictor(*data.read(picked))) - target[picked]
+        error = (difference / predictor.loss_std).square().mean()
         optimizer.zero_grad(set_to_none=True)
         error.backward()
         optimizer.step()
@@ -264,34 +261,25 @@ def train_predictor(
                 predictor,
             )
         if len(held) and (step % 50 == 49 or step == steps - 1):
-            residuals = predictor.scaled(_predict(predictor, maps, extra, held)) - target[held]
+            residuals = _residuals(predictor, data, held)
             score = float((residuals - residuals.mean(0)).abs().mean())
             if score < best or not best_state:
                 best, best_state = score, {k: v.clone() for k, v in predictor.state_dict().items()}
             bar.set_postfix(held_out=f"{score:.4f}")
     if best_state:
         predictor.load_state_dict(best_state)
-    predictor.eval()
-    with torch.no_grad():
-        seen = _pooled(predictor, maps, extra, rows)
-        predictor.guard.fit(seen, _pooled(predictor, maps, extra, held) if len(held) else seen[:0])
-        if not len(held):
-            return None
-        predictor.loss_mean -= (predictor.scaled(_predict(predictor, maps, extra, held)) - target[held]).mean(
-            0
-        )
-    return float((_predict(predictor, maps, extra, held) - losses[held]).abs().mean())
 
 
-def _pooled(predictor: Predictor, maps: Tensor, extra: Tensor | None, rows: Tensor) -> Tensor:
+def _pooled(predictor: Predictor, data: _Data, rows: Tensor) -> Tensor:
     """Pooled features of some samples, which the guard reads."""
-    parts = [predictor.pool(maps[part], None if extra is None else extra[part])[1] for part in rows.split(64)]
-    return predictor.guarded(torch.cat(parts))
+    return predictor.guarded(torch.cat([predictor.pool(*data.read(part))[1] for part in rows.split(64)]))
 
 
 @torch.no_grad()
-def _predict(predictor: Predictor, maps: Tensor, extra: Tensor | None, rows: Tensor) -> Tensor:
+def _predict(predictor: Predictor, data: _Data, rows: Tensor) -> Tensor:
     predictor.eval()
-    return torch.cat(
-        [predictor(maps[part], None if extra is None else extra[part]) for part in rows.split(64)]
-    )
+    return torch.cat([predictor(*data.read(part)) for part in rows.split(64)])
+
+
+def _residuals(predictor: Predictor, data: _Data, rows: Tensor) -> Tensor:
+    return predictor.scaled(_predict(predictor, data, rows)) - predictor.scaled(data.losses)[rows]

@@ -101,11 +101,7 @@ _LIMITS: Final[tuple[tuple[str, str, Callable[[float], bool]], ...]] = (
 
 
 def divide(count: int, settings: FitSettings) -> tuple[list[int], list[int]]:
-    """Divide ``count`` samples into those that branches are trained on and those held out, both sorted.
-
-    Raises:
-        OptionError: If none is left to train on.
-    """
+    """Divide samples into those that branches are trained on, at least one, and those held out, both sorted."""
     held_out = round(settings.held_out * count)
     if held_out >= count:
         raise OptionError(
@@ -123,15 +119,7 @@ def set_aside(count: int, settings: FitSettings) -> tuple[list[int], list[int]]:
 
 
 def check_same(path: Path, settings: dict[str, Any]) -> None:
-    """Refuse to resume a fit with other settings than those of its first run.
-
-    Args:
-        path: File that `write_json` wrote; it need not exist.
-        settings: The settings now.
-
-    Raises:
-        CheckpointError: If they differ, or the file is damaged.
-    """
+    """Raise `CheckpointError` if a file of `write_json` has other settings or is damaged; it need not exist."""
     if not path.exists():
         return
     try:

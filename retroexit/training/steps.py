@@ -43,12 +43,7 @@ class Cropper:
     def for_maps(
         cls, size: int | None, image_size: tuple[int, ...], map_sizes: list[tuple[int, ...]]
     ) -> Cropper:
-        """Make a cropper for maps of these sizes.
-
-        Raises:
-            OptionError: If a map's size does not divide the image's, or the window is not a positive multiple
-                of the coarsest map's pixel.
-        """
+        """Make a cropper for maps of these sizes, which must divide the image's; raises `OptionError`."""
         if size is None:
             return cls(None, image_size)
         ratios = []
@@ -108,8 +103,7 @@ class Step:
         seed: Seed of the random numbers of branches and losses.
         target: The backbone's images ``(N, C, H, W)`` in [-1, 1].
         guide: Guide of the branches, or ``None``.
-        args: Positional inputs of the generator, if a loss needs them.
-        kwargs: Keyword inputs, likewise.
+        args, kwargs: Inputs of the generator, if a loss needs them.
         read: Returns a value that crosses a cut, by name.
     """
 
@@ -136,10 +130,7 @@ class Steps:
         limits: Range of the generator's images.
         guide_of: Returns the guide of some samples; ``None`` for branches without one.
         batch: Samples per step, over all processes.
-        seed: Seed of order, windows and random numbers.
-        device: Device of the branches.
         needs_inputs: Whether a loss reads the generator's inputs.
-        team: The processes that share the batch.
     """
 
     features: Features

@@ -6,6 +6,7 @@ chosen key run once more, up to their values (paper, section 4.1: 500 maps x 100
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,13 +49,11 @@ def stream_bank(
         batch: Inputs per pass.
         eps: Farthest point sampling stops when no candidate is farther than this from the chosen keys.
         max_candidates: Keys held before thinning.
-        scratch: Folder to write the candidates to, about once a minute. An interrupted build resumes from it
-            and gives the same bank; the caller removes it in the end.
+        scratch: Folder from which an interrupted build resumes, to the same bank; the caller removes it.
         progress: Show progress bars on a terminal.
 
     Raises:
         OptionError: If the model was wrapped without guidance.
-        BankError: If features or values do not fit together.
         CheckpointError: If ``scratch`` belongs to another build or other inputs, or is damaged.
     """
     if not model.is_recorded:
@@ -65,7 +64,6 @@ def stream_bank(
         raise OptionError(
             "the model was wrapped without guidance. Pass guidance=... to retroexit.wrap.", model
         )
-    device = device_of(model.generator)
     meta = {
         "fingerprint": fingerprint(model.generator),
         "generator": type(model.generator).__name__,
@@ -73,41 +71,24 @@ def stream_bank(
         "value_tap": taps.value_cut.feature.name,
         "inputs": len(samples),
     }
-    inputs = None if scratch is None else samples.digest()
-    candidates = Candidates(
-        max_candidates,
-        size=guidance.size,
-        thin=guidance.thin,
-        seed=samples.seed,
-        folder=scratch,
-        identity={**meta, "patch": taps.patch, "batch": batch, "samples": inputs},
-    )
-
-    def keys() -> Iterator[tuple[Tensor, list[int]]]:
-        done = candidates.seen // taps.queries
-        with tqdm(total=len(samples), initial=done, desc="keys", disable=None if progress else True) as bar:
-            for indices, args, kwargs in samples.batches(batch, done):
-                with torch.no_grad(), drawing_from(samples.seed + indices[0], device):
-                    feature = _query(model, taps, args, kwargs, len(indices))
-                yield feature, indices
-                bar.update(len(indices))
-
+    digest = None if scratch is None else samples.digest()
+    identity = {**meta, "patch": taps.patch, "batch": batch, "samples": digest}
+    choice: Any = {"size": guidance.size, "thin": guidance.thin, "seed": samples.seed}
+    candidates = Candidates(max_candidates, **choice, folder=scratch, identity=identity)
     bank = build_bank(
-        keys(),
-        _values(model, samples, batch, device),
+        _keys(model, taps, samples, batch, candidates.seen // taps.queries, progress),
+        _values(model, samples, batch),
         patch=taps.patch,
-        size=guidance.size,
-        thin=guidance.thin,
         retriever=retriever,
         eps=eps,
-        seed=samples.seed,
+        **choice,
         candidates=candidates,
         meta=meta,
         progress=progress,
     )
     if not guidance.order:
         return bank
-    return with_slopes(bank, _maps(model, taps, samples, batch, device), len(samples) * taps.queries)
+    return with_slopes(bank, _maps(model, taps, samples, batch), len(samples) * taps.queries)
 
 
 def stream_banks(
@@ -127,10 +108,10 @@ def stream_banks(
     Args:
         model: See `stream_bank`.
         samples: Inputs of all identities, in any order.
-        identities: Identity of each sample. The names are used as names of folders.
+        identities: Identity of each sample, which is also the name of its folder in ``scratch``.
         retriever: Makes an unbuilt index.
         skip: Identities whose bank exists already.
-        scratch: See `stream_bank`; each identity gets a folder in it.
+        scratch: See `stream_bank`.
         options: Passed to `stream_bank`.
 
     Yields:
@@ -154,38 +135,42 @@ def stream_banks(
             yield name, bank
 
 
-def _values(
-    model: EarlyExitGenerator, samples: Samples, batch: int, device: torch.device
-) -> Callable[[list[int]], Tensor]:
+def _keys(
+    model: EarlyExitGenerator, taps: Taps, samples: Samples, batch: int, first: int, progress: bool
+) -> Iterator[tuple[Tensor, list[int]]]:
+    """Compute the maps that keys are cut from; run no later stage, and none if a function returns them."""
+    with tqdm(total=len(samples), initial=first, desc="keys", disable=None if progress else True) as bar:
+        for indices, args, kwargs in samples.batches(batch, first):
+            with torch.no_grad(), drawing_from(samples.seed + indices[0], device_of(model.generator)):
+                if taps.key is None:
+                    feature = model.split.key_feature(args, kwargs)
+                else:
+                    rows = len(indices) * model.split.batched.get(taps.key_node, 1)
+                    feature = taps.query(torch.empty(rows), args, kwargs)
+            yield feature, indices
+            bar.update(len(indices))
+
+
+def _values(model: EarlyExitGenerator, samples: Samples, batch: int) -> Callable[[list[int]], Tensor]:
     """Return a function for the value features of single inputs.
 
     Inputs run in the batches in which their keys were computed, so that noise drawn by the generator repeats.
     """
-    last: tuple[int, Tensor] = (-1, torch.empty(0))
 
-    def value(index: int) -> Tensor:
-        nonlocal last
-        begin = index - index % batch
-        if last[0] != begin:
-            args, kwargs = samples.gather(range(begin, min(begin + batch, len(samples))))
-            with drawing_from(samples.seed + begin, device):
-                last = begin, model.decomposition.guidance_values(args, kwargs)
-        return last[1][index - begin]
+    @functools.lru_cache(maxsize=1)
+    def values(begin: int) -> Tensor:
+        args, kwargs = samples.gather(range(begin, min(begin + batch, len(samples))))
+        with drawing_from(samples.seed + begin, device_of(model.generator)):
+            return model.decomposition.guidance_values(args, kwargs)
 
-    return lambda indices: torch.stack([value(index) for index in indices])
-
-
-def _query(model: EarlyExitGenerator, taps: Taps, args: Any, kwargs: Any, count: int) -> Tensor:
-    """Return the map that keys are cut from; run no later stage, and none if a function returns it."""
-    if taps.key is None:
-        return model.split.key_feature(args, kwargs)
-    return taps.query(torch.empty(count * model.split.batched.get(taps.key_node, 1)), args, kwargs)
+    return lambda indices: torch.stack([values(i - i % batch)[i % batch] for i in indices])
 
 
 def _maps(
-    model: EarlyExitGenerator, taps: Taps, samples: Samples, batch: int, device: torch.device
+    model: EarlyExitGenerator, taps: Taps, samples: Samples, batch: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Run all inputs again for their key and value features, with the same random numbers."""
+    device = device_of(model.generator)
     for indices, args, kwargs in samples.batches(batch):
         with torch.no_grad(), drawing_from(samples.seed + indices[0], device):
             key_feature = model.split.begin(args, kwargs).key_feature

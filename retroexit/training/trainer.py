@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +22,12 @@ from retroexit.model import EarlyExitGenerator
 from retroexit.plugins.training_types import TrainingBatch
 from retroexit.tracing.record import unobserved
 from retroexit.training.distributed import Team, average
+from retroexit.training.losses.adversary import load_moments, moments
 from retroexit.training.losses.plan import TrainingLoss
+from retroexit.training.settings import FitSettings
 from retroexit.training.steps import Step, Steps
 
 __all__ = [
-    "BranchSchedule",
     "BranchTrainer",
     "FeatureDistance",
     "TrainingWriter",
@@ -39,36 +39,15 @@ __all__ = [
 _POSTFIX_EVERY, _SCALARS_EVERY, _IMAGES_EVERY, _IMAGES = 20, 20, 250, 4
 
 
-@dataclass(frozen=True)
-class BranchSchedule:
-    """Length and learning rate of a branch's training.
-
-    Attributes:
-        steps: Optimiser steps.
-        lr: Largest learning rate of Adam.
-        shape: ``"cosine"``: down to a thousandth; or ``"constant"``. Both rise over the first tenth.
-        clip: Largest norm of the gradient, or ``None``.
-        ema: Decay of the running average of the weights.
-        bfloat16: Whether to train under bfloat16 autocast.
-    """
-
-    steps: int = 1500
-    lr: float = 4e-3
-    shape: str = "cosine"
-    clip: float | None = 1.0
-    ema: float = 0.999
-    bfloat16: bool = False
-
-
-def learning_rate(step: int, schedule: BranchSchedule) -> float:
+def learning_rate(step: int, settings: FitSettings) -> float:
     """Return the learning rate of a step, from 0."""
-    warmup = max(1, schedule.steps // 10)
+    warmup = max(1, settings.steps // 10)
     if step < warmup:
-        return schedule.lr * (0.1 + 0.9 * step / warmup)
-    if schedule.shape == "constant":
-        return schedule.lr
-    progress = (step - warmup) / max(1, schedule.steps - warmup)
-    return schedule.lr * (0.001 + 0.999 * 0.5 * (1 + math.cos(math.pi * progress)))
+        return settings.lr * (0.1 + 0.9 * step / warmup)
+    if settings.schedule == "constant":
+        return settings.lr
+    progress = (step - warmup) / max(1, settings.steps - warmup)
+    return settings.lr * (0.001 + 0.999 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 def averaged(parameters: Sequence[nn.Parameter], decay: float) -> AveragedModel:
@@ -163,13 +142,12 @@ class BranchTrainer:
         index: Number of the branch, from 0.
         loss: What to minimise.
         limits: Range of the generator's images.
-        schedule: Length and learning rate.
+        settings: Length, learning rate and precision.
         folder: Folder of the checkpoint.
         team: The processes that train together.
         distance: Term on the branch's layers, or ``None``.
 
     Attributes:
-        step: Number of steps done.
         image: Image of the branch in the last step, in [-1, 1], without gradient.
     """
 
@@ -179,13 +157,13 @@ class BranchTrainer:
         index: int,
         loss: TrainingLoss,
         limits: ImageRange,
-        schedule: BranchSchedule,
+        settings: FitSettings,
         folder: Path,
         team: Team | None = None,
         distance: FeatureDistance | None = None,
     ) -> None:
         self.model, self.index, self.loss, self.distance = model, index, loss, distance
-        self.limits, self.schedule, self.team = limits, schedule, team or Team()
+        self.limits, self.settings, self.team = limits, settings, team or Team()
         self.path = folder / f"exit{index + 1}.safetensors"
         branch = model.branches[index]
         assert isinstance(branch, Branch)
@@ -194,8 +172,8 @@ class BranchTrainer:
         self.device = device_of(model.generator)
         self.trained = [p for p in branch.parameters() if p.requires_grad]
         fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in self.trained)
-        self.optimizer = torch.optim.Adam(self.trained, lr=schedule.lr, betas=(0.9, 0.99), fused=fused)
-        self.average = averaged(self.trained, schedule.ema)
+        self.optimizer = torch.optim.Adam(self.trained, lr=settings.lr, betas=(0.9, 0.99), fused=fused)
+        self.average = averaged(self.trained, settings.ema)
         self.averages = list(self.average.module.parameters())
         self.step = 0
         self.image: Tensor | None = None
@@ -207,13 +185,11 @@ class BranchTrainer:
     def begin(self, step: Step) -> None:
         """Set train mode, and the channels-last layout where it is faster and the branch supports it.
 
-        On CPUs it saves a quarter of the time of narrow convolutions, on GPUs with bfloat16 likewise.
-
-        Args:
-            step: Any step; it is run to try the layout.
+        On CPUs it saves a quarter of the time of narrow convolutions, on GPUs with bfloat16 likewise. The step
+        is run to try it.
         """
         self.branch.train()
-        if self.device.type != "cpu" and not self.schedule.bfloat16:
+        if self.device.type != "cpu" and not self.settings.bfloat16:
             return
         buffers = {name: buffer.clone() for name, buffer in self.branch.named_buffers()}
         self._set_layout(torch.channels_last)
@@ -237,13 +213,9 @@ class BranchTrainer:
 
     @torch.enable_grad()
     def advance(self, step: Step) -> dict[str, float]:
-        """Do one optimiser step; returns the parts of the loss.
-
-        Raises:
-            TrainingError: If the loss or its gradient is not finite; the branch keeps its weights.
-        """
+        """Do one optimiser step, and return the parts of the loss; raises `TrainingError` if it is not finite."""
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, self.schedule)
+            group["lr"] = learning_rate(self.step, self.settings)
         with drawing_from(step.seed, self.device), self._precision():
             image = self.model.split.place_of(self._render(step))
             batch = TrainingBatch(self.limits.to_signed(image.float()), step.target, step.args, step.kwargs)
@@ -260,8 +232,8 @@ class BranchTrainer:
         if not bool(torch.isfinite(total + norm)):  # one check for both: each one waits for the GPU
             what = "loss" if not bool(torch.isfinite(total)) else "gradient of the loss"
             raise self._diverged(what, float(norm if "gradient" in what else total), parts)
-        if self.schedule.clip is not None:
-            nn.utils.clip_grads_with_norm_(self.trained, self.schedule.clip, norm)
+        if self.settings.clip is not None:
+            nn.utils.clip_grads_with_norm_(self.trained, self.settings.clip, norm)
         self.optimizer.step()
         self.average.update_parameters(nn.ParameterList(self.trained))
         if self.loss.adversary is not None:
@@ -279,13 +251,13 @@ class BranchTrainer:
             return self.branch(*map(step.read, self.names), guide=step.guide)
 
     def _precision(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.schedule.bfloat16)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.bfloat16)
 
     def _diverged(self, what: str, value: float, parts: dict[str, float]) -> TrainingError:
         return TrainingError(
             f"the {what} of exit {self.index + 1} became {value} at step {self.step}: {parts}. The "
             f"branches have the weights of the last checkpoint, {self.path}. Use another folder, and lr below "
-            f"{self.schedule.lr:g}.",
+            f"{self.settings.lr:g}.",
             parts,
         )
 
@@ -298,11 +270,7 @@ class BranchTrainer:
         self._set_layout(torch.contiguous_format)
 
     def save(self) -> None:
-        """Write weights, averages, optimiser, loss and step to one file.
-
-        Raises:
-            TrainingError: If a number is not finite; the previous checkpoint remains.
-        """
+        """Write weights, averages, optimiser, loss and step to one file; raises if a number is not finite."""
         # Batch statistics, and the state of a loss, come from each process's part of the batch.
         average([b for b in self.branch.buffers() if b.is_floating_point()])
         if self.team.size > 1:
@@ -315,11 +283,7 @@ class BranchTrainer:
             write_tensors(self.path, tensors, {"step": self.step})
 
     def resume(self) -> bool:
-        """Load the checkpoint; returns whether there is one.
-
-        Raises:
-            CheckpointError: If it is damaged or belongs to another branch.
-        """
+        """Load the checkpoint; returns whether there is one, raises `CheckpointError` if it is another branch's."""
         if not self.team.from_first(self.path.exists()):
             return False
         tensors, about = read_tensors(self.path)
@@ -341,19 +305,14 @@ class BranchTrainer:
             ) from error
         self.step = step
         self.average.n_averaged.fill_(step)
-        for number, parameter in enumerate(self.trained):
-            self.optimizer.state[parameter] = {
-                k: v.to(parameter.device) if k == "step" else torch.empty_like(parameter).copy_(v)
-                for k, v in _below(tensors, f"adam.{number}.").items()
-            }
+        self.optimizer.state.clear()
+        load_moments(self.optimizer, self.trained, tensors)
         return True
 
     def _state(self) -> dict[str, Tensor]:
         tensors = {f"branch.{name}": value for name, value in self.branch.state_dict().items()}
-        for number, parameter in enumerate(self.trained):
-            tensors[f"ema.{number}"] = self.averages[number].detach()
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                tensors[f"adam.{number}.{key}"] = value
+        tensors |= {f"ema.{number}": mean.detach() for number, mean in enumerate(self.averages)}
+        tensors |= moments(self.optimizer, self.trained)
         tensors |= {f"loss.own.{name}": value for name, value in self.loss.state().items()}
         if self.loss.adversary is not None:
             state = self.loss.adversary.state()
@@ -367,14 +326,7 @@ def _below(tensors: dict[str, Tensor], start: str) -> dict[str, Tensor]:
 
 
 class TrainingWriter:
-    """Writes the parts of losses and the images of exits for TensorBoard.
-
-    Args:
-        folder: The folder for ``tensorboard --logdir``.
-
-    Raises:
-        MissingExtraError: If tensorboard is not installed.
-    """
+    """Writes the parts of losses and the images of exits to a folder for ``tensorboard --logdir``."""
 
     def __init__(self, folder: Path) -> None:
         try:
@@ -393,14 +345,7 @@ class TrainingWriter:
         images: Mapping[int, Tensor | None],
         target: Tensor,
     ) -> None:
-        """Write one step.
-
-        Args:
-            step: Number of the step, from 0.
-            parts: Parts of the loss by name, by exit.
-            images: Images ``(N, C, H, W)`` in [-1, 1], by exit.
-            target: The backbone's images, likewise.
-        """
+        """Write parts of the loss by name and images ``(N, C, H, W)`` in [-1, 1], both by exit, of a step from 0."""
         if self._writer is None:
             self._writer = self._make(step)  # drops later steps of an interrupted run
         if (step + 1) % _SCALARS_EVERY == 0:
@@ -423,9 +368,7 @@ class TrainingWriter:
 def train_branches(
     trainers: Sequence[BranchTrainer],
     steps: Steps,
-    *,
-    together: bool,
-    checkpoint_every: int,
+    settings: FitSettings,
     writer: TrainingWriter | None = None,
     progress: bool = True,
 ) -> None:
@@ -434,8 +377,7 @@ def train_branches(
     Args:
         trainers: One per branch.
         steps: What the steps read.
-        together: Whether each step is read once for all branches; the weights are the same.
-        checkpoint_every: Steps between checkpoints.
+        settings: Whether each step is read once for all branches, and when checkpoints are written.
         writer: Where to write scalars and images.
         progress: Whether to show a progress bar on a terminal.
 
@@ -443,8 +385,8 @@ def train_branches(
         TrainingError: If a loss is not finite; the branches get the weights of their last checkpoints.
         CheckpointError: If a checkpoint is damaged or belongs to another branch.
     """
-    groups = [list(trainers)] if together else [[trainer] for trainer in trainers]
-    total = sum(group[0].schedule.steps for group in groups)
+    groups = [list(trainers)] if settings.together else [[trainer] for trainer in trainers]
+    total = settings.steps * len(groups)
     off = None if progress and steps.team.is_first else True
     with tqdm(total=total, desc="branches", disable=off) as bar:
         for group in groups:
@@ -452,10 +394,10 @@ def train_branches(
                 if not trainer.resume():
                     trainer.save()  # a run interrupted before the next one starts with the same weights
             bar.update(min(trainer.step for trainer in group))
-            if not together:
+            if not settings.together:
                 bar.set_description(f"exit {group[0].index + 1} of {len(trainers)}")
             try:
-                _train(group, steps, checkpoint_every, writer, bar)
+                _train(group, steps, settings, writer, bar)
             except TrainingError:
                 for trainer in group:
                     trainer.resume()
@@ -466,9 +408,9 @@ def train_branches(
 
 
 def _train(
-    group: list[BranchTrainer], steps: Steps, checkpoint_every: int, writer: TrainingWriter | None, bar: tqdm
+    group: list[BranchTrainer], steps: Steps, settings: FitSettings, writer: TrainingWriter | None, bar: tqdm
 ) -> None:
-    begin, total = min(trainer.step for trainer in group), group[0].schedule.steps
+    begin, total = min(trainer.step for trainer in group), settings.steps
     for number in range(begin, total):
         step = steps.at(number)
         if number == begin:
@@ -483,6 +425,6 @@ def _train(
             bar.set_postfix(terms, refresh=False)
         if writer is not None:
             writer.write(number, parts, {t.index + 1: t.image for t in due}, step.target)
-        if (number + 1) % checkpoint_every == 0 or number + 1 == total:
+        if (number + 1) % settings.checkpoint_every == 0 or number + 1 == total:
             for trainer in due:
                 trainer.save()

@@ -16,8 +16,7 @@ from retroexit.branch.widths.plan import WidthPlan
 from retroexit.core.identity import Identity
 from retroexit.errors import GeneratorError, InputMismatchError, OptionError, RecordingError, RetroExitWarning
 from retroexit.guidance.provider import Taps, find_key_cut, find_taps, tap_paths
-from retroexit.split.replay.split import ReplaySplit
-from retroexit.split.self_test import cross
+from retroexit.split.replay import ReplaySplit
 from retroexit.split.split import SplitGenerator
 from retroexit.stages.decoder import Cut, Decoder, read_decoder, value_names
 from retroexit.stages.stage import Stage
@@ -136,7 +135,7 @@ def _build(
             f"cut ({decoder.replayed}). Leave key_after out.",
             options.guidance,
         )
-    states, split.written = cross(split, args, kwargs, options.self_test)
+    states = split.states(self_test=options.self_test)
     decomposition = Decomposition(
         split=split,
         places=[stage for stage, _ in pairs],
@@ -193,7 +192,7 @@ def branch_for(decomposition: Decomposition, index: int, samples: Sequence[Tenso
     """
     split = decomposition.split
     with torch.random.fork_rng(devices=split.cuda_devices):
-        states, _ = cross(split, *split.example, cuts=index + 1)
+        states = split.states(count=index + 1)
     spec = replace(decomposition.specs[index], samples=samples)
     return _build_exit(split, index, states[index], spec, None)[0]
 

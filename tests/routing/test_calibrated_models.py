@@ -19,6 +19,7 @@ from retroexit.routing.policy import assign_exits
 from retroexit.routing.predictor import Kind, Predictor, Reads
 from retroexit.training.cache import FeatureCache
 from retroexit.training.predictor import fit_predictor
+from retroexit.training.settings import FitSettings
 
 
 class Distance(QualityMetric):
@@ -156,10 +157,8 @@ def test_a_predictor_of_every_kind_reads_what_it_is_told(
         samples,
         cache,
         losses,
-        held_out=range(50, 60),
-        kind=kind,
-        predict_from=reads,
-        steps=20,
+        range(50, 60),
+        FitSettings(predictor=kind, predict_from=reads, predictor_steps=20),
         progress=False,
     )
     assert error is not None and 0 < error < 1
@@ -194,10 +193,8 @@ def test_the_distance_to_the_guide_is_searched_once_and_matters(
         samples,
         cache,
         losses,
-        held_out=range(48, 60),
-        kind="linear",
-        predict_from="features+distance",
-        steps=300,
+        range(48, 60),
+        FitSettings(predictor="linear", predict_from="features+distance", predictor_steps=300),
         progress=False,
     )
     assert model.predictor is not None
@@ -230,8 +227,8 @@ def test_what_a_predictor_cannot_read_is_refused(generator: nn.Module, folder: P
             samples,
             None,  # type: ignore[arg-type]
             torch.rand(60, 1),
-            held_out=[],
-            predict_from="features+distance",
+            [],
+            FitSettings(predict_from="features+distance"),
         )
 
 

@@ -17,7 +17,6 @@ from retroexit.training.losses.adversary import (
     OBJECTIVES,
     Adversarial,
     Adversary,
-    AdversarySettings,
     FeatureMatching,
     captured_layers,
     find_objective,
@@ -115,7 +114,7 @@ def test_a_branch_gets_gradient_and_the_discriminator_learns_from_its_own_step_a
 
 
 def test_a_discriminator_learns_to_tell_the_two_apart() -> None:
-    adversary = Adversary(Patches(), OBJECTIVES["non-saturating"], AdversarySettings(lr=1e-2))
+    adversary = Adversary(Patches(), OBJECTIVES["non-saturating"], lr=1e-2)
     batch = TrainingBatch(torch.full((2, 3, 16, 16), -0.5), torch.full((2, 3, 16, 16), 0.5))
     losses = [sum(adversary.step(batch).values()) for _ in range(40)]
     assert losses[-1] < 0.3 * losses[0]
@@ -179,17 +178,6 @@ def test_feature_matching_is_finite_at_equal_images(batch: TrainingBatch) -> Non
     assert torch.isfinite(same.image.grad).all()
 
 
-def test_layers_for_feature_matching_can_be_named(batch: TrainingBatch) -> None:
-    judge = Scales()
-    adversary = Adversary(judge, OBJECTIVES["hinge"], AdversarySettings(layers=("coarse.model.2",)))
-    halves = [nn.functional.avg_pool2d(image, 2) for image in (batch.image, batch.target)]
-    a, b = (judge.coarse.model[2](torch.relu(judge.coarse.model[0](half))) for half in halves)
-    assert torch.allclose(FeatureMatching(adversary).of_batch(batch), (a - b).abs().mean())
-    wrong = Adversary(judge, OBJECTIVES["hinge"], AdversarySettings(layers=("coarse.model.9",)))
-    with pytest.raises(OptionError, match="no module 'coarse.model.9' in Scales; closest: 'coa"):
-        FeatureMatching(wrong).of_batch(batch)
-
-
 def test_a_discriminator_without_features_cannot_be_matched(batch: TrainingBatch) -> None:
     class Flat(nn.Module):
         def __init__(self) -> None:
@@ -237,7 +225,7 @@ def test_a_discriminator_that_asks_for_more_gets_the_generators_inputs(batch: Tr
 
 def test_a_discriminator_sees_images_in_the_range_it_was_made_for(batch: TrainingBatch) -> None:
     judge = Patches()
-    adversary = Adversary(judge, OBJECTIVES["hinge"], AdversarySettings(image_range=(0.0, 255.0)))
+    adversary = Adversary(judge, OBJECTIVES["hinge"], image_range=(0.0, 255.0))
     want = -judge((batch.image + 1) * 127.5).mean()
     assert torch.allclose(Adversarial(adversary).of_batch(batch), want, rtol=1e-4)
 
@@ -293,7 +281,7 @@ def test_the_state_of_another_discriminator_is_refused(batch: TrainingBatch) -> 
 
 
 def test_a_discriminator_that_diverges_stops_with_its_step(batch: TrainingBatch) -> None:
-    adversary = Adversary(Patches(), OBJECTIVES["hinge"], AdversarySettings(lr=0.25))
+    adversary = Adversary(Patches(), OBJECTIVES["hinge"], lr=0.25)
     adversary.step(batch)
     broken = replace(batch, target=batch.target * float("nan"))
     with pytest.raises(

@@ -18,8 +18,9 @@ from retroexit.core.files import read_tensors
 from retroexit.core.samples import Samples
 from retroexit.errors import OptionError
 from retroexit.training.cache import IMAGE, FeatureCache, LiveFeatures
+from retroexit.training.settings import FitSettings
 from retroexit.training.steps import Cropper
-from retroexit.training.trainer import BranchSchedule, BranchTrainer, averaged, learning_rate
+from retroexit.training.trainer import BranchTrainer, averaged, learning_rate
 
 
 def _same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
@@ -189,7 +190,7 @@ def test_gradients_are_clipped_to_the_norm_asked(
 
 
 def test_a_constant_schedule_stays_after_the_warm_up() -> None:
-    rates = [learning_rate(step, BranchSchedule(steps=100, lr=2.0, shape="constant")) for step in range(100)]
+    rates = [learning_rate(step, FitSettings(steps=100, lr=2.0, schedule="constant")) for step in range(100)]
     assert rates[0] == pytest.approx(0.2) and set(rates[10:]) == {2.0}
 
 

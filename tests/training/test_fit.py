@@ -64,7 +64,7 @@ def test_fitting_leaves_no_trace_on_the_generator(
         name for name, value in model.branches.state_dict().items() if not torch.equal(value, before[name])
     ]
     assert any("rgb" in name for name in changed)
-    assert all(not module.training for module in model.modules())
+    assert all(not module.training for part in (generator, *model.branches) for module in part.modules())
 
 
 def test_fitting_works_where_gradients_are_switched_off(decoders: ModuleType, tmp_path: Path) -> None:
@@ -125,7 +125,7 @@ def test_held_out_samples_are_not_trained_on(
         return step
 
     def predictor(*args: Any, **kwargs: Any) -> float | None:
-        held.extend(kwargs["held_out"])
+        held.extend(args[4])
         return real_predictor(*args, **kwargs)
 
     monkeypatch.setattr(Steps, "at", at)

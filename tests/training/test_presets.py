@@ -104,7 +104,7 @@ def test_the_preset_megaportraits_is_equation_4() -> None:
     names = ["adversarial", "features-random", "ms-ssim", "l1", "feature-matching", "gaze"]
     assert list(made.weights) == names
     assert made.objective is OBJECTIVES["hinge"]
-    assert made.adversary.image_range == (0, 1)
+    assert made.image_range == (0, 1)
     loss = made.for_branch()
     assert not loss.needs_inputs
     image = (torch.rand(2, 3, 32, 32) * 2 - 1).requires_grad_()

@@ -21,8 +21,9 @@ from retroexit.guidance.bank import GuidanceBank
 from retroexit.model import EarlyExitGenerator
 from retroexit.training import cache as caching
 from retroexit.training import fit as fitting
+from retroexit.training.settings import FitSettings
 from retroexit.training.steps import draw_batch
-from retroexit.training.trainer import BranchSchedule, BranchTrainer, learning_rate
+from retroexit.training.trainer import BranchTrainer, learning_rate
 
 STEPS = 2 * 4  # two branches
 
@@ -250,7 +251,7 @@ def test_each_epoch_visits_every_row_once(batch: int) -> None:
 
 
 def test_the_learning_rate_rises_over_a_tenth_then_falls_to_a_thousandth() -> None:
-    schedule = BranchSchedule(steps=200, lr=2.0)
+    schedule = FitSettings(steps=200, lr=2.0)
     rates = [learning_rate(step, schedule) for step in range(201)]
     assert rates[0] == pytest.approx(0.2)
     assert rates[20] == max(rates) == pytest.approx(2.0)
@@ -258,4 +259,4 @@ def test_the_learning_rate_rises_over_a_tenth_then_falls_to_a_thousandth() -> No
     assert rates[200] == pytest.approx(0.002)
     assert rates[:21] == sorted(set(rates[:21]))
     assert rates[20:] == sorted(set(rates[20:]), reverse=True)
-    assert learning_rate(0, BranchSchedule(steps=1)) > 0
+    assert learning_rate(0, FitSettings(steps=1)) > 0

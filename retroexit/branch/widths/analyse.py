@@ -31,7 +31,7 @@ from retroexit.branch.widths.shape_env import SizeEnv, SymbolicMode
 from retroexit.core.modules import clone_module
 from retroexit.core.nested import flatten, rebuild, tensors
 from retroexit.errors import BranchError
-from retroexit.split.replay.tail import ReplayTail
+from retroexit.split.replay import ReplayTail
 from retroexit.tracing.recorder import is_user_code, show
 
 __all__ = ["analyse", "blame", "int_attributes"]

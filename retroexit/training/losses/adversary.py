@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from retroexit.core.modules import clone_module
 from retroexit.core.nested import tensors
 from retroexit.core.samples import ImageRange
-from retroexit.errors import CheckpointError, OptionError, TrainingError, closest
+from retroexit.errors import CheckpointError, OptionError, TrainingError
 from retroexit.plugins.training_types import Discriminate, DiscriminatorOutput, Objective, TrainingBatch
 from retroexit.training.distributed import average
 from retroexit.training.losses.terms import l1
@@ -24,11 +24,12 @@ __all__ = [
     "OBJECTIVES",
     "Adversarial",
     "Adversary",
-    "AdversarySettings",
     "FeatureMatching",
     "capture_features",
     "captured_layers",
     "find_objective",
+    "load_moments",
+    "moments",
 ]
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -38,12 +39,8 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 class _ScoreObjective:
     """An objective that compares scores alone.
 
-    Attributes:
-        name: Name of the objective.
-        of_generated: Loss of the branch for a score of its image.
-        of_real: Loss of the discriminator for a score of the backbone's image.
-        of_fake: Loss of the discriminator for a score of the branch's image.
-        needs_inputs: Whether it reads the generator's inputs.
+    The losses are those of the branch for its image, and of the discriminator for the backbone's and the
+    branch's image.
     """
 
     name: str
@@ -81,11 +78,7 @@ OBJECTIVES = {
 
 
 def find_objective(objective: Objective | str) -> Objective:
-    """Return the objective of a name; an object is returned as it is.
-
-    Raises:
-        OptionError: If it is neither.
-    """
+    """Return the objective of a name; an object is returned as it is; raises `OptionError` for anything else."""
     if isinstance(objective, str) and objective in OBJECTIVES:
         return OBJECTIVES[objective]
     if isinstance(objective, Objective) and not isinstance(objective, (str, type)):
@@ -116,35 +109,19 @@ def _children(module: nn.Module, start: str) -> Iterator[str]:
             yield start + name
 
 
-def capture_features(
-    module: nn.Module, call: Callable[[], Any], layers: Sequence[str] | None = None
-) -> DiscriminatorOutput:
+def capture_features(module: nn.Module, call: Callable[[], Any]) -> DiscriminatorOutput:
     """Call a discriminator and read its scores and features.
 
     A tensor is the score. A list is the features of one discriminator, its score last; a list of lists is
     several of them, as those of pix2pixHD at several scales. Features that are not returned are captured with
-    hooks.
-
-    Args:
-        module: The discriminator; hooks are registered for the duration of the call.
-        call: Calls it.
-        layers: Paths of modules whose outputs are the features; `captured_layers` if ``None``.
+    hooks for the duration of the call.
 
     Raises:
-        OptionError: If there is no module at one of the paths.
-        TrainingError: If it returns something else than described above.
+        TrainingError: If it returns something else.
     """
-    modules = dict(module.named_modules())
-    paths = captured_layers(module) if layers is None else list(layers)
-    for path in paths:
-        if path not in modules:
-            raise OptionError(
-                f"no module {path!r} in {type(module).__name__}; closest: "
-                f"{closest(path, [other for other in modules if other])}",
-                layers,
-            )
     captured: list[Any] = []
-    hooks = [modules[path].register_forward_hook(lambda _m, _i, out: captured.append(out)) for path in paths]
+    layers = [module.get_submodule(path) for path in captured_layers(module)]
+    hooks = [layer.register_forward_hook(lambda _m, _i, out: captured.append(out)) for layer in layers]
     try:
         output = call()
     finally:
@@ -158,7 +135,7 @@ def capture_features(
             module,
         )
     scores, features = [scale[-1] for scale in scales], [scale[:-1] for scale in scales]
-    if layers is not None or not any(features):
+    if not any(features):
         maps = [next((x for x in tensors(out) if x.is_floating_point()), None) for out in captured]
         features = [[x for x in maps if x is not None and not any(x is score for score in scores)]]
     return DiscriminatorOutput(output, scores, features)
@@ -176,26 +153,6 @@ def _scales(output: Any) -> list[list[Tensor]] | None:
     return lists if all(part and all(isinstance(x, Tensor) for x in part) for part in lists) else None
 
 
-@dataclass(frozen=True)
-class AdversarySettings:
-    """How discriminators are trained.
-
-    Attributes:
-        lr: Learning rate of Adam, by default that of OASIS's discriminator.
-        betas: Coefficients of its running averages.
-        conditional: Whether the discriminator takes the generator's inputs after the image; ``None``: whether
-            its forward has more than one required parameter.
-        layers: Paths of modules whose outputs are the features for feature matching; ``None`` finds them.
-        image_range: Smallest and largest pixel value of its images.
-    """
-
-    lr: float = 4e-4
-    betas: tuple[float, float] = (0.0, 0.999)
-    conditional: bool | None = None
-    layers: tuple[str, ...] | None = None
-    image_range: tuple[float, float] = (-1.0, 1.0)
-
-
 class Adversary:
     """A discriminator that competes with one branch, with its own optimiser.
 
@@ -204,7 +161,8 @@ class Adversary:
     Args:
         discriminator: The starting point: the generator's own, trained. It is copied.
         objective: What both sides minimise.
-        settings: How it is trained.
+        lr: Learning rate of Adam, by default that of OASIS's discriminator.
+        image_range: Smallest and largest pixel value of its images.
 
     Attributes:
         module: The copy.
@@ -212,16 +170,18 @@ class Adversary:
     """
 
     def __init__(
-        self, discriminator: nn.Module, objective: Objective, settings: AdversarySettings | None = None
+        self,
+        discriminator: nn.Module,
+        objective: Objective,
+        lr: float = 4e-4,
+        image_range: tuple[float, float] = (-1.0, 1.0),
     ) -> None:
-        self.objective, self.settings = objective, settings or AdversarySettings()
+        self.objective, self.lr, self._range = objective, lr, ImageRange(*image_range)
         self.module = clone_module(discriminator).train()
-        self.optimizer = torch.optim.Adam(self.parameters(), lr=self.settings.lr, betas=self.settings.betas)
+        self.optimizer = torch.optim.Adam(self.parameters(), lr=lr, betas=(0.0, 0.999))
         self.steps = 0
-        conditional = self.settings.conditional
-        self.is_conditional = _takes_inputs(self.module) if conditional is None else conditional
+        self.is_conditional = _takes_inputs(self.module)
         self.needs_inputs = self.is_conditional or objective.needs_inputs
-        self._range = ImageRange(*self.settings.image_range)
         self._last: tuple[TrainingBatch, DiscriminatorOutput] | None = None
 
     def parameters(self) -> list[nn.Parameter]:
@@ -232,9 +192,7 @@ class Adversary:
         """Run the discriminator on images ``(N, C, H, W)`` in [-1, 1] for the inputs of a batch."""
         image = self._range.from_signed(image)
         args, kwargs = (batch.args, batch.kwargs) if self.is_conditional else ((), {})
-        return capture_features(
-            self.module, lambda: self.module(image, *args, **kwargs), self.settings.layers
-        )
+        return capture_features(self.module, lambda: self.module(image, *args, **kwargs))
 
     def discriminate_branch(self, batch: TrainingBatch) -> DiscriminatorOutput:
         """Run it once per batch on the branch's images; the discriminator's parameters get no gradient."""
@@ -248,11 +206,7 @@ class Adversary:
         self._last = None
 
     def step(self, batch: TrainingBatch) -> dict[str, float]:
-        """Do one update: the backbone's images are real, the branch's are fake; returns the losses by name.
-
-        Raises:
-            TrainingError: If the loss is not finite.
-        """
+        """Do one update: the backbone's images are real, the branch's are fake; returns the losses by name."""
         batch = replace(batch, image=batch.image.detach(), target=batch.target.detach())
         self.forget()
         with torch.enable_grad():
@@ -262,7 +216,7 @@ class Adversary:
         if not torch.isfinite(total):
             raise TrainingError(
                 f"the loss of the discriminator became {float(total.detach())} at its step {self.steps}: "
-                f"{parts}. Lower discriminator_lr, now {self.settings.lr:g}.",
+                f"{parts}. Lower discriminator_lr, now {self.lr:g}.",
                 self.module,
             )
         self.optimizer.zero_grad(set_to_none=True)
@@ -276,17 +230,10 @@ class Adversary:
     def state(self) -> dict[str, Tensor]:
         """Return weights, moments and step, for a checkpoint."""
         state = {f"module.{name}": value for name, value in self.module.state_dict().items()}
-        for number, parameter in enumerate(self.parameters()):
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                state[f"adam.{number}.{key}"] = value
-        return {**state, "steps": torch.tensor(self.steps)}
+        return {**state, **moments(self.optimizer, self.parameters()), "steps": torch.tensor(self.steps)}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Load what `state` returned.
-
-        Raises:
-            CheckpointError: If it is the state of another discriminator.
-        """
+        """Load what `state` returned; raises `CheckpointError` if it is of another discriminator."""
         weights = {name[7:]: value for name, value in state.items() if name.startswith("module.")}
         try:
             steps = int(state["steps"])
@@ -300,14 +247,7 @@ class Adversary:
             ) from error
         self.steps = steps
         self.optimizer.state.clear()
-        for number, parameter in enumerate(self.parameters()):
-            start = f"adam.{number}."
-            moments = {k[len(start) :]: v.clone() for k, v in state.items() if k.startswith(start)}
-            if moments:
-                self.optimizer.state[parameter] = {
-                    key: value if key == "step" else value.to(parameter.device)
-                    for key, value in moments.items()
-                }
+        load_moments(self.optimizer, self.parameters(), state)
 
 
 class Adversarial:
@@ -332,11 +272,7 @@ class FeatureMatching:
         self.adversary, self.needs_inputs = adversary, adversary.is_conditional
 
     def of_batch(self, batch: TrainingBatch) -> Tensor:
-        """Compare the features of the branch's images with those of the backbone's; returns a scalar.
-
-        Raises:
-            TrainingError: If the discriminator has no features between image and score.
-        """
+        """Compare features of the branch's and the backbone's images; returns a scalar."""
         features = self.adversary.discriminate_branch(batch).features
         with torch.no_grad():
             targets = self.adversary.discriminate(batch.target, batch).features
@@ -344,11 +280,35 @@ class FeatureMatching:
         if not pairs:
             raise TrainingError(
                 f"feature matching needs features between image and score, got none from "
-                f"{type(self.adversary.module).__name__}. Name their modules in "
-                "AdversarySettings(layers=...), or return a list that ends with the score.",
+                f"{type(self.adversary.module).__name__}. Return a list that ends with the score.",
                 self.adversary.module,
             )
         return torch.stack([l1(a, b) for a, b in pairs]).mean()
+
+
+def moments(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> dict[str, Tensor]:
+    """Return an optimiser's state of parameters, named by their numbers, for a checkpoint."""
+    return {
+        f"adam.{number}.{key}": value
+        for number, parameter in enumerate(parameters)
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def load_moments(
+    optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], state: dict[str, Tensor]
+) -> None:
+    """Load what `moments` returned, in the layout of the parameters."""
+    for name, value in state.items():
+        if name.startswith("adam."):
+            _, number, key = name.split(".")
+            parameter = parameters[int(number)]
+            is_fused = optimizer.defaults.get("fused")
+            if key == "step":
+                moment = value.to(parameter.device, copy=True) if is_fused else value.clone()
+            else:
+                moment = torch.empty_like(parameter).copy_(value)
+            optimizer.state[parameter][key] = moment
 
 
 def _takes_inputs(module: nn.Module) -> bool:

@@ -35,7 +35,6 @@ from retroexit.plugins.training_types import BatchTerm, Objective, Term, Trainin
 from retroexit.training.losses.adversary import (
     Adversarial,
     Adversary,
-    AdversarySettings,
     FeatureMatching,
     find_objective,
 )
@@ -114,12 +113,7 @@ def find_weights(
 ) -> dict[str, float]:
     """Return the weight of every term by name; terms of weight 0 are left out.
 
-    Args:
-        losses: Weights by name, or the name of a preset.
-        instead: Terms that replace others, by the name of the others.
-
-    Raises:
-        OptionError: If there is no such preset, no weight above 0, or no such term to replace.
+    ``losses`` are weights by name or the name of a preset; ``instead`` names the terms that replace others.
     """
     if isinstance(losses, str):
         if losses not in PRESETS:
@@ -143,7 +137,7 @@ def find_weights(
 
 @dataclass(frozen=True)
 class LossPlan:
-    """What the losses of all branches are made from.
+    """What the losses of all branches are made from; raises `OptionError` if a term lacks something.
 
     Attributes:
         weights: Weight of every term by name.
@@ -152,10 +146,7 @@ class LossPlan:
         objective: What branch and discriminator minimise.
         gaze: The gaze network, or ``None``.
         equalise: Steps during which weights are equalised; 0 leaves them as they are.
-        adversary: How discriminators are trained.
-
-    Raises:
-        OptionError: If a term lacks what it is made from.
+        image_range: Smallest and largest pixel value of the discriminator's images.
     """
 
     weights: Mapping[str, float]
@@ -164,7 +155,8 @@ class LossPlan:
     objective: Objective | None = None
     gaze: nn.Module | None = None
     equalise: int = 0
-    adversary: AdversarySettings = field(default_factory=AdversarySettings)
+    discriminator_lr: float = 4e-4
+    image_range: tuple[float, float] = (-1.0, 1.0)
 
     def __post_init__(self) -> None:
         if self.equalise < 0:
@@ -190,7 +182,7 @@ class LossPlan:
         adversary, terms = None, dict(self.terms)
         if {ADVERSARIAL, FEATURE_MATCHING} & set(self.weights):
             assert self.discriminator is not None and self.objective is not None
-            adversary = Adversary(self.discriminator, self.objective, self.adversary)
+            adversary = Adversary(self.discriminator, self.objective, self.discriminator_lr, self.image_range)
             if ADVERSARIAL not in self.weights:
                 adversary.module.eval()  # it is not trained
             terms |= {ADVERSARIAL: Adversarial(adversary), FEATURE_MATCHING: FeatureMatching(adversary)}
@@ -207,7 +199,7 @@ class LossPlan:
             assert self.discriminator is not None and self.objective is not None
             facts["objective"] = self.objective.name
             facts["discriminator"] = fingerprint(self.discriminator)
-            facts["discriminator_lr"] = self.adversary.lr
+            facts["discriminator_lr"] = self.discriminator_lr
         if GAZE in self.weights:
             assert self.gaze is not None
             facts[GAZE] = fingerprint(self.gaze)
@@ -230,11 +222,6 @@ def plan_losses(
         metric: The metric of the fit, which is the term ``"quality"``; ``None`` if it is in ``missing``.
         description: Description of the generator; the plug-ins' if ``None``.
         missing: Collects the terms whose weights are not available, which are left out; ``None`` raises.
-
-    Raises:
-        OptionError: If a term lacks what it needs, or an option is out of range.
-        PluginError: If no plug-in, or more than one, offers a term.
-        WeightsError: If weights of a term or of the discriminator are not available.
     """
     weights = find_weights(options.losses, options.instead)
     equalise = isinstance(options.losses, str) if options.equalise is None else options.equalise
@@ -254,7 +241,8 @@ def plan_losses(
         objective=objective,
         gaze=options.gaze,
         equalise=_EQUALISE_STEPS if equalise is True else int(equalise),
-        adversary=AdversarySettings(lr=options.discriminator_lr, image_range=pixel_range or (-1.0, 1.0)),
+        discriminator_lr=options.discriminator_lr,
+        image_range=pixel_range or (-1.0, 1.0),
     )
 
 
@@ -334,17 +322,11 @@ def _described_discriminator(description: Description, generator: nn.Module) -> 
     try:
         module = description.discriminator(generator)
     except Exception as error:
-        raise PluginError(
-            f"the discriminator of {description.name} raised {type(error).__name__}: {error}. Correct the "
-            "description, or pass discriminator=module.",
-            description,
-        ) from error
+        problem = f"raised {type(error).__name__}: {error}. Correct it, or pass discriminator=module."
+        raise PluginError(f"the discriminator of {description.name} {problem}", description) from error
     if not isinstance(module, nn.Module):
-        raise PluginError(
-            f"the discriminator of {description.name} must be a torch.nn.Module, got a "
-            f"{type(module).__name__}",
-            description,
-        )
+        problem = f"must be a torch.nn.Module, got a {type(module).__name__}"
+        raise PluginError(f"the discriminator of {description.name} {problem}", description)
     return module
 
 
@@ -374,11 +356,7 @@ class TrainingLoss:
         return any(part.needs_inputs for part in (*terms, *opponents))
 
     def __call__(self, batch: TrainingBatch) -> tuple[Tensor, dict[str, float]]:
-        """Compare a branch's images with the backbone's; returns the loss, and its terms without weights.
-
-        Raises:
-            TrainingError: If a term returns neither a scalar nor one number per image.
-        """
+        """Compare a branch's images with the backbone's; returns the loss, and its terms without weights."""
         values = {name: _value(name, term, batch) for name, (_, term) in self.terms.items()}
         if self.adversary is not None:
             self.adversary.forget()
@@ -407,11 +385,7 @@ class TrainingLoss:
         return {f"equaliser.{name}": value for name, value in state.items()}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Load what `state` returned.
-
-        Raises:
-            CheckpointError: If it is the state of another loss.
-        """
+        """Load what `state` returned."""
         if self.equaliser is not None:
             self.equaliser.load_state({name.removeprefix("equaliser."): v for name, v in state.items()})
 

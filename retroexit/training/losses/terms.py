@@ -48,11 +48,7 @@ class Gaze:
         return self
 
     def __call__(self, image: Tensor, target: Tensor) -> Tensor:
-        """Compare two batches of images; returns a scalar.
-
-        Raises:
-            TrainingError: If the network returns no numbers, or none with gradient.
-        """
+        """Compare two batches of images; returns a scalar. The network must be differentiable."""
         outputs = [x for x in tensors(self.network(image)) if x.is_floating_point()]
         if not outputs or (image.requires_grad and not any(x.requires_grad for x in outputs)):
             raise TrainingError(
@@ -86,9 +82,7 @@ class Equaliser:
     def observe(self, values: Mapping[str, Tensor], image: Tensor) -> None:
         """Measure one step, as long as fewer than ``steps`` were measured.
 
-        Args:
-            values: The terms by name, scalars: means over the images.
-            image: Images ``(N, C, H, W)`` that they were computed from; skipped if without gradient.
+        ``values`` are the terms by name, means over the images ``(N, C, H, W)``, which need a gradient.
         """
         if self._count >= self.steps or not image.requires_grad or not torch.is_grad_enabled():
             return
@@ -113,11 +107,7 @@ class Equaliser:
         return {"squares": self._squares.clone(), "count": torch.tensor(self._count)}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Load what `state` returned.
-
-        Raises:
-            CheckpointError: If it was measured on other terms.
-        """
+        """Load what `state` returned; raises `CheckpointError` if it was measured on other terms."""
         squares, count = state.get("squares"), state.get("count")
         if squares is None or count is None or squares.shape != self._squares.shape:
             raise CheckpointError(
