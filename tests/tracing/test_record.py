@@ -134,11 +134,13 @@ def test_a_forward_that_draws_random_numbers_is_noticed(draw: Any, expected: boo
         def __init__(self) -> None:
             super().__init__()
             self.layers = nn.ModuleList(nn.Conv2d(16, 16, 3, padding=1) for _ in range(4))
+            self.rgb = nn.Conv2d(16, 3, 1)
 
         def forward(self, x: Tensor) -> Tensor:
             for layer in self.layers:
                 x = layer(x + 0.1 * draw(x))
-            return x
+            image: Tensor = self.rgb(x)
+            return image
 
     generator, x = Noisy().eval(), torch.rand(1, 16, 8, 8)
     assert record(generator, (x,)).draws is expected
