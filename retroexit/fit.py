@@ -15,7 +15,7 @@ from retroexit.core.samples import Samples, moved
 from retroexit.errors import DeviceError, ModeError, OptionError, WeightsError, closest
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.load import load
-from retroexit.measuring.calibrate import calibrate
+from retroexit.measuring import calibrate
 from retroexit.metrics import QualityMetric
 from retroexit.model import EarlyExitGenerator
 from retroexit.plugins.description import Description

@@ -16,14 +16,14 @@ from retroexit.core.nested import carrying_gradient, tensors
 from retroexit.errors import CheckpointError, NotRecordedError, OptionError, RetroExitWarning
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.guidance.provider import GuideProvider
-from retroexit.measuring.calibrate import calibrate
+from retroexit.measuring import calibrate
 from retroexit.metrics import QualityMetric
 from retroexit.plugins.host import host
 from retroexit.routing.calibration import Calibration
 from retroexit.routing.latency import Latency, time_exits
 from retroexit.routing.policy import Policy, RoutingOptions, RoutingRequest, VideoRouter
 from retroexit.routing.router import LossPrediction, Router, render, render_branch
-from retroexit.saving.model_files import Snapshot, write_model
+from retroexit.saving import write_model
 from retroexit.split.split import Begun, SplitGenerator
 from retroexit.wrapping.decomposition import Decomposition, decompose
 from retroexit.wrapping.exits import Exit, exit_table, list_exits
@@ -400,16 +400,8 @@ class EarlyExitGenerator(nn.Module):
             GeneratorError: If the generator's weights have changed since it was recorded.
             NotRecordedError: If there are no branches yet.
         """
-        snapshot = Snapshot(
-            self.generator,
-            self.options,
-            self.decomposition,
-            self.branches,
-            self.router,
-            self.bank,
-            self.about,
-        )
-        return write_model(folder, snapshot)
+        parts = (self.generator, self.options, self.decomposition, self.branches, self.router, self.bank)
+        return write_model(folder, *parts, self.about)
 
     def restore(self, weights: dict[str, Tensor]) -> None:
         """Give the branches saved weights, now or when the generator is recorded.
