@@ -14,6 +14,7 @@ from torch import nn
 from typer import Option
 
 import retroexit
+from retroexit.api import wrap_options
 from retroexit.cli import options
 from retroexit.cli.evaluate import routing_results
 from retroexit.cli.load_target import example_of, load_generator, load_made, load_network
@@ -36,7 +37,7 @@ from retroexit.training.settings import FitSettings, check_same, divide
 __all__ = ["fit"]
 
 Exits: Any = options.group_of(
-    retroexit.wrap,
+    wrap_options,
     attach_at="Stages, by number or path: 2,4,6.",
     scale=Annotated[str, Option(help="Width factor of the branches: 1/15, or one per exit.")],
     min_channels="No width is scaled below this.",
