@@ -20,14 +20,14 @@ from retroexit.core.samples import ImageRange, Samples, drawing_from
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.guidance.building import build_bank, with_slopes
 from retroexit.guidance.provider import Taps
-from retroexit.measuring.exits import image_range_of
+from retroexit.measuring import image_range_of
 from retroexit.metrics import QualityMetric
 from retroexit.model import EarlyExitGenerator
 from retroexit.plugins.training_types import TrainingBatch
 from retroexit.retrieval import Retriever
 from retroexit.routing.predictor import farthest
 from retroexit.routing.router import guide_distance
-from retroexit.saving.settings import options_to_json
+from retroexit.saving import options_to_json
 from retroexit.training.cache import IMAGE, FeatureCache, Features, LiveFeatures, chunks, guidance_names
 from retroexit.training.distributed import Team
 from retroexit.training.estimate import Estimate, estimate
