@@ -6,7 +6,7 @@ plug-ins included, and size of the bank: recall@1 against a plain loop, the time
 search (median, 10th to 90th percentile; back-ends take turns), time to build, memory, time and size of
 saving, and the loss of each exit's image when its guide comes from that back-end.
 
-    python benchmarks/retrieval.py --sizes 1000 10000 --json runs/retrieval.json --plot runs/retrieval.png
+    python benchmarks/retrieval.py --sizes 1000 10000 --json runs/retrieval.json
     python benchmarks/retrieval.py --case latent --shared ../shared --model runs/latent-guided
 
 The branches are those of ``--model``, a folder that `fit` wrote for the case's generator with guidance;
@@ -188,9 +188,14 @@ def compare(
     for row in rows:
         name = row["backend"]
         row |= {"width": keys.shape[1], "memory_mb": megabytes[name], **saving(banks[name].retriever)}
-    for kind, asked in queries.items():
-        some = asked.rows[:: max(1, len(asked.rows) // 512)]
-        truth, taken = nearest(keys, some), take_turns(searches(banks, asked), turns)
+    for kind, some_queries in queries.items():
+        some = some_queries.rows[:: max(1, len(some_queries.rows) // 512)]
+        # Another image's queries in each turn.
+        searches: dict[str, Callable[[int], object]] = {
+            name: lambda turn, r=bank.retriever, k=some_queries.keys: r.search(k[turn % len(k)])
+            for name, bank in banks.items()
+        }
+        truth, taken = nearest(keys, some), take_turns(searches, turns)
         for row in rows:
             name = row["backend"]
             distances = banks[name].retriever.search(some).distances[:, 0].numpy()
@@ -200,19 +205,10 @@ def compare(
                 "ms": float(median),
                 "ms_p10": float(low),
                 "ms_p90": float(high),
-                "losses": mean_losses(model, banks[name], case, asked.inputs),
+                "losses": mean_losses(model, banks[name], case, some_queries.inputs),
             }
     model.bank = bank
     return rows
-
-
-def searches(banks: dict[str, GuidanceBank], queries: Queries) -> dict[str, Callable[[int], object]]:
-    """Give a search per back-end for the queries of one image, another one in each turn."""
-
-    def search(bank: GuidanceBank) -> Callable[[int], object]:
-        return lambda turn: bank.retriever.search(queries.keys[turn % len(queries.keys)])
-
-    return {name: search(bank) for name, bank in banks.items()}
 
 
 def memory(names: Sequence[str], keys: np.ndarray) -> dict[str, float | None]:
@@ -228,7 +224,7 @@ def memory(names: Sequence[str], keys: np.ndarray) -> dict[str, float | None]:
 
 
 def saving(retriever: Retriever) -> Row:
-    """Save and load an index; gives seconds and MB."""
+    """Time saving and loading of an index; returns seconds and MB."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "index"
         begin = time.perf_counter()
@@ -273,48 +269,6 @@ def show(rows: Sequence[Row], kinds: Sequence[str]) -> str:
     )
 
 
-def draw(rows: Sequence[Row], kinds: Sequence[str], path: Path) -> None:
-    """Draw recall against latency: a panel per kind of queries, a line per back-end through its sizes."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5.4 * len(kinds), 4.2), layout="constrained")
-    panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
-    names = list(dict.fromkeys(row["backend"] for row in rows))
-    sizes = sorted({row["keys"] for row in rows})
-    grow = f"{', '.join(map(_thousands, sizes))} keys"
-    for axes, kind in zip(panels, kinds, strict=True):
-        for number, name in enumerate(names):
-            mine = [row for row in rows if row["backend"] == name]
-            ms, recall = [r[kind]["ms"] for r in mine], [r[kind]["recall"] for r in mine]
-            spread = np.abs(np.array([[r[kind]["ms_p10"], r[kind]["ms_p90"]] for r in mine]).T - ms)
-            look = {"color": f"C{number}", "alpha": 0.8}
-            axes.errorbar(ms, recall, xerr=spread, capsize=2, **look)
-            sides = [36 * (1 + sizes.index(row["keys"])) ** 1.5 for row in mine]
-            axes.scatter(ms, recall, sides, marker="os^Dvp*hX"[number % 9], label=name, zorder=3, **look)
-        axes.set(
-            xscale="log",
-            xlabel=f"ms per image, one thread; markers grow with {grow}",
-            title=f"queries: {kind}",
-        )
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(color="#e6e6e6")
-        axes.set_axisbelow(True)
-    lowest = min(row[kind]["recall"] for row in rows for kind in kinds)
-    panels[0].set(ylabel="recall@1", ylim=(min(0.9, lowest) - 0.05, 1.02))
-    figure.legend(
-        *panels[0].get_legend_handles_labels(),
-        loc="outside upper center",
-        ncols=min(3, len(names)),
-        frameon=False,
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-
-
-def _thousands(count: int) -> str:
-    return f"{count // 1000}k" if count >= 1000 and count % 1000 == 0 else str(count)
-
-
 def parse(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     """Read the options."""
     parser = argument_parser(__doc__)
@@ -331,7 +285,6 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argparse
     parser.add_argument("--steps", type=int, default=60, help="of each branch, without --model")
     parser.add_argument("--repeats", type=int, default=21, help="timed searches per back-end")
     parser.add_argument("--images", type=int, default=8, help="inputs to search for, of each kind")
-    parser.add_argument("--plot", type=Path)
     parser.add_argument("--bars", action="store_true", help="compare with hand-written searches instead")
     parser.add_argument("--large", type=int, default=100_000, help="keys of the largest bar; 0 leaves it out")
     return parser, parser.parse_args(argv)
@@ -370,8 +323,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     shape = f"{queries[HELD_OUT].keys.shape[1]} queries of {rows[0]['width']} numbers per image"
     print(f"{arguments.case}, {case.metric.name}; {shape}; the same branches for all back-ends")
     write_json(arguments.json, case=arguments.case, rows=rows)
-    if arguments.plot:
-        draw(rows, list(queries), arguments.plot)
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ def prepare(arguments: argparse.Namespace, batch: int, cached: bool) -> tuple[li
     steps = Steps(features, samples, rows, cropper, LIMITS, None, batch, 0, torch.device("cpu"))
     metric = LPIPS("alex", shared / "data/weights/lpips_alex_v0.1.pth")
     loss = TrainingLoss({"l1": (1.0, L1()), "quality": (1.0, metric)})
-    schedule = FitSettings(steps=1000, bfloat16=not arguments.float32)
+    schedule = FitSettings(steps=1000, bfloat16=True)
     trainers = [
         BranchTrainer(model, index, loss, LIMITS, schedule, arguments.out)
         for index in range(len(model.branches))
@@ -76,7 +76,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
     trainers, steps = prepare(arguments, arguments.batch[0], arguments.cached)
     taken = []
     for number in range(arguments.steps + 1):
-        begin = time.process_time() if arguments.cpu_time else time.perf_counter()
+        begin = time.perf_counter()
         if arguments.together:
             step = steps.at(number)
             for trainer in trainers:
@@ -86,8 +86,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
                 if not arguments.cached:
                     steps.features.forget()  # in the fit, whole trainings lie between two branches
                 trainer.advance(steps.at(number))
-        end = time.process_time() if arguments.cpu_time else time.perf_counter()
-        taken.append(end - begin)
+        taken.append(time.perf_counter() - begin)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {"s": statistics.median(taken[1:]), "memory": memory}
 
@@ -108,8 +107,6 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--steps", type=int, default=5, help="timed steps per round")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--float32", action="store_true", help="train without bfloat16 autocast")
-    parser.add_argument("--cpu-time", action="store_true", help="processor time, for a busy machine")
     parser.add_argument("--one", choices=("way",), help=argparse.SUPPRESS)
     parser.add_argument("--together", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--cached", action="store_true", help=argparse.SUPPRESS)
@@ -121,7 +118,6 @@ def main() -> None:
     common = ["--out", str(arguments.out), "--samples", str(arguments.samples)]
     common += ["--steps", str(arguments.steps), "--threads", str(arguments.threads)]
     common += ["--shared", arguments.shared] if arguments.shared else []
-    common += [flag for flag in ("--float32", "--cpu-time") if getattr(arguments, flag[2:].replace("-", "_"))]
     rounds: dict[tuple[int, bool, bool], list[dict[str, float]]] = {}
     for _ in tqdm(range(arguments.rounds), desc="rounds", disable=None):
         for batch in arguments.batch:
@@ -133,24 +129,17 @@ def main() -> None:
     for (batch, together, cached), results in rounds.items():
         seconds = [result["s"] for result in results]
         way = "side by side" if together else "one by one"
-        spread = f"{1000 * min(seconds):.0f}-{1000 * max(seconds):.0f}"
+        median, spread = statistics.median(seconds), f"{1000 * min(seconds):.0f}-{1000 * max(seconds):.0f}"
+        memory = f"{max(result['memory'] for result in results) / 1e6:,.0f}"
+        source = "cache" if cached else "backbone"
         rows.append(
-            [
-                str(batch),
-                way,
-                "cache" if cached else "backbone",
-                f"{batch / statistics.median(seconds):.1f}",
-                f"{1000 * statistics.median(seconds):.0f}",
-                spread,
-                f"{max(result['memory'] for result in results) / 1e6:,.0f}",
-            ]
+            [str(batch), way, source, f"{batch / median:.1f}", f"{1000 * median:.0f}", spread, memory]
         )
     print(machine_line())
     print(table(["batch", "branches", "features", "images/s", "ms", "min-max", "MB"], rows))
     print(
         "a step of all five branches; images/s: samples that all branches have seen; median of "
-        f"{arguments.rounds} rounds of {arguments.steps} steps, "
-        f"{'processor' if arguments.cpu_time else 'wall'} time; MB: largest resident memory of the process"
+        f"{arguments.rounds} rounds of {arguments.steps} steps; MB: largest resident memory of the process"
     )
     names = [
         {"batch": b, "together": t, "cached": c, "rounds": results} for (b, t, c), results in rounds.items()

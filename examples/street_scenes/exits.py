@@ -186,7 +186,7 @@ def routed_rows(run: figures.Run) -> list[list[str]]:
         ways = [evaluation.at_mean(mean), perfect.at_mean(mean)]
         saved = [(one.saved + other.saved) / 2, *(way.saved for way in ways)]
         tails = [np.concatenate([one.loss_of, other.loss_of]), *(way.loss_of for way in ways)]
-        cells = [f"{100 * x:.1f} %" for x in saved] + [f"{np.percentile(x, 95):.3f}" for x in tails]
+        cells = [f"{100 * x:z.1f} %" for x in saved] + [f"{np.percentile(x, 95):.3f}" for x in tails]
         rows.append([f"{mean:.3f}", *cells])
     return rows
 

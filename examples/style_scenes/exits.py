@@ -135,7 +135,7 @@ def predictors_table(results: Mapping[str, Evaluation]) -> str:
     targets = sorted([*free.loss.mean(0)[1:].tolist(), *THRESHOLDS])
 
     def saved(points: Iterable[OperatingPoint]) -> list[str]:
-        return [f"{100 * point.saved:.1f} %" for point in points]
+        return [f"{100 * point.saved:z.1f} %" for point in points]
 
     rows = []
     for name, result in results.items():
@@ -148,7 +148,7 @@ def predictors_table(results: Mapping[str, Evaluation]) -> str:
     oracle = replace(free, predicted=free.loss)
     rows.append(["oracle, free", "", "", "", *saved(map(oracle.at_mean, targets))])
     rows.append(["always one exit", "", "", "", *saved(map(free.best_fixed, targets))])
-    blind = [f"{100 * _mixed(free, target):.1f} %" for target in targets]
+    blind = [f"{100 * _mixed(free, target):z.1f} %" for target in targets]
     rows.append(["two exits, blindly", "", "", "", *blind])
     means = [f"at {target:.4f}" for target in targets]
     return table(["reads", "MACs", "error %, by exit", "rank correlation", *means], rows)

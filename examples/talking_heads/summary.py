@@ -97,7 +97,7 @@ def routing_table(evaluation: Evaluation) -> str:
         cheap, dear = evaluation.fixed(k), evaluation.fixed(k + 1)
         mean = (cheap.mean_loss + dear.mean_loss) / 2
         saved = [(cheap.saved + dear.saved) / 2, evaluation.at_mean(mean).saved, perfect.at_mean(mean).saved]
-        rows.append([f"{mean:.4f}", f"{k} and {k + 1}", *(f"{100 * share:.1f} %" for share in saved)])
+        rows.append([f"{mean:.4f}", f"{k} and {k + 1}", *(f"{100 * share:z.1f} %" for share in saved)])
     return table(["mean LPIPS", "exits", "half of the images each", "routed", "oracle"], rows)
 
 

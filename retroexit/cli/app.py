@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Annotated, Any, Final
 
 import typer
+from typer import Option
 
+from retroexit.cli import options
 from retroexit.cli.bank import bank
 from retroexit.cli.doctor import doctor, plugins
 from retroexit.cli.evaluate import calibrate, evaluate, report
 from retroexit.cli.fit import fit
 from retroexit.cli.inspect import inspect as inspect_command
-from retroexit.cli.options import Weights, resumable
 from retroexit.demo import run as demo_run
 from retroexit.errors import RetroExitError, RetroExitWarning
 from retroexit.plugins.host import host
@@ -31,32 +32,28 @@ from retroexit.plugins.host import host
 __all__ = ["COMMANDS", "run"]
 
 
+Demo: Any = options.group_of(
+    demo_run.run_demo,
+    metric="Quality metric; auto: lpips-alex if its weights are found, or ms-ssim.",
+    weights=options.Weights,
+    steps="Training steps per branch.",
+    scenes=Annotated[int, Option(min=16, help="Drawn scenes to fit on.")],
+)
+
+
+@options.grouped
 def demo(
     context: typer.Context,
-    out: Annotated[Path, typer.Option(help="Folder for cache, model and report.")] = Path("retroexit-demo"),
-    metric: Annotated[
-        str,
-        typer.Option(help="Quality metric; auto: lpips-alex if its weights are found, or ms-ssim."),
-    ] = "auto",
-    weights: Weights = None,
-    steps: Annotated[int, typer.Option(min=1, help="Training steps per branch.")] = 300,
-    scenes: Annotated[int, typer.Option(min=16, help="Drawn scenes to fit on.")] = 256,
+    settings: Demo,
+    out: Annotated[Path, Option(help="Folder for cache, model and report.")] = Path("retroexit-demo"),
 ) -> None:
     """Wrap, fit and evaluate a small trained generator that comes with the library.
 
     Example:
         retroexit demo --out my-demo
     """
-    with resumable():
-        demo_run.run_demo(
-            out,
-            metric=metric,
-            weights=weights,
-            steps=steps,
-            scenes=scenes,
-            say=typer.echo,
-            command=context.obj,
-        )
+    with options.resumable():
+        demo_run.run_demo(out, **vars(settings), say=typer.echo, command=context.obj)
 
 
 COMMANDS: Final[dict[str, Any]] = {

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer import Argument, Option
 
 import retroexit
-from retroexit.cli.load_target import example_of, load_generator, load_object, load_samples
-from retroexit.cli.options import TARGET, Batch, FactoryArguments, Target, grouped, parse_places, resumable
+from retroexit.cli import options
+from retroexit.cli.load_target import example_of, load_generator, load_made, load_object
 from retroexit.core.files import MANIFEST
 from retroexit.core.identity import fingerprint
 from retroexit.core.samples import Samples
@@ -29,7 +30,7 @@ bank = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
 )
-Folder = Annotated[Path, typer.Argument(help="Folder of a bank: what build wrote, or FIT/bank.")]
+Folder = Annotated[Path, Argument(help="Folder of a bank: what build wrote, or FIT/bank.")]
 
 
 @dataclass(frozen=True)
@@ -37,52 +38,61 @@ class Taps:
     """Where keys and values come from."""
 
     key_after: Annotated[
-        str | None, typer.Option(help="Stage that keys are cut from, by number or path; 1 by default.")
+        str | None, Option(help="Stage that keys are cut from, by number or path; 1 by default.")
     ] = None
     key: Annotated[
         str | None,
-        typer.Option(help="For a bank of frames: function that gives a key per input, package.module:name."),
+        Option(help="For a bank of frames: function that gives a key per input, package.module:name."),
     ] = None
     value_after: Annotated[
-        str | None, typer.Option(help="Stage that values are cut from, or image; by default the middle one.")
+        str | None, Option(help="Stage that values are cut from, or image; by default the middle one.")
     ] = None
-    patch: Annotated[int, typer.Option(min=1, help="Side of a key's patch.")] = 1
+    patch: Annotated[int, Option(min=1, help="Side of a key's patch.")] = 1
 
     def wrap(self, generator: Any, example: Any, samples: Any, **more: Any) -> retroexit.EarlyExitGenerator:
         """Wrap a generator with one branch, which never runs: a bank needs the taps only."""
         args, kwargs = example_of(example, samples)
         guidance = retroexit.Guidance(
             key=False if self.key is None else load_object(self.key),
-            value_after=None if self.value_after is None else parse_places(self.value_after)[0],
+            value_after=None if self.value_after is None else options.parse_places(self.value_after)[0],
             patch=(self.patch, self.patch),
             **more,
         )
-        places = parse_places(self.key_after or "1")
+        places = options.parse_places(self.key_after or "1")
         return retroexit.wrap(
             generator, places, guidance=guidance, example_inputs=args, example_kwargs=kwargs, scale=1.0
         )
 
 
+Thinning: Any = options.group_of(
+    retroexit.Guidance,
+    order="1: values follow the query.",
+    size="Largest number of pairs.",
+    thin="fps, kmeans, random or none.",
+    retriever="Search back-end.",
+)
+Streaming: Any = options.group_of(
+    stream_bank,
+    batch=options.Batch,
+    eps="Distance of every key at which fps stops.",
+    max_candidates=Annotated[int, Option("--candidates", min=1, help="Keys held before thinning.")],
+)
+
+
 @bank.command(epilog=f"{_EXAMPLE} build mymodels:decoder --inputs mydata:train --out runs/bank")
-@grouped
+@options.grouped
 def build(
-    target: Target,
-    inputs: Annotated[str, typer.Option(help="Samples: package.module:name.")],
-    out: Annotated[Path, typer.Option(help="Folder for the bank.")],
+    target: options.Target,
+    inputs: Annotated[str, Option(help="Samples: package.module:name.")],
+    out: Annotated[Path, Option(help="Folder for the bank.")],
     taps: Taps,
-    factory_arguments: FactoryArguments = "",
+    thinning: Thinning,
+    streaming: Streaming,
+    factory_arguments: options.FactoryArguments = "",
     identities: Annotated[
-        str | None,
-        typer.Option(help="For a bank per identity: one name per sample, package.module:name."),
+        str | None, Option(help="For a bank per identity: one name per sample, package.module:name.")
     ] = None,
-    order: Annotated[int, typer.Option(min=0, max=1, help="1: values follow the query.")] = 0,
-    size: Annotated[int, typer.Option(min=1, help="Largest number of pairs.")] = 1024,
-    thin: Annotated[str, typer.Option(help="fps, kmeans, random or none.")] = "fps",
-    eps: Annotated[float, typer.Option(min=0, help="Distance of every key at which fps stops.")] = 0.0,
-    retriever: Annotated[str, typer.Option(help="Search back-end.")] = "exact",
-    batch: Batch = 4,
-    candidates: Annotated[int, typer.Option(min=1, help="Keys held before thinning.")] = 100_000,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of everything random.")] = 0,
+    seed: Annotated[int, Option(min=0, help="Seed of everything random.")] = 0,
 ) -> None:
     """Fill a bank from a generator's inputs; nothing is trained. Can be interrupted and resumed.
 
@@ -91,18 +101,18 @@ def build(
     if (out / MANIFEST).exists():
         raise OptionError(f"{out} already holds a bank. Name a new folder.", out)
     generator, example = load_generator(target, factory_arguments)
-    samples = load_samples(inputs)
-    model = taps.wrap(generator, example, samples, order=order, size=size, thin=thin, retriever=retriever)
+    samples = load_made(inputs)
+    model = taps.wrap(generator, example, samples, **vars(thinning))
     scratch = out.with_name(f"{out.name}.part")
-    streamed, make = Samples(samples, seed), host().retriever(retriever)
-    options: dict[str, Any] = {"batch": batch, "eps": eps, "max_candidates": candidates, "scratch": scratch}
-    with resumable():
+    settings: dict[str, Any] = {**vars(streaming), "scratch": scratch}
+    streamed, make = Samples(samples, seed), host().retriever(thinning.retriever)
+    with options.resumable():
         if identities is None:
-            _save(stream_bank(model, streamed, make(), **options), out)
+            _save(stream_bank(model, streamed, make(), **settings), out)
         else:
-            names = load_samples(identities)
+            names = load_made(identities)
             existing = [name for name in set(names) if (out / str(name) / MANIFEST).exists()]
-            for name, made in stream_banks(model, streamed, names, make, skip=existing, **options):
+            for name, made in stream_banks(model, streamed, names, make, skip=existing, **settings):
                 _save(made, out / name)
     shutil.rmtree(scratch, ignore_errors=True)
 
@@ -114,13 +124,13 @@ def info(folder: Folder) -> None:
 
 
 @bank.command(epilog=f"{_EXAMPLE} verify runs/decoder/bank mymodels:decoder --key-after 1")
-@grouped
+@options.grouped
 def verify(
     folder: Folder,
     taps: Taps,
-    target: Annotated[str | None, typer.Argument(help=TARGET)] = None,
-    factory_arguments: FactoryArguments = "",
-    inputs: Annotated[str | None, typer.Option(help="Samples, if the factory returns no inputs.")] = None,
+    target: Annotated[str | None, Argument(help=options.TARGET)] = None,
+    factory_arguments: options.FactoryArguments = "",
+    inputs: Annotated[str | None, Option(help="Samples, if the factory returns no inputs.")] = None,
 ) -> None:
     """Check every file of a bank, that every key finds its own pair, and that the generator is the bank's.
 
@@ -131,7 +141,7 @@ def verify(
         generator, example = load_generator(target, factory_arguments)
         expected = fingerprint(generator)
         if taps.key_after is not None or taps.key is not None:
-            model = taps.wrap(generator, example, None if inputs is None else load_samples(inputs))
+            model = taps.wrap(generator, example, None if inputs is None else load_made(inputs))
     loaded = _load(folder, expected)
     if model is not None:
         model.bank = loaded

@@ -18,6 +18,7 @@ from typing import Annotated, Literal
 
 import torch
 import typer
+from typer import Option
 
 from retroexit.plugins.host import host
 from retroexit.report.text_tables import table
@@ -60,7 +61,7 @@ def doctor() -> None:
 
 
 def plugins(
-    as_json: Annotated[bool, typer.Option("--json", help="Print a list of objects instead.")] = False,
+    as_json: Annotated[bool, Option("--json", help="Print a list of objects instead.")] = False,
 ) -> None:
     """List the installed plug-ins, the hooks of each one, and the names that it offers there.
 
@@ -83,7 +84,7 @@ def plugins(
 def diagnose() -> list[Check]:
     """Run every check; one that raises is a failed check."""
     checks: list[Check] = []
-    for check in (_python, _torch, _threads, _cpu, _cuda, _dependencies, _backends, _lpips_weights, _plugins):
+    for check in (_torch, _threads, _cpu, _dependencies, _backends, _lpips_weights, _plugins):
         try:
             checks.extend(check())
         except Exception as error:
@@ -92,16 +93,15 @@ def diagnose() -> list[Check]:
     return checks
 
 
-def _python() -> Iterator[Check]:
-    detail = f"{platform.python_version()} ({platform.system()} {platform.machine()}), {sys.executable}"
-    yield Check("python", "ok", detail)
-
-
 def _torch() -> Iterator[Check]:
+    system = f"{platform.system()} {platform.machine()}"
+    yield Check("python", "ok", f"{platform.python_version()} ({system}), {sys.executable}")
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU only"
     is_old = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2]) < (2, 9)
     hint = "pip install --upgrade 'torch>=2.9'" if is_old else ""
     yield Check("torch", "fail" if is_old else "ok", f"{torch.__version__}, {build}", hint)
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    yield Check("cuda", "ok", ", ".join(names) or "no CUDA device; everything runs on the CPU")
 
 
 def _threads() -> Iterator[Check]:
@@ -115,20 +115,11 @@ def _threads() -> Iterator[Check]:
 def _cpu() -> Iterator[Check]:
     listing = Path("/proc/cpuinfo")
     text = listing.read_text(errors="replace") if listing.exists() else ""
-    model = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    line = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.MULTILINE)
-    flags = set(line.group(1).split()) if line else set()
-    name = model.group(1) if model else platform.processor() or platform.machine()
-    extensions = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "bf16") if flag in flags]
-    is_slow = not any("bf16" in flag for flag in extensions)
-    hint = "bfloat16 is emulated here: leave autocast off on the CPU" if is_slow else ""
-    detail = f"{name}; {' '.join(extensions) or 'no vector extensions known'}"
-    yield Check("cpu", "warn" if is_slow else "ok", detail, hint)
-
-
-def _cuda() -> Iterator[Check]:
-    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    yield Check("cuda", "ok", ", ".join(names) or "no CUDA device; everything runs on the CPU")
+    model = re.search(r"model name\s*:\s*(.+)", text)
+    has_bfloat16 = re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", text)
+    hint = "" if has_bfloat16 else "bfloat16 is emulated here: leave autocast off on the CPU"
+    name = model.group(1) if model else platform.machine()
+    yield Check("cpu", "warn" if hint else "ok", f"{name}; {torch.backends.cpu.get_cpu_capability()}", hint)
 
 
 def _dependencies() -> Iterator[Check]:

@@ -8,28 +8,18 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer import Argument, Option
 
 import retroexit
-from retroexit.cli.load_target import example_of, load_generator, load_samples
-from retroexit.cli.options import (
-    Adapter,
-    Alpha,
-    Batch,
-    Confidence,
-    FactoryArguments,
-    Latency,
-    Target,
-    Thresholds,
-    Weights,
-    grouped,
-)
+from retroexit.cli import options
+from retroexit.cli.load_target import example_of, load_generator, load_made
 from retroexit.evaluation.promise import EXPECTATION, promise_summary
 from retroexit.fit import measure_times
 from retroexit.model import EarlyExitGenerator
 from retroexit.report.report import write_report
 from retroexit.report.saved_report import find_report, model_facts, read_evaluation, read_report
 from retroexit.report.text_tables import limits_table, promise_table, sweep_table
-from retroexit.saving.model_files import read_calibration
+from retroexit.saving import read_calibration
 
 __all__ = ["calibrate", "evaluate", "report", "routing_results"]
 
@@ -38,35 +28,33 @@ __all__ = ["calibrate", "evaluate", "report", "routing_results"]
 class Fitted:
     """A fitted model, the samples to measure it on, and how to measure."""
 
-    target: Target
-    folder: Annotated[Path, typer.Argument(help="Folder that fit wrote; calibrate saves the promise there.")]
-    inputs: Annotated[
-        str, typer.Option(help="Samples not used in the fit, like later ones: package.module:name.")
-    ]
-    factory_arguments: FactoryArguments = ""
-    adapter: Adapter = None
-    weights: Weights = None
-    threshold: Thresholds = None
+    target: options.Target
+    folder: Annotated[Path, Argument(help="Folder that fit wrote; calibrate saves the promise there.")]
+    inputs: Annotated[str, Option(help="Samples not used in the fit, like later ones: package.module:name.")]
+    factory_arguments: options.FactoryArguments = ""
+    adapter: options.Adapter = None
+    weights: options.Weights = None
+    threshold: options.Thresholds = None
 
     def load(self) -> tuple[EarlyExitGenerator, Any, list[float]]:
         """Return the model, the samples and the thresholds to print."""
         generator, example = load_generator(self.target, self.factory_arguments)
-        samples = load_samples(self.inputs)
+        samples = load_made(self.inputs)
         adapter = False if self.adapter == "none" else self.adapter
         model = retroexit.load(self.folder, generator, *example_of(example, samples), adapter=adapter)
         return model, samples, self.threshold or [0.05, 0.1, 0.15]
 
 
-@grouped
+@options.grouped
 def calibrate(
     fitted: Fitted,
-    alpha: Alpha = 0.05,
-    confidence: Confidence = 0.95,
+    alpha: options.Alpha = 0.05,
+    confidence: options.Confidence = 0.95,
     rule: Annotated[
-        str, typer.Option(help="margin: one margin for all exits; bound: a bound for each exit.")
+        str, Option(help="margin: one margin for all exits; bound: a bound for each exit.")
     ] = "margin",
-    batch: Batch = 8,
-    latency: Latency = None,
+    batch: options.Batch = 8,
+    latency: options.Latency = None,
 ) -> None:
     """Measure new inputs, so that P(loss > threshold) <= alpha; with too few, say how many are needed.
 
@@ -84,11 +72,11 @@ def calibrate(
     typer.echo(f"saved to {fitted.folder}")
 
 
-@grouped
+@options.grouped
 def evaluate(
     context: typer.Context,
     fitted: Fitted,
-    out: Annotated[Path | None, typer.Option(help="Folder for the report; FOLDER/report by default.")] = None,
+    out: Annotated[Path | None, Option(help="Folder for the report; FOLDER/report by default.")] = None,
 ) -> None:
     """Measure every exit on new inputs, print the sweep over thresholds, write a report.
 
@@ -110,14 +98,14 @@ def evaluate(
 
 
 def report(
-    folder: Annotated[Path, typer.Argument(help="Folder that evaluate wrote, or the model's folder.")],
+    folder: Annotated[Path, Argument(help="Folder that evaluate wrote, or the model's folder.")],
     out: Annotated[
-        Path | None, typer.Option(help="Folder for the page; where the numbers are, by default.")
+        Path | None, Option(help="Folder for the page; where the numbers are, by default.")
     ] = None,
-    title: Annotated[str | None, typer.Option(help="Heading of the page.")] = None,
-    threshold: Thresholds = None,
+    title: Annotated[str | None, Option(help="Heading of the page.")] = None,
+    threshold: options.Thresholds = None,
     unguided: Annotated[
-        Path | None, typer.Option(help="Folder of an evaluation without guidance, for figure 8.")
+        Path | None, Option(help="Folder of an evaluation without guidance, for figure 8.")
     ] = None,
 ) -> None:
     """Write one HTML page and summary.json from what evaluate measured, without measuring again.

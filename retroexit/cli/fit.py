@@ -11,27 +11,13 @@ from typing import Annotated, Any
 
 import typer
 from torch import nn
+from typer import Option
 
 import retroexit
+from retroexit.api import wrap_options
+from retroexit.cli import options
 from retroexit.cli.evaluate import routing_results
-from retroexit.cli.load_target import example_of, load_generator, load_network, load_samples
-from retroexit.cli.options import (
-    Adapter,
-    Alpha,
-    Confidence,
-    Config,
-    FactoryArguments,
-    ImageKey,
-    Latency,
-    Target,
-    Weights,
-    grouped,
-    options_of,
-    parse_image_key,
-    parse_pairs,
-    parse_places,
-    resumable,
-)
+from retroexit.cli.load_target import example_of, load_generator, load_made, load_network
 from retroexit.core.modules import device_of, unit_of
 from retroexit.core.samples import Samples, moved
 from retroexit.errors import MissingExtraError, OptionError, WeightsError
@@ -50,25 +36,24 @@ from retroexit.training.settings import FitSettings, check_same, divide
 
 __all__ = ["fit"]
 
-
-Exits: Any = options_of(
-    retroexit.wrap,
+Exits: Any = options.group_of(
+    wrap_options,
     attach_at="Stages, by number or path: 2,4,6.",
-    scale=Annotated[str, typer.Option(help="Width factor of the branches: 1/15, or one per exit.")],
+    scale=Annotated[str, Option(help="Width factor of the branches: 1/15, or one per exit.")],
     min_channels="No width is scaled below this.",
     tap="Take the stage's output (after) or its input (before).",
-    guidance=Annotated[bool, typer.Option(help="Guide branches by retrieval.")],
-    image=ImageKey,
+    guidance=Annotated[bool, Option(help="Guide branches by retrieval.")],
+    image=options.ImageKey,
     image_range="Smallest and largest pixel value, 0,1 or -1,1; measured by default.",
     init="Starting weights: inherit or scratch.",
     width_rule="How widths follow from the scale: floor, multiple-of-8, a plug-in's.",
-    adapter=Adapter,
+    adapter=options.Adapter,
 )
-Losses: Any = options_of(
+Losses: Any = options.group_of(
     LossOptions,
     losses=Annotated[
         list[str] | None,
-        typer.Option(
+        Option(
             "--loss",
             help="Term of the training loss and its weight, name=weight; repeat it for several. Or a preset: "
             f"{', '.join(PRESETS)}. By default l1=1 and quality=1, the metric.",
@@ -77,11 +62,11 @@ Losses: Any = options_of(
     equalise="Scale the weights until all terms pull equally; by default for presets only.",
     instead=Annotated[
         list[str] | None,
-        typer.Option(help="Term that replaces another one: vgg=features-alex; repeat it for several."),
+        Option(help="Term that replaces another one: vgg=features-alex; repeat it for several."),
     ],
     loss_weights=Annotated[
         list[str] | None,
-        typer.Option(help="File with the weights of a term's network: vgg=vgg19.pth; repeat it for several."),
+        Option(help="File with the weights of a term's network: vgg=vgg19.pth; repeat it for several."),
     ],
     discriminator="What every branch competes with a copy of: auto (the adapter's, untrained), none, a file with "
     "its trained weights, or package.module:factory.",
@@ -89,7 +74,7 @@ Losses: Any = options_of(
     discriminator_lr="Learning rate of the discriminators.",
     gaze="Network of the term gaze: package.module:factory, or the module.",
 )
-Training: Any = options_of(
+Training: Any = options.group_of(
     FitSettings,
     steps="Training steps per branch.",
     batch="Samples per step, over all processes.",
@@ -107,47 +92,45 @@ Training: Any = options_of(
     seed="Seed of everything random.",
     bfloat16="Train under bfloat16 autocast.",
     checkpoint_every="Steps between checkpoints.",
-    together=Annotated[
-        bool, typer.Option("--together/--one-by-one", help="Train all branches side by side.")
-    ],
+    together=Annotated[bool, Option("--together/--one-by-one", help="Train all branches side by side.")],
     cache="Keep backbone features on disk.",
     cache_batch="Samples per pass of the backbone.",
     tensorboard="Write scalars and images to OUT/tensorboard.",
 )
-
-
-Promise: Any = options_of(retroexit.fit, alpha=Alpha, confidence=Confidence)
-Devices: Any = options_of(
+Measures: Any = options.group_of(
+    retroexit.fit,
+    metric="Quality metric by name.",
+    weights=options.Weights,
+    alpha=options.Alpha,
+    confidence=options.Confidence,
+    latency=options.Latency,
+)
+Devices: Any = options.group_of(
     retroexit.fit,
     devices="Devices of each machine; torchrun's by default, or one.",
     nodes="Machines; torchrun's by default, or one.",
 )
 
 
-@grouped
+@options.grouped
 def fit(
-    target: Target,
-    inputs: Annotated[str, typer.Option(help="Samples, or a function returning them: package.module:name.")],
-    out: Annotated[Path, typer.Option(help="Folder for cache, checkpoints and result.")],
+    target: options.Target,
+    inputs: Annotated[str, Option(help="Samples, or a function returning them: package.module:name.")],
+    out: Annotated[Path, Option(help="Folder for cache, checkpoints and result.")],
     exits: Exits,
     losses: Losses,
     training: Training,
-    promise: Promise,
+    measures: Measures,
     devices: Devices,
-    config: Config = None,
-    factory_arguments: FactoryArguments = "",
-    retriever: Annotated[str, typer.Option(help="Search back-end of the guidance.")] = "exact",
-    bank: Annotated[
-        Path | None, typer.Option(help="Folder of a bank of other inputs, for --guidance.")
-    ] = None,
-    metric: Annotated[str, typer.Option(help="Quality metric by name.")] = "lpips-alex",
-    weights: Weights = None,
-    latency: Latency = None,
+    config: options.Config = None,
+    factory_arguments: options.FactoryArguments = "",
+    retriever: Annotated[str, Option(help="Search back-end of the guidance.")] = "exact",
+    bank: Annotated[Path | None, Option(help="Folder of a bank of other inputs, for --guidance.")] = None,
     accelerator: Annotated[
-        str | None, typer.Option(help="cpu, cuda or auto; by default where the factory puts the generator.")
+        str | None, Option(help="cpu, cuda or auto; by default where the factory puts the generator.")
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show work and cost, train and write nothing.")
+        bool, Option("--dry-run", help="Show work and cost, train and write nothing.")
     ] = False,
 ) -> None:
     """Add early exits to a generator: bank, branches, predictor. Can be interrupted and resumed.
@@ -158,13 +141,12 @@ def fit(
     settings = {**vars(training), "clip": training.clip or None}
     FitSettings(**settings)  # refuses values out of range before anything is loaded
     wrapping = _wrap_arguments(exits, retriever)
-    arguments = {**settings, **vars(promise), **_loss_arguments(losses)}
-    arguments.update(metric=metric, weights=weights, latency=latency)
+    arguments = {**settings, **vars(measures), **_loss_arguments(losses)}
     team = Team() if dry_run else join(**vars(devices), accelerator=kind_of_device(accelerator))
     generator, example = load_generator(target, factory_arguments)
     if team.device is not None or accelerator is not None:
         generator.to(team.device or kind_of_device(accelerator))
-    samples = load_samples(inputs)
+    samples = load_made(inputs)
     args, kwargs = moved(example_of(example, samples), device_of(generator))
     model = retroexit.wrap(generator, **wrapping, example_inputs=args, example_kwargs=kwargs)
     if bank is not None:
@@ -176,7 +158,7 @@ def fit(
         for text in _plan(model, samples, out, arguments, losses):
             say(text)
         return
-    with resumable():
+    with options.resumable():
         retroexit.fit(model, samples, out, **arguments)
     for text in routing_results(model):
         say(text)
@@ -186,49 +168,45 @@ def fit(
 
 
 def _wrap_arguments(exits: Any, retriever: str) -> dict[str, Any]:
-    """Read the options for `retroexit.wrap`."""
+    """Read the values for `retroexit.wrap`."""
     if retriever != "exact" and not exits.guidance:
         raise OptionError(f"--retriever {retriever} needs guidance. Add --guidance.", retriever)
-    try:
-        scales = [float(Fraction(part.strip())) for part in exits.scale.split(",")]
-    except (ValueError, ZeroDivisionError) as error:
-        raise OptionError(
-            f"--scale must be numbers, got {exits.scale}. Write 1/15, 0.25 or one per exit: 1/4,1/3.",
-            exits.scale,
-        ) from error
+    scales = _parse_numbers("--scale", exits.scale, "1/15, 0.25 or one per exit: 1/4,1/3")
     limits = None
     if exits.image_range is not None:
-        try:
-            low, high = limits = tuple(map(float, exits.image_range.split(",")))
-            is_range = low < high
-        except ValueError:
-            is_range = False
-        if not is_range:
+        limits = tuple(_parse_numbers("--image-range", exits.image_range, "0,1 or -1,1"))
+        if len(limits) != 2 or not limits[0] < limits[1]:
             raise OptionError(
-                f"--image-range must be two numbers, the smaller one first, got {exits.image_range}. "
-                "Write 0,1 or -1,1.",
-                exits.image_range,
+                f"--image-range must be two numbers, the smaller one first, got {exits.image_range}", limits
             )
     return {
         **vars(exits),
-        "attach_at": parse_places(exits.attach_at),
+        "attach_at": options.parse_places(exits.attach_at),
         "scale": scales[0] if len(scales) == 1 else scales,
         "guidance": retroexit.Guidance(retriever=retriever) if exits.guidance else None,
-        "image": parse_image_key(exits.image),
+        "image": options.parse_image_key(exits.image),
         "image_range": limits,
         "adapter": False if exits.adapter == "none" else exits.adapter,
     }
 
 
-def _loss_arguments(options: Any) -> dict[str, Any]:
-    """Read the options for the training loss."""
+def _parse_numbers(option: str, text: str, form: str) -> list[float]:
+    """Read numbers and fractions, separated by commas; ``form`` is an example for the message."""
+    try:
+        return [float(Fraction(part.strip())) for part in text.split(",")]
+    except (ValueError, ZeroDivisionError) as error:
+        raise OptionError(f"{option} must be numbers, got {text}. Write {form}.", text) from error
+
+
+def _loss_arguments(values: Any) -> dict[str, Any]:
+    """Read the values for the training loss."""
     arguments = {
-        **vars(options),
-        "instead": parse_pairs("--instead", options.instead, "vgg=features-alex"),
-        "loss_weights": parse_pairs("--loss-weights", options.loss_weights, "vgg=vgg19.pth"),
-        "gaze": None if options.gaze is None else load_network(options.gaze, "--gaze"),
+        **vars(values),
+        "instead": options.parse_pairs("--instead", values.instead, "vgg=features-alex"),
+        "loss_weights": options.parse_pairs("--loss-weights", values.loss_weights, "vgg=vgg19.pth"),
+        "gaze": None if values.gaze is None else load_network(values.gaze, "--gaze"),
     }
-    network = options.discriminator
+    network = values.discriminator
     if ":" in network and not Path(network).exists():
         arguments["discriminator"] = load_network(network, "--discriminator")
     elif network != "auto":
@@ -237,7 +215,7 @@ def _loss_arguments(options: Any) -> dict[str, Any]:
     if len(texts) == 1 and texts[0] in PRESETS:
         return {**arguments, "losses": texts[0]}
     form = f"l1=1, or one of {', '.join(PRESETS)} alone"
-    pairs = parse_pairs("--loss", texts, form)
+    pairs = options.parse_pairs("--loss", texts, form)
     try:
         losses = {name: float(weight) for name, weight in pairs.items()}
     except ValueError as error:
@@ -284,11 +262,11 @@ def _work(model: EarlyExitGenerator, job: FitJob, metric: str) -> str:
         f"steps: {len(model.branches)} branches {order} x {settings.steps}, batches of {settings.batch} "
         f"{windows}; predictor {settings.predictor_steps}; metric {metric}; loss "
         + " + ".join(f"{weight:g} {name}" for name, weight in settings.losses.items()),
-        f"predictor: {settings.predictor}, reads {settings.predict_from or 'what the adapter says, else features'}",
+        f"predictor: {settings.predictor}, reads "
+        f"{settings.predict_from or 'what the adapter says, else features'}",
     ]
     if job.aside:
-        alpha, confidence = job.alpha, job.confidence
-        lines.append(f"promise: P(loss > threshold) <= {alpha:g} with confidence {confidence:g}")
+        lines.append(f"promise: P(loss > threshold) <= {job.alpha:g} with confidence {job.confidence:g}")
     if job.latency:
         lines.append(f"times: calls with {job.latency} samples")
     return "\n".join(lines)

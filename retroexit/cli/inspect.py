@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer import Option
 
 from retroexit.api import read_generator
+from retroexit.cli import options
 from retroexit.cli.load_target import load_generator, random_inputs
-from retroexit.cli.options import FactoryArguments, ImageKey, Target, parse_image_key
 from retroexit.core.modules import unit_of
 from retroexit.errors import OptionError
 from retroexit.evaluation.thop_check import cross_check
@@ -30,14 +31,12 @@ _SHAPE = (
 
 
 def inspect(
-    target: Target,
-    factory_arguments: FactoryArguments = "",
-    shape: Annotated[list[str] | None, typer.Option(help=_SHAPE)] = None,
-    image: ImageKey = None,
-    picture: Annotated[
-        Path | None, typer.Option(help="Draw the decoder to this file: .svg, .png or .pdf.")
-    ] = None,
-    facts: Annotated[Path | None, typer.Option("--json", help="Write all facts to this file.")] = None,
+    target: options.Target,
+    factory_arguments: options.FactoryArguments = "",
+    shape: Annotated[list[str] | None, Option(help=_SHAPE)] = None,
+    image: options.ImageKey = None,
+    picture: Annotated[Path | None, Option(help="Draw the decoder to this file: .svg, .png or .pdf.")] = None,
+    facts: Annotated[Path | None, Option("--json", help="Write all facts to this file.")] = None,
 ) -> None:
     """Show the module tree of a generator with its stages: where exits can sit, what each can save at best.
 
@@ -51,7 +50,7 @@ def inspect(
     generator, inputs = load_generator(target, factory_arguments)
     if shape:
         inputs = random_inputs(shape, generator)
-    key = parse_image_key(image)
+    key = options.parse_image_key(image)
     args, kwargs = inputs or (None, None)
     decoder = read_generator(generator, args, kwargs, image=key)
     typer.echo(decoder_table(decoder))

@@ -9,7 +9,7 @@ import inspect
 import logging
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -19,37 +19,21 @@ from torch import Tensor, nn
 from retroexit.core.samples import Samples
 from retroexit.errors import OptionError, closest
 
-__all__ = [
-    "Inputs",
-    "example_of",
-    "load_generator",
-    "load_network",
-    "load_object",
-    "load_samples",
-    "random_inputs",
-]
+__all__ = ["example_of", "load_generator", "load_made", "load_network", "load_object", "random_inputs"]
 
 Inputs: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword inputs of one call."""
 
 logger = logging.getLogger(__name__)
-_ARGUMENTS = "Write --args \"256, norm='batch'\""
+_ARGUMENTS = "Write literals, as in --args \"256, norm='batch'\""
 _VERBOSE = "set RETROEXIT_VERBOSE=1 to see where it was raised."
 
 
 def load_object(spec: str) -> Any:
-    """Import ``package.module:name`` or ``path/to/file.py:name``.
-
-    Raises:
-        OptionError: If it does not exist, or importing it fails.
-    """
+    """Import ``package.module:name`` or ``path/to/file.py:name``."""
     where, _, name = spec.rpartition(":")
     if not where or not name:
-        raise OptionError(
-            f"no ':' with a name after it in {spec!r}. Write package.module:factory or "
-            "path/to/file.py:factory.",
-            spec,
-        )
+        raise OptionError(f"no ':' with a name after it in {spec!r}. Write package.module:factory.", spec)
     try:
         if where.endswith(".py"):
             value: Any = _import_file(Path(where))
@@ -123,19 +107,30 @@ def _parse_arguments(text: str) -> tuple[list[Any], dict[str, Any]]:
         ) from error
 
 
-def _call(spec: str, factory: Callable[..., Any], arguments: str, advice: str) -> Any:
+def load_made(spec: str, arguments: str = "") -> Any:
+    """Import an object, such as a sequence of samples; call it if it is a class or a function."""
+    made = load_object(spec)
+    if isinstance(made, nn.Module) or not callable(made):
+        if arguments:
+            raise OptionError(
+                f"{spec!r} must be a factory to take --args, got a {type(made).__name__}. Leave --args out.",
+                spec,
+            )
+        return made
     args, kwargs = _parse_arguments(arguments)
     try:
-        signature = inspect.signature(factory)
+        signature = inspect.signature(made)
         signature.bind(*args, **kwargs)
     except TypeError as error:
         raise OptionError(
-            f"{spec!r} takes {signature}, got ({arguments}): {error}. {advice}.", spec
+            f"{spec!r} takes {signature}, got ({arguments}): {error}. Pass arguments with --args, or write "
+            "a function without arguments.",
+            spec,
         ) from error
     except ValueError:
         pass  # a builtin without a signature
     try:
-        return factory(*args, **kwargs)
+        return made(*args, **kwargs)
     except Exception as error:
         logger.info("calling %s", spec, exc_info=True)
         raise OptionError(
@@ -154,17 +149,8 @@ def load_generator(spec: str, arguments: str = "") -> tuple[nn.Module, Inputs | 
 
     Returns:
         The generator in eval mode, and its positional and keyword inputs or ``None``.
-
-    Raises:
-        OptionError: If it cannot be made, or is no module.
     """
-    made = load_object(spec)
-    if callable(made) and not isinstance(made, nn.Module):
-        made = _call(spec, made, arguments, _ARGUMENTS)
-    elif arguments:
-        raise OptionError(
-            f"{spec!r} must be a factory to take --args, got a {type(made).__name__}. Leave --args out.", spec
-        )
+    made = load_made(spec, arguments)
     parts = made if isinstance(made, tuple) and 2 <= len(made) <= 3 else (made,)
     generator, inputs, keywords = (*parts, None, None)[:3]
     if not isinstance(generator, nn.Module) or not isinstance(keywords, dict | None):
@@ -183,21 +169,13 @@ def load_generator(spec: str, arguments: str = "") -> tuple[nn.Module, Inputs | 
 
 def load_network(spec: str, option: str) -> nn.Module:
     """Make a network other than the generator, such as a discriminator; ``option`` is for messages."""
-    network = load_object(spec)
-    if callable(network) and not isinstance(network, nn.Module):
-        network = _call(spec, network, "", "Write a function without arguments")
+    network = load_made(spec)
     if not isinstance(network, nn.Module):
         raise OptionError(
             f"{option} must be a torch.nn.Module or its factory, got a {type(network).__name__} from {spec}",
             network,
         )
     return network
-
-
-def load_samples(spec: str) -> Any:
-    """Import a sequence of samples, or call the function that returns one."""
-    samples = load_object(spec)
-    return _call(spec, samples, "", "Write a function without arguments") if callable(samples) else samples
 
 
 def example_of(example: Inputs | None, samples: Any) -> Inputs:
@@ -212,9 +190,6 @@ def random_inputs(texts: Sequence[str], like: nn.Module) -> Inputs:
         texts: ``1,32,16,32``; ``z=1,32`` for a keyword input; ``1,77:int`` for whole numbers, 0 or 1, or
             another type of torch, ``1,3,8,8:float16``; nothing before the colon for a single number.
         like: The module.
-
-    Raises:
-        OptionError: If a text is no shape.
     """
     parameter = next((p for p in like.parameters() if p.is_floating_point()), torch.zeros(()))
     args: list[Tensor] = []

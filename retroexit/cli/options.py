@@ -12,56 +12,32 @@ from pathlib import Path
 from typing import Annotated, Any, Final, get_args, get_type_hints
 
 import typer
+from typer import Argument, Option
 
 from retroexit.errors import OptionError, closest
 
-__all__ = [
-    "TARGET",
-    "Adapter",
-    "Alpha",
-    "Batch",
-    "Confidence",
-    "Config",
-    "FactoryArguments",
-    "ImageKey",
-    "Latency",
-    "Target",
-    "Thresholds",
-    "Weights",
-    "grouped",
-    "options_of",
-    "parse_image_key",
-    "parse_pairs",
-    "parse_places",
-    "resumable",
-]
-
 TARGET: Final = "Where the trained generator comes from: package.module:factory or path/to/file.py:factory."
 
-Target = Annotated[str, typer.Argument(help=TARGET)]
+Target = Annotated[str, Argument(help=TARGET)]
 FactoryArguments = Annotated[
     str,
-    typer.Option(
-        "--args", help="Arguments of the factory, Python literals as in a call: \"256, norm='batch'\"."
-    ),
+    Option("--args", help="Arguments of the factory, Python literals as in a call: \"256, norm='batch'\"."),
 ]
 Adapter = Annotated[
-    str | None,
-    typer.Option(help="Plug-in that describes the generator, or none; by default all are tried."),
+    str | None, Option(help="Plug-in that describes the generator, or none; by default all are tried.")
 ]
 ImageKey = Annotated[
-    str | None,
-    typer.Option("--image", help="Key of the image in the generator's output, if there are several."),
+    str | None, Option("--image", help="Key of the image in the generator's output, if there are several.")
 ]
-Batch = Annotated[int, typer.Option(min=1, help="Samples per pass of the model.")]
-Weights = Annotated[Path | None, typer.Option(help="File with the metric's weights.")]
+Batch = Annotated[int, Option(min=1, help="Samples per pass of the model.")]
+Weights = Annotated[Path | None, Option(help="File with the metric's weights.")]
 Thresholds = Annotated[
-    list[float] | None, typer.Option("--threshold", min=0, help="Threshold to print; repeat it for several.")
+    list[float] | None, Option("--threshold", min=0, help="Threshold to print; repeat it for several.")
 ]
-Alpha = Annotated[float, typer.Option(help="Share of inputs that may lose more than a promised threshold.")]
-Confidence = Annotated[float, typer.Option(help="Probability that the promise holds.")]
+Alpha = Annotated[float, Option(help="Share of inputs that may lose more than a promised threshold.")]
+Confidence = Annotated[float, Option(help="Probability that the promise holds.")]
 Latency = Annotated[
-    int | None, typer.Option(min=1, help="Measure times of calls with this many samples, for deadlines.")
+    int | None, Option(min=1, help="Measure times of calls with this many samples, for deadlines.")
 ]
 
 
@@ -79,11 +55,8 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
         for field in fields(group):
             default = parameter.empty if field.default is MISSING else field.default
             parameters.append(
-                parameter.replace(
-                    name=field.name,
-                    kind=parameter.KEYWORD_ONLY,
-                    default=default,
-                    annotation=hints[field.name],
+                inspect.Parameter(
+                    field.name, parameter.KEYWORD_ONLY, default=default, annotation=hints[field.name]
                 )
             )
 
@@ -97,17 +70,17 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def options_of(source: Callable[..., Any], **options: Any) -> Any:
+def group_of(source: Callable[..., Any], **options: Any) -> Any:
     """Make a group of options from arguments of a function or fields of a dataclass.
 
     Args:
         source: Where defaults and types come from. What is no number and no flag is a text. Counts must be at
             least 1, other numbers and those with the default 0 at least 0.
-        **options: The help of every option, or its annotation.
+        **options: The help of every option, or its annotation. An option that the source has not is ``None``.
     """
     hints, simple, group = get_type_hints(source), (str, bool, int, float), []
     for name, option in options.items():
-        default = inspect.signature(source).parameters[name].default
+        default = getattr(inspect.signature(source).parameters.get(name), "default", None)
         is_required = default is inspect.Parameter.empty
         default = default if isinstance(default, simple) else None
         if isinstance(option, str):
@@ -116,7 +89,7 @@ def options_of(source: Callable[..., Any], **options: Any) -> Any:
                 kind = next((part for part in simple if part in get_args(hints[name])), str)
             minimum = {int: 0 if default == 0 else 1, float: 0}.get(kind)
             annotation = kind if is_required or default is not None else kind | None
-            option = Annotated[annotation, typer.Option(help=option, min=minimum)]
+            option = Annotated[annotation, Option(help=option, min=minimum)]
         group.append((name, option) if is_required else (name, option, default))
     return make_dataclass("Options", group, frozen=True)
 
@@ -154,11 +127,7 @@ def resumable() -> Iterator[None]:
 def _read_config(context: typer.Context, path: Path | None) -> Path | None:
     """Take the values of a TOML file as click's ``default_map``, the defaults of a command's options.
 
-    Keys are names of options: ``attach-at = [2, 4, 6]``. Options with ``name=value`` are tables:
-    ``[loss]`` with ``l1 = 1.0``.
-
-    Raises:
-        OptionError: If the file cannot be read, or has a key that is no option.
+    Keys are names of options: ``attach-at = [2, 4, 6]``. Options with ``name=value`` are tables.
     """
     if path is None:
         return None
@@ -187,7 +156,7 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
 
 Config = Annotated[
     Path | None,
-    typer.Option(
+    Option(
         "--config",
         callback=_read_config,
         is_eager=True,

@@ -3,13 +3,12 @@
 Imports `retroexit.branch`, `retroexit.split`, `retroexit.retrieval` and what lies below them.
 """
 
-from retroexit.guidance.bank import GuidanceBank, Retrieved, cut, glue
+from retroexit.guidance.bank import GuidanceBank, cut, glue
 from retroexit.guidance.building import build_bank, with_slopes
 from retroexit.guidance.sampling import coverage, farthest_points, thin
 
 __all__ = [
     "GuidanceBank",
-    "Retrieved",
     "build_bank",
     "coverage",
     "cut",

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,9 @@ from torch import Tensor
 
 from retroexit.core.files import MANIFEST, check_file, read_array, read_manifest, staged, write_manifest
 from retroexit.errors import BankError, CheckpointError, OptionError
-from retroexit.retrieval import BACKENDS, Retriever
+from retroexit.retrieval import BACKENDS, Retriever, SearchResult
 
-__all__ = ["GuidanceBank", "Retrieved", "cut", "glue"]
+__all__ = ["GuidanceBank", "cut", "glue"]
 
 _CHECKED = 1024  # rows per step of a check
 _KIND, _SCHEMA = "guidance bank", 1
@@ -33,26 +32,6 @@ _ORIGIN = {
     "value_patch": "the patch of a value",
     "value_channels": "channels per value",
 }
-
-
-@dataclass(frozen=True)
-class Retrieved:
-    """The nearest key of every patch.
-
-    Attributes:
-        ids: Rows of the bank, int64 ``(N, h, w)``, on the CPU.
-        distances: Squared Euclidean distances, float32 ``(N, h, w)``.
-    """
-
-    ids: Tensor
-    distances: Tensor
-
-    def spread(self, rows: Tensor, count: int) -> Retrieved:
-        """Move sample i to row ``rows[i]`` of a batch of ``count``; all other rows are infinitely far."""
-        rows = rows.to(self.ids.device)
-        ids = self.ids.new_zeros(count, *self.ids.shape[1:])
-        distances = self.distances.new_full((count, *self.distances.shape[1:]), torch.inf)
-        return Retrieved(ids.index_copy(0, rows, self.ids), distances.index_copy(0, rows, self.distances))
 
 
 class GuidanceBank:
@@ -148,7 +127,7 @@ class GuidanceBank:
         return queries * (len(self) + slopes) * self.retriever.width
 
     @torch.no_grad()
-    def search(self, feature: Tensor, exclude: Tensor | None = None) -> Retrieved:
+    def search(self, feature: Tensor, exclude: Tensor | None = None) -> SearchResult:
         """Find the nearest key of every patch of a feature, in one search for the whole batch.
 
         Args:
@@ -156,6 +135,9 @@ class GuidanceBank:
             exclude: Input index of each sample, int64 ``(N,)``, whose own keys are skipped, so that training
                 inputs get foreign guides like new inputs; -1 excludes nothing. If the bank holds no other
                 key, the nearest is returned.
+
+        Returns:
+            Rows of the bank and squared distances, both ``(N, h, w)``, on the CPU.
 
         Raises:
             OptionError: If patches do not divide the map.
@@ -173,7 +155,7 @@ class GuidanceBank:
                 )
             excluded = exclude.to("cpu", torch.int64).repeat_interleave(math.prod(cells.shape[1:-1]))
             self._avoid(queries, excluded, ids, distances)
-        return Retrieved(ids.view(cells.shape[:-1]), distances.view(cells.shape[:-1]))
+        return SearchResult(ids.view(cells.shape[:-1]), distances.view(cells.shape[:-1]))
 
     def _avoid(self, queries: Tensor, excluded: Tensor, ids: Tensor, distances: Tensor) -> None:
         """Replace, in place, keys that come from the excluded input by the nearest other key."""

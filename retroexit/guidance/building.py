@@ -44,9 +44,8 @@ class Candidates:
     """Keys of a stream, in bounded memory, independent of how the stream is batched.
 
     All keys are held while they fit. Then, with ``"fps"``, the newest keys are thinned by farthest points to
-    a few; when such survivors fill half of the memory, they are thinned in turn. `reach`, the sum of the
-    radii, holds for every key ever seen. Each radius is at most twice the smallest that as many centres could
-    have for the whole stream (Gonzalez, 1985). No outlier is lost. With other ways of thinning, a uniform
+    a few; when such survivors fill half of the memory, they are thinned in turn. No outlier is lost: `reach`,
+    the sum of the radii, bounds the distance of every key ever seen. With other ways of thinning, a uniform
     sample of the stream is held (a reservoir).
 
     Args:
@@ -111,10 +110,7 @@ class Candidates:
         """Add keys, float32 ``(b, D)``, each with a row of integers, ``(b, T)``."""
         if not self.seen:  # memory is only taken up as it is written
             self._arrays = [np.empty((self._most, part.shape[1]), part.dtype) for part in (keys, tags)]
-        if self._farthest:
-            self._add_all(keys, tags)
-        else:
-            self._add_sample(keys, tags)
+        (self._add_all if self._farthest else self._add_sample)(keys, tags)
         self.seen += len(keys)
 
     def _add_sample(self, keys: np.ndarray, tags: np.ndarray) -> None:
@@ -143,8 +139,8 @@ class Candidates:
         rows, radius = farthest_points(self.keys[begin:], self._survive, seed=self._seed)
         self._reach = max(self._reach, radius) if begin else self._reach + radius
         self._thinned = self.held = begin + len(rows)
-        for array in self._arrays:  # row by row in ascending order: nothing is held twice
-            for place, row in enumerate(np.sort(rows) + begin, begin):
+        for place, row in enumerate(np.sort(rows) + begin, begin):  # in place, in ascending order
+            for array in self._arrays:
                 array[place] = array[row]
 
     def store(self) -> None:
@@ -208,9 +204,8 @@ def build_bank(
 
     Args:
         features: Batches of key features ``(N, C, H, W)`` with the index of each input ``(N,)``; read once.
-        values_of: Returns the value features ``(len, Cv, Hv, Wv)`` of these inputs; called only for inputs
-            that own a chosen key, a few at a time. The value map must be a whole multiple of the grid of key
-            patches.
+        values_of: Returns the value features ``(len, Cv, Hv, Wv)`` of a few inputs that own a chosen key. The
+            value map must be a whole multiple of the grid of key patches.
         patch: Size of a key's patch, ``(ph, pw)``.
         size: Number of keys in the bank, at most.
         thin: ``"fps"`` (the paper), ``"kmeans"``, ``"random"`` or ``"none"``; see `sampling.thin`.

@@ -14,7 +14,9 @@ from retroexit.branch.branch import GuideShape
 from retroexit.core.identity import fingerprint
 from retroexit.core.nested import cloned
 from retroexit.errors import BankError, OptionError
-from retroexit.guidance.bank import GuidanceBank, Retrieved
+from retroexit.guidance.bank import GuidanceBank
+from retroexit.guidance.sampling import Thinning
+from retroexit.retrieval import SearchResult
 from retroexit.split.split import Begun, SplitGenerator
 from retroexit.stages.decoder import Cut, Decoder
 from retroexit.stages.stage import Stage
@@ -64,7 +66,7 @@ class Guidance:
     inject: Literal["input", "every_stage"] | None = None
     order: Literal[0, 1] = 0
     size: int = 1024
-    thin: Literal["fps", "kmeans", "random", "none"] = "fps"
+    thin: Thinning = "fps"
     retriever: str = "exact"
 
     def __post_init__(self) -> None:
@@ -242,7 +244,7 @@ def find_taps(split: SplitGenerator, guidance: Guidance) -> Taps:
         BankError: If keys and values do not divide into the same patches, a key function does not return
             valid keys, or the keys' feature is the same for all inputs.
     """
-    value_cut = _value_cut(split.decoder, guidance)
+    value_cut = _find_value_cut(split.decoder, guidance)
     shape = value_cut.feature.meta["shape"]
     key = guidance.key if callable(guidance.key) else None
     args, kwargs = split.example
@@ -269,7 +271,7 @@ def find_taps(split: SplitGenerator, guidance: Guidance) -> Taps:
     return Taps(value_cut, guidance.value_after == _IMAGE, key_node, key, key_shape, patch, guide)
 
 
-def _value_cut(decoder: Decoder, guidance: Guidance) -> Cut:
+def _find_value_cut(decoder: Decoder, guidance: Guidance) -> Cut:
     place = guidance.value_after
     if place == _IMAGE:
         return Cut(len(decoder.recording.nodes) - 1, decoder.image, (), ())
@@ -348,7 +350,7 @@ class GuideProvider:
         weights = None if bank.meta.get("fingerprint") is None else fingerprint(self._generator)
         bank.check_origin(fingerprint=weights, **self.taps.origin())
 
-    def retrieve(self, begun: Begun, rows: Tensor | None = None) -> Retrieved:
+    def retrieve(self, begun: Begun, rows: Tensor | None = None) -> SearchResult:
         """Search the bank for the nearest keys of a batch, or of some rows of it.
 
         Raises:
@@ -357,7 +359,7 @@ class GuideProvider:
         return self._required_bank().search(self._query(begun, rows))
 
     def guide(
-        self, begun: Begun, rows: Tensor | None = None, retrieved: Retrieved | None = None
+        self, begun: Begun, rows: Tensor | None = None, retrieved: SearchResult | None = None
     ) -> Tensor | None:
         """Glue the guides of a batch, or of some rows of it; ``None`` where branches take none.
 

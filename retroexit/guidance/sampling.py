@@ -38,7 +38,7 @@ def thin(
         how: ``"fps"`` (`farthest_points`), ``"kmeans"`` (the keys nearest to the centres of clusters),
             ``"random"`` or ``"none"`` (every distinct key).
         eps: See `farthest_points`.
-        seed: Of the first choice, the first centres, or the sample.
+        seed: Of all random choices.
 
     Returns:
         Row numbers, int64 ``(m,)``.

@@ -23,7 +23,7 @@ def sweep_table(evaluation: Evaluation, thresholds: Sequence[float]) -> str:
         rows.append(
             [
                 f"{tau:g}",
-                f"{100 * point.saved:.1f} %",
+                f"{100 * point.saved:z.1f} %",
                 f"{point.mean_loss:.4f}",
                 f"{point.p90_loss:.4f}",
                 "" if point.violations is None else f"{100 * point.violations:.1f} %",
@@ -42,7 +42,7 @@ def limits_table(model: EarlyExitGenerator, thresholds: Sequence[float]) -> str:
         exits, losses = calibration.observed(calibration.losses, calibration.predicted, tau)
         saved, above = 1 - float(shares[exits - 1].mean()), int((losses > tau).sum())
         accepted = limits[0] if len(set(limits)) == 1 else " ".join(limits)
-        rows.append([f"{tau:g}", accepted, f"{100 * saved:.1f} %", f"{above} of {len(losses)}"])
+        rows.append([f"{tau:g}", accepted, f"{100 * saved:z.1f} %", f"{above} of {len(losses)}"])
     return table(["threshold", "predictions up to", "saved", "above"], rows)
 
 
@@ -51,7 +51,7 @@ def promise_table(promise: dict[str, Any]) -> str:
     rows = [
         [
             f"{row['threshold']:g}",
-            f"{100 * row['saved']:.1f} %",
+            f"{100 * row['saved']:z.1f} %",
             f"{row['mean_loss']:.4f}",
             f"{row['above']} of {promise['held_out']}",
             f"{100 * row['violations']:.1f} %",

@@ -77,12 +77,19 @@ class SearchResult:
     """The nearest keys of every query.
 
     Attributes:
-        ids: Rows of what was given to `Retriever.build`, int64 ``(Q, k)``, nearest first.
-        distances: Squared Euclidean distances to them, float32 ``(Q, k)``, ascending.
+        ids: Rows of the keys, int64 ``(Q, k)``, nearest first; from a bank ``(N, h, w)``, one per patch.
+        distances: Squared Euclidean distances to them, float32, of the same shape.
     """
 
     ids: Tensor
     distances: Tensor
+
+    def spread(self, rows: Tensor, count: int) -> SearchResult:
+        """Move row i to ``rows[i]`` of a batch of ``count``; all other rows are infinitely far."""
+        rows = rows.to(self.ids.device)
+        ids = self.ids.new_zeros(count, *self.ids.shape[1:])
+        distances = self.distances.new_full((count, *self.distances.shape[1:]), torch.inf)
+        return SearchResult(ids.index_copy(0, rows, self.ids), distances.index_copy(0, rows, self.distances))
 
 
 class Retriever(ABC):

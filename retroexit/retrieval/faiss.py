@@ -31,16 +31,14 @@ def _running(threads: int, width: int) -> Iterator[None]:
     faiss = _faiss()
     with _settings:
         before, threshold = faiss.omp_get_max_threads(), faiss.cvar.distance_compute_blas_threshold
-        if before != threads:
-            faiss.omp_set_num_threads(threads)
+        faiss.omp_set_num_threads(threads)
         # Since FAISS 1.15 the threshold counts queries x width, and below it (124 queries 1024 wide, one
         # image) the search is eight times slower. Older versions count queries, 20, and need no change.
         faiss.cvar.distance_compute_blas_threshold = min(threshold, 4 * width)
         try:
             yield
         finally:
-            if before != threads:
-                faiss.omp_set_num_threads(before)
+            faiss.omp_set_num_threads(before)
             faiss.cvar.distance_compute_blas_threshold = threshold
 
 
@@ -139,8 +137,7 @@ class FaissRetriever(Retriever):
     def _tune(self, native: Any) -> None:
         """Set the options on the index, or our defaults where they apply."""
         faiss = _faiss()
-        space = faiss.ParameterSpace()
-        ivf = faiss.try_extract_index_ivf(native)
+        space, ivf = faiss.ParameterSpace(), faiss.try_extract_index_ivf(native)
         defaults = {"nprobe": 32 if ivf is None else min(32, ivf.nlist), "ef": 64, "ef_construction": 200}
         theirs = {"nprobe": "nprobe", "ef": "efSearch", "ef_construction": "efConstruction"}
         self._more = self.options["refine"] or 1

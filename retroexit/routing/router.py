@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from retroexit.core.modules import count_macs
-from retroexit.core.nested import clone_strided, tensors
+from retroexit.core.nested import carrying_gradient, clone_strided, tensors
 from retroexit.errors import OptionError, TrainingError
-from retroexit.guidance.bank import Retrieved
 from retroexit.guidance.provider import GuideProvider
+from retroexit.retrieval import SearchResult
 from retroexit.routing.calibration import Calibration
 from retroexit.routing.latency import Latency
 from retroexit.routing.policy import RoutingRequest, assign_by_budget, assign_exits
@@ -37,7 +37,7 @@ class LossPrediction:
 
     losses: Tensor
     is_ood: Tensor
-    retrieved: Retrieved | None = None
+    retrieved: SearchResult | None = None
 
     @property
     def guarded(self) -> Tensor:
@@ -55,7 +55,7 @@ class Choice:
     """
 
     exits: Tensor
-    retrieved: Retrieved | None = None
+    retrieved: SearchResult | None = None
 
 
 class Router(nn.Module):
@@ -214,8 +214,8 @@ class Router(nn.Module):
         return torch.tensor(multipliers, dtype=torch.float64, device=losses.device)
 
     def _check_guides(
-        self, exits: Tensor, retrieved: Retrieved | None, begun: Begun
-    ) -> tuple[Tensor, Retrieved | None, Tensor]:
+        self, exits: Tensor, retrieved: SearchResult | None, begun: Begun
+    ) -> tuple[Tensor, SearchResult | None, Tensor]:
         """Send samples that are too far from their guides to the backbone, which needs no guide."""
         is_far = torch.zeros_like(exits).bool()
         early = (exits < self.exits).nonzero()[:, 0]
@@ -324,7 +324,7 @@ def render(
     parts: list[tuple[Tensor, Any]] = []
     for index, branch in enumerate(branches):
         if index:
-            with torch.no_grad():
+            with carrying_gradient(values.values()):
                 values = split.advance(values, index)
         leaves = exits[rows] == index + 1
         if not bool(leaves.any()):
@@ -340,7 +340,7 @@ def render(
             break
         values, rows = split.select(values, staying), rows[staying]
     else:
-        with torch.no_grad():
+        with carrying_gradient(values.values()):
             parts.append((rows, split.finish(values)))
     return merge(parts, len(exits), split.output_rows)
 

@@ -1,21 +1,22 @@
 """Parts of a recording as modules: segments between two cuts, and tails behind one.
 
-Both run Python code that `torch.fx` generates from their graph, so they can be printed (``.code``), compiled
-(`torch.compile`) and exported (`torch.export`). The generated code drops values after their last use.
+Both run Python code that `torch.fx` generates from their graph: it can be printed (``.code``), compiled
+(`torch.compile`) and exported (`torch.export`), and drops values after their last use.
 """
 
 from __future__ import annotations
 
 import copy
+import operator
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, fx, nn
 
 from retroexit.core.modules import clone_module
 from retroexit.core.nested import change_first_map
-from retroexit.stages.decoder import Cut
+from retroexit.stages.decoder import Cut, is_read_again
 from retroexit.tracing.record import Recording
 
 __all__ = ["GENERATED", "GraphPart", "Segment", "Tail"]
@@ -35,7 +36,7 @@ class GraphPart(nn.Module):
         result: Nested value of nodes that is returned.
 
     Attributes:
-        graph: The part as a graph.
+        graph: The nodes as a graph of their own.
         code: The graph as Python code.
     """
 
@@ -55,21 +56,17 @@ class GraphPart(nn.Module):
         self.graph = graph
 
     def generate(self) -> None:
-        """Generate the code; called when the graph is complete."""
-        python = self.graph.python_code("self")
-        namespace = dict(python.globals)
-        exec(compile(python.src, GENERATED, "exec"), namespace)
-        self.code, self._run = python.src.strip() + "\n", namespace["forward"]
-        self._source = python.src.splitlines()
+        """Generate the code; call it when the graph is complete."""
+        self._run, self.code = _compiled(self.graph)
 
     def recorded_line(self, number: int) -> tuple[str, int] | None:
         """Return the user's line, file and number, behind a line of the generated code."""
-        name = re.match(r"\s*(\w+) = ", self._source[number - 1])
+        name = re.match(r"\s*(\w+) = ", self.code.splitlines()[number - 1])
         nodes = (node for node in self.graph.nodes if name is not None and node.name == name[1])
         return next((node.meta.get("line") for node in nodes), None)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GraphPart:
-        # Graph and code never change and are shared; only what nn.Module holds is copied.
+        # Graph and code never change and are shared.
         duplicate = self.__class__.__new__(self.__class__)
         memo[id(self)] = duplicate
         for key, value in self.__dict__.items():
@@ -78,16 +75,24 @@ class GraphPart(nn.Module):
         return duplicate
 
 
+def _compiled(graph: fx.Graph) -> tuple[Callable[..., Any], str]:
+    """Generate the code of a graph and compile it to a function whose first argument is the module."""
+    python = graph.python_code("self")
+    namespace = dict(python.globals)
+    exec(compile(python.src, GENERATED, "exec"), namespace)
+    return namespace["forward"], python.src
+
+
 class Segment(GraphPart):
     """Runs the nodes between two cuts with the generator's own modules: ``segment(*values)``.
 
     Args:
         recording: The execution that the nodes come from.
         generator: The module that owns the layers.
-        begin: First node.
-        end: One past the last node.
+        begin: Position of the first node.
+        end: Position behind the last node.
         keep: Nodes whose values are returned, as a tuple.
-        enter: Nodes whose values go in; the generator's inputs if ``None``.
+        enter: Nodes whose values are the inputs; the generator's inputs if ``None``.
     """
 
     keep: tuple[fx.Node, ...]
@@ -103,19 +108,18 @@ class Segment(GraphPart):
         enter: Iterable[fx.Node] | None = None,
     ) -> None:
         self.__dict__["keep"] = tuple(keep)
-        inputs = [node for node in recording.nodes if node.op == "placeholder"]
+        earlier, between = recording.nodes[:begin], recording.nodes[begin:end]
+        inputs = (node for node in earlier + between if node.op == "placeholder")
         self.__dict__["enter"] = tuple(inputs if enter is None else enter)
-        between = recording.nodes[begin:end]
-        # Attributes and sizes from before the segment are read again.
-        repeated: set[fx.Node] = set()
-        needed = {used for node in between for used in node.all_input_nodes} - set(between)
-        for node in reversed(recording.nodes[:begin]):
-            if node in needed and (node.meta.get("size") or node.op == "get_attr"):
-                repeated.add(node)
+        needed = {used for node in between for used in node.all_input_nodes}
+        repeated: list[fx.Node] = []
+        for node in reversed(earlier):
+            if node in needed and is_read_again(node):
+                repeated.insert(0, node)
                 needed.update(node.all_input_nodes)
         # A node without effect on the result may need a value that does not cross the cut; it is left out.
         available, nodes = set(self.enter), []
-        for node in (*(node for node in recording.nodes[:begin] if node in repeated), *between):
+        for node in (*repeated, *between):
             if node not in available and available.issuperset(node.all_input_nodes):
                 available.add(node)
                 nodes.append(node)
@@ -138,8 +142,8 @@ class Segment(GraphPart):
 class Tail(GraphPart):
     """The rest of a generator after a cut: ``tail(feature, *live)`` gives the generator's output structure.
 
-    Layers are copies (see `clone_module`) under their dotted paths in the generator, so that parameter names
-    match. Parameters, buffers and constants that the forward itself reads are copied too.
+    Layers are copies (see `clone_module`) under their dotted paths in the generator. Parameters, buffers and
+    constants that the forward itself reads are copied too.
 
     Args:
         recording: The execution to take the rest from.
@@ -151,6 +155,7 @@ class Tail(GraphPart):
     def __init__(self, recording: Recording, generator: nn.Module, cut: Cut, *, share: bool = False) -> None:
         super().__init__(cut.rest, cut.crossing, recording.nodes[-1].args[0])
         self.generate()
+        self._changed_runs: dict[tuple[str, ...], Callable[..., Any]] = {}
         memo: dict[int, Any] = {}
         for node in cut.rest:
             target = str(node.target)
@@ -165,7 +170,7 @@ class Tail(GraphPart):
                     self.register_buffer(target, value.clone(), persistent=False)
                 else:
                     setattr(self, target, value)
-        # After the modules, so that a weight of a copied layer that the forward reads itself is shared.
+        # After the modules, so that the weight of a copied layer is shared with a forward that reads it.
         for node in cut.rest:
             if node.op == "get_attr" and node.target not in recording.constants:
                 self._copy_attribute(generator, str(node.target), memo, share)
@@ -190,31 +195,39 @@ class Tail(GraphPart):
         """Run the tail.
 
         Args:
-            feature: The stage's feature map.
+            feature: The feature map.
             live: The other values that cross the cut, in the order of ``cut.live``.
-            before: By path of a stage, a function that changes its feature-map input.
+            before: By path of a stage, a function to apply to its feature-map input.
 
         Returns:
             A value with the structure of the generator's output.
         """
-        if before:
-            return _Injecting(self, before).run(feature, *live)
-        return self._run(self, feature, *live)
+        if not before:
+            return self._run(self, feature, *live)
+        paths = tuple(before)
+        if paths not in self._changed_runs:
+            self._changed_runs[paths] = self._changed(paths)
+        return self._changed_runs[paths](self, before, feature, *live)
+
+    def _changed(self, paths: Sequence[str]) -> Callable[..., Any]:
+        """Compile the graph with the inputs of some modules changed, by functions that it takes first."""
+        graph = copy.deepcopy(self.graph)
+        with graph.inserting_before(next(iter(graph.nodes))):
+            before = graph.placeholder("before")
+        for node in list(graph.nodes):
+            if node.op == "call_module" and node.target in paths:
+                with graph.inserting_before(node):
+                    module = graph.create_node("get_attr", node.target)
+                    change = graph.call_function(operator.getitem, (before, node.target))
+                    arguments = (module, change, node.args, node.kwargs)
+                    node.replace_all_uses_with(graph.call_function(_call_changed, arguments))
+                graph.erase_node(node)
+        return _compiled(graph)[0]
 
 
-class _Injecting(fx.Interpreter):
-    """Runs a part with the inputs of some modules changed."""
-
-    def __init__(self, part: Any, before: Before) -> None:
-        super().__init__(part)
-        self.extra_traceback = False  # errors keep their message
-        self.before = before
-
-    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """Change the module's first map, then run it."""
-        if target in self.before:
-            args, kwargs = change_first_map(args, kwargs, self.before[target])
-        return super().call_module(target, args, kwargs)
+def _call_changed(module: nn.Module, change: Callable[[Tensor], Tensor], args: Any, kwargs: Any) -> Any:
+    args, kwargs = change_first_map(args, kwargs, change)
+    return module(*args, **kwargs)
 
 
 def _container(root: nn.Module, path: str) -> nn.Module:

@@ -1,9 +1,9 @@
-"""A generator split at its attach points: run it piece by piece, hand over the values at each cut."""
+"""A generator cut at its attach points: run it piece by piece, with the values that cross each cut."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Literal
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from retroexit.core.modules import device_of
-from retroexit.core.nested import cloned, flatten, rebuild, tensors
+from retroexit.core.nested import clone_strided, cloned, flatten, rebuild, tensors
 from retroexit.errors import DeviceError, InputMismatchError, ModeError, RecordingError
 from retroexit.split.segments import Segment, Tail
 from retroexit.stages.decoder import Cut, Decoder
@@ -22,57 +22,8 @@ __all__ = ["Begun", "SplitGenerator", "Values", "are_grouped", "group", "merge",
 
 Values = dict[fx.Node, Any]
 Leaves = list[tuple[tuple[Any, ...], Any]]
-
-
-@dataclass(frozen=True)
-class CallForm:
-    """What a recording depends on in a call besides shapes: structure, types, and values frozen in the graph.
-
-    Attributes:
-        paths: Where tensors are among the arguments.
-        dtypes: Their types.
-        constants: Path and value of everything that is not a tensor.
-    """
-
-    paths: tuple[tuple[Any, ...], ...]
-    dtypes: tuple[torch.dtype, ...]
-    constants: tuple[tuple[tuple[Any, ...], str], ...]
-
-    @classmethod
-    def of(cls, leaves: Leaves) -> CallForm:
-        """Describe a call by the leaves of its arguments."""
-        inputs = [(path, leaf) for path, leaf in leaves if isinstance(leaf, Tensor)]
-        others = [(path, repr(leaf)) for path, leaf in leaves if not isinstance(leaf, Tensor)]
-        return cls(tuple(path for path, _ in inputs), tuple(x.dtype for _, x in inputs), tuple(others))
-
-    def in_precision_of(self, other: CallForm) -> CallForm:
-        """Take over the precision of another call's floating-point tensors."""
-        pairs = zip(self.dtypes, other.dtypes, strict=False)  # of unequal length only where paths differ too
-        both = (b if a.is_floating_point and b.is_floating_point else a for a, b in pairs)
-        return replace(self, dtypes=tuple(both))
-
-    def difference(self, recorded: CallForm) -> str:
-        """Say how this call differs from the recorded one, and what to do."""
-        if self.paths != recorded.paths:
-            return (
-                f"tensors must be at {list(recorded.paths)} as in the recording, got {list(self.paths)}. "
-                "Wrap again with such inputs."
-            )
-        for path, new, old in zip(self.paths, self.dtypes, recorded.dtypes, strict=True):
-            if new != old:
-                return (
-                    f"the input at {path} must be {old} as in the recording, got {new}. Convert it, or "
-                    "wrap again with this type."
-                )
-        for (path, new_value), (_, old_value) in zip(self.constants, recorded.constants, strict=False):
-            if new_value != old_value:
-                return (
-                    f"{path[-1]} must be {old_value} as in the recording, got {new_value}. Values that are "
-                    "not tensors are frozen; wrap again with this value."
-                )
-        return (
-            f"inputs must be {recorded.constants} as recorded, got {self.constants}. Wrap again with these."
-        )
+CallForm = dict[tuple[Any, ...], torch.dtype | str]
+"""What a recording depends on in a call besides shapes, by path: types of tensors, and frozen values."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +33,7 @@ class Begun:
     Attributes:
         values: Values that cross the first cut, by node.
         feature: Feature at the first cut, shape ``(N, C, ...)``.
-        samples: Number of samples; fewer than N where frames are folded into the batch.
+        samples: Number of samples; fewer than N if frames are folded into the batch.
         key_feature: Feature that the keys are cut from, shape ``(N, C, ...)``.
         args: Positional inputs of the call.
         kwargs: Keyword inputs of the call.
@@ -99,7 +50,7 @@ class Begun:
 class SplitGenerator:
     """A recorded generator, cut at its attach points.
 
-    Runs of it do what the generator does, in the same order, so that random draws fall alike.
+    The pieces do what the generator does in the same order, random draws included.
 
     Args:
         generator: The trained generator, in eval mode.
@@ -107,13 +58,14 @@ class SplitGenerator:
         cuts: Where it is cut, in order of execution.
         args: The inputs of the recording.
         kwargs: Its keyword inputs.
-        key_cut: Where guidance keys are cut from, if that is not the first cut's feature; in front of it.
+        key_cut: Cut in front of the first one whose feature guidance keys are made from; the first one's
+            feature if ``None``.
 
     Attributes:
         example: The inputs of the recording.
-        batched: Rows of one sample in the crossing values and the keys' feature that depend on the batch:
-            1 mostly, more where frames are folded in, 0 where samples are not told apart by rows.
-        output_rows: Likewise for tensors of the output; ``None`` where one belongs to no sample.
+        batched: For the crossing values that depend on the batch, rows of one sample: 1, more if frames are
+            folded in, 0 if samples cannot be told apart by rows.
+        output_rows: The same for the tensors of the output; ``None`` for one that belongs to no sample.
         written: For every cut, positions of the crossing values that its tail writes into.
         divides: Whether samples of one batch can be told apart in all of these.
         any_batch: Whether a batch of another size gives the generator's own output.
@@ -132,44 +84,39 @@ class SplitGenerator:
         key_cut: Cut | None = None,
     ) -> None:
         self.generator, self.decoder, self.cuts, self.key_cut = generator, decoder, tuple(cuts), key_cut
-        recording = decoder.recording
         leaves = list(flatten((tuple(args), dict(kwargs))))
-        self._call = CallForm.of(leaves)
         self.example = (cloned(tuple(args)), cloned(dict(kwargs)))
-        self._inputs = [node for node in recording.nodes if node.op == "placeholder"]
-        self._modes = [(m, recording.modes[name]) for name, m in generator.named_modules()]
-        self._device = device_of(generator)
-        self._precision = _precision(generator)
+        self._form = _call_form(leaves)
         self._shapes = {_shape_key(leaves)}
         self.batch = _batch_size(leaves)
+        self._modes = [(m, decoder.recording.modes[name]) for name, m in generator.named_modules()]
+        self._device = device_of(generator)
+        self._precision = _precision(generator)
         self.batched: dict[fx.Node, int] = {}
         self.output_rows, self.divides = list[int | None](), True
         self.written: list[set[int]] = []
-        self._around_key: tuple[Segment, Segment] | None = None
-        self._crossing = [cut.crossing for cut in self.cuts]
         self._prepare()
-        self.any_batch = self._probe_batch(args, kwargs)
+        self.any_batch = self._probe_batch()
         self.divides = self.any_batch and self.divides
 
     def _prepare(self) -> None:
         """Cut the recording into segments."""
         recording, generator = self.decoder.recording, self.generator
-        ends = [0, *(cut.position for cut in self.cuts)]
-        entering = [None, *(cut.crossing for cut in self.cuts)]
-        self.segments = [
-            Segment(recording, generator, begin, cut.position, cut.crossing, enter)
-            for begin, cut, enter in zip(ends, self.cuts, entering, strict=False)
-        ]
+        self._inputs = [node for node in recording.nodes if node.op == "placeholder"]
+        self.segments: list[Segment] = []
+        begin, enter = 0, self._inputs
+        for cut in self.cuts:
+            self.segments.append(Segment(recording, generator, begin, cut.position, cut.crossing, enter))
+            begin, enter = cut.position, list(cut.crossing)
+        self._around_key: tuple[Segment, Segment] | None = None
         if self.key_cut is not None:
-            key_cut = self.key_cut
-            middle, end = key_cut.crossing, self.cuts[0]
-            self._around_key = (
-                Segment(recording, generator, 0, key_cut.position, middle),
-                Segment(recording, generator, key_cut.position, end.position, end.crossing, middle),
-            )
+            (key, middle), end = (self.key_cut.position, self.key_cut.crossing), self.cuts[0]
+            before = Segment(recording, generator, 0, key, middle, self._inputs)
+            behind = Segment(recording, generator, key, end.position, end.crossing, middle)
+            self._around_key = (before, behind)
         self._result = recording.nodes[-1].args[0]
         leaves = [leaf for _, leaf in flatten(self._result) if isinstance(leaf, fx.Node)]
-        self._rest = Segment(recording, generator, ends[-1], len(recording.nodes), leaves, entering[-1])
+        self._rest = Segment(recording, generator, begin, len(recording.nodes), leaves, enter)
 
     def example_now(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The inputs of the recording, in the device and precision that the generator has now."""
@@ -189,16 +136,21 @@ class SplitGenerator:
 
     @property
     def mixes(self) -> bool:
-        """Tell whether samples of one batch may leave at different exits."""
+        """Whether samples of one batch may leave at different exits."""
         return self.divides
+
+    @property
+    def rows_per_sample(self) -> int:
+        """Rows of one sample in the first cut's feature, into which frames may be folded."""
+        return self.batched.get(self.cuts[0].feature) or 1
 
     def start(self, args: Any, kwargs: Any) -> Values:
         """Bind inputs to the recording's placeholders.
 
         Raises:
-            InputMismatchError: If they differ from the recording where that matters.
-            ModeError: If train/eval flags changed since.
-            DeviceError: If the generator moved since.
+            InputMismatchError: If they differ from the recording in structure, types or frozen values.
+            ModeError: If train/eval flags have changed.
+            DeviceError: If the generator was moved.
         """
         self._check_generator()
         leaves = list(flatten((tuple(args), dict(kwargs))))
@@ -213,27 +165,21 @@ class SplitGenerator:
         """
         values, key_feature = self._to_first_cut(self.start(args, kwargs))
         feature = self.crossing(values, 0)[0]
-        return Begun(
-            values, feature, len(feature) // self.rows_per_sample, key_feature, tuple(args), dict(kwargs)
-        )
-
-    @property
-    def rows_per_sample(self) -> int:
-        """Rows of one sample in the first cut's feature, into which frames may be folded."""
-        return self.batched.get(self.cuts[0].feature) or 1
+        samples = len(feature) // self.rows_per_sample
+        return Begun(values, feature, samples, key_feature, tuple(args), dict(kwargs))
 
     def _to_first_cut(self, values: Values) -> tuple[Values, Tensor]:
+        """Run from the inputs to the first cut; returns also the keys' feature."""
         if self.key_cut is None or self._around_key is None:
             values = self.advance(values, 0)
             return values, self.crossing(values, 0)[0]
-        before, behind = self._around_key
-        values = _run(before, values)
-        # What comes next may write into the feature; on every route keys are what the stage returned.
+        values = _run(self._around_key[0], values)
+        # The next segment may write into the feature.
         key_feature: Tensor = values[self.key_cut.feature].clone()
-        return _run(behind, values), key_feature
+        return _run(self._around_key[1], values), key_feature
 
     def key_feature(self, args: Any, kwargs: Any) -> Tensor:
-        """Run no farther than to the feature that keys are cut from, and give it.
+        """Run only to the feature that keys are cut from, and return it.
 
         Raises:
             InputMismatchError, ModeError, DeviceError: See `start`.
@@ -241,21 +187,21 @@ class SplitGenerator:
         values = self.start(args, kwargs)
         if self.key_cut is None or self._around_key is None:
             return self.crossing(self.advance(values, 0), 0)[0]
-        found: Tensor = _run(self._around_key[0], values)[self.key_cut.feature]
-        return found
+        key_feature: Tensor = _run(self._around_key[0], values)[self.key_cut.feature]
+        return key_feature
 
     def advance(self, values: Values, index: int) -> Values:
-        """Run the generator from the cut before to cut ``index`` (from 0); gives the values that cross it."""
+        """Run from the cut before to cut ``index`` (from 0); returns the values that cross it."""
         return _run(self.segments[index], values)
 
     def finish(self, values: Values) -> Any:
-        """Run the rest of the generator from the last cut; gives its output."""
+        """Run from the last cut to the end; returns the generator's output."""
         done = _run(self._rest, values)
         return rebuild(self._result, lambda leaf: done[leaf] if isinstance(leaf, fx.Node) else leaf)
 
     def crossing(self, values: Values, index: int) -> list[Tensor]:
         """List the values that cross a cut, the feature first."""
-        return [values[node] for node in self._crossing[index]]
+        return [values[node] for node in self.cuts[index].crossing]
 
     def select(self, values: Values, rows: Tensor) -> Values:
         """Keep some samples of a batch."""
@@ -265,26 +211,56 @@ class SplitGenerator:
         }
 
     def tail(self, index: int, *, share: bool = False) -> Tail:
-        """Copy everything after a cut as a module; on request with the generator's own weights, to read."""
+        """Copy everything after a cut as a module; with ``share`` it holds the generator's own weights."""
         return Tail(self.decoder.recording, self.generator, self.cuts[index], share=share)
 
     def value_at(self, cut: Cut, args: Any, kwargs: Any) -> Tensor:
-        """Run the generator up to another cut; gives its feature ``(N, C, ...)``."""
+        """Run the generator up to another cut; returns its feature ``(N, C, ...)``."""
         segment = Segment(self.decoder.recording, self.generator, 0, cut.position, [cut.feature])
-        found: Tensor = _run(segment, self.start(args, kwargs))[cut.feature]
-        return found
+        feature: Tensor = _run(segment, self.start(args, kwargs))[cut.feature]
+        return feature
 
-    def place_of(self, image: Any) -> Tensor:
-        """Find the image in an output of the generator or of a branch."""
+    def place_of(self, output: Any) -> Tensor:
+        """Return the image in an output of the generator or of a branch."""
         for key in self.decoder.image_path:
-            image = image[key] if isinstance(image, (tuple, list, dict)) else getattr(image, key)
-        found: Tensor = image
-        return found
+            output = output[key] if isinstance(output, (tuple, list, dict)) else getattr(output, key)
+        image: Tensor = output
+        return image
 
     @property
     def cuda_devices(self) -> list[torch.device]:
         """Devices besides the CPU that the generator draws random numbers on."""
         return [self._device] if self._device.type == "cuda" else []
+
+    def states(self, *, self_test: bool = False, count: int | None = None) -> list[list[Tensor]]:
+        """Run the example inputs up to each cut; sets ``written``.
+
+        Args:
+            self_test: Whether to check that the tail behind each cut reproduces the generator's output.
+            count: Number of cuts; all if ``None``.
+
+        Returns:
+            For each cut the values that cross it.
+
+        Raises:
+            RecordingError: If the self-test fails.
+        """
+        states: list[list[Tensor]] = []
+        written = []
+        with torch.no_grad():
+            expected = self._generator_outputs(*self.example) if self_test else None
+            with unobserved(self.generator):
+                values = self.start(*cloned(self.example))
+                for index in range(len(self.cuts) if count is None else count):
+                    values = self.advance(values, index)
+                    states.append([clone_strided(value) for value in self.crossing(values, index)])
+                    written.append(set(range(len(states[-1]))))
+                    if expected is not None:
+                        changed = self._self_test(index, list(map(clone_strided, states[-1])), expected)
+                        # Where the forward runs again, another value may be written in another call.
+                        written[-1] = written[-1] if self.decoder.replayed else changed
+        self.written = written if count is None else self.written
+        return states
 
     # Checks.
 
@@ -296,20 +272,18 @@ class SplitGenerator:
     def _check_generator(self) -> None:
         for module, mode in self._modes:
             if module.training != mode:
-                state = "train" if module.training else "eval"
+                names = {True: "train", False: "eval"}
                 raise ModeError(
-                    f"{type(module).__name__} must be in {'train' if mode else 'eval'} mode as in the "
-                    "recording, "
-                    f"got {state} mode. Set the generator's mode back, or wrap it again.",
+                    f"{type(module).__name__} must be in {names[mode]} mode as in the recording, got "
+                    f"{names[not mode]} mode. Set the generator's mode back, or wrap it again.",
                     module,
                 )
         first = next(chain(self.generator.parameters(), self.generator.buffers()), None)
         device = self._device if first is None else first.device
         if device != self._device:
             raise DeviceError(
-                f"the generator must be on {self._device} as in the recording, got {device}. Move it "
-                "first, then "
-                "wrap it again (retroexit.load keeps the trained branches).",
+                f"the generator must be on {self._device} as in the recording, got {device}. Move it first, "
+                "then wrap it again (retroexit.load keeps the trained branches).",
                 device,
             )
 
@@ -319,156 +293,140 @@ class SplitGenerator:
         Raises:
             DeviceError: If it was.
         """
-        own, left = _precision(self.generator), _precision(branch)
-        if own != self._precision and left == self._precision:
+        current, left = _precision(self.generator), _precision(branch)
+        if current != self._precision and left == self._precision:
             raise DeviceError(
-                f"generator and branch must have one precision, got {own} and {left}. Convert both: "
-                f"model.to({own}).",
+                f"generator and branch must have one precision, got {current} and {left}. Convert both: "
+                f"model.to({current}).",
                 branch,
             )
 
     def _check_call(self, args: Any, kwargs: Any, leaves: Leaves) -> None:
-        call = CallForm.of(leaves)
-        # A generator that was converted runs in its new precision: that is checked as a new shape is.
-        if call != self._call and not (
-            _precision(self.generator) != self._precision and call.in_precision_of(self._call) == self._call
-        ):
-            raise InputMismatchError(call.difference(self._call), (args, kwargs))
+        form = _call_form(leaves)
+        if form != self._form:
+            converted = _precision(self.generator) != self._precision
+            difference = _difference(form, self._form, ignore_precision=converted)
+            if difference:
+                raise InputMismatchError(difference, (args, kwargs))
         self._check_shape(args, kwargs, leaves)
 
     def _check_shape(self, args: Any, kwargs: Any, leaves: Leaves) -> None:
-        key = _shape_key(leaves)
-        if key in self._shapes:
-            batch = _batch_size(leaves)
-            if batch != self.batch and not self.any_batch:
-                raise InputMismatchError(
-                    f"the batch size must be {self.batch}, which the generator's forward fixes, got {batch}. "
-                    "Wrap again with example inputs of this batch size.",
-                    batch,
-                )
-            return
-        self._verify_shape(args, kwargs)
-        self._shapes.add(key)
-
-    def _verify_shape(self, args: Any, kwargs: Any) -> None:
         """Compare pieces and generator once on inputs of a new shape or precision."""
-        shapes = [tuple(t.shape) for t in tensors((args, kwargs))]
-        precision = _precision(self.generator)
-        what = f"shapes {shapes}" if precision == self._precision else f"shapes {shapes} in {precision}"
-        try:
-            agrees = self._agrees(args, kwargs)
-        except Exception as error:
+        key = _shape_key(leaves)
+        batch = _batch_size(leaves)
+        if key not in self._shapes:
+            shapes = [tuple(t.shape) for t in tensors((args, kwargs))]
+            precision = _precision(self.generator)
+            suffix = "" if precision == self._precision else f" in {precision}"
+            problem = self._mismatch(args, kwargs)[0]
+            if problem:
+                raise InputMismatchError(
+                    f"the recorded forward fixes sizes or types: it {problem} for inputs of shapes "
+                    f"{shapes}{suffix}. Wrap again with such example inputs.",
+                    shapes,
+                )
+            self._shapes.add(key)
+        elif batch != self.batch and not self.any_batch:
             raise InputMismatchError(
-                f"the recorded forward fixes sizes or types and raises {type(error).__name__}: "
-                f"{error} for inputs "
-                f"of {what}. Wrap again with such example inputs.",
-                shapes,
-            ) from error
-        if not agrees:
-            raise InputMismatchError(
-                f"the recorded forward gives another output than the generator for inputs of {what}. "
-                "Wrap again "
-                "with such example inputs.",
-                shapes,
+                f"the batch size must be {self.batch}, which the generator's forward fixes, got {batch}. "
+                "Wrap again with example inputs of this batch size.",
+                batch,
             )
 
-    def _agrees(self, args: Any, kwargs: Any, shapes: dict[Any, Any] | None = None) -> bool:
-        """Compare pieces and generator; notes the shapes of what `_look` sees, where a place is given."""
+    def _generator_outputs(self, args: Any, kwargs: Any) -> list[Tensor]:
         with torch.no_grad(), unobserved(self.generator):
-            want = tensors(self.generator(*cloned(args), **cloned(kwargs)))
-        seen, got = self._look((args, kwargs), lambda value: tuple(value.shape))
-        if shapes is not None:
-            shapes.update(seen)
-        return len(want) == len(got) and all(
-            w.shape == g.shape
-            and w.dtype == g.dtype
-            and torch.allclose(w.float(), g.float(), rtol=1e-4, atol=1e-5)
-            for w, g in zip(want, got, strict=True)
+            return tensors(self.generator(*cloned(args), **cloned(kwargs)))
+
+    def _self_test(self, index: int, crossing: list[Tensor], expected: list[Tensor]) -> set[int]:
+        """Check that the unchanged tail behind a cut gives the generator's output bit for bit.
+
+        The segments before it have just run, so that random draws are equal.
+
+        Returns:
+            Positions of the values that the tail writes into.
+        """
+        versions = [value._version for value in crossing]
+        with unobserved(self.generator):
+            outputs = tensors(self.tail(index, share=True)(*crossing))
+        if len(outputs) != len(expected) or not all(map(torch.equal, outputs, expected)):
+            pairs = [(a, b) for a, b in zip(outputs, expected, strict=False) if a.shape == b.shape]
+            differences = (float((a.float() - b.float()).abs().max()) for a, b in pairs)
+            raise RecordingError(
+                f"the recorded rest of the generator behind cut {index + 1} does not reproduce its output "
+                f"(largest difference {max(differences, default=float('nan')):.3g}). Attach elsewhere, or pass "
+                "self_test=False if the generator draws random numbers behind this place in an order of its own.",
+                index,
+            )
+        return {i for i, value in enumerate(crossing) if value._version != versions[i]}
+
+    def _mismatch(self, args: Any, kwargs: Any) -> tuple[str, dict[Any, Tensor]]:
+        """Compare pieces and generator; returns how they differ (empty if not), and what `_look` saw."""
+        try:
+            expected = self._generator_outputs(args, kwargs)
+            seen, outputs = self._look(args, kwargs)
+        except Exception as error:
+            return f"raises {type(error).__name__}: {error}", {}
+        agrees = len(expected) == len(outputs) and all(
+            a.shape == b.shape
+            and a.dtype == b.dtype
+            and torch.allclose(a.float(), b.float(), rtol=1e-4, atol=1e-5)
+            for a, b in zip(expected, outputs, strict=True)
         )
+        return "" if agrees else "gives another output than the generator", seen
 
-    def _probe_batch(self, args: Any, kwargs: Any) -> bool:
-        """Run with one more sample and other numbers; see what is batched and whether anything was frozen."""
-        batch = self.batch
+    def _look(self, args: Any, kwargs: Any) -> tuple[dict[Any, Tensor], list[Tensor]]:
+        """Run the pieces; returns copies of what crosses each cut, by node, and of the output, by number."""
+        seen: dict[Any, Tensor] = {}
+        with torch.no_grad(), unobserved(self.generator):
+            values, key_feature = self._to_first_cut(self._bind(cloned(args), cloned(kwargs)))
+            if self.key_cut is not None:
+                seen[self.key_cut.feature] = key_feature
+            for index in range(len(self.cuts)):
+                values = self.advance(values, index) if index > 0 else values
+                seen.update((n, v.clone()) for n, v in values.items() if isinstance(v, Tensor))
+            outputs = tensors(self.finish(values))
+        return seen | dict(enumerate(outputs)), outputs
 
-        def other(leaf: Any) -> Any:
-            return leaf * 0.9 if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
-
-        def grow(leaf: Any) -> Any:
-            if not isinstance(leaf, Tensor) or leaf.dim() == 0 or leaf.shape[0] != batch:
-                return leaf
-            return torch.cat([other(leaf), other(other(leaf[:1]))])
-
-        few = rebuild((tuple(args), dict(kwargs)), other)
-        many, shapes = rebuild((tuple(args), dict(kwargs)), grow), dict[Any, Any]()
-        if not self._trouble(many[0], many[1], shapes):
-            cuts = self.cuts if self.key_cut is None else (self.key_cut, *self.cuts)
-            recorded: dict[Any, Any] = {
-                n: n.meta["shape"] for cut in cuts for n in cut.crossing if n.meta["shape"]
-            }
-            outputs = enumerate(tensors(self.decoder.recording.output))
-            recorded |= {i: tuple(x.shape) or None for i, x in outputs}
-            self._find_rows(few, many, recorded, shapes)
+    def _probe_batch(self) -> bool:
+        """Run other numbers, and one more sample: see what is batched and whether anything is frozen."""
+        other, larger = self._other_inputs()
+        problem, large = self._mismatch(*larger)
+        if not problem:
+            self._find_rows(self._look(*other)[0], large)
             return True
-        trouble = self._trouble(*few)
-        if trouble:
+        problem = self._mismatch(*other)[0]
+        if problem:
             reads = [read.line for read in self.decoder.recording.reads]
             frozen = f" Values read out of tensors are frozen: {'; '.join(reads[:3])}." if reads else ""
             raise RecordingError(
-                f"the recorded execution of {type(self.generator).__name__} {trouble} on other "
-                f"inputs.{frozen} "
+                f"the recorded execution of {type(self.generator).__name__} {problem} on other inputs.{frozen} "
                 "Attach branches to a submodule whose forward does not depend on the data's values.",
                 self.generator,
             )
         return False
 
-    def _trouble(self, args: Any, kwargs: Any, shapes: dict[Any, Any] | None = None) -> str:
-        """Say how the pieces differ from the generator on these inputs; empty when they do not."""
-        try:
-            return "" if self._agrees(args, kwargs, shapes) else "gives another output than the generator"
-        except Exception as error:
-            return f"raises {type(error).__name__}: {error}"
+    def _other_inputs(self) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
+        """Example inputs with other numbers; and the same with one more sample."""
 
-    def _find_rows(
-        self, small: tuple[Any, Any], large: tuple[Any, Any], shapes: dict[Any, Any], grown: dict[Any, Any]
-    ) -> None:
-        """See which rows belong to which sample, from a batch and the same with one more sample."""
-        rows = rows_per_sample(shapes, grown, _batch_size(list(flatten(small))))
+        def other(leaf: Any) -> Any:
+            return leaf * 0.9 if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+        def larger(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor) or leaf.dim() == 0 or leaf.shape[0] != self.batch:
+                return leaf
+            return torch.cat([other(leaf), other(other(leaf[:1]))])
+
+        return rebuild(self.example, other), rebuild(self.example, larger)
+
+    def _find_rows(self, small: dict[Any, Tensor], large: dict[Any, Tensor]) -> None:
+        """Find the rows that belong to one sample, from a batch and the same with one more sample."""
+        shapes, grown = ({name: tuple(v.shape) for name, v in seen.items()} for seen in (small, large))
+        rows = rows_per_sample(shapes, grown, self.batch)
         self.batched = {node: size for node, size in rows.items() if isinstance(node, fx.Node)}
-        self.output_rows = [rows.get(name) for name in shapes if isinstance(name, int)]
-        self.divides = all(rows.values())
-        folded = [name for name, size in rows.items() if size > 1]
-        if folded and self.divides:
-            few, many = self._look(small, Tensor.clone)[0], self._look(large, Tensor.clone)[0]
-            self.divides = all(name in many and are_grouped(few[name], many[name]) for name in folded)
-
-    def _look(
-        self, given: tuple[Any, Any], look: Callable[[Tensor], Any]
-    ) -> tuple[dict[Any, Any], list[Tensor]]:
-        """Run the pieces and look at what crosses each cut, by node, and at the output, by number."""
-        found: dict[Any, Any] = {}
-
-        def note(values: Iterable[tuple[Any, Any]]) -> None:
-            found.update((n, look(v)) for n, v in values if isinstance(v, Tensor) and v.dim() > 0)
-
-        with torch.no_grad(), unobserved(self.generator):
-            values = self._bind(*cloned(given))
-            if self.key_cut is not None:
-                values, key_feature = self._to_first_cut(values)
-                note([(self.key_cut.feature, key_feature)])
-            for index in range(len(self.cuts)):
-                values = values if index == 0 and self.key_cut is not None else self.advance(values, index)
-                note(values.items())
-            outputs = tensors(self.finish(values))
-            found.update((i, look(v) if v.dim() > 0 else None) for i, v in enumerate(outputs))
-        return found, outputs
-
-
-def _shape_key(leaves: Leaves) -> tuple[Any, ...]:
-    return tuple((x.dtype, *x.shape[1:]) for _, x in leaves if isinstance(x, Tensor))
-
-
-def _batch_size(leaves: Leaves) -> int:
-    return next((x.shape[0] for _, x in leaves if isinstance(x, Tensor) and x.dim() > 0), 1)
+        self.output_rows = [rows.get(name) for name in small if isinstance(name, int)]
+        self.divides = all(rows.values()) and all(
+            are_grouped(small[name], large[name]) for name, size in rows.items() if size > 1
+        )
 
 
 def places(
@@ -486,13 +444,49 @@ def _precision(module: nn.Module) -> torch.dtype | None:
     return next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
 
 
-# Rows of a value that belong to one sample: mostly one; more where frames are folded into the batch.
+# The form of a call.
+
+
+def _shape_key(leaves: Leaves) -> tuple[Any, ...]:
+    return tuple((x.dtype, *x.shape[1:]) for _, x in leaves if isinstance(x, Tensor))
+
+
+def _batch_size(leaves: Leaves) -> int:
+    return next((x.shape[0] for _, x in leaves if isinstance(x, Tensor) and x.dim() > 0), 1)
+
+
+def _call_form(leaves: Leaves) -> CallForm:
+    return {path: leaf.dtype if isinstance(leaf, Tensor) else repr(leaf) for path, leaf in leaves}
+
+
+def _difference(form: CallForm, recorded: CallForm, *, ignore_precision: bool) -> str:
+    """Describe the first difference between a call and the recorded one; empty if there is none."""
+    paths, expected_paths = (
+        [path for path, x in f.items() if isinstance(x, torch.dtype)] for f in (form, recorded)
+    )
+    if set(paths) != set(expected_paths):
+        return f"tensors must be at {expected_paths} as in the recording, got {paths}. Wrap again with such inputs."
+    for path in {**recorded, **form}:
+        value, expected = form.get(path, "nothing"), recorded.get(path, "nothing")
+        if isinstance(value, torch.dtype) and isinstance(expected, torch.dtype):
+            is_converted = ignore_precision and value.is_floating_point and expected.is_floating_point
+            problem = "" if is_converted else f"the input at {path}"
+            advice = "Convert it, or wrap again with this type."
+        else:
+            problem = str(path[-1])
+            advice = "Values that are not tensors are frozen; wrap again with this value."
+        if problem and value != expected:
+            return f"{problem} must be {expected} as in the recording, got {value}. {advice}"
+    return ""
+
+
+# Rows of a value that belong to one sample: mostly one; more if frames are folded into the batch.
 
 
 def rows_per_sample(
     small: Mapping[Hashable, tuple[int, ...]], large: Mapping[Hashable, tuple[int, ...]], batch: int
 ) -> dict[Hashable, int]:
-    """Compare shapes at two batch sizes; gives the rows of one sample, for values that depend on the batch.
+    """Compare shapes at two batch sizes; returns the rows of one sample, for values that depend on the batch.
 
     Args:
         small: Shapes by name, at a batch of ``batch``.
@@ -500,21 +494,20 @@ def rows_per_sample(
         batch: The smaller batch size.
 
     Returns:
-        Rows of one sample, 0 where the first axis is no multiple of the batch or another axis grows too.
-        Values of the same shape at both sizes belong to no sample and are left out.
+        Rows of one sample, 0 if the first axis is no multiple of the batch or another axis grows too. Values
+        of the same shape at both sizes are left out.
     """
-    found: dict[Hashable, int] = {}
+    rows_of: dict[Hashable, int] = {}
     for name, shape in small.items():
         other = large.get(name, shape)
-        if shape == other:
-            continue
-        rows = other[0] - shape[0] if shape[1:] == other[1:] else 0
-        found[name] = rows if rows > 0 and shape[0] == rows * batch else 0
-    return found
+        if shape != other:
+            rows = other[0] - shape[0] if shape[1:] == other[1:] else 0
+            rows_of[name] = rows if rows > 0 and shape[0] == rows * batch else 0
+    return rows_of
 
 
 def are_grouped(small: Tensor, large: Tensor) -> bool:
-    """Tell whether rows of one sample lie side by side: one more sample then leaves the first rows alone.
+    """Return whether rows of one sample lie side by side, so that one more sample leaves the first rows alone.
 
     Args:
         small: A value with several rows per sample.
@@ -522,12 +515,12 @@ def are_grouped(small: Tensor, large: Tensor) -> bool:
     """
     first = small[:1].expand_as(small)
     if torch.allclose(small.float(), first.float(), rtol=1e-3, atol=1e-5):
-        return False  # all rows alike say nothing about their order
+        return False  # equal rows do not show their order
     return torch.allclose(small.float(), large[: len(small)].float(), rtol=1e-3, atol=1e-5)
 
 
 def group(rows: Tensor, size: int) -> Tensor:
-    """Write out the rows of some samples, each with a group of ``size`` rows.
+    """Return the rows of some samples that have ``size`` rows each.
 
     >>> group(torch.tensor([0, 2]), 3).tolist()
     [0, 1, 2, 6, 7, 8]
@@ -536,18 +529,23 @@ def group(rows: Tensor, size: int) -> Tensor:
 
 
 def merge(parts: list[tuple[Tensor, Any]], count: int, sizes: Sequence[int | None]) -> Any:
-    """Put the outputs of parts of a batch back into the batch's order."""
+    """Join the outputs of parts of a batch in the batch's order.
+
+    Args:
+        parts: Sample numbers and output of each part.
+        count: Number of samples.
+        sizes: For each tensor of the output, rows of one sample; ``None`` if it belongs to no sample.
+    """
     if len(parts) == 1:
         return parts[0][1]
-    outputs = [tensors(output) for _, output in parts]
     merged: list[Tensor] = []
-    for size, *leaves in zip(sizes, *outputs, strict=True):
+    for size, *leaves in zip(sizes, *(tensors(output) for _, output in parts), strict=True):
         if size is None:
             merged.append(leaves[0])
             continue
-        whole = leaves[0].new_empty(count * size, *leaves[0].shape[1:])
+        joined = leaves[0].new_empty(count * size, *leaves[0].shape[1:])
         for leaf, (rows, _) in zip(leaves, parts, strict=True):
-            whole[group(rows, size).to(whole.device)] = leaf.detach()
-        merged.append(whole)
+            joined[group(rows, size).to(joined.device)] = leaf.detach()
+        merged.append(joined)
     rest = iter(merged)
     return rebuild(parts[0][1], lambda leaf: next(rest) if isinstance(leaf, Tensor) else leaf)

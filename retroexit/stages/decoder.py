@@ -19,7 +19,15 @@ from retroexit.stages.stage import Stage, suggest_attach_points
 from retroexit.tracing.record import Recording, record, steering_line
 from retroexit.tracing.recorder import Call
 
-__all__ = ["Cut", "Decoder", "forward_signature", "input_names", "read_decoder", "value_names"]
+__all__ = [
+    "Cut",
+    "Decoder",
+    "forward_signature",
+    "input_names",
+    "is_read_again",
+    "read_decoder",
+    "value_names",
+]
 
 
 @dataclass(frozen=True)
@@ -96,11 +104,11 @@ class Decoder:
         for i in range(len(nodes) - 2, -1, -1):
             node = nodes[i]
             # Sizes and attributes are read again, so that a part of a batch sees its own sizes.
-            repeats = i >= position or _is_read_again(node)
+            repeats = i >= position or is_read_again(node)
             if repeats and (node in needed or (i >= position and node.meta.get("mutates"))):
                 needed.update(node.all_input_nodes)
                 rest.append(node)
-        live = [node for node in nodes[:position] if node in needed and not _is_read_again(node)]
+        live = [node for node in nodes[:position] if node in needed and not is_read_again(node)]
         feature = next((node for node in features if node in live), None)
         if feature is None:
             raise AttachPointError(
@@ -139,7 +147,8 @@ class Decoder:
         return sorted(maps, key=lambda node: -shape_of(node)[1])
 
 
-def _is_read_again(node: fx.Node) -> bool:
+def is_read_again(node: fx.Node) -> bool:
+    """Return whether a node behind a cut is repeated there instead of crossing it: a size or an attribute."""
     return bool(node.meta.get("size")) or node.op == "get_attr"
 
 

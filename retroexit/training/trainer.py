@@ -148,7 +148,6 @@ class BranchTrainer:
         distance: Term on the branch's layers, or ``None``.
 
     Attributes:
-        step: Number of steps done.
         image: Image of the branch in the last step, in [-1, 1], without gradient.
     """
 
@@ -327,14 +326,7 @@ def _below(tensors: dict[str, Tensor], start: str) -> dict[str, Tensor]:
 
 
 class TrainingWriter:
-    """Writes the parts of losses and the images of exits for TensorBoard.
-
-    Args:
-        folder: The folder for ``tensorboard --logdir``.
-
-    Raises:
-        MissingExtraError: If tensorboard is not installed.
-    """
+    """Writes the parts of losses and the images of exits to a folder for ``tensorboard --logdir``."""
 
     def __init__(self, folder: Path) -> None:
         try:

@@ -1,4 +1,4 @@
-"""Widths that a forward computes with in its own ways: they shrink, or the line that keeps them is named."""
+"""Widths that a forward computes with in its own ways: they shrink, or a pin says why they do not."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import retroexit
+from retroexit.branch.widths.plan import Pin
 from retroexit.model import EarlyExitGenerator
 
 
@@ -92,8 +93,8 @@ class Heads(Block):
         n, c, *size = y.shape
         tokens = self.qkv(y.flatten(2).transpose(1, 2)).reshape(n, -1, 3, self.heads, self.size)
         q, k, v = tokens.permute(2, 0, 3, 1, 4)
-        found = (q @ k.transpose(-1, -2) * self.size**-0.5).softmax(-1) @ v
-        return found.transpose(1, 2).reshape(n, -1, self.heads * self.size).transpose(1, 2).view(n, c, *size)
+        values = (q @ k.transpose(-1, -2) * self.size**-0.5).softmax(-1) @ v
+        return values.transpose(1, 2).reshape(n, -1, self.heads * self.size).transpose(1, 2).view(n, c, *size)
 
 
 class LookedUp(Block):
@@ -125,13 +126,15 @@ def test_widths_that_a_forward_computes_with_shrink(block: Any) -> None:
     assert model(x, exit=1).shape == (1, 3, 16, 16)
 
 
-def test_a_configuration_is_the_branchs_own() -> None:
+def test_a_configuration_is_the_branchs_own_saved_and_loaded(tmp_path: Any) -> None:
     model, x = wrapped(Configured)
     before = model.generator(x)
     thin, full = model.branches[0].tail.get_submodule("blocks.1"), model.generator.blocks[1]
     assert (thin.cfg.width, full.cfg.width) == (8, 32)
     assert thin.cfg.groups in (1, 2, 4)
     assert torch.equal(model(x), before)
+    model.save(tmp_path)
+    assert torch.equal(retroexit.load(tmp_path, model.generator)(x, exit=1), model(x, exit=1))
 
 
 def test_heads_stay_a_divisor_of_the_width() -> None:
@@ -139,13 +142,6 @@ def test_heads_stay_a_divisor_of_the_width() -> None:
     thin = model.branches[0].tail.get_submodule("blocks.1")
     assert thin.heads * thin.size * 3 == thin.qkv.weight.shape[0]
     assert thin.heads < 4 or thin.size < 8
-
-
-def test_a_configuration_is_saved_and_loaded(tmp_path: Any) -> None:
-    model, x = wrapped(Configured)
-    model.save(tmp_path)
-    again = retroexit.load(tmp_path, model.generator)
-    assert torch.equal(again(x, exit=1), model(x, exit=1))
 
 
 def test_a_table_that_is_looked_up_keeps_its_rows_and_names_the_line() -> None:
@@ -164,3 +160,148 @@ def test_a_width_that_numpy_computes_with_is_fixed_and_the_line_is_named() -> No
     assert any("y / np.sqrt(y.shape[1])" in pin.reason for pin in branch.pins)
     assert branch.tail.get_parameter("blocks.1.a.weight").shape == (32, 32, 3, 3)
     assert model(x, exit=1).shape == (1, 3, 16, 16)
+
+
+class Kernels(nn.Module):
+    """Convolutions of PyTorch's, one parametrised, and a bare weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Conv2d(16, 16, 3, padding=1)
+        self.two = nn.utils.parametrizations.weight_norm(nn.Conv1d(16, 16, 5, padding=2))
+        self.bare = nn.Parameter(torch.randn(3, 16, 3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.two(self.one(x).flatten(2)).view_as(x)
+        return nn.functional.conv2d(h, self.bare, padding=1)
+
+
+@pytest.mark.parametrize("least", [1, 2, 4])
+def test_kernels_are_no_widths_however_small_the_floor(least: int) -> None:
+    generator = nn.Sequential(nn.Conv2d(4, 16, 1), nn.ReLU(), Kernels()).eval()
+    model = retroexit.wrap(
+        generator, ["0"], 1 / 16, min_channels=least, example_inputs=(torch.randn(1, 4, 8, 8),), adapter=False
+    )
+    shapes = {name: tuple(p.shape) for name, p in model.branches[0].tail.named_parameters()}
+    assert shapes["2.one.weight"] == (least, least, 3, 3)
+    assert shapes["2.two.parametrizations.weight.original1"] == (least, least, 5)
+    assert shapes["2.bare"] == (3, least, 3, 3)
+    assert set(model.exits[0].pinned) <= {"2.bare[0] fixed to 3 by the size of the output"}
+
+
+class Recurrent(nn.Module):
+    """A decoder that returns its state besides the image, as one that runs on frames does."""
+
+    def __init__(self, as_dict: bool) -> None:
+        super().__init__()
+        self.as_dict = as_dict
+        self.stem = nn.Conv2d(4, 32, 3, padding=1)
+        self.body = nn.Sequential(nn.Conv2d(32, 32, 3, padding=1), nn.ReLU())
+        self.state = nn.Conv2d(32, 32, 3, padding=1)
+        self.rgb = nn.Conv2d(32, 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Any:
+        state = self.state(self.body(self.stem(x)).tanh())
+        image = self.rgb(state.relu())
+        return {"image": image, "state": state} if self.as_dict else (image, [state])
+
+
+def pins(generator: nn.Module, place: str, **options: Any) -> tuple[Pin, ...]:
+    x = torch.randn(1, 4, 8, 8)
+    model = retroexit.wrap(generator.eval(), [place], 1 / 4, min_channels=8, example_inputs=(x,), **options)
+    with torch.no_grad():
+        model(x, exit=1)
+    return model.branches[0].pins
+
+
+@pytest.mark.parametrize(
+    ("as_dict", "image", "entry"), [(True, "image", r"\['state'\]"), (False, 0, r"\[1\]\[0\]")]
+)
+def test_a_returned_state_is_named_and_how_to_drop_it(as_dict: bool, image: Any, entry: str) -> None:
+    fixed = pins(Recurrent(as_dict), "stem", image=image)
+    assert {pin.parameter for pin in fixed} == {"state.weight", "state.bias", "rgb.weight"}
+    for pin in fixed:
+        with pytest.raises(AssertionError, match=rf"output's entry {entry}, .*returns the image alone"):
+            raise AssertionError(str(pin))
+
+
+class ImageAlone(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)["image"]
+
+
+def test_a_module_that_returns_the_image_alone_lets_the_state_shrink() -> None:
+    assert pins(ImageAlone(Recurrent(True)), "inner.stem") == ()
+
+
+class Chain(nn.Module):
+    """A stem, a body and an image; what it does between them is the subject."""
+
+    def __init__(self, channels: int = 32) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(4, 32, 3, padding=1)
+        self.skip = nn.Conv2d(4, 32, 1)
+        self.body = nn.Conv2d(32, channels, 3, padding=1)
+        self.rgb = nn.Conv2d(32, 3, 3, padding=1)
+
+
+class Skipping(Chain):
+    """Adds a skip of full width, made in front of the cut, to a trunk."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        side = self.skip(x)
+        return self.rgb(self.body(self.stem(x).relu()) + side)
+
+
+def test_a_live_value_is_named_as_inspect_names_it() -> None:
+    fixed = pins(Skipping(), "stem")
+    assert fixed and all(pin.is_live for pin in fixed)
+    assert {pin.reason.partition(",")[0] for pin in fixed} == {"the live value 'skip'"}
+
+
+class Folded(Chain):
+    """Folds 32 channels into 8 by a number that its code has."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.body(self.stem(x).relu())
+        y = y.view(y.shape[0], 4, 8, *y.shape[2:]).flip(1)
+        return self.rgb(y.flatten(1, 2))
+
+
+class Gated(Chain):
+    """Half of the channels gates the other half; the half is computed as ``int(c / 2)``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.body(self.stem(x))
+        half = int(y.size(1) / 2)
+        return self.rgb(y[:, :half] * torch.sigmoid(y[:, half:]))
+
+
+@pytest.mark.parametrize(
+    ("generator", "line"), [(Folded(), "y.view(y.shape[0], 4, 8"), (Gated(64), "y[:, :half] * torch.sigmoid")]
+)
+def test_a_number_or_a_converted_width_is_named_by_its_line(generator: nn.Module, line: str) -> None:
+    fixed = pins(generator, "stem")
+    assert {pin.parameter for pin in fixed} == {"body.weight", "body.bias", "rgb.weight"}
+    assert all(f"{__file__}:" in pin.reason for pin in fixed)
+    assert any(line in pin.reason for pin in fixed)
+
+
+class Scripted(Chain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = torch.jit.script(nn.Sequential(nn.Conv2d(32, 32, 1), nn.Sigmoid()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rgb(self.gate(self.stem(x).relu()))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated")
+def test_a_scripted_module_keeps_its_widths_and_is_named() -> None:
+    fixed = pins(Scripted(), "stem")
+    assert "gate.0.weight" in {pin.parameter for pin in fixed}
+    assert any("the scripted module gate (Sequential)" in pin.reason for pin in fixed)

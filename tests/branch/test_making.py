@@ -1,4 +1,4 @@
-"""What making branches costs, and where a branch needs no projection of its own."""
+"""Making branches: memory, code that is printed, compiled and exported, where no projection is needed."""
 
 from __future__ import annotations
 
@@ -109,25 +109,26 @@ class Flat(nn.Module):
         return self.rgb(self.body(y))
 
 
-def test_a_narrow_1x1_layer_reads_the_whole_feature() -> None:
-    generator = Flat(1).eval()
-    x = torch.randn(1, 8, 6, 6)
-    model = retroexit.wrap(generator, ["stem"], 1 / 4, min_channels=8, example_inputs=(x,))
+def flat(kernel: int, readers: int = 1) -> tuple[nn.Module, Tensor, Any]:
+    generator, x = Flat(kernel, readers).eval(), torch.randn(1, 8, 6, 6)
+    return generator, x, retroexit.wrap(generator, ["stem"], 1 / 4, min_channels=8, example_inputs=(x,))
+
+
+def test_a_narrow_1x1_layer_reads_the_whole_feature(tmp_path: Any) -> None:
+    generator, x, model = flat(1)
     (branch,) = model.branches
     assert branch.entry is None
     weight = branch.tail.get_parameter("heads.0.weight")
     assert weight.shape == (16, 64, 1, 1)
     assert any(torch.equal(weight[0], row) for row in generator.heads[0].weight)
+    model.save(tmp_path)
     with torch.no_grad():
-        assert model(x, exit=1).shape == generator(x).shape
+        assert torch.equal(retroexit.load(tmp_path, generator)(x, exit=1), model(x, exit=1))
 
 
 @pytest.mark.parametrize(("kernel", "readers"), [(3, 1), (1, 2)])
 def test_a_projection_stays_where_it_saves_work(kernel: int, readers: int) -> None:
-    generator = Flat(kernel, readers).eval()
-    x = torch.randn(1, 8, 6, 6)
-    model = retroexit.wrap(generator, ["stem"], 1 / 4, min_channels=8, example_inputs=(x,))
-    (branch,) = model.branches
+    (branch,) = flat(kernel, readers)[2].branches
     assert branch.entry.project.weight.shape == (16, 64, 1, 1)
     assert branch.tail.get_parameter("heads.0.weight").shape == (16, 16, kernel, kernel)
     # 64 to 16 channels for the projection, 16 to 16 behind it; without, 64 to 16 everywhere.
@@ -135,12 +136,21 @@ def test_a_projection_stays_where_it_saves_work(kernel: int, readers: int) -> No
     assert 64 * 16 + taps * 16 * 16 < taps * 64 * 16
 
 
-def test_a_branch_without_a_projection_is_saved_and_loaded(tmp_path: Any) -> None:
-    generator = Flat(1).eval()
-    x = torch.randn(1, 8, 6, 6)
-    model = retroexit.wrap(generator, ["stem"], 1 / 4, min_channels=8, example_inputs=(x,))
-    model.save(tmp_path)
-    again = retroexit.load(tmp_path, generator)
+def test_a_branch_is_printed_as_code() -> None:
+    (branch,) = flat(3)[2].branches
+    assert branch.code.startswith("def forward(self, ")
+    assert "self.heads" in branch.code and "self.rgb(" in branch.code
+
+
+@pytest.mark.parametrize("inject", [None, "input", "every_stage"])
+def test_a_branch_is_compiled_and_exported(inject: Any) -> None:
+    generator, x = WideDecoder().eval(), torch.randn(2, 192, 16, 16)
+    guidance = inject and retroexit.Guidance(size=20, inject=inject)
+    model = retroexit.wrap(generator, [1], 1 / 4, example_inputs=(x,), guidance=guidance)
+    (branch,) = model.branches
+    guide = {"guide": torch.randn(2, 192, 16, 16)} if inject else {}
     with torch.no_grad():
-        want = model(x, exit=1)
-        assert torch.equal(again(x, exit=1), want)
+        values = tuple(model.split.crossing(model.split.begin((x,), {}).values, 0))
+        expected = branch(*values, **guide)
+        assert torch.equal(torch.compile(branch, backend="eager")(*values, **guide), expected)
+        assert torch.equal(torch.export.export(branch, values, guide).module()(*values, **guide), expected)

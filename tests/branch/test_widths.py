@@ -15,6 +15,12 @@ from retroexit.branch import inherit
 from retroexit.branch.widths.plan import WidthRule, scaled_width
 
 
+def branch_of(toy: Any, scale: float = 1 / 4, **options: Any) -> Any:
+    """Wrap a toy generator with one exit; return its branch."""
+    options = {"min_channels": 8, "example_inputs": toy.args} | options
+    return retroexit.wrap(toy.generator, [1], scale, **options).branches[0]
+
+
 @pytest.mark.parametrize(
     ("channels", "scale", "floor", "want"),
     [
@@ -31,10 +37,10 @@ def test_the_width_rule(channels: int, scale: float, floor: int, want: int) -> N
     assert want == min(channels, max(floor, math.floor(channels * scale + 1e-9)))
 
 
-def test_the_floor_is_64_unless_another_is_asked_for(toys: ModuleType) -> None:
+def test_the_default_floor_is_64(toys: ModuleType) -> None:
     toy = toys.TOYS["group_norm"]()
-    tail = retroexit.wrap(toy.generator, [1], 1 / 4, example_inputs=toy.args).branches[0].tail
-    assert tail.get_parameter("blocks.1.a.weight").shape == (24, 32, 3, 3)
+    (branch,) = retroexit.wrap(toy.generator, [1], 1 / 4, example_inputs=toy.args).branches
+    assert branch.tail.get_parameter("blocks.1.a.weight").shape == (24, 32, 3, 3)
 
 
 def test_every_exit_may_have_its_own_scale(toys: ModuleType) -> None:
@@ -46,7 +52,7 @@ def test_every_exit_may_have_its_own_scale(toys: ModuleType) -> None:
 
 def test_interfaces_keep_their_size(toys: ModuleType) -> None:
     toy = toys.TOYS["list_input_with_unet_skips"]()
-    (branch,) = retroexit.wrap(toy.generator, [1], 1 / 4, min_channels=8, example_inputs=toy.args).branches
+    branch = branch_of(toy)
     # Block 1 takes a narrow trunk beside the skip of 24, which comes from the backbone.
     assert branch.tail.get_parameter("blocks.1.a.weight").shape == (8, 8 + 24, 3, 3)
     assert branch.tail.get_parameter("rgb.weight").shape == (3, 8, 3, 3)
@@ -55,13 +61,13 @@ def test_interfaces_keep_their_size(toys: ModuleType) -> None:
 
 def test_a_multiple_shrinks_with_its_width(toys: ModuleType) -> None:
     toy = toys.TOYS["pixel_shuffle"]()
-    (branch,) = retroexit.wrap(toy.generator, [1], 1 / 4, min_channels=8, example_inputs=toy.args).branches
+    branch = branch_of(toy)
     assert branch.tail.get_parameter("blocks.1.a.weight").shape == (4 * 8, 8, 3, 3)
 
 
 def test_channels_per_group_follow_the_width_of_all_groups(toys: ModuleType) -> None:
     toy = toys.TOYS["grouped_depthwise_transposed"]()
-    (branch,) = retroexit.wrap(toy.generator, [1], 1 / 4, min_channels=8, example_inputs=toy.args).branches
+    branch = branch_of(toy)
     # 24 channels in 4 groups of 6 become 8 in 2 groups of 4: more than half of a group, in fewer of them.
     assert branch.tail.get_parameter("blocks.1.group.weight").shape == (8, 4, 3, 3)
     assert branch.tail.get_submodule("blocks.1.group").groups == 2
@@ -70,7 +76,7 @@ def test_channels_per_group_follow_the_width_of_all_groups(toys: ModuleType) -> 
 
 def test_tied_weights_stay_tied(toys: ModuleType) -> None:
     toy = toys.TOYS["tied_weights"]()
-    (branch,) = retroexit.wrap(toy.generator, [1], 1 / 4, min_channels=8, example_inputs=toy.args).branches
+    branch = branch_of(toy)
     tail = branch.tail
     assert tail.get_submodule("blocks.1.a").weight is tail.get_submodule("blocks.2.a").weight
     assert tail.get_submodule("blocks.1.b") is tail.get_submodule("blocks.2.b")
@@ -106,7 +112,7 @@ def keep(weight: Tensor, narrow: Tensor) -> list[int]:
 def test_inherited_weights_are_the_backbones_own_the_same_channels_everywhere(toys: ModuleType) -> None:
     toy = toys.TOYS["group_norm"]()
     block = toy.generator.blocks[1]
-    (branch,) = retroexit.wrap(toy.generator, [1], 1 / 4, min_channels=8, example_inputs=toy.args).branches
+    branch = branch_of(toy)
     thin = branch.tail.get_submodule("blocks.1")
     rows = keep(block.a.weight, thin.a.weight)
     assert len(set(rows)) == 8
@@ -123,7 +129,7 @@ def test_inheriting_prefers_strong_channels(toys: ModuleType) -> None:
     block = toy.generator.blocks[1]
     with torch.no_grad():
         block.a.weight[[1, 2, 3, 5, 8, 13, 20, 21]] *= 10
-    (branch,) = retroexit.wrap(toy.generator, [1], 1 / 4, min_channels=8, example_inputs=toy.args).branches
+    branch = branch_of(toy)
     assert keep(block.a.weight, branch.tail.get_parameter("blocks.1.a.weight")) == [1, 2, 3, 5, 8, 13, 20, 21]
 
 
@@ -150,9 +156,7 @@ def test_dead_channels_cost_nothing_when_inherited(toys: ModuleType) -> None:
 @pytest.mark.parametrize("init", ["inherit", "scratch"])
 def test_constants_of_a_fan_in_follow_it(toys: ModuleType, init: Any) -> None:
     toy = toys.TOYS["modulated_convolution_with_skip_image"]()
-    (branch,) = retroexit.wrap(
-        toy.generator, [1], 1 / 4, min_channels=8, init=init, example_inputs=toy.args
-    ).branches
+    branch = branch_of(toy, init=init)
     assert branch.tail.get_submodule("blocks.1").gain == pytest.approx(1 / math.sqrt(8 * 9))
     assert toy.generator.blocks[1].gain == 1 / math.sqrt(32 * 9)
 
@@ -161,17 +165,7 @@ def test_starting_from_scratch_takes_nothing_over_and_is_seeded(toys: ModuleType
     toy = toys.TOYS["group_norm"]()
 
     def weight(seed: int) -> Tensor:
-        options: dict[str, Any] = {
-            "min_channels": 8,
-            "init": "scratch",
-            "seed": seed,
-            "example_inputs": toy.args,
-        }
-        return (
-            retroexit.wrap(toy.generator, [1], 1 / 4, **options)
-            .branches[0]
-            .tail.get_parameter("blocks.1.a.weight")
-        )
+        return branch_of(toy, init="scratch", seed=seed).tail.get_parameter("blocks.1.a.weight")
 
     first = weight(0)
     assert not torch.isin(first, toy.generator.blocks[1].a.weight).any()

@@ -35,31 +35,19 @@ def make(**changes) -> GuidanceBank:
     return build_bank(stream(), values_of, **{**options, **changes})
 
 
-def by_loop(feature: Tensor, foreign_to: list[int] | None = None) -> tuple[Tensor, Tensor]:
-    """Cut, search and glue patch by patch: the guide, and the input that each patch came from."""
-    guide, sources = torch.empty(len(feature), 3, 8, 16), torch.empty(len(feature), 2, 4, dtype=torch.int64)
-    for n in range(len(feature)):
-        for i in range(2):
-            for j in range(4):
-                query = feature[n, :, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2]
-                best = min(
-                    (
-                        float((query - FEATURES[m, :, 2 * a : 2 * a + 2, 2 * b : 2 * b + 2]).square().sum()),
-                        m,
-                        a,
-                        b,
-                    )
-                    for m in range(INPUTS)
-                    if foreign_to is None or m != foreign_to[n]
-                    for a in range(2)
-                    for b in range(4)
-                )
-                _, m, a, b = best
-                sources[n, i, j] = m
-                guide[n, :, 4 * i : 4 * i + 4, 4 * j : 4 * j + 4] = VALUES[
-                    m, :, 4 * a : 4 * a + 4, 4 * b : 4 * b + 4
-                ]
-    return guide, sources
+def by_table(feature: Tensor, foreign_to: list[int] | None = None) -> tuple[Tensor, Tensor]:
+    """Compare every patch with every other: the guide, and the input that each patch comes from."""
+
+    def patches(x: Tensor, side: int) -> Tensor:  # (N, C, H, W) -> (N, h, w, C, side, side)
+        return x.unfold(2, side, side).unfold(3, side, side).permute(0, 2, 3, 1, 4, 5)
+
+    queries, keys = patches(feature, 2).reshape(-1, 24), patches(FEATURES, 2).reshape(-1, 24)
+    distances = torch.cdist(queries.double(), keys.double()).view(len(feature), 8, INPUTS, 8)
+    for n, m in enumerate(foreign_to or ()):
+        distances[n, :, m] = torch.inf
+    nearest = distances.flatten(2).argmin(2)
+    values = patches(VALUES, 4).flatten(0, 2)[nearest].view(-1, 2, 4, 3, 4, 4)
+    return values.permute(0, 3, 1, 4, 2, 5).reshape(-1, 3, 8, 16), (nearest // 8).view(-1, 2, 4)
 
 
 def test_an_input_of_an_unthinned_bank_is_guided_by_its_own_value() -> None:
@@ -68,25 +56,18 @@ def test_an_input_of_an_unthinned_bank_is_guided_by_its_own_value() -> None:
     assert guide.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_the_guide_of_a_new_input_equals_a_loop_over_patches() -> None:
-    feature = torch.randn(3, 6, 4, 8)
+@pytest.mark.parametrize("excluded", [None, [4, 0, 11]])
+def test_a_guide_equals_a_search_among_all_patches_without_the_excluded_input(excluded) -> None:
+    feature = FEATURES[[4, 0, 11]] + 0.01 * torch.randn(3, 6, 4, 8)
     bank = make()
-    guide, sources = by_loop(feature)
-    assert torch.equal(bank.guide(feature), guide)
-    assert torch.equal(bank.source[bank.search(feature).ids], sources)
-
-
-def test_excluding_an_input_equals_a_loop_over_the_other_inputs() -> None:
-    own = [4, 0, 11]
-    feature = FEATURES[own] + 0.01 * torch.randn(3, 6, 4, 8)
-    bank = make()
-    guide, sources = by_loop(feature, foreign_to=own)
-    found = bank.search(feature, exclude=torch.tensor(own))
-    assert torch.equal(bank.source[found.ids], sources)
-    assert torch.equal(bank.glue(found.ids), guide)
-    keys = torch.from_numpy(bank.retriever.keys.copy())[found.ids]
+    guide, sources = by_table(feature, excluded)
+    exclude = None if excluded is None else torch.tensor(excluded)
+    result = bank.search(feature, exclude)
+    assert torch.equal(bank.source[result.ids], sources)
+    assert torch.equal(bank.glue(result.ids), guide) and torch.equal(bank.guide(feature, exclude), guide)
+    keys = torch.from_numpy(bank.retriever.keys.copy())[result.ids]
     queries = feature.unfold(2, 2, 2).unfold(3, 2, 2).permute(0, 2, 3, 1, 4, 5).flatten(3)
-    torch.testing.assert_close(found.distances, (queries - keys).square().sum(-1))
+    torch.testing.assert_close(result.distances, (queries - keys).square().sum(-1))
 
 
 def test_excluding_works_where_all_near_keys_are_own_ones() -> None:

@@ -120,11 +120,13 @@ def test_keys_are_copied_and_rebuilding_replaces_the_old_ones(backend, keys, que
     assert retriever.search(keys[:20, :8]).ids[:, 0].tolist() == list(range(20))
 
 
-def test_several_blocks_are_merged() -> None:
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_several_blocks_are_merged(precision) -> None:
     keys, queries = torch.randn(9000, 4), torch.randn(2100, 4)
     expected = torch.cdist(queries.double(), keys.double()).topk(3, largest=False).indices
-    assert torch.equal(ExactRetriever().build(keys).search(queries, 3).ids, expected)
-    assert torch.equal(ExactRetriever().build(keys).search(queries).ids, expected[:, :1])
+    retriever = ExactRetriever(precision=precision).build(keys)
+    assert torch.equal(retriever.search(queries, 3).ids, expected)
+    assert torch.equal(retriever.search(queries).ids, expected[:, :1])
 
 
 def test_faiss_restores_the_settings_of_the_process(keys, queries) -> None:

@@ -47,12 +47,6 @@ def test_no_other_key_is_below_the_floor(rows, scale) -> None:
     assert (floor.double() >= 0.9 * distances.amin(1)).float().mean() > 0.5
 
 
-def test_more_queries_than_one_block_are_searched_alike() -> None:
-    keys, queries = torch.randn(300, 6), torch.randn(2500, 6)
-    found = ExactRetriever(precision="bfloat16").build(keys).search(queries, 3)
-    assert torch.equal(found.ids, ExactRetriever(precision="float32").build(keys).search(queries, 3).ids)
-
-
 def test_automatic_precision_depends_on_size_processor_and_proof(monkeypatch) -> None:
     apart, dense = torch.randn(800, 24), clusters(1e-3)[0]
     assert ExactRetriever().build(apart).precision == "float32"
@@ -66,23 +60,11 @@ def test_automatic_precision_depends_on_size_processor_and_proof(monkeypatch) ->
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this build of torch has no oneDNN")
-@pytest.mark.parametrize(
-    ("capabilities", "older", "expected"),
-    [
-        ({"avx512_bf16": True}, False, True),
-        ({"amx_bf16": True}, False, True),
-        ({"avx512_f": True, "avx2": True}, False, False),
-        (None, True, True),
-        (None, False, False),
-    ],
-)
-def test_native_bfloat16_is_detected_in_old_and_new_versions_of_torch(
-    capabilities, older, expected, monkeypatch
-) -> None:
-    if capabilities is None:
-        monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
-    else:
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+@pytest.mark.parametrize("feature", ["avx512_bf16", "amx_bf16", "avx2"])
+def test_native_bfloat16_is_detected_in_old_and_new_versions_of_torch(feature, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {feature: True}, raising=False)
+    assert exact.multiplies_bfloat16.__wrapped__() is (feature != "avx2")
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False, raising=False)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: older, raising=False)
-    assert exact.multiplies_bfloat16.__wrapped__() is expected
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: feature == "amx_bf16", raising=False)
+    assert exact.multiplies_bfloat16.__wrapped__() is (feature == "amx_bf16")

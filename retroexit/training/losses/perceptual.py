@@ -99,11 +99,7 @@ class Perceptual(nn.Module):
         self.eval()
 
     def forward(self, image: Tensor, target: Tensor) -> Tensor:
-        """Compare images ``(N, 3, H, W)`` or ``(N, 1, H, W)`` in [-1, 1]; returns ``(N,)``.
-
-        Raises:
-            OptionError: If they have another number of channels, or are too small for the network.
-        """
+        """Compare images ``(N, 3, H, W)`` or ``(N, 1, H, W)`` in [-1, 1]; returns ``(N,)``."""
         _check(self.name, image, self._network.smallest)
         targets = self._target_features(target)
         total = image.new_zeros(len(image), dtype=torch.float32)

@@ -48,11 +48,7 @@ class Gaze:
         return self
 
     def __call__(self, image: Tensor, target: Tensor) -> Tensor:
-        """Compare two batches of images; returns a scalar.
-
-        Raises:
-            TrainingError: If the network returns no numbers, or none with gradient.
-        """
+        """Compare two batches of images; returns a scalar. The network must be differentiable."""
         outputs = [x for x in tensors(self.network(image)) if x.is_floating_point()]
         if not outputs or (image.requires_grad and not any(x.requires_grad for x in outputs)):
             raise TrainingError(

@@ -1,10 +1,9 @@
-"""Run a generator's own forward again with modules answered from an earlier part of the same call.
+"""Run a generator's own forward again, with modules answered from an earlier part of the same call.
 
-The forward runs on a *skeleton*: a copy of the modules that are running at the cut, in which the modules that
-they call are stand-ins. What a stand-in does is decided by the `Run` of the current thread: hand out what the
-module returned before the cut, note what it returns, stop the forward when the place of a cut is reached, or
-just run. Random draws that the forward itself makes in front of a cut are handed out again too. Nothing is
-patched; the generator and its hooks stay as they are.
+The forward runs on a copy of the modules that are running at the cut, in which the modules that they call are
+stand-ins. The `Run` of the current thread decides what a stand-in does: return what the module returned before
+the cut, store what it returns, stop the forward at the place of a cut, or just run. Random draws of the forward
+itself before a cut are repeated from the earlier run. The generator and its hooks stay unchanged.
 """
 
 from __future__ import annotations
@@ -35,20 +34,11 @@ _DRAWS = {
     *("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"),
 }
 _IN_PLACE_DRAWS = {
-    f"{name}_"
-    for name in (
-        "normal",
-        "uniform",
-        "random",
-        "bernoulli",
-        "exponential",
-        "geometric",
-        "cauchy",
-        "log_normal",
-    )
+    *("normal_", "uniform_", "random_", "bernoulli_", "exponential_", "geometric_", "cauchy_", "log_normal_")
 }
 
 Answer = tuple[tuple[str, int] | None, Any]
+"""The value of a tensor that Python has read, with the line that reads."""
 
 _CURRENT: ContextVar[Run | None] = ContextVar("retroexit_run", default=None)
 
@@ -59,7 +49,7 @@ class Place:
 
     Attributes:
         path: The module.
-        tap: Behind it (``"after"``), or in front of it.
+        tap: Cut behind it (``"after"``), or in front of it (``"before"``).
         enclosing: Paths of the modules that are running when it is called.
         leaf: Which of the tensors that it returns (takes) is the feature.
     """
@@ -71,7 +61,7 @@ class Place:
 
 
 class _Reached(BaseException):
-    """Stops a forward at the place of a cut; no handler of the generator's may catch it."""
+    """Stops a forward at the place of a cut; no ``except Exception`` of the generator catches it."""
 
 
 @dataclass
@@ -79,14 +69,16 @@ class Run:
     """What stand-ins do during one run of a forward.
 
     Attributes:
-        source: The place in front of which answers are known; ``None`` to start from the inputs.
-        fed: What modules returned in front of it, by path and number of the call; for a place in front of a
-            module, what went into that one, under number -1.
-        draws: What the forward itself drew in front of it.
+        source: The place from which modules really run; ``None`` to run from the inputs.
+        fed: What modules returned before it, by path and number of the call; for a place in front of a module,
+            the arguments of that module under number -1.
+        draws: What the forward itself drew before it.
         target: The place where to stop; ``None`` to run to the end.
-        before: For the path of a module, what to do to its first map.
-        script: Answers to questions about the values of tensors, with the line that asks.
-        log: Answers given, and whether behind ``source``; not kept where ``None``.
+        before: By path of a module, a function to apply to its first map.
+        script: Answers to reads of tensor values.
+        log: Answers given, and whether behind ``source``; not stored if ``None``.
+        caught: What modules returned before ``target``: path, number of the call, value.
+        caught_draws: What the forward itself drew before it.
     """
 
     source: Place | None = None
@@ -94,9 +86,8 @@ class Run:
     draws: list[Tensor] = field(default_factory=list)
     target: Place | None = None
     before: dict[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
-    script: Sequence[Answer] | None = None
+    script: Sequence[Answer] = ()
     log: list[tuple[Answer, bool]] | None = None
-
     caught: list[tuple[str, int, Any]] = field(default_factory=list)
     caught_draws: list[Tensor] = field(default_factory=list)
     reached_target: bool = False
@@ -107,32 +98,32 @@ class Run:
         self._inside_fed, self._inside_caught, self._drawn = 0, 0, 0
         self._fed_calls: Counter[str] = Counter()
         self._caught_calls: Counter[str] = Counter()
-        self._unread: list[Answer] | None = None
+        self._unread = list(self.script)
 
     # Modules.
 
     def call(self, path: str, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Stand in for a module's call."""
         target, source = self.target, self.source
+        is_target, is_source = (place is not None and path == place.path for place in (target, source))
         catches = target is not None and not self._inside_caught and path not in target.enclosing
-        feeds = not self.is_behind and not self._inside_fed and source is not None
-        feeds = feeds and source is not None and path not in source.enclosing
-        if feeds and source is not None and path == source.path and source.tap == "before":
+        feeds = not (self.is_behind or self._inside_fed or source is None or path in source.enclosing)
+        if feeds and is_source and source is not None and source.tap == "before":
             args, kwargs = self._feed(path, -1)
             self.is_behind, feeds = True, False
-        if target is not None and target.tap == "before" and path == target.path:
+        if is_target and target is not None and target.tap == "before":
             self._catch(path, -1, (args, kwargs))
             self._stop()
         if feeds:
             out = self._feed(path, self._fed_calls[path])
             self._fed_calls[path] += 1
-            self.is_behind = source is not None and path == source.path
+            self.is_behind = is_source
         else:
             out = self._run(path, original, args, kwargs)
         if catches:
             self._catch(path, self._caught_calls[path], out)
             self._caught_calls[path] += 1
-            if target is not None and path == target.path:
+            if is_target:
                 self._stop()
         return out
 
@@ -152,15 +143,14 @@ class Run:
     def _feed(self, path: str, number: int) -> Any:
         if (path, number) not in self.fed:
             raise InputMismatchError(
-                f"the generator calls {path!r} {number + 1} times for these inputs, more often than "
-                "before the "
-                "exit. Wrap with example inputs for which it runs as often.",
+                f"the generator calls {path!r} {number + 1} times for these inputs, more often than in front of "
+                "the exit. Wrap with example inputs for which it runs as often.",
                 path,
             )
         return self.fed[path, number]
 
     def _catch(self, path: str, number: int, value: Any) -> None:
-        # What the forward writes into a value afterwards it will write again.
+        # Copied, since what the forward writes into it afterwards will be written again.
         copies: dict[int, Tensor] = {}
 
         def copied(leaf: Any) -> Any:
@@ -193,26 +183,22 @@ class Run:
         return out
 
     def read(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Stand in for a question about the values of a tensor."""
+        """Stand in for a read of the values of a tensor."""
         assert self.log is not None
         site = user_line()
-        if self._unread is None:
-            self._unread = list(self.script or ())
-        known = next((i for i, (where, _) in enumerate(self._unread) if where == site), None)
-        if known is not None:
-            _, answer = self._unread.pop(known)
-            if any(map(is_fake, tensors(args))) and isinstance(answer, (np.ndarray, list)):
-                for tensor in tensors(args):
-                    _pin(tensor)
-        else:
-            answer = func(*args, **kwargs)
-        kept = answer.copy() if isinstance(answer, (np.ndarray, list)) else answer
-        self.log.append(((site, kept), self.is_behind))
+        index = next((i for i, (line, _) in enumerate(self._unread) if line == site), None)
+        answer = func(*args, **kwargs) if index is None else self._unread.pop(index)[1]
+        is_array = isinstance(answer, (np.ndarray, list))
+        if index is not None and is_array:
+            for size in (n for tensor in tensors(args) if is_fake(tensor) for n in tensor.shape):
+                if hasattr(size, "node"):  # fixes a symbolic size, since the array has this very shape
+                    bool(size == int(size.node.hint))
+        self.log.append(((site, answer.copy() if is_array else answer), self.is_behind))
         return answer
 
 
 class _Functions(TorchFunctionMode):
-    """Lets a run stand in for random draws and, where it keeps a log, for questions about values."""
+    """Lets a run stand in for random draws and, if it keeps a log, for reads of values."""
 
     def __init__(self, run: Run) -> None:
         super().__init__()
@@ -229,7 +215,7 @@ class _Functions(TorchFunctionMode):
 
 @contextmanager
 def running(run: Run) -> Iterator[None]:
-    """Let stand-ins that are called inside, on this thread, follow a run; ends when its target is reached."""
+    """Make the stand-ins of this thread follow a run; the block ends when its target is reached."""
     token = _CURRENT.set(run)
     try:
         with _Functions(run):
@@ -240,41 +226,42 @@ def running(run: Run) -> Iterator[None]:
         _CURRENT.reset(token)
 
 
-# Stand-ins.
+# Stand-ins: subclasses of a module's class that ask the current run before they run.
 
 
 def _call_itself(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    run, kind = _CURRENT.get(), type(module).__base__
-    assert kind is not None
-    if run is None:
-        return kind.__call__(module, *args, **kwargs)
-    return run.call(module.__dict__["_standin_path"], partial(kind.__call__, module), args, kwargs)
+    kind: Any = type(module).__base__
+    return _call(module, partial(kind.__call__, module), args, kwargs)
 
 
 def _call_other(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    run, original = _CURRENT.get(), module.__dict__["_standin_for"].module
+    return _call(module, module.__dict__["_standin_for"].module, args, kwargs)
+
+
+def _call(module: nn.Module, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    run = _CURRENT.get()
     if run is None:
         return original(*args, **kwargs)
     return run.call(module.__dict__["_standin_path"], original, args, kwargs)
 
 
-def _ask_other(function: Callable[..., Any]) -> Callable[..., Any]:
+def _of_other(function: Callable[..., Any]) -> Callable[..., Any]:
     return lambda module, *args: function(module.__dict__["_standin_for"].module, *args)
 
 
 _ITSELF: dict[str, Any] = {"__call__": _call_itself}
 _OTHER: dict[str, Any] = {
     "__call__": _call_other,
-    "__getattr__": _ask_other(getattr),
-    "__bool__": _ask_other(bool),
-    "__len__": _ask_other(len),
-    "__iter__": _ask_other(iter),
-    "__getitem__": _ask_other(operator.getitem),
+    "__getattr__": _of_other(getattr),
+    "__bool__": _of_other(bool),
+    "__len__": _of_other(len),
+    "__iter__": _of_other(iter),
+    "__getitem__": _of_other(operator.getitem),
 }
 
 
 class _Borrowed:
-    """Holds a module that is somebody else's: neither listed among the parts nor copied with them."""
+    """Hides another generator's module from `nn.Module` and from ``deepcopy``."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -287,7 +274,7 @@ _CLASSES: dict[tuple[str, type], type] = {}
 
 
 def _subclass(kind: type, methods: dict[str, Any]) -> type:
-    """Make a subclass of a module's class that looks like it, but for a few methods."""
+    """Make a subclass of a module's class with the same name and a few other methods."""
     key = (methods["__call__"].__name__, kind)
     if key not in _CLASSES:
         looks = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
@@ -296,7 +283,7 @@ def _subclass(kind: type, methods: dict[str, Any]) -> type:
 
 
 def become_standin(module: nn.Module, path: str) -> None:
-    """Turn a module (of ours) into a stand-in for itself; scripted modules run as they are."""
+    """Turn a module of our own copy into a stand-in for itself; scripted modules stay as they are."""
     if "_standin_path" in module.__dict__ or isinstance(module, torch.jit.ScriptModule):
         return
     module.__class__ = _subclass(type(module), _ITSELF)
@@ -304,7 +291,7 @@ def become_standin(module: nn.Module, path: str) -> None:
 
 
 def delegate(module: nn.Module, path: str) -> nn.Module:
-    """Make an empty stand-in for a module of somebody else's."""
+    """Make an empty stand-in for a module of the generator."""
     kind: Any = nn.Module if isinstance(module, torch.jit.ScriptModule) else type(module)
     made: Any = _subclass(kind, _OTHER)
     standin: nn.Module = made.__new__(made)
@@ -314,21 +301,14 @@ def delegate(module: nn.Module, path: str) -> nn.Module:
 
 
 def is_fake(value: Any) -> bool:
-    """Tell whether a tensor has sizes but no values."""
+    """Return whether a tensor has sizes but no values."""
     return type(value).__name__ == "FakeTensor"
-
-
-def _pin(tensor: Tensor) -> None:
-    """Fix sizes that a value of this very shape has been read from."""
-    for size in tensor.shape:
-        if hasattr(size, "node"):
-            bool(size == int(size.node.hint))
 
 
 def opened_by(
     generator: nn.Module, enclosing: Iterable[str], called: frozenset[str]
 ) -> tuple[list[str], list[str]]:
-    """Tell modules whose forward is run again from those that they call.
+    """Separate the modules whose forward runs again from those that they call.
 
     Args:
         generator: The generator.
@@ -336,8 +316,8 @@ def opened_by(
         called: Paths of modules that were called in the recording.
 
     Returns:
-        Paths of opened modules: the enclosing ones, and containers that are never called themselves; and
-        paths of the modules directly inside them.
+        Paths of opened modules: the enclosing ones, and containers that are never called; and paths of the
+        modules directly inside them.
     """
     enclosing = set(enclosing)
     opened: dict[str, None] = {}
