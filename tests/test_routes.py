@@ -247,11 +247,8 @@ def test_a_call_keeps_nothing_on_the_model(model: EarlyExitGenerator, toy: Any) 
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
 
-def test_train_and_eval_leave_the_generator_alone(model: EarlyExitGenerator, toy: Any) -> None:
+def test_train_changes_no_module(model: EarlyExitGenerator) -> None:
     model.train()
-    assert not any(module.training for module in toy.generator.modules())
-    assert all(module.training for module in model.branches.modules())
-    model.eval()
     assert not any(module.training for module in model.modules())
 
 
