@@ -20,14 +20,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from retroexit.core.nested import tensors
 from retroexit.stages.decoder import Cut
 
-__all__ = [
-    "BuildStage",
-    "StageShape",
-    "first_stage",
-    "inherit_stage",
-    "settle_norms",
-    "stage_shapes",
-]
+__all__ = ["BuildStage", "StageShape", "first_stage", "inherit_stage", "settle_norms", "stage_shapes"]
 
 BuildStage = Callable[[nn.Module, int, int], nn.Module | None]
 """``(stage, in_channels, out_channels)`` -> a thin stage of the same kind, or ``None``."""

@@ -116,11 +116,11 @@ class WidthPlan:
     """Chosen widths.
 
     Attributes:
-        sizes: New size of every free symbol of the `TailWidths` that it was made from.
+        sizes: New size of every free symbol of the `TailWidths`.
         shapes: New shape of every parameter and buffer.
         attributes: New value of every integer attribute that is a width, by module path and name.
         entry: Channels of the tail's input, at most the feature's.
-        pins: Widths that the rule would shrink but that are fixed, and why.
+        pins: Widths that the rule would shrink but that are fixed.
         built: Input and output channels of the stages that an adapter builds, by path.
     """
 
