@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, Unpack
 
 from torch import nn
 
@@ -21,9 +21,42 @@ from retroexit.plugins.host import host
 from retroexit.split.split import SplitGenerator, places
 from retroexit.stages.decoder import Decoder, forward_signature, read_decoder
 from retroexit.stages.stage import Stage
-from retroexit.wrapping.options import WrapOptions, shadowed_keywords
+from retroexit.wrapping.options import WrapOptions, adapter_options
 
-__all__ = ["evaluate", "find_stages", "fit", "load", "read_generator", "wrap"]
+__all__ = ["evaluate", "find_stages", "fit", "load", "read_generator", "wrap", "wrap_options"]
+
+
+class WrapSettings(TypedDict, total=False):
+    """Options of `wrap`.
+
+    Attributes:
+        min_channels: No width is scaled below this, ``>= 1``; 64 by default.
+        tap: ``"after"``: a branch takes the stage's output; ``"before"``: its input, so that the branch
+            repeats the stage.
+        stages: Paths of l_1..l_N, where the search should not decide.
+        guidance: ``None``; ``True`` for a bank of frames if the adapter has a key function, else of patches;
+            ``"patches"`` for a bank of patches in any case; or a `Guidance`.
+        init: Starting weights of a branch: ``"inherit"``, the backbone's most important channels, which `fit`
+            chooses anew from its samples and solves for, or ``"scratch"``.
+        width_rule: How widths follow from the scale: ``"floor"``, the paper's, ``"multiple-of-8"``, or the
+            name of a plug-in's.
+        image: Key, index or path of the image in the generator's output, if it returns several maps.
+        image_range: Smallest and largest pixel value; measured by default.
+        self_test: Whether to check that the generator cut at every attach point reproduces its output bit for
+            bit.
+        seed: Seed of fresh weights.
+    """
+
+    min_channels: int
+    tap: Literal["after", "before"]
+    stages: Sequence[str] | None
+    guidance: Guidance | str | bool | None
+    init: Literal["inherit", "scratch"]
+    width_rule: str
+    image: Any
+    image_range: tuple[float, float] | None
+    self_test: bool
+    seed: int
 
 
 def wrap(
@@ -31,64 +64,30 @@ def wrap(
     attach_at: Sequence[int | str],
     scale: float | Sequence[float],
     *,
-    min_channels: int = 64,
-    tap: Literal["after", "before"] = "after",
     example_inputs: Sequence[Any] | None = None,
     example_kwargs: dict[str, Any] | None = None,
-    stages: Sequence[str] | None = None,
-    guidance: Guidance | str | bool | None = None,
     adapter: Description | str | bool | None = None,
-    init: Literal["inherit", "scratch"] = "inherit",
-    width_rule: str = "floor",
-    image: Any = None,
-    image_range: tuple[float, float] | None = None,
-    self_test: bool = True,
-    seed: int = 0,
+    **settings: Unpack[WrapSettings],
 ) -> EarlyExitGenerator:
-    """Add early exits to a trained generator.
-
-    The generator itself is never changed: not its weights, buffers, hooks, ``requires_grad`` or train/eval
-    flags.
+    """Add early exits to a trained generator, which itself is never changed.
 
     Args:
         generator: Any module with a multi-layer decoder, in eval mode.
-        attach_at: Stages after which a branch sits, by number from 1 (see `find_stages`) or by dotted module
-            path.
+        attach_at: Stages after which a branch sits, by number from 1 (see `find_stages`) or by module path.
         scale: Width factor of the branches, in (0, 1]; one for all, or one per attach point.
-        min_channels: No width is scaled below this, ``>= 1``.
-        tap: ``"after"``: a branch takes the stage's output; ``"before"``: its input, so that the branch
-            repeats the stage.
         example_inputs: Positional inputs that the generator accepts, any batch size. Without them, and
             without an adapter that makes some, the generator is recorded at its first call.
         example_kwargs: Its keyword inputs.
-        stages: Paths of l_1..l_N, where the search should not decide.
-        guidance: ``None``; ``True`` for a bank of frames where the adapter knows keys of whole inputs, else
-            of patches; ``"patches"`` for these in any case; or a `Guidance`.
-        adapter: What a plug-in knows about the generator: a `Description`, the name of the plug-in to ask,
-            ``False`` to ask none. By default all are asked. `fit` uses the same description.
-        init: Starting weights of a branch: ``"inherit"``, the backbone's most important channels, which `fit`
-            chooses anew from its samples and solves for, or ``"scratch"``.
-        width_rule: How widths follow from the scale: ``"floor"``, the paper's, ``"multiple-of-8"``, or a
-            plug-in's.
-        image: Key, index or path of the image in the generator's output, where it returns several maps.
-        image_range: Smallest and largest pixel value; measured where it is not given.
-        self_test: Whether to check that the generator cut at every attach point reproduces its output bit for
-            bit.
-        seed: Seed of fresh weights.
+        adapter: A `Description` of the generator, the name of a plug-in to call, or ``False`` for no plug-in;
+            by default all plug-ins are called. `fit` uses the same description.
+        **settings: See `WrapSettings`.
 
     Returns:
         The wrapped generator.
 
     Raises:
-        GeneratorError: If it is no module, is in train mode, rejects the inputs, returns NaN, no image, or
-            several.
-        AttachPointError: If a stage is unknown, named twice, the last one, or runs more than once.
-        OptionError: If another argument is out of range.
-        BankError: If keys and values of the guidance do not fit together.
-        RecordingError: If its execution cannot be written down and cut.
-        BranchError: If the rest of it cannot be made thinner.
-        PluginError: If no plug-in, or more than one, offers the width rule, or there is none of the adapter's
-            name.
+        RetroExitError: If the generator cannot be run, recorded or cut, an attach point does not exist, a
+            branch cannot be made thinner, or an argument is out of range.
 
     Example:
         >>> model = retroexit.wrap(generator, attach_at=[2, 4, 6], scale=1 / 15)
@@ -103,33 +102,64 @@ def wrap(
             generator,
         )
     generator = unwrapped(generator)
-    if isinstance(attach_at, (str, int)):
-        attach_at = [attach_at]
+    attach_points = (attach_at,) if isinstance(attach_at, (str, int)) else tuple(attach_at)
     description = host().describe(generator, adapter)
     if example_inputs is None and description.example_inputs is not None:
         example_inputs, example_kwargs = description.example_inputs(generator)
-    stages = description.stages if stages is None else stages
-    attach_at = tuple(attach_at)
-    options = WrapOptions(
-        attach_at=attach_at,
-        rules=_rules(scale, min_channels, len(attach_at), width_rule),
-        tap=tap,
-        stages=None if stages is None else tuple(stages),
-        guidance=_guidance(guidance, description),
-        init=init,
-        image=description.image if image is None else image,
-        image_range=description.image_range if image_range is None else image_range,
-        self_test=self_test,
-        seed=seed,
-        shadowed=shadowed_keywords(generator),
-        predictor_inputs=description.predictor_inputs,
-        build_stage=description.build_stage,
-        description=None if adapter is None else description,
-    )
+    options = wrap_options(attach_points, scale, description, **settings)
+    options = replace(options, **adapter_options(generator, adapter, description))
     model = EarlyExitGenerator(generator, options)
     if example_inputs is not None:
         model.record(*example_inputs, **(example_kwargs or {}))
     return model
+
+
+def wrap_options(
+    attach_at: tuple[int | str, ...],
+    scale: float | Sequence[float],
+    description: Description,
+    *,
+    min_channels: int = 64,
+    tap: Literal["after", "before"] = "after",
+    stages: Sequence[str] | None = None,
+    guidance: Guidance | str | bool | None = None,
+    init: Literal["inherit", "scratch"] = "inherit",
+    width_rule: str = "floor",
+    image: Any = None,
+    image_range: tuple[float, float] | None = None,
+    self_test: bool = True,
+    seed: int = 0,
+) -> WrapOptions:
+    """Complete the settings of a wrap with the description of the generator."""
+    count = len(attach_at)
+    # A string is a sequence too, but of no scales.
+    scales: list[Any] = list(scale) if isinstance(scale, (list, tuple)) else [scale] * count
+    if len(scales) != count:
+        raise OptionError(
+            f"scale must be one number or one per attach point ({count}), got {len(scales)}.", scale
+        )
+    if guidance is True or guidance == "patches":
+        guidance = Guidance(key=None if guidance is True else False)
+    elif guidance is not None and guidance is not False and not isinstance(guidance, Guidance):
+        raise OptionError(
+            f"guidance must be None, True, 'patches' or a retroexit.Guidance, got {guidance!r}.", guidance
+        )
+    if isinstance(guidance, Guidance):
+        guidance = guidance.completed(description.key, description.key_after, description.value_after)
+    rule = host().width_rule(width_rule)
+    stages = description.stages if stages is None else stages
+    return WrapOptions(
+        attach_at,
+        tuple(WidthRule(item, min_channels, width_rule, rule) for item in scales),
+        stages=None if stages is None else tuple(stages),
+        guidance=guidance or None,
+        image=description.image if image is None else image,
+        image_range=description.image_range if image_range is None else image_range,
+        tap=tap,
+        init=init,
+        self_test=self_test,
+        seed=seed,
+    )
 
 
 def find_stages(
@@ -148,14 +178,11 @@ def find_stages(
         generator: A trained generator in eval mode.
         example_inputs: Positional inputs that it accepts; an adapter may make them.
         example_kwargs: Keyword inputs.
-        image: Key of the image in its output, where it returns several maps.
+        image: Key of the image in its output, if it returns several maps.
         stages: Paths of l_1..l_N, where the search should not decide.
 
     Returns:
         The stages, in order; those marked ``is_suggested`` are good places for branches.
-
-    Raises:
-        GeneratorError, RecordingError: As `wrap`.
 
     Reference: paper section 3.1.
     """
@@ -190,42 +217,11 @@ def read_generator(
         stages=description.stages if stages is None else stages,
         image=description.image if image is None else image,
     )
-    return decoder if decoder.replayed else _check_pieces(generator, decoder, args, kwargs)
-
-
-def _check_pieces(
-    generator: nn.Module, decoder: Decoder, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Decoder:
-    """Cut at the suggested stages and run the pieces; note the reason where they do not reproduce the output."""
-    pairs = places(decoder, [stage for stage in decoder.stages if stage.is_suggested], "after")
-    if not pairs:
+    cuts = [cut for _, cut in places(decoder, [s for s in decoder.stages if s.is_suggested], "after")]
+    if decoder.replayed or not cuts:
         return decoder
-    try:
-        SplitGenerator(generator, decoder, [cut for _, cut in pairs], args, kwargs)
+    try:  # the pieces have to reproduce the output
+        SplitGenerator(generator, decoder, cuts, args, kwargs)
     except RecordingError as error:
         return replace(decoder, replayed=" ".join(str(error).split()))
     return decoder
-
-
-def _rules(scale: float | Sequence[float], min_channels: int, count: int, name: str) -> tuple[WidthRule, ...]:
-    # A string is a sequence too, but of no scales.
-    scales: list[Any] = list(scale) if isinstance(scale, (list, tuple)) else [scale] * count
-    if len(scales) != count:
-        raise OptionError(
-            f"scale must be one number or one per attach point ({count}), got {len(scales)}.",
-            scale,
-        )
-    function = host().width_rule(name)
-    return tuple(WidthRule(item, min_channels, name, function) for item in scales)
-
-
-def _guidance(guidance: Guidance | str | bool | None, description: Description) -> Guidance | None:
-    if guidance is None or guidance is False:
-        return None
-    if guidance is True or guidance == "patches":
-        guidance = Guidance(key=None if guidance is True else False)
-    if not isinstance(guidance, Guidance):
-        raise OptionError(
-            f"guidance must be None, True, 'patches' or a retroexit.Guidance, got {guidance!r}.", guidance
-        )
-    return guidance.completed(description.key, description.key_after, description.value_after)

@@ -6,63 +6,29 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any
 
-from torch import nn
+import torch
 
 from retroexit.core.modules import device_of
 from retroexit.core.samples import Samples, moved
-from retroexit.errors import DeviceError, OptionError, WeightsError, closest
+from retroexit.errors import DeviceError, ModeError, OptionError, WeightsError, closest
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.load import load
-from retroexit.measuring.calibrate import calibrate
+from retroexit.measuring import calibrate
 from retroexit.metrics import QualityMetric
 from retroexit.model import EarlyExitGenerator
 from retroexit.plugins.description import Description
 from retroexit.plugins.host import host
-from retroexit.plugins.training_types import Objective
 from retroexit.routing.calibration import check_promise, samples_needed
 from retroexit.routing.latency import Latency
-from retroexit.routing.predictor import Kind, Reads
 from retroexit.training.distributed import Team, join
 from retroexit.training.fit import FitJob, fit_model
 from retroexit.training.losses.plan import DEFAULT_LOSSES, QUALITY, LossOptions, find_weights, plan_losses
 from retroexit.training.predictor import check_reads
 from retroexit.training.settings import FitSettings, set_aside
 
-__all__ = ["FitKeywords", "fit", "measure_times", "prepare"]
-
-
-class FitKeywords(TypedDict, total=False):
-    """Fields of `FitSettings` and `LossOptions`, as keywords of a fit."""
-
-    steps: int
-    batch: int
-    crop: int | None
-    lr: float
-    schedule: str
-    clip: float | None
-    ema: float
-    features: float
-    held_out: float
-    calibrate: float | None
-    predictor: Kind
-    predict_from: Reads | None
-    predictor_steps: int
-    seed: int
-    checkpoint_every: int
-    bfloat16: bool
-    together: bool
-    cache: bool
-    cache_batch: int
-    tensorboard: bool | str
-    equalise: bool | int | None
-    instead: Mapping[str, str] | None
-    loss_weights: Mapping[str, str | Path] | None
-    discriminator: nn.Module | str | Path | None
-    adversarial: Objective | str | None
-    discriminator_lr: float
-    gaze: nn.Module | None
+__all__ = ["fit", "measure_times", "prepare"]
 
 
 def fit(
@@ -81,7 +47,7 @@ def fit(
     devices: int | None = None,
     nodes: int | None = None,
     progress: bool = True,
-    **settings: Unpack[FitKeywords],
+    **settings: Any,
 ) -> EarlyExitGenerator:
     """Fill the bank, train the branches and the predictor, from generator inputs alone.
 
@@ -158,6 +124,8 @@ def prepare(
 
     Terms whose weights are not available are collected in ``missing``, by name; ``None`` raises.
     """
+    if torch.is_inference_mode_enabled():
+        raise ModeError("fit must run outside torch.inference_mode(), which rules out training", model)
     terms = LossOptions(**{f.name: settings.pop(f.name) for f in fields(LossOptions) if f.name in settings})
     names = [field.name for field in fields(FitSettings)]
     for name in sorted(set(settings) - set(names)):

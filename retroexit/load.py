@@ -17,9 +17,15 @@ from retroexit.model import EarlyExitGenerator
 from retroexit.plugins.description import Description
 from retroexit.plugins.host import host
 from retroexit.routing.latency import Latency
-from retroexit.saving.model_files import fill_predictor, read_calibration, read_manifest, read_predictor
-from retroexit.saving.settings import options_from_json, with_key
-from retroexit.wrapping.options import WrapOptions, shadowed_keywords
+from retroexit.saving import (
+    fill_predictor,
+    find_key,
+    options_from_json,
+    read_calibration,
+    read_manifest,
+    read_predictor,
+)
+from retroexit.wrapping.options import adapter_options
 
 __all__ = ["load"]
 
@@ -37,11 +43,11 @@ def load(
 
     Args:
         folder: The folder.
-        generator: The same trained generator, weights included; it is not part of what was saved.
+        generator: The same trained generator, weights included, which are not saved in the folder.
         example_inputs: Positional inputs to record it with; without them its first call records.
         example_kwargs: Keyword inputs.
-        adapter: What a plug-in knows about the generator, as for `retroexit.wrap`.
-        key: The key function of its `Guidance`, which is not saved; not needed where the adapter brings it.
+        adapter: As for `retroexit.wrap`.
+        key: The key function of its `Guidance`, which is not saved; by default the adapter's.
 
     Returns:
         The wrapped generator, with its branches, predictor and bank.
@@ -56,76 +62,62 @@ def load(
     if example_inputs is None and description.example_inputs is not None:
         example_inputs, example_kwargs = description.example_inputs(generator)
     manifest = read_manifest(folder)
-    knowledge = {
-        "shadowed": shadowed_keywords(generator),
-        "predictor_inputs": description.predictor_inputs,
-        "build_stage": description.build_stage,
-        "description": None if adapter is None else description,
-    }
     try:
-        options = options_from_json(manifest, knowledge)
-        predictor = read_predictor(manifest["predictor"])
-        about, has_bank, limit = dict(manifest["about"]), bool(manifest["has_bank"]), manifest["guide_limit"]
-        expected, weights_of = Identity.from_json(manifest["generator"]), str(manifest["fingerprint"])
-        latency = None if manifest["latency"] is None else Latency.from_json(manifest["latency"])
+        key = find_key(folder, manifest, key, description.key)
+        options = options_from_json(manifest, key, **adapter_options(generator, adapter, description))
+        model = EarlyExitGenerator(generator, options)
+        model.about, bank_of = dict(manifest["about"]), str(manifest["fingerprint"])
+        predictor, router = read_predictor(manifest["predictor"]), model.router
+        router.guide_limit, has_bank = manifest["guide_limit"], bool(manifest["has_bank"])
+        router.latency = None if manifest["latency"] is None else Latency.from_json(manifest["latency"])
+        _check_folder(folder, manifest, model)
+    except CheckpointError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError, RetroExitError) as error:
         raise CheckpointError(
             f"{folder} is damaged: model.json holds {type(error).__name__}: {error}. Copy it again.", folder
         ) from error
-    options = with_key(options, manifest, key, description.key, folder)
-    _check_folder(folder, manifest, expected, generator, options)
     tensors, _ = read_tensors(folder / "weights.safetensors")
-    model = EarlyExitGenerator(generator, options)
-    model.about = about
     if predictor is not None:
         fill_predictor(predictor, _under("predictor.", tensors), folder)
-        model.router.predictor = predictor.to(device_of(generator)).eval()
+        router.predictor = predictor.to(device_of(generator)).eval()
     if has_bank:
-        model.bank = _load_bank(folder, manifest, weights_of, options, generator)
-    model.router.latency, model.router.guide_limit = latency, limit
-    model.router.calibration = read_calibration(folder, manifest["calibration_sha256"])
+        retriever = None if options.guidance is None else host().retriever(options.guidance.retriever)
+        bank = GuidanceBank.load(folder / "bank", bank_of, retriever_class=retriever)
+        bank.meta["fingerprint"] = fingerprint(generator)  # the same network, maybe in another precision
+        model.bank = bank
+    router.calibration = read_calibration(folder, manifest["calibration_sha256"])
     model.restore(_under("branches.", tensors))
     if example_inputs is not None or example_kwargs is not None:
         model.record(*(example_inputs or ()), **(example_kwargs or {}))
     return model
 
 
-def _check_folder(
-    folder: Path, manifest: dict[str, Any], expected: Identity, generator: nn.Module, options: WrapOptions
-) -> None:
-    """Check that the weights are unchanged and belong to this generator and adapter."""
-    difference = expected.difference(Identity.of(generator))
+def _check_folder(folder: Path, manifest: dict[str, Any], model: EarlyExitGenerator) -> None:
+    """Check that the files are unchanged and belong to this generator and adapter."""
+    kind = type(model.generator).__name__
+    difference = Identity.from_json(manifest["generator"]).difference(Identity.of(model.generator))
     if difference:
         raise CheckpointError(
-            f"{folder} belongs to another generator than this {type(generator).__name__}: {difference}. Load the "
-            "weights that it was fitted with first.",
+            f"{folder} belongs to another generator than this {kind}: {difference}. Load the weights that it was "
+            "fitted with first.",
             folder,
         )
     if sha256_of(folder / "weights.safetensors") != manifest["weights_sha256"]:
         raise CheckpointError(
             f"{folder / 'weights.safetensors'} has changed since it was written. Copy it again.", folder
         )
-    needs_adapter = manifest["predictor"] is not None and manifest["predictor_reads"] == "inputs"
-    if needs_adapter and options.predictor_inputs is None:
-        raise CheckpointError(
-            f"the predictor in {folder} reads a map that an adapter makes from the inputs, but no adapter "
-            f"recognises a {type(generator).__name__}. Install the plug-in that it was fitted with.",
-            folder,
-        )
-
-
-def _load_bank(
-    folder: Path, manifest: dict[str, Any], weights_of: str, options: WrapOptions, generator: nn.Module
-) -> GuidanceBank:
-    """Read the bank that was saved with the model, and no other."""
-    if manifest["bank_sha256"] not in (None, sha256_of(folder / "bank" / MANIFEST)):
+    if manifest["bank_sha256"] and manifest["bank_sha256"] != sha256_of(folder / "bank" / MANIFEST):
         raise CheckpointError(
             f"{folder} holds another guidance bank than the one it was saved with. Copy it again.", folder
         )
-    retriever = None if options.guidance is None else host().retriever(options.guidance.retriever)
-    bank = GuidanceBank.load(folder / "bank", weights_of, retriever_class=retriever)
-    bank.meta["fingerprint"] = fingerprint(generator)  # the same network, maybe in another precision
-    return bank
+    needs_adapter = manifest["predictor"] is not None and manifest["predictor_reads"] == "inputs"
+    if needs_adapter and model.options.predictor_inputs is None:
+        raise CheckpointError(
+            f"the predictor in {folder} reads a map that an adapter makes from the inputs, but no adapter "
+            f"recognises a {kind}. Install the plug-in that it was fitted with.",
+            folder,
+        )
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

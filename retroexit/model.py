@@ -12,17 +12,18 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, nn
 
+from retroexit.core.nested import carrying_gradient, tensors
 from retroexit.errors import CheckpointError, NotRecordedError, OptionError, RetroExitWarning
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.guidance.provider import GuideProvider
-from retroexit.measuring.calibrate import calibrate
+from retroexit.measuring import calibrate
 from retroexit.metrics import QualityMetric
 from retroexit.plugins.host import host
 from retroexit.routing.calibration import Calibration
 from retroexit.routing.latency import Latency, time_exits
 from retroexit.routing.policy import Policy, RoutingOptions, RoutingRequest, VideoRouter
 from retroexit.routing.router import LossPrediction, Router, render, render_branch
-from retroexit.saving.model_files import Snapshot, write_model
+from retroexit.saving import write_model
 from retroexit.split.split import Begun, SplitGenerator
 from retroexit.wrapping.decomposition import Decomposition, decompose
 from retroexit.wrapping.exits import Exit, exit_table, list_exits
@@ -59,11 +60,15 @@ class EarlyExitGenerator(nn.Module):
         self._saved_weights: dict[str, Tensor] | None = None
         self._lock = threading.Lock()
         self.training = False
+        self.router.eval()
 
     # Calls.
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """Render images.
+
+        The backbone runs without gradients, unless an input requires one: then ``model(x, exit=k)`` gives it one
+        through the stages up to the exit and the branch, at the memory that autograd takes for these stages.
 
         Args:
             *inputs: The generator's positional inputs.
@@ -216,7 +221,7 @@ class EarlyExitGenerator(nn.Module):
 
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Begun:
         self._ensure_recorded(args, kwargs)
-        with torch.no_grad():
+        with carrying_gradient(tensors((args, kwargs))):
             return self.split.begin(args, kwargs)
 
     def overhead(self) -> list[int]:
@@ -246,7 +251,7 @@ class EarlyExitGenerator(nn.Module):
                 decomposition, branches = decompose(self.generator, self.options, args, kwargs)
                 self.guide.attach(self.generator, decomposition.taps)
                 self.router.attach(decomposition, self.guide)
-                self.branches.extend(branches)
+                self.branches.extend(branches).eval()
                 if self._saved_weights is not None:
                     self._load_weights(self._saved_weights)
                 self._decomposition = decomposition
@@ -395,16 +400,8 @@ class EarlyExitGenerator(nn.Module):
             GeneratorError: If the generator's weights have changed since it was recorded.
             NotRecordedError: If there are no branches yet.
         """
-        snapshot = Snapshot(
-            self.generator,
-            self.options,
-            self.decomposition,
-            self.branches,
-            self.router,
-            self.bank,
-            self.about,
-        )
-        return write_model(folder, snapshot)
+        parts = (self.generator, self.options, self.decomposition, self.branches, self.router, self.bank)
+        return write_model(folder, *parts, self.about)
 
     def restore(self, weights: dict[str, Tensor]) -> None:
         """Give the branches saved weights, now or when the generator is recorded.

@@ -20,7 +20,7 @@ from retroexit.errors import MissingExtraError, OptionError, OutputError
 from retroexit.evaluation.measure import measure
 from retroexit.evaluation.sweep import Evaluation
 from retroexit.evaluation.thop_check import cross_check
-from retroexit.measuring.exits import Measurement
+from retroexit.measuring import Measurement
 from retroexit.metrics import QualityMetric
 from retroexit.model import EarlyExitGenerator
 from retroexit.report.strips import pick_strips

@@ -68,9 +68,9 @@ def wrap(generator: Any, *inputs: Any, **options: Any) -> EarlyExitGenerator:
         (
             {"attach_at": [2, 2]},
             errors.AttachPointError,
-            r"attach_at must name each stage once, got \[2, 2\]",
+            r"attach_at must name each place once, got \[2, 2\]",
         ),
-        ({"attach_at": [1, "blocks.0"]}, errors.AttachPointError, "got two names for one"),
+        ({"attach_at": [1, "blocks.0"]}, errors.AttachPointError, "each place once, got"),
         (
             {"attach_at": [True]},
             errors.AttachPointError,

@@ -19,7 +19,7 @@ from retroexit.model import EarlyExitGenerator
 from retroexit.report.report import write_report
 from retroexit.report.saved_report import find_report, model_facts, read_evaluation, read_report
 from retroexit.report.text_tables import limits_table, promise_table, sweep_table
-from retroexit.saving.model_files import read_calibration
+from retroexit.saving import read_calibration
 
 __all__ = ["calibrate", "evaluate", "report", "routing_results"]
 

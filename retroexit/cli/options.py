@@ -76,11 +76,11 @@ def group_of(source: Callable[..., Any], **options: Any) -> Any:
     Args:
         source: Where defaults and types come from. What is no number and no flag is a text. Counts must be at
             least 1, other numbers and those with the default 0 at least 0.
-        **options: The help of every option, or its annotation.
+        **options: The help of every option, or its annotation. An option that the source has not is ``None``.
     """
     hints, simple, group = get_type_hints(source), (str, bool, int, float), []
     for name, option in options.items():
-        default = inspect.signature(source).parameters[name].default
+        default = getattr(inspect.signature(source).parameters.get(name), "default", None)
         is_required = default is inspect.Parameter.empty
         default = default if isinstance(default, simple) else None
         if isinstance(option, str):

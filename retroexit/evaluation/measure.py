@@ -17,7 +17,7 @@ from retroexit.core.modules import device_of
 from retroexit.core.samples import Samples, drawing_from
 from retroexit.evaluation.sweep import Evaluation
 from retroexit.evaluation.thop_check import cross_check
-from retroexit.measuring.exits import Measurement, limits_of
+from retroexit.measuring import Measurement, limits_of
 from retroexit.metrics import QualityMetric
 from retroexit.model import EarlyExitGenerator
 

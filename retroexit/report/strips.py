@@ -18,7 +18,7 @@ from retroexit.core.nested import tensors
 from retroexit.core.samples import ImageRange, Samples
 from retroexit.errors import OptionError
 from retroexit.evaluation.sweep import Evaluation, highlighted, thresholds_for
-from retroexit.measuring.exits import Measurement
+from retroexit.measuring import Measurement
 
 __all__ = ["Strip", "data_address", "pick_strips"]
 

@@ -92,13 +92,9 @@ class FeatureCache:
     def read(
         self, name: str, indices: Sequence[int], device: torch.device | str = "cpu", crop: Crop | None = None
     ) -> Tensor:
-        """Read one value for some samples, ``(len(indices), ...)``.
+        """Read one value for some samples, ``(len(indices), ...)``; only ``crop``'s windows are read from disk.
 
-        Args:
-            name: Name of a node that crosses a cut, or one of the names of this module.
-            indices: Samples, in this order.
-            device: Device of the result.
-            crop: Windows to read; nothing else is read from disk.
+        ``name`` is that of a node that crosses a cut, or one of this module.
         """
         if name in self._shared:
             value = self._shared[name].to(device, copy=True)  # branches may write into it
@@ -126,12 +122,7 @@ class FeatureCache:
     ) -> FeatureCache:
         """Run the backbone once over all samples and store what training needs.
 
-        Args:
-            model: The wrapped generator.
-            samples: Its inputs.
-            folder: Created if missing. A cache of the same backbone, attach points and inputs is reused.
-            batch: Samples per pass.
-            progress: Whether to show a progress bar on a terminal.
+        A cache of the same backbone, attach points and inputs in the folder is continued or reused.
 
         Raises:
             CheckpointError: If the folder has a damaged cache or one of something else.
@@ -177,13 +168,6 @@ class LiveFeatures:
 
     The last batch is kept, so that all values of a step come from one pass. Random numbers of the backbone
     depend on the samples in the batch and the seed.
-
-    Args:
-        model: The wrapped generator, recorded.
-        samples: Its inputs.
-
-    Raises:
-        TrainingError: If samples cannot be told apart in the generator's values.
     """
 
     def __init__(self, model: EarlyExitGenerator, samples: Samples) -> None:

@@ -83,14 +83,9 @@ def average(tensors: Sequence[Tensor]) -> None:
 
 
 def join(devices: int | None = None, nodes: int | None = None, accelerator: str = "cpu") -> Team:
-    """Join the processes that torchrun started, or start them.
+    """Join the processes that torchrun started, or start them, one per device of every machine.
 
     Without torchrun, Lightning Fabric starts the running script once more for every further device.
-
-    Args:
-        devices: Devices, and so processes, of each machine; by default torchrun's, or 1.
-        nodes: Machines; by default torchrun's, or 1.
-        accelerator: ``"cpu"``, ``"cuda"``, or another of Fabric's names.
 
     Raises:
         MissingExtraError: If there are several devices and lightning-fabric is not installed.

@@ -20,14 +20,14 @@ from retroexit.core.samples import ImageRange, Samples, drawing_from
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.guidance.building import build_bank, with_slopes
 from retroexit.guidance.provider import Taps
-from retroexit.measuring.exits import image_range_of
+from retroexit.measuring import image_range_of
 from retroexit.metrics import QualityMetric
 from retroexit.model import EarlyExitGenerator
 from retroexit.plugins.training_types import TrainingBatch
 from retroexit.retrieval import Retriever
 from retroexit.routing.predictor import farthest
 from retroexit.routing.router import guide_distance
-from retroexit.saving.settings import options_to_json
+from retroexit.saving import options_to_json
 from retroexit.training.cache import IMAGE, FeatureCache, Features, LiveFeatures, chunks, guidance_names
 from retroexit.training.distributed import Team
 from retroexit.training.estimate import Estimate, estimate
@@ -54,14 +54,11 @@ class FitJob:
     """A fit whose arguments have been checked.
 
     Attributes:
-        settings: Settings of the training.
         metric: The quality metric; ``None`` if its weights are missing in a dry run.
         plan: What branches are trained on.
         retriever: Makes the search back-end of the bank.
         inputs: Samples to fit on.
-        aside: Samples to calibrate on.
-        alpha: Share of inputs that may lose more than a threshold.
-        confidence: Probability that the promise holds.
+        aside: Samples to calibrate on, with ``alpha`` and ``confidence``.
         latency: Samples per call whose times are measured, or ``None``.
         bank: A bank made beforehand, or ``None``.
     """

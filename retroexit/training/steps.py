@@ -103,8 +103,7 @@ class Step:
         seed: Seed of the random numbers of branches and losses.
         target: The backbone's images ``(N, C, H, W)`` in [-1, 1].
         guide: Guide of the branches, or ``None``.
-        args: Positional inputs of the generator, if a loss needs them.
-        kwargs: Keyword inputs, likewise.
+        args, kwargs: Inputs of the generator, if a loss needs them.
         read: Returns a value that crosses a cut, by name.
     """
 
@@ -131,10 +130,7 @@ class Steps:
         limits: Range of the generator's images.
         guide_of: Returns the guide of some samples; ``None`` for branches without one.
         batch: Samples per step, over all processes.
-        seed: Seed of order, windows and random numbers.
-        device: Device of the branches.
         needs_inputs: Whether a loss reads the generator's inputs.
-        team: The processes that share the batch.
     """
 
     features: Features

@@ -49,13 +49,11 @@ def stream_bank(
         batch: Inputs per pass.
         eps: Farthest point sampling stops when no candidate is farther than this from the chosen keys.
         max_candidates: Keys held before thinning.
-        scratch: Folder to write the candidates to, about once a minute. An interrupted build resumes from it
-            and gives the same bank; the caller removes it in the end.
+        scratch: Folder from which an interrupted build resumes, to the same bank; the caller removes it.
         progress: Show progress bars on a terminal.
 
     Raises:
         OptionError: If the model was wrapped without guidance.
-        BankError: If features or values do not fit together.
         CheckpointError: If ``scratch`` belongs to another build or other inputs, or is damaged.
     """
     if not model.is_recorded:
@@ -110,10 +108,10 @@ def stream_banks(
     Args:
         model: See `stream_bank`.
         samples: Inputs of all identities, in any order.
-        identities: Identity of each sample. The names are used as names of folders.
+        identities: Identity of each sample, which is also the name of its folder in ``scratch``.
         retriever: Makes an unbuilt index.
         skip: Identities whose bank exists already.
-        scratch: See `stream_bank`; each identity gets a folder in it.
+        scratch: See `stream_bank`.
         options: Passed to `stream_bank`.
 
     Yields:

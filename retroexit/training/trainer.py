@@ -68,14 +68,7 @@ class FeatureDistance:
     """Distance of a branch's layers to the backbone's channels that they inherited.
 
     Beyond the paper, which compares images alone. Costs a pass of the backbone's remaining stages per step.
-
-    Args:
-        model: The wrapped generator.
-        index: Number of the branch, from 0.
-        weight: Weight in the loss.
-
-    Attributes:
-        paths: The layers that are compared; none for a branch that inherits nothing.
+    ``paths`` are the layers that are compared; none for a branch that inherits nothing.
     """
 
     def __init__(self, model: EarlyExitGenerator, index: int, weight: float) -> None:
@@ -148,7 +141,6 @@ class BranchTrainer:
         distance: Term on the branch's layers, or ``None``.
 
     Attributes:
-        step: Number of steps done.
         image: Image of the branch in the last step, in [-1, 1], without gradient.
     """
 
@@ -327,14 +319,7 @@ def _below(tensors: dict[str, Tensor], start: str) -> dict[str, Tensor]:
 
 
 class TrainingWriter:
-    """Writes the parts of losses and the images of exits for TensorBoard.
-
-    Args:
-        folder: The folder for ``tensorboard --logdir``.
-
-    Raises:
-        MissingExtraError: If tensorboard is not installed.
-    """
+    """Writes the parts of losses and the images of exits to a folder for ``tensorboard --logdir``."""
 
     def __init__(self, folder: Path) -> None:
         try:
@@ -380,14 +365,7 @@ def train_branches(
     writer: TrainingWriter | None = None,
     progress: bool = True,
 ) -> None:
-    """Train branches to the end, from their checkpoints if there are any.
-
-    Args:
-        trainers: One per branch.
-        steps: What the steps read.
-        settings: Whether each step is read once for all branches, and when checkpoints are written.
-        writer: Where to write scalars and images.
-        progress: Whether to show a progress bar on a terminal.
+    """Train branches to the end, one trainer per branch, from their checkpoints if there are any.
 
     Raises:
         TrainingError: If a loss is not finite; the branches get the weights of their last checkpoints.

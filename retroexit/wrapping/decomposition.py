@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,14 +14,21 @@ from retroexit.branch.branch import Branch
 from retroexit.branch.builder import BranchSpec, build_branch
 from retroexit.branch.widths.plan import WidthPlan
 from retroexit.core.identity import Identity
-from retroexit.errors import GeneratorError, InputMismatchError, OptionError, RecordingError
+from retroexit.errors import (
+    AttachPointError,
+    GeneratorError,
+    InputMismatchError,
+    OptionError,
+    RecordingError,
+    RetroExitWarning,
+    closest,
+)
 from retroexit.guidance.provider import Taps, find_key_cut, find_taps, tap_paths
 from retroexit.split.replay import ReplaySplit
-from retroexit.split.split import SplitGenerator
+from retroexit.split.split import SplitGenerator, places
 from retroexit.stages.decoder import Cut, Decoder, read_decoder, value_names
 from retroexit.stages.stage import Stage
 from retroexit.tracing.record import unobserved
-from retroexit.wrapping.attach import find_places
 from retroexit.wrapping.options import WrapOptions
 
 __all__ = ["Decomposition", "branch_for", "decompose"]
@@ -96,6 +104,14 @@ def decompose(
     named = [place for place in options.attach_at if isinstance(place, str)]
     named += tap_paths(options.guidance)
     decoder = read_decoder(generator, args, kwargs, stages=options.stages, also=named, image=options.image)
+    if decoder.recording.draws:
+        warnings.warn(
+            f"{type(generator).__name__} draws random numbers in its forward: two calls with the same inputs render "
+            "different images. To compare exits, call torch.manual_seed before each call, or pass the noise as an "
+            "input.",
+            RetroExitWarning,
+            stacklevel=5,
+        )
     if not decoder.replayed:
         try:
             return _build(generator, decoder, options, args, kwargs)
@@ -113,7 +129,7 @@ def _build(
     generator: nn.Module, decoder: Decoder, options: WrapOptions, args: Any, kwargs: dict[str, Any]
 ) -> tuple[Decomposition, list[Branch]]:
     """Cut a recorded generator and build its branches; where the recording cannot be cut, run the forward again."""
-    pairs = find_places(decoder, options)
+    pairs = _find_places(decoder, options)
     key_cut = find_key_cut(decoder, options.guidance, pairs[0])
     split: SplitGenerator
     if not decoder.replayed:
@@ -155,6 +171,68 @@ def _build(
         branches.append(branch)
         decomposition.route_macs.append(macs + _macs_before(decoder, cut) // split.batch)
     return decomposition, branches
+
+
+def _find_places(decoder: Decoder, options: WrapOptions) -> list[tuple[Stage, Cut]]:
+    """Find the stages of ``attach_at`` and cut there, in order of execution.
+
+    Raises:
+        AttachPointError: If a stage is unknown, named twice, or has no layer behind it.
+    """
+    stage_of = {stage.path: stage for stage in decoder.stages}
+    chosen: list[Stage] = []
+    for place in options.attach_at:
+        if isinstance(place, str):
+            chosen.append(stage_of.get(place) or decoder.describe(place))
+        elif not 1 <= place <= len(decoder.stages):
+            near = ", ".join(
+                f"{s.index} ({s.path})" for s in decoder.stages if abs(s.index - place) <= 2
+            ) or (", ".join(f"{s.index} ({s.path})" for s in decoder.stages[-3:]))
+            raise AttachPointError(
+                f"attach_at must be stages 1 to {len(decoder.stages)}, got {place}. Closest: {near}. List all with "
+                "'retroexit inspect' or retroexit.find_stages.",
+                place,
+            )
+        else:
+            chosen.append(decoder.stages[place - 1])
+        stage = chosen[-1]
+        if options.tap == "after" and stage.index == len(decoder.stages):
+            raise AttachPointError(
+                f"attach_at must leave stages for the branch, got the last one, {stage.index} ({stage.path}). "
+                f"{_alternative(decoder, stage)}",
+                place,
+            )
+    pairs = places(decoder, chosen, options.tap)
+    if len({cut.position for _, cut in pairs}) < len(pairs):
+        raise AttachPointError(
+            f"attach_at must name each place once, got {list(options.attach_at)}.",
+            options.attach_at,
+        )
+    last = decoder.stages[-1].path
+    for stage, cut in pairs:
+        if options.tap == "after" and not any(
+            n.op == "call_module" and n.meta.get("macs", 0) for n in cut.rest
+        ):
+            raise AttachPointError(
+                f"attach_at must leave a layer for the branch, got {stage.path!r}, the last one. Closest: "
+                f"{closest(stage.path, [s.path for s in decoder.stages if s.path != last])}.",
+                stage.path,
+            )
+    return pairs
+
+
+def _alternative(decoder: Decoder, last: Stage) -> str:
+    """Where to attach instead of after the last stage."""
+    if last.index > 1:
+        return f"Attach at 1 to {last.index - 1}."
+    modules = decoder.call(last.path).module.named_modules(prefix=last.path)
+    inside = [path for path, m in modules if path != last.path and any(True for _ in m.parameters(False))]
+    if len(inside) > 1:
+        return (
+            f"It is the only stage: name a layer inside it, such as attach_at={inside[:1]}, or take its "
+            "input with tap='before'."
+        )
+    return "It is the only stage, one layer: take its input with tap='before', or wrap a deeper module."
 
 
 def _build_exit(

@@ -18,7 +18,7 @@ from retroexit.guidance.provider import Guidance
 from retroexit.plugins.description import Description
 from retroexit.stages.stage import Stage
 
-__all__ = ["OWN_KEYWORDS", "WrapOptions", "shadowed_keywords"]
+__all__ = ["OWN_KEYWORDS", "WrapOptions", "adapter_options"]
 
 OWN_KEYWORDS = ("exit", "threshold", "budget", "deadline_ms")
 
@@ -75,10 +75,6 @@ class WrapOptions:
                     f"{list(self.attach_at)}.",
                     place,
                 )
-        if len(set(self.attach_at)) < len(self.attach_at):
-            raise AttachPointError(
-                f"attach_at must name each stage once, got {list(self.attach_at)}.", self.attach_at
-            )
         if self.tap not in ("after", "before"):
             raise OptionError(f"tap must be 'after' or 'before', got {self.tap!r}.", self.tap)
         if self.init not in ("inherit", "scratch"):
@@ -90,7 +86,19 @@ class WrapOptions:
         return rules[stage.path] if stage.path in rules else rules[stage.index]
 
 
-def shadowed_keywords(generator: nn.Module) -> tuple[str, ...]:
+def adapter_options(
+    generator: nn.Module, adapter: Description | str | bool | None, description: Description
+) -> dict[str, Any]:
+    """Options of a wrap that a generator and its description determine, as keywords of `WrapOptions`."""
+    return {
+        "shadowed": _shadowed_keywords(generator),
+        "predictor_inputs": description.predictor_inputs,
+        "build_stage": description.build_stage,
+        "description": None if adapter is None else description,
+    }
+
+
+def _shadowed_keywords(generator: nn.Module) -> tuple[str, ...]:
     """List routing options that the generator's own forward takes, with a warning."""
     try:
         parameters = set(inspect.signature(generator.forward).parameters)
@@ -103,6 +111,6 @@ def shadowed_keywords(generator: nn.Module) -> tuple[str, ...]:
             "model(...) hands it to the generator. Choose exits with model.route(inputs, kwargs, exit=..., "
             "threshold=...).",
             RetroExitWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
     return shadowed

@@ -128,6 +128,11 @@ FIT = {
     "--predictor-steps": "3",
     "--out": "run",
 }
+FACE = (
+    *("--loss", "megaportraits", "--instead", "vgg=features-random", "--instead", "ms-ssim=quality"),
+    *("--discriminator", "toy.py:Judge", "--gaze", "toy.py:Looks"),
+)
+"""The paper's loss for faces, with networks of the toy."""
 
 
 @dataclass
@@ -153,6 +158,7 @@ class Runner:
     """Runs a command line; ``fit`` runs a fast fit of the toy, with some options replaced."""
 
     capsys: pytest.CaptureFixture[str]
+    FACE = FACE
 
     def __call__(self, *arguments: str) -> Result:
         self.capsys.readouterr()

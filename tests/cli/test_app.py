@@ -23,17 +23,15 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_every_command_shows_one_example_that_it_understands(run: Any) -> None:
-    listed = run("--help")
-    assert listed.status == 0
+    listed = run("--help").succeeds()
     for command in COMMANDS:
-        assert re.search(rf"^\s*{command}\s", listed.out, re.MULTILINE)
-        shown = run(command, "--help")
-        assert shown.status == 0
-        (example,) = re.findall(r"^\s*Example: (.*)$", shown.out, re.MULTILINE)
+        assert re.search(rf"^\s*{command}\s", listed, re.MULTILINE)
+        shown = run(command, "--help").succeeds()
+        (example,) = re.findall(r"^\s*Example: (.*)$", shown, re.MULTILINE)
         words = shlex.split(example)
         assert words[:2] == ["retroexit", command]
         for option in (word for word in words if word.startswith("--")):
-            assert re.search(rf"^\s*{option}\b", shown.out, re.MULTILINE), option
+            assert re.search(rf"^\s*{option}\b", shown, re.MULTILINE), option
 
 
 def test_without_a_command_the_help_is_shown(run: Any) -> None:
@@ -116,7 +114,7 @@ def test_a_command_of_a_plugin_that_cannot_be_added_is_reported_and_left_out(
     assert re.fullmatch(r"warning: .*plug-in 'mine'.*\n", shown.err), shown.err
     assert re.search(cause, shown.err)
     assert not re.search(r"^\s*odd\s", shown.out, re.MULTILINE)
-    assert run("doctor", "--help").status == 0
+    run("doctor", "--help").succeeds()
     assert "--attach-at" in run("fit", "--help").out
 
 

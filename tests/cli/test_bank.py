@@ -16,23 +16,21 @@ BUILD = ("bank", "build", "toy.py:decoder", "--inputs", "toy.py:samples", "--out
 
 @pytest.mark.parametrize("thin", ["fps", "kmeans", "random"])
 def test_build_info_and_verify_agree(run: Any, thin: str) -> None:
-    built = run(*BUILD, "--thin", thin, "--retriever", "faiss", "--batch", "5")
-    assert built.status == 0, built.err
-    assert built.out.endswith("saved to made\n")
+    built = run(*BUILD, "--thin", thin, "--retriever", "faiss", "--batch", "5").succeeds()
+    assert built.endswith("saved to made\n")
     shown = run("bank", "info", "made")
-    assert shown.out == built.out.removesuffix("saved to made\n")
+    assert shown.out == built.removesuffix("saved to made\n")
     assert re.search(r"^pairs: +40 from \d+ inputs$", shown.out, re.MULTILINE)
     assert re.search(
         rf"^thinning: +{thin} of 768 candidates, 768 keys seen, seed 0$", shown.out, re.MULTILINE
     )
     assert re.search(r"^coverage: +radius [\d.]+, mean distance", shown.out, re.MULTILINE)
-    checked = run("bank", "verify", "made", "toy.py:decoder")
-    assert checked.status == 0, checked.err
-    assert "40 of 40 keys find themselves" in checked.out and "backbone is the one" in checked.out
+    checked = run("bank", "verify", "made", "toy.py:decoder").succeeds()
+    assert "40 of 40 keys find themselves" in checked and "backbone is the one" in checked
 
 
 def test_a_streamed_bank_of_everything_guides_inputs_with_their_own_values(run: Any) -> None:
-    assert run(*BUILD, "--thin", "none", "--batch", "5", "--patch", "2", "--value-after", "2").status == 0
+    run(*BUILD, "--thin", "none", "--batch", "5", "--patch", "2", "--value-after", "2").succeeds()
     # The stage repeats every location 2x2, so that keys of single locations would occur more than once.
     from toy import Decoder, samples  # the file beside which commands run
 
@@ -47,7 +45,7 @@ def test_a_streamed_bank_of_everything_guides_inputs_with_their_own_values(run: 
 
 
 def test_another_backbone_a_damaged_file_and_a_used_folder_are_refused(run: Any, tmp_path: Path) -> None:
-    assert run(*BUILD).status == 0
+    run(*BUILD).succeeds()
     run("bank", "verify", "made", "toy.py:sized", "--args", "5").fails_with("backbone")
     run(*BUILD).fails_with("made already holds a bank. Name a new folder")
     values = tmp_path / "made/values.npy"
@@ -70,9 +68,8 @@ def test_frame_banks_of_every_identity_are_built_resumed_and_verified(run: Any, 
     with open(tmp_path / "toy.py", "a") as file:
         file.write(FRAMES)
     command = (*BUILD, "--key", "toy.py:pose", "--identities", "toy.py:names")
-    built = run(*command)
-    assert built.status == 0, built.err
-    assert built.out.count("saved to made") == 2 and not (tmp_path / "made.part").exists()
+    built = run(*command).succeeds()
+    assert built.count("saved to made") == 2 and not (tmp_path / "made.part").exists()
     assert len(GuidanceBank.load("made/ann")) == 8 and len(GuidanceBank.load("made/bob")) == 4
     assert (
         "keys from toy@"
@@ -84,7 +81,7 @@ def test_frame_banks_of_every_identity_are_built_resumed_and_verified(run: Any, 
 
 
 def test_verify_compares_taps_and_patches_on_request(run: Any) -> None:
-    assert run(*BUILD, "--value-after", "2").status == 0
+    run(*BUILD, "--value-after", "2").succeeds()
     same = ("bank", "verify", "made", "toy.py:with_inputs", "--key-after", "1", "--value-after")
     assert "as expected" in run(*same, "2").out
     run(*same, "1").fails_with("source of values must be")

@@ -14,10 +14,9 @@ from retroexit.cli import doctor
 
 
 def test_plugins_lists_our_own(run: Any) -> None:
-    shown = run("plugins")
-    assert shown.status == 0
+    shown = run("plugins").succeeds()
     assert re.search(
-        r"^builtin +retroexit +\S+ .*retroexit_metrics.*retroexit_retrievers", shown.out, re.MULTILINE
+        r"^builtin +retroexit +\S+ .*retroexit_metrics.*retroexit_retrievers", shown, re.MULTILINE
     )
 
 

@@ -39,10 +39,6 @@ latency = 1
 l1 = 0.5
 quality = 2
 """
-FACE = (
-    *("--loss", "megaportraits", "--instead", "vgg=features-random", "--instead", "ms-ssim=quality"),
-    *("--discriminator", "toy.py:Judge", "--gaze", "toy.py:Looks"),
-)
 
 
 def _config(run: Any, text: str, *words: str) -> Any:
@@ -142,7 +138,7 @@ def test_a_dry_run_prints_work_and_cost_and_writes_nothing(run: Any, tmp_path: P
 
 
 def test_a_dry_run_lists_every_term_with_its_network_and_the_source_of_its_weights(run: Any) -> None:
-    printed = run.fit(*FACE, "--dry-run").succeeds()
+    printed = run.fit(*run.FACE, "--dry-run").succeeds()
     opponent = r"Judge, a copy per branch: 2 x 117 parameters"  # 3 * 4 * 9 + 4 + 4 + 1
     for line in (
         rf"adversarial +1 +{opponent}, hinge, lr 0.0004 +toy.py:Judge",
@@ -154,7 +150,7 @@ def test_a_dry_run_lists_every_term_with_its_network_and_the_source_of_its_weigh
     ):
         assert re.search(rf"^{line} *$", printed, re.MULTILINE), (line, printed)
     assert re.search("equalised: .* first 50 steps", printed)
-    plain = run.fit(*FACE, "--no-equalise", "--discriminator-lr", "0.001", "--dry-run").out
+    plain = run.fit(*run.FACE, "--no-equalise", "--discriminator-lr", "0.001", "--dry-run").out
     assert "hinge, lr 0.001" in plain and "equalised" not in plain
 
 

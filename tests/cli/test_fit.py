@@ -15,10 +15,6 @@ from retroexit.training.trainer import BranchTrainer
 
 PROMISE = ("--alpha", "0.5", "--confidence", "0.5")
 OTHERS = ("toy.py:decoder", "run", "--inputs", "toy.py:others", "--threshold", "0.2")
-FACE = (
-    *("--loss", "megaportraits", "--instead", "vgg=features-random", "--instead", "ms-ssim=quality"),
-    *("--discriminator", "toy.py:Judge", "--gaze", "toy.py:Looks"),
-)
 
 
 def _saved(folder: Path, file: str = "model.json") -> Any:
@@ -61,7 +57,7 @@ def test_losses_width_rules_and_keyword_samples_are_chosen_by_name(run: Any, tmp
 def test_a_preset_is_trained_on_with_replacements_discriminators_and_a_gaze_network(
     run: Any, tmp_path: Path
 ) -> None:
-    run.fit(*FACE, "--adversarial", "non-saturating").succeeds()
+    run.fit(*run.FACE, "--adversarial", "non-saturating").succeeds()
     record = _saved(tmp_path, "fit.json")
     terms = ["adversarial", "features-random", "quality", "l1", "feature-matching", "gaze"]
     assert list(record["losses"]) == terms and record["loss"]["equalise"] == 50
@@ -93,55 +89,38 @@ def test_a_folder_of_another_fit_is_refused(run: Any) -> None:
     [
         ((), {"scale": "1/0"}, "--scale must be numbers, got 1/0"),
         ((), {"scale": "wide"}, "--scale must be numbers, got wide. Write 1/15"),
-        ((), {"scale": "2"}, "scale.*2.0"),
-        ((), {"scale": "1/2,1/3,1/4"}, "scale.*got 3"),
         ((), {"attach_at": "7", "scale": "1"}, "7.*3"),
-        ((), {"attach_at": "stages.9", "scale": "1"}, "stages.9.*stages.2"),
         ((), {"attach_at": ","}, "attach"),
         ((), {"inputs": "toy.py:none"}, "list"),
         ((), {"inputs": "toy.py:number"}, "int"),
         ((), {"metric": "psnr"}, "no metric 'psnr'; closest: "),
-        ((), {"metric": "ssim"}, "no metric 'ssim'; closest: 'ms-ssim'"),
         ((), {"out": "toy.py"}, "toy.py"),
         (("--lr", "0"), {}, "lr.*0.0"),
-        (("--tap", "beside"), {}, "tap.*'beside'"),
-        (("--init", "warm"), {}, "init.*'warm'"),
         (("--weights", "x.pth"), {}, "ms-ssim.*weights"),
         (("--guidance", "--retriever", "fais"), {}, "no retriever 'fais'; closest: 'faiss'"),
         (("--retriever", "faiss"), {}, "--retriever faiss needs guidance. Add --guidance"),
         (("--image-range", "1"), {}, "--image-range must be two numbers, the smaller one first, got 1"),
-        (("--image-range", "1,0"), {}, "--image-range must be two numbers, .* got 1,0. Write 0,1 or -1,1"),
-        (("--width-rule", "flor"), {}, "no width rule 'flor'; closest: 'floor'"),
+        (("--image-range", "1,0"), {}, "--image-range must be two numbers, .* got 1,0"),
         (("--loss", "l1"), {}, "--loss must be name=value, once per name, got l1. Write l1=1, or"),
-        (("--loss", "=2"), {}, "--loss must be name=value, once per name, got =2"),
         (("--loss", "l1=1", "--loss", "l1=2"), {}, "--loss must be name=value, once per name, got l1=2"),
         (("--loss", "l1=x"), {}, "weights of --loss must be numbers, got .*'l1': 'x'"),
-        (("--loss", "l1=nan"), {}, "nan"),
         (("--loss", "l2=1"), {}, "no loss 'l2'; closest: 'l1'. List all with 'retroexit plugins'"),
         (
             ("--loss", "oasys"),
             {},
             "--loss must be name=value, once per name, got oasys. Write l1=1, or one of oasis, mega",
         ),
-        (("--loss", "oasis", "--loss", "l1=1"), {}, "--loss must be name=value, once per name, got oasis"),
         (
             ("--instead", "vgg"),
             {},
             "--instead must be name=value, once per name, got vgg. Write vgg=features-alex",
         ),
-        (("--instead", "vgg=l1"), {}, "'vgg'"),
-        (("--loss-weights", "vgg=x.pth"), {}, "'vgg'"),
         (("--loss", "adversarial=1", "--discriminator", "none"), {}, "discriminator"),
         (("--loss", "adversarial=1", "--discriminator", "D.pth"), {}, "adapter.* discriminator"),
         (("--loss", "gaze=1"), {}, "gaze"),
         (("--gaze", "toy.py:number"), {}, "--gaze must be a torch.nn.Module or its factory, got a int"),
         (("--discriminator", "toy.py:broken"), {}, "raised RuntimeError: no weights here"),
-        ((*FACE, "--adversarial", "best"), {}, "'best'"),
         (("--calibrate", "0.5"), {}, "59.*118"),
-        (("--calibrate", "1.5"), {}, "calibrate.*1.5"),
-        (("--calibrate", "0.5", "--alpha", "0"), {}, "alpha.*0.0"),
-        (("--predictor", "deep"), {}, "predictor.*'deep'"),
-        (("--predict-from", "noise"), {}, "predict_from.*noise"),
         (("--predict-from", "features+distance"), {}, "guidance=True"),
     ],
 )

@@ -220,7 +220,7 @@ def test_figures_that_cannot_be_drawn_are_named_with_what_would_give_them(
     assert [n for n in numbers if f"Paper, figure{n}." not in usual] == []
 
 
-@pytest.mark.parametrize("scale", [1e-4, 0.01, 1.0, 40.0])
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 40.0])
 def test_default_thresholds_are_few_round_and_span_the_losses(make_evaluation: Make, scale: float) -> None:
     e = make_evaluation()
     other = Evaluation(e.loss * scale, None, e.macs, e.overhead)
@@ -240,7 +240,7 @@ def test_a_report_of_one_sample_without_any_loss_has_no_negative_zero(
     assert "backbone" in text and not re.search(r"-0(\.0+)? %", text)
 
 
-def test_no_thresholds_and_a_missing_jinja2_are_errors(
+def test_no_thresholds_wrong_strips_and_a_missing_jinja2_are_errors(
     make_evaluation: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(OptionError, match="thresholds must not be empty, got"):
@@ -249,9 +249,6 @@ def test_no_thresholds_and_a_missing_jinja2_are_errors(
     with pytest.raises(MissingExtraError, match=r"pip install 'retroexit\[report\]'"):
         write_report(tmp_path, make_evaluation(), [], title="T")
     assert not list(tmp_path.iterdir())
-
-
-def test_strips_that_cannot_be_shown_are_errors() -> None:
     good = np.zeros((4, 4, 3), np.uint8)
     with pytest.raises(OptionError, match="chosen must be an index of 2 images, got 2"):
         Strip("s", [("a", good), ("b", good)], 2)

@@ -39,12 +39,8 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 class _ScoreObjective:
     """An objective that compares scores alone.
 
-    Attributes:
-        name: Name of the objective.
-        of_generated: Loss of the branch for a score of its image.
-        of_real: Loss of the discriminator for a score of the backbone's image.
-        of_fake: Loss of the discriminator for a score of the branch's image.
-        needs_inputs: Whether it reads the generator's inputs.
+    The losses are those of the branch for its image, and of the discriminator for the backbone's and the
+    branch's image.
     """
 
     name: str
@@ -163,14 +159,10 @@ class Adversary:
     Random numbers of the objective, such as LabelMix's masks, come from the global state.
 
     Args:
-        discriminator: The starting point: the generator's own, trained. It is copied.
+        discriminator: The starting point: the generator's own, trained. It is copied to ``module``.
         objective: What both sides minimise.
         lr: Learning rate of Adam, by default that of OASIS's discriminator.
         image_range: Smallest and largest pixel value of its images.
-
-    Attributes:
-        module: The copy.
-        steps: Number of updates done.
     """
 
     def __init__(
@@ -276,11 +268,7 @@ class FeatureMatching:
         self.adversary, self.needs_inputs = adversary, adversary.is_conditional
 
     def of_batch(self, batch: TrainingBatch) -> Tensor:
-        """Compare the features of the branch's images with those of the backbone's; returns a scalar.
-
-        Raises:
-            TrainingError: If the discriminator has no features between image and score.
-        """
+        """Compare features of the branch's and the backbone's images; returns a scalar."""
         features = self.adversary.discriminate_branch(batch).features
         with torch.no_grad():
             targets = self.adversary.discriminate(batch.target, batch).features

@@ -137,7 +137,7 @@ def find_weights(
 
 @dataclass(frozen=True)
 class LossPlan:
-    """What the losses of all branches are made from.
+    """What the losses of all branches are made from; raises `OptionError` if a term lacks something.
 
     Attributes:
         weights: Weight of every term by name.
@@ -146,11 +146,7 @@ class LossPlan:
         objective: What branch and discriminator minimise.
         gaze: The gaze network, or ``None``.
         equalise: Steps during which weights are equalised; 0 leaves them as they are.
-        discriminator_lr: Learning rate of the discriminators.
-        image_range: Smallest and largest pixel value of their images.
-
-    Raises:
-        OptionError: If a term lacks what it is made from.
+        image_range: Smallest and largest pixel value of the discriminator's images.
     """
 
     weights: Mapping[str, float]
@@ -226,11 +222,6 @@ def plan_losses(
         metric: The metric of the fit, which is the term ``"quality"``; ``None`` if it is in ``missing``.
         description: Description of the generator; the plug-ins' if ``None``.
         missing: Collects the terms whose weights are not available, which are left out; ``None`` raises.
-
-    Raises:
-        OptionError: If a term lacks what it needs, or an option is out of range.
-        PluginError: If no plug-in, or more than one, offers a term.
-        WeightsError: If weights of a term or of the discriminator are not available.
     """
     weights = find_weights(options.losses, options.instead)
     equalise = isinstance(options.losses, str) if options.equalise is None else options.equalise
@@ -331,17 +322,11 @@ def _described_discriminator(description: Description, generator: nn.Module) -> 
     try:
         module = description.discriminator(generator)
     except Exception as error:
-        raise PluginError(
-            f"the discriminator of {description.name} raised {type(error).__name__}: {error}. Correct the "
-            "description, or pass discriminator=module.",
-            description,
-        ) from error
+        problem = f"raised {type(error).__name__}: {error}. Correct it, or pass discriminator=module."
+        raise PluginError(f"the discriminator of {description.name} {problem}", description) from error
     if not isinstance(module, nn.Module):
-        raise PluginError(
-            f"the discriminator of {description.name} must be a torch.nn.Module, got a "
-            f"{type(module).__name__}",
-            description,
-        )
+        problem = f"must be a torch.nn.Module, got a {type(module).__name__}"
+        raise PluginError(f"the discriminator of {description.name} {problem}", description)
     return module
 
 
@@ -371,11 +356,7 @@ class TrainingLoss:
         return any(part.needs_inputs for part in (*terms, *opponents))
 
     def __call__(self, batch: TrainingBatch) -> tuple[Tensor, dict[str, float]]:
-        """Compare a branch's images with the backbone's; returns the loss, and its terms without weights.
-
-        Raises:
-            TrainingError: If a term returns neither a scalar nor one number per image.
-        """
+        """Compare a branch's images with the backbone's; returns the loss, and its terms without weights."""
         values = {name: _value(name, term, batch) for name, (_, term) in self.terms.items()}
         if self.adversary is not None:
             self.adversary.forget()

@@ -34,9 +34,8 @@ class L1:
 class Gaze:
     """Mean absolute difference of a gaze network's outputs for both images (L_GL of equation 4).
 
-    Args:
-        network: Takes images ``(N, C, H, W)`` in [-1, 1] and returns gaze directions ``(N, 2)``, or several
-            tensors in a tuple, list or dict. It is copied, frozen and run in eval mode.
+    The network takes images ``(N, C, H, W)`` in [-1, 1] and returns gaze directions ``(N, 2)``, or several
+    tensors. It is copied, frozen and run in eval mode.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -48,11 +47,7 @@ class Gaze:
         return self
 
     def __call__(self, image: Tensor, target: Tensor) -> Tensor:
-        """Compare two batches of images; returns a scalar.
-
-        Raises:
-            TrainingError: If the network returns no numbers, or none with gradient.
-        """
+        """Compare two batches of images; returns a scalar. The network must be differentiable."""
         outputs = [x for x in tensors(self.network(image)) if x.is_floating_point()]
         if not outputs or (image.requires_grad and not any(x.requires_grad for x in outputs)):
             raise TrainingError(

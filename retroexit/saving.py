@@ -1,16 +1,20 @@
-"""The files of a wrapped generator: safetensors and JSON, never pickles, and not the generator itself."""
+"""The files of a wrapped generator: safetensors and JSON, never pickles, and not the generator itself.
+
+Imports `retroexit.routing` and what lies below it.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import os
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from retroexit.branch.widths.plan import Pin, WidthPlan, WidthRule
 from retroexit.core.files import (
     MANIFEST,
     is_intact,
@@ -23,25 +27,43 @@ from retroexit.core.files import (
 from retroexit.core.identity import Identity
 from retroexit.errors import CheckpointError, OptionError, RetroExitError
 from retroexit.guidance.bank import GuidanceBank
+from retroexit.guidance.provider import Guidance, key_name
 from retroexit.routing.calibration import Calibration
 from retroexit.routing.predictor import Predictor
 from retroexit.routing.router import Router
-from retroexit.saving.settings import options_to_json, plan_to_json
 from retroexit.wrapping.decomposition import Decomposition
 from retroexit.wrapping.exits import list_exits
 from retroexit.wrapping.options import WrapOptions
 
-__all__ = ["Snapshot", "fill_predictor", "read_calibration", "read_manifest", "read_predictor", "write_model"]
+__all__ = [
+    "fill_predictor",
+    "find_key",
+    "options_from_json",
+    "options_to_json",
+    "read_calibration",
+    "read_manifest",
+    "read_predictor",
+    "write_model",
+]
 
 _CALIBRATION = "calibration.safetensors"
 _SCHEMA = 3
 
 
-@dataclass(frozen=True, eq=False)
-class Snapshot:
-    """What is saved of a model.
+def write_model(
+    folder: str | Path,
+    generator: nn.Module,
+    options: WrapOptions,
+    decomposition: Decomposition,
+    branches: nn.ModuleList,
+    router: Router,
+    bank: GuidanceBank | None,
+    about: dict[str, Any],
+) -> Path:
+    """Write branches, predictor, bank, calibration and settings to a folder.
 
-    Attributes:
+    Args:
+        folder: Made if missing; files of an earlier save are replaced.
         generator: The user's generator; only its fingerprint is written.
         options: How it was wrapped.
         decomposition: The generator, cut at its attach points.
@@ -49,23 +71,6 @@ class Snapshot:
         router: Predictor, calibration and measured times.
         bank: The guidance bank, or ``None``.
         about: Facts about the fit, as JSON types.
-    """
-
-    generator: nn.Module
-    options: WrapOptions
-    decomposition: Decomposition
-    branches: nn.ModuleList
-    router: Router
-    bank: GuidanceBank | None
-    about: dict[str, Any]
-
-
-def write_model(folder: str | Path, snapshot: Snapshot) -> Path:
-    """Write branches, predictor, bank, calibration and settings to a folder.
-
-    Args:
-        folder: Made if missing; files of an earlier save are replaced.
-        snapshot: What to write.
 
     Returns:
         The folder.
@@ -73,35 +78,33 @@ def write_model(folder: str | Path, snapshot: Snapshot) -> Path:
     Raises:
         GeneratorError: If the generator's weights have changed since it was recorded.
     """
-    snapshot.decomposition.check_weights()
-    folder, router = Path(folder), snapshot.router
+    decomposition.check_weights()
+    folder, identity = Path(folder), Identity.of(generator)
     predictor, arguments = router.predictor, _predictor_to_json(router.predictor)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {f"branches.{name}": value for name, value in snapshot.branches.state_dict().items()}
+    tensors = {f"branches.{name}": value for name, value in branches.state_dict().items()}
     if predictor is not None:
         tensors |= {f"predictor.{name}": value for name, value in predictor.state_dict().items()}
     write_tensors(folder / "weights.safetensors", tensors)
-    if snapshot.bank is not None:
-        snapshot.bank.save(folder / "bank")
-    identity = Identity.of(snapshot.generator)
-    exits = list_exits(snapshot.decomposition, snapshot.branches, snapshot.generator)
+    if bank is not None:
+        bank.save(folder / "bank")
     manifest = {
         "schema": _SCHEMA,
         "fingerprint": identity.fingerprint,
         "generator": identity.to_json(),
-        "attach_at": [place.path for place in snapshot.decomposition.places],
-        "options": options_to_json(snapshot.options, snapshot.decomposition),
-        "plans": [plan_to_json(branch.plan) for branch in snapshot.branches],  # type: ignore[arg-type]
+        "attach_at": [place.path for place in decomposition.places],
+        "options": options_to_json(options, decomposition),
+        "plans": [plan_to_json(branch.plan) for branch in branches],  # type: ignore[arg-type]
         "predictor": arguments,
         "predictor_reads": "inputs" if router.needs_adapter else "feature",
         "calibration_sha256": _write_calibration(router.calibration, folder / _CALIBRATION),
         "latency": None if router.latency is None else router.latency.to_json(),
         "guide_limit": router.guide_limit,
-        "has_bank": snapshot.bank is not None,
-        "bank_sha256": None if snapshot.bank is None else sha256_of(folder / "bank" / MANIFEST),
+        "has_bank": bank is not None,
+        "bank_sha256": None if bank is None else sha256_of(folder / "bank" / MANIFEST),
         "weights_sha256": sha256_of(folder / "weights.safetensors"),
-        "exits": [dataclasses.asdict(e) for e in exits],
-        "about": snapshot.about,
+        "exits": [dataclasses.asdict(e) for e in list_exits(decomposition, branches, generator)],
+        "about": about,
         "versions": versions(),
     }
     manifest["digest"] = self_digest(json.loads(json.dumps(manifest)))
@@ -203,3 +206,102 @@ def read_calibration(folder: Path, sha256: str | None) -> Calibration | None:
         return Calibration(tensors["losses"], tensors["predicted"], **settings)
     except (KeyError, TypeError, RetroExitError) as error:
         raise CheckpointError(f"{path} is damaged ({error}). Copy it again.", path) from error
+
+
+def options_to_json(options: WrapOptions, decomposition: Decomposition) -> dict[str, Any]:
+    """Write how a recorded generator was wrapped, attach points aside, as JSON types."""
+    rules = [options.rule_of(place) for place in decomposition.places]
+    return {
+        "rules": [{"scale": r.scale, "min_channels": r.min_channels, "name": r.name} for r in rules],
+        "tap": options.tap,
+        "stages": {stage.path: stage.end for stage in decomposition.split.decoder.stages},
+        "guidance": _guidance_to_json(options.guidance),
+        "init": options.init,
+        "image": options.image,
+        "image_range": options.image_range,
+        "self_test": options.self_test,
+        "seed": options.seed,
+    }
+
+
+def _guidance_to_json(guidance: Guidance | None) -> dict[str, Any] | None:
+    """Write settings as plain data; of a key function, its name."""
+    if guidance is None:
+        return None
+    plain = {field.name: getattr(guidance, field.name) for field in dataclasses.fields(guidance)}
+    return {**plain, "key": key_name(guidance.key) if callable(guidance.key) else None}
+
+
+def find_key(
+    folder: Path,
+    manifest: dict[str, Any],
+    key: Callable[..., Tensor] | None,
+    adapter_key: Callable[..., Tensor] | None,
+) -> Callable[..., Tensor] | None:
+    """Find the key function of a bank of frames: the user's, or the adapter's if its name is the saved one.
+
+    Raises:
+        CheckpointError: If it is missing, or passed where none was saved.
+    """
+    name = (manifest["options"]["guidance"] or {}).get("key")
+    if name is None and key is not None:
+        raise CheckpointError(
+            f"{folder} was saved without a key function, got key={key_name(key)!r}. Leave key out.", key
+        )
+    if name is None or key is not None:
+        return key
+    if adapter_key is None or key_name(adapter_key) != name:
+        raise CheckpointError(
+            f"{folder} needs the key function {name!r}, which is not saved with it. Pass "
+            "retroexit.load(..., key=...), or install the plug-in that it comes from.",
+            folder,
+        )
+    return adapter_key
+
+
+def options_from_json(
+    manifest: dict[str, Any], key: Callable[..., Tensor] | None, **adapter_options: Any
+) -> WrapOptions:
+    """Read what `options_to_json` and `plan_to_json` wrote, and add the key function and an adapter's options."""
+    saved = dict(manifest["options"])
+    guidance = saved.pop("guidance")
+    if guidance is not None:
+        guidance = Guidance(**{**guidance, "key": key, "patch": tuple(guidance["patch"])})
+    image, image_range = saved.pop("image"), saved.pop("image_range")
+    return WrapOptions(
+        attach_at=tuple(manifest["attach_at"]),
+        rules=tuple(WidthRule(**rule) for rule in saved.pop("rules")),
+        stages={str(path): str(end) for path, end in saved.pop("stages").items()},
+        guidance=guidance,
+        image=tuple(image) if isinstance(image, list) else image,
+        image_range=None if image_range is None else tuple(image_range),
+        plans=tuple(_plan_from_json(plan) for plan in manifest["plans"]),
+        **saved,
+        **adapter_options,
+    )
+
+
+def plan_to_json(plan: WidthPlan | None) -> dict[str, Any] | None:
+    """Write the widths of a branch as plain data."""
+    if plan is None:
+        return None
+    return {
+        "shapes": {name: list(shape) for name, shape in plan.shapes.items()},
+        "attributes": [[path, name, value] for (path, name), value in plan.attributes.items()],
+        "entry": plan.entry,
+        "pins": [dataclasses.asdict(pin) for pin in plan.pins],
+        "built": {path: list(channels) for path, channels in plan.built.items()},
+    }
+
+
+def _plan_from_json(saved: dict[str, Any] | None) -> WidthPlan | None:
+    if saved is None:
+        return None
+    return WidthPlan(
+        sizes={},
+        shapes={name: tuple(shape) for name, shape in saved["shapes"].items()},
+        attributes={(p, n): tuple(v) if isinstance(v, list) else v for p, n, v in saved["attributes"]},
+        entry=saved["entry"],
+        pins=tuple(Pin(**pin) for pin in saved["pins"]),
+        built={path: (int(c_in), int(c_out)) for path, (c_in, c_out) in saved["built"].items()},
+    )
