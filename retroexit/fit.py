@@ -8,9 +8,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from retroexit.core.modules import device_of
 from retroexit.core.samples import Samples, moved
-from retroexit.errors import DeviceError, OptionError, WeightsError, closest
+from retroexit.errors import DeviceError, ModeError, OptionError, WeightsError, closest
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.load import load
 from retroexit.measuring import calibrate
@@ -122,6 +124,8 @@ def prepare(
 
     Terms whose weights are not available are collected in ``missing``, by name; ``None`` raises.
     """
+    if torch.is_inference_mode_enabled():
+        raise ModeError("fit must run outside torch.inference_mode(), which rules out training", model)
     terms = LossOptions(**{f.name: settings.pop(f.name) for f in fields(LossOptions) if f.name in settings})
     names = [field.name for field in fields(FitSettings)]
     for name in sorted(set(settings) - set(names)):

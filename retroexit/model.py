@@ -12,6 +12,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, nn
 
+from retroexit.core.nested import carrying_gradient, tensors
 from retroexit.errors import CheckpointError, NotRecordedError, OptionError, RetroExitWarning
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.guidance.provider import GuideProvider
@@ -59,11 +60,15 @@ class EarlyExitGenerator(nn.Module):
         self._saved_weights: dict[str, Tensor] | None = None
         self._lock = threading.Lock()
         self.training = False
+        self.router.eval()
 
     # Calls.
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """Render images.
+
+        The backbone runs without gradients, unless an input requires one: then ``model(x, exit=k)`` gives it one
+        through the stages up to the exit and the branch, at the memory that autograd takes for these stages.
 
         Args:
             *inputs: The generator's positional inputs.
@@ -216,7 +221,7 @@ class EarlyExitGenerator(nn.Module):
 
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Begun:
         self._ensure_recorded(args, kwargs)
-        with torch.no_grad():
+        with carrying_gradient(tensors((args, kwargs))):
             return self.split.begin(args, kwargs)
 
     def overhead(self) -> list[int]:
@@ -246,7 +251,7 @@ class EarlyExitGenerator(nn.Module):
                 decomposition, branches = decompose(self.generator, self.options, args, kwargs)
                 self.guide.attach(self.generator, decomposition.taps)
                 self.router.attach(decomposition, self.guide)
-                self.branches.extend(branches)
+                self.branches.extend(branches).eval()
                 if self._saved_weights is not None:
                     self._load_weights(self._saved_weights)
                 self._decomposition = decomposition

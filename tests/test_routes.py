@@ -98,20 +98,41 @@ def test_printing_shows_the_same_as_a_table(model: EarlyExitGenerator) -> None:
     assert "backbone" in lines[-1]
 
 
-def test_the_final_exit_differentiates_and_branches_keep_to_themselves(
+def test_without_a_gradient_for_the_input_an_exit_trains_its_branch_alone(
     model: EarlyExitGenerator, toy: Any
 ) -> None:
-    x = toy.args[0].clone().requires_grad_()
-    model(x, exit=1)["image"].sum().backward()
-    assert x.grad is None and all(p.grad is None for p in toy.generator.parameters())
+    model(toy.args[0], exit=1)["image"].sum().backward()
+    assert all(p.grad is None for p in toy.generator.parameters())
     assert all(p.grad is not None for p in model.branches[0].parameters())
-    clone_strided = copy.deepcopy(toy.generator)
-    clone_strided.zero_grad()
-    clone_strided(toy.args[0])["image"].sum().backward()
-    model(x)["image"].sum().backward()
-    assert x.grad is not None
-    wanted = dict(clone_strided.named_parameters())
-    assert all(torch.equal(p.grad, wanted[name].grad) for name, p in toy.generator.named_parameters())
+
+
+def test_the_final_exit_differentiates_as_the_generator_does(model: EarlyExitGenerator, toy: Any) -> None:
+    expected = copy.deepcopy(toy.generator)
+    expected(toy.args[0])["image"].sum().backward()
+    model(toy.args[0])["image"].sum().backward()
+    for parameter, same in zip(toy.generator.parameters(), expected.parameters(), strict=True):
+        assert parameter.grad is not None and torch.equal(parameter.grad, same.grad)
+
+
+@pytest.mark.parametrize("exit", [1, 2, 3])
+def test_an_input_gets_its_gradient_through_every_exit(
+    model: EarlyExitGenerator, toy: Any, exit: int
+) -> None:
+    model.double()
+    x = toy.args[0].double().requires_grad_()
+    weights = torch.randn_like(x[:, :1])
+
+    def render(value: Tensor) -> Tensor:
+        image: Tensor = model(value, exit=exit)["image"].sum(1, keepdim=True)
+        return (torch.nn.functional.interpolate(image, x.shape[2:]) * weights).sum()
+
+    (gradient,) = torch.autograd.grad(render(x), x)
+    direction = torch.randn_like(x)
+    with torch.no_grad():  # a difference quotient along one direction
+        quotient = (render(x + 1e-6 * direction) - render(x - 1e-6 * direction)) / 2e-6
+    assert torch.allclose((gradient * direction).sum(), quotient, rtol=1e-4)
+    with torch.no_grad():
+        assert not model(x, exit=exit)["image"].requires_grad
 
 
 def test_each_sample_takes_its_exit_and_the_order_is_kept(model: EarlyExitGenerator) -> None:
@@ -247,12 +268,15 @@ def test_a_call_keeps_nothing_on_the_model(model: EarlyExitGenerator, toy: Any) 
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
 
-def test_train_and_eval_leave_the_generator_alone(model: EarlyExitGenerator, toy: Any) -> None:
+def test_the_train_mode_of_a_parent_changes_nothing(model: EarlyExitGenerator, toy: Any) -> None:
+    expected = [output["image"] for output in model.all_exits(*toy.args)]
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    nn.Sequential(model).train()
     model.train()
-    assert not any(module.training for module in toy.generator.modules())
-    assert all(module.training for module in model.branches.modules())
-    model.eval()
     assert not any(module.training for module in model.modules())
+    images = [output["image"] for output in model.all_exits(*toy.args)]
+    assert all(torch.equal(a, b) for a, b in zip(images, expected, strict=True))
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
 def test_unwrap_gives_the_same_object_back(model: EarlyExitGenerator, toy: Any) -> None:

@@ -84,7 +84,7 @@ def plugins(
 def diagnose() -> list[Check]:
     """Run every check; one that raises is a failed check."""
     checks: list[Check] = []
-    for check in (_python, _torch, _threads, _cpu, _cuda, _dependencies, _backends, _lpips_weights, _plugins):
+    for check in (_torch, _threads, _cpu, _dependencies, _backends, _lpips_weights, _plugins):
         try:
             checks.extend(check())
         except Exception as error:
@@ -93,16 +93,15 @@ def diagnose() -> list[Check]:
     return checks
 
 
-def _python() -> Iterator[Check]:
-    detail = f"{platform.python_version()} ({platform.system()} {platform.machine()}), {sys.executable}"
-    yield Check("python", "ok", detail)
-
-
 def _torch() -> Iterator[Check]:
+    system = f"{platform.system()} {platform.machine()}"
+    yield Check("python", "ok", f"{platform.python_version()} ({system}), {sys.executable}")
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU only"
     is_old = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2]) < (2, 9)
     hint = "pip install --upgrade 'torch>=2.9'" if is_old else ""
     yield Check("torch", "fail" if is_old else "ok", f"{torch.__version__}, {build}", hint)
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    yield Check("cuda", "ok", ", ".join(names) or "no CUDA device; everything runs on the CPU")
 
 
 def _threads() -> Iterator[Check]:
@@ -121,11 +120,6 @@ def _cpu() -> Iterator[Check]:
     hint = "" if has_bfloat16 else "bfloat16 is emulated here: leave autocast off on the CPU"
     name = model.group(1) if model else platform.machine()
     yield Check("cpu", "warn" if hint else "ok", f"{name}; {torch.backends.cpu.get_cpu_capability()}", hint)
-
-
-def _cuda() -> Iterator[Check]:
-    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    yield Check("cuda", "ok", ", ".join(names) or "no CUDA device; everything runs on the CPU")
 
 
 def _dependencies() -> Iterator[Check]:

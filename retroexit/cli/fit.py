@@ -171,25 +171,13 @@ def _wrap_arguments(exits: Any, retriever: str) -> dict[str, Any]:
     """Read the values for `retroexit.wrap`."""
     if retriever != "exact" and not exits.guidance:
         raise OptionError(f"--retriever {retriever} needs guidance. Add --guidance.", retriever)
-    try:
-        scales = [float(Fraction(part.strip())) for part in exits.scale.split(",")]
-    except (ValueError, ZeroDivisionError) as error:
-        raise OptionError(
-            f"--scale must be numbers, got {exits.scale}. Write 1/15, 0.25 or one per exit: 1/4,1/3.",
-            exits.scale,
-        ) from error
+    scales = _parse_numbers("--scale", exits.scale, "1/15, 0.25 or one per exit: 1/4,1/3")
     limits = None
     if exits.image_range is not None:
-        try:
-            low, high = limits = tuple(map(float, exits.image_range.split(",")))
-            is_range = low < high
-        except ValueError:
-            is_range = False
-        if not is_range:
+        limits = tuple(_parse_numbers("--image-range", exits.image_range, "0,1 or -1,1"))
+        if len(limits) != 2 or not limits[0] < limits[1]:
             raise OptionError(
-                f"--image-range must be two numbers, the smaller one first, got {exits.image_range}. "
-                "Write 0,1 or -1,1.",
-                exits.image_range,
+                f"--image-range must be two numbers, the smaller one first, got {exits.image_range}", limits
             )
     return {
         **vars(exits),
@@ -200,6 +188,14 @@ def _wrap_arguments(exits: Any, retriever: str) -> dict[str, Any]:
         "image_range": limits,
         "adapter": False if exits.adapter == "none" else exits.adapter,
     }
+
+
+def _parse_numbers(option: str, text: str, form: str) -> list[float]:
+    """Read numbers and fractions, separated by commas; ``form`` is an example for the message."""
+    try:
+        return [float(Fraction(part.strip())) for part in text.split(",")]
+    except (ValueError, ZeroDivisionError) as error:
+        raise OptionError(f"{option} must be numbers, got {text}. Write {form}.", text) from error
 
 
 def _loss_arguments(values: Any) -> dict[str, Any]:
@@ -266,11 +262,11 @@ def _work(model: EarlyExitGenerator, job: FitJob, metric: str) -> str:
         f"steps: {len(model.branches)} branches {order} x {settings.steps}, batches of {settings.batch} "
         f"{windows}; predictor {settings.predictor_steps}; metric {metric}; loss "
         + " + ".join(f"{weight:g} {name}" for name, weight in settings.losses.items()),
-        f"predictor: {settings.predictor}, reads {settings.predict_from or 'what the adapter says, else features'}",
+        f"predictor: {settings.predictor}, reads "
+        f"{settings.predict_from or 'what the adapter says, else features'}",
     ]
     if job.aside:
-        alpha, confidence = job.alpha, job.confidence
-        lines.append(f"promise: P(loss > threshold) <= {alpha:g} with confidence {confidence:g}")
+        lines.append(f"promise: P(loss > threshold) <= {job.alpha:g} with confidence {job.confidence:g}")
     if job.latency:
         lines.append(f"times: calls with {job.latency} samples")
     return "\n".join(lines)

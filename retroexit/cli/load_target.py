@@ -19,15 +19,7 @@ from torch import Tensor, nn
 from retroexit.core.samples import Samples
 from retroexit.errors import OptionError, closest
 
-__all__ = [
-    "Inputs",
-    "example_of",
-    "load_generator",
-    "load_made",
-    "load_network",
-    "load_object",
-    "random_inputs",
-]
+__all__ = ["example_of", "load_generator", "load_made", "load_network", "load_object", "random_inputs"]
 
 Inputs: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword inputs of one call."""
@@ -41,11 +33,7 @@ def load_object(spec: str) -> Any:
     """Import ``package.module:name`` or ``path/to/file.py:name``."""
     where, _, name = spec.rpartition(":")
     if not where or not name:
-        raise OptionError(
-            f"no ':' with a name after it in {spec!r}. Write package.module:factory or "
-            "path/to/file.py:factory.",
-            spec,
-        )
+        raise OptionError(f"no ':' with a name after it in {spec!r}. Write package.module:factory.", spec)
     try:
         if where.endswith(".py"):
             value: Any = _import_file(Path(where))

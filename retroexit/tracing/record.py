@@ -36,6 +36,7 @@ class Recording:
         output: What the generator returned.
         modes: ``training`` flag of every submodule during the recording.
         reads: Values read out of tensors into Python; they are frozen in the graph.
+        draws: Whether the forward drew random numbers from PyTorch's generators.
     """
 
     graph: fx.Graph
@@ -46,6 +47,7 @@ class Recording:
     output: Any
     modes: dict[str, bool]
     reads: list[Read]
+    draws: bool = False
 
     @property
     def nodes(self) -> list[fx.Node]:
@@ -91,7 +93,7 @@ def record(
         if isinstance(leaf, Tensor) and not recorder.has_node(leaf):
             recorder.bind(recorder.graph.placeholder(f"input{len(inputs)}"), leaf)
             inputs.append(path)
-    output = _run(recorder, args, kwargs)
+    output, draws = _run(recorder, args, kwargs)
     for tensor in tensors(output):
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise NonFiniteError(
@@ -101,14 +103,15 @@ def record(
             )
     modes = {path: module.training for path, module in generator.named_modules()}
     graph, calls, macs = recorder.graph, recorder.calls, recorder.counter.macs
-    return Recording(graph, recorder.constants, inputs, calls, macs, output, modes, recorder.reads)
+    return Recording(graph, recorder.constants, inputs, calls, macs, output, modes, recorder.reads, draws)
 
 
-def _run(recorder: Recorder, args: Any, kwargs: Any) -> Any:
-    """Run the generator and complete the graph; returns the generator's output."""
+def _run(recorder: Recorder, args: Any, kwargs: Any) -> tuple[Any, bool]:
+    """Run the generator and complete the graph; returns the output, and whether random numbers were drawn."""
     generator = recorder.generator
     with unobserved(generator), torch.no_grad(), recorder.hooked(), recorder.counter, recorder:
         recorder.is_running = True
+        before = _random_states(generator)
         try:
             output = generator(*args, **kwargs)
             result = recorder.to_nodes(output)
@@ -118,9 +121,16 @@ def _run(recorder: Recorder, args: Any, kwargs: Any) -> Any:
             raise _explain(generator, args, kwargs, error) from error
         finally:
             recorder.is_running = False
+        draws = any(not torch.equal(a, b) for a, b in zip(before, _random_states(generator), strict=True))
     recorder.graph.output(result)
     _drop_unused_sizes(recorder.graph, recorder.calls)
-    return output
+    return output, draws
+
+
+def _random_states(generator: nn.Module) -> list[Tensor]:
+    """States of the random number generators that a forward draws from."""
+    devices = {parameter.device for parameter in generator.parameters() if parameter.device.type == "cuda"}
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)]
 
 
 def _is_atom(_path: str, module: nn.Module) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,6 +20,7 @@ from retroexit.errors import (
     InputMismatchError,
     OptionError,
     RecordingError,
+    RetroExitWarning,
     closest,
 )
 from retroexit.guidance.provider import Taps, find_key_cut, find_taps, tap_paths
@@ -102,6 +104,14 @@ def decompose(
     named = [place for place in options.attach_at if isinstance(place, str)]
     named += tap_paths(options.guidance)
     decoder = read_decoder(generator, args, kwargs, stages=options.stages, also=named, image=options.image)
+    if decoder.recording.draws:
+        warnings.warn(
+            f"{type(generator).__name__} draws random numbers in its forward: two calls with the same inputs render "
+            "different images. To compare exits, call torch.manual_seed before each call, or pass the noise as an "
+            "input.",
+            RetroExitWarning,
+            stacklevel=5,
+        )
     if not decoder.replayed:
         try:
             return _build(generator, decoder, options, args, kwargs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from types import ModuleType
@@ -12,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import retroexit
 from retroexit.core.modules import MacCounter
 from retroexit.core.nested import flatten, rebuild, tensors
 from retroexit.tracing.record import record
@@ -62,8 +64,9 @@ def test_buffers_that_a_forward_changes_are_put_back() -> None:
     assert generator.calls.item() == 0
 
 
-def test_a_thread_that_runs_another_model_meanwhile_is_not_recorded() -> None:
-    other = nn.Linear(2, 2)
+@pytest.mark.parametrize("runs_same_layer", [True, False])
+def test_another_thread_is_not_recorded(runs_same_layer: bool) -> None:
+    other = nn.Conv2d(3, 3, 1)
 
     class Waits(nn.Module):
         def __init__(self) -> None:
@@ -71,7 +74,8 @@ def test_a_thread_that_runs_another_model_meanwhile_is_not_recorded() -> None:
             self.layer = nn.Conv2d(3, 3, 1)
 
         def forward(self, x: Tensor) -> Tensor:
-            thread = threading.Thread(target=lambda: other(torch.rand(1, 2)))
+            layer = self.layer if runs_same_layer else other
+            thread = threading.Thread(target=lambda: layer(torch.rand(1, 3, 2, 2)))
             thread.start()
             thread.join()
             return self.layer(x)
@@ -116,3 +120,34 @@ def test_nested_values_are_walked_and_rebuilt(toys: ModuleType) -> None:
     assert all(torch.equal(a, 2 * b) for a, b in zip(tensors(doubled), tensors(value), strict=True))
     assert type(doubled["b"]) is toys.Pair and doubled["c"].note == "kept" and doubled["d"] == slice(0, 2)
     assert torch.equal(value["c"].image, y)
+
+
+@pytest.mark.parametrize(
+    ("draw", "expected"),
+    [
+        (torch.randn_like, True),
+        (torch.rand_like, True),
+        (nn.Dropout(0.5).train(), True),
+        (torch.zeros_like, False),
+    ],
+)
+def test_a_forward_that_draws_random_numbers_is_noticed(draw: Any, expected: bool) -> None:
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Conv2d(16, 16, 3, padding=1) for _ in range(4))
+            self.rgb = nn.Conv2d(16, 3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = layer(x + 0.1 * draw(x))
+            image: Tensor = self.rgb(x)
+            return image
+
+    generator, x = Noisy().eval(), torch.rand(1, 16, 8, 8)
+    assert record(generator, (x,)).draws is expected
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        retroexit.wrap(generator, [1], 1, example_inputs=(x,), self_test=False)
+    texts = [str(warning.message) for warning in caught if "draws random numbers" in str(warning.message)]
+    assert len(texts) == expected and all("torch.manual_seed" in text for text in texts)
