@@ -65,8 +65,9 @@ class WidthRule:
     function: WidthFunction = field(default=scaled_width, repr=False)
 
     def __post_init__(self) -> None:
-        is_number = isinstance(self.scale, Real) and not isinstance(self.scale, bool)
-        if not is_number or not 0 < self.scale <= 1:
+        scale: Any = self.scale
+        is_number = issubclass(type(scale), Real) and type(scale) is not bool
+        if not is_number or not 0 < scale <= 1:
             raise OptionError(
                 f"scale must be in (0, 1], got {self.scale!r}. Pass the share of channels to keep, e.g. 1/4.",
                 self.scale,

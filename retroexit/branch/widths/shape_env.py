@@ -104,7 +104,7 @@ class SizeEnv(ShapeEnv):
         """Write an expression in the remaining symbols."""
         return self.equations.resolve(expr)
 
-    simplify = replace
+    simplify = replace  # type: ignore[assignment]
 
     def bound_sympy(self, expr: sympy.Expr, *_args: Any, **_kwargs: Any) -> ValueRanges[Any]:
         """Bound an expression by the sign of its real value."""
