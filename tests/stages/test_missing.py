@@ -33,16 +33,18 @@ class _Shared(nn.Module):
 ADVICE = r"self\.turns = nn\.ModuleList\(nn\.Sequential\(self\.block\) for _ in range\(3\)\)"
 
 
-def test_a_block_that_runs_in_a_loop_is_named_with_the_line_to_write() -> None:
-    with pytest.raises(
-        AttachPointError, match=f"'block' runs 3 times.*{ADVICE}.*stages=\\['turns.0', 'turns.1'\\]"
-    ):
-        retroexit.find_stages(_Shared().eval(), (torch.randn(1, 16, 4, 4),))
-
-
-def test_a_stage_that_was_asked_for_and_runs_in_a_loop_gets_the_same_advice() -> None:
-    with pytest.raises(RepeatedStageError, match=f"'block' runs 3 times.*{ADVICE}"):
-        retroexit.find_stages(_Shared().eval(), (torch.randn(1, 16, 4, 4),), stages=["block"])
+@pytest.mark.parametrize(
+    ("stages", "error", "more"),
+    [
+        (None, AttachPointError, r".*stages=\['turns.0', 'turns.1'\]"),
+        (["block"], RepeatedStageError, ""),
+    ],
+)
+def test_a_block_that_runs_in_a_loop_is_named_with_the_line_to_write(
+    stages: list[str] | None, error: type[Exception], more: str
+) -> None:
+    with pytest.raises(error, match=f"'block' runs 3 times.*{ADVICE}{more}"):
+        retroexit.find_stages(_Shared().eval(), (torch.randn(1, 16, 4, 4),), stages=stages)
 
 
 def test_the_advice_gives_stages_with_shared_weights() -> None:
@@ -76,8 +78,6 @@ def test_an_unrolled_cell_is_named_beside_what_runs_once() -> None:
     ):
         retroexit.find_stages(_Rolled().eval(), (torch.randn(1, 3, 16, 16),))
 
-
-def test_the_module_that_runs_once_can_be_named() -> None:
     found = retroexit.find_stages(_Rolled().eval(), (torch.randn(1, 3, 16, 16),), stages=["stem"])
     assert [stage.path for stage in found] == ["stem"]
 

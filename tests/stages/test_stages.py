@@ -27,6 +27,7 @@ def test_what_is_told_about_a_stage(toys: ModuleType) -> None:
     assert first.share < second.share
     assert 0 < first.cumulative < second.cumulative < 1
     assert sorted(shape for _, shape in first.live) == [(2, 16, 16, 16), (2, 24, 8, 8)]
+    assert first.live_size == 2 * 16 * 16 * 16 + 2 * 24 * 8 * 8
     assert [shape for _, shape in second.live] == [(2, 16, 16, 16)]
 
 

@@ -23,49 +23,36 @@ def stages(cumulative: list[float], live: list[int] | None = None) -> list[retro
     ]
 
 
-def test_four_exits_are_spread_evenly_in_macs_not_in_stages() -> None:
-    assert suggest_attach_points(stages([i / 20 for i in range(1, 21)])) == [2, 6, 10, 14]
-    # Half of the stages cost nothing: the exits are in the other half.
-    assert suggest_attach_points(
-        stages([0.001 * i for i in range(1, 11)] + [0.1 * i for i in range(1, 11)])
-    ) == [
-        11,
-        13,
-        15,
-        17,
-    ]
+_LIVE = [0.06, 0.1, 0.14, 0.3, 0.5, 0.7, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("cumulative", "live", "expected"),
+    [
+        pytest.param([i / 20 for i in range(1, 21)], None, [2, 6, 10, 14], id="evenly in MACs"),
+        pytest.param(
+            [0.001 * i for i in range(1, 11)] + [0.1 * i for i in range(1, 11)], None, [11, 13, 15, 17],
+            id="not evenly in stages",
+        ),
+        pytest.param(_LIVE, [9, 9, 2, 9, 9, 9, 0], [3, 4, 5, 6], id="fewest live numbers within 5 %"),
+        pytest.param(_LIVE, [2, 9, 9, 9, 9, 9, 0], [1, 4, 5, 6], id="fewest live numbers, first stage"),
+        pytest.param(_LIVE, [9, 9, 9, 9, 9, 9, 0], [2, 4, 5, 6], id="equal live numbers"),
+        pytest.param([0.14, 0.2, 0.69, 0.7, 1.0], None, [1, 2, 3], id="no two within 5 %"),
+        pytest.param([0.1, 0.13, 0.7, 1.0], None, [1, 3], id="no third one within 5 %"),
+        pytest.param([0.02, 0.1, 0.69, 1.0], None, [1, 2, 3], id="a third one far from two"),
+        pytest.param([0.3, 0.81, 1.0], None, [1], id="20 % are left to save"),
+        pytest.param([0.85, 0.9, 1.0], None, [1], id="nothing leaves 20 %"),
+        pytest.param([1.0], None, [], id="one stage"),
+    ],
+)  # fmt: skip
+def test_suggestions(cumulative: list[float], live: list[int] | None, expected: list[int]) -> None:
+    assert suggest_attach_points(stages(cumulative, live)) == expected
 
 
 def test_what_lies_before_the_decoder_is_not_part_of_the_spread() -> None:
     late = stages([0.44 + 0.04 * i for i in range(1, 15)])
     late[0] = retroexit.Stage(1, "l.1", "Block", (1, 8, 4, 4), 1, 0.08, 0.48)  # 40 % are spent before it
     assert suggest_attach_points(late) == [1, 3, 5, 8]
-
-
-def test_within_five_percent_the_fewest_live_numbers_win() -> None:
-    done = [0.06, 0.1, 0.14, 0.3, 0.5, 0.7, 1.0]
-    assert suggest_attach_points(stages(done, [9, 9, 2, 9, 9, 9, 0])) == [3, 4, 5, 6]
-    assert suggest_attach_points(stages(done, [2, 9, 9, 9, 9, 9, 0])) == [1, 4, 5, 6]
-    assert suggest_attach_points(stages(done, [9, 9, 9, 9, 9, 9, 0])) == [2, 4, 5, 6]
-
-
-def test_no_two_exits_are_within_five_percent() -> None:
-    assert suggest_attach_points(stages([0.14, 0.2, 0.69, 0.7, 1.0])) == [1, 2, 3]
-    assert suggest_attach_points(stages([0.1, 0.13, 0.7, 1.0])) == [1, 3]
-
-
-def test_where_few_stages_are_near_the_aims_a_third_is_added() -> None:
-    # The aims at 10, 30, 50 and 70 % are all nearest to l_2 or l_3.
-    assert suggest_attach_points(stages([0.02, 0.1, 0.69, 1.0])) == [1, 2, 3]
-
-
-def test_an_exit_leaves_twenty_percent_to_save_unless_none_does() -> None:
-    assert suggest_attach_points(stages([0.3, 0.81, 1.0])) == [1]
-    assert suggest_attach_points(stages([0.85, 0.9, 1.0])) == [1]
-
-
-def test_one_stage_has_no_attach_point() -> None:
-    assert suggest_attach_points(stages([1.0])) == []
 
 
 @given(
@@ -85,15 +72,9 @@ def test_the_generator_can_be_wrapped_where_it_is_suggested(name: str, toys: Mod
     found = retroexit.find_stages(toy.generator, toy.args, toy.kwargs)
     places = [stage.index for stage in found if stage.is_suggested]
     assert places == suggest_attach_points(found)
+    assert [s.saves for s in found] == [1 - s.cumulative for s in found]
     model = retroexit.wrap(
         toy.generator, places, 1 / 4, min_channels=8, example_inputs=toy.args, example_kwargs=toy.kwargs
     )
     assert [e.stage for e in model.exits[:-1]] == places
     assert torch.isfinite(next(iter(model(*toy.args, exit=1, **toy.kwargs)))).all()
-
-
-def test_what_a_stage_saves_is_what_its_exit_does_not_spend(toys: ModuleType) -> None:
-    toy = toys.TOYS["list_input_with_unet_skips"]()
-    found = retroexit.find_stages(toy.generator, toy.args)
-    assert [s.saves for s in found] == [1 - s.cumulative for s in found]
-    assert found[0].live_size == 2 * 16 * 16 * 16 + 2 * 24 * 8 * 8

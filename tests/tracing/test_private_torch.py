@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import threading
 from typing import Any
 
 import pytest
@@ -104,19 +103,3 @@ def test_the_users_hooks_run_as_before_and_stay() -> None:
     assert [dict(m._forward_hooks) for m in generator.modules()] == hooks
     assert not any(m._forward_pre_hooks for m in generator.modules() if m is not generator[0])
     assert len(calls) == 2
-
-
-def test_another_thread_that_runs_the_same_generator_is_not_recorded() -> None:
-    class Waits(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = nn.Conv2d(3, 3, 1)
-
-        def forward(self, x: Tensor) -> Tensor:
-            thread = threading.Thread(target=lambda: self.layer(torch.rand(1, 3, 2, 2)))
-            thread.start()
-            thread.join()
-            return self.layer(x)
-
-    recording = record(Waits().eval(), (torch.rand(1, 3, 4, 4),))
-    assert [call.path for call in recording.calls] == ["", "layer"]

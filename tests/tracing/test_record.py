@@ -64,8 +64,9 @@ def test_buffers_that_a_forward_changes_are_put_back() -> None:
     assert generator.calls.item() == 0
 
 
-def test_a_thread_that_runs_another_model_meanwhile_is_not_recorded() -> None:
-    other = nn.Linear(2, 2)
+@pytest.mark.parametrize("runs_same_layer", [True, False])
+def test_another_thread_is_not_recorded(runs_same_layer: bool) -> None:
+    other = nn.Conv2d(3, 3, 1)
 
     class Waits(nn.Module):
         def __init__(self) -> None:
@@ -73,7 +74,8 @@ def test_a_thread_that_runs_another_model_meanwhile_is_not_recorded() -> None:
             self.layer = nn.Conv2d(3, 3, 1)
 
         def forward(self, x: Tensor) -> Tensor:
-            thread = threading.Thread(target=lambda: other(torch.rand(1, 2)))
+            layer = self.layer if runs_same_layer else other
+            thread = threading.Thread(target=lambda: layer(torch.rand(1, 3, 2, 2)))
             thread.start()
             thread.join()
             return self.layer(x)
