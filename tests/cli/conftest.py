@@ -132,7 +132,6 @@ FACE = (
     *("--loss", "megaportraits", "--instead", "vgg=features-random", "--instead", "ms-ssim=quality"),
     *("--discriminator", "toy.py:Judge", "--gaze", "toy.py:Looks"),
 )
-"""The paper's loss for faces, with networks of the toy."""
 
 
 @dataclass
