@@ -15,7 +15,7 @@ from retroexit.core.samples import Samples, moved
 from retroexit.errors import DeviceError, ModeError, OptionError, WeightsError, closest
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.load import load
-from retroexit.measuring import calibrate
+from retroexit.measuring import calibrate, check_images, check_samples
 from retroexit.metrics import QualityMetric
 from retroexit.model import EarlyExitGenerator
 from retroexit.plugins.description import Description
@@ -146,18 +146,18 @@ def prepare(
     fitted, aside = set_aside(len(samples), options)
     if options.calibrate is not None:
         _check_promise(len(aside), len(samples), options.calibrate, alpha, confidence)
-    if not model.is_recorded:
-        args, kwargs = moved(samples.gather([0]), device_of(model.generator))
-        model.record(*args, **kwargs)
+    check_samples(model, samples, 2)
     model.decomposition.check_weights()
     if bank is not None:
         model.guide.check(bank)
     check_reads(model, samples, options.predict_from)
     if latency is not None and latency < 1:
         raise OptionError(f"latency must be >= 1, got {latency}", latency)
+    limits = check_images(model, samples, quality, options.cache_batch, model.options.image_range)
     reserved = [inputs[i] for i in aside]
     inputs = [inputs[i] for i in fitted] if aside else inputs
-    return FitJob(options, quality, plan, retriever, inputs, reserved, alpha, confidence, latency, bank)
+    promise = (alpha, confidence, latency)
+    return FitJob(options, quality, plan, retriever, inputs, reserved, limits, *promise, bank)
 
 
 def _check_promise(aside: int, count: int, share: float, alpha: float, confidence: float) -> None:

@@ -15,16 +15,28 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from retroexit.core.modules import device_of
-from retroexit.core.samples import ImageRange, Samples, drawing_from, measure_range
-from retroexit.errors import OptionError, TrainingError
+from retroexit.core.nested import flatten, tensors
+from retroexit.core.samples import ImageRange, Samples, drawing_from, measure_range, moved
+from retroexit.errors import GeneratorError, OptionError, TrainingError
 from retroexit.guidance.provider import GuideProvider
 from retroexit.metrics import QualityMetric
 from retroexit.routing.calibration import Calibration, Rule, samples_needed
 from retroexit.routing.router import LossPrediction, Router, guide_distance
 from retroexit.split.split import SplitGenerator
+from retroexit.stages.decoder import forward_signature
 from retroexit.wrapping.options import WrapOptions
 
-__all__ = ["MeasuredModel", "Measurement", "calibrate", "image_range_of", "limits_of"]
+__all__ = [
+    "MeasuredModel",
+    "Measurement",
+    "calibrate",
+    "check_images",
+    "check_samples",
+    "limits_of",
+    "refuse_fitted",
+]
+
+_RANGE_SAMPLES = 16
 
 
 class MeasuredModel(Protocol):
@@ -47,19 +59,131 @@ class MeasuredModel(Protocol):
     def image(self, output: Any) -> Tensor: ...  # noqa: D102
 
 
-def image_range_of(model: MeasuredModel, images: Tensor) -> ImageRange:
-    """Range of a generator's images: declared at the wrap, or measured on some of them."""
-    declared = model.options.image_range
-    return ImageRange(*declared) if declared is not None else measure_range(images)
+def check_samples(model: MeasuredModel, samples: Samples, batch: int) -> None:
+    """Record the model on the first sample if needed, and refuse samples that it cannot take.
+
+    Args:
+        model: A wrapped generator.
+        samples: Its inputs.
+        batch: Samples per pass; with 1 they may differ in size.
+
+    Raises:
+        OptionError: If a sample does not fit the generator's forward, has a batch axis or lacks an axis, or
+            samples of a batch differ.
+    """
+    generator, (args, kwargs) = model.generator, samples.split(samples.items[0])
+    signature = forward_signature(generator)
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        more = (
+            "For items (image, label) pass [image for image, _ in data]; for several inputs list(zip(x, y))."
+        )
+        raise OptionError(
+            f"a sample must hold the inputs of {type(generator).__name__}.forward{signature}, got {len(args)} "
+            f"positional and {len(kwargs)} keyword inputs: {error}. {more}",
+            samples.items[0],
+        ) from error
+    if not model.is_recorded:
+        one, named = moved(samples.gather([0]), device_of(generator))
+        try:
+            model.record(*one, **named)
+        except GeneratorError as error:
+            _refuse_batched(model, samples, error)
+            raise
+    recorded = {path: leaf for path, leaf in flatten(model.split.example) if isinstance(leaf, Tensor)}
+    for path, leaf in flatten((args, kwargs)):
+        if isinstance(leaf, Tensor) and path in recorded and leaf.dim() != recorded[path].dim() - 1:
+            raise _axes_error(samples, leaf, recorded[path].dim() - 1)
+    if batch > 1:
+        samples.check_alike()
 
 
-def limits_of(model: MeasuredModel, samples: Samples) -> ImageRange:
-    """Range of the images: the one of the fit, else the declared one, else measured on some samples."""
-    if "image_range" in model.about:
-        return ImageRange(*model.about["image_range"])
-    args, kwargs = samples.gather(range(min(16, len(samples))))
-    with torch.no_grad(), drawing_from(samples.seed, device_of(model.generator)):
-        return image_range_of(model, model.image(model.route(args, kwargs)))
+@torch.no_grad()
+def _refuse_batched(model: MeasuredModel, samples: Samples, error: GeneratorError) -> None:
+    """Raise if the generator takes the first sample as it is, so that it has a batch axis."""
+    args, kwargs = moved(samples.split(samples.items[0]), device_of(model.generator))
+    leaf = next((leaf for leaf in tensors((args, kwargs)) if leaf.dim()), None)
+    try:
+        model.generator(*args, **kwargs)
+    except Exception:
+        return
+    if leaf is not None:
+        raise _axes_error(samples, leaf, leaf.dim() - 1) from error
+
+
+def _axes_error(samples: Samples, leaf: Tensor, axes: int) -> OptionError:
+    """Describe a sample that has a batch axis, or too few axes."""
+    if leaf.dim() < axes:
+        advice = "Add the missing axis: inputs[None] if the inputs are one sample."
+    elif isinstance(samples.items[0], Tensor):
+        advice = "Pass torch.cat(list(inputs)), whose rows are the samples."
+    else:
+        advice = "Remove it from every sample: x[0] instead of x."
+    return OptionError(
+        f"a sample must have {axes} axes, without the batch axis, got shape {tuple(leaf.shape)}. {advice}",
+        leaf,
+    )
+
+
+@torch.no_grad()
+def check_images(
+    model: MeasuredModel,
+    samples: Samples,
+    metric: QualityMetric | None,
+    batch: int,
+    limits: tuple[float, float] | None = None,
+) -> ImageRange:
+    """Render some samples, and refuse images that the metric cannot compare.
+
+    Args:
+        model: A recorded model.
+        samples: Its inputs.
+        metric: Quality metric; ``None`` checks the range alone.
+        batch: Samples per pass.
+        limits: Range of the images, where known.
+
+    Returns:
+        ``limits``, or the range measured on these images.
+
+    Raises:
+        OptionError: If the metric cannot compare them.
+        OutputError: If their range is unclear.
+    """
+    device, images = device_of(model.generator), list[Tensor]()
+    for indices, args, kwargs in samples.batches(min(batch, _RANGE_SAMPLES)):
+        with drawing_from(samples.seed + indices[0], device):
+            image = model.image(model.route(*moved((args, kwargs), device)))
+        if metric is not None:
+            blank = torch.zeros_like(image[:1], dtype=torch.float32)
+            metric.to(device)(blank, blank)
+        images.append(image)
+        if limits is not None or indices[-1] + 1 >= _RANGE_SAMPLES:
+            break
+    return measure_range(torch.cat([x.flatten() for x in images])) if limits is None else ImageRange(*limits)
+
+
+def limits_of(model: MeasuredModel, samples: Samples, metric: QualityMetric, batch: int) -> ImageRange:
+    """Do `check_images` with the range of the fit, or else the declared one, where there is one."""
+    return check_images(
+        model, samples, metric, batch, model.about.get("image_range", model.options.image_range)
+    )
+
+
+def refuse_fitted(model: MeasuredModel, inputs: Sequence[Any]) -> None:
+    """Refuse to calibrate on samples that the model was fitted on.
+
+    Raises:
+        OptionError: If there are some.
+    """
+    fitted = set(model.about.get("sample_hashes", ()))
+    seen = sum(hashed in fitted for hashed in Samples(inputs).hashes()) if fitted else 0
+    if seen:
+        raise OptionError(
+            f"inputs must be samples that the model was not fitted on, got {seen} of {len(inputs)} that it was. "
+            "Pass new ones, or fit with calibrate=0.2, which sets a share of the inputs aside.",
+            inputs,
+        )
 
 
 @dataclass
@@ -171,9 +295,7 @@ def calibrate(
         TrainingError: If there is no predictor.
     """
     samples = Samples(inputs, seed)
-    if not model.is_recorded:
-        args, kwargs = samples.gather([0])
-        model.record(*args, **kwargs)
+    check_samples(model, samples, batch)
     # Wrong options are refused before the inputs are measured.
     blank = torch.zeros(len(samples), model.router.exits - 1)
     Calibration(blank, blank, alpha, confidence, rule)
@@ -189,7 +311,7 @@ def calibrate(
             metric,
         )
     metric.to(device_of(model.generator))
-    run = Measurement(model, samples, metric, limits_of(model, samples), batch)
+    run = Measurement(model, samples, metric, limits_of(model, samples, metric, batch), batch)
     losses, predicted = [], []
     with tqdm(total=len(samples), desc="calibration", disable=not progress or None) as bar:
         for indices, args, kwargs in samples.batches(batch):

@@ -16,7 +16,7 @@ from retroexit.core.nested import carrying_gradient, tensors
 from retroexit.errors import CheckpointError, NotRecordedError, OptionError, RetroExitWarning
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.guidance.provider import GuideProvider
-from retroexit.measuring import calibrate
+from retroexit.measuring import calibrate, refuse_fitted
 from retroexit.metrics import QualityMetric
 from retroexit.plugins.host import host
 from retroexit.routing.calibration import Calibration
@@ -321,12 +321,13 @@ class EarlyExitGenerator(nn.Module):
             The calibration, which is now part of the model and saved with it.
 
         Raises:
-            OptionError: If there are too few inputs, with the number needed.
+            OptionError: If there are too few inputs, with the number needed, or the model was fitted on some.
             GeneratorError: If the generator's weights have changed since it was recorded.
             TrainingError: If there is no predictor yet.
         """
         if self._decomposition is not None:
             self._decomposition.check_weights()
+        refuse_fitted(self, inputs)
         fitted_with = self.about.get("metric", {}).get("name", "lpips-alex")
         measure = host().metric(metric or fitted_with, weights)
         self.calibration = calibrate(self, inputs, measure, alpha=alpha, confidence=confidence, **settings)

@@ -319,7 +319,7 @@ def _files(model: EarlyExitGenerator, job: FitJob) -> Iterator[str]:
 
 def _cost(model: EarlyExitGenerator, job: FitJob, missing: Mapping[str, WeightsError], metric: str) -> str:
     settings = job.settings
-    cost = estimate_fit(model, job.inputs, settings, job.plan)
+    cost = estimate_fit(model, job.inputs, settings, job.plan, job.limits)
     total = settings.steps * cost.step_macs
     if not settings.cache:
         total += settings.steps * cost.backbone_macs * (1 if settings.together else cost.branches)

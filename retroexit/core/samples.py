@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,7 +17,16 @@ from retroexit.core.modules import tensor_bytes
 from retroexit.core.nested import flatten, rebuild
 from retroexit.errors import OptionError, OutputError
 
-__all__ = ["ImageRange", "Samples", "drawing_from", "measure_range", "moved"]
+__all__ = [
+    "ImageRange",
+    "Samples",
+    "conversion_advice",
+    "drawing_from",
+    "example_call",
+    "measure_range",
+    "moved",
+    "plain_numbers",
+]
 
 
 @contextmanager
@@ -31,6 +41,50 @@ def drawing_from(seed: int, device: torch.device | str = "cpu") -> Iterator[None
 def moved(value: Any, device: torch.device | str) -> Any:
     """Move the tensors of a nested value to a device."""
     return rebuild(value, lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf)
+
+
+def plain_numbers(value: Any) -> Any:
+    """Turn NumPy's numbers inside a nested value into Python's, and its arrays into lists."""
+    is_numpy = isinstance(value, (np.generic, np.ndarray))
+    return value.tolist() if is_numpy else rebuild(value, _plain_number)
+
+
+def _plain_number(leaf: Any) -> Any:
+    return leaf.tolist() if isinstance(leaf, (np.generic, np.ndarray)) else leaf
+
+
+def conversion_advice(value: Any) -> str:
+    """Say how to convert NumPy arrays and PIL images inside a nested value; empty if there are none."""
+    for _, leaf in flatten(value):
+        if isinstance(leaf, np.ndarray):
+            return f" Convert the numpy array {leaf.shape} of {leaf.dtype} with torch.from_numpy."
+        if type(leaf).__module__.partition(".")[0] == "PIL":
+            return " Convert the PIL image with torchvision.transforms.functional.to_tensor."
+    return ""
+
+
+def example_call(inputs: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Check ``example_inputs`` and ``example_kwargs``; returns them as ``(args, kwargs)``.
+
+    Raises:
+        OptionError: If they are a single input or arrays.
+    """
+    kind = type(inputs).__name__
+    advice = conversion_advice((inputs, kwargs))
+    if advice:
+        raise OptionError(f"example_inputs must be tensors.{advice}", inputs)
+    if isinstance(inputs, dict):
+        raise OptionError(
+            "example_inputs must be a tuple of positional inputs, got a dict. Pass it as example_kwargs.",
+            inputs,
+        )
+    if not isinstance(inputs, (tuple, list, type(None))):
+        shape = f" of shape {tuple(inputs.shape)}" if isinstance(inputs, Tensor) else ""
+        raise OptionError(
+            f"example_inputs must be a tuple of inputs, got one {kind}{shape}. Pass example_inputs=(x,).",
+            inputs,
+        )
+    return tuple(inputs or ()), dict(kwargs or {})
 
 
 @dataclass
@@ -55,9 +109,11 @@ class Samples:
         is_sequence = hasattr(items, "__len__") and hasattr(items, "__getitem__")
         is_one = isinstance(items, dict) or (isinstance(items, Tensor) and items.dim() == 0)
         if not is_sequence or is_one or len(items) == 0:
+            is_loader = isinstance(items, torch.utils.data.DataLoader)
+            advice = " Pass loader.dataset, whose items are samples." if is_loader else ""
             raise OptionError(
                 f"inputs must be a non-empty sequence of samples, got {type(items).__name__}. A sample is a "
-                "tensor, a tuple of inputs, or a dict of keyword inputs, without the batch axis.",
+                f"tensor, a tuple of inputs, or a dict of keyword inputs, without the batch axis.{advice}",
                 items,
             )
         self.split(items[0])
@@ -68,15 +124,16 @@ class Samples:
     @staticmethod
     def split(item: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Read one item as positional and keyword inputs."""
+        advice = conversion_advice(item)
         if isinstance(item, Tensor):
             return (item,), {}
-        if isinstance(item, dict):
+        if isinstance(item, dict) and not advice:
             return (), item
-        if isinstance(item, (tuple, list)):
+        if isinstance(item, (tuple, list)) and not advice:
             return tuple(item), {}
         raise OptionError(
             "a sample must be a tensor, a tuple of positional inputs, or a dict of keyword inputs, got "
-            f"{type(item).__name__}",
+            f"{type(item).__name__}.{advice}",
             item,
         )
 
@@ -106,6 +163,19 @@ class Samples:
             indices = list(range(begin, min(begin + size, len(self))))
             yield (indices, *self.gather(indices))
 
+    def check_alike(self) -> None:
+        """Refuse samples that make no batch together.
+
+        Raises:
+            OptionError: If they differ in structure, in shape, or in a value that is not a tensor.
+        """
+        for index in range(1, len(self)):
+            self.gather([0, index])
+
+    def hashes(self) -> list[str]:
+        """Hash every sample."""
+        return [Samples([item]).digest()[:12] for item in (self.items[i] for i in range(len(self)))]
+
     def digest(self) -> str:
         """Hash all samples, to check whether a cache belongs to them."""
         total = hashlib.sha256()
@@ -122,15 +192,15 @@ def _stack(path: tuple[Any, ...], leaves: list[Any]) -> Any:
         shapes = {tuple(leaf.shape) for leaf in leaves}
         if len(shapes) > 1:
             raise OptionError(
-                f"the samples of a batch must have one shape, got {sorted(shapes)}. Use batch=1, or inputs of "
-                "one size.",
+                f"the samples of a batch must have one shape, got {sorted(shapes)}. Resize them to one size; to "
+                "calibrate and to evaluate, batch=1 takes several.",
                 shapes,
             )
         return torch.stack(leaves)
     if any(repr(leaf) != repr(first) for leaf in leaves):
         raise OptionError(
             f"values that are not tensors must be equal in all samples, got {path[-1]!r} = {first!r} in one "
-            "and another value in others",
+            "and another value in others. Pass it as a tensor, or leave it out.",
             leaves,
         )
     return first
@@ -201,6 +271,6 @@ def measure_range(image: Tensor) -> ImageRange:
         return ImageRange(0.0, 255.0)
     raise OutputError(
         f"an image with minimum {low:.4g} and maximum {high:.4g} fits none of the ranges [0, 1], [-1, 1] and "
-        "[0, 255]. Pass image_range=(low, high).",
+        "[0, 255]. Pass image_range=(low, high) to retroexit.wrap.",
         image,
     )

@@ -17,7 +17,7 @@ from retroexit.core.modules import device_of
 from retroexit.core.samples import Samples, drawing_from
 from retroexit.evaluation.sweep import Evaluation
 from retroexit.evaluation.thop_check import cross_check
-from retroexit.measuring import Measurement, limits_of
+from retroexit.measuring import Measurement, check_samples, limits_of
 from retroexit.metrics import QualityMetric
 from retroexit.model import EarlyExitGenerator
 
@@ -55,12 +55,10 @@ def measure(
         The evaluation, and the measurement, which can render the samples again.
     """
     samples = Samples(inputs, seed)
-    if not model.is_recorded:
-        args, kwargs = samples.gather([0])
-        model.record(*args, **kwargs)
+    check_samples(model, samples, batch)
     device = device_of(model.generator)
     metric.to(device)
-    run = Measurement(model, samples, metric, limits_of(model, samples), batch)
+    run = Measurement(model, samples, metric, limits_of(model, samples, metric, batch), batch)
     losses, predicted, distances = run.losses(progress)
     exits = model.exits
     with drawing_from(seed, device):

@@ -47,7 +47,7 @@ class QualityMetric(nn.Module, ABC):
         if a.shape != b.shape:
             problem = f"must have equal shapes, got {shapes}"
         elif a.ndim != 4 or a.shape[1] not in (1, 3):
-            problem = f"must have shape (N, 3, H, W) or (N, 1, H, W), got {shapes}"
+            problem = f"must have 1 or 3 channels, (N, 3, H, W) or (N, 1, H, W), got {shapes}.{_advice(a)}"
         elif not (a.is_floating_point() and b.is_floating_point()):
             problem = f"must be floating point, got {a.dtype} and {b.dtype}"
         elif not a.device == b.device == device:
@@ -69,6 +69,16 @@ class QualityMetric(nn.Module, ABC):
     def train(self, mode: bool = True) -> Self:
         """Stay in eval mode: dropout in the linear heads of LPIPS would make the loss random."""
         return super().train(False)
+
+
+def _advice(image: Tensor) -> str:
+    """Say how a module around the generator can make an image that metrics compare."""
+    if image.ndim != 4:
+        return ""
+    if image.shape[-1] in (1, 3, 4):
+        return " The channels are last: wrap a module that returns image.permute(0, 3, 1, 2)."
+    part = ":3" if image.shape[1] > 3 else ":1"
+    return f" Wrap a module that returns image[:, {part}]."
 
 
 def versions_of(*packages: str) -> dict[str, str]:

@@ -69,7 +69,7 @@ class LPIPS(QualityMetric):
         if min(height, width) < smallest:
             raise OptionError(
                 f"the images for {self.name} must have at least {smallest}x{smallest} pixels, got "
-                f"{height}x{width}. Enlarge them or use another metric.",
+                f"{height}x{width}. Use larger images or crops, or metric='ms-ssim'.",
                 a,
             )
         features = [self.features(a), self._target_features(b)]

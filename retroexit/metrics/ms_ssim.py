@@ -70,7 +70,8 @@ def _scale_weights(size: tuple[int, int]) -> tuple[float, ...]:
     side = min(size)
     if side < _WINDOW:
         raise OptionError(
-            f"the images for ms-ssim must have at least {_WINDOW}x{_WINDOW} pixels, got {size[0]}x{size[1]}",
+            f"the images for ms-ssim must have at least {_WINDOW}x{_WINDOW} pixels, got {size[0]}x{size[1]}. Use "
+            "larger images or crops, or a metric of your own.",
             size,
         )
     scales = min(len(_SCALE_WEIGHTS), int(math.log2(side // _WINDOW)) + 1)

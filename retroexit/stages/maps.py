@@ -83,6 +83,7 @@ def find_image(recording: Recording, key: Any) -> tuple[tuple[Any, ...], fx.Node
     else:
         path = key if isinstance(key, tuple) else (key,)
         if path not in maps:
+            _refuse_integers([leaf for place, leaf in leaves if place == path])
             raise OptionError(
                 f"no image at {key!r} in the output; maps are at {_list(maps)}. Pass one of these keys.", key
             )
@@ -96,6 +97,7 @@ def _only_image(maps: Maps, output: Any) -> tuple[Any, ...]:
     for least in (4, 3, 2):  # (N, C, H, W); then (N, C, L) or (N, H, W); then (N, L)
         candidates = candidates or {path: pair for path, pair in maps.items() if pair[1].dim() >= least}
     if not candidates:
+        _refuse_integers([leaf for _, leaf in flatten(output) if isinstance(leaf, Tensor)])
         raise OutputError(
             "no image among the generator's outputs: no tensor has shape (N, C, ...). "
             "Wrap the module that returns the image.",
@@ -110,6 +112,18 @@ def _only_image(maps: Maps, output: Any) -> tuple[Any, ...]:
             output,
         )
     return next(iter(candidates))
+
+
+def _refuse_integers(outputs: list[Tensor]) -> None:
+    """Raise if there are images of integers among some outputs."""
+    for leaf in outputs:
+        if leaf.dim() >= 3 and not leaf.is_floating_point():
+            raise OutputError(
+                f"the image must be floating point, since exits are trained by its gradient, got integers: "
+                f"{leaf.dtype} of shape {tuple(leaf.shape)}. Wrap the module that returns the image before it "
+                "is converted.",
+                leaf,
+            )
 
 
 def _map_rank(image: fx.Node) -> int:

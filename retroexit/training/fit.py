@@ -20,7 +20,6 @@ from retroexit.core.samples import ImageRange, Samples, drawing_from
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.guidance.building import build_bank, with_slopes
 from retroexit.guidance.provider import Taps
-from retroexit.measuring import image_range_of
 from retroexit.metrics import QualityMetric
 from retroexit.model import EarlyExitGenerator
 from retroexit.plugins.training_types import TrainingBatch
@@ -59,6 +58,7 @@ class FitJob:
         retriever: Makes the search back-end of the bank.
         inputs: Samples to fit on.
         aside: Samples to calibrate on, with ``alpha`` and ``confidence``.
+        limits: Range of the generator's images.
         latency: Samples per call whose times are measured, or ``None``.
         bank: A bank made beforehand, or ``None``.
     """
@@ -69,6 +69,7 @@ class FitJob:
     retriever: Callable[[], Retriever]
     inputs: Sequence[Any]
     aside: Sequence[Any]
+    limits: ImageRange
     alpha: float = 0.05
     confidence: float = 0.95
     latency: int | None = None
@@ -88,11 +89,12 @@ def fit_model(
         record["bank"] = _digest(job.bank)
     check_same(folder / "fit.json", record)
     trained, held_out = divide(len(samples), settings)
-    features = _features(model, samples, folder, settings, team, progress)
     losses = branch_losses(model, job.plan, device)
     metric.to(device)
-    steps = _steps(model, samples, features, losses, trained, settings, team)
+    live = LiveFeatures(model, samples)
+    steps = _steps(model, samples, live, losses, trained, settings, job.limits, team)
     _try_loss(losses[0], steps)
+    features = steps.features = _features(model, samples, folder, settings, team, progress)
     writer = None
     if settings.tensorboard and team.is_first:
         is_default = settings.tensorboard is True
@@ -119,11 +121,17 @@ def fit_model(
         "image_size": list(features.read(IMAGE, [0]).shape[2:]),
         "fit": asdict(settings),
         "inputs": len(samples),
+        "sample_hashes": _distinct(samples.hashes()),
         "predictor_error": error,
     }
     if team.is_first:
         save()
     team.wait()
+
+
+def _distinct(hashes: list[str]) -> list[str]:
+    """Return the hashes, or none where samples repeat, so that equal ones do not show that they are the same."""
+    return hashes if len(set(hashes)) == len(hashes) else []
 
 
 def _train(
@@ -162,7 +170,11 @@ def fit_record(
 
 
 def estimate_fit(
-    model: EarlyExitGenerator, inputs: Sequence[Any], settings: FitSettings, plan: LossPlan
+    model: EarlyExitGenerator,
+    inputs: Sequence[Any],
+    settings: FitSettings,
+    plan: LossPlan,
+    limits: ImageRange,
 ) -> Estimate:
     """Estimate the cost of a fit; nothing is written and no weight changes.
 
@@ -172,7 +184,7 @@ def estimate_fit(
     trained, _ = divide(len(samples), settings)
     plan = replace(plan, equalise=0) if plan.weights else LossPlan({"l1": 1.0}, {"l1": L1()})
     losses = branch_losses(model, plan, device)
-    steps = _steps(model, samples, LiveFeatures(model, samples), losses, trained, settings, Team())
+    steps = _steps(model, samples, LiveFeatures(model, samples), losses, trained, settings, limits, Team())
     taps = model.decomposition.taps
     if taps is not None:
         shape = (taps.guide.channels, *taps.guide.size)
@@ -187,10 +199,9 @@ def _steps(
     losses: Sequence[TrainingLoss],
     rows: Sequence[int],
     settings: FitSettings,
+    limits: ImageRange,
     team: Team,
 ) -> Steps:
-    count = 8 if isinstance(features, LiveFeatures) else 32
-    limits: ImageRange = image_range_of(model, features.read(IMAGE, range(min(count, len(features)))))
     return Steps(
         features=features,
         samples=samples,

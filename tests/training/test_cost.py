@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import retroexit
+from retroexit.core.samples import ImageRange
 from retroexit.training.fit import estimate_fit
 from retroexit.training.losses import L1
 from retroexit.training.losses.plan import LossPlan
@@ -32,7 +33,7 @@ def test_the_macs_of_a_step_are_those_of_a_count_by_hand() -> None:
     )
     before = {name: value.clone() for name, value in model.branches.state_dict().items()}
     settings = FitSettings(batch=2, losses={"l1": 1.0})
-    cost = estimate_fit(model, inputs, settings, LossPlan({"l1": 1.0}, {"l1": L1()}))
+    cost = estimate_fit(model, inputs, settings, LossPlan({"l1": 1.0}, {"l1": L1()}), ImageRange(-1, 1))
     convolutions = 2 * 64 * (2 * 9 * 16 + 12)
     entering = 2 * 64 * 9 * 16  # no gradient goes into the feature
     assert cost.step_macs == 3 * convolutions - entering

@@ -304,7 +304,7 @@ def test_a_loss_that_is_not_finite_stops_training_with_its_step(decoders: Module
 
         def compare(self, a: Tensor, b: Tensor) -> Tensor:
             self.calls += 1
-            return super().compare(a, b) * (float("nan") if self.calls == 6 else 1)
+            return super().compare(a, b) * (float("nan") if self.calls == 7 else 1)
 
     with pytest.raises(
         TrainingError, match="the loss of exit 1 became nan at step 2: .*Use another folder, and lr below"
