@@ -9,13 +9,13 @@ from typing import Any, Literal, TypedDict, Unpack
 from torch import nn
 
 from retroexit.branch.widths.plan import WidthRule
-from retroexit.core.identity import unwrapped
-from retroexit.errors import GeneratorError, OptionError, RecordingError
+from retroexit.core.samples import example_call, plain_numbers
+from retroexit.errors import OptionError, RecordingError
 from retroexit.evaluate import evaluate
 from retroexit.fit import fit
 from retroexit.guidance.provider import Guidance
 from retroexit.load import load
-from retroexit.model import EarlyExitGenerator
+from retroexit.model import EarlyExitGenerator, check_generator
 from retroexit.plugins.description import Description
 from retroexit.plugins.host import host
 from retroexit.split.split import SplitGenerator, places
@@ -96,21 +96,18 @@ def wrap(
 
     Reference: paper sections 3.1 and 4.
     """
-    if not isinstance(generator, nn.Module):
-        raise GeneratorError(
-            f"generator must be a torch.nn.Module, got a {type(generator).__name__}. Pass the trained generator.",
-            generator,
-        )
-    generator = unwrapped(generator)
+    generator = check_generator(generator)
+    attach_at, scale, settings = plain_numbers((attach_at, scale, settings))
     attach_points = (attach_at,) if isinstance(attach_at, (str, int)) else tuple(attach_at)
     description = host().describe(generator, adapter)
     if example_inputs is None and description.example_inputs is not None:
         example_inputs, example_kwargs = description.example_inputs(generator)
+    args, kwargs = example_call(example_inputs, example_kwargs)
     options = wrap_options(attach_points, scale, description, **settings)
     options = replace(options, **adapter_options(generator, adapter, description))
     model = EarlyExitGenerator(generator, options)
-    if example_inputs is not None:
-        model.record(*example_inputs, **(example_kwargs or {}))
+    if example_inputs is not None or example_kwargs:
+        model.record(*args, **kwargs)
     return model
 
 
@@ -198,7 +195,7 @@ def read_generator(
     stages: Sequence[str] | None = None,
 ) -> Decoder:
     """Read a generator as `wrap` does: its stages, and the execution that they were found in."""
-    generator = unwrapped(generator)
+    generator = check_generator(generator)
     description = host().describe(generator)
     if example_inputs is None and not example_kwargs:
         if description.example_inputs is None:
@@ -209,7 +206,7 @@ def read_generator(
                 generator,
             )
         example_inputs, example_kwargs = description.example_inputs(generator)
-    args, kwargs = tuple(example_inputs or ()), dict(example_kwargs or {})
+    args, kwargs = example_call(example_inputs, example_kwargs)
     decoder = read_decoder(
         generator,
         args,

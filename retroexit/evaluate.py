@@ -14,7 +14,7 @@ from retroexit.errors import RetroExitWarning
 from retroexit.evaluation.measure import measure
 from retroexit.evaluation.sweep import Evaluation
 from retroexit.metrics import QualityMetric
-from retroexit.model import EarlyExitGenerator
+from retroexit.model import EarlyExitGenerator, check_wrapped
 from retroexit.plugins.host import host
 from retroexit.report.report import write_report
 from retroexit.report.saved_report import EVALUATION
@@ -57,6 +57,7 @@ def evaluate(
         OptionError: If the inputs are out of range.
         WeightsError: If the metric's weights are missing or damaged.
     """
+    check_wrapped(model)
     calibration = model.calibration
     if calibration is not None and calibration.about.get("hash") == Samples(inputs).digest():
         warnings.warn(

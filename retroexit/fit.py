@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 from retroexit.core.modules import device_of
-from retroexit.core.samples import Samples, moved
+from retroexit.core.samples import Samples, moved, plain_numbers
 from retroexit.errors import DeviceError, ModeError, OptionError, WeightsError, closest
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.load import load
 from retroexit.measuring import calibrate, check_images, check_samples
 from retroexit.metrics import QualityMetric
-from retroexit.model import EarlyExitGenerator
+from retroexit.model import EarlyExitGenerator, check_wrapped
 from retroexit.plugins.description import Description
 from retroexit.plugins.host import host
 from retroexit.routing.calibration import check_promise, samples_needed
@@ -52,7 +52,8 @@ def fit(
     """Fill the bank, train the branches and the predictor, from generator inputs alone.
 
     The target of training is the backbone's own image. An interrupted fit continues when it is called again,
-    to the same weights. Calibration and times of an earlier fit in the folder are dropped.
+    to the same weights. Calibration and times of an earlier fit in the folder are dropped. Everything runs
+    outside of an enclosing `torch.autocast`, in the generator's own precision.
 
     Args:
         model: A wrapped generator; its branches are trained in place.
@@ -83,13 +84,23 @@ def fit(
 
     Reference: paper sections 3.2, 3.3, 4.1, 4.2; equations 1, 3, 4.
     """
+    check_wrapped(model)
     promise: Any = {"alpha": alpha, "confidence": confidence, "latency": latency}
-    job = prepare(
-        model, inputs, bank, metric, weights=weights, losses=losses, adapter=adapter, **promise, **settings
-    )
-    team, folder = _join(model, devices, nodes), Path(folder)
-    fit_model(model, job, folder, team, lambda: model.save(folder), progress)
-    _complete(model, job, folder, team, progress)
+    with torch.autocast(device_of(model.generator).type, enabled=False):
+        job = prepare(
+            model,
+            inputs,
+            bank,
+            metric,
+            weights=weights,
+            losses=losses,
+            adapter=adapter,
+            **promise,
+            **settings,
+        )
+        team, folder = _join(model, devices, nodes), Path(folder)
+        fit_model(model, job, folder, team, lambda: model.save(folder), progress)
+        _complete(model, job, folder, team, progress)
     return model
 
 
@@ -126,6 +137,7 @@ def prepare(
     """
     if torch.is_inference_mode_enabled():
         raise ModeError("fit must run outside torch.inference_mode(), which rules out training", model)
+    settings, alpha, confidence, latency = plain_numbers((settings, alpha, confidence, latency))
     terms = LossOptions(**{f.name: settings.pop(f.name) for f in fields(LossOptions) if f.name in settings})
     names = [field.name for field in fields(FitSettings)]
     for name in sorted(set(settings) - set(names)):
@@ -144,6 +156,12 @@ def prepare(
     options = FitSettings(**settings, losses=find_weights(terms.losses, terms.instead))
     samples = Samples(inputs, options.seed)
     fitted, aside = set_aside(len(samples), options)
+    if len(fitted) < 2:
+        raise OptionError(
+            f"inputs must be at least 2 samples to fit on, got {len(fitted)}. Pass more: hundreds for a trial, "
+            "thousands for good predictions.",
+            inputs,
+        )
     if options.calibrate is not None:
         _check_promise(len(aside), len(samples), options.calibrate, alpha, confidence)
     check_samples(model, samples, 2)

@@ -9,11 +9,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from retroexit.core.files import MANIFEST, read_tensors, sha256_of
-from retroexit.core.identity import Identity, fingerprint, unwrapped
+from retroexit.core.identity import Identity, fingerprint
 from retroexit.core.modules import device_of
-from retroexit.errors import CheckpointError, RetroExitError
+from retroexit.core.samples import example_call
+from retroexit.errors import CheckpointError, ModeError, OptionError, RetroExitError
 from retroexit.guidance.bank import GuidanceBank
-from retroexit.model import EarlyExitGenerator
+from retroexit.model import EarlyExitGenerator, check_generator
 from retroexit.plugins.description import Description
 from retroexit.plugins.host import host
 from retroexit.routing.latency import Latency
@@ -56,11 +57,24 @@ def load(
         CheckpointError: If files or a key function are missing, files are damaged, or they belong to another
             generator.
         PluginError: If the bank's search back-end is not installed.
+        ModeError: If the generator is in train mode.
     """
-    folder, generator = Path(folder), unwrapped(generator)
+    if isinstance(folder, nn.Module):
+        raise OptionError(
+            f"folder must come first, then the generator, got a {type(folder).__name__} as the folder. Call "
+            "retroexit.load(folder, generator).",
+            folder,
+        )
+    folder, generator = Path(folder), check_generator(generator)
+    if generator.training:
+        raise ModeError(
+            f"{type(generator).__name__} must be in eval mode, got train mode. Call generator.eval() first.",
+            generator,
+        )
     description = host().describe(generator, adapter)
     if example_inputs is None and description.example_inputs is not None:
         example_inputs, example_kwargs = description.example_inputs(generator)
+    args, kwargs = example_call(example_inputs, example_kwargs)
     manifest = read_manifest(folder)
     try:
         key = find_key(folder, manifest, key, description.key)
@@ -88,8 +102,8 @@ def load(
         model.bank = bank
     router.calibration = read_calibration(folder, manifest["calibration_sha256"])
     model.restore(_under("branches.", tensors))
-    if example_inputs is not None or example_kwargs is not None:
-        model.record(*(example_inputs or ()), **(example_kwargs or {}))
+    if example_inputs is not None or example_kwargs:
+        model.record(*args, **kwargs)
     return model
 
 

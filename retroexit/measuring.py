@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from retroexit.core.modules import device_of
 from retroexit.core.nested import flatten, tensors
-from retroexit.core.samples import ImageRange, Samples, drawing_from, measure_range, moved
+from retroexit.core.samples import ImageRange, Samples, drawing_from, measure_range, moved, plain_numbers
 from retroexit.errors import GeneratorError, OptionError, TrainingError
 from retroexit.guidance.provider import GuideProvider
 from retroexit.metrics import QualityMetric
@@ -294,6 +294,7 @@ def calibrate(
         OptionError: If there are too few inputs, or the metric is not that of the fit.
         TrainingError: If there is no predictor.
     """
+    alpha, confidence, seed, batch = plain_numbers((alpha, confidence, seed, batch))
     samples = Samples(inputs, seed)
     check_samples(model, samples, batch)
     # Wrong options are refused before the inputs are measured.

@@ -12,8 +12,10 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, nn
 
+from retroexit.core.identity import unwrapped
 from retroexit.core.nested import carrying_gradient, tensors
-from retroexit.errors import CheckpointError, NotRecordedError, OptionError, RetroExitWarning
+from retroexit.core.samples import plain_numbers
+from retroexit.errors import CheckpointError, GeneratorError, NotRecordedError, OptionError, RetroExitWarning
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.guidance.provider import GuideProvider
 from retroexit.measuring import calibrate, refuse_fitted
@@ -29,7 +31,7 @@ from retroexit.wrapping.decomposition import Decomposition, decompose
 from retroexit.wrapping.exits import Exit, exit_table, list_exits
 from retroexit.wrapping.options import WrapOptions
 
-__all__ = ["EarlyExitGenerator"]
+__all__ = ["EarlyExitGenerator", "check_generator", "check_wrapped"]
 
 
 def _part(owner: str, name: str, doc: str) -> Any:
@@ -42,6 +44,40 @@ def _part(owner: str, name: str, doc: str) -> Any:
         setattr(getattr(model, owner), name, value)
 
     return property(get, put, doc=doc)
+
+
+def check_generator(generator: Any) -> nn.Module:
+    """Check what `wrap` and `load` are to take as a generator; returns it without what `unwrapped` removes.
+
+    Raises:
+        GeneratorError: If it is no module, or wrapped already.
+    """
+    if isinstance(generator, type):
+        raise GeneratorError(
+            f"generator must be a module, got the class {generator.__name__}. Pass an instance with trained "
+            f"weights, {generator.__name__}(...).eval().",
+            generator,
+        )
+    if not isinstance(generator, nn.Module):
+        raise GeneratorError(
+            f"generator must be a torch.nn.Module, got a {type(generator).__name__}. Pass the trained generator.",
+            generator,
+        )
+    if isinstance(generator, EarlyExitGenerator):
+        raise GeneratorError(
+            "generator must be a plain generator, got one that has early exits already. Pass model.generator.",
+            generator,
+        )
+    return unwrapped(generator)
+
+
+def check_wrapped(model: Any) -> None:
+    """Raise `GeneratorError` unless a model is what `wrap` returns."""
+    if not isinstance(model, EarlyExitGenerator):
+        raise GeneratorError(
+            f"model must be what retroexit.wrap returns, got a {type(model).__name__}. Wrap the generator first.",
+            model,
+        )
 
 
 class EarlyExitGenerator(nn.Module):
@@ -358,7 +394,7 @@ class EarlyExitGenerator(nn.Module):
 
         with torch.no_grad():
             device = begun.key_feature.device
-            self.latency = time_exits(call, self.router.exits, rows, device, runs)
+            self.latency = time_exits(call, self.router.exits, rows, device, plain_numbers(runs))
         return self.latency
 
     # Saving.

@@ -29,6 +29,9 @@ Policy = Callable[[Tensor, "Tensor | None"], Tensor]
 """Gives exits ``(N,)`` from 1 for predicted losses ``(N, K)`` and their limits ``(K,)`` or ``(N, K)``."""
 
 
+_PERCENT = 3  # a budget from here on is meant in percent
+
+
 class RoutingOptions(TypedDict, total=False):
     """How the exits of a call are chosen. Without any, the call is the generator's own.
 
@@ -124,6 +127,12 @@ def check_number(name: str, value: float) -> float:
     if not is_number or not 0 <= value < float("inf") or (value == 0 and not is_zero_allowed):
         bound = ">= 0" if is_zero_allowed else "> 0"
         raise OptionError(f"{name} must be a finite number {bound}, got {value!r}.", value)
+    if name == "budget" and value >= _PERCENT:
+        raise OptionError(
+            f"budget must be a share of the backbone's compute, such as 0.5, got {value!r}. Pass {value / 100:g} "
+            f"for {value:g} %.",
+            value,
+        )
     return float(value)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from retroexit.core.modules import device_of
 from retroexit.core.nested import clone_strided, cloned, flatten, rebuild, tensors
+from retroexit.core.samples import conversion_advice
 from retroexit.errors import DeviceError, InputMismatchError, ModeError, RecordingError
 from retroexit.split.segments import Segment, Tail
 from retroexit.stages.decoder import Cut, Decoder
@@ -88,6 +89,7 @@ class SplitGenerator:
         self.example = (cloned(tuple(args)), cloned(dict(kwargs)))
         self._form = _call_form(leaves)
         self._shapes = {_shape_key(leaves)}
+        self._axes = {path: x.dim() for path, x in leaves if isinstance(x, Tensor)}
         self.batch = _batch_size(leaves)
         self._modes = [(m, decoder.recording.modes[name]) for name, m in generator.named_modules()]
         self._device = device_of(generator)
@@ -307,7 +309,18 @@ class SplitGenerator:
             converted = _precision(self.generator) != self._precision
             difference = _difference(form, self._form, ignore_precision=converted)
             if difference:
-                raise InputMismatchError(difference, (args, kwargs))
+                raise InputMismatchError(difference + conversion_advice((args, kwargs)), (args, kwargs))
+        for path, axes in self._axes.items():
+            x = next(leaf for place, leaf in leaves if place == path)
+            if x.dim() != axes:
+                advice = (
+                    "Add the batch axis: x[None]." if x.dim() == axes - 1 else "Wrap again with such inputs."
+                )
+                raise InputMismatchError(
+                    f"the input at {path} must have {axes} axes as in the recording, got shape {tuple(x.shape)}. "
+                    f"{advice}",
+                    x,
+                )
         self._check_shape(args, kwargs, leaves)
 
     def _check_shape(self, args: Any, kwargs: Any, leaves: Leaves) -> None:
@@ -358,6 +371,22 @@ class SplitGenerator:
                 index,
             )
         return {i for i, value in enumerate(crossing) if value._version != versions[i]}
+
+    def lacks_batch_axis(self) -> bool:
+        """Whether the example inputs are one sample, which the generator takes in a batch of two as well."""
+        if self.any_batch:
+            return False
+        rows = [
+            rebuild(
+                self.example, lambda leaf, n=n: torch.stack([leaf] * n) if isinstance(leaf, Tensor) else leaf
+            )
+            for n in (1, 2)
+        ]
+        try:
+            one, two = (self._generator_outputs(*row) for row in rows)
+        except Exception:
+            return False
+        return all((2, *a.shape[1:]) == b.shape for a, b in zip(one, two, strict=True) if a.dim())
 
     def _mismatch(self, args: Any, kwargs: Any) -> tuple[str, dict[Any, Tensor]]:
         """Compare pieces and generator; returns how they differ (empty if not), and what `_look` saw."""

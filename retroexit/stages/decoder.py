@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import operator
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -253,6 +254,13 @@ def _check_path(generator: nn.Module, path: str, ran: Counter[str]) -> None:
         raise repeated_stage(path, ran[path])
     exists = path in dict(generator.named_modules())
     name = type(generator).__name__
+    numbers = re.findall(r"\d+", path)
+    if not exists and re.fullmatch(r"[\d,;\s]+", path):
+        raise AttachPointError(
+            f"stages must be numbers, or paths of modules as text, got the text {path!r}. Pass "
+            f"attach_at=[{', '.join(numbers)}].",
+            path,
+        )
     problem = f"{path!r} is never called in {name}" if exists else f"no module {path!r} in {name}"
     raise AttachPointError(
         f"{problem}; closest: {closest(path, ran)}. List all with 'retroexit inspect'.",

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from retroexit.core.nested import flatten, tensors
+from retroexit.core.samples import conversion_advice
 from retroexit.errors import DeviceError, GeneratorError, ModeError, NonFiniteError, RecordingError
 from retroexit.tracing.recorder import QUESTIONS, Call, Read, Recorder
 
@@ -189,7 +190,8 @@ def _explain(generator: nn.Module, args: Any, kwargs: Any, error: Exception) -> 
             )
     shapes = ", ".join(str(tuple(tensor.shape)) for tensor in inputs) or "no tensors"
     return GeneratorError(
-        f"{name} rejects the example inputs ({shapes}). Pass inputs that generator(*inputs) takes. {cause}",
+        f"{name} rejects the example inputs ({shapes}). Pass inputs that generator(*inputs) takes."
+        f"{conversion_advice((args, kwargs))} {cause}",
         generator,
     )
 

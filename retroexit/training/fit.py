@@ -188,7 +188,8 @@ def estimate_fit(
     taps = model.decomposition.taps
     if taps is not None:
         shape = (taps.guide.channels, *taps.guide.size)
-        steps.guide_of = lambda rows: torch.zeros(len(rows), *shape)
+        precision = steps.features.read(model.split.cuts[0].feature.name, [0]).dtype
+        steps.guide_of = lambda rows: torch.zeros(len(rows), *shape, dtype=precision)
     return estimate(model, losses, steps, settings)
 
 
@@ -337,6 +338,7 @@ def _guides(
     bank = model.bank
     assert bank is not None
     key, _ = guidance_names(taps, model.split.cuts[0].feature.name)
+    precision = features.read(model.split.cuts[0].feature.name, [0]).dtype
     results = [
         bank.search(features.read(key, rows), torch.as_tensor(rows)) for rows in chunks(len(features), 64)
     ]
@@ -345,6 +347,6 @@ def _guides(
 
     def guide_of(rows: Sequence[int]) -> Tensor:
         feature = features.read(key, rows) if bank.order else None
-        return bank.glue(ids[torch.as_tensor(list(rows))], feature=feature)
+        return bank.glue(ids[torch.as_tensor(list(rows))], feature=feature, dtype=precision)
 
     return guide_of, farthest(distances) if len(distances) >= 8 else None

@@ -46,7 +46,7 @@ def exit_losses(
     team, size = steps.team, (len(steps.features), len(model.branches))
     if team.from_first(path.exists()):
         return _read_losses(path, size)
-    losses = torch.zeros(size, device=steps.device)
+    losses = torch.zeros(size, dtype=torch.float32, device=steps.device)
     off = None if progress and team.is_first else True
     with tqdm(total=size[0], desc="losses of all exits", disable=off) as bar:
         for number, rows in enumerate(chunks(size[0], 8)):

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import Any, Final
 
@@ -81,22 +82,28 @@ class FitSettings:
     def __post_init__(self) -> None:
         check_kind(self.predictor, self.predict_from)
         check_weights(self.losses)
-        for names, limits, is_valid in _LIMITS:
+        for names, kind, limits, is_valid in _LIMITS:
             for name in names.split():
-                if (value := getattr(self, name)) is not None and not is_valid(value):
+                value = getattr(self, name)
+                if value is None:
+                    continue
+                if isinstance(value, bool) or not isinstance(value, kind):
+                    noun = "an integer" if kind is int else "a number"
+                    raise OptionError(f"{name} must be {noun} {limits}, got {value!r}", value)
+                if not is_valid(value):
                     raise OptionError(f"{name} must be {limits}, got {value}", value)
         if self.schedule not in _SCHEDULES:
             names = closest(self.schedule, _SCHEDULES)
             raise OptionError(f"no schedule {self.schedule!r}; closest: {names}", self.schedule)
 
 
-_LIMITS: Final[tuple[tuple[str, str, Callable[[float], bool]], ...]] = (
-    ("steps batch crop predictor_steps checkpoint_every cache_batch", ">= 1", lambda x: x >= 1),
-    ("seed", ">= 0", lambda x: x >= 0),
-    ("held_out ema", "in [0, 1)", lambda x: 0 <= x < 1),
-    ("features", "finite and >= 0", lambda x: 0 <= x < float("inf")),
-    ("lr clip", "finite and > 0", lambda x: 0 < x < float("inf")),
-    ("calibrate", "between 0 and 1", lambda x: 0 < x < 1),
+_LIMITS: Final[tuple[tuple[str, Any, str, Callable[[float], bool]], ...]] = (
+    ("steps batch crop predictor_steps checkpoint_every cache_batch", int, ">= 1", lambda x: x >= 1),
+    ("seed", int, ">= 0", lambda x: x >= 0),
+    ("held_out ema", Real, "in [0, 1)", lambda x: 0 <= x < 1),
+    ("features", Real, "finite and >= 0", lambda x: 0 <= x < float("inf")),
+    ("lr clip", Real, "finite and > 0", lambda x: 0 < x < float("inf")),
+    ("calibrate", Real, "between 0 and 1", lambda x: 0 < x < 1),
 )
 
 

@@ -14,6 +14,7 @@ from retroexit.branch.branch import Branch
 from retroexit.branch.builder import BranchSpec, build_branch
 from retroexit.branch.widths.plan import WidthPlan
 from retroexit.core.identity import Identity
+from retroexit.core.nested import tensors
 from retroexit.errors import (
     AttachPointError,
     GeneratorError,
@@ -141,6 +142,12 @@ def _build(
             "key_after must be the first attach point here, because the generator's forward runs again behind the "
             f"cut ({decoder.replayed}). Leave key_after out.",
             options.guidance,
+        )
+    if split.lacks_batch_axis():
+        shapes = ", ".join(str(tuple(x.shape)) for x in tensors(split.example))
+        raise InputMismatchError(
+            f"example inputs must have a batch axis, got shapes {shapes}. Pass x[None] for every input x.",
+            split.example,
         )
     states = split.states(self_test=options.self_test)
     decomposition = Decomposition(
