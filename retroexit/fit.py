@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from retroexit.core.modules import device_of
+from retroexit.core.modules import device_of, without_autocast
 from retroexit.core.samples import Samples, moved, plain_numbers
 from retroexit.errors import DeviceError, ModeError, OptionError, WeightsError, closest
 from retroexit.guidance.bank import GuidanceBank
@@ -86,7 +86,7 @@ def fit(
     """
     check_wrapped(model)
     promise: Any = {"alpha": alpha, "confidence": confidence, "latency": latency}
-    with torch.autocast(device_of(model.generator).type, enabled=False):
+    with without_autocast(model.generator):
         job = prepare(
             model,
             inputs,
@@ -156,15 +156,15 @@ def prepare(
     options = FitSettings(**settings, losses=find_weights(terms.losses, terms.instead))
     samples = Samples(inputs, options.seed)
     fitted, aside = set_aside(len(samples), options)
+    if options.calibrate is not None:
+        _check_promise(len(aside), len(samples), options.calibrate, alpha, confidence)
+    check_samples(model, samples, 2)
     if len(fitted) < 2:
         raise OptionError(
             f"inputs must be at least 2 samples to fit on, got {len(fitted)}. Pass more: hundreds for a trial, "
             "thousands for good predictions.",
             inputs,
         )
-    if options.calibrate is not None:
-        _check_promise(len(aside), len(samples), options.calibrate, alpha, confidence)
-    check_samples(model, samples, 2)
     model.decomposition.check_weights()
     if bank is not None:
         model.guide.check(bank)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from retroexit.core.identity import unwrapped
+from retroexit.core.modules import without_autocast
 from retroexit.core.nested import carrying_gradient, tensors
 from retroexit.core.samples import plain_numbers
 from retroexit.errors import CheckpointError, GeneratorError, NotRecordedError, OptionError, RetroExitWarning
@@ -279,7 +280,7 @@ class EarlyExitGenerator(nn.Module):
     def _ensure_recorded(self, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         if self._decomposition is not None:
             return
-        with self._lock:
+        with self._lock, without_autocast(self.generator):
             if self._decomposition is None:
                 decomposition, branches = decompose(self.generator, self.options, args, kwargs)
                 self.guide.attach(self.generator, decomposition.taps)

@@ -15,7 +15,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-__all__ = ["CONVOLUTIONS", "MacCounter", "clone_module", "count_macs", "device_of", "tensor_bytes", "unit_of"]
+__all__ = [
+    "CONVOLUTIONS",
+    "MacCounter",
+    "clone_module",
+    "count_macs",
+    "device_of",
+    "tensor_bytes",
+    "unit_of",
+    "without_autocast",
+]
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 """PyTorch's convolutions."""
@@ -24,6 +33,13 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTran
 def device_of(module: nn.Module, default: torch.device | None = None) -> torch.device:
     """Return the device of a module's weights; without any, ``default`` or the CPU."""
     return next((p.device for p in module.parameters()), default or torch.device("cpu"))
+
+
+def without_autocast(module: nn.Module) -> contextlib.AbstractContextManager[Any]:
+    """Switch `torch.autocast` off on a module's device."""
+    kind = device_of(module).type
+    is_known = torch.amp.is_autocast_available(kind)
+    return torch.autocast(kind, enabled=False) if is_known else contextlib.nullcontext()
 
 
 def tensor_bytes(tensor: Tensor) -> bytes:

@@ -310,12 +310,11 @@ class SplitGenerator:
             difference = _difference(form, self._form, ignore_precision=converted)
             if difference:
                 raise InputMismatchError(difference + conversion_advice((args, kwargs)), (args, kwargs))
-        for path, axes in self._axes.items():
-            x = next(leaf for place, leaf in leaves if place == path)
-            if x.dim() != axes:
-                advice = (
-                    "Add the batch axis: x[None]." if x.dim() == axes - 1 else "Wrap again with such inputs."
-                )
+        for path, x in leaves:
+            axes = self._axes.get(path)
+            if isinstance(x, Tensor) and x.dim() != axes:
+                lacks_axis = x.dim() + 1 == axes
+                advice = "Add the batch axis: x[None]." if lacks_axis else "Wrap again with such inputs."
                 raise InputMismatchError(
                     f"the input at {path} must have {axes} axes as in the recording, got shape {tuple(x.shape)}. "
                     f"{advice}",
@@ -371,22 +370,6 @@ class SplitGenerator:
                 index,
             )
         return {i for i, value in enumerate(crossing) if value._version != versions[i]}
-
-    def lacks_batch_axis(self) -> bool:
-        """Whether the example inputs are one sample, which the generator takes in a batch of two as well."""
-        if self.any_batch:
-            return False
-        rows = [
-            rebuild(
-                self.example, lambda leaf, n=n: torch.stack([leaf] * n) if isinstance(leaf, Tensor) else leaf
-            )
-            for n in (1, 2)
-        ]
-        try:
-            one, two = (self._generator_outputs(*row) for row in rows)
-        except Exception:
-            return False
-        return all((2, *a.shape[1:]) == b.shape for a, b in zip(one, two, strict=True) if a.dim())
 
     def _mismatch(self, args: Any, kwargs: Any) -> tuple[str, dict[Any, Tensor]]:
         """Compare pieces and generator; returns how they differ (empty if not), and what `_look` saw."""
@@ -456,6 +439,23 @@ class SplitGenerator:
         self.divides = all(rows.values()) and all(
             are_grouped(small[name], large[name]) for name, size in rows.items() if size > 1
         )
+
+
+def lacks_batch_axis(generator: nn.Module, args: Any, kwargs: Any) -> bool:
+    """Whether inputs are one sample, of which the generator takes a batch of one and of two as well."""
+
+    def render(count: int) -> list[Tensor]:
+        stacked = rebuild(
+            (tuple(args), dict(kwargs)), lambda x: torch.stack([x] * count) if torch.is_tensor(x) else x
+        )
+        with torch.no_grad(), unobserved(generator):
+            return tensors(generator(*stacked[0], **stacked[1]))
+
+    try:
+        pairs = list(zip(render(1), render(2), strict=True))
+    except Exception:
+        return False
+    return all((2, *one.shape[1:]) == two.shape for one, two in pairs if one.dim())
 
 
 def places(

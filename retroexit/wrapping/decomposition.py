@@ -20,14 +20,16 @@ from retroexit.errors import (
     GeneratorError,
     InputMismatchError,
     OptionError,
+    OutputError,
     RecordingError,
     RetroExitWarning,
     closest,
 )
 from retroexit.guidance.provider import Taps, find_key_cut, find_taps, tap_paths
 from retroexit.split.replay import ReplaySplit
-from retroexit.split.split import SplitGenerator, places
+from retroexit.split.split import SplitGenerator, lacks_batch_axis, places
 from retroexit.stages.decoder import Cut, Decoder, read_decoder, value_names
+from retroexit.stages.maps import shape_of
 from retroexit.stages.stage import Stage
 from retroexit.tracing.record import unobserved
 from retroexit.wrapping.options import WrapOptions
@@ -130,7 +132,11 @@ def _build(
     generator: nn.Module, decoder: Decoder, options: WrapOptions, args: Any, kwargs: dict[str, Any]
 ) -> tuple[Decomposition, list[Branch]]:
     """Cut a recorded generator and build its branches; where the recording cannot be cut, run the forward again."""
-    pairs = _find_places(decoder, options)
+    try:
+        pairs = _find_places(decoder, options)
+    except AttachPointError:
+        _refuse_layout(generator, decoder, args, kwargs)
+        raise
     key_cut = find_key_cut(decoder, options.guidance, pairs[0])
     split: SplitGenerator
     if not decoder.replayed:
@@ -143,12 +149,8 @@ def _build(
             f"cut ({decoder.replayed}). Leave key_after out.",
             options.guidance,
         )
-    if split.lacks_batch_axis():
-        shapes = ", ".join(str(tuple(x.shape)) for x in tensors(split.example))
-        raise InputMismatchError(
-            f"example inputs must have a batch axis, got shapes {shapes}. Pass x[None] for every input x.",
-            split.example,
-        )
+    if not split.any_batch:
+        _refuse_layout(generator, decoder, args, kwargs)
     states = split.states(self_test=options.self_test)
     decomposition = Decomposition(
         split=split,
@@ -178,6 +180,23 @@ def _build(
         branches.append(branch)
         decomposition.route_macs.append(macs + _macs_before(decoder, cut) // split.batch)
     return decomposition, branches
+
+
+def _refuse_layout(generator: nn.Module, decoder: Decoder, args: Any, kwargs: dict[str, Any]) -> None:
+    """Refuse inputs without a batch axis and an image with its channels last, which look like no decoder."""
+    if lacks_batch_axis(generator, args, kwargs):
+        shapes = ", ".join(str(tuple(x.shape)) for x in tensors((args, kwargs)))
+        raise InputMismatchError(
+            f"example inputs must have a batch axis, got shapes {shapes}. Pass x[None] for every input x.",
+            args,
+        )
+    shape = shape_of(decoder.image)
+    if len(shape) == 4 and shape[-1] in (1, 3, 4) and shape[1] not in (1, 3, 4):
+        raise OutputError(
+            f"the image must have shape (N, C, H, W), got {shape}, with its channels last. Wrap a module that "
+            "returns image.permute(0, 3, 1, 2).",
+            decoder.image,
+        )
 
 
 def _find_places(decoder: Decoder, options: WrapOptions) -> list[tuple[Stage, Cut]]:
