@@ -20,14 +20,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from retroexit.core.nested import tensors
 from retroexit.stages.decoder import Cut
 
-__all__ = [
-    "BuildStage",
-    "StageShape",
-    "first_stage",
-    "inherit_stage",
-    "settle_norms",
-    "stage_shapes",
-]
+__all__ = ["BuildStage", "StageShape", "first_stage", "inherit_stage", "settle_norms", "stage_shapes"]
 
 BuildStage = Callable[[nn.Module, int, int], nn.Module | None]
 """``(stage, in_channels, out_channels)`` -> a thin stage of the same kind, or ``None``."""
@@ -138,8 +131,9 @@ def settle_norms(stage: nn.Module, rounds: int = 30) -> None:
     """Iterate spectral norms to the singular vectors of a stage's weights, which eval mode keeps fixed."""
     for module in stage.modules():
         for hook in module._forward_pre_hooks.values():
-            for _ in range(rounds if isinstance(hook, SpectralNorm) else 0):
-                setattr(module, hook.name, hook.compute_weight(module, do_power_iteration=True))
+            if isinstance(hook, SpectralNorm):
+                for _ in range(rounds):
+                    setattr(module, hook.name, hook.compute_weight(module, do_power_iteration=True))
         if parametrize.is_parametrized(module):
             parametrizations: Any = module.parametrizations
             modes = [(part, part.training) for part in parametrizations.modules()]

@@ -129,7 +129,7 @@ class Branch(nn.Module):
     @property
     def code(self) -> str:
         """The tail as Python code; a tail that runs the generator's own forward again has none."""
-        return self.tail.code
+        return self.tail.code.strip()
 
     @property
     def widths(self) -> list[int]:

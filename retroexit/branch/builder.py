@@ -14,11 +14,10 @@ from torch import Tensor, fx, nn
 from retroexit.branch import adapter_stages, inherit
 from retroexit.branch.adapter_stages import BuildStage, StageShape
 from retroexit.branch.branch import Branch, GuideEntry, GuideShape
-from retroexit.branch.least_squares import CONVOLUTIONS
 from retroexit.branch.widths.analyse import analyse, blame
 from retroexit.branch.widths.equations import symbols_of
 from retroexit.branch.widths.plan import Pin, TailWidths, WidthPlan, WidthRule
-from retroexit.core.modules import MacCounter, clone_module, device_of
+from retroexit.core.modules import CONVOLUTIONS, MacCounter, clone_module, device_of
 from retroexit.errors import BranchError
 from retroexit.split.segments import Tail
 from retroexit.stages.decoder import Cut
@@ -378,11 +377,7 @@ class _Narrowing:
         widths: TailWidths,
         build: Callable[[WidthPlan], _BranchBuilder],
     ) -> _BranchBuilder | None:
-        """Let the tail take the whole feature where a projection would cost more than it saves.
-
-        This is so where only 1x1 layers read the feature: a narrow layer that reads all channels is cheaper
-        than a projection with a narrower layer behind it.
-        """
+        """Let the tail take the whole feature where a projection costs more than it saves, as before 1x1 layers."""
         feature, spec = self.values[0], self.spec
         channels = int(feature.shape[1])
         if builder.plan is None or builder.width == channels or spec.guide is not None:

@@ -23,11 +23,11 @@ import sympy
 import torch
 from torch import Tensor, nn
 
-from retroexit.branch.least_squares import CONVOLUTIONS, can_read, design, draw_places, exact, is_linear, rows
+from retroexit.branch.least_squares import can_read, design, draw_places, exact, is_linear, rows
 from retroexit.branch.widths.analyse import int_attributes
 from retroexit.branch.widths.equations import Expr, symbols_of
 from retroexit.branch.widths.plan import TailWidths, WidthPlan
-from retroexit.core.modules import clone_module
+from retroexit.core.modules import CONVOLUTIONS, clone_module
 from retroexit.core.nested import tensors
 
 __all__ = [

@@ -29,10 +29,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from retroexit.branch.branch import Branch
+from retroexit.core.modules import CONVOLUTIONS
 from retroexit.core.nested import tensors
 
 __all__ = [
-    "CONVOLUTIONS",
     "Reconstruction",
     "as_weight",
     "can_read",
@@ -48,9 +48,6 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
-"""PyTorch's convolutions."""
-
 _ADDITIONS = (torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__)
 _RIDGE = 1e-3
 _CHUNK = 2048

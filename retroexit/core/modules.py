@@ -15,7 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-__all__ = ["MacCounter", "clone_module", "count_macs", "device_of", "tensor_bytes", "unit_of"]
+__all__ = ["CONVOLUTIONS", "MacCounter", "clone_module", "count_macs", "device_of", "tensor_bytes", "unit_of"]
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+"""PyTorch's convolutions."""
 
 
 def device_of(module: nn.Module, default: torch.device | None = None) -> torch.device:

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from retroexit.core.modules import CONVOLUTIONS
 from retroexit.core.nested import flatten
 from retroexit.errors import OptionError, OutputError
 from retroexit.tracing.record import Recording
@@ -27,8 +28,8 @@ Axes = dict[fx.Node, int | None]
 _CHANNELS_LAST = (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Embedding, nn.MultiheadAttention)
 _CHANNELS_LAST_FUNCTIONS = (F.linear, F.layer_norm, F.rms_norm, F.embedding)
 _CHANNELS_SECOND = (
-    *(nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm),
-    *(nn.LocalResponseNorm, nn.PixelShuffle),
+    *(*CONVOLUTIONS, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.InstanceNorm1d),
+    *(nn.InstanceNorm2d, nn.InstanceNorm3d, nn.GroupNorm, nn.LocalResponseNorm, nn.PixelShuffle),
 )
 _SWAPS = ("transpose", "swapaxes", "swapdims", "transpose_")
 

@@ -282,8 +282,7 @@ class Gated(Chain):
 
 
 @pytest.mark.parametrize(
-    ("generator", "line"),
-    [(Folded(), "y.view(y.shape[0], 4, 8"), (Gated(64), "y[:, :half] * torch.sigmoid")],
+    ("generator", "line"), [(Folded(), "y.view(y.shape[0], 4, 8"), (Gated(64), "y[:, :half] * torch.sigmoid")]
 )
 def test_a_number_or_a_converted_width_is_named_by_its_line(generator: nn.Module, line: str) -> None:
     fixed = pins(generator, "stem")

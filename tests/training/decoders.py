@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -156,3 +159,24 @@ def trained(model: EarlyExitGenerator) -> dict[str, Tensor]:
         found["bank.source"] = model.bank.source
         found["bank.keys"] = model.bank.search(model.split.example[0][0].new_ones(1, 12, 8, 8)).distances
     return found
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    """Compare two states bit for bit."""
+    assert one.keys() == other.keys()
+    assert [key for key in one if not torch.equal(one[key], other[key])] == []
+
+
+@contextmanager
+def interrupted(owner: Any, name: str, after: int) -> Iterator[None]:
+    """Raise from inside the call with this number, as Ctrl-C does, and expect that."""
+    real, calls = getattr(owner, name), iter(range(10**6))
+
+    def sometimes(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == after:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(owner, name, sometimes)
+        yield

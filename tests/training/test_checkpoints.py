@@ -7,8 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,27 +21,6 @@ from retroexit.errors import CheckpointError, MissingExtraError, TrainingError
 from retroexit.training import fit as fitting
 from retroexit.training import trainer as training
 from retroexit.training.trainer import BranchTrainer
-
-
-def _same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
-    assert one.keys() == other.keys()
-    assert [key for key in one if not torch.equal(one[key], other[key])] == []
-
-
-@contextmanager
-def _stopped(owner: Any, name: str, after: int, error: BaseException) -> Iterator[None]:
-    """Raise from inside the call with this number."""
-    real, calls = getattr(owner, name), iter(range(10**6))
-
-    def sometimes(*args: Any, **kwargs: Any) -> Any:
-        if next(calls) == after:
-            raise error
-        return real(*args, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(owner, name, sometimes)
-        yield
-
 
 # What stops a training.
 
@@ -207,7 +184,7 @@ def test_killed_with_an_adversary_and_a_state_a_fit_ends_the_same(
     done = subprocess.run([sys.executable, "-c", KILLED, *words], capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert read_tensors(tmp_path / "parts/branches/exit2.safetensors")[1]["step"] == 3
-    _same(whole, contested(decoders, tmp_path / "parts"))
+    decoders.same(whole, contested(decoders, tmp_path / "parts"))
 
 
 def test_killed_between_the_checkpoints_of_two_branches_a_fit_ends_the_same(
@@ -215,15 +192,15 @@ def test_killed_between_the_checkpoints_of_two_branches_a_fit_ends_the_same(
 ) -> None:
     whole = contested(decoders, tmp_path / "whole")
     # Two saves at the start, two after step 3; the second of these does not happen.
-    with _stopped(training, "write_tensors", 3, KeyboardInterrupt()), pytest.raises(KeyboardInterrupt):
+    with decoders.interrupted(training, "write_tensors", 3):
         contested(decoders, tmp_path / "parts")
     steps = [read_tensors(tmp_path / f"parts/branches/exit{k}.safetensors")[1]["step"] for k in (1, 2)]
     assert steps == [3, 0]
-    _same(whole, contested(decoders, tmp_path / "parts"))
+    decoders.same(whole, contested(decoders, tmp_path / "parts"))
 
 
 def test_a_checkpoint_of_another_loss_is_refused(decoders: ModuleType, tmp_path: Path) -> None:
-    with _stopped(BranchTrainer, "advance", 3, KeyboardInterrupt()), pytest.raises(KeyboardInterrupt):
+    with decoders.interrupted(BranchTrainer, "advance", 3):
         decoders.fit(decoders.wrap(), tmp_path, steps=8)
     with pytest.raises(CheckpointError, match="is no checkpoint of exit 1 .'seen'."):
         contested(decoders, tmp_path)
@@ -237,7 +214,7 @@ def test_tensorboard_shows_losses_and_images_once_though_interrupted(
 ) -> None:
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     settings = {"steps": 44, "checkpoint_every": 10, "tensorboard": True}
-    with _stopped(BranchTrainer, "advance", 60, KeyboardInterrupt()), pytest.raises(KeyboardInterrupt):
+    with decoders.interrupted(BranchTrainer, "advance", 60):
         decoders.fit(decoders.wrap(), tmp_path, **settings)
     decoders.fit(decoders.wrap(), tmp_path, **settings)
     shown = reader.EventAccumulator(str(tmp_path / "tensorboard"))

@@ -17,7 +17,7 @@ from retroexit.core.files import read_tensors
 from retroexit.errors import DeviceError, MissingExtraError, OptionError
 from retroexit.training.distributed import Team, join
 
-SETTINGS = {"steps": 12, "batch": 4, "checkpoint_every": 5, "crop": 8}
+SETTINGS = {"steps": 12, "batch": 4, "checkpoint_every": 5, "crop": 8, "equalise": 3}
 
 SCRIPT = """
 import importlib.util, json, sys, torch

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import retroexit
 from retroexit.core.files import read_tensors
-from retroexit.errors import CheckpointError, OptionError
+from retroexit.errors import CheckpointError
 from retroexit.metrics import QualityMetric
 from retroexit.plugins.training_types import DiscriminatorOutput, TrainingBatch
 from retroexit.training.trainer import BranchTrainer
@@ -130,9 +130,3 @@ def test_an_objective_of_ones_own_sees_the_inputs(tmp_path: Path) -> None:
 
     fit(wrap(), tmp_path, losses={"adversarial": 1.0}, instead=None, adversarial=Own(), crop=32)
     assert set(seen[1:]) == {(2, LABELS, 32, 32)}
-
-
-def test_what_a_loss_lacks_is_said_before_anything_is_computed(tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match="the loss 'gaze' needs a gaze network, got none"):
-        fit(wrap(), tmp_path, losses="megaportraits", instead={"vgg": "features-random"})
-    assert list(tmp_path.iterdir()) == []

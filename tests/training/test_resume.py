@@ -28,11 +28,6 @@ from retroexit.training.trainer import BranchTrainer, learning_rate
 STEPS = 2 * 4  # two branches
 
 
-def _same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
-    assert one.keys() == other.keys()
-    assert [key for key in one if not torch.equal(one[key], other[key])] == []
-
-
 @pytest.fixture(scope="module")
 def whole(decoders: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Tensor]]:
     """What uninterrupted fits give."""
@@ -48,18 +43,6 @@ def whole(decoders: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> dic
     }
 
 
-def _interrupt(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, after: int) -> None:
-    """Raise from inside the call with this number, as Ctrl-C does."""
-    real, calls = getattr(owner, name), iter(range(10**6))
-
-    def sometimes(*args: Any, **kwargs: Any) -> Any:
-        if next(calls) == after:
-            raise KeyboardInterrupt
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(owner, name, sometimes)
-
-
 def _fit_twice(
     decoders: ModuleType,
     folder: Path,
@@ -71,10 +54,8 @@ def _fit_twice(
 ) -> EarlyExitGenerator:
     """Interrupt a fit, then go on: in a new process, or with the same half-trained model."""
     model = make()
-    with pytest.MonkeyPatch.context() as patch:
-        _interrupt(patch, owner, name, after)
-        with pytest.raises(KeyboardInterrupt):
-            decoders.fit(model, folder)
+    with decoders.interrupted(owner, name, after):
+        decoders.fit(model, folder)
     torch.manual_seed(after)  # nothing may hang on the state of random numbers
     return decoders.fit(model if again else make(), folder)
 
@@ -87,7 +68,7 @@ def test_interrupted_at_any_step_a_fit_ends_the_same(
     model = _fit_twice(
         decoders, tmp_path, lambda: decoders.wrap(guidance=True), again, BranchTrainer, "advance", step
     )
-    _same(decoders.trained(model), whole["guided"])
+    decoders.same(decoders.trained(model), whole["guided"])
 
 
 def test_what_branches_draw_themselves_belongs_to_the_step(
@@ -95,7 +76,7 @@ def test_what_branches_draw_themselves_belongs_to_the_step(
 ) -> None:
     make = lambda: decoders.wrap(decoders.make(decoders.Noisy))  # noqa: E731
     model = _fit_twice(decoders, tmp_path, make, False, BranchTrainer, "advance", 5)
-    _same(decoders.trained(model), whole["noisy"])
+    decoders.same(decoders.trained(model), whole["noisy"])
 
 
 @pytest.mark.parametrize(
@@ -121,15 +102,15 @@ def test_interrupted_between_steps_a_fit_ends_the_same(
     after: int,
 ) -> None:
     model = _fit_twice(decoders, tmp_path, lambda: decoders.wrap(guidance=True), True, owner, name, after)
-    _same(decoders.trained(model), whole["guided"])
+    decoders.same(decoders.trained(model), whole["guided"])
 
 
 def test_a_finished_fit_that_is_called_again_trains_nothing(
     decoders: ModuleType, tmp_path: Path, whole: dict[str, dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decoders.fit(decoders.wrap(), tmp_path)
-    _interrupt(monkeypatch, BranchTrainer, "advance", 0)
-    _same(decoders.trained(decoders.fit(decoders.wrap(), tmp_path)), whole["plain"])
+    monkeypatch.setattr(BranchTrainer, "advance", None)  # calling it would fail
+    decoders.same(decoders.trained(decoders.fit(decoders.wrap(), tmp_path)), whole["plain"])
 
 
 KILLED = """
@@ -159,7 +140,7 @@ def test_killed_by_the_system_a_fit_ends_the_same(
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert (tmp_path / "branches/exit2.safetensors").exists()
     assert not (tmp_path / "model.json").exists()
-    _same(decoders.trained(decoders.fit(decoders.wrap(), tmp_path)), whole["plain"])
+    decoders.same(decoders.trained(decoders.fit(decoders.wrap(), tmp_path)), whole["plain"])
 
 
 def test_a_cache_interrupted_between_batches_holds_the_same_arrays(
@@ -167,10 +148,8 @@ def test_a_cache_interrupted_between_batches_holds_the_same_arrays(
 ) -> None:
     make = lambda: decoders.wrap(decoders.make(decoders.Noisy), guidance=True)  # noqa: E731
     decoders.fit(make(), tmp_path / "whole", cache_batch=3)
-    with pytest.MonkeyPatch.context() as patch:
-        _interrupt(patch, caching, "compute_features", 2)
-        with pytest.raises(KeyboardInterrupt):
-            decoders.fit(make(), tmp_path / "parts", cache_batch=3)
+    with decoders.interrupted(caching, "compute_features", 2):
+        decoders.fit(make(), tmp_path / "parts", cache_batch=3)
     with pytest.MonkeyPatch.context() as patch:
         passes = []
         real = caching.compute_features

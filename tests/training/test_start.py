@@ -49,17 +49,8 @@ def test_a_fit_that_goes_on_reconstructs_nothing_and_ends_alike(
     decoders: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = decoders.fit(decoders.wrap(**HALVES), tmp_path / "whole")
-    advance = BranchTrainer.advance
-
-    def stop(self: BranchTrainer, step: object) -> dict[str, float]:
-        if self.step == 2:
-            raise KeyboardInterrupt
-        return advance(self, step)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(BranchTrainer, "advance", stop)
-    with pytest.raises(KeyboardInterrupt):
+    with decoders.interrupted(BranchTrainer, "advance", 4):
         decoders.fit(decoders.wrap(**HALVES), tmp_path / "cut")
-    monkeypatch.undo()
     monkeypatch.setattr("retroexit.training.initialise.reconstruct", None)  # calling it would fail
     again = decoders.fit(decoders.wrap(**HALVES), tmp_path / "cut")
     wanted = decoders.trained(whole)

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
@@ -122,41 +118,3 @@ def test_a_term_that_hardly_pulls_is_not_blown_up_without_end() -> None:
     loss(batches(1)[0])
     assert loss.equaliser is not None
     assert loss.equaliser.factor("faint") == 1e4
-
-
-PROCESS = """
-import sys, torch, torch.distributed as dist
-from retroexit.plugins.training_types import TrainingBatch
-from retroexit.training.losses import L1, TrainingLoss
-from retroexit.training.losses.plan import _value
-from retroexit.training.losses.terms import Equaliser
-
-rank, size, file, out = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
-if size > 1:
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=size)
-torch.manual_seed(0)
-terms = {"l1": (1.0, L1()), "square": (1.0, lambda a, b: (a - b).square().mean((1, 2, 3)))}
-loss = TrainingLoss(terms, equaliser=Equaliser(list(terms), 2))
-for step in range(3):
-    image, target = torch.rand(2, 4, 3, 8, 8) * 2 - 1
-    own = slice(rank, None, size)
-    batch = TrainingBatch(image[own].clone().requires_grad_(), target[own])
-    loss(batch)
-torch.save(loss.state(), out)
-"""
-
-
-@pytest.mark.slow
-def test_two_processes_that_share_a_batch_find_what_one_finds(tmp_path: Path) -> None:
-    def start(rank: int, size: int) -> subprocess.Popen[bytes]:
-        out = tmp_path / f"{size}-{rank}.pt"
-        command = [sys.executable, "-c", PROCESS, str(rank), str(size), str(tmp_path / "meet"), str(out)]
-        return subprocess.Popen(command)
-
-    running = [start(0, 1), start(0, 2), start(1, 2)]
-    assert [process.wait() for process in running] == [0, 0, 0]
-    alone, first, second = (torch.load(tmp_path / f"{name}.pt") for name in ("1-0", "2-0", "2-1"))
-    assert set(alone) == {"equaliser.squares", "equaliser.count"}
-    for name, value in alone.items():
-        assert torch.equal(first[name], second[name]), name
-        assert torch.allclose(first[name].double(), value.double(), rtol=1e-6), name

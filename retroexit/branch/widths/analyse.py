@@ -24,11 +24,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from retroexit.branch.least_squares import CONVOLUTIONS
 from retroexit.branch.widths.equations import Product, symbols_of
 from retroexit.branch.widths.plan import LIVE, TailWidths
 from retroexit.branch.widths.shape_env import SizeEnv, SymbolicMode
-from retroexit.core.modules import clone_module
+from retroexit.core.modules import CONVOLUTIONS, clone_module
 from retroexit.core.nested import flatten, rebuild, tensors
 from retroexit.errors import BranchError
 from retroexit.split.replay import ReplayTail

@@ -65,8 +65,9 @@ class WidthRule:
     function: WidthFunction = field(default=scaled_width, repr=False)
 
     def __post_init__(self) -> None:
-        is_number = isinstance(self.scale, Real) and not isinstance(self.scale, bool)
-        if not is_number or not 0 < self.scale <= 1:
+        scale: Any = self.scale
+        is_number = issubclass(type(scale), Real) and type(scale) is not bool
+        if not is_number or not 0 < scale <= 1:
             raise OptionError(
                 f"scale must be in (0, 1], got {self.scale!r}. Pass the share of channels to keep, e.g. 1/4.",
                 self.scale,
@@ -116,11 +117,11 @@ class WidthPlan:
     """Chosen widths.
 
     Attributes:
-        sizes: New size of every free symbol of the `TailWidths` that it was made from.
+        sizes: New size of every free symbol of the `TailWidths`.
         shapes: New shape of every parameter and buffer.
         attributes: New value of every integer attribute that is a width, by module path and name.
         entry: Channels of the tail's input, at most the feature's.
-        pins: Widths that the rule would shrink but that are fixed, and why.
+        pins: Widths that the rule would shrink but that are fixed.
         built: Input and output channels of the stages that an adapter builds, by path.
     """
 

@@ -14,14 +14,6 @@ from typing import Any, cast
 
 import sympy
 import torch
-from sympy.core.relational import (
-    Equality,
-    GreaterThan,
-    LessThan,
-    StrictGreaterThan,
-    StrictLessThan,
-    Unequality,
-)
 from torch import Tensor, nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -38,7 +30,7 @@ from retroexit.tracing.recorder import is_user_code, show
 
 __all__ = ["SizeEnv", "SymbolicMode"]
 
-_ORDERS = (GreaterThan, LessThan, StrictGreaterThan, StrictLessThan)
+_ORDERS = (sympy.Ge, sympy.Le, sympy.Gt, sympy.Lt)
 _MAX_FRAMES = 6  # between `SizeEnv.evaluate_expr` and ``SymNode.int_``
 # These log errors that `analyse` handles.
 _LOGGERS = ("torch._subclasses.fake_tensor", "torch.fx.experimental.sym_node", "torch.utils._sympy.interp")
@@ -92,8 +84,8 @@ class SizeEnv(ShapeEnv):
         return sympy.sympify(real)
 
     def _add_equations(self, question: sympy.Basic, answer: bool) -> None:
-        if isinstance(question, (Equality, Unequality)):
-            if answer == isinstance(question, Equality):
+        if isinstance(question, (sympy.Eq, sympy.Ne)):
+            if answer == isinstance(question, sympy.Eq):
                 self.equations.equate(question.lhs, question.rhs, _user_line())
         elif isinstance(question, (sympy.And, sympy.Or)):
             if answer == isinstance(question, sympy.And):
@@ -112,7 +104,7 @@ class SizeEnv(ShapeEnv):
         """Write an expression in the remaining symbols."""
         return self.equations.resolve(expr)
 
-    simplify = replace
+    simplify = replace  # type: ignore[assignment]
 
     def bound_sympy(self, expr: sympy.Expr, *_args: Any, **_kwargs: Any) -> ValueRanges[Any]:
         """Bound an expression by the sign of its real value."""
