@@ -349,7 +349,6 @@ def render_branch(
     split: SplitGenerator, branch: nn.Module, index: int, values: Values, guide: Tensor | None
 ) -> Any:
     """Make the output of a branch from the values at its cut ``index``, from 0, and its guides ``(N, C, ...)``."""
-    split.check_precision(branch)
     crossing = split.crossing(values, index)
     written = split.written[index]  # values that the branch writes into: it gets copies
     return branch(*(clone_strided(v) if i in written else v for i, v in enumerate(crossing)), guide=guide)
