@@ -31,6 +31,18 @@ from retroexit.wrapping.options import WrapOptions
 __all__ = ["EarlyExitGenerator"]
 
 
+def _part(owner: str, name: str, doc: str) -> Any:
+    """Make a property that reads and sets an attribute of the router or of the guide provider."""
+
+    def get(model: EarlyExitGenerator) -> Any:
+        return getattr(getattr(model, owner), name)
+
+    def put(model: EarlyExitGenerator, value: Any) -> None:
+        setattr(getattr(model, owner), name, value)
+
+    return property(get, put, doc=doc)
+
+
 class EarlyExitGenerator(nn.Module):
     """A generator with early exits. Made by `retroexit.wrap`.
 
@@ -136,10 +148,6 @@ class EarlyExitGenerator(nn.Module):
     def predict(self, *inputs: Any, **kwargs: Any) -> Tensor:
         """Predict the quality loss of every branch exit.
 
-        Args:
-            *inputs: The generator's positional inputs.
-            **kwargs: The generator's keyword inputs.
-
         Returns:
             Predicted losses, ``(N, K)``.
 
@@ -154,10 +162,6 @@ class EarlyExitGenerator(nn.Module):
 
     def all_exits(self, *inputs: Any, **kwargs: Any) -> list[Any]:
         """Render every exit from one pass over the backbone.
-
-        Args:
-            *inputs: The generator's positional inputs.
-            **kwargs: The generator's keyword inputs.
 
         Returns:
             K + 1 outputs, cheapest exit first. The last one, the backbone's, carries no gradient here.
@@ -178,12 +182,7 @@ class EarlyExitGenerator(nn.Module):
         return outputs
 
     def features(self, *inputs: Any, **kwargs: Any) -> list[Tensor]:
-        """Feature maps at the attach points, first to last, each ``(N, C, ...)``.
-
-        Args:
-            *inputs: The generator's positional inputs.
-            **kwargs: The generator's keyword inputs.
-        """
+        """Feature maps at the attach points, first to last, each ``(N, C, ...)``."""
         values = self._begin(inputs, kwargs).values
         features = []
         with torch.no_grad():
@@ -213,9 +212,7 @@ class EarlyExitGenerator(nn.Module):
         if request.is_plain or is_backbone:
             return self.generator(*args, **kwargs), None
         begun = self._begin(args, kwargs)  # values at the first cut, key feature, the call itself
-        choice = self.router.choose(
-            begun, request
-        )  # exits (N,), what was retrieved, who is out of distribution
+        choice = self.router.choose(begun, request)  # exits (N,), and what was retrieved
         return render(self.split, self.branches, self.guide, begun, choice), choice.exits
 
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Begun:
@@ -297,41 +294,16 @@ class EarlyExitGenerator(nn.Module):
         else:
             super().__setattr__(name, value)
 
-    @property
-    def predictor(self) -> nn.Module | None:
-        """The router's predictor, or ``None`` before `retroexit.fit`."""
-        return self.router.predictor
-
-    @predictor.setter
-    def predictor(self, predictor: nn.Module | None) -> None:
-        self.router.predictor = predictor
-
-    @property
-    def calibration(self) -> Calibration | None:
-        """The router's calibration, or ``None``: a threshold is then compared with predictions."""
-        return self.router.calibration
-
-    @calibration.setter
-    def calibration(self, calibration: Calibration | None) -> None:
-        self.router.calibration = calibration
-
-    @property
-    def latency(self) -> Latency | None:
-        """Measured times of the exits, or ``None`` before `measure_latency`."""
-        return self.router.latency
-
-    @latency.setter
-    def latency(self, latency: Latency | None) -> None:
-        self.router.latency = latency
-
-    @property
-    def bank(self) -> GuidanceBank | None:
-        """The guidance bank, or ``None``."""
-        return self.guide.bank
-
-    @bank.setter
-    def bank(self, bank: GuidanceBank | None) -> None:
-        self.guide.bank = bank
+    predictor: nn.Module | None = _part(
+        "router", "predictor", "The predictor, or ``None`` before `retroexit.fit`."
+    )
+    calibration: Calibration | None = _part(
+        "router", "calibration", "A `Calibration`, or ``None`` before `calibrate`."
+    )
+    latency: Latency | None = _part(
+        "router", "latency", "Measured times, or ``None`` before `measure_latency`."
+    )
+    bank: GuidanceBank | None = _part("guide", "bank", "The guidance bank, or ``None``.")
 
     def calibrate(
         self,

@@ -128,7 +128,7 @@ def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _summary(tensor: Tensor) -> tuple[str, tuple[int, ...], str, tuple[float, ...]]:
     raw = tensor.detach().cpu().contiguous()
-    digest = hashlib.sha256(raw.reshape(-1).view(torch.uint8).numpy()).hexdigest()[:16]
+    digest = hashlib.sha256(raw.reshape(-1).view(torch.uint8).numpy().data).hexdigest()[:16]
     flat = raw.reshape(-1)
     places = torch.linspace(0, max(len(flat) - 1, 0), min(_SAMPLES, len(flat))).long()
     values = torch.view_as_real(flat[places]).flatten() if raw.is_complex() else flat[places]

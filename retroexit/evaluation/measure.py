@@ -61,20 +61,20 @@ def measure(
     device = device_of(model.generator)
     metric.to(device)
     run = Measurement(model, samples, metric, limits_of(model, samples), batch)
-    losses, predicted, distances = (x if x is None else x.double().numpy() for x in run.losses(progress))
+    losses, predicted, distances = run.losses(progress)
     exits = model.exits
     with drawing_from(seed, device):
         args, kwargs = samples.gather([0])
         seconds = np.array(_route_seconds(model, args, kwargs, repeats)) if repeats else None
         thop = cross_check(model.generator, exits[-1].macs, args, kwargs)
     evaluation = Evaluation(
-        loss=losses,
-        predicted=predicted,
+        loss=losses.double().numpy(),
+        predicted=None if predicted is None else predicted.double().numpy(),
         macs=np.array([float(e.macs) for e in exits]),
         overhead=np.array(model.router.overhead(), float),
         metric=metric.describe(),
         exits=[asdict(e) for e in exits],
-        distance=distances,
+        distance=None if distances is None else distances.double().numpy(),
         seconds=seconds,
         about={
             "generator": type(model.generator).__name__,

@@ -11,6 +11,7 @@ from typing import Any, Final
 from torch import Tensor, nn
 
 from retroexit.errors import OptionError
+from retroexit.plugins.training_types import Objective
 
 __all__ = ["Description"]
 
@@ -57,7 +58,7 @@ class Description:
     key: Callable[..., Tensor] | None = None
     build_stage: Callable[[nn.Module, int, int], nn.Module | None] | None = None
     discriminator: Callable[[nn.Module], nn.Module] | None = None
-    adversarial: Any = None
+    adversarial: Objective | str | None = None
 
     def __post_init__(self) -> None:
         for names, is_valid, expected in _CHECKS:
@@ -90,11 +91,6 @@ def _is_function(value: Any) -> bool:
     return callable(value) and not isinstance(value, nn.Module)
 
 
-def _is_objective(value: Any) -> bool:
-    return isinstance(value, str) or all(hasattr(value, part) for part in _OBJECTIVE)
-
-
-_OBJECTIVE: Final = ("name", "needs_inputs", "of_branch", "of_discriminator")
 _FUNCTIONS: Final = ("example_inputs", "predictor_inputs", "key", "build_stage", "discriminator")
 _CHECKS: Final[tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...]] = (
     (("name",), bool, "a string that is not empty"),
@@ -102,5 +98,5 @@ _CHECKS: Final[tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...]] =
     (("image_range",), _is_range, "(smallest, largest)"),
     (("key_after", "value_after"), _is_place, "a stage's number from 1 or its path"),
     (_FUNCTIONS, _is_function, "a function"),
-    (("adversarial",), _is_objective, f"an objective's name or an object with {', '.join(_OBJECTIVE)}"),
+    (("adversarial",), lambda value: isinstance(value, (str, Objective)), "an objective or its name"),
 )

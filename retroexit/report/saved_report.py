@@ -36,7 +36,7 @@ _IMAGES: Final = "strips"
 
 @dataclass(frozen=True)
 class SavedReport:
-    """Words and images of a report.
+    """Texts and images of a report.
 
     Attributes:
         title: Heading of the page, or ``None`` if unknown.
@@ -52,7 +52,7 @@ class SavedReport:
 
 
 def save_report(folder: Path, report: SavedReport) -> None:
-    """Write words and images of a report into its folder."""
+    """Write texts and images of a report into its folder."""
     from PIL import Image
 
     (folder / _IMAGES).mkdir(parents=True, exist_ok=True)
@@ -66,8 +66,8 @@ def save_report(folder: Path, report: SavedReport) -> None:
             Image.fromarray(pixels).save(folder / file, optimize=True)
             images.append([caption, file])
         rows.append({"label": strip.label, "chosen": strip.chosen, "images": images})
-    words = {"title": report.title, "headline": report.headline, "command": report.command, "strips": rows}
-    (folder / _TEXTS).write_text(json.dumps(words, indent=1) + "\n", encoding="utf-8")
+    texts = {"title": report.title, "headline": report.headline, "command": report.command, "strips": rows}
+    (folder / _TEXTS).write_text(json.dumps(texts, indent=1) + "\n", encoding="utf-8")
 
 
 def read_report(folder: Path) -> SavedReport:
@@ -80,12 +80,12 @@ def read_report(folder: Path) -> SavedReport:
     if not path.exists():
         return SavedReport()
     try:
-        words = json.loads(path.read_text(encoding="utf-8"))
+        texts = json.loads(path.read_text(encoding="utf-8"))
         strips = [
             Strip(row["label"], [(c, _pixels(folder, file)) for c, file in row["images"]], row["chosen"])
-            for row in words["strips"]
+            for row in texts["strips"]
         ]
-        return SavedReport(words["title"], words["headline"], words["command"], strips)
+        return SavedReport(texts["title"], texts["headline"], texts["command"], strips)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{path} or an image that it names is damaged ({type(error).__name__}: {error}). Remove it for a "

@@ -44,15 +44,12 @@ class Strip:
 
     def __post_init__(self) -> None:
         if self.chosen is not None and not 0 <= self.chosen < len(self.images):
-            raise OptionError(
-                f"strip {self.label!r}: chosen must be an index of {len(self.images)} images, "
-                f"got {self.chosen}"
-            )
+            raise OptionError(f"chosen must be an index of {len(self.images)} images, got {self.chosen}")
         for caption, pixels in self.images:
             if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.size == 0:
                 raise OptionError(
-                    f"strip {self.label!r}, image {caption!r}: pixels must be uint8 of shape (H, W, 3), got "
-                    f"{pixels.dtype} of shape {pixels.shape}"
+                    f"pixels of image {caption!r} must be uint8 of shape (H, W, 3), got {pixels.dtype} of "
+                    f"shape {pixels.shape}"
                 )
 
 

@@ -37,15 +37,10 @@ class Latency:
     runs: int
 
     def last_within(self, deadline_ms: float, batch: int, device: torch.device) -> int:
-        """Number of the last exit whose 95th percentile is within a deadline.
-
-        Args:
-            deadline_ms: Milliseconds that a call may take.
-            batch: Samples of the call.
-            device: Where it runs.
+        """Number of the last exit whose 95th percentile is within a deadline, for a call of ``batch`` samples.
 
         Raises:
-            OptionError: If there is none, or the call is not like those that were measured.
+            OptionError: If there is none, or batch, device or threads differ from the measured ones.
         """
         threads = torch.get_num_threads()
         here = (batch, threads, _name(device))
@@ -67,9 +62,7 @@ class Latency:
 
     def to_json(self) -> dict[str, Any]:
         """Write as plain JSON types."""
-        return {
-            key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()
-        }
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
 
     @classmethod
     def from_json(cls, saved: dict[str, Any]) -> Latency:

@@ -1,4 +1,4 @@
-"""What a call asks for (an exit, a quality floor, a budget or a deadline), and the policies that choose exits."""
+"""The routing options of a call (exit, threshold, budget or deadline), and the policies that choose exits."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class RoutingRequest:
     """The checked `RoutingOptions` of one call.
 
     Attributes:
-        is_plain: Whether nothing is asked for, so that the generator itself is called.
+        is_plain: Whether there are no options, so that the generator itself is called.
         is_routed: Whether the router chooses the exits.
         needs_losses: Whether predicted losses are needed.
 
@@ -110,11 +110,7 @@ class RoutingRequest:
     ) -> tuple[RoutingRequest, tuple[Any, ...], dict[str, Any]]:
         """Separate the routing options of a call from the generator's arguments.
 
-        Args:
-            inputs: Positional arguments, all for the generator.
-            kwargs: Keyword arguments of both.
-            shadowed: Options that the generator's own forward takes, which are left to it.
-            choose: A policy of the user's.
+        Options in ``shadowed``, which the generator's own forward takes, are left to the generator.
         """
         options = {name: kwargs[name] for name in OWN_KEYWORDS if name in kwargs and name not in shadowed}
         rest = {name: value for name, value in kwargs.items() if name not in options}
@@ -122,11 +118,7 @@ class RoutingRequest:
 
 
 def check_number(name: str, value: float) -> float:
-    """Check a routing option: a finite number, ``>= 0`` for a threshold and ``> 0`` for others.
-
-    Raises:
-        OptionError: If it is not.
-    """
+    """Raise `OptionError` unless an option is a finite number, ``>= 0`` for a threshold and ``> 0`` for others."""
     is_number = isinstance(value, Real) and not isinstance(value, bool)
     is_zero_allowed = name == "threshold"
     if not is_number or not 0 <= value < float("inf") or (value == 0 and not is_zero_allowed):
@@ -315,16 +307,7 @@ class VideoRouter:
     def __call__(
         self, *inputs: Any, threshold: float | Tensor, deadline_ms: float | None = None, **kwargs: Any
     ) -> Any:
-        """Render the next frame of every stream.
-
-        Args:
-            *inputs: The generator's positional inputs, one sample per stream.
-            threshold: Largest quality loss to accept, ``>= 0``; one number, or one per stream ``(N,)``.
-            deadline_ms: Milliseconds that the call may take.
-            **kwargs: The generator's keyword inputs.
-
-        Returns:
-            A value with the structure of the generator's output.
+        """Render the next frame of every stream; inputs hold one sample per stream, options are as for a call.
 
         Raises:
             OptionError: If the number of streams changed, or as for any routed call.

@@ -1,7 +1,7 @@
 """The predictor: regress the quality loss of every branch exit (paper section 3.2, equation 2).
 
-A prediction means nothing for inputs far from the fitting set, so the predictor has a guard, which the paper has
-not: the Mahalanobis distance of pooled statistics of its input, with a covariance of low rank and equal variance
+A prediction means nothing for inputs far from the fitting set. Unlike the paper's, this predictor has a guard: the
+Mahalanobis distance of pooled statistics of its input, with a covariance of low rank and equal variance
 in the remaining directions (probabilistic principal components: Tipping and Bishop, 1999).
 """
 
@@ -28,11 +28,7 @@ KINDS, READS = ("conv", "pooled", "linear"), ("features", "inputs", "features+di
 
 
 def check_kind(kind: str, reads: str | None) -> None:
-    """Check the kind of a predictor and what it reads.
-
-    Raises:
-        OptionError: If there is no such kind, or no such source.
-    """
+    """Raise `OptionError` if the kind of a predictor or what it reads is unknown."""
     if kind not in KINDS:
         raise OptionError(f"predictor must be one of {', '.join(KINDS)}, got {kind!r}.", kind)
     if reads is not None and reads not in READS:
@@ -40,12 +36,11 @@ def check_kind(kind: str, reads: str | None) -> None:
 
 
 class Predictor(nn.Module):
-    """Estimates losses from a map: its pooled statistics, those of convolutions over it, then a small head.
+    """Estimates losses from a map: pooled statistics of the map and of convolutions over it, then a small head.
 
-    It reads the feature map at the first attach point, which every route computes anyway, or a map made from
-    the generator's inputs as in the paper. Inputs and outputs are standardised with statistics of the
-    training set (`calibrate_scales`), so that one learning rate serves every generator. A `OODGuard` looks
-    at the same pooled statistics of the map.
+    It reads the feature map at the first attach point, which every route computes, or a map made from the
+    generator's inputs as in the paper. Inputs and outputs are standardised with statistics of the training set
+    (`calibrate_scales`), so that one learning rate works for every generator.
 
     Args:
         channels: Channels of the map it reads.
@@ -58,14 +53,13 @@ class Predictor(nn.Module):
         reads: ``"features"``, ``"inputs"`` as in the paper, or ``"features+distance"``, which takes the
             distance to the retrieved guide as well; ``None`` for the map that an adapter makes from the
             inputs where there is one, else the features.
-        log: Whether it regresses the logarithm of the loss, so that errors count as shares of the loss and
-            no prediction is negative.
+        log: Whether it regresses the logarithm of the loss, so that errors are relative and no prediction is
+            negative.
 
     Raises:
-        OptionError: If there is no such kind, or no such thing to read.
+        OptionError: If ``kind`` or ``reads`` is unknown.
 
-    Reference: paper section 3.2; the architecture is ours, the supplement that describes theirs is not
-    public.
+    Reference: paper section 3.2; the architecture is ours, theirs is not published.
     """
 
     mean: Tensor
@@ -112,15 +106,7 @@ class Predictor(nn.Module):
         self.register_buffer("loss_std", torch.ones(exits))
 
     def forward(self, x: Tensor, extra: Tensor | None = None) -> Tensor:
-        """Predict quality losses.
-
-        Args:
-            x: Map, ``(N, C, ...)``.
-            extra: Distance to the guide, ``(N, 1)``, where it is read.
-
-        Returns:
-            Predicted loss of every branch exit, ``(N, K)``.
-        """
+        """Predict losses ``(N, K)`` from a map ``(N, C, ...)`` and the distance to the guide ``(N, 1)``."""
         return self.predict_losses(x, extra)[0]
 
     def predict_losses(self, x: Tensor, extra: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -188,8 +174,7 @@ def _pool(x: Tensor) -> Tensor:
 def farthest(distances: Tensor) -> float:
     """Largest distance to expect of inputs like some others, given the distances ``(S,)`` of those.
 
-    The 99.9 % quantile of a log-normal distribution fitted to them, and at least their maximum: few sets hold
-    a thousand samples.
+    The 99.9 % quantile of a log-normal distribution fitted to them, and at least their maximum.
     """
     logs = distances.double().clamp_min(1e-9).log()
     return max(float(torch.exp(logs.mean() + _QUANTILE * logs.std())), float(distances.max()))

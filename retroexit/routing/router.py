@@ -163,11 +163,7 @@ class Router(nn.Module):
         return LossPrediction(losses, distance > 1, retrieved)
 
     def check_exit(self, exit: int) -> int:
-        """Check the number of an exit.
-
-        Raises:
-            OptionError: If there is no such exit.
-        """
+        """Raise `OptionError` unless there is an exit of this number; returns it."""
         if isinstance(exit, bool) or not isinstance(exit, int) or not 1 <= exit <= self.exits:
             raise OptionError(
                 f"exit must be an integer from 1 to {self.exits}, the backbone, got {exit!r}.", exit
@@ -360,17 +356,9 @@ def guide_distance(squared: Tensor) -> Tensor:
 
 
 def input_map(args: Any, kwargs: Any, dims: int) -> Tensor:
-    """Put all tensors of a generator's inputs into one map.
+    """Put all tensors of a generator's inputs into one float32 map ``(N, C, ...)`` with ``dims`` spatial axes.
 
     Maps are resized to the largest one; vectors are spread over it; other tensors are left out.
-
-    Args:
-        args: Positional inputs.
-        kwargs: Keyword inputs.
-        dims: Spatial axes of the map.
-
-    Returns:
-        ``(N, C, ...)``, float32.
 
     Raises:
         OptionError: If no input is a map or a vector.

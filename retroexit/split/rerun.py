@@ -261,7 +261,7 @@ _OTHER: dict[str, Any] = {
 
 
 class _Borrowed:
-    """Hides another generator's module from `nn.Module` and from ``deepcopy``."""
+    """Hides a module of the generator from `nn.Module` and from ``deepcopy``."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module

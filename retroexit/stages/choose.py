@@ -394,13 +394,13 @@ class _Ways:
         reach: dict[fx.Node, int] = {}  # bit i: part i hands something to this node, with no part in between
         before = [0] * len(self.parts)
         for position, node in enumerate(nodes):
-            i = owner.get(node)
+            at = owner.get(node)
             through = 0
             for used in node.all_input_nodes:
                 through |= reach[used]
-                if i is not None and owner.get(used) != i and position < self.parts[i].call.end:
-                    before[i] |= reach[used]
-            reach[node] = through if i is None else 1 << i
+                if at is not None and owner.get(used) != at and position < self.parts[at].call.end:
+                    before[at] |= reach[used]
+            reach[node] = through if at is None else 1 << at
         self.before = [{j for j in range(len(self.parts)) if mask >> j & 1} for mask in before]
         self.last = {j for j in range(len(self.parts)) if reach[image] >> j & 1}
 

@@ -27,8 +27,7 @@ class Estimate:
     Attributes:
         step_macs: Multiply-accumulates of one step of all branches, with backward passes and losses.
         backbone_macs: Those of the backbone for the samples of one step.
-        step_seconds: Time of one step of all branches.
-        backbone_seconds: Time of the backbone for the samples of one step.
+        step_seconds, backbone_seconds: Their times.
         memory: Bytes of weights, gradients, optimiser, averages, discriminators and saved activations.
         branches: Number of branches.
     """

@@ -106,16 +106,7 @@ def fit_predictor(
     settings: FitSettings,
     progress: bool = True,
 ) -> float | None:
-    """Train a predictor of measured losses and give it to the model, whose calibration is dropped.
-
-    Args:
-        model: The wrapped generator with trained branches.
-        samples: The inputs.
-        features: Their features.
-        losses: Quality loss of every branch exit, ``(S, K)``.
-        held_out: Samples that the branches were not trained on.
-        settings: Architecture, what is read, number of steps, seed.
-        progress: Whether to show a progress bar on a terminal.
+    """Train a predictor of measured losses ``(S, K)`` and give it to the model, whose calibration is dropped.
 
     Returns:
         The error on the held-out samples, see `train_predictor`.

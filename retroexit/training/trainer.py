@@ -68,14 +68,7 @@ class FeatureDistance:
     """Distance of a branch's layers to the backbone's channels that they inherited.
 
     Beyond the paper, which compares images alone. Costs a pass of the backbone's remaining stages per step.
-
-    Args:
-        model: The wrapped generator.
-        index: Number of the branch, from 0.
-        weight: Weight in the loss.
-
-    Attributes:
-        paths: The layers that are compared; none for a branch that inherits nothing.
+    ``paths`` are the layers that are compared; none for a branch that inherits nothing.
     """
 
     def __init__(self, model: EarlyExitGenerator, index: int, weight: float) -> None:
@@ -372,14 +365,7 @@ def train_branches(
     writer: TrainingWriter | None = None,
     progress: bool = True,
 ) -> None:
-    """Train branches to the end, from their checkpoints if there are any.
-
-    Args:
-        trainers: One per branch.
-        steps: What the steps read.
-        settings: Whether each step is read once for all branches, and when checkpoints are written.
-        writer: Where to write scalars and images.
-        progress: Whether to show a progress bar on a terminal.
+    """Train branches to the end, one trainer per branch, from their checkpoints if there are any.
 
     Raises:
         TrainingError: If a loss is not finite; the branches get the weights of their last checkpoints.

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -136,21 +134,6 @@ def test_warnings_of_ours_are_one_line_and_the_handler_is_put_back(
     handler = warnings.showwarning
     assert run("doctor").err == "warning: mind the gap\n"
     assert warnings.showwarning is handler
-
-
-def test_a_traceback_never_reaches_the_terminal(tmp_path: Path) -> None:
-    code = "import sys; from retroexit.cli import main; main(['inspect', 'nowhere:thing'])"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    assert done.returncode == 1
-    assert done.stdout == ""
-    assert done.stderr.startswith("error: 'nowhere:thing' cannot be imported: ModuleNotFoundError")
-    assert done.stderr.count("\n") == 1
 
 
 def test_commands_and_code_in_the_readme_can_be_read(run: Any) -> None:

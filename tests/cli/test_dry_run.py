@@ -106,9 +106,6 @@ def test_mistakes_in_a_file_are_named(run: Any, line: str, status: int, message:
     failed = _config(run, "\n".join([line, *rest]))
     assert failed.status == status
     assert message in failed.err and "Traceback" not in failed.err
-
-
-def test_a_missing_file_is_named(run: Any) -> None:
     run("fit", "--config", "away.toml").fails_with("--config away.toml cannot be read: .*No such file")
 
 
@@ -220,7 +217,7 @@ def test_a_trained_discriminator_is_loaded_from_a_file_into_the_adapters_network
     assert re.search(rf"^adversarial +1 +{network} +D.pth *$", printed, re.MULTILINE), printed
     untrained = run.fit(*losses, **city)
     assert re.search(r"oasis, lr 0.0004 +none: as the adapter makes it, untrained", untrained.out)
-    assert re.search("^warning: .*OASISDiscriminator", untrained.err)
+    assert re.search("warning: .*OASISDiscriminator", untrained.err)
     run.fit(*losses, "--adapter", "none", **city).fails_with("discriminator")
     run.fit("--adapter", "oases", "--dry-run", **city).fails_with("no plug-in 'oases'; .*'oasis'")
 

@@ -80,12 +80,6 @@ def test_the_picture_and_the_facts_are_written_where_asked(run: Any, tmp_path: P
     assert [part["stage"] for part in facts["tree"]] == [None, None, 1, 2, 3, None]
 
 
-def test_no_picture_is_written_unless_asked_for(run: Any, tmp_path: Path) -> None:
-    before = set(tmp_path.iterdir())
-    run("inspect", "toy.py:with_inputs").succeeds()
-    assert {path for path in set(tmp_path.iterdir()) - before if path.name != "__pycache__"} == set()
-
-
 def test_a_file_is_not_mistaken_for_a_module_of_its_name(run: Any, tmp_path: Path) -> None:
     toy = (tmp_path / "toy.py").read_text()
     (tmp_path / "other").mkdir()

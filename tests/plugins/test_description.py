@@ -33,7 +33,7 @@ from retroexit.plugins import Description
         ({"discriminator": nn.ReLU()}, "discriminator of g must be a function, got ReLU"),
         (
             {"adversarial": 3},
-            "adversarial of g must be an objective's name or an object with name, .*, got 3",
+            "adversarial of g must be an objective or its name, got 3",
         ),
     ],
 )

@@ -252,5 +252,5 @@ def test_no_thresholds_wrong_strips_and_a_missing_jinja2_are_errors(
     good = np.zeros((4, 4, 3), np.uint8)
     with pytest.raises(OptionError, match="chosen must be an index of 2 images, got 2"):
         Strip("s", [("a", good), ("b", good)], 2)
-    with pytest.raises(OptionError, match=r"image 'a': .* got float32 of shape \(3, 4, 4\)"):
+    with pytest.raises(OptionError, match=r"pixels of image 'a' .* got float32 of shape \(3, 4, 4\)"):
         Strip("s", [("a", np.zeros((3, 4, 4), np.float32))], 0)  # type: ignore[list-item]

@@ -159,14 +159,10 @@ class Adversary:
     Random numbers of the objective, such as LabelMix's masks, come from the global state.
 
     Args:
-        discriminator: The starting point: the generator's own, trained. It is copied.
+        discriminator: The starting point: the generator's own, trained. It is copied to ``module``.
         objective: What both sides minimise.
         lr: Learning rate of Adam, by default that of OASIS's discriminator.
         image_range: Smallest and largest pixel value of its images.
-
-    Attributes:
-        module: The copy.
-        steps: Number of updates done.
     """
 
     def __init__(

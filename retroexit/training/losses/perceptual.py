@@ -23,11 +23,8 @@ _MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet,
 class _Network:
     """A network of torchvision up to the last layer that is compared.
 
-    Attributes:
-        builder: Function of ``torchvision.models``.
-        net: Name of its weights in torch hub; ``None`` for random ones.
-        taps: Weight of the difference after a layer, by its number in ``features``.
-        smallest: Smallest side of an image.
+    ``net`` names its weights in torch hub, ``None`` are random ones; ``taps`` are weights by number of the
+    layer; ``smallest`` is the smallest side of an image.
     """
 
     builder: str

@@ -34,9 +34,8 @@ class L1:
 class Gaze:
     """Mean absolute difference of a gaze network's outputs for both images (L_GL of equation 4).
 
-    Args:
-        network: Takes images ``(N, C, H, W)`` in [-1, 1] and returns gaze directions ``(N, 2)``, or several
-            tensors in a tuple, list or dict. It is copied, frozen and run in eval mode.
+    The network takes images ``(N, C, H, W)`` in [-1, 1] and returns gaze directions ``(N, 2)``, or several
+    tensors. It is copied, frozen and run in eval mode.
     """
 
     def __init__(self, network: nn.Module) -> None:

@@ -179,7 +179,7 @@ def test_measured_times_belong_to_routed_calls_of_this_batch(routed: Make, guide
     assert exits.tolist() == [4, 4, 4]
 
 
-def test_wishes_that_exclude_one_another_are_refused(routed: Make) -> None:
+def test_options_that_exclude_each_other_are_refused(routed: Make) -> None:
     model = routed()
     z, w = torch.rand(2, 4, 4, 4), torch.rand(2, 5)
     with pytest.raises(
