@@ -15,7 +15,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-__all__ = ["CONVOLUTIONS", "MacCounter", "clone_module", "count_macs", "device_of", "tensor_bytes", "unit_of"]
+__all__ = [
+    "CONVOLUTIONS",
+    "MacCounter",
+    "clone_module",
+    "count_macs",
+    "device_of",
+    "precision_of",
+    "tensor_bytes",
+    "unit_of",
+]
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 """PyTorch's convolutions."""
@@ -30,6 +39,11 @@ def tensor_bytes(tensor: Tensor) -> bytes:
     """Return dtype, shape and numbers of a tensor as bytes, to be hashed."""
     raw = tensor.detach().cpu().contiguous()
     return f"{raw.dtype}{tuple(raw.shape)}".encode() + raw.reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def precision_of(module: nn.Module) -> torch.dtype | None:
+    """Return the type of a module's first floating-point parameter; ``None`` without any."""
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
 
 
 def clone_module(module: nn.Module, memo: dict[int, Any] | None = None, *, share: bool = False) -> nn.Module:

@@ -223,8 +223,13 @@ class Host:
 
     def build_stage(self, stage: nn.Module, in_channels: int, out_channels: int) -> nn.Module | None:
         """Return the first thin stage that a plug-in builds; see `hookspecs.retroexit_build_stage`."""
-        shape = {"in_channels": in_channels, "out_channels": out_channels}
-        built = self._first("retroexit_build_stage", nn.Module, stage=stage, **shape)
+        built = self._first(
+            "retroexit_build_stage",
+            nn.Module,
+            stage=stage,
+            in_channels=in_channels,
+            out_channels=out_channels,
+        )
         return None if built is None else built[1]
 
     def __reduce__(self) -> tuple[Callable[[], Host], tuple[()]]:
