@@ -57,7 +57,7 @@ def averaged(parameters: Sequence[nn.Parameter], decay: float) -> AveragedModel:
     starting weights.
     """
 
-    def update(averages: Any, current: Any, count: Tensor) -> None:
+    def update(averages: Any, current: Any, count: Tensor | int) -> None:
         number = int(count)
         get_ema_multi_avg_fn(min(decay, (1 + number) / (10 + number)))(averages, current, count)
 
@@ -201,8 +201,8 @@ class BranchTrainer:
         self.branch.to(memory_format=layout)  # type: ignore[call-overload]
         for parameter, mean in zip(self.trained, self.averages, strict=True):
             mean.data = torch.empty_like(parameter).copy_(mean.data)
-        for parameter, state in self.optimizer.state.items():
-            state.update({k: torch.empty_like(parameter).copy_(v) for k, v in state.items() if k != "step"})
+        for weight, state in self.optimizer.state.items():
+            state.update({k: torch.empty_like(weight).copy_(v) for k, v in state.items() if k != "step"})
 
     @torch.enable_grad()
     def advance(self, step: Step) -> dict[str, float]:
