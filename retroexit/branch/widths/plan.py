@@ -155,6 +155,7 @@ class TailWidths:
         lines: For a replaced symbol the line of code that requires it.
         symbols: Symbol of each (name, axis) before any equation was added.
         opaque: Modules that keep their widths, by path, with the reason.
+        joined: For every concatenation the sizes of its parts, in order.
     """
 
     shapes: dict[str, tuple[Expr, ...]]
@@ -168,6 +169,7 @@ class TailWidths:
     lines: dict[sympy.Symbol, str]
     symbols: dict[tuple[str, int], sympy.Symbol]
     opaque: dict[str, str]
+    joined: list[list[Expr]]
 
     def free(self) -> list[sympy.Symbol]:
         """List the symbols that may shrink and occur in a parameter."""

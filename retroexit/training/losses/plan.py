@@ -1,14 +1,7 @@
 """Which terms a branch is trained on, with which weights, and the weighted sum of them.
 
-====================  ===============================================================  ================
-Preset                Terms                                                            Equation
-====================  ===============================================================  ================
-``"oasis"``           adversarial + vgg + lpips                                        3, section 4.1
-``"megaportraits"``   adversarial + vgg + ms-ssim + l1 + feature-matching + gaze       4, section 4.2
-====================  ===============================================================  ================
-
-The paper leaves the coefficients to its supplement and says that all terms should contribute alike. Here all
-are 1 and the weights are equalised, see `Equaliser`.
+Preset ``"oasis"`` is equation 3, ``"megaportraits"`` equation 4. The paper says that all terms should
+contribute alike; so their weights, all 1, are equalised, see `Equaliser`.
 """
 
 from __future__ import annotations
@@ -81,9 +74,8 @@ class LossOptions:
             measured over the first 50 steps, or this many; ``None``: for presets alone.
         instead: Terms that replace others: ``{"vgg": "features-alex"}``.
         loss_weights: File with the weights of a term's network, by the name of the term.
-        discriminator: Starting point of every branch's discriminator for the terms ``"adversarial"`` and
-            ``"feature-matching"``: a module (the generator's own, trained); a file with the state dict of the
-            one that the adapter makes; ``"auto"``: the adapter's, untrained, with a warning; or ``None``.
+        discriminator: Start of every branch's discriminator: the generator's trained one; a file with the
+            state dict of the adapter's; ``"auto"``: the adapter's, untrained, with a warning; or ``None``.
         adversarial: ``"hinge"``, ``"non-saturating"`` or a `retroexit.plugins.training_types.Objective`;
             ``None``: the adapter's, else ``"hinge"`` for ``"megaportraits"``, else ``"non-saturating"``.
         discriminator_lr: Learning rate of the discriminators.
@@ -111,10 +103,7 @@ def check_weights(losses: object) -> None:
 def find_weights(
     losses: Mapping[str, float] | str, instead: Mapping[str, str] | None = None
 ) -> dict[str, float]:
-    """Return the weight of every term by name; terms of weight 0 are left out.
-
-    ``losses`` are weights by name or the name of a preset; ``instead`` names the terms that replace others.
-    """
+    """Return the weight of every term by name, after replacements; terms of weight 0 are left out."""
     if isinstance(losses, str):
         if losses not in PRESETS:
             raise OptionError(
