@@ -69,7 +69,7 @@ class FeatureDistance:
         self.model, self.branch, self.weight = model, branch, weight
         self.full = model.split.tail(index, share=True)
         modules = dict(branch.tail.named_modules())
-        self.paths = [path for path in branch.kept if path in modules]
+        self.paths = [path for path in branch.inherited if path in modules]
         self._targets: dict[str, Tensor] = {}
         self._outputs: dict[str, Tensor] = {}
 
@@ -91,7 +91,7 @@ class FeatureDistance:
         """Return the weighted mean squared distance, in units of the backbone's variance."""
         terms = []
         for path, output in self._outputs.items():
-            channels, target = self.branch.kept[path], self._targets.get(path)
+            channels, target = self.branch.inherited[path], self._targets.get(path)
             if target is None:
                 continue
             axis = -1 if isinstance(self.full.get_submodule(path), nn.Linear) else 1
