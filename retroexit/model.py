@@ -245,9 +245,8 @@ class EarlyExitGenerator(nn.Module):
                 decomposition, branches = decompose(self.generator, self.options, args, kwargs)
                 nn.ModuleList(branches).eval()
             elif not self.split.is_current:
-                decomposition, branches = decompose_again(
-                    self.options, self.decomposition, list(self.branches)
-                )
+                old: list[Any] = list(self.branches)
+                decomposition, branches = decompose_again(self.options, self.decomposition, old)
                 if self.bank is not None:
                     self.bank.meta["fingerprint"] = decomposition.identity.fingerprint
             else:
