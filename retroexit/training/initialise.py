@@ -65,4 +65,4 @@ def _choose_channels(model: EarlyExitGenerator, index: int, values: list[Tensor]
     state = other.state_dict()
     if {name: v.shape for name, v in branch.state_dict().items()} == {n: v.shape for n, v in state.items()}:
         branch.load_state_dict(state)
-        branch.kept = other.kept
+        branch.inherited = other.inherited

@@ -53,7 +53,7 @@ def learning_rate(step: int, settings: FitSettings) -> float:
 def averaged(parameters: Sequence[nn.Parameter], decay: float) -> AveragedModel:
     """Average parameters exponentially; the decay at step t, from 0, is ``min(decay, (1 + t) / (10 + t))``."""
 
-    def update(averages: Any, current: Any, count: Tensor) -> None:
+    def update(averages: Any, current: Any, count: Tensor | int) -> None:
         number = int(count)
         get_ema_multi_avg_fn(min(decay, (1 + number) / (10 + number)))(averages, current, count)
 
@@ -69,7 +69,7 @@ class FeatureDistance:
         self.model, self.branch, self.weight = model, branch, weight
         self.full = model.split.tail(index, share=True)
         modules = dict(branch.tail.named_modules())
-        self.paths = [path for path in branch.kept if path in modules]
+        self.paths = [path for path in branch.inherited if path in modules]
         self._targets: dict[str, Tensor] = {}
         self._outputs: dict[str, Tensor] = {}
 
@@ -91,7 +91,7 @@ class FeatureDistance:
         """Return the weighted mean squared distance, in units of the backbone's variance."""
         terms = []
         for path, output in self._outputs.items():
-            channels, target = self.branch.kept[path], self._targets.get(path)
+            channels, target = self.branch.inherited[path], self._targets.get(path)
             if target is None:
                 continue
             axis = -1 if isinstance(self.full.get_submodule(path), nn.Linear) else 1
@@ -189,8 +189,8 @@ class BranchTrainer:
         self.branch.to(memory_format=layout)  # type: ignore[call-overload]
         for parameter, mean in zip(self.trained, self.averages, strict=True):
             mean.data = torch.empty_like(parameter).copy_(mean.data)
-        for parameter, state in self.optimizer.state.items():
-            state.update({k: torch.empty_like(parameter).copy_(v) for k, v in state.items() if k != "step"})
+        for weight, state in self.optimizer.state.items():
+            state.update({k: torch.empty_like(weight).copy_(v) for k, v in state.items() if k != "step"})
 
     @torch.enable_grad()
     def advance(self, step: Step) -> dict[str, float]:

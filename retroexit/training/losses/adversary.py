@@ -35,7 +35,7 @@ __all__ = [
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _ScoreObjective:
     """An objective of scores: losses of the branch, and of the discriminator for the backbone and the branch."""
 

@@ -11,7 +11,6 @@ import pickle
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from numbers import Real
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from retroexit.core.identity import fingerprint
+from retroexit.core.nested import is_number
 from retroexit.errors import OptionError, PluginError, RetroExitWarning, TrainingError, WeightsError
 from retroexit.metrics import QualityMetric
 from retroexit.plugins.description import Description
@@ -95,7 +95,7 @@ class LossOptions:
 def check_weights(losses: object) -> None:
     """Raise `OptionError` unless ``losses`` has weights >= 0 by name, one of them above 0."""
     weights = list(losses.values()) if isinstance(losses, Mapping) else []
-    is_valid = all(isinstance(weight, Real) and 0 <= weight < math.inf for weight in weights)
+    is_valid = all(is_number(weight) and 0 <= weight < math.inf for weight in weights)
     if not is_valid or not sum(weights) > 0:
         raise OptionError(f"losses must have weights >= 0 by name, one of them > 0, got {losses!r}", losses)
 
@@ -309,7 +309,7 @@ def _described_discriminator(description: Description, generator: nn.Module) -> 
     if description.discriminator is None:
         return None
     try:
-        module = description.discriminator(generator)
+        module: Any = description.discriminator(generator)
     except Exception as error:
         problem = f"raised {type(error).__name__}: {error}. Correct it, or pass discriminator=module."
         raise PluginError(f"the discriminator of {description.name} {problem}", description) from error
@@ -341,8 +341,8 @@ class TrainingLoss:
     def needs_inputs(self) -> bool:
         """Whether ``batch.args`` and ``batch.kwargs`` are read."""
         terms = [term for _, term in self.terms.values() if isinstance(term, BatchTerm)]
-        opponents = [self.adversary] if self.adversary is not None else []
-        return any(part.needs_inputs for part in (*terms, *opponents))
+        is_read = self.adversary is not None and self.adversary.needs_inputs
+        return is_read or any(term.needs_inputs for term in terms)
 
     def __call__(self, batch: TrainingBatch) -> tuple[Tensor, dict[str, float]]:
         """Compare a branch's images with the backbone's; returns the loss, and its terms without weights."""
