@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from retroexit.metrics import QualityMetric
     from retroexit.retrieval import Retriever
 
-__all__ = ["GROUP", "HOOKS", "RESERVED", "hookimpl"]
-
 GROUP: Final = "retroexit"
 """The entry-point group, and the project's name in pluggy."""
 
