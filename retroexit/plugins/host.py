@@ -49,22 +49,16 @@ _log = logging.getLogger(__name__)
 
 @dataclass
 class PluginInfo:
-    """One installed plug-in, working or not.
+    """One installed plug-in, working or not."""
 
-    Attributes:
-        name: Name of its entry point, or the one passed to `Host.register`.
-        distribution: Distribution that contains it, and its ``version``; ``""`` when registered by hand.
-        hooks: Hooks that it implements, sorted; empty when it could not be loaded.
-        offers: For each hook that offers objects by name, the names.
-        error: Why it, or a part of it, is not in use; ``None`` when all of it works.
-    """
-
-    name: str
-    distribution: str = ""
+    name: str  # name of its entry point, or the one passed to `Host.register`
+    distribution: str = (
+        ""  # distribution that contains it, and its ``version``; ``""`` when registered by hand
+    )
     version: str = ""
-    hooks: tuple[str, ...] = ()
-    offers: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    error: str | None = None
+    hooks: tuple[str, ...] = ()  # hooks that it implements, sorted; empty when it could not be loaded
+    offers: dict[str, tuple[str, ...]] = field(default_factory=dict)  # names by hook
+    error: str | None = None  # why it, or a part of it, is not in use; None when all of it works
 
     @property
     def state(self) -> Literal["in use", "in part", "not in use"]:
