@@ -297,11 +297,11 @@ class _Chooser:
         """Parts that may contain stages, the deepest first."""
         if len(stages) < _FEW_STAGES:
             several = [p for p in (stages or parts) if len(_steps(p)) >= 2]
-            found = [p for p in several if len(stages) < 2 or self.is_chain(p) or _contains_encoder(p)]
+            candidates = [p for p in several if len(stages) < 2 or self.is_chain(p) or _contains_encoder(p)]
         else:
             deep = _DEEPER * median(part.depth for part in stages)
-            found = [p for p in stages if (p.depth >= deep and self.is_chain(p)) or self.is_nested(p)]
-        return sorted(found, key=lambda part: -part.depth)
+            candidates = [p for p in stages if (p.depth >= deep and self.is_chain(p)) or self.is_nested(p)]
+        return sorted(candidates, key=lambda part: -part.depth)
 
     def is_nested(self, part: Part) -> bool:
         """Return whether a module goes down and up and is a smaller copy of a module around it."""
