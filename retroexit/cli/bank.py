@@ -1,7 +1,5 @@
 """``retroexit bank``: build a guidance bank, show one, compare one with its generator."""
 
-from __future__ import annotations
-
 import shutil
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """``retroexit fit``: add early exits to a generator and train them."""
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Iterator, Mapping
 from datetime import timedelta

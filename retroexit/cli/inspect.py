@@ -1,7 +1,5 @@
 """``retroexit inspect``: where branches can be attached to a generator, and what that can save."""
 
-from __future__ import annotations
-
 import json
 import shlex
 import textwrap

@@ -5,8 +5,6 @@ from far to near. `examples/scene_pictures.py` paints the same scenes in colour,
 Lengths are in metres: ``x`` to the right of the camera, ``y`` above the road, ``z`` ahead.
 """
 
-from __future__ import annotations
-
 import functools
 from collections import defaultdict
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """Measure losses, costs and times of all exits of a model."""
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Compare our count of multiply-accumulates with that of thop, which counts by layer type."""
 
-from __future__ import annotations
-
 import copy
 import warnings
 from typing import Any

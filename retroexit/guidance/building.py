@@ -4,8 +4,6 @@
 slopes it is ``v + S (q - k)``, and a few hundred pairs describe an image better than 100,000 plain ones.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import time

@@ -4,8 +4,6 @@ The paper uses farthest point sampling (section 4.1), which gives the smallest r
 served best. Keys nearest to centres of k-means clusters, even random keys, give a smaller mean distance.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Literal
 

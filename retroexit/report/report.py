@@ -1,7 +1,5 @@
 """Write an evaluation as one self-contained HTML page and as summary.json for scripts."""
 
-from __future__ import annotations
-
 import importlib.resources
 import json
 import re

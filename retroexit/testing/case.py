@@ -1,7 +1,5 @@
 """The state of one conformance test: what is tested, the results so far, and ways to run the generator."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Check what a description states about a generator, and that the generator can be wrapped with it."""
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any

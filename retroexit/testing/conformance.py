@@ -1,7 +1,5 @@
 """`check_adapter`, which an adapter's author calls in a test, with or without pytest."""
 
-from __future__ import annotations
-
 import dataclasses
 import warnings
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Settings of a fit, and the file that ties a folder to them."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Train branches against the backbone's images, with checkpoints (paper sections 4.1 and 4.2)."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Adversarial terms: a copy of a discriminator for each branch, trained with it (paper 3.1, equation 1)."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
