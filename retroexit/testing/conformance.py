@@ -13,8 +13,7 @@ from retroexit.core.identity import fingerprint
 from retroexit.errors import PluginError, RetroExitWarning
 from retroexit.plugins.description import Description
 from retroexit.plugins.host import Host, brief, host
-from retroexit.testing.case import Case
-from retroexit.testing.claims import Stranger, check_all
+from retroexit.testing.claims import Case, Stranger, check_all
 
 _RECOGNISED = "the generator is recognised, others are not"
 

@@ -20,8 +20,8 @@ from retroexit.model import EarlyExitGenerator
 from retroexit.plugins.training_types import TrainingBatch
 from retroexit.tracing.record import unobserved
 from retroexit.training.distributed import Team, average
-from retroexit.training.losses.adversary import load_moments, moments
 from retroexit.training.losses.plan import TrainingLoss
+from retroexit.training.losses.terms import load_moments, moments
 from retroexit.training.settings import FitSettings
 from retroexit.training.steps import Step, Steps
 

@@ -25,13 +25,14 @@ from retroexit.metrics import QualityMetric
 from retroexit.plugins.description import Description
 from retroexit.plugins.host import host
 from retroexit.plugins.training_types import BatchTerm, Objective, Term, TrainingBatch
-from retroexit.training.losses.adversary import (
+from retroexit.training.losses.terms import (
     Adversarial,
     Adversary,
+    Equaliser,
     FeatureMatching,
+    Gaze,
     find_objective,
 )
-from retroexit.training.losses.terms import Equaliser, Gaze
 
 QUALITY, LPIPS = "quality", "lpips"
 ADVERSARIAL, FEATURE_MATCHING, GAZE = "adversarial", "feature-matching", "gaze"
