@@ -340,7 +340,6 @@ def _cars(canvas: LabelMap, difficulty: float, half: float, rng: np.random.Gener
 def _small_things(
     canvas: LabelMap, difficulty: float, beside: float, rng: np.random.Generator
 ) -> list[Thing]:
-    """Place people, lamp posts and signs."""
     things: list[Thing] = []
     for _ in range(rng.poisson(7 * difficulty**2)):
         z = rng.uniform(6, 22)

@@ -110,7 +110,6 @@ def farthest_points(
 
 
 def _rows(points: Tensor | np.ndarray) -> int:
-    """Return how many points are converted at a time."""
     return max(64, _NUMBERS // points.shape[1])
 
 

@@ -217,7 +217,6 @@ def _check_stages(case: Case) -> Decoder | None:
 
 
 def _find_pair(case: Case) -> None:
-    """Find out whether the generator accepts a batch of two."""
     try:
         case.takes_pairs = len(case.image_in(case.render(case.pairs()[0]))) == 2
         if not case.takes_pairs:
@@ -257,7 +256,6 @@ def _check_tap(case: Case, tap: str, place: int | str) -> None:
 
 
 def _check_tensor(case: Case, name: str, make: Callable[..., Any]) -> None:
-    """Check a tensor that the description makes from the generator's arguments."""
     shape, rows = {"key": "(N, D)", "predictor_inputs": "(N, C, H, W)"}[name], len(case.image)
     made = case.seeded(make)
     is_float = isinstance(made, Tensor) and made.is_floating_point()
@@ -436,7 +434,6 @@ def _check_thin(case: Case, thin: EarlyExitGenerator, full: EarlyExitGenerator |
 
 
 def _check_batch(case: Case, thin: EarlyExitGenerator) -> None:
-    """Check that no sample of a batch changes the others."""
     claim = "samples of a batch do not change each other"
     if not case.takes_pairs:
         return

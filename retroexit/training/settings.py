@@ -132,7 +132,6 @@ def check_same(path: Path, settings: dict[str, Any]) -> None:
 
 
 def _flat(settings: dict[str, Any], start: str = "") -> dict[str, Any]:
-    """Name nested settings by dotted paths."""
     flat: dict[str, Any] = {}
     for key, value in settings.items():
         flat |= _flat(value, f"{start}{key}.") if isinstance(value, dict) else {start + key: value}

@@ -291,7 +291,6 @@ class BranchTrainer:
 
 
 def _below(tensors: dict[str, Tensor], start: str) -> dict[str, Tensor]:
-    """Return the tensors whose names begin with ``start``, without it."""
     return {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
 
 

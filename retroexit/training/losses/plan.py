@@ -217,7 +217,6 @@ def _terms(
     files: Mapping[str, str | Path],
     missing: dict[str, WeightsError] | None,
 ) -> dict[str, Term | BatchTerm]:
-    """Make the terms that branches share."""
     for name in files:
         if name not in weights:
             raise OptionError(f"loss_weights must name one of {', '.join(weights)}, got {name!r}", files)
@@ -248,7 +247,6 @@ def _term(name: str, metric: QualityMetric | None, file: str | Path | None) -> T
 def _discriminator(
     generator: nn.Module, description: Description | None, source: nn.Module | str | Path | None
 ) -> nn.Module | None:
-    """Return the starting point of adversaries."""
     if source is None or isinstance(source, nn.Module):
         return source
     if not isinstance(source, (str, Path)):
@@ -281,7 +279,6 @@ def _discriminator(
 
 
 def _described_discriminator(description: Description, generator: nn.Module) -> nn.Module | None:
-    """Make the discriminator of a description."""
     if description.discriminator is None:
         return None
     try:
