@@ -240,7 +240,7 @@ def _term(name: str, metric: QualityMetric | None, file: str | Path | None) -> T
     if metric is not None and file is None and name in (QUALITY, metric_name):
         return metric
     options = {} if file is None else {"weights": file}
-    is_metric = name not in host().losses() and name in host().metrics()
+    is_metric = name not in host().names("loss") and name in host().names("metric")
     return host().metric(name, **options) if is_metric else host().loss(name, **options)
 
 
