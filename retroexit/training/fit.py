@@ -77,7 +77,7 @@ class FitJob:
 
 
 def fit_model(
-    model: EarlyExitGenerator, job: FitJob, folder: Path, team: Team, save: Callable[[], None], progress: bool
+    model: EarlyExitGenerator, job: FitJob, folder: Path, team: Team, save: Callable[[], Any], progress: bool
 ) -> None:
     """Fit bank, branches and predictor of a recorded model, and call ``save`` in the first process."""
     settings, metric = job.settings, job.metric
@@ -97,8 +97,9 @@ def fit_model(
     features = steps.features = _features(model, samples, folder, settings, team, progress)
     writer = None
     if settings.tensorboard and team.is_first:
-        is_default = settings.tensorboard is True
-        writer = TrainingWriter(folder / "tensorboard" if is_default else Path(settings.tensorboard))
+        writer = TrainingWriter(
+            folder / "tensorboard" if settings.tensorboard is True else Path(settings.tensorboard)
+        )
     # From here on the folder belongs to these settings.
     team.wait()
     if team.is_first:
