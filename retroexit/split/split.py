@@ -25,6 +25,7 @@ __all__ = [
     "are_grouped",
     "gradient_of",
     "group",
+    "lacks_batch_axis",
     "merge",
     "places",
     "rows_per_sample",
