@@ -135,9 +135,9 @@ def test_what_cannot_be_calibrated_is_refused_before_anything_is_measured(
     with pytest.raises(OptionError, match="needs at least 59 samples, got 20. Pass 39 more"):
         _calibrate(model, 20)
     with pytest.raises(OptionError, match="alpha must be a number between 0 and 1, got 2"):
-        model.calibrate(TRAIN, 2, metric=Distance())
+        model.calibrate(TRAIN + 1, 2, metric=Distance())
     with pytest.raises(OptionError, match="metric must be distance, .*got ms-ssim"):
-        model.calibrate(TRAIN, metric="ms-ssim")
+        model.calibrate(TRAIN + 1, metric="ms-ssim")
     model.predictor = None
     with pytest.raises(TrainingError, match="calibrating needs a predictor"):
         _calibrate(model)
