@@ -30,6 +30,7 @@ __all__ = [
     "RetrieverError",
     "RetroExitError",
     "RetroExitWarning",
+    "StorageError",
     "TrainingError",
     "WeightsError",
 ]
@@ -116,6 +117,13 @@ class MissingExtraError(RetroExitError, ImportError):
 
 class CheckpointError(RetroExitError, ValueError):
     """A file on disk is damaged or belongs to something else."""
+
+
+class StorageError(RetroExitError, OSError):
+    """A file cannot be written: the disk is full, or the folder is not yours to write to."""
+
+    def __str__(self) -> str:
+        return str(self.args[0]) if self.args else ""
 
 
 class TrainingError(RetroExitError, RuntimeError):

@@ -6,7 +6,6 @@ Everything here is arithmetic on recorded numbers: nothing is generated again. P
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -15,7 +14,8 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from retroexit.errors import CheckpointError, OptionError
+from retroexit.core.files import sealed, unsealed
+from retroexit.errors import CheckpointError, OptionError, cause_of
 
 __all__ = ["Evaluation", "OperatingPoint", "highlighted", "plain_json", "thresholds_for"]
 
@@ -209,17 +209,17 @@ class Evaluation:
         return result
 
     def to_json(self) -> str:
-        """Write the evaluation as plain JSON, arrays as lists."""
+        """Write the evaluation as plain JSON with its own digest, arrays as lists."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return json.dumps(values, default=plain_json, allow_nan=False)
+        return sealed(values, default=plain_json, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> Self:
         """Read what :meth:`to_json` wrote, or raise `CheckpointError`."""
         try:
-            return cls(**json.loads(text))
-        except (ValueError, TypeError) as error:
-            raise CheckpointError(f"not an evaluation written by retroexit: {error}") from error
+            return cls(**unsealed(text))
+        except Exception as error:
+            raise CheckpointError(f"not an evaluation written by retroexit: {cause_of(error)}") from error
 
     def need_predicted(self) -> Array:
         """Return the predicted losses, or raise `OptionError` if there are none."""

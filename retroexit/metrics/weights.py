@@ -7,7 +7,6 @@ check a cached file, so the hash in torchvision's file names is checked here. Ra
 from __future__ import annotations
 
 import logging
-import pickle
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from retroexit.core.files import sha256_of
+from retroexit.core.files import check_finite, read_torch, sha256_of
 from retroexit.errors import MissingExtraError, WeightsError
 
 __all__ = ["empty_lpips", "fill_lpips", "fill_trunk", "hub_file"]
@@ -87,6 +86,7 @@ def _fill(
                 path,
             )
         picked[name] = value.float()
+    check_finite(picked, path, WeightsError)
     module.load_state_dict(picked, strict=False, assign=True)
 
 
@@ -96,12 +96,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise WeightsError(
             f"no weight file at {path}. Check the path, or leave it out to use torch hub's cache.", path
         )
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise WeightsError(
-            f"{path} is not a weight file that torch can read safely: {error}", path
-        ) from error
+    content = read_torch(path, "Copy it again, or leave it out to use torch hub's cache.", WeightsError)
     if not isinstance(content, dict):
         raise WeightsError(f"{path} must hold a state dict, got {type(content).__name__}", path)
     return content

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from retroexit.core.files import read_npy, sha256_of
+from retroexit.core.files import read_npy, reading, replacing, sha256_of, write_array
 from retroexit.core.modules import device_of
 from retroexit.core.samples import Samples, drawing_from
 from retroexit.errors import BankError, CheckpointError, TrainingError
@@ -64,10 +63,9 @@ def exit_losses(
             losses,
         )
     if team.is_first:
-        temporary = path.with_suffix(".part.npy")
-        np.save(temporary, losses.numpy(), allow_pickle=False)
-        path.with_suffix(".sha256").write_text(sha256_of(temporary), encoding="ascii")
-        os.replace(temporary, path)
+        write_array(path, losses.numpy())
+        with replacing(path.with_suffix(".sha256")) as file:
+            file.write(sha256_of(path).encode())
     return losses
 
 
@@ -86,12 +84,11 @@ def _batch_losses(model: EarlyExitGenerator, steps: Steps, metric: QualityMetric
 
 
 def _read_losses(path: Path, size: tuple[int, int]) -> Tensor:
-    try:
-        if path.with_suffix(".sha256").read_text(encoding="ascii") != sha256_of(path):
-            raise ValueError(f"it does not match {path.with_suffix('.sha256').name}")
-        losses = torch.from_numpy(read_npy(path))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}). Remove it.", path) from error
+    digest = path.with_suffix(".sha256")
+    with reading(digest, f"Remove {path}."):
+        if digest.read_text(encoding="ascii") != sha256_of(path):
+            raise ValueError(f"it does not match {path.name}")
+    losses = torch.from_numpy(read_npy(path, advice="Remove it."))
     if tuple(losses.shape) != size:
         raise CheckpointError(f"{path} must have shape {size}, got {tuple(losses.shape)}. Remove it.", path)
     return losses
