@@ -217,7 +217,7 @@ class Evaluation:
     def from_json(cls, text: str) -> Self:
         """Read what :meth:`to_json` wrote, or raise `CheckpointError`."""
         try:
-            return cls(**unsealed(text))
+            return cls(**{name: value for name, value in unsealed(text).items() if name != "digest"})
         except Exception as error:
             raise CheckpointError(f"not an evaluation written by retroexit: {cause_of(error)}") from error
 

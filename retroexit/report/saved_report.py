@@ -126,11 +126,10 @@ def read_evaluation(folder: Path) -> Evaluation:
         CheckpointError: If the file is no evaluation.
     """
     path = folder / EVALUATION
-    with reading(path, "Run 'retroexit evaluate' again."):
-        try:
-            return Evaluation.from_json(path.read_text(encoding="utf-8"))
-        except CheckpointError as error:
-            raise ValueError(error) from error
+    with reading(path, advice := "Run 'retroexit evaluate' again."):
+        values = read_json(path, advice)
+        del values["digest"]
+        return Evaluation(**values)
 
 
 def model_facts(folder: Path, evaluation: Evaluation) -> tuple[Path, dict[str, Any]] | None:

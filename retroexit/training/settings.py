@@ -124,6 +124,7 @@ def check_same(path: Path, settings: dict[str, Any]) -> None:
         return
     with reading(path, "Use another folder."):
         before = _flat(read_json(path, "Use another folder."))
+        del before["digest"]
     now = _flat(json.loads(json.dumps(settings)))
     keys = sorted(key for key in (before.keys() | now.keys()) - _FREE if before.get(key) != now.get(key))
     if keys:

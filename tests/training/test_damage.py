@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import retroexit
+from retroexit.core.files import read_tensors, write_json
 from retroexit.core.samples import Samples
 from retroexit.errors import RetroExitError
 from retroexit.metrics import QualityMetric
@@ -119,7 +121,6 @@ def test_of_150_damaged_files_of_a_feature_cache_none_is_gone_on_with(
 def test_a_fit_does_not_go_on_from_damaged_files(
     fitted: Path, damage: Any, part: str, tmp_path: Path
 ) -> None:
-    from retroexit.core.files import read_tensors
     from retroexit.training.predictor import _read_losses as read_losses
 
     (tmp_path / "part").mkdir()
@@ -130,7 +131,7 @@ def test_a_fit_does_not_go_on_from_damaged_files(
     if part == "fit.json":  # compared with the settings, word by word
         model = wrapped()
         shutil.copytree(fitted / "cache", tmp_path / "part/cache")
-        path.write_text(path.read_text().replace('"steps": 2', '"steps": 6'))
+        write_json(path, json.loads(path.read_text()) | {"steps": 6})
         with pytest.raises(RetroExitError, match="steps was 6, is 2"):
             retroexit.fit(model, INPUTS, tmp_path / "part", **SETTINGS)
         return
