@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from retroexit.core.files import check_finite, read_torch, reading
-from retroexit.errors import CheckpointError
+from retroexit.errors import CheckpointError, WeightsError
 from retroexit_stylegan.convert import convert_rosinality
 from retroexit_stylegan.generator import StyleGANGenerator
 
@@ -45,10 +45,12 @@ def load_generator(
         The generator, in eval mode.
 
     Raises:
-        CheckpointError: If there is no such file, it is damaged, holds more than tensors and plain values, or no
-            weights of StyleGAN2.
+        CheckpointError: If the file is damaged, holds more than tensors and plain values, or no weights of StyleGAN2.
+        WeightsError: If there is no such file.
     """
     path = Path(path)
+    if not path.exists():
+        raise WeightsError(f"no checkpoint at {path}. Check the path.", path)
     state, w_avg = _weights(_read(path), path)
     check_finite(state | ({} if w_avg is None else {"latent_avg": w_avg}), path, CheckpointError)
     if "input.input" in state:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import pickle
 import platform
 import shutil
 import tempfile
@@ -405,7 +406,10 @@ def read_torch(path: Path, advice: str, error: type[RetroExitError], safe: Itera
                 raise ValueError(f"its part {part} does not match its checksum")
         with torch.serialization.safe_globals(list(safe)), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the pickle's protocol
-            return torch.load(path, map_location="cpu", weights_only=True)
+            try:
+                return torch.load(path, map_location="cpu", weights_only=True)
+            except pickle.UnpicklingError as error:  # torch would advise to run the code in the file
+                raise ValueError("it must be a file of tensors and plain values only") from error
 
 
 def check_finite(tensors: dict[str, Tensor], path: Path, error: type[RetroExitError]) -> None:

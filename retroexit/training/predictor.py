@@ -84,10 +84,12 @@ def _batch_losses(model: EarlyExitGenerator, steps: Steps, metric: QualityMetric
 
 
 def _read_losses(path: Path, size: tuple[int, int]) -> Tensor:
-    digest = path.with_suffix(".sha256")
-    with reading(digest, f"Remove {path}."):
-        if digest.read_text(encoding="ascii") != sha256_of(path):
-            raise ValueError(f"it does not match {path.name}")
+    record = path.with_suffix(".sha256")
+    with reading(record, f"Remove {path}."):
+        digest = record.read_text(encoding="ascii")
+    with reading(path, "Remove it."):
+        if sha256_of(path) != digest:
+            raise ValueError(f"it does not match {record.name}")
     losses = torch.from_numpy(read_npy(path, advice="Remove it."))
     if tuple(losses.shape) != size:
         raise CheckpointError(f"{path} must have shape {size}, got {tuple(losses.shape)}. Remove it.", path)

@@ -84,7 +84,7 @@ def test_what_branches_draw_themselves_belongs_to_the_step(
     [
         (caching, "compute_features", 0),
         (caching, "compute_features", 2),
-        (caching, "_write_state", 1),
+        (caching, "write_json", 1),
         (GuidanceBank, "save", 0),
         (BranchTrainer, "save", 0),
         (BranchTrainer, "save", 3),
@@ -171,10 +171,10 @@ def _cut(path: Path) -> None:
     ("file", "message"),
     [
         ("branches/exit1.safetensors", "cannot read .*exit1.safetensors"),
-        ("cache/cache.json", "cache.json is damaged"),
-        ("cache/backbone-image.npy", "backbone-image.npy is damaged|backbone-image.npy damaged"),
-        ("fit.json", "fit.json is damaged"),
-        ("losses.npy", "losses.npy is damaged"),
+        ("cache/cache.json", "cannot read .*cache.json"),
+        ("cache/backbone-image.npy", "cannot read .*backbone-image.npy"),
+        ("fit.json", "cannot read .*fit.json"),
+        ("losses.npy", "cannot read .*losses.npy"),
     ],
 )
 def test_a_file_cut_in_half_is_refused(decoders: ModuleType, tmp_path: Path, file: str, message: str) -> None:
@@ -202,7 +202,7 @@ def test_files_of_another_fit_are_refused(decoders: ModuleType, tmp_path: Path) 
         (tmp_path / "one/branches/exit2.safetensors").read_bytes()
     )
     with pytest.raises(
-        CheckpointError, match="is no checkpoint of exit 1 .*Remove it to train this exit again"
+        CheckpointError, match="cannot read .*exit1.safetensors: .*Remove it to train this exit again"
     ):
         decoders.fit(decoders.wrap(), tmp_path / "one")
 
