@@ -68,7 +68,8 @@ def load(
         model = EarlyExitGenerator(generator, options)
         model.about, bank_of = dict(manifest["about"]), str(manifest["fingerprint"])
         predictor, router = read_predictor(manifest["predictor"]), model.router
-        router.guide_limit, has_bank = manifest["guide_limit"], bool(manifest["has_bank"])
+        limit, has_bank = manifest["guide_limit"], bool(manifest["has_bank"])
+        router.guide_limit = None if limit is None else float(limit)
         router.latency = None if manifest["latency"] is None else Latency.from_json(manifest["latency"])
         _check_folder(folder, manifest, model)
     tensors, _ = read_tensors(folder / "weights.safetensors")
