@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import threading
 import warnings
 from collections.abc import Sequence
@@ -12,7 +11,6 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, nn
 
-from retroexit.core.nested import carrying_gradient, tensors
 from retroexit.errors import CheckpointError, NotRecordedError, OptionError, RetroExitWarning
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.guidance.provider import GuideProvider
@@ -25,7 +23,7 @@ from retroexit.routing.policy import Policy, RoutingOptions, RoutingRequest, Vid
 from retroexit.routing.router import LossPrediction, Router, render, render_branch
 from retroexit.saving import write_model
 from retroexit.split.split import Begun, SplitGenerator
-from retroexit.wrapping.decomposition import Decomposition, decompose
+from retroexit.wrapping.decomposition import Decomposition, decompose, decompose_again, settle
 from retroexit.wrapping.exits import Exit, exit_table, list_exits
 from retroexit.wrapping.options import WrapOptions
 
@@ -212,14 +210,14 @@ class EarlyExitGenerator(nn.Module):
         is_backbone = request.exit is not None and self.router.check_exit(request.exit) == self.router.exits
         if request.is_plain or is_backbone:
             return self.generator(*args, **kwargs), None
-        begun = self._begin(args, kwargs)  # values at the first cut, key feature, the call itself
-        choice = self.router.choose(begun, request)  # exits (N,), and what was retrieved
-        return render(self.split, self.branches, self.guide, begun, choice), choice.exits
+        begun = self.split.begin(args, kwargs)  # feature (N, C, h, w) and live values at the first cut
+        choice = self.router.choose(begun, request)  # losses (N, K) -> exits (N,)
+        output = render(self.split, self.branches, self.guide, begun, choice)  # images (N, 3, H, W), in order
+        return output, choice.exits
 
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Begun:
         self._ensure_recorded(args, kwargs)
-        with carrying_gradient(tensors((args, kwargs))):
-            return self.split.begin(args, kwargs)
+        return self.split.begin(args, kwargs)
 
     def overhead(self) -> list[int]:
         """MACs of predictor and retrieval in a routed call, per exit and for one sample; see `Router.overhead`."""
@@ -241,17 +239,26 @@ class EarlyExitGenerator(nn.Module):
         self._ensure_recorded(inputs, kwargs)
 
     def _ensure_recorded(self, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-        if self._decomposition is not None:
+        if self._decomposition is not None and self.split.is_current:
             return
         with self._lock:
             if self._decomposition is None:
                 decomposition, branches = decompose(self.generator, self.options, args, kwargs)
-                self.guide.attach(self.generator, decomposition.taps)
-                self.router.attach(decomposition, self.guide)
-                self.branches.extend(branches).eval()
-                if self._saved_weights is not None:
-                    self._load_weights(self._saved_weights)
-                self._decomposition = decomposition
+                nn.ModuleList(branches).eval()
+            elif not self.split.is_current:
+                old: list[Any] = list(self.branches)
+                decomposition, branches = decompose_again(self.options, self.decomposition, old)
+                if self.bank is not None:
+                    self.bank.meta["fingerprint"] = decomposition.identity.fingerprint
+            else:
+                return
+            self.guide.attach(decomposition.split.generator, decomposition.taps)
+            self.router.attach(decomposition, self.guide)
+            self.branches = nn.ModuleList(branches)
+            self.branches.training = False
+            if self._saved_weights is not None:
+                self._load_weights(self._saved_weights)
+            self._decomposition = decomposition
 
     @property
     def decomposition(self) -> Decomposition:
@@ -399,15 +406,11 @@ class EarlyExitGenerator(nn.Module):
         """State for `copy.deepcopy` and `pickle`: what `save` writes, the generator and the example inputs."""
         state = {k: v for k, v in self.__dict__.items() if k not in ("_lock", "_decomposition")}
         if self._decomposition is not None:
-            split, branches = self.split, list(self.branches)
-            state["options"] = dataclasses.replace(
-                self.options,
-                stages={stage.path: stage.end for stage in split.decoder.stages},
-                plans=tuple(branch.plan for branch in branches),  # type: ignore[misc]
-            )
+            branches = list(self.branches)
+            state["options"] = settle(self.options, self._decomposition, branches)
             state["_saved_weights"] = self.branches.state_dict()
             state["_branch_facts"] = [branch.facts() for branch in branches]  # type: ignore[operator]
-            state["_example"] = split.example_now()
+            state["_example"] = self.split.example_now()
         state["_modules"] = self._modules | {"branches": nn.ModuleList()}
         return state
 

@@ -50,25 +50,49 @@ def test_inputs_in_another_precision_than_the_generators_are_refused(
 def test_a_branch_that_was_left_behind_is_refused(toy: Any, model: retroexit.EarlyExitGenerator) -> None:
     toy.generator.half()
     inputs = [value.half() for value in toy.args]
-    message = r"got torch\.float16 and torch\.float32.*model\.to\(torch\.float16\)"
+    message = r"one device and precision, got .*torch\.float16.* and .*torch\.float32.*Call model\.to"
     with pytest.raises(DeviceError, match=message):
         model(*inputs, exit=1)
 
 
-def test_a_generator_that_names_its_precision_is_refused_in_another() -> None:
-    class Fixed(nn.Module):
+@pytest.mark.parametrize("names", ["its own", "a parameter's"])
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_type_that_the_forward_reads_follows_the_model(names: str, precision: torch.dtype) -> None:
+    class Casting(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.blocks = nn.ModuleList(nn.Conv2d(16, 16, 3, padding=1) for _ in range(3))
             self.rgb = nn.Conv2d(16, 3, 3, padding=1)
 
         def forward(self, x: Tensor) -> Tensor:
+            dtype = x.dtype if names == "its own" else next(self.parameters()).dtype
             for block in self.blocks:
-                x = block(x).relu().to(torch.float32 if x.dtype == torch.float32 else x.dtype)
-            return self.rgb(x)
+                x = block(x).float().relu().to(dtype)
+            image: Tensor = self.rgb(x)
+            return image
 
     x = torch.rand(1, 16, 8, 8)
-    model = retroexit.wrap(Fixed().eval(), ["blocks.0"], 1 / 2, min_channels=8, example_inputs=(x,))
-    model.half()
-    with pytest.raises(InputMismatchError, match=r"fixes sizes or types.*in torch\.float16\. Wrap again"):
-        model(x.half(), exit=1)
+    model = retroexit.wrap(Casting().eval(), [1, 2], 1 / 2, min_channels=8, example_inputs=(x,))
+    before = list(model.branches.parameters())
+    exits = [model(x, exit=k) for k in (1, 2)]
+    model.to(precision)
+    for k, expected in zip((1, 2), exits, strict=True):
+        torch.testing.assert_close(model(x.to(precision), exit=k).float(), expected, rtol=0.05, atol=0.05)
+    assert all(a is b for a, b in zip(model.branches.parameters(), before, strict=True))
+    back = model.to(torch.float32)(x, exit=1)
+    torch.testing.assert_close(back, exits[0], rtol=0.05, atol=0.05)
+
+
+def test_a_guided_model_follows_with_its_bank(toy: Any, tmp_path: Any) -> None:
+    model = retroexit.wrap(
+        toy.generator,
+        [2],
+        1 / 4,
+        min_channels=8,
+        example_inputs=toy.args,
+        guidance=retroexit.Guidance(size=8),
+    )
+    samples = [torch.rand(toy.args[0].shape[1:]) for _ in range(12)]
+    retroexit.fit(model, samples, tmp_path, metric="ms-ssim", steps=1, batch=4, progress=False)
+    model.to(torch.bfloat16)
+    assert model(toy.args[0].bfloat16(), exit=1).dtype == torch.bfloat16

@@ -4,21 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
 
-from retroexit.core.modules import device_of
+from retroexit.core.modules import device_of, precision_of
 from retroexit.core.nested import clone_strided, cloned, flatten, rebuild, tensors
-from retroexit.errors import DeviceError, InputMismatchError, ModeError, RecordingError
+from retroexit.errors import InputMismatchError, ModeError, RecordingError
 from retroexit.split.segments import Segment, Tail
 from retroexit.stages.decoder import Cut, Decoder
 from retroexit.stages.stage import Stage
 from retroexit.tracing.record import unobserved
 
-__all__ = ["Begun", "SplitGenerator", "Values", "are_grouped", "group", "merge", "places", "rows_per_sample"]
+__all__ = [
+    "Begun",
+    "SplitGenerator",
+    "Values",
+    "are_grouped",
+    "gradient_of",
+    "group",
+    "merge",
+    "places",
+    "rows_per_sample",
+]
 
 Values = dict[fx.Node, Any]
 Leaves = list[tuple[tuple[Any, ...], Any]]
@@ -84,6 +93,7 @@ class SplitGenerator:
         key_cut: Cut | None = None,
     ) -> None:
         self.generator, self.decoder, self.cuts, self.key_cut = generator, decoder, tuple(cuts), key_cut
+        self._crossing = [cut.crossing for cut in self.cuts]
         leaves = list(flatten((tuple(args), dict(kwargs))))
         self.example = (cloned(tuple(args)), cloned(dict(kwargs)))
         self._form = _call_form(leaves)
@@ -91,7 +101,7 @@ class SplitGenerator:
         self.batch = _batch_size(leaves)
         self._modes = [(m, decoder.recording.modes[name]) for name, m in generator.named_modules()]
         self._device = device_of(generator)
-        self._precision = _precision(generator)
+        self._precision = precision_of(generator)
         self.batched: dict[fx.Node, int] = {}
         self.output_rows, self.divides = list[int | None](), True
         self.written: list[set[int]] = []
@@ -118,9 +128,14 @@ class SplitGenerator:
         leaves = [leaf for _, leaf in flatten(self._result) if isinstance(leaf, fx.Node)]
         self._rest = Segment(recording, generator, begin, len(recording.nodes), leaves, enter)
 
+    @property
+    def is_current(self) -> bool:
+        """Whether the generator has the device and precision that it was recorded in."""
+        return (device_of(self.generator), precision_of(self.generator)) == (self._device, self._precision)
+
     def example_now(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The inputs of the recording, in the device and precision that the generator has now."""
-        precision, device = _precision(self.generator), device_of(self.generator)
+        precision, device = precision_of(self.generator), device_of(self.generator)
         is_converted = precision != self._precision
 
         def move(leaf: Any) -> Any:
@@ -201,7 +216,7 @@ class SplitGenerator:
 
     def crossing(self, values: Values, index: int) -> list[Tensor]:
         """List the values that cross a cut, the feature first."""
-        return [values[node] for node in self.cuts[index].crossing]
+        return [values[node] for node in self._crossing[index]]
 
     def select(self, values: Values, rows: Tensor) -> Values:
         """Keep some samples of a batch."""
@@ -278,51 +293,24 @@ class SplitGenerator:
                     f"{names[not mode]} mode. Set the generator's mode back, or wrap it again.",
                     module,
                 )
-        first = next(chain(self.generator.parameters(), self.generator.buffers()), None)
-        device = self._device if first is None else first.device
-        if device != self._device:
-            raise DeviceError(
-                f"the generator must be on {self._device} as in the recording, got {device}. Move it first, "
-                "then wrap it again (retroexit.load keeps the trained branches).",
-                device,
-            )
-
-    def check_precision(self, branch: nn.Module) -> None:
-        """Refuse a branch that was left behind when the generator was converted.
-
-        Raises:
-            DeviceError: If it was.
-        """
-        current, left = _precision(self.generator), _precision(branch)
-        if current != self._precision and left == self._precision:
-            raise DeviceError(
-                f"generator and branch must have one precision, got {current} and {left}. Convert both: "
-                f"model.to({current}).",
-                branch,
-            )
 
     def _check_call(self, args: Any, kwargs: Any, leaves: Leaves) -> None:
         form = _call_form(leaves)
         if form != self._form:
-            converted = _precision(self.generator) != self._precision
-            difference = _difference(form, self._form, ignore_precision=converted)
-            if difference:
-                raise InputMismatchError(difference, (args, kwargs))
+            raise InputMismatchError(_difference(form, self._form), (args, kwargs))
         self._check_shape(args, kwargs, leaves)
 
     def _check_shape(self, args: Any, kwargs: Any, leaves: Leaves) -> None:
-        """Compare pieces and generator once on inputs of a new shape or precision."""
+        """Compare pieces and generator once on inputs of a new shape."""
         key = _shape_key(leaves)
         batch = _batch_size(leaves)
         if key not in self._shapes:
             shapes = [tuple(t.shape) for t in tensors((args, kwargs))]
-            precision = _precision(self.generator)
-            suffix = "" if precision == self._precision else f" in {precision}"
             problem = self._mismatch(args, kwargs)[0]
             if problem:
                 raise InputMismatchError(
                     f"the recorded forward fixes sizes or types: it {problem} for inputs of shapes "
-                    f"{shapes}{suffix}. Wrap again with such example inputs.",
+                    f"{shapes}. Wrap again with such example inputs.",
                     shapes,
                 )
             self._shapes.add(key)
@@ -437,11 +425,15 @@ def places(
 
 
 def _run(segment: Segment, values: Values) -> Values:
-    return dict(zip(segment.keep, segment(*(values[node] for node in segment.enter)), strict=True))
+    inputs = [values[node] for node in segment.enter]
+    with gradient_of(inputs):
+        return dict(zip(segment.keep, segment(*inputs), strict=True))
 
 
-def _precision(module: nn.Module) -> torch.dtype | None:
-    return next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
+def gradient_of(inputs: Iterable[Any]) -> torch.set_grad_enabled:
+    """Switch gradients off, unless one of the inputs requires one."""
+    requires_grad = any(isinstance(value, Tensor) and value.requires_grad for value in inputs)
+    return torch.set_grad_enabled(torch.is_grad_enabled() and requires_grad)
 
 
 # The form of a call.
@@ -459,7 +451,7 @@ def _call_form(leaves: Leaves) -> CallForm:
     return {path: leaf.dtype if isinstance(leaf, Tensor) else repr(leaf) for path, leaf in leaves}
 
 
-def _difference(form: CallForm, recorded: CallForm, *, ignore_precision: bool) -> str:
+def _difference(form: CallForm, recorded: CallForm) -> str:
     """Describe the first difference between a call and the recorded one; empty if there is none."""
     paths, expected_paths = (
         [path for path, x in f.items() if isinstance(x, torch.dtype)] for f in (form, recorded)
@@ -469,13 +461,12 @@ def _difference(form: CallForm, recorded: CallForm, *, ignore_precision: bool) -
     for path in {**recorded, **form}:
         value, expected = form.get(path, "nothing"), recorded.get(path, "nothing")
         if isinstance(value, torch.dtype) and isinstance(expected, torch.dtype):
-            is_converted = ignore_precision and value.is_floating_point and expected.is_floating_point
-            problem = "" if is_converted else f"the input at {path}"
+            problem = f"the input at {path}"
             advice = "Convert it, or wrap again with this type."
         else:
             problem = str(path[-1])
             advice = "Values that are not tensors are frozen; wrap again with this value."
-        if problem and value != expected:
+        if value != expected:
             return f"{problem} must be {expected} as in the recording, got {value}. {advice}"
     return ""
 

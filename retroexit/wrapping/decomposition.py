@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,8 +14,10 @@ from retroexit.branch.branch import Branch
 from retroexit.branch.builder import BranchSpec, build_branch
 from retroexit.branch.widths.plan import WidthPlan
 from retroexit.core.identity import Identity
+from retroexit.core.modules import device_of, precision_of
 from retroexit.errors import (
     AttachPointError,
+    DeviceError,
     GeneratorError,
     InputMismatchError,
     OptionError,
@@ -123,6 +125,44 @@ def decompose(
         raise RecordingError(
             f"{decoder.replayed} Nor can the forward be run again behind the cut: {error}", generator
         ) from error
+
+
+def settle(options: WrapOptions, decomposition: Decomposition, branches: Iterable[nn.Module]) -> WrapOptions:
+    """Fix what a recording has decided, so that the next one decides alike: stages, their ends, and widths."""
+    stages = {stage.path: stage.end for stage in decomposition.split.decoder.stages}
+    return replace(options, stages=stages, plans=tuple(branch.plan for branch in branches))  # type: ignore[misc]
+
+
+def decompose_again(
+    options: WrapOptions, decomposition: Decomposition, branches: Sequence[Branch]
+) -> tuple[Decomposition, list[Branch]]:
+    """Decompose a generator that was moved or converted since; the new branches hold the old parameters.
+
+    Raises:
+        DeviceError: If the branches were not moved or converted with it.
+        GeneratorError: If its weights have changed too.
+    """
+    decomposition.check_weights()
+    generator = decomposition.split.generator
+    current = (device_of(generator), precision_of(generator))
+    for branch in branches:
+        if (device_of(branch), precision_of(branch)) != current:
+            raise DeviceError(
+                "generator and branches must have one device and precision, got "
+                f"{current} and {(device_of(branch), precision_of(branch))}. Call model.to(...) for both.",
+                branch,
+            )
+    args, kwargs = decomposition.split.example_now()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RetroExitWarning)  # the user has seen them
+        renewed, copies = decompose(generator, settle(options, decomposition, branches), args, kwargs)
+    for branch, copied in zip(branches, copies, strict=True):
+        copied.load_state_dict(branch.state_dict())
+        copied.restore_facts(branch.facts())
+        for name, parameter in branch.named_parameters():  # optimizers hold these
+            path, _, leaf = name.rpartition(".")
+            setattr(copied.get_submodule(path), leaf, parameter)
+    return renewed, copies
 
 
 def _build(

@@ -143,7 +143,7 @@ class Result:
     def fails_with(self, message: str) -> None:
         """Check that the command ended with one line, a pattern in it, and status 1."""
         assert self.status == 1
-        assert re.fullmatch(rf"error: .*{message}.*\n", self.err), self.err
+        assert re.fullmatch(rf"(warning: .*\n)*error: .*{message}.*\n", self.err), self.err
         assert "Traceback" not in self.err + self.out
 
     def succeeds(self) -> str:
