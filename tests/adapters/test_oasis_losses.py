@@ -181,11 +181,7 @@ def test_the_objective_is_finite_under_bfloat16_and_at_equal_images(batch: Train
 def test_the_objective_asks_for_a_label_map_and_for_logits(batch: TrainingBatch, label: Tensor) -> None:
     term = Adversarial(Adversary(nn.Conv2d(3, LABELS + 1, 1), oasis.OASISObjective()))
     assert term.of_batch(replace(batch, args=(), kwargs={"label": label})) > 0
-    for args, got in (
-        ((), "NoneType"),
-        ((label[:, 0],), r"\(2, 4, 8\)"),
-        ((label[..., :4],), r"6, 4, 4\)"),
-    ):
+    for args, got in (((), "NoneType"), ((label[:, 0],), r"\(2, 4, 8\)"), ((label[..., :4],), r"6, 4, 4\)")):
         with pytest.raises(TrainingError, match=f"first input must be a one-hot label map.*{got}"):
             term.of_batch(replace(batch, args=args))
 

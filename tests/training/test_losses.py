@@ -47,17 +47,17 @@ def by_hand(state: dict[str, Tensor], image: Tensor, taps: dict[int, float]) -> 
     x = torch.empty_like(image)
     for c, (mean, deviation) in enumerate(zip((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), strict=True)):
         x[:, c] = ((image[:, c] + 1) / 2 - mean) / deviation
-    found, number = [], 0
+    features, number = [], 0
     for block in (2, 2, 4, 4, 4):
         for _ in range(block):
             weight, bias = state[f"features.{number}.weight"], state[f"features.{number}.bias"]
             x = nn.functional.conv2d(x, weight, bias, padding=1).clamp(min=0)
             number += 2
             if number - 1 in taps:
-                found.append(x)
+                features.append(x)
         x = nn.functional.max_pool2d(x, 2)
         number += 1
-    return found
+    return features
 
 
 def test_vgg_is_the_weighted_difference_of_five_layers_of_vgg19(
@@ -66,12 +66,11 @@ def test_vgg_is_the_weighted_difference_of_five_layers_of_vgg19(
     taps = {1: 1 / 32, 6: 1 / 16, 11: 1 / 8, 20: 1 / 4, 29: 1.0}
     state = torch.load(vgg_file, weights_only=True)
     a, b = (by_hand(state, image, taps) for image in pair)
-    want = []
+    expected = []
     for n in range(2):
         parts = zip(taps.values(), a, b, strict=True)
-        want.append(sum(w * float((x[n] - y[n]).abs().sum()) / x[n].numel() for w, x, y in parts))
-    found = Perceptual("vgg", vgg_file)(*pair)
-    assert found.tolist() == pytest.approx(want, rel=1e-4)
+        expected.append(sum(w * float((x[n] - y[n]).abs().sum()) / x[n].numel() for w, x, y in parts))
+    assert Perceptual("vgg", vgg_file)(*pair).tolist() == pytest.approx(expected, rel=1e-4)
 
 
 def test_squeeze_features_are_those_that_lpips_compares(shared: Path, pair: tuple[Tensor, Tensor]) -> None:
@@ -79,44 +78,45 @@ def test_squeeze_features_are_those_that_lpips_compares(shared: Path, pair: tupl
     term, metric = Perceptual("features-squeeze", file), LPIPS("squeeze", file)
     network: Any = metric._network
     features = [network.net(network.scaling_layer(image)) for image in pair]
-    want = [
+    expected = [
         sum(float((x[n] - y[n]).abs().mean()) for x, y in zip(*features, strict=True)) / 7 for n in (0, 1)
     ]
     # LPIPS rounds the mean and deviation of ImageNet to three digits in [-1, 1].
-    assert term(*pair).tolist() == pytest.approx(want, rel=2e-3)
+    assert term(*pair).tolist() == pytest.approx(expected, rel=2e-3)
 
 
-def test_missing_vgg_weights_name_file_place_address_hash_and_stand_ins(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (
+            lambda file: Perceptual("features-alex", file),
+            WeightsError,
+            r"'features-alex' \(alexnet\): features.0.w",
+        ),
+        (lambda _: host().loss("vgg", weights="nowhere.pth"), WeightsError, "no weight file at nowhere.pth"),
+        (lambda _: Perceptual("vgg13"), OptionError, "no perceptual loss 'vgg13'; closest: 'vgg"),
+        (
+            lambda file: Perceptual("features-random", file),
+            OptionError,
+            "must be None for 'features-random', got",
+        ),
+        (
+            lambda _: host().loss("l1", weights="x"),
+            OptionError,
+            "loss 'l1' of .* takes no weights. Leave it out",
+        ),
+        (
+            lambda _: Perceptual("features-random")(*torch.zeros(2, 1, 3, 9, 7)),
+            OptionError,
+            r"at least 8x8 pixels, got \(1, 3, 9, 7\)",
+        ),
+    ],
+)
+def test_wrong_files_names_and_sizes_are_refused(
+    call: Callable[[Path], Any], error: type[Exception], message: str, vgg_file: Path
 ) -> None:
-    def no_network(*args: Any, **kwargs: Any) -> None:
-        raise OSError("no network")
-
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
-    with pytest.raises(WeightsError) as caught:
-        host().loss("vgg")
-    said = str(caught.value)
-    assert "the loss 'vgg' needs vgg19-dcbb9e9d.pth" in said
-    assert str(tmp_path / "checkpoints") in said
-    assert "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth" in said
-    assert "whose sha256 starts with dcbb9e9d" in said
-    assert "Other networks: 'features-alex', 'features-squeeze', 'features-random'" in said
-
-
-def test_wrong_files_and_names_are_refused(vgg_file: Path) -> None:
-    with pytest.raises(WeightsError, match=r"weights of the loss 'features-alex' \(alexnet\): features.0.w"):
-        Perceptual("features-alex", vgg_file)
-    with pytest.raises(WeightsError, match="no weight file at nowhere.pth"):
-        host().loss("vgg", weights="nowhere.pth")
-    with pytest.raises(OptionError, match="no perceptual loss 'vgg13'; closest: 'vgg"):
-        Perceptual("vgg13")
-    with pytest.raises(OptionError, match="weights must be None for 'features-random', got"):
-        Perceptual("features-random", vgg_file)
-    with pytest.raises(OptionError, match="loss 'l1' of .* takes no weights. Leave it out"):
-        host().loss("l1", weights="l1.pth")
-    with pytest.raises(OptionError, match=r"at least 8x8 pixels, got \(1, 3, 9, 7\)"):
-        Perceptual("features-random")(torch.zeros(1, 3, 9, 7), torch.zeros(1, 3, 9, 7))
+    with pytest.raises(error, match=message):
+        call(vgg_file)
 
 
 def test_random_features_are_the_same_every_time_and_draw_nothing(pair: tuple[Tensor, Tensor]) -> None:
@@ -156,7 +156,7 @@ def test_the_smallest_image_is_where_every_tap_still_has_a_value(name: str) -> N
 
 
 def terms() -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
-    class Looks(nn.Module):
+    class Network(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return x.mean((2, 3))[:, :2] / (x.mean((2, 3)).norm(dim=1, keepdim=True) + 1e-6)
 
@@ -164,7 +164,7 @@ def terms() -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
         "l1": L1(),
         "ms-ssim": MSSSIM(),
         "features-random": Perceptual("features-random"),
-        "gaze": Gaze(Looks()),
+        "gaze": Gaze(Network()),
     }
 
 
@@ -190,15 +190,15 @@ def test_every_term_is_finite_at_equal_images_and_at_opposite_ones(name: str, bf
 
 def test_ms_ssim_keeps_its_value_under_bfloat16(pair: tuple[Tensor, Tensor]) -> None:
     metric, near = MSSSIM(), (pair[0] + 0.1 * pair[1]).clamp(-1, 1)
-    want = metric(near, pair[0])
+    expected = metric(near, pair[0])
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(metric(near, pair[0]), want)
+        assert torch.equal(metric(near, pair[0]), expected)
 
 
-def test_gaze_compares_what_the_network_sees_and_leaves_it_alone(
+def test_gaze_compares_the_outputs_of_the_network_and_does_not_change_it(
     untouched: Callable[..., Any], pair: tuple[Tensor, Tensor]
 ) -> None:
-    class Looks(nn.Module):
+    class Network(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.last = nn.Linear(3, 2)
@@ -208,7 +208,7 @@ def test_gaze_compares_what_the_network_sees_and_leaves_it_alone(
             angles = self.last(self.drop(x.mean((2, 3))))
             return {"angles": angles, "closed": angles[:, :1] > 0, "blink": 2 * angles[:, 0]}
 
-    network = Looks().train()
+    network = Network().train()
     with untouched(network):
         term = Gaze(network)
         image = pair[0].clone().requires_grad_()
@@ -223,22 +223,22 @@ def test_gaze_compares_what_the_network_sees_and_leaves_it_alone(
 
 
 def test_a_gaze_network_that_stops_the_gradient_is_refused(pair: tuple[Tensor, Tensor]) -> None:
-    class Deaf(nn.Module):
+    class Detached(nn.Module):
         def forward(self, x: Tensor) -> Any:
             return x.detach().mean((2, 3))
 
-    class Mute(nn.Module):
+    class Textual(nn.Module):
         def forward(self, x: Tensor) -> Any:
             return "left"
 
     image = pair[0].clone().requires_grad_()
-    with pytest.raises(TrainingError, match="outputs without gradient from Deaf"):
-        Gaze(Deaf())(image, pair[1])
-    with pytest.raises(TrainingError, match="no floating point output from Mute"):
-        Gaze(Mute())(image, pair[1])
+    with pytest.raises(TrainingError, match="outputs without gradient from Detached"):
+        Gaze(Detached())(image, pair[1])
+    with pytest.raises(TrainingError, match="no floating point output from Textual"):
+        Gaze(Textual())(image, pair[1])
 
 
-def test_a_loss_adds_its_terms_by_weight_and_tells_them_apart(pair: tuple[Tensor, Tensor]) -> None:
+def test_a_loss_adds_its_terms_by_weight_and_returns_each_of_them(pair: tuple[Tensor, Tensor]) -> None:
     image, target = pair[0].clone().requires_grad_(), pair[1]
     per_image = lambda a, b: (a - b).square().mean((1, 2, 3)).sqrt()  # noqa: E731
     loss = TrainingLoss({"l1": (3.0, L1()), "distance": (0.5, per_image)})
@@ -254,24 +254,17 @@ def test_a_loss_adds_its_terms_by_weight_and_tells_them_apart(pair: tuple[Tensor
     assert loss.state() == {}
 
 
-@pytest.mark.parametrize(
-    ("made", "found"),
-    [
-        (torch.zeros(3), r"got \(3,\) for images"),
-        (1.5, "got 1.5 for images"),
-    ],
-)
+@pytest.mark.parametrize(("value", "got"), [(torch.zeros(3), r"\(3,\)"), (1.5, "1.5")])
 def test_a_term_that_returns_something_else_is_named(
-    made: Any, found: str, pair: tuple[Tensor, Tensor]
+    value: Any, got: str, pair: tuple[Tensor, Tensor]
 ) -> None:
-    loss = TrainingLoss({"odd": (1.0, lambda a, b: made)})
-    with pytest.raises(
-        TrainingError, match=f"the loss 'odd' must return a scalar or one number per image, {found}"
-    ):
+    loss = TrainingLoss({"odd": (1.0, lambda a, b: value)})
+    message = f"the loss 'odd' must return a scalar or one number per image, got {got} for images"
+    with pytest.raises(TrainingError, match=message):
         loss(TrainingBatch(*pair))
 
 
-def test_a_term_may_look_at_the_inputs_of_the_generator(pair: tuple[Tensor, Tensor]) -> None:
+def test_a_term_may_read_the_inputs_of_the_generator(pair: tuple[Tensor, Tensor]) -> None:
     class Masked:
         needs_inputs = True
 
@@ -281,7 +274,7 @@ def test_a_term_may_look_at_the_inputs_of_the_generator(pair: tuple[Tensor, Tens
     loss = TrainingLoss({"masked": (2.0, Masked())})
     mask = (torch.rand(2, 1, 32, 40) > 0.5).float()
     total, parts = loss(TrainingBatch(*pair, args=(mask,)))
-    want = float(((pair[0] - pair[1]).abs() * mask).mean())
+    expected = float(((pair[0] - pair[1]).abs() * mask).mean())
     assert loss.needs_inputs
-    assert total.item() == pytest.approx(2 * want, rel=1e-5)
-    assert parts == {"masked": pytest.approx(want, rel=1e-5)}
+    assert total.item() == pytest.approx(2 * expected, rel=1e-5)
+    assert parts == {"masked": pytest.approx(expected, rel=1e-5)}
