@@ -209,7 +209,8 @@ def start_script(
     setup = "import json, sys, torch\nfrom pathlib import Path\n"
     setup += f"sys.path.insert(0, {str(Path(__file__).parent)!r})\nimport decoders\n"
     setup += f"args = json.loads(sys.argv[-1])\ntorch.set_num_threads({torch.get_num_threads()})\n"
-    folder = Path(tempfile.mkdtemp())
-    (folder / "script.py").write_text(setup + code)
-    words = [sys.executable, *launcher, str(folder / "script.py"), json.dumps(arguments, default=str)]
-    return subprocess.run(words, capture_output=True, text=True, timeout=240)
+    with tempfile.TemporaryDirectory() as folder:
+        script = Path(folder, "script.py")
+        script.write_text(setup + code)
+        words = [sys.executable, *launcher, str(script), json.dumps(arguments, default=str)]
+        return subprocess.run(words, capture_output=True, text=True, timeout=240)

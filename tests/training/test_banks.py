@@ -8,14 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from decoders import fit, latents, same, trained, wrap
 from torch import Tensor, nn
 
 import retroexit
 from retroexit.core.samples import Samples
-from retroexit.errors import CheckpointError, OptionError
+from retroexit.errors import BankError, CheckpointError, OptionError
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.retrieval import ExactRetriever
 from retroexit.split.split import SplitGenerator
+from retroexit.training.steps import Step, Steps
 from retroexit.training.stream_bank import stream_bank, stream_banks
 
 SAMPLES = torch.randn(14, 4, 6, 6, generator=torch.Generator().manual_seed(1))
@@ -178,3 +180,46 @@ def test_names_that_are_no_folders_and_models_without_guidance_are_refused(names
             stream_bank(chain(None)[0], Samples(SAMPLES), ExactRetriever())
         model, _ = chain(retroexit.Guidance(key=pose))
         next(iter(stream_banks(model, Samples(SAMPLES), names, ExactRetriever)))
+
+
+# Fits with a bank that was made beforehand.
+
+
+def bank_of(inputs: Tensor) -> GuidanceBank:
+    return stream_bank(wrap(guidance=True), Samples(inputs), ExactRetriever(), progress=False)
+
+
+def test_a_given_bank_guides_with_all_its_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = wrap(guidance=True), latents(10)
+    bank = bank_of(inputs)  # of the inputs of the fit, whose own values are not left out
+    guides: list[Tensor] = []
+    real = Steps.at
+
+    def at(steps: Steps, index: int) -> Step:
+        if steps.guide_of is not None:  # before, a loss is tried
+            guides.append(steps.guide_of(range(10)))
+        return real(steps, index)
+
+    monkeypatch.setattr(Steps, "at", at)
+    fit(model, tmp_path, inputs=inputs, bank=bank)
+    key_feature = model.split.begin((inputs,), {}).key_feature
+    assert torch.equal(guides[-1], bank.guide(key_feature))
+    assert torch.equal(model.bank.guide(key_feature), bank.guide(key_feature))
+    assert np.array_equal(bank.source.unique().numpy(), np.arange(10))  # the given bank is unchanged
+
+
+def test_a_fit_goes_on_with_the_bank_that_it_began_with(tmp_path: Path) -> None:
+    bank, other = bank_of(latents(10)), bank_of(latents(10) + 1)
+    same(*(trained(fit(wrap(guidance=True), tmp_path, bank=bank)) for _ in range(2)))
+    for wrong in (None, other):
+        with pytest.raises(CheckpointError, match="other settings: bank was"):
+            fit(wrap(guidance=True), tmp_path, bank=wrong)
+
+
+def test_a_bank_that_does_not_fit_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    bank = bank_of(latents(10))
+    with pytest.raises(BankError, match="wrapped without guidance"):
+        fit(wrap(), tmp_path / "plain", bank=bank)
+    with pytest.raises(BankError, match="source of values must be"):
+        fit(wrap(guidance=retroexit.Guidance(value_after="image")), tmp_path / "image", bank=bank)
+    assert list(tmp_path.iterdir()) == []
