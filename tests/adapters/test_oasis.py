@@ -35,17 +35,11 @@ def test_parameters_have_the_names_and_shapes_of_the_official_checkpoints() -> N
     assert state["body.2.conv_0.weight_orig"] == (512, 1024, 3, 3)
     assert state["body.2.conv_0.weight_u"] == (512,)
     assert state["body.2.conv_s.weight_orig"] == (512, 1024, 1, 1)
-    block = {name.removeprefix("body.2.") for name in state if name.startswith("body.2.")}
-    norm = {
-        f"{part}.{what}" for part in ("mlp_shared.0", "mlp_gamma", "mlp_beta") for what in ("weight", "bias")
-    }
-    norm |= {f"first_norm.{what}" for what in ("running_mean", "running_var", "num_batches_tracked")}
-    conv = {"weight_orig", "weight_u", "weight_v"}
-    assert block == (
-        {f"{name}.{what}" for name in ("norm_0", "norm_1", "norm_s") for what in norm}
-        | {f"{name}.{what}" for name in ("conv_0", "conv_1") for what in conv | {"bias"}}
-        | {f"conv_s.{what}" for what in conv}
-    )
+    assert state["body.2.norm_s.mlp_gamma.weight"] == (1024, 128, 3, 3)
+    assert state["body.2.norm_1.first_norm.running_var"] == (512,)
+    assert "body.2.conv_s.bias" not in state
+    layers = {"norm_0", "norm_1", "norm_s", "conv_0", "conv_1", "conv_s"}
+    assert {name.split(".")[2] for name in state if name.startswith("body.2.")} == layers
     assert {name.split(".")[1] for name in state if "conv_s" in name} == {"2", "3", "4", "5"}
 
 

@@ -31,22 +31,11 @@ def official() -> Iterator[SimpleNamespace]:
 def options(name: str, width: int = 4, noise: bool = True, norm: str = "syncbatch") -> SimpleNamespace:
     """Make the options that the official training script comes to for a data set."""
     dataset = DATASETS[name]
-    return SimpleNamespace(
-        channels_G=width,
-        semantic_nc=dataset.num_labels,
-        z_dim=64,
-        no_3dnoise=not noise,
-        gpu_ids="-1",
-        no_spectral_norm=False,
-        param_free_norm=norm,
-        spade_ks=3,
-        crop_size=dataset.crop[1],
-        aspect_ratio=dataset.crop[1] / dataset.crop[0],
-        num_res_blocks=6,
-        no_balancing_inloss=False,
-        contain_dontcare_label=True,
-        no_labelmix=False,
-    )
+    sizes = {"crop_size": dataset.crop[1], "aspect_ratio": dataset.crop[1] / dataset.crop[0], "z_dim": 64}
+    networks = {"gpu_ids": "-1", "no_spectral_norm": False, "param_free_norm": norm, "spade_ks": 3}
+    losses = {"no_balancing_inloss": False, "contain_dontcare_label": True, "no_labelmix": False}
+    labels = {"semantic_nc": dataset.num_labels, "no_3dnoise": not noise}
+    return SimpleNamespace(channels_G=width, num_res_blocks=6, **labels, **sizes, **networks, **losses)
 
 
 def with_statistics(network: nn.Module) -> Any:
@@ -112,17 +101,17 @@ def test_both_sides_of_the_objective_are_the_official_ones(official: SimpleNames
     computer = official.losses.losses_computer(options("cityscapes"))
     theirs = with_statistics(official.discriminator.OASIS_Discriminator(options("cityscapes")))
     label = retroexit_oasis.one_hot(torch.randint(3, (2, 64, 64)) * 9, 35)
-    made, target = torch.rand(2, 2, 3, 64, 64) * 2 - 1
+    image, target = torch.rand(2, 2, 3, 64, 64) * 2 - 1
     adversary = Adversary(theirs, retroexit_oasis.OASISObjective())
     adversary.module.eval()  # so that spectral norms stay in what follows
-    batch = TrainingBatch(made.requires_grad_(), target, (label,))
-    expected = computer.loss(theirs(made), label.clone(), for_real=True)
+    batch = TrainingBatch(image.requires_grad_(), target, (label,))
+    expected = computer.loss(theirs(image), label.clone(), for_real=True)
     torch.testing.assert_close(Adversarial(adversary).of_batch(batch), expected)
     torch.manual_seed(4)
     parts = adversary.step(batch)
     torch.manual_seed(4)
     mask = retroexit_oasis.labelmix_mask(label)
-    real, fake, mixed = (theirs(x) for x in (target, made, mask * target + (1 - mask) * made))
+    real, fake, mixed = (theirs(x) for x in (target, image, mask * target + (1 - mask) * image))
     for name, scores in (("real", real), ("fake", fake)):
         loss = computer.loss(scores, label.clone(), name == "real").detach()
         assert parts[f"discriminator-{name}"] == pytest.approx(float(loss))
@@ -130,16 +119,12 @@ def test_both_sides_of_the_objective_are_the_official_ones(official: SimpleNames
     assert parts["discriminator-labelmix"] == pytest.approx(10 * float(consistency.detach()), rel=1e-4)
 
 
-def test_an_official_generator_is_wrapped_as_it_is_with_blocks_of_its_own_constructor(
-    official: SimpleNamespace,
-) -> None:
+def test_an_official_generator_is_wrapped_with_blocks_of_its_own_class(official: SimpleNamespace) -> None:
     chosen = options("cityscapes")
     chosen.semantic_nc, chosen.z_dim, chosen.crop_size = 5, 4, 64
     generator = with_statistics(official.generator.OASIS_Generator(chosen))
-    description = retroexit_oasis.retroexit_describe(generator)
-    model = retroexit.wrap(
-        generator, [1, 4], scale=1 / 4, min_channels=4, init="scratch", adapter=description
-    )
+    adapter = retroexit_oasis.retroexit_describe(generator)
+    model = retroexit.wrap(generator, [1, 4], 1 / 4, min_channels=4, init="scratch", adapter=adapter)
     label = retroexit_oasis.one_hot(torch.randint(5, (2, 32, 64)), 5)
     torch.manual_seed(1)
     expected = generator(label)

@@ -103,6 +103,22 @@ class SharedNoise(Decoder):
         return torch.tanh(self.rgb(h + noise))
 
 
+class Chain(nn.Module):
+    """Convolutions of four channels, before which noise is added on request; all maps have one size."""
+
+    def __init__(self, stages: int, noise: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stages = nn.ModuleList(nn.Conv2d(4, 4, 3, padding=1) for _ in range(stages))
+        self.rgb, self.noise = nn.Conv2d(4, 3, 1), noise
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + torch.randn_like(x) if self.noise else x
+        for stage in self.stages:
+            x = stage(x).relu()
+        return torch.tanh(self.rgb(x))
+
+
 class Copying(nn.Module):
     """Every map, the image too, is an enlarged copy of the input."""
 

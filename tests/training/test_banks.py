@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from decoders import fit, latents, same, trained, wrap
-from torch import Tensor, nn
+from decoders import Chain, fit, latents, same, trained, wrap
+from torch import Tensor
 
 import retroexit
 from retroexit.core.samples import Samples
@@ -23,27 +23,11 @@ from retroexit.training.stream_bank import stream_bank, stream_banks
 SAMPLES = torch.randn(14, 4, 6, 6, generator=torch.Generator().manual_seed(1))
 
 
-class Chain(nn.Module):
-    """Four stages, the first of which adds noise on request; all maps have one size."""
-
-    def __init__(self, noise: bool) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.stages = nn.ModuleList(nn.Conv2d(4, 4, 3, padding=1) for _ in range(4))
-        self.rgb, self.noise = nn.Conv2d(4, 3, 1), noise
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + torch.randn_like(x) if self.noise else x
-        for stage in self.stages:
-            x = stage(x).relu()
-        return torch.tanh(self.rgb(x))
-
-
 def chain(
     guidance: retroexit.Guidance | None, noise: bool = False
 ) -> tuple[retroexit.EarlyExitGenerator, list[list[int]]]:
     """A wrapped generator, and the batch sizes that each of its stages has run with since."""
-    generator, stages = Chain(noise).eval(), [f"stages.{i}" for i in range(4)]
+    generator, stages = Chain(4, noise).eval(), [f"stages.{i}" for i in range(4)]
     example = {"example_inputs": (SAMPLES[:2],), "stages": stages}
     model = retroexit.wrap(generator, [1 if noise else 3], 1.0, guidance=guidance, min_channels=1, **example)
     runs: list[list[int]] = [[] for _ in stages]
@@ -63,10 +47,10 @@ def pose(x: Tensor) -> Tensor:
 
 
 def test_values_belong_to_their_keys_where_noise_is_drawn_inside() -> None:
-    bank, model = build(), Chain(noise=True).eval()
+    bank, model = build(), Chain(4, noise=True).eval()
     outputs: list[Tensor] = []
     for stage in model.stages[:2]:
-        stage.register_forward_hook(lambda _m, _x, output: outputs.append(output.relu()))
+        stage.register_forward_hook(lambda _m, _x, output: outputs.append(output))
     for begin in range(0, len(SAMPLES), 4):
         torch.manual_seed(3 + begin)
         with torch.no_grad():

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from decoders import Distance, Judge, Plain, fit, latents, make, same, wrap
+from decoders import Chain, Distance, Judge, Plain, fit, latents, make, same, wrap
 from torch import Tensor, nn
 
 import retroexit
@@ -126,14 +126,16 @@ def test_a_fit_uses_the_description_that_the_generator_was_wrapped_with(tmp_path
 
 
 @pytest.mark.parametrize(
-    ("made", "message"),
+    ("discriminator", "message"),
     [
         (lambda generator: 3, "discriminator of mine must be a torch.nn.Module, got a int"),
         (lambda generator: 1 / 0, "discriminator of mine raised ZeroDivisionError"),
     ],
 )
-def test_a_description_that_makes_no_discriminator_is_named(tmp_path: Path, made: Any, message: str) -> None:
-    model = wrap(adapter=retroexit.Description(name="mine", discriminator=made))
+def test_a_description_that_makes_no_discriminator_is_named(
+    tmp_path: Path, discriminator: Any, message: str
+) -> None:
+    model = wrap(adapter=retroexit.Description(name="mine", discriminator=discriminator))
     with pytest.raises(PluginError, match=message):
         fit(model, tmp_path, losses={"adversarial": 1})
 
@@ -142,22 +144,8 @@ def test_a_description_that_makes_no_discriminator_is_named(tmp_path: Path, made
 
 
 def test_the_macs_of_a_step_are_those_of_a_count_by_hand() -> None:
-    class Decoder(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.stages = nn.ModuleList([nn.Conv2d(4, 4, 3, padding=1) for _ in range(3)])
-            self.rgb = nn.Conv2d(4, 3, 1)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            for stage in self.stages:
-                x = torch.relu(stage(x))
-            return torch.tanh(self.rgb(x))
-
-    inputs = torch.randn(8, 4, 8, 8)
-    stages = ("stages.0", "stages.1", "stages.2")
-    model = retroexit.wrap(
-        Decoder().eval(), [1], 1, stages=stages, example_inputs=(inputs[:1],), image_range=(-1, 1)
-    )
+    inputs, stages = torch.randn(8, 4, 8, 8), tuple(f"stages.{i}" for i in range(3))
+    model = wrap(Chain(3).eval(), attach_at=[1], stages=stages, example_inputs=(inputs[:1],))
     before = {name: value.clone() for name, value in model.branches.state_dict().items()}
     settings = FitSettings(batch=2, losses={"l1": 1.0})
     cost = estimate_fit(model, inputs, settings, LossPlan({"l1": 1.0}, {"l1": L1()}))
@@ -166,7 +154,7 @@ def test_the_macs_of_a_step_are_those_of_a_count_by_hand() -> None:
     assert cost.step_macs == 3 * convolutions - entering
     assert cost.backbone_macs == 2 * model.decomposition.backbone_macs
     weights = 4 * (2 * (9 * 16 + 4) + 12 + 3)
-    kept = 4 * 2 * 64 * 4 * 3 + 4 * 2 * 64 * 3  # feature, two maps behind a relu, an image
-    assert cost.memory == pytest.approx(5 * weights + kept, rel=0.35)
+    saved = 4 * 2 * 64 * 4 * 3 + 4 * 2 * 64 * 3  # feature, two maps behind a relu, an image
+    assert cost.memory == pytest.approx(5 * weights + saved, rel=0.35)
     assert all(torch.equal(value, before[name]) for name, value in model.branches.state_dict().items())
     assert not model.branches[0].training

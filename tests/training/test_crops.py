@@ -88,18 +88,17 @@ def test_other_tensors_pass_and_a_shared_map_is_cut_for_every_sample() -> None:
     assert torch.equal(cropper(shared, offsets), cropper(shared.repeat(3, 1, 1, 1), offsets))
 
 
-@pytest.mark.parametrize("size", [None, 16, 100])
-def test_windows_as_large_as_the_image_are_the_image(size: int | None) -> None:
-    cropper = Cropper.for_maps(size, (16, 16), [(4, 4)])
+def test_windows_as_large_as_the_image_are_the_image() -> None:
     image = torch.rand(2, 3, 16, 16)
-    assert cropper(image, cropper.offsets(2, np.random.default_rng(0))) is image
+    for size in (None, 16, 100):
+        cropper = Cropper.for_maps(size, (16, 16), [(4, 4)])
+        assert cropper(image, cropper.offsets(2, np.random.default_rng(0))) is image
 
 
 @pytest.mark.parametrize(
     ("size", "maps", "message"),
     [
         (6, [(4, 4)], "crop must be a multiple of 4, got 6"),
-        (2, [(4, 4)], "crop must be a multiple of 4, got 2"),
         (0, [], "crop must be a multiple of 1, got 0"),
         (8, [(5, 5)], r"divide the image's, \(16, 16\), got \(5, 5\)"),
         (8, [(4, 8)], r"got \(4, 8\). Train on whole images \(crop=None\)"),

@@ -11,7 +11,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from decoders import SETTINGS, Decoder, Distance, Noisy, SharedNoise, fit, latents, make, same, trained, wrap
+from decoders import (
+    SETTINGS,
+    Copying,
+    Decoder,
+    Distance,
+    Noisy,
+    SharedNoise,
+    fit,
+    latents,
+    make,
+    same,
+    trained,
+    wrap,
+)
 from torch import Tensor, nn
 
 import retroexit
@@ -49,10 +62,8 @@ def test_fitting_leaves_no_trace_on_the_generator(
     before = {name: value.clone() for name, value in model.branches.state_dict().items()}
     with untouched(generator):
         fit(model, tmp_path)
-    changed = [
-        name for name, value in model.branches.state_dict().items() if not torch.equal(value, before[name])
-    ]
-    assert any("rgb" in name for name in changed)
+    state = model.branches.state_dict()
+    assert any("rgb" in name and not torch.equal(state[name], value) for name, value in before.items())
     assert all(not module.training for module in model.modules())
 
 
@@ -65,17 +76,15 @@ def test_fitting_works_where_gradients_are_switched_off(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("bfloat16", [False, True])
 def test_every_loss_goes_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bfloat16: bool) -> None:
-    history: dict[int, list[dict[str, float]]] = {}
+    history: dict[int, list[dict[str, float]]] = {0: [], 1: []}
     real = BranchTrainer.advance
 
     def advance(trainer: BranchTrainer, step: Step) -> dict[str, float]:
-        parts = real(trainer, step)
-        history.setdefault(trainer.index, []).append(parts)
-        return parts
+        history[trainer.index].append(real(trainer, step))
+        return history[trainer.index][-1]
 
     monkeypatch.setattr(BranchTrainer, "advance", advance)
     model = fit(wrap(), tmp_path, inputs=latents(24), steps=40, batch=8, bfloat16=bfloat16)
-    assert sorted(history) == [0, 1]
     for parts in history.values():
         assert len(parts) == 40
         for name in ("l1", "quality"):
@@ -94,62 +103,32 @@ def test_every_loss_goes_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, b
 
 def test_held_out_samples_are_not_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: set[int] = set()
-    held: list[int] = []
+    held_out: list[int] = []
     real_at, real_predictor = Steps.at, fitting.fit_predictor
-
-    def at(steps: Steps, number: int) -> Step:
-        step = real_at(steps, number)
-        seen.update(step.rows)
-        return step
-
-    def predictor(*args: Any, **kwargs: Any) -> float | None:
-        held.extend(args[4])
-        return real_predictor(*args, **kwargs)
-
+    at = lambda *args: (step := real_at(*args), seen.update(step.rows))[0]  # noqa: E731
+    predictor = lambda *args: (held_out.extend(args[4]), real_predictor(*args))[1]  # noqa: E731
     monkeypatch.setattr(Steps, "at", at)
     monkeypatch.setattr(fitting, "fit_predictor", predictor)
     fit(wrap(), tmp_path, held_out=0.3)
-    assert len(held) == 3
-    assert sorted({*seen, *held}) == list(range(10)) and not seen & set(held)
-
-
-def test_without_held_out_samples_there_is_no_predictor_error(tmp_path: Path) -> None:
-    model = fit(wrap(), tmp_path, held_out=0.0)
-    assert model.about["predictor_error"] is None
-    assert json.loads((tmp_path / "model.json").read_text())["about"]["predictor_error"] is None
-
-
-class _Constants(nn.Module):
-    """Maps of one number per sample: they show which sample a guide comes from."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stages = nn.ModuleList([nn.Conv2d(1, 1, 1, bias=False) for _ in range(3)])
-        self.rgb = nn.Conv2d(1, 3, 1, bias=False)
-        for conv in (*self.stages, self.rgb):
-            nn.init.ones_(conv.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for stage in self.stages:
-            x = stage(x)
-        return self.rgb(x)
+    assert len(held_out) == 3
+    assert sorted({*seen, *held_out}) == list(range(10)) and not seen & set(held_out)
+    assert fit(wrap(), tmp_path / "none", held_out=0.0).about["predictor_error"] is None
 
 
 @pytest.mark.parametrize("thin", ["fps", "none"])
 def test_a_guide_in_training_never_comes_from_the_sample_itself(tmp_path: Path, thin: str) -> None:
-    inputs = torch.arange(8.0)[:, None, None, None].expand(8, 1, 4, 4) / 8
+    # Every map has one number per sample, which shows the sample that a guide comes from.
+    inputs = torch.arange(8.0)[:, None, None, None].expand(8, 3, 4, 4) / 8
     guidance = retroexit.Guidance(thin=thin, size=8, patch=(2, 2))
-    stages = ("stages.0", "stages.1", "stages.2")
-    model = wrap(
-        _Constants().eval(), attach_at=[1], stages=stages, guidance=guidance, example_inputs=(inputs[:2],)
-    )
+    options = {"stages": ("stages.0", "stages.1", "stages.2"), "example_inputs": (inputs[:2],)}
+    model = wrap(make(Copying), attach_at=[1], guidance=guidance, **options)
     pairs: list[tuple[float, float]] = []
-    model.branches[0].register_forward_pre_hook(
-        lambda branch, args, kwargs: pairs.extend(
-            zip(args[0][:, 0, 0, 0].tolist(), kwargs["guide"][:, 0, 0, 0].tolist(), strict=True)
-        ),
-        with_kwargs=True,
-    )
+
+    def note(branch: nn.Module, args: Any, kwargs: Any) -> None:
+        feature, guide = (x[:, 0, 0, 0].tolist() for x in (args[0], kwargs["guide"]))
+        pairs.extend(zip(feature, guide, strict=True))
+
+    model.branches[0].register_forward_pre_hook(note, with_kwargs=True)
     fit(model, tmp_path, inputs=inputs, steps=6)
     assert {value for value, _ in pairs} == {i / 8 for i in range(8)}
     assert [value for value, guide in pairs if abs(value - guide) < 1e-3] == []

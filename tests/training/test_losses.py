@@ -88,36 +88,23 @@ def test_squeeze_features_are_those_that_lpips_compares(shared: Path, pair: tupl
 
 
 @pytest.mark.parametrize(
-    ("call", "error", "message"),
+    ("call", "message"),
     [
-        (
-            lambda file: Perceptual("features-alex", file),
-            WeightsError,
-            r"'features-alex' \(alexnet\): features.0.w",
-        ),
-        (lambda _: host().loss("vgg", weights="nowhere.pth"), WeightsError, "no weight file at nowhere.pth"),
-        (lambda _: Perceptual("vgg13"), OptionError, "no perceptual loss 'vgg13'; closest: 'vgg"),
-        (
-            lambda file: Perceptual("features-random", file),
-            OptionError,
-            "must be None for 'features-random', got",
-        ),
-        (
-            lambda _: host().loss("l1", weights="x"),
-            OptionError,
-            "loss 'l1' of .* takes no weights. Leave it out",
-        ),
+        (lambda file: Perceptual("features-alex", file), r"'features-alex' \(alexnet\): features.0.w"),
+        (lambda _: host().loss("vgg", weights="nowhere.pth"), "no weight file at nowhere.pth"),
+        (lambda _: Perceptual("vgg13"), "no perceptual loss 'vgg13'; closest: 'vgg"),
+        (lambda file: Perceptual("features-random", file), "must be None for 'features-random', got"),
+        (lambda _: host().loss("l1", weights="x"), "loss 'l1' of .* takes no weights. Leave it out"),
         (
             lambda _: Perceptual("features-random")(*torch.zeros(2, 1, 3, 9, 7)),
-            OptionError,
-            r"at least 8x8 pixels, got \(1, 3, 9, 7\)",
+            r"8x8 pixels, got \(1, 3, 9, 7\)",
         ),
     ],
 )
 def test_wrong_files_names_and_sizes_are_refused(
-    call: Callable[[Path], Any], error: type[Exception], message: str, vgg_file: Path
+    call: Callable[[Path], Any], message: str, vgg_file: Path
 ) -> None:
-    with pytest.raises(error, match=message):
+    with pytest.raises((OptionError, WeightsError), match=message):
         call(vgg_file)
 
 
@@ -162,12 +149,8 @@ def terms() -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
         def forward(self, x: Tensor) -> Tensor:
             return x.mean((2, 3))[:, :2] / (x.mean((2, 3)).norm(dim=1, keepdim=True) + 1e-6)
 
-    return {
-        "l1": L1(),
-        "ms-ssim": MSSSIM(),
-        "features-random": Perceptual("features-random"),
-        "gaze": Gaze(Network()),
-    }
+    features = Perceptual("features-random")
+    return {"l1": L1(), "ms-ssim": MSSSIM(), "features-random": features, "gaze": Gaze(Network())}
 
 
 @pytest.mark.parametrize("name", ["l1", "ms-ssim", "features-random", "gaze"])
@@ -175,15 +158,15 @@ def terms() -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
 def test_every_term_is_finite_at_equal_images_and_at_opposite_ones(name: str, bfloat16: bool) -> None:
     term = terms()[name]
     target = torch.rand(2, 3, 32, 32) * 2 - 1
-    for made in (target.clone(), -target, torch.zeros_like(target), 0.5 * target):
-        image = made.requires_grad_()
+    for pixels in (target.clone(), -target, torch.zeros_like(target), 0.5 * target):
+        image = pixels.requires_grad_()
         with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
             value = term(image, target).mean()
         value.backward()
         assert image.grad is not None
         assert torch.isfinite(value)
         assert torch.isfinite(image.grad).all()
-        if torch.equal(made, target):
+        if torch.equal(pixels, target):
             assert float(value.detach()) == pytest.approx(0, abs=1e-4)
         else:
             assert value > 0
@@ -366,13 +349,13 @@ def test_factors_do_not_depend_on_the_batch_size() -> None:
 
 
 def test_an_interrupted_measurement_goes_on_to_the_same_weights() -> None:
-    whole, first, second = make(), make(), make()
-    expected = [whole(batch)[0].item() for batch in batches(5)]
+    uninterrupted, first, second = make(), make(), make()
+    expected = [uninterrupted(batch)[0].item() for batch in batches(5)]
     for batch in batches(5)[:2]:
         first(batch)
     second.load_state({name: value.clone() for name, value in first.state().items()})
     assert [second(batch)[0].item() for batch in batches(5)[2:]] == expected[2:]
-    assert all(torch.equal(value, second.state()[name]) for name, value in whole.state().items())
+    assert all(torch.equal(value, second.state()[name]) for name, value in uninterrupted.state().items())
     with pytest.raises(CheckpointError, match="equalised weights of l1, strong, blind, got none"):
         second.load_state({})
     with pytest.raises(CheckpointError, match="got 1 terms"):

@@ -98,7 +98,7 @@ def test_the_preset_megaportraits_is_equation_4() -> None:
 def test_a_fit_of_an_oasis_generator_on_equation_3(tmp_path: Path) -> None:
     numbers = torch.randint(LABELS, (4, 2, 2)).repeat_interleave(32, 1).repeat_interleave(32, 2)
     samples = oasis.one_hot(numbers, LABELS)
-    model = retroexit.wrap(generator(), [5], 1 / 2, min_channels=4)
+    model = retroexit.wrap(generator(), [4], 1 / 2, min_channels=1, init="scratch")
     before = {name: p.detach().clone() for name, p in model.branches.named_parameters()}
     options = decoders.SETTINGS | {"losses": "oasis", "instead": {"vgg": "l1"}, "equalise": 1, "batch": 2}
     fit = lambda judge: retroexit.fit(  # noqa: E731
