@@ -158,19 +158,17 @@ def wrap(generator: nn.Module | None = None, **options: Any) -> EarlyExitGenerat
     return retroexit.wrap(generator if generator is not None else make(), **options)
 
 
+HALVES: dict[str, Any] = {"init": "inherit", "scale": 0.5, "min_channels": 8}
+"""Options of branches with half of the backbone's channels."""
+
+
 def latents(count: int) -> Tensor:
     """The same latents every time."""
     return torch.randn(count, 4, 4, 4, generator=torch.Generator().manual_seed(5))
 
 
-SETTINGS: dict[str, Any] = {
-    "steps": 4,
-    "batch": 3,
-    "predictor_steps": 3,
-    "checkpoint_every": 3,
-    "cache_batch": 4,
-    "held_out": 0.2,
-}
+SETTINGS: dict[str, Any] = {"steps": 4, "batch": 3, "predictor_steps": 3, "checkpoint_every": 3}
+SETTINGS |= {"cache_batch": 4, "held_out": 0.2}
 
 
 def fit(model: EarlyExitGenerator, folder: Path, inputs: Any = None, **settings: Any) -> EarlyExitGenerator:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from decoders import (
+    HALVES,
     Judge,
     Noisy,
     checkpoint,
@@ -37,7 +38,6 @@ from retroexit.training.settings import FitSettings
 from retroexit.training.steps import draw_batch
 from retroexit.training.trainer import BranchTrainer, learning_rate
 
-HALVES: dict[str, Any] = {"init": "inherit", "scale": 0.5, "min_channels": 8}
 ADVERSARIAL: dict[str, Any] = {"losses": {"l1": 1, "quality": 1, "adversarial": 0.1}, "equalise": 3}
 
 FITS: dict[str, tuple[Callable[[], EarlyExitGenerator], dict[str, Any]]] = {

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from decoders import Layer, fit, latents, make, same, trained, wrap
+from decoders import HALVES, Layer, fit, latents, make, same, trained, wrap
 from torch import nn
 
 import retroexit
@@ -18,8 +17,6 @@ from retroexit.training.distributed import Team
 from retroexit.training.initialise import reconstruct_branches
 from retroexit.training.steps import Cropper, Steps
 from retroexit.training.trainer import FeatureDistance
-
-HALVES: dict[str, Any] = {"init": "inherit", "scale": 0.5, "min_channels": 8}
 
 
 def steps(model: EarlyExitGenerator, team: Team | None = None) -> Steps:
