@@ -3,8 +3,6 @@
 A command is a function with typer's annotations; its docstring is the help, ``Example:`` the end of it.
 """
 
-from __future__ import annotations
-
 import inspect
 import logging
 import os
@@ -27,9 +25,6 @@ from retroexit.cli.inspect import inspect as inspect_command
 from retroexit.demo import run as demo_run
 from retroexit.errors import RetroExitError, RetroExitWarning
 from retroexit.plugins.host import host
-
-__all__ = ["COMMANDS", "run"]
-
 
 Demo: Any = options.group_of(
     demo_run.run_demo,

@@ -1,7 +1,5 @@
 """``retroexit bank``: build a guidance bank, show one, compare one with its generator."""
 
-from __future__ import annotations
-
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +18,6 @@ from retroexit.errors import OptionError
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.plugins.host import host
 from retroexit.training.stream_bank import stream_bank, stream_banks
-
-__all__ = ["bank"]
 
 _EXAMPLE = "\b\nExample: retroexit bank"
 bank = typer.Typer(
@@ -164,7 +160,6 @@ def _save(made: GuidanceBank, out: Path) -> None:
 
 
 def _facts(shown: GuidanceBank) -> str:
-    """One line per fact."""
     meta = shown.meta
     keys, values = shown.retriever.keys.nbytes, shown.values.nbytes
     patch, value_patch = ("x".join(map(str, sizes)) for sizes in (shown.patch, shown.value_patch))

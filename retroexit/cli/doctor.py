@@ -1,7 +1,5 @@
 """``retroexit doctor`` and ``retroexit plugins``: the machine, the installation, what extends it."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import importlib
@@ -22,8 +20,6 @@ from typer import Option
 
 from retroexit.plugins.host import host
 from retroexit.report.text_tables import table
-
-__all__ = ["Check", "diagnose", "doctor", "plugins"]
 
 Status = Literal["ok", "warn", "fail"]
 

@@ -1,7 +1,5 @@
 """Commands for a fitted model: ``calibrate``, ``evaluate`` and ``report``."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +18,6 @@ from retroexit.report.report import write_report
 from retroexit.report.saved_report import find_report, model_facts, read_evaluation, read_report
 from retroexit.report.text_tables import limits_table, promise_table, sweep_table
 from retroexit.saving import read_calibration
-
-__all__ = ["calibrate", "evaluate", "report", "routing_results"]
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,5 @@
 """Generators, networks, samples and random inputs, as a command line names them."""
 
-from __future__ import annotations
-
 import ast
 import importlib
 import importlib.util
@@ -18,8 +16,6 @@ from torch import Tensor, nn
 
 from retroexit.core.samples import Samples
 from retroexit.errors import OptionError, closest
-
-__all__ = ["example_of", "load_generator", "load_made", "load_network", "load_object", "random_inputs"]
 
 Inputs: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword inputs of one call."""

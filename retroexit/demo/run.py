@@ -1,7 +1,5 @@
 """The demo's job: wrap the shipped generator, fit it on drawn scenes, show what it saves."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,8 +16,6 @@ from retroexit.metrics import QualityMetric
 from retroexit.model import EarlyExitGenerator
 from retroexit.plugins.host import host
 from retroexit.report.text_tables import sweep_table
-
-__all__ = ["pick_metric", "run_demo", "wrap_scene_generator"]
 
 ATTACH_AT, SCALES, MIN_CHANNELS = (1, 2, 3, 4), (1 / 4, 1 / 4, 1 / 3, 1 / 2), 12
 FIT_SEED, TEST_SEED = 1, 2  # disjoint blocks of a thousand scenes, not used to train the generator

@@ -5,8 +5,6 @@ from far to near. `examples/scene_pictures.py` paints the same scenes in colour,
 Lengths are in metres: ``x`` to the right of the camera, ``y`` above the road, ``z`` ahead.
 """
 
-from __future__ import annotations
-
 import functools
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -17,22 +15,6 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from retroexit.errors import OptionError
-
-__all__ = [
-    "CLASSES",
-    "LABEL_COLOURS",
-    "PLANES",
-    "SCENE_SIZE",
-    "STYLE",
-    "TEST_SEEDS",
-    "TRAIN_SEEDS",
-    "Building",
-    "LabelMap",
-    "Scene",
-    "draw_scene",
-    "place_scene",
-    "texture_planes",
-]
 
 CLASSES = (
     *("sky", "road", "marking", "pavement", "grass", "brick", "plaster", "roof", "window", "tree", "car"),
@@ -56,17 +38,11 @@ Span = tuple[float, float]
 
 
 class Scene(NamedTuple):
-    """The label map of one scene.
+    """The label map of one scene."""
 
-    Attributes:
-        labels: Class of every pixel, uint8 ``(H, W)``, an index into `CLASSES`.
-        z: Style, float32 ``(len(STYLE),)`` in ``[-1, 1]``.
-        difficulty: From 0, an empty country road, to 1, a crowded town. Uniform over seeds.
-    """
-
-    labels: NDArray[np.uint8]
-    z: Array
-    difficulty: float
+    labels: NDArray[np.uint8]  # class of every pixel, uint8 (H, W), an index into `CLASSES`
+    z: Array  # style, float32 (len(STYLE),) in [-1, 1]
+    difficulty: float  # from 0, an empty country road, to 1, a crowded town. Uniform over seeds
 
 
 class Building(NamedTuple):
@@ -364,7 +340,6 @@ def _cars(canvas: LabelMap, difficulty: float, half: float, rng: np.random.Gener
 def _small_things(
     canvas: LabelMap, difficulty: float, beside: float, rng: np.random.Generator
 ) -> list[Thing]:
-    """Place people, lamp posts and signs."""
     things: list[Thing] = []
     for _ in range(rng.poisson(7 * difficulty**2)):
         z = rng.uniform(6, 22)

@@ -1,7 +1,5 @@
 """What a calibration promises, beside what held-out samples do under it."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -11,8 +9,6 @@ import torch
 
 from retroexit.evaluation.sweep import Evaluation, OperatingPoint
 from retroexit.routing.calibration import Calibration, most_violations, upper_bound
-
-__all__ = ["promise_summary", "promised"]
 
 EXPECTATION = (
     "A threshold is what the predictor expects, not a promise: model.calibrate(inputs), on inputs that "

@@ -3,8 +3,6 @@
 Paper sections 3.2 (policy), 3.4 (computational saving metric) and figures 3, 4, 6 and 7.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Sequence
@@ -15,8 +13,6 @@ import numpy as np
 import numpy.typing as npt
 
 from retroexit.errors import CheckpointError, OptionError
-
-__all__ = ["Evaluation", "OperatingPoint", "highlighted", "plain_json", "thresholds_for"]
 
 Array = npt.NDArray[np.float64]
 

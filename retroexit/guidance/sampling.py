@@ -4,8 +4,6 @@ The paper uses farthest point sampling (section 4.1), which gives the smallest r
 served best. Keys nearest to centres of k-means clusters, even random keys, give a smaller mean distance.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Literal
 
@@ -16,8 +14,6 @@ from torch import Tensor
 from retroexit.errors import BankError, OptionError
 from retroexit.retrieval.base import as_matrix, first_of_each, nearest, pair_distances, squared_norms
 from retroexit.retrieval.faiss import cluster_centres
-
-__all__ = ["Thinning", "coverage", "farthest_points", "thin"]
 
 Thinning = Literal["fps", "kmeans", "random", "none"]
 """Ways of thinning: farthest points, keys nearest to centres, a uniform sample, or every distinct key."""
@@ -114,7 +110,6 @@ def farthest_points(
 
 
 def _rows(points: Tensor | np.ndarray) -> int:
-    """Return how many points are converted at a time."""
     return max(64, _NUMBERS // points.shape[1])
 
 

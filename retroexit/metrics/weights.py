@@ -4,8 +4,6 @@ The order is: an explicit file, torch hub's cache folder, a download. Torch hub 
 so the hash in torchvision's file names is checked here.
 """
 
-from __future__ import annotations
-
 import logging
 import pickle
 import warnings
@@ -18,8 +16,6 @@ from torch import Tensor, nn
 
 from retroexit.core.files import sha256_of
 from retroexit.errors import MissingExtraError, WeightsError
-
-__all__ = ["empty_lpips", "fill_lpips", "fill_trunk", "hub_file"]
 
 logger = logging.getLogger(__name__)
 

@@ -1,7 +1,5 @@
 """What an adapter, or the user, states about a generator."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,8 +10,6 @@ from torch import Tensor, nn
 
 from retroexit.errors import OptionError
 from retroexit.plugins.training_types import Objective
-
-__all__ = ["Description"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,8 +18,6 @@ from retroexit.stages.stage import Stage, live_spans
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["check_picture", "draw_decoder"]
-
 _FORMATS: Final = (".svg", ".png", ".pdf")
 _INK, _GREY, _PALE = "#222222", "#767676", "#E4E4E4"
 _STAGE, _SPENT, _LIVE, _EXIT = "#0072B2", "#D5E5F0", "#00795A", "#C64F00"
@@ -96,7 +94,6 @@ def draw_decoder(stages: Sequence[Stage], file: str | Path, title: str = "") -> 
 
 
 def _draw_stages(axes: Axes, stages: Sequence[Stage]) -> None:
-    """Draw the column titles and one row per stage."""
     for x, name in ((_PATH, "stage"), (_COST, "MACs spent"), (_SAVES, "exit"), (_LANES, "live values")):
         _text(axes, x, _y(-0.8), name, color=_GREY)
     last = len(stages) + 1

@@ -3,8 +3,6 @@
 ``evaluation.json`` holds the numbers, ``report.json`` the texts and names of images, ``strips/`` the images.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,17 +15,6 @@ from retroexit.errors import CheckpointError
 from retroexit.evaluation.sweep import Evaluation
 from retroexit.report.strips import Strip
 
-__all__ = [
-    "EVALUATION",
-    "SavedReport",
-    "find_report",
-    "hashes",
-    "model_facts",
-    "read_evaluation",
-    "read_report",
-    "save_report",
-]
-
 EVALUATION: Final = "evaluation.json"
 _TEXTS: Final = "report.json"
 _IMAGES: Final = "strips"
@@ -35,19 +22,12 @@ _IMAGES: Final = "strips"
 
 @dataclass(frozen=True)
 class SavedReport:
-    """Texts and images of a report.
+    """Texts and images of a report."""
 
-    Attributes:
-        title: Heading of the page, or ``None`` if unknown.
-        headline: First sentence; ``None`` for the default one.
-        command: Command line that measured.
-        strips: Images.
-    """
-
-    title: str | None = None
-    headline: str | None = None
-    command: str | None = None
-    strips: list[Strip] = field(default_factory=list)
+    title: str | None = None  # heading of the page, or None if unknown
+    headline: str | None = None  # first sentence; None for the default one
+    command: str | None = None  # command line that measured
+    strips: list[Strip] = field(default_factory=list)  # images
 
 
 def save_report(folder: Path, report: SavedReport) -> None:

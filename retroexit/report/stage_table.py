@@ -3,8 +3,6 @@
 It fits into 100 columns: long names are shortened, runs of equal stages folded, live values numbered.
 """
 
-from __future__ import annotations
-
 import math
 import textwrap
 from collections.abc import Iterable, Sequence
@@ -16,8 +14,6 @@ from retroexit.report.text_tables import table
 from retroexit.stages.decoder import Decoder, input_names
 from retroexit.stages.module_tree import Part, module_tree
 from retroexit.stages.stage import LiveSpan, Stage, live_spans
-
-__all__ = ["brief_count", "decoder_table", "legend_of", "ranges", "shorten", "stage_table", "times"]
 
 _WIDTH: Final = 100
 _RUN: Final = 4  # a longer run of equal stages shows its ends only

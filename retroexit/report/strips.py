@@ -1,7 +1,5 @@
 """Rows of images that show what each exit makes of one input."""
 
-from __future__ import annotations
-
 import base64
 import io
 from collections.abc import Callable, Sequence
@@ -20,24 +18,16 @@ from retroexit.errors import OptionError
 from retroexit.evaluation.sweep import Evaluation, highlighted, thresholds_for
 from retroexit.measuring import Measurement
 
-__all__ = ["Strip", "data_address", "pick_strips"]
-
 _LONGEST_SIDE = 384  # pixels of an image in a page; ten strips of five then stay below 10 MB
 
 
 @dataclass(frozen=True)
 class Strip:
-    """The images of one input, side by side.
+    """The images of one input, side by side."""
 
-    Attributes:
-        label: What the input is, such as ``"hardest input"``.
-        images: Caption and pixels ``(H, W, 3)``, uint8, of each image.
-        chosen: Index of the image that routing chose; ``None`` frames none.
-    """
-
-    label: str
-    images: list[tuple[str, npt.NDArray[np.uint8]]]
-    chosen: int | None
+    label: str  # what the input is, such as "hardest input"
+    images: list[tuple[str, npt.NDArray[np.uint8]]]  # caption and pixels (H, W, 3), uint8, of each image
+    chosen: int | None  # index of the image that routing chose; None frames none
 
     def __post_init__(self) -> None:
         if self.chosen is not None and not 0 <= self.chosen < len(self.images):

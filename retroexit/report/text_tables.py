@@ -1,15 +1,11 @@
 """Tables of the exits of a wrapped generator and of sweeps over thresholds."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
 from retroexit.evaluation.sweep import Evaluation
 from retroexit.model import EarlyExitGenerator
 from retroexit.wrapping.exits import table
-
-__all__ = ["limits_table", "promise_table", "sweep_table", "table"]
 
 
 def sweep_table(evaluation: Evaluation, thresholds: Sequence[float]) -> str:

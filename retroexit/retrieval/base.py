@@ -25,18 +25,6 @@ from torch import Tensor
 from retroexit.core.files import MANIFEST, read_array, read_manifest, sha256_of, staged, write_manifest
 from retroexit.errors import CheckpointError, OptionError, RetrieverError
 
-__all__ = [
-    "Retriever",
-    "SearchResult",
-    "as_matrix",
-    "first_of_each",
-    "nearest",
-    "pair_distances",
-    "scan",
-    "smallest",
-    "squared_norms",
-]
-
 log = logging.getLogger(__name__)
 
 _KIND, _SCHEMA = "retriever", 1
@@ -73,15 +61,10 @@ def _safe_settings() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """The nearest keys of every query.
+    """The nearest keys of every query."""
 
-    Attributes:
-        ids: Rows of the keys, int64 ``(Q, k)``, nearest first; from a bank ``(N, h, w)``, one per patch.
-        distances: Squared Euclidean distances to them, float32, of the same shape.
-    """
-
-    ids: Tensor
-    distances: Tensor
+    ids: Tensor  # rows of the keys, int64 (Q, k), nearest first; from a bank (N, h, w), one per patch
+    distances: Tensor  # squared Euclidean distances to them, float32, of the same shape
 
     def spread(self, rows: Tensor, count: int) -> SearchResult:
         """Move row i to ``rows[i]`` of a batch of ``count``; all other rows are infinitely far."""

@@ -1,7 +1,5 @@
 """Retrieval with FAISS, as in the paper (section 4.1). The only module that imports it."""
 
-from __future__ import annotations
-
 import re
 import threading
 from collections.abc import Iterator
@@ -13,8 +11,6 @@ import numpy as np
 
 from retroexit.errors import OptionError, RetrieverError
 from retroexit.retrieval.base import Retriever
-
-__all__ = ["FaissRetriever", "cluster_centres"]
 
 _settings = threading.Lock()  # thread count and BLAS threshold belong to the process, not to an index
 

@@ -21,8 +21,6 @@ from retroexit.stages.maps import is_map, shape_of, sizes_of, width_of
 from retroexit.tracing.record import Recording
 from retroexit.tracing.recorder import Call
 
-__all__ = ["choose_stages", "closing_modules", "repeated_stage"]
-
 _FEW_CHANNELS = 4  # a map with so few channels is an image, a mask or a latent, not a feature
 _FEW_STAGES = 3  # fewer leave hardly a choice of exits
 _DEEPER = 3  # a module this many times as deep as its neighbours contains stages
@@ -76,27 +74,16 @@ def closing_modules(recording: Recording, image: fx.Node, stages: Sequence[str])
 
 @dataclass(eq=False)
 class Part:
-    """One call of a module that returns a feature map which the image depends on.
-
-    Attributes:
-        call: The call.
-        output: The map that it returns, the widest one if there are several.
-        input_length: Side of the coarsest feature map that goes in; skips and conditioning are finer.
-        children: Parts inside, in order of execution.
-        depth: Number of layers with MACs inside.
-        closing: Path of the module that ends it: its own, or that of a norm or an activation behind it.
-        is_pyramid: Whether it returns maps of several resolutions, so that none of them is the feature map.
-        is_encoder: Whether it belongs to something that makes maps smaller.
-    """
+    """One call of a module that returns a feature map which the image depends on."""
 
     call: Call
-    output: fx.Node
-    input_length: float
-    children: list[Part]
-    depth: int
-    closing: str
-    is_pyramid: bool
-    is_encoder: bool = False
+    output: fx.Node  # the map that it returns, the widest one if there are several
+    input_length: float  # side of the coarsest feature map that goes in; skips and conditioning are finer
+    children: list[Part]  # parts inside, in order of execution
+    depth: int  # number of layers with MACs inside
+    closing: str  # path of the module that ends it: its own, or that of a norm or activation behind it
+    is_pyramid: bool  # whether it returns maps of several resolutions, none of them the feature map
+    is_encoder: bool = False  # whether it belongs to something that makes maps smaller
 
     @property
     def path(self) -> str:
@@ -310,11 +297,11 @@ class _Chooser:
         """Parts that may contain stages, the deepest first."""
         if len(stages) < _FEW_STAGES:
             several = [p for p in (stages or parts) if len(_steps(p)) >= 2]
-            found = [p for p in several if len(stages) < 2 or self.is_chain(p) or _contains_encoder(p)]
+            candidates = [p for p in several if len(stages) < 2 or self.is_chain(p) or _contains_encoder(p)]
         else:
             deep = _DEEPER * median(part.depth for part in stages)
-            found = [p for p in stages if (p.depth >= deep and self.is_chain(p)) or self.is_nested(p)]
-        return sorted(found, key=lambda part: -part.depth)
+            candidates = [p for p in stages if (p.depth >= deep and self.is_chain(p)) or self.is_nested(p)]
+        return sorted(candidates, key=lambda part: -part.depth)
 
     def is_nested(self, part: Part) -> bool:
         """Return whether a module goes down and up and is a smaller copy of a module around it."""
@@ -506,7 +493,6 @@ def _only_prepares(level: Sequence[Part]) -> bool:
 
 
 def _structure(part: Part) -> tuple[type, ...]:
-    """Classes of a module and of the modules directly inside."""
     return (type(part.call.module), *(type(child) for child in part.call.module.children()))
 
 
@@ -526,7 +512,6 @@ def _shuffled_length(part: Part) -> float:
 
 
 def _no_stages(recording: Recording, image: fx.Node) -> AttachPointError:
-    """Explain that a generator has no stages."""
     times = Counter(call.path for call in recording.calls if call.path and call.macs)
     repeated = [path for path, n in times.items() if n > 1]
     single = _single_modules(recording, image, times)

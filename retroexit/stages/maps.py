@@ -4,8 +4,6 @@ Tokens are maps with the channels last, ``(N, L, C)`` or ``(N, H, W, C)``, as in
 a recording is rewritten so that they cross as ``(N, C, H, W)``.
 """
 
-from __future__ import annotations
-
 from math import prod
 from typing import Any
 
@@ -17,8 +15,6 @@ from retroexit.core.nested import flatten
 from retroexit.errors import OptionError, OutputError
 from retroexit.tracing.record import Recording
 from retroexit.tracing.recorder import Call, assemble
-
-__all__ = ["find_image", "is_map", "lay_out_tokens", "mark_tokens", "shape_of", "sizes_of", "width_of"]
 
 _MOST_LISTED = 6
 

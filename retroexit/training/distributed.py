@@ -3,8 +3,6 @@
 Every process takes its part of each batch and averages the gradients, as if one had the whole batch.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import os
 from collections.abc import Sequence
@@ -18,24 +16,16 @@ from torch import distributed as dist
 
 from retroexit.errors import MissingExtraError, OptionError
 
-__all__ = ["Team", "average", "check_devices", "join", "kind_of_device"]
-
 _TIMEOUT = timedelta(days=2)  # the first process computes features and bank alone
 
 
 @dataclass(frozen=True)
 class Team:
-    """The processes of a fit; a single one by default.
+    """The processes of a fit; a single one by default."""
 
-    Attributes:
-        rank: Number of this process, from 0.
-        size: Number of processes.
-        device: Device of this process; ``None``: the generator's.
-    """
-
-    rank: int = 0
-    size: int = 1
-    device: torch.device | None = None
+    rank: int = 0  # number of this process, from 0
+    size: int = 1  # number of processes
+    device: torch.device | None = None  # device of this process; None: the generator's
 
     @property
     def is_first(self) -> bool:

@@ -1,7 +1,5 @@
 """Estimate what a fit will cost: multiply-accumulates, memory and time, from two of its own steps."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,8 +14,6 @@ from retroexit.training.losses import TrainingLoss
 from retroexit.training.settings import FitSettings
 from retroexit.training.steps import Step, Steps
 from retroexit.training.trainer import BranchTrainer
-
-__all__ = ["Estimate", "estimate"]
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,5 @@
 """Starting weights: branches that inherited channels are fitted to the backbone's features."""
 
-from __future__ import annotations
-
 import logging
 import math
 from dataclasses import replace
@@ -17,8 +15,6 @@ from retroexit.tracing.record import unobserved
 from retroexit.training.distributed import Team
 from retroexit.training.steps import Steps
 from retroexit.wrapping.decomposition import branch_for
-
-__all__ = ["reconstruct_branches"]
 
 logger = logging.getLogger(__name__)
 

@@ -1,7 +1,5 @@
 """Measure what every exit loses, and train the predictor of it (paper sections 3.2 and 3.4, equation 2)."""
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Sequence
@@ -25,8 +23,6 @@ from retroexit.training.cache import IMAGE, Features, chunks, guidance_names
 from retroexit.training.distributed import average
 from retroexit.training.settings import FitSettings
 from retroexit.training.steps import Steps
-
-__all__ = ["check_reads", "exit_losses", "fit_predictor", "predictor_reads", "train_predictor"]
 
 _BATCH, _LR = 32, 2e-3  # samples per step; learning rate, cosine to zero
 

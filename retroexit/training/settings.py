@@ -1,7 +1,5 @@
 """Settings of a fit, and the file that ties a folder to them."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable
@@ -14,8 +12,6 @@ import numpy as np
 from retroexit.errors import CheckpointError, OptionError, closest
 from retroexit.routing.predictor import Kind, Reads, check_kind
 from retroexit.training.losses.plan import DEFAULT_LOSSES, check_weights
-
-__all__ = ["FitSettings", "check_same", "divide", "set_aside", "write_json"]
 
 _SCHEDULES: Final = ("cosine", "constant")
 
@@ -136,7 +132,6 @@ def check_same(path: Path, settings: dict[str, Any]) -> None:
 
 
 def _flat(settings: dict[str, Any], start: str = "") -> dict[str, Any]:
-    """Name nested settings by dotted paths."""
     flat: dict[str, Any] = {}
     for key, value in settings.items():
         flat |= _flat(value, f"{start}{key}.") if isinstance(value, dict) else {start + key: value}

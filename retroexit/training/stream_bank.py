@@ -3,8 +3,6 @@
 Only inputs that own a chosen key run once more, up to their values (paper, section 4.1).
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
@@ -24,8 +22,6 @@ from retroexit.guidance.building import Candidates, build_bank, with_slopes
 from retroexit.guidance.provider import Taps
 from retroexit.model import EarlyExitGenerator
 from retroexit.retrieval import Retriever
-
-__all__ = ["stream_bank", "stream_banks"]
 
 
 def stream_bank(

@@ -1,7 +1,5 @@
 """Differences of the features of a pretrained network (L_VGG of equations 3 and 4)."""
 
-from __future__ import annotations
-
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +11,6 @@ from torch import Tensor, nn
 from retroexit.core.identity import fingerprint
 from retroexit.errors import MissingExtraError, OptionError, WeightsError, closest
 from retroexit.metrics.weights import fill_trunk, hub_file
-
-__all__ = ["PERCEPTUAL", "Perceptual"]
 
 _MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, for images in [0, 1]
 

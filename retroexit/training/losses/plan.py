@@ -25,28 +25,14 @@ from retroexit.metrics import QualityMetric
 from retroexit.plugins.description import Description
 from retroexit.plugins.host import host
 from retroexit.plugins.training_types import BatchTerm, Objective, Term, TrainingBatch
-from retroexit.training.losses.adversary import (
+from retroexit.training.losses.terms import (
     Adversarial,
     Adversary,
+    Equaliser,
     FeatureMatching,
+    Gaze,
     find_objective,
 )
-from retroexit.training.losses.terms import Equaliser, Gaze
-
-__all__ = [
-    "ADVERSARIAL",
-    "DEFAULT_LOSSES",
-    "FEATURE_MATCHING",
-    "GAZE",
-    "PRESETS",
-    "QUALITY",
-    "LossOptions",
-    "LossPlan",
-    "TrainingLoss",
-    "check_weights",
-    "find_weights",
-    "plan_losses",
-]
 
 QUALITY, LPIPS = "quality", "lpips"
 ADVERSARIAL, FEATURE_MATCHING, GAZE = "adversarial", "feature-matching", "gaze"
@@ -126,26 +112,16 @@ def find_weights(
 
 @dataclass(frozen=True)
 class LossPlan:
-    """What the losses of all branches are made from; raises `OptionError` if a term lacks something.
+    """What the losses of all branches are made from; raises `OptionError` if a term lacks something."""
 
-    Attributes:
-        weights: Weight of every term by name.
-        terms: The terms that branches share, by name.
-        discriminator: Starting point of every branch's adversary, or ``None``.
-        objective: What branch and discriminator minimise.
-        gaze: The gaze network, or ``None``.
-        equalise: Steps during which weights are equalised; 0 leaves them as they are.
-        image_range: Smallest and largest pixel value of the discriminator's images.
-    """
-
-    weights: Mapping[str, float]
-    terms: Mapping[str, Term | BatchTerm] = field(default_factory=dict)
-    discriminator: nn.Module | None = None
-    objective: Objective | None = None
-    gaze: nn.Module | None = None
-    equalise: int = 0
+    weights: Mapping[str, float]  # weight of every term by name
+    terms: Mapping[str, Term | BatchTerm] = field(default_factory=dict)  # shared by branches
+    discriminator: nn.Module | None = None  # starting point of every branch's adversary, or None
+    objective: Objective | None = None  # what branch and discriminator minimise
+    gaze: nn.Module | None = None  # the gaze network, or None
+    equalise: int = 0  # steps during which weights are equalised; 0 leaves them as they are
     discriminator_lr: float = 4e-4
-    image_range: tuple[float, float] = (-1.0, 1.0)
+    image_range: tuple[float, float] = (-1.0, 1.0)  # of the discriminator's images
 
     def __post_init__(self) -> None:
         if self.equalise < 0:
@@ -241,7 +217,6 @@ def _terms(
     files: Mapping[str, str | Path],
     missing: dict[str, WeightsError] | None,
 ) -> dict[str, Term | BatchTerm]:
-    """Make the terms that branches share."""
     for name in files:
         if name not in weights:
             raise OptionError(f"loss_weights must name one of {', '.join(weights)}, got {name!r}", files)
@@ -265,14 +240,13 @@ def _term(name: str, metric: QualityMetric | None, file: str | Path | None) -> T
     if metric is not None and file is None and name in (QUALITY, metric_name):
         return metric
     options = {} if file is None else {"weights": file}
-    is_metric = name not in host().losses() and name in host().metrics()
+    is_metric = name not in host().names("loss") and name in host().names("metric")
     return host().metric(name, **options) if is_metric else host().loss(name, **options)
 
 
 def _discriminator(
     generator: nn.Module, description: Description | None, source: nn.Module | str | Path | None
 ) -> nn.Module | None:
-    """Return the starting point of adversaries."""
     if source is None or isinstance(source, nn.Module):
         return source
     if not isinstance(source, (str, Path)):
@@ -305,7 +279,6 @@ def _discriminator(
 
 
 def _described_discriminator(description: Description, generator: nn.Module) -> nn.Module | None:
-    """Make the discriminator of a description."""
     if description.discriminator is None:
         return None
     try:
