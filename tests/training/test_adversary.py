@@ -102,8 +102,7 @@ def test_a_branch_gets_gradient_and_the_discriminator_learns_from_its_own_step_a
     with untouched(judge):
         adversary = Adversary(judge, OBJECTIVES["non-saturating"])
         Adversarial(adversary).of_batch(batch).backward()
-        assert batch.image.grad is not None
-        assert batch.image.grad.any()
+        assert batch.image.grad is not None and batch.image.grad.any()
         assert [n for n, p in adversary.module.named_parameters() if p.grad is not None] == []
         before = [p.detach().clone() for p in adversary.parameters()]
         batch.image.grad = None
@@ -111,16 +110,6 @@ def test_a_branch_gets_gradient_and_the_discriminator_learns_from_its_own_step_a
     assert batch.image.grad is None
     assert not any(torch.equal(a, b) for a, b in zip(before, adversary.parameters(), strict=True))
     assert all(p.grad is None for p in adversary.parameters())
-
-
-def test_a_discriminator_learns_to_tell_real_from_fake() -> None:
-    adversary = Adversary(Patches(), OBJECTIVES["non-saturating"], lr=1e-2)
-    batch = TrainingBatch(torch.full((2, 3, 16, 16), -0.5), torch.full((2, 3, 16, 16), 0.5))
-    losses = [sum(adversary.step(batch).values()) for _ in range(40)]
-    assert losses[-1] < 0.3 * losses[0]
-    with torch.no_grad():
-        real, fake = (adversary.discriminate(image, batch).scores[0] for image in (batch.target, batch.image))
-    assert real.min() > fake.max()
 
 
 @pytest.mark.parametrize("kind", [Patches, Scales])
@@ -144,8 +133,7 @@ def test_feature_matching_compares_the_features_of_the_discriminator(
         parts.append(sum(abs(x - y) for x, y in pairs) / a.numel())
     assert value.item() == pytest.approx(sum(parts) / len(parts), rel=1e-4)
     value.backward()
-    assert batch.image.grad is not None
-    assert batch.image.grad.any()
+    assert batch.image.grad is not None and batch.image.grad.any()
     assert all(not module._forward_hooks for module in adversary.module.modules())
 
 
@@ -154,16 +142,12 @@ def test_features_may_come_in_tuples_and_equal_images_have_finite_gradients(batc
         def forward(self, x: Tensor) -> Any:
             return super().forward(x), None
 
-    class Stacked(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.block, self.score = Block(3, 4, 3), nn.Conv2d(4, 1, 1)
-
+    class Stacked(nn.Sequential):
         def forward(self, image: Tensor) -> Tensor:
-            return self.score(self.block(image)[0])
+            return self[1](self[0](image)[0])
 
-    judge = Stacked()
-    a, b = (judge.block(image)[0] for image in (batch.image, batch.target))
+    judge = Stacked(Block(3, 4, 3), nn.Conv2d(4, 1, 1))
+    a, b = (judge[0](image)[0] for image in (batch.image, batch.target))
     term = FeatureMatching(Adversary(judge, HINGE))
     assert torch.allclose(term.of_batch(batch), (a - b).abs().mean())
     equal = replace(batch, image=batch.target.clone().requires_grad_())
@@ -184,19 +168,14 @@ def test_all_terms_share_one_run_of_the_discriminator(batch: TrainingBatch) -> N
 
 
 def test_a_conditional_discriminator_gets_the_generators_inputs(batch: TrainingBatch) -> None:
-    class Conditional(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.judge = nn.Conv2d(4, 1, 1)
-
+    class Conditional(nn.Conv2d):
         def forward(self, image: Tensor, mask: Tensor) -> Tensor:
-            return self.judge(torch.cat([image, mask], 1))
+            return super().forward(torch.cat([image, mask], 1))
 
-    judge = Conditional()
+    judge = Conditional(4, 1, 1)
     mask = torch.rand(2, 1, 16, 16)
     adversary = Adversary(judge, HINGE)
-    assert adversary.needs_inputs
-    assert Adversarial(adversary).needs_inputs
+    assert adversary.needs_inputs and Adversarial(adversary).needs_inputs
     conditioned = replace(batch, kwargs={"mask": mask})
     expected = -judge(batch.image, mask).mean()
     assert torch.allclose(Adversarial(adversary).of_batch(conditioned), expected)
@@ -211,18 +190,11 @@ def test_a_discriminator_sees_images_in_its_own_range(batch: TrainingBatch) -> N
     assert torch.allclose(Adversarial(adversary).of_batch(batch), expected, rtol=1e-4)
 
 
-class Flat(nn.Module):
-    """A discriminator without layers."""
+def test_a_discriminator_without_layers_has_no_features_to_match(batch: TrainingBatch) -> None:
+    class Flat(nn.Module):
+        def forward(self, image: Tensor) -> Tensor:
+            return image.mean((1, 2, 3))
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(3))
-
-    def forward(self, image: Tensor) -> Tensor:
-        return image.mean((2, 3)) @ self.weight
-
-
-def test_a_discriminator_without_features_cannot_be_matched(batch: TrainingBatch) -> None:
     with pytest.raises(TrainingError, match="needs features between image and score, got none from Flat"):
         FeatureMatching(Adversary(Flat(), HINGE)).of_batch(batch)
 
