@@ -1,10 +1,7 @@
 """The demo from wrap to report, shortened."""
 
-from __future__ import annotations
-
 import functools
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,9 +15,7 @@ from retroexit.metrics import MSSSIM
 from retroexit.plugins import Host
 
 
-def test_the_demo_command_wraps_fits_and_reports(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_demo_command_wraps_fits_and_reports(tmp_path, monkeypatch, capsys):
     pytest.importorskip("typer")
     monkeypatch.setattr(demo, "fit", functools.partial(api.fit, predictor_steps=20, progress=False))
     monkeypatch.setattr(demo, "evaluate", functools.partial(api.evaluate, repeats=1, progress=False))
@@ -50,16 +45,16 @@ def test_the_demo_command_wraps_fits_and_reports(
         assert torch.equal(loaded(*sample), load_scene_generator()(*sample))
 
 
-def test_without_lpips_weights_the_demo_uses_ms_ssim_and_prints_why(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_lpips_weights_the_demo_uses_ms_ssim_and_prints_why(monkeypatch):
     real = Host.metric
 
-    def offline(self: Host, name: str, weights: Path | None = None) -> object:
+    def offline(self, name, weights=None):
         if name.startswith("lpips"):
             raise WeightsError("alexnet-owt-7be5be79.pth cannot be downloaded")
         return real(self, name, weights)
 
     monkeypatch.setattr(Host, "metric", offline)
-    lines: list[str] = []
+    lines = []
     assert isinstance(demo.pick_metric("auto", None, lines.append), MSSSIM)
     (line,) = lines
     assert "1 - MS-SSIM instead" in line and "reason: alexnet-owt-7be5be79.pth cannot be downloaded" in line
@@ -69,7 +64,7 @@ def test_without_lpips_weights_the_demo_uses_ms_ssim_and_prints_why(monkeypatch:
         demo.pick_metric("psnr", None, lines.append)
 
 
-def test_a_picture_shows_the_colour_of_every_class() -> None:
+def test_a_picture_shows_the_colour_of_every_class():
     labels, _ = scene_inputs(1, 2)[0]
     shown = demo.picture((labels, labels))
     assert shown.shape == (3, *labels.shape[1:])

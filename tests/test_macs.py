@@ -1,10 +1,5 @@
 """Counts of multiply-accumulates against counts by hand."""
 
-from __future__ import annotations
-
-from types import ModuleType
-from typing import Any
-
 import pytest
 import torch
 from torch import nn
@@ -31,7 +26,7 @@ X = torch.rand(2, 6, 8, 10)
         (nn.Sequential(nn.ReLU(), nn.BatchNorm2d(6).eval(), nn.Upsample(scale_factor=2)), 0),
     ],
 )
-def test_layers_count_what_they_count_by_hand(layer: nn.Module, by_hand: int) -> None:
+def test_layers_count_what_they_count_by_hand(layer, by_hand):
     assert count_macs(layer, X) == by_hand
 
 
@@ -48,14 +43,14 @@ def test_layers_count_what_they_count_by_hand(layer: nn.Module, by_hand: int) ->
         (lambda x: F.conv3d(x[:, :, None], torch.rand(5, 6, 1, 3, 3)), 2 * 6 * 8 * 5 * 6 * 9),
     ],
 )
-def test_functions_count_what_they_count_by_hand(function: Any, by_hand: int) -> None:
+def test_functions_count_what_they_count_by_hand(function, by_hand):
     assert count_macs(function, X) == by_hand
 
 
-def test_keyword_arguments_are_passed_on_and_nothing_is_tracked_or_left_behind() -> None:
+def test_keyword_arguments_are_passed_on_and_nothing_is_tracked_or_left_behind():
     layer, calls = nn.Linear(3, 4), []
 
-    def function(x: torch.Tensor, *, twice: bool) -> torch.Tensor:
+    def function(x, *, twice):
         calls.append((twice, torch.is_grad_enabled()))
         return layer(layer.weight @ x if twice else x)
 
@@ -65,7 +60,7 @@ def test_keyword_arguments_are_passed_on_and_nothing_is_tracked_or_left_behind()
     assert calls == [(True, False)] and torch.is_grad_enabled()
 
 
-def test_thop_agrees_on_plain_layers_and_changes_no_module(toys: ModuleType) -> None:
+def test_thop_agrees_on_plain_layers_and_changes_no_module(toys):
     pytest.importorskip("thop")
     module = nn.Sequential(nn.Conv2d(6, 4, 3, padding=1), nn.Conv2d(4, 2, 1)).eval()
     before = [list(vars(m)) for m in module.modules()]

@@ -1,17 +1,12 @@
 """Measuring every exit against the backbone."""
 
-from __future__ import annotations
-
 import json
 import sys
-from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import retroexit
 from retroexit.core.modules import count_macs
@@ -22,27 +17,26 @@ from retroexit.evaluation.sweep import Evaluation
 from retroexit.evaluation.thop_check import cross_check
 from retroexit.measuring import Measurement
 from retroexit.metrics import QualityMetric
-from retroexit.model import EarlyExitGenerator
 from retroexit.report.strips import pick_strips
 
 
 class Distance(QualityMetric):
     name = "distance"
 
-    def compare(self, a: Tensor, b: Tensor) -> Tensor:
+    def compare(self, a, b):
         return (a - b).abs().mean((1, 2, 3))
 
 
 class Decoder(nn.Module):
     """Images in [0, 1]; the draw in front may be switched on."""
 
-    def __init__(self, noise: float = 0.0) -> None:
+    def __init__(self, noise=0.0):
         super().__init__()
         self.noise, self.stem = noise, nn.Conv2d(4, 12, 1)
         self.stages = nn.ModuleList([nn.Conv2d(12, 12, 3, padding=1) for _ in range(3)])
         self.rgb = nn.Conv2d(12, 3, 1)
 
-    def forward(self, z: Tensor) -> Tensor:
+    def forward(self, z):
         h = self.stem(z + self.noise * torch.randn_like(z) if self.noise else z)
         for stage in self.stages:
             h = nn.functional.interpolate(torch.relu(stage(h)), scale_factor=2.0)
@@ -55,7 +49,7 @@ INPUTS = (
 )
 
 
-def _fitted(folder: Path, noise: float = 0.0, **options: Any) -> EarlyExitGenerator:
+def _fitted(folder, noise=0.0, **options):
     torch.manual_seed(0)
     defaults = {"init": "scratch", "image_range": (0, 1), "adapter": False, "example_inputs": (INPUTS[:2],)}
     model = retroexit.wrap(Decoder(noise).eval(), [1, 2], 1.0, **(defaults | options))
@@ -64,12 +58,12 @@ def _fitted(folder: Path, noise: float = 0.0, **options: Any) -> EarlyExitGenera
     )
 
 
-def _unfitted(**options: Any) -> EarlyExitGenerator:
+def _unfitted(**options):
     return retroexit.wrap(Decoder().eval(), [2], 1.0, init="scratch", adapter=False, **options)
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> EarlyExitGenerator:
+def model(tmp_path_factory):
     return _fitted(tmp_path_factory.mktemp("fit"), guidance=True)
 
 
@@ -77,17 +71,13 @@ COMMAND = "retroexit evaluate toys:decoder runs/toy --inputs toys:test"
 
 
 @pytest.fixture(scope="module")
-def evaluation(
-    model: EarlyExitGenerator, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Evaluation, Path]:
+def evaluation(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
     options = {"batch": 4, "repeats": 1, "title": "A toy", "command": COMMAND, "progress": False}
     return retroexit.evaluate(model, INPUTS, folder, metric=Distance(), **options), folder
 
 
-def test_losses_equal_those_of_the_samples_one_by_one(
-    model: EarlyExitGenerator, evaluation: tuple[Evaluation, Path]
-) -> None:
+def test_losses_equal_those_of_the_samples_one_by_one(model, evaluation):
     result, _ = evaluation
     assert result.loss.shape == (11, 2)
     with torch.no_grad():
@@ -101,9 +91,7 @@ def test_losses_equal_those_of_the_samples_one_by_one(
         assert result.predicted == pytest.approx(predicted.numpy(), rel=1e-4, abs=1e-5)
 
 
-def test_distance_is_that_to_the_nearest_key(
-    model: EarlyExitGenerator, evaluation: tuple[Evaluation, Path]
-) -> None:
+def test_distance_is_that_to_the_nearest_key(model, evaluation):
     result, _ = evaluation
     assert result.distance is not None and model.bank is not None
     with torch.no_grad():
@@ -112,9 +100,7 @@ def test_distance_is_that_to_the_nearest_key(
     assert result.distance == pytest.approx(distances.numpy(), rel=1e-3, abs=1e-4)
 
 
-def test_macs_and_overhead_equal_counts_of_calls_made_by_hand(
-    model: EarlyExitGenerator, evaluation: tuple[Evaluation, Path]
-) -> None:
+def test_macs_and_overhead_equal_counts_of_calls_made_by_hand(model, evaluation):
     result, _ = evaluation
     z, bank, predictor = INPUTS[:1], model.bank, model.predictor
     assert bank is not None and predictor is not None
@@ -131,7 +117,7 @@ def test_macs_and_overhead_equal_counts_of_calls_made_by_hand(
     ]
 
 
-def test_the_report_and_its_numbers_are_written(evaluation: tuple[Evaluation, Path]) -> None:
+def test_the_report_and_its_numbers_are_written(evaluation):
     result, folder = evaluation
     assert result.seconds is not None and len(result.seconds) == 3 and (result.seconds > 0).all()
     page = (folder / "report.html").read_text()
@@ -145,9 +131,7 @@ def test_the_report_and_its_numbers_are_written(evaluation: tuple[Evaluation, Pa
     assert again.metric["name"] == "distance"
 
 
-def test_without_a_folder_nothing_is_written(
-    model: EarlyExitGenerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_a_folder_nothing_is_written(model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = retroexit.evaluate(model, INPUTS[:2], metric=Distance(), repeats=0, progress=False)
     assert result.seconds is None
@@ -156,7 +140,7 @@ def test_without_a_folder_nothing_is_written(
         retroexit.evaluate(model, [], metric=Distance())
 
 
-def test_a_model_that_was_never_fitted_can_be_measured(tmp_path: Path) -> None:
+def test_a_model_that_was_never_fitted_can_be_measured(tmp_path):
     model = _unfitted()
     result = retroexit.evaluate(model, INPUTS[:3], tmp_path, metric=Distance(), repeats=0, progress=False)
     assert result.predicted is None and result.distance is None
@@ -164,7 +148,7 @@ def test_a_model_that_was_never_fitted_can_be_measured(tmp_path: Path) -> None:
     assert (tmp_path / "report.html").exists()
 
 
-def test_the_range_that_a_model_was_fitted_with_needs_no_measuring() -> None:
+def test_the_range_that_a_model_was_fitted_with_needs_no_measuring():
     dark = _unfitted()
     with torch.no_grad():
         dark.generator.rgb.weight.mul_(1e-3)
@@ -176,7 +160,7 @@ def test_the_range_that_a_model_was_fitted_with_needs_no_measuring() -> None:
     assert result.about["image_range"] == [0, 1]
 
 
-def test_noise_inside_is_drawn_alike_for_every_exit_and_leaves_no_trace(tmp_path: Path) -> None:
+def test_noise_inside_is_drawn_alike_for_every_exit_and_leaves_no_trace(tmp_path):
     model = _fitted(tmp_path, noise=0.5)
     torch.manual_seed(1)
     state = torch.random.get_rng_state()
@@ -196,7 +180,7 @@ def test_noise_inside_is_drawn_alike_for_every_exit_and_leaves_no_trace(tmp_path
     assert np.array_equal(result.loss, again.loss) and not np.array_equal(result.loss, other.loss)
 
 
-def test_strips_show_the_samples_that_they_name(model: EarlyExitGenerator) -> None:
+def test_strips_show_the_samples_that_they_name(model):
     run = Measurement(model, Samples(INPUTS, 0), Distance(), ImageRange(0, 1), batch=4)
     loss = np.random.default_rng(0).random((11, 2))
     loss[7], loss[3], loss[5] = 0.0, 2.0, 0.9
@@ -219,9 +203,7 @@ def test_strips_show_the_samples_that_they_name(model: EarlyExitGenerator) -> No
     assert all(strip.images[0][1].shape == (5, 7, 3) and not strip.images[0][1].any() for strip in strips)
 
 
-def test_the_cross_check_agrees_on_plain_layers_and_explains_differences(
-    model: EarlyExitGenerator, toys: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_cross_check_agrees_on_plain_layers_and_explains_differences(model, toys, monkeypatch):
     pytest.importorskip("thop")
     plain = cross_check(model.generator, model.exits[-1].macs, (INPUTS[:1],))
     assert plain == "0.473 MMACs for the backbone, 1.000 of ours"
@@ -238,9 +220,7 @@ def test_the_cross_check_agrees_on_plain_layers_and_explains_differences(
     assert "MissingExtraError: thop is not installed" in text
 
 
-def test_a_missing_package_is_an_error_with_the_pip_line(
-    model: EarlyExitGenerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_package_is_an_error_with_the_pip_line(model, tmp_path, monkeypatch):
     for name in [n for n in sys.modules if n.split(".")[0] in ("matplotlib", "torchmetrics")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)

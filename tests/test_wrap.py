@@ -1,11 +1,7 @@
 """What `wrap` promises, on a small generator for each thing that other people's decoders do."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,13 +9,12 @@ from torch import nn
 
 import retroexit
 from retroexit.core.nested import tensors
-from retroexit.model import EarlyExitGenerator
 
 Untouched = Callable[[nn.Module], AbstractContextManager[None]]
 
 
-def wrapped(toy: Any, **options: Any) -> EarlyExitGenerator:
-    settings: dict[str, Any] = {
+def wrapped(toy, **options):
+    settings = {
         "attach_at": list(toy.stages[:2]),
         "scale": 1 / 4,
         "min_channels": 8,
@@ -29,25 +24,23 @@ def wrapped(toy: Any, **options: Any) -> EarlyExitGenerator:
     return retroexit.wrap(toy.generator, **{**settings, **options})
 
 
-def call(model: nn.Module, toy: Any, rows: slice = slice(None), **options: Any) -> Any:
+def call(model, toy, rows=slice(None), **options):
     args, kwargs = toy.rows(rows)
     torch.manual_seed(7)
     return model(*args, **kwargs, **options)
 
 
-def equal(a: Any, b: Any) -> bool:
+def equal(a, b):
     pairs = list(zip(tensors(a), tensors(b), strict=True))
     return type(a) is type(b) and all(torch.equal(x, y) for x, y in pairs)
 
 
-def count(module: nn.Module) -> int:
+def count(module):
     return sum(p.numel() for p in module.parameters())
 
 
 @pytest.mark.parametrize("init", ["inherit", "scratch"])
-def test_any_decoder_gets_exits_and_keeps_its_own_output(
-    every_toy: Any, init: str, untouched: Untouched, tmp_path: Path
-) -> None:
+def test_any_decoder_gets_exits_and_keeps_its_own_output(every_toy, init, untouched, tmp_path):
     toy = every_toy
     want = call(toy.generator, toy)
     with untouched(toy.generator):
@@ -70,7 +63,7 @@ def test_any_decoder_gets_exits_and_keeps_its_own_output(
         assert all(equal(call(model, toy, exit=k), call(again, toy, exit=k)) for k in (1, 2))
 
 
-def _check_width(model: EarlyExitGenerator, k: int, toy: Any) -> None:
+def _check_width(model, k, toy):
     branch, row = model.branches[k - 1], model.exits[k - 1]
     tail = model.split.tail(k - 1)
     assert row.parameters == count(branch) < 0.5 * count(tail)
@@ -80,7 +73,7 @@ def _check_width(model: EarlyExitGenerator, k: int, toy: Any) -> None:
         assert row.pinned == ()
 
 
-def _check_batch(model: EarlyExitGenerator, k: int, toy: Any) -> None:
+def _check_batch(model, k, toy):
     with torch.no_grad():
         both = tensors(call(model, toy, exit=k))
         alone = [tensors(call(model, toy, slice(i, i + 1), exit=k)) for i in (0, 1)]
@@ -91,7 +84,7 @@ def _check_batch(model: EarlyExitGenerator, k: int, toy: Any) -> None:
             )
 
 
-def test_all_exits_are_the_exits_one_by_one(every_toy: Any) -> None:
+def test_all_exits_are_the_exits_one_by_one(every_toy):
     toy = every_toy
     model = wrapped(toy, attach_at=[toy.stages[0]], scale=1.0)
     with torch.no_grad():
@@ -102,7 +95,7 @@ def test_all_exits_are_the_exits_one_by_one(every_toy: Any) -> None:
         assert equal(got, want)
 
 
-def test_at_full_width_every_branch_is_the_tail_bit_for_bit(every_toy: Any) -> None:
+def test_at_full_width_every_branch_is_the_tail_bit_for_bit(every_toy):
     toy = every_toy
     model = wrapped(toy, scale=1.0)
     with torch.no_grad():

@@ -1,43 +1,38 @@
 """What cannot be wrapped or called says why, and leaves the generator as it was."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 import retroexit
 from retroexit import errors
-from retroexit.model import EarlyExitGenerator
 
 Untouched = Callable[[nn.Module], AbstractContextManager[None]]
 
 
 @pytest.fixture
-def toy(toys: ModuleType) -> Any:
+def toy(toys):
     return toys.TOYS["group_norm"]()
 
 
-def chain(toys: ModuleType, forward: Callable[[Any, Tensor], Any] | None = None) -> nn.Module:
+def chain(toys, forward=None):
     """Three residual blocks with a forward of one's own."""
     base = toys.Chain
     kind = type("Own", (base,), {"forward": forward or base.forward})
-    made: nn.Module = kind([toys.Block(32, 32), toys.Block(32, 24, True), toys.Block(24, 24)])
+    made = kind([toys.Block(32, 32), toys.Block(32, 24, True), toys.Block(24, 24)])
     return made.eval()
 
 
 X = torch.linspace(0, 1, 2 * 4 * 8 * 8).view(2, 4, 8, 8)
 
 
-def wrap(generator: Any, *inputs: Any, **options: Any) -> EarlyExitGenerator:
-    settings: dict[str, Any] = {"attach_at": [1], "scale": 1 / 4, "min_channels": 8, **options}
+def wrap(generator, *inputs, **options):
+    settings = {"attach_at": [1], "scale": 1 / 4, "min_channels": 8, **options}
     return retroexit.wrap(generator, example_inputs=inputs or (X,), **settings)
 
 
@@ -59,11 +54,7 @@ def wrap(generator: Any, *inputs: Any, **options: Any) -> EarlyExitGenerator:
             errors.AttachPointError,
             r"no module 'blocks\.9' in Chain.*'blocks\.\d'",
         ),
-        (
-            {"attach_at": ["blocks"]},
-            errors.AttachPointError,
-            "'blocks' is never called",
-        ),
+        ({"attach_at": ["blocks"]}, errors.AttachPointError, "'blocks' is never called"),
         ({"attach_at": []}, errors.AttachPointError, r"attach_at must name at least one stage, got \[\]"),
         (
             {"attach_at": [2, 2]},
@@ -76,11 +67,7 @@ def wrap(generator: Any, *inputs: Any, **options: Any) -> EarlyExitGenerator:
             errors.AttachPointError,
             "must hold stage numbers and module paths, got True",
         ),
-        (
-            {"attach_at": [3]},
-            errors.AttachPointError,
-            r"got the last one, 3 \(blocks\.2\). Attach at 1 to 2",
-        ),
+        ({"attach_at": [3]}, errors.AttachPointError, r"got the last one, 3 \(blocks\.2\). Attach at 1 to 2"),
         (
             {"attach_at": ["blocks.2"]},
             errors.AttachPointError,
@@ -104,26 +91,24 @@ def wrap(generator: Any, *inputs: Any, **options: Any) -> EarlyExitGenerator:
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
-def test_settings_that_make_no_sense(
-    toy: Any, untouched: Untouched, options: dict[str, Any], error: type[Exception], text: str
-) -> None:
+def test_settings_that_make_no_sense(toy, untouched, options, error, text):
     with untouched(toy.generator), pytest.raises(error, match=text):
         wrap(toy.generator, **options)
 
 
-def test_something_that_is_no_module() -> None:
+def test_something_that_is_no_module():
     with pytest.raises(errors.GeneratorError, match="generator must be a torch.nn.Module, got a function"):
         wrap(lambda x: x)
 
 
-def test_inputs_that_the_generator_rejects_show_its_own_error(toy: Any, untouched: Untouched) -> None:
+def test_inputs_that_the_generator_rejects_show_its_own_error(toy, untouched):
     x, text = torch.rand(2, 9, 8, 8), r"\(2, 9, 8, 8\).*RuntimeError.*9 channels"
     with untouched(toy.generator), pytest.raises(errors.GeneratorError, match=text) as caught:
         wrap(toy.generator, x)
     assert isinstance(caught.value.__cause__, RuntimeError)
 
 
-def test_a_generator_in_train_mode(toy: Any, untouched: Untouched) -> None:
+def test_a_generator_in_train_mode(toy, untouched):
     toy.generator.train()
     with (
         untouched(toy.generator),
@@ -132,7 +117,7 @@ def test_a_generator_in_train_mode(toy: Any, untouched: Untouched) -> None:
         wrap(toy.generator)
 
 
-def test_a_generator_whose_mode_changed_after_wrapping(toy: Any, untouched: Untouched) -> None:
+def test_a_generator_whose_mode_changed_after_wrapping(toy, untouched):
     model = wrap(toy.generator)
     toy.generator.blocks[1].train()
     with (
@@ -142,7 +127,7 @@ def test_a_generator_whose_mode_changed_after_wrapping(toy: Any, untouched: Unto
         model(X, exit=1)
 
 
-def test_half_precision_against_full_precision_inputs(toy: Any, untouched: Untouched) -> None:
+def test_half_precision_against_full_precision_inputs(toy, untouched):
     toy.generator.half()
     with (
         untouched(toy.generator),
@@ -153,20 +138,20 @@ def test_half_precision_against_full_precision_inputs(toy: Any, untouched: Untou
         wrap(toy.generator)
 
 
-def test_a_generator_on_another_device_than_its_inputs(toy: Any, untouched: Untouched) -> None:
+def test_a_generator_on_another_device_than_its_inputs(toy, untouched):
     generator = toy.generator.to("meta")
     with pytest.raises(errors.DeviceError, match="got parameters on meta .* and an input .* on cpu"):
         wrap(generator)
 
 
-def test_a_generator_that_moved_after_wrapping(toy: Any) -> None:
+def test_a_generator_that_moved_after_wrapping(toy):
     model = wrap(toy.generator)
     toy.generator.to("meta")
     with pytest.raises(errors.DeviceError, match="must be on cpu .*got meta"):
         model(X, exit=1)
 
 
-def test_an_output_that_is_not_a_number(toys: ModuleType, untouched: Untouched) -> None:
+def test_an_output_that_is_not_a_number(toys, untouched):
     generator = chain(toys)
     with torch.no_grad():
         generator.rgb.bias[0] = float("nan")
@@ -177,12 +162,12 @@ def test_an_output_that_is_not_a_number(toys: ModuleType, untouched: Untouched) 
         wrap(generator)
 
 
-def untouched_but_nan(generator: nn.Module) -> AbstractContextManager[None]:
+def untouched_but_nan(generator):
     """NaN is not equal to itself, so weights are compared by their bytes here."""
     from contextlib import contextmanager
 
     @contextmanager
-    def watch() -> Any:
+    def watch():
         before = {k: v.numpy().tobytes() for k, v in generator.state_dict().items()}
         yield
         assert before == {k: v.numpy().tobytes() for k, v in generator.state_dict().items()}
@@ -190,8 +175,8 @@ def untouched_but_nan(generator: nn.Module) -> AbstractContextManager[None]:
     return watch()
 
 
-def test_several_images_ask_which_one(toys: ModuleType, untouched: Untouched) -> None:
-    def forward(self: Any, x: Tensor) -> Any:
+def test_several_images_ask_which_one(toys, untouched):
+    def forward(self, x):
         image = toys.Chain.forward(self, x)
         return {"rgb": image, "mask": image[:, :1]}
 
@@ -207,7 +192,7 @@ def test_several_images_ask_which_one(toys: ModuleType, untouched: Untouched) ->
     assert model.image(model(X, exit=1)).shape == (2, 3, 16, 16)
 
 
-def test_no_image_at_all(toys: ModuleType, untouched: Untouched) -> None:
+def test_no_image_at_all(toys, untouched):
     generator = chain(toys, lambda self, x: toys.Chain.forward(self, x).mean((2, 3)))
     with (
         untouched(generator),
@@ -216,25 +201,20 @@ def test_no_image_at_all(toys: ModuleType, untouched: Untouched) -> None:
         wrap(generator)
 
 
-def test_a_stage_that_runs_twice(toys: ModuleType, untouched: Untouched) -> None:
-    def forward(self: Any, x: Tensor) -> Tensor:
+def test_a_stage_that_runs_twice(toys, untouched):
+    def forward(self, x):
         h = self.stem(x)
         for block in (self.blocks[0], self.blocks[0], self.blocks[1], self.blocks[2]):
             h = block(h)
         return self.rgb(h)
 
     generator = chain(toys, forward)
-    with (
-        untouched(generator),
-        pytest.raises(errors.RepeatedStageError, match=r"'blocks\.0' runs 2 times"),
-    ):
+    with untouched(generator), pytest.raises(errors.RepeatedStageError, match=r"'blocks\.0' runs 2 times"):
         wrap(generator, attach_at=["blocks.0"])
 
 
-def test_a_value_read_out_of_a_tensor_that_steers_the_forward_is_named(
-    toys: ModuleType, untouched: Untouched
-) -> None:
-    def forward(self: Any, x: Tensor) -> Tensor:
+def test_a_value_read_out_of_a_tensor_that_steers_the_forward_is_named(toys, untouched):
+    def forward(self, x):
         return toys.Chain.forward(self, x) * x.mean().item()
 
     generator = chain(toys, forward)
@@ -243,8 +223,8 @@ def test_a_value_read_out_of_a_tensor_that_steers_the_forward_is_named(
     assert re.search(r"test_wrap_errors\.py:\d+: return .*item\(\)", model.split.decoder.replayed)
 
 
-def test_a_python_argument_that_changes_is_named(toys: ModuleType, untouched: Untouched) -> None:
-    def forward(self: Any, x: Tensor, gain: float = 1.0) -> Tensor:
+def test_a_python_argument_that_changes_is_named(toys, untouched):
+    def forward(self, x, gain=1.0):
         return toys.Chain.forward(self, x) * gain
 
     model = wrap(chain(toys, forward), X, 2.0)
@@ -255,8 +235,8 @@ def test_a_python_argument_that_changes_is_named(toys: ModuleType, untouched: Un
         model(X, 3.0, exit=1)
 
 
-def test_an_input_shape_that_the_forward_fixes(toys: ModuleType, untouched: Untouched) -> None:
-    def forward(self: Any, x: Tensor) -> Tensor:
+def test_an_input_shape_that_the_forward_fixes(toys, untouched):
+    def forward(self, x):
         h = self.stem(x) + torch.ones(int(x.shape[2]), 1)
         for block in self.blocks:
             h = block(h)
@@ -274,7 +254,7 @@ def test_an_input_shape_that_the_forward_fixes(toys: ModuleType, untouched: Unto
     assert model(tall).shape == (2, 3, 24, 16)  # the generator itself takes it
 
 
-def test_an_input_of_another_type_or_structure(toy: Any, untouched: Untouched) -> None:
+def test_an_input_of_another_type_or_structure(toy, untouched):
     model = wrap(toy.generator)
     with (
         untouched(toy.generator),
@@ -286,25 +266,25 @@ def test_an_input_of_another_type_or_structure(toy: Any, untouched: Untouched) -
 
 
 @pytest.mark.parametrize("exit", [0, 3, -1, True, "last"])
-def test_an_exit_that_does_not_exist(toy: Any, exit: Any) -> None:
+def test_an_exit_that_does_not_exist(toy, exit):
     with pytest.raises(
         errors.OptionError, match=f"exit must be an integer from 1 to 2, the backbone, got {exit!r}"
     ):
         wrap(toy.generator)(X, exit=exit)
 
 
-def test_two_ways_to_choose_an_exit(toy: Any) -> None:
+def test_two_ways_to_choose_an_exit(toy):
     with pytest.raises(errors.OptionError, match=r"exit=1 and threshold=0\.1"):
         wrap(toy.generator)(X, exit=1, threshold=0.1)
 
 
 @pytest.mark.parametrize("threshold", [-0.1, float("nan"), "low"])
-def test_a_threshold_out_of_range(toy: Any, threshold: Any) -> None:
+def test_a_threshold_out_of_range(toy, threshold):
     with pytest.raises(errors.OptionError, match="threshold"):
         wrap(toy.generator)(X, threshold=threshold)
 
 
-def test_a_threshold_without_a_predictor(toy: Any, untouched: Untouched) -> None:
+def test_a_threshold_without_a_predictor(toy, untouched):
     model = wrap(toy.generator)
     with (
         untouched(toy.generator),
@@ -315,15 +295,15 @@ def test_a_threshold_without_a_predictor(toy: Any, untouched: Untouched) -> None
         model(X, threshold=0.1)
 
 
-def test_a_guided_branch_without_a_bank(toy: Any, untouched: Untouched) -> None:
+def test_a_guided_branch_without_a_bank(toy, untouched):
     model = wrap(toy.generator, guidance=True)
     with untouched(toy.generator), pytest.raises(errors.BankError, match="there is no guidance bank"):
         model(X, exit=1)
 
 
-def test_a_tail_that_cannot_be_narrowed(toys: ModuleType, untouched: Untouched) -> None:
+def test_a_tail_that_cannot_be_narrowed(toys, untouched):
     class Table(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
+        def forward(self, x):
             return x * {32: 1.0}[int(x.shape[1])]
 
     generator = chain(toys)
@@ -340,7 +320,7 @@ def test_a_tail_that_cannot_be_narrowed(toys: ModuleType, untouched: Untouched) 
 @pytest.mark.parametrize(
     "ask", [lambda m: m.exits, lambda m: m.split, lambda m: m.save("nowhere"), lambda m: m.image(X)]
 )
-def test_what_needs_a_recording_says_so(toy: Any, ask: Callable[[EarlyExitGenerator], Any]) -> None:
+def test_what_needs_a_recording_says_so(toy, ask):
     model = retroexit.wrap(toy.generator, attach_at=[1], scale=1 / 4)
     with pytest.raises(
         errors.NotRecordedError,
@@ -350,7 +330,7 @@ def test_what_needs_a_recording_says_so(toy: Any, ask: Callable[[EarlyExitGenera
     assert "not recorded yet" in repr(model)
 
 
-def test_a_failed_first_call_leaves_no_half_made_model(toy: Any, untouched: Untouched) -> None:
+def test_a_failed_first_call_leaves_no_half_made_model(toy, untouched):
     model = retroexit.wrap(toy.generator, attach_at=[1], scale=1 / 4, min_channels=8)
     x = torch.rand(2, 9, 8, 8)
     with untouched(toy.generator), pytest.raises(errors.GeneratorError):
@@ -359,11 +339,11 @@ def test_a_failed_first_call_leaves_no_half_made_model(toy: Any, untouched: Unto
     assert model(X, exit=1).shape == (2, 3, 16, 16)
 
 
-def test_a_self_test_that_fails_can_be_switched_off(toys: ModuleType, untouched: Untouched) -> None:
+def test_a_self_test_that_fails_can_be_switched_off(toys, untouched):
     class Counts(nn.Module):
         calls = 0
 
-        def forward(self, x: Tensor) -> Tensor:
+        def forward(self, x):
             type(self).calls += 1
             return x + 1e-6 * type(self).calls
 
@@ -377,16 +357,16 @@ def test_a_self_test_that_fails_can_be_switched_off(toys: ModuleType, untouched:
     assert wrap(generator, self_test=False).is_recorded
 
 
-def test_tensors_hidden_in_an_object(toys: ModuleType, untouched: Untouched) -> None:
+def test_tensors_hidden_in_an_object(toys, untouched):
     class Box:
-        def __init__(self, x: Tensor) -> None:
+        def __init__(self, x):
             self.x = x
 
     class Opens(nn.Module):
-        def forward(self, box: Box) -> Tensor:
+        def forward(self, box):
             return F.relu(box.x)
 
-    def forward(self: Any, x: Tensor) -> Tensor:
+    def forward(self, x):
         h = self.blocks[1](self.blocks[0](self.stem(x)))
         return self.rgb(self.blocks[2](self.opens(Box(h))))
 
@@ -398,24 +378,24 @@ def test_tensors_hidden_in_an_object(toys: ModuleType, untouched: Untouched) -> 
 
 
 class _OneStage(nn.Module):
-    def __init__(self, stage: nn.Module) -> None:
+    def __init__(self, stage):
         super().__init__()
         self.stage, self.rgb = stage, nn.Conv2d(16, 3, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return self.rgb(nn.functional.interpolate(self.stage(x), scale_factor=2.0))
 
 
 class _TwoLayers(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.one, self.two = nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 16, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return self.one(x) + self.two(x)
 
 
-def test_a_decoder_of_one_block_is_told_to_name_a_layer_inside() -> None:
+def test_a_decoder_of_one_block_is_told_to_name_a_layer_inside():
     generator = _OneStage(_TwoLayers()).eval()
     example = (torch.randn(1, 16, 4, 4),)
     assert [stage.path for stage in retroexit.find_stages(generator, example)] == ["stage"]
@@ -424,7 +404,7 @@ def test_a_decoder_of_one_block_is_told_to_name_a_layer_inside() -> None:
     assert len(retroexit.wrap(generator, ["stage.one"], 1 / 2, example_inputs=example).exits) == 2
 
 
-def test_a_decoder_of_one_layer_is_told_to_take_its_input() -> None:
+def test_a_decoder_of_one_layer_is_told_to_take_its_input():
     generator = _OneStage(nn.Conv2d(16, 16, 3, padding=1)).eval()
     example = (torch.randn(1, 16, 4, 4),)
     assert [stage.path for stage in retroexit.find_stages(generator, example)] == ["stage"]

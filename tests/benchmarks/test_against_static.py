@@ -1,7 +1,5 @@
 """The comparison with compressed decoders: trained alike, counted alike, and read off honestly."""
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path
@@ -26,7 +24,7 @@ from retroexit.training.cache import FeatureCache  # noqa: E402
 TRAINING = networks.Training(steps=12, batch=4, bfloat16=False)
 
 
-def test_a_student_is_trained_exactly_as_a_branch_is(tmp_path: Path) -> None:
+def test_a_student_is_trained_exactly_as_a_branch_is(tmp_path):
     case = CASES["tiny"](tmp_path, tmp_path)
     student = networks.Student(case, 1 / 2, 4)
     args, _ = Samples(case.train).gather([0])
@@ -54,7 +52,7 @@ def test_a_student_is_trained_exactly_as_a_branch_is(tmp_path: Path) -> None:
         networks.tuned(networks.Student(case, 1 / 2, 4), case, networks.Training(), features, path)
 
 
-def test_one_run_compares_everything_and_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_run_compares_everything_and_resumes(tmp_path, capsys):
     pytest.importorskip("torch_pruning")
     words = ["--case", "tiny", "--steps", "3", "--batch", "4", "--float32"]
     words += ["--out", str(tmp_path), "--timed", "1", "--repeats", "1", "--thresholds", "3", "--longer", "5"]
@@ -73,7 +71,7 @@ def test_one_run_compares_everything_and_resumes(tmp_path: Path, capsys: pytest.
     assert "thin student" in capsys.readouterr().out
 
 
-def test_a_verdict_compares_with_the_best_of_ours_at_no_higher_cost() -> None:
+def test_a_verdict_compares_with_the_best_of_ours_at_no_higher_cost():
     points = [
         Point("thin student", 8, 100.0, [0.2, 0.2]),
         Point("Torch-Pruning", 0.5, 40.0, [0.3, 0.3]),
@@ -92,7 +90,7 @@ def test_a_verdict_compares_with_the_best_of_ours_at_no_higher_cost() -> None:
     assert "0.2000 > 0.0600" in text and "0.3000 | -" in text
 
 
-def test_the_floor_is_the_least_cost_that_keeps_nearly_all_images_below_a_limit() -> None:
+def test_the_floor_is_the_least_cost_that_keeps_nearly_all_images_below_a_limit():
     good, bad = [0.05] * 20, [0.05] * 18 + [0.2] * 2
     points = [
         Point("one exit", 1, 10.0, bad),  # a tenth of the images above

@@ -1,28 +1,21 @@
 """``retroexit doctor`` and ``retroexit plugins``."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import re
-from pathlib import Path
-from typing import Any
 
-import pytest
 import torch
 
 from retroexit.cli import doctor
 
 
-def test_plugins_lists_our_own(run: Any) -> None:
+def test_plugins_lists_our_own(run):
     shown = run("plugins").succeeds()
     assert re.search(
         r"^builtin +retroexit +\S+ .*retroexit_metrics.*retroexit_retrievers", shown, re.MULTILINE
     )
 
 
-def test_doctor_reports_and_fails_where_something_is_broken(
-    run: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_doctor_reports_and_fails_where_something_is_broken(run, monkeypatch):
 
     ok, bad = (
         doctor.Check("torch", "ok", "2.15"),
@@ -37,9 +30,7 @@ def test_doctor_reports_and_fails_where_something_is_broken(
     assert shown.out == "ok    torch: 2.15\nfail  faiss: gone\n      pip install faiss-cpu\n"
 
 
-def test_the_doctor_finds_nothing_broken_in_an_empty_cache(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_the_doctor_finds_nothing_broken_in_an_empty_cache(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     checks = {check.name: check for check in doctor.diagnose()}
     assert [check for check in checks.values() if check.status == "fail"] == []
@@ -50,9 +41,7 @@ def test_the_doctor_finds_nothing_broken_in_an_empty_cache(
     assert "alexnet-owt-7be5be79.pth" in missing.hint
 
 
-def test_the_doctor_checks_the_hash_of_cached_weights(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_the_doctor_checks_the_hash_of_cached_weights(monkeypatch, tmp_path):
     folder = tmp_path / "checkpoints"
     folder.mkdir()
     (folder / "alexnet-owt-7be5be79.pth").write_bytes(b"abc")
@@ -68,8 +57,8 @@ def test_the_doctor_checks_the_hash_of_cached_weights(
     assert vgg.status == "ok"
 
 
-def test_the_doctor_reports_a_check_that_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken() -> int:
+def test_the_doctor_reports_a_check_that_breaks(monkeypatch):
+    def broken():
         raise OSError("no threads today")
 
     monkeypatch.setattr(torch, "get_num_threads", broken)
@@ -78,9 +67,7 @@ def test_the_doctor_reports_a_check_that_breaks(monkeypatch: pytest.MonkeyPatch)
     assert "OSError: no threads today" in threads.detail
 
 
-def test_the_doctor_lists_every_dependency_once_and_tells_core_from_extra(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_doctor_lists_every_dependency_once_and_tells_core_from_extra(monkeypatch):
     requirements = [
         "torch!=2.13.0,>=2.9",
         "numpy",

@@ -1,16 +1,11 @@
 """The conformance test of adapters: a good one passes, and whatever is wrong with a bad one is listed."""
 
-from __future__ import annotations
-
 import dataclasses
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import retroexit
 from retroexit.errors import AdapterError, BranchError, RetroExitError
@@ -19,24 +14,24 @@ from retroexit.testing import AdapterReport, check_adapter
 
 
 class Block(nn.Module):
-    def __init__(self, c_in: int, c_out: int) -> None:
+    def __init__(self, c_in, c_out):
         super().__init__()
         self.conv, self.skip = nn.Conv2d(c_in, c_out, 3, padding=1), nn.Conv2d(c_in, c_out, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return torch.relu(self.conv(x)) + self.skip(x)
 
 
 class Decoder(nn.Module):
     """Codes of a codebook to a picture and a depth map; with ``noisy``, noise is drawn in front of it all."""
 
-    def __init__(self, codes: int = 6, noisy: bool = False) -> None:
+    def __init__(self, codes=6, noisy=False):
         super().__init__()
         self.book, self.noisy = nn.Embedding(codes, 8), noisy
         self.blocks = nn.ModuleList([Block(8, 16), Block(16, 16), Block(16, 16)])
         self.rgb, self.depth = nn.Conv2d(16, 3, 1), nn.Conv2d(16, 1, 1)
 
-    def forward(self, codes: Tensor) -> dict[str, Tensor]:
+    def forward(self, codes):
         x = self.book(codes).permute(0, 3, 1, 2)
         if self.noisy:
             x = x + torch.randn(x.shape[0], 8, 1, 1)
@@ -45,18 +40,18 @@ class Decoder(nn.Module):
         return {"depth": self.depth(x), "rgb": torch.sigmoid(self.rgb(x))}
 
 
-def codes(generator: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def codes(generator):
     assert isinstance(generator, Decoder)
     return (torch.arange(64).view(1, 8, 8) % generator.book.num_embeddings,), {}
 
 
 class Judge(nn.Sequential):
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__(nn.Conv2d(3, 4, 3), nn.LeakyReLU(), nn.Conv2d(4, 1, 3))
 
 
-def describe(generator: nn.Module, **changed: Any) -> Description:
-    book: Any = generator.book
+def describe(generator, **changed):
+    book = generator.book
     description = Description(
         name="toy",
         stages=("blocks.0", "blocks.1", "blocks.2"),
@@ -76,26 +71,26 @@ def describe(generator: nn.Module, **changed: Any) -> Description:
 class Adapter:
     """A good adapter; ``changed`` makes it a bad one."""
 
-    def __init__(self, **changed: Any) -> None:
+    def __init__(self, **changed):
         self.changed = changed
 
     @hookimpl
-    def retroexit_describe(self, generator: nn.Module) -> Description | None:
+    def retroexit_describe(self, generator):
         return describe(generator, **self.changed) if isinstance(generator, Decoder) else None
 
 
 class BuildingAdapter(Adapter):
     @hookimpl
-    def retroexit_build_stage(self, stage: nn.Module, in_channels: int, out_channels: int) -> Any:
+    def retroexit_build_stage(self, stage, in_channels, out_channels):
         return Block(in_channels, out_channels) if isinstance(stage, Block) else None
 
 
 @pytest.fixture
-def decoder() -> nn.Module:
+def decoder():
     return Decoder().eval()
 
 
-def problems_of(generator: nn.Module, **options: Any) -> str:
+def problems_of(generator, **options):
     """Fail the conformance test; gives its problems, a line for each."""
     with pytest.raises(AdapterError) as failed:
         check_adapter(generator, thin_at=[1], **options)
@@ -105,9 +100,7 @@ def problems_of(generator: nn.Module, **options: Any) -> str:
     return "\n".join(failed.value.problems)
 
 
-def test_a_good_adapter_passes_and_the_report_says_what_was_checked(
-    decoder: nn.Module, untouched: Callable[[nn.Module], AbstractContextManager[None]]
-) -> None:
+def test_a_good_adapter_passes_and_the_report_says_what_was_checked(decoder, untouched):
     with untouched(decoder):
         report = check_adapter(decoder, plugin=BuildingAdapter())
     assert isinstance(report, AdapterReport)
@@ -122,7 +115,7 @@ def test_a_good_adapter_passes_and_the_report_says_what_was_checked(
     ]
 
 
-def test_what_a_description_leaves_out_is_skipped(decoder: nn.Module) -> None:
+def test_what_a_description_leaves_out_is_skipped(decoder):
     described = Description(name="little", image="rgb")
     report = check_adapter(decoder, description=described, example_inputs=codes(decoder)[0], thin_at=[1])
     assert len(report.stages) >= 2
@@ -130,12 +123,12 @@ def test_what_a_description_leaves_out_is_skipped(decoder: nn.Module) -> None:
     assert "the image keeps its range: the description has no image_range" in report.skipped
 
 
-def test_noise_drawn_inside_the_forward_is_no_problem() -> None:
+def test_noise_drawn_inside_the_forward_is_no_problem():
     report = check_adapter(Decoder(noisy=True).eval(), plugin=Adapter(), thin_at=[1, 2])
     assert "samples of a batch do not change each other" in report.checked
 
 
-def test_everything_that_is_wrong_is_listed_at_once(decoder: nn.Module) -> None:
+def test_everything_that_is_wrong_is_listed_at_once(decoder):
     shared = Judge()
     wrong = {
         "image_range": (0, 255),
@@ -179,24 +172,22 @@ def test_everything_that_is_wrong_is_listed_at_once(decoder: nn.Module) -> None:
         ({"example_inputs": None}, "the description has no example_inputs; write them, or pass"),
     ],
 )
-def test_a_wrong_stage_image_or_input_is_named(
-    decoder: nn.Module, changed: dict[str, Any], problem: str
-) -> None:
+def test_a_wrong_stage_image_or_input_is_named(decoder, changed, problem):
     assert problem in problems_of(decoder, plugin=Adapter(**changed))
 
 
 class Idle(Judge):
     """Detaches its input, and has a layer that it never uses."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.spare = nn.Linear(1, 1)
 
-    def forward(self, image: Tensor) -> Tensor:
+    def forward(self, image):
         return self[0](image.detach())
 
 
-def change_weights(generator: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def change_weights(generator):
     assert isinstance(generator, Decoder)
     generator.book.weight.data.add_(1)
     return codes(generator)
@@ -235,9 +226,7 @@ def change_weights(generator: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any
     ],
     ids=["quietly", "loudly"],
 )
-def test_what_an_adapter_makes_is_looked_at(
-    decoder: nn.Module, changed: dict[str, Any], messages: list[str]
-) -> None:
+def test_what_an_adapter_makes_is_looked_at(decoder, changed, messages):
     problems = problems_of(decoder, plugin=Adapter(**changed))
     assert [text for text in messages if text not in problems] == []
 
@@ -247,10 +236,10 @@ class Idler:
 
     name, needs_inputs = "idler", False
 
-    def of_branch(self, verdict: Any, batch: Any) -> Tensor:
+    def of_branch(self, verdict, batch):
         return verdict.scores[0].mean() * 0
 
-    def of_discriminator(self, judge: Any, batch: Any) -> dict[str, Tensor]:
+    def of_discriminator(self, judge, batch):
         return {"nothing": judge(batch.target).scores[0].mean() * 0}
 
 
@@ -267,9 +256,7 @@ class Idler:
         ),
     ],
 )
-def test_an_objective_without_gradients_is_named(
-    decoder: nn.Module, objective: Any, messages: list[str]
-) -> None:
+def test_an_objective_without_gradients_is_named(decoder, objective, messages):
     problems = problems_of(decoder, plugin=Adapter(adversarial=objective))
     assert [text for text in messages if text not in problems] == []
 
@@ -277,7 +264,7 @@ def test_an_objective_without_gradients_is_named(
 class Mixing(Decoder):
     """Every sample sees the mean of its batch."""
 
-    def forward(self, codes: Tensor) -> dict[str, Tensor]:
+    def forward(self, codes):
         x = self.book(codes).permute(0, 3, 1, 2)
         x = self.blocks[1](self.blocks[0](x + self.noisy * torch.randn(x.shape[0], 8, 1, 1)))
         x = self.blocks[2](x - x.mean(0, keepdim=True) + x.mean())
@@ -285,28 +272,26 @@ class Mixing(Decoder):
 
 
 class Narrow(Decoder):
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.blocks = nn.ModuleList([Block(8, 2), Block(2, 2), Block(2, 2)])
         self.rgb, self.depth = nn.Conv2d(2, 3, 1), nn.Conv2d(2, 1, 1)
 
 
 @pytest.mark.parametrize("noisy", [False, True])
-def test_exits_that_depend_on_the_batch_are_named(noisy: bool) -> None:
+def test_exits_that_depend_on_the_batch_are_named(noisy):
     problems = problems_of(Mixing(noisy=noisy).eval(), plugin=Adapter())
     assert "exit 1 of two samples differs from each alone by up to" in problems
 
 
-def test_exits_that_do_not_shrink_are_named() -> None:
+def test_exits_that_do_not_shrink_are_named():
     assert "no branch shrinks at scale 0.25 with min_channels=4" in problems_of(
         Narrow().eval(), plugin=Adapter()
     )
 
 
-def test_every_stage_at_which_wrapping_fails_is_named(
-    decoder: nn.Module, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def wrap_partly(generator: nn.Module, attach_at: Sequence[int], *args: Any, **options: Any) -> Any:
+def test_every_stage_at_which_wrapping_fails_is_named(decoder, monkeypatch):
+    def wrap_partly(generator, attach_at, *args, **options):
         if 2 in attach_at:
             raise BranchError("stage 2 has no room for a branch")
         return retroexit.wrap(generator, attach_at, *args, **options)
@@ -318,17 +303,17 @@ def test_every_stage_at_which_wrapping_fails_is_named(
 
 class Greedy:
     @hookimpl
-    def retroexit_describe(self, generator: nn.Module) -> Description:
+    def retroexit_describe(self, generator):
         return Description(name="everything", image="rgb")
 
 
 class Failing(Adapter):
     @hookimpl
-    def retroexit_describe(self, generator: nn.Module) -> Description | None:
+    def retroexit_describe(self, generator):
         return describe(generator)  # a stranger has no codebook
 
 
-def hook(name: str) -> Any:
+def hook(name):
     return SimpleNamespace(__name__="Blind", hook=hookimpl(lambda generator: None, specname=name))
 
 
@@ -346,7 +331,5 @@ def hook(name: str) -> Any:
         ({"plugin": Adapter(), "strangers": [Decoder()]}, "the adapter recognises a Decoder too"),
     ],
 )
-def test_an_adapter_that_recognises_too_much_or_too_little_is_named(
-    decoder: nn.Module, options: dict[str, Any], problem: str
-) -> None:
+def test_an_adapter_that_recognises_too_much_or_too_little_is_named(decoder, options, problem):
     assert problem in problems_of(decoder, **options)

@@ -9,7 +9,6 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -25,14 +24,7 @@ class Site:
 
     folder: Path
 
-    def add(
-        self,
-        distribution: str,
-        module: str,
-        source: str,
-        *,
-        entry: str | None = None,
-    ) -> None:
+    def add(self, distribution, module, source, *, entry=None):
         """Install a module and announce it; ``entry`` is the line in ``entry_points.txt``."""
         (self.folder / f"{module}.py").write_text(source)
         info = self.folder / f"{distribution.replace('-', '_')}-1.2.dist-info"
@@ -40,23 +32,20 @@ class Site:
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.2\n")
         (info / "entry_points.txt").write_text(f"[retroexit]\n{entry or f'{module} = {module}'}\n")
 
-    def run(self, *words: str) -> subprocess.CompletedProcess[str]:
+    def run(self, *words):
         """Run a Python command line that sees these distributions."""
         path = os.pathsep.join([str(self.folder), *filter(None, sys.path)])
         return subprocess.run(
-            [sys.executable, *words],
-            capture_output=True,
-            text=True,
-            env={**os.environ, "PYTHONPATH": path},
+            [sys.executable, *words], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}
         )
 
 
 @pytest.fixture
-def site(tmp_path: Path) -> Site:
+def site(tmp_path):
     return Site(tmp_path)
 
 
-def marked(body: str) -> str:
+def marked(body):
     return f"{HEAD}@hookimpl\n{body}\n"
 
 
@@ -88,7 +77,7 @@ print(json.dumps({
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def seen(tmp_path_factory):
     """Install every broken distribution and one good one, and look everything up twice."""
     site = Site(tmp_path_factory.mktemp("site"))
     site.add("merry-plugin", "plug_good", GOOD)
@@ -102,7 +91,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return json.loads(done.stdout)
 
 
-def test_whatever_is_installed_the_library_imports_and_works(seen: Any) -> None:
+def test_whatever_is_installed_the_library_imports_and_works(seen):
     assert seen["early"] == [], "a plug-in was imported by 'import retroexit'"
     assert seen["used"] == ["ExactRetriever", 32]
     assert {"l1", "mse", "zoo"} <= set(seen["losses"])
@@ -113,7 +102,7 @@ def test_whatever_is_installed_the_library_imports_and_works(seen: Any) -> None:
 
 
 @pytest.mark.parametrize("name", NOT_IN_USE)
-def test_a_plugin_that_cannot_be_loaded_is_named_once_with_its_cause(seen: Any, name: str) -> None:
+def test_a_plugin_that_cannot_be_loaded_is_named_once_with_its_cause(seen, name):
     _, cause = NOT_IN_USE[name]
     start = f"plug-in '{name}' of bad-{name.replace(' ', '-')} 1.2 is not in use: "
     (text,) = [text for _, text in seen["said"] if text.startswith(start)]
@@ -123,7 +112,7 @@ def test_a_plugin_that_cannot_be_loaded_is_named_once_with_its_cause(seen: Any, 
     assert text == start + error
 
 
-def test_the_command_line_lists_what_is_broken_and_goes_on(site: Site) -> None:
+def test_the_command_line_lists_what_is_broken_and_goes_on(site):
     pytest.importorskip("typer")
     site.add("sad-plugin", "plug_bad", "import nowhere_at_all")
     site.add(
@@ -153,7 +142,7 @@ def test_the_command_line_lists_what_is_broken_and_goes_on(site: Site) -> None:
     assert site.run("-m", "retroexit", "greet", "--name", "me").stdout == "hello me\n"
 
 
-def test_importing_the_library_looks_for_no_plugin(site: Site) -> None:
+def test_importing_the_library_looks_for_no_plugin(site):
     site.add("sad-plugin", "plug_bad", "raise SystemExit(7)")
     code = """
 import importlib.metadata as metadata

@@ -1,7 +1,5 @@
 """The report as a browser shows it: nothing fetched, nothing cut off at either width, every picture there."""
 
-from __future__ import annotations
-
 import html
 import http.server
 import json
@@ -12,8 +10,6 @@ import subprocess
 import threading
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -59,7 +55,7 @@ frame.addEventListener("load", () => {
 
 
 @pytest.fixture(scope="session")
-def browser() -> str:
+def browser():
     """A headless browser; tests that need one skip where there is none."""
     for name in (os.environ.get("RETROEXIT_BROWSER", ""), *NAMES):
         if name and (path := shutil.which(name)):
@@ -70,11 +66,11 @@ def browser() -> str:
 class Quiet(http.server.SimpleHTTPRequestHandler):
     """Serves files and says nothing."""
 
-    def log_message(self, *_: Any) -> None:
+    def log_message(self, *_):
         pass
 
 
-def look(browser: str, page: str, width: int, folder: Path) -> dict[str, Any]:
+def look(browser, page, width, folder):
     """Show a page in a frame of some width and return facts about it."""
     (folder / "page.html").write_text(page, encoding="utf-8")
     (folder / "frame.html").write_text(FRAME.replace("WIDTH", str(width)), encoding="utf-8")
@@ -86,12 +82,12 @@ def look(browser: str, page: str, width: int, folder: Path) -> dict[str, Any]:
         server.shutdown()
     match = re.search(r'<pre id="facts">(\{.*?\})</pre>', done.stdout, re.DOTALL)
     assert match, done.stderr[-2000:]
-    facts: dict[str, Any] = json.loads(html.unescape(match[1]))
+    facts = json.loads(html.unescape(match[1]))
     return facts
 
 
 @pytest.fixture(scope="module")
-def page(make_evaluation: Make, tmp_path_factory: pytest.TempPathFactory) -> str:
+def page(make_evaluation, tmp_path_factory):
     """A report with everything: promise, guidance, long names, images of two sizes."""
     evaluation = make_evaluation(samples=120, branches=5)
     other = make_evaluation(samples=120, branches=5, seed=1)
@@ -118,9 +114,7 @@ def page(make_evaluation: Make, tmp_path_factory: pytest.TempPathFactory) -> str
 
 
 @pytest.mark.parametrize("width", [400, 1600])
-def test_the_page_can_be_read_at_any_width_and_fetches_nothing(
-    browser: str, page: str, width: int, tmp_path: Path
-) -> None:
+def test_the_page_can_be_read_at_any_width_and_fetches_nothing(browser, page, width, tmp_path):
     facts = look(browser, page, width, tmp_path)
     assert facts["inside"] == width
     assert facts["wide"] <= width and facts["outside"] == []

@@ -1,7 +1,5 @@
 """Every back-end finds what a loop over all keys finds, also in forks and threads, and refuses wrong calls."""
 
-from __future__ import annotations
-
 import copy
 import subprocess
 import sys
@@ -10,13 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from retroexit.errors import OptionError, RetrieverError
 from retroexit.retrieval import ExactRetriever, FaissRetriever, HnswlibRetriever
 
 
-def by_loop(keys: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def by_loop(keys, queries, k):
     """Compare every query with every key, in float64."""
     ids, distances = [], []
     for query in queries.double():
@@ -26,7 +23,7 @@ def by_loop(keys: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return torch.tensor(ids), torch.tensor(distances)
 
 
-def test_search_finds_the_neighbours_of_a_loop_with_exact_distances(any_backend, keys, queries) -> None:
+def test_search_finds_the_neighbours_of_a_loop_with_exact_distances(any_backend, keys, queries):
     ids, distances = by_loop(keys, queries, 5)
     with torch.autocast("cpu", torch.bfloat16):  # must not change results
         retriever = any_backend().build(keys)
@@ -41,7 +38,7 @@ def test_search_finds_the_neighbours_of_a_loop_with_exact_distances(any_backend,
     assert (result.distances.diff(dim=1) >= 0).all()
 
 
-def test_a_far_origin_does_not_hurt(backend, keys, queries) -> None:
+def test_a_far_origin_does_not_hurt(backend, keys, queries):
     ids = by_loop(keys + 1e3, queries + 1e3, 1)[0]
     result = backend().build(keys + 1e3).search(queries + 1e3)
     assert (result.ids == ids).float().mean() >= 0.95
@@ -49,11 +46,11 @@ def test_a_far_origin_does_not_hurt(backend, keys, queries) -> None:
     torch.testing.assert_close(result.distances[:, 0], (queries + 1e3 - near).square().sum(1))
 
 
-def test_keys_and_queries_of_any_dtype_and_layout_are_accepted(any_backend, keys, queries) -> None:
+def test_keys_and_queries_of_any_dtype_and_layout_are_accepted(any_backend, keys, queries):
     plain = any_backend().build(keys.half().float()).search(queries.half().float(), 2)
     strided = torch.empty(500, 64)[:, ::2].copy_(keys.half())
     tracked = queries.half().float().requires_grad_()
-    pairs: list[tuple[Tensor | np.ndarray, Tensor | np.ndarray]] = [
+    pairs = [
         (keys.half(), queries.half()),
         (strided, tracked),
         (keys.half().T.contiguous().T, queries.half().numpy()),
@@ -67,7 +64,7 @@ def test_keys_and_queries_of_any_dtype_and_layout_are_accepted(any_backend, keys
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e30])
-def test_numbers_that_are_not_finite_are_refused(backend, bad, keys, queries) -> None:
+def test_numbers_that_are_not_finite_are_refused(backend, bad, keys, queries):
     keys[7, 3] = queries[2, 1] = bad
     with pytest.raises(RetrieverError, match=r"keys must be finite .*row 7 \(1 of 500 rows"):
         backend().build(keys)
@@ -75,7 +72,7 @@ def test_numbers_that_are_not_finite_are_refused(backend, bad, keys, queries) ->
         backend().build(keys[8:]).search(queries)
 
 
-def test_wrong_calls_are_refused_with_the_value(backend, keys, queries) -> None:
+def test_wrong_calls_are_refused_with_the_value(backend, keys, queries):
     retriever = backend()
     with pytest.raises(RetrieverError, match=r"is empty\. Call build\(keys\) first"):
         retriever.search(queries)
@@ -93,7 +90,7 @@ def test_wrong_calls_are_refused_with_the_value(backend, keys, queries) -> None:
     assert retriever.search(keys[:0], 3).ids.shape == (0, 3)
 
 
-def test_a_repeated_key_is_found_once_under_its_first_id(backend, keys) -> None:
+def test_a_repeated_key_is_found_once_under_its_first_id(backend, keys):
     crowd = torch.cat([keys[:1].repeat(300, 1), keys[1:200]])
     result = backend().build(crowd).search(torch.cat([keys[:1], keys[150:151]]), 2)
     assert result.ids[:, 0].tolist() == [0, 449]
@@ -101,7 +98,7 @@ def test_a_repeated_key_is_found_once_under_its_first_id(backend, keys) -> None:
     assert (result.ids[:, 1] >= 300).all() or result.ids[1, 1] == 0
 
 
-def test_a_batch_and_a_deep_copy_give_the_results_of_single_queries(backend, keys, queries) -> None:
+def test_a_batch_and_a_deep_copy_give_the_results_of_single_queries(backend, keys, queries):
     retriever = backend().build(keys)
     together = retriever.search(queries[:8], 2)
     for row, query in enumerate(queries[:8]):
@@ -109,7 +106,7 @@ def test_a_batch_and_a_deep_copy_give_the_results_of_single_queries(backend, key
     assert torch.equal(copy.deepcopy(retriever).search(queries[:8], 2).ids, together.ids)
 
 
-def test_keys_are_copied_and_rebuilding_replaces_the_old_ones(backend, keys, queries) -> None:
+def test_keys_are_copied_and_rebuilding_replaces_the_old_ones(backend, keys, queries):
     original = keys.clone()
     retriever = backend().build(original)
     before = retriever.search(queries)
@@ -121,7 +118,7 @@ def test_keys_are_copied_and_rebuilding_replaces_the_old_ones(backend, keys, que
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_several_blocks_are_merged(precision) -> None:
+def test_several_blocks_are_merged(precision):
     keys, queries = torch.randn(9000, 4), torch.randn(2100, 4)
     expected = torch.cdist(queries.double(), keys.double()).topk(3, largest=False).indices
     retriever = ExactRetriever(precision=precision).build(keys)
@@ -129,10 +126,10 @@ def test_several_blocks_are_merged(precision) -> None:
     assert torch.equal(retriever.search(queries).ids, expected[:, :1])
 
 
-def test_faiss_restores_the_settings_of_the_process(keys, queries) -> None:
+def test_faiss_restores_the_settings_of_the_process(keys, queries):
     import faiss
 
-    def settings() -> tuple[int, int, int]:
+    def settings():
         threshold = faiss.cvar.distance_compute_blas_threshold
         return faiss.omp_get_max_threads(), threshold, torch.get_num_threads()
 
@@ -142,12 +139,12 @@ def test_faiss_restores_the_settings_of_the_process(keys, queries) -> None:
 
 
 @pytest.mark.parametrize("index", ["IVF32,PQ4x4,RFlat", "PCA8,IVF32,Flat", "PQ4x4", "IVF32,SQ8"])
-def test_faiss_prints_nothing_about_small_banks(index, keys, queries, capfd) -> None:
+def test_faiss_prints_nothing_about_small_banks(index, keys, queries, capfd):
     FaissRetriever(index=index).build(keys).search(queries)
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_failed_build_leaves_the_earlier_index(keys, queries) -> None:
+def test_a_failed_build_leaves_the_earlier_index(keys, queries):
     retriever = FaissRetriever(index="IVF64,Flat").build(keys)
     before = retriever.search(queries, 2)
     with pytest.raises(RetrieverError, match="cannot build 'IVF64,Flat' over 20 keys.*training points"):
@@ -174,12 +171,12 @@ def test_a_failed_build_leaves_the_earlier_index(keys, queries) -> None:
         (lambda: FaissRetriever(index="IVF8,Flat", ef=5), "'IVF8,Flat' has no option ef, got 5"),
     ],
 )
-def test_invalid_options_are_refused(make, message, keys) -> None:
+def test_invalid_options_are_refused(make, message, keys):
     with pytest.raises(OptionError, match=message):
         make().build(keys)
 
 
-def test_importing_the_package_imports_no_third_party_index() -> None:
+def test_importing_the_package_imports_no_third_party_index():
     code = "import sys, retroexit.retrieval; print([m for m in ('faiss', 'hnswlib') if m in sys.modules])"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == "[]"
@@ -188,7 +185,7 @@ def test_importing_the_package_imports_no_third_party_index() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_exact_search_on_a_gpu_equals_the_cpu(precision, keys, queries) -> None:
+def test_exact_search_on_a_gpu_equals_the_cpu(precision, keys, queries):
     there = ExactRetriever(device="cuda", precision=precision).build(keys.cuda()).search(queries.cuda(), 3)
     here = ExactRetriever().build(keys).search(queries, 3)
     assert torch.equal(there.ids, here.ids) and torch.equal(there.distances, here.distances)
@@ -205,13 +202,13 @@ def busy_pool():
     torch.set_num_threads(threads)
 
 
-def test_a_forked_process_searches_builds_and_loads(any_backend, damage, busy_pool, tmp_path) -> None:
+def test_a_forked_process_searches_builds_and_loads(any_backend, damage, busy_pool, tmp_path):
     keys, queries = torch.randn(3000, 32), torch.randn(300, 32)
     retriever = any_backend(threads=2).build(keys)
     expected = retriever.search(queries, 2)  # runs in parallel, so that every pool is up
     retriever.save(tmp_path / "index")
 
-    def work(report) -> None:
+    def work(report):
         for make in (lambda: retriever, lambda: type(retriever).load(tmp_path / "index")):
             found = make().search(queries, 2)
             report([torch.equal(found.ids, expected.ids), retriever.threads, torch.get_num_threads()])
@@ -225,7 +222,7 @@ def test_a_forked_process_searches_builds_and_loads(any_backend, damage, busy_po
     assert retriever.threads == 2
 
 
-def test_four_threads_get_the_answers_that_one_gets(any_backend) -> None:
+def test_four_threads_get_the_answers_that_one_gets(any_backend):
     keys, queries = torch.randn(800, 16), torch.randn(64, 16)
     retriever = any_backend().build(keys)
     expected = retriever.search(queries, 3)

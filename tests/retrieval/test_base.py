@@ -1,9 +1,5 @@
 """What the base class does for a back-end of two methods, and how it reports the back-end's errors."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
@@ -17,17 +13,17 @@ class Loop(Retriever):
 
     name = "loop"
 
-    def _build(self, keys: np.ndarray) -> None:
+    def _build(self, keys):
         self.seen = keys
 
-    def _search(self, queries: np.ndarray, k: int) -> np.ndarray:
+    def _search(self, queries, k):
         return self.answer(np.array([np.argsort(((self.seen - query) ** 2).sum(1))[:k] for query in queries]))
 
-    def answer(self, ids: np.ndarray) -> Any:
+    def answer(self, ids):
         return ids
 
 
-def test_two_hooks_are_a_back_end(tmp_path) -> None:
+def test_two_hooks_are_a_back_end(tmp_path):
     keys, queries = torch.randn(40, 6), torch.randn(9, 6)
     expected = ExactRetriever().build(keys).search(queries, 3)
     retriever = Loop(flavour="plain").build(keys)
@@ -38,7 +34,7 @@ def test_two_hooks_are_a_back_end(tmp_path) -> None:
         assert one.options == {"flavour": "plain"}
 
 
-def test_the_back_end_sees_distinct_centred_contiguous_float32_rows() -> None:
+def test_the_back_end_sees_distinct_centred_contiguous_float32_rows():
     assert Loop().build(torch.tensor([[0.0, 1.0], [-0.0, 1.0]])).distinct == 1
     keys = torch.randn(30, 5, dtype=torch.float64) + 50
     retriever = Loop().build(torch.cat([keys[:4], keys]).T.contiguous().T)
@@ -60,9 +56,9 @@ def test_the_back_end_sees_distinct_centred_contiguous_float32_rows() -> None:
         (lambda ids: (ids, np.zeros((10, 2))), r"must return a floor of shape \(10,\), got \(10, 2\)"),
     ],
 )
-def test_ids_that_do_not_exist_never_reach_the_keys(bend, message) -> None:
+def test_ids_that_do_not_exist_never_reach_the_keys(bend, message):
     class Bent(Loop):
-        def answer(self, ids: np.ndarray) -> Any:
+        def answer(self, ids):
             return bend(ids)
 
     keys = torch.arange(20.0).view(10, 2)
@@ -71,9 +67,9 @@ def test_ids_that_do_not_exist_never_reach_the_keys(bend, message) -> None:
 
 
 @pytest.mark.parametrize("gap", [-1, "repeat"])
-def test_rows_that_a_back_end_leaves_open_are_searched_exactly(gap) -> None:
+def test_rows_that_a_back_end_leaves_open_are_searched_exactly(gap):
     class Forgetful(Loop):
-        def answer(self, ids: np.ndarray) -> np.ndarray:
+        def answer(self, ids):
             ids[::2, 1] = ids[::2, 0] if gap == "repeat" else gap
             return ids
 
@@ -82,9 +78,9 @@ def test_rows_that_a_back_end_leaves_open_are_searched_exactly(gap) -> None:
     assert torch.equal(Forgetful().build(keys).search(queries, 3).ids, expected.ids)
 
 
-def test_rows_come_sorted_by_distance_and_equal_distances_by_id() -> None:
+def test_rows_come_sorted_by_distance_and_equal_distances_by_id():
     class Shuffled(Loop):
-        def answer(self, ids: np.ndarray) -> np.ndarray:
+        def answer(self, ids):
             return ids[:, ::-1]
 
     keys = torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.0, -1.0], [3.0, 3.0]])
@@ -93,9 +89,9 @@ def test_rows_come_sorted_by_distance_and_equal_distances_by_id() -> None:
     assert found.distances.tolist() == [[1, 1, 1, 18]]
 
 
-def test_a_query_whose_floor_proves_nothing_is_searched_exactly() -> None:
+def test_a_query_whose_floor_proves_nothing_is_searched_exactly():
     class Guessing(Loop):
-        def _search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        def _search(self, queries, k):
             ids = super()._search(queries, len(self.seen))
             ids[::2] = ids[::2, ::-1]  # the farthest first, with a floor that says so
             return ids[:, :k], np.where(np.arange(len(queries)) % 2, np.inf, 0).astype(np.float32)
@@ -105,7 +101,7 @@ def test_a_query_whose_floor_proves_nothing_is_searched_exactly() -> None:
     assert torch.equal(Guessing().build(keys).search(queries, 3).ids, expected.ids)
 
 
-def test_options_must_be_plain_data_and_an_empty_index_is_not_saved() -> None:
+def test_options_must_be_plain_data_and_an_empty_index_is_not_saved():
     with pytest.raises(OptionError, match="options of Loop must be plain data"):
         Loop(metric=object())
     with pytest.raises(RetrieverError, match="is empty. Call build"):
@@ -115,12 +111,12 @@ def test_options_must_be_plain_data_and_an_empty_index_is_not_saved() -> None:
 @pytest.mark.parametrize(
     "rows", [np.array([["a"]]), torch.zeros(2, 2, dtype=torch.complex64), 1j * np.ones((2, 2))]
 )
-def test_complex_numbers_and_text_are_refused(rows: Any) -> None:
+def test_complex_numbers_and_text_are_refused(rows):
     with pytest.raises(RetrieverError, match="real numbers"):
         Loop().build(rows)
 
 
-def test_integers_and_read_only_arrays_are_taken() -> None:
+def test_integers_and_read_only_arrays_are_taken():
     keys = np.arange(12).reshape(4, 3)
     keys.flags.writeable = False
     assert Loop().build(keys).search(keys).ids[:, 0].tolist() == [0, 1, 2, 3]

@@ -1,7 +1,5 @@
 """Binomial bounds, against another implementation."""
 
-from __future__ import annotations
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,9 +11,7 @@ beta = pytest.importorskip("scipy.stats").beta
 
 
 @given(st.integers(1, 3000), st.floats(0.005, 0.5), st.floats(0.5, 0.999))
-def test_so_many_bad_samples_still_show_the_rate_and_one_more_does_not(
-    samples: int, alpha: float, confidence: float
-) -> None:
+def test_so_many_bad_samples_still_show_the_rate_and_one_more_does_not(samples, alpha, confidence):
     found = most_violations(samples, alpha, confidence)
     assert found < 0 or binom.cdf(found, samples, alpha) <= (1 - confidence) * (1 + 1e-9)
     assert binom.cdf(found + 1, samples, alpha) > (1 - confidence) * (1 - 1e-9)
@@ -24,15 +20,13 @@ def test_so_many_bad_samples_still_show_the_rate_and_one_more_does_not(
 @pytest.mark.parametrize(
     ("alpha", "confidence", "needed"), [(0.05, 0.95, 59), (0.1, 0.9, 22), (0.01, 0.99, 459)]
 )
-def test_the_samples_needed_are_those_of_the_rule_of_three(
-    alpha: float, confidence: float, needed: int
-) -> None:
+def test_the_samples_needed_are_those_of_the_rule_of_three(alpha, confidence, needed):
     assert samples_needed(alpha, confidence) == needed
     assert (1 - alpha) ** needed <= 1 - confidence < (1 - alpha) ** (needed - 1)
 
 
 @given(st.integers(0, 400), st.integers(1, 400), st.floats(0.5, 0.999))
-def test_the_upper_bound_is_that_of_clopper_and_pearson(bad: int, samples: int, confidence: float) -> None:
+def test_the_upper_bound_is_that_of_clopper_and_pearson(bad, samples, confidence):
     bad = min(bad, samples)
     wanted = 1.0 if bad == samples else beta.ppf(confidence, bad + 1, samples - bad)
     assert upper_bound(bad, samples, confidence) == pytest.approx(wanted, abs=1e-6)

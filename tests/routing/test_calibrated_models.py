@@ -1,22 +1,18 @@
 """Models that keep their word: calibrated, saved and loaded, with predictors of every kind."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import retroexit
 from retroexit.core.samples import Samples
 from retroexit.errors import BankError, CheckpointError, OptionError, TrainingError
 from retroexit.evaluation.promise import promise_summary, promised
 from retroexit.metrics import QualityMetric
-from retroexit.model import EarlyExitGenerator
 from retroexit.routing.policy import assign_exits
-from retroexit.routing.predictor import Kind, Predictor, Reads
+from retroexit.routing.predictor import Predictor
 from retroexit.training.cache import FeatureCache
 from retroexit.training.predictor import fit_predictor
 from retroexit.training.settings import FitSettings
@@ -25,11 +21,11 @@ from retroexit.training.settings import FitSettings
 class Distance(QualityMetric):
     name = "distance"
 
-    def compare(self, a: Tensor, b: Tensor) -> Tensor:
+    def compare(self, a, b):
         return (a - b).abs().mean((1, 2, 3))
 
 
-def _inputs(count: int, seed: int) -> Tensor:
+def _inputs(count, seed):
     random = torch.Generator().manual_seed(seed)
     return torch.randn(count, 4, 8, 8, generator=random) * (
         0.3 + torch.rand(count, 1, 1, 1, generator=random)
@@ -40,7 +36,7 @@ TRAIN = _inputs(60, 1)
 
 
 @pytest.fixture(scope="module")
-def generator() -> nn.Module:
+def generator():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(2)
         stages = [nn.Sequential(nn.Conv2d(12, 12, 3, padding=1), nn.ReLU()) for _ in range(3)]
@@ -48,7 +44,7 @@ def generator() -> nn.Module:
 
 
 @pytest.fixture(scope="module")
-def folder(generator: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(generator, tmp_path_factory):
     """A fitted model without calibration."""
     folder = tmp_path_factory.mktemp("fitted")
     model = retroexit.wrap(
@@ -67,18 +63,16 @@ def folder(generator: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 @pytest.fixture
-def model(folder: Path, generator: nn.Module) -> EarlyExitGenerator:
+def model(folder, generator):
     return retroexit.load(folder, generator, (TRAIN[:1],))
 
 
-def _calibrate(model: EarlyExitGenerator, count: int = 80) -> None:
+def _calibrate(model, count=80):
     model.calibrate(_inputs(count, 2), metric=Distance(), progress=False)
 
 
 @torch.no_grad()
-def test_calibration_measures_every_exit_and_changes_what_a_threshold_means(
-    model: EarlyExitGenerator,
-) -> None:
+def test_calibration_measures_every_exit_and_changes_what_a_threshold_means(model):
     inputs = _inputs(80, 2)
     assert "threshold: compared with predictions" in repr(model)
     predicted = model.predict_losses(inputs).guarded
@@ -101,9 +95,7 @@ def test_calibration_measures_every_exit_and_changes_what_a_threshold_means(
     assert len(exits.unique()) > 1, "a harder case is needed"
 
 
-def test_promise_and_times_are_saved_with_the_model(
-    model: EarlyExitGenerator, generator: nn.Module, tmp_path: Path
-) -> None:
+def test_promise_and_times_are_saved_with_the_model(model, generator, tmp_path):
     _calibrate(model)
     model.measure_latency(TRAIN[:2], runs=2)
     model.save(tmp_path / "m")
@@ -128,9 +120,7 @@ def test_promise_and_times_are_saved_with_the_model(
     assert retroexit.load(tmp_path / "m", generator, (TRAIN[:1],)).calibration is None
 
 
-def test_what_cannot_be_calibrated_is_refused_before_anything_is_measured(
-    model: EarlyExitGenerator, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_cannot_be_calibrated_is_refused_before_anything_is_measured(model, monkeypatch):
     monkeypatch.setattr(type(model), "all_exits", lambda *_: pytest.fail("measured"))
     with pytest.raises(OptionError, match="needs at least 59 samples, got 20. Pass 39 more"):
         _calibrate(model, 20)
@@ -146,9 +136,7 @@ def test_what_cannot_be_calibrated_is_refused_before_anything_is_measured(
 
 @pytest.mark.parametrize("kind", ["conv", "pooled", "linear"])
 @pytest.mark.parametrize("reads", ["features", "inputs", "features+distance"])
-def test_a_predictor_of_every_kind_reads_what_it_is_told(
-    kind: Kind, reads: Reads, model: EarlyExitGenerator, generator: nn.Module, folder: Path, tmp_path: Path
-) -> None:
+def test_a_predictor_of_every_kind_reads_what_it_is_told(kind, reads, model, generator, folder, tmp_path):
     samples, losses = Samples(TRAIN), 0.1 + torch.rand(60, 2)
     cache = FeatureCache.build(model, samples, folder / "cache", progress=False)
     _calibrate(model)
@@ -178,9 +166,7 @@ def test_a_predictor_of_every_kind_reads_what_it_is_told(
         assert torch.equal(loaded(TRAIN[:5], threshold=tau), model(TRAIN[:5], threshold=tau))
 
 
-def test_the_distance_to_the_guide_is_searched_once_and_matters(
-    model: EarlyExitGenerator, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_distance_to_the_guide_is_searched_once_and_matters(model, folder, monkeypatch):
     samples = Samples(TRAIN)
     cache = FeatureCache.build(model, samples, folder / "cache", progress=False)
     bank = model.bank
@@ -206,7 +192,7 @@ def test_the_distance_to_the_guide_is_searched_once_and_matters(
         "their own keys are in the bank, so that they are nearer, not far"
     )
     tau = float(model.predict(TRAIN[:9])[:, 0].median())
-    calls: list[int] = []
+    calls = []
     real = bank.search
     monkeypatch.setattr(bank, "search", lambda x, *more: (calls.append(len(x)), real(x, *more))[1])
     _, exits = model.routed(TRAIN[:9], threshold=tau)
@@ -214,27 +200,20 @@ def test_the_distance_to_the_guide_is_searched_once_and_matters(
     assert len(exits.unique()) > 1
 
 
-def test_what_a_predictor_cannot_read_is_refused(generator: nn.Module, folder: Path) -> None:
+def test_what_a_predictor_cannot_read_is_refused(generator, folder):
     with pytest.raises(OptionError, match="predictor must be one of conv, pooled, linear, got 'deep'"):
-        Predictor(3, 2, kind="deep")  # type: ignore[arg-type]
+        Predictor(3, 2, kind="deep")
     with pytest.raises(OptionError, match="predict_from must be one of features, .* got 'noise'"):
-        Predictor(3, 2, reads="noise")  # type: ignore[arg-type]
+        Predictor(3, 2, reads="noise")
     plain = retroexit.wrap(generator, [1], 0.5, min_channels=4, example_inputs=(TRAIN[:1],))
     samples = Samples(TRAIN)
     with pytest.raises(BankError, match="predict_from='features.distance' needs branches with guidance"):
         fit_predictor(
-            plain,
-            samples,
-            None,  # type: ignore[arg-type]
-            torch.rand(60, 1),
-            [],
-            FitSettings(predict_from="features+distance"),
+            plain, samples, None, torch.rand(60, 1), [], FitSettings(predict_from="features+distance")
         )
 
 
-def test_the_report_sets_the_promise_beside_what_is_observed(
-    model: EarlyExitGenerator, tmp_path: Path
-) -> None:
+def test_the_report_sets_the_promise_beside_what_is_observed(model, tmp_path):
     pytest.importorskip("jinja2")
     pytest.importorskip("matplotlib")
     new = _inputs(70, 5)

@@ -1,12 +1,7 @@
 """The predictor and its training."""
 
-from __future__ import annotations
-
-from pathlib import Path
-
 import pytest
 import torch
-from torch import Tensor
 
 import retroexit
 from retroexit.errors import TrainingError
@@ -18,12 +13,12 @@ from retroexit.training.predictor import train_predictor
 class Distance(QualityMetric):
     name = "distance"
 
-    def compare(self, a: Tensor, b: Tensor) -> Tensor:
+    def compare(self, a, b):
         return (a - b).abs().mean((1, 2, 3))
 
 
 @pytest.mark.parametrize("size", [(9,), (6, 5), (3, 4, 5)])
-def test_it_gives_one_loss_per_exit_for_maps_of_any_dimension(size: tuple[int, ...]) -> None:
+def test_it_gives_one_loss_per_exit_for_maps_of_any_dimension(size):
     predictor = Predictor(4, exits=3, dims=len(size))
     assert predictor(torch.rand(7, 4, *size)).shape == (7, 3)
     maps, losses = torch.rand(20, 4, *size), torch.rand(20, 3)
@@ -31,13 +26,13 @@ def test_it_gives_one_loss_per_exit_for_maps_of_any_dimension(size: tuple[int, .
     assert predictor.input_shape == (4, *size)
 
 
-def test_a_prediction_does_not_depend_on_the_rest_of_the_batch() -> None:
+def test_a_prediction_does_not_depend_on_the_rest_of_the_batch():
     predictor, maps = Predictor(4, exits=2), torch.rand(6, 4, 5, 5)
     alone = torch.cat([predictor(row[None]) for row in maps])
     assert torch.allclose(predictor(maps), alone, atol=1e-6)
 
 
-def test_it_learns_a_function_of_the_feature_better_than_the_mean() -> None:
+def test_it_learns_a_function_of_the_feature_better_than_the_mean():
     maps = torch.randn(300, 4, 6, 6) * (0.5 + torch.rand(300, 1, 1, 1)) + torch.randn(300, 4, 1, 1)
     easy = maps[:, 0].mean((1, 2)).sigmoid()
     hard = maps[:, 1].std((1, 2)) + 0.5 * easy
@@ -52,7 +47,7 @@ def test_it_learns_a_function_of_the_feature_better_than_the_mean() -> None:
 
 
 @pytest.mark.parametrize("log", [True, False])
-def test_a_step_minimises_the_squared_error_of_equation_2(log: bool) -> None:
+def test_a_step_minimises_the_squared_error_of_equation_2(log):
     maps, losses = torch.randn(5, 3, 4, 4), 0.1 + torch.rand(5, 2) + torch.tensor([0.0, 3.0])
     predictor, hand = Predictor(3, exits=2, log=log), Predictor(3, exits=2, log=log)
     hand.load_state_dict(predictor.state_dict())
@@ -81,7 +76,7 @@ def test_a_step_minimises_the_squared_error_of_equation_2(log: bool) -> None:
 
 
 @pytest.mark.parametrize("log", [True, False])
-def test_its_mean_error_on_held_out_samples_is_taken_out(log: bool) -> None:
+def test_its_mean_error_on_held_out_samples_is_taken_out(log):
     maps, losses = torch.randn(60, 3, 4, 4), 0.1 + torch.rand(60, 2)
     losses[50:] *= torch.tensor([2.0, 0.5])  # what branches lose on samples that they have not seen
     predictor = Predictor(3, exits=2, log=log)
@@ -94,7 +89,7 @@ def test_its_mean_error_on_held_out_samples_is_taken_out(log: bool) -> None:
     assert train_predictor(predictor, maps, losses, held_out=[], steps=1, progress=False) is None
 
 
-def test_training_is_a_function_of_seed_and_starting_weights() -> None:
+def test_training_is_a_function_of_seed_and_starting_weights():
     maps, losses = torch.randn(20, 3, 4, 4), torch.rand(20, 2)
     start = Predictor(3, exits=2).state_dict()
     found = []
@@ -107,7 +102,7 @@ def test_training_is_a_function_of_seed_and_starting_weights() -> None:
     assert not torch.equal(found[0], found[2])
 
 
-def test_one_sample_and_dead_channels_do_no_harm() -> None:
+def test_one_sample_and_dead_channels_do_no_harm():
     maps, losses = torch.randn(12, 3, 4, 4), torch.rand(12, 1)
     maps[:, 2] = 0.0
     predictor = Predictor(3, exits=1)
@@ -120,28 +115,28 @@ def test_one_sample_and_dead_channels_do_no_harm() -> None:
     assert bool(torch.isfinite(predictor(maps)).all())
 
 
-def test_maps_without_bound_stop_the_training() -> None:
+def test_maps_without_bound_stop_the_training():
     maps = torch.randn(8, 3, 4, 4)
     maps[3, 0, 0, 0] = float("inf")
     with pytest.raises(TrainingError, match="the predictor's loss became nan at step 0"):
         train_predictor(Predictor(3, 1), maps, torch.rand(8, 1), held_out=[], steps=3, progress=False)
 
 
-def test_it_can_read_the_inputs_through_an_adapter(tmp_path: Path) -> None:
+def test_it_can_read_the_inputs_through_an_adapter(tmp_path):
     class Decoder(torch.nn.Module):
-        def __init__(self) -> None:
+        def __init__(self):
             super().__init__()
             self.stages = torch.nn.ModuleList([torch.nn.Conv2d(6, 6, 3, padding=1) for _ in range(3)])
             self.rgb = torch.nn.Conv2d(6, 3, 1)
 
-        def forward(self, z: Tensor, label: Tensor) -> Tensor:
+        def forward(self, z, label):
             for stage in self.stages:
                 z = torch.relu(stage(z)) + label[:, None, None, None]
             return torch.tanh(self.rgb(z))
 
-    asked: list[int] = []
+    asked = []
 
-    def reads(z: Tensor, label: Tensor) -> Tensor:
+    def reads(z, label):
         asked.append(len(z))
         return torch.cat([z[:, :2], label[:, None, None, None].expand(-1, 1, *z.shape[2:])], 1)
 
@@ -168,7 +163,7 @@ def test_it_can_read_the_inputs_through_an_adapter(tmp_path: Path) -> None:
     assert counted[0] == counted[-1] == _macs(model.predictor, torch.zeros(1, 3, 8, 8))
 
 
-def _macs(module: torch.nn.Module, x: Tensor) -> int:
+def _macs(module, x):
     from retroexit.core.modules import count_macs
 
     return count_macs(module, x)

@@ -1,14 +1,10 @@
 """Budgets, deadlines, thresholds per sample, and what excludes what."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from retroexit.errors import OptionError, TrainingError
 from retroexit.model import EarlyExitGenerator
@@ -20,17 +16,17 @@ Make = Callable[..., EarlyExitGenerator]
 SHARES = torch.tensor([0.1, 0.3, 0.6, 1.01])
 
 
-def _predicted(samples: int = 400) -> Tensor:
+def _predicted(samples=400):
     return (0.2 + torch.rand(samples, 1)) * torch.tensor([0.3, 0.15, 0.05]) * (0.9 + 0.2 * torch.rand(1, 3))
 
 
-def _latency(batch: int = 2, times: tuple[float, ...] = (5.0, 8.0, 12.0, 20.0)) -> Latency:
+def _latency(batch=2, times=(5.0, 8.0, 12.0, 20.0)):
     device = time_exits(lambda k: None, 1, 1, torch.device("cpu"), 1).device
     return Latency(times, times, batch, device, torch.get_num_threads(), 10)
 
 
 @pytest.mark.parametrize("budget", [0.1, 0.15, 0.4, 0.75, 1.0, 1.2])
-def test_a_budget_is_kept_on_the_samples_and_spent(budget: float) -> None:
+def test_a_budget_is_kept_on_the_samples_and_spent(budget):
     predicted = _predicted()
     exits = assign_by_budget(predicted, SHARES, lagrange_multiplier(predicted, SHARES, budget))
     mean = float(SHARES[exits - 1].mean())
@@ -38,7 +34,7 @@ def test_a_budget_is_kept_on_the_samples_and_spent(budget: float) -> None:
     assert mean > min(budget, 1.01) - 0.02
 
 
-def test_a_budget_takes_the_least_loss_of_all_ways_to_spend_as_much() -> None:
+def test_a_budget_takes_the_least_loss_of_all_ways_to_spend_as_much():
     predicted = _predicted(7)
     price = lagrange_multiplier(predicted, SHARES, 0.5)
     exits = assign_by_budget(predicted, SHARES, price)
@@ -51,19 +47,19 @@ def test_a_budget_takes_the_least_loss_of_all_ways_to_spend_as_much() -> None:
     assert least == pytest.approx(float(losses.min()), abs=1e-6)
 
 
-def test_a_sample_that_is_too_far_goes_to_the_backbone_under_any_budget() -> None:
+def test_a_sample_that_is_too_far_goes_to_the_backbone_under_any_budget():
     predicted = torch.tensor([[0.1, 0.05, 0.02], [math.inf] * 3])
     for price in (0.0, 0.3, 1e6, math.inf):
         assert assign_by_budget(predicted, SHARES, price)[1] == 4
     assert assign_by_budget(predicted, SHARES, math.inf)[0] == 1
 
 
-def test_a_budget_below_the_cheapest_exit_is_refused() -> None:
+def test_a_budget_below_the_cheapest_exit_is_refused():
     with pytest.raises(OptionError, match="budget must be >= 0.100, .* got 0.05"):
         lagrange_multiplier(_predicted(), SHARES, 0.05)
 
 
-def test_every_sample_may_have_a_budget_of_its_own(routed: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_sample_may_have_a_budget_of_its_own(routed, monkeypatch):
     model = routed()
     monkeypatch.setattr(type(model.router), "shares", lambda self: SHARES)
     z, w = torch.rand(60, 4, 4, 4), torch.rand(60, 5)
@@ -88,7 +84,7 @@ def test_every_sample_may_have_a_budget_of_its_own(routed: Make, monkeypatch: py
         model(z, w, budget=budgets[:, None])
 
 
-def test_a_model_spends_what_its_calibration_says(routed: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_spends_what_its_calibration_says(routed, monkeypatch):
     model = routed()
     monkeypatch.setattr(type(model.router), "shares", lambda self: SHARES)
     z, w = torch.rand(100, 4, 4, 4), torch.rand(100, 5)
@@ -103,7 +99,7 @@ def test_a_model_spends_what_its_calibration_says(routed: Make, monkeypatch: pyt
     assert len(exits.unique()) > 1
 
 
-def test_every_sample_may_have_its_own_threshold(routed: Make) -> None:
+def test_every_sample_may_have_its_own_threshold(routed):
     model = routed()
     z, w = torch.rand(4, 4, 4, 4), torch.rand(4, 5)
     z[:, 0] = torch.tensor([2.0, 2.0, 2.0, 0.5])[:, None, None]
@@ -119,7 +115,7 @@ def test_every_sample_may_have_its_own_threshold(routed: Make) -> None:
         model(z, w, threshold=taus[:3])
 
 
-def test_a_calibrated_threshold_routes_by_its_limits(routed: Make) -> None:
+def test_a_calibrated_threshold_routes_by_its_limits(routed):
     model = routed()
     z, w = torch.rand(2, 4, 4, 4), torch.rand(2, 5)
     z[:, 0] = 2.4
@@ -131,7 +127,7 @@ def test_a_calibrated_threshold_routes_by_its_limits(routed: Make) -> None:
     assert model.choose_exits(z, w, threshold=torch.tensor([0.5, 0.6])).tolist() == [4, 3]
 
 
-def test_a_deadline_alone_takes_the_last_exit_that_is_fast_enough(routed: Make) -> None:
+def test_a_deadline_alone_takes_the_last_exit_that_is_fast_enough(routed):
     model = routed()
     z, w = torch.rand(2, 4, 4, 4), torch.rand(2, 5)
     with pytest.raises(TrainingError, match="deadline_ms=10 needs measured times"):
@@ -141,10 +137,10 @@ def test_a_deadline_alone_takes_the_last_exit_that_is_fast_enough(routed: Make) 
         output, exits = model.routed(z, w, deadline_ms=deadline)
         assert exits.tolist() == [k, k]
         assert torch.allclose(output["image"], model(z, w, exit=k)["image"], atol=1e-6)
-    assert model.predictor.rows == []  # type: ignore[union-attr]  # nobody was asked
+    assert model.predictor.rows == []  # nobody was asked
 
 
-def test_a_deadline_limits_what_a_threshold_chooses_and_the_batch_leaves_together(routed: Make) -> None:
+def test_a_deadline_limits_what_a_threshold_chooses_and_the_batch_leaves_together(routed):
     model = routed()
     model.latency = _latency()
     z, w = torch.rand(2, 4, 4, 4), torch.rand(2, 5)
@@ -154,7 +150,7 @@ def test_a_deadline_limits_what_a_threshold_chooses_and_the_batch_leaves_togethe
     assert model.choose_exits(z, w, threshold=0.5, deadline_ms=6).tolist() == [1, 1]
 
 
-def test_a_deadline_that_cannot_be_met_or_was_measured_otherwise_is_refused(routed: Make) -> None:
+def test_a_deadline_that_cannot_be_met_or_was_measured_otherwise_is_refused(routed):
     model = routed()
     model.latency = _latency()
     z, w = torch.rand(2, 4, 4, 4), torch.rand(2, 5)
@@ -165,21 +161,21 @@ def test_a_deadline_that_cannot_be_met_or_was_measured_otherwise_is_refused(rout
 
 
 @pytest.mark.parametrize("guided", [False, True])
-def test_measured_times_belong_to_routed_calls_of_this_batch(routed: Make, guided: bool) -> None:
+def test_measured_times_belong_to_routed_calls_of_this_batch(routed, guided):
     model = routed(guided)
     z, w = torch.rand(3, 4, 4, 4), torch.rand(3, 5)
     found = model.measure_latency(z, w, runs=3)
     assert found is model.latency and (found.batch, found.runs) == (3, 3)
     assert len(found.milliseconds) == 4 and min(found.median) > 0
     assert all(high >= middle for high, middle in zip(found.milliseconds, found.median, strict=True))
-    assert model.predictor.rows == [3] * 20  # type: ignore[union-attr]
+    assert model.predictor.rows == [3] * 20
     assert model.router.ood_counter.seen == 0
     assert Latency.from_json(found.to_json()) == found
     _, exits = model.routed(z, w, deadline_ms=1e6)
     assert exits.tolist() == [4, 4, 4]
 
 
-def test_options_that_exclude_each_other_are_refused(routed: Make) -> None:
+def test_options_that_exclude_each_other_are_refused(routed):
     model = routed()
     z, w = torch.rand(2, 4, 4, 4), torch.rand(2, 5)
     with pytest.raises(
@@ -192,8 +188,8 @@ def test_options_that_exclude_each_other_are_refused(routed: Make) -> None:
     for name in ("budget", "deadline_ms"):
         for wrong in (0, -1.0, math.inf, math.nan, True, "1"):
             with pytest.raises(OptionError, match=f"{name} must be a finite number > 0, got {wrong!r}"):
-                RoutingRequest(**{name: wrong})  # type: ignore[arg-type]
-    wrong_thresholds: list[Any] = [torch.zeros(2, 2), torch.tensor([True]), torch.tensor([0.1, -1.0])]
+                RoutingRequest(**{name: wrong})
+    wrong_thresholds = [torch.zeros(2, 2), torch.tensor([True]), torch.tensor([0.1, -1.0])]
     for threshold in wrong_thresholds:
         with pytest.raises(OptionError, match="threshold"):
             model(z, w, threshold=threshold)
@@ -201,12 +197,12 @@ def test_options_that_exclude_each_other_are_refused(routed: Make) -> None:
         model.routed(z, w)
 
 
-def test_a_policy_of_ones_own_sees_predictions_and_limits(routed: Make) -> None:
+def test_a_policy_of_ones_own_sees_predictions_and_limits(routed):
     model = routed()
     z, w = torch.rand(2, 4, 4, 4), torch.rand(2, 5)
-    seen: list[Any] = []
+    seen = []
 
-    def policy(predicted: Tensor, limits: Tensor | None) -> Tensor:
+    def policy(predicted, limits):
         seen.append((predicted, limits))
         return torch.tensor([3, 1])
 

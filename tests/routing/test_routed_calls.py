@@ -1,13 +1,10 @@
 """Batches whose samples leave at different exits."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
 
 from retroexit.errors import BankError, OptionError, TrainingError
 from retroexit.model import EarlyExitGenerator
@@ -15,18 +12,18 @@ from retroexit.model import EarlyExitGenerator
 Make = Callable[..., EarlyExitGenerator]
 
 
-def _inputs(difficulty: list[float]) -> tuple[Tensor, Tensor]:
+def _inputs(difficulty):
     z, w = torch.rand(len(difficulty), 4, 4, 4), torch.rand(len(difficulty), 5)
     z[:, 0] = torch.tensor(difficulty)[:, None, None]
     return z, w
 
 
-def _calls(model: EarlyExitGenerator) -> list[int]:
+def _calls(model):
     return [stage.calls for stage in model.generator.stages]
 
 
 @pytest.mark.parametrize("guided", [False, True])
-def test_a_mixed_batch_equals_its_samples_routed_alone_in_their_order(routed: Make, guided: bool) -> None:
+def test_a_mixed_batch_equals_its_samples_routed_alone_in_their_order(routed, guided):
     model = routed(guided)
     difficulty = [2.0, 0.0, 5.0, 1.0, 0.2, 2.4, 1.3, 7.0]
     exits = [3, 1, 4, 2, 1, 3, 2, 4]
@@ -44,7 +41,7 @@ def test_a_mixed_batch_equals_its_samples_routed_alone_in_their_order(routed: Ma
     assert not torch.allclose(whole["image"][1], backbone["image"][1], atol=1e-2)
 
 
-def test_a_routed_call_can_tell_where_each_sample_left(routed: Make) -> None:
+def test_a_routed_call_can_tell_where_each_sample_left(routed):
     model = routed()
     z, w = _inputs([2.0, 0.0, 5.0, 1.0])
     with torch.no_grad():
@@ -54,7 +51,7 @@ def test_a_routed_call_can_tell_where_each_sample_left(routed: Make) -> None:
 
 
 @pytest.mark.parametrize("guided", [False, True])
-def test_routing_a_shuffled_batch_shuffles_the_images(routed: Make, guided: bool) -> None:
+def test_routing_a_shuffled_batch_shuffles_the_images(routed, guided):
     model = routed(guided)
     z, w = _inputs([2.0, 0.0, 5.0, 1.0])
     order = torch.tensor([2, 0, 3, 1])
@@ -74,22 +71,20 @@ def test_routing_a_shuffled_batch_shuffles_the_images(routed: Make, guided: bool
         ([9.0, 9.0], [1, 1, 1, 1]),
     ],
 )
-def test_stages_behind_the_last_sample_do_not_run(
-    routed: Make, difficulty: list[float], calls: list[int]
-) -> None:
+def test_stages_behind_the_last_sample_do_not_run(routed, difficulty, calls):
     model = routed()
     model(*_inputs(difficulty), threshold=0.5)
     assert _calls(model) == calls
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])
-def test_a_fixed_exit_runs_no_stage_behind_it(routed: Make, k: int) -> None:
+def test_a_fixed_exit_runs_no_stage_behind_it(routed, k):
     model = routed()
     model(*_inputs([0.0]), exit=k)
     assert _calls(model) == [1] * k + [0] * (4 - k)
 
 
-def test_a_batch_where_nobody_leaves_is_the_generators(routed: Make) -> None:
+def test_a_batch_where_nobody_leaves_is_the_generators(routed):
     model = routed(True)
     z, w = _inputs([9.0, 8.0, 7.0])
     with torch.no_grad():
@@ -97,10 +92,10 @@ def test_a_batch_where_nobody_leaves_is_the_generators(routed: Make) -> None:
     assert torch.equal(found["image"], wanted["image"]) and torch.equal(found["mean"], wanted["mean"])
 
 
-def test_a_batch_where_nobody_leaves_searches_no_guide(routed: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_where_nobody_leaves_searches_no_guide(routed, monkeypatch):
     model = routed(True)
     assert model.bank is not None
-    searches: list[int] = []
+    searches = []
     real = model.bank.search
     monkeypatch.setattr(
         model.bank, "search", lambda feature, *more: (searches.append(len(feature)), real(feature, *more))[1]
@@ -111,7 +106,7 @@ def test_a_batch_where_nobody_leaves_searches_no_guide(routed: Make, monkeypatch
     assert len(searches) == 1
 
 
-def test_a_batch_where_everybody_leaves_at_once_equals_that_exit(routed: Make) -> None:
+def test_a_batch_where_everybody_leaves_at_once_equals_that_exit(routed):
     model = routed()
     for k, difficulty in ((1, 0.0), (2, 1.0), (3, 2.0)):
         z, w = _inputs([difficulty, difficulty + 0.1])
@@ -119,20 +114,20 @@ def test_a_batch_where_everybody_leaves_at_once_equals_that_exit(routed: Make) -
             assert torch.equal(model(z, w, threshold=0.5)["image"], model(z, w, exit=k)["image"])
 
 
-def test_the_predictor_is_asked_once_per_call(routed: Make) -> None:
+def test_the_predictor_is_asked_once_per_call(routed):
     model = routed()
     model(*_inputs([0.0, 1.0, 9.0]), threshold=0.5)
-    assert model.predictor.rows == [3]  # type: ignore[union-attr]
+    assert model.predictor.rows == [3]
 
 
-def test_a_stricter_threshold_never_leaves_earlier(routed: Make) -> None:
+def test_a_stricter_threshold_never_leaves_earlier(routed):
     model = routed()
     z, w = _inputs([0.0, 0.5, 1.0, 1.7, 2.2, 3.0])
     chosen = [model.choose_exits(z, w, threshold=t) for t in (0.0, 0.3, 0.9, 2.0)]
     assert all(bool((a >= b).all()) for a, b in itertools.pairwise(chosen))
 
 
-def test_what_cannot_be_routed_is_refused(routed: Make) -> None:
+def test_what_cannot_be_routed_is_refused(routed):
     model = routed(True)
     z, w = _inputs([0.0, 1.0])
     with pytest.raises(OptionError, match="exit must not be combined .* got exit=1 and threshold=0.5"):
