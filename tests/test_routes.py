@@ -1,4 +1,4 @@
-"""Calls of a wrapped generator: which route runs, what differentiates, who leaves where."""
+"""Calls of a wrapped generator: which route runs, what differentiates, which sample takes which exit."""
 
 import copy
 import threading
@@ -10,7 +10,12 @@ from torch import nn
 import retroexit
 from retroexit import errors
 from retroexit.core.nested import tensors
-from retroexit.routing.predictor import Predictor
+
+
+def wrap(toy, attach_at=(1, 2), **options):
+    return retroexit.wrap(
+        toy.generator, attach_at, 1 / 4, min_channels=8, **{"example_inputs": toy.args, **options}
+    )
 
 
 class ByBrightness(nn.Module):
@@ -31,7 +36,7 @@ def toy(toys):
 
 @pytest.fixture
 def model(toy):
-    return retroexit.wrap(toy.generator, [1, 2], 1 / 4, min_channels=8, example_inputs=toy.args)
+    return wrap(toy)
 
 
 def count_calls(generator):
@@ -51,7 +56,7 @@ def count_calls(generator):
 @pytest.mark.parametrize("name", ["dict_output", "model_output", "dataclass_output", "namedtuple_output"])
 def test_outputs_of_every_exit_are_of_the_generators_own_kind(toys, name):
     toy = toys.TOYS[name]()
-    model = retroexit.wrap(toy.generator, [1, 2], 1 / 4, min_channels=8, example_inputs=toy.args)
+    model = wrap(toy)
     outputs = [*model.all_exits(*toy.args), model(*toy.args, exit=1)]
     assert {type(output) for output in outputs} == {type(toy.generator(*toy.args))}
 
@@ -125,18 +130,28 @@ def test_an_input_gets_its_gradient_through_every_exit(model, toy, exit):
         assert not model(x, exit=exit)["image"].requires_grad
 
 
-def test_each_sample_takes_its_exit_and_the_order_is_kept(model):
+@pytest.mark.parametrize(
+    ("name", "sizes"), [("dict_output", [(4, 8)]), ("list_input_with_unet_skips", [(2, 16), (4, 16)])]
+)
+def test_each_sample_takes_its_exit_and_the_order_is_kept(toys, name, sizes):
+    toy = toys.TOYS[name]()
+    model = wrap(toy)
     model.predictor = ByBrightness()
-    x = torch.rand(7, 4, 8, 8)
+    parts = [torch.rand(7, channels, side, side) for channels, side in sizes]
+
+    def inputs(rows=slice(None)):
+        return parts[0][rows] if len(parts) == 1 else [part[rows] for part in parts]
+
     with torch.no_grad():
-        exits = model.choose_exits(x, threshold=0.5)
-        mixed = model(x, threshold=0.5)
+        exits = model.choose_exits(inputs(), threshold=0.5)
+        mixed = model(inputs(), threshold=0.5)
         assert set(exits.tolist()) == {1, 2, 3}
         for i, leave in enumerate(exits.tolist()):
-            alone = model(x[i : i + 1], exit=leave)
-            torch.testing.assert_close(mixed["image"][i : i + 1], alone["image"], rtol=1e-4, atol=1e-5)
-    assert mixed["image"].shape == (7, 3, 16, 16) and mixed["scale"] == 2
-    assert mixed["more"]["score"].shape == (7,)
+            alone = model(inputs(slice(i, i + 1)), exit=leave)
+            for batch, one in zip(tensors(mixed), tensors(alone), strict=True):
+                torch.testing.assert_close(batch[i : i + 1], one, rtol=1e-4, atol=1e-5)
+    assert model.image(mixed).shape == (7, 3, 16, 16)
+    assert name != "dict_output" or mixed["scale"] == 2
 
 
 def test_a_deep_stage_runs_for_the_samples_that_need_it(model, toy):
@@ -149,47 +164,17 @@ def test_a_deep_stage_runs_for_the_samples_that_need_it(model, toy):
     assert seen == [2]
 
 
-def test_a_lenient_threshold_takes_the_first_exit_and_a_strict_one_the_last(model, toy):
-    model.predictor = Predictor(32, 2)
-    assert model.choose_exits(*toy.args, threshold=1e9).tolist() == [1, 1]
-    with torch.no_grad():
-        model.predictor.loss_mean.fill_(1e6)
-    assert model.choose_exits(*toy.args, threshold=0.0).tolist() == [3, 3]
-
-
-@pytest.mark.parametrize(
-    "name", ["noise_inside", "modulated_convolution_with_skip_image", "list_input_with_unet_skips"]
-)
+@pytest.mark.parametrize("name", ["noise_inside", "modulated_convolution_with_skip_image"])
 def test_a_routed_call_of_the_last_exit_is_the_generator(toys, name):
     toy = toys.TOYS[name]()
-    model = retroexit.wrap(toy.generator, [1, 2], 1 / 4, min_channels=8, example_inputs=toy.args)
-    model.predictor = AlwaysBad()
-    with torch.no_grad():
-        torch.manual_seed(3)
-        want = toy.generator(*toy.args)
-        torch.manual_seed(3)
-        got = model(*toy.args, threshold=0.1)
-    assert all(torch.equal(a, b) for a, b in zip(tensors(got), tensors(want), strict=True))
-
-
-class AlwaysBad(nn.Module):
-    input_shape = None
-
-    def forward(self, feature):
-        return torch.ones(len(feature), 2)
-
-
-def test_live_values_of_a_mixed_batch_follow_their_samples(toys):
-    toy = toys.TOYS["list_input_with_unet_skips"]()
-    model = retroexit.wrap(toy.generator, [1, 2], 1 / 4, min_channels=8, example_inputs=toy.args)
+    model = wrap(toy)
     model.predictor = ByBrightness()
-    parts = [torch.rand(5, 2, 16, 16), torch.rand(5, 4, 16, 16)]
     with torch.no_grad():
-        exits = model.choose_exits(parts, threshold=0.5).tolist()
-        mixed = model(parts, threshold=0.5)
-        for i, leave in enumerate(exits):
-            alone = model([p[i : i + 1] for p in parts], exit=leave)
-            torch.testing.assert_close(mixed[i : i + 1], alone, rtol=1e-4, atol=1e-5)
+        torch.manual_seed(3)
+        expected = toy.generator(*toy.args)
+        torch.manual_seed(3)
+        output, _ = model.routed(*toy.args, choose=lambda predicted, limits: torch.tensor([3, 3]))
+    assert torch.equal(output, expected)
 
 
 def test_another_batch_size_and_resolution_than_recorded(model, toy):
@@ -201,7 +186,7 @@ def test_another_batch_size_and_resolution_than_recorded(model, toy):
 
 def test_recording_at_the_first_call_gives_the_generators_own_numbers(toys):
     toy = toys.TOYS["noise_inside"]()
-    model = retroexit.wrap(toy.generator, [1, 2], 1 / 4, min_channels=8)
+    model = wrap(toy, example_inputs=None)
     assert not model.is_recorded
     torch.manual_seed(11)
     want = toy.generator(*toy.args)
@@ -267,10 +252,6 @@ def test_the_train_mode_of_a_parent_changes_nothing(model, toy):
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
-def test_unwrap_gives_the_same_object_back(model, toy):
-    assert model.unwrap() is toy.generator
-
-
 def test_saving_and_loading_without_inputs_restores_at_the_first_call(model, toy, tmp_path):
     with torch.no_grad():
         for p in model.branches.parameters():
@@ -283,8 +264,9 @@ def test_saving_and_loading_without_inputs_restores_at_the_first_call(model, toy
 
 def test_a_branch_may_take_the_input_of_a_stage(every_toy):
     toy = every_toy
-    options = {"example_inputs": toy.args, "example_kwargs": toy.kwargs, "scale": 1.0}
-    model = retroexit.wrap(toy.generator, [toy.stages[1], toy.stages[2]], tap="before", **options)
+    model = retroexit.wrap(
+        toy.generator, toy.stages[1:3], 1.0, tap="before", example_inputs=toy.args, example_kwargs=toy.kwargs
+    )
     with torch.no_grad():
         torch.manual_seed(5)
         want = tensors(toy.generator(*toy.args, **toy.kwargs))
@@ -296,15 +278,8 @@ def test_a_branch_may_take_the_input_of_a_stage(every_toy):
 
 
 @pytest.mark.parametrize("inject", ["input", "every_stage"])
-def test_a_guide_enters_where_it_is_asked_to(toy, inject):
-    model = retroexit.wrap(
-        toy.generator,
-        [1],
-        1 / 4,
-        min_channels=8,
-        example_inputs=toy.args,
-        guidance=retroexit.Guidance(inject=inject),
-    )
+def test_a_guide_enters_where_inject_says(toy, inject):
+    model = wrap(toy, [1], guidance=retroexit.Guidance(inject=inject))
     (branch,) = model.branches
     feature = torch.rand(2, 32, 8, 8)
     guide = torch.rand(2, *model.decomposition.value_cut.feature.meta["shape"][1:])
@@ -360,11 +335,7 @@ def test_a_stage_may_take_its_map_by_keyword_or_inside_a_tuple(attach_at):
     assert model.exits[0].parameters < sum(p.numel() for p in generator.parameters())
 
 
-def test_features_are_the_maps_at_the_attach_points(toys):
-    toy = toys.TOYS["plain"]() if "plain" in toys.TOYS else next(iter(toys.TOYS.values()))()
-    model = retroexit.wrap(
-        toy.generator, [1, 2], 0.5, min_channels=4, example_inputs=toy.args, example_kwargs=toy.kwargs
-    )
+def test_features_are_the_maps_at_the_attach_points(model, toy):
     seen = []
     hooks = [
         toy.generator.get_submodule(exit.attach_at).register_forward_hook(
@@ -372,9 +343,9 @@ def test_features_are_the_maps_at_the_attach_points(toys):
         )
         for exit in model.exits[:-1]
     ]
-    features = model.features(*toy.args, **toy.kwargs)
-    del seen[:]
-    toy.generator(*toy.args, **toy.kwargs)
+    features = model.features(*toy.args)
+    seen.clear()
+    toy.generator(*toy.args)
     for hook in hooks:
         hook.remove()
     assert len(features) == 2

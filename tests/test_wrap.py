@@ -1,16 +1,10 @@
 """What `wrap` promises, on a small generator for each thing that other people's decoders do."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-
 import pytest
 import torch
-from torch import nn
 
 import retroexit
 from retroexit.core.nested import tensors
-
-Untouched = Callable[[nn.Module], AbstractContextManager[None]]
 
 
 def wrapped(toy, **options):

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from retroexit.metrics import QualityMetric
+
 
 @dataclass
 class Toy:
@@ -41,6 +43,15 @@ class Toy:
             return value[rows] if isinstance(value, Tensor) else value
 
         return tuple(map(cut, self.args)), {key: cut(value) for key, value in self.kwargs.items()}
+
+
+class Distance(QualityMetric):
+    """Mean absolute difference; takes images of any size."""
+
+    name = "distance"
+
+    def compare(self, a: Tensor, b: Tensor) -> Tensor:
+        return (a - b).abs().mean((1, 2, 3))
 
 
 TOYS: dict[str, Callable[[], Toy]] = {}

@@ -1,12 +1,11 @@
 """Keys and values: which stage, which function, whose default, and what is refused."""
 
 import json
-from collections.abc import Callable
 from functools import partial
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import retroexit
 from retroexit.core.samples import Samples
@@ -19,7 +18,6 @@ from retroexit.training.stream_bank import stream_bank
 INPUTS = torch.randn(7, 4, 8, 8, generator=torch.Generator().manual_seed(1))
 POSES = torch.randn(7, 5, generator=torch.Generator().manual_seed(2))
 SAMPLES = list(zip(INPUTS, POSES, strict=True))
-Handed = Callable[[nn.Module], list[Tensor]]
 
 
 def pose_key(x, pose):

@@ -6,20 +6,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from toys import Block
 
 import retroexit
 from retroexit.errors import AdapterError, BranchError, RetroExitError
 from retroexit.plugins import Description, hookimpl
 from retroexit.testing import AdapterReport, check_adapter
-
-
-class Block(nn.Module):
-    def __init__(self, c_in, c_out):
-        super().__init__()
-        self.conv, self.skip = nn.Conv2d(c_in, c_out, 3, padding=1), nn.Conv2d(c_in, c_out, 1)
-
-    def forward(self, x):
-        return torch.relu(self.conv(x)) + self.skip(x)
 
 
 class Decoder(nn.Module):

@@ -1,15 +1,14 @@
 """What each hook is for: a plug-in that fills it, and the library or command line that uses the result."""
 
 import re
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import typer
 from torch import nn
+from toys import Block, Chain
 
 import retroexit
 from retroexit import cli
@@ -20,35 +19,12 @@ from retroexit.retrieval import Retriever
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 SAMPLES = torch.randn(8, 4, 8, 8, generator=torch.Generator().manual_seed(1))
-Offering = Callable[..., Any]
-Use = Callable[[object], Host]
 QUICK = {"steps": 2, "batch": 2, "predictor_steps": 2, "progress": False}
-
-
-class Block(nn.Module):
-    def __init__(self, c_in, c_out):
-        super().__init__()
-        self.conv, self.skip = nn.Conv2d(c_in, c_out, 3, padding=1), nn.Conv2d(c_in, c_out, 1)
-
-    def forward(self, x):
-        return torch.relu(self.conv(x)) + self.skip(x)
-
-
-class Painter(nn.Module):
-    """Three blocks, an image in [-1, 1]."""
-
-    def __init__(self):
-        super().__init__()
-        self.blocks = nn.Sequential(Block(4, 16), Block(16, 16), Block(16, 16))
-        self.rgb = nn.Conv2d(16, 3, 1)
-
-    def forward(self, z):
-        return torch.tanh(self.rgb(self.blocks(z)))
 
 
 @pytest.fixture
 def painter():
-    return Painter().eval()
+    return Chain([Block(16, 16) for _ in range(3)], first=16, last=16).eval()
 
 
 @pytest.fixture
@@ -80,14 +56,9 @@ def test_hook_retroexit_describe(painter, use):
     class Knows:
         @hookimpl
         def retroexit_describe(self, generator):
-            if not isinstance(generator, Painter):
-                return None
-            return Description(
-                name="painter",
-                stages=paths,
-                example_inputs=lambda generator: ((torch.zeros(1, 4, 8, 8),), {}),
-                image_range=(-1, 1),
-            )
+            inputs = ((torch.zeros(1, 4, 8, 8),), {})
+            description = Description("painter", paths, lambda generator: inputs, image_range=(-1, 1))
+            return description if isinstance(generator, Chain) else None
 
     plugins = use(Knows())
     model = retroexit.wrap(painter, [1], 1 / 2, min_channels=4)
@@ -249,7 +220,7 @@ def test_an_adapter_may_be_named_and_has_to_recognise_the_generator(painter, toy
     class Knows:
         @hookimpl
         def retroexit_describe(self, generator):
-            return Description(name="a painter") if isinstance(generator, Painter) else None
+            return Description(name="a painter") if isinstance(generator, Chain) else None
 
     use(Knows())
     wrap(painter, adapter="mine")

@@ -3,9 +3,7 @@
 import logging
 import re
 import warnings
-from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from torch import nn
@@ -15,8 +13,6 @@ from retroexit.metrics import QualityMetric
 from retroexit.plugins import Description, Host, hookimpl
 from retroexit.retrieval import Retriever
 
-Announce = Callable[..., None]
-Offering = Callable[..., Any]
 OWN_RETRIEVERS = ("exact", "faiss", "hnswlib")
 
 

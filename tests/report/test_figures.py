@@ -3,17 +3,13 @@
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable
 
 import numpy as np
 import pytest
 from scipy import stats
 
 from retroexit.errors import MissingExtraError, OptionError
-from retroexit.evaluation.sweep import Evaluation
 from retroexit.report import figures
-
-Make = Callable[..., Evaluation]
 
 
 def texts(svg):

@@ -5,7 +5,6 @@ import io
 import json
 import re
 import sys
-from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -20,8 +19,6 @@ from retroexit.evaluation.sweep import Evaluation, thresholds_for
 from retroexit.report.report import write_report
 from retroexit.report.strips import Strip
 from retroexit.routing.calibration import Calibration
-
-Make = Callable[..., Evaluation]
 
 
 class Page(HTMLParser):

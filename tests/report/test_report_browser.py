@@ -8,19 +8,16 @@ import re
 import shutil
 import subprocess
 import threading
-from collections.abc import Callable
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
-from retroexit.evaluation.sweep import Evaluation
 from retroexit.report.report import write_report
 from retroexit.report.strips import Strip
 from retroexit.routing.calibration import Calibration
 
-Make = Callable[..., Evaluation]
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--dump-dom"),

@@ -1,13 +1,11 @@
 """What a report is written from again: texts, images, numbers, and the model that they belong to."""
 
 import json
-from collections.abc import Callable
 
 import numpy as np
 import pytest
 
 from retroexit.errors import CheckpointError
-from retroexit.evaluation.sweep import Evaluation
 from retroexit.report.report import write_report
 from retroexit.report.saved_report import (
     SavedReport,
@@ -19,8 +17,6 @@ from retroexit.report.saved_report import (
     save_report,
 )
 from retroexit.report.strips import Strip
-
-Make = Callable[..., Evaluation]
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """Operating points against plain loops over samples."""
 
 import json
-from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -9,8 +8,6 @@ from scipy import stats
 
 from retroexit.errors import CheckpointError, OptionError
 from retroexit.evaluation.sweep import Evaluation, OperatingPoint
-
-Make = Callable[..., Evaluation]
 
 
 @pytest.mark.parametrize("tau", [0.0, 0.06, 0.1, 1.0])

@@ -1,17 +1,12 @@
 """Inputs unlike the fitting set go to the backbone, and are counted."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 
 from retroexit.guidance import with_slopes
 from retroexit.guidance.bank import GuidanceBank
-from retroexit.model import EarlyExitGenerator
 from retroexit.routing.predictor import OODGuard, Predictor, farthest
 from retroexit.training.predictor import train_predictor
-
-Make = Callable[..., EarlyExitGenerator]
 
 
 def _maps(samples, seed):

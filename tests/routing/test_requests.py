@@ -1,18 +1,15 @@
 """Budgets, deadlines, thresholds per sample, and what excludes what."""
 
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
 
 from retroexit.errors import OptionError, TrainingError
-from retroexit.model import EarlyExitGenerator
 from retroexit.routing.calibration import Calibration
 from retroexit.routing.latency import Latency, time_exits
 from retroexit.routing.policy import RoutingRequest, assign_by_budget, lagrange_multiplier
 
-Make = Callable[..., EarlyExitGenerator]
 SHARES = torch.tensor([0.1, 0.3, 0.6, 1.01])
 
 

@@ -1,15 +1,11 @@
 """Batches whose samples leave at different exits."""
 
 import itertools
-from collections.abc import Callable
 
 import pytest
 import torch
 
 from retroexit.errors import BankError, OptionError, TrainingError
-from retroexit.model import EarlyExitGenerator
-
-Make = Callable[..., EarlyExitGenerator]
 
 
 def _inputs(difficulty):

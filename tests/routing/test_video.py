@@ -1,17 +1,13 @@
 """Exits for video."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from retroexit.errors import OptionError
-from retroexit.model import EarlyExitGenerator
 from retroexit.routing.policy import VideoRouter, assign_exits, assign_with_hysteresis
 
-Make = Callable[..., EarlyExitGenerator]
 LOSS = st.floats(0, 0.25, width=32)
 
 

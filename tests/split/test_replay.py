@@ -2,8 +2,6 @@
 
 import threading
 from collections import Counter
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 
 import numpy as np
 import pytest
@@ -16,7 +14,6 @@ from retroexit import errors
 from retroexit.metrics import QualityMetric
 from retroexit.stages.decoder import read_decoder
 
-Untouched = Callable[[nn.Module], AbstractContextManager[None]]
 CALLS = Counter()
 
 
