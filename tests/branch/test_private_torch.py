@@ -69,8 +69,13 @@ def test_operations_on_fake_tensors_add_equations_and_those_on_real_ones_are_com
     assert isinstance(y, FakeTensor)
     assert env.expression(x.shape[1]) == env.expression(weight.shape[1])
     assert env.expression(y.shape[1]) == env.expression(weight.shape[0])
+
+
+def test_an_index_into_the_channels_pins_their_number(env):
+    mode = SymbolicMode(env)
+    x = mode.fake(torch.rand(2, 8), [False, True])
     with mode.running():
-        _ = x[:, 3]  # an index is a reason to keep the width
+        _ = x[:, 3]
     assert env.expression(x.shape[1]) == 8
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 
 import pytest
 import torch
@@ -28,15 +29,6 @@ class Posed(nn.Module):
         return torch.tanh(self.rgb(x))
 
 
-class Distance(QualityMetric):
-    """Mean absolute difference."""
-
-    name = "distance"
-
-    def compare(self, a: Tensor, b: Tensor) -> Tensor:
-        return (a - b).abs().mean((1, 2, 3))
-
-
 @pytest.fixture
 def posed() -> nn.Module:
     """The generator; its stages are ``stages.0`` to ``stages.3``."""
@@ -45,9 +37,9 @@ def posed() -> nn.Module:
 
 
 @pytest.fixture
-def metric() -> QualityMetric:
+def metric(toys: ModuleType) -> QualityMetric:
     """A quality metric that takes images of any size."""
-    return Distance()
+    return toys.Distance()
 
 
 @pytest.fixture

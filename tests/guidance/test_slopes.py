@@ -22,14 +22,8 @@ def _maps(count=12, seed=0):
 
 
 def _bank(keys, values, size=10, patch=(1, 1)):
-    return build_bank(
-        [(keys, list(range(len(keys))))],
-        lambda rows: values[rows],
-        patch=patch,
-        size=size,
-        thin="random",
-        retriever=ExactRetriever(),
-    )
+    options = {"patch": patch, "size": size, "thin": "random", "retriever": ExactRetriever()}
+    return build_bank([(keys, range(len(keys)))], lambda rows: values[rows], **options)
 
 
 def _followed(keys, values, **settings):

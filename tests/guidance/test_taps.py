@@ -1,6 +1,5 @@
-"""Keys and values: which stage, which function, whose default, and what is refused."""
+"""Where keys and values of a bank come from: stages, functions, defaults of adapters."""
 
-import json
 from functools import partial
 
 import pytest
@@ -8,6 +7,7 @@ import torch
 from torch import nn
 
 import retroexit
+from retroexit.core.identity import fingerprint
 from retroexit.core.samples import Samples
 from retroexit.errors import AttachPointError, BankError, CheckpointError, OptionError
 from retroexit.guidance import build_bank
@@ -40,13 +40,8 @@ def wrap(generator, attach_at=(2,), guidance=True, **options):
 
 
 def fill(model, keys, values, patch=(1, 1)):
-    model.bank = build_bank(
-        [(keys, torch.arange(len(keys)))],
-        lambda ids: values[ids],
-        patch=patch,
-        thin="none",
-        retriever=ExactRetriever(),
-    )
+    stream, options = [(keys, range(len(keys)))], {"patch": patch, "thin": "none"}
+    model.bank = build_bank(stream, lambda ids: values[ids], retriever=ExactRetriever(), **options)
 
 
 def outputs_of(generator, path):
@@ -85,9 +80,9 @@ def test_a_fit_fills_the_bank_from_the_named_stages(posed, metric, tmp_path):
     assert len(model.bank) == 7 * 64
     # An input of the bank finds its own keys at distance 0, and with them its own values.
     keys, values = outputs_of(posed, "stages.0"), outputs_of(posed, "stages.2")
-    found = model.bank.search(keys)
-    assert found.distances.max() < 1e-6
-    torch.testing.assert_close(model.bank.glue(found.ids), values, rtol=1e-3, atol=1e-3)
+    result = model.bank.search(keys)
+    assert result.distances.max() < 1e-6
+    torch.testing.assert_close(model.bank.glue(result.ids), values, rtol=1e-3, atol=1e-3)
     loaded = retroexit.load(tmp_path, posed, (INPUTS[:1], POSES[:1]), adapter=False)
     assert loaded.options.guidance == model.options.guidance
     assert torch.equal(loaded(INPUTS, POSES, exit=1), model(INPUTS, POSES, exit=1))
@@ -102,7 +97,7 @@ def test_a_fit_fills_the_bank_from_the_named_stages(posed, metric, tmp_path):
         ("stage.0", AttachPointError, r"no module 'stage\.0' in Posed; closest: 'stages\.0'"),
     ],
 )
-def test_keys_that_not_every_route_computes_are_refused(posed, untouched, key_after, error, message):
+def test_keys_from_behind_the_first_attach_point_are_refused(posed, untouched, key_after, error, message):
     with untouched(posed), pytest.raises(error, match=message):
         wrap(posed, [2, 3], retroexit.Guidance(key_after=key_after))
 
@@ -147,11 +142,11 @@ def test_functions_that_return_no_keys_are_refused(posed, untouched, key, messag
 
 
 def test_a_function_that_returns_another_width_is_refused(posed):
-    wanted = [5]
-    model = wrap(posed, guidance=retroexit.Guidance(key=lambda x, pose: pose[:, : wanted[0]]))
+    width = [5]
+    model = wrap(posed, guidance=retroexit.Guidance(key=lambda x, pose: pose[:, : width[0]]))
     fill(model, POSES[:, :, None, None], torch.rand(7, 3, 16, 16))
     assert model(INPUTS, POSES, exit=1).shape == (7, 3, 16, 16)
-    wanted[0] = 4
+    width[0] = 4
     with pytest.raises(BankError, match=r"\(7, 5\), got \(7, 4\)"):
         model(INPUTS, POSES, exit=1)
 
@@ -174,25 +169,16 @@ def test_invalid_settings_are_refused(options, message):
 
 
 @pytest.mark.parametrize(
-    ("value_after", "channels", "side"), [("image", 3, 16), (None, 3, 16), (1, 12, 8), ("rgb", 3, 16)]
+    ("value_after", "path"), [("image", ""), (None, ""), (1, "stages.0"), ("rgb", "rgb")]
 )
-def test_a_frames_value_is_the_whole_image_or_map(
-    posed, metric, handed, tmp_path, value_after, channels, side
-):
+def test_a_frames_value_is_the_whole_image_or_map(posed, metric, handed, tmp_path, value_after, path):
     model = wrap(posed, guidance=retroexit.Guidance(key=pose_key, value_after=value_after))
     retroexit.fit(model, SAMPLES, tmp_path, metric=metric, steps=1, predictor_steps=1, progress=False)
     assert len(model.bank) == 7
-    guides = handed(model.branches[0])
+    guides, values = handed(model.branches[0]), outputs_of(posed, path)
     model(INPUTS[:2], POSES[[4, 6]] + 0.01, exit=1)
-    if value_after in ("image", None):
-        with torch.no_grad():
-            values = posed(INPUTS, POSES)
-    else:
-        values = outputs_of(posed, "stages.0" if value_after == 1 else "rgb")
-    assert guides[0].shape == (2, channels, side, side)
     torch.testing.assert_close(guides[0], values[[4, 6]], rtol=1e-3, atol=1e-3)
-    # One search of 7 keys of 5 numbers.
-    assert model.guide.search_macs() == 7 * 5
+    assert model.guide.search_macs() == 7 * 5  # one search of 7 keys of 5 numbers
 
 
 # Settings of the user and of the adapter.
@@ -202,38 +188,32 @@ def describe(**facts):
     return retroexit.Description(name="posed", stages=tuple(f"stages.{i}" for i in range(4)), **facts)
 
 
-def settled(posed, guidance, **facts):
-    return wrap(posed, guidance=guidance, stages=None, adapter=describe(**facts)).options.guidance
-
-
-def test_an_adapters_taps_hold_where_the_user_names_none(posed):
-    found = settled(posed, True, key_after=1, value_after="stages.2")
-    assert (found.key, found.key_after, found.value_after, found.inject) == (None, 1, "stages.2", "input")
-    own = retroexit.Guidance(key_after=2, value_after=1)
-    found = settled(posed, own, key_after=1, value_after="stages.2")
-    assert (found.key_after, found.value_after) == (2, 1)
-    found = settled(posed, retroexit.Guidance(value_after=1), key_after=1)
-    assert (found.key_after, found.value_after) == (1, 1)
-    found = settled(posed, retroexit.Guidance(order=1), value_after=2)
-    assert (found.value_after, found.inject) == ("image", "every_stage")
-    found = settled(posed, retroexit.Guidance(order=1, value_after=1, inject="input"), value_after=2)
-    assert (found.value_after, found.inject) == (1, "input")
-
-
-def test_an_adapters_key_function_makes_a_bank_of_frames_unless_patches_are_wanted(posed):
-    found = settled(posed, True, key=pose_key)
-    assert (found.key, found.value_after, found.inject) == (pose_key, "image", "every_stage")
-    found = settled(posed, retroexit.Guidance(inject="input", value_after=2), key=pose_key)
-    assert (found.key, found.value_after, found.inject) == (pose_key, 2, "input")
-    for patches in (
-        "patches",
-        retroexit.Guidance(key=False),
-        retroexit.Guidance(key_after=1),
-        retroexit.Guidance(patch=(2, 2)),
-    ):
-        found = settled(posed, patches, key=pose_key)
-        assert (found.key, found.value_after, found.inject) == (None, None, "input")
-    assert settled(posed, retroexit.Guidance(key=other_key), key=pose_key).key is other_key
+@pytest.mark.parametrize(
+    ("guidance", "facts", "expected"),
+    [
+        (True, {"key_after": 1, "value_after": "stages.2"}, (None, 1, "stages.2", "input")),
+        (
+            {"key_after": 2, "value_after": 1},
+            {"key_after": 1, "value_after": "stages.2"},
+            (None, 2, 1, "input"),
+        ),
+        ({"value_after": 1}, {"key_after": 1}, (None, 1, 1, "input")),
+        ({"order": 1}, {"value_after": 2}, (None, None, "image", "every_stage")),
+        ({"order": 1, "value_after": 1, "inject": "input"}, {"value_after": 2}, (None, None, 1, "input")),
+        # A key function of the adapter makes a bank of frames, unless the user sets something of patches.
+        (True, {"key": pose_key}, (pose_key, None, "image", "every_stage")),
+        ({"inject": "input", "value_after": 2}, {"key": pose_key}, (pose_key, None, 2, "input")),
+        ({"key": other_key}, {"key": pose_key}, (other_key, None, "image", "every_stage")),
+        ("patches", {"key": pose_key}, (None, None, None, "input")),
+        ({"key": False}, {"key": pose_key}, (None, None, None, "input")),
+        ({"key_after": 1}, {"key": pose_key}, (None, 1, None, "input")),
+        ({"patch": (2, 2)}, {"key": pose_key}, (None, None, None, "input")),
+    ],
+)
+def test_settings_of_the_user_go_before_those_of_the_adapter(posed, guidance, facts, expected):
+    chosen = retroexit.Guidance(**guidance) if isinstance(guidance, dict) else guidance
+    settings = wrap(posed, guidance=chosen, stages=None, adapter=describe(**facts)).options.guidance
+    assert (settings.key, settings.key_after, settings.value_after, settings.inject) == expected
 
 
 # Saving.
@@ -248,30 +228,27 @@ def test_a_key_function_is_named_by_module_and_name(posed):
 def test_a_key_function_is_given_again_at_loading_or_comes_from_the_adapter(posed, tmp_path):
     model = wrap(posed, guidance=retroexit.Guidance(key=pose_key))
     fill(model, pose_key(INPUTS, POSES)[:, :, None, None], torch.rand(7, 3, 16, 16))
-    model.bank.meta["fingerprint"] = json.loads((model.save(tmp_path) / "model.json").read_text())[
-        "fingerprint"
-    ]
+    model.bank.meta["fingerprint"] = fingerprint(posed)
     model.save(tmp_path)
     example = (INPUTS[:1], POSES[:1])
-    wanted = model(INPUTS, POSES, exit=1)
+    expected = model(INPUTS, POSES, exit=1)
     for options in (
         {"key": pose_key, "adapter": False},
         {"key": pose_key, "adapter": describe(key=other_key)},
         {"adapter": describe(key=pose_key)},
     ):
         loaded = retroexit.load(tmp_path, posed, example, **options)
-        assert torch.equal(loaded(INPUTS, POSES, exit=1), wanted)
+        assert torch.equal(loaded(INPUTS, POSES, exit=1), expected)
         assert loaded.options.guidance == model.options.guidance
-    for known in (False, describe(), describe(key=other_key)):
+    for adapter in (False, describe(), describe(key=other_key)):
         with pytest.raises(CheckpointError, match=r"function '.*pose_key', which is not saved.* key=\.\.\."):
-            retroexit.load(tmp_path, posed, example, adapter=known)
+            retroexit.load(tmp_path, posed, example, adapter=adapter)
 
 
 def test_a_key_function_for_a_model_without_one_is_refused(posed, tmp_path):
     wrap(posed).save(tmp_path)
-    with pytest.raises(
-        CheckpointError, match=r"was saved without a key function, got key=.*pose_key'. Leave key out"
-    ):
+    message = r"was saved without a key function, got key=.*pose_key'. Leave key out"
+    with pytest.raises(CheckpointError, match=message):
         retroexit.load(tmp_path, posed, adapter=False, key=pose_key)
 
 
@@ -327,19 +304,19 @@ def test_a_bank_of_another_backbone_is_refused(posed):
     assert model.bank is None
 
 
-def test_a_bank_made_by_hand_is_compared_by_its_shapes(posed):
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (lambda keys, values: (keys[:, :5], values), "numbers per key must be 12, got 5"),
+        (lambda keys, values: (keys, values[..., ::2, ::2]), r"value must be \(2, 2\), got \(1, 1\)"),
+        (lambda keys, values: (keys, values[:, :3]), "channels per value must be 12, got 3"),
+    ],
+)
+def test_a_bank_made_by_hand_is_compared_by_its_shapes(posed, changed, message):
     model = wrap(posed, guidance=retroexit.Guidance(value_after=3))
-
-    def by_hand(keys, values):
-        return build_bank([(keys, range(len(keys)))], lambda ids: values[ids], retriever=ExactRetriever())
-
     keys, values = torch.randn(3, 12, 8, 8), torch.rand(3, 12, 16, 16)
-    model.bank = fits = by_hand(keys, values)
-    for wrong, message in (
-        (by_hand(keys[:, :5], values), r"numbers per key must be 12, got 5"),
-        (by_hand(keys, values[:, :, ::2, ::2]), r"the patch of a value must be \(2, 2\), got \(1, 1\)"),
-        (by_hand(keys, values[:, :3]), r"channels per value must be 12, got 3"),
-    ):
-        with pytest.raises(BankError, match=message):
-            model.bank = wrong
-    assert model.bank is fits
+    fill(model, keys, values)
+    bank = model.bank
+    with pytest.raises(BankError, match=message):
+        fill(model, *changed(keys, values))
+    assert model.bank is bank

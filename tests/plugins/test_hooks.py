@@ -57,8 +57,8 @@ def test_hook_retroexit_describe(painter, use):
         @hookimpl
         def retroexit_describe(self, generator):
             inputs = ((torch.zeros(1, 4, 8, 8),), {})
-            description = Description("painter", paths, lambda generator: inputs, image_range=(-1, 1))
-            return description if isinstance(generator, Chain) else None
+            options = {"stages": paths, "example_inputs": lambda generator: inputs, "image_range": (-1, 1)}
+            return Description(name="painter", **options) if isinstance(generator, Chain) else None
 
     plugins = use(Knows())
     model = retroexit.wrap(painter, [1], 1 / 2, min_channels=4)

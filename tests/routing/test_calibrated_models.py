@@ -5,24 +5,17 @@ import json
 import pytest
 import torch
 from torch import nn
+from toys import Distance
 
 import retroexit
 from retroexit.core.samples import Samples
 from retroexit.errors import BankError, CheckpointError, OptionError, TrainingError
 from retroexit.evaluation.promise import promise_summary, promised
-from retroexit.metrics import QualityMetric
 from retroexit.routing.policy import assign_exits
 from retroexit.routing.predictor import Predictor
 from retroexit.training.cache import FeatureCache
 from retroexit.training.predictor import fit_predictor
 from retroexit.training.settings import FitSettings
-
-
-class Distance(QualityMetric):
-    name = "distance"
-
-    def compare(self, a, b):
-        return (a - b).abs().mean((1, 2, 3))
 
 
 def _inputs(count, seed):

@@ -2,19 +2,12 @@
 
 import pytest
 import torch
+from toys import Distance
 
 import retroexit
 from retroexit.errors import TrainingError
-from retroexit.metrics import QualityMetric
 from retroexit.routing.predictor import Predictor
 from retroexit.training.predictor import train_predictor
-
-
-class Distance(QualityMetric):
-    name = "distance"
-
-    def compare(self, a, b):
-        return (a - b).abs().mean((1, 2, 3))
 
 
 @pytest.mark.parametrize("size", [(9,), (6, 5), (3, 4, 5)])

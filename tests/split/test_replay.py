@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from toys import Distance
 
 import retroexit
 from retroexit import errors
-from retroexit.metrics import QualityMetric
 from retroexit.stages.decoder import read_decoder
 
 CALLS = Counter()
@@ -344,13 +344,6 @@ def test_where_replay_does_not_help_both_reasons_are_given(untouched):
         pytest.raises(errors.RecordingError, match=r"Bundle object with tensors.*again behind (a|the) cut"),
     ):
         wrap(generator)
-
-
-class Distance(QualityMetric):
-    name = "distance"
-
-    def compare(self, a, b):
-        return ((a - b).square().mean((1, 2, 3)) + 1e-12).sqrt()
 
 
 @pytest.mark.parametrize(("kind", "inject"), [("branches", "input"), ("bundles", "every_stage")])
