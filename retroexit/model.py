@@ -11,7 +11,6 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, nn
 
-from retroexit.core.nested import carrying_gradient, tensors
 from retroexit.errors import CheckpointError, NotRecordedError, OptionError, RetroExitWarning
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.guidance.provider import GuideProvider
@@ -211,14 +210,13 @@ class EarlyExitGenerator(nn.Module):
         is_backbone = request.exit is not None and self.router.check_exit(request.exit) == self.router.exits
         if request.is_plain or is_backbone:
             return self.generator(*args, **kwargs), None
-        begun = self._begin(args, kwargs)  # values at the first cut, key feature, the call itself
+        begun = self.split.begin(args, kwargs)  # values at the first cut, key feature, the call itself
         choice = self.router.choose(begun, request)  # exits (N,), and what was retrieved
         return render(self.split, self.branches, self.guide, begun, choice), choice.exits
 
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Begun:
         self._ensure_recorded(args, kwargs)
-        with carrying_gradient(tensors((args, kwargs))):
-            return self.split.begin(args, kwargs)
+        return self.split.begin(args, kwargs)
 
     def overhead(self) -> list[int]:
         """MACs of predictor and retrieval in a routed call, per exit and for one sample; see `Router.overhead`."""
@@ -247,9 +245,8 @@ class EarlyExitGenerator(nn.Module):
                 decomposition, branches = decompose(self.generator, self.options, args, kwargs)
                 nn.ModuleList(branches).eval()
             elif not self.split.is_current:
-                decomposition, branches = decompose_again(
-                    self.options, self.decomposition, list(self.branches)
-                )
+                old: list[Any] = list(self.branches)
+                decomposition, branches = decompose_again(self.options, self.decomposition, old)
                 if self.bank is not None:
                     self.bank.meta["fingerprint"] = decomposition.identity.fingerprint
             else:
@@ -257,6 +254,7 @@ class EarlyExitGenerator(nn.Module):
             self.guide.attach(decomposition.split.generator, decomposition.taps)
             self.router.attach(decomposition, self.guide)
             self.branches = nn.ModuleList(branches)
+            self.branches.training = False
             if self._saved_weights is not None:
                 self._load_weights(self._saved_weights)
             self._decomposition = decomposition

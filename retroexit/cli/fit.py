@@ -226,11 +226,7 @@ def _loss_arguments(values: Any) -> dict[str, Any]:
 def _plan(
     model: EarlyExitGenerator, samples: Any, out: Path, arguments: dict[str, Any], losses: Any
 ) -> Iterator[str]:
-    """Describe a fit and its cost in paragraphs; two of its steps are timed, nothing is written.
-
-    Raises:
-        RetroExitError: What the fit would raise; missing weights after everything else was described.
-    """
+    """Describe a fit and its cost in paragraphs; two of its steps are timed, nothing is written."""
     missing: dict[str, WeightsError] = {}
     job = prepare(model, samples, missing=missing, **arguments)
     if job.metric is not None and not missing:

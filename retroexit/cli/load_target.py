@@ -139,16 +139,13 @@ def load_made(spec: str, arguments: str = "") -> Any:
 
 
 def load_generator(spec: str, arguments: str = "") -> tuple[nn.Module, Inputs | None]:
-    """Make a generator and, where the factory returns some, its example inputs.
+    """Make a generator, in eval mode, and its positional and keyword inputs, if there are any.
 
     Args:
-        spec: Names the generator, or a class or function that makes it. A function may return
-            ``(generator, inputs)`` or ``(generator, inputs, keyword inputs)``: ``inputs`` is a tuple of
-            positional inputs, a dict of keyword inputs, or the only input.
+        spec: Names the generator, or a class or function that makes it. A function may return ``(generator,
+            inputs)`` or ``(generator, inputs, keyword inputs)``: ``inputs`` is a tuple of positional inputs,
+            a dict of keyword inputs, or the only input.
         arguments: Arguments of the call, Python literals.
-
-    Returns:
-        The generator in eval mode, and its positional and keyword inputs or ``None``.
     """
     made = load_made(spec, arguments)
     parts = made if isinstance(made, tuple) and 2 <= len(made) <= 3 else (made,)

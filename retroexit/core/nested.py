@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import types
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from numbers import Real
 from typing import Any
 
 import torch
@@ -17,13 +17,13 @@ from torch.fx.immutable_collections import immutable_dict
 
 __all__ = [
     "Packed",
-    "carrying_gradient",
     "change_first_map",
     "children",
     "clone_strided",
     "cloned",
     "flatten",
     "hidden_tensors",
+    "is_number",
     "is_record",
     "pack",
     "rebuild",
@@ -33,6 +33,11 @@ __all__ = [
 
 _NUMBERS = (bool, int, float)
 _PLAIN = (str, bytes, type(None), torch.dtype, torch.device)
+
+
+def is_number(value: Any) -> bool:
+    """Return whether a value is a real number, of Python or NumPy, and not a ``bool``."""
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def is_record(value: Any) -> bool:
@@ -217,11 +222,3 @@ def pack(value: Any, *, numbers: bool = True) -> tuple[Packed, list[Tensor]]:
 
     template = rebuild_deep(value, take)
     return Packed(template, (type(value).__name__, *kinds)), parts
-
-
-@contextmanager
-def carrying_gradient(values: Iterable[Any]) -> Iterator[None]:
-    """Record gradients only if that is enabled and one of the tensors requires a gradient."""
-    requires = any(isinstance(value, Tensor) and value.requires_grad for value in values)
-    with torch.set_grad_enabled(torch.is_grad_enabled() and requires):
-        yield

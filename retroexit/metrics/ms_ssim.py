@@ -21,8 +21,7 @@ _WINDOW = 11
 class MSSSIM(QualityMetric):
     """One minus the multi-scale structural similarity (Wang et al. 2003; training loss of equation 4).
 
-    Five scales need images of 176 pixels. Smaller images get as many scales as fit, with their weights
-    renormalised. Values at different numbers of scales are not comparable.
+    Images of less than 176 pixels get as many of the five scales as fit, and are not comparable with others.
 
     Raises:
         MissingExtraError: If torchmetrics is not installed.

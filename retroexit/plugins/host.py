@@ -1,7 +1,7 @@
 """Find plug-ins, check them, and look up what they offer.
 
-Plug-ins are imported at the first look-up, and a hook is called when something of its kind is first looked up.
-A plug-in, or the part of it, that does not work is left out with one warning that names it and the cause.
+Plug-ins are imported, and their hooks called, at the first look-up. What does not work is left out with a
+warning.
 """
 
 from __future__ import annotations
@@ -81,12 +81,7 @@ class PluginInfo:
 
 
 class Host:
-    """The plug-ins of one process; `host` returns the one that the library uses.
-
-    Args:
-        discover: Whether the first look-up loads the library's own plug-in and those of installed
-            distributions. With ``discover=False`` only what is passed to `register` is used.
-    """
+    """The plug-ins of one process; without ``discover``, only those passed to `register` are used."""
 
     def __init__(self, discover: bool = True) -> None:
         self._pluggy = pluggy.PluginManager(hookspecs.GROUP)
@@ -99,11 +94,7 @@ class Host:
         self._lock = threading.RLock()
 
     def register(self, plugin: object, name: str) -> None:
-        """Add a plug-in by hand: a module or an object whose functions are marked with `hookimpl`.
-
-        Raises:
-            PluginError: If the name is taken, or the plug-in does not fit its hooks; it is left out then.
-        """
+        """Add a module or object whose functions are marked with `hookimpl`; `PluginError` if it does not fit."""
         with self._lock:
             self._register(plugin, PluginInfo(name))
             self._offers.clear()
@@ -125,8 +116,7 @@ class Host:
         ``"lpips"`` means ``"lpips-alex"``; ``weights`` is a file with the metric's weights.
 
         Raises:
-            OptionError: If the metric takes no weights and some are passed.
-            PluginError: If no plug-in offers it, more than one does, or the result is no metric.
+            OptionError, PluginError: If the metric takes no weights, or not exactly one plug-in offers it.
             WeightsError: If the weights are missing or damaged.
         """
         if isinstance(metric, QualityMetric):
@@ -178,19 +168,15 @@ class Host:
         return [*self._plugins.values(), *self._rejected]
 
     def describe(self, generator: nn.Module, adapter: Description | str | bool | None = None) -> Description:
-        """Describe a generator.
+        """Describe a generator; with no more than a name if no plug-in recognises it.
 
         Args:
             generator: The user's trained model.
             adapter: A description; the name of the plug-in to call; ``False`` for none, ``None`` for all.
-
-        Returns:
-            The description, which has no more than a name if no plug-in recognises the generator. Its
-            ``build_stage``, if missing, becomes that of the plug-ins, unless ``adapter`` is ``False``.
+                Without ``False``, a missing ``build_stage`` becomes that of the plug-ins.
 
         Raises:
-            OptionError: If the named plug-in does not recognise the generator.
-            PluginError: If there is no plug-in of that name, or it is not in use.
+            OptionError, PluginError: If the named plug-in does not recognise the generator, or is not in use.
         """
         kind = type(generator).__name__
         if adapter is False:

@@ -52,8 +52,7 @@ def write_report(
         Path of ``report.html``.
 
     Raises:
-        MissingExtraError: If jinja2 or matplotlib is not installed.
-        OptionError: If ``thresholds`` is empty.
+        MissingExtraError, OptionError: If jinja2 or matplotlib is not installed, or ``thresholds`` is empty.
     """
     taus = sorted(set(thresholds_for(evaluation) if thresholds is None else thresholds))
     if not taus:

@@ -1,7 +1,6 @@
 """The table of a decoder: its module tree with the stages numbered, what they cost, what is live.
 
-A terminal of 100 columns holds it: names too long are shortened in the middle, runs of equal stages are
-folded, and live values are numbered in the table and spelled out below it.
+It fits into 100 columns: long names are shortened, runs of equal stages folded, live values numbered.
 """
 
 from __future__ import annotations

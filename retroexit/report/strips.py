@@ -31,11 +31,8 @@ class Strip:
 
     Attributes:
         label: What the input is, such as ``"hardest input"``.
-        images: Caption and pixels of each image; pixels have shape ``(H, W, 3)``, uint8.
+        images: Caption and pixels ``(H, W, 3)``, uint8, of each image.
         chosen: Index of the image that routing chose; ``None`` frames none.
-
-    Raises:
-        OptionError: If pixels have another shape or type, or ``chosen`` is not an index of ``images``.
     """
 
     label: str
@@ -58,7 +55,7 @@ def pick_strips(
 ) -> list[Strip]:
     """Render the easiest, hardest and, at the highlighted threshold, worst-routed samples at every exit.
 
-    ``show`` turns one sample into a picture ``(3, H, W)`` in [0, 1]; by default `_picture` does.
+    ``show`` turns one sample into a picture ``(3, H, W)`` in [0, 1].
     """
     order = np.argsort(evaluation.loss.mean(1))
     tenth = len(order) // 10

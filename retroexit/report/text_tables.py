@@ -1,7 +1,4 @@
-"""Tables that people read: exits of a wrapped generator, sweeps over thresholds.
-
-The table of a decoder's stages has a file of its own, `retroexit.report.stage_table`.
-"""
+"""Tables of the exits of a wrapped generator and of sweeps over thresholds."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from retroexit.core.modules import count_macs
-from retroexit.core.nested import carrying_gradient, clone_strided, tensors
+from retroexit.core.nested import clone_strided, tensors
 from retroexit.errors import OptionError, TrainingError
 from retroexit.guidance.provider import GuideProvider
 from retroexit.retrieval import SearchResult
@@ -320,8 +320,7 @@ def render(
     parts: list[tuple[Tensor, Any]] = []
     for index, branch in enumerate(branches):
         if index:
-            with carrying_gradient(values.values()):
-                values = split.advance(values, index)
+            values = split.advance(values, index)
         leaves = exits[rows] == index + 1
         if not bool(leaves.any()):
             continue
@@ -336,8 +335,7 @@ def render(
             break
         values, rows = split.select(values, staying), rows[staying]
     else:
-        with carrying_gradient(values.values()):
-            parts.append((rows, split.finish(values)))
+        parts.append((rows, split.finish(values)))
     return merge(parts, len(exits), split.output_rows)
 
 

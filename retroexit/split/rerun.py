@@ -1,9 +1,8 @@
 """Run a generator's own forward again, with modules answered from an earlier part of the same call.
 
-The forward runs on a copy of the modules that are running at the cut, in which the modules that they call are
-stand-ins. The `Run` of the current thread decides what a stand-in does: return what the module returned before
-the cut, store what it returns, stop the forward at the place of a cut, or just run. Random draws of the forward
-itself before a cut are repeated from the earlier run. The generator and its hooks stay unchanged.
+It runs on a copy of the modules that are running at the cut, in which the modules that they call are
+stand-ins. The `Run` of the thread decides what a stand-in does: return what the module returned before the
+cut, store what it returns, stop at a cut, or run. The forward's random draws before a cut are repeated.
 """
 
 from __future__ import annotations
@@ -316,8 +315,7 @@ def opened_by(
         called: Paths of modules that were called in the recording.
 
     Returns:
-        Paths of opened modules: the enclosing ones, and containers that are never called; and paths of the
-        modules directly inside them.
+        Paths of opened modules (enclosing ones, containers never called), and of modules directly inside.
     """
     enclosing = set(enclosing)
     opened: dict[str, None] = {}

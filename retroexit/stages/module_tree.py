@@ -43,8 +43,8 @@ class Part:
 def module_tree(decoder: Decoder) -> list[Part]:
     """List the modules of a generator that were called, down to the stages of its decoder.
 
-    Only modules that hold stages are opened. Modules beside the stages are joined to one line a run; those
-    with neither weights nor MACs are left out. Modules that were never called come last.
+    Modules beside the stages are joined to one line a run; those with neither weights nor MACs are left out.
+    Modules that were never called come last.
     """
     return _Tree(decoder).parts()
 
@@ -136,10 +136,8 @@ def _is_within(path: str, other: str) -> bool:
 def decoder_facts(decoder: Decoder) -> dict[str, Any]:
     """Describe a generator as JSON values; MACs and shapes are those of the whole example batch.
 
-    Returns:
-        ``generator`` (class name), ``inputs`` (shapes by name), ``parameters``, ``macs``, ``replayed`` (why,
-        or empty), ``suggested`` (stage numbers), ``stages``, ``live`` (see `LiveSpan`), ``tree`` (see `Part`;
-        ``stage`` is a number or ``None``).
+    Returns ``generator`` (class), ``inputs`` (shapes), ``parameters``, ``macs``, ``replayed`` (why, or
+    empty), ``suggested`` (stage numbers), ``stages``, ``live`` (see `LiveSpan`), ``tree`` (see `Part`).
     """
     tree = module_tree(decoder)
     stages = []

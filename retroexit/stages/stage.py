@@ -94,18 +94,12 @@ def live_spans(stages: Sequence[Stage]) -> list[LiveSpan]:
 
 
 def suggest_attach_points(stages: Sequence[Stage]) -> list[int]:
-    """Suggest the stages after which branches are worth trying; never the last stage.
+    """Suggest the stages after which branches are worth trying, ascending; never the last stage.
 
     Four targets are spread evenly, in MACs, from the begin of the decoder to where 20 % are left to save. For
     each one the stage nearest in cumulative share is taken; among several within 5 % of the backbone, the one
     with the fewest elements in live values. No two are within 5 % of each other; if fewer than three remain,
     the stages farthest from them are added. If no stage leaves 20 %, the one that leaves most is suggested.
-
-    Args:
-        stages: l_1..l_N.
-
-    Returns:
-        Stage numbers, ascending; empty for a decoder of one stage.
     """
     possible = stages[:-1]
     worthwhile = [s for s in possible if s.saves >= _LEAST_SAVED]

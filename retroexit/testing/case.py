@@ -147,10 +147,7 @@ class Case:
         return image
 
     def pairs(self) -> tuple[Inputs, Inputs, Inputs]:
-        """Make batches of two: the first sample and the same one shifted, each of them twice.
-
-        All have the same size, because seeded random draws repeat only at the same size.
-        """
+        """Make batches of two, of one size: the first sample and the same one shifted, each of them twice."""
 
         def batch(picks: tuple[int, int], leaf: Any) -> Any:
             if not isinstance(leaf, Tensor) or leaf.dim() == 0 or len(leaf) != len(self.image):
@@ -166,8 +163,8 @@ class Case:
     def depends_on_batch(self, run: Callable[[Inputs], Tensor]) -> str:
         """Compare a batch of two with each sample twice; returns by how much they differ, ``""`` if hardly.
 
-        Convolutions round differently for other batches, and untrained weights may amplify that a
-        thousandfold; samples that affect one another differ by as much as they vary.
+        Rounding differs a little for other batches; samples that affect one another differ as much as they
+        vary.
         """
         both, *same = (run(pair).double() for pair in self.pairs())
         gap = both - torch.stack([output[i] for i, output in enumerate(same)])

@@ -60,8 +60,7 @@ def check_adapter(
     """Test an adapter on one generator: everything that it states, and wrapping, saving and loading with it.
 
     Args:
-        generator: A small instance with random or trained weights, in eval mode, on the CPU: at full width
-            the generator is copied once for every stage.
+        generator: A small instance with random or trained weights, in eval mode, on the CPU.
         plugin: The module or object whose functions are marked with `hookimpl`; by default the installed
             plug-ins are called.
         description: A description to test instead of a plug-in.
@@ -76,8 +75,7 @@ def check_adapter(
         What was checked, and what was not.
 
     Raises:
-        AdapterError: If anything is wrong; the text lists all of it with advice. It is an ``AssertionError``
-            too.
+        AdapterError: If anything is wrong; lists all of it with advice. It is an ``AssertionError`` too.
 
     Example:
         >>> def test_adapter():

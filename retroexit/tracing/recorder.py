@@ -1,8 +1,7 @@
-"""Write the tensor functions and modules that run into a `torch.fx.Graph`.
+"""Write the tensor functions and modules that run into a `torch.fx.Graph`; `record` starts and ends it.
 
-`retroexit.tracing.record` starts and ends a recording. A `TorchFunctionMode` writes every tensor function as a
-node; hooks on the generator's modules write the chosen ones as ``call_module`` nodes. Sizes read from a tensor
-stay symbolic (`TracedInt`).
+A `TorchFunctionMode` writes every tensor function as a node; hooks on the generator's modules write the
+chosen ones as ``call_module`` nodes. Sizes read from a tensor stay symbolic (`TracedInt`).
 """
 
 from __future__ import annotations
@@ -67,10 +66,9 @@ def is_user_code(filename: str) -> bool:
 
 
 def user_line() -> tuple[str, int] | None:
-    """Return file and number of the innermost running line of the user's code.
+    """Return file and number of the innermost running line of the user's code; no frame, which holds tensors.
 
-    Returns ``None`` if code of this library, outside the calling file, was called from the user's code. Never
-    returns a frame, which would keep the tensors of all callers alive.
+    Returns ``None`` if code of this library, outside the calling file, was called from the user's code.
     """
     frame: FrameType | None = sys._getframe(1)
     caller = frame.f_code.co_filename if frame else ""

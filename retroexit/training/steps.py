@@ -22,10 +22,9 @@ __all__ = ["Cropper", "Step", "Steps", "draw_batch"]
 
 @dataclass(frozen=True)
 class Cropper:
-    """Cuts the same random windows out of images, guides and maps of other resolutions.
+    """Cuts the same random windows out of images, guides and maps, whose sizes must divide the image's.
 
-    The sizes of maps must divide the image's. Values of one location, such as style vectors of shape
-    ``(N, C, 1, 1)``, are not cropped.
+    Values of one location, such as style vectors ``(N, C, 1, 1)``, are not cropped.
 
     Attributes:
         size: Height and width of the window in pixels of the image, or ``None`` for whole images.

@@ -51,6 +51,7 @@ _MAX_RUNS = 40
 _MAX_KERNEL = 31
 _MAX_DEPTH = 3
 _CONVOLUTIONS = tuple(getattr(torch, f"conv{d}d") for d in (1, 2, 3))
+_JOINS = (torch.cat, torch.concat, torch.concatenate)
 _TRANSPOSED = tuple(getattr(torch, f"conv_transpose{d}d") for d in (1, 2, 3))
 
 Attribute = tuple[str, str]
@@ -227,7 +228,8 @@ class _SymbolicRun:
             for v, wide in zip(values, axes, strict=True)
         ]
         self.entry, self.live = inputs[0].shape[1], inputs[1:]
-        with self.mode.running(), _OpConstraints():
+        self.joined: list[list[Any]] = []
+        with self.mode.running(), _OpConstraints(self.joined):
             return torch.func.functional_call(self.tail, self.tensors, tuple(inputs))
 
     def _is_opaque(self, name: str) -> bool:
@@ -355,6 +357,7 @@ class _SymbolicRun:
             lines={s: line for s in self.symbols.values() if (line := equations.line_of(s)) is not None},
             symbols=self.symbols,
             opaque=dict(self.attempt.opaque),
+            joined=[[expression(size) for size in sizes] for sizes in self.joined],
         )
 
 
@@ -397,13 +400,23 @@ class _OpConstraints(TorchFunctionMode):
     """Checks the channels of group norms and convolutions, which fake tensors do not.
 
     Real kernels take a number of groups as a plain integer, or check divisibility only when they compute.
+
+    Args:
+        joined: Gets for every concatenation the sizes of its parts along the axis that grows.
     """
+
+    def __init__(self, joined: list[list[Any]]) -> None:
+        super().__init__()
+        self.joined = joined
 
     def __torch_function__(
         self, func: Any, _types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Check the arguments of a call, then make it."""
         kwargs = kwargs or {}
+        if func in _JOINS:
+            parts, axis = (*args, *kwargs.values(), 0)[:2]
+            self.joined.append([part.shape[axis] for part in parts if part.dim() > 1])
         if func in (torch.group_norm, functional.group_norm):
             names = ("input", "num_groups", "weight", "bias")
             values = dict(zip(names, args, strict=False)) | kwargs
