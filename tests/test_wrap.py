@@ -36,16 +36,16 @@ def count(module):
 @pytest.mark.parametrize("init", ["inherit", "scratch"])
 def test_any_decoder_gets_exits_and_keeps_its_own_output(every_toy, init, untouched, tmp_path):
     toy = every_toy
-    want = call(toy.generator, toy)
+    expected = call(toy.generator, toy)
     with untouched(toy.generator):
         model = wrapped(toy, init=init)
-    assert equal(call(model, toy), want)
-    assert equal(call(model, toy, exit=3), want)
+    assert equal(call(model, toy), expected)
+    assert equal(call(model, toy, exit=3), expected)
     for k in (1, 2):
         branch = model.branches[k - 1]
         output = call(model, toy, exit=k)
-        assert type(output) is type(want)
-        assert [t.shape for t in tensors(output)] == [t.shape for t in tensors(want)]
+        assert type(output) is type(expected)
+        assert [t.shape for t in tensors(output)] == [t.shape for t in tensors(expected)]
         sum(t.square().sum() for t in tensors(output)).backward()
         assert [name for name, p in branch.named_parameters() if p.grad is None] == []
         assert all(p.grad is None for p in toy.generator.parameters())
@@ -78,21 +78,10 @@ def _check_batch(model, k, toy):
             )
 
 
-def test_all_exits_are_the_exits_one_by_one(every_toy):
+@torch.no_grad()
+def test_at_full_width_every_exit_is_the_generator_bit_for_bit(every_toy):
     toy = every_toy
-    model = wrapped(toy, attach_at=[toy.stages[0]], scale=1.0)
-    with torch.no_grad():
-        alone = [call(model, toy, exit=k) for k in (1, 2)]
-        torch.manual_seed(7)
-        together = model.all_exits(*toy.args, **toy.kwargs)
-    for got, want in zip(together, alone, strict=True):
-        assert equal(got, want)
-
-
-def test_at_full_width_every_branch_is_the_tail_bit_for_bit(every_toy):
-    toy = every_toy
-    model = wrapped(toy, scale=1.0)
-    with torch.no_grad():
-        want = call(toy.generator, toy)
-        assert equal(call(model, toy, exit=1), want)
-        assert equal(call(model, toy, exit=2), want)
+    model, expected = wrapped(toy, scale=1.0), call(toy.generator, toy)
+    torch.manual_seed(7)
+    outputs = model.all_exits(*toy.args, **toy.kwargs)
+    assert all(equal(output, expected) for output in (*outputs, *(call(model, toy, exit=k) for k in (1, 2))))

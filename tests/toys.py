@@ -18,6 +18,14 @@ from torch.nn import functional as F
 from retroexit.metrics import QualityMetric
 
 
+def decoder_12() -> nn.Sequential:
+    """Three stages of 12 channels, an image in [-1, 1] of the size of the input; the same weights every time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        stages = [nn.Sequential(conv(12, 12), nn.ReLU()) for _ in range(3)]
+        return nn.Sequential(conv(4, 12, 1), *stages, conv(12, 3, 1), nn.Tanh()).eval()
+
+
 @dataclass
 class Toy:
     """A generator with inputs that it takes.
@@ -292,7 +300,7 @@ def tied_weights() -> Toy:
 # Reparametrised weights.
 
 
-def _normed(change: Callable[[nn.Module], nn.Module]) -> Callable[[int, int, bool], nn.Module]:
+def normed(change: Callable[[nn.Module], nn.Module]) -> Callable[[int, int, bool], nn.Module]:
     def make(i: int, o: int, up: bool) -> nn.Module:
         block = Block(i, o, up)
         block.a, block.b = change(block.a), change(block.b)
@@ -303,7 +311,7 @@ def _normed(change: Callable[[nn.Module], nn.Module]) -> Callable[[int, int, boo
 
 @toy
 def spectral_norm_old_after_a_forward_with_gradient() -> Toy:
-    made = chain(_normed(torch.nn.utils.spectral_norm))
+    made = chain(normed(torch.nn.utils.spectral_norm))
     made.generator(*made.args).sum().backward()
     made.generator.zero_grad()
     made.generator.eval()
@@ -528,9 +536,9 @@ def _then(layer: Callable[[int], nn.Module]) -> Callable[[int, int, bool], nn.Mo
 _BLOCKS: dict[str, Callable[[int, int, bool], nn.Module]] = {
     "noise_inside": Noisy,
     "buffers_and_plain_tensors": Scaled,
-    "weight_norm_old": _normed(torch.nn.utils.weight_norm),
-    "weight_norm_parametrized": _normed(torch.nn.utils.parametrizations.weight_norm),
-    "spectral_norm_parametrized": _normed(torch.nn.utils.parametrizations.spectral_norm),
+    "weight_norm_old": normed(torch.nn.utils.weight_norm),
+    "weight_norm_parametrized": normed(torch.nn.utils.parametrizations.weight_norm),
+    "spectral_norm_parametrized": normed(torch.nn.utils.parametrizations.spectral_norm),
     "sizes_from_the_shape": Sized,
     "pixel_shuffle": Shuffle,
     "grouped_depthwise_transposed": Mobile,

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import toys
 from torch import nn
 from torch.nn import functional
 from torch.nn.utils import parametrizations
@@ -15,99 +16,40 @@ from retroexit.branch.least_squares import as_weight, design, least_squares, rec
 
 
 class Conv(nn.Module):
-    """A convolution; what comes behind it is a subclass's business."""
+    """A convolution and an activation."""
 
-    def __init__(self, channels=16):
+    def __init__(self):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = nn.Conv2d(16, 16, 3, padding=1)
 
     def forward(self, x):
         return functional.leaky_relu(self.conv(x), 0.2)
 
 
-class Normed(Conv):
-    def __init__(self, channels=16):
-        super().__init__(channels)
-        self.norm = nn.BatchNorm2d(channels)
-        self.norm.running_mean.uniform_(-0.3, 0.3)
-        self.norm.running_var.uniform_(0.5, 1.5)
-
-    def forward(self, x):
-        return functional.leaky_relu(self.norm(self.conv(x)), 0.2)
+def batch_norm(channels):
+    norm = nn.BatchNorm2d(channels)
+    norm.running_mean.uniform_(-0.3, 0.3)
+    norm.running_var.uniform_(0.5, 1.5)
+    return norm
 
 
-class GroupNormed(Normed):
-    def __init__(self, channels=16):
-        super().__init__(channels)
-        self.norm = nn.GroupNorm(4, channels)
-
-
-class Residual(Conv):
-    def __init__(self, channels=16):
-        super().__init__(channels)
-        self.out = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-
-    def forward(self, x):
-        return x + self.out(super().forward(x))
-
-
-class Grouped(Conv):
-    def __init__(self, channels=16):
-        super().__init__(channels)
-        self.deep = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
-
-    def forward(self, x):
-        return super().forward(self.deep(x))
-
-
-class Transposed(Conv):
-    def __init__(self, channels=16):
-        super().__init__(channels)
-        self.conv = nn.ConvTranspose2d(channels, channels, 3, stride=2, padding=1, output_padding=1)
-
-
-class WeightNormed(Conv):
-    def __init__(self, channels=16):
-        super().__init__(channels)
-        self.conv = parametrizations.weight_norm(self.conv)
-
-
-class Decoder(nn.Module):
-    """A stem, three blocks, an image."""
-
-    def __init__(self, block):
-        super().__init__()
-        self.stem = nn.Conv2d(4, 16, 3, padding=1)
-        self.blocks = nn.ModuleList([block() for _ in range(3)])
-        self.rgb = nn.Conv2d(16, 3, 3, padding=1)
-
-    def forward(self, z):
-        h = self.stem(z)
-        for block in self.blocks:
-            h = block(h)
-        return torch.tanh(self.rgb(h))
-
-
-class Pixelwise(nn.Module):
-    """A linear layer over the channels of every pixel."""
-
-    def __init__(self):
-        super().__init__()
-        self.one, self.two = nn.Linear(16, 16), nn.Linear(16, 16)
-
-    def forward(self, x):
-        h = self.two(functional.leaky_relu(self.one(x.movedim(1, -1))))
-        return h.movedim(-1, 1)
-
-
-KINDS = [Conv, Normed, GroupNormed, Residual, Grouped, Transposed, Pixelwise]
+KINDS = {
+    "plain": Conv,
+    "residual": lambda: toys.Block(16, 16),
+    "upsampling": lambda: toys.Block(16, 16, True),
+    "batch norm": lambda: toys.Block(16, 16, norm=batch_norm),
+    "group norm": lambda: toys.Block(16, 16, norm=lambda channels: nn.GroupNorm(4, channels)),
+    "grouped and transposed": lambda: toys.Mobile(16, 16, False),
+    "linear over channels": lambda: toys.ChannelsLast(16),
+}
+every_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=list(KINDS))
 
 
 def decoder(kind):
-    """The same weights every time."""
+    """A stem, three blocks, an image; with the same weights every time."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(2)
-        return Decoder(kind).eval()
+        return toys.Chain([kind() for _ in range(3)], first=16, last=16).eval()
 
 
 def latents(count, seed=1):
@@ -135,7 +77,7 @@ def error(model):
     return float((model(z, exit=1) - model(z)).square().mean())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@every_kind
 def test_a_reconstructed_branch_is_closer_on_other_inputs(kind):
     model = wrap(decoder(kind))
     before, weights = error(model), copy.deepcopy(model.generator.state_dict())
@@ -147,7 +89,7 @@ def test_a_reconstructed_branch_is_closer_on_other_inputs(kind):
     assert not any(m._forward_hooks for m in (*model.generator.modules(), *model.branches.modules()))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@every_kind
 def test_a_branch_of_full_width_stays_exact(kind):
     model = wrap(decoder(kind), scale=1)
     weights = copy.deepcopy(model.branches.state_dict())
@@ -157,11 +99,11 @@ def test_a_branch_of_full_width_stays_exact(kind):
     assert torch.equal(model(z, exit=1), model(z))
 
 
-OTHERS = "style_vectors noise_inside in_place_at_the_start scripted_child attention_by_pytorch"
+TOYS = "style_vectors noise_inside in_place_at_the_start scripted_child spectral_norm_parametrized"
 
 
-@pytest.mark.parametrize("name", [*OTHERS.split(), "spectral_norm_parametrized"])
-def test_what_other_people_s_decoders_do_can_be_reconstructed(toys, name):
+@pytest.mark.parametrize("name", [*TOYS.split(), "attention_by_pytorch"])
+def test_toys_can_be_reconstructed(name):
     toy = toys.TOYS[name]()
     model = wrap(toy.generator, stages=toy.stages, example_inputs=toy.args, self_test=False)
     with torch.random.fork_rng(devices=[]):
@@ -172,14 +114,14 @@ def test_what_other_people_s_decoders_do_can_be_reconstructed(toys, name):
 
 
 def test_the_same_samples_give_the_same_weights():
-    first, second = wrap(decoder(Residual)), wrap(decoder(Residual))
+    first, second = (wrap(decoder(KINDS["residual"])) for _ in range(2))
     solve(first), solve(second)
     for name, value in first.branches.state_dict().items():
         assert torch.equal(value, second.branches.state_dict()[name]), name
 
 
 def test_layers_whose_weight_is_computed_are_left_alone():
-    model = wrap(decoder(WeightNormed))
+    model = wrap(decoder(lambda: toys.normed(parametrizations.weight_norm)(16, 16, False)))
     before = copy.deepcopy(model.branches.state_dict())
     result = solve(model)
     assert result is not None and result.layers == ("rgb",)
@@ -214,16 +156,16 @@ def test_a_skip_connection_s_error_is_compensated(monkeypatch):
 
     def errors():
         """Solve a branch; measure the error of what its last layer reads, behind a sum."""
-        model = wrap(decoder(Residual))
+        model = wrap(decoder(KINDS["residual"]))
         values = model.split.crossing(model.split.begin((latents(64, 3),), {}).values, 0)
         full, branch = model.split.tail(0, share=True), model.branches[0]
-        assert isinstance(branch, Branch) and branch.inherited["blocks.2.out"] is not None
+        assert isinstance(branch, Branch) and branch.inherited["blocks.2.b"] is not None
         assert reconstruct(branch, full, values) is not None
         for tail in (full, branch.tail):
             tail.get_submodule("rgb").register_forward_pre_hook(lambda _m, args: read.append(args[0]))
         with torch.no_grad():
             full(*values), branch(*values)
-        return float((read[-1] - read[-2][:, branch.inherited["blocks.2.out"]]).square().mean())
+        return float((read[-1] - read[-2][:, branch.inherited["blocks.2.b"]]).square().mean())
 
     compensated = errors()
     monkeypatch.setattr("retroexit.branch.least_squares._ADDITIONS", ())

@@ -16,18 +16,13 @@ def test_plugins_lists_our_own(run):
 
 
 def test_doctor_reports_and_fails_where_something_is_broken(run, monkeypatch):
-
-    ok, bad = (
-        doctor.Check("torch", "ok", "2.15"),
-        doctor.Check("faiss", "fail", "gone", "pip install faiss-cpu"),
-    )
-    monkeypatch.setattr(doctor, "diagnose", lambda: [ok])
+    checks, text = [doctor.Check("torch", "ok", "2.15")], "ok    torch: 2.15\n"
+    monkeypatch.setattr(doctor, "diagnose", lambda: checks)
     shown = run("doctor")
-    assert (shown.status, shown.out, shown.err) == (0, "ok    torch: 2.15\n", "")
-    monkeypatch.setattr(doctor, "diagnose", lambda: [ok, bad])
+    assert (shown.status, shown.out, shown.err) == (0, text, "")
+    checks.append(doctor.Check("faiss", "fail", "gone", "pip install faiss-cpu"))
     shown = run("doctor")
-    assert shown.status == 1
-    assert shown.out == "ok    torch: 2.15\nfail  faiss: gone\n      pip install faiss-cpu\n"
+    assert (shown.status, shown.out) == (1, f"{text}fail  faiss: gone\n      pip install faiss-cpu\n")
 
 
 def test_the_doctor_finds_nothing_broken_in_an_empty_cache(monkeypatch, tmp_path):
@@ -77,15 +72,11 @@ def test_the_doctor_lists_every_dependency_once_and_tells_core_from_extra(monkey
         "ray[data,serve]>=2; extra == 'ray'",
     ]
     monkeypatch.setattr(importlib.metadata, "requires", lambda name: requirements)
-    monkeypatch.setattr(
-        importlib.metadata,
-        "version",
-        lambda name, real=importlib.metadata.version: "0.1.0" if name == "retroexit" else real(name),
-    )
-    checks = [
-        check for check in doctor.diagnose() if check.name in ("numpy", "nosuchcore", "nosuchextra", "ray")
-    ]
-    assert [check.name for check in checks] == ["numpy", "nosuchcore", "nosuchextra", "ray"]
+    version = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda n: "0.1.0" if n == "retroexit" else version(n))
+    names = ["numpy", "nosuchcore", "nosuchextra", "ray"]
+    checks = [check for check in doctor.diagnose() if check.name in names]
+    assert [check.name for check in checks] == names
     assert [check.status for check in checks[:3]] == ["ok", "fail", "ok"]
     assert checks[1].hint == "pip install nosuchcore"
     assert checks[2].hint == "pip install 'retroexit[report]'"

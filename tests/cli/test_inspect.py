@@ -70,9 +70,9 @@ def test_the_picture_and_the_facts_are_written_where_asked(run, tmp_path):
     assert facts["macs"] == round(stages[0].macs / stages[0].share)
     assert facts["replayed"] == ""
     assert facts["suggested"] == [stage.index for stage in stages if stage.is_suggested]
-    for told, stage in zip(facts["stages"], stages, strict=True):
-        assert (told["path"], told["macs"], told["shape"]) == (stage.path, stage.macs, list(stage.shape))
-        assert told["saves"] == pytest.approx(1 - stage.cumulative)
+    for row, stage in zip(facts["stages"], stages, strict=True):
+        assert (row["path"], row["macs"], row["shape"]) == (stage.path, stage.macs, list(stage.shape))
+        assert row["saves"] == pytest.approx(1 - stage.cumulative)
     assert [part["stage"] for part in facts["tree"]] == [None, None, 1, 2, 3, None]
 
 

@@ -4,6 +4,7 @@ import hashlib
 import pickle
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 from urllib.error import URLError
 
@@ -178,16 +179,8 @@ def test_a_cached_or_downloaded_file_is_used_only_if_its_hash_is_the_one_in_its_
     ("net", "content", "message"),
     [
         ("alex", None, r"no weight file at .*w\.pth"),
-        (
-            "alex",
-            random_backbone(),
-            r"features\.0\.weight must have shape \(64, 3, 11, 11\), got \(64, 3, 3, 3\)",
-        ),
-        (
-            "squeeze",
-            {"features.0.weight": torch.zeros(64, 3, 3, 3)},
-            r"features\.0\.bias must have shape \(64,\), got nothing",
-        ),
+        ("alex", random_backbone(), r"weight must have shape \(64, 3, 11, 11\), got \(64, 3, 3, 3\)"),
+        ("squeeze", {"features.0.weight": torch.zeros(64, 3, 3, 3)}, r"\.bias must have .* got nothing"),
         ("squeeze", b"not a weight file", "not a weight file that torch can read safely"),
         ("squeeze", [torch.zeros(1)], "must hold a state dict, got list"),
         ("squeeze", {"backbone": Trap()}, "read safely"),  # code in a file never runs
@@ -213,7 +206,7 @@ def test_wrong_weight_files_are_refused(tmp_path, net, content, message):
         (torch.zeros(1, 3, 9, 9, device="meta"), torch.zeros(1, 3, 9, 9), "cpu, got meta and cpu"),
     ],
 )
-def test_images_it_cannot_compare_are_refused(metric, a, b, message):
+def test_images_that_cannot_be_compared_are_refused(metric, a, b, message):
     with pytest.raises(OptionError, match=message):
         metric(a, b)
 
@@ -229,9 +222,8 @@ def test_the_smallest_size_is_where_the_network_still_works(net, smallest):
 def test_ms_ssim_equals_torchmetrics_at_five_scales_and_takes_smaller_images():
     a = torch.rand(2, 3, 176, 180) * 2 - 1
     b = (a + 0.3 * torch.randn_like(a)).clamp(-1, 1)
-    similarity = multiscale_structural_similarity_index_measure(
-        (a + 1) / 2, (b + 1) / 2, data_range=1.0, reduction="none"
-    )
+    reference = partial(multiscale_structural_similarity_index_measure, data_range=1.0, reduction="none")
+    similarity = reference((a + 1) / 2, (b + 1) / 2)
     assert torch.allclose(MSSSIM()(a, b), 1 - similarity, atol=1e-6)
     for side in (11, 21, 22, 44, 88):
         assert 0 < MSSSIM()(a[..., :side, :side], b[..., :side, :side]).min() < 1

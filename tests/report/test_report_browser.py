@@ -79,33 +79,23 @@ def look(browser, page, width, folder):
         server.shutdown()
     match = re.search(r'<pre id="facts">(\{.*?\})</pre>', done.stdout, re.DOTALL)
     assert match, done.stderr[-2000:]
-    facts = json.loads(html.unescape(match[1]))
-    return facts
+    return json.loads(html.unescape(match[1]))
 
 
 @pytest.fixture(scope="module")
 def page(make_evaluation, tmp_path_factory):
     """A report with everything: promise, guidance, long names, images of two sizes."""
-    evaluation = make_evaluation(samples=120, branches=5)
-    other = make_evaluation(samples=120, branches=5, seed=1)
-    calibration = Calibration(torch.from_numpy(other.loss), torch.from_numpy(other.need_predicted()))
+    evaluation, other, unguided = (make_evaluation(120, 5, seed=seed) for seed in range(3))
     random = np.random.default_rng(0)
-    strips = [
-        Strip(
-            f"hardest (sample {side}), threshold 0.100",
-            [(f"exit {k}: 0.123", random.integers(0, 256, (side, 2 * side, 3), np.uint8)) for k in range(7)],
-            2,
-        )
-        for side in (32, 300)
-    ]
+    images = {side: random.integers(0, 256, (side, 2 * side, 3), np.uint8) for side in (32, 300)}
     path = write_report(
         tmp_path_factory.mktemp("report"),
         evaluation,
-        strips,
+        [Strip(f"hardest ({side})", [("exit 1: 0.123", image)] * 7, 2) for side, image in images.items()],
         title="A latent decoder with a rather long name and five early exits",
         command="retroexit evaluate examples/latent_decoder.py:decoder runs/latent --inputs x.py:" + "y" * 80,
-        unguided=make_evaluation(samples=120, branches=5, seed=2),
-        calibration=calibration,
+        unguided=unguided,
+        calibration=Calibration(torch.from_numpy(other.loss), torch.from_numpy(other.need_predicted())),
     )
     return path.read_text("utf-8")
 

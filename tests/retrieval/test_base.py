@@ -29,8 +29,9 @@ def test_two_hooks_are_a_back_end(tmp_path):
     retriever = Loop(flavour="plain").build(keys)
     retriever.save(tmp_path / "loop")
     for one in (retriever, Loop.load(tmp_path / "loop")):
-        found = one.search(queries, 3)
-        assert torch.equal(found.ids, expected.ids) and torch.equal(found.distances, expected.distances)
+        result = one.search(queries, 3)
+        assert torch.equal(result.ids, expected.ids)
+        assert torch.equal(result.distances, expected.distances)
         assert one.options == {"flavour": "plain"}
 
 
@@ -47,7 +48,7 @@ def test_the_back_end_sees_distinct_centred_contiguous_float32_rows():
 
 
 @pytest.mark.parametrize(
-    ("bend", "message"),
+    ("change", "message"),
     [
         (lambda ids: ids + 10, r"'loop' returned the id 19, .* only 10 distinct keys"),
         (lambda ids: ids - 2, r"'loop' returned the id -2, .* only 10 distinct keys"),
@@ -56,26 +57,42 @@ def test_the_back_end_sees_distinct_centred_contiguous_float32_rows():
         (lambda ids: (ids, np.zeros((10, 2))), r"must return a floor of shape \(10,\), got \(10, 2\)"),
     ],
 )
-def test_ids_that_do_not_exist_never_reach_the_keys(bend, message):
-    class Bent(Loop):
+def test_ids_that_do_not_exist_never_reach_the_keys(change, message):
+    class Changed(Loop):
         def answer(self, ids):
-            return bend(ids)
+            return change(ids)
 
     keys = torch.arange(20.0).view(10, 2)
     with pytest.raises(RetrieverError, match=message):
-        Bent().build(keys).search(keys, 2)
+        Changed().build(keys).search(keys, 2)
 
 
-@pytest.mark.parametrize("gap", [-1, "repeat"])
-def test_rows_that_a_back_end_leaves_open_are_searched_exactly(gap):
-    class Forgetful(Loop):
-        def answer(self, ids):
-            ids[::2, 1] = ids[::2, 0] if gap == "repeat" else gap
-            return ids
+class Forgetful(Loop):
+    """Returns -1, or a repeated id, for some neighbours."""
 
+    def __init__(self, gap):
+        super().__init__()
+        self.gap = gap
+
+    def answer(self, ids):
+        ids[::2, 1] = ids[::2, 0] if self.gap is None else self.gap
+        return ids
+
+
+class Guessing(Loop):
+    """Returns the farthest keys for some queries, with a floor that says so."""
+
+    def _search(self, queries, k):
+        ids = super()._search(queries, len(self.seen))
+        ids[::2] = ids[::2, ::-1]
+        return ids[:, :k], np.where(np.arange(len(queries)) % 2, np.inf, 0).astype(np.float32)
+
+
+@pytest.mark.parametrize("make", [lambda: Forgetful(-1), lambda: Forgetful(None), Guessing])
+def test_queries_that_a_back_end_leaves_open_are_searched_exactly(make):
     keys, queries = torch.randn(50, 4), torch.randn(8, 4)
     expected = ExactRetriever().build(keys).search(queries, 3)
-    assert torch.equal(Forgetful().build(keys).search(queries, 3).ids, expected.ids)
+    assert torch.equal(make().build(keys).search(queries, 3).ids, expected.ids)
 
 
 def test_rows_come_sorted_by_distance_and_equal_distances_by_id():
@@ -84,21 +101,9 @@ def test_rows_come_sorted_by_distance_and_equal_distances_by_id():
             return ids[:, ::-1]
 
     keys = torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.0, -1.0], [3.0, 3.0]])
-    found = Shuffled().build(keys).search(torch.zeros(1, 2), 4)
-    assert found.ids.tolist() == [[0, 1, 2, 3]]
-    assert found.distances.tolist() == [[1, 1, 1, 18]]
-
-
-def test_a_query_whose_floor_proves_nothing_is_searched_exactly():
-    class Guessing(Loop):
-        def _search(self, queries, k):
-            ids = super()._search(queries, len(self.seen))
-            ids[::2] = ids[::2, ::-1]  # the farthest first, with a floor that says so
-            return ids[:, :k], np.where(np.arange(len(queries)) % 2, np.inf, 0).astype(np.float32)
-
-    keys, queries = torch.randn(50, 4), torch.randn(8, 4)
-    expected = ExactRetriever().build(keys).search(queries, 3)
-    assert torch.equal(Guessing().build(keys).search(queries, 3).ids, expected.ids)
+    result = Shuffled().build(keys).search(torch.zeros(1, 2), 4)
+    assert result.ids.tolist() == [[0, 1, 2, 3]]
+    assert result.distances.tolist() == [[1, 1, 1, 18]]
 
 
 def test_options_must_be_plain_data_and_an_empty_index_is_not_saved():

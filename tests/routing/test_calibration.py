@@ -106,12 +106,3 @@ def test_what_is_no_calibration_is_refused():
         Calibration(losses, predicted)
     with pytest.raises(OptionError, match="threshold must be .* got -0.1"):
         Calibration(predicted, predicted).limits(-0.1)
-
-
-def test_it_says_what_it_promises():
-    calibration = Calibration(*_draw(100, 0), about={"metric": "lpips-alex", "hash": "ab" * 32})
-    assert str(calibration) == (
-        "P(lpips-alex > threshold) <= 0.05 with confidence 0.95 on inputs like the 100 it was calibrated on, "
-        "hash abababababab"
-    )
-    assert calibration.describe()["samples"] == 100

@@ -91,7 +91,6 @@ def test_inputs_far_from_the_bank_go_to_the_backbone_and_are_counted(routed, mon
     z, w = torch.rand(5, 4, 4, 4), torch.rand(5, 5)
     z[:, 0] = torch.tensor([0.0, 1.0, 9.0, 0.0, 0.0])[:, None, None]  # exits 1, 2, 4, 1, 1
     z[3, 1:] *= 200
-    assert model.bank is not None
     key_feature = model.split.begin((z, w), {}).key_feature
     distance = model.bank.search(key_feature).distances.sqrt().flatten(1).mean(1)
     model.router.guide_limit = float(distance[[0, 1, 4]].max()) + 1e-3
@@ -114,7 +113,6 @@ def test_inputs_far_from_the_bank_go_to_the_backbone_and_are_counted(routed, mon
 def test_a_guide_that_follows_its_query_is_the_same_when_the_bank_is_guarded(routed):
     model = routed(guided=True)
     bank = model.bank
-    assert bank is not None
     maps = [(torch.rand(6, 10, 4, 4), torch.rand(6, 10, 8, 8))]
     model.bank = with_slopes(bank, maps, 6 * 16)
     assert isinstance(model.bank, GuidanceBank) and model.bank.order == 1

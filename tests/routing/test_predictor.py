@@ -147,7 +147,6 @@ def test_it_can_read_the_inputs_through_an_adapter(tmp_path):
         model, inputs, tmp_path, metric=Distance(), steps=2, batch=2, predictor_steps=3, progress=False
     )
     assert asked == [32, 8]
-    assert model.predictor is not None
     assert model.predictor.input_shape == (3, 8, 8)
     z, label = torch.rand(5, 6, 8, 8), torch.rand(5)
     with torch.no_grad():

@@ -55,34 +55,23 @@ def test_a_budget_below_the_cheapest_exit_is_refused():
         lagrange_multiplier(_predicted(), SHARES, 0.05)
 
 
-def test_every_sample_may_have_a_budget_of_its_own(routed, monkeypatch):
+def test_a_model_spends_the_budget_of_the_call_or_of_each_sample(routed, monkeypatch):
     model = routed()
     monkeypatch.setattr(type(model.router), "shares", lambda self: SHARES)
-    z, w = torch.rand(60, 4, 4, 4), torch.rand(60, 5)
-    z[:, 0] = 3 + 3 * torch.rand(60, 1, 1)
-    predicted = model.predict(z, w)
-    model.calibration = Calibration(predicted.clamp_min(0), predicted)
-    budgets = torch.tensor([0.1, 0.5, 1.2]).repeat(20)
-    _, exits = model.routed(z, w, budget=budgets)
-    for budget in (0.1, 0.5, 1.2):
-        rows = budgets == budget
-        assert torch.equal(exits[rows], model.choose_exits(z, w, budget=budget)[rows])
-    assert exits[::3].eq(1).all() and exits[2::3].eq(4).all()
-
-
-def test_a_model_spends_what_its_calibration_says(routed, monkeypatch):
-    model = routed()
-    monkeypatch.setattr(type(model.router), "shares", lambda self: SHARES)
-    z, w = torch.rand(100, 4, 4, 4), torch.rand(100, 5)
-    z[:, 0] = 3 + 3 * torch.rand(100, 1, 1)
+    z, w = torch.rand(99, 4, 4, 4), torch.rand(99, 5)
+    z[:, 0] = 3 + 3 * torch.rand(99, 1, 1)
     with pytest.raises(TrainingError, match="budget=0.5 needs a calibration"):
         model(z[:3], w[:3], budget=0.5)
     predicted = model.predict(z, w)
     model.calibration = Calibration(predicted.clamp_min(0), predicted)
     _, exits = model.routed(z, w, budget=0.5)
-    assert 0.47 < float(SHARES[exits - 1].mean()) <= 0.5
-    assert torch.equal(exits, model.choose_exits(z, w, budget=0.5))
-    assert len(exits.unique()) > 1
+    assert 0.47 < float(SHARES[exits - 1].mean()) <= 0.5 and len(exits.unique()) > 1
+    budgets = torch.tensor([0.1, 0.5, 1.2]).repeat(33)
+    _, exits = model.routed(z, w, budget=budgets)
+    for budget in (0.1, 0.5, 1.2):
+        rows = budgets == budget
+        assert torch.equal(exits[rows], model.choose_exits(z, w, budget=budget)[rows])
+    assert exits[::3].eq(1).all() and exits[2::3].eq(4).all()
 
 
 def test_every_sample_may_have_its_own_threshold(routed):
@@ -181,8 +170,9 @@ def test_a_budget_or_deadline_that_is_no_positive_number_is_refused(name, value)
         ({"budget": torch.ones(2, 1)}, r"budget must be .* per sample .N,., got shape \(2, 1\) and type"),
     ],
 )
-def test_options_that_do_not_fit_are_refused(routed, options, message):
+def test_options_that_do_not_fit_are_refused(routed, monkeypatch, options, message):
     model = routed()
+    monkeypatch.setattr(type(model.router), "shares", lambda self: SHARES)
     z, w = torch.rand(2, 4, 4, 4), torch.rand(2, 5)
     predicted = model.predict(z, w).clamp_min(0)
     model.calibration = Calibration(predicted.repeat(30, 1), predicted.repeat(30, 1))

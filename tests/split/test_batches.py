@@ -51,8 +51,8 @@ class _Video(nn.Module):
         return frames.permute(1, 2, 0, 3, 4) if self.frames_first else frames.transpose(1, 2)
 
 
-class _Says(nn.Module):
-    """Reads a sample's difficulty off the example latents' order: easy ones leave early."""
+class _Difficulty(nn.Module):
+    """A predictor of (d, d - 1) for samples of difficulty d."""
 
     def forward(self, difficulty):
         return difficulty[:, None] - torch.arange(2.0)
@@ -63,7 +63,7 @@ def _model(frames_first=False, folded_output=False, batch=1):
     generator = _Video(frames_first, folded_output).eval()
     examples = (torch.randn(batch, 4, _FRAMES, 4, 4),)
     model = retroexit.wrap(generator, [1, 2], 1 / 2, min_channels=4, example_inputs=examples, adapter=False)
-    model.predictor = _Says()
+    model.predictor = _Difficulty()
     model.router.predictor_inputs = lambda z: z[:, 0, 0, 0, 0]
     return model
 
@@ -82,11 +82,10 @@ def test_samples_with_several_rows_leave_at_different_exits_as_each_does_alone(f
     assert [model.split.batched[cut.feature] for cut in model.split.cuts] == [_FRAMES, _FRAMES]
     z, exits = _latents()
     with torch.no_grad():
-        whole, left = model.routed(z, threshold=0.5)
+        batch, taken = model.routed(z, threshold=0.5)
         alone = torch.cat([model(one[None], exit=k) for one, k in zip(z, exits, strict=True)])
-    assert left.tolist() == exits
-    assert whole.shape == alone.shape
-    assert torch.allclose(whole, alone, atol=1e-5)
+    assert taken.tolist() == exits
+    assert batch.shape == alone.shape and torch.allclose(batch, alone, atol=1e-5)
 
 
 def test_samples_whose_frames_come_first_all_leave_at_the_deepest_exit():
@@ -95,13 +94,13 @@ def test_samples_whose_frames_come_first_all_leave_at_the_deepest_exit():
     assert not model.split.mixes
     z, _ = _latents()
     with torch.no_grad():
-        whole, left = model.routed(z[[0, 1, 3]], threshold=0.5)
-        wanted = torch.cat([model(one[None], exit=2) for one in z[[0, 1, 3]]])
-    assert left.tolist() == [2, 2, 2]
-    assert torch.allclose(whole, wanted, atol=1e-5)
+        batch, taken = model.routed(z[[0, 1, 3]], threshold=0.5)
+        alone = torch.cat([model(one[None], exit=2) for one in z[[0, 1, 3]]])
+    assert taken.tolist() == [2, 2, 2]
+    assert torch.allclose(batch, alone, atol=1e-5)
 
 
-def test_a_predictor_of_frames_speaks_for_the_whole_sample():
+def test_predictions_of_frames_are_combined_for_their_sample():
     model = _model()
     model.router.predictor_inputs = None
     model.predictor = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 2)).eval()
@@ -110,7 +109,7 @@ def test_a_predictor_of_frames_speaks_for_the_whole_sample():
     assert torch.allclose(model.predict(z)[1:2], model.predict(z[1:2]), atol=1e-5)
 
 
-def test_the_cache_says_that_it_cannot_store_samples_of_several_rows(tmp_path):
+def test_samples_of_several_rows_are_refused_by_the_cache(tmp_path):
     model = _model()
     samples = Samples([(z[None],) for z in _latents()[0]])
     with pytest.raises(TrainingError, match=r"several rows per sample.*Wrap the module that renders one"):

@@ -1,7 +1,7 @@
-"""A generator whose recording cannot be cut runs its own forward again behind the cut, and says so."""
+"""Generators whose recording cannot be cut: their forward runs again behind the cut, and the model says why."""
 
-import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -55,20 +55,6 @@ class Branches(Parts):
             h = h * 1.5
         h = self.blocks[1](self.blocks[0](h))
         h = self.warm(h) if x.mean() > 0 else self.cold(h)
-        return self.rgb(self.blocks[2](h + self.shift)).tanh()
-
-
-class Loops(Parts):
-    """Runs a stage in front of the cut and one behind it as often as a value says."""
-
-    def forward(self, x):
-        h = self.start(x)
-        times = 2 + int((x.mean() > 0).item())
-        for _ in range(times):
-            h = self.cold(h)
-        h = self.blocks[1](self.blocks[0](h))
-        for _ in range(times):
-            h = self.warm(h)
         return self.rgb(self.blocks[2](h + self.shift)).tanh()
 
 
@@ -128,15 +114,37 @@ class Draws(Parts):
 
 
 KINDS = {
-    "branches": Branches, "loops": Loops, "bundles": Bundles, "leaves": Leaves, "draws": Draws,
+    "branches": Branches, "bundles": Bundles, "leaves": Leaves, "draws": Draws,
 }  # fmt: skip
 PLACES = ["blocks.0", "blocks.1"]
-STAGES = ("blocks.0", "blocks.1", "warm", "blocks.2")
 
 
-@pytest.fixture(params=list(KINDS))
-def generator(request):
-    return KINDS[request.param]().eval()
+def make(kind):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return KINDS[kind]().eval()
+
+
+@pytest.fixture(scope="module", params=list(KINDS))
+def kind(request):
+    return request.param
+
+
+@pytest.fixture
+def generator(kind):
+    return make(kind)
+
+
+@pytest.fixture(scope="module")
+def full(kind):
+    """A model with exits of full width; tests change nothing about it."""
+    return wrap(make(kind))
+
+
+@pytest.fixture(scope="module")
+def thin(kind):
+    """A model with exits of a quarter of the width; tests change nothing about it."""
+    return wrap(make(kind), 1 / 4)
 
 
 def bright(batch=2):
@@ -144,8 +152,8 @@ def bright(batch=2):
 
 
 def wrap(generator, scale=1.0, **options):
-    given = {"attach_at": PLACES, "min_channels": 8, "example_inputs": (bright(),), **options}
-    return retroexit.wrap(generator, scale=scale, **given)
+    defaults = {"attach_at": PLACES, "min_channels": 8, "example_inputs": (bright(),)}
+    return retroexit.wrap(generator, scale=scale, **(defaults | options))
 
 
 def drawn(call, *inputs, **options):
@@ -156,48 +164,40 @@ def drawn(call, *inputs, **options):
 
 
 @pytest.mark.parametrize("x", [bright(), -bright(), -bright(3)], ids=["bright", "dark", "dark-batch-of-3"])
-def test_full_width_exits_give_the_generators_own_output_either_way(generator, x):
-    model = wrap(generator)
-    want = drawn(generator, x)
-    assert torch.equal(drawn(model, x), want)
-    for exit in (1, 2):
-        assert torch.equal(drawn(model, x, exit=exit), want)
-    assert all(torch.equal(got, want) for got in drawn(model.all_exits, x))
+def test_full_width_exits_give_the_generators_own_output_either_way(full, x):
+    expected = drawn(full.generator, x)
+    outputs = [drawn(full, x), *(drawn(full, x, exit=k) for k in (1, 2)), *drawn(full.all_exits, x)]
+    assert all(torch.equal(output, expected) for output in outputs)
 
 
 def test_stages_of_a_replayed_generator_are_found(generator):
-    found = {stage.path: stage for stage in retroexit.find_stages(generator, (bright(),))}
-    assert {"blocks.0", "blocks.1", "blocks.2"} <= set(found)
-    assert found["blocks.1"].macs == 2 * 32 * 32 * 9 * 16 * 16
-    assert found["blocks.1"].shape == (2, 32, 16, 16)
+    stages = {stage.path: stage for stage in retroexit.find_stages(generator, (bright(),))}
+    assert {"blocks.0", "blocks.1", "blocks.2"} <= set(stages)
+    assert (stages["blocks.1"].macs, stages["blocks.1"].shape) == (2 * 32 * 32 * 9 * 16 * 16, (2, 32, 16, 16))
 
 
-def test_thin_branches_of_a_replayed_generator_shrink(generator):
-    model = wrap(generator, 1 / 4)
-    for branch in model.branches:
+def test_thin_branches_of_a_replayed_generator_shrink(thin):
+    for branch in thin.branches:
         tail = dict(branch.tail.named_parameters())
-        assert tail["blocks.2.conv.weight"].shape == (8, 8, 3, 3)
-        assert tail["warm.conv.weight"].shape == (8, 8, 3, 3)
-        if isinstance(generator, Branches):  # the other way is narrowed too
-            assert tail["cold.conv.weight"].shape == (8, 8, 3, 3)
-        assert "stem.conv.weight" not in tail
-        assert "offset" not in tail
+        # Of a forward with two ways, the one that the example did not take is narrowed too.
+        for name in ["blocks.2", "warm", *(["cold"] if isinstance(thin.generator, Branches) else [])]:
+            assert tail[f"{name}.conv.weight"].shape == (8, 8, 3, 3)
+        assert not {"stem.conv.weight", "offset"} & set(tail)
         assert tail["shift"].shape[1] == 8
-    assert model.exits[0].macs < model.exits[1].macs < model.exits[2].macs
-    for x in (bright(), -bright()):  # the way that the example did not take fits too
-        assert model(x, exit=1).shape == (2, 3, 16, 16)
+    assert thin.exits[0].macs < thin.exits[1].macs < thin.exits[2].macs
+    for x in (bright(), -bright()):
+        assert thin(x, exit=1).shape == (2, 3, 16, 16)
 
 
-def test_skipped_stages_of_a_replayed_generator_do_not_run(generator):
-    model = wrap(generator, 1 / 4)
+def test_skipped_stages_of_a_replayed_generator_do_not_run(thin):
     CALLS.clear()
-    model.split.advance(model.split.start((bright(),), {}), 0)
+    thin.split.advance(thin.split.start((bright(),), {}), 0)
     assert CALLS["block0"] == 1
     assert CALLS["block1"] == CALLS["block2"] == CALLS["warm"] == 0
     CALLS.clear()
-    model(bright(), exit=1)
-    assert CALLS["stem"] == CALLS["block0"] == 1  # nothing in front of the cut runs twice
-    assert CALLS["block1"] == CALLS["block2"] == 1  # the branch's
+    thin(bright(), exit=1)
+    # Nothing in front of the cut runs twice; blocks 1 and 2 are the branch's.
+    assert [CALLS[name] for name in ("stem", "block0", "block1", "block2")] == [1, 1, 1, 1]
 
 
 def test_a_replayed_generator_says_why_and_is_left_as_it_was(generator, untouched):
@@ -211,45 +211,35 @@ def test_a_replayed_generator_says_why_and_is_left_as_it_was(generator, untouche
     assert ("a Bundle object with tensors" if isinstance(generator, Bundles) else "test_replay.py:") in reason
 
 
-@pytest.mark.parametrize("kind", ["branches", "loops", "bundles", "leaves", "draws"])
-def test_gradients_reach_every_parameter_of_a_replayed_branch(kind):
-    model = wrap(KINDS[kind]().eval(), 1 / 4)
-    for index, branch in enumerate(model.branches):
-        if kind == "leaves" and index == 0:
+def test_gradients_reach_every_parameter_of_a_replayed_branch(thin):
+    for k, branch in enumerate(thin.branches, 1):
+        if isinstance(thin.generator, Leaves) and k == 1:
             continue  # NumPy knows no gradient
         for x in (bright(), -bright()):
-            output = model(x, exit=index + 1)
-            output.square().sum().backward()
-        missing = [name for name, p in branch.named_parameters() if p.grad is None]
-        assert missing == []
-    assert all(p.grad is None for p in model.generator.parameters())
+            thin(x, exit=k).square().sum().backward()
+        assert [name for name, p in branch.named_parameters() if p.grad is None] == []
+    assert all(p.grad is None for p in thin.generator.parameters())
 
 
-def test_two_threads_render_a_replayed_generator_at_once(generator):
-    if isinstance(generator, Draws):
+def test_two_threads_render_a_replayed_generator_at_once(full):
+    if isinstance(full.generator, Draws):
         pytest.skip("threads share PyTorch's random numbers, in any generator")
-    model = wrap(generator)
     inputs = [bright(), -bright()] * 4
-    want, got = [generator(x) for x in inputs], [None] * len(inputs)
 
-    def render(rows):
-        with torch.no_grad():
-            for i in rows:
-                got[i] = model(inputs[i], exit=1 + i % 2)
+    @torch.no_grad()
+    def render(i):
+        return full(inputs[i], exit=1 + i % 2)
 
-    threads = [threading.Thread(target=render, args=(range(k, len(inputs), 2),)) for k in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
+    with ThreadPoolExecutor(2) as pool:
+        outputs = list(pool.map(render, range(len(inputs))))
+    assert all(torch.equal(out, full.generator(x)) for out, x in zip(outputs, inputs, strict=True))
 
 
 def test_a_replayed_generator_is_loaded_as_it_was_saved(generator, tmp_path):
     model = wrap(generator, 1 / 4)
     with torch.no_grad():
         for parameter in model.branches.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.01)
+            parameter.mul_(1.01)
     model.save(tmp_path)
     again = retroexit.load(tmp_path, generator, (bright(),))
     for x in (bright(), -bright()):
@@ -322,7 +312,7 @@ def test_a_module_that_does_not_run_for_these_inputs_is_named():
     assert torch.equal(model(-bright(), exit=1), model.generator(-bright()))
 
 
-def test_where_replay_does_not_help_both_reasons_are_given(untouched):
+def test_where_replay_does_not_help_both_reasons_are_given(refused):
     class Remembers(nn.Module):
         def forward(self, bundle):
             bundle.maps["h"] = bundle.maps["h"] * 2  # changes what it is handed, and returns nothing
@@ -339,17 +329,14 @@ def test_where_replay_does_not_help_both_reasons_are_given(untouched):
             return self.rgb(self.blocks[2](self.warm(h)))
 
     generator = Changes().eval()
-    with (
-        untouched(generator),
-        pytest.raises(errors.RecordingError, match=r"Bundle object with tensors.*again behind (a|the) cut"),
-    ):
+    with refused(generator, errors.RecordingError, "Bundle object with tensors.*again behind (a|the) cut"):
         wrap(generator)
 
 
 @pytest.mark.parametrize(("kind", "inject"), [("branches", "input"), ("bundles", "every_stage")])
 def test_a_replayed_generator_is_fitted_and_routed(kind, inject, tmp_path):
     guidance = retroexit.Guidance(patch=(4, 4), size=16, value_after="warm", inject=inject)
-    model = wrap(KINDS[kind]().eval(), 1 / 4, guidance=guidance, image_range=(-1, 1))
+    model = wrap(make(kind), 1 / 4, guidance=guidance, image_range=(-1, 1))
     settings = {"steps": 2, "predictor_steps": 2, "batch": 2, "held_out": 0.25, "progress": False}
     samples = list(torch.rand(8, 4, 8, 8))
     retroexit.fit(model, samples, tmp_path, metric=Distance(), **settings)

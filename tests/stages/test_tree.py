@@ -2,18 +2,10 @@
 
 import torch
 from torch import nn
+from toys import Block
 
 from retroexit.api import read_generator
 from retroexit.stages.module_tree import module_tree
-
-
-class Block(nn.Module):
-    def __init__(self, up=2):
-        super().__init__()
-        self.a, self.b, self.up = nn.Conv2d(12, 12, 3, padding=1), nn.Conv2d(12, 12, 3, padding=1), up
-
-    def forward(self, x):
-        return self.b(torch.relu(self.a(nn.functional.interpolate(x, scale_factor=self.up))))
 
 
 class Coder(nn.Module):
@@ -23,7 +15,9 @@ class Coder(nn.Module):
         super().__init__()
         self.first, self.second = nn.Conv2d(3, 12, 4, 4), nn.BatchNorm2d(12)
         self.gain = nn.Parameter(torch.ones(12, 1, 1))
-        self.wrapper = nn.ModuleDict({"inner": nn.Sequential(nn.Sequential(Block(), Block(), Block(1)))})
+        self.wrapper = nn.ModuleDict(
+            {"inner": nn.Sequential(nn.Sequential(Block(12, 12, True), Block(12, 12, True), Block(12, 12)))}
+        )
         self.head = nn.Conv2d(12, 3, 1)
         self.teacher = nn.Linear(5, 5)
 
