@@ -28,9 +28,6 @@ from retroexit.demo import run as demo_run
 from retroexit.errors import RetroExitError, RetroExitWarning
 from retroexit.plugins.host import host
 
-__all__ = ["COMMANDS", "run"]
-
-
 Demo: Any = options.group_of(
     demo_run.run_demo,
     metric="Quality metric; auto: lpips-alex if its weights are found, or ms-ssim.",

@@ -34,8 +34,6 @@ from retroexit.training.fit import FitJob, estimate_fit, fit_record
 from retroexit.training.losses.plan import ADVERSARIAL, FEATURE_MATCHING, GAZE, PRESETS, QUALITY, LossOptions
 from retroexit.training.settings import FitSettings, check_same, divide
 
-__all__ = ["fit"]
-
 Exits: Any = options.group_of(
     wrap_options,
     attach_at="Stages, by number or path: 2,4,6.",

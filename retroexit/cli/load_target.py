@@ -19,8 +19,6 @@ from torch import Tensor, nn
 from retroexit.core.samples import Samples
 from retroexit.errors import OptionError, closest
 
-__all__ = ["example_of", "load_generator", "load_made", "load_network", "load_object", "random_inputs"]
-
 Inputs: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword inputs of one call."""
 

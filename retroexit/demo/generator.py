@@ -22,8 +22,6 @@ from torch.nn import functional as F
 from retroexit.demo.scenes import CLASSES, PLANES, SCENE_SIZE, STYLE, TEST_SEEDS, draw_scene, texture_planes
 from retroexit.errors import CheckpointError, InputMismatchError, OptionError, WeightsError
 
-__all__ = ["Modulation", "SceneBlock", "SceneGenerator", "load_scene_generator", "scene_inputs"]
-
 CHANNELS = (192, 128, 96, 64, 48, 32)
 UPSAMPLE_AFTER = (1, 3, 5)
 HIDDEN = 32

@@ -19,8 +19,6 @@ from retroexit.model import EarlyExitGenerator
 from retroexit.plugins.host import host
 from retroexit.report.text_tables import sweep_table
 
-__all__ = ["pick_metric", "run_demo", "wrap_scene_generator"]
-
 ATTACH_AT, SCALES, MIN_CHANNELS = (1, 2, 3, 4), (1 / 4, 1 / 4, 1 / 3, 1 / 2), 12
 FIT_SEED, TEST_SEED = 1, 2  # disjoint blocks of a thousand scenes, not used to train the generator
 

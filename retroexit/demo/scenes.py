@@ -18,22 +18,6 @@ from PIL import Image, ImageDraw
 
 from retroexit.errors import OptionError
 
-__all__ = [
-    "CLASSES",
-    "LABEL_COLOURS",
-    "PLANES",
-    "SCENE_SIZE",
-    "STYLE",
-    "TEST_SEEDS",
-    "TRAIN_SEEDS",
-    "Building",
-    "LabelMap",
-    "Scene",
-    "draw_scene",
-    "place_scene",
-    "texture_planes",
-]
-
 CLASSES = (
     *("sky", "road", "marking", "pavement", "grass", "brick", "plaster", "roof", "window", "tree", "car"),
     *("person", "pole"),

@@ -21,8 +21,6 @@ from retroexit.measuring import Measurement, limits_of
 from retroexit.metrics import QualityMetric
 from retroexit.model import EarlyExitGenerator
 
-__all__ = ["measure"]
-
 _GUARD = "samples are out of distribution and leave at the backbone"
 _MACS = (
     "multiply-accumulates of one sample by torch's FlopCounterMode / 2; "

@@ -12,8 +12,6 @@ import torch
 from retroexit.evaluation.sweep import Evaluation, OperatingPoint
 from retroexit.routing.calibration import Calibration, most_violations, upper_bound
 
-__all__ = ["promise_summary", "promised"]
-
 EXPECTATION = (
     "A threshold is what the predictor expects, not a promise: model.calibrate(inputs), on inputs that "
     "nothing was fitted on, makes it one."

@@ -16,8 +16,6 @@ import numpy.typing as npt
 
 from retroexit.errors import CheckpointError, OptionError
 
-__all__ = ["Evaluation", "OperatingPoint", "highlighted", "plain_json", "thresholds_for"]
-
 Array = npt.NDArray[np.float64]
 
 

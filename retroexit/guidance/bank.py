@@ -15,8 +15,6 @@ from retroexit.core.files import MANIFEST, check_file, read_array, read_manifest
 from retroexit.errors import BankError, CheckpointError, OptionError
 from retroexit.retrieval import BACKENDS, Retriever, SearchResult
 
-__all__ = ["GuidanceBank", "cut", "glue"]
-
 _CHECKED = 1024  # rows per step of a check
 _KIND, _SCHEMA = "guidance bank", 1
 _KEYS, _VALUES, _SOURCE = "keys", "values.npy", "source.npy"

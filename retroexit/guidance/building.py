@@ -26,8 +26,6 @@ from retroexit.guidance.sampling import thin as choose
 from retroexit.retrieval import Retriever
 from retroexit.retrieval.base import as_matrix
 
-__all__ = ["Candidates", "build_bank", "with_slopes"]
-
 _KIND, _SCHEMA = "stream of keys", 3
 _FILES = ("keys.npy", "tags.npy")
 _MORE = 4  # survivors of one piece per key of the bank

@@ -22,8 +22,6 @@ from retroexit.stages.decoder import Cut, Decoder
 from retroexit.stages.stage import Stage
 from retroexit.tracing.record import unobserved
 
-__all__ = ["Guidance", "GuideProvider", "Taps", "find_key_cut", "find_taps", "key_name", "tap_paths"]
-
 _IMAGE = "image"
 
 

@@ -17,8 +17,6 @@ from retroexit.errors import BankError, OptionError
 from retroexit.retrieval.base import as_matrix, first_of_each, nearest, pair_distances, squared_norms
 from retroexit.retrieval.faiss import cluster_centres
 
-__all__ = ["Thinning", "coverage", "farthest_points", "thin"]
-
 Thinning = Literal["fps", "kmeans", "random", "none"]
 """Ways of thinning: farthest points, keys nearest to centres, a uniform sample, or every distinct key."""
 

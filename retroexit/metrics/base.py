@@ -10,8 +10,6 @@ from torch import Tensor, nn
 
 from retroexit.errors import OptionError
 
-__all__ = ["QualityMetric", "versions_of"]
-
 
 class QualityMetric(nn.Module, ABC):
     """A loss between two batches of images; lower is better and 0 means equal.

@@ -14,8 +14,6 @@ from retroexit.errors import OptionError, closest
 from retroexit.metrics.base import QualityMetric, versions_of
 from retroexit.metrics.weights import empty_lpips, fill_lpips, hub_file
 
-__all__ = ["LPIPS"]
-
 # Below this many pixels on the shorter side a pooling layer of the network has no output.
 _SMALLEST_SIDE = {"alex": 31, "squeeze": 17, "vgg": 16}
 

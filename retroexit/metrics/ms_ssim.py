@@ -12,8 +12,6 @@ from torch.nn import functional
 from retroexit.errors import MissingExtraError, OptionError
 from retroexit.metrics.base import QualityMetric, versions_of
 
-__all__ = ["MSSSIM"]
-
 _SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # Wang et al. 2003, finest scale first
 _WINDOW = 11
 

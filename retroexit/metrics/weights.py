@@ -19,8 +19,6 @@ from torch import Tensor, nn
 from retroexit.core.files import sha256_of
 from retroexit.errors import MissingExtraError, WeightsError
 
-__all__ = ["empty_lpips", "fill_lpips", "fill_trunk", "hub_file"]
-
 logger = logging.getLogger(__name__)
 
 

@@ -13,8 +13,6 @@ from torch import Tensor, nn
 from retroexit.errors import OptionError
 from retroexit.plugins.training_types import Objective
 
-__all__ = ["Description"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Description:

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from retroexit.metrics import QualityMetric
     from retroexit.retrieval import Retriever
 
-__all__ = ["GROUP", "HOOKS", "RESERVED", "hookimpl"]
-
 GROUP: Final = "retroexit"
 """The entry-point group, and the project's name in pluggy."""
 
@@ -38,9 +36,10 @@ hookimpl = pluggy.HookimplMarker(GROUP)
 
 @hookspec(firstresult=True)
 def retroexit_describe(generator: nn.Module) -> Description | None:
-    """Describe a generator, without running or changing it; ``None`` for one that the plug-in does not know.
+    """Describe a generator, without running or changing it; the first description is used, newest plug-in first.
 
-    The first description is used, newest plug-in first.
+    Returns:
+        The description, or ``None`` for a generator that this plug-in does not know.
     """
 
 
@@ -64,7 +63,11 @@ def retroexit_build_stage(stage: nn.Module, in_channels: int, out_channels: int)
 
 @hookspec
 def retroexit_retrievers() -> dict[str, type[Retriever]]:  # type: ignore[empty-body]
-    """Offer back-ends of the guidance bank: `retroexit.retrieval.Retriever` classes by their ``name``."""
+    """Offer nearest-neighbour back-ends for the guidance bank.
+
+    Returns:
+        Subclasses of `retroexit.retrieval.Retriever` by ``name``, for ``Guidance(retriever=name)``.
+    """
 
 
 @hookspec
@@ -93,17 +96,21 @@ def retroexit_losses() -> dict[str, Callable[..., Any]]:  # type: ignore[empty-b
 
 @hookspec
 def retroexit_width_rules() -> dict[str, WidthFunction]:  # type: ignore[empty-body]
-    """Offer rules for the channel counts of a branch, by the name in ``wrap(..., width_rule=name)``.
+    """Offer rules for the channel counts of a branch.
 
-    A rule takes the backbone's count, the scale in (0, 1] and ``min_channels``; it returns a count.
+    Returns:
+        Functions by the name in ``wrap(..., width_rule=name)``, which take the backbone's count, the scale in
+            (0, 1] and ``min_channels``, and return an integer from 1 to the backbone's count.
     """
 
 
 @hookspec
 def retroexit_commands() -> dict[str, Callable[..., Any]]:  # type: ignore[empty-body]
-    """Offer commands, functions with typer's annotations or typer apps, by name: ``retroexit name``.
+    """Offer commands of the command line.
 
-    The docstring becomes the help text, its section ``Example:`` the end of it.
+    Returns:
+        Functions with typer's annotations, or typer apps, by name: ``retroexit name``. The docstring becomes
+            the help text, its section ``Example:`` the end of it.
     """
 
 

@@ -32,8 +32,6 @@ from retroexit.retrieval import Retriever
 if TYPE_CHECKING:
     from retroexit.branch.widths.plan import WidthFunction
 
-__all__ = ["Host", "PluginInfo", "brief", "host"]
-
 _OWN: Final = "builtin"
 """The plug-in of the library, whose names others cannot take. Imported by name: it lies above the host."""
 

@@ -8,16 +8,6 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
-__all__ = [
-    "RESERVED_LOSSES",
-    "BatchTerm",
-    "Discriminate",
-    "DiscriminatorOutput",
-    "Objective",
-    "Term",
-    "TrainingBatch",
-]
-
 RESERVED_LOSSES = {
     "quality": "the metric of the fit",
     "lpips": "the metric of the fit where it is an LPIPS, else 'lpips-alex'",

@@ -18,8 +18,6 @@ from retroexit.stages.stage import Stage, live_spans
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["check_picture", "draw_decoder"]
-
 _FORMATS: Final = (".svg", ".png", ".pdf")
 _INK, _GREY, _PALE = "#222222", "#767676", "#E4E4E4"
 _STAGE, _SPENT, _LIVE, _EXIT = "#0072B2", "#D5E5F0", "#00795A", "#C64F00"

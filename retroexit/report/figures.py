@@ -21,16 +21,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = [
-    "density",
-    "difficulty_against_distance",
-    "distribution_over_exits",
-    "metric_label",
-    "predictor_enforcement",
-    "quality_against_compute",
-    "quality_per_exit",
-]
-
 Array = npt.NDArray[np.float64]
 P = ParamSpec("P")
 

@@ -20,8 +20,6 @@ from retroexit.report.saved_report import SavedReport, hashes, model_facts, save
 from retroexit.report.strips import Strip, data_address
 from retroexit.routing.calibration import Calibration
 
-__all__ = ["write_report"]
-
 
 def write_report(
     folder: str | Path,

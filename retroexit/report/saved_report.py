@@ -17,17 +17,6 @@ from retroexit.errors import CheckpointError
 from retroexit.evaluation.sweep import Evaluation
 from retroexit.report.strips import Strip
 
-__all__ = [
-    "EVALUATION",
-    "SavedReport",
-    "find_report",
-    "hashes",
-    "model_facts",
-    "read_evaluation",
-    "read_report",
-    "save_report",
-]
-
 EVALUATION: Final = "evaluation.json"
 _TEXTS: Final = "report.json"
 _IMAGES: Final = "strips"

@@ -17,8 +17,6 @@ from retroexit.stages.decoder import Decoder, input_names
 from retroexit.stages.module_tree import Part, module_tree
 from retroexit.stages.stage import LiveSpan, Stage, live_spans
 
-__all__ = ["brief_count", "decoder_table", "legend_of", "ranges", "shorten", "stage_table", "times"]
-
 _WIDTH: Final = 100
 _RUN: Final = 4  # a longer run of equal stages shows its ends only
 _MODULE, _CLASS, _PARAMETERS, _LIVE = 1, 2, 5, 10  # columns

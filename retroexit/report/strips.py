@@ -20,8 +20,6 @@ from retroexit.errors import OptionError
 from retroexit.evaluation.sweep import Evaluation, highlighted, thresholds_for
 from retroexit.measuring import Measurement
 
-__all__ = ["Strip", "data_address", "pick_strips"]
-
 _LONGEST_SIDE = 384  # pixels of an image in a page; ten strips of five then stay below 10 MB
 
 

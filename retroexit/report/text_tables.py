@@ -9,8 +9,6 @@ from retroexit.evaluation.sweep import Evaluation
 from retroexit.model import EarlyExitGenerator
 from retroexit.wrapping.exits import table
 
-__all__ = ["limits_table", "promise_table", "sweep_table", "table"]
-
 
 def sweep_table(evaluation: Evaluation, thresholds: Sequence[float]) -> str:
     """Show what routing saves at some thresholds, predictor and retrieval counted."""

@@ -25,18 +25,6 @@ from torch import Tensor
 from retroexit.core.files import MANIFEST, read_array, read_manifest, sha256_of, staged, write_manifest
 from retroexit.errors import CheckpointError, OptionError, RetrieverError
 
-__all__ = [
-    "Retriever",
-    "SearchResult",
-    "as_matrix",
-    "first_of_each",
-    "nearest",
-    "pair_distances",
-    "scan",
-    "smallest",
-    "squared_norms",
-]
-
 log = logging.getLogger(__name__)
 
 _KIND, _SCHEMA = "retriever", 1

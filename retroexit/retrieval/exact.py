@@ -17,8 +17,6 @@ from torch import Tensor
 from retroexit.errors import OptionError
 from retroexit.retrieval.base import Retriever, nearest, pair_distances, scan, smallest, squared_norms
 
-__all__ = ["ExactRetriever"]
-
 _MANY = 3_000_000  # numbers in the keys from which bfloat16 pays for ranking candidates: 3k x 1024, 16k x 192
 _SPARE = 15  # candidates beside the k nearest
 _PROBES = 64

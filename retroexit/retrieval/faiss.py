@@ -14,8 +14,6 @@ import numpy as np
 from retroexit.errors import OptionError, RetrieverError
 from retroexit.retrieval.base import Retriever
 
-__all__ = ["FaissRetriever", "cluster_centres"]
-
 _settings = threading.Lock()  # thread count and BLAS threshold belong to the process, not to an index
 
 

@@ -37,8 +37,6 @@ from retroexit.stages.stage import Stage
 from retroexit.tracing.record import unobserved
 from retroexit.tracing.recorder import altered
 
-__all__ = ["ReplaySplit", "ReplayTail"]
-
 _MOST_PATHS = 12
 
 

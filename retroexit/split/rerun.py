@@ -25,8 +25,6 @@ from retroexit.core.nested import change_first_map, rebuild_deep, tensors
 from retroexit.errors import InputMismatchError
 from retroexit.tracing.recorder import READS, user_line
 
-__all__ = ["Answer", "Place", "Run", "become_standin", "delegate", "is_fake", "opened_by", "running"]
-
 _DRAWS = {
     *("rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "normal"),
     *("bernoulli", "binomial", "multinomial", "poisson", "gumbel_softmax", "rrelu"),

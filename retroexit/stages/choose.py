@@ -21,8 +21,6 @@ from retroexit.stages.maps import is_map, shape_of, sizes_of, width_of
 from retroexit.tracing.record import Recording
 from retroexit.tracing.recorder import Call
 
-__all__ = ["choose_stages", "closing_modules", "repeated_stage"]
-
 _FEW_CHANNELS = 4  # a map with so few channels is an image, a mask or a latent, not a feature
 _FEW_STAGES = 3  # fewer leave hardly a choice of exits
 _DEEPER = 3  # a module this many times as deep as its neighbours contains stages

@@ -19,16 +19,6 @@ from retroexit.stages.stage import Stage, suggest_attach_points
 from retroexit.tracing.record import Recording, record, steering_line
 from retroexit.tracing.recorder import Call
 
-__all__ = [
-    "Cut",
-    "Decoder",
-    "forward_signature",
-    "input_names",
-    "is_read_again",
-    "read_decoder",
-    "value_names",
-]
-
 
 @dataclass(frozen=True)
 class Cut:

@@ -18,8 +18,6 @@ from retroexit.errors import OptionError, OutputError
 from retroexit.tracing.record import Recording
 from retroexit.tracing.recorder import Call, assemble
 
-__all__ = ["find_image", "is_map", "lay_out_tokens", "mark_tokens", "shape_of", "sizes_of", "width_of"]
-
 _MOST_LISTED = 6
 
 Maps = dict[tuple[Any, ...], tuple[fx.Node, Tensor]]

@@ -12,8 +12,6 @@ from retroexit.stages.decoder import Decoder, input_names
 from retroexit.stages.stage import Stage, live_spans
 from retroexit.tracing.recorder import Call
 
-__all__ = ["Part", "decoder_facts", "module_tree"]
-
 
 @dataclass(frozen=True)
 class Part:

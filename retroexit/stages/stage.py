@@ -6,8 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-__all__ = ["LiveSpan", "Stage", "live_spans", "suggest_attach_points"]
-
 _EXITS = 4  # as many as the paper attaches to OASIS (section 4.1)
 _FEWEST = 3
 _LEAST_SAVED = 0.2  # share of the MACs that an exit must save at least, without its branch

@@ -18,8 +18,6 @@ from retroexit.model import EarlyExitGenerator
 from retroexit.plugins.description import Description
 from retroexit.stages.decoder import Stage
 
-__all__ = ["Case", "Inputs", "Run"]
-
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword inputs of one forward pass."""
 

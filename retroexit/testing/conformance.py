@@ -18,8 +18,6 @@ from retroexit.plugins.host import Host, brief, host
 from retroexit.testing.case import Case
 from retroexit.testing.claims import Stranger, check_all
 
-__all__ = ["AdapterReport", "check_adapter"]
-
 _RECOGNISED = "the generator is recognised, others are not"
 
 

@@ -18,8 +18,6 @@ from retroexit.core.nested import flatten, tensors
 from retroexit.errors import DeviceError, GeneratorError, ModeError, NonFiniteError, RecordingError
 from retroexit.tracing.recorder import QUESTIONS, Call, Read, Recorder
 
-__all__ = ["Recording", "record", "steering_line", "unobserved"]
-
 _ARRAYS = ("numpy", "tolist", "__array__")
 _MOST_READS = 16
 

@@ -29,10 +29,6 @@ from retroexit.core.modules import MacCounter
 from retroexit.core.nested import children, hidden_tensors, is_record, rebuild, tensors
 from retroexit.errors import RecordingError
 
-__all__ = [
-    "QUESTIONS", "READS", "Call", "Read", "Recorder", "altered", "assemble", "is_user_code", "show", "user_line",
-]  # fmt: skip
-
 QUESTIONS = frozenset({"__bool__", "__contains__", "allclose", "equal", "is_nonzero"})
 """Functions that read a boolean out of tensors."""
 

@@ -25,21 +25,6 @@ from retroexit.errors import CheckpointError, OptionError, TrainingError
 from retroexit.guidance.provider import Taps
 from retroexit.model import EarlyExitGenerator
 
-__all__ = [
-    "GUIDANCE_KEY",
-    "GUIDANCE_VALUE",
-    "IMAGE",
-    "FeatureCache",
-    "Features",
-    "LiveFeatures",
-    "Window",
-    "bytes_per_sample",
-    "chunks",
-    "compute_features",
-    "cut_out",
-    "guidance_names",
-]
-
 # Crossing values are stored under the names of their nodes, which are identifiers; these are not.
 IMAGE, GUIDANCE_KEY, GUIDANCE_VALUE = "backbone-image", "guidance-key", "guidance-value"
 

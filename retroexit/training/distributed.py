@@ -18,8 +18,6 @@ from torch import distributed as dist
 
 from retroexit.errors import MissingExtraError, OptionError
 
-__all__ = ["Team", "average", "check_devices", "join", "kind_of_device"]
-
 _TIMEOUT = timedelta(days=2)  # the first process computes features and bank alone
 
 

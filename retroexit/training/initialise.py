@@ -18,8 +18,6 @@ from retroexit.training.distributed import Team
 from retroexit.training.steps import Steps
 from retroexit.wrapping.decomposition import branch_for
 
-__all__ = ["reconstruct_branches"]
-
 logger = logging.getLogger(__name__)
 
 _SAMPLES, _PIXELS = 64, 2**20  # at most; all of them are in memory at once

@@ -26,8 +26,6 @@ from retroexit.training.distributed import average
 from retroexit.training.settings import FitSettings
 from retroexit.training.steps import Steps
 
-__all__ = ["check_reads", "exit_losses", "fit_predictor", "predictor_reads", "train_predictor"]
-
 _BATCH, _LR = 32, 2e-3  # samples per step; learning rate, cosine to zero
 
 

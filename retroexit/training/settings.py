@@ -15,8 +15,6 @@ from retroexit.errors import CheckpointError, OptionError, closest
 from retroexit.routing.predictor import Kind, Reads, check_kind
 from retroexit.training.losses.plan import DEFAULT_LOSSES, check_weights
 
-__all__ = ["FitSettings", "check_same", "divide", "set_aside", "write_json"]
-
 _SCHEDULES: Final = ("cosine", "constant")
 
 _FREE: Final = frozenset({"checkpoint_every", "together", "tensorboard", "predictor", "predict_from"})

@@ -17,8 +17,6 @@ from retroexit.errors import OptionError
 from retroexit.training.cache import IMAGE, Features, Window, cut_out
 from retroexit.training.distributed import Team
 
-__all__ = ["Cropper", "Step", "Steps", "draw_batch"]
-
 
 @dataclass(frozen=True)
 class Cropper:

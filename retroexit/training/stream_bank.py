@@ -25,8 +25,6 @@ from retroexit.guidance.provider import Taps
 from retroexit.model import EarlyExitGenerator
 from retroexit.retrieval import Retriever
 
-__all__ = ["stream_bank", "stream_banks"]
-
 
 def stream_bank(
     model: EarlyExitGenerator,

@@ -27,15 +27,6 @@ from retroexit.training.losses.plan import TrainingLoss
 from retroexit.training.settings import FitSettings
 from retroexit.training.steps import Step, Steps
 
-__all__ = [
-    "BranchTrainer",
-    "FeatureDistance",
-    "TrainingWriter",
-    "averaged",
-    "learning_rate",
-    "train_branches",
-]
-
 _POSTFIX_EVERY, _SCALARS_EVERY, _IMAGES_EVERY, _IMAGES = 20, 20, 250, 4
 
 

@@ -20,18 +20,6 @@ from retroexit.plugins.training_types import Discriminate, DiscriminatorOutput, 
 from retroexit.training.distributed import average
 from retroexit.training.losses.terms import l1
 
-__all__ = [
-    "OBJECTIVES",
-    "Adversarial",
-    "Adversary",
-    "FeatureMatching",
-    "capture_features",
-    "captured_layers",
-    "find_objective",
-    "load_moments",
-    "moments",
-]
-
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 

@@ -14,8 +14,6 @@ from retroexit.core.identity import fingerprint
 from retroexit.errors import MissingExtraError, OptionError, WeightsError, closest
 from retroexit.metrics.weights import fill_trunk, hub_file
 
-__all__ = ["PERCEPTUAL", "Perceptual"]
-
 _MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, for images in [0, 1]
 
 

@@ -33,21 +33,6 @@ from retroexit.training.losses.adversary import (
 )
 from retroexit.training.losses.terms import Equaliser, Gaze
 
-__all__ = [
-    "ADVERSARIAL",
-    "DEFAULT_LOSSES",
-    "FEATURE_MATCHING",
-    "GAZE",
-    "PRESETS",
-    "QUALITY",
-    "LossOptions",
-    "LossPlan",
-    "TrainingLoss",
-    "check_weights",
-    "find_weights",
-    "plan_losses",
-]
-
 QUALITY, LPIPS = "quality", "lpips"
 ADVERSARIAL, FEATURE_MATCHING, GAZE = "adversarial", "feature-matching", "gaze"
 

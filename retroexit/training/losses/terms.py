@@ -13,8 +13,6 @@ from retroexit.core.nested import tensors
 from retroexit.errors import CheckpointError, TrainingError
 from retroexit.training.distributed import average
 
-__all__ = ["L1", "Equaliser", "Gaze", "l1"]
-
 _FACTOR_LIMIT = 1e4  # a term with a tiny gradient at first may have a large one later
 
 
