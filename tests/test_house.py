@@ -45,15 +45,6 @@ def test_the_version_is_stated_once():
     assert f"\nversion: {retroexit.__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
-def test_extras_made_of_extras_name_existing_ones():
-    extras = PROJECT["optional-dependencies"]
-    for requirements in extras.values():
-        for requirement in requirements:
-            if requirement.startswith("retroexit["):
-                named = requirement.removeprefix("retroexit[").removesuffix("]").split(",")
-                assert set(named) <= set(extras)
-
-
 def test_the_wheel_holds_the_library_the_adapters_and_their_data(tmp_path):
     wheel = pytest.importorskip("hatchling.builders.wheel", reason="hatchling builds the wheel")
     (path,) = wheel.WheelBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"])

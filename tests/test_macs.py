@@ -1,5 +1,7 @@
 """Counts of multiply-accumulates against counts by hand."""
 
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -60,12 +62,16 @@ def test_keyword_arguments_are_passed_on_and_nothing_is_tracked_or_left_behind()
     assert calls == [(True, False)] and torch.is_grad_enabled()
 
 
-def test_thop_agrees_on_plain_layers_and_changes_no_module(toys):
+def test_thop_agrees_on_plain_layers_and_the_text_explains_differences(toys, untouched, monkeypatch):
     pytest.importorskip("thop")
     module = nn.Sequential(nn.Conv2d(6, 4, 3, padding=1), nn.Conv2d(4, 2, 1)).eval()
-    before = [list(vars(m)) for m in module.modules()]
     macs = 2 * 80 * (4 * 6 * 9 + 8)
-    assert count_macs(module, X) == macs
-    assert cross_check(module, macs, (X,)) == "35.840 kMACs for the backbone, 1.000 of ours"
-    assert [list(vars(m)) for m in module.modules()] == before
-    assert not list(module.buffers())
+    with untouched(module):
+        assert cross_check(module, macs, (X,)) == "35.840 kMACs for the backbone, 1.000 of ours"
+    toy = toys.TOYS["modulated_convolution_with_skip_image"]()
+    text = cross_check(toy.generator, count_macs(toy.generator, *toy.args), toy.args)
+    assert "thop counts by layer type; it misses functional convolutions and attention" in text
+    assert float(text.split(" of ours")[0].split()[-1]) < 0.2
+    assert cross_check(module, 1, (), {"x": 1}) == "not counted: thop takes positional tensors only"
+    monkeypatch.setitem(sys.modules, "thop", None)
+    assert "MissingExtraError: thop is not installed" in cross_check(module, macs, (X,))

@@ -1,7 +1,6 @@
 """Measuring every exit against the backbone."""
 
 import json
-import sys
 
 import numpy as np
 import pytest
@@ -12,10 +11,9 @@ from toys import Distance
 import retroexit
 from retroexit.core.modules import count_macs
 from retroexit.core.samples import ImageRange, Samples
-from retroexit.errors import MissingExtraError, OptionError, OutputError
+from retroexit.errors import OptionError, OutputError
 from retroexit.evaluation.measure import measure
 from retroexit.evaluation.sweep import Evaluation
-from retroexit.evaluation.thop_check import cross_check
 from retroexit.measuring import Measurement
 from retroexit.report.strips import pick_strips
 
@@ -187,32 +185,3 @@ def test_strips_show_the_samples_that_they_name(model):
 
     strips = pick_strips(run, result, lambda z: torch.full((3, 5, 7), float(z[0, 0, 0] > 9)))
     assert all(strip.images[0][1].shape == (5, 7, 3) and not strip.images[0][1].any() for strip in strips)
-
-
-def test_the_cross_check_agrees_on_plain_layers_and_explains_differences(model, toys, monkeypatch):
-    pytest.importorskip("thop")
-    plain = cross_check(model.generator, model.exits[-1].macs, (INPUTS[:1],))
-    assert plain == "0.473 MMACs for the backbone, 1.000 of ours"
-    toy = toys.TOYS["modulated_convolution_with_skip_image"]()
-    options = {"stages": toy.stages, "example_inputs": toy.args, "adapter": False}
-    model = retroexit.wrap(toy.generator, ["blocks.1"], 1.0, **options)
-    text = cross_check(model.generator, model.exits[-1].macs, tuple(x[:1] for x in toy.args))
-    assert "thop counts by layer type; it misses functional convolutions and attention" in text
-    assert float(text.split(" of ours")[0].split()[-1]) < 0.2
-    assert cross_check(model.generator, 1, (), {"x": 1}) == "not counted: thop takes positional tensors only"
-    monkeypatch.setitem(sys.modules, "thop", None)
-    text = cross_check(model.generator, model.exits[-1].macs, (INPUTS[:1],))
-    assert "MissingExtraError: thop is not installed" in text
-
-
-def test_a_missing_package_is_an_error_with_the_pip_line(model, tmp_path, monkeypatch):
-    for name in [n for n in sys.modules if n.split(".")[0] in ("matplotlib", "torchmetrics")]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setitem(sys.modules, "torchmetrics", None)
-    unfitted = _unfitted(example_inputs=(INPUTS[:1],))
-    with pytest.raises(MissingExtraError, match=r"MS-SSIM needs torchmetrics: pip install 'retroexit\[me"):
-        retroexit.fit(unfitted, INPUTS, tmp_path, metric="ms-ssim")
-    assert list(tmp_path.iterdir()) == []
-    with pytest.raises(MissingExtraError, match=r"pip install 'retroexit\[report\]'"):
-        retroexit.evaluate(model, INPUTS[:4], tmp_path, metric=Distance(), repeats=0, progress=False)

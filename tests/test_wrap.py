@@ -71,10 +71,10 @@ def _check_batch(model, k, toy):
     with torch.no_grad():
         both = tensors(call(model, toy, exit=k))
         alone = [tensors(call(model, toy, slice(i, i + 1), exit=k)) for i in (0, 1)]
-    for whole, first, second in zip(both, *alone, strict=True):
-        if whole.dim() and whole.shape[0] == 2:
+    for batch, first, second in zip(both, *alone, strict=True):
+        if batch.dim() and batch.shape[0] == 2:
             torch.testing.assert_close(
-                whole, torch.cat([first, second]), rtol=1e-3, atol=1e-4 * float(whole.abs().max())
+                batch, torch.cat([first, second]), rtol=1e-3, atol=1e-4 * float(batch.abs().max())
             )
 
 

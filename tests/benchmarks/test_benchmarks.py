@@ -89,16 +89,6 @@ def test_back_ends_are_compared_down_to_the_picture(tmp_path, capsys, monkeypatc
     assert "MB in memory" in capsys.readouterr().out
 
 
-def test_memory_of_an_index_is_that_of_its_keys_at_least():
-    options = {"index": "IVF16,Flat", "nprobe": 2}
-    assert retrieval.parse_spec("faiss:index=IVF16,Flat;nprobe=2") == ("faiss", options)
-    if not Path("/proc/self/status").exists():
-        pytest.skip("memory is read from /proc")
-    keys = np.random.default_rng(0).standard_normal((40_000, 64)).astype(np.float32)  # 10 MB
-    grown = retrieval.memory(["exact"], keys)["exact"]
-    assert grown is not None and 9 < grown < 100
-
-
 @pytest.mark.parametrize("name", ["paper_tables", "training", "zoo"])
 def test_a_benchmark_shows_its_options(name):
     script = Path(BENCHMARKS) / f"{name}.py"

@@ -18,7 +18,7 @@ def branch_of(toy, scale=1 / 4, **options):
 
 
 @pytest.mark.parametrize(
-    ("channels", "scale", "floor", "want"),
+    ("channels", "scale", "floor", "width"),
     [
         (512, 1 / 15, 64, 64),
         (512, 1 / 3, 64, 170),
@@ -28,9 +28,9 @@ def branch_of(toy, scale=1 / 4, **options):
         (3, 1 / 3, 1, 1),
     ],
 )
-def test_the_width_rule(channels, scale, floor, want):
-    assert scaled_width(channels, scale, floor) == want == WidthRule(scale, floor)(channels)
-    assert want == min(channels, max(floor, math.floor(channels * scale + 1e-9)))
+def test_the_width_rule(channels, scale, floor, width):
+    assert scaled_width(channels, scale, floor) == width == WidthRule(scale, floor)(channels)
+    assert width == min(channels, max(floor, math.floor(channels * scale + 1e-9)))
 
 
 def test_the_default_floor_is_64(toys):

@@ -30,14 +30,14 @@ def test_a_streamed_bank_of_everything_guides_inputs_with_their_own_values(run):
     # The stage repeats every location 2x2, so that keys of single locations would occur more than once.
     from toy import Decoder, samples  # the file beside which commands run
 
-    kept = []
+    features = []
     toy = Decoder().eval()
     for stage in toy.stages[:2]:
-        stage.register_forward_hook(lambda module, inputs, output: kept.append(output))
+        stage.register_forward_hook(lambda module, inputs, output: features.append(output))
     with torch.no_grad():
         toy(samples)
-    guide = GuidanceBank.load("made").guide(kept[0])
-    torch.testing.assert_close(guide, kept[1].half().float(), rtol=2e-3, atol=2e-4)
+    guide = GuidanceBank.load("made").guide(features[0])
+    torch.testing.assert_close(guide, features[1].half().float(), rtol=2e-3, atol=2e-4)
 
 
 def test_another_backbone_a_damaged_file_and_a_used_folder_are_refused(run, tmp_path):

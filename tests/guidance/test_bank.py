@@ -190,8 +190,8 @@ def test_a_saved_bank_gives_the_same_guides(retriever, tmp_path):
     loaded = GuidanceBank.load(tmp_path / "bank", fingerprint="abc")
     assert type(loaded.retriever) is type(retriever) and loaded.meta == bank.meta
     assert isinstance(loaded.values, np.memmap)
-    feature, own = torch.randn(2, 6, 4, 8), torch.tensor([1, 2])
-    assert torch.equal(loaded.guide(feature, exclude=own), bank.guide(feature, exclude=own))
+    feature, exclude = torch.randn(2, 6, 4, 8), torch.tensor([1, 2])
+    assert torch.equal(loaded.guide(feature, exclude=exclude), bank.guide(feature, exclude=exclude))
     loaded.save(tmp_path / "bank")  # over the very file that is mapped
     assert torch.equal(loaded.guide(feature), GuidanceBank.load(tmp_path / "bank").guide(feature))
 
@@ -240,12 +240,6 @@ def test_damaged_files_are_never_used(damage, tmp_path):
     assert {outcome for outcome in outcomes if outcome[1] != "refused"} == {("keys/index.bin", "rebuilt")}
 
 
-def uncut(rows, channels, patch):
-    """Bring rows of `cut` into the channels-last layout that `glue` takes."""
-    grid = rows.shape[:-1]
-    return rows.reshape(*grid, channels, *patch).movedim(len(grid), -1)
-
-
 @pytest.mark.parametrize(
     ("shape", "patch"),
     [
@@ -258,9 +252,10 @@ def uncut(rows, channels, patch):
 )
 def test_patches_of_maps_of_any_dimension_are_glued_to_the_same_map(shape, patch):
     x = torch.randn(shape)
-    rows = cut(x, patch)
+    rows = cut(x, patch)  # (N, *grid, C * patch)
     assert torch.equal(rows[(0,) * (len(shape) - 1)], x[(0, slice(None), *map(slice, patch))].flatten())
-    assert torch.equal(glue(uncut(rows, shape[1], patch)), x)
+    grid = rows.shape[:-1]
+    assert torch.equal(glue(rows.reshape(*grid, shape[1], *patch).movedim(len(grid), -1)), x)
     values = x.half().float()
     bank = build_bank(
         [(x, range(len(x)))], lambda ids: values[ids], patch=patch, thin="none", retriever=ExactRetriever()

@@ -61,8 +61,8 @@ def test_slopes_are_those_of_a_plain_ridge_regression():
         ridge = 0.01 * (1 + 5 / len(x)) * covariance.diagonal().mean()
         slope = np.linalg.solve(covariance + ridge * np.eye(5), (x - mx).T @ (y - my) / len(x))
         expected = np.concatenate([(my - mx @ slope)[None], slope])  # (1 + D, 4 * 3)
-        got = bank.values[pair].reshape(12, 6).T
-        np.testing.assert_allclose(got, expected, rtol=5e-3, atol=5e-3)
+        stored = bank.values[pair].reshape(12, 6).T
+        np.testing.assert_allclose(stored, expected, rtol=5e-3, atol=5e-3)
 
 
 def test_a_bank_with_slopes_is_saved_and_read(tmp_path):

@@ -44,8 +44,16 @@ def test_the_parts_of_the_library_come_through_the_hooks(announce):
     assert error_of(host, "builtin") is None
 
 
-def test_an_unknown_name_is_answered_with_the_closest(offering, empty):
+def test_plugins_registered_later_are_found_and_unknown_names_answered_with_the_closest(
+    offering, empty, caplog
+):
+    caplog.set_level(logging.INFO, "retroexit.plugins")
+    assert empty.retrievers() == ()
     empty.register(offering(retrievers=ANNOY), "annoy")
+    assert empty.retriever("annoy") is Annoy
+    assert caplog.messages[0].startswith("retroexit_retrievers of plug-in 'annoy' returned {'annoy': <class ")
+    with pytest.raises(PluginError, match="the name 'annoy' is taken by plug-in 'annoy'"):
+        empty.register(offering(retrievers=ANNOY), "annoy")
     with pytest.raises(PluginError, match=r"no retriever 'anoy'; closest: 'annoy'\..*retroexit plugins"):
         empty.retriever("anoy")
     with pytest.raises(PluginError, match="no metric 'fid'; closest: none, because no plug-in offers a m"):
@@ -94,14 +102,6 @@ def test_plugins_are_loaded_once_and_a_warning_turned_into_an_error_stops_nothin
         assert host.retriever("annoy") is Annoy
         assert len(host.installed()) == 3
     assert error_of(host, "broken") == "ValueError: boom"
-
-
-def test_a_plugin_registered_after_the_first_look_up_is_found(offering, empty):
-    assert empty.retrievers() == ()
-    empty.register(offering(retrievers=ANNOY), "annoy")
-    assert empty.retriever("annoy") is Annoy
-    with pytest.raises(PluginError, match="the name 'annoy' is taken by plug-in 'annoy'"):
-        empty.register(offering(retrievers=ANNOY), "annoy")
 
 
 class Unmarked:
@@ -173,29 +173,22 @@ def test_a_hook_of_another_version_may_be_marked_as_optional(offering, empty):
         ("metrics", {"lpips": nn.L1Loss}, "'lpips' must have another name: .* 'lpips-alex'"),
         ("describe", "StyleGAN", "retroexit_describe must return a Description or None, got 'StyleGAN'"),
         ("describe", KeyError("w"), "retroexit_describe raised KeyError: 'w'"),
+        ("describe", nn.Sequential(*[nn.ReLU()] * 99), "a Description or None, got Sequential"),
     ],
 )
-def test_a_nonsense_answer_is_reported_once_and_the_rest_works(offering, empty, hook, offer, message):
+def test_an_invalid_answer_is_reported_once_and_the_rest_works(offering, empty, hook, offer, message):
     empty.register(offering(retrievers=ANNOY, describe=Description(name="relu")), "good")
-    empty.register(offering(**{hook: offer}), "nonsense")
-    with pytest.warns(RetroExitWarning, match=f"plug-in 'nonsense': .*{message}"):
+    empty.register(offering(**{hook: offer}), "invalid")
+    with pytest.warns(RetroExitWarning, match=f"plug-in 'invalid': .*{message}") as caught:
         empty.installed()
         assert empty.describe(nn.ReLU()).name == "relu"
+    assert all("\n" not in str(w.message) and len(str(w.message)) < 250 for w in caught), "one short line"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert empty.retrievers() == ("annoy",)
         assert empty.losses() == empty.metrics() == ()
         assert empty.describe(nn.ReLU()).name == "relu"
-    assert re.search(message, str(error_of(empty, "nonsense")))
-
-
-def test_what_a_plugin_returns_is_shown_in_one_short_line(offering, empty):
-    empty.register(offering(describe=nn.Sequential(*(nn.ReLU() for _ in range(99)))), "fails")
-    with pytest.warns(RetroExitWarning) as caught:
-        empty.describe(nn.ReLU())
-    (text,) = [str(warning.message) for warning in caught]
-    assert "\n" not in text
-    assert len(text) < 250
+    assert re.search(message, str(error_of(empty, "invalid")))
 
 
 class Nothing(QualityMetric):
@@ -245,10 +238,3 @@ def test_a_dropped_command_is_reported_and_gone(offering, empty):
     assert list(empty.commands()) == ["good"]
     (info,) = empty.installed()
     assert (info.state, info.offers) == ("in part", {"retroexit_commands": ("good",)})
-
-
-def test_every_call_of_a_hook_is_logged(offering, empty, caplog):
-    caplog.set_level(logging.INFO, "retroexit.plugins")
-    empty.register(offering(retrievers=ANNOY), "annoy")
-    empty.retrievers()
-    assert caplog.messages[0].startswith("retroexit_retrievers of plug-in 'annoy' returned {'annoy': <class ")

@@ -24,11 +24,11 @@ def test_rounding_hides_no_neighbour(spread, k):
     keys, queries = clusters(spread)
     retriever = ExactRetriever(precision="bfloat16").build(keys)
     assert retriever.precision == "bfloat16"
-    found = retriever.search(queries, k).distances.double()
+    distances = retriever.search(queries, k).distances.double()
     # Queries that the proof fails for are searched in float32, which has its own rounding.
     ulp = float(keys.square().sum(1).max()) * 2**-22
     truth = true_distances(keys, queries).sort().values[:, :k]
-    torch.testing.assert_close(found, truth, rtol=1e-5, atol=4 * ulp)
+    torch.testing.assert_close(distances, truth, rtol=1e-5, atol=4 * ulp)
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])

@@ -12,9 +12,9 @@ beta = pytest.importorskip("scipy.stats").beta
 
 @given(st.integers(1, 3000), st.floats(0.005, 0.5), st.floats(0.5, 0.999))
 def test_so_many_bad_samples_still_show_the_rate_and_one_more_does_not(samples, alpha, confidence):
-    found = most_violations(samples, alpha, confidence)
-    assert found < 0 or binom.cdf(found, samples, alpha) <= (1 - confidence) * (1 + 1e-9)
-    assert binom.cdf(found + 1, samples, alpha) > (1 - confidence) * (1 - 1e-9)
+    bad = most_violations(samples, alpha, confidence)
+    assert bad < 0 or binom.cdf(bad, samples, alpha) <= (1 - confidence) * (1 + 1e-9)
+    assert binom.cdf(bad + 1, samples, alpha) > (1 - confidence) * (1 - 1e-9)
 
 
 @pytest.mark.parametrize(
@@ -28,5 +28,5 @@ def test_the_samples_needed_are_those_of_the_rule_of_three(alpha, confidence, ne
 @given(st.integers(0, 400), st.integers(1, 400), st.floats(0.5, 0.999))
 def test_the_upper_bound_is_that_of_clopper_and_pearson(bad, samples, confidence):
     bad = min(bad, samples)
-    wanted = 1.0 if bad == samples else beta.ppf(confidence, bad + 1, samples - bad)
-    assert upper_bound(bad, samples, confidence) == pytest.approx(wanted, abs=1e-6)
+    expected = 1.0 if bad == samples else beta.ppf(confidence, bad + 1, samples - bad)
+    assert upper_bound(bad, samples, confidence) == pytest.approx(expected, abs=1e-6)

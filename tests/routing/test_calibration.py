@@ -23,7 +23,7 @@ def _draw(samples, seed, error=0.1, bias=0.0):
 def _violations(losses, predicted, limit, tau):
     count = 0
     for row, guess in zip(losses.tolist(), predicted.tolist(), strict=True):
-        taken = next((loss for loss, said in zip(row, guess, strict=True) if said <= limit), 0.0)
+        taken = next((loss for loss, expected in zip(row, guess, strict=True) if expected <= limit), 0.0)
         count += taken > tau
     return count
 
@@ -38,8 +38,8 @@ def test_the_limit_is_the_last_before_the_first_that_fails(bias):
     grid = [tau * step / 100 for step in range(201)]
     failing = [g for g in grid if _violations(losses, predicted, g, tau) > allowed]
     assert failing, "a harder case is needed"
-    wanted = max(g for g in grid if g < failing[0])
-    assert limit == pytest.approx(wanted, abs=1e-7)
+    expected = max(g for g in grid if g < failing[0])
+    assert limit == pytest.approx(expected, abs=1e-7)
 
 
 @pytest.mark.parametrize("rule", ["margin", "bound"])

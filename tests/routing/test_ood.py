@@ -14,8 +14,8 @@ def _maps(samples, seed):
     random = torch.Generator().manual_seed(seed)
     mixing = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
     common = torch.randn(samples, 3, 6, 6, generator=random) + torch.randn(samples, 3, 1, 1, generator=random)
-    own = 0.2 * torch.randn(samples, 8, 6, 6, generator=random)
-    return torch.einsum("cd,ndhw->nchw", mixing, common) + own + 1.0
+    noise = 0.2 * torch.randn(samples, 8, 6, 6, generator=random)
+    return torch.einsum("cd,ndhw->nchw", mixing, common) + noise + 1.0
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +52,8 @@ def test_the_distance_is_that_of_mahalanobis_where_the_rank_is_full():
     guard.fit(pooled, pooled[:0])
     other = torch.randn(20, 5) * 3
     inverse = torch.linalg.inv(torch.cov(pooled.T, correction=0))
-    wanted = torch.einsum("ni,ij,nj->n", other - pooled.mean(0), inverse, other - pooled.mean(0)).sqrt()
-    assert torch.allclose(guard(other) * guard.limit, wanted, rtol=1e-2)
+    expected = torch.einsum("ni,ij,nj->n", other - pooled.mean(0), inverse, other - pooled.mean(0)).sqrt()
+    assert torch.allclose(guard(other) * guard.limit, expected, rtol=1e-2)
 
 
 def test_a_guard_that_saw_nothing_stops_nothing():
@@ -118,9 +118,9 @@ def test_a_guide_that_follows_its_query_is_the_same_when_the_bank_is_guarded(rou
     assert isinstance(model.bank, GuidanceBank) and model.bank.order == 1
     z, w = torch.rand(3, 4, 4, 4), torch.rand(3, 5)
     z[:, 0] = torch.tensor([0.0, 1.0, 0.0])[:, None, None]
-    wanted = model(z, w, threshold=0.5)["image"]
+    expected = model(z, w, threshold=0.5)["image"]
     model.router.guide_limit = 1e6
-    assert torch.allclose(model(z, w, threshold=0.5)["image"], wanted, atol=1e-6)
+    assert torch.allclose(model(z, w, threshold=0.5)["image"], expected, atol=1e-6)
 
 
 def test_few_distances_like_those_seen_are_beyond_the_farthest():

@@ -24,9 +24,9 @@ def test_every_sample_leaves_at_the_first_exit_that_is_good_enough(rows, thresho
     for row in rows:
         exits = [k for k, loss in enumerate(row, 1) if loss <= threshold]
         expected.append(exits[0] if exits else len(row) + 1)
-    found = assign_exits(torch.tensor(rows), threshold)
-    assert found.dtype == torch.int64
-    assert found.tolist() == expected
+    exits = assign_exits(torch.tensor(rows), threshold)
+    assert exits.dtype == torch.int64
+    assert exits.tolist() == expected
 
 
 @pytest.mark.parametrize("threshold", [-0.1, math.inf, math.nan, True, "0.1", None])

@@ -42,8 +42,8 @@ def test_a_block_that_runs_in_a_loop_is_named_with_the_line_to_write(stages, err
 
 def test_the_advice_gives_stages_with_shared_weights():
     generator, z = _Shared(advised=True).eval(), torch.randn(1, 16, 4, 4)
-    found = retroexit.find_stages(generator, (z,))
-    assert [stage.path for stage in found] == ["turns.0", "turns.1", "turns.2"]
+    stages = retroexit.find_stages(generator, (z,))
+    assert [stage.path for stage in stages] == ["turns.0", "turns.1", "turns.2"]
     model = retroexit.wrap(generator, [1, 2], 1.0, example_inputs=(z,))
     with torch.no_grad():
         assert all(torch.equal(model(z, exit=k), generator(z)) for k in (1, 2, 3))
@@ -71,8 +71,8 @@ def test_an_unrolled_cell_is_named_beside_what_runs_once():
     ):
         retroexit.find_stages(_Rolled().eval(), (torch.randn(1, 3, 16, 16),))
 
-    found = retroexit.find_stages(_Rolled().eval(), (torch.randn(1, 3, 16, 16),), stages=["stem"])
-    assert [stage.path for stage in found] == ["stem"]
+    stages = retroexit.find_stages(_Rolled().eval(), (torch.randn(1, 3, 16, 16),), stages=["stem"])
+    assert [stage.path for stage in stages] == ["stem"]
 
 
 def test_a_generator_without_feature_maps_is_told_to_group_its_layers():

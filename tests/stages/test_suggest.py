@@ -55,20 +55,19 @@ def test_what_lies_before_the_decoder_is_not_part_of_the_spread():
     st.lists(st.floats(0, 1), min_size=1, max_size=70), st.lists(st.integers(1, 99), min_size=70, max_size=70)
 )
 def test_never_the_last_stage_at_most_four_in_order(shares, live):
-    found = suggest_attach_points(stages(sorted(shares), live[: len(shares)]))
-    assert found == sorted(set(found))
-    assert len(found) <= 4
-    assert len(shares) not in found
-    assert bool(found) == (len(shares) > 1)
+    suggested = suggest_attach_points(stages(sorted(shares), live[: len(shares)]))
+    assert suggested == sorted(set(suggested)) and len(suggested) <= 4
+    assert len(shares) not in suggested
+    assert bool(suggested) == (len(shares) > 1)
 
 
 @pytest.mark.parametrize("name", ["list_input_with_unet_skips", "attention_single_head"])
 def test_the_generator_can_be_wrapped_where_it_is_suggested(name, toys):
     toy = toys.TOYS[name]()
-    found = retroexit.find_stages(toy.generator, toy.args, toy.kwargs)
-    places = [stage.index for stage in found if stage.is_suggested]
-    assert places == suggest_attach_points(found)
-    assert [s.saves for s in found] == [1 - s.cumulative for s in found]
+    decoder = retroexit.find_stages(toy.generator, toy.args, toy.kwargs)
+    places = [stage.index for stage in decoder if stage.is_suggested]
+    assert places == suggest_attach_points(decoder)
+    assert [s.saves for s in decoder] == [1 - s.cumulative for s in decoder]
     model = retroexit.wrap(
         toy.generator, places, 1 / 4, min_channels=8, example_inputs=toy.args, example_kwargs=toy.kwargs
     )

@@ -72,19 +72,19 @@ def case(request):
 
 def test_every_layer_is_a_stage_and_hands_on_a_map(case):
     generator, x, feature, count = case
-    found = retroexit.find_stages(generator, (x,))
-    assert [s.path for s in found] == [f"layers.{i}" for i in range(count)]
-    assert {s.shape for s in found} == {feature}
+    stages = retroexit.find_stages(generator, (x,))
+    assert [s.path for s in stages] == [f"layers.{i}" for i in range(count)]
+    assert {s.shape for s in stages} == {feature}
 
 
 def test_a_cut_between_layers_loses_nothing(case):
     generator, x, *_ = case
     model = retroexit.wrap(generator, [1, 2], 1.0, example_inputs=(x,))
-    want = generator(x)
+    expected = generator(x)
     with torch.no_grad():
-        assert all(torch.equal(output, want) for output in model.all_exits(x))
+        assert all(torch.equal(output, expected) for output in model.all_exits(x))
         pieces = [model(x, exit=k) for k in (1, 2, 3)]
-    assert all(torch.equal(piece, want) for piece in pieces)
+    assert all(torch.equal(piece, expected) for piece in pieces)
 
 
 def test_branches_between_layers_shrink_and_take_another_batch_and_size(case):
@@ -100,8 +100,8 @@ def test_branches_between_layers_shrink_and_take_another_batch_and_size(case):
 
 def test_what_a_trunk_needs_besides_its_tokens_is_the_way_around_it():
     x = torch.randn(1, 3, 8, 8)
-    found = retroexit.find_stages(_Trunk(flat=True).eval(), (x,))
-    assert [[shape for _, shape in stage.live] for stage in found] == [[(1, 24, 8, 8)]] * 4
+    stages = retroexit.find_stages(_Trunk(flat=True).eval(), (x,))
+    assert [[shape for _, shape in stage.live] for stage in stages] == [[(1, 24, 8, 8)]] * 4
 
 
 def test_a_class_token_makes_no_map():
@@ -114,5 +114,5 @@ def test_a_class_token_makes_no_map():
                 tokens = layer(tokens)
             return self.to_rgb(tokens[:, 1:].transpose(1, 2).view(x.shape))
 
-    found = retroexit.find_stages(Classed(flat=True).eval(), (torch.randn(1, 3, 8, 8),))
-    assert [stage.path for stage in found] == ["stem"]
+    stages = retroexit.find_stages(Classed(flat=True).eval(), (torch.randn(1, 3, 8, 8),))
+    assert [stage.path for stage in stages] == ["stem"]
