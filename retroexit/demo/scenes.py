@@ -40,17 +40,11 @@ Span = tuple[float, float]
 
 
 class Scene(NamedTuple):
-    """The label map of one scene.
+    """The label map of one scene."""
 
-    Attributes:
-        labels: Class of every pixel, uint8 ``(H, W)``, an index into `CLASSES`.
-        z: Style, float32 ``(len(STYLE),)`` in ``[-1, 1]``.
-        difficulty: From 0, an empty country road, to 1, a crowded town. Uniform over seeds.
-    """
-
-    labels: NDArray[np.uint8]
-    z: Array
-    difficulty: float
+    labels: NDArray[np.uint8]  # class of every pixel, uint8 (H, W), an index into `CLASSES`
+    z: Array  # style, float32 (len(STYLE),) in [-1, 1]
+    difficulty: float  # from 0, an empty country road, to 1, a crowded town. Uniform over seeds
 
 
 class Building(NamedTuple):

@@ -111,25 +111,15 @@ class Guidance:
 
 @dataclass(frozen=True)
 class Taps:
-    """Keys and values of one wrapped generator.
+    """Keys and values of one wrapped generator."""
 
-    Attributes:
-        value_cut: Cut after the map that values are cut from.
-        gives_image: Whether that map is the backbone's image.
-        key_node: Node of the feature that keys are cut from, if no function returns them.
-        key: Returns one key per input, if the bank holds frames.
-        key_shape: Shape ``(D, ...)`` of the map that keys are cut from, for one sample.
-        patch: Size of a key's patch.
-        guide: Shape of the guide, for the branches.
-    """
-
-    value_cut: Cut
-    gives_image: bool
-    key_node: fx.Node
-    key: Callable[..., Tensor] | None
-    key_shape: tuple[int, ...]
-    patch: tuple[int, ...]
-    guide: GuideShape
+    value_cut: Cut  # cut after the map that values are cut from
+    gives_image: bool  # whether that map is the backbone's image
+    key_node: fx.Node  # node of the feature that keys are cut from, if no function returns them
+    key: Callable[..., Tensor] | None  # returns one key per input, if the bank holds frames
+    key_shape: tuple[int, ...]  # shape (D, ...) of the map that keys are cut from, for one sample
+    patch: tuple[int, ...]  # size of a key's patch
+    guide: GuideShape  # shape of the guide, for the branches
 
     @property
     def key_tap(self) -> str:

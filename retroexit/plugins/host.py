@@ -32,7 +32,7 @@ from retroexit.retrieval import Retriever
 if TYPE_CHECKING:
     from retroexit.branch.widths.plan import WidthFunction
 
-_OWN: Final = "builtin"
+_BUILTIN: Final = "builtin"
 """The plug-in of the library, whose names others cannot take. Imported by name: it lies above the host."""
 
 _NOUNS: Final = {
@@ -49,22 +49,14 @@ _log = logging.getLogger(__name__)
 
 @dataclass
 class PluginInfo:
-    """One installed plug-in, working or not.
+    """One installed plug-in, working or not."""
 
-    Attributes:
-        name: Name of its entry point, or the one passed to `Host.register`.
-        distribution: Distribution that contains it, and its ``version``; ``""`` when registered by hand.
-        hooks: Hooks that it implements, sorted; empty when it could not be loaded.
-        offers: For each hook that offers objects by name, the names.
-        error: Why it, or a part of it, is not in use; ``None`` when all of it works.
-    """
-
-    name: str
-    distribution: str = ""
+    name: str  # name of its entry point, or the one passed to `Host.register`
+    distribution: str = ""  # contains it; empty when registered by hand
     version: str = ""
-    hooks: tuple[str, ...] = ()
-    offers: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    error: str | None = None
+    hooks: tuple[str, ...] = ()  # hooks that it implements, sorted; empty when it could not be loaded
+    offers: dict[str, tuple[str, ...]] = field(default_factory=dict)  # names by hook
+    error: str | None = None  # why it, or a part of it, is not in use; None when all of it works
 
     @property
     def state(self) -> Literal["in use", "in part", "not in use"]:
@@ -262,15 +254,15 @@ class Host:
                         candidates.setdefault(name, []).insert(0, (offer, info))
                 chosen = {}
                 for name, offers in candidates.items():
-                    own = [offer for offer in offers if offer[1].name == _OWN]
-                    if len(offers) == 1 or own:
-                        chosen[name] = (own or offers)[0]
+                    builtin = [offer for offer in offers if offer[1].name == _BUILTIN]
+                    if len(offers) == 1 or builtin:
+                        chosen[name] = (builtin or offers)[0]
                     if len(offers) > 1:
                         authors = " and ".join(str(info) for _, info in offers)
-                        advice = "the library's own is used" if own else "uninstall one"
+                        advice = "that of the library is used" if builtin else "uninstall one"
                         conflict = f"{_NOUNS[hook]} {name!r} is offered by {authors}; {advice}"
                         self._conflicts[hook, name] = conflict
-                        self._report(conflict, *(info for _, info in offers if info.name != _OWN))
+                        self._report(conflict, *(info for _, info in offers if info.name != _BUILTIN))
                 self._offers[hook] = chosen
             return self._offers[hook]
 
@@ -300,8 +292,8 @@ class Host:
         """Register the library's own plug-in and those of installed distributions, once."""
         with self._lock:
             if self._entries is None:
-                own = PluginInfo(_OWN, "retroexit", __version__)
-                self._register(importlib.import_module(f"retroexit.{_OWN}"), own)
+                builtin = PluginInfo(_BUILTIN, "retroexit", __version__)
+                self._register(importlib.import_module(f"retroexit.{_BUILTIN}"), builtin)
                 entries = importlib.metadata.entry_points(group=hookspecs.GROUP)
                 self._entries = sorted(entries, key=lambda entry: (_origin_of(entry), entry.name))
             while self._entries:

@@ -24,19 +24,12 @@ _IMAGES: Final = "strips"
 
 @dataclass(frozen=True)
 class SavedReport:
-    """Texts and images of a report.
+    """Texts and images of a report."""
 
-    Attributes:
-        title: Heading of the page, or ``None`` if unknown.
-        headline: First sentence; ``None`` for the default one.
-        command: Command line that measured.
-        strips: Images.
-    """
-
-    title: str | None = None
-    headline: str | None = None
-    command: str | None = None
-    strips: list[Strip] = field(default_factory=list)
+    title: str | None = None  # heading of the page, or None if unknown
+    headline: str | None = None  # first sentence; None for the default one
+    command: str | None = None  # command line that measured
+    strips: list[Strip] = field(default_factory=list)  # images
 
 
 def save_report(folder: Path, report: SavedReport) -> None:

@@ -25,17 +25,11 @@ _LONGEST_SIDE = 384  # pixels of an image in a page; ten strips of five then sta
 
 @dataclass(frozen=True)
 class Strip:
-    """The images of one input, side by side.
+    """The images of one input, side by side."""
 
-    Attributes:
-        label: What the input is, such as ``"hardest input"``.
-        images: Caption and pixels ``(H, W, 3)``, uint8, of each image.
-        chosen: Index of the image that routing chose; ``None`` frames none.
-    """
-
-    label: str
-    images: list[tuple[str, npt.NDArray[np.uint8]]]
-    chosen: int | None
+    label: str  # what the input is, such as "hardest input"
+    images: list[tuple[str, npt.NDArray[np.uint8]]]  # caption and pixels (H, W, 3), uint8, of each image
+    chosen: int | None  # index of the image that routing chose; None frames none
 
     def __post_init__(self) -> None:
         if self.chosen is not None and not 0 <= self.chosen < len(self.images):

@@ -61,15 +61,10 @@ def _safe_settings() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """The nearest keys of every query.
+    """The nearest keys of every query."""
 
-    Attributes:
-        ids: Rows of the keys, int64 ``(Q, k)``, nearest first; from a bank ``(N, h, w)``, one per patch.
-        distances: Squared Euclidean distances to them, float32, of the same shape.
-    """
-
-    ids: Tensor
-    distances: Tensor
+    ids: Tensor  # rows of the keys, int64 (Q, k), nearest first; from a bank (N, h, w), one per patch
+    distances: Tensor  # squared Euclidean distances to them, float32, of the same shape
 
     def spread(self, rows: Tensor, count: int) -> SearchResult:
         """Move row i to ``rows[i]`` of a batch of ``count``; all other rows are infinitely far."""

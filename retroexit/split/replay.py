@@ -119,26 +119,16 @@ class Layout:
 class ReplayCut(Cut):
     """A place where a forward is stopped and resumed.
 
-    ``position``, ``feature`` and ``rest`` belong to the cut in the recording, which shows what depends on what;
-    ``live`` are the values that the rerun needs.
-
-    Attributes:
-        place: The place.
-        layout: Names of the values that cross.
-        entry: The feature's name.
-        called: Paths of all modules that the recording saw.
-        behind: Paths of modules that run behind the cut; ``None`` before that has been explored.
-        paths: Values read from tensors that lead along different ways through the forward.
-        batched: Names of values whose first axis grows with the batch.
+    ``position``, ``feature`` and ``rest`` belong to the cut in the recording; the rerun needs the ``live`` values.
     """
 
     place: Place
-    layout: Layout
-    entry: fx.Node
-    called: frozenset[str]
-    behind: frozenset[str] | None = None
-    paths: tuple[tuple[Answer, ...], ...] = ()
-    batched: frozenset[fx.Node] = frozenset()
+    layout: Layout  # names of the values that cross
+    entry: fx.Node  # the feature's name
+    called: frozenset[str]  # paths of all modules that the recording saw
+    behind: frozenset[str] | None = None  # modules that run behind the cut, once explored
+    paths: tuple[tuple[Answer, ...], ...] = ()  # values read that lead along different ways
+    batched: frozenset[fx.Node] = frozenset()  # names of values whose first axis grows with the batch
 
     @property
     def crossing(self) -> tuple[fx.Node, ...]:

@@ -42,19 +42,12 @@ _CURRENT: ContextVar[Run | None] = ContextVar("retroexit_run", default=None)
 
 @dataclass(frozen=True)
 class Place:
-    """Where a forward is cut.
+    """Where a forward is cut."""
 
-    Attributes:
-        path: The module.
-        tap: Cut behind it (``"after"``), or in front of it (``"before"``).
-        enclosing: Paths of the modules that are running when it is called.
-        leaf: Which of the tensors that it returns (takes) is the feature.
-    """
-
-    path: str
-    tap: str
-    enclosing: frozenset[str]
-    leaf: int = 0
+    path: str  # of the module
+    tap: str  # cut behind it ("after"), or in front of it ("before")
+    enclosing: frozenset[str]  # paths of the modules that are running when it is called
+    leaf: int = 0  # which of the tensors that it returns (takes) is the feature
 
 
 class _Reached(BaseException):
@@ -65,28 +58,19 @@ class _Reached(BaseException):
 class Run:
     """What stand-ins do during one run of a forward.
 
-    Attributes:
-        source: The place from which modules really run; ``None`` to run from the inputs.
-        fed: What modules returned before it, by path and number of the call; for a place in front of a module,
-            the arguments of that module under number -1.
-        draws: What the forward itself drew before it.
-        target: The place where to stop; ``None`` to run to the end.
-        before: By path of a module, a function to apply to its first map.
-        script: Answers to reads of tensor values.
-        log: Answers given, and whether behind ``source``; not stored if ``None``.
-        caught: What modules returned before ``target``: path, number of the call, value.
-        caught_draws: What the forward itself drew before it.
+    ``fed`` and ``caught`` name a module's output by path and number of the call; number -1 are the arguments of
+    a module that a place is in front of.
     """
 
-    source: Place | None = None
-    fed: dict[tuple[str, int], Any] = field(default_factory=dict)
-    draws: list[Tensor] = field(default_factory=list)
-    target: Place | None = None
-    before: dict[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
-    script: Sequence[Answer] = ()
-    log: list[tuple[Answer, bool]] | None = None
-    caught: list[tuple[str, int, Any]] = field(default_factory=list)
-    caught_draws: list[Tensor] = field(default_factory=list)
+    source: Place | None = None  # the place from which modules really run; None to run from the inputs
+    fed: dict[tuple[str, int], Any] = field(default_factory=dict)  # what modules returned before it
+    draws: list[Tensor] = field(default_factory=list)  # what the forward itself drew before it
+    target: Place | None = None  # the place where to stop; None to run to the end
+    before: dict[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)  # functions for first maps
+    script: Sequence[Answer] = ()  # answers to reads of tensor values
+    log: list[tuple[Answer, bool]] | None = None  # answers, and whether behind source
+    caught: list[tuple[str, int, Any]] = field(default_factory=list)  # returned before target
+    caught_draws: list[Tensor] = field(default_factory=list)  # what the forward itself drew before it
     reached_target: bool = False
     out: Any = None
 

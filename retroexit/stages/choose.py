@@ -74,27 +74,16 @@ def closing_modules(recording: Recording, image: fx.Node, stages: Sequence[str])
 
 @dataclass(eq=False)
 class Part:
-    """One call of a module that returns a feature map which the image depends on.
-
-    Attributes:
-        call: The call.
-        output: The map that it returns, the widest one if there are several.
-        input_length: Side of the coarsest feature map that goes in; skips and conditioning are finer.
-        children: Parts inside, in order of execution.
-        depth: Number of layers with MACs inside.
-        closing: Path of the module that ends it: its own, or that of a norm or an activation behind it.
-        is_pyramid: Whether it returns maps of several resolutions, so that none of them is the feature map.
-        is_encoder: Whether it belongs to something that makes maps smaller.
-    """
+    """One call of a module that returns a feature map which the image depends on."""
 
     call: Call
-    output: fx.Node
-    input_length: float
-    children: list[Part]
-    depth: int
-    closing: str
-    is_pyramid: bool
-    is_encoder: bool = False
+    output: fx.Node  # the map that it returns, the widest one if there are several
+    input_length: float  # side of the coarsest feature map that goes in; skips and conditioning are finer
+    children: list[Part]  # parts inside, in order of execution
+    depth: int  # number of layers with MACs inside
+    closing: str  # path of the module that ends it: its own, or that of a norm or activation behind it
+    is_pyramid: bool  # whether it returns maps of several resolutions, none of them the feature map
+    is_encoder: bool = False  # whether it belongs to something that makes maps smaller
 
     @property
     def path(self) -> str:
@@ -308,11 +297,11 @@ class _Chooser:
         """Parts that may contain stages, the deepest first."""
         if len(stages) < _FEW_STAGES:
             several = [p for p in (stages or parts) if len(_steps(p)) >= 2]
-            found = [p for p in several if len(stages) < 2 or self.is_chain(p) or _contains_encoder(p)]
+            candidates = [p for p in several if len(stages) < 2 or self.is_chain(p) or _contains_encoder(p)]
         else:
             deep = _DEEPER * median(part.depth for part in stages)
-            found = [p for p in stages if (p.depth >= deep and self.is_chain(p)) or self.is_nested(p)]
-        return sorted(found, key=lambda part: -part.depth)
+            candidates = [p for p in stages if (p.depth >= deep and self.is_chain(p)) or self.is_nested(p)]
+        return sorted(candidates, key=lambda part: -part.depth)
 
     def is_nested(self, part: Part) -> bool:
         """Return whether a module goes down and up and is a smaller copy of a module around it."""

@@ -22,19 +22,12 @@ from retroexit.tracing.recorder import Call
 
 @dataclass(frozen=True)
 class Cut:
-    """A place between two nodes of a recording.
+    """A place between two nodes of a recording."""
 
-    Attributes:
-        position: Number of nodes before the cut.
-        feature: Node of the stage's feature map, the branch's main input.
-        live: Nodes of the other tensors that the rest needs.
-        rest: Nodes after the cut that the output depends on; sizes from before the cut are repeated here.
-    """
-
-    position: int
-    feature: fx.Node
-    live: tuple[fx.Node, ...]
-    rest: tuple[fx.Node, ...]
+    position: int  # number of nodes before the cut
+    feature: fx.Node  # node of the stage's feature map, the branch's main input
+    live: tuple[fx.Node, ...]  # nodes of the other tensors that the rest needs
+    rest: tuple[fx.Node, ...]  # needed nodes after the cut; sizes from before it are repeated here
 
     @property
     def crossing(self) -> tuple[fx.Node, ...]:
@@ -44,21 +37,13 @@ class Cut:
 
 @dataclass(frozen=True)
 class Decoder:
-    """A generator that has been read.
+    """A generator that has been read."""
 
-    Attributes:
-        recording: One execution, with every stage as one node.
-        stages: l_1..l_N.
-        image: Node of the output image.
-        image_path: Where the image is in the generator's output.
-        replayed: Why the recording cannot be cut (see `retroexit.split.replay`); empty where it can.
-    """
-
-    recording: Recording
-    stages: tuple[Stage, ...]
-    image: fx.Node
-    image_path: tuple[Any, ...]
-    replayed: str = ""
+    recording: Recording  # one execution, with every stage as one node
+    stages: tuple[Stage, ...]  # l_1..l_N
+    image: fx.Node  # node of the output image
+    image_path: tuple[Any, ...]  # where the image is in the generator's output
+    replayed: str = ""  # why the recording cannot be cut (see `retroexit.split.replay`); empty where it can
 
     def call(self, path: str) -> Call:
         """Return the one call of a module; raise `RepeatedStageError` if it runs more than once."""

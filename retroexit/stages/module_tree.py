@@ -15,27 +15,16 @@ from retroexit.tracing.recorder import Call
 
 @dataclass(frozen=True)
 class Part:
-    """One line of the tree: a module, or a run of neighbouring modules.
+    """One line of the tree: a module, or a run of neighbouring modules."""
 
-    Attributes:
-        depth: How deep it lies; the generator itself is at 0.
-        path: Dotted path in the generator; of a run the first one.
-        name: The path below the enclosing line; of a run ``first .. last``.
-        kind: Class name; of a run how many modules it holds.
-        parameters: Elements of its parameters, without those counted in earlier or inner lines.
-        macs: Multiply-accumulates, without those of inner lines.
-        stage: The stage that it is.
-        is_opened: Whether lines for its content follow.
-    """
-
-    depth: int
-    path: str
-    name: str
-    kind: str
-    parameters: int
-    macs: int
-    stage: Stage | None = None
-    is_opened: bool = False
+    depth: int  # how deep it lies; the generator itself is at 0
+    path: str  # dotted path in the generator; of a run the first one
+    name: str  # the path below the enclosing line; of a run first .. last
+    kind: str  # class name; of a run how many modules it holds
+    parameters: int  # elements of its parameters, without those counted in earlier or inner lines
+    macs: int  # multiply-accumulates, without those of inner lines
+    stage: Stage | None = None  # the stage that it is
+    is_opened: bool = False  # whether lines for its content follow
 
 
 def module_tree(decoder: Decoder) -> list[Part]:

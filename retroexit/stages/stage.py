@@ -55,21 +55,13 @@ class Stage:
 
 @dataclass(frozen=True)
 class LiveSpan:
-    """A value that branches need besides the feature.
+    """A value that branches need besides the feature."""
 
-    Attributes:
-        name: See `retroexit.stages.decoder.value_names`.
-        shape: Its shape.
-        made_by: Stage that returns it, or after which it appears; 0 if it exists before l_1.
-        first: First stage after which it is live.
-        last: Last stage after which it is live.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    made_by: int
-    first: int
-    last: int
+    name: str  # see `retroexit.stages.decoder.value_names`
+    shape: tuple[int, ...]  # its shape
+    made_by: int  # stage that returns it, or after which it appears; 0 if it exists before l_1
+    first: int  # first stage after which it is live
+    last: int  # last stage after which it is live
 
 
 def live_spans(stages: Sequence[Stage]) -> list[LiveSpan]:

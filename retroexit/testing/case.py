@@ -16,7 +16,7 @@ from retroexit.core.nested import cloned, rebuild
 from retroexit.errors import AdapterError, cause_of
 from retroexit.model import EarlyExitGenerator
 from retroexit.plugins.description import Description
-from retroexit.stages.decoder import Stage
+from retroexit.stages.stage import Stage
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword inputs of one forward pass."""
@@ -33,35 +33,20 @@ class Run(NamedTuple):
 
 @dataclass
 class Case:
-    """One adapter under test.
+    """One adapter under test."""
 
-    Attributes:
-        generator: The generator.
-        description: Its description.
-        scale: Width factor of thin stages and branches.
-        min_channels: Floor of their widths.
-        inputs: Inputs of one forward pass.
-        stages: l_1..l_N, once the generator was read.
-        image: The generator's image for these inputs.
-        image_path: Where the image is in the generator's output.
-        takes_pairs: Whether the generator accepts a batch of two.
-        checked: Claims that hold.
-        skipped: Claims that were not checked, with the reason.
-        problems: What is wrong, with advice.
-    """
-
-    generator: nn.Module
-    description: Description
-    scale: float
-    min_channels: int
-    inputs: Inputs = ((), {})
-    stages: Sequence[Stage] = ()
-    image: Tensor = field(default_factory=lambda: torch.empty(0))
-    image_path: tuple[Any, ...] = ()
-    takes_pairs: bool = False
-    checked: list[str] = field(default_factory=list)
-    skipped: list[str] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
+    generator: nn.Module  # the generator
+    description: Description  # its description
+    scale: float  # width factor of thin stages and branches
+    min_channels: int  # floor of their widths
+    inputs: Inputs = ((), {})  # inputs of one forward pass
+    stages: Sequence[Stage] = ()  # l_1..l_N, once the generator was read
+    image: Tensor = field(default_factory=lambda: torch.empty(0))  # the generator's image for these inputs
+    image_path: tuple[Any, ...] = ()  # where the image is in the generator's output
+    takes_pairs: bool = False  # whether the generator accepts a batch of two
+    checked: list[str] = field(default_factory=list)  # claims that hold
+    skipped: list[str] = field(default_factory=list)  # claims that were not checked, with the reason
+    problems: list[str] = field(default_factory=list)  # what is wrong, with advice
 
     @contextmanager
     def claim(self, text: str) -> Iterator[None]:

@@ -23,19 +23,12 @@ _RECOGNISED = "the generator is recognised, others are not"
 
 @dataclass(frozen=True)
 class AdapterReport:
-    """The result of a conformance test.
+    """The result of a conformance test."""
 
-    Attributes:
-        name: The generator's name in the description.
-        stages: Paths of l_1..l_N.
-        checked: Claims that hold.
-        skipped: Claims that were not checked, with the reason.
-    """
-
-    name: str
-    stages: tuple[str, ...]
-    checked: tuple[str, ...]
-    skipped: tuple[str, ...]
+    name: str  # the generator's name in the description
+    stages: tuple[str, ...]  # paths of l_1..l_N
+    checked: tuple[str, ...]  # claims that hold
+    skipped: tuple[str, ...]  # claims that were not checked, with the reason
 
     def __str__(self) -> str:
         lines = [f"adapter for {self.name}: {len(self.stages)} stages"]

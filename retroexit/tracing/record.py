@@ -24,28 +24,17 @@ _MOST_READS = 16
 
 @dataclass
 class Recording:
-    """One execution of a generator.
+    """One execution of a generator."""
 
-    Attributes:
-        graph: The execution. Placeholders are the input tensors, leaves are whole modules.
-        constants: Values that are neither inputs nor parameters nor buffers, by node target.
-        inputs: For each placeholder, the path of its tensor in ``(args, kwargs)``.
-        calls: Every call of a module outside of leaves, in order; the generator's own is the first.
-        output: What the generator returned.
-        modes: ``training`` flag of every submodule during the recording.
-        reads: Values read out of tensors into Python; they are frozen in the graph.
-        draws: Whether the forward drew random numbers from PyTorch's generators.
-    """
-
-    graph: fx.Graph
-    constants: dict[str, Any]
-    inputs: list[tuple[Any, ...]]
-    calls: list[Call]
+    graph: fx.Graph  # the execution. Placeholders are the input tensors, leaves are whole modules
+    constants: dict[str, Any]  # values that are neither inputs nor parameters nor buffers, by node target
+    inputs: list[tuple[Any, ...]]  # for each placeholder, the path of its tensor in (args, kwargs)
+    calls: list[Call]  # every call of a module outside of leaves, in order; the generator's own is the first
     macs: int
-    output: Any
-    modes: dict[str, bool]
-    reads: list[Read]
-    draws: bool = False
+    output: Any  # what the generator returned
+    modes: dict[str, bool]  # training flag of every submodule during the recording
+    reads: list[Read]  # values read out of tensors into Python; they are frozen in the graph
+    draws: bool = False  # whether the forward drew random numbers from PyTorch's generators
 
     @property
     def nodes(self) -> list[fx.Node]:

@@ -131,29 +131,17 @@ def altered(value: Any) -> Any:
 
 @dataclass(eq=False)
 class Call:
-    """One call of one module during the recording.
+    """One call of one module during the recording."""
 
-    Attributes:
-        path: Dotted path of the module in the generator.
-        module: The module.
-        begin: Number of nodes written before the call.
-        inputs: Nodes of the input tensors.
-        parent: The enclosing call, or ``None``.
-        end: Number of nodes written after it; the call's nodes are ``nodes[begin:end]``.
-        outputs: Nodes of the output tensors.
-        macs: Multiply-accumulates inside.
-        children: The calls directly inside, in order.
-    """
-
-    path: str
-    module: nn.Module
-    begin: int
-    inputs: list[fx.Node]
-    parent: Call | None = field(repr=False)
-    end: int = 0
-    outputs: list[fx.Node] = field(default_factory=list)
-    macs: int = 0
-    children: list[Call] = field(default_factory=list, repr=False)
+    path: str  # dotted path of the module in the generator
+    module: nn.Module  # the module
+    begin: int  # number of nodes written before the call
+    inputs: list[fx.Node]  # nodes of the input tensors
+    parent: Call | None = field(repr=False)  # the enclosing call, or None
+    end: int = 0  # number of nodes written after it; the call's nodes are nodes[begin:end]
+    outputs: list[fx.Node] = field(default_factory=list)  # nodes of the output tensors
+    macs: int = 0  # multiply-accumulates inside
+    children: list[Call] = field(default_factory=list, repr=False)  # the calls directly inside, in order
 
 
 @dataclass(frozen=True)

@@ -23,17 +23,11 @@ _TIMEOUT = timedelta(days=2)  # the first process computes features and bank alo
 
 @dataclass(frozen=True)
 class Team:
-    """The processes of a fit; a single one by default.
+    """The processes of a fit; a single one by default."""
 
-    Attributes:
-        rank: Number of this process, from 0.
-        size: Number of processes.
-        device: Device of this process; ``None``: the generator's.
-    """
-
-    rank: int = 0
-    size: int = 1
-    device: torch.device | None = None
+    rank: int = 0  # number of this process, from 0
+    size: int = 1  # number of processes
+    device: torch.device | None = None  # device of this process; None: the generator's
 
     @property
     def is_first(self) -> bool:

@@ -111,26 +111,16 @@ def find_weights(
 
 @dataclass(frozen=True)
 class LossPlan:
-    """What the losses of all branches are made from; raises `OptionError` if a term lacks something.
+    """What the losses of all branches are made from; raises `OptionError` if a term lacks something."""
 
-    Attributes:
-        weights: Weight of every term by name.
-        terms: The terms that branches share, by name.
-        discriminator: Starting point of every branch's adversary, or ``None``.
-        objective: What branch and discriminator minimise.
-        gaze: The gaze network, or ``None``.
-        equalise: Steps during which weights are equalised; 0 leaves them as they are.
-        image_range: Smallest and largest pixel value of the discriminator's images.
-    """
-
-    weights: Mapping[str, float]
-    terms: Mapping[str, Term | BatchTerm] = field(default_factory=dict)
-    discriminator: nn.Module | None = None
-    objective: Objective | None = None
-    gaze: nn.Module | None = None
-    equalise: int = 0
+    weights: Mapping[str, float]  # weight of every term by name
+    terms: Mapping[str, Term | BatchTerm] = field(default_factory=dict)  # shared by branches
+    discriminator: nn.Module | None = None  # starting point of every branch's adversary, or None
+    objective: Objective | None = None  # what branch and discriminator minimise
+    gaze: nn.Module | None = None  # the gaze network, or None
+    equalise: int = 0  # steps during which weights are equalised; 0 leaves them as they are
     discriminator_lr: float = 4e-4
-    image_range: tuple[float, float] = (-1.0, 1.0)
+    image_range: tuple[float, float] = (-1.0, 1.0)  # of the discriminator's images
 
     def __post_init__(self) -> None:
         if self.equalise < 0:
