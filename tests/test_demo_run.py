@@ -9,7 +9,6 @@ import torch
 from retroexit import api, cli
 from retroexit.demo import run as demo
 from retroexit.demo.generator import load_scene_generator, scene_inputs
-from retroexit.demo.scenes import LABEL_COLOURS
 from retroexit.errors import PluginError, WeightsError
 from retroexit.metrics import MSSSIM
 from retroexit.plugins import Host
@@ -62,12 +61,3 @@ def test_without_lpips_weights_the_demo_uses_ms_ssim_and_prints_why(monkeypatch)
         demo.pick_metric("lpips-alex", None, lines.append)
     with pytest.raises(PluginError, match="no metric 'psnr'; closest: "):
         demo.pick_metric("psnr", None, lines.append)
-
-
-def test_a_picture_shows_the_colour_of_every_class():
-    labels, _ = scene_inputs(1, 2)[0]
-    shown = demo.picture((labels, labels))
-    assert shown.shape == (3, *labels.shape[1:])
-    for row, column in ((0, 0), (10, 20), (labels.shape[1] - 1, labels.shape[2] - 1)):
-        colour = LABEL_COLOURS[int(labels[:, row, column].argmax())] / 255
-        assert shown[:, row, column].numpy() == pytest.approx(colour, abs=1e-6)

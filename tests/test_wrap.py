@@ -33,9 +33,19 @@ def count(module):
     return sum(p.numel() for p in module.parameters())
 
 
-@pytest.mark.parametrize("init", ["inherit", "scratch"])
-def test_any_decoder_gets_exits_and_keeps_its_own_output(every_toy, init, untouched, tmp_path):
-    toy = every_toy
+def test_any_decoder_gets_exits_and_keeps_its_own_output(every_toy, untouched, tmp_path):
+    _check_exits(every_toy, "inherit", untouched, tmp_path)
+
+
+REPARAMETRISED = ["weight_norm_old", "spectral_norm_parametrized", "modulated_convolution_with_skip_image"]
+
+
+@pytest.mark.parametrize("name", ["tied_weights", "buffers_and_plain_tensors", *REPARAMETRISED])
+def test_branches_from_scratch_keep_the_output_too(toys, name, untouched, tmp_path):
+    _check_exits(toys.TOYS[name](), "scratch", untouched, tmp_path)
+
+
+def _check_exits(toy, init, untouched, tmp_path):
     expected = call(toy.generator, toy)
     with untouched(toy.generator):
         model = wrapped(toy, init=init)

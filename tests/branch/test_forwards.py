@@ -255,19 +255,3 @@ def test_a_number_or_a_converted_width_is_named_by_its_line(generator, line):
     assert {pin.parameter for pin in fixed} == {"body.weight", "body.bias", "rgb.weight"}
     assert all(f"{__file__}:" in pin.reason for pin in fixed)
     assert any(line in pin.reason for pin in fixed)
-
-
-class Scripted(Chain):
-    def __init__(self):
-        super().__init__()
-        self.gate = torch.jit.script(nn.Sequential(nn.Conv2d(32, 32, 1), nn.Sigmoid()))
-
-    def forward(self, x):
-        return self.rgb(self.gate(self.stem(x).relu()))
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated")
-def test_a_scripted_module_keeps_its_widths_and_is_named():
-    fixed = pins(Scripted(), "stem")
-    assert "gate.0.weight" in {pin.parameter for pin in fixed}
-    assert any("the scripted module gate (Sequential)" in pin.reason for pin in fixed)

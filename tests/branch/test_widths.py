@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 import retroexit
-from retroexit.branch import inherit
 from retroexit.branch.widths.plan import WidthRule, scaled_width
 
 
@@ -84,19 +83,6 @@ def test_a_pin_names_the_line_of_the_forward(toys):
     assert any(
         "toys.py" in line and "fixed to 32" in line and ".view(-1, 32, " in line for line in first.pinned
     )
-
-
-def test_a_pin_between_modules_names_the_line_too(toys):
-    class Fixed(toys.Chain):
-        def forward(self, x):
-            h = self.blocks[1](self.blocks[0](self.stem(x)))
-            return self.rgb(self.blocks[2](h.view(-1, 24, 16, 16)))
-
-    generator = Fixed([toys.Block(32, 32), toys.Block(32, 24, True), toys.Block(24, 24)]).eval()
-    first, _ = retroexit.wrap(
-        generator, [1], 1 / 4, min_channels=8, example_inputs=(torch.rand(1, 4, 8, 8),)
-    ).exits
-    assert any("test_widths.py" in line and "h.view(-1, 24, 16, 16)" in line for line in first.pinned)
 
 
 def keep(weight, narrow):
@@ -176,22 +162,6 @@ def test_the_square_root_of_a_width_does_not_pin_it(toys):
     assert branch.pins == ()
     assert branch.tail.get_parameter("blocks.1.1.qkv.weight").shape == (24, 8, 1, 1)
     assert not hasattr(torch.SymInt, "__float__")
-
-
-def test_flattened_kernels_are_taken_as_they_lie_in_memory_at_the_first_try(monkeypatch):
-    tried = []
-
-    def noted(*args):
-        tried.append(is_invariant(*args))
-        return tried[-1]
-
-    is_invariant = inherit._is_invariant
-    monkeypatch.setattr(inherit, "_is_invariant", noted)
-    layers = [nn.utils.spectral_norm(nn.Conv2d(64, 64, 3, padding=1)) for _ in range(3)]
-    generator, x = nn.Sequential(*layers, nn.Conv2d(64, 3, 1)), torch.randn(1, 64, 4, 4)
-    generator(x)
-    retroexit.wrap(generator.eval(), [1], 1 / 3, min_channels=8, example_inputs=(x,))
-    assert tried == [True]
 
 
 @pytest.mark.parametrize("normalise", [nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm])

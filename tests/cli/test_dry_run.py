@@ -11,7 +11,6 @@ import pytest
 import torch
 
 import retroexit
-from retroexit.errors import WeightsError
 from retroexit.training.settings import FitSettings
 
 CONFIG = """
@@ -178,16 +177,6 @@ def test_missing_weights_are_listed_and_refused_at_the_end(run, tmp_path, monkey
     (tmp_path / "vgg19.pth").write_bytes(b"no weights")
     run.fit(*words, "--loss-weights", "vgg=vgg19.pth", "--dry-run").fails_with("vgg19.pth")
     assert not (tmp_path / "run").exists()
-
-
-def test_missing_weights_of_the_metric_are_refused_at_the_end(run, monkeypatch):
-    def missing(*_, **__):
-        raise WeightsError("found none")
-
-    monkeypatch.setattr(retroexit.metrics.LPIPS, "__init__", missing)
-    printed = run.fit("--dry-run", metric="lpips-vgg")
-    printed.fails_with("found none")
-    assert "steps on this machine, lpips-vgg not counted, since its weights were not found" in printed.out
 
 
 def test_a_trained_discriminator_is_loaded_from_a_file_into_the_adapters_network(run, tmp_path):

@@ -61,17 +61,6 @@ def test_the_distribution_names_thresholds_exits_and_units_and_has_a_bar_per_exi
     assert [round(height / max(heights), 3) for height in heights] == [0, 1, 0, 0, 1, 0]
 
 
-def test_the_enforcement_figure_states_how_many_samples_are_above(make_evaluation):
-    e = make_evaluation()
-    tau = float(e.loss[:, 0].mean())
-    routed = e.at_threshold(tau)
-    title = (
-        f"exit 1, threshold {tau:.3g}: {(e.loss[:, 0] > tau).mean():.0%} above it, "
-        f"routed {routed.violations:.0%}; {routed.counts[-1] / 60:.0%} to backbone"
-    )
-    assert title in texts(figures.predictor_enforcement(e))
-
-
 def test_figures_need_their_numbers_and_matplotlib(make_evaluation, monkeypatch):
     usual, unpredicted = make_evaluation(), make_evaluation(predicted=None)
     assert "without guide" in texts(figures.quality_per_exit(usual, make_evaluation(seed=1)))

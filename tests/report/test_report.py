@@ -97,31 +97,24 @@ def test_small_pictures_survive_unchanged_and_large_ones_are_reduced(
     assert page.pixels(0).shape == (96, 384, 3)
 
 
-def test_the_sweep_table_holds_the_numbers_of_the_evaluation(make_evaluation, tmp_path):
+def test_the_tables_hold_the_numbers_of_the_evaluation(make_evaluation, tmp_path):
     e = make_evaluation()
     path = write_report(tmp_path, e, [], title="T", thresholds=[0.1, 0.05])
-    rows = Page(path.read_text("utf-8")).tables["sweep"]
-    assert len(rows) == 3
-    for row, tau in zip(rows[1:], (0.05, 0.1), strict=True):
+    tables = Page(path.read_text("utf-8")).tables
+    _, *rows = tables["sweep"]
+    for row, tau in zip(rows, (0.05, 0.1), strict=True):
         point = e.at_threshold(tau)
-        assert row[0] == f"{tau:g}"
-        assert row[1] == f"{100 * point.saved:.0f} %"
-        assert float(row[3]) == pytest.approx(point.mean_macs / 1e9, rel=0.01)
-        assert float(row[4]) == pytest.approx(point.mean_loss, rel=0.01)
-        assert float(row[5]) == pytest.approx(point.p90_loss, rel=0.01)
+        assert row[:2] == [f"{tau:g}", f"{100 * point.saved:.0f} %"]
+        numbers = [point.mean_macs / 1e9, point.mean_loss, point.p90_loss]
+        assert [float(cell) for cell in row[3:6]] == pytest.approx(numbers, rel=0.01)
         assert [int(cell) for cell in row[7:]] == point.counts.tolist()
-
-
-def test_the_exit_table_holds_cost_and_quality_of_every_exit(make_evaluation, usual):
-    e = make_evaluation()
-    head, *rows = Page(usual).tables["exits"]
+    head, *rows = tables["exits"]
     assert [row[0] for row in rows] == ["1", "2", "3", "backbone"]
-    compute, quality = head.index("computeGMACs"), next(i for i, h in enumerate(head) if "mean LPIPS" in h)
-    for k, row in enumerate(rows[:-1]):
-        assert float(row[compute]) == pytest.approx(e.macs[k] / 1e9, rel=0.01)
-        assert float(row[quality].split()[0]) == pytest.approx(e.loss[:, k].mean(), rel=0.01)
-    assert [row[head.index("after stage")] for row in rows] == ["2", "4", "6", ""]
-    assert rows[0][head.index("speed-up")] == "5×"
+    columns = dict(zip(head, zip(*rows, strict=True), strict=True))
+    assert [float(cell) for cell in columns["computeGMACs"]] == pytest.approx(e.macs / 1e9, rel=0.01)
+    (quality,) = [cells for name, cells in columns.items() if "mean LPIPS" in name]
+    assert [float(cell.split()[0]) for cell in quality[:3]] == pytest.approx(e.loss.mean(0), rel=0.01)
+    assert columns["after stage"] == ("2", "4", "6", "") and columns["speed-up"][0] == "5×"
 
 
 def test_the_predictor_table_and_the_headline_hold_the_numbers(make_evaluation, usual, tmp_path):
