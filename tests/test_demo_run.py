@@ -1,4 +1,4 @@
-"""The demo from wrap to report, shortened."""
+"""The demo from wrap to report, with fewer steps."""
 
 import functools
 import json

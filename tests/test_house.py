@@ -1,4 +1,4 @@
-"""The house rules: what an import costs, what the wheel holds, which names are public."""
+"""Packaging: cost of an import, content of the wheel, public errors."""
 
 import inspect
 import subprocess

@@ -1,4 +1,4 @@
-"""A generator that is converted after it was wrapped: exits follow, or the error says how."""
+"""Generators converted to another precision after they were wrapped."""
 
 import pytest
 import torch

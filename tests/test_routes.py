@@ -1,4 +1,4 @@
-"""Calls of a wrapped generator: which route runs, what differentiates, which sample takes which exit."""
+"""Calls of a wrapped generator: which stages run, gradients, exits per sample."""
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
@@ -166,7 +166,7 @@ def test_another_batch_size_and_resolution_than_recorded(model, toy):
         assert model(x, exit=1)["image"].shape == (5, 3, 24, 16)
 
 
-def test_recording_at_the_first_call_gives_the_generators_own_numbers(toys):
+def test_a_first_call_that_records_returns_the_output_of_the_generator(toys):
     toy = toys.TOYS["noise_inside"]()
     model = wrap(toy, example_inputs=None)
     assert not model.is_recorded
@@ -177,7 +177,7 @@ def test_recording_at_the_first_call_gives_the_generators_own_numbers(toys):
     assert model.is_recorded and len(model.exits) == 3
 
 
-def test_keywords_of_the_generator_that_are_named_like_ours(toys):
+def test_keywords_of_the_generator_may_be_named_like_those_of_the_model(toys):
     class Doors(toys.Chain):
         def forward(self, x, exit=1.0):
             return super().forward(x) * exit

@@ -1,4 +1,4 @@
-"""The table of a decoder is readable in 100 columns, whatever the decoder."""
+"""The table of a decoder: at most 100 columns, correct numbers."""
 
 import dataclasses
 import itertools
@@ -113,7 +113,7 @@ def test_stages_alone_make_a_table_too(toys):
     assert "v2" in shown
 
 
-def test_a_replay_says_so_and_why():
+def test_a_replayed_decoder_is_marked_with_the_reason():
     decoder = read_generator(Decoder([12, 12, 8]).eval(), (torch.rand(1, 12, 4, 4),))
     assert "Replayed" not in decoder_table(decoder)
     why = "blocks.1 hands its output on in a closure, which a recording cannot see"

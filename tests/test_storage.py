@@ -1,4 +1,4 @@
-"""What is saved is what comes back; anything damaged or foreign is refused."""
+"""Saving and loading models; damaged or foreign files are refused."""
 
 import copy
 import json

@@ -1,4 +1,4 @@
-"""What `wrap` promises, on a small generator for each thing that other people's decoders do."""
+"""Properties of wrapped generators, checked for every toy."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def count(module):
     return sum(p.numel() for p in module.parameters())
 
 
-def test_any_decoder_gets_exits_and_keeps_its_own_output(every_toy, untouched, tmp_path):
+def test_any_decoder_gets_exits_and_keeps_its_output(every_toy, untouched, tmp_path):
     _check_exits(every_toy, "inherit", untouched, tmp_path)
 
 

@@ -120,7 +120,7 @@ def test_a_generator_on_another_device_than_its_inputs_is_refused(toy):
         wrap(toy.generator.to("meta"))
 
 
-def test_several_images_must_be_told_apart(toys, refused):
+def test_with_several_images_one_must_be_named(toys, refused):
     def forward(self, x):
         image = toys.Chain.forward(self, x)
         return {"rgb": image, "mask": image[:, :1]}

@@ -1,4 +1,4 @@
-"""The comparison with compressed decoders: trained alike, counted alike, and read off honestly."""
+"""The benchmark against compressed decoders: training, verdicts, resumption."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""The benchmarks start, and those of retrieval and guidance run from end to end on a tiny generator."""
+"""The benchmarks start; those of retrieval and guidance run on a tiny generator."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_controls_are_guides_of_other_inputs_or_noise_like_a_guide():
     torch.testing.assert_close(drawn(rows).std((0, 2, 3)), guides.std((0, 2, 3)), atol=0, rtol=0.1)
 
 
-def test_back_ends_are_compared_down_to_the_picture(tmp_path, capsys, monkeypatch):
+def test_back_ends_are_compared_by_recall_time_and_image_loss(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(
         type(host()), "retriever", lambda self, name: {"exact": ExactRetriever, "careless": Careless}[name]
     )

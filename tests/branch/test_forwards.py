@@ -94,7 +94,7 @@ def test_widths_that_a_forward_computes_with_shrink(middle):
     assert model(x, exit=1).shape == (1, 3, 16, 16)
 
 
-def test_a_configuration_is_the_branchs_own_saved_and_loaded(tmp_path):
+def test_a_configuration_is_copied_for_the_branch_saved_and_loaded(tmp_path):
     model, x = wrapped(Configured)
     before = model.generator(x)
     thin, full = model.branches[0].tail.get_submodule("blocks.1.norm"), model.generator.blocks[1].norm

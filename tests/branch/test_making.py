@@ -1,4 +1,4 @@
-"""Making branches: memory, code that is printed, compiled and exported, where no projection is needed."""
+"""Making branches: memory, printed code, compilation and export, projections."""
 
 import weakref
 

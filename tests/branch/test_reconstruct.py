@@ -1,4 +1,4 @@
-"""Branches that inherit channels are solved so that they compute in them what the backbone does."""
+"""Reconstruction: weights of inherited channels are solved to reproduce the backbone's features."""
 
 import copy
 

@@ -38,7 +38,7 @@ def test_the_default_floor_is_64(toys):
     assert branch.tail.get_parameter("blocks.1.a.weight").shape == (24, 32, 3, 3)
 
 
-def test_every_exit_may_have_its_own_scale(toys):
+def test_exits_may_have_different_scales(toys):
     toy = toys.TOYS["group_norm"]()
     model = retroexit.wrap(toy.generator, [2, 1], [1 / 2, 1 / 4], min_channels=4, example_inputs=toy.args)
     first, second = (branch.tail.get_parameter("blocks.2.a.weight").shape[0] for branch in model.branches)
@@ -91,7 +91,7 @@ def keep(weight, narrow):
     return [next(i for i, row in enumerate(flat) if torch.isin(part.flatten(), row).all()) for part in narrow]
 
 
-def test_inherited_weights_are_the_backbones_own_the_same_channels_everywhere(toys):
+def test_inherited_weights_are_those_of_the_same_channels_in_every_layer(toys):
     toy = toys.TOYS["group_norm"]()
     block = toy.generator.blocks[1]
     branch = branch_of(toy)

@@ -1,4 +1,4 @@
-"""``retroexit bank``: what build writes, info shows and verify accepts."""
+"""``retroexit bank``: build, info and verify."""
 
 import re
 
@@ -25,7 +25,7 @@ def test_build_info_and_verify_agree(run, thin):
     assert "40 of 40 keys find themselves" in checked and "backbone is the one" in checked
 
 
-def test_a_streamed_bank_of_everything_guides_inputs_with_their_own_values(run):
+def test_a_bank_of_all_keys_guides_its_inputs_with_their_values(run):
     run(*BUILD, "--thin", "none", "--batch", "5", "--patch", "2", "--value-after", "2").succeeds()
     # The stage repeats every location 2x2, so that keys of single locations would occur more than once.
     from toy import Decoder, samples  # the file beside which commands run

@@ -8,7 +8,7 @@ import torch
 from retroexit.cli import doctor
 
 
-def test_plugins_lists_our_own(run):
+def test_plugins_lists_the_builtin_one(run):
     shown = run("plugins").succeeds()
     assert re.search(
         r"^builtin +retroexit +\S+ .*retroexit_metrics.*retroexit_retrievers", shown, re.MULTILINE
@@ -62,7 +62,7 @@ def test_the_doctor_reports_a_check_that_breaks(monkeypatch):
     assert "OSError: no threads today" in threads.detail
 
 
-def test_the_doctor_lists_every_dependency_once_and_tells_core_from_extra(monkeypatch):
+def test_the_doctor_lists_every_dependency_once_with_its_extra(monkeypatch):
     requirements = [
         "torch!=2.13.0,>=2.9",
         "numpy",

@@ -1,4 +1,4 @@
-"""``retroexit fit --config`` and ``--dry-run``: what a file holds, what a dry run prints and refuses."""
+"""``retroexit fit --config`` and ``--dry-run``."""
 
 import inspect
 import json

@@ -1,4 +1,4 @@
-"""``retroexit inspect`` on a toy: what it prints and writes, and what it answers to mistakes."""
+"""``retroexit inspect`` on a toy: output, files and errors."""
 
 import importlib
 import json

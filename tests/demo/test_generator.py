@@ -1,4 +1,4 @@
-"""The shipped generator loads, refuses damage, and draws what it was trained to draw."""
+"""The generator of the demo: loading, damaged files, pictures."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Scenes are reproducible and varied, and their pictures agree with their labels."""
+"""Scenes of the demo: reproducible, varied, with pictures that fit their labels."""
 
 import runpy
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The latent-decoder example: its layers fit the checkpoint, and the whole script runs."""
+"""The latent-decoder example: layers, weights, script."""
 
 import functools
 import json

@@ -1,4 +1,4 @@
-"""The example plug-in: installed into a fresh environment, found by its entry point, used by name."""
+"""The example plug-in, installed into a fresh environment."""
 
 import os
 import re

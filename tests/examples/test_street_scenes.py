@@ -1,4 +1,4 @@
-"""The street-scene example: data, judge and weights are what they say, and both scripts run."""
+"""The street-scene example: weights, judge, scripts."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""The style scenes: the backbone is what its record says, its training goes on, its exits share its noise."""
+"""The style-scenes example: weights, training, noise of exits, scripts."""
 
 import argparse
 import functools

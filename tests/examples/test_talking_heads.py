@@ -1,4 +1,4 @@
-"""The talking-heads example: whose frames guide whom, what a key follows, and the whole script."""
+"""The talking-heads example: keys, retrieved frames, script."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""A bank finds and glues values, excludes inputs, and is saved and loaded unchanged."""
+"""Guidance banks: search, gluing, exclusion, saving and loading."""
 
 import os
 from pathlib import Path
@@ -46,7 +46,7 @@ def by_table(feature, foreign_to=None):
     return values.permute(0, 3, 1, 4, 2, 5).reshape(-1, 3, 8, 16), (nearest // 8).view(-1, 2, 4)
 
 
-def test_an_input_of_an_unthinned_bank_is_guided_by_its_own_value():
+def test_an_input_of_an_unthinned_bank_is_guided_by_its_value():
     guide = make().guide(FEATURES)
     assert torch.equal(guide, VALUES)
     assert guide.is_contiguous(memory_format=torch.channels_last)
@@ -66,7 +66,7 @@ def test_a_guide_equals_a_search_among_all_patches_without_the_excluded_input(ex
     torch.testing.assert_close(result.distances, (queries - keys).square().sum(-1))
 
 
-def test_excluding_works_where_all_near_keys_are_own_ones():
+def test_excluding_works_where_all_near_keys_are_those_of_the_input():
     # Ten inputs, 32 keys each, far from one another: the first foreign key is the 33rd.
     features = 0.1 * torch.randn(10, 2, 4, 8) + 100 * torch.arange(10.0).view(10, 1, 1, 1)
     bank = build_bank(

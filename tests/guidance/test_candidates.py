@@ -1,4 +1,4 @@
-"""Candidates are bounded, keep their bound on all keys seen, and can be resumed."""
+"""Candidates of a streamed bank: bounded number, covering radius, resumption."""
 
 import math
 

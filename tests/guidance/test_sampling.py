@@ -1,4 +1,4 @@
-"""Thinning equals its plain definition, and returns distinct keys."""
+"""Thinning of keys, compared with its definition."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Values that follow the query: beside each value of a bank, how it changes with the key."""
+"""Banks of order 1: values with slopes with respect to the key."""
 
 import numpy as np
 import pytest

@@ -252,7 +252,7 @@ def test_a_key_function_for_a_model_without_one_is_refused(posed, tmp_path):
         retroexit.load(tmp_path, posed, adapter=False, key=pose_key)
 
 
-def test_a_fit_that_began_with_other_keys_is_not_gone_on_with(posed, metric, tmp_path):
+def test_a_fit_that_began_with_other_keys_is_not_continued(posed, metric, tmp_path):
     settings = {"metric": metric, "steps": 1, "predictor_steps": 1, "progress": False}
     retroexit.fit(wrap(posed, guidance=retroexit.Guidance(key=pose_key)), SAMPLES, tmp_path, **settings)
     other = wrap(posed, guidance=retroexit.Guidance(key=other_key))

@@ -1,4 +1,4 @@
-"""The conformance test of adapters: a good one passes, and whatever is wrong with a bad one is listed."""
+"""The conformance test of adapters: passes good ones and lists the problems of bad ones."""
 
 import dataclasses
 from types import SimpleNamespace

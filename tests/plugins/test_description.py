@@ -1,4 +1,4 @@
-"""What a description refuses."""
+"""Validation of descriptions."""
 
 import pytest
 from torch import nn

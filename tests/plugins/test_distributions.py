@@ -1,4 +1,4 @@
-"""Broken distributions: real metadata in a folder on the path, and a fresh interpreter that looks at them."""
+"""Broken distributions, with metadata in a folder on the path of a fresh interpreter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each hook is for: a plug-in that fills it, and the library or command line that uses the result."""
+"""Every hook: a plug-in that implements it, and its use by the library or command line."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What plug-ins can do, and what a broken one cannot break."""
+"""The plug-in host: look-ups, conflicts, broken plug-ins."""
 
 import logging
 import re

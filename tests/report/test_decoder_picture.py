@@ -1,4 +1,4 @@
-"""The picture of a decoder: nothing overlaps, text is text, equal stages give an equal file."""
+"""The picture of a decoder: no overlaps, selectable text, reproducible files."""
 
 import itertools
 import sys

@@ -1,4 +1,4 @@
-"""Figures: valid SVG that shows the numbers, and densities that agree with scipy."""
+"""Figures: valid SVG with the numbers; densities equal those of scipy."""
 
 import re
 import sys

@@ -1,4 +1,4 @@
-"""The report as a file: self-contained, complete, and with the numbers that it claims."""
+"""The HTML report: self-contained, complete, with the numbers of the evaluation."""
 
 import base64
 import io

@@ -1,4 +1,4 @@
-"""The report as a browser shows it: nothing fetched, nothing cut off at either width, every picture there."""
+"""The report in a browser: no requests, no overflow, every picture loaded."""
 
 import html
 import http.server

@@ -1,4 +1,4 @@
-"""What a report is written from again: texts, images, numbers, and the model that they belong to."""
+"""Files from which a report is written again."""
 
 import json
 

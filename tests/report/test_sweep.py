@@ -1,4 +1,4 @@
-"""Operating points against plain loops over samples."""
+"""Operating points of an evaluation, compared with loops over samples."""
 
 import json
 

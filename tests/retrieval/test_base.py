@@ -1,4 +1,4 @@
-"""What the base class does for a back-end of two methods, and how it reports the back-end's errors."""
+"""The base class of retrievers: what it adds to a back-end, and how it reports its errors."""
 
 import numpy as np
 import pytest
@@ -57,7 +57,7 @@ def test_the_back_end_sees_distinct_centred_contiguous_float32_rows():
         (lambda ids: (ids, np.zeros((10, 2))), r"must return a floor of shape \(10,\), got \(10, 2\)"),
     ],
 )
-def test_ids_that_do_not_exist_never_reach_the_keys(change, message):
+def test_invalid_answers_of_a_back_end_are_refused(change, message):
     class Changed(Loop):
         def answer(self, ids):
             return change(ids)

@@ -1,4 +1,4 @@
-"""A saved retriever comes back the same, or not at all."""
+"""Saving and loading retrievers; damaged indices are rebuilt or refused."""
 
 import logging
 import os

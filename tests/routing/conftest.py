@@ -1,4 +1,4 @@
-"""A wrapped generator with a predictor that can be told what to say."""
+"""A wrapped generator with a predictor that reads the difficulty from the inputs."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class _Decoder(nn.Module):
         return {"image": torch.tanh(self.rgb(h)), "mean": h.mean((1, 2, 3))}
 
 
-class Says(nn.Module):
+class DifficultyPredictor(nn.Module):
     """A predictor that reads a sample's difficulty d off its inputs and predicts (d, d - 1, d - 2)."""
 
     def __init__(self) -> None:
@@ -71,7 +71,7 @@ def routed() -> Callable[..., EarlyExitGenerator]:
             image="image",
             example_inputs=(torch.rand(2, 4, 4, 4), torch.rand(2, 5)),
         )
-        model.predictor = Says()  # type: ignore[assignment]
+        model.predictor = DifficultyPredictor()  # type: ignore[assignment]
         if guided:
             model.bank = build_bank(
                 [(torch.rand(6, 10, 4, 4), list(range(6)))],

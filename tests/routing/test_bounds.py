@@ -1,4 +1,4 @@
-"""Binomial bounds, against another implementation."""
+"""Binomial bounds of a calibration, compared with scipy."""
 
 import pytest
 from hypothesis import given

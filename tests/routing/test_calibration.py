@@ -1,4 +1,4 @@
-"""The promise that a threshold becomes by calibration."""
+"""Calibration: limits of predictions that keep P(loss > threshold) below alpha."""
 
 import math
 
@@ -44,7 +44,7 @@ def test_the_limit_is_the_last_before_the_first_that_fails(bias):
 
 @pytest.mark.parametrize("rule", ["margin", "bound"])
 @pytest.mark.parametrize("bias", [-0.3, 0.0])
-def test_the_promise_holds_for_most_calibration_sets_however_wrong_the_predictor(rule, bias):
+def test_the_promise_holds_for_most_calibration_sets_and_any_predictor(rule, bias):
     new_losses, new_predicted = _draw(40_000, 10_000, bias=bias)
     broken, saved = 0, 0.0
     for seed in range(100):

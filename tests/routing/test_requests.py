@@ -132,7 +132,7 @@ def test_a_deadline_that_cannot_be_met_or_was_measured_otherwise_is_refused(rout
 
 
 @pytest.mark.parametrize("guided", [False, True])
-def test_measured_times_belong_to_routed_calls_of_this_batch(routed, guided):
+def test_times_are_measured_on_routed_calls_of_this_batch(routed, guided):
     model = routed(guided)
     z, w = torch.rand(3, 4, 4, 4), torch.rand(3, 5)
     latency = model.measure_latency(z, w, runs=3)

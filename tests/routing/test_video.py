@@ -1,4 +1,4 @@
-"""Exits for video."""
+"""Exits of video frames, with hysteresis."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Samples with a group of rows each: frames folded into the batch."""
+"""Samples with several rows each: frames folded into the batch."""
 
 import pytest
 import torch

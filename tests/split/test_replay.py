@@ -164,7 +164,7 @@ def drawn(call, *inputs, **options):
 
 
 @pytest.mark.parametrize("x", [bright(), -bright(), -bright(3)], ids=["bright", "dark", "dark-batch-of-3"])
-def test_full_width_exits_give_the_generators_own_output_either_way(full, x):
+def test_full_width_exits_equal_the_generator_on_both_control_paths(full, x):
     expected = drawn(full.generator, x)
     outputs = [drawn(full, x), *(drawn(full, x, exit=k) for k in (1, 2)), *drawn(full.all_exits, x)]
     assert all(torch.equal(output, expected) for output in outputs)
@@ -200,7 +200,7 @@ def test_skipped_stages_of_a_replayed_generator_do_not_run(thin):
     assert [CALLS[name] for name in ("stem", "block0", "block1", "block2")] == [1, 1, 1, 1]
 
 
-def test_a_replayed_generator_says_why_and_is_left_as_it_was(generator, untouched):
+def test_the_reason_for_replaying_is_shown_and_the_generator_is_unchanged(generator, untouched):
     with untouched(generator):
         model = wrap(generator, 1 / 4)
         for exit in (1, 2, 3):
@@ -247,7 +247,7 @@ def test_a_replayed_generator_is_loaded_as_it_was_saved(generator, tmp_path):
             assert torch.equal(drawn(again, x, exit=exit), drawn(model, x, exit=exit))
 
 
-def test_no_stop_is_swallowed_by_the_generators_own_handlers():
+def test_exception_handlers_of_the_generator_do_not_break_replaying():
     class Careful(Branches):
         def forward(self, x):
             try:

@@ -1,4 +1,4 @@
-"""Segments and tails are modules: they can be printed, compiled and exported."""
+"""Segments and tails as modules: printed, compiled and exported."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Live values: names that people recognise, and from which stage to which they are needed."""
+"""Live values: their names, and the stages between which they are needed."""
 
 import torch
 from torch import nn
@@ -53,7 +53,7 @@ def test_values_are_named_by_input_module_or_line_and_no_two_alike():
     assert len(set(names)) == len(names)
 
 
-def test_spans_tell_where_a_value_is_made_and_used_last():
+def test_spans_state_where_a_value_is_made_and_last_used():
     stages = styled_stages()
     spans = {span.name: span for span in live_spans(stages)}
     assert spans["mapping"] == LiveSpan("mapping", (1, 12), made_by=0, first=1, last=3)

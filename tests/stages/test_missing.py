@@ -1,4 +1,4 @@
-"""Where no stages are found, the error says what to write; what it says works."""
+"""Errors for decoders without stages; their advice works."""
 
 import pytest
 import torch
@@ -75,7 +75,7 @@ def test_an_unrolled_cell_is_named_beside_what_runs_once():
     assert [stage.path for stage in stages] == ["stem"]
 
 
-def test_a_generator_without_feature_maps_is_told_to_group_its_layers():
+def test_the_error_for_a_generator_without_feature_maps_advises_to_group_its_layers():
     flat = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 3 * 8 * 8), nn.Unflatten(1, (3, 8, 8)))
     with pytest.raises(
         AttachPointError, match="no module with weights.*Put the layers of each resolution into"

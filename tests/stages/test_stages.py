@@ -1,4 +1,4 @@
-"""The stages that are found are those that a person would name."""
+"""Finding the stages of a decoder."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Suggested attach points: spread in MACs, few live values, always a place that `wrap` takes."""
+"""Suggested attach points: spread in MACs, few live values, accepted by `wrap`."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""A trunk of transformer layers has stages like any other; behind one, its tokens are a map."""
+"""Stages of transformer trunks, whose tokens are reshaped to feature maps."""
 
 import pytest
 import torch

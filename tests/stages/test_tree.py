@@ -1,4 +1,4 @@
-"""The module tree: every stage once, every parameter and MAC once, everything else folded."""
+"""The module tree: every stage, parameter and MAC occurs once."""
 
 import torch
 from torch import nn

@@ -1,4 +1,4 @@
-"""A recording is one execution written down, and leaves no trace."""
+"""Recording one forward pass, without side effects on the generator."""
 
 import threading
 import warnings

@@ -1,4 +1,4 @@
-"""Generators that other people wrote get exits without an adapter; the benchmark runs over more of them."""
+"""Third-party generators get exits without an adapter."""
 
 import sys
 from importlib.util import find_spec
@@ -59,7 +59,7 @@ def test_a_generator_gets_thin_exits_and_stays_as_it_was(entry):
         (["upper"], "up", "upper is none of the stages"),
     ],
 )
-def test_a_list_of_stages_is_judged_as_a_person_would(stages, expected, objection):
+def test_a_list_of_stages_is_compared_with_the_expected_one(stages, expected, objection):
     assert judge_stages(stages, expected) == objection
 
 
