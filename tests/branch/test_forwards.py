@@ -126,7 +126,7 @@ def test_a_width_that_numpy_computes_with_is_fixed_and_the_line_is_named():
     model, x = wrapped(NumpyRoot)
     (branch,) = model.branches
     assert any("y / np.sqrt(y.shape[1])" in pin.reason for pin in branch.pins)
-    assert branch.tail.get_parameter("blocks.1.a.weight").shape == (32, 32, 3, 3)
+    assert branch.tail.get_parameter("blocks.1.a.weight").shape == (32, 8, 3, 3)
     assert model(x, exit=1).shape == (1, 3, 16, 16)
 
 
