@@ -212,14 +212,22 @@ def test_the_message_says_how_another_generator_differs(
 def test_branches_of_other_weights_are_refused(tmp_path: Path) -> None:
     model = wrapped(flat("batch norm"))
     retroexit.fit(
-        model, list(X.repeat(4, 1, 1, 1)), tmp_path / "a", metric="ms-ssim", steps=2, progress=False
+        model,
+        list(X.repeat(4, 1, 1, 1)),
+        tmp_path / "a",
+        metric="ms-ssim",
+        steps=2,
+        predictor_steps=2,
+        progress=False,
     )
     with torch.no_grad():
         model.generator[0].weight.add_(1e-3)  # type: ignore[index, operator]
     attempts: list[Callable[[], object]] = [
         lambda: model.save(tmp_path / "b"),
         lambda: model.calibrate(list(X)),
-        lambda: retroexit.fit(model, list(X), tmp_path / "a", metric="ms-ssim", steps=2, progress=False),
+        lambda: retroexit.fit(
+            model, list(X), tmp_path / "a", metric="ms-ssim", steps=2, predictor_steps=2, progress=False
+        ),
     ]
     for attempt in attempts:
         with pytest.raises(

@@ -19,8 +19,13 @@ def test_the_demo_command_wraps_fits_and_reports(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "fit", functools.partial(api.fit, predictor_steps=20, progress=False))
     monkeypatch.setattr(demo, "evaluate", functools.partial(api.evaluate, repeats=1, progress=False))
     made = []
-    shorter = functools.partial(demo.run_demo, test_scenes=3)
-    monkeypatch.setattr(demo, "run_demo", lambda *args, **kwargs: made.append(shorter(*args, **kwargs)))
+    run_demo = demo.run_demo
+
+    @functools.wraps(run_demo)  # the command reads the types of its options
+    def shorter(*args, **kwargs):
+        made.append(run_demo(*args, test_scenes=3, **kwargs))
+
+    monkeypatch.setattr(demo, "run_demo", shorter)
     arguments = ["demo", "--steps", "2", "--scenes", "16", "--metric", "ms-ssim", "--out", str(tmp_path)]
     with pytest.raises(SystemExit) as ended:
         cli.main(arguments)

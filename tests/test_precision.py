@@ -78,6 +78,8 @@ def test_a_guided_model_follows_with_its_bank(toy, tmp_path):
         guidance=retroexit.Guidance(size=8),
     )
     samples = [torch.rand(toy.args[0].shape[1:]) for _ in range(12)]
-    retroexit.fit(model, samples, tmp_path, metric="ms-ssim", steps=1, batch=4, progress=False)
+    retroexit.fit(
+        model, samples, tmp_path, metric="ms-ssim", steps=1, batch=4, predictor_steps=2, progress=False
+    )
     model.to(torch.bfloat16)
     assert model(toy.args[0].bfloat16(), exit=1).dtype == torch.bfloat16

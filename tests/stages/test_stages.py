@@ -122,7 +122,7 @@ def _decoder_of_one_layer():
 
 def _blocks_of_very_different_work():
     widths = ((4, 8), (8, 8), (8, 64), (64, 64), (64, 64))
-    return nn.Sequential(*(_block(i, o) for i, o in widths), nn.Conv2d(64, 3, 1))
+    return nn.Sequential(*(Block(i, o) for i, o in widths), nn.Conv2d(64, 3, 1))
 
 
 @pytest.mark.parametrize(
