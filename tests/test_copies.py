@@ -128,7 +128,7 @@ def test_a_copy_is_the_model_and_apart_from_it(kind: str, norm: str) -> None:
 
 def test_a_fitted_model_is_copied_with_predictor_and_bank(tmp_path: Path) -> None:
     model = wrapped(flat("batch norm"), attach_at=[2, 3], guidance=retroexit.Guidance(size=8))
-    settings = {"metric": "ms-ssim", "steps": 2, "batch": 4, "progress": False}
+    settings = {"metric": "ms-ssim", "steps": 2, "batch": 4, "predictor_steps": 2, "progress": False}
     samples = list(torch.randn(12, 4, 12, 12, generator=torch.Generator().manual_seed(2)))
     retroexit.fit(model, samples, tmp_path / "m", **settings)  # type: ignore[arg-type]
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):

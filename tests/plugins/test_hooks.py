@@ -104,7 +104,7 @@ def test_hook_retroexit_retrievers(offering, painter, use, tmp_path):
     plugin = offering(retrievers={"backwards": Backwards})
     plugins = use(plugin)
     assert plugins.retriever("backwards") is Backwards
-    assert plugins.retrievers() == ("backwards", "exact", "faiss", "hnswlib")
+    assert plugins.names("retriever") == ("backwards", "exact", "faiss", "hnswlib")
     model = wrap(painter, guidance=retroexit.Guidance(retriever="backwards", size=16), image_range=(-1, 1))
     retroexit.fit(model, SAMPLES, tmp_path, metric=Gradient(), **QUICK)
     assert isinstance(model.bank.retriever, Backwards)
@@ -126,7 +126,7 @@ def test_hook_retroexit_metrics(offering, painter, use, tmp_path):
     plugin = offering(metrics={"gradient": Gradient})
     plugins = use(plugin)
     assert isinstance(plugins.metric("gradient"), Gradient)
-    assert "gradient" in plugins.metrics()
+    assert "gradient" in plugins.names("metric")
     model = wrap(painter, image_range=(-1, 1))
     retroexit.fit(model, SAMPLES, tmp_path, metric="gradient", **QUICK)
     report = retroexit.evaluate(model, SAMPLES, progress=False)
@@ -146,7 +146,7 @@ def test_hook_retroexit_losses(offering, painter, use, tmp_path):
     plugin = offering(losses={"huber": Recorded})
     plugins = use(plugin)
     assert isinstance(plugins.loss("huber"), nn.HuberLoss)
-    assert {"huber", "l1", "vgg", "ms-ssim"} < set(plugins.losses())
+    assert {"huber", "l1", "vgg", "ms-ssim"} < set(plugins.names("loss"))
     model = wrap(painter, image_range=(-1, 1))
     with pytest.raises(PluginError, match="no loss 'hubber'; closest: 'huber'"):
         retroexit.fit(model, SAMPLES, tmp_path, metric=Gradient(), losses={"hubber": 1.0}, **QUICK)

@@ -38,8 +38,8 @@ def error_of(host, name):
 
 def test_the_parts_of_the_library_come_through_the_hooks(announce):
     host = Host()
-    assert host.retrievers() == OWN_RETRIEVERS
-    assert host.metrics() == ("lpips-alex", "lpips-squeeze", "lpips-vgg", "ms-ssim")
+    assert host.names("retriever") == OWN_RETRIEVERS
+    assert host.names("metric") == ("lpips-alex", "lpips-squeeze", "lpips-vgg", "ms-ssim")
     assert host.retriever("exact").__name__ == "ExactRetriever"
     assert error_of(host, "builtin") is None
 
@@ -48,7 +48,7 @@ def test_plugins_registered_later_are_found_and_unknown_names_answered_with_the_
     offering, empty, caplog
 ):
     caplog.set_level(logging.INFO, "retroexit.plugins")
-    assert empty.retrievers() == ()
+    assert empty.names("retriever") == ()
     empty.register(offering(retrievers=ANNOY), "annoy")
     assert empty.retriever("annoy") is Annoy
     assert caplog.messages[0].startswith("retroexit_retrievers of plug-in 'annoy' returned {'annoy': <class ")
@@ -72,7 +72,7 @@ def test_two_distributions_that_offer_one_name_are_both_named(offering, announce
     assert len(caught) == 1
     with pytest.raises(PluginError, match=both):
         host.retriever("annoy")
-    assert host.retrievers() == OWN_RETRIEVERS
+    assert host.names("retriever") == OWN_RETRIEVERS
     assert both in str(error_of(host, "a")) and both in str(error_of(host, "b"))
 
 
@@ -151,7 +151,7 @@ def test_a_hook_of_another_version_may_be_marked_as_optional(offering, empty):
     plugin = offering(retrievers=ANNOY, samplers={})
     hookimpl(plugin.samplers, optionalhook=True, specname="retroexit_samplers")
     empty.register(plugin, "future")
-    assert empty.retrievers() == ("annoy",)
+    assert empty.names("retriever") == ("annoy",)
     assert empty.installed()[0].hooks == ("retroexit_retrievers",)
 
 
@@ -185,8 +185,8 @@ def test_an_invalid_answer_is_reported_once_and_the_rest_works(offering, empty, 
     assert all("\n" not in str(w.message) and len(str(w.message)) < 250 for w in caught), "one short line"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert empty.retrievers() == ("annoy",)
-        assert empty.losses() == empty.metrics() == ()
+        assert empty.names("retriever") == ("annoy",)
+        assert empty.names("loss") == empty.names("metric") == ()
         assert empty.describe(nn.ReLU()).name == "relu"
     assert re.search(message, str(error_of(empty, "invalid")))
 
