@@ -108,7 +108,6 @@ def test_a_folder_of_another_fit_is_refused(run):
         ("--discriminator toy.py:broken", "raised RuntimeError: no weights here"),
         ("--calibrate 0.5", "59.*118"),
         ("--predict-from features+distance", "guidance=True"),
-        ("--crop 5", "crop must be a multiple of 2, got 5"),
     ],
 )
 def test_mistakes_end_with_one_line_before_anything_is_written(run, tmp_path, words, message):
@@ -116,7 +115,8 @@ def test_mistakes_end_with_one_line_before_anything_is_written(run, tmp_path, wo
     assert not (tmp_path / "run").exists()
 
 
-def test_a_folder_without_a_model_is_named(run):
+def test_a_small_crop_and_a_folder_without_a_model_are_named(run):
+    run.fit("--crop", "5").fails_with("crop must be a multiple of 2, got 5")
     run("evaluate", "toy.py:decoder", "away", "--inputs", "toy.py:few").fails_with("away")
 
 
