@@ -88,18 +88,3 @@ def test_a_verdict_compares_with_the_best_of_ours_at_no_higher_cost():
     assert pruned["ours mean"] is None and pruned["mean by"] is None
     text = show.verdicts_table([student, pruned], "macs", 1.0, 200.0)
     assert "0.2000 > 0.0600" in text and "0.3000 | -" in text
-
-
-def test_the_floor_is_the_least_cost_that_keeps_nearly_all_images_below_a_limit():
-    good, bad = [0.05] * 20, [0.05] * 18 + [0.2] * 2
-    points = [
-        Point("one exit", 1, 10.0, bad),  # a tenth of the images above
-        Point("one exit", 2, 30.0, good),
-        Point("one exit", 3, 50.0, good),
-        Point("ours by image", 0.1, 20.0, [0.05] * 19 + [0.2]),
-        Point("thin student", 8, 5.0, [0.3] * 20),
-    ]
-    assert show.floors(points, 0.1) == {"one exit": 30.0, "ours by image": 20.0}
-    assert show.floors(points, 0.1, allowed=0.0) == {"one exit": 30.0}
-    (row,) = show.floors_table(points, 100.0, [0.1]).splitlines()[2:]
-    assert row.split() == ["0.1", "-", "30.0", "%", "20.0", "%"]

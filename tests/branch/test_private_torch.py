@@ -84,23 +84,6 @@ def test_an_index_into_the_channels_pins_their_number(env):
     assert env.expression(x.shape[1]) == 8
 
 
-@pytest.mark.parametrize(
-    ("operation", "argument"),
-    [
-        ("embedding.default", "weight"),
-        ("index.Tensor", "indices"),
-        ("index_select.default", "dim"),
-        ("gather.default", "dim"),
-        ("select.int", "index"),
-        ("slice.Tensor", "end"),
-    ],
-)
-def test_arguments_of_a_dispatched_operation_have_the_names_of_its_schema(operation, argument):
-    name, overload = operation.split(".")
-    schema = getattr(getattr(torch.ops.aten, name), overload)._schema
-    assert argument in [entry.name for entry in schema.arguments]
-
-
 def test_the_fast_path_of_attention_and_the_loggers_are_restored_after_an_error(env):
     fast = torch.backends.mha.get_fastpath_enabled()
     with pytest.raises(KeyError), SymbolicMode(env).running():

@@ -38,19 +38,6 @@ def test_texts_and_images_come_back_as_they_were_written(strips, tmp_path):
     assert len(list((tmp_path / "strips").iterdir())) == 2
 
 
-def test_the_report_written_again_is_the_same_page(make_evaluation, strips, tmp_path):
-    evaluation = make_evaluation()
-    (tmp_path / "evaluation.json").write_text(evaluation.to_json())
-    page = write_report(tmp_path, evaluation, strips, title="T", command="c")
-    before, numbers = page.read_text("utf-8"), (tmp_path / "summary.json").read_text()
-    saved = read_report(tmp_path)
-    again = write_report(
-        tmp_path / "again", read_evaluation(tmp_path), saved.strips, title="T", command=saved.command
-    )
-    assert again.read_text("utf-8") == before
-    assert again.with_name("summary.json").read_text() == numbers
-
-
 def test_a_report_is_found_in_a_models_folder_too(make_evaluation, tmp_path):
     with pytest.raises(CheckpointError, match=r"no evaluation.json in .* or .*report. Run 'retroexit ev"):
         find_report(tmp_path)

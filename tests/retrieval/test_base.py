@@ -119,11 +119,3 @@ def test_options_must_be_plain_data_and_an_empty_index_is_not_saved():
 def test_complex_numbers_and_text_are_refused(rows):
     with pytest.raises(RetrieverError, match="real numbers"):
         Loop().build(rows)
-
-
-def test_integers_and_read_only_arrays_are_taken():
-    keys = np.arange(12).reshape(4, 3)
-    keys.flags.writeable = False
-    assert Loop().build(keys).search(keys).ids[:, 0].tolist() == [0, 1, 2, 3]
-    retriever = Loop().build(keys)
-    assert ExactRetriever().build(retriever.keys).search(retriever.keys).ids[:, 0].tolist() == [0, 1, 2, 3]

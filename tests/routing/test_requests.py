@@ -98,7 +98,7 @@ def test_a_calibrated_threshold_routes_by_its_limits(routed):
     assert model.choose_exits(z, w, threshold=torch.tensor([0.5, 0.6])).tolist() == [4, 3]
 
 
-def test_a_deadline_alone_takes_the_last_exit_that_is_fast_enough(routed):
+def test_a_deadline_takes_the_last_exit_that_is_fast_enough_and_limits_a_threshold(routed):
     model = routed()
     z, w = torch.rand(2, 4, 4, 4), torch.rand(2, 5)
     with pytest.raises(TrainingError, match="deadline_ms=10 needs measured times"):
@@ -108,23 +108,11 @@ def test_a_deadline_alone_takes_the_last_exit_that_is_fast_enough(routed):
         output, exits = model.routed(z, w, deadline_ms=deadline)
         assert exits.tolist() == [k, k]
         assert torch.allclose(output["image"], model(z, w, exit=k)["image"], atol=1e-6)
-    assert model.predictor.rows == []
-
-
-def test_a_deadline_limits_what_a_threshold_chooses_and_the_batch_leaves_together(routed):
-    model = routed()
-    model.latency = _latency()
-    z, w = torch.rand(2, 4, 4, 4), torch.rand(2, 5)
+    assert model.predictor.rows == [], "a deadline alone needs no prediction"
     z[:, 0] = torch.tensor([0.1, 1.2])[:, None, None]
     assert model.choose_exits(z, w, threshold=0.5).tolist() == [1, 2]
     assert model.choose_exits(z, w, threshold=0.5, deadline_ms=100).tolist() == [2, 2]
     assert model.choose_exits(z, w, threshold=0.5, deadline_ms=6).tolist() == [1, 1]
-
-
-def test_a_deadline_that_cannot_be_met_or_was_measured_otherwise_is_refused(routed):
-    model = routed()
-    model.latency = _latency()
-    z, w = torch.rand(2, 4, 4, 4), torch.rand(2, 5)
     with pytest.raises(OptionError, match="deadline_ms must be >= 5.0, .* got 4"):
         model(z, w, deadline_ms=4)
     with pytest.raises(OptionError, match="needs times of 1 samples on .* got times of 2 samples"):

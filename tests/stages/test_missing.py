@@ -81,10 +81,3 @@ def test_the_error_for_a_generator_without_feature_maps_advises_to_group_its_lay
         AttachPointError, match="no module with weights.*Put the layers of each resolution into"
     ):
         retroexit.find_stages(flat.eval(), (torch.randn(1, 8),))
-
-
-def test_a_flat_sequence_has_its_layers_as_stages():
-    layers = [nn.Conv2d(8, 32, 3, padding=1), nn.ReLU(), nn.Upsample(scale_factor=2)]
-    layers += [nn.Conv2d(32, 24, 3, padding=1), nn.BatchNorm2d(24), nn.ReLU(), nn.Conv2d(24, 3, 3, padding=1)]
-    flat = nn.Sequential(*layers).eval()
-    assert [s.path for s in retroexit.find_stages(flat, (torch.randn(1, 8, 8, 8),))] == ["0", "3"]

@@ -120,6 +120,11 @@ def _decoder_of_one_layer():
     return nn.Sequential(encoder, nn.Sequential(_conv(32, 48), nn.ReLU(), nn.Conv2d(48, 5, 1)))
 
 
+def _flat_sequence():
+    head = [_conv(32, 24), nn.BatchNorm2d(24), nn.ReLU(), _conv(24, 3)]
+    return nn.Sequential(_conv(8, 32), nn.ReLU(), nn.Upsample(scale_factor=2), *head)
+
+
 def _blocks_of_very_different_work():
     widths = ((4, 8), (8, 8), (8, 64), (64, 64), (64, 64))
     return nn.Sequential(*(Block(i, o) for i, o in widths), nn.Conv2d(64, 3, 1))
@@ -133,6 +138,7 @@ def _blocks_of_very_different_work():
         (_head_of_several_layers, (32, 4, 4), ["0", "1", "2"]),
         (_decoder_of_one_layer, (3, 32, 32), ["1.0"]),
         (_blocks_of_very_different_work, (4, 8, 8), ["0", "1", "2", "3", "4"]),
+        (_flat_sequence, (8, 8, 8), ["0", "3"]),
         (_Bypass, (3, 16, 16), ["trunk.1", "trunk.2", "trunk.3", "trunk.4"]),
     ],
 )

@@ -123,20 +123,13 @@ def test_nested_values_are_walked_and_rebuilt(toys):
         (torch.zeros_like, False),
     ],
 )
-def test_a_forward_that_draws_random_numbers_is_noticed(draw, expected):
+def test_a_forward_that_draws_random_numbers_is_noticed(toys, draw, expected):
     class Noisy(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layers = nn.ModuleList(nn.Conv2d(16, 16, 3, padding=1) for _ in range(4))
-            self.rgb = nn.Conv2d(16, 3, 1)
-
         def forward(self, x):
-            for layer in self.layers:
-                x = layer(x + 0.1 * draw(x))
-            image = self.rgb(x)
-            return image
+            return x + 0.1 * draw(x)
 
-    generator, x = Noisy().eval(), torch.rand(1, 16, 8, 8)
+    toy = toys.chain(lambda i, o, up: toys.Block(i, o, up, lambda channels: Noisy()))
+    generator, (x,) = toy.generator.eval(), toy.args
     assert record(generator, (x,)).draws is expected
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
