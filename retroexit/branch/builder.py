@@ -347,7 +347,7 @@ class _Narrowing:
         run = partial(analyse, self.tail, self.values, spec.rule.min_channels, spec.image, names, self.opaque)
         widths = run()
         plan = widths.plan(spec.rule)
-        if all(pin.is_live for pin in plan.pins):
+        if all(pin.is_final for pin in plan.pins):
             return widths, plan
         # A narrow dimension, an eighth of a width perhaps, may pin that width: let narrow ones shrink too.
         try:

@@ -21,6 +21,8 @@ from retroexit.errors import OptionError
 
 __all__ = [
     "LIVE",
+    "LOOKUP",
+    "OUTPUT",
     "Pin",
     "TailWidths",
     "WidthFunction",
@@ -32,6 +34,12 @@ __all__ = [
 
 LIVE = "the live value"
 """Start of the reasons that name a live value."""
+
+OUTPUT = "the size of the output"
+"""Start of the reasons that name an output beside the image, or a single one."""
+
+LOOKUP = "a table that is looked up by index"
+"""Part of the reasons that name a table."""
 
 WidthFunction = Callable[[int, float, int], int]
 """``(channels, scale, min_channels) -> channels`` of the branch."""
@@ -104,9 +112,9 @@ class Pin:
     reason: str
 
     @property
-    def is_live(self) -> bool:
-        """Whether a live value fixes it, which keeps its size in every branch."""
-        return self.reason.startswith(LIVE)
+    def is_final(self) -> bool:
+        """Whether other sizes have no part in it: a live value, an output, or a table fixes it."""
+        return self.reason.startswith((LIVE, OUTPUT)) or LOOKUP in self.reason
 
     def __str__(self) -> str:
         return f"width of {self.parameter}[{self.axis}] fixed to {self.size} by {self.reason}"
@@ -270,10 +278,11 @@ class TailWidths:
         self, product: Product, count: int, sizes: Sizes, free: set[sympy.Symbol], chosen: Sizes
     ) -> bool:
         """Add the least width, from the present one up, that has ``count`` equal parts, and their size."""
-        symbol = sympy.sympify(product.whole).as_coeff_Mul()[1]
+        factor, symbol = sympy.sympify(product.whole).as_coeff_Mul()
         is_free = symbol in free
-        for width in range(sizes[symbol], self.values[symbol] + 1) if is_free else [sizes.get(symbol, 0)]:
-            whole = real_value(product.whole, {**sizes, symbol: width} if symbol.is_Symbol else sizes)
+        fixed = real_value(product.whole, sizes)
+        for width in range(sizes[symbol], self.values[symbol] + 1) if is_free else [0]:
+            whole = int(factor) * width if is_free else fixed
             size = int(whole // count)
             required = chosen.get(product.each, size)
             if product.each in self.fixed:
