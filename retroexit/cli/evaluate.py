@@ -21,8 +21,6 @@ from retroexit.report.saved_report import find_report, model_facts, read_evaluat
 from retroexit.report.text_tables import limits_table, promise_table, sweep_table
 from retroexit.saving import read_calibration
 
-__all__ = ["calibrate", "evaluate", "report", "routing_results"]
-
 
 @dataclass(frozen=True)
 class Fitted:

@@ -12,8 +12,6 @@ import torch
 from retroexit.evaluation.sweep import Evaluation, OperatingPoint
 from retroexit.routing.calibration import Calibration, most_violations, upper_bound
 
-__all__ = ["promise_summary", "promised"]
-
 EXPECTATION = (
     "A threshold is what the predictor expects, not a promise: model.calibrate(inputs), on inputs that "
     "nothing was fitted on, makes it one."
@@ -21,11 +19,7 @@ EXPECTATION = (
 
 
 def promised(evaluation: Evaluation, calibration: Calibration, tau: float) -> OperatingPoint:
-    """Route the samples of an evaluation as ``model(..., threshold=tau)`` does once it is calibrated.
-
-    The samples must not be in the calibration set. The OOD guard is not applied. Raises `OptionError` if the
-    evaluation holds no predictions.
-    """
+    """Route samples, none of them of the calibration set, as ``model(..., threshold=tau)`` does, without guard."""
     predicted = torch.from_numpy(evaluation.need_predicted())
     exits, _ = calibration.observed(torch.from_numpy(evaluation.loss), predicted, tau)
     return evaluation.at_exits(exits.numpy().astype(np.int64), tau)
@@ -36,8 +30,7 @@ def promise_summary(
 ) -> dict[str, Any] | None:
     """Collect promise, calibration set and observed violations as plain JSON types.
 
-    A row is ``consistent`` unless so many samples above the threshold would be seen with a probability of 5 %
-    at most if the promise held.
+    A row is ``consistent`` unless so many violations have a probability of 5 % at most if the promise holds.
     """
     if calibration is None or evaluation.predicted is None:
         return None

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from numbers import Real
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from retroexit.core.nested import is_number
 from retroexit.errors import OptionError
 from retroexit.routing.policy import assign_exits, check_number, lagrange_multiplier
 
@@ -31,7 +31,7 @@ _CACHE_SIZE = 256
 def check_promise(alpha: float, confidence: float) -> None:
     """Raise `OptionError` unless both numbers are between 0 and 1."""
     for name, value in (("alpha", alpha), ("confidence", confidence)):
-        if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < 1:
+        if not is_number(value) or not 0 < value < 1:
             raise OptionError(f"{name} must be a number between 0 and 1, got {value!r}.", value)
 
 
