@@ -333,6 +333,13 @@ class _SymbolicRun:
                     if child is old:
                         setattr(parent, name, new)
 
+    def _thin_live(self) -> list[Any]:
+        """List the channels of live maps, which a convolution can project; ``None`` for other live values."""
+        channels = [self.env.expression(t.shape[1]) if t.dim() > 3 else None for t in self.live]
+        others = [size for t in self.live for axis, size in enumerate(t.shape) if axis != 1 or t.dim() < 4]
+        bound = {s for size in others for s in symbols_of(self.env.expression(size))}
+        return [e if symbols_of(e) and not symbols_of(e) & bound else None for e in channels]
+
     def collect(self, output: Any, image: Sequence[Any], names: Sequence[str]) -> TailWidths:
         """Collect the equations after a run that gave an output."""
         equations, expression = self.env.equations, self.env.expression
@@ -376,6 +383,7 @@ class _SymbolicRun:
             lines={s: line for s in self.symbols.values() if (line := equations.line_of(s)) is not None},
             symbols=self.symbols,
             opaque=dict(self.attempt.opaque),
+            live=self._thin_live(),
             joined=[[expression(size) for size in sizes] for sizes in self.joined],
         )
 

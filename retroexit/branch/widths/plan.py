@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import sympy
@@ -129,6 +129,7 @@ class WidthPlan:
         entry: Channels of the tail's input, at most the feature's.
         pins: Widths that the rule would shrink but that are fixed.
         built: Input and output channels of the stages that an adapter builds, by path.
+        live: Channels that live values are projected to, by position; the others keep theirs.
     """
 
     sizes: dict[Any, int]
@@ -137,6 +138,7 @@ class WidthPlan:
     entry: int
     pins: tuple[Pin, ...]
     built: dict[str, tuple[int, int]] = field(default_factory=dict)
+    live: dict[int, int] = field(default_factory=dict)
 
     @property
     def numbers(self) -> int:
@@ -164,6 +166,7 @@ class TailWidths:
         symbols: Symbol of each (name, axis) before any equation was added.
         opaque: Modules that keep their widths, by path, with the reason.
         joined: For every concatenation the sizes of its parts, in order.
+        live: Expression of the channels of every live value; ``None`` for one that is no map.
     """
 
     shapes: dict[str, tuple[Expr, ...]]
@@ -178,11 +181,21 @@ class TailWidths:
     symbols: dict[tuple[str, int], sympy.Symbol]
     opaque: dict[str, str]
     joined: list[list[Expr]]
+    live: list[Expr | None]
 
     def free(self) -> list[sympy.Symbol]:
         """List the symbols that may shrink and occur in a parameter."""
         used = {s for shape in (*self.shapes.values(), (self.entry,)) for e in shape for s in symbols_of(e)}
         return sorted(used - set(self.fixed), key=str)
+
+    def with_thin_live(self) -> TailWidths:
+        """Release the widths that live maps fix although layers in the tail make them too, as for long skips."""
+        made = {shape[0] for shape in self.shapes.values() if len(shape) > 1}
+        whole = {s for e in self.live if e is not None and e in made for s in symbols_of(e)}
+        fixed = {
+            s: reason for s, reason in self.fixed.items() if s not in whole or not reason.startswith(LIVE)
+        }
+        return replace(self, fixed=fixed)
 
     def plan(self, rule: Rule, keep: Collection[sympy.Symbol] = ()) -> WidthPlan:
         """Choose widths by a rule, then raise them where a condition requires it.
@@ -205,6 +218,11 @@ class TailWidths:
             attributes={key: evaluate(value) for key, value in self.attributes.items()},
             entry=evaluate(self.entry),
             pins=tuple(self._pins(rule, stuck)),
+            live={
+                i: width
+                for i, e in enumerate(self.live)
+                if e is not None and (width := evaluate(e)) < real_value(e, self.values)
+            },
         )
 
     def _desired(self, symbol: sympy.Symbol, rule: Rule) -> int:
