@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -16,15 +17,17 @@ from retroexit.branch.adapter_stages import BuildStage, StageShape
 from retroexit.branch.branch import Branch, GuideEntry, GuideShape
 from retroexit.branch.widths.analyse import analyse, blame
 from retroexit.branch.widths.equations import symbols_of
-from retroexit.branch.widths.plan import Pin, TailWidths, WidthPlan, WidthRule
+from retroexit.branch.widths.plan import OUTPUT, Pin, TailWidths, WidthPlan, WidthRule
 from retroexit.core.modules import CONVOLUTIONS, MacCounter, clone_module, device_of
-from retroexit.errors import BranchError
+from retroexit.errors import BranchError, RetroExitWarning
 from retroexit.split.segments import Tail
 from retroexit.stages.decoder import Cut
 
 __all__ = ["BranchSpec", "Init", "build_branch"]
 
 logger = logging.getLogger(__name__)
+
+_NOTABLE = 0.9  # share of a branch's MACs below which outputs beside the image are worth a warning
 
 Init = Literal["inherit", "scratch"]
 
@@ -357,6 +360,8 @@ class _Narrowing:
                 with_thin_live = self._with_thin_live(macs, thin, build)
                 if with_thin_live is not None:
                     (builder, macs), widths = with_thin_live, thin
+                if not self.spec.samples:
+                    self._warn_of_outputs(builder, macs, widths, build)
                 return self._without_projection(builder, macs, widths, build) or builder
 
     def _analyse(self) -> tuple[TailWidths, WidthPlan]:
@@ -405,6 +410,33 @@ class _Narrowing:
             return None
         total += sum(width * self.values[1 + i].numel() for i, width in plan.live.items())
         return (other, total) if total < macs else None
+
+    def _warn_of_outputs(
+        self,
+        builder: _BranchBuilder,
+        macs: int,
+        widths: TailWidths,
+        build: Callable[[WidthPlan], _BranchBuilder],
+    ) -> None:
+        """Warn where outputs beside the image keep the branch wide."""
+        pins = [p for p in (builder.plan.pins if builder.plan else ()) if f"{OUTPUT}'s entry" in p.reason]
+        if not pins:
+            return
+        try:
+            least = build(widths.without_outputs().plan(self.spec.rule)).trial_macs()
+        except Exception:
+            logger.debug("a tail does not run on thin outputs", exc_info=True)
+            return
+        if least < _NOTABLE * macs:
+            entries = list(dict.fromkeys(p.reason.partition("'s entry ")[2].partition(",")[0] for p in pins))
+            names = ", ".join(entries[:3]) + (f" and {len(entries) - 3} more" if len(entries) > 3 else "")
+            warnings.warn(
+                f"the output has tensors beside the image, which every exit returns at full size: {names}. They hold "
+                f"{len(pins)} widths in the branch after {self.spec.names.get(self.cut.feature, 'the cut')!r}, "
+                f"{1 - least / macs:.0%} of its MACs. Wrap a module that returns the image alone to drop them.",
+                RetroExitWarning,
+                stacklevel=2,
+            )
 
     def _without_projection(
         self,

@@ -197,6 +197,11 @@ class TailWidths:
         }
         return replace(self, fixed=fixed)
 
+    def without_outputs(self) -> TailWidths:
+        """Release the widths that outputs beside the image fix."""
+        fixed = {s: reason for s, reason in self.fixed.items() if not reason.startswith(f"{OUTPUT}'s")}
+        return replace(self, fixed=fixed)
+
     def plan(self, rule: Rule, keep: Collection[sympy.Symbol] = ()) -> WidthPlan:
         """Choose widths by a rule, then raise them where a condition requires it.
 
