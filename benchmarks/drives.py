@@ -37,8 +37,8 @@ def latent_case(shared: Path, out: Path) -> tuple[Any, Any, Any, dict[str, Any]]
     train, *others = (latent_decoder.latents(split, shared, out) for split in ("train", "val", "test"))
     model = retroexit.wrap(
         latent_decoder.load("decoder", shared),
-        attach_at=latent_decoder.ATTACH_AT,
-        scale=[width / 64 for width in latent_decoder.WIDTHS],
+        attach_at=(3, 5, 7),
+        scale=[1 / 4, 1 / 4, 3 / 8],
         min_channels=16,
         image_range=(0.0, 1.0),
         example_inputs=(train[:1],),

@@ -98,38 +98,38 @@ def outcome(calibration: Calibration, losses: Tensor, predicted: Tensor, taus: A
     return float(max(above)), 1 - float(COSTS[exits - 1].mean())
 
 
-def redraw(draw: Draw, taus: Any, draws: int, count: int, size: int = 1, **options: Any) -> dict[str, Any]:
+def redraw(draw: Draw, taus: Any, seeds: range, count: int, size: int = 1, **options: Any) -> dict[str, Any]:
     """Calibrate many draws; count the broken ones on a large population of other groups."""
-    losses, predicted = draw(20_000 // size, torch.Generator().manual_seed(10_000), size)
+    losses, predicted = draw(20_000 // size, torch.Generator().manual_seed(10**6), size)
     grouped = options.pop("grouped", False)
     groups = [row // size for row in range(count * size)] if grouped else None
     results = []
-    for seed in range(draws):
+    for seed in seeds:
         some = draw(count, torch.Generator().manual_seed(seed), size)
         results.append(outcome(Calibration(*some, groups=groups, **options), losses, predicted, taus))
     above, saved = np.array(results).T
     return {
         "broken": int((above > 0.05).sum()),
-        "of": draws,
+        "of": len(seeds),
         "above": float(above.mean()),
         "saved": float(saved.mean()),
     }
 
 
-def new_groups(draw: Draw, draws: int, count: int) -> dict[str, Any]:
+def new_groups(draw: Draw, seeds: range, count: int) -> dict[str, Any]:
     """Count new groups that ``rule="worst-group"`` leaves with more than ``alpha`` above, of 50 per draw."""
     broken, shares, saved, size = 0, [], [], 60
-    for seed in range(draws):
+    for seed in seeds:
         some = draw(count, torch.Generator().manual_seed(seed), size)
         groups = [row // size for row in range(count * size)]
         calibration = Calibration(*some, rule="worst-group", groups=groups)
-        exits, lost = calibration.observed(*draw(50, torch.Generator().manual_seed(10_000 + seed), 200), 0.08)
+        exits, lost = calibration.observed(*draw(50, torch.Generator().manual_seed(10**6 + seed), 200), 0.08)
         above = (lost > 0.08).double().reshape(50, 200).mean(1)
         broken, saved = broken + int((above > 0.05).sum()), [*saved, 1 - float(COSTS[exits - 1].mean())]
         shares.append(float(above.mean()))
     return {
         "broken": broken,
-        "of": 50 * draws,
+        "of": 50 * len(seeds),
         "above": float(np.mean(shares)),
         "saved": float(np.mean(saved)),
     }
@@ -138,17 +138,20 @@ def new_groups(draw: Draw, draws: int, count: int) -> dict[str, Any]:
 def synthetic(draws: int) -> list[dict[str, Any]]:
     """Try every mode on every population, and print."""
     rows: list[dict[str, Any]] = []
-    for name, draw in POPULATIONS.items():
-        for mode, (thresholds, taus) in MODES.items():
-            result = redraw(draw, taus, draws, 300, thresholds=thresholds)
+    for number, (name, draw) in enumerate((POPULATIONS | DRIVES).items()):
+        seeds = range(1000 * number, 1000 * number + draws)
+        modes = MODES if name in POPULATIONS else {}
+        for mode, (thresholds, taus) in modes.items():
+            result = redraw(draw, taus, seeds, 300, thresholds=thresholds)
             rows.append({"population": name, "mode": mode, **result})
-    for name, draw in DRIVES.items():
+        if name not in DRIVES:
+            continue
         for mode, grouped in (("samples as if independent", False), ("80 groups of 5", True)):
-            result = redraw(draw, (0.08,), draws, 80, 5, grouped=grouped)
+            result = redraw(draw, (0.08,), seeds, 80, 5, grouped=grouped)
             rows.append({"population": name, "mode": mode, **result})
         for count in (3, 6, 12):
-            mode = f"worst of {count} groups: new groups"
-            rows.append({"population": name, "mode": mode, **new_groups(draw, draws // 2, count)})
+            result = new_groups(draw, seeds[: draws // 2], count)
+            rows.append({"population": name, "mode": f"worst of {count} groups: new groups", **result})
     cells = [
         [
             row["population"],

@@ -24,8 +24,6 @@ from retroexit.routing.router import LossPrediction, Router, circumstances, guid
 from retroexit.split.split import SplitGenerator
 from retroexit.wrapping.options import WrapOptions
 
-__all__ = ["MeasuredModel", "Measurement", "calibrate", "check_measure", "image_range_of", "limits_of"]
-
 
 class MeasuredModel(Protocol):
     """What measuring needs of an `EarlyExitGenerator`."""

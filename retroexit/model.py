@@ -210,9 +210,10 @@ class EarlyExitGenerator(nn.Module):
         is_backbone = request.exit is not None and self.router.check_exit(request.exit) == self.router.exits
         if request.is_plain or is_backbone:
             return self.generator(*args, **kwargs), None
-        begun = self.split.begin(args, kwargs)  # values at the first cut, key feature, the call itself
-        choice = self.router.choose(begun, request)  # exits (N,), and what was retrieved
-        return render(self.split, self.branches, self.guide, begun, choice), choice.exits
+        begun = self.split.begin(args, kwargs)  # feature (N, C, h, w) and live values at the first cut
+        choice = self.router.choose(begun, request)  # losses (N, K) -> exits (N,)
+        output = render(self.split, self.branches, self.guide, begun, choice)  # images (N, 3, H, W), in order
+        return output, choice.exits
 
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Begun:
         self._ensure_recorded(args, kwargs)
@@ -245,9 +246,8 @@ class EarlyExitGenerator(nn.Module):
                 decomposition, branches = decompose(self.generator, self.options, args, kwargs)
                 nn.ModuleList(branches).eval()
             elif not self.split.is_current:
-                decomposition, branches = decompose_again(
-                    self.options, self.decomposition, list(self.branches)
-                )
+                old: list[Any] = list(self.branches)
+                decomposition, branches = decompose_again(self.options, self.decomposition, old)
                 if self.bank is not None:
                     self.bank.meta["fingerprint"] = decomposition.identity.fingerprint
             else:

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 import retroexit
 from generators.acceptance import judge_stages
 from generators.entry import Entry, Made
+from generators.reload import check_copies, wrap_everywhere, write
 from retroexit.core.nested import cloned, rebuild, tensors
 from retroexit.model import EarlyExitGenerator
 from retroexit.tracing.record import record
 
-__all__ = ["SCALES", "BranchRow", "Row", "measure_entry"]
+__all__ = ["SCALES", "BranchRow", "Row", "make", "measure_entry"]
 
 SCALES = (1 / 4, 1 / 15)
 _SHRUNK = 2 / 3  # a branch shrinks if neither parameters nor MACs exceed this share of the tail's
@@ -58,6 +59,7 @@ class Row:
     self_test: bool = False  # so does every full-width branch
     branches: list[BranchRow] = field(default_factory=list)
     batch: float | None = None  # largest relative difference between a batch of two and two of one
+    copies: str | None = None  # what differs in a copy of the model, empty if nothing
     seconds: float = 0.0  # to wrap at the first scale
     memory: tuple[float, float] = (0.0, 0.0)  # MiB: peak while wrapping, and the model's own size
     errors: dict[str, str] = field(default_factory=dict)  # by step
@@ -68,8 +70,26 @@ class Row:
         return {**asdict(self), "branches": rows}
 
 
-def measure_entry(entry: Entry, folder: Path | None = None, scales: Sequence[float] = SCALES) -> Row:
-    """Wrap a generator at several width factors and check it; what raises is noted in the row."""
+def make(entry: Entry, checkout: Path | None = None) -> Made:
+    """Make the generator of an entry, the same every time."""
+    torch.manual_seed(0)
+    return entry.make(checkout) if entry.checkout else entry.make()
+
+
+def measure_entry(
+    entry: Entry,
+    checkout: Path | None = None,
+    scales: Sequence[float] = SCALES,
+    save_to: Path | None = None,
+) -> Row:
+    """Wrap a generator at several width factors and check it; what raises is noted in the row.
+
+    Args:
+        entry: The generator.
+        checkout: Folder of its repository, if it needs one.
+        scales: Width factors.
+        save_to: Folder for a model with an exit after every stage, for `generators.reload.check`.
+    """
     row = Row(entry.name, entry.stages)
 
     def attempt(step: str, run: Callable[..., Any], *args: Any) -> Any:
@@ -79,8 +99,7 @@ def measure_entry(entry: Entry, folder: Path | None = None, scales: Sequence[flo
             row.errors[step] = f"{type(error).__name__}: {error}"
             return None
 
-    torch.manual_seed(0)
-    made: Made | None = attempt("make", *((entry.make, folder) if entry.checkout else (entry.make,)))
+    made: Made | None = attempt("make", make, entry, checkout)
     if made is None:
         return row
     before, state = attempt("run", _run, made), _state(made.generator)
@@ -98,6 +117,11 @@ def measure_entry(entry: Entry, folder: Path | None = None, scales: Sequence[flo
         row.backbone = bool(attempt("backbone", _same_backbone, model, made, before, state))
         if not entry.draws:
             row.batch = attempt("batch", _batch_difference, model, made)
+    everywhere = attempt("every stage", wrap_everywhere, entry, made)
+    if everywhere is not None:
+        row.copies = attempt("copies", check_copies, everywhere, made)
+        if save_to is not None:
+            attempt("save", write, everywhere, made, save_to)
     row.self_test = bool(attempt("self-test", _full_width_equals, entry, made, places, tap, before))
     return row
 

@@ -92,7 +92,7 @@ class Branch(nn.Module):
         injections: With ``inject="every_stage"``, entries of other stages by path, with dots as ``__``.
         plan: The chosen widths; ``None`` at full width.
         macs: Multiply-accumulates of its first run, on the example values that it was built for.
-        kept: For the path of every layer in the tail, the backbone's channels that its output inherits,
+        inherited: For the path of every layer in the tail, the backbone's channels that its output inherits,
             ``None`` for all; empty for a branch that inherits nothing.
         is_fresh: Whether it has just inherited its weights, so that `reconstruct` may improve them.
     """
@@ -106,17 +106,22 @@ class Branch(nn.Module):
             {path.replace(".", "__"): entry for path, entry in injections.items()}
         )
         self.plan, self.macs = plan, 0
-        self.kept: dict[str, Tensor | None] = {}
+        self.inherited: dict[str, Tensor | None] = {}
         self.is_fresh = False
 
     def facts(self) -> dict[str, Any]:
         """What a copy keeps besides weights: training flag, frozen parameters, inherited channels."""
         frozen = [name for name, p in self.named_parameters() if not p.requires_grad]
-        return {"kept": self.kept, "is_fresh": self.is_fresh, "training": self.training, "frozen": frozen}
+        return {
+            "inherited": self.inherited,
+            "is_fresh": self.is_fresh,
+            "training": self.training,
+            "frozen": frozen,
+        }
 
     def restore_facts(self, facts: dict[str, Any]) -> None:
         """Take over the `facts` of the branch that this one is a copy of."""
-        self.kept, self.is_fresh = facts["kept"], facts["is_fresh"]
+        self.inherited, self.is_fresh = facts["inherited"], facts["is_fresh"]
         self.train(facts["training"])
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name not in facts["frozen"])

@@ -253,7 +253,7 @@ class _BranchBuilder:
         branch = Branch(entry, self.thin, injections, self.plan)
         if spec.init == "inherit" and self.is_new:
             parameters = {name for name, _ in self.full.named_parameters()}  # a tied weight has one name only
-            branch.kept = {
+            branch.inherited = {
                 path: self.kept(f"{path}.weight", int(getattr(module, "transposed", False)))
                 for path, module in self.full.named_modules()
                 if isinstance(module, (nn.Linear, *CONVOLUTIONS)) and f"{path}.weight" in parameters

@@ -1,7 +1,4 @@
-"""The command line: parse, call the library, print.
-
-May import everything but `retroexit.testing` and `retroexit.builtin`.
-"""
+"""The command line: parse, call the library, print. May import all but `testing` and `builtin`."""
 
 from __future__ import annotations
 

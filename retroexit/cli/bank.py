@@ -21,8 +21,6 @@ from retroexit.guidance.bank import GuidanceBank
 from retroexit.plugins.host import host
 from retroexit.training.stream_bank import stream_bank, stream_banks
 
-__all__ = ["bank"]
-
 _EXAMPLE = "\b\nExample: retroexit bank"
 bank = typer.Typer(
     help="Build guidance banks, show and verify them.",

@@ -23,8 +23,6 @@ from typer import Option
 from retroexit.plugins.host import host
 from retroexit.report.text_tables import table
 
-__all__ = ["Check", "diagnose", "doctor", "plugins"]
-
 Status = Literal["ok", "warn", "fail"]
 
 _BACKENDS = {"faiss": "faiss-cpu", "hnswlib": "hnswlib"}

@@ -23,8 +23,6 @@ from retroexit.report.text_tables import left_out_table, limits_table, promise_t
 from retroexit.routing.calibration import Thresholds
 from retroexit.saving import read_calibration
 
-__all__ = ["calibrate", "evaluate", "report", "routing_results"]
-
 
 @dataclass(frozen=True)
 class Fitted:

@@ -34,8 +34,6 @@ from retroexit.training.fit import FitJob, estimate_fit, fit_record
 from retroexit.training.losses.plan import ADVERSARIAL, FEATURE_MATCHING, GAZE, PRESETS, QUALITY, LossOptions
 from retroexit.training.settings import FitSettings, check_same, divide
 
-__all__ = ["fit"]
-
 Exits: Any = options.group_of(
     wrap_options,
     attach_at="Stages, by number or path: 2,4,6.",
@@ -226,11 +224,7 @@ def _loss_arguments(values: Any) -> dict[str, Any]:
 def _plan(
     model: EarlyExitGenerator, samples: Any, out: Path, arguments: dict[str, Any], losses: Any
 ) -> Iterator[str]:
-    """Describe a fit and its cost in paragraphs; two of its steps are timed, nothing is written.
-
-    Raises:
-        RetroExitError: What the fit would raise; missing weights after everything else was described.
-    """
+    """Describe a fit and its cost in paragraphs; two of its steps are timed, nothing is written."""
     missing: dict[str, WeightsError] = {}
     job = prepare(model, samples, missing=missing, **arguments)
     if job.metric is not None and not missing:

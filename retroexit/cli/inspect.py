@@ -22,8 +22,6 @@ from retroexit.report.stage_table import decoder_table
 from retroexit.stages.decoder import Decoder
 from retroexit.stages.module_tree import decoder_facts
 
-__all__ = ["inspect"]
-
 _SHAPE = (
     "Shape of a random input, 1,32,16,32; repeat it for several inputs. z=1,32 is a keyword input, 1,77:int "
     "holds whole numbers, 0 or 1."

@@ -19,8 +19,6 @@ from torch import Tensor, nn
 from retroexit.core.samples import Samples
 from retroexit.errors import OptionError, closest
 
-__all__ = ["example_of", "load_generator", "load_made", "load_network", "load_object", "random_inputs"]
-
 Inputs: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword inputs of one call."""
 
@@ -139,16 +137,13 @@ def load_made(spec: str, arguments: str = "") -> Any:
 
 
 def load_generator(spec: str, arguments: str = "") -> tuple[nn.Module, Inputs | None]:
-    """Make a generator and, where the factory returns some, its example inputs.
+    """Make a generator, in eval mode, and its positional and keyword inputs, if there are any.
 
     Args:
-        spec: Names the generator, or a class or function that makes it. A function may return
-            ``(generator, inputs)`` or ``(generator, inputs, keyword inputs)``: ``inputs`` is a tuple of
-            positional inputs, a dict of keyword inputs, or the only input.
+        spec: Names the generator, or a class or function that makes it. A function may return ``(generator,
+            inputs)`` or ``(generator, inputs, keyword inputs)``: ``inputs`` is a tuple of positional inputs,
+            a dict of keyword inputs, or the only input.
         arguments: Arguments of the call, Python literals.
-
-    Returns:
-        The generator in eval mode, and its positional and keyword inputs or ``None``.
     """
     made = load_made(spec, arguments)
     parts = made if isinstance(made, tuple) and 2 <= len(made) <= 3 else (made,)

@@ -76,7 +76,8 @@ def group_of(source: Callable[..., Any], **options: Any) -> Any:
     Args:
         source: Where defaults and types come from. What is no number and no flag is a text. Counts must be at
             least 1, other numbers and those with the default 0 at least 0.
-        **options: The help of every option, or its annotation. An option that the source has not is ``None``.
+        **options: The help of every option, or its annotation. The default is ``None`` if the source has
+            none.
     """
     hints, simple, group = get_type_hints(source), (str, bool, int, float), []
     for name, option in options.items():
@@ -125,10 +126,7 @@ def resumable() -> Iterator[None]:
 
 
 def _read_config(context: typer.Context, path: Path | None) -> Path | None:
-    """Take the values of a TOML file as click's ``default_map``, the defaults of a command's options.
-
-    Keys are names of options: ``attach-at = [2, 4, 6]``. Options with ``name=value`` are tables.
-    """
+    """Take the values of a TOML file as the defaults of a command's options: ``attach-at = [2, 4, 6]``."""
     if path is None:
         return None
     try:

@@ -8,6 +8,7 @@ import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from numbers import Real
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ __all__ = [
     "cloned",
     "flatten",
     "hidden_tensors",
+    "is_number",
     "is_record",
     "pack",
     "rebuild",
@@ -31,6 +33,11 @@ __all__ = [
 
 _NUMBERS = (bool, int, float)
 _PLAIN = (str, bytes, type(None), torch.dtype, torch.device)
+
+
+def is_number(value: Any) -> bool:
+    """Return whether a value is a real number, of Python or NumPy, and not a ``bool``."""
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def is_record(value: Any) -> bool:

@@ -1,9 +1,7 @@
-"""Label maps of drawn street scenes, the inputs of the shipped generator.
+"""Label maps of drawn street scenes, the inputs of the shipped generator, in place of Cityscapes (section 4.1).
 
-They replace Cityscapes (paper, section 4.1) where nothing can be downloaded. A small world, from an empty
-country road to a crowded town, is projected through a pinhole camera and drawn from far to near.
-`examples/scene_pictures.py` paints the same scenes in colour, to train the generator on.
-
+A small world, from an empty country road to a crowded town, is projected through a pinhole camera and drawn
+from far to near. `examples/scene_pictures.py` paints the same scenes in colour, to train the generator on.
 Lengths are in metres: ``x`` to the right of the camera, ``y`` above the road, ``z`` ahead.
 """
 
@@ -19,22 +17,6 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from retroexit.errors import OptionError
-
-__all__ = [
-    "CLASSES",
-    "LABEL_COLOURS",
-    "PLANES",
-    "SCENE_SIZE",
-    "STYLE",
-    "TEST_SEEDS",
-    "TRAIN_SEEDS",
-    "Building",
-    "LabelMap",
-    "Scene",
-    "draw_scene",
-    "place_scene",
-    "texture_planes",
-]
 
 CLASSES = (
     *("sky", "road", "marking", "pavement", "grass", "brick", "plaster", "roof", "window", "tree", "car"),
@@ -58,17 +40,11 @@ Span = tuple[float, float]
 
 
 class Scene(NamedTuple):
-    """The label map of one scene.
+    """The label map of one scene."""
 
-    Attributes:
-        labels: Class of every pixel, uint8 ``(H, W)``, an index into `CLASSES`.
-        z: Style, float32 ``(len(STYLE),)`` in ``[-1, 1]``.
-        difficulty: From 0, an empty country road, to 1, a crowded town. Uniform over seeds.
-    """
-
-    labels: NDArray[np.uint8]
-    z: Array
-    difficulty: float
+    labels: NDArray[np.uint8]  # class of every pixel, uint8 (H, W), an index into `CLASSES`
+    z: Array  # style, float32 (len(STYLE),) in [-1, 1]
+    difficulty: float  # from 0, an empty country road, to 1, a crowded town. Uniform over seeds
 
 
 class Building(NamedTuple):
@@ -84,13 +60,7 @@ class Building(NamedTuple):
 
 
 class LabelMap:
-    """Draws things as labels, oversampled by `OVERSAMPLE`.
-
-    Args:
-        size: Height and width of the finished map in pixels.
-        z: Style; unused here, the colours of a picture follow from it.
-        rng: Draws the height and the direction of the camera.
-    """
+    """Draws things as labels, oversampled by `OVERSAMPLE`; the style ``z`` is used by pictures alone."""
 
     def __init__(self, size: tuple[int, int], z: Array, rng: np.random.Generator) -> None:
         self.height, self.width = size[0] * OVERSAMPLE, size[1] * OVERSAMPLE
@@ -387,16 +357,9 @@ def _small_things(
 
 @functools.lru_cache(maxsize=8)
 def texture_planes(size: tuple[int, int] = SCENE_SIZE) -> Array:
-    """Return the fixed patterns that give foliage, clouds, asphalt and bricks their texture.
+    """Return fixed patterns for foliage, clouds, asphalt and bricks, read-only, the same in every process.
 
-    They replace the spatial noise of OASIS: without them a convolution could not know where in an even region
-    a leaf or a brick is.
-
-    Args:
-        size: Height and width in pixels.
-
-    Returns:
-        float32 ``(len(PLANES), H, W)`` in ``[-1, 1]``, read-only, the same in every process.
+    They replace the spatial noise of OASIS. Float32 ``(len(PLANES), H, W)`` in ``[-1, 1]``.
     """
     height, width = size
     rng = np.random.default_rng(_PLANES_SEED)

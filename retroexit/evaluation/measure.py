@@ -21,8 +21,6 @@ from retroexit.measuring import Measurement, check_measure, limits_of
 from retroexit.metrics import QualityMetric
 from retroexit.model import EarlyExitGenerator
 
-__all__ = ["measure"]
-
 _GUARD = "samples are out of distribution and leave at the backbone"
 _MACS = (
     "multiply-accumulates of one sample by torch's FlopCounterMode / 2; "
@@ -42,6 +40,8 @@ def measure(
 ) -> tuple[Evaluation, Measurement]:
     """Measure every exit of a model on inputs that it was not fitted on.
 
+    Returns the evaluation, and the measurement, which can render the samples again.
+
     Args:
         model: A wrapped generator.
         inputs: Samples without the batch axis, as for `retroexit.fit`.
@@ -50,9 +50,6 @@ def measure(
         batch: Samples per pass.
         repeats: Timed runs per route; 0 leaves timing out.
         progress: Whether to show a progress bar on a terminal.
-
-    Returns:
-        The evaluation, and the measurement, which can render the samples again.
     """
     samples = Samples(inputs, seed)
     if not model.is_recorded:

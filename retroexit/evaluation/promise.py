@@ -12,8 +12,6 @@ import torch
 from retroexit.evaluation.sweep import Evaluation, OperatingPoint
 from retroexit.routing.calibration import Calibration, most_violations, upper_bound
 
-__all__ = ["left_out_rows", "promise_summary", "promised", "routed_shares"]
-
 EXPECTATION = (
     "A threshold is what the predictor expects, not a promise: model.calibrate(inputs), on inputs that "
     "nothing was fitted on, makes it one."
@@ -37,8 +35,7 @@ def promise_summary(
 ) -> dict[str, Any] | None:
     """Collect promise, calibration set and observed violations as plain JSON types.
 
-    A row is ``consistent`` unless so many samples above the threshold would be seen with a probability of 5 %
-    at most if the promise held.
+    A row is ``consistent`` unless so many violations have a probability of 5 % at most if the promise holds.
     """
     if calibration is None or evaluation.predicted is None:
         return None

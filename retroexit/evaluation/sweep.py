@@ -1,7 +1,6 @@
 """What routing would do at any threshold, from one measurement of all exits on the same samples.
 
-Everything here is arithmetic on recorded numbers: nothing is generated again. Paper sections 3.2 (policy),
-3.4 (computational saving metric) and figures 3, 4, 6 and 7.
+Paper sections 3.2 (policy), 3.4 (computational saving metric) and figures 3, 4, 6 and 7.
 """
 
 from __future__ import annotations
@@ -17,8 +16,6 @@ import numpy.typing as npt
 
 from retroexit.errors import CheckpointError, OptionError
 
-__all__ = ["Evaluation", "OperatingPoint", "highlighted", "plain_json", "thresholds_for"]
-
 Array = npt.NDArray[np.float64]
 
 
@@ -26,8 +23,7 @@ Array = npt.NDArray[np.float64]
 class OperatingPoint:
     """Cost and loss of one way of choosing exits on the samples of an evaluation.
 
-    MACs (multiply-accumulates per sample) include predictor and retrieval for a routed point, retrieval alone
-    for a fixed exit.
+    MACs per sample include predictor and retrieval for a routed point, retrieval alone for a fixed exit.
     """
 
     threshold: float | None  # accepted loss; None for a fixed exit
@@ -56,8 +52,8 @@ class Evaluation:
         loss: Loss of each branch exit to the backbone's image, shape ``(S, K)``.
         predicted: The predictor's estimate of ``loss``, shape ``(S, K)``, or ``None`` without a predictor.
         macs: MACs of each whole route for one sample, shape ``(K + 1,)``, last = backbone.
-        overhead: MACs a routed call pays on top when it leaves there, shape ``(K + 1,)``: the predictor
-            everywhere, retrieval at branch exits. So ``overhead[-1]`` is the predictor alone.
+        overhead: MACs of predictor and, at branch exits, retrieval, that a routed call pays on top, ``(K +
+            1,)``.
         metric: What the loss is, see ``QualityMetric.describe``.
         exits: One row per exit: index, attach_at, depth, macs, share, parameters.
         distance: Mean distance of each sample to its guide, shape ``(S,)``, or ``None``.
@@ -103,11 +99,7 @@ class Evaluation:
             raise OptionError(f"the backbone's MACs must be > 0, got {self.macs[-1]}", self.macs)
 
     def at_threshold(self, tau: float) -> OperatingPoint:
-        """Take the cheapest exit whose *predicted* loss is at most ``tau``, else the backbone.
-
-        Raises:
-            OptionError: If the evaluation holds no predictions, or ``tau`` is not finite.
-        """
+        """Take the cheapest exit whose *predicted* loss is at most ``tau``, else the backbone."""
         return self._point(self._cheapest(self.need_predicted(), tau), tau)
 
     def oracle(self, tau: float) -> OperatingPoint:
@@ -130,13 +122,9 @@ class Evaluation:
         return [self.at_threshold(tau) for tau in taus]
 
     def at_mean(self, target: float) -> OperatingPoint:
-        """Find the threshold whose *mean* loss is the largest that is at most ``target``.
+        """Find the cheapest threshold with the largest *mean* loss that is at most ``target``, ``>= 0``.
 
-        Sending everything to the backbone has mean 0, so there always is one. Among equal means the largest
-        threshold wins, which is the cheapest.
-
-        Raises:
-            OptionError: If the evaluation holds no predictions, or ``target`` is negative or not finite.
+        There always is one: sending everything to the backbone has mean 0.
         """
         if not 0 <= target < np.inf:
             raise OptionError(f"target must be finite and >= 0, got {target}", target)
@@ -164,16 +152,13 @@ class Evaluation:
     def gain_factor(self, points: Sequence[OperatingPoint]) -> dict[str, float]:
         """Fit the gain factor of section 3.4: computations saved per loss accepted.
 
-        The slope of a least-squares line through points at two or more thresholds (the paper's number) or mean
-        losses. Leave out points where every sample leaves at one exit: they flatten the slope.
+        The slope of a least-squares line through points at two or more thresholds (the paper's number) or
+        mean losses. Leave out points where every sample leaves at one exit: they flatten the slope.
 
         Returns:
             ``gmacs_per_threshold`` and ``gmacs_per_mean_loss``: saved GMACs per unit of loss;
-            ``percent_per_hundredth_threshold`` and ``percent_per_hundredth_mean_loss``: saved share of the
-            backbone in percent per 0.01 of loss, comparable between backbones.
-
-        Raises:
-            OptionError: If the points hold fewer than two thresholds or mean losses.
+                ``percent_per_hundredth_threshold`` and ``percent_per_hundredth_mean_loss``: saved share of
+                the backbone in percent per 0.01 of loss, comparable between backbones.
         """
         saved = np.array([point.saved for point in points])
         factors: dict[str, float] = {}
@@ -192,9 +177,8 @@ class Evaluation:
     def predictor_error(self) -> dict[str, list[float | None]]:
         """Compare predicted and true losses, exit by exit.
 
-        Returns:
-            Three lists of length ``K``: ``mean_absolute``, ``mean_relative`` (the paper's 5 %; samples
-            without loss are left out) and ``spearman``, the correlation of ranks. ``None`` where undefined.
+        Returns lists of length ``K``: ``mean_absolute``, ``mean_relative`` (the paper's 5 %; samples without
+        loss are left out) and ``spearman``, the correlation of ranks. ``None`` where undefined.
         """
         from scipy import stats
 
@@ -271,10 +255,7 @@ def plain_json(value: object) -> object:
 
 
 def thresholds_for(evaluation: Evaluation) -> list[float]:
-    """Choose about ten round thresholds that span the losses of the branch exits.
-
-    LPIPS evaluations always get the paper's 0.1 as well.
-    """
+    """Choose about ten round thresholds that span the branch exits' losses; for LPIPS the paper's 0.1 as well."""
     low = max(0.0, float(np.percentile(evaluation.loss.min(axis=1), 1)))
     high = float(np.percentile(evaluation.loss.max(axis=1), 95))
     least = max((high - low) / 12, high / 100, 1e-6)

@@ -13,8 +13,6 @@ from retroexit.core.modules import unit_of
 from retroexit.core.nested import tensors
 from retroexit.errors import MissingExtraError
 
-__all__ = ["cross_check"]
-
 
 def cross_check(generator: nn.Module, macs: int, args: Any, kwargs: Any = None) -> str:
     """Return a sentence that compares thop's MACs of one call with ours, or states why thop cannot count."""

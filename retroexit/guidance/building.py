@@ -1,8 +1,7 @@
 """Build a bank: hold keys of a stream in bounded memory, thin them, compute the values of those chosen.
 
-`with_slopes` goes beyond the paper, whose guide holds the value of the nearest key (section 3.3) and jumps
-between two keys. With slopes it is ``v + S (q - k)``: the linear map that fits the patches around the key k
-best. A few hundred such pairs describe an image better than 100,000 plain ones.
+`with_slopes` goes beyond the paper, whose guide jumps from one key's value to another's (section 3.3). With
+slopes it is ``v + S (q - k)``, and a few hundred pairs describe an image better than 100,000 plain ones.
 """
 
 from __future__ import annotations
@@ -27,8 +26,6 @@ from retroexit.guidance.sampling import thin as choose
 from retroexit.retrieval import Retriever
 from retroexit.retrieval.base import as_matrix
 
-__all__ = ["Candidates", "build_bank", "with_slopes"]
-
 _KIND, _SCHEMA = "stream of keys", 3
 _FILES = ("keys.npy", "tags.npy")
 _MORE = 4  # survivors of one piece per key of the bank
@@ -43,17 +40,16 @@ _LARGEST = 2 * 2**30  # bytes of the sums that are held while fitting
 class Candidates:
     """Keys of a stream, in bounded memory, independent of how the stream is batched.
 
-    All keys are held while they fit. Then, with ``"fps"``, the newest keys are thinned by farthest points to
-    a few; when such survivors fill half of the memory, they are thinned in turn. No outlier is lost: `reach`,
-    the sum of the radii, bounds the distance of every key ever seen. With other ways of thinning, a uniform
-    sample of the stream is held (a reservoir).
+    All keys are held while they fit. Then, with ``"fps"``, the newest keys are thinned to a few; when these
+    fill half of the memory, they are thinned in turn. `reach`, the sum of the radii, bounds the distance of
+    every key ever seen. With other ways of thinning, a uniform sample of the stream is held (a reservoir).
 
     Args:
         most: Keys held at most; with ``"fps"`` at least twice ``size``.
         size: Keys of the bank.
         thin: How they will be thinned.
         seed: Of all random choices.
-        folder: Where `store` writes; a stream found there is resumed.
+        folder: Where `store` writes; a stream stored there is resumed.
         identity: What the keys belong to, plain data; a folder with another identity is refused.
 
     Attributes:
@@ -204,8 +200,8 @@ def build_bank(
 
     Args:
         features: Batches of key features ``(N, C, H, W)`` with the index of each input ``(N,)``; read once.
-        values_of: Returns the value features ``(len, Cv, Hv, Wv)`` of a few inputs that own a chosen key. The
-            value map must be a whole multiple of the grid of key patches.
+        values_of: Returns the value features ``(len, Cv, Hv, Wv)`` of some inputs; ``Hv`` and ``Wv`` must be
+            multiples of the grid of key patches.
         patch: Size of a key's patch, ``(ph, pw)``.
         size: Number of keys in the bank, at most.
         thin: ``"fps"`` (the paper), ``"kmeans"``, ``"random"`` or ``"none"``; see `sampling.thin`.
@@ -213,15 +209,13 @@ def build_bank(
         eps: Farthest point sampling stops when no candidate is farther than this from the chosen keys.
         seed: Of all random choices.
         max_candidates: Keys held in memory before thinning; see `Candidates`.
-        candidates: Holds the keys instead of ``max_candidates``; a resumed stream goes on where it stopped.
-        meta: Facts to record, such as ``fingerprint`` of the backbone, ``key_tap`` and ``value_tap``; plain
-            data.
+        candidates: Holds the keys instead of ``max_candidates``; a resumed stream continues where it stopped.
+        meta: Facts to record, plain data.
         progress: Show progress bars on a terminal.
 
     Raises:
         BankError: If there are no features, batches differ in shape, or values do not fit the keys.
-        RetrieverError: If a feature is not finite.
-        OptionError: If an option is out of range.
+        RetrieverError, OptionError: If a feature is not finite, or an option is out of range.
     """
     if candidates is None:
         candidates = Candidates(max_candidates, size=size, thin=thin, seed=seed)

@@ -1,7 +1,7 @@
-"""Find the weights of LPIPS, check them, and put them into the network.
+"""Find the weights of LPIPS, check them, and put them into the network; random weights are never used.
 
-The order is: an explicit file, torch hub's cache folder, a download into that folder. Torch hub does not
-check a cached file, so the hash in torchvision's file names is checked here. Random weights are never used.
+The order is: an explicit file, torch hub's cache folder, a download. Torch hub does not check a cached file,
+so the hash in torchvision's file names is checked here.
 """
 
 from __future__ import annotations
@@ -18,8 +18,6 @@ from torch import Tensor, nn
 
 from retroexit.core.files import sha256_of
 from retroexit.errors import MissingExtraError, WeightsError
-
-__all__ = ["empty_lpips", "fill_lpips", "fill_trunk", "hub_file"]
 
 logger = logging.getLogger(__name__)
 
@@ -38,11 +36,7 @@ def empty_lpips(net: str) -> Any:
 
 
 def fill_lpips(network: Any, net: str, path: Path) -> None:
-    """Load convolutions and linear heads into an empty lpips network.
-
-    Raises:
-        WeightsError: If the file is missing, damaged, or another network's.
-    """
+    """Load convolutions and linear heads into an empty lpips network."""
     import lpips
 
     content, owner = _read(path), f"LPIPS {net!r}"
@@ -122,11 +116,7 @@ def _hub_address(net: str) -> str:
 
 
 def hub_file(net: str, owner: str | None = None) -> Path:
-    """Find torchvision's weights in torch hub's cache, or download them there; check the hash.
-
-    Args:
-        net: ``"alex"``, ``"squeeze"``, ``"vgg"``, ``"vgg16"`` or ``"vgg19"``.
-        owner: What needs the weights, for messages; by default LPIPS.
+    """Find torchvision's weights for ``net`` in torch hub's cache, or download them; check the hash.
 
     Raises:
         WeightsError: If the file is damaged, or is neither there nor can be downloaded.

@@ -1,7 +1,4 @@
-"""Plug-ins: the hooks, the description of a generator, and the host that looks up names.
-
-Imports `retroexit.metrics`, `retroexit.retrieval` and what lies below them, and types of `retroexit.branch`.
-"""
+"""Plug-ins: hooks, descriptions, and the host that looks up names. May import `guidance` and what lies below."""
 
 from __future__ import annotations
 

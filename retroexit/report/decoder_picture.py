@@ -18,8 +18,6 @@ from retroexit.stages.stage import Stage, live_spans
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["check_picture", "draw_decoder"]
-
 _FORMATS: Final = (".svg", ".png", ".pdf")
 _INK, _GREY, _PALE = "#222222", "#767676", "#E4E4E4"
 _STAGE, _SPENT, _LIVE, _EXIT = "#0072B2", "#D5E5F0", "#00795A", "#C64F00"
@@ -40,12 +38,7 @@ _EXPLAINED: Final = (
 
 
 def check_picture(file: str | Path) -> Path:
-    """Check that a picture can be written to a file.
-
-    Raises:
-        OptionError: If it is neither SVG nor PNG nor PDF, or its folder does not exist.
-        MissingExtraError: If matplotlib is not installed.
-    """
+    """Raise an error if the picture's format, its folder, or matplotlib does not exist."""
     path = Path(file)
     if path.suffix.lower() not in _FORMATS:
         raise OptionError(f"the picture must end in one of {', '.join(_FORMATS)}, got {str(file)!r}", file)
@@ -61,18 +54,10 @@ def check_picture(file: str | Path) -> Path:
 
 
 def draw_decoder(stages: Sequence[Stage], file: str | Path, title: str = "") -> None:
-    """Draw the stages of a decoder, one row each.
+    """Draw the stages of a decoder, one row each, to an ``.svg``, ``.png`` or ``.pdf`` file.
 
     A row shows the path, the size, the share of the MACs spent up to the stage and, for a suggested exit, its
     largest saving. Lines on the right show live values from where each is made to its last use.
-
-    Args:
-        stages: What `retroexit.find_stages` returns.
-        file: Path that ends in ``.svg``, ``.png`` or ``.pdf``.
-        title: Heading.
-
-    Raises:
-        OptionError, MissingExtraError: See `check_picture`.
     """
     path = check_picture(file)
     import matplotlib

@@ -20,8 +20,6 @@ from retroexit.report.saved_report import SavedReport, hashes, model_facts, save
 from retroexit.report.strips import Strip, data_address
 from retroexit.routing.calibration import Calibration
 
-__all__ = ["write_report"]
-
 
 def write_report(
     folder: str | Path,
@@ -52,8 +50,7 @@ def write_report(
         Path of ``report.html``.
 
     Raises:
-        MissingExtraError: If jinja2 or matplotlib is not installed.
-        OptionError: If ``thresholds`` is empty.
+        MissingExtraError, OptionError: If jinja2 or matplotlib is not installed, or ``thresholds`` is empty.
     """
     taus = sorted(set(thresholds_for(evaluation) if thresholds is None else thresholds))
     if not taus:

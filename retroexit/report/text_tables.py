@@ -1,7 +1,4 @@
-"""Tables that people read: exits of a wrapped generator, sweeps over thresholds.
-
-The table of a decoder's stages has a file of its own, `retroexit.report.stage_table`.
-"""
+"""Tables of the exits of a wrapped generator and of sweeps over thresholds."""
 
 from __future__ import annotations
 
@@ -11,8 +8,6 @@ from typing import Any
 from retroexit.evaluation.sweep import Evaluation
 from retroexit.model import EarlyExitGenerator
 from retroexit.wrapping.exits import table
-
-__all__ = ["left_out_table", "limits_table", "promise_table", "sweep_table", "table"]
 
 
 def sweep_table(evaluation: Evaluation, thresholds: Sequence[float]) -> str:

@@ -11,8 +11,6 @@ import numpy as np
 from retroexit.errors import OptionError
 from retroexit.retrieval.base import Retriever
 
-__all__ = ["HnswlibRetriever"]
-
 
 class HnswlibRetriever(Retriever):
     """Approximate search in a graph of keys; visits a small part of them.

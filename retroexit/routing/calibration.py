@@ -12,7 +12,6 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from numbers import Real
 from typing import Any, Literal
 
 import numpy as np
@@ -20,21 +19,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from retroexit.core.nested import is_number
 from retroexit.errors import OptionError
 from retroexit.routing.policy import assign_exits, check_number, lagrange_multiplier
-
-__all__ = [
-    "RULES",
-    "Calibration",
-    "Rule",
-    "Thresholds",
-    "check_groups",
-    "check_promise",
-    "most_group_violations",
-    "most_violations",
-    "samples_needed",
-    "upper_bound",
-]
 
 Rule = Literal["margin", "bound", "worst-group"]
 Thresholds = Sequence[float] | Literal["all"] | None
@@ -48,7 +35,7 @@ _CACHE_SIZE = 64
 def check_promise(alpha: float, confidence: float) -> None:
     """Raise `OptionError` unless both numbers are between 0 and 1."""
     for name, value in (("alpha", alpha), ("confidence", confidence)):
-        if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < 1:
+        if not is_number(value) or not 0 < value < 1:
             raise OptionError(f"{name} must be a number between 0 and 1, got {value!r}.", value)
 
 

@@ -23,17 +23,6 @@ from retroexit.routing.predictor import OODCounter, Predictor
 from retroexit.split.split import Begun, SplitGenerator, Values, merge
 from retroexit.wrapping.decomposition import Decomposition
 
-__all__ = [
-    "Choice",
-    "LossPrediction",
-    "Router",
-    "circumstances",
-    "guide_distance",
-    "input_map",
-    "render",
-    "render_branch",
-]
-
 
 @dataclass(frozen=True, eq=False)
 class LossPrediction:

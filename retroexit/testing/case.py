@@ -16,9 +16,7 @@ from retroexit.core.nested import cloned, rebuild
 from retroexit.errors import AdapterError, cause_of
 from retroexit.model import EarlyExitGenerator
 from retroexit.plugins.description import Description
-from retroexit.stages.decoder import Stage
-
-__all__ = ["Case", "Inputs", "Run"]
+from retroexit.stages.stage import Stage
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword inputs of one forward pass."""
@@ -35,35 +33,20 @@ class Run(NamedTuple):
 
 @dataclass
 class Case:
-    """One adapter under test.
+    """One adapter under test."""
 
-    Attributes:
-        generator: The generator.
-        description: Its description.
-        scale: Width factor of thin stages and branches.
-        min_channels: Floor of their widths.
-        inputs: Inputs of one forward pass.
-        stages: l_1..l_N, once the generator was read.
-        image: The generator's image for these inputs.
-        image_path: Where the image is in the generator's output.
-        takes_pairs: Whether the generator accepts a batch of two.
-        checked: Claims that hold.
-        skipped: Claims that were not checked, with the reason.
-        problems: What is wrong, with advice.
-    """
-
-    generator: nn.Module
-    description: Description
-    scale: float
-    min_channels: int
-    inputs: Inputs = ((), {})
-    stages: Sequence[Stage] = ()
-    image: Tensor = field(default_factory=lambda: torch.empty(0))
-    image_path: tuple[Any, ...] = ()
-    takes_pairs: bool = False
-    checked: list[str] = field(default_factory=list)
-    skipped: list[str] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
+    generator: nn.Module  # the generator
+    description: Description  # its description
+    scale: float  # width factor of thin stages and branches
+    min_channels: int  # floor of their widths
+    inputs: Inputs = ((), {})  # inputs of one forward pass
+    stages: Sequence[Stage] = ()  # l_1..l_N, once the generator was read
+    image: Tensor = field(default_factory=lambda: torch.empty(0))  # the generator's image for these inputs
+    image_path: tuple[Any, ...] = ()  # where the image is in the generator's output
+    takes_pairs: bool = False  # whether the generator accepts a batch of two
+    checked: list[str] = field(default_factory=list)  # claims that hold
+    skipped: list[str] = field(default_factory=list)  # claims that were not checked, with the reason
+    problems: list[str] = field(default_factory=list)  # what is wrong, with advice
 
     @contextmanager
     def claim(self, text: str) -> Iterator[None]:
@@ -147,10 +130,7 @@ class Case:
         return image
 
     def pairs(self) -> tuple[Inputs, Inputs, Inputs]:
-        """Make batches of two: the first sample and the same one shifted, each of them twice.
-
-        All have the same size, because seeded random draws repeat only at the same size.
-        """
+        """Make batches of two, of one size: the first sample and the same one shifted, each of them twice."""
 
         def batch(picks: tuple[int, int], leaf: Any) -> Any:
             if not isinstance(leaf, Tensor) or leaf.dim() == 0 or len(leaf) != len(self.image):
@@ -166,8 +146,8 @@ class Case:
     def depends_on_batch(self, run: Callable[[Inputs], Tensor]) -> str:
         """Compare a batch of two with each sample twice; returns by how much they differ, ``""`` if hardly.
 
-        Convolutions round differently for other batches, and untrained weights may amplify that a
-        thousandfold; samples that affect one another differ by as much as they vary.
+        Rounding differs a little for other batches; samples that affect one another differ as much as they
+        vary.
         """
         both, *same = (run(pair).double() for pair in self.pairs())
         gap = both - torch.stack([output[i] for i, output in enumerate(same)])

@@ -22,8 +22,6 @@ from retroexit.stages.decoder import Decoder, read_decoder
 from retroexit.testing.case import Case, Run
 from retroexit.training.losses.adversary import Adversarial, Adversary, find_objective
 
-__all__ = ["Stranger", "check_all"]
-
 _GUIDE = 3  # channels of a guide, added to those of a stage
 
 

@@ -18,26 +18,17 @@ from retroexit.plugins.host import Host, brief, host
 from retroexit.testing.case import Case
 from retroexit.testing.claims import Stranger, check_all
 
-__all__ = ["AdapterReport", "check_adapter"]
-
 _RECOGNISED = "the generator is recognised, others are not"
 
 
 @dataclass(frozen=True)
 class AdapterReport:
-    """The result of a conformance test.
+    """The result of a conformance test."""
 
-    Attributes:
-        name: The generator's name in the description.
-        stages: Paths of l_1..l_N.
-        checked: Claims that hold.
-        skipped: Claims that were not checked, with the reason.
-    """
-
-    name: str
-    stages: tuple[str, ...]
-    checked: tuple[str, ...]
-    skipped: tuple[str, ...]
+    name: str  # the generator's name in the description
+    stages: tuple[str, ...]  # paths of l_1..l_N
+    checked: tuple[str, ...]  # claims that hold
+    skipped: tuple[str, ...]  # claims that were not checked, with the reason
 
     def __str__(self) -> str:
         lines = [f"adapter for {self.name}: {len(self.stages)} stages"]
@@ -60,8 +51,7 @@ def check_adapter(
     """Test an adapter on one generator: everything that it states, and wrapping, saving and loading with it.
 
     Args:
-        generator: A small instance with random or trained weights, in eval mode, on the CPU: at full width
-            the generator is copied once for every stage.
+        generator: A small instance with random or trained weights, in eval mode, on the CPU.
         plugin: The module or object whose functions are marked with `hookimpl`; by default the installed
             plug-ins are called.
         description: A description to test instead of a plug-in.
@@ -76,8 +66,7 @@ def check_adapter(
         What was checked, and what was not.
 
     Raises:
-        AdapterError: If anything is wrong; the text lists all of it with advice. It is an ``AssertionError``
-            too.
+        AdapterError: If anything is wrong; lists all of it with advice. It is an ``AssertionError`` too.
 
     Example:
         >>> def test_adapter():

@@ -17,8 +17,6 @@ from retroexit.training.settings import FitSettings
 from retroexit.training.steps import Step, Steps
 from retroexit.training.trainer import BranchTrainer
 
-__all__ = ["Estimate", "estimate"]
-
 
 @dataclass(frozen=True)
 class Estimate:

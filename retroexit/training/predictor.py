@@ -26,8 +26,6 @@ from retroexit.training.distributed import average
 from retroexit.training.settings import FitSettings
 from retroexit.training.steps import Steps
 
-__all__ = ["check_reads", "exit_losses", "fit_predictor", "predictor_reads", "train_predictor"]
-
 _BATCH, _LR = 32, 2e-3  # samples per step; learning rate, cosine to zero
 
 
@@ -35,9 +33,7 @@ _BATCH, _LR = 32, 2e-3  # samples per step; learning rate, cosine to zero
 def exit_losses(
     model: EarlyExitGenerator, steps: Steps, metric: QualityMetric, path: Path, progress: bool
 ) -> Tensor:
-    """Measure the quality loss of every branch exit on every sample, ``(S, K)``.
-
-    ``path`` is the file of the losses, which is read if it exists.
+    """Measure the quality loss of every branch exit on every sample, ``(S, K)``, or read it from ``path``.
 
     Raises:
         CheckpointError: If the file is damaged or belongs to another fit.
@@ -106,11 +102,7 @@ def fit_predictor(
     settings: FitSettings,
     progress: bool = True,
 ) -> float | None:
-    """Train a predictor of measured losses ``(S, K)`` and give it to the model, whose calibration is dropped.
-
-    Returns:
-        The error on the held-out samples, see `train_predictor`.
-    """
+    """Train a predictor of losses ``(S, K)`` for the model, whose calibration is dropped; return its error."""
     check_reads(model, samples, settings.predict_from)
     reads = settings.predict_from or ("features" if model.options.predictor_inputs is None else "inputs")
     maps, distances = predictor_reads(model, samples, features, reads)
@@ -174,10 +166,10 @@ def train_predictor(
     seed: int = 0,
     progress: bool = True,
 ) -> float | None:
-    """Fit a predictor to quality losses by the squared error of their logarithms.
+    """Fit a predictor to quality losses by the squared error of their logarithms (ours; equation 2 has none).
 
-    The weights that are best on the held-out samples are kept, and their mean error there is subtracted from
-    the predictions. The guard against out-of-distribution inputs is fitted to the same maps.
+    The weights that are best on the held-out samples are kept, and their mean error there is subtracted. The
+    guard against out-of-distribution inputs is fitted to the same maps.
 
     Args:
         predictor: Trained in place; left in eval mode.
@@ -194,8 +186,6 @@ def train_predictor(
 
     Raises:
         TrainingError: If the loss is not finite.
-
-    Reference: paper section 3.2, equation 2; the logarithm is ours.
     """
     held = torch.as_tensor(sorted(held_out), dtype=torch.long)
     mask = torch.ones(len(maps), dtype=torch.bool)

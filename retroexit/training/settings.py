@@ -15,8 +15,6 @@ from retroexit.errors import CheckpointError, OptionError, closest
 from retroexit.routing.predictor import Kind, Reads, check_kind
 from retroexit.training.losses.plan import DEFAULT_LOSSES, check_weights
 
-__all__ = ["FitSettings", "check_same", "divide", "set_aside", "write_json"]
-
 _SCHEDULES: Final = ("cosine", "constant")
 
 _FREE: Final = frozenset({"checkpoint_every", "together", "tensorboard", "predictor", "predict_from"})
@@ -32,16 +30,14 @@ class FitSettings:
         batch: Samples (or crops) per step, over all processes.
         crop: Train on square windows of this many image pixels; ``None`` for whole images.
         lr: Largest learning rate of the branches.
-        schedule: ``"cosine"``: down to a thousandth of the largest learning rate; or ``"constant"``. Both
-            rise over the first tenth.
+        schedule: ``"cosine"``, down to a thousandth of ``lr``, or ``"constant"``; both rise over the first
+            tenth.
         clip: Largest norm of a branch's gradient, or ``None``.
-        ema: Decay of the running average of weights that is saved, in [0, 1); in early steps
-            ``(1 + step) / (10 + step)`` if that is less.
+        ema: Decay of the saved average of weights, in [0, 1); at most ``(1 + step) / (10 + step)``.
         losses: Weight of every term of the training loss by name.
-        features: Weight of the distance of the layers' outputs to the backbone's, for branches that inherit;
-            each step then costs a pass of the backbone's remaining stages per branch.
-        held_out: Share of the inputs that branches are not trained on, in [0, 1); the predictor is corrected
-            by them.
+        features: Weight of the distance of inherited layers' outputs to the backbone's, whose remaining
+            stages then run in each step.
+        held_out: Share of the inputs that only correct the predictor, in [0, 1).
         calibrate: Share of the inputs for a calibration at the end, in (0, 1); nothing else uses them.
         predictor: ``"conv"``, ``"pooled"`` or ``"linear"``, see `retroexit.routing.predictor.Predictor`.
         predict_from: ``"features"``, ``"inputs"`` as in the paper, or ``"features+distance"`` with the

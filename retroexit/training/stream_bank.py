@@ -1,7 +1,6 @@
 """Build a guidance bank from a stream of inputs, whose features are neither all in memory nor on disk.
 
-Keys of every input are computed and a bounded number of them is held until thinning. Only inputs that own a
-chosen key run once more, up to their values (paper, section 4.1: 500 maps x 100 noises x 128 patches).
+Only inputs that own a chosen key run once more, up to their values (paper, section 4.1).
 """
 
 from __future__ import annotations
@@ -25,8 +24,6 @@ from retroexit.guidance.building import Candidates, build_bank, with_slopes
 from retroexit.guidance.provider import Taps
 from retroexit.model import EarlyExitGenerator
 from retroexit.retrieval import Retriever
-
-__all__ = ["stream_bank", "stream_banks"]
 
 
 def stream_bank(
@@ -103,6 +100,7 @@ def stream_banks(
 ) -> Iterator[tuple[str, GuidanceBank]]:
     """Build one bank per identity, as for the frames of each source face (paper, section 4.2).
 
+    Yields name and bank in the order of first occurrence; ``source`` counts the samples of that identity.
     Branches are trained with the bank of all identities; to serve one of them, set ``model.bank = bank``.
 
     Args:
@@ -113,9 +111,6 @@ def stream_banks(
         skip: Identities whose bank exists already.
         scratch: See `stream_bank`.
         options: Passed to `stream_bank`.
-
-    Yields:
-        A name and its bank, in the order of first occurrence. ``source`` counts the samples of that identity.
     """
     rows: dict[str, list[int]] = {}
     for row, name in enumerate(identities):
@@ -152,10 +147,7 @@ def _keys(
 
 
 def _values(model: EarlyExitGenerator, samples: Samples, batch: int) -> Callable[[list[int]], Tensor]:
-    """Return a function for the value features of single inputs.
-
-    Inputs run in the batches in which their keys were computed, so that noise drawn by the generator repeats.
-    """
+    """Return a function for the value features of inputs, run in the batches of their keys: noise repeats."""
 
     @functools.lru_cache(maxsize=1)
     def values(begin: int) -> Tensor:

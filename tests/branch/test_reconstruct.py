@@ -222,13 +222,13 @@ def test_a_skip_connection_s_error_is_compensated(monkeypatch: pytest.MonkeyPatc
         model = wrap(decoder(Residual))
         values = model.split.crossing(model.split.begin((latents(64, 3),), {}).values, 0)
         full, branch = model.split.tail(0, share=True), model.branches[0]
-        assert isinstance(branch, Branch) and branch.kept["blocks.2.out"] is not None
+        assert isinstance(branch, Branch) and branch.inherited["blocks.2.out"] is not None
         assert reconstruct(branch, full, values) is not None
         for tail in (full, branch.tail):
             tail.get_submodule("rgb").register_forward_pre_hook(lambda _m, args: read.append(args[0]))
         with torch.no_grad():
             full(*values), branch(*values)
-        return float((read[-1] - read[-2][:, branch.kept["blocks.2.out"]]).square().mean())
+        return float((read[-1] - read[-2][:, branch.inherited["blocks.2.out"]]).square().mean())
 
     compensated = errors()
     monkeypatch.setattr("retroexit.branch.least_squares._ADDITIONS", ())

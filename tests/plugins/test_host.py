@@ -78,7 +78,7 @@ def test_two_distributions_that_offer_one_name_are_both_named(offering: Offering
 def test_a_name_of_the_library_cannot_be_taken(offering: Offering, announce: Announce) -> None:
     announce("usurper", "bold-plugin", offering(width_rules={"floor": max, "one": lambda c, s, m: 1}))
     host = Host()
-    conflict = "'floor' is offered by plug-in 'builtin' of .*bold-plugin 1.2; the library's own is used"
+    conflict = "'floor' is offered by plug-in 'builtin' of .*bold-plugin 1.2; that of the library is used"
     with pytest.warns(RetroExitWarning, match=conflict):
         assert host.width_rule("floor")(64, 0.5, 4) == 32
     assert host.width_rule("one")(64, 0.5, 4) == 1

@@ -32,7 +32,7 @@ class Distance(QualityMetric):
         return {**super().describe(), "sha256": self.sha256}
 
 
-def _inputs(count: int, seed: int = 0) -> list[dict[str, Tensor]]:
+def _inputs(count: int, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
     random = torch.Generator().manual_seed(seed)
     return [
         {"z": torch.rand(4, 4, 4, generator=random), "w": torch.rand(5, generator=random)}
@@ -51,7 +51,7 @@ def model(routed: Make) -> EarlyExitGenerator:
 
 def _batch(count: int = 2, seed: int = 1) -> tuple[Tensor, Tensor]:
     items = _inputs(count, seed)
-    return torch.stack([i["z"] for i in items]), torch.stack([i["w"] for i in items])
+    return torch.stack([z for z, _ in items]), torch.stack([w for _, w in items])
 
 
 def _guard_off(model: EarlyExitGenerator) -> None:

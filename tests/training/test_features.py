@@ -29,7 +29,7 @@ def test_the_distance_is_what_a_loop_over_the_layers_gives(decoders: ModuleType)
         for path in ("stages.1", "stages.2"):
             wide, narrow = full.get_submodule(path), thin.get_submodule(path)
             a, b = wide.conv(wide.up(wanted)), narrow.conv(narrow.up(found))
-            kept = branch.kept[f"{path}.conv"]
+            kept = branch.inherited[f"{path}.conv"]
             a_kept = a if kept is None else a[:, kept]
             terms.append(float((b - a_kept).square().mean() / a_kept.var()))
             wanted, found = torch.relu(wide.norm(a)), torch.relu(narrow.norm(b))

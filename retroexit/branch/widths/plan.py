@@ -11,12 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from numbers import Real
 from typing import Any
 
 import sympy
 
 from retroexit.branch.widths.equations import Expr, Product, real_value, symbols_of
+from retroexit.core.nested import is_number
 from retroexit.errors import OptionError
 
 __all__ = [
@@ -65,9 +65,7 @@ class WidthRule:
     function: WidthFunction = field(default=scaled_width, repr=False)
 
     def __post_init__(self) -> None:
-        scale: Any = self.scale
-        is_number = issubclass(type(scale), Real) and type(scale) is not bool
-        if not is_number or not 0 < scale <= 1:
+        if not is_number(self.scale) or not 0 < self.scale <= 1:
             raise OptionError(
                 f"scale must be in (0, 1], got {self.scale!r}. Pass the share of channels to keep, e.g. 1/4.",
                 self.scale,

@@ -20,28 +20,12 @@ from retroexit.plugins.training_types import Discriminate, DiscriminatorOutput, 
 from retroexit.training.distributed import average
 from retroexit.training.losses.terms import l1
 
-__all__ = [
-    "OBJECTIVES",
-    "Adversarial",
-    "Adversary",
-    "FeatureMatching",
-    "capture_features",
-    "captured_layers",
-    "find_objective",
-    "load_moments",
-    "moments",
-]
-
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _ScoreObjective:
-    """An objective that compares scores alone.
-
-    The losses are those of the branch for its image, and of the discriminator for the backbone's and the
-    branch's image.
-    """
+    """An objective of scores: losses of the branch, and of the discriminator for the backbone and the branch."""
 
     name: str
     of_generated: Callable[[Tensor], Tensor]
@@ -91,10 +75,7 @@ def find_objective(objective: Objective | str) -> Objective:
 
 
 def captured_layers(module: nn.Module) -> list[str]:
-    """Name the modules whose outputs count as features of a discriminator that returns its score alone.
-
-    These are its children with parameters; containers are expanded, and so is an only child.
-    """
+    """Name the modules that count as features: children with parameters, containers and an only child opened."""
     paths = list(_children(module, ""))
     while len(paths) == 1 and any(True for _ in module.get_submodule(paths[0]).children()):
         paths = list(_children(module.get_submodule(paths[0]), paths[0] + "."))
@@ -113,11 +94,7 @@ def capture_features(module: nn.Module, call: Callable[[], Any]) -> Discriminato
     """Call a discriminator and read its scores and features.
 
     A tensor is the score. A list is the features of one discriminator, its score last; a list of lists is
-    several of them, as those of pix2pixHD at several scales. Features that are not returned are captured with
-    hooks for the duration of the call.
-
-    Raises:
-        TrainingError: If it returns something else.
+    several of them (pix2pixHD). Features that are not returned are captured with hooks during the call.
     """
     captured: list[Any] = []
     layers = [module.get_submodule(path) for path in captured_layers(module)]
@@ -155,8 +132,6 @@ def _scales(output: Any) -> list[list[Tensor]] | None:
 
 class Adversary:
     """A discriminator that competes with one branch, with its own optimiser.
-
-    Random numbers of the objective, such as LabelMix's masks, come from the global state.
 
     Args:
         discriminator: The starting point: the generator's own, trained. It is copied to ``module``.
@@ -260,8 +235,7 @@ class Adversarial:
 class FeatureMatching:
     """Mean absolute difference of a discriminator's features for both images (L_FM of equation 4).
 
-    All features have the same weight, as in Wang et al. 2018, "High-Resolution Image Synthesis and Semantic
-    Manipulation with Conditional GANs", section 3.2; only the branch is trained by it.
+    All features have the same weight (Wang et al. 2018, pix2pixHD, section 3.2); only the branch is trained.
     """
 
     def __init__(self, adversary: Adversary) -> None:

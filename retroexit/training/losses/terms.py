@@ -13,8 +13,6 @@ from retroexit.core.nested import tensors
 from retroexit.errors import CheckpointError, TrainingError
 from retroexit.training.distributed import average
 
-__all__ = ["L1", "Equaliser", "Gaze", "l1"]
-
 _FACTOR_LIMIT = 1e4  # a term with a tiny gradient at first may have a large one later
 
 
@@ -34,8 +32,7 @@ class L1:
 class Gaze:
     """Mean absolute difference of a gaze network's outputs for both images (L_GL of equation 4).
 
-    The network takes images ``(N, C, H, W)`` in [-1, 1] and returns gaze directions ``(N, 2)``, or several
-    tensors. It is copied, frozen and run in eval mode.
+    The network takes images ``(N, C, H, W)`` in [-1, 1]; it is copied, frozen and run in eval mode.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -64,13 +61,8 @@ class Gaze:
 class Equaliser:
     """Factors that give all terms a gradient of the same length (paper sections 4.1 and 4.2).
 
-    The paper chose its coefficients "in order to equalize the losses' contribution". Here that is measured
-    during the first steps: the root mean square of each term's gradient with respect to one image. The factor
-    of a term is the geometric mean over all terms divided by its own value. A term without gradient keeps 1.
-
-    Args:
-        names: Names of the terms.
-        steps: Number of steps to measure, ``>= 1``.
+    During the first ``steps`` steps the root mean square of each term's gradient by one image is measured.
+    The factor is the geometric mean over all terms divided by the term's value; 1 without gradient.
     """
 
     def __init__(self, names: Sequence[str], steps: int = 50) -> None:
@@ -79,10 +71,7 @@ class Equaliser:
         self._count = 0
 
     def observe(self, values: Mapping[str, Tensor], image: Tensor) -> None:
-        """Measure one step, as long as fewer than ``steps`` were measured.
-
-        ``values`` are the terms by name, means over the images ``(N, C, H, W)``, which need a gradient.
-        """
+        """Measure the terms of one step by name, means over images ``(N, C, H, W)``, which need a gradient."""
         if self._count >= self.steps or not image.requires_grad or not torch.is_grad_enabled():
             return
         squares = torch.stack([_squared_gradient(values[name], image) for name in self.names])
