@@ -34,10 +34,7 @@ class Distance(QualityMetric):
 
 def _inputs(count: int, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
     random = torch.Generator().manual_seed(seed)
-    return [
-        {"z": torch.rand(4, 4, 4, generator=random), "w": torch.rand(5, generator=random)}
-        for _ in range(count)
-    ]
+    return [(torch.rand(4, 4, 4, generator=random), torch.rand(5, generator=random)) for _ in range(count)]
 
 
 @pytest.fixture
