@@ -116,7 +116,9 @@ def evaluate(
     if promise is None:
         typer.echo(EXPECTATION)
     else:
-        typer.echo(f"promise: {promise['text']}\n{promise_table(promise)}")
+        typer.echo(f"{'promise: ' if promise['is_promise'] else ''}{promise['text']}\n{promise_table(promise)}")
+        for reason in promise["void"]:
+            typer.echo(f"the promise is void: {reason}")
     typer.echo(f"out-of-distribution guard: {result.about['ood_guard']}")
     typer.echo(f"report: {place / 'report.html'}")
 
@@ -160,7 +162,7 @@ def report(
 def routing_results(model: EarlyExitGenerator) -> Iterator[str]:
     """Describe what a model promises and how long its exits take."""
     if model.calibration is not None:
-        yield f"promise: {model.calibration}"
+        yield f"{'promise: ' if model.calibration.is_promise else ''}{model.calibration}"
     if model.latency is not None:
         latency = model.latency
         samples = "1 sample" if latency.batch == 1 else f"{latency.batch} samples"

@@ -52,6 +52,14 @@ def test_nothing_is_fitted_on_what_is_set_aside_to_calibrate_on(decoders: Module
         decoders.fit(decoders.wrap(guidance=True), tmp_path, inputs)
 
 
+def test_a_sample_that_repeats_a_fitted_one_does_not_calibrate(decoders: ModuleType, tmp_path: Path) -> None:
+    inputs = torch.cat([decoders.latents(10)] * 2)
+    fitted, aside = set_aside(20, FitSettings(calibrate=0.5))
+    unseen = {i % 10 for i in aside} - {i % 10 for i in fitted}
+    model = decoders.fit(decoders.wrap(), tmp_path, inputs, **PROMISE)
+    assert 0 < len(model.calibration) == len(unseen) < len(aside)
+
+
 def test_another_predictor_is_fitted_to_the_same_branches(decoders: ModuleType, tmp_path: Path) -> None:
     first = decoders.fit(decoders.wrap(guidance=True), tmp_path)
     made = (tmp_path / "branches/exit1.safetensors").stat().st_mtime_ns
