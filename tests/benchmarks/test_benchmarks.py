@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -21,7 +22,7 @@ if BENCHMARKS not in sys.path:
     sys.path.insert(0, BENCHMARKS)
 
 import guidance_gain  # noqa: E402
-import promise  # noqa: E402
+import promises  # noqa: E402
 import retrieval  # noqa: E402
 from gain.training import noise, shuffled  # noqa: E402
 
@@ -107,11 +108,11 @@ def _evaluation(samples=240):
     )
 
 
-def test_the_promise_holds_on_inputs_like_those_of_the_calibration():
-    row = promise.resplit(_evaluation(), 0.1, "margin", splits=10, alpha=0.1, confidence=0.95)
+def test_the_promise_holds_on_inputs_like_those_of_the_calibration() -> None:
+    row = promises.resplit(_evaluation(), 0.1, "margin", splits=10, alpha=0.1, confidence=0.95)
     assert row is not None and row["held"] >= 9 and row["violations"] <= 0.1
     assert 0 < row["saved"] < row["oracle_saved"]
-    few = promise.resplit(_evaluation(60), 0.1, "margin", splits=2, alpha=0.05, confidence=0.95)
+    few = promises.resplit(_evaluation(60), 0.1, "margin", splits=2, alpha=0.05, confidence=0.95)
     assert few is None
 
 
@@ -122,4 +123,22 @@ def test_an_exit_is_promised_if_the_binomial_test_accepts_its_losses(samples, ba
     loss = np.zeros((samples, 2))
     loss[0, bad] = 0.2
     evaluation = Evaluation(loss, loss, np.array([1.0, 2.0, 4.0]), np.zeros(3))
-    assert promise.promised_exit(evaluation, 0.1, 0.05, 0.95) == exit
+    assert promises.promised_exit(evaluation, 0.1, 0.05, 0.95) == exit
+
+
+def test_promises_are_counted_for_every_mode_and_for_groups_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = promises.synthetic(draws=4)
+    assert {row["of"] for row in rows} == {4, 100} and all(row["broken"] <= row["of"] for row in rows)
+    losses, predicted = promises.population()(180, torch.Generator().manual_seed(1))
+    groups = [f"drive {row % 3}" for row in range(180)]
+    calibration = promises.Calibration(losses, predicted, rule="worst-group", groups=groups)
+    monkeypatch.setattr(promises, "read_calibration", lambda *_: calibration)
+    exits = [{"share": share} for share in promises.COSTS.tolist()]
+    (tmp_path / "model.json").write_text(json.dumps({"calibration_sha256": "", "exits": exits}))
+    arguments = argparse.Namespace(taus=[0.08], splits=3, alpha=0.1, confidence=0.9)
+    left_out = promises.leave_groups_out(tmp_path, arguments)
+    assert [row["group"] for row in left_out] == ["drive 0", "drive 1", "drive 2"]
+    assert all(row["worst"][1] <= row["pooled"][1] + 0.05 and row["own"] for row in left_out)
+    assert "group left out" in capsys.readouterr().out

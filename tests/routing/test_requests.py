@@ -92,7 +92,9 @@ def test_a_calibrated_threshold_routes_by_its_limits(routed):
     z[:, 0] = 2.4
     assert model.choose_exits(z, w, threshold=0.5).tolist() == [3, 3]  # predicted 2.4, 1.4, 0.4
     losses = torch.full((100, 3), 0.55)
-    model.calibration = Calibration(losses, torch.full((100, 3), 0.35))
+    predicted = torch.full((100, 3), 0.35)
+    predicted[0] = 0.45  # no limit is above the largest prediction
+    model.calibration = Calibration(losses, predicted)
     assert float(model.calibration.limits(0.5)[0]) < 0.35
     assert model.choose_exits(z, w, threshold=0.5).tolist() == [4, 4]
     assert model.choose_exits(z, w, threshold=torch.tensor([0.5, 0.6])).tolist() == [4, 3]

@@ -46,6 +46,14 @@ def test_nothing_is_fitted_on_what_is_set_aside_to_calibrate_on(tmp_path: Path) 
         fit(wrap(guidance=True), tmp_path, inputs)
 
 
+def test_a_sample_that_repeats_a_fitted_one_does_not_calibrate(tmp_path: Path) -> None:
+    inputs = torch.cat([latents(10)] * 2)
+    fitted, aside = set_aside(20, FitSettings(calibrate=0.5))
+    unseen = {i % 10 for i in aside} - {i % 10 for i in fitted}
+    model = fit(wrap(), tmp_path, inputs, **PROMISE)
+    assert 0 < len(model.calibration) == len(unseen) < len(aside)
+
+
 def test_another_predictor_is_fitted_to_the_same_branches(tmp_path: Path) -> None:
     first = fit(wrap(guidance=True), tmp_path)
     written = (tmp_path / "branches/exit1.safetensors").stat().st_mtime_ns
