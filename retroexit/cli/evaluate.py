@@ -46,9 +46,7 @@ def calibrate(
     fitted: Fitted,
     alpha: options.Alpha = 0.05,
     confidence: options.Confidence = 0.95,
-    rule: Annotated[
-        str, Option(help="margin: one margin for all exits; bound: a bound for each exit.")
-    ] = "margin",
+    rule: Annotated[str, Option(help="margin: one for all exits; bound: one for each exit.")] = "margin",
     batch: options.Batch = 8,
     latency: options.Latency = None,
 ) -> None:
@@ -95,14 +93,10 @@ def evaluate(
 
 def report(
     folder: Annotated[Path, Argument(help="Folder that evaluate wrote, or the model's folder.")],
-    out: Annotated[
-        Path | None, Option(help="Folder for the page; where the numbers are, by default.")
-    ] = None,
+    out: Annotated[Path | None, Option(help="Folder for the page; by default that of the numbers.")] = None,
     title: Annotated[str | None, Option(help="Heading of the page.")] = None,
     threshold: options.Thresholds = None,
-    unguided: Annotated[
-        Path | None, Option(help="Folder of an evaluation without guidance, for figure 8.")
-    ] = None,
+    unguided: Annotated[Path | None, Option(help="Evaluation without guidance, for figure 8.")] = None,
 ) -> None:
     """Write one HTML page and summary.json from what evaluate measured, without measuring again.
 

@@ -56,9 +56,7 @@ def _import_advice(where: str, error: Exception) -> str:
     if not isinstance(error, ModuleNotFoundError):
         return f"Correct the module; {_VERBOSE}"
     if error.name and f"{where}.".startswith(f"{error.name}."):
-        return (
-            f"Check the name, run in the folder of the module ({Path.cwd()}?), or write path/to/file.py:name."
-        )
+        return f"Check the name, run in the module's folder ({Path.cwd()}?), or write path/to/file.py:name."
     return f"The module imports {error.name}: install that."
 
 

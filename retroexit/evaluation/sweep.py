@@ -87,9 +87,7 @@ class Evaluation:
             if value.shape != shape:
                 raise OptionError(f"{name} must have shape {shape} like loss, got {value.shape}", value)
             if count := int((~np.isfinite(value)).sum()):
-                raise OptionError(
-                    f"{name} must be finite, got NaN or infinity in {count} of {value.size}", value
-                )
+                raise OptionError(f"{name} must be finite, got NaN or infinity {count} times", value)
             object.__setattr__(self, name, value)
         if self.macs[-1] <= 0:
             raise OptionError(f"the backbone's MACs must be > 0, got {self.macs[-1]}", self.macs)
@@ -161,9 +159,7 @@ class Evaluation:
         for name in ("threshold", "mean_loss"):
             x = np.array([getattr(point, name) for point in points], dtype=np.float64)
             if len(x) < 2 or not np.ptp(x) > 0:
-                raise OptionError(
-                    f"points must have two different values of {name}, got {x.tolist()}", points
-                )
+                raise OptionError(f"points need two different values of {name}, got {x.tolist()}", points)
             centred = x - x.mean()
             slope = float(centred @ saved / (centred @ centred))
             factors[f"gmacs_per_{name}"] = slope * float(self.macs[-1]) / 1e9
@@ -206,9 +202,7 @@ class Evaluation:
     def need_predicted(self) -> Array:
         """Return the predicted losses, or raise `OptionError` if there are none."""
         if self.predicted is None:
-            raise OptionError(
-                "the evaluation has no predicted losses. Fit a predictor, or use oracle or fixed."
-            )
+            raise OptionError("there are no predicted losses. Fit a predictor, or use oracle or fixed.")
         return self.predicted
 
     def _cost_order(self) -> npt.NDArray[np.int64]:

@@ -72,9 +72,7 @@ class Guidance:
         if self.size < 1:
             raise OptionError(f"size must be >= 1, got {self.size}", self.size)
         if self.key not in (None, False) and not callable(self.key):
-            message = (
-                f"key must be a function of the generator's arguments returning (N, D), got {self.key!r}"
-            )
+            message = f"key must be a function of the generator's arguments to (N, D), got {self.key!r}"
             raise OptionError(message, self.key)
         if self.key and self._names_patches:
             other = f"patch={self.patch}" if self.key_after is None else f"key_after={self.key_after!r}"
@@ -252,9 +250,7 @@ def _find_value_cut(decoder: Decoder, guidance: Guidance) -> Cut:
     count = len(decoder.stages)
     index = (count + 1) // 2 if place is None else place
     if not 1 <= index < count:
-        raise OptionError(
-            f"value_after must be 'image' or a stage before the last of {count}, got {index}", index
-        )
+        raise OptionError(f"value_after must be 'image' or a stage before stage {count}, got {index}", index)
     return decoder.cut(decoder.stages[index - 1])
 
 

@@ -43,9 +43,7 @@ def check_picture(file: str | Path) -> Path:
     if path.suffix.lower() not in _FORMATS:
         raise OptionError(f"the picture must end in one of {', '.join(_FORMATS)}, got {str(file)!r}", file)
     if not path.parent.is_dir():
-        raise OptionError(
-            f"no folder {str(path.parent)!r} for the picture {path.name!r}. Make it first.", file
-        )
+        raise OptionError(f"no folder {str(path.parent)!r} for picture {path.name!r}. Make it first.", file)
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:

@@ -314,9 +314,7 @@ def _open(folder: Path, name: str, count: int, mode: Any) -> np.ndarray:
     except ValueError as error:
         raise CheckpointError(f"{path} is damaged ({error}). Remove {folder}.", path) from error
     if array.shape[:1] != (count,):
-        raise CheckpointError(
-            f"{path} must have {count} samples, got shape {array.shape}. Remove {folder}.", path
-        )
+        raise CheckpointError(f"{path} must have {count} rows, got {array.shape}. Remove {folder}.", path)
     return array
 
 

@@ -56,9 +56,7 @@ def stream_bank(
         model.record(*args, **kwargs)
     taps, guidance = model.decomposition.taps, model.options.guidance
     if taps is None or guidance is None:
-        raise OptionError(
-            "the model was wrapped without guidance. Pass guidance=... to retroexit.wrap.", model
-        )
+        raise OptionError("the model has no guidance. Pass guidance=... to retroexit.wrap.", model)
     meta = {
         "fingerprint": fingerprint(model.generator),
         "generator": type(model.generator).__name__,

@@ -301,9 +301,7 @@ class TrainingWriter:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise MissingExtraError(
-                "tensorboard is not installed. Run: pip install 'retroexit[train]'"
-            ) from error
+            raise MissingExtraError("tensorboard is missing. Run: pip install 'retroexit[train]'") from error
         self._make: Any = lambda step: SummaryWriter(str(folder), purge_step=step)
         self._writer: Any = None
 

@@ -192,7 +192,7 @@ def test_a_cached_or_downloaded_file_is_used_only_if_its_hash_is_the_one_in_its_
             {"features.0.weight": torch.zeros(64, 3, 3, 3)},
             r"features\.0\.bias must have shape \(64,\), got nothing",
         ),
-        ("squeeze", b"not a weight file", "not a weight file that torch can read safely"),
+        ("squeeze", b"not a weight file", "no weight file that torch can read safely"),
         ("squeeze", [torch.zeros(1)], "must hold a state dict, got list"),
         ("squeeze", {"backbone": Trap()}, "read safely"),  # code in a file never runs
     ],

@@ -173,7 +173,7 @@ def test_everything_that_is_wrong_is_listed_at_once(decoder: nn.Module) -> None:
         ({"image": "colour"}, "the generator can be read with these stages: "),
         (
             {"example_inputs": lambda g: torch.zeros(1)},
-            "example_inputs must return (args, kwargs), a tuple and a dict, got tensor([0.])",
+            "example_inputs must return (args, kwargs), tuple and dict, got tensor([0.])",
         ),
         ({"example_inputs": lambda g: ((torch.zeros(1, 8, 8),), {})}, "example inputs run: RuntimeError"),
         ({"example_inputs": None}, "the description has no example_inputs; write them, or pass"),
@@ -298,9 +298,7 @@ def test_exits_that_depend_on_the_batch_are_named(noisy: bool) -> None:
 
 
 def test_exits_that_do_not_shrink_are_named() -> None:
-    assert "no branch shrinks at scale 0.25 with min_channels=4" in problems_of(
-        Narrow().eval(), plugin=Adapter()
-    )
+    assert "no branch shrinks at scale 0.25, min_channels=4" in problems_of(Narrow().eval(), plugin=Adapter())
 
 
 def test_every_stage_at_which_wrapping_fails_is_named(

@@ -106,7 +106,7 @@ def test_an_interrupted_build_goes_on_to_the_same_bank(tmp_path, monkeypatch) ->
 
 
 def test_a_model_without_guidance_has_no_bank_to_build() -> None:
-    with pytest.raises(OptionError, match="wrapped without guidance"):
+    with pytest.raises(OptionError, match="has no guidance"):
         stream_bank(wrapped(None), Samples(SAMPLES), ExactRetriever())
 
 

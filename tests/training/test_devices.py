@@ -74,7 +74,7 @@ def test_one_device_needs_no_fabric(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lightning_fabric", None)
     assert join() == join(1, 1) == Team(0, 1, None)
     with pytest.raises(
-        MissingExtraError, match=r"2 devices need lightning-fabric. Run: pip install 'retroexit\[train\]'"
+        MissingExtraError, match=r"devices need lightning-fabric: pip install 'retroexit\[train\]'"
     ):
         join(2)
 
@@ -85,7 +85,7 @@ def test_torchrun_without_fabric_is_refused_rather_than_trained_apart(
     monkeypatch.setitem(sys.modules, "lightning_fabric", None)
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    with pytest.raises(MissingExtraError, match="4 devices need lightning-fabric"):
+    with pytest.raises(MissingExtraError, match="several devices need lightning-fabric"):
         join()
 
 
