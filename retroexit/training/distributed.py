@@ -118,7 +118,7 @@ def check_devices(devices: int | None, nodes: int | None, batch: int | None = No
         except ValueError:  # sys.modules has None for it
             is_installed = False
         if not is_installed:
-            raise MissingExtraError(f"several devices need lightning-fabric: pip install 'retroexit[train]'")
+            raise MissingExtraError("several devices need lightning-fabric: pip install 'retroexit[train]'")
 
 
 def kind_of_device(accelerator: str | None) -> str:
