@@ -24,6 +24,9 @@ from retroexit.tracing.record import unobserved
 
 _IMAGE = "image"
 
+KeyFunction = Callable[..., Tensor]
+"""Returns the key of every input, ``(N, D)``, from the generator's arguments."""
+
 
 @dataclass(frozen=True)
 class Guidance:
@@ -56,7 +59,7 @@ class Guidance:
 
     value_after: int | str | None = None
     key_after: int | str | None = None
-    key: Callable[..., Tensor] | Literal[False] | None = None
+    key: KeyFunction | Literal[False] | None = None
     patch: tuple[int, ...] = (1, 1)
     inject: Literal["input", "every_stage"] | None = None
     order: Literal[0, 1] = 0
@@ -88,7 +91,7 @@ class Guidance:
 
     def completed(
         self,
-        key: Callable[..., Tensor] | None = None,
+        key: KeyFunction | None = None,
         key_after: int | str | None = None,
         value_after: int | str | None = None,
     ) -> Guidance:
@@ -114,7 +117,7 @@ class Taps:
     value_cut: Cut  # cut after the map that values are cut from
     gives_image: bool  # whether that map is the backbone's image
     key_node: fx.Node  # node of the feature that keys are cut from, if no function returns them
-    key: Callable[..., Tensor] | None  # returns one key per input, if the bank holds frames
+    key: KeyFunction | None  # returns one key per input, if the bank holds frames
     key_shape: tuple[int, ...]  # shape (D, ...) of the map that keys are cut from, for one sample
     patch: tuple[int, ...]  # size of a key's patch
     guide: GuideShape  # shape of the guide, for the branches
@@ -153,7 +156,7 @@ class Taps:
         }
 
 
-def key_name(key: Callable[..., Tensor]) -> str:
+def key_name(key: KeyFunction) -> str:
     """Name a key function as a saved model records it: module and qualified name."""
     named: Any = key
     while hasattr(named, "func"):  # functools.partial
@@ -165,7 +168,7 @@ def key_name(key: Callable[..., Tensor]) -> str:
 
 @torch.no_grad()
 def _keys_of(
-    key: Callable[..., Tensor], args: Any, kwargs: Any, count: int, dims: int, width: int | None = None
+    key: KeyFunction, args: Any, kwargs: Any, count: int, dims: int, width: int | None = None
 ) -> Tensor:
     """Call a key function for N = ``count`` inputs; return a map of one location, ``(N, D, 1, 1)``."""
     expected = f"({count}, {'D' if width is None else width})"
