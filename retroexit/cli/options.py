@@ -63,13 +63,10 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def group_of(source: Callable[..., Any], **options: Any) -> Any:
-    """Make a group of options from arguments of a function or fields of a dataclass.
+    """Make a group of options from arguments of a function or fields of a dataclass, with their defaults.
 
-    Args:
-        source: Where defaults and types come from. What is no number and no flag is a text. Counts must be at
-            least 1, other numbers and those with the default 0 at least 0.
-        **options: The help of every option, or its annotation. The default is ``None`` if the source has
-            none.
+    ``options`` are the help of every option, or its annotation. What is no number and no flag is a text.
+    Counts must be at least 1, other numbers and those with the default 0 at least 0.
     """
     hints, simple, group = get_type_hints(source), (str, bool, int, float), []
     for name, option in options.items():

@@ -232,15 +232,7 @@ class LabelMap:
 
 
 def draw_scene(seed: int, size: tuple[int, int] = SCENE_SIZE) -> Scene:
-    """Draw the label map of one scene; the same seed and size always give the same map.
-
-    Args:
-        seed: Any integer ``>= 0``; see `TRAIN_SEEDS` and `TEST_SEEDS`.
-        size: Height and width in pixels, at least 32 x 32.
-
-    Raises:
-        OptionError: If ``seed`` is negative or ``size`` too small.
-    """
+    """Draw the label map of one scene; the same ``seed >= 0`` and size, at least 32 x 32, give the same map."""
     canvas, z, difficulty = place_scene(seed, size, LabelMap)
     return Scene(canvas.labels(), z, difficulty)
 

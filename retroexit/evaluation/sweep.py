@@ -147,12 +147,8 @@ class Evaluation:
         """Fit the gain factor of section 3.4: computations saved per loss accepted.
 
         The slope of a least-squares line through points at two or more thresholds (the paper's number) or
-        mean losses. Leave out points where every sample leaves at one exit: they flatten the slope.
-
-        Returns:
-            ``gmacs_per_threshold`` and ``gmacs_per_mean_loss``: saved GMACs per unit of loss;
-                ``percent_per_hundredth_threshold`` and ``percent_per_hundredth_mean_loss``: saved share of
-                the backbone in percent per 0.01 of loss, comparable between backbones.
+        mean losses. Leave out points where every sample leaves at one exit: they flatten the slope. Returns
+        saved GMACs per unit of loss, and saved percent of the backbone per 0.01 of loss.
         """
         saved = np.array([point.saved for point in points])
         factors: dict[str, float] = {}

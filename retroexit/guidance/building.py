@@ -43,18 +43,14 @@ class Candidates:
     every key ever seen. With other ways of thinning, a uniform sample of the stream is held (a reservoir).
 
     Args:
-        most: Keys held at most; with ``"fps"`` at least twice ``size``.
-        size: Keys of the bank.
-        thin: How they will be thinned.
-        seed: Of all random choices.
+        most: Keys held at most; with ``"fps"`` at least twice ``size``, the keys of the bank.
         folder: Where `store` writes; a stream stored there is resumed.
         identity: What the keys belong to, plain data; a folder with another identity is refused.
 
     Attributes:
-        seen: Number of keys added so far.
+        seen, held: Number of keys added so far, and of those held.
         shape: Shape of the features that the keys were cut from, ``(C, H, W)``; empty before the first.
         grid: The grid of patches of each feature, ``(h, w)``.
-        held: Number of keys held.
     """
 
     def __init__(
@@ -226,7 +222,7 @@ def build_bank(
     source, cells = candidates.tags[rows].T
     values = _compute_values(values_of, source, cells, candidates.grid, progress)
     retriever.build(keys)
-    thinning = {"how": thin, "size": size, "eps": eps, "seed": seed, "seen": candidates.seen}
+    thinning: dict[str, Any] = {"how": thin, "size": size, "eps": eps, "seed": seed, "seen": candidates.seen}
     thinning |= {"candidates": candidates.held, "radius": radius, "mean": mean}  # both of the candidates
     thinning["within"] = within if math.isfinite(within) else None  # of all keys seen
     facts = {**(meta or {}), "patch": list(patch), "thinning": thinning}

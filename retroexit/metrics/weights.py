@@ -49,13 +49,7 @@ def fill_lpips(network: Any, net: str, path: Path) -> None:
 def fill_trunk(trunk: nn.Module, owner: str, path: Path) -> None:
     """Load the convolutions of a torchvision network, ``features.N.*`` in the file, into empty ones.
 
-    Args:
-        trunk: Its ``features``, or the first of them.
-        owner: Name of the network in messages.
-        path: A torchvision state dict, or a dict with one as its ``"backbone"``.
-
-    Raises:
-        WeightsError: If the file is missing, damaged, or another network's.
+    The file is a torchvision state dict, or a dict with one as its ``"backbone"``. ``owner`` is for messages.
     """
     content = _read(path)
     names = {name: f"features.{name}" for name in trunk.state_dict()}
@@ -108,11 +102,7 @@ def _hub_address(net: str) -> str:
 
 
 def hub_file(net: str, owner: str | None = None) -> Path:
-    """Find torchvision's weights for ``net`` in torch hub's cache, or download them; check the hash.
-
-    Raises:
-        WeightsError: If the file is damaged, or is neither there nor can be downloaded.
-    """
+    """Find torchvision's weights for ``net`` in torch hub's cache, or download them; check the hash."""
     address = _hub_address(net)
     path = Path(torch.hub.get_dir()) / "checkpoints" / address.rpartition("/")[2]
     prefix = path.stem.rpartition("-")[2]

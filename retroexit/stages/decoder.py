@@ -128,11 +128,6 @@ def read_decoder(
             if ``None``.
         also: Paths of further modules that must stay visible as single nodes.
         image: Key, index or path of the image in the output.
-
-    Raises:
-        AttachPointError: If a path in ``stages`` or ``also`` names no module that runs.
-        GeneratorError, RecordingError: If it rejects the inputs, returns no finite image, or cannot be
-            recorded.
     """
     deep = _record_deeply(generator, args, kwargs)
     _, deep_image = find_image(deep, image)

@@ -72,12 +72,9 @@ def average(tensors: Sequence[Tensor]) -> None:
 
 
 def join(devices: int | None = None, nodes: int | None = None, accelerator: str = "cpu") -> Team:
-    """Join the processes that torchrun started, or start them, one per device of every machine.
+    """Join the processes that torchrun started, or start one per device of every machine by Lightning Fabric.
 
-    Without torchrun, Lightning Fabric starts the running script once more for every further device.
-
-    Raises:
-        MissingExtraError, OptionError: If lightning-fabric is not installed, or a number is not torchrun's.
+    Fabric starts the running script once more for every further device.
     """
     running = int(os.environ.get("WORLD_SIZE", "1"))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", str(running)))

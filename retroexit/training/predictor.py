@@ -31,12 +31,7 @@ _BATCH, _LR = 32, 2e-3  # samples per step; learning rate, cosine to zero
 def exit_losses(
     model: EarlyExitGenerator, steps: Steps, metric: QualityMetric, path: Path, progress: bool
 ) -> Tensor:
-    """Measure the quality loss of every branch exit on every sample, ``(S, K)``, or read it from ``path``.
-
-    Raises:
-        CheckpointError: If the file is damaged or belongs to another fit.
-        TrainingError: If a loss is not finite.
-    """
+    """Measure the quality loss of every branch exit on every sample, ``(S, K)``, or read it from ``path``."""
     team, size = steps.team, (len(steps.features), len(model.branches))
     if team.from_first(path.exists()):
         return _read_losses(path, size)
@@ -181,9 +176,6 @@ def train_predictor(
 
     Returns:
         Mean absolute error on the held-out samples; ``None`` without such samples.
-
-    Raises:
-        TrainingError: If the loss is not finite.
     """
     held = torch.as_tensor(sorted(held_out), dtype=torch.long)
     mask = torch.ones(len(maps), dtype=torch.bool)
