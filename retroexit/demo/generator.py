@@ -89,9 +89,6 @@ class SceneGenerator(nn.Module):
         Args:
             labels: One-hot label map, float ``(N, len(CLASSES), 64, 128)``.
             z: Style, float ``(N, len(STYLE))``, made for ``[-1, 1]``.
-
-        Raises:
-            InputMismatchError: If a shape differs.
         """
         if labels.shape[1:] != (len(CLASSES), *SCENE_SIZE) or z.shape != (labels.shape[0], len(STYLE)):
             raise InputMismatchError(

@@ -318,13 +318,8 @@ class GuideProvider:
     ) -> Tensor | None:
         """Glue guides ``(R, C, ...)`` of a batch, or of some rows of it; ``None`` where branches take none.
 
-        Args:
-            begun: The batch at the first cut.
-            rows: Rows of the batch, int64 ``(R,)``; ``None`` for all.
-            retrieved: The result of `retrieve` for the whole batch, if there is one.
-
-        Raises:
-            BankError: If there is no bank yet.
+        ``retrieved`` is the result of `retrieve` for the whole batch, if there is one. No bank is a
+        `BankError`.
         """
         if self.taps is None or (rows is not None and not len(rows)):
             return None

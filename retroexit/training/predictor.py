@@ -162,17 +162,8 @@ def train_predictor(
     """Fit a predictor to quality losses by the squared error of their logarithms (ours; equation 2 has none).
 
     The weights that are best on the held-out samples are kept, and their mean error there is subtracted. The
-    guard against out-of-distribution inputs is fitted to the same maps.
-
-    Args:
-        predictor: Trained in place; left in eval mode.
-        maps: Maps that it reads, ``(S, C, ...)``.
-        losses: Quality loss of every branch exit, ``(S, K)``.
-        held_out: Samples that the branches were not trained on.
-        extra: Distance to the guide, ``(S, 1)``, if it reads it.
-        steps: Adam steps.
-        seed: Seed of the batches.
-        progress: Whether to show a progress bar on a terminal.
+    guard against out-of-distribution inputs is fitted to the same maps. Maps are ``(S, C, ...)``, losses
+    ``(S, K)``, and ``extra`` are distances to the guide, ``(S, 1)``, if the predictor reads them.
 
     Returns:
         Mean absolute error on the held-out samples; ``None`` without such samples.
