@@ -255,7 +255,7 @@ def test_exits_that_depend_on_the_batch_are_named(noisy):
 
 def test_exits_that_do_not_shrink_are_named():
     problems = problems_of(Narrow().eval(), plugin=Adapter())
-    assert "no branch shrinks at scale 0.25 with min_channels=4" in problems
+    assert "no branch shrinks at scale 0.25, min_channels=4" in problems
 
 
 def test_every_stage_at_which_wrapping_fails_is_named(decoder, monkeypatch):

@@ -61,12 +61,12 @@ def test_two_processes_give_the_weights_of_one(
 def test_one_device_needs_no_fabric_and_more_are_refused_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lightning_fabric", None)
     assert join() == join(1, 1) == Team(0, 1, None)
-    message = r"2 devices need lightning-fabric. Run: pip install 'retroexit\[train\]'"
+    message = r"devices need lightning-fabric: pip install 'retroexit\[train\]'"
     with pytest.raises(MissingExtraError, match=message):
         join(2)
     monkeypatch.setenv("WORLD_SIZE", "4")  # of torchrun; the processes must not train apart
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    with pytest.raises(MissingExtraError, match="4 devices need lightning-fabric"):
+    with pytest.raises(MissingExtraError, match="several devices need lightning-fabric"):
         join()
 
 

@@ -210,7 +210,7 @@ def test_a_forward_that_fixes_the_batch_size_is_refused(tmp_path: Path) -> None:
     [
         ({"steps": 0}, "steps must be >= 1, got 0"),
         ({"held_out": 1.0}, r"held_out must be in \[0, 1\), got 1.0"),
-        ({"held_out": 0.99}, "held_out=0.99 of 10 samples leaves none"),
+        ({"held_out": 0.99}, "held_out=0.99 leaves no sample"),
         ({"crop": 0}, "crop must be >= 1, got 0"),
         ({"crop": 6}, "crop must be a multiple of 4, got 6"),
         ({"seed": -1}, "seed must be >= 0, got -1"),
