@@ -149,7 +149,10 @@ def mutations(files: list[Path], count: int, seed: int = 0, begin: int = 0) -> I
         path = files[number % len(files)]
         way = WAYS[(number // len(files)) % len(WAYS)]
         try:
-            yield f"{path.name}: {way(path, contents, draw)}"
+            done = way(path, contents, draw)
+            if path.is_file() and path.read_bytes() == contents[path]:  # zeros over zeros, say
+                done = _cut(path, contents, draw)
+            yield f"{path.name}: {done}"
         finally:
             _remove(path)
             path.write_bytes(contents[path])
@@ -204,8 +207,9 @@ def _retype(path: Path, contents: dict[Path, bytes], draw: random.Random) -> str
     except ValueError:
         return _flip(path, contents, draw)
     parent, key = draw.choice(places)
-    value = draw.choice((None, True, -1, 1e300, float("nan"), "text", [], [[]], {}, {"a": None}))
-    before, parent[key] = parent[key], value
+    before = parent[key]
+    values = (None, True, -1, 1e300, float("nan"), "text", [], [[]], {}, {"a": None})
+    value = parent[key] = draw.choice([value for value in values if type(value) is not type(before)])
     path.write_text(json.dumps(facts))
     return f"{key}: {str(before)[:40]!r} replaced by {value!r}"
 

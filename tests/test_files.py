@@ -74,10 +74,12 @@ def test_a_second_fit_in_a_folder_is_refused_until_the_first_is_killed(
 ) -> None:
     pid = os.fork() if sys.version_info < (3, 12) else pytest.skip("forks beside threads")
     if not pid:
-        with files.locked(tmp_path):
-            (tmp_path / "held").touch()
-            time.sleep(60)
-        os._exit(0)
+        try:
+            with files.locked(tmp_path):
+                (tmp_path / "held").touch()
+                time.sleep(60)
+        finally:
+            os._exit(0)
     try:
         while not (tmp_path / "held").exists():
             time.sleep(0.01)
