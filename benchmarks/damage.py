@@ -364,7 +364,7 @@ def count(kind: Kind, mutations: int, seed: int) -> tuple[collections.Counter[st
     while number < mutations:
 
         def work(report: Callable[[Any], None], begin: int = number) -> None:
-            damaging.one_thread()
+            torch.set_num_threads(1)  # the thread pool of the parent does not exist in a forked process
             for done in damaging.mutations(kind.files, mutations, seed, begin):
                 report([done, "began", ""])
                 with damaging.time_limit(10):

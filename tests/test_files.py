@@ -216,7 +216,7 @@ def test_mutations_of_the_files_of_a_model_are_refused_or_repaired(
     index = next(path for path in paths if path.name == "index.bin")
 
     def work(report: Callable[[Any], None]) -> None:
-        damage.one_thread()
+        torch.set_num_threads(1)
         for done in damage.mutations(paths, 200):
             report([done, "began"])
             with damage.time_limit(10):
