@@ -266,7 +266,8 @@ def options_from_json(
     saved = dict(manifest["options"])
     guidance = saved.pop("guidance")
     if guidance is not None:
-        guidance = Guidance(**{**guidance, "key": key, "patch": tuple(guidance["patch"])})
+        plain = {"patch": tuple(guidance["patch"]), "retriever": str(guidance["retriever"])}
+        guidance = Guidance(**{**guidance, **plain, "key": key})
     image, image_range = saved.pop("image"), saved.pop("image_range")
     return WrapOptions(
         attach_at=tuple(manifest["attach_at"]),

@@ -220,7 +220,7 @@ def test_files_of_another_fit_are_refused(tmp_path: Path, uninterrupted: Any) ->
     fit(wrap(attach_at=[1]), tmp_path / "other", inputs=latents(9))
     for name, message in (
         ("losses.npy", r"it does not match losses\.sha256"),
-        ("cache/stages_0.npy", r"stages_0.npy must have 9 samples, got shape \(10, 12, 8, 8\)"),
+        ("cache/stages_0.npy", r"stages_0.npy must have 9 rows, got \(10, 12, 8, 8\)"),
     ):
         content = (tmp_path / "other" / name).read_bytes()
         (tmp_path / "other" / name).write_bytes((tmp_path / "one" / name).read_bytes())
