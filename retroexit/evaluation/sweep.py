@@ -55,6 +55,7 @@ class Evaluation:
         metric: What the loss is, see ``QualityMetric.describe``.
         exits: One row per exit: index, attach_at, depth, macs, share, parameters.
         distance: Mean distance of each sample to its guide, shape ``(S,)``, or ``None``.
+        ood: 1 for samples that are out of distribution and go to the backbone, else 0, shape ``(S,)``, or ``None``.
         seconds: Median wall-clock seconds of each route, shape ``(K + 1,)``, or ``None``.
         about: Other facts: generator, data, seed, machine, versions.
 
@@ -71,17 +72,18 @@ class Evaluation:
     distance: Array | None = None
     seconds: Array | None = None
     about: dict[str, Any] = field(default_factory=dict)
+    ood: Array | None = None
 
     def __post_init__(self) -> None:
         loss = np.asarray(self.loss, dtype=np.float64)
         if loss.ndim != 2 or 0 in loss.shape:
             raise OptionError(f"loss must have shape (samples, branch exits), got {loss.shape}", loss)
         samples, exits = loss.shape
-        shapes = {"loss": loss.shape, "predicted": loss.shape, "distance": (samples,)}
+        shapes = {"loss": loss.shape, "predicted": loss.shape, "distance": (samples,), "ood": (samples,)}
         shapes |= dict.fromkeys(("macs", "overhead", "seconds"), (exits + 1,))
         for name, shape in shapes.items():
             value = getattr(self, name)
-            if value is None and name in ("predicted", "distance", "seconds"):
+            if value is None and name in ("predicted", "distance", "seconds", "ood"):
                 continue
             value = np.asarray(value, dtype=np.float64)
             if value.shape != shape:

@@ -125,8 +125,7 @@ def _headline(summary: dict[str, Any], picked: float) -> str:
         row = next(row for row in promise["rows"] if row["threshold"] == picked)
         return (
             f"At a threshold of {picked:g} {label}, {_percent(row['saved'])} of the backbone's compute is "
-            f"saved under the promise that at most {_percent(promise['alpha'])} of the inputs lose more "
-            f"(confidence {_percent(promise['confidence'])}); here {row['above']} of {promise['held_out']} "
+            f"saved under {_claim(promise)}; here {row['above']} of {promise['held_out']} "
             f"do, mean {row['mean_loss']:.3g}."
         )
     if row is None:
@@ -140,6 +139,13 @@ def _headline(summary: dict[str, Any], picked: float) -> str:
         f"{'saved' if row['saved'] >= 0 else 'added'}; mean {row['mean_loss']:.3g}, 90 % of the samples below "
         f"{row['p90_loss']:.3g}."
     )
+
+
+def _claim(promise: dict[str, Any]) -> str:
+    share = f"at most {_percent(promise['alpha'])}"
+    if not promise["is_promise"]:
+        return f"a margin that left {share} of each calibrated group above, no promise"
+    return f"the promise that {share} of the inputs lose more (confidence {_percent(promise['confidence'])})"
 
 
 def _drawings(evaluation: Evaluation, taus: Sequence[float], unguided: Evaluation | None) -> dict[str, str]:
