@@ -116,7 +116,9 @@ def evaluate(
     if promise is None:
         typer.echo(EXPECTATION)
     else:
-        typer.echo(f"{'promise: ' if promise['is_promise'] else ''}{promise['text']}\n{promise_table(promise)}")
+        typer.echo(
+            f"{'promise: ' if promise['is_promise'] else ''}{promise['text']}\n{promise_table(promise)}"
+        )
         for reason in promise["void"]:
             typer.echo(f"the promise is void: {reason}")
     typer.echo(f"out-of-distribution guard: {result.about['ood_guard']}")
