@@ -69,7 +69,7 @@ def outcomes(damage: Any, folder: Path, read: Callable[[], Any], sound: Callable
     """Read a folder with one damaged file after another, in a child process."""
 
     def read_all(report: Any) -> None:
-        damage.one_thread()
+        torch.set_num_threads(1)
         for done in damage.damaged(folder, TRIALS):
             report([done, "began"])
             try:
