@@ -125,14 +125,10 @@ def evaluate(
 
 def report(
     folder: Annotated[Path, Argument(help="Folder that evaluate wrote, or the model's folder.")],
-    out: Annotated[
-        Path | None, Option(help="Folder for the page; where the numbers are, by default.")
-    ] = None,
+    out: Annotated[Path | None, Option(help="Folder for the page; by default that of the numbers.")] = None,
     title: Annotated[str | None, Option(help="Heading of the page.")] = None,
     threshold: options.Thresholds = None,
-    unguided: Annotated[
-        Path | None, Option(help="Folder of an evaluation without guidance, for figure 8.")
-    ] = None,
+    unguided: Annotated[Path | None, Option(help="Evaluation without guidance, for figure 8.")] = None,
 ) -> None:
     """Write one HTML page and summary.json from what evaluate measured, without measuring again.
 

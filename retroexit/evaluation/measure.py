@@ -42,16 +42,8 @@ def measure(
 ) -> tuple[Evaluation, Measurement]:
     """Measure every exit of a model on inputs that it was not fitted on.
 
-    Returns the evaluation, and the measurement, which can render the samples again.
-
-    Args:
-        model: A wrapped generator.
-        inputs: Samples without the batch axis, as for `retroexit.fit`.
-        metric: Compares an exit's image with the backbone's.
-        seed: Seed of the noise drawn inside the generator.
-        batch: Samples per pass.
-        repeats: Timed runs per route; 0 leaves timing out.
-        progress: Whether to show a progress bar on a terminal.
+    Returns the evaluation, and the measurement, which can render the samples again. ``seed`` is that of the
+    noise inside the generator, ``batch`` counts samples per pass, ``repeats`` timed runs per route.
     """
     samples = Samples(inputs, seed)
     if not model.is_recorded:

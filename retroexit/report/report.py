@@ -31,24 +31,11 @@ def write_report(
     unguided: Evaluation | None = None,
     calibration: Calibration | None = None,
 ) -> Path:
-    """Write ``report.html`` and ``summary.json``, and the texts and images to write them again from.
+    """Write ``report.html``, whose path is returned, ``summary.json``, and what it takes to write them again.
 
-    Args:
-        folder: Made if absent. If the model is there or one folder above, the page shows its hashes.
-        evaluation: The numbers. What it does not hold (predictions, distances, seconds) is left out.
-        strips: Images to show; may be empty.
-        title: Heading of the page.
-        headline: First sentence; by default the saving at the highlighted threshold.
-        command: The command that reproduces the report.
-        thresholds: Default :func:`thresholds_for`; 0.1 is highlighted, or else the middle one.
-        unguided: The same exits without guidance, for comparison in one figure.
-        calibration: The model's calibration, compared with these samples.
-
-    Returns:
-        Path of ``report.html``.
-
-    Raises:
-        MissingExtraError, OptionError: If jinja2 or matplotlib is not installed, or ``thresholds`` is empty.
+    If the model is in the folder or one above, the page shows its hashes. What the evaluation does not hold
+    (predictions, distances, seconds) is left out. ``headline`` is by default the saving at the highlighted
+    threshold: 0.1, or else the middle one. ``unguided`` are the same exits without guidance, for one figure.
     """
     taus = sorted(set(thresholds_for(evaluation) if thresholds is None else thresholds))
     if not taus:

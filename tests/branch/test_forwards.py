@@ -225,7 +225,7 @@ class Skipping(Chain):
 
 def test_a_live_value_is_named_as_inspect_names_it():
     fixed = pins(Skipping(), "stem")
-    assert fixed and all(pin.is_live for pin in fixed)
+    assert fixed and all(pin.is_final for pin in fixed)
     assert {pin.reason.partition(",")[0] for pin in fixed} == {"the live value 'skip'"}
 
 

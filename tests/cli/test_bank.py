@@ -17,9 +17,7 @@ def test_build_info_and_verify_agree(run, thin):
     shown = run("bank", "info", "made")
     assert shown.out == built.removesuffix("saved to made\n")
     assert re.search(r"^pairs: +40 from \d+ inputs$", shown.out, re.MULTILINE)
-    assert re.search(
-        rf"^thinning: +{thin} of 768 candidates, 768 keys seen, seed 0$", shown.out, re.MULTILINE
-    )
+    assert re.search(rf"^thinning: +{thin} of 768 candidates, 768 seen, seed 0$", shown.out, re.MULTILINE)
     assert re.search(r"^coverage: +radius [\d.]+, mean distance", shown.out, re.MULTILINE)
     checked = run("bank", "verify", "made", "toy.py:decoder").succeeds()
     assert "40 of 40 keys find themselves" in checked and "backbone is the one" in checked

@@ -63,5 +63,5 @@ def test_texture_planes_are_fixed_bounded_and_read_only():
 
 @pytest.mark.parametrize(("seed", "size"), [(-1, (64, 128)), (0, (16, 128))])
 def test_a_negative_seed_or_a_tiny_size_is_an_error(seed, size):
-    with pytest.raises(OptionError, match=rf"seed must be >= 0 .* got seed={seed}, size=\({size[0]}, 128\)"):
+    with pytest.raises(OptionError, match=rf"seed must be >= 0 .* got {seed} and \({size[0]}, 128\)"):
         draw_scene(seed, size)

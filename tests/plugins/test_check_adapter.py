@@ -174,7 +174,7 @@ def change_weights(generator):
 
 
 ONCE = "stage must be a module that runs once in a forward pass, got 'blocks.9', w"
-PAIR = "example_inputs must return (args, kwargs), a tuple and a dict, got tensor([0.])"
+PAIR = "example_inputs must return (args, kwargs), tuple and dict, got tensor([0.])"
 ROWS = "predictor_inputs must return shapes that differ in N only, got (2, 2, 8, 8) for two samples and (1"
 
 
@@ -255,7 +255,7 @@ def test_exits_that_depend_on_the_batch_are_named(noisy):
 
 def test_exits_that_do_not_shrink_are_named():
     problems = problems_of(Narrow().eval(), plugin=Adapter())
-    assert "no branch shrinks at scale 0.25 with min_channels=4" in problems
+    assert "no branch shrinks at scale 0.25, min_channels=4" in problems
 
 
 def test_every_stage_at_which_wrapping_fails_is_named(decoder, monkeypatch):

@@ -92,7 +92,7 @@ def test_a_file_that_cannot_be_written_is_an_error(tmp_path, monkeypatch):
     for name, message in (
         ("d.jpg", "must end in one of .svg, .png, .pdf, got '.*d.jpg'"),
         ("d", "must end in one of .*, got '.*/d'"),
-        ("nowhere/d.svg", "no folder '.*nowhere' for the picture"),
+        ("nowhere/d.svg", "no folder '.*nowhere' for picture"),
     ):
         with pytest.raises(OptionError, match=message):
             draw_decoder(CASES["usual"], tmp_path / name)

@@ -65,11 +65,11 @@ def test_the_distribution_names_thresholds_exits_and_units_and_has_a_bar_per_exi
 def test_figures_need_their_numbers_and_matplotlib(make_evaluation, monkeypatch):
     usual, unpredicted = make_evaluation(), make_evaluation(predicted=None)
     assert "without guide" in texts(figures.quality_per_exit(usual, make_evaluation(seed=1)))
-    with pytest.raises(OptionError, match="unguided must have 3 exits, got 2"):
+    with pytest.raises(OptionError, match="unguided needs 3 exits, got 2"):
         figures.quality_per_exit(usual, make_evaluation(branches=2))
     shown = texts(figures.quality_against_compute(unpredicted))
     assert "routed, perfect prediction" in shown and "routed" not in shown
-    with pytest.raises(OptionError, match="has no predicted losses"):
+    with pytest.raises(OptionError, match="there are no predicted losses"):
         figures.predictor_enforcement(unpredicted)
     with pytest.raises(OptionError, match="has no distances"):
         figures.difficulty_against_distance(make_evaluation(distance=None))

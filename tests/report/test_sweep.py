@@ -116,7 +116,7 @@ def test_the_predictor_error_equals_scipy_and_counts_by_hand():
 def test_without_a_predictor_only_fixed_and_oracle_work(make_evaluation, method):
     e = make_evaluation(predicted=None)
     assert e.oracle(0.05).counts.sum() == 60
-    with pytest.raises(OptionError, match="has no predicted losses"):
+    with pytest.raises(OptionError, match="there are no predicted losses"):
         getattr(e, method)(*([] if method == "predictor_error" else [0.1]))
 
 
@@ -142,7 +142,7 @@ def test_json_restores_everything(make_evaluation, more):
     [
         ({"macs": np.ones(3)}, r"macs must have shape \(4,\) like loss, got \(3,\)"),
         ({"predicted": np.ones((60, 2))}, r"predicted must have shape \(60, 3\)"),
-        ({"distance": np.full(60, np.nan)}, "distance must be finite, got NaN or infinity in 60 of 60"),
+        ({"distance": np.full(60, np.nan)}, "distance must be finite, got NaN or infinity 60 times"),
         ({"loss": np.ones(5)}, r"\(samples, branch exits\), got \(5,\)"),
         ({"loss": np.ones((0, 3))}, r"got \(0, 3\)"),
         ({"macs": np.zeros(4)}, "must be > 0, got 0"),

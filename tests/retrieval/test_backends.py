@@ -152,7 +152,7 @@ def test_a_failed_build_leaves_the_earlier_index(keys, queries):
         (lambda: ExactRetriever(threads=0), "threads must be >= 1, got 0"),
         (lambda: ExactRetriever(device="cup"), "no device 'cup'"),
         (lambda: ExactRetriever(device="cuda:99"), "cannot hold 500 x 32 keys on 'cuda:99'"),
-        (lambda: ExactRetriever(precision="half"), "precision must be 'auto', .* got 'half'"),
+        (lambda: ExactRetriever(precision="half"), "precision must be auto, .* got 'half'"),
         (lambda: HnswlibRetriever(M=1), "M must be >= 2, got 1"),
         (lambda: HnswlibRetriever(ef=0), "ef must be >= 1, got 0"),
         (lambda: FaissRetriever(nprobe=0), "nprobe must be >= 1, got 0"),
