@@ -119,8 +119,9 @@ class Calibration:
     will see. Samples out of distribution go to the backbone and are left out, so that the promise holds for the
     others however many there are.
 
-    A promise for one threshold at a time fails for any of eleven in a third of the draws. One for several thresholds,
-    or for all, costs savings: see the table in ``docs/measurements.md``.
+    A promise for one threshold at a time fails for any of eleven in a third of the draws. One for several costs
+    savings; measured on synthetic losses: 53.8 % are saved for one threshold, 53.4 % for three together, 51.2 % for
+    a ladder of 16, and 43.7 % for all. See ``docs/measurements.md``.
 
     Args:
         losses: Measured loss of every branch exit, ``(S, K)``.
