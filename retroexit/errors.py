@@ -3,31 +3,6 @@
 import difflib
 from collections.abc import Iterable
 
-__all__ = [
-    "AdapterError",
-    "AttachPointError",
-    "BankError",
-    "BranchError",
-    "CheckpointError",
-    "DeviceError",
-    "GeneratorError",
-    "InputMismatchError",
-    "MissingExtraError",
-    "ModeError",
-    "NonFiniteError",
-    "NotRecordedError",
-    "OptionError",
-    "OutputError",
-    "PluginError",
-    "RecordingError",
-    "RepeatedStageError",
-    "RetrieverError",
-    "RetroExitError",
-    "RetroExitWarning",
-    "TrainingError",
-    "WeightsError",
-]
-
 
 class RetroExitError(Exception):
     """Base of every error that retroexit raises on purpose; ``subject`` is the object at fault, or ``None``."""
@@ -106,6 +81,13 @@ class MissingExtraError(RetroExitError, ImportError):
 
 class CheckpointError(RetroExitError, ValueError):
     """A file on disk is damaged or belongs to something else."""
+
+
+class StorageError(RetroExitError, OSError):
+    """A file cannot be written: the disk is full, or the folder is not yours to write to."""
+
+    def __str__(self) -> str:
+        return str(self.args[0]) if self.args else ""
 
 
 class TrainingError(RetroExitError, RuntimeError):

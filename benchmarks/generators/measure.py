@@ -167,7 +167,7 @@ def _wrap(
     row: Row, entry: Entry, made: Made, places: list[int], scale: float, tap: str
 ) -> EarlyExitGenerator | None:
     """Wrap at all places, or where that fails at each alone, so that every branch is prediction by itself."""
-    held, begin = _peak_memory(), time.perf_counter()
+    held, begin = peak_memory(), time.perf_counter()
     try:
         model = _plain_wrap(entry, made, places, scale, tap)
     except Exception:
@@ -183,12 +183,12 @@ def _wrap(
     if scale == SCALES[0]:
         size = sum(t.numel() * t.element_size() for t in made.generator.state_dict().values())
         row.seconds = time.perf_counter() - begin
-        row.memory = (_peak_memory() - held, size / 2**20)
+        row.memory = (peak_memory() - held, size / 2**20)
     row.branches.extend(_branches(model, made, scale))
     return model
 
 
-def _peak_memory() -> float:
+def peak_memory() -> float:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 

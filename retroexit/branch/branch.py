@@ -89,6 +89,7 @@ class Branch(nn.Module):
     Attributes:
         entry: Projection of feature and guide to the branch's width, if needed.
         tail: The narrowed stages and the operations between and after them.
+        live_entries: Projections of live values to the branch's width, by position.
         injections: With ``inject="every_stage"``, entries of other stages by path, with dots as ``__``.
         plan: The chosen widths; ``None`` at full width.
         macs: Multiply-accumulates of its first run, on the example values that it was built for.
@@ -98,10 +99,16 @@ class Branch(nn.Module):
     """
 
     def __init__(
-        self, entry: GuideEntry | None, tail: Tail, injections: dict[str, GuideEntry], plan: WidthPlan | None
+        self,
+        entry: GuideEntry | None,
+        live_entries: dict[int, GuideEntry],
+        tail: Tail,
+        injections: dict[str, GuideEntry],
+        plan: WidthPlan | None,
     ) -> None:
         super().__init__()
         self.entry, self.tail = entry, tail
+        self.live_entries = nn.ModuleDict({str(position): entry for position, entry in live_entries.items()})
         self.injections = nn.ModuleDict(
             {path.replace(".", "__"): entry for path, entry in injections.items()}
         )
@@ -152,6 +159,11 @@ class Branch(nn.Module):
         """
         if self.entry is not None:
             feature = self.entry(feature, guide)
+        if self.live_entries:
+            live = tuple(
+                self.live_entries[str(i)](value, None) if str(i) in self.live_entries else value
+                for i, value in enumerate(live)
+            )
         before = {
             path.replace("__", "."): (lambda x, entry=entry: entry(x, guide))
             for path, entry in self.injections.items()

@@ -379,8 +379,11 @@ def _is_invariant(
     """Return whether a tail gives the expected output with permuted channels."""
     widths, select = permutation.widths, permutation.select
     permuted = _clone_with(tail, lambda name, old: select(old, widths.shapes[name], old.shape))
-    feature = select(values[0], (1, widths.entry), values[0].shape)
-    output = tensors(permuted(feature.clone(), *(value.clone() for value in values[1:])))
+    inputs = [
+        value if channels is None else select(value, (1, channels), value.shape)
+        for value, channels in zip(values, [widths.entry, *widths.live], strict=True)
+    ]
+    output = tensors(permuted(*(value.clone() for value in inputs)))
     return all(
         torch.allclose(a.float(), b.float(), rtol=1e-2, atol=2e-3 * float(b.float().abs().max() + 1e-12))
         for a, b in zip(output, expected, strict=True)

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Final, get_args, get_type_hints
 import typer
 from typer import Argument, Option
 
+from retroexit.core.files import reading
 from retroexit.errors import OptionError, closest
 
 TARGET: Final = "Where the trained generator comes from: package.module:factory or path/to/file.py:factory."
@@ -21,22 +22,16 @@ FactoryArguments = Annotated[
     str,
     Option("--args", help="Arguments of the factory, Python literals as in a call: \"256, norm='batch'\"."),
 ]
-Adapter = Annotated[
-    str | None, Option(help="Plug-in that describes the generator, or none; by default all are tried.")
-]
+Adapter = Annotated[str | None, Option(help="Plug-in that describes the generator, or none; all by default.")]
 ImageKey = Annotated[
     str | None, Option("--image", help="Key of the image in the generator's output, if there are several.")
 ]
 Batch = Annotated[int, Option(min=1, help="Samples per pass of the model.")]
 Weights = Annotated[Path | None, Option(help="File with the metric's weights.")]
-Thresholds = Annotated[
-    list[float] | None, Option("--threshold", min=0, help="Threshold to print; repeat it for several.")
-]
+Thresholds = Annotated[list[float] | None, Option("--threshold", min=0, help="Threshold; repeat it.")]
 Alpha = Annotated[float, Option(help="Share of inputs that may lose more than a promised threshold.")]
 Confidence = Annotated[float, Option(help="Probability that the promise holds.")]
-Latency = Annotated[
-    int | None, Option(min=1, help="Measure times of calls with this many samples, for deadlines.")
-]
+Latency = Annotated[int | None, Option(min=1, help="Time calls with this many samples, for deadlines.")]
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
@@ -69,13 +64,10 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def group_of(source: Callable[..., Any], **options: Any) -> Any:
-    """Make a group of options from arguments of a function or fields of a dataclass.
+    """Make a group of options from arguments of a function or fields of a dataclass, with their defaults.
 
-    Args:
-        source: Where defaults and types come from. What is no number and no flag is a text. Counts must be at
-            least 1, other numbers and those with the default 0 at least 0.
-        **options: The help of every option, or its annotation. The default is ``None`` if the source has
-            none.
+    ``options`` are the help of every option, or its annotation. What is no number and no flag is a text.
+    Counts must be at least 1, other numbers and those with the default 0 at least 0.
     """
     hints, simple, group = get_type_hints(source), (str, bool, int, float), []
     for name, option in options.items():
@@ -127,10 +119,8 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
     """Take the values of a TOML file as the defaults of a command's options: ``attach-at = [2, 4, 6]``."""
     if path is None:
         return None
-    try:
-        values = tomllib.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise OptionError(f"--config {path} cannot be read: {error}. Correct the file.", path) from error
+    with reading(path, "Correct the file that --config names.", OptionError):
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
     options: dict[str, Any] = {}
     for option in context.command.params:
         flags = [flag[2:] for flag in option.opts if flag.startswith("--")]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from retroexit.demo.scenes import CLASSES, PLANES, SCENE_SIZE, STYLE, TEST_SEEDS, draw_scene, texture_planes
-from retroexit.errors import CheckpointError, InputMismatchError, OptionError, WeightsError
+from retroexit.errors import CheckpointError, InputMismatchError, OptionError, WeightsError, cause_of
 
 CHANNELS = (192, 128, 96, 64, 48, 32)
 UPSAMPLE_AFTER = (1, 3, 5)
@@ -67,9 +67,7 @@ class SceneBlock(nn.Module):
 class SceneGenerator(nn.Module):
     """Street scenes from label maps: the stages in `body` work at 8x16, 16x32, 16x32, 32x64, 32x64, 64x128 pixels.
 
-    Args:
-        channels: Output width of every block.
-        hidden: Width inside the modulations.
+    ``channels`` are the output widths of the blocks, ``hidden`` is the width inside the modulations.
     """
 
     planes: Tensor
@@ -91,9 +89,6 @@ class SceneGenerator(nn.Module):
         Args:
             labels: One-hot label map, float ``(N, len(CLASSES), 64, 128)``.
             z: Style, float ``(N, len(STYLE))``, made for ``[-1, 1]``.
-
-        Raises:
-            InputMismatchError: If a shape differs.
         """
         if labels.shape[1:] != (len(CLASSES), *SCENE_SIZE) or z.shape != (labels.shape[0], len(STYLE)):
             raise InputMismatchError(
@@ -125,7 +120,14 @@ def load_scene_generator(folder: Path | None = None) -> SceneGenerator:
         if not file.is_file():
             raise WeightsError(f"no file {file.name} in {source}. Reinstall retroexit.", str(file))
     content = weights.read_bytes()
-    expected, actual = json.loads(record.read_text("utf-8"))["sha256"], hashlib.sha256(content).hexdigest()
+    try:
+        expected, actual = (
+            json.loads(record.read_text("utf-8"))["sha256"],
+            hashlib.sha256(content).hexdigest(),
+        )
+    except Exception as error:
+        message = f"cannot read {record}: {cause_of(error)}. Reinstall retroexit."
+        raise CheckpointError(message, str(record)) from error
     if actual != expected:
         raise CheckpointError(
             f"sha256 of {weights} must be {expected[:12]}..., got {actual[:12]}.... Reinstall retroexit.",
@@ -146,15 +148,8 @@ def load_scene_generator(folder: Path | None = None) -> SceneGenerator:
 def scene_inputs(count: int, seed: int = 0, first: int = 0) -> list[tuple[Tensor, Tensor]]:
     """Draw held-out scenes as inputs: one-hot labels ``(len(CLASSES), 64, 128)`` and style ``(len(STYLE),)``.
 
-    Sample ``i`` has scene seed ``TEST_SEEDS[1000 * seed + first + i]``, which no training has seen.
-
-    Args:
-        count: How many, ``>= 0``.
-        seed: Which block of a thousand scenes to start in, 0 to 999.
-        first: How many scenes to skip, ``>= 0``.
-
-    Raises:
-        OptionError: If the numbers lead outside `TEST_SEEDS`.
+    Sample ``i`` has scene seed ``TEST_SEEDS[1000 * seed + first + i]``, which no training has seen; it must
+    exist.
     """
     start = 1000 * seed + first
     if min(count, seed, first) < 0 or start + count > len(TEST_SEEDS):

@@ -1,7 +1,6 @@
 """Measure what every exit loses, and train the predictor of it (paper sections 3.2 and 3.4, equation 2)."""
 
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from retroexit.core.files import read_npy, sha256_of
+from retroexit.core.files import read_npy, reading, replacing, sha256_of, write_array
 from retroexit.core.modules import device_of
 from retroexit.core.samples import Samples, drawing_from
 from retroexit.errors import BankError, CheckpointError, TrainingError
@@ -31,12 +30,7 @@ _BATCH, _LR = 32, 2e-3  # samples per step; learning rate, cosine to zero
 def exit_losses(
     model: EarlyExitGenerator, steps: Steps, metric: QualityMetric, path: Path, progress: bool
 ) -> Tensor:
-    """Measure the quality loss of every branch exit on every sample, ``(S, K)``, or read it from ``path``.
-
-    Raises:
-        CheckpointError: If the file is damaged or belongs to another fit.
-        TrainingError: If a loss is not finite.
-    """
+    """Measure the quality loss of every branch exit on every sample, ``(S, K)``, or read it from ``path``."""
     team, size = steps.team, (len(steps.features), len(model.branches))
     if team.from_first(path.exists()):
         return _read_losses(path, size)
@@ -58,10 +52,9 @@ def exit_losses(
             losses,
         )
     if team.is_first:
-        temporary = path.with_suffix(".part.npy")
-        np.save(temporary, losses.numpy(), allow_pickle=False)
-        path.with_suffix(".sha256").write_text(sha256_of(temporary), encoding="ascii")
-        os.replace(temporary, path)
+        write_array(path, losses.numpy())
+        with replacing(path.with_suffix(".sha256")) as file:
+            file.write(sha256_of(path).encode())
     return losses
 
 
@@ -80,12 +73,13 @@ def _batch_losses(model: EarlyExitGenerator, steps: Steps, metric: QualityMetric
 
 
 def _read_losses(path: Path, size: tuple[int, int]) -> Tensor:
-    try:
-        if path.with_suffix(".sha256").read_text(encoding="ascii") != sha256_of(path):
-            raise ValueError(f"it does not match {path.with_suffix('.sha256').name}")
-        losses = torch.from_numpy(read_npy(path))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}). Remove it.", path) from error
+    record = path.with_suffix(".sha256")
+    with reading(record, f"Remove {path}."):
+        digest = record.read_text(encoding="ascii")
+    with reading(path, "Remove it."):
+        if sha256_of(path) != digest:
+            raise ValueError(f"it does not match {record.name}")
+    losses = torch.from_numpy(read_npy(path, advice="Remove it."))
     if tuple(losses.shape) != size:
         raise CheckpointError(f"{path} must have shape {size}, got {tuple(losses.shape)}. Remove it.", path)
     return losses
@@ -167,23 +161,11 @@ def train_predictor(
     """Fit a predictor to quality losses by the squared error of their logarithms (ours; equation 2 has none).
 
     The weights that are best on the held-out samples are kept, and their mean error there is subtracted. The
-    guard against out-of-distribution inputs is fitted to the same maps.
-
-    Args:
-        predictor: Trained in place; left in eval mode.
-        maps: Maps that it reads, ``(S, C, ...)``.
-        losses: Quality loss of every branch exit, ``(S, K)``.
-        held_out: Samples that the branches were not trained on.
-        extra: Distance to the guide, ``(S, 1)``, if it reads it.
-        steps: Adam steps.
-        seed: Seed of the batches.
-        progress: Whether to show a progress bar on a terminal.
+    guard against out-of-distribution inputs is fitted to the same maps. Maps are ``(S, C, ...)``, losses
+    ``(S, K)``, and ``extra`` are distances to the guide, ``(S, 1)``, if the predictor reads them.
 
     Returns:
         Mean absolute error on the held-out samples; ``None`` without such samples.
-
-    Raises:
-        TrainingError: If the loss is not finite.
     """
     held = torch.as_tensor(sorted(held_out), dtype=torch.long)
     mask = torch.ones(len(maps), dtype=torch.bool)

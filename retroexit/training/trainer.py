@@ -12,10 +12,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from retroexit.branch.branch import Branch
-from retroexit.core.files import read_tensors, write_tensors
+from retroexit.core.files import read_tensors, reading, write_tensors
 from retroexit.core.modules import device_of
 from retroexit.core.samples import ImageRange, drawing_from
-from retroexit.errors import CheckpointError, MissingExtraError, TrainingError
+from retroexit.errors import MissingExtraError, TrainingError
 from retroexit.model import EarlyExitGenerator
 from retroexit.plugins.training_types import TrainingBatch
 from retroexit.tracing.record import unobserved
@@ -109,20 +109,9 @@ def _capture(root: nn.Module, paths: Sequence[str], outputs: dict[str, Tensor]) 
 
 
 class BranchTrainer:
-    """Trains one branch of a model and writes its checkpoint.
+    """Trains branch ``index`` of a model, whose images are in ``limits``, and writes its checkpoint.
 
-    Args:
-        model: The wrapped generator.
-        index: Number of the branch, from 0.
-        loss: What to minimise.
-        limits: Range of the generator's images.
-        settings: Length, learning rate and precision.
-        folder: Folder of the checkpoint.
-        team: The processes that train together.
-        distance: Term on the branch's layers, or ``None``.
-
-    Attributes:
-        image: Image of the branch in the last step, in [-1, 1], without gradient.
+    ``distance`` is a term on the branch's layers; ``image`` the branch's image in the last step, in [-1, 1].
     """
 
     def __init__(
@@ -257,7 +246,7 @@ class BranchTrainer:
         if not self.team.from_first(self.path.exists()):
             return False
         tensors, about = read_tensors(self.path)
-        try:
+        with reading(self.path, "Remove it to train this exit again."):
             step = int(about["step"])
             averages = [tensors[f"ema.{number}"] for number in range(len(self.trained))]
             self.branch.load_state_dict(_below(tensors, "branch."))
@@ -267,16 +256,10 @@ class BranchTrainer:
             self.loss.load_state(_below(tensors, "loss.own."))
             if self.loss.adversary is not None:
                 self.loss.adversary.load_state(_below(tensors, "loss.adversary."))
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise CheckpointError(
-                f"{self.path} is no checkpoint of exit {self.index + 1} ({' '.join(str(error).split())}). "
-                "Remove it to train this exit again.",
-                self.path,
-            ) from error
+            self.average.n_averaged.fill_(step)
+            self.optimizer.state.clear()
+            load_moments(self.optimizer, self.trained, tensors)
         self.step = step
-        self.average.n_averaged.fill_(step)
-        self.optimizer.state.clear()
-        load_moments(self.optimizer, self.trained, tensors)
         return True
 
     def _state(self) -> dict[str, Tensor]:
@@ -301,9 +284,7 @@ class TrainingWriter:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise MissingExtraError(
-                "tensorboard is not installed. Run: pip install 'retroexit[train]'"
-            ) from error
+            raise MissingExtraError("tensorboard is missing. Run: pip install 'retroexit[train]'") from error
         self._make: Any = lambda step: SummaryWriter(str(folder), purge_step=step)
         self._writer: Any = None
 

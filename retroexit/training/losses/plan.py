@@ -7,7 +7,6 @@ contribute alike; so their weights, all 1, are equalised, see `Equaliser`.
 from __future__ import annotations
 
 import math
-import pickle
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from retroexit.core.files import check_finite, read_torch, reading
 from retroexit.core.identity import fingerprint
 from retroexit.core.nested import is_number
 from retroexit.errors import OptionError, PluginError, RetroExitWarning, TrainingError, WeightsError
@@ -179,14 +179,10 @@ def plan_losses(
     description: Description | None = None,
     missing: dict[str, WeightsError] | None = None,
 ) -> LossPlan:
-    """Plan what branches are trained on.
+    """Plan what branches are trained on, with the plug-ins' description of the generator by default.
 
-    Args:
-        generator: The user's generator.
-        options: Terms, weights, discriminator.
-        metric: The metric of the fit, which is the term ``"quality"``; ``None`` if it is in ``missing``.
-        description: Description of the generator; the plug-ins' if ``None``.
-        missing: Collects the terms whose weights are not available, which are left out; ``None`` raises.
+    ``metric`` is the term ``"quality"``. ``missing`` collects the terms whose weights are not available and
+    which are left out; with ``None`` they are an error.
     """
     weights = find_weights(options.losses, options.instead)
     equalise = isinstance(options.losses, str) if options.equalise is None else options.equalise
@@ -267,14 +263,11 @@ def _discriminator(
             "Pass discriminator=module.",
             source,
         )
-    try:
-        module.load_state_dict(torch.load(source, map_location="cpu", weights_only=True))
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError, TypeError) as error:
-        raise WeightsError(
-            f"discriminator={str(source)!r} must be a file with a state dict of {type(module).__name__}: "
-            f"{' '.join(str(error).split())[:300]}",
-            source,
-        ) from error
+    path, advice = Path(source), f"Pass a file with a state dict of {type(module).__name__} as discriminator."
+    state = read_torch(path, advice, WeightsError)
+    with reading(path, advice, WeightsError):
+        module.load_state_dict(state)
+    check_finite(module.state_dict(), path, WeightsError)
     return module
 
 
@@ -295,10 +288,7 @@ def _described_discriminator(description: Description, generator: nn.Module) -> 
 class TrainingLoss:
     """A weighted sum of terms on images in [-1, 1]; every branch has its own.
 
-    Args:
-        terms: Weight and term by name, added in this order.
-        adversary: The discriminator that is trained after every step of the branch, or ``None``.
-        equaliser: Multiplies the weights; ``None`` leaves them as they are.
+    ``terms`` are weight and term by name. The adversary is trained after every step of the branch.
     """
 
     def __init__(
