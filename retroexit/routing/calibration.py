@@ -259,7 +259,7 @@ class Calibration:
         if (
             tau is None
         ):  # exit k is taken for thresholds from entry / share on: too early where that is below its loss
-            with np.errstate(divide="ignore"):
+            with np.errstate(divide="ignore", invalid="ignore"):  # where nothing is lost
                 scores = np.where(self._losses > 0, self._entries / self._losses, np.inf)
         else:
             scores = np.where(self._losses > tau, self._entries, np.inf)
