@@ -47,7 +47,7 @@ _DESCRIPTIONS = (
     "num_channels",
     "embedding_dim",
 )
-_COUNTS = ("num_groups", "num_heads")
+_COUNTS = ("num_groups", "num_heads", "heads", "n_heads")
 _MAX_RUNS = 40
 _MAX_KERNEL = 31
 _MAX_DEPTH = 3
