@@ -1,7 +1,5 @@
 """Every exception and warning of retroexit, derived from the builtin exception that a caller would expect."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterable
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from retroexit.core.modules import count_macs
-from retroexit.evaluation.thop_check import cross_check
+from retroexit.evaluation.measure import cross_check
 
 X = torch.rand(2, 6, 8, 10)
 

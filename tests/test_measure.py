@@ -17,9 +17,8 @@ import retroexit
 from retroexit.core.modules import count_macs
 from retroexit.core.samples import ImageRange, Samples
 from retroexit.errors import MissingExtraError, OptionError, OutputError
-from retroexit.evaluation.measure import measure
+from retroexit.evaluation.measure import cross_check, measure
 from retroexit.evaluation.sweep import Evaluation
-from retroexit.evaluation.thop_check import cross_check
 from retroexit.measuring import Measurement
 from retroexit.metrics import QualityMetric
 from retroexit.model import EarlyExitGenerator

@@ -1,7 +1,5 @@
 """The command line: parse, call the library, print. May import all but `testing` and `builtin`."""
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Sequence
 

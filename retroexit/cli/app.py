@@ -3,8 +3,6 @@
 A command is a function with typer's annotations; its docstring is the help, ``Example:`` the end of it.
 """
 
-from __future__ import annotations
-
 import inspect
 import logging
 import os

@@ -1,7 +1,5 @@
 """``retroexit bank``: build a guidance bank, show one, compare one with its generator."""
 
-from __future__ import annotations
-
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,7 +160,6 @@ def _save(made: GuidanceBank, out: Path) -> None:
 
 
 def _facts(shown: GuidanceBank) -> str:
-    """One line per fact."""
     meta = shown.meta
     keys, values = shown.retriever.keys.nbytes, shown.values.nbytes
     patch, value_patch = ("x".join(map(str, sizes)) for sizes in (shown.patch, shown.value_patch))

@@ -1,7 +1,5 @@
 """``retroexit doctor`` and ``retroexit plugins``: the machine, the installation, what extends it."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import importlib

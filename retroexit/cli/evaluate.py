@@ -1,7 +1,5 @@
 """Commands for a fitted model: ``calibrate``, ``evaluate`` and ``report``."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """``retroexit fit``: add early exits to a generator and train them."""
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
@@ -166,7 +164,6 @@ def fit(
 
 
 def _wrap_arguments(exits: Any, retriever: str) -> dict[str, Any]:
-    """Read the values for `retroexit.wrap`."""
     if retriever != "exact" and not exits.guidance:
         raise OptionError(f"--retriever {retriever} needs guidance. Add --guidance.", retriever)
     scales = _parse_numbers("--scale", exits.scale, "1/15, 0.25 or one per exit: 1/4,1/3")
@@ -197,7 +194,6 @@ def _parse_numbers(option: str, text: str, form: str) -> list[float]:
 
 
 def _loss_arguments(values: Any) -> dict[str, Any]:
-    """Read the values for the training loss."""
     arguments = {
         **vars(values),
         "instead": options.parse_pairs("--instead", values.instead, "vgg=features-alex"),

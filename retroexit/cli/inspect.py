@@ -1,7 +1,5 @@
 """``retroexit inspect``: where branches can be attached to a generator, and what that can save."""
 
-from __future__ import annotations
-
 import json
 import shlex
 import textwrap
@@ -16,7 +14,7 @@ from retroexit.cli import options
 from retroexit.cli.load_target import load_generator, random_inputs
 from retroexit.core.modules import unit_of
 from retroexit.errors import OptionError
-from retroexit.evaluation.thop_check import cross_check
+from retroexit.evaluation.measure import cross_check
 from retroexit.report.decoder_picture import check_picture, draw_decoder
 from retroexit.report.stage_table import decoder_table
 from retroexit.stages.decoder import Decoder

@@ -1,7 +1,5 @@
 """Generators, networks, samples and random inputs, as a command line names them."""
 
-from __future__ import annotations
-
 import ast
 import importlib
 import importlib.util

@@ -1,7 +1,5 @@
 """Options that several commands share, groups of options, and the configuration file of ``fit``."""
 
-from __future__ import annotations
-
 import functools
 import inspect
 import tomllib

@@ -1,7 +1,5 @@
 """Nested values that generators take and return: tuples, lists, dicts, dataclasses, objects with tensors."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import types
@@ -14,22 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx.immutable_collections import immutable_dict
-
-__all__ = [
-    "Packed",
-    "change_first_map",
-    "children",
-    "clone_strided",
-    "cloned",
-    "flatten",
-    "hidden_tensors",
-    "is_number",
-    "is_record",
-    "pack",
-    "rebuild",
-    "rebuild_deep",
-    "tensors",
-]
 
 _NUMBERS = (bool, int, float)
 _PLAIN = (str, bytes, type(None), torch.dtype, torch.device)
@@ -167,23 +149,13 @@ def hidden_tensors(value: Any) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class Packed:
-    """The structure of a value without its tensors.
-
-    Attributes:
-        template: The value with marks in the places of tensors and numbers.
-        signature: Equal for values of the same structure.
-    """
+    """The structure of a value: ``template`` without tensors, ``signature`` equal for equal structures."""
 
     template: Any
     signature: tuple[str, ...]
 
     def unpack(self, tensors: Sequence[Tensor], *, recorded_numbers: bool = False) -> Any:
-        """Put tensors back into the structure.
-
-        Args:
-            tensors: Tensors in the order of `pack`.
-            recorded_numbers: Whether to use the packed value's numbers (fake tensors hold none).
-        """
+        """Put tensors back in the order of `pack`; fake tensors need the ``recorded_numbers`` of the structure."""
 
         def put(leaf: Any) -> Any:
             if not isinstance(leaf, _Slot):
@@ -196,11 +168,9 @@ class Packed:
 
 
 def pack(value: Any, *, numbers: bool = True) -> tuple[Packed, list[Tensor]]:
-    """Separate a value into structure and tensors.
+    """Separate a nested value into structure and tensors, each listed once.
 
-    Args:
-        value: Any nested value. A tensor that occurs twice is listed once.
-        numbers: Whether plain numbers become tensors too, since they may differ between calls.
+    With ``numbers``, plain numbers become tensors too, since they may differ between calls.
     """
     parts: list[Tensor] = []
     kinds: list[str] = []

@@ -5,8 +5,6 @@ small, the noise is one style vector and fixed texture planes, the second convol
 and the shortcut is not modulated.
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json

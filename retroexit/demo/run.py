@@ -1,7 +1,5 @@
 """The demo's job: wrap the shipped generator, fit it on drawn scenes, show what it saves."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from pathlib import Path

@@ -5,8 +5,6 @@ from far to near. `examples/scene_pictures.py` paints the same scenes in colour,
 Lengths are in metres: ``x`` to the right of the camera, ``y`` above the road, ``z`` ahead.
 """
 
-from __future__ import annotations
-
 import functools
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -342,7 +340,6 @@ def _cars(canvas: LabelMap, difficulty: float, half: float, rng: np.random.Gener
 def _small_things(
     canvas: LabelMap, difficulty: float, beside: float, rng: np.random.Generator
 ) -> list[Thing]:
-    """Place people, lamp posts and signs."""
     things: list[Thing] = []
     for _ in range(rng.poisson(7 * difficulty**2)):
         z = rng.uniform(6, 22)

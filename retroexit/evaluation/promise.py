@@ -1,7 +1,5 @@
 """What a calibration promises, beside what held-out samples do under it."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

@@ -3,8 +3,6 @@
 Paper sections 3.2 (policy), 3.4 (computational saving metric) and figures 3, 4, 6 and 7.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Sequence

@@ -4,8 +4,6 @@
 slopes it is ``v + S (q - k)``, and a few hundred pairs describe an image better than 100,000 plain ones.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import time
@@ -228,21 +226,10 @@ def build_bank(
     source, cells = candidates.tags[rows].T
     values = _compute_values(values_of, source, cells, candidates.grid, progress)
     retriever.build(keys)
-    facts = {
-        **(meta or {}),
-        "patch": list(patch),
-        "thinning": {
-            "how": thin,
-            "size": size,
-            "eps": eps,
-            "seed": seed,
-            "seen": candidates.seen,
-            "candidates": candidates.held,
-            "radius": radius,  # of the candidates, as is the mean
-            "mean": mean,
-            "within": within if math.isfinite(within) else None,  # of all keys seen
-        },
-    }
+    thinning = {"how": thin, "size": size, "eps": eps, "seed": seed, "seen": candidates.seen}
+    thinning |= {"candidates": candidates.held, "radius": radius, "mean": mean}  # both of the candidates
+    thinning["within"] = within if math.isfinite(within) else None  # of all keys seen
+    facts = {**(meta or {}), "patch": list(patch), "thinning": thinning}
     return GuidanceBank(retriever=retriever, values=values, source=source, meta=facts)
 
 

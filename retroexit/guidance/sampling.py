@@ -4,8 +4,6 @@ The paper uses farthest point sampling (section 4.1), which gives the smallest r
 served best. Keys nearest to centres of k-means clusters, even random keys, give a smaller mean distance.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Literal
 
@@ -112,7 +110,6 @@ def farthest_points(
 
 
 def _rows(points: Tensor | np.ndarray) -> int:
-    """Return how many points are converted at a time."""
     return max(64, _NUMBERS // points.shape[1])
 
 

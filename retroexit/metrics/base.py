@@ -1,7 +1,5 @@
 """The class of quality metrics: losses between an exit's image and the backbone's (paper, section 3.2)."""
 
-from __future__ import annotations
-
 import importlib.metadata
 from abc import ABC, abstractmethod
 from typing import Any, Self

@@ -1,7 +1,5 @@
 """LPIPS, the paper's quality metric."""
 
-from __future__ import annotations
-
 import weakref
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """MS-SSIM as a loss."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

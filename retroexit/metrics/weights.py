@@ -4,8 +4,6 @@ The order is: an explicit file, torch hub's cache folder, a download. Torch hub 
 so the hash in torchvision's file names is checked here.
 """
 
-from __future__ import annotations
-
 import logging
 import pickle
 import warnings

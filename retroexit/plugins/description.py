@@ -1,7 +1,5 @@
 """What an adapter, or the user, states about a generator."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -125,17 +125,10 @@ class Host:
             raise PluginError(f"{what} must be callable, got {brief(term)}", term)
         return term
 
-    def retrievers(self) -> tuple[str, ...]:
-        """List the names that `retriever` accepts, sorted."""
-        return tuple(sorted(self._offered("retroexit_retrievers")))
-
-    def metrics(self) -> tuple[str, ...]:
-        """List the names that `metric` accepts, sorted."""
-        return tuple(sorted(self._offered("retroexit_metrics")))
-
-    def losses(self) -> tuple[str, ...]:
-        """List the names that `loss` accepts, sorted."""
-        return tuple(sorted(self._offered("retroexit_losses")))
+    def names(self, noun: str) -> tuple[str, ...]:
+        """List the names that are offered for a noun, such as ``"metric"``, sorted."""
+        hook = next(hook for hook, other in _NOUNS.items() if other == noun)
+        return tuple(sorted(self._offered(hook)))
 
     def commands(self) -> dict[str, Callable[..., Any]]:
         """List the commands of the command line by name, without those that two plug-ins offer."""

@@ -1,7 +1,5 @@
 """Types that plug-ins share with training: what a term of the loss and an adversarial objective look like."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable

@@ -94,7 +94,6 @@ def draw_decoder(stages: Sequence[Stage], file: str | Path, title: str = "") -> 
 
 
 def _draw_stages(axes: Axes, stages: Sequence[Stage]) -> None:
-    """Draw the column titles and one row per stage."""
     for x, name in ((_PATH, "stage"), (_COST, "MACs spent"), (_SAVES, "exit"), (_LANES, "live values")):
         _text(axes, x, _y(-0.8), name, color=_GREY)
     last = len(stages) + 1

@@ -1,7 +1,5 @@
 """Write an evaluation as one self-contained HTML page and as summary.json for scripts."""
 
-from __future__ import annotations
-
 import importlib.resources
 import json
 import re
@@ -100,7 +98,6 @@ def _template() -> Any:
 def _summary(
     evaluation: Evaluation, taus: Sequence[float], calibration: Calibration | None
 ) -> dict[str, Any]:
-    """Collect the numbers of the report as plain JSON types and arrays."""
     routed = evaluation.predicted is not None
     sweep = {tau: _routed_row(evaluation, tau) for tau in taus} if routed else {}
     return {
@@ -159,7 +156,6 @@ def _headline(summary: dict[str, Any], picked: float) -> str:
 
 
 def _drawings(evaluation: Evaluation, taus: Sequence[float], unguided: Evaluation | None) -> dict[str, str]:
-    """Draw every figure that the evaluation has numbers for, as SVG for use inside HTML."""
     drawings = {
         "compute": figures.quality_against_compute(evaluation),
         "exits": figures.quality_per_exit(evaluation, unguided),

@@ -3,8 +3,6 @@
 ``evaluation.json`` holds the numbers, ``report.json`` the texts and names of images, ``strips/`` the images.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

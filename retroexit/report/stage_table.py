@@ -3,8 +3,6 @@
 It fits into 100 columns: long names are shortened, runs of equal stages folded, live values numbered.
 """
 
-from __future__ import annotations
-
 import math
 import textwrap
 from collections.abc import Iterable, Sequence

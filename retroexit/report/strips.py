@@ -1,7 +1,5 @@
 """Rows of images that show what each exit makes of one input."""
 
-from __future__ import annotations
-
 import base64
 import io
 from collections.abc import Callable, Sequence

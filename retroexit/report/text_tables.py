@@ -1,7 +1,5 @@
 """Tables of the exits of a wrapped generator and of sweeps over thresholds."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Retrieval with FAISS, as in the paper (section 4.1). The only module that imports it."""
 
-from __future__ import annotations
-
 import re
 import threading
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Retrieval with hnswlib's graphs, for banks of 100,000 keys and more. The only module that imports it."""
 
-from __future__ import annotations
-
 import importlib.metadata
 from pathlib import Path
 from typing import Any

@@ -13,8 +13,6 @@ import torch
 
 from retroexit.errors import OptionError
 
-__all__ = ["Latency", "time_exits"]
-
 
 @dataclass(frozen=True)
 class Latency:

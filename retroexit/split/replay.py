@@ -425,7 +425,6 @@ class ReplaySplit(SplitGenerator):
 
 
 def _place(decoder: Decoder, path: str, cut: Cut, tap: str) -> Place:
-    """Find the place of a cut in the forward."""
     call = decoder.call(path)
     nodes = list(dict.fromkeys(call.outputs if tap == "after" else call.inputs))
     enclosing, parent = [""], call.parent

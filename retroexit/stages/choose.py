@@ -493,7 +493,6 @@ def _only_prepares(level: Sequence[Part]) -> bool:
 
 
 def _structure(part: Part) -> tuple[type, ...]:
-    """Classes of a module and of the modules directly inside."""
     return (type(part.call.module), *(type(child) for child in part.call.module.children()))
 
 
@@ -513,7 +512,6 @@ def _shuffled_length(part: Part) -> float:
 
 
 def _no_stages(recording: Recording, image: fx.Node) -> AttachPointError:
-    """Explain that a generator has no stages."""
     times = Counter(call.path for call in recording.calls if call.path and call.macs)
     repeated = [path for path, n in times.items() if n > 1]
     single = _single_modules(recording, image, times)

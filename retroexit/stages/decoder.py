@@ -1,7 +1,5 @@
 """Read a generator: its stages l_1..l_N (paper section 3.1), its image, and the cuts between the stages."""
 
-from __future__ import annotations
-
 import inspect
 import operator
 from collections import Counter

@@ -4,8 +4,6 @@ Tokens are maps with the channels last, ``(N, L, C)`` or ``(N, H, W, C)``, as in
 a recording is rewritten so that they cross as ``(N, C, H, W)``.
 """
 
-from __future__ import annotations
-
 from math import prod
 from typing import Any
 

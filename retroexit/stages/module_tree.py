@@ -1,7 +1,5 @@
 """The module tree of a generator, opened down to its stages."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any

@@ -1,7 +1,5 @@
 """Stages l_1..l_N, the values that are live between them, and where branches are worth trying."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field

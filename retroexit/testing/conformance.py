@@ -1,7 +1,5 @@
 """`check_adapter`, which an adapter's author calls in a test, with or without pytest."""
 
-from __future__ import annotations
-
 import dataclasses
 import warnings
 from collections.abc import Sequence
@@ -15,8 +13,7 @@ from retroexit.core.identity import fingerprint
 from retroexit.errors import PluginError, RetroExitWarning
 from retroexit.plugins.description import Description
 from retroexit.plugins.host import Host, brief, host
-from retroexit.testing.case import Case
-from retroexit.testing.claims import Stranger, check_all
+from retroexit.testing.claims import Case, Stranger, check_all
 
 _RECOGNISED = "the generator is recognised, others are not"
 
@@ -81,11 +78,7 @@ def check_adapter(
         if description is not None:
             case.skip(_RECOGNISED, "a description was passed")
         else:
-            author = _recognise(case, plugin, plugins)
-            with case.claim(_RECOGNISED):
-                for stranger in (Stranger().eval(), *strangers):
-                    if plugins.recognise(stranger, author) is not None:
-                        case.wrong(f"the adapter recognises a {type(stranger).__name__} too; return None")
+            author = _recognise(case, plugin, plugins, (Stranger().eval(), *strangers))
         before = _snapshot(generator)
         _make_inputs(case, example_inputs, example_kwargs)
         check_all(case, thin_at)
@@ -101,8 +94,8 @@ def check_adapter(
     return AdapterReport(case.description.name, paths, tuple(case.checked), tuple(case.skipped))
 
 
-def _recognise(case: Case, plugin: object | None, plugins: Host) -> str:
-    """Have the generator described; returns the name of the plug-in that does."""
+def _recognise(case: Case, plugin: object | None, plugins: Host, strangers: Sequence[nn.Module]) -> str:
+    """Have the generator described, and no stranger; returns the name of the plug-in that does."""
     kind, name, recognised = type(case.generator).__name__, case.description.name, None
     try:
         if plugin is not None:
@@ -124,6 +117,10 @@ def _recognise(case: Case, plugin: object | None, plugins: Host) -> str:
     info, case.description = recognised
     if case.description.build_stage is None and "retroexit_build_stage" in info.hooks:
         case.description = dataclasses.replace(case.description, build_stage=plugins.build_stage)
+    with case.claim(_RECOGNISED):
+        for stranger in strangers:
+            if plugins.recognise(stranger, info.name) is not None:
+                case.wrong(f"the adapter recognises a {type(stranger).__name__} too; return None")
     return info.name
 
 

@@ -4,8 +4,6 @@
 symbolic, so that a recording of one sample runs with any batch.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass

@@ -449,7 +449,6 @@ def _untraced(value: Any) -> Any:
 
 
 def _mutates(name: str, kwargs: dict[str, Any]) -> bool:
-    """Return whether a function writes into its arguments."""
     if "out" in kwargs or kwargs.get("inplace"):
         return True
     if name.startswith("__") and name.endswith("__"):

@@ -235,7 +235,6 @@ def _check_rows(model: EarlyExitGenerator) -> None:
 
 
 def _identity(model: EarlyExitGenerator, samples: Samples, batch: int) -> dict[str, Any]:
-    """What a cache depends on."""
     taps = model.decomposition.taps
     return {
         "schema": _SCHEMA,

@@ -3,8 +3,6 @@
 Every process takes its part of each batch and averages the gradients, as if one had the whole batch.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import os
 from collections.abc import Sequence

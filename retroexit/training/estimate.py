@@ -1,7 +1,5 @@
 """Estimate what a fit will cost: multiply-accumulates, memory and time, from two of its own steps."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass

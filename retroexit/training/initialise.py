@@ -1,7 +1,5 @@
 """Starting weights: branches that inherited channels are fitted to the backbone's features."""
 
-from __future__ import annotations
-
 import logging
 import math
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Measure what every exit loses, and train the predictor of it (paper sections 3.2 and 3.4, equation 2)."""
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Sequence

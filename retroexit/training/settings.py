@@ -1,7 +1,5 @@
 """Settings of a fit, and the file that ties a folder to them."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable
@@ -134,7 +132,6 @@ def check_same(path: Path, settings: dict[str, Any]) -> None:
 
 
 def _flat(settings: dict[str, Any], start: str = "") -> dict[str, Any]:
-    """Name nested settings by dotted paths."""
     flat: dict[str, Any] = {}
     for key, value in settings.items():
         flat |= _flat(value, f"{start}{key}.") if isinstance(value, dict) else {start + key: value}

@@ -3,8 +3,6 @@
 Only inputs that own a chosen key run once more, up to their values (paper, section 4.1).
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path

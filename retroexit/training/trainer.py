@@ -1,7 +1,5 @@
 """Train branches against the backbone's images, with checkpoints (paper sections 4.1 and 4.2)."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,8 +20,8 @@ from retroexit.model import EarlyExitGenerator
 from retroexit.plugins.training_types import TrainingBatch
 from retroexit.tracing.record import unobserved
 from retroexit.training.distributed import Team, average
-from retroexit.training.losses.adversary import load_moments, moments
 from retroexit.training.losses.plan import TrainingLoss
+from retroexit.training.losses.terms import load_moments, moments
 from retroexit.training.settings import FitSettings
 from retroexit.training.steps import Step, Steps
 
@@ -293,7 +291,6 @@ class BranchTrainer:
 
 
 def _below(tensors: dict[str, Tensor], start: str) -> dict[str, Tensor]:
-    """Return the tensors whose names begin with ``start``, without it."""
     return {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from retroexit.errors import TrainingError
 from retroexit.plugins.training_types import TrainingBatch
-from retroexit.training.losses.adversary import Adversarial, Adversary
+from retroexit.training.losses.terms import Adversarial, Adversary
 
 oasis = pytest.importorskip("retroexit_oasis", reason="install the project to get its adapters")
 

@@ -122,7 +122,7 @@ def test_an_official_discriminator_loads_strictly_and_gives_the_same_scores(
 
 def test_both_sides_of_the_objective_are_the_official_ones(official: SimpleNamespace) -> None:
     from retroexit.plugins.training_types import TrainingBatch
-    from retroexit.training.losses.adversary import Adversarial, Adversary
+    from retroexit.training.losses.terms import Adversarial, Adversary
 
     computer = official.losses.losses_computer(options("cityscapes"))
     theirs = lived_in(official.discriminator.OASIS_Discriminator(options("cityscapes")))

@@ -311,7 +311,7 @@ def test_every_stage_at_which_wrapping_fails_is_named(
             raise BranchError("stage 2 has no room for a branch")
         return retroexit.wrap(generator, attach_at, *args, **options)
 
-    monkeypatch.setattr("retroexit.testing.case.wrap", wrap_partly)
+    monkeypatch.setattr("retroexit.testing.claims.wrap", wrap_partly)
     problems = problems_of(decoder, plugin=Adapter())
     assert problems == "no branch of scale 1 after stage 2 (blocks.1): stage 2 has no room for a branch"
 

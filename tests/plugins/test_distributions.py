@@ -81,7 +81,7 @@ print(json.dumps({
     "early": early,
     "said": [[w.category.__name__, str(w.message)] for w in said],
     "used": used,
-    "losses": host().losses(),
+    "losses": host().names("loss"),
     "plugins": {p.name: [p.state, p.error] for p in plugins},
 }))
 """

@@ -137,7 +137,7 @@ def test_hook_retroexit_retrievers(offering: Offering, painter: nn.Module, use: 
     plugin = offering(retrievers={"backwards": Backwards})
     plugins = use(plugin)
     assert plugins.retriever("backwards") is Backwards
-    assert plugins.retrievers() == ("backwards", "exact", "faiss", "hnswlib")
+    assert plugins.names("retriever") == ("backwards", "exact", "faiss", "hnswlib")
     model = wrap(painter, guidance=retroexit.Guidance(retriever="backwards", size=16), image_range=(-1, 1))
     retroexit.fit(model, SAMPLES, tmp_path, metric=Gradient(), **QUICK)
     assert isinstance(model.bank.retriever, Backwards)
@@ -159,7 +159,7 @@ def test_hook_retroexit_metrics(offering: Offering, painter: nn.Module, use: Use
     plugin = offering(metrics={"gradient": Gradient})
     plugins = use(plugin)
     assert isinstance(plugins.metric("gradient"), Gradient)
-    assert "gradient" in plugins.metrics()
+    assert "gradient" in plugins.names("metric")
     model = wrap(painter, image_range=(-1, 1))
     retroexit.fit(model, SAMPLES, tmp_path, metric="gradient", **QUICK)
     report = retroexit.evaluate(model, SAMPLES, progress=False)
@@ -179,7 +179,7 @@ def test_hook_retroexit_losses(offering: Offering, painter: nn.Module, use: Use,
     plugin = offering(losses={"huber": Recorded})
     plugins = use(plugin)
     assert isinstance(plugins.loss("huber"), nn.HuberLoss)
-    assert {"huber", "l1", "vgg", "ms-ssim"} < set(plugins.losses())
+    assert {"huber", "l1", "vgg", "ms-ssim"} < set(plugins.names("loss"))
     model = wrap(painter, image_range=(-1, 1))
     with pytest.raises(PluginError, match="no loss 'hubber'; closest: 'huber'"):
         retroexit.fit(model, SAMPLES, tmp_path, metric=Gradient(), losses={"hubber": 1.0}, **QUICK)

@@ -45,8 +45,8 @@ def error_of(host: Host, name: str) -> str | None:
 
 def test_the_parts_of_the_library_come_through_the_hooks(announce: Announce) -> None:
     host = Host()
-    assert host.retrievers() == OWN_RETRIEVERS
-    assert host.metrics() == ("lpips-alex", "lpips-squeeze", "lpips-vgg", "ms-ssim")
+    assert host.names("retriever") == OWN_RETRIEVERS
+    assert host.names("metric") == ("lpips-alex", "lpips-squeeze", "lpips-vgg", "ms-ssim")
     assert host.retriever("exact").__name__ == "ExactRetriever"
     assert error_of(host, "builtin") is None
 
@@ -71,7 +71,7 @@ def test_two_distributions_that_offer_one_name_are_both_named(offering: Offering
     assert len(caught) == 1
     with pytest.raises(PluginError, match=both):
         host.retriever("annoy")
-    assert host.retrievers() == OWN_RETRIEVERS
+    assert host.names("retriever") == OWN_RETRIEVERS
     assert both in str(error_of(host, "a")) and both in str(error_of(host, "b"))
 
 
@@ -107,7 +107,7 @@ def test_plugins_are_loaded_once_and_a_warning_turned_into_an_error_stops_nothin
 
 
 def test_a_plugin_registered_after_the_first_look_up_is_found(offering: Offering, empty: Host) -> None:
-    assert empty.retrievers() == ()
+    assert empty.names("retriever") == ()
     empty.register(offering(retrievers=ANNOY), "annoy")
     assert empty.retriever("annoy") is Annoy
     with pytest.raises(PluginError, match="the name 'annoy' is taken by plug-in 'annoy'"):
@@ -163,7 +163,7 @@ def test_a_hook_of_another_version_may_be_marked_as_optional(offering: Offering,
     plugin = offering(retrievers=ANNOY, samplers={})
     hookimpl(plugin.samplers, optionalhook=True, specname="retroexit_samplers")
     empty.register(plugin, "future")
-    assert empty.retrievers() == ("annoy",)
+    assert empty.names("retriever") == ("annoy",)
     assert empty.installed()[0].hooks == ("retroexit_retrievers",)
 
 
@@ -197,8 +197,8 @@ def test_a_nonsense_answer_is_reported_once_and_the_rest_works(
         assert empty.describe(nn.ReLU()).name == "relu"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert empty.retrievers() == ("annoy",)
-        assert empty.losses() == empty.metrics() == ()
+        assert empty.names("retriever") == ("annoy",)
+        assert empty.names("loss") == empty.names("metric") == ()
         assert empty.describe(nn.ReLU()).name == "relu"
     assert re.search(message, str(error_of(empty, "nonsense")))
 
@@ -272,5 +272,5 @@ def test_every_call_of_a_hook_is_logged(
 ) -> None:
     caplog.set_level(logging.INFO, "retroexit.plugins")
     empty.register(offering(retrievers=ANNOY), "annoy")
-    empty.retrievers()
+    empty.names("retriever")
     assert caplog.messages[0].startswith("retroexit_retrievers of plug-in 'annoy' returned {'annoy': <class ")

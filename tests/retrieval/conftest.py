@@ -31,7 +31,7 @@ COMPRESSED: dict[str, Callable[..., Retriever]] = {
 def _plugins() -> dict[str, Callable[..., Retriever]]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of broken plug-ins
-        names = set(host().retrievers()) - {"exact", "faiss", "hnswlib"}
+        names = set(host().names("retriever")) - {"exact", "faiss", "hnswlib"}
         return {name: host().retriever(name) for name in sorted(names)}
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from retroexit.errors import CheckpointError, OptionError, TrainingError
 from retroexit.plugins.training_types import Objective, TrainingBatch
-from retroexit.training.losses.adversary import (
+from retroexit.training.losses.terms import (
     OBJECTIVES,
     Adversarial,
     Adversary,

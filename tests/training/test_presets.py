@@ -16,8 +16,8 @@ from retroexit.metrics import LPIPS, MSSSIM, QualityMetric
 from retroexit.plugins import Description
 from retroexit.plugins.training_types import TrainingBatch
 from retroexit.training.losses import L1
-from retroexit.training.losses.adversary import OBJECTIVES
 from retroexit.training.losses.plan import LossOptions, LossPlan, _value, find_weights, plan_losses
+from retroexit.training.losses.terms import OBJECTIVES
 
 oasis = pytest.importorskip("retroexit_oasis", reason="install the project to get its adapters")
 

@@ -3,8 +3,6 @@
 Departure from the paper: the ground truth of every term is the backbone's image.
 """
 
-from __future__ import annotations
-
 from retroexit.training.losses.perceptual import PERCEPTUAL, Perceptual
 from retroexit.training.losses.plan import TrainingLoss
 from retroexit.training.losses.terms import L1, Gaze

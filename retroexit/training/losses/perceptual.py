@@ -1,7 +1,5 @@
 """Differences of the features of a pretrained network (L_VGG of equations 3 and 4)."""
 
-from __future__ import annotations
-
 import weakref
 from dataclasses import dataclass
 from pathlib import Path

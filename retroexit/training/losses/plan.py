@@ -25,13 +25,14 @@ from retroexit.metrics import QualityMetric
 from retroexit.plugins.description import Description
 from retroexit.plugins.host import host
 from retroexit.plugins.training_types import BatchTerm, Objective, Term, TrainingBatch
-from retroexit.training.losses.adversary import (
+from retroexit.training.losses.terms import (
     Adversarial,
     Adversary,
+    Equaliser,
     FeatureMatching,
+    Gaze,
     find_objective,
 )
-from retroexit.training.losses.terms import Equaliser, Gaze
 
 QUALITY, LPIPS = "quality", "lpips"
 ADVERSARIAL, FEATURE_MATCHING, GAZE = "adversarial", "feature-matching", "gaze"
@@ -216,7 +217,6 @@ def _terms(
     files: Mapping[str, str | Path],
     missing: dict[str, WeightsError] | None,
 ) -> dict[str, Term | BatchTerm]:
-    """Make the terms that branches share."""
     for name in files:
         if name not in weights:
             raise OptionError(f"loss_weights must name one of {', '.join(weights)}, got {name!r}", files)
@@ -240,14 +240,13 @@ def _term(name: str, metric: QualityMetric | None, file: str | Path | None) -> T
     if metric is not None and file is None and name in (QUALITY, metric_name):
         return metric
     options = {} if file is None else {"weights": file}
-    is_metric = name not in host().losses() and name in host().metrics()
+    is_metric = name not in host().names("loss") and name in host().names("metric")
     return host().metric(name, **options) if is_metric else host().loss(name, **options)
 
 
 def _discriminator(
     generator: nn.Module, description: Description | None, source: nn.Module | str | Path | None
 ) -> nn.Module | None:
-    """Return the starting point of adversaries."""
     if source is None or isinstance(source, nn.Module):
         return source
     if not isinstance(source, (str, Path)):
@@ -280,7 +279,6 @@ def _discriminator(
 
 
 def _described_discriminator(description: Description, generator: nn.Module) -> nn.Module | None:
-    """Make the discriminator of a description."""
     if description.discriminator is None:
         return None
     try:
