@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 import retroexit
 from retroexit.branch.widths.plan import Pin
+from retroexit.errors import RetroExitWarning
 from retroexit.model import EarlyExitGenerator
 
 
@@ -218,7 +219,8 @@ def pins(generator: nn.Module, place: str, **options: Any) -> tuple[Pin, ...]:
     ("as_dict", "image", "entry"), [(True, "image", r"\['state'\]"), (False, 0, r"\[1\]\[0\]")]
 )
 def test_a_returned_state_is_named_and_how_to_drop_it(as_dict: bool, image: Any, entry: str) -> None:
-    fixed = pins(Recurrent(as_dict), "stem", image=image)
+    with pytest.warns(RetroExitWarning, match=rf"output .*: {entry}\\. They hold 3 widths .*% of its MACs"):
+        fixed = pins(Recurrent(as_dict), "stem", image=image)
     assert {pin.parameter for pin in fixed} == {"state.weight", "state.bias", "rgb.weight"}
     for pin in fixed:
         with pytest.raises(AssertionError, match=rf"output's entry {entry}, .*returns the image alone"):
@@ -250,11 +252,15 @@ class Chain(nn.Module):
 
 
 class Skipping(Chain):
-    """Adds a skip of full width, made in front of the cut, to a trunk."""
+    """Adds what a layer reads from a skip of full width, made in front of the cut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Conv2d(32, 3, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         side = self.skip(x)
-        return self.rgb(self.body(self.stem(x).relu()) + side)
+        return self.rgb(self.body(self.stem(x).relu())) + self.last(side)
 
 
 def test_a_live_value_is_named_as_inspect_names_it() -> None:
