@@ -219,7 +219,7 @@ def pins(generator: nn.Module, place: str, **options: Any) -> tuple[Pin, ...]:
     ("as_dict", "image", "entry"), [(True, "image", r"\['state'\]"), (False, 0, r"\[1\]\[0\]")]
 )
 def test_a_returned_state_is_named_and_how_to_drop_it(as_dict: bool, image: Any, entry: str) -> None:
-    with pytest.warns(RetroExitWarning, match=rf"output .*: {entry}\\. They hold 3 widths .*% of its MACs"):
+    with pytest.warns(RetroExitWarning, match=rf"output .*: {entry}\. They hold \d widths .*% of its MACs"):
         fixed = pins(Recurrent(as_dict), "stem", image=image)
     assert {pin.parameter for pin in fixed} == {"state.weight", "state.bias", "rgb.weight"}
     for pin in fixed:
