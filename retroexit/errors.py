@@ -3,31 +3,6 @@
 import difflib
 from collections.abc import Iterable
 
-__all__ = [
-    "AdapterError",
-    "AttachPointError",
-    "BankError",
-    "BranchError",
-    "CheckpointError",
-    "DeviceError",
-    "GeneratorError",
-    "InputMismatchError",
-    "MissingExtraError",
-    "ModeError",
-    "NonFiniteError",
-    "NotRecordedError",
-    "OptionError",
-    "OutputError",
-    "PluginError",
-    "RecordingError",
-    "RepeatedStageError",
-    "RetrieverError",
-    "RetroExitError",
-    "RetroExitWarning",
-    "TrainingError",
-    "WeightsError",
-]
-
 
 class RetroExitError(Exception):
     """Base of every error that retroexit raises on purpose; ``subject`` is the object at fault, or ``None``."""

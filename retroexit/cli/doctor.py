@@ -57,7 +57,7 @@ def doctor() -> None:
 
 
 def plugins(
-    as_json: Annotated[bool, Option("--json", help="Print a list of objects instead.")] = False,
+    as_json: Annotated[bool, Option("--json", help="Print JSON objects instead.")] = False,
 ) -> None:
     """List the installed plug-ins, the hooks of each one, and the names that it offers there.
 

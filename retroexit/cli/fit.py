@@ -125,9 +125,7 @@ def fit(
     accelerator: Annotated[
         str | None, Option(help="cpu, cuda or auto; by default where the factory puts the generator.")
     ] = None,
-    dry_run: Annotated[
-        bool, Option("--dry-run", help="Show work and cost, train and write nothing.")
-    ] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Show work and cost; train nothing.")] = False,
 ) -> None:
     """Add early exits to a generator: bank, branches, predictor. Can be interrupted and resumed.
 
@@ -171,9 +169,7 @@ def _wrap_arguments(exits: Any, retriever: str) -> dict[str, Any]:
     if exits.image_range is not None:
         limits = tuple(_parse_numbers("--image-range", exits.image_range, "0,1 or -1,1"))
         if len(limits) != 2 or not limits[0] < limits[1]:
-            raise OptionError(
-                f"--image-range must be two numbers, the smaller one first, got {exits.image_range}", limits
-            )
+            raise OptionError(f"--image-range must be two ascending numbers, got {exits.image_range}", limits)
     return {
         **vars(exits),
         "attach_at": options.parse_places(exits.attach_at),

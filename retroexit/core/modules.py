@@ -36,10 +36,7 @@ def precision_of(module: nn.Module) -> torch.dtype | None:
 def clone_module(module: nn.Module, memo: dict[int, Any] | None = None, *, share: bool = False) -> nn.Module:
     """Copy a module deeply, also after a forward of legacy spectral norm; parameters of it require gradient.
 
-    Args:
-        module: The module.
-        memo: Copies that exist already, by identity of the original.
-        share: Whether the copy holds the module's own tensors.
+    ``memo`` has copies that exist already, by id of the original. With ``share`` tensors are not copied.
     """
     memo = {} if memo is None else memo
     if share:

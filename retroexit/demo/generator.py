@@ -67,9 +67,7 @@ class SceneBlock(nn.Module):
 class SceneGenerator(nn.Module):
     """Street scenes from label maps: the stages in `body` work at 8x16, 16x32, 16x32, 32x64, 32x64, 64x128 pixels.
 
-    Args:
-        channels: Output width of every block.
-        hidden: Width inside the modulations.
+    ``channels`` are the output widths of the blocks, ``hidden`` is the width inside the modulations.
     """
 
     planes: Tensor
@@ -91,9 +89,6 @@ class SceneGenerator(nn.Module):
         Args:
             labels: One-hot label map, float ``(N, len(CLASSES), 64, 128)``.
             z: Style, float ``(N, len(STYLE))``, made for ``[-1, 1]``.
-
-        Raises:
-            InputMismatchError: If a shape differs.
         """
         if labels.shape[1:] != (len(CLASSES), *SCENE_SIZE) or z.shape != (labels.shape[0], len(STYLE)):
             raise InputMismatchError(
@@ -146,15 +141,8 @@ def load_scene_generator(folder: Path | None = None) -> SceneGenerator:
 def scene_inputs(count: int, seed: int = 0, first: int = 0) -> list[tuple[Tensor, Tensor]]:
     """Draw held-out scenes as inputs: one-hot labels ``(len(CLASSES), 64, 128)`` and style ``(len(STYLE),)``.
 
-    Sample ``i`` has scene seed ``TEST_SEEDS[1000 * seed + first + i]``, which no training has seen.
-
-    Args:
-        count: How many, ``>= 0``.
-        seed: Which block of a thousand scenes to start in, 0 to 999.
-        first: How many scenes to skip, ``>= 0``.
-
-    Raises:
-        OptionError: If the numbers lead outside `TEST_SEEDS`.
+    Sample ``i`` has scene seed ``TEST_SEEDS[1000 * seed + first + i]``, which no training has seen; it must
+    exist.
     """
     start = 1000 * seed + first
     if min(count, seed, first) < 0 or start + count > len(TEST_SEEDS):

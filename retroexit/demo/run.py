@@ -59,17 +59,9 @@ def run_demo(
     say: Callable[[str], None] = print,
     command: str | None = None,
 ) -> tuple[EarlyExitGenerator, Evaluation]:
-    """Run the whole demo; return the fitted model and its evaluation.
+    """Run the whole demo in a folder; return the fitted model and its evaluation.
 
-    Args:
-        out: Folder for cache, model and report.
-        metric: Name of a quality metric, or ``"auto"``.
-        weights: File with its weights.
-        steps: Training steps per branch.
-        scenes: Drawn scenes to fit on.
-        test_scenes: Drawn scenes to evaluate on.
-        say: Prints a line.
-        command: The command to show in the report.
+    ``scenes`` are drawn to fit on, ``test_scenes`` to evaluate on; ``say`` prints a line.
     """
     begin = time.monotonic()
     quality = pick_metric(metric, weights, say)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.random import Generator
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
@@ -60,7 +61,7 @@ class Building(NamedTuple):
 class LabelMap:
     """Draws things as labels, oversampled by `OVERSAMPLE`; the style ``z`` is used by pictures alone."""
 
-    def __init__(self, size: tuple[int, int], z: Array, rng: np.random.Generator) -> None:
+    def __init__(self, size: tuple[int, int], z: Array, rng: Generator) -> None:
         self.height, self.width = size[0] * OVERSAMPLE, size[1] * OVERSAMPLE
         self.focal = 0.56 * self.width
         self.eye = rng.uniform(1.7, 2.3)
@@ -172,7 +173,7 @@ class LabelMap:
                 self.fill(outlines[0], WINDOW, look[f"frame {face}"])
                 self.fill(outlines[1], WINDOW, look["door" if is_door else "glass"])
 
-    def tree(self, x: float, z: float, height: float, rng: np.random.Generator) -> None:
+    def tree(self, x: float, z: float, height: float, rng: Generator) -> None:
         """Draw a tree; ``rng`` draws the nine ellipses of its crown."""
         centre, radius = self.project(x, 0.66 * height, z), self.focal * 0.36 * height / z
         look = self.look("tree", z, centre, radius)
@@ -231,15 +232,7 @@ class LabelMap:
 
 
 def draw_scene(seed: int, size: tuple[int, int] = SCENE_SIZE) -> Scene:
-    """Draw the label map of one scene; the same seed and size always give the same map.
-
-    Args:
-        seed: Any integer ``>= 0``; see `TRAIN_SEEDS` and `TEST_SEEDS`.
-        size: Height and width in pixels, at least 32 x 32.
-
-    Raises:
-        OptionError: If ``seed`` is negative or ``size`` too small.
-    """
+    """Draw the label map of one scene; the same ``seed >= 0`` and size, at least 32 x 32, give the same map."""
     canvas, z, difficulty = place_scene(seed, size, LabelMap)
     return Scene(canvas.labels(), z, difficulty)
 
@@ -247,9 +240,7 @@ def draw_scene(seed: int, size: tuple[int, int] = SCENE_SIZE) -> Scene:
 def place_scene(seed: int, size: tuple[int, int], canvas_class: type[LabelMap]) -> tuple[Any, Array, float]:
     """Draw a scene on a canvas of a class; returns the canvas, the style and the difficulty."""
     if seed < 0 or min(size) < 32:
-        raise OptionError(
-            f"seed must be >= 0 and size at least 32 x 32, got seed={seed}, size={size}", (seed, size)
-        )
+        raise OptionError(f"seed must be >= 0 and size >= 32 x 32, got {seed} and {size}", (seed, size))
     rng = np.random.default_rng(seed)
     difficulty = float(rng.random())
     z = rng.uniform(-1, 1, len(STYLE)).astype(np.float32)
@@ -267,7 +258,7 @@ def place_scene(seed: int, size: tuple[int, int], canvas_class: type[LabelMap]) 
     return canvas, z, difficulty
 
 
-def _place_meadows(canvas: LabelMap, rng: np.random.Generator) -> None:
+def _place_meadows(canvas: LabelMap, rng: Generator) -> None:
     along = np.linspace(0, 1, 33)
     phase, waves = rng.uniform(0, 6.28, 2), rng.uniform(1.5, 4.5, 2)
     rise = canvas.height * rng.uniform(0.02, 0.09)
@@ -276,7 +267,7 @@ def _place_meadows(canvas: LabelMap, rng: np.random.Generator) -> None:
     canvas.meadows([(float(x), float(y)) for x, y in ridge])
 
 
-def _place_road(canvas: LabelMap, half: float, pavement: float, rng: np.random.Generator) -> None:
+def _place_road(canvas: LabelMap, half: float, pavement: float, rng: Generator) -> None:
     """Draw pavement with its kerb, asphalt and markings."""
     look, ahead = canvas.look("road"), (2.0, 400.0)
     for side in (-1, 1) if pavement else ():
@@ -298,7 +289,7 @@ Thing = tuple[float, Callable[[], None]]
 """Distance in metres, and what draws it."""
 
 
-def _buildings(canvas: LabelMap, built: float, beside: float, rng: np.random.Generator) -> list[Thing]:
+def _buildings(canvas: LabelMap, built: float, beside: float, rng: Generator) -> list[Thing]:
     """Place two rows along the road, the denser and higher the nearer ``built`` is to 1."""
     things: list[Thing] = []
     for side in (-1, 1):
@@ -315,9 +306,7 @@ def _buildings(canvas: LabelMap, built: float, beside: float, rng: np.random.Gen
     return things
 
 
-def _trees(
-    canvas: LabelMap, difficulty: float, half: float, beside: Span, rng: np.random.Generator
-) -> list[Thing]:
+def _trees(canvas: LabelMap, difficulty: float, half: float, beside: Span, rng: Generator) -> list[Thing]:
     things: list[Thing] = []
     for _ in range(rng.poisson(0.6 + 7 * difficulty)):
         side, z = rng.choice((-1, 1)), rng.uniform(7, 45)
@@ -326,7 +315,7 @@ def _trees(
     return things
 
 
-def _cars(canvas: LabelMap, difficulty: float, half: float, rng: np.random.Generator) -> list[Thing]:
+def _cars(canvas: LabelMap, difficulty: float, half: float, rng: Generator) -> list[Thing]:
     """Place cars on two lanes, and at the kerbs of a wide road, none inside another."""
     lanes = (-1.7, 1.7) if half < 4 else (-1.6, 1.6, -half + 1, half - 1)
     taken: list[Point] = []
@@ -337,9 +326,7 @@ def _cars(canvas: LabelMap, difficulty: float, half: float, rng: np.random.Gener
     return [(z, functools.partial(canvas.car, x, z)) for x, z in taken]
 
 
-def _small_things(
-    canvas: LabelMap, difficulty: float, beside: float, rng: np.random.Generator
-) -> list[Thing]:
+def _small_things(canvas: LabelMap, difficulty: float, beside: float, rng: Generator) -> list[Thing]:
     things: list[Thing] = []
     for _ in range(rng.poisson(7 * difficulty**2)):
         z = rng.uniform(6, 22)
@@ -372,7 +359,7 @@ def texture_planes(size: tuple[int, int] = SCENE_SIZE) -> Array:
     return planes
 
 
-def _noise(rng: np.random.Generator, cells: tuple[int, int], size: tuple[int, int]) -> Array:
+def _noise(rng: Generator, cells: tuple[int, int], size: tuple[int, int]) -> Array:
     """Smooth noise in [-1, 1]: random cells, enlarged bicubically."""
     coarse = Image.fromarray(rng.random(cells, dtype=np.float32) * 2 - 1)
     return np.asarray(coarse.resize(size[::-1], Image.Resampling.BICUBIC), dtype=np.float32).clip(-1, 1)

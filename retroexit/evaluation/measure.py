@@ -19,7 +19,7 @@ from retroexit.core.nested import tensors
 from retroexit.core.samples import Samples, drawing_from
 from retroexit.errors import MissingExtraError
 from retroexit.evaluation.sweep import Evaluation
-from retroexit.measuring import Measurement, limits_of
+from retroexit.measuring import Measurement, check_measure, limits_of
 from retroexit.metrics import QualityMetric
 from retroexit.model import EarlyExitGenerator
 
@@ -42,16 +42,8 @@ def measure(
 ) -> tuple[Evaluation, Measurement]:
     """Measure every exit of a model on inputs that it was not fitted on.
 
-    Returns the evaluation, and the measurement, which can render the samples again.
-
-    Args:
-        model: A wrapped generator.
-        inputs: Samples without the batch axis, as for `retroexit.fit`.
-        metric: Compares an exit's image with the backbone's.
-        seed: Seed of the noise drawn inside the generator.
-        batch: Samples per pass.
-        repeats: Timed runs per route; 0 leaves timing out.
-        progress: Whether to show a progress bar on a terminal.
+    Returns the evaluation, and the measurement, which can render the samples again. ``seed`` is that of the
+    noise inside the generator, ``batch`` counts samples per pass, ``repeats`` timed runs per route.
     """
     samples = Samples(inputs, seed)
     if not model.is_recorded:
@@ -59,6 +51,7 @@ def measure(
         model.record(*args, **kwargs)
     device = device_of(model.generator)
     metric.to(device)
+    check_measure(model, metric)
     run = Measurement(model, samples, metric, limits_of(model, samples), batch)
     losses, predicted, distances = run.losses(progress)
     exits = model.exits
@@ -74,13 +67,15 @@ def measure(
         metric=metric.describe(),
         exits=[asdict(e) for e in exits],
         distance=None if distances is None else distances.double().numpy(),
+        ood=run.is_ood.double().numpy(),
         seconds=seconds,
         about={
             "generator": type(model.generator).__name__,
             "fingerprint": fingerprint(model.generator)[:16],
             "samples": len(samples),
             "image_range": [run.limits.low, run.limits.high],
-            "ood_guard": None if predicted is None else f"{run.ood} of {len(samples)} {_GUARD}",
+            "ood_guard": None if predicted is None else f"{int(run.is_ood.sum())} of {len(samples)} {_GUARD}",
+            "void": model.router.void(run.feature()),
             "threads": torch.get_num_threads(),
             "macs": _MACS,
             "thop": thop,

@@ -17,8 +17,13 @@ EXPECTATION = (
 
 
 def promised(evaluation: Evaluation, calibration: Calibration, tau: float) -> OperatingPoint:
-    """Route samples, none of them of the calibration set, as ``model(..., threshold=tau)`` does, without guard."""
+    """Route the samples of an evaluation as ``model(..., threshold=tau)`` does once it is calibrated.
+
+    The samples must not be in the calibration set. Raises `OptionError` if the evaluation holds no predictions.
+    """
     predicted = torch.from_numpy(evaluation.need_predicted())
+    if evaluation.ood is not None:
+        predicted = predicted.masked_fill(torch.from_numpy(evaluation.ood > 0)[:, None], torch.inf)
     exits, _ = calibration.observed(torch.from_numpy(evaluation.loss), predicted, tau)
     return evaluation.at_exits(exits.numpy().astype(np.int64), tau)
 
@@ -51,4 +56,25 @@ def promise_summary(
                 "expected_saved": evaluation.at_threshold(tau).saved,
             }
         )
-    return {**calibration.describe(), "text": str(calibration), "held_out": samples, "rows": rows}
+    promise = {**calibration.describe(), "text": str(calibration), "held_out": samples, "rows": rows}
+    left_out = [row for tau in taus for row in left_out_rows(calibration, tau, routed_shares(evaluation))]
+    return {**promise, "left_out": left_out, "void": evaluation.about.get("void", [])}
+
+
+def routed_shares(evaluation: Evaluation) -> torch.Tensor:
+    """Compute of a routed sample at every exit as a share of the backbone's, ``(K + 1,)``."""
+    return torch.from_numpy((evaluation.macs + evaluation.overhead) / evaluation.macs[-1])
+
+
+def left_out_rows(calibration: Calibration, tau: float, shares: torch.Tensor) -> list[dict[str, Any]]:
+    """Describe every group of a calibration under the limits that the other groups give, as JSON types."""
+    return [
+        {
+            "threshold": tau,
+            "group": name,
+            "samples": len(losses),
+            "violations": float((losses > tau).double().mean()),
+            "saved": 1 - float(shares[exits - 1].mean()),
+        }
+        for name, (exits, losses) in calibration.left_out(tau).items()
+    ]

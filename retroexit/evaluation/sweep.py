@@ -55,6 +55,7 @@ class Evaluation:
         metric: What the loss is, see ``QualityMetric.describe``.
         exits: One row per exit: index, attach_at, depth, macs, share, parameters.
         distance: Mean distance of each sample to its guide, shape ``(S,)``, or ``None``.
+        ood: 1 for samples that are out of distribution and go to the backbone, else 0, shape ``(S,)``, or ``None``.
         seconds: Median wall-clock seconds of each route, shape ``(K + 1,)``, or ``None``.
         about: Other facts: generator, data, seed, machine, versions.
 
@@ -71,25 +72,24 @@ class Evaluation:
     distance: Array | None = None
     seconds: Array | None = None
     about: dict[str, Any] = field(default_factory=dict)
+    ood: Array | None = None
 
     def __post_init__(self) -> None:
         loss = np.asarray(self.loss, dtype=np.float64)
         if loss.ndim != 2 or 0 in loss.shape:
             raise OptionError(f"loss must have shape (samples, branch exits), got {loss.shape}", loss)
         samples, exits = loss.shape
-        shapes = {"loss": loss.shape, "predicted": loss.shape, "distance": (samples,)}
+        shapes = {"loss": loss.shape, "predicted": loss.shape, "distance": (samples,), "ood": (samples,)}
         shapes |= dict.fromkeys(("macs", "overhead", "seconds"), (exits + 1,))
         for name, shape in shapes.items():
             value = getattr(self, name)
-            if value is None and name in ("predicted", "distance", "seconds"):
+            if value is None and name in ("predicted", "distance", "seconds", "ood"):
                 continue
             value = np.asarray(value, dtype=np.float64)
             if value.shape != shape:
                 raise OptionError(f"{name} must have shape {shape} like loss, got {value.shape}", value)
             if count := int((~np.isfinite(value)).sum()):
-                raise OptionError(
-                    f"{name} must be finite, got NaN or infinity in {count} of {value.size}", value
-                )
+                raise OptionError(f"{name} must be finite, got NaN or infinity {count} times", value)
             object.__setattr__(self, name, value)
         if self.macs[-1] <= 0:
             raise OptionError(f"the backbone's MACs must be > 0, got {self.macs[-1]}", self.macs)
@@ -149,21 +149,15 @@ class Evaluation:
         """Fit the gain factor of section 3.4: computations saved per loss accepted.
 
         The slope of a least-squares line through points at two or more thresholds (the paper's number) or
-        mean losses. Leave out points where every sample leaves at one exit: they flatten the slope.
-
-        Returns:
-            ``gmacs_per_threshold`` and ``gmacs_per_mean_loss``: saved GMACs per unit of loss;
-                ``percent_per_hundredth_threshold`` and ``percent_per_hundredth_mean_loss``: saved share of
-                the backbone in percent per 0.01 of loss, comparable between backbones.
+        mean losses. Leave out points where every sample leaves at one exit: they flatten the slope. Returns
+        saved GMACs per unit of loss, and saved percent of the backbone per 0.01 of loss.
         """
         saved = np.array([point.saved for point in points])
         factors: dict[str, float] = {}
         for name in ("threshold", "mean_loss"):
             x = np.array([getattr(point, name) for point in points], dtype=np.float64)
             if len(x) < 2 or not np.ptp(x) > 0:
-                raise OptionError(
-                    f"points must have two different values of {name}, got {x.tolist()}", points
-                )
+                raise OptionError(f"points need two different values of {name}, got {x.tolist()}", points)
             centred = x - x.mean()
             slope = float(centred @ saved / (centred @ centred))
             factors[f"gmacs_per_{name}"] = slope * float(self.macs[-1]) / 1e9
@@ -206,9 +200,7 @@ class Evaluation:
     def need_predicted(self) -> Array:
         """Return the predicted losses, or raise `OptionError` if there are none."""
         if self.predicted is None:
-            raise OptionError(
-                "the evaluation has no predicted losses. Fit a predictor, or use oracle or fixed."
-            )
+            raise OptionError("there are no predicted losses. Fit a predictor, or use oracle or fixed.")
         return self.predicted
 
     def _cost_order(self) -> npt.NDArray[np.int64]:

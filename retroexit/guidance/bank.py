@@ -139,9 +139,7 @@ class GuidanceBank:
         ids, distances = nearest.ids[:, 0], nearest.distances[:, 0]
         if exclude is not None:
             if exclude.shape != feature.shape[:1]:
-                raise BankError(
-                    f"exclude must have shape ({len(feature)},), got {tuple(exclude.shape)}", exclude
-                )
+                raise BankError(f"exclude must be ({len(feature)},), got {tuple(exclude.shape)}", exclude)
             excluded = exclude.to("cpu", torch.int64).repeat_interleave(math.prod(cells.shape[1:-1]))
             self._avoid(queries, excluded, ids, distances)
         return SearchResult(ids.view(cells.shape[:-1]), distances.view(cells.shape[:-1]))

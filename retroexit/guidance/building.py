@@ -42,19 +42,9 @@ class Candidates:
     fill half of the memory, they are thinned in turn. `reach`, the sum of the radii, bounds the distance of
     every key ever seen. With other ways of thinning, a uniform sample of the stream is held (a reservoir).
 
-    Args:
-        most: Keys held at most; with ``"fps"`` at least twice ``size``.
-        size: Keys of the bank.
-        thin: How they will be thinned.
-        seed: Of all random choices.
-        folder: Where `store` writes; a stream stored there is resumed.
-        identity: What the keys belong to, plain data; a folder with another identity is refused.
-
-    Attributes:
-        seen: Number of keys added so far.
-        shape: Shape of the features that the keys were cut from, ``(C, H, W)``; empty before the first.
-        grid: The grid of patches of each feature, ``(h, w)``.
-        held: Number of keys held.
+    A stream that `store` wrote to ``folder`` is resumed, if ``identity``, what the keys belong to, is the
+    same. ``seen`` keys were added so far, ``held`` are held; ``shape`` is that of the features that they were
+    cut from, ``grid`` that of the patches of each.
     """
 
     def __init__(
@@ -226,7 +216,7 @@ def build_bank(
     source, cells = candidates.tags[rows].T
     values = _compute_values(values_of, source, cells, candidates.grid, progress)
     retriever.build(keys)
-    thinning = {"how": thin, "size": size, "eps": eps, "seed": seed, "seen": candidates.seen}
+    thinning: dict[str, Any] = {"how": thin, "size": size, "eps": eps, "seed": seed, "seen": candidates.seen}
     thinning |= {"candidates": candidates.held, "radius": radius, "mean": mean}  # both of the candidates
     thinning["within"] = within if math.isfinite(within) else None  # of all keys seen
     facts = {**(meta or {}), "patch": list(patch), "thinning": thinning}
@@ -322,10 +312,6 @@ def with_slopes(bank: GuidanceBank, maps: Iterable[tuple[Tensor, Tensor]], patch
 
     Returns:
         A bank of order 1 with the same keys; its values hold v and S.
-
-    Raises:
-        OptionError: If the linear maps of so many keys would not fit into memory.
-        BankError: If the bank has slopes already, features do not fit, or a slope is not finite in float16.
     """
     if bank.order:
         raise BankError("the bank has slopes already. Pass a bank of plain values.", bank)

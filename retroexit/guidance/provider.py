@@ -24,6 +24,9 @@ from retroexit.tracing.record import unobserved
 
 _IMAGE = "image"
 
+KeyFunction = Callable[..., Tensor]
+"""Returns the key of every input, ``(N, D)``, from the generator's arguments."""
+
 
 @dataclass(frozen=True)
 class Guidance:
@@ -56,7 +59,7 @@ class Guidance:
 
     value_after: int | str | None = None
     key_after: int | str | None = None
-    key: Callable[..., Tensor] | Literal[False] | None = None
+    key: KeyFunction | Literal[False] | None = None
     patch: tuple[int, ...] = (1, 1)
     inject: Literal["input", "every_stage"] | None = None
     order: Literal[0, 1] = 0
@@ -72,9 +75,7 @@ class Guidance:
         if self.size < 1:
             raise OptionError(f"size must be >= 1, got {self.size}", self.size)
         if self.key not in (None, False) and not callable(self.key):
-            message = (
-                f"key must be a function of the generator's arguments returning (N, D), got {self.key!r}"
-            )
+            message = f"key must be a function of the generator's arguments to (N, D), got {self.key!r}"
             raise OptionError(message, self.key)
         if self.key and self._names_patches:
             other = f"patch={self.patch}" if self.key_after is None else f"key_after={self.key_after!r}"
@@ -90,7 +91,7 @@ class Guidance:
 
     def completed(
         self,
-        key: Callable[..., Tensor] | None = None,
+        key: KeyFunction | None = None,
         key_after: int | str | None = None,
         value_after: int | str | None = None,
     ) -> Guidance:
@@ -116,7 +117,7 @@ class Taps:
     value_cut: Cut  # cut after the map that values are cut from
     gives_image: bool  # whether that map is the backbone's image
     key_node: fx.Node  # node of the feature that keys are cut from, if no function returns them
-    key: Callable[..., Tensor] | None  # returns one key per input, if the bank holds frames
+    key: KeyFunction | None  # returns one key per input, if the bank holds frames
     key_shape: tuple[int, ...]  # shape (D, ...) of the map that keys are cut from, for one sample
     patch: tuple[int, ...]  # size of a key's patch
     guide: GuideShape  # shape of the guide, for the branches
@@ -155,7 +156,7 @@ class Taps:
         }
 
 
-def key_name(key: Callable[..., Tensor]) -> str:
+def key_name(key: KeyFunction) -> str:
     """Name a key function as a saved model records it: module and qualified name."""
     named: Any = key
     while hasattr(named, "func"):  # functools.partial
@@ -167,7 +168,7 @@ def key_name(key: Callable[..., Tensor]) -> str:
 
 @torch.no_grad()
 def _keys_of(
-    key: Callable[..., Tensor], args: Any, kwargs: Any, count: int, dims: int, width: int | None = None
+    key: KeyFunction, args: Any, kwargs: Any, count: int, dims: int, width: int | None = None
 ) -> Tensor:
     """Call a key function for N = ``count`` inputs; return a map of one location, ``(N, D, 1, 1)``."""
     expected = f"({count}, {'D' if width is None else width})"
@@ -252,9 +253,7 @@ def _find_value_cut(decoder: Decoder, guidance: Guidance) -> Cut:
     count = len(decoder.stages)
     index = (count + 1) // 2 if place is None else place
     if not 1 <= index < count:
-        raise OptionError(
-            f"value_after must be 'image' or a stage before the last of {count}, got {index}", index
-        )
+        raise OptionError(f"value_after must be 'image' or a stage before stage {count}, got {index}", index)
     return decoder.cut(decoder.stages[index - 1])
 
 
@@ -319,13 +318,8 @@ class GuideProvider:
     ) -> Tensor | None:
         """Glue guides ``(R, C, ...)`` of a batch, or of some rows of it; ``None`` where branches take none.
 
-        Args:
-            begun: The batch at the first cut.
-            rows: Rows of the batch, int64 ``(R,)``; ``None`` for all.
-            retrieved: The result of `retrieve` for the whole batch, if there is one.
-
-        Raises:
-            BankError: If there is no bank yet.
+        ``retrieved`` is the result of `retrieve` for the whole batch, if there is one. No bank is a
+        `BankError`.
         """
         if self.taps is None or (rows is not None and not len(rows)):
             return None

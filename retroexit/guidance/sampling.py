@@ -74,13 +74,7 @@ def farthest_points(
 
     The result is that of the plain greedy loop, with fewer passes: the loop runs inside a pool of the
     farthest few hundred keys as long as its farthest key beats every key outside; then all distances are
-    updated.
-
-    Args:
-        keys: Candidates, ``(n, D)``.
-        size: Number of keys to choose, ``>= 1``.
-        eps: Stop when no key is farther than this from the chosen ones, ``>= 0``.
-        seed: Of the first key.
+    updated. It stops when no key is farther than ``eps`` from the chosen ones; ``seed`` chooses the first.
 
     Returns:
         Row numbers of distinct keys in the order of choice, int64 ``(m,)``, and the largest distance from a

@@ -43,9 +43,7 @@ def check_picture(file: str | Path) -> Path:
     if path.suffix.lower() not in _FORMATS:
         raise OptionError(f"the picture must end in one of {', '.join(_FORMATS)}, got {str(file)!r}", file)
     if not path.parent.is_dir():
-        raise OptionError(
-            f"no folder {str(path.parent)!r} for the picture {path.name!r}. Make it first.", file
-        )
+        raise OptionError(f"no folder {str(path.parent)!r} for picture {path.name!r}. Make it first.", file)
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
@@ -56,8 +54,8 @@ def check_picture(file: str | Path) -> Path:
 def draw_decoder(stages: Sequence[Stage], file: str | Path, title: str = "") -> None:
     """Draw the stages of a decoder, one row each, to an ``.svg``, ``.png`` or ``.pdf`` file.
 
-    A row shows the path, the size, the share of the MACs spent up to the stage and, for a suggested exit, its
-    largest saving. Lines on the right show live values from where each is made to its last use.
+    A row shows path, size, share of the MACs spent and, for a suggested exit, its largest saving. Lines on
+    the right show live values from where each is made to its last use.
     """
     path = check_picture(file)
     import matplotlib

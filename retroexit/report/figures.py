@@ -108,7 +108,7 @@ def quality_per_exit(figure: Figure, evaluation: Evaluation, unguided: Evaluatio
     if unguided is not None:
         if unguided.loss.shape[1] != evaluation.loss.shape[1]:
             raise OptionError(
-                f"unguided must have {evaluation.loss.shape[1]} exits, got {unguided.loss.shape[1]}"
+                f"unguided needs {evaluation.loss.shape[1]} exits, got {unguided.loss.shape[1]}"
             )
         runs.append((unguided, "--", True))
     top = max(_right_end(run.loss) for run, _, _ in runs)

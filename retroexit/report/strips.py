@@ -41,7 +41,7 @@ class Strip:
 
 
 def pick_strips(
-    run: Measurement, evaluation: Evaluation, show: Callable[[Any], Tensor] | None = None
+    run: Measurement, evaluation: Evaluation, show: Callable[..., Tensor] | None = None
 ) -> list[Strip]:
     """Render the easiest, hardest and, at the highlighted threshold, worst-routed samples at every exit.
 

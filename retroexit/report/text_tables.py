@@ -39,6 +39,20 @@ def limits_table(model: EarlyExitGenerator, thresholds: Sequence[float]) -> str:
     return table(["threshold", "predictions up to", "saved", "above"], rows)
 
 
+def left_out_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Show every group under the limits that the others give, see `retroexit.evaluation.promise.left_out_rows`."""
+    cells = [
+        [
+            f"{row['threshold']:g}",
+            row["group"],
+            str(row["samples"]),
+            *(f"{100 * row[name]:z.1f} %" for name in ("saved", "violations")),
+        ]
+        for row in rows
+    ]
+    return table(["threshold", "group left out", "samples", "saved", "above"], cells)
+
+
 def promise_table(promise: dict[str, Any]) -> str:
     """Show what held-out samples do under a promise, see `retroexit.evaluation.promise.promise_summary`."""
     rows = [

@@ -407,11 +407,7 @@ def scan(
 
 
 def as_matrix(rows: Tensor | np.ndarray, what: str, *, copy: bool = False) -> np.ndarray:
-    """Convert ``(n, D)`` of any dtype, device and layout to a contiguous float32 matrix; ``copy`` shares nothing.
-
-    Raises:
-        RetrieverError: If the shape is not ``(n, D)``, or squared distances would not be finite in float32.
-    """
+    """Convert ``(n, D)`` of any dtype, device and layout to a finite, contiguous float32 matrix."""
     if rows.is_complex() if isinstance(rows, Tensor) else np.asarray(rows).dtype.kind not in "fiub":
         raise RetrieverError(f"{what} must be real numbers, got {rows.dtype}", rows)
     matrix: np.ndarray

@@ -59,9 +59,7 @@ class ExactRetriever(Retriever):
         except RuntimeError as error:
             raise OptionError(f"no device {device!r}: {error}", device) from error
         if precision not in ("auto", "float32", "bfloat16"):
-            raise OptionError(
-                f"precision must be 'auto', 'float32' or 'bfloat16', got {precision!r}", precision
-            )
+            raise OptionError(f"precision must be auto, float32 or bfloat16, got {precision!r}", precision)
         self._rounded: RoundedKeys | None = None
         self._rows: Tensor
         self._norms: Tensor

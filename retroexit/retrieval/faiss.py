@@ -123,9 +123,7 @@ class FaissRetriever(Retriever):
     def _restore(self, path: Path) -> None:
         native = _faiss().read_index(str(path))
         if native.d != self.width or native.ntotal != self.distinct:
-            raise RetrieverError(
-                f"index of {native.ntotal} x {native.d}, keys are {self.distinct} x {self.width}"
-            )
+            raise RetrieverError(f"index is {native.ntotal}x{native.d}, keys {self.distinct}x{self.width}")
         self._tune(native)
         self._native = native
 

@@ -198,12 +198,9 @@ class OODGuard(nn.Module):
 
     @torch.no_grad()
     def fit(self, pooled: Tensor, held_out: Tensor) -> None:
-        """Estimate the distribution, and set the limit with `farthest` of the held-out distances.
+        """Estimate the distribution of ``(S, D)`` statistics; set the limit with `farthest` of held-out distances.
 
-        Args:
-            pooled: Statistics of the fitting set, ``(S, D)``.
-            held_out: Statistics of other samples, ``(H, D)``; with fewer than 8 the fitting set is used and
-                the limit is doubled.
+        With fewer than 8 held-out samples ``(H, D)`` the fitting set is used and the limit is doubled.
         """
         self.limit.fill_(torch.inf)
         if len(pooled) < 8:

@@ -284,16 +284,7 @@ def _lend(duplicate: nn.Module, original: nn.Module, reads: set[str]) -> None:
 class ReplaySplit(SplitGenerator):
     """A generator that is stopped at its attach points and run again behind them.
 
-    Args:
-        generator: The trained generator, in eval mode.
-        decoder: Its recording, for analysis.
-        pairs: Stages and cuts, in order of execution.
-        tap: Whether it is cut after or before the stages.
-        args: Example inputs.
-        kwargs: Example keyword inputs.
-
-    Raises:
-        RecordingError: If the forward, run again, does not reproduce the generator.
+    Raises `RecordingError` if the forward, run again, does not reproduce the generator.
     """
 
     cuts: tuple[ReplayCut, ...]  # type: ignore[assignment]

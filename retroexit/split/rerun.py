@@ -289,16 +289,7 @@ def is_fake(value: Any) -> bool:
 def opened_by(
     generator: nn.Module, enclosing: Iterable[str], called: frozenset[str]
 ) -> tuple[list[str], list[str]]:
-    """Separate the modules whose forward runs again from those that they call.
-
-    Args:
-        generator: The generator.
-        enclosing: Paths of modules that are running at the cut.
-        called: Paths of modules that were called in the recording.
-
-    Returns:
-        Paths of opened modules (enclosing ones, containers never called), and of modules directly inside.
-    """
+    """Separate modules whose forward runs again (enclosing ones, containers never called) from those inside."""
     enclosing = set(enclosing)
     opened: dict[str, None] = {}
     inside: list[str] = []

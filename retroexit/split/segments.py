@@ -25,12 +25,9 @@ Before = dict[str, Callable[[Tensor], Tensor]]
 
 
 class GraphPart(nn.Module):
-    """Some nodes of a recording as a module, with their ``graph`` and its Python ``code``.
+    """Some ``nodes`` of a recording as a module that enters the values of ``enter`` and returns ``result``.
 
-    Args:
-        nodes: The nodes that run, in order.
-        enter: Nodes whose values are the inputs.
-        result: Nested value of nodes that is returned.
+    ``graph`` are the nodes as a graph of their own, ``code`` is that as Python.
     """
 
     graph: fx.Graph
@@ -77,15 +74,9 @@ def _compiled(graph: fx.Graph) -> tuple[Callable[..., Any], str]:
 
 
 class Segment(GraphPart):
-    """Runs the nodes between two cuts with the generator's own modules: ``segment(*values)``.
+    """Runs the nodes ``begin .. end`` between two cuts with the generator's own modules: ``segment(*values)``.
 
-    Args:
-        recording: The execution that the nodes come from.
-        generator: The module that owns the layers.
-        begin: Position of the first node.
-        end: Position behind the last node.
-        keep: Nodes whose values are returned, as a tuple.
-        enter: Nodes whose values are the inputs; the generator's inputs if ``None``.
+    Values enter at the nodes ``enter``, by default the generator's inputs; those of ``keep`` are returned.
     """
 
     keep: tuple[fx.Node, ...]
@@ -136,13 +127,7 @@ class Tail(GraphPart):
     """The rest of a generator after a cut: ``tail(feature, *live)`` gives the generator's output structure.
 
     Layers are copies (see `clone_module`) under their dotted paths. What the forward reads itself is copied
-    too.
-
-    Args:
-        recording: The execution to take the rest from.
-        generator: The module that owns the layers.
-        cut: Where the tail begins.
-        share: Whether it holds the generator's own weights instead of copies, for reading only.
+    too. With ``share``, weights are the generator's, for reading only.
     """
 
     def __init__(self, recording: Recording, generator: nn.Module, cut: Cut, *, share: bool = False) -> None:

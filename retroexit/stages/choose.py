@@ -36,12 +36,8 @@ _MOST_LISTED = 4
 def choose_stages(recording: Recording, image: fx.Node) -> dict[str, str]:
     """Choose the stages of a recording: path -> path of the module that closes the stage.
 
-    Args:
-        recording: One execution, with every layer as a node and tokens marked.
-        image: Node of the image.
-
-    Raises:
-        AttachPointError: If no module of weight that runs once passes a feature map on to the image.
+    Every layer must be a node, and tokens marked. Raises `AttachPointError` if no module of weight that runs
+    once passes a feature map on to the image.
     """
     calls = recording.calls
     root = _read_parts(recording, image)

@@ -118,21 +118,11 @@ def read_decoder(
     also: Iterable[str] = (),
     image: Any = None,
 ) -> Decoder:
-    """Record a generator with its stages as leaves.
+    """Record a generator in eval mode with its stages as leaves.
 
-    Args:
-        generator: A trained generator in eval mode.
-        args: Positional inputs that it accepts.
-        kwargs: Keyword inputs.
-        stages: Paths of l_1..l_N, or a mapping from these to the paths of the modules that close them; chosen
-            if ``None``.
-        also: Paths of further modules that must stay visible as single nodes.
-        image: Key, index or path of the image in the output.
-
-    Raises:
-        AttachPointError: If a path in ``stages`` or ``also`` names no module that runs.
-        GeneratorError, RecordingError: If it rejects the inputs, returns no finite image, or cannot be
-            recorded.
+    ``stages`` are paths of l_1..l_N, or a mapping from these to the paths of the modules that close them;
+    chosen if ``None``. The modules of ``also`` stay visible as single nodes. ``image`` is the key, index or
+    path of the image in the output.
     """
     deep = _record_deeply(generator, args, kwargs)
     _, deep_image = find_image(deep, image)

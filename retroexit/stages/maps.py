@@ -74,9 +74,7 @@ def find_image(recording: Recording, key: Any) -> tuple[tuple[Any, ...], fx.Node
     else:
         path = key if isinstance(key, tuple) else (key,)
         if path not in maps:
-            raise OptionError(
-                f"no image at {key!r} in the output; maps are at {_list(maps)}. Pass one of these keys.", key
-            )
+            raise OptionError(f"no image at {key!r} in the output; maps are at {_list(maps)}", key)
     node = maps[path][0]
     node.meta.setdefault("map_rank", _map_rank(node))
     return path, node

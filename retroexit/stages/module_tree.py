@@ -138,7 +138,5 @@ def decoder_facts(decoder: Decoder) -> dict[str, Any]:
         "suggested": [s.index for s in decoder.stages if s.is_suggested],
         "stages": stages,
         "live": [{**asdict(span), "shape": list(span.shape)} for span in live_spans(decoder.stages)],
-        "tree": [
-            {**asdict(part), "stage": part.stage.index if part.stage is not None else None} for part in tree
-        ],
+        "tree": [{**asdict(part), "stage": part.stage.index if part.stage else None} for part in tree],
     }

@@ -344,9 +344,7 @@ def _check_built(case: Case, run: Run, build: BuildStage) -> int:
         shapes = [tuple(t.shape) for t in tensors(output)]
         if shapes != expected:
             widths_text = f"{channels} to {thin_out} channels"
-            case.wrong(
-                f"the stage built for {run.path!r} with {widths_text} must return {expected}, got {shapes}"
-            )
+            case.wrong(f"the stage for {run.path!r} with {widths_text} must return {expected}, got {shapes}")
         names = dict(full.named_parameters()).keys()
         if names and not names & dict(stage.named_parameters()).keys():
             case.wrong(f"the stage built for {run.path!r} has no parameter name in common with it")
@@ -428,9 +426,7 @@ def _check_thin(case: Case, thin: EarlyExitGenerator, full: EarlyExitGenerator |
     if sizes and not any(e.parameters < sizes.get(e.attach_at, 0) for e in thin.exits if e.attach_at):
         pinned = dict.fromkeys(cause for exit in thin.exits for cause in exit.pinned)
         advice = "; ".join(pinned) or "test a wider generator, or pass a smaller scale or min_channels"
-        case.wrong(
-            f"no branch shrinks at scale {case.scale:g} with min_channels={case.min_channels}; {advice}"
-        )
+        case.wrong(f"no branch shrinks at scale {case.scale:g}, min_channels={case.min_channels}; {advice}")
 
 
 def _check_batch(case: Case, thin: EarlyExitGenerator) -> None:

@@ -132,9 +132,7 @@ def _make_inputs(case: Case, args: Sequence[Any] | None, kwargs: dict[str, Any] 
             made = case.description.example_inputs(case.generator)
             is_pair = isinstance(made, tuple) and len(made) == 2
             if not is_pair or not isinstance(made[0], tuple) or not isinstance(made[1], dict):
-                case.wrong(
-                    f"example_inputs must return (args, kwargs), a tuple and a dict, got {brief(made)}"
-                )
+                case.wrong(f"example_inputs must return (args, kwargs), tuple and dict, got {brief(made)}")
     elif args is None and kwargs is None:
         case.wrong("the description has no example_inputs; write them, or pass example_inputs=(...)")
     case.raise_problems()

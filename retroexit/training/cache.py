@@ -96,11 +96,8 @@ class FeatureCache:
     ) -> FeatureCache:
         """Run the backbone once over all samples and store what training needs.
 
-        A cache of the same backbone, attach points and inputs in the folder is continued or reused.
-
-        Raises:
-            CheckpointError: If the folder has a damaged cache or one of something else.
-            OptionError, TrainingError: If samples differ in size, or cannot be told apart in the values.
+        A cache of the same backbone, attach points and inputs in the folder is continued or reused; another
+        one is a `CheckpointError`. Samples must have one size (`OptionError`).
         """
         folder = Path(folder)
         if not model.is_recorded:
@@ -314,9 +311,7 @@ def _open(folder: Path, name: str, count: int, mode: Any) -> np.ndarray:
     except ValueError as error:
         raise CheckpointError(f"{path} is damaged ({error}). Remove {folder}.", path) from error
     if array.shape[:1] != (count,):
-        raise CheckpointError(
-            f"{path} must have {count} samples, got shape {array.shape}. Remove {folder}.", path
-        )
+        raise CheckpointError(f"{path} must have {count} rows, got {array.shape}. Remove {folder}.", path)
     return array
 
 

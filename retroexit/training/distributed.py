@@ -72,12 +72,9 @@ def average(tensors: Sequence[Tensor]) -> None:
 
 
 def join(devices: int | None = None, nodes: int | None = None, accelerator: str = "cpu") -> Team:
-    """Join the processes that torchrun started, or start them, one per device of every machine.
+    """Join the processes that torchrun started, or start one per device of every machine by Lightning Fabric.
 
-    Without torchrun, Lightning Fabric starts the running script once more for every further device.
-
-    Raises:
-        MissingExtraError, OptionError: If lightning-fabric is not installed, or a number is not torchrun's.
+    Fabric starts the running script once more for every further device.
     """
     running = int(os.environ.get("WORLD_SIZE", "1"))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", str(running)))
@@ -118,9 +115,7 @@ def check_devices(devices: int | None, nodes: int | None, batch: int | None = No
         except ValueError:  # sys.modules has None for it
             is_installed = False
         if not is_installed:
-            raise MissingExtraError(
-                f"{devices * nodes} devices need lightning-fabric. Run: pip install 'retroexit[train]'"
-            )
+            raise MissingExtraError("several devices need lightning-fabric: pip install 'retroexit[train]'")
 
 
 def kind_of_device(accelerator: str | None) -> str:

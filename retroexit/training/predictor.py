@@ -31,12 +31,7 @@ _BATCH, _LR = 32, 2e-3  # samples per step; learning rate, cosine to zero
 def exit_losses(
     model: EarlyExitGenerator, steps: Steps, metric: QualityMetric, path: Path, progress: bool
 ) -> Tensor:
-    """Measure the quality loss of every branch exit on every sample, ``(S, K)``, or read it from ``path``.
-
-    Raises:
-        CheckpointError: If the file is damaged or belongs to another fit.
-        TrainingError: If a loss is not finite.
-    """
+    """Measure the quality loss of every branch exit on every sample, ``(S, K)``, or read it from ``path``."""
     team, size = steps.team, (len(steps.features), len(model.branches))
     if team.from_first(path.exists()):
         return _read_losses(path, size)
@@ -167,23 +162,11 @@ def train_predictor(
     """Fit a predictor to quality losses by the squared error of their logarithms (ours; equation 2 has none).
 
     The weights that are best on the held-out samples are kept, and their mean error there is subtracted. The
-    guard against out-of-distribution inputs is fitted to the same maps.
-
-    Args:
-        predictor: Trained in place; left in eval mode.
-        maps: Maps that it reads, ``(S, C, ...)``.
-        losses: Quality loss of every branch exit, ``(S, K)``.
-        held_out: Samples that the branches were not trained on.
-        extra: Distance to the guide, ``(S, 1)``, if it reads it.
-        steps: Adam steps.
-        seed: Seed of the batches.
-        progress: Whether to show a progress bar on a terminal.
+    guard against out-of-distribution inputs is fitted to the same maps. Maps are ``(S, C, ...)``, losses
+    ``(S, K)``, and ``extra`` are distances to the guide, ``(S, 1)``, if the predictor reads them.
 
     Returns:
         Mean absolute error on the held-out samples; ``None`` without such samples.
-
-    Raises:
-        TrainingError: If the loss is not finite.
     """
     held = torch.as_tensor(sorted(held_out), dtype=torch.long)
     mask = torch.ones(len(maps), dtype=torch.bool)

@@ -98,9 +98,7 @@ def divide(count: int, settings: FitSettings) -> tuple[list[int], list[int]]:
     """Divide samples into those that branches are trained on, at least one, and those held out, both sorted."""
     held_out = round(settings.held_out * count)
     if held_out >= count:
-        raise OptionError(
-            f"held_out={settings.held_out} of {count} samples leaves none to train on", settings.held_out
-        )
+        raise OptionError(f"held_out={settings.held_out} leaves no sample to train on", settings.held_out)
     order = np.random.default_rng([settings.seed, 2]).permutation(count).tolist()
     return sorted(order[held_out:]), sorted(order[:held_out])
 

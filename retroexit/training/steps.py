@@ -85,28 +85,17 @@ def draw_batch(step: int, rows: Sequence[int], batch: int, seed: int) -> list[in
 
 @dataclass(frozen=True)
 class Step:
-    """This process's part of one step.
+    """This process's part of one step."""
 
-    Attributes:
-        number: Number of the step, from 0.
-        rows: Its samples.
-        offsets: Corner of each sample's window, in pixels of the image.
-        seed: Seed of the random numbers of branches and losses.
-        target: The backbone's images ``(N, C, H, W)`` in [-1, 1].
-        guide: Guide of the branches, or ``None``.
-        args, kwargs: Inputs of the generator, if a loss needs them.
-        read: Returns a value that crosses a cut, by name.
-    """
-
-    number: int
-    rows: list[int]
-    offsets: np.ndarray
-    seed: int
-    target: Tensor
-    guide: Tensor | None
-    args: tuple[Any, ...]
+    number: int  # of the step, from 0
+    rows: list[int]  # its samples
+    offsets: np.ndarray  # corner of each sample's window, in pixels of the image
+    seed: int  # of the random numbers of branches and losses
+    target: Tensor  # the backbone's images (N, C, H, W) in [-1, 1]
+    guide: Tensor | None  # of the branches
+    args: tuple[Any, ...]  # inputs of the generator, if a loss needs them
     kwargs: dict[str, Any]
-    read: Callable[[str], Tensor]
+    read: Callable[[str], Tensor]  # returns a value that crosses a cut, by name
 
 
 @dataclass

@@ -56,9 +56,7 @@ def stream_bank(
         model.record(*args, **kwargs)
     taps, guidance = model.decomposition.taps, model.options.guidance
     if taps is None or guidance is None:
-        raise OptionError(
-            "the model was wrapped without guidance. Pass guidance=... to retroexit.wrap.", model
-        )
+        raise OptionError("the model has no guidance. Pass guidance=... to retroexit.wrap.", model)
     meta = {
         "fingerprint": fingerprint(model.generator),
         "generator": type(model.generator).__name__,
@@ -100,15 +98,8 @@ def stream_banks(
 
     Yields name and bank in the order of first occurrence; ``source`` counts the samples of that identity.
     Branches are trained with the bank of all identities; to serve one of them, set ``model.bank = bank``.
-
-    Args:
-        model: See `stream_bank`.
-        samples: Inputs of all identities, in any order.
-        identities: Identity of each sample, which is also the name of its folder in ``scratch``.
-        retriever: Makes an unbuilt index.
-        skip: Identities whose bank exists already.
-        scratch: See `stream_bank`.
-        options: Passed to `stream_bank`.
+    ``identities`` has one name per sample, which is also the name of a folder in ``scratch``; those of
+    ``skip`` are left out, ``retriever`` makes an unbuilt index, and the rest is as in `stream_bank`.
     """
     rows: dict[str, list[int]] = {}
     for row, name in enumerate(identities):

@@ -109,20 +109,9 @@ def _capture(root: nn.Module, paths: Sequence[str], outputs: dict[str, Tensor]) 
 
 
 class BranchTrainer:
-    """Trains one branch of a model and writes its checkpoint.
+    """Trains branch ``index`` of a model, whose images are in ``limits``, and writes its checkpoint.
 
-    Args:
-        model: The wrapped generator.
-        index: Number of the branch, from 0.
-        loss: What to minimise.
-        limits: Range of the generator's images.
-        settings: Length, learning rate and precision.
-        folder: Folder of the checkpoint.
-        team: The processes that train together.
-        distance: Term on the branch's layers, or ``None``.
-
-    Attributes:
-        image: Image of the branch in the last step, in [-1, 1], without gradient.
+    ``distance`` is a term on the branch's layers; ``image`` the branch's image in the last step, in [-1, 1].
     """
 
     def __init__(
@@ -301,9 +290,7 @@ class TrainingWriter:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise MissingExtraError(
-                "tensorboard is not installed. Run: pip install 'retroexit[train]'"
-            ) from error
+            raise MissingExtraError("tensorboard is missing. Run: pip install 'retroexit[train]'") from error
         self._make: Any = lambda step: SummaryWriter(str(folder), purge_step=step)
         self._writer: Any = None
 

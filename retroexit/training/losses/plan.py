@@ -179,14 +179,10 @@ def plan_losses(
     description: Description | None = None,
     missing: dict[str, WeightsError] | None = None,
 ) -> LossPlan:
-    """Plan what branches are trained on.
+    """Plan what branches are trained on, with the plug-ins' description of the generator by default.
 
-    Args:
-        generator: The user's generator.
-        options: Terms, weights, discriminator.
-        metric: The metric of the fit, which is the term ``"quality"``; ``None`` if it is in ``missing``.
-        description: Description of the generator; the plug-ins' if ``None``.
-        missing: Collects the terms whose weights are not available, which are left out; ``None`` raises.
+    ``metric`` is the term ``"quality"``. ``missing`` collects the terms whose weights are not available and
+    which are left out; with ``None`` they are an error.
     """
     weights = find_weights(options.losses, options.instead)
     equalise = isinstance(options.losses, str) if options.equalise is None else options.equalise
@@ -295,10 +291,7 @@ def _described_discriminator(description: Description, generator: nn.Module) -> 
 class TrainingLoss:
     """A weighted sum of terms on images in [-1, 1]; every branch has its own.
 
-    Args:
-        terms: Weight and term by name, added in this order.
-        adversary: The discriminator that is trained after every step of the branch, or ``None``.
-        equaliser: Multiplies the weights; ``None`` leaves them as they are.
+    ``terms`` are weight and term by name. The adversary is trained after every step of the branch.
     """
 
     def __init__(

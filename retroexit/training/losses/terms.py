@@ -234,13 +234,9 @@ def _scales(output: Any) -> list[list[Tensor]] | None:
 
 
 class Adversary:
-    """A discriminator that competes with one branch, with its own optimiser.
+    """A discriminator that competes with one branch, with its own optimiser (Adam, by default with OASIS's lr).
 
-    Args:
-        discriminator: The starting point: the generator's own, trained. It is copied to ``module``.
-        objective: What both sides minimise.
-        lr: Learning rate of Adam, by default that of OASIS's discriminator.
-        image_range: Smallest and largest pixel value of its images.
+    ``module`` is a copy of the generator's trained discriminator, for images in ``image_range``.
     """
 
     def __init__(
