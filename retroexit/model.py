@@ -330,11 +330,11 @@ class EarlyExitGenerator(nn.Module):
 
         Raises:
             OptionError: If there are too few inputs, with the number needed.
-            GeneratorError: If the generator's weights have changed since it was recorded.
+            GeneratorError: If the generator has changed since it was recorded.
             TrainingError: If there is no predictor yet.
         """
         if self._decomposition is not None:
-            self._decomposition.check_weights()
+            self._decomposition.check_generator()
         fitted_with = self.about.get("metric", {}).get("name", "lpips-alex")
         measure = host().metric(metric or fitted_with, weights)
         self.calibration = calibrate(self, inputs, measure, alpha=alpha, confidence=confidence, **settings)
@@ -377,7 +377,7 @@ class EarlyExitGenerator(nn.Module):
             folder: Made if missing; files of an earlier save are replaced.
 
         Raises:
-            GeneratorError: If the generator's weights have changed since it was recorded.
+            GeneratorError: If the generator has changed since it was recorded.
             NotRecordedError: If there are no branches yet.
         """
         parts = (self.generator, self.options, self.decomposition, self.branches, self.router, self.bank)
@@ -404,9 +404,14 @@ class EarlyExitGenerator(nn.Module):
     # Copies.
 
     def __getstate__(self) -> dict[str, Any]:
-        """State for `copy.deepcopy` and `pickle`: what `save` writes, the generator and the example inputs."""
+        """State for `copy.deepcopy` and `pickle`: what `save` writes, the generator and the example inputs.
+
+        Raises:
+            GeneratorError: If the generator has changed since it was recorded.
+        """
         state = {k: v for k, v in self.__dict__.items() if k not in ("_lock", "_decomposition")}
         if self._decomposition is not None:
+            self.split.check_generator()
             branches = list(self.branches)
             state["options"] = settle(self.options, self._decomposition, branches)
             state["_saved_weights"] = self.branches.state_dict()

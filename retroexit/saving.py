@@ -76,9 +76,9 @@ def write_model(
         The folder.
 
     Raises:
-        GeneratorError: If the generator's weights have changed since it was recorded.
+        GeneratorError: If the generator has changed since it was recorded.
     """
-    decomposition.check_weights()
+    decomposition.check_generator()
     folder, identity = Path(folder), Identity.of(generator)
     predictor, arguments = router.predictor, _predictor_to_json(router.predictor)
     folder.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from retroexit.core.modules import device_of, precision_of
 from retroexit.core.nested import clone_strided, cloned, flatten, rebuild, tensors
-from retroexit.errors import InputMismatchError, ModeError, RecordingError
+from retroexit.errors import InputMismatchError, RecordingError
 from retroexit.split.segments import Segment, Tail
 from retroexit.stages.decoder import Cut, Decoder
 from retroexit.stages.stage import Stage
@@ -88,7 +88,6 @@ class SplitGenerator:
         self._form = _call_form(leaves)
         self._shapes = {_shape_key(leaves)}
         self.batch = _batch_size(leaves)
-        self._modes = [(m, decoder.recording.modes[name]) for name, m in generator.named_modules()]
         self._device = device_of(generator)
         self._precision = precision_of(generator)
         self.batched: dict[fx.Node, int] = {}
@@ -97,6 +96,7 @@ class SplitGenerator:
         self._prepare()
         self.any_batch = self._probe_batch()
         self.divides = self.any_batch and self.divides
+        decoder.recording.snapshot.drop_changed()
 
     def _prepare(self) -> None:
         """Cut the recording into segments."""
@@ -154,9 +154,10 @@ class SplitGenerator:
         Raises:
             InputMismatchError: If they differ from the recording in structure, types or frozen values.
             ModeError: If train/eval flags have changed.
+            GeneratorError: If modules, hooks or settings have changed.
             DeviceError: If the generator was moved.
         """
-        self._check_generator()
+        self.check_generator()
         leaves = list(flatten((tuple(args), dict(kwargs))))
         self._check_call(args, kwargs, leaves)
         return self._bind(args, kwargs, leaves)
@@ -268,20 +269,18 @@ class SplitGenerator:
 
     # Checks.
 
+    def check_generator(self) -> None:
+        """Refuse a generator whose modes, modules, hooks or settings have changed since it was recorded.
+
+        Raises:
+            GeneratorError: With the module and what changed.
+        """
+        self.decoder.recording.snapshot.check()
+
     def _bind(self, args: Any, kwargs: Any, leaves: Leaves | None = None) -> Values:
         by_path = dict(flatten((tuple(args), dict(kwargs))) if leaves is None else leaves)
         paths = self.decoder.recording.inputs
         return {node: by_path[path] for node, path in zip(self._inputs, paths, strict=True)}
-
-    def _check_generator(self) -> None:
-        for module, mode in self._modes:
-            if module.training != mode:
-                names = {True: "train", False: "eval"}
-                raise ModeError(
-                    f"{type(module).__name__} must be in {names[mode]} mode as in the recording, got "
-                    f"{names[not mode]} mode. Set the generator's mode back, or wrap it again.",
-                    module,
-                )
 
     def _check_call(self, args: Any, kwargs: Any, leaves: Leaves) -> None:
         form = _call_form(leaves)

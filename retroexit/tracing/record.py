@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from retroexit.core.nested import flatten, tensors
 from retroexit.errors import DeviceError, GeneratorError, ModeError, NonFiniteError, RecordingError
 from retroexit.tracing.recorder import QUESTIONS, Call, Read, Recorder
+from retroexit.tracing.unchanged import Snapshot, refuse_accelerate
 
 __all__ = ["Recording", "record", "steering_line", "unobserved"]
 
@@ -34,7 +35,7 @@ class Recording:
         inputs: For each placeholder, the path of its tensor in ``(args, kwargs)``.
         calls: Every call of a module outside of leaves, in order; the generator's own is the first.
         output: What the generator returned.
-        modes: ``training`` flag of every submodule during the recording.
+        snapshot: The generator's modules, hooks and settings when it ran.
         reads: Values read out of tensors into Python; they are frozen in the graph.
         draws: Whether the forward drew random numbers from PyTorch's generators.
     """
@@ -45,7 +46,7 @@ class Recording:
     calls: list[Call]
     macs: int
     output: Any
-    modes: dict[str, bool]
+    snapshot: Snapshot
     reads: list[Read]
     draws: bool = False
 
@@ -81,12 +82,15 @@ def record(
         DeviceError: If it raises and its parameters and inputs differ in device or precision.
         NonFiniteError: If its output holds NaN or infinity.
         ModeError: If it is in train mode.
+        GeneratorError: If hooks of accelerate move its weights.
         RecordingError: If it passes tensors inside objects that a graph cannot follow.
     """
     kwargs = dict(kwargs or {})
     name = type(generator).__name__
     if generator.training:
         raise ModeError(f"{name} must be in eval mode. Call generator.eval() first.", generator)
+    refuse_accelerate(generator)
+    snapshot = Snapshot(generator)
     recorder = Recorder(generator, is_leaf or _is_atom, observing=observing, change=change)
     inputs: list[tuple[Any, ...]] = []
     for path, leaf in flatten((tuple(args), kwargs)):
@@ -101,9 +105,9 @@ def record(
                 "inputs. Check its weights and the range of the inputs.",
                 tensor,
             )
-    modes = {path: module.training for path, module in generator.named_modules()}
+    snapshot.drop_changed()
     graph, calls, macs = recorder.graph, recorder.calls, recorder.counter.macs
-    return Recording(graph, recorder.constants, inputs, calls, macs, output, modes, recorder.reads, draws)
+    return Recording(graph, recorder.constants, inputs, calls, macs, output, snapshot, recorder.reads, draws)
 
 
 def _run(recorder: Recorder, args: Any, kwargs: Any) -> tuple[Any, bool]:

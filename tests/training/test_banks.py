@@ -131,6 +131,9 @@ def quiet(
     """A wrapped generator, and the batch sizes that each of its stages has run with since."""
     generator = Quiet().eval()
     stages = [f"stages.{i}" for i in range(4)]
+    runs: list[list[int]] = [[] for _ in stages]
+    for index, stage in enumerate(generator.stages):
+        stage.register_forward_hook(lambda _m, x, _y, i=index: runs[i].append(len(x[0])))
     model = retroexit.wrap(
         generator,
         [place],
@@ -140,9 +143,8 @@ def quiet(
         min_channels=1,
         stages=stages,
     )
-    runs: list[list[int]] = [[] for _ in stages]
-    for index, stage in enumerate(generator.stages):
-        stage.register_forward_hook(lambda _m, x, _y, i=index: runs[i].append(len(x[0])))
+    for run in runs:
+        run.clear()
     return model, runs
 
 
