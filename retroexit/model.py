@@ -21,7 +21,7 @@ from retroexit.plugins.host import host
 from retroexit.routing.calibration import Calibration
 from retroexit.routing.latency import Latency, time_exits
 from retroexit.routing.policy import Policy, RoutingOptions, RoutingRequest, VideoRouter
-from retroexit.routing.router import LossPrediction, Router, render, render_branch
+from retroexit.routing.router import LossPrediction, Router, render, render_at, render_branch
 from retroexit.saving import write_model
 from retroexit.split.split import Begun, SplitGenerator
 from retroexit.wrapping.decomposition import Decomposition, decompose, decompose_again, settle
@@ -175,7 +175,9 @@ class EarlyExitGenerator(nn.Module):
                 with torch.no_grad():
                     values = self.split.advance(values, index)
             # Random numbers that a branch draws are drawn again by the backbone: all get the generator's own.
-            with torch.random.fork_rng(devices=self.split.cuda_devices):
+            # The state is the process's: without draws, other threads' numbers are left alone.
+            draws = self.split.decoder.recording.draws
+            with torch.random.fork_rng(devices=self.split.cuda_devices, enabled=draws):
                 outputs.append(render_branch(self.split, branch, index, values, guide))
         with torch.no_grad():
             outputs.append(self.split.finish(values))
@@ -208,10 +210,12 @@ class EarlyExitGenerator(nn.Module):
         self, request: RoutingRequest, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, Tensor | None]:
         self._ensure_recorded(args, kwargs)
-        is_backbone = request.exit is not None and self.router.check_exit(request.exit) == self.router.exits
-        if request.is_plain or is_backbone:
+        exit = None if request.exit is None else self.router.check_exit(request.exit)
+        if request.is_plain or exit == self.router.exits:
             return self.generator(*args, **kwargs), None
         begun = self._begin(args, kwargs)  # values at the first cut, key feature, the call itself
+        if exit is not None:
+            return render_at(self.split, self.branches[exit - 1], exit - 1, self.guide, begun), None
         choice = self.router.choose(begun, request)  # exits (N,), and what was retrieved
         return render(self.split, self.branches, self.guide, begun, choice), choice.exits
 
@@ -242,6 +246,12 @@ class EarlyExitGenerator(nn.Module):
     def _ensure_recorded(self, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         if self._decomposition is not None and self.split.is_current:
             return
+        if torch.compiler.is_compiling():
+            raise NotRecordedError(
+                "the generator must be recorded before it is compiled or exported, got a model without exits for "
+                "this device and precision. Call the model once, or pass example_inputs to retroexit.wrap.",
+                self,
+            )
         with self._lock:
             if self._decomposition is None:
                 decomposition, branches = decompose(self.generator, self.options, args, kwargs)

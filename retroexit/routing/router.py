@@ -22,7 +22,16 @@ from retroexit.routing.predictor import OODCounter, Predictor
 from retroexit.split.split import Begun, SplitGenerator, Values, merge
 from retroexit.wrapping.decomposition import Decomposition
 
-__all__ = ["Choice", "LossPrediction", "Router", "guide_distance", "input_map", "render", "render_branch"]
+__all__ = [
+    "Choice",
+    "LossPrediction",
+    "Router",
+    "guide_distance",
+    "input_map",
+    "render",
+    "render_at",
+    "render_branch",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -339,6 +348,22 @@ def render(
         with carrying_gradient(values.values()):
             parts.append((rows, split.finish(values)))
     return merge(parts, len(exits), split.output_rows)
+
+
+def render_at(
+    split: SplitGenerator, branch: nn.Module, index: int, guide: GuideProvider, begun: Begun
+) -> Any:
+    """Let a whole batch leave at branch ``index``, from 0.
+
+    Unlike `render`, nothing here depends on the values of tensors, so that it can be exported.
+    """
+    with torch.no_grad():
+        guides = None if guide.taps is None else guide.guide(begun)
+    values = begun.values
+    for number in range(1, index + 1):
+        with carrying_gradient(values.values()):
+            values = split.advance(values, number)
+    return render_branch(split, branch, index, values, guides)
 
 
 def render_branch(

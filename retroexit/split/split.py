@@ -157,9 +157,11 @@ class SplitGenerator:
             GeneratorError: If modules, hooks or settings have changed.
             DeviceError: If the generator was moved.
         """
-        self.check_generator()
         leaves = list(flatten((tuple(args), dict(kwargs))))
-        self._check_call(args, kwargs, leaves)
+        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+            torch.compiler.disable(self._check)(args, kwargs, leaves)  # guards of a graph would skip hooks
+        else:
+            self._check(args, kwargs, leaves)
         return self._bind(args, kwargs, leaves)
 
     def begin(self, args: Any, kwargs: Any) -> Begun:
@@ -170,7 +172,7 @@ class SplitGenerator:
         """
         values, key_feature = self._to_first_cut(self.start(args, kwargs))
         feature = self.crossing(values, 0)[0]
-        samples = len(feature) // self.rows_per_sample
+        samples = feature.shape[0] // self.rows_per_sample  # len() would fix the size in an export
         return Begun(values, feature, samples, key_feature, tuple(args), dict(kwargs))
 
     def _to_first_cut(self, values: Values) -> tuple[Values, Tensor]:
@@ -282,11 +284,13 @@ class SplitGenerator:
         paths = self.decoder.recording.inputs
         return {node: by_path[path] for node, path in zip(self._inputs, paths, strict=True)}
 
-    def _check_call(self, args: Any, kwargs: Any, leaves: Leaves) -> None:
+    def _check(self, args: Any, kwargs: Any, leaves: Leaves) -> None:
+        self.check_generator()
         form = _call_form(leaves)
         if form != self._form:
             raise InputMismatchError(_difference(form, self._form), (args, kwargs))
-        self._check_shape(args, kwargs, leaves)
+        if not (torch.compiler.is_exporting() and self.any_batch):  # sizes are symbols then
+            self._check_shape(args, kwargs, leaves)
 
     def _check_shape(self, args: Any, kwargs: Any, leaves: Leaves) -> None:
         """Compare pieces and generator once on inputs of a new shape."""
