@@ -110,7 +110,7 @@ def retriever_of(spec: str) -> Retriever:
 
 def installed() -> list[str]:
     """List every back-end that is installed, and two of FAISS's indexes that are fast rather than exact."""
-    names = sorted(host().retrievers(), key=lambda name: name != "exact")
+    names = sorted(host().names("retriever"), key=lambda name: name != "exact")
     more = ["faiss:index=HNSW16;ef=16", "faiss:index=IVF16,Flat;nprobe=2"]
     return names + (more if importlib.util.find_spec("faiss") else [])
 

@@ -10,7 +10,9 @@ there, and nothing of them is part of this project.
 What counts: *backbone*, the final exit, whole or in pieces, equals the generator bit for bit and the
 generator is unchanged; *self-test*, branches of full width equal it bit for bit; *accepted*, the stages are a
 person's by the rule of ``generators/acceptance.py``; *shrinks*, a branch has at most two thirds of its tail's
-parameters and of its MACs; *batch*, largest relative difference between two samples at once and each alone.
+parameters and of its MACs; *copies* and *reload*, with an exit after every stage, a deep and a pickled copy,
+and the model saved and loaded in another process, have equal features at every cut and equal images; *batch*,
+largest relative difference between two samples at once and each alone.
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ def main() -> int:
     parser.add_argument("--markdown", action="store_true", help="print tables in Markdown")
     parser.add_argument("--list", action="store_true", help="list the names and stop")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--reload", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     chosen = [entry for entry in ENTRIES if _is_chosen(entry, options)]
     if options.list:
@@ -76,29 +79,44 @@ def _missing(entry: Entry, checkouts: Path | None) -> str:
 
 
 def _child(entry: Entry, options: argparse.Namespace) -> int:
-    from generators.measure import measure_entry
+    from generators.measure import make, measure_entry
+    from generators.reload import check
 
-    folder = options.checkouts / entry.checkout if entry.checkout else None
-    options.child.write_text(json.dumps(measure_entry(entry, folder).as_json()))
+    checkout = options.checkouts / entry.checkout if entry.checkout else None
+    if options.reload:
+        (options.child / "reload.txt").write_text(check(make(entry, checkout), options.child))
+    else:
+        row = measure_entry(entry, checkout, save_to=options.child)
+        (options.child / "row.json").write_text(json.dumps(row.as_json()))
     return 0
 
 
 def _in_own_process(entry: Entry, checkouts: Path | None) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder, "row.json")
-        command = [sys.executable, "-W", "ignore", __file__, "--only", entry.name, "--child", str(result)]
-        if checkouts is not None:
-            command += ["--checkouts", str(checkouts.resolve())]
-        environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=_LIMIT, env=environment)
-            reason = (done.stderr.strip() or "no message").splitlines()[-1]
-        except subprocess.TimeoutExpired:
-            reason = f"took more than {_LIMIT} s"
-        if result.is_file():
-            row: dict[str, Any] = json.loads(result.read_text())
-            return row
-    return {"name": entry.name, "errors": {"process": reason}, "branches": [], "objection": reason}
+    """Measure a generator in one process, and load what it saved in a second one."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        reason = _run_child(entry, checkouts, folder)
+        if not (folder / "row.json").is_file():
+            return {"name": entry.name, "errors": {"process": reason}, "branches": [], "objection": reason}
+        row: dict[str, Any] = json.loads((folder / "row.json").read_text())
+        if (folder / "renders.pt").is_file():
+            reason = _run_child(entry, checkouts, folder, "--reload")
+            result = folder / "reload.txt"
+            row["reload"] = result.read_text() if result.is_file() else reason
+        return row
+
+
+def _run_child(entry: Entry, checkouts: Path | None, folder: Path, *more: str) -> str:
+    """Run this program for one generator; returns the last line of its errors."""
+    command = [sys.executable, "-W", "ignore", __file__, "--only", entry.name, "--child", str(folder), *more]
+    if checkouts is not None:
+        command += ["--checkouts", str(checkouts.resolve())]
+    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_LIMIT, env=environment)
+    except subprocess.TimeoutExpired:
+        return f"took more than {_LIMIT} s"
+    return (done.stderr.strip() or "no message").splitlines()[-1]
 
 
 def _one_line(row: dict[str, Any], markdown: bool) -> str:
@@ -108,6 +126,7 @@ def _one_line(row: dict[str, Any], markdown: bool) -> str:
     notes = [f"{step}: {text}" for step, text in row["errors"].items()]
     notes.append(f"detected {' '.join(row.get('stages', ())) or 'nothing'}")
     notes.append(f"a person {row.get('expected', '')}")
+    notes += [f"{step}: {row[step]}" for step in ("copies", "reload") if row.get(step)]
     if row["objection"]:
         notes.append(f"objection: {row['objection']}")
     for branch in row["branches"]:
@@ -143,6 +162,8 @@ def _cells(row: dict[str, Any]) -> list[str]:
         *(f"{share}" for share in shares),
         f"pins {sum(len(b['pins']) for b in branches)}",
         "gradients" if not any(b["unreached"] for b in branches) else "NO GRADIENT",
+        "copies equal" if row["copies"] == "" else "COPIES DIFFER",
+        "reload equal" if row.get("reload") == "" else "RELOAD DIFFERS",
         f"batch {batch:.0e}" if isinstance(batch, float) else f"batch {batch}",
         f"{row['seconds']:.1f} s",
         f"{row['memory'][0]:.0f} MiB for {row['memory'][1]:.0f}",
@@ -160,6 +181,8 @@ def _totals(rows: list[dict[str, Any]]) -> list[str]:
         ("stages accepted", [not row["objection"] for row in rows]),
         ("self-test equal", [bool(row.get("self_test")) for row in rows]),
         ("branches that shrink", [branch["shrinks"] for branch in branches]),
+        ("deep and pickled copies equal", [row.get("copies") == "" for row in rows]),
+        ("equal when loaded in another process", [row.get("reload") == "" for row in rows]),
         ("gradients everywhere", [not branch["unreached"] and not branch["error"] for branch in branches]),
         ("batch of two alike", [row["batch"] < 1e-3 for row in rows if row.get("batch") is not None]),
     ]

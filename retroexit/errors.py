@@ -1,46 +1,11 @@
-"""Every exception and warning of retroexit.
-
-Each error derives from `RetroExitError` and from the builtin exception that a caller would expect. Its message
-names the wrong value, the rule, and what to do.
-"""
-
-from __future__ import annotations
+"""Every exception and warning of retroexit, derived from the builtin exception that a caller would expect."""
 
 import difflib
 from collections.abc import Iterable
 
-__all__ = [
-    "AdapterError",
-    "AttachPointError",
-    "BankError",
-    "BranchError",
-    "CheckpointError",
-    "DeviceError",
-    "GeneratorError",
-    "InputMismatchError",
-    "MissingExtraError",
-    "ModeError",
-    "NonFiniteError",
-    "NotRecordedError",
-    "OptionError",
-    "OutputError",
-    "PluginError",
-    "RecordingError",
-    "RepeatedStageError",
-    "RetrieverError",
-    "RetroExitError",
-    "RetroExitWarning",
-    "TrainingError",
-    "WeightsError",
-]
-
 
 class RetroExitError(Exception):
-    """Base of every error that retroexit raises on purpose.
-
-    Attributes:
-        subject: The object at fault (a stage, a path, a tensor shape, a file...), or ``None``.
-    """
+    """Base of every error that retroexit raises on purpose; ``subject`` is the object at fault, or ``None``."""
 
     def __init__(self, message: str, subject: object = None) -> None:
         super().__init__(message)
@@ -127,11 +92,7 @@ class PluginError(RetroExitError, RuntimeError):
 
 
 class AdapterError(RetroExitError, AssertionError):
-    """An adapter fails its conformance test; the message lists every problem.
-
-    Attributes:
-        problems: One line for each.
-    """
+    """An adapter fails its conformance test; ``problems`` has one line for each."""
 
     def __init__(self, message: str, subject: object = None, problems: tuple[str, ...] = ()) -> None:
         super().__init__(message, subject)

@@ -145,6 +145,8 @@ def prepare(
     samples = Samples(inputs, options.seed)
     fitted, aside = set_aside(len(samples), options)
     if options.calibrate is not None:
+        first = Samples([inputs[i] for i in (*fitted, *aside)]).distinct()
+        aside = [aside[i - len(fitted)] for i in first if i >= len(fitted)]  # repeats of others prove nothing
         _check_promise(len(aside), len(samples), options.calibrate, alpha, confidence)
     if not model.is_recorded:
         args, kwargs = moved(samples.gather([0]), device_of(model.generator))
@@ -183,7 +185,8 @@ def _complete(model: EarlyExitGenerator, job: FitJob, folder: Path, team: Team, 
                 model,
                 job.aside,
                 job.metric,
-                **{"alpha": job.alpha, "confidence": job.confidence},
+                alpha=job.alpha,
+                confidence=job.confidence,
                 batch=job.settings.cache_batch,
                 progress=progress,
             )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -19,12 +19,10 @@ from retroexit.core.samples import ImageRange, Samples, drawing_from, measure_ra
 from retroexit.errors import OptionError, TrainingError
 from retroexit.guidance.provider import GuideProvider
 from retroexit.metrics import QualityMetric
-from retroexit.routing.calibration import Calibration, Rule, samples_needed
-from retroexit.routing.router import LossPrediction, Router, guide_distance
+from retroexit.routing.calibration import Calibration, check_groups
+from retroexit.routing.router import LossPrediction, Router, circumstances, guide_distance
 from retroexit.split.split import SplitGenerator
 from retroexit.wrapping.options import WrapOptions
-
-__all__ = ["MeasuredModel", "Measurement", "calibrate", "image_range_of", "limits_of"]
 
 
 class MeasuredModel(Protocol):
@@ -62,6 +60,37 @@ def limits_of(model: MeasuredModel, samples: Samples) -> ImageRange:
         return image_range_of(model, model.image(model.route(args, kwargs)))
 
 
+def check_measure(model: MeasuredModel, metric: QualityMetric) -> None:
+    """Raise `OptionError` unless losses are measured as in the fit: by the same metric, in the same range."""
+    fitted, now = model.about.get("metric", {}), metric.describe()
+    for name, title in (("name", "metric"), ("sha256", "weights of the metric")):
+        if name in fitted and fitted[name] != now.get(name):
+            raise OptionError(
+                f"{title} must be {str(fitted[name])[:16]}, as in the fit, got {str(now.get(name))[:16]}. Pass the "
+                "metric and the weights of the fit.",
+                metric,
+            )
+    declared, used = model.options.image_range, model.about.get("image_range")
+    if None not in (declared, used) and tuple(declared) != tuple(used):  # type: ignore[arg-type]
+        raise OptionError(
+            f"image_range must be {tuple(used)}, as in the fit, got {tuple(declared)}. Wrap with that of the "  # type: ignore[arg-type]
+            "fit.",
+            declared,
+        )
+
+
+def check_size(model: MeasuredModel, image: Tensor) -> None:
+    """Raise `OptionError` unless images ``(N, C, ...)`` have the size of the fit's."""
+    size, fitted = list(image.shape[2:]), model.about.get("image_size")
+    if fitted is not None and size != list(fitted):
+        expected, actual = ("x".join(map(str, shape)) for shape in (fitted, size))
+        raise OptionError(
+            f"images must have {expected} pixels, as in the fit, got {actual}. Pass inputs of that size, or fit "
+            "on such as these.",
+            image,
+        )
+
+
 @dataclass
 class Measurement:
     """Runs a model over samples so that noise drawn inside the generator repeats.
@@ -72,7 +101,7 @@ class Measurement:
         metric: Compares an exit's image with the backbone's.
         limits: Range of the generator's images.
         batch: Samples per pass.
-        ood: Number of samples measured so far that are out of distribution.
+        is_ood: After `losses`, which samples are out of distribution and go to the backbone, bool ``(S,)``.
     """
 
     model: MeasuredModel
@@ -80,12 +109,12 @@ class Measurement:
     metric: QualityMetric
     limits: ImageRange
     batch: int = 8
-    ood: int = 0
+    is_ood: Tensor = field(default_factory=lambda: torch.zeros(0).bool())
 
     @torch.no_grad()
     def losses(self, progress: bool = True) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Measure all samples: losses ``(S, K)``, predicted losses ``(S, K)``, guide distance ``(S,)``."""
-        losses, predicted, distances = [], [], []
+        losses, predicted, distances, is_far = [], [], [], []
         with tqdm(
             total=len(self.samples), desc="exits against backbone", disable=not progress or None
         ) as bar:
@@ -102,8 +131,9 @@ class Measurement:
                     distances.append(guide_distance(retrieved.distances)[:, 0])
                     limit = self.model.router.guide_limit
                     is_ood = is_ood | (distances[-1].cpu() > (torch.inf if limit is None else limit))
-                self.ood += int(is_ood.sum())
+                is_far.append(is_ood)
                 bar.update(len(indices))
+        self.is_ood = torch.cat(is_far)
         return (
             torch.cat(losses).cpu(),
             torch.cat(predicted).cpu() if predicted else None,
@@ -114,6 +144,7 @@ class Measurement:
     def batch_losses(self, first: int, args: Any, kwargs: Any) -> Tensor:
         """Losses ``(N, K)`` of one batch, whose first sample has the number ``first``."""
         images = self.images(first, args, kwargs)
+        check_size(self.model, images[-1])
         target = self.limits.to_signed(images[-1])
         return torch.stack([self.metric(self.limits.to_signed(i), target) for i in images[:-1]], 1)
 
@@ -128,6 +159,12 @@ class Measurement:
         """Images of every exit for one batch, the backbone's last."""
         with self._seeded(first):
             return [self.model.image(output) for output in self.model.all_exits(*args, **kwargs)]
+
+    def feature(self) -> Tensor:
+        """First feature of the first sample, ``(1, C, ...)``."""
+        args, kwargs = self.samples.gather([0])
+        with torch.no_grad(), self._seeded(0):
+            return self.model.split.begin(args, kwargs).feature
 
     def images_of(self, index: int) -> list[Tensor]:
         """Images ``(C, H, W)`` of every exit for one sample, rendered in the batch it was measured in."""
@@ -146,61 +183,56 @@ def calibrate(
     inputs: Sequence[Any],
     metric: QualityMetric,
     *,
-    alpha: float = 0.05,
-    confidence: float = 0.95,
-    rule: Rule = "margin",
+    groups: Sequence[Any] | None = None,
     seed: int = 20_000,
     batch: int = 8,
     progress: bool = True,
+    **promise: Any,
 ) -> Calibration:
-    """Measure inputs and return the promise that they support.
+    """Measure inputs and return the promise that they support. Exact duplicates count once.
 
     Args:
         model: A fitted model; it is not changed.
         inputs: Samples without the batch axis that nothing was fitted on.
         metric: The metric that the model was fitted with.
-        alpha: Share of inputs that may lose more than the threshold, in (0, 1).
-        confidence: Probability over the draw of the inputs that the promise holds, in (0, 1).
-        rule: See `Calibration`.
+        groups: The drive, speaker or session of each sample, where groups are what is drawn.
         seed: Noise drawn inside the generator begins here.
         batch: Samples per pass.
         progress: Whether to show a bar on a terminal.
+        **promise: ``alpha``, ``confidence``, ``rule`` and ``thresholds`` of the `Calibration`.
 
     Raises:
-        OptionError: If there are too few inputs, or the metric is not that of the fit.
+        OptionError: If too few inputs, or too few like the fitting set, stand behind the promise; if metric,
+            image size or image range are not those of the fit.
         TrainingError: If there is no predictor.
     """
     samples = Samples(inputs, seed)
     if not model.is_recorded:
         args, kwargs = samples.gather([0])
         model.record(*args, **kwargs)
+    check_groups(groups, len(samples))
+    rows = samples.distinct()
+    about = {
+        "duplicates": len(samples) - len(rows),
+        "metric": metric.name,
+        "hash": samples.digest(),
+        "seed": seed,
+    }
+    samples = Samples([inputs[row] for row in rows], seed)
+    promise["groups"] = None if groups is None else [str(groups[row]) for row in rows]
     # Wrong options are refused before the inputs are measured.
     blank = torch.zeros(len(samples), model.router.exits - 1)
-    Calibration(blank, blank, alpha, confidence, rule)
+    Calibration(blank, blank, **promise, about=about)
     if model.router.predictor is None:
         raise TrainingError(
             "calibrating needs a predictor, but the model has none. Run retroexit.fit first, on other inputs.",
             model,
         )
-    fitted_with = model.about.get("metric", {}).get("name")
-    if fitted_with not in (None, metric.name):
-        raise OptionError(
-            f"metric must be {fitted_with}, the one that the predictor was fitted with, got {metric.name}.",
-            metric,
-        )
     metric.to(device_of(model.generator))
+    check_measure(model, metric)
     run = Measurement(model, samples, metric, limits_of(model, samples), batch)
-    losses, predicted = [], []
-    with tqdm(total=len(samples), desc="calibration", disable=not progress or None) as bar:
-        for indices, args, kwargs in samples.batches(batch):
-            losses.append(run.batch_losses(indices[0], args, kwargs).float().cpu())
-            predicted.append(run.predict(indices[0], args, kwargs).guarded.float().cpu())
-            bar.update(len(indices))
-    about = {
-        "metric": metric.name,
-        "hash": samples.digest(),
-        "seed": seed,
-        "ood": sum(int(torch.isinf(rows).any(1).sum()) for rows in predicted),
-        "samples_needed": samples_needed(alpha, confidence),
-    }
-    return Calibration(torch.cat(losses), torch.cat(predicted), alpha, confidence, rule, about)
+    losses, predicted, _ = run.losses(progress)
+    assert predicted is not None
+    predicted = predicted.float().masked_fill(run.is_ood[:, None], torch.inf)
+    about |= {"ood": int(run.is_ood.sum()), **circumstances(run.feature())}
+    return Calibration(losses.float(), predicted, **promise, about=about)

@@ -11,14 +11,13 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, nn
 
-from retroexit.core.nested import carrying_gradient, tensors
 from retroexit.errors import CheckpointError, NotRecordedError, OptionError, RetroExitWarning
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.guidance.provider import GuideProvider
 from retroexit.measuring import calibrate
 from retroexit.metrics import QualityMetric
 from retroexit.plugins.host import host
-from retroexit.routing.calibration import Calibration
+from retroexit.routing.calibration import Calibration, Thresholds
 from retroexit.routing.latency import Latency, time_exits
 from retroexit.routing.policy import Policy, RoutingOptions, RoutingRequest, VideoRouter
 from retroexit.routing.router import LossPrediction, Router, render, render_at, render_branch
@@ -213,16 +212,16 @@ class EarlyExitGenerator(nn.Module):
         exit = None if request.exit is None else self.router.check_exit(request.exit)
         if request.is_plain or exit == self.router.exits:
             return self.generator(*args, **kwargs), None
-        begun = self._begin(args, kwargs)  # values at the first cut, key feature, the call itself
+        begun = self.split.begin(args, kwargs)  # feature (N, C, h, w) and live values at the first cut
         if exit is not None:
             return render_at(self.split, self.branches[exit - 1], exit - 1, self.guide, begun), None
-        choice = self.router.choose(begun, request)  # exits (N,), and what was retrieved
-        return render(self.split, self.branches, self.guide, begun, choice), choice.exits
+        choice = self.router.choose(begun, request)  # losses (N, K) -> exits (N,)
+        output = render(self.split, self.branches, self.guide, begun, choice)  # images (N, 3, H, W), in order
+        return output, choice.exits
 
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Begun:
         self._ensure_recorded(args, kwargs)
-        with carrying_gradient(tensors((args, kwargs))):
-            return self.split.begin(args, kwargs)
+        return self.split.begin(args, kwargs)
 
     def overhead(self) -> list[int]:
         """MACs of predictor and retrieval in a routed call, per exit and for one sample; see `Router.overhead`."""
@@ -257,9 +256,8 @@ class EarlyExitGenerator(nn.Module):
                 decomposition, branches = decompose(self.generator, self.options, args, kwargs)
                 nn.ModuleList(branches).eval()
             elif not self.split.is_current:
-                decomposition, branches = decompose_again(
-                    self.options, self.decomposition, list(self.branches)
-                )
+                old: list[Any] = list(self.branches)
+                decomposition, branches = decompose_again(self.options, self.decomposition, old)
                 if self.bank is not None:
                     self.bank.meta["fingerprint"] = decomposition.identity.fingerprint
             else:
@@ -267,6 +265,7 @@ class EarlyExitGenerator(nn.Module):
             self.guide.attach(decomposition.split.generator, decomposition.taps)
             self.router.attach(decomposition, self.guide)
             self.branches = nn.ModuleList(branches)
+            self.branches.training = False
             if self._saved_weights is not None:
                 self._load_weights(self._saved_weights)
             self._decomposition = decomposition
@@ -323,6 +322,8 @@ class EarlyExitGenerator(nn.Module):
         *,
         metric: QualityMetric | str | None = None,
         weights: str | Path | None = None,
+        groups: Sequence[Any] | None = None,
+        thresholds: Thresholds = None,
         **settings: Any,
     ) -> Calibration:
         """Make thresholds promises: P(loss > threshold) <= alpha on inputs like these; see `Calibration`.
@@ -333,13 +334,19 @@ class EarlyExitGenerator(nn.Module):
             confidence: Probability over the draw of these inputs that the promise holds, in (0, 1).
             metric: Quality metric, or its name; by default the one that the model was fitted with.
             weights: File with the metric's weights.
+            groups: The drive, speaker or session of each input. Groups are then what is drawn, and the promise is for
+                inputs of a new group; 59 groups are the fewest for 0.05 and 0.95. For fewer there is
+                ``rule="worst-group"``, which is no promise.
+            thresholds: Thresholds that the promise holds for together, or ``"all"``; by default it holds for one at a
+                time. ``"all"`` saves less.
             **settings: ``rule``, ``seed``, ``batch``, ``progress``.
 
         Returns:
             The calibration, which is now part of the model and saved with it.
 
         Raises:
-            OptionError: If there are too few inputs, with the number needed.
+            OptionError: If too few inputs, too few groups, or too few inputs like the fitting set stand behind the
+                promise, with the number needed; if metric, image size or range are not those of the fit.
             GeneratorError: If the generator has changed since it was recorded.
             TrainingError: If there is no predictor yet.
         """
@@ -347,7 +354,8 @@ class EarlyExitGenerator(nn.Module):
             self._decomposition.check_generator()
         fitted_with = self.about.get("metric", {}).get("name", "lpips-alex")
         measure = host().metric(metric or fitted_with, weights)
-        self.calibration = calibrate(self, inputs, measure, alpha=alpha, confidence=confidence, **settings)
+        promise: Any = {"alpha": alpha, "confidence": confidence, "groups": groups, "thresholds": thresholds}
+        self.calibration = calibrate(self, inputs, measure, **promise, **settings)
         return self.calibration
 
     def measure_latency(self, *inputs: Any, runs: int = 20, **kwargs: Any) -> Latency:
@@ -465,7 +473,9 @@ class EarlyExitGenerator(nn.Module):
         if self.split.decoder.replayed:
             lines.append(f"replayed, since {self.split.decoder.replayed}")
         if self.calibration is not None:
-            lines.append(f"threshold: a promise, {self.calibration}")
+            kind = "a promise, " if self.calibration.is_promise else ""
+            lines.append(f"threshold: {kind}{self.calibration}")
+            lines += [f"the promise is void: {reason}" for reason in self.router.void()]
         elif self.predictor is not None:
             lines.append("threshold: compared with predictions; model.calibrate(inputs) makes it a promise")
         return "\n".join(lines)

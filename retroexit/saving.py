@@ -291,6 +291,7 @@ def plan_to_json(plan: WidthPlan | None) -> dict[str, Any] | None:
         "entry": plan.entry,
         "pins": [dataclasses.asdict(pin) for pin in plan.pins],
         "built": {path: list(channels) for path, channels in plan.built.items()},
+        "live": [[position, channels] for position, channels in plan.live.items()],
     }
 
 
@@ -304,4 +305,5 @@ def _plan_from_json(saved: dict[str, Any] | None) -> WidthPlan | None:
         entry=saved["entry"],
         pins=tuple(Pin(**pin) for pin in saved["pins"]),
         built={path: (int(c_in), int(c_out)) for path, (c_in, c_out) in saved["built"].items()},
+        live={position: channels for position, channels in saved.get("live", ())},
     )

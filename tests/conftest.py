@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import sys
@@ -83,11 +84,26 @@ def untouched() -> Callable[[nn.Module], AbstractContextManager[None]]:
         yield
         after = _fingerprint(generator)
         old, new = before.pop("values"), after.pop("values")
-        assert [name for name in old if not torch.equal(old[name], new[name])] == []
+        same = functools.partial(torch.allclose, rtol=0, atol=0, equal_nan=True)
+        assert [name for name in old if not same(old[name], new[name])] == []
         assert torch.equal(before.pop("random"), after.pop("random"))
         assert before == after
 
     return watch
+
+
+@pytest.fixture
+def refused(untouched: Callable[..., AbstractContextManager[None]]) -> Callable[..., Any]:
+    """``with refused(generator, Error, "pattern"):`` expects an error and an unchanged generator."""
+
+    @contextmanager
+    def expect(
+        generator: nn.Module, error: type[Exception], match: str
+    ) -> Iterator[pytest.ExceptionInfo[Exception]]:
+        with untouched(generator), pytest.raises(error, match=match) as caught:
+            yield caught
+
+    return expect
 
 
 @pytest.fixture(scope="session")

@@ -1,11 +1,13 @@
-"""Damage files at random, and see in a child process what reading them does."""
+"""Damage files at random, and observe in a child process what reading them does."""
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import random
 import signal
+import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -16,11 +18,9 @@ import torch
 
 from retroexit.errors import RetroExitError
 
-__all__ = ["damaged", "in_child", "one_thread", "outcomes"]
-
 
 def damaged(folder: Path, count: int, seed: int = 0) -> Iterator[str]:
-    """Damage one file of a folder after another, ``count`` times in all; each is whole again afterwards.
+    """Damage one file of a folder after another, ``count`` times in all; each is restored afterwards.
 
     Half are cut short, half get one to eight bits flipped, mostly near the beginning, where headers are.
 
@@ -31,65 +31,56 @@ def damaged(folder: Path, count: int, seed: int = 0) -> Iterator[str]:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     for number in range(count):
         path = files[number % len(files)]
-        whole = path.read_bytes()
+        content, name = path.read_bytes(), path.relative_to(folder)
         if draw.random() < 0.5:
-            size = draw.randrange(len(whole))
-            path.write_bytes(whole[:size])
-            done = f"{path.relative_to(folder)} cut to {size} of {len(whole)} bytes"
+            size = draw.randrange(len(content))
+            path.write_bytes(content[:size])
+            done = f"{name} cut to {size} of {len(content)} bytes"
         else:
-            data, most = bytearray(whole), draw.choice((64, 256, len(whole)))
-            bits = draw.sample(range(8 * min(most, len(whole))), draw.randint(1, 8))
+            data, most = bytearray(content), draw.choice((64, 256, len(content)))
+            bits = draw.sample(range(8 * min(most, len(content))), draw.randint(1, 8))
             for bit in bits:
                 data[bit // 8] ^= 1 << bit % 8
             path.write_bytes(data)
-            done = f"{path.relative_to(folder)} with bits {bits} flipped"
+            done = f"{name} with bits {bits} flipped"
         try:
             yield done
         finally:
-            path.write_bytes(whole)
+            path.write_bytes(content)
 
 
 def in_child(work: Callable[[Callable[[Any], None]], None], seconds: int = 60) -> tuple[list[Any], str]:
-    """Run something in a forked process, where a crash or a hang costs nothing but that process.
+    """Run ``work(report)`` in a forked process, which may crash or hang.
 
     Args:
-        work: Called with a function that reports something JSON can hold; what it reported before it died is
-            kept.
-        seconds: After these the child is ended, and that counts as a signal.
+        work: Passes values that JSON can hold to ``report``; those from before a crash are returned too.
+        seconds: Time after which the process is killed.
 
     Returns:
-        The reports; and how it ended: ``""`` if well, else a signal's name or a traceback.
+        The reports; and how the process ended: ``""`` if well, else a signal's name or a traceback.
     """
-    reading, writing = os.pipe()
-    with warnings.catch_warnings():
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of forks beside threads
-        pid = os.fork()
-    if not pid:
-        code = 1
-        try:
-            os.close(reading)
-            signal.signal(signal.SIGALRM, signal.SIG_DFL)
-            signal.alarm(seconds)
-            with os.fdopen(writing, "w", buffering=1) as out:
+        log = Path(folder, "reports")
+
+        def run() -> None:
+            with log.open("w", buffering=1) as out:
                 try:
                     work(lambda report: print(json.dumps(report), file=out))
-                    code = 0
                 except BaseException:
-                    print(json.dumps({"failed": traceback.format_exc()}), file=out)
-        finally:
-            os._exit(code)
-    os.close(writing)
-    with os.fdopen(reading) as lines:
-        reports = [json.loads(line) for line in lines]
-    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    if status < 0:
-        return reports, signal.Signals(-status).name
-    return (reports[:-1], reports[-1]["failed"]) if status else (reports, "")
+                    print(json.dumps(traceback.format_exc()), file=out)
+                    os._exit(1)
 
-
-def one_thread() -> None:
-    """Keep a child's own tensors off the thread pool that its parent left behind."""
-    torch.set_num_threads(1)
+        process = multiprocessing.get_context("fork").Process(target=run)
+        process.start()
+        process.join(seconds)
+        process.kill()
+        process.join()
+        reports = [json.loads(line) for line in log.read_text().splitlines()]
+    if process.exitcode:
+        end = signal.Signals(-process.exitcode).name if process.exitcode < 0 else reports.pop()
+        return reports, end
+    return reports, ""
 
 
 def outcomes(folder: Path, count: int, read: Callable[[], str]) -> set[tuple[str, str]]:
@@ -105,7 +96,7 @@ def outcomes(folder: Path, count: int, read: Callable[[], str]) -> set[tuple[str
     """
 
     def work(report: Callable[[Any], None]) -> None:
-        one_thread()
+        torch.set_num_threads(1)  # the thread pool of the parent does not exist in a forked process
         for done in damaged(folder, count):
             report([done, "began"])
             try:

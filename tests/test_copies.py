@@ -1,25 +1,21 @@
 """A saved model is the model, and so is a copy of it: over norms, stages, wrappers and precisions."""
 
-from __future__ import annotations
-
 import copy
 import io
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 import retroexit
 from retroexit.core.identity import Identity, fingerprint
 from retroexit.errors import CheckpointError, GeneratorError
 
-NORMS: dict[str, Callable[[int], list[nn.Module]]] = {
+NORMS = {
     "none": lambda c: [],
     "relu": lambda c: [nn.ReLU()],
     "prelu": lambda c: [nn.PReLU(c)],
@@ -34,27 +30,25 @@ X = torch.randn(3, 4, 12, 12, generator=torch.Generator().manual_seed(5))
 EXAMPLE = (X[:2],)
 
 
-def flat(norm: str) -> nn.Sequential:
+def flat(norm):
     """Four convolutions, each closed by modules beside it."""
     torch.manual_seed(0)
     layers = [m for i in range(4) for m in (nn.Conv2d(16 if i else 4, 16, 3, padding=1), *NORMS[norm](16))]
     return nn.Sequential(*layers, nn.Conv2d(16, 3, 3, padding=1)).eval()
 
 
-def wrapped(generator: nn.Module, **settings: object) -> retroexit.EarlyExitGenerator:
+def wrapped(generator, **settings):
     settings = {"attach_at": [1, 2, 3], "example_inputs": EXAMPLE, "image_range": (-1, 1)} | settings
-    return retroexit.wrap(generator, scale=1 / 2, min_channels=4, **settings)  # type: ignore[arg-type]
+    return retroexit.wrap(generator, scale=1 / 2, min_channels=4, **settings)
 
 
-def renders(model: retroexit.EarlyExitGenerator, x: Tensor = X) -> list[Tensor]:
+def renders(model, x=X):
     """What a copy must reproduce bit for bit: features at every cut, and the image of every exit."""
     with torch.no_grad():
         return [*model.features(x), *model.all_exits(x)]
 
 
-def assert_same(
-    model: retroexit.EarlyExitGenerator, again: retroexit.EarlyExitGenerator, x: Tensor = X
-) -> None:
+def assert_same(model, again, x=X):
     """Compare all that two models render."""
     for a, b in zip(renders(model, x), renders(again, x), strict=True):
         assert torch.equal(a, b)
@@ -62,7 +56,7 @@ def assert_same(
 
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("stages", [None, ("0", "{1}", "{2}", "{3}")], ids=["found", "given"])
-def test_a_loaded_model_has_the_cuts_it_was_saved_with(norm: str, stages: object, tmp_path: Path) -> None:
+def test_a_loaded_model_has_the_cuts_it_was_saved_with(norm, stages, tmp_path):
     generator = flat(norm)
     step = 1 + len(NORMS[norm](4))
     given = None if stages is None else [str(step * i) for i in range(4)]
@@ -75,13 +69,13 @@ def test_a_loaded_model_has_the_cuts_it_was_saved_with(norm: str, stages: object
 
 
 @pytest.mark.parametrize("at", [["0"], ["1"], ["2"]])
-def test_a_named_layer_is_cut_where_its_name_says_after_loading_too(at: list[str], tmp_path: Path) -> None:
+def test_a_named_layer_is_cut_where_its_name_says_after_loading_too(at, tmp_path):
     generator = flat("batch norm")
     model = wrapped(generator, attach_at=at)
     assert_same(model, retroexit.load(model.save(tmp_path / "m"), generator, EXAMPLE))
 
 
-def test_another_process_loads_the_same_model(tmp_path: Path) -> None:
+def test_another_process_loads_the_same_model(tmp_path):
     model = wrapped(flat("batch norm"))
     folder = model.save(tmp_path / "m")
     subprocess.run([sys.executable, __file__, str(folder), str(tmp_path / "renders.pt")], check=True)
@@ -89,15 +83,15 @@ def test_another_process_loads_the_same_model(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(elsewhere, renders(model), strict=True))
 
 
-def _through_file(model: nn.Module) -> nn.Module:
+def _through_file(model):
     buffer = io.BytesIO()
     torch.save(model, buffer)
     buffer.seek(0)
-    loaded: nn.Module = torch.load(buffer, weights_only=False)
+    loaded = torch.load(buffer, weights_only=False)
     return loaded
 
 
-COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
+COPIES = {
     "deepcopy": copy.deepcopy,
     "pickle": lambda model: pickle.loads(pickle.dumps(model)),
     "torch.save": _through_file,
@@ -108,7 +102,7 @@ COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
 
 @pytest.mark.parametrize("kind", COPIES)
 @pytest.mark.parametrize("norm", ["batch norm", "group norm"])
-def test_a_copy_is_the_model_and_apart_from_it(kind: str, norm: str) -> None:
+def test_a_copy_is_the_model_and_apart_from_it(kind, norm):
     model = wrapped(flat(norm))
     with torch.no_grad():  # as after training
         for parameter in model.branches.parameters():
@@ -126,11 +120,11 @@ def test_a_copy_is_the_model_and_apart_from_it(kind: str, norm: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, renders(model), strict=True))
 
 
-def test_a_fitted_model_is_copied_with_predictor_and_bank(tmp_path: Path) -> None:
+def test_a_fitted_model_is_copied_with_predictor_and_bank(tmp_path):
     model = wrapped(flat("batch norm"), attach_at=[2, 3], guidance=retroexit.Guidance(size=8))
-    settings = {"metric": "ms-ssim", "steps": 2, "batch": 4, "progress": False}
+    settings = {"metric": "ms-ssim", "steps": 2, "batch": 4, "predictor_steps": 2, "progress": False}
     samples = list(torch.randn(12, 4, 12, 12, generator=torch.Generator().manual_seed(2)))
-    retroexit.fit(model, samples, tmp_path / "m", **settings)  # type: ignore[arg-type]
+    retroexit.fit(model, samples, tmp_path / "m", **settings)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert_same(model, twin)
         assert torch.equal(model.predict(X), twin.predict(X))
@@ -138,12 +132,12 @@ def test_a_fitted_model_is_copied_with_predictor_and_bank(tmp_path: Path) -> Non
         assert twin.about == model.about
 
 
-def test_a_model_that_was_converted_is_copied_in_its_precision() -> None:
+def test_a_model_that_was_converted_is_copied_in_its_precision():
     model = wrapped(flat("relu")).to(torch.bfloat16)
     assert_same(model, copy.deepcopy(model), X.bfloat16())
 
 
-def test_a_model_that_is_not_recorded_is_copied() -> None:
+def test_a_model_that_is_not_recorded_is_copied():
     twin = copy.deepcopy(wrapped(flat("relu"), example_inputs=None))
     assert not twin.is_recorded
     assert twin(X, exit=1).shape == (3, 3, 12, 12)
@@ -151,16 +145,16 @@ def test_a_model_that_is_not_recorded_is_copied() -> None:
 
 # The identity of a generator.
 
-WRAPPERS: dict[str, Callable[[nn.Sequential], nn.Module]] = {
-    "compiled": lambda g: torch.compile(g, backend="eager"),  # type: ignore[return-value]
+WRAPPERS = {
+    "compiled": lambda g: torch.compile(g, backend="eager"),
     "data parallel": nn.DataParallel,
-    "both": lambda g: nn.DataParallel(torch.compile(g, backend="eager")),  # type: ignore[arg-type]
+    "both": lambda g: nn.DataParallel(torch.compile(g, backend="eager")),
     "compiled block": lambda g: nn.Sequential(torch.compile(g[0], backend="eager"), *g[1:]),
 }
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
-def test_wrappers_do_not_change_which_generator_it_is(wrapper: str, tmp_path: Path) -> None:
+def test_wrappers_do_not_change_which_generator_it_is(wrapper, tmp_path):
     generator = flat("batch norm")
     model = wrapped(generator)
     folder = model.save(tmp_path / "m")
@@ -172,7 +166,7 @@ def test_wrappers_do_not_change_which_generator_it_is(wrapper: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_a_generator_is_recognised_in_another_precision(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_a_generator_is_recognised_in_another_precision(dtype, tmp_path):
     model = wrapped(flat("batch norm"))
     folder = model.save(tmp_path / "m")
     other = flat("batch norm").to(dtype)
@@ -185,7 +179,7 @@ def test_a_generator_is_recognised_in_another_precision(dtype: torch.dtype, tmp_
         retroexit.load(folder, other, (EXAMPLE[0].to(dtype),))
 
 
-def _narrow(generator: nn.Sequential) -> nn.Module:
+def _narrow(generator):
     generator[0] = nn.Conv2d(4, 16, 1)
     return generator
 
@@ -200,26 +194,32 @@ def _narrow(generator: nn.Sequential) -> nn.Module:
         (lambda g: g[0], "its class is Conv2d instead of Sequential"),
     ],
 )
-def test_the_message_says_how_another_generator_differs(
-    change: Callable[[nn.Module], nn.Module], says: str
-) -> None:
+def test_the_message_says_how_another_generator_differs(change, says):
     identity = Identity.of(flat("relu"))
     assert Identity.from_json(identity.to_json()) == identity
     with pytest.raises(AssertionError, match=says):
         raise AssertionError(identity.difference(Identity.of(change(flat("relu")))))
 
 
-def test_branches_of_other_weights_are_refused(tmp_path: Path) -> None:
+def test_branches_of_other_weights_are_refused(tmp_path):
     model = wrapped(flat("batch norm"))
     retroexit.fit(
-        model, list(X.repeat(4, 1, 1, 1)), tmp_path / "a", metric="ms-ssim", steps=2, progress=False
+        model,
+        list(X.repeat(4, 1, 1, 1)),
+        tmp_path / "a",
+        metric="ms-ssim",
+        steps=2,
+        predictor_steps=2,
+        progress=False,
     )
     with torch.no_grad():
-        model.generator[0].weight.add_(1e-3)  # type: ignore[index, operator]
-    attempts: list[Callable[[], object]] = [
+        model.generator[0].weight.add_(1e-3)
+    attempts = [
         lambda: model.save(tmp_path / "b"),
         lambda: model.calibrate(list(X)),
-        lambda: retroexit.fit(model, list(X), tmp_path / "a", metric="ms-ssim", steps=2, progress=False),
+        lambda: retroexit.fit(
+            model, list(X), tmp_path / "a", metric="ms-ssim", steps=2, predictor_steps=2, progress=False
+        ),
     ]
     for attempt in attempts:
         with pytest.raises(
@@ -229,7 +229,7 @@ def test_branches_of_other_weights_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "b").exists()
 
 
-def test_buffers_that_are_computed_do_not_count() -> None:
+def test_buffers_that_are_computed_do_not_count():
     generator = flat("relu")
     generator.register_buffer("grid", torch.zeros(3), persistent=False)
     before = Identity.of(generator)

@@ -50,7 +50,8 @@ X = torch.rand(8, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
 def wrapped(generator: nn.Module, **options: Any) -> retroexit.EarlyExitGenerator:
-    return retroexit.wrap(generator, ["blocks.0"], 1 / 2, min_channels=4, example_inputs=(X[:2],), **options)
+    options |= {"min_channels": 4, "image_range": (-1, 1), "example_inputs": (X[:2],)}
+    return retroexit.wrap(generator, ["blocks.0"], 1 / 2, **options)
 
 
 def fit(model: retroexit.EarlyExitGenerator, folder: Path, **more: Any) -> Any:

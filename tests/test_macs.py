@@ -1,9 +1,6 @@
 """Counts of multiply-accumulates against counts by hand."""
 
-from __future__ import annotations
-
-from types import ModuleType
-from typing import Any
+import sys
 
 import pytest
 import torch
@@ -11,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from retroexit.core.modules import count_macs
-from retroexit.evaluation.thop_check import cross_check
+from retroexit.evaluation.measure import cross_check
 
 X = torch.rand(2, 6, 8, 10)
 
@@ -31,7 +28,7 @@ X = torch.rand(2, 6, 8, 10)
         (nn.Sequential(nn.ReLU(), nn.BatchNorm2d(6).eval(), nn.Upsample(scale_factor=2)), 0),
     ],
 )
-def test_layers_count_what_they_count_by_hand(layer: nn.Module, by_hand: int) -> None:
+def test_layers_count_what_they_count_by_hand(layer, by_hand):
     assert count_macs(layer, X) == by_hand
 
 
@@ -48,14 +45,14 @@ def test_layers_count_what_they_count_by_hand(layer: nn.Module, by_hand: int) ->
         (lambda x: F.conv3d(x[:, :, None], torch.rand(5, 6, 1, 3, 3)), 2 * 6 * 8 * 5 * 6 * 9),
     ],
 )
-def test_functions_count_what_they_count_by_hand(function: Any, by_hand: int) -> None:
+def test_functions_count_what_they_count_by_hand(function, by_hand):
     assert count_macs(function, X) == by_hand
 
 
-def test_keyword_arguments_are_passed_on_and_nothing_is_tracked_or_left_behind() -> None:
+def test_keyword_arguments_are_passed_on_and_nothing_is_tracked_or_left_behind():
     layer, calls = nn.Linear(3, 4), []
 
-    def function(x: torch.Tensor, *, twice: bool) -> torch.Tensor:
+    def function(x, *, twice):
         calls.append((twice, torch.is_grad_enabled()))
         return layer(layer.weight @ x if twice else x)
 
@@ -65,12 +62,16 @@ def test_keyword_arguments_are_passed_on_and_nothing_is_tracked_or_left_behind()
     assert calls == [(True, False)] and torch.is_grad_enabled()
 
 
-def test_thop_agrees_on_plain_layers_and_changes_no_module(toys: ModuleType) -> None:
+def test_thop_agrees_on_plain_layers_and_the_text_explains_differences(toys, untouched, monkeypatch):
     pytest.importorskip("thop")
     module = nn.Sequential(nn.Conv2d(6, 4, 3, padding=1), nn.Conv2d(4, 2, 1)).eval()
-    before = [list(vars(m)) for m in module.modules()]
     macs = 2 * 80 * (4 * 6 * 9 + 8)
-    assert count_macs(module, X) == macs
-    assert cross_check(module, macs, (X,)) == "35.840 kMACs for the backbone, 1.000 of ours"
-    assert [list(vars(m)) for m in module.modules()] == before
-    assert not list(module.buffers())
+    with untouched(module):
+        assert cross_check(module, macs, (X,)) == "35.840 kMACs for the backbone, 1.000 of ours"
+    toy = toys.TOYS["modulated_convolution_with_skip_image"]()
+    text = cross_check(toy.generator, count_macs(toy.generator, *toy.args), toy.args)
+    assert "thop counts by layer type; it misses functional convolutions and attention" in text
+    assert float(text.split(" of ours")[0].split()[-1]) < 0.2
+    assert cross_check(module, 1, (), {"x": 1}) == "not counted: thop takes positional tensors only"
+    monkeypatch.setitem(sys.modules, "thop", None)
+    assert "MissingExtraError: thop is not installed" in cross_check(module, macs, (X,))

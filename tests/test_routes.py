@@ -1,22 +1,21 @@
-"""Calls of a wrapped generator: which route runs, what differentiates, who leaves where."""
-
-from __future__ import annotations
+"""Calls of a wrapped generator: which stages run, gradients, exits per sample."""
 
 import copy
-import threading
-from pathlib import Path
-from types import ModuleType
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import retroexit
 from retroexit import errors
 from retroexit.core.nested import tensors
-from retroexit.model import EarlyExitGenerator
-from retroexit.routing.predictor import Predictor
+
+
+def wrap(toy, attach_at=(1, 2), **options):
+    return retroexit.wrap(
+        toy.generator, attach_at, 1 / 4, min_channels=8, **{"example_inputs": toy.args, **options}
+    )
 
 
 class ByBrightness(nn.Module):
@@ -24,45 +23,37 @@ class ByBrightness(nn.Module):
 
     input_shape = None
 
-    def forward(self, feature: Tensor) -> Tensor:
+    def forward(self, feature):
         level = feature.mean((1, 2, 3))
         order = level.argsort().argsort() % 3
         return torch.stack([(order > 0).float(), (order > 1).float()], 1)
 
 
 @pytest.fixture
-def toy(toys: ModuleType) -> Any:
+def toy(toys):
     return toys.TOYS["dict_output"]()
 
 
 @pytest.fixture
-def model(toy: Any) -> EarlyExitGenerator:
-    return retroexit.wrap(toy.generator, [1, 2], 1 / 4, min_channels=8, example_inputs=toy.args)
+def model(toy):
+    return wrap(toy)
 
 
-def count_calls(generator: nn.Module) -> dict[str, int]:
+def count_calls(generator):
     """Count calls of the blocks from now on, without hooks: hooks would be seen by the recorder."""
-    calls: dict[str, int] = {}
+    calls = {}
     for name, block in generator.named_children():
         for i, child in enumerate(block.children() if isinstance(block, nn.ModuleList) else ()):
 
-            def forward(*args: Any, _name: str = f"{name}.{i}", _inner: Any = child.forward) -> Any:
+            def forward(*args, _name=f"{name}.{i}", _inner=child.forward):
                 calls[_name] = calls.get(_name, 0) + 1
                 return _inner(*args)
 
-            child.forward = forward  # type: ignore[method-assign]
+            child.forward = forward
     return calls
 
 
-@pytest.mark.parametrize("name", ["dict_output", "model_output", "dataclass_output", "namedtuple_output"])
-def test_outputs_of_every_exit_are_of_the_generators_own_kind(toys: ModuleType, name: str) -> None:
-    toy = toys.TOYS[name]()
-    model = retroexit.wrap(toy.generator, [1, 2], 1 / 4, min_channels=8, example_inputs=toy.args)
-    outputs = [*model.all_exits(*toy.args), model(*toy.args, exit=1)]
-    assert {type(output) for output in outputs} == {type(toy.generator(*toy.args))}
-
-
-def test_stages_behind_an_exit_do_not_run(model: EarlyExitGenerator, toy: Any) -> None:
+def test_stages_behind_an_exit_do_not_run(model, toy):
     calls = count_calls(toy.generator)
     model(*toy.args, exit=1)
     assert calls == {"blocks.0": 1}
@@ -72,7 +63,7 @@ def test_stages_behind_an_exit_do_not_run(model: EarlyExitGenerator, toy: Any) -
     assert calls == {"blocks.0": 3, "blocks.1": 2, "blocks.2": 1}
 
 
-def test_the_rows_of_exits(model: EarlyExitGenerator) -> None:
+def test_the_rows_of_exits(model):
     first, second, final = model.exits
     assert [e.index for e in model.exits] == [1, 2, 3]
     assert (first.attach_at, second.attach_at, final.attach_at) == ("blocks.0", "blocks.1", "")
@@ -89,7 +80,7 @@ def test_the_rows_of_exits(model: EarlyExitGenerator) -> None:
     assert first.widths[-1] == 3 and set(first.widths) == {8, 3}
 
 
-def test_printing_shows_the_same_as_a_table(model: EarlyExitGenerator) -> None:
+def test_printing_shows_the_same_as_a_table(model):
     lines = str(model).splitlines()
     for row in model.exits[:-1]:
         (line,) = [text for text in lines if row.attach_at in text]
@@ -98,15 +89,13 @@ def test_printing_shows_the_same_as_a_table(model: EarlyExitGenerator) -> None:
     assert "backbone" in lines[-1]
 
 
-def test_without_a_gradient_for_the_input_an_exit_trains_its_branch_alone(
-    model: EarlyExitGenerator, toy: Any
-) -> None:
+def test_without_a_gradient_for_the_input_an_exit_trains_its_branch_alone(model, toy):
     model(toy.args[0], exit=1)["image"].sum().backward()
     assert all(p.grad is None for p in toy.generator.parameters())
     assert all(p.grad is not None for p in model.branches[0].parameters())
 
 
-def test_the_final_exit_differentiates_as_the_generator_does(model: EarlyExitGenerator, toy: Any) -> None:
+def test_the_final_exit_differentiates_as_the_generator_does(model, toy):
     expected = copy.deepcopy(toy.generator)
     expected(toy.args[0])["image"].sum().backward()
     model(toy.args[0])["image"].sum().backward()
@@ -115,15 +104,13 @@ def test_the_final_exit_differentiates_as_the_generator_does(model: EarlyExitGen
 
 
 @pytest.mark.parametrize("exit", [1, 2, 3])
-def test_an_input_gets_its_gradient_through_every_exit(
-    model: EarlyExitGenerator, toy: Any, exit: int
-) -> None:
+def test_an_input_gets_its_gradient_through_every_exit(model, toy, exit):
     model.double()
     x = toy.args[0].double().requires_grad_()
     weights = torch.randn_like(x[:, :1])
 
-    def render(value: Tensor) -> Tensor:
-        image: Tensor = model(value, exit=exit)["image"].sum(1, keepdim=True)
+    def render(value):
+        image = model(value, exit=exit)["image"].sum(1, keepdim=True)
         return (torch.nn.functional.interpolate(image, x.shape[2:]) * weights).sum()
 
     (gradient,) = torch.autograd.grad(render(x), x)
@@ -135,96 +122,64 @@ def test_an_input_gets_its_gradient_through_every_exit(
         assert not model(x, exit=exit)["image"].requires_grad
 
 
-def test_each_sample_takes_its_exit_and_the_order_is_kept(model: EarlyExitGenerator) -> None:
-    model.predictor = ByBrightness()  # type: ignore[assignment]
-    x = torch.rand(7, 4, 8, 8)
+@pytest.mark.parametrize(
+    ("name", "sizes"), [("dict_output", [(4, 8)]), ("list_input_with_unet_skips", [(2, 16), (4, 16)])]
+)
+def test_each_sample_takes_its_exit_and_the_order_is_kept(toys, name, sizes):
+    toy = toys.TOYS[name]()
+    model = wrap(toy)
+    model.predictor = ByBrightness()
+    parts = [torch.rand(7, channels, side, side) for channels, side in sizes]
+
+    def inputs(rows=slice(None)):
+        return parts[0][rows] if len(parts) == 1 else [part[rows] for part in parts]
+
     with torch.no_grad():
-        exits = model.choose_exits(x, threshold=0.5)
-        mixed = model(x, threshold=0.5)
+        exits = model.choose_exits(inputs(), threshold=0.5)
+        mixed = model(inputs(), threshold=0.5)
         assert set(exits.tolist()) == {1, 2, 3}
         for i, leave in enumerate(exits.tolist()):
-            alone = model(x[i : i + 1], exit=leave)
-            torch.testing.assert_close(mixed["image"][i : i + 1], alone["image"], rtol=1e-4, atol=1e-5)
-    assert mixed["image"].shape == (7, 3, 16, 16) and mixed["scale"] == 2
-    assert mixed["more"]["score"].shape == (7,)
+            alone = model(inputs(slice(i, i + 1)), exit=leave)
+            for batch, one in zip(tensors(mixed), tensors(alone), strict=True):
+                torch.testing.assert_close(batch[i : i + 1], one, rtol=1e-4, atol=1e-5)
+    assert model.image(mixed).shape == (7, 3, 16, 16)
+    assert name != "dict_output" or mixed["scale"] == 2
 
 
-def test_a_deep_stage_runs_for_the_samples_that_need_it(model: EarlyExitGenerator, toy: Any) -> None:
-    model.predictor = ByBrightness()  # type: ignore[assignment]
-    seen: list[int] = []
-    inner = toy.generator.blocks[2].forward
-    toy.generator.blocks[2].forward = lambda x: (seen.append(len(x)), inner(x))[1]
-    with torch.no_grad():
-        model(torch.rand(6, 4, 8, 8), threshold=0.5)
-    assert seen == [2]
-
-
-def test_a_lenient_threshold_takes_the_first_exit_and_a_strict_one_the_last(
-    model: EarlyExitGenerator, toy: Any
-) -> None:
-    model.predictor = Predictor(32, 2)
-    assert model.choose_exits(*toy.args, threshold=1e9).tolist() == [1, 1]
-    with torch.no_grad():
-        model.predictor.loss_mean.fill_(1e6)
-    assert model.choose_exits(*toy.args, threshold=0.0).tolist() == [3, 3]
-
-
-@pytest.mark.parametrize(
-    "name", ["noise_inside", "modulated_convolution_with_skip_image", "list_input_with_unet_skips"]
-)
-def test_a_routed_call_of_the_last_exit_is_the_generator(toys: ModuleType, name: str) -> None:
+@pytest.mark.parametrize("name", ["noise_inside", "modulated_convolution_with_skip_image"])
+def test_a_routed_call_of_the_last_exit_is_the_generator(toys, name):
     toy = toys.TOYS[name]()
-    model = retroexit.wrap(toy.generator, [1, 2], 1 / 4, min_channels=8, example_inputs=toy.args)
-    model.predictor = AlwaysBad()  # type: ignore[assignment]
+    model = wrap(toy)
+    model.predictor = ByBrightness()
     with torch.no_grad():
         torch.manual_seed(3)
-        want = toy.generator(*toy.args)
+        expected = toy.generator(*toy.args)
         torch.manual_seed(3)
-        got = model(*toy.args, threshold=0.1)
-    assert all(torch.equal(a, b) for a, b in zip(tensors(got), tensors(want), strict=True))
+        output, _ = model.routed(*toy.args, choose=lambda predicted, limits: torch.tensor([3, 3]))
+    assert torch.equal(output, expected)
 
 
-class AlwaysBad(nn.Module):
-    input_shape = None
-
-    def forward(self, feature: Tensor) -> Tensor:
-        return torch.ones(len(feature), 2)
-
-
-def test_live_values_of_a_mixed_batch_follow_their_samples(toys: ModuleType) -> None:
-    toy = toys.TOYS["list_input_with_unet_skips"]()
-    model = retroexit.wrap(toy.generator, [1, 2], 1 / 4, min_channels=8, example_inputs=toy.args)
-    model.predictor = ByBrightness()  # type: ignore[assignment]
-    parts = [torch.rand(5, 2, 16, 16), torch.rand(5, 4, 16, 16)]
-    with torch.no_grad():
-        exits = model.choose_exits(parts, threshold=0.5).tolist()
-        mixed = model(parts, threshold=0.5)
-        for i, leave in enumerate(exits):
-            alone = model([p[i : i + 1] for p in parts], exit=leave)
-            torch.testing.assert_close(mixed[i : i + 1], alone, rtol=1e-4, atol=1e-5)
-
-
-def test_another_batch_size_and_resolution_than_recorded(model: EarlyExitGenerator, toy: Any) -> None:
+def test_another_batch_size_and_resolution_than_recorded(model, toy):
     x = torch.rand(5, 4, 12, 8)
     with torch.no_grad():
         assert torch.equal(model.all_exits(x)[-1]["image"], toy.generator(x)["image"])
         assert model(x, exit=1)["image"].shape == (5, 3, 24, 16)
 
 
-def test_recording_at_the_first_call_gives_the_generators_own_numbers(toys: ModuleType) -> None:
+def test_a_first_call_that_records_returns_the_output_of_the_generator(toys):
     toy = toys.TOYS["noise_inside"]()
-    model = retroexit.wrap(toy.generator, [1, 2], 1 / 4, min_channels=8)
+    model = wrap(toy, example_inputs=None)
     assert not model.is_recorded
     torch.manual_seed(11)
-    want = toy.generator(*toy.args)
+    expected = toy.generator(*toy.args)
     torch.manual_seed(11)
-    assert torch.equal(model(*toy.args), want)
+    assert torch.equal(model(*toy.args), expected)
     assert model.is_recorded and len(model.exits) == 3
 
 
-def test_keywords_of_the_generator_that_are_named_like_ours(toys: ModuleType) -> None:
+def test_keywords_of_the_generator_may_be_named_like_those_of_the_model(toys):
     class Doors(toys.Chain):
-        def forward(self, x: Tensor, exit: float = 1.0) -> Tensor:
+        def forward(self, x, exit=1.0):
             return super().forward(x) * exit
 
     generator = Doors([toys.Block(32, 32), toys.Block(32, 24, True), toys.Block(24, 24)]).eval()
@@ -238,28 +193,22 @@ def test_keywords_of_the_generator_that_are_named_like_ours(toys: ModuleType) ->
     assert branch.shape == (2, 3, 16, 16) and not torch.equal(branch, generator(x, exit=0.5))
 
 
-def test_threads_share_a_model(model: EarlyExitGenerator) -> None:
+def test_threads_share_a_model(model):
     inputs = [torch.rand(2, 4, 8, 8) for _ in range(4)]
-    with torch.no_grad():
-        wanted = [[o["image"] for o in model.all_exits(x)] for x in inputs]
-    wrong: list[int] = []
+    calls = [(x, k) for x in inputs for k in (1, 2, 3)]
 
-    def work(i: int) -> None:
-        with torch.no_grad():
-            for _ in range(5):
-                for k in (1, 2, 3):
-                    if not torch.equal(model(inputs[i], exit=k)["image"], wanted[i][k - 1]):
-                        wrong.append(i)
+    @torch.no_grad()
+    def render(call):
+        x, k = call
+        return model(x, exit=k)["image"]
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert wrong == []
+    expected = list(map(render, calls))
+    with ThreadPoolExecutor(4) as pool:
+        outputs = list(pool.map(render, calls * 5))
+    assert all(torch.equal(a, b) for a, b in zip(outputs, expected * 5, strict=True))
 
 
-def test_a_call_keeps_nothing_on_the_model(model: EarlyExitGenerator, toy: Any) -> None:
+def test_a_call_keeps_nothing_on_the_model(model, toy):
     before = {name: sorted(vars(module)) for name, module in model.named_modules()}
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     model(*toy.args, exit=1)
@@ -268,7 +217,7 @@ def test_a_call_keeps_nothing_on_the_model(model: EarlyExitGenerator, toy: Any) 
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
 
-def test_the_train_mode_of_a_parent_changes_nothing(model: EarlyExitGenerator, toy: Any) -> None:
+def test_the_train_mode_of_a_parent_changes_nothing(model, toy):
     expected = [output["image"] for output in model.all_exits(*toy.args)]
     state = {name: value.clone() for name, value in model.state_dict().items()}
     nn.Sequential(model).train()
@@ -279,46 +228,27 @@ def test_the_train_mode_of_a_parent_changes_nothing(model: EarlyExitGenerator, t
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
-def test_unwrap_gives_the_same_object_back(model: EarlyExitGenerator, toy: Any) -> None:
-    assert model.unwrap() is toy.generator
-
-
-def test_saving_and_loading_without_inputs_restores_at_the_first_call(
-    model: EarlyExitGenerator, toy: Any, tmp_path: Path
-) -> None:
-    with torch.no_grad():
-        for p in model.branches.parameters():
-            p.add_(0.01)
-    model.save(tmp_path)
-    again = retroexit.load(tmp_path, toy.generator)
-    with torch.no_grad():
-        assert torch.equal(again(*toy.args, exit=1)["image"], model(*toy.args, exit=1)["image"])
-
-
-def test_a_branch_may_take_the_input_of_a_stage(every_toy: Any) -> None:
-    toy = every_toy
-    options = {"example_inputs": toy.args, "example_kwargs": toy.kwargs, "scale": 1.0}
-    model = retroexit.wrap(toy.generator, [toy.stages[1], toy.stages[2]], tap="before", **options)
+@pytest.mark.parametrize(
+    "name", ["list_input_with_unet_skips", "modulated_convolution_with_skip_image", "attention_by_pytorch"]
+)
+def test_a_branch_may_take_the_input_of_a_stage(toys, name):
+    toy = toys.TOYS[name]()
+    model = retroexit.wrap(
+        toy.generator, toy.stages[1:3], 1.0, tap="before", example_inputs=toy.args, example_kwargs=toy.kwargs
+    )
     with torch.no_grad():
         torch.manual_seed(5)
-        want = tensors(toy.generator(*toy.args, **toy.kwargs))
+        expected = tensors(toy.generator(*toy.args, **toy.kwargs))
         for k in (1, 2):
             torch.manual_seed(5)
-            got = tensors(model(*toy.args, exit=k, **toy.kwargs))
-            assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+            outputs = tensors(model(*toy.args, exit=k, **toy.kwargs))
+            assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
     assert [e.depth for e in model.exits[:2]] == sorted([e.depth for e in model.exits[:2]], reverse=True)
 
 
 @pytest.mark.parametrize("inject", ["input", "every_stage"])
-def test_a_guide_enters_where_it_is_asked_to(toy: Any, inject: Any) -> None:
-    model = retroexit.wrap(
-        toy.generator,
-        [1],
-        1 / 4,
-        min_channels=8,
-        example_inputs=toy.args,
-        guidance=retroexit.Guidance(inject=inject),
-    )
+def test_a_guide_enters_where_inject_says(toy, inject):
+    model = wrap(toy, [1], guidance=retroexit.Guidance(inject=inject))
     (branch,) = model.branches
     feature = torch.rand(2, 32, 8, 8)
     guide = torch.rand(2, *model.decomposition.value_cut.feature.meta["shape"][1:])
@@ -335,26 +265,26 @@ class _Handing(nn.Module):
     """Blocks that take their map inside a tuple and by keyword."""
 
     class Block(nn.Module):
-        def __init__(self) -> None:
+        def __init__(self):
             super().__init__()
             self.conv = nn.Conv2d(16, 16, 3, padding=1)
 
-        def forward(self, pair: Any = None, *, x: Any = None) -> Tensor:
+        def forward(self, pair=None, *, x=None):
             return torch.relu(self.conv(pair[1] if x is None else x))
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.blocks = nn.ModuleList(self.Block() for _ in range(3))
         self.rgb = nn.Conv2d(16, 3, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         x = self.blocks[0]((None, x))
         x = self.blocks[1](x=x)
         return self.rgb(self.blocks[2]((1.0, x)))
 
 
 @pytest.mark.parametrize("attach_at", [[1], ["blocks.1"]])
-def test_a_stage_may_take_its_map_by_keyword_or_inside_a_tuple(attach_at: list[Any]) -> None:
+def test_a_stage_may_take_its_map_by_keyword_or_inside_a_tuple(attach_at):
     generator, x = _Handing().eval(), torch.rand(2, 16, 8, 8)
     model = retroexit.wrap(
         generator,
@@ -374,21 +304,17 @@ def test_a_stage_may_take_its_map_by_keyword_or_inside_a_tuple(attach_at: list[A
     assert model.exits[0].parameters < sum(p.numel() for p in generator.parameters())
 
 
-def test_features_are_the_maps_at_the_attach_points(toys: ModuleType) -> None:
-    toy = toys.TOYS["plain"]() if "plain" in toys.TOYS else next(iter(toys.TOYS.values()))()
-    model = retroexit.wrap(
-        toy.generator, [1, 2], 0.5, min_channels=4, example_inputs=toy.args, example_kwargs=toy.kwargs
-    )
-    seen: list[Tensor] = []
+def test_features_are_the_maps_at_the_attach_points(model, toy):
+    seen = []
     hooks = [
         toy.generator.get_submodule(exit.attach_at).register_forward_hook(
             lambda m, i, o: seen.append(o.clone())
         )
         for exit in model.exits[:-1]
     ]
-    features = model.features(*toy.args, **toy.kwargs)
-    del seen[:]
-    toy.generator(*toy.args, **toy.kwargs)
+    features = model.features(*toy.args)
+    seen.clear()
+    toy.generator(*toy.args)
     for hook in hooks:
         hook.remove()
     assert len(features) == 2

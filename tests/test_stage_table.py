@@ -1,15 +1,12 @@
-"""The table of a decoder is readable in 100 columns, whatever the decoder."""
-
-from __future__ import annotations
+"""The table of a decoder: at most 100 columns, correct numbers."""
 
 import dataclasses
 import itertools
 import re
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import retroexit
 from retroexit.api import read_generator
@@ -18,18 +15,18 @@ from retroexit.report.stage_table import brief_count, decoder_table, ranges, sho
 
 
 class Block(nn.Module):
-    def __init__(self, conv: type[nn.Module], i: int, o: int, up: bool) -> None:
+    def __init__(self, conv, i, o, up):
         super().__init__()
         self.a, self.b, self.up = conv(i, o, 3, padding=1), conv(o, o, 3, padding=1), up
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return self.b(torch.relu(self.a(nn.functional.interpolate(x, scale_factor=2) if self.up else x)))
 
 
 class Decoder(nn.Module):
     """Blocks in 1, 2 or 3 dimensions; every one after which the width changes doubles the resolution."""
 
-    def __init__(self, widths: list[int], dimensions: int = 2) -> None:
+    def __init__(self, widths, dimensions=2):
         super().__init__()
         conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dimensions - 1]
         pairs = list(itertools.pairwise(widths))
@@ -38,31 +35,31 @@ class Decoder(nn.Module):
         )
         self.image = conv(widths[-1], 3, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         for block in self.blocks_under_a_name_that_is_not_short:
             x = block(x)
         return self.image(x)
 
 
-def table_of(generator: nn.Module, *args: Any) -> list[str]:
+def table_of(generator, *args):
     lines = decoder_table(read_generator(generator.eval(), args)).splitlines()
     assert max(map(len, lines)) <= 100
     return lines
 
 
-def stage_rows(lines: list[str]) -> dict[int, str]:
+def stage_rows(lines):
     matches = (re.match(r" *(\d+)[* ] ", line) for line in lines)
     return {int(match[1]): match.string for match in matches if match}
 
 
 @pytest.mark.parametrize(("dimensions", "sizes"), [(1, "8"), (2, "8x8"), (3, "8x8x8")])
-def test_decoders_in_one_two_and_three_dimensions(dimensions: int, sizes: str) -> None:
+def test_decoders_in_one_two_and_three_dimensions(dimensions, sizes):
     lines = table_of(Decoder([12, 8, 8, 6], dimensions), torch.rand(2, 12, *[4] * dimensions))
     assert re.search(rf"  Block +{sizes} +8 ", stage_rows(lines)[1])
     assert lines[0].endswith(f" for x 2x12{'x4' * dimensions}")
 
 
-def test_sixty_stages_are_folded_where_they_are_alike() -> None:
+def test_sixty_stages_are_folded_where_they_are_alike():
     lines = table_of(Decoder([16] * 21 + [12] * 20 + [8] * 20), torch.rand(1, 16, 4, 4))
     rows = stage_rows(lines)
     assert {1, 20, 21, 40, 41, 60} <= set(rows)
@@ -72,7 +69,7 @@ def test_sixty_stages_are_folded_where_they_are_alike() -> None:
     assert sum("*" in row for row in rows.values()) == 4  # what is suggested is never folded
 
 
-def test_a_row_adds_up() -> None:
+def test_a_row_adds_up():
     decoder = read_generator(Decoder([12, 12, 8, 6]).eval(), (torch.rand(1, 12, 4, 4),))
     lines = decoder_table(decoder).splitlines()
     second = decoder.stages[1]
@@ -97,7 +94,7 @@ def test_a_row_adds_up() -> None:
     assert f", {total / 1e6:.3f} MMACs for x 1x12x4x4" in lines[0]
 
 
-def test_live_values_are_numbered_in_the_rows_and_spelled_out_below(toys: Any) -> None:
+def test_live_values_are_numbered_in_the_rows_and_spelled_out_below(toys):
     toy = toys.TOYS["list_input_with_unet_skips"]()
     lines = decoder_table(read_generator(toy.generator, toy.args)).splitlines()
     rows = stage_rows(lines)
@@ -108,7 +105,7 @@ def test_live_values_are_numbered_in_the_rows_and_spelled_out_below(toys: Any) -
     assert re.search(r"^ +v2 .* 2x24x8x8 +3\.07k +after l_1$", below, re.MULTILINE)
 
 
-def test_stages_alone_make_a_table_too(toys: Any) -> None:
+def test_stages_alone_make_a_table_too(toys):
     toy = toys.TOYS["list_input_with_unet_skips"]()
     shown = stage_table(retroexit.find_stages(toy.generator, toy.args))
     assert [row.split()[1] for row in stage_rows(shown.splitlines()).values()] == list(toy.stages)
@@ -116,7 +113,7 @@ def test_stages_alone_make_a_table_too(toys: Any) -> None:
     assert "v2" in shown
 
 
-def test_a_replay_says_so_and_why() -> None:
+def test_a_replayed_decoder_is_marked_with_the_reason():
     decoder = read_generator(Decoder([12, 12, 8]).eval(), (torch.rand(1, 12, 4, 4),))
     assert "Replayed" not in decoder_table(decoder)
     why = "blocks.1 hands its output on in a closure, which a recording cannot see"
@@ -125,14 +122,14 @@ def test_a_replay_says_so_and_why() -> None:
     assert max(map(len, lines)) <= 100
 
 
-def test_names_are_shortened_in_the_middle() -> None:
+def test_names_are_shortened_in_the_middle():
     assert shorten("abcdefghij", 10) == "abcdefghij"
     assert shorten("abcdefghij", 7) == "ab..hij"
     assert shorten("abcdefghijkl .. mnopqrstuvwx", 20) == "abc..jkl .. mno..vwx"
     assert [len(shorten("a" * 40, width)) for width in range(4, 40)] == list(range(4, 40))
 
 
-def test_numbers_are_written_briefly() -> None:
+def test_numbers_are_written_briefly():
     assert [ranges(n) for n in ([1, 2, 3, 7], [4], [], [1, 3, 5, 7])] == ["v1-v3 v7", "v4", "", "4 values"]
     counts = {0: "0", 999: "999", 1000: "1.00k", 9_996: "10.0k", 99_951: "100k", 999_600: "1.00M"}
     assert {n: brief_count(n) for n in counts} == counts and brief_count(2**31) == "2.15G"

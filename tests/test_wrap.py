@@ -1,25 +1,14 @@
-"""What `wrap` promises, on a small generator for each thing that other people's decoders do."""
-
-from __future__ import annotations
-
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from pathlib import Path
-from typing import Any
+"""Properties of wrapped generators, checked for every toy."""
 
 import pytest
 import torch
-from torch import nn
 
 import retroexit
 from retroexit.core.nested import tensors
-from retroexit.model import EarlyExitGenerator
-
-Untouched = Callable[[nn.Module], AbstractContextManager[None]]
 
 
-def wrapped(toy: Any, **options: Any) -> EarlyExitGenerator:
-    settings: dict[str, Any] = {
+def wrapped(toy, **options):
+    settings = {
         "attach_at": list(toy.stages[:2]),
         "scale": 1 / 4,
         "min_channels": 8,
@@ -29,36 +18,44 @@ def wrapped(toy: Any, **options: Any) -> EarlyExitGenerator:
     return retroexit.wrap(toy.generator, **{**settings, **options})
 
 
-def call(model: nn.Module, toy: Any, rows: slice = slice(None), **options: Any) -> Any:
+def call(model, toy, rows=slice(None), **options):
     args, kwargs = toy.rows(rows)
     torch.manual_seed(7)
     return model(*args, **kwargs, **options)
 
 
-def equal(a: Any, b: Any) -> bool:
+def equal(a, b):
     pairs = list(zip(tensors(a), tensors(b), strict=True))
     return type(a) is type(b) and all(torch.equal(x, y) for x, y in pairs)
 
 
-def count(module: nn.Module) -> int:
+def count(module):
     return sum(p.numel() for p in module.parameters())
 
 
-@pytest.mark.parametrize("init", ["inherit", "scratch"])
-def test_any_decoder_gets_exits_and_keeps_its_own_output(
-    every_toy: Any, init: str, untouched: Untouched, tmp_path: Path
-) -> None:
-    toy = every_toy
-    want = call(toy.generator, toy)
+def test_any_decoder_gets_exits_and_keeps_its_output(every_toy, untouched, tmp_path):
+    _check_exits(every_toy, "inherit", untouched, tmp_path)
+
+
+REPARAMETRISED = ["weight_norm_old", "spectral_norm_parametrized", "modulated_convolution_with_skip_image"]
+
+
+@pytest.mark.parametrize("name", ["tied_weights", "buffers_and_plain_tensors", *REPARAMETRISED])
+def test_branches_from_scratch_keep_the_output_too(toys, name, untouched, tmp_path):
+    _check_exits(toys.TOYS[name](), "scratch", untouched, tmp_path)
+
+
+def _check_exits(toy, init, untouched, tmp_path):
+    expected = call(toy.generator, toy)
     with untouched(toy.generator):
         model = wrapped(toy, init=init)
-    assert equal(call(model, toy), want)
-    assert equal(call(model, toy, exit=3), want)
+    assert equal(call(model, toy), expected)
+    assert equal(call(model, toy, exit=3), expected)
     for k in (1, 2):
         branch = model.branches[k - 1]
         output = call(model, toy, exit=k)
-        assert type(output) is type(want)
-        assert [t.shape for t in tensors(output)] == [t.shape for t in tensors(want)]
+        assert type(output) is type(expected)
+        assert [t.shape for t in tensors(output)] == [t.shape for t in tensors(expected)]
         sum(t.square().sum() for t in tensors(output)).backward()
         assert [name for name, p in branch.named_parameters() if p.grad is None] == []
         assert all(p.grad is None for p in toy.generator.parameters())
@@ -70,7 +67,7 @@ def test_any_decoder_gets_exits_and_keeps_its_own_output(
         assert all(equal(call(model, toy, exit=k), call(again, toy, exit=k)) for k in (1, 2))
 
 
-def _check_width(model: EarlyExitGenerator, k: int, toy: Any) -> None:
+def _check_width(model, k, toy):
     branch, row = model.branches[k - 1], model.exits[k - 1]
     tail = model.split.tail(k - 1)
     assert row.parameters == count(branch) < 0.5 * count(tail)
@@ -80,32 +77,21 @@ def _check_width(model: EarlyExitGenerator, k: int, toy: Any) -> None:
         assert row.pinned == ()
 
 
-def _check_batch(model: EarlyExitGenerator, k: int, toy: Any) -> None:
+def _check_batch(model, k, toy):
     with torch.no_grad():
         both = tensors(call(model, toy, exit=k))
         alone = [tensors(call(model, toy, slice(i, i + 1), exit=k)) for i in (0, 1)]
-    for whole, first, second in zip(both, *alone, strict=True):
-        if whole.dim() and whole.shape[0] == 2:
+    for batch, first, second in zip(both, *alone, strict=True):
+        if batch.dim() and batch.shape[0] == 2:
             torch.testing.assert_close(
-                whole, torch.cat([first, second]), rtol=1e-3, atol=1e-4 * float(whole.abs().max())
+                batch, torch.cat([first, second]), rtol=1e-3, atol=1e-4 * float(batch.abs().max())
             )
 
 
-def test_all_exits_are_the_exits_one_by_one(every_toy: Any) -> None:
+@torch.no_grad()
+def test_at_full_width_every_exit_is_the_generator_bit_for_bit(every_toy):
     toy = every_toy
-    model = wrapped(toy, attach_at=[toy.stages[0]], scale=1.0)
-    with torch.no_grad():
-        alone = [call(model, toy, exit=k) for k in (1, 2)]
-        torch.manual_seed(7)
-        together = model.all_exits(*toy.args, **toy.kwargs)
-    for got, want in zip(together, alone, strict=True):
-        assert equal(got, want)
-
-
-def test_at_full_width_every_branch_is_the_tail_bit_for_bit(every_toy: Any) -> None:
-    toy = every_toy
-    model = wrapped(toy, scale=1.0)
-    with torch.no_grad():
-        want = call(toy.generator, toy)
-        assert equal(call(model, toy, exit=1), want)
-        assert equal(call(model, toy, exit=2), want)
+    model, expected = wrapped(toy, scale=1.0), call(toy.generator, toy)
+    torch.manual_seed(7)
+    outputs = model.all_exits(*toy.args, **toy.kwargs)
+    assert all(equal(output, expected) for output in (*outputs, *(call(model, toy, exit=k) for k in (1, 2))))

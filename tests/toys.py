@@ -8,11 +8,22 @@ import warnings
 from collections import OrderedDict, namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from retroexit.metrics import QualityMetric
+
+
+def decoder_12() -> nn.Sequential:
+    """Three stages of 12 channels, an image in [-1, 1] of the size of the input; the same weights every time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        stages = [nn.Sequential(conv(12, 12), nn.ReLU()) for _ in range(3)]
+        return nn.Sequential(conv(4, 12, 1), *stages, conv(12, 3, 1), nn.Tanh()).eval()
 
 
 @dataclass
@@ -43,23 +54,30 @@ class Toy:
         return tuple(map(cut, self.args)), {key: cut(value) for key, value in self.kwargs.items()}
 
 
+class Distance(QualityMetric):
+    """Mean absolute difference; takes images of any size."""
+
+    name = "distance"
+
+    def compare(self, a: Tensor, b: Tensor) -> Tensor:
+        return (a - b).abs().mean((1, 2, 3))
+
+
 TOYS: dict[str, Callable[[], Toy]] = {}
 
 
-def toy(make: Callable[[], Toy]) -> Callable[[], Toy]:
-    """Register a builder; what it builds is seeded and in eval mode."""
+def toy(make: Callable[[], Toy], name: str = "") -> Callable[[], Toy]:
+    """Register a builder under its name; what it builds is seeded and in eval mode."""
 
     def build() -> Toy:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # weight_norm, spectral_norm and torch.jit are deprecated and in use
+            warnings.simplefilter("ignore")  # some of what is used here is deprecated
             torch.manual_seed(1)
             made = make()
         made.generator.eval()
         return made
 
-    TOYS[make.__name__] = build
+    TOYS[name or make.__name__] = build
     return build
 
 
@@ -98,10 +116,10 @@ class Chain(nn.Module):
         return torch.tanh(self.rgb(F.relu(h)))
 
 
-def chain(block: Callable[..., nn.Module], **about: Any) -> Toy:
+def chain(block: Callable[..., nn.Module] = Block, kind: type[Chain] = Chain, **about: Any) -> Toy:
     """Three blocks 32 -> 32 -> 24 -> 24; the middle one doubles the resolution."""
     blocks = [block(32, 32, False), block(32, 24, True), block(24, 24, False)]
-    return Toy(Chain(blocks), (torch.rand(2, 4, 8, 8),), **about)
+    return Toy(kind(blocks), (torch.rand(2, 4, 8, 8),), **about)
 
 
 def shaped(output: Callable[[Tensor, Tensor], Any]) -> Toy:
@@ -112,8 +130,7 @@ def shaped(output: Callable[[Tensor, Tensor], Any]) -> Toy:
             image = super().forward(x)
             return output(image, image.mean((1, 2, 3)))
 
-    blocks = [Block(32, 32), Block(32, 24, True), Block(24, 24)]
-    return Toy(Shaped(blocks), (torch.rand(2, 4, 8, 8),))
+    return chain(kind=Shaped)
 
 
 # Inputs and outputs.
@@ -136,31 +153,6 @@ class Output(OrderedDict[str, Tensor]):
             return self[name]
         except KeyError:
             raise AttributeError(name) from None
-
-
-@toy
-def tuple_output() -> Toy:
-    return shaped(lambda image, score: (image, score))
-
-
-@toy
-def dict_output() -> Toy:
-    return shaped(lambda image, score: {"image": image, "more": {"score": score}, "scale": 2})
-
-
-@toy
-def dataclass_output() -> Toy:
-    return shaped(lambda image, score: Picture(image, score))
-
-
-@toy
-def model_output() -> Toy:
-    return shaped(lambda image, score: Output(image=image, score=score))
-
-
-@toy
-def namedtuple_output() -> Toy:
-    return shaped(lambda image, score: Pair(image, score))
 
 
 @toy
@@ -193,9 +185,8 @@ def keyword_inputs_only() -> Toy:
             image = super().forward(seg) * gain
             return image if mask is None else image * mask
 
-    blocks = [Block(32, 32), Block(32, 24, True), Block(24, 24)]
-    kwargs = {"seg": torch.rand(2, 4, 8, 8), "gain": 0.5, "mask": torch.rand(2, 1, 16, 16)}
-    return Toy(Keywords(blocks), (), kwargs)
+    made = chain(kind=Keywords)
+    return Toy(made.generator, (), {"seg": made.args[0], "gain": 0.5, "mask": torch.rand(2, 1, 16, 16)})
 
 
 @toy
@@ -236,11 +227,8 @@ def modulated_convolution_with_skip_image() -> Toy:
             super().__init__()
             self.weight = nn.Parameter(torch.randn(1, o, i, 3, 3))
             self.gain, self.up, self.out = 1 / math.sqrt(i * 9), up, o
-            self.bias, self.affine, self.rgb = (
-                nn.Parameter(torch.zeros(1, o, 1, 1)),
-                nn.Linear(8, i),
-                conv(o, 3, 1),
-            )
+            self.bias = nn.Parameter(torch.zeros(1, o, 1, 1))
+            self.affine, self.rgb = nn.Linear(8, i), conv(o, 3, 1)
 
         def forward(self, x: Tensor, w: Tensor, image: Tensor | None) -> tuple[Tensor, Tensor]:
             if self.up:
@@ -277,20 +265,6 @@ def modulated_convolution_with_skip_image() -> Toy:
 
 
 @toy
-def noise_inside() -> Toy:
-    class Noisy(Block):
-        def __init__(self, i: int, o: int, up: bool) -> None:
-            super().__init__(i, o, up)
-            self.strength = nn.Parameter(torch.full((o,), 0.1))
-
-        def forward(self, x: Tensor) -> Tensor:
-            h = super().forward(x)
-            return h + self.strength[:, None, None] * torch.randn(1, 1, *h.shape[2:])
-
-    return chain(Noisy)
-
-
-@toy
 def in_place_at_the_start() -> Toy:
     class InPlace(nn.Module):
         def __init__(self, i: int, o: int, up: bool) -> None:
@@ -312,25 +286,7 @@ def in_place_at_the_start() -> Toy:
             out[:, :, 0] = 0
             return out
 
-    blocks = [InPlace(32, 32, False), InPlace(32, 24, True), InPlace(24, 24, False)]
-    return Toy(Writes(blocks), (torch.rand(2, 4, 8, 8),))
-
-
-@toy
-def buffers_and_plain_tensors() -> Toy:
-    class Scaled(Block):
-        def __init__(self, i: int, o: int, up: bool) -> None:
-            super().__init__(i, o, up)
-            self.register_buffer("gain", torch.rand(1, o, 1, 1) + 0.5)
-            kernel = torch.tensor([1.0, 2.0, 1.0])
-            self.register_buffer("blur", (kernel[:, None] * kernel[None])[None, None] / 16)
-            self.shift = torch.linspace(0, 1, 3)
-
-        def forward(self, x: Tensor) -> Tensor:
-            h = super().forward(x) * self.gain + self.shift.sum()
-            return F.conv2d(h, self.blur.repeat(h.shape[1], 1, 1, 1), padding=1, groups=h.shape[1])
-
-    return chain(Scaled)
+    return chain(InPlace, Writes)
 
 
 @toy
@@ -344,7 +300,7 @@ def tied_weights() -> Toy:
 # Reparametrised weights.
 
 
-def _normed(change: Callable[[nn.Module], nn.Module]) -> Callable[[int, int, bool], nn.Module]:
+def normed(change: Callable[[nn.Module], nn.Module]) -> Callable[[int, int, bool], nn.Module]:
     def make(i: int, o: int, up: bool) -> nn.Module:
         block = Block(i, o, up)
         block.a, block.b = change(block.a), change(block.b)
@@ -354,18 +310,8 @@ def _normed(change: Callable[[nn.Module], nn.Module]) -> Callable[[int, int, boo
 
 
 @toy
-def weight_norm_old() -> Toy:
-    return chain(_normed(torch.nn.utils.weight_norm))
-
-
-@toy
-def weight_norm_parametrized() -> Toy:
-    return chain(_normed(torch.nn.utils.parametrizations.weight_norm))
-
-
-@toy
 def spectral_norm_old_after_a_forward_with_gradient() -> Toy:
-    made = chain(_normed(torch.nn.utils.spectral_norm))
+    made = chain(normed(torch.nn.utils.spectral_norm))
     made.generator(*made.args).sum().backward()
     made.generator.zero_grad()
     made.generator.eval()
@@ -373,27 +319,7 @@ def spectral_norm_old_after_a_forward_with_gradient() -> Toy:
     return made
 
 
-@toy
-def spectral_norm_parametrized() -> Toy:
-    return chain(_normed(torch.nn.utils.parametrizations.spectral_norm))
-
-
 # Shapes and layers.
-
-
-@toy
-def sizes_from_the_shape() -> Toy:
-    class Sized(Block):
-        def forward(self, x: Tensor) -> Tensor:
-            n, _, h, w = x.size()
-            x = F.interpolate(x, size=(2 * h, w * 2), mode="bilinear") if self.up else x
-            grid = torch.arange(x.shape[-1], device=x.device) / x.shape[-1]
-            h = self.b(F.relu(self.a(x)))
-            flat = h.reshape(n, -1, x.shape[2] * x.shape[3])
-            out = flat.view(n, flat.shape[1], x.shape[2], x.shape[3]) + grid
-            return out + (x if self.skip is None else self.skip(x))
-
-    return chain(lambda i, o, up: Sized(i, o, up))
 
 
 @toy
@@ -407,67 +333,11 @@ def hard_coded_view() -> Toy:
 
 
 @toy
-def pixel_shuffle() -> Toy:
-    class Shuffle(nn.Module):
-        def __init__(self, i: int, o: int, up: bool) -> None:
-            super().__init__()
-            self.a, self.b, self.up = (
-                conv(i, o * 4 if up else o),
-                conv(o, o),
-                nn.PixelShuffle(2) if up else nn.Identity(),
-            )
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.b(F.relu(self.up(self.a(x))))
-
-    return chain(Shuffle)
-
-
-@toy
-def grouped_depthwise_transposed() -> Toy:
-    class Mobile(nn.Module):
-        def __init__(self, i: int, o: int, up: bool) -> None:
-            super().__init__()
-            self.depth, self.point = conv(i, i, groups=i), conv(i, o, 1)
-            self.group = conv(o, o, groups=4)
-            self.up = nn.ConvTranspose2d(o, o, 4, 2, 1) if up else nn.ConvTranspose2d(o, o, 3, 1, 1)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.up(F.relu(self.group(self.point(self.depth(x)))))
-
-    return chain(Mobile)
-
-
-@toy
-def group_norm() -> Toy:
-    return chain(lambda i, o, up: Block(i, o, up, lambda c: nn.GroupNorm(4, c)))
-
-
-@toy
-def instance_norm() -> Toy:
-    return chain(lambda i, o, up: Block(i, o, up, lambda c: nn.InstanceNorm2d(c, affine=True)))
-
-
-@toy
 def batch_norm() -> Toy:
     made = chain(lambda i, o, up: Block(i, o, up, nn.BatchNorm2d))
     made.generator.train()
     made.generator(torch.rand(4, 4, 8, 8))
     return made
-
-
-@toy
-def layer_norm_over_channels() -> Toy:
-    class Last(nn.Module):
-        def __init__(self, c: int) -> None:
-            super().__init__()
-            self.norm, self.wide, self.narrow = nn.LayerNorm(c), nn.Linear(c, 2 * c), nn.Linear(2 * c, c)
-
-        def forward(self, x: Tensor) -> Tensor:
-            h = self.narrow(F.gelu(self.wide(self.norm(x.permute(0, 2, 3, 1)))))
-            return x + h.permute(0, 3, 1, 2)
-
-    return chain(lambda i, o, up: nn.Sequential(Block(i, o, up), Last(o)))
 
 
 class Attention(nn.Module):
@@ -483,41 +353,6 @@ class Attention(nn.Module):
         q, k, v = self.qkv(self.norm(x)).reshape(n * self.heads, 3 * c // self.heads, h * w).chunk(3, 1)
         weight = torch.softmax(torch.einsum("bct,bcs->bts", q, k) / math.sqrt(c // self.heads), -1)
         return x + self.out(torch.einsum("bts,bcs->bct", weight, v).reshape(n, c, h, w))
-
-
-@toy
-def attention_single_head() -> Toy:
-    return chain(lambda i, o, up: nn.Sequential(Block(i, o, up), Attention(o, 1)))
-
-
-@toy
-def attention_multi_head() -> Toy:
-    return chain(lambda i, o, up: nn.Sequential(Block(i, o, up), Attention(o, 2)))
-
-
-@toy
-def attention_by_pytorch() -> Toy:
-    class Transformer(nn.Module):
-        def __init__(self, c: int) -> None:
-            super().__init__()
-            self.norm, self.attention = nn.LayerNorm(c), nn.MultiheadAttention(c, 2, batch_first=True)
-
-        def forward(self, x: Tensor) -> Tensor:
-            tokens = self.norm(x.flatten(2).transpose(1, 2))
-            mixed, _ = self.attention(tokens, tokens, tokens, need_weights=False)
-            return x + mixed.transpose(1, 2).reshape(x.shape)
-
-    return chain(lambda i, o, up: nn.Sequential(Block(i, o, up), Transformer(o)))
-
-
-@toy
-def one_dimension() -> Toy:
-    return _in_dimensions(nn.Conv1d, (12,), "linear")
-
-
-@toy
-def three_dimensions() -> Toy:
-    return _in_dimensions(nn.Conv3d, (2, 4, 4), "trilinear")
 
 
 def _in_dimensions(layer: Any, size: tuple[int, ...], mode: str) -> Toy:
@@ -538,25 +373,6 @@ def _in_dimensions(layer: Any, size: tuple[int, ...], mode: str) -> Toy:
 
 
 # Code.
-
-
-@toy
-def control_flow() -> Toy:
-    class Winding(Block):
-        def forward(self, x: Tensor) -> Tensor:
-            layers = {"a": self.a, "b": self.b}
-            h = F.interpolate(x, scale_factor=2) if self.up and x.shape[2] < 64 else x
-            for i, name in enumerate(sorted(layers)):
-                h = layers[name](h) if h.ndim == 4 else h
-                if i == 0:
-                    h = F.relu(h)
-                while h.shape[2] > 16:
-                    h = F.avg_pool2d(h, 2)
-            with contextlib.suppress(TypeError):  # not every block has one
-                x = self.skip(x)
-            return h + (F.interpolate(x, scale_factor=2) if self.up else x)
-
-    return chain(lambda i, o, up: Winding(i, o, up))
 
 
 class _Swish(torch.autograd.Function):
@@ -585,8 +401,7 @@ def custom_autograd_function() -> Toy:
                 h = _Swish.apply(block(h))
             return self.rgb(h)
 
-    blocks = [Swished(32, 32), Swished(32, 24, True), Swished(24, 24)]
-    return Toy(Outside(blocks), (torch.rand(2, 4, 8, 8),))
+    return chain(Swished, Outside)
 
 
 class _Sum(nn.Module):
@@ -602,3 +417,149 @@ class _Sum(nn.Module):
 def scripted_child() -> Toy:
     toy = chain(lambda i, o, up: nn.Sequential(Block(i, o, up), torch.jit.script(_Sum(o))))
     return replace(toy, pinned="the scripted module blocks.1.1")
+
+
+# Blocks in a chain.
+
+
+class Noisy(Block):
+    """Adds noise that it draws."""
+
+    def __init__(self, i: int, o: int, up: bool) -> None:
+        super().__init__(i, o, up)
+        self.strength = nn.Parameter(torch.full((o,), 0.1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = super().forward(x)
+        return h + self.strength[:, None, None] * torch.randn(1, 1, *h.shape[2:])
+
+
+class Scaled(Block):
+    """Has buffers, and a tensor that is neither a buffer nor a parameter."""
+
+    def __init__(self, i: int, o: int, up: bool) -> None:
+        super().__init__(i, o, up)
+        self.register_buffer("gain", torch.rand(1, o, 1, 1) + 0.5)
+        kernel = torch.tensor([1.0, 2.0, 1.0])
+        self.register_buffer("blur", (kernel[:, None] * kernel[None])[None, None] / 16)
+        self.shift = torch.linspace(0, 1, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = super().forward(x) * self.gain + self.shift.sum()
+        return F.conv2d(h, self.blur.repeat(h.shape[1], 1, 1, 1), padding=1, groups=h.shape[1])
+
+
+class Sized(Block):
+    """Computes sizes from the shape of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, _, h, w = x.size()
+        x = F.interpolate(x, size=(2 * h, w * 2), mode="bilinear") if self.up else x
+        grid = torch.arange(x.shape[-1], device=x.device) / x.shape[-1]
+        h = self.b(F.relu(self.a(x)))
+        flat = h.reshape(n, -1, x.shape[2] * x.shape[3])
+        out = flat.view(n, flat.shape[1], x.shape[2], x.shape[3]) + grid
+        return out + (x if self.skip is None else self.skip(x))
+
+
+class Shuffle(nn.Module):
+    """Doubles the resolution by a pixel shuffle."""
+
+    def __init__(self, i: int, o: int, up: bool) -> None:
+        super().__init__()
+        self.a, self.b = conv(i, o * 4 if up else o), conv(o, o)
+        self.up = nn.PixelShuffle(2) if up else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(F.relu(self.up(self.a(x))))
+
+
+class Mobile(nn.Module):
+    """Depthwise, grouped and transposed convolutions."""
+
+    def __init__(self, i: int, o: int, up: bool) -> None:
+        super().__init__()
+        self.depth, self.point = conv(i, i, groups=i), conv(i, o, 1)
+        self.group = conv(o, o, groups=4)
+        self.up = nn.ConvTranspose2d(o, o, 4, 2, 1) if up else nn.ConvTranspose2d(o, o, 3, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(F.relu(self.group(self.point(self.depth(x)))))
+
+
+class ChannelsLast(nn.Module):
+    """Layers over the channels of every pixel."""
+
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        self.norm, self.wide, self.narrow = nn.LayerNorm(c), nn.Linear(c, 2 * c), nn.Linear(2 * c, c)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.narrow(F.gelu(self.wide(self.norm(x.permute(0, 2, 3, 1)))))
+        return x + h.permute(0, 3, 1, 2)
+
+
+class Transformer(nn.Module):
+    """Self-attention over pixels by a layer of PyTorch."""
+
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        self.norm, self.attention = nn.LayerNorm(c), nn.MultiheadAttention(c, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.norm(x.flatten(2).transpose(1, 2))
+        mixed, _ = self.attention(tokens, tokens, tokens, need_weights=False)
+        return x + mixed.transpose(1, 2).reshape(x.shape)
+
+
+class Winding(Block):
+    """Loops and conditions on sizes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        layers = {"a": self.a, "b": self.b}
+        h = F.interpolate(x, scale_factor=2) if self.up and x.shape[2] < 64 else x
+        for i, name in enumerate(sorted(layers)):
+            h = layers[name](h) if h.ndim == 4 else h
+            if i == 0:
+                h = F.relu(h)
+            while h.shape[2] > 16:
+                h = F.avg_pool2d(h, 2)
+        with contextlib.suppress(TypeError):  # not every block has one
+            x = self.skip(x)
+        return h + (F.interpolate(x, scale_factor=2) if self.up else x)
+
+
+def _then(layer: Callable[[int], nn.Module]) -> Callable[[int, int, bool], nn.Module]:
+    return lambda i, o, up: nn.Sequential(Block(i, o, up), layer(o))
+
+
+_BLOCKS: dict[str, Callable[[int, int, bool], nn.Module]] = {
+    "noise_inside": Noisy,
+    "buffers_and_plain_tensors": Scaled,
+    "weight_norm_old": normed(torch.nn.utils.weight_norm),
+    "weight_norm_parametrized": normed(torch.nn.utils.parametrizations.weight_norm),
+    "spectral_norm_parametrized": normed(torch.nn.utils.parametrizations.spectral_norm),
+    "sizes_from_the_shape": Sized,
+    "pixel_shuffle": Shuffle,
+    "grouped_depthwise_transposed": Mobile,
+    "group_norm": lambda i, o, up: Block(i, o, up, lambda c: nn.GroupNorm(4, c)),
+    "instance_norm": lambda i, o, up: Block(i, o, up, lambda c: nn.InstanceNorm2d(c, affine=True)),
+    "layer_norm_over_channels": _then(ChannelsLast),
+    "attention_single_head": _then(lambda c: Attention(c, 1)),
+    "attention_multi_head": _then(lambda c: Attention(c, 2)),
+    "attention_by_pytorch": _then(Transformer),
+    "control_flow": Winding,
+}
+_OUTPUTS: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "tuple_output": lambda image, score: (image, score),
+    "dict_output": lambda image, score: {"image": image, "more": {"score": score}, "scale": 2},
+    "dataclass_output": Picture,
+    "model_output": lambda image, score: Output(image=image, score=score),
+    "namedtuple_output": Pair,
+}
+for _name, _block in _BLOCKS.items():
+    toy(partial(chain, _block), _name)
+for _name, _output in _OUTPUTS.items():
+    toy(partial(shaped, _output), _name)
+toy(partial(_in_dimensions, nn.Conv1d, (12,), "linear"), "one_dimension")
+toy(partial(_in_dimensions, nn.Conv3d, (2, 4, 4), "trilinear"), "three_dimensions")

@@ -116,9 +116,8 @@ class EarlyExitDecoder(nn.Module):
         return self.model.unwrap()
 
     def train(self, mode: bool = True) -> EarlyExitDecoder:
-        """Set the mode of the decoder and of the branches."""
+        """Set the mode of the decoder; the branches stay in eval mode."""
         self.unwrap().train(mode)
-        self.model.train(mode)
         vars(self)["training"] = mode
         return self
 

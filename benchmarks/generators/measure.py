@@ -16,11 +16,12 @@ from torch import Tensor, nn
 import retroexit
 from generators.acceptance import judge_stages
 from generators.entry import Entry, Made
+from generators.reload import check_copies, wrap_everywhere, write
 from retroexit.core.nested import cloned, rebuild, tensors
 from retroexit.model import EarlyExitGenerator
 from retroexit.tracing.record import record
 
-__all__ = ["SCALES", "BranchRow", "Row", "measure_entry"]
+__all__ = ["SCALES", "BranchRow", "Row", "make", "measure_entry"]
 
 SCALES = (1 / 4, 1 / 15)
 _SHRUNK = 2 / 3  # a branch shrinks if neither parameters nor MACs exceed this share of the tail's
@@ -58,6 +59,7 @@ class Row:
     self_test: bool = False  # so does every full-width branch
     branches: list[BranchRow] = field(default_factory=list)
     batch: float | None = None  # largest relative difference between a batch of two and two of one
+    copies: str | None = None  # what differs in a copy of the model, empty if nothing
     seconds: float = 0.0  # to wrap at the first scale
     memory: tuple[float, float] = (0.0, 0.0)  # MiB: peak while wrapping, and the model's own size
     errors: dict[str, str] = field(default_factory=dict)  # by step
@@ -68,8 +70,26 @@ class Row:
         return {**asdict(self), "branches": rows}
 
 
-def measure_entry(entry: Entry, folder: Path | None = None, scales: Sequence[float] = SCALES) -> Row:
-    """Wrap a generator at several width factors and check it; what raises is noted in the row."""
+def make(entry: Entry, checkout: Path | None = None) -> Made:
+    """Make the generator of an entry, the same every time."""
+    torch.manual_seed(0)
+    return entry.make(checkout) if entry.checkout else entry.make()
+
+
+def measure_entry(
+    entry: Entry,
+    checkout: Path | None = None,
+    scales: Sequence[float] = SCALES,
+    save_to: Path | None = None,
+) -> Row:
+    """Wrap a generator at several width factors and check it; what raises is noted in the row.
+
+    Args:
+        entry: The generator.
+        checkout: Folder of its repository, if it needs one.
+        scales: Width factors.
+        save_to: Folder for a model with an exit after every stage, for `generators.reload.check`.
+    """
     row = Row(entry.name, entry.stages)
 
     def attempt(step: str, run: Callable[..., Any], *args: Any) -> Any:
@@ -79,8 +99,7 @@ def measure_entry(entry: Entry, folder: Path | None = None, scales: Sequence[flo
             row.errors[step] = f"{type(error).__name__}: {error}"
             return None
 
-    torch.manual_seed(0)
-    made: Made | None = attempt("make", *((entry.make, folder) if entry.checkout else (entry.make,)))
+    made: Made | None = attempt("make", make, entry, checkout)
     if made is None:
         return row
     before, state = attempt("run", _run, made), _state(made.generator)
@@ -98,6 +117,11 @@ def measure_entry(entry: Entry, folder: Path | None = None, scales: Sequence[flo
         row.backbone = bool(attempt("backbone", _same_backbone, model, made, before, state))
         if not entry.draws:
             row.batch = attempt("batch", _batch_difference, model, made)
+    everywhere = attempt("every stage", wrap_everywhere, entry, made)
+    if everywhere is not None:
+        row.copies = attempt("copies", check_copies, everywhere, made)
+        if save_to is not None:
+            attempt("save", write, everywhere, made, save_to)
     row.self_test = bool(attempt("self-test", _full_width_equals, entry, made, places, tap, before))
     return row
 
@@ -143,7 +167,7 @@ def _wrap(
     row: Row, entry: Entry, made: Made, places: list[int], scale: float, tap: str
 ) -> EarlyExitGenerator | None:
     """Wrap at all places, or where that fails at each alone, so that every branch is prediction by itself."""
-    held, begin = _peak_memory(), time.perf_counter()
+    held, begin = peak_memory(), time.perf_counter()
     try:
         model = _plain_wrap(entry, made, places, scale, tap)
     except Exception:
@@ -159,12 +183,12 @@ def _wrap(
     if scale == SCALES[0]:
         size = sum(t.numel() * t.element_size() for t in made.generator.state_dict().values())
         row.seconds = time.perf_counter() - begin
-        row.memory = (_peak_memory() - held, size / 2**20)
+        row.memory = (peak_memory() - held, size / 2**20)
     row.branches.extend(_branches(model, made, scale))
     return model
 
 
-def _peak_memory() -> float:
+def peak_memory() -> float:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 

@@ -1,4 +1,1 @@
-"""Thin branches: which widths change together, the narrowed copy of a tail, its starting weights.
-
-Imports `retroexit.split` and what lies below it.
-"""
+"""Thin copies of the rest behind a cut, and their starting weights. May import `retroexit.split` and below."""

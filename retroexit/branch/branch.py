@@ -91,35 +91,47 @@ class Branch(nn.Module):
     Attributes:
         entry: Projection of feature and guide to the branch's width, if needed.
         tail: The narrowed stages and the operations between and after them.
+        live_entries: Projections of live values to the branch's width, by position.
         injections: With ``inject="every_stage"``, entries of other stages by path, with dots as ``__``.
         plan: The chosen widths; ``None`` at full width.
         macs: Multiply-accumulates of its first run, on the example values that it was built for.
-        kept: For the path of every layer in the tail, the backbone's channels that its output inherits,
+        inherited: For the path of every layer in the tail, the backbone's channels that its output inherits,
             ``None`` for all; empty for a branch that inherits nothing.
         writes: Whether its forward writes into tensors that its backward needs.
         is_fresh: Whether it has just inherited its weights, so that `reconstruct` may improve them.
     """
 
     def __init__(
-        self, entry: GuideEntry | None, tail: Tail, injections: dict[str, GuideEntry], plan: WidthPlan | None
+        self,
+        entry: GuideEntry | None,
+        live_entries: dict[int, GuideEntry],
+        tail: Tail,
+        injections: dict[str, GuideEntry],
+        plan: WidthPlan | None,
     ) -> None:
         super().__init__()
         self.entry, self.tail = entry, tail
+        self.live_entries = nn.ModuleDict({str(position): entry for position, entry in live_entries.items()})
         self.injections = nn.ModuleDict(
             {path.replace(".", "__"): entry for path, entry in injections.items()}
         )
         self.plan, self.macs, self.writes = plan, 0, False
-        self.kept: dict[str, Tensor | None] = {}
+        self.inherited: dict[str, Tensor | None] = {}
         self.is_fresh = False
 
     def facts(self) -> dict[str, Any]:
         """What a copy keeps besides weights: training flag, frozen parameters, inherited channels."""
         frozen = [name for name, p in self.named_parameters() if not p.requires_grad]
-        return {"kept": self.kept, "is_fresh": self.is_fresh, "training": self.training, "frozen": frozen}
+        return {
+            "inherited": self.inherited,
+            "is_fresh": self.is_fresh,
+            "training": self.training,
+            "frozen": frozen,
+        }
 
     def restore_facts(self, facts: dict[str, Any]) -> None:
         """Take over the `facts` of the branch that this one is a copy of."""
-        self.kept, self.is_fresh = facts["kept"], facts["is_fresh"]
+        self.inherited, self.is_fresh = facts["inherited"], facts["is_fresh"]
         self.train(facts["training"])
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name not in facts["frozen"])
@@ -150,6 +162,11 @@ class Branch(nn.Module):
         """
         if self.entry is not None:
             feature = self.entry(feature, guide)
+        if self.live_entries:
+            live = tuple(
+                self.live_entries[str(i)](value, None) if str(i) in self.live_entries else value
+                for i, value in enumerate(live)
+            )
         before = {
             path.replace("__", "."): (lambda x, entry=entry: entry(x, guide))
             for path, entry in self.injections.items()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -16,16 +17,18 @@ from retroexit.branch.adapter_stages import BuildStage, StageShape
 from retroexit.branch.branch import Branch, GuideEntry, GuideShape
 from retroexit.branch.widths.analyse import analyse, blame
 from retroexit.branch.widths.equations import symbols_of
-from retroexit.branch.widths.plan import Pin, TailWidths, WidthPlan, WidthRule
+from retroexit.branch.widths.plan import OUTPUT, Pin, TailWidths, WidthPlan, WidthRule
 from retroexit.core.modules import CONVOLUTIONS, MacCounter, clone_module, device_of
 from retroexit.core.writes import WriteWatch, overwrites_saved
-from retroexit.errors import BranchError
+from retroexit.errors import BranchError, RetroExitWarning
 from retroexit.split.segments import Tail
 from retroexit.stages.decoder import Cut
 
 __all__ = ["BranchSpec", "Init", "build_branch"]
 
 logger = logging.getLogger(__name__)
+
+_NOTABLE = 0.9  # share of a branch's MACs below which outputs beside the image are worth a warning
 
 Init = Literal["inherit", "scratch"]
 
@@ -103,6 +106,7 @@ class _BranchBuilder:
         plan: The chosen widths; ``None`` where nothing shrinks.
         kept: For a parameter's name and axis the channels that are kept, ``None`` for all of them.
         kept_entry: Channels of the feature that the narrowed tail keeps, likewise.
+        kept_live: Channels of projected live values that it keeps, by position, likewise.
         is_new: Whether its weights are used; ``False`` for a saved model, which has others.
     """
 
@@ -114,6 +118,7 @@ class _BranchBuilder:
     plan: WidthPlan | None = None
     kept: Callable[[str, int], Tensor | None] = lambda _name, _axis: None
     kept_entry: Tensor | None = None
+    kept_live: Mapping[int, Tensor | None] = field(default_factory=dict)
     is_new: bool = True
 
     @property
@@ -144,7 +149,11 @@ class _BranchBuilder:
         return counter.macs
 
     def _narrow_values(self) -> list[Tensor]:
-        return [self.values[0][:, : self.width].clone(), *(value.clone() for value in self.values[1:])]
+        live = {} if self.plan is None else self.plan.live
+        widths = [self.width, *(live.get(i) for i in range(len(self.values) - 1))]
+        return [
+            v.clone() if w is None else v[:, :w].clone() for v, w in zip(self.values, widths, strict=True)
+        ]
 
     def with_built_stages(self) -> Branch:
         """Assemble with stages built by the adapter; keep the narrowed ones, with a pin, where those fail."""
@@ -245,16 +254,17 @@ class _BranchBuilder:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(spec.seed)
             entry = self._entry(stages)
+            live_entries = self._live_entries()
             injections = self._injections(stages)
         kept = self.kept_entry
         if entry is not None and spec.init == "inherit" and (kept is None or len(kept) == self.width):
             entry.select(kept)
         for path, stage in stages.items():
             self.thin.set_submodule(path, stage)
-        branch = Branch(entry, self.thin, injections, self.plan)
+        branch = Branch(entry, live_entries, self.thin, injections, self.plan)
         if spec.init == "inherit" and self.is_new:
             parameters = {name for name, _ in self.full.named_parameters()}  # a tied weight has one name only
-            branch.kept = {
+            branch.inherited = {
                 path: self.kept(f"{path}.weight", int(getattr(module, "transposed", False)))
                 for path, module in self.full.named_modules()
                 if isinstance(module, (nn.Linear, *CONVOLUTIONS)) and f"{path}.weight" in parameters
@@ -273,6 +283,16 @@ class _BranchBuilder:
         if width == channels and guide is None:
             return None
         return GuideEntry(channels, width, size, guide, guide_channels=width)
+
+    def _live_entries(self) -> dict[int, GuideEntry]:
+        """Make projections for live values that enter the tail with fewer channels."""
+        entries = {}
+        for position, width in (self.plan.live if self.plan is not None else {}).items():
+            value = self.values[1 + position]
+            entries[position] = GuideEntry(int(value.shape[1]), width, tuple(value.shape[2:]), None, 0)
+            if self.spec.init == "inherit":
+                entries[position].select(self.kept_live.get(position))
+        return entries
 
     def _injections(self, stages: dict[str, nn.Module]) -> dict[str, GuideEntry]:
         """Make entries for the guide at every stage but the first, which the branch's own entry serves."""
@@ -322,14 +342,13 @@ class _Narrowing:
         """Analyse the tail, choose widths, copy it; repeat with more opaque modules until it runs."""
         while True:
             widths, plan = self._analyse()
+            thin = widths.with_thin_live()
             layout: inherit.Layout = {}
             readers: dict[Any, Any] = {}
             if self.spec.init == "inherit":
-                layout = inherit.find_layout(self.tail, widths, self.values)
-                readers = (
-                    inherit.readers_of(self.tail, widths, self.spec.samples) if self.spec.samples else {}
-                )
-            build = partial(self._build, widths, layout, readers)
+                layout = inherit.find_layout(self.tail, thin, self.values)
+                readers = inherit.readers_of(self.tail, thin, self.spec.samples) if self.spec.samples else {}
+            build = partial(self._build, thin, layout, readers)
             builder = build(plan)
             try:
                 macs = builder.trial_macs()
@@ -340,6 +359,11 @@ class _Narrowing:
                     return builder  # the trial run of the branch reports the error
                 self.opaque[path] = reason
             else:
+                with_thin_live = self._with_thin_live(macs, thin, build)
+                if with_thin_live is not None:
+                    (builder, macs), widths = with_thin_live, thin
+                if not self.spec.samples:
+                    self._warn_of_outputs(builder, macs, widths, build)
                 return self._without_projection(builder, macs, widths, build) or builder
 
     def _analyse(self) -> tuple[TailWidths, WidthPlan]:
@@ -349,7 +373,7 @@ class _Narrowing:
         run = partial(analyse, self.tail, self.values, spec.rule.min_channels, spec.image, names, self.opaque)
         widths = run()
         plan = widths.plan(spec.rule)
-        if all(pin.is_live for pin in plan.pins):
+        if all(pin.is_final for pin in plan.pins):
             return widths, plan
         # A narrow dimension, an eighth of a width perhaps, may pin that width: let narrow ones shrink too.
         try:
@@ -370,7 +394,51 @@ class _Narrowing:
             return selection.indices(widths.shapes[name][axis])
 
         entry = selection.indices(widths.entry)
-        return _BranchBuilder(thin, self.tail, self.cut, self.values, self.spec, plan, kept, entry)
+        live = {position: selection.indices(widths.live[position]) for position in plan.live}
+        return _BranchBuilder(thin, self.tail, self.cut, self.values, self.spec, plan, kept, entry, live)
+
+    def _with_thin_live(
+        self, macs: int, thin: TailWidths, build: Callable[[WidthPlan], _BranchBuilder]
+    ) -> tuple[_BranchBuilder, int] | None:
+        """Project live maps that hold other widths, where that costs less than ``macs``; gives its MACs too."""
+        plan = thin.plan(self.spec.rule)
+        if not plan.live:
+            return None
+        other = build(plan)
+        try:
+            total = other.trial_macs()
+        except Exception:
+            logger.debug("a tail does not run on thin live values", exc_info=True)
+            return None
+        total += sum(width * self.values[1 + i].numel() for i, width in plan.live.items())
+        return (other, total) if total < macs else None
+
+    def _warn_of_outputs(
+        self,
+        builder: _BranchBuilder,
+        macs: int,
+        widths: TailWidths,
+        build: Callable[[WidthPlan], _BranchBuilder],
+    ) -> None:
+        """Warn where outputs beside the image keep the branch wide."""
+        pins = [p for p in (builder.plan.pins if builder.plan else ()) if f"{OUTPUT}'s entry" in p.reason]
+        if not pins:
+            return
+        try:
+            least = build(widths.without_outputs().plan(self.spec.rule)).trial_macs()
+        except Exception:
+            logger.debug("a tail does not run on thin outputs", exc_info=True)
+            return
+        if least < _NOTABLE * macs:
+            entries = list(dict.fromkeys(p.reason.partition("'s entry ")[2].partition(",")[0] for p in pins))
+            names = ", ".join(entries[:3]) + (f" and {len(entries) - 3} more" if len(entries) > 3 else "")
+            warnings.warn(
+                f"the output has tensors beside the image, which every exit returns at full size: {names}. They hold "
+                f"{len(pins)} widths in the branch after {self.spec.names.get(self.cut.feature, 'the cut')!r}, "
+                f"{1 - least / macs:.0%} of its MACs. Wrap a module that returns the image alone to drop them.",
+                RetroExitWarning,
+                stacklevel=2,
+            )
 
     def _without_projection(
         self,

@@ -5,8 +5,9 @@ the outputs of the layers that read them on example values or, without samples, 
 `retroexit.branch.least_squares` then solves those layers for the kept channels.
 
 Where a dimension is a multiple or a sum of widths (a pixel shuffle's output, the input behind a concatenation),
-sizes do not tell which channel is which. The layout is found by experiment: permuting the channels of a width
-consistently must not change the output.
+sizes do not tell which channel is which. Concatenations that ran tell the order of a sum; the rest is guessed.
+One run checks all of it: permuting the channels of all widths consistently must not change the output. Where it
+does, bisection finds the widths whose layout is another one.
 
 Reference: channel selection by the next layer's output, ThiNet (ICCV 2017), here greedy least squares.
 """
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -267,7 +268,8 @@ def find_layout(tail: nn.Module, widths: TailWidths, values: Sequence[Tensor]) -
     free = set(widths.free())
     dimensions = {e for shape in widths.shapes.values() for e in shape if symbols_of(e) & free}
     composite = sorted((e for e in dimensions if not e.is_Symbol), key=str)
-    options = {expression: _arrangements(expression) for expression in composite}
+    joined = _joined(widths)
+    options = {e: [joined.get(e) or _arrangements(e)[0], *_arrangements(e)] for e in composite}
     layout: Layout = {expression: choices[0] for expression, choices in options.items()}
     if not composite:
         return layout
@@ -276,28 +278,63 @@ def find_layout(tail: nn.Module, widths: TailWidths, values: Sequence[Tensor]) -
         state = torch.random.get_rng_state()
         expected = tensors(tail(*(value.clone() for value in values)))
 
-        def fits(channels: dict[sympy.Symbol, Tensor]) -> bool:
+        def fits(symbols: Collection[sympy.Symbol]) -> bool:
             torch.random.set_rng_state(state)
+            channels = {s: order for s, order in permutation.items() if s in symbols}
             return _is_invariant(tail, values, Selection(widths, layout, channels), expected)
 
         if fits(permutation):
             return layout
-        settled: set[Expr] = set()
+        # The widths whose channels can only be permuted together with another one's.
+        moving: dict[sympy.Symbol, set[sympy.Symbol]] = {}
         for symbol in sorted({s for e in composite for s in symbols_of(e) & free}, key=str):
-            unsettled = [e for e in composite if symbol in symbols_of(e) and e not in settled]
-            # The widths whose channels can only be permuted together with this one's.
             each = {p.each for p in widths.products if symbol in (p.whole, p.each)}
-            moving = {symbol, *each, *(p.whole for p in widths.products if p.each in each)}
-            part = {s: order for s, order in permutation.items() if s in moving}
-            combinations = itertools.product(*(options[e] for e in unsettled))
-            for combination in itertools.islice(combinations, _MAX_LAYOUTS):
-                layout.update(zip(unsettled, combination, strict=True))
-                if fits(part):
+            moving[symbol] = {symbol, *each, *(p.whole for p in widths.products if p.each in each)}
+        settled: set[Expr] = set()
+        chosen: dict[Any, int] = {}  # choices that fit expressions of the same form
+        for symbol in _misfits(list(moving), lambda part: fits(set().union(*(moving[s] for s in part)))):
+            unsettled = [e for e in composite if symbol in symbols_of(e) and e not in settled]
+            form = tuple(map(_form, unsettled))
+            combinations = list(
+                itertools.islice(itertools.product(*(options[e] for e in unsettled)), _MAX_LAYOUTS)
+            )
+            numbers = sorted(range(len(combinations)), key=lambda n: n != chosen.get(form))
+            for number in numbers if chosen.get(form) != -1 else ():
+                layout.update(zip(unsettled, combinations[number], strict=True))
+                if fits(moving[symbol]):
+                    chosen[form] = number
                     break
             else:
+                chosen[form] = -1
                 layout.update({expression: options[expression][0] for expression in unsettled})
             settled.update(unsettled)
     return layout
+
+
+def _joined(widths: TailWidths) -> Layout:
+    """List the layouts that the concatenations show; a part may be a concatenation itself."""
+    layout: Layout = {}
+    for parts in widths.joined:
+        terms: list[tuple[Expr, bool]] = []
+        for part in map(sympy.sympify, parts):
+            terms += layout.get(part) or _arrangements(part)[0]
+        layout.setdefault(sympy.Add(*parts), tuple(terms))
+    return layout
+
+
+def _misfits(symbols: list[sympy.Symbol], fits: Callable[[list[sympy.Symbol]], bool]) -> list[sympy.Symbol]:
+    """Find by bisection the symbols that do not fit, alone or with others."""
+    if not symbols or fits(symbols):
+        return []
+    if len(symbols) == 1:
+        return symbols
+    middle = len(symbols) // 2
+    return _misfits(symbols[:middle], fits) + _misfits(symbols[middle:], fits)
+
+
+def _form(expression: Expr) -> tuple[Any, ...]:
+    """Describe an expression by its terms without the names of its symbols."""
+    return tuple(sorted(str(t.as_coeff_Mul()[0]) for t in sympy.Add.make_args(expression)))
 
 
 def _arrangements(expression: Expr) -> list[tuple[tuple[Expr, bool], ...]]:
@@ -342,8 +379,11 @@ def _is_invariant(
     """Return whether a tail gives the expected output with permuted channels."""
     widths, select = permutation.widths, permutation.select
     permuted = _clone_with(tail, lambda name, old: select(old, widths.shapes[name], old.shape))
-    feature = select(values[0], (1, widths.entry), values[0].shape)
-    output = tensors(permuted(feature.clone(), *(value.clone() for value in values[1:])))
+    inputs = [
+        value if channels is None else select(value, (1, channels), value.shape)
+        for value, channels in zip(values, [widths.entry, *widths.live], strict=True)
+    ]
+    output = tensors(permuted(*(value.clone() for value in inputs)))
     return all(
         torch.allclose(a.float(), b.float(), rtol=1e-2, atol=2e-3 * float(b.float().abs().max() + 1e-12))
         for a, b in zip(output, expected, strict=True)

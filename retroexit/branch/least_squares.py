@@ -238,10 +238,10 @@ def _pairs(branch: Branch, full: nn.Module) -> list[_Pair]:
     owners = Counter(id(p) for _, p in branch.tail.named_parameters(remove_duplicate=False))
     for path, thin in branch.tail.named_modules():
         original = originals.get(path)
-        if original is None or path not in branch.kept or type(original) is not type(thin):
+        if original is None or path not in branch.inherited or type(original) is not type(thin):
             continue
         if is_linear(thin) and _owns_weight(thin) and _owns_weight(original) and owners[id(thin.weight)] == 1:
-            channels, size = branch.kept[path], _out_channels(thin)
+            channels, size = branch.inherited[path], _out_channels(thin)
             if channels is not None and len(channels) == size:
                 pairs.append(_Pair(path, thin, original, channels))
             elif size == _out_channels(original):

@@ -1,9 +1,4 @@
-"""The command line: parse, call the library, print.
-
-May import everything but `retroexit.testing` and `retroexit.builtin`.
-"""
-
-from __future__ import annotations
+"""The command line: parse, call the library, print. May import all but `testing` and `builtin`."""
 
 import importlib.util
 from collections.abc import Sequence

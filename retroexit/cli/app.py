@@ -1,10 +1,7 @@
 """One app of all commands, those of plug-ins included.
 
-A command is a function with typer's annotations and a Google-style docstring; its section ``Example:`` is
-shown at the end of the command's help.
+A command is a function with typer's annotations; its docstring is the help, ``Example:`` the end of it.
 """
-
-from __future__ import annotations
 
 import inspect
 import logging
@@ -28,9 +25,6 @@ from retroexit.cli.inspect import inspect as inspect_command
 from retroexit.demo import run as demo_run
 from retroexit.errors import RetroExitError, RetroExitWarning
 from retroexit.plugins.host import host
-
-__all__ = ["COMMANDS", "run"]
-
 
 Demo: Any = options.group_of(
     demo_run.run_demo,

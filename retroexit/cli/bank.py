@@ -1,7 +1,5 @@
 """``retroexit bank``: build a guidance bank, show one, compare one with its generator."""
 
-from __future__ import annotations
-
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +19,6 @@ from retroexit.guidance.bank import GuidanceBank
 from retroexit.plugins.host import host
 from retroexit.training.stream_bank import stream_bank, stream_banks
 
-__all__ = ["bank"]
-
 _EXAMPLE = "\b\nExample: retroexit bank"
 bank = typer.Typer(
     help="Build guidance banks, show and verify them.",
@@ -37,9 +33,7 @@ Folder = Annotated[Path, Argument(help="Folder of a bank: what build wrote, or F
 class Taps:
     """Where keys and values come from."""
 
-    key_after: Annotated[
-        str | None, Option(help="Stage that keys are cut from, by number or path; 1 by default.")
-    ] = None
+    key_after: Annotated[str | None, Option(help="Stage that keys are cut from, 1 by default.")] = None
     key: Annotated[
         str | None,
         Option(help="For a bank of frames: function that gives a key per input, package.module:name."),
@@ -164,7 +158,6 @@ def _save(made: GuidanceBank, out: Path) -> None:
 
 
 def _facts(shown: GuidanceBank) -> str:
-    """One line per fact."""
     meta = shown.meta
     keys, values = shown.retriever.keys.nbytes, shown.values.nbytes
     patch, value_patch = ("x".join(map(str, sizes)) for sizes in (shown.patch, shown.value_patch))
@@ -179,12 +172,10 @@ def _facts(shown: GuidanceBank) -> str:
             lines[name.replace("_", " ")] = meta[name]
     thinning = meta.get("thinning")
     if thinning is not None:
-        lines["thinning"] = "{how} of {candidates:,} candidates, {seen:,} keys seen, seed {seed}".format(
+        lines["thinning"] = "{how} of {candidates:,} candidates, {seen:,} seen, seed {seed}".format(
             **thinning
         )
-        lines["coverage"] = "radius {radius:.4g}, mean distance to the nearest key {mean:.4g}".format(
-            **thinning
-        )
+        lines["coverage"] = "radius {radius:.4g}, mean distance to nearest key {mean:.4g}".format(**thinning)
         if thinning.get("within") is not None:
             lines["coverage"] += f", every key seen within {thinning['within']:.4g}"
     return "\n".join(f"{name + ':':13}{fact}" for name, fact in lines.items())

@@ -1,7 +1,5 @@
 """``retroexit doctor`` and ``retroexit plugins``: the machine, the installation, what extends it."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import importlib
@@ -22,8 +20,6 @@ from typer import Option
 
 from retroexit.plugins.host import host
 from retroexit.report.text_tables import table
-
-__all__ = ["Check", "diagnose", "doctor", "plugins"]
 
 Status = Literal["ok", "warn", "fail"]
 
@@ -61,7 +57,7 @@ def doctor() -> None:
 
 
 def plugins(
-    as_json: Annotated[bool, Option("--json", help="Print a list of objects instead.")] = False,
+    as_json: Annotated[bool, Option("--json", help="Print JSON objects instead.")] = False,
 ) -> None:
     """List the installed plug-ins, the hooks of each one, and the names that it offers there.
 

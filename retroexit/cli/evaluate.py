@@ -1,7 +1,5 @@
 """Commands for a fitted model: ``calibrate``, ``evaluate`` and ``report``."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,15 +11,15 @@ from typer import Argument, Option
 import retroexit
 from retroexit.cli import options
 from retroexit.cli.load_target import example_of, load_generator, load_made
-from retroexit.evaluation.promise import EXPECTATION, promise_summary
+from retroexit.errors import OptionError
+from retroexit.evaluation.promise import EXPECTATION, left_out_rows, promise_summary
 from retroexit.fit import measure_times
 from retroexit.model import EarlyExitGenerator
 from retroexit.report.report import write_report
 from retroexit.report.saved_report import find_report, model_facts, read_evaluation, read_report
-from retroexit.report.text_tables import limits_table, promise_table, sweep_table
+from retroexit.report.text_tables import left_out_table, limits_table, promise_table, sweep_table
+from retroexit.routing.calibration import Thresholds
 from retroexit.saving import read_calibration
-
-__all__ = ["calibrate", "evaluate", "report", "routing_results"]
 
 
 @dataclass(frozen=True)
@@ -51,8 +49,19 @@ def calibrate(
     alpha: options.Alpha = 0.05,
     confidence: options.Confidence = 0.95,
     rule: Annotated[
-        str, Option(help="margin: one margin for all exits; bound: a bound for each exit.")
+        str,
+        Option(
+            help="margin: one margin for all exits; bound: a bound for each exit; worst-group: no promise, but the "
+            "margin that held for every group when it was left out."
+        ),
     ] = "margin",
+    holds_for: Annotated[
+        str, Option(help="What is promised together: one threshold, the listed ones (--threshold), or all.")
+    ] = "one",
+    groups: Annotated[
+        str | None,
+        Option(help="Drive, speaker or session of each sample, which are then drawn: package.module:name."),
+    ] = None,
     batch: options.Batch = 8,
     latency: options.Latency = None,
 ) -> None:
@@ -62,11 +71,24 @@ def calibrate(
         retroexit calibrate mymodels:decoder runs/decoder --inputs mydata:calibration --alpha 0.05
     """
     model, samples, thresholds = fitted.load()
-    model.calibrate(samples, alpha, confidence, weights=fitted.weights, rule=rule, batch=batch)
+    scopes: dict[str, Thresholds] = {"one": None, "listed": thresholds, "all": "all"}
+    if holds_for not in scopes:
+        raise OptionError(f"--holds-for must be one of {', '.join(scopes)}, got {holds_for!r}.", holds_for)
+    labels = None if groups is None else load_made(groups)
+    promise: dict[str, Any] = {"rule": rule, "groups": labels, "thresholds": scopes[holds_for]}
+    model.calibrate(samples, alpha, confidence, weights=fitted.weights, batch=batch, **promise)
     if latency is not None:
         measure_times(model, samples, latency)
     model.save(fitted.folder)
     typer.echo(limits_table(model, thresholds))
+    if labels is not None:
+        assert model.calibration is not None
+        shares = model.router.shares()
+        typer.echo(
+            left_out_table(
+                [row for tau in thresholds for row in left_out_rows(model.calibration, tau, shares)]
+            )
+        )
     for text in routing_results(model):
         typer.echo(text)
     typer.echo(f"saved to {fitted.folder}")
@@ -92,21 +114,21 @@ def evaluate(
     if promise is None:
         typer.echo(EXPECTATION)
     else:
-        typer.echo(f"promise: {promise['text']}\n{promise_table(promise)}")
+        typer.echo(
+            f"{'promise: ' if promise['is_promise'] else ''}{promise['text']}\n{promise_table(promise)}"
+        )
+        for reason in promise["void"]:
+            typer.echo(f"the promise is void: {reason}")
     typer.echo(f"out-of-distribution guard: {result.about['ood_guard']}")
     typer.echo(f"report: {place / 'report.html'}")
 
 
 def report(
     folder: Annotated[Path, Argument(help="Folder that evaluate wrote, or the model's folder.")],
-    out: Annotated[
-        Path | None, Option(help="Folder for the page; where the numbers are, by default.")
-    ] = None,
+    out: Annotated[Path | None, Option(help="Folder for the page; by default that of the numbers.")] = None,
     title: Annotated[str | None, Option(help="Heading of the page.")] = None,
     threshold: options.Thresholds = None,
-    unguided: Annotated[
-        Path | None, Option(help="Folder of an evaluation without guidance, for figure 8.")
-    ] = None,
+    unguided: Annotated[Path | None, Option(help="Evaluation without guidance, for figure 8.")] = None,
 ) -> None:
     """Write one HTML page and summary.json from what evaluate measured, without measuring again.
 
@@ -136,7 +158,7 @@ def report(
 def routing_results(model: EarlyExitGenerator) -> Iterator[str]:
     """Describe what a model promises and how long its exits take."""
     if model.calibration is not None:
-        yield f"promise: {model.calibration}"
+        yield f"{'promise: ' if model.calibration.is_promise else ''}{model.calibration}"
     if model.latency is not None:
         latency = model.latency
         samples = "1 sample" if latency.batch == 1 else f"{latency.batch} samples"

@@ -1,7 +1,5 @@
 """``retroexit fit``: add early exits to a generator and train them."""
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
@@ -33,8 +31,6 @@ from retroexit.training.distributed import Team, check_devices, join, kind_of_de
 from retroexit.training.fit import FitJob, estimate_fit, fit_record
 from retroexit.training.losses.plan import ADVERSARIAL, FEATURE_MATCHING, GAZE, PRESETS, QUALITY, LossOptions
 from retroexit.training.settings import FitSettings, check_same, divide
-
-__all__ = ["fit"]
 
 Exits: Any = options.group_of(
     wrap_options,
@@ -129,9 +125,7 @@ def fit(
     accelerator: Annotated[
         str | None, Option(help="cpu, cuda or auto; by default where the factory puts the generator.")
     ] = None,
-    dry_run: Annotated[
-        bool, Option("--dry-run", help="Show work and cost, train and write nothing.")
-    ] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Show work and cost; train nothing.")] = False,
 ) -> None:
     """Add early exits to a generator: bank, branches, predictor. Can be interrupted and resumed.
 
@@ -168,7 +162,6 @@ def fit(
 
 
 def _wrap_arguments(exits: Any, retriever: str) -> dict[str, Any]:
-    """Read the values for `retroexit.wrap`."""
     if retriever != "exact" and not exits.guidance:
         raise OptionError(f"--retriever {retriever} needs guidance. Add --guidance.", retriever)
     scales = _parse_numbers("--scale", exits.scale, "1/15, 0.25 or one per exit: 1/4,1/3")
@@ -176,9 +169,7 @@ def _wrap_arguments(exits: Any, retriever: str) -> dict[str, Any]:
     if exits.image_range is not None:
         limits = tuple(_parse_numbers("--image-range", exits.image_range, "0,1 or -1,1"))
         if len(limits) != 2 or not limits[0] < limits[1]:
-            raise OptionError(
-                f"--image-range must be two numbers, the smaller one first, got {exits.image_range}", limits
-            )
+            raise OptionError(f"--image-range must be two ascending numbers, got {exits.image_range}", limits)
     return {
         **vars(exits),
         "attach_at": options.parse_places(exits.attach_at),
@@ -199,7 +190,6 @@ def _parse_numbers(option: str, text: str, form: str) -> list[float]:
 
 
 def _loss_arguments(values: Any) -> dict[str, Any]:
-    """Read the values for the training loss."""
     arguments = {
         **vars(values),
         "instead": options.parse_pairs("--instead", values.instead, "vgg=features-alex"),
@@ -226,11 +216,7 @@ def _loss_arguments(values: Any) -> dict[str, Any]:
 def _plan(
     model: EarlyExitGenerator, samples: Any, out: Path, arguments: dict[str, Any], losses: Any
 ) -> Iterator[str]:
-    """Describe a fit and its cost in paragraphs; two of its steps are timed, nothing is written.
-
-    Raises:
-        RetroExitError: What the fit would raise; missing weights after everything else was described.
-    """
+    """Describe a fit and its cost in paragraphs; two of its steps are timed, nothing is written."""
     missing: dict[str, WeightsError] = {}
     job = prepare(model, samples, missing=missing, **arguments)
     if job.metric is not None and not missing:

@@ -1,7 +1,5 @@
 """``retroexit inspect``: where branches can be attached to a generator, and what that can save."""
 
-from __future__ import annotations
-
 import json
 import shlex
 import textwrap
@@ -16,13 +14,11 @@ from retroexit.cli import options
 from retroexit.cli.load_target import load_generator, random_inputs
 from retroexit.core.modules import unit_of
 from retroexit.errors import OptionError
-from retroexit.evaluation.thop_check import cross_check
+from retroexit.evaluation.measure import cross_check
 from retroexit.report.decoder_picture import check_picture, draw_decoder
 from retroexit.report.stage_table import decoder_table
 from retroexit.stages.decoder import Decoder
 from retroexit.stages.module_tree import decoder_facts
-
-__all__ = ["inspect"]
 
 _SHAPE = (
     "Shape of a random input, 1,32,16,32; repeat it for several inputs. z=1,32 is a keyword input, 1,77:int "

@@ -1,7 +1,5 @@
 """Generators, networks, samples and random inputs, as a command line names them."""
 
-from __future__ import annotations
-
 import ast
 import importlib
 import importlib.util
@@ -18,8 +16,6 @@ from torch import Tensor, nn
 
 from retroexit.core.samples import Samples
 from retroexit.errors import OptionError, closest
-
-__all__ = ["example_of", "load_generator", "load_made", "load_network", "load_object", "random_inputs"]
 
 Inputs: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword inputs of one call."""
@@ -60,9 +56,7 @@ def _import_advice(where: str, error: Exception) -> str:
     if not isinstance(error, ModuleNotFoundError):
         return f"Correct the module; {_VERBOSE}"
     if error.name and f"{where}.".startswith(f"{error.name}."):
-        return (
-            f"Check the name, run in the folder of the module ({Path.cwd()}?), or write path/to/file.py:name."
-        )
+        return f"Check the name, run in the module's folder ({Path.cwd()}?), or write path/to/file.py:name."
     return f"The module imports {error.name}: install that."
 
 
@@ -139,16 +133,11 @@ def load_made(spec: str, arguments: str = "") -> Any:
 
 
 def load_generator(spec: str, arguments: str = "") -> tuple[nn.Module, Inputs | None]:
-    """Make a generator and, where the factory returns some, its example inputs.
+    """Make a generator, in eval mode, and its positional and keyword inputs, if there are any.
 
-    Args:
-        spec: Names the generator, or a class or function that makes it. A function may return
-            ``(generator, inputs)`` or ``(generator, inputs, keyword inputs)``: ``inputs`` is a tuple of
-            positional inputs, a dict of keyword inputs, or the only input.
-        arguments: Arguments of the call, Python literals.
-
-    Returns:
-        The generator in eval mode, and its positional and keyword inputs or ``None``.
+    ``spec`` names the generator, or what makes it with ``arguments``, Python literals. A function may return
+    ``(generator, inputs)`` or ``(generator, inputs, keyword inputs)``: ``inputs`` is a tuple of positional
+    inputs, a dict of keyword inputs, or the only input.
     """
     made = load_made(spec, arguments)
     parts = made if isinstance(made, tuple) and 2 <= len(made) <= 3 else (made,)
@@ -186,10 +175,8 @@ def example_of(example: Inputs | None, samples: Any) -> Inputs:
 def random_inputs(texts: Sequence[str], like: nn.Module) -> Inputs:
     """Draw one input for each shape, on the device of a module and by default in its precision.
 
-    Args:
-        texts: ``1,32,16,32``; ``z=1,32`` for a keyword input; ``1,77:int`` for whole numbers, 0 or 1, or
-            another type of torch, ``1,3,8,8:float16``; nothing before the colon for a single number.
-        like: The module.
+    Texts are ``1,32,16,32``; ``z=1,32`` for a keyword input; ``1,77:int`` for whole numbers, 0 or 1, or
+    another type of torch, ``1,3,8,8:float16``; nothing before the colon for a single number.
     """
     parameter = next((p for p in like.parameters() if p.is_floating_point()), torch.zeros(()))
     args: list[Tensor] = []

@@ -1,7 +1,5 @@
 """Options that several commands share, groups of options, and the configuration file of ``fit``."""
 
-from __future__ import annotations
-
 import functools
 import inspect
 import tomllib
@@ -23,22 +21,16 @@ FactoryArguments = Annotated[
     str,
     Option("--args", help="Arguments of the factory, Python literals as in a call: \"256, norm='batch'\"."),
 ]
-Adapter = Annotated[
-    str | None, Option(help="Plug-in that describes the generator, or none; by default all are tried.")
-]
+Adapter = Annotated[str | None, Option(help="Plug-in that describes the generator, or none; all by default.")]
 ImageKey = Annotated[
     str | None, Option("--image", help="Key of the image in the generator's output, if there are several.")
 ]
 Batch = Annotated[int, Option(min=1, help="Samples per pass of the model.")]
 Weights = Annotated[Path | None, Option(help="File with the metric's weights.")]
-Thresholds = Annotated[
-    list[float] | None, Option("--threshold", min=0, help="Threshold to print; repeat it for several.")
-]
+Thresholds = Annotated[list[float] | None, Option("--threshold", min=0, help="Threshold; repeat it.")]
 Alpha = Annotated[float, Option(help="Share of inputs that may lose more than a promised threshold.")]
 Confidence = Annotated[float, Option(help="Probability that the promise holds.")]
-Latency = Annotated[
-    int | None, Option(min=1, help="Measure times of calls with this many samples, for deadlines.")
-]
+Latency = Annotated[int | None, Option(min=1, help="Time calls with this many samples, for deadlines.")]
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
@@ -71,12 +63,10 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def group_of(source: Callable[..., Any], **options: Any) -> Any:
-    """Make a group of options from arguments of a function or fields of a dataclass.
+    """Make a group of options from arguments of a function or fields of a dataclass, with their defaults.
 
-    Args:
-        source: Where defaults and types come from. What is no number and no flag is a text. Counts must be at
-            least 1, other numbers and those with the default 0 at least 0.
-        **options: The help of every option, or its annotation. An option that the source has not is ``None``.
+    ``options`` are the help of every option, or its annotation. What is no number and no flag is a text.
+    Counts must be at least 1, other numbers and those with the default 0 at least 0.
     """
     hints, simple, group = get_type_hints(source), (str, bool, int, float), []
     for name, option in options.items():
@@ -125,10 +115,7 @@ def resumable() -> Iterator[None]:
 
 
 def _read_config(context: typer.Context, path: Path | None) -> Path | None:
-    """Take the values of a TOML file as click's ``default_map``, the defaults of a command's options.
-
-    Keys are names of options: ``attach-at = [2, 4, 6]``. Options with ``name=value`` are tables.
-    """
+    """Take the values of a TOML file as the defaults of a command's options: ``attach-at = [2, 4, 6]``."""
     if path is None:
         return None
     try:

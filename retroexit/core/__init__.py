@@ -1,4 +1,1 @@
-"""Shared ground of all layers: nested structures, modules, samples, images, MAC counting and files.
-
-Imports only `retroexit.errors`.
-"""
+"""Shared ground: nested structures, modules, samples, MAC counting, files. May import `retroexit.errors`."""

@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Identity", "fingerprint", "unwrapped"]
-
 _SAMPLES = 8
 _LISTED = 3
 
@@ -29,11 +27,9 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 
 def fingerprint(module: nn.Module) -> str:
-    """Hash a module's class name, parameters and persistent buffers.
+    """Hash a module's class name, parameters and persistent buffers: SHA-256 in hexadecimal.
 
-    Returns:
-        A SHA-256 in hexadecimal. Equal weights under equal names give equal fingerprints on every device and
-        inside every wrapper that `unwrapped` removes.
+    Equal weights under equal names give equal fingerprints on every device and inside every wrapper.
     """
     return Identity.of(module).fingerprint
 
@@ -42,10 +38,8 @@ def fingerprint(module: nn.Module) -> str:
 class Identity:
     """Class and weights of a network, small enough for a manifest.
 
-    Attributes:
-        name: Class name.
-        tensors: Parameters and persistent buffers by name: dtype, shape, SHA-256 (16 digits), and values at up to eight
-            evenly spaced places, which are compared where the precision differs.
+    ``tensors`` are its parameters and persistent buffers by name: dtype, shape, SHA-256 (16 digits), and
+    values at up to eight places, which are compared where the precision differs.
     """
 
     name: str
@@ -66,11 +60,7 @@ class Identity:
         return total.hexdigest()
 
     def difference(self, other: Identity) -> str:
-        """Say how another network differs from this one; empty where it is the same.
-
-        In another precision, weights count as the same where all compared values agree within the rounding of
-        the coarser type.
-        """
+        """Say how another network differs from this one; empty where it is the same but for rounding."""
         if self.name != other.name:
             return f"its class is {other.name} instead of {self.name}"
         missing, new = self.tensors.keys() - other.tensors.keys(), other.tensors.keys() - self.tensors.keys()
@@ -99,11 +89,7 @@ class Identity:
 
     @classmethod
     def from_json(cls, saved: dict[str, Any]) -> Identity:
-        """Read what `to_json` wrote.
-
-        Raises:
-            KeyError, TypeError, ValueError: If it is damaged.
-        """
+        """Read what `to_json` wrote; raises `KeyError`, `TypeError` or `ValueError` if it is damaged."""
         return cls(
             str(saved["class"]),
             {
@@ -114,10 +100,7 @@ class Identity:
 
 
 def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """What a state dict holds, under the names that it has without wrappers of inner modules.
-
-    Buffers that are not persistent are computed, often for one size of input, and do not count.
-    """
+    """Parameters and persistent buffers, under the names that they have without wrappers of inner modules."""
     named = [(name, value) for name, value in module.state_dict().items() if isinstance(value, Tensor)]
     plain = [".".join(part for part in name.split(".") if part != "_orig_mod") for name, _ in named]
     bare = [".".join(part for part in name.split(".") if part != "module") for name in plain]

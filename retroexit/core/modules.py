@@ -1,10 +1,8 @@
-"""Modules: their device, deep copies, and the multiply-accumulates (MACs) of a call.
+"""Modules: their device, deep copies, and the multiply-accumulates (MACs, the paper's "GFLOPs") of a call.
 
-The paper prints MACs as "GFLOPs"; 1 MAC = 2 FLOPs. Convolutions, matrix products and attention count, functional
-ones too. Interpolation, `grid_sample`, normalisation and activations count zero.
+1 MAC = 2 FLOPs. Convolutions, matrix products and attention count; interpolation, norms and activations do
+not.
 """
-
-from __future__ import annotations
 
 import contextlib
 import copy
@@ -14,17 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
-
-__all__ = [
-    "CONVOLUTIONS",
-    "MacCounter",
-    "clone_module",
-    "count_macs",
-    "device_of",
-    "precision_of",
-    "tensor_bytes",
-    "unit_of",
-]
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 """PyTorch's convolutions."""
@@ -47,15 +34,9 @@ def precision_of(module: nn.Module) -> torch.dtype | None:
 
 
 def clone_module(module: nn.Module, memo: dict[int, Any] | None = None, *, share: bool = False) -> nn.Module:
-    """Copy a module deeply, also where plain ``deepcopy`` fails.
+    """Copy a module deeply, also after a forward of legacy spectral norm; parameters of it require gradient.
 
-    Legacy spectral norm leaves a non-leaf ``weight`` on a module after a forward with gradient; such tensors
-    are detached first. The copy's parameters require gradient.
-
-    Args:
-        module: The module.
-        memo: Copies that exist already, by identity of the original.
-        share: Whether the copy holds the module's own tensors.
+    ``memo`` has copies that exist already, by id of the original. With ``share`` tensors are not copied.
     """
     memo = {} if memo is None else memo
     if share:

@@ -1,38 +1,25 @@
 """Nested values that generators take and return: tuples, lists, dicts, dataclasses, objects with tensors."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import types
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx.immutable_collections import immutable_dict
 
-__all__ = [
-    "Packed",
-    "carrying_gradient",
-    "change_first_map",
-    "children",
-    "clone_strided",
-    "cloned",
-    "flatten",
-    "hidden_tensors",
-    "is_record",
-    "pack",
-    "rebuild",
-    "rebuild_deep",
-    "tensors",
-]
-
 _NUMBERS = (bool, int, float)
 _PLAIN = (str, bytes, type(None), torch.dtype, torch.device)
+
+
+def is_number(value: Any) -> bool:
+    """Return whether a value is a real number, of Python or NumPy, and not a ``bool``."""
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def is_record(value: Any) -> bool:
@@ -162,23 +149,13 @@ def hidden_tensors(value: Any) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class Packed:
-    """The structure of a value without its tensors.
-
-    Attributes:
-        template: The value with marks in the places of tensors and numbers.
-        signature: Equal for values of the same structure.
-    """
+    """The structure of a value: ``template`` without tensors, ``signature`` equal for equal structures."""
 
     template: Any
     signature: tuple[str, ...]
 
     def unpack(self, tensors: Sequence[Tensor], *, recorded_numbers: bool = False) -> Any:
-        """Put tensors back into the structure.
-
-        Args:
-            tensors: Tensors in the order of `pack`.
-            recorded_numbers: Whether to use the packed value's numbers (fake tensors hold none).
-        """
+        """Put tensors back in the order of `pack`; fake tensors need the ``recorded_numbers`` of the structure."""
 
         def put(leaf: Any) -> Any:
             if not isinstance(leaf, _Slot):
@@ -191,11 +168,9 @@ class Packed:
 
 
 def pack(value: Any, *, numbers: bool = True) -> tuple[Packed, list[Tensor]]:
-    """Separate a value into structure and tensors.
+    """Separate a nested value into structure and tensors, each listed once.
 
-    Args:
-        value: Any nested value. A tensor that occurs twice is listed once.
-        numbers: Whether plain numbers become tensors too, since they may differ between calls.
+    With ``numbers``, plain numbers become tensors too, since they may differ between calls.
     """
     parts: list[Tensor] = []
     kinds: list[str] = []
@@ -217,11 +192,3 @@ def pack(value: Any, *, numbers: bool = True) -> tuple[Packed, list[Tensor]]:
 
     template = rebuild_deep(value, take)
     return Packed(template, (type(value).__name__, *kinds)), parts
-
-
-@contextmanager
-def carrying_gradient(values: Iterable[Any]) -> Iterator[None]:
-    """Record gradients only if that is enabled and one of the tensors requires a gradient."""
-    requires = any(isinstance(value, Tensor) and value.requires_grad for value in values)
-    with torch.set_grad_enabled(torch.is_grad_enabled() and requires):
-        yield

@@ -110,10 +110,22 @@ class Samples:
         """Hash all samples, to check whether a cache belongs to them."""
         total = hashlib.sha256()
         for index in range(len(self)):
-            for path, leaf in flatten(self.split(self.items[index])):
-                total.update(repr(path).encode())
-                total.update(tensor_bytes(leaf) if isinstance(leaf, Tensor) else repr(leaf).encode())
+            self._hash(index, total)
         return total.hexdigest()
+
+    def distinct(self) -> list[int]:
+        """List the samples that do not repeat an earlier one, by their hashes."""
+        first: dict[bytes, int] = {}
+        for index in range(len(self)):
+            total = hashlib.sha256()
+            self._hash(index, total)
+            first.setdefault(total.digest(), index)
+        return list(first.values())
+
+    def _hash(self, index: int, total: Any) -> None:
+        for path, leaf in flatten(self.split(self.items[index])):
+            total.update(repr(path).encode())
+            total.update(tensor_bytes(leaf) if isinstance(leaf, Tensor) else repr(leaf).encode())
 
 
 def _stack(path: tuple[Any, ...], leaves: list[Any]) -> Any:

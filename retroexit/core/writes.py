@@ -16,8 +16,6 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["WriteWatch", "differentiable_writes", "overwrites_saved"]
-
 _MANY_VIEWS = {
     *("chunk", "split", "split_with_sizes", "tensor_split", "unbind", "hsplit", "vsplit", "dsplit"),
 }  # fmt: skip

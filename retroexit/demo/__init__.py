@@ -1,7 +1,4 @@
-"""Drawn street scenes and a generator trained on them, for a demo without downloads.
-
-May import everything but `retroexit.cli`, `retroexit.testing` and `retroexit.builtin`.
-"""
+"""Drawn street scenes and a generator trained on them. May import all but `cli`, `testing` and `builtin`."""
 
 from retroexit.demo.generator import SceneGenerator, load_scene_generator, scene_inputs
 from retroexit.demo.scenes import Scene, draw_scene

@@ -1,12 +1,9 @@
 """The small street-scene generator that ships with the package, so that a demo needs no download.
 
-It has the layout of OASIS, the first backbone of the paper (section 4.1): the label map is shrunk to the
-first resolution, and six SPADE residual blocks see it again at their own. Simpler than OASIS, to stay small:
-the noise is one style vector and fixed texture planes, the map is shrunk by averaging, the second convolution
-of a modulation is 1x1, and the shortcut is not modulated.
+It has the layout of OASIS (paper, section 4.1): six SPADE residual blocks that see the label map. To stay
+small, the noise is one style vector and fixed texture planes, the second convolution of a modulation is 1x1,
+and the shortcut is not modulated.
 """
-
-from __future__ import annotations
 
 import hashlib
 import itertools
@@ -22,8 +19,6 @@ from torch.nn import functional as F
 
 from retroexit.demo.scenes import CLASSES, PLANES, SCENE_SIZE, STYLE, TEST_SEEDS, draw_scene, texture_planes
 from retroexit.errors import CheckpointError, InputMismatchError, OptionError, WeightsError
-
-__all__ = ["Modulation", "SceneBlock", "SceneGenerator", "load_scene_generator", "scene_inputs"]
 
 CHANNELS = (192, 128, 96, 64, 48, 32)
 UPSAMPLE_AFTER = (1, 3, 5)
@@ -70,13 +65,9 @@ class SceneBlock(nn.Module):
 
 
 class SceneGenerator(nn.Module):
-    """Street scenes from label maps: `body` holds the six stages.
+    """Street scenes from label maps: the stages in `body` work at 8x16, 16x32, 16x32, 32x64, 32x64, 64x128 pixels.
 
-    Stages 1 to 6 work at 8x16, 16x32, 16x32, 32x64, 32x64 and 64x128 pixels.
-
-    Args:
-        channels: Output width of every block.
-        hidden: Width inside the modulations.
+    ``channels`` are the output widths of the blocks, ``hidden`` is the width inside the modulations.
     """
 
     planes: Tensor
@@ -93,17 +84,11 @@ class SceneGenerator(nn.Module):
         self.conv_img = nn.Conv2d(channels[-1], 3, 3, padding=1)
 
     def forward(self, labels: Tensor, z: Tensor) -> Tensor:
-        """Generate pictures.
+        """Generate RGB pictures ``(N, 3, 64, 128)`` in ``[-1, 1]``.
 
         Args:
             labels: One-hot label map, float ``(N, len(CLASSES), 64, 128)``.
             z: Style, float ``(N, len(STYLE))``, made for ``[-1, 1]``.
-
-        Returns:
-            RGB pictures ``(N, 3, 64, 128)`` in ``[-1, 1]``.
-
-        Raises:
-            InputMismatchError: If a shape differs.
         """
         if labels.shape[1:] != (len(CLASSES), *SCENE_SIZE) or z.shape != (labels.shape[0], len(STYLE)):
             raise InputMismatchError(
@@ -124,14 +109,10 @@ class SceneGenerator(nn.Module):
 
 
 def load_scene_generator(folder: Path | None = None) -> SceneGenerator:
-    """Load the trained generator that ships with the package, in eval mode, on the CPU, in float32.
-
-    Args:
-        folder: Where ``scene_generator.safetensors`` and its ``.json`` are, if not in the package.
+    """Load the trained generator of the package, or of a folder, in eval mode, on the CPU, in float32.
 
     Raises:
-        WeightsError: If a file is missing.
-        CheckpointError: If the weights have another hash than their record states, or do not fit.
+        WeightsError, CheckpointError: If a file is missing, changed, or does not fit.
     """
     source: Traversable = folder if folder is not None else resources.files("retroexit.demo")
     weights, record = source / f"{CHECKPOINT}.safetensors", source / f"{CHECKPOINT}.json"
@@ -158,20 +139,10 @@ def load_scene_generator(folder: Path | None = None) -> SceneGenerator:
 
 
 def scene_inputs(count: int, seed: int = 0, first: int = 0) -> list[tuple[Tensor, Tensor]]:
-    """Draw held-out scenes as inputs of the generator, without the batch axis.
+    """Draw held-out scenes as inputs: one-hot labels ``(len(CLASSES), 64, 128)`` and style ``(len(STYLE),)``.
 
-    Sample ``i`` has scene seed ``TEST_SEEDS[1000 * seed + first + i]``, which no training has seen.
-
-    Args:
-        count: How many, ``>= 0``.
-        seed: Which block of a thousand scenes to start in, 0 to 999.
-        first: How many scenes to skip, ``>= 0``.
-
-    Returns:
-        Pairs of one-hot labels, float32 ``(len(CLASSES), 64, 128)``, and style, float32 ``(len(STYLE),)``.
-
-    Raises:
-        OptionError: If the numbers lead outside `TEST_SEEDS`.
+    Sample ``i`` has scene seed ``TEST_SEEDS[1000 * seed + first + i]``, which no training has seen; it must
+    exist.
     """
     start = 1000 * seed + first
     if min(count, seed, first) < 0 or start + count > len(TEST_SEEDS):

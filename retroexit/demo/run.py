@@ -1,7 +1,5 @@
 """The demo's job: wrap the shipped generator, fit it on drawn scenes, show what it saves."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,8 +16,6 @@ from retroexit.metrics import QualityMetric
 from retroexit.model import EarlyExitGenerator
 from retroexit.plugins.host import host
 from retroexit.report.text_tables import sweep_table
-
-__all__ = ["pick_metric", "run_demo", "wrap_scene_generator"]
 
 ATTACH_AT, SCALES, MIN_CHANNELS = (1, 2, 3, 4), (1 / 4, 1 / 4, 1 / 3, 1 / 2), 12
 FIT_SEED, TEST_SEED = 1, 2  # disjoint blocks of a thousand scenes, not used to train the generator
@@ -39,12 +35,7 @@ def wrap_scene_generator() -> EarlyExitGenerator:
 
 
 def pick_metric(name: str, weights: Path | None, say: Callable[[str], None]) -> QualityMetric:
-    """Return the named metric; ``auto`` means LPIPS, or MS-SSIM with a message if its weights are missing.
-
-    Raises:
-        PluginError: If no plug-in, or more than one, offers the metric.
-        WeightsError: If the metric is named and its weights are not available.
-    """
+    """Return the named metric; ``auto`` means LPIPS, or MS-SSIM with a message if its weights are missing."""
     if name != "auto":
         return host().metric(name, weights)
     try:
@@ -68,20 +59,9 @@ def run_demo(
     say: Callable[[str], None] = print,
     command: str | None = None,
 ) -> tuple[EarlyExitGenerator, Evaluation]:
-    """Run the whole demo.
+    """Run the whole demo in a folder; return the fitted model and its evaluation.
 
-    Args:
-        out: Folder for cache, model and report.
-        metric: Name of a quality metric, or ``"auto"``.
-        weights: File with its weights.
-        steps: Training steps per branch.
-        scenes: Drawn scenes to fit on.
-        test_scenes: Drawn scenes to evaluate on.
-        say: Prints a line.
-        command: The command to show in the report.
-
-    Returns:
-        The fitted model and its evaluation.
+    ``scenes`` are drawn to fit on, ``test_scenes`` to evaluate on; ``say`` prints a line.
     """
     begin = time.monotonic()
     quality = pick_metric(metric, weights, say)

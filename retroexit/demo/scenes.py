@@ -1,13 +1,9 @@
-"""Label maps of drawn street scenes, the inputs of the shipped generator.
+"""Label maps of drawn street scenes, the inputs of the shipped generator, in place of Cityscapes (section 4.1).
 
-They replace Cityscapes (paper, section 4.1) where nothing can be downloaded. A small world, from an empty
-country road to a crowded town, is projected through a pinhole camera and drawn from far to near.
-`examples/scene_pictures.py` paints the same scenes in colour, to train the generator on.
-
+A small world, from an empty country road to a crowded town, is projected through a pinhole camera and drawn
+from far to near. `examples/scene_pictures.py` paints the same scenes in colour, to train the generator on.
 Lengths are in metres: ``x`` to the right of the camera, ``y`` above the road, ``z`` ahead.
 """
-
-from __future__ import annotations
 
 import functools
 from collections import defaultdict
@@ -15,26 +11,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.random import Generator
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from retroexit.errors import OptionError
-
-__all__ = [
-    "CLASSES",
-    "LABEL_COLOURS",
-    "PLANES",
-    "SCENE_SIZE",
-    "STYLE",
-    "TEST_SEEDS",
-    "TRAIN_SEEDS",
-    "Building",
-    "LabelMap",
-    "Scene",
-    "draw_scene",
-    "place_scene",
-    "texture_planes",
-]
 
 CLASSES = (
     *("sky", "road", "marking", "pavement", "grass", "brick", "plaster", "roof", "window", "tree", "car"),
@@ -58,17 +39,11 @@ Span = tuple[float, float]
 
 
 class Scene(NamedTuple):
-    """The label map of one scene.
+    """The label map of one scene."""
 
-    Attributes:
-        labels: Class of every pixel, uint8 ``(H, W)``, an index into `CLASSES`.
-        z: Style, float32 ``(len(STYLE),)`` in ``[-1, 1]``.
-        difficulty: From 0, an empty country road, to 1, a crowded town. Uniform over seeds.
-    """
-
-    labels: NDArray[np.uint8]
-    z: Array
-    difficulty: float
+    labels: NDArray[np.uint8]  # class of every pixel, uint8 (H, W), an index into `CLASSES`
+    z: Array  # style, float32 (len(STYLE),) in [-1, 1]
+    difficulty: float  # from 0, an empty country road, to 1, a crowded town. Uniform over seeds
 
 
 class Building(NamedTuple):
@@ -84,15 +59,9 @@ class Building(NamedTuple):
 
 
 class LabelMap:
-    """Draws things as labels, oversampled by `OVERSAMPLE`.
+    """Draws things as labels, oversampled by `OVERSAMPLE`; the style ``z`` is used by pictures alone."""
 
-    Args:
-        size: Height and width of the finished map in pixels.
-        z: Style; unused here, the colours of a picture follow from it.
-        rng: Draws the height and the direction of the camera.
-    """
-
-    def __init__(self, size: tuple[int, int], z: Array, rng: np.random.Generator) -> None:
+    def __init__(self, size: tuple[int, int], z: Array, rng: Generator) -> None:
         self.height, self.width = size[0] * OVERSAMPLE, size[1] * OVERSAMPLE
         self.focal = 0.56 * self.width
         self.eye = rng.uniform(1.7, 2.3)
@@ -204,7 +173,7 @@ class LabelMap:
                 self.fill(outlines[0], WINDOW, look[f"frame {face}"])
                 self.fill(outlines[1], WINDOW, look["door" if is_door else "glass"])
 
-    def tree(self, x: float, z: float, height: float, rng: np.random.Generator) -> None:
+    def tree(self, x: float, z: float, height: float, rng: Generator) -> None:
         """Draw a tree; ``rng`` draws the nine ellipses of its crown."""
         centre, radius = self.project(x, 0.66 * height, z), self.focal * 0.36 * height / z
         look = self.look("tree", z, centre, radius)
@@ -263,15 +232,7 @@ class LabelMap:
 
 
 def draw_scene(seed: int, size: tuple[int, int] = SCENE_SIZE) -> Scene:
-    """Draw the label map of one scene; the same seed and size always give the same map.
-
-    Args:
-        seed: Any integer ``>= 0``; see `TRAIN_SEEDS` and `TEST_SEEDS`.
-        size: Height and width in pixels, at least 32 x 32.
-
-    Raises:
-        OptionError: If ``seed`` is negative or ``size`` too small.
-    """
+    """Draw the label map of one scene; the same ``seed >= 0`` and size, at least 32 x 32, give the same map."""
     canvas, z, difficulty = place_scene(seed, size, LabelMap)
     return Scene(canvas.labels(), z, difficulty)
 
@@ -279,9 +240,7 @@ def draw_scene(seed: int, size: tuple[int, int] = SCENE_SIZE) -> Scene:
 def place_scene(seed: int, size: tuple[int, int], canvas_class: type[LabelMap]) -> tuple[Any, Array, float]:
     """Draw a scene on a canvas of a class; returns the canvas, the style and the difficulty."""
     if seed < 0 or min(size) < 32:
-        raise OptionError(
-            f"seed must be >= 0 and size at least 32 x 32, got seed={seed}, size={size}", (seed, size)
-        )
+        raise OptionError(f"seed must be >= 0 and size >= 32 x 32, got {seed} and {size}", (seed, size))
     rng = np.random.default_rng(seed)
     difficulty = float(rng.random())
     z = rng.uniform(-1, 1, len(STYLE)).astype(np.float32)
@@ -299,7 +258,7 @@ def place_scene(seed: int, size: tuple[int, int], canvas_class: type[LabelMap]) 
     return canvas, z, difficulty
 
 
-def _place_meadows(canvas: LabelMap, rng: np.random.Generator) -> None:
+def _place_meadows(canvas: LabelMap, rng: Generator) -> None:
     along = np.linspace(0, 1, 33)
     phase, waves = rng.uniform(0, 6.28, 2), rng.uniform(1.5, 4.5, 2)
     rise = canvas.height * rng.uniform(0.02, 0.09)
@@ -308,7 +267,7 @@ def _place_meadows(canvas: LabelMap, rng: np.random.Generator) -> None:
     canvas.meadows([(float(x), float(y)) for x, y in ridge])
 
 
-def _place_road(canvas: LabelMap, half: float, pavement: float, rng: np.random.Generator) -> None:
+def _place_road(canvas: LabelMap, half: float, pavement: float, rng: Generator) -> None:
     """Draw pavement with its kerb, asphalt and markings."""
     look, ahead = canvas.look("road"), (2.0, 400.0)
     for side in (-1, 1) if pavement else ():
@@ -330,7 +289,7 @@ Thing = tuple[float, Callable[[], None]]
 """Distance in metres, and what draws it."""
 
 
-def _buildings(canvas: LabelMap, built: float, beside: float, rng: np.random.Generator) -> list[Thing]:
+def _buildings(canvas: LabelMap, built: float, beside: float, rng: Generator) -> list[Thing]:
     """Place two rows along the road, the denser and higher the nearer ``built`` is to 1."""
     things: list[Thing] = []
     for side in (-1, 1):
@@ -347,9 +306,7 @@ def _buildings(canvas: LabelMap, built: float, beside: float, rng: np.random.Gen
     return things
 
 
-def _trees(
-    canvas: LabelMap, difficulty: float, half: float, beside: Span, rng: np.random.Generator
-) -> list[Thing]:
+def _trees(canvas: LabelMap, difficulty: float, half: float, beside: Span, rng: Generator) -> list[Thing]:
     things: list[Thing] = []
     for _ in range(rng.poisson(0.6 + 7 * difficulty)):
         side, z = rng.choice((-1, 1)), rng.uniform(7, 45)
@@ -358,7 +315,7 @@ def _trees(
     return things
 
 
-def _cars(canvas: LabelMap, difficulty: float, half: float, rng: np.random.Generator) -> list[Thing]:
+def _cars(canvas: LabelMap, difficulty: float, half: float, rng: Generator) -> list[Thing]:
     """Place cars on two lanes, and at the kerbs of a wide road, none inside another."""
     lanes = (-1.7, 1.7) if half < 4 else (-1.6, 1.6, -half + 1, half - 1)
     taken: list[Point] = []
@@ -369,10 +326,7 @@ def _cars(canvas: LabelMap, difficulty: float, half: float, rng: np.random.Gener
     return [(z, functools.partial(canvas.car, x, z)) for x, z in taken]
 
 
-def _small_things(
-    canvas: LabelMap, difficulty: float, beside: float, rng: np.random.Generator
-) -> list[Thing]:
-    """Place people, lamp posts and signs."""
+def _small_things(canvas: LabelMap, difficulty: float, beside: float, rng: Generator) -> list[Thing]:
     things: list[Thing] = []
     for _ in range(rng.poisson(7 * difficulty**2)):
         z = rng.uniform(6, 22)
@@ -387,16 +341,9 @@ def _small_things(
 
 @functools.lru_cache(maxsize=8)
 def texture_planes(size: tuple[int, int] = SCENE_SIZE) -> Array:
-    """Return the fixed patterns that give foliage, clouds, asphalt and bricks their texture.
+    """Return fixed patterns for foliage, clouds, asphalt and bricks, read-only, the same in every process.
 
-    They replace the spatial noise of OASIS: without them a convolution could not know where in an even region
-    a leaf or a brick is.
-
-    Args:
-        size: Height and width in pixels.
-
-    Returns:
-        float32 ``(len(PLANES), H, W)`` in ``[-1, 1]``, read-only, the same in every process.
+    They replace the spatial noise of OASIS. Float32 ``(len(PLANES), H, W)`` in ``[-1, 1]``.
     """
     height, width = size
     rng = np.random.default_rng(_PLANES_SEED)
@@ -412,7 +359,7 @@ def texture_planes(size: tuple[int, int] = SCENE_SIZE) -> Array:
     return planes
 
 
-def _noise(rng: np.random.Generator, cells: tuple[int, int], size: tuple[int, int]) -> Array:
+def _noise(rng: Generator, cells: tuple[int, int], size: tuple[int, int]) -> Array:
     """Smooth noise in [-1, 1]: random cells, enlarged bicubically."""
     coarse = Image.fromarray(rng.random(cells, dtype=np.float32) * 2 - 1)
     return np.asarray(coarse.resize(size[::-1], Image.Resampling.BICUBIC), dtype=np.float32).clip(-1, 1)

@@ -1,4 +1,1 @@
-"""Quality and cost of the exits on test inputs, and what routing would do with them at any threshold.
-
-Imports `retroexit.training` and what lies below it.
-"""
+"""Quality and cost of exits on test inputs, and of routing. May import `retroexit.training` and below."""

@@ -1,27 +1,27 @@
 """Measure losses, costs and times of all exits of a model."""
 
-from __future__ import annotations
-
+import copy
 import statistics
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from retroexit.core.files import versions
 from retroexit.core.identity import fingerprint
-from retroexit.core.modules import device_of
+from retroexit.core.modules import device_of, unit_of
+from retroexit.core.nested import tensors
 from retroexit.core.samples import Samples, drawing_from
+from retroexit.errors import MissingExtraError
 from retroexit.evaluation.sweep import Evaluation
-from retroexit.evaluation.thop_check import cross_check
-from retroexit.measuring import Measurement, limits_of
+from retroexit.measuring import Measurement, check_measure, limits_of
 from retroexit.metrics import QualityMetric
 from retroexit.model import EarlyExitGenerator
-
-__all__ = ["measure"]
 
 _GUARD = "samples are out of distribution and leave at the backbone"
 _MACS = (
@@ -42,17 +42,8 @@ def measure(
 ) -> tuple[Evaluation, Measurement]:
     """Measure every exit of a model on inputs that it was not fitted on.
 
-    Args:
-        model: A wrapped generator.
-        inputs: Samples without the batch axis, as for `retroexit.fit`.
-        metric: Compares an exit's image with the backbone's.
-        seed: Seed of the noise drawn inside the generator.
-        batch: Samples per pass.
-        repeats: Timed runs per route; 0 leaves timing out.
-        progress: Whether to show a progress bar on a terminal.
-
-    Returns:
-        The evaluation, and the measurement, which can render the samples again.
+    Returns the evaluation, and the measurement, which can render the samples again. ``seed`` is that of the
+    noise inside the generator, ``batch`` counts samples per pass, ``repeats`` timed runs per route.
     """
     samples = Samples(inputs, seed)
     if not model.is_recorded:
@@ -60,6 +51,7 @@ def measure(
         model.record(*args, **kwargs)
     device = device_of(model.generator)
     metric.to(device)
+    check_measure(model, metric)
     run = Measurement(model, samples, metric, limits_of(model, samples), batch)
     losses, predicted, distances = run.losses(progress)
     exits = model.exits
@@ -75,13 +67,15 @@ def measure(
         metric=metric.describe(),
         exits=[asdict(e) for e in exits],
         distance=None if distances is None else distances.double().numpy(),
+        ood=run.is_ood.double().numpy(),
         seconds=seconds,
         about={
             "generator": type(model.generator).__name__,
             "fingerprint": fingerprint(model.generator)[:16],
             "samples": len(samples),
             "image_range": [run.limits.low, run.limits.high],
-            "ood_guard": None if predicted is None else f"{run.ood} of {len(samples)} {_GUARD}",
+            "ood_guard": None if predicted is None else f"{int(run.is_ood.sum())} of {len(samples)} {_GUARD}",
+            "void": model.router.void(run.feature()),
             "threads": torch.get_num_threads(),
             "macs": _MACS,
             "thop": thop,
@@ -106,3 +100,43 @@ def _route_seconds(model: EarlyExitGenerator, args: Any, kwargs: Any, repeats: i
                 if turn >= warm_up:
                     seconds[k].append(time.perf_counter() - begin)
     return [statistics.median(seconds[k]) for k in routes]
+
+
+def cross_check(generator: nn.Module, macs: int, args: Any, kwargs: Any = None) -> str:
+    """Return a sentence that compares thop's MACs of one call with ours, or states why thop cannot count."""
+    if kwargs or not all(isinstance(arg, Tensor) for arg in args):
+        return "not counted: thop takes positional tensors only"
+    try:
+        counted = _thop_macs(generator, args)
+    except Exception as error:
+        return f"not counted: thop raised {type(error).__name__}: {error}"
+    ratio, (unit, scale) = counted / max(macs, 1), unit_of(counted)
+    text = f"{counted / scale:.3f} {unit} for the backbone, {ratio:.3f} of ours"
+    if abs(ratio - 1) < 0.01:
+        return text
+    if ratio < 1:
+        return f"{text}: thop counts by layer type; it misses functional convolutions and attention"
+    return (
+        f"{text}: thop counts by layer type; it counts norms, activations and interpolation too, and "
+        "overcounts transposed convolutions"
+    )
+
+
+def _thop_macs(generator: nn.Module, args: Any) -> int:
+    try:
+        import thop
+    except ImportError as error:
+        raise MissingExtraError("thop is not installed. Run: pip install thop") from error
+
+    class FirstTensor(nn.Module):  # thop cannot handle other outputs
+        def __init__(self) -> None:
+            super().__init__()
+            self.generator = copy.deepcopy(generator)  # thop registers buffers
+
+        def forward(self, *args: Tensor) -> Tensor:
+            return tensors(self.generator(*args))[0]
+
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        macs, _ = thop.profile(FirstTensor(), inputs=args, verbose=False)
+    return int(macs)

@@ -1,7 +1,5 @@
 """What a calibration promises, beside what held-out samples do under it."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -12,8 +10,6 @@ import torch
 from retroexit.evaluation.sweep import Evaluation, OperatingPoint
 from retroexit.routing.calibration import Calibration, most_violations, upper_bound
 
-__all__ = ["promise_summary", "promised"]
-
 EXPECTATION = (
     "A threshold is what the predictor expects, not a promise: model.calibrate(inputs), on inputs that "
     "nothing was fitted on, makes it one."
@@ -23,10 +19,11 @@ EXPECTATION = (
 def promised(evaluation: Evaluation, calibration: Calibration, tau: float) -> OperatingPoint:
     """Route the samples of an evaluation as ``model(..., threshold=tau)`` does once it is calibrated.
 
-    The samples must not be in the calibration set. The OOD guard is not applied. Raises `OptionError` if the
-    evaluation holds no predictions.
+    The samples must not be in the calibration set. Raises `OptionError` if the evaluation holds no predictions.
     """
     predicted = torch.from_numpy(evaluation.need_predicted())
+    if evaluation.ood is not None:
+        predicted = predicted.masked_fill(torch.from_numpy(evaluation.ood > 0)[:, None], torch.inf)
     exits, _ = calibration.observed(torch.from_numpy(evaluation.loss), predicted, tau)
     return evaluation.at_exits(exits.numpy().astype(np.int64), tau)
 
@@ -36,8 +33,7 @@ def promise_summary(
 ) -> dict[str, Any] | None:
     """Collect promise, calibration set and observed violations as plain JSON types.
 
-    A row is ``consistent`` unless so many samples above the threshold would be seen with a probability of 5 %
-    at most if the promise held.
+    A row is ``consistent`` unless so many violations have a probability of 5 % at most if the promise holds.
     """
     if calibration is None or evaluation.predicted is None:
         return None
@@ -60,4 +56,25 @@ def promise_summary(
                 "expected_saved": evaluation.at_threshold(tau).saved,
             }
         )
-    return {**calibration.describe(), "text": str(calibration), "held_out": samples, "rows": rows}
+    promise = {**calibration.describe(), "text": str(calibration), "held_out": samples, "rows": rows}
+    left_out = [row for tau in taus for row in left_out_rows(calibration, tau, routed_shares(evaluation))]
+    return {**promise, "left_out": left_out, "void": evaluation.about.get("void", [])}
+
+
+def routed_shares(evaluation: Evaluation) -> torch.Tensor:
+    """Compute of a routed sample at every exit as a share of the backbone's, ``(K + 1,)``."""
+    return torch.from_numpy((evaluation.macs + evaluation.overhead) / evaluation.macs[-1])
+
+
+def left_out_rows(calibration: Calibration, tau: float, shares: torch.Tensor) -> list[dict[str, Any]]:
+    """Describe every group of a calibration under the limits that the other groups give, as JSON types."""
+    return [
+        {
+            "threshold": tau,
+            "group": name,
+            "samples": len(losses),
+            "violations": float((losses > tau).double().mean()),
+            "saved": 1 - float(shares[exits - 1].mean()),
+        }
+        for name, (exits, losses) in calibration.left_out(tau).items()
+    ]

@@ -1,10 +1,7 @@
 """What routing would do at any threshold, from one measurement of all exits on the same samples.
 
-Everything here is arithmetic on recorded numbers: nothing is generated again. Paper sections 3.2 (policy),
-3.4 (computational saving metric) and figures 3, 4, 6 and 7.
+Paper sections 3.2 (policy), 3.4 (computational saving metric) and figures 3, 4, 6 and 7.
 """
-
-from __future__ import annotations
 
 import json
 import math
@@ -17,8 +14,6 @@ import numpy.typing as npt
 
 from retroexit.errors import CheckpointError, OptionError
 
-__all__ = ["Evaluation", "OperatingPoint", "highlighted", "plain_json", "thresholds_for"]
-
 Array = npt.NDArray[np.float64]
 
 
@@ -26,8 +21,7 @@ Array = npt.NDArray[np.float64]
 class OperatingPoint:
     """Cost and loss of one way of choosing exits on the samples of an evaluation.
 
-    MACs (multiply-accumulates per sample) include predictor and retrieval for a routed point, retrieval alone
-    for a fixed exit.
+    MACs per sample include predictor and retrieval for a routed point, retrieval alone for a fixed exit.
     """
 
     threshold: float | None  # accepted loss; None for a fixed exit
@@ -56,11 +50,12 @@ class Evaluation:
         loss: Loss of each branch exit to the backbone's image, shape ``(S, K)``.
         predicted: The predictor's estimate of ``loss``, shape ``(S, K)``, or ``None`` without a predictor.
         macs: MACs of each whole route for one sample, shape ``(K + 1,)``, last = backbone.
-        overhead: MACs a routed call pays on top when it leaves there, shape ``(K + 1,)``: the predictor
-            everywhere, retrieval at branch exits. So ``overhead[-1]`` is the predictor alone.
+        overhead: MACs of predictor and, at branch exits, retrieval, that a routed call pays on top, ``(K +
+            1,)``.
         metric: What the loss is, see ``QualityMetric.describe``.
         exits: One row per exit: index, attach_at, depth, macs, share, parameters.
         distance: Mean distance of each sample to its guide, shape ``(S,)``, or ``None``.
+        ood: 1 for samples that are out of distribution and go to the backbone, else 0, shape ``(S,)``, or ``None``.
         seconds: Median wall-clock seconds of each route, shape ``(K + 1,)``, or ``None``.
         about: Other facts: generator, data, seed, machine, versions.
 
@@ -77,35 +72,30 @@ class Evaluation:
     distance: Array | None = None
     seconds: Array | None = None
     about: dict[str, Any] = field(default_factory=dict)
+    ood: Array | None = None
 
     def __post_init__(self) -> None:
         loss = np.asarray(self.loss, dtype=np.float64)
         if loss.ndim != 2 or 0 in loss.shape:
             raise OptionError(f"loss must have shape (samples, branch exits), got {loss.shape}", loss)
         samples, exits = loss.shape
-        shapes = {"loss": loss.shape, "predicted": loss.shape, "distance": (samples,)}
+        shapes = {"loss": loss.shape, "predicted": loss.shape, "distance": (samples,), "ood": (samples,)}
         shapes |= dict.fromkeys(("macs", "overhead", "seconds"), (exits + 1,))
         for name, shape in shapes.items():
             value = getattr(self, name)
-            if value is None and name in ("predicted", "distance", "seconds"):
+            if value is None and name in ("predicted", "distance", "seconds", "ood"):
                 continue
             value = np.asarray(value, dtype=np.float64)
             if value.shape != shape:
                 raise OptionError(f"{name} must have shape {shape} like loss, got {value.shape}", value)
             if count := int((~np.isfinite(value)).sum()):
-                raise OptionError(
-                    f"{name} must be finite, got NaN or infinity in {count} of {value.size}", value
-                )
+                raise OptionError(f"{name} must be finite, got NaN or infinity {count} times", value)
             object.__setattr__(self, name, value)
         if self.macs[-1] <= 0:
             raise OptionError(f"the backbone's MACs must be > 0, got {self.macs[-1]}", self.macs)
 
     def at_threshold(self, tau: float) -> OperatingPoint:
-        """Take the cheapest exit whose *predicted* loss is at most ``tau``, else the backbone.
-
-        Raises:
-            OptionError: If the evaluation holds no predictions, or ``tau`` is not finite.
-        """
+        """Take the cheapest exit whose *predicted* loss is at most ``tau``, else the backbone."""
         return self._point(self._cheapest(self.need_predicted(), tau), tau)
 
     def oracle(self, tau: float) -> OperatingPoint:
@@ -128,13 +118,9 @@ class Evaluation:
         return [self.at_threshold(tau) for tau in taus]
 
     def at_mean(self, target: float) -> OperatingPoint:
-        """Find the threshold whose *mean* loss is the largest that is at most ``target``.
+        """Find the cheapest threshold with the largest *mean* loss that is at most ``target``, ``>= 0``.
 
-        Sending everything to the backbone has mean 0, so there always is one. Among equal means the largest
-        threshold wins, which is the cheapest.
-
-        Raises:
-            OptionError: If the evaluation holds no predictions, or ``target`` is negative or not finite.
+        There always is one: sending everything to the backbone has mean 0.
         """
         if not 0 <= target < np.inf:
             raise OptionError(f"target must be finite and >= 0, got {target}", target)
@@ -162,25 +148,16 @@ class Evaluation:
     def gain_factor(self, points: Sequence[OperatingPoint]) -> dict[str, float]:
         """Fit the gain factor of section 3.4: computations saved per loss accepted.
 
-        The slope of a least-squares line through points at two or more thresholds (the paper's number) or mean
-        losses. Leave out points where every sample leaves at one exit: they flatten the slope.
-
-        Returns:
-            ``gmacs_per_threshold`` and ``gmacs_per_mean_loss``: saved GMACs per unit of loss;
-            ``percent_per_hundredth_threshold`` and ``percent_per_hundredth_mean_loss``: saved share of the
-            backbone in percent per 0.01 of loss, comparable between backbones.
-
-        Raises:
-            OptionError: If the points hold fewer than two thresholds or mean losses.
+        The slope of a least-squares line through points at two or more thresholds (the paper's number) or
+        mean losses. Leave out points where every sample leaves at one exit: they flatten the slope. Returns
+        saved GMACs per unit of loss, and saved percent of the backbone per 0.01 of loss.
         """
         saved = np.array([point.saved for point in points])
         factors: dict[str, float] = {}
         for name in ("threshold", "mean_loss"):
             x = np.array([getattr(point, name) for point in points], dtype=np.float64)
             if len(x) < 2 or not np.ptp(x) > 0:
-                raise OptionError(
-                    f"points must have two different values of {name}, got {x.tolist()}", points
-                )
+                raise OptionError(f"points need two different values of {name}, got {x.tolist()}", points)
             centred = x - x.mean()
             slope = float(centred @ saved / (centred @ centred))
             factors[f"gmacs_per_{name}"] = slope * float(self.macs[-1]) / 1e9
@@ -190,9 +167,8 @@ class Evaluation:
     def predictor_error(self) -> dict[str, list[float | None]]:
         """Compare predicted and true losses, exit by exit.
 
-        Returns:
-            Three lists of length ``K``: ``mean_absolute``, ``mean_relative`` (the paper's 5 %; samples
-            without loss are left out) and ``spearman``, the correlation of ranks. ``None`` where undefined.
+        Returns lists of length ``K``: ``mean_absolute``, ``mean_relative`` (the paper's 5 %; samples without
+        loss are left out) and ``spearman``, the correlation of ranks. ``None`` where undefined.
         """
         from scipy import stats
 
@@ -224,9 +200,7 @@ class Evaluation:
     def need_predicted(self) -> Array:
         """Return the predicted losses, or raise `OptionError` if there are none."""
         if self.predicted is None:
-            raise OptionError(
-                "the evaluation has no predicted losses. Fit a predictor, or use oracle or fixed."
-            )
+            raise OptionError("there are no predicted losses. Fit a predictor, or use oracle or fixed.")
         return self.predicted
 
     def _cost_order(self) -> npt.NDArray[np.int64]:
@@ -269,10 +243,7 @@ def plain_json(value: object) -> object:
 
 
 def thresholds_for(evaluation: Evaluation) -> list[float]:
-    """Choose about ten round thresholds that span the losses of the branch exits.
-
-    LPIPS evaluations always get the paper's 0.1 as well.
-    """
+    """Choose about ten round thresholds that span the branch exits' losses; for LPIPS the paper's 0.1 as well."""
     low = max(0.0, float(np.percentile(evaluation.loss.min(axis=1), 1)))
     high = float(np.percentile(evaluation.loss.max(axis=1), 95))
     least = max((high - low) / 12, high / 100, 1e-6)

@@ -1,7 +1,4 @@
-"""Guidance by retrieval (paper, section 3.3): patches, their thinning, and the bank that holds them.
-
-Imports `retroexit.branch`, `retroexit.split`, `retroexit.retrieval` and what lies below them.
-"""
+"""Guidance by retrieval (paper, section 3.3). May import `retroexit.branch` and what lies below it."""
 
 from retroexit.guidance.bank import GuidanceBank, cut, glue
 from retroexit.guidance.building import build_bank, with_slopes

@@ -1,7 +1,4 @@
-"""The guiding database: patches of early features as keys, of middle ones as values (paper, section 3.3).
-
-The values of the keys that are nearest to a feature are glued into the guide of a branch.
-"""
+"""The guiding database: patches of early features as keys, of middle ones as values (paper, section 3.3)."""
 
 from __future__ import annotations
 
@@ -17,8 +14,6 @@ from torch import Tensor
 from retroexit.core.files import MANIFEST, check_file, read_array, read_manifest, staged, write_manifest
 from retroexit.errors import BankError, CheckpointError, OptionError
 from retroexit.retrieval import BACKENDS, Retriever, SearchResult
-
-__all__ = ["GuidanceBank", "cut", "glue"]
 
 _CHECKED = 1024  # rows per step of a check
 _KIND, _SCHEMA = "guidance bank", 1
@@ -37,14 +32,13 @@ _ORIGIN = {
 class GuidanceBank:
     """Key-value store of patches. It has no trained parameters, and no gradient passes through it.
 
-    Maps may have one, two or three spatial dimensions. A key that describes a whole input, such as head pose
-    and expression (paper, section 4.2), is a map of one location, ``(N, D, 1, 1)``; its value is the whole
-    value map.
+    Maps have one to three spatial dimensions. A key of a whole input (paper, section 4.2) is a map of one
+    location, ``(N, D, 1, 1)``; its value is the whole value map.
 
     Args:
         retriever: Index over the n keys.
-        values: Patches of values, channels last, float16 ``(n, ph, pw, C)``; an array or a memory map. In a
-            bank of order 1 (`with_slopes`) every number is followed by its slopes, ``C = Cv * (1 + D)``.
+        values: Patches of values, float16 ``(n, ph, pw, C)``, an array or a memory map. In a bank of order 1
+            (`with_slopes`) every number is followed by its slopes, ``C = Cv * (1 + D)``.
         source: Index of the input that each key comes from, int64 ``(n,)``.
         meta: Facts about the bank, plain data. ``patch``, the size of a key's patch, is required.
 
@@ -100,11 +94,7 @@ class GuidanceBank:
         return self.values.shape[-1] // (1 + self.order * self.retriever.width)
 
     def check_origin(self, **expected: Any) -> None:
-        """Compare the bank with the generator that it guides; facts that ``meta`` does not hold are skipped.
-
-        Raises:
-            BankError: If a fact differs; the first one is named.
-        """
+        """Raise `BankError` for the first fact that differs from the generator's; facts not in ``meta`` are skipped."""
         facts = {
             **self.meta,
             "patch": self.patch,
@@ -132,16 +122,15 @@ class GuidanceBank:
 
         Args:
             feature: Shape ``(N, C, H, W)`` with the channels of the key features; ``H`` and ``W`` may differ.
-            exclude: Input index of each sample, int64 ``(N,)``, whose own keys are skipped, so that training
-                inputs get foreign guides like new inputs; -1 excludes nothing. If the bank holds no other
-                key, the nearest is returned.
+            exclude: Index of an input per sample, int64 ``(N,)``, whose keys are skipped, so that training
+                inputs get foreign guides like new inputs; -1 for none. If all keys are excluded, the nearest
+                is returned.
 
         Returns:
             Rows of the bank and squared distances, both ``(N, h, w)``, on the CPU.
 
         Raises:
-            OptionError: If patches do not divide the map.
-            RetrieverError: If the feature has other channels than the keys, or is not finite.
+            OptionError, RetrieverError: If patches do not divide the map, or it does not fit the keys.
             BankError: If ``exclude`` is not one index per sample.
         """
         cells = cut(feature, self.patch)
@@ -150,9 +139,7 @@ class GuidanceBank:
         ids, distances = nearest.ids[:, 0], nearest.distances[:, 0]
         if exclude is not None:
             if exclude.shape != feature.shape[:1]:
-                raise BankError(
-                    f"exclude must have shape ({len(feature)},), got {tuple(exclude.shape)}", exclude
-                )
+                raise BankError(f"exclude must be ({len(feature)},), got {tuple(exclude.shape)}", exclude)
             excluded = exclude.to("cpu", torch.int64).repeat_interleave(math.prod(cells.shape[1:-1]))
             self._avoid(queries, excluded, ids, distances)
         return SearchResult(ids.view(cells.shape[:-1]), distances.view(cells.shape[:-1]))
@@ -179,15 +166,12 @@ class GuidanceBank:
     def glue(
         self, ids: Tensor, *, feature: Tensor | None = None, dtype: torch.dtype = torch.float32
     ) -> Tensor:
-        """Glue the values of these keys into a map.
+        """Glue the values of keys into a guide, ``(N, Cv, h * ph, w * pw)`` on the CPU, in channels-last layout.
 
         Args:
             ids: Rows of the bank, ``(N, h, w)``.
             feature: The searched feature, ``(N, C, H, W)``; required by a bank of order 1.
             dtype: Of the guide.
-
-        Returns:
-            Guide, ``(N, Cv, h * ph, w * pw)`` on the CPU, channels-last layout.
 
         Raises:
             BankError: If an id is not a row of the bank, or a bank of order 1 gets no feature.
@@ -218,11 +202,7 @@ class GuidanceBank:
 
     @torch.no_grad()
     def check(self) -> int:
-        """Check that every value is finite; return the number of keys whose own row is found for them.
-
-        Raises:
-            BankError: If a value is not finite.
-        """
+        """Count the keys whose own row is found for them; raise `BankError` if a value is not finite."""
         correct = 0
         for start in range(0, len(self), _CHECKED):
             if not np.isfinite(self.values[start : start + _CHECKED]).all():
@@ -298,11 +278,7 @@ class GuidanceBank:
 
 
 def cut(feature: Tensor, patch: tuple[int, ...] = (1, 1)) -> Tensor:
-    """Cut a map ``(N, C, H, W)`` into patches ``(N, H / ph, W / pw, C * ph * pw)``, channel by channel.
-
-    Raises:
-        OptionError: If ``patch`` has another number of dimensions than the map, or does not divide it.
-    """
+    """Cut a map ``(N, C, H, W)`` into patches ``(N, H / ph, W / pw, C * ph * pw)``, channel by channel."""
     size, patch = tuple(feature.shape[2:]), tuple(patch)
     if feature.ndim < 3 or len(patch) != len(size) or min(patch) < 1:
         raise OptionError(
@@ -323,11 +299,7 @@ def cut(feature: Tensor, patch: tuple[int, ...] = (1, 1)) -> Tensor:
 
 
 def glue(values: Tensor) -> Tensor:
-    """Glue patches ``(N, h, w, ph, pw, C)`` into a channels-last map ``(N, C, h * ph, w * pw)``.
-
-    Raises:
-        OptionError: If the number of dimensions is not that of a grid of patches.
-    """
+    """Glue patches ``(N, h, w, ph, pw, C)`` into a channels-last map ``(N, C, h * ph, w * pw)``."""
     if values.ndim < 4 or values.ndim % 2:
         raise OptionError(f"patches must have shape (N, *grid, *patch, C), got {tuple(values.shape)}", values)
     map_, places = _places(values.shape, values.dtype, values.device)
@@ -359,11 +331,7 @@ def _places(sizes: Sequence[int], dtype: torch.dtype, device: torch.device | str
 
 
 def _follow(values: np.ndarray, ids: np.ndarray, offsets: Tensor) -> Tensor:
-    """Evaluate the linear maps of a bank of order 1, ``v + S (q - k)``.
-
-    ``ids`` ``(N, h, w)`` are the nearest keys, ``offsets`` ``(N, h, w, D)`` the queries minus these keys.
-    Returns patches ``(N, h, w, ph, pw, C)``, float32.
-    """
+    """Evaluate ``v + S (q - k)`` for keys ``(N, h, w)``, offsets ``(N, h, w, D)``: ``(N, h, w, ph, pw, C)``."""
     width = offsets.shape[-1]
     rows = torch.cat([offsets.new_ones(*ids.shape, 1), offsets], -1).flatten(0, -2)
     place = (*values.shape[1:-1], values.shape[-1] // (1 + width))

@@ -1,11 +1,8 @@
 """Build a bank: hold keys of a stream in bounded memory, thin them, compute the values of those chosen.
 
-`with_slopes` goes beyond the paper, whose guide holds the value of the nearest key (section 3.3) and jumps
-between two keys. With slopes it is ``v + S (q - k)``: the linear map that fits the patches around the key k
-best. A few hundred such pairs describe an image better than 100,000 plain ones.
+`with_slopes` goes beyond the paper, whose guide jumps from one key's value to another's (section 3.3). With
+slopes it is ``v + S (q - k)``, and a few hundred pairs describe an image better than 100,000 plain ones.
 """
-
-from __future__ import annotations
 
 import json
 import math
@@ -27,8 +24,6 @@ from retroexit.guidance.sampling import thin as choose
 from retroexit.retrieval import Retriever
 from retroexit.retrieval.base import as_matrix
 
-__all__ = ["Candidates", "build_bank", "with_slopes"]
-
 _KIND, _SCHEMA = "stream of keys", 3
 _FILES = ("keys.npy", "tags.npy")
 _MORE = 4  # survivors of one piece per key of the bank
@@ -43,24 +38,13 @@ _LARGEST = 2 * 2**30  # bytes of the sums that are held while fitting
 class Candidates:
     """Keys of a stream, in bounded memory, independent of how the stream is batched.
 
-    All keys are held while they fit. Then, with ``"fps"``, the newest keys are thinned by farthest points to
-    a few; when such survivors fill half of the memory, they are thinned in turn. No outlier is lost: `reach`,
-    the sum of the radii, bounds the distance of every key ever seen. With other ways of thinning, a uniform
-    sample of the stream is held (a reservoir).
+    All keys are held while they fit. Then, with ``"fps"``, the newest keys are thinned to a few; when these
+    fill half of the memory, they are thinned in turn. `reach`, the sum of the radii, bounds the distance of
+    every key ever seen. With other ways of thinning, a uniform sample of the stream is held (a reservoir).
 
-    Args:
-        most: Keys held at most; with ``"fps"`` at least twice ``size``.
-        size: Keys of the bank.
-        thin: How they will be thinned.
-        seed: Of all random choices.
-        folder: Where `store` writes; a stream found there is resumed.
-        identity: What the keys belong to, plain data; a folder with another identity is refused.
-
-    Attributes:
-        seen: Number of keys added so far.
-        shape: Shape of the features that the keys were cut from, ``(C, H, W)``; empty before the first.
-        grid: The grid of patches of each feature, ``(h, w)``.
-        held: Number of keys held.
+    A stream that `store` wrote to ``folder`` is resumed, if ``identity``, what the keys belong to, is the
+    same. ``seen`` keys were added so far, ``held`` are held; ``shape`` is that of the features that they were
+    cut from, ``grid`` that of the patches of each.
     """
 
     def __init__(
@@ -204,8 +188,8 @@ def build_bank(
 
     Args:
         features: Batches of key features ``(N, C, H, W)`` with the index of each input ``(N,)``; read once.
-        values_of: Returns the value features ``(len, Cv, Hv, Wv)`` of a few inputs that own a chosen key. The
-            value map must be a whole multiple of the grid of key patches.
+        values_of: Returns the value features ``(len, Cv, Hv, Wv)`` of some inputs; ``Hv`` and ``Wv`` must be
+            multiples of the grid of key patches.
         patch: Size of a key's patch, ``(ph, pw)``.
         size: Number of keys in the bank, at most.
         thin: ``"fps"`` (the paper), ``"kmeans"``, ``"random"`` or ``"none"``; see `sampling.thin`.
@@ -213,15 +197,13 @@ def build_bank(
         eps: Farthest point sampling stops when no candidate is farther than this from the chosen keys.
         seed: Of all random choices.
         max_candidates: Keys held in memory before thinning; see `Candidates`.
-        candidates: Holds the keys instead of ``max_candidates``; a resumed stream goes on where it stopped.
-        meta: Facts to record, such as ``fingerprint`` of the backbone, ``key_tap`` and ``value_tap``; plain
-            data.
+        candidates: Holds the keys instead of ``max_candidates``; a resumed stream continues where it stopped.
+        meta: Facts to record, plain data.
         progress: Show progress bars on a terminal.
 
     Raises:
         BankError: If there are no features, batches differ in shape, or values do not fit the keys.
-        RetrieverError: If a feature is not finite.
-        OptionError: If an option is out of range.
+        RetrieverError, OptionError: If a feature is not finite, or an option is out of range.
     """
     if candidates is None:
         candidates = Candidates(max_candidates, size=size, thin=thin, seed=seed)
@@ -234,21 +216,10 @@ def build_bank(
     source, cells = candidates.tags[rows].T
     values = _compute_values(values_of, source, cells, candidates.grid, progress)
     retriever.build(keys)
-    facts = {
-        **(meta or {}),
-        "patch": list(patch),
-        "thinning": {
-            "how": thin,
-            "size": size,
-            "eps": eps,
-            "seed": seed,
-            "seen": candidates.seen,
-            "candidates": candidates.held,
-            "radius": radius,  # of the candidates, as is the mean
-            "mean": mean,
-            "within": within if math.isfinite(within) else None,  # of all keys seen
-        },
-    }
+    thinning: dict[str, Any] = {"how": thin, "size": size, "eps": eps, "seed": seed, "seen": candidates.seen}
+    thinning |= {"candidates": candidates.held, "radius": radius, "mean": mean}  # both of the candidates
+    thinning["within"] = within if math.isfinite(within) else None  # of all keys seen
+    facts = {**(meta or {}), "patch": list(patch), "thinning": thinning}
     return GuidanceBank(retriever=retriever, values=values, source=source, meta=facts)
 
 
@@ -341,10 +312,6 @@ def with_slopes(bank: GuidanceBank, maps: Iterable[tuple[Tensor, Tensor]], patch
 
     Returns:
         A bank of order 1 with the same keys; its values hold v and S.
-
-    Raises:
-        OptionError: If the linear maps of so many keys would not fit into memory.
-        BankError: If the bank has slopes already, features do not fit, or a slope is not finite in float16.
     """
     if bank.order:
         raise BankError("the bank has slopes already. Pass a bank of plain values.", bank)

@@ -22,35 +22,33 @@ from retroexit.stages.decoder import Cut, Decoder
 from retroexit.stages.stage import Stage
 from retroexit.tracing.record import unobserved
 
-__all__ = ["Guidance", "GuideProvider", "Taps", "find_key_cut", "find_taps", "key_name", "tap_paths"]
-
 _IMAGE = "image"
+
+KeyFunction = Callable[..., Tensor]
+"""Returns the key of every input, ``(N, D)``, from the generator's arguments."""
 
 
 @dataclass(frozen=True)
 class Guidance:
     """Settings of guidance by retrieval (paper section 3.3).
 
-    There are two kinds of bank: of *patches*, with keys cut from a feature of the backbone (section 4.1), and
-    of *frames*, with one key per input from a function (section 4.2). Settings left open are taken from
-    the adapter's description, then from the defaults below.
+    A bank holds *patches*, with keys cut from a feature of the backbone (section 4.1), or *frames*, with one
+    key per input from a function (section 4.2). Settings left open are taken from the adapter, then from the
+    defaults.
 
     Attributes:
-        value_after: Stage whose output the values are cut from, by number or path, or ``"image"`` for the
-            backbone's image. Default: the backbone's middle stage for patches; the image for frames and with
-            order 1.
-        key_after: Stage whose output the keys are cut from, by number or path; at or before the first attach
-            point. Default: the first attach point.
-        key: Function that makes a bank of frames: called with the generator's own arguments, it returns the
-            key of every input, ``(N, D)``. ``False`` for patches even if the adapter has a key function. It
-            is not saved with a model: pass it to `retroexit.load` again.
+        value_after: Stage whose output the values are cut from, by number or path, or ``"image"``. Default:
+            the middle stage for patches; the image for frames and with order 1.
+        key_after: Stage whose output the keys are cut from, by number or path. Default: the first attach
+            point, which it must not follow.
+        key: Function that makes a bank of frames: called with the generator's arguments, it returns the keys
+            ``(N, D)``. ``False`` for patches whatever the adapter says. Not saved: pass it to
+            `retroexit.load` again.
         patch: Height and width of a key's patch; not for frames. The paper's OASIS bank uses ``(1, 1)``.
-        inject: ``"input"`` passes the guide to each branch's input (section 4.1), ``"every_stage"`` to each
-            branch module (section 4.2). Default: the former for patches, the latter for frames and with order
-            1.
-        order: 0 for the paper's guide, the value of the nearest key; 1 for a guide that follows the query
-            between keys by a linear map fitted around each of them (`with_slopes`). Use it for values of few
-            numbers, such as the image.
+        inject: Pass the guide to each branch's ``"input"`` (section 4.1) or to ``"every_stage"`` of it
+            (section 4.2). Default: the former for patches, the latter for frames and with order 1.
+        order: 0 for the value of the nearest key as in the paper; 1 to follow the query between keys by a
+            linear map (`with_slopes`), for values of few numbers, such as the image.
         size: Number of pairs after thinning.
         thin: ``"fps"`` (farthest points, section 4.1), ``"kmeans"``, ``"random"`` or ``"none"``.
         retriever: Name of the search back-end.
@@ -61,7 +59,7 @@ class Guidance:
 
     value_after: int | str | None = None
     key_after: int | str | None = None
-    key: Callable[..., Tensor] | Literal[False] | None = None
+    key: KeyFunction | Literal[False] | None = None
     patch: tuple[int, ...] = (1, 1)
     inject: Literal["input", "every_stage"] | None = None
     order: Literal[0, 1] = 0
@@ -77,9 +75,7 @@ class Guidance:
         if self.size < 1:
             raise OptionError(f"size must be >= 1, got {self.size}", self.size)
         if self.key not in (None, False) and not callable(self.key):
-            message = (
-                f"key must be a function of the generator's arguments returning (N, D), got {self.key!r}"
-            )
+            message = f"key must be a function of the generator's arguments to (N, D), got {self.key!r}"
             raise OptionError(message, self.key)
         if self.key and self._names_patches:
             other = f"patch={self.patch}" if self.key_after is None else f"key_after={self.key_after!r}"
@@ -95,14 +91,11 @@ class Guidance:
 
     def completed(
         self,
-        key: Callable[..., Tensor] | None = None,
+        key: KeyFunction | None = None,
         key_after: int | str | None = None,
         value_after: int | str | None = None,
     ) -> Guidance:
-        """Fill in what is left open: from an adapter's description, then by default.
-
-        The adapter's key function is used unless ``key=False``, ``key_after`` or ``patch`` ask for patches.
-        """
+        """Fill in what is left open: from an adapter's key function and stages, then by default."""
         function = None if self.key is False or self._names_patches else self.key or key
         in_image = function is not None or self.order == 1
         stage = self.value_after
@@ -119,25 +112,15 @@ class Guidance:
 
 @dataclass(frozen=True)
 class Taps:
-    """Keys and values of one wrapped generator.
+    """Keys and values of one wrapped generator."""
 
-    Attributes:
-        value_cut: Cut after the map that values are cut from.
-        gives_image: Whether that map is the backbone's image.
-        key_node: Node of the feature that keys are cut from, if no function returns them.
-        key: Returns one key per input, if the bank holds frames.
-        key_shape: Shape ``(D, ...)`` of the map that keys are cut from, for one sample.
-        patch: Size of a key's patch.
-        guide: Shape of the guide, for the branches.
-    """
-
-    value_cut: Cut
-    gives_image: bool
-    key_node: fx.Node
-    key: Callable[..., Tensor] | None
-    key_shape: tuple[int, ...]
-    patch: tuple[int, ...]
-    guide: GuideShape
+    value_cut: Cut  # cut after the map that values are cut from
+    gives_image: bool  # whether that map is the backbone's image
+    key_node: fx.Node  # node of the feature that keys are cut from, if no function returns them
+    key: KeyFunction | None  # returns one key per input, if the bank holds frames
+    key_shape: tuple[int, ...]  # shape (D, ...) of the map that keys are cut from, for one sample
+    patch: tuple[int, ...]  # size of a key's patch
+    guide: GuideShape  # shape of the guide, for the branches
 
     @property
     def key_tap(self) -> str:
@@ -173,7 +156,7 @@ class Taps:
         }
 
 
-def key_name(key: Callable[..., Tensor]) -> str:
+def key_name(key: KeyFunction) -> str:
     """Name a key function as a saved model records it: module and qualified name."""
     named: Any = key
     while hasattr(named, "func"):  # functools.partial
@@ -185,7 +168,7 @@ def key_name(key: Callable[..., Tensor]) -> str:
 
 @torch.no_grad()
 def _keys_of(
-    key: Callable[..., Tensor], args: Any, kwargs: Any, count: int, dims: int, width: int | None = None
+    key: KeyFunction, args: Any, kwargs: Any, count: int, dims: int, width: int | None = None
 ) -> Tensor:
     """Call a key function for N = ``count`` inputs; return a map of one location, ``(N, D, 1, 1)``."""
     expected = f"({count}, {'D' if width is None else width})"
@@ -212,11 +195,7 @@ def tap_paths(guidance: Guidance | None) -> list[str]:
 
 
 def find_key_cut(decoder: Decoder, guidance: Guidance | None, first: tuple[Stage, Cut]) -> Cut | None:
-    """Cut after the stage that keys come from; ``None`` if that is the first attach point.
-
-    Raises:
-        AttachPointError, OptionError: If there is no such stage, or it lies behind the first attach point.
-    """
+    """Cut after the stage that keys come from; ``None`` if that is the first attach point."""
     place = None if guidance is None else guidance.key_after
     if place is None:
         return None
@@ -237,13 +216,7 @@ def find_key_cut(decoder: Decoder, guidance: Guidance | None, first: tuple[Stage
 
 
 def find_taps(split: SplitGenerator, guidance: Guidance) -> Taps:
-    """Determine the keys and values of a split generator.
-
-    Raises:
-        AttachPointError, OptionError: If there is no such stage for values.
-        BankError: If keys and values do not divide into the same patches, a key function does not return
-            valid keys, or the keys' feature is the same for all inputs.
-    """
+    """Determine the keys and values of a split generator."""
     value_cut = _find_value_cut(split.decoder, guidance)
     shape = value_cut.feature.meta["shape"]
     key = guidance.key if callable(guidance.key) else None
@@ -280,9 +253,7 @@ def _find_value_cut(decoder: Decoder, guidance: Guidance) -> Cut:
     count = len(decoder.stages)
     index = (count + 1) // 2 if place is None else place
     if not 1 <= index < count:
-        raise OptionError(
-            f"value_after must be 'image' or a stage before the last of {count}, got {index}", index
-        )
+        raise OptionError(f"value_after must be 'image' or a stage before stage {count}, got {index}", index)
     return decoder.cut(decoder.stages[index - 1])
 
 
@@ -304,11 +275,7 @@ class GuideProvider:
 
     @property
     def bank(self) -> GuidanceBank | None:
-        """The guidance bank; compared with the generator as soon as that is recorded.
-
-        Raises:
-            BankError: On setting a bank that does not fit the generator, its taps or its patches.
-        """
+        """The guidance bank; compared with the generator as soon as that is recorded, else `BankError`."""
         return self._bank
 
     @bank.setter
@@ -318,11 +285,7 @@ class GuideProvider:
         self._bank = bank
 
     def attach(self, generator: nn.Module, taps: Taps | None) -> None:
-        """Take the taps of a recorded generator.
-
-        Raises:
-            BankError: If the bank does not fit them; then nothing changes.
-        """
+        """Take the taps of a recorded generator; changes nothing if the bank does not fit them (`BankError`)."""
         before = (self._generator, self.taps)
         self._generator, self.taps = generator, taps
         try:
@@ -332,11 +295,7 @@ class GuideProvider:
             raise
 
     def check(self, bank: GuidanceBank | None) -> None:
-        """Refuse a bank of another backbone, other taps or other patches, and one that no branch uses.
-
-        Raises:
-            BankError: If the bank does not fit.
-        """
+        """Raise `BankError` for a bank of another backbone, taps or patches, and for one that no branch uses."""
         if bank is None:
             return
         if self.taps is None:
@@ -351,28 +310,16 @@ class GuideProvider:
         bank.check_origin(fingerprint=weights, **self.taps.origin())
 
     def retrieve(self, begun: Begun, rows: Tensor | None = None) -> SearchResult:
-        """Search the bank for the nearest keys of a batch, or of some rows of it.
-
-        Raises:
-            BankError: If there is no bank yet.
-        """
+        """Search the bank for the nearest keys of a batch, or of some rows of it."""
         return self._required_bank().search(self._query(begun, rows))
 
     def guide(
         self, begun: Begun, rows: Tensor | None = None, retrieved: SearchResult | None = None
     ) -> Tensor | None:
-        """Glue the guides of a batch, or of some rows of it; ``None`` where branches take none.
+        """Glue guides ``(R, C, ...)`` of a batch, or of some rows of it; ``None`` where branches take none.
 
-        Args:
-            begun: The batch at the first cut.
-            rows: Rows of the batch, int64 ``(R,)``; ``None`` for all.
-            retrieved: The result of `retrieve` for the whole batch, if there is one.
-
-        Returns:
-            Guides, ``(R, C, ...)``.
-
-        Raises:
-            BankError: If there is no bank yet.
+        ``retrieved`` is the result of `retrieve` for the whole batch, if there is one. No bank is a
+        `BankError`.
         """
         if self.taps is None or (rows is not None and not len(rows)):
             return None

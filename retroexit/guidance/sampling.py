@@ -1,11 +1,8 @@
 """Thinning: which of many candidate keys a bank holds.
 
-The paper thins its keys by farthest point sampling to "decrease the redundancy" (section 4.1). That gives the
-smallest radius, so that the worst query is served best. The keys nearest to the centres of k-means clusters,
-and even random keys, give a smaller mean distance. `coverage` measures both.
+The paper uses farthest point sampling (section 4.1), which gives the smallest radius: the worst query is
+served best. Keys nearest to centres of k-means clusters, even random keys, give a smaller mean distance.
 """
-
-from __future__ import annotations
 
 import math
 from typing import Literal
@@ -18,8 +15,6 @@ from retroexit.errors import BankError, OptionError
 from retroexit.retrieval.base import as_matrix, first_of_each, nearest, pair_distances, squared_norms
 from retroexit.retrieval.faiss import cluster_centres
 
-__all__ = ["Thinning", "coverage", "farthest_points", "thin"]
-
 Thinning = Literal["fps", "kmeans", "random", "none"]
 """Ways of thinning: farthest points, keys nearest to centres, a uniform sample, or every distinct key."""
 
@@ -30,7 +25,7 @@ _NUMBERS = 1 << 21  # converted to float64 at a time: 8192 keys of 256, 2048 of 
 def thin(
     keys: Tensor | np.ndarray, size: int, how: Thinning = "fps", *, eps: float = 0.0, seed: int = 0
 ) -> Tensor:
-    """Choose at most ``size`` distinct keys.
+    """Choose at most ``size`` distinct keys; returns row numbers, int64 ``(m,)``.
 
     Args:
         keys: Candidates, ``(n, D)``.
@@ -39,9 +34,6 @@ def thin(
             ``"random"`` or ``"none"`` (every distinct key).
         eps: See `farthest_points`.
         seed: Of all random choices.
-
-    Returns:
-        Row numbers, int64 ``(m,)``.
 
     Raises:
         OptionError, BankError, RetrieverError: If an option is out of range, or there are no finite keys.
@@ -80,19 +72,13 @@ def farthest_points(
 ) -> tuple[np.ndarray, float]:
     """Choose keys greedily, each the farthest from all chosen before (the paper's reference [19]).
 
-    The result is that of the plain greedy loop, with fewer passes over the keys: the farthest few hundred
-    keys form a pool, the loop runs inside it as long as its farthest key beats every key outside, and only
-    then all distances are updated by one matrix product.
-
-    Args:
-        keys: Candidates, ``(n, D)``.
-        size: Number of keys to choose, ``>= 1``.
-        eps: Stop when no key is farther than this from the chosen ones, ``>= 0``.
-        seed: Of the first key.
+    The result is that of the plain greedy loop, with fewer passes: the loop runs inside a pool of the
+    farthest few hundred keys as long as its farthest key beats every key outside; then all distances are
+    updated. It stops when no key is farther than ``eps`` from the chosen ones; ``seed`` chooses the first.
 
     Returns:
-        Row numbers in the order of choice, int64 ``(m,)``, no two of them equal keys; and the largest
-        distance from a key to the nearest chosen one.
+        Row numbers of distinct keys in the order of choice, int64 ``(m,)``, and the largest distance from a
+            key to the nearest chosen one.
     """
     if not eps >= 0:
         raise OptionError(f"eps must be >= 0, got {eps}", eps)
@@ -118,7 +104,6 @@ def farthest_points(
 
 
 def _rows(points: Tensor | np.ndarray) -> int:
-    """Return how many points are converted at a time."""
     return max(64, _NUMBERS // points.shape[1])
 
 

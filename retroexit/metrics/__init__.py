@@ -1,7 +1,4 @@
-"""Losses between images: LPIPS, MS-SSIM and the class that plug-ins subclass.
-
-Imports only `retroexit.core` and `retroexit.errors`; lpips and torchmetrics are loaded on first use.
-"""
+"""Losses between images: LPIPS, MS-SSIM and the class that plug-ins subclass. Imports `core` and `errors`."""
 
 from retroexit.metrics.base import QualityMetric
 from retroexit.metrics.lpips import LPIPS

@@ -1,10 +1,4 @@
-"""The class of all quality metrics.
-
-A quality metric is a loss between an exit's image and the backbone's: 0 for equal images, larger is worse.
-The paper states every threshold as LPIPS to the backbone's output (sections 3.2 and 3.4).
-"""
-
-from __future__ import annotations
+"""The class of quality metrics: losses between an exit's image and the backbone's (paper, section 3.2)."""
 
 import importlib.metadata
 from abc import ABC, abstractmethod
@@ -14,30 +8,22 @@ from torch import Tensor, nn
 
 from retroexit.errors import OptionError
 
-__all__ = ["QualityMetric", "versions_of"]
-
 
 class QualityMetric(nn.Module, ABC):
     """A loss between two batches of images; lower is better and 0 means equal.
 
-    Subclasses set ``name`` and write :meth:`compare`. A metric is never trained: its parameters are frozen
-    and it stays in eval mode inside any parent module.
-
-    Attributes:
-        name: Name under which thresholds, manifests and reports refer to the metric.
+    Subclasses set ``name``, which thresholds and files refer to, and write :meth:`compare`. Parameters are
+    frozen, and the metric stays in eval mode inside any parent module.
     """
 
     name: str
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        """Compare two batches of images, sample by sample.
+        """Compare two batches of images; returns the loss of each sample, ``(N,)``, differentiable in both.
 
         Args:
             a: Images, shape ``(N, 3, H, W)`` or ``(N, 1, H, W)``, range ``[-1, 1]``.
             b: Images of the same shape and range.
-
-        Returns:
-            Loss of each sample, shape ``(N,)``; differentiable in both arguments.
 
         Raises:
             OptionError: If shapes, dtypes or devices do not fit, or the images are too small for the metric.

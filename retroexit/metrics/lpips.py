@@ -1,7 +1,5 @@
 """LPIPS, the paper's quality metric."""
 
-from __future__ import annotations
-
 import weakref
 from pathlib import Path
 from typing import Any
@@ -14,23 +12,18 @@ from retroexit.errors import OptionError, closest
 from retroexit.metrics.base import QualityMetric, versions_of
 from retroexit.metrics.weights import empty_lpips, fill_lpips, hub_file
 
-__all__ = ["LPIPS"]
-
 # Below this many pixels on the shorter side a pooling layer of the network has no output.
 _SMALLEST_SIDE = {"alex": 31, "squeeze": 17, "vgg": 16}
 
 
 class LPIPS(QualityMetric):
-    """Learned perceptual distance, version 0.1 (Zhang et al. 2018).
-
-    The network comes from the ``lpips`` package. Its weights come from ``weights``, else from torch hub's
-    cache folder, else from a download into that folder. Wrong or missing weights are always an error.
+    """Learned perceptual distance, version 0.1 (Zhang et al. 2018), with the network of the ``lpips`` package.
 
     Args:
         net: Feature network: ``"alex"``, ``"squeeze"`` or ``"vgg"``.
-        weights: File with the network's convolutions: a torchvision state dict (``features.N.*``; the linear
-            heads then come from the ``lpips`` package), or a dict with such a ``"backbone"`` and the heads as
-            ``"lin"`` (``linK.model.1.weight``).
+        weights: A torchvision state dict (``features.N.*``), with the heads of the ``lpips`` package, or a
+            dict of such a ``"backbone"`` and the heads as ``"lin"`` (``linK.model.1.weight``). Default: torch
+            hub's cache folder, or a download into it.
 
     Raises:
         OptionError: If ``net`` is unknown.
@@ -61,10 +54,7 @@ class LPIPS(QualityMetric):
         return sum((m.mean(dim=(1, 2, 3)) for m in self.maps(a, b)), start)  # (N, 1, h, w) -> (N,)
 
     def maps(self, a: Tensor, b: Tensor) -> list[Tensor]:
-        """Return the distance at every place: one map ``(N, 1, h, w)`` per layer, finest first.
-
-        The loss is the sum of their means. Images are as in :meth:`compare`.
-        """
+        """Return one map of distances ``(N, 1, h, w)`` per layer, finest first; the loss is the sum of means."""
         smallest, (height, width) = _SMALLEST_SIDE[self.net], a.shape[-2:]
         if min(height, width) < smallest:
             raise OptionError(
@@ -95,10 +85,7 @@ class LPIPS(QualityMetric):
         return {**self.__dict__, "_cached": None}  # weak references cannot be pickled
 
     def describe(self) -> dict[str, Any]:
-        """Return name, network, weight file, hash of the weights in use and library versions.
-
-        ``sha256`` covers the numbers in use, so it does not depend on the layout of the file.
-        """
+        """Return name, network, weight file, hash of the numbers in use and library versions."""
         return {
             "name": self.name,
             "net": self.net,

@@ -1,7 +1,5 @@
 """MS-SSIM as a loss."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
@@ -12,8 +10,6 @@ from torch.nn import functional
 from retroexit.errors import MissingExtraError, OptionError
 from retroexit.metrics.base import QualityMetric, versions_of
 
-__all__ = ["MSSSIM"]
-
 _SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # Wang et al. 2003, finest scale first
 _WINDOW = 11
 
@@ -21,8 +17,7 @@ _WINDOW = 11
 class MSSSIM(QualityMetric):
     """One minus the multi-scale structural similarity (Wang et al. 2003; training loss of equation 4).
 
-    Five scales need images of 176 pixels. Smaller images get as many scales as fit, with their weights
-    renormalised. Values at different numbers of scales are not comparable.
+    Images of less than 176 pixels get as many of the five scales as fit, and are not comparable with others.
 
     Raises:
         MissingExtraError: If torchmetrics is not installed.

@@ -1,10 +1,8 @@
-"""Find the weights of LPIPS, check them, and put them into the network.
+"""Find the weights of LPIPS, check them, and put them into the network; random weights are never used.
 
-The order is: an explicit file, torch hub's cache folder, a download into that folder. Torch hub does not
-check a cached file, so the hash in torchvision's file names is checked here. Random weights are never used.
+The order is: an explicit file, torch hub's cache folder, a download. Torch hub does not check a cached file,
+so the hash in torchvision's file names is checked here.
 """
-
-from __future__ import annotations
 
 import logging
 import pickle
@@ -18,8 +16,6 @@ from torch import Tensor, nn
 
 from retroexit.core.files import sha256_of
 from retroexit.errors import MissingExtraError, WeightsError
-
-__all__ = ["empty_lpips", "fill_lpips", "fill_trunk", "hub_file"]
 
 logger = logging.getLogger(__name__)
 
@@ -38,11 +34,7 @@ def empty_lpips(net: str) -> Any:
 
 
 def fill_lpips(network: Any, net: str, path: Path) -> None:
-    """Load convolutions and linear heads into an empty lpips network.
-
-    Raises:
-        WeightsError: If the file is missing, damaged, or another network's.
-    """
+    """Load convolutions and linear heads into an empty lpips network."""
     import lpips
 
     content, owner = _read(path), f"LPIPS {net!r}"
@@ -51,21 +43,13 @@ def fill_lpips(network: Any, net: str, path: Path) -> None:
     trunk = {name: f"features.{name.partition('.')[2]}" for name in network.net.state_dict()}
     _fill(network.net, trunk, content.get("backbone", content), path, owner)
     linear = [name for name in network.state_dict() if name.startswith("lin") and not name.startswith("lins")]
-    _fill(
-        network, dict(zip(linear, linear, strict=True)), heads, path, owner
-    )  # they appear again as ``lins``
+    _fill(network, dict(zip(linear, linear, strict=True)), heads, path, owner)  # also ``lins``
 
 
 def fill_trunk(trunk: nn.Module, owner: str, path: Path) -> None:
     """Load the convolutions of a torchvision network, ``features.N.*`` in the file, into empty ones.
 
-    Args:
-        trunk: Its ``features``, or the first of them.
-        owner: Name of the network in messages.
-        path: A torchvision state dict, or a dict with one as its ``"backbone"``.
-
-    Raises:
-        WeightsError: If the file is missing, damaged, or another network's.
+    The file is a torchvision state dict, or a dict with one as its ``"backbone"``. ``owner`` is for messages.
     """
     content = _read(path)
     names = {name: f"features.{name}" for name in trunk.state_dict()}
@@ -93,15 +77,11 @@ def _fill(
 def _read(path: Path) -> dict[str, Any]:
     """Read a weight file without running any code in it."""
     if not path.is_file():
-        raise WeightsError(
-            f"no weight file at {path}. Check the path, or leave it out to use torch hub's cache.", path
-        )
+        raise WeightsError(f"no weight file at {path}. Leave it out to use torch hub's cache.", path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise WeightsError(
-            f"{path} is not a weight file that torch can read safely: {error}", path
-        ) from error
+        raise WeightsError(f"{path} is no weight file that torch can read safely: {error}", path) from error
     if not isinstance(content, dict):
         raise WeightsError(f"{path} must hold a state dict, got {type(content).__name__}", path)
     return content
@@ -122,15 +102,7 @@ def _hub_address(net: str) -> str:
 
 
 def hub_file(net: str, owner: str | None = None) -> Path:
-    """Find torchvision's weights in torch hub's cache, or download them there; check the hash.
-
-    Args:
-        net: ``"alex"``, ``"squeeze"``, ``"vgg"``, ``"vgg16"`` or ``"vgg19"``.
-        owner: What needs the weights, for messages; by default LPIPS.
-
-    Raises:
-        WeightsError: If the file is damaged, or is neither there nor can be downloaded.
-    """
+    """Find torchvision's weights for ``net`` in torch hub's cache, or download them; check the hash."""
     address = _hub_address(net)
     path = Path(torch.hub.get_dir()) / "checkpoints" / address.rpartition("/")[2]
     prefix = path.stem.rpartition("-")[2]

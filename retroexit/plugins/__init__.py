@@ -1,9 +1,4 @@
-"""Plug-ins: the hooks, the description of a generator, and the host that looks up names.
-
-Imports `retroexit.metrics`, `retroexit.retrieval` and what lies below them, and types of `retroexit.branch`.
-"""
-
-from __future__ import annotations
+"""Plug-ins: hooks, descriptions, and the host that looks up names. May import `guidance` and what lies below."""
 
 from retroexit.plugins.description import Description
 from retroexit.plugins.hookspecs import GROUP, hookimpl

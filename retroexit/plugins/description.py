@@ -1,7 +1,5 @@
 """What an adapter, or the user, states about a generator."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,8 +11,6 @@ from torch import Tensor, nn
 from retroexit.errors import OptionError
 from retroexit.plugins.training_types import Objective
 
-__all__ = ["Description"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Description:
@@ -24,24 +20,21 @@ class Description:
         name: The generator's name in tables and messages.
         stages: Dotted module paths of ``l_1..l_N`` in the order in which they run (paper 3.1); at least two.
         example_inputs: Called with the generator; returns ``(args, kwargs)`` for one forward pass.
-        image: Which part of the output is the image: a key, an attribute name or an index. ``None`` if
-            the output is the image itself.
+        image: Key, attribute or index of the image in the output; ``None`` if the output is the image.
         image_range: Smallest and largest value of the image, such as ``(-1.0, 1.0)``.
         predictor_inputs: Called with the generator's arguments; returns the tensor ``(N, C, H, W)`` that the
             predictor reads (paper 3.2). ``C`` must not vary.
-        key_after: Stage whose output the keys of a guidance bank are cut from, by number or path; the first
-            attach point by default (paper 3.3).
-        value_after: Stage whose output the values are cut from, by number or path, or ``"image"`` for the
-            backbone's image; by default the middle stage, or the image if ``key`` is set.
-        key: Called with the generator's arguments; returns the key of every input, ``(N, D)``, for a bank
-            of whole frames, such as head pose and expression (paper 4.2).
-        build_stage: Builds a thin stage of this generator, as `retroexit_build_stage` does; by default the
-            plug-ins that implement that hook are called.
+        key_after: Stage that the keys of a bank are cut from, as in `retroexit.Guidance`.
+        value_after: Stage that the values are cut from, or ``"image"``, as in `retroexit.Guidance`.
+        key: Called with the generator's arguments; returns one key per input, ``(N, D)``, for a bank of whole
+            frames (paper 4.2).
+        build_stage: Builds a thin stage of this generator, as `retroexit_build_stage` does, which is the
+            default.
         discriminator: Called with the generator; returns a new discriminator to train against the branches
-            (paper 3.1, equation 1). It takes an image ``(N, C, H, W)`` in ``image_range`` and returns scores
-            of any shape, or a list whose last item is the score, or a list of such lists.
-        adversarial: How branches and discriminator compete (equation 1): ``"hinge"``, ``"non-saturating"``
-            or a `retroexit.plugins.training_types.Objective`; ``None`` leaves it to the user.
+            (equation 1). It takes an image ``(N, C, H, W)`` in ``image_range`` and returns scores of any
+            shape, or a list whose last item is the score, or a list of such lists.
+        adversarial: How branches and discriminator compete (equation 1): ``"hinge"``, ``"non-saturating"`` or
+            a `retroexit.plugins.training_types.Objective`; ``None`` leaves it to the user.
 
     Raises:
         OptionError: If an attribute is out of range or of the wrong type.
@@ -66,7 +59,7 @@ class Description:
                 value = getattr(self, name)
                 if value is not None and not is_valid(value):
                     raise OptionError(
-                        f"{name} of {self.name or 'a description'} must be {expected}, got {value!r}", self
+                        f"{name} of {self.name or 'it'} must be {expected}, got {value!r}", self
                     )
         if self.stages is not None:
             object.__setattr__(self, "stages", tuple(self.stages))

@@ -1,10 +1,8 @@
 """The hooks that a plug-in may implement: signatures and documentation.
 
-A plug-in is a module, or an object, whose functions are marked with `hookimpl`; a distribution announces it
-under the entry-point group ``retroexit``. An implementation may leave out arguments that it does not need.
-Hook wrappers are not supported, so that every mistake can be reported with its author. A hook that only another
-version of retroexit has is marked ``hookimpl(optionalhook=True)``. Import heavy dependencies inside a hook, or
-later. Names of the library cannot be replaced. `retroexit.testing.check_adapter` tests an adapter.
+A plug-in is a module or object whose functions are marked with `hookimpl`, announced under the entry-point
+group ``retroexit``. An implementation may leave out arguments. Hook wrappers are not supported. A hook of
+another version of retroexit needs ``hookimpl(optionalhook=True)``. Names of the library cannot be replaced.
 """
 
 from __future__ import annotations
@@ -23,8 +21,6 @@ if TYPE_CHECKING:
     from retroexit.metrics import QualityMetric
     from retroexit.retrieval import Retriever
 
-__all__ = ["GROUP", "HOOKS", "RESERVED", "hookimpl"]
-
 GROUP: Final = "retroexit"
 """The entry-point group, and the project's name in pluggy."""
 
@@ -40,10 +36,7 @@ hookimpl = pluggy.HookimplMarker(GROUP)
 
 @hookspec(firstresult=True)
 def retroexit_describe(generator: nn.Module) -> Description | None:
-    """Recognise a generator and describe it; the first description is used, newest plug-in first.
-
-    Args:
-        generator: The user's trained model. It must be neither run nor changed here.
+    """Describe a generator, without running or changing it; the first description is used, newest plug-in first.
 
     Returns:
         The description, or ``None`` for a generator that this plug-in does not know.
@@ -58,13 +51,13 @@ def retroexit_build_stage(stage: nn.Module, in_channels: int, out_channels: int)
     stage receives the guide (paper sections 3.1, 4.1, 4.2).
 
     Args:
-        stage: The generator's own stage at full width. It must be neither run nor changed here.
+        stage: The generator's stage at full width. It must be neither run nor changed here.
         in_channels: Channels of the input map.
         out_channels: Channels of the output map.
 
     Returns:
         A new stage of the same kind, which takes the map first and then the same arguments as the full stage,
-        or ``None`` to have the stage narrowed by retroexit.
+            or ``None`` to have the stage narrowed by retroexit.
     """
 
 
@@ -73,19 +66,17 @@ def retroexit_retrievers() -> dict[str, type[Retriever]]:  # type: ignore[empty-
     """Offer nearest-neighbour back-ends for the guidance bank.
 
     Returns:
-        Subclasses of `retroexit.retrieval.Retriever` by the name that users pass as
-        ``Guidance(retriever=name)``; the class attribute ``name`` is the same.
+        Subclasses of `retroexit.retrieval.Retriever` by ``name``, for ``Guidance(retriever=name)``.
     """
 
 
 @hookspec
 def retroexit_metrics() -> dict[str, Callable[..., QualityMetric]]:  # type: ignore[empty-body]
-    """Offer measures of the distance between an exit's image and the backbone's.
+    """Offer losses between an exit's image and the backbone's.
 
     Returns:
-        Factories by the name that users pass as ``fit(..., metric=name)``. A factory makes a
-        `retroexit.metrics.QualityMetric` whose ``name`` is the same. A file of weights named by the user
-        is passed as ``weights``.
+        Factories of `retroexit.metrics.QualityMetric` by the ``name`` of what they make, for ``fit(...,
+            metric=name)``. A file of weights named by the user is passed as ``weights``.
     """
 
 
@@ -95,11 +86,11 @@ def retroexit_losses() -> dict[str, Callable[..., Any]]:  # type: ignore[empty-b
 
     Returns:
         Factories by the name that users pass as ``fit(..., losses={name: weight})``. A factory makes a
-        callable that takes an exit's image and the backbone's, both ``(N, C, H, W)`` in [-1, 1], and returns
-        a scalar or one number per image; ``torch.nn.HuberLoss`` is such a factory. A term that also needs the
-        generator's inputs has ``needs_inputs = True`` and a method ``of_batch(batch)``, which takes a
-        `retroexit.plugins.training_types.TrainingBatch`. A file of weights named by the user is passed as
-        ``weights``.
+            callable that takes an exit's image and the backbone's, both ``(N, C, H, W)`` in [-1, 1], and
+            returns a scalar or one number per image. A term that also needs the generator's inputs has
+            ``needs_inputs = True`` and a method ``of_batch(batch)``, which takes a
+            `retroexit.plugins.training_types.TrainingBatch`. A file of weights named by the user is passed as
+            ``weights``.
     """
 
 
@@ -108,9 +99,8 @@ def retroexit_width_rules() -> dict[str, WidthFunction]:  # type: ignore[empty-b
     """Offer rules for the channel counts of a branch.
 
     Returns:
-        Functions by the name that users pass as ``wrap(..., width_rule=name)``. A function takes the
-        backbone's channel count, the scale in (0, 1] and ``min_channels``, and returns an integer from 1 to
-        the backbone's count.
+        Functions by the name in ``wrap(..., width_rule=name)``, which take the backbone's count, the scale in
+            (0, 1] and ``min_channels``, and return an integer from 1 to the backbone's count.
     """
 
 
@@ -119,8 +109,8 @@ def retroexit_commands() -> dict[str, Callable[..., Any]]:  # type: ignore[empty
     """Offer commands of the command line.
 
     Returns:
-        Functions with typer's annotations, or typer apps, by the name of the command: ``retroexit name``. The
-        docstring becomes the help text, its section ``Example:`` the end of it.
+        Functions with typer's annotations, or typer apps, by name: ``retroexit name``. The docstring becomes
+            the help text, its section ``Example:`` the end of it.
     """
 
 

@@ -1,7 +1,7 @@
 """Find plug-ins, check them, and look up what they offer.
 
-Plug-ins are imported at the first look-up, and a hook is called when something of its kind is first looked up.
-A plug-in, or the part of it, that does not work is left out with one warning that names it and the cause.
+Plug-ins are imported, and their hooks called, at the first look-up. What does not work is left out with a
+warning.
 """
 
 from __future__ import annotations
@@ -32,9 +32,7 @@ from retroexit.retrieval import Retriever
 if TYPE_CHECKING:
     from retroexit.branch.widths.plan import WidthFunction
 
-__all__ = ["Host", "PluginInfo", "brief", "host"]
-
-_OWN: Final = "builtin"
+_BUILTIN: Final = "builtin"
 """The plug-in of the library, whose names others cannot take. Imported by name: it lies above the host."""
 
 _NOUNS: Final = {
@@ -51,22 +49,14 @@ _log = logging.getLogger(__name__)
 
 @dataclass
 class PluginInfo:
-    """One installed plug-in, working or not.
+    """One installed plug-in, working or not."""
 
-    Attributes:
-        name: Name of its entry point, or the one passed to `Host.register`.
-        distribution: Distribution that contains it, and its ``version``; ``""`` when registered by hand.
-        hooks: Hooks that it implements, sorted; empty when it could not be loaded.
-        offers: For each hook that offers objects by name, the names.
-        error: Why it, or a part of it, is not in use; ``None`` when all of it works.
-    """
-
-    name: str
-    distribution: str = ""
+    name: str  # name of its entry point, or the one passed to `Host.register`
+    distribution: str = ""  # contains it; empty when registered by hand
     version: str = ""
-    hooks: tuple[str, ...] = ()
-    offers: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    error: str | None = None
+    hooks: tuple[str, ...] = ()  # hooks that it implements, sorted; empty when it could not be loaded
+    offers: dict[str, tuple[str, ...]] = field(default_factory=dict)  # names by hook
+    error: str | None = None  # why it, or a part of it, is not in use; None when all of it works
 
     @property
     def state(self) -> Literal["in use", "in part", "not in use"]:
@@ -81,12 +71,7 @@ class PluginInfo:
 
 
 class Host:
-    """The plug-ins of one process; `host` returns the one that the library uses.
-
-    Args:
-        discover: Whether the first look-up loads the library's own plug-in and those of installed
-            distributions. With ``discover=False`` only what is passed to `register` is used.
-    """
+    """The plug-ins of one process; without ``discover``, only those passed to `register` are used."""
 
     def __init__(self, discover: bool = True) -> None:
         self._pluggy = pluggy.PluginManager(hookspecs.GROUP)
@@ -99,11 +84,7 @@ class Host:
         self._lock = threading.RLock()
 
     def register(self, plugin: object, name: str) -> None:
-        """Add a plug-in by hand: a module or an object whose functions are marked with `hookimpl`.
-
-        Raises:
-            PluginError: If the name is taken, or the plug-in does not fit its hooks; it is left out then.
-        """
+        """Add a module or object whose functions are marked with `hookimpl`; `PluginError` if it does not fit."""
         with self._lock:
             self._register(plugin, PluginInfo(name))
             self._offers.clear()
@@ -125,8 +106,7 @@ class Host:
         ``"lpips"`` means ``"lpips-alex"``; ``weights`` is a file with the metric's weights.
 
         Raises:
-            OptionError: If the metric takes no weights and some are passed.
-            PluginError: If no plug-in offers it, more than one does, or the result is no metric.
+            OptionError, PluginError: If the metric takes no weights, or not exactly one plug-in offers it.
             WeightsError: If the weights are missing or damaged.
         """
         if isinstance(metric, QualityMetric):
@@ -145,17 +125,10 @@ class Host:
             raise PluginError(f"{what} must be callable, got {brief(term)}", term)
         return term
 
-    def retrievers(self) -> tuple[str, ...]:
-        """List the names that `retriever` accepts, sorted."""
-        return tuple(sorted(self._offered("retroexit_retrievers")))
-
-    def metrics(self) -> tuple[str, ...]:
-        """List the names that `metric` accepts, sorted."""
-        return tuple(sorted(self._offered("retroexit_metrics")))
-
-    def losses(self) -> tuple[str, ...]:
-        """List the names that `loss` accepts, sorted."""
-        return tuple(sorted(self._offered("retroexit_losses")))
+    def names(self, noun: str) -> tuple[str, ...]:
+        """List the names that are offered for a noun, such as ``"metric"``, sorted."""
+        hook = next(hook for hook, other in _NOUNS.items() if other == noun)
+        return tuple(sorted(self._offered(hook)))
 
     def commands(self) -> dict[str, Callable[..., Any]]:
         """List the commands of the command line by name, without those that two plug-ins offer."""
@@ -178,19 +151,15 @@ class Host:
         return [*self._plugins.values(), *self._rejected]
 
     def describe(self, generator: nn.Module, adapter: Description | str | bool | None = None) -> Description:
-        """Describe a generator.
+        """Describe a generator; with no more than a name if no plug-in recognises it.
 
         Args:
             generator: The user's trained model.
             adapter: A description; the name of the plug-in to call; ``False`` for none, ``None`` for all.
-
-        Returns:
-            The description, which has no more than a name if no plug-in recognises the generator. Its
-            ``build_stage``, if missing, becomes that of the plug-ins, unless ``adapter`` is ``False``.
+                Without ``False``, a missing ``build_stage`` becomes that of the plug-ins.
 
         Raises:
-            OptionError: If the named plug-in does not recognise the generator.
-            PluginError: If there is no plug-in of that name, or it is not in use.
+            OptionError, PluginError: If the named plug-in does not recognise the generator, or is not in use.
         """
         kind = type(generator).__name__
         if adapter is False:
@@ -278,15 +247,15 @@ class Host:
                         candidates.setdefault(name, []).insert(0, (offer, info))
                 chosen = {}
                 for name, offers in candidates.items():
-                    own = [offer for offer in offers if offer[1].name == _OWN]
-                    if len(offers) == 1 or own:
-                        chosen[name] = (own or offers)[0]
+                    builtin = [offer for offer in offers if offer[1].name == _BUILTIN]
+                    if len(offers) == 1 or builtin:
+                        chosen[name] = (builtin or offers)[0]
                     if len(offers) > 1:
                         authors = " and ".join(str(info) for _, info in offers)
-                        advice = "the library's own is used" if own else "uninstall one"
+                        advice = "that of the library is used" if builtin else "uninstall one"
                         conflict = f"{_NOUNS[hook]} {name!r} is offered by {authors}; {advice}"
                         self._conflicts[hook, name] = conflict
-                        self._report(conflict, *(info for _, info in offers if info.name != _OWN))
+                        self._report(conflict, *(info for _, info in offers if info.name != _BUILTIN))
                 self._offers[hook] = chosen
             return self._offers[hook]
 
@@ -316,8 +285,8 @@ class Host:
         """Register the library's own plug-in and those of installed distributions, once."""
         with self._lock:
             if self._entries is None:
-                own = PluginInfo(_OWN, "retroexit", __version__)
-                self._register(importlib.import_module(f"retroexit.{_OWN}"), own)
+                builtin = PluginInfo(_BUILTIN, "retroexit", __version__)
+                self._register(importlib.import_module(f"retroexit.{_BUILTIN}"), builtin)
                 entries = importlib.metadata.entry_points(group=hookspecs.GROUP)
                 self._entries = sorted(entries, key=lambda entry: (_origin_of(entry), entry.name))
             while self._entries:

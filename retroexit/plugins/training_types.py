@@ -1,22 +1,10 @@
 """Types that plug-ins share with training: what a term of the loss and an adversarial objective look like."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
-
-__all__ = [
-    "RESERVED_LOSSES",
-    "BatchTerm",
-    "Discriminate",
-    "DiscriminatorOutput",
-    "Objective",
-    "Term",
-    "TrainingBatch",
-]
 
 RESERVED_LOSSES = {
     "quality": "the metric of the fit",
@@ -30,19 +18,12 @@ RESERVED_LOSSES = {
 
 @dataclass(frozen=True)
 class TrainingBatch:
-    """What the losses of one training step of one branch are computed from.
+    """What the losses of one training step of one branch are computed from."""
 
-    Attributes:
-        image: Images of the branch ``(N, C, H, W)``, in [-1, 1]; carries the gradient.
-        target: Images of the backbone, same shape and range.
-        args: Positional inputs of the generator for these samples; maps are cut to the same windows.
-        kwargs: Keyword inputs, likewise.
-    """
-
-    image: Tensor
-    target: Tensor
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = field(default_factory=dict)
+    image: Tensor  # images of the branch (N, C, H, W), in [-1, 1]; carries the gradient
+    target: Tensor  # images of the backbone, same shape and range
+    args: tuple[Any, ...] = ()  # positional inputs of the generator; maps are cut to the same windows
+    kwargs: dict[str, Any] = field(default_factory=dict)  # keyword inputs, likewise
 
 
 Term = Callable[[Tensor, Tensor], Tensor]
@@ -51,13 +32,9 @@ Term = Callable[[Tensor, Tensor], Tensor]
 
 @runtime_checkable
 class BatchTerm(Protocol):
-    """A term that reads more than two images.
+    """A term that reads more than two images."""
 
-    Attributes:
-        needs_inputs: Whether it reads the generator's inputs, ``batch.args`` and ``batch.kwargs``.
-    """
-
-    needs_inputs: bool
+    needs_inputs: bool  # whether it reads the generator's inputs, batch.args and batch.kwargs
 
     def of_batch(self, batch: TrainingBatch) -> Tensor:
         """Return a scalar or one number per image ``(N,)``."""
@@ -65,17 +42,11 @@ class BatchTerm(Protocol):
 
 @dataclass(frozen=True)
 class DiscriminatorOutput:
-    """Output of a discriminator for a batch of images.
+    """Output of a discriminator for a batch of images."""
 
-    Attributes:
-        output: The value that it returned.
-        scores: Its scores, one tensor of any shape per discriminator in it.
-        features: Its features, one list per discriminator in it; empty lists if it has none.
-    """
-
-    output: Any
-    scores: list[Tensor]
-    features: list[list[Tensor]]
+    output: Any  # the value that it returned
+    scores: list[Tensor]  # its scores, one tensor of any shape per discriminator in it
+    features: list[list[Tensor]]  # its features, one list per discriminator in it; empty lists if it has none
 
 
 Discriminate = Callable[[Tensor], DiscriminatorOutput]
@@ -84,15 +55,10 @@ Discriminate = Callable[[Tensor], DiscriminatorOutput]
 
 @runtime_checkable
 class Objective(Protocol):
-    """Both sides of equation 1: what branch and discriminator minimise.
+    """Both sides of equation 1: what branch and discriminator minimise."""
 
-    Attributes:
-        name: Name in messages and records.
-        needs_inputs: Whether it reads the generator's inputs, ``batch.args`` and ``batch.kwargs``.
-    """
-
-    name: str
-    needs_inputs: bool
+    name: str  # name in messages and records
+    needs_inputs: bool  # whether it reads the generator's inputs, batch.args and batch.kwargs
 
     def of_branch(self, output: DiscriminatorOutput, batch: TrainingBatch) -> Tensor:
         """Return the loss of the branch, a scalar, given the discriminator's output for its images."""

@@ -1,4 +1,1 @@
-"""Tables, figures and the HTML page of an evaluation.
-
-Imports `retroexit.evaluation` and what lies below it.
-"""
+"""Tables, figures and the HTML page of an evaluation. May import `retroexit.evaluation` and what lies below."""

@@ -18,8 +18,6 @@ from retroexit.stages.stage import Stage, live_spans
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["check_picture", "draw_decoder"]
-
 _FORMATS: Final = (".svg", ".png", ".pdf")
 _INK, _GREY, _PALE = "#222222", "#767676", "#E4E4E4"
 _STAGE, _SPENT, _LIVE, _EXIT = "#0072B2", "#D5E5F0", "#00795A", "#C64F00"
@@ -40,19 +38,12 @@ _EXPLAINED: Final = (
 
 
 def check_picture(file: str | Path) -> Path:
-    """Check that a picture can be written to a file.
-
-    Raises:
-        OptionError: If it is neither SVG nor PNG nor PDF, or its folder does not exist.
-        MissingExtraError: If matplotlib is not installed.
-    """
+    """Raise an error if the picture's format, its folder, or matplotlib does not exist."""
     path = Path(file)
     if path.suffix.lower() not in _FORMATS:
         raise OptionError(f"the picture must end in one of {', '.join(_FORMATS)}, got {str(file)!r}", file)
     if not path.parent.is_dir():
-        raise OptionError(
-            f"no folder {str(path.parent)!r} for the picture {path.name!r}. Make it first.", file
-        )
+        raise OptionError(f"no folder {str(path.parent)!r} for picture {path.name!r}. Make it first.", file)
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
@@ -61,18 +52,10 @@ def check_picture(file: str | Path) -> Path:
 
 
 def draw_decoder(stages: Sequence[Stage], file: str | Path, title: str = "") -> None:
-    """Draw the stages of a decoder, one row each.
+    """Draw the stages of a decoder, one row each, to an ``.svg``, ``.png`` or ``.pdf`` file.
 
-    A row shows the path, the size, the share of the MACs spent up to the stage and, for a suggested exit, its
-    largest saving. Lines on the right show live values from where each is made to its last use.
-
-    Args:
-        stages: What `retroexit.find_stages` returns.
-        file: Path that ends in ``.svg``, ``.png`` or ``.pdf``.
-        title: Heading.
-
-    Raises:
-        OptionError, MissingExtraError: See `check_picture`.
+    A row shows path, size, share of the MACs spent and, for a suggested exit, its largest saving. Lines on
+    the right show live values from where each is made to its last use.
     """
     path = check_picture(file)
     import matplotlib
@@ -109,7 +92,6 @@ def draw_decoder(stages: Sequence[Stage], file: str | Path, title: str = "") -> 
 
 
 def _draw_stages(axes: Axes, stages: Sequence[Stage]) -> None:
-    """Draw the column titles and one row per stage."""
     for x, name in ((_PATH, "stage"), (_COST, "MACs spent"), (_SAVES, "exit"), (_LANES, "live values")):
         _text(axes, x, _y(-0.8), name, color=_GREY)
     last = len(stages) + 1

@@ -1,7 +1,6 @@
 """The paper's figures 3, 4, 6, 7, 8, 9 and 10, drawn from an evaluation, each as the text of an SVG.
 
-Matplotlib is used through its objects: no window, no global state, and the same SVG for the same numbers.
-Text stays text. Figures are 5.6 inches wide with 11 point type, legible on a screen of 400 pixels.
+Matplotlib is used without global state. Figures are 5.6 inches wide, legible on a screen of 400 pixels.
 """
 
 from __future__ import annotations
@@ -21,16 +20,6 @@ from retroexit.evaluation.sweep import Evaluation, OperatingPoint
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-__all__ = [
-    "density",
-    "difficulty_against_distance",
-    "distribution_over_exits",
-    "metric_label",
-    "predictor_enforcement",
-    "quality_against_compute",
-    "quality_per_exit",
-]
 
 Array = npt.NDArray[np.float64]
 P = ParamSpec("P")
@@ -113,17 +102,13 @@ def distribution_over_exits(figure: Figure, evaluation: Evaluation, taus: Sequen
 
 @_drawn
 def quality_per_exit(figure: Figure, evaluation: Evaluation, unguided: Evaluation | None = None) -> None:
-    """Draw the density of each exit's loss (paper, figure 8); dashed without guidance.
-
-    Raises:
-        OptionError: If the two evaluations differ in their number of exits.
-    """
+    """Draw the density of each exit's loss (paper, figure 8); dashed without guidance."""
     axes = figure.add_subplot()
     runs = [(evaluation, "-", False)]
     if unguided is not None:
         if unguided.loss.shape[1] != evaluation.loss.shape[1]:
             raise OptionError(
-                f"unguided must have {evaluation.loss.shape[1]} exits, got {unguided.loss.shape[1]}"
+                f"unguided needs {evaluation.loss.shape[1]} exits, got {unguided.loss.shape[1]}"
             )
         runs.append((unguided, "--", True))
     top = max(_right_end(run.loss) for run, _, _ in runs)
@@ -183,8 +168,7 @@ def quality_against_compute(figure: Figure, evaluation: Evaluation) -> None:
 def predictor_enforcement(figure: Figure, evaluation: Evaluation) -> None:
     """Draw each exit's losses against routing at that exit's mean loss (paper, figure 9).
 
-    The routed density is scaled to the samples that leave at a branch exit; those sent to the backbone have
-    loss 0 and appear as a number only.
+    The density is scaled to the samples that leave early; those of the backbone appear as a number only.
     """
     exits = evaluation.loss.shape[1]
     figure.set_figheight(0.75 + 1.35 * exits)
@@ -217,12 +201,9 @@ def predictor_enforcement(figure: Figure, evaluation: Evaluation) -> None:
 def difficulty_against_distance(figure: Figure, evaluation: Evaluation, tau: float | None = None) -> None:
     """Draw distance to the guide against difficulty (paper, figure 10).
 
-    Above: the distances of the samples that leave at each exit. Below: each sample's loss at the first exit.
-    Exits are chosen by prediction, or by true loss without a predictor. ``tau`` is by default the median loss
-    of the first exit.
-
-    Raises:
-        OptionError: If the evaluation holds no distances.
+    Above: the distances of the samples that leave at each exit, by default for the median loss of the first
+    exit as ``tau``. Below: each sample's loss at the first exit. Exits are chosen by prediction, if there is
+    a predictor.
     """
     distance = evaluation.distance
     if distance is None:
@@ -252,10 +233,7 @@ def difficulty_against_distance(figure: Figure, evaluation: Evaluation, tau: flo
 
 
 def density(samples: Array, grid: Array, bandwidth: float = 0.3) -> Array:
-    """Estimate the density of samples ``(S,)`` at the places ``(G,)`` of a grid with a Gaussian kernel.
-
-    ``bandwidth`` is the kernel width in standard deviations of the samples (scipy's scalar ``bw_method``).
-    """
+    """Estimate the density of samples ``(S,)`` on a grid ``(G,)``; ``bandwidth`` is scipy's ``bw_method``."""
     spread = float(np.std(samples, ddof=1)) if len(samples) > 1 else 0.0
     # Equal samples have no spread: draw them as a peak two grid steps wide.
     width = max(bandwidth * spread, 2 * float(np.ptp(grid)) / len(grid))

@@ -1,7 +1,5 @@
 """Write an evaluation as one self-contained HTML page and as summary.json for scripts."""
 
-from __future__ import annotations
-
 import importlib.resources
 import json
 import re
@@ -20,8 +18,6 @@ from retroexit.report.saved_report import SavedReport, hashes, model_facts, save
 from retroexit.report.strips import Strip, data_address
 from retroexit.routing.calibration import Calibration
 
-__all__ = ["write_report"]
-
 
 def write_report(
     folder: str | Path,
@@ -35,25 +31,11 @@ def write_report(
     unguided: Evaluation | None = None,
     calibration: Calibration | None = None,
 ) -> Path:
-    """Write ``report.html`` and ``summary.json``, and the texts and images to write them again from.
+    """Write ``report.html``, whose path is returned, ``summary.json``, and what it takes to write them again.
 
-    Args:
-        folder: Made if absent. If the model is there or one folder above, the page shows its hashes.
-        evaluation: The numbers. What it does not hold (predictions, distances, seconds) is left out.
-        strips: Images to show; may be empty.
-        title: Heading of the page.
-        headline: First sentence; by default the saving at the highlighted threshold.
-        command: The command that reproduces the report.
-        thresholds: Default :func:`thresholds_for`; 0.1 is highlighted, or else the middle one.
-        unguided: The same exits without guidance, for comparison in one figure.
-        calibration: The model's calibration, compared with these samples.
-
-    Returns:
-        Path of ``report.html``.
-
-    Raises:
-        MissingExtraError: If jinja2 or matplotlib is not installed.
-        OptionError: If ``thresholds`` is empty.
+    If the model is in the folder or one above, the page shows its hashes. What the evaluation does not hold
+    (predictions, distances, seconds) is left out. ``headline`` is by default the saving at the highlighted
+    threshold: 0.1, or else the middle one. ``unguided`` are the same exits without guidance, for one figure.
     """
     taus = sorted(set(thresholds_for(evaluation) if thresholds is None else thresholds))
     if not taus:
@@ -103,7 +85,6 @@ def _template() -> Any:
 def _summary(
     evaluation: Evaluation, taus: Sequence[float], calibration: Calibration | None
 ) -> dict[str, Any]:
-    """Collect the numbers of the report as plain JSON types and arrays."""
     routed = evaluation.predicted is not None
     sweep = {tau: _routed_row(evaluation, tau) for tau in taus} if routed else {}
     return {
@@ -144,8 +125,7 @@ def _headline(summary: dict[str, Any], picked: float) -> str:
         row = next(row for row in promise["rows"] if row["threshold"] == picked)
         return (
             f"At a threshold of {picked:g} {label}, {_percent(row['saved'])} of the backbone's compute is "
-            f"saved under the promise that at most {_percent(promise['alpha'])} of the inputs lose more "
-            f"(confidence {_percent(promise['confidence'])}); here {row['above']} of {promise['held_out']} "
+            f"saved under {_claim(promise)}; here {row['above']} of {promise['held_out']} "
             f"do, mean {row['mean_loss']:.3g}."
         )
     if row is None:
@@ -161,8 +141,14 @@ def _headline(summary: dict[str, Any], picked: float) -> str:
     )
 
 
+def _claim(promise: dict[str, Any]) -> str:
+    share = f"at most {_percent(promise['alpha'])}"
+    if not promise["is_promise"]:
+        return f"a margin that left {share} of each calibrated group above, no promise"
+    return f"the promise that {share} of the inputs lose more (confidence {_percent(promise['confidence'])})"
+
+
 def _drawings(evaluation: Evaluation, taus: Sequence[float], unguided: Evaluation | None) -> dict[str, str]:
-    """Draw every figure that the evaluation has numbers for, as SVG for use inside HTML."""
     drawings = {
         "compute": figures.quality_against_compute(evaluation),
         "exits": figures.quality_per_exit(evaluation, unguided),

@@ -1,10 +1,7 @@
 """The parts of a report, saved beside it, so that it can be written again without measuring again.
 
-``evaluation.json`` holds the numbers, ``report.json`` the texts and the names of the images, ``strips/`` the
-images at full size. Facts about the model are read from ``model.json`` in the model's folder.
+``evaluation.json`` holds the numbers, ``report.json`` the texts and names of images, ``strips/`` the images.
 """
-
-from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
@@ -18,17 +15,6 @@ from retroexit.errors import CheckpointError
 from retroexit.evaluation.sweep import Evaluation
 from retroexit.report.strips import Strip
 
-__all__ = [
-    "EVALUATION",
-    "SavedReport",
-    "find_report",
-    "hashes",
-    "model_facts",
-    "read_evaluation",
-    "read_report",
-    "save_report",
-]
-
 EVALUATION: Final = "evaluation.json"
 _TEXTS: Final = "report.json"
 _IMAGES: Final = "strips"
@@ -36,19 +22,12 @@ _IMAGES: Final = "strips"
 
 @dataclass(frozen=True)
 class SavedReport:
-    """Texts and images of a report.
+    """Texts and images of a report."""
 
-    Attributes:
-        title: Heading of the page, or ``None`` if unknown.
-        headline: First sentence; ``None`` for the default one.
-        command: Command line that measured.
-        strips: Images.
-    """
-
-    title: str | None = None
-    headline: str | None = None
-    command: str | None = None
-    strips: list[Strip] = field(default_factory=list)
+    title: str | None = None  # heading of the page, or None if unknown
+    headline: str | None = None  # first sentence; None for the default one
+    command: str | None = None  # command line that measured
+    strips: list[Strip] = field(default_factory=list)  # images
 
 
 def save_report(folder: Path, report: SavedReport) -> None:
@@ -71,11 +50,7 @@ def save_report(folder: Path, report: SavedReport) -> None:
 
 
 def read_report(folder: Path) -> SavedReport:
-    """Read what `save_report` wrote; an empty report if there is nothing.
-
-    Raises:
-        CheckpointError: If it is damaged, or an image is missing.
-    """
+    """Read what `save_report` wrote, an empty report if there is nothing; `CheckpointError` if it is damaged."""
     path = folder / _TEXTS
     if not path.exists():
         return SavedReport()
@@ -105,11 +80,7 @@ def _pixels(folder: Path, file: str) -> np.ndarray:
 
 
 def find_report(folder: str | Path) -> Path:
-    """Find where an evaluation was written: the folder itself, or ``report`` in a model's folder.
-
-    Raises:
-        CheckpointError: If there is none.
-    """
+    """Find the report in the folder itself, or in ``report`` of a model's folder; else `CheckpointError`."""
     folder = Path(folder)
     for place in (folder, folder / "report"):
         if (place / EVALUATION).is_file():
@@ -122,11 +93,7 @@ def find_report(folder: str | Path) -> Path:
 
 
 def read_evaluation(folder: Path) -> Evaluation:
-    """Read the numbers of a report.
-
-    Raises:
-        CheckpointError: If the file is no evaluation.
-    """
+    """Read the numbers of a report; `CheckpointError` if the file is no evaluation."""
     path = folder / EVALUATION
     try:
         return Evaluation.from_json(path.read_text(encoding="utf-8"))
@@ -135,11 +102,7 @@ def read_evaluation(folder: Path) -> Evaluation:
 
 
 def model_facts(folder: Path, evaluation: Evaluation) -> tuple[Path, dict[str, Any]] | None:
-    """Find the model that was evaluated, in the report's folder or the one above it.
-
-    Returns:
-        Its folder and ``model.json``; ``None`` where there is no model, or that of another generator.
-    """
+    """Find folder and ``model.json`` of the model in the report's folder or above, if it was evaluated there."""
     fingerprint = str(evaluation.about.get("fingerprint") or "")
     for place in (folder, folder.parent):
         try:

@@ -1,10 +1,7 @@
 """The table of a decoder: its module tree with the stages numbered, what they cost, what is live.
 
-A terminal of 100 columns holds it: names too long are shortened in the middle, runs of equal stages are
-folded, and live values are numbered in the table and spelled out below it.
+It fits into 100 columns: long names are shortened, runs of equal stages folded, live values numbered.
 """
-
-from __future__ import annotations
 
 import math
 import textwrap
@@ -17,8 +14,6 @@ from retroexit.report.text_tables import table
 from retroexit.stages.decoder import Decoder, input_names
 from retroexit.stages.module_tree import Part, module_tree
 from retroexit.stages.stage import LiveSpan, Stage, live_spans
-
-__all__ = ["brief_count", "decoder_table", "legend_of", "ranges", "shorten", "stage_table", "times"]
 
 _WIDTH: Final = 100
 _RUN: Final = 4  # a longer run of equal stages shows its ends only

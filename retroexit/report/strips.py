@@ -1,7 +1,5 @@
 """Rows of images that show what each exit makes of one input."""
 
-from __future__ import annotations
-
 import base64
 import io
 from collections.abc import Callable, Sequence
@@ -20,27 +18,16 @@ from retroexit.errors import OptionError
 from retroexit.evaluation.sweep import Evaluation, highlighted, thresholds_for
 from retroexit.measuring import Measurement
 
-__all__ = ["Strip", "data_address", "pick_strips"]
-
 _LONGEST_SIDE = 384  # pixels of an image in a page; ten strips of five then stay below 10 MB
 
 
 @dataclass(frozen=True)
 class Strip:
-    """The images of one input, side by side.
+    """The images of one input, side by side."""
 
-    Attributes:
-        label: What the input is, such as ``"hardest input"``.
-        images: Caption and pixels of each image; pixels have shape ``(H, W, 3)``, uint8.
-        chosen: Index of the image that routing chose; ``None`` frames none.
-
-    Raises:
-        OptionError: If pixels have another shape or type, or ``chosen`` is not an index of ``images``.
-    """
-
-    label: str
-    images: list[tuple[str, npt.NDArray[np.uint8]]]
-    chosen: int | None
+    label: str  # what the input is, such as "hardest input"
+    images: list[tuple[str, npt.NDArray[np.uint8]]]  # caption and pixels (H, W, 3), uint8, of each image
+    chosen: int | None  # index of the image that routing chose; None frames none
 
     def __post_init__(self) -> None:
         if self.chosen is not None and not 0 <= self.chosen < len(self.images):
@@ -54,11 +41,11 @@ class Strip:
 
 
 def pick_strips(
-    run: Measurement, evaluation: Evaluation, show: Callable[[Any], Tensor] | None = None
+    run: Measurement, evaluation: Evaluation, show: Callable[..., Tensor] | None = None
 ) -> list[Strip]:
     """Render the easiest, hardest and, at the highlighted threshold, worst-routed samples at every exit.
 
-    ``show`` turns one sample into a picture ``(3, H, W)`` in [0, 1]; by default `_picture` does.
+    ``show`` turns one sample into a picture ``(3, H, W)`` in [0, 1].
     """
     order = np.argsort(evaluation.loss.mean(1))
     tenth = len(order) // 10

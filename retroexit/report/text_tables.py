@@ -1,9 +1,4 @@
-"""Tables that people read: exits of a wrapped generator, sweeps over thresholds.
-
-The table of a decoder's stages has a file of its own, `retroexit.report.stage_table`.
-"""
-
-from __future__ import annotations
+"""Tables of the exits of a wrapped generator and of sweeps over thresholds."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,8 +6,6 @@ from typing import Any
 from retroexit.evaluation.sweep import Evaluation
 from retroexit.model import EarlyExitGenerator
 from retroexit.wrapping.exits import table
-
-__all__ = ["limits_table", "promise_table", "sweep_table", "table"]
 
 
 def sweep_table(evaluation: Evaluation, thresholds: Sequence[float]) -> str:
@@ -44,6 +37,20 @@ def limits_table(model: EarlyExitGenerator, thresholds: Sequence[float]) -> str:
         accepted = limits[0] if len(set(limits)) == 1 else " ".join(limits)
         rows.append([f"{tau:g}", accepted, f"{100 * saved:z.1f} %", f"{above} of {len(losses)}"])
     return table(["threshold", "predictions up to", "saved", "above"], rows)
+
+
+def left_out_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Show every group under the limits that the others give, see `retroexit.evaluation.promise.left_out_rows`."""
+    cells = [
+        [
+            f"{row['threshold']:g}",
+            row["group"],
+            str(row["samples"]),
+            *(f"{100 * row[name]:z.1f} %" for name in ("saved", "violations")),
+        ]
+        for row in rows
+    ]
+    return table(["threshold", "group left out", "samples", "saved", "above"], cells)
 
 
 def promise_table(promise: dict[str, Any]) -> str:

@@ -1,7 +1,4 @@
-"""Nearest-neighbour search over the keys of a guidance bank (paper, section 3.3).
-
-Imports only `retroexit.core` and `retroexit.errors`; third-party libraries are imported on first use.
-"""
+"""Nearest-neighbour search over the keys of a bank (paper, section 3.3). Imports `core` and `errors` only."""
 
 from retroexit.retrieval.base import Retriever, SearchResult
 from retroexit.retrieval.exact import ExactRetriever

@@ -1,8 +1,7 @@
 """The base class of all retrieval back-ends, and the arithmetic that they share.
 
-A back-end implements `Retriever._build` and `Retriever._search`. The base class validates keys, queries and
-the ids that a back-end returns, removes duplicate keys, centres the keys, ranks candidates by exact distance,
-and saves and loads. The paper searches its guiding database patch by patch for the closest key (section 3.3).
+A back-end implements `Retriever._build` and `Retriever._search`. The base class validates what goes in and
+comes out, removes duplicate keys, centres the keys, ranks candidates by exact distance, saves and loads.
 """
 
 from __future__ import annotations
@@ -25,18 +24,6 @@ from torch import Tensor
 
 from retroexit.core.files import MANIFEST, read_array, read_manifest, sha256_of, staged, write_manifest
 from retroexit.errors import CheckpointError, OptionError, RetrieverError
-
-__all__ = [
-    "Retriever",
-    "SearchResult",
-    "as_matrix",
-    "first_of_each",
-    "nearest",
-    "pair_distances",
-    "scan",
-    "smallest",
-    "squared_norms",
-]
 
 log = logging.getLogger(__name__)
 
@@ -74,15 +61,10 @@ def _safe_settings() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """The nearest keys of every query.
+    """The nearest keys of every query."""
 
-    Attributes:
-        ids: Rows of the keys, int64 ``(Q, k)``, nearest first; from a bank ``(N, h, w)``, one per patch.
-        distances: Squared Euclidean distances to them, float32, of the same shape.
-    """
-
-    ids: Tensor
-    distances: Tensor
+    ids: Tensor  # rows of the keys, int64 (Q, k), nearest first; from a bank (N, h, w), one per patch
+    distances: Tensor  # squared Euclidean distances to them, float32, of the same shape
 
     def spread(self, rows: Tensor, count: int) -> SearchResult:
         """Move row i to ``rows[i]`` of a batch of ``count``; all other rows are infinitely far."""
@@ -95,13 +77,12 @@ class SearchResult:
 class Retriever(ABC):
     """A nearest-neighbour index over the keys of a guidance bank (paper, section 3.3).
 
-    A back-end sets ``name`` and implements `_build` and `_search`, and `_dump`, `_restore` and `_made_by` to
+    A back-end sets ``name`` and implements `_build` and `_search`; and `_dump`, `_restore` and `_made_by` to
     save a slow index. It receives distinct, centred, finite, contiguous float32 rows. `_search` may be called
     from several threads at once, but not during `build`.
 
     Args:
-        threads: CPU threads for building and searching, ``>= 1``. One by default: a second spinning thread
-            pool beside the one of torch slows down both.
+        threads: CPU threads, ``>= 1``. More than one slows down torch's own pool beside it.
         options: The back-end's own options, JSON data; saved, and passed to the constructor on load.
 
     Raises:
@@ -133,9 +114,8 @@ class Retriever(ABC):
     def _search(self, queries: np.ndarray, k: int) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
         """Return rows of the ``k <= n`` nearest keys, integers ``(Q, k)`` in any order; -1 for none.
 
-        There may be more columns; the ``k`` nearest are used. With ``(rows, floor)``, no other key is nearer
-        than the Euclidean distance ``floor``, ``(Q,)``; queries whose result it does not prove are searched
-        exactly.
+        There may be more columns. With ``(rows, floor)``, no other key is nearer than the Euclidean distance
+        ``floor``, ``(Q,)``; queries whose result it does not prove are searched exactly.
         """
 
     def _dump(self, path: Path) -> None:  # noqa: B027  (optional)
@@ -359,10 +339,9 @@ def squared_norms(rows: Tensor) -> Tensor:
 def nearest(
     queries: Tensor, keys: Tensor, k: int = 1, norms: Tensor | None = None, centre: Tensor | None = None
 ) -> Tensor:
-    """Find the ``k <= n`` nearest keys ``(n, D)`` of each query ``(Q, D)`` by comparing it with all of them.
+    """Find the ``k <= n`` nearest keys ``(n, D)`` of each query ``(Q, D)``; returns rows ``(Q, k)``.
 
-    Centre both: far from the origin ``|q|^2 - 2 q k + |k|^2`` cancels. With ``centre`` (and without the keys'
-    ``norms``) keys are centred here, block by block. Returns row numbers ``(Q, k)``, nearest first.
+    Both must be centred, or ``|q|^2 - 2 q k + |k|^2`` cancels; with ``centre``, keys are centred here.
     """
     if len(queries) > _QUERIES:
         return torch.cat([nearest(block, keys, k, norms, centre) for block in queries.split(_QUERIES)])
@@ -377,10 +356,7 @@ def nearest(
 
 
 def pair_distances(queries: np.ndarray, keys: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """Compute the squared distances of each query ``(Q, D)`` to its keys, rows ``ids`` ``(Q, k)``.
-
-    Computed from differences, without cancellation.
-    """
+    """Compute squared distances of queries ``(Q, D)`` to their keys ``ids`` ``(Q, k)`` without cancellation."""
     step = max(1, _PAIR_FLOATS // max(1, ids.shape[1] * keys.shape[1]))
     distances = np.empty(ids.shape, np.float32)
     for top in range(0, len(queries), step):
@@ -417,10 +393,9 @@ def scan(
     select: Callable[[Tensor, int], tuple[Tensor, Tensor]],
     step: int,
 ) -> tuple[Tensor, Tensor]:
-    """Collect the ``k`` smallest scores of every query among ``rows`` keys, in blocks of ``step`` keys.
+    """Collect the ``k`` smallest scores, ascending, and their rows, in blocks of ``step`` keys.
 
     ``score(first, last)`` returns scores ``(Q, last - first)``; ``select`` is `smallest` or a faster version.
-    Returns scores and row numbers, ``(Q, k)``, ascending.
     """
     best, at = select(score(0, min(step, rows)), min(k, step, rows))
     for start in range(step, rows, step):
@@ -432,17 +407,7 @@ def scan(
 
 
 def as_matrix(rows: Tensor | np.ndarray, what: str, *, copy: bool = False) -> np.ndarray:
-    """Convert rows ``(n, D)`` of any dtype, device and layout to a contiguous float32 matrix.
-
-    Args:
-        rows: Keys or queries.
-        what: ``"keys"`` or ``"queries"``, for the error message.
-        copy: Never share memory with ``rows``.
-
-    Raises:
-        RetrieverError: If the shape is not ``(n, D)`` with ``D >= 1``, or a number is NaN, infinite, or so
-            large that squared distances overflow float32.
-    """
+    """Convert ``(n, D)`` of any dtype, device and layout to a finite, contiguous float32 matrix."""
     if rows.is_complex() if isinstance(rows, Tensor) else np.asarray(rows).dtype.kind not in "fiub":
         raise RetrieverError(f"{what} must be real numbers, got {rows.dtype}", rows)
     matrix: np.ndarray

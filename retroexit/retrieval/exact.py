@@ -1,8 +1,7 @@
 """Exact search: float32 blocks, or bfloat16 first with a bound that proves the result.
 
-Where a processor multiplies bfloat16 natively, comparing rounded rows costs a third of comparing float32
-rows. Rounding moves a query and a key by known lengths, so that by the triangle inequality every key that is
-not a candidate is farther than a known floor. Neighbours nearer than the floor are the nearest of all keys.
+Where a processor multiplies bfloat16 natively, comparing rounded rows costs a third. Rounding moves rows by
+known lengths, so that every key that is not a candidate is farther than a known floor.
 """
 
 from __future__ import annotations
@@ -18,8 +17,6 @@ from torch import Tensor
 from retroexit.errors import OptionError
 from retroexit.retrieval.base import Retriever, nearest, pair_distances, scan, smallest, squared_norms
 
-__all__ = ["ExactRetriever"]
-
 _MANY = 3_000_000  # numbers in the keys from which bfloat16 pays for ranking candidates: 3k x 1024, 16k x 192
 _SPARE = 15  # candidates beside the k nearest
 _PROBES = 64
@@ -33,9 +30,8 @@ _FAR = 1e38
 class ExactRetriever(Retriever):
     """Exhaustive search by blocks of one matrix product; costs ``Q * n * D`` multiply-adds.
 
-    With bfloat16, rounded keys are compared first and sixteen candidates are compared again in float32. A
-    query for which rounding could hide the nearest key is searched in float32, so that both precisions give
-    the same result up to float32 rounding.
+    With bfloat16, rounded keys are compared first, sixteen candidates again in float32. Where rounding could
+    hide the nearest key, the query is searched in float32, so that the results are the same.
 
     Args:
         device: Where the keys are held and compared, such as ``"cpu"`` or ``"cuda"``.
@@ -44,8 +40,8 @@ class ExactRetriever(Retriever):
         threads: Recorded only: the search runs in torch's own thread pool, see `torch.set_num_threads`.
 
     Raises:
-        OptionError: If the device or the precision does not exist; on `build`, if the keys cannot be put on
-            the device.
+        OptionError: If the device or the precision does not exist; on `build`, if the device cannot hold the
+            keys.
     """
 
     name = "exact"
@@ -63,9 +59,7 @@ class ExactRetriever(Retriever):
         except RuntimeError as error:
             raise OptionError(f"no device {device!r}: {error}", device) from error
         if precision not in ("auto", "float32", "bfloat16"):
-            raise OptionError(
-                f"precision must be 'auto', 'float32' or 'bfloat16', got {precision!r}", precision
-            )
+            raise OptionError(f"precision must be auto, float32 or bfloat16, got {precision!r}", precision)
         self._rounded: RoundedKeys | None = None
         self._rows: Tensor
         self._norms: Tensor
@@ -139,15 +133,9 @@ class RoundedKeys:
 
     @torch.no_grad()
     def candidates(self, queries: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """Find candidates for the nearest keys of each query, and a bound on the distance to all others.
+        """Return candidates of each query, int64 ``(Q, count)``, and a floor of other keys' distances, ``(Q,)``.
 
-        Args:
-            queries: Centred like the keys, float32 ``(Q, D)``, on their device.
-            count: Candidates per query, at most the number of keys.
-
-        Returns:
-            Row numbers, int64 ``(Q, count)``; and a floor, float32 ``(Q,)``: no other key has a smaller
-            Euclidean distance. A negative floor proves nothing.
+        Queries ``(Q, D)`` are centred like the keys, on their device. A negative floor proves nothing.
         """
         if len(queries) > _QUERIES:
             parts = [self.candidates(block, count) for block in queries.split(_QUERIES)]
@@ -184,9 +172,9 @@ class RoundedKeys:
     def _augmented(self, rows: Tensor, sign: int) -> tuple[Tensor, Tensor, Tensor]:
         """Round rows and append columns, so that a product of two rows is half their squared distance.
 
-        Rounding a score to bfloat16 then costs a share of the distance, not of the lengths. ``sign`` is
-        1 for keys, -1 for queries. Returns the table's rows, the lengths of the rounded rows, and how far
-        rounding moved each row.
+        Rounding a score then costs a share of the distance, not of the lengths. ``sign`` is 1 for keys, -1
+        for queries. Returns rows of the table, lengths of the rounded rows, and how far rounding moved each
+        row.
         """
         table = torch.zeros((len(rows), self._table.shape[1]), dtype=torch.bfloat16, device=rows.device)
         head = table[:, : self.width].copy_(rows)

@@ -1,7 +1,5 @@
 """Retrieval with FAISS, as in the paper (section 4.1). The only module that imports it."""
 
-from __future__ import annotations
-
 import re
 import threading
 from collections.abc import Iterator
@@ -13,8 +11,6 @@ import numpy as np
 
 from retroexit.errors import OptionError, RetrieverError
 from retroexit.retrieval.base import Retriever
-
-__all__ = ["FaissRetriever", "cluster_centres"]
 
 _settings = threading.Lock()  # thread count and BLAS threshold belong to the process, not to an index
 
@@ -57,19 +53,18 @@ class FaissRetriever(Retriever):
     """Any FAISS index that its factory string can name.
 
     Args:
-        index: Factory string: ``"Flat"`` (exact), ``"HNSW16"``, ``"IVF256,Flat"``, ``"IVF1024,PQ64"``,
-            ``"IVF1024,PQ64,RFlat"``, ``"PCA64,IVF256,Flat"``...
+        index: Factory string: ``"Flat"`` (exact), ``"HNSW16"``, ``"IVF256,Flat"``,
+            ``"IVF1024,PQ64,RFlat"``...
         nprobe: Lists visited per query by an IVF index; 32 if ``None``, at most all of them.
         ef: Candidates held while an HNSW index is searched; 64 if ``None``.
         ef_construction: Candidates held while it is built; 200 if ``None``.
         refine: Candidates per neighbour that are compared exactly, for indexes of compressed keys; 8 if
-            ``None`` and the string ends in a refinement such as ``RFlat``, else 1. Without that ending they
-            are compared with the retriever's keys, so that FAISS needs no second copy.
+            ``None`` and the string ends in a refinement such as ``RFlat``, else 1.
         threads: CPU threads for building and searching.
 
     Raises:
-        OptionError: If an option is below 1; on `build`, if the string names no index, or this index does
-            not have a given option.
+        OptionError: If an option is below 1; on `build`, if the string names no index or lacks a given
+            option.
     """
 
     name = "faiss"
@@ -128,9 +123,7 @@ class FaissRetriever(Retriever):
     def _restore(self, path: Path) -> None:
         native = _faiss().read_index(str(path))
         if native.d != self.width or native.ntotal != self.distinct:
-            raise RetrieverError(
-                f"index of {native.ntotal} x {native.d}, keys are {self.distinct} x {self.width}"
-            )
+            raise RetrieverError(f"index is {native.ntotal}x{native.d}, keys {self.distinct}x{self.width}")
         self._tune(native)
         self._native = native
 

@@ -1,7 +1,5 @@
 """Retrieval with hnswlib's graphs, for banks of 100,000 keys and more. The only module that imports it."""
 
-from __future__ import annotations
-
 import importlib.metadata
 from pathlib import Path
 from typing import Any
@@ -10,8 +8,6 @@ import numpy as np
 
 from retroexit.errors import OptionError
 from retroexit.retrieval.base import Retriever
-
-__all__ = ["HnswlibRetriever"]
 
 
 class HnswlibRetriever(Retriever):

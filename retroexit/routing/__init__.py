@@ -1,1 +1,1 @@
-"""Choosing the exit: a predictor of every exit's quality loss, and policies that read it."""
+"""Choosing the exit of a sample: predictor, policies, calibration. May import `retroexit.wrapping` and below."""

@@ -1,38 +1,50 @@
 """Calibrate thresholds: few inputs lose more than the threshold, with a stated confidence, for any predictor.
 
-Limits on the prediction are tested from the strictest to the loosest, until one fails (fixed-sequence testing,
-the simplest case of Learn then Test: Angelopoulos et al., 2021). The tests are exact binomial ones, so nothing
-is assumed about losses or predictor. Section 3.2 of the paper trusts the predictor instead.
+Every sample has a score: the lowest limit on the prediction at which it leaves at an exit that loses more than
+the threshold. The limit that is used lies just below an order statistic of the scores, which exact binomial
+bounds choose (for groups: Hoeffding's and Bentkus's bounds, Bates et al., 2021), so nothing is assumed about
+losses or predictor. Section 3.2 of the paper trusts the predictor instead.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from dataclasses import dataclass, field
-from numbers import Real
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from retroexit.core.nested import is_number
 from retroexit.errors import OptionError
 from retroexit.routing.policy import assign_exits, check_number, lagrange_multiplier
 
-__all__ = ["Calibration", "Rule", "check_promise", "most_violations", "samples_needed", "upper_bound"]
+Rule = Literal["margin", "bound", "worst-group"]
+Thresholds = Sequence[float] | Literal["all"] | None
+Array = npt.NDArray[Any]
+RULES = ("margin", "bound", "worst-group")
 
-Rule = Literal["margin", "bound"]
-
-# Limits on the prediction are tested up to this many hundredths of the threshold. More than 100 corrects a
-# predictor whose predictions are too high.
-_HUNDREDTHS = 200
-_CACHE_SIZE = 256
+_LARGEST_LIMIT = 2.0  # of the threshold; more than 1 corrects a predictor whose predictions are too high
+_CACHE_SIZE = 64
 
 
 def check_promise(alpha: float, confidence: float) -> None:
     """Raise `OptionError` unless both numbers are between 0 and 1."""
     for name, value in (("alpha", alpha), ("confidence", confidence)):
-        if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < 1:
+        if not is_number(value) or not 0 < value < 1:
             raise OptionError(f"{name} must be a number between 0 and 1, got {value!r}.", value)
+
+
+def check_groups(groups: Sequence[Any] | None, samples: int) -> None:
+    """Raise `OptionError` unless there is one label per sample, or none at all."""
+    if groups is not None and len(groups) != samples:
+        raise OptionError(
+            f"groups must have one label for each of {samples} samples, got {len(groups)}.", groups
+        )
 
 
 def most_violations(samples: int, alpha: float, confidence: float) -> int:
@@ -69,14 +81,46 @@ def upper_bound(violations: int, samples: int, confidence: float) -> float:
     return 1.0 if violations >= samples else float(beta.ppf(confidence, violations + 1, samples - violations))
 
 
+def most_group_violations(groups: int, alpha: float, confidence: float) -> float:
+    """Largest sum of the groups' shares of violations that still shows a mean share of at most ``alpha``.
+
+    The shares are in [0, 1] and of any distribution; their groups are independent draws. The bound is the smaller one
+    of Hoeffding's and Bentkus's. Without violations it takes as many groups as `samples_needed` says.
+
+    Returns:
+        The sum, in [0, groups]; -1 where even no violation is not enough.
+    """
+    from scipy.stats import binom
+
+    def probability(total: float) -> float:
+        """Bound the probability of so small a sum, if the mean share were ``alpha``."""
+        rate = total / groups
+        if rate >= alpha:
+            return 1.0
+        divergence = (1 - rate) * math.log((1 - rate) / (1 - alpha))
+        divergence += rate * math.log(rate / alpha) if rate else 0.0
+        return min(math.exp(-groups * divergence), math.e * float(binom.cdf(math.ceil(total), groups, alpha)))
+
+    low, high = 0.0, groups * alpha
+    if probability(low) > 1 - confidence:
+        return -1.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if probability(middle) <= 1 - confidence else (low, middle)
+    return low
+
+
 @dataclass(eq=False)
 class Calibration:
     """Measured and predicted losses of inputs that nothing was fitted on, and the promise based on them.
 
-    For a threshold t chosen without looking at these inputs: with probability at least ``confidence`` over
-    the draw of the calibration set, ``P(loss > t) <= alpha`` for a new input, routed with ``threshold=t``.
-    The inputs have to be independent draws from what the model will see. It holds for one threshold at a
-    time; of many thresholds on one calibration set, a share of ``1 - confidence`` may fail.
+    With probability at least ``confidence`` over the draw of the calibration set, ``P(loss > t) <= alpha`` for a
+    new input that is routed with ``threshold=t``. The inputs have to be independent draws from what the model
+    will see. Samples out of distribution go to the backbone and are left out, so that the promise holds for the
+    others however many there are.
+
+    A promise for one threshold at a time fails for any of eleven in a third of the draws. One for several thresholds,
+    or for all, costs savings: see the table in ``docs/measurements.md``.
 
     Args:
         losses: Measured loss of every branch exit, ``(S, K)``.
@@ -85,11 +129,20 @@ class Calibration:
         alpha: Share of inputs that may lose more than the threshold, in (0, 1).
         confidence: Probability that the promise holds, in (0, 1).
         rule: ``"margin"``: one margin for all exits. ``"bound"``: every exit has its own, so that its upper
-            bound holds at ``alpha / K`` and ``1 - (1 - confidence) / K``; needs more samples.
+            bound holds at ``alpha / K`` and ``1 - (1 - confidence) / K``; needs more samples. ``"worst-group"``: no
+            promise, but the margin at which at most ``alpha`` of each group are above the threshold when that
+            group is left out; ``confidence`` is not used.
+        thresholds: ``None``: the promise holds for one threshold, chosen without looking at these inputs.
+            Several: it holds for these together (each at ``1 - (1 - confidence) / len(thresholds)``); another
+            threshold is lowered to the next of them, and below the smallest all samples take the backbone. ``"all"``:
+            it holds for all thresholds together, since at most ``alpha`` of the inputs lose more than any
+            threshold; all have one margin, as a share of the threshold.
+        groups: The drive, speaker or session of each sample. Groups are then what is drawn, and the promise is for an
+            input of a new group.
         about: Where the samples come from: their number and hash, the metric.
 
     Raises:
-        OptionError: If there are too few samples, or a value is out of range.
+        OptionError: If there are too few samples or groups, or a value is out of range.
     """
 
     losses: Tensor
@@ -97,12 +150,12 @@ class Calibration:
     alpha: float = 0.05
     confidence: float = 0.95
     rule: Rule = "margin"
+    thresholds: Thresholds = None
+    groups: Sequence[Any] | None = None
     about: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        check_promise(self.alpha, self.confidence)
-        if self.rule not in ("margin", "bound"):
-            raise OptionError(f"rule must be 'margin' or 'bound', got {self.rule!r}.", self.rule)
+        self._check_options()
         if self.losses.dim() != 2 or self.losses.shape != self.predicted.shape or not self.losses.numel():
             shapes = f"{tuple(self.losses.shape)} and {tuple(self.predicted.shape)}"
             raise OptionError(
@@ -110,24 +163,133 @@ class Calibration:
             )
         if not bool(torch.isfinite(self.losses).all()) or bool(self.predicted.isnan().any()):
             raise OptionError("losses must be finite and predictions no NaN.", self.losses)
-        needed = samples_needed(*self._level())
-        if len(self) < needed:
-            raise OptionError(
-                f"P(loss > threshold) <= {self.alpha:g} with confidence {self.confidence:g} needs at least "
-                f"{needed} samples, got {len(self)}. Pass {needed - len(self)} more, or a larger alpha.",
-                self.losses,
-            )
+        check_groups(self.groups, len(self))
         self.losses, self.predicted = self.losses.detach().cpu(), self.predicted.detach().cpu()
-        self._limits: dict[float, Tensor] = {}
-        self._multipliers: dict[tuple[float, ...], float] = {}
+        inside = torch.isfinite(self.predicted).all(1).numpy()
+        self._losses = np.ascontiguousarray(self.losses.numpy()[inside].T)  # (K, S)
+        self._predicted = np.ascontiguousarray(self.predicted.numpy()[inside].T)
+        labels = np.array([] if self.groups is None else [str(group) for group in self.groups])
+        self._names, self._group = np.unique(labels[inside] if len(labels) else labels, return_inverse=True)
+        self._check_counts()
+        # Under one margin a sample leaves at exit k for limits from predicted[k] to the least of the exits before.
+        self._entries = self._predicted.copy()
+        if self.rule != "bound":
+            before = np.minimum.accumulate(self._predicted)[:-1]
+            self._entries[1:][self._predicted[1:] >= before] = np.inf
+        self._allowed = self._most()
+        self._ratio = self._find(self._scores(None), _LARGEST_LIMIT) if self.thresholds == "all" else None
+        self._limits = functools.lru_cache(_CACHE_SIZE)(self._limits_at)
+        self._multiplier = functools.lru_cache(_CACHE_SIZE)(
+            lambda budget, shares: lagrange_multiplier(self.predicted, torch.tensor(shares), budget)
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), tuple(getattr(self, part.name) for part in fields(self))
 
     def __len__(self) -> int:
         return len(self.losses)
 
+    def _check_options(self) -> None:
+        check_promise(self.alpha, self.confidence)
+        if self.rule not in RULES:
+            names = ", ".join(map(repr, RULES))
+            raise OptionError(f"rule must be one of {names}, got {self.rule!r}.", self.rule)
+        if self.rule == "worst-group" and self.groups is None:
+            raise OptionError(
+                "rule='worst-group' needs groups. Pass groups=, one label per sample.", self.rule
+            )
+        if self.thresholds is None or (isinstance(self.thresholds, str) and self.thresholds == "all"):
+            return
+        if isinstance(self.thresholds, str) or not len(self.thresholds):
+            raise OptionError(
+                f"thresholds must be None, numbers or 'all', got {self.thresholds!r}.", self.thresholds
+            )
+        self.thresholds = tuple(sorted({check_number("threshold", t) for t in self.thresholds}))
+
     def _level(self) -> tuple[float, float]:
-        """Alpha and confidence of one test: of all exits together, or of one exit."""
-        exits = 1 if self.rule == "margin" else self.losses.shape[1]
-        return self.alpha / exits, 1 - (1 - self.confidence) / exits
+        """Alpha and confidence of one test: of all exits together or of one, and of one threshold."""
+        exits = self.losses.shape[1] if self.rule == "bound" else 1
+        tests = exits * (len(self.thresholds) if isinstance(self.thresholds, tuple) else 1)
+        return self.alpha / exits, 1 - (1 - self.confidence) / tests
+
+    def _check_counts(self) -> None:
+        """Raise `OptionError` where too few samples or groups may leave early to stand behind the promise."""
+        needed, count = samples_needed(*self._level()), self._losses.shape[1]
+        promise = f"P(loss > threshold) <= {self.alpha:g} with confidence {self.confidence:g} needs at least"
+        if count < needed:
+            left_out, kind = len(self) - count, ""
+            reason, advice = ".", f"Pass {needed - count} more, or a larger alpha."
+            if left_out:
+                kind = " like those of the fitting set"
+                reason = f": the guard sends the other {left_out} to the backbone."
+                advice = "Calibrate on inputs like those of the fit, or fit on inputs like these."
+            elif self.about.get("duplicates"):
+                kind, reason = " that differ", f", since {self.about['duplicates']} repeat others."
+            raise OptionError(f"{promise} {needed} samples{kind}, got {count}{reason} {advice}", self.losses)
+        if self.rule == "worst-group" and len(self._names) < 2:
+            raise OptionError(
+                f"rule='worst-group' needs at least 2 groups of samples like those of the fitting set, got "
+                f"{len(self._names)}. Pass samples of another group.",
+                self.groups,
+            )
+        if self.rule != "worst-group" and self.groups is not None and len(self._names) < needed:
+            raise OptionError(
+                f"{promise} {needed} groups, got {len(self._names)}. Pass samples of "
+                f"{needed - len(self._names)} more groups, a larger alpha, or rule='worst-group', which is no promise.",
+                self.groups,
+            )
+
+    # The search for limits.
+
+    def _most(self) -> float:
+        """Largest weight of violations that one test accepts."""
+        if self.rule == "worst-group":
+            return self.alpha
+        if self.groups is not None:
+            return most_group_violations(len(self._names), *self._level())
+        return most_violations(self._losses.shape[1], *self._level())
+
+    def _scores(self, tau: float | None) -> Array:
+        """Lowest limit at which each sample loses more than a threshold; a share of it if that may be any.
+
+        Returns:
+            ``(1, S)``, or ``(K, S)`` where every exit has its own limit; infinite where there is none.
+        """
+        if (
+            tau is None
+        ):  # exit k is taken for thresholds from entry / share on: too early where that is below its loss
+            with np.errstate(divide="ignore"):
+                scores = np.where(self._losses > 0, self._entries / self._losses, np.inf)
+        else:
+            scores = np.where(self._losses > tau, self._entries, np.inf)
+        return scores if self.rule == "bound" else scores.min(0, keepdims=True)
+
+    def _find(self, scores: Array, largest: float, left_out: int | None = None) -> Array:
+        """Find the largest limits ``(1,)`` or ``(K,)`` that scores allow, maybe without one group."""
+        if not len(self._names):
+            return np.minimum([_below(row, self._allowed) for row in scores], largest)
+        weights = 1 / np.bincount(self._group)[self._group]
+        if self.rule != "worst-group":
+            rest = self._group != left_out
+            return np.minimum([_below(row[rest], self._allowed, weights[rest]) for row in scores], largest)
+        members = [self._group == group for group in range(len(self._names)) if group != left_out]
+        limits = np.sort([min(_below(scores[0, m], self._allowed, weights[m]), largest) for m in members])
+        # As far below the worst group as that is below the second worst: so it holds for each if left out.
+        return limits[:1] * (limits[0] / limits[1] if len(limits) > 1 and limits[0] > 0 else 1.0)
+
+    def _limits_at(self, tau: float, left_out: int | None = None) -> Tensor:
+        """Limits ``(K,)`` for a threshold, maybe without one group."""
+        if isinstance(self.thresholds, tuple):
+            tau = max((t for t in self.thresholds if t <= tau), default=-1.0)
+        largest = min(_LARGEST_LIMIT * tau, float(self._predicted.max()))  # no further than was tried
+        if self._ratio is None:
+            limits = self._find(self._scores(tau), largest, left_out)
+        else:
+            is_whole = left_out is None
+            ratio = self._ratio if is_whole else self._find(self._scores(None), _LARGEST_LIMIT, left_out)
+            limits = np.minimum(tau * ratio, largest)
+        limits = np.broadcast_to(limits if tau >= 0 else -np.inf, self.losses.shape[1:])
+        return torch.from_numpy(limits.astype(self._predicted.dtype))
 
     def limits(self, threshold: float | Tensor) -> Tensor:
         """Largest prediction accepted at each exit so that a threshold holds as promised.
@@ -144,35 +306,12 @@ class Calibration:
         """
         if isinstance(threshold, Tensor) and threshold.dim():
             return torch.stack([self.limits(value) for value in threshold.tolist()])
-        tau = check_number("threshold", float(threshold) if isinstance(threshold, Tensor) else threshold)
-        if tau not in self._limits:
-            if len(self._limits) >= _CACHE_SIZE:
-                self._limits.clear()
-            self._limits[tau] = self._find_limits(tau)
-        return self._limits[tau]
-
-    def _find_limits(self, tau: float) -> Tensor:
-        """Test limits from the strictest on; the last one before the first that fails."""
-        limits = (tau * torch.arange(_HUNDREDTHS + 1, dtype=torch.float64) / 100).to(self.predicted)
-        predicted, bad = self.predicted, self.losses > tau
-        accepted = predicted <= limits[:, None, None]  # (limits, S, K)
-        if self.rule == "margin":  # a sample leaves at the first exit that accepts it
-            cheaper = torch.nn.functional.pad(predicted, (1, 0), value=torch.inf).cummin(1).values[:, :-1]
-            accepted &= cheaper > limits[:, None, None]
-            violations = (accepted & bad).sum((1, 2))[:, None].expand(-1, predicted.shape[1])
-        else:
-            violations = (accepted & bad).sum(1)  # (limits, K)
-        passed = (violations <= most_violations(len(self), *self._level())).int().cumprod(0).sum(0)
-        return limits[(passed - 1).clamp_min(0)].masked_fill(passed == 0, -torch.inf)
+        tau = float(threshold) if isinstance(threshold, Tensor) else threshold
+        return self._limits(check_number("threshold", tau))
 
     def lagrange_multiplier(self, shares: Tensor, budget: float) -> float:
         """Multiplier at which these inputs spend a budget on average; see `policy.lagrange_multiplier`."""
-        key = (budget, *shares.tolist())
-        if key not in self._multipliers:
-            if len(self._multipliers) >= _CACHE_SIZE:
-                self._multipliers.clear()
-            self._multipliers[key] = lagrange_multiplier(self.predicted, shares.cpu(), budget)
-        return self._multipliers[key]
+        return self._multiplier(budget, tuple(shares.tolist()))
 
     def observed(self, losses: Tensor, predicted: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
         """Choose the exits of other samples under the promise.
@@ -185,21 +324,69 @@ class Calibration:
         Returns:
             The exit of every sample, from 1, and the loss that it has there; 0 at the backbone.
         """
-        exits = assign_exits(predicted, self.limits(threshold).to(predicted))
-        return exits, torch.nn.functional.pad(losses, (0, 1)).gather(1, exits[:, None] - 1)[:, 0]
+        return _routed(losses, predicted, self.limits(threshold))
+
+    def left_out(self, threshold: float) -> dict[str, tuple[Tensor, Tensor]]:
+        """Choose the exits of every group by the limits that the other groups give.
+
+        Returns:
+            For every group with samples in distribution, exits and losses of its samples as from `observed`.
+        """
+        tau, labels = check_number("threshold", threshold), [str(group) for group in self.groups or ()]
+        results = {}
+        for number, name in enumerate(self._names.tolist()):
+            rows = torch.tensor([label == name for label in labels])
+            limits = self._limits_at(tau, number)
+            results[name] = _routed(self.losses[rows], self.predicted[rows], limits)
+        return results
 
     def settings(self) -> dict[str, Any]:
         """The arguments besides the tensors, as JSON types."""
-        return {name: getattr(self, name) for name in ("alpha", "confidence", "rule", "about")}
+        names = [part.name for part in fields(self)][2:]
+        values = {name: getattr(self, name) for name in names}
+        return {**values, "groups": None if self.groups is None else [str(group) for group in self.groups]}
+
+    @property
+    def is_promise(self) -> bool:
+        """Whether it holds with a stated confidence."""
+        return self.rule != "worst-group"
 
     def describe(self) -> dict[str, Any]:
         """What is promised, and on which samples, as JSON types."""
-        promise = {"alpha": self.alpha, "confidence": self.confidence, "rule": self.rule}
-        return {**promise, "samples": len(self), **self.about}
+        counts = {"samples": len(self), "groups": None if self.groups is None else len(self._names)}
+        return {**self.settings(), **counts, "is_promise": self.is_promise, **self.about}
 
     def __str__(self) -> str:
         source = f", hash {str(self.about['hash'])[:12]}" if "hash" in self.about else ""
-        return (
-            f"P({self.about.get('metric', 'loss')} > threshold) <= {self.alpha:g} with confidence "
-            f"{self.confidence:g} on inputs like the {len(self)} it was calibrated on{source}"
+        metric, groups = self.about.get("metric", "loss"), f"the {len(self._names)} groups"
+        if not self.is_promise:
+            return (
+                f"no promise: at most {self.alpha:g} of each of {groups[4:]} had {metric} > threshold when it was left "
+                f"out{source}"
+            )
+        scope = "" if self.thresholds is None else ", for all thresholds together"
+        if isinstance(self.thresholds, tuple):
+            scope = f", for the thresholds {', '.join(f'{t:g}' for t in self.thresholds)} together"
+        inputs = (
+            f"inputs like the {len(self)}" if self.groups is None else f"inputs of new groups like {groups}"
         )
+        return (
+            f"P({metric} > threshold) <= {self.alpha:g} with confidence {self.confidence:g} on {inputs} it was "
+            f"calibrated on{source}{scope}"
+        )
+
+
+def _below(scores: Array, allowed: float, weights: Array | None = None) -> float:
+    """Largest limit at which samples with scores ``(S,)`` up to it weigh at most ``allowed``; each 1 by default."""
+    if weights is None:
+        failing = np.partition(scores, int(allowed))[int(allowed)]
+    else:
+        order = np.argsort(scores)
+        first = np.searchsorted(np.cumsum(weights[order]), allowed + 1e-9, side="right")
+        failing = scores[order[first]] if first < len(scores) else scores.dtype.type(np.inf)
+    return float(failing if np.isinf(failing) else np.nextafter(failing, scores.dtype.type(-np.inf)))
+
+
+def _routed(losses: Tensor, predicted: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
+    exits = assign_exits(predicted, limits.to(predicted))
+    return exits, torch.nn.functional.pad(losses, (0, 1)).gather(1, exits[:, None] - 1)[:, 0]

@@ -13,8 +13,6 @@ import torch
 
 from retroexit.errors import OptionError
 
-__all__ = ["Latency", "time_exits"]
-
 
 @dataclass(frozen=True)
 class Latency:
@@ -74,14 +72,9 @@ class Latency:
 def time_exits(
     call: Callable[[int], Any], exits: int, batch: int, device: torch.device, runs: int
 ) -> Latency:
-    """Time the exits in turns, so that a busy moment affects all of them.
+    """Time the exits in turns, so that a busy moment affects all; two runs per exit warm up.
 
-    Args:
-        call: Renders the batch through the exit of a number.
-        exits: Number of exits, K + 1.
-        batch: Samples per call.
-        device: Where it runs.
-        runs: Timed calls per exit, after two that warm up.
+    ``call`` renders a batch through the exit of a number.
     """
     taken: list[list[float]] = [[] for _ in range(exits)]
     for turn in range(runs + 2):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any, Self, TypedDict
 
 import torch
 from torch import Tensor
 
+from retroexit.core.nested import is_number
 from retroexit.errors import OptionError
 from retroexit.wrapping.options import OWN_KEYWORDS
 
@@ -80,8 +81,10 @@ class RoutingRequest:
             if value is not None:
                 check = check_number if name == "deadline_ms" else _check_numbers
                 object.__setattr__(self, name, check(name, value))
-        if isinstance(self.exit, Integral) and not isinstance(self.exit, bool):
-            object.__setattr__(self, "exit", int(self.exit))
+        number: Any = self.exit
+        is_bool = isinstance(number, bool)
+        if isinstance(number, Integral) and not is_bool:
+            object.__setattr__(self, "exit", int(number))
         needs = self.threshold is not None or self.budget is not None or self.choose is not None
         object.__setattr__(self, "needs_losses", needs)
         object.__setattr__(self, "is_routed", needs or self.deadline_ms is not None)
@@ -119,9 +122,8 @@ class RoutingRequest:
 
 def check_number(name: str, value: float) -> float:
     """Raise `OptionError` unless an option is a finite number, ``>= 0`` for a threshold and ``> 0`` for others."""
-    is_number = isinstance(value, Real) and not isinstance(value, bool)
     is_zero_allowed = name == "threshold"
-    if not is_number or not 0 <= value < float("inf") or (value == 0 and not is_zero_allowed):
+    if not is_number(value) or not 0 <= value < float("inf") or (value == 0 and not is_zero_allowed):
         bound = ">= 0" if is_zero_allowed else "> 0"
         raise OptionError(f"{name} must be a finite number {bound}, got {value!r}.", value)
     return float(value)
@@ -283,8 +285,7 @@ class VideoRouter:
     """
 
     def __init__(self, routed: Callable[..., tuple[Any, Tensor]], hysteresis: float = 0.1) -> None:
-        is_number = isinstance(hysteresis, Real) and not isinstance(hysteresis, bool)
-        if not is_number or not 0 <= hysteresis < 1:
+        if not is_number(hysteresis) or not 0 <= hysteresis < 1:
             raise OptionError(
                 f"hysteresis must be in [0, 1), got {hysteresis!r}. It is a share of the threshold, such as 0.1.",
                 hysteresis,

@@ -1,11 +1,8 @@
 """The predictor: regress the quality loss of every branch exit (paper section 3.2, equation 2).
 
-A prediction means nothing for inputs far from the fitting set. Unlike the paper's, this predictor has a guard: the
-Mahalanobis distance of pooled statistics of its input, with a covariance of low rank and equal variance
-in the remaining directions (probabilistic principal components: Tipping and Bishop, 1999).
+Unlike the paper's, it has a guard against inputs far from the fitting set: the Mahalanobis distance of pooled
+statistics under probabilistic principal components (Tipping and Bishop, 1999).
 """
-
-from __future__ import annotations
 
 import math
 import threading
@@ -16,8 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from retroexit.errors import OptionError
-
-__all__ = ["KINDS", "READS", "Kind", "OODCounter", "OODGuard", "Predictor", "Reads", "check_kind", "farthest"]
 
 Kind = Literal["conv", "pooled", "linear"]
 Reads = Literal["features", "inputs", "features+distance"]
@@ -38,9 +33,9 @@ def check_kind(kind: str, reads: str | None) -> None:
 class Predictor(nn.Module):
     """Estimates losses from a map: pooled statistics of the map and of convolutions over it, then a small head.
 
-    It reads the feature map at the first attach point, which every route computes, or a map made from the
-    generator's inputs as in the paper. Inputs and outputs are standardised with statistics of the training set
-    (`calibrate_scales`), so that one learning rate works for every generator.
+    It reads the feature map at the first attach point, or a map made from the generator's inputs as in the
+    paper. Inputs and outputs are standardised (`calibrate_scales`). The architecture is ours; the paper's is
+    not published.
 
     Args:
         channels: Channels of the map it reads.
@@ -50,16 +45,12 @@ class Predictor(nn.Module):
         dims: Number of spatial axes, 1 to 3.
         kind: ``"conv"``; ``"pooled"``, the pooled statistics of the map alone; ``"linear"``, a linear probe
             of these.
-        reads: ``"features"``, ``"inputs"`` as in the paper, or ``"features+distance"``, which takes the
-            distance to the retrieved guide as well; ``None`` for the map that an adapter makes from the
-            inputs where there is one, else the features.
-        log: Whether it regresses the logarithm of the loss, so that errors are relative and no prediction is
-            negative.
+        reads: ``"features"``, ``"inputs"`` as in the paper, or ``"features+distance"``, with the distance to
+            the guide; ``None`` for the adapter's map of the inputs, else the features.
+        log: Whether it regresses the logarithm of the loss, so that no prediction is negative.
 
     Raises:
         OptionError: If ``kind`` or ``reads`` is unknown.
-
-    Reference: paper section 3.2; the architecture is ours, theirs is not published.
     """
 
     mean: Tensor
@@ -172,22 +163,13 @@ def _pool(x: Tensor) -> Tensor:
 
 
 def farthest(distances: Tensor) -> float:
-    """Largest distance to expect of inputs like some others, given the distances ``(S,)`` of those.
-
-    The 99.9 % quantile of a log-normal distribution fitted to them, and at least their maximum.
-    """
+    """Estimate the 99.9 % quantile of distances ``(S,)``, as log-normal; at least their maximum."""
     logs = distances.double().clamp_min(1e-9).log()
     return max(float(torch.exp(logs.mean() + _QUANTILE * logs.std())), float(distances.max()))
 
 
 class OODGuard(nn.Module):
-    """Distance of pooled statistics from those of the fitting set, relative to a limit.
-
-    Before `fit`, every distance is 0.
-
-    Args:
-        width: Number of pooled statistics, D.
-    """
+    """Distance of D pooled statistics from those of the fitting set, relative to a limit; 0 before `fit`."""
 
     centre: Tensor
     scale: Tensor
@@ -216,12 +198,9 @@ class OODGuard(nn.Module):
 
     @torch.no_grad()
     def fit(self, pooled: Tensor, held_out: Tensor) -> None:
-        """Estimate the distribution, and set the limit with `farthest` of the held-out distances.
+        """Estimate the distribution of ``(S, D)`` statistics; set the limit with `farthest` of held-out distances.
 
-        Args:
-            pooled: Statistics of the fitting set, ``(S, D)``.
-            held_out: Statistics of other samples, ``(H, D)``; with fewer than 8 the fitting set is used and
-                the limit is doubled.
+        With fewer than 8 held-out samples ``(H, D)`` the fitting set is used and the limit is doubled.
         """
         self.limit.fill_(torch.inf)
         if len(pooled) < 8:

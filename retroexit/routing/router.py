@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from retroexit.core.modules import count_macs
-from retroexit.core.nested import carrying_gradient, clone_strided, tensors
-from retroexit.errors import OptionError, TrainingError
+from retroexit.core.nested import clone_strided, tensors
+from retroexit.errors import OptionError, RetroExitWarning, TrainingError
 from retroexit.guidance.provider import GuideProvider
 from retroexit.retrieval import SearchResult
 from retroexit.routing.calibration import Calibration
@@ -21,17 +22,6 @@ from retroexit.routing.policy import RoutingRequest, assign_by_budget, assign_ex
 from retroexit.routing.predictor import OODCounter, Predictor
 from retroexit.split.split import Begun, SplitGenerator, Values, merge
 from retroexit.wrapping.decomposition import Decomposition
-
-__all__ = [
-    "Choice",
-    "LossPrediction",
-    "Router",
-    "guide_distance",
-    "input_map",
-    "render",
-    "render_at",
-    "render_branch",
-]
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,6 +80,7 @@ class Router(nn.Module):
         self._decomposition: Decomposition | None = None
         self._guide = GuideProvider()
         self._predictor_macs: tuple[nn.Module, tuple[int, ...], int] | None = None
+        self._void: tuple[Calibration | None, dict[str, str]] = (None, {})
 
     def __getstate__(self) -> dict[str, Any]:
         # The decomposition and the provider of guides belong to one recording: a copy is attached to its own.
@@ -137,6 +128,8 @@ class Router(nn.Module):
             exits = exits.max().clamp_max(self._last_in_time(request.deadline_ms, exits)).expand_as(exits)
         if not self._divides:
             exits = exits.max().expand_as(exits)  # the batch leaves together, at the deepest exit chosen
+        if request.threshold is not None and self.calibration is not None:
+            self._check_promise(prediction, exits, begun.feature, request)
         return Choice(exits, retrieved)
 
     @torch.no_grad()
@@ -169,7 +162,7 @@ class Router(nn.Module):
         if reads != "inputs" and self._rows_per_sample > 1:  # the frames of a sample leave together
             losses = losses.unflatten(0, (-1, self._rows_per_sample)).mean(dim=1)
             distance = distance.unflatten(0, (-1, self._rows_per_sample)).amax(dim=1)
-        return LossPrediction(losses, distance > 1, retrieved)
+        return LossPrediction(losses.float(), distance > 1, retrieved)  # limits are compared in float32
 
     def check_exit(self, exit: int) -> int:
         """Raise `OptionError` unless there is an exit of this number; returns it."""
@@ -179,8 +172,12 @@ class Router(nn.Module):
             )
         return exit
 
+    def _guarded(self, prediction: LossPrediction) -> Tensor:
+        """Predicted losses ``(N, K)``, infinite out of distribution unless the guard is off."""
+        return prediction.guarded if self.ood_counter.enabled else prediction.losses
+
     def _assign(self, prediction: LossPrediction, request: RoutingRequest) -> Tensor:
-        losses = prediction.guarded if self.ood_counter.enabled else prediction.losses  # (N, K)
+        losses = self._guarded(prediction)
         if request.choose is not None:
             limits = None if request.threshold is None else self._limits(losses, request.threshold)
             exits = request.choose(losses, limits).to(losses.device)
@@ -246,7 +243,52 @@ class Router(nn.Module):
             )
         return self.latency.last_within(deadline_ms, len(exits), exits.device)
 
+    def _check_promise(
+        self, prediction: LossPrediction, exits: Tensor, feature: Tensor, request: RoutingRequest
+    ) -> None:
+        """Warn, once per kind and calibration, where the promise does not cover a call."""
+        assert self.calibration is not None and request.threshold is not None
+        reasons = self._differences(feature)
+        losses = self._guarded(prediction)
+        limits = self._limits(losses, request.threshold)
+        covered = (exits == assign_exits(losses, limits)) | (exits == self.exits)
+        if self.calibration.rule == "bound":  # holds at every exit that is accepted
+            covered |= functional.pad(losses <= limits, (0, 1)).gather(1, exits[:, None] - 1)[:, 0]
+        if not bool(covered.all()):
+            policy = "hysteresis or a policy of your own took other exits than the limits give"
+            deadline = "a deadline took other exits than the limits give"
+            batch = "the samples of a batch left together, at another exit than the limits give some of them"
+            is_chosen, is_timed = request.choose is not None, request.deadline_ms is not None
+            reasons["exits"] = policy if is_chosen else deadline if is_timed else batch
+        for kind, reason in reasons.items():
+            if kind not in self._reasons:
+                self._reasons[kind] = reason
+                warnings.warn(f"the promise is void for this call: {reason}.", RetroExitWarning, stacklevel=6)
+
+    def _differences(self, feature: Tensor | None) -> dict[str, str]:
+        """In what a call differs from the calibration, by kind: the guard, the size of the feature, the precision."""
+        reasons = {} if self.ood_counter.enabled else {"guard": "the guard against other inputs is off"}
+        facts = {} if feature is None else circumstances(feature)
+        for name, value in facts.items():
+            calibrated = {} if self.calibration is None else self.calibration.about
+            if calibrated.get(name, value) != value:
+                reasons[name] = f"{name.replace('_', ' ')} is {value}, calibrated was {calibrated[name]}"
+        return reasons
+
+    @property
+    def _reasons(self) -> dict[str, str]:
+        """Why the promise of this calibration was void in some calls, by kind."""
+        if self._void[0] is not self.calibration:
+            self._void = (self.calibration, {})
+        return self._void[1]
+
     # Facts.
+
+    def void(self, feature: Tensor | None = None) -> list[str]:
+        """List why the promise does not hold: with the present settings, in calls so far, or for a feature."""
+        if self.calibration is None:
+            return []
+        return list((self._differences(feature) | self._reasons).values())
 
     @property
     def reads(self) -> str:
@@ -329,8 +371,7 @@ def render(
     parts: list[tuple[Tensor, Any]] = []
     for index, branch in enumerate(branches):
         if index:
-            with carrying_gradient(values.values()):
-                values = split.advance(values, index)
+            values = split.advance(values, index)
         leaves = exits[rows] == index + 1
         if not bool(leaves.any()):
             continue
@@ -345,8 +386,7 @@ def render(
             break
         values, rows = split.select(values, staying), rows[staying]
     else:
-        with carrying_gradient(values.values()):
-            parts.append((rows, split.finish(values)))
+        parts.append((rows, split.finish(values)))
     return merge(parts, len(exits), split.output_rows)
 
 
@@ -364,6 +404,13 @@ def render_at(
         with carrying_gradient(values.values()):
             values = split.advance(values, number)
     return render_branch(split, branch, index, values, guides)
+
+
+def circumstances(feature: Tensor) -> dict[str, Any]:
+    """Size and precision of the first feature ``(N, C, ...)``, which a promise is tied to, as JSON types."""
+    kind = feature.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else feature.dtype
+    return {"feature_size": list(feature.shape[2:]), "precision": str(dtype).removeprefix("torch.")}
 
 
 def render_branch(

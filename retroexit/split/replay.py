@@ -1,10 +1,8 @@
 """Cut a generator whose recording cannot be cut, by running its own forward again behind the cut.
 
-The backbone runs the generator's forward until the module of the attach point has returned, and stops there.
-Behind it the forward starts again, and every module that it called before returns what it returned in the first
-run: only the forward's own Python between the modules is repeated. So the values that cross the cut are the
-generator's inputs and the outputs of the modules called before it (see `retroexit.split.rerun`). Control flow may
-depend on values of a batch, so that all samples of a batch leave together.
+The backbone stops once the module of the attach point has returned. Behind it the forward starts again, and
+every module called before returns what it returned first (see `retroexit.split.rerun`). So the values that
+cross are the inputs and the outputs of these modules. All samples of a batch leave together.
 """
 
 from __future__ import annotations
@@ -33,13 +31,11 @@ from retroexit.split.rerun import (
     running,
 )  # fmt: skip
 from retroexit.split.segments import Tail
-from retroexit.split.split import Leaves, SplitGenerator, Values
+from retroexit.split.split import Leaves, SplitGenerator, Values, gradient_of
 from retroexit.stages.decoder import Cut, Decoder
 from retroexit.stages.stage import Stage
 from retroexit.tracing.record import unobserved
 from retroexit.tracing.recorder import altered
-
-__all__ = ["ReplaySplit", "ReplayTail"]
 
 _MOST_PATHS = 12
 
@@ -48,13 +44,7 @@ class Layout:
     """Names every value that may cross a cut, by its origin; names are only ever added.
 
     The origin, ``node.meta["key"]``, is an input, a random draw, or a tensor in what a module returned.
-
-    Args:
-        args: Example inputs.
-        kwargs: Example keyword inputs.
-
-    Attributes:
-        nodes: All names, in the order in which they were given.
+    ``nodes`` holds the names in their order of creation.
     """
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -82,16 +72,7 @@ class Layout:
         return args, kwargs
 
     def store(self, run: Run, values: Values, place: Place) -> tuple[Values, fx.Node]:
-        """Name what a run caught on its way to a place.
-
-        Args:
-            run: A run that stopped there.
-            values: Values that it began with.
-            place: The place.
-
-        Returns:
-            Inputs and caught values; and the feature's name.
-        """
+        """Name the values that a run began with and caught up to a place; return them, and the feature's name."""
         stored = {node: value for node, value in values.items() if node.meta["key"][0] == "input"}
         for path, number, value in run.caught:
             packed, tensors = pack(value)
@@ -107,12 +88,7 @@ class Layout:
         return stored, next(node for node, value in stored.items() if value is feature)
 
     def answers(self, values: Values, *, recorded_numbers: bool) -> dict[str, Any]:
-        """Rebuild what modules returned and the forward drew, as the ``fed`` and ``draws`` of a `Run`.
-
-        Args:
-            values: Values by name.
-            recorded_numbers: See `Packed.unpack`.
-        """
+        """Rebuild the ``fed`` and ``draws`` of a `Run` from values by name; see `Packed.unpack` for the numbers."""
         groups: dict[tuple[Any, ...], dict[int, Tensor]] = {}
         draws: dict[int, Tensor] = {}
         for node, value in values.items():
@@ -143,26 +119,16 @@ class Layout:
 class ReplayCut(Cut):
     """A place where a forward is stopped and resumed.
 
-    ``position``, ``feature`` and ``rest`` belong to the cut in the recording, which shows what depends on what;
-    ``live`` are the values that the rerun needs.
-
-    Attributes:
-        place: The place.
-        layout: Names of the values that cross.
-        entry: The feature's name.
-        called: Paths of all modules that the recording saw.
-        behind: Paths of modules that run behind the cut; ``None`` before that has been explored.
-        paths: Values read from tensors that lead along different ways through the forward.
-        batched: Names of values whose first axis grows with the batch.
+    ``position``, ``feature`` and ``rest`` belong to the cut in the recording; the rerun needs the ``live`` values.
     """
 
     place: Place
-    layout: Layout
-    entry: fx.Node
-    called: frozenset[str]
-    behind: frozenset[str] | None = None
-    paths: tuple[tuple[Answer, ...], ...] = ()
-    batched: frozenset[fx.Node] = frozenset()
+    layout: Layout  # names of the values that cross
+    entry: fx.Node  # the feature's name
+    called: frozenset[str]  # paths of all modules that the recording saw
+    behind: frozenset[str] | None = None  # modules that run behind the cut, once explored
+    paths: tuple[tuple[Answer, ...], ...] = ()  # values read that lead along different ways
+    batched: frozenset[fx.Node] = frozenset()  # names of values whose first axis grows with the batch
 
     @property
     def crossing(self) -> tuple[fx.Node, ...]:
@@ -175,10 +141,7 @@ class ReplayCut(Cut):
         return Run(source=self.place, **answers, **more)
 
     def hand_over(self, values: Values) -> list[Tensor]:
-        """List values for a tail: those of the example's run, then others, each after its number in the layout.
-
-        The output of a module that does not run for these inputs is replaced by zeros.
-        """
+        """List values for a tail by number in the layout; zeros for modules that do not run for these inputs."""
         feature = values[self.entry]
 
         def of(node: fx.Node) -> Tensor:
@@ -205,14 +168,8 @@ class ReplayCut(Cut):
 class ReplayTail(Tail):
     """The rest of a generator after a cut: its own forward, run again with what came before as an input.
 
-    Layers are copies under their dotted paths in the generator. Modules that do not run behind the cut are not
-    copied; parameters that the forward itself reads only in front of the cut stay the generator's.
-
-    Args:
-        generator: The module that owns the layers.
-        cut: Where the tail begins.
-        stages: Paths of the generator's stages.
-        share: Whether it holds the generator's own weights instead of copies, for reading only.
+    Layers behind the cut are copies under their dotted paths; parameters that the forward reads only in front
+    of it stay the generator's. With ``share``, weights are the generator's, for reading only.
     """
 
     def __init__(
@@ -270,11 +227,7 @@ class ReplayTail(Tail):
         return out
 
     def explore(self, values: Sequence[Tensor]) -> tuple[tuple[tuple[Answer, ...], ...], set[str]]:
-        """Follow the ways through the forward behind the cut that other values read from tensors open.
-
-        Returns:
-            The values read along each of them, the example's own first, and the paths of modules that ran.
-        """
+        """Follow the ways behind the cut that other values read open; return these values, and paths that ran."""
         ran: set[str] = set()
         hooks = [
             module.register_forward_pre_hook(lambda _module, _args, path=path: ran.add(path))
@@ -331,16 +284,7 @@ def _lend(duplicate: nn.Module, original: nn.Module, reads: set[str]) -> None:
 class ReplaySplit(SplitGenerator):
     """A generator that is stopped at its attach points and run again behind them.
 
-    Args:
-        generator: The trained generator, in eval mode.
-        decoder: Its recording, for analysis.
-        pairs: Stages and cuts, in order of execution.
-        tap: Whether it is cut after or before the stages.
-        args: Example inputs.
-        kwargs: Example keyword inputs.
-
-    Raises:
-        RecordingError: If the forward, run again, does not reproduce the generator.
+    Raises `RecordingError` if the forward, run again, does not reproduce the generator.
     """
 
     cuts: tuple[ReplayCut, ...]  # type: ignore[assignment]
@@ -407,7 +351,7 @@ class ReplaySplit(SplitGenerator):
         copies = {node: clone_strided(value) for node, value in values.items()}
         run = self.cuts[index - 1].run(copies, target=target) if index else Run(target=target)
         args, kwargs = self._layout.inputs(copies)
-        with running(run):
+        with running(run), gradient_of(copies.values()):
             run.out = skeleton(*args, **kwargs)
         if target is not None and not run.reached_target:
             raise InputMismatchError(
@@ -472,7 +416,6 @@ class ReplaySplit(SplitGenerator):
 
 
 def _place(decoder: Decoder, path: str, cut: Cut, tap: str) -> Place:
-    """Find the place of a cut in the forward."""
     call = decoder.call(path)
     nodes = list(dict.fromkeys(call.outputs if tap == "after" else call.inputs))
     enclosing, parent = [""], call.parent

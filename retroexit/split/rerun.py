@@ -1,9 +1,8 @@
 """Run a generator's own forward again, with modules answered from an earlier part of the same call.
 
-The forward runs on a copy of the modules that are running at the cut, in which the modules that they call are
-stand-ins. The `Run` of the current thread decides what a stand-in does: return what the module returned before
-the cut, store what it returns, stop the forward at the place of a cut, or just run. Random draws of the forward
-itself before a cut are repeated from the earlier run. The generator and its hooks stay unchanged.
+It runs on a copy of the modules that are running at the cut, in which the modules that they call are
+stand-ins. The `Run` of the thread decides what a stand-in does: return what the module returned before the
+cut, store what it returns, stop at a cut, or run. The forward's random draws before a cut are repeated.
 """
 
 from __future__ import annotations
@@ -26,8 +25,6 @@ from retroexit.core.nested import change_first_map, rebuild_deep, tensors
 from retroexit.errors import InputMismatchError
 from retroexit.tracing.recorder import READS, user_line
 
-__all__ = ["Answer", "Place", "Run", "become_standin", "delegate", "is_fake", "opened_by", "running"]
-
 _DRAWS = {
     *("rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "normal"),
     *("bernoulli", "binomial", "multinomial", "poisson", "gumbel_softmax", "rrelu"),
@@ -45,19 +42,12 @@ _CURRENT: ContextVar[Run | None] = ContextVar("retroexit_run", default=None)
 
 @dataclass(frozen=True)
 class Place:
-    """Where a forward is cut.
+    """Where a forward is cut."""
 
-    Attributes:
-        path: The module.
-        tap: Cut behind it (``"after"``), or in front of it (``"before"``).
-        enclosing: Paths of the modules that are running when it is called.
-        leaf: Which of the tensors that it returns (takes) is the feature.
-    """
-
-    path: str
-    tap: str
-    enclosing: frozenset[str]
-    leaf: int = 0
+    path: str  # of the module
+    tap: str  # cut behind it ("after"), or in front of it ("before")
+    enclosing: frozenset[str]  # paths of the modules that are running when it is called
+    leaf: int = 0  # which of the tensors that it returns (takes) is the feature
 
 
 class _Reached(BaseException):
@@ -68,28 +58,19 @@ class _Reached(BaseException):
 class Run:
     """What stand-ins do during one run of a forward.
 
-    Attributes:
-        source: The place from which modules really run; ``None`` to run from the inputs.
-        fed: What modules returned before it, by path and number of the call; for a place in front of a module,
-            the arguments of that module under number -1.
-        draws: What the forward itself drew before it.
-        target: The place where to stop; ``None`` to run to the end.
-        before: By path of a module, a function to apply to its first map.
-        script: Answers to reads of tensor values.
-        log: Answers given, and whether behind ``source``; not stored if ``None``.
-        caught: What modules returned before ``target``: path, number of the call, value.
-        caught_draws: What the forward itself drew before it.
+    ``fed`` and ``caught`` name a module's output by path and number of the call; number -1 are the arguments of
+    a module that a place is in front of.
     """
 
-    source: Place | None = None
-    fed: dict[tuple[str, int], Any] = field(default_factory=dict)
-    draws: list[Tensor] = field(default_factory=list)
-    target: Place | None = None
-    before: dict[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
-    script: Sequence[Answer] = ()
-    log: list[tuple[Answer, bool]] | None = None
-    caught: list[tuple[str, int, Any]] = field(default_factory=list)
-    caught_draws: list[Tensor] = field(default_factory=list)
+    source: Place | None = None  # the place from which modules really run; None to run from the inputs
+    fed: dict[tuple[str, int], Any] = field(default_factory=dict)  # what modules returned before it
+    draws: list[Tensor] = field(default_factory=list)  # what the forward itself drew before it
+    target: Place | None = None  # the place where to stop; None to run to the end
+    before: dict[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)  # functions for first maps
+    script: Sequence[Answer] = ()  # answers to reads of tensor values
+    log: list[tuple[Answer, bool]] | None = None  # answers, and whether behind source
+    caught: list[tuple[str, int, Any]] = field(default_factory=list)  # returned before target
+    caught_draws: list[Tensor] = field(default_factory=list)  # what the forward itself drew before it
     reached_target: bool = False
     out: Any = None
 
@@ -308,17 +289,7 @@ def is_fake(value: Any) -> bool:
 def opened_by(
     generator: nn.Module, enclosing: Iterable[str], called: frozenset[str]
 ) -> tuple[list[str], list[str]]:
-    """Separate the modules whose forward runs again from those that they call.
-
-    Args:
-        generator: The generator.
-        enclosing: Paths of modules that are running at the cut.
-        called: Paths of modules that were called in the recording.
-
-    Returns:
-        Paths of opened modules: the enclosing ones, and containers that are never called; and paths of the
-        modules directly inside them.
-    """
+    """Separate modules whose forward runs again (enclosing ones, containers never called) from those inside."""
     enclosing = set(enclosing)
     opened: dict[str, None] = {}
     inside: list[str] = []

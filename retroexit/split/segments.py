@@ -1,7 +1,6 @@
 """Parts of a recording as modules: segments between two cuts, and tails behind one.
 
-Both run Python code that `torch.fx` generates from their graph: it can be printed (``.code``), compiled
-(`torch.compile`) and exported (`torch.export`), and drops values after their last use.
+Both run Python code that `torch.fx` generates: it can be printed (``.code``), compiled and exported.
 """
 
 from __future__ import annotations
@@ -19,8 +18,6 @@ from retroexit.core.nested import change_first_map
 from retroexit.stages.decoder import Cut, is_read_again
 from retroexit.tracing.record import Recording
 
-__all__ = ["GENERATED", "GraphPart", "Segment", "Tail"]
-
 GENERATED = "<retroexit graph>"
 """File name of generated code in tracebacks."""
 
@@ -28,16 +25,9 @@ Before = dict[str, Callable[[Tensor], Tensor]]
 
 
 class GraphPart(nn.Module):
-    """Some nodes of a recording as a module.
+    """Some ``nodes`` of a recording as a module that enters the values of ``enter`` and returns ``result``.
 
-    Args:
-        nodes: The nodes that run, in order.
-        enter: Nodes whose values are the inputs.
-        result: Nested value of nodes that is returned.
-
-    Attributes:
-        graph: The nodes as a graph of their own.
-        code: The graph as Python code.
+    ``graph`` are the nodes as a graph of their own, ``code`` is that as Python.
     """
 
     graph: fx.Graph
@@ -84,15 +74,9 @@ def _compiled(graph: fx.Graph) -> tuple[Callable[..., Any], str]:
 
 
 class Segment(GraphPart):
-    """Runs the nodes between two cuts with the generator's own modules: ``segment(*values)``.
+    """Runs the nodes ``begin .. end`` between two cuts with the generator's own modules: ``segment(*values)``.
 
-    Args:
-        recording: The execution that the nodes come from.
-        generator: The module that owns the layers.
-        begin: Position of the first node.
-        end: Position behind the last node.
-        keep: Nodes whose values are returned, as a tuple.
-        enter: Nodes whose values are the inputs; the generator's inputs if ``None``.
+    Values enter at the nodes ``enter``, by default the generator's inputs; those of ``keep`` are returned.
     """
 
     keep: tuple[fx.Node, ...]
@@ -142,14 +126,8 @@ class Segment(GraphPart):
 class Tail(GraphPart):
     """The rest of a generator after a cut: ``tail(feature, *live)`` gives the generator's output structure.
 
-    Layers are copies (see `clone_module`) under their dotted paths in the generator. Parameters, buffers and
-    constants that the forward itself reads are copied too.
-
-    Args:
-        recording: The execution to take the rest from.
-        generator: The module that owns the layers.
-        cut: Where the tail begins.
-        share: Whether it holds the generator's own weights instead of copies, for reading only.
+    Layers are copies (see `clone_module`) under their dotted paths. What the forward reads itself is copied
+    too. With ``share``, weights are the generator's, for reading only.
     """
 
     def __init__(self, recording: Recording, generator: nn.Module, cut: Cut, *, share: bool = False) -> None:
@@ -192,15 +170,12 @@ class Tail(GraphPart):
             owner.register_buffer(name, value)
 
     def forward(self, feature: Tensor, *live: Tensor, before: Before | None = None) -> Any:
-        """Run the tail.
+        """Run the tail; returns a value with the structure of the generator's output.
 
         Args:
             feature: The feature map.
             live: The other values that cross the cut, in the order of ``cut.live``.
             before: By path of a stage, a function to apply to its feature-map input.
-
-        Returns:
-            A value with the structure of the generator's output.
         """
         if not before:
             return self._run(self, feature, *live)

@@ -17,7 +17,17 @@ from retroexit.stages.decoder import Cut, Decoder
 from retroexit.stages.stage import Stage
 from retroexit.tracing.record import unobserved
 
-__all__ = ["Begun", "SplitGenerator", "Values", "are_grouped", "group", "merge", "places", "rows_per_sample"]
+__all__ = [
+    "Begun",
+    "SplitGenerator",
+    "Values",
+    "are_grouped",
+    "gradient_of",
+    "group",
+    "merge",
+    "places",
+    "rows_per_sample",
+]
 
 Values = dict[fx.Node, Any]
 Leaves = list[tuple[tuple[Any, ...], Any]]
@@ -83,6 +93,7 @@ class SplitGenerator:
         key_cut: Cut | None = None,
     ) -> None:
         self.generator, self.decoder, self.cuts, self.key_cut = generator, decoder, tuple(cuts), key_cut
+        self._crossing = [cut.crossing for cut in self.cuts]
         leaves = list(flatten((tuple(args), dict(kwargs))))
         self.example = (cloned(tuple(args)), cloned(dict(kwargs)))
         self._form = _call_form(leaves)
@@ -208,7 +219,7 @@ class SplitGenerator:
 
     def crossing(self, values: Values, index: int) -> list[Tensor]:
         """List the values that cross a cut, the feature first."""
-        return [values[node] for node in self.cuts[index].crossing]
+        return [values[node] for node in self._crossing[index]]
 
     def select(self, values: Values, rows: Tensor) -> Values:
         """Keep some samples of a batch."""
@@ -417,7 +428,15 @@ def places(
 
 
 def _run(segment: Segment, values: Values) -> Values:
-    return dict(zip(segment.keep, segment(*(values[node] for node in segment.enter)), strict=True))
+    inputs = [values[node] for node in segment.enter]
+    with gradient_of(inputs):
+        return dict(zip(segment.keep, segment(*inputs), strict=True))
+
+
+def gradient_of(inputs: Iterable[Any]) -> torch.set_grad_enabled:
+    """Switch gradients off, unless one of the inputs requires one."""
+    requires_grad = any(isinstance(value, Tensor) and value.requires_grad for value in inputs)
+    return torch.set_grad_enabled(torch.is_grad_enabled() and requires_grad)
 
 
 # The form of a call.

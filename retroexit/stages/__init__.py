@@ -1,4 +1,1 @@
-"""Find the stages l_1..l_N of a recorded decoder, where each ends, and where to attach branches.
-
-Imports `retroexit.tracing` and what lies below it.
-"""
+"""Find stages l_1..l_N of a recording, where each ends, where to branch. May import `tracing` and below."""

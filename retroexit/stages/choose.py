@@ -1,9 +1,8 @@
 """Choose the stages l_1..l_N in a recording (paper section 3.1: "a series of convolutional modules we label l_i").
 
-The stages are the coarsest modules of similar depth that hand the feature map from one to the next on the way
-from the smallest map to the image. The recording is read as a tree of parts. Encoders are left out; modules that
-span several resolutions or are much deeper than their neighbours are opened; the longest way up through the rest
-is followed, and modules that do hardly any work on it are dropped.
+The stages are the coarsest modules of similar depth that hand the feature map from one to the next, from the
+smallest map to the image. Encoders are left out; modules that span several resolutions or are much deeper
+than their neighbours are opened; modules that do hardly any work are dropped.
 """
 
 from __future__ import annotations
@@ -22,8 +21,6 @@ from retroexit.stages.maps import is_map, shape_of, sizes_of, width_of
 from retroexit.tracing.record import Recording
 from retroexit.tracing.recorder import Call
 
-__all__ = ["choose_stages", "closing_modules", "repeated_stage"]
-
 _FEW_CHANNELS = 4  # a map with so few channels is an image, a mask or a latent, not a feature
 _FEW_STAGES = 3  # fewer leave hardly a choice of exits
 _DEEPER = 3  # a module this many times as deep as its neighbours contains stages
@@ -39,13 +36,8 @@ _MOST_LISTED = 4
 def choose_stages(recording: Recording, image: fx.Node) -> dict[str, str]:
     """Choose the stages of a recording: path -> path of the module that closes the stage.
 
-    Args:
-        recording: One execution, with every layer as a node and tokens marked.
-        image: Node of the image.
-
-    Raises:
-        AttachPointError: If no module passes a feature map on to the image, or only modules that do next to
-            no work beside one that runs more than once.
+    Every layer must be a node, and tokens marked. Raises `AttachPointError` if no module of weight that runs
+    once passes a feature map on to the image.
     """
     calls = recording.calls
     root = _read_parts(recording, image)
@@ -61,13 +53,7 @@ def choose_stages(recording: Recording, image: fx.Node) -> dict[str, str]:
 
 
 def closing_modules(recording: Recording, image: fx.Node, stages: Sequence[str]) -> dict[str, str]:
-    """Find the modules that close some stages, such as the norm behind a single layer; see `choose_stages`.
-
-    Args:
-        recording: One execution, with every layer as a node and tokens marked.
-        image: Node of the image.
-        stages: Paths of modules that run once, in order of execution.
-    """
+    """Find the modules that close stages, such as the norm behind a layer, as `choose_stages` does."""
     root = _read_parts(recording, image)
     closing = {} if root is None else {part.path: part.closing for part in root.inside()}
     calls = {call.path: call for call in recording.calls}
@@ -84,27 +70,16 @@ def closing_modules(recording: Recording, image: fx.Node, stages: Sequence[str])
 
 @dataclass(eq=False)
 class Part:
-    """One call of a module that returns a feature map which the image depends on.
-
-    Attributes:
-        call: The call.
-        output: The map that it returns, the widest one if there are several.
-        input_length: Side of the coarsest feature map that goes in; skips and conditioning are finer.
-        children: Parts inside, in order of execution.
-        depth: Number of layers with MACs inside.
-        closing: Path of the module that ends it: its own, or that of a norm or an activation behind it.
-        is_pyramid: Whether it returns maps of several resolutions, so that none of them is the feature map.
-        is_encoder: Whether it belongs to something that makes maps smaller.
-    """
+    """One call of a module that returns a feature map which the image depends on."""
 
     call: Call
-    output: fx.Node
-    input_length: float
-    children: list[Part]
-    depth: int
-    closing: str
-    is_pyramid: bool
-    is_encoder: bool = False
+    output: fx.Node  # the map that it returns, the widest one if there are several
+    input_length: float  # side of the coarsest feature map that goes in; skips and conditioning are finer
+    children: list[Part]  # parts inside, in order of execution
+    depth: int  # number of layers with MACs inside
+    closing: str  # path of the module that ends it: its own, or that of a norm or activation behind it
+    is_pyramid: bool  # whether it returns maps of several resolutions, none of them the feature map
+    is_encoder: bool = False  # whether it belongs to something that makes maps smaller
 
     @property
     def path(self) -> str:
@@ -242,10 +217,7 @@ class _Reader:
 
 
 def _mark_encoders(root: Part) -> None:
-    """Mark what makes maps smaller and never larger: a module, or modules side by side in one container.
-
-    The modules that run last make the image, whatever its size.
-    """
+    """Mark modules, alone or side by side in a container, that make maps smaller and never larger."""
     last = max((part.call.begin for part in root.inside()), default=0)
     groups: dict[str, list[Part]] = {}
     for part in root.inside():
@@ -321,11 +293,11 @@ class _Chooser:
         """Parts that may contain stages, the deepest first."""
         if len(stages) < _FEW_STAGES:
             several = [p for p in (stages or parts) if len(_steps(p)) >= 2]
-            found = [p for p in several if len(stages) < 2 or self.is_chain(p) or _contains_encoder(p)]
+            candidates = [p for p in several if len(stages) < 2 or self.is_chain(p) or _contains_encoder(p)]
         else:
             deep = _DEEPER * median(part.depth for part in stages)
-            found = [p for p in stages if (p.depth >= deep and self.is_chain(p)) or self.is_nested(p)]
-        return sorted(found, key=lambda part: -part.depth)
+            candidates = [p for p in stages if (p.depth >= deep and self.is_chain(p)) or self.is_nested(p)]
+        return sorted(candidates, key=lambda part: -part.depth)
 
     def is_nested(self, part: Part) -> bool:
         """Return whether a module goes down and up and is a smaller copy of a module around it."""
@@ -334,10 +306,7 @@ class _Chooser:
         return type(part.call.module) in around and _contains_encoder(part) and not part.is_sequence
 
     def is_chain(self, part: Part) -> bool:
-        """Return whether each part inside a module hands only its own map on to the next.
-
-        A trunk of blocks may have one more way, from its start around the blocks.
-        """
+        """Return whether each part hands only its map on to the next; a trunk may have one way around its blocks."""
         steps = _steps(part)
         if not steps or part.is_sequence:
             return bool(steps)
@@ -407,9 +376,8 @@ class _Ways:
     def longest(self) -> tuple[list[Part], list[Part], list[Part]]:
         """Follow the way to the image through most resolutions, then most parts, then most work.
 
-        Returns:
-            The parts on the way; those of them with an equal parallel branch, so that neither alone carries
-            the map; and those that only weigh what passes them, such as attention gates.
+        Returns the parts on the way; those with an equal parallel branch, so that neither alone carries the
+        map; and those that only weigh what passes them, such as attention gates.
         """
         score: list[tuple[int, int, int]] = []
         come_from: list[int | None] = []
@@ -521,7 +489,6 @@ def _only_prepares(level: Sequence[Part]) -> bool:
 
 
 def _structure(part: Part) -> tuple[type, ...]:
-    """Classes of a module and of the modules directly inside."""
     return (type(part.call.module), *(type(child) for child in part.call.module.children()))
 
 
@@ -541,7 +508,6 @@ def _shuffled_length(part: Part) -> float:
 
 
 def _no_stages(recording: Recording, image: fx.Node) -> AttachPointError:
-    """Explain that a generator has no stages."""
     times = Counter(call.path for call in recording.calls if call.path and call.macs)
     repeated = [path for path, n in times.items() if n > 1]
     single = _single_modules(recording, image, times)

@@ -1,7 +1,5 @@
 """Read a generator: its stages l_1..l_N (paper section 3.1), its image, and the cuts between the stages."""
 
-from __future__ import annotations
-
 import inspect
 import operator
 from collections import Counter
@@ -19,33 +17,15 @@ from retroexit.stages.stage import Stage, suggest_attach_points
 from retroexit.tracing.record import Recording, record, steering_line
 from retroexit.tracing.recorder import Call
 
-__all__ = [
-    "Cut",
-    "Decoder",
-    "forward_signature",
-    "input_names",
-    "is_read_again",
-    "read_decoder",
-    "value_names",
-]
-
 
 @dataclass(frozen=True)
 class Cut:
-    """A place between two nodes of a recording.
+    """A place between two nodes of a recording."""
 
-    Attributes:
-        position: Number of nodes before the cut.
-        feature: Node of the stage's feature map, the branch's main input.
-        live: Nodes of the other tensors that the rest needs.
-        rest: Nodes after the cut that the output depends on, in order. Sizes and attributes from before the
-            cut are repeated here, so that only tensors cross.
-    """
-
-    position: int
-    feature: fx.Node
-    live: tuple[fx.Node, ...]
-    rest: tuple[fx.Node, ...]
+    position: int  # number of nodes before the cut
+    feature: fx.Node  # node of the stage's feature map, the branch's main input
+    live: tuple[fx.Node, ...]  # nodes of the other tensors that the rest needs
+    rest: tuple[fx.Node, ...]  # needed nodes after the cut; sizes from before it are repeated here
 
     @property
     def crossing(self) -> tuple[fx.Node, ...]:
@@ -55,40 +35,23 @@ class Cut:
 
 @dataclass(frozen=True)
 class Decoder:
-    """A generator that has been read.
+    """A generator that has been read."""
 
-    Attributes:
-        recording: One execution, with every stage as one node.
-        stages: l_1..l_N.
-        image: Node of the output image.
-        image_path: Where the image is in the generator's output.
-        replayed: Why the recording cannot be cut, so that the generator's own forward runs again behind a cut
-            (see `retroexit.split.replay`); empty where it can.
-    """
-
-    recording: Recording
-    stages: tuple[Stage, ...]
-    image: fx.Node
-    image_path: tuple[Any, ...]
-    replayed: str = ""
+    recording: Recording  # one execution, with every stage as one node
+    stages: tuple[Stage, ...]  # l_1..l_N
+    image: fx.Node  # node of the output image
+    image_path: tuple[Any, ...]  # where the image is in the generator's output
+    replayed: str = ""  # why the recording cannot be cut (see `retroexit.split.replay`); empty where it can
 
     def call(self, path: str) -> Call:
-        """Return the one call of a module.
-
-        Raises:
-            RepeatedStageError: If it runs more than once.
-        """
+        """Return the one call of a module; raise `RepeatedStageError` if it runs more than once."""
         calls = [call for call in self.recording.calls if call.path == path]
         if len(calls) > 1:
             raise repeated_stage(path, len(calls))
         return calls[0]
 
     def cut(self, stage: Stage, tap: Literal["after", "before"] = "after") -> Cut:
-        """Cut behind a stage's output, or in front of its input.
-
-        Raises:
-            AttachPointError: If there is no feature map that the image depends on afterwards.
-        """
+        """Cut behind a stage's output, or in front of its input; `AttachPointError` if there is no feature map."""
         call = self.call(stage.end or stage.path if tap == "after" else stage.path)
         position, tensors = (call.end, call.outputs) if tap == "after" else (call.begin, call.inputs)
         features = self._maps(tensors)
@@ -120,13 +83,7 @@ class Decoder:
         return Cut(position, feature, tuple(live), tuple(reversed(rest)))
 
     def describe(self, path: str, index: int = 0, end: str = "") -> Stage:
-        """Describe a module as a stage.
-
-        Args:
-            path: Its path.
-            index: Its number; 0 if it is not among l_1..l_N.
-            end: Path of the module that closes it, if that is another one.
-        """
+        """Describe a module as a stage, closed by the module ``end``; its index is 0 if it is not among l_1..l_N."""
         call, recording, names = self.call(path), self.recording, value_names(self.recording)
         stage = Stage(index, path, type(call.module).__name__, (), call.macs, 0.0, 0.0, end=end or path)
         cut = self.cut(stage)
@@ -161,21 +118,11 @@ def read_decoder(
     also: Iterable[str] = (),
     image: Any = None,
 ) -> Decoder:
-    """Record a generator with its stages as leaves.
+    """Record a generator in eval mode with its stages as leaves.
 
-    Args:
-        generator: A trained generator in eval mode.
-        args: Positional inputs that it accepts.
-        kwargs: Keyword inputs.
-        stages: Paths of l_1..l_N, or a mapping from these to the paths of the modules that close them; found if
-            ``None``.
-        also: Paths of further modules that must stay visible as single nodes.
-        image: Key, index or path of the image in the output.
-
-    Raises:
-        AttachPointError: If a path in ``stages`` or ``also`` names no module that runs.
-        GeneratorError: If the generator rejects the inputs, is in train mode, or returns no finite image.
-        RecordingError: If its execution cannot be recorded.
+    ``stages`` are paths of l_1..l_N, or a mapping from these to the paths of the modules that close them;
+    chosen if ``None``. The modules of ``also`` stay visible as single nodes. ``image`` is the key, index or
+    path of the image in the output.
     """
     deep = _record_deeply(generator, args, kwargs)
     _, deep_image = find_image(deep, image)
@@ -289,8 +236,8 @@ def input_names(recording: Recording) -> dict[fx.Node, str]:
 def value_names(recording: Recording) -> dict[fx.Node, str]:
     """Name every value uniquely: by input, by the module that returned it, else by operation and line.
 
-    Examples: ``encoder.2``, ``encoder.2 #2`` for its second call, ``synthesis.b8[1]`` for the second tensor
-    that a module returned, ``cat (model.py:81)``.
+    Examples: ``encoder.2``, ``encoder.2 #2`` (second call), ``block[1]`` (second tensor), ``cat
+    (model.py:81)``.
     """
     names: dict[fx.Node, str] = {}
     taken: Counter[str] = Counter()

@@ -1,10 +1,8 @@
 """Which values of a recording are feature maps, which is the image, and which are tokens.
 
-Transformer layers pass tokens on where others pass maps: the same numbers with the channels last,
-``(N, L, C)`` or ``(N, H, W, C)``. Behind a stage a recording is rewritten so that they cross as ``(N, C, H, W)``.
+Tokens are maps with the channels last, ``(N, L, C)`` or ``(N, H, W, C)``, as in transformers. Behind a stage
+a recording is rewritten so that they cross as ``(N, C, H, W)``.
 """
-
-from __future__ import annotations
 
 from math import prod
 from typing import Any
@@ -17,8 +15,6 @@ from retroexit.core.nested import flatten
 from retroexit.errors import OptionError, OutputError
 from retroexit.tracing.record import Recording
 from retroexit.tracing.recorder import Call, assemble
-
-__all__ = ["find_image", "is_map", "lay_out_tokens", "mark_tokens", "shape_of", "sizes_of", "width_of"]
 
 _MOST_LISTED = 6
 
@@ -61,15 +57,10 @@ def is_map(node: fx.Node, image: fx.Node) -> bool:
 
 
 def find_image(recording: Recording, key: Any) -> tuple[tuple[Any, ...], fx.Node]:
-    """Find the image among the outputs: its path there, and its node.
-
-    Args:
-        recording: One execution.
-        key: Its key, index or path. If ``None``, it is the only map, or the only one that is least nested.
+    """Find path and node of the image: that at ``key``, else the only map, or the only one least nested.
 
     Raises:
-        OptionError: If there is no map at ``key``.
-        OutputError: If there is no map, or several could be the image.
+        OptionError, OutputError: If there is no map at ``key``, none at all, or several could be the image.
     """
     nodes = _output_nodes(recording.nodes[-1].args[0])
     leaves = [(path, leaf) for path, leaf in flatten(recording.output) if isinstance(leaf, Tensor)]
@@ -83,9 +74,7 @@ def find_image(recording: Recording, key: Any) -> tuple[tuple[Any, ...], fx.Node
     else:
         path = key if isinstance(key, tuple) else (key,)
         if path not in maps:
-            raise OptionError(
-                f"no image at {key!r} in the output; maps are at {_list(maps)}. Pass one of these keys.", key
-            )
+            raise OptionError(f"no image at {key!r} in the output; maps are at {_list(maps)}", key)
     node = maps[path][0]
     node.meta.setdefault("map_rank", _map_rank(node))
     return path, node
@@ -113,11 +102,7 @@ def _only_image(maps: Maps, output: Any) -> tuple[Any, ...]:
 
 
 def _map_rank(image: fx.Node) -> int:
-    """Least number of axes of the feature maps behind an image: that of the last layer at work on it.
-
-    The image itself may have lost an axis since (a depth map ``(N, H, W)``, a waveform ``(N, L)``) or gained
-    one (the frames of a video that are folded into the batch).
-    """
+    """Return the rank of the last layer's maps: the image may have lost an axis since, or gained one (frames)."""
     image_rank = len(shape_of(image))
     level, seen = [image], {image}
     while level:
@@ -158,11 +143,7 @@ def mark_tokens(recording: Recording, image: fx.Node) -> None:
     """Store the spatial size of every value that holds tokens in ``meta["tokens"]``.
 
     Tokens have their channels in the last axis and one row for each place of an earlier map. Tokens with a
-    class token, or of windows, are not marked.
-
-    Args:
-        recording: One execution, with every layer as a node.
-        image: The node of the image; its ``meta["map_rank"]`` is the number of axes of a map.
+    class token, or of windows, are not marked. ``image.meta["map_rank"]`` is the number of axes of a map.
     """
     rank = image.meta["map_rank"]
     modules = {call.path: call.module for call in recording.calls}
@@ -238,14 +219,9 @@ def _permuted(name: str, node: fx.Node, axis: int, rank: int) -> int | None:
 
 
 def lay_out_tokens(recording: Recording, sizes: dict[str, tuple[int, ...]]) -> None:
-    """Rewrite a recording so that the tokens of some modules cross as a map.
+    """Rewrite a recording so that the tokens of some modules, given with their spatial sizes, cross as a map.
 
-    Nodes behind each module turn its tokens into a map, which the call returns from now on, and back into
-    tokens for the users. Both are views of the same memory.
-
-    Args:
-        recording: An execution in which the modules are single nodes; it is changed.
-        sizes: Spatial size of the tokens, by path of the module that returns them.
+    Nodes behind each module turn its tokens into a map, and back for the users; both are views.
     """
     for path, places in sizes.items():
         call = next(call for call in recording.calls if call.path == path)

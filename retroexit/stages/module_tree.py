@@ -1,7 +1,5 @@
 """The module tree of a generator, opened down to its stages."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -12,39 +10,26 @@ from retroexit.stages.decoder import Decoder, input_names
 from retroexit.stages.stage import Stage, live_spans
 from retroexit.tracing.recorder import Call
 
-__all__ = ["Part", "decoder_facts", "module_tree"]
-
 
 @dataclass(frozen=True)
 class Part:
-    """One line of the tree: a module, or a run of neighbouring modules.
+    """One line of the tree: a module, or a run of neighbouring modules."""
 
-    Attributes:
-        depth: How deep it lies; the generator itself is at 0.
-        path: Dotted path in the generator; of a run the first one.
-        name: The path below the enclosing line; of a run ``first .. last``.
-        kind: Class name; of a run how many modules it holds.
-        parameters: Elements of its parameters, without those counted in earlier or inner lines.
-        macs: Multiply-accumulates, without those of inner lines.
-        stage: The stage that it is.
-        is_opened: Whether lines for its content follow.
-    """
-
-    depth: int
-    path: str
-    name: str
-    kind: str
-    parameters: int
-    macs: int
-    stage: Stage | None = None
-    is_opened: bool = False
+    depth: int  # how deep it lies; the generator itself is at 0
+    path: str  # dotted path in the generator; of a run the first one
+    name: str  # the path below the enclosing line; of a run first .. last
+    kind: str  # class name; of a run how many modules it holds
+    parameters: int  # elements of its parameters, without those counted in earlier or inner lines
+    macs: int  # multiply-accumulates, without those of inner lines
+    stage: Stage | None = None  # the stage that it is
+    is_opened: bool = False  # whether lines for its content follow
 
 
 def module_tree(decoder: Decoder) -> list[Part]:
     """List the modules of a generator that were called, down to the stages of its decoder.
 
-    Only modules that hold stages are opened. Modules beside the stages are joined to one line a run; those
-    with neither weights nor MACs are left out. Modules that were never called come last.
+    Modules beside the stages are joined to one line a run; those with neither weights nor MACs are left out.
+    Modules that were never called come last.
     """
     return _Tree(decoder).parts()
 
@@ -136,10 +121,8 @@ def _is_within(path: str, other: str) -> bool:
 def decoder_facts(decoder: Decoder) -> dict[str, Any]:
     """Describe a generator as JSON values; MACs and shapes are those of the whole example batch.
 
-    Returns:
-        ``generator`` (class name), ``inputs`` (shapes by name), ``parameters``, ``macs``, ``replayed`` (why,
-        or empty), ``suggested`` (stage numbers), ``stages``, ``live`` (see `LiveSpan`), ``tree`` (see `Part`;
-        ``stage`` is a number or ``None``).
+    Returns ``generator`` (class), ``inputs`` (shapes), ``parameters``, ``macs``, ``replayed`` (why, or
+    empty), ``suggested`` (stage numbers), ``stages``, ``live`` (see `LiveSpan`), ``tree`` (see `Part`).
     """
     tree = module_tree(decoder)
     stages = []
@@ -155,7 +138,5 @@ def decoder_facts(decoder: Decoder) -> dict[str, Any]:
         "suggested": [s.index for s in decoder.stages if s.is_suggested],
         "stages": stages,
         "live": [{**asdict(span), "shape": list(span.shape)} for span in live_spans(decoder.stages)],
-        "tree": [
-            {**asdict(part), "stage": part.stage.index if part.stage is not None else None} for part in tree
-        ],
+        "tree": [{**asdict(part), "stage": part.stage.index if part.stage else None} for part in tree],
     }

@@ -1,12 +1,8 @@
 """Stages l_1..l_N, the values that are live between them, and where branches are worth trying."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-
-__all__ = ["LiveSpan", "Stage", "live_spans", "suggest_attach_points"]
 
 _EXITS = 4  # as many as the paper attaches to OASIS (section 4.1)
 _FEWEST = 3
@@ -57,21 +53,13 @@ class Stage:
 
 @dataclass(frozen=True)
 class LiveSpan:
-    """A value that branches need besides the feature.
+    """A value that branches need besides the feature."""
 
-    Attributes:
-        name: See `retroexit.stages.decoder.value_names`.
-        shape: Its shape.
-        made_by: Stage that returns it, or after which it appears; 0 if it exists before l_1.
-        first: First stage after which it is live.
-        last: Last stage after which it is live.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    made_by: int
-    first: int
-    last: int
+    name: str  # see `retroexit.stages.decoder.value_names`
+    shape: tuple[int, ...]  # its shape
+    made_by: int  # stage that returns it, or after which it appears; 0 if it exists before l_1
+    first: int  # first stage after which it is live
+    last: int  # last stage after which it is live
 
 
 def live_spans(stages: Sequence[Stage]) -> list[LiveSpan]:
@@ -94,18 +82,12 @@ def live_spans(stages: Sequence[Stage]) -> list[LiveSpan]:
 
 
 def suggest_attach_points(stages: Sequence[Stage]) -> list[int]:
-    """Suggest the stages after which branches are worth trying; never the last stage.
+    """Suggest the stages after which branches are worth trying, ascending; never the last stage.
 
     Four targets are spread evenly, in MACs, from the begin of the decoder to where 20 % are left to save. For
     each one the stage nearest in cumulative share is taken; among several within 5 % of the backbone, the one
     with the fewest elements in live values. No two are within 5 % of each other; if fewer than three remain,
     the stages farthest from them are added. If no stage leaves 20 %, the one that leaves most is suggested.
-
-    Args:
-        stages: l_1..l_N.
-
-    Returns:
-        Stage numbers, ascending; empty for a decoder of one stage.
     """
     possible = stages[:-1]
     worthwhile = [s for s in possible if s.saves >= _LEAST_SAVED]

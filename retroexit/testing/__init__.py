@@ -1,7 +1,4 @@
-"""The test that an adapter's author calls: `check_adapter`.
-
-Imports everything except `retroexit.cli` and `retroexit.demo`.
-"""
+"""The test that an adapter's author calls: `check_adapter`. May import all but `cli` and `demo`."""
 
 from retroexit.testing.conformance import AdapterReport, check_adapter
 

@@ -1,7 +1,5 @@
 """`check_adapter`, which an adapter's author calls in a test, with or without pytest."""
 
-from __future__ import annotations
-
 import dataclasses
 import warnings
 from collections.abc import Sequence
@@ -15,29 +13,19 @@ from retroexit.core.identity import fingerprint
 from retroexit.errors import PluginError, RetroExitWarning
 from retroexit.plugins.description import Description
 from retroexit.plugins.host import Host, brief, host
-from retroexit.testing.case import Case
-from retroexit.testing.claims import Stranger, check_all
-
-__all__ = ["AdapterReport", "check_adapter"]
+from retroexit.testing.claims import Case, Stranger, check_all
 
 _RECOGNISED = "the generator is recognised, others are not"
 
 
 @dataclass(frozen=True)
 class AdapterReport:
-    """The result of a conformance test.
+    """The result of a conformance test."""
 
-    Attributes:
-        name: The generator's name in the description.
-        stages: Paths of l_1..l_N.
-        checked: Claims that hold.
-        skipped: Claims that were not checked, with the reason.
-    """
-
-    name: str
-    stages: tuple[str, ...]
-    checked: tuple[str, ...]
-    skipped: tuple[str, ...]
+    name: str  # the generator's name in the description
+    stages: tuple[str, ...]  # paths of l_1..l_N
+    checked: tuple[str, ...]  # claims that hold
+    skipped: tuple[str, ...]  # claims that were not checked, with the reason
 
     def __str__(self) -> str:
         lines = [f"adapter for {self.name}: {len(self.stages)} stages"]
@@ -60,8 +48,7 @@ def check_adapter(
     """Test an adapter on one generator: everything that it states, and wrapping, saving and loading with it.
 
     Args:
-        generator: A small instance with random or trained weights, in eval mode, on the CPU: at full width
-            the generator is copied once for every stage.
+        generator: A small instance with random or trained weights, in eval mode, on the CPU.
         plugin: The module or object whose functions are marked with `hookimpl`; by default the installed
             plug-ins are called.
         description: A description to test instead of a plug-in.
@@ -76,8 +63,7 @@ def check_adapter(
         What was checked, and what was not.
 
     Raises:
-        AdapterError: If anything is wrong; the text lists all of it with advice. It is an ``AssertionError``
-            too.
+        AdapterError: If anything is wrong; lists all of it with advice. It is an ``AssertionError`` too.
 
     Example:
         >>> def test_adapter():
@@ -92,11 +78,7 @@ def check_adapter(
         if description is not None:
             case.skip(_RECOGNISED, "a description was passed")
         else:
-            author = _recognise(case, plugin, plugins)
-            with case.claim(_RECOGNISED):
-                for stranger in (Stranger().eval(), *strangers):
-                    if plugins.recognise(stranger, author) is not None:
-                        case.wrong(f"the adapter recognises a {type(stranger).__name__} too; return None")
+            author = _recognise(case, plugin, plugins, (Stranger().eval(), *strangers))
         before = _snapshot(generator)
         _make_inputs(case, example_inputs, example_kwargs)
         check_all(case, thin_at)
@@ -112,8 +94,8 @@ def check_adapter(
     return AdapterReport(case.description.name, paths, tuple(case.checked), tuple(case.skipped))
 
 
-def _recognise(case: Case, plugin: object | None, plugins: Host) -> str:
-    """Have the generator described; returns the name of the plug-in that does."""
+def _recognise(case: Case, plugin: object | None, plugins: Host, strangers: Sequence[nn.Module]) -> str:
+    """Have the generator described, and no stranger; returns the name of the plug-in that does."""
     kind, name, recognised = type(case.generator).__name__, case.description.name, None
     try:
         if plugin is not None:
@@ -135,6 +117,10 @@ def _recognise(case: Case, plugin: object | None, plugins: Host) -> str:
     info, case.description = recognised
     if case.description.build_stage is None and "retroexit_build_stage" in info.hooks:
         case.description = dataclasses.replace(case.description, build_stage=plugins.build_stage)
+    with case.claim(_RECOGNISED):
+        for stranger in strangers:
+            if plugins.recognise(stranger, info.name) is not None:
+                case.wrong(f"the adapter recognises a {type(stranger).__name__} too; return None")
     return info.name
 
 
@@ -146,9 +132,7 @@ def _make_inputs(case: Case, args: Sequence[Any] | None, kwargs: dict[str, Any] 
             made = case.description.example_inputs(case.generator)
             is_pair = isinstance(made, tuple) and len(made) == 2
             if not is_pair or not isinstance(made[0], tuple) or not isinstance(made[1], dict):
-                case.wrong(
-                    f"example_inputs must return (args, kwargs), a tuple and a dict, got {brief(made)}"
-                )
+                case.wrong(f"example_inputs must return (args, kwargs), tuple and dict, got {brief(made)}")
     elif args is None and kwargs is None:
         case.wrong("the description has no example_inputs; write them, or pass example_inputs=(...)")
     case.raise_problems()

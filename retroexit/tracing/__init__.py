@@ -1,4 +1,1 @@
-"""Record one execution of a generator as a `torch.fx` graph.
-
-Imports `retroexit.core` and `retroexit.errors`.
-"""
+"""Record one execution of a generator as a `torch.fx` graph. May import `core` and `errors`."""

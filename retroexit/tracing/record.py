@@ -1,10 +1,8 @@
 """Record one real execution of a generator as a `torch.fx.Graph` whose leaves are whole modules.
 
-`torch.fx.symbolic_trace` runs a forward on proxies and fails at the first ``if`` on a shape. The recorder runs
-it on real tensors. Sizes stay symbolic, so that a recording of one sample runs with any batch.
+`torch.fx.symbolic_trace` fails at the first ``if`` on a shape; the recorder runs on real tensors. Sizes stay
+symbolic, so that a recording of one sample runs with any batch.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,36 +17,23 @@ from retroexit.errors import DeviceError, GeneratorError, ModeError, NonFiniteEr
 from retroexit.tracing.recorder import QUESTIONS, Call, Read, Recorder
 from retroexit.tracing.unchanged import Snapshot, refuse_accelerate
 
-__all__ = ["Recording", "record", "steering_line", "unobserved"]
-
 _ARRAYS = ("numpy", "tolist", "__array__")
 _MOST_READS = 16
 
 
 @dataclass
 class Recording:
-    """One execution of a generator.
+    """One execution of a generator."""
 
-    Attributes:
-        graph: The execution. Placeholders are the input tensors, leaves are whole modules.
-        constants: Values that are neither inputs nor parameters nor buffers, by node target.
-        inputs: For each placeholder, the path of its tensor in ``(args, kwargs)``.
-        calls: Every call of a module outside of leaves, in order; the generator's own is the first.
-        output: What the generator returned.
-        snapshot: The generator's modules, hooks and settings when it ran.
-        reads: Values read out of tensors into Python; they are frozen in the graph.
-        draws: Whether the forward drew random numbers from PyTorch's generators.
-    """
-
-    graph: fx.Graph
-    constants: dict[str, Any]
-    inputs: list[tuple[Any, ...]]
-    calls: list[Call]
+    graph: fx.Graph  # the execution. Placeholders are the input tensors, leaves are whole modules
+    constants: dict[str, Any]  # values that are neither inputs nor parameters nor buffers, by node target
+    inputs: list[tuple[Any, ...]]  # for each placeholder, the path of its tensor in (args, kwargs)
+    calls: list[Call]  # every call of a module outside of leaves, in order; the generator's own is the first
     macs: int
-    output: Any
-    snapshot: Snapshot
-    reads: list[Read]
-    draws: bool = False
+    output: Any  # what the generator returned
+    snapshot: Snapshot  # the generator's modules, hooks and settings when it ran
+    reads: list[Read]  # values read out of tensors into Python; they are frozen in the graph
+    draws: bool = False  # whether the forward drew random numbers from PyTorch's generators
 
     @property
     def nodes(self) -> list[fx.Node]:
@@ -78,11 +63,8 @@ def record(
         change: Number of the read that returns another value, to test what depends on it.
 
     Raises:
-        GeneratorError: If the generator raises on these inputs.
-        DeviceError: If it raises and its parameters and inputs differ in device or precision.
-        NonFiniteError: If its output holds NaN or infinity.
-        ModeError: If it is in train mode.
-        GeneratorError: If hooks of accelerate move its weights.
+        GeneratorError: If the generator raises (`DeviceError`: by device or precision), is in train mode
+            (`ModeError`), has hooks of accelerate, or its output is not finite (`NonFiniteError`).
         RecordingError: If it passes tensors inside objects that a graph cannot follow.
     """
     kwargs = dict(kwargs or {})
@@ -201,14 +183,8 @@ def _explain(generator: nn.Module, args: Any, kwargs: Any, error: Exception) -> 
 def steering_line(recording: Recording, record_changed: Callable[[int], Recording]) -> str:
     """Find a read whose value depends on the inputs and changes what the forward does.
 
-    A question to which another answer raises, or changes nothing, may stay frozen.
-
-    Args:
-        recording: A recording.
-        record_changed: Records again, with another value for the read of this number.
-
-    Returns:
-        The line that reads, ``file:line: code``; empty if there is none.
+    A read may stay frozen if another value raises or changes nothing. ``record_changed`` records again, with
+    another value for the read of this number. Returns ``file:line: code``, empty if there is none.
     """
     varies: dict[fx.Node, bool] = {}
     for node in recording.nodes:

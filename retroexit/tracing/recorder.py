@@ -1,8 +1,7 @@
-"""Write the tensor functions and modules that run into a `torch.fx.Graph`.
+"""Write the tensor functions and modules that run into a `torch.fx.Graph`; `record` starts and ends it.
 
-`retroexit.tracing.record` starts and ends a recording. A `TorchFunctionMode` writes every tensor function as a
-node; hooks on the generator's modules write the chosen ones as ``call_module`` nodes. Sizes read from a tensor
-stay symbolic (`TracedInt`).
+A `TorchFunctionMode` writes every tensor function as a node; hooks on the generator's modules write the
+chosen ones as ``call_module`` nodes. Sizes read from a tensor stay symbolic (`TracedInt`).
 """
 
 from __future__ import annotations
@@ -29,10 +28,6 @@ from torch.overrides import TorchFunctionMode
 from retroexit.core.modules import MacCounter
 from retroexit.core.nested import children, hidden_tensors, is_record, rebuild, tensors
 from retroexit.errors import RecordingError
-
-__all__ = [
-    "QUESTIONS", "READS", "Call", "Read", "Recorder", "altered", "assemble", "is_user_code", "show", "user_line",
-]  # fmt: skip
 
 QUESTIONS = frozenset({"__bool__", "__contains__", "allclose", "equal", "is_nonzero"})
 """Functions that read a boolean out of tensors."""
@@ -67,10 +62,9 @@ def is_user_code(filename: str) -> bool:
 
 
 def user_line() -> tuple[str, int] | None:
-    """Return file and number of the innermost running line of the user's code.
+    """Return file and number of the innermost running line of the user's code; no frame, which holds tensors.
 
-    Returns ``None`` if code of this library, outside the calling file, was called from the user's code. Never
-    returns a frame, which would keep the tensors of all callers alive.
+    Returns ``None`` if code of this library, outside the calling file, was called from the user's code.
     """
     frame: FrameType | None = sys._getframe(1)
     caller = frame.f_code.co_filename if frame else ""
@@ -137,29 +131,17 @@ def altered(value: Any) -> Any:
 
 @dataclass(eq=False)
 class Call:
-    """One call of one module during the recording.
+    """One call of one module during the recording."""
 
-    Attributes:
-        path: Dotted path of the module in the generator.
-        module: The module.
-        begin: Number of nodes written before the call.
-        inputs: Nodes of the input tensors.
-        parent: The enclosing call, or ``None``.
-        end: Number of nodes written after it; the call's nodes are ``nodes[begin:end]``.
-        outputs: Nodes of the output tensors.
-        macs: Multiply-accumulates inside.
-        children: The calls directly inside, in order.
-    """
-
-    path: str
-    module: nn.Module
-    begin: int
-    inputs: list[fx.Node]
-    parent: Call | None = field(repr=False)
-    end: int = 0
-    outputs: list[fx.Node] = field(default_factory=list)
-    macs: int = 0
-    children: list[Call] = field(default_factory=list, repr=False)
+    path: str  # dotted path of the module in the generator
+    module: nn.Module  # the module
+    begin: int  # number of nodes written before the call
+    inputs: list[fx.Node]  # nodes of the input tensors
+    parent: Call | None = field(repr=False)  # the enclosing call, or None
+    end: int = 0  # number of nodes written after it; the call's nodes are nodes[begin:end]
+    outputs: list[fx.Node] = field(default_factory=list)  # nodes of the output tensors
+    macs: int = 0  # multiply-accumulates inside
+    children: list[Call] = field(default_factory=list, repr=False)  # the calls directly inside, in order
 
 
 @dataclass(frozen=True)
@@ -467,7 +449,6 @@ def _untraced(value: Any) -> Any:
 
 
 def _mutates(name: str, kwargs: dict[str, Any]) -> bool:
-    """Return whether a function writes into its arguments."""
     if "out" in kwargs or kwargs.get("inplace"):
         return True
     if name.startswith("__") and name.endswith("__"):

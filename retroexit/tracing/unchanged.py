@@ -14,8 +14,6 @@ from torch import nn
 from retroexit.errors import GeneratorError, ModeError
 from retroexit.tracing.recorder import Recorder
 
-__all__ = ["Snapshot", "refuse_accelerate"]
-
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _SIMPLE = (bool, float, str)  # numbers of other types, and tuples, are what forwards cache
 

@@ -1,7 +1,6 @@
 """Backbone features and images for training: computed once and kept on disk, or computed in every step.
 
-A branch needs only the values at its attach point and the backbone's image. With stored ones, training costs
-the branch alone, which makes training on a CPU possible.
+With stored ones, training costs the branch alone, which makes training on a CPU possible.
 """
 
 from __future__ import annotations
@@ -25,21 +24,6 @@ from retroexit.core.samples import Samples, drawing_from, moved
 from retroexit.errors import CheckpointError, OptionError, TrainingError
 from retroexit.guidance.provider import Taps
 from retroexit.model import EarlyExitGenerator
-
-__all__ = [
-    "GUIDANCE_KEY",
-    "GUIDANCE_VALUE",
-    "IMAGE",
-    "FeatureCache",
-    "Features",
-    "LiveFeatures",
-    "Window",
-    "bytes_per_sample",
-    "chunks",
-    "compute_features",
-    "cut_out",
-    "guidance_names",
-]
 
 # Crossing values are stored under the names of their nodes, which are identifiers; these are not.
 IMAGE, GUIDANCE_KEY, GUIDANCE_VALUE = "backbone-image", "guidance-key", "guidance-value"
@@ -73,14 +57,7 @@ def guidance_names(taps: Taps, first: str) -> tuple[str, str]:
 
 
 class FeatureCache:
-    """Values at the attach points, guidance maps and images of the backbone, memory-mapped.
-
-    Use `FeatureCache.build`, which continues an interrupted build.
-
-    Attributes:
-        folder: Folder of the arrays.
-        count: Number of samples.
-    """
+    """Values at the attach points, guidance maps and images of the backbone for ``count`` samples, memory-mapped."""
 
     def __init__(self, folder: Path, arrays: Iterable[str], count: int, shared: dict[str, Tensor]) -> None:
         self.folder, self.count, self._shared = folder, count, shared
@@ -92,10 +69,7 @@ class FeatureCache:
     def read(
         self, name: str, indices: Sequence[int], device: torch.device | str = "cpu", crop: Crop | None = None
     ) -> Tensor:
-        """Read one value for some samples, ``(len(indices), ...)``; only ``crop``'s windows are read from disk.
-
-        ``name`` is that of a node that crosses a cut, or one of this module.
-        """
+        """Read a value by name for some samples, ``(len(indices), ...)``; only ``crop``'s windows are read."""
         if name in self._shared:
             value = self._shared[name].to(device, copy=True)  # branches may write into it
             return value if crop is None else cut_out(value, crop(tuple(value.shape[2:])), len(indices))
@@ -122,12 +96,8 @@ class FeatureCache:
     ) -> FeatureCache:
         """Run the backbone once over all samples and store what training needs.
 
-        A cache of the same backbone, attach points and inputs in the folder is continued or reused.
-
-        Raises:
-            CheckpointError: If the folder has a damaged cache or one of something else.
-            OptionError: If samples differ in size.
-            TrainingError: If samples cannot be told apart in the generator's values.
+        A cache of the same backbone, attach points and inputs in the folder is continued or reused; another
+        one is a `CheckpointError`. Samples must have one size (`OptionError`).
         """
         folder = Path(folder)
         if not model.is_recorded:
@@ -166,8 +136,7 @@ class FeatureCache:
 class LiveFeatures:
     """Runs the backbone on the samples that are read, where nothing may be stored.
 
-    The last batch is kept, so that all values of a step come from one pass. Random numbers of the backbone
-    depend on the samples in the batch and the seed.
+    The last batch is kept for the other values of a step. Noise depends on the batch and the seed.
     """
 
     def __init__(self, model: EarlyExitGenerator, samples: Samples) -> None:
@@ -216,10 +185,7 @@ def bytes_per_sample(model: EarlyExitGenerator, samples: Samples) -> int:
 def compute_features(
     model: EarlyExitGenerator, args: Any, kwargs: Any, seed: int, with_guidance: bool = True
 ) -> dict[str, Tensor]:
-    """Run the backbone once over a batch, and return its values by name.
-
-    Values that cross the cuts have the names of their nodes; the image and guidance maps those of this module.
-    """
+    """Run the backbone once over a batch; return values by node, and image and guidance maps by our names."""
     split, features = model.split, dict[str, Tensor]()
     device = device_of(model.generator)
     args, kwargs = moved((args, kwargs), device)
@@ -266,7 +232,6 @@ def _check_rows(model: EarlyExitGenerator) -> None:
 
 
 def _identity(model: EarlyExitGenerator, samples: Samples, batch: int) -> dict[str, Any]:
-    """What a cache depends on."""
     taps = model.decomposition.taps
     return {
         "schema": _SCHEMA,
@@ -346,9 +311,7 @@ def _open(folder: Path, name: str, count: int, mode: Any) -> np.ndarray:
     except ValueError as error:
         raise CheckpointError(f"{path} is damaged ({error}). Remove {folder}.", path) from error
     if array.shape[:1] != (count,):
-        raise CheckpointError(
-            f"{path} must have {count} samples, got shape {array.shape}. Remove {folder}.", path
-        )
+        raise CheckpointError(f"{path} must have {count} rows, got {array.shape}. Remove {folder}.", path)
     return array
 
 

@@ -1,10 +1,7 @@
-"""The processes that train together: rank, part of a batch, averages over all of them.
+"""The processes that train together, started by Lightning Fabric or torchrun.
 
-Lightning Fabric, or torchrun, starts them. Every process has all branches, takes its part of each batch and
-averages the gradients, so that several processes train as one does on the whole batch.
+Every process takes its part of each batch and averages the gradients, as if one had the whole batch.
 """
-
-from __future__ import annotations
 
 import importlib.util
 import os
@@ -19,24 +16,16 @@ from torch import distributed as dist
 
 from retroexit.errors import MissingExtraError, OptionError
 
-__all__ = ["Team", "average", "check_devices", "join", "kind_of_device"]
-
 _TIMEOUT = timedelta(days=2)  # the first process computes features and bank alone
 
 
 @dataclass(frozen=True)
 class Team:
-    """The processes of a fit; a single one by default.
+    """The processes of a fit; a single one by default."""
 
-    Attributes:
-        rank: Number of this process, from 0.
-        size: Number of processes.
-        device: Device of this process; ``None``: the generator's.
-    """
-
-    rank: int = 0
-    size: int = 1
-    device: torch.device | None = None
+    rank: int = 0  # number of this process, from 0
+    size: int = 1  # number of processes
+    device: torch.device | None = None  # device of this process; None: the generator's
 
     @property
     def is_first(self) -> bool:
@@ -83,13 +72,9 @@ def average(tensors: Sequence[Tensor]) -> None:
 
 
 def join(devices: int | None = None, nodes: int | None = None, accelerator: str = "cpu") -> Team:
-    """Join the processes that torchrun started, or start them, one per device of every machine.
+    """Join the processes that torchrun started, or start one per device of every machine by Lightning Fabric.
 
-    Without torchrun, Lightning Fabric starts the running script once more for every further device.
-
-    Raises:
-        MissingExtraError: If there are several devices and lightning-fabric is not installed.
-        OptionError: If a number is below 1, or another one than torchrun's.
+    Fabric starts the running script once more for every further device.
     """
     running = int(os.environ.get("WORLD_SIZE", "1"))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", str(running)))
@@ -130,9 +115,7 @@ def check_devices(devices: int | None, nodes: int | None, batch: int | None = No
         except ValueError:  # sys.modules has None for it
             is_installed = False
         if not is_installed:
-            raise MissingExtraError(
-                f"{devices * nodes} devices need lightning-fabric. Run: pip install 'retroexit[train]'"
-            )
+            raise MissingExtraError("several devices need lightning-fabric: pip install 'retroexit[train]'")
 
 
 def kind_of_device(accelerator: str | None) -> str:

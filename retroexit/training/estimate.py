@@ -1,7 +1,5 @@
 """Estimate what a fit will cost: multiply-accumulates, memory and time, from two of its own steps."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,27 +15,17 @@ from retroexit.training.settings import FitSettings
 from retroexit.training.steps import Step, Steps
 from retroexit.training.trainer import BranchTrainer
 
-__all__ = ["Estimate", "estimate"]
-
 
 @dataclass(frozen=True)
 class Estimate:
-    """The cost of training the branches.
+    """The cost of training the branches."""
 
-    Attributes:
-        step_macs: Multiply-accumulates of one step of all branches, with backward passes and losses.
-        backbone_macs: Those of the backbone for the samples of one step.
-        step_seconds, backbone_seconds: Their times.
-        memory: Bytes of weights, gradients, optimiser, averages, discriminators and saved activations.
-        branches: Number of branches.
-    """
-
-    step_macs: int
-    backbone_macs: int
+    step_macs: int  # multiply-accumulates of one step of all branches, with backward passes and losses
+    backbone_macs: int  # those of the backbone for the samples of one step
     step_seconds: float
     backbone_seconds: float
-    memory: int
-    branches: int
+    memory: int  # bytes of weights, gradients, optimiser, averages, discriminators, saved activations
+    branches: int  # number of branches
 
     def total_seconds(self, settings: FitSettings, samples: int) -> float:
         """Estimate the time of features, branches and losses; bank and predictor are not counted."""

@@ -76,7 +76,7 @@ class FitJob:
 
 
 def fit_model(
-    model: EarlyExitGenerator, job: FitJob, folder: Path, team: Team, save: Callable[[], None], progress: bool
+    model: EarlyExitGenerator, job: FitJob, folder: Path, team: Team, save: Callable[[], Any], progress: bool
 ) -> None:
     """Fit bank, branches and predictor of a recorded model, and call ``save`` in the first process."""
     settings, metric = job.settings, job.metric
@@ -95,8 +95,9 @@ def fit_model(
     _try_loss(losses[0], steps)
     writer = None
     if settings.tensorboard and team.is_first:
-        is_default = settings.tensorboard is True
-        writer = TrainingWriter(folder / "tensorboard" if is_default else Path(settings.tensorboard))
+        writer = TrainingWriter(
+            folder / "tensorboard" if settings.tensorboard is True else Path(settings.tensorboard)
+        )
     # From here on the folder belongs to these settings.
     team.wait()
     if team.is_first:

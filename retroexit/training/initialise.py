@@ -1,7 +1,5 @@
 """Starting weights: branches that inherited channels are fitted to the backbone's features."""
 
-from __future__ import annotations
-
 import logging
 import math
 from dataclasses import replace
@@ -18,8 +16,6 @@ from retroexit.training.distributed import Team
 from retroexit.training.steps import Steps
 from retroexit.wrapping.decomposition import branch_for
 
-__all__ = ["reconstruct_branches"]
-
 logger = logging.getLogger(__name__)
 
 _SAMPLES, _PIXELS = 64, 2**20  # at most; all of them are in memory at once
@@ -30,11 +26,8 @@ def reconstruct_branches(
 ) -> list[Reconstruction | None]:
     """Choose the channels of new branches from training samples, and solve their layers, in place.
 
-    Every process computes the same. Branches that have inherited before, or that have a checkpoint in
-    ``folder``, are left as they are; ``keep_channels`` finds the inherited channels of the latter too.
-
-    Returns:
-        The result for every branch, ``None`` if there was nothing to do.
+    Branches that inherited before, or have a checkpoint in ``folder``, stay; ``keep_channels`` finds the
+    channels of the latter too. Returns the result for every branch, ``None`` if there was nothing to do.
     """
     pixels = steps.cropper.size or steps.cropper.image_size
     count = max(2, min(_SAMPLES, _PIXELS // math.prod(pixels)))
@@ -68,4 +61,4 @@ def _choose_channels(model: EarlyExitGenerator, index: int, values: list[Tensor]
     state = other.state_dict()
     if {name: v.shape for name, v in branch.state_dict().items()} == {n: v.shape for n, v in state.items()}:
         branch.load_state_dict(state)
-        branch.kept = other.kept
+        branch.inherited = other.inherited

@@ -1,7 +1,5 @@
 """Measure what every exit loses, and train the predictor of it (paper sections 3.2 and 3.4, equation 2)."""
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Sequence
@@ -26,8 +24,6 @@ from retroexit.training.distributed import average
 from retroexit.training.settings import FitSettings
 from retroexit.training.steps import Steps
 
-__all__ = ["check_reads", "exit_losses", "fit_predictor", "predictor_reads", "train_predictor"]
-
 _BATCH, _LR = 32, 2e-3  # samples per step; learning rate, cosine to zero
 
 
@@ -35,14 +31,7 @@ _BATCH, _LR = 32, 2e-3  # samples per step; learning rate, cosine to zero
 def exit_losses(
     model: EarlyExitGenerator, steps: Steps, metric: QualityMetric, path: Path, progress: bool
 ) -> Tensor:
-    """Measure the quality loss of every branch exit on every sample, ``(S, K)``.
-
-    ``path`` is the file of the losses, which is read if it exists.
-
-    Raises:
-        CheckpointError: If the file is damaged or belongs to another fit.
-        TrainingError: If a loss is not finite.
-    """
+    """Measure the quality loss of every branch exit on every sample, ``(S, K)``, or read it from ``path``."""
     team, size = steps.team, (len(steps.features), len(model.branches))
     if team.from_first(path.exists()):
         return _read_losses(path, size)
@@ -106,11 +95,7 @@ def fit_predictor(
     settings: FitSettings,
     progress: bool = True,
 ) -> float | None:
-    """Train a predictor of measured losses ``(S, K)`` and give it to the model, whose calibration is dropped.
-
-    Returns:
-        The error on the held-out samples, see `train_predictor`.
-    """
+    """Train a predictor of losses ``(S, K)`` for the model, whose calibration is dropped; return its error."""
     check_reads(model, samples, settings.predict_from)
     reads = settings.predict_from or ("features" if model.options.predictor_inputs is None else "inputs")
     maps, distances = predictor_reads(model, samples, features, reads)
@@ -174,28 +159,14 @@ def train_predictor(
     seed: int = 0,
     progress: bool = True,
 ) -> float | None:
-    """Fit a predictor to quality losses by the squared error of their logarithms.
+    """Fit a predictor to quality losses by the squared error of their logarithms (ours; equation 2 has none).
 
-    The weights that are best on the held-out samples are kept, and their mean error there is subtracted from
-    the predictions. The guard against out-of-distribution inputs is fitted to the same maps.
-
-    Args:
-        predictor: Trained in place; left in eval mode.
-        maps: Maps that it reads, ``(S, C, ...)``.
-        losses: Quality loss of every branch exit, ``(S, K)``.
-        held_out: Samples that the branches were not trained on.
-        extra: Distance to the guide, ``(S, 1)``, if it reads it.
-        steps: Adam steps.
-        seed: Seed of the batches.
-        progress: Whether to show a progress bar on a terminal.
+    The weights that are best on the held-out samples are kept, and their mean error there is subtracted. The
+    guard against out-of-distribution inputs is fitted to the same maps. Maps are ``(S, C, ...)``, losses
+    ``(S, K)``, and ``extra`` are distances to the guide, ``(S, 1)``, if the predictor reads them.
 
     Returns:
         Mean absolute error on the held-out samples; ``None`` without such samples.
-
-    Raises:
-        TrainingError: If the loss is not finite.
-
-    Reference: paper section 3.2, equation 2; the logarithm is ours.
     """
     held = torch.as_tensor(sorted(held_out), dtype=torch.long)
     mask = torch.ones(len(maps), dtype=torch.bool)

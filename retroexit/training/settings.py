@@ -1,7 +1,5 @@
 """Settings of a fit, and the file that ties a folder to them."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable
@@ -14,8 +12,6 @@ import numpy as np
 from retroexit.errors import CheckpointError, OptionError, closest
 from retroexit.routing.predictor import Kind, Reads, check_kind
 from retroexit.training.losses.plan import DEFAULT_LOSSES, check_weights
-
-__all__ = ["FitSettings", "check_same", "divide", "set_aside", "write_json"]
 
 _SCHEDULES: Final = ("cosine", "constant")
 
@@ -32,16 +28,14 @@ class FitSettings:
         batch: Samples (or crops) per step, over all processes.
         crop: Train on square windows of this many image pixels; ``None`` for whole images.
         lr: Largest learning rate of the branches.
-        schedule: ``"cosine"``: down to a thousandth of the largest learning rate; or ``"constant"``. Both
-            rise over the first tenth.
+        schedule: ``"cosine"``, down to a thousandth of ``lr``, or ``"constant"``; both rise over the first
+            tenth.
         clip: Largest norm of a branch's gradient, or ``None``.
-        ema: Decay of the running average of weights that is saved, in [0, 1); in early steps
-            ``(1 + step) / (10 + step)`` if that is less.
+        ema: Decay of the saved average of weights, in [0, 1); at most ``(1 + step) / (10 + step)``.
         losses: Weight of every term of the training loss by name.
-        features: Weight of the distance of the layers' outputs to the backbone's, for branches that inherit;
-            each step then costs a pass of the backbone's remaining stages per branch.
-        held_out: Share of the inputs that branches are not trained on, in [0, 1); the predictor is corrected
-            by them.
+        features: Weight of the distance of inherited layers' outputs to the backbone's, whose remaining
+            stages then run in each step.
+        held_out: Share of the inputs that only correct the predictor, in [0, 1).
         calibrate: Share of the inputs for a calibration at the end, in (0, 1); nothing else uses them.
         predictor: ``"conv"``, ``"pooled"`` or ``"linear"``, see `retroexit.routing.predictor.Predictor`.
         predict_from: ``"features"``, ``"inputs"`` as in the paper, or ``"features+distance"`` with the
@@ -104,9 +98,7 @@ def divide(count: int, settings: FitSettings) -> tuple[list[int], list[int]]:
     """Divide samples into those that branches are trained on, at least one, and those held out, both sorted."""
     held_out = round(settings.held_out * count)
     if held_out >= count:
-        raise OptionError(
-            f"held_out={settings.held_out} of {count} samples leaves none to train on", settings.held_out
-        )
+        raise OptionError(f"held_out={settings.held_out} leaves no sample to train on", settings.held_out)
     order = np.random.default_rng([settings.seed, 2]).permutation(count).tolist()
     return sorted(order[held_out:]), sorted(order[:held_out])
 
@@ -138,7 +130,6 @@ def check_same(path: Path, settings: dict[str, Any]) -> None:
 
 
 def _flat(settings: dict[str, Any], start: str = "") -> dict[str, Any]:
-    """Name nested settings by dotted paths."""
     flat: dict[str, Any] = {}
     for key, value in settings.items():
         flat |= _flat(value, f"{start}{key}.") if isinstance(value, dict) else {start + key: value}

@@ -17,27 +17,18 @@ from retroexit.errors import OptionError
 from retroexit.training.cache import IMAGE, Features, Window, cut_out
 from retroexit.training.distributed import Team
 
-__all__ = ["Cropper", "Step", "Steps", "draw_batch"]
-
 
 @dataclass(frozen=True)
 class Cropper:
-    """Cuts the same random windows out of images, guides and maps of other resolutions.
+    """Cuts the same random windows out of images, guides and maps, whose sizes must divide the image's.
 
-    The sizes of maps must divide the image's. Values of one location, such as style vectors of shape
-    ``(N, C, 1, 1)``, are not cropped.
-
-    Attributes:
-        size: Height and width of the window in pixels of the image, or ``None`` for whole images.
-        image_size: Height and width of the image.
-        grid: Windows begin at multiples of this many pixels, one pixel of the coarsest map.
-        map_sizes: Sizes of the maps that are cropped.
+    Values of one location, such as style vectors ``(N, C, 1, 1)``, are not cropped.
     """
 
-    size: tuple[int, ...] | None
-    image_size: tuple[int, ...]
-    grid: int = 1
-    map_sizes: frozenset[tuple[int, ...]] = frozenset()
+    size: tuple[int, ...] | None  # window in pixels of the image, None for whole images
+    image_size: tuple[int, ...]  # height and width of the image
+    grid: int = 1  # windows begin at multiples of this many pixels, one pixel of the coarsest map
+    map_sizes: frozenset[tuple[int, ...]] = frozenset()  # sizes of the maps that are cropped
 
     @classmethod
     def for_maps(
@@ -94,55 +85,33 @@ def draw_batch(step: int, rows: Sequence[int], batch: int, seed: int) -> list[in
 
 @dataclass(frozen=True)
 class Step:
-    """This process's part of one step.
+    """This process's part of one step."""
 
-    Attributes:
-        number: Number of the step, from 0.
-        rows: Its samples.
-        offsets: Corner of each sample's window, in pixels of the image.
-        seed: Seed of the random numbers of branches and losses.
-        target: The backbone's images ``(N, C, H, W)`` in [-1, 1].
-        guide: Guide of the branches, or ``None``.
-        args, kwargs: Inputs of the generator, if a loss needs them.
-        read: Returns a value that crosses a cut, by name.
-    """
-
-    number: int
-    rows: list[int]
-    offsets: np.ndarray
-    seed: int
-    target: Tensor
-    guide: Tensor | None
-    args: tuple[Any, ...]
+    number: int  # of the step, from 0
+    rows: list[int]  # its samples
+    offsets: np.ndarray  # corner of each sample's window, in pixels of the image
+    seed: int  # of the random numbers of branches and losses
+    target: Tensor  # the backbone's images (N, C, H, W) in [-1, 1]
+    guide: Tensor | None  # of the branches
+    args: tuple[Any, ...]  # inputs of the generator, if a loss needs them
     kwargs: dict[str, Any]
-    read: Callable[[str], Tensor]
+    read: Callable[[str], Tensor]  # returns a value that crosses a cut, by name
 
 
 @dataclass
 class Steps:
-    """All steps of a training.
+    """All steps of a training."""
 
-    Attributes:
-        features: Values and images of the backbone.
-        samples: The generator's inputs.
-        rows: Samples to train on.
-        cropper: Windows to train on, the same for all branches.
-        limits: Range of the generator's images.
-        guide_of: Returns the guide of some samples; ``None`` for branches without one.
-        batch: Samples per step, over all processes.
-        needs_inputs: Whether a loss reads the generator's inputs.
-    """
-
-    features: Features
-    samples: Samples
-    rows: Sequence[int]
-    cropper: Cropper
-    limits: ImageRange
-    guide_of: Callable[[Sequence[int]], Tensor] | None
-    batch: int
+    features: Features  # values and images of the backbone
+    samples: Samples  # the generator's inputs
+    rows: Sequence[int]  # samples to train on
+    cropper: Cropper  # windows to train on, the same for all branches
+    limits: ImageRange  # range of the generator's images
+    guide_of: Callable[[Sequence[int]], Tensor] | None  # guide of some samples
+    batch: int  # samples per step, over all processes
     seed: int
     device: torch.device
-    needs_inputs: bool = False
+    needs_inputs: bool = False  # whether a loss reads the generator's inputs
     team: Team = field(default_factory=Team)
 
     def at(self, number: int) -> Step:

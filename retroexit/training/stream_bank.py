@@ -1,10 +1,7 @@
 """Build a guidance bank from a stream of inputs, whose features are neither all in memory nor on disk.
 
-Keys of every input are computed and a bounded number of them is held until thinning. Only inputs that own a
-chosen key run once more, up to their values (paper, section 4.1: 500 maps x 100 noises x 128 patches).
+Only inputs that own a chosen key run once more, up to their values (paper, section 4.1).
 """
-
-from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -25,8 +22,6 @@ from retroexit.guidance.building import Candidates, build_bank, with_slopes
 from retroexit.guidance.provider import Taps
 from retroexit.model import EarlyExitGenerator
 from retroexit.retrieval import Retriever
-
-__all__ = ["stream_bank", "stream_banks"]
 
 
 def stream_bank(
@@ -61,9 +56,7 @@ def stream_bank(
         model.record(*args, **kwargs)
     taps, guidance = model.decomposition.taps, model.options.guidance
     if taps is None or guidance is None:
-        raise OptionError(
-            "the model was wrapped without guidance. Pass guidance=... to retroexit.wrap.", model
-        )
+        raise OptionError("the model has no guidance. Pass guidance=... to retroexit.wrap.", model)
     meta = {
         "fingerprint": fingerprint(model.generator),
         "generator": type(model.generator).__name__,
@@ -103,19 +96,10 @@ def stream_banks(
 ) -> Iterator[tuple[str, GuidanceBank]]:
     """Build one bank per identity, as for the frames of each source face (paper, section 4.2).
 
+    Yields name and bank in the order of first occurrence; ``source`` counts the samples of that identity.
     Branches are trained with the bank of all identities; to serve one of them, set ``model.bank = bank``.
-
-    Args:
-        model: See `stream_bank`.
-        samples: Inputs of all identities, in any order.
-        identities: Identity of each sample, which is also the name of its folder in ``scratch``.
-        retriever: Makes an unbuilt index.
-        skip: Identities whose bank exists already.
-        scratch: See `stream_bank`.
-        options: Passed to `stream_bank`.
-
-    Yields:
-        A name and its bank, in the order of first occurrence. ``source`` counts the samples of that identity.
+    ``identities`` has one name per sample, which is also the name of a folder in ``scratch``; those of
+    ``skip`` are left out, ``retriever`` makes an unbuilt index, and the rest is as in `stream_bank`.
     """
     rows: dict[str, list[int]] = {}
     for row, name in enumerate(identities):
@@ -152,10 +136,7 @@ def _keys(
 
 
 def _values(model: EarlyExitGenerator, samples: Samples, batch: int) -> Callable[[list[int]], Tensor]:
-    """Return a function for the value features of single inputs.
-
-    Inputs run in the batches in which their keys were computed, so that noise drawn by the generator repeats.
-    """
+    """Return a function for the value features of inputs, run in the batches of their keys: noise repeats."""
 
     @functools.lru_cache(maxsize=1)
     def values(begin: int) -> Tensor:

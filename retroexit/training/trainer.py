@@ -1,7 +1,5 @@
 """Train branches against the backbone's images, with checkpoints (paper sections 4.1 and 4.2)."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,19 +20,10 @@ from retroexit.model import EarlyExitGenerator
 from retroexit.plugins.training_types import TrainingBatch
 from retroexit.tracing.record import unobserved
 from retroexit.training.distributed import Team, average
-from retroexit.training.losses.adversary import load_moments, moments
 from retroexit.training.losses.plan import TrainingLoss
+from retroexit.training.losses.terms import load_moments, moments
 from retroexit.training.settings import FitSettings
 from retroexit.training.steps import Step, Steps
-
-__all__ = [
-    "BranchTrainer",
-    "FeatureDistance",
-    "TrainingWriter",
-    "averaged",
-    "learning_rate",
-    "train_branches",
-]
 
 _POSTFIX_EVERY, _SCALARS_EVERY, _IMAGES_EVERY, _IMAGES = 20, 20, 250, 4
 
@@ -51,13 +40,9 @@ def learning_rate(step: int, settings: FitSettings) -> float:
 
 
 def averaged(parameters: Sequence[nn.Parameter], decay: float) -> AveragedModel:
-    """Make an exponential moving average of parameters, in their order in ``module.parameters()``.
+    """Average parameters exponentially; the decay at step t, from 0, is ``min(decay, (1 + t) / (10 + t))``."""
 
-    The decay at step t, from 0, is ``min(decay, (1 + t) / (10 + t))``; the first step replaces the
-    starting weights.
-    """
-
-    def update(averages: Any, current: Any, count: Tensor) -> None:
+    def update(averages: Any, current: Any, count: Tensor | int) -> None:
         number = int(count)
         get_ema_multi_avg_fn(min(decay, (1 + number) / (10 + number)))(averages, current, count)
 
@@ -65,11 +50,7 @@ def averaged(parameters: Sequence[nn.Parameter], decay: float) -> AveragedModel:
 
 
 class FeatureDistance:
-    """Distance of a branch's layers to the backbone's channels that they inherited.
-
-    Beyond the paper, which compares images alone. Costs a pass of the backbone's remaining stages per step.
-    ``paths`` are the layers that are compared; none for a branch that inherits nothing.
-    """
+    """Distance of a branch's layers, ``paths``, to the backbone's channels that they inherited; not in the paper."""
 
     def __init__(self, model: EarlyExitGenerator, index: int, weight: float) -> None:
         branch = model.branches[index]
@@ -77,7 +58,7 @@ class FeatureDistance:
         self.model, self.branch, self.weight = model, branch, weight
         self.full = model.split.tail(index, share=True)
         modules = dict(branch.tail.named_modules())
-        self.paths = [path for path in branch.kept if path in modules]
+        self.paths = [path for path in branch.inherited if path in modules]
         self._targets: dict[str, Tensor] = {}
         self._outputs: dict[str, Tensor] = {}
 
@@ -99,7 +80,7 @@ class FeatureDistance:
         """Return the weighted mean squared distance, in units of the backbone's variance."""
         terms = []
         for path, output in self._outputs.items():
-            channels, target = self.branch.kept[path], self._targets.get(path)
+            channels, target = self.branch.inherited[path], self._targets.get(path)
             if target is None:
                 continue
             axis = -1 if isinstance(self.full.get_submodule(path), nn.Linear) else 1
@@ -128,20 +109,9 @@ def _capture(root: nn.Module, paths: Sequence[str], outputs: dict[str, Tensor]) 
 
 
 class BranchTrainer:
-    """Trains one branch of a model and writes its checkpoint.
+    """Trains branch ``index`` of a model, whose images are in ``limits``, and writes its checkpoint.
 
-    Args:
-        model: The wrapped generator.
-        index: Number of the branch, from 0.
-        loss: What to minimise.
-        limits: Range of the generator's images.
-        settings: Length, learning rate and precision.
-        folder: Folder of the checkpoint.
-        team: The processes that train together.
-        distance: Term on the branch's layers, or ``None``.
-
-    Attributes:
-        image: Image of the branch in the last step, in [-1, 1], without gradient.
+    ``distance`` is a term on the branch's layers; ``image`` the branch's image in the last step, in [-1, 1].
     """
 
     def __init__(
@@ -176,11 +146,7 @@ class BranchTrainer:
 
     @torch.no_grad()
     def begin(self, step: Step) -> None:
-        """Set train mode, and the channels-last layout where it is faster and the branch supports it.
-
-        On CPUs it saves a quarter of the time of narrow convolutions, on GPUs with bfloat16 likewise. The step
-        is run to try it.
-        """
+        """Set train mode, and channels-last where a trial shows that it works and it saves time (a quarter)."""
         self.branch.train()
         if self.device.type != "cpu" and not self.settings.bfloat16:
             return
@@ -201,8 +167,8 @@ class BranchTrainer:
         self.branch.to(memory_format=layout)  # type: ignore[call-overload]
         for parameter, mean in zip(self.trained, self.averages, strict=True):
             mean.data = torch.empty_like(parameter).copy_(mean.data)
-        for parameter, state in self.optimizer.state.items():
-            state.update({k: torch.empty_like(parameter).copy_(v) for k, v in state.items() if k != "step"})
+        for weight, state in self.optimizer.state.items():
+            state.update({k: torch.empty_like(weight).copy_(v) for k, v in state.items() if k != "step"})
 
     @torch.enable_grad()
     def advance(self, step: Step) -> dict[str, float]:
@@ -314,7 +280,6 @@ class BranchTrainer:
 
 
 def _below(tensors: dict[str, Tensor], start: str) -> dict[str, Tensor]:
-    """Return the tensors whose names begin with ``start``, without it."""
     return {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
 
 
@@ -325,9 +290,7 @@ class TrainingWriter:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise MissingExtraError(
-                "tensorboard is not installed. Run: pip install 'retroexit[train]'"
-            ) from error
+            raise MissingExtraError("tensorboard is missing. Run: pip install 'retroexit[train]'") from error
         self._make: Any = lambda step: SummaryWriter(str(folder), purge_step=step)
         self._writer: Any = None
 
@@ -367,9 +330,7 @@ def train_branches(
 ) -> None:
     """Train branches to the end, one trainer per branch, from their checkpoints if there are any.
 
-    Raises:
-        TrainingError: If a loss is not finite; the branches get the weights of their last checkpoints.
-        CheckpointError: If a checkpoint is damaged or belongs to another branch.
+    If a loss is not finite (`TrainingError`), branches get the weights of their last checkpoints.
     """
     groups = [list(trainers)] if settings.together else [[trainer] for trainer in trainers]
     total = settings.steps * len(groups)

@@ -1,4 +1,1 @@
-"""Turn options into a recorded generator with branches: attach points, decomposition, exits.
-
-Imports `retroexit.plugins`, `retroexit.guidance`, `retroexit.branch` and what lies below them.
-"""
+"""Turn options into a recorded generator with branches. May import `retroexit.plugins` and below."""

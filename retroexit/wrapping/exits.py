@@ -1,7 +1,5 @@
 """Facts about the exits of a wrapped generator, and their table."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -12,8 +10,6 @@ from retroexit.branch.branch import Branch
 from retroexit.branch.widths.plan import Pin
 from retroexit.wrapping.decomposition import Decomposition
 from retroexit.wrapping.options import WrapOptions
-
-__all__ = ["Exit", "exit_table", "list_exits", "table"]
 
 
 @dataclass(frozen=True)
@@ -83,13 +79,7 @@ def _by_reason(pins: Sequence[Pin]) -> tuple[str, ...]:
 
 
 def exit_table(name: str, options: WrapOptions, exits: Sequence[Exit]) -> str:
-    """Show exits as plain text.
-
-    Args:
-        name: Name of the generator.
-        options: How it was wrapped.
-        exits: Its exits, the backbone last.
-    """
+    """Show the exits of a generator of this name, the backbone last, as plain text."""
     rows = []
     for e in exits:
         place = f"{options.tap} {e.attach_at}" + (f" (l_{e.stage})" if e.stage else "")

@@ -1,7 +1,5 @@
 """Settings of one wrap."""
 
-from __future__ import annotations
-
 import inspect
 import warnings
 from collections.abc import Callable
@@ -17,8 +15,6 @@ from retroexit.errors import AttachPointError, OptionError, RetroExitWarning
 from retroexit.guidance.provider import Guidance
 from retroexit.plugins.description import Description
 from retroexit.stages.stage import Stage
-
-__all__ = ["OWN_KEYWORDS", "WrapOptions", "adapter_options"]
 
 OWN_KEYWORDS = ("exit", "threshold", "budget", "deadline_ms")
 

@@ -1,12 +1,12 @@
-"""The diffusers adapter: which decoders it knows, what it says of them, and what it refuses."""
+"""The diffusers adapter: known decoders, their descriptions, refusals."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
+from small import KL, kl, tiny
 from torch import nn
 
 import retroexit
@@ -18,23 +18,7 @@ retroexit_diffusers = pytest.importorskip(
 )
 describe = retroexit_diffusers.retroexit_describe
 
-BLOCKS: dict[str, Any] = {
-    "block_out_channels": (8, 16),
-    "down_block_types": ("DownEncoderBlock2D",) * 2,
-    "up_block_types": ("UpDecoderBlock2D",) * 2,
-    "norm_num_groups": 4,
-    "latent_channels": 4,
-}
 UP = ("mid_block", "up_blocks.0", "up_blocks.1")
-
-
-def kl(**options: Any) -> nn.Module:
-    return diffusers.AutoencoderKL(**(BLOCKS | options))
-
-
-def tiny() -> nn.Module:
-    widths = {"encoder_block_out_channels": (8,) * 2, "decoder_block_out_channels": (8,) * 2}
-    return diffusers.AutoencoderTiny(**widths, num_encoder_blocks=(1, 1), num_decoder_blocks=(2, 1))
 
 
 def dc(last: int = 1) -> nn.Module:
@@ -45,7 +29,7 @@ def dc(last: int = 1) -> nn.Module:
 
 
 def masked() -> nn.Module:
-    options = {key: value for key, value in BLOCKS.items() if key != "block_out_channels"}
+    options = {key: value for key, value in KL.items() if key != "block_out_channels"}
     widths = {f"{half}_block_out_channels": (8, 16) for half in ("down", "up")}
     return diffusers.AsymmetricAutoencoderKL(**options, **widths)
 
@@ -58,11 +42,11 @@ def hunyuan() -> nn.Module:
 
 AUTOENCODERS: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...]]] = {
     "AutoencoderKL": (kl, UP),
-    "AutoencoderKLFlux2": (lambda: diffusers.AutoencoderKLFlux2(**BLOCKS), UP),
+    "AutoencoderKLFlux2": (lambda: diffusers.AutoencoderKLFlux2(**KL), UP),
     "AutoencoderTiny": (tiny, ("layers.2", "layers.3", "layers.6")),
-    "VQModel": (lambda: diffusers.VQModel(**BLOCKS), UP),
+    "VQModel": (lambda: diffusers.VQModel(**KL), UP),
     "VQModel with spatial norms": (
-        lambda: diffusers.VQModel(**BLOCKS | {"block_out_channels": (64, 64)}, norm_type="spatial"),
+        lambda: diffusers.VQModel(**KL | {"block_out_channels": (64, 64)}, norm_type="spatial"),
         UP,
     ),
     "AutoencoderDC": (dc, ("up_blocks.1", "up_blocks.0")),
@@ -71,25 +55,18 @@ AUTOENCODERS: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...]]] = {
 }
 
 
-@pytest.fixture(params=list(AUTOENCODERS))
-def known_decoder(request: pytest.FixtureRequest) -> tuple[nn.Module, tuple[str, ...]]:
-    make, stages = AUTOENCODERS[request.param]
+@pytest.mark.parametrize("name", AUTOENCODERS)
+def test_every_known_decoder_decodes_early_inside_its_autoencoder(name: str) -> None:
+    make, stages = AUTOENCODERS[name]
     try:
-        return make().eval(), stages
+        autoencoder = make().eval()
     except AttributeError as error:  # younger than the oldest release that we support
         pytest.skip(str(error))
-
-
-def test_every_known_decoder_decodes_early_inside_its_autoencoder(
-    known_decoder: tuple[nn.Module, tuple[str, ...]],
-) -> None:
-    autoencoder, stages = known_decoder
     decoder = autoencoder.decoder
-    described = describe(decoder)
-    assert described.stages == stages
-    model = retroexit.wrap(decoder, [1], scale=1 / 2, min_channels=4, adapter=described)
-    assert [leave.attach_at for leave in model.exits] == [stages[0], ""]
-    assert model.exits[0].share < 1
+    description = describe(decoder)
+    assert description.stages == stages
+    model = retroexit.wrap(decoder, [1], scale=1 / 2, min_channels=4, adapter=description)
+    assert [leave.attach_at for leave in model.exits] == [stages[0], ""] and model.exits[0].share < 1
     ran: list[nn.Module] = []
     decoder.get_submodule(stages[-1]).register_forward_hook(lambda module, *_: ran.append(module))
     for latents in (torch.randn(1, 4, 16, 16), torch.randn(3, 4, 8, 12)):
@@ -102,8 +79,7 @@ def test_every_known_decoder_decodes_early_inside_its_autoencoder(
                 ran.clear()
                 early = autoencoder.decode(latents).sample
                 assert ran == []
-        assert early.shape == image.shape
-        assert not torch.equal(early, image)
+        assert early.shape == image.shape and not torch.equal(early, image)
         assert autoencoder.decoder is decoder
 
 
@@ -117,20 +93,13 @@ def test_example_inputs_follow_the_decoder_and_draw_nothing() -> None:
     assert torch.equal(described.predictor_inputs(latents), latents)
 
 
-def test_decoders_without_two_blocks_are_left_without_stages() -> None:
-    assert describe(dc(last=0).decoder).stages is None
+def test_decoders_without_two_blocks_have_no_stages_and_other_modules_no_description() -> None:
     one = dict.fromkeys(("encoder_block_out_channels", "decoder_block_out_channels"), (8,))
     blocks = dict.fromkeys(("num_encoder_blocks", "num_decoder_blocks"), (1,))
-    assert describe(diffusers.AutoencoderTiny(**one, **blocks).decoder).stages is None
-
-
-def test_other_modules_are_left_to_others() -> None:
-    class Decoder(nn.Module):
-        """Has the name, but comes from elsewhere."""
-
-    autoencoder = kl()
-    for other in (Decoder(), autoencoder.encoder, autoencoder.post_quant_conv):
-        assert describe(other) is None
+    for autoencoder in (dc(last=0), diffusers.AutoencoderTiny(**one, **blocks)):
+        assert describe(autoencoder.decoder).stages is None
+    namesake = type("Decoder", (nn.Module,), {})()
+    assert [describe(other) for other in (namesake, kl().encoder, kl().post_quant_conv)] == [None] * 3
 
 
 def test_whole_autoencoders_and_wrapped_decoders_are_refused_with_advice() -> None:
@@ -147,16 +116,9 @@ def test_whole_autoencoders_and_wrapped_decoders_are_refused_with_advice() -> No
 
 def test_a_whole_autoencoder_that_gets_images_reconstructs_them() -> None:
     autoencoder, images = kl().eval(), torch.rand(2, 3, 16, 16) * 2 - 1
-    model = retroexit.wrap(
-        autoencoder,
-        ["decoder.mid_block"],
-        scale=1 / 2,
-        min_channels=4,
-        adapter=describe(autoencoder),
-        example_inputs=(images,),
-    )
+    options = {"min_channels": 4, "adapter": describe(autoencoder), "example_inputs": (images,)}
+    model = retroexit.wrap(autoencoder, ["decoder.mid_block"], 1 / 2, **options)
     with torch.no_grad():
-        whole, early = autoencoder(images).sample, model(images, exit=1).sample
-        assert torch.equal(model(images).sample, whole)
-    assert early.shape == whole.shape
-    assert not torch.equal(early, whole)
+        full, early = autoencoder(images).sample, model(images, exit=1).sample
+        assert torch.equal(model(images).sample, full)
+    assert early.shape == full.shape and not torch.equal(early, full)

@@ -1,4 +1,4 @@
-"""A pipeline that decodes with early exits: same images without, other stages with, everything back after."""
+"""A diffusion pipeline that decodes with early exits."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from small import kl, tiny
 from torch import Tensor, nn
 
 import retroexit
@@ -29,45 +30,17 @@ from retroexit_diffusers import (  # noqa: E402
 SIDE = 64
 
 
-def kl() -> nn.Module:
-    return diffusers.AutoencoderKL(
-        block_out_channels=(8, 16),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=4,
-        sample_size=32,
-    )
-
-
-def tiny() -> nn.Module:
-    widths = {"encoder_block_out_channels": (8,) * 2, "decoder_block_out_channels": (8,) * 2}
-    return diffusers.AutoencoderTiny(**widths, num_encoder_blocks=(1, 1), num_decoder_blocks=(2, 1))
-
-
-def tokenizer(folder: Path) -> Any:
-    """Make a tokenizer that spells: its words are the letters."""
+def parts(autoencoder: nn.Module, folder: Path) -> dict[str, Any]:
+    """Everything that a Stable Diffusion pipeline consists of, small and random; its words are letters."""
     letters = "abcdefghijklmnopqrstuvwxyz"
     words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    vocabulary, merges = folder / "vocab.json", folder / "merges.txt"
-    vocabulary.write_text(json.dumps({word: number for number, word in enumerate(words)}))
-    merges.write_text("#version: 0.2\n")
-    return transformers.CLIPTokenizer(str(vocabulary), str(merges), model_max_length=8)
-
-
-def parts(autoencoder: nn.Module, folder: Path) -> dict[str, Any]:
-    """Make everything that a Stable Diffusion pipeline consists of, small and random."""
-    words = tokenizer(folder)
-    text = transformers.CLIPTextConfig(
-        vocab_size=len(words),
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=8,
-        bos_token_id=words.bos_token_id,
-        eos_token_id=words.eos_token_id,
-        pad_token_id=words.pad_token_id,
-    )
+    (folder / "vocab.json").write_text(json.dumps({word: number for number, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    files = str(folder / "vocab.json"), str(folder / "merges.txt")
+    tokenizer = transformers.CLIPTokenizer(*files, model_max_length=8)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    text = transformers.CLIPTextConfig(len(tokenizer), max_position_embeddings=8, **sizes, **ids)
     unet = diffusers.UNet2DConditionModel(
         sample_size=SIDE // 2,
         block_out_channels=(8, 8),
@@ -81,7 +54,7 @@ def parts(autoencoder: nn.Module, folder: Path) -> dict[str, Any]:
     return {
         "vae": autoencoder.eval(),
         "text_encoder": transformers.CLIPTextModel(text).eval(),
-        "tokenizer": words,
+        "tokenizer": tokenizer,
         "unet": unet.eval(),
         "scheduler": diffusers.DDIMScheduler(steps_offset=1, clip_sample=False),
         "safety_checker": None,
@@ -89,47 +62,36 @@ def parts(autoencoder: nn.Module, folder: Path) -> dict[str, Any]:
     }
 
 
-def pipeline(autoencoder: nn.Module, folder: Path) -> Any:
-    pipe = diffusers.StableDiffusionPipeline(**parts(autoencoder, folder), requires_safety_checker=False)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
 def wrap(decoder: nn.Module) -> retroexit.EarlyExitGenerator:
     return retroexit.wrap(decoder, [1, 2], scale=1 / 2, min_channels=4, adapter=retroexit_describe(decoder))
 
 
 def draw(pipe: Any, count: int = 2, **options: Any) -> Tensor:
-    images = pipe(
-        "a street",
-        num_inference_steps=2,
-        height=SIDE,
-        width=SIDE,
-        num_images_per_prompt=count,
-        generator=torch.Generator().manual_seed(1),
-        output_type="np",
-        **options,
-    ).images
+    options |= {"num_inference_steps": 2, "height": SIDE, "width": SIDE, "output_type": "np"}
+    noise = torch.Generator().manual_seed(1)
+    images = pipe("a street", num_images_per_prompt=count, generator=noise, **options).images
     return torch.from_numpy(numpy.asarray(images))
 
 
-@pytest.fixture(scope="module", params=[kl, tiny])
-def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+@pytest.fixture(scope="module", params=[lambda: kl(sample_size=32), tiny], ids=["kl", "tiny"])
+def wrapped(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     torch.manual_seed(0)
-    pipe = pipeline(request.param(), tmp_path_factory.mktemp("words"))
+    models = parts(request.param(), tmp_path_factory.mktemp("words"))
+    pipe = diffusers.StableDiffusionPipeline(**models, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
     return pipe, wrap(pipe.vae.decoder)
 
 
 @pytest.fixture
-def pipe(made: tuple[Any, Any]) -> Any:
-    return made[0]
+def pipe(wrapped: tuple[Any, Any]) -> Any:
+    return wrapped[0]
 
 
 @pytest.fixture
-def model(made: tuple[Any, Any]) -> Any:
-    yield made[1]
-    assert made[0].vae.decoder is made[1].unwrap()
-    made[1].predictor = None
+def model(wrapped: tuple[Any, Any]) -> Any:
+    yield wrapped[1]
+    assert wrapped[0].vae.decoder is wrapped[1].unwrap()
+    wrapped[1].predictor = None
 
 
 class ByOrder(nn.Module):
@@ -140,32 +102,21 @@ class ByOrder(nn.Module):
         return torch.stack([(rank > 0).float(), (rank > 1).float()], 1)
 
 
-def test_the_last_exit_is_the_decoder_itself_and_so_is_none(pipe: Any, model: Any) -> None:
-    images = draw(pipe)
+def test_every_exit_runs_its_stages_and_the_last_is_the_decoder_itself(pipe: Any, model: Any) -> None:
+    images, paths = draw(pipe), retroexit_describe(model.unwrap()).stages
     assert images.shape == (2, SIDE, SIDE, 3)
-    for choice in (None, 3):
-        with early_exits(pipe, model, exit=choice) as decoder:
-            assert torch.equal(draw(pipe), images)
-        assert decoder.counts == {3: 2}
-    assert torch.equal(draw(pipe), images)
-
-
-def test_early_exits_draw_other_images_and_skip_the_stages_behind(pipe: Any, model: Any) -> None:
-    images = draw(pipe)
-    paths = retroexit_describe(model.unwrap()).stages
     ran: list[str] = []
-    hooks = [
-        model.unwrap().get_submodule(path).register_forward_hook(lambda *_, p=path: ran.append(p))
-        for path in paths
-    ]
-    for choice in (1, 2):
+    stages = [model.unwrap().get_submodule(path) for path in paths]
+    note = lambda module, *_: ran.append(paths[stages.index(module)])  # noqa: E731
+    hooks = [stage.register_forward_hook(note) for stage in stages]
+    for choice in (None, 1, 2, 3):
         with early_exits(pipe, model, exit=choice) as decoder:
             draw(pipe)  # the first call of a shape compares with the decoder itself
             ran.clear()
             early = draw(pipe)
-        assert tuple(ran) == paths[:choice]
-        assert not torch.equal(early, images)
-        assert decoder.counts == {choice: 4}
+        assert torch.equal(early, images) == (choice in (None, 3))
+        assert tuple(ran) == (paths[:choice] if choice in (1, 2) else paths)
+        assert decoder.counts == {choice or 3: 4}
     for hook in hooks:
         hook.remove()
     assert torch.equal(draw(pipe), images)
@@ -188,14 +139,15 @@ def test_a_batch_whose_images_leave_at_different_exits_keeps_its_order(pipe: Any
         torch.testing.assert_close(mixed[number], by_exit[choice - 1][number], rtol=0, atol=1e-5)
 
 
-def test_what_the_decoder_is_given_is_enough_to_fit(pipe: Any, model: Any, tmp_path: Path) -> None:
-    mine = wrap(pipe.vae.decoder)
-    with gather_latents(pipe, mine) as latents:
+@pytest.mark.parametrize("wrapped", [tiny], indirect=True)
+def test_gathered_latents_are_enough_to_fit(pipe: Any, tmp_path: Path) -> None:
+    fitted = wrap(pipe.vae.decoder)
+    with gather_latents(pipe, fitted) as latents:
         draw(pipe, 4)
     assert [tuple(sample.shape) for sample in latents] == [(4, SIDE // 2, SIDE // 2)] * 4
     settings = {"steps": 2, "predictor_steps": 2, "batch": 2, "metric": "ms-ssim", "progress": False}
-    retroexit.fit(mine, latents, tmp_path, **settings)
-    with early_exits(pipe, mine, threshold=10.0) as decoder:
+    retroexit.fit(fitted, latents, tmp_path, **settings)
+    with early_exits(pipe, fitted, threshold=10.0) as decoder:
         assert draw(pipe).shape == (2, SIDE, SIDE, 3)
         decoder.choose(threshold=0.0)
         draw(pipe)
@@ -205,10 +157,10 @@ def test_what_the_decoder_is_given_is_enough_to_fit(pipe: Any, model: Any, tmp_p
 
 def test_slices_and_tiles_leave_one_by_one(pipe: Any, model: Any) -> None:
     with early_exits(pipe, model, exit=1) as decoder:
-        whole = draw(pipe)
+        images = draw(pipe)
         decoder.counts.clear()
         pipe.vae.enable_slicing()
-        torch.testing.assert_close(draw(pipe), whole, rtol=0, atol=1e-5)
+        torch.testing.assert_close(draw(pipe), images, rtol=0, atol=1e-5)
         assert decoder.counts == {1: 2}
         pipe.vae.disable_slicing()
         pipe.vae.enable_tiling()
@@ -217,8 +169,7 @@ def test_slices_and_tiles_leave_one_by_one(pipe: Any, model: Any) -> None:
         tiled = draw(pipe)
         pipe.vae.disable_tiling()
     assert decoder.counts[1] > 4
-    assert tiled.shape == whole.shape
-    assert (tiled - whole).abs().mean() < 0.1
+    assert tiled.shape == images.shape and (tiled - images).abs().mean() < 0.1
 
 
 def test_an_autoencoder_looks_the_same_from_outside(pipe: Any, model: Any, tmp_path: Path) -> None:
@@ -231,14 +182,15 @@ def test_an_autoencoder_looks_the_same_from_outside(pipe: Any, model: Any, tmp_p
         assert pipe.vae.state_dict().keys() == state.keys()
         assert [name for name, _ in pipe.vae.named_modules()] == modules
         assert pipe.vae.dtype == torch.float32
-        first = next(decoder.children())
-        assert next(pipe.vae.decoder.children()) is first
+        assert next(pipe.vae.decoder.children()) is next(decoder.children())
         pipe.vae.save_pretrained(tmp_path)
-        again = type(pipe.vae).from_pretrained(tmp_path, low_cpu_mem_usage=False)
-        latents = torch.randn(1, 4, 8, 8)
+        loaded, latents = (
+            type(pipe.vae).from_pretrained(tmp_path, low_cpu_mem_usage=False),
+            torch.randn(1, 4, 8, 8),
+        )
         with torch.no_grad():
             pipe.vae.decoder.choose()
-            assert torch.equal(again.decode(latents).sample, pipe.vae.decode(latents).sample)
+            assert torch.equal(loaded.decode(latents).sample, pipe.vae.decode(latents).sample)
         pipe.vae.load_state_dict(state)
         with pytest.raises(AttributeError, match="no_such_thing"):
             _ = pipe.vae.decoder.no_such_thing
@@ -251,8 +203,7 @@ def test_switches_of_the_autoencoder_reach_the_decoder(pipe: Any, model: Any) ->
     images = draw(pipe)
     with early_exits(pipe, model) as decoder:
         pipe.vae.enable_gradient_checkpointing()
-        assert model.unwrap().gradient_checkpointing
-        assert decoder.gradient_checkpointing
+        assert model.unwrap().gradient_checkpointing and decoder.gradient_checkpointing
         assert torch.equal(draw(pipe), images)
         latents = torch.randn(1, 4, 8, 8, requires_grad=True)
         pipe.vae.decode(latents).sample.sum().backward()
@@ -260,9 +211,9 @@ def test_switches_of_the_autoencoder_reach_the_decoder(pipe: Any, model: Any) ->
         pipe.vae.disable_gradient_checkpointing()
         assert not model.unwrap().gradient_checkpointing
         pipe.vae.train()
-        assert model.unwrap().training and model.branches.training and decoder.training
+        assert model.unwrap().training and decoder.training and not model.branches.training
         pipe.vae.eval()
-        assert not model.unwrap().training and not model.branches.training and not decoder.training
+        assert not model.unwrap().training and not decoder.training
 
 
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
@@ -279,22 +230,16 @@ def test_a_pipeline_may_be_converted_while_the_exits_are_in(
         backbone = draw(pipe)
     assert torch.equal(draw(pipe), backbone)
     assert 0 < (rough - exact).abs().max() < 0.3
+    model.to(torch.float32)
+    pipe.vae.to(precision)
+    message = r"one device and precision, got .*model\.to\("
+    latents = torch.randn(1, 4, 8, 8, dtype=precision)
+    model.branches.to(torch.float32)
+    with early_exits(pipe.vae, model, exit=1), torch.no_grad(), pytest.raises(DeviceError, match=message):
+        pipe.vae.decode(latents)
     pipe.to(torch.float32)
     model.to(torch.float32)
     model.load_state_dict(state)
-
-
-def test_branches_left_in_another_precision_are_refused(pipe: Any, model: Any) -> None:
-    pipe.vae.to(torch.bfloat16)
-    with (
-        early_exits(pipe.vae, model, exit=1),
-        torch.no_grad(),
-        pytest.raises(
-            DeviceError, match=r"must have one precision, got torch\.bfloat16 and torch\.float32.*model\.to\("
-        ),
-    ):
-        pipe.vae.decode(torch.randn(1, 4, 8, 8, dtype=torch.bfloat16))
-    pipe.vae.to(torch.float32)
 
 
 def test_a_pipeline_that_raises_gets_its_decoder_back(pipe: Any, model: Any) -> None:
@@ -318,11 +263,11 @@ def test_a_pipeline_that_raises_gets_its_decoder_back(pipe: Any, model: Any) -> 
         ({"deadline_ms": 5}, TrainingError, r"deadline_ms=5 needs measured times\. Call model\.measure"),
     ],
 )
-def test_choices_that_cannot_be_kept_are_refused_before_anything_changes(
+def test_impossible_choices_are_refused_before_anything_changes(
     pipe: Any, model: Any, choice: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message), early_exits(pipe, model, **choice):
-        raise AssertionError("never gets here")
+        pytest.fail("must not get here")
     with early_exits(pipe, model, exit=1) as decoder:
         with pytest.raises(error, match=message):
             decoder.choose(**choice)
@@ -331,10 +276,10 @@ def test_choices_that_cannot_be_kept_are_refused_before_anything_changes(
 
 @pytest.mark.parametrize("enter", [early_exits, gather_latents])
 def test_another_pipelines_model_is_refused(pipe: Any, model: Any, enter: Callable[..., Any]) -> None:
-    stranger = kl().eval()
+    other = kl().eval()
     message = r"the AutoencoderKL does not contain the model's decoder, but others in \['itself'\]"
-    with pytest.raises(GeneratorError, match=message), enter(stranger, model):
-        raise AssertionError("never gets here")
+    with pytest.raises(GeneratorError, match=message), enter(other, model):
+        pytest.fail("must not get here")
 
 
 def test_optional_inputs_that_are_absent_do_not_matter(pipe: Any, model: Any) -> None:

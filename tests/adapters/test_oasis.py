@@ -35,17 +35,11 @@ def test_parameters_have_the_names_and_shapes_of_the_official_checkpoints() -> N
     assert state["body.2.conv_0.weight_orig"] == (512, 1024, 3, 3)
     assert state["body.2.conv_0.weight_u"] == (512,)
     assert state["body.2.conv_s.weight_orig"] == (512, 1024, 1, 1)
-    block = {name.removeprefix("body.2.") for name in state if name.startswith("body.2.")}
-    norm = {
-        f"{part}.{what}" for part in ("mlp_shared.0", "mlp_gamma", "mlp_beta") for what in ("weight", "bias")
-    }
-    norm |= {f"first_norm.{what}" for what in ("running_mean", "running_var", "num_batches_tracked")}
-    conv = {"weight_orig", "weight_u", "weight_v"}
-    assert block == (
-        {f"{name}.{what}" for name in ("norm_0", "norm_1", "norm_s") for what in norm}
-        | {f"{name}.{what}" for name in ("conv_0", "conv_1") for what in conv | {"bias"}}
-        | {f"conv_s.{what}" for what in conv}
-    )
+    assert state["body.2.norm_s.mlp_gamma.weight"] == (1024, 128, 3, 3)
+    assert state["body.2.norm_1.first_norm.running_var"] == (512,)
+    assert "body.2.conv_s.bias" not in state
+    layers = {"norm_0", "norm_1", "norm_s", "conv_0", "conv_1", "conv_s"}
+    assert {name.split(".")[2] for name in state if name.startswith("body.2.")} == layers
     assert {name.split(".")[1] for name in state if "conv_s" in name} == {"2", "3", "4", "5"}
 
 
@@ -57,23 +51,16 @@ def test_the_full_size_model_costs_what_the_paper_counts() -> None:
     assert counter.get_total_flops() / 2e9 == pytest.approx(318.6, abs=0.2)
 
 
-def test_noise_is_drawn_inside_forward_one_vector_per_image(label: torch.Tensor) -> None:
+def test_noise_is_one_vector_per_image_drawn_inside_forward_or_none(label: torch.Tensor) -> None:
     generator = small()
     torch.manual_seed(3)
-    drawn = generator(label)
+    image = generator(label)
     torch.manual_seed(3)
-    z = torch.randn(2, 4, dtype=torch.float32)
-    assert torch.equal(generator(label, z), drawn)
-    assert not torch.equal(generator(label), drawn)
-
-
-def test_without_noise_nothing_is_drawn(label: torch.Tensor) -> None:
-    generator = small(use_noise3d=False)
-    before = torch.get_rng_state()
-    assert torch.equal(generator(label), generator(label))
+    assert torch.equal(generator(label, torch.randn(2, 4)), image)
+    assert not torch.equal(generator(label), image)
+    silent, before = small(use_noise3d=False), torch.get_rng_state()
+    assert torch.equal(silent(label), silent(label))
     assert torch.equal(torch.get_rng_state(), before)
-    with pytest.raises(ValueError, match="use_noise3d=False"):
-        generator(label, torch.zeros(2, 4))
 
 
 def test_a_block_computes_what_the_papers_write() -> None:
@@ -93,10 +80,10 @@ def test_a_block_computes_what_the_papers_write() -> None:
         gamma, beta = conv(f"{name}.mlp_gamma", hidden), conv(f"{name}.mlp_beta", hidden)
         return x / (1 + 1e-5) ** 0.5 * (1 + gamma) + beta  # fresh running statistics: mean 0, variance 1
 
-    def bent(x: torch.Tensor) -> torch.Tensor:
+    def leaky(x: torch.Tensor) -> torch.Tensor:
         return torch.where(x > 0, x, 0.2 * x)
 
-    dx = conv("conv_1", bent(norm("norm_1", conv("conv_0", bent(norm("norm_0", x))))))
+    dx = conv("conv_1", leaky(norm("norm_1", conv("conv_0", leaky(norm("norm_0", x))))))
     torch.testing.assert_close(block(x, seg), conv("conv_s", norm("norm_s", x)) + dx)
 
 
@@ -108,6 +95,7 @@ def test_a_block_computes_what_the_papers_write() -> None:
             lambda: small()(torch.zeros(1, 5, 32, 64), torch.zeros(1, 3)),
             r"z must have the shape \(1, 4\) or \(1, 4, 32, 64\), got \(1, 3\)",
         ),
+        (lambda: small(use_noise3d=False)(torch.zeros(1, 5, 32, 64), torch.zeros(1, 4)), "use_noise3d=False"),
         (lambda: small(crop=(40, 64)), r"multiples of 32, got \(40, 64\)"),
     ],
 )
@@ -137,27 +125,24 @@ def test_noise_is_a_live_value_that_no_exit_draws_twice(label: torch.Tensor) -> 
     model = retroexit.wrap(generator, [2, 4], scale=1.0, adapter=describe(generator))
     assert any(shape[1:] == (5 + 4, 32, 64) for _, shape in model.decomposition.places[0].live)
 
-    def drawn(run: Callable[[], object]) -> tuple[object, torch.Tensor]:
+    def run(call: Callable[[], object]) -> tuple[object, torch.Tensor]:
         torch.manual_seed(3)
         with torch.no_grad():
-            return run(), torch.get_rng_state()
+            return call(), torch.get_rng_state()
 
-    image, after = drawn(lambda: generator(label))
+    image, state = run(lambda: generator(label))
+    # At full width a branch is the backbone's own rest, so equal images mean equal noise.
     for k in (1, 2, 3):
-        # At full width a branch is the backbone's own rest, so that equal images had equal noise.
-        early, after_early = drawn(lambda k=k: model(label, exit=k))
-        assert torch.equal(early, image)
-        assert torch.equal(after_early, after)
-    outputs, after_all = drawn(lambda: model.all_exits(label))
-    assert all(torch.equal(output, image) for output in outputs)
-    assert torch.equal(after_all, after)
+        early, early_state = run(lambda k=k: model(label, exit=k))
+        assert torch.equal(early, image) and torch.equal(early_state, state)
+    outputs, all_state = run(lambda: model.all_exits(label))
+    assert all(torch.equal(output, image) for output in outputs) and torch.equal(all_state, state)
 
 
-def test_noise_that_is_handed_in_reaches_every_exit(label: torch.Tensor) -> None:
+def test_noise_that_is_an_input_reaches_every_exit(label: torch.Tensor) -> None:
     generator, z = small(), torch.randn(2, 4)
-    model = retroexit.wrap(
-        generator, [3], scale=1.0, adapter=describe(generator), example_inputs=(label[:1], z[:1])
-    )
+    example = (label[:1], z[:1])
+    model = retroexit.wrap(generator, [3], 1.0, adapter=describe(generator), example_inputs=example)
     with torch.no_grad():
         assert torch.equal(model(label, z, exit=1), generator(label, z))
         assert not torch.equal(model(label, z, exit=1), model(label, -z, exit=1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from retroexit.errors import TrainingError
 from retroexit.plugins.training_types import TrainingBatch
-from retroexit.training.losses.adversary import Adversarial, Adversary
+from retroexit.training.losses.terms import Adversarial, Adversary
 
 oasis = pytest.importorskip("retroexit_oasis", reason="install the project to get its adapters")
 
@@ -37,11 +38,27 @@ def test_one_hot_marks_the_label_of_every_pixel(numbers: Tensor) -> None:
     assert torch.equal(oasis.one_hot(numbers.to(torch.uint8), LABELS), label)
 
 
-def test_label_maps_that_do_not_fit_are_refused(numbers: Tensor) -> None:
-    with pytest.raises(ValueError, match=r"labels must lie in 0\.\.3, got 0 to 4"):
-        oasis.one_hot(numbers.clamp_min(0), 4)
-    with pytest.raises(ValueError, match=r"\(N, H, W\) or \(N, 1, H, W\), got \(2, 3, 4, 8\)"):
-        oasis.one_hot(numbers[:, None].expand(2, 3, 4, 8), LABELS)
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda n: oasis.one_hot(n.clamp_min(4), 4), r"labels must lie in 0\.\.3, got 4 to 4"),
+        (
+            lambda n: oasis.one_hot(n[:, None].expand(2, 3, 4, 8), LABELS),
+            r"\(N, H, W\) or \(N, 1, H, W\), got \(2, 3, 4, 8\)",
+        ),
+        (
+            lambda _: oasis.OASISDiscriminator(LABELS)(torch.zeros(1, 3, 96, 64)),
+            r"multiple of 64 high and wide, got \(1, 3, 96, 64\)",
+        ),
+        (
+            lambda _: oasis.OASISDiscriminator.for_dataset("kitti"),
+            "no settings for the data set 'kitti'; there are ade20k, city",
+        ),
+    ],
+)
+def test_wrong_labels_images_and_data_sets_are_refused(call: Any, message: str, numbers: Tensor) -> None:
+    with pytest.raises(ValueError, match=message):
+        call(numbers)
 
 
 @pytest.mark.parametrize(
@@ -64,8 +81,6 @@ def test_networks_are_made_for_a_data_set_by_name(
     assert generator.fc.in_channels == condition
     assert silent.fc.in_channels == labels
     assert discriminator(image).shape == (1, labels + 1, *crop)
-    with pytest.raises(ValueError, match="no settings for the data set 'kitti'; there are ade20k, city"):
-        oasis.OASISDiscriminator.for_dataset("kitti")
 
 
 def test_the_discriminator_has_the_names_and_shapes_of_the_official_checkpoints() -> None:
@@ -85,22 +100,17 @@ def test_the_discriminator_has_the_names_and_shapes_of_the_official_checkpoints(
     }
 
 
-def test_an_image_that_cannot_be_halved_six_times_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"multiple of 64 high and wide, got \(1, 3, 96, 64\)"):
-        oasis.OASISDiscriminator(LABELS)(torch.zeros(1, 3, 96, 64))
-
-
-def test_weights_make_every_known_label_that_occurs_count_the_same(numbers: Tensor, label: Tensor) -> None:
+@pytest.mark.parametrize("unknown", [0, None])
+def test_class_weights_give_every_known_label_the_same_share(
+    numbers: Tensor, label: Tensor, unknown: int | None
+) -> None:
     counts = [int((numbers == c).sum()) for c in range(LABELS)]
-    classes = [c for c in range(1, LABELS) if counts[c]]
-    expected = [numbers.numel() / (len(classes) * counts[c]) if c in classes else 0.0 for c in range(LABELS)]
-    assert oasis.class_weights(label).tolist() == pytest.approx(expected)
-    everyone = [c for c in range(LABELS) if counts[c]]
-    expected = [numbers.numel() / (len(everyone) * counts[c]) if counts[c] else 0.0 for c in range(LABELS)]
-    assert oasis.class_weights(label, unknown=None).tolist() == pytest.approx(expected)
+    known = [c for c in range(LABELS) if counts[c] and c != unknown]
+    expected = [numbers.numel() / (len(known) * counts[c]) if c in known else 0.0 for c in range(LABELS)]
+    assert oasis.class_weights(label, unknown=unknown).tolist() == pytest.approx(expected)
 
 
-def test_weights_are_zero_where_nothing_is_known() -> None:
+def test_class_weights_are_zero_where_all_labels_are_unknown() -> None:
     nothing = oasis.one_hot(torch.zeros(1, 2, 2, dtype=torch.long), LABELS)
     assert not oasis.class_weights(nothing).any()
     assert oasis.real_loss(torch.randn(1, LABELS + 1, 2, 2), nothing) == 0
@@ -111,8 +121,8 @@ def test_the_losses_are_cross_entropies_over_the_labels_and_a_fake_class(
 ) -> None:
     scores, weights = torch.randn(2, LABELS + 1, 4, 8), oasis.class_weights(label)
     chances = scores.exp() / scores.exp().sum(1, keepdim=True)
-    surprise = -chances.gather(1, numbers[:, None] + 1)[:, 0].log()
-    assert float(oasis.real_loss(scores, label)) == pytest.approx(float((weights[numbers] * surprise).mean()))
+    entropy = -chances.gather(1, numbers[:, None] + 1)[:, 0].log()
+    assert float(oasis.real_loss(scores, label)) == pytest.approx(float((weights[numbers] * entropy).mean()))
     assert float(oasis.fake_loss(scores)) == pytest.approx(float(-chances[:, 0].log().mean()))
 
 
@@ -136,8 +146,8 @@ def test_labelmix_compares_the_scores_of_a_mix_with_the_mixed_scores(label: Tens
 
 @pytest.fixture
 def batch(label: Tensor) -> TrainingBatch:
-    made = (torch.rand(2, 3, 4, 8) * 2 - 1).requires_grad_()
-    return TrainingBatch(made, torch.rand(2, 3, 4, 8) * 2 - 1, (label,))
+    image = (torch.rand(2, 3, 4, 8) * 2 - 1).requires_grad_()
+    return TrainingBatch(image, torch.rand(2, 3, 4, 8) * 2 - 1, (label,))
 
 
 def test_the_objective_puts_the_parts_together(batch: TrainingBatch, label: Tensor) -> None:
@@ -154,14 +164,13 @@ def test_the_objective_puts_the_parts_together(batch: TrainingBatch, label: Tens
     with torch.no_grad():
         real, fake = judge(batch.target), judge(batch.image)
         mixed = judge(oasis.mix(batch.target, batch.image, mask))
-        assert parts == {
-            "discriminator-real": pytest.approx(float(oasis.real_loss(real, label)), rel=1e-5),
-            "discriminator-fake": pytest.approx(float(oasis.fake_loss(fake)), rel=1e-5),
-            "discriminator-labelmix": pytest.approx(
-                3 * float(oasis.labelmix_loss(mixed, real, fake, mask)), rel=1e-5
-            ),
-        }
-    assert oasis.labelmix_loss(mixed, real, fake, mask) > 0
+        consistency = oasis.labelmix_loss(mixed, real, fake, mask)
+        expected = [oasis.real_loss(real, label), oasis.fake_loss(fake), 3 * consistency]
+    names = [f"discriminator-{part}" for part in ("real", "fake", "labelmix")]
+    assert list(parts) == names and list(parts.values()) == pytest.approx(
+        list(map(float, expected)), rel=1e-5
+    )
+    assert consistency > 0
     without = Adversary(judge, oasis.OASISObjective(labelmix=0.0))
     assert list(without.step(batch)) == ["discriminator-real", "discriminator-fake"]
 
@@ -178,14 +187,10 @@ def test_the_objective_is_finite_under_bfloat16_and_at_equal_images(batch: Train
         assert all(math.isfinite(part) for part in parts.values())
 
 
-def test_the_objective_asks_for_a_label_map_and_for_logits(batch: TrainingBatch, label: Tensor) -> None:
+def test_the_objective_needs_a_label_map_and_logits(batch: TrainingBatch, label: Tensor) -> None:
     term = Adversarial(Adversary(nn.Conv2d(3, LABELS + 1, 1), oasis.OASISObjective()))
     assert term.of_batch(replace(batch, args=(), kwargs={"label": label})) > 0
-    for args, got in (
-        ((), "NoneType"),
-        ((label[:, 0],), r"\(2, 4, 8\)"),
-        ((label[..., :4],), r"6, 4, 4\)"),
-    ):
+    for args, got in (((), "NoneType"), ((label[:, 0],), r"\(2, 4, 8\)"), ((label[..., :4],), r"6, 4, 4\)")):
         with pytest.raises(TrainingError, match=f"first input must be a one-hot label map.*{got}"):
             term.of_batch(replace(batch, args=args))
 

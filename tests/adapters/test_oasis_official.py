@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
-import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from small import official as checkout
 from torch import Tensor, nn
 
 import retroexit
@@ -24,48 +22,24 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::F
 
 @pytest.fixture(scope="module")
 def official() -> Iterator[SimpleNamespace]:
-    """Modules of the official code; their very general names are taken back afterwards."""
-    folder = Path(os.environ.get("RETROEXIT_CHECKOUTS", ""), "OASIS")
-    if "RETROEXIT_CHECKOUTS" not in os.environ or not (folder / "models" / "generator.py").is_file():
-        pytest.skip("set RETROEXIT_CHECKOUTS to a folder with a checkout of boschresearch/OASIS in OASIS/")
-    before = set(sys.modules)
-    sys.path.insert(0, str(folder))
-    try:
-        parts: dict[str, ModuleType] = {
-            name: importlib.import_module(f"models.{name}")
-            for name in ("generator", "discriminator", "losses", "models")
-        }
-        yield SimpleNamespace(**parts)
-    finally:
-        sys.path.remove(str(folder))
-        for name in set(sys.modules) - before:
-            if name.partition(".")[0] == "models":
-                del sys.modules[name]
+    """Modules of the official code."""
+    names = ("generator", "discriminator", "losses", "models")
+    with checkout("OASIS", *(f"models.{name}" for name in names)) as modules:
+        yield SimpleNamespace(**dict(zip(names, modules, strict=True)))
 
 
 def options(name: str, width: int = 4, noise: bool = True, norm: str = "syncbatch") -> SimpleNamespace:
     """Make the options that the official training script comes to for a data set."""
     dataset = DATASETS[name]
-    return SimpleNamespace(
-        channels_G=width,
-        semantic_nc=dataset.num_labels,
-        z_dim=64,
-        no_3dnoise=not noise,
-        gpu_ids="-1",
-        no_spectral_norm=False,
-        param_free_norm=norm,
-        spade_ks=3,
-        crop_size=dataset.crop[1],
-        aspect_ratio=dataset.crop[1] / dataset.crop[0],
-        num_res_blocks=6,
-        no_balancing_inloss=False,
-        contain_dontcare_label=True,
-        no_labelmix=False,
-    )
+    sizes = {"crop_size": dataset.crop[1], "aspect_ratio": dataset.crop[1] / dataset.crop[0], "z_dim": 64}
+    networks = {"gpu_ids": "-1", "no_spectral_norm": False, "param_free_norm": norm, "spade_ks": 3}
+    losses = {"no_balancing_inloss": False, "contain_dontcare_label": True, "no_labelmix": False}
+    labels = {"semantic_nc": dataset.num_labels, "no_3dnoise": not noise}
+    return SimpleNamespace(channels_G=width, num_res_blocks=6, **labels, **sizes, **networks, **losses)
 
 
-def lived_in(network: nn.Module) -> Any:
-    """Give running statistics and biases values that tell, and let spectral norms know their weights."""
+def with_statistics(network: nn.Module) -> Any:
+    """Change running statistics and biases, and update the spectral norms."""
     with torch.no_grad():
         for module in network.modules():
             for hook in module._forward_pre_hooks.values():
@@ -91,7 +65,7 @@ def labels(name: str, batch: int = 1) -> Tensor:
 def test_an_official_ema_file_loads_strictly_and_draws_the_same_images(
     official: SimpleNamespace, name: str, noise: bool, tmp_path: Path
 ) -> None:
-    theirs = lived_in(official.generator.OASIS_Generator(options(name, noise=noise)))
+    theirs = with_statistics(official.generator.OASIS_Generator(options(name, noise=noise)))
     torch.save(theirs.state_dict(), tmp_path / "best_EMA.pth")
     dataset = DATASETS[name]
     ours = retroexit_oasis.OASISGenerator(dataset.num_labels, 64, 4, dataset.crop, use_noise3d=noise).eval()
@@ -109,7 +83,7 @@ def test_an_official_ema_file_loads_strictly_and_draws_the_same_images(
 def test_an_official_discriminator_loads_strictly_and_gives_the_same_scores(
     official: SimpleNamespace, name: str, tmp_path: Path
 ) -> None:
-    theirs = lived_in(official.discriminator.OASIS_Discriminator(options(name)))
+    theirs = with_statistics(official.discriminator.OASIS_Discriminator(options(name)))
     torch.save(theirs.state_dict(), tmp_path / "best_D.pth")
     ours = retroexit_oasis.OASISDiscriminator.for_dataset(name).eval()
     ours.load_state_dict(torch.load(tmp_path / "best_D.pth", weights_only=True), strict=True)
@@ -122,42 +96,35 @@ def test_an_official_discriminator_loads_strictly_and_gives_the_same_scores(
 
 def test_both_sides_of_the_objective_are_the_official_ones(official: SimpleNamespace) -> None:
     from retroexit.plugins.training_types import TrainingBatch
-    from retroexit.training.losses.adversary import Adversarial, Adversary
+    from retroexit.training.losses.terms import Adversarial, Adversary
 
     computer = official.losses.losses_computer(options("cityscapes"))
-    theirs = lived_in(official.discriminator.OASIS_Discriminator(options("cityscapes")))
+    theirs = with_statistics(official.discriminator.OASIS_Discriminator(options("cityscapes")))
     label = retroexit_oasis.one_hot(torch.randint(3, (2, 64, 64)) * 9, 35)
-    made, target = torch.rand(2, 2, 3, 64, 64) * 2 - 1
+    image, target = torch.rand(2, 2, 3, 64, 64) * 2 - 1
     adversary = Adversary(theirs, retroexit_oasis.OASISObjective())
     adversary.module.eval()  # so that spectral norms stay in what follows
-    batch = TrainingBatch(made.requires_grad_(), target, (label,))
-    expected = computer.loss(theirs(made), label.clone(), for_real=True)
+    batch = TrainingBatch(image.requires_grad_(), target, (label,))
+    expected = computer.loss(theirs(image), label.clone(), for_real=True)
     torch.testing.assert_close(Adversarial(adversary).of_batch(batch), expected)
     torch.manual_seed(4)
     parts = adversary.step(batch)
     torch.manual_seed(4)
     mask = retroexit_oasis.labelmix_mask(label)
-    real, fake, mixed = (theirs(x) for x in (target, made, mask * target + (1 - mask) * made))
-    assert parts["discriminator-real"] == pytest.approx(
-        float(computer.loss(real, label.clone(), True).detach())
-    )
-    assert parts["discriminator-fake"] == pytest.approx(
-        float(computer.loss(fake, label.clone(), False).detach())
-    )
+    real, fake, mixed = (theirs(x) for x in (target, image, mask * target + (1 - mask) * image))
+    for name, scores in (("real", real), ("fake", fake)):
+        loss = computer.loss(scores, label.clone(), name == "real").detach()
+        assert parts[f"discriminator-{name}"] == pytest.approx(float(loss))
     consistency = computer.loss_labelmix(mask, mixed, fake, real)
     assert parts["discriminator-labelmix"] == pytest.approx(10 * float(consistency.detach()), rel=1e-4)
 
 
-def test_an_official_generator_is_wrapped_as_it_is_with_blocks_of_its_own_constructor(
-    official: SimpleNamespace,
-) -> None:
+def test_an_official_generator_is_wrapped_with_blocks_of_its_own_class(official: SimpleNamespace) -> None:
     chosen = options("cityscapes")
     chosen.semantic_nc, chosen.z_dim, chosen.crop_size = 5, 4, 64
-    generator = lived_in(official.generator.OASIS_Generator(chosen))
-    description = retroexit_oasis.retroexit_describe(generator)
-    model = retroexit.wrap(
-        generator, [1, 4], scale=1 / 4, min_channels=4, init="scratch", adapter=description
-    )
+    generator = with_statistics(official.generator.OASIS_Generator(chosen))
+    adapter = retroexit_oasis.retroexit_describe(generator)
+    model = retroexit.wrap(generator, [1, 4], 1 / 4, min_channels=4, init="scratch", adapter=adapter)
     label = retroexit_oasis.one_hot(torch.randint(5, (2, 32, 64)), 5)
     torch.manual_seed(1)
     expected = generator(label)

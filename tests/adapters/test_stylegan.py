@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from small import stylegan
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -17,18 +18,6 @@ retroexit_stylegan = pytest.importorskip(
 )
 StyleGANGenerator = retroexit_stylegan.StyleGANGenerator
 describe = retroexit_stylegan.retroexit_describe
-
-
-def small(**options: object) -> nn.Module:
-    """Make a generator of 32x32 with 64, 64, 32, 16 channels, in which every parameter does something."""
-    settings = {"z_dim": 8, "w_dim": 6, "resolution": 32, "channel_base": 512, "channel_max": 64}
-    generator = StyleGANGenerator(**(settings | {"num_mapping_layers": 2} | options)).eval()
-    with torch.no_grad():
-        for parameter in generator.parameters():
-            if parameter.dim() < 2:  # biases and noise strengths start at constants
-                parameter.add_(0.2 * torch.randn_like(parameter))
-        generator.mapping.w_avg.normal_()
-    return generator
 
 
 def filtered(x: Tensor, before: int) -> Tensor:
@@ -63,11 +52,8 @@ def reference(state: dict[str, Tensor], w: Tensor) -> Tensor:
             x = filtered(functional.conv2d(spread(x), weight.flip(2, 3), padding=2)[:, :, :-1, :-1], 1)
         else:
             x = functional.conv2d(x, weight, padding=1)
-        x = (
-            x
-            + get(f"{name}.noise_const") * get(f"{name}.noise_strength")
-            + get(f"{name}.bias")[:, None, None]
-        )
+        x = x + get(f"{name}.noise_const") * get(f"{name}.noise_strength")
+        x = x + get(f"{name}.bias")[:, None, None]
         return torch.where(x > 0, x, 0.2 * x) * 2**0.5
 
     x, image = get("b4.const")[None], None
@@ -82,7 +68,7 @@ def reference(state: dict[str, Tensor], w: Tensor) -> Tensor:
 
 
 def test_the_image_is_what_the_papers_equations_give() -> None:
-    generator = small()
+    generator = stylegan()
     w = torch.randn(2, 6)
     with torch.no_grad():
         images = generator.synthesis(w[:, None].repeat(1, generator.num_ws, 1))
@@ -92,7 +78,7 @@ def test_the_image_is_what_the_papers_equations_give() -> None:
 
 
 def test_every_layer_has_its_own_style_vector_and_colours_share_with_the_next_block() -> None:
-    generator = small(resolution=8)
+    generator = stylegan(resolution=8)
     ws = torch.randn(1, 4, 6)
     seen: dict[str, Tensor] = {}
     for name, module in generator.synthesis.named_modules():
@@ -106,7 +92,7 @@ def test_every_layer_has_its_own_style_vector_and_colours_share_with_the_next_bl
 
 
 def test_truncation_moves_style_vectors_to_their_mean() -> None:
-    mapping = small().mapping
+    mapping = stylegan().mapping
     z = torch.randn(3, 8)
     full = mapping(z)
     assert full.shape == (3, 8, 6)
@@ -118,38 +104,32 @@ def test_truncation_moves_style_vectors_to_their_mean() -> None:
     assert torch.equal(some[:, 3:], full[:, 3:])
 
 
-def test_noise_is_stored_drawn_or_left_out() -> None:
-    generator, z = small(), torch.randn(2, 8)
+def test_noise_is_stored_drawn_left_out_or_an_input() -> None:
+    generator, z = stylegan(), torch.randn(2, 8)
     before = torch.get_rng_state()
-    const = generator(z)
-    silent = generator(z, noise_mode="none")
+    image, silent = generator(z), generator(z, noise_mode="none")
     assert torch.equal(torch.get_rng_state(), before)
-    assert torch.equal(generator(z), const)
-    drawn = generator(z, noise_mode="random")
+    assert torch.equal(generator(z), image)
+    assert not torch.equal(generator(z, noise_mode="random"), image)
     assert not torch.equal(torch.get_rng_state(), before)
-    assert not torch.equal(const, drawn)
+    shapes = generator.synthesis.noise_shapes
+    assert shapes == [(1, size, size) for size in (4, 8, 8, 16, 16, 32, 32)]
+    stored = [value for name, value in generator.named_buffers() if name.endswith("noise_const")]
+    noise = [value.expand(2, *shape) for value, shape in zip(stored, shapes, strict=True)]
+    assert torch.equal(generator(z, noise=noise), image)
+    for i in range(len(noise)):  # every layer adds its own
+        changed = [1 + value if i == k else value for k, value in enumerate(noise)]
+        assert not torch.equal(generator(z, noise=changed), image)
+    with pytest.raises(ValueError, match=r"noise must be maps .* got \[\(1, 4, 4\)\]"):
+        generator(z, noise=noise[:1])
     for name, parameter in generator.named_parameters():
         if name.endswith("noise_strength"):
             parameter.data.zero_()
     assert torch.equal(generator(z), silent)
 
 
-def test_noise_may_be_an_input() -> None:
-    generator, z = small(), torch.randn(2, 8)
-    shapes = generator.synthesis.noise_shapes
-    assert shapes == [(1, size, size) for size in (4, 8, 8, 16, 16, 32, 32)]
-    stored = [value for name, value in generator.named_buffers() if name.endswith("noise_const")]
-    noise = [value.expand(2, *shape) for value, shape in zip(stored, shapes, strict=True)]
-    assert torch.equal(generator(z, noise=noise), generator(z))
-    for i in range(len(noise)):  # every layer adds its own
-        changed = [1 + value if i == k else value for k, value in enumerate(noise)]
-        assert not torch.equal(generator(z, noise=changed), generator(z))
-    with pytest.raises(ValueError, match=r"noise must be maps .* got \[\(1, 4, 4\)\]"):
-        generator(z, noise=noise[:1])
-
-
 def test_a_clamp_bounds_every_layer() -> None:
-    generator = small(conv_clamp=0.1)
+    generator = stylegan(conv_clamp=0.1)
     outputs: list[Tensor] = []
     for block in generator.synthesis.children():
         for layer in block.children():
@@ -188,13 +168,13 @@ def test_names_and_shapes_are_those_of_the_official_networks() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: small(c_dim=5)(torch.zeros(2, 9)), r"z must have the shape \(N, 8\), got \(2, 9\)"),
-        (lambda: small(c_dim=5)(torch.zeros(2, 8)), r"c must have the shape \(2, 5\), got None"),
-        (lambda: small(c_dim=5)(torch.zeros(2, 8), torch.zeros(1, 5)), r"\(2, 5\), got \(1, 5\)"),
-        (lambda: small()(torch.zeros(2, 8), noise_mode="const "), r"'none', got 'const '"),
-        (lambda: small().synthesis(torch.zeros(1, 7, 6)), r"shape \(N, 8, 6\), got \(1, 7, 6\)"),
-        (lambda: small(resolution=48), "power of two from 4 up, got 48"),
-        (lambda: small(channels=[4, 4]), r"one for each of the blocks \[4, 8, 16, 32\], got \[4, 4\]"),
+        (lambda: stylegan(c_dim=5)(torch.zeros(2, 9)), r"z must have the shape \(N, 8\), got \(2, 9\)"),
+        (lambda: stylegan(c_dim=5)(torch.zeros(2, 8)), r"c must have the shape \(2, 5\), got None"),
+        (lambda: stylegan(c_dim=5)(torch.zeros(2, 8), torch.zeros(1, 5)), r"\(2, 5\), got \(1, 5\)"),
+        (lambda: stylegan()(torch.zeros(2, 8), noise_mode="const "), r"'none', got 'const '"),
+        (lambda: stylegan().synthesis(torch.zeros(1, 7, 6)), r"shape \(N, 8, 6\), got \(1, 7, 6\)"),
+        (lambda: stylegan(resolution=48), "power of two from 4 up, got 48"),
+        (lambda: stylegan(channels=[4, 4]), r"one for each of the blocks \[4, 8, 16, 32\], got \[4, 4\]"),
     ],
 )
 def test_wrong_shapes_and_sizes_are_refused(call: Callable[[], object], message: str) -> None:
@@ -202,37 +182,35 @@ def test_wrong_shapes_and_sizes_are_refused(call: Callable[[], object], message:
         call()
 
 
-def test_a_synthesis_network_alone_is_described_and_takes_other_truncations_at_every_call() -> None:
-    generator = small()
-    described = describe(generator.synthesis)
-    assert described.stages == ("b4", "b8", "b16", "b32")
-    model = retroexit.wrap(generator.synthesis, ["b8"], 1 / 4, min_channels=8, adapter=described)
-    z = torch.randn(2, 8)
-    for psi, cutoff in ((1.0, None), (0.7, None), (0.5, 2)):
+def test_a_synthesis_network_alone_is_wrapped_and_takes_another_truncation_at_every_call() -> None:
+    generator = stylegan()
+    description = describe(generator.synthesis)
+    assert description.stages == ("b4", "b8", "b16", "b32")
+    model = retroexit.wrap(generator.synthesis, ["b8"], 1 / 4, min_channels=8, adapter=description)
+    z, early = torch.randn(2, 8), []
+    for psi, cutoff in ((1.0, None), (0.5, None), (0.5, 2)):
         ws = generator.mapping(z, None, psi, cutoff)
         assert torch.equal(model(ws), generator(z, None, psi, cutoff))
-        assert model(ws, exit=1).shape == (2, 3, 32, 32)
-    assert not torch.equal(
-        model(generator.mapping(z, None, 0.5), exit=1), model(generator.mapping(z), exit=1)
-    )
+        early.append(model(ws, exit=1))
+    assert early[0].shape == (2, 3, 32, 32) and not torch.equal(early[0], early[1])
 
 
 def test_objects_of_nvidias_code_are_recognised_by_name_and_parts() -> None:
     class Generator(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            inner = small(c_dim=5)
+            inner = stylegan(c_dim=5)
             self.mapping, self.synthesis = inner.mapping, inner.synthesis
             self.z_dim, self.c_dim = 8, 5
 
     theirs = Generator()
-    described = describe(theirs)
-    assert described.stages == tuple(f"synthesis.b{size}" for size in (4, 8, 16, 32))
-    (z, c), keywords = described.example_inputs(theirs)
+    description = describe(theirs)
+    assert description.stages == tuple(f"synthesis.b{size}" for size in (4, 8, 16, 32))
+    (z, c), keywords = description.example_inputs(theirs)
     assert (z.shape, c.tolist()) == ((1, 8), [[1, 0, 0, 0, 0]])
     assert keywords == {"noise_mode": "const", "force_fp32": True}
     theirs.c_dim = 0
-    assert described.example_inputs(theirs)[0][1] is None
+    assert description.example_inputs(theirs)[0][1] is None
     del theirs.synthesis.b4  # such as StyleGAN3
     assert describe(theirs) is None
 
@@ -242,20 +220,19 @@ def test_objects_of_rosinalitys_code_are_recognised_by_name_and_parts() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.size, self.style_dim, self.channels = 16, 8, {4: 4, 8: 4, 16: 2, 32: 1}
-            self.style, self.input, self.conv1, self.to_rgb1, self.noises = (
-                nn.Linear(1, 1) for _ in range(5)
-            )
+            for name in ("style", "input", "conv1", "to_rgb1", "noises"):
+                setattr(self, name, nn.Linear(1, 1))
             self.convs = nn.ModuleList(nn.Identity() for _ in range(4))
             self.to_rgbs = nn.ModuleList(nn.Identity() for _ in range(2))
 
     theirs = Generator()
-    described = describe(theirs)
-    assert described.stages == ("conv1", "convs.0", "convs.1", "convs.2", "convs.3")
-    assert described.image == 0
-    ((styles,), keywords) = described.example_inputs(theirs)
+    description = describe(theirs)
+    assert description.stages == ("conv1", "convs.0", "convs.1", "convs.2", "convs.3")
+    assert description.image == 0
+    ((styles,), keywords) = description.example_inputs(theirs)
     assert [style.shape for style in styles] == [(1, 8)]
     assert keywords == {"randomize_noise": False}
-    judge = described.discriminator(theirs)
+    judge = description.discriminator(theirs)
     assert [judge.get_submodule(f"b{size}.conv0").weight.shape[0] for size in (16, 8)] == [2, 4]
     del theirs.to_rgb1
     assert describe(theirs) is None

@@ -1,7 +1,8 @@
-"""The benchmarks start, and those of retrieval and guidance run from end to end on a tiny generator."""
+"""The benchmarks start; those of retrieval and guidance run on a tiny generator."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -21,7 +22,7 @@ if BENCHMARKS not in sys.path:
     sys.path.insert(0, BENCHMARKS)
 
 import guidance_gain  # noqa: E402
-import promise  # noqa: E402
+import promises  # noqa: E402
 import retrieval  # noqa: E402
 from gain.training import noise, shuffled  # noqa: E402
 
@@ -31,13 +32,11 @@ class Careless(ExactRetriever):
 
     name: ClassVar[str] = "careless"
 
-    def _search(self, queries: np.ndarray, k: int) -> np.ndarray:
+    def _search(self, queries, k):
         return np.tile(np.arange(k), (len(queries), 1))
 
 
-def test_the_gain_of_guidance_is_measured_and_resumed(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_gain_of_guidance_is_measured_and_resumed(tmp_path, capsys):
     quick = ["--quick", "--out", str(tmp_path), "--exits", "1", "--variants"]
     guidance_gain.main([*quick, "none", "slopes"])
     first = json.loads((tmp_path / "results.json").read_text())["rows"]
@@ -58,7 +57,7 @@ def test_the_gain_of_guidance_is_measured_and_resumed(
     assert "no variant 'image mixed'; there are none and image, slopes" in capsys.readouterr().err
 
 
-def test_controls_are_guides_of_other_inputs_or_noise_like_a_guide() -> None:
+def test_controls_are_guides_of_other_inputs_or_noise_like_a_guide():
     guides = torch.randn(40, 2, 8, 8) * torch.tensor([1.0, 5.0])[:, None, None] + 3
     rows = list(range(40))
     mixed = shuffled(lambda rows: guides[rows], 40, 0)(rows)
@@ -70,9 +69,7 @@ def test_controls_are_guides_of_other_inputs_or_noise_like_a_guide() -> None:
     torch.testing.assert_close(drawn(rows).std((0, 2, 3)), guides.std((0, 2, 3)), atol=0, rtol=0.1)
 
 
-def test_back_ends_are_compared_down_to_the_picture(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_back_ends_are_compared_by_recall_time_and_image_loss(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(
         type(host()), "retriever", lambda self, name: {"exact": ExactRetriever, "careless": Careless}[name]
     )
@@ -93,24 +90,14 @@ def test_back_ends_are_compared_down_to_the_picture(
     assert "MB in memory" in capsys.readouterr().out
 
 
-def test_memory_of_an_index_is_that_of_its_keys_at_least() -> None:
-    options = {"index": "IVF16,Flat", "nprobe": 2}
-    assert retrieval.parse_spec("faiss:index=IVF16,Flat;nprobe=2") == ("faiss", options)
-    if not Path("/proc/self/status").exists():
-        pytest.skip("memory is read from /proc")
-    keys = np.random.default_rng(0).standard_normal((40_000, 64)).astype(np.float32)  # 10 MB
-    grown = retrieval.memory(["exact"], keys)["exact"]
-    assert grown is not None and 9 < grown < 100
-
-
 @pytest.mark.parametrize("name", ["paper_tables", "training", "zoo"])
-def test_a_benchmark_shows_its_options(name: str) -> None:
+def test_a_benchmark_shows_its_options(name):
     script = Path(BENCHMARKS) / f"{name}.py"
     done = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and "--json" in done.stdout, done.stderr
 
 
-def _evaluation(samples: int = 240) -> Evaluation:
+def _evaluation(samples=240):
     random = np.random.default_rng(1)
     hard = random.gamma(4.0, 0.25, (samples, 1))
     loss = hard * np.array([[0.1, 0.05]])
@@ -122,20 +109,36 @@ def _evaluation(samples: int = 240) -> Evaluation:
 
 
 def test_the_promise_holds_on_inputs_like_those_of_the_calibration() -> None:
-    row = promise.resplit(_evaluation(), 0.1, "margin", splits=10, alpha=0.1, confidence=0.95)
+    row = promises.resplit(_evaluation(), 0.1, "margin", splits=10, alpha=0.1, confidence=0.95)
     assert row is not None and row["held"] >= 9 and row["violations"] <= 0.1
     assert 0 < row["saved"] < row["oracle_saved"]
-    few = promise.resplit(_evaluation(60), 0.1, "margin", splits=2, alpha=0.05, confidence=0.95)
+    few = promises.resplit(_evaluation(60), 0.1, "margin", splits=2, alpha=0.05, confidence=0.95)
     assert few is None
 
 
 @pytest.mark.parametrize(
     ("samples", "bad", "exit"), [(59, [], 1), (59, [0], 2), (59, [0, 1], 3), (20, [], 3)]
 )
-def test_an_exit_is_promised_if_the_binomial_test_accepts_its_losses(
-    samples: int, bad: list[int], exit: int
-) -> None:
+def test_an_exit_is_promised_if_the_binomial_test_accepts_its_losses(samples, bad, exit):
     loss = np.zeros((samples, 2))
     loss[0, bad] = 0.2
     evaluation = Evaluation(loss, loss, np.array([1.0, 2.0, 4.0]), np.zeros(3))
-    assert promise.promised_exit(evaluation, 0.1, 0.05, 0.95) == exit
+    assert promises.promised_exit(evaluation, 0.1, 0.05, 0.95) == exit
+
+
+def test_promises_are_counted_for_every_mode_and_for_groups_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = promises.synthetic(draws=4)
+    assert {row["of"] for row in rows} == {4, 100} and all(row["broken"] <= row["of"] for row in rows)
+    losses, predicted = promises.population()(180, torch.Generator().manual_seed(1))
+    groups = [f"drive {row % 3}" for row in range(180)]
+    calibration = promises.Calibration(losses, predicted, rule="worst-group", groups=groups)
+    monkeypatch.setattr(promises, "read_calibration", lambda *_: calibration)
+    exits = [{"share": share} for share in promises.COSTS.tolist()]
+    (tmp_path / "model.json").write_text(json.dumps({"calibration_sha256": "", "exits": exits}))
+    arguments = argparse.Namespace(taus=[0.08], splits=3, alpha=0.1, confidence=0.9)
+    left_out = promises.leave_groups_out(tmp_path, arguments)
+    assert [row["group"] for row in left_out] == ["drive 0", "drive 1", "drive 2"]
+    assert all(row["worst"][1] <= row["pooled"][1] + 0.05 and row["own"] for row in left_out)
+    assert "group left out" in capsys.readouterr().out

@@ -1,95 +1,61 @@
-"""Widths that a forward computes with in its own ways: they shrink, or a pin says why they do not."""
-
-from __future__ import annotations
+"""Widths that a forward computes with: they shrink, or a pin says why they do not."""
 
 import math
+import re
 import types
-from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+import toys
+from torch import nn
 
 import retroexit
-from retroexit.branch.widths.plan import Pin
-from retroexit.model import EarlyExitGenerator
 
 
-class Block(nn.Module):
-    """A residual block; what it does in the middle is the subject."""
-
-    def __init__(self, channels: int = 32) -> None:
-        super().__init__()
-        self.a = nn.Conv2d(channels, channels, 3, padding=1)
-        self.b = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.b(F.relu(self.middle(self.a(x))))
-
-    def middle(self, y: Tensor) -> Tensor:
-        return y
-
-
-class Decoder(nn.Module):
-    def __init__(self, block: Callable[[], nn.Module]) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(4, 32, 3, padding=1)
-        self.blocks = nn.ModuleList(block() for _ in range(2))
-        self.rgb = nn.Conv2d(32, 3, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        for block in self.blocks:
-            x = F.interpolate(block(x), scale_factor=2)
-        return self.rgb(x)
-
-
-class NumpyRoot(Block):
-    def middle(self, y: Tensor) -> Tensor:
+class NumpyRoot(nn.Module):
+    def forward(self, y):
         return y / np.sqrt(y.shape[1])
 
 
-class Factors(Block):
+class Factors(nn.Module):
     """Scales by numbers that it computes from its width."""
 
-    def middle(self, y: Tensor) -> Tensor:
+    def forward(self, y):
         return y / math.sqrt(y.shape[1]) * int(y.shape[1]) ** -0.5 / math.log2(y.shape[1])
 
 
-class Configured(Block):
+class Configured(nn.Module):
     """Keeps its width in an object that holds settings."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.cfg = types.SimpleNamespace(width=32, groups=4)
 
-    def middle(self, y: Tensor) -> Tensor:
+    def forward(self, y):
         groups = self.cfg.groups
         parts = y.view(-1, groups, self.cfg.width // groups, *y.shape[2:])
         return (parts - parts.mean((2, 3, 4), keepdim=True)).view(y.shape)
 
 
-class InDictionary(Block):
-    def __init__(self) -> None:
+class InDictionary(nn.Module):
+    def __init__(self):
         super().__init__()
         self.cfg = {"width": 32}
 
-    def middle(self, y: Tensor) -> Tensor:
+    def forward(self, y):
         return y.reshape(y.shape[0], self.cfg["width"], -1).view(y.shape)
 
 
-class Heads(Block):
+class Heads(nn.Module):
     """Keeps both the number of its heads and their size."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.heads, self.size = 4, 8
         self.qkv = nn.Linear(32, 96)
 
-    def middle(self, y: Tensor) -> Tensor:
+    def forward(self, y):
         n, c, *size = y.shape
         tokens = self.qkv(y.flatten(2).transpose(1, 2)).reshape(n, -1, 3, self.heads, self.size)
         q, k, v = tokens.permute(2, 0, 3, 1, 4)
@@ -97,28 +63,30 @@ class Heads(Block):
         return values.transpose(1, 2).reshape(n, -1, self.heads * self.size).transpose(1, 2).view(n, c, *size)
 
 
-class LookedUp(Block):
+class LookedUp(nn.Module):
     """Reads a table of as many rows as it has channels at places that it computes."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.table = nn.Embedding(32, 32)
 
-    def middle(self, y: Tensor) -> Tensor:
+    def forward(self, y):
         last = torch.full((y.shape[0],), 31)
         return y + self.table(last)[:, :, None, None]
 
 
-def wrapped(block: Callable[[], nn.Module]) -> tuple[EarlyExitGenerator, Tensor]:
+def wrapped(middle):
+    """Two blocks that double the resolution, with a module between their convolutions."""
     torch.manual_seed(0)
-    generator, x = Decoder(block).eval(), torch.randn(1, 4, 4, 4)
+    blocks = [toys.Block(32, 32, True, norm=lambda channels: middle()) for _ in range(2)]
+    generator, x = toys.Chain(blocks, last=32).eval(), torch.randn(1, 4, 4, 4)
     model = retroexit.wrap(generator, ["blocks.0"], 1 / 4, min_channels=8, example_inputs=(x,))
     return model, x
 
 
-@pytest.mark.parametrize("block", [Factors, Configured, InDictionary, Heads])
-def test_widths_that_a_forward_computes_with_shrink(block: Any) -> None:
-    model, x = wrapped(block)
+@pytest.mark.parametrize("middle", [Factors, Configured, InDictionary, Heads])
+def test_widths_that_a_forward_computes_with_shrink(middle):
+    model, x = wrapped(middle)
     (branch,) = model.branches
     assert not branch.pins
     for name in ("a", "b"):
@@ -126,10 +94,10 @@ def test_widths_that_a_forward_computes_with_shrink(block: Any) -> None:
     assert model(x, exit=1).shape == (1, 3, 16, 16)
 
 
-def test_a_configuration_is_the_branchs_own_saved_and_loaded(tmp_path: Any) -> None:
+def test_a_configuration_is_copied_for_the_branch_saved_and_loaded(tmp_path):
     model, x = wrapped(Configured)
     before = model.generator(x)
-    thin, full = model.branches[0].tail.get_submodule("blocks.1"), model.generator.blocks[1]
+    thin, full = model.branches[0].tail.get_submodule("blocks.1.norm"), model.generator.blocks[1].norm
     assert (thin.cfg.width, full.cfg.width) == (8, 32)
     assert thin.cfg.groups in (1, 2, 4)
     assert torch.equal(model(x), before)
@@ -137,47 +105,47 @@ def test_a_configuration_is_the_branchs_own_saved_and_loaded(tmp_path: Any) -> N
     assert torch.equal(retroexit.load(tmp_path, model.generator)(x, exit=1), model(x, exit=1))
 
 
-def test_heads_stay_a_divisor_of_the_width() -> None:
+def test_heads_stay_a_divisor_of_the_width():
     model, _ = wrapped(Heads)
-    thin = model.branches[0].tail.get_submodule("blocks.1")
+    thin = model.branches[0].tail.get_submodule("blocks.1.norm")
     assert thin.heads * thin.size * 3 == thin.qkv.weight.shape[0]
     assert thin.heads < 4 or thin.size < 8
 
 
-def test_a_table_that_is_looked_up_keeps_its_rows_and_names_the_line() -> None:
+def test_a_table_that_is_looked_up_keeps_its_rows_and_names_the_line():
     model, x = wrapped(LookedUp)
     (branch,) = model.branches
-    assert branch.tail.get_parameter("blocks.1.table.weight").shape == (32, 8)
-    assert {pin.parameter for pin in branch.pins} == {"blocks.1.table.weight"}
+    assert branch.tail.get_parameter("blocks.1.norm.table.weight").shape == (32, 8)
+    assert {pin.parameter for pin in branch.pins} == {"blocks.1.norm.table.weight"}
     assert "test_forwards.py" in str(branch.pins[0])
     assert "self.table(last)" in str(branch.pins[0])
     assert model(x, exit=1).shape == (1, 3, 16, 16)
 
 
-def test_a_width_that_numpy_computes_with_is_fixed_and_the_line_is_named() -> None:
+def test_a_width_that_numpy_computes_with_is_fixed_and_the_line_is_named():
     model, x = wrapped(NumpyRoot)
     (branch,) = model.branches
     assert any("y / np.sqrt(y.shape[1])" in pin.reason for pin in branch.pins)
-    assert branch.tail.get_parameter("blocks.1.a.weight").shape == (32, 32, 3, 3)
+    assert branch.tail.get_parameter("blocks.1.a.weight").shape == (32, 8, 3, 3)
     assert model(x, exit=1).shape == (1, 3, 16, 16)
 
 
 class Kernels(nn.Module):
     """Convolutions of PyTorch's, one parametrised, and a bare weight."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.one = nn.Conv2d(16, 16, 3, padding=1)
         self.two = nn.utils.parametrizations.weight_norm(nn.Conv1d(16, 16, 5, padding=2))
         self.bare = nn.Parameter(torch.randn(3, 16, 3, 3))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         h = self.two(self.one(x).flatten(2)).view_as(x)
         return nn.functional.conv2d(h, self.bare, padding=1)
 
 
 @pytest.mark.parametrize("least", [1, 2, 4])
-def test_kernels_are_no_widths_however_small_the_floor(least: int) -> None:
+def test_kernels_are_no_widths_however_small_the_floor(least):
     generator = nn.Sequential(nn.Conv2d(4, 16, 1), nn.ReLU(), Kernels()).eval()
     model = retroexit.wrap(
         generator, ["0"], 1 / 16, min_channels=least, example_inputs=(torch.randn(1, 4, 8, 8),), adapter=False
@@ -192,7 +160,7 @@ def test_kernels_are_no_widths_however_small_the_floor(least: int) -> None:
 class Recurrent(nn.Module):
     """A decoder that returns its state besides the image, as one that runs on frames does."""
 
-    def __init__(self, as_dict: bool) -> None:
+    def __init__(self, as_dict):
         super().__init__()
         self.as_dict = as_dict
         self.stem = nn.Conv2d(4, 32, 3, padding=1)
@@ -200,13 +168,13 @@ class Recurrent(nn.Module):
         self.state = nn.Conv2d(32, 32, 3, padding=1)
         self.rgb = nn.Conv2d(32, 3, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Any:
+    def forward(self, x):
         state = self.state(self.body(self.stem(x)).tanh())
         image = self.rgb(state.relu())
         return {"image": image, "state": state} if self.as_dict else (image, [state])
 
 
-def pins(generator: nn.Module, place: str, **options: Any) -> tuple[Pin, ...]:
+def pins(generator, place, **options):
     x = torch.randn(1, 4, 8, 8)
     model = retroexit.wrap(generator.eval(), [place], 1 / 4, min_channels=8, example_inputs=(x,), **options)
     with torch.no_grad():
@@ -217,31 +185,29 @@ def pins(generator: nn.Module, place: str, **options: Any) -> tuple[Pin, ...]:
 @pytest.mark.parametrize(
     ("as_dict", "image", "entry"), [(True, "image", r"\['state'\]"), (False, 0, r"\[1\]\[0\]")]
 )
-def test_a_returned_state_is_named_and_how_to_drop_it(as_dict: bool, image: Any, entry: str) -> None:
+def test_a_returned_state_is_named_and_how_to_drop_it(as_dict, image, entry):
     fixed = pins(Recurrent(as_dict), "stem", image=image)
     assert {pin.parameter for pin in fixed} == {"state.weight", "state.bias", "rgb.weight"}
-    for pin in fixed:
-        with pytest.raises(AssertionError, match=rf"output's entry {entry}, .*returns the image alone"):
-            raise AssertionError(str(pin))
+    assert all(re.search(f"output's entry {entry}, .*returns the image alone", str(pin)) for pin in fixed)
 
 
 class ImageAlone(nn.Module):
-    def __init__(self, inner: nn.Module) -> None:
+    def __init__(self, inner):
         super().__init__()
         self.inner = inner
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return self.inner(x)["image"]
 
 
-def test_a_module_that_returns_the_image_alone_lets_the_state_shrink() -> None:
+def test_a_module_that_returns_the_image_alone_lets_the_state_shrink():
     assert pins(ImageAlone(Recurrent(True)), "inner.stem") == ()
 
 
 class Chain(nn.Module):
     """A stem, a body and an image; what it does between them is the subject."""
 
-    def __init__(self, channels: int = 32) -> None:
+    def __init__(self, channels=32):
         super().__init__()
         self.stem = nn.Conv2d(4, 32, 3, padding=1)
         self.skip = nn.Conv2d(4, 32, 1)
@@ -252,21 +218,21 @@ class Chain(nn.Module):
 class Skipping(Chain):
     """Adds a skip of full width, made in front of the cut, to a trunk."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         side = self.skip(x)
         return self.rgb(self.body(self.stem(x).relu()) + side)
 
 
-def test_a_live_value_is_named_as_inspect_names_it() -> None:
+def test_a_live_value_is_named_as_inspect_names_it():
     fixed = pins(Skipping(), "stem")
-    assert fixed and all(pin.is_live for pin in fixed)
+    assert fixed and all(pin.is_final for pin in fixed)
     assert {pin.reason.partition(",")[0] for pin in fixed} == {"the live value 'skip'"}
 
 
 class Folded(Chain):
     """Folds 32 channels into 8 by a number that its code has."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         y = self.body(self.stem(x).relu())
         y = y.view(y.shape[0], 4, 8, *y.shape[2:]).flip(1)
         return self.rgb(y.flatten(1, 2))
@@ -275,7 +241,7 @@ class Folded(Chain):
 class Gated(Chain):
     """Half of the channels gates the other half; the half is computed as ``int(c / 2)``."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         y = self.body(self.stem(x))
         half = int(y.size(1) / 2)
         return self.rgb(y[:, :half] * torch.sigmoid(y[:, half:]))
@@ -284,24 +250,8 @@ class Gated(Chain):
 @pytest.mark.parametrize(
     ("generator", "line"), [(Folded(), "y.view(y.shape[0], 4, 8"), (Gated(64), "y[:, :half] * torch.sigmoid")]
 )
-def test_a_number_or_a_converted_width_is_named_by_its_line(generator: nn.Module, line: str) -> None:
+def test_a_number_or_a_converted_width_is_named_by_its_line(generator, line):
     fixed = pins(generator, "stem")
     assert {pin.parameter for pin in fixed} == {"body.weight", "body.bias", "rgb.weight"}
     assert all(f"{__file__}:" in pin.reason for pin in fixed)
     assert any(line in pin.reason for pin in fixed)
-
-
-class Scripted(Chain):
-    def __init__(self) -> None:
-        super().__init__()
-        self.gate = torch.jit.script(nn.Sequential(nn.Conv2d(32, 32, 1), nn.Sigmoid()))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.rgb(self.gate(self.stem(x).relu()))
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated")
-def test_a_scripted_module_keeps_its_widths_and_is_named() -> None:
-    fixed = pins(Scripted(), "stem")
-    assert "gate.0.weight" in {pin.parameter for pin in fixed}
-    assert any("the scripted module gate (Sequential)" in pin.reason for pin in fixed)

@@ -110,6 +110,7 @@ def wrapped(generator: nn.Module, scale: float = 1.0) -> retroexit.EarlyExitGene
         ["blocks.0"],
         scale,
         min_channels=4,
+        image_range=(-1, 1),
         stages=[f"blocks.{i}" for i in range(3)],
         example_inputs=(X,),
     )

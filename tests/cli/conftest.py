@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -97,23 +94,14 @@ none = []
 others = torch.randn(12, 4, 4, 4, generator=torch.Generator().manual_seed(2))
 
 
-class Judge(nn.Module):
+class Judge(nn.Sequential):
     def __init__(self):
-        super().__init__()
-        self.look = nn.Conv2d(3, 4, 3, padding=1)
-        self.score = nn.Conv2d(4, 1, 1)
-
-    def forward(self, image):
-        return self.score(torch.relu(self.look(image)))
+        super().__init__(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 1, 1))
 
 
-class Looks(nn.Module):
+class Looks(nn.Sequential):
     def __init__(self):
-        super().__init__()
-        self.last = nn.Linear(3, 2)
-
-    def forward(self, image):
-        return self.last(image.mean((2, 3)))
+        super().__init__(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2))
 """
 
 
@@ -140,13 +128,13 @@ class Result:
     out: str
     err: str
 
-    def fails_with(self, message: str) -> None:
+    def fails_with(self, message):
         """Check that the command ended with one line, a pattern in it, and status 1."""
         assert self.status == 1
         assert re.fullmatch(rf"(warning: .*\n)*error: .*{message}.*\n", self.err), self.err
         assert "Traceback" not in self.err + self.out
 
-    def succeeds(self) -> str:
+    def succeeds(self):
         """Check the status; returns what was printed."""
         assert self.status == 0, self.err
         return self.out
@@ -159,9 +147,9 @@ class Runner:
     capsys: pytest.CaptureFixture[str]
     FACE = FACE
 
-    def __call__(self, *arguments: str) -> Result:
+    def __call__(self, *arguments):
         self.capsys.readouterr()
-        status: Any = 0
+        status = 0
         try:
             cli.main(arguments)
         except SystemExit as end:
@@ -171,16 +159,14 @@ class Runner:
             return Result(1, printed.out, printed.err + status + "\n")
         return Result(status, printed.out, printed.err)
 
-    def fit(self, *words: str, target: str = "toy.py:decoder", **options: str) -> Result:
+    def fit(self, *words, target="toy.py:decoder", **options):
         changed = {f"--{name.replace('_', '-')}": value for name, value in options.items()}
         pairs = [word for pair in {**FIT, **changed}.items() for word in pair]
         return self("fit", target, *pairs, *words)
 
 
 @pytest.fixture
-def run(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Runner]:
+def run(capsys, tmp_path, monkeypatch):
     """Run a command line beside a file ``toy.py``."""
     (tmp_path / "toy.py").write_text(TOY)
     monkeypatch.chdir(tmp_path)

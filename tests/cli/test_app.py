@@ -7,7 +7,7 @@ import shlex
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import pytest
 import typer
@@ -20,7 +20,7 @@ from retroexit.cli.app import COMMANDS
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_every_command_shows_one_example_that_it_understands(run: Any) -> None:
+def test_every_command_shows_one_example_that_it_understands(run):
     listed = run("--help").succeeds()
     for command in COMMANDS:
         assert re.search(rf"^\s*{command}\s", listed, re.MULTILINE)
@@ -32,7 +32,7 @@ def test_every_command_shows_one_example_that_it_understands(run: Any) -> None:
             assert re.search(rf"^\s*{option}\b", shown, re.MULTILINE), option
 
 
-def test_without_a_command_the_help_is_shown(run: Any) -> None:
+def test_without_a_command_the_help_is_shown(run):
     shown = run()
     assert "Usage: retroexit [OPTIONS] COMMAND" in shown.out + shown.err
 
@@ -46,9 +46,7 @@ def test_without_a_command_the_help_is_shown(run: Any) -> None:
         (("demo", "--scenes", "3"), "Invalid value for '--scenes'"),
     ],
 )
-def test_a_command_line_that_cannot_be_read_ends_with_status_2(
-    run: Any, arguments: tuple[str, ...], message: str
-) -> None:
+def test_a_command_line_that_cannot_be_read_ends_with_status_2(run, arguments, message):
     failed = run(*arguments)
     assert failed.status == 2
     assert message in failed.err
@@ -75,10 +73,10 @@ class Command:
         """Documented with a number."""
 
 
-def _offer(monkeypatch: pytest.MonkeyPatch, **commands: Any) -> None:
+def _offer(monkeypatch, **commands):
     class Offers:
         @plugins.hookimpl
-        def retroexit_commands(self) -> dict[str, Any]:
+        def retroexit_commands(self):
             return commands
 
     host = plugins.Host(discover=False)
@@ -86,7 +84,7 @@ def _offer(monkeypatch: pytest.MonkeyPatch, **commands: Any) -> None:
     monkeypatch.setattr("retroexit.cli.app.host", lambda: host)
 
 
-def test_a_command_of_a_plugin_is_one_of_ours(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_command_of_a_plugin_is_one_of_ours(run, monkeypatch):
     _offer(monkeypatch, greet=Command.greet)
     assert run("greet", "me").out == "hello me\n"
     shown = run("greet", "--help").out
@@ -104,8 +102,8 @@ def test_a_command_of_a_plugin_is_one_of_ours(run: Any, monkeypatch: pytest.Monk
     ],
 )
 def test_a_command_of_a_plugin_that_cannot_be_added_is_reported_and_left_out(
-    run: Any, monkeypatch: pytest.MonkeyPatch, name: str, command: Any, cause: str
-) -> None:
+    run, monkeypatch, name, command, cause
+):
     _offer(monkeypatch, **{name: command})
     shown = run("--help")
     assert shown.status == 0
@@ -116,17 +114,15 @@ def test_a_command_of_a_plugin_that_cannot_be_added_is_reported_and_left_out(
     assert "--attach-at" in run("fit", "--help").out
 
 
-def test_a_missing_typer_is_answered_with_the_pip_line(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_typer_is_answered_with_the_pip_line(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "typer", None)
     failed = run("doctor")
     failed.fails_with("the command line needs typer")
     assert failed.err.endswith("pip install 'retroexit[cli]'\n")
 
 
-def test_warnings_of_ours_are_one_line_and_the_handler_is_put_back(
-    run: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def warning() -> list[doctor.Check]:
+def test_warnings_of_ours_are_one_line_and_the_handler_is_put_back(run, monkeypatch):
+    def warning():
         warnings.warn("mind the gap", retroexit.RetroExitWarning, stacklevel=1)
         return []
 
@@ -136,7 +132,7 @@ def test_warnings_of_ours_are_one_line_and_the_handler_is_put_back(
     assert warnings.showwarning is handler
 
 
-def test_commands_and_code_in_the_readme_can_be_read(run: Any) -> None:
+def test_commands_and_code_in_the_readme_can_be_read(run):
     text = (ROOT / "README.md").read_text().replace("\\\n", "")  # continued lines
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert blocks

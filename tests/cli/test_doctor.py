@@ -1,45 +1,31 @@
 """``retroexit doctor`` and ``retroexit plugins``."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import re
-from pathlib import Path
-from typing import Any
 
-import pytest
 import torch
 
 from retroexit.cli import doctor
 
 
-def test_plugins_lists_our_own(run: Any) -> None:
+def test_plugins_lists_the_builtin_one(run):
     shown = run("plugins").succeeds()
     assert re.search(
         r"^builtin +retroexit +\S+ .*retroexit_metrics.*retroexit_retrievers", shown, re.MULTILINE
     )
 
 
-def test_doctor_reports_and_fails_where_something_is_broken(
-    run: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-
-    ok, bad = (
-        doctor.Check("torch", "ok", "2.15"),
-        doctor.Check("faiss", "fail", "gone", "pip install faiss-cpu"),
-    )
-    monkeypatch.setattr(doctor, "diagnose", lambda: [ok])
+def test_doctor_reports_and_fails_where_something_is_broken(run, monkeypatch):
+    checks, text = [doctor.Check("torch", "ok", "2.15")], "ok    torch: 2.15\n"
+    monkeypatch.setattr(doctor, "diagnose", lambda: checks)
     shown = run("doctor")
-    assert (shown.status, shown.out, shown.err) == (0, "ok    torch: 2.15\n", "")
-    monkeypatch.setattr(doctor, "diagnose", lambda: [ok, bad])
+    assert (shown.status, shown.out, shown.err) == (0, text, "")
+    checks.append(doctor.Check("faiss", "fail", "gone", "pip install faiss-cpu"))
     shown = run("doctor")
-    assert shown.status == 1
-    assert shown.out == "ok    torch: 2.15\nfail  faiss: gone\n      pip install faiss-cpu\n"
+    assert (shown.status, shown.out) == (1, f"{text}fail  faiss: gone\n      pip install faiss-cpu\n")
 
 
-def test_the_doctor_finds_nothing_broken_in_an_empty_cache(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_the_doctor_finds_nothing_broken_in_an_empty_cache(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     checks = {check.name: check for check in doctor.diagnose()}
     assert [check for check in checks.values() if check.status == "fail"] == []
@@ -50,9 +36,7 @@ def test_the_doctor_finds_nothing_broken_in_an_empty_cache(
     assert "alexnet-owt-7be5be79.pth" in missing.hint
 
 
-def test_the_doctor_checks_the_hash_of_cached_weights(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_the_doctor_checks_the_hash_of_cached_weights(monkeypatch, tmp_path):
     folder = tmp_path / "checkpoints"
     folder.mkdir()
     (folder / "alexnet-owt-7be5be79.pth").write_bytes(b"abc")
@@ -68,8 +52,8 @@ def test_the_doctor_checks_the_hash_of_cached_weights(
     assert vgg.status == "ok"
 
 
-def test_the_doctor_reports_a_check_that_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken() -> int:
+def test_the_doctor_reports_a_check_that_breaks(monkeypatch):
+    def broken():
         raise OSError("no threads today")
 
     monkeypatch.setattr(torch, "get_num_threads", broken)
@@ -78,9 +62,7 @@ def test_the_doctor_reports_a_check_that_breaks(monkeypatch: pytest.MonkeyPatch)
     assert "OSError: no threads today" in threads.detail
 
 
-def test_the_doctor_lists_every_dependency_once_and_tells_core_from_extra(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_doctor_lists_every_dependency_once_with_its_extra(monkeypatch):
     requirements = [
         "torch!=2.13.0,>=2.9",
         "numpy",
@@ -90,15 +72,11 @@ def test_the_doctor_lists_every_dependency_once_and_tells_core_from_extra(
         "ray[data,serve]>=2; extra == 'ray'",
     ]
     monkeypatch.setattr(importlib.metadata, "requires", lambda name: requirements)
-    monkeypatch.setattr(
-        importlib.metadata,
-        "version",
-        lambda name, real=importlib.metadata.version: "0.1.0" if name == "retroexit" else real(name),
-    )
-    checks = [
-        check for check in doctor.diagnose() if check.name in ("numpy", "nosuchcore", "nosuchextra", "ray")
-    ]
-    assert [check.name for check in checks] == ["numpy", "nosuchcore", "nosuchextra", "ray"]
+    version = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda n: "0.1.0" if n == "retroexit" else version(n))
+    names = ["numpy", "nosuchcore", "nosuchextra", "ray"]
+    checks = [check for check in doctor.diagnose() if check.name in names]
+    assert [check.name for check in checks] == names
     assert [check.status for check in checks[:3]] == ["ok", "fail", "ok"]
     assert checks[1].hint == "pip install nosuchcore"
     assert checks[2].hint == "pip install 'retroexit[report]'"

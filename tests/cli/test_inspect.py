@@ -1,21 +1,17 @@
-"""``retroexit inspect`` on a toy: what it prints and writes, and what it answers to mistakes."""
-
-from __future__ import annotations
+"""``retroexit inspect`` on a toy: output, files and errors."""
 
 import importlib
 import json
 import re
 import shlex
 import sys
-from pathlib import Path
-from typing import Any
 
 import pytest
 
 import retroexit
 
 
-def test_inspect_shows_the_tree_with_the_stages_in_it(run: Any) -> None:
+def test_inspect_shows_the_tree_with_the_stages_in_it(run):
     for arguments in (("toy.py:with_inputs",), ("toy:decoder", "--shape", "1,4,4,4")):
         shown = run("inspect", *arguments).succeeds()
         assert shown.startswith("Decoder, ")
@@ -27,7 +23,7 @@ def test_inspect_shows_the_tree_with_the_stages_in_it(run: Any) -> None:
         assert re.search(r"^thop   \d\.\d+ MMACs for the backbone, 1\.\d+ of ours", shown, re.MULTILINE)
 
 
-def test_the_suggested_exits_come_with_lines_that_run(run: Any) -> None:
+def test_the_suggested_exits_come_with_lines_that_run(run):
     shown = run("inspect", "toy.py:sized", "--args", "4, name='x'", "--shape", "1,4,4,4").succeeds()
     starred = re.findall(r"^ *(\d)\* ", shown, re.MULTILINE)
     (places,) = re.findall(
@@ -52,12 +48,12 @@ def test_the_suggested_exits_come_with_lines_that_run(run: Any) -> None:
         (("toy.py:sized", "--args", "7, False", "--shape", "1,7,4,4"), "z 1x7x4x4"),
     ],
 )
-def test_ways_to_name_a_generator_and_its_inputs(run: Any, arguments: tuple[str, ...], inputs: str) -> None:
+def test_ways_to_name_a_generator_and_its_inputs(run, arguments, inputs):
     shown = run("inspect", *arguments).succeeds()
     assert shown.splitlines()[0].endswith(f" for {inputs}")
 
 
-def test_the_picture_and_the_facts_are_written_where_asked(run: Any, tmp_path: Path) -> None:
+def test_the_picture_and_the_facts_are_written_where_asked(run, tmp_path):
     pytest.importorskip("matplotlib")
     shown = run("inspect", "toy.py:with_inputs", "--picture", "d.svg", "--json", "d.json").succeeds()
     assert shown.endswith("picture: d.svg\nfacts: d.json\n")
@@ -74,13 +70,13 @@ def test_the_picture_and_the_facts_are_written_where_asked(run: Any, tmp_path: P
     assert facts["macs"] == round(stages[0].macs / stages[0].share)
     assert facts["replayed"] == ""
     assert facts["suggested"] == [stage.index for stage in stages if stage.is_suggested]
-    for told, stage in zip(facts["stages"], stages, strict=True):
-        assert (told["path"], told["macs"], told["shape"]) == (stage.path, stage.macs, list(stage.shape))
-        assert told["saves"] == pytest.approx(1 - stage.cumulative)
+    for row, stage in zip(facts["stages"], stages, strict=True):
+        assert (row["path"], row["macs"], row["shape"]) == (stage.path, stage.macs, list(stage.shape))
+        assert row["saves"] == pytest.approx(1 - stage.cumulative)
     assert [part["stage"] for part in facts["tree"]] == [None, None, 1, 2, 3, None]
 
 
-def test_a_file_is_not_mistaken_for_a_module_of_its_name(run: Any, tmp_path: Path) -> None:
+def test_a_file_is_not_mistaken_for_a_module_of_its_name(run, tmp_path):
     toy = (tmp_path / "toy.py").read_text()
     (tmp_path / "other").mkdir()
     (tmp_path / "other/toy.py").write_text("from beside import decoder, samples\n")
@@ -125,17 +121,13 @@ def test_a_file_is_not_mistaken_for_a_module_of_its_name(run: Any, tmp_path: Pat
         (("toy.py:with_inputs", "--json", "no/d.json"), "no folder 'no' for --json no/d.json. Make it first"),
     ],
 )
-def test_mistakes_end_with_one_line_and_status_1(
-    run: Any, tmp_path: Path, arguments: tuple[str, ...], message: str
-) -> None:
+def test_mistakes_end_with_one_line_and_status_1(run, tmp_path, arguments, message):
     (tmp_path / "lacking.py").write_text("import nosuchpackage\n")
     (tmp_path / "mistaken.py").write_text("1 / 0\n")
     run("inspect", *arguments).fails_with(message)
 
 
-def test_without_matplotlib_a_picture_is_answered_with_the_pip_line(
-    run: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_matplotlib_a_picture_is_answered_with_the_pip_line(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     failed = run("inspect", "toy.py:with_inputs", "--picture", "d.svg")
     failed.fails_with("matplotlib")

@@ -1,22 +1,18 @@
-"""The shipped generator loads, refuses damage, and draws what it was trained to draw."""
-
-from __future__ import annotations
+"""The generator of the demo: loading, damaged files, pictures."""
 
 import hashlib
 import json
 import runpy
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from retroexit import demo
-from retroexit.demo.generator import SceneGenerator, load_scene_generator, scene_inputs
+from retroexit.demo.generator import load_scene_generator, scene_inputs
 from retroexit.demo.scenes import CLASSES, STYLE, TEST_SEEDS, draw_scene
 from retroexit.errors import CheckpointError, InputMismatchError, OptionError, WeightsError
 
@@ -25,16 +21,16 @@ PAINTER = Path(__file__).resolve().parents[2] / "examples/scene_pictures.py"
 
 
 @pytest.fixture(scope="module")
-def generator() -> SceneGenerator:
+def generator():
     return load_scene_generator()
 
 
-def batch(count: int, first: int = 0) -> tuple[Tensor, Tensor]:
+def batch(count, first=0):
     labels, styles = zip(*scene_inputs(count, first=first), strict=True)
     return torch.stack(labels), torch.stack(styles)
 
 
-def test_inputs_are_one_hot_maps_and_styles_of_held_out_scenes_in_order() -> None:
+def test_inputs_are_one_hot_maps_and_styles_of_held_out_scenes_in_order():
     several = scene_inputs(3, seed=2)
     labels, z = several[1]
     assert labels.shape == (len(CLASSES), 64, 128) and labels.dtype == torch.float32
@@ -50,14 +46,14 @@ def test_inputs_are_one_hot_maps_and_styles_of_held_out_scenes_in_order() -> Non
 @pytest.mark.parametrize(
     "arguments", [{"count": -1}, {"count": 1, "first": -1}, {"count": 2, "seed": 999, "first": 999}]
 )
-def test_inputs_outside_the_held_out_range_are_errors(arguments: dict[str, int]) -> None:
+def test_inputs_outside_the_held_out_range_are_errors(arguments):
     values = rf"got count={arguments['count']}, seed={arguments.get('seed', 0)}"
     with pytest.raises(OptionError, match=values):
         scene_inputs(**arguments)
 
 
 @torch.no_grad()
-def test_the_shipped_generator_reproduces_held_out_scenes(generator: SceneGenerator) -> None:
+def test_the_shipped_generator_reproduces_held_out_scenes(generator):
     assert not any(module.training for module in generator.modules())
     assert {parameter.dtype for parameter in generator.parameters()} == {torch.float32}
     paint = runpy.run_path(str(PAINTER))["paint_scene"]
@@ -71,7 +67,7 @@ def test_the_shipped_generator_reproduces_held_out_scenes(generator: SceneGenera
 
 
 @torch.no_grad()
-def test_pictures_are_bounded_depend_on_the_style_and_not_on_the_batch(generator: SceneGenerator) -> None:
+def test_pictures_are_bounded_depend_on_the_style_and_not_on_the_batch(generator):
     labels, z = batch(3)
     together = generator(labels, z)
     assert together.shape == (3, 3, 64, 128) and float(together.abs().max()) <= 1
@@ -81,17 +77,17 @@ def test_pictures_are_bounded_depend_on_the_style_and_not_on_the_batch(generator
     assert float(generator(labels, noon).mean()) > float(generator(labels, dusk).mean()) + 0.2
 
 
-def test_a_wrong_shape_is_an_error_with_both_shapes(generator: SceneGenerator) -> None:
+def test_a_wrong_shape_is_an_error_with_both_shapes(generator):
     with pytest.raises(InputMismatchError, match=r"got \(1, 13, 32, 64\) and \(1, 8\)"):
         generator(torch.zeros(1, 13, 32, 64), torch.zeros(1, 8))
 
 
-def _replace_last_byte(folder: Path) -> None:
+def _replace_last_byte(folder):
     weights = folder / "scene_generator.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\xff")
 
 
-def _drop_a_tensor(folder: Path) -> None:
+def _drop_a_tensor(folder):
     weights = folder / "scene_generator.safetensors"
     tensors = load_file(weights)
     tensors.pop("fc.bias")
@@ -108,9 +104,7 @@ def _drop_a_tensor(folder: Path) -> None:
         (lambda folder: (folder / "scene_generator.json").unlink(), WeightsError, r"scene_generator\.json"),
     ],
 )
-def test_damaged_wrong_or_missing_files_are_errors(
-    tmp_path: Path, change: Callable[[Path], None], error: type[Exception], message: str
-) -> None:
+def test_damaged_wrong_or_missing_files_are_errors(tmp_path, change, error, message):
     for suffix in ("safetensors", "json"):
         shutil.copy(SHIPPED / f"scene_generator.{suffix}", tmp_path)
     assert (tmp_path / "scene_generator.safetensors").stat().st_size < 5_000_000

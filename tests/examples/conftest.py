@@ -1,14 +1,10 @@
 """Import the examples as when their scripts are run, and run them."""
 
-from __future__ import annotations
-
 import importlib
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
-from typing import Any
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,7 +12,7 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
 @contextmanager
-def _imported(folder: str, *names: str) -> Iterator[SimpleNamespace]:
+def _imported(folder, *names):
     hidden = {name: sys.modules.pop(name) for name in names if name in sys.modules}
     path = sys.path[:]
     sys.path.insert(0, str(EXAMPLES / folder))
@@ -30,18 +26,16 @@ def _imported(folder: str, *names: str) -> Iterator[SimpleNamespace]:
 
 
 @pytest.fixture(scope="session")
-def imported() -> Callable[..., AbstractContextManager[Any]]:
+def imported():
     """Import modules of one folder; other folders have some of the same names."""
     return _imported
 
 
 @pytest.fixture
-def run_script(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[[ModuleType, str], str]:
+def run_script(monkeypatch, capsys):
     """Run ``main`` of a module with a command line and return what it prints."""
 
-    def run(module: ModuleType, words: str) -> str:
+    def run(module, words):
         monkeypatch.setattr(sys, "argv", ["script.py", *words.split()])
         module.main()
         return capsys.readouterr().out

@@ -1,13 +1,7 @@
-"""The latent-decoder example: its layers fit the checkpoint, and the whole script runs."""
-
-from __future__ import annotations
+"""The latent-decoder example: layers, weights, script."""
 
 import functools
 import json
-from collections.abc import Iterator
-from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,18 +9,18 @@ import torch
 
 
 @pytest.fixture(scope="module")
-def example(imported: Any) -> Iterator[ModuleType]:
+def example(imported):
     with imported("", "latent_decoder") as modules:
         yield modules.latent_decoder
 
 
-def test_the_decoder_turns_latents_into_images_of_eight_times_their_size(example: ModuleType) -> None:
+def test_the_decoder_turns_latents_into_images_of_eight_times_their_size(example):
     with torch.no_grad():
         assert example.decoder_layers().eval()(torch.zeros(1, 32, 4, 6)).shape == (1, 3, 32, 48)
         assert example.encoder_layers().eval()(torch.zeros(1, 3, 32, 48)).shape == (1, 32, 4, 6)
 
 
-def test_the_weights_decode_what_they_encode(example: ModuleType, shared: Path) -> None:
+def test_the_weights_decode_what_they_encode(example, shared):
     from PIL import Image
 
     street = shared / "data/street"
@@ -39,9 +33,7 @@ def test_the_weights_decode_what_they_encode(example: ModuleType, shared: Path) 
 
 
 @pytest.mark.slow
-def test_the_script_runs(
-    example: ModuleType, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_script: Any
-) -> None:
+def test_the_script_runs(example, shared, tmp_path, monkeypatch, run_script):
     for split in ("train", "test"):  # so that no photographs need to be encoded
         np.save(tmp_path / f"latents-{split}.npy", torch.randn(6, 32, 4, 8).numpy())
     fit, evaluate = example.retroexit.fit, example.retroexit.evaluate

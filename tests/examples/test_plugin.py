@@ -1,6 +1,4 @@
-"""The example plug-in: installed into a fresh environment, found by its entry point, used by name."""
-
-from __future__ import annotations
+"""The example plug-in, installed into a fresh environment."""
 
 import os
 import re
@@ -34,7 +32,7 @@ print(type(again.bank.retriever).__name__, report.metric["name"], model.is_recor
 """
 
 
-def run(python: Path, *words: str, folder: Path | None = None) -> str:
+def run(python, *words, folder=None):
     """Run a Python command line in the environment; gives what it printed."""
     settings = {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(
@@ -45,7 +43,7 @@ def run(python: Path, *words: str, folder: Path | None = None) -> str:
 
 
 @pytest.fixture(scope="module")
-def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def python(tmp_path_factory):
     """Make an environment on top of this one, which nothing is downloaded for, and install the plug-in."""
     pytest.importorskip("pip", reason="pip installs the plug-in")
     pytest.importorskip("hatchling", reason="hatchling builds the plug-in")
@@ -62,7 +60,7 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_the_installed_plugin_is_listed(python: Path) -> None:
+def test_the_installed_plugin_is_listed(python):
     pytest.importorskip("typer", reason="the command line needs it")
     shown = run(python, "-m", "retroexit", "plugins")
     hooks = "retroexit_build_stage, retroexit_describe, retroexit_metrics, retroexit_retrievers"
@@ -74,12 +72,12 @@ def test_the_installed_plugin_is_listed(python: Path) -> None:
 
 
 @pytest.mark.slow
-def test_everything_that_it_offers_is_used_by_name(python: Path, tmp_path: Path) -> None:
+def test_everything_that_it_offers_is_used_by_name(python, tmp_path):
     used = run(python, "-W", "error::UserWarning", "-c", USE, str(tmp_path / "run"))
     assert used == "PCATreeRetriever edges True True\n"
 
 
 @pytest.mark.slow
-def test_its_own_tests_pass(python: Path) -> None:
+def test_its_own_tests_pass(python):
     shown = run(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(PLUGIN / "tests"), folder=PLUGIN)
     assert re.search(r"^\d+ passed", shown, re.MULTILINE), shown

@@ -1,26 +1,20 @@
-"""The street-scene example: data, judge and weights are what they say, and both scripts run."""
-
-from __future__ import annotations
+"""The street-scene example: weights, judge, scripts."""
 
 import hashlib
 import json
-from collections.abc import Iterator
-from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 
 
 @pytest.fixture(scope="module")
-def example(imported: Any) -> Iterator[SimpleNamespace]:
+def example(imported):
     names = ("pairs", "backbone", "judge", "figures", "exits", "train_backbone")
     with imported("street_scenes", *names) as modules:
         yield modules
 
 
-def test_the_weights_are_small_and_those_of_the_record(example: SimpleNamespace) -> None:
+def test_the_weights_are_small_and_those_of_the_record(example):
     record = json.loads(example.backbone.WEIGHTS.with_suffix(".json").read_text(encoding="utf-8"))
     stored = example.backbone.WEIGHTS.read_bytes()
     assert hashlib.sha256(stored).hexdigest() == record["sha256"]
@@ -28,9 +22,7 @@ def test_the_weights_are_small_and_those_of_the_record(example: SimpleNamespace)
     assert "research" in record["data"]
 
 
-def test_the_judge_recognises_photographs_and_not_those_of_other_maps(
-    example: SimpleNamespace, shared: Path
-) -> None:
+def test_the_judge_recognises_photographs_and_not_those_of_other_maps(example, shared):
     names = example.pairs.split("test", shared)[::29]
     images, labels = example.pairs.read(names, shared)
     espnet = example.judge.ESPNet.load(shared / "data/weights/espnet_p_2_q_8_camvid.pth")
@@ -41,12 +33,12 @@ def test_the_judge_recognises_photographs_and_not_those_of_other_maps(
     assert example.judge.mean_iou(espnet, seen, targets.flip(-1)) < score - 0.1
 
 
-def test_the_judges_score_agrees_with_a_count_by_hand(example: SimpleNamespace) -> None:
+def test_the_judges_score_agrees_with_a_count_by_hand(example):
     targets = torch.tensor([[1, 1, 2, 0]]).repeat_interleave(60, 1).repeat(240, 2)[None, :, :480]
     seen = torch.tensor([[0, 1, 1, 1]]).repeat_interleave(60, 1).repeat(240, 2)[None, :, :480]
 
     class Judge:
-        def labels(self, images: torch.Tensor) -> torch.Tensor:
+        def labels(self, images):
             return seen
 
     # Sky: 1 of 2 quarters found. Building: 1 found, 1 too many. Unknown does not count, nine are absent.
@@ -54,9 +46,7 @@ def test_the_judges_score_agrees_with_a_count_by_hand(example: SimpleNamespace) 
     assert score == pytest.approx((1 / 2 + 1 / 2) / 11)
 
 
-def test_the_training_resumes_where_it_stopped(
-    example: SimpleNamespace, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_script: Any
-) -> None:
+def test_the_training_resumes_where_it_stopped(example, shared, tmp_path, monkeypatch, run_script):
     monkeypatch.setattr(example.train_backbone, "held_out", lambda *args: 0.5)  # takes seconds
     for more in ("--steps 2", "--steps 3 --resume"):
         run_script(example.train_backbone, f"--shared {shared} --out {tmp_path} --batch 2 --settle 5 {more}")
@@ -69,9 +59,7 @@ def test_the_training_resumes_where_it_stopped(
 
 
 @pytest.mark.slow
-def test_the_script_runs_and_resumes(
-    example: SimpleNamespace, shared: Path, tmp_path: Path, run_script: Any
-) -> None:
+def test_the_script_runs_and_resumes(example, shared, tmp_path, run_script):
     words = f"--shared {shared} --out {tmp_path} --scales 0.25 --steps 2 --predictor-steps 20 --bank 32"
     words += " --init scratch --train 16 --test 8 --alpha 0.3"
     printed = run_script(example.exits, words)

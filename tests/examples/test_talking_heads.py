@@ -1,13 +1,7 @@
-"""The talking-heads example: whose frames guide whom, what a key follows, and the whole script."""
-
-from __future__ import annotations
+"""The talking-heads example: keys, retrieved frames, script."""
 
 import json
 import sys
-from collections.abc import Iterator
-from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,14 +12,14 @@ SPLITS = {"train": ["a", "b"], "val": [], "test": ["c", "d"]}
 
 
 @pytest.fixture(scope="module")
-def example(imported: Any) -> Iterator[ModuleType]:
+def example(imported):
     names = ("latent_decoder", "frames", "keys", "figures", "summary", "exits")
     with imported("talking_heads", "exits", *names[:-1]) as modules:
         yield modules.exits
 
 
 @pytest.fixture
-def drawn(shared: Path, tmp_path: Path) -> Path:
+def drawn(shared, tmp_path):
     """A shared folder with the real weights, whose clips are moving squares and show nobody."""
     (tmp_path / "data").mkdir()
     (tmp_path / "data/weights").symlink_to(shared.resolve() / "data/weights")
@@ -44,11 +38,11 @@ def drawn(shared: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_key_depends_on_places_not_on_colours(example: ModuleType) -> None:
+def test_a_key_depends_on_places_not_on_colours(example):
     frames = sys.modules["frames"]
     still = torch.randn(4, 16, 16)
 
-    def moved(by: int) -> torch.Tensor:
+    def moved(by):
         latent = still.clone()
         latent[:, 4:12, by : by + 6] += 3
         return latent
@@ -62,9 +56,7 @@ def test_a_key_depends_on_places_not_on_colours(example: ModuleType) -> None:
     assert torch.allclose(key.pose(tinted)[3] - key.pose(tinted)[0], there[3] - there[0], atol=1e-4)
 
 
-def test_a_query_retrieves_another_frame_of_the_same_person(
-    example: ModuleType, drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_query_retrieves_another_frame_of_the_same_person(example, drawn, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["exits.py", "--shared", str(drawn), "--size", "64"])
     options = example.parse()
     clips = example.Clips(drawn, tmp_path / "out", 64)
@@ -88,9 +80,7 @@ def test_a_query_retrieves_another_frame_of_the_same_person(
 
 
 @pytest.mark.slow
-def test_the_script_runs_and_resumes(
-    example: ModuleType, drawn: Path, tmp_path: Path, run_script: Any
-) -> None:
+def test_the_script_runs_and_resumes(example, drawn, tmp_path, run_script):
     out = tmp_path / "out"
     words = f"--shared {drawn} --out {out} --size 64 --attach-at 6 8 --widths 8 --plain 8 --train-every 1"
     words += " --steps 1 --batch 1 --crop 32 --predictor-steps 5 --repeats 1"

@@ -1,61 +1,46 @@
 """A small generator with a pose as its second input, and a quality metric."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-
 import pytest
 import torch
-from torch import Tensor, nn
-
-from retroexit.metrics import QualityMetric
+from torch import nn
 
 
 class Posed(nn.Module):
     """Four stages of 8x8 to 16x16; ReLUs write in place; a pose is handed in and passes by."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.stem = nn.Conv2d(4, 12, 1)
         self.stages = nn.ModuleList(nn.Conv2d(12, 12, 3, padding=1) for _ in range(4))
         self.up = nn.Upsample(scale_factor=2)
         self.rgb = nn.Conv2d(12, 3, 1)
 
-    def forward(self, x: Tensor, pose: Tensor | None = None) -> Tensor:
+    def forward(self, x, pose=None):
         x = self.stem(x)
         for i, stage in enumerate(self.stages):
             x = stage(self.up(x) if i == 2 else x).relu_()
         return torch.tanh(self.rgb(x))
 
 
-class Distance(QualityMetric):
-    """Mean absolute difference."""
-
-    name = "distance"
-
-    def compare(self, a: Tensor, b: Tensor) -> Tensor:
-        return (a - b).abs().mean((1, 2, 3))
-
-
 @pytest.fixture
-def posed() -> nn.Module:
+def posed():
     """The generator; its stages are ``stages.0`` to ``stages.3``."""
     torch.manual_seed(2)
     return Posed().eval()
 
 
 @pytest.fixture
-def metric() -> QualityMetric:
+def metric(toys):
     """A quality metric that takes images of any size."""
-    return Distance()
+    return toys.Distance()
 
 
 @pytest.fixture
-def handed() -> Callable[[nn.Module], list[Tensor]]:
+def handed():
     """``handed(branch)`` gives a list that every guide handed to the branch is added to."""
 
-    def watch(branch: nn.Module) -> list[Tensor]:
-        guides: list[Tensor] = []
+    def watch(branch):
+        guides = []
         branch.register_forward_pre_hook(
             lambda _module, _args, kwargs: guides.append(kwargs["guide"]), with_kwargs=True
         )

@@ -1,10 +1,6 @@
-"""Candidates are bounded, keep their bound on all keys seen, and can be resumed."""
-
-from __future__ import annotations
+"""Candidates of a streamed bank: bounded number, covering radius, resumption."""
 
 import math
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +11,7 @@ from retroexit.guidance import coverage, farthest_points
 from retroexit.guidance.building import Candidates
 
 
-def heaps(count: int, seed: int = 0) -> np.ndarray:
+def heaps(count, seed=0):
     """Keys in forty heaps of unequal size, in eight dimensions."""
     random = np.random.default_rng(seed)
     centre = random.standard_normal((40, 8)) * 5
@@ -26,27 +22,27 @@ def heaps(count: int, seed: int = 0) -> np.ndarray:
 KEYS = heaps(6000)
 
 
-def streamed(keys: np.ndarray, most: int, size: int, thin: Any = "fps", batch: int = 100) -> Candidates:
+def streamed(keys, most, size, thin="fps", batch=100):
     candidates = Candidates(most, size=size, thin=thin, seed=3)
     add(candidates, keys, 0, len(keys), batch)
     return candidates
 
 
-def add(candidates: Candidates, keys: np.ndarray, start: int, stop: int, batch: int = 100) -> None:
+def add(candidates, keys, start, stop, batch=100):
     for begin in range(start, stop, batch):
         number = np.arange(begin, min(begin + batch, stop))
         candidates.add(keys[number], number[:, None])
         assert candidates.held == len(candidates.keys) <= candidates._most
 
 
-def radius_over(keys: np.ndarray, chosen: np.ndarray) -> float:
+def radius_over(keys, chosen):
     return float(
         torch.cdist(torch.from_numpy(keys).double(), torch.from_numpy(chosen).double()).amin(1).max()
     )
 
 
 @pytest.mark.parametrize("thin", ["fps", "random"])
-def test_keys_that_fit_are_all_held(thin: Any) -> None:
+def test_keys_that_fit_are_all_held(thin):
     candidates = streamed(KEYS[:900], 1000, 30, thin)
     assert candidates.reach == 0 and candidates.seen == 900
     assert np.array_equal(candidates.keys, KEYS[:900])
@@ -56,7 +52,7 @@ def test_keys_that_fit_are_all_held(thin: Any) -> None:
 
 # One level of pieces, several times through all survivors, and room for no more than twice the size.
 @pytest.mark.parametrize(("most", "size"), [(2000, 30), (600, 30), (300, 40), (10, 40)])
-def test_the_bound_holds_for_every_key_seen(most: int, size: int) -> None:
+def test_the_bound_holds_for_every_key_seen(most, size):
     candidates = streamed(KEYS, most, size)
     assert candidates.seen == 6000 and size <= candidates.held <= max(most, 2 * size)
     assert np.array_equal(KEYS[candidates.tags[:, 0]], candidates.keys)  # tags stay with their keys
@@ -70,7 +66,7 @@ def test_the_bound_holds_for_every_key_seen(most: int, size: int) -> None:
         assert bound <= 4 * exact and radius_over(KEYS, chosen) <= 1.3 * exact
 
 
-def test_farthest_points_keep_outliers_that_a_sample_loses() -> None:
+def test_farthest_points_keep_outliers_that_a_sample_loses():
     keys, far = KEYS.copy(), np.arange(77, 6000, 600)
     keys[far] *= 100
     candidates, sample = streamed(keys, 500, 20), streamed(keys, 500, 20, "random")
@@ -78,7 +74,7 @@ def test_farthest_points_keep_outliers_that_a_sample_loses() -> None:
     assert not set(far) <= set(sample.tags[:, 0]) and sample.reach == math.inf
 
 
-def test_all_but_farthest_points_come_from_a_uniform_sample() -> None:
+def test_all_but_farthest_points_come_from_a_uniform_sample():
     counts = np.zeros(40)
     for seed in range(1000):
         sample = Candidates(10, size=5, thin="kmeans", seed=seed)
@@ -90,8 +86,8 @@ def test_all_but_farthest_points_come_from_a_uniform_sample() -> None:
 
 @pytest.mark.parametrize("thin", ["fps", "random"])
 @pytest.mark.parametrize("stored", [10, 100, 333])
-def test_an_interrupted_stream_resumes_to_the_same_keys(thin: Any, stored: int, tmp_path: Path) -> None:
-    def make(folder: Path | None = None, of: str = "a") -> Candidates:
+def test_an_interrupted_stream_resumes_to_the_same_keys(thin, stored, tmp_path):
+    def make(folder=None, of="a"):
         return Candidates(60, size=6, thin=thin, seed=5, folder=folder, identity={"of": of})
 
     complete, first = make(), make(tmp_path)

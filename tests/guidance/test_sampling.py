@@ -1,36 +1,32 @@
-"""Thinning equals its plain definition, and returns distinct keys."""
-
-from __future__ import annotations
+"""Thinning of keys, compared with its definition."""
 
 import math
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from retroexit.errors import BankError, OptionError, RetrieverError
 from retroexit.guidance import coverage, thin
 from retroexit.guidance import farthest_points as farthest_with_radius
 
 
-def clusters() -> Tensor:
+def clusters():
     """Twenty tight heaps far from each other: differences of 1e-3 beside coordinates of 10."""
     return 10 * torch.randn(20, 16)[torch.randint(20, (1500,))] + 1e-3 * torch.randn(1500, 16)
 
 
-def farthest_points(keys: Tensor, size: int, **options: Any) -> Tensor:
+def farthest_points(keys, size, **options):
     rows, radius = farthest_with_radius(keys, size, **options)
     gaps = torch.cdist(keys.double(), keys[rows].double(), compute_mode="donot_use_mm_for_euclid_dist")
     assert radius == pytest.approx(float(gaps.amin(1).max()), rel=1e-6, abs=1e-6)
     return torch.from_numpy(rows)
 
 
-def central_points(keys: Tensor, size: int, seed: int = 0) -> Tensor:
+def central_points(keys, size, seed=0):
     return thin(keys, size, "kmeans", seed=seed)
 
 
-def covered(keys: Tensor, chosen: Tensor) -> tuple[float, float]:
+def covered(keys, chosen):
     return coverage(keys.numpy(), keys[chosen].numpy())
 
 
@@ -45,7 +41,7 @@ CLOUDS = {
 }
 
 
-def by_loop(keys: Tensor, size: int, first: int, eps: float = 0.0) -> list[int]:
+def by_loop(keys, size, first, eps=0.0):
     """Plain greedy farthest point sampling, one pass over the keys per choice."""
     points = keys.double()
     gap = torch.full((len(points),), math.inf, dtype=torch.float64)
@@ -59,7 +55,7 @@ def by_loop(keys: Tensor, size: int, first: int, eps: float = 0.0) -> list[int]:
 
 
 @pytest.mark.parametrize("cloud", CLOUDS)
-def test_farthest_points_equal_the_plain_loop_until_every_distinct_key_is_chosen(cloud) -> None:
+def test_farthest_points_equal_the_plain_loop_until_every_distinct_key_is_chosen(cloud):
     keys = CLOUDS[cloud]()
     for size in (1, 400):
         chosen = farthest_points(keys, size, seed=size).tolist()
@@ -69,7 +65,7 @@ def test_farthest_points_equal_the_plain_loop_until_every_distinct_key_is_chosen
         assert len(keys[everything].unique(dim=0)) == len(everything) == distinct
 
 
-def test_sampling_stops_when_everything_is_near() -> None:
+def test_sampling_stops_when_everything_is_near():
     keys = torch.randn(600, 3)
     chosen = farthest_points(keys, 600, eps=0.8)
     assert chosen.tolist() == by_loop(keys, 600, int(chosen[0]), eps=0.8)
@@ -77,7 +73,7 @@ def test_sampling_stops_when_everything_is_near() -> None:
     assert covered(keys, chosen)[0] <= 0.8 < covered(keys, chosen[:-1])[0]
 
 
-def test_coverage_equals_a_full_table_of_distances() -> None:
+def test_coverage_equals_a_full_table_of_distances():
     keys = torch.randn(200, 5) + 100
     chosen = farthest_points(keys, 20)
     nearest = torch.cdist(keys.double(), keys[chosen].double()).amin(1)
@@ -85,7 +81,7 @@ def test_coverage_equals_a_full_table_of_distances() -> None:
     assert covered(keys, torch.arange(200)) == (0, 0)
 
 
-def test_central_points_find_one_key_of_every_heap() -> None:
+def test_central_points_find_one_key_of_every_heap():
     label = torch.arange(20).repeat(30)
     keys = 10 * torch.randn(20, 16)[label] + 1e-2 * torch.randn(600, 16) + 1e3
     # With 100 centres no heap is left out; of one cluster the member nearest to the mean is chosen.
@@ -96,7 +92,7 @@ def test_central_points_find_one_key_of_every_heap() -> None:
 
 @pytest.mark.parametrize("cloud", CLOUDS)
 @pytest.mark.parametrize("how", ["kmeans", "random"])
-def test_keys_are_distinct_seeded_and_complete(cloud, how) -> None:
+def test_keys_are_distinct_seeded_and_complete(cloud, how):
     keys = CLOUDS[cloud]()
     distinct = len(keys.unique(dim=0))
     for size in (1, 25, 10_000):
@@ -116,6 +112,6 @@ def test_keys_are_distinct_seeded_and_complete(cloud, how) -> None:
         (lambda keys: thin(keys / 0, 2), RetrieverError, "keys must be finite .*5 of 5 rows"),
     ],
 )
-def test_invalid_arguments_are_refused(call, error, message) -> None:
+def test_invalid_arguments_are_refused(call, error, message):
     with pytest.raises(error, match=message):
         call(torch.ones(5, 3))

@@ -1,24 +1,18 @@
-"""Values that follow the query: beside each value of a bank, how it changes with the key."""
-
-from __future__ import annotations
-
-from pathlib import Path
+"""Banks of order 1: values with slopes with respect to the key."""
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
 
 import retroexit
 from retroexit.core.samples import Samples
 from retroexit.errors import BankError, OptionError
 from retroexit.guidance import GuidanceBank, build_bank, cut, with_slopes
-from retroexit.metrics import QualityMetric
 from retroexit.retrieval import ExactRetriever
 from retroexit.training.stream_bank import stream_bank
 
 
-def _maps(count: int = 12, seed: int = 0) -> tuple[Tensor, Tensor]:
+def _maps(count=12, seed=0):
     """Key features, and value features twice their size that depend on them in a straight line."""
     draw = torch.Generator().manual_seed(seed)
     keys = torch.randn(count, 5, 6, 8, generator=draw)
@@ -27,24 +21,18 @@ def _maps(count: int = 12, seed: int = 0) -> tuple[Tensor, Tensor]:
     return keys, values
 
 
-def _bank(keys: Tensor, values: Tensor, size: int = 10, patch: tuple[int, int] = (1, 1)) -> GuidanceBank:
-    return build_bank(
-        [(keys, list(range(len(keys))))],
-        lambda rows: values[rows],
-        patch=patch,
-        size=size,
-        thin="random",
-        retriever=ExactRetriever(),
-    )
+def _bank(keys, values, size=10, patch=(1, 1)):
+    options = {"patch": patch, "size": size, "thin": "random", "retriever": ExactRetriever()}
+    return build_bank([(keys, range(len(keys)))], lambda rows: values[rows], **options)
 
 
-def _followed(keys: Tensor, values: Tensor, **settings: object) -> GuidanceBank:
+def _followed(keys, values, **settings):
     bank = _bank(keys, values, **settings)
     return with_slopes(bank, zip(keys.split(5), values.split(5), strict=True), keys[:, 0].numel())
 
 
 @pytest.mark.parametrize("patch", [(1, 1), (2, 2)])
-def test_values_that_are_linear_in_the_key_are_guided_without_error(patch: tuple[int, int]) -> None:
+def test_values_that_are_linear_in_the_key_are_guided_without_error(patch):
     keys, values = _maps()
     bank = _followed(keys, values, patch=patch)
     fresh, expected = _maps(3, seed=1)
@@ -56,7 +44,7 @@ def test_values_that_are_linear_in_the_key_are_guided_without_error(patch: tuple
     assert float((plain - expected).abs().mean()) > 0.3 * spread
 
 
-def test_slopes_are_those_of_a_plain_ridge_regression() -> None:
+def test_slopes_are_those_of_a_plain_ridge_regression():
     keys, values = _maps()
     values = values.square()  # no straight line
     bank = _followed(keys, values)
@@ -73,11 +61,11 @@ def test_slopes_are_those_of_a_plain_ridge_regression() -> None:
         ridge = 0.01 * (1 + 5 / len(x)) * covariance.diagonal().mean()
         slope = np.linalg.solve(covariance + ridge * np.eye(5), (x - mx).T @ (y - my) / len(x))
         expected = np.concatenate([(my - mx @ slope)[None], slope])  # (1 + D, 4 * 3)
-        got = bank.values[pair].reshape(12, 6).T
-        np.testing.assert_allclose(got, expected, rtol=5e-3, atol=5e-3)
+        stored = bank.values[pair].reshape(12, 6).T
+        np.testing.assert_allclose(stored, expected, rtol=5e-3, atol=5e-3)
 
 
-def test_a_bank_with_slopes_is_saved_and_read(tmp_path: Path) -> None:
+def test_a_bank_with_slopes_is_saved_and_read(tmp_path):
     keys, values = _maps()
     bank = _followed(keys, values)
     bank.save(tmp_path / "bank")
@@ -91,7 +79,7 @@ def test_a_bank_with_slopes_is_saved_and_read(tmp_path: Path) -> None:
     assert torch.equal(read.glue(ids, feature=keys), bank.guide(keys))
 
 
-def test_wrong_calls_of_a_bank_with_slopes_are_refused() -> None:
+def test_wrong_calls_of_a_bank_with_slopes_are_refused():
     keys, values = _maps()
     plain, bank = _bank(keys, values), _followed(keys, values)
     with pytest.raises(BankError, match="bank of order 1 needs the searched feature"):
@@ -105,13 +93,11 @@ def test_wrong_calls_of_a_bank_with_slopes_are_refused() -> None:
         with_slopes(big, [], 64)
 
 
-def test_a_fit_fills_a_bank_with_slopes_and_its_model_comes_back(
-    posed: nn.Module, metric: QualityMetric, tmp_path: Path
-) -> None:
+def test_a_fit_fills_a_bank_with_slopes_and_its_model_comes_back(posed, metric, tmp_path):
     inputs = torch.randn(7, 4, 8, 8, generator=torch.Generator().manual_seed(3))
     guidance = retroexit.Guidance(order=1, size=40)
 
-    def wrapped() -> retroexit.EarlyExitGenerator:
+    def wrapped():
         return retroexit.wrap(
             posed, [2], 0.5, min_channels=2, guidance=guidance, example_inputs=(inputs[:1],), adapter=False
         )

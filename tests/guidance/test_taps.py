@@ -1,43 +1,35 @@
-"""Keys and values: which stage, which function, whose default, and what is refused."""
+"""Where keys and values of a bank come from: stages, functions, defaults of adapters."""
 
-from __future__ import annotations
-
-import json
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import retroexit
+from retroexit.core.identity import fingerprint
 from retroexit.core.samples import Samples
 from retroexit.errors import AttachPointError, BankError, CheckpointError, OptionError
-from retroexit.guidance import GuidanceBank, build_bank
+from retroexit.guidance import build_bank
 from retroexit.guidance.provider import key_name
-from retroexit.metrics import QualityMetric
 from retroexit.retrieval import ExactRetriever
 from retroexit.training.stream_bank import stream_bank
 
 INPUTS = torch.randn(7, 4, 8, 8, generator=torch.Generator().manual_seed(1))
 POSES = torch.randn(7, 5, generator=torch.Generator().manual_seed(2))
 SAMPLES = list(zip(INPUTS, POSES, strict=True))
-Handed = Callable[[nn.Module], list[Tensor]]
 
 
-def pose_key(x: Tensor, pose: Tensor) -> Tensor:
+def pose_key(x, pose):
     return 2 * pose
 
 
-def other_key(x: Tensor, pose: Tensor) -> Tensor:
+def other_key(x, pose):
     return -pose
 
 
-def wrap(generator: nn.Module, attach_at: Any = (2,), guidance: Any = True, **options: Any) -> Any:
-    settings: dict[str, Any] = {
+def wrap(generator, attach_at=(2,), guidance=True, **options):
+    settings = {
         "stages": tuple(f"stages.{i}" for i in range(4)),
         "example_inputs": (INPUTS[:2], POSES[:2]),
         "adapter": False,
@@ -47,19 +39,14 @@ def wrap(generator: nn.Module, attach_at: Any = (2,), guidance: Any = True, **op
     return retroexit.wrap(generator, list(attach_at), 1 / 3, guidance=guidance, **(settings | options))
 
 
-def fill(model: Any, keys: Tensor, values: Tensor, patch: tuple[int, ...] = (1, 1)) -> None:
-    model.bank = build_bank(
-        [(keys, torch.arange(len(keys)))],
-        lambda ids: values[ids],
-        patch=patch,
-        thin="none",
-        retriever=ExactRetriever(),
-    )
+def fill(model, keys, values, patch=(1, 1)):
+    stream, options = [(keys, range(len(keys)))], {"patch": patch, "thin": "none"}
+    model.bank = build_bank(stream, lambda ids: values[ids], retriever=ExactRetriever(), **options)
 
 
-def outputs_of(generator: nn.Module, path: str) -> Tensor:
+def outputs_of(generator, path):
     """What a stage returns, before anything behind it writes into that."""
-    seen: list[Tensor] = []
+    seen = []
     hook = generator.get_submodule(path).register_forward_hook(lambda _m, _a, out: seen.append(out.clone()))
     with torch.no_grad():
         generator(INPUTS, POSES)
@@ -73,9 +60,7 @@ def outputs_of(generator: nn.Module, path: str) -> Tensor:
 @pytest.mark.parametrize(
     ("key_after", "tap"), [(1, "after"), ("stages.1", "after"), (1, "before"), ("stem", "after")]
 )
-def test_keys_are_what_the_named_stage_returns(
-    posed: nn.Module, handed: Handed, key_after: int | str, tap: Any
-) -> None:
+def test_keys_are_what_the_named_stage_returns(posed, handed, key_after, tap):
     guidance = retroexit.Guidance(key_after=key_after, value_after=3)
     model = wrap(posed, [2], guidance, tap=tap)
     path = f"stages.{key_after - 1}" if isinstance(key_after, int) else key_after
@@ -88,18 +73,16 @@ def test_keys_are_what_the_named_stage_returns(
     assert model.router.overhead()[0] == 64 * (7 * 64) * 12
 
 
-def test_a_fit_fills_the_bank_from_the_named_stages(
-    posed: nn.Module, metric: QualityMetric, tmp_path: Path
-) -> None:
+def test_a_fit_fills_the_bank_from_the_named_stages(posed, metric, tmp_path):
     guidance = retroexit.Guidance(key_after=1, value_after=3, size=10_000, thin="none")
     model = wrap(posed, [2], guidance)
     retroexit.fit(model, SAMPLES, tmp_path, metric=metric, steps=1, predictor_steps=1, progress=False)
     assert len(model.bank) == 7 * 64
     # An input of the bank finds its own keys at distance 0, and with them its own values.
     keys, values = outputs_of(posed, "stages.0"), outputs_of(posed, "stages.2")
-    found = model.bank.search(keys)
-    assert found.distances.max() < 1e-6
-    torch.testing.assert_close(model.bank.glue(found.ids), values, rtol=1e-3, atol=1e-3)
+    result = model.bank.search(keys)
+    assert result.distances.max() < 1e-6
+    torch.testing.assert_close(model.bank.glue(result.ids), values, rtol=1e-3, atol=1e-3)
     loaded = retroexit.load(tmp_path, posed, (INPUTS[:1], POSES[:1]), adapter=False)
     assert loaded.options.guidance == model.options.guidance
     assert torch.equal(loaded(INPUTS, POSES, exit=1), model(INPUTS, POSES, exit=1))
@@ -114,13 +97,7 @@ def test_a_fit_fills_the_bank_from_the_named_stages(
         ("stage.0", AttachPointError, r"no module 'stage\.0' in Posed; closest: 'stages\.0'"),
     ],
 )
-def test_keys_that_not_every_route_computes_are_refused(
-    posed: nn.Module,
-    untouched: Callable[[nn.Module], AbstractContextManager[None]],
-    key_after: int | str,
-    error: type[Exception],
-    message: str,
-) -> None:
+def test_keys_from_behind_the_first_attach_point_are_refused(posed, untouched, key_after, error, message):
     with untouched(posed), pytest.raises(error, match=message):
         wrap(posed, [2, 3], retroexit.Guidance(key_after=key_after))
 
@@ -128,18 +105,18 @@ def test_keys_that_not_every_route_computes_are_refused(
 class Painter(nn.Module):
     """Begins with a learned constant, which the input joins only behind the first stage."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.constant = nn.Parameter(torch.randn(1, 8, 8, 8))
         self.stages = nn.ModuleList(nn.Conv2d(8, 8, 3, padding=1) for _ in range(3))
         self.rgb = nn.Conv2d(8, 3, 1)
 
-    def forward(self, z: Tensor) -> Tensor:
+    def forward(self, z):
         x = self.stages[0](self.constant) + z[:, :, None, None]
         return self.rgb(self.stages[2](self.stages[1](x).relu()).relu())
 
 
-def test_keys_that_are_the_same_for_all_inputs_are_refused() -> None:
+def test_keys_that_are_the_same_for_all_inputs_are_refused():
     options = {"stages": ("stages.0", "stages.1", "stages.2"), "example_inputs": (torch.randn(2, 8),)}
     with pytest.raises(BankError, match=r"output of key_after=1 is the same for all inputs"):
         wrap(Painter().eval(), guidance=retroexit.Guidance(key_after=1), **options)
@@ -159,22 +136,17 @@ def test_keys_that_are_the_same_for_all_inputs_are_refused() -> None:
         (lambda x: x, r"raised TypeError: .*positional argument.* called with the generator's own arguments"),
     ],
 )
-def test_functions_that_return_no_keys_are_refused(
-    posed: nn.Module,
-    untouched: Callable[[nn.Module], AbstractContextManager[None]],
-    key: Any,
-    message: str,
-) -> None:
+def test_functions_that_return_no_keys_are_refused(posed, untouched, key, message):
     with untouched(posed), pytest.raises(BankError, match=message):
         wrap(posed, guidance=retroexit.Guidance(key=key))
 
 
-def test_a_function_that_returns_another_width_is_refused(posed: nn.Module) -> None:
-    wanted = [5]
-    model = wrap(posed, guidance=retroexit.Guidance(key=lambda x, pose: pose[:, : wanted[0]]))
+def test_a_function_that_returns_another_width_is_refused(posed):
+    width = [5]
+    model = wrap(posed, guidance=retroexit.Guidance(key=lambda x, pose: pose[:, : width[0]]))
     fill(model, POSES[:, :, None, None], torch.rand(7, 3, 16, 16))
     assert model(INPUTS, POSES, exit=1).shape == (7, 3, 16, 16)
-    wanted[0] = 4
+    width[0] = 4
     with pytest.raises(BankError, match=r"\(7, 5\), got \(7, 4\)"):
         model(INPUTS, POSES, exit=1)
 
@@ -191,124 +163,96 @@ def test_a_function_that_returns_another_width_is_refused(posed: nn.Module) -> N
         ({"order": 2}, r"order must be 0 or 1, got 2"),
     ],
 )
-def test_invalid_settings_are_refused(options: Any, message: str) -> None:
+def test_invalid_settings_are_refused(options, message):
     with pytest.raises(OptionError, match=message):
         retroexit.Guidance(**options)
 
 
 @pytest.mark.parametrize(
-    ("value_after", "channels", "side"), [("image", 3, 16), (None, 3, 16), (1, 12, 8), ("rgb", 3, 16)]
+    ("value_after", "path"), [("image", ""), (None, ""), (1, "stages.0"), ("rgb", "rgb")]
 )
-def test_a_frames_value_is_the_whole_image_or_map(
-    posed: nn.Module,
-    metric: QualityMetric,
-    handed: Handed,
-    tmp_path: Path,
-    value_after: Any,
-    channels: int,
-    side: int,
-) -> None:
+def test_a_frames_value_is_the_whole_image_or_map(posed, metric, handed, tmp_path, value_after, path):
     model = wrap(posed, guidance=retroexit.Guidance(key=pose_key, value_after=value_after))
     retroexit.fit(model, SAMPLES, tmp_path, metric=metric, steps=1, predictor_steps=1, progress=False)
     assert len(model.bank) == 7
-    guides = handed(model.branches[0])
+    guides, values = handed(model.branches[0]), outputs_of(posed, path)
     model(INPUTS[:2], POSES[[4, 6]] + 0.01, exit=1)
-    if value_after in ("image", None):
-        with torch.no_grad():
-            values = posed(INPUTS, POSES)
-    else:
-        values = outputs_of(posed, "stages.0" if value_after == 1 else "rgb")
-    assert guides[0].shape == (2, channels, side, side)
     torch.testing.assert_close(guides[0], values[[4, 6]], rtol=1e-3, atol=1e-3)
-    # One search of 7 keys of 5 numbers.
-    assert model.guide.search_macs() == 7 * 5
+    assert model.guide.search_macs() == 7 * 5  # one search of 7 keys of 5 numbers
 
 
 # Settings of the user and of the adapter.
 
 
-def describe(**facts: Any) -> retroexit.Description:
+def describe(**facts):
     return retroexit.Description(name="posed", stages=tuple(f"stages.{i}" for i in range(4)), **facts)
 
 
-def settled(posed: nn.Module, guidance: Any, **facts: Any) -> Any:
-    return wrap(posed, guidance=guidance, stages=None, adapter=describe(**facts)).options.guidance
-
-
-def test_an_adapters_taps_hold_where_the_user_names_none(posed: nn.Module) -> None:
-    found = settled(posed, True, key_after=1, value_after="stages.2")
-    assert (found.key, found.key_after, found.value_after, found.inject) == (None, 1, "stages.2", "input")
-    own = retroexit.Guidance(key_after=2, value_after=1)
-    found = settled(posed, own, key_after=1, value_after="stages.2")
-    assert (found.key_after, found.value_after) == (2, 1)
-    found = settled(posed, retroexit.Guidance(value_after=1), key_after=1)
-    assert (found.key_after, found.value_after) == (1, 1)
-    found = settled(posed, retroexit.Guidance(order=1), value_after=2)
-    assert (found.value_after, found.inject) == ("image", "every_stage")
-    found = settled(posed, retroexit.Guidance(order=1, value_after=1, inject="input"), value_after=2)
-    assert (found.value_after, found.inject) == (1, "input")
-
-
-def test_an_adapters_key_function_makes_a_bank_of_frames_unless_patches_are_wanted(posed: nn.Module) -> None:
-    found = settled(posed, True, key=pose_key)
-    assert (found.key, found.value_after, found.inject) == (pose_key, "image", "every_stage")
-    found = settled(posed, retroexit.Guidance(inject="input", value_after=2), key=pose_key)
-    assert (found.key, found.value_after, found.inject) == (pose_key, 2, "input")
-    for patches in (
-        "patches",
-        retroexit.Guidance(key=False),
-        retroexit.Guidance(key_after=1),
-        retroexit.Guidance(patch=(2, 2)),
-    ):
-        found = settled(posed, patches, key=pose_key)
-        assert (found.key, found.value_after, found.inject) == (None, None, "input")
-    assert settled(posed, retroexit.Guidance(key=other_key), key=pose_key).key is other_key
+@pytest.mark.parametrize(
+    ("guidance", "facts", "expected"),
+    [
+        (True, {"key_after": 1, "value_after": "stages.2"}, (None, 1, "stages.2", "input")),
+        (
+            {"key_after": 2, "value_after": 1},
+            {"key_after": 1, "value_after": "stages.2"},
+            (None, 2, 1, "input"),
+        ),
+        ({"value_after": 1}, {"key_after": 1}, (None, 1, 1, "input")),
+        ({"order": 1}, {"value_after": 2}, (None, None, "image", "every_stage")),
+        ({"order": 1, "value_after": 1, "inject": "input"}, {"value_after": 2}, (None, None, 1, "input")),
+        # A key function of the adapter makes a bank of frames, unless the user sets something of patches.
+        (True, {"key": pose_key}, (pose_key, None, "image", "every_stage")),
+        ({"inject": "input", "value_after": 2}, {"key": pose_key}, (pose_key, None, 2, "input")),
+        ({"key": other_key}, {"key": pose_key}, (other_key, None, "image", "every_stage")),
+        ("patches", {"key": pose_key}, (None, None, None, "input")),
+        ({"key": False}, {"key": pose_key}, (None, None, None, "input")),
+        ({"key_after": 1}, {"key": pose_key}, (None, 1, None, "input")),
+        ({"patch": (2, 2)}, {"key": pose_key}, (None, None, None, "input")),
+    ],
+)
+def test_settings_of_the_user_go_before_those_of_the_adapter(posed, guidance, facts, expected):
+    chosen = retroexit.Guidance(**guidance) if isinstance(guidance, dict) else guidance
+    settings = wrap(posed, guidance=chosen, stages=None, adapter=describe(**facts)).options.guidance
+    assert (settings.key, settings.key_after, settings.value_after, settings.inject) == expected
 
 
 # Saving.
 
 
-def test_a_key_function_is_named_by_module_and_name(posed: nn.Module) -> None:
+def test_a_key_function_is_named_by_module_and_name(posed):
     assert key_name(pose_key).endswith("test_taps.pose_key")
     assert key_name(partial(partial(pose_key), pose=None)) == key_name(pose_key)
     assert key_name(posed).endswith("Posed")
 
 
-def test_a_key_function_is_given_again_at_loading_or_comes_from_the_adapter(
-    posed: nn.Module, tmp_path: Path
-) -> None:
+def test_a_key_function_is_given_again_at_loading_or_comes_from_the_adapter(posed, tmp_path):
     model = wrap(posed, guidance=retroexit.Guidance(key=pose_key))
     fill(model, pose_key(INPUTS, POSES)[:, :, None, None], torch.rand(7, 3, 16, 16))
-    model.bank.meta["fingerprint"] = json.loads((model.save(tmp_path) / "model.json").read_text())[
-        "fingerprint"
-    ]
+    model.bank.meta["fingerprint"] = fingerprint(posed)
     model.save(tmp_path)
     example = (INPUTS[:1], POSES[:1])
-    wanted = model(INPUTS, POSES, exit=1)
+    expected = model(INPUTS, POSES, exit=1)
     for options in (
         {"key": pose_key, "adapter": False},
         {"key": pose_key, "adapter": describe(key=other_key)},
         {"adapter": describe(key=pose_key)},
     ):
         loaded = retroexit.load(tmp_path, posed, example, **options)
-        assert torch.equal(loaded(INPUTS, POSES, exit=1), wanted)
+        assert torch.equal(loaded(INPUTS, POSES, exit=1), expected)
         assert loaded.options.guidance == model.options.guidance
-    for known in (False, describe(), describe(key=other_key)):
+    for adapter in (False, describe(), describe(key=other_key)):
         with pytest.raises(CheckpointError, match=r"function '.*pose_key', which is not saved.* key=\.\.\."):
-            retroexit.load(tmp_path, posed, example, adapter=known)
+            retroexit.load(tmp_path, posed, example, adapter=adapter)
 
 
-def test_a_key_function_for_a_model_without_one_is_refused(posed: nn.Module, tmp_path: Path) -> None:
+def test_a_key_function_for_a_model_without_one_is_refused(posed, tmp_path):
     wrap(posed).save(tmp_path)
-    with pytest.raises(
-        CheckpointError, match=r"was saved without a key function, got key=.*pose_key'. Leave key out"
-    ):
+    message = r"was saved without a key function, got key=.*pose_key'. Leave key out"
+    with pytest.raises(CheckpointError, match=message):
         retroexit.load(tmp_path, posed, adapter=False, key=pose_key)
 
 
-def test_a_fit_that_began_with_other_keys_is_not_gone_on_with(
-    posed: nn.Module, metric: QualityMetric, tmp_path: Path
-) -> None:
+def test_a_fit_that_began_with_other_keys_is_not_continued(posed, metric, tmp_path):
     settings = {"metric": metric, "steps": 1, "predictor_steps": 1, "progress": False}
     retroexit.fit(wrap(posed, guidance=retroexit.Guidance(key=pose_key)), SAMPLES, tmp_path, **settings)
     other = wrap(posed, guidance=retroexit.Guidance(key=other_key))
@@ -322,7 +266,7 @@ def test_a_fit_that_began_with_other_keys_is_not_gone_on_with(
 # Banks of other taps.
 
 
-def bank_of(generator: nn.Module, **guidance: Any) -> GuidanceBank:
+def bank_of(generator, **guidance):
     model = wrap(generator, guidance=retroexit.Guidance(size=20, **guidance))
     return stream_bank(model, Samples(SAMPLES), ExactRetriever(), progress=False)
 
@@ -336,7 +280,7 @@ def bank_of(generator: nn.Module, **guidance: Any) -> GuidanceBank:
         ({"key": pose_key}, r"the source of keys must be '.+', got '.*pose_key'"),
     ],
 )
-def test_a_bank_of_other_taps_or_patches_is_refused(posed: nn.Module, other: Any, message: str) -> None:
+def test_a_bank_of_other_taps_or_patches_is_refused(posed, other, message):
     foreign, fitting = bank_of(posed, **({"value_after": 3} | other)), bank_of(posed, value_after=3)
     model = wrap(posed, guidance=retroexit.Guidance(value_after=3))
     model.bank = fitting
@@ -352,7 +296,7 @@ def test_a_bank_of_other_taps_or_patches_is_refused(posed: nn.Module, other: Any
     assert model(INPUTS[:2], POSES[:2], exit=1).shape == (2, 3, 16, 16)
 
 
-def test_a_bank_of_another_backbone_is_refused(posed: nn.Module) -> None:
+def test_a_bank_of_another_backbone_is_refused(posed):
     model, foreign = wrap(posed, guidance=retroexit.Guidance()), bank_of(posed)
     foreign.meta["fingerprint"] = "0" * 64
     with pytest.raises(BankError, match=r"the backbone of the bank must be '[0-9a-f]{64}', got '0{64}'"):
@@ -360,19 +304,19 @@ def test_a_bank_of_another_backbone_is_refused(posed: nn.Module) -> None:
     assert model.bank is None
 
 
-def test_a_bank_made_by_hand_is_compared_by_its_shapes(posed: nn.Module) -> None:
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (lambda keys, values: (keys[:, :5], values), "numbers per key must be 12, got 5"),
+        (lambda keys, values: (keys, values[..., ::2, ::2]), r"value must be \(2, 2\), got \(1, 1\)"),
+        (lambda keys, values: (keys, values[:, :3]), "channels per value must be 12, got 3"),
+    ],
+)
+def test_a_bank_made_by_hand_is_compared_by_its_shapes(posed, changed, message):
     model = wrap(posed, guidance=retroexit.Guidance(value_after=3))
-
-    def by_hand(keys: Tensor, values: Tensor) -> GuidanceBank:
-        return build_bank([(keys, range(len(keys)))], lambda ids: values[ids], retriever=ExactRetriever())
-
     keys, values = torch.randn(3, 12, 8, 8), torch.rand(3, 12, 16, 16)
-    model.bank = fits = by_hand(keys, values)
-    for wrong, message in (
-        (by_hand(keys[:, :5], values), r"numbers per key must be 12, got 5"),
-        (by_hand(keys, values[:, :, ::2, ::2]), r"the patch of a value must be \(2, 2\), got \(1, 1\)"),
-        (by_hand(keys, values[:, :3]), r"channels per value must be 12, got 3"),
-    ):
-        with pytest.raises(BankError, match=message):
-            model.bank = wrong
-    assert model.bank is fits
+    fill(model, keys, values)
+    bank = model.bank
+    with pytest.raises(BankError, match=message):
+        fill(model, *changed(keys, values))
+    assert model.bank is bank

@@ -1,7 +1,5 @@
 """The value range of images."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 
@@ -23,14 +21,14 @@ from retroexit.errors import OptionError, OutputError
         (-3.0, 262.0, (0, 255)),
     ],
 )
-def test_the_range_is_measured_on_an_image(low: float, high: float, expected: tuple[float, float]) -> None:
+def test_the_range_is_measured_on_an_image(low, high, expected):
     image = torch.linspace(low, high, 3 * 32 * 32).reshape(1, 3, 32, 32)
     image[0, 0, 0, :2] = torch.tensor([low - 0.5 * (high - low), 1.6 * high])  # two outliers do not decide
     image_range = measure_range(image)
     assert (image_range.low, image_range.high) == expected
 
 
-def test_bytes_are_recognised_by_their_type() -> None:
+def test_bytes_are_recognised_by_their_type():
     assert measure_range(torch.zeros(2, 2, dtype=torch.uint8)) == ImageRange(0.0, 255.0)
 
 
@@ -46,12 +44,12 @@ def test_bytes_are_recognised_by_their_type() -> None:
         (0.0, 1000.0, "maximum 1000"),
     ],
 )
-def test_an_unclear_range_is_an_error_that_shows_the_extremes(low: float, high: float, message: str) -> None:
+def test_an_unclear_range_is_an_error_that_shows_the_extremes(low, high, message):
     with pytest.raises(OutputError, match=message):
         measure_range(torch.linspace(low, high, 3072))
 
 
-def test_ranges_map_to_minus_one_and_one_and_back() -> None:
+def test_ranges_map_to_minus_one_and_one_and_back():
     for low, high in ((0.0, 1.0), (0.0, 255.0), (-1.0, 1.0), (-2.0, 5.0)):
         x = torch.tensor([low, (low + high) / 2, high, high + (high - low) / 2])
         signed = ImageRange(low, high).to_signed(x)

@@ -1,11 +1,7 @@
 """Hosts to try plug-ins on."""
 
-from __future__ import annotations
-
 import importlib.metadata
-from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
@@ -13,18 +9,18 @@ from retroexit.plugins import Host, hookimpl
 
 
 @pytest.fixture
-def empty() -> Host:
+def empty():
     """Return a host without any plug-in."""
     return Host(discover=False)
 
 
 @pytest.fixture
-def announce(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+def announce(monkeypatch):
     """Pretend that a distribution with an entry point is installed: ``announce("zoo", dist, plugin)``."""
-    entries: list[SimpleNamespace] = []
+    entries = []
 
-    def add(name: str, distribution: str, plugin: object) -> None:
-        def load() -> object:
+    def add(name, distribution, plugin):
+        def load():
             if isinstance(plugin, BaseException):
                 raise plugin
             return plugin
@@ -37,18 +33,18 @@ def announce(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 @pytest.fixture(scope="session")
-def offering() -> Callable[..., Any]:
+def offering():
     """Return a function that makes plug-ins: ``offering(metrics={...})`` implements ``retroexit_metrics``."""
 
-    def implement(answer: Any) -> Callable[[], Any]:
-        def answer_or_raise() -> Any:
+    def implement(answer):
+        def answer_or_raise():
             if isinstance(answer, BaseException):
                 raise answer
             return answer
 
         return answer_or_raise
 
-    def make(**answers: Any) -> Any:
+    def make(**answers):
         marked = {name: hookimpl(specname=f"retroexit_{name}") for name in answers}
         return SimpleNamespace(**{name: marked[name](implement(answer)) for name, answer in answers.items()})
 

@@ -1,16 +1,12 @@
-"""The conformance test of adapters: a good one passes, and whatever is wrong with a bad one is listed."""
-
-from __future__ import annotations
+"""The conformance test of adapters: passes good ones and lists the problems of bad ones."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
+from toys import Block
 
 import retroexit
 from retroexit.errors import AdapterError, BranchError, RetroExitError
@@ -18,25 +14,16 @@ from retroexit.plugins import Description, hookimpl
 from retroexit.testing import AdapterReport, check_adapter
 
 
-class Block(nn.Module):
-    def __init__(self, c_in: int, c_out: int) -> None:
-        super().__init__()
-        self.conv, self.skip = nn.Conv2d(c_in, c_out, 3, padding=1), nn.Conv2d(c_in, c_out, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(self.conv(x)) + self.skip(x)
-
-
 class Decoder(nn.Module):
     """Codes of a codebook to a picture and a depth map; with ``noisy``, noise is drawn in front of it all."""
 
-    def __init__(self, codes: int = 6, noisy: bool = False) -> None:
+    def __init__(self, codes=6, noisy=False):
         super().__init__()
         self.book, self.noisy = nn.Embedding(codes, 8), noisy
         self.blocks = nn.ModuleList([Block(8, 16), Block(16, 16), Block(16, 16)])
         self.rgb, self.depth = nn.Conv2d(16, 3, 1), nn.Conv2d(16, 1, 1)
 
-    def forward(self, codes: Tensor) -> dict[str, Tensor]:
+    def forward(self, codes):
         x = self.book(codes).permute(0, 3, 1, 2)
         if self.noisy:
             x = x + torch.randn(x.shape[0], 8, 1, 1)
@@ -45,18 +32,18 @@ class Decoder(nn.Module):
         return {"depth": self.depth(x), "rgb": torch.sigmoid(self.rgb(x))}
 
 
-def codes(generator: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def codes(generator):
     assert isinstance(generator, Decoder)
     return (torch.arange(64).view(1, 8, 8) % generator.book.num_embeddings,), {}
 
 
 class Judge(nn.Sequential):
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__(nn.Conv2d(3, 4, 3), nn.LeakyReLU(), nn.Conv2d(4, 1, 3))
 
 
-def describe(generator: nn.Module, **changed: Any) -> Description:
-    book: Any = generator.book
+def describe(generator, **changed):
+    book = generator.book
     description = Description(
         name="toy",
         stages=("blocks.0", "blocks.1", "blocks.2"),
@@ -76,26 +63,26 @@ def describe(generator: nn.Module, **changed: Any) -> Description:
 class Adapter:
     """A good adapter; ``changed`` makes it a bad one."""
 
-    def __init__(self, **changed: Any) -> None:
+    def __init__(self, **changed):
         self.changed = changed
 
     @hookimpl
-    def retroexit_describe(self, generator: nn.Module) -> Description | None:
+    def retroexit_describe(self, generator):
         return describe(generator, **self.changed) if isinstance(generator, Decoder) else None
 
 
 class BuildingAdapter(Adapter):
     @hookimpl
-    def retroexit_build_stage(self, stage: nn.Module, in_channels: int, out_channels: int) -> Any:
+    def retroexit_build_stage(self, stage, in_channels, out_channels):
         return Block(in_channels, out_channels) if isinstance(stage, Block) else None
 
 
 @pytest.fixture
-def decoder() -> nn.Module:
+def decoder():
     return Decoder().eval()
 
 
-def problems_of(generator: nn.Module, **options: Any) -> str:
+def problems_of(generator, **options):
     """Fail the conformance test; gives its problems, a line for each."""
     with pytest.raises(AdapterError) as failed:
         check_adapter(generator, thin_at=[1], **options)
@@ -105,9 +92,7 @@ def problems_of(generator: nn.Module, **options: Any) -> str:
     return "\n".join(failed.value.problems)
 
 
-def test_a_good_adapter_passes_and_the_report_says_what_was_checked(
-    decoder: nn.Module, untouched: Callable[[nn.Module], AbstractContextManager[None]]
-) -> None:
+def test_a_good_adapter_passes_and_the_report_says_what_was_checked(decoder, untouched):
     with untouched(decoder):
         report = check_adapter(decoder, plugin=BuildingAdapter())
     assert isinstance(report, AdapterReport)
@@ -122,7 +107,7 @@ def test_a_good_adapter_passes_and_the_report_says_what_was_checked(
     ]
 
 
-def test_what_a_description_leaves_out_is_skipped(decoder: nn.Module) -> None:
+def test_what_a_description_leaves_out_is_skipped(decoder):
     described = Description(name="little", image="rgb")
     report = check_adapter(decoder, description=described, example_inputs=codes(decoder)[0], thin_at=[1])
     assert len(report.stages) >= 2
@@ -130,12 +115,12 @@ def test_what_a_description_leaves_out_is_skipped(decoder: nn.Module) -> None:
     assert "the image keeps its range: the description has no image_range" in report.skipped
 
 
-def test_noise_drawn_inside_the_forward_is_no_problem() -> None:
+def test_noise_drawn_inside_the_forward_is_no_problem():
     report = check_adapter(Decoder(noisy=True).eval(), plugin=Adapter(), thin_at=[1, 2])
     assert "samples of a batch do not change each other" in report.checked
 
 
-def test_everything_that_is_wrong_is_listed_at_once(decoder: nn.Module) -> None:
+def test_everything_that_is_wrong_is_listed_at_once(decoder):
     shared = Judge()
     wrong = {
         "image_range": (0, 255),
@@ -147,137 +132,108 @@ def test_everything_that_is_wrong_is_listed_at_once(decoder: nn.Module) -> None:
         "build_stage": lambda stage, c_in, c_out: Block(c_in, c_out + 1),
     }
     problems = problems_of(decoder, plugin=Adapter(**wrong))
-    assert "got (0, 255). State the range of the trained generator" in problems
-    assert (
-        "predictor_inputs must return floating-point (N, C, H, W) with N = 1, got torch.float32" in problems
-    )
-    assert "key of a sample depends on the others in its batch" in problems
-    assert (
-        "key_after must be a module that runs once in a forward pass, got 'blocks.7', which does not exist"
-        in problems
-    )
-    assert "value_after must be a stage from 1 to 2, got 3" in problems
-    assert "the discriminator shares weights with the generator or an earlier one" in problems
-    assert "'blocks.1' with 16 to 4 channels must return [(1, 4, 8, 8)], got [(1, 5, 8, 8)]" in problems
-    assert "build_stage must return None for a stage of an unknown class" in problems
-
-
-@pytest.mark.parametrize(
-    ("changed", "problem"),
-    [
-        ({"stages": ("blocks.1", "blocks.0", "blocks.2")}, "stages run in the order ['blocks.0', 'blocks.1'"),
-        (
-            {"stages": ("blocks.0", "blocks.9")},
-            "stage must be a module that runs once in a forward pass, got 'blocks.9', w",
-        ),
-        ({"image": "colour"}, "the generator can be read with these stages: "),
-        (
-            {"example_inputs": lambda g: torch.zeros(1)},
-            "example_inputs must return (args, kwargs), a tuple and a dict, got tensor([0.])",
-        ),
-        ({"example_inputs": lambda g: ((torch.zeros(1, 8, 8),), {})}, "example inputs run: RuntimeError"),
-        ({"example_inputs": None}, "the description has no example_inputs; write them, or pass"),
-    ],
-)
-def test_a_wrong_stage_image_or_input_is_named(
-    decoder: nn.Module, changed: dict[str, Any], problem: str
-) -> None:
-    assert problem in problems_of(decoder, plugin=Adapter(**changed))
+    for problem in (
+        "got (0, 255). State the range of the trained generator",
+        "predictor_inputs must return floating-point (N, C, H, W) with N = 1, got torch.float32",
+        "key of a sample depends on the others in its batch",
+        "key_after must be a module that runs once in a forward pass, got 'blocks.7', which does not exist",
+        "value_after must be a stage from 1 to 2, got 3",
+        "the discriminator shares weights with the generator or an earlier one",
+        "'blocks.1' with 16 to 4 channels must return [(1, 4, 8, 8)], got [(1, 5, 8, 8)]",
+        "build_stage must return None for a stage of an unknown class",
+    ):
+        assert problem in problems
 
 
 class Idle(Judge):
     """Detaches its input, and has a layer that it never uses."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.spare = nn.Linear(1, 1)
 
-    def forward(self, image: Tensor) -> Tensor:
+    def forward(self, image):
         return self[0](image.detach())
 
 
-def change_weights(generator: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    assert isinstance(generator, Decoder)
+class Constant:
+    """An objective without gradients."""
+
+    name, needs_inputs = "constant", False
+
+    def of_branch(self, verdict, batch):
+        return verdict.scores[0].mean() * 0
+
+    def of_discriminator(self, judge, batch):
+        return {"nothing": judge(batch.target).scores[0].mean() * 0}
+
+
+def change_weights(generator):
     generator.book.weight.data.add_(1)
     return codes(generator)
 
 
+ONCE = "stage must be a module that runs once in a forward pass, got 'blocks.9', w"
+PAIR = "example_inputs must return (args, kwargs), a tuple and a dict, got tensor([0.])"
+ROWS = "predictor_inputs must return shapes that differ in N only, got (2, 2, 8, 8) for two samples and (1"
+
+
 @pytest.mark.parametrize(
-    ("changed", "messages"),
+    ("changed", "problems"),
     [
         (
-            {
-                "discriminator": lambda generator: Idle(),
-                "build_stage": lambda stage, c_in, c_out: stage,
-                "example_inputs": change_weights,
-            },
+            {"stages": ("blocks.1", "blocks.0", "blocks.2")},
+            ["stages run in the order ['blocks.0', 'blocks.1'"],
+        ),
+        ({"stages": ("blocks.0", "blocks.9")}, [ONCE]),
+        ({"image": "colour"}, ["the generator can be read with these stages: "]),
+        ({"example_inputs": lambda g: torch.zeros(1)}, [PAIR]),
+        ({"example_inputs": lambda g: ((torch.zeros(1, 8, 8),), {})}, ["example inputs run: RuntimeError"]),
+        ({"example_inputs": None}, ["the description has no example_inputs; write them, or pass"]),
+        (
+            {"example_inputs": change_weights},
+            ["the adapter changed weights or buffers of the generator; work on a copy"],
+        ),
+        (
+            {"discriminator": lambda generator: Idle()},
             [
                 "hinge gives the branch no gradient; do not detach its images",
                 "no gradient reaches 2.weight, 2.bias, spare.weight, spare.bias of the discriminator",
-                "build_stage for 'blocks.0' must return a new module, got Block(",
-                "the adapter changed weights or buffers of the generator; work on a copy",
             ],
         ),
         (
-            {
-                "discriminator": lambda generator: nn.Sequential(nn.Flatten(), nn.Linear(3, 1)),
-                "build_stage": lambda stage, c_in, c_out: 1 / 0,
-                "image_range": (0.9, 1.0),
-                "predictor_inputs": lambda codes: codes[:, None].float().expand(-1, len(codes), -1, -1),
-            },
-            [
-                "discriminator and objective train a branch: ",
-                "build_stage for 'blocks.0': ZeroDivisionError",
-                "got (0.9, 1.0). State the range of the trained",
-                "predictor_inputs must return shapes that differ in N only, got (2, 2, 8, 8) for two samples and (1",
-            ],
+            {"discriminator": lambda generator: nn.Sequential(nn.Flatten(), nn.Linear(3, 1))},
+            ["discriminator and objective train a branch: "],
         ),
-    ],
-    ids=["quietly", "loudly"],
-)
-def test_what_an_adapter_makes_is_looked_at(
-    decoder: nn.Module, changed: dict[str, Any], messages: list[str]
-) -> None:
-    problems = problems_of(decoder, plugin=Adapter(**changed))
-    assert [text for text in messages if text not in problems] == []
-
-
-class Idler:
-    """An objective without gradients."""
-
-    name, needs_inputs = "idler", False
-
-    def of_branch(self, verdict: Any, batch: Any) -> Tensor:
-        return verdict.scores[0].mean() * 0
-
-    def of_discriminator(self, judge: Any, batch: Any) -> dict[str, Tensor]:
-        return {"nothing": judge(batch.target).scores[0].mean() * 0}
-
-
-@pytest.mark.parametrize(
-    ("objective", "messages"),
-    [
-        ("best", ["of_discriminator, got 'best'"]),
         (
-            Idler(),
+            {"build_stage": lambda stage, c_in, c_out: stage},
+            ["build_stage for 'blocks.0' must return a new module, got Block("],
+        ),
+        (
+            {"build_stage": lambda stage, c_in, c_out: 1 / 0},
+            ["build_stage for 'blocks.0': ZeroDivisionError"],
+        ),
+        ({"image_range": (0.9, 1.0)}, ["got (0.9, 1.0). State the range of the trained"]),
+        ({"predictor_inputs": lambda c: c[:, None].float().expand(-1, len(c), -1, -1)}, [ROWS]),
+        ({"adversarial": "best"}, ["of_discriminator, got 'best'"]),
+        (
+            {"adversarial": Constant()},
             [
-                "idler gives the branch no gradient; do not detach",
-                "idler does not train the discriminator; do not detach",
+                "constant gives the branch no gradient; do not detach",
+                "constant does not train the discriminator; do not detach",
             ],
         ),
     ],
 )
-def test_an_objective_without_gradients_is_named(
-    decoder: nn.Module, objective: Any, messages: list[str]
-) -> None:
-    problems = problems_of(decoder, plugin=Adapter(adversarial=objective))
-    assert [text for text in messages if text not in problems] == []
+def test_what_is_wrong_with_a_description_is_named(decoder, changed, problems):
+    listed = problems_of(decoder, plugin=Adapter(**changed))
+    assert [text for text in problems if text not in listed] == []
 
 
 class Mixing(Decoder):
     """Every sample sees the mean of its batch."""
 
-    def forward(self, codes: Tensor) -> dict[str, Tensor]:
+    def forward(self, codes):
         x = self.book(codes).permute(0, 3, 1, 2)
         x = self.blocks[1](self.blocks[0](x + self.noisy * torch.randn(x.shape[0], 8, 1, 1)))
         x = self.blocks[2](x - x.mean(0, keepdim=True) + x.mean())
@@ -285,50 +241,47 @@ class Mixing(Decoder):
 
 
 class Narrow(Decoder):
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.blocks = nn.ModuleList([Block(8, 2), Block(2, 2), Block(2, 2)])
         self.rgb, self.depth = nn.Conv2d(2, 3, 1), nn.Conv2d(2, 1, 1)
 
 
 @pytest.mark.parametrize("noisy", [False, True])
-def test_exits_that_depend_on_the_batch_are_named(noisy: bool) -> None:
+def test_exits_that_depend_on_the_batch_are_named(noisy):
     problems = problems_of(Mixing(noisy=noisy).eval(), plugin=Adapter())
     assert "exit 1 of two samples differs from each alone by up to" in problems
 
 
-def test_exits_that_do_not_shrink_are_named() -> None:
-    assert "no branch shrinks at scale 0.25 with min_channels=4" in problems_of(
-        Narrow().eval(), plugin=Adapter()
-    )
+def test_exits_that_do_not_shrink_are_named():
+    problems = problems_of(Narrow().eval(), plugin=Adapter())
+    assert "no branch shrinks at scale 0.25, min_channels=4" in problems
 
 
-def test_every_stage_at_which_wrapping_fails_is_named(
-    decoder: nn.Module, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def wrap_partly(generator: nn.Module, attach_at: Sequence[int], *args: Any, **options: Any) -> Any:
+def test_every_stage_at_which_wrapping_fails_is_named(decoder, monkeypatch):
+    def wrap_partly(generator, attach_at, *args, **options):
         if 2 in attach_at:
             raise BranchError("stage 2 has no room for a branch")
         return retroexit.wrap(generator, attach_at, *args, **options)
 
-    monkeypatch.setattr("retroexit.testing.case.wrap", wrap_partly)
+    monkeypatch.setattr("retroexit.testing.claims.wrap", wrap_partly)
     problems = problems_of(decoder, plugin=Adapter())
     assert problems == "no branch of scale 1 after stage 2 (blocks.1): stage 2 has no room for a branch"
 
 
 class Greedy:
     @hookimpl
-    def retroexit_describe(self, generator: nn.Module) -> Description:
+    def retroexit_describe(self, generator):
         return Description(name="everything", image="rgb")
 
 
 class Failing(Adapter):
     @hookimpl
-    def retroexit_describe(self, generator: nn.Module) -> Description | None:
+    def retroexit_describe(self, generator):
         return describe(generator)  # a stranger has no codebook
 
 
-def hook(name: str) -> Any:
+def hook(name):
     return SimpleNamespace(__name__="Blind", hook=hookimpl(lambda generator: None, specname=name))
 
 
@@ -346,7 +299,5 @@ def hook(name: str) -> Any:
         ({"plugin": Adapter(), "strangers": [Decoder()]}, "the adapter recognises a Decoder too"),
     ],
 )
-def test_an_adapter_that_recognises_too_much_or_too_little_is_named(
-    decoder: nn.Module, options: dict[str, Any], problem: str
-) -> None:
+def test_an_adapter_that_recognises_too_much_or_too_little_is_named(decoder, options, problem):
     assert problem in problems_of(decoder, **options)

@@ -1,8 +1,4 @@
-"""What a description refuses."""
-
-from __future__ import annotations
-
-from typing import Any
+"""Validation of descriptions."""
 
 import pytest
 from torch import nn
@@ -31,18 +27,15 @@ from retroexit.plugins import Description
         ({"example_inputs": ((1,), {})}, r"example_inputs of g must be a function, got \(\(1"),
         ({"build_stage": nn.ReLU()}, "build_stage of g must be a function, got ReLU"),
         ({"discriminator": nn.ReLU()}, "discriminator of g must be a function, got ReLU"),
-        (
-            {"adversarial": 3},
-            "adversarial of g must be an objective or its name, got 3",
-        ),
+        ({"adversarial": 3}, "adversarial of g must be an objective or its name, got 3"),
     ],
 )
-def test_a_description_outside_its_range_is_refused(options: dict[str, Any], message: str) -> None:
+def test_a_description_outside_its_range_is_refused(options, message):
     with pytest.raises(OptionError, match=message):
         Description(**{"name": "g", **options})
 
 
-def test_everything_but_the_name_is_optional() -> None:
+def test_everything_but_the_name_is_optional():
     described = Description(name="g", key_after=1, value_after="body.3", discriminator=lambda g: nn.ReLU())
     assert described.stages is described.example_inputs is described.image is described.key is None
-    assert Description(name="g", stages=["a", "b"]).stages == ("a", "b")  # type: ignore[arg-type]
+    assert Description(name="g", stages=["a", "b"]).stages == ("a", "b")

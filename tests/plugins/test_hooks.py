@@ -1,18 +1,14 @@
-"""What each hook is for: a plug-in that fills it, and the library or command line that uses the result."""
-
-from __future__ import annotations
+"""Every hook: a plug-in that implements it, and its use by the library or command line."""
 
 import re
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import typer
-from torch import Tensor, nn
+from torch import nn
+from toys import Block, Chain
 
 import retroexit
 from retroexit import cli
@@ -23,43 +19,20 @@ from retroexit.retrieval import Retriever
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 SAMPLES = torch.randn(8, 4, 8, 8, generator=torch.Generator().manual_seed(1))
-Offering = Callable[..., Any]
-Use = Callable[[object], Host]
-QUICK: dict[str, Any] = {"steps": 2, "batch": 2, "predictor_steps": 2, "progress": False}
-
-
-class Block(nn.Module):
-    def __init__(self, c_in: int, c_out: int) -> None:
-        super().__init__()
-        self.conv, self.skip = nn.Conv2d(c_in, c_out, 3, padding=1), nn.Conv2d(c_in, c_out, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(self.conv(x)) + self.skip(x)
-
-
-class Painter(nn.Module):
-    """Three blocks, an image in [-1, 1]."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.Sequential(Block(4, 16), Block(16, 16), Block(16, 16))
-        self.rgb = nn.Conv2d(16, 3, 1)
-
-    def forward(self, z: Tensor) -> Tensor:
-        return torch.tanh(self.rgb(self.blocks(z)))
+QUICK = {"steps": 2, "batch": 2, "predictor_steps": 2, "progress": False}
 
 
 @pytest.fixture
-def painter() -> nn.Module:
-    return Painter().eval()
+def painter():
+    return Chain([Block(16, 16) for _ in range(3)], first=16, last=16).eval()
 
 
 @pytest.fixture
-def use(monkeypatch: pytest.MonkeyPatch) -> Callable[[object], Host]:
+def use(monkeypatch):
     """Let the library work with its own plug-ins and one more, called ``mine``."""
     from retroexit import builtin
 
-    def install(plugin: object) -> Host:
+    def install(plugin):
         replacement = Host(discover=False)
         replacement.register(builtin, "builtin")
         replacement.register(plugin, "mine")
@@ -69,7 +42,7 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Callable[[object], Host]:
     return install
 
 
-def wrap(generator: nn.Module, **options: Any) -> retroexit.EarlyExitGenerator:
+def wrap(generator, **options):
     options = {"min_channels": 4, "example_inputs": (SAMPLES[:1],), **options}
     return retroexit.wrap(generator, [1], 1 / 2, **options)
 
@@ -77,20 +50,15 @@ def wrap(generator: nn.Module, **options: Any) -> retroexit.EarlyExitGenerator:
 # The hooks, one by one.
 
 
-def test_hook_retroexit_describe(painter: nn.Module, use: Use) -> None:
+def test_hook_retroexit_describe(painter, use):
     paths = ("blocks.0", "blocks.1", "blocks.2")
 
     class Knows:
         @hookimpl
-        def retroexit_describe(self, generator: nn.Module) -> Description | None:
-            if not isinstance(generator, Painter):
-                return None
-            return Description(
-                name="painter",
-                stages=paths,
-                example_inputs=lambda generator: ((torch.zeros(1, 4, 8, 8),), {}),
-                image_range=(-1, 1),
-            )
+        def retroexit_describe(self, generator):
+            inputs = ((torch.zeros(1, 4, 8, 8),), {})
+            options = {"stages": paths, "example_inputs": lambda generator: inputs, "image_range": (-1, 1)}
+            return Description(name="painter", **options) if isinstance(generator, Chain) else None
 
     plugins = use(Knows())
     model = retroexit.wrap(painter, [1], 1 / 2, min_channels=4)
@@ -99,15 +67,14 @@ def test_hook_retroexit_describe(painter: nn.Module, use: Use) -> None:
     assert model.options.image_range == (-1, 1)
     assert plugins.describe(nn.ReLU()).stages is None
     recognised = plugins.recognise(painter)
-    assert recognised is not None
     assert recognised[0] == PluginInfo("mine", hooks=("retroexit_describe",))
     assert recognised[1].name == "painter"
 
 
-def test_hook_retroexit_build_stage(painter: nn.Module, use: Use) -> None:
+def test_hook_retroexit_build_stage(painter, use):
     class Builds:
         @hookimpl
-        def retroexit_build_stage(self, stage: nn.Module, in_channels: int, out_channels: int) -> Any:
+        def retroexit_build_stage(self, stage, in_channels, out_channels):
             return Block(in_channels, out_channels) if isinstance(stage, Block) else None
 
     plugins = use(Builds())
@@ -125,19 +92,19 @@ class Backwards(Retriever):
 
     name = "backwards"
 
-    def _build(self, keys: np.ndarray) -> None:
+    def _build(self, keys):
         self._rows = keys
 
-    def _search(self, queries: np.ndarray, k: int) -> np.ndarray:
+    def _search(self, queries, k):
         far = ((queries[:, None] - self._rows[None]) ** 2).sum(-1)
         return np.argsort(far, axis=1, kind="stable")[:, :k]
 
 
-def test_hook_retroexit_retrievers(offering: Offering, painter: nn.Module, use: Use, tmp_path: Path) -> None:
+def test_hook_retroexit_retrievers(offering, painter, use, tmp_path):
     plugin = offering(retrievers={"backwards": Backwards})
     plugins = use(plugin)
     assert plugins.retriever("backwards") is Backwards
-    assert plugins.retrievers() == ("backwards", "exact", "faiss", "hnswlib")
+    assert plugins.names("retriever") == ("backwards", "exact", "faiss", "hnswlib")
     model = wrap(painter, guidance=retroexit.Guidance(retriever="backwards", size=16), image_range=(-1, 1))
     retroexit.fit(model, SAMPLES, tmp_path, metric=Gradient(), **QUICK)
     assert isinstance(model.bank.retriever, Backwards)
@@ -151,15 +118,15 @@ class Gradient(QualityMetric):
 
     name = "gradient"
 
-    def compare(self, a: Tensor, b: Tensor) -> Tensor:
+    def compare(self, a, b):
         return (a.diff(dim=-1) - b.diff(dim=-1)).abs().mean((1, 2, 3))
 
 
-def test_hook_retroexit_metrics(offering: Offering, painter: nn.Module, use: Use, tmp_path: Path) -> None:
+def test_hook_retroexit_metrics(offering, painter, use, tmp_path):
     plugin = offering(metrics={"gradient": Gradient})
     plugins = use(plugin)
     assert isinstance(plugins.metric("gradient"), Gradient)
-    assert "gradient" in plugins.metrics()
+    assert "gradient" in plugins.names("metric")
     model = wrap(painter, image_range=(-1, 1))
     retroexit.fit(model, SAMPLES, tmp_path, metric="gradient", **QUICK)
     report = retroexit.evaluate(model, SAMPLES, progress=False)
@@ -168,18 +135,18 @@ def test_hook_retroexit_metrics(offering: Offering, painter: nn.Module, use: Use
     assert report.loss[:, 0] == pytest.approx(expected.numpy(), rel=1e-4, abs=1e-6)
 
 
-def test_hook_retroexit_losses(offering: Offering, painter: nn.Module, use: Use, tmp_path: Path) -> None:
-    seen: list[tuple[int, ...]] = []
+def test_hook_retroexit_losses(offering, painter, use, tmp_path):
+    seen = []
 
     class Recorded(nn.HuberLoss):
-        def forward(self, image: Tensor, target: Tensor) -> Tensor:
+        def forward(self, image, target):
             seen.append(tuple(image.shape))
             return super().forward(image, target)
 
     plugin = offering(losses={"huber": Recorded})
     plugins = use(plugin)
     assert isinstance(plugins.loss("huber"), nn.HuberLoss)
-    assert {"huber", "l1", "vgg", "ms-ssim"} < set(plugins.losses())
+    assert {"huber", "l1", "vgg", "ms-ssim"} < set(plugins.names("loss"))
     model = wrap(painter, image_range=(-1, 1))
     with pytest.raises(PluginError, match="no loss 'hubber'; closest: 'huber'"):
         retroexit.fit(model, SAMPLES, tmp_path, metric=Gradient(), losses={"hubber": 1.0}, **QUICK)
@@ -188,7 +155,7 @@ def test_hook_retroexit_losses(offering: Offering, painter: nn.Module, use: Use,
     assert model.about["fit"]["losses"] == {"huber": 2.0}
 
 
-def test_hook_retroexit_width_rules(offering: Offering, painter: nn.Module, use: Use) -> None:
+def test_hook_retroexit_width_rules(offering, painter, use):
     plugin = offering(
         width_rules={
             "odd": lambda channels, scale, least: max(least, int(channels * scale)) | 1,
@@ -206,8 +173,8 @@ def test_hook_retroexit_width_rules(offering: Offering, painter: nn.Module, use:
         wrap(painter, width_rule="huge")
 
 
-def test_hook_retroexit_commands(offering: Offering, use: Use, capsys: pytest.CaptureFixture[str]) -> None:
-    def greet(name: str = "you") -> None:
+def test_hook_retroexit_commands(offering, use, capsys):
+    def greet(name="you"):
         """Greet somebody."""
         typer.echo(f"hello {name}")
 
@@ -225,7 +192,7 @@ def test_hook_retroexit_commands(offering: Offering, use: Use, capsys: pytest.Ca
     assert re.search(r"^retroexit_commands +mine +greet$", shown["plugins"], re.MULTILINE)
 
 
-def test_every_hook_has_a_test_a_documented_signature_and_a_row_in_the_readme() -> None:
+def test_every_hook_has_a_test_a_documented_signature_and_a_row_in_the_readme():
     hooks = hookspecs.HOOKS
     readme = README.read_text()
     for hook in hooks:
@@ -239,9 +206,7 @@ def test_every_hook_has_a_test_a_documented_signature_and_a_row_in_the_readme() 
 # What more than one plug-in says.
 
 
-def test_the_newest_plugin_that_describes_a_generator_is_used_unless_another_is_named(
-    empty: Host, offering: Offering
-) -> None:
+def test_the_newest_plugin_that_describes_a_generator_is_used_unless_another_is_named(empty, offering):
     for name in ("first", "second"):
         empty.register(offering(describe=Description(name=name)), name)
     described = empty.describe(nn.ReLU()), empty.describe(nn.ReLU(), "first")
@@ -250,13 +215,11 @@ def test_the_newest_plugin_that_describes_a_generator_is_used_unless_another_is_
         empty.describe(nn.ReLU(), "third")
 
 
-def test_an_adapter_may_be_named_and_has_to_recognise_the_generator(
-    painter: nn.Module, toys: ModuleType, use: Use
-) -> None:
+def test_an_adapter_may_be_named_and_has_to_recognise_the_generator(painter, toys, use):
     class Knows:
         @hookimpl
-        def retroexit_describe(self, generator: nn.Module) -> Description | None:
-            return Description(name="a painter") if isinstance(generator, Painter) else None
+        def retroexit_describe(self, generator):
+            return Description(name="a painter") if isinstance(generator, Chain) else None
 
     use(Knows())
     wrap(painter, adapter="mine")

@@ -1,7 +1,5 @@
 """Evaluations with made-up numbers."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import numpy as np
@@ -13,18 +11,16 @@ MakeEvaluation = Callable[..., Evaluation]
 
 
 @pytest.fixture(scope="session")
-def make_evaluation() -> MakeEvaluation:
+def make_evaluation():
     """Build an evaluation of ``samples`` and ``branches`` whose losses fall and costs grow with the exit."""
 
-    def make(
-        samples: int = 60, branches: int = 3, noise: float = 0.01, seed: int = 0, **more: object
-    ) -> Evaluation:
+    def make(samples=60, branches=3, noise=0.01, seed=0, **more):
         random = np.random.default_rng(seed)
         difficulty = random.gamma(4, 0.25, samples)
         base = np.linspace(0.12, 0.03, branches)
         loss = base * difficulty[:, None] * random.uniform(0.9, 1.1, (samples, branches))
         macs = np.append(np.linspace(0.2, 0.7, branches), 1.0) * 9e9
-        fields: dict[str, object] = {
+        fields = {
             "loss": loss,
             "predicted": loss + noise * random.standard_normal(loss.shape),
             "macs": macs,
@@ -43,6 +39,6 @@ def make_evaluation() -> MakeEvaluation:
             "seconds": macs / 4e10,
             "about": {"data": "made up", "seed": seed},
         }
-        return Evaluation(**(fields | more))  # type: ignore[arg-type]
+        return Evaluation(**(fields | more))
 
     return make

@@ -1,12 +1,8 @@
-"""The picture of a decoder: nothing overlaps, text is text, equal stages give an equal file."""
-
-from __future__ import annotations
+"""The picture of a decoder: no overlaps, selectable text, reproducible files."""
 
 import itertools
 import sys
 import xml.etree.ElementTree as ElementTree
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -17,9 +13,7 @@ from retroexit.stages.stage import Stage
 pytest.importorskip("matplotlib")
 
 
-def decoder(
-    count: int, live: int = 0, dimensions: int = 2, name: str = "body", alike: bool = False
-) -> list[Stage]:
+def decoder(count, live=0, dimensions=2, name="body", alike=False):
     """Stages whose costs grow; after l_i all but the first i of some live values are needed."""
     total = sum(range(1, count + 1)) * 1.1
     stages, spent = [], 0.05
@@ -47,13 +41,11 @@ CASES = {
 
 
 @pytest.mark.parametrize("stages", CASES.values(), ids=CASES)
-def test_texts_neither_overlap_nor_leave_the_sheet(
-    stages: list[Stage], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_texts_neither_overlap_nor_leave_the_sheet(stages, tmp_path, monkeypatch):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    drawn: list[Any] = []
+    drawn = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
     draw_decoder(stages, tmp_path / "d.svg", "A title that goes on and on, " * 9)
     figure = drawn[0]
@@ -69,7 +61,7 @@ def test_texts_neither_overlap_nor_leave_the_sheet(
 
 
 @pytest.mark.parametrize("name", ["usual", "thirty, all different"])
-def test_numbers_sizes_savings_and_live_values_can_be_read_and_selected(name: str, tmp_path: Path) -> None:
+def test_numbers_sizes_savings_and_live_values_can_be_read_and_selected(name, tmp_path):
     stages = CASES[name]
     draw_decoder(stages, tmp_path / "d.svg", "A decoder")
     nodes = ElementTree.parse(tmp_path / "d.svg").getroot().iter("{http://www.w3.org/2000/svg}text")
@@ -87,7 +79,7 @@ def test_numbers_sizes_savings_and_live_values_can_be_read_and_selected(name: st
 
 
 @pytest.mark.parametrize("ending", [".svg", ".png", ".pdf"])
-def test_equal_stages_give_an_equal_small_file(tmp_path: Path, ending: str) -> None:
+def test_equal_stages_give_an_equal_small_file(tmp_path, ending):
     for name in "ab":
         draw_decoder(CASES["usual"], tmp_path / f"{name}{ending}", "A decoder")
     written = [(tmp_path / f"{name}{ending}").read_bytes() for name in "ab"]
@@ -96,11 +88,11 @@ def test_equal_stages_give_an_equal_small_file(tmp_path: Path, ending: str) -> N
     assert b"date" not in written[0].lower() or ending != ".svg"
 
 
-def test_a_file_that_cannot_be_written_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_cannot_be_written_is_an_error(tmp_path, monkeypatch):
     for name, message in (
         ("d.jpg", "must end in one of .svg, .png, .pdf, got '.*d.jpg'"),
         ("d", "must end in one of .*, got '.*/d'"),
-        ("nowhere/d.svg", "no folder '.*nowhere' for the picture"),
+        ("nowhere/d.svg", "no folder '.*nowhere' for picture"),
     ):
         with pytest.raises(OptionError, match=message):
             draw_decoder(CASES["usual"], tmp_path / name)

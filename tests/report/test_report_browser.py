@@ -1,6 +1,4 @@
-"""The report as a browser shows it: nothing fetched, nothing cut off at either width, every picture there."""
-
-from __future__ import annotations
+"""The report in a browser: no requests, no overflow, every picture loaded."""
 
 import html
 import http.server
@@ -10,21 +8,16 @@ import re
 import shutil
 import subprocess
 import threading
-from collections.abc import Callable
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from retroexit.evaluation.sweep import Evaluation
 from retroexit.report.report import write_report
 from retroexit.report.strips import Strip
 from retroexit.routing.calibration import Calibration
 
-Make = Callable[..., Evaluation]
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--dump-dom"),
@@ -59,7 +52,7 @@ frame.addEventListener("load", () => {
 
 
 @pytest.fixture(scope="session")
-def browser() -> str:
+def browser():
     """A headless browser; tests that need one skip where there is none."""
     for name in (os.environ.get("RETROEXIT_BROWSER", ""), *NAMES):
         if name and (path := shutil.which(name)):
@@ -70,11 +63,11 @@ def browser() -> str:
 class Quiet(http.server.SimpleHTTPRequestHandler):
     """Serves files and says nothing."""
 
-    def log_message(self, *_: Any) -> None:
+    def log_message(self, *_):
         pass
 
 
-def look(browser: str, page: str, width: int, folder: Path) -> dict[str, Any]:
+def look(browser, page, width, folder):
     """Show a page in a frame of some width and return facts about it."""
     (folder / "page.html").write_text(page, encoding="utf-8")
     (folder / "frame.html").write_text(FRAME.replace("WIDTH", str(width)), encoding="utf-8")
@@ -86,41 +79,29 @@ def look(browser: str, page: str, width: int, folder: Path) -> dict[str, Any]:
         server.shutdown()
     match = re.search(r'<pre id="facts">(\{.*?\})</pre>', done.stdout, re.DOTALL)
     assert match, done.stderr[-2000:]
-    facts: dict[str, Any] = json.loads(html.unescape(match[1]))
-    return facts
+    return json.loads(html.unescape(match[1]))
 
 
 @pytest.fixture(scope="module")
-def page(make_evaluation: Make, tmp_path_factory: pytest.TempPathFactory) -> str:
+def page(make_evaluation, tmp_path_factory):
     """A report with everything: promise, guidance, long names, images of two sizes."""
-    evaluation = make_evaluation(samples=120, branches=5)
-    other = make_evaluation(samples=120, branches=5, seed=1)
-    calibration = Calibration(torch.from_numpy(other.loss), torch.from_numpy(other.need_predicted()))
+    evaluation, other, unguided = (make_evaluation(120, 5, seed=seed) for seed in range(3))
     random = np.random.default_rng(0)
-    strips = [
-        Strip(
-            f"hardest (sample {side}), threshold 0.100",
-            [(f"exit {k}: 0.123", random.integers(0, 256, (side, 2 * side, 3), np.uint8)) for k in range(7)],
-            2,
-        )
-        for side in (32, 300)
-    ]
+    images = {side: random.integers(0, 256, (side, 2 * side, 3), np.uint8) for side in (32, 300)}
     path = write_report(
         tmp_path_factory.mktemp("report"),
         evaluation,
-        strips,
+        [Strip(f"hardest ({side})", [("exit 1: 0.123", image)] * 7, 2) for side, image in images.items()],
         title="A latent decoder with a rather long name and five early exits",
         command="retroexit evaluate examples/latent_decoder.py:decoder runs/latent --inputs x.py:" + "y" * 80,
-        unguided=make_evaluation(samples=120, branches=5, seed=2),
-        calibration=calibration,
+        unguided=unguided,
+        calibration=Calibration(torch.from_numpy(other.loss), torch.from_numpy(other.need_predicted())),
     )
     return path.read_text("utf-8")
 
 
 @pytest.mark.parametrize("width", [400, 1600])
-def test_the_page_can_be_read_at_any_width_and_fetches_nothing(
-    browser: str, page: str, width: int, tmp_path: Path
-) -> None:
+def test_the_page_can_be_read_at_any_width_and_fetches_nothing(browser, page, width, tmp_path):
     facts = look(browser, page, width, tmp_path)
     assert facts["inside"] == width
     assert facts["wide"] <= width and facts["outside"] == []

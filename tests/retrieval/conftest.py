@@ -1,19 +1,14 @@
 """Every back-end that is installed: ours with several options, and those of plug-ins."""
 
-from __future__ import annotations
-
 import warnings
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from retroexit.plugins import host
-from retroexit.retrieval import ExactRetriever, FaissRetriever, HnswlibRetriever, Retriever
+from retroexit.retrieval import ExactRetriever, FaissRetriever, HnswlibRetriever
 
-OURS: dict[str, Callable[..., Retriever]] = {
+OURS = {
     "exact": lambda **more: ExactRetriever(precision="float32", **more),
     "exact-bf16": lambda **more: ExactRetriever(precision="bfloat16", **more),
     "faiss": FaissRetriever,
@@ -22,23 +17,23 @@ OURS: dict[str, Callable[..., Retriever]] = {
     "faiss-ivf": lambda **more: FaissRetriever(index="IVF8,Flat", nprobe=6, **more),
 }
 # A code book needs more keys than most tests have.
-COMPRESSED: dict[str, Callable[..., Retriever]] = {
+COMPRESSED = {
     "faiss-ivfpq": lambda **more: FaissRetriever(index="IVF4,PQ8x4", nprobe=4, refine=20, **more),
     "faiss-ivfpq-refined": lambda **more: FaissRetriever(index="IVF4,PQ8x4,RFlat", refine=20, **more),
 }
 
 
-def _plugins() -> dict[str, Callable[..., Retriever]]:
+def _plugins():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of broken plug-ins
-        names = set(host().retrievers()) - {"exact", "faiss", "hnswlib"}
+        names = set(host().names("retriever")) - {"exact", "faiss", "hnswlib"}
         return {name: host().retriever(name) for name in sorted(names)}
 
 
 BACKENDS = OURS | _plugins()
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+def pytest_generate_tests(metafunc):
     """Run a test with every ``backend``; ``any_backend`` adds those for larger banks."""
     for fixture, made in (("backend", BACKENDS), ("any_backend", BACKENDS | COMPRESSED)):
         if fixture in metafunc.fixturenames:
@@ -46,22 +41,22 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture
-def backend(request: pytest.FixtureRequest) -> Any:
+def backend(request):
     """A function that makes an unbuilt retriever; takes ``threads``."""
     return BACKENDS[request.param]
 
 
 @pytest.fixture
-def any_backend(request: pytest.FixtureRequest) -> Any:
+def any_backend(request):
     """As ``backend``."""
     return (BACKENDS | COMPRESSED)[request.param]
 
 
 @pytest.fixture
-def keys() -> Tensor:
+def keys():
     return torch.randn(500, 32)
 
 
 @pytest.fixture
-def queries() -> Tensor:
+def queries():
     return torch.randn(60, 32)

@@ -1,8 +1,4 @@
-"""What the base class does for a back-end of two methods, and how it reports the back-end's errors."""
-
-from __future__ import annotations
-
-from typing import Any
+"""The base class of retrievers: what it adds to a back-end, and how it reports its errors."""
 
 import numpy as np
 import pytest
@@ -17,28 +13,29 @@ class Loop(Retriever):
 
     name = "loop"
 
-    def _build(self, keys: np.ndarray) -> None:
+    def _build(self, keys):
         self.seen = keys
 
-    def _search(self, queries: np.ndarray, k: int) -> np.ndarray:
+    def _search(self, queries, k):
         return self.answer(np.array([np.argsort(((self.seen - query) ** 2).sum(1))[:k] for query in queries]))
 
-    def answer(self, ids: np.ndarray) -> Any:
+    def answer(self, ids):
         return ids
 
 
-def test_two_hooks_are_a_back_end(tmp_path) -> None:
+def test_two_hooks_are_a_back_end(tmp_path):
     keys, queries = torch.randn(40, 6), torch.randn(9, 6)
     expected = ExactRetriever().build(keys).search(queries, 3)
     retriever = Loop(flavour="plain").build(keys)
     retriever.save(tmp_path / "loop")
     for one in (retriever, Loop.load(tmp_path / "loop")):
-        found = one.search(queries, 3)
-        assert torch.equal(found.ids, expected.ids) and torch.equal(found.distances, expected.distances)
+        result = one.search(queries, 3)
+        assert torch.equal(result.ids, expected.ids)
+        assert torch.equal(result.distances, expected.distances)
         assert one.options == {"flavour": "plain"}
 
 
-def test_the_back_end_sees_distinct_centred_contiguous_float32_rows() -> None:
+def test_the_back_end_sees_distinct_centred_contiguous_float32_rows():
     assert Loop().build(torch.tensor([[0.0, 1.0], [-0.0, 1.0]])).distinct == 1
     keys = torch.randn(30, 5, dtype=torch.float64) + 50
     retriever = Loop().build(torch.cat([keys[:4], keys]).T.contiguous().T)
@@ -51,7 +48,7 @@ def test_the_back_end_sees_distinct_centred_contiguous_float32_rows() -> None:
 
 
 @pytest.mark.parametrize(
-    ("bend", "message"),
+    ("change", "message"),
     [
         (lambda ids: ids + 10, r"'loop' returned the id 19, .* only 10 distinct keys"),
         (lambda ids: ids - 2, r"'loop' returned the id -2, .* only 10 distinct keys"),
@@ -60,52 +57,56 @@ def test_the_back_end_sees_distinct_centred_contiguous_float32_rows() -> None:
         (lambda ids: (ids, np.zeros((10, 2))), r"must return a floor of shape \(10,\), got \(10, 2\)"),
     ],
 )
-def test_ids_that_do_not_exist_never_reach_the_keys(bend, message) -> None:
-    class Bent(Loop):
-        def answer(self, ids: np.ndarray) -> Any:
-            return bend(ids)
+def test_invalid_answers_of_a_back_end_are_refused(change, message):
+    class Changed(Loop):
+        def answer(self, ids):
+            return change(ids)
 
     keys = torch.arange(20.0).view(10, 2)
     with pytest.raises(RetrieverError, match=message):
-        Bent().build(keys).search(keys, 2)
+        Changed().build(keys).search(keys, 2)
 
 
-@pytest.mark.parametrize("gap", [-1, "repeat"])
-def test_rows_that_a_back_end_leaves_open_are_searched_exactly(gap) -> None:
-    class Forgetful(Loop):
-        def answer(self, ids: np.ndarray) -> np.ndarray:
-            ids[::2, 1] = ids[::2, 0] if gap == "repeat" else gap
-            return ids
+class Forgetful(Loop):
+    """Returns -1, or a repeated id, for some neighbours."""
 
+    def __init__(self, gap):
+        super().__init__()
+        self.gap = gap
+
+    def answer(self, ids):
+        ids[::2, 1] = ids[::2, 0] if self.gap is None else self.gap
+        return ids
+
+
+class Guessing(Loop):
+    """Returns the farthest keys for some queries, with a floor that says so."""
+
+    def _search(self, queries, k):
+        ids = super()._search(queries, len(self.seen))
+        ids[::2] = ids[::2, ::-1]
+        return ids[:, :k], np.where(np.arange(len(queries)) % 2, np.inf, 0).astype(np.float32)
+
+
+@pytest.mark.parametrize("make", [lambda: Forgetful(-1), lambda: Forgetful(None), Guessing])
+def test_queries_that_a_back_end_leaves_open_are_searched_exactly(make):
     keys, queries = torch.randn(50, 4), torch.randn(8, 4)
     expected = ExactRetriever().build(keys).search(queries, 3)
-    assert torch.equal(Forgetful().build(keys).search(queries, 3).ids, expected.ids)
+    assert torch.equal(make().build(keys).search(queries, 3).ids, expected.ids)
 
 
-def test_rows_come_sorted_by_distance_and_equal_distances_by_id() -> None:
+def test_rows_come_sorted_by_distance_and_equal_distances_by_id():
     class Shuffled(Loop):
-        def answer(self, ids: np.ndarray) -> np.ndarray:
+        def answer(self, ids):
             return ids[:, ::-1]
 
     keys = torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.0, -1.0], [3.0, 3.0]])
-    found = Shuffled().build(keys).search(torch.zeros(1, 2), 4)
-    assert found.ids.tolist() == [[0, 1, 2, 3]]
-    assert found.distances.tolist() == [[1, 1, 1, 18]]
+    result = Shuffled().build(keys).search(torch.zeros(1, 2), 4)
+    assert result.ids.tolist() == [[0, 1, 2, 3]]
+    assert result.distances.tolist() == [[1, 1, 1, 18]]
 
 
-def test_a_query_whose_floor_proves_nothing_is_searched_exactly() -> None:
-    class Guessing(Loop):
-        def _search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-            ids = super()._search(queries, len(self.seen))
-            ids[::2] = ids[::2, ::-1]  # the farthest first, with a floor that says so
-            return ids[:, :k], np.where(np.arange(len(queries)) % 2, np.inf, 0).astype(np.float32)
-
-    keys, queries = torch.randn(50, 4), torch.randn(8, 4)
-    expected = ExactRetriever().build(keys).search(queries, 3)
-    assert torch.equal(Guessing().build(keys).search(queries, 3).ids, expected.ids)
-
-
-def test_options_must_be_plain_data_and_an_empty_index_is_not_saved() -> None:
+def test_options_must_be_plain_data_and_an_empty_index_is_not_saved():
     with pytest.raises(OptionError, match="options of Loop must be plain data"):
         Loop(metric=object())
     with pytest.raises(RetrieverError, match="is empty. Call build"):
@@ -115,14 +116,6 @@ def test_options_must_be_plain_data_and_an_empty_index_is_not_saved() -> None:
 @pytest.mark.parametrize(
     "rows", [np.array([["a"]]), torch.zeros(2, 2, dtype=torch.complex64), 1j * np.ones((2, 2))]
 )
-def test_complex_numbers_and_text_are_refused(rows: Any) -> None:
+def test_complex_numbers_and_text_are_refused(rows):
     with pytest.raises(RetrieverError, match="real numbers"):
         Loop().build(rows)
-
-
-def test_integers_and_read_only_arrays_are_taken() -> None:
-    keys = np.arange(12).reshape(4, 3)
-    keys.flags.writeable = False
-    assert Loop().build(keys).search(keys).ids[:, 0].tolist() == [0, 1, 2, 3]
-    retriever = Loop().build(keys)
-    assert ExactRetriever().build(retriever.keys).search(retriever.keys).ids[:, 0].tolist() == [0, 1, 2, 3]

@@ -1,6 +1,4 @@
-"""A saved retriever comes back the same, or not at all."""
-
-from __future__ import annotations
+"""Saving and loading retrievers; damaged indices are rebuilt or refused."""
 
 import logging
 import os
@@ -11,7 +9,7 @@ import torch
 
 from retroexit.core.files import write_manifest
 from retroexit.errors import CheckpointError
-from retroexit.retrieval import ExactRetriever, FaissRetriever, HnswlibRetriever, Retriever
+from retroexit.retrieval import ExactRetriever, FaissRetriever, HnswlibRetriever
 
 MADE = [
     lambda: ExactRetriever(),
@@ -22,48 +20,40 @@ every_backend = pytest.mark.parametrize("make", MADE, ids=["exact", "faiss", "hn
 
 
 @pytest.fixture
-def keys() -> torch.Tensor:
+def keys():
     keys = torch.randn(120, 8)
     keys[40] = keys[3]
     return keys
 
 
-def flip(path: Path, at: int = -20) -> None:
+def flip(path, at=-20):
     data = bytearray(path.read_bytes())
     data[at] ^= 4
     path.write_bytes(data)
 
 
-def same(one: Retriever, other: Retriever, keys: torch.Tensor) -> bool:
+def same(one, other, keys):
     queries = keys[:30] + 0.3
     first, second = one.search(queries, 4), other.search(queries, 4)
     return torch.equal(first.ids, second.ids) and torch.equal(first.distances, second.distances)
 
 
 @every_backend
-def test_a_round_trip_gives_the_same_answers_options_and_threads(make, keys, tmp_path, monkeypatch) -> None:
+def test_a_round_trip_gives_the_same_answers_options_and_threads(make, keys, tmp_path, monkeypatch):
     retriever = make().build(keys)
     retriever.save(tmp_path / "index")
     if not isinstance(retriever, ExactRetriever):
-        monkeypatch.setattr(
-            type(retriever), "_build", lambda *_: pytest.fail("a sound index was built again")
-        )
+        monkeypatch.setattr(type(retriever), "_build", lambda *_: pytest.fail("built again"))
     loaded = type(retriever).load(tmp_path / "index")
     assert same(retriever, loaded, keys)
     assert not isinstance(loaded, HnswlibRetriever) or loaded._native.ef == 33
-    assert (loaded.options, loaded.threads, len(loaded), loaded.width) == (
-        retriever.options,
-        retriever.threads,
-        120,
-        8,
-    )
+    assert (loaded.options, loaded.threads) == (retriever.options, retriever.threads)
+    assert (len(loaded), loaded.width) == (120, 8)
 
 
 @pytest.mark.parametrize("make", MADE[1:], ids=["faiss", "hnswlib"])
 @pytest.mark.parametrize("harm", [flip, Path.unlink])
-def test_a_damaged_index_is_built_again_from_the_keys(
-    make, harm, keys, tmp_path, caplog, monkeypatch
-) -> None:
+def test_a_damaged_index_is_built_again_from_the_keys(make, harm, keys, tmp_path, caplog, monkeypatch):
     retriever = make().build(keys)
     retriever.save(tmp_path / "index")
     harm(tmp_path / "index" / "index.bin")
@@ -74,7 +64,7 @@ def test_a_damaged_index_is_built_again_from_the_keys(
     assert same(retriever, loaded, keys)
 
 
-def test_saving_replaces_an_earlier_version_and_leaves_nothing_beside_it(keys, tmp_path) -> None:
+def test_saving_replaces_an_earlier_version_and_leaves_nothing_beside_it(keys, tmp_path):
     HnswlibRetriever().build(keys).save(tmp_path / "index")
     loaded = ExactRetriever.load(tmp_path / "index")  # keys of one back-end serve another
     assert loaded.options == {"device": "cpu", "precision": "auto"}
@@ -85,7 +75,7 @@ def test_saving_replaces_an_earlier_version_and_leaves_nothing_beside_it(keys, t
     assert os.listdir(tmp_path) == ["index"]
 
 
-def test_a_folder_with_other_files_is_refused_and_left_alone(keys, tmp_path) -> None:
+def test_a_folder_with_other_files_is_refused_and_left_alone(keys, tmp_path):
     (tmp_path / "thesis.tex").write_text("text")
     with pytest.raises(CheckpointError, match="holds 'thesis.tex'"):
         ExactRetriever().build(keys).save(tmp_path)
@@ -93,11 +83,11 @@ def test_a_folder_with_other_files_is_refused_and_left_alone(keys, tmp_path) -> 
 
 
 @pytest.mark.parametrize("step", ["write", "rename"])
-def test_a_failed_save_leaves_the_earlier_version(step, keys, tmp_path, monkeypatch) -> None:
+def test_a_failed_save_leaves_the_earlier_version(step, keys, tmp_path, monkeypatch):
     ExactRetriever().build(keys).save(tmp_path / "index")
     rename = os.rename
 
-    def fail(*paths: Path) -> None:
+    def fail(*paths):
         if step == "write" or Path(paths[0]).name == "new":
             raise OSError("disk full")
         rename(*paths)
@@ -113,7 +103,7 @@ def test_a_failed_save_leaves_the_earlier_version(step, keys, tmp_path, monkeypa
     assert os.listdir(tmp_path) == ["index"] or step == "rename"
 
 
-def test_an_absent_folder_another_kind_and_another_schema_are_named(keys, tmp_path) -> None:
+def test_an_absent_folder_another_kind_and_another_schema_are_named(keys, tmp_path):
     with pytest.raises(CheckpointError, match=r"no retriever in .*absent"):
         ExactRetriever.load(tmp_path / "absent")
     write_manifest(tmp_path, {"kind": "guidance bank", "schema": 1}, ())
@@ -124,13 +114,13 @@ def test_an_absent_folder_another_kind_and_another_schema_are_named(keys, tmp_pa
         ExactRetriever.load(tmp_path)
 
 
-def test_damaged_files_are_refused_or_the_index_is_built_again(any_backend, damage, tmp_path, caplog) -> None:
+def test_damaged_files_are_refused_or_the_index_is_built_again(any_backend, damage, tmp_path, caplog):
     keys, queries = torch.randn(120, 16), torch.randn(20, 16)
     retriever = any_backend().build(keys)
     retriever.save(tmp_path / "index")
     sound = retriever.search(queries, 2)
 
-    def read() -> str:
+    def read():
         caplog.clear()
         loaded = type(retriever).load(tmp_path / "index").search(queries, 2)
         alike = torch.equal(loaded.ids, sound.ids) and torch.equal(loaded.distances, sound.distances)

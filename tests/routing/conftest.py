@@ -1,25 +1,20 @@
-"""A wrapped generator with a predictor that can be told what to say."""
-
-from __future__ import annotations
-
-from collections.abc import Callable
+"""A wrapped generator with a predictor that reads the difficulty from the inputs."""
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import retroexit
 from retroexit.guidance import build_bank
-from retroexit.model import EarlyExitGenerator
 from retroexit.retrieval import ExactRetriever
 
 
 class _Stage(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.conv, self.calls = nn.Conv2d(10, 10, 3, padding=1), 0
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         self.calls += 1
         return torch.relu(self.conv(x))
 
@@ -27,13 +22,13 @@ class _Stage(nn.Module):
 class _Decoder(nn.Module):
     """The first number of a latent says how hard the sample is; conditioning ``w`` is a live value."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.stem = nn.Conv2d(4, 10, 1)
         self.stages = nn.ModuleList([_Stage() for _ in range(4)])
         self.style, self.rgb = nn.Linear(5, 10), nn.Conv2d(10, 3, 1)
 
-    def forward(self, z: Tensor, w: Tensor) -> dict[str, Tensor]:
+    def forward(self, z, w):
         h = self.stem(z)
         h = nn.functional.interpolate(self.stages[0](h), scale_factor=2.0)
         for stage in self.stages[1:]:
@@ -41,44 +36,34 @@ class _Decoder(nn.Module):
         return {"image": torch.tanh(self.rgb(h)), "mean": h.mean((1, 2, 3))}
 
 
-class Says(nn.Module):
+class DifficultyPredictor(nn.Module):
     """A predictor that reads a sample's difficulty d off its inputs and predicts (d, d - 1, d - 2)."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
-        self.rows: list[int] = []
+        self.rows = []
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         self.rows.append(len(x))
         return x[:, :1] - torch.arange(3.0)
 
 
 @pytest.fixture
-def routed() -> Callable[..., EarlyExitGenerator]:
+def routed():
     """Make a model with exits after stages 1 to 3 whose predictor knows the difficulty of every sample."""
 
-    def make(guided: bool = False) -> EarlyExitGenerator:
+    def make(guided=False):
         torch.manual_seed(1)
         generator = _Decoder().eval()
-        known = retroexit.Description(name="toy", predictor_inputs=lambda z, w: z[:, 0, 0, 0][:, None])
-        model = retroexit.wrap(
-            generator,
-            [1, 2, 3],
-            1.0,
-            init="scratch",
-            adapter=known,
-            guidance=guided,
-            image="image",
-            example_inputs=(torch.rand(2, 4, 4, 4), torch.rand(2, 5)),
-        )
-        model.predictor = Says()  # type: ignore[assignment]
+        adapter = retroexit.Description(name="toy", predictor_inputs=lambda z, w: z[:, 0, 0, 0][:, None])
+        options = {"init": "scratch", "adapter": adapter, "guidance": guided, "image": "image"}
+        example = (torch.rand(2, 4, 4, 4), torch.rand(2, 5))
+        model = retroexit.wrap(generator, [1, 2, 3], 1.0, example_inputs=example, **options)
+        model.predictor = DifficultyPredictor()
         if guided:
-            model.bank = build_bank(
-                [(torch.rand(6, 10, 4, 4), list(range(6)))],
-                lambda rows: torch.rand(len(rows), 10, 8, 8),
-                size=12,
-                retriever=ExactRetriever(),
-            )
+            keys = [(torch.rand(6, 10, 4, 4), range(6))]
+            values = torch.rand(6, 10, 8, 8)
+            model.bank = build_bank(keys, lambda rows: values[rows], size=12, retriever=ExactRetriever())
         for stage in generator.stages:
             stage.calls = 0
         return model

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from retroexit.routing.calibration import most_violations, samples_needed, upper_bound
+from retroexit.routing.calibration import most_group_violations, most_violations, samples_needed, upper_bound
 
 binom = pytest.importorskip("scipy.stats", reason="scipy computes the same another way").binom
 beta = pytest.importorskip("scipy.stats").beta
@@ -36,3 +36,10 @@ def test_the_upper_bound_is_that_of_clopper_and_pearson(bad: int, samples: int, 
     bad = min(bad, samples)
     wanted = 1.0 if bad == samples else beta.ppf(confidence, bad + 1, samples - bad)
     assert upper_bound(bad, samples, confidence) == pytest.approx(wanted, abs=1e-6)
+
+
+@pytest.mark.parametrize("groups", [58, 59, 100, 400])
+def test_shares_of_groups_take_as_many_groups_as_samples_without_violations(groups: int) -> None:
+    total = most_group_violations(groups, 0.05, 0.95)
+    assert (total >= 0) == (groups >= 59)
+    assert total <= most_violations(groups, 0.05, 0.95) + 1, "shares that are 0 or 1 are a special case"

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,25 +27,40 @@ def _draw(samples: int, seed: int, error: float = 0.1, bias: float = 0.0) -> tup
 
 
 def _violations(losses: Tensor, predicted: Tensor, limit: float, tau: float) -> int:
+    """Count samples that lose more than ``tau`` at some limit up to this one."""
     count = 0
     for row, guess in zip(losses.tolist(), predicted.tolist(), strict=True):
-        taken = next((loss for loss, said in zip(row, guess, strict=True) if said <= limit), 0.0)
-        count += taken > tau
+        steps = [step for step in guess if step <= limit]
+        count += any(
+            next(x for x, said in zip(row, guess, strict=True) if said <= step) > tau for step in steps
+        )
     return count
 
 
 @pytest.mark.parametrize("bias", [-0.4, 0.0, 0.3])
-def test_the_limit_is_the_last_before_the_first_that_fails(bias: float) -> None:
-    losses, predicted = _draw(200, 3, bias=bias)
-    calibration, tau = Calibration(losses, predicted), 0.1
-    (limit, *rest) = calibration.limits(tau).tolist()
-    assert rest == [limit, limit]
-    allowed = most_violations(200, 0.05, 0.95)
-    grid = [tau * step / 100 for step in range(201)]
-    failing = [g for g in grid if _violations(losses, predicted, g, tau) > allowed]
-    assert failing, "a harder case is needed"
-    wanted = max(g for g in grid if g < failing[0])
-    assert limit == pytest.approx(wanted, abs=1e-7)
+@pytest.mark.parametrize("thresholds", [None, (0.1, 0.05), "all"])
+def test_the_limit_is_the_largest_that_passes_the_test(bias: float, thresholds: Any) -> None:
+    (losses, predicted), tau = _draw(200, 3, bias=bias), 0.1
+    limit = Calibration(losses, predicted, thresholds=thresholds).limits(tau)
+    assert limit.tolist() == [float(limit[0])] * 3
+    allowed = most_violations(200, 0.05, 1 - 0.05 / 2 if isinstance(thresholds, tuple) else 0.95)
+    if thresholds == "all":  # by a grid of thresholds: a sample may be above none of them
+        grid = torch.linspace(0.01, 0.3, 300).tolist()
+
+        def count(ratio: float) -> int:
+            above = [_routed_losses(losses, predicted, ratio * t) > t + 1e-6 for t in grid]
+            return int(torch.stack(above).any(0).sum())
+
+        assert count(float(limit[0]) / tau) <= allowed < count(1.02 * float(limit[0]) / tau)
+    else:
+        assert _violations(losses, predicted, float(limit[0]), tau) <= allowed
+        following = float(predicted[predicted > limit[0]].min())
+        assert _violations(losses, predicted, following, tau) > allowed
+
+
+def _routed_losses(losses: Tensor, predicted: Tensor, limit: float) -> Tensor:
+    exits = assign_exits(predicted, torch.full((3,), limit))
+    return torch.nn.functional.pad(losses, (0, 1)).gather(1, exits[:, None] - 1)[:, 0]
 
 
 @pytest.mark.parametrize("rule", ["margin", "bound"])
@@ -77,11 +95,70 @@ def test_every_threshold_may_be_asked_for_and_each_sample_may_have_its_own() -> 
     assert assign_exits(torch.full((1, 3), 1e-9), calibration.limits(0.0)).tolist() == [4]
 
 
-def test_samples_that_the_drift_guard_took_cost_no_violation() -> None:
+def test_samples_out_of_distribution_are_left_out() -> None:
     losses, predicted = _draw(200, 5, bias=-0.5)
-    before = float(Calibration(losses, predicted).limits(0.06)[0])
-    predicted[(losses > 0.06).any(1)] = math.inf
-    assert float(Calibration(losses, predicted).limits(0.06)[0]) > before
+    alone = Calibration(losses, predicted)
+    rest = torch.full((300, 3), math.inf)
+    both = Calibration(torch.cat([losses, torch.ones(300, 3)]), torch.cat([predicted, rest]))
+    assert torch.equal(alone.limits(0.06), both.limits(0.06)), (
+        "the others must keep the promise by themselves"
+    )
+
+
+def _groups(count: int, samples: int, seed: int, spread: float = 0.3) -> tuple[Tensor, Tensor, list[int]]:
+    """Samples of groups whose predictor is off by a factor of their own."""
+    losses, predicted = _draw(count * samples, seed)
+    random = torch.Generator().manual_seed(1000 + seed)
+    factor = torch.exp(spread * torch.randn(count, generator=random)).repeat_interleave(samples)
+    return losses, predicted * factor[:, None], [i // samples for i in range(count * samples)]
+
+
+def test_a_promise_for_new_groups_holds_for_them() -> None:
+    losses, predicted, _ = _groups(400, 20, 99)
+    broken = dict.fromkeys(("groups", "samples"), 0)
+    for seed in range(60):
+        some = _groups(80, 5, seed)
+        for name, groups in (("groups", some[2]), ("samples", None)):
+            _, loss = Calibration(*some[:2], groups=groups).observed(losses, predicted, 0.08)
+            broken[name] += float((loss > 0.08).float().mean()) > 0.05
+    assert broken["groups"] <= 8, "5 % of 60 may be broken; 9 would come up once in three hundred times"
+
+
+def test_the_margin_of_the_worst_group_holds_for_each_group_left_out() -> None:
+    losses, predicted, groups = _groups(5, 40, 4)
+    calibration = Calibration(losses, predicted, rule="worst-group", groups=groups)
+    rows = {g: [i for i, label in enumerate(groups) if label == g] for g in range(5)}
+    for exits, lost in (calibration.observed(losses[r], predicted[r], 0.08) for r in rows.values()):
+        assert float((lost > 0.08).float().mean()) <= 0.05 and bool((exits < 4).any())
+    alone = [Calibration(*(x[r] for x in (losses, predicted)), alpha=0.1).limits(0.08) for r in rows.values()]
+    assert float(calibration.limits(0.08)[0]) < min(float(limit[0]) for limit in alone)
+    for g, (exits, lost) in calibration.left_out(0.08).items():
+        rest = [i for i, label in enumerate(groups) if str(label) != g]
+        some = [groups[i] for i in rest]
+        others = Calibration(losses[rest], predicted[rest], rule="worst-group", groups=some)
+        expected = others.observed(losses[rows[int(g)]], predicted[rows[int(g)]], 0.08)
+        assert torch.equal(exits, expected[0]) and torch.equal(lost, expected[1])
+    assert not calibration.is_promise and str(calibration).startswith(
+        "no promise: at most 0.05 of each of 5 groups"
+    )
+
+
+def test_a_threshold_between_promised_ones_is_lowered_to_the_next() -> None:
+    calibration = Calibration(*_draw(200, 1), thresholds=(0.1, 0.06))
+    assert torch.equal(calibration.limits(0.09), calibration.limits(0.06))
+    assert torch.equal(calibration.limits(7.0), calibration.limits(0.1))
+    assert calibration.limits(0.05).tolist() == [-math.inf] * 3
+
+
+def test_it_is_the_same_when_copied_and_keeps_few_limits() -> None:
+    losses, predicted, groups = _groups(70, 3, 1)
+    calibration = Calibration(losses, predicted, groups=groups, thresholds="all")
+    for other in (copy.deepcopy(calibration), pickle.loads(pickle.dumps(calibration))):
+        assert other.settings() == calibration.settings()
+        assert torch.equal(other.limits(0.08), calibration.limits(0.08))
+    for step in range(500):
+        calibration.limits(0.05 + step / 10_000)
+    assert calibration._limits.cache_info().currsize <= 64
 
 
 @pytest.mark.parametrize(("samples", "missing"), [(58, 1), (10, 49)])
@@ -102,8 +179,32 @@ def test_what_is_no_calibration_is_refused() -> None:
     for name, value in (("alpha", 0), ("alpha", 1.0), ("confidence", True), ("confidence", "0.9")):
         with pytest.raises(OptionError, match=f"{name} must be a number between 0 and 1, got {value!r}"):
             Calibration(losses, predicted, **{name: value})  # type: ignore[arg-type]
-    with pytest.raises(OptionError, match="rule must be 'margin' or 'bound', got 'best'"):
-        Calibration(losses, predicted, rule="best")  # type: ignore[arg-type]
+    for options, message in (
+        ({"rule": "best"}, "rule must be one of 'margin', 'bound', 'worst-group', got 'best'"),
+        ({"rule": "worst-group"}, "rule='worst-group' needs groups. Pass groups="),
+        (
+            {"rule": "worst-group", "groups": [0] * 60},
+            "needs at least 2 groups .* got 1. Pass samples of another",
+        ),
+        ({"groups": [0] * 59}, "groups must have one label for each of 60 samples, got 59"),
+        ({"groups": [0, 1] * 30}, "needs at least 59 groups, got 2. Pass samples of 57 more .*'worst-group'"),
+        ({"thresholds": "every"}, "thresholds must be None, numbers or 'all', got 'every'"),
+        ({"thresholds": ()}, r"thresholds must be None, numbers or 'all', got \(\)"),
+        ({"thresholds": (0.1, -1)}, "threshold must be a finite number >= 0, got -1"),
+        ({"thresholds": (0.1, 0.2)}, "needs at least 72 samples, got 60. Pass 12 more"),
+        (
+            {"about": {"duplicates": 7}, "alpha": 0.04},
+            "needs at least 74 samples that differ, got 60, since 7 repeat",
+        ),
+    ):
+        with pytest.raises(OptionError, match=message):
+            Calibration(losses, predicted, **options)  # type: ignore[arg-type]
+    far = predicted.clone()
+    far[:30] = math.inf
+    with pytest.raises(
+        OptionError, match="59 samples like those of the fitting set, got 30: the guard sends the other 30"
+    ):
+        Calibration(losses, far)
     with pytest.raises(OptionError, match=r"got \(60, 3\) and \(60, 2\)"):
         Calibration(losses, predicted[:, :2])
     losses[3, 1] = np.nan

@@ -1,33 +1,25 @@
 """Inputs unlike the fitting set go to the backbone, and are counted."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-
 import pytest
 import torch
-from torch import Tensor
 
 from retroexit.guidance import with_slopes
 from retroexit.guidance.bank import GuidanceBank
-from retroexit.model import EarlyExitGenerator
 from retroexit.routing.predictor import OODGuard, Predictor, farthest
 from retroexit.training.predictor import train_predictor
 
-Make = Callable[..., EarlyExitGenerator]
 
-
-def _maps(samples: int, seed: int) -> Tensor:
+def _maps(samples, seed):
     """Maps of eight correlated channels, each sample with a mean of its own."""
     random = torch.Generator().manual_seed(seed)
     mixing = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
     common = torch.randn(samples, 3, 6, 6, generator=random) + torch.randn(samples, 3, 1, 1, generator=random)
-    own = 0.2 * torch.randn(samples, 8, 6, 6, generator=random)
-    return torch.einsum("cd,ndhw->nchw", mixing, common) + own + 1.0
+    noise = 0.2 * torch.randn(samples, 8, 6, 6, generator=random)
+    return torch.einsum("cd,ndhw->nchw", mixing, common) + noise + 1.0
 
 
 @pytest.fixture(scope="module")
-def fitted() -> Predictor:
+def fitted():
     torch.manual_seed(0)
     predictor = Predictor(8, exits=2)
     maps = _maps(360, 1)
@@ -37,15 +29,15 @@ def fitted() -> Predictor:
 
 
 @torch.no_grad()
-def _far(predictor: Predictor, maps: Tensor) -> float:
+def _far(predictor, maps):
     return float((predictor.predict_losses(maps)[1] > 1).float().mean())
 
 
-def test_few_inputs_like_the_fitting_set_raise_the_alarm(fitted: Predictor) -> None:
+def test_few_inputs_like_the_fitting_set_raise_the_alarm(fitted):
     assert _far(fitted, _maps(2000, 2)) <= 0.005
 
 
-def test_inputs_of_another_kind_raise_it(fitted: Predictor) -> None:
+def test_inputs_of_another_kind_raise_it(fitted):
     maps = _maps(100, 3)
     assert _far(fitted, -maps) > 0.95
     assert _far(fitted, torch.randn_like(maps)) > 0.95
@@ -53,18 +45,18 @@ def test_inputs_of_another_kind_raise_it(fitted: Predictor) -> None:
     assert _far(fitted, maps[:, torch.arange(8).flip(0)]) > 0.95, "the same values in other channels"
 
 
-def test_the_distance_is_that_of_mahalanobis_where_the_rank_is_full() -> None:
+def test_the_distance_is_that_of_mahalanobis_where_the_rank_is_full():
     torch.manual_seed(2)
     pooled = torch.randn(400, 5) @ torch.randn(5, 5) + 3
     guard = OODGuard(5)
     guard.fit(pooled, pooled[:0])
     other = torch.randn(20, 5) * 3
     inverse = torch.linalg.inv(torch.cov(pooled.T, correction=0))
-    wanted = torch.einsum("ni,ij,nj->n", other - pooled.mean(0), inverse, other - pooled.mean(0)).sqrt()
-    assert torch.allclose(guard(other) * guard.limit, wanted, rtol=1e-2)
+    expected = torch.einsum("ni,ij,nj->n", other - pooled.mean(0), inverse, other - pooled.mean(0)).sqrt()
+    assert torch.allclose(guard(other) * guard.limit, expected, rtol=1e-2)
 
 
-def test_a_guard_that_saw_nothing_stops_nothing() -> None:
+def test_a_guard_that_saw_nothing_stops_nothing():
     guard = OODGuard(4)
     assert guard(torch.full((2, 4), 1e6)).tolist() == [0.0, 0.0]
     guard.fit(torch.randn(5, 4), torch.zeros(0, 4))  # too few to know
@@ -72,7 +64,7 @@ def test_a_guard_that_saw_nothing_stops_nothing() -> None:
 
 
 @torch.no_grad()
-def test_routing_sends_them_to_the_backbone_and_counts_them(routed: Make) -> None:
+def test_routing_sends_them_to_the_backbone_and_counts_them(routed):
     model = routed()
     model.router.predictor_inputs = None
     model.predictor = Predictor(10, exits=3)
@@ -94,18 +86,15 @@ def test_routing_sends_them_to_the_backbone_and_counts_them(routed: Make) -> Non
 
 
 @torch.no_grad()
-def test_inputs_far_from_the_bank_go_to_the_backbone_and_are_counted(
-    routed: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_inputs_far_from_the_bank_go_to_the_backbone_and_are_counted(routed, monkeypatch):
     model = routed(guided=True)
     z, w = torch.rand(5, 4, 4, 4), torch.rand(5, 5)
     z[:, 0] = torch.tensor([0.0, 1.0, 9.0, 0.0, 0.0])[:, None, None]  # exits 1, 2, 4, 1, 1
     z[3, 1:] *= 200
-    assert model.bank is not None
     key_feature = model.split.begin((z, w), {}).key_feature
     distance = model.bank.search(key_feature).distances.sqrt().flatten(1).mean(1)
     model.router.guide_limit = float(distance[[0, 1, 4]].max()) + 1e-3
-    searches: list[int] = []
+    searches = []
     real = model.bank.search
     monkeypatch.setattr(model.bank, "search", lambda x, *more: (searches.append(len(x)), real(x, *more))[1])
     output, exits = model.routed(z, w, threshold=0.5)
@@ -121,21 +110,20 @@ def test_inputs_far_from_the_bank_go_to_the_backbone_and_are_counted(
 
 
 @torch.no_grad()
-def test_a_guide_that_follows_its_query_is_the_same_when_the_bank_is_guarded(routed: Make) -> None:
+def test_a_guide_that_follows_its_query_is_the_same_when_the_bank_is_guarded(routed):
     model = routed(guided=True)
     bank = model.bank
-    assert bank is not None
     maps = [(torch.rand(6, 10, 4, 4), torch.rand(6, 10, 8, 8))]
     model.bank = with_slopes(bank, maps, 6 * 16)
     assert isinstance(model.bank, GuidanceBank) and model.bank.order == 1
     z, w = torch.rand(3, 4, 4, 4), torch.rand(3, 5)
     z[:, 0] = torch.tensor([0.0, 1.0, 0.0])[:, None, None]
-    wanted = model(z, w, threshold=0.5)["image"]
+    expected = model(z, w, threshold=0.5)["image"]
     model.router.guide_limit = 1e6
-    assert torch.allclose(model(z, w, threshold=0.5)["image"], wanted, atol=1e-6)
+    assert torch.allclose(model(z, w, threshold=0.5)["image"], expected, atol=1e-6)
 
 
-def test_few_distances_like_those_seen_are_beyond_the_farthest() -> None:
+def test_few_distances_like_those_seen_are_beyond_the_farthest():
     random = torch.Generator().manual_seed(0)
     seen, new = (torch.randn(n, generator=random).mul(0.3).exp() for n in (200, 20000))
     assert float((new > farthest(seen)).float().mean()) < 0.004

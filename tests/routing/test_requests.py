@@ -1,36 +1,29 @@
-"""Budgets, deadlines, thresholds per sample, and what excludes what."""
-
-from __future__ import annotations
+"""Budgets, deadlines, thresholds per sample, and options that exclude each other."""
 
 import math
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from retroexit.errors import OptionError, TrainingError
-from retroexit.model import EarlyExitGenerator
 from retroexit.routing.calibration import Calibration
 from retroexit.routing.latency import Latency, time_exits
 from retroexit.routing.policy import RoutingRequest, assign_by_budget, lagrange_multiplier
 
-Make = Callable[..., EarlyExitGenerator]
 SHARES = torch.tensor([0.1, 0.3, 0.6, 1.01])
 
 
-def _predicted(samples: int = 400) -> Tensor:
+def _predicted(samples=400):
     return (0.2 + torch.rand(samples, 1)) * torch.tensor([0.3, 0.15, 0.05]) * (0.9 + 0.2 * torch.rand(1, 3))
 
 
-def _latency(batch: int = 2, times: tuple[float, ...] = (5.0, 8.0, 12.0, 20.0)) -> Latency:
+def _latency(batch=2, times=(5.0, 8.0, 12.0, 20.0)):
     device = time_exits(lambda k: None, 1, 1, torch.device("cpu"), 1).device
     return Latency(times, times, batch, device, torch.get_num_threads(), 10)
 
 
 @pytest.mark.parametrize("budget", [0.1, 0.15, 0.4, 0.75, 1.0, 1.2])
-def test_a_budget_is_kept_on_the_samples_and_spent(budget: float) -> None:
+def test_a_budget_is_kept_on_the_samples_and_spent(budget):
     predicted = _predicted()
     exits = assign_by_budget(predicted, SHARES, lagrange_multiplier(predicted, SHARES, budget))
     mean = float(SHARES[exits - 1].mean())
@@ -38,72 +31,50 @@ def test_a_budget_is_kept_on_the_samples_and_spent(budget: float) -> None:
     assert mean > min(budget, 1.01) - 0.02
 
 
-def test_a_budget_takes_the_least_loss_of_all_ways_to_spend_as_much() -> None:
+def test_a_budget_takes_the_least_loss_of_all_ways_to_spend_as_much():
     predicted = _predicted(7)
     price = lagrange_multiplier(predicted, SHARES, 0.5)
     exits = assign_by_budget(predicted, SHARES, price)
     spent = float(SHARES[exits - 1].sum())
-    whole = torch.nn.functional.pad(predicted, (0, 1))
-    least = float(whole.gather(1, exits[:, None] - 1).sum())
+    losses = torch.nn.functional.pad(predicted, (0, 1))
+    least = float(losses.gather(1, exits[:, None] - 1).sum())
     every = torch.cartesian_prod(*[torch.arange(4)] * 7)  # (4^7, 7)
     affordable = every[SHARES[every].sum(1) <= spent + 1e-6]
-    losses = whole[torch.arange(7), affordable].sum(1)
-    assert least == pytest.approx(float(losses.min()), abs=1e-6)
+    assert least == pytest.approx(float(losses[torch.arange(7), affordable].sum(1).min()), abs=1e-6)
 
 
-def test_a_sample_that_is_too_far_goes_to_the_backbone_under_any_budget() -> None:
+def test_a_sample_that_is_too_far_goes_to_the_backbone_under_any_budget():
     predicted = torch.tensor([[0.1, 0.05, 0.02], [math.inf] * 3])
     for price in (0.0, 0.3, 1e6, math.inf):
         assert assign_by_budget(predicted, SHARES, price)[1] == 4
     assert assign_by_budget(predicted, SHARES, math.inf)[0] == 1
 
 
-def test_a_budget_below_the_cheapest_exit_is_refused() -> None:
+def test_a_budget_below_the_cheapest_exit_is_refused():
     with pytest.raises(OptionError, match="budget must be >= 0.100, .* got 0.05"):
         lagrange_multiplier(_predicted(), SHARES, 0.05)
 
 
-def test_every_sample_may_have_a_budget_of_its_own(routed: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_spends_the_budget_of_the_call_or_of_each_sample(routed, monkeypatch):
     model = routed()
     monkeypatch.setattr(type(model.router), "shares", lambda self: SHARES)
-    z, w = torch.rand(60, 4, 4, 4), torch.rand(60, 5)
-    z[:, 0] = 3 + 3 * torch.rand(60, 1, 1)
-    predicted = model.predict(z, w)
-    model.calibration = Calibration(predicted.clamp_min(0), predicted)
-    budgets = torch.tensor([0.1, 0.5, 1.2]).repeat(20)
-    _, exits = model.routed(z, w, budget=budgets)
-    for budget in (0.1, 0.5, 1.2):
-        own = budgets == budget
-        assert torch.equal(exits[own], model.choose_exits(z, w, budget=budget)[own])
-    assert exits[::3].eq(1).all() and exits[2::3].eq(4).all()
-    with pytest.raises(
-        OptionError, match="budget must be one number or one per sample, got 59 for 60 samples"
-    ):
-        model(z, w, budget=budgets[1:])
-    with pytest.raises(OptionError, match="budget must be a finite number > 0, got 0.0"):
-        model(z, w, budget=budgets - 0.1 * (budgets == budgets[0]))
-    with pytest.raises(
-        OptionError, match="budget must be .* one per sample .N,., got shape .60, 1. and type torch.float32"
-    ):
-        model(z, w, budget=budgets[:, None])
-
-
-def test_a_model_spends_what_its_calibration_says(routed: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = routed()
-    monkeypatch.setattr(type(model.router), "shares", lambda self: SHARES)
-    z, w = torch.rand(100, 4, 4, 4), torch.rand(100, 5)
-    z[:, 0] = 3 + 3 * torch.rand(100, 1, 1)
+    z, w = torch.rand(99, 4, 4, 4), torch.rand(99, 5)
+    z[:, 0] = 3 + 3 * torch.rand(99, 1, 1)
     with pytest.raises(TrainingError, match="budget=0.5 needs a calibration"):
         model(z[:3], w[:3], budget=0.5)
     predicted = model.predict(z, w)
     model.calibration = Calibration(predicted.clamp_min(0), predicted)
     _, exits = model.routed(z, w, budget=0.5)
-    assert 0.47 < float(SHARES[exits - 1].mean()) <= 0.5
-    assert torch.equal(exits, model.choose_exits(z, w, budget=0.5))
-    assert len(exits.unique()) > 1
+    assert 0.47 < float(SHARES[exits - 1].mean()) <= 0.5 and len(exits.unique()) > 1
+    budgets = torch.tensor([0.1, 0.5, 1.2]).repeat(33)
+    _, exits = model.routed(z, w, budget=budgets)
+    for budget in (0.1, 0.5, 1.2):
+        rows = budgets == budget
+        assert torch.equal(exits[rows], model.choose_exits(z, w, budget=budget)[rows])
+    assert exits[::3].eq(1).all() and exits[2::3].eq(4).all()
 
 
-def test_every_sample_may_have_its_own_threshold(routed: Make) -> None:
+def test_every_sample_may_have_its_own_threshold(routed):
     model = routed()
     z, w = torch.rand(4, 4, 4, 4), torch.rand(4, 5)
     z[:, 0] = torch.tensor([2.0, 2.0, 2.0, 0.5])[:, None, None]
@@ -113,25 +84,23 @@ def test_every_sample_may_have_its_own_threshold(routed: Make) -> None:
     for row in range(4):
         alone = model(z[row][None], w[row][None], threshold=float(taus[row]))
         assert torch.allclose(output["image"][row], alone["image"][0], atol=1e-5)
-    with pytest.raises(
-        OptionError, match="threshold must be one number or one per sample, got 3 for 4 samples"
-    ):
-        model(z, w, threshold=taus[:3])
 
 
-def test_a_calibrated_threshold_routes_by_its_limits(routed: Make) -> None:
+def test_a_calibrated_threshold_routes_by_its_limits(routed):
     model = routed()
     z, w = torch.rand(2, 4, 4, 4), torch.rand(2, 5)
     z[:, 0] = 2.4
     assert model.choose_exits(z, w, threshold=0.5).tolist() == [3, 3]  # predicted 2.4, 1.4, 0.4
     losses = torch.full((100, 3), 0.55)
-    model.calibration = Calibration(losses, torch.full((100, 3), 0.35))
+    predicted = torch.full((100, 3), 0.35)
+    predicted[0] = 0.45  # no limit is above the largest prediction
+    model.calibration = Calibration(losses, predicted)
     assert float(model.calibration.limits(0.5)[0]) < 0.35
     assert model.choose_exits(z, w, threshold=0.5).tolist() == [4, 4]
     assert model.choose_exits(z, w, threshold=torch.tensor([0.5, 0.6])).tolist() == [4, 3]
 
 
-def test_a_deadline_alone_takes_the_last_exit_that_is_fast_enough(routed: Make) -> None:
+def test_a_deadline_takes_the_last_exit_that_is_fast_enough_and_limits_a_threshold(routed):
     model = routed()
     z, w = torch.rand(2, 4, 4, 4), torch.rand(2, 5)
     with pytest.raises(TrainingError, match="deadline_ms=10 needs measured times"):
@@ -141,23 +110,11 @@ def test_a_deadline_alone_takes_the_last_exit_that_is_fast_enough(routed: Make) 
         output, exits = model.routed(z, w, deadline_ms=deadline)
         assert exits.tolist() == [k, k]
         assert torch.allclose(output["image"], model(z, w, exit=k)["image"], atol=1e-6)
-    assert model.predictor.rows == []  # type: ignore[union-attr]  # nobody was asked
-
-
-def test_a_deadline_limits_what_a_threshold_chooses_and_the_batch_leaves_together(routed: Make) -> None:
-    model = routed()
-    model.latency = _latency()
-    z, w = torch.rand(2, 4, 4, 4), torch.rand(2, 5)
+    assert model.predictor.rows == [], "a deadline alone needs no prediction"
     z[:, 0] = torch.tensor([0.1, 1.2])[:, None, None]
     assert model.choose_exits(z, w, threshold=0.5).tolist() == [1, 2]
     assert model.choose_exits(z, w, threshold=0.5, deadline_ms=100).tolist() == [2, 2]
     assert model.choose_exits(z, w, threshold=0.5, deadline_ms=6).tolist() == [1, 1]
-
-
-def test_a_deadline_that_cannot_be_met_or_was_measured_otherwise_is_refused(routed: Make) -> None:
-    model = routed()
-    model.latency = _latency()
-    z, w = torch.rand(2, 4, 4, 4), torch.rand(2, 5)
     with pytest.raises(OptionError, match="deadline_ms must be >= 5.0, .* got 4"):
         model(z, w, deadline_ms=4)
     with pytest.raises(OptionError, match="needs times of 1 samples on .* got times of 2 samples"):
@@ -165,48 +122,62 @@ def test_a_deadline_that_cannot_be_met_or_was_measured_otherwise_is_refused(rout
 
 
 @pytest.mark.parametrize("guided", [False, True])
-def test_measured_times_belong_to_routed_calls_of_this_batch(routed: Make, guided: bool) -> None:
+def test_times_are_measured_on_routed_calls_of_this_batch(routed, guided):
     model = routed(guided)
     z, w = torch.rand(3, 4, 4, 4), torch.rand(3, 5)
-    found = model.measure_latency(z, w, runs=3)
-    assert found is model.latency and (found.batch, found.runs) == (3, 3)
-    assert len(found.milliseconds) == 4 and min(found.median) > 0
-    assert all(high >= middle for high, middle in zip(found.milliseconds, found.median, strict=True))
-    assert model.predictor.rows == [3] * 20  # type: ignore[union-attr]
+    latency = model.measure_latency(z, w, runs=3)
+    assert latency is model.latency and (latency.batch, latency.runs) == (3, 3)
+    assert len(latency.milliseconds) == 4 and min(latency.median) > 0
+    assert all(high >= middle for high, middle in zip(latency.milliseconds, latency.median, strict=True))
+    assert model.predictor.rows == [3] * 20
     assert model.router.ood_counter.seen == 0
-    assert Latency.from_json(found.to_json()) == found
+    assert Latency.from_json(latency.to_json()) == latency
     _, exits = model.routed(z, w, deadline_ms=1e6)
     assert exits.tolist() == [4, 4, 4]
 
 
-def test_options_that_exclude_each_other_are_refused(routed: Make) -> None:
+@pytest.mark.parametrize("name", ["budget", "deadline_ms"])
+@pytest.mark.parametrize("value", [0, -1.0, math.inf, math.nan, True, "1"])
+def test_a_budget_or_deadline_that_is_no_positive_number_is_refused(name, value):
+    with pytest.raises(OptionError, match=f"{name} must be a finite number > 0, got {value!r}"):
+        RoutingRequest(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"threshold": 0.1, "budget": 0.5}, "exclude each other, got threshold=0.1 and budget=0.5"),
+        ({"exit": 2, "budget": 0.5}, "exit must not be combined .* got exit=2 and budget=0.5"),
+        ({"exit": 2, "deadline_ms": 10.0}, "exit must not be combined .* got exit=2 and deadline_ms=10.0"),
+        ({"exit": 2, "threshold": 0.1}, "exit must not be combined .* got exit=2 and threshold=0.1"),
+        ({"exit": 5}, "exit must be an integer from 1 to 4, the backbone, got 5"),
+        ({"threshold": torch.zeros(2, 2)}, "threshold"),
+        ({"threshold": torch.tensor([True])}, "threshold"),
+        ({"threshold": torch.tensor([0.1, -1.0])}, "threshold"),
+        ({"threshold": torch.zeros(3)}, "threshold must be one number or one per sample, got 3 for 2"),
+        ({"budget": torch.ones(3)}, "budget must be one number or one per sample, got 3 for 2 samples"),
+        ({"budget": torch.tensor([0.0, 0.5])}, "budget must be a finite number > 0, got 0.0"),
+        ({"budget": torch.ones(2, 1)}, r"budget must be .* per sample .N,., got shape \(2, 1\) and type"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(routed, monkeypatch, options, message):
     model = routed()
+    monkeypatch.setattr(type(model.router), "shares", lambda self: SHARES)
     z, w = torch.rand(2, 4, 4, 4), torch.rand(2, 5)
-    with pytest.raises(
-        OptionError, match="threshold and budget exclude each other, got threshold=0.1 and budget=0.5"
-    ):
-        model(z, w, threshold=0.1, budget=0.5)
-    for name, value in (("budget", 0.5), ("deadline_ms", 10.0), ("threshold", 0.1)):
-        with pytest.raises(OptionError, match=f"exit must not be combined .* got exit=2 and {name}={value}"):
-            model(z, w, exit=2, **{name: value})
-    for name in ("budget", "deadline_ms"):
-        for wrong in (0, -1.0, math.inf, math.nan, True, "1"):
-            with pytest.raises(OptionError, match=f"{name} must be a finite number > 0, got {wrong!r}"):
-                RoutingRequest(**{name: wrong})  # type: ignore[arg-type]
-    wrong_thresholds: list[Any] = [torch.zeros(2, 2), torch.tensor([True]), torch.tensor([0.1, -1.0])]
-    for threshold in wrong_thresholds:
-        with pytest.raises(OptionError, match="threshold"):
-            model(z, w, threshold=threshold)
+    predicted = model.predict(z, w).clamp_min(0)
+    model.calibration = Calibration(predicted.repeat(30, 1), predicted.repeat(30, 1))
+    with pytest.raises(OptionError, match=message):
+        model(z, w, **options)
     with pytest.raises(OptionError, match="needs threshold, budget, deadline_ms or choose, got none"):
         model.routed(z, w)
 
 
-def test_a_policy_of_ones_own_sees_predictions_and_limits(routed: Make) -> None:
+def test_a_policy_of_the_user_sees_predictions_and_limits(routed):
     model = routed()
     z, w = torch.rand(2, 4, 4, 4), torch.rand(2, 5)
-    seen: list[Any] = []
+    seen = []
 
-    def policy(predicted: Tensor, limits: Tensor | None) -> Tensor:
+    def policy(predicted, limits):
         seen.append((predicted, limits))
         return torch.tensor([3, 1])
 

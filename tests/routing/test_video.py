@@ -1,9 +1,4 @@
-"""Exits for video."""
-
-from __future__ import annotations
-
-from collections.abc import Callable
-from typing import Any
+"""Exits of video frames, with hysteresis."""
 
 import pytest
 import torch
@@ -11,17 +6,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from retroexit.errors import OptionError
-from retroexit.model import EarlyExitGenerator
 from retroexit.routing.policy import VideoRouter, assign_exits, assign_with_hysteresis
 
-Make = Callable[..., EarlyExitGenerator]
 LOSS = st.floats(0, 0.25, width=32)
 
 
 @given(st.lists(st.tuples(LOSS, LOSS, LOSS), min_size=1, max_size=30), st.floats(0, 0.9))
-def test_no_frame_leaves_where_more_than_the_threshold_is_predicted(
-    losses: list[tuple[float, float, float]], hysteresis: float
-) -> None:
+def test_no_frame_leaves_where_more_than_the_threshold_is_predicted(losses, hysteresis):
     limits, before, changes, plain_changes, plain = torch.full((3,), 0.125), None, 0, 0, None
     for row in losses:
         predicted = torch.tensor([row])
@@ -37,7 +28,7 @@ def test_no_frame_leaves_where_more_than_the_threshold_is_predicted(
         assert changes == plain_changes
 
 
-def test_a_loss_that_hovers_around_the_threshold_changes_the_exit_once() -> None:
+def test_a_loss_that_hovers_around_the_threshold_changes_the_exit_once():
     limits, before, taken = torch.full((2,), 0.1), None, []
     for loss in (0.099, 0.101, 0.098, 0.102, 0.097, 0.101, 0.05, 0.099):
         before = assign_with_hysteresis(torch.tensor([[loss, loss / 2]]), limits, before, 0.1)
@@ -45,10 +36,10 @@ def test_a_loss_that_hovers_around_the_threshold_changes_the_exit_once() -> None
     assert taken == [1, 2, 2, 2, 2, 2, 1, 1]
 
 
-def test_frames_of_several_streams_are_kept_apart(routed: Make) -> None:
+def test_frames_of_several_streams_are_kept_apart(routed):
     model = routed()
 
-    def frame(*difficulty: float) -> tuple[Any, Any]:
+    def frame(*difficulty):
         z = torch.rand(len(difficulty), 4, 4, 4)
         z[:, 0] = torch.tensor(difficulty)[:, None, None]
         return z, torch.rand(len(difficulty), 5)
@@ -70,6 +61,6 @@ def test_frames_of_several_streams_are_kept_apart(routed: Make) -> None:
 
 
 @pytest.mark.parametrize("wrong", [-0.1, 1.0, True, "0.1"])
-def test_a_hysteresis_that_is_no_share_is_refused(routed: Make, wrong: Any) -> None:
+def test_a_hysteresis_that_is_no_share_is_refused(routed, wrong):
     with pytest.raises(OptionError, match=rf"hysteresis must be in \[0, 1\), got {wrong!r}"):
         VideoRouter(routed(), wrong)

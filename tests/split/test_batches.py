@@ -1,15 +1,12 @@
-"""Samples with a group of rows each: frames folded into the batch."""
-
-from __future__ import annotations
+"""Samples with several rows each: frames folded into the batch."""
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import retroexit
 from retroexit.core.samples import Samples
 from retroexit.errors import TrainingError
-from retroexit.model import EarlyExitGenerator
 from retroexit.split.split import are_grouped, group, rows_per_sample
 from retroexit.training.cache import FeatureCache
 
@@ -17,12 +14,12 @@ _FRAMES = 3
 
 
 class _Block(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.space = nn.Conv2d(16, 16, 3, padding=1)
         self.time = nn.Conv1d(16, 16, 3, padding=1)
 
-    def forward(self, x: Tensor, batch: int, frames_first: bool) -> Tensor:
+    def forward(self, x, batch, frames_first):
         h = torch.relu(self.space(x))
         rows = (-1, batch) if frames_first else (batch, -1)
         pooled = h.mean((2, 3)).unflatten(0, rows)
@@ -35,13 +32,13 @@ class _Block(nn.Module):
 class _Video(nn.Module):
     """Renders ``(N, 4, T, H, W)`` frame by frame, and mixes the frames of a sample over time."""
 
-    def __init__(self, frames_first: bool, folded_output: bool) -> None:
+    def __init__(self, frames_first, folded_output):
         super().__init__()
         self.stem, self.rgb = nn.Conv2d(4, 16, 1), nn.Conv2d(16, 3, 1)
         self.blocks = nn.ModuleList(_Block() for _ in range(3))
         self.frames_first, self.folded_output = frames_first, folded_output
 
-    def forward(self, z: Tensor) -> Tensor:
+    def forward(self, z):
         order = (2, 0, 1, 3, 4) if self.frames_first else (0, 2, 1, 3, 4)
         x = self.stem(z.permute(order).flatten(0, 1))
         for block in self.blocks:
@@ -54,24 +51,24 @@ class _Video(nn.Module):
         return frames.permute(1, 2, 0, 3, 4) if self.frames_first else frames.transpose(1, 2)
 
 
-class _Says(nn.Module):
-    """Reads a sample's difficulty off the example latents' order: easy ones leave early."""
+class _Difficulty(nn.Module):
+    """A predictor of (d, d - 1) for samples of difficulty d."""
 
-    def forward(self, difficulty: Tensor) -> Tensor:
+    def forward(self, difficulty):
         return difficulty[:, None] - torch.arange(2.0)
 
 
-def _model(frames_first: bool = False, folded_output: bool = False, batch: int = 1) -> EarlyExitGenerator:
+def _model(frames_first=False, folded_output=False, batch=1):
     torch.manual_seed(0)
     generator = _Video(frames_first, folded_output).eval()
     examples = (torch.randn(batch, 4, _FRAMES, 4, 4),)
     model = retroexit.wrap(generator, [1, 2], 1 / 2, min_channels=4, example_inputs=examples, adapter=False)
-    model.predictor = _Says()
+    model.predictor = _Difficulty()
     model.router.predictor_inputs = lambda z: z[:, 0, 0, 0, 0]
     return model
 
 
-def _latents() -> tuple[Tensor, list[int]]:
+def _latents():
     z = torch.randn(4, 4, _FRAMES, 4, 4)
     z[:, 0, 0, 0, 0] = torch.tensor([1.0, 0.0, 5.0, 0.2])
     return z, [2, 1, 3, 1]
@@ -79,34 +76,31 @@ def _latents() -> tuple[Tensor, list[int]]:
 
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("folded_output", [False, True])
-def test_samples_with_several_rows_leave_at_different_exits_as_each_does_alone(
-    folded_output: bool, batch: int
-) -> None:
+def test_samples_with_several_rows_leave_at_different_exits_as_each_does_alone(folded_output, batch):
     model = _model(folded_output=folded_output, batch=batch)
     assert model.split.mixes
     assert [model.split.batched[cut.feature] for cut in model.split.cuts] == [_FRAMES, _FRAMES]
     z, exits = _latents()
     with torch.no_grad():
-        whole, left = model.routed(z, threshold=0.5)
+        batch, taken = model.routed(z, threshold=0.5)
         alone = torch.cat([model(one[None], exit=k) for one, k in zip(z, exits, strict=True)])
-    assert left.tolist() == exits
-    assert whole.shape == alone.shape
-    assert torch.allclose(whole, alone, atol=1e-5)
+    assert taken.tolist() == exits
+    assert batch.shape == alone.shape and torch.allclose(batch, alone, atol=1e-5)
 
 
-def test_samples_whose_frames_come_first_all_leave_at_the_deepest_exit() -> None:
+def test_samples_whose_frames_come_first_all_leave_at_the_deepest_exit():
     model = _model(frames_first=True)
     assert model.split.any_batch
     assert not model.split.mixes
     z, _ = _latents()
     with torch.no_grad():
-        whole, left = model.routed(z[[0, 1, 3]], threshold=0.5)
-        wanted = torch.cat([model(one[None], exit=2) for one in z[[0, 1, 3]]])
-    assert left.tolist() == [2, 2, 2]
-    assert torch.allclose(whole, wanted, atol=1e-5)
+        batch, taken = model.routed(z[[0, 1, 3]], threshold=0.5)
+        alone = torch.cat([model(one[None], exit=2) for one in z[[0, 1, 3]]])
+    assert taken.tolist() == [2, 2, 2]
+    assert torch.allclose(batch, alone, atol=1e-5)
 
 
-def test_a_predictor_of_frames_speaks_for_the_whole_sample() -> None:
+def test_predictions_of_frames_are_combined_for_their_sample():
     model = _model()
     model.router.predictor_inputs = None
     model.predictor = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 2)).eval()
@@ -115,20 +109,20 @@ def test_a_predictor_of_frames_speaks_for_the_whole_sample() -> None:
     assert torch.allclose(model.predict(z)[1:2], model.predict(z[1:2]), atol=1e-5)
 
 
-def test_the_cache_says_that_it_cannot_store_samples_of_several_rows(tmp_path) -> None:
+def test_samples_of_several_rows_are_refused_by_the_cache(tmp_path):
     model = _model()
     samples = Samples([(z[None],) for z in _latents()[0]])
     with pytest.raises(TrainingError, match=r"several rows per sample.*Wrap the module that renders one"):
         FeatureCache.build(model, samples, tmp_path)
 
 
-def test_rows_follow_from_shapes_at_two_batch_sizes() -> None:
+def test_rows_follow_from_shapes_at_two_batch_sizes():
     small = {"plain": (2, 8), "folded": (6, 8), "shared": (5, 8), "second": (4, 2, 8), "odd": (3, 8)}
     large = {"plain": (3, 8), "folded": (9, 8), "shared": (5, 8), "second": (4, 3, 8), "odd": (5, 8)}
     assert rows_per_sample(small, large, 2) == {"plain": 1, "folded": 3, "second": 0, "odd": 0}
 
 
-def test_rows_that_are_all_alike_are_not_taken_for_grouped() -> None:
+def test_rows_that_are_all_alike_are_not_taken_for_grouped():
     ordered = torch.arange(6.0)[:, None]
     assert are_grouped(ordered[:4], ordered)
     assert not are_grouped(ordered[:4].flip(0), ordered)

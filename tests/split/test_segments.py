@@ -1,10 +1,8 @@
-"""Segments and tails are modules: they can be printed, compiled and exported."""
-
-from __future__ import annotations
+"""Segments and tails as modules: printed, compiled and exported."""
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from retroexit.core.nested import cloned
 from retroexit.split.split import Begun, SplitGenerator, places
@@ -12,14 +10,14 @@ from retroexit.stages.decoder import read_decoder
 
 
 class Generator(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.stem = nn.Linear(8, 64)
         blocks = (nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.ReLU()) for _ in range(3))
         self.blocks, self.rgb = nn.ModuleList(blocks), nn.Conv2d(4, 3, 1)
         self.register_buffer("shift", torch.rand(1, 3, 1, 1))
 
-    def forward(self, z: Tensor) -> Tensor:
+    def forward(self, z):
         x = self.stem(z).view(z.shape[0], 4, 4, 4)
         for block in self.blocks:
             x = block(nn.functional.interpolate(x, scale_factor=2))
@@ -27,7 +25,7 @@ class Generator(nn.Module):
 
 
 @pytest.fixture
-def split() -> SplitGenerator:
+def split():
     generator, args = Generator().eval(), (torch.rand(2, 8),)
     stages = [f"blocks.{i}" for i in range(3)]
     decoder = read_decoder(generator, args, {}, stages=stages)
@@ -36,7 +34,7 @@ def split() -> SplitGenerator:
 
 
 @torch.no_grad()
-def test_segments_and_tails_print_compile_and_export(split: SplitGenerator) -> None:
+def test_segments_and_tails_print_compile_and_export(split):
     z = torch.rand(3, 8)
     assert 'getattr(self.generator.blocks, "0")' in split.segments[0].code
     (feature,) = split.segments[1](*split.segments[0](z))
@@ -50,7 +48,7 @@ def test_segments_and_tails_print_compile_and_export(split: SplitGenerator) -> N
 
 
 @torch.no_grad()
-def test_begin_returns_the_call_and_does_not_consume_its_values(split: SplitGenerator) -> None:
+def test_begin_returns_the_call_and_does_not_consume_its_values(split):
     z = torch.rand(2, 8)
     begun = split.begin((z,), {})
     assert isinstance(begun, Begun) and begun.args[0] is z and begun.kwargs == {}

@@ -1,10 +1,8 @@
-"""Where no stages are found, the error says what to write; what it says works."""
-
-from __future__ import annotations
+"""Errors for decoders without stages; their advice works."""
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 import retroexit
@@ -14,7 +12,7 @@ from retroexit.errors import AttachPointError, RepeatedStageError
 class _Shared(nn.Module):
     """One block that runs at every resolution."""
 
-    def __init__(self, *, advised: bool = False) -> None:
+    def __init__(self, *, advised=False):
         super().__init__()
         self.block = nn.Sequential(
             nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1)
@@ -23,7 +21,7 @@ class _Shared(nn.Module):
             self.turns = nn.ModuleList(nn.Sequential(self.block) for _ in range(3))
         self.to_rgb = nn.Conv2d(16, 3, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         for i in range(3):
             x = F.interpolate(x, scale_factor=2)
             x = x + (self.turns[i](x) if hasattr(self, "turns") else self.block(x))
@@ -35,22 +33,17 @@ ADVICE = r"self\.turns = nn\.ModuleList\(nn\.Sequential\(self\.block\) for _ in 
 
 @pytest.mark.parametrize(
     ("stages", "error", "more"),
-    [
-        (None, AttachPointError, r".*stages=\['turns.0', 'turns.1'\]"),
-        (["block"], RepeatedStageError, ""),
-    ],
+    [(None, AttachPointError, r".*stages=\['turns.0', 'turns.1'\]"), (["block"], RepeatedStageError, "")],
 )
-def test_a_block_that_runs_in_a_loop_is_named_with_the_line_to_write(
-    stages: list[str] | None, error: type[Exception], more: str
-) -> None:
+def test_a_block_that_runs_in_a_loop_is_named_with_the_line_to_write(stages, error, more):
     with pytest.raises(error, match=f"'block' runs 3 times.*{ADVICE}{more}"):
         retroexit.find_stages(_Shared().eval(), (torch.randn(1, 16, 4, 4),), stages=stages)
 
 
-def test_the_advice_gives_stages_with_shared_weights() -> None:
+def test_the_advice_gives_stages_with_shared_weights():
     generator, z = _Shared(advised=True).eval(), torch.randn(1, 16, 4, 4)
-    found = retroexit.find_stages(generator, (z,))
-    assert [stage.path for stage in found] == ["turns.0", "turns.1", "turns.2"]
+    stages = retroexit.find_stages(generator, (z,))
+    assert [stage.path for stage in stages] == ["turns.0", "turns.1", "turns.2"]
     model = retroexit.wrap(generator, [1, 2], 1.0, example_inputs=(z,))
     with torch.no_grad():
         assert all(torch.equal(model(z, exit=k), generator(z)) for k in (1, 2, 3))
@@ -59,12 +52,12 @@ def test_the_advice_gives_stages_with_shared_weights() -> None:
 class _Rolled(nn.Module):
     """A recurrent cell that is unrolled, behind a stem that runs once."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.stem, self.cell = nn.Conv2d(3, 32, 1), nn.Conv2d(64, 32, 3, padding=1)
         self.to_rgb = nn.Conv2d(32, 3, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         x = self.stem(x)
         state = torch.zeros_like(x)
         for _ in range(4):
@@ -72,26 +65,19 @@ class _Rolled(nn.Module):
         return self.to_rgb(state)
 
 
-def test_an_unrolled_cell_is_named_beside_what_runs_once() -> None:
+def test_an_unrolled_cell_is_named_beside_what_runs_once():
     with pytest.raises(
         AttachPointError, match=r"'cell' runs 4 times.*Or name what runs once: stages=\['stem'\]"
     ):
         retroexit.find_stages(_Rolled().eval(), (torch.randn(1, 3, 16, 16),))
 
-    found = retroexit.find_stages(_Rolled().eval(), (torch.randn(1, 3, 16, 16),), stages=["stem"])
-    assert [stage.path for stage in found] == ["stem"]
+    stages = retroexit.find_stages(_Rolled().eval(), (torch.randn(1, 3, 16, 16),), stages=["stem"])
+    assert [stage.path for stage in stages] == ["stem"]
 
 
-def test_a_generator_without_feature_maps_is_told_to_group_its_layers() -> None:
+def test_the_error_for_a_generator_without_feature_maps_advises_to_group_its_layers():
     flat = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 3 * 8 * 8), nn.Unflatten(1, (3, 8, 8)))
     with pytest.raises(
         AttachPointError, match="no module with weights.*Put the layers of each resolution into"
     ):
         retroexit.find_stages(flat.eval(), (torch.randn(1, 8),))
-
-
-def test_a_flat_sequence_has_its_layers_as_stages() -> None:
-    layers = [nn.Conv2d(8, 32, 3, padding=1), nn.ReLU(), nn.Upsample(scale_factor=2)]
-    layers += [nn.Conv2d(32, 24, 3, padding=1), nn.BatchNorm2d(24), nn.ReLU(), nn.Conv2d(24, 3, 3, padding=1)]
-    flat = nn.Sequential(*layers).eval()
-    assert [s.path for s in retroexit.find_stages(flat, (torch.randn(1, 8, 8, 8),))] == ["0", "3"]

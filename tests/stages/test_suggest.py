@@ -1,8 +1,4 @@
-"""Suggested attach points: spread in MACs, few live values, always a place that `wrap` takes."""
-
-from __future__ import annotations
-
-from types import ModuleType
+"""Suggested attach points: spread in MACs, few live values, accepted by `wrap`."""
 
 import pytest
 import torch
@@ -13,7 +9,7 @@ import retroexit
 from retroexit.stages.stage import suggest_attach_points
 
 
-def stages(cumulative: list[float], live: list[int] | None = None) -> list[retroexit.Stage]:
+def stages(cumulative, live=None):
     """Stages that have spent these shares, with this many numbers in live values."""
     sizes = live or [0] * len(cumulative)
     shares = [b - a for a, b in zip([0.0, *cumulative], cumulative, strict=False)]
@@ -45,11 +41,11 @@ _LIVE = [0.06, 0.1, 0.14, 0.3, 0.5, 0.7, 1.0]
         pytest.param([1.0], None, [], id="one stage"),
     ],
 )  # fmt: skip
-def test_suggestions(cumulative: list[float], live: list[int] | None, expected: list[int]) -> None:
+def test_suggestions(cumulative, live, expected):
     assert suggest_attach_points(stages(cumulative, live)) == expected
 
 
-def test_what_lies_before_the_decoder_is_not_part_of_the_spread() -> None:
+def test_what_lies_before_the_decoder_is_not_part_of_the_spread():
     late = stages([0.44 + 0.04 * i for i in range(1, 15)])
     late[0] = retroexit.Stage(1, "l.1", "Block", (1, 8, 4, 4), 1, 0.08, 0.48)  # 40 % are spent before it
     assert suggest_attach_points(late) == [1, 3, 5, 8]
@@ -58,21 +54,20 @@ def test_what_lies_before_the_decoder_is_not_part_of_the_spread() -> None:
 @given(
     st.lists(st.floats(0, 1), min_size=1, max_size=70), st.lists(st.integers(1, 99), min_size=70, max_size=70)
 )
-def test_never_the_last_stage_at_most_four_in_order(shares: list[float], live: list[int]) -> None:
-    found = suggest_attach_points(stages(sorted(shares), live[: len(shares)]))
-    assert found == sorted(set(found))
-    assert len(found) <= 4
-    assert len(shares) not in found
-    assert bool(found) == (len(shares) > 1)
+def test_never_the_last_stage_at_most_four_in_order(shares, live):
+    suggested = suggest_attach_points(stages(sorted(shares), live[: len(shares)]))
+    assert suggested == sorted(set(suggested)) and len(suggested) <= 4
+    assert len(shares) not in suggested
+    assert bool(suggested) == (len(shares) > 1)
 
 
 @pytest.mark.parametrize("name", ["list_input_with_unet_skips", "attention_single_head"])
-def test_the_generator_can_be_wrapped_where_it_is_suggested(name: str, toys: ModuleType) -> None:
+def test_the_generator_can_be_wrapped_where_it_is_suggested(name, toys):
     toy = toys.TOYS[name]()
-    found = retroexit.find_stages(toy.generator, toy.args, toy.kwargs)
-    places = [stage.index for stage in found if stage.is_suggested]
-    assert places == suggest_attach_points(found)
-    assert [s.saves for s in found] == [1 - s.cumulative for s in found]
+    decoder = retroexit.find_stages(toy.generator, toy.args, toy.kwargs)
+    places = [stage.index for stage in decoder if stage.is_suggested]
+    assert places == suggest_attach_points(decoder)
+    assert [s.saves for s in decoder] == [1 - s.cumulative for s in decoder]
     model = retroexit.wrap(
         toy.generator, places, 1 / 4, min_channels=8, example_inputs=toy.args, example_kwargs=toy.kwargs
     )

@@ -1,12 +1,8 @@
-"""A trunk of transformer layers has stages like any other; behind one, its tokens are a map."""
-
-from __future__ import annotations
-
-from typing import Any
+"""Stages of transformer trunks, whose tokens are reshaped to feature maps."""
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import retroexit
 
@@ -14,12 +10,12 @@ import retroexit
 class _Layer(nn.Module):
     """A transformer layer on tokens ``(N, L, C)``, or on maps with channels last."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width):
         super().__init__()
         self.norm, self.key = nn.LayerNorm(width), nn.Linear(width, width)
         self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         tokens = self.norm(x).flatten(1, -2)
         mixed = torch.softmax(self.key(tokens) @ tokens.mT, -1) @ tokens
         x = x + mixed.view(x.shape)
@@ -27,14 +23,14 @@ class _Layer(nn.Module):
 
 
 class _Trunk(nn.Module):
-    def __init__(self, *, flat: bool) -> None:
+    def __init__(self, *, flat):
         super().__init__()
         self.stem = nn.Conv2d(3, 24, 3, padding=1)
         self.layers = nn.ModuleList(_Layer(24) for _ in range(4))
         self.norm, self.to_rgb = nn.LayerNorm(24), nn.Conv2d(24, 3, 3, padding=1)
         self.flat = flat
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         first = self.stem(x)
         h, w = first.shape[2:]
         x = first.flatten(2).transpose(1, 2) if self.flat else first.permute(0, 2, 3, 1).contiguous()
@@ -48,12 +44,12 @@ class _Trunk(nn.Module):
 class _Sound(nn.Module):
     """Tokens of a waveform have as many axes as its maps."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.stem, self.to_wave = nn.Conv1d(8, 24, 3, padding=1), nn.ConvTranspose1d(24, 1, 4, stride=4)
         self.layers = nn.ModuleList(_Layer(24) for _ in range(3))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         x = self.stem(x).mT
         for layer in self.layers:
             x = layer(x)
@@ -68,30 +64,30 @@ CASES = {
 
 
 @pytest.fixture(params=CASES)
-def case(request: pytest.FixtureRequest) -> Any:
+def case(request):
     make, shape, feature, count = CASES[request.param]
     torch.manual_seed(0)
     return make().eval(), torch.randn(shape), feature, count
 
 
-def test_every_layer_is_a_stage_and_hands_on_a_map(case: Any) -> None:
+def test_every_layer_is_a_stage_and_hands_on_a_map(case):
     generator, x, feature, count = case
-    found = retroexit.find_stages(generator, (x,))
-    assert [s.path for s in found] == [f"layers.{i}" for i in range(count)]
-    assert {s.shape for s in found} == {feature}
+    stages = retroexit.find_stages(generator, (x,))
+    assert [s.path for s in stages] == [f"layers.{i}" for i in range(count)]
+    assert {s.shape for s in stages} == {feature}
 
 
-def test_a_cut_between_layers_loses_nothing(case: Any) -> None:
+def test_a_cut_between_layers_loses_nothing(case):
     generator, x, *_ = case
     model = retroexit.wrap(generator, [1, 2], 1.0, example_inputs=(x,))
-    want = generator(x)
+    expected = generator(x)
     with torch.no_grad():
-        assert all(torch.equal(output, want) for output in model.all_exits(x))
+        assert all(torch.equal(output, expected) for output in model.all_exits(x))
         pieces = [model(x, exit=k) for k in (1, 2, 3)]
-    assert all(torch.equal(piece, want) for piece in pieces)
+    assert all(torch.equal(piece, expected) for piece in pieces)
 
 
-def test_branches_between_layers_shrink_and_take_another_batch_and_size(case: Any) -> None:
+def test_branches_between_layers_shrink_and_take_another_batch_and_size(case):
     generator, x, _, _ = case
     model = retroexit.wrap(generator, [1], 1 / 2, min_channels=8, example_inputs=(x,))
     branch = sum(p.numel() for p in model.branches[0].parameters())
@@ -102,15 +98,15 @@ def test_branches_between_layers_shrink_and_take_another_batch_and_size(case: An
         assert torch.equal(model(larger, exit=2), generator(larger))
 
 
-def test_what_a_trunk_needs_besides_its_tokens_is_the_way_around_it() -> None:
+def test_what_a_trunk_needs_besides_its_tokens_is_the_way_around_it():
     x = torch.randn(1, 3, 8, 8)
-    found = retroexit.find_stages(_Trunk(flat=True).eval(), (x,))
-    assert [[shape for _, shape in stage.live] for stage in found] == [[(1, 24, 8, 8)]] * 4
+    stages = retroexit.find_stages(_Trunk(flat=True).eval(), (x,))
+    assert [[shape for _, shape in stage.live] for stage in stages] == [[(1, 24, 8, 8)]] * 4
 
 
-def test_a_class_token_makes_no_map() -> None:
+def test_a_class_token_makes_no_map():
     class Classed(_Trunk):
-        def forward(self, x: Tensor) -> Tensor:
+        def forward(self, x):
             x = self.stem(x)
             tokens = x.flatten(2).transpose(1, 2)
             tokens = torch.cat([tokens[:, :1], tokens], 1)
@@ -118,5 +114,5 @@ def test_a_class_token_makes_no_map() -> None:
                 tokens = layer(tokens)
             return self.to_rgb(tokens[:, 1:].transpose(1, 2).view(x.shape))
 
-    found = retroexit.find_stages(Classed(flat=True).eval(), (torch.randn(1, 3, 8, 8),))
-    assert [stage.path for stage in found] == ["stem"]
+    stages = retroexit.find_stages(Classed(flat=True).eval(), (torch.randn(1, 3, 8, 8),))
+    assert [stage.path for stage in stages] == ["stem"]

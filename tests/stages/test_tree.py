@@ -1,42 +1,32 @@
-"""The module tree: every stage once, every parameter and MAC once, everything else folded."""
-
-from __future__ import annotations
-
-from typing import Any
+"""The module tree: every stage, parameter and MAC occurs once."""
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from toys import Block
 
 from retroexit.api import read_generator
-from retroexit.stages.module_tree import Part, module_tree
-
-
-class Block(nn.Module):
-    def __init__(self, up: int = 2) -> None:
-        super().__init__()
-        self.a, self.b, self.up = nn.Conv2d(12, 12, 3, padding=1), nn.Conv2d(12, 12, 3, padding=1), up
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.b(torch.relu(self.a(nn.functional.interpolate(x, scale_factor=self.up))))
+from retroexit.stages.module_tree import module_tree
 
 
 class Coder(nn.Module):
     """An encoder, a wrapper around the decoder, a parameter of its own, and a module that never runs."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.first, self.second = nn.Conv2d(3, 12, 4, 4), nn.BatchNorm2d(12)
         self.gain = nn.Parameter(torch.ones(12, 1, 1))
-        self.wrapper = nn.ModuleDict({"inner": nn.Sequential(nn.Sequential(Block(), Block(), Block(1)))})
+        self.wrapper = nn.ModuleDict(
+            {"inner": nn.Sequential(nn.Sequential(Block(12, 12, True), Block(12, 12, True), Block(12, 12)))}
+        )
         self.head = nn.Conv2d(12, 3, 1)
         self.teacher = nn.Linear(5, 5)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         h = torch.relu(self.second(self.first(x))) * self.gain
         return self.head(self.wrapper["inner"](h))
 
 
-def lines(generator: nn.Module, *args: Any, **kwargs: Any) -> list[Part]:
+def lines(generator, *args, **kwargs):
     decoder = read_generator(generator.eval(), args, kwargs)
     parts = module_tree(decoder)
     assert sum(part.parameters for part in parts) == sum(p.numel() for p in generator.parameters())
@@ -45,11 +35,11 @@ def lines(generator: nn.Module, *args: Any, **kwargs: Any) -> list[Part]:
     return parts
 
 
-def test_parameters_and_macs_of_every_toy_are_counted_once(every_toy: Any) -> None:
+def test_parameters_and_macs_of_every_toy_are_counted_once(every_toy):
     lines(every_toy.generator, *every_toy.args, **every_toy.kwargs)
 
 
-def test_what_holds_stages_is_opened_and_the_rest_is_folded() -> None:
+def test_what_holds_stages_is_opened_and_the_rest_is_folded():
     parts = lines(Coder(), torch.rand(1, 3, 16, 16))
     assert [(p.depth, p.name, p.kind) for p in parts] == [
         (0, "", "Coder"),
@@ -67,8 +57,8 @@ def test_what_holds_stages_is_opened_and_the_rest_is_folded() -> None:
     assert [p.path for p in parts if p.stage] == [f"wrapper.inner.0.{i}" for i in range(3)]
 
 
-def test_a_norm_that_closes_a_stage_belongs_to_it() -> None:
-    def level(i: int, o: int) -> list[nn.Module]:
+def test_a_norm_that_closes_a_stage_belongs_to_it():
+    def level(i, o):
         return [nn.ConvTranspose2d(i, o, 4, 2, 1), nn.BatchNorm2d(o), nn.ReLU()]
 
     parts = lines(
@@ -84,7 +74,7 @@ def test_a_norm_that_closes_a_stage_belongs_to_it() -> None:
     assert parts[1].parameters == 8 * 16 * 16 + 16 + 32
 
 
-def test_a_shared_weight_is_counted_where_it_occurs_first() -> None:
+def test_a_shared_weight_is_counted_where_it_occurs_first():
     coder = Coder()
     coder.head.weight = nn.Parameter(torch.rand(3, 12, 1, 1))
     blocks = coder.wrapper["inner"][0]
@@ -94,9 +84,9 @@ def test_a_shared_weight_is_counted_where_it_occurs_first() -> None:
     assert first - second == 12 * 12 * 9
 
 
-def test_what_a_forward_computes_itself_stands_at_the_module() -> None:
+def test_what_a_forward_computes_itself_stands_at_the_module():
     class Mixing(Coder):
-        def forward(self, x: Tensor) -> Tensor:
+        def forward(self, x):
             return nn.functional.conv2d(super().forward(x), torch.ones(3, 3, 1, 1))
 
     parts = lines(Mixing(), torch.rand(1, 3, 16, 16))

@@ -1,8 +1,12 @@
-"""Small generators and a metric without weights, for `conftest.py` and for a script that gets killed."""
+"""Small generators, a metric without weights and helpers for fits; pytest has this folder on its path."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import retroexit
+from retroexit.core.files import read_tensors
 from retroexit.metrics import QualityMetric
 from retroexit.model import EarlyExitGenerator
 
@@ -23,6 +28,20 @@ class Distance(QualityMetric):
 
     def compare(self, a: Tensor, b: Tensor) -> Tensor:
         return ((a - b).square().mean((1, 2, 3)) + 1e-12).sqrt()
+
+
+class Judge(nn.Module):
+    """A discriminator of pixels, with one score or one for each class."""
+
+    def __init__(self, scores: int = 1) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            self.first = nn.utils.spectral_norm(nn.Conv2d(3, 4, 3, padding=1))
+            self.drop, self.last = nn.Dropout(0.3), nn.Conv2d(4, scores, 1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.last(self.drop(torch.relu(self.first(image))))
 
 
 class Layer(nn.Module):
@@ -84,6 +103,22 @@ class SharedNoise(Decoder):
         return torch.tanh(self.rgb(h + noise))
 
 
+class Chain(nn.Module):
+    """Convolutions of four channels, before which noise is added on request; all maps have one size."""
+
+    def __init__(self, stages: int, noise: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stages = nn.ModuleList(nn.Conv2d(4, 4, 3, padding=1) for _ in range(stages))
+        self.rgb, self.noise = nn.Conv2d(4, 3, 1), noise
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + torch.randn_like(x) if self.noise else x
+        for stage in self.stages:
+            x = stage(x).relu()
+        return torch.tanh(self.rgb(x))
+
+
 class Copying(nn.Module):
     """Every map, the image too, is an enlarged copy of the input."""
 
@@ -117,15 +152,14 @@ def make(kind: type[nn.Module] = Decoder) -> nn.Module:
 
 def wrap(generator: nn.Module | None = None, **options: Any) -> EarlyExitGenerator:
     """Attach fresh branches after the first two stages, without looking for widths, which takes long."""
-    options = {
-        "attach_at": [1, 2],
-        "scale": 1,
-        "init": "scratch",
-        "image_range": (-1, 1),
-        "adapter": False,
-    } | options
+    defaults = {"attach_at": [1, 2], "scale": 1, "init": "scratch", "image_range": (-1, 1), "adapter": False}
+    options = defaults | options
     options.setdefault("example_inputs", (latents(2),))
     return retroexit.wrap(generator if generator is not None else make(), **options)
+
+
+HALVES: dict[str, Any] = {"init": "inherit", "scale": 0.5, "min_channels": 8}
+"""Options of branches with half of the backbone's channels."""
 
 
 def latents(count: int) -> Tensor:
@@ -133,14 +167,8 @@ def latents(count: int) -> Tensor:
     return torch.randn(count, 4, 4, 4, generator=torch.Generator().manual_seed(5))
 
 
-SETTINGS: dict[str, Any] = {
-    "steps": 4,
-    "batch": 3,
-    "predictor_steps": 3,
-    "checkpoint_every": 3,
-    "cache_batch": 4,
-    "held_out": 0.2,
-}
+SETTINGS: dict[str, Any] = {"steps": 4, "batch": 3, "predictor_steps": 3, "checkpoint_every": 3}
+SETTINGS |= {"cache_batch": 4, "held_out": 0.2}
 
 
 def fit(model: EarlyExitGenerator, folder: Path, inputs: Any = None, **settings: Any) -> EarlyExitGenerator:
@@ -152,13 +180,19 @@ def fit(model: EarlyExitGenerator, folder: Path, inputs: Any = None, **settings:
 def trained(model: EarlyExitGenerator) -> dict[str, Tensor]:
     """Everything that a fit makes."""
     assert model.predictor is not None
-    found = {f"branches.{k}": v for k, v in model.branches.state_dict().items()}
-    found |= {f"predictor.{k}": v for k, v in model.predictor.state_dict().items()}
+    tensors = {f"branches.{k}": v for k, v in model.branches.state_dict().items()}
+    tensors |= {f"predictor.{k}": v for k, v in model.predictor.state_dict().items()}
     if model.bank is not None:
-        found["bank.values"] = torch.from_numpy(model.bank.values.astype("float32"))
-        found["bank.source"] = model.bank.source
-        found["bank.keys"] = model.bank.search(model.split.example[0][0].new_ones(1, 12, 8, 8)).distances
-    return found
+        tensors["bank.values"] = torch.from_numpy(model.bank.values.astype("float32"))
+        tensors["bank.source"] = model.bank.source
+        tensors["bank.keys"] = model.bank.search(torch.ones(1, 12, 8, 8)).distances
+    return tensors
+
+
+def checkpoint(folder: Path, number: int) -> tuple[dict[str, Tensor], int]:
+    """Tensors and step of the checkpoint of an exit."""
+    tensors, about = read_tensors(folder / f"branches/exit{number}.safetensors")
+    return tensors, about["step"]
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
@@ -180,3 +214,17 @@ def interrupted(owner: Any, name: str, after: int) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(owner, name, sometimes)
         yield
+
+
+def start_script(
+    code: str, *arguments: Any, launcher: Sequence[str] = ()
+) -> subprocess.CompletedProcess[str]:
+    """Run Python code, which sees `decoders`, `Path` and its arguments as `args`, in processes of its own."""
+    setup = "import json, sys, torch\nfrom pathlib import Path\n"
+    setup += f"sys.path.insert(0, {str(Path(__file__).parent)!r})\nimport decoders\n"
+    setup += f"args = json.loads(sys.argv[-1])\ntorch.set_num_threads({torch.get_num_threads()})\n"
+    with tempfile.TemporaryDirectory() as folder:
+        script = Path(folder, "script.py")
+        script.write_text(setup + code)
+        words = [sys.executable, *launcher, str(script), json.dumps(arguments, default=str)]
+        return subprocess.run(words, capture_output=True, text=True, timeout=240)

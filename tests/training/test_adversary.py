@@ -1,4 +1,4 @@
-"""Both sides of equation 1: numbers, who learns what, which discriminators are understood, going on later."""
+"""Both sides of equation 1: losses, gradients, kinds of discriminators, resuming."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from retroexit.errors import CheckpointError, OptionError, TrainingError
 from retroexit.plugins.training_types import Objective, TrainingBatch
-from retroexit.training.losses.adversary import (
+from retroexit.training.losses.terms import (
     OBJECTIVES,
     Adversarial,
     Adversary,
@@ -21,6 +21,8 @@ from retroexit.training.losses.adversary import (
     captured_layers,
     find_objective,
 )
+
+HINGE = OBJECTIVES["hinge"]
 
 
 class Patches(nn.Module):
@@ -48,36 +50,34 @@ class Scales(nn.Module):
         self.fine, self.coarse = Patches(), Patches()
 
     def forward(self, image: Tensor) -> list[list[Tensor]]:
-        found = []
+        outputs = []
         for part in (self.fine, self.coarse):
             first = torch.relu(part.model[0](image))
             second = torch.relu(part.model[2](first))
-            found.append([first, second, part.score(second)])
+            outputs.append([first, second, part.score(second)])
             image = nn.functional.avg_pool2d(image, 2)
-        return found
+        return outputs
 
 
 @pytest.fixture
 def batch() -> TrainingBatch:
-    made = (torch.rand(2, 3, 16, 16) * 2 - 1).requires_grad_()
-    return TrainingBatch(made, torch.rand(2, 3, 16, 16) * 2 - 1)
+    image = (torch.rand(2, 3, 16, 16) * 2 - 1).requires_grad_()
+    return TrainingBatch(image, torch.rand(2, 3, 16, 16) * 2 - 1)
+
+
+def log_loss(score: float) -> float:
+    return -math.log(1 / (1 + math.exp(-score)))
 
 
 FORMS: dict[str, tuple[Callable[[float], float], Callable[[float], float], Callable[[float], float]]] = {
     "hinge": (lambda s: -s, lambda s: max(0.0, 1 - s), lambda s: max(0.0, 1 + s)),
-    "non-saturating": (
-        lambda s: -math.log(1 / (1 + math.exp(-s))),
-        lambda s: -math.log(1 / (1 + math.exp(-s))),
-        lambda s: -math.log(1 - 1 / (1 + math.exp(-s))),
-    ),
+    "non-saturating": (log_loss, log_loss, lambda s: log_loss(-s)),
 }
 
 
 @pytest.mark.parametrize("name", FORMS)
 @pytest.mark.parametrize("kind", [Patches, Scales])
-def test_both_sides_minimise_what_equation_1_says(
-    name: str, kind: type[nn.Module], batch: TrainingBatch
-) -> None:
+def test_both_sides_minimise_equation_1(name: str, kind: type[nn.Module], batch: TrainingBatch) -> None:
     judge, (branch, real, fake) = kind(), FORMS[name]
 
     def mean(image: Tensor, form: Callable[[float], float]) -> float:
@@ -102,8 +102,7 @@ def test_a_branch_gets_gradient_and_the_discriminator_learns_from_its_own_step_a
     with untouched(judge):
         adversary = Adversary(judge, OBJECTIVES["non-saturating"])
         Adversarial(adversary).of_batch(batch).backward()
-        assert batch.image.grad is not None
-        assert batch.image.grad.any()
+        assert batch.image.grad is not None and batch.image.grad.any()
         assert [n for n, p in adversary.module.named_parameters() if p.grad is not None] == []
         before = [p.detach().clone() for p in adversary.parameters()]
         batch.image.grad = None
@@ -113,86 +112,52 @@ def test_a_branch_gets_gradient_and_the_discriminator_learns_from_its_own_step_a
     assert all(p.grad is None for p in adversary.parameters())
 
 
-def test_a_discriminator_learns_to_tell_the_two_apart() -> None:
-    adversary = Adversary(Patches(), OBJECTIVES["non-saturating"], lr=1e-2)
-    batch = TrainingBatch(torch.full((2, 3, 16, 16), -0.5), torch.full((2, 3, 16, 16), 0.5))
-    losses = [sum(adversary.step(batch).values()) for _ in range(40)]
-    assert losses[-1] < 0.3 * losses[0]
-    with torch.no_grad():
-        real, fake = (adversary.discriminate(image, batch).scores[0] for image in (batch.target, batch.image))
-    assert real.min() > fake.max()
-
-
 @pytest.mark.parametrize("kind", [Patches, Scales])
-def test_feature_matching_compares_what_the_discriminator_sees_on_the_way(
+def test_feature_matching_compares_the_features_of_the_discriminator(
     kind: type[nn.Module], batch: TrainingBatch
 ) -> None:
     judge = kind()
-    adversary = Adversary(judge, OBJECTIVES["hinge"])
+    adversary = Adversary(judge, HINGE)
     value = FeatureMatching(adversary).of_batch(batch)
     if isinstance(judge, Scales):
-        made, wanted = (
+        fake, real = (
             [x for scale in judge(image) for x in scale[:-1]] for image in (batch.image, batch.target)
         )
     else:
         assert captured_layers(judge) == ["model.0", "model.2", "score"]
         features = lambda x: [judge.model[:2](x), judge.model(x)]  # type: ignore[index, operator]  # noqa: E731
-        made, wanted = features(batch.image), features(batch.target)
+        fake, real = features(batch.image), features(batch.target)
     parts = []
-    for a, b in zip(made, wanted, strict=True):
+    for a, b in zip(fake, real, strict=True):
         pairs = zip(a.flatten().tolist(), b.flatten().tolist(), strict=True)
         parts.append(sum(abs(x - y) for x, y in pairs) / a.numel())
     assert value.item() == pytest.approx(sum(parts) / len(parts), rel=1e-4)
     value.backward()
-    assert batch.image.grad is not None
-    assert batch.image.grad.any()
+    assert batch.image.grad is not None and batch.image.grad.any()
     assert all(not module._forward_hooks for module in adversary.module.modules())
 
 
-def test_features_may_come_in_tuples(batch: TrainingBatch) -> None:
+def test_features_may_come_in_tuples_and_equal_images_have_finite_gradients(batch: TrainingBatch) -> None:
     class Block(nn.Conv2d):
         def forward(self, x: Tensor) -> Any:
             return super().forward(x), None
 
-    class Stacked(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.block, self.score = Block(3, 4, 3), nn.Conv2d(4, 1, 1)
-
+    class Stacked(nn.Sequential):
         def forward(self, image: Tensor) -> Tensor:
-            return self.score(self.block(image)[0])
+            return self[1](self[0](image)[0])
 
-    judge = Stacked()
-    a, b = (judge.block(image)[0] for image in (batch.image, batch.target))
-    assert torch.allclose(
-        FeatureMatching(Adversary(judge, OBJECTIVES["hinge"])).of_batch(batch), (a - b).abs().mean()
-    )
-
-
-def test_feature_matching_is_finite_at_equal_images(batch: TrainingBatch) -> None:
-    same = replace(batch, image=batch.target.clone().requires_grad_())
-    value = FeatureMatching(Adversary(Patches(), OBJECTIVES["hinge"])).of_batch(same)
+    judge = Stacked(Block(3, 4, 3), nn.Conv2d(4, 1, 1))
+    a, b = (judge[0](image)[0] for image in (batch.image, batch.target))
+    term = FeatureMatching(Adversary(judge, HINGE))
+    assert torch.allclose(term.of_batch(batch), (a - b).abs().mean())
+    equal = replace(batch, image=batch.target.clone().requires_grad_())
+    value = term.of_batch(equal)
     value.backward()
-    assert value == 0
-    assert same.image.grad is not None
-    assert torch.isfinite(same.image.grad).all()
+    assert value == 0 and equal.image.grad is not None and equal.image.grad.isfinite().all()
 
 
-def test_a_discriminator_without_features_cannot_be_matched(batch: TrainingBatch) -> None:
-    class Flat(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.randn(3))
-
-        def forward(self, image: Tensor) -> Tensor:
-            return image.mean((2, 3)) @ self.weight
-
-    with pytest.raises(TrainingError, match="needs features between image and score, got none from Flat"):
-        FeatureMatching(Adversary(Flat(), OBJECTIVES["hinge"])).of_batch(batch)
-
-
-def test_the_branch_is_judged_once_for_all_terms(batch: TrainingBatch) -> None:
-    adversary = Adversary(Patches(), OBJECTIVES["hinge"])
+def test_all_terms_share_one_run_of_the_discriminator(batch: TrainingBatch) -> None:
+    adversary = Adversary(Patches(), HINGE)
     seen: list[int] = []
     adversary.module.register_forward_hook(lambda *_: seen.append(1))
     Adversarial(adversary).of_batch(batch)
@@ -202,112 +167,89 @@ def test_the_branch_is_judged_once_for_all_terms(batch: TrainingBatch) -> None:
     assert len(seen) == 3
 
 
-def test_a_discriminator_that_asks_for_more_gets_the_generators_inputs(batch: TrainingBatch) -> None:
-    class Conditional(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.judge = nn.Conv2d(4, 1, 1)
-
+def test_a_conditional_discriminator_gets_the_generators_inputs(batch: TrainingBatch) -> None:
+    class Conditional(nn.Conv2d):
         def forward(self, image: Tensor, mask: Tensor) -> Tensor:
-            return self.judge(torch.cat([image, mask], 1))
+            return super().forward(torch.cat([image, mask], 1))
 
-    judge = Conditional()
+    judge = Conditional(4, 1, 1)
     mask = torch.rand(2, 1, 16, 16)
-    adversary = Adversary(judge, OBJECTIVES["hinge"])
-    assert adversary.needs_inputs
-    assert Adversarial(adversary).needs_inputs
-    given = replace(batch, kwargs={"mask": mask})
-    want = -judge(batch.image, mask).mean()
-    assert torch.allclose(Adversarial(adversary).of_batch(given), want)
+    adversary = Adversary(judge, HINGE)
+    assert adversary.needs_inputs and Adversarial(adversary).needs_inputs
+    conditioned = replace(batch, kwargs={"mask": mask})
+    expected = -judge(batch.image, mask).mean()
+    assert torch.allclose(Adversarial(adversary).of_batch(conditioned), expected)
     adversary.step(replace(batch, args=(mask,)))
-    assert not Adversary(Patches(), OBJECTIVES["hinge"]).needs_inputs
+    assert not Adversary(Patches(), HINGE).needs_inputs
 
 
-def test_a_discriminator_sees_images_in_the_range_it_was_made_for(batch: TrainingBatch) -> None:
+def test_a_discriminator_sees_images_in_its_own_range(batch: TrainingBatch) -> None:
     judge = Patches()
-    adversary = Adversary(judge, OBJECTIVES["hinge"], image_range=(0.0, 255.0))
-    want = -judge((batch.image + 1) * 127.5).mean()
-    assert torch.allclose(Adversarial(adversary).of_batch(batch), want, rtol=1e-4)
+    adversary = Adversary(judge, HINGE, image_range=(0.0, 255.0))
+    expected = -judge((batch.image + 1) * 127.5).mean()
+    assert torch.allclose(Adversarial(adversary).of_batch(batch), expected, rtol=1e-4)
+
+
+def test_a_discriminator_without_layers_has_no_features_to_match(batch: TrainingBatch) -> None:
+    class Flat(nn.Module):
+        def forward(self, image: Tensor) -> Tensor:
+            return image.mean((1, 2, 3))
+
+    with pytest.raises(TrainingError, match="needs features between image and score, got none from Flat"):
+        FeatureMatching(Adversary(Flat(), HINGE)).of_batch(batch)
 
 
 @pytest.mark.parametrize("output", [{"score": torch.zeros(1)}, [], ["a"], None])
-def test_an_output_that_is_no_verdict_is_refused(output: Any, batch: TrainingBatch) -> None:
+def test_an_output_without_scores_is_refused(output: Any, batch: TrainingBatch) -> None:
     class Odd(Patches):
         def forward(self, image: Tensor) -> Any:
             return output
 
-    with pytest.raises(
-        TrainingError, match=f"list that ends with the score.* got a {type(output).__name__} from Odd"
-    ):
-        Adversarial(Adversary(Odd(), OBJECTIVES["hinge"])).of_batch(batch)
+    message = f"list that ends with the score.* got a {type(output).__name__} from Odd"
+    with pytest.raises(TrainingError, match=message):
+        Adversarial(Adversary(Odd(), HINGE)).of_batch(batch)
 
 
-def test_a_spectrally_normalised_discriminator_that_has_run_can_be_copied(batch: TrainingBatch) -> None:
+def test_a_resumed_adversary_takes_the_same_steps(batch: TrainingBatch) -> None:
     judge = nn.Sequential(nn.utils.spectral_norm(nn.Conv2d(3, 4, 3)), nn.Conv2d(4, 1, 1))
-    judge(batch.target)
-    adversary = Adversary(judge, OBJECTIVES["hinge"])
-    before = [p.detach().clone() for p in judge.parameters()]
-    adversary.step(batch)
-    assert all(torch.equal(a, b) for a, b in zip(before, judge.parameters(), strict=True))
-    assert not torch.equal(adversary.module[0].weight_orig, judge[0].weight_orig)  # type: ignore[index, union-attr]
-
-
-def test_an_adversary_goes_on_where_it_stopped(batch: TrainingBatch) -> None:
-    judge = nn.Sequential(nn.utils.spectral_norm(nn.Conv2d(3, 4, 3)), nn.Conv2d(4, 1, 1))
-    whole, first = Adversary(judge, OBJECTIVES["hinge"]), Adversary(judge, OBJECTIVES["hinge"])
-    parts = []
-    for _ in range(4):
-        parts.append(whole.step(batch))
+    judge(batch.target)  # from here on its weight has a history, which copies must not share
+    before = {name: value.clone() for name, value in judge.state_dict().items()}
+    uninterrupted, first, second = (Adversary(judge, HINGE) for _ in range(3))
+    losses = [uninterrupted.step(batch) for _ in range(4)]
     for _ in range(2):
         first.step(batch)
-    state = {name: value.clone() for name, value in first.state().items()}
-    second = Adversary(judge, OBJECTIVES["hinge"])
-    second.load_state(state)
+    second.load_state({name: value.clone() for name, value in first.state().items()})
     assert second.steps == 2
-    assert [second.step(batch) for _ in range(2)] == parts[2:]
-    got, want = second.state(), whole.state()
-    assert got.keys() == want.keys()
-    assert all(torch.equal(got[name], want[name]) for name in want)
-    assert len({str(part) for part in parts}) == 4
+    assert [second.step(batch) for _ in range(2)] == losses[2:]
+    state, expected = second.state(), uninterrupted.state()
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[name], value) for name, value in expected.items())
+    assert len({str(loss) for loss in losses}) == 4
+    assert all(torch.equal(value, judge.state_dict()[name]) for name, value in before.items())
 
 
-def test_the_state_of_another_discriminator_is_refused(batch: TrainingBatch) -> None:
-    adversary = Adversary(Patches(), OBJECTIVES["hinge"])
+def test_the_state_of_another_discriminator_is_refused() -> None:
+    adversary = Adversary(Patches(), HINGE)
     with pytest.raises(CheckpointError, match="the state of the discriminator Patches, got another one"):
-        adversary.load_state(Adversary(Scales(), OBJECTIVES["hinge"]).state())
+        adversary.load_state(Adversary(Scales(), HINGE).state())
     with pytest.raises(CheckpointError, match="Use another folder, or the discriminator"):
         adversary.load_state({})
     assert adversary.steps == 0
 
 
 def test_a_discriminator_that_diverges_stops_with_its_step(batch: TrainingBatch) -> None:
-    adversary = Adversary(Patches(), OBJECTIVES["hinge"], lr=0.25)
+    adversary = Adversary(Patches(), HINGE, lr=0.25)
     adversary.step(batch)
-    broken = replace(batch, target=batch.target * float("nan"))
-    with pytest.raises(
-        TrainingError, match="became nan at its step 1: .*real.*Lower discriminator_lr, now 0.25"
-    ):
-        adversary.step(broken)
+    message = "became nan at its step 1: .*real.*Lower discriminator_lr, now 0.25"
+    with pytest.raises(TrainingError, match=message):
+        adversary.step(replace(batch, target=batch.target * float("nan")))
 
 
-def test_both_sides_are_finite_under_bfloat16(batch: TrainingBatch) -> None:
-    adversary = Adversary(Patches(), OBJECTIVES["non-saturating"])
-    with torch.autocast("cpu", torch.bfloat16):
-        value = Adversarial(adversary).of_batch(batch)
-        parts = adversary.step(batch)
-    value.backward()
-    assert batch.image.grad is not None
-    assert torch.isfinite(batch.image.grad).all()
-    assert all(math.isfinite(part) for part in parts.values())
-
-
-def test_objectives_are_found_by_name_or_given() -> None:
-    own = OBJECTIVES["non-saturating"]
-    assert find_objective(own) is own
-    assert isinstance(find_objective("hinge"), Objective)
-    with pytest.raises(
-        OptionError, match="adversarial must be 'hinge' or 'non-saturating', or an object .*got 'wasserstein'"
-    ):
+def test_objectives_are_named_or_objects() -> None:
+    assert find_objective(HINGE) is find_objective("hinge") is HINGE
+    assert isinstance(HINGE, Objective)
+    message = "adversarial must be 'hinge' or 'non-saturating', or an object .*got 'wasserstein'"
+    with pytest.raises(OptionError, match=message):
         find_objective("wasserstein")
     with pytest.raises(OptionError, match="of_discriminator, got 3"):
         find_objective(3)  # type: ignore[arg-type]

@@ -1,191 +1,142 @@
-"""A bank from a stream of inputs: the same after an interruption, and with noise drawn on the way."""
+"""Banks from a stream of inputs: interrupted, with noise drawn inside, by name."""
 
 from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from decoders import Chain, fit, latents, same, trained, wrap
+from torch import Tensor
 
 import retroexit
 from retroexit.core.samples import Samples
-from retroexit.errors import CheckpointError, OptionError
+from retroexit.errors import BankError, CheckpointError, OptionError
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.retrieval import ExactRetriever
 from retroexit.split.split import SplitGenerator
+from retroexit.training.steps import Step, Steps
 from retroexit.training.stream_bank import stream_bank, stream_banks
 
-
-class Noisy(nn.Module):
-    """Three stages, the first of which adds noise that it draws itself."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.stages = nn.ModuleList(nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.ReLU()) for _ in range(3))
-        self.rgb = nn.Conv2d(4, 3, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + torch.randn_like(x)
-        for stage in self.stages:
-            x = stage(x)
-        return torch.tanh(self.rgb(x))
-
-
-STAGES = ["stages.0", "stages.1", "stages.2"]
 SAMPLES = torch.randn(14, 4, 6, 6, generator=torch.Generator().manual_seed(1))
 
 
-def wrapped(guidance: retroexit.Guidance | None) -> retroexit.EarlyExitGenerator:
-    return retroexit.wrap(
-        Noisy().eval(),
-        [1],
-        1.0,
-        guidance=guidance,
-        example_inputs=(SAMPLES[:2],),
-        min_channels=1,
-        stages=STAGES,
-    )
-
-
-def built(items=SAMPLES, **options) -> GuidanceBank:
-    guidance = retroexit.Guidance(value_after=2, size=50)
-    return stream_bank(wrapped(guidance), Samples(items, 3), ExactRetriever(), progress=False, **options)
-
-
-def test_values_belong_to_their_keys_where_noise_is_drawn_inside() -> None:
-    bank = built()
-    model, found = Noisy().eval(), []
-    for stage in model.stages:
-        stage.register_forward_hook(lambda module, inputs, output: found.append(output))
-    for begin in range(0, len(SAMPLES), 4):
-        torch.manual_seed(3 + begin)
-        with torch.no_grad():
-            model(SAMPLES[begin : begin + 4])
-    keys = torch.cat(found[0::3]).movedim(1, -1).reshape(-1, 4)
-    values = torch.cat(found[1::3]).movedim(1, -1).reshape(-1, 4)
-    kept = torch.from_numpy(bank.retriever.keys.copy())
-    rows = torch.cdist(kept.double(), keys.double()).argmin(1)
-    torch.testing.assert_close(keys[rows], kept, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(
-        torch.from_numpy(bank.values.copy()).float().flatten(1), values[rows], rtol=2e-3, atol=1e-3
-    )
-
-
-def test_an_interrupted_build_goes_on_to_the_same_bank(tmp_path, monkeypatch) -> None:
-    class Interrupted:
-        def __init__(self) -> None:
-            self.asked: list[int] = []
-            self.most = 1 + 14 + 8  # the first is checked, all are hashed, two batches run
-
-        def __len__(self) -> int:
-            return len(SAMPLES)
-
-        def __getitem__(self, index: int) -> Tensor:
-            self.asked.append(index)
-            if len(self.asked) > self.most:
-                raise KeyboardInterrupt
-            return SAMPLES[index]
-
-    monkeypatch.setattr("retroexit.guidance.building._STORED", -1.0)
-    monkeypatch.setattr("retroexit.guidance.building._SHARE", -1.0)
-    items = Interrupted()
-    options = {"scratch": tmp_path / "part", "max_candidates": 200}
-    with pytest.raises(KeyboardInterrupt):
-        built(items, **options)
-    items.most, run = 999, []
-    monkeypatch.setattr(
-        SplitGenerator,
-        "key_feature",
-        lambda *a, f=SplitGenerator.key_feature: run.append(len(a[1][0])) or f(*a),
-    )
-    bank, whole = built(items, **options), built(max_candidates=200)
-    assert run == [4, 2, 4, 4, 4, 2]  # of the first bank, the first two batches are not run again
-    assert np.array_equal(bank.retriever.keys, whole.retriever.keys)
-    assert np.array_equal(bank.values, whole.values) and bank.meta == whole.meta
-
-
-def test_a_model_without_guidance_has_no_bank_to_build() -> None:
-    with pytest.raises(OptionError, match="wrapped without guidance"):
-        stream_bank(wrapped(None), Samples(SAMPLES), ExactRetriever())
-
-
-class Quiet(nn.Module):
-    """Four stages that draw nothing, and count their runs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.stages = nn.ModuleList(nn.Conv2d(4, 4, 3, padding=1) for _ in range(4))
-        self.rgb = nn.Conv2d(4, 3, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for stage in self.stages:
-            x = stage(x).relu()
-        return torch.tanh(self.rgb(x))
-
-
-def quiet(
-    guidance: retroexit.Guidance, place: int = 3
+def chain(
+    guidance: retroexit.Guidance | None, noise: bool = False
 ) -> tuple[retroexit.EarlyExitGenerator, list[list[int]]]:
     """A wrapped generator, and the batch sizes that each of its stages has run with since."""
-    generator = Quiet().eval()
-    stages = [f"stages.{i}" for i in range(4)]
+    generator, stages = Chain(4, noise).eval(), [f"stages.{i}" for i in range(4)]
     runs: list[list[int]] = [[] for _ in stages]
     for index, stage in enumerate(generator.stages):
         stage.register_forward_hook(lambda _m, x, _y, i=index: runs[i].append(len(x[0])))
-    model = retroexit.wrap(
-        generator,
-        [place],
-        1.0,
-        guidance=guidance,
-        example_inputs=(SAMPLES[:2],),
-        min_channels=1,
-        stages=stages,
-    )
+    example = {"example_inputs": (SAMPLES[:2],), "stages": stages}
+    model = retroexit.wrap(generator, [1 if noise else 3], 1.0, guidance=guidance, min_channels=1, **example)
     for run in runs:
         run.clear()
     return model, runs
 
 
-def test_keys_run_no_stage_behind_their_own_and_values_only_batches_with_chosen_keys() -> None:
-    model, runs = quiet(retroexit.Guidance(key_after=1, value_after=2, size=3))
-    bank = stream_bank(model, Samples(SAMPLES, 3), ExactRetriever(), progress=False)
-    owners = bank.source.unique()
-    assert 1 <= len(owners) <= 3 and sum(runs[0]) >= len(SAMPLES)
-    assert runs[1] == [2 if owner == 3 else 4 for owner in (owners // 4).unique()]  # batches of 4, 4, 4, 2
-    assert runs[2] == runs[3] == []
+def build(items: Any = SAMPLES, **options: Any) -> GuidanceBank:
+    """A bank of a generator that draws noise."""
+    model, _ = chain(retroexit.Guidance(value_after=2, size=50), noise=True)
+    return stream_bank(model, Samples(items, 3), ExactRetriever(), progress=False, **options)
 
 
 def pose(x: Tensor) -> Tensor:
     return x.mean((2, 3))
 
 
-def test_keys_from_a_function_run_no_stage_at_all() -> None:
-    model, runs = quiet(retroexit.Guidance(key=pose, size=2))
-    bank = stream_bank(model, Samples(SAMPLES, 3), ExactRetriever(), progress=False)
-    assert len(bank) == 2 and sum(runs[0]) <= 4 + 2
-    kept = pose(SAMPLES)[bank.source]
-    torch.testing.assert_close(torch.from_numpy(bank.retriever.keys.copy()), kept)
-    with torch.no_grad():
-        images = model.generator(SAMPLES)[bank.source]
-    torch.testing.assert_close(bank.guide(kept[:, :, None, None]), images, rtol=1e-3, atol=1e-3)
+def test_values_belong_to_their_keys_where_noise_is_drawn_inside() -> None:
+    bank, model = build(), Chain(4, noise=True).eval()
+    outputs: list[Tensor] = []
+    for stage in model.stages[:2]:
+        stage.register_forward_hook(lambda _m, _x, output: outputs.append(output))
+    for begin in range(0, len(SAMPLES), 4):
+        torch.manual_seed(3 + begin)
+        with torch.no_grad():
+            model(SAMPLES[begin : begin + 4])
+    keys, values = (torch.cat(outputs[i::2]).movedim(1, -1).reshape(-1, 4) for i in (0, 1))
+    bank_keys = torch.from_numpy(bank.retriever.keys.copy())
+    rows = torch.cdist(bank_keys.double(), keys.double()).argmin(1)
+    torch.testing.assert_close(keys[rows], bank_keys, rtol=1e-5, atol=1e-6)
+    bank_values = torch.from_numpy(bank.values.copy()).float().flatten(1)
+    torch.testing.assert_close(bank_values, values[rows], rtol=2e-3, atol=1e-3)
 
 
-def test_an_interrupted_build_notices_that_an_input_has_changed(tmp_path, monkeypatch) -> None:
+@pytest.fixture
+def keep_partial_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Write what an interrupted build continues from after every batch."""
     monkeypatch.setattr("retroexit.guidance.building._STORED", -1.0)
     monkeypatch.setattr("retroexit.guidance.building._SHARE", -1.0)
+
+
+def test_an_interrupted_build_continues_to_the_same_bank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep_partial_results: None
+) -> None:
+    class Interrupted:
+        def __init__(self) -> None:
+            self.reads, self.limit = 0, 1 + 14 + 8  # the first is checked, all are hashed, two batches run
+
+        def __len__(self) -> int:
+            return len(SAMPLES)
+
+        def __getitem__(self, index: int) -> Tensor:
+            self.reads += 1
+            if self.reads > self.limit:
+                raise KeyboardInterrupt
+            return SAMPLES[index]
+
+    items = Interrupted()
+    options = {"scratch": tmp_path / "part", "max_candidates": 200}
+    with pytest.raises(KeyboardInterrupt):
+        build(items, **options)
+    items.limit, sizes = 999, []
+    real = SplitGenerator.key_feature
+    monkeypatch.setattr(
+        SplitGenerator, "key_feature", lambda *args: sizes.append(len(args[1][0])) or real(*args)
+    )
+    bank, expected = build(items, **options), build(max_candidates=200)
+    assert sizes == [4, 2, 4, 4, 4, 2]  # of the first bank, the first two batches are not run again
+    assert np.array_equal(bank.retriever.keys, expected.retriever.keys)
+    assert np.array_equal(bank.values, expected.values) and bank.meta == expected.meta
+
+
+def test_an_interrupted_build_notices_that_an_input_has_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep_partial_results: None
+) -> None:
     monkeypatch.setattr("retroexit.guidance.building._compute_values", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        built(scratch=tmp_path / "part")
+        build(scratch=tmp_path / "part")
     changed = SAMPLES.clone()
     changed[5, 0, 0, 0] += 1
     with pytest.raises(CheckpointError, match="belongs to another build: samples was"):
-        built(changed, scratch=tmp_path / "part")
+        build(changed, scratch=tmp_path / "part")
 
 
-def test_every_identity_gets_a_bank_of_its_own_frames(tmp_path) -> None:
-    model, _ = quiet(retroexit.Guidance(key=pose, thin="none"))
+def test_keys_run_no_later_stage_and_values_only_batches_with_chosen_keys() -> None:
+    model, runs = chain(retroexit.Guidance(key_after=1, value_after=2, size=3))
+    bank = stream_bank(model, Samples(SAMPLES, 3), ExactRetriever(), progress=False)
+    sources = bank.source.unique()
+    assert 1 <= len(sources) <= 3 and sum(runs[0]) >= len(SAMPLES)
+    assert runs[1] == [2 if batch == 3 else 4 for batch in (sources // 4).unique()]  # batches of 4, 4, 4, 2
+    assert runs[2] == runs[3] == []
+
+
+def test_keys_from_a_function_run_no_stage() -> None:
+    model, runs = chain(retroexit.Guidance(key=pose, size=2))
+    bank = stream_bank(model, Samples(SAMPLES, 3), ExactRetriever(), progress=False)
+    assert len(bank) == 2 and sum(runs[0]) <= 4 + 2
+    keys = pose(SAMPLES)[bank.source]
+    torch.testing.assert_close(torch.from_numpy(bank.retriever.keys.copy()), keys)
+    with torch.no_grad():
+        images = model.generator(SAMPLES)[bank.source]
+    torch.testing.assert_close(bank.guide(keys[:, :, None, None]), images, rtol=1e-3, atol=1e-3)
+
+
+def test_every_identity_gets_a_bank_of_its_own_frames(tmp_path: Path) -> None:
+    model, _ = chain(retroexit.Guidance(key=pose, thin="none"))
     names = ["ann", "bob"] * 7
     banks = dict(stream_banks(model, Samples(SAMPLES), names, ExactRetriever, progress=False))
     assert list(banks) == ["ann", "bob"] and [len(bank) for bank in banks.values()] == [7, 7]
@@ -206,9 +157,55 @@ def test_every_identity_gets_a_bank_of_its_own_frames(tmp_path) -> None:
         (["a"] * 13, "13 names for 14 samples"),
         (["a", "../b"] * 7, "the name '../b'"),
         ([3] * 14, "the name 3"),
+        (None, "wrapped without guidance"),
     ],
 )
-def test_names_that_no_folder_can_have_are_refused(names, message) -> None:
-    model, _ = quiet(retroexit.Guidance(key=pose))
+def test_names_that_are_no_folders_and_models_without_guidance_are_refused(names: Any, message: str) -> None:
     with pytest.raises(OptionError, match=message):
+        if names is None:
+            stream_bank(chain(None)[0], Samples(SAMPLES), ExactRetriever())
+        model, _ = chain(retroexit.Guidance(key=pose))
         next(iter(stream_banks(model, Samples(SAMPLES), names, ExactRetriever)))
+
+
+# Fits with a bank that was made beforehand.
+
+
+def bank_of(inputs: Tensor) -> GuidanceBank:
+    return stream_bank(wrap(guidance=True), Samples(inputs), ExactRetriever(), progress=False)
+
+
+def test_a_given_bank_guides_with_all_its_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = wrap(guidance=True), latents(10)
+    bank = bank_of(inputs)  # of the inputs of the fit, whose own values are not left out
+    guides: list[Tensor] = []
+    real = Steps.at
+
+    def at(steps: Steps, index: int) -> Step:
+        if steps.guide_of is not None:  # before, a loss is tried
+            guides.append(steps.guide_of(range(10)))
+        return real(steps, index)
+
+    monkeypatch.setattr(Steps, "at", at)
+    fit(model, tmp_path, inputs=inputs, bank=bank)
+    key_feature = model.split.begin((inputs,), {}).key_feature
+    assert torch.equal(guides[-1], bank.guide(key_feature))
+    assert torch.equal(model.bank.guide(key_feature), bank.guide(key_feature))
+    assert np.array_equal(bank.source.unique().numpy(), np.arange(10))  # the given bank is unchanged
+
+
+def test_a_fit_goes_on_with_the_bank_that_it_began_with(tmp_path: Path) -> None:
+    bank, other = bank_of(latents(10)), bank_of(latents(10) + 1)
+    same(*(trained(fit(wrap(guidance=True), tmp_path, bank=bank)) for _ in range(2)))
+    for wrong in (None, other):
+        with pytest.raises(CheckpointError, match="other settings: bank was"):
+            fit(wrap(guidance=True), tmp_path, bank=wrong)
+
+
+def test_a_bank_that_does_not_fit_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    bank = bank_of(latents(10))
+    with pytest.raises(BankError, match="wrapped without guidance"):
+        fit(wrap(), tmp_path / "plain", bank=bank)
+    with pytest.raises(BankError, match="source of values must be"):
+        fit(wrap(guidance=retroexit.Guidance(value_after="image")), tmp_path / "image", bank=bank)
+    assert list(tmp_path.iterdir()) == []

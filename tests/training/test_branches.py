@@ -1,81 +1,89 @@
-"""Ways of training branches that change no weight, and those that do; what stops a training."""
+"""Training of branches: settings that change no weight, averages, layouts, failures, TensorBoard."""
 
 from __future__ import annotations
 
+import math
+import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from decoders import (
+    SETTINGS,
+    Decoder,
+    Distance,
+    Noisy,
+    Plain,
+    checkpoint,
+    fit,
+    interrupted,
+    latents,
+    make,
+    same,
+    trained,
+    wrap,
+)
 from torch import Tensor, nn
 
 import retroexit
-from retroexit.core.files import read_tensors
 from retroexit.core.samples import Samples
+from retroexit.errors import MissingExtraError, TrainingError
 from retroexit.training.cache import IMAGE, FeatureCache, LiveFeatures
-from retroexit.training.settings import FitSettings
 from retroexit.training.steps import Cropper
-from retroexit.training.trainer import BranchTrainer, averaged, learning_rate
+from retroexit.training.trainer import BranchTrainer, averaged
 
 # Ways that change no weight.
 
 
-@pytest.mark.parametrize("kind", ["Decoder", "Noisy"])
+@pytest.mark.parametrize(("kind", "crop"), [(Decoder, 8), (Noisy, None)])
 def test_side_by_side_or_one_by_one_branches_get_the_same_weights(
-    decoders: ModuleType, tmp_path: Path, kind: str
+    tmp_path: Path, kind: type[nn.Module], crop: int | None
 ) -> None:
-    made = [
-        decoders.fit(
-            decoders.wrap(decoders.make(getattr(decoders, kind)), guidance=True),
-            tmp_path / str(together),
-            crop=8 if kind == "Decoder" else None,
-            together=together,
-        )
+    models = [
+        fit(wrap(make(kind), guidance=True), tmp_path / str(together), crop=crop, together=together)
         for together in (True, False)
     ]
-    decoders.same(*map(decoders.trained, made))
+    same(*map(trained, models))
 
 
-def test_side_by_side_the_backbone_runs_once_per_step(decoders: ModuleType, tmp_path: Path) -> None:
+def test_side_by_side_the_backbone_runs_once_per_step(tmp_path: Path) -> None:
     passes: dict[bool, int] = {}
     for together in (True, False):
-        generator, counted = decoders.make(), []
-        model = decoders.wrap(generator)
+        generator, counted = make(), []
+        model = wrap(generator)
         generator.stages[2].register_forward_hook(lambda *_, counted=counted: counted.append(1))
-        decoders.fit(model, tmp_path / str(together), together=together, cache=False, steps=20)
+        fit(model, tmp_path / str(together), together=together, cache=False, steps=6)
         passes[together] = len(counted)
-    assert passes[False] - passes[True] == 20
+    assert passes[False] - passes[True] == 6
 
 
-def test_without_a_cache_the_weights_are_those_of_cached_features(
-    decoders: ModuleType, tmp_path: Path
-) -> None:
-    cached, live = (
-        decoders.trained(
-            decoders.fit(decoders.wrap(guidance=True), tmp_path / str(cache), crop=8, cache=cache)
+def close(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert torch.allclose(value, other[name], rtol=1e-3, atol=1e-3), name
+
+
+def test_without_a_cache_the_weights_are_those_of_cached_features(tmp_path: Path) -> None:
+    close(
+        *(
+            trained(fit(wrap(guidance=True), tmp_path / str(cache), crop=8, cache=cache))
+            for cache in (True, False)
         )
-        for cache in (True, False)
     )
-    assert not (tmp_path / "False" / "cache").exists()
-    assert cached.keys() == live.keys()
-    for name, value in cached.items():
-        assert torch.allclose(value, live[name], rtol=1e-3, atol=1e-3), name
+    assert (tmp_path / "True/cache").exists() and not (tmp_path / "False/cache").exists()
 
 
-def test_without_a_cache_a_fit_resumes_to_the_same_weights(decoders: ModuleType, tmp_path: Path) -> None:
-    make = lambda: decoders.wrap(decoders.make(decoders.Noisy))  # noqa: E731
-    whole = decoders.fit(make(), tmp_path / "whole", cache=False)
-    with decoders.interrupted(BranchTrainer, "advance", 7):
-        decoders.fit(make(), tmp_path / "parts", cache=False)
-    parts = decoders.fit(make(), tmp_path / "parts", cache=False)
-    decoders.same(decoders.trained(whole), decoders.trained(parts))
+def test_the_layout_changes_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quick = trained(fit(wrap(make(Plain)), tmp_path / "quick", steps=8))
+    monkeypatch.setattr(BranchTrainer, "begin", lambda trainer, step: trainer.branch.train())
+    close(quick, trained(fit(wrap(make(Plain)), tmp_path / "plain", steps=8)))
 
 
-def test_without_a_cache_noise_is_fresh_in_every_epoch(decoders: ModuleType) -> None:
-    model = decoders.wrap(decoders.make(decoders.Noisy))
-    live = LiveFeatures(model, Samples(decoders.latents(6)))
+def test_without_a_cache_noise_is_fresh_in_every_epoch() -> None:
+    model = wrap(make(Noisy))
+    live = LiveFeatures(model, Samples(latents(6)))
     one, other = live.read(IMAGE, [0, 1, 2]), live.read(IMAGE, [0, 1, 3])
     assert not torch.allclose(one[:2], other[:2], atol=1e-3)
     assert torch.equal(one, live.read(IMAGE, [0, 1, 2]))
@@ -83,8 +91,8 @@ def test_without_a_cache_noise_is_fresh_in_every_epoch(decoders: ModuleType) -> 
     assert torch.equal(one, live.read(IMAGE, [0, 1, 2]))  # what is handed out is a copy
 
 
-def test_windows_read_from_disk_are_those_cut_in_memory(decoders: ModuleType, tmp_path: Path) -> None:
-    model, samples = decoders.wrap(), Samples(decoders.latents(6))
+def test_windows_read_from_disk_are_those_cut_in_memory(tmp_path: Path) -> None:
+    model, samples = wrap(), Samples(latents(6))
     cache = FeatureCache.build(model, samples, tmp_path, progress=False)
     live = LiveFeatures(model, samples)
     cropper, rows = Cropper.for_maps(8, (16, 16), [(8, 8)]), [4, 1, 5]
@@ -96,23 +104,10 @@ def test_windows_read_from_disk_are_those_cut_in_memory(decoders: ModuleType, tm
         assert torch.allclose(read, fresh, atol=1e-5)
 
 
-@pytest.mark.parametrize("setting", [{"together": False}, {"checkpoint_every": 2}])
-def test_a_fit_may_go_on_in_another_way(
-    decoders: ModuleType, tmp_path: Path, setting: dict[str, Any]
-) -> None:
-    whole = decoders.fit(decoders.wrap(), tmp_path / "whole")
-    with decoders.interrupted(BranchTrainer, "advance", 7):
-        decoders.fit(decoders.wrap(), tmp_path / "parts")
-    decoders.same(
-        decoders.trained(whole),
-        decoders.trained(decoders.fit(decoders.wrap(), tmp_path / "parts", **setting)),
-    )
-
-
 # The average.
 
 
-def test_the_average_is_that_of_a_loop(decoders: ModuleType) -> None:
+def test_the_average_is_that_of_a_loop() -> None:
     parameter, mean = nn.Parameter(torch.zeros(3)), np.zeros(3)
     average = averaged([parameter], 0.9)
     for step in range(200):
@@ -125,29 +120,24 @@ def test_the_average_is_that_of_a_loop(decoders: ModuleType) -> None:
     assert np.allclose(value.detach().numpy(), mean, rtol=1e-4)
 
 
-def test_what_is_saved_is_the_average_and_what_goes_on_are_the_weights(
-    decoders: ModuleType, tmp_path: Path
-) -> None:
-    model = decoders.fit(decoders.wrap(), tmp_path, steps=8, ema=0.9)
-    last = decoders.fit(decoders.wrap(), tmp_path / "last", steps=8, ema=0.0)
-    tensors, about = read_tensors(tmp_path / "branches/exit1.safetensors")
-    assert about["step"] == 8
+def test_the_average_is_saved_as_the_model_and_the_weights_in_the_checkpoint(tmp_path: Path) -> None:
+    model = fit(wrap(), tmp_path, steps=8, ema=0.9)
+    last = fit(wrap(), tmp_path / "last", steps=8, ema=0.0)
+    tensors, step = checkpoint(tmp_path, 1)
+    assert step == 8
     names = [name for name, p in model.branches[0].named_parameters() if p.requires_grad]
     for number, name in enumerate(names):
-        own, saved = model.branches[0].get_parameter(name), tensors[f"ema.{number}"]
-        assert torch.equal(own, saved)
+        assert torch.equal(model.branches[0].get_parameter(name), tensors[f"ema.{number}"])
         assert torch.equal(tensors[f"branch.{name}"], last.branches[0].get_parameter(name))
     assert any(not torch.equal(tensors[f"ema.{i}"], tensors[f"branch.{n}"]) for i, n in enumerate(names))
-    loaded = retroexit.load(tmp_path, decoders.make(), example_inputs=(decoders.latents(2),), adapter=False)
-    decoders.same(dict(loaded.branches.state_dict()), dict(model.branches.state_dict()))
+    loaded = retroexit.load(tmp_path, make(), example_inputs=(latents(2),), adapter=False)
+    same(dict(loaded.branches.state_dict()), dict(model.branches.state_dict()))
 
 
 # Settings of the optimiser.
 
 
-def test_gradients_are_clipped_to_the_norm_asked(
-    decoders: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gradients_are_clipped_to_the_given_norm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     norms: list[float] = []
     real = torch.optim.Adam.step
 
@@ -158,16 +148,11 @@ def test_gradients_are_clipped_to_the_norm_asked(
         return real(optimizer, *args)
 
     monkeypatch.setattr(torch.optim.Adam, "step", step)
-    decoders.fit(decoders.wrap(), tmp_path / "free", clip=None)
+    fit(wrap(), tmp_path / "free", clip=None)
     free, norms[:] = list(norms), []
-    decoders.fit(decoders.wrap(), tmp_path / "tight", clip=1e-3)
+    fit(wrap(), tmp_path / "tight", clip=1e-3)
     assert min(free) > 1e-2 and len(free) == len(norms) == 8
     assert norms == [pytest.approx(1e-3, rel=1e-2)] * 8
-
-
-def test_a_constant_schedule_stays_after_the_warm_up() -> None:
-    rates = [learning_rate(step, FitSettings(steps=100, lr=2.0, schedule="constant")) for step in range(100)]
-    assert rates[0] == pytest.approx(0.2) and set(rates[10:]) == {2.0}
 
 
 # The layout of weights.
@@ -186,42 +171,99 @@ class Viewing(nn.Module):
 
 
 @pytest.mark.parametrize("views", [False, True])
-def test_weights_are_channels_last_in_training_where_the_code_allows_it(
-    decoders: ModuleType, tmp_path: Path, views: bool
-) -> None:
-    generator = decoders.make(decoders.Plain)
+def test_weights_are_channels_last_in_training_where_the_code_allows_it(tmp_path: Path, views: bool) -> None:
+    generator = make(Plain)
     if views:
         generator.stages[1] = Viewing()
-    model = decoders.wrap(generator, stages=("stages.0", "stages.1", "stages.2"))
+    model = wrap(generator, stages=("stages.0", "stages.1", "stages.2"))
     layouts: list[bool] = []
 
-    def look(branch: nn.Module, _: Any) -> None:
+    def note_layout(branch: nn.Module, _: Any) -> None:
         if branch.training:
             maps = [p for p in branch.parameters() if p.dim() == 4]
             layouts.append(all(p.is_contiguous(memory_format=torch.channels_last) for p in maps))
 
-    model.branches[0].register_forward_pre_hook(look)
-    decoders.fit(model, tmp_path)
-    assert layouts == [True] + [not views] * 4  # the first call tries it
+    model.branches[0].register_forward_pre_hook(note_layout)
+    fit(model, tmp_path)
+    assert layouts == [True] + [not views] * 4  # the first call is a trial
     assert all(p.is_contiguous() for p in model.branches.parameters())
 
 
-def test_the_layout_changes_no_result(
-    decoders: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    make = lambda: decoders.wrap(decoders.make(decoders.Plain))  # noqa: E731
-    quick = decoders.trained(decoders.fit(make(), tmp_path / "quick", steps=8))
-    monkeypatch.setattr(BranchTrainer, "begin", lambda trainer, step: trainer.branch.train())
-    plain = decoders.trained(decoders.fit(make(), tmp_path / "plain", steps=8))
-    for name, value in plain.items():
-        assert torch.allclose(value, quick[name], rtol=1e-3, atol=1e-4), name
-
-
-def test_trying_a_layout_leaves_no_trace_in_the_statistics(decoders: ModuleType, tmp_path: Path) -> None:
-    model = decoders.wrap()
+def test_trying_a_layout_leaves_no_trace_in_the_statistics(tmp_path: Path) -> None:
+    model = wrap()
     seen: list[Tensor] = []
     norm = next(m for m in model.branches[0].modules() if isinstance(m, nn.BatchNorm2d))
     norm.register_forward_pre_hook(lambda m, _: seen.append(m.running_mean.clone()) if m.training else None)
-    decoders.fit(model, tmp_path, steps=2)
+    fit(model, tmp_path, steps=2)
     assert len(seen) == 3
     assert torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
+
+
+# Numbers that are not finite.
+
+
+@pytest.mark.parametrize("broken", ["loss", "gradient"])
+def test_numbers_that_are_not_finite_stop_training_with_the_last_good_checkpoint(
+    tmp_path: Path, broken: str
+) -> None:
+    class Broken(Distance):
+        calls = 0
+
+        def compare(self, a: Tensor, b: Tensor) -> Tensor:
+            self.calls += 1
+            distance = super().compare(a, b)
+            if self.calls != 13:  # the first call is a trial, then two calls in each step
+                return distance
+            return distance * float("inf") if broken == "loss" else distance + (0 * a.sum((1, 2, 3))).sqrt()
+
+    model, settings = wrap(), SETTINGS | {"steps": 9}
+    problem = "loss of exit 2 became inf" if broken == "loss" else "gradient of the loss of exit 2 became nan"
+    message = f"the {problem} at step 5: .*exit2.safetensors. Use another folder, and lr below 0.004"
+    with pytest.raises(TrainingError, match=message):
+        retroexit.fit(model, latents(10), tmp_path, metric=Broken(), progress=False, **settings)
+    for number, branch in enumerate(model.branches, 1):
+        tensors, step = checkpoint(tmp_path, number)
+        assert step == 3 and not branch.training
+        for place, (name, parameter) in enumerate(branch.named_parameters()):
+            assert torch.equal(parameter, tensors[f"ema.{place}"]), name
+
+
+def test_a_checkpoint_with_numbers_that_are_not_finite_is_never_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = BranchTrainer.advance
+
+    def advance(trainer: BranchTrainer, step: Any) -> dict[str, float]:
+        parts = real(trainer, step)
+        trainer.trained[0].detach().mul_(math.nan if trainer.step == 3 else 1)
+        return parts
+
+    monkeypatch.setattr(BranchTrainer, "advance", advance)
+    with pytest.raises(TrainingError, match="the tensor branch..* of exit 1 became nan at step 3"):
+        fit(wrap(), tmp_path)
+    assert checkpoint(tmp_path, 1)[1] == 0
+
+
+# TensorBoard.
+
+
+def test_tensorboard_shows_losses_and_images_once_after_an_interruption(tmp_path: Path) -> None:
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    settings = {"steps": 44, "checkpoint_every": 10, "tensorboard": True}
+    with interrupted(BranchTrainer, "advance", 60):
+        fit(wrap(), tmp_path, **settings)
+    fit(wrap(), tmp_path, **settings)
+    shown = reader.EventAccumulator(str(tmp_path / "tensorboard"))
+    shown.Reload()
+    assert {"exit 1/l1", "exit 1/quality", "exit 2/l1", "exit 2/quality"} == set(shown.Tags()["scalars"])
+    assert [event.step for event in shown.Scalars("exit 2/l1")] == [19, 39]
+    images = shown.Images("exit 1, backbone below")
+    assert (images[0].height, images[0].width) == (2 * 16, 3 * 16)
+
+
+def test_without_tensorboard_its_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    message = r"tensorboard is not installed. Run: pip install 'retroexit\[train\]'"
+    with pytest.raises(MissingExtraError, match=message):
+        fit(wrap(), tmp_path, tensorboard=True)
+    assert not (tmp_path / "fit.json").exists()

@@ -230,7 +230,7 @@ def test_without_tensorboard_its_extra_is_named(
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(
-        MissingExtraError, match=r"tensorboard is not installed. Run: pip install 'retroexit\[train\]'"
+        MissingExtraError, match=r"tensorboard is missing. Run: pip install 'retroexit\[train\]'"
     ):
         decoders.fit(decoders.wrap(), tmp_path, tensorboard=True)
     assert not (tmp_path / "fit.json").exists()

@@ -1,21 +1,24 @@
-"""What a fit ends with on request: promise and times; and what it remembers of an adapter."""
+"""The end of a fit: calibration, times, another predictor; the description that it uses."""
 
 from __future__ import annotations
 
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from decoders import Chain, Distance, Judge, Plain, fit, latents, make, same, wrap
 from torch import Tensor, nn
 
 import retroexit
 from retroexit.core.samples import Samples
 from retroexit.errors import CheckpointError, OptionError, PluginError
 from retroexit.training.distributed import Team
+from retroexit.training.fit import estimate_fit
+from retroexit.training.losses import L1
+from retroexit.training.losses.plan import LossPlan
 from retroexit.training.settings import FitSettings, set_aside
 
 fitting = sys.modules["retroexit.fit"]  # the name in the package is the function
@@ -23,18 +26,9 @@ fitting = sys.modules["retroexit.fit"]  # the name in the package is the functio
 PROMISE: dict[str, Any] = {"calibrate": 0.5, "alpha": 0.5, "confidence": 0.5}
 
 
-class Judge(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.score = nn.Conv2d(3, 1, 3, padding=1)
-
-    def forward(self, image: Tensor) -> Tensor:
-        return self.score(image)
-
-
-def test_nothing_is_fitted_on_what_is_set_aside_to_calibrate_on(decoders: ModuleType, tmp_path: Path) -> None:
-    inputs = decoders.latents(10)
-    model = decoders.fit(decoders.wrap(guidance=True), tmp_path, inputs, **PROMISE)
+def test_nothing_is_fitted_on_what_is_set_aside_to_calibrate_on(tmp_path: Path) -> None:
+    inputs = latents(10)
+    model = fit(wrap(guidance=True), tmp_path, inputs, **PROMISE)
     fitted, aside = set_aside(10, FitSettings(calibrate=0.5))
     assert sorted([*fitted, *aside]) == list(range(10)) and len(aside) == 5
     assert model.calibration is not None and model.bank is not None
@@ -49,26 +43,33 @@ def test_nothing_is_fitted_on_what_is_set_aside_to_calibrate_on(decoders: Module
     assert loaded.calibration is not None
     assert torch.equal(loaded.calibration.losses, model.calibration.losses)
     with pytest.raises(CheckpointError, match="other settings: calibrate was 0.5, is None"):
-        decoders.fit(decoders.wrap(guidance=True), tmp_path, inputs)
+        fit(wrap(guidance=True), tmp_path, inputs)
 
 
-def test_another_predictor_is_fitted_to_the_same_branches(decoders: ModuleType, tmp_path: Path) -> None:
-    first = decoders.fit(decoders.wrap(guidance=True), tmp_path)
-    made = (tmp_path / "branches/exit1.safetensors").stat().st_mtime_ns
+def test_a_sample_that_repeats_a_fitted_one_does_not_calibrate(tmp_path: Path) -> None:
+    inputs = torch.cat([latents(10)] * 2)
+    fitted, aside = set_aside(20, FitSettings(calibrate=0.5))
+    unseen = {i % 10 for i in aside} - {i % 10 for i in fitted}
+    model = fit(wrap(), tmp_path, inputs, **PROMISE)
+    assert 0 < len(model.calibration) == len(unseen) < len(aside)
+
+
+def test_another_predictor_is_fitted_to_the_same_branches(tmp_path: Path) -> None:
+    first = fit(wrap(guidance=True), tmp_path)
+    written = (tmp_path / "branches/exit1.safetensors").stat().st_mtime_ns
     more: dict[str, Any] = {"predictor": "linear", "predict_from": "features+distance"}
-    second = decoders.fit(decoders.wrap(guidance=True), tmp_path, **more)
+    second = fit(wrap(guidance=True), tmp_path, **more)
     assert first.predictor.options["kind"] == "conv" and second.predictor.options["kind"] == "linear"
     assert second.predictor.reads == "features+distance"
-    assert (tmp_path / "branches/exit1.safetensors").stat().st_mtime_ns == made
-    for a, b in zip(first.branches.parameters(), second.branches.parameters(), strict=True):
-        assert torch.equal(a, b)
-    assert second(decoders.latents(3), threshold=0.5).shape == (3, 3, 16, 16)
+    assert (tmp_path / "branches/exit1.safetensors").stat().st_mtime_ns == written
+    same(first.branches.state_dict(), second.branches.state_dict())
+    assert second(latents(3), threshold=0.5).shape == (3, 3, 16, 16)
 
 
-def test_a_predictor_reads_the_inputs_where_nothing_is_cached(decoders: ModuleType, tmp_path: Path) -> None:
-    inputs = [(z, torch.rand(3), "name") for z in decoders.latents(6)]
-    model = decoders.wrap(Named().eval(), example_inputs=(decoders.latents(1), torch.rand(1, 3), "name"))
-    decoders.fit(model, tmp_path, inputs, predict_from="inputs", predictor="pooled", cache=False)
+def test_a_predictor_reads_the_inputs_where_nothing_is_cached(tmp_path: Path) -> None:
+    inputs = [(z, torch.rand(3), "name") for z in latents(6)]
+    model = wrap(Named().eval(), example_inputs=(latents(1), torch.rand(1, 3), "name"))
+    fit(model, tmp_path, inputs, predict_from="inputs", predictor="pooled", cache=False)
     assert model.predictor.options["channels"] == 4 + 3
     assert model.predict(*Samples(inputs).gather([0, 1])[0]).shape == (2, 2)
 
@@ -86,22 +87,20 @@ class Named(nn.Module):
 
 
 def test_a_process_that_is_not_the_first_gets_what_the_first_one_made(
-    decoders: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = decoders.wrap(decoders.make(decoders.Plain))
+    model = wrap(make(Plain))
     more = {**PROMISE, "latency": 3}
-    decoders.fit(model, tmp_path, **more)
+    fit(model, tmp_path, **more)
     assert model.latency.batch == 3
-    second = decoders.wrap(decoders.make(decoders.Plain))
+    second = wrap(make(Plain))
     monkeypatch.setattr(Team, "wait", lambda self: None)
-    job = fitting.prepare(second, decoders.latents(10), metric=decoders.Distance(), **more)
+    job = fitting.prepare(second, latents(10), metric=Distance(), **more)
     fitting._complete(second, job, tmp_path, Team(1, 2), False)
     assert second.latency == model.latency and second.calibration.describe() == model.calibration.describe()
 
 
-def test_what_a_fit_could_not_end_with_is_refused_before_it_begins(
-    decoders: ModuleType, tmp_path: Path
-) -> None:
+def test_options_of_the_end_are_checked_before_the_fit_begins(tmp_path: Path) -> None:
     for wrong, message in (
         ({"latency": 0}, "latency must be >= 1, got 0"),
         ({"calibrate": 0.3}, "calibrate=0.3 of 10 inputs must be at least 59 .* got 3. Pass 197 inputs"),
@@ -109,44 +108,61 @@ def test_what_a_fit_could_not_end_with_is_refused_before_it_begins(
         ({"predictors": "conv"}, "no setting 'predictors' of a fit; closest: 'predictor"),
     ):
         with pytest.raises(OptionError, match=message):
-            decoders.fit(decoders.wrap(), tmp_path, **wrong)
+            fit(wrap(), tmp_path, **wrong)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_fit_knows_the_description_that_the_generator_was_wrapped_with(
-    decoders: ModuleType, tmp_path: Path
-) -> None:
-    known = retroexit.Description(
-        name="mine", discriminator=lambda generator: Judge(), adversarial="hinge", image_range=(0.0, 1.0)
+def test_a_fit_uses_the_description_that_the_generator_was_wrapped_with(tmp_path: Path) -> None:
+    description = retroexit.Description(
+        name="mine", discriminator=lambda _: Judge(), adversarial="hinge", image_range=(0.0, 1.0)
     )
     losses = {"losses": {"l1": 1, "adversarial": 1}}
-    model = decoders.wrap(adapter=known)
+    model = wrap(adapter=description)
     with pytest.warns(retroexit.RetroExitWarning, match="the discriminator Judge is untrained"):
-        decoders.fit(model, tmp_path / "a", **losses)
-    told = json.loads((tmp_path / "a/fit.json").read_text())["loss"]
-    assert told["objective"] == "hinge"
-    again = retroexit.load(tmp_path / "a", model.generator, (decoders.latents(1),), adapter=known)
+        fit(model, tmp_path / "a", **losses)
+    assert json.loads((tmp_path / "a/fit.json").read_text())["loss"]["objective"] == "hinge"
+    again = retroexit.load(tmp_path / "a", model.generator, (latents(1),), adapter=description)
     with pytest.warns(retroexit.RetroExitWarning, match="Judge"):
-        assert fitting.prepare(again, decoders.latents(4), metric="ms-ssim", **losses).plan.discriminator
+        assert fitting.prepare(again, latents(4), metric="ms-ssim", **losses).plan.discriminator
     other = retroexit.Description(name="other", discriminator=lambda generator: nn.Identity())
     with pytest.warns(retroexit.RetroExitWarning, match="Identity"):
-        job = fitting.prepare(model, decoders.latents(4), metric="ms-ssim", adapter=other, **losses)
+        job = fitting.prepare(model, latents(4), metric="ms-ssim", adapter=other, **losses)
     assert job.plan.objective is not None and job.plan.objective.name == "non-saturating"
     for adapter in (False, retroexit.Description(name="silent")):
         with pytest.raises(OptionError, match="'adversarial' needs a discriminator, got none"):
-            decoders.fit(decoders.wrap(adapter=adapter), tmp_path / "b", **losses)
+            fit(wrap(adapter=adapter), tmp_path / "b", **losses)
 
 
 @pytest.mark.parametrize(
-    ("made", "message"),
+    ("discriminator", "message"),
     [
         (lambda generator: 3, "discriminator of mine must be a torch.nn.Module, got a int"),
         (lambda generator: 1 / 0, "discriminator of mine raised ZeroDivisionError"),
     ],
 )
 def test_a_description_that_makes_no_discriminator_is_named(
-    decoders: ModuleType, tmp_path: Path, made: Any, message: str
+    tmp_path: Path, discriminator: Any, message: str
 ) -> None:
-    model = decoders.wrap(adapter=retroexit.Description(name="mine", discriminator=made))
+    model = wrap(adapter=retroexit.Description(name="mine", discriminator=discriminator))
     with pytest.raises(PluginError, match=message):
-        decoders.fit(model, tmp_path, losses={"adversarial": 1})
+        fit(model, tmp_path, losses={"adversarial": 1})
+
+
+# The estimated cost of a fit.
+
+
+def test_the_macs_of_a_step_are_those_of_a_count_by_hand() -> None:
+    inputs, stages = torch.randn(8, 4, 8, 8), tuple(f"stages.{i}" for i in range(3))
+    model = wrap(Chain(3).eval(), attach_at=[1], stages=stages, example_inputs=(inputs[:1],))
+    before = {name: value.clone() for name, value in model.branches.state_dict().items()}
+    settings = FitSettings(batch=2, losses={"l1": 1.0})
+    cost = estimate_fit(model, inputs, settings, LossPlan({"l1": 1.0}, {"l1": L1()}))
+    convolutions = 2 * 64 * (2 * 9 * 16 + 12)
+    entering = 2 * 64 * 9 * 16  # no gradient goes into the feature
+    assert cost.step_macs == 3 * convolutions - entering
+    assert cost.backbone_macs == 2 * model.decomposition.backbone_macs
+    weights = 4 * (2 * (9 * 16 + 4) + 12 + 3)
+    saved = 4 * 2 * 64 * 4 * 3 + 4 * 2 * 64 * 3  # feature, two maps behind a relu, an image
+    assert cost.memory == pytest.approx(5 * weights + saved, rel=0.35)
+    assert all(torch.equal(value, before[name]) for name, value in model.branches.state_dict().items())
+    assert not model.branches[0].training

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from decoders import SETTINGS, Copying, Distance, make, wrap
 from torch import Tensor
 
 import retroexit
@@ -17,20 +17,17 @@ from retroexit.training.steps import Cropper
 
 
 def _coordinates(height: int, width: int) -> Tensor:
-    """A map ``(3, H, W)`` that tells at every place where it is."""
+    """A map ``(3, H, W)`` whose values are the coordinates."""
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     return torch.stack([rows / 16 - 0.5, columns / 16 - 0.5, torch.zeros(height, width)])
 
 
 @pytest.mark.parametrize("guidance", [None, True])
-def test_windows_of_features_guide_and_image_coincide(
-    decoders: ModuleType, tmp_path: Path, guidance: bool | None
-) -> None:
-    inputs = _coordinates(4, 6)[None].repeat(
-        8, 1, 1, 1
-    )  # equal inputs, so that a foreign guide shows the same places
-    model = decoders.wrap(
-        decoders.make(decoders.Copying),
+def test_windows_of_features_guide_and_image_coincide(tmp_path: Path, guidance: bool | None) -> None:
+    # Equal inputs, so that a guide from another sample shows the same places.
+    inputs = _coordinates(4, 6)[None].repeat(8, 1, 1, 1)
+    model = wrap(
+        make(Copying),
         stages=("stages.0", "stages.1", "stages.2"),
         guidance=guidance and retroexit.Guidance(value_after=2),
         example_inputs=(inputs[:2],),
@@ -38,7 +35,7 @@ def test_windows_of_features_guide_and_image_coincide(
     seen: list[tuple[Tensor, Tensor | None]] = []
     targets: list[Tensor] = []
 
-    class Watching(decoders.Distance):  # type: ignore[name-defined, misc]
+    class Watching(Distance):
         def compare(self, a: Tensor, b: Tensor) -> Tensor:
             targets.append(b.detach().clone())
             return super().compare(a, b)
@@ -48,11 +45,10 @@ def test_windows_of_features_guide_and_image_coincide(
             lambda _, args, kwargs: seen.append((args[0].clone(), kwargs["guide"])) if _.training else None,
             with_kwargs=True,
         )
-    settings = decoders.SETTINGS | {"steps": 5, "crop": 8}
+    settings = SETTINGS | {"steps": 5, "crop": 8}
     retroexit.fit(model, inputs, tmp_path, metric=Watching(), progress=False, **settings)
-    targets = [
-        target for target in targets if len(target) == settings["batch"] and target.shape[2:] == (8, 8)
-    ][1:]  # the first one tries the metric
+    is_window = lambda image: len(image) == settings["batch"] and image.shape[2:] == (8, 8)  # noqa: E731
+    targets = [image for image in targets if is_window(image)][1:]  # the first one is a trial
     seen = seen[2:]  # one call of each branch tries the layout of its weights
     assert len(seen) == len(targets) == 10
     for index, ((feature, guide), target) in enumerate(zip(seen, targets, strict=True)):
@@ -61,17 +57,16 @@ def test_windows_of_features_guide_and_image_coincide(
         assert torch.equal(feature, target[:, :, ::ratio, ::ratio])
         if guidance:
             assert guide is not None and guide.shape[2:] == (4, 4)
-            assert torch.allclose(
-                guide, target[:, :, ::2, ::2], atol=1e-3
-            )  # values are kept in half precision
+            # Values are stored in half precision.
+            assert torch.allclose(guide, target[:, :, ::2, ::2], atol=1e-3)
     corners = {(float(t[0, 0, 0]), float(t[1, 0, 0])) for target in targets for t in target}
     assert len(corners) > 5
 
 
 def test_offsets_reach_every_window_on_the_grid() -> None:
     cropper = Cropper.for_maps(8, (16, 24), [(4, 6), (8, 12)])
-    found = {tuple(corner) for corner in cropper.offsets(2000, np.random.default_rng(0)).tolist()}
-    assert found == {(i, j) for i in range(0, 9, 4) for j in range(0, 17, 4)}
+    corners = {tuple(corner) for corner in cropper.offsets(2000, np.random.default_rng(0)).tolist()}
+    assert corners == {(i, j) for i in range(0, 9, 4) for j in range(0, 17, 4)}
 
 
 def test_windows_equal_slices_taken_one_by_one() -> None:
@@ -84,7 +79,7 @@ def test_windows_equal_slices_taken_one_by_one() -> None:
         assert torch.equal(cropper(feature, offsets)[row], cell)
 
 
-def test_what_is_no_map_passes_and_a_shared_map_is_cut_for_every_sample() -> None:
+def test_other_tensors_pass_and_a_shared_map_is_cut_for_every_sample() -> None:
     cropper = Cropper.for_maps(8, (16, 24), [(4, 6), (1, 1)])
     offsets = cropper.offsets(3, np.random.default_rng(1))
     for other in (torch.rand(3, 9), torch.rand(3, 9, 1, 1), torch.rand(9, 4, 3, 3), torch.rand(3, 9, 5)):
@@ -93,22 +88,17 @@ def test_what_is_no_map_passes_and_a_shared_map_is_cut_for_every_sample() -> Non
     assert torch.equal(cropper(shared, offsets), cropper(shared.repeat(3, 1, 1, 1), offsets))
 
 
-@pytest.mark.parametrize("size", [None, 16, 100])
-def test_windows_as_large_as_the_image_are_the_image(size: int | None) -> None:
-    cropper = Cropper.for_maps(size, (16, 16), [(4, 4)])
+def test_windows_as_large_as_the_image_are_the_image() -> None:
     image = torch.rand(2, 3, 16, 16)
-    assert cropper(image, cropper.offsets(2, np.random.default_rng(0))) is image
+    for size in (None, 16, 100):
+        cropper = Cropper.for_maps(size, (16, 16), [(4, 4)])
+        assert cropper(image, cropper.offsets(2, np.random.default_rng(0))) is image
 
 
 @pytest.mark.parametrize(
     ("size", "maps", "message"),
     [
-        (
-            6,
-            [(4, 4)],
-            "crop must be a multiple of 4, got 6",
-        ),
-        (2, [(4, 4)], "crop must be a multiple of 4, got 2"),
+        (6, [(4, 4)], "crop must be a multiple of 4, got 6"),
         (0, [], "crop must be a multiple of 1, got 0"),
         (8, [(5, 5)], r"divide the image's, \(16, 16\), got \(5, 5\)"),
         (8, [(4, 8)], r"got \(4, 8\). Train on whole images \(crop=None\)"),

@@ -19,11 +19,8 @@ def test_tensors_tuples_and_dicts_become_batches() -> None:
     assert torch.equal(args[0], x[1:3]) and torch.equal(args[1][0], y[1:3]) and args[1][1] == 3
     args, kwargs = Samples([{"x": a, "gain": 0.5} for a in x]).gather([3])
     assert args == () and torch.equal(kwargs["x"], x[3:4]) and kwargs["gain"] == 0.5
-
-
-def test_the_order_of_keys_in_a_sample_does_not_matter() -> None:
     a, b = torch.zeros(2), torch.ones(2)
-    _, kwargs = Samples([{"a": a, "b": b}, {"b": b, "a": a}]).gather([0, 1])
+    _, kwargs = Samples([{"a": a, "b": b}, {"b": b, "a": a}]).gather([0, 1])  # the order of keys may differ
     assert torch.equal(kwargs["a"], torch.zeros(2, 2))
 
 
@@ -36,7 +33,7 @@ def test_batches_cover_every_sample_from_any_place() -> None:
 @pytest.mark.parametrize(
     "items", [[], torch.zeros(0, 3), 5, iter([1]), {"x": torch.zeros(2, 3)}, torch.tensor(1.0)]
 )
-def test_what_is_no_sequence_of_samples_is_refused(items: Any) -> None:
+def test_other_values_than_sequences_of_samples_are_refused(items: Any) -> None:
     with pytest.raises(OptionError, match=f"non-empty sequence of samples, got {type(items).__name__}"):
         Samples(items)
 
@@ -60,30 +57,28 @@ def test_samples_that_make_no_batch_are_refused(items: Any, message: str) -> Non
 
 def test_a_digest_tells_inputs_apart() -> None:
     x = torch.rand(4, 3)
-    digests = {
-        Samples(items).digest()
-        for items in (
-            x,
-            x + 1,
-            x.double(),
-            x[:3],
-            x.reshape(4, 3, 1),
-            [(row,) for row in x],
-            [{"x": row} for row in x],
-        )
-    }
+    others = (
+        x,
+        x + 1,
+        x.double(),
+        x[:3],
+        x.reshape(4, 3, 1),
+        [(row,) for row in x],
+        [{"x": row} for row in x],
+    )
+    digests = {Samples(items).digest() for items in others}
     assert len(digests) == 6  # a tensor and a tuple of it are the same input
     assert Samples(x).digest() == Samples(list(x)).digest()
 
 
 def test_drawing_from_a_seed_puts_the_state_back() -> None:
     torch.manual_seed(7)
-    wanted = torch.rand(3), torch.rand(3)
+    expected = torch.rand(3), torch.rand(3)
     torch.manual_seed(7)
     first = torch.rand(3)
     with pytest.raises(KeyError), drawing_from(1):
         inside = torch.rand(3)
         raise KeyError
-    assert torch.equal(first, wanted[0]) and torch.equal(torch.rand(3), wanted[1])
+    assert torch.equal(first, expected[0]) and torch.equal(torch.rand(3), expected[1])
     torch.manual_seed(1)
     assert torch.equal(inside, torch.rand(3))

@@ -12,11 +12,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from retroexit.errors import OptionError, TrainingError, WeightsError
+from retroexit.errors import CheckpointError, OptionError, TrainingError, WeightsError
 from retroexit.metrics import LPIPS, MSSSIM
 from retroexit.plugins import host
 from retroexit.plugins.training_types import TrainingBatch
 from retroexit.training.losses import L1, PERCEPTUAL, Gaze, Perceptual, TrainingLoss
+from retroexit.training.losses.terms import Equaliser
 
 
 @pytest.fixture
@@ -47,17 +48,17 @@ def by_hand(state: dict[str, Tensor], image: Tensor, taps: dict[int, float]) -> 
     x = torch.empty_like(image)
     for c, (mean, deviation) in enumerate(zip((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), strict=True)):
         x[:, c] = ((image[:, c] + 1) / 2 - mean) / deviation
-    found, number = [], 0
+    features, number = [], 0
     for block in (2, 2, 4, 4, 4):
         for _ in range(block):
             weight, bias = state[f"features.{number}.weight"], state[f"features.{number}.bias"]
             x = nn.functional.conv2d(x, weight, bias, padding=1).clamp(min=0)
             number += 2
             if number - 1 in taps:
-                found.append(x)
+                features.append(x)
         x = nn.functional.max_pool2d(x, 2)
         number += 1
-    return found
+    return features
 
 
 def test_vgg_is_the_weighted_difference_of_five_layers_of_vgg19(
@@ -66,12 +67,11 @@ def test_vgg_is_the_weighted_difference_of_five_layers_of_vgg19(
     taps = {1: 1 / 32, 6: 1 / 16, 11: 1 / 8, 20: 1 / 4, 29: 1.0}
     state = torch.load(vgg_file, weights_only=True)
     a, b = (by_hand(state, image, taps) for image in pair)
-    want = []
+    expected = []
     for n in range(2):
         parts = zip(taps.values(), a, b, strict=True)
-        want.append(sum(w * float((x[n] - y[n]).abs().sum()) / x[n].numel() for w, x, y in parts))
-    found = Perceptual("vgg", vgg_file)(*pair)
-    assert found.tolist() == pytest.approx(want, rel=1e-4)
+        expected.append(sum(w * float((x[n] - y[n]).abs().sum()) / x[n].numel() for w, x, y in parts))
+    assert Perceptual("vgg", vgg_file)(*pair).tolist() == pytest.approx(expected, rel=1e-4)
 
 
 def test_squeeze_features_are_those_that_lpips_compares(shared: Path, pair: tuple[Tensor, Tensor]) -> None:
@@ -79,44 +79,32 @@ def test_squeeze_features_are_those_that_lpips_compares(shared: Path, pair: tupl
     term, metric = Perceptual("features-squeeze", file), LPIPS("squeeze", file)
     network: Any = metric._network
     features = [network.net(network.scaling_layer(image)) for image in pair]
-    want = [
+    expected = [
         sum(float((x[n] - y[n]).abs().mean()) for x, y in zip(*features, strict=True)) / 7 for n in (0, 1)
     ]
     # LPIPS rounds the mean and deviation of ImageNet to three digits in [-1, 1].
-    assert term(*pair).tolist() == pytest.approx(want, rel=2e-3)
+    assert term(*pair).tolist() == pytest.approx(expected, rel=2e-3)
 
 
-def test_missing_vgg_weights_name_file_place_address_hash_and_stand_ins(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda file: Perceptual("features-alex", file), r"'features-alex' \(alexnet\): features.0.w"),
+        (lambda _: host().loss("vgg", weights="nowhere.pth"), "no weight file at nowhere.pth"),
+        (lambda _: Perceptual("vgg13"), "no perceptual loss 'vgg13'; closest: 'vgg"),
+        (lambda file: Perceptual("features-random", file), "must be None for 'features-random', got"),
+        (lambda _: host().loss("l1", weights="x"), "loss 'l1' of .* takes no weights. Leave it out"),
+        (
+            lambda _: Perceptual("features-random")(*torch.zeros(2, 1, 3, 9, 7)),
+            r"8x8 pixels, got \(1, 3, 9, 7\)",
+        ),
+    ],
+)
+def test_wrong_files_names_and_sizes_are_refused(
+    call: Callable[[Path], Any], message: str, vgg_file: Path
 ) -> None:
-    def no_network(*args: Any, **kwargs: Any) -> None:
-        raise OSError("no network")
-
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
-    with pytest.raises(WeightsError) as caught:
-        host().loss("vgg")
-    said = str(caught.value)
-    assert "the loss 'vgg' needs vgg19-dcbb9e9d.pth" in said
-    assert str(tmp_path / "checkpoints") in said
-    assert "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth" in said
-    assert "whose sha256 starts with dcbb9e9d" in said
-    assert "Other networks: 'features-alex', 'features-squeeze', 'features-random'" in said
-
-
-def test_wrong_files_and_names_are_refused(vgg_file: Path) -> None:
-    with pytest.raises(WeightsError, match=r"weights of the loss 'features-alex' \(alexnet\): features.0.w"):
-        Perceptual("features-alex", vgg_file)
-    with pytest.raises(WeightsError, match="no weight file at nowhere.pth"):
-        host().loss("vgg", weights="nowhere.pth")
-    with pytest.raises(OptionError, match="no perceptual loss 'vgg13'; closest: 'vgg"):
-        Perceptual("vgg13")
-    with pytest.raises(OptionError, match="weights must be None for 'features-random', got"):
-        Perceptual("features-random", vgg_file)
-    with pytest.raises(OptionError, match="loss 'l1' of .* takes no weights. Leave it out"):
-        host().loss("l1", weights="l1.pth")
-    with pytest.raises(OptionError, match=r"at least 8x8 pixels, got \(1, 3, 9, 7\)"):
-        Perceptual("features-random")(torch.zeros(1, 3, 9, 7), torch.zeros(1, 3, 9, 7))
+    with pytest.raises((OptionError, WeightsError), match=message):
+        call(vgg_file)
 
 
 def test_random_features_are_the_same_every_time_and_draw_nothing(pair: tuple[Tensor, Tensor]) -> None:
@@ -156,16 +144,12 @@ def test_the_smallest_image_is_where_every_tap_still_has_a_value(name: str) -> N
 
 
 def terms() -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
-    class Looks(nn.Module):
+    class Network(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return x.mean((2, 3))[:, :2] / (x.mean((2, 3)).norm(dim=1, keepdim=True) + 1e-6)
 
-    return {
-        "l1": L1(),
-        "ms-ssim": MSSSIM(),
-        "features-random": Perceptual("features-random"),
-        "gaze": Gaze(Looks()),
-    }
+    features = Perceptual("features-random")
+    return {"l1": L1(), "ms-ssim": MSSSIM(), "features-random": features, "gaze": Gaze(Network())}
 
 
 @pytest.mark.parametrize("name", ["l1", "ms-ssim", "features-random", "gaze"])
@@ -173,15 +157,15 @@ def terms() -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
 def test_every_term_is_finite_at_equal_images_and_at_opposite_ones(name: str, bfloat16: bool) -> None:
     term = terms()[name]
     target = torch.rand(2, 3, 32, 32) * 2 - 1
-    for made in (target.clone(), -target, torch.zeros_like(target), 0.5 * target):
-        image = made.requires_grad_()
+    for pixels in (target.clone(), -target, torch.zeros_like(target), 0.5 * target):
+        image = pixels.requires_grad_()
         with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
             value = term(image, target).mean()
         value.backward()
         assert image.grad is not None
         assert torch.isfinite(value)
         assert torch.isfinite(image.grad).all()
-        if torch.equal(made, target):
+        if torch.equal(pixels, target):
             assert float(value.detach()) == pytest.approx(0, abs=1e-4)
         else:
             assert value > 0
@@ -190,15 +174,15 @@ def test_every_term_is_finite_at_equal_images_and_at_opposite_ones(name: str, bf
 
 def test_ms_ssim_keeps_its_value_under_bfloat16(pair: tuple[Tensor, Tensor]) -> None:
     metric, near = MSSSIM(), (pair[0] + 0.1 * pair[1]).clamp(-1, 1)
-    want = metric(near, pair[0])
+    expected = metric(near, pair[0])
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(metric(near, pair[0]), want)
+        assert torch.equal(metric(near, pair[0]), expected)
 
 
-def test_gaze_compares_what_the_network_sees_and_leaves_it_alone(
+def test_gaze_compares_the_outputs_of_the_network_and_does_not_change_it(
     untouched: Callable[..., Any], pair: tuple[Tensor, Tensor]
 ) -> None:
-    class Looks(nn.Module):
+    class Network(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.last = nn.Linear(3, 2)
@@ -208,7 +192,7 @@ def test_gaze_compares_what_the_network_sees_and_leaves_it_alone(
             angles = self.last(self.drop(x.mean((2, 3))))
             return {"angles": angles, "closed": angles[:, :1] > 0, "blink": 2 * angles[:, 0]}
 
-    network = Looks().train()
+    network = Network().train()
     with untouched(network):
         term = Gaze(network)
         image = pair[0].clone().requires_grad_()
@@ -223,22 +207,22 @@ def test_gaze_compares_what_the_network_sees_and_leaves_it_alone(
 
 
 def test_a_gaze_network_that_stops_the_gradient_is_refused(pair: tuple[Tensor, Tensor]) -> None:
-    class Deaf(nn.Module):
+    class Detached(nn.Module):
         def forward(self, x: Tensor) -> Any:
             return x.detach().mean((2, 3))
 
-    class Mute(nn.Module):
+    class Textual(nn.Module):
         def forward(self, x: Tensor) -> Any:
             return "left"
 
     image = pair[0].clone().requires_grad_()
-    with pytest.raises(TrainingError, match="outputs without gradient from Deaf"):
-        Gaze(Deaf())(image, pair[1])
-    with pytest.raises(TrainingError, match="no floating point output from Mute"):
-        Gaze(Mute())(image, pair[1])
+    with pytest.raises(TrainingError, match="outputs without gradient from Detached"):
+        Gaze(Detached())(image, pair[1])
+    with pytest.raises(TrainingError, match="no floating point output from Textual"):
+        Gaze(Textual())(image, pair[1])
 
 
-def test_a_loss_adds_its_terms_by_weight_and_tells_them_apart(pair: tuple[Tensor, Tensor]) -> None:
+def test_a_loss_adds_its_terms_by_weight_and_returns_each_of_them(pair: tuple[Tensor, Tensor]) -> None:
     image, target = pair[0].clone().requires_grad_(), pair[1]
     per_image = lambda a, b: (a - b).square().mean((1, 2, 3)).sqrt()  # noqa: E731
     loss = TrainingLoss({"l1": (3.0, L1()), "distance": (0.5, per_image)})
@@ -254,24 +238,17 @@ def test_a_loss_adds_its_terms_by_weight_and_tells_them_apart(pair: tuple[Tensor
     assert loss.state() == {}
 
 
-@pytest.mark.parametrize(
-    ("made", "found"),
-    [
-        (torch.zeros(3), r"got \(3,\) for images"),
-        (1.5, "got 1.5 for images"),
-    ],
-)
+@pytest.mark.parametrize(("value", "got"), [(torch.zeros(3), r"\(3,\)"), (1.5, "1.5")])
 def test_a_term_that_returns_something_else_is_named(
-    made: Any, found: str, pair: tuple[Tensor, Tensor]
+    value: Any, got: str, pair: tuple[Tensor, Tensor]
 ) -> None:
-    loss = TrainingLoss({"odd": (1.0, lambda a, b: made)})
-    with pytest.raises(
-        TrainingError, match=f"the loss 'odd' must return a scalar or one number per image, {found}"
-    ):
+    loss = TrainingLoss({"odd": (1.0, lambda a, b: value)})
+    message = f"the loss 'odd' must return a scalar or one number per image, got {got} for images"
+    with pytest.raises(TrainingError, match=message):
         loss(TrainingBatch(*pair))
 
 
-def test_a_term_may_look_at_the_inputs_of_the_generator(pair: tuple[Tensor, Tensor]) -> None:
+def test_a_term_may_read_the_inputs_of_the_generator(pair: tuple[Tensor, Tensor]) -> None:
     class Masked:
         needs_inputs = True
 
@@ -281,7 +258,105 @@ def test_a_term_may_look_at_the_inputs_of_the_generator(pair: tuple[Tensor, Tens
     loss = TrainingLoss({"masked": (2.0, Masked())})
     mask = (torch.rand(2, 1, 32, 40) > 0.5).float()
     total, parts = loss(TrainingBatch(*pair, args=(mask,)))
-    want = float(((pair[0] - pair[1]).abs() * mask).mean())
+    expected = float(((pair[0] - pair[1]).abs() * mask).mean())
     assert loss.needs_inputs
-    assert total.item() == pytest.approx(2 * want, rel=1e-5)
-    assert parts == {"masked": pytest.approx(want, rel=1e-5)}
+    assert total.item() == pytest.approx(2 * expected, rel=1e-5)
+    assert parts == {"masked": pytest.approx(expected, rel=1e-5)}
+
+
+# Equalised weights.
+
+
+def strong(a: Tensor, b: Tensor) -> Tensor:
+    return 40 * (a - b).square().mean((1, 2, 3))
+
+
+def blind(a: Tensor, b: Tensor) -> Tensor:
+    return b.mean((1, 2, 3))
+
+
+def make(steps: int = 3) -> TrainingLoss:
+    terms = {"l1": (1.0, L1()), "strong": (2.0, strong), "blind": (1.0, blind)}
+    return TrainingLoss(terms, equaliser=Equaliser(list(terms), steps))
+
+
+def batches(count: int, size: int = 2) -> list[TrainingBatch]:
+    source = torch.Generator().manual_seed(0)
+    draw = lambda: torch.rand(size, 3, 4, 4, generator=source) * 2 - 1  # noqa: E731
+    return [TrainingBatch(draw().requires_grad_(), draw()) for _ in range(count)]
+
+
+def test_gradients_of_all_terms_are_as_long_as_their_weights_say() -> None:
+    loss, (batch,) = make(), batches(1)
+    pixels, images = batch.image[0].numel(), len(batch.image)
+    loss(batch)
+    lengths = {
+        # of the gradient at each image of the mean over images, times their number
+        "l1": [pixels * (1 / pixels) ** 2] * images,
+        "strong": [
+            float((80 * (a - b) / pixels).square().sum())
+            for a, b in zip(batch.image.detach(), batch.target, strict=True)
+        ],
+    }
+    norms = {name: (sum(squares) / images) ** 0.5 for name, squares in lengths.items()}
+    mean = (norms["l1"] * norms["strong"]) ** 0.5
+    for name, norm in norms.items():
+        assert loss.equaliser.factor(name) == pytest.approx(mean / norm, rel=1e-5)
+    assert loss.equaliser.factor("blind") == 1
+
+    total, parts = loss(batch)
+    factors = {name: loss.equaliser.factor(name) for name in parts}
+    expected = sum(weight * factors[name] * parts[name] for name, (weight, _) in loss.terms.items())
+    assert total.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_factors_are_fixed_after_the_first_steps() -> None:
+    loss = make(steps=2)
+    seen = []
+    for batch in batches(4):
+        loss(batch)
+        seen.append(loss.equaliser.factor("strong"))
+    assert seen[0] != seen[1] == seen[2] == seen[3]
+
+
+def test_nothing_is_measured_without_gradient() -> None:
+    loss = make()
+    with torch.no_grad():
+        loss(batches(1)[0])
+    (batch,) = batches(1)
+    loss(TrainingBatch(batch.image.detach(), batch.target))
+    assert int(loss.equaliser.state()["count"]) == 0
+    assert [loss.equaliser.factor(name) for name in loss.terms] == [1, 1, 1]
+
+
+def test_factors_do_not_depend_on_the_batch_size() -> None:
+    together, apart = make(10), make(10)
+    (batch,) = batches(1, size=6)
+    together(batch)
+    for i in range(0, 6, 2):
+        apart(
+            TrainingBatch(batch.image.detach()[i : i + 2].clone().requires_grad_(), batch.target[i : i + 2])
+        )
+    for name in together.terms:
+        assert together.equaliser.factor(name) == pytest.approx(apart.equaliser.factor(name), rel=1e-5)
+
+
+def test_an_interrupted_measurement_goes_on_to_the_same_weights() -> None:
+    uninterrupted, first, second = make(), make(), make()
+    expected = [uninterrupted(batch)[0].item() for batch in batches(5)]
+    for batch in batches(5)[:2]:
+        first(batch)
+    second.load_state({name: value.clone() for name, value in first.state().items()})
+    assert [second(batch)[0].item() for batch in batches(5)[2:]] == expected[2:]
+    assert all(torch.equal(value, second.state()[name]) for name, value in uninterrupted.state().items())
+    with pytest.raises(CheckpointError, match="equalised weights of l1, strong, blind, got none"):
+        second.load_state({})
+    with pytest.raises(CheckpointError, match="got 1 terms"):
+        make().load_state({"equaliser.squares": torch.zeros(1), "equaliser.count": torch.tensor(1)})
+
+
+def test_the_factor_of_a_term_with_tiny_gradients_is_bounded() -> None:
+    faint = {"l1": (1.0, L1()), "faint": (1.0, lambda a, b: 1e-20 * (a - b).square().mean())}
+    loss = TrainingLoss(faint, equaliser=Equaliser(list(faint), 2))
+    loss(batches(1)[0])
+    assert loss.equaliser.factor("faint") == 1e4

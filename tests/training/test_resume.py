@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from decoders import (
+    HALVES,
+    Judge,
+    Noisy,
+    checkpoint,
+    fit,
+    interrupted,
+    latents,
+    make,
+    same,
+    start_script,
+    trained,
+    wrap,
+)
 from torch import Tensor
 
 from retroexit.errors import CheckpointError
@@ -21,150 +33,168 @@ from retroexit.guidance.bank import GuidanceBank
 from retroexit.model import EarlyExitGenerator
 from retroexit.training import cache as caching
 from retroexit.training import fit as fitting
+from retroexit.training import trainer as training
 from retroexit.training.settings import FitSettings
 from retroexit.training.steps import draw_batch
 from retroexit.training.trainer import BranchTrainer, learning_rate
 
-STEPS = 2 * 4  # two branches
+ADVERSARIAL: dict[str, Any] = {"losses": {"l1": 1, "quality": 1, "adversarial": 0.1}, "equalise": 3}
+
+FITS: dict[str, tuple[Callable[[], EarlyExitGenerator], dict[str, Any]]] = {
+    "plain": (wrap, {}),
+    "guided": (lambda: wrap(guidance=True), {}),
+    "noisy": (lambda: wrap(make(Noisy)), {}),
+    "noisy, without cache": (lambda: wrap(make(Noisy)), {"cache": False}),
+    "inherited": (lambda: wrap(**HALVES), {}),
+    "inherited, features": (lambda: wrap(**HALVES), {"features": 1.0}),
+    "adversarial": (wrap, ADVERSARIAL),
+}
+
+
+def fit_one(
+    name: str, folder: Path, model: EarlyExitGenerator | None = None, **more: Any
+) -> EarlyExitGenerator:
+    """Fit a model of `FITS`, or go on with the given one."""
+    wrap_it, settings = FITS[name]
+    discriminator = {"discriminator": Judge()} if name == "adversarial" else {}
+    return fit(wrap_it() if model is None else model, folder, **settings | discriminator | more)
 
 
 @pytest.fixture(scope="module")
-def whole(decoders: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Tensor]]:
-    """What uninterrupted fits give."""
-    plain = decoders.fit(decoders.wrap(), tmp_path_factory.mktemp("plain"))
-    guided = decoders.fit(decoders.wrap(guidance=True), tmp_path_factory.mktemp("guided"))
-    noisy = decoders.fit(
-        decoders.wrap(decoders.make(decoders.Noisy), attach_at=[1, 2]), tmp_path_factory.mktemp("noisy")
-    )
-    return {
-        "plain": decoders.trained(plain),
-        "guided": decoders.trained(guided),
-        "noisy": decoders.trained(noisy),
-    }
+def uninterrupted(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[str], tuple[Path, dict[str, Tensor]]]:
+    """Folder and weights of a fit that was not interrupted; each one runs once."""
+    results: dict[str, tuple[Path, dict[str, Tensor]]] = {}
 
+    def get(name: str) -> tuple[Path, dict[str, Tensor]]:
+        if name not in results:
+            folder = tmp_path_factory.mktemp("uninterrupted")
+            results[name] = folder, trained(fit_one(name, folder))
+        return results[name]
 
-def _fit_twice(
-    decoders: ModuleType,
-    folder: Path,
-    make: Callable[[], EarlyExitGenerator],
-    again: bool,
-    owner: Any,
-    name: str,
-    after: int,
-) -> EarlyExitGenerator:
-    """Interrupt a fit, then go on: in a new process, or with the same half-trained model."""
-    model = make()
-    with decoders.interrupted(owner, name, after):
-        decoders.fit(model, folder)
-    torch.manual_seed(after)  # nothing may hang on the state of random numbers
-    return decoders.fit(model if again else make(), folder)
-
-
-@pytest.mark.parametrize("step", range(STEPS))
-def test_interrupted_at_any_step_a_fit_ends_the_same(
-    decoders: ModuleType, tmp_path: Path, whole: dict[str, dict[str, Tensor]], step: int
-) -> None:
-    again = step % 2 == 0
-    model = _fit_twice(
-        decoders, tmp_path, lambda: decoders.wrap(guidance=True), again, BranchTrainer, "advance", step
-    )
-    decoders.same(decoders.trained(model), whole["guided"])
-
-
-def test_what_branches_draw_themselves_belongs_to_the_step(
-    decoders: ModuleType, tmp_path: Path, whole: dict[str, dict[str, Tensor]]
-) -> None:
-    make = lambda: decoders.wrap(decoders.make(decoders.Noisy))  # noqa: E731
-    model = _fit_twice(decoders, tmp_path, make, False, BranchTrainer, "advance", 5)
-    decoders.same(decoders.trained(model), whole["noisy"])
+    return get
 
 
 @pytest.mark.parametrize(
-    ("owner", "name", "after"),
+    ("name", "owner", "function", "call"),
     [
-        (caching, "compute_features", 0),
-        (caching, "compute_features", 2),
-        (caching, "_write_state", 1),
-        (GuidanceBank, "save", 0),
-        (BranchTrainer, "save", 0),
-        (BranchTrainer, "save", 3),
-        (fitting, "exit_losses", 0),
-        (fitting, "fit_predictor", 0),
-        (EarlyExitGenerator, "save", 0),
+        *(("guided", BranchTrainer, "advance", call) for call in (0, 3, 6, 7)),
+        ("guided", caching, "compute_features", 0),
+        ("guided", caching, "compute_features", 2),
+        ("guided", caching, "_write_state", 1),
+        ("guided", GuidanceBank, "save", 0),
+        ("guided", BranchTrainer, "save", 0),
+        ("guided", BranchTrainer, "save", 3),
+        ("guided", fitting, "exit_losses", 0),
+        ("guided", fitting, "fit_predictor", 0),
+        ("guided", EarlyExitGenerator, "save", 0),
+        *((name, BranchTrainer, "advance", 7) for name in FITS if name not in ("plain", "guided")),
     ],
 )
-def test_interrupted_between_steps_a_fit_ends_the_same(
-    decoders: ModuleType,
-    tmp_path: Path,
-    whole: dict[str, dict[str, Tensor]],
-    owner: Any,
-    name: str,
-    after: int,
+def test_an_interrupted_fit_ends_the_same(
+    name: str, owner: Any, function: str, call: int, tmp_path: Path, uninterrupted: Any
 ) -> None:
-    model = _fit_twice(decoders, tmp_path, lambda: decoders.wrap(guidance=True), True, owner, name, after)
-    decoders.same(decoders.trained(model), whole["guided"])
+    model = FITS[name][0]()
+    with interrupted(owner, function, call):
+        fit_one(name, tmp_path, model)
+    torch.manual_seed(call)  # the result must not depend on the state of random numbers
+    # Go on with the half-trained model, or as a new process does.
+    is_same_model = name == "guided" and function != "advance"
+    same(trained(fit_one(name, tmp_path, model if is_same_model else None)), uninterrupted(name)[1])
+
+
+@pytest.mark.parametrize("setting", [{"together": False}, {"checkpoint_every": 2}])
+def test_an_interrupted_fit_may_go_on_in_another_way(
+    setting: dict[str, Any], tmp_path: Path, uninterrupted: Any
+) -> None:
+    with interrupted(BranchTrainer, "advance", 7):
+        fit_one("plain", tmp_path)
+    same(trained(fit_one("plain", tmp_path, **setting)), uninterrupted("plain")[1])
+
+
+def test_a_resumed_fit_does_not_reconstruct_its_branches_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with interrupted(BranchTrainer, "advance", 4):
+        fit_one("inherited", tmp_path)
+    monkeypatch.setattr("retroexit.training.initialise.reconstruct", None)  # calling it would fail
+    fit_one("inherited", tmp_path)
 
 
 def test_a_finished_fit_that_is_called_again_trains_nothing(
-    decoders: ModuleType, tmp_path: Path, whole: dict[str, dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, uninterrupted: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    decoders.fit(decoders.wrap(), tmp_path)
+    fit(wrap(), tmp_path)
     monkeypatch.setattr(BranchTrainer, "advance", None)  # calling it would fail
-    decoders.same(decoders.trained(decoders.fit(decoders.wrap(), tmp_path)), whole["plain"])
+    same(trained(fit(wrap(), tmp_path)), uninterrupted("plain")[1])
 
 
 KILLED = """
-import importlib.util, os, signal, sys, torch
-from pathlib import Path
+import os, signal
 from retroexit.training.trainer import BranchTrainer
-spec = importlib.util.spec_from_file_location("training_decoders", sys.argv[1])
-decoders = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(decoders)
-torch.set_num_threads(int(sys.argv[3]))
 real = BranchTrainer.advance
 def advance(trainer, step):
     if trainer.index == 1 and trainer.step == 3:
         os.kill(os.getpid(), signal.SIGKILL)
     return real(trainer, step)
 BranchTrainer.advance = advance
-decoders.fit(decoders.wrap(), Path(sys.argv[2]))
+decoders.fit(decoders.wrap(), Path(args[0]), discriminator=decoders.Judge(), **args[1])
 """
 
 
+def _same_checkpoints(one: Path, other: Path) -> None:
+    for number in (1, 2):
+        same(checkpoint(one, number)[0], checkpoint(other, number)[0])
+
+
 @pytest.mark.skipif(os.name == "nt", reason="SIGKILL")
-def test_killed_by_the_system_a_fit_ends_the_same(
-    decoders: ModuleType, tmp_path: Path, whole: dict[str, dict[str, Tensor]]
+def test_a_killed_fit_with_adversaries_and_equalised_weights_ends_the_same(
+    tmp_path: Path, uninterrupted: Any
 ) -> None:
-    arguments = [str(decoders.__file__), str(tmp_path), str(torch.get_num_threads())]
-    done = subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True, text=True)
+    folder, weights = uninterrupted("adversarial")
+    done = start_script(KILLED, tmp_path, ADVERSARIAL)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    assert (tmp_path / "branches/exit2.safetensors").exists()
-    assert not (tmp_path / "model.json").exists()
-    decoders.same(decoders.trained(decoders.fit(decoders.wrap(), tmp_path)), whole["plain"])
+    assert checkpoint(tmp_path, 2)[1] == 3 and not (tmp_path / "model.json").exists()
+    same(trained(fit_one("adversarial", tmp_path)), weights)
+    _same_checkpoints(tmp_path, folder)
+    states = [checkpoint(folder, number)[0] for number in (1, 2)]
+    names = [name for name in states[0] if name.endswith("adversary.module.last.weight")]
+    assert [int(v) for name, v in states[0].items() if name.endswith("equaliser.count")] == [3]
+    assert len(names) == 1 and not torch.equal(states[0][names[0]], states[1][names[0]])
+    assert not torch.equal(states[0][names[0]], Judge().last.weight)
+    with pytest.raises(CheckpointError, match=r"other settings: loss\.discriminator was .*, is "):
+        fit_one("adversarial", tmp_path, discriminator=Judge(2))
 
 
-def test_a_cache_interrupted_between_batches_holds_the_same_arrays(
-    decoders: ModuleType, tmp_path: Path
+def test_a_fit_interrupted_between_the_checkpoints_of_two_branches_ends_the_same(
+    tmp_path: Path, uninterrupted: Any
 ) -> None:
-    make = lambda: decoders.wrap(decoders.make(decoders.Noisy), guidance=True)  # noqa: E731
-    decoders.fit(make(), tmp_path / "whole", cache_batch=3)
-    with decoders.interrupted(caching, "compute_features", 2):
-        decoders.fit(make(), tmp_path / "parts", cache_batch=3)
+    # Two saves at the start, two after step 3; the second of these does not happen.
+    with interrupted(training, "write_tensors", 3):
+        fit_one("adversarial", tmp_path)
+    assert [checkpoint(tmp_path, number)[1] for number in (1, 2)] == [3, 0]
+    folder, weights = uninterrupted("adversarial")
+    same(trained(fit_one("adversarial", tmp_path)), weights)
+    _same_checkpoints(tmp_path, folder)
+
+
+def test_a_cache_interrupted_between_batches_has_the_same_arrays(tmp_path: Path) -> None:
+    new = lambda: wrap(make(Noisy), guidance=True)  # noqa: E731
+    fit(new(), tmp_path / "whole", cache_batch=3)
+    with interrupted(caching, "compute_features", 2):
+        fit(new(), tmp_path / "parts", cache_batch=3)
     with pytest.MonkeyPatch.context() as patch:
-        passes = []
+        seeds = []
         real = caching.compute_features
-        patch.setattr(caching, "compute_features", lambda *args: (passes.append(args[3]), real(*args))[1])
-        decoders.fit(make(), tmp_path / "parts", cache_batch=3)
-    assert passes == [6, 9]  # seeds are those of the first samples of the batches that were missing
+        patch.setattr(caching, "compute_features", lambda *args: (seeds.append(args[3]), real(*args))[1])
+        fit(new(), tmp_path / "parts", cache_batch=3)
+    assert seeds == [6, 9]  # those of the first samples of the missing batches
     names = sorted(path.name for path in (tmp_path / "whole/cache").glob("*.npy"))
     assert {"backbone-image.npy", "guidance-value.npy"} < set(names)
     for name in names:
         one, other = (np.load(tmp_path / part / "cache" / name) for part in ("whole", "parts"))
         assert np.array_equal(one, other), name
-
-
-def _cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
 @pytest.mark.parametrize(
@@ -177,34 +207,29 @@ def _cut(path: Path) -> None:
         ("losses.npy", "losses.npy is damaged"),
     ],
 )
-def test_a_file_cut_in_half_is_refused(decoders: ModuleType, tmp_path: Path, file: str, message: str) -> None:
-    decoders.fit(decoders.wrap(), tmp_path)
-    _cut(tmp_path / file)
+def test_a_file_cut_in_half_is_refused(tmp_path: Path, uninterrupted: Any, file: str, message: str) -> None:
+    shutil.copytree(uninterrupted("plain")[0], tmp_path, dirs_exist_ok=True)
+    path = tmp_path / file
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(CheckpointError, match=message):
-        decoders.fit(decoders.wrap(), tmp_path)
+        fit(wrap(), tmp_path)
 
 
-def test_files_of_another_fit_are_refused(decoders: ModuleType, tmp_path: Path) -> None:
-    decoders.fit(decoders.wrap(), tmp_path / "one")
-    decoders.fit(decoders.wrap(attach_at=[1]), tmp_path / "other", inputs=decoders.latents(9))
+def test_files_of_another_fit_are_refused(tmp_path: Path, uninterrupted: Any) -> None:
+    shutil.copytree(uninterrupted("plain")[0], tmp_path / "one")
+    fit(wrap(attach_at=[1]), tmp_path / "other", inputs=latents(9))
     for name, message in (
         ("losses.npy", r"it does not match losses\.sha256"),
-        ("branches/exit1.safetensors", None),
         ("cache/stages_0.npy", r"stages_0.npy must have 9 samples, got shape \(10, 12, 8, 8\)"),
     ):
-        kept = (tmp_path / "other" / name).read_bytes()
+        content = (tmp_path / "other" / name).read_bytes()
         (tmp_path / "other" / name).write_bytes((tmp_path / "one" / name).read_bytes())
-        if message is not None:
-            with pytest.raises(CheckpointError, match=message):
-                decoders.fit(decoders.wrap(attach_at=[1]), tmp_path / "other", inputs=decoders.latents(9))
-        (tmp_path / "other" / name).write_bytes(kept)
-    (tmp_path / "one/branches/exit1.safetensors").write_bytes(
-        (tmp_path / "one/branches/exit2.safetensors").read_bytes()
-    )
-    with pytest.raises(
-        CheckpointError, match="is no checkpoint of exit 1 .*Remove it to train this exit again"
-    ):
-        decoders.fit(decoders.wrap(), tmp_path / "one")
+        with pytest.raises(CheckpointError, match=message):
+            fit(wrap(attach_at=[1]), tmp_path / "other", inputs=latents(9))
+        (tmp_path / "other" / name).write_bytes(content)
+    shutil.copy(tmp_path / "one/branches/exit2.safetensors", tmp_path / "one/branches/exit1.safetensors")
+    with pytest.raises(CheckpointError, match="no checkpoint of exit 1 .*Remove it to train this exit again"):
+        fit(wrap(), tmp_path / "one")
 
 
 def test_a_batch_is_a_function_of_the_step_alone() -> None:
@@ -215,27 +240,27 @@ def test_a_batch_is_a_function_of_the_step_alone() -> None:
     assert forward != [draw_batch(step, rows, 5, seed=4) for step in range(40)]
 
 
-@pytest.mark.parametrize("batch", [1, 4, 5, 13, 30])
+@pytest.mark.parametrize("batch", [1, 4, 13, 30])
 def test_each_epoch_visits_every_row_once(batch: int) -> None:
     rows = list(range(100, 113))
-    picked: list[int] = []
-    for step in range(26):
-        found = draw_batch(step, rows, batch, seed=0)
-        assert len(found) == batch
-        picked += found
+    batches = [draw_batch(step, rows, batch, seed=0) for step in range(26)]
+    assert {len(rows) for rows in batches} == {batch}
+    picked = [row for batch_rows in batches for row in batch_rows]
     epochs = [picked[begin : begin + 13] for begin in range(0, len(picked) - 12, 13)]
     assert len(epochs) == 26 * batch // 13
     assert all(sorted(epoch) == rows for epoch in epochs)
     assert len(epochs) < 3 or len({tuple(epoch) for epoch in epochs}) == len(epochs)
 
 
-def test_the_learning_rate_rises_over_a_tenth_then_falls_to_a_thousandth() -> None:
+def test_the_learning_rate_rises_over_a_tenth_then_falls_to_a_thousandth_or_stays() -> None:
     schedule = FitSettings(steps=200, lr=2.0)
     rates = [learning_rate(step, schedule) for step in range(201)]
     assert rates[0] == pytest.approx(0.2)
     assert rates[20] == max(rates) == pytest.approx(2.0)
     assert rates[110] == pytest.approx(2.0 * (0.001 + 0.999 * 0.5))
     assert rates[200] == pytest.approx(0.002)
-    assert rates[:21] == sorted(set(rates[:21]))
-    assert rates[20:] == sorted(set(rates[20:]), reverse=True)
+    assert rates[:21] == sorted(set(rates[:21])) and rates[20:] == sorted(set(rates[20:]), reverse=True)
     assert learning_rate(0, FitSettings(steps=1)) > 0
+    constant = FitSettings(steps=100, lr=2.0, schedule="constant")
+    rates = [learning_rate(step, constant) for step in range(100)]
+    assert rates[0] == pytest.approx(0.2) and set(rates[10:]) == {2.0}

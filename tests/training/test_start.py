@@ -1,104 +1,118 @@
-"""A fit begins with branches that are reconstructed from its own features."""
+"""Branches that inherit weights: reconstructed at the start of a fit, compared with the backbone's layers."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
+from decoders import HALVES, Layer, fit, latents, make, same, trained, wrap
+from torch import nn
 
 import retroexit
-from retroexit.branch.branch import Branch
 from retroexit.core.samples import ImageRange, Samples
 from retroexit.model import EarlyExitGenerator
 from retroexit.training.cache import LiveFeatures
 from retroexit.training.distributed import Team
 from retroexit.training.initialise import reconstruct_branches
 from retroexit.training.steps import Cropper, Steps
-from retroexit.training.trainer import BranchTrainer
-
-HALVES = {"init": "inherit", "scale": 0.5, "min_channels": 8}
+from retroexit.training.trainer import FeatureDistance
 
 
-def steps(decoders: ModuleType, model: EarlyExitGenerator, team: Team) -> Steps:
-    """What a training on whole images reads."""
-    samples = Samples(decoders.latents(12))
+def steps(model: EarlyExitGenerator, team: Team | None = None) -> Steps:
+    """Steps of a training on whole images."""
+    samples, limits, cpu = Samples(latents(12)), ImageRange(-1, 1), torch.device("cpu")
     features, cropper = LiveFeatures(model, samples), Cropper(None, (16, 16))
-    limits, cpu = ImageRange(-1, 1), torch.device("cpu")
-    return Steps(features, samples, range(12), cropper, limits, None, 4, 0, cpu, team=team)
+    return Steps(features, samples, range(12), cropper, limits, None, 4, 0, cpu, team=team or Team())
 
 
 @torch.no_grad()
-def errors(decoders: ModuleType, model: EarlyExitGenerator) -> list[float]:
-    """Mean squared errors of the exits on latents that nothing has seen."""
-    z = decoders.latents(40)[20:]
-    *found, image = model.all_exits(z)
-    return [float((branch - image).square().mean()) for branch in found]
+def errors(model: EarlyExitGenerator) -> list[float]:
+    """Mean squared errors of the exits on latents that were not fitted."""
+    *exits, image = model.all_exits(latents(40)[20:])
+    return [float((early - image).square().mean()) for early in exits]
 
 
-def test_a_fit_begins_closer_than_plain_inheritance(decoders: ModuleType, tmp_path: Path) -> None:
-    model = decoders.wrap(**HALVES)
-    before = errors(decoders, model)
-    decoders.fit(model, tmp_path, steps=1, lr=1e-9, ema=0.0, batch=4)
-    after = errors(decoders, model)
-    assert all(a < 0.8 * b for a, b in zip(after, before, strict=True))
+@pytest.mark.parametrize("guidance", [None, True])
+def test_a_fit_begins_closer_than_plain_inheritance(tmp_path: Path, guidance: bool | None) -> None:
+    models = [wrap(guidance=guidance, **HALVES) for _ in range(2)]
+    models[1].branches.apply(lambda module: setattr(module, "is_fresh", False))  # not reconstructed
+    for number, model in enumerate(models):
+        fit(model, tmp_path / str(number), steps=1, lr=1e-9, ema=0.0, batch=4)
+    pairs = zip(*map(errors, models), strict=True)
+    assert all(reconstructed < 0.8 * inherited for reconstructed, inherited in pairs)
 
 
-def test_a_fit_that_goes_on_reconstructs_nothing_and_ends_alike(
-    decoders: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = decoders.fit(decoders.wrap(**HALVES), tmp_path / "whole")
-    with decoders.interrupted(BranchTrainer, "advance", 4):
-        decoders.fit(decoders.wrap(**HALVES), tmp_path / "cut")
-    monkeypatch.setattr("retroexit.training.initialise.reconstruct", None)  # calling it would fail
-    again = decoders.fit(decoders.wrap(**HALVES), tmp_path / "cut")
-    wanted = decoders.trained(whole)
-    assert all(torch.equal(value, wanted[name]) for name, value in decoders.trained(again).items())
+def test_every_process_reconstructs_the_same_weights_without_the_others() -> None:
+    models = [wrap(**HALVES) for _ in range(2)]
+    for rank, model in enumerate(models):
+        assert all(reconstruct_branches(model, steps(model, Team(rank, 2))))
+    same(*(model.branches.state_dict() for model in models))
 
 
-def test_branches_with_a_guide_begin_closer_too(decoders: ModuleType, tmp_path: Path) -> None:
-    model = decoders.wrap(guidance=True, **HALVES)
-    decoders.fit(model, tmp_path / "plain", steps=1, lr=1e-9, ema=0.0, batch=4)
-    other = decoders.wrap(guidance=True, **HALVES)
-    other.branches.apply(lambda module: setattr(module, "is_fresh", False))
-    decoders.fit(other, tmp_path / "copied", steps=1, lr=1e-9, ema=0.0, batch=4)
-    pairs = zip(errors(decoders, model), errors(decoders, other), strict=True)
-    assert all(reconstructed < 0.8 * copied for reconstructed, copied in pairs)
+def test_branches_are_reconstructed_once_and_saved_ones_never(tmp_path: Path) -> None:
+    generator = make()
+    model = wrap(generator, **HALVES)
+    assert all(branch.is_fresh for branch in model.branches)
+    fit(model, tmp_path)
+    loaded = retroexit.load(tmp_path, generator, (latents(2),), adapter=False)
+    for fitted in (model, loaded):
+        assert reconstruct_branches(fitted, steps(fitted)) == [None, None]
+    same(model.branches.state_dict(), loaded.branches.state_dict())
 
 
-def test_every_process_finds_the_same_weights_alone(decoders: ModuleType) -> None:
-    models = [decoders.wrap(**HALVES) for _ in range(2)]
-    for rank, model in enumerate(models):  # no word from the other one: there is none
-        assert all(reconstruct_branches(model, steps(decoders, model, Team(rank, 2))))
-    first, second = (model.branches.state_dict() for model in models)
-    assert all(torch.equal(value, second[name]) for name, value in first.items())
+def test_stages_that_an_adapter_builds_are_reconstructed_too() -> None:
+    def build(stage: nn.Module, channels: int, out_channels: int) -> nn.Module:
+        return Layer(channels, out_channels, up=not isinstance(stage.up, nn.Identity))
+
+    stages = [f"stages.{i}" for i in range(3)]
+    model = wrap(adapter=retroexit.Description(name="layers", stages=stages, build_stage=build), **HALVES)
+    before = errors(model)
+    results = reconstruct_branches(model, steps(model))
+    # The first stage reads the whole feature, so that its channels are exact.
+    assert results[0] is not None and results[0].layers == ("stages.2.conv", "rgb")
+    assert errors(model)[0] < 0.5 * before[0]
 
 
-def test_branches_are_reconstructed_once(decoders: ModuleType) -> None:
-    model = decoders.wrap(**HALVES)
-    assert all(isinstance(branch, Branch) and branch.is_fresh for branch in model.branches)
-    reconstruct_branches(model, steps(decoders, model, Team()))
-    assert reconstruct_branches(model, steps(decoders, model, Team())) == [None, None]
+# The distance to the backbone's layers.
 
 
-def test_saved_branches_are_taken_as_they_are(decoders: ModuleType, tmp_path: Path) -> None:
-    generator = decoders.make()
-    fitted = decoders.fit(decoders.wrap(generator, **HALVES), tmp_path)
-    loaded = retroexit.load(tmp_path, generator, (decoders.latents(2),), adapter=False)
-    assert reconstruct_branches(loaded, steps(decoders, loaded, Team())) == [None, None]
-    wanted = fitted.branches.state_dict()
-    assert all(torch.equal(v, wanted[name]) for name, v in loaded.branches.state_dict().items())
+def test_the_feature_distance_is_that_of_a_loop_over_the_layers() -> None:
+    model = wrap(**HALVES)
+    branch, distance = model.branches[0], FeatureDistance(model, 0, 0.5)
+    assert distance.paths == ["stages.1.conv", "stages.2.conv", "rgb"]
+    values = model.split.crossing(model.split.begin((latents(4),), {}).values, 0)
+    distance.run_backbone(values)
+    with distance.capture_branch():
+        branch(*values)
+
+    full, thin = model.split.tail(0), branch.tail
+    terms = []
+    with torch.no_grad():
+        x_full, x_thin = values[0], branch.entry(values[0], None)
+        for path in ("stages.1", "stages.2"):
+            wide, narrow = full.get_submodule(path), thin.get_submodule(path)
+            a, b = wide.conv(wide.up(x_full)), narrow.conv(narrow.up(x_thin))
+            channels = branch.inherited[f"{path}.conv"]
+            target = a if channels is None else a[:, channels]
+            terms.append(float((b - target).square().mean() / target.var()))
+            x_full, x_thin = torch.relu(wide.norm(a)), torch.relu(narrow.norm(b))
+        a, b = full.rgb(x_full), thin.rgb(x_thin)
+        terms.append(float((b - a).square().mean() / a.var()))
+    assert float(distance().detach()) == pytest.approx(0.5 * sum(terms) / 3, rel=1e-4)
 
 
-def test_stages_that_an_adapter_builds_are_reconstructed_too(decoders: ModuleType) -> None:
-    def build(stage: torch.nn.Module, channels: int, out_channels: int) -> torch.nn.Module:
-        return decoders.Layer(channels, out_channels, up=not isinstance(stage.up, torch.nn.Identity))
+def test_the_feature_distance_changes_what_is_learnt_and_leaves_no_hooks(tmp_path: Path) -> None:
+    generator = make()
+    plain, matched = (
+        fit(wrap(generator, **HALVES), tmp_path / str(weight), features=weight) for weight in (0.0, 1.0)
+    )
+    one, other = trained(plain), trained(matched)
+    assert any(not torch.equal(value, other[name]) for name, value in one.items())
+    assert not any(m._forward_hooks for m in (*generator.modules(), *matched.branches.modules()))
 
-    known = retroexit.Description(name="layers", stages=[f"stages.{i}" for i in range(3)], build_stage=build)
-    model = decoders.wrap(adapter=known, **HALVES)
-    before = errors(decoders, model)
-    found = reconstruct_branches(model, steps(decoders, model, Team()))
-    # The first one reads the whole feature, and gives its channels exactly.
-    assert found[0] is not None and found[0].layers == ("stages.2.conv", "rgb")
-    assert errors(decoders, model)[0] < 0.5 * before[0]
+
+def test_fresh_branches_have_no_layers_to_compare(tmp_path: Path) -> None:
+    model = wrap(init="scratch")
+    assert FeatureDistance(model, 0, 1.0).paths == []
+    fit(model, tmp_path, features=1.0)

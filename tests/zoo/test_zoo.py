@@ -1,6 +1,4 @@
-"""Generators that other people wrote get exits without an adapter; the benchmark runs over more of them."""
-
-from __future__ import annotations
+"""Third-party generators get exits without an adapter."""
 
 import sys
 from importlib.util import find_spec
@@ -14,7 +12,6 @@ if BENCHMARKS not in sys.path:
 
 from generators import ENTRIES  # noqa: E402
 from generators.acceptance import judge_stages  # noqa: E402
-from generators.entry import Entry  # noqa: E402
 from generators.measure import measure_entry, spread  # noqa: E402
 
 INSTALLABLE = [entry for entry in ENTRIES if not entry.checkout and not entry.is_large]
@@ -28,7 +25,7 @@ TOO_SMALL = {
 @pytest.mark.zoo
 @pytest.mark.filterwarnings("ignore")  # other people's code
 @pytest.mark.parametrize("entry", INSTALLABLE, ids=lambda entry: entry.name)
-def test_a_generator_gets_thin_exits_and_stays_as_it_was(entry: Entry) -> None:
+def test_a_generator_gets_thin_exits_and_stays_as_it_was(entry):
     for module in entry.needs:
         if find_spec(module) is None:
             pytest.skip(f"{module} is not installed; pip install 'retroexit[zoo]'")
@@ -50,7 +47,6 @@ def test_a_generator_gets_thin_exits_and_stays_as_it_was(entry: Entry) -> None:
     ("stages", "expected", "objection"),
     [
         (["up.0", "up.1"], "?mid up.{0-1}", ""),
-        (["mid", "up.0", "up.1"], "?mid up.{0-1}", ""),
         (["up.0.a", "up.0.b", "up.1.a", "up.1.b"], "up.{0-1}", ""),
         (["up"], "up.{0-1}", ""),
         (["up"], "up.{0-3}", "up holds 4 stages"),
@@ -58,18 +54,14 @@ def test_a_generator_gets_thin_exits_and_stays_as_it_was(entry: Entry) -> None:
         (["down.1", "up.0", "up.1"], "up.{0-1}", "down.1 is none of the stages"),
         (["up.0"], "up.{0-1}", "up.1 is missing"),
         (["b"], "a|b", ""),
-        ([], "a", "a is missing"),
-        (["upper"], "up", "upper is none of the stages"),
     ],
 )
-def test_a_list_of_stages_is_judged_as_a_person_would(
-    stages: list[str], expected: str, objection: str
-) -> None:
+def test_a_list_of_stages_is_compared_with_the_expected_one(stages, expected, objection):
     assert judge_stages(stages, expected) == objection
 
 
 @pytest.mark.parametrize(
     ("count", "places"), [(0, []), (1, []), (2, [1]), (3, [1, 2]), (4, [1, 2]), (9, [2, 4, 6])]
 )
-def test_exits_are_spread_over_the_stages_and_spare_the_last(count: int, places: list[int]) -> None:
+def test_exits_are_spread_over_the_stages_and_spare_the_last(count, places):
     assert spread(count) == places

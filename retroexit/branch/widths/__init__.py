@@ -1,1 +1,1 @@
-"""Which channel counts of a decoder scale together, and which widths to choose; imports what branch may."""
+"""Which channel counts scale together, and which widths to choose. Imports what `retroexit.branch` may."""

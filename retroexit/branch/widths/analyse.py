@@ -12,7 +12,7 @@ import itertools
 import logging
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from types import FrameType
@@ -25,12 +25,13 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from retroexit.branch.widths.equations import Product, symbols_of
-from retroexit.branch.widths.plan import LIVE, TailWidths
+from retroexit.branch.widths.plan import LIVE, OUTPUT, TailWidths
 from retroexit.branch.widths.shape_env import SizeEnv, SymbolicMode
 from retroexit.core.modules import CONVOLUTIONS, clone_module
 from retroexit.core.nested import flatten, rebuild, tensors
 from retroexit.errors import BranchError
 from retroexit.split.replay import ReplayTail
+from retroexit.split.rerun import is_fake
 from retroexit.tracing.recorder import is_user_code, show
 
 __all__ = ["analyse", "blame", "int_attributes"]
@@ -52,6 +53,24 @@ _MAX_KERNEL = 31
 _MAX_DEPTH = 3
 _CONVOLUTIONS = tuple(getattr(torch, f"conv{d}d") for d in (1, 2, 3))
 _TRANSPOSED = tuple(getattr(torch, f"conv_transpose{d}d") for d in (1, 2, 3))
+_GROUP_NORMS = (torch.group_norm, functional.group_norm)
+_LAYER_NORMS = (torch.layer_norm, functional.layer_norm)
+_LINEAR = (functional.linear,)
+_ARGUMENTS: dict[Any, tuple[str, ...]] = {
+    _GROUP_NORMS: ("input", "num_groups", "weight", "bias"),
+    _LAYER_NORMS: ("input", "normalized_shape", "weight", "bias"),
+    _LINEAR: ("input", "weight", "bias"),
+    _CONVOLUTIONS: ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
+    _TRANSPOSED: ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation"),
+}
+_ACTIVATIONS = ("relu", "leaky_relu", "silu", "gelu", "sigmoid", "tanh", "elu", "selu", "softmax", "dropout")
+_ELEMENTWISE = {
+    getattr(owner, name)
+    for owner in (torch, functional, Tensor)
+    for name in (*_ACTIVATIONS, *(f"{a}_" for a in _ACTIVATIONS))
+    if hasattr(owner, name)
+}
+_JOINS = (torch.cat, torch.concat, torch.concatenate)
 
 Attribute = tuple[str, str]
 """Path of a module, and name of an attribute of it."""
@@ -227,7 +246,8 @@ class _SymbolicRun:
             for v, wide in zip(values, axes, strict=True)
         ]
         self.entry, self.live = inputs[0].shape[1], inputs[1:]
-        with self.mode.running(), _OpConstraints():
+        self.joined: list[list[Any]] = []
+        with self.mode.running(), _OpConstraints(self.joined):
             return torch.func.functional_call(self.tail, self.tensors, tuple(inputs))
 
     def _is_opaque(self, name: str) -> bool:
@@ -284,7 +304,8 @@ class _SymbolicRun:
         for one, other in itertools.combinations(values.values(), 2):
             counts |= {one, other} if one * other in (number, number // 3) else set()
         names = [name for name, value in values.items() if value in counts and _is_width(module, name)]
-        self.new_counts |= {(self.paths[id(module)], name) for name in names}
+        alike = [other for other in self.tail.modules() if type(other) is type(module)] if names else []
+        self.new_counts |= {(self.paths[id(other)], name) for other in alike for name in names}
 
     def _replace_opaque(self, tail: nn.Module, values: Sequence[Tensor]) -> None:
         """Replace the opaque modules by what the tail's modules return for example values."""
@@ -313,6 +334,13 @@ class _SymbolicRun:
                 for name, child in list(parent._modules.items()):
                     if child is old:
                         setattr(parent, name, new)
+
+    def _thin_live(self) -> list[Any]:
+        """List the channels of live maps, which a convolution can project; ``None`` for other live values."""
+        channels = [self.env.expression(t.shape[1]) if t.dim() > 3 else None for t in self.live]
+        others = [size for t in self.live for axis, size in enumerate(t.shape) if axis != 1 or t.dim() < 4]
+        bound = {s for size in others for s in symbols_of(self.env.expression(size))}
+        return [e if symbols_of(e) and not symbols_of(e) & bound else None for e in channels]
 
     def collect(self, output: Any, image: Sequence[Any], names: Sequence[str]) -> TailWidths:
         """Collect the equations after a run that gave an output."""
@@ -357,6 +385,8 @@ class _SymbolicRun:
             lines={s: line for s in self.symbols.values() if (line := equations.line_of(s)) is not None},
             symbols=self.symbols,
             opaque=dict(self.attempt.opaque),
+            live=self._thin_live(),
+            joined=[[expression(size) for size in sizes] for sizes in self.joined],
         )
 
 
@@ -365,11 +395,11 @@ def _output_reasons(output: Any, image: Sequence[Any]) -> list[tuple[Tensor, str
     others, images = [], []
     for path, leaf in flatten(output):
         if isinstance(leaf, Tensor) and path == tuple(image):
-            images.append((leaf, "the size of the image" if path else "the size of the output"))
+            images.append((leaf, "the size of the image" if path else OUTPUT))
         elif isinstance(leaf, Tensor):
             entry = "".join(f"[{key!r}]" for key in path)
             reason = (
-                f"the size of the output's entry {entry}, which every exit returns as the backbone does; "
+                f"{OUTPUT}'s entry {entry}, which every exit returns as the backbone does; "
                 "to drop it, wrap a module that returns the image alone"
             )
             others.append((leaf, reason))
@@ -396,34 +426,82 @@ def _kernel_axes(tail: nn.Module, name: str, shape: Sequence[int]) -> range:
 
 
 class _OpConstraints(TorchFunctionMode):
-    """Checks the channels of group norms and convolutions, which fake tensors do not.
+    """Checks the channels of norms and layers, and makes their outputs; fake tensors take much longer.
 
     Real kernels take a number of groups as a plain integer, or check divisibility only when they compute.
+
+    Args:
+        joined: Gets for every concatenation the sizes of its parts along the axis that grows.
     """
+
+    def __init__(self, joined: list[list[Any]]) -> None:
+        super().__init__()
+        self.joined = joined
 
     def __torch_function__(
         self, func: Any, _types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Check the arguments of a call, then make it."""
+        """Check the arguments of a call, then make it, or an output of the right sizes."""
         kwargs = kwargs or {}
-        if func in (torch.group_norm, functional.group_norm):
-            names = ("input", "num_groups", "weight", "bias")
-            values = dict(zip(names, args, strict=False)) | kwargs
-            channels, groups = values["input"].shape[1], values["num_groups"]
+        if func in _JOINS:
+            parts, axis = (*args, *kwargs.values(), 0)[:2]
+            self.joined.append([part.shape[axis] for part in parts if part.dim() > 1])
+        x = args[0] if args else kwargs.get("input")
+        if not isinstance(x, Tensor) or not is_fake(x):
+            return func(*args, **kwargs)
+        if func in _ELEMENTWISE and x.is_floating_point():
+            return x if func.__name__.endswith("_") or kwargs.get("inplace") else torch.empty_like(x)
+        names = next((names for functions, names in _ARGUMENTS.items() if func in functions), ())
+        values = dict(zip(names, args, strict=False)) | kwargs
+        weight, bias = values.get("weight"), values.get("bias")
+        if func in _GROUP_NORMS:
+            channels, groups = x.shape[1], values["num_groups"]
             _check(channels % groups == 0, f"{channels} channels in {groups} groups")
-            for affine in (values.get("weight"), values.get("bias")):
+            for affine in (weight, bias):
                 size = channels if affine is None else affine.shape[0]
                 _check(size == channels, f"{channels} channels in a norm of {size}")
-            return torch.empty_like(values["input"])
+            return torch.empty_like(x)
+        if func in _LAYER_NORMS:
+            for sizes in (values["normalized_shape"], *(a.shape for a in (weight, bias) if a is not None)):
+                for size, channels in zip(reversed(sizes), reversed(x.shape), strict=False):
+                    _check(size == channels, f"{channels} channels in a norm of {size}")
+            return torch.empty_like(x)
+        if func in _LINEAR:
+            _check(x.shape[-1] == weight.shape[1], f"{x.shape[-1]} channels in a layer of {weight.shape[1]}")
+            _check(bias is None or bias.shape[0] == weight.shape[0], "a bias of another size")
+            return x.new_empty((*x.shape[:-1], weight.shape[0]))
         if func in _CONVOLUTIONS or func in _TRANSPOSED:
-            x = kwargs["input"] if "input" in kwargs else args[0]
-            weight = kwargs["weight"] if "weight" in kwargs else args[1]
-            groups = kwargs.get("groups", args[6] if len(args) > 6 else 1)
-            _check(weight.shape[0] % groups == 0, f"{weight.shape[0]} channels in {groups} groups")
-            channels = weight.shape[0] if func in _TRANSPOSED else weight.shape[1] * groups
-            axis = 1 if x.dim() == weight.dim() else 0
-            _check(x.shape[axis] == channels, f"{x.shape[axis]} channels in a convolution of {channels}")
+            return _convolved(func, values, lambda: func(*args, **kwargs))
         return func(*args, **kwargs)
+
+
+def _convolved(func: Any, values: dict[str, Any], run: Callable[[], Tensor]) -> Tensor:
+    """Check the channels of a convolution; return an output of the right sizes."""
+    x, weight, bias, groups = values["input"], values["weight"], values.get("bias"), values.get("groups", 1)
+    _check(weight.shape[0] % groups == 0, f"{weight.shape[0]} channels in {groups} groups")
+    is_transposed = func in _TRANSPOSED
+    channels = weight.shape[0] if is_transposed else weight.shape[1] * groups
+    out_channels = weight.shape[1] * groups if is_transposed else weight.shape[0]
+    axis = 1 if x.dim() == weight.dim() else 0
+    _check(x.shape[axis] == channels, f"{x.shape[axis]} channels in a convolution of {channels}")
+    _check(bias is None or bias.shape[0] == out_channels, "a bias of another size")
+    sizes, kernel = x.shape[axis + 1 :], weight.shape[2:]
+    if isinstance(values.get("padding"), str) or any(isinstance(n, torch.SymInt) for n in (*sizes, *kernel)):
+        return run()
+    options = [
+        option if isinstance(option := values.get(name, default), (tuple, list)) else [option]
+        for name, default in (("stride", 1), ("padding", 0), ("dilation", 1), ("output_padding", 0))
+    ]
+    places = []
+    for i, (size, taps) in enumerate(zip(sizes, kernel, strict=True)):
+        stride, padding, dilation, extra = (option[i % len(option)] for option in options)
+        reach = dilation * (taps - 1)
+        if is_transposed:
+            places.append((size - 1) * stride - 2 * padding + reach + extra + 1)
+        else:
+            places.append((size + 2 * padding - reach - 1) // stride + 1)
+    _check(min(places) > 0, "an image smaller than the kernel")
+    return x.new_empty((*x.shape[:axis], out_channels, *places))
 
 
 def _check(is_met: Any, sizes: str) -> None:

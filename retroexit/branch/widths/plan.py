@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
-from numbers import Real
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import sympy
 
 from retroexit.branch.widths.equations import Expr, Product, real_value, symbols_of
+from retroexit.core.nested import is_number
 from retroexit.errors import OptionError
 
 __all__ = [
     "LIVE",
+    "LOOKUP",
+    "OUTPUT",
     "Pin",
     "TailWidths",
     "WidthFunction",
@@ -32,6 +34,12 @@ __all__ = [
 
 LIVE = "the live value"
 """Start of the reasons that name a live value."""
+
+OUTPUT = "the size of the output"
+"""Start of the reasons that name an output beside the image, or a single one."""
+
+LOOKUP = "a table that is looked up by index"
+"""Part of the reasons that name a table."""
 
 WidthFunction = Callable[[int, float, int], int]
 """``(channels, scale, min_channels) -> channels`` of the branch."""
@@ -65,9 +73,7 @@ class WidthRule:
     function: WidthFunction = field(default=scaled_width, repr=False)
 
     def __post_init__(self) -> None:
-        scale: Any = self.scale
-        is_number = issubclass(type(scale), Real) and type(scale) is not bool
-        if not is_number or not 0 < scale <= 1:
+        if not is_number(self.scale) or not 0 < self.scale <= 1:
             raise OptionError(
                 f"scale must be in (0, 1], got {self.scale!r}. Pass the share of channels to keep, e.g. 1/4.",
                 self.scale,
@@ -104,9 +110,9 @@ class Pin:
     reason: str
 
     @property
-    def is_live(self) -> bool:
-        """Whether a live value fixes it, which keeps its size in every branch."""
-        return self.reason.startswith(LIVE)
+    def is_final(self) -> bool:
+        """Whether other sizes have no part in it: a live value, an output, or a table fixes it."""
+        return self.reason.startswith((LIVE, OUTPUT)) or LOOKUP in self.reason
 
     def __str__(self) -> str:
         return f"width of {self.parameter}[{self.axis}] fixed to {self.size} by {self.reason}"
@@ -123,6 +129,7 @@ class WidthPlan:
         entry: Channels of the tail's input, at most the feature's.
         pins: Widths that the rule would shrink but that are fixed.
         built: Input and output channels of the stages that an adapter builds, by path.
+        live: Channels that live values are projected to, by position; the others keep theirs.
     """
 
     sizes: dict[Any, int]
@@ -131,6 +138,7 @@ class WidthPlan:
     entry: int
     pins: tuple[Pin, ...]
     built: dict[str, tuple[int, int]] = field(default_factory=dict)
+    live: dict[int, int] = field(default_factory=dict)
 
     @property
     def numbers(self) -> int:
@@ -157,6 +165,8 @@ class TailWidths:
         lines: For a replaced symbol the line of code that requires it.
         symbols: Symbol of each (name, axis) before any equation was added.
         opaque: Modules that keep their widths, by path, with the reason.
+        joined: For every concatenation the sizes of its parts, in order.
+        live: Expression of the channels of every live value; ``None`` for one that is no map.
     """
 
     shapes: dict[str, tuple[Expr, ...]]
@@ -170,11 +180,27 @@ class TailWidths:
     lines: dict[sympy.Symbol, str]
     symbols: dict[tuple[str, int], sympy.Symbol]
     opaque: dict[str, str]
+    joined: list[list[Expr]]
+    live: list[Expr | None]
 
     def free(self) -> list[sympy.Symbol]:
         """List the symbols that may shrink and occur in a parameter."""
         used = {s for shape in (*self.shapes.values(), (self.entry,)) for e in shape for s in symbols_of(e)}
         return sorted(used - set(self.fixed), key=str)
+
+    def with_thin_live(self) -> TailWidths:
+        """Release the widths that live maps fix although layers in the tail make them too, as for long skips."""
+        made = {shape[0] for shape in self.shapes.values() if len(shape) > 1}
+        whole = {s for e in self.live if e is not None and e in made for s in symbols_of(e)}
+        fixed = {
+            s: reason for s, reason in self.fixed.items() if s not in whole or not reason.startswith(LIVE)
+        }
+        return replace(self, fixed=fixed)
+
+    def without_outputs(self) -> TailWidths:
+        """Release the widths that outputs beside the image fix."""
+        fixed = {s: reason for s, reason in self.fixed.items() if not reason.startswith(f"{OUTPUT}'s")}
+        return replace(self, fixed=fixed)
 
     def plan(self, rule: Rule, keep: Collection[sympy.Symbol] = ()) -> WidthPlan:
         """Choose widths by a rule, then raise them where a condition requires it.
@@ -197,6 +223,11 @@ class TailWidths:
             attributes={key: evaluate(value) for key, value in self.attributes.items()},
             entry=evaluate(self.entry),
             pins=tuple(self._pins(rule, stuck)),
+            live={
+                i: width
+                for i, e in enumerate(self.live)
+                if e is not None and (width := evaluate(e)) < real_value(e, self.values)
+            },
         )
 
     def _desired(self, symbol: sympy.Symbol, rule: Rule) -> int:
@@ -268,10 +299,11 @@ class TailWidths:
         self, product: Product, count: int, sizes: Sizes, free: set[sympy.Symbol], chosen: Sizes
     ) -> bool:
         """Add the least width, from the present one up, that has ``count`` equal parts, and their size."""
-        symbol = sympy.sympify(product.whole).as_coeff_Mul()[1]
+        factor, symbol = sympy.sympify(product.whole).as_coeff_Mul()
         is_free = symbol in free
-        for width in range(sizes[symbol], self.values[symbol] + 1) if is_free else [sizes.get(symbol, 0)]:
-            whole = real_value(product.whole, {**sizes, symbol: width} if symbol.is_Symbol else sizes)
+        fixed = real_value(product.whole, sizes)
+        for width in range(sizes[symbol], self.values[symbol] + 1) if is_free else [0]:
+            whole = int(factor) * width if is_free else fixed
             size = int(whole // count)
             required = chosen.get(product.each, size)
             if product.each in self.fixed:

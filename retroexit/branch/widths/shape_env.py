@@ -25,6 +25,7 @@ from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.value_ranges import ValueRanges
 
 from retroexit.branch.widths.equations import Expr, SizeEquations
+from retroexit.branch.widths.plan import LOOKUP
 from retroexit.split.segments import GENERATED
 from retroexit.tracing.recorder import is_user_code, show
 
@@ -187,7 +188,7 @@ def _indexed_sizes(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> It
         axes = [axis for axis, index in enumerate(named["indices"]) if index is not None]
     elif func in (aten.index_select.default, aten.gather.default):
         axes = [dim]
-    yield from ((table.shape[axis], "a table that is looked up by index") for axis in axes)
+    yield from ((table.shape[axis], LOOKUP) for axis in axes)
     if func is aten.select.int and type(named["index"]) is int and named["index"] > 0:
         yield table.shape[dim], f"entry {named['index']} of it"
     elif func is aten.slice.Tensor and type(named.get("end")) is int:

@@ -1,10 +1,7 @@
-"""Terms of the training loss that compare a branch's image with the backbone's, their weights and their sum.
+"""Terms of the training loss, their weights and their sum. Imports what `retroexit.training` may import.
 
-Imports what `retroexit.training` may import. Departure from the paper: the ground truth of every term, the
-adversarial one included, is the backbone's image, since a fit has the generator's inputs alone.
+Departure from the paper: the ground truth of every term is the backbone's image.
 """
-
-from __future__ import annotations
 
 from retroexit.training.losses.perceptual import PERCEPTUAL, Perceptual
 from retroexit.training.losses.plan import TrainingLoss

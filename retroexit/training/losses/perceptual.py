@@ -1,7 +1,5 @@
 """Differences of the features of a pretrained network (L_VGG of equations 3 and 4)."""
 
-from __future__ import annotations
-
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,18 +12,12 @@ from retroexit.core.identity import fingerprint
 from retroexit.errors import MissingExtraError, OptionError, WeightsError, closest
 from retroexit.metrics.weights import fill_trunk, hub_file
 
-__all__ = ["PERCEPTUAL", "Perceptual"]
-
 _MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, for images in [0, 1]
 
 
 @dataclass(frozen=True)
 class _Network:
-    """A network of torchvision up to the last layer that is compared.
-
-    ``net`` names its weights in torch hub, ``None`` are random ones; ``taps`` are weights by number of the
-    layer; ``smallest`` is the smallest side of an image.
-    """
+    """A network up to the last compared layer: ``taps`` are weights by layer, ``net=None`` is random."""
 
     builder: str
     net: str | None
@@ -51,7 +43,7 @@ PERCEPTUAL = {
 
 
 class Perceptual(nn.Module):
-    """Weighted sum over layers of the mean absolute difference of features.
+    """Weighted sum over layers of the mean absolute difference of features (Johnson et al. 2016).
 
     Args:
         name: ``"vgg"`` (VGG19), ``"vgg16"``, ``"features-alex"`` or ``"features-squeeze"`` (the networks of
@@ -66,8 +58,6 @@ class Perceptual(nn.Module):
     Raises:
         OptionError: If there is no such network, or ``weights`` is passed for the random one.
         WeightsError: If the weights are not available, damaged or another network's.
-
-    Reference: Johnson et al. 2016, "Perceptual Losses for Real-Time Style Transfer and Super-Resolution".
     """
 
     mean: Tensor

@@ -1,14 +1,7 @@
 """Which terms a branch is trained on, with which weights, and the weighted sum of them.
 
-====================  ===============================================================  ================
-Preset                Terms                                                            Equation
-====================  ===============================================================  ================
-``"oasis"``           adversarial + vgg + lpips                                        3, section 4.1
-``"megaportraits"``   adversarial + vgg + ms-ssim + l1 + feature-matching + gaze       4, section 4.2
-====================  ===============================================================  ================
-
-The paper leaves the coefficients to its supplement and says that all terms should contribute alike. Here all
-are 1 and the weights are equalised, see `Equaliser`.
+Preset ``"oasis"`` is equation 3, ``"megaportraits"`` equation 4. The paper says that all terms should
+contribute alike; so their weights, all 1, are equalised, see `Equaliser`.
 """
 
 from __future__ import annotations
@@ -18,7 +11,6 @@ import pickle
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from numbers import Real
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
@@ -27,33 +19,20 @@ import torch
 from torch import Tensor, nn
 
 from retroexit.core.identity import fingerprint
+from retroexit.core.nested import is_number
 from retroexit.errors import OptionError, PluginError, RetroExitWarning, TrainingError, WeightsError
 from retroexit.metrics import QualityMetric
 from retroexit.plugins.description import Description
 from retroexit.plugins.host import host
 from retroexit.plugins.training_types import BatchTerm, Objective, Term, TrainingBatch
-from retroexit.training.losses.adversary import (
+from retroexit.training.losses.terms import (
     Adversarial,
     Adversary,
+    Equaliser,
     FeatureMatching,
+    Gaze,
     find_objective,
 )
-from retroexit.training.losses.terms import Equaliser, Gaze
-
-__all__ = [
-    "ADVERSARIAL",
-    "DEFAULT_LOSSES",
-    "FEATURE_MATCHING",
-    "GAZE",
-    "PRESETS",
-    "QUALITY",
-    "LossOptions",
-    "LossPlan",
-    "TrainingLoss",
-    "check_weights",
-    "find_weights",
-    "plan_losses",
-]
 
 QUALITY, LPIPS = "quality", "lpips"
 ADVERSARIAL, FEATURE_MATCHING, GAZE = "adversarial", "feature-matching", "gaze"
@@ -81,9 +60,8 @@ class LossOptions:
             measured over the first 50 steps, or this many; ``None``: for presets alone.
         instead: Terms that replace others: ``{"vgg": "features-alex"}``.
         loss_weights: File with the weights of a term's network, by the name of the term.
-        discriminator: Starting point of every branch's discriminator for the terms ``"adversarial"`` and
-            ``"feature-matching"``: a module (the generator's own, trained); a file with the state dict of the
-            one that the adapter makes; ``"auto"``: the adapter's, untrained, with a warning; or ``None``.
+        discriminator: Start of every branch's discriminator: the generator's trained one; a file with the
+            state dict of the adapter's; ``"auto"``: the adapter's, untrained, with a warning; or ``None``.
         adversarial: ``"hinge"``, ``"non-saturating"`` or a `retroexit.plugins.training_types.Objective`;
             ``None``: the adapter's, else ``"hinge"`` for ``"megaportraits"``, else ``"non-saturating"``.
         discriminator_lr: Learning rate of the discriminators.
@@ -103,7 +81,7 @@ class LossOptions:
 def check_weights(losses: object) -> None:
     """Raise `OptionError` unless ``losses`` has weights >= 0 by name, one of them above 0."""
     weights = list(losses.values()) if isinstance(losses, Mapping) else []
-    is_valid = all(isinstance(weight, Real) and 0 <= weight < math.inf for weight in weights)
+    is_valid = all(is_number(weight) and 0 <= weight < math.inf for weight in weights)
     if not is_valid or not sum(weights) > 0:
         raise OptionError(f"losses must have weights >= 0 by name, one of them > 0, got {losses!r}", losses)
 
@@ -111,10 +89,7 @@ def check_weights(losses: object) -> None:
 def find_weights(
     losses: Mapping[str, float] | str, instead: Mapping[str, str] | None = None
 ) -> dict[str, float]:
-    """Return the weight of every term by name; terms of weight 0 are left out.
-
-    ``losses`` are weights by name or the name of a preset; ``instead`` names the terms that replace others.
-    """
+    """Return the weight of every term by name, after replacements; terms of weight 0 are left out."""
     if isinstance(losses, str):
         if losses not in PRESETS:
             raise OptionError(
@@ -137,26 +112,16 @@ def find_weights(
 
 @dataclass(frozen=True)
 class LossPlan:
-    """What the losses of all branches are made from; raises `OptionError` if a term lacks something.
+    """What the losses of all branches are made from; raises `OptionError` if a term lacks something."""
 
-    Attributes:
-        weights: Weight of every term by name.
-        terms: The terms that branches share, by name.
-        discriminator: Starting point of every branch's adversary, or ``None``.
-        objective: What branch and discriminator minimise.
-        gaze: The gaze network, or ``None``.
-        equalise: Steps during which weights are equalised; 0 leaves them as they are.
-        image_range: Smallest and largest pixel value of the discriminator's images.
-    """
-
-    weights: Mapping[str, float]
-    terms: Mapping[str, Term | BatchTerm] = field(default_factory=dict)
-    discriminator: nn.Module | None = None
-    objective: Objective | None = None
-    gaze: nn.Module | None = None
-    equalise: int = 0
+    weights: Mapping[str, float]  # weight of every term by name
+    terms: Mapping[str, Term | BatchTerm] = field(default_factory=dict)  # shared by branches
+    discriminator: nn.Module | None = None  # starting point of every branch's adversary, or None
+    objective: Objective | None = None  # what branch and discriminator minimise
+    gaze: nn.Module | None = None  # the gaze network, or None
+    equalise: int = 0  # steps during which weights are equalised; 0 leaves them as they are
     discriminator_lr: float = 4e-4
-    image_range: tuple[float, float] = (-1.0, 1.0)
+    image_range: tuple[float, float] = (-1.0, 1.0)  # of the discriminator's images
 
     def __post_init__(self) -> None:
         if self.equalise < 0:
@@ -214,14 +179,10 @@ def plan_losses(
     description: Description | None = None,
     missing: dict[str, WeightsError] | None = None,
 ) -> LossPlan:
-    """Plan what branches are trained on.
+    """Plan what branches are trained on, with the plug-ins' description of the generator by default.
 
-    Args:
-        generator: The user's generator.
-        options: Terms, weights, discriminator.
-        metric: The metric of the fit, which is the term ``"quality"``; ``None`` if it is in ``missing``.
-        description: Description of the generator; the plug-ins' if ``None``.
-        missing: Collects the terms whose weights are not available, which are left out; ``None`` raises.
+    ``metric`` is the term ``"quality"``. ``missing`` collects the terms whose weights are not available and
+    which are left out; with ``None`` they are an error.
     """
     weights = find_weights(options.losses, options.instead)
     equalise = isinstance(options.losses, str) if options.equalise is None else options.equalise
@@ -252,7 +213,6 @@ def _terms(
     files: Mapping[str, str | Path],
     missing: dict[str, WeightsError] | None,
 ) -> dict[str, Term | BatchTerm]:
-    """Make the terms that branches share."""
     for name in files:
         if name not in weights:
             raise OptionError(f"loss_weights must name one of {', '.join(weights)}, got {name!r}", files)
@@ -276,14 +236,13 @@ def _term(name: str, metric: QualityMetric | None, file: str | Path | None) -> T
     if metric is not None and file is None and name in (QUALITY, metric_name):
         return metric
     options = {} if file is None else {"weights": file}
-    is_metric = name not in host().losses() and name in host().metrics()
+    is_metric = name not in host().names("loss") and name in host().names("metric")
     return host().metric(name, **options) if is_metric else host().loss(name, **options)
 
 
 def _discriminator(
     generator: nn.Module, description: Description | None, source: nn.Module | str | Path | None
 ) -> nn.Module | None:
-    """Return the starting point of adversaries."""
     if source is None or isinstance(source, nn.Module):
         return source
     if not isinstance(source, (str, Path)):
@@ -316,11 +275,10 @@ def _discriminator(
 
 
 def _described_discriminator(description: Description, generator: nn.Module) -> nn.Module | None:
-    """Make the discriminator of a description."""
     if description.discriminator is None:
         return None
     try:
-        module = description.discriminator(generator)
+        module: Any = description.discriminator(generator)
     except Exception as error:
         problem = f"raised {type(error).__name__}: {error}. Correct it, or pass discriminator=module."
         raise PluginError(f"the discriminator of {description.name} {problem}", description) from error
@@ -333,10 +291,7 @@ def _described_discriminator(description: Description, generator: nn.Module) -> 
 class TrainingLoss:
     """A weighted sum of terms on images in [-1, 1]; every branch has its own.
 
-    Args:
-        terms: Weight and term by name, added in this order.
-        adversary: The discriminator that is trained after every step of the branch, or ``None``.
-        equaliser: Multiplies the weights; ``None`` leaves them as they are.
+    ``terms`` are weight and term by name. The adversary is trained after every step of the branch.
     """
 
     def __init__(
@@ -352,8 +307,8 @@ class TrainingLoss:
     def needs_inputs(self) -> bool:
         """Whether ``batch.args`` and ``batch.kwargs`` are read."""
         terms = [term for _, term in self.terms.values() if isinstance(term, BatchTerm)]
-        opponents = [self.adversary] if self.adversary is not None else []
-        return any(part.needs_inputs for part in (*terms, *opponents))
+        is_read = self.adversary is not None and self.adversary.needs_inputs
+        return is_read or any(term.needs_inputs for term in terms)
 
     def __call__(self, batch: TrainingBatch) -> tuple[Tensor, dict[str, float]]:
         """Compare a branch's images with the backbone's; returns the loss, and its terms without weights."""
