@@ -161,7 +161,8 @@ def read_predictor(saved: dict[str, Any] | None) -> Predictor | None:
         return None
     options = dict(saved)
     shape = options.pop("input_shape")
-    predictor = Predictor(**options)
+    with torch.random.fork_rng(devices=[]):  # its first weights are replaced
+        predictor = Predictor(**options)
     predictor.input_shape = None if shape is None else tuple(shape)
     return predictor
 

@@ -401,8 +401,7 @@ def render_at(
         guides = None if guide.taps is None else guide.guide(begun)
     values = begun.values
     for number in range(1, index + 1):
-        with carrying_gradient(values.values()):
-            values = split.advance(values, number)
+        values = split.advance(values, number)
     return render_branch(split, branch, index, values, guides)
 
 
