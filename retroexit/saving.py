@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from retroexit.branch.widths.plan import Pin, WidthPlan, WidthRule
