@@ -119,8 +119,9 @@ class Calibration:
     will see. Samples out of distribution go to the backbone and are left out, so that the promise holds for the
     others however many there are.
 
-    A promise for one threshold at a time fails for any of eleven in a third of the draws. One for several thresholds,
-    or for all, costs savings: see the table in ``docs/measurements.md``.
+    A promise for one threshold at a time fails for any of eleven in a third of the draws. One for several costs
+    savings; measured on synthetic losses: 53.8 % are saved for one threshold, 53.4 % for three together, 51.2 % for
+    a ladder of 16, and 43.7 % for all. See ``docs/measurements.md``.
 
     Args:
         losses: Measured loss of every branch exit, ``(S, K)``.
@@ -259,7 +260,8 @@ class Calibration:
             tau is None
         ):  # exit k is taken for thresholds from entry / share on: too early where that is below its loss
             with np.errstate(divide="ignore"):
-                scores = np.where(self._losses > 0, self._entries / self._losses, np.inf)
+                scores = np.full_like(self._entries, np.inf)
+                np.divide(self._entries, self._losses, out=scores, where=self._losses > 0)
         else:
             scores = np.where(self._losses > tau, self._entries, np.inf)
         return scores if self.rule == "bound" else scores.min(0, keepdims=True)

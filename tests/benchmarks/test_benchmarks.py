@@ -1,7 +1,5 @@
 """The benchmarks start; those of retrieval and guidance run on a tiny generator."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import subprocess
@@ -108,7 +106,7 @@ def _evaluation(samples=240):
     )
 
 
-def test_the_promise_holds_on_inputs_like_those_of_the_calibration() -> None:
+def test_the_promise_holds_on_inputs_like_those_of_the_calibration():
     row = promises.resplit(_evaluation(), 0.1, "margin", splits=10, alpha=0.1, confidence=0.95)
     assert row is not None and row["held"] >= 9 and row["violations"] <= 0.1
     assert 0 < row["saved"] < row["oracle_saved"]
@@ -126,9 +124,7 @@ def test_an_exit_is_promised_if_the_binomial_test_accepts_its_losses(samples, ba
     assert promises.promised_exit(evaluation, 0.1, 0.05, 0.95) == exit
 
 
-def test_promises_are_counted_for_every_mode_and_for_groups_left_out(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_promises_are_counted_for_every_mode_and_for_groups_left_out(tmp_path, capsys, monkeypatch):
     rows = promises.synthetic(draws=4)
     assert {row["of"] for row in rows} == {4, 100} and all(row["broken"] <= row["of"] for row in rows)
     losses, predicted = promises.population()(180, torch.Generator().manual_seed(1))

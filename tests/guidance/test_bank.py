@@ -166,7 +166,7 @@ def rebuilt(bank, values):
         (lambda b: b.guide(FEATURES[:, :5]), RetrieverError, "24 numbers like the keys, got 20"),
         (lambda b: b.guide(FEATURES / 0), RetrieverError, "queries must be finite .*96 of 96 rows"),
         (lambda b: b.guide(FEATURES[:, :, :3]), OptionError, r"\(2, 2\) do not divide a map of \(3, 8\)"),
-        (lambda b: b.search(FEATURES, torch.arange(3)), BankError, r"shape \(12,\), got \(3,\)"),
+        (lambda b: b.search(FEATURES, torch.arange(3)), BankError, r"must be \(12,\), got \(3,\)"),
         (lambda b: b.glue(torch.tensor([[[96]]])), BankError, r"lie in 0..95, got \(1, 1, 1\) from 96 to 96"),
         (lambda b: rebuilt(b, b.values[1:]), BankError, "got 96 keys, 95 values, 96 sources"),
         (lambda b: rebuilt(b, b.values.astype(np.float32)), BankError, r"got float32 \(96, 4, 4, 3\)"),

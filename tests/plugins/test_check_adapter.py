@@ -174,7 +174,7 @@ def change_weights(generator):
 
 
 ONCE = "stage must be a module that runs once in a forward pass, got 'blocks.9', w"
-PAIR = "example_inputs must return (args, kwargs), a tuple and a dict, got tensor([0.])"
+PAIR = "example_inputs must return (args, kwargs), tuple and dict, got tensor([0.])"
 ROWS = "predictor_inputs must return shapes that differ in N only, got (2, 2, 8, 8) for two samples and (1"
 
 

@@ -1,23 +1,19 @@
 """The promise that a threshold becomes by calibration."""
 
-from __future__ import annotations
-
 import copy
 import math
 import pickle
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from retroexit.errors import OptionError
 from retroexit.routing.calibration import Calibration, most_violations
 from retroexit.routing.policy import assign_exits
 
 
-def _draw(samples: int, seed: int, error: float = 0.1, bias: float = 0.0) -> tuple[Tensor, Tensor]:
+def _draw(samples, seed, error=0.1, bias=0.0):
     """Losses of three exits, and predictions with an error of their own, as a share of the loss."""
     random = torch.Generator().manual_seed(seed)
     hard = 0.5 + torch.rand(samples, 1, generator=random)
@@ -26,7 +22,7 @@ def _draw(samples: int, seed: int, error: float = 0.1, bias: float = 0.0) -> tup
     return losses, losses * (1 + bias + error * noise)
 
 
-def _violations(losses: Tensor, predicted: Tensor, limit: float, tau: float) -> int:
+def _violations(losses, predicted, limit, tau):
     """Count samples that lose more than ``tau`` at some limit up to this one."""
     count = 0
     for row, guess in zip(losses.tolist(), predicted.tolist(), strict=True):
@@ -39,7 +35,7 @@ def _violations(losses: Tensor, predicted: Tensor, limit: float, tau: float) -> 
 
 @pytest.mark.parametrize("bias", [-0.4, 0.0, 0.3])
 @pytest.mark.parametrize("thresholds", [None, (0.1, 0.05), "all"])
-def test_the_limit_is_the_largest_that_passes_the_test(bias: float, thresholds: Any) -> None:
+def test_the_limit_is_the_largest_that_passes_the_test(bias, thresholds):
     (losses, predicted), tau = _draw(200, 3, bias=bias), 0.1
     limit = Calibration(losses, predicted, thresholds=thresholds).limits(tau)
     assert limit.tolist() == [float(limit[0])] * 3
@@ -47,7 +43,7 @@ def test_the_limit_is_the_largest_that_passes_the_test(bias: float, thresholds: 
     if thresholds == "all":  # by a grid of thresholds: a sample may be above none of them
         grid = torch.linspace(0.01, 0.3, 300).tolist()
 
-        def count(ratio: float) -> int:
+        def count(ratio):
             above = [_routed_losses(losses, predicted, ratio * t) > t + 1e-6 for t in grid]
             return int(torch.stack(above).any(0).sum())
 
@@ -58,20 +54,18 @@ def test_the_limit_is_the_largest_that_passes_the_test(bias: float, thresholds: 
         assert _violations(losses, predicted, following, tau) > allowed
 
 
-def _routed_losses(losses: Tensor, predicted: Tensor, limit: float) -> Tensor:
+def _routed_losses(losses, predicted, limit):
     exits = assign_exits(predicted, torch.full((3,), limit))
     return torch.nn.functional.pad(losses, (0, 1)).gather(1, exits[:, None] - 1)[:, 0]
 
 
 @pytest.mark.parametrize("rule", ["margin", "bound"])
 @pytest.mark.parametrize("bias", [-0.3, 0.0])
-def test_the_promise_holds_for_most_calibration_sets_however_wrong_the_predictor(
-    rule: str, bias: float
-) -> None:
+def test_the_promise_holds_for_most_calibration_sets_however_wrong_the_predictor(rule, bias):
     new_losses, new_predicted = _draw(40_000, 10_000, bias=bias)
     broken, saved = 0, 0.0
     for seed in range(100):
-        calibration = Calibration(*_draw(300, seed, bias=bias), rule=rule)  # type: ignore[arg-type]
+        calibration = Calibration(*_draw(300, seed, bias=bias), rule=rule)
         exits, loss = calibration.observed(new_losses, new_predicted, 0.08)
         broken += float((loss > 0.08).float().mean()) > 0.05
         saved += float((exits < 4).float().mean()) / 100
@@ -84,7 +78,7 @@ def test_the_promise_holds_for_most_calibration_sets_however_wrong_the_predictor
     assert float((expected > 0.08).float().mean()) > 0.06, "without calibration it is broken"
 
 
-def test_every_threshold_may_be_asked_for_and_each_sample_may_have_its_own() -> None:
+def test_every_threshold_may_be_asked_for_and_each_sample_may_have_its_own():
     calibration = Calibration(*_draw(200, 1))
     taus = torch.tensor([0.05, 0.1, 0.05, 0.0])
     limits = calibration.limits(taus)
@@ -95,7 +89,7 @@ def test_every_threshold_may_be_asked_for_and_each_sample_may_have_its_own() -> 
     assert assign_exits(torch.full((1, 3), 1e-9), calibration.limits(0.0)).tolist() == [4]
 
 
-def test_samples_out_of_distribution_are_left_out() -> None:
+def test_samples_out_of_distribution_are_left_out():
     losses, predicted = _draw(200, 5, bias=-0.5)
     alone = Calibration(losses, predicted)
     rest = torch.full((300, 3), math.inf)
@@ -105,7 +99,7 @@ def test_samples_out_of_distribution_are_left_out() -> None:
     )
 
 
-def _groups(count: int, samples: int, seed: int, spread: float = 0.3) -> tuple[Tensor, Tensor, list[int]]:
+def _groups(count, samples, seed, spread=0.3):
     """Samples of groups whose predictor is off by a factor of their own."""
     losses, predicted = _draw(count * samples, seed)
     random = torch.Generator().manual_seed(1000 + seed)
@@ -113,7 +107,7 @@ def _groups(count: int, samples: int, seed: int, spread: float = 0.3) -> tuple[T
     return losses, predicted * factor[:, None], [i // samples for i in range(count * samples)]
 
 
-def test_a_promise_for_new_groups_holds_for_them() -> None:
+def test_a_promise_for_new_groups_holds_for_them():
     losses, predicted, _ = _groups(400, 20, 99)
     broken = dict.fromkeys(("groups", "samples"), 0)
     for seed in range(60):
@@ -124,7 +118,7 @@ def test_a_promise_for_new_groups_holds_for_them() -> None:
     assert broken["groups"] <= 8, "5 % of 60 may be broken; 9 would come up once in three hundred times"
 
 
-def test_the_margin_of_the_worst_group_holds_for_each_group_left_out() -> None:
+def test_the_margin_of_the_worst_group_holds_for_each_group_left_out():
     losses, predicted, groups = _groups(5, 40, 4)
     calibration = Calibration(losses, predicted, rule="worst-group", groups=groups)
     rows = {g: [i for i, label in enumerate(groups) if label == g] for g in range(5)}
@@ -143,14 +137,14 @@ def test_the_margin_of_the_worst_group_holds_for_each_group_left_out() -> None:
     )
 
 
-def test_a_threshold_between_promised_ones_is_lowered_to_the_next() -> None:
+def test_a_threshold_between_promised_ones_is_lowered_to_the_next():
     calibration = Calibration(*_draw(200, 1), thresholds=(0.1, 0.06))
     assert torch.equal(calibration.limits(0.09), calibration.limits(0.06))
     assert torch.equal(calibration.limits(7.0), calibration.limits(0.1))
     assert calibration.limits(0.05).tolist() == [-math.inf] * 3
 
 
-def test_it_is_the_same_when_copied_and_keeps_few_limits() -> None:
+def test_it_is_the_same_when_copied_and_keeps_few_limits():
     losses, predicted, groups = _groups(70, 3, 1)
     calibration = Calibration(losses, predicted, groups=groups, thresholds="all")
     for other in (copy.deepcopy(calibration), pickle.loads(pickle.dumps(calibration))):
@@ -162,7 +156,7 @@ def test_it_is_the_same_when_copied_and_keeps_few_limits() -> None:
 
 
 @pytest.mark.parametrize(("samples", "missing"), [(58, 1), (10, 49)])
-def test_too_few_samples_are_refused_with_the_number_needed(samples: int, missing: int) -> None:
+def test_too_few_samples_are_refused_with_the_number_needed(samples, missing):
     with pytest.raises(
         OptionError,
         match=rf"P\(loss > threshold\) <= 0.05 with confidence 0.95 needs at least 59 samples, "
@@ -174,11 +168,11 @@ def test_too_few_samples_are_refused_with_the_number_needed(samples: int, missin
         Calibration(*_draw(59, 0), rule="bound")
 
 
-def test_what_is_no_calibration_is_refused() -> None:
+def test_what_is_no_calibration_is_refused():
     losses, predicted = _draw(60, 0)
     for name, value in (("alpha", 0), ("alpha", 1.0), ("confidence", True), ("confidence", "0.9")):
         with pytest.raises(OptionError, match=f"{name} must be a number between 0 and 1, got {value!r}"):
-            Calibration(losses, predicted, **{name: value})  # type: ignore[arg-type]
+            Calibration(losses, predicted, **{name: value})
     for options, message in (
         ({"rule": "best"}, "rule must be one of 'margin', 'bound', 'worst-group', got 'best'"),
         ({"rule": "worst-group"}, "rule='worst-group' needs groups. Pass groups="),
@@ -198,7 +192,7 @@ def test_what_is_no_calibration_is_refused() -> None:
         ),
     ):
         with pytest.raises(OptionError, match=message):
-            Calibration(losses, predicted, **options)  # type: ignore[arg-type]
+            Calibration(losses, predicted, **options)
     far = predicted.clone()
     far[:30] = math.inf
     with pytest.raises(
@@ -214,7 +208,7 @@ def test_what_is_no_calibration_is_refused() -> None:
         Calibration(predicted, predicted).limits(-0.1)
 
 
-def test_it_says_what_it_promises() -> None:
+def test_it_says_what_it_promises():
     calibration = Calibration(*_draw(100, 0), about={"metric": "lpips-alex", "hash": "ab" * 32})
     assert str(calibration) == (
         "P(lpips-alex > threshold) <= 0.05 with confidence 0.95 on inputs like the 100 it was calibrated on, "

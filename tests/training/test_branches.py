@@ -263,7 +263,7 @@ def test_tensorboard_shows_losses_and_images_once_after_an_interruption(tmp_path
 
 def test_without_tensorboard_its_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    message = r"tensorboard is not installed. Run: pip install 'retroexit\[train\]'"
+    message = r"tensorboard is missing. Run: pip install 'retroexit\[train\]'"
     with pytest.raises(MissingExtraError, match=message):
         fit(wrap(), tmp_path, tensorboard=True)
     assert not (tmp_path / "fit.json").exists()
