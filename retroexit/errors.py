@@ -83,6 +83,13 @@ class CheckpointError(RetroExitError, ValueError):
     """A file on disk is damaged or belongs to something else."""
 
 
+class StorageError(RetroExitError, OSError):
+    """A file cannot be written: the disk is full, or the folder is not yours to write to."""
+
+    def __str__(self) -> str:
+        return str(self.args[0]) if self.args else ""
+
+
 class TrainingError(RetroExitError, RuntimeError):
     """Training cannot start or continue."""
 

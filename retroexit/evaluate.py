@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from retroexit.core.files import replacing
 from retroexit.core.samples import Samples
 from retroexit.errors import RetroExitWarning
 from retroexit.evaluation.measure import measure
@@ -56,6 +57,7 @@ def evaluate(
     Raises:
         OptionError: If the inputs are out of range.
         WeightsError: If the metric's weights are missing or damaged.
+        StorageError: If the disk is full.
     """
     calibration = model.calibration
     if calibration is not None and calibration.about.get("hash") == Samples(inputs).digest():
@@ -69,7 +71,7 @@ def evaluate(
     if folder is not None:
         title = title or f"{type(model.generator).__name__} with {len(model.branches)} early exits"
         strips = pick_strips(run, evaluation, show)
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        Path(folder, EVALUATION).write_text(evaluation.to_json())
+        with replacing(Path(folder, EVALUATION)) as file:
+            file.write(evaluation.to_json().encode())
         write_report(folder, evaluation, strips, title=title, command=command, calibration=calibration)
     return evaluation

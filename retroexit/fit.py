@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from retroexit.core.files import locked
 from retroexit.core.modules import device_of
 from retroexit.core.samples import Samples, moved
 from retroexit.errors import DeviceError, ModeError, OptionError, WeightsError, closest
@@ -78,7 +80,8 @@ def fit(
         DeviceError: If a process has the generator on another process's device.
         MissingExtraError: If lightning-fabric or tensorboard is needed and not installed.
         WeightsError: If weights of the metric, of a term or of the discriminator are not available.
-        CheckpointError: If the folder has another fit, or a damaged file.
+        CheckpointError: If the folder has another fit, finished or running, or a damaged file.
+        StorageError: If the disk is full.
         TrainingError: If the loss is not finite.
 
     Reference: paper sections 3.2, 3.3, 4.1, 4.2; equations 1, 3, 4.
@@ -88,8 +91,9 @@ def fit(
         model, inputs, bank, metric, weights=weights, losses=losses, adapter=adapter, **promise, **settings
     )
     team, folder = _join(model, devices, nodes), Path(folder)
-    fit_model(model, job, folder, team, lambda: model.save(folder), progress)
-    _complete(model, job, folder, team, progress)
+    with locked(folder) if team.is_first else nullcontext():
+        fit_model(model, job, folder, team, lambda: model.save(folder), progress)
+        _complete(model, job, folder, team, progress)
     return model
 
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from retroexit.core.files import MANIFEST, read_tensors, sha256_of
+from retroexit.core.files import MANIFEST, read_tensors, reading, sha256_of
 from retroexit.core.identity import Identity, fingerprint, unwrapped
 from retroexit.core.modules import device_of
-from retroexit.errors import CheckpointError, RetroExitError
+from retroexit.errors import CheckpointError
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.model import EarlyExitGenerator
 from retroexit.plugins.description import Description
@@ -62,21 +62,16 @@ def load(
     if example_inputs is None and description.example_inputs is not None:
         example_inputs, example_kwargs = description.example_inputs(generator)
     manifest = read_manifest(folder)
-    try:
+    with reading(folder / "model.json", "Copy it again."):
         key = find_key(folder, manifest, key, description.key)
         options = options_from_json(manifest, key, **adapter_options(generator, adapter, description))
         model = EarlyExitGenerator(generator, options)
         model.about, bank_of = dict(manifest["about"]), str(manifest["fingerprint"])
         predictor, router = read_predictor(manifest["predictor"]), model.router
-        router.guide_limit, has_bank = manifest["guide_limit"], bool(manifest["has_bank"])
+        limit, has_bank = manifest["guide_limit"], bool(manifest["has_bank"])
+        router.guide_limit = None if limit is None else float(limit)
         router.latency = None if manifest["latency"] is None else Latency.from_json(manifest["latency"])
         _check_folder(folder, manifest, model)
-    except CheckpointError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError, RetroExitError) as error:
-        raise CheckpointError(
-            f"{folder} is damaged: model.json holds {type(error).__name__}: {error}. Copy it again.", folder
-        ) from error
     tensors, _ = read_tensors(folder / "weights.safetensors")
     if predictor is not None:
         fill_predictor(predictor, _under("predictor.", tensors), folder)

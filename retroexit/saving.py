@@ -6,8 +6,6 @@ Imports `retroexit.routing` and what lies below it.
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,15 +16,16 @@ from torch import Tensor, nn
 from retroexit.branch.widths.plan import Pin, WidthPlan, WidthRule
 from retroexit.core.files import (
     MANIFEST,
-    is_intact,
+    read_json,
     read_tensors,
-    self_digest,
+    reading,
     sha256_of,
     versions,
+    write_json,
     write_tensors,
 )
 from retroexit.core.identity import Identity
-from retroexit.errors import CheckpointError, OptionError, RetroExitError
+from retroexit.errors import BankError, CheckpointError, OptionError
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.guidance.provider import Guidance, key_name
 from retroexit.routing.calibration import Calibration
@@ -47,7 +46,7 @@ __all__ = [
     "write_model",
 ]
 
-_CALIBRATION = "calibration.safetensors"
+_CALIBRATION, _MANIFEST = "calibration.safetensors", "model.json"
 _SCHEMA = 3
 
 
@@ -78,11 +77,14 @@ def write_model(
 
     Raises:
         GeneratorError: If the generator has changed since it was recorded.
+        BankError: If the bank belongs to other weights or places of the generator.
+        StorageError: If the disk is full.
     """
     decomposition.check_generator()
     folder, identity = Path(folder), Identity.of(generator)
+    if bank is not None:
+        bank = _checked_bank(bank, decomposition, identity)
     predictor, arguments = router.predictor, _predictor_to_json(router.predictor)
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {f"branches.{name}": value for name, value in branches.state_dict().items()}
     if predictor is not None:
         tensors |= {f"predictor.{name}": value for name, value in predictor.state_dict().items()}
@@ -108,11 +110,21 @@ def write_model(
         "about": about,
         "versions": versions(),
     }
-    manifest["digest"] = self_digest(json.loads(json.dumps(manifest)))
-    temporary = folder / "model.json.part"
-    temporary.write_text(json.dumps(manifest, indent=1, allow_nan=False))
-    os.replace(temporary, folder / "model.json")
+    write_json(folder / _MANIFEST, manifest, allow_nan=False)
     return folder
+
+
+def _checked_bank(bank: GuidanceBank, decomposition: Decomposition, identity: Identity) -> GuidanceBank:
+    """Check that a bank fits the branches; return it with the weights' fingerprint in their present precision."""
+    if decomposition.taps is None:
+        raise BankError(
+            "a model whose branches take no guide must be saved without a bank, got one. Remove it.", bank
+        )
+    recorded, made_for = decomposition.identity.fingerprint, bank.meta.get("fingerprint")
+    fingerprint = made_for if made_for in (None, identity.fingerprint) else recorded
+    bank.check_origin(fingerprint=fingerprint, **decomposition.taps.origin())
+    meta = {**bank.meta, "fingerprint": identity.fingerprint}
+    return GuidanceBank(retriever=bank.retriever, values=bank.values, source=bank.source.numpy(), meta=meta)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -121,24 +133,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: If it is missing, damaged, or of another schema.
     """
-    try:
-        manifest: dict[str, Any] = dict(json.loads((folder / "model.json").read_text()))
-        schema = manifest["schema"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{folder} must hold a readable model.json, got {type(error).__name__}: {error}. Pass a folder that "
-            "model.save wrote.",
-            folder,
-        ) from error
+    path, advice = folder / _MANIFEST, "Pass a folder that model.save wrote, or copy it again."
+    manifest = read_json(path, advice)
+    schema = manifest.get("schema")
     if schema != _SCHEMA:
         raise CheckpointError(
             f"the schema of {folder} must be {_SCHEMA}, got {schema}. Use the version that wrote it: "
-            f"{manifest.get('versions', {}).get('retroexit')}.",
+            f"{dict(manifest.get('versions') or {}).get('retroexit')}.",
             folder,
-        )
-    if not is_intact(manifest):
-        raise CheckpointError(
-            f"{folder} is damaged: model.json does not match its own digest. Copy it again.", folder
         )
     return manifest
 
@@ -203,11 +205,9 @@ def read_calibration(folder: Path, sha256: str | None) -> Calibration | None:
     path = folder / _CALIBRATION
     if sha256_of(path) != sha256:
         raise CheckpointError(f"{path} has changed since it was written. Copy it again.", path)
-    tensors, settings = read_tensors(path)
-    try:
+    with reading(path, "Copy it again."):
+        tensors, settings = read_tensors(path)
         return Calibration(tensors["losses"], tensors["predicted"], **settings)
-    except (KeyError, TypeError, RetroExitError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}). Copy it again.", path) from error
 
 
 def options_to_json(options: WrapOptions, decomposition: Decomposition) -> dict[str, Any]:
@@ -268,7 +268,8 @@ def options_from_json(
     saved = dict(manifest["options"])
     guidance = saved.pop("guidance")
     if guidance is not None:
-        guidance = Guidance(**{**guidance, "key": key, "patch": tuple(guidance["patch"])})
+        plain = {"patch": tuple(guidance["patch"]), "retriever": str(guidance["retriever"])}
+        guidance = Guidance(**{**guidance, **plain, "key": key})
     image, image_range = saved.pop("image"), saved.pop("image_range")
     return WrapOptions(
         attach_at=tuple(manifest["attach_at"]),

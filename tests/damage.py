@@ -6,17 +6,22 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from retroexit.core.files import write_json
 from retroexit.errors import RetroExitError
+
+RESEALED = "with a new digest,"
 
 
 def damaged(folder: Path, count: int, seed: int = 0) -> Iterator[str]:
@@ -109,3 +114,165 @@ def outcomes(folder: Path, count: int, read: Callable[[], str]) -> set[tuple[str
     results = [report for report in reports if report[1] != "began"]
     assert len(results) == count
     return {(done.split()[0], result) for done, result in results}
+
+
+@contextmanager
+def time_limit(seconds: int) -> Iterator[None]:
+    """End a call that takes longer by `KeyboardInterrupt`, which no reader catches, also where it waits for a pipe."""
+
+    def expire(_number: int, _frame: Any) -> None:
+        raise KeyboardInterrupt(f"longer than {seconds} s")
+
+    before, left = signal.signal(signal.SIGALRM, expire), signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGALRM, before)
+        signal.alarm(left)
+
+
+def mutations(files: list[Path], count: int, seed: int = 0, begin: int = 0) -> Iterator[str]:
+    """Damage one file after another in one of `WAYS`; each is whole again afterwards.
+
+    Args:
+        files: The files.
+        count: Number of mutations in all.
+        seed: Of all random choices; a mutation depends on it and its number only.
+        begin: Number of the first one, from 0.
+
+    Yields:
+        What was done to which file, while it is done.
+    """
+    contents = {path: path.read_bytes() for path in files}
+    for number in range(begin, count):
+        draw = random.Random(f"{seed} {number}")
+        path = files[number % len(files)]
+        way = WAYS[(number // len(files)) % len(WAYS)]
+        try:
+            done = way(path, contents, draw)
+            if path.is_file() and path.read_bytes() == contents[path]:  # zeros over zeros, say
+                done = _cut(path, contents, draw)
+            yield f"{path.name}: {done}"
+        finally:
+            _remove(path)
+            path.write_bytes(contents[path])
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _cut(path: Path, contents: dict[Path, bytes], draw: random.Random) -> str:
+    size = draw.randrange(len(contents[path]))
+    path.write_bytes(contents[path][:size])
+    return f"cut to {size} bytes"
+
+
+def _flip(path: Path, contents: dict[Path, bytes], draw: random.Random) -> str:
+    data, most = bytearray(contents[path]), draw.choice((64, 256, 2**40))
+    bits = draw.sample(range(8 * min(most, len(data))), min(draw.randint(1, 8), 8 * len(data)))
+    for bit in bits:
+        data[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(data)
+    return f"bits {bits} flipped"
+
+
+def _zero(path: Path, contents: dict[Path, bytes], draw: random.Random) -> str:
+    data = bytearray(contents[path])
+    begin = draw.randrange(len(data))
+    size = min(draw.choice((16, 512, 4096)), len(data) - begin)
+    data[begin : begin + size] = bytes(size)
+    path.write_bytes(data)
+    return f"{size} zeros at {begin}"
+
+
+def _swap(path: Path, contents: dict[Path, bytes], draw: random.Random) -> str:
+    others = [other for other in contents if other != path]
+    if not others:
+        path.write_bytes(contents[path][::-1])
+        return "reversed"
+    other = draw.choice(others)
+    path.write_bytes(contents[other])
+    return f"swapped with {other.name}"
+
+
+def _retype(path: Path, contents: dict[Path, bytes], draw: random.Random) -> str:
+    """Give one value of JSON another type."""
+    try:
+        facts = json.loads(contents[path])
+        places = list(_places(facts))
+    except ValueError:
+        return _flip(path, contents, draw)
+    parent, key = draw.choice(places)
+    before = parent[key]
+    values = (None, True, -1, 1e300, float("nan"), "text", [], [[]], {}, {"a": None})
+    value = parent[key] = draw.choice([value for value in values if type(value) is not type(before)])
+    path.write_text(json.dumps(facts))
+    return f"{key}: {str(before)[:40]!r} replaced by {value!r}"
+
+
+def _reseal(path: Path, contents: dict[Path, bytes], draw: random.Random) -> str:
+    """Do `_retype` and renew the digest, as if the file had been written so."""
+    done = _retype(path, contents, draw)
+    try:
+        write_json(path, json.loads(path.read_text()))
+    except (ValueError, TypeError):
+        return done
+    return f"{RESEALED} {done}"
+
+
+def _places(value: Any) -> Iterator[tuple[Any, Any]]:
+    for key, part in list(value.items() if isinstance(value, dict) else enumerate(value)):
+        yield value, key
+        if isinstance(part, (dict, list)):
+            yield from _places(part)
+
+
+def _nest(path: Path, contents: dict[Path, bytes], draw: random.Random) -> str:
+    depth = draw.choice((500, 100_000))
+    opening, closing = draw.choice(((b"[", b"]"), (b'{"a":', b"}")))
+    path.write_bytes(opening * depth + b"1" + closing * depth)
+    return f"nested {depth} deep"
+
+
+def _pipe(path: Path, contents: dict[Path, bytes], draw: random.Random) -> str:
+    path.unlink()
+    os.mkfifo(path)
+    return "a named pipe"
+
+
+def _folder(path: Path, contents: dict[Path, bytes], draw: random.Random) -> str:
+    path.unlink()
+    path.mkdir()
+    return "a folder"
+
+
+def _nan(path: Path, contents: dict[Path, bytes], draw: random.Random) -> str:
+    """Write NaN over a number, as float32; into zip files, with the checksums that torch writes."""
+    try:
+        state = torch.load(path, weights_only=True)
+        tensors = [v for v in _tensors(state) if v.is_floating_point() and v.numel()]
+        is_zip = contents[path][:2] == b"PK"
+        draw.choice(tensors).view(-1)[0] = draw.choice((float("nan"), float("inf")))
+        torch.save(state, path, _use_new_zipfile_serialization=is_zip)
+        return "NaN, saved again"
+    except Exception:
+        data = bytearray(contents[path])
+        begin = draw.randrange(len(data)) // 4 * 4
+        data[begin : begin + 4] = b"\x00\x00\xc0\x7f"[: len(data) - begin]
+        path.write_bytes(data)
+        return f"NaN at {begin}"
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for part in value.values():
+            yield from _tensors(part)
+
+
+WAYS = (_cut, _flip, _zero, _swap, _retype, _reseal, _nest, _pipe, _folder, _nan)

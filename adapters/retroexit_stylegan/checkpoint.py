@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import pickle
 import re
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retroexit.errors import CheckpointError
+from retroexit.core.files import check_finite, read_torch, reading
+from retroexit.errors import CheckpointError, WeightsError
 from retroexit_stylegan.convert import convert_rosinality
 from retroexit_stylegan.generator import StyleGANGenerator
 
@@ -46,13 +45,17 @@ def load_generator(
         The generator, in eval mode.
 
     Raises:
-        CheckpointError: If the file holds more than tensors and plain values, or no weights of StyleGAN2.
-        FileNotFoundError: If there is no such file.
+        CheckpointError: If the file is damaged, holds more than tensors and plain values, or no weights of StyleGAN2.
+        WeightsError: If there is no such file.
     """
     path = Path(path)
+    if not path.exists():
+        raise WeightsError(f"no checkpoint at {path}. Check the path.", path)
     state, w_avg = _weights(_read(path), path)
+    check_finite(state | ({} if w_avg is None else {"latent_avg": w_avg}), path, CheckpointError)
     if "input.input" in state:
-        state = convert_rosinality(state, w_avg)
+        with reading(path, "Pass the checkpoint's 'g_ema'."):
+            state = convert_rosinality(state, w_avg)
         has_mean = w_avg is not None
     elif "synthesis.b4.const" in state:
         has_mean = True
@@ -75,26 +78,11 @@ def _read(path: Path) -> Any:
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
 
-        return load_file(path)
-    try:
-        # train.py also saves its options, a namespace of plain values.
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about the pickle's protocol; unreadable files raise below
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        pickle.UnpicklingError,
-        RuntimeError,
-        EOFError,
-        ValueError,
-        TypeError,
-        KeyError,
-        IndexError,
-    ) as error:
-        cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        advice = _EXPORT.format(path=path.name, target=path.with_suffix(".pth").name)
-        raise CheckpointError(
-            f"{path} must be a file of tensors and plain values only ({cause}). {advice}", path
-        ) from error
+        with reading(path):
+            return load_file(path)
+    advice = _EXPORT.format(path=path.name, target=path.with_suffix(".pth").name)
+    # train.py also saves its options, a namespace of plain values.
+    return read_torch(path, advice, CheckpointError, [argparse.Namespace])
 
 
 def _weights(content: Any, path: Path) -> tuple[dict[str, Tensor], Tensor | None]:
@@ -103,6 +91,11 @@ def _weights(content: Any, path: Path) -> tuple[dict[str, Tensor], Tensor | None
     for name in ("g_ema", "G_ema"):
         if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
             w_avg, content = content.get("latent_avg"), content[name]
+            if w_avg is not None and not isinstance(w_avg, Tensor):
+                raise CheckpointError(
+                    f"latent_avg in {path} must be a tensor, got {type(w_avg).__name__}. Copy the file again.",
+                    path,
+                )
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
         keys = list(content)[:6] if isinstance(content, Mapping) else type(content).__name__
         raise CheckpointError(
@@ -132,7 +125,7 @@ def _generator(state: dict[str, Tensor], conv_clamp: float | None, path: Path) -
             channels=[state[f"synthesis.b{size}.conv1.bias"].shape[0] for size in sizes],
         )
         generator.load_state_dict(state)
-    except (KeyError, IndexError, ValueError, RuntimeError) as error:
+    except Exception as error:
         raise CheckpointError(
             f"{path} holds weights of another architecture than the paper's: "
             f"{' '.join(str(error).split())[:300]}. Wrap the network's own object instead.",

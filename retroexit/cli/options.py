@@ -12,6 +12,7 @@ from typing import Annotated, Any, Final, get_args, get_type_hints
 import typer
 from typer import Argument, Option
 
+from retroexit.core.files import reading
 from retroexit.errors import OptionError, closest
 
 TARGET: Final = "Where the trained generator comes from: package.module:factory or path/to/file.py:factory."
@@ -118,10 +119,8 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
     """Take the values of a TOML file as the defaults of a command's options: ``attach-at = [2, 4, 6]``."""
     if path is None:
         return None
-    try:
-        values = tomllib.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise OptionError(f"--config {path} cannot be read: {error}. Correct the file.", path) from error
+    with reading(path, "Correct the file that --config names.", OptionError):
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
     options: dict[str, Any] = {}
     for option in context.command.params:
         flags = [flag[2:] for flag in option.opts if flag.startswith("--")]

@@ -1,48 +1,67 @@
 """Files that are written completely and checked when read: arrays, tensors and JSON with SHA-256 digests.
 
-Nothing is ever unpickled. A folder of arrays has a manifest ``meta.json`` with the digest of each file and of
-the manifest itself; a safetensors file holds its own digest.
+A folder of arrays has a manifest ``meta.json`` with the digest of each file and of the manifest itself; JSON and
+safetensors files hold their own digest. Every reader uses `reading`, every writer `replacing` or `writing`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
+import pickle
 import platform
 import shutil
 import tempfile
-from collections.abc import Collection, Iterator
+import warnings
+import zipfile
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+import torch
+from filelock import FileLock, Timeout
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from retroexit.core.modules import tensor_bytes
-from retroexit.errors import CheckpointError
+from retroexit.errors import CheckpointError, RetroExitError, StorageError, cause_of
 
 __all__ = [
     "MANIFEST",
     "check_file",
-    "is_intact",
+    "check_finite",
+    "locked",
+    "new_array",
     "read_array",
+    "read_json",
     "read_manifest",
     "read_npy",
     "read_tensors",
+    "read_torch",
+    "reading",
+    "replacing",
+    "sealed",
     "self_digest",
     "sha256_of",
     "staged",
+    "unsealed",
     "versions",
+    "write_array",
+    "write_json",
     "write_manifest",
     "write_tensors",
+    "writing",
 ]
 
 MANIFEST = "meta.json"
+_LOCK = "fit.lock"
+_HEADER = 128  # bytes of a .npy header, at least
 __version__ = "0.1.0"
 
 
@@ -57,17 +76,109 @@ def versions() -> dict[str, str]:
     return result
 
 
+@contextmanager
+def reading(
+    path: Path,
+    advice: str = "Restore it or write it again.",
+    error: type[RetroExitError] = CheckpointError,
+) -> Iterator[None]:
+    """Turn whatever a parser raises on a damaged file into one error with file, reason and advice.
+
+    Anything but a regular file is refused before it is opened, since a named pipe would be waited for.
+
+    Raises:
+        RetroExitError: Of the type ``error``, if the file cannot be read.
+    """
+    try:
+        if not path.is_file():
+            raise OSError("it is no regular file" if path.exists() else "No such file or directory")
+        yield
+    except error:
+        raise
+    except Exception as cause:
+        raise error(f"cannot read {path}: {cause_of(cause).rstrip('.')}. {advice}", path) from cause
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn an error of the disk into one that names the file, the folder and its free space.
+
+    Raises:
+        StorageError: If the file cannot be written.
+    """
+    try:
+        yield
+    except RetroExitError:
+        raise
+    except OSError as error:
+        folder = next(parent for parent in path.absolute().parents if parent.is_dir())
+        free = shutil.disk_usage(folder).free / 1e6
+        raise StorageError(
+            f"cannot write {path}: {error.strerror or error}; {folder} has {free:,.1f} MB free. Make room there, "
+            "or use another folder.",
+            path,
+        ) from error
+
+
+def _reserve(file: IO[bytes], size: int) -> None:
+    """Take up disk space before it is written: in a memory map, a full disk ends the process by a signal."""
+    if size and hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), 0, size)
+
+
+@contextmanager
+def replacing(path: Path, size: int = 0) -> Iterator[IO[bytes]]:
+    """Write a file so that a reader sees the old or the new one; ``size`` bytes are reserved first.
+
+    Raises:
+        StorageError: If it cannot be written; the old file is left.
+    """
+    temporary = path.with_name(f"{path.name}.part")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "wb") as file:
+                _reserve(file, size)
+                yield file
+                file.truncate()
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder for one fit. The system releases it when the process ends, however it ends.
+
+    Raises:
+        CheckpointError: If another fit holds it.
+    """
+    with writing(folder / _LOCK):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / _LOCK, timeout=0)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise CheckpointError(
+                f"{folder} must have one fit at a time, got a second one. Wait until the first has ended, or use "
+                "another folder.",
+                folder,
+            ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def sha256_of(path: Path) -> str:
     """Compute the SHA-256 of a file, in hexadecimal.
 
     Raises:
         CheckpointError: If the file cannot be read.
     """
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error}. Restore it or save again.", path) from error
+    with reading(path), open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def self_digest(facts: dict[str, Any]) -> str:
@@ -76,9 +187,42 @@ def self_digest(facts: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def is_intact(facts: dict[str, Any]) -> bool:
-    """Return whether plain data matches its own entry ``digest``."""
-    return bool(facts.get("digest") == self_digest(facts))
+def sealed(facts: dict[str, Any], **options: Any) -> str:
+    """Write plain data as JSON, with its own digest as the entry ``digest``; ``options`` of `json.dumps`."""
+    plain = json.loads(json.dumps(facts, **options))
+    # No newline at the end, so that a text without its last byte is not valid JSON.
+    return json.dumps({**plain, "digest": self_digest(plain)}, indent=1)
+
+
+def unsealed(text: str) -> dict[str, Any]:
+    """Read what `sealed` wrote.
+
+    Raises:
+        ValueError: If it is damaged. A text with deep nesting may raise RecursionError.
+    """
+    facts = json.loads(text)
+    if not isinstance(facts, dict):
+        raise ValueError(f"it must hold a JSON object, got {type(facts).__name__}")
+    if facts.get("digest") != self_digest(facts):
+        raise ValueError("it does not match its own digest")
+    return facts
+
+
+def write_json(path: Path, facts: dict[str, Any], **options: Any) -> None:
+    """Write plain data with its digest; a reader sees the old or the new file."""
+    content = sealed(facts, **options).encode()
+    with replacing(path, len(content)) as file:
+        file.write(content)
+
+
+def read_json(path: Path, advice: str = "Restore it or write it again.") -> dict[str, Any]:
+    """Read what `write_json` wrote.
+
+    Raises:
+        CheckpointError: If the file is missing or damaged.
+    """
+    with reading(path, advice):
+        return unsealed(path.read_text(encoding="utf-8"))
 
 
 @contextmanager
@@ -94,6 +238,7 @@ def staged(folder: str | Path, owns: Collection[str]) -> Iterator[Path]:
 
     Raises:
         CheckpointError: If the target is a file, or a folder with other things in it.
+        StorageError: If it cannot be written.
     """
     folder = Path(folder).absolute()
     if folder.exists() and not folder.is_dir():
@@ -105,30 +250,28 @@ def staged(folder: str | Path, owns: Collection[str]) -> Iterator[Path]:
             "Name a new folder.",
             folder,
         )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        fresh, old = scratch / "new", scratch / "old"
-        fresh.mkdir()
-        yield fresh
-        if folder.exists():
-            os.rename(folder, old)
+    with writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
-            os.rename(fresh, folder)
-        except OSError:
-            if old.exists():
-                os.rename(old, folder)
-            raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+            fresh, old = scratch / "new", scratch / "old"
+            fresh.mkdir()  # with the modes of the user, which mkdtemp does not give
+            yield fresh
+            if folder.exists():
+                os.rename(folder, old)
+            try:
+                os.rename(fresh, folder)
+            except OSError:
+                if old.exists():
+                    os.rename(old, folder)
+                raise
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def write_manifest(folder: Path, facts: dict[str, Any], files: Collection[str]) -> None:
     """Write ``meta.json``: the facts, the SHA-256 of each named file, and the manifest's own digest."""
-    manifest = {**facts, "files": {name: sha256_of(folder / name) for name in files}}
-    manifest["digest"] = self_digest(manifest)
-    # No newline at the end, so that a file without its last byte is not valid JSON.
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True), encoding="utf-8")
+    write_json(folder / MANIFEST, {**facts, "files": {name: sha256_of(folder / name) for name in files}})
 
 
 def read_manifest(folder: str | Path, kind: str, schema: int) -> dict[str, Any]:
@@ -139,14 +282,9 @@ def read_manifest(folder: str | Path, kind: str, schema: int) -> dict[str, Any]:
     """
     path = Path(folder) / MANIFEST
     again = f"Build and save the {kind} again."
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"no {kind} in {folder}: {MANIFEST} is missing", path) from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}. {again}", path) from error
-    if not isinstance(manifest, dict) or not is_intact(manifest):
-        raise CheckpointError(f"{path} is damaged: it does not match its own digest. {again}", path)
+    if not path.exists():
+        raise CheckpointError(f"no {kind} in {folder}: {MANIFEST} is missing. {again}", path)
+    manifest = read_json(path, again)
     if manifest.get("kind") != kind:
         raise CheckpointError(f"{folder} must hold a {kind!r}, got a {manifest.get('kind')!r}", path)
     if manifest.get("schema") != schema:
@@ -162,9 +300,8 @@ def check_file(folder: str | Path, name: str, manifest: dict[str, Any]) -> Path:
         CheckpointError: If the file is missing or was changed.
     """
     path = Path(folder) / name
-    expected = manifest["files"].get(name)
-    if expected is None or not path.is_file():
-        raise CheckpointError(f"{path} is missing. Restore it or build and save again.", path)
+    with reading(path, "Restore it or build and save again."):
+        expected = str(manifest["files"][name])
     digest = sha256_of(path)
     if digest != expected:
         raise CheckpointError(
@@ -175,19 +312,41 @@ def check_file(folder: str | Path, name: str, manifest: dict[str, Any]) -> Path:
     return path
 
 
-def read_npy(path: Path, mode: Any = None) -> np.ndarray:
+def new_array(path: Path, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """Make a ``.npy`` file of zeros whose space on the disk is taken up, and map it into memory to write.
+
+    Raises:
+        StorageError: If there is no room.
+    """
+    dtype = np.dtype(dtype)
+    facts = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    with replacing(path) as file:
+        np.lib.format.write_array_header_1_0(file, facts)
+        size = file.tell() + dtype.itemsize * math.prod(shape)
+        _reserve(file, size)
+        file.seek(size)
+    return read_npy(path, "r+")
+
+
+def write_array(path: Path, array: np.ndarray) -> None:
+    """Write a ``.npy`` file; a reader sees the old or the new one."""
+    with replacing(path, _HEADER + array.nbytes) as file:
+        np.save(file, array, allow_pickle=False)
+
+
+def read_npy(path: Path, mode: Any = None, advice: str = "Restore it or write it again.") -> np.ndarray:
     """Load a ``.npy`` file, or map it into memory with ``mode`` ``"r"`` or ``"r+"``.
 
     Raises:
-        ValueError: If it cannot be read. NumPy raises many types on a damaged header.
+        CheckpointError: If it cannot be read.
     """
-    try:
+    with reading(path, advice):
         array: np.ndarray = np.load(path, mmap_mode="r" if mode else None, allow_pickle=False)
+        if not isinstance(array, np.ndarray):
+            raise ValueError("it is an archive, not an array")
         if mode not in (None, "r"):  # opened for writing, a truncated file would be filled with zeros
             array = np.load(path, mmap_mode=mode, allow_pickle=False)
         return array
-    except Exception as error:
-        raise ValueError(f"{type(error).__name__}: {error}") from error
 
 
 def read_array(folder: str | Path, name: str, manifest: dict[str, Any], *, mmap: bool = False) -> np.ndarray:
@@ -197,21 +356,17 @@ def read_array(folder: str | Path, name: str, manifest: dict[str, Any], *, mmap:
         CheckpointError: If the file is missing, was changed, or is not an array.
     """
     path = check_file(folder, name, manifest)
-    try:
-        return read_npy(path, "r" if mmap else None)
-    except ValueError as error:
-        raise CheckpointError(f"{path} is no array: {error}. Build and save again.", path) from error
+    return read_npy(path, "r" if mmap else None, "Build and save again.")
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, Any] | None = None) -> None:
     """Write tensors and plain data to a safetensors file; a reader sees the old or the new file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(path.suffix + ".part")
     # safetensors refuses tied and channels-last tensors; these copies are neither.
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     facts = json.dumps(about or {})
-    save_file(plain, temporary, {"about": facts, "digest": _tensors_digest(plain, facts)})
-    os.replace(temporary, path)
+    content = save(plain, {"about": facts, "digest": _tensors_digest(plain, facts)})
+    with replacing(path, len(content)) as file:
+        file.write(content)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -220,16 +375,55 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         CheckpointError: If the file is missing or damaged.
     """
-    try:
-        with safe_open(path, "pt") as file:
-            facts = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            about = facts.get("about", "{}")
-            if facts.get("digest") != _tensors_digest(tensors, about):
-                raise ValueError("it does not match its own digest")
-            return tensors, dict(json.loads(about))
-    except (OSError, SafetensorError, ValueError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}. Write it again.", path) from error
+    with reading(path, "Write it again."), safe_open(path, "pt") as file:
+        facts = file.metadata() or {}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        about = facts.get("about", "{}")
+        if facts.get("digest") != _tensors_digest(tensors, about):
+            raise ValueError("it does not match its own digest")
+        return tensors, dict(json.loads(about))
+
+
+def read_torch(path: Path, advice: str, error: type[RetroExitError], safe: Iterable[Any] = ()) -> Any:
+    """Read a file of `torch.save`, onto the CPU, without running code in it.
+
+    Torch does not compare the checksums in it; they are compared here. The old format, no zip, has none.
+
+    Args:
+        path: The file.
+        advice: End of the message.
+        error: Type of the error.
+        safe: Types that it may hold beside tensors and plain values.
+
+    Raises:
+        RetroExitError: Of the type ``error``, if the file is missing, damaged or holds other things.
+    """
+    with reading(path, advice, error):
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                part = archive.testzip()
+            if part is not None:
+                raise ValueError(f"its part {part} does not match its checksum")
+        with torch.serialization.safe_globals(list(safe)), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the pickle's protocol
+            try:
+                return torch.load(path, map_location="cpu", weights_only=True)
+            except pickle.UnpicklingError as error:  # torch would advise to run the code in the file
+                raise ValueError("it must be a file of tensors and plain values only") from error
+
+
+def check_finite(tensors: dict[str, Tensor], path: Path, error: type[RetroExitError]) -> None:
+    """Refuse weights with NaN or infinity.
+
+    Raises:
+        RetroExitError: Of the type ``error``, naming the first such tensor.
+    """
+    for name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise error(
+                f"the weights in {path} must be finite, got NaN or infinity in {name}. Restore the file.",
+                path,
+            )
 
 
 def _tensors_digest(tensors: dict[str, Tensor], about: str) -> str:

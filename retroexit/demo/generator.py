@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from retroexit.demo.scenes import CLASSES, PLANES, SCENE_SIZE, STYLE, TEST_SEEDS, draw_scene, texture_planes
-from retroexit.errors import CheckpointError, InputMismatchError, OptionError, WeightsError
+from retroexit.errors import CheckpointError, InputMismatchError, OptionError, WeightsError, cause_of
 
 CHANNELS = (192, 128, 96, 64, 48, 32)
 UPSAMPLE_AFTER = (1, 3, 5)
@@ -120,7 +120,14 @@ def load_scene_generator(folder: Path | None = None) -> SceneGenerator:
         if not file.is_file():
             raise WeightsError(f"no file {file.name} in {source}. Reinstall retroexit.", str(file))
     content = weights.read_bytes()
-    expected, actual = json.loads(record.read_text("utf-8"))["sha256"], hashlib.sha256(content).hexdigest()
+    try:
+        expected, actual = (
+            json.loads(record.read_text("utf-8"))["sha256"],
+            hashlib.sha256(content).hexdigest(),
+        )
+    except Exception as error:
+        message = f"cannot read {record}: {cause_of(error)}. Reinstall retroexit."
+        raise CheckpointError(message, str(record)) from error
     if actual != expected:
         raise CheckpointError(
             f"sha256 of {weights} must be {expected[:12]}..., got {actual[:12]}.... Reinstall retroexit.",

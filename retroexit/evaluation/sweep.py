@@ -3,7 +3,6 @@
 Paper sections 3.2 (policy), 3.4 (computational saving metric) and figures 3, 4, 6 and 7.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -12,7 +11,8 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from retroexit.errors import CheckpointError, OptionError
+from retroexit.core.files import sealed, unsealed
+from retroexit.errors import CheckpointError, OptionError, cause_of
 
 Array = npt.NDArray[np.float64]
 
@@ -185,17 +185,17 @@ class Evaluation:
         return result
 
     def to_json(self) -> str:
-        """Write the evaluation as plain JSON, arrays as lists."""
+        """Write the evaluation as plain JSON with its own digest, arrays as lists."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return json.dumps(values, default=plain_json, allow_nan=False)
+        return sealed(values, default=plain_json, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> Self:
         """Read what :meth:`to_json` wrote, or raise `CheckpointError`."""
         try:
-            return cls(**json.loads(text))
-        except (ValueError, TypeError) as error:
-            raise CheckpointError(f"not an evaluation written by retroexit: {error}") from error
+            return cls(**{name: value for name, value in unsealed(text).items() if name != "digest"})
+        except Exception as error:
+            raise CheckpointError(f"not an evaluation written by retroexit: {cause_of(error)}") from error
 
     def need_predicted(self) -> Array:
         """Return the predicted losses, or raise `OptionError` if there are none."""

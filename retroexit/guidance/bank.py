@@ -11,8 +11,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from retroexit.core.files import MANIFEST, check_file, read_array, read_manifest, staged, write_manifest
-from retroexit.errors import BankError, CheckpointError, OptionError
+from retroexit.core.files import (
+    MANIFEST,
+    check_file,
+    read_array,
+    read_manifest,
+    reading,
+    staged,
+    write_array,
+    write_manifest,
+)
+from retroexit.errors import BankError, OptionError
 from retroexit.retrieval import BACKENDS, Retriever, SearchResult
 
 _CHECKED = 1024  # rows per step of a check
@@ -217,11 +226,12 @@ class GuidanceBank:
         Raises:
             CheckpointError: If the folder holds anything but a saved bank, which is replaced.
             OptionError: If ``meta`` is not JSON data.
+            StorageError: If the disk is full.
         """
         with staged(folder, owns=(MANIFEST, _KEYS, _VALUES, _SOURCE)) as fresh:
             self.retriever.save(fresh / _KEYS)
-            np.save(fresh / _VALUES, self.values, allow_pickle=False)
-            np.save(fresh / _SOURCE, self.source.numpy(), allow_pickle=False)
+            write_array(fresh / _VALUES, self.values)
+            write_array(fresh / _SOURCE, self.source.numpy())
             facts = {"kind": _KIND, "schema": _SCHEMA, "retriever": self.retriever.name, "meta": self.meta}
             try:
                 write_manifest(fresh, facts, (f"{_KEYS}/{MANIFEST}", _SOURCE, _VALUES))
@@ -252,8 +262,10 @@ class GuidanceBank:
             BankError: If the bank belongs to another backbone, or its back-end is unknown and not passed.
             CheckpointError: If a file is missing or damaged.
         """
+        path, again = Path(folder) / MANIFEST, "Build and save the bank again."
         manifest = read_manifest(folder, _KIND, _SCHEMA)
-        name, built_for = manifest["retriever"], manifest["meta"].get("fingerprint")
+        with reading(path, again):
+            name, built_for = str(manifest["retriever"]), manifest["meta"].get("fingerprint")
         if fingerprint is not None and built_for != fingerprint:
             raise BankError(
                 f"the bank in {folder} was built with backbone {built_for!r}, this backbone is "
@@ -271,10 +283,11 @@ class GuidanceBank:
         values = read_array(folder, _VALUES, manifest, mmap=True)
         source = read_array(folder, _SOURCE, manifest)
         retriever = back_end.load(Path(folder) / _KEYS)
-        try:
-            return cls(retriever=retriever, values=values, source=source, meta=manifest["meta"])
-        except BankError as error:
-            raise CheckpointError(f"{folder} is not a consistent bank: {error}", folder) from error
+        with reading(path, again):
+            bank = cls(retriever=retriever, values=values, source=source, meta=manifest["meta"])
+            if bank.order not in (0, 1) or min(map(int, bank.patch)) < 1 or bank.value_channels < 1:
+                raise ValueError(f"order {bank.order} and patch {bank.patch} do not fit {bank!r}")
+            return bank
 
 
 def cut(feature: Tensor, patch: tuple[int, ...] = (1, 1)) -> Tensor:

@@ -16,7 +16,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from retroexit.core.files import MANIFEST, read_array, read_manifest, staged, write_manifest
+from retroexit.core.files import (
+    MANIFEST,
+    read_array,
+    read_manifest,
+    reading,
+    staged,
+    write_array,
+    write_manifest,
+)
 from retroexit.errors import BankError, CheckpointError, OptionError
 from retroexit.guidance.bank import GuidanceBank, cut
 from retroexit.guidance.sampling import Thinning, coverage, farthest_points
@@ -133,7 +141,7 @@ class Candidates:
             return
         with staged(self._folder, owns=(MANIFEST, *_FILES)) as fresh:
             for name, array in zip(_FILES, (self.keys, self.tags), strict=True):
-                np.save(fresh / name, array, allow_pickle=False)
+                write_array(fresh / name, array)
             facts = {
                 "kind": _KIND,
                 "schema": _SCHEMA,
@@ -145,6 +153,10 @@ class Candidates:
 
     def _resume(self, folder: Path) -> None:
         facts = read_manifest(folder, _KIND, _SCHEMA)
+        with reading(folder / MANIFEST, f"Remove {folder}."):
+            self._restore(folder, facts)
+
+    def _restore(self, folder: Path, facts: dict[str, Any]) -> None:
         saved, current = facts["identity"], self._identity
         names = sorted(saved.keys() | current.keys())
         changes = ", ".join(

@@ -5,7 +5,6 @@ so the hash in torchvision's file names is checked here.
 """
 
 import logging
-import pickle
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from retroexit.core.files import sha256_of
+from retroexit.core.files import check_finite, read_torch, sha256_of
 from retroexit.errors import MissingExtraError, WeightsError
 
 logger = logging.getLogger(__name__)
@@ -71,6 +70,7 @@ def _fill(
                 path,
             )
         picked[name] = value.float()
+    check_finite(picked, path, WeightsError)
     module.load_state_dict(picked, strict=False, assign=True)
 
 
@@ -78,10 +78,7 @@ def _read(path: Path) -> dict[str, Any]:
     """Read a weight file without running any code in it."""
     if not path.is_file():
         raise WeightsError(f"no weight file at {path}. Leave it out to use torch hub's cache.", path)
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise WeightsError(f"{path} is no weight file that torch can read safely: {error}", path) from error
+    content = read_torch(path, "Copy it again, or leave it out to use torch hub's cache.", WeightsError)
     if not isinstance(content, dict):
         raise WeightsError(f"{path} must hold a state dict, got {type(content).__name__}", path)
     return content

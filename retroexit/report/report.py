@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from retroexit.core.files import replacing
 from retroexit.core.modules import unit_of
 from retroexit.errors import MissingExtraError, OptionError
 from retroexit.evaluation.promise import EXPECTATION, promise_summary
@@ -59,9 +60,10 @@ def write_report(
         expectation=EXPECTATION,
     )
     save_report(folder, SavedReport(title, headline, command, list(strips)))
-    (folder / "report.html").write_text(html, encoding="utf-8")
     text = json.dumps(summary, indent=1, default=plain_json, allow_nan=False)
-    (folder / "summary.json").write_text(text + "\n", encoding="utf-8")
+    for name, content in (("report.html", html), ("summary.json", text + "\n")):
+        with replacing(folder / name) as file:
+            file.write(content.encode())
     return folder / "report.html"
 
 

@@ -3,7 +3,6 @@
 ``evaluation.json`` holds the numbers, ``report.json`` the texts and names of images, ``strips/`` the images.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from retroexit.core.files import read_json, reading, replacing, sha256_of, write_json
 from retroexit.errors import CheckpointError
 from retroexit.evaluation.sweep import Evaluation
 from retroexit.report.strips import Strip
@@ -18,6 +18,7 @@ from retroexit.report.strips import Strip
 EVALUATION: Final = "evaluation.json"
 _TEXTS: Final = "report.json"
 _IMAGES: Final = "strips"
+_ADVICE: Final = "Remove report.json for a report without images, or run 'retroexit evaluate' again."
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,6 @@ def save_report(folder: Path, report: SavedReport) -> None:
     """Write texts and images of a report into its folder."""
     from PIL import Image
 
-    (folder / _IMAGES).mkdir(parents=True, exist_ok=True)
     for old in (folder / _IMAGES).glob("*-*.png"):
         old.unlink()
     rows = []
@@ -42,11 +42,12 @@ def save_report(folder: Path, report: SavedReport) -> None:
         images = []
         for j, (caption, pixels) in enumerate(strip.images):
             file = f"{_IMAGES}/{i}-{j}.png"
-            Image.fromarray(pixels).save(folder / file, optimize=True)
-            images.append([caption, file])
+            with replacing(folder / file) as opened:
+                Image.fromarray(pixels).save(opened, "png", optimize=True)
+            images.append([caption, file, sha256_of(folder / file)])
         rows.append({"label": strip.label, "chosen": strip.chosen, "images": images})
     texts = {"title": report.title, "headline": report.headline, "command": report.command, "strips": rows}
-    (folder / _TEXTS).write_text(json.dumps(texts, indent=1) + "\n", encoding="utf-8")
+    write_json(folder / _TEXTS, texts)
 
 
 def read_report(folder: Path) -> SavedReport:
@@ -54,29 +55,26 @@ def read_report(folder: Path) -> SavedReport:
     path = folder / _TEXTS
     if not path.exists():
         return SavedReport()
-    try:
-        texts = json.loads(path.read_text(encoding="utf-8"))
+    with reading(path, _ADVICE):
+        texts = read_json(path, _ADVICE)
         strips = [
-            Strip(row["label"], [(c, _pixels(folder, file)) for c, file in row["images"]], row["chosen"])
+            Strip(row["label"], [(c, _pixels(folder, *file)) for c, *file in row["images"]], row["chosen"])
             for row in texts["strips"]
         ]
         return SavedReport(texts["title"], texts["headline"], texts["command"], strips)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{path} or an image that it names is damaged ({type(error).__name__}: {error}). Remove it for a "
-            "report without images, or run 'retroexit evaluate' again.",
-            path,
-        ) from error
 
 
-def _pixels(folder: Path, file: str) -> np.ndarray:
+def _pixels(folder: Path, file: str, digest: str) -> np.ndarray:
     from PIL import Image
 
     path = folder / file
     if path.resolve().parent != (folder / _IMAGES).resolve():
         raise ValueError(f"{file!r} is not in {_IMAGES}/")
-    with Image.open(path) as picture:
-        return np.asarray(picture.convert("RGB"))
+    with reading(path, _ADVICE):
+        if sha256_of(path) != digest:
+            raise ValueError(f"it is another image than {_TEXTS} names")
+        with Image.open(path) as picture:
+            return np.asarray(picture.convert("RGB"))
 
 
 def find_report(folder: str | Path) -> Path:
@@ -95,10 +93,10 @@ def find_report(folder: str | Path) -> Path:
 def read_evaluation(folder: Path) -> Evaluation:
     """Read the numbers of a report; `CheckpointError` if the file is no evaluation."""
     path = folder / EVALUATION
-    try:
-        return Evaluation.from_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}. Run 'retroexit evaluate' again.", path) from error
+    with reading(path, advice := "Run 'retroexit evaluate' again."):
+        values = read_json(path, advice)
+        del values["digest"]
+        return Evaluation(**values)
 
 
 def model_facts(folder: Path, evaluation: Evaluation) -> tuple[Path, dict[str, Any]] | None:
@@ -106,8 +104,8 @@ def model_facts(folder: Path, evaluation: Evaluation) -> tuple[Path, dict[str, A
     fingerprint = str(evaluation.about.get("fingerprint") or "")
     for place in (folder, folder.parent):
         try:
-            manifest = dict(json.loads((place / "model.json").read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
+            manifest = read_json(place / "model.json")
+        except CheckpointError:
             continue
         if fingerprint and str(manifest.get("fingerprint", "")).startswith(fingerprint):
             return place, manifest

@@ -22,8 +22,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from retroexit.core.files import MANIFEST, read_array, read_manifest, sha256_of, staged, write_manifest
-from retroexit.errors import CheckpointError, OptionError, RetrieverError
+from retroexit.core.files import (
+    MANIFEST,
+    read_array,
+    read_manifest,
+    reading,
+    sha256_of,
+    staged,
+    write_array,
+    write_manifest,
+)
+from retroexit.errors import OptionError, RetrieverError
 
 log = logging.getLogger(__name__)
 
@@ -223,7 +232,7 @@ class Retriever(ABC):
         if not len(self):
             raise RetrieverError(f"the index {self.name!r} is empty. Call build(keys) before save.", self)
         with staged(folder, owns=(MANIFEST, _KEYS_FILE, _INDEX_FILE)) as fresh:
-            np.save(fresh / _KEYS_FILE, self._keys, allow_pickle=False)
+            write_array(fresh / _KEYS_FILE, self._keys)
             self._dump(fresh / _INDEX_FILE)
             facts = {
                 "kind": _KIND,
@@ -247,13 +256,12 @@ class Retriever(ABC):
             CheckpointError: If a file is missing or damaged.
         """
         manifest = read_manifest(folder, _KIND, _SCHEMA)
-        same = manifest["name"] == cls.name
-        retriever = cls(threads=manifest["threads"], **(manifest["options"] if same else {}))
-        keys = read_array(folder, _KEYS_FILE, manifest)
-        if keys.dtype != np.float32 or list(keys.shape) != manifest["shape"]:
-            expected = f"float32 {manifest['shape']}, got {keys.dtype} {keys.shape}"
-            raise CheckpointError(f"keys in {folder} must be {expected}", folder)
-        with _safe_settings():
+        with reading(Path(folder) / MANIFEST, "Build and save the retriever again."), _safe_settings():
+            same = manifest["name"] == cls.name
+            retriever = cls(threads=manifest["threads"], **(manifest["options"] if same else {}))
+            keys = read_array(folder, _KEYS_FILE, manifest)
+            if keys.dtype != np.float32 or list(keys.shape) != manifest["shape"]:
+                raise ValueError(f"keys must be float32 {manifest['shape']}, got {keys.dtype} {keys.shape}")
             retriever._hold(as_matrix(keys, "keys"))
             if not (same and retriever._restored(Path(folder) / _INDEX_FILE, manifest)):
                 retriever._build(retriever._distinct_keys() - retriever._mean)

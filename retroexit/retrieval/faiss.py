@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from retroexit.core.files import replacing
 from retroexit.errors import OptionError, RetrieverError
 from retroexit.retrieval.base import Retriever
 
@@ -115,7 +116,11 @@ class FaissRetriever(Retriever):
             return self._native.search(queries, min(k * self._more, self.distinct))[1]
 
     def _dump(self, path: Path) -> None:
-        _faiss().write_index(self._native, str(path))
+        content = _faiss().serialize_index(
+            self._native
+        )  # write_index says nothing of some errors of the disk
+        with replacing(path, content.nbytes) as file:
+            file.write(content.data)
 
     def _made_by(self) -> str:
         return f"faiss {_faiss().__version__}"

@@ -1,6 +1,8 @@
 """Retrieval with hnswlib's graphs, for banks of 100,000 keys and more. The only module that imports it."""
 
+import errno
 import importlib.metadata
+import os
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,8 @@ class HnswlibRetriever(Retriever):
 
     def _dump(self, path: Path) -> None:
         self._native.save_index(str(path))
+        if path.stat().st_size != self._native.index_file_size():  # hnswlib does not say that a disk is full
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _made_by(self) -> str:
         return f"hnswlib {importlib.metadata.version('hnswlib')}"

@@ -5,8 +5,6 @@ With stored ones, training costs the branch alone, which makes training on a CPU
 
 from __future__ import annotations
 
-import json
-import os
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -17,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from retroexit.core.files import is_intact, read_npy, self_digest
+from retroexit.core.files import new_array, read_json, read_npy, reading, write_json
 from retroexit.core.identity import fingerprint
 from retroexit.core.modules import device_of
 from retroexit.core.samples import Samples, drawing_from, moved
@@ -28,7 +26,7 @@ from retroexit.model import EarlyExitGenerator
 # Crossing values are stored under the names of their nodes, which are identifiers; these are not.
 IMAGE, GUIDANCE_KEY, GUIDANCE_VALUE = "backbone-image", "guidance-key", "guidance-value"
 
-_SCHEMA = 2
+_SCHEMA, _STATE = 2, "cache.json"
 
 Window: TypeAlias = tuple[slice, ...]
 """Part of a map ``(C, ...)``, without its channel axis."""
@@ -97,7 +95,7 @@ class FeatureCache:
         """Run the backbone once over all samples and store what training needs.
 
         A cache of the same backbone, attach points and inputs in the folder is continued or reused; another
-        one is a `CheckpointError`. Samples must have one size (`OptionError`).
+        one is a `CheckpointError`, a full disk a `StorageError`. Samples must have one size (`OptionError`).
         """
         folder = Path(folder)
         if not model.is_recorded:
@@ -107,7 +105,6 @@ class FeatureCache:
         identity = _identity(model, samples, batch)
         state = _read_state(folder, identity)
         done, names = state["done"], state["arrays"]
-        folder.mkdir(parents=True, exist_ok=True)
         arrays = {name: _open(folder, name, len(samples), "r+") for name in names}
         sums = _check_sums(folder, arrays, state, batch)
         shared_names, shared = _shared_by_all(model), dict[str, Tensor]()
@@ -127,7 +124,7 @@ class FeatureCache:
                 array.flush()  # type: ignore[attr-defined]
                 sums.setdefault(name, []).append(_sum(array[indices[0] : indices[-1] + 1]))
             state = {"identity": identity, "done": indices[-1] + 1, "arrays": sorted(arrays), "sums": sums}
-            _write_state(folder, state)
+            write_json(folder / _STATE, state)
             bar.update(len(indices))
         bar.close()
         return cls(folder, sorted(arrays), len(samples), shared)
@@ -251,8 +248,7 @@ def _store(
 ) -> None:
     rows = _to_numpy(value)
     if name not in arrays:
-        path, shape = folder / f"{name}.npy", (count, *rows.shape[1:])
-        arrays[name] = np.lib.format.open_memmap(path, "w+", rows.dtype, shape)
+        arrays[name] = new_array(folder / f"{name}.npy", rows.dtype, (count, *rows.shape[1:]))
     if arrays[name].shape[1:] != rows.shape[1:]:
         raise OptionError(
             f"inputs must be of one size, got shapes {arrays[name].shape[1:]} and {rows.shape[1:]} of {name}",
@@ -306,36 +302,28 @@ def _check_shared(name: str, first: Tensor, now: Tensor) -> None:
 
 def _open(folder: Path, name: str, count: int, mode: Any) -> np.ndarray:
     path = folder / f"{name}.npy"
-    try:
-        array = read_npy(path, mode)
-    except ValueError as error:
-        raise CheckpointError(f"{path} is damaged ({error}). Remove {folder}.", path) from error
+    array = read_npy(path, mode, f"Remove {folder}.")
     if array.shape[:1] != (count,):
         raise CheckpointError(f"{path} must have {count} rows, got {array.shape}. Remove {folder}.", path)
     return array
 
 
 def _read_state(folder: Path, identity: dict[str, Any]) -> dict[str, Any]:
-    path = folder / "cache.json"
+    path = folder / _STATE
     if not path.exists():
         return {"identity": identity, "done": 0, "arrays": [], "sums": {}}
-    try:
-        state: dict[str, Any] = json.loads(path.read_text())
-        if not is_intact(state):
-            raise ValueError("its digest does not match")
+    with reading(path, f"Remove {folder}."):
+        state = read_json(path, f"Remove {folder}.")
         other = [key for key in identity if state["identity"].get(key) != identity[key]]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}). Remove {folder}.", path) from error
+        done, arrays, sums = int(state["done"]), list(map(str, state["arrays"])), dict(state["sums"])
+        if not 0 <= done <= identity["count"] or {len(sums[n]) for n in arrays} - {
+            -(-done // identity["batch"])
+        }:
+            raise ValueError(f"its checksums are not those of {done} samples")
     if other:
         raise CheckpointError(
             f"{folder} has features of another fit, with other {', '.join(other)}. Use another folder, or "
             "remove this one.",
             folder,
         )
-    return state
-
-
-def _write_state(folder: Path, state: dict[str, Any]) -> None:
-    temporary = folder / "cache.json.part"
-    temporary.write_text(json.dumps({**state, "digest": self_digest(json.loads(json.dumps(state)))}))
-    os.replace(temporary, folder / "cache.json")
+    return {"identity": identity, "done": done, "arrays": arrays, "sums": sums}

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from retroexit.core.files import MANIFEST
+from retroexit.core.files import MANIFEST, write_json
 from retroexit.core.identity import fingerprint
 from retroexit.core.modules import device_of
 from retroexit.core.samples import ImageRange, Samples, drawing_from
@@ -35,7 +35,7 @@ from retroexit.training.initialise import reconstruct_branches
 from retroexit.training.losses import L1, TrainingLoss
 from retroexit.training.losses.plan import LossPlan
 from retroexit.training.predictor import exit_losses, fit_predictor
-from retroexit.training.settings import FitSettings, check_same, divide, write_json
+from retroexit.training.settings import FitSettings, check_same, divide
 from retroexit.training.steps import Cropper, Steps
 from retroexit.training.trainer import (
     BranchTrainer,
@@ -228,7 +228,6 @@ def _features(
 ) -> Features:
     """Open the cache, which the first process fills; or compute features when they are read."""
     if not settings.cache:
-        folder.mkdir(parents=True, exist_ok=True)
         return LiveFeatures(model, samples)
 
     def build(progress: bool) -> FeatureCache:

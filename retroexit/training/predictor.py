@@ -1,7 +1,6 @@
 """Measure what every exit loses, and train the predictor of it (paper sections 3.2 and 3.4, equation 2)."""
 
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from retroexit.core.files import read_npy, sha256_of
+from retroexit.core.files import read_npy, reading, replacing, sha256_of, write_array
 from retroexit.core.modules import device_of
 from retroexit.core.samples import Samples, drawing_from
 from retroexit.errors import BankError, CheckpointError, TrainingError
@@ -53,10 +52,9 @@ def exit_losses(
             losses,
         )
     if team.is_first:
-        temporary = path.with_suffix(".part.npy")
-        np.save(temporary, losses.numpy(), allow_pickle=False)
-        path.with_suffix(".sha256").write_text(sha256_of(temporary), encoding="ascii")
-        os.replace(temporary, path)
+        write_array(path, losses.numpy())
+        with replacing(path.with_suffix(".sha256")) as file:
+            file.write(sha256_of(path).encode())
     return losses
 
 
@@ -75,12 +73,13 @@ def _batch_losses(model: EarlyExitGenerator, steps: Steps, metric: QualityMetric
 
 
 def _read_losses(path: Path, size: tuple[int, int]) -> Tensor:
-    try:
-        if path.with_suffix(".sha256").read_text(encoding="ascii") != sha256_of(path):
-            raise ValueError(f"it does not match {path.with_suffix('.sha256').name}")
-        losses = torch.from_numpy(read_npy(path))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}). Remove it.", path) from error
+    record = path.with_suffix(".sha256")
+    with reading(record, f"Remove {path}."):
+        digest = record.read_text(encoding="ascii")
+    with reading(path, "Remove it."):
+        if sha256_of(path) != digest:
+            raise ValueError(f"it does not match {record.name}")
+    losses = torch.from_numpy(read_npy(path, advice="Remove it."))
     if tuple(losses.shape) != size:
         raise CheckpointError(f"{path} must have shape {size}, got {tuple(losses.shape)}. Remove it.", path)
     return losses

@@ -1,7 +1,6 @@
 """Settings of a fit, and the file that ties a folder to them."""
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from retroexit.core.files import read_json, reading
 from retroexit.errors import CheckpointError, OptionError, closest
 from retroexit.routing.predictor import Kind, Reads, check_kind
 from retroexit.training.losses.plan import DEFAULT_LOSSES, check_weights
@@ -111,13 +111,12 @@ def set_aside(count: int, settings: FitSettings) -> tuple[list[int], list[int]]:
 
 
 def check_same(path: Path, settings: dict[str, Any]) -> None:
-    """Raise `CheckpointError` if a file of `write_json` has other settings or is damaged; it need not exist."""
+    """Raise `CheckpointError` if ``fit.json`` has other settings or is damaged; it need not exist."""
     if not path.exists():
         return
-    try:
-        before = _flat(dict(json.loads(path.read_text())))
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}). Use another folder.", path) from error
+    with reading(path, "Use another folder."):
+        before = _flat(read_json(path, "Use another folder."))
+        del before["digest"]
     now = _flat(json.loads(json.dumps(settings)))
     keys = sorted(key for key in (before.keys() | now.keys()) - _FREE if before.get(key) != now.get(key))
     if keys:
@@ -134,10 +133,3 @@ def _flat(settings: dict[str, Any], start: str = "") -> dict[str, Any]:
     for key, value in settings.items():
         flat |= _flat(value, f"{start}{key}.") if isinstance(value, dict) else {start + key: value}
     return flat
-
-
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write values to a file, which is replaced in one go."""
-    temporary = path.with_suffix(".part")
-    temporary.write_text(json.dumps(values, indent=1))
-    os.replace(temporary, path)

@@ -12,10 +12,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from retroexit.branch.branch import Branch
-from retroexit.core.files import read_tensors, write_tensors
+from retroexit.core.files import read_tensors, reading, write_tensors
 from retroexit.core.modules import device_of
 from retroexit.core.samples import ImageRange, drawing_from
-from retroexit.errors import CheckpointError, MissingExtraError, TrainingError
+from retroexit.errors import MissingExtraError, TrainingError
 from retroexit.model import EarlyExitGenerator
 from retroexit.plugins.training_types import TrainingBatch
 from retroexit.tracing.record import unobserved
@@ -246,7 +246,7 @@ class BranchTrainer:
         if not self.team.from_first(self.path.exists()):
             return False
         tensors, about = read_tensors(self.path)
-        try:
+        with reading(self.path, "Remove it to train this exit again."):
             step = int(about["step"])
             averages = [tensors[f"ema.{number}"] for number in range(len(self.trained))]
             self.branch.load_state_dict(_below(tensors, "branch."))
@@ -256,16 +256,10 @@ class BranchTrainer:
             self.loss.load_state(_below(tensors, "loss.own."))
             if self.loss.adversary is not None:
                 self.loss.adversary.load_state(_below(tensors, "loss.adversary."))
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise CheckpointError(
-                f"{self.path} is no checkpoint of exit {self.index + 1} ({' '.join(str(error).split())}). "
-                "Remove it to train this exit again.",
-                self.path,
-            ) from error
+            self.average.n_averaged.fill_(step)
+            self.optimizer.state.clear()
+            load_moments(self.optimizer, self.trained, tensors)
         self.step = step
-        self.average.n_averaged.fill_(step)
-        self.optimizer.state.clear()
-        load_moments(self.optimizer, self.trained, tensors)
         return True
 
     def _state(self) -> dict[str, Tensor]:

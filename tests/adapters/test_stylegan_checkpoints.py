@@ -129,7 +129,7 @@ def test_code_in_a_file_is_refused_and_does_not_run(tmp_path: Path, writer: str)
         torch.save(content, path)
     else:
         path.write_bytes(pickle.dumps(content))
-    with pytest.raises(CheckpointError, match="must be a file of tensors and plain values") as caught:
+    with pytest.raises(CheckpointError, match="it must be a file of tensors and plain values only") as caught:
         load_generator(path)
     assert not trace.exists()
     assert str(caught.value).splitlines()[-3:] == [
@@ -152,7 +152,7 @@ def test_other_files_are_refused(tmp_path: Path, content: Any, message: str) -> 
     with pytest.raises(CheckpointError, match=message):
         load_generator(tmp_path / "other.pth")
     (tmp_path / "text.pth").write_text("not a checkpoint")
-    with pytest.raises(CheckpointError, match="must be a file of tensors and plain values"):
+    with pytest.raises(CheckpointError, match="it must be a file of tensors and plain values only"):
         load_generator(tmp_path / "text.pth")
     with pytest.raises(FileNotFoundError):
         load_generator(tmp_path / "absent.pth")

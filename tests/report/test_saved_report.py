@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from retroexit.core.files import write_json
 from retroexit.errors import CheckpointError
 from retroexit.report.report import write_report
 from retroexit.report.saved_report import (
@@ -48,7 +49,10 @@ def test_a_report_is_found_in_a_models_folder_too(make_evaluation, tmp_path):
 
 def test_damaged_files_are_errors_with_advice(strips, tmp_path):
     (tmp_path / "evaluation.json").write_text('{"loss": 3}')
-    with pytest.raises(CheckpointError, match=r"evaluation.json is damaged: not an evaluation"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"cannot read .*evaluation.json: ValueError: it does not match its own digest. Run",
+    ):
         read_evaluation(tmp_path)
     save_report(tmp_path, SavedReport("T", None, None, strips))
     path = tmp_path / "report.json"
@@ -61,8 +65,18 @@ def test_damaged_files_are_errors_with_advice(strips, tmp_path):
     ):
         assert old in text
         path.write_text(text.replace(old, new))
-        with pytest.raises(CheckpointError, match=r"report.json or an image .* is damaged .* Remove"):
+        with pytest.raises(CheckpointError, match=r"cannot read .*report.json: .* Remove"):
             read_report(tmp_path)
+        if old != "{":  # as if it had been written so
+            write_json(path, json.loads(path.read_text()))
+            with pytest.raises(CheckpointError, match=r"cannot read .*(report.json|9-9.png): .* Remove"):
+                read_report(tmp_path)
+    path.write_text(text)
+    (tmp_path / "strips/1-0.png").write_bytes((tmp_path / "strips/0-0.png").read_bytes())
+    with pytest.raises(
+        CheckpointError, match=r"cannot read .*1-0.png: .* another image than report.json names"
+    ):
+        read_report(tmp_path)
 
 
 def test_the_page_shows_the_hashes_of_a_model_of_the_same_generator_only(make_evaluation, tmp_path):
@@ -76,12 +90,17 @@ def test_the_page_shows_the_hashes_of_a_model_of_the_same_generator_only(make_ev
         "attach_at": ["body.1"],
         "about": {"inputs": 12, "fit": {"steps": 7}},
     }
-    (tmp_path / "model.json").write_text(json.dumps(manifest))
+    write_json(tmp_path / "model.json", manifest)
+    manifest = json.loads((tmp_path / "model.json").read_text())
     assert model_facts(report, evaluation) == (tmp_path, manifest)
-    assert hashes(manifest) == [("generator", "ab" * 32), ("branches and predictor", "cd" * 32)]
+    assert hashes(manifest) == [
+        ("generator", "ab" * 32),
+        ("branches and predictor", "cd" * 32),
+        ("model.json", manifest["digest"]),
+    ]
     text = write_report(report, evaluation, [], title="T").read_text("utf-8")
     assert "cd" * 32 in text and "12 inputs" in text and "steps 7" in text
     assert json.loads((report / "summary.json").read_text())["hashes"] == dict(hashes(manifest))
-    (tmp_path / "model.json").write_text(json.dumps({**manifest, "fingerprint": "ef" * 32}))
+    write_json(tmp_path / "model.json", {**manifest, "fingerprint": "ef" * 32})
     assert model_facts(report, evaluation) is None
     assert "cd" * 32 not in write_report(report, evaluation, [], title="T").read_text("utf-8")

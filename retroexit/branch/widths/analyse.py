@@ -47,7 +47,7 @@ _DESCRIPTIONS = (
     "num_channels",
     "embedding_dim",
 )
-_COUNTS = ("num_groups", "num_heads")
+_COUNTS = ("num_groups", "num_heads", "heads", "n_heads")
 _MAX_RUNS = 40
 _MAX_KERNEL = 31
 _MAX_DEPTH = 3
@@ -453,7 +453,8 @@ class _OpConstraints(TorchFunctionMode):
             return x if func.__name__.endswith("_") or kwargs.get("inplace") else torch.empty_like(x)
         names = next((names for functions, names in _ARGUMENTS.items() if func in functions), ())
         values = dict(zip(names, args, strict=False)) | kwargs
-        weight, bias = values.get("weight"), values.get("bias")
+        weight: Any = values.get("weight")
+        bias: Any = values.get("bias")
         if func in _GROUP_NORMS:
             channels, groups = x.shape[1], values["num_groups"]
             _check(channels % groups == 0, f"{channels} channels in {groups} groups")

@@ -7,7 +7,6 @@ contribute alike; so their weights, all 1, are equalised, see `Equaliser`.
 from __future__ import annotations
 
 import math
-import pickle
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from retroexit.core.files import check_finite, read_torch, reading
 from retroexit.core.identity import fingerprint
 from retroexit.core.nested import is_number
 from retroexit.errors import OptionError, PluginError, RetroExitWarning, TrainingError, WeightsError
@@ -263,14 +263,11 @@ def _discriminator(
             "Pass discriminator=module.",
             source,
         )
-    try:
-        module.load_state_dict(torch.load(source, map_location="cpu", weights_only=True))
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError, TypeError) as error:
-        raise WeightsError(
-            f"discriminator={str(source)!r} must be a file with a state dict of {type(module).__name__}: "
-            f"{' '.join(str(error).split())[:300]}",
-            source,
-        ) from error
+    path, advice = Path(source), f"Pass a file with a state dict of {type(module).__name__} as discriminator."
+    state = read_torch(path, advice, WeightsError)
+    with reading(path, advice, WeightsError):
+        module.load_state_dict(state)
+    check_finite(module.state_dict(), path, WeightsError)
     return module
 
 

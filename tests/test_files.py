@@ -1,0 +1,236 @@
+"""Files of a fit: who may read them, one fit per folder, a full disk, weights that are not what was recorded."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import signal
+import stat
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import retroexit
+from retroexit.core import files
+from retroexit.errors import BankError, CheckpointError, RetroExitError, StorageError
+from retroexit.metrics import QualityMetric
+
+INPUTS = torch.randn(10, 4, 6, 6, generator=torch.Generator().manual_seed(1))
+
+
+class Distance(QualityMetric):
+    name = "distance"
+
+    def compare(self, a: Tensor, b: Tensor) -> Tensor:
+        return (a - b).abs().mean((1, 2, 3))
+
+
+def generator(seed: int = 0) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        stages = [nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.ReLU()) for _ in range(3)]
+        return nn.Sequential(*stages, nn.Conv2d(4, 3, 1), nn.Tanh()).eval()
+
+
+def wrapped(seed: int = 0) -> retroexit.EarlyExitGenerator:
+    guidance = retroexit.Guidance(value_after=2, size=20, retriever="hnswlib")
+    stages = ["0", "1", "2"]
+    options: dict[str, Any] = {
+        "image_range": (-1, 1),
+        "min_channels": 2,
+        "self_test": False,
+        "guidance": guidance,
+    }
+    return retroexit.wrap(
+        generator(seed), [1], 0.5, stages=stages, adapter=False, example_inputs=(INPUTS[:1],), **options
+    )
+
+
+def fit(folder: Path, model: retroexit.EarlyExitGenerator | None = None, **changes: Any) -> Any:
+    settings: dict[str, Any] = {"metric": Distance(), "steps": 2, "predictor_steps": 2, "progress": False}
+    return retroexit.fit(model or wrapped(), INPUTS, folder, **settings | changes)
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_modes_follow_the_umask(mask: int, tmp_path: Path) -> None:
+    before = os.umask(mask)
+    try:
+        model = fit(tmp_path / "fit")
+        retroexit.evaluate(model, INPUTS, tmp_path / "fit/report", metric=Distance(), progress=False)
+    finally:
+        os.umask(before)
+    for path in (tmp_path / "fit", *(tmp_path / "fit").rglob("*")):
+        expected = (0o777 if path.is_dir() else 0o666) & ~mask
+        assert stat.S_IMODE(path.stat().st_mode) & 0o777 in (expected, expected & ~0o022), path
+
+
+def test_a_second_fit_in_a_folder_is_refused_until_the_first_is_killed(
+    damage: ModuleType, tmp_path: Path
+) -> None:
+    pid = os.fork() if sys.version_info < (3, 12) else pytest.skip("forks beside threads")
+    if not pid:
+        try:
+            with files.locked(tmp_path):
+                (tmp_path / "held").touch()
+                time.sleep(60)
+        finally:
+            os._exit(0)
+    try:
+        while not (tmp_path / "held").exists():
+            time.sleep(0.01)
+        with pytest.raises(CheckpointError, match="one fit at a time, got a second one. Wait until"):
+            fit(tmp_path, steps=3)
+        assert {path.name for path in tmp_path.iterdir()} == {"held", "fit.lock"}
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    fit(tmp_path)
+    with files.locked(tmp_path), pytest.raises(CheckpointError, match="one fit at a time"):
+        fit(tmp_path)
+
+
+def test_a_full_disk_is_an_error_at_every_phase(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    if not hasattr(os, "posix_fallocate"):
+        pytest.skip("no posix_fallocate")
+    reserve, calls = os.posix_fallocate, [0]
+    limit = 10**9
+
+    def full(file: int, offset: int, size: int) -> None:
+        calls[0] += 1
+        if calls[0] > limit:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        reserve(file, offset, size)
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    fit(tmp_path / "whole")
+    phases, written = set(), calls[0]
+    for limit in range(written):
+        calls[0] = 0
+        with pytest.raises(
+            StorageError, match=r"No space left on device; /.* has [\d,.]+ MB free. Make room"
+        ) as caught:
+            fit(tmp_path / f"{limit}")
+        phases.add(Path(str(caught.value.subject)).name)
+        assert not list((tmp_path / f"{limit}").rglob("*.part"))
+        shutil.rmtree(tmp_path / f"{limit}")
+    assert phases >= {
+        "cache.json",
+        "backbone-image.npy",
+        "fit.json",
+        "values.npy",
+        "exit1.safetensors",
+        "losses.npy",
+    }
+    assert phases >= {"weights.safetensors", "model.json"}
+
+
+@pytest.mark.parametrize("write", [files.write_array, files.write_tensors, files.write_json])
+def test_a_write_that_fails_leaves_the_old_file(
+    write: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    values = {files.write_array: torch.rand(9).numpy(), files.write_tensors: {"a": torch.rand(9)}}
+    path, value = tmp_path / "file", values.get(write, {"a": 1})
+    write(path, value)
+    before = path.read_bytes()
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(StorageError, match="cannot write .*file: No space left on device"):
+        write(path, value)
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_bank_of_other_weights_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    model = fit(tmp_path / "fit")
+    assert model.bank is not None
+    model.bank.meta["fingerprint"] = "of another network"
+    with pytest.raises(
+        BankError, match="the backbone of the bank must be .*, got 'of another network'. Build"
+    ):
+        model.save(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+    del model.bank.meta["fingerprint"]  # a bank made by hand fits by its shapes, and the folder can be read
+    model.save(tmp_path / "saved")
+    assert retroexit.load(tmp_path / "saved", generator()).bank is not None
+
+
+def test_a_guided_model_in_another_precision_is_saved_with_a_bank_that_fits_it(tmp_path: Path) -> None:
+    fit(tmp_path / "fit")
+    half = generator().to(torch.bfloat16)
+    retroexit.load(tmp_path / "fit", half, (INPUTS[:1].bfloat16(),)).save(tmp_path / "half")
+    assert retroexit.load(tmp_path / "half", half, (INPUTS[:1].bfloat16(),)).bank is not None
+
+
+@pytest.mark.parametrize("is_zip", [True, False])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(is_zip: bool, value: float, tmp_path: Path) -> None:
+    path = tmp_path / "weights.pth"
+    torch.save({"a": torch.tensor([1.0, value])}, path, _use_new_zipfile_serialization=is_zip)
+    state = files.read_torch(path, "Copy it again.", CheckpointError)
+    with pytest.raises(CheckpointError, match=r"must be finite, got NaN or infinity in a. Restore"):
+        files.check_finite(state, path, CheckpointError)
+
+
+def test_a_flipped_bit_in_weights_of_torch_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pth"
+    torch.save({"a": torch.arange(1000.0)}, path)
+    data = bytearray(path.read_bytes())
+    data[data.index(torch.arange(1000.0).numpy().tobytes()) + 402] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(
+        CheckpointError, match=r"cannot read .*: ValueError: its part .* its checksum. Copy it again"
+    ):
+        files.read_torch(path, "Copy it again.", CheckpointError)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_a_pipe_or_a_folder_in_place_of_a_file_is_refused(
+    make: Callable[[Path], None], tmp_path: Path
+) -> None:
+    path = tmp_path / "file"
+    make(path)
+    readers: list[Callable[[Path], Any]] = [
+        files.read_json,
+        files.read_npy,
+        files.read_tensors,
+        files.sha256_of,
+    ]
+    for read in [*readers, lambda path: files.read_torch(path, "Copy it.", CheckpointError)]:
+        with pytest.raises(RetroExitError, match="cannot read .*file: OSError: it is no regular file"):
+            read(path)
+
+
+def test_mutations_of_the_files_of_a_model_are_refused_or_repaired(
+    damage: ModuleType, tmp_path: Path
+) -> None:
+    model, network = fit(tmp_path / "fit"), generator()
+    model.save(tmp_path / "model")
+    paths = sorted(path for path in (tmp_path / "model").rglob("*") if path.is_file())
+    index = next(path for path in paths if path.name == "index.bin")
+
+    def work(report: Callable[[Any], None]) -> None:
+        torch.set_num_threads(1)
+        for done in damage.mutations(paths, 200):
+            report([done, "began"])
+            with damage.time_limit(10):
+                try:
+                    retroexit.load(tmp_path / "model", network, adapter=False)
+                    report([done, "read"])
+                except RetroExitError:
+                    report([done, "refused"])
+
+    reports, end = damage.in_child(work)
+    assert end == "", f"{end} at {reports[-1]}"
+    read = [done for done, outcome in reports if outcome == "read"]
+    assert len(reports) == 400
+    assert all(done.startswith(f"{index.name}:") or damage.RESEALED in done for done in read), read
