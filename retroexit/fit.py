@@ -155,7 +155,7 @@ def prepare(
     if not model.is_recorded:
         args, kwargs = moved(samples.gather([0]), device_of(model.generator))
         model.record(*args, **kwargs)
-    model.decomposition.check_weights()
+    model.decomposition.check_generator()
     if bank is not None:
         model.guide.check(bank)
     check_reads(model, samples, options.predict_from)
