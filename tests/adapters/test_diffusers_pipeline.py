@@ -40,7 +40,7 @@ def parts(autoencoder: nn.Module, folder: Path) -> dict[str, Any]:
     tokenizer = transformers.CLIPTokenizer(*files, model_max_length=8)
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    text = transformers.CLIPTextConfig(len(tokenizer), max_position_embeddings=8, **sizes, **ids)
+    text = transformers.CLIPTextConfig(vocab_size=len(tokenizer), max_position_embeddings=8, **sizes, **ids)
     unet = diffusers.UNet2DConditionModel(
         sample_size=SIDE // 2,
         block_out_channels=(8, 8),
