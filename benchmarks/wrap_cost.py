@@ -116,7 +116,7 @@ def main() -> None:
             [
                 [
                     row["generator"],
-                    row["exits"],
+                    str(row["exits"]),
                     f"{row['parameters'] / 1e6:.1f} M",
                     f"{row['seconds']:.1f}",
                     f"{row['runs']:.0f}",

@@ -171,7 +171,7 @@ def prepare(
             "thousands for good predictions.",
             inputs,
         )
-    model.decomposition.check_weights()
+    model.decomposition.check_generator()
     if bank is not None:
         model.guide.check(bank)
     check_reads(model, samples, options.predict_from)

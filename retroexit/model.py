@@ -23,7 +23,7 @@ from retroexit.plugins.host import host
 from retroexit.routing.calibration import Calibration, Thresholds
 from retroexit.routing.latency import Latency, time_exits
 from retroexit.routing.policy import Policy, RoutingOptions, RoutingRequest, VideoRouter
-from retroexit.routing.router import LossPrediction, Router, render, render_branch
+from retroexit.routing.router import LossPrediction, Router, render, render_at, render_branch
 from retroexit.saving import write_model
 from retroexit.split.split import Begun, SplitGenerator
 from retroexit.wrapping.decomposition import Decomposition, decompose, decompose_again, settle
@@ -211,7 +211,9 @@ class EarlyExitGenerator(nn.Module):
                 with torch.no_grad():
                     values = self.split.advance(values, index)
             # Random numbers that a branch draws are drawn again by the backbone: all get the generator's own.
-            with torch.random.fork_rng(devices=self.split.cuda_devices):
+            # The state is the process's: without draws, other threads' numbers are left alone.
+            draws = self.split.decoder.recording.draws
+            with torch.random.fork_rng(devices=self.split.cuda_devices, enabled=draws):
                 outputs.append(render_branch(self.split, branch, index, values, guide))
         with torch.no_grad():
             outputs.append(self.split.finish(values))
@@ -244,10 +246,12 @@ class EarlyExitGenerator(nn.Module):
         self, request: RoutingRequest, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, Tensor | None]:
         self._ensure_recorded(args, kwargs)
-        is_backbone = request.exit is not None and self.router.check_exit(request.exit) == self.router.exits
-        if request.is_plain or is_backbone:
+        exit = None if request.exit is None else self.router.check_exit(request.exit)
+        if request.is_plain or exit == self.router.exits:
             return self.generator(*args, **kwargs), None
         begun = self.split.begin(args, kwargs)  # feature (N, C, h, w) and live values at the first cut
+        if exit is not None:
+            return render_at(self.split, self.branches[exit - 1], exit - 1, self.guide, begun), None
         choice = self.router.choose(begun, request)  # losses (N, K) -> exits (N,)
         output = render(self.split, self.branches, self.guide, begun, choice)  # images (N, 3, H, W), in order
         return output, choice.exits
@@ -278,6 +282,12 @@ class EarlyExitGenerator(nn.Module):
     def _ensure_recorded(self, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         if self._decomposition is not None and self.split.is_current:
             return
+        if torch.compiler.is_compiling():
+            raise NotRecordedError(
+                "the generator must be recorded before it is compiled or exported, got a model without exits for "
+                "this device and precision. Call the model once, or pass example_inputs to retroexit.wrap.",
+                self,
+            )
         with self._lock, without_autocast(self.generator):
             if self._decomposition is None:
                 decomposition, branches = decompose(self.generator, self.options, args, kwargs)
@@ -375,11 +385,11 @@ class EarlyExitGenerator(nn.Module):
             OptionError: If too few inputs, too few groups, or too few inputs like the fitting set stand behind the
                 promise, with the number needed; if metric, image size or range are not those of the fit; if the
                 model was fitted on some of the inputs.
-            GeneratorError: If the generator's weights have changed since it was recorded.
+            GeneratorError: If the generator has changed since it was recorded.
             TrainingError: If there is no predictor yet.
         """
         if self._decomposition is not None:
-            self._decomposition.check_weights()
+            self._decomposition.check_generator()
         refuse_fitted(self, inputs)
         fitted_with = self.about.get("metric", {}).get("name", "lpips-alex")
         measure = host().metric(metric or fitted_with, weights)
@@ -424,7 +434,7 @@ class EarlyExitGenerator(nn.Module):
             folder: Made if missing; files of an earlier save are replaced.
 
         Raises:
-            GeneratorError: If the generator's weights have changed since it was recorded.
+            GeneratorError: If the generator has changed since it was recorded.
             NotRecordedError: If there are no branches yet.
         """
         parts = (self.generator, self.options, self.decomposition, self.branches, self.router, self.bank)
@@ -451,9 +461,14 @@ class EarlyExitGenerator(nn.Module):
     # Copies.
 
     def __getstate__(self) -> dict[str, Any]:
-        """State for `copy.deepcopy` and `pickle`: what `save` writes, the generator and the example inputs."""
+        """State for `copy.deepcopy` and `pickle`: what `save` writes, the generator and the example inputs.
+
+        Raises:
+            GeneratorError: If the generator has changed since it was recorded.
+        """
         state = {k: v for k, v in self.__dict__.items() if k not in ("_lock", "_decomposition")}
         if self._decomposition is not None:
+            self.split.check_generator()
             branches = list(self.branches)
             state["options"] = settle(self.options, self._decomposition, branches)
             state["_saved_weights"] = self.branches.state_dict()

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from retroexit.branch.widths.plan import Pin, WidthPlan, WidthRule
@@ -75,11 +76,11 @@ def write_model(
         The folder.
 
     Raises:
-        GeneratorError: If the generator's weights have changed since it was recorded.
+        GeneratorError: If the generator has changed since it was recorded.
         BankError: If the bank belongs to other weights or places of the generator.
         StorageError: If the disk is full.
     """
-    decomposition.check_weights()
+    decomposition.check_generator()
     folder, identity = Path(folder), Identity.of(generator)
     if bank is not None:
         bank = _checked_bank(bank, decomposition, identity)
@@ -163,7 +164,8 @@ def read_predictor(saved: dict[str, Any] | None) -> Predictor | None:
         return None
     options = dict(saved)
     shape = options.pop("input_shape")
-    predictor = Predictor(**options)
+    with torch.random.fork_rng(devices=[]):  # its first weights are replaced
+        predictor = Predictor(**options)
     predictor.input_shape = None if shape is None else tuple(shape)
     return predictor
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from retroexit.branch.widths.plan import Pin, WidthPlan
+from retroexit.core.writes import differentiable_writes
 from retroexit.split.segments import Tail
 
 __all__ = ["Branch", "GuideEntry", "GuideShape", "Inject"]
@@ -95,6 +97,7 @@ class Branch(nn.Module):
         macs: Multiply-accumulates of its first run, on the example values that it was built for.
         inherited: For the path of every layer in the tail, the backbone's channels that its output inherits,
             ``None`` for all; empty for a branch that inherits nothing.
+        writes: Whether its forward writes into tensors that its backward needs.
         is_fresh: Whether it has just inherited its weights, so that `reconstruct` may improve them.
     """
 
@@ -112,7 +115,7 @@ class Branch(nn.Module):
         self.injections = nn.ModuleDict(
             {path.replace(".", "__"): entry for path, entry in injections.items()}
         )
-        self.plan, self.macs = plan, 0
+        self.plan, self.macs, self.writes = plan, 0, False
         self.inherited: dict[str, Tensor | None] = {}
         self.is_fresh = False
 
@@ -168,4 +171,6 @@ class Branch(nn.Module):
             path.replace("__", "."): (lambda x, entry=entry: entry(x, guide))
             for path, entry in self.injections.items()
         }
-        return self.tail(feature, *live, before=before)
+        learns = self.writes and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        with differentiable_writes() if learns else nullcontext():
+            return self.tail(feature, *live, before=before)

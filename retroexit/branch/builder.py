@@ -19,6 +19,7 @@ from retroexit.branch.widths.analyse import analyse, blame
 from retroexit.branch.widths.equations import symbols_of
 from retroexit.branch.widths.plan import OUTPUT, Pin, TailWidths, WidthPlan, WidthRule
 from retroexit.core.modules import CONVOLUTIONS, MacCounter, clone_module, device_of
+from retroexit.core.writes import WriteWatch, overwrites_saved
 from retroexit.errors import BranchError, RetroExitWarning
 from retroexit.split.segments import Tail
 from retroexit.stages.decoder import Cut
@@ -316,9 +317,10 @@ class _BranchBuilder:
         shape, guide = self.spec.guide, None
         if shape is not None:
             guide = self.values[0].new_zeros(self.values[0].shape[0], shape.channels, *shape.size)
+        run = lambda: branch(*(value.clone() for value in self.values), guide=guide)  # noqa: E731
         try:
-            with torch.no_grad(), MacCounter() as counter:
-                branch(*(value.clone() for value in self.values), guide=guide)
+            with torch.no_grad(), MacCounter() as counter, WriteWatch() as watch:
+                run()
         except Exception as error:
             raise BranchError(
                 f"a copy of the stages at scale {self.spec.rule.scale:g} does not run: "
@@ -326,7 +328,7 @@ class _BranchBuilder:
                 "Use another scale or min_channels, attach elsewhere, or let an adapter build the stage.",
                 branch,
             ) from error
-        branch.macs = counter.macs
+        branch.macs, branch.writes = counter.macs, watch.seen and overwrites_saved(run)
 
 
 class _Narrowing:

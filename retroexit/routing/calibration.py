@@ -256,9 +256,7 @@ class Calibration:
         Returns:
             ``(1, S)``, or ``(K, S)`` where every exit has its own limit; infinite where there is none.
         """
-        if (
-            tau is None
-        ):  # exit k is taken for thresholds from entry / share on: too early where that is below its loss
+        if tau is None:  # exit k is taken for thresholds from entry / share on, and loses more up to its loss
             with np.errstate(divide="ignore"):
                 scores = np.full_like(self._entries, np.inf)
                 np.divide(self._entries, self._losses, out=scores, where=self._losses > 0)

@@ -390,6 +390,21 @@ def render(
     return merge(parts, len(exits), split.output_rows)
 
 
+def render_at(
+    split: SplitGenerator, branch: nn.Module, index: int, guide: GuideProvider, begun: Begun
+) -> Any:
+    """Let a whole batch leave at branch ``index``, from 0.
+
+    Unlike `render`, nothing here depends on the values of tensors, so that it can be exported.
+    """
+    with torch.no_grad():
+        guides = None if guide.taps is None else guide.guide(begun)
+    values = begun.values
+    for number in range(1, index + 1):
+        values = split.advance(values, number)
+    return render_branch(split, branch, index, values, guides)
+
+
 def circumstances(feature: Tensor) -> dict[str, Any]:
     """Size and precision of the first feature ``(N, C, ...)``, which a promise is tied to, as JSON types."""
     kind = feature.device.type

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from retroexit.core.modules import device_of, precision_of
 from retroexit.core.nested import clone_strided, cloned, flatten, rebuild, tensors
 from retroexit.core.samples import conversion_advice
-from retroexit.errors import InputMismatchError, ModeError, RecordingError
+from retroexit.errors import InputMismatchError, RecordingError
 from retroexit.split.segments import Segment, Tail
 from retroexit.stages.decoder import Cut, Decoder
 from retroexit.stages.stage import Stage
@@ -102,7 +102,6 @@ class SplitGenerator:
         self._shapes = {_shape_key(leaves)}
         self._axes = {path: x.dim() for path, x in leaves if isinstance(x, Tensor)}
         self.batch = _batch_size(leaves)
-        self._modes = [(m, decoder.recording.modes[name]) for name, m in generator.named_modules()]
         self._device = device_of(generator)
         self._precision = precision_of(generator)
         self.batched: dict[fx.Node, int] = {}
@@ -111,6 +110,7 @@ class SplitGenerator:
         self._prepare()
         self.any_batch = self._probe_batch()
         self.divides = self.any_batch and self.divides
+        decoder.recording.snapshot.drop_changed()
 
     def _prepare(self) -> None:
         """Cut the recording into segments."""
@@ -168,11 +168,14 @@ class SplitGenerator:
         Raises:
             InputMismatchError: If they differ from the recording in structure, types or frozen values.
             ModeError: If train/eval flags have changed.
+            GeneratorError: If modules, hooks or settings have changed.
             DeviceError: If the generator was moved.
         """
-        self._check_generator()
         leaves = list(flatten((tuple(args), dict(kwargs))))
-        self._check_call(args, kwargs, leaves)
+        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+            torch.compiler.disable(self._check)(args, kwargs, leaves)  # guards of a graph would skip hooks
+        else:
+            self._check(args, kwargs, leaves)
         return self._bind(args, kwargs, leaves)
 
     def begin(self, args: Any, kwargs: Any) -> Begun:
@@ -183,7 +186,7 @@ class SplitGenerator:
         """
         values, key_feature = self._to_first_cut(self.start(args, kwargs))
         feature = self.crossing(values, 0)[0]
-        samples = len(feature) // self.rows_per_sample
+        samples = feature.shape[0] // self.rows_per_sample  # len() would fix the size in an export
         return Begun(values, feature, samples, key_feature, tuple(args), dict(kwargs))
 
     def _to_first_cut(self, values: Values) -> tuple[Values, Tensor]:
@@ -282,22 +285,21 @@ class SplitGenerator:
 
     # Checks.
 
+    def check_generator(self) -> None:
+        """Refuse a generator whose modes, modules, hooks or settings have changed since it was recorded.
+
+        Raises:
+            GeneratorError: With the module and what changed.
+        """
+        self.decoder.recording.snapshot.check()
+
     def _bind(self, args: Any, kwargs: Any, leaves: Leaves | None = None) -> Values:
         by_path = dict(flatten((tuple(args), dict(kwargs))) if leaves is None else leaves)
         paths = self.decoder.recording.inputs
         return {node: by_path[path] for node, path in zip(self._inputs, paths, strict=True)}
 
-    def _check_generator(self) -> None:
-        for module, mode in self._modes:
-            if module.training != mode:
-                names = {True: "train", False: "eval"}
-                raise ModeError(
-                    f"{type(module).__name__} must be in {names[mode]} mode as in the recording, got "
-                    f"{names[not mode]} mode. Set the generator's mode back, or wrap it again.",
-                    module,
-                )
-
-    def _check_call(self, args: Any, kwargs: Any, leaves: Leaves) -> None:
+    def _check(self, args: Any, kwargs: Any, leaves: Leaves) -> None:
+        self.check_generator()
         form = _call_form(leaves)
         if form != self._form:
             advice = conversion_advice((args, kwargs))
@@ -312,7 +314,8 @@ class SplitGenerator:
                     f"{advice}",
                     x,
                 )
-        self._check_shape(args, kwargs, leaves)
+        if not (torch.compiler.is_exporting() and self.any_batch):  # sizes are symbols then
+            self._check_shape(args, kwargs, leaves)
 
     def _check_shape(self, args: Any, kwargs: Any, leaves: Leaves) -> None:
         """Compare pieces and generator once on inputs of a new shape."""

@@ -16,6 +16,7 @@ from retroexit.core.nested import flatten, tensors
 from retroexit.core.samples import conversion_advice
 from retroexit.errors import DeviceError, GeneratorError, ModeError, NonFiniteError, RecordingError
 from retroexit.tracing.recorder import QUESTIONS, Call, Read, Recorder
+from retroexit.tracing.unchanged import Snapshot, refuse_accelerate
 
 _ARRAYS = ("numpy", "tolist", "__array__")
 _MOST_READS = 16
@@ -31,7 +32,7 @@ class Recording:
     calls: list[Call]  # every call of a module outside of leaves, in order; the generator's own is the first
     macs: int
     output: Any  # what the generator returned
-    modes: dict[str, bool]  # training flag of every submodule during the recording
+    snapshot: Snapshot  # the generator's modules, hooks and settings when it ran
     reads: list[Read]  # values read out of tensors into Python; they are frozen in the graph
     draws: bool = False  # whether the forward drew random numbers from PyTorch's generators
 
@@ -64,13 +65,15 @@ def record(
 
     Raises:
         GeneratorError: If the generator raises (`DeviceError`: by device or precision), is in train mode
-            (`ModeError`), or its output is not finite (`NonFiniteError`).
+            (`ModeError`), has hooks of accelerate, or its output is not finite (`NonFiniteError`).
         RecordingError: If it passes tensors inside objects that a graph cannot follow.
     """
     kwargs = dict(kwargs or {})
     name = type(generator).__name__
     if generator.training:
         raise ModeError(f"{name} must be in eval mode. Call generator.eval() first.", generator)
+    refuse_accelerate(generator)
+    snapshot = Snapshot(generator)
     recorder = Recorder(generator, is_leaf or _is_atom, observing=observing, change=change)
     inputs: list[tuple[Any, ...]] = []
     for path, leaf in flatten((tuple(args), kwargs)):
@@ -85,9 +88,9 @@ def record(
                 "inputs. Check its weights and the range of the inputs.",
                 tensor,
             )
-    modes = {path: module.training for path, module in generator.named_modules()}
+    snapshot.drop_changed()
     graph, calls, macs = recorder.graph, recorder.calls, recorder.counter.macs
-    return Recording(graph, recorder.constants, inputs, calls, macs, output, modes, recorder.reads, draws)
+    return Recording(graph, recorder.constants, inputs, calls, macs, output, snapshot, recorder.reads, draws)
 
 
 def _run(recorder: Recorder, args: Any, kwargs: Any) -> tuple[Any, bool]:

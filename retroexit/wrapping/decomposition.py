@@ -75,12 +75,13 @@ class Decomposition:
         later = {call.path for call in recording.calls if call.begin >= position}
         return sum(stage.path in later for stage in self.split.decoder.stages)
 
-    def check_weights(self) -> None:
-        """Refuse a generator whose weights have changed since the branches were made for it.
+    def check_generator(self) -> None:
+        """Refuse a generator that has changed since the branches were made for it, in its weights too.
 
         Raises:
-            GeneratorError: If they have.
+            GeneratorError: If it has.
         """
+        self.split.check_generator()
         generator = self.split.generator
         difference = self.identity.difference(Identity.of(generator))
         if difference:
@@ -143,9 +144,9 @@ def decompose_again(
 
     Raises:
         DeviceError: If the branches were not moved or converted with it.
-        GeneratorError: If its weights have changed too.
+        GeneratorError: If the generator has changed otherwise too.
     """
-    decomposition.check_weights()
+    decomposition.check_generator()
     generator = decomposition.split.generator
     current = (device_of(generator), precision_of(generator))
     for branch in branches:

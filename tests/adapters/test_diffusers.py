@@ -65,10 +65,10 @@ def test_every_known_decoder_decodes_early_inside_its_autoencoder(name: str) -> 
     decoder = autoencoder.decoder
     description = describe(decoder)
     assert description.stages == stages
-    model = retroexit.wrap(decoder, [1], scale=1 / 2, min_channels=4, adapter=description)
-    assert [leave.attach_at for leave in model.exits] == [stages[0], ""] and model.exits[0].share < 1
     ran: list[nn.Module] = []
     decoder.get_submodule(stages[-1]).register_forward_hook(lambda module, *_: ran.append(module))
+    model = retroexit.wrap(decoder, [1], scale=1 / 2, min_channels=4, adapter=description)
+    assert [leave.attach_at for leave in model.exits] == [stages[0], ""] and model.exits[0].share < 1
     for latents in (torch.randn(1, 4, 16, 16), torch.randn(3, 4, 8, 12)):
         with torch.no_grad():
             image = autoencoder.decode(latents).sample
@@ -78,7 +78,7 @@ def test_every_known_decoder_decodes_early_inside_its_autoencoder(name: str) -> 
                 autoencoder.decode(latents)  # the first call of a shape checks the decoder itself
                 ran.clear()
                 early = autoencoder.decode(latents).sample
-                assert ran == []
+                assert decoder.get_submodule(stages[-1]) not in ran
         assert early.shape == image.shape and not torch.equal(early, image)
         assert autoencoder.decoder is decoder
 

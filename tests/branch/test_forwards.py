@@ -11,6 +11,7 @@ import toys
 from torch import nn
 
 import retroexit
+from retroexit.errors import RetroExitWarning
 
 
 class NumpyRoot(nn.Module):
@@ -186,7 +187,8 @@ def pins(generator, place, **options):
     ("as_dict", "image", "entry"), [(True, "image", r"\['state'\]"), (False, 0, r"\[1\]\[0\]")]
 )
 def test_a_returned_state_is_named_and_how_to_drop_it(as_dict, image, entry):
-    fixed = pins(Recurrent(as_dict), "stem", image=image)
+    with pytest.warns(RetroExitWarning, match=rf"output .*: {entry}\. They hold \d widths .*% of its MACs"):
+        fixed = pins(Recurrent(as_dict), "stem", image=image)
     assert {pin.parameter for pin in fixed} == {"state.weight", "state.bias", "rgb.weight"}
     assert all(re.search(f"output's entry {entry}, .*returns the image alone", str(pin)) for pin in fixed)
 
@@ -216,11 +218,15 @@ class Chain(nn.Module):
 
 
 class Skipping(Chain):
-    """Adds a skip of full width, made in front of the cut, to a trunk."""
+    """Adds what a layer reads from a skip of full width, made in front of the cut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Conv2d(32, 3, 1)
 
     def forward(self, x):
         side = self.skip(x)
-        return self.rgb(self.body(self.stem(x).relu()) + side)
+        return self.rgb(self.body(self.stem(x).relu())) + self.last(side)
 
 
 def test_a_live_value_is_named_as_inspect_names_it():

@@ -152,13 +152,12 @@ def test_a_model_is_calibrated_later(run, tmp_path):
 
 def test_a_model_is_calibrated_for_all_thresholds_or_by_groups(run, tmp_path):
     run.fit().succeeds()
-    toy = tmp_path / "toy.py"
-    toy.write_text(toy.read_text() + "\ndrives = ['a', 'b', 'b'] * 4\n")
+    (tmp_path / "labels.py").write_text("drives = ['a', 'b', 'b'] * 4\n")
     run("calibrate", *OTHERS, *PROMISE, "--holds-for", "some").fails_with("--holds-for must be .* 'some'")
     run("calibrate", *OTHERS, *PROMISE, "--rule", "worst-group").fails_with("worst-group.*needs groups")
     printed = run("calibrate", *OTHERS, *PROMISE, "--holds-for", "all").succeeds()
     assert "for all thresholds together" in printed
-    groups = ("--rule", "worst-group", "--groups", "toy.py:drives")
+    groups = ("--rule", "worst-group", "--groups", "labels.py:drives")
     printed = run("calibrate", *OTHERS, *PROMISE, *groups).succeeds()
     assert re.search(r"group left out .*\n.*\n +0.2 +a +4 .*\n +0.2 +b +8 ", printed)
     assert "no promise: at most 0.5 of each of 2 groups" in printed

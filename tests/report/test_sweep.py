@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from retroexit.core.files import sealed
 from retroexit.errors import CheckpointError, OptionError
 from retroexit.evaluation.sweep import Evaluation, OperatingPoint
 
@@ -134,7 +135,9 @@ def test_json_restores_everything(make_evaluation, more):
     with pytest.raises(CheckpointError, match="not an evaluation"):
         Evaluation.from_json("[1, 2]")
     with pytest.raises(CheckpointError, match="unexpected keyword argument 'extra'"):
-        Evaluation.from_json(json.dumps({**json.loads(e.to_json()), "extra": 1}))
+        Evaluation.from_json(sealed({**json.loads(e.to_json()), "extra": 1}))
+    with pytest.raises(CheckpointError, match="it does not match its own digest"):
+        Evaluation.from_json(e.to_json().replace('"macs"', '"MACs"'))
 
 
 @pytest.mark.parametrize(

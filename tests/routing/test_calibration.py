@@ -144,6 +144,15 @@ def test_a_threshold_between_promised_ones_is_lowered_to_the_next():
     assert calibration.limits(0.05).tolist() == [-math.inf] * 3
 
 
+@pytest.mark.parametrize("thresholds", [None, "all"])
+def test_exits_that_lose_nothing_are_accepted(thresholds):
+    _, predicted = _draw(100, 1)
+    limits = Calibration(torch.zeros(100, 3), predicted, thresholds=thresholds).limits(0.1)
+    assert torch.equal(limits, predicted.max().clamp_max(0.2).expand(3))
+    zeros = torch.zeros(100, 3)
+    assert Calibration(zeros, zeros, thresholds=thresholds).limits(0.1).tolist() == [0.0] * 3
+
+
 def test_it_is_the_same_when_copied_and_keeps_few_limits():
     losses, predicted, groups = _groups(70, 3, 1)
     calibration = Calibration(losses, predicted, groups=groups, thresholds="all")

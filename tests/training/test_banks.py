@@ -28,11 +28,13 @@ def chain(
 ) -> tuple[retroexit.EarlyExitGenerator, list[list[int]]]:
     """A wrapped generator, and the batch sizes that each of its stages has run with since."""
     generator, stages = Chain(4, noise).eval(), [f"stages.{i}" for i in range(4)]
-    example = {"example_inputs": (SAMPLES[:2],), "stages": stages}
-    model = retroexit.wrap(generator, [1 if noise else 3], 1.0, guidance=guidance, min_channels=1, **example)
     runs: list[list[int]] = [[] for _ in stages]
     for index, stage in enumerate(generator.stages):
         stage.register_forward_hook(lambda _m, x, _y, i=index: runs[i].append(len(x[0])))
+    example = {"example_inputs": (SAMPLES[:2],), "stages": stages}
+    model = retroexit.wrap(generator, [1 if noise else 3], 1.0, guidance=guidance, min_channels=1, **example)
+    for run in runs:
+        run.clear()
     return model, runs
 
 

@@ -52,8 +52,9 @@ def test_side_by_side_the_backbone_runs_once_per_step(tmp_path: Path) -> None:
     passes: dict[bool, int] = {}
     for together in (True, False):
         generator, counted = make(), []
-        model = wrap(generator)
         generator.stages[2].register_forward_hook(lambda *_, counted=counted: counted.append(1))
+        model = wrap(generator)
+        counted.clear()
         fit(model, tmp_path / str(together), together=together, cache=False, steps=6)
         passes[together] = len(counted)
     assert passes[False] - passes[True] == 6

@@ -138,10 +138,10 @@ def test_a_guide_in_training_never_comes_from_the_sample_itself(tmp_path: Path, 
 
 def test_features_keys_values_and_images_share_their_noise(tmp_path: Path) -> None:
     generator = make(Noisy)
-    model = wrap(generator, guidance=retroexit.Guidance(value_after=2))
-    fit(model, tmp_path, seed=70)
     inputs, maps = latents(10), []
     generator.stages[1].register_forward_hook(lambda module, args, output: maps.append(output))
+    model = wrap(generator, guidance=retroexit.Guidance(value_after=2))
+    fit(model, tmp_path, seed=70)
     for first in (0, 4, 8):
         torch.manual_seed(70 + first)
         with torch.no_grad():

@@ -47,7 +47,7 @@ _DESCRIPTIONS = (
     "num_channels",
     "embedding_dim",
 )
-_COUNTS = ("num_groups", "num_heads")
+_COUNTS = ("num_groups", "num_heads", "heads", "n_heads")
 _MAX_RUNS = 40
 _MAX_KERNEL = 31
 _MAX_DEPTH = 3
@@ -309,7 +309,9 @@ class _SymbolicRun:
 
     def _replace_opaque(self, tail: nn.Module, values: Sequence[Tensor]) -> None:
         """Replace the opaque modules by what the tail's modules return for example values."""
-        outputs: dict[str, list[Any]] = {path: [] for path in self.attempt.opaque}
+        opaque = self.attempt.opaque
+        inside = {path for path in opaque if any(path.startswith(f"{outer}.") for outer in opaque)}
+        outputs: dict[str, list[Any]] = {path: [] for path in opaque if path not in inside}
 
         def note(path: str, _module: nn.Module, _args: Any, output: Any) -> None:
             outputs[path].append(
@@ -326,8 +328,8 @@ class _SymbolicRun:
         finally:
             for hook in hooks:
                 hook.remove()
-        for path, reason in self.attempt.opaque.items():
-            old, new = self.tail.get_submodule(path), _OpaqueModule(outputs[path], reason, self.mode)
+        for path, returned in outputs.items():
+            old, new = self.tail.get_submodule(path), _OpaqueModule(returned, opaque[path], self.mode)
             for parent in list(self.tail.modules()):
                 for name, child in list(parent._modules.items()):
                     if child is old:
@@ -451,7 +453,8 @@ class _OpConstraints(TorchFunctionMode):
             return x if func.__name__.endswith("_") or kwargs.get("inplace") else torch.empty_like(x)
         names = next((names for functions, names in _ARGUMENTS.items() if func in functions), ())
         values = dict(zip(names, args, strict=False)) | kwargs
-        weight, bias = values.get("weight"), values.get("bias")
+        weight: Any = values.get("weight")
+        bias: Any = values.get("bias")
         if func in _GROUP_NORMS:
             channels, groups = x.shape[1], values["num_groups"]
             _check(channels % groups == 0, f"{channels} channels in {groups} groups")

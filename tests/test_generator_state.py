@@ -1,0 +1,110 @@
+"""No public call leaves a trace on the generator or on random numbers, whether it returns or raises."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import retroexit
+from retroexit.errors import RetroExitError
+from retroexit.metrics import QualityMetric
+
+
+class Gen(nn.Module):
+    """Holds a buffer and a frozen layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.rgb = nn.Conv2d(4, 16, 3, padding=1), nn.Conv2d(16, 3, 3, padding=1)
+        self.blocks = nn.ModuleList(nn.Conv2d(16, 16, 3, padding=1) for _ in range(3))
+        self.blocks[1].requires_grad_(False)
+        self.register_buffer("unused", torch.ones(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x).relu()
+        return torch.tanh(self.rgb(x))
+
+
+class Distance(QualityMetric):
+    name = "distance"
+
+    def compare(self, image: Tensor, reference: Tensor) -> Tensor:
+        return (image - reference).abs().flatten(1).mean(1)
+
+
+class Broken(Distance):
+    def compare(self, image: Tensor, reference: Tensor) -> Tensor:
+        raise RuntimeError("a metric that fails")
+
+
+X = torch.rand(8, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def wrapped(generator: nn.Module, **options: Any) -> retroexit.EarlyExitGenerator:
+    options |= {"min_channels": 4, "image_range": (-1, 1), "example_inputs": (X[:2],)}
+    return retroexit.wrap(generator, ["blocks.0"], 1 / 2, **options)
+
+
+def fit(model: retroexit.EarlyExitGenerator, folder: Path, **more: Any) -> Any:
+    settings: dict[str, Any] = {"metric": Distance(), "losses": {"l1": 1.0}, "steps": 2, "batch": 4}
+    settings |= {"predictor_steps": 1, "progress": False} | more
+    return retroexit.fit(model, X, folder, **settings)
+
+
+def calibrate(model: retroexit.EarlyExitGenerator, metric: QualityMetric) -> Any:
+    return model.calibrate(X, 0.5, 0.5, metric=metric, progress=False)
+
+
+CALLS: dict[str, Callable[[Any, Path], Any]] = {
+    "wrap": lambda m, _: wrapped(m.generator),
+    "wrap, no such place": lambda m, _: retroexit.wrap(m.generator, ["none"], 1 / 2, example_inputs=(X[:2],)),
+    "call": lambda m, _: (m(X), m(X, exit=1), m.all_exits(X), m.features(X), m.predict(X), m(X, threshold=0.5)),
+    "call, wrong exit": lambda m, _: m(X, exit=9),
+    "fit": lambda m, folder: fit(m, folder / "other"),
+    "fit, failing metric": lambda m, folder: fit(m, folder / "other", metric=Broken()),
+    "calibrate": lambda m, _: calibrate(m, Distance()),
+    "calibrate, failing metric": lambda m, _: calibrate(m, Broken()),
+    "evaluate": lambda m, _: retroexit.evaluate(m, 1 - X, metric=Distance(), progress=False),
+    "evaluate, failing metric": lambda m, _: retroexit.evaluate(m, 1 - X, metric=Broken(), progress=False),
+    "save": lambda m, folder: m.save(folder / "saved"),
+    "save, no folder": lambda m, folder: m.save(folder / "file" / "below"),
+    "load": lambda m, folder: retroexit.load(m.save(folder / "saved"), m.generator),
+    "load, no folder": lambda m, folder: retroexit.load(folder / "none", m.generator),
+    "deepcopy": lambda m, _: copy.deepcopy(m),
+    "latency": lambda m, _: m.measure_latency(X, runs=2),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> retroexit.EarlyExitGenerator:
+    torch.manual_seed(0)
+    model = wrapped(Gen().eval())
+    fit(model, tmp_path_factory.mktemp("fit"))
+    return model
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=list(CALLS))
+def test_the_generator_stays_as_it_was(
+    model: retroexit.EarlyExitGenerator,
+    call: Callable[[Any, Path], Any],
+    untouched: Callable[[nn.Module], AbstractContextManager[None]],
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+) -> None:
+    (tmp_path / "file").write_text("a file, not a folder")
+    fails = "," in request.node.callspec.id
+    with untouched(model.generator):
+        if fails:
+            with pytest.raises((RetroExitError, OSError, RuntimeError)):
+                call(model, tmp_path)
+        else:
+            call(model, tmp_path)
