@@ -199,13 +199,12 @@ class Calibration:
             raise OptionError(
                 "rule='worst-group' needs groups. Pass groups=, one label per sample.", self.rule
             )
-        if self.thresholds is None or (isinstance(self.thresholds, str) and self.thresholds == "all"):
+        thresholds: Any = self.thresholds  # anything that a user may pass
+        if thresholds is None or (isinstance(thresholds, str) and thresholds == "all"):
             return
-        if isinstance(self.thresholds, str) or not len(self.thresholds):
-            raise OptionError(
-                f"thresholds must be None, numbers or 'all', got {self.thresholds!r}.", self.thresholds
-            )
-        self.thresholds = tuple(sorted({check_number("threshold", t) for t in self.thresholds}))
+        if isinstance(thresholds, str) or not len(thresholds):
+            raise OptionError(f"thresholds must be None, numbers or 'all', got {thresholds!r}.", thresholds)
+        self.thresholds = tuple(sorted({check_number("threshold", t) for t in thresholds}))
 
     def _level(self) -> tuple[float, float]:
         """Alpha and confidence of one test: of all exits together or of one, and of one threshold."""
