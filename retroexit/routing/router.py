@@ -162,7 +162,9 @@ class Router(nn.Module):
         if reads != "inputs" and self._rows_per_sample > 1:  # the frames of a sample leave together
             losses = losses.unflatten(0, (-1, self._rows_per_sample)).mean(dim=1)
             distance = distance.unflatten(0, (-1, self._rows_per_sample)).amax(dim=1)
-        return LossPrediction(losses.float(), distance > 1, retrieved)  # limits are compared in float32
+        losses = losses.float()  # limits are compared in float32
+        losses = torch.where(losses.isfinite(), losses, torch.inf)  # what is not finite says nothing
+        return LossPrediction(losses, distance > 1, retrieved)
 
     def check_exit(self, exit: int) -> int:
         """Raise `OptionError` unless there is an exit of this number; returns it."""

@@ -1,0 +1,24 @@
+"""No wrong image: a small, seeded part of the benchmark of threads and faults."""
+
+import sys
+from pathlib import Path
+
+BENCHMARKS = str(Path(__file__).resolve().parents[2] / "benchmarks")
+if BENCHMARKS not in sys.path:
+    sys.path.insert(0, BENCHMARKS)
+
+import faults  # noqa: E402
+
+
+def test_threads_agree_and_no_fault_makes_a_wrong_image(tmp_path):
+    model = faults.fitted(tmp_path, steps=4, predictor_steps=20)
+    threads = faults.use_threads(model, 64)
+    assert threads["differences"] == 0 and threads["counted"] == threads["expected"] > 0
+    table = faults.break_things(model, tmp_path, 80)
+    assert sum(counts.get("wrong image", 0) for counts in table.values()) == 0
+    assert {kind for kind, counts in table.items() if counts.get("right image")} >= {
+        "none",
+        "not finite",
+        "unlike",
+    }
+    assert all(counts.get("error") for kind, counts in table.items() if kind.endswith("file"))
