@@ -280,7 +280,7 @@ class EarlyExitGenerator(nn.Module):
         self._ensure_recorded(inputs, kwargs)
 
     def _ensure_recorded(self, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-        if self._decomposition is not None and self.split.is_current:
+        if self._decomposition is not None and self.split.is_current(self.branches):
             return
         if torch.compiler.is_compiling():
             raise NotRecordedError(
@@ -292,7 +292,7 @@ class EarlyExitGenerator(nn.Module):
             if self._decomposition is None:
                 decomposition, branches = decompose(self.generator, self.options, args, kwargs)
                 nn.ModuleList(branches).eval()
-            elif not self.split.is_current:
+            elif not self.split.is_current(self.branches):
                 old: list[Any] = list(self.branches)
                 decomposition, branches = decompose_again(self.options, self.decomposition, old)
                 if self.bank is not None:

@@ -61,7 +61,7 @@ def fit(model: retroexit.EarlyExitGenerator, folder: Path, **more: Any) -> Any:
 
 
 def calibrate(model: retroexit.EarlyExitGenerator, metric: QualityMetric) -> Any:
-    return model.calibrate(X, 0.5, 0.5, metric=metric, progress=False)
+    return model.calibrate(0.9 * X, 0.5, 0.5, metric=metric, progress=False)
 
 
 CALLS: dict[str, Callable[[Any, Path], Any]] = {

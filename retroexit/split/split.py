@@ -131,10 +131,12 @@ class SplitGenerator:
         leaves = [leaf for _, leaf in flatten(self._result) if isinstance(leaf, fx.Node)]
         self._rest = Segment(recording, generator, begin, len(recording.nodes), leaves, enter)
 
-    @property
-    def is_current(self) -> bool:
-        """Whether the generator has the device and precision that it was recorded in."""
-        return (device_of(self.generator), precision_of(self.generator)) == (self._device, self._precision)
+    def is_current(self, branches: nn.Module) -> bool:
+        """Return whether generator and branches have the device and precision of the recording."""
+        recorded = (self._device, self._precision)
+        return all(
+            (device_of(module), precision_of(module)) == recorded for module in (self.generator, branches)
+        )
 
     def example_now(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The inputs of the recording, in the device and precision that the generator has now."""

@@ -210,7 +210,9 @@ class BranchTrainer:
             return self.branch(*map(step.read, self.names), guide=step.guide)
 
     def _precision(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.bfloat16)
+        # Inside another autocast context a cache would keep the weights of the first step.
+        enabled = self.settings.bfloat16
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)
 
     def _diverged(self, what: str, value: float, parts: dict[str, float]) -> TrainingError:
         return TrainingError(

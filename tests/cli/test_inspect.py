@@ -99,7 +99,10 @@ def test_a_file_is_not_mistaken_for_a_module_of_its_name(run, tmp_path):
     ("arguments", "message"),
     [
         (("toy",), "no ':' with a name after it in 'toy'. Write package.module:factory"),
-        (("nowhere:decoder",), "'nowhere:decoder' cannot be imported: ModuleNotFoundError.*in the folder"),
+        (
+            ("nowhere:decoder",),
+            "'nowhere:decoder' cannot be imported: ModuleNotFoundError.*in the module's folder",
+        ),
         (("nowhere.py:decoder",), "FileNotFoundError: no file .*Check the path"),
         (("lacking.py:decoder",), "No module named 'nosuchpackage'. .* imports nosuchpackage: install"),
         (("mistaken.py:decoder",), "ZeroDivisionError: .*Correct the module"),

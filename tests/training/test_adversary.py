@@ -192,8 +192,12 @@ def test_a_discriminator_sees_images_in_its_own_range(batch: TrainingBatch) -> N
 
 def test_a_discriminator_without_layers_has_no_features_to_match(batch: TrainingBatch) -> None:
     class Flat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+
         def forward(self, image: Tensor) -> Tensor:
-            return image.mean((1, 2, 3))
+            return self.scale * image.mean((1, 2, 3))
 
     with pytest.raises(TrainingError, match="needs features between image and score, got none from Flat"):
         FeatureMatching(Adversary(Flat(), HINGE)).of_batch(batch)

@@ -157,7 +157,7 @@ def test_every_identity_gets_a_bank_of_its_own_frames(tmp_path: Path) -> None:
         (["a"] * 13, "13 names for 14 samples"),
         (["a", "../b"] * 7, "the name '../b'"),
         ([3] * 14, "the name 3"),
-        (None, "wrapped without guidance"),
+        (None, "the model has no guidance. Pass guidance="),
     ],
 )
 def test_names_that_are_no_folders_and_models_without_guidance_are_refused(names: Any, message: str) -> None:

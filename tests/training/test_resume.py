@@ -125,9 +125,10 @@ def test_a_resumed_fit_does_not_reconstruct_its_branches_again(
 def test_a_finished_fit_that_is_called_again_trains_nothing(
     tmp_path: Path, uninterrupted: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    expected = uninterrupted("plain")[1]
     fit(wrap(), tmp_path)
     monkeypatch.setattr(BranchTrainer, "advance", None)  # calling it would fail
-    same(trained(fit(wrap(), tmp_path)), uninterrupted("plain")[1])
+    same(trained(fit(wrap(), tmp_path)), expected)
 
 
 KILLED = """
@@ -182,14 +183,14 @@ def test_a_fit_interrupted_between_the_checkpoints_of_two_branches_ends_the_same
 def test_a_cache_interrupted_between_batches_has_the_same_arrays(tmp_path: Path) -> None:
     new = lambda: wrap(make(Noisy), guidance=True)  # noqa: E731
     fit(new(), tmp_path / "whole", cache_batch=3)
-    with interrupted(caching, "compute_features", 2):
+    with interrupted(caching, "compute_features", 4):  # the first two calls check images
         fit(new(), tmp_path / "parts", cache_batch=3)
     with pytest.MonkeyPatch.context() as patch:
         seeds = []
         real = caching.compute_features
         patch.setattr(caching, "compute_features", lambda *args: (seeds.append(args[3]), real(*args))[1])
         fit(new(), tmp_path / "parts", cache_batch=3)
-    assert seeds == [6, 9]  # those of the first samples of the missing batches
+    assert seeds[2:] == [6, 9]  # those of the first samples of the missing batches
     names = sorted(path.name for path in (tmp_path / "whole/cache").glob("*.npy"))
     assert {"backbone-image.npy", "guidance-value.npy"} < set(names)
     for name in names:
