@@ -54,8 +54,7 @@ def fit(
     """Fill the bank, train the branches and the predictor, from generator inputs alone.
 
     The target of training is the backbone's own image. An interrupted fit continues when it is called again,
-    to the same weights. Calibration and times of an earlier fit in the folder are dropped. Everything runs
-    outside of an enclosing `torch.autocast`, in the generator's own precision.
+    to the same weights. Calibration and times of an earlier fit in the folder are dropped; `torch.autocast` is off.
 
     Args:
         model: A wrapped generator; its branches are trained in place.
@@ -88,24 +87,18 @@ def fit(
     Reference: paper sections 3.2, 3.3, 4.1, 4.2; equations 1, 3, 4.
     """
     check_wrapped(model)
-    promise: Any = {"alpha": alpha, "confidence": confidence, "latency": latency}
+    settings |= {"weights": weights, "losses": losses, "adapter": adapter}
+    settings |= {"alpha": alpha, "confidence": confidence, "latency": latency}
     with without_autocast(model.generator):
-        job = prepare(
-            model,
-            inputs,
-            bank,
-            metric,
-            weights=weights,
-            losses=losses,
-            adapter=adapter,
-            **promise,
-            **settings,
-        )
-    team, folder = _join(model, devices, nodes), Path(folder)
-    with without_autocast(model.generator), locked(folder) if team.is_first else nullcontext():
+        job = prepare(model, inputs, bank, metric, **settings)
+        _run(model, job, Path(folder), _join(model, devices, nodes), progress)
+    return model
+
+
+def _run(model: EarlyExitGenerator, job: FitJob, folder: Path, team: Team, progress: bool) -> None:
+    with locked(folder) if team.is_first else nullcontext():
         fit_model(model, job, folder, team, lambda: model.save(folder), progress)
         _complete(model, job, folder, team, progress)
-    return model
 
 
 def _join(model: EarlyExitGenerator, devices: int | None, nodes: int | None) -> Team:
@@ -146,8 +139,7 @@ def prepare(
     names = [field.name for field in fields(FitSettings)]
     for name in sorted(set(settings) - set(names)):
         raise OptionError(f"no setting {name!r} of a fit; closest: {closest(name, names)}", name)
-    guidance = model.options.guidance
-    retriever = host().retriever(guidance.retriever if guidance is not None else "exact")
+    retriever = host().retriever(getattr(model.options.guidance, "retriever", "exact"))
     quality: QualityMetric | None = None
     try:
         quality = host().metric(metric, weights)

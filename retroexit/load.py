@@ -59,18 +59,7 @@ def load(
         PluginError: If the bank's search back-end is not installed.
         ModeError: If the generator is in train mode.
     """
-    if isinstance(folder, nn.Module):
-        raise OptionError(
-            f"folder must come first, then the generator, got a {type(folder).__name__} as the folder. Call "
-            "retroexit.load(folder, generator).",
-            folder,
-        )
-    folder, generator = Path(folder), check_generator(generator)
-    if generator.training:
-        raise ModeError(
-            f"{type(generator).__name__} must be in eval mode, got train mode. Call generator.eval() first.",
-            generator,
-        )
+    folder, generator = _check_arguments(folder, generator)
     description = host().describe(generator, adapter)
     if example_inputs is None and description.example_inputs is not None:
         example_inputs, example_kwargs = description.example_inputs(generator)
@@ -100,6 +89,22 @@ def load(
     if example_inputs is not None or example_kwargs:
         model.record(*args, **kwargs)
     return model
+
+
+def _check_arguments(folder: str | Path, generator: nn.Module) -> tuple[Path, nn.Module]:
+    if isinstance(folder, nn.Module):
+        raise OptionError(
+            f"folder must come first, then the generator, got a {type(folder).__name__} as the folder. Call "
+            "retroexit.load(folder, generator).",
+            folder,
+        )
+    generator = check_generator(generator)
+    if generator.training:
+        raise ModeError(
+            f"{type(generator).__name__} must be in eval mode, got train mode. Call generator.eval() first.",
+            generator,
+        )
+    return Path(folder), generator
 
 
 def _check_folder(folder: Path, manifest: dict[str, Any], model: EarlyExitGenerator) -> None:

@@ -84,11 +84,8 @@ def write_model(
     folder, identity = Path(folder), Identity.of(generator)
     if bank is not None:
         bank = _checked_bank(bank, decomposition, identity)
-    predictor, arguments = router.predictor, _predictor_to_json(router.predictor)
-    tensors = {f"branches.{name}": value for name, value in branches.state_dict().items()}
-    if predictor is not None:
-        tensors |= {f"predictor.{name}": value for name, value in predictor.state_dict().items()}
-    write_tensors(folder / "weights.safetensors", tensors)
+    arguments = _predictor_to_json(router.predictor)
+    write_tensors(folder / "weights.safetensors", _weights(branches, router.predictor))
     if bank is not None:
         bank.save(folder / "bank")
     manifest = {
@@ -112,6 +109,13 @@ def write_model(
     }
     write_json(folder / _MANIFEST, manifest, allow_nan=False)
     return folder
+
+
+def _weights(branches: nn.ModuleList, predictor: nn.Module | None) -> dict[str, Tensor]:
+    tensors = {f"branches.{name}": value for name, value in branches.state_dict().items()}
+    if predictor is not None:
+        tensors |= {f"predictor.{name}": value for name, value in predictor.state_dict().items()}
+    return tensors
 
 
 def _checked_bank(bank: GuidanceBank, decomposition: Decomposition, identity: Identity) -> GuidanceBank:
