@@ -81,6 +81,7 @@ def measure_entry(
     checkout: Path | None = None,
     scales: Sequence[float] = SCALES,
     save_to: Path | None = None,
+    copies: bool = True,
 ) -> Row:
     """Wrap a generator at several width factors and check it; what raises is noted in the row.
 
@@ -88,6 +89,7 @@ def measure_entry(
         entry: The generator.
         checkout: Folder of its repository, if it needs one.
         scales: Width factors.
+        copies: Whether to compare copies of a model with an exit after every stage.
         save_to: Folder for a model with an exit after every stage, for `generators.reload.check`.
     """
     row = Row(entry.name, entry.stages)
@@ -117,7 +119,7 @@ def measure_entry(
         row.backbone = bool(attempt("backbone", _same_backbone, model, made, before, state))
         if not entry.draws:
             row.batch = attempt("batch", _batch_difference, model, made)
-    everywhere = attempt("every stage", wrap_everywhere, entry, made)
+    everywhere = attempt("every stage", wrap_everywhere, entry, made) if copies or save_to else None
     if everywhere is not None:
         row.copies = attempt("copies", check_copies, everywhere, made)
         if save_to is not None:
