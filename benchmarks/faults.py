@@ -203,10 +203,10 @@ def kill_while_saving(folder: Path, times: int) -> dict[str, int]:
     """Kill processes that save a model again and again; what is left must load as it was, or be refused."""
     counts: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as name:
-        copy = Path(name, "model")
-        shutil.copytree(folder, copy)
-        expected = retroexit.load(copy, generator(), (latents(2, 1),))(latents(2, 6), exit=1)
+        expected = retroexit.load(folder, generator(), (latents(2, 1),))(latents(2, 6), exit=1)
         for turn in range(times):
+            copy = Path(name, f"model{turn}")
+            shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("cache", "branches"))
             child = subprocess.Popen(
                 [sys.executable, __file__, "--save-again", str(copy)], stdout=subprocess.PIPE
             )

@@ -22,7 +22,7 @@ TOO_SMALL = {
 }  # one 1x1 layer, cheaper than the projection in front of it
 
 
-COPIED = {"own-dcgan", "own-resnet", "own-unet", "diffusers-vae-decoder"}  # the benchmark copies them all
+COPIED = {"own-dcgan", "own-resnet", "own-unet", "diffusers-tiny-decoder"}  # the benchmark copies them all
 
 
 @pytest.mark.zoo
