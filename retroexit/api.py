@@ -169,7 +169,7 @@ def find_stages(
 ) -> list[Stage]:
     """List the stages l_1..l_N of a generator, with cost, output shape and live values.
 
-    `retroexit.report.stage_table` prints them, `retroexit.report.decoder_picture` draws them.
+    ``retroexit inspect`` prints and draws them.
 
     Args:
         generator: A trained generator in eval mode.

@@ -8,10 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-import retroexit
 from retroexit.api import read_generator
 from retroexit.core.modules import unit_of
-from retroexit.report.stage_table import brief_count, decoder_table, ranges, shorten, stage_table
+from retroexit.report.stage_table import brief_count, decoder_table, ranges, shorten
 
 
 class Block(nn.Module):
@@ -103,14 +102,6 @@ def test_live_values_are_numbered_in_the_rows_and_spelled_out_below(toys):
     below = "\n".join(lines[lines.index("live   what a branch there needs besides the feature:") :])
     assert re.search(r"^ +v1 .* 2x16x16x16 +8\.19k +after l_1\.\.l_2$", below, re.MULTILINE)
     assert re.search(r"^ +v2 .* 2x24x8x8 +3\.07k +after l_1$", below, re.MULTILINE)
-
-
-def test_stages_alone_make_a_table_too(toys):
-    toy = toys.TOYS["list_input_with_unet_skips"]()
-    shown = stage_table(retroexit.find_stages(toy.generator, toy.args))
-    assert [row.split()[1] for row in stage_rows(shown.splitlines()).values()] == list(toy.stages)
-    assert "params" not in shown
-    assert "v2" in shown
 
 
 def test_a_replayed_decoder_is_marked_with_the_reason():

@@ -13,7 +13,7 @@ from retroexit.core.modules import unit_of
 from retroexit.report.text_tables import table
 from retroexit.stages.decoder import Decoder, input_names
 from retroexit.stages.module_tree import Part, module_tree
-from retroexit.stages.stage import LiveSpan, Stage, live_spans
+from retroexit.stages.stage import LiveSpan, live_spans
 
 _WIDTH: Final = 100
 _RUN: Final = 4  # a longer run of equal stages shows its ends only
@@ -37,13 +37,6 @@ def decoder_table(decoder: Decoder) -> str:
             "lies before it filled in."
         )
     return "\n".join([*lines, "", _table_of(parts, live_spans(decoder.stages), recording.macs)])
-
-
-def stage_table(stages: Sequence[Stage]) -> str:
-    """Show what `retroexit.find_stages` returns, without the tree around it, for a terminal of 100 columns."""
-    parts = [Part(0, s.path, s.path, s.kind, 0, s.macs, s) for s in stages]
-    total = round(stages[0].macs / stages[0].share) if stages[0].share else 0
-    return _table_of(parts, live_spans(stages), total)
 
 
 def brief_count(number: int) -> str:
