@@ -95,9 +95,7 @@ class Run:
     def network(self, way: str, setting: float, draw: Draw) -> None:
         """Measure a network that does the same for every image."""
         name = f"{way.lower().replace(' ', '-')}-{setting:g}"
-        measure = partial(
-            network_point, way, setting, draw, self.latents, self.targets, self.case.metric, self.limits
-        )
+        measure = partial(network_point, way, setting, draw, self.latents, self.targets, self.case.metric, self.limits)
         (point,) = self.stored(name, lambda: [measure()])
         self.points.append(point)
         self.draws.append((point, draw))
@@ -106,9 +104,7 @@ class Run:
         """Fit branches and predictor, measure all exits, and routing over them."""
         attach_at, widths, *_, full, floor = EXITS[self.arguments.case]
         scale = [width / full for width in widths]
-        model = self.model = networks.early_exits(
-            self.case, attach_at, scale, floor, self.training, self.out / "ours"
-        )
+        model = self.model = networks.early_exits(self.case, attach_at, scale, floor, self.training, self.out / "ours")
         model.router.ood_counter.enabled = False  # the guard is not compared
         path = self.out / "ours" / "report" / "evaluation.json"
         if not path.exists():
@@ -134,9 +130,7 @@ class Run:
         for width in self.arguments.widths or widths:
             student = networks.Student(self.case, width / full, min(width, floor))
             path = self.out / f"thin-{width}.safetensors"
-            self.network(
-                "thin student", width, networks.tuned(student, self.case, self.training, features, path)
-            )
+            self.network("thin student", width, networks.tuned(student, self.case, self.training, features, path))
         if self.arguments.longer:
             width = sorted(self.arguments.widths or widths)[len(self.arguments.widths or widths) // 2]
             long = dataclasses.replace(self.training, steps=self.arguments.longer)
@@ -145,9 +139,7 @@ class Run:
             self.network("student, longer", width, networks.tuned(student, self.case, long, features, path))
         for ratio in ratios if self.arguments.ratios is None else self.arguments.ratios:
             network, path = networks.prune(self.case, ratio), self.out / f"pruned-{ratio:g}.safetensors"
-            self.network(
-                "Torch-Pruning", ratio, networks.tuned(network, self.case, self.training, features, path)
-            )
+            self.network("Torch-Pruning", ratio, networks.tuned(network, self.case, self.training, features, path))
 
     def time(self) -> float:
         """Time all ways by turns; gives the backbone's seconds."""

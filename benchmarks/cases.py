@@ -166,9 +166,7 @@ def tiny_case(shared: Path, out: Path) -> Case:
         torch.manual_seed(0)
         layers: list[nn.Module] = []
         for channels, more in ((8, 16), (16, 16), (16, 16)):
-            layers += [
-                nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(channels, more, 3, padding=1), nn.ReLU())
-            ]
+            layers += [nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(channels, more, 3, padding=1), nn.ReLU())]
         generator = nn.Sequential(*layers, nn.Conv2d(16, 3, 3, padding=1)).eval()
         inputs = torch.randn(24, 8, 4, 4)
     image = retroexit.Guidance(value_after="image", inject="every_stage", size=64)

@@ -21,9 +21,7 @@ __all__ = ["argument_parser", "cell", "machine", "machine_line", "take_turns", "
 
 def argument_parser(description: str | None, threads: int = 1) -> argparse.ArgumentParser:
     """Make a parser with ``--json`` and ``--threads``; the description keeps its line breaks."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the numbers to this file")
     parser.add_argument("--threads", type=int, default=threads, help="threads of PyTorch")
     return parser
@@ -48,9 +46,7 @@ def machine_line() -> str:
     return ", ".join(f"{name} {value}" for name, value in machine().items())
 
 
-def take_turns(
-    sides: Mapping[str, Callable[[int], object]], turns: int, warm_up: int = 2
-) -> dict[str, np.ndarray]:
+def take_turns(sides: Mapping[str, Callable[[int], object]], turns: int, warm_up: int = 2) -> dict[str, np.ndarray]:
     """Time several functions by turns in one process, so that other work on the machine slows all alike.
 
     Args:

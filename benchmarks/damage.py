@@ -96,11 +96,7 @@ class Distance(QualityMetric):
 def wrapped() -> retroexit.EarlyExitGenerator:
     """Wrap the small decoder, with a bank that has an index of its own."""
     guidance = retroexit.Guidance(value_after=2, size=20, retriever="hnswlib")
-    options: dict[str, Any] = {
-        "stages": [f"stages.{i}" for i in range(3)],
-        "self_test": False,
-        "adapter": False,
-    }
+    options: dict[str, Any] = {"stages": [f"stages.{i}" for i in range(3)], "self_test": False, "adapter": False}
     example = (INPUTS[:2],)
     return retroexit.wrap(
         Small().eval(), [1], 1.0, guidance=guidance, example_inputs=example, min_channels=1, **options
@@ -113,9 +109,7 @@ def saved_model(root: Path) -> list[Kind]:
     settings: dict[str, Any] = {"steps": 2, "predictor_steps": 2, "progress": False, "calibrate": 0.3}
     inputs = INPUTS.repeat(10, 1, 1, 1) + torch.linspace(0, 1, 100).view(-1, 1, 1, 1)
     retroexit.fit(model, inputs, folder, metric=Distance(), alpha=0.4, confidence=0.6, latency=1, **settings)
-    shutil.copytree(
-        folder, root / "model", ignore=shutil.ignore_patterns("cache", "branches", "losses*", "fit*")
-    )
+    shutil.copytree(folder, root / "model", ignore=shutil.ignore_patterns("cache", "branches", "losses*", "fit*"))
 
     def read_model() -> Any:
         loaded = retroexit.load(root / "model", generator, adapter=False)
@@ -190,9 +184,7 @@ def report(root: Path) -> list[Kind]:
     folder = root / "report"
     loss = torch.rand(20, 2, generator=torch.Generator().manual_seed(0)).numpy()
     evaluation = Evaluation(loss, loss / 2, [1.0, 2.0, 3.0], [0.1, 0.1, 0.1], {"name": "distance"})  # type: ignore[arg-type]
-    images = [
-        (f"exit {i}", (loss[:9, :1] * 200).astype("uint8").repeat(27, 1).reshape(9, 9, 3)) for i in (1, 2)
-    ]
+    images = [(f"exit {i}", (loss[:9, :1] * 200).astype("uint8").repeat(27, 1).reshape(9, 9, 3)) for i in (1, 2)]
     save_report(folder, SavedReport("title", None, "command", [Strip("easiest", images, 0)]))
     (folder / "evaluation.json").write_text(evaluation.to_json())
 
@@ -216,14 +208,8 @@ def metric_weights(root: Path) -> Kind:
     folder.mkdir()
     network = empty_lpips("squeeze")
     torch.manual_seed(0)
-    trunk = {
-        f"features.{n.partition('.')[2]}": torch.rand(v.shape) for n, v in network.net.state_dict().items()
-    }
-    heads = {
-        n: torch.rand(v.shape)
-        for n, v in network.state_dict().items()
-        if n.startswith("lin") and "lins" not in n
-    }
+    trunk = {f"features.{n.partition('.')[2]}": torch.rand(v.shape) for n, v in network.net.state_dict().items()}
+    heads = {n: torch.rand(v.shape) for n, v in network.state_dict().items() if n.startswith("lin") and "lins" not in n}
     content = {"backbone": trunk, "lin": heads}
     torch.save(content, folder / "zip.pth")
     torch.save(content, folder / "old.pth", _use_new_zipfile_serialization=False)
@@ -245,13 +231,7 @@ def stylegan(root: Path) -> list[Kind]:
     folder, saved = root / "stylegan", root / "stylegan-model"
     folder.mkdir()
     torch.manual_seed(0)
-    sizes: dict[str, Any] = {
-        "z_dim": 8,
-        "w_dim": 8,
-        "resolution": 16,
-        "num_mapping_layers": 2,
-        "channels": [8, 8, 4],
-    }
+    sizes: dict[str, Any] = {"z_dim": 8, "w_dim": 8, "resolution": 16, "num_mapping_layers": 2, "channels": [8, 8, 4]}
     generator = StyleGANGenerator(c_dim=0, conv_clamp=None, image_channels=3, **sizes).eval()
     state = generator.state_dict()
     torch.save(state, folder / "zip.pth")
@@ -380,9 +360,7 @@ def count(kind: Kind, mutations: int, seed: int) -> tuple[collections.Counter[st
         if end:
             counts["crash"] += 1
             number += 1
-            wrong.append(
-                f"{kind.name}: crash: {reports[-1][0] if reports else ''}: {end.strip().splitlines()[-1]}"
-            )
+            wrong.append(f"{kind.name}: crash: {reports[-1][0] if reports else ''}: {end.strip().splitlines()[-1]}")
         shutil.rmtree(kind.folder)
         shutil.copytree(keep, kind.folder)
     shutil.rmtree(keep.parent)

@@ -55,9 +55,7 @@ def street_case(shared: Path, out: Path) -> tuple[Any, Any, Any, dict[str, Any]]
     fitted, others = (read(names, shared)[1] for names in frames(shared))
     samples = inputs(np.concatenate([fitted, fitted[..., ::-1]]), generator.z_dim, seed=0)
     example = tuple(part[None] for part in samples[0])
-    model = retroexit.wrap(
-        generator, attach_at=[1, 2, 3, 4], scale=1 / 4, min_channels=16, example_inputs=example
-    )
+    model = retroexit.wrap(generator, attach_at=[1, 2, 3, 4], scale=1 / 4, min_channels=16, example_inputs=example)
     predictor = {"predictor": "linear", "predict_from": "inputs", "predictor_steps": 1500}
     return model, samples, inputs(others, generator.z_dim, seed=2), predictor
 

@@ -73,12 +73,7 @@ def generator() -> Decoder:
 def fitted(folder: Path, steps: int = 40, predictor_steps: int = 200) -> EarlyExitGenerator:
     """Fit a model with three exits in some seconds."""
     model = retroexit.wrap(generator(), [1, 2, 3], 1 / 2, min_channels=8, example_inputs=(latents(2, 1),))
-    settings: dict[str, Any] = {
-        "metric": "ms-ssim",
-        "steps": steps,
-        "predictor_steps": predictor_steps,
-        "batch": 8,
-    }
+    settings: dict[str, Any] = {"metric": "ms-ssim", "steps": steps, "predictor_steps": predictor_steps, "batch": 8}
     retroexit.fit(model, list(latents(64, 2)), folder, progress=False, **settings)
     return model
 
@@ -117,12 +112,7 @@ def use_threads(model: EarlyExitGenerator, calls: int) -> dict[str, Any]:
     for thread in threads:
         thread.join()
     counted = model.router.ood_counter.seen - seen
-    return {
-        "calls": sum(done),
-        "differences": sum(different.values()),
-        "counted": counted,
-        "expected": sum(routed),
-    }
+    return {"calls": sum(done), "differences": sum(different.values()), "counted": counted, "expected": sum(routed)}
 
 
 class Broken(nn.Module):
@@ -161,9 +151,7 @@ def break_things(model: EarlyExitGenerator, folder: Path, calls: int) -> dict[st
             else:
                 used = model
             images, exits = used.routed((far if pool == "far" else near)[rows], threshold=THRESHOLD)
-            expected = torch.stack(
-                [renders[pool][k - 1][row] for row, k in zip(rows, exits.tolist(), strict=True)]
-            )
+            expected = torch.stack([renders[pool][k - 1][row] for row, k in zip(rows, exits.tolist(), strict=True)])
             is_right = torch.allclose(images, expected, atol=1e-4)
             if kind == "not finite":
                 is_right &= int(exits[0]) == last
@@ -178,9 +166,7 @@ def break_things(model: EarlyExitGenerator, folder: Path, calls: int) -> dict[st
     return {kind: dict(counts) for kind, counts in table.items()}
 
 
-def _with_damaged_files(
-    kind: str, model: EarlyExitGenerator, folder: Path, rng: random.Random
-) -> EarlyExitGenerator:
+def _with_damaged_files(kind: str, model: EarlyExitGenerator, folder: Path, rng: random.Random) -> EarlyExitGenerator:
     with tempfile.TemporaryDirectory() as name:
         copy = Path(name, "model")
         shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("features", "*.npy", "branches"))
@@ -207,9 +193,7 @@ def kill_while_saving(folder: Path, times: int) -> dict[str, int]:
         for turn in range(times):
             copy = Path(name, f"model{turn}")
             shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("cache", "branches"))
-            child = subprocess.Popen(
-                [sys.executable, __file__, "--save-again", str(copy)], stdout=subprocess.PIPE
-            )
+            child = subprocess.Popen([sys.executable, __file__, "--save-again", str(copy)], stdout=subprocess.PIPE)
             assert child.stdout is not None
             child.stdout.readline()  # it has begun
             time.sleep(0.003 * turn)

@@ -165,9 +165,7 @@ def megaportraits(tap: Any, floor: int, guidance: Any = None) -> Rows:
     return routes({s: wrap(small, description, [2, 4, 6], s, **options) for s in TABLE_2}, backbone)
 
 
-def wrap(
-    generator: nn.Module, description: Any, attach_at: list[int | str], scale: str, **options: Any
-) -> Any:
+def wrap(generator: nn.Module, description: Any, attach_at: list[int | str], scale: str, **options: Any) -> Any:
     # Widths do not depend on the starting weights, and fresh ones are made faster.
     return retroexit.wrap(
         generator, attach_at, SCALES[scale], adapter=description, init="scratch", self_test=False, **options

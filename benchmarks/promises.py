@@ -127,12 +127,7 @@ def new_groups(draw: Draw, seeds: range, count: int) -> dict[str, Any]:
         above = (lost > 0.08).double().reshape(50, 200).mean(1)
         broken, saved = broken + int((above > 0.05).sum()), [*saved, 1 - float(COSTS[exits - 1].mean())]
         shares.append(float(above.mean()))
-    return {
-        "broken": broken,
-        "of": 50 * len(seeds),
-        "above": float(np.mean(shares)),
-        "saved": float(np.mean(saved)),
-    }
+    return {"broken": broken, "of": 50 * len(seeds), "above": float(np.mean(shares)), "saved": float(np.mean(saved))}
 
 
 def synthetic(draws: int) -> list[dict[str, Any]]:
@@ -278,9 +273,7 @@ def leave_groups_out(folder: Path, arguments: Any) -> list[dict[str, Any]]:
         own = [f"{100 * x:.1f} %" for x in row["own"]] if row["own"] else ["too few", ""]
         rows.append([f"{row['threshold']:g}", row["group"], *cells, *own])
     head = ["threshold", "group left out", *["above", "saved"] * 3]
-    print(
-        f"\n{folder}: calibrated on the other groups as one set; by worst-group; on halves of the group itself"
-    )
+    print(f"\n{folder}: calibrated on the other groups as one set; by worst-group; on halves of the group itself")
     print(table(head, rows))
     return results
 
@@ -288,9 +281,7 @@ def leave_groups_out(folder: Path, arguments: Any) -> list[dict[str, Any]]:
 def main() -> None:
     """Draw, split and print."""
     parser = argument_parser(__doc__)
-    parser.add_argument(
-        "paths", type=Path, nargs="*", help="evaluation.json, or folder of a calibrated model"
-    )
+    parser.add_argument("paths", type=Path, nargs="*", help="evaluation.json, or folder of a calibrated model")
     parser.add_argument("--taus", type=float, nargs="+", default=[0.05, 0.1, 0.15])
     parser.add_argument("--draws", type=int, default=200, help="draws of every synthetic population")
     parser.add_argument("--splits", type=int, default=20, help="random halves of real samples")

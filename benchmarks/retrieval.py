@@ -156,9 +156,7 @@ def resized(bank: GuidanceBank, size: int, retriever: Retriever) -> GuidanceBank
 
 
 @torch.no_grad()
-def mean_losses(
-    model: EarlyExitGenerator, bank: GuidanceBank, case: Case, inputs: Sequence[Any]
-) -> list[float]:
+def mean_losses(model: EarlyExitGenerator, bank: GuidanceBank, case: Case, inputs: Sequence[Any]) -> list[float]:
     """Mean loss of every exit's image to the backbone's, with guides from this bank."""
     model.bank, limits, losses = bank, ImageRange(*case.image_range), []
     for _, args, kwargs in Samples(inputs).batches(4):
@@ -168,12 +166,7 @@ def mean_losses(
 
 
 def compare(
-    model: EarlyExitGenerator,
-    case: Case,
-    names: list[str],
-    size: int,
-    queries: dict[str, Queries],
-    turns: int,
+    model: EarlyExitGenerator, case: Case, names: list[str], size: int, queries: dict[str, Queries], turns: int
 ) -> list[Row]:
     """Measure every back-end on the same bank and queries; searches of different back-ends take turns."""
     bank = model.bank
@@ -274,9 +267,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argparse
     parser = argument_parser(__doc__)
     parser.add_argument("--sizes", type=int, nargs="+", help="1000 and 10000 by default, or all of --model's")
     parser.add_argument(
-        "--backends",
-        nargs="+",
-        help="names, options behind a colon as in faiss:index=HNSW16;ef=16; all by default",
+        "--backends", nargs="+", help="names, options behind a colon as in faiss:index=HNSW16;ef=16; all by default"
     )
     parser.add_argument("--case", choices=tuple(CASES), default="scenes")
     parser.add_argument("--shared", type=Path, default=shared_folder(), help="folder with data/weights")
@@ -305,9 +296,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     sizes = arguments.sizes or [1_000, 10_000]
     model = guided_model(case, arguments.model, arguments.steps, max(sizes))
     if model.bank is None:
-        parser.error(
-            f"the model in {arguments.model} must have a bank, got one without. Fit it with guidance."
-        )
+        parser.error(f"the model in {arguments.model} must have a bank, got one without. Fit it with guidance.")
     if arguments.sizes is None and arguments.model is not None:
         sizes = [len(model.bank)]
     if len(model.bank) < max(sizes):

@@ -111,11 +111,7 @@ def exact_search(repeats: int) -> Iterator[Bar]:
     rounded = ExactRetriever(precision="bfloat16").build(keys)
     flat, native, few = FaissRetriever().build(keys), faiss.IndexFlatL2(1024), queries[:120]
     native.add(keys.numpy())
-    searches: dict[str, Search] = {
-        "exact f32": plain.search,
-        "exact bf16": rounded.search,
-        "faiss": flat.search,
-    }
+    searches: dict[str, Search] = {"exact f32": plain.search, "exact bf16": rounded.search, "faiss": flat.search}
     sides = {name: functools.partial(_run, search, queries) for name, search in searches.items()}
     sides |= {f"{name}, 120": functools.partial(_run, search, few) for name, search in searches.items()}
     sides["raw faiss"] = lambda _: native.search(queries.numpy(), 1)

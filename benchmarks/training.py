@@ -63,8 +63,7 @@ def prepare(arguments: argparse.Namespace, batch: int, cached: bool) -> tuple[li
     loss = TrainingLoss({"l1": (1.0, L1()), "quality": (1.0, metric)})
     schedule = FitSettings(steps=1000, bfloat16=True)
     trainers = [
-        BranchTrainer(model, index, loss, LIMITS, schedule, arguments.out)
-        for index in range(len(model.branches))
+        BranchTrainer(model, index, loss, LIMITS, schedule, arguments.out) for index in range(len(model.branches))
     ]
     for trainer in trainers:
         trainer.begin(steps.at(0))
@@ -132,18 +131,14 @@ def main() -> None:
         median, spread = statistics.median(seconds), f"{1000 * min(seconds):.0f}-{1000 * max(seconds):.0f}"
         memory = f"{max(result['memory'] for result in results) / 1e6:,.0f}"
         source = "cache" if cached else "backbone"
-        rows.append(
-            [str(batch), way, source, f"{batch / median:.1f}", f"{1000 * median:.0f}", spread, memory]
-        )
+        rows.append([str(batch), way, source, f"{batch / median:.1f}", f"{1000 * median:.0f}", spread, memory])
     print(machine_line())
     print(table(["batch", "branches", "features", "images/s", "ms", "min-max", "MB"], rows))
     print(
         "a step of all five branches; images/s: samples that all branches have seen; median of "
         f"{arguments.rounds} rounds of {arguments.steps} steps; MB: largest resident memory of the process"
     )
-    names = [
-        {"batch": b, "together": t, "cached": c, "rounds": results} for (b, t, c), results in rounds.items()
-    ]
+    names = [{"batch": b, "together": t, "cached": c, "rounds": results} for (b, t, c), results in rounds.items()]
     write_json(arguments.json, rows=names)
 
 

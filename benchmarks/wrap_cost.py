@@ -76,12 +76,7 @@ def measure(name: str) -> dict[str, Any]:
     held, begin = peak_memory(), time.process_time()
     with _Layers() as layers:
         model = retroexit.wrap(
-            made.generator,
-            exits,
-            1 / 4,
-            min_channels=16,
-            example_inputs=made.args,
-            example_kwargs=made.kwargs,
+            made.generator, exits, 1 / 4, min_channels=16, example_inputs=made.args, example_kwargs=made.kwargs
         )
     seconds = time.process_time() - begin
     return {

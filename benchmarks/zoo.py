@@ -186,9 +186,7 @@ def _totals(rows: list[dict[str, Any]]) -> list[str]:
         ("gradients everywhere", [not branch["unreached"] and not branch["error"] for branch in branches]),
         ("batch of two alike", [row["batch"] < 1e-3 for row in rows if row.get("batch") is not None]),
     ]
-    return [
-        f"{what}: {sum(good)} of {len(good)} ({sum(good) / max(1, len(good)):.1%})" for what, good in counts
-    ]
+    return [f"{what}: {sum(good)} of {len(good)} ({sum(good) / max(1, len(good)):.1%})" for what, good in counts]
 
 
 if __name__ == "__main__":

@@ -30,23 +30,17 @@ def pixels(image: Tensor) -> Image.Image:
 
 def main() -> None:
     """Load the demo's model, pick two scenes, draw them."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="folder with the demo's fitted model")
     parser.add_argument("out", type=Path, help="PNG to write")
-    parser.add_argument(
-        "--threshold", type=float, help="accepted quality loss; the middle of exit 1's by default"
-    )
+    parser.add_argument("--threshold", type=float, help="accepted quality loss; the middle of exit 1's by default")
     parser.add_argument("--scenes", type=int, default=96, help="test scenes to choose from")
     arguments = parser.parse_args()
 
     samples = scene_inputs(arguments.scenes, TEST_SEED)
     labels, styles = (torch.stack(column) for column in zip(*samples, strict=True))
     model = retroexit.load(arguments.model, load_scene_generator(), (labels[:1], styles[:1]))
-    predicted = torch.cat(
-        [model.predict(*part) for part in zip(labels.split(16), styles.split(16), strict=True)]
-    )
+    predicted = torch.cat([model.predict(*part) for part in zip(labels.split(16), styles.split(16), strict=True)])
     threshold = arguments.threshold or float(predicted[:, 0].median())
     chosen = torch.cat(
         [

@@ -33,11 +33,7 @@ class GanTrainer(ABC):
     """
 
     def __init__(
-        self,
-        args: argparse.Namespace,
-        generator: nn.Module,
-        discriminator: nn.Module,
-        betas: tuple[float, float],
+        self, args: argparse.Namespace, generator: nn.Module, discriminator: nn.Module, betas: tuple[float, float]
     ) -> None:
         self.args = args
         last: Any = torch.channels_last
@@ -137,9 +133,7 @@ def train(
     bar.close()
 
 
-def export(
-    trainer: GanTrainer, ready: nn.Module, file: Path, names: tuple[str, ...], about: dict[str, Any]
-) -> None:
+def export(trainer: GanTrainer, ready: nn.Module, file: Path, names: tuple[str, ...], about: dict[str, Any]) -> None:
     """Write weights in half precision, and a record of where they come from.
 
     Args:
@@ -167,9 +161,7 @@ def options(parser: argparse.ArgumentParser, minutes: float, lr: float) -> None:
     """Add the options that every training has."""
     parser.add_argument("--out", type=Path, required=True, help="work folder: state, samples, log, weights")
     parser.add_argument("--steps", type=int, default=20_000, help="stop after so many steps")
-    parser.add_argument(
-        "--minutes", type=float, default=minutes, help="stop after so much training time in all"
-    )
+    parser.add_argument("--minutes", type=float, default=minutes, help="stop after so much training time in all")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--lr", type=float, default=lr)
     parser.add_argument("--every", type=int, default=250, help="steps between checkpoints")

@@ -84,18 +84,13 @@ def encoder_layers(latent: int = 32, width: int = 64) -> nn.Sequential:
     """Layers of the taef2 encoder in the order of its checkpoint."""
     layers: list[nn.Module] = [nn.Conv2d(3, width, 3, padding=1), Block(width)]
     for pool in (False, False, True):
-        layers += [
-            nn.Conv2d(width, width, 3, stride=2, padding=1, bias=False),
-            *(Block(width, pool) for _ in range(3)),
-        ]
+        layers += [nn.Conv2d(width, width, 3, stride=2, padding=1, bias=False), *(Block(width, pool) for _ in range(3))]
     return nn.Sequential(*layers, nn.Conv2d(width, latent, 3, padding=1))
 
 
 def shared_folder(folder_name: str | None = None) -> Path:
     """Return the folder with weights and photographs."""
-    folder = Path(
-        folder_name or os.environ.get("RETROEXIT_SHARED", Path(__file__).resolve().parents[2] / "shared")
-    )
+    folder = Path(folder_name or os.environ.get("RETROEXIT_SHARED", Path(__file__).resolve().parents[2] / "shared"))
     if not (folder / "data" / "weights").is_dir():
         raise SystemExit(f"no data/weights in {folder}. Pass --shared or set RETROEXIT_SHARED.")
     return folder
@@ -179,15 +174,11 @@ def summarise(result: Evaluation) -> str:
 
 def parse() -> argparse.Namespace:
     """Read the options."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shared", help="folder with data/weights and data/street")
     parser.add_argument("--out", type=Path, default=Path("runs/latent"))
     parser.add_argument("--attach-at", type=int, nargs="+", default=ATTACH_AT)
-    parser.add_argument(
-        "--widths", type=int, nargs="+", default=WIDTHS, help="channels of each branch, of 64"
-    )
+    parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS, help="channels of each branch, of 64")
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--crop", type=int, default=64)
@@ -239,17 +230,10 @@ def main() -> None:
     report = arguments.out / "report"
     command = "python examples/latent_decoder.py --out runs/latent"
     result = retroexit.evaluate(
-        model,
-        test,
-        report,
-        weights=weights,
-        title="taef2: a latent decoder with early exits",
-        command=command,
+        model, test, report, weights=weights, title="taef2: a latent decoder with early exits", command=command
     )
     print(summarise(result))
-    (report / "settings.json").write_text(
-        json.dumps({k: str(v) for k, v in vars(arguments).items()}, indent=1)
-    )
+    (report / "settings.json").write_text(json.dumps({k: str(v) for k, v in vars(arguments).items()}, indent=1))
     print(f"report: {report / 'report.html'}")
 
 

@@ -75,9 +75,7 @@ class Scenes:
             with np.load(file, allow_pickle=False) as stored:
                 self.labels, self.images, self.z = stored["labels"], stored["images"], stored["z"]
         if not file.exists() or len(self.z) < count:
-            drawn = [
-                paint_scene(TRAIN_SEEDS[index]) for index in tqdm(range(count), desc="draw", mininterval=10)
-            ]
+            drawn = [paint_scene(TRAIN_SEEDS[index]) for index in tqdm(range(count), desc="draw", mininterval=10)]
             self.labels, self.images = np.stack([s.labels for s in drawn]), np.stack([s.image for s in drawn])
             self.z = np.stack([s.z for s in drawn])
             np.savez(file, labels=self.labels, images=self.images, z=self.z)
@@ -85,9 +83,7 @@ class Scenes:
     def batch(self, rng: np.random.Generator, size: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return one-hot labels, style and pictures in [-1, 1] of random scenes."""
         chosen = rng.integers(0, len(self.z), size)
-        labels = (
-            F.one_hot(torch.from_numpy(self.labels[chosen]).long(), len(CLASSES)).permute(0, 3, 1, 2).float()
-        )
+        labels = F.one_hot(torch.from_numpy(self.labels[chosen]).long(), len(CLASSES)).permute(0, 3, 1, 2).float()
         images = torch.from_numpy(self.images[chosen].astype(np.float32)).permute(0, 3, 1, 2) / 127.5 - 1
         last = torch.channels_last
         return (
@@ -145,9 +141,7 @@ class Trainer:
 
     @torch.no_grad()
     def _follow(self, keep: float) -> None:
-        for mine, live in zip(
-            self.average.state_dict().values(), self.generator.state_dict().values(), strict=True
-        ):
+        for mine, live in zip(self.average.state_dict().values(), self.generator.state_dict().values(), strict=True):
             if mine.is_floating_point():
                 mine.lerp_(live, 1 - keep)
             else:
@@ -167,9 +161,7 @@ class Trainer:
 
     def _tensors(self) -> dict[str, Tensor]:
         nets = {"generator": self.generator, "average": self.average, "critic": self.critic}
-        tensors = {
-            f"{name}.{key}": value for name, net in nets.items() for key, value in net.state_dict().items()
-        }
+        tensors = {f"{name}.{key}": value for name, net in nets.items() for key, value in net.state_dict().items()}
         for name, adam in (("adam", self.adam), ("critic_adam", self.critic_adam)):
             for index, state in adam.state_dict()["state"].items():
                 tensors |= {f"{name}.{index}.{key}": torch.as_tensor(value) for key, value in state.items()}
@@ -179,18 +171,14 @@ class Trainer:
         """Write ``state.safetensors`` and ``state.json``; a stop in between leaves the former pair."""
         save_file(self._tensors(), folder / "state.new")
         (folder / "state.new").replace(folder / "state.safetensors")
-        (folder / "state.json").write_text(
-            json.dumps({"step": self.step, "elapsed": self.elapsed}), encoding="utf-8"
-        )
+        (folder / "state.json").write_text(json.dumps({"step": self.step, "elapsed": self.elapsed}), encoding="utf-8")
 
     def resume(self, folder: Path) -> None:
         """Continue from `save`."""
         tensors = load_file(folder / "state.safetensors")
 
         def part(name: str) -> dict[str, Tensor]:
-            return {
-                key[len(name) + 1 :]: value for key, value in tensors.items() if key.startswith(name + ".")
-            }
+            return {key[len(name) + 1 :]: value for key, value in tensors.items() if key.startswith(name + ".")}
 
         self.generator.load_state_dict(part("generator"))
         self.average.load_state_dict(part("average"))
@@ -223,8 +211,7 @@ def sample_grid(generator: SceneGenerator, file: Path, rows: int = 10) -> None:
 def export(trainer: Trainer, file: Path) -> None:
     """Write the averaged weights in half precision, and a record of where they come from."""
     half = {
-        key: value.half() if value.is_floating_point() else value
-        for key, value in trainer.average.state_dict().items()
+        key: value.half() if value.is_floating_point() else value for key, value in trainer.average.state_dict().items()
     }
     file.write_bytes(save({key: value.contiguous() for key, value in half.items()}))
     trainer.average.load_state_dict(
@@ -281,9 +268,7 @@ def train(trainer: Trainer, scenes: Scenes, out: Path) -> None:
 
 def main() -> None:
     """Parse the options, train, export."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="work folder: scenes, state, samples, log")
     parser.add_argument("--steps", type=int, default=20_000, help="stop after so many steps")
     parser.add_argument(
@@ -291,12 +276,8 @@ def main() -> None:
     )
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument(
-        "--gan", type=float, default=0.02, help="weight of the adversarial term; 0 leaves it out"
-    )
-    parser.add_argument(
-        "--warm-up", type=float, default=0.6, help="share of the training without adversarial term"
-    )
+    parser.add_argument("--gan", type=float, default=0.02, help="weight of the adversarial term; 0 leaves it out")
+    parser.add_argument("--warm-up", type=float, default=0.6, help="share of the training without adversarial term")
     parser.add_argument("--scenes", type=int, default=5000, help="how many training scenes to draw")
     parser.add_argument("--every", type=int, default=250, help="steps between checkpoints")
     parser.add_argument("--seed", type=int, default=0)

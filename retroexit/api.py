@@ -132,9 +132,7 @@ def wrap_options(
     # A string is a sequence too, but of no scales.
     scales: list[Any] = list(scale) if isinstance(scale, (list, tuple)) else [scale] * count
     if len(scales) != count:
-        raise OptionError(
-            f"scale must be one number or one per attach point ({count}), got {len(scales)}.", scale
-        )
+        raise OptionError(f"scale must be one number or one per attach point ({count}), got {len(scales)}.", scale)
     if guidance is True or guidance == "patches":
         guidance = Guidance(key=None if guidance is True else False)
     elif guidance is not None and guidance is not False and not isinstance(guidance, Guidance):

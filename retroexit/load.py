@@ -101,8 +101,7 @@ def _check_arguments(folder: str | Path, generator: nn.Module) -> tuple[Path, nn
     generator = check_generator(generator)
     if generator.training:
         raise ModeError(
-            f"{type(generator).__name__} must be in eval mode, got train mode. Call generator.eval() first.",
-            generator,
+            f"{type(generator).__name__} must be in eval mode, got train mode. Call generator.eval() first.", generator
         )
     return Path(folder), generator
 

@@ -66,9 +66,7 @@ def check_samples(model: MeasuredModel, samples: Samples, batch: int) -> None:
     try:
         signature.bind(*args, **kwargs)
     except TypeError as error:
-        more = (
-            "For items (image, label) pass [image for image, _ in data]; for several inputs list(zip(x, y))."
-        )
+        more = "For items (image, label) pass [image for image, _ in data]; for several inputs list(zip(x, y))."
         raise OptionError(
             f"a sample must hold the inputs of {type(generator).__name__}.forward{signature}, got {len(args)} "
             f"positional and {len(kwargs)} keyword inputs: {error}. {more}",
@@ -111,8 +109,7 @@ def _axes_error(samples: Samples, leaf: Tensor, axes: int) -> OptionError:
     else:
         advice = "Remove it from every sample: x[0] instead of x."
     return OptionError(
-        f"a sample must have {axes} axes, without the batch axis, got shape {tuple(leaf.shape)}. {advice}",
-        leaf,
+        f"a sample must have {axes} axes, without the batch axis, got shape {tuple(leaf.shape)}. {advice}", leaf
     )
 
 
@@ -155,9 +152,7 @@ def check_images(
 
 def limits_of(model: MeasuredModel, samples: Samples, metric: QualityMetric, batch: int) -> ImageRange:
     """Do `check_images` with the range of the fit, or else the declared one, where there is one."""
-    return check_images(
-        model, samples, metric, batch, model.about.get("image_range", model.options.image_range)
-    )
+    return check_images(model, samples, metric, batch, model.about.get("image_range", model.options.image_range))
 
 
 def refuse_fitted(model: MeasuredModel, inputs: Sequence[Any]) -> None:
@@ -231,9 +226,7 @@ class Measurement:
     def losses(self, progress: bool = True) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Measure all samples: losses ``(S, K)``, predicted losses ``(S, K)``, guide distance ``(S,)``."""
         losses, predicted, distances, is_far = [], [], [], []
-        with tqdm(
-            total=len(self.samples), desc="exits against backbone", disable=not progress or None
-        ) as bar:
+        with tqdm(total=len(self.samples), desc="exits against backbone", disable=not progress or None) as bar:
             for indices, args, kwargs in self.samples.batches(self.batch):
                 is_ood = torch.zeros(len(indices)).bool()
                 losses.append(self.batch_losses(indices[0], args, kwargs))
@@ -327,12 +320,7 @@ def calibrate(
     check_samples(model, samples, batch)
     check_groups(groups, len(samples))
     rows = samples.distinct()
-    about = {
-        "duplicates": len(samples) - len(rows),
-        "metric": metric.name,
-        "hash": samples.digest(),
-        "seed": seed,
-    }
+    about = {"duplicates": len(samples) - len(rows), "metric": metric.name, "hash": samples.digest(), "seed": seed}
     samples = Samples([inputs[row] for row in rows], seed)
     promise["groups"] = None if groups is None else [str(groups[row]) for row in rows]
     # Wrong options are refused before the inputs are measured.
@@ -340,8 +328,7 @@ def calibrate(
     Calibration(blank, blank, **promise, about=about)
     if model.router.predictor is None:
         raise TrainingError(
-            "calibrating needs a predictor, but the model has none. Run retroexit.fit first, on other inputs.",
-            model,
+            "calibrating needs a predictor, but the model has none. Run retroexit.fit first, on other inputs.", model
         )
     metric.to(device_of(model.generator))
     check_measure(model, metric)

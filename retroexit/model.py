@@ -74,8 +74,7 @@ def check_wrapped(model: Any) -> None:
     """Raise `GeneratorError` unless a model is what `wrap` returns."""
     if not isinstance(model, EarlyExitGenerator):
         raise GeneratorError(
-            f"model must be what retroexit.wrap returns, got a {type(model).__name__}. Wrap the generator first.",
-            model,
+            f"model must be what retroexit.wrap returns, got a {type(model).__name__}. Wrap the generator first.", model
         )
 
 
@@ -169,9 +168,7 @@ class EarlyExitGenerator(nn.Module):
         """
         request, args, kwargs = RoutingRequest.parse(inputs, kwargs, choose=choose)
         if not request.is_routed:
-            raise OptionError(
-                "a routed call needs threshold, budget, deadline_ms or choose, got none of them."
-            )
+            raise OptionError("a routed call needs threshold, budget, deadline_ms or choose, got none of them.")
         output, exits = self._render(request, args, kwargs)
         assert exits is not None
         return output, exits
@@ -340,15 +337,9 @@ class EarlyExitGenerator(nn.Module):
         else:
             super().__setattr__(name, value)
 
-    predictor: nn.Module | None = _part(
-        "router", "predictor", "The predictor, or ``None`` before `retroexit.fit`."
-    )
-    calibration: Calibration | None = _part(
-        "router", "calibration", "A `Calibration`, or ``None`` before `calibrate`."
-    )
-    latency: Latency | None = _part(
-        "router", "latency", "Measured times, or ``None`` before `measure_latency`."
-    )
+    predictor: nn.Module | None = _part("router", "predictor", "The predictor, or ``None`` before `retroexit.fit`.")
+    calibration: Calibration | None = _part("router", "calibration", "A `Calibration`, or ``None`` before `calibrate`.")
+    latency: Latency | None = _part("router", "latency", "Measured times, or ``None`` before `measure_latency`.")
     bank: GuidanceBank | None = _part("guide", "bank", "The guidance bank, or ``None``.")
 
     def calibrate(

@@ -121,9 +121,7 @@ def _weights(branches: nn.ModuleList, predictor: nn.Module | None) -> dict[str, 
 def _checked_bank(bank: GuidanceBank, decomposition: Decomposition, identity: Identity) -> GuidanceBank:
     """Check that a bank fits the branches; return it with the weights' fingerprint in their present precision."""
     if decomposition.taps is None:
-        raise BankError(
-            "a model whose branches take no guide must be saved without a bank, got one. Remove it.", bank
-        )
+        raise BankError("a model whose branches take no guide must be saved without a bank, got one. Remove it.", bank)
     recorded, made_for = decomposition.identity.fingerprint, bank.meta.get("fingerprint")
     fingerprint = made_for if made_for in (None, identity.fingerprint) else recorded
     bank.check_origin(fingerprint=fingerprint, **decomposition.taps.origin())
@@ -239,10 +237,7 @@ def _guidance_to_json(guidance: Guidance | None) -> dict[str, Any] | None:
 
 
 def find_key(
-    folder: Path,
-    manifest: dict[str, Any],
-    key: Callable[..., Tensor] | None,
-    adapter_key: Callable[..., Tensor] | None,
+    folder: Path, manifest: dict[str, Any], key: Callable[..., Tensor] | None, adapter_key: Callable[..., Tensor] | None
 ) -> Callable[..., Tensor] | None:
     """Find the key function of a bank of frames: the user's, or the adapter's if its name is the saved one.
 

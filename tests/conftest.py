@@ -97,9 +97,7 @@ def refused(untouched: Callable[..., AbstractContextManager[None]]) -> Callable[
     """``with refused(generator, Error, "pattern"):`` expects an error and an unchanged generator."""
 
     @contextmanager
-    def expect(
-        generator: nn.Module, error: type[Exception], match: str
-    ) -> Iterator[pytest.ExceptionInfo[Exception]]:
+    def expect(generator: nn.Module, error: type[Exception], match: str) -> Iterator[pytest.ExceptionInfo[Exception]]:
         with untouched(generator), pytest.raises(error, match=match) as caught:
             yield caught
 

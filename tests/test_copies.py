@@ -204,13 +204,7 @@ def test_the_message_says_how_another_generator_differs(change, says):
 def test_branches_of_other_weights_are_refused(tmp_path):
     model = wrapped(flat("batch norm"))
     retroexit.fit(
-        model,
-        list(X.repeat(4, 1, 1, 1)),
-        tmp_path / "a",
-        metric="ms-ssim",
-        steps=2,
-        predictor_steps=2,
-        progress=False,
+        model, list(X.repeat(4, 1, 1, 1)), tmp_path / "a", metric="ms-ssim", steps=2, predictor_steps=2, progress=False
     )
     with torch.no_grad():
         model.generator[0].weight.add_(1e-3)
@@ -222,9 +216,7 @@ def test_branches_of_other_weights_are_refused(tmp_path):
         ),
     ]
     for attempt in attempts:
-        with pytest.raises(
-            GeneratorError, match=r"other weights of Sequential: .*0\.weight.*wrap and fit it again"
-        ):
+        with pytest.raises(GeneratorError, match=r"other weights of Sequential: .*0\.weight.*wrap and fit it again"):
             attempt()
     assert not (tmp_path / "b").exists()
 

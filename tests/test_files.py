@@ -43,12 +43,7 @@ def generator(seed: int = 0) -> nn.Module:
 def wrapped(seed: int = 0) -> retroexit.EarlyExitGenerator:
     guidance = retroexit.Guidance(value_after=2, size=20, retriever="hnswlib")
     stages = ["0", "1", "2"]
-    options: dict[str, Any] = {
-        "image_range": (-1, 1),
-        "min_channels": 2,
-        "self_test": False,
-        "guidance": guidance,
-    }
+    options: dict[str, Any] = {"image_range": (-1, 1), "min_channels": 2, "self_test": False, "guidance": guidance}
     return retroexit.wrap(
         generator(seed), [1], 0.5, stages=stages, adapter=False, example_inputs=(INPUTS[:1],), **options
     )
@@ -72,9 +67,7 @@ def test_modes_follow_the_umask(mask: int, tmp_path: Path) -> None:
         assert stat.S_IMODE(path.stat().st_mode) & 0o777 in (expected, expected & ~0o022), path
 
 
-def test_a_second_fit_in_a_folder_is_refused_until_the_first_is_killed(
-    damage: ModuleType, tmp_path: Path
-) -> None:
+def test_a_second_fit_in_a_folder_is_refused_until_the_first_is_killed(damage: ModuleType, tmp_path: Path) -> None:
     pid = os.fork() if sys.version_info < (3, 12) else pytest.skip("forks beside threads")
     if not pid:
         try:
@@ -121,14 +114,7 @@ def test_a_full_disk_is_an_error_at_every_phase(monkeypatch: pytest.MonkeyPatch,
         phases.add(Path(str(caught.value.subject)).name)
         assert not list((tmp_path / f"{limit}").rglob("*.part"))
         shutil.rmtree(tmp_path / f"{limit}")
-    assert phases >= {
-        "cache.json",
-        "backbone-image.npy",
-        "fit.json",
-        "values.npy",
-        "exit1.safetensors",
-        "losses.npy",
-    }
+    assert phases >= {"cache.json", "backbone-image.npy", "fit.json", "values.npy", "exit1.safetensors", "losses.npy"}
     assert phases >= {"weights.safetensors", "model.json"}
 
 
@@ -154,9 +140,7 @@ def test_a_bank_of_other_weights_is_refused_before_anything_is_written(tmp_path:
     model = fit(tmp_path / "fit")
     assert model.bank is not None
     model.bank.meta["fingerprint"] = "of another network"
-    with pytest.raises(
-        BankError, match="the backbone of the bank must be .*, got 'of another network'. Build"
-    ):
+    with pytest.raises(BankError, match="the backbone of the bank must be .*, got 'of another network'. Build"):
         model.save(tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
     del model.bank.meta["fingerprint"]  # a bank made by hand fits by its shapes, and the folder can be read
@@ -187,32 +171,21 @@ def test_a_flipped_bit_in_weights_of_torch_is_refused(tmp_path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[data.index(torch.arange(1000.0).numpy().tobytes()) + 402] ^= 1
     path.write_bytes(data)
-    with pytest.raises(
-        CheckpointError, match=r"cannot read .*: ValueError: its part .* its checksum. Copy it again"
-    ):
+    with pytest.raises(CheckpointError, match=r"cannot read .*: ValueError: its part .* its checksum. Copy it again"):
         files.read_torch(path, "Copy it again.", CheckpointError)
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
-def test_a_pipe_or_a_folder_in_place_of_a_file_is_refused(
-    make: Callable[[Path], None], tmp_path: Path
-) -> None:
+def test_a_pipe_or_a_folder_in_place_of_a_file_is_refused(make: Callable[[Path], None], tmp_path: Path) -> None:
     path = tmp_path / "file"
     make(path)
-    readers: list[Callable[[Path], Any]] = [
-        files.read_json,
-        files.read_npy,
-        files.read_tensors,
-        files.sha256_of,
-    ]
+    readers: list[Callable[[Path], Any]] = [files.read_json, files.read_npy, files.read_tensors, files.sha256_of]
     for read in [*readers, lambda path: files.read_torch(path, "Copy it.", CheckpointError)]:
         with pytest.raises(RetroExitError, match="cannot read .*file: OSError: it is no regular file"):
             read(path)
 
 
-def test_mutations_of_the_files_of_a_model_are_refused_or_repaired(
-    damage: ModuleType, tmp_path: Path
-) -> None:
+def test_mutations_of_the_files_of_a_model_are_refused_or_repaired(damage: ModuleType, tmp_path: Path) -> None:
     model, network = fit(tmp_path / "fit"), generator()
     model.save(tmp_path / "model")
     paths = sorted(path for path in (tmp_path / "model").rglob("*") if path.is_file())

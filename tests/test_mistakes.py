@@ -69,14 +69,10 @@ def latents(count: int = 4, size: int = 8) -> Tensor:
 
 def wrap(made: nn.Module | None = None, **options: Any) -> EarlyExitGenerator:
     options = {"example_inputs": (latents(2),), "adapter": False, **options}
-    return retroexit.wrap(
-        made or generator(), options.pop("attach_at", [1]), 1 / 2, min_channels=4, **options
-    )
+    return retroexit.wrap(made or generator(), options.pop("attach_at", [1]), 1 / 2, min_channels=4, **options)
 
 
-def fit(
-    folder: Path, inputs: Any = None, made: nn.Module | None = None, **options: Any
-) -> EarlyExitGenerator:
+def fit(folder: Path, inputs: Any = None, made: nn.Module | None = None, **options: Any) -> EarlyExitGenerator:
     model = wrap(made, **options.pop("wrap", {}))
     return retroexit.fit(model, latents() if inputs is None else inputs, folder, **{**FIT, **options})
 
@@ -141,9 +137,7 @@ MISTAKES: dict[str, tuple[Act, str, Act]] = {
     "arrays by keyword": (
         lambda f: fit(f, [{"z": x.numpy()} for x in latents()], wrap={"example_inputs": None}),
         r"got dict\. Convert the numpy array \(4, 8, 8\) of float32 with torch\.from_numpy",
-        lambda f: fit(
-            f, [{"z": torch.from_numpy(x.numpy())} for x in latents()], wrap={"example_inputs": None}
-        ),
+        lambda f: fit(f, [{"z": torch.from_numpy(x.numpy())} for x in latents()], wrap={"example_inputs": None}),
     ),
     "pictures": (
         lambda f: fit(f, pictures()),
@@ -170,11 +164,7 @@ MISTAKES: dict[str, tuple[Act, str, Act]] = {
         r"not fitted on, got 59 of 59 that it was\. Pass new ones, or fit with calibrate=",
         lambda f: fit(f, latents(300), calibrate=0.2),
     ),
-    "steps as text": (
-        lambda f: fit(f, steps="3"),
-        "steps must be an integer >= 1, got '3'",
-        lambda f: fit(f, steps=3),
-    ),
+    "steps as text": (lambda f: fit(f, steps="3"), "steps must be an integer >= 1, got '3'", lambda f: fit(f, steps=3)),
     "a plain generator": (
         lambda f: retroexit.fit(generator(), latents(), f),  # type: ignore[arg-type]
         r"model must be what retroexit\.wrap returns, got a Generator\. Wrap the generator first",
@@ -307,9 +297,7 @@ MISTAKES: dict[str, tuple[Act, str, Act]] = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_named_before_anything_is_written_and_the_advice_works(
-    mistake: str, tmp_path: Path
-) -> None:
+def test_a_mistake_is_named_before_anything_is_written_and_the_advice_works(mistake: str, tmp_path: Path) -> None:
     act, message, advised = MISTAKES[mistake]
     with pytest.raises(RetroExitError, match=f"(?s){message}"):
         act(tmp_path / "wrong")
@@ -320,17 +308,11 @@ def test_a_mistake_is_named_before_anything_is_written_and_the_advice_works(
 def test_other_sizes_and_images_are_refused_in_calibrate_and_evaluate_as_in_fit(tmp_path: Path) -> None:
     model = fit(tmp_path / "fit")
     sizes = [*latents(40) + 1, *latents(40, 12)]
-    for measure in (
-        lambda **k: model.calibrate(sizes, **k),
-        lambda **k: retroexit.evaluate(model, sizes, **k),
-    ):
+    for measure in (lambda **k: model.calibrate(sizes, **k), lambda **k: retroexit.evaluate(model, sizes, **k)):
         with pytest.raises(RetroExitError, match=r"one shape.*Resize them to one size"):
             measure(metric="ms-ssim", progress=False)
     small = latents(80, 4)
-    for measure in (
-        lambda **k: model.calibrate(small, **k),
-        lambda **k: retroexit.evaluate(model, small, **k),
-    ):
+    for measure in (lambda **k: model.calibrate(small, **k), lambda **k: retroexit.evaluate(model, small, **k)):
         with pytest.raises(RetroExitError, match="at least 11x11 pixels, got 8x8"):
             measure(metric="ms-ssim", progress=False)
 
@@ -339,9 +321,7 @@ def test_numbers_of_numpy_are_numbers_everywhere(tmp_path: Path) -> None:
     n = SimpleNamespace(f=np.float32, i=np.int64)
     made = generator()
     options: dict[str, Any] = {"min_channels": n.i(4), "seed": n.i(0), "example_inputs": (latents(2),)}
-    model = retroexit.wrap(
-        made, np.array([1, 2]), np.array([0.5, 0.5]), image_range=(n.f(-1), n.f(1)), **options
-    )
+    model = retroexit.wrap(made, np.array([1, 2]), np.array([0.5, 0.5]), image_range=(n.f(-1), n.f(1)), **options)
     assert [e.index for e in retroexit.wrap(made, [n.i(1)], n.f(0.5), **options).exits] == [1, 2]
     numbers: dict[str, Any] = {"steps": n.i(2), "batch": n.i(2), "lr": n.f(1e-3), "held_out": n.f(0.2)}
     numbers |= {"seed": n.i(1), "calibrate": n.f(0.5), "alpha": n.f(0.4), "confidence": n.f(0.6)}
@@ -351,12 +331,7 @@ def test_numbers_of_numpy_are_numbers_everywhere(tmp_path: Path) -> None:
     model.calibrate(latents(8) + 1, metric="ms-ssim", **promise)
     model.measure_latency(latents(2), runs=n.i(2))
     again = retroexit.load(model.save(tmp_path / "saved"), made, (latents(2),))
-    for name, number in (
-        ("exit", n.i(1)),
-        ("threshold", n.f(0.5)),
-        ("budget", n.f(1)),
-        ("deadline_ms", n.f(1e5)),
-    ):
+    for name, number in (("exit", n.i(1)), ("threshold", n.f(0.5)), ("budget", n.f(1)), ("deadline_ms", n.f(1e5))):
         assert torch.equal(again(latents(2), **{name: number}), again(latents(2), **{name: number.item()}))
 
 
@@ -382,10 +357,7 @@ def test_other_precisions_are_fitted_calibrated_evaluated_and_saved(
             torch.set_default_dtype(torch.float64)
         model = fit(tmp_path, x[:8], made, wrap={"example_inputs": (x[:2],), "guidance": guidance})
         model.calibrate(x[8:], alpha=0.4, confidence=0.6, metric="ms-ssim", progress=False)
-        assert retroexit.evaluate(model, x[8:10], repeats=0, metric="ms-ssim", progress=False).loss.shape == (
-            2,
-            1,
-        )
+        assert retroexit.evaluate(model, x[8:10], repeats=0, metric="ms-ssim", progress=False).loss.shape == (2, 1)
         again = retroexit.load(model.save(tmp_path / "saved"), made, (x[:2],))
         for options in ({"exit": 1}, {"threshold": 0.1}, {"budget": 1.0}):
             image = again(x[:3], **options)

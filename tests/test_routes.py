@@ -15,9 +15,7 @@ from retroexit.core.nested import tensors
 
 
 def wrap(toy, attach_at=(1, 2), **options):
-    return retroexit.wrap(
-        toy.generator, attach_at, 1 / 4, min_channels=8, **{"example_inputs": toy.args, **options}
-    )
+    return retroexit.wrap(toy.generator, attach_at, 1 / 4, min_channels=8, **{"example_inputs": toy.args, **options})
 
 
 class ByBrightness(nn.Module):
@@ -189,9 +187,7 @@ def test_keywords_of_the_generator_may_be_named_like_those_of_the_model(toys):
     generator = Doors([toys.Block(32, 32), toys.Block(32, 24, True), toys.Block(24, 24)]).eval()
     x = torch.rand(2, 4, 8, 8)
     with pytest.warns(errors.RetroExitWarning, match="own keyword 'exit'.*model.route"):
-        model = retroexit.wrap(
-            generator, [1], 1 / 4, min_channels=8, example_inputs=(x,), example_kwargs={"exit": 0.5}
-        )
+        model = retroexit.wrap(generator, [1], 1 / 4, min_channels=8, example_inputs=(x,), example_kwargs={"exit": 0.5})
     assert torch.equal(model(x, exit=0.5), generator(x, exit=0.5))
     branch = model.route((x,), {"exit": 0.5}, exit=1)
     assert branch.shape == (2, 3, 16, 16) and not torch.equal(branch, generator(x, exit=0.5))
@@ -311,9 +307,7 @@ def test_a_stage_may_take_its_map_by_keyword_or_inside_a_tuple(attach_at):
 def test_features_are_the_maps_at_the_attach_points(model, toy):
     seen = []
     hooks = [
-        toy.generator.get_submodule(exit.attach_at).register_forward_hook(
-            lambda m, i, o: seen.append(o.clone())
-        )
+        toy.generator.get_submodule(exit.attach_at).register_forward_hook(lambda m, i, o: seen.append(o.clone()))
         for exit in model.exits[:-1]
     ]
     toy.generator(*toy.args)

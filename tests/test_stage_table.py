@@ -29,9 +29,7 @@ class Decoder(nn.Module):
         super().__init__()
         conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dimensions - 1]
         pairs = list(itertools.pairwise(widths))
-        self.blocks_under_a_name_that_is_not_short = nn.ModuleList(
-            Block(conv, i, o, i != o) for i, o in pairs
-        )
+        self.blocks_under_a_name_that_is_not_short = nn.ModuleList(Block(conv, i, o, i != o) for i, o in pairs)
         self.image = conv(widths[-1], 3, 1)
 
     def forward(self, x):
@@ -87,9 +85,7 @@ def test_a_row_adds_up():
         f"{100 * done:.1f}%",
         f"{int(100 * (1 - done))}%",
     ]
-    assert lines[0].startswith(
-        f"Decoder, {sum(p.numel() for p in Decoder([12, 12, 8, 6]).parameters()):,} para"
-    )
+    assert lines[0].startswith(f"Decoder, {sum(p.numel() for p in Decoder([12, 12, 8, 6]).parameters()):,} para")
     assert f", {total / 1e6:.3f} MMACs for x 1x12x4x4" in lines[0]
 
 

@@ -85,18 +85,8 @@ def test_settings_of_the_wrap_come_back(generator, tmp_path):
             return {"maps": (z, self.inner(z))}
 
     guidance = retroexit.Guidance(value_after=2, patch=(2, 2), size=9, thin="random", inject="every_stage")
-    options = {
-        "stages": ("inner.1", "inner.2", "inner.3"),
-        "min_channels": 3,
-        "image": ("maps", 1),
-        "seed": 11,
-    }
-    options |= {
-        "image_range": (-1, 1),
-        "guidance": guidance,
-        "self_test": False,
-        "example_inputs": (INPUTS[:1],),
-    }
+    options = {"stages": ("inner.1", "inner.2", "inner.3"), "min_channels": 3, "image": ("maps", 1), "seed": 11}
+    options |= {"image_range": (-1, 1), "guidance": guidance, "self_test": False, "example_inputs": (INPUTS[:1],)}
     model = retroexit.wrap(Pair().eval(), ["inner.2", "inner.1"], [0.75, 0.5], **options)
     model.save(tmp_path)
     loaded = retroexit.load(tmp_path, Pair().eval(), (INPUTS[:1],))
@@ -130,9 +120,7 @@ def test_another_generator_is_refused(folder, generator):
     other = copy.deepcopy(generator)
     with torch.no_grad():
         other[0].bias[0] += 1e-6
-    with pytest.raises(
-        CheckpointError, match=r"weights differ in 1 of \d+ tensors: 0\.bias\. Load the weights"
-    ):
+    with pytest.raises(CheckpointError, match=r"weights differ in 1 of \d+ tensors: 0\.bias\. Load the weights"):
         retroexit.load(folder, other, (INPUTS[:1],))
     with pytest.raises(CheckpointError, match="this Linear: its class is Linear instead of Sequential"):
         retroexit.load(folder, nn.Linear(2, 2).eval())
@@ -141,17 +129,9 @@ def test_another_generator_is_refused(folder, generator):
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        (
-            "weights.safetensors",
-            lambda data: data[:-1] + bytes([data[-1] ^ 1]),
-            "has changed since it was written",
-        ),
+        ("weights.safetensors", lambda data: data[:-1] + bytes([data[-1] ^ 1]), "has changed since it was written"),
         ("weights.safetensors", None, "cannot read .*weights.safetensors: .*No such file"),
-        (
-            "bank/meta.json",
-            lambda data: data.replace(b'"seed": 0', b'"seed": 1'),
-            "holds another guidance bank",
-        ),
+        ("bank/meta.json", lambda data: data.replace(b'"seed": 0', b'"seed": 1'), "holds another guidance bank"),
         ("bank/meta.json", None, "meta.json: .*No such file"),
     ],
 )
@@ -178,10 +158,7 @@ def _without(key):
         (_without("about"), "model.json: KeyError: 'about'"),
         (_without("has_bank"), "model.json: KeyError: 'has_bank'"),
         (lambda m: m.update(options=None), "model.json: TypeError"),
-        (
-            lambda m: m["options"].update(tap="beside"),
-            "model.json: tap must be 'after' or 'before', got 'beside'",
-        ),
+        (lambda m: m["options"].update(tap="beside"), "model.json: tap must be 'after' or 'before', got 'beside'"),
         (lambda m: m["options"].update(colour="red"), "model.json: TypeError.*colour"),
         (lambda m: m["plans"][0].update(shapes=[]), "model.json: AttributeError"),
         (lambda m: m["predictor"].update(exits="two"), "model.json: TypeError"),
@@ -203,9 +180,7 @@ def test_a_folder_without_a_readable_manifest_is_refused(folder, generator, text
         (folder / "model.json").unlink()
     else:
         (folder / "model.json").write_text(text)
-    with pytest.raises(
-        CheckpointError, match="cannot read .*model.json: .*Pass a folder that model.save wrote"
-    ):
+    with pytest.raises(CheckpointError, match="cannot read .*model.json: .*Pass a folder that model.save wrote"):
         retroexit.load(folder, generator)
 
 
@@ -213,9 +188,7 @@ def test_a_predictor_that_reads_inputs_needs_its_adapter(generator, tmp_path):
     adapter = retroexit.Description(name="toy", predictor_inputs=lambda z: z[:, :2])
     options = {"init": "scratch", "adapter": adapter, "image_range": (-1, 1), "example_inputs": (INPUTS[:1],)}
     settings = {"steps": 1, "batch": 1, "predictor_steps": 1, "progress": False}
-    retroexit.fit(
-        retroexit.wrap(generator, [2], 1.0, **options), INPUTS, tmp_path, metric=Distance(), **settings
-    )
+    retroexit.fit(retroexit.wrap(generator, [2], 1.0, **options), INPUTS, tmp_path, metric=Distance(), **settings)
     with pytest.raises(CheckpointError, match="no adapter recognises a Sequential. Install the plug-in"):
         retroexit.load(tmp_path, generator, (INPUTS[:1],))
 
@@ -240,9 +213,7 @@ def test_tensors_of_all_layouts_survive_writing(tmp_path):
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["file.safetensors"]
 
 
-@pytest.mark.parametrize(
-    "damage", [lambda raw: raw[:-3], lambda raw: raw[:4], lambda raw: b"", lambda raw: b"x" + raw]
-)
+@pytest.mark.parametrize("damage", [lambda raw: raw[:-3], lambda raw: raw[:4], lambda raw: b"", lambda raw: b"x" + raw])
 def test_a_damaged_tensor_file_is_refused(tmp_path, damage):
     path = tmp_path / "file.safetensors"
     write_tensors(path, {"a": torch.rand(8)})

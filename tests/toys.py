@@ -88,9 +88,7 @@ def conv(i: int, o: int, kernel: int = 3, **options: Any) -> nn.Conv2d:
 class Block(nn.Module):
     """A residual block with whatever norm; doubles the resolution on request."""
 
-    def __init__(
-        self, i: int, o: int, up: bool = False, norm: Callable[[int], nn.Module] = nn.Identity
-    ) -> None:
+    def __init__(self, i: int, o: int, up: bool = False, norm: Callable[[int], nn.Module] = nn.Identity) -> None:
         super().__init__()
         self.a, self.b, self.norm, self.up = conv(i, o), conv(o, o), norm(o), up
         self.skip = conv(i, o, 1, bias=False) if i != o else None
@@ -237,9 +235,7 @@ def modulated_convolution_with_skip_image() -> Toy:
             n, c, height, width = x.shape
             weight = self.gain * self.weight * (1 + self.affine(w)).view(n, 1, c, 1, 1)
             weight = weight * torch.rsqrt(weight.pow(2).sum([2, 3, 4]) + 1e-8).view(n, self.out, 1, 1, 1)
-            x = F.conv2d(
-                x.reshape(1, n * c, height, width), weight.view(n * self.out, c, 3, 3), padding=1, groups=n
-            )
+            x = F.conv2d(x.reshape(1, n * c, height, width), weight.view(n * self.out, c, 3, 3), padding=1, groups=n)
             x = F.leaky_relu(x.view(n, self.out, height, width) + self.bias, 0.2)
             picture = self.rgb(x)
             return x, picture if image is None else image + picture
@@ -248,9 +244,7 @@ def modulated_convolution_with_skip_image() -> Toy:
         def __init__(self) -> None:
             super().__init__()
             self.start = nn.Parameter(torch.randn(1, 32, 4, 4))
-            self.blocks = nn.ModuleList(
-                [Modulated(32, 32, False), Modulated(32, 24, True), Modulated(24, 16, True)]
-            )
+            self.blocks = nn.ModuleList([Modulated(32, 32, False), Modulated(32, 24, True), Modulated(24, 16, True)])
 
         def forward(self, ws: Tensor) -> Tensor:
             x, image = self.start.expand(ws.shape[0], -1, -1, -1), None

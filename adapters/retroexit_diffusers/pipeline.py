@@ -50,11 +50,7 @@ class EarlyExitDecoder(nn.Module):
     counts: Counter[int]
 
     def __init__(
-        self,
-        model: EarlyExitGenerator,
-        exit: int | None = None,
-        threshold: float | None = None,
-        **routing: Any,
+        self, model: EarlyExitGenerator, exit: int | None = None, threshold: float | None = None, **routing: Any
     ) -> None:
         super().__init__()
         decoder = model.unwrap()
@@ -77,10 +73,7 @@ class EarlyExitDecoder(nn.Module):
         routing: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
         if exit is not None and routing:
             named = " and ".join(f"{name}={value}" for name, value in routing.items())
-            raise OptionError(
-                f"exit={exit} and {named} both choose an exit. Pass one of them.",
-                exit,
-            )
+            raise OptionError(f"exit={exit} and {named} both choose an exit. Pass one of them.", exit)
         last = len(model.branches) + 1
         if model.is_recorded and exit is not None and exit not in range(1, last + 1):
             raise OptionError(f"exit must be from 1 to {last}, the decoder itself, got {exit!r}", exit)
@@ -142,11 +135,7 @@ class EarlyExitDecoder(nn.Module):
 
 @contextmanager
 def early_exits(
-    pipe: Any,
-    model: EarlyExitGenerator,
-    exit: int | None = None,
-    threshold: float | None = None,
-    **routing: Any,
+    pipe: Any, model: EarlyExitGenerator, exit: int | None = None, threshold: float | None = None, **routing: Any
 ) -> Iterator[EarlyExitDecoder]:
     """Let a pipeline decode with early exits inside a ``with`` block.
 

@@ -99,6 +99,5 @@ def _refuse_autoencoder(autoencoder: nn.Module) -> NoReturn:
 
 def _refuse_exits(decoder: nn.Module) -> NoReturn:
     raise GeneratorError(
-        "an EarlyExitDecoder has exits already. Wrap the decoder inside it, decoder.unwrap().",
-        decoder,
+        "an EarlyExitDecoder has exits already. Wrap the decoder inside it, decoder.unwrap().", decoder
     )

@@ -31,7 +31,5 @@ def frame_key(angles: Tensor, expression: Tensor) -> Tensor:
     if angles.dim() != 2 or angles.shape[1] != ANGLES:
         raise ValueError(f"angles must have the shape (N, {ANGLES}), got {tuple(angles.shape)}")
     if expression.shape != (len(angles), EXPRESSION):
-        raise ValueError(
-            f"expression must have the shape {(len(angles), EXPRESSION)}, got {tuple(expression.shape)}"
-        )
+        raise ValueError(f"expression must have the shape {(len(angles), EXPRESSION)}, got {tuple(expression.shape)}")
     return torch.cat([angles, expression], 1)[:, :, None, None]

@@ -96,9 +96,7 @@ class OASISGenerator(nn.Module):
                 without noise.
         """
         if label.shape[1] != self.num_labels:
-            raise ValueError(
-                f"label map has {label.shape[1]} channels, the generator {self.num_labels} labels"
-            )
+            raise ValueError(f"label map has {label.shape[1]} channels, the generator {self.num_labels} labels")
         seg = self._with_noise(label, z)  # (N, z_dim + num_labels, H, W)
         x = self.fc(F.interpolate(seg, size=self.start))
         for i, block in enumerate(self.body):
@@ -117,8 +115,7 @@ class OASISGenerator(nn.Module):
             z = torch.randn(n, self.z_dim, dtype=torch.float32, device=label.device)
         elif z.shape not in ((n, self.z_dim), (n, self.z_dim, height, width)):
             raise ValueError(
-                f"z must have the shape {(n, self.z_dim)} or {(n, self.z_dim, height, width)}, got "
-                f"{tuple(z.shape)}"
+                f"z must have the shape {(n, self.z_dim)} or {(n, self.z_dim, height, width)}, got {tuple(z.shape)}"
             )
         if z.dim() == 2:
             z = z.view(n, self.z_dim, 1, 1).expand(-1, -1, height, width)

@@ -35,10 +35,4 @@ from retroexit_stylegan.discriminator import Discriminator
 from retroexit_stylegan.generator import StyleGANGenerator
 from retroexit_stylegan.plugin import retroexit_describe
 
-__all__ = [
-    "Discriminator",
-    "StyleGANGenerator",
-    "convert_rosinality",
-    "load_generator",
-    "retroexit_describe",
-]
+__all__ = ["Discriminator", "StyleGANGenerator", "convert_rosinality", "load_generator", "retroexit_describe"]

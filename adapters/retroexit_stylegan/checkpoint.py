@@ -24,9 +24,7 @@ _EXPORT = """NVIDIA's pickled networks hold code. Export the weights in a checko
     torch.save(generator.state_dict(), "{target}")"""
 
 
-def load_generator(
-    path: str | Path, conv_clamp: float | None = None, samples: int = 4096
-) -> StyleGANGenerator:
+def load_generator(path: str | Path, conv_clamp: float | None = None, samples: int = 4096) -> StyleGANGenerator:
     """Read a generator from a checkpoint; its sizes are inferred from the tensors.
 
     Two layouts are supported: the state dict of NVIDIA's ``G_ema``, saved by ``torch.save`` or as safetensors,
@@ -93,8 +91,7 @@ def _weights(content: Any, path: Path) -> tuple[dict[str, Tensor], Tensor | None
             w_avg, content = content.get("latent_avg"), content[name]
             if w_avg is not None and not isinstance(w_avg, Tensor):
                 raise CheckpointError(
-                    f"latent_avg in {path} must be a tensor, got {type(w_avg).__name__}. Copy the file again.",
-                    path,
+                    f"latent_avg in {path} must be a tensor, got {type(w_avg).__name__}. Copy the file again.", path
                 )
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
         keys = list(content)[:6] if isinstance(content, Mapping) else type(content).__name__

@@ -12,14 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from retroexit_stylegan.layers import (
-    Linear,
-    NoiseMode,
-    SynthesisLayer,
-    ToRGB,
-    low_pass_filter,
-    upsample,
-)
+from retroexit_stylegan.layers import Linear, NoiseMode, SynthesisLayer, ToRGB, low_pass_filter, upsample
 
 __all__ = ["MappingNetwork", "StyleGANGenerator", "SynthesisBlock", "SynthesisNetwork"]
 
@@ -66,9 +59,7 @@ class StyleGANGenerator(nn.Module):
         if len(widths) != len(sizes):
             raise ValueError(f"channels must be one for each of the blocks {sizes}, got {channels}")
         self.z_dim, self.c_dim, self.w_dim, self.resolution = z_dim, c_dim, w_dim, resolution
-        self.synthesis = SynthesisNetwork(
-            w_dim, dict(zip(sizes, widths, strict=True)), conv_clamp, image_channels
-        )
+        self.synthesis = SynthesisNetwork(w_dim, dict(zip(sizes, widths, strict=True)), conv_clamp, image_channels)
         self.num_ws = self.synthesis.num_ws
         self.mapping = MappingNetwork(z_dim, c_dim, w_dim, self.num_ws, num_mapping_layers)
 
@@ -128,11 +119,7 @@ class MappingNetwork(nn.Module):
         self.register_buffer("w_avg", torch.zeros(w_dim))
 
     def forward(
-        self,
-        z: Tensor,
-        c: Tensor | None = None,
-        truncation_psi: float = 1.0,
-        truncation_cutoff: int | None = None,
+        self, z: Tensor, c: Tensor | None = None, truncation_psi: float = 1.0, truncation_cutoff: int | None = None
     ) -> Tensor:
         """Map ``z`` ``(N, z_dim)`` and ``c`` ``(N, c_dim)`` to style vectors ``(N, num_ws, w_dim)``."""
         if z.dim() != 2 or z.shape[1] != self.z_dim:
@@ -179,9 +166,7 @@ class SynthesisNetwork(nn.Module):
         """Shapes of one sample's noise, ``(1, H, W)`` for each layer in turn."""
         return [(1, size, size) for size in self.block_resolutions for _ in range(1 if size == 4 else 2)]
 
-    def forward(
-        self, ws: Tensor, noise_mode: NoiseMode = "const", noise: Sequence[Tensor] | None = None
-    ) -> Tensor:
+    def forward(self, ws: Tensor, noise_mode: NoiseMode = "const", noise: Sequence[Tensor] | None = None) -> Tensor:
         """Draw an image.
 
         Args:
@@ -196,9 +181,7 @@ class SynthesisNetwork(nn.Module):
             ValueError: If ``ws`` or ``noise`` has another shape, or there is no such noise mode.
         """
         if ws.dim() != 3 or ws.shape[1:] != (self.num_ws, self.w_dim):
-            raise ValueError(
-                f"ws must have the shape (N, {self.num_ws}, {self.w_dim}), got {tuple(ws.shape)}"
-            )
+            raise ValueError(f"ws must have the shape (N, {self.num_ws}, {self.w_dim}), got {tuple(ws.shape)}")
         if noise_mode not in ("const", "random", "none"):
             raise ValueError(f"noise_mode must be 'const', 'random' or 'none', got {noise_mode!r}")
         if noise is not None and [tuple(one.shape[1:]) for one in noise] != self.noise_shapes:
@@ -233,13 +216,7 @@ class SynthesisBlock(nn.Module):
     resample_filter: Tensor
 
     def __init__(
-        self,
-        in_channels: int,
-        channels: int,
-        w_dim: int,
-        resolution: int,
-        clamp: float | None,
-        image_channels: int,
+        self, in_channels: int, channels: int, w_dim: int, resolution: int, clamp: float | None, image_channels: int
     ) -> None:
         super().__init__()
         self.is_first = in_channels == 0

@@ -100,9 +100,9 @@ def _is_nvidia_synthesis(generator: nn.Module) -> bool:
 
 def _has_blocks(synthesis: Any) -> bool:
     """Tell whether this is a synthesis network that builds up an image block by block, the paper's choice."""
-    return all(
-        hasattr(synthesis, name) for name in ("block_resolutions", "b4", "w_dim", "num_ws")
-    ) and hasattr(synthesis.b4, "torgb")
+    return all(hasattr(synthesis, name) for name in ("block_resolutions", "b4", "w_dim", "num_ws")) and hasattr(
+        synthesis.b4, "torgb"
+    )
 
 
 def _is_rosinality(generator: nn.Module) -> bool:

@@ -119,13 +119,7 @@ class Bench:
         return row
 
     def _guides(
-        self,
-        model: EarlyExitGenerator,
-        bank: GuidanceBank,
-        cache: FeatureCache,
-        control: str,
-        seed: int,
-        in_bank: bool,
+        self, model: EarlyExitGenerator, bank: GuidanceBank, cache: FeatureCache, control: str, seed: int, in_bank: bool
     ) -> tuple[Guides, list[float]]:
         """Search once for every sample; a sample of the bank does not get its own keys."""
         taps = model.decomposition.taps
@@ -147,13 +141,7 @@ class Bench:
         return retrieved, distance.tolist()
 
     def _train(
-        self,
-        model: EarlyExitGenerator,
-        index: int,
-        cache: FeatureCache,
-        guides: Guides | None,
-        seed: int,
-        name: str,
+        self, model: EarlyExitGenerator, index: int, cache: FeatureCache, guides: Guides | None, seed: int, name: str
     ) -> None:
         """Train one branch as `fit` does; every variant sees the same samples and windows."""
         sizes = [tuple(cache.read(value, [0]).shape[2:]) for value in _crossing(model, index)]
@@ -173,9 +161,7 @@ class Bench:
         shutil.rmtree(folder)
 
     @torch.no_grad()
-    def _losses(
-        self, model: EarlyExitGenerator, index: int, cache: FeatureCache, guides: Guides | None
-    ) -> list[float]:
+    def _losses(self, model: EarlyExitGenerator, index: int, cache: FeatureCache, guides: Guides | None) -> list[float]:
         names, branch = _crossing(model, index), model.branches[index]
 
         def render(rows: Sequence[int]) -> Tensor:

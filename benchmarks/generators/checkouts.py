@@ -166,13 +166,7 @@ ENTRIES = (
         "synthesis.b4 synthesis.b8 synthesis.b16 synthesis.b32 synthesis.b64",
         checkout="stylegan2-ada-pytorch",
     ),
-    Entry(
-        "stylegan2-rosinality",
-        stylegan2_rosinality,
-        "conv1 convs.{0-5}",
-        checkout="stylegan2-pytorch",
-        image=0,
-    ),
+    Entry("stylegan2-rosinality", stylegan2_rosinality, "conv1 convs.{0-5}", checkout="stylegan2-pytorch", image=0),
     Entry(
         "pix2pixhd-global",
         _of_networks("GlobalGenerator", 5, 3, 16, n_blocks=4, norm_layer=_NORM),
@@ -201,10 +195,7 @@ ENTRIES = (
     Entry("biggan", biggan, "blocks.{0-3}", checkout="BigGAN-PyTorch"),
     # A residual trunk at one resolution, then two up-sampling convolutions and one more.
     Entry(
-        "esrgan-rrdbnet",
-        rrdbnet,
-        "?conv_first RRDB_trunk.{0-3} ?trunk_conv upconv1 upconv2 ?HRconv",
-        checkout="ESRGAN",
+        "esrgan-rrdbnet", rrdbnet, "?conv_first RRDB_trunk.{0-3} ?trunk_conv upconv1 upconv2 ?HRconv", checkout="ESRGAN"
     ),
     Entry("megaportraits-g2d", megaportraits, "res_blocks.{0-7} upsample{1-3}", checkout="MegaPortrait-hack"),
 )

@@ -61,12 +61,7 @@ class Entry:
 
 
 def of_library(
-    path: str,
-    *shapes: Sequence[int],
-    part: str = "",
-    args: Sequence[Any] = (),
-    config: bool = False,
-    **options: Any,
+    path: str, *shapes: Sequence[int], part: str = "", args: Sequence[Any] = (), config: bool = False, **options: Any
 ) -> Callable[[], Made]:
     """Return a function that makes a class of an installed library and random inputs of some shapes.
 

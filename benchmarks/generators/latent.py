@@ -97,9 +97,7 @@ ENTRIES = (
         is_large=True,
     ),
     _diffusers(
-        "tiny",
-        of_library("diffusers.AutoencoderTiny", (1, 3, 32, 32)),
-        _TINY.replace("layers", "decoder.layers"),
+        "tiny", of_library("diffusers.AutoencoderTiny", (1, 3, 32, 32)), _TINY.replace("layers", "decoder.layers")
     ),
     _diffusers("tiny-decoder", of_library("diffusers.AutoencoderTiny", (1, 4, 8, 8), part="decoder"), _TINY),
     _diffusers("vq", of_library("diffusers.VQModel", (1, 3, 32, 32), **_VQ), _BLOCKS),

@@ -165,9 +165,7 @@ def _plain_wrap(entry: Entry, made: Made, places: list[int], scale: float, tap: 
     )
 
 
-def _wrap(
-    row: Row, entry: Entry, made: Made, places: list[int], scale: float, tap: str
-) -> EarlyExitGenerator | None:
+def _wrap(row: Row, entry: Entry, made: Made, places: list[int], scale: float, tap: str) -> EarlyExitGenerator | None:
     """Wrap at all places, or where that fails at each alone, so that every branch is prediction by itself."""
     held, begin = peak_memory(), time.perf_counter()
     try:
@@ -230,9 +228,7 @@ def _crossing(model: EarlyExitGenerator, made: Made, index: int) -> list[Tensor]
 
 def _reached(module: nn.Module, outputs: list[Any]) -> set[str]:
     """Names of the parameters that a gradient of the outputs reaches."""
-    loss = sum(
-        t.float().square().sum() for t in tensors(outputs) if t.is_floating_point() and t.requires_grad
-    )
+    loss = sum(t.float().square().sum() for t in tensors(outputs) if t.is_floating_point() and t.requires_grad)
     names, parameters = zip(*module.named_parameters(), strict=True)
     gradients = torch.autograd.grad(loss, parameters, allow_unused=True, retain_graph=True)
     return {name for name, gradient in zip(names, gradients, strict=True) if gradient is not None}
@@ -298,8 +294,7 @@ def _batch_difference(model: EarlyExitGenerator, made: Made) -> float:
         return torch.cat([leaf, another(leaf)]) if is_batched(leaf) else leaf
 
     second, both = (
-        Made(made.generator, rebuild(made.args, change), rebuild(made.kwargs, change))
-        for change in (another, pair)
+        Made(made.generator, rebuild(made.args, change), rebuild(made.kwargs, change)) for change in (another, pair)
     )
     worst = 0.0
     with torch.no_grad():

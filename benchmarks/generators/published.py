@@ -42,9 +42,7 @@ def lightweight_gan() -> Made:
     with mock.patch("torch.cuda.is_available", return_value=True):  # its import insists on a GPU
         from lightweight_gan.lightweight_gan import Generator
 
-    return Made(
-        Generator(image_size=64, latent_dim=64, fmap_max=64, attn_res_layers=[16]), (torch.randn(1, 64),)
-    )
+    return Made(Generator(image_size=64, latent_dim=64, fmap_max=64, attn_res_layers=[16]), (torch.randn(1, 64),))
 
 
 _HIFI = {
@@ -200,12 +198,7 @@ ENTRIES = (
         ["monai"],
     ),
     # Dilated residual blocks at one resolution, of three widths.
-    Entry(
-        "monai-highresnet",
-        _monai("HighResNet", _MASK, 2, 1, 2),
-        "?blocks.0 blocks.{1-9} ?blocks.10",
-        ["monai"],
-    ),
+    Entry("monai-highresnet", _monai("HighResNet", _MASK, 2, 1, 2), "?blocks.0 blocks.{1-9} ?blocks.10", ["monai"]),
     Entry(
         "smp-unet",
         _smp("Unet", decoder_attention_type="scse"),
@@ -213,12 +206,7 @@ ENTRIES = (
         ["segmentation_models_pytorch"],
     ),
     # Top-down pathway; the four heads then run beside each other, so that none is a place.
-    Entry(
-        "smp-fpn",
-        _smp("FPN"),
-        "?decoder.p5 decoder.p4 decoder.p3 decoder.p2",
-        ["segmentation_models_pytorch"],
-    ),
+    Entry("smp-fpn", _smp("FPN"), "?decoder.p5 decoder.p4 decoder.p3 decoder.p2", ["segmentation_models_pytorch"]),
     # A triangle of blocks; x_0_i is the way up, the others refine the skips.
     Entry(
         "smp-unetplusplus",

@@ -41,12 +41,8 @@ class Rrdb(nn.Module):
     def __init__(self, blocks: int, width: int = 64, growth: int = 32) -> None:
         super().__init__()
         self.conv_first = nn.Conv2d(3, width, 3, padding=1)
-        self.body = nn.Sequential(
-            *(_Residual(*(_Dense(width, growth) for _ in range(3))) for _ in range(blocks))
-        )
-        self.conv_body, self.up1, self.up2, self.conv_hr = (
-            nn.Conv2d(width, width, 3, padding=1) for _ in range(4)
-        )
+        self.body = nn.Sequential(*(_Residual(*(_Dense(width, growth) for _ in range(3))) for _ in range(blocks)))
+        self.conv_body, self.up1, self.up2, self.conv_hr = (nn.Conv2d(width, width, 3, padding=1) for _ in range(4))
         self.conv_last = nn.Conv2d(width, 3, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -119,9 +115,7 @@ class _SwinGroup(nn.Module):
 
     def __init__(self, width: int, window: int, heads: int, depth: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(
-            _SwinLayer(width, window, heads, window // 2 * (i % 2)) for i in range(depth)
-        )
+        self.layers = nn.ModuleList(_SwinLayer(width, window, heads, window // 2 * (i % 2)) for i in range(depth))
         self.conv = nn.Conv2d(width, width, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -53,9 +53,7 @@ def write(model: EarlyExitGenerator, made: Made, folder: Path) -> None:
 
 def check(made: Made, folder: Path) -> str:
     """Load a model that `write` saved and compare what it renders; empty where all is equal."""
-    model = retroexit.load(
-        folder / "model", made.generator, cloned(made.args), cloned(made.kwargs), adapter=False
-    )
+    model = retroexit.load(folder / "model", made.generator, cloned(made.args), cloned(made.kwargs), adapter=False)
     return _difference(torch.load(folder / "renders.pt"), _renders(model, made))
 
 

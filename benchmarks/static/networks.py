@@ -128,9 +128,7 @@ def prune(case: Case, ratio: float) -> nn.Module:
     return network.requires_grad_(True)
 
 
-def tuned(
-    network: nn.Module, case: Case, training: Training, features: FeatureCache, path: Path
-) -> nn.Module:
+def tuned(network: nn.Module, case: Case, training: Training, features: FeatureCache, path: Path) -> nn.Module:
     """Train a network as a branch is trained; read from disk where that was done before.
 
     Args:
@@ -158,24 +156,13 @@ def tuned(
     return network
 
 
-def _steps(
-    case: Case, samples: Samples, rows: Sequence[int], training: Training, features: FeatureCache
-) -> Steps:
+def _steps(case: Case, samples: Samples, rows: Sequence[int], training: Training, features: FeatureCache) -> Steps:
     args, _ = samples.gather([0])
     size = tuple(features.read(IMAGE, [0]).shape[2:])
     cropper = Cropper.for_maps(training.crop, size, [tuple(args[0].shape[2:])])
     limits, device = ImageRange(*case.image_range), torch.device("cpu")
     return Steps(
-        features,
-        samples,
-        rows,
-        cropper,
-        limits,
-        None,
-        training.batch,
-        training.seed,
-        device,
-        needs_inputs=True,
+        features, samples, rows, cropper, limits, None, training.batch, training.seed, device, needs_inputs=True
     )
 
 

@@ -8,17 +8,7 @@ from pathlib import Path
 from retroexit.report.text_tables import table
 from static.measuring import Point
 
-__all__ = [
-    "LIMIT",
-    "OURS",
-    "STATIC",
-    "draw",
-    "floors",
-    "floors_table",
-    "points_table",
-    "verdicts",
-    "verdicts_table",
-]
+__all__ = ["LIMIT", "OURS", "STATIC", "draw", "floors", "floors_table", "points_table", "verdicts", "verdicts_table"]
 
 LIMIT = 0.1
 OURS = ("ours by image", "ours by budget")
@@ -180,9 +170,7 @@ def draw(points: Sequence[Point], macs: float, seconds: float | None, path: Path
                 width = 5 if way == "oracle" else 1.8
                 front = 3 if way in OURS else 2 if way in STATIC else 1
                 if mine:
-                    handles[way] = axes.plot(
-                        x, y, style, color=colour, lw=width, ms=6, label=way, zorder=front
-                    )[0]
+                    handles[way] = axes.plot(x, y, style, color=colour, lw=width, ms=6, label=way, zorder=front)[0]
             axes.set(xlabel=label, ylabel=labels[measure], xlim=(0, 100))
             if measure != "above":
                 axes.set_yscale("log")
@@ -194,8 +182,6 @@ def draw(points: Sequence[Point], macs: float, seconds: float | None, path: Path
                 axes.axhline(LIMIT, color="#888888", lw=1, ls=":")
             axes.grid(alpha=0.3)
     figure.suptitle(title)
-    figure.legend(
-        handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), frameon=False
-    )
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)

@@ -173,9 +173,7 @@ def exit_rows(run: figures.Run) -> list[list[str]]:
         losses = [f"{x:.3f}" for x in (point.mean_loss, low, high)]
         judges = [f"{100 * seen['miou']:.1f} %", f"{1000 * seen['frechet']:.2f}"]
         scale = f"1/{round(1 / run.scale)}"
-        rows.append(
-            [scale, "yes" if run.bank else "no", where, f"{100 * point.share:.1f} %", *losses, *judges]
-        )
+        rows.append([scale, "yes" if run.bank else "no", where, f"{100 * point.share:.1f} %", *losses, *judges])
     return rows
 
 
@@ -217,9 +215,7 @@ def show(runs: list[figures.Run], out: Path) -> None:
 
 def main() -> None:
     """Fit, measure, print, draw."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shared", help="folder with data/weights and data/street")
     parser.add_argument("--out", type=Path, default=Path("runs/street"))
     parser.add_argument("--backbone", type=Path, default=WEIGHTS, help="what train_backbone.py wrote")

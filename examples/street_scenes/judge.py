@@ -180,9 +180,7 @@ def frechet_distance(features: SqueezeFeatures, images: Tensor, reference: Tenso
 
     Not comparable with published FIDs; and of a few hundred images, larger than of many.
     """
-    distance = FrechetInceptionDistance(
-        feature=features, normalize=False, input_img_size=(3, *images.shape[2:])
-    )
+    distance = FrechetInceptionDistance(feature=features, normalize=False, input_img_size=(3, *images.shape[2:]))
     for batch in reference.split(32):
         distance.update(batch, real=True)
     for batch in images.split(32):

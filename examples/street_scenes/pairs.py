@@ -26,9 +26,7 @@ UNLABELLED = 11
 
 def shared_folder(folder_name: str | Path | None = None) -> Path:
     """Find the folder that holds ``data/street`` and ``data/weights``."""
-    folder = Path(
-        folder_name or os.environ.get("RETROEXIT_SHARED", Path(__file__).resolve().parents[3] / "shared")
-    )
+    folder = Path(folder_name or os.environ.get("RETROEXIT_SHARED", Path(__file__).resolve().parents[3] / "shared"))
     if not (folder / "data/street").is_dir():
         raise SystemExit(f"no data/street in {folder}. Pass --shared or set RETROEXIT_SHARED.")
     return folder

@@ -53,10 +53,7 @@ class Pairs:
         images, labels = [], []
         for index in rng.integers(0, len(self.images), size):
             height = int(rng.integers(SIZE[0], 2 * SIZE[0] + 1))
-            top, left = (
-                rng.integers(0, 2 * SIZE[0] - height + 1),
-                rng.integers(0, 2 * SIZE[1] - 2 * height + 1),
-            )
+            top, left = (rng.integers(0, 2 * SIZE[0] - height + 1), rng.integers(0, 2 * SIZE[1] - 2 * height + 1))
             window = np.s_[top : top + height, left : left + 2 * height]
             image = self.images[index][(slice(None), *window)][None].float() / 127.5 - 1
             image = F.interpolate(image, SIZE, mode="area")
@@ -99,9 +96,7 @@ class Trainer(GanTrainer):
         with self.autocast():
             prediction = self.discriminator(torch.cat([photograph, image, mix(photograph, image, mask)]))
         real, fake, mixed = prediction.float().chunk(3)
-        loss = (
-            real_loss(real, label) + fake_loss(fake) + args.labelmix * labelmix_loss(mixed, real, fake, mask)
-        )
+        loss = real_loss(real, label) + fake_loss(fake) + args.labelmix * labelmix_loss(mixed, real, fake, mask)
         self.for_discriminator.zero_grad(set_to_none=True)
         loss.backward()
         self.for_discriminator.step()
@@ -141,9 +136,7 @@ def held_out(model: OASISGenerator, shared: Path, metric: LPIPS, file: Path | No
 
 def main() -> None:
     """Parse the options, train, export."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options(parser, minutes=90.0, lr=4e-4)
     parser.add_argument("--shared", help="folder with data/street and data/weights")
     parser.add_argument("--lpips", type=float, default=3.0, help="weight of LPIPS to the photograph")

@@ -48,9 +48,7 @@ Sample = dict[str, Any]  # z, and the noise of every layer
 
 def shared_folder(folder_name: str | None = None) -> Path:
     """Return the folder with LPIPS's weights."""
-    folder = Path(
-        folder_name or os.environ.get("RETROEXIT_SHARED", Path(__file__).resolve().parents[3] / "shared")
-    )
+    folder = Path(folder_name or os.environ.get("RETROEXIT_SHARED", Path(__file__).resolve().parents[3] / "shared"))
     if not (folder / "data" / "weights").is_dir():
         raise SystemExit(f"no data/weights in {folder}. Pass --shared or set RETROEXIT_SHARED.")
     return folder
@@ -102,14 +100,10 @@ def wrap(
     )
 
 
-def with_predictor(
-    result: Evaluation, model: retroexit.EarlyExitGenerator, test: Sequence[Sample]
-) -> Evaluation:
+def with_predictor(result: Evaluation, model: retroexit.EarlyExitGenerator, test: Sequence[Sample]) -> Evaluation:
     """Judge the same samples and exits by another predictor; its MACs are counted."""
     predicted = torch.cat([model.predict(z=z, noise=noise) for z, noise in batches(test)])
-    return replace(
-        result, predicted=predicted.double().numpy(), overhead=np.array(model.router.overhead(), float)
-    )
+    return replace(result, predicted=predicted.double().numpy(), overhead=np.array(model.router.overhead(), float))
 
 
 def picture(sample: Sample) -> Tensor:
@@ -187,9 +181,7 @@ def noise_table(model: retroexit.EarlyExitGenerator, test: Sequence[Sample], met
 
 def parse() -> argparse.Namespace:
     """Read the options."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shared", help="folder with data/weights")
     parser.add_argument("--out", type=Path, default=Path("runs/style-scenes"))
     parser.add_argument("--backbone", type=Path, default=BACKBONE)
@@ -232,9 +224,7 @@ def main() -> None:
     report = arguments.out / "report"
     command = "python examples/style_scenes/exits.py --out runs/style-scenes"
     title = "StyleGAN2 with early exits, on drawn scenes"
-    result = retroexit.evaluate(
-        model, test, report, weights=weights, title=title, command=command, show=picture
-    )
+    result = retroexit.evaluate(model, test, report, weights=weights, title=title, command=command, show=picture)
     results = {name: with_predictor(result, models[name], test) for name in READS}
     print(exits_table(result))
     print("what the predictor reads; MACs saved at a mean LPIPS, those of exits 2 and up among them:")
@@ -247,9 +237,7 @@ def main() -> None:
     print(promise_table(promise))
     print("mean LPIPS by the noise of the exit:")
     print(noise_table(model, test, LPIPS("alex", weights)))
-    (report / "settings.json").write_text(
-        json.dumps({k: str(v) for k, v in vars(arguments).items()}, indent=1)
-    )
+    (report / "settings.json").write_text(json.dumps({k: str(v) for k, v in vars(arguments).items()}, indent=1))
     print(f"report: {report / 'report.html'}")
 
 

@@ -112,9 +112,7 @@ def look(model: StyleGANGenerator, scenes: Scenes, file: Path | None = None) -> 
     made = model(torch.randn(64, LATENT, generator=torch.Generator().manual_seed(0))).clamp(-1, 1)
     if file is not None:
         pixels = ((made + 1) * 127.5).round().byte().permute(0, 2, 3, 1)
-        grid = Image.fromarray(
-            pixels.reshape(8, 8, SIZE, SIZE, 3).transpose(1, 2).reshape(8 * SIZE, -1, 3).numpy()
-        )
+        grid = Image.fromarray(pixels.reshape(8, 8, SIZE, SIZE, 3).transpose(1, 2).reshape(8 * SIZE, -1, 3).numpy())
         grid.resize((2 * grid.width, 2 * grid.height), Image.Resampling.NEAREST).save(file)
     drawn = scenes.images[:64].float() / 127.5 - 1
     return float(made.std(0).mean() / drawn.std(0).mean())
@@ -122,9 +120,7 @@ def look(model: StyleGANGenerator, scenes: Scenes, file: Path | None = None) -> 
 
 def main() -> None:
     """Parse the options, train, export."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options(parser, minutes=45.0, lr=2e-3)
     parser.add_argument("--r1", type=float, default=0.2, help="weight of R1, gamma in the paper")
     parser.add_argument("--scenes", type=int, default=4000, help="how many training scenes to draw")

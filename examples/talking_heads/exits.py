@@ -90,9 +90,7 @@ def misleading(bank: GuidanceBank, people: int, same_person: bool) -> GuidanceBa
     return GuidanceBank(retriever=bank.retriever, values=values, source=bank.source.numpy(), meta=bank.meta)
 
 
-def fit(
-    model: EarlyExitGenerator, inputs: Inputs, folder: Path, bank: GuidanceBank | None, options: Any
-) -> None:
+def fit(model: EarlyExitGenerator, inputs: Inputs, folder: Path, bank: GuidanceBank | None, options: Any) -> None:
     """Fit the exits of one scale factor; what the backbone computes is taken from an earlier fit, if any."""
     cache, features = options.out / f"features-{'none' if bank is None else 'guided'}", folder / "cache"
     if cache.exists() and not features.exists():
@@ -175,9 +173,7 @@ def guides_alone(clips: Clips, key: PoseKey, options: argparse.Namespace) -> lis
 
 def parse() -> argparse.Namespace:
     """Read the options."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shared", help="folder with data/weights and data/faces")
     parser.add_argument("--out", type=Path, default=Path("runs/heads"))
     parser.add_argument("--size", type=int, default=256, help="side of the frames; the stored ones have 256")
@@ -218,10 +214,7 @@ def main() -> None:
             runs.append(run(width, False, clips, key, options))
     people = np.array([int(clip) for _, clip in clips.samples("test", "queries", options.test_every)])
     alone = guides_alone(clips, key, options)
-    text = (
-        summarise(runs, people)
-        + f"\nthe guide itself, shown as it is: {np.mean(alone):.4f} on {len(alone)} images"
-    )
+    text = summarise(runs, people) + f"\nthe guide itself, shown as it is: {np.mean(alone):.4f} on {len(alone)} images"
     print(text)
     (options.out / "summary.txt").write_text(text + "\n")
     print("figures: " + ", ".join(map(str, draw_all(runs, options.out))))

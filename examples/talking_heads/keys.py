@@ -58,9 +58,7 @@ def candidates(clips: Clips) -> dict[str, Callable[[Tensor], Key]]:
 def frames(clips: Clips, name: str) -> Tensor:
     """Read a clip's frames, ``(F, 3, SIDE, SIDE)`` in [-1, 1]."""
     paths = sorted((clips.folder / name).glob("*.jpg"))
-    images = [
-        Image.open(path).convert("RGB").resize((SIDE, SIDE), Image.Resampling.LANCZOS) for path in paths
-    ]
+    images = [Image.open(path).convert("RGB").resize((SIDE, SIDE), Image.Resampling.LANCZOS) for path in paths]
     return torch.from_numpy(np.stack([np.array(i) for i in images])).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
@@ -98,9 +96,7 @@ def compare(clips: Clips, metric: LPIPS, split: str, count: int) -> dict[str, np
 
 def main() -> None:
     """Compare and print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shared", help="folder with data/faces and data/weights")
     parser.add_argument("--out", type=Path, default=Path("runs/heads"))
     parser.add_argument("--size", type=int, default=256, help="side of the frames that are encoded")

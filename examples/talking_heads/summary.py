@@ -74,9 +74,7 @@ def summarise(runs: list[Run], people: np.ndarray) -> str:
             seconds = "" if evaluation.seconds is None else f"{1000 * evaluation.seconds[k]:.0f}"
             share = f"{100 * evaluation.macs[k] / evaluation.macs[-1]:.1f} %"
             loss = evaluation.loss[:, k]
-            rows.append(
-                [run.name, str(k + 1), share, f"{loss.mean():.4f}", f"{np.quantile(loss, 0.9):.4f}", seconds]
-            )
+            rows.append([run.name, str(k + 1), share, f"{loss.mean():.4f}", f"{np.quantile(loss, 0.9):.4f}", seconds])
         for label, means in run.wrong.items():
             rows += [[label, str(k + 1), "", f"{mean:.4f}", "", ""] for k, mean in enumerate(means)]
     parts = [table(["scale factor", "exit", "MACs", "mean LPIPS", "90 %", "ms"], rows)]
@@ -111,12 +109,7 @@ def difficulty(evaluation: Evaluation, people: np.ndarray) -> list[str]:
     if evaluation.distance is not None:
         distance = evaluation.distance
         ranks = [f"{correlation(distance, loss):.2f}" for loss in evaluation.loss.T]
-        parts.append(
-            f"rank correlation of the distance to the guide with the loss, per exit: {', '.join(ranks)}"
-        )
-        within = [
-            correlation(distance[people == one], evaluation.loss[people == one, 0])
-            for one in np.unique(people)
-        ]
+        parts.append(f"rank correlation of the distance to the guide with the loss, per exit: {', '.join(ranks)}")
+        within = [correlation(distance[people == one], evaluation.loss[people == one, 0]) for one in np.unique(people)]
         parts.append("within each person, exit 1: " + ", ".join(f"{rank:.2f}" for rank in within))
     return parts

@@ -46,10 +46,7 @@ def stage_shapes(tail: nn.Module, values: Sequence[Tensor], paths: Sequence[str]
             x = inputs[0]
             shapes[path] = StageShape(x.shape[1], tuple(x.shape[2:]), outputs[0].shape[1] if outputs else 0)
 
-    hooks = [
-        tail.get_submodule(path).register_forward_hook(partial(note, path), with_kwargs=True)
-        for path in paths
-    ]
+    hooks = [tail.get_submodule(path).register_forward_hook(partial(note, path), with_kwargs=True) for path in paths]
     try:
         tail(*values)
     finally:

@@ -112,9 +112,7 @@ class Branch(nn.Module):
         super().__init__()
         self.entry, self.tail = entry, tail
         self.live_entries = nn.ModuleDict({str(position): entry for position, entry in live_entries.items()})
-        self.injections = nn.ModuleDict(
-            {path.replace(".", "__"): entry for path, entry in injections.items()}
-        )
+        self.injections = nn.ModuleDict({path.replace(".", "__"): entry for path, entry in injections.items()})
         self.plan, self.macs, self.writes = plan, 0, False
         self.inherited: dict[str, Tensor | None] = {}
         self.is_fresh = False
@@ -122,12 +120,7 @@ class Branch(nn.Module):
     def facts(self) -> dict[str, Any]:
         """What a copy keeps besides weights: training flag, frozen parameters, inherited channels."""
         frozen = [name for name, p in self.named_parameters() if not p.requires_grad]
-        return {
-            "inherited": self.inherited,
-            "is_fresh": self.is_fresh,
-            "training": self.training,
-            "frozen": frozen,
-        }
+        return {"inherited": self.inherited, "is_fresh": self.is_fresh, "training": self.training, "frozen": frozen}
 
     def restore_facts(self, facts: dict[str, Any]) -> None:
         """Take over the `facts` of the branch that this one is a copy of."""
@@ -168,8 +161,7 @@ class Branch(nn.Module):
                 for i, value in enumerate(live)
             )
         before = {
-            path.replace("__", "."): (lambda x, entry=entry: entry(x, guide))
-            for path, entry in self.injections.items()
+            path.replace("__", "."): (lambda x, entry=entry: entry(x, guide)) for path, entry in self.injections.items()
         }
         learns = self.writes and torch.is_grad_enabled() and not torch.compiler.is_compiling()
         with differentiable_writes() if learns else nullcontext():

@@ -88,9 +88,7 @@ def build_branch(
     if spec.init == "scratch":
         inherit.start_from_scratch(builder.thin, tail, spec.seed)
     if is_narrow:
-        adapter_stages.settle_norms(
-            builder.thin
-        )  # the singular vectors of the wide weights do not fit the narrow ones
+        adapter_stages.settle_norms(builder.thin)  # the singular vectors of the wide weights do not fit the narrow ones
     inherit.correct_fan_in(builder.thin, tail)
     if spec.build_stage is not None and (is_narrow or spec.guide is not None):
         return builder.with_built_stages()
@@ -151,9 +149,7 @@ class _BranchBuilder:
     def _narrow_values(self) -> list[Tensor]:
         live = {} if self.plan is None else self.plan.live
         widths = [self.width, *(live.get(i) for i in range(len(self.values) - 1))]
-        return [
-            v.clone() if w is None else v[:, :w].clone() for v, w in zip(self.values, widths, strict=True)
-        ]
+        return [v.clone() if w is None else v[:, :w].clone() for v, w in zip(self.values, widths, strict=True)]
 
     def with_built_stages(self) -> Branch:
         """Assemble with stages built by the adapter; keep the narrowed ones, with a pin, where those fail."""
@@ -180,9 +176,7 @@ class _BranchBuilder:
                 if plan is None:  # full width, with a guide
                     tensors = [*self.thin.named_parameters(), *self.thin.named_buffers()]
                     plan = WidthPlan({}, {name: tuple(t.shape) for name, t in tensors}, {}, self.width, ())
-                pins = [
-                    p for p in plan.pins if not any(p.parameter.startswith(f"{path}.") for path in stages)
-                ]
+                pins = [p for p in plan.pins if not any(p.parameter.startswith(f"{path}.") for path in stages)]
                 built = {path: sizes[path] for path in stages}
                 self.plan = replace(plan, built=built, pins=(*pins, *self._notes(notes)))
                 return self.assemble(stages)
@@ -414,11 +408,7 @@ class _Narrowing:
         return (other, total) if total < macs else None
 
     def _warn_of_outputs(
-        self,
-        builder: _BranchBuilder,
-        macs: int,
-        widths: TailWidths,
-        build: Callable[[WidthPlan], _BranchBuilder],
+        self, builder: _BranchBuilder, macs: int, widths: TailWidths, build: Callable[[WidthPlan], _BranchBuilder]
     ) -> None:
         """Warn where outputs beside the image keep the branch wide."""
         pins = [p for p in (builder.plan.pins if builder.plan else ()) if f"{OUTPUT}'s entry" in p.reason]
@@ -441,11 +431,7 @@ class _Narrowing:
             )
 
     def _without_projection(
-        self,
-        builder: _BranchBuilder,
-        macs: int,
-        widths: TailWidths,
-        build: Callable[[WidthPlan], _BranchBuilder],
+        self, builder: _BranchBuilder, macs: int, widths: TailWidths, build: Callable[[WidthPlan], _BranchBuilder]
     ) -> _BranchBuilder | None:
         """Let the tail take the whole feature where a projection costs more than it saves, as before 1x1 layers."""
         feature, spec = self.values[0], self.spec

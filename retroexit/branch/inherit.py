@@ -87,9 +87,7 @@ class Selection:
             channels = self.channels.get(symbol, torch.arange(size))
             places = torch.arange(int(times) * size) + offset
             offset += len(places)
-            parts.append(
-                places.view(size, -1)[channels] if is_interleaved else places.view(-1, size)[:, channels]
-            )
+            parts.append(places.view(size, -1)[channels] if is_interleaved else places.view(-1, size)[:, channels])
         return torch.cat([part.flatten() for part in parts])
 
     def select(self, tensor: Tensor, expressions: Sequence[Expr], shape: Sequence[int]) -> Tensor:
@@ -116,9 +114,7 @@ class Reader:
     cross: Tensor
 
 
-def readers_of(
-    tail: nn.Module, widths: TailWidths, values: Sequence[Tensor]
-) -> dict[sympy.Symbol, list[Reader]]:
+def readers_of(tail: nn.Module, widths: TailWidths, values: Sequence[Tensor]) -> dict[sympy.Symbol, list[Reader]]:
     """Run a tail on example values; return for each free width the layers that read its channels."""
     readers: dict[sympy.Symbol, list[Reader]] = {}
     generator = torch.Generator().manual_seed(0)
@@ -224,9 +220,7 @@ def choose_channels(
     }
     # A part may be divided itself, e.g. where heads share a few keys: first those that others need.
     while divided:
-        needed = {
-            s: {f for p in widths.products if p.whole == s for f in (p.parts, p.each)} - {s} for s in divided
-        }
+        needed = {s: {f for p in widths.products if p.whole == s for f in (p.parts, p.each)} - {s} for s in divided}
         symbol = next((s for s in divided if needed[s].isdisjoint(divided)), divided[0])
         channels[symbol] = _in_parts(widths, plan, symbol, importance[symbol], channels)
         divided.remove(symbol)
@@ -234,11 +228,7 @@ def choose_channels(
 
 
 def _in_parts(
-    widths: TailWidths,
-    plan: WidthPlan,
-    symbol: sympy.Symbol,
-    score: Tensor,
-    channels: dict[sympy.Symbol, Tensor],
+    widths: TailWidths, plan: WidthPlan, symbol: sympy.Symbol, score: Tensor, channels: dict[sympy.Symbol, Tensor]
 ) -> Tensor:
     """Pick channels of a width that is divided into parts, which may be divided into smaller ones."""
     first, *finer_levels = sorted(
@@ -295,9 +285,7 @@ def find_layout(tail: nn.Module, widths: TailWidths, values: Sequence[Tensor]) -
         for symbol in _misfits(list(moving), lambda part: fits(set().union(*(moving[s] for s in part)))):
             unsettled = [e for e in composite if symbol in symbols_of(e) and e not in settled]
             form = tuple(map(_form, unsettled))
-            combinations = list(
-                itertools.islice(itertools.product(*(options[e] for e in unsettled)), _MAX_LAYOUTS)
-            )
+            combinations = list(itertools.islice(itertools.product(*(options[e] for e in unsettled)), _MAX_LAYOUTS))
             numbers = sorted(range(len(combinations)), key=lambda n: n != chosen.get(form))
             for number in numbers if chosen.get(form) != -1 else ():
                 layout.update(zip(unsettled, combinations[number], strict=True))
@@ -350,9 +338,7 @@ def _arrangements(expression: Expr) -> list[tuple[tuple[Expr, bool], ...]]:
         return (True, False) if is_square else (False, True)
 
     orders = itertools.islice(itertools.permutations(terms), 6)
-    return [
-        tuple(zip(o, chosen, strict=True)) for o in orders for chosen in itertools.product(*map(flags, o))
-    ]
+    return [tuple(zip(o, chosen, strict=True)) for o in orders for chosen in itertools.product(*map(flags, o))]
 
 
 def _permutation(widths: TailWidths, generator: torch.Generator) -> dict[sympy.Symbol, Tensor]:
@@ -360,9 +346,7 @@ def _permutation(widths: TailWidths, generator: torch.Generator) -> dict[sympy.S
     free = widths.free()
     divided = {p.whole: p for p in sorted(widths.products, key=lambda p: widths.values[p.parts])}
     permutation = {
-        symbol: torch.randperm(widths.values[symbol], generator=generator)
-        for symbol in free
-        if symbol not in divided
+        symbol: torch.randperm(widths.values[symbol], generator=generator) for symbol in free if symbol not in divided
     }
     for symbol in free:
         if symbol in divided:
@@ -440,9 +424,7 @@ def _update_description(module: nn.Module) -> None:
     """Update the channel counts that a PyTorch layer prints, and that profilers read."""
     if not type(module).__module__.startswith("torch.nn.modules"):
         return
-    weight: Any = next(
-        (p for n, p in _direct_parameters(module).items() if n in ("weight", "weight_orig")), None
-    )
+    weight: Any = next((p for n, p in _direct_parameters(module).items() if n in ("weight", "weight_orig")), None)
     if weight is None:
         return
     if isinstance(module, CONVOLUTIONS):

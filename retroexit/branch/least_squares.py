@@ -102,9 +102,7 @@ def design(module: nn.Module, x: Tensor, places: Tensor, *, centre: bool = False
     ).to(x.dtype)
     middle = tuple(s // 2 for s in size)
     columns = []
-    for tap in (
-        [middle] if centre else torch.cartesian_prod(*map(torch.arange, size)).view(-1, len(size)).tolist()
-    ):
+    for tap in [middle] if centre else torch.cartesian_prod(*map(torch.arange, size)).view(-1, len(size)).tolist():
         probe.weight.zero_()
         probe.weight[(slice(None), 0, *tap)] = 1
         columns.append(rows(module, probe(x), places))
@@ -297,9 +295,7 @@ class _Observer(TorchFunctionMode):
         self.calls[output] = (*call[:3], output._version)
         return output
 
-    def __torch_function__(
-        self, func: Any, _types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, _types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func not in _ADDITIONS or len(args) != 2 or kwargs or not all(isinstance(a, Tensor) for a in args):
             return func(*args, **kwargs)

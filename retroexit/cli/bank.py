@@ -35,8 +35,7 @@ class Taps:
 
     key_after: Annotated[str | None, Option(help="Stage that keys are cut from, 1 by default.")] = None
     key: Annotated[
-        str | None,
-        Option(help="For a bank of frames: function that gives a key per input, package.module:name."),
+        str | None, Option(help="For a bank of frames: function that gives a key per input, package.module:name.")
     ] = None
     value_after: Annotated[
         str | None, Option(help="Stage that values are cut from, or image; by default the middle one.")
@@ -172,9 +171,7 @@ def _facts(shown: GuidanceBank) -> str:
             lines[name.replace("_", " ")] = meta[name]
     thinning = meta.get("thinning")
     if thinning is not None:
-        lines["thinning"] = "{how} of {candidates:,} candidates, {seen:,} seen, seed {seed}".format(
-            **thinning
-        )
+        lines["thinning"] = "{how} of {candidates:,} candidates, {seen:,} seen, seed {seed}".format(**thinning)
         lines["coverage"] = "radius {radius:.4g}, mean distance to nearest key {mean:.4g}".format(**thinning)
         if thinning.get("within") is not None:
             lines["coverage"] += f", every key seen within {thinning['within']:.4g}"

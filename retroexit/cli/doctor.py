@@ -56,9 +56,7 @@ def doctor() -> None:
         raise typer.Exit(1)
 
 
-def plugins(
-    as_json: Annotated[bool, Option("--json", help="Print JSON objects instead.")] = False,
-) -> None:
+def plugins(as_json: Annotated[bool, Option("--json", help="Print JSON objects instead.")] = False) -> None:
     """List the installed plug-ins, the hooks of each one, and the names that it offers there.
 
     Example:

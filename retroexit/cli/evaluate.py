@@ -59,8 +59,7 @@ def calibrate(
         str, Option(help="What is promised together: one threshold, the listed ones (--threshold), or all.")
     ] = "one",
     groups: Annotated[
-        str | None,
-        Option(help="Drive, speaker or session of each sample, which are then drawn: package.module:name."),
+        str | None, Option(help="Drive, speaker or session of each sample, which are then drawn: package.module:name.")
     ] = None,
     batch: options.Batch = 8,
     latency: options.Latency = None,
@@ -84,11 +83,7 @@ def calibrate(
     if labels is not None:
         assert model.calibration is not None
         shares = model.router.shares()
-        typer.echo(
-            left_out_table(
-                [row for tau in thresholds for row in left_out_rows(model.calibration, tau, shares)]
-            )
-        )
+        typer.echo(left_out_table([row for tau in thresholds for row in left_out_rows(model.calibration, tau, shares)]))
     for text in routing_results(model):
         typer.echo(text)
     typer.echo(f"saved to {fitted.folder}")
@@ -114,9 +109,7 @@ def evaluate(
     if promise is None:
         typer.echo(EXPECTATION)
     else:
-        typer.echo(
-            f"{'promise: ' if promise['is_promise'] else ''}{promise['text']}\n{promise_table(promise)}"
-        )
+        typer.echo(f"{'promise: ' if promise['is_promise'] else ''}{promise['text']}\n{promise_table(promise)}")
         for reason in promise["void"]:
             typer.echo(f"the promise is void: {reason}")
     typer.echo(f"out-of-distribution guard: {result.about['ood_guard']}")
@@ -163,7 +156,4 @@ def routing_results(model: EarlyExitGenerator) -> Iterator[str]:
         latency = model.latency
         samples = "1 sample" if latency.batch == 1 else f"{latency.batch} samples"
         times = ", ".join(f"{time:.1f}" for time in latency.milliseconds)
-        yield (
-            f"times of {samples} on {latency.device}, {latency.threads} threads: {times} ms, "
-            "the backbone last"
-        )
+        yield (f"times of {samples} on {latency.device}, {latency.threads} threads: {times} ms, the backbone last")

@@ -57,8 +57,7 @@ Losses: Any = options.group_of(
     ],
     equalise="Scale the weights until all terms pull equally; by default for presets only.",
     instead=Annotated[
-        list[str] | None,
-        Option(help="Term that replaces another one: vgg=features-alex; repeat it for several."),
+        list[str] | None, Option(help="Term that replaces another one: vgg=features-alex; repeat it for several.")
     ],
     loss_weights=Annotated[
         list[str] | None,
@@ -213,9 +212,7 @@ def _loss_arguments(values: Any) -> dict[str, Any]:
     return {**arguments, "losses": losses} if losses else arguments
 
 
-def _plan(
-    model: EarlyExitGenerator, samples: Any, out: Path, arguments: dict[str, Any], losses: Any
-) -> Iterator[str]:
+def _plan(model: EarlyExitGenerator, samples: Any, out: Path, arguments: dict[str, Any], losses: Any) -> Iterator[str]:
     """Describe a fit and its cost in paragraphs; two of its steps are timed, nothing is written."""
     missing: dict[str, WeightsError] = {}
     job = prepare(model, samples, missing=missing, **arguments)
@@ -248,8 +245,7 @@ def _work(model: EarlyExitGenerator, job: FitJob, metric: str) -> str:
         f"steps: {len(model.branches)} branches {order} x {settings.steps}, batches of {settings.batch} "
         f"{windows}; predictor {settings.predictor_steps}; metric {metric}; loss "
         + " + ".join(f"{weight:g} {name}" for name, weight in settings.losses.items()),
-        f"predictor: {settings.predictor}, reads "
-        f"{settings.predict_from or 'what the adapter says, else features'}",
+        f"predictor: {settings.predictor}, reads {settings.predict_from or 'what the adapter says, else features'}",
     ]
     if job.aside:
         lines.append(f"promise: P(loss > threshold) <= {job.alpha:g} with confidence {job.confidence:g}")
@@ -258,9 +254,7 @@ def _work(model: EarlyExitGenerator, job: FitJob, metric: str) -> str:
     return "\n".join(lines)
 
 
-def _term(
-    name: str, job: FitJob, branches: int, missing: Mapping[str, WeightsError], losses: Any
-) -> list[str]:
+def _term(name: str, job: FitJob, branches: int, missing: Mapping[str, WeightsError], losses: Any) -> list[str]:
     """Name a term, its weight, its network, and where the weights of that come from."""
     network, source, plan = "", "", job.plan
     if name in (ADVERSARIAL, FEATURE_MATCHING):

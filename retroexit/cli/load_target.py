@@ -39,8 +39,7 @@ def load_object(spec: str) -> Any:
     except Exception as error:
         logger.info("importing %s", spec, exc_info=True)
         raise OptionError(
-            f"{spec!r} cannot be imported: {type(error).__name__}: {error}. {_import_advice(where, error)}",
-            spec,
+            f"{spec!r} cannot be imported: {type(error).__name__}: {error}. {_import_advice(where, error)}", spec
         ) from error
     for part in name.split("."):
         if not hasattr(value, part):
@@ -107,8 +106,7 @@ def load_made(spec: str, arguments: str = "") -> Any:
     if isinstance(made, nn.Module) or not callable(made):
         if arguments:
             raise OptionError(
-                f"{spec!r} must be a factory to take --args, got a {type(made).__name__}. Leave --args out.",
-                spec,
+                f"{spec!r} must be a factory to take --args, got a {type(made).__name__}. Leave --args out.", spec
             )
         return made
     args, kwargs = _parse_arguments(arguments)
@@ -161,8 +159,7 @@ def load_network(spec: str, option: str) -> nn.Module:
     network = load_made(spec)
     if not isinstance(network, nn.Module):
         raise OptionError(
-            f"{option} must be a torch.nn.Module or its factory, got a {type(network).__name__} from {spec}",
-            network,
+            f"{option} must be a torch.nn.Module or its factory, got a {type(network).__name__} from {spec}", network
         )
     return network
 

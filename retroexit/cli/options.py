@@ -19,8 +19,7 @@ TARGET: Final = "Where the trained generator comes from: package.module:factory 
 
 Target = Annotated[str, Argument(help=TARGET)]
 FactoryArguments = Annotated[
-    str,
-    Option("--args", help="Arguments of the factory, Python literals as in a call: \"256, norm='batch'\"."),
+    str, Option("--args", help="Arguments of the factory, Python literals as in a call: \"256, norm='batch'\".")
 ]
 Adapter = Annotated[str | None, Option(help="Plug-in that describes the generator, or none; all by default.")]
 ImageKey = Annotated[
@@ -48,9 +47,7 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
         for field in fields(group):
             default = parameter.empty if field.default is MISSING else field.default
             parameters.append(
-                inspect.Parameter(
-                    field.name, parameter.KEYWORD_ONLY, default=default, annotation=hints[field.name]
-                )
+                inspect.Parameter(field.name, parameter.KEYWORD_ONLY, default=default, annotation=hints[field.name])
             )
 
     @functools.wraps(command)

@@ -78,9 +78,7 @@ def versions() -> dict[str, str]:
 
 @contextmanager
 def reading(
-    path: Path,
-    advice: str = "Restore it or write it again.",
-    error: type[RetroExitError] = CheckpointError,
+    path: Path, advice: str = "Restore it or write it again.", error: type[RetroExitError] = CheckpointError
 ) -> Iterator[None]:
     """Turn whatever a parser raises on a damaged file into one error with file, reason and advice.
 
@@ -420,10 +418,7 @@ def check_finite(tensors: dict[str, Tensor], path: Path, error: type[RetroExitEr
     """
     for name, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
-            raise error(
-                f"the weights in {path} must be finite, got NaN or infinity in {name}. Restore the file.",
-                path,
-            )
+            raise error(f"the weights in {path} must be finite, got NaN or infinity in {name}. Restore the file.", path)
 
 
 def _tensors_digest(tensors: dict[str, Tensor], about: str) -> str:

@@ -65,27 +65,20 @@ class Identity:
             return f"its class is {other.name} instead of {self.name}"
         missing, new = self.tensors.keys() - other.tensors.keys(), other.tensors.keys() - self.tensors.keys()
         if missing or new:
-            parts = [
-                f"{word} {_some(names)}" for word, names in (("without", missing), ("with new", new)) if names
-            ]
+            parts = [f"{word} {_some(names)}" for word, names in (("without", missing), ("with new", new)) if names]
             return "it comes " + " and ".join(parts)
         shapes = [name for name, (_, shape, *_) in self.tensors.items() if other.tensors[name][1] != shape]
         if shapes:
             name = shapes[0]
             return f"{name} has the shape {other.tensors[name][1]} instead of {self.tensors[name][1]}"
-        weights = [
-            name for name, summary in self.tensors.items() if not _is_same(summary, other.tensors[name])
-        ]
+        weights = [name for name, summary in self.tensors.items() if not _is_same(summary, other.tensors[name])]
         if weights:
             return f"its weights differ in {len(weights)} of {len(self.tensors)} tensors: {_some(weights)}"
         return ""
 
     def to_json(self) -> dict[str, Any]:
         """Write as JSON types."""
-        return {
-            "class": self.name,
-            "tensors": {name: list(summary) for name, summary in self.tensors.items()},
-        }
+        return {"class": self.name, "tensors": {name: list(summary) for name, summary in self.tensors.items()}}
 
     @classmethod
     def from_json(cls, saved: dict[str, Any]) -> Identity:

@@ -75,14 +75,12 @@ def example_call(inputs: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, A
         raise OptionError(f"example_inputs must be tensors.{advice}", inputs)
     if isinstance(inputs, dict):
         raise OptionError(
-            "example_inputs must be a tuple of positional inputs, got a dict. Pass it as example_kwargs.",
-            inputs,
+            "example_inputs must be a tuple of positional inputs, got a dict. Pass it as example_kwargs.", inputs
         )
     if not isinstance(inputs, (tuple, list, type(None))):
         shape = f" of shape {tuple(inputs.shape)}" if isinstance(inputs, Tensor) else ""
         raise OptionError(
-            f"example_inputs must be a tuple of inputs, got one {kind}{shape}. Pass example_inputs=(x,).",
-            inputs,
+            f"example_inputs must be a tuple of inputs, got one {kind}{shape}. Pass example_inputs=(x,).", inputs
         )
     return tuple(inputs or ()), dict(kwargs or {})
 
@@ -155,9 +153,7 @@ class Samples:
         args, kwargs = rebuild(samples[0], lambda leaf: next(stacked))
         return args, kwargs
 
-    def batches(
-        self, size: int, first: int = 0
-    ) -> Iterator[tuple[list[int], tuple[Any, ...], dict[str, Any]]]:
+    def batches(self, size: int, first: int = 0) -> Iterator[tuple[list[int], tuple[Any, ...], dict[str, Any]]]:
         """Yield ``(indices, args, kwargs)`` in order, beginning at sample ``first``."""
         for begin in range(first, len(self), size):
             indices = list(range(begin, min(begin + size, len(self))))
@@ -204,8 +200,7 @@ def _stack(path: tuple[Any, ...], leaves: list[Any]) -> Any:
         shapes = {tuple(leaf.shape) for leaf in leaves}
         if len(shapes) > 1:
             raise OptionError(
-                f"the samples of a batch must have one shape, got {sorted(shapes)}. Resize them to one size.",
-                shapes,
+                f"the samples of a batch must have one shape, got {sorted(shapes)}. Resize them to one size.", shapes
             )
         return torch.stack(leaves)
     if any(repr(leaf) != repr(first) for leaf in leaves):
@@ -231,9 +226,7 @@ class ImageRange:
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
-            raise OptionError(
-                f"image_range must be finite with low < high, got ({self.low}, {self.high})", self
-            )
+            raise OptionError(f"image_range must be finite with low < high, got ({self.low}, {self.high})", self)
 
     def to_signed(self, x: Tensor) -> Tensor:
         """Map images from this range to ``[-1, 1]``. Nothing is clamped."""
@@ -265,8 +258,7 @@ def measure_range(image: Tensor) -> ImageRange:
     values = image.detach().double().flatten()
     if values.numel() == 0 or not bool(torch.isfinite(values).all()):
         raise OutputError(
-            f"images must have finite values, got shape {tuple(image.shape)} with NaN, infinity or no values",
-            image,
+            f"images must have finite values, got shape {tuple(image.shape)} with NaN, infinity or no values", image
         )
     rank = max(1, round(0.001 * values.numel()))
     bulk_low = float(values.kthvalue(rank).values)

@@ -52,9 +52,7 @@ class SceneBlock(nn.Module):
         self.conv_0 = nn.Conv2d(in_channels, middle, 3, padding=1)
         self.norm_1 = Modulation(middle, condition, hidden)
         self.conv_1 = nn.Conv2d(middle, out_channels, 3, padding=1)
-        self.shortcut = (
-            nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
-        )
+        self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         """Map ``x (N, in_channels, H, W)`` to ``(N, out_channels, H, W)``, the condition shrunk to match."""
@@ -121,17 +119,13 @@ def load_scene_generator(folder: Path | None = None) -> SceneGenerator:
             raise WeightsError(f"no file {file.name} in {source}. Reinstall retroexit.", str(file))
     content = weights.read_bytes()
     try:
-        expected, actual = (
-            json.loads(record.read_text("utf-8"))["sha256"],
-            hashlib.sha256(content).hexdigest(),
-        )
+        expected, actual = (json.loads(record.read_text("utf-8"))["sha256"], hashlib.sha256(content).hexdigest())
     except Exception as error:
         message = f"cannot read {record}: {cause_of(error)}. Reinstall retroexit."
         raise CheckpointError(message, str(record)) from error
     if actual != expected:
         raise CheckpointError(
-            f"sha256 of {weights} must be {expected[:12]}..., got {actual[:12]}.... Reinstall retroexit.",
-            str(weights),
+            f"sha256 of {weights} must be {expected[:12]}..., got {actual[:12]}.... Reinstall retroexit.", str(weights)
         )
     generator = SceneGenerator()
     try:  # stored in half precision; loading converts it to float32

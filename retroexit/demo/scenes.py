@@ -147,12 +147,7 @@ class LabelMap:
         self.windows(lambda u, v: self.project(inner + b.side * u, v, b.near), b.width, wall, look, "front")
 
     def windows(
-        self,
-        place: Callable[[float, float], Point],
-        length: float,
-        wall: float,
-        look: dict[str, Any],
-        face: str,
+        self, place: Callable[[float, float], Point], length: float, wall: float, look: dict[str, Any], face: str
     ) -> None:
         """Draw the windows of a wall, and the door of a flank; ``place`` projects metres on the wall."""
         columns, floors = max(1, int(length / 2.4)), max(1, int(wall / 2.9))
@@ -161,10 +156,7 @@ class LabelMap:
             low, tall = (0.0, 2.1) if is_door else (floor * wall / floors + 0.95, 1.35)
             outlines = []
             for half, rim in ((0.58, 0.0), (0.45, 0.13)):
-                left, right = (
-                    (column + 0.5) * length / columns - half,
-                    (column + 0.5) * length / columns + half,
-                )
+                left, right = ((column + 0.5) * length / columns - half, (column + 0.5) * length / columns + half)
                 bottom, top = low + rim, low + tall - rim
                 corners = ((left, bottom), (right, bottom), (right, top), (left, top))
                 outlines.append([place(u, v) for u, v in corners])

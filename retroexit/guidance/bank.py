@@ -55,9 +55,7 @@ class GuidanceBank:
         BankError: If the three differ in length, values are not float16, or ``patch`` is missing.
     """
 
-    def __init__(
-        self, *, retriever: Retriever, values: np.ndarray, source: np.ndarray, meta: dict[str, Any]
-    ) -> None:
+    def __init__(self, *, retriever: Retriever, values: np.ndarray, source: np.ndarray, meta: dict[str, Any]) -> None:
         if not len(retriever) == len(values) == len(source) or not len(values):
             raise BankError(
                 f"a bank must have one value and one source per key, got {len(retriever)} keys, "
@@ -172,9 +170,7 @@ class GuidanceBank:
             left = left[~hit]
 
     @torch.no_grad()
-    def glue(
-        self, ids: Tensor, *, feature: Tensor | None = None, dtype: torch.dtype = torch.float32
-    ) -> Tensor:
+    def glue(self, ids: Tensor, *, feature: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
         """Glue the values of keys into a guide, ``(N, Cv, h * ph, w * pw)`` on the CPU, in channels-last layout.
 
         Args:
@@ -245,11 +241,7 @@ class GuidanceBank:
 
     @classmethod
     def load(
-        cls,
-        folder: str | Path,
-        fingerprint: str | None = None,
-        *,
-        retriever_class: type[Retriever] | None = None,
+        cls, folder: str | Path, fingerprint: str | None = None, *, retriever_class: type[Retriever] | None = None
     ) -> GuidanceBank:
         """Read what `save` wrote.
 
@@ -295,8 +287,7 @@ def cut(feature: Tensor, patch: tuple[int, ...] = (1, 1)) -> Tensor:
     size, patch = tuple(feature.shape[2:]), tuple(patch)
     if feature.ndim < 3 or len(patch) != len(size) or min(patch) < 1:
         raise OptionError(
-            f"patch must be one positive size per spatial dimension of a feature {tuple(feature.shape)}, got "
-            f"{patch}",
+            f"patch must be one positive size per spatial dimension of a feature {tuple(feature.shape)}, got {patch}",
             patch,
         )
     if any(side % step for side, step in zip(size, patch, strict=True)):

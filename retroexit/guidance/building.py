@@ -16,15 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from retroexit.core.files import (
-    MANIFEST,
-    read_array,
-    read_manifest,
-    reading,
-    staged,
-    write_array,
-    write_manifest,
-)
+from retroexit.core.files import MANIFEST, read_array, read_manifest, reading, staged, write_array, write_manifest
 from retroexit.errors import BankError, CheckpointError, OptionError
 from retroexit.guidance.bank import GuidanceBank, cut
 from retroexit.guidance.sampling import Thinning, coverage, farthest_points

@@ -90,10 +90,7 @@ class Guidance:
         return self.key_after is not None or max(self.patch) > 1
 
     def completed(
-        self,
-        key: KeyFunction | None = None,
-        key_after: int | str | None = None,
-        value_after: int | str | None = None,
+        self, key: KeyFunction | None = None, key_after: int | str | None = None, value_after: int | str | None = None
     ) -> Guidance:
         """Fill in what is left open: from an adapter's key function and stages, then by default."""
         function = None if self.key is False or self._names_patches else self.key or key
@@ -167,9 +164,7 @@ def key_name(key: KeyFunction) -> str:
 
 
 @torch.no_grad()
-def _keys_of(
-    key: KeyFunction, args: Any, kwargs: Any, count: int, dims: int, width: int | None = None
-) -> Tensor:
+def _keys_of(key: KeyFunction, args: Any, kwargs: Any, count: int, dims: int, width: int | None = None) -> Tensor:
     """Call a key function for N = ``count`` inputs; return a map of one location, ``(N, D, 1, 1)``."""
     expected = f"({count}, {'D' if width is None else width})"
     try:
@@ -228,8 +223,7 @@ def find_taps(split: SplitGenerator, guidance: Guidance) -> Taps:
     key_node = (split.key_cut or split.cuts[0]).feature
     if split.key_cut is not None and split.any_batch and key_node not in split.batched:
         raise BankError(
-            f"the output of key_after={guidance.key_after!r} is the same for all inputs. Name a later one.",
-            guidance,
+            f"the output of key_after={guidance.key_after!r} is the same for all inputs. Name a later one.", guidance
         )
     key_shape = tuple(key_feature.shape[1:])
     patch = guidance.patch if key is None else (1,) * (len(shape) - 2)
@@ -313,9 +307,7 @@ class GuideProvider:
         """Search the bank for the nearest keys of a batch, or of some rows of it."""
         return self._required_bank().search(self._query(begun, rows))
 
-    def guide(
-        self, begun: Begun, rows: Tensor | None = None, retrieved: SearchResult | None = None
-    ) -> Tensor | None:
+    def guide(self, begun: Begun, rows: Tensor | None = None, retrieved: SearchResult | None = None) -> Tensor | None:
         """Glue guides ``(R, C, ...)`` of a batch, or of some rows of it; ``None`` where branches take none.
 
         ``retrieved`` is the result of `retrieve` for the whole batch, if there is one. No bank is a
@@ -344,7 +336,6 @@ class GuideProvider:
     def _required_bank(self) -> GuidanceBank:
         if self._bank is None:
             raise BankError(
-                "this branch needs a guide, but there is no guidance bank. Run retroexit.fit, or set model.bank.",
-                self,
+                "this branch needs a guide, but there is no guidance bank. Run retroexit.fit, or set model.bank.", self
             )
         return self._bank

@@ -22,9 +22,7 @@ _ROUND = 64  # picks per pass over all keys; a pool of 8 x 64 seldom runs dry ea
 _NUMBERS = 1 << 21  # converted to float64 at a time: 8192 keys of 256, 2048 of 1024
 
 
-def thin(
-    keys: Tensor | np.ndarray, size: int, how: Thinning = "fps", *, eps: float = 0.0, seed: int = 0
-) -> Tensor:
+def thin(keys: Tensor | np.ndarray, size: int, how: Thinning = "fps", *, eps: float = 0.0, seed: int = 0) -> Tensor:
     """Choose at most ``size`` distinct keys; returns row numbers, int64 ``(m,)``.
 
     Args:

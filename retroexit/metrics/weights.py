@@ -55,9 +55,7 @@ def fill_trunk(trunk: nn.Module, owner: str, path: Path) -> None:
     _fill(trunk, names, content.get("backbone", content), path, owner)
 
 
-def _fill(
-    module: nn.Module, keys: Mapping[str, str], content: Mapping[str, Any], path: Path, owner: str
-) -> None:
+def _fill(module: nn.Module, keys: Mapping[str, str], content: Mapping[str, Any], path: Path, owner: str) -> None:
     """Load ``keys`` (name in the module: key in the file) out of a state dict, with checks."""
     expected, picked = module.state_dict(), {}
     for name, key in keys.items():
@@ -88,13 +86,7 @@ def _hub_address(net: str) -> str:
     """Return the address of torchvision's ImageNet weights; the file name ends in the start of its sha256."""
     from torchvision import models
 
-    names = {
-        "alex": "AlexNet",
-        "squeeze": "SqueezeNet1_1",
-        "vgg": "VGG16",
-        "vgg16": "VGG16",
-        "vgg19": "VGG19",
-    }
+    names = {"alex": "AlexNet", "squeeze": "SqueezeNet1_1", "vgg": "VGG16", "vgg16": "VGG16", "vgg19": "VGG19"}
     return str(models.get_weight(f"{names[net]}_Weights.IMAGENET1K_V1").url)
 
 

@@ -193,11 +193,7 @@ class Host:
     def build_stage(self, stage: nn.Module, in_channels: int, out_channels: int) -> nn.Module | None:
         """Return the first thin stage that a plug-in builds; see `hookspecs.retroexit_build_stage`."""
         built = self._first(
-            "retroexit_build_stage",
-            nn.Module,
-            stage=stage,
-            in_channels=in_channels,
-            out_channels=out_channels,
+            "retroexit_build_stage", nn.Module, stage=stage, in_channels=in_channels, out_channels=out_channels
         )
         return None if built is None else built[1]
 
@@ -216,9 +212,7 @@ class Host:
                 self._report(f"{hook} must return a {kind.__name__} or None, got {brief(answer)}", info)
         return None
 
-    def _call(
-        self, hook: str, plugin: str | None = None, **arguments: object
-    ) -> Iterator[tuple[PluginInfo, Any]]:
+    def _call(self, hook: str, plugin: str | None = None, **arguments: object) -> Iterator[tuple[PluginInfo, Any]]:
         """Call one hook plug-in by plug-in, newest first, so that each answer and error has its author."""
         for implementation in reversed(getattr(self._pluggy.hook, hook).get_hookimpls()):
             info = self._plugins[implementation.plugin_name]

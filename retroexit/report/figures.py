@@ -49,9 +49,7 @@ _STYLE: dict[Any, Any] = {
 }
 
 
-def _drawn(
-    draw: Callable[Concatenate[Figure, Evaluation, P], None],
-) -> Callable[Concatenate[Evaluation, P], str]:
+def _drawn(draw: Callable[Concatenate[Figure, Evaluation, P], None]) -> Callable[Concatenate[Evaluation, P], str]:
     """Turn a function that fills a figure into one that returns the SVG text."""
 
     @functools.wraps(draw)
@@ -92,9 +90,7 @@ def distribution_over_exits(figure: Figure, evaluation: Evaluation, taus: Sequen
     compute = np.array([point.mean_macs for point in points]) / scale
     right.plot(x, compute, color="white", linewidth=5, zorder=3)  # a halo: the line crosses dark bars
     right.plot(x, compute, color="black", marker="o", markeredgecolor="white", markersize=7, zorder=4)
-    right.set(
-        ylabel=f"mean {unit} per sample", ylim=(0, max(evaluation.macs[-1] / scale, compute.max()) * 1.04)
-    )
+    right.set(ylabel=f"mean {unit} per sample", ylim=(0, max(evaluation.macs[-1] / scale, compute.max()) * 1.04))
     right.grid(visible=False)
     handles, labels = axes.get_legend_handles_labels()
     _legend(figure, [*handles, right.lines[1]], [*labels, f"mean {unit}"], columnspacing=1.2)
@@ -107,9 +103,7 @@ def quality_per_exit(figure: Figure, evaluation: Evaluation, unguided: Evaluatio
     runs = [(evaluation, "-", False)]
     if unguided is not None:
         if unguided.loss.shape[1] != evaluation.loss.shape[1]:
-            raise OptionError(
-                f"unguided needs {evaluation.loss.shape[1]} exits, got {unguided.loss.shape[1]}"
-            )
+            raise OptionError(f"unguided needs {evaluation.loss.shape[1]} exits, got {unguided.loss.shape[1]}")
         runs.append((unguided, "--", True))
     top = max(_right_end(run.loss) for run, _, _ in runs)
     grid = np.linspace(0, top, 400)
@@ -220,9 +214,7 @@ def difficulty_against_distance(figure: Figure, evaluation: Evaluation, tau: flo
         if not chosen.any():
             continue
         share = chosen.mean()
-        upper.plot(
-            grid, density(distance[chosen], grid, 0.5) * share, color=colour, label=f"{name} ({share:.0%})"
-        )
+        upper.plot(grid, density(distance[chosen], grid, 0.5) * share, color=colour, label=f"{name} ({share:.0%})")
         dots = shown[chosen[shown]]
         lower.plot(distance[dots], evaluation.loss[dots, 0], "o", color=colour, markersize=4, alpha=0.7)
     upper.set_title(f"exits taken at threshold {tau:.3g}", fontsize=11, loc="left")

@@ -84,9 +84,7 @@ def _template() -> Any:
     return environment.from_string(text)
 
 
-def _summary(
-    evaluation: Evaluation, taus: Sequence[float], calibration: Calibration | None
-) -> dict[str, Any]:
+def _summary(evaluation: Evaluation, taus: Sequence[float], calibration: Calibration | None) -> dict[str, Any]:
     routed = evaluation.predicted is not None
     sweep = {tau: _routed_row(evaluation, tau) for tau in taus} if routed else {}
     return {

@@ -40,9 +40,7 @@ class Strip:
                 )
 
 
-def pick_strips(
-    run: Measurement, evaluation: Evaluation, show: Callable[..., Tensor] | None = None
-) -> list[Strip]:
+def pick_strips(run: Measurement, evaluation: Evaluation, show: Callable[..., Tensor] | None = None) -> list[Strip]:
     """Render the easiest, hardest and, at the highlighted threshold, worst-routed samples at every exit.
 
     ``show`` turns one sample into a picture ``(3, H, W)`` in [0, 1].
@@ -62,9 +60,7 @@ def pick_strips(
         item = run.samples.items[index]
         images = [("input", _pixels(_picture(item, backbone.shape[1:]) if show is None else show(item)))]
         for k, image in enumerate(branches):
-            images.append(
-                (f"exit {k + 1}: {evaluation.loss[index, k]:.3f}", _pixels(_unit(run.limits, image)))
-            )
+            images.append((f"exit {k + 1}: {evaluation.loss[index, k]:.3f}", _pixels(_unit(run.limits, image))))
         images.append(("backbone", _pixels(_unit(run.limits, backbone))))
         title = f"{label} (sample {index}), threshold {threshold:.3g}"
         strips.append(Strip(title, images, int(exits[index])))

@@ -47,11 +47,7 @@ class ExactRetriever(Retriever):
     name = "exact"
 
     def __init__(
-        self,
-        *,
-        device: str = "cpu",
-        precision: Literal["auto", "float32", "bfloat16"] = "auto",
-        threads: int = 1,
+        self, *, device: str = "cpu", precision: Literal["auto", "float32", "bfloat16"] = "auto", threads: int = 1
     ) -> None:
         super().__init__(threads=threads, device=str(device), precision=precision)
         try:
@@ -78,8 +74,7 @@ class ExactRetriever(Retriever):
             self._rounded, self._rows, self._norms = rounded, rows, squared_norms(rows)
         except (RuntimeError, AssertionError) as error:  # torch asserts that it was compiled for the device
             raise OptionError(
-                f"cannot hold {len(keys)} x {keys.shape[1]} keys on {str(self._device)!r}: {error}",
-                self._device,
+                f"cannot hold {len(keys)} x {keys.shape[1]} keys on {str(self._device)!r}: {error}", self._device
             ) from error
 
     def _round(self, rows: Tensor) -> RoundedKeys | None:

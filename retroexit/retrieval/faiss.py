@@ -106,8 +106,7 @@ class FaissRetriever(Retriever):
                 native.add(keys)
             except RuntimeError as error:
                 raise RetrieverError(
-                    f"FAISS cannot build {self.options['index']!r} over {len(keys)} keys: {_reason(error)}",
-                    keys,
+                    f"FAISS cannot build {self.options['index']!r} over {len(keys)} keys: {_reason(error)}", keys
                 ) from error
         self._native = native
 
@@ -116,9 +115,7 @@ class FaissRetriever(Retriever):
             return self._native.search(queries, min(k * self._more, self.distinct))[1]
 
     def _dump(self, path: Path) -> None:
-        content = _faiss().serialize_index(
-            self._native
-        )  # write_index says nothing of some errors of the disk
+        content = _faiss().serialize_index(self._native)  # write_index says nothing of some errors of the disk
         with replacing(path, content.nbytes) as file:
             file.write(content.data)
 
@@ -148,8 +145,7 @@ class FaissRetriever(Retriever):
             except RuntimeError as error:
                 if value is not None:
                     raise OptionError(
-                        f"the FAISS index {self.options['index']!r} has no option {option}, got {value}. "
-                        "Leave it out.",
+                        f"the FAISS index {self.options['index']!r} has no option {option}, got {value}. Leave it out.",
                         value,
                     ) from error
 

@@ -42,9 +42,7 @@ def check_promise(alpha: float, confidence: float) -> None:
 def check_groups(groups: Sequence[Any] | None, samples: int) -> None:
     """Raise `OptionError` unless there is one label per sample, or none at all."""
     if groups is not None and len(groups) != samples:
-        raise OptionError(
-            f"groups must have one label for each of {samples} samples, got {len(groups)}.", groups
-        )
+        raise OptionError(f"groups must have one label for each of {samples} samples, got {len(groups)}.", groups)
 
 
 def most_violations(samples: int, alpha: float, confidence: float) -> int:
@@ -159,9 +157,7 @@ class Calibration:
         self._check_options()
         if self.losses.dim() != 2 or self.losses.shape != self.predicted.shape or not self.losses.numel():
             shapes = f"{tuple(self.losses.shape)} and {tuple(self.predicted.shape)}"
-            raise OptionError(
-                f"losses and predicted must have the shape (samples, exits), got {shapes}.", self.losses
-            )
+            raise OptionError(f"losses and predicted must have the shape (samples, exits), got {shapes}.", self.losses)
         if not bool(torch.isfinite(self.losses).all()) or bool(self.predicted.isnan().any()):
             raise OptionError("losses must be finite and predictions no NaN.", self.losses)
         check_groups(self.groups, len(self))
@@ -196,9 +192,7 @@ class Calibration:
             names = ", ".join(map(repr, RULES))
             raise OptionError(f"rule must be one of {names}, got {self.rule!r}.", self.rule)
         if self.rule == "worst-group" and self.groups is None:
-            raise OptionError(
-                "rule='worst-group' needs groups. Pass groups=, one label per sample.", self.rule
-            )
+            raise OptionError("rule='worst-group' needs groups. Pass groups=, one label per sample.", self.rule)
         thresholds: Any = self.thresholds  # anything that a user may pass
         if thresholds is None or (isinstance(thresholds, str) and thresholds == "all"):
             return
@@ -366,9 +360,7 @@ class Calibration:
         scope = "" if self.thresholds is None else ", for all thresholds together"
         if isinstance(self.thresholds, tuple):
             scope = f", for the thresholds {', '.join(f'{t:g}' for t in self.thresholds)} together"
-        inputs = (
-            f"inputs like the {len(self)}" if self.groups is None else f"inputs of new groups like {groups}"
-        )
+        inputs = f"inputs like the {len(self)}" if self.groups is None else f"inputs of new groups like {groups}"
         return (
             f"P({metric} > threshold) <= {self.alpha:g} with confidence {self.confidence:g} on {inputs} it was "
             f"calibrated on{source}{scope}"

@@ -69,9 +69,7 @@ class Latency:
         return cls(**{**saved, **times})
 
 
-def time_exits(
-    call: Callable[[int], Any], exits: int, batch: int, device: torch.device, runs: int
-) -> Latency:
+def time_exits(call: Callable[[int], Any], exits: int, batch: int, device: torch.device, runs: int) -> Latency:
     """Time the exits in turns, so that a busy moment affects all; two runs per exit warm up.
 
     ``call`` renders a batch through the exit of a number.

@@ -96,8 +96,7 @@ class RoutingRequest:
         if self.exit is not None and goals:
             names = " and ".join(f"{name}={value}" for name, value in goals.items())
             raise OptionError(
-                f"exit must not be combined with another option, got exit={self.exit} and {names}. Pass one.",
-                self.exit,
+                f"exit must not be combined with another option, got exit={self.exit} and {names}. Pass one.", self.exit
             )
         if self.threshold is not None and self.budget is not None:
             raise OptionError(
@@ -173,10 +172,7 @@ def assign_exits(predicted: Tensor, threshold: float | Tensor) -> Tensor:
     if not isinstance(threshold, Tensor):
         check_number("threshold", threshold)
     if predicted.dim() != 2:
-        raise OptionError(
-            f"predicted must have the shape (samples, exits), got {tuple(predicted.shape)}.",
-            predicted,
-        )
+        raise OptionError(f"predicted must have the shape (samples, exits), got {tuple(predicted.shape)}.", predicted)
     good = predicted <= threshold
     fallback = torch.ones_like(good[:, :1])
     return torch.cat([good, fallback], 1).int().argmax(1).long() + 1
@@ -242,9 +238,7 @@ def lagrange_multiplier(predicted: Tensor, shares: Tensor, budget: float) -> flo
     return high
 
 
-def assign_with_hysteresis(
-    predicted: Tensor, limits: Tensor, previous: Tensor | None, hysteresis: float
-) -> Tensor:
+def assign_with_hysteresis(predicted: Tensor, limits: Tensor, previous: Tensor | None, hysteresis: float) -> Tensor:
     """Pick exits for the next frame of a video: change to a cheaper exit only by a clear margin.
 
     Args:
@@ -314,9 +308,7 @@ class VideoRouter:
     def __exit__(self, *error: object) -> None:
         self.exits = None
 
-    def __call__(
-        self, *inputs: Any, threshold: float | Tensor, deadline_ms: float | None = None, **kwargs: Any
-    ) -> Any:
+    def __call__(self, *inputs: Any, threshold: float | Tensor, deadline_ms: float | None = None, **kwargs: Any) -> Any:
         """Render the next frame of every stream; inputs hold one sample per stream, options are as for a call.
 
         Raises:

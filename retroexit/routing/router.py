@@ -113,11 +113,7 @@ class Router(nn.Module):
         retrieved = None
         if request.needs_losses:
             prediction = self.predict(begun)
-            exits, retrieved, is_ood = (
-                self._assign(prediction, request),
-                prediction.retrieved,
-                prediction.is_ood,
-            )
+            exits, retrieved, is_ood = (self._assign(prediction, request), prediction.retrieved, prediction.is_ood)
             # Under a deadline a sample cannot be sent to the backbone afterwards.
             if self.ood_counter.enabled and request.deadline_ms is None:
                 exits, retrieved, is_far = self._check_guides(exits, retrieved, begun)
@@ -169,9 +165,7 @@ class Router(nn.Module):
     def check_exit(self, exit: int) -> int:
         """Raise `OptionError` unless there is an exit of this number; returns it."""
         if isinstance(exit, bool) or not isinstance(exit, int) or not 1 <= exit <= self.exits:
-            raise OptionError(
-                f"exit must be an integer from 1 to {self.exits}, the backbone, got {exit!r}.", exit
-            )
+            raise OptionError(f"exit must be an integer from 1 to {self.exits}, the backbone, got {exit!r}.", exit)
         return exit
 
     def _guarded(self, prediction: LossPrediction) -> Tensor:
@@ -208,8 +202,7 @@ class Router(nn.Module):
         """Lagrange multipliers at which inputs like the calibration set spend a budget on average."""
         if self.calibration is None:
             raise TrainingError(
-                f"budget={budget} needs a calibration, but the model has none. Call model.calibrate(inputs) "
-                "first.",
+                f"budget={budget} needs a calibration, but the model has none. Call model.calibrate(inputs) first.",
                 self,
             )
         _check_count(budget, "budget", losses)
@@ -223,12 +216,7 @@ class Router(nn.Module):
         """Send samples that are too far from their guides to the backbone, which needs no guide."""
         is_far = torch.zeros_like(exits).bool()
         early = (exits < self.exits).nonzero()[:, 0]
-        if (
-            self.guide_limit is None
-            or self._guide.taps is None
-            or self._rows_per_sample > 1
-            or not len(early)
-        ):
+        if self.guide_limit is None or self._guide.taps is None or self._rows_per_sample > 1 or not len(early):
             return exits, retrieved, is_far
         if retrieved is None:
             retrieved = self._guide.retrieve(begun, early).spread(early, len(exits))
@@ -352,9 +340,7 @@ class Router(nn.Module):
         return self._recorded.split.rows_per_sample
 
 
-def render(
-    split: SplitGenerator, branches: nn.ModuleList, guide: GuideProvider, begun: Begun, choice: Choice
-) -> Any:
+def render(split: SplitGenerator, branches: nn.ModuleList, guide: GuideProvider, begun: Begun, choice: Choice) -> Any:
     """Run the backbone from the first cut on; at every exit some samples leave and the others continue.
 
     A stage that no sample needs does not run.
@@ -366,9 +352,7 @@ def render(
     early = (exits <= len(branches)).nonzero()[:, 0]
     everyone = len(early) == len(exits)
     with torch.no_grad():  # one search for all samples that leave early
-        guides = (
-            None if guide.taps is None else guide.guide(begun, None if everyone else early, choice.retrieved)
-        )
+        guides = None if guide.taps is None else guide.guide(begun, None if everyone else early, choice.retrieved)
     values, rows = begun.values, torch.arange(len(exits), device=exits.device)
     parts: list[tuple[Tensor, Any]] = []
     for index, branch in enumerate(branches):
@@ -392,9 +376,7 @@ def render(
     return merge(parts, len(exits), split.output_rows)
 
 
-def render_at(
-    split: SplitGenerator, branch: nn.Module, index: int, guide: GuideProvider, begun: Begun
-) -> Any:
+def render_at(split: SplitGenerator, branch: nn.Module, index: int, guide: GuideProvider, begun: Begun) -> Any:
     """Let a whole batch leave at branch ``index``, from 0.
 
     Unlike `render`, nothing here depends on the values of tensors, so that it can be exported.
@@ -414,9 +396,7 @@ def circumstances(feature: Tensor) -> dict[str, Any]:
     return {"feature_size": list(feature.shape[2:]), "precision": str(dtype).removeprefix("torch.")}
 
 
-def render_branch(
-    split: SplitGenerator, branch: nn.Module, index: int, values: Values, guide: Tensor | None
-) -> Any:
+def render_branch(split: SplitGenerator, branch: nn.Module, index: int, values: Values, guide: Tensor | None) -> Any:
     """Make the output of a branch from the values at its cut ``index``, from 0, and its guides ``(N, C, ...)``."""
     crossing = split.crossing(values, index)
     written = split.written[index]  # values that the branch writes into: it gets copies
@@ -454,6 +434,5 @@ def input_map(args: Any, kwargs: Any, dims: int) -> Tensor:
 def _check_count(values: float | Tensor, name: str, losses: Tensor) -> None:
     if isinstance(values, Tensor) and values.dim() and len(values) != len(losses):
         raise OptionError(
-            f"{name} must be one number or one per sample, got {len(values)} for {len(losses)} samples.",
-            values,
+            f"{name} must be one number or one per sample, got {len(values)} for {len(losses)} samples.", values
         )

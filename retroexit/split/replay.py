@@ -108,9 +108,7 @@ class Layout:
             node = self._node.get(key)
             if node is None:
                 node = self._node[key] = self._graph.placeholder(name)
-                node.meta.update(
-                    shape=tuple(tensor.shape), dtype=tensor.dtype, key=key, number=len(self.nodes)
-                )
+                node.meta.update(shape=tuple(tensor.shape), dtype=tensor.dtype, key=key, number=len(self.nodes))
                 self.nodes.append(node)
             return node
 
@@ -172,9 +170,7 @@ class ReplayTail(Tail):
     of it stay the generator's. With ``share``, weights are the generator's, for reading only.
     """
 
-    def __init__(
-        self, generator: nn.Module, cut: ReplayCut, stages: Sequence[str], *, share: bool = False
-    ) -> None:
+    def __init__(self, generator: nn.Module, cut: ReplayCut, stages: Sequence[str], *, share: bool = False) -> None:
         nn.Module.__init__(self)
         self._cut: ReplayCut = cut
         opened, inside = opened_by(generator, cut.place.enclosing, cut.called)

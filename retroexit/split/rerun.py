@@ -286,9 +286,7 @@ def is_fake(value: Any) -> bool:
     return type(value).__name__ == "FakeTensor"
 
 
-def opened_by(
-    generator: nn.Module, enclosing: Iterable[str], called: frozenset[str]
-) -> tuple[list[str], list[str]]:
+def opened_by(generator: nn.Module, enclosing: Iterable[str], called: frozenset[str]) -> tuple[list[str], list[str]]:
     """Separate modules whose forward runs again (enclosing ones, containers never called) from those inside."""
     enclosing = set(enclosing)
     opened: dict[str, None] = {}

@@ -134,9 +134,7 @@ class SplitGenerator:
     def is_current(self, branches: nn.Module) -> bool:
         """Return whether generator and branches have the device and precision of the recording."""
         recorded = (self._device, self._precision)
-        return all(
-            (device_of(module), precision_of(module)) == recorded for module in (self.generator, branches)
-        )
+        return all((device_of(module), precision_of(module)) == recorded for module in (self.generator, branches))
 
     def example_now(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The inputs of the recording, in the device and precision that the generator has now."""
@@ -374,9 +372,7 @@ class SplitGenerator:
         except Exception as error:
             return f"raises {type(error).__name__}: {error}", {}
         agrees = len(expected) == len(outputs) and all(
-            a.shape == b.shape
-            and a.dtype == b.dtype
-            and torch.allclose(a.float(), b.float(), rtol=1e-4, atol=1e-5)
+            a.shape == b.shape and a.dtype == b.dtype and torch.allclose(a.float(), b.float(), rtol=1e-4, atol=1e-5)
             for a, b in zip(expected, outputs, strict=True)
         )
         return "" if agrees else "gives another output than the generator", seen
@@ -440,9 +436,7 @@ def lacks_batch_axis(generator: nn.Module, args: Any, kwargs: Any) -> bool:
     """Whether inputs are one sample, of which the generator takes a batch of one and of two as well."""
 
     def render(count: int) -> list[Tensor]:
-        stacked = rebuild(
-            (tuple(args), dict(kwargs)), lambda x: torch.stack([x] * count) if torch.is_tensor(x) else x
-        )
+        stacked = rebuild((tuple(args), dict(kwargs)), lambda x: torch.stack([x] * count) if torch.is_tensor(x) else x)
         with torch.no_grad(), unobserved(generator):
             return tensors(generator(*stacked[0], **stacked[1]))
 
@@ -453,9 +447,7 @@ def lacks_batch_axis(generator: nn.Module, args: Any, kwargs: Any) -> bool:
     return all((2, *one.shape[1:]) == two.shape for one, two in pairs if one.dim())
 
 
-def places(
-    decoder: Decoder, stages: Iterable[Stage], tap: Literal["after", "before"]
-) -> list[tuple[Stage, Cut]]:
+def places(decoder: Decoder, stages: Iterable[Stage], tap: Literal["after", "before"]) -> list[tuple[Stage, Cut]]:
     """Cut a decoder at several stages, in order of execution."""
     return sorted(((stage, decoder.cut(stage, tap)) for stage in stages), key=lambda pair: pair[1].position)
 
@@ -489,9 +481,7 @@ def _call_form(leaves: Leaves) -> CallForm:
 
 def _difference(form: CallForm, recorded: CallForm) -> str:
     """Describe the first difference between a call and the recorded one; empty if there is none."""
-    paths, expected_paths = (
-        [path for path, x in f.items() if isinstance(x, torch.dtype)] for f in (form, recorded)
-    )
+    paths, expected_paths = ([path for path, x in f.items() if isinstance(x, torch.dtype)] for f in (form, recorded))
     if set(paths) != set(expected_paths):
         return f"tensors must be at {expected_paths} as in the recording, got {paths}. Wrap again with such inputs."
     for path in {**recorded, **form}:

@@ -148,18 +148,14 @@ class _Reader:
     def _features(self) -> set[fx.Node]:
         """Nodes that depend on both inputs and weights: no conditioning from inputs alone, no tables."""
         weighted = {
-            self.nodes[call.end - 1]
-            for call in self.calls
-            if call.end and any(True for _ in call.module.parameters())
+            self.nodes[call.end - 1] for call in self.calls if call.end and any(True for _ in call.module.parameters())
         }
         weighted = {node for node in weighted if node.op == "call_module"}
         from_inputs: set[fx.Node] = set()
         from_weights: set[fx.Node] = set()
         for node in self.nodes:
             inputs = node.all_input_nodes
-            if node.op == "placeholder" or (
-                not node.meta.get("size") and any(n in from_inputs for n in inputs)
-            ):
+            if node.op == "placeholder" or (not node.meta.get("size") and any(n in from_inputs for n in inputs)):
                 from_inputs.add(node)
             if node in weighted or any(n in from_weights or n.meta.get("parameter") for n in inputs):
                 from_weights.add(node)

@@ -209,10 +209,7 @@ def _check_path(generator: nn.Module, path: str, ran: Counter[str]) -> None:
             path,
         )
     problem = f"{path!r} is never called in {name}" if exists else f"no module {path!r} in {name}"
-    raise AttachPointError(
-        f"{problem}; closest: {closest(path, ran)}. List all with 'retroexit inspect'.",
-        path,
-    )
+    raise AttachPointError(f"{problem}; closest: {closest(path, ran)}. List all with 'retroexit inspect'.", path)
 
 
 # Names of values, for messages and tables.

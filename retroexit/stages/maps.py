@@ -188,9 +188,7 @@ def _channel_axis(node: fx.Node, axes: Axes, modules: dict[str, nn.Module]) -> i
         return 1
     if isinstance(module, _CHANNELS_LAST):  # some norms turn maps around inside
         width = getattr(module, "normalized_shape", shape[-1:])[-1]
-        keeps = (
-            bool(sources) and sources[0][1] == 1 and shape[1] == width and isinstance(module, nn.LayerNorm)
-        )
+        keeps = bool(sources) and sources[0][1] == 1 and shape[1] == width and isinstance(module, nn.LayerNorm)
         return 1 if width != shape[-1] or keeps else last
     if node.target in _CHANNELS_LAST_FUNCTIONS:
         return last

@@ -144,9 +144,7 @@ class Case:
             samples = leaf[:1], leaf[:1].roll(1, -1) if leaf.dim() > 1 else leaf[:1]
             return torch.cat([samples[pick] for pick in picks])
 
-        both, first, second = (
-            rebuild(self.inputs, partial(batch, picks)) for picks in ((0, 1), (0, 0), (1, 1))
-        )
+        both, first, second = (rebuild(self.inputs, partial(batch, picks)) for picks in ((0, 1), (0, 0), (1, 1)))
         return both, first, second
 
     def depends_on_batch(self, run: Callable[[Inputs], Tensor]) -> str:

@@ -166,9 +166,7 @@ def _explain(generator: nn.Module, args: Any, kwargs: Any, error: Exception) -> 
     weight = next(iter(generator.parameters()), None)
     name, cause = type(generator).__name__, f"The generator raised {type(error).__name__}: {error}."
     for x in inputs:
-        if weight is not None and (
-            x.device != weight.device or (x.is_floating_point() and x.dtype != weight.dtype)
-        ):
+        if weight is not None and (x.device != weight.device or (x.is_floating_point() and x.dtype != weight.dtype)):
             return DeviceError(
                 f"{name} and its inputs must share device and precision, got parameters on {weight.device} in "
                 f"{weight.dtype} and an input {tuple(x.shape)} on {x.device} in {x.dtype}. Convert one. {cause}",

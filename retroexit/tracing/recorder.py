@@ -32,9 +32,7 @@ from retroexit.errors import RecordingError
 QUESTIONS = frozenset({"__bool__", "__contains__", "allclose", "equal", "is_nonzero"})
 """Functions that read a boolean out of tensors."""
 
-READS = QUESTIONS | {
-    *("__array__", "__complex__", "__float__", "__index__", "__int__", "item", "numpy", "tolist")
-}
+READS = QUESTIONS | {*("__array__", "__complex__", "__float__", "__index__", "__int__", "item", "numpy", "tolist")}
 """Functions that read values out of tensors into Python."""
 
 _IMPORTS = {"tensor", "as_tensor", "asarray", "from_numpy", "full"}
@@ -400,9 +398,7 @@ class Recorder(TorchFunctionMode):
         try:
             for module in self.generator.modules():
                 # `nn.Module.` since scripted modules refuse the bound methods.
-                handles.append(
-                    nn.Module.register_forward_pre_hook(module, self._enter, prepend=True, with_kwargs=True)
-                )
+                handles.append(nn.Module.register_forward_pre_hook(module, self._enter, prepend=True, with_kwargs=True))
                 handles.append(nn.Module.register_forward_hook(module, self._leave, always_call=True))
             yield
         finally:

@@ -84,13 +84,7 @@ class FeatureCache:
 
     @classmethod
     def build(
-        cls,
-        model: EarlyExitGenerator,
-        samples: Samples,
-        folder: str | Path,
-        *,
-        batch: int = 8,
-        progress: bool = True,
+        cls, model: EarlyExitGenerator, samples: Samples, folder: str | Path, *, batch: int = 8, progress: bool = True
     ) -> FeatureCache:
         """Run the backbone once over all samples and store what training needs.
 
@@ -217,8 +211,7 @@ def _check_rows(model: EarlyExitGenerator) -> None:
     name = type(model.generator).__name__
     if not model.split.any_batch:
         raise TrainingError(
-            f"{name} must take any batch size, but its forward holds for {model.split.batch} only",
-            model.generator,
+            f"{name} must take any batch size, but its forward holds for {model.split.batch} only", model.generator
         )
     if {*model.split.batched.values(), *model.split.output_rows} - {1, None}:
         raise TrainingError(
@@ -251,8 +244,7 @@ def _store(
         arrays[name] = new_array(folder / f"{name}.npy", rows.dtype, (count, *rows.shape[1:]))
     if arrays[name].shape[1:] != rows.shape[1:]:
         raise OptionError(
-            f"inputs must be of one size, got shapes {arrays[name].shape[1:]} and {rows.shape[1:]} of {name}",
-            value,
+            f"inputs must be of one size, got shapes {arrays[name].shape[1:]} and {rows.shape[1:]} of {name}", value
         )
     arrays[name][indices] = rows
 
@@ -276,9 +268,7 @@ def _sum(rows: np.ndarray) -> int:
     return zlib.crc32(np.ascontiguousarray(rows).tobytes(), begin)
 
 
-def _check_sums(
-    folder: Path, arrays: dict[str, np.ndarray], state: dict[str, Any], batch: int
-) -> dict[str, list[int]]:
+def _check_sums(folder: Path, arrays: dict[str, np.ndarray], state: dict[str, Any], batch: int) -> dict[str, list[int]]:
     """Compare the stored batches with their checksums, and return these."""
     done = state["done"]
     for name, array in arrays.items():
@@ -316,9 +306,7 @@ def _read_state(folder: Path, identity: dict[str, Any]) -> dict[str, Any]:
         state = read_json(path, f"Remove {folder}.")
         other = [key for key in identity if state["identity"].get(key) != identity[key]]
         done, arrays, sums = int(state["done"]), list(map(str, state["arrays"])), dict(state["sums"])
-        if not 0 <= done <= identity["count"] or {len(sums[n]) for n in arrays} - {
-            -(-done // identity["batch"])
-        }:
+        if not 0 <= done <= identity["count"] or {len(sums[n]) for n in arrays} - {-(-done // identity["batch"])}:
             raise ValueError(f"its checksums are not those of {done} samples")
     if other:
         raise CheckpointError(

@@ -40,9 +40,7 @@ def estimate(
 ) -> Estimate:
     """Time two steps of every branch; the weights are restored and nothing is written."""
     before = {name: value.clone() for name, value in model.branches.state_dict().items()}
-    trainers = [
-        BranchTrainer(model, index, loss, steps.limits, settings, Path()) for index, loss in enumerate(losses)
-    ]
+    trainers = [BranchTrainer(model, index, loss, steps.limits, settings, Path()) for index, loss in enumerate(losses)]
     begin = time.perf_counter()
     step = steps.at(0)
     backbone_seconds = time.perf_counter() - begin

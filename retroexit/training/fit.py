@@ -36,12 +36,7 @@ from retroexit.training.losses.plan import LossPlan
 from retroexit.training.predictor import exit_losses, fit_predictor
 from retroexit.training.settings import FitSettings, check_same, divide
 from retroexit.training.steps import Cropper, Steps
-from retroexit.training.trainer import (
-    BranchTrainer,
-    FeatureDistance,
-    TrainingWriter,
-    train_branches,
-)
+from retroexit.training.trainer import BranchTrainer, FeatureDistance, TrainingWriter, train_branches
 
 __all__ = ["FitJob", "estimate_fit", "fit_model", "fit_record"]
 
@@ -97,9 +92,7 @@ def fit_model(
     features = steps.features = _features(model, samples, folder, settings, team, progress)
     writer = None
     if settings.tensorboard and team.is_first:
-        writer = TrainingWriter(
-            folder / "tensorboard" if settings.tensorboard is True else Path(settings.tensorboard)
-        )
+        writer = TrainingWriter(folder / "tensorboard" if settings.tensorboard is True else Path(settings.tensorboard))
     # From here on the folder belongs to these settings.
     team.wait()
     if team.is_first:
@@ -171,11 +164,7 @@ def fit_record(
 
 
 def estimate_fit(
-    model: EarlyExitGenerator,
-    inputs: Sequence[Any],
-    settings: FitSettings,
-    plan: LossPlan,
-    limits: ImageRange,
+    model: EarlyExitGenerator, inputs: Sequence[Any], settings: FitSettings, plan: LossPlan, limits: ImageRange
 ) -> Estimate:
     """Estimate the cost of a fit; nothing is written and no weight changes.
 
@@ -231,21 +220,14 @@ def _cropper(model: EarlyExitGenerator, features: Features, crop: int | None) ->
 
 
 def _features(
-    model: EarlyExitGenerator,
-    samples: Samples,
-    folder: Path,
-    settings: FitSettings,
-    team: Team,
-    progress: bool,
+    model: EarlyExitGenerator, samples: Samples, folder: Path, settings: FitSettings, team: Team, progress: bool
 ) -> Features:
     """Open the cache, which the first process fills; or compute features when they are read."""
     if not settings.cache:
         return LiveFeatures(model, samples)
 
     def build(progress: bool) -> FeatureCache:
-        return FeatureCache.build(
-            model, samples, folder / "cache", batch=settings.cache_batch, progress=progress
-        )
+        return FeatureCache.build(model, samples, folder / "cache", batch=settings.cache_batch, progress=progress)
 
     features = build(progress) if team.is_first else None
     team.wait()
@@ -267,13 +249,7 @@ def _try_loss(loss: TrainingLoss, steps: Steps) -> None:
 
 
 def _bank(
-    model: EarlyExitGenerator,
-    taps: Taps,
-    features: Features,
-    folder: Path,
-    job: FitJob,
-    team: Team,
-    progress: bool,
+    model: EarlyExitGenerator, taps: Taps, features: Features, folder: Path, job: FitJob, team: Team, progress: bool
 ) -> GuidanceBank:
     """Load the bank of the folder, which the first process writes."""
     generator = fingerprint(model.generator)
@@ -282,9 +258,7 @@ def _bank(
             bank = _fill_bank(model, taps, features, job, progress) if job.bank is None else job.bank
             if job.bank is not None:  # none of its pairs belongs to a sample: sources from -2 down
                 source = -2 - bank.source.numpy().clip(min=0)
-                bank = GuidanceBank(
-                    retriever=bank.retriever, values=bank.values, source=source, meta=bank.meta
-                )
+                bank = GuidanceBank(retriever=bank.retriever, values=bank.values, source=source, meta=bank.meta)
             bank.save(folder)
         team.wait()
         if team.is_first and job.bank is not None:
@@ -292,9 +266,7 @@ def _bank(
     return GuidanceBank.load(folder, generator, retriever_class=type(job.retriever()))
 
 
-def _fill_bank(
-    model: EarlyExitGenerator, taps: Taps, features: Features, job: FitJob, progress: bool
-) -> GuidanceBank:
+def _fill_bank(model: EarlyExitGenerator, taps: Taps, features: Features, job: FitJob, progress: bool) -> GuidanceBank:
     guidance = model.options.guidance
     assert guidance is not None
     key, value = guidance_names(taps, model.split.cuts[0].feature.name)
@@ -339,9 +311,7 @@ def _guides(
     assert bank is not None
     key, _ = guidance_names(taps, model.split.cuts[0].feature.name)
     precision = features.read(model.split.cuts[0].feature.name, [0]).dtype
-    results = [
-        bank.search(features.read(key, rows), torch.as_tensor(rows)) for rows in chunks(len(features), 64)
-    ]
+    results = [bank.search(features.read(key, rows), torch.as_tensor(rows)) for rows in chunks(len(features), 64)]
     ids = torch.cat([result.ids for result in results])
     distances = torch.cat([guide_distance(result.distances) for result in results])[:, 0]
 

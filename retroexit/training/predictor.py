@@ -27,9 +27,7 @@ _BATCH, _LR = 32, 2e-3  # samples per step; learning rate, cosine to zero
 
 
 @torch.no_grad()
-def exit_losses(
-    model: EarlyExitGenerator, steps: Steps, metric: QualityMetric, path: Path, progress: bool
-) -> Tensor:
+def exit_losses(model: EarlyExitGenerator, steps: Steps, metric: QualityMetric, path: Path, progress: bool) -> Tensor:
     """Measure the quality loss of every branch exit on every sample, ``(S, K)``, or read it from ``path``."""
     team, size = steps.team, (len(steps.features), len(model.branches))
     if team.from_first(path.exists()):
@@ -141,9 +139,7 @@ def predictor_reads(
     assert taps is not None and bank is not None
     key, _ = guidance_names(taps, feature)
     # The keys of the sample itself are left out, since a new input has none in the bank.
-    results = [
-        bank.search(features.read(key, rows), torch.as_tensor(rows)) for rows in chunks(len(features), 64)
-    ]
+    results = [bank.search(features.read(key, rows), torch.as_tensor(rows)) for rows in chunks(len(features), 64)]
     return maps, torch.cat([guide_distance(result.distances) for result in results])
 
 

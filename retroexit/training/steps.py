@@ -31,9 +31,7 @@ class Cropper:
     map_sizes: frozenset[tuple[int, ...]] = frozenset()  # sizes of the maps that are cropped
 
     @classmethod
-    def for_maps(
-        cls, size: int | None, image_size: tuple[int, ...], map_sizes: list[tuple[int, ...]]
-    ) -> Cropper:
+    def for_maps(cls, size: int | None, image_size: tuple[int, ...], map_sizes: list[tuple[int, ...]]) -> Cropper:
         """Make a cropper for maps of these sizes, which must divide the image's; raises `OptionError`."""
         if size is None:
             return cls(None, image_size)

@@ -108,8 +108,7 @@ def stream_banks(
     if len(identities) != len(samples) or wrong:
         problem = f"the name {wrong[0]!r}" if wrong else f"{len(identities)} names for {len(samples)} samples"
         raise OptionError(
-            f"identities must be one name per sample, each valid as a folder's name, got {problem}",
-            identities,
+            f"identities must be one name per sample, each valid as a folder's name, got {problem}", identities
         )
     for name, chosen in rows.items():
         if name not in skip:
@@ -147,9 +146,7 @@ def _values(model: EarlyExitGenerator, samples: Samples, batch: int) -> Callable
     return lambda indices: torch.stack([values(i - i % batch)[i % batch] for i in indices])
 
 
-def _maps(
-    model: EarlyExitGenerator, taps: Taps, samples: Samples, batch: int
-) -> Iterator[tuple[Tensor, Tensor]]:
+def _maps(model: EarlyExitGenerator, taps: Taps, samples: Samples, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Run all inputs again for their key and value features, with the same random numbers."""
     device = device_of(model.generator)
     for indices, args, kwargs in samples.batches(batch):

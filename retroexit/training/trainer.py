@@ -291,11 +291,7 @@ class TrainingWriter:
         self._writer: Any = None
 
     def write(
-        self,
-        step: int,
-        parts: Mapping[int, Mapping[str, float]],
-        images: Mapping[int, Tensor | None],
-        target: Tensor,
+        self, step: int, parts: Mapping[int, Mapping[str, float]], images: Mapping[int, Tensor | None], target: Tensor
     ) -> None:
         """Write parts of the loss by name and images ``(N, C, H, W)`` in [-1, 1], both by exit, of a step from 0."""
         if self._writer is None:

@@ -228,8 +228,7 @@ def _refuse_layout(generator: nn.Module, decoder: Decoder, args: Any, kwargs: di
     if lacks_batch_axis(generator, args, kwargs):
         shapes = ", ".join(str(tuple(x.shape)) for x in tensors((args, kwargs)))
         raise InputMismatchError(
-            f"example inputs must have a batch axis, got shapes {shapes}. Pass x[None] for every input x.",
-            args,
+            f"example inputs must have a batch axis, got shapes {shapes}. Pass x[None] for every input x.", args
         )
     shape = shape_of(decoder.image)
     if len(shape) == 4 and shape[-1] in (1, 3, 4) and shape[1] not in (1, 3, 4):
@@ -252,9 +251,9 @@ def _find_places(decoder: Decoder, options: WrapOptions) -> list[tuple[Stage, Cu
         if isinstance(place, str):
             chosen.append(stage_of.get(place) or decoder.describe(place))
         elif not 1 <= place <= len(decoder.stages):
-            near = ", ".join(
-                f"{s.index} ({s.path})" for s in decoder.stages if abs(s.index - place) <= 2
-            ) or (", ".join(f"{s.index} ({s.path})" for s in decoder.stages[-3:]))
+            near = ", ".join(f"{s.index} ({s.path})" for s in decoder.stages if abs(s.index - place) <= 2) or (
+                ", ".join(f"{s.index} ({s.path})" for s in decoder.stages[-3:])
+            )
             raise AttachPointError(
                 f"attach_at must be stages 1 to {len(decoder.stages)}, got {place}. Closest: {near}. List all with "
                 "'retroexit inspect' or retroexit.find_stages.",
@@ -272,14 +271,11 @@ def _find_places(decoder: Decoder, options: WrapOptions) -> list[tuple[Stage, Cu
     pairs = places(decoder, chosen, options.tap)
     if len({cut.position for _, cut in pairs}) < len(pairs):
         raise AttachPointError(
-            f"attach_at must name each place once, got {list(options.attach_at)}.",
-            options.attach_at,
+            f"attach_at must name each place once, got {list(options.attach_at)}.", options.attach_at
         )
     last = decoder.stages[-1].path
     for stage, cut in pairs:
-        if options.tap == "after" and not any(
-            n.op == "call_module" and n.meta.get("macs", 0) for n in cut.rest
-        ):
+        if options.tap == "after" and not any(n.op == "call_module" and n.meta.get("macs", 0) for n in cut.rest):
             raise AttachPointError(
                 f"attach_at must leave a layer for the branch, got {stage.path!r}, the last one. Closest: "
                 f"{closest(stage.path, [s.path for s in decoder.stages if s.path != last])}.",

@@ -39,9 +39,7 @@ class Exit:
     pinned: tuple[str, ...] = ()
 
 
-def list_exits(
-    decomposition: Decomposition, branches: Iterable[nn.Module], generator: nn.Module
-) -> list[Exit]:
+def list_exits(decomposition: Decomposition, branches: Iterable[nn.Module], generator: nn.Module) -> list[Exit]:
     """List the branch exits, cheapest first, then the backbone."""
     rows = []
     for index, (place, branch) in enumerate(zip(decomposition.places, branches, strict=True)):

@@ -61,14 +61,12 @@ class WrapOptions:
     def __post_init__(self) -> None:
         if not self.attach_at:
             raise AttachPointError(
-                "attach_at must name at least one stage, got []. Pass for example attach_at=[2].",
-                self.attach_at,
+                "attach_at must name at least one stage, got []. Pass for example attach_at=[2].", self.attach_at
             )
         for place in self.attach_at:
             if isinstance(place, bool) or not isinstance(place, (int, str)):
                 raise AttachPointError(
-                    f"attach_at must hold stage numbers and module paths, got {place!r} in "
-                    f"{list(self.attach_at)}.",
+                    f"attach_at must hold stage numbers and module paths, got {place!r} in {list(self.attach_at)}.",
                     place,
                 )
         if self.tap not in ("after", "before"):

@@ -31,9 +31,7 @@ def decoder() -> nn.Module:
 
 
 def wrap(generator: nn.Module, attach_at: list[int | str], **options: Any) -> Any:
-    description = retroexit_oasis.retroexit_describe(generator) or retroexit_megaportraits.retroexit_describe(
-        generator
-    )
+    description = retroexit_oasis.retroexit_describe(generator) or retroexit_megaportraits.retroexit_describe(generator)
     return retroexit.wrap(generator, attach_at, adapter=description, **options)
 
 

@@ -33,9 +33,7 @@ def fainter(generator: nn.Module, name: str) -> nn.Module:
 INSTANCES: dict[str, Callable[[ModuleType], nn.Module]] = {
     "retroexit_diffusers": lambda _: fainter(kl(norm_num_groups=8).decoder, "conv_out.weight"),
     "retroexit_megaportraits": lambda adapter: adapter.MegaPortraitsG2d(24, channels=16, size=4),
-    "retroexit_oasis": lambda adapter: adapter.OASISGenerator(
-        5, 3, channels=2, crop=(64, 128), spade_hidden=8
-    ),
+    "retroexit_oasis": lambda adapter: adapter.OASISGenerator(5, 3, channels=2, crop=(64, 128), spade_hidden=8),
     "retroexit_stylegan": stylegan,
 }
 

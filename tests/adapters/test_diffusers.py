@@ -13,9 +13,7 @@ import retroexit
 from retroexit.errors import GeneratorError
 
 diffusers = pytest.importorskip("diffusers", reason="pip install 'retroexit[diffusers]'")
-retroexit_diffusers = pytest.importorskip(
-    "retroexit_diffusers", reason="install the project to get its adapters"
-)
+retroexit_diffusers = pytest.importorskip("retroexit_diffusers", reason="install the project to get its adapters")
 describe = retroexit_diffusers.retroexit_describe
 
 UP = ("mid_block", "up_blocks.0", "up_blocks.1")

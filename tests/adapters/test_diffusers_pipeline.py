@@ -188,10 +188,7 @@ def test_an_autoencoder_looks_the_same_from_outside(pipe: Any, model: Any, tmp_p
         assert pipe.vae.dtype == torch.float32
         assert next(pipe.vae.decoder.children()) is next(decoder.children())
         pipe.vae.save_pretrained(tmp_path)
-        loaded, latents = (
-            type(pipe.vae).from_pretrained(tmp_path, low_cpu_mem_usage=False),
-            torch.randn(1, 4, 8, 8),
-        )
+        loaded, latents = (type(pipe.vae).from_pretrained(tmp_path, low_cpu_mem_usage=False), torch.randn(1, 4, 8, 8))
         with torch.no_grad():
             pipe.vae.decoder.choose()
             assert torch.equal(loaded.decode(latents).sample, pipe.vae.decode(latents).sample)
@@ -221,9 +218,7 @@ def test_switches_of_the_autoencoder_reach_the_decoder(pipe: Any, model: Any) ->
 
 
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
-def test_a_pipeline_may_be_converted_while_the_exits_are_in(
-    pipe: Any, model: Any, precision: torch.dtype
-) -> None:
+def test_a_pipeline_may_be_converted_while_the_exits_are_in(pipe: Any, model: Any, precision: torch.dtype) -> None:
     state = {name: value.clone() for name, value in model.state_dict().items()}
     with early_exits(pipe, model, exit=1) as decoder:
         exact = draw(pipe)

@@ -16,9 +16,7 @@ from retroexit.errors import BankError
 from retroexit.metrics import QualityMetric
 from retroexit.plugins.host import Host, host
 
-megaportraits = pytest.importorskip(
-    "retroexit_megaportraits", reason="install the project to get its adapters"
-)
+megaportraits = pytest.importorskip("retroexit_megaportraits", reason="install the project to get its adapters")
 describe = megaportraits.retroexit_describe
 
 FRAMES = 10
@@ -73,9 +71,7 @@ def guides(fitted: tuple[Any, Path]) -> Any:
         hook.remove()
 
 
-def test_the_bank_has_every_frame_under_its_pose_and_expression(
-    fitted: tuple[Any, Path], driven: nn.Module
-) -> None:
+def test_the_bank_has_every_frame_under_its_pose_and_expression(fitted: tuple[Any, Path], driven: nn.Module) -> None:
     bank, (feature, angles, expression) = fitted[0].bank, drivers(FRAMES, 1)
     keys = megaportraits.frame_key(angles, expression)
     ids = bank.search(keys).ids

@@ -39,8 +39,7 @@ def test_a_block_adds_two_normalised_convolutions_to_its_shortcut() -> None:
 
     def norm(name: str, x: Tensor) -> Tensor:
         gain, shift, mean, variance = (
-            weights[f"{name}.{what}"][:, None, None]
-            for what in ("weight", "bias", "running_mean", "running_var")
+            weights[f"{name}.{what}"][:, None, None] for what in ("weight", "bias", "running_mean", "running_var")
         )
         return gain * (x - mean) / (variance + 1e-5).sqrt() + shift
 

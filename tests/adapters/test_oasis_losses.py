@@ -63,11 +63,7 @@ def test_wrong_labels_images_and_data_sets_are_refused(call: Any, message: str, 
 
 @pytest.mark.parametrize(
     ("name", "labels", "crop", "condition"),
-    [
-        ("cityscapes", 35, (256, 512), 99),
-        ("ade20k", 151, (256, 256), 215),
-        ("coco-stuff", 183, (256, 256), 247),
-    ],
+    [("cityscapes", 35, (256, 512), 99), ("ade20k", 151, (256, 256), 215), ("coco-stuff", 183, (256, 256), 247)],
 )
 def test_networks_are_made_for_a_data_set_by_name(
     name: str, labels: int, crop: tuple[int, int], condition: int
@@ -116,9 +112,7 @@ def test_class_weights_are_zero_where_all_labels_are_unknown() -> None:
     assert oasis.real_loss(torch.randn(1, LABELS + 1, 2, 2), nothing) == 0
 
 
-def test_the_losses_are_cross_entropies_over_the_labels_and_a_fake_class(
-    numbers: Tensor, label: Tensor
-) -> None:
+def test_the_losses_are_cross_entropies_over_the_labels_and_a_fake_class(numbers: Tensor, label: Tensor) -> None:
     scores, weights = torch.randn(2, LABELS + 1, 4, 8), oasis.class_weights(label)
     chances = scores.exp() / scores.exp().sum(1, keepdim=True)
     entropy = -chances.gather(1, numbers[:, None] + 1)[:, 0].log()
@@ -167,9 +161,7 @@ def test_the_objective_puts_the_parts_together(batch: TrainingBatch, label: Tens
         consistency = oasis.labelmix_loss(mixed, real, fake, mask)
         expected = [oasis.real_loss(real, label), oasis.fake_loss(fake), 3 * consistency]
     names = [f"discriminator-{part}" for part in ("real", "fake", "labelmix")]
-    assert list(parts) == names and list(parts.values()) == pytest.approx(
-        list(map(float, expected)), rel=1e-5
-    )
+    assert list(parts) == names and list(parts.values()) == pytest.approx(list(map(float, expected)), rel=1e-5)
     assert consistency > 0
     without = Adversary(judge, oasis.OASISObjective(labelmix=0.0))
     assert list(without.step(batch)) == ["discriminator-real", "discriminator-fake"]

@@ -13,9 +13,7 @@ from torch.nn import functional
 
 import retroexit
 
-retroexit_stylegan = pytest.importorskip(
-    "retroexit_stylegan", reason="install the project to get its adapters"
-)
+retroexit_stylegan = pytest.importorskip("retroexit_stylegan", reason="install the project to get its adapters")
 StyleGANGenerator = retroexit_stylegan.StyleGANGenerator
 describe = retroexit_stylegan.retroexit_describe
 

@@ -15,9 +15,7 @@ from torch import Tensor, nn
 
 from retroexit.errors import CheckpointError
 
-retroexit_stylegan = pytest.importorskip(
-    "retroexit_stylegan", reason="install the project to get its adapters"
-)
+retroexit_stylegan = pytest.importorskip("retroexit_stylegan", reason="install the project to get its adapters")
 convert = retroexit_stylegan.convert_rosinality
 load_generator = retroexit_stylegan.load_generator
 
@@ -169,9 +167,7 @@ def test_another_architecture_is_refused_by_the_name_that_differs(tmp_path: Path
 
 def test_a_state_of_another_layout_is_not_converted() -> None:
     state, _ = to_rosinality(stylegan().state_dict())
-    with pytest.raises(
-        ValueError, match=r"no tensor 'to_rgbs.0.bias' in the state, got 'synthesis.b4.const'"
-    ):
+    with pytest.raises(ValueError, match=r"no tensor 'to_rgbs.0.bias' in the state, got 'synthesis.b4.const'"):
         convert({"synthesis.b4.const": torch.zeros(1)})
     with pytest.raises(ValueError, match=r"foreign to rosinality's layout: 'latent_avg'\. Remove"):
         convert(state | {"latent_avg": torch.zeros(6)})

@@ -64,9 +64,7 @@ def nvidia_generator(
     ],
     ids=["plain", "classes and mixed precision", "large and grey", "tight clamp"],
 )
-def test_weights_of_nvidias_code_give_nvidias_images(
-    nvidia: Any, tmp_path: Path, options: dict[str, Any]
-) -> None:
+def test_weights_of_nvidias_code_give_nvidias_images(nvidia: Any, tmp_path: Path, options: dict[str, Any]) -> None:
     theirs = nvidia_generator(nvidia, **options)
     torch.save(theirs.state_dict(), tmp_path / "weights.pth")
     ours = adapter.load_generator(tmp_path / "weights.pth", conv_clamp=options.get("clamp"))

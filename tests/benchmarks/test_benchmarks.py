@@ -101,9 +101,7 @@ def _evaluation(samples=240):
     loss = hard * np.array([[0.1, 0.05]])
     predicted = loss * random.uniform(0.8, 1.25, (samples, 1))
     macs, overhead = np.array([20.0, 50.0, 100.0]), np.zeros(3)
-    return Evaluation(
-        loss=loss, predicted=predicted, macs=macs, overhead=overhead, metric={"name": "made up"}
-    )
+    return Evaluation(loss=loss, predicted=predicted, macs=macs, overhead=overhead, metric={"name": "made up"})
 
 
 def test_the_promise_holds_on_inputs_like_those_of_the_calibration():
@@ -114,9 +112,7 @@ def test_the_promise_holds_on_inputs_like_those_of_the_calibration():
     assert few is None
 
 
-@pytest.mark.parametrize(
-    ("samples", "bad", "exit"), [(59, [], 1), (59, [0], 2), (59, [0, 1], 3), (20, [], 3)]
-)
+@pytest.mark.parametrize(("samples", "bad", "exit"), [(59, [], 1), (59, [0], 2), (59, [0, 1], 3), (20, [], 3)])
 def test_an_exit_is_promised_if_the_binomial_test_accepts_its_losses(samples, bad, exit):
     loss = np.zeros((samples, 2))
     loss[0, bad] = 0.2

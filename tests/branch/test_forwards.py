@@ -183,9 +183,7 @@ def pins(generator, place, **options):
     return model.branches[0].pins
 
 
-@pytest.mark.parametrize(
-    ("as_dict", "image", "entry"), [(True, "image", r"\['state'\]"), (False, 0, r"\[1\]\[0\]")]
-)
+@pytest.mark.parametrize(("as_dict", "image", "entry"), [(True, "image", r"\['state'\]"), (False, 0, r"\[1\]\[0\]")])
 def test_a_returned_state_is_named_and_how_to_drop_it(as_dict, image, entry):
     with pytest.warns(RetroExitWarning, match=rf"output .*: {entry}\. They hold \d widths .*% of its MACs"):
         fixed = pins(Recurrent(as_dict), "stem", image=image)

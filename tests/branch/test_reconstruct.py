@@ -189,16 +189,12 @@ def test_a_skip_connection_s_error_is_compensated(monkeypatch):
 )
 def test_the_weights_of_any_layer_are_found_from_what_it_reads_and_gives(layer):
     dims = len(getattr(layer, "kernel_size", ()))
-    x = torch.randn(
-        40, *((6,) if dims == 0 else (6, *(7,) * dims)), generator=torch.Generator().manual_seed(0)
-    )
+    x = torch.randn(40, *((6,) if dims == 0 else (6, *(7,) * dims)), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         output = layer(x)
         places = torch.randperm(output.numel() // 4)[:4000]
         bias = 0 if layer.bias is None else layer.bias
-        step = least_squares(
-            design(layer, x, places), rows(layer, output, places) - bias, getattr(layer, "groups", 1)
-        )
+        step = least_squares(design(layer, x, places), rows(layer, output, places) - bias, getattr(layer, "groups", 1))
     assert torch.allclose(as_weight(layer, step), layer.get_parameter("weight"), rtol=0.03, atol=0.01)
 
 

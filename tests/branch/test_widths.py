@@ -80,9 +80,7 @@ def test_tied_weights_stay_tied(toys):
 def test_a_pin_names_the_line_of_the_forward(toys):
     toy = toys.TOYS["hard_coded_view"]()
     (first, _) = retroexit.wrap(toy.generator, [1], 1 / 4, min_channels=8, example_inputs=toy.args).exits
-    assert any(
-        "toys.py" in line and "fixed to 32" in line and ".view(-1, 32, " in line for line in first.pinned
-    )
+    assert any("toys.py" in line and "fixed to 32" in line and ".view(-1, 32, " in line for line in first.pinned)
 
 
 def keep(weight, narrow):
@@ -156,9 +154,7 @@ def test_starting_from_scratch_takes_nothing_over_and_is_seeded(toys):
 
 def test_the_square_root_of_a_width_does_not_pin_it(toys):
     toy = toys.TOYS["attention_single_head"]()
-    (branch,) = retroexit.wrap(
-        toy.generator, ["blocks.0"], 1 / 4, min_channels=8, example_inputs=toy.args
-    ).branches
+    (branch,) = retroexit.wrap(toy.generator, ["blocks.0"], 1 / 4, min_channels=8, example_inputs=toy.args).branches
     assert branch.pins == ()
     assert branch.tail.get_parameter("blocks.1.1.qkv.weight").shape == (24, 8, 1, 1)
     assert not hasattr(torch.SymInt, "__float__")
@@ -167,9 +163,7 @@ def test_the_square_root_of_a_width_does_not_pin_it(toys):
 @pytest.mark.parametrize("normalise", [nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm])
 @pytest.mark.parametrize("init", ["inherit", "scratch"])
 def test_spectral_norms_of_narrow_weights_have_a_largest_singular_value_of_one(normalise, init):
-    generator = nn.Sequential(
-        *(normalise(nn.Conv2d(64, 64, 3, padding=1)) for _ in range(3)), nn.Conv2d(64, 3, 1)
-    )
+    generator = nn.Sequential(*(normalise(nn.Conv2d(64, 64, 3, padding=1)) for _ in range(3)), nn.Conv2d(64, 3, 1))
     for _ in range(20):
         generator.train()(torch.randn(1, 64, 4, 4))
     generator.eval()

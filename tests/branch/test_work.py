@@ -21,8 +21,7 @@ class Dense(nn.Module):
         super().__init__()
         self.first, self.last = conv(3, 16, 3, padding=1), conv(16, 3, 3, padding=1)
         self.blocks = nn.ModuleList(
-            nn.ModuleList(conv(16 + 8 * i, 8 if i < 3 else 16, 3, padding=1) for i in range(4))
-            for _ in range(count)
+            nn.ModuleList(conv(16 + 8 * i, 8 if i < 3 else 16, 3, padding=1) for i in range(4)) for _ in range(count)
         )
         self.norm = nn.GroupNorm(4, 16) if norm else nn.Identity()
 
@@ -58,12 +57,7 @@ def test_layers_run_equally_often_in_larger_generators():
 
 @pytest.mark.parametrize(
     ("generator", "size"),
-    [
-        (Dense(4), (8, 8)),
-        (Dense(4, norm=True), (8, 8)),
-        (Dense(4).double(), (8, 8)),
-        (Dense(4, nn.Conv3d), (4, 4, 4)),
-    ],
+    [(Dense(4), (8, 8)), (Dense(4, norm=True), (8, 8)), (Dense(4).double(), (8, 8)), (Dense(4, nn.Conv3d), (4, 4, 4))],
     ids=["plain", "group_norm", "float64", "3d"],
 )
 def test_a_long_skip_enters_through_a_projection(generator, size, tmp_path):
@@ -75,11 +69,7 @@ def test_a_long_skip_enters_through_a_projection(generator, size, tmp_path):
     assert weight.flatten(1).sort().values[:, -1].eq(1).all() and weight.sum() == 4
     image = model(x, exit=1)
     model.save(tmp_path / "m")
-    for other in (
-        retroexit.load(tmp_path / "m", generator),
-        copy.deepcopy(model),
-        pickle.loads(pickle.dumps(model)),
-    ):
+    for other in (retroexit.load(tmp_path / "m", generator), copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(other(x, exit=1), image)
         assert other.branches[0].plan.live == {0: 4}
 

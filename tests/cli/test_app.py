@@ -101,9 +101,7 @@ def test_a_command_of_a_plugin_is_one_of_ours(run, monkeypatch):
         ("odd", 3, "command 'odd' must be callable, got 3"),
     ],
 )
-def test_a_command_of_a_plugin_that_cannot_be_added_is_reported_and_left_out(
-    run, monkeypatch, name, command, cause
-):
+def test_a_command_of_a_plugin_that_cannot_be_added_is_reported_and_left_out(run, monkeypatch, name, command, cause):
     _offer(monkeypatch, **{name: command})
     shown = run("--help")
     assert shown.status == 0

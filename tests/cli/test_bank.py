@@ -65,10 +65,7 @@ def test_frame_banks_of_every_identity_are_built_resumed_and_verified(run, tmp_p
     built = run(*command).succeeds()
     assert built.count("saved to made") == 2 and not (tmp_path / "made.part").exists()
     assert len(GuidanceBank.load("made/ann")) == 8 and len(GuidanceBank.load("made/bob")) == 4
-    assert (
-        "keys from toy@"
-        in run("bank", "verify", "made/ann", "toy.py:with_inputs", "--key", "toy.py:pose").out
-    )
+    assert "keys from toy@" in run("bank", "verify", "made/ann", "toy.py:with_inputs", "--key", "toy.py:pose").out
     (tmp_path / "made/bob/meta.json").unlink()
     again = run(*command)
     assert again.out.count("saved to") == 1 and again.out.endswith("saved to made/bob\n")
@@ -80,6 +77,4 @@ def test_verify_compares_taps_and_patches_on_request(run):
     assert "as expected" in run(*same, "2").out
     run(*same, "1").fails_with("source of values must be")
     run(*same, "2", "--patch", "2").fails_with(r"patch of a key must be \(2, 2\), got \(1, 1\)")
-    run("bank", "verify", "made", "toy.py:with_inputs", "--key-after", "2").fails_with(
-        "source of keys must be"
-    )
+    run("bank", "verify", "made", "toy.py:with_inputs", "--key-after", "2").fails_with("source of keys must be")

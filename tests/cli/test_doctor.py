@@ -10,9 +10,7 @@ from retroexit.cli import doctor
 
 def test_plugins_lists_the_builtin_one(run):
     shown = run("plugins").succeeds()
-    assert re.search(
-        r"^builtin +retroexit +\S+ .*retroexit_metrics.*retroexit_retrievers", shown, re.MULTILINE
-    )
+    assert re.search(r"^builtin +retroexit +\S+ .*retroexit_metrics.*retroexit_retrievers", shown, re.MULTILINE)
 
 
 def test_doctor_reports_and_fails_where_something_is_broken(run, monkeypatch):

@@ -140,9 +140,7 @@ def test_a_model_is_calibrated_later(run, tmp_path):
     run("calibrate", *OTHERS, *PROMISE, "--rule", "strict").fails_with("'strict'")
     assert _saved(tmp_path)["calibration_sha256"] is None
     printed = run("calibrate", *OTHERS, *PROMISE, "--latency", "1").succeeds()
-    assert re.search(
-        r"threshold +predictions up to +saved +above *\n.*\n +0.2 +(none|[\d.]+) .* of 12", printed
-    )
+    assert re.search(r"threshold +predictions up to +saved +above *\n.*\n +0.2 +(none|[\d.]+) .* of 12", printed)
     assert "promise: P(ms-ssim > threshold) <= 0.5" in printed and printed.endswith("saved to run\n")
     assert "times of 1 sample on cpu" in printed
     assert _saved(tmp_path)["calibration_sha256"] is not None
@@ -178,9 +176,7 @@ def test_a_report_is_written_again_without_the_generator(run, tmp_path):
     assert (folder / "summary.json").read_text() == numbers
     assert _saved(tmp_path)["weights_sha256"] in before and _saved(tmp_path)["fingerprint"] in before
     thresholds = ("--threshold", "0.3", "--threshold", "0.2")
-    run(
-        "report", "run/report", "--out", "else", "--title", "Mine", *thresholds, "--unguided", "run"
-    ).succeeds()
+    run("report", "run/report", "--out", "else", "--title", "Mine", *thresholds, "--unguided", "run").succeeds()
     page = (tmp_path / "else/report.html").read_text()
     assert "<h1>Mine</h1>" in page and "Dashed: the same exits without guidance." in page
     summary = json.loads((tmp_path / "else/summary.json").read_text())

@@ -26,9 +26,7 @@ def test_inspect_shows_the_tree_with_the_stages_in_it(run):
 def test_the_suggested_exits_come_with_lines_that_run(run):
     shown = run("inspect", "toy.py:sized", "--args", "4, name='x'", "--shape", "1,4,4,4").succeeds()
     starred = re.findall(r"^ *(\d)\* ", shown, re.MULTILINE)
-    (places,) = re.findall(
-        r"retroexit\.wrap\(generator, attach_at=(\[.*?\]), scale=1 / 4, min_channels=4\)", shown
-    )
+    (places,) = re.findall(r"retroexit\.wrap\(generator, attach_at=(\[.*?\]), scale=1 / 4, min_channels=4\)", shown)
     assert json.loads(places) == list(map(int, starred)) == [1, 2]
     (command,) = re.findall(r"^  retroexit (fit .*?)\n\n?(?=\S|$)", shown, re.MULTILINE | re.DOTALL)
     words = shlex.split(command.replace("\\\n", "").replace("mydata:train", "toy.py:samples"))
@@ -80,9 +78,7 @@ def test_a_file_is_not_mistaken_for_a_module_of_its_name(run, tmp_path):
     toy = (tmp_path / "toy.py").read_text()
     (tmp_path / "other").mkdir()
     (tmp_path / "other/toy.py").write_text("from beside import decoder, samples\n")
-    (tmp_path / "other/beside.py").write_text(
-        toy.replace("nn.Conv2d(4, 12, 1)", "nn.Conv2d(4, 12, 1, bias=False)")
-    )
+    (tmp_path / "other/beside.py").write_text(toy.replace("nn.Conv2d(4, 12, 1)", "nn.Conv2d(4, 12, 1, bias=False)"))
     (tmp_path / "json.py").write_text(toy)
     counts = []
     for target in ("toy.py:decoder", "other/toy.py:decoder", "json.py:decoder"):
@@ -99,10 +95,7 @@ def test_a_file_is_not_mistaken_for_a_module_of_its_name(run, tmp_path):
     ("arguments", "message"),
     [
         (("toy",), "no ':' with a name after it in 'toy'. Write package.module:factory"),
-        (
-            ("nowhere:decoder",),
-            "'nowhere:decoder' cannot be imported: ModuleNotFoundError.*in the module's folder",
-        ),
+        (("nowhere:decoder",), "'nowhere:decoder' cannot be imported: ModuleNotFoundError.*in the module's folder"),
         (("nowhere.py:decoder",), "FileNotFoundError: no file .*Check the path"),
         (("lacking.py:decoder",), "No module named 'nosuchpackage'. .* imports nosuchpackage: install"),
         (("mistaken.py:decoder",), "ZeroDivisionError: .*Correct the module"),

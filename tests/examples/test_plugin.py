@@ -64,9 +64,7 @@ def test_the_installed_plugin_is_listed(python):
     pytest.importorskip("typer", reason="the command line needs it")
     shown = run(python, "-m", "retroexit", "plugins")
     hooks = "retroexit_build_stage, retroexit_describe, retroexit_metrics, retroexit_retrievers"
-    assert re.search(
-        rf"^example +retroexit-example-plugin +0\.1\.0 +in use +{hooks}$", shown, re.MULTILINE
-    ), shown
+    assert re.search(rf"^example +retroexit-example-plugin +0\.1\.0 +in use +{hooks}$", shown, re.MULTILINE), shown
     assert re.search(r"^retroexit_metrics +example +edges$", shown, re.MULTILINE)
     assert re.search(r"^retroexit_retrievers +example +pca-tree$", shown, re.MULTILINE)
 

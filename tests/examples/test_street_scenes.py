@@ -77,8 +77,7 @@ def test_the_script_runs_and_resumes(example, shared, tmp_path, run_script):
     again = run_script(example.exits, words)
     assert (tmp_path / "4/report/evaluation.json").stat().st_mtime_ns == before
     first, second = (
-        [line for line in text.splitlines() if line.startswith(("1/4 ", "calibrated"))]
-        for text in (printed, again)
+        [line for line in text.splitlines() if line.startswith(("1/4 ", "calibrated"))] for text in (printed, again)
     )
     assert first == second
     assert "calibrated" in printed or "no promise: " in printed

@@ -10,9 +10,7 @@ import torch
 
 import retroexit
 
-retroexit_stylegan = pytest.importorskip(
-    "retroexit_stylegan", reason="install the project to get its adapters"
-)
+retroexit_stylegan = pytest.importorskip("retroexit_stylegan", reason="install the project to get its adapters")
 FOLDER = Path(__file__).resolve().parents[2] / "examples/style_scenes"
 BACKBONE = FOLDER / "backbone.safetensors"
 

@@ -69,9 +69,7 @@ def test_a_guide_equals_a_search_among_all_patches_without_the_excluded_input(ex
 def test_excluding_works_where_all_near_keys_are_those_of_the_input():
     # Ten inputs, 32 keys each, far from one another: the first foreign key is the 33rd.
     features = 0.1 * torch.randn(10, 2, 4, 8) + 100 * torch.arange(10.0).view(10, 1, 1, 1)
-    bank = build_bank(
-        [(features, torch.arange(10))], lambda ids: VALUES[ids], thin="none", retriever=ExactRetriever()
-    )
+    bank = build_bank([(features, torch.arange(10))], lambda ids: VALUES[ids], thin="none", retriever=ExactRetriever())
     sources = bank.source[bank.search(features, exclude=torch.arange(10)).ids]
     assert ((sources - torch.arange(10).view(10, 1, 1)).abs() == 1).all()
     nothing = bank.search(features, exclude=torch.full((10,), -1))
@@ -96,9 +94,7 @@ def test_thinning_keeps_few_keys_and_computes_only_their_values(how):
     assert (facts["how"], facts["size"], facts["seen"], facts["candidates"]) == (how, 5, 96, 96)
     everything = torch.from_numpy(make().retriever.keys.copy())
     gaps = torch.cdist(everything, torch.from_numpy(bank.retriever.keys.copy())).amin(1)
-    assert (facts["radius"], facts["mean"]) == pytest.approx(
-        (float(gaps.max()), float(gaps.mean())), rel=1e-4
-    )
+    assert (facts["radius"], facts["mean"]) == pytest.approx((float(gaps.max()), float(gaps.mean())), rel=1e-4)
     full = make()
     for key, value in zip(bank.retriever.keys, bank.values, strict=True):
         row = int(np.flatnonzero((full.retriever.keys == key).all(1))[0])
@@ -126,8 +122,7 @@ def test_the_guide_has_the_dtype_of_the_feature_and_no_gradient(dtype):
 def test_maps_of_another_size_and_empty_batches_are_guided_too():
     bank = make()
     assert torch.equal(
-        bank.guide(torch.cat([FEATURES[:2], FEATURES[2:4]], dim=3)),
-        torch.cat([VALUES[:2], VALUES[2:4]], dim=3),
+        bank.guide(torch.cat([FEATURES[:2], FEATURES[2:4]], dim=3)), torch.cat([VALUES[:2], VALUES[2:4]], dim=3)
     )
     assert bank.guide(FEATURES[:0], exclude=torch.zeros(0, dtype=torch.int64)).shape == (0, 3, 8, 16)
 

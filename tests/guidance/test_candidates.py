@@ -36,9 +36,7 @@ def add(candidates, keys, start, stop, batch=100):
 
 
 def radius_over(keys, chosen):
-    return float(
-        torch.cdist(torch.from_numpy(keys).double(), torch.from_numpy(chosen).double()).amin(1).max()
-    )
+    return float(torch.cdist(torch.from_numpy(keys).double(), torch.from_numpy(chosen).double()).amin(1).max())
 
 
 @pytest.mark.parametrize("thin", ["fps", "random"])

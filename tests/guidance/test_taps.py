@@ -57,9 +57,7 @@ def outputs_of(generator, path):
 # Keys from a stage.
 
 
-@pytest.mark.parametrize(
-    ("key_after", "tap"), [(1, "after"), ("stages.1", "after"), (1, "before"), ("stem", "after")]
-)
+@pytest.mark.parametrize(("key_after", "tap"), [(1, "after"), ("stages.1", "after"), (1, "before"), ("stem", "after")])
 def test_keys_are_what_the_named_stage_returns(posed, handed, key_after, tap):
     guidance = retroexit.Guidance(key_after=key_after, value_after=3)
     model = wrap(posed, [2], guidance, tap=tap)
@@ -168,9 +166,7 @@ def test_invalid_settings_are_refused(options, message):
         retroexit.Guidance(**options)
 
 
-@pytest.mark.parametrize(
-    ("value_after", "path"), [("image", ""), (None, ""), (1, "stages.0"), ("rgb", "rgb")]
-)
+@pytest.mark.parametrize(("value_after", "path"), [("image", ""), (None, ""), (1, "stages.0"), ("rgb", "rgb")])
 def test_a_frames_value_is_the_whole_image_or_map(posed, metric, handed, tmp_path, value_after, path):
     model = wrap(posed, guidance=retroexit.Guidance(key=pose_key, value_after=value_after))
     retroexit.fit(model, SAMPLES, tmp_path, metric=metric, steps=1, predictor_steps=1, progress=False)
@@ -192,11 +188,7 @@ def describe(**facts):
     ("guidance", "facts", "expected"),
     [
         (True, {"key_after": 1, "value_after": "stages.2"}, (None, 1, "stages.2", "input")),
-        (
-            {"key_after": 2, "value_after": 1},
-            {"key_after": 1, "value_after": "stages.2"},
-            (None, 2, 1, "input"),
-        ),
+        ({"key_after": 2, "value_after": 1}, {"key_after": 1, "value_after": "stages.2"}, (None, 2, 1, "input")),
         ({"value_after": 1}, {"key_after": 1}, (None, 1, 1, "input")),
         ({"order": 1}, {"value_after": 2}, (None, None, "image", "every_stage")),
         ({"order": 1, "value_after": 1, "inject": "input"}, {"value_after": 2}, (None, None, 1, "input")),

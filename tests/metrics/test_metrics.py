@@ -154,9 +154,7 @@ def test_missing_weights_name_file_place_and_address(hub):
     assert "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth" in str(caught.value)
 
 
-def test_a_cached_or_downloaded_file_is_used_only_if_its_hash_is_the_one_in_its_name(
-    hub, weight_file, monkeypatch
-):
+def test_a_cached_or_downloaded_file_is_used_only_if_its_hash_is_the_one_in_its_name(hub, weight_file, monkeypatch):
     content = weight_file.read_bytes()
     prefix = hashlib.sha256(content).hexdigest()[:8]
 

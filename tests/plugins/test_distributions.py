@@ -13,9 +13,7 @@ from pathlib import Path
 import pytest
 
 HEAD = "from retroexit.plugins import hookimpl\n"
-GOOD = (
-    f"{HEAD}@hookimpl\ndef retroexit_losses():\n    from torch import nn\n    return {{'mse': nn.MSELoss}}\n"
-)
+GOOD = f"{HEAD}@hookimpl\ndef retroexit_losses():\n    from torch import nn\n    return {{'mse': nn.MSELoss}}\n"
 
 
 @dataclass

@@ -44,9 +44,7 @@ def test_the_parts_of_the_library_come_through_the_hooks(announce):
     assert error_of(host, "builtin") is None
 
 
-def test_plugins_registered_later_are_found_and_unknown_names_answered_with_the_closest(
-    offering, empty, caplog
-):
+def test_plugins_registered_later_are_found_and_unknown_names_answered_with_the_closest(offering, empty, caplog):
     caplog.set_level(logging.INFO, "retroexit.plugins")
     assert empty.names("retriever") == ()
     empty.register(offering(retrievers=ANNOY), "annoy")
@@ -64,9 +62,7 @@ def test_two_distributions_that_offer_one_name_are_both_named(offering, announce
     announce("a", "alpha-search", offering(retrievers=ANNOY))
     announce("b", "beta-search", offering(retrievers=ANNOY))
     host = Host()
-    both = (
-        "retriever 'annoy' is offered by plug-in 'a' of alpha-search 1.2 and plug-in 'b' of beta-search 1.2"
-    )
+    both = "retriever 'annoy' is offered by plug-in 'a' of alpha-search 1.2 and plug-in 'b' of beta-search 1.2"
     with pytest.warns(RetroExitWarning, match=both) as caught:
         assert host.retriever("exact").__name__ == "ExactRetriever"
     assert len(caught) == 1
@@ -122,10 +118,7 @@ def implementing(hook, *arguments):
     ("plugin", "message"),
     [
         (implementing("retroexit_describe", "model"), "hook 'retroexit_describe' .*{'model'} are declared"),
-        (
-            implementing("retroexit_metrics", "generator"),
-            "hook 'retroexit_metrics' .*{'generator'} are declared",
-        ),
+        (implementing("retroexit_metrics", "generator"), "hook 'retroexit_metrics' .*{'generator'} are declared"),
         (implementing("retroexit_retreivers"), "unknown hook 'retroexit_retreivers' in plugin"),
         (Unmarked(), "'retroexit_metrics' is not marked with hookimpl"),
         (SimpleNamespace(), "implements no hook; mark functions with hookimpl"),
@@ -208,13 +201,7 @@ def broken():
 @pytest.mark.parametrize(
     ("kind", "factory", "options", "error", "message"),
     [
-        (
-            "metric",
-            lambda: 3,
-            {},
-            PluginError,
-            "'zero' of plug-in 'mine' must be a .*QualityMetric .*, got 3",
-        ),
+        ("metric", lambda: 3, {}, PluginError, "'zero' of plug-in 'mine' must be a .*QualityMetric .*, got 3"),
         ("metric", Nothing, {}, PluginError, "metric 'zero' of .* with name 'zero', got Nothing"),
         ("metric", broken, {}, PluginError, "'zero' of plug-in 'mine' raised RuntimeError: no table"),
         ("metric", Nothing, WEIGHTS, OptionError, "metric 'zero' .* takes no weights. Leave it out"),
@@ -223,9 +210,7 @@ def broken():
         ("loss", broken, {}, PluginError, "loss 'zero' of plug-in 'mine' raised RuntimeError: no table"),
     ],
 )
-def test_a_factory_that_makes_the_wrong_thing_is_named(
-    offering, empty, kind, factory, options, error, message
-):
+def test_a_factory_that_makes_the_wrong_thing_is_named(offering, empty, kind, factory, options, error, message):
     empty.register(offering(metrics={"zero": factory}, losses={"zero": factory}), "mine")
     with pytest.raises(error, match=message):
         getattr(empty, kind)("zero", **options)

@@ -25,12 +25,7 @@ def make_evaluation():
             "predicted": loss + noise * random.standard_normal(loss.shape),
             "macs": macs,
             "overhead": np.append(np.full(branches, 0.3e9), 0.1e9),
-            "metric": {
-                "name": "lpips-alex",
-                "net": "alex",
-                "sha256": "ab" * 32,
-                "versions": {"torch": "2.15.0"},
-            },
+            "metric": {"name": "lpips-alex", "net": "alex", "sha256": "ab" * 32, "versions": {"torch": "2.15.0"}},
             "exits": [
                 {"index": k + 1, "attach_at": 2 * k + 2, "macs": float(macs[k]), "parameters": 1000 * (k + 1)}
                 for k in range(branches)

@@ -23,9 +23,7 @@ def decoder(count, live=0, dimensions=2, name="body", alike=False):
         values = tuple((f"encoder.{k}", (1, 8 * k, side, side)) for k in range(i, live + 1))
         shape = (1, 64 if alike else 4 * (count - i + 2), *[side] * dimensions)
         chosen = i in {count // 4, count // 3, count // 2, count - 1}
-        stages.append(
-            Stage(i, f"{name}.{i}", "Block", shape, i, i / total, spent, values, is_suggested=chosen)
-        )
+        stages.append(Stage(i, f"{name}.{i}", "Block", shape, i, i / total, spent, values, is_suggested=chosen))
     return stages
 
 

@@ -30,9 +30,7 @@ class Page(HTMLParser):
         self.addresses = re.findall(r'\b(?:src|href|srcset)="([^"]*)"', text)
         self.ids = re.findall(r'\bid="([^"]*)"', text)
         self.headings = re.findall("<h2>(.*?)</h2>", text)
-        self.pictures = [
-            address for address in self.addresses if address.startswith("data:image/png;base64,")
-        ]
+        self.pictures = [address for address in self.addresses if address.startswith("data:image/png;base64,")]
         self.drawings, self.chosen = text.count("<svg"), text.count('<figure class="chosen"')
         self._in_cell = False
         self.feed(text)
@@ -85,9 +83,7 @@ def test_the_page_needs_no_network_and_its_references_resolve(usual):
     assert "<b>T" not in usual and "<input>" not in usual
 
 
-def test_small_pictures_survive_unchanged_and_large_ones_are_reduced(
-    usual, strips, make_evaluation, tmp_path
-):
+def test_small_pictures_survive_unchanged_and_large_ones_are_reduced(usual, strips, make_evaluation, tmp_path):
     page = Page(usual)
     assert len(page.pictures) == 5 and page.chosen == 2
     assert np.array_equal(page.pixels(0), strips[0].images[0][1])
@@ -136,9 +132,7 @@ def test_the_headline_of_a_calibrated_model_states_its_promise(make_evaluation, 
     point = promised(e, calibration, 0.1)
     assert point.saved != pytest.approx(e.at_threshold(0.1).saved)
     headline = json.loads((tmp_path / "summary.json").read_text())["headline"]
-    assert headline.startswith(
-        f"At a threshold of 0.1 LPIPS (alex), {100 * point.saved:.0f} % of the backbone"
-    )
+    assert headline.startswith(f"At a threshold of 0.1 LPIPS (alex), {100 * point.saved:.0f} % of the backbone")
     assert "at most 5 % of the inputs lose more (confidence 95 %)" in headline
     assert f"here {int((point.loss_of > 0.1).sum())} of 100 do, mean {point.mean_loss:.3g}." in headline
 
@@ -219,9 +213,7 @@ def test_default_thresholds_are_few_round_and_span_the_losses(make_evaluation, s
     assert 0.1 in thresholds_for(Evaluation(e.loss * scale, None, e.macs, e.overhead, {"name": "lpips-vgg"}))
 
 
-def test_missing_thresholds_wrong_strips_and_a_missing_jinja2_are_errors(
-    make_evaluation, tmp_path, monkeypatch
-):
+def test_missing_thresholds_wrong_strips_and_a_missing_jinja2_are_errors(make_evaluation, tmp_path, monkeypatch):
     with pytest.raises(OptionError, match="thresholds must not be empty, got"):
         write_report(tmp_path, make_evaluation(), [], title="T", thresholds=[])
     monkeypatch.setitem(sys.modules, "jinja2", None)

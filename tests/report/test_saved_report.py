@@ -50,8 +50,7 @@ def test_a_report_is_found_in_a_models_folder_too(make_evaluation, tmp_path):
 def test_damaged_files_are_errors_with_advice(strips, tmp_path):
     (tmp_path / "evaluation.json").write_text('{"loss": 3}')
     with pytest.raises(
-        CheckpointError,
-        match=r"cannot read .*evaluation.json: ValueError: it does not match its own digest. Run",
+        CheckpointError, match=r"cannot read .*evaluation.json: ValueError: it does not match its own digest. Run"
     ):
         read_evaluation(tmp_path)
     save_report(tmp_path, SavedReport("T", None, None, strips))
@@ -73,9 +72,7 @@ def test_damaged_files_are_errors_with_advice(strips, tmp_path):
                 read_report(tmp_path)
     path.write_text(text)
     (tmp_path / "strips/1-0.png").write_bytes((tmp_path / "strips/0-0.png").read_bytes())
-    with pytest.raises(
-        CheckpointError, match=r"cannot read .*1-0.png: .* another image than report.json names"
-    ):
+    with pytest.raises(CheckpointError, match=r"cannot read .*1-0.png: .* another image than report.json names"):
         read_report(tmp_path)
 
 

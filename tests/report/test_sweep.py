@@ -83,9 +83,7 @@ def test_wrong_arguments_are_errors(make_evaluation, method, value, message):
 def test_the_gain_factor_is_the_slope_of_the_saved_macs():
     def point(tau, saved, mean):
         none = np.zeros(1)
-        return OperatingPoint(
-            tau, none.astype(int), 0, 1 - saved, saved, mean, 0, 0, 0, none.astype(int), none
-        )
+        return OperatingPoint(tau, none.astype(int), 0, 1 - saved, saved, mean, 0, 0, 0, none.astype(int), none)
 
     e = Evaluation(np.ones((1, 1)), None, np.array([1e9, 213e9]), np.zeros(2))
     points = [point(0.05, 0.10, 0.02), point(0.10, 0.40, 0.04), point(0.15, 0.70, 0.06)]

@@ -156,10 +156,7 @@ def test_a_failed_build_leaves_the_earlier_index(keys, queries):
         (lambda: HnswlibRetriever(M=1), "M must be >= 2, got 1"),
         (lambda: HnswlibRetriever(ef=0), "ef must be >= 1, got 0"),
         (lambda: FaissRetriever(nprobe=0), "nprobe must be >= 1, got 0"),
-        (
-            lambda: FaissRetriever(index="Flap"),
-            "no FAISS index 'Flap' for keys of 32 numbers: could not parse",
-        ),
+        (lambda: FaissRetriever(index="Flap"), "no FAISS index 'Flap' for keys of 32 numbers: could not parse"),
         (lambda: FaissRetriever(nprobe=3), "'Flat' has no option nprobe, got 3"),
         (lambda: FaissRetriever(index="HNSW8", nprobe=5), "'HNSW8' has no option nprobe, got 5"),
         (lambda: FaissRetriever(index="IVF8,Flat", ef=5), "'IVF8,Flat' has no option ef, got 5"),

@@ -113,9 +113,7 @@ def test_options_must_be_plain_data_and_an_empty_index_is_not_saved():
         Loop().save("empty")
 
 
-@pytest.mark.parametrize(
-    "rows", [np.array([["a"]]), torch.zeros(2, 2, dtype=torch.complex64), 1j * np.ones((2, 2))]
-)
+@pytest.mark.parametrize("rows", [np.array([["a"]]), torch.zeros(2, 2, dtype=torch.complex64), 1j * np.ones((2, 2))])
 def test_complex_numbers_and_text_are_refused(rows):
     with pytest.raises(RetrieverError, match="real numbers"):
         Loop().build(rows)

@@ -17,9 +17,7 @@ def test_so_many_bad_samples_still_show_the_rate_and_one_more_does_not(samples, 
     assert binom.cdf(bad + 1, samples, alpha) > (1 - confidence) * (1 - 1e-9)
 
 
-@pytest.mark.parametrize(
-    ("alpha", "confidence", "needed"), [(0.05, 0.95, 59), (0.1, 0.9, 22), (0.01, 0.99, 459)]
-)
+@pytest.mark.parametrize(("alpha", "confidence", "needed"), [(0.05, 0.95, 59), (0.1, 0.9, 22), (0.01, 0.99, 459)])
 def test_the_samples_needed_are_those_of_the_rule_of_three(alpha, confidence, needed):
     assert samples_needed(alpha, confidence) == needed
     assert (1 - alpha) ** needed <= 1 - confidence < (1 - alpha) ** (needed - 1)

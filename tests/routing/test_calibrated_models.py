@@ -19,10 +19,7 @@ from retroexit.training.settings import FitSettings
 
 def _inputs(count, seed):
     random = torch.Generator().manual_seed(seed)
-    latents, scale = (
-        torch.randn(count, 4, 8, 8, generator=random),
-        torch.rand(count, 1, 1, 1, generator=random),
-    )
+    latents, scale = (torch.randn(count, 4, 8, 8, generator=random), torch.rand(count, 1, 1, 1, generator=random))
     return latents * (0.3 + scale)
 
 
@@ -117,9 +114,7 @@ def test_what_cannot_be_calibrated_is_refused_before_anything_is_measured(model,
 
 @pytest.mark.parametrize("kind", ["conv", "pooled", "linear"])
 @pytest.mark.parametrize("reads", ["features", "inputs", "features+distance"])
-def test_a_predictor_of_every_kind_reads_what_it_is_configured_for(
-    kind, reads, model, generator, folder, tmp_path
-):
+def test_a_predictor_of_every_kind_reads_what_it_is_configured_for(kind, reads, model, generator, folder, tmp_path):
     samples, losses = Samples(TRAIN), 0.1 + torch.rand(60, 2)
     cache = FeatureCache.build(model, samples, folder / "cache", progress=False)
     _calibrate(model)

@@ -27,9 +27,7 @@ def _violations(losses, predicted, limit, tau):
     count = 0
     for row, guess in zip(losses.tolist(), predicted.tolist(), strict=True):
         steps = [step for step in guess if step <= limit]
-        count += any(
-            next(x for x, said in zip(row, guess, strict=True) if said <= step) > tau for step in steps
-        )
+        count += any(next(x for x, said in zip(row, guess, strict=True) if said <= step) > tau for step in steps)
     return count
 
 
@@ -72,9 +70,9 @@ def test_the_promise_holds_for_most_calibration_sets_however_wrong_the_predictor
     # 5 % of 100 may be broken; 11 or more of them would come up once in two hundred times.
     assert broken <= 10
     assert saved > 0.5, "a promise that sends everything to the backbone is none"
-    expected = torch.nn.functional.pad(new_losses, (0, 1)).gather(
-        1, assign_exits(new_predicted, 0.08)[:, None] - 1
-    )[:, 0]
+    expected = torch.nn.functional.pad(new_losses, (0, 1)).gather(1, assign_exits(new_predicted, 0.08)[:, None] - 1)[
+        :, 0
+    ]
     assert float((expected > 0.08).float().mean()) > 0.06, "without calibration it is broken"
 
 
@@ -94,9 +92,7 @@ def test_samples_out_of_distribution_are_left_out():
     alone = Calibration(losses, predicted)
     rest = torch.full((300, 3), math.inf)
     both = Calibration(torch.cat([losses, torch.ones(300, 3)]), torch.cat([predicted, rest]))
-    assert torch.equal(alone.limits(0.06), both.limits(0.06)), (
-        "the others must keep the promise by themselves"
-    )
+    assert torch.equal(alone.limits(0.06), both.limits(0.06)), "the others must keep the promise by themselves"
 
 
 def _groups(count, samples, seed, spread=0.3):
@@ -132,9 +128,7 @@ def test_the_margin_of_the_worst_group_holds_for_each_group_left_out():
         others = Calibration(losses[rest], predicted[rest], rule="worst-group", groups=some)
         expected = others.observed(losses[rows[int(g)]], predicted[rows[int(g)]], 0.08)
         assert torch.equal(exits, expected[0]) and torch.equal(lost, expected[1])
-    assert not calibration.is_promise and str(calibration).startswith(
-        "no promise: at most 0.05 of each of 5 groups"
-    )
+    assert not calibration.is_promise and str(calibration).startswith("no promise: at most 0.05 of each of 5 groups")
 
 
 def test_a_threshold_between_promised_ones_is_lowered_to_the_next():
@@ -185,20 +179,14 @@ def test_what_is_no_calibration_is_refused():
     for options, message in (
         ({"rule": "best"}, "rule must be one of 'margin', 'bound', 'worst-group', got 'best'"),
         ({"rule": "worst-group"}, "rule='worst-group' needs groups. Pass groups="),
-        (
-            {"rule": "worst-group", "groups": [0] * 60},
-            "needs at least 2 groups .* got 1. Pass samples of another",
-        ),
+        ({"rule": "worst-group", "groups": [0] * 60}, "needs at least 2 groups .* got 1. Pass samples of another"),
         ({"groups": [0] * 59}, "groups must have one label for each of 60 samples, got 59"),
         ({"groups": [0, 1] * 30}, "needs at least 59 groups, got 2. Pass samples of 57 more .*'worst-group'"),
         ({"thresholds": "every"}, "thresholds must be None, numbers or 'all', got 'every'"),
         ({"thresholds": ()}, r"thresholds must be None, numbers or 'all', got \(\)"),
         ({"thresholds": (0.1, -1)}, "threshold must be a finite number >= 0, got -1"),
         ({"thresholds": (0.1, 0.2)}, "needs at least 72 samples, got 60. Pass 12 more"),
-        (
-            {"about": {"duplicates": 7}, "alpha": 0.04},
-            "needs at least 74 samples that differ, got 60, since 7 repeat",
-        ),
+        ({"about": {"duplicates": 7}, "alpha": 0.04}, "needs at least 74 samples that differ, got 60, since 7 repeat"),
     ):
         with pytest.raises(OptionError, match=message):
             Calibration(losses, predicted, **options)

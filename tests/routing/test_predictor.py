@@ -59,9 +59,7 @@ def test_a_step_minimises_the_squared_error_of_equation_2(log):
     for row in rows.tolist():
         for k in range(2):  # in units of each exit's own spread, so that all exits count alike
             predicted = hand(maps[row][None])[0, k]
-            total = (
-                total + (((predicted.log() if log else predicted) - target[row, k]) / hand.loss_std[k]) ** 2
-            )
+            total = total + (((predicted.log() if log else predicted) - target[row, k]) / hand.loss_std[k]) ** 2
     (total / 64).backward()
     optimizer.step()
     for name, value in hand.state_dict().items():

@@ -185,7 +185,5 @@ def test_a_policy_of_the_user_sees_predictions_and_limits(routed):
     assert exits.tolist() == [3, 1]
     assert torch.equal(seen[0][0], model.predict(z, w)) and seen[0][1].tolist() == [0.5] * 3
     assert torch.allclose(output["image"][:1], model(z[:1], w[:1], exit=3)["image"], atol=1e-5)
-    with pytest.raises(
-        OptionError, match="a policy must give one exit from 1 to 4 for each of 2 samples, got .5, 1."
-    ):
+    with pytest.raises(OptionError, match="a policy must give one exit from 1 to 4 for each of 2 samples, got .5, 1."):
         model.routed(z, w, choose=lambda *_: torch.tensor([5, 1]))

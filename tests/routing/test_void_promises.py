@@ -125,16 +125,8 @@ class Renamed(Distance):
     [
         (Renamed, {}, "metric must be distance, as in the fit, got other. Pass the metric"),
         (Other, {}, "weights of the metric must be aaaaaaaaaaaaaaaa, as in the fit, got bbbbbbbb"),
-        (
-            Distance,
-            {"image_size": [64, 32]},
-            r"images must have 64x32 pixels, as in the fit, got \d+x\d+. Pass inputs",
-        ),
-        (
-            Distance,
-            {"image_range": [0.0, 255.0]},
-            r"image_range must be \(0.0, 255.0\), as in the fit, got \(-1",
-        ),
+        (Distance, {"image_size": [64, 32]}, r"images must have 64x32 pixels, as in the fit, got \d+x\d+. Pass inputs"),
+        (Distance, {"image_range": [0.0, 255.0]}, r"image_range must be \(0.0, 255.0\), as in the fit, got \(-1"),
     ],
 )
 def test_losses_measured_otherwise_than_in_the_fit_are_refused(verb, metric, about, message, model):
@@ -153,18 +145,12 @@ def test_losses_measured_otherwise_than_in_the_fit_are_refused(verb, metric, abo
 @torch.no_grad()
 def test_samples_that_repeat_count_once(model):
     few = _inputs(50)
-    with pytest.raises(
-        OptionError, match="needs at least 59 samples that differ, got 50, since 30 repeat others"
-    ):
+    with pytest.raises(OptionError, match="needs at least 59 samples that differ, got 50, since 30 repeat others"):
         model.calibrate([*few, *few[:30]], metric=Distance(), progress=False)
     many = _inputs(70)
     groups = [f"drive {i % 3}" for i in range(70)]
     calibration = model.calibrate(
-        [*many, *many],
-        metric=Distance(),
-        groups=groups * 2,
-        rule="worst-group",
-        progress=False,
+        [*many, *many], metric=Distance(), groups=groups * 2, rule="worst-group", progress=False
     )
     assert len(calibration) == 70 and calibration.about["duplicates"] == 70 and calibration.groups == groups
     assert sum(len(losses) for _, losses in calibration.left_out(0.3).values()) == 70

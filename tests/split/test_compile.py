@@ -72,9 +72,7 @@ def test_an_exit_exports_for_every_batch_and_size(
 def test_a_model_that_is_not_recorded_says_so(toys: ModuleType, way: str) -> None:
     toy = toys.TOYS["group_norm"]()
     wrapper = AtExit(retroexit.wrap(toy.generator, [1], 1 / 4), 1)
-    with pytest.raises(
-        NotRecordedError, match="must be recorded before .*Call the model once, or pass example_inputs"
-    ):
+    with pytest.raises(NotRecordedError, match="must be recorded before .*Call the model once, or pass example_inputs"):
         if way == "compile":
             torch.compile(wrapper, backend="eager")(*toy.args)
         else:

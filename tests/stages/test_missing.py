@@ -14,9 +14,7 @@ class _Shared(nn.Module):
 
     def __init__(self, *, advised=False):
         super().__init__()
-        self.block = nn.Sequential(
-            nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1)
-        )
+        self.block = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1))
         if advised:
             self.turns = nn.ModuleList(nn.Sequential(self.block) for _ in range(3))
         self.to_rgb = nn.Conv2d(16, 3, 1)
@@ -66,9 +64,7 @@ class _Rolled(nn.Module):
 
 
 def test_an_unrolled_cell_is_named_beside_what_runs_once():
-    with pytest.raises(
-        AttachPointError, match=r"'cell' runs 4 times.*Or name what runs once: stages=\['stem'\]"
-    ):
+    with pytest.raises(AttachPointError, match=r"'cell' runs 4 times.*Or name what runs once: stages=\['stem'\]"):
         retroexit.find_stages(_Rolled().eval(), (torch.randn(1, 3, 16, 16),))
 
     stages = retroexit.find_stages(_Rolled().eval(), (torch.randn(1, 3, 16, 16),), stages=["stem"])
@@ -77,7 +73,5 @@ def test_an_unrolled_cell_is_named_beside_what_runs_once():
 
 def test_the_error_for_a_generator_without_feature_maps_advises_to_group_its_layers():
     flat = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 3 * 8 * 8), nn.Unflatten(1, (3, 8, 8)))
-    with pytest.raises(
-        AttachPointError, match="no module with weights.*Put the layers of each resolution into"
-    ):
+    with pytest.raises(AttachPointError, match="no module with weights.*Put the layers of each resolution into"):
         retroexit.find_stages(flat.eval(), (torch.randn(1, 8),))

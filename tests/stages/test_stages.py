@@ -49,9 +49,7 @@ class _Coder(nn.Module):
     def __init__(self):
         super().__init__()
         down = (nn.Sequential(nn.AvgPool2d(2), Block(i, o)) for i, o in ((3, 16), (16, 24), (24, 32)))
-        up = (
-            nn.Sequential(nn.Upsample(scale_factor=2), Block(i, o)) for i, o in ((32, 24), (24, 16), (16, 12))
-        )
+        up = (nn.Sequential(nn.Upsample(scale_factor=2), Block(i, o)) for i, o in ((32, 24), (24, 16), (16, 12)))
         self.encoder = nn.Sequential(*down)
         self.decoder = nn.ModuleDict({"up": nn.Sequential(*up), "image": nn.Conv2d(12, 3, 1)})
 

@@ -51,9 +51,7 @@ def test_what_lies_before_the_decoder_is_not_part_of_the_spread():
     assert suggest_attach_points(late) == [1, 3, 5, 8]
 
 
-@given(
-    st.lists(st.floats(0, 1), min_size=1, max_size=70), st.lists(st.integers(1, 99), min_size=70, max_size=70)
-)
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=70), st.lists(st.integers(1, 99), min_size=70, max_size=70))
 def test_never_the_last_stage_at_most_four_in_order(shares, live):
     suggested = suggest_attach_points(stages(sorted(shares), live[: len(shares)]))
     assert suggested == sorted(set(suggested)) and len(suggested) <= 4

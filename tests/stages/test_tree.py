@@ -65,12 +65,7 @@ def test_a_norm_that_closes_a_stage_belongs_to_it():
         nn.Sequential(*level(8, 16), *level(16, 12), *level(12, 8), nn.Conv2d(8, 3, 3, padding=1)),
         torch.rand(1, 8, 4, 4),
     )
-    assert [(p.name, p.stage is not None) for p in parts[1:]] == [
-        ("0", True),
-        ("3", True),
-        ("6", True),
-        ("9", False),
-    ]
+    assert [(p.name, p.stage is not None) for p in parts[1:]] == [("0", True), ("3", True), ("6", True), ("9", False)]
     assert parts[1].parameters == 8 * 16 * 16 + 16 + 32
 
 

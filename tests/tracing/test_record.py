@@ -19,11 +19,7 @@ def test_macs_are_counted_per_call(toys):
     macs = {call.path: call.macs for call in recording.calls}
     assert macs["stem"] == 2 * 64 * 9 * 4 * 32
     assert macs["blocks.0"] == macs["blocks.0.a"] + macs["blocks.0.b"] == 2 * 64 * 2 * 9 * 32 * 32
-    assert (
-        macs[""]
-        == recording.macs
-        == sum(macs[p] for p in ("stem", "blocks.0", "blocks.1", "blocks.2", "rgb"))
-    )
+    assert macs[""] == recording.macs == sum(macs[p] for p in ("stem", "blocks.0", "blocks.1", "blocks.2", "rgb"))
 
 
 def test_counting_installs_no_hooks_that_other_threads_would_run():
@@ -116,12 +112,7 @@ def test_nested_values_are_walked_and_rebuilt(toys):
 
 @pytest.mark.parametrize(
     ("draw", "expected"),
-    [
-        (torch.randn_like, True),
-        (torch.rand_like, True),
-        (nn.Dropout(0.5).train(), True),
-        (torch.zeros_like, False),
-    ],
+    [(torch.randn_like, True), (torch.rand_like, True), (nn.Dropout(0.5).train(), True), (torch.zeros_like, False)],
 )
 def test_a_forward_that_draws_random_numbers_is_noticed(toys, draw, expected):
     class Noisy(nn.Module):

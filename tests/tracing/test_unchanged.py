@@ -58,9 +58,7 @@ X = torch.rand(2, 4, 6, 6)
 
 
 def wrapped(generator: nn.Module) -> retroexit.EarlyExitGenerator:
-    return retroexit.wrap(
-        generator.eval(), ["blocks.0", "blocks.1"], 1 / 2, min_channels=4, example_inputs=(X,)
-    )
+    return retroexit.wrap(generator.eval(), ["blocks.0", "blocks.1"], 1 / 2, min_channels=4, example_inputs=(X,))
 
 
 def add_lora(g: Gen) -> None:
@@ -102,11 +100,7 @@ def test_a_generator_that_changed_is_refused(
     change(model.generator)
     calls: list[Callable[[], Any]] = [
         *(lambda: model(X, exit=1), lambda: model.all_exits(X), lambda: model.features(X)),
-        *(
-            lambda: model.save(tmp_path / "model"),
-            lambda: copy.deepcopy(model),
-            lambda: model.double()(X, exit=1),
-        ),
+        *(lambda: model.save(tmp_path / "model"), lambda: copy.deepcopy(model), lambda: model.double()(X, exit=1)),
     ]
     for call in calls:
         with pytest.raises(GeneratorError, match=message):

@@ -216,9 +216,7 @@ def interrupted(owner: Any, name: str, after: int) -> Iterator[None]:
         yield
 
 
-def start_script(
-    code: str, *arguments: Any, launcher: Sequence[str] = ()
-) -> subprocess.CompletedProcess[str]:
+def start_script(code: str, *arguments: Any, launcher: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
     """Run Python code, which sees `decoders`, `Path` and its arguments as `args`, in processes of its own."""
     setup = "import json, sys, torch\nfrom pathlib import Path\n"
     setup += f"sys.path.insert(0, {str(Path(__file__).parent)!r})\nimport decoders\n"

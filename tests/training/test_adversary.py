@@ -31,10 +31,7 @@ class Patches(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.model = nn.Sequential(
-            nn.Conv2d(3, 4, 3, 2, 1),
-            nn.LeakyReLU(0.2, True),
-            nn.Conv2d(4, 5, 3, 2, 1),
-            nn.LeakyReLU(0.2, True),
+            nn.Conv2d(3, 4, 3, 2, 1), nn.LeakyReLU(0.2, True), nn.Conv2d(4, 5, 3, 2, 1), nn.LeakyReLU(0.2, True)
         )
         self.score = nn.Conv2d(5, 1, 1)
 
@@ -120,9 +117,7 @@ def test_feature_matching_compares_the_features_of_the_discriminator(
     adversary = Adversary(judge, HINGE)
     value = FeatureMatching(adversary).of_batch(batch)
     if isinstance(judge, Scales):
-        fake, real = (
-            [x for scale in judge(image) for x in scale[:-1]] for image in (batch.image, batch.target)
-        )
+        fake, real = ([x for scale in judge(image) for x in scale[:-1]] for image in (batch.image, batch.target))
     else:
         assert captured_layers(judge) == ["model.0", "model.2", "score"]
         features = lambda x: [judge.model[:2](x), judge.model(x)]  # type: ignore[index, operator]  # noqa: E731

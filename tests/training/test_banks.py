@@ -94,9 +94,7 @@ def test_an_interrupted_build_continues_to_the_same_bank(
         build(items, **options)
     items.limit, sizes = 999, []
     real = SplitGenerator.key_feature
-    monkeypatch.setattr(
-        SplitGenerator, "key_feature", lambda *args: sizes.append(len(args[1][0])) or real(*args)
-    )
+    monkeypatch.setattr(SplitGenerator, "key_feature", lambda *args: sizes.append(len(args[1][0])) or real(*args))
     bank, expected = build(items, **options), build(max_candidates=200)
     assert sizes == [4, 2, 4, 4, 4, 2]  # of the first bank, the first two batches are not run again
     assert np.array_equal(bank.retriever.keys, expected.retriever.keys)

@@ -67,12 +67,7 @@ def close(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
 
 
 def test_without_a_cache_the_weights_are_those_of_cached_features(tmp_path: Path) -> None:
-    close(
-        *(
-            trained(fit(wrap(guidance=True), tmp_path / str(cache), crop=8, cache=cache))
-            for cache in (True, False)
-        )
-    )
+    close(*(trained(fit(wrap(guidance=True), tmp_path / str(cache), crop=8, cache=cache)) for cache in (True, False)))
     assert (tmp_path / "True/cache").exists() and not (tmp_path / "False/cache").exists()
 
 
@@ -204,9 +199,7 @@ def test_trying_a_layout_leaves_no_trace_in_the_statistics(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("broken", ["loss", "gradient"])
-def test_numbers_that_are_not_finite_stop_training_with_the_last_good_checkpoint(
-    tmp_path: Path, broken: str
-) -> None:
+def test_numbers_that_are_not_finite_stop_training_with_the_last_good_checkpoint(tmp_path: Path, broken: str) -> None:
     class Broken(Distance):
         calls = 0
 

@@ -140,9 +140,7 @@ def test_a_fit_uses_the_description_that_the_generator_was_wrapped_with(tmp_path
         (lambda generator: 1 / 0, "discriminator of mine raised ZeroDivisionError"),
     ],
 )
-def test_a_description_that_makes_no_discriminator_is_named(
-    tmp_path: Path, discriminator: Any, message: str
-) -> None:
+def test_a_description_that_makes_no_discriminator_is_named(tmp_path: Path, discriminator: Any, message: str) -> None:
     model = wrap(adapter=retroexit.Description(name="mine", discriminator=discriminator))
     with pytest.raises(PluginError, match=message):
         fit(model, tmp_path, losses={"adversarial": 1})

@@ -61,9 +61,7 @@ def test_damaged_files_of_a_saved_model_are_refused(fitted: Path, damage: Any, t
     assert outcomes(damage, tmp_path / "model", read, bool) == {"refused"}
 
 
-def test_damaged_files_of_a_feature_cache_are_refused_or_rebuilt(
-    fitted: Path, damage: Any, tmp_path: Path
-) -> None:
+def test_damaged_files_of_a_feature_cache_are_refused_or_rebuilt(fitted: Path, damage: Any, tmp_path: Path) -> None:
     shutil.copytree(fitted / "cache", tmp_path / "cache")
     model, samples = guided(), Samples(latents(10))
     read = lambda: FeatureCache.build(model, samples, tmp_path / "cache", batch=4, progress=False)  # noqa: E731
@@ -75,9 +73,7 @@ def test_damaged_files_of_a_feature_cache_are_refused_or_rebuilt(
 
 
 @pytest.mark.parametrize("part", ["branches/exit1.safetensors", "losses.npy"])
-def test_damaged_checkpoints_and_losses_are_refused(
-    fitted: Path, damage: Any, part: str, tmp_path: Path
-) -> None:
+def test_damaged_checkpoints_and_losses_are_refused(fitted: Path, damage: Any, part: str, tmp_path: Path) -> None:
     path = tmp_path / "part" / Path(part).name
     path.parent.mkdir()
     shutil.copy(fitted / part, path)

@@ -34,9 +34,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("starter", ["torchrun", "fabric"])
-def test_two_processes_give_the_weights_of_one(
-    tmp_path: Path, alone: dict[str, Tensor], starter: str
-) -> None:
+def test_two_processes_give_the_weights_of_one(tmp_path: Path, alone: dict[str, Tensor], starter: str) -> None:
     pytest.importorskip("lightning_fabric")
     settings, launcher = dict(SETTINGS), []
     if starter == "torchrun":
@@ -52,9 +50,7 @@ def test_two_processes_give_the_weights_of_one(
     start = wrap(make(Plain), guidance=True).branches.state_dict()
     for name, value in weights.items():
         assert torch.allclose(value, alone[name], rtol=1e-3, atol=1e-4), name
-    moved = [
-        k for k, v in start.items() if not torch.allclose(v, weights[f"branches.{k}"], rtol=1e-2, atol=1e-3)
-    ]
+    moved = [k for k, v in start.items() if not torch.allclose(v, weights[f"branches.{k}"], rtol=1e-2, atol=1e-3)]
     assert len(moved) > 4  # the tolerance is small beside what was learnt
 
 

@@ -11,20 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from decoders import (
-    SETTINGS,
-    Copying,
-    Decoder,
-    Distance,
-    Noisy,
-    SharedNoise,
-    fit,
-    latents,
-    make,
-    same,
-    trained,
-    wrap,
-)
+from decoders import SETTINGS, Copying, Decoder, Distance, Noisy, SharedNoise, fit, latents, make, same, trained, wrap
 from torch import Tensor, nn
 
 import retroexit
@@ -38,9 +25,7 @@ from retroexit.training.trainer import BranchTrainer
 Untouched = Callable[[nn.Module], AbstractContextManager[None]]
 
 
-def test_bank_branches_and_predictor_are_made_in_this_order(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bank_branches_and_predictor_are_made_in_this_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[str] = []
     for name in ("build_bank", "train_branches", "fit_predictor"):
         real = getattr(fitting, name)
@@ -53,9 +38,7 @@ def test_bank_branches_and_predictor_are_made_in_this_order(
 
 
 @pytest.mark.parametrize("is_frozen", [False, True])
-def test_fitting_leaves_no_trace_on_the_generator(
-    tmp_path: Path, untouched: Untouched, is_frozen: bool
-) -> None:
+def test_fitting_leaves_no_trace_on_the_generator(tmp_path: Path, untouched: Untouched, is_frozen: bool) -> None:
     generator = make()
     generator.requires_grad_(not is_frozen)
     model = wrap(generator)
@@ -250,12 +233,7 @@ def other_weights() -> nn.Module:
 def test_a_folder_with_another_fit_is_refused_by_what_differs(tmp_path: Path, guidance: bool | None) -> None:
     fit(wrap(guidance=guidance), tmp_path)
     for generator, options, settings, message in (
-        (
-            None,
-            {},
-            {"steps": 5, "lr": 0.1},
-            r"settings: lr was 0.004, is 0.1, steps was 4, is 5\. Use another fol",
-        ),
+        (None, {}, {"steps": 5, "lr": 0.1}, r"settings: lr was 0.004, is 0.1, steps was 4, is 5\. Use another fol"),
         (None, {}, {"seed": 1}, "seed was 0, is 1"),
         (None, {"init": "inherit"}, {}, "wrap.init was scratch, is inherit"),
         (None, {"attach_at": [2]}, {}, r"attach_at was \['stages.0', 'stages.1'\], is \['stages.1'\]"),

@@ -30,9 +30,7 @@ def test_batches_cover_every_sample_from_any_place() -> None:
     assert [args[0][:, 0].tolist() for _, args, _ in samples.batches(3, first=3)] == [[3, 4, 5], [6]]
 
 
-@pytest.mark.parametrize(
-    "items", [[], torch.zeros(0, 3), 5, iter([1]), {"x": torch.zeros(2, 3)}, torch.tensor(1.0)]
-)
+@pytest.mark.parametrize("items", [[], torch.zeros(0, 3), 5, iter([1]), {"x": torch.zeros(2, 3)}, torch.tensor(1.0)])
 def test_other_values_than_sequences_of_samples_are_refused(items: Any) -> None:
     with pytest.raises(OptionError, match=f"non-empty sequence of samples, got {type(items).__name__}"):
         Samples(items)
@@ -44,10 +42,7 @@ def test_other_values_than_sequences_of_samples_are_refused(items: Any) -> None:
         (["text"], "a sample must be .* got str"),
         ([torch.zeros(2), torch.zeros(3)], r"one shape, got \[\(2,\), \(3,\)\]"),
         ([{"x": torch.zeros(2)}, {"y": torch.zeros(2)}], "sample 1 differs from 0"),
-        (
-            [{"x": torch.zeros(2), "gain": 1}, {"x": torch.zeros(2), "gain": 2}],
-            "'gain' = 1 in one and another value",
-        ),
+        ([{"x": torch.zeros(2), "gain": 1}, {"x": torch.zeros(2), "gain": 2}], "'gain' = 1 in one and another value"),
     ],
 )
 def test_samples_that_make_no_batch_are_refused(items: Any, message: str) -> None:
@@ -57,15 +52,7 @@ def test_samples_that_make_no_batch_are_refused(items: Any, message: str) -> Non
 
 def test_a_digest_tells_inputs_apart() -> None:
     x = torch.rand(4, 3)
-    others = (
-        x,
-        x + 1,
-        x.double(),
-        x[:3],
-        x.reshape(4, 3, 1),
-        [(row,) for row in x],
-        [{"x": row} for row in x],
-    )
+    others = (x, x + 1, x.double(), x[:3], x.reshape(4, 3, 1), [(row,) for row in x], [{"x": row} for row in x])
     digests = {Samples(items).digest() for items in others}
     assert len(digests) == 6  # a tensor and a tuple of it are the same input
     assert Samples(x).digest() == Samples(list(x)).digest()

@@ -61,9 +61,7 @@ def by_hand(state: dict[str, Tensor], image: Tensor, taps: dict[int, float]) -> 
     return features
 
 
-def test_vgg_is_the_weighted_difference_of_five_layers_of_vgg19(
-    vgg_file: Path, pair: tuple[Tensor, Tensor]
-) -> None:
+def test_vgg_is_the_weighted_difference_of_five_layers_of_vgg19(vgg_file: Path, pair: tuple[Tensor, Tensor]) -> None:
     taps = {1: 1 / 32, 6: 1 / 16, 11: 1 / 8, 20: 1 / 4, 29: 1.0}
     state = torch.load(vgg_file, weights_only=True)
     a, b = (by_hand(state, image, taps) for image in pair)
@@ -79,9 +77,7 @@ def test_squeeze_features_are_those_that_lpips_compares(shared: Path, pair: tupl
     term, metric = Perceptual("features-squeeze", file), LPIPS("squeeze", file)
     network: Any = metric._network
     features = [network.net(network.scaling_layer(image)) for image in pair]
-    expected = [
-        sum(float((x[n] - y[n]).abs().mean()) for x, y in zip(*features, strict=True)) / 7 for n in (0, 1)
-    ]
+    expected = [sum(float((x[n] - y[n]).abs().mean()) for x, y in zip(*features, strict=True)) / 7 for n in (0, 1)]
     # LPIPS rounds the mean and deviation of ImageNet to three digits in [-1, 1].
     assert term(*pair).tolist() == pytest.approx(expected, rel=2e-3)
 
@@ -94,15 +90,10 @@ def test_squeeze_features_are_those_that_lpips_compares(shared: Path, pair: tupl
         (lambda _: Perceptual("vgg13"), "no perceptual loss 'vgg13'; closest: 'vgg"),
         (lambda file: Perceptual("features-random", file), "must be None for 'features-random', got"),
         (lambda _: host().loss("l1", weights="x"), "loss 'l1' of .* takes no weights. Leave it out"),
-        (
-            lambda _: Perceptual("features-random")(*torch.zeros(2, 1, 3, 9, 7)),
-            r"8x8 pixels, got \(1, 3, 9, 7\)",
-        ),
+        (lambda _: Perceptual("features-random")(*torch.zeros(2, 1, 3, 9, 7)), r"8x8 pixels, got \(1, 3, 9, 7\)"),
     ],
 )
-def test_wrong_files_names_and_sizes_are_refused(
-    call: Callable[[Path], Any], message: str, vgg_file: Path
-) -> None:
+def test_wrong_files_names_and_sizes_are_refused(call: Callable[[Path], Any], message: str, vgg_file: Path) -> None:
     with pytest.raises((OptionError, WeightsError), match=message):
         call(vgg_file)
 
@@ -239,9 +230,7 @@ def test_a_loss_adds_its_terms_by_weight_and_returns_each_of_them(pair: tuple[Te
 
 
 @pytest.mark.parametrize(("value", "got"), [(torch.zeros(3), r"\(3,\)"), (1.5, "1.5")])
-def test_a_term_that_returns_something_else_is_named(
-    value: Any, got: str, pair: tuple[Tensor, Tensor]
-) -> None:
+def test_a_term_that_returns_something_else_is_named(value: Any, got: str, pair: tuple[Tensor, Tensor]) -> None:
     loss = TrainingLoss({"odd": (1.0, lambda a, b: value)})
     message = f"the loss 'odd' must return a scalar or one number per image, got {got} for images"
     with pytest.raises(TrainingError, match=message):
@@ -334,9 +323,7 @@ def test_factors_do_not_depend_on_the_batch_size() -> None:
     (batch,) = batches(1, size=6)
     together(batch)
     for i in range(0, 6, 2):
-        apart(
-            TrainingBatch(batch.image.detach()[i : i + 2].clone().requires_grad_(), batch.target[i : i + 2])
-        )
+        apart(TrainingBatch(batch.image.detach()[i : i + 2].clone().requires_grad_(), batch.target[i : i + 2]))
     for name in together.terms:
         assert together.equaliser.factor(name) == pytest.approx(apart.equaliser.factor(name), rel=1e-5)
 

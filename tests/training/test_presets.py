@@ -64,9 +64,7 @@ def test_the_preset_oasis_is_equation_3() -> None:
     one, other = losses.for_branch(), losses.for_branch()
     assert one.needs_inputs and one.adversary is not None and other.adversary is not None
     parameters = {id(p) for p in one.adversary.parameters()}
-    assert not parameters & {
-        id(p) for p in [*other.adversary.parameters(), *losses.discriminator.parameters()]
-    }
+    assert not parameters & {id(p) for p in [*other.adversary.parameters(), *losses.discriminator.parameters()]}
     pairs = zip(one.adversary.parameters(), other.adversary.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
 
@@ -202,12 +200,7 @@ def test_the_record_of_a_fit_tells_other_losses_apart() -> None:
         (ADVERSARIAL, {"discriminator": None}, OptionError, "'adversarial' needs a discriminator, got none"),
         (ADVERSARIAL, {"discriminator": Judge(), "adversarial": "best"}, OptionError, "got 'best'"),
         (ADVERSARIAL, {"discriminator": 3}, OptionError, "must be a module, a file, 'auto' or None, got 3"),
-        (
-            ADVERSARIAL,
-            {"discriminator": "no.pth"},
-            WeightsError,
-            "cannot read no.pth: .*Pass a file with a state",
-        ),
+        (ADVERSARIAL, {"discriminator": "no.pth"}, WeightsError, "cannot read no.pth: .*Pass a file with a state"),
         (
             ADVERSARIAL,
             {"discriminator": "D", "description": Description(name="unknown")},
@@ -215,12 +208,7 @@ def test_the_record_of_a_fit_tells_other_losses_apart() -> None:
             "no adapter makes a discriminator for OASISGenerator to load 'D'",
         ),
         ({"feature-matching": 1}, {"discriminator": None}, OptionError, "'feature-matching' needs a discrim"),
-        (
-            {"gaze": 1, "l1": 2},
-            {},
-            OptionError,
-            "'gaze' needs a gaze network, got none. Pass gaze=..., or .*2.0",
-        ),
+        ({"gaze": 1, "l1": 2}, {}, OptionError, "'gaze' needs a gaze network, got none. Pass gaze=..., or .*2.0"),
     ],
 )
 def test_losses_that_lack_something_are_refused(
@@ -230,9 +218,7 @@ def test_losses_that_lack_something_are_refused(
         plan(losses, **options)
 
 
-def test_a_missing_vgg_is_an_error_and_never_replaced(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_vgg_is_an_error_and_never_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_network(*args: Any, **kwargs: Any) -> None:
         raise OSError("no network")
 

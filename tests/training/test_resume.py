@@ -51,9 +51,7 @@ FITS: dict[str, tuple[Callable[[], EarlyExitGenerator], dict[str, Any]]] = {
 }
 
 
-def fit_one(
-    name: str, folder: Path, model: EarlyExitGenerator | None = None, **more: Any
-) -> EarlyExitGenerator:
+def fit_one(name: str, folder: Path, model: EarlyExitGenerator | None = None, **more: Any) -> EarlyExitGenerator:
     """Fit a model of `FITS`, or go on with the given one."""
     wrap_it, settings = FITS[name]
     discriminator = {"discriminator": Judge()} if name == "adversarial" else {}
@@ -61,9 +59,7 @@ def fit_one(
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Callable[[str], tuple[Path, dict[str, Tensor]]]:
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, dict[str, Tensor]]]:
     """Folder and weights of a fit that was not interrupted; each one runs once."""
     results: dict[str, tuple[Path, dict[str, Tensor]]] = {}
 
@@ -113,9 +109,7 @@ def test_an_interrupted_fit_may_go_on_in_another_way(
     same(trained(fit_one("plain", tmp_path, **setting)), uninterrupted("plain")[1])
 
 
-def test_a_resumed_fit_does_not_reconstruct_its_branches_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_resumed_fit_does_not_reconstruct_its_branches_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with interrupted(BranchTrainer, "advance", 4):
         fit_one("inherited", tmp_path)
     monkeypatch.setattr("retroexit.training.initialise.reconstruct", None)  # calling it would fail
@@ -150,9 +144,7 @@ def _same_checkpoints(one: Path, other: Path) -> None:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="SIGKILL")
-def test_a_killed_fit_with_adversaries_and_equalised_weights_ends_the_same(
-    tmp_path: Path, uninterrupted: Any
-) -> None:
+def test_a_killed_fit_with_adversaries_and_equalised_weights_ends_the_same(tmp_path: Path, uninterrupted: Any) -> None:
     folder, weights = uninterrupted("adversarial")
     done = start_script(KILLED, tmp_path, ADVERSARIAL)
     assert done.returncode == -signal.SIGKILL, done.stderr
@@ -229,9 +221,7 @@ def test_files_of_another_fit_are_refused(tmp_path: Path, uninterrupted: Any) ->
             fit(wrap(attach_at=[1]), tmp_path / "other", inputs=latents(9))
         (tmp_path / "other" / name).write_bytes(content)
     shutil.copy(tmp_path / "one/branches/exit2.safetensors", tmp_path / "one/branches/exit1.safetensors")
-    with pytest.raises(
-        CheckpointError, match="cannot read .*exit1.safetensors: .*Remove it to train this exit again"
-    ):
+    with pytest.raises(CheckpointError, match="cannot read .*exit1.safetensors: .*Remove it to train this exit again"):
         fit(wrap(), tmp_path / "one")
 
 

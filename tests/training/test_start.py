@@ -104,9 +104,7 @@ def test_the_feature_distance_is_that_of_a_loop_over_the_layers() -> None:
 
 def test_the_feature_distance_changes_what_is_learnt_and_leaves_no_hooks(tmp_path: Path) -> None:
     generator = make()
-    plain, matched = (
-        fit(wrap(generator, **HALVES), tmp_path / str(weight), features=weight) for weight in (0.0, 1.0)
-    )
+    plain, matched = (fit(wrap(generator, **HALVES), tmp_path / str(weight), features=weight) for weight in (0.0, 1.0))
     one, other = trained(plain), trained(matched)
     assert any(not torch.equal(value, other[name]) for name, value in one.items())
     assert not any(m._forward_hooks for m in (*generator.modules(), *matched.branches.modules()))

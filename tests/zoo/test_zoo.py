@@ -16,10 +16,7 @@ from generators.measure import measure_entry, spread  # noqa: E402
 
 INSTALLABLE = [entry for entry in ENTRIES if not entry.checkout and not entry.is_large]
 
-TOO_SMALL = {
-    "transformers-segformer-head",
-    "own-unet",
-}  # one 1x1 layer, cheaper than the projection in front of it
+TOO_SMALL = {"transformers-segformer-head", "own-unet"}  # one 1x1 layer, cheaper than the projection in front of it
 
 
 COPIED = {"own-dcgan", "own-resnet", "own-unet", "diffusers-tiny-decoder"}  # the benchmark copies them all
@@ -64,8 +61,6 @@ def test_a_list_of_stages_is_compared_with_the_expected_one(stages, expected, ob
     assert judge_stages(stages, expected) == objection
 
 
-@pytest.mark.parametrize(
-    ("count", "places"), [(0, []), (1, []), (2, [1]), (3, [1, 2]), (4, [1, 2]), (9, [2, 4, 6])]
-)
+@pytest.mark.parametrize(("count", "places"), [(0, []), (1, []), (2, [1]), (3, [1, 2]), (4, [1, 2]), (9, [2, 4, 6])])
 def test_exits_are_spread_over_the_stages_and_spare_the_last(count, places):
     assert spread(count) == places

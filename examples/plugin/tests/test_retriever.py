@@ -17,9 +17,7 @@ def smooth(rows: int, width: int = 64, rank: int = 8) -> np.ndarray:
     """Keys that vary in a few directions, with a little noise, as features of one network do."""
     random = np.random.default_rng(rows)
     directions = np.random.default_rng(0).normal(size=(rank, width))
-    return (random.normal(size=(rows, rank)) @ directions + 0.05 * random.normal(size=(rows, width))).astype(
-        "f4"
-    )
+    return (random.normal(size=(rows, rank)) @ directions + 0.05 * random.normal(size=(rows, width))).astype("f4")
 
 
 def test_it_is_found_by_name() -> None:

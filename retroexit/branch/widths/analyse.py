@@ -39,14 +39,7 @@ __all__ = ["analyse", "blame", "int_attributes"]
 logger = logging.getLogger(__name__)
 
 # What PyTorch's layers print about themselves and do not compute with.
-_DESCRIPTIONS = (
-    "in_channels",
-    "out_channels",
-    "in_features",
-    "out_features",
-    "num_channels",
-    "embedding_dim",
-)
+_DESCRIPTIONS = ("in_channels", "out_channels", "in_features", "out_features", "num_channels", "embedding_dim")
 _COUNTS = ("num_groups", "num_heads", "heads", "n_heads")
 _MAX_RUNS = 40
 _MAX_KERNEL = 31
@@ -314,9 +307,7 @@ class _SymbolicRun:
         outputs: dict[str, list[Any]] = {path: [] for path in opaque if path not in inside}
 
         def note(path: str, _module: nn.Module, _args: Any, output: Any) -> None:
-            outputs[path].append(
-                rebuild(output, lambda x: x.detach().clone() if isinstance(x, Tensor) else x)
-            )
+            outputs[path].append(rebuild(output, lambda x: x.detach().clone() if isinstance(x, Tensor) else x))
 
         # A scripted module's own method refuses hooks.
         add_hook = nn.Module.register_forward_hook
@@ -351,17 +342,14 @@ class _SymbolicRun:
         }
         fixed: dict[sympy.Symbol, str] = {}
         reasons = [
-            (tensor, f"{LIVE} {name!r}, which keeps its size")
-            for tensor, name in zip(self.live, names, strict=True)
+            (tensor, f"{LIVE} {name!r}, which keeps its size") for tensor, name in zip(self.live, names, strict=True)
         ]
         for tensor, reason in (*reasons, *_output_reasons(output, image)):
             for size in tensor.shape:
                 fixed.update(dict.fromkeys(symbols_of(expression(size)), reason))
         # A symbol of buffers or attributes alone is no width, but a table or a filter's size.
         entry = expression(self.entry)
-        used = symbols_of(entry) | {
-            s for name in self.parameters for e in shapes[name] for s in symbols_of(e)
-        }
+        used = symbols_of(entry) | {s for name in self.parameters for e in shapes[name] for s in symbols_of(e)}
         used |= {s for p in equations.products for s in (p.parts, p.each) if symbols_of(p.whole) & used}
         for symbol in equations.values:
             if symbol not in used:

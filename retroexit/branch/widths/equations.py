@@ -146,9 +146,7 @@ class SizeEquations:
             return
         tried: set[Expr] = set()
         while True:
-            parts = sorted(
-                _calls(gap, _QUOTIENTS + _REMAINDERS) - tried, key=lambda e: (e.count_ops(), str(e))
-            )
+            parts = sorted(_calls(gap, _QUOTIENTS + _REMAINDERS) - tried, key=lambda e: (e.count_ops(), str(e)))
             if not parts:
                 break
             tried.add(parts[0])
@@ -354,9 +352,7 @@ class SizeEquations:
         for product in self.products:
             pair = product.parts * product.each
             if symbols >= pair.free_symbols:
-                swaps = {
-                    m: m / pair * product.whole for m in expression.atoms(sympy.Mul) if _divides(pair, m)
-                }
+                swaps = {m: m / pair * product.whole for m in expression.atoms(sympy.Mul) if _divides(pair, m)}
                 if swaps:
                     expression = sympy.expand(expression.xreplace(swaps))
         swaps = {}

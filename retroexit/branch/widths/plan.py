@@ -192,9 +192,7 @@ class TailWidths:
         """Release the widths that live maps fix although layers in the tail make them too, as for long skips."""
         made = {shape[0] for shape in self.shapes.values() if len(shape) > 1}
         whole = {s for e in self.live if e is not None and e in made for s in symbols_of(e)}
-        fixed = {
-            s: reason for s, reason in self.fixed.items() if s not in whole or not reason.startswith(LIVE)
-        }
+        fixed = {s: reason for s, reason in self.fixed.items() if s not in whole or not reason.startswith(LIVE)}
         return replace(self, fixed=fixed)
 
     def without_outputs(self) -> TailWidths:
@@ -295,9 +293,7 @@ class TailWidths:
                 options.append(((is_small, cost, count), chosen))
         return min(options, key=lambda option: option[0])[1] if options else None
 
-    def _divide_one(
-        self, product: Product, count: int, sizes: Sizes, free: set[sympy.Symbol], chosen: Sizes
-    ) -> bool:
+    def _divide_one(self, product: Product, count: int, sizes: Sizes, free: set[sympy.Symbol], chosen: Sizes) -> bool:
         """Add the least width, from the present one up, that has ``count`` equal parts, and their size."""
         factor, symbol = sympy.sympify(product.whole).as_coeff_Mul()
         is_free = symbol in free

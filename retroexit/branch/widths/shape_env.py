@@ -69,9 +69,7 @@ class SizeEnv(ShapeEnv):
             self.equations.equate(size.node.expr, int(cast(int, size.node.hint)), reason)
             self._invalidate_caches()
 
-    def evaluate_expr(
-        self, orig_expr: sympy.Basic, hint: Any = None, *_args: Any, **_kwargs: Any
-    ) -> sympy.Basic:
+    def evaluate_expr(self, orig_expr: sympy.Basic, hint: Any = None, *_args: Any, **_kwargs: Any) -> sympy.Basic:
         """Answer by the real sizes, and add the equations that the answer implies."""
         if orig_expr.is_number or orig_expr in (sympy.true, sympy.false):
             return orig_expr

@@ -34,9 +34,7 @@ PERCEPTUAL = {
     "vgg": _Network("vgg19", "vgg19", _VGG19, 16),
     "vgg16": _Network("vgg16", "vgg16", _VGG16, 8),
     "features-alex": _Network("alexnet", "alex", dict.fromkeys((1, 4, 7, 9, 11), 0.2), 31),
-    "features-squeeze": _Network(
-        "squeezenet1_1", "squeeze", dict.fromkeys((1, 4, 7, 9, 10, 11, 12), 1 / 7), 17
-    ),
+    "features-squeeze": _Network("squeezenet1_1", "squeeze", dict.fromkeys((1, 4, 7, 9, 10, 11, 12), 1 / 7), 17),
     "features-random": _Network("vgg19", None, dict.fromkeys((1, 6, 11, 20), 0.25), 8),
 }
 """Networks by the name of the term; the paper's is ``"vgg"``."""
@@ -155,9 +153,7 @@ def _hub_file(name: str, net: str) -> Path:
         return hub_file(net, f"the loss {name!r}")
     except WeightsError as error:
         others = ", ".join(repr(other) for other in PERCEPTUAL if other != name and other.startswith("feat"))
-        raise WeightsError(
-            f"{str(error).removesuffix('.')}. Other networks: {others}.", error.subject
-        ) from error
+        raise WeightsError(f"{str(error).removesuffix('.')}. Other networks: {others}.", error.subject) from error
 
 
 def _check(name: str, image: Tensor, smallest: int) -> None:

@@ -25,14 +25,7 @@ from retroexit.metrics import QualityMetric
 from retroexit.plugins.description import Description
 from retroexit.plugins.host import host
 from retroexit.plugins.training_types import BatchTerm, Objective, Term, TrainingBatch
-from retroexit.training.losses.terms import (
-    Adversarial,
-    Adversary,
-    Equaliser,
-    FeatureMatching,
-    Gaze,
-    find_objective,
-)
+from retroexit.training.losses.terms import Adversarial, Adversary, Equaliser, FeatureMatching, Gaze, find_objective
 
 QUALITY, LPIPS = "quality", "lpips"
 ADVERSARIAL, FEATURE_MATCHING, GAZE = "adversarial", "feature-matching", "gaze"
@@ -86,15 +79,12 @@ def check_weights(losses: object) -> None:
         raise OptionError(f"losses must have weights >= 0 by name, one of them > 0, got {losses!r}", losses)
 
 
-def find_weights(
-    losses: Mapping[str, float] | str, instead: Mapping[str, str] | None = None
-) -> dict[str, float]:
+def find_weights(losses: Mapping[str, float] | str, instead: Mapping[str, str] | None = None) -> dict[str, float]:
     """Return the weight of every term by name, after replacements; terms of weight 0 are left out."""
     if isinstance(losses, str):
         if losses not in PRESETS:
             raise OptionError(
-                f"losses must be weights by name or one of {', '.join(map(repr, PRESETS))}, got {losses!r}",
-                losses,
+                f"losses must be weights by name or one of {', '.join(map(repr, PRESETS))}, got {losses!r}", losses
             )
         losses = PRESETS[losses]
     check_weights(losses)
@@ -135,8 +125,7 @@ class LossPlan:
             part = "a discriminator" if is_adversarial else "a gaze network" if name == GAZE else "a term"
             argument = "discriminator" if is_adversarial else "gaze" if name == GAZE else "terms"
             raise OptionError(
-                f"the loss {name!r} needs {part}, got none. Pass {argument}=..., or leave the term out: "
-                f"losses={rest}.",
+                f"the loss {name!r} needs {part}, got none. Pass {argument}=..., or leave the term out: losses={rest}.",
                 name,
             )
         if self.gaze is not None:

@@ -157,9 +157,7 @@ OBJECTIVES = {
     # Equation 1 as a hinge (Lim and Ye 2017), the form of MegaPortraits.
     "hinge": _ScoreObjective("hinge", lambda s: -s, lambda s: F.relu(1 - s), lambda s: F.relu(1 + s)),
     # The branch maximises log D(G) instead of minimising log(1 - D(G)) (Goodfellow et al. 2014).
-    "non-saturating": _ScoreObjective(
-        "non-saturating", lambda s: F.softplus(-s), lambda s: F.softplus(-s), F.softplus
-    ),
+    "non-saturating": _ScoreObjective("non-saturating", lambda s: F.softplus(-s), lambda s: F.softplus(-s), F.softplus),
 }
 """Objectives for any discriminator that returns scores, by name."""
 
