@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Container, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from retroexit.core.modules import device_of, precision_of
 from retroexit.core.nested import clone_strided, cloned, flatten, rebuild, tensors
-from retroexit.core.samples import conversion_advice
+from retroexit.core.samples import conversion_advice, smaller_maps
 from retroexit.errors import InputMismatchError, RecordingError
 from retroexit.split.segments import Segment, Tail
 from retroexit.stages.decoder import Cut, Decoder
@@ -116,20 +116,24 @@ class SplitGenerator:
         """Cut the recording into segments."""
         recording, generator = self.decoder.recording, self.generator
         self._inputs = [node for node in recording.nodes if node.op == "placeholder"]
-        self.segments: list[Segment] = []
-        begin, enter = 0, self._inputs
-        for cut in self.cuts:
-            self.segments.append(Segment(recording, generator, begin, cut.position, cut.crossing, enter))
-            begin, enter = cut.position, list(cut.crossing)
+        self._result = recording.nodes[-1].args[0]
+        *self.segments, self._rest = self._pieces(generator)
         self._around_key: tuple[Segment, Segment] | None = None
         if self.key_cut is not None:
             (key, middle), end = (self.key_cut.position, self.key_cut.crossing), self.cuts[0]
             before = Segment(recording, generator, 0, key, middle, self._inputs)
             behind = Segment(recording, generator, key, end.position, end.crossing, middle)
             self._around_key = (before, behind)
-        self._result = recording.nodes[-1].args[0]
+
+    def _pieces(self, modules: nn.Module, tail: Cut | None = None) -> list[Segment]:
+        """Cut the recording, or a tail of it, into segments that run the modules of the generator or of that tail."""
+        recording = self.decoder.recording
         leaves = [leaf for _, leaf in flatten(self._result) if isinstance(leaf, fx.Node)]
-        self._rest = Segment(recording, generator, begin, len(recording.nodes), leaves, enter)
+        ends = [(cut.position, cut.crossing) for cut in self.cuts] + [(len(recording.nodes), tuple(leaves))]
+        begins = [(0, tuple(self._inputs)), *ends[:-1]]
+        pairs = list(zip(begins, ends, strict=True))[0 if tail is None else self.cuts.index(tail) + 1 :]
+        among = None if tail is None else set(tail.rest)
+        return [Segment(recording, modules, begin, end, keep, enter, among) for (begin, enter), (end, keep) in pairs]
 
     def is_current(self, branches: nn.Module) -> bool:
         """Return whether generator and branches have the device and precision of the recording."""
@@ -266,22 +270,40 @@ class SplitGenerator:
         Raises:
             RecordingError: If the self-test fails.
         """
-        states: list[list[Tensor]] = []
-        written = []
-        with torch.no_grad():
-            expected = self._generator_outputs(*self.example) if self_test else None
-            with unobserved(self.generator):
-                values = self.start(*cloned(self.example))
-                for index in range(len(self.cuts) if count is None else count):
-                    values = self.advance(values, index)
-                    states.append([clone_strided(value) for value in self.crossing(values, index)])
-                    written.append(set(range(len(states[-1]))))
-                    if expected is not None:
-                        changed = self._self_test(index, list(map(clone_strided, states[-1])), expected)
-                        # Where the forward runs again, another value may be written in another call.
-                        written[-1] = written[-1] if self.decoder.replayed else changed
+        expected = self._generator_outputs(*self.example) if self_test else None
+        with torch.no_grad(), unobserved(self.generator):
+            if expected is not None and not self.decoder.replayed:
+                states, written, outputs = self._run_through()
+                if _are_equal(outputs, expected):
+                    self.written = written
+                    return states
+            states, written = [], []
+            values = self.start(*cloned(self.example))
+            for index in range(len(self.cuts) if count is None else count):
+                values = self.advance(values, index)
+                states.append([clone_strided(value) for value in self.crossing(values, index)])
+                written.append(set(range(len(states[-1]))))
+                if expected is not None:
+                    self._self_test(index, list(map(clone_strided, states[-1])), expected)
         self.written = written if count is None else self.written
         return states
+
+    def _run_through(self) -> tuple[list[list[Tensor]], list[set[int]], list[Tensor]]:
+        """Run the example once, behind the first cut in its tail's copies of the modules.
+
+        Returns:
+            The values that cross each cut, positions of those that the tail behind it writes into, and the output.
+        """
+        values = self.advance(self.start(*cloned(self.example)), 0)
+        states: list[list[Tensor]] = []
+        crossed: list[list[tuple[Tensor, int]]] = []
+        for piece in self._pieces(self.tail(0, share=True), self.cuts[0]):
+            crossing = self.crossing(values, len(states))
+            states.append([clone_strided(value) for value in crossing])
+            crossed.append([(value, value._version) for value in crossing])
+            values = _run(piece, values)
+        written = [{i for i, (value, version) in enumerate(c) if value._version != version} for c in crossed]
+        return states, written, tensors(rebuild(self._result, lambda x: values[x] if isinstance(x, fx.Node) else x))
 
     # Checks.
 
@@ -342,18 +364,14 @@ class SplitGenerator:
         with torch.no_grad(), unobserved(self.generator):
             return tensors(self.generator(*cloned(args), **cloned(kwargs)))
 
-    def _self_test(self, index: int, crossing: list[Tensor], expected: list[Tensor]) -> set[int]:
+    def _self_test(self, index: int, crossing: list[Tensor], expected: list[Tensor]) -> None:
         """Check that the unchanged tail behind a cut gives the generator's output bit for bit.
 
         The segments before it have just run, so that random draws are equal.
-
-        Returns:
-            Positions of the values that the tail writes into.
         """
-        versions = [value._version for value in crossing]
         with unobserved(self.generator):
             outputs = tensors(self.tail(index, share=True)(*crossing))
-        if len(outputs) != len(expected) or not all(map(torch.equal, outputs, expected)):
+        if not _are_equal(outputs, expected):
             pairs = [(a, b) for a, b in zip(outputs, expected, strict=False) if a.shape == b.shape]
             differences = (float((a.float() - b.float()).abs().max()) for a, b in pairs)
             raise RecordingError(
@@ -362,7 +380,6 @@ class SplitGenerator:
                 "self_test=False if the generator draws random numbers behind this place in an order of its own.",
                 index,
             )
-        return {i for i, value in enumerate(crossing) if value._version != versions[i]}
 
     def _mismatch(self, args: Any, kwargs: Any) -> tuple[str, dict[Any, Tensor]]:
         """Compare pieces and generator; returns how they differ (empty if not), and what `_look` saw."""
@@ -391,12 +408,16 @@ class SplitGenerator:
         return seen | dict(enumerate(outputs)), outputs
 
     def _probe_batch(self) -> bool:
-        """Run other numbers, and one more sample: see what is batched and whether anything is frozen."""
+        """Run other numbers, and one more sample: see what is batched and whether anything is frozen.
+
+        Smaller maps show it as well, where the generator takes them.
+        """
         other, larger = self._other_inputs()
-        problem, large = self._mismatch(*larger)
-        if not problem:
-            self._find_rows(self._look(*other)[0], large)
-            return True
+        for shrink in (smaller_maps, lambda inputs: inputs):
+            problem, large = self._mismatch(*shrink(larger)) if shrink(larger) is not None else ("", {})
+            if large and not problem:
+                self._find_rows(self._look(*shrink(other))[0], large)
+                return True
         problem = self._mismatch(*other)[0]
         if problem:
             reads = [read.line for read in self.decoder.recording.reads]
@@ -456,6 +477,10 @@ def _run(segment: Segment, values: Values) -> Values:
     inputs = [values[node] for node in segment.enter]
     with gradient_of(inputs):
         return dict(zip(segment.keep, segment(*inputs), strict=True))
+
+
+def _are_equal(outputs: list[Tensor], expected: list[Tensor]) -> bool:
+    return len(outputs) == len(expected) and all(map(torch.equal, outputs, expected))
 
 
 def gradient_of(inputs: Iterable[Any]) -> torch.set_grad_enabled:
