@@ -115,7 +115,7 @@ def test_a_full_disk_is_an_error_at_every_phase(monkeypatch: pytest.MonkeyPatch,
         assert not list((tmp_path / f"{limit}").rglob("*.part"))
         shutil.rmtree(tmp_path / f"{limit}")
     assert phases >= {"cache.json", "backbone-image.npy", "fit.json", "values.npy", "exit1.safetensors", "losses.npy"}
-    assert phases >= {"weights.safetensors", "model.json"}
+    assert phases >= {"model.json"} and any(name.startswith("weights-") for name in phases)
 
 
 @pytest.mark.parametrize("write", [files.write_array, files.write_tensors, files.write_json])
