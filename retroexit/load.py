@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from retroexit.core.files import MANIFEST, named, reading, sha256_of
+from retroexit.core.files import reading
 from retroexit.core.identity import Identity, fingerprint
 from retroexit.core.modules import device_of
 from retroexit.core.samples import example_call
@@ -19,7 +19,7 @@ from retroexit.plugins.description import Description
 from retroexit.plugins.host import host
 from retroexit.routing.latency import Latency
 from retroexit.saving import (
-    BANK,
+    bank_folder,
     fill_predictor,
     find_key,
     options_from_json,
@@ -73,20 +73,17 @@ def load(
         model = EarlyExitGenerator(generator, options)
         model.about, bank_of = dict(manifest["about"]), str(manifest["fingerprint"])
         predictor, router = read_predictor(manifest["predictor"]), model.router
-        limit, bank_sha256 = manifest["guide_limit"], manifest["bank_sha256"]
+        limit = manifest["guide_limit"]
         router.guide_limit = None if limit is None else float(limit)
         router.latency = None if manifest["latency"] is None else Latency.from_json(manifest["latency"])
         _check_model(folder, manifest, model)
         tensors = read_weights(folder, str(manifest["weights_sha256"]))
         router.calibration = read_calibration(folder, manifest["calibration_sha256"])
-        if bank_sha256 is not None:
-            place = folder / named(BANK, bank_sha256)
-            if sha256_of(place / MANIFEST) != bank_sha256:
-                raise CheckpointError(f"the guidance bank {place} has changed since it was written. Copy it again.", place)
+        place = bank_folder(folder, manifest["bank_sha256"])
     if predictor is not None:
         fill_predictor(predictor, _under("predictor.", tensors), folder)
         router.predictor = predictor.to(device_of(generator)).eval()
-    if bank_sha256 is not None:
+    if place is not None:
         retriever = None if options.guidance is None else host().retriever(options.guidance.retriever)
         bank = GuidanceBank.load(place, bank_of, retriever_class=retriever)
         bank.meta["fingerprint"] = fingerprint(generator)  # the same network, maybe in another precision

@@ -42,6 +42,7 @@ from retroexit.wrapping.options import WrapOptions
 
 __all__ = [
     "BANK",
+    "bank_folder",
     "fill_predictor",
     "find_key",
     "options_from_json",
@@ -248,6 +249,15 @@ def read_weights(folder: Path, sha256: str) -> dict[str, Tensor]:
         CheckpointError: If it is missing or damaged.
     """
     return read_tensors(_unchanged(folder / f"{named(_WEIGHTS, sha256)}.safetensors", sha256))[0]
+
+
+def bank_folder(folder: Path, sha256: str | None) -> Path | None:
+    """Find the bank whose manifest has this SHA-256; ``None`` without one.
+
+    Raises:
+        CheckpointError: If it is missing or its manifest has changed.
+    """
+    return None if sha256 is None else _unchanged(folder / named(BANK, sha256) / MANIFEST, sha256).parent
 
 
 def _unchanged(path: Path, sha256: str) -> Path:

@@ -1,7 +1,8 @@
-"""A save that is killed or fails at any change of a file leaves the model that the folder held before, or the new one."""
+"""A save that is killed, or fails, at any change of a file leaves the folder with its former model or the new one."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
@@ -88,10 +89,8 @@ def test_the_old_or_the_new_model_is_left(how: str, damage: ModuleType, tmp_path
         def work(report: Callable[[Any], None]) -> None:
             torch.set_num_threads(1)
             done = stop_at(number, how, place)
-            try:
+            with contextlib.suppress(retroexit.errors.StorageError):
                 model.save(place)
-            except retroexit.errors.StorageError:
-                pass
             report(len(done))
 
         return damage.in_child(work)[0]
