@@ -37,6 +37,7 @@ __all__ = [
     "check_file",
     "check_finite",
     "locked",
+    "make_folder",
     "named",
     "new_array",
     "read_array",
@@ -118,6 +119,16 @@ def writing(path: Path) -> Iterator[None]:
             "or use another folder.",
             path,
         ) from error
+
+
+def make_folder(folder: str | Path) -> None:
+    """Make a folder, and its parents, unless it exists.
+
+    Raises:
+        StorageError: If it cannot be made.
+    """
+    with writing(Path(folder)):
+        Path(folder).mkdir(parents=True, exist_ok=True)
 
 
 def _reserve(file: IO[bytes], size: int) -> None:
