@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,24 +13,15 @@ from torch import Tensor, fx, nn
 from retroexit.core.modules import device_of, precision_of
 from retroexit.core.nested import clone_strided, cloned, flatten, rebuild, tensors
 from retroexit.core.samples import conversion_advice, smaller_maps
+from retroexit.core.writes import WriteWatch, differentiable_writes, overwrites_saved
 from retroexit.errors import InputMismatchError, RecordingError
+from retroexit.split.rows import are_grouped, group, rows_per_sample
 from retroexit.split.segments import Segment, Tail
 from retroexit.stages.decoder import Cut, Decoder
 from retroexit.stages.stage import Stage
 from retroexit.tracing.record import unobserved
 
-__all__ = [
-    "Begun",
-    "SplitGenerator",
-    "Values",
-    "are_grouped",
-    "gradient_of",
-    "group",
-    "lacks_batch_axis",
-    "merge",
-    "places",
-    "rows_per_sample",
-]
+__all__ = ["Begun", "SplitGenerator", "Values", "lacks_batch_axis", "places"]
 
 Values = dict[fx.Node, Any]
 Leaves = list[tuple[tuple[Any, ...], Any]]
@@ -78,6 +70,7 @@ class SplitGenerator:
             folded in, 0 if samples cannot be told apart by rows.
         output_rows: The same for the tensors of the output; ``None`` for one that belongs to no sample.
         written: For every cut, positions of the crossing values that its tail writes into.
+        writes: Whether the stages up to the last cut write into tensors that their backward needs.
         divides: Whether samples of one batch can be told apart in all of these.
         any_batch: Whether a batch of another size gives the generator's own output.
 
@@ -107,6 +100,7 @@ class SplitGenerator:
         self.batched: dict[fx.Node, int] = {}
         self.output_rows, self.divides = list[int | None](), True
         self.written: list[set[int]] = []
+        self.writes = False
         self._prepare()
         self.any_batch = self._probe_batch()
         self.divides = self.any_batch and self.divides
@@ -156,6 +150,20 @@ class SplitGenerator:
 
     # Running pieces.
 
+    def _pass(self, segment: Segment, values: Values) -> Values:
+        inputs = [values[node] for node in segment.enter]
+        with self._gradient_of(inputs):
+            if self.writes and torch.is_grad_enabled():  # autograd refuses to write into a leaf
+                inputs = [value.clone() if isinstance(value, Tensor) else value for value in inputs]
+            return dict(zip(segment.keep, segment(*inputs), strict=True))
+
+    def _gradient_of(self, inputs: Iterable[Any]) -> AbstractContextManager[Any]:
+        """Switch gradients off, unless one of the inputs requires one; then they are right in spite of writes."""
+        requires_grad = any(isinstance(value, Tensor) and value.requires_grad for value in inputs)
+        if not (torch.is_grad_enabled() and requires_grad):
+            return torch.no_grad()
+        return differentiable_writes() if self.writes and not torch.compiler.is_compiling() else nullcontext()
+
     @property
     def mixes(self) -> bool:
         """Whether samples of one batch may leave at different exits."""
@@ -198,10 +206,10 @@ class SplitGenerator:
         if self.key_cut is None or self._around_key is None:
             values = self.advance(values, 0)
             return values, self.crossing(values, 0)[0]
-        values = _run(self._around_key[0], values)
+        values = self._pass(self._around_key[0], values)
         # The next segment may write into the feature.
         key_feature: Tensor = values[self.key_cut.feature].clone()
-        return _run(self._around_key[1], values), key_feature
+        return self._pass(self._around_key[1], values), key_feature
 
     def key_feature(self, args: Any, kwargs: Any) -> Tensor:
         """Run only to the feature that keys are cut from, and return it.
@@ -212,16 +220,16 @@ class SplitGenerator:
         values = self.start(args, kwargs)
         if self.key_cut is None or self._around_key is None:
             return self.crossing(self.advance(values, 0), 0)[0]
-        key_feature: Tensor = _run(self._around_key[0], values)[self.key_cut.feature]
+        key_feature: Tensor = self._pass(self._around_key[0], values)[self.key_cut.feature]
         return key_feature
 
     def advance(self, values: Values, index: int) -> Values:
         """Run from the cut before to cut ``index`` (from 0); returns the values that cross it."""
-        return _run(self.segments[index], values)
+        return self._pass(self.segments[index], values)
 
     def finish(self, values: Values) -> Any:
         """Run from the last cut to the end; returns the generator's output."""
-        done = _run(self._rest, values)
+        done = self._pass(self._rest, values)
         return rebuild(self._result, lambda leaf: done[leaf] if isinstance(leaf, fx.Node) else leaf)
 
     def crossing(self, values: Values, index: int) -> list[Tensor]:
@@ -242,7 +250,7 @@ class SplitGenerator:
     def value_at(self, cut: Cut, args: Any, kwargs: Any) -> Tensor:
         """Run the generator up to another cut; returns its feature ``(N, C, ...)``."""
         segment = Segment(self.decoder.recording, self.generator, 0, cut.position, [cut.feature])
-        feature: Tensor = _run(segment, self.start(args, kwargs))[cut.feature]
+        feature: Tensor = self._pass(segment, self.start(args, kwargs))[cut.feature]
         return feature
 
     def place_of(self, output: Any) -> Tensor:
@@ -258,7 +266,7 @@ class SplitGenerator:
         return [self._device] if self._device.type == "cuda" else []
 
     def states(self, *, self_test: bool = False, count: int | None = None) -> list[list[Tensor]]:
-        """Run the example inputs up to each cut; sets ``written``.
+        """Run the example inputs up to each cut; sets ``written`` and ``writes``.
 
         Args:
             self_test: Whether to check that the tail behind each cut reproduces the generator's output.
@@ -270,40 +278,53 @@ class SplitGenerator:
         Raises:
             RecordingError: If the self-test fails.
         """
+        states, watch = list[list[Tensor]](), WriteWatch()
         expected = self._generator_outputs(*self.example) if self_test else None
         with torch.no_grad(), unobserved(self.generator):
-            if expected is not None and not self.decoder.replayed:
-                states, written, outputs = self._run_through()
-                if _are_equal(outputs, expected):
-                    self.written = written
-                    return states
-            states, written = [], []
-            values = self.start(*cloned(self.example))
-            for index in range(len(self.cuts) if count is None else count):
-                values = self.advance(values, index)
-                states.append([clone_strided(value) for value in self.crossing(values, index)])
-                written.append(set(range(len(states[-1]))))
-                if expected is not None:
-                    self._self_test(index, list(map(clone_strided, states[-1])), expected)
-        self.written = written if count is None else self.written
+            if expected is None or self.decoder.replayed or not self._run_through(states, watch, expected):
+                self._run_each(states, watch, expected, len(self.cuts) if count is None else count)
+        if watch.seen:
+            with unobserved(self.generator):
+                self.writes = overwrites_saved(lambda: self._differentiate(len(states)))
         return states
 
-    def _run_through(self) -> tuple[list[list[Tensor]], list[set[int]], list[Tensor]]:
-        """Run the example once, behind the first cut in its tail's copies of the modules.
-
-        Returns:
-            The values that cross each cut, positions of those that the tail behind it writes into, and the output.
-        """
-        values = self.advance(self.start(*cloned(self.example)), 0)
-        states: list[list[Tensor]] = []
+    def _run_through(self, states: list[list[Tensor]], watch: WriteWatch, expected: list[Tensor]) -> bool:
+        """Run the example once, behind the first cut in its tail's copies of the modules; compare the output."""
+        values = self.start(*cloned(self.example))
+        with watch:
+            values = self.advance(values, 0)
         crossed: list[list[tuple[Tensor, int]]] = []
         for piece in self._pieces(self.tail(0, share=True), self.cuts[0]):
             crossing = self.crossing(values, len(states))
             states.append([clone_strided(value) for value in crossing])
             crossed.append([(value, value._version) for value in crossing])
-            values = _run(piece, values)
-        written = [{i for i, (value, version) in enumerate(c) if value._version != version} for c in crossed]
-        return states, written, tensors(rebuild(self._result, lambda x: values[x] if isinstance(x, fx.Node) else x))
+            with watch if len(states) < len(self.cuts) else nullcontext():
+                values = self._pass(piece, values)
+        output = tensors(rebuild(self._result, lambda x: values[x] if isinstance(x, fx.Node) else x))
+        self.written = [{i for i, (value, version) in enumerate(c) if value._version != version} for c in crossed]
+        return _are_equal(output, expected)
+
+    def _run_each(
+        self, states: list[list[Tensor]], watch: WriteWatch, expected: list[Tensor] | None, count: int
+    ) -> None:
+        """Run the example to each cut, and test each tail by itself."""
+        states.clear()
+        values = self.start(*cloned(self.example))
+        for index in range(count):
+            with watch:
+                values = self.advance(values, index)
+            states.append([clone_strided(value) for value in self.crossing(values, index)])
+            if expected is not None:
+                self._self_test(index, list(map(clone_strided, states[-1])), expected)
+        self.written = [set(range(len(state))) for state in states] if count == len(self.cuts) else self.written
+
+    def _differentiate(self, count: int) -> None:
+        example = cloned(self.example)
+        for value in tensors(example):
+            value.requires_grad_(value.is_floating_point())
+        values = self.start(*example)
+        for index in range(count):
+            values = self.advance(values, index)
 
     # Checks.
 
@@ -473,20 +494,8 @@ def places(decoder: Decoder, stages: Iterable[Stage], tap: Literal["after", "bef
     return sorted(((stage, decoder.cut(stage, tap)) for stage in stages), key=lambda pair: pair[1].position)
 
 
-def _run(segment: Segment, values: Values) -> Values:
-    inputs = [values[node] for node in segment.enter]
-    with gradient_of(inputs):
-        return dict(zip(segment.keep, segment(*inputs), strict=True))
-
-
 def _are_equal(outputs: list[Tensor], expected: list[Tensor]) -> bool:
     return len(outputs) == len(expected) and all(map(torch.equal, outputs, expected))
-
-
-def gradient_of(inputs: Iterable[Any]) -> torch.set_grad_enabled:
-    """Switch gradients off, unless one of the inputs requires one."""
-    requires_grad = any(isinstance(value, Tensor) and value.requires_grad for value in inputs)
-    return torch.set_grad_enabled(torch.is_grad_enabled() and requires_grad)
 
 
 # The form of a call.
@@ -520,74 +529,3 @@ def _difference(form: CallForm, recorded: CallForm) -> str:
         if value != expected:
             return f"{problem} must be {expected} as in the recording, got {value}. {advice}"
     return ""
-
-
-# Rows of a value that belong to one sample: mostly one; more if frames are folded into the batch.
-
-
-def rows_per_sample(
-    small: Mapping[Hashable, tuple[int, ...]], large: Mapping[Hashable, tuple[int, ...]], batch: int
-) -> dict[Hashable, int]:
-    """Compare shapes at two batch sizes; returns the rows of one sample, for values that depend on the batch.
-
-    Args:
-        small: Shapes by name, at a batch of ``batch``.
-        large: The same at ``batch + 1``.
-        batch: The smaller batch size.
-
-    Returns:
-        Rows of one sample, 0 if the first axis is no multiple of the batch or another axis grows too. Values
-        of the same shape at both sizes are left out.
-    """
-    rows_of: dict[Hashable, int] = {}
-    for name, shape in small.items():
-        other = large.get(name, shape)
-        if shape != other:
-            rows = other[0] - shape[0] if shape[1:] == other[1:] else 0
-            rows_of[name] = rows if rows > 0 and shape[0] == rows * batch else 0
-    return rows_of
-
-
-def are_grouped(small: Tensor, large: Tensor) -> bool:
-    """Return whether rows of one sample lie side by side, so that one more sample leaves the first rows alone.
-
-    Args:
-        small: A value with several rows per sample.
-        large: The same for a batch that begins with the same samples.
-    """
-    first = small[:1].expand_as(small)
-    if torch.allclose(small.float(), first.float(), rtol=1e-3, atol=1e-5):
-        return False  # equal rows do not show their order
-    return torch.allclose(small.float(), large[: len(small)].float(), rtol=1e-3, atol=1e-5)
-
-
-def group(rows: Tensor, size: int) -> Tensor:
-    """Return the rows of some samples that have ``size`` rows each.
-
-    >>> group(torch.tensor([0, 2]), 3).tolist()
-    [0, 1, 2, 6, 7, 8]
-    """
-    return (rows[:, None] * size + torch.arange(size, device=rows.device)).flatten()
-
-
-def merge(parts: list[tuple[Tensor, Any]], count: int, sizes: Sequence[int | None]) -> Any:
-    """Join the outputs of parts of a batch in the batch's order.
-
-    Args:
-        parts: Sample numbers and output of each part.
-        count: Number of samples.
-        sizes: For each tensor of the output, rows of one sample; ``None`` if it belongs to no sample.
-    """
-    if len(parts) == 1:
-        return parts[0][1]
-    merged: list[Tensor] = []
-    for size, *leaves in zip(sizes, *(tensors(output) for _, output in parts), strict=True):
-        if size is None:
-            merged.append(leaves[0])
-            continue
-        joined = leaves[0].new_empty(count * size, *leaves[0].shape[1:])
-        for leaf, (rows, _) in zip(leaves, parts, strict=True):
-            joined[group(rows, size).to(joined.device)] = leaf.detach()
-        merged.append(joined)
-    rest = iter(merged)
-    return rebuild(parts[0][1], lambda leaf: next(rest) if isinstance(leaf, Tensor) else leaf)
