@@ -362,6 +362,7 @@ def plan_to_json(plan: WidthPlan | None) -> dict[str, Any] | None:
         "pins": [dataclasses.asdict(pin) for pin in plan.pins],
         "built": {path: list(channels) for path, channels in plan.built.items()},
         "live": [[position, channels] for position, channels in plan.live.items()],
+        "tokens": list(plan.tokens),
     }
 
 
@@ -376,4 +377,5 @@ def _plan_from_json(saved: dict[str, Any] | None) -> WidthPlan | None:
         pins=tuple(Pin(**pin) for pin in saved["pins"]),
         built={path: (int(c_in), int(c_out)) for path, (c_in, c_out) in saved["built"].items()},
         live={position: channels for position, channels in saved.get("live", ())},
+        tokens=tuple(saved.get("tokens", ())),
     )

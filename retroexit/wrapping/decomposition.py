@@ -5,13 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from retroexit.branch.branch import Branch
-from retroexit.branch.builder import BranchSpec, build_branch
+from retroexit.branch.builder import BranchSpec, SharedAnalysis, build_branch
 from retroexit.branch.widths.plan import WidthPlan
 from retroexit.core.identity import Identity
 from retroexit.core.modules import device_of, precision_of
@@ -204,7 +205,7 @@ def _build(
     )
     guide = None if decomposition.taps is None else decomposition.taps.guide
     plans, names = options.plans or (None,) * len(pairs), value_names(decoder.recording)
-    branches = []
+    branches, shared = [], None
     for index, ((stage, cut), plan) in enumerate(zip(pairs, plans, strict=True)):
         spec = BranchSpec(
             options.rule_of(stage),
@@ -216,6 +217,9 @@ def _build(
             decoder.image_path,
             names,
         )
+        if shared is None and not decoder.replayed:
+            shared = SharedAnalysis(split, one_sample(split, 0, states[0]), spec)
+        spec = replace(spec, widths=None if shared is None else partial(shared.of, index))
         decomposition.specs.append(spec)
         branch, macs = _build_exit(split, index, states[index], spec, plan)
         branches.append(branch)
@@ -303,12 +307,16 @@ def _build_exit(
 ) -> tuple[Branch, int]:
     """Build one branch; gives it, and its MACs for one sample."""
     cut = split.cuts[index]
-    # Where samples cannot be told apart, the whole batch of the example stands for one.
-    rows = split.batched if split.divides else {}
-    one = [v[: rows[n]] if n in rows else v for n, v in zip(cut.crossing, crossing, strict=True)]
+    one = one_sample(split, index, crossing)
     with unobserved(split.generator):  # trial runs draw from generators that are not theirs
         branch = build_branch(split.tail(index, share=True), cut, one, spec, plan)
     return branch, branch.macs if split.divides else branch.macs // split.batch
+
+
+def one_sample(split: SplitGenerator, index: int, crossing: Sequence[Tensor]) -> list[Tensor]:
+    """Values of one sample at a cut; where samples cannot be told apart, the whole batch stands for one."""
+    rows = split.batched if split.divides else {}
+    return [v[: rows[n]] if n in rows else v for n, v in zip(split.cuts[index].crossing, crossing, strict=True)]
 
 
 def branch_for(decomposition: Decomposition, index: int, samples: Sequence[Tensor]) -> Branch:
