@@ -152,15 +152,15 @@ def _without(key):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m.update(schema=99), "must be 3, got 99. Use the version that wrote it: 0."),
-        (_without("schema"), "must be 3, got None. Use the version"),
+        (lambda m: m.update(schema=99), "must be 4, got 99. Use the version that wrote it: 0."),
+        (_without("schema"), "must be 4, got None. Use the version"),
         (_without("fingerprint"), "model.json: KeyError: 'fingerprint'"),
         (_without("about"), "model.json: KeyError: 'about'"),
         (_without("has_bank"), "model.json: KeyError: 'has_bank'"),
         (lambda m: m.update(options=None), "model.json: TypeError"),
         (lambda m: m["options"].update(tap="beside"), "model.json: tap must be 'after' or 'before', got 'beside'"),
         (lambda m: m["options"].update(colour="red"), "model.json: TypeError.*colour"),
-        (lambda m: m["plans"][0].update(shapes=[]), "model.json: AttributeError"),
+        (lambda m: m["plans"][0]["sizes"].update(shapes=[]), "model.json: AttributeError"),
         (lambda m: m["predictor"].update(exits="two"), "model.json: TypeError"),
         (lambda m: m["predictor"].update(exits=3), "the predictor saved in .* does not fit: .*size mismatch"),
     ],

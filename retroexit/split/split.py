@@ -76,7 +76,7 @@ class SplitGenerator:
         example: The inputs of the recording.
         batched: For the crossing values that depend on the batch, rows of one sample: 1, more if frames are
             folded in, 0 if samples cannot be told apart by rows.
-        output_rows: The same for the tensors of the output; ``None`` for one that belongs to no sample.
+        output_rows: The same for the tensors of the output, by path; ``None`` for one that belongs to no sample.
         written: For every cut, positions of the crossing values that its tail writes into.
         divides: Whether samples of one batch can be told apart in all of these.
         any_batch: Whether a batch of another size gives the generator's own output.
@@ -105,7 +105,7 @@ class SplitGenerator:
         self._device = device_of(generator)
         self._precision = precision_of(generator)
         self.batched: dict[fx.Node, int] = {}
-        self.output_rows, self.divides = list[int | None](), True
+        self.output_rows, self.divides = dict[tuple[Any, ...], int | None](), True
         self.written: list[set[int]] = []
         self._prepare()
         self.any_batch = self._probe_batch()
@@ -426,7 +426,9 @@ class SplitGenerator:
         shapes, grown = ({name: tuple(v.shape) for name, v in seen.items()} for seen in (small, large))
         rows = rows_per_sample(shapes, grown, self.batch)
         self.batched = {node: size for node, size in rows.items() if isinstance(node, fx.Node)}
-        self.output_rows = [rows.get(name) for name in small if isinstance(name, int)]
+        paths = [path for path, leaf in flatten(self.decoder.recording.output) if isinstance(leaf, Tensor)]
+        numbers = [name for name in small if isinstance(name, int)]
+        self.output_rows = {path: rows.get(number) for path, number in zip(paths, numbers, strict=True)}
         self.divides = all(rows.values()) and all(
             are_grouped(small[name], large[name]) for name, size in rows.items() if size > 1
         )
@@ -545,24 +547,32 @@ def group(rows: Tensor, size: int) -> Tensor:
     return (rows[:, None] * size + torch.arange(size, device=rows.device)).flatten()
 
 
-def merge(parts: list[tuple[Tensor, Any]], count: int, sizes: Sequence[int | None]) -> Any:
+def merge(parts: list[tuple[Tensor, Any]], count: int, sizes: Mapping[tuple[Any, ...], int | None]) -> Any:
     """Join the outputs of parts of a batch in the batch's order.
 
     Args:
         parts: Sample numbers and output of each part.
         count: Number of samples.
-        sizes: For each tensor of the output, rows of one sample; ``None`` if it belongs to no sample.
+        sizes: For the path of each tensor in the output, rows of one sample; ``None`` if it belongs to no sample.
+
+    Returns:
+        The output; a tensor that a part lacks, since its branch owes only the image, is ``None``.
     """
     if len(parts) == 1:
         return parts[0][1]
-    merged: list[Tensor] = []
-    for size, *leaves in zip(sizes, *(tensors(output) for _, output in parts), strict=True):
-        if size is None:
-            merged.append(leaves[0])
+    by_path = [dict(flatten(output)) for _, output in parts]
+    merged: list[Any] = []
+    for path, first in by_path[0].items():
+        if path not in sizes:
+            merged.append(first)
             continue
-        joined = leaves[0].new_empty(count * size, *leaves[0].shape[1:])
+        leaves, size = [leaf[path] for leaf in by_path], sizes[path]
+        if size is None or any(leaf is None for leaf in leaves):
+            merged.append(None if any(leaf is None for leaf in leaves) else first)
+            continue
+        joined = first.new_empty(count * size, *first.shape[1:])
         for leaf, (rows, _) in zip(leaves, parts, strict=True):
             joined[group(rows, size).to(joined.device)] = leaf.detach()
         merged.append(joined)
     rest = iter(merged)
-    return rebuild(parts[0][1], lambda leaf: next(rest) if isinstance(leaf, Tensor) else leaf)
+    return rebuild(parts[0][1], lambda _leaf: next(rest))

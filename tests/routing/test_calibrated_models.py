@@ -85,7 +85,7 @@ def test_promise_and_times_are_saved_with_the_model(model, generator, tmp_path):
     new, tau = _inputs(30, 4), float(model.calibration.losses.median())
     assert torch.equal(loaded.choose_exits(new, threshold=tau), model.choose_exits(new, threshold=tau))
     assert torch.equal(loaded.choose_exits(new, budget=1.35), model.choose_exits(new, budget=1.35))
-    assert json.loads((tmp_path / "m" / "model.json").read_text())["schema"] == 3
+    assert json.loads((tmp_path / "m" / "model.json").read_text())["schema"] == 4
 
     path = tmp_path / "m" / "calibration.safetensors"
     data = path.read_bytes()
