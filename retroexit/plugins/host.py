@@ -13,7 +13,6 @@ import inspect
 import logging
 import textwrap
 import threading
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,7 +22,7 @@ import pluggy
 from torch import nn
 
 from retroexit.core.files import __version__
-from retroexit.errors import OptionError, PluginError, RetroExitError, RetroExitWarning, cause_of, closest
+from retroexit.errors import OptionError, PluginError, RetroExitError, cause_of, closest, warn
 from retroexit.metrics import QualityMetric
 from retroexit.plugins import hookspecs
 from retroexit.plugins.description import Description
@@ -300,7 +299,7 @@ class Host:
                 except BaseException as error:  # an import may exit the interpreter or panic
                     info.error = cause_of(error)
                     self._rejected.append(info)
-                    _warn(f"{info} is not in use: {info.error}")
+                    warn(f"{info} is not in use: {info.error}", 4)
 
     def _register(self, plugin: object, info: PluginInfo) -> None:
         """Check and register a plug-in; one that fails is removed completely."""
@@ -330,18 +329,13 @@ class Host:
         for info in affected:
             info.error = f"{info.error}; {problem}" if info.error else problem
         if affected:
-            _warn(problem if str(affected[0]) in problem else f"{affected[0]}: {problem}")
+            warn(problem if str(affected[0]) in problem else f"{affected[0]}: {problem}", 4)
 
 
 @functools.cache
 def host() -> Host:
     """Return the host of this process, which the library uses."""
     return Host()
-
-
-def _warn(text: str) -> None:
-    """Warn of a problem that is already noted: if the warning becomes an error, the next look-up goes on."""
-    warnings.warn(text, RetroExitWarning, stacklevel=5)
 
 
 def brief(value: object) -> str:
