@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from generators.entry import Entry, Made, of_library
+from generators.published_shapes import Rrdb, Swin
 
 __all__ = ["ENTRIES"]
 
@@ -421,6 +422,12 @@ def _video(name: str, shape: tuple[int, ...], **options: Any) -> Callable[[], Ma
     return decode
 
 
+def asymmetric() -> Made:
+    decoder = of_library("diffusers.AsymmetricAutoencoderKL", part="decoder", **_ASYMMETRIC)().generator
+    inputs = (torch.randn(1, 4, 8, 8), torch.rand(1, 3, 32, 32), (torch.rand(1, 1, 32, 32) > 0.5).float())
+    return Made(decoder, inputs)
+
+
 _WAN = {"base_dim": 16, "z_dim": 4, "dim_mult": [1, 2, 2], "num_res_blocks": 1, "temperal_downsample": [False, True]}
 _COG = {
     "down_block_types": ("CogVideoXDownBlock3D",) * 3,
@@ -453,6 +460,18 @@ _ASYMMETRIC = {
 _BLOCKS = "?vae.decoder.conv_in vae.decoder.mid_block vae.decoder.up_blocks.{0-2}"
 
 ENTRIES = (
+    Entry("cosmos-like", _make(Cosmos, (16, 4, 4)), "mid up.2.block.{0-2} up.1.block.{0-2} up.0.block.{0-2}"),
+    Entry(
+        "cosmos-decoder",
+        of_library("diffusers.AutoencoderKLCosmos", (1, 4, 2, 4, 4), part="decoder", **_COSMOS),
+        "?conv_in mid_block up_blocks.{0-2}",
+        ["diffusers"],
+        is_large=True,
+    ),
+    # The decoder sees the part of the image that is not masked too.
+    Entry("asymmetric-decoder", asymmetric, "mid_block up_blocks.{0-2}", ["diffusers"], is_large=True),
+    # The second network does nine tenths of the work.
+    Entry("cascade", _make(Cascade, (3, 32, 32)), "fine.middle fine.up.{0-2}"),
     Entry("video-chunks", _make(ChunkedVideo, (8, 3, 4, 4)), "blocks.{0-2}"),
     Entry("video-wan", _video("AutoencoderKLWan", (1, 4, 3, 4, 4), **_WAN), _BLOCKS, ["diffusers"], is_large=True),
     Entry(
@@ -462,4 +481,16 @@ ENTRIES = (
         ["diffusers"],
         is_large=True,
     ),
+    Entry("swinir-like", _make(lambda: Swin(24, 3, 2), (3, 16, 16)), "groups.{0-2} ?after ?up|up.0", is_large=True),
+    Entry("rrdb-like", _make(lambda: Rrdb(3, 32, 16), (3, 16, 16)), "body.{0-2} ?conv_body up1 up2 ?conv_hr"),
+    Entry("nafnet-like", _make(Nafnet, (3, 32, 32)), "middle_blks decoders.{0-2}"),
+    # Every second layer is an activation; the last one makes the pixels.
+    Entry("srvgg-like", _make(Srvgg, (3, 16, 16)), "?body.0 body.2 body.4 body.6 body.8 body.10 body.12 ?body.14"),
+    Entry("dcgan-flat", _make(FlatDcgan, (24, 1, 1)), "?main.0 main.3 main.6 main.9"),
+    # Residual blocks run beside each other, so that none is a place.
+    Entry("hifigan-like", _make(HifiGan, (20, 12)), "?conv_pre ups.{0-2}"),
+    Entry("vocos-like", _make(Vocos, (20, 24)), "?embed convnext.{0-3}"),
+    Entry("named-maps", _make(NamedLevels, (3, 32, 32)), "decoder.level_{3-0}", image="image"),
+    Entry("grids-in-buffers", _make(lambda: Coordinates(True), (64, 4, 4)), "blocks.{0-2}"),
+    Entry("grids-in-a-dict", _make(lambda: Coordinates(False), (64, 4, 4)), "blocks.{0-2}"),
 )

@@ -316,7 +316,7 @@ def _same_in_half(model: EarlyExitGenerator, made: Made) -> bool | None:
 
 
 def _is_all_of(expected: list[Tensor], model: EarlyExitGenerator, made: Made) -> bool:
-    """Return whether the last exit gives the expected tensors, and the others finite ones of the same shape and type."""
+    """Return whether the last exit gives the expected tensors, and the others finite ones of this shape and type."""
     with torch.no_grad():
         runs = [[t for t in tensors(o) if t.is_floating_point()] for o in _all_exits(model, made)]
     alike = all(

@@ -18,7 +18,7 @@ from torch import fx, nn
 
 from retroexit.errors import AttachPointError
 from retroexit.stages.maps import is_map, shape_of, sizes_of, width_of
-from retroexit.stages.turns import are_turns, unrolled
+from retroexit.stages.turns import are_turns, unrolled, written_by
 from retroexit.tracing.record import Recording
 from retroexit.tracing.recorder import Call
 
@@ -150,9 +150,9 @@ class _Reader:
         self.times = Counter(call.path for call in recording.calls)
         self.last_call = {call.path: call for call in recording.calls}
         self.ancestors = {image}
-        for node in reversed(self.nodes[: self.index[image] + 1]):
-            if node in self.ancestors:
-                self.ancestors.update(node.all_input_nodes)
+        for node in reversed(self.nodes):
+            if node in self.ancestors or written_by(node) in self.ancestors:
+                self.ancestors.update((node, *node.all_input_nodes))
         self.features = self._features()
 
     def _features(self) -> set[fx.Node]:
@@ -169,6 +169,9 @@ class _Reader:
                 from_inputs.add(node)
             if node in weighted or any(n in from_weights or n.meta.get("parameter") for n in inputs):
                 from_weights.add(node)
+            for made in (from_inputs, from_weights):
+                if node in made and (target := written_by(node)) is not None:
+                    made.add(target)
         return from_weights & from_inputs if from_inputs else from_weights
 
     def outputs(self, call: Call) -> list[fx.Node]:
@@ -202,6 +205,9 @@ class _Reader:
     def depth(self, call: Call) -> int:
         """Number of layers with MACs of their own inside a call, itself included."""
         has_work = call.macs > sum(child.macs for child in call.children)
+        steps = [node for node in self.nodes[call.begin : call.end] if not node.meta.get("size")]
+        if all(node.op == "call_module" and node.meta.get("macs") for node in steps):
+            return int(call.macs > 0)  # a convolution in factors, over space and over time
         # A layer that computes its own weights or styles first is one layer, not two.
         return max(sum(map(self.depth, call.children)), int(has_work))
 
@@ -264,8 +270,14 @@ class _Chooser:
         return stages
 
     def makes_image(self, part: Part) -> bool:
-        """Return whether nothing with MACs runs behind a module."""
-        return not any(node.meta.get("macs") for node in self.nodes[part.call.end :])
+        """Return whether nothing with MACs and weights runs behind a module; a wavelet has none."""
+        return not any(node.meta.get("macs") and self.has_weights(node) for node in self.nodes[part.call.end :])
+
+    def has_weights(self, node: fx.Node) -> bool:
+        """Return whether a node is a module with parameters, or takes one."""
+        if node.op == "call_module":
+            return any(True for _ in self.root.call.module.get_submodule(str(node.target)).parameters())
+        return any(used.meta.get("parameter") for used in node.all_input_nodes)
 
     def opened(self, parts: Sequence[Part], part: Part, least: int) -> list[Part] | None:
         """Open one of the parts, and parts inside, until there are ``least`` stages; ``None`` if never."""
@@ -378,6 +390,8 @@ class _Ways:
                 if at is not None and owner.get(used) != at and position < self.parts[at].call.end:
                     before[at] |= reach[used]
             reach[node] = through if at is None else 1 << at
+            if (target := written_by(node)) is not None:
+                reach[target] |= reach[node]
         self.before = [{j for j in range(len(self.parts)) if mask >> j & 1} for mask in before]
         self.last = {j for j in range(len(self.parts)) if reach[image] >> j & 1}
 

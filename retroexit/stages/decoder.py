@@ -127,7 +127,7 @@ def read_decoder(
     path of the image in the output.
     """
     deep = _record_deeply(generator, args, kwargs)
-    _, deep_image = find_image(deep, image)
+    image_path, deep_image = find_image(deep, image)
     mark_tokens(deep, deep_image)
     if stages is None:
         ends = choose_stages(deep, deep_image)
@@ -147,7 +147,7 @@ def read_decoder(
         raise repeated_stage(turning[0], ran[turning[0]])
     if turning:
         gather_turns(shallow, dict.fromkeys((*leaves,), "") | ends)
-    image_path, image_node = find_image(shallow, image)
+    _, image_node = find_image(shallow, image_path)
     image_node.meta["map_rank"] = deep_image.meta["map_rank"]  # layers inside stages are not seen here
     token_sizes = {
         call.path: call.outputs[0].meta["tokens"]

@@ -108,12 +108,18 @@ def _needs(nodes: Iterable[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
     for node in nodes:
         inputs = node.all_input_nodes
         needs[node] = [*inputs, *(written[used] for used in inputs if used in written)]
-        if node.meta.get("mutates") and inputs:
-            needs[node] += read.get(inputs[0], [])
-            written[inputs[0]] = node
+        target = written_by(node)
+        if target is not None:
+            needs[node] += read.get(target, [])
+            written[target] = node
         for used in inputs:
             read.setdefault(used, []).append(node)
     return needs
+
+
+def written_by(node: fx.Node) -> fx.Node | None:
+    """Return the value that a node writes into, such as a slice of it; ``None`` for most nodes."""
+    return next(iter(node.all_input_nodes), None) if node.meta.get("mutates") else None
 
 
 def repeated(recording: Recording, paths: Iterable[str]) -> list[str]:
