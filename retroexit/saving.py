@@ -5,24 +5,30 @@ Imports `retroexit.routing` and what lies below it.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+import re
+import shutil
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from retroexit.branch.branch import Branch
 from retroexit.branch.widths.plan import Pin, WidthPlan, WidthRule
 from retroexit.core.files import (
     MANIFEST,
+    named,
     read_json,
     read_tensors,
     reading,
     sha256_of,
     versions,
     write_json,
-    write_tensors,
+    write_named_tensors,
+    writing,
 )
 from retroexit.core.identity import Identity
 from retroexit.errors import BankError, CheckpointError, OptionError
@@ -33,9 +39,11 @@ from retroexit.routing.predictor import Predictor
 from retroexit.routing.router import Router
 from retroexit.wrapping.decomposition import Decomposition
 from retroexit.wrapping.exits import list_exits
-from retroexit.wrapping.options import WrapOptions
+from retroexit.wrapping.options import BranchPlan, WrapOptions
 
 __all__ = [
+    "BANK",
+    "bank_folder",
     "fill_predictor",
     "find_key",
     "options_from_json",
@@ -43,11 +51,17 @@ __all__ = [
     "read_calibration",
     "read_manifest",
     "read_predictor",
+    "read_weights",
+    "write_bank",
     "write_model",
 ]
 
-_CALIBRATION, _MANIFEST = "calibration.safetensors", "model.json"
-_SCHEMA = 3
+BANK = "bank"
+_WEIGHTS, _CALIBRATION, _MANIFEST, _FRESH_BANK = "weights", "calibration", "model.json", "bank.part"
+_SCHEMA = 4
+_OURS = re.compile(
+    rf"({_WEIGHTS}|{_CALIBRATION})-[0-9a-f]{{16}}\.safetensors(\.part)?|{BANK}-[0-9a-f]{{16}}|\.?{_FRESH_BANK}(-.*)?"
+)
 
 
 def write_model(
@@ -62,8 +76,12 @@ def write_model(
 ) -> Path:
     """Write branches, predictor, bank, calibration and settings to a folder.
 
+    Whatever ends the process, the folder holds the model that it held before or the new one: weights,
+    calibration and bank are named after their content, the manifest that names them replaces the former in
+    one step, and only then are files of the former deleted.
+
     Args:
-        folder: Made if missing; files of an earlier save are replaced.
+        folder: Made if missing; the model of an earlier save is replaced.
         generator: The user's generator; only its fingerprint is written.
         options: How it was wrapped.
         decomposition: The generator, cut at its attach points.
@@ -85,30 +103,61 @@ def write_model(
     if bank is not None:
         bank = _checked_bank(bank, decomposition, identity)
     arguments = _predictor_to_json(router.predictor)
-    write_tensors(folder / "weights.safetensors", _weights(branches, router.predictor))
-    if bank is not None:
-        bank.save(folder / "bank")
+    sha256 = {
+        _WEIGHTS: write_named_tensors(folder, _WEIGHTS, _weights(branches, router.predictor), {}),
+        _CALIBRATION: _write_calibration(router.calibration, folder),
+        BANK: None if bank is None else write_bank(bank, folder),
+    }
     manifest = {
         "schema": _SCHEMA,
         "fingerprint": identity.fingerprint,
         "generator": identity.to_json(),
         "attach_at": [place.path for place in decomposition.places],
         "options": options_to_json(options, decomposition),
-        "plans": [plan_to_json(branch.plan) for branch in branches],  # type: ignore[arg-type]
+        "plans": [_plan_to_json(branch) for branch in cast("Iterable[Branch]", branches)],
         "predictor": arguments,
         "predictor_reads": "inputs" if router.needs_adapter else "feature",
-        "calibration_sha256": _write_calibration(router.calibration, folder / _CALIBRATION),
         "latency": None if router.latency is None else router.latency.to_json(),
         "guide_limit": router.guide_limit,
-        "has_bank": bank is not None,
-        "bank_sha256": None if bank is None else sha256_of(folder / "bank" / MANIFEST),
-        "weights_sha256": sha256_of(folder / "weights.safetensors"),
+        **{f"{stem}_sha256": digest for stem, digest in sha256.items()},
         "exits": [dataclasses.asdict(e) for e in list_exits(decomposition, branches, generator)],
         "about": about,
         "versions": versions(),
     }
     write_json(folder / _MANIFEST, manifest, allow_nan=False)
+    _delete_others(folder, [named(stem, digest) for stem, digest in sha256.items() if digest])
     return folder
+
+
+def _delete_others(folder: Path, stems: Collection[str]) -> None:
+    """Delete what earlier saves, finished or killed, have left; what cannot be deleted does no harm."""
+    for path in folder.iterdir():
+        if not _OURS.fullmatch(path.name) or path.name.removesuffix(".safetensors") in stems:
+            continue
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
+def write_bank(bank: GuidanceBank, folder: Path) -> str:
+    """Write a bank to a folder in this one, named after its content; return the SHA-256 of its manifest."""
+    fresh = folder / _FRESH_BANK
+    bank.save(fresh)
+    digest = sha256_of(fresh / MANIFEST)
+    path = folder / named(BANK, digest)
+    with writing(path):
+        if _digests(path) == _digests(fresh):
+            shutil.rmtree(fresh)
+        else:  # a damaged one is no loss
+            shutil.rmtree(path, ignore_errors=True)
+            fresh.rename(path)
+    return digest
+
+
+def _digests(folder: Path) -> dict[Path, str]:
+    return {path.relative_to(folder): sha256_of(path) for path in folder.rglob("*") if path.is_file()}
 
 
 def _weights(branches: nn.ModuleList, predictor: nn.Module | None) -> dict[str, Tensor]:
@@ -186,27 +235,47 @@ def fill_predictor(predictor: Predictor, weights: dict[str, Tensor], folder: Pat
         ) from error
 
 
-def _write_calibration(calibration: Calibration | None, path: Path) -> str | None:
-    """Write a calibration and return the sha256 of its file; without one, remove an older file."""
+def _write_calibration(calibration: Calibration | None, folder: Path) -> str | None:
+    """Write a calibration and return the SHA-256 of its file."""
     if calibration is None:
-        path.unlink(missing_ok=True)
         return None
     tensors = {"losses": calibration.losses, "predicted": calibration.predicted}
-    write_tensors(path, tensors, calibration.settings())
-    return sha256_of(path)
+    return write_named_tensors(folder, _CALIBRATION, tensors, calibration.settings())
+
+
+def read_weights(folder: Path, sha256: str) -> dict[str, Tensor]:
+    """Read the weights of branches and predictor, whose file has this SHA-256.
+
+    Raises:
+        CheckpointError: If it is missing or damaged.
+    """
+    return read_tensors(_unchanged(folder / f"{named(_WEIGHTS, sha256)}.safetensors", sha256))[0]
+
+
+def bank_folder(folder: Path, sha256: str | None) -> Path | None:
+    """Find the bank whose manifest has this SHA-256; ``None`` without one.
+
+    Raises:
+        CheckpointError: If it is missing or its manifest has changed.
+    """
+    return None if sha256 is None else _unchanged(folder / named(BANK, sha256) / MANIFEST, sha256).parent
+
+
+def _unchanged(path: Path, sha256: str) -> Path:
+    if sha256_of(path) != sha256:
+        raise CheckpointError(f"{path} has changed since it was written. Copy it again.", path)
+    return path
 
 
 def read_calibration(folder: Path, sha256: str | None) -> Calibration | None:
-    """Read the calibration whose file has this sha256; ``None`` without one.
+    """Read the calibration whose file has this SHA-256; ``None`` without one.
 
     Raises:
         CheckpointError: If it is damaged.
     """
     if sha256 is None:
         return None
-    path = folder / _CALIBRATION
-    if sha256_of(path) != sha256:
-        raise CheckpointError(f"{path} has changed since it was written. Copy it again.", path)
+    path = _unchanged(folder / f"{named(_CALIBRATION, sha256)}.safetensors", sha256)
     with reading(path, "Copy it again."):
         tensors, settings = read_tensors(path)
         return Calibration(tensors["losses"], tensors["predicted"], **settings)
@@ -218,6 +287,8 @@ def options_to_json(options: WrapOptions, decomposition: Decomposition) -> dict[
     return {
         "rules": [{"scale": r.scale, "min_channels": r.min_channels, "name": r.name} for r in rules],
         "tap": options.tap,
+        "branches": [options.kind_of(place) for place in decomposition.places],
+        "macs": [options.macs_of(place) for place in decomposition.places],
         "stages": {stage.path: stage.end for stage in decomposition.split.decoder.stages},
         "guidance": _guidance_to_json(options.guidance),
         "init": options.init,
@@ -263,7 +334,7 @@ def find_key(
 def options_from_json(
     manifest: dict[str, Any], key: Callable[..., Tensor] | None, **adapter_options: Any
 ) -> WrapOptions:
-    """Read what `options_to_json` and `plan_to_json` wrote, and add the key function and an adapter's options."""
+    """Read what `options_to_json` and `write_model` wrote, and add the key function and an adapter's options."""
     saved = dict(manifest["options"])
     guidance = saved.pop("guidance")
     if guidance is not None:
@@ -277,16 +348,27 @@ def options_from_json(
         guidance=guidance,
         image=tuple(image) if isinstance(image, list) else image,
         image_range=None if image_range is None else tuple(image_range),
+        branches=tuple(saved.pop("branches")),
+        macs=tuple(saved.pop("macs")),
         plans=tuple(_plan_from_json(plan) for plan in manifest["plans"]),
         **saved,
         **adapter_options,
     )
 
 
-def plan_to_json(plan: WidthPlan | None) -> dict[str, Any] | None:
-    """Write the widths of a branch as plain data."""
-    if plan is None:
-        return None
+def _plan_to_json(branch: Branch) -> dict[str, Any]:
+    """Write kind and sizes of a branch as plain data."""
+    sizes = _widths_to_json(branch.plan) if isinstance(branch.plan, WidthPlan) else branch.plan
+    return {"kind": branch.kind, "why": branch.why, "sizes": sizes}
+
+
+def _plan_from_json(saved: dict[str, Any]) -> BranchPlan:
+    kind, sizes = str(saved["kind"]), saved["sizes"]
+    return BranchPlan(kind, str(saved["why"]), _widths_from_json(sizes) if kind == "copy" else sizes)
+
+
+def _widths_to_json(plan: WidthPlan) -> dict[str, Any]:
+    """Write the widths of a copy as plain data."""
     return {
         "shapes": {name: list(shape) for name, shape in plan.shapes.items()},
         "attributes": [[path, name, value] for (path, name), value in plan.attributes.items()],
@@ -297,7 +379,7 @@ def plan_to_json(plan: WidthPlan | None) -> dict[str, Any] | None:
     }
 
 
-def _plan_from_json(saved: dict[str, Any] | None) -> WidthPlan | None:
+def _widths_from_json(saved: dict[str, Any] | None) -> WidthPlan | None:
     if saved is None:
         return None
     return WidthPlan(

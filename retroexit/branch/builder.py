@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from retroexit.branch import adapter_stages, inherit
 from retroexit.branch.adapter_stages import BuildStage, StageShape
 from retroexit.branch.branch import Branch, GuideEntry, GuideShape
+from retroexit.branch.copy import CopyBranch
 from retroexit.branch.widths.analyse import analyse, blame
 from retroexit.branch.widths.equations import symbols_of
 from retroexit.branch.widths.plan import OUTPUT, Pin, TailWidths, WidthPlan, WidthRule
@@ -44,6 +45,8 @@ class BranchSpec:
         names: Names of the values that cross the cut, for messages.
         samples: Feature and live values of samples by which the inherited channels are chosen; without them,
             the norms of the weights decide.
+        macs: Most multiply-accumulates of the branch on the example values, for kinds whose sizes are chosen by
+            cost; ``None`` to follow ``rule``.
     """
 
     rule: WidthRule
@@ -55,6 +58,7 @@ class BranchSpec:
     image: tuple[Any, ...] = ()
     names: Mapping[fx.Node, str] = field(default_factory=dict)
     samples: Sequence[Tensor] = ()
+    macs: float | None = None
 
 
 def build_branch(
@@ -255,7 +259,7 @@ class _BranchBuilder:
             entry.select(kept)
         for path, stage in stages.items():
             self.thin.set_submodule(path, stage)
-        branch = Branch(entry, live_entries, self.thin, injections, self.plan)
+        branch = CopyBranch(entry, live_entries, self.thin, injections, self.plan)
         if spec.init == "inherit" and self.is_new:
             parameters = {name for name, _ in self.full.named_parameters()}  # a tied weight has one name only
             branch.inherited = {
