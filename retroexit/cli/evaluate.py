@@ -49,11 +49,7 @@ def calibrate(
     alpha: options.Alpha = 0.05,
     confidence: options.Confidence = 0.95,
     rule: Annotated[
-        str,
-        Option(
-            help="margin: one margin for all exits; bound: a bound for each exit; worst-group: no promise, but the "
-            "margin that held for every group when it was left out."
-        ),
+        str, Option(help="margin, or worst-group: no promise, but the margin that held for every group when left out.")
     ] = "margin",
     holds_for: Annotated[
         str, Option(help="What is promised together: one threshold, the listed ones (--threshold), or all.")

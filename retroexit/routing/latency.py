@@ -16,23 +16,14 @@ from retroexit.errors import OptionError
 
 @dataclass(frozen=True)
 class Latency:
-    """Times of routed calls whose whole batch leaves at one exit, predictor and retrieval included.
+    """Times of routed calls whose whole batch leaves at one exit, predictor and retrieval included."""
 
-    Attributes:
-        milliseconds: Of every exit, the backbone last: the 95th percentile of the runs.
-        median: Of every exit: the median.
-        batch: Samples per call.
-        device: Where it was measured: type and name.
-        threads: Threads of PyTorch.
-        runs: Timed calls per exit.
-    """
-
-    milliseconds: tuple[float, ...]
+    milliseconds: tuple[float, ...]  # 95th percentile of the runs, of every exit, the backbone last
     median: tuple[float, ...]
-    batch: int
-    device: str
-    threads: int
-    runs: int
+    batch: int  # samples per call
+    device: str  # type and name
+    threads: int  # threads of PyTorch
+    runs: int  # timed calls per exit
 
     def last_within(self, deadline_ms: float, batch: int, device: torch.device) -> int:
         """Number of the last exit whose 95th percentile is within a deadline, for a call of ``batch`` samples.

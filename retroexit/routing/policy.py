@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, Self, TypedDict
 
@@ -14,21 +14,8 @@ from retroexit.core.nested import is_number
 from retroexit.errors import OptionError
 from retroexit.wrapping.options import OWN_KEYWORDS
 
-__all__ = [
-    "Policy",
-    "RoutingOptions",
-    "RoutingRequest",
-    "VideoRouter",
-    "assign_by_budget",
-    "assign_exits",
-    "assign_with_hysteresis",
-    "check_number",
-    "lagrange_multiplier",
-]
-
 Policy = Callable[[Tensor, "Tensor | None"], Tensor]
 """Gives exits ``(N,)`` from 1 for predicted losses ``(N, K)`` and their limits ``(K,)`` or ``(N, K)``."""
-
 
 _PERCENT = 3  # a budget from here on is meant in percent
 
@@ -60,11 +47,6 @@ class RoutingOptions(TypedDict, total=False):
 class RoutingRequest:
     """The checked `RoutingOptions` of one call.
 
-    Attributes:
-        is_plain: Whether there are no options, so that the generator itself is called.
-        is_routed: Whether the router chooses the exits.
-        needs_losses: Whether predicted losses are needed.
-
     Raises:
         OptionError: If an option is out of range, or two of them exclude each other.
     """
@@ -74,25 +56,19 @@ class RoutingRequest:
     budget: float | Tensor | None = None
     deadline_ms: float | None = None
     choose: Policy | None = None
-    is_plain: bool = field(init=False)
-    is_routed: bool = field(init=False)
-    needs_losses: bool = field(init=False)
 
     def __post_init__(self) -> None:
+        goals = {}
         for name in OWN_KEYWORDS[1:]:  # NumPy's numbers become Python's
             value = getattr(self, name)
             if value is not None:
                 check = check_number if name == "deadline_ms" else _check_numbers
-                object.__setattr__(self, name, check(name, value))
+                goals[name] = check(name, value)
+                object.__setattr__(self, name, goals[name])
         number: Any = self.exit
         is_bool = isinstance(number, bool)
         if isinstance(number, Integral) and not is_bool:
             object.__setattr__(self, "exit", int(number))
-        needs = self.threshold is not None or self.budget is not None or self.choose is not None
-        object.__setattr__(self, "needs_losses", needs)
-        object.__setattr__(self, "is_routed", needs or self.deadline_ms is not None)
-        object.__setattr__(self, "is_plain", self.exit is None and not self.is_routed)
-        goals = {name: getattr(self, name) for name in OWN_KEYWORDS[1:] if getattr(self, name) is not None}
         if self.exit is not None and goals:
             names = " and ".join(f"{name}={value}" for name, value in goals.items())
             raise OptionError(
@@ -104,6 +80,21 @@ class RoutingRequest:
                 f"budget={self.budget}. Pass one.",
                 self.budget,
             )
+
+    @property
+    def needs_losses(self) -> bool:
+        """Whether predicted losses are needed."""
+        return self.threshold is not None or self.budget is not None or self.choose is not None
+
+    @property
+    def is_routed(self) -> bool:
+        """Whether the router chooses the exits."""
+        return self.needs_losses or self.deadline_ms is not None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether there are no options, so that the generator itself is called."""
+        return self.exit is None and not self.is_routed
 
     @classmethod
     def parse(
@@ -201,10 +192,7 @@ def assign_by_budget(predicted: Tensor, shares: Tensor, multiplier: float | Tens
 
 
 def lagrange_multiplier(predicted: Tensor, shares: Tensor, budget: float) -> float:
-    """Find the lowest multiplier at which some samples spend a budget on average (see `assign_by_budget`).
-
-    For every mean share that it reaches, that way of choosing exits has the least mean predicted loss: it is
-    the Lagrangian of the budget.
+    """Find the lowest multiplier at which some samples spend a budget on average, see `assign_by_budget`.
 
     Args:
         predicted: Predicted losses of the samples, ``(S, K)``.
@@ -264,14 +252,8 @@ def assign_with_hysteresis(predicted: Tensor, limits: Tensor, previous: Tensor |
 class VideoRouter:
     """Renders the frames of one video, or of N side by side, and keeps exits where the loss allows it.
 
-    A frame that needs a deeper exit gets it at once, so no frame is predicted to lose more than the threshold.
-    A cheaper exit is taken only if its predicted loss is below the threshold by the share ``hysteresis``.
-    Made by ``model.video()``.
-
-    Args:
-        routed: ``model.routed``.
-        hysteresis: Share of the limit by which a cheaper exit's predicted loss has to be below it, in [0, 1).
-            0 routes every frame independently.
+    A frame that needs a deeper exit gets it at once; a cheaper exit is taken only if its predicted loss is below the
+    threshold by the share ``hysteresis``, in [0, 1). Made by ``model.video()``.
 
     Attributes:
         exits: Exits of the previous frame, ``(N,)`` from 1; ``None`` before the first one.
@@ -280,11 +262,6 @@ class VideoRouter:
 
     Raises:
         OptionError: If ``hysteresis`` is out of range.
-
-    Example:
-        >>> with model.video(hysteresis=0.1) as step:
-        ...     for frame in frames:
-        ...         image = step(frame, threshold=0.1)
     """
 
     def __init__(self, routed: Callable[..., tuple[Any, Tensor]], hysteresis: float = 0.1) -> None:

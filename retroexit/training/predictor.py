@@ -16,7 +16,7 @@ from retroexit.core.samples import Samples, drawing_from
 from retroexit.errors import BankError, CheckpointError, TrainingError
 from retroexit.metrics import QualityMetric
 from retroexit.model import EarlyExitGenerator
-from retroexit.routing.predictor import Predictor, Reads, check_kind
+from retroexit.routing.predictor import Predictor, Reads, check_kind, log_losses
 from retroexit.routing.router import guide_distance, input_map
 from retroexit.training.cache import IMAGE, Features, chunks, guidance_names
 from retroexit.training.distributed import average
@@ -199,13 +199,13 @@ def _optimise(
     optimizer = torch.optim.Adam(predictor.parameters(), lr=_LR, weight_decay=1e-4)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     random = np.random.default_rng(seed)
-    target = predictor.scaled(data.losses)
+    target = log_losses(data.losses)
     best, best_state = math.inf, dict[str, Tensor]()
     bar = tqdm(range(steps), desc="predictor", disable=None if progress else True)
     for step in bar:
         predictor.train()
         picked = rows[torch.from_numpy(random.integers(0, len(rows), _BATCH))]
-        difference = predictor.scaled(predictor(*data.read(picked))) - target[picked]
+        difference = log_losses(predictor(*data.read(picked))) - target[picked]
         error = (difference / predictor.loss_std).square().mean()
         optimizer.zero_grad(set_to_none=True)
         error.backward()
@@ -239,4 +239,4 @@ def _predict(predictor: Predictor, data: _Data, rows: Tensor) -> Tensor:
 
 
 def _residuals(predictor: Predictor, data: _Data, rows: Tensor) -> Tensor:
-    return predictor.scaled(_predict(predictor, data, rows)) - predictor.scaled(data.losses)[rows]
+    return log_losses(_predict(predictor, data, rows)) - log_losses(data.losses[rows])
