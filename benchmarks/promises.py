@@ -29,8 +29,7 @@ from common import argument_parser, write_json
 from torch import Tensor
 
 from retroexit.errors import OptionError
-from retroexit.evaluation.promise import promise_summary
-from retroexit.evaluation.sweep import Evaluation
+from retroexit.evaluation.sweep import Evaluation, promise_summary
 from retroexit.report.text_tables import table
 from retroexit.routing.calibration import Calibration, Thresholds, most_violations, samples_needed
 from retroexit.saving import read_calibration

@@ -12,7 +12,7 @@ import retroexit
 from retroexit.cli import options
 from retroexit.cli.load_target import example_of, load_generator, load_made
 from retroexit.errors import OptionError
-from retroexit.evaluation.promise import EXPECTATION, left_out_rows, promise_summary
+from retroexit.evaluation.sweep import EXPECTATION, left_out_rows, promise_summary
 from retroexit.fit import measure_times
 from retroexit.model import EarlyExitGenerator
 from retroexit.report.report import write_report
@@ -135,7 +135,6 @@ def report(
         evaluation,
         saved.strips,
         title=title or saved.title or f"{evaluation.about.get('generator', 'A generator')} with early exits",
-        headline=saved.headline,
         command=saved.command,
         thresholds=threshold or None,
         unguided=None if unguided is None else read_evaluation(find_report(unguided)),

@@ -63,13 +63,6 @@ def samples_needed(alpha: float, confidence: float) -> int:
     return samples
 
 
-def upper_bound(violations: int, samples: int, confidence: float) -> float:
-    """Upper bound of the rate of violations (Clopper and Pearson, one-sided)."""
-    from scipy.stats import beta
-
-    return 1.0 if violations >= samples else float(beta.ppf(confidence, violations + 1, samples - violations))
-
-
 def most_group_violations(groups: int, alpha: float, confidence: float) -> float:
     """Largest sum of the groups' shares of violations that shows a mean of at most ``alpha``; -1 if even 0 does not.
 
