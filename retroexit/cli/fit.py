@@ -75,7 +75,6 @@ Training: Any = options.group_of(
     batch="Samples per step, over all processes.",
     crop="Train on windows of this many pixels.",
     lr="Largest learning rate.",
-    schedule="Learning rate: cosine or constant.",
     clip="Largest norm of a gradient; 0 does not clip.",
     ema="Decay of the average of the weights that is saved; 0 saves the last ones.",
     features="Weight of the layers' distance to the backbone's.",
@@ -87,7 +86,6 @@ Training: Any = options.group_of(
     seed="Seed of everything random.",
     bfloat16="Train under bfloat16 autocast.",
     checkpoint_every="Steps between checkpoints.",
-    together=Annotated[bool, Option("--together/--one-by-one", help="Train all branches side by side.")],
     cache="Keep backbone features on disk.",
     cache_batch="Samples per pass of the backbone.",
     tensorboard="Write scalars and images to OUT/tensorboard.",
@@ -237,12 +235,11 @@ def _work(model: EarlyExitGenerator, job: FitJob, metric: str) -> str:
     settings = job.settings
     trained, held_out = divide(len(job.inputs), settings)
     windows = "whole images" if settings.crop is None else f"windows of {settings.crop} pixels"
-    order = "side by side" if settings.together else "one by one"
     aside = f", {len(job.aside)} to calibrate on" if job.aside else ""
     lines = [
         f"samples: {len(job.inputs) + len(job.aside)}, {len(trained)} to train branches on, {len(held_out)} "
         f"held out{aside}",
-        f"steps: {len(model.branches)} branches {order} x {settings.steps}, batches of {settings.batch} "
+        f"steps: {len(model.branches)} branches x {settings.steps}, batches of {settings.batch} "
         f"{windows}; predictor {settings.predictor_steps}; metric {metric}; loss "
         + " + ".join(f"{weight:g} {name}" for name, weight in settings.losses.items()),
         f"predictor: {settings.predictor}, reads {settings.predict_from or 'what the adapter says, else features'}",
@@ -302,7 +299,7 @@ def _cost(model: EarlyExitGenerator, job: FitJob, missing: Mapping[str, WeightsE
     cost = estimate_fit(model, job.inputs, settings, job.plan, job.limits)
     total = settings.steps * cost.step_macs
     if not settings.cache:
-        total += settings.steps * cost.backbone_macs * (1 if settings.together else cost.branches)
+        total += settings.steps * cost.backbone_macs
     macs = []
     for count in (cost.step_macs, total):
         unit, scale = unit_of(count)

@@ -16,6 +16,7 @@ from retroexit.core.samples import Samples, drawing_from
 from retroexit.errors import BankError, CheckpointError, TrainingError
 from retroexit.metrics import QualityMetric
 from retroexit.model import EarlyExitGenerator
+from retroexit.retrieval import SearchResult
 from retroexit.routing.predictor import Predictor, Reads, check_kind, log_losses
 from retroexit.routing.router import guide_distance, input_map
 from retroexit.training.cache import IMAGE, Features, chunks, guidance_names
@@ -133,14 +134,17 @@ def predictor_reads(
         return torch.cat([_input_maps(model, samples, rows) for rows in chunks(len(samples), 32)]), None
     feature = model.split.cuts[0].feature.name
     maps = torch.cat([features.read(feature, rows) for rows in chunks(len(features), 32)])
-    if reads != "features+distance":
-        return maps, None
+    distances = guide_distance(search_guides(model, features).distances) if reads == "features+distance" else None
+    return maps, distances
+
+
+def search_guides(model: EarlyExitGenerator, features: Features) -> SearchResult:
+    """Search the bank for every sample, without its own keys, since a new input has none in the bank."""
     taps, bank = model.decomposition.taps, model.bank
     assert taps is not None and bank is not None
-    key, _ = guidance_names(taps, feature)
-    # The keys of the sample itself are left out, since a new input has none in the bank.
+    key, _ = guidance_names(taps, model.split.cuts[0].feature.name)
     results = [bank.search(features.read(key, rows), torch.as_tensor(rows)) for rows in chunks(len(features), 64)]
-    return maps, torch.cat([guide_distance(result.distances) for result in results])
+    return SearchResult(torch.cat([r.ids for r in results]), torch.cat([r.distances for r in results]))
 
 
 def train_predictor(

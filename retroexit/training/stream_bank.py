@@ -97,9 +97,8 @@ def stream_banks(
     """Build one bank per identity, as for the frames of each source face (paper, section 4.2).
 
     Yields name and bank in the order of first occurrence; ``source`` counts the samples of that identity.
-    Branches are trained with the bank of all identities; to serve one of them, set ``model.bank = bank``.
-    ``identities`` has one name per sample, which is also the name of a folder in ``scratch``; those of
-    ``skip`` are left out, ``retriever`` makes an unbuilt index, and the rest is as in `stream_bank`.
+    ``identities`` has one name per sample; those of ``skip`` are left out; the rest is as in `stream_bank`. Branches
+    are trained with the bank of all identities; to serve one of them, set ``model.bank = bank``.
     """
     rows: dict[str, list[int]] = {}
     for row, name in enumerate(identities):

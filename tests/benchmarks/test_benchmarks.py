@@ -88,7 +88,7 @@ def test_back_ends_are_compared_by_recall_time_and_image_loss(tmp_path, capsys, 
     assert "MB in memory" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["paper_tables", "training", "zoo"])
+@pytest.mark.parametrize("name", ["paper_tables", "zoo"])
 def test_a_benchmark_shows_its_options(name):
     script = Path(BENCHMARKS) / f"{name}.py"
     done = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True)

@@ -44,14 +44,10 @@ class Perceptual(nn.Module):
     """Weighted sum over layers of the mean absolute difference of features (Johnson et al. 2016).
 
     Args:
-        name: ``"vgg"`` (VGG19), ``"vgg16"``, ``"features-alex"`` or ``"features-squeeze"`` (the networks of
-            LPIPS), or ``"features-random"`` (VGG19 up to relu4_1, the same random weights on all machines).
-        weights: Torchvision state dict of the convolutions, or the ``"backbone"`` of an LPIPS file; ``None``:
-            torch hub's cache, or a download into it.
-
-    Attributes:
-        network: Name of the network.
-        source: Where its weights come from.
+        name: ``"vgg"`` (VGG19), ``"vgg16"``, ``"features-alex"`` or ``"features-squeeze"`` (the networks of LPIPS), or
+            ``"features-random"`` (VGG19 up to relu4_1, the same random weights on all machines).
+        weights: Torchvision state dict of the convolutions, or the ``"backbone"`` of an LPIPS file; ``None``: torch
+            hub's cache, or a download into it.
 
     Raises:
         OptionError: If there is no such network, or ``weights`` is passed for the random one.

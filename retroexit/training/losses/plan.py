@@ -263,14 +263,13 @@ def _discriminator(
 def _described_discriminator(description: Description, generator: nn.Module) -> nn.Module | None:
     if description.discriminator is None:
         return None
+    owner, advice = f"the discriminator of {description.name}", "Correct it, or pass discriminator=module."
     try:
         module: Any = description.discriminator(generator)
     except Exception as error:
-        problem = f"raised {type(error).__name__}: {error}. Correct it, or pass discriminator=module."
-        raise PluginError(f"the discriminator of {description.name} {problem}", description) from error
+        raise PluginError(f"{owner} raised {type(error).__name__}: {error}. {advice}", description) from error
     if not isinstance(module, nn.Module):
-        problem = f"must be a torch.nn.Module, got a {type(module).__name__}"
-        raise PluginError(f"the discriminator of {description.name} {problem}", description)
+        raise PluginError(f"{owner} must be a torch.nn.Module, got a {type(module).__name__}", description)
     return module
 
 

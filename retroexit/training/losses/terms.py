@@ -23,17 +23,12 @@ from retroexit.training.distributed import average
 _FACTOR_LIMIT = 1e4  # a term with a tiny gradient at first may have a large one later
 
 
-def l1(a: Tensor, b: Tensor) -> Tensor:
-    """Mean absolute difference of two tensors of one shape, a scalar (L_1 of equation 4)."""
-    return (a.float() - b.float()).abs().mean()
-
-
 class L1:
     """Mean absolute difference (L_1 of equation 4)."""
 
     def __call__(self, image: Tensor, target: Tensor) -> Tensor:
         """Compare two batches of images ``(N, C, H, W)``; returns a scalar."""
-        return l1(image, target)
+        return F.l1_loss(image.float(), target.float())
 
 
 class Gaze:
@@ -62,7 +57,8 @@ class Gaze:
             )
         with torch.no_grad():
             targets = [x for x in tensors(self.network(target)) if x.is_floating_point()]
-        return torch.stack([l1(a, b) for a, b in zip(outputs, targets, strict=True)]).mean()
+        pairs = zip(outputs, targets, strict=True)
+        return torch.stack([F.l1_loss(a.float(), b.float()) for a, b in pairs]).mean()
 
 
 class Equaliser:
@@ -350,7 +346,7 @@ class FeatureMatching:
                 f"{type(self.adversary.module).__name__}. Return a list that ends with the score.",
                 self.adversary.module,
             )
-        return torch.stack([l1(a, b) for a, b in pairs]).mean()
+        return torch.stack([F.l1_loss(a.float(), b.float()) for a, b in pairs]).mean()
 
 
 def moments(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> dict[str, Tensor]:
