@@ -24,7 +24,6 @@ from retroexit.core.files import (
 from retroexit.errors import BankError, OptionError
 from retroexit.retrieval import BACKENDS, Retriever, SearchResult
 
-_CHECKED = 1024  # rows per step of a check
 _KIND, _SCHEMA = "guidance bank", 1
 _KEYS, _VALUES, _SOURCE = "keys", "values.npy", "source.npy"
 _ORIGIN = {
@@ -39,10 +38,9 @@ _ORIGIN = {
 
 
 class GuidanceBank:
-    """Key-value store of patches. It has no trained parameters, and no gradient passes through it.
+    """Key-value store of patches of maps with one to three spatial dimensions, without trained parameters.
 
-    Maps have one to three spatial dimensions. A key of a whole input (paper, section 4.2) is a map of one
-    location, ``(N, D, 1, 1)``; its value is the whole value map.
+    A key of a whole input (paper, section 4.2) is a map of one location, ``(N, D, 1, 1)``; its value is the whole map.
 
     Args:
         retriever: Index over the n keys.
@@ -129,9 +127,8 @@ class GuidanceBank:
 
         Args:
             feature: Shape ``(N, C, H, W)`` with the channels of the key features; ``H`` and ``W`` may differ.
-            exclude: Index of an input per sample, int64 ``(N,)``, whose keys are skipped, so that training
-                inputs get foreign guides like new inputs; -1 for none. If all keys are excluded, the nearest
-                is returned.
+            exclude: Index of an input per sample, int64 ``(N,)``, whose keys are skipped unless there are no others;
+                -1 for none.
 
         Returns:
             Rows of the bank and squared distances, both ``(N, h, w)``, on the CPU.
@@ -204,17 +201,6 @@ class GuidanceBank:
         dtype = feature.dtype if feature.device.type == "cpu" else torch.float16
         glued = self.glue(self.search(feature, exclude).ids, feature=feature, dtype=dtype)
         return glued.to(feature.device, feature.dtype)
-
-    @torch.no_grad()
-    def check(self) -> int:
-        """Count the keys whose own row is found for them; raise `BankError` if a value is not finite."""
-        correct = 0
-        for start in range(0, len(self), _CHECKED):
-            if not np.isfinite(self.values[start : start + _CHECKED]).all():
-                raise BankError(f"values from row {start} on are not finite. Build the bank again.", self)
-            ids = self.retriever.search(self.retriever.keys[start : start + _CHECKED]).ids[:, 0]
-            correct += int((ids == torch.arange(start, start + len(ids))).sum())
-        return correct
 
     def save(self, folder: str | Path) -> None:
         """Write the bank to a folder, in one step.

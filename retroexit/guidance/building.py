@@ -38,13 +38,9 @@ _LARGEST = 2 * 2**30  # bytes of the sums that are held while fitting
 class Candidates:
     """Keys of a stream, in bounded memory, independent of how the stream is batched.
 
-    All keys are held while they fit. Then, with ``"fps"``, the newest keys are thinned to a few; when these
-    fill half of the memory, they are thinned in turn. `reach`, the sum of the radii, bounds the distance of
-    every key ever seen. With other ways of thinning, a uniform sample of the stream is held (a reservoir).
-
-    A stream that `store` wrote to ``folder`` is resumed, if ``identity``, what the keys belong to, is the
-    same. ``seen`` keys were added so far, ``held`` are held; ``shape`` is that of the features that they were
-    cut from, ``grid`` that of the patches of each.
+    All keys are held while they fit. Then, with ``"fps"``, the newest keys are thinned to a few; when these fill half
+    of the memory, they are thinned in turn. With other ways of thinning, a uniform sample is held (a reservoir). A
+    stream that `store` wrote to ``folder`` is resumed, if ``identity``, what the keys belong to, is the same.
     """
 
     def __init__(
@@ -59,9 +55,9 @@ class Candidates:
     ) -> None:
         if most < 1:
             raise OptionError(f"max_candidates must be >= 1, got {most}", most)
-        self.seen = self.held = 0
-        self.shape: tuple[int, ...] = ()
-        self.grid: tuple[int, ...] = ()
+        self.seen = self.held = 0  # keys that were added so far, and that are held
+        self.shape: tuple[int, ...] = ()  # of the features that they were cut from
+        self.grid: tuple[int, ...] = ()  # of the patches of each
         facts = {**(identity or {}), "max_candidates": most, "size": size, "thin": thin, "seed": seed}
         self._identity = json.loads(json.dumps(facts))
         self._folder, self._seed = folder, seed
@@ -149,19 +145,12 @@ class Candidates:
             self._restore(folder, facts)
 
     def _restore(self, folder: Path, facts: dict[str, Any]) -> None:
-        saved, current = facts["identity"], self._identity
-        names = sorted(saved.keys() | current.keys())
-        changes = ", ".join(
-            f"{name} was {saved.get(name)}, is {current.get(name)}"
-            for name in names
-            if saved.get(name) != current.get(name)
-        )
+        saved, now = facts["identity"], self._identity
+        names = sorted(name for name in saved.keys() | now.keys() if saved.get(name) != now.get(name))
+        changes = ", ".join(f"{name} was {saved.get(name)}, is {now.get(name)}" for name in names)
         if changes:
-            raise CheckpointError(
-                f"the unfinished bank in {folder} belongs to another build: {changes}. Use another folder, "
-                "or remove this one.",
-                folder,
-            )
+            what = f"the unfinished bank in {folder} belongs to another build: {changes}"
+            raise CheckpointError(f"{what}. Use another folder, or remove this one.", folder)
         self.seen, self.held, self._thinned, self._reach, shape, grid = facts["state"]
         self.shape, self.grid = tuple(shape), tuple(grid)
         self._random.bit_generator.state = facts["random"]

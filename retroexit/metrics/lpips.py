@@ -49,12 +49,6 @@ class LPIPS(QualityMetric):
 
     def compare(self, a: Tensor, b: Tensor) -> Tensor:
         """Compare checked images of shape ``(N, 3, H, W)``, range ``[-1, 1]``; return ``(N,)``."""
-        # The order of the network's layers fixes the rounding of the sum.
-        start = a.new_zeros(a.shape[0], dtype=next(self.parameters()).dtype)
-        return sum((m.mean(dim=(1, 2, 3)) for m in self.maps(a, b)), start)  # (N, 1, h, w) -> (N,)
-
-    def maps(self, a: Tensor, b: Tensor) -> list[Tensor]:
-        """Return one map of distances ``(N, 1, h, w)`` per layer, finest first; the loss is the sum of means."""
         smallest, (height, width) = _SMALLEST_SIDE[self.net], a.shape[-2:]
         if min(height, width) < smallest:
             raise OptionError(
@@ -62,9 +56,11 @@ class LPIPS(QualityMetric):
                 f"{height}x{width}. Use larger images or crops, or metric='ms-ssim'.",
                 a,
             )
-        features = [self.features(a), self._target_features(b)]
-        pairs = zip(self._network.lins, *features, strict=True)
-        return [head((_unit(x) - _unit(y)) ** 2) for head, x, y in pairs]
+        # The order of the network's layers fixes the rounding of the sum.
+        loss = a.new_zeros(a.shape[0], dtype=next(self.parameters()).dtype)
+        for head, x, y in zip(self._network.lins, self.features(a), self._target_features(b), strict=True):
+            loss = loss + head((_unit(x) - _unit(y)) ** 2).mean(dim=(1, 2, 3))  # (N, 1, h, w) -> (N,)
+        return loss
 
     def features(self, x: Tensor) -> Any:
         """Return the maps of the network's layers, ``(N, C, h, w)`` each, of images in [-1, 1]."""
