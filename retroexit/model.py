@@ -348,9 +348,8 @@ class EarlyExitGenerator(nn.Module):
             choice = self.router.choose(begun, request, count=False)
             render(self.split, self.branches, self.guide, begun, choice)
 
-        with torch.no_grad():
-            device = begun.key_feature.device
-            self.latency = time_exits(call, self.router.exits, rows, device, plain_numbers(runs))
+        device = begun.key_feature.device
+        self.latency = time_exits(call, self.router.exits, rows, device, plain_numbers(runs))
         return self.latency
 
     # Saving.

@@ -17,17 +17,6 @@ from retroexit.core.modules import tensor_bytes
 from retroexit.core.nested import flatten, rebuild
 from retroexit.errors import OptionError, OutputError
 
-__all__ = [
-    "ImageRange",
-    "Samples",
-    "conversion_advice",
-    "drawing_from",
-    "example_call",
-    "measure_range",
-    "moved",
-    "plain_numbers",
-]
-
 
 @contextmanager
 def drawing_from(seed: int, device: torch.device | str = "cpu") -> Iterator[None]:
@@ -45,12 +34,7 @@ def moved(value: Any, device: torch.device | str) -> Any:
 
 def plain_numbers(value: Any) -> Any:
     """Turn NumPy's numbers inside a nested value into Python's, and its arrays into lists."""
-    is_numpy = isinstance(value, (np.generic, np.ndarray))
-    return value.tolist() if is_numpy else rebuild(value, _plain_number)
-
-
-def _plain_number(leaf: Any) -> Any:
-    return leaf.tolist() if isinstance(leaf, (np.generic, np.ndarray)) else leaf
+    return rebuild(value, lambda leaf: leaf.tolist() if isinstance(leaf, (np.generic, np.ndarray)) else leaf)
 
 
 def conversion_advice(value: Any) -> str:
@@ -64,11 +48,7 @@ def conversion_advice(value: Any) -> str:
 
 
 def example_call(inputs: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Check ``example_inputs`` and ``example_kwargs``; returns them as ``(args, kwargs)``.
-
-    Raises:
-        OptionError: If they are a single input or arrays.
-    """
+    """Return ``example_inputs`` and ``example_kwargs`` as ``(args, kwargs)``; `OptionError` for one input or arrays."""
     kind = type(inputs).__name__
     advice = conversion_advice((inputs, kwargs))
     if advice:
@@ -136,11 +116,7 @@ class Samples:
         )
 
     def gather(self, indices: Sequence[int]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Stack samples to one batch ``(args, kwargs)``.
-
-        Raises:
-            OptionError: If they differ in structure, in shape, or in a value that is not a tensor.
-        """
+        """Stack samples to one batch ``(args, kwargs)``; `OptionError` if they differ in more than tensors' numbers."""
         samples = [self.split(self.items[i]) for i in indices]
         flat = [dict(flatten(sample)) for sample in samples]
         for index, parts in zip(indices, flat, strict=True):
@@ -160,11 +136,7 @@ class Samples:
             yield (indices, *self.gather(indices))
 
     def check_alike(self) -> None:
-        """Refuse samples that make no batch together.
-
-        Raises:
-            OptionError: If they differ in structure, in shape, or in a value that is not a tensor.
-        """
+        """Raise `OptionError` for samples that make no batch together."""
         for index in range(1, len(self)):
             self.gather([0, index])
 
@@ -181,11 +153,9 @@ class Samples:
 
     def distinct(self) -> list[int]:
         """List the samples that do not repeat an earlier one, by their hashes."""
-        first: dict[bytes, int] = {}
+        first: dict[str, int] = {}
         for index in range(len(self)):
-            total = hashlib.sha256()
-            self._hash(index, total)
-            first.setdefault(total.digest(), index)
+            first.setdefault(Samples([self.items[index]]).digest(), index)
         return list(first.values())
 
     def _hash(self, index: int, total: Any) -> None:
@@ -214,15 +184,10 @@ def _stack(path: tuple[Any, ...], leaves: list[Any]) -> Any:
 
 @dataclass(frozen=True)
 class ImageRange:
-    """The nominal range of a generator's images.
+    """The nominal range of a generator's images."""
 
-    Attributes:
-        low: Value of black.
-        high: Value of white.
-    """
-
-    low: float
-    high: float
+    low: float  # value of black
+    high: float  # value of white
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
@@ -242,13 +207,10 @@ class ImageRange:
 
 
 def measure_range(image: Tensor) -> ImageRange:
-    """Decide from real images whether their range is [0, 1], [-1, 1] or [0, 255].
+    """Decide from one or more images of any shape whether their range is [0, 1], [-1, 1] or [0, 255].
 
-    Decoders rarely clamp their output, so 99.8 % of the values may leave the range by 15 % of its span. A
-    range is accepted only if the image also uses a good part of it.
-
-    Args:
-        image: One or more images of the generator, any shape. More images make the result safer.
+    Decoders rarely clamp their output, so 99.8 % of the values may leave the range by 15 % of its span. A range is
+    accepted only if the image also uses a good part of it.
 
     Raises:
         OutputError: If the values are not finite, or clearly fit none of the three ranges.

@@ -47,17 +47,15 @@ def retroexit_describe(generator: nn.Module) -> Description | None:
 def retroexit_build_stage(stage: nn.Module, in_channels: int, out_channels: int) -> nn.Module | None:
     """Make a thin stage through the stage's own constructor; the first result is used, newest plug-in first.
 
-    The first stage of a branch gets the feature at its full width. The guide's channels are added wherever a
-    stage receives the guide (paper sections 3.1, 4.1, 4.2).
-
     Args:
         stage: The generator's stage at full width. It must be neither run nor changed here.
-        in_channels: Channels of the input map.
+        in_channels: Channels of the input map: the feature's full width at the first stage of a branch, and those of
+            the guide where a stage receives it.
         out_channels: Channels of the output map.
 
     Returns:
-        A new stage of the same kind, which takes the map first and then the same arguments as the full stage,
-            or ``None`` to have the stage narrowed by retroexit.
+        A new stage of the same kind, which takes the map first and then the same arguments as the full stage, or
+            ``None`` to have the stage narrowed by retroexit.
     """
 
 

@@ -30,8 +30,7 @@ _FAR = 1e38
 class ExactRetriever(Retriever):
     """Exhaustive search by blocks of one matrix product; costs ``Q * n * D`` multiply-adds.
 
-    With bfloat16, rounded keys are compared first, sixteen candidates again in float32. Where rounding could
-    hide the nearest key, the query is searched in float32, so that the results are the same.
+    With bfloat16, rounded keys are compared first, sixteen candidates again in float32; the results are the same.
 
     Args:
         device: Where the keys are held and compared, such as ``"cpu"`` or ``"cuda"``.
@@ -167,9 +166,8 @@ class RoundedKeys:
     def _augmented(self, rows: Tensor, sign: int) -> tuple[Tensor, Tensor, Tensor]:
         """Round rows and append columns, so that a product of two rows is half their squared distance.
 
-        Rounding a score then costs a share of the distance, not of the lengths. ``sign`` is 1 for keys, -1
-        for queries. Returns rows of the table, lengths of the rounded rows, and how far rounding moved each
-        row.
+        ``sign`` is 1 for keys, -1 for queries. Returns rows of the table, lengths of the rounded rows, and how far
+        rounding moved each row.
         """
         table = torch.zeros((len(rows), self._table.shape[1]), dtype=torch.bfloat16, device=rows.device)
         head = table[:, : self.width].copy_(rows)

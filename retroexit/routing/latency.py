@@ -60,8 +60,9 @@ class Latency:
         return cls(**{**saved, **times})
 
 
-def time_exits(call: Callable[[int], Any], exits: int, batch: int, device: torch.device, runs: int) -> Latency:
-    """Time the exits in turns, so that a busy moment affects all; two runs per exit warm up.
+@torch.no_grad()
+def time_turns(call: Callable[[int], Any], exits: int, device: torch.device, runs: int) -> list[list[float]]:
+    """Time exits in turns, so that a busy moment affects all; two runs warm up. Returns sorted milliseconds by exit.
 
     ``call`` renders a batch through the exit of a number.
     """
@@ -74,7 +75,12 @@ def time_exits(call: Callable[[int], Any], exits: int, batch: int, device: torch
             _wait(device)
             if turn >= 2:
                 taken[k].append(1000 * (time.perf_counter() - begin))
-    rows = [sorted(row) for row in taken]
+    return [sorted(row) for row in taken]
+
+
+def time_exits(call: Callable[[int], Any], exits: int, batch: int, device: torch.device, runs: int) -> Latency:
+    """Do `time_turns` for calls with ``batch`` samples."""
+    rows = time_turns(call, exits, device, runs)
     return Latency(
         milliseconds=tuple(row[math.ceil(0.95 * len(row)) - 1] for row in rows),
         median=tuple(row[(len(row) - 1) // 2] for row in rows),

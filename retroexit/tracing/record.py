@@ -51,16 +51,16 @@ def record(
     observing: bool = False,
     change: int | None = None,
 ) -> Recording:
-    """Run a generator once and record the execution as a graph; leaves the generator unchanged.
+    """Run a generator, in eval mode, once and record the execution as a graph; leaves the generator unchanged.
 
     Args:
-        generator: The trained generator, in eval mode.
+        generator: The trained generator.
         args: Its positional inputs.
         kwargs: Its keyword inputs.
         is_leaf: Decides by path and module whether the module becomes one node. Default: every module without
             submodules, and everything under ``torch.nn`` except containers.
-        observing: Allow tensors inside objects and tensors made outside PyTorch, and guess what depends on
-            them. Such a graph can be analysed, but not run.
+        observing: Allow tensors inside objects and tensors made outside PyTorch, and guess what depends on them. Such a
+            graph can be analysed, but not run.
         change: Number of the read that returns another value, to test what depends on it.
 
     Raises:

@@ -19,13 +19,7 @@ _SIMPLE = (bool, float, str)  # numbers of other types, and tuples, are what for
 
 
 class Snapshot:
-    """The modules of a generator at one time: children, hooks, forwards of their own, simple attributes.
-
-    Weights are not part of it; see `retroexit.core.identity`.
-
-    Args:
-        generator: The generator.
-    """
+    """The modules of a generator at one time: children, hooks, forwards of their own, simple attributes; no weights."""
 
     def __init__(self, generator: nn.Module) -> None:
         self._modules = [
@@ -43,12 +37,7 @@ class Snapshot:
                     del facts[name]
 
     def check(self) -> None:
-        """Refuse a generator that has changed since.
-
-        Raises:
-            ModeError: If a module is in another mode.
-            GeneratorError: If something else has changed, with the module and the change.
-        """
+        """Raise `ModeError` if a module is in another mode, `GeneratorError` with the change if it has changed."""
         for name, module, kind, forward, mode, facts in self._modules:
             now = vars(module)
             # One call in C compares all facts; `_change` finds out which one differs.
@@ -78,11 +67,7 @@ class Snapshot:
 
 
 def refuse_accelerate(generator: nn.Module) -> None:
-    """Refuse the hooks by which accelerate moves weights in and out.
-
-    Raises:
-        GeneratorError: If a module has such a hook.
-    """
+    """Raise `GeneratorError` if a module has the hooks by which accelerate moves weights in and out."""
     for name, module in generator.named_modules():
         _refuse_accelerate(name, module)
 
