@@ -1,7 +1,4 @@
-"""The library's own plug-in: back-ends, metrics, losses and width rules, offered through the hooks.
-
-The host imports it by name at the first look-up; nothing else imports it.
-"""
+"""The library's own plug-in, which the host imports by name: back-ends, metrics, losses and width rules."""
 
 from __future__ import annotations
 

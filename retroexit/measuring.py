@@ -1,7 +1,4 @@
-"""Measure every exit of every sample against the backbone, and calibrate on the result.
-
-Imports `retroexit.routing` and what lies below it.
-"""
+"""Measure every exit of every sample against the backbone, and calibrate on the result."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""What routing would do at any threshold, from one measurement of all exits on the same samples.
-
-Paper sections 3.2 (policy), 3.4 (computational saving metric) and figures 3, 4, 6 and 7.
-"""
+"""What routing would do at any threshold, from one measurement of all exits on the same samples (paper 3.2, 3.4)."""
 
 import math
 from collections.abc import Sequence

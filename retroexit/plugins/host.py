@@ -1,8 +1,4 @@
-"""Find plug-ins, check them, and look up what they offer.
-
-Plug-ins are imported, and their hooks called, at the first look-up. What does not work is left out with a
-warning.
-"""
+"""Find plug-ins at the first look-up, check them, and look up what they offer; what does not work is left out."""
 
 from __future__ import annotations
 

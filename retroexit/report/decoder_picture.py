@@ -1,7 +1,4 @@
-"""A picture of a decoder: its stages from top to bottom, their costs, and the live values between them.
-
-Lengths are in inches, from the upper left corner of the sheet. Equal stages give an equal file.
-"""
+"""A picture of a decoder: stages from top to bottom, costs, and live values between them. Lengths are in inches."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The paper's figures 3, 4, 6, 7, 8, 9 and 10, drawn from an evaluation, each as the text of an SVG.
-
-Matplotlib is used without global state. Figures are 5.6 inches wide, legible on a screen of 400 pixels.
-"""
+"""The paper's figures 3, 4, 6, 7, 8, 9 and 10, drawn from an evaluation, each as the text of an SVG."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The parts of a report, saved beside it, so that it can be written again without measuring again.
-
-``evaluation.json`` holds the numbers, ``report.json`` the texts and names of images, ``strips/`` the images.
-"""
+"""The parts of a report, saved beside it, so that it can be written again without measuring again."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

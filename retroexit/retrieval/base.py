@@ -1,8 +1,4 @@
-"""The base class of all retrieval back-ends, and the arithmetic that they share.
-
-A back-end implements `Retriever._build` and `Retriever._search`. The base class validates what goes in and
-comes out, removes duplicate keys, centres the keys, ranks candidates by exact distance, saves and loads.
-"""
+"""The base class of all retrieval back-ends, and the arithmetic that they share."""
 
 from __future__ import annotations
 

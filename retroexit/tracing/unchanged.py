@@ -1,8 +1,4 @@
-"""Whether a generator is still what was recorded: its modules, hooks and settings.
-
-A recording replays the modules that it saw. A hook, block or setting that comes later would act in the
-generator's own forward alone, and in no copy.
-"""
+"""Whether a generator is still what was recorded: its modules, hooks and settings."""
 
 from __future__ import annotations
 

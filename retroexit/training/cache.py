@@ -1,7 +1,4 @@
-"""Backbone features and images for training: computed once and kept on disk, or computed in every step.
-
-With stored ones, training costs the branch alone, which makes training on a CPU possible.
-"""
+"""Backbone features and images for training: computed once and kept on disk, or computed in every step."""
 
 from __future__ import annotations
 

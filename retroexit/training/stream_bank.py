@@ -1,7 +1,4 @@
-"""Build a guidance bank from a stream of inputs, whose features are neither all in memory nor on disk.
-
-Only inputs that own a chosen key run once more, up to their values (paper, section 4.1).
-"""
+"""Build a guidance bank from a stream of inputs, whose features are neither all in memory nor on disk."""
 
 import functools
 from collections.abc import Callable, Collection, Iterator, Sequence
