@@ -216,13 +216,7 @@ def _complete(model: EarlyExitGenerator, job: FitJob, folder: Path, team: Team, 
 
 
 def measure_times(model: EarlyExitGenerator, inputs: Sequence[Any], count: int) -> Latency:
-    """Time every exit for calls with ``count`` samples.
-
-    Args:
-        model: A fitted model.
-        inputs: Samples as for `fit`; they are repeated if there are fewer than ``count``.
-        count: Samples per call.
-    """
+    """Time every exit of a fitted model for calls with ``count`` samples; fewer inputs are repeated."""
     samples = Samples(inputs)
     rows = [row % len(samples) for row in range(count)]
     args, kwargs = moved(samples.gather(rows), device_of(model.generator))

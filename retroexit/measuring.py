@@ -47,11 +47,9 @@ class MeasuredModel(Protocol):
 
 
 def check_samples(model: MeasuredModel, samples: Samples, batch: int) -> None:
-    """Record the model on the first sample if needed, and refuse samples that it cannot take.
+    """Record the model on the first sample if needed; `OptionError` for samples that it cannot take.
 
-    Raises:
-        OptionError: If a sample does not fit the generator's forward, has a batch axis or lacks an axis, or samples of
-            a batch differ; with ``batch=1`` they may differ in size.
+    They must fit the generator's forward, without batch axis, and be alike unless ``batch`` is 1.
     """
     generator, (args, kwargs) = model.generator, samples.split(samples.items[0])
     signature = forward_signature(generator)
@@ -113,13 +111,10 @@ def check_images(
     batch: int,
     limits: tuple[float, float] | None = None,
 ) -> ImageRange:
-    """Render some samples, and refuse images that the metric, if there is one, cannot compare.
-
-    Returns:
-        ``limits``, or the range measured on these images.
+    """Render some samples, and return ``limits``, or the range measured on these images.
 
     Raises:
-        OptionError: If the metric cannot compare them.
+        OptionError: If the metric, if there is one, cannot compare them.
         OutputError: If their range is unclear.
     """
     device, images = device_of(model.generator), list[Tensor]()

@@ -355,10 +355,7 @@ class EarlyExitGenerator(nn.Module):
     # Saving.
 
     def save(self, folder: str | Path) -> Path:
-        """Write branches, predictor, bank and settings to a folder; the generator itself is not saved.
-
-        Args:
-            folder: Made if missing; files of an earlier save are replaced.
+        """Write branches, predictor, bank and settings, not the generator, to a folder, in place of an earlier save.
 
         Raises:
             GeneratorError: If the generator has changed since it was recorded.

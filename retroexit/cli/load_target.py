@@ -133,9 +133,8 @@ def load_made(spec: str, arguments: str = "") -> Any:
 def load_generator(spec: str, arguments: str = "") -> tuple[nn.Module, Inputs | None]:
     """Make a generator, in eval mode, and its positional and keyword inputs, if there are any.
 
-    ``spec`` names the generator, or what makes it with ``arguments``, Python literals. A function may return
-    ``(generator, inputs)`` or ``(generator, inputs, keyword inputs)``: ``inputs`` is a tuple of positional
-    inputs, a dict of keyword inputs, or the only input.
+    ``spec`` names the generator, or what makes it with ``arguments``. A function may return ``(generator, inputs)`` or
+    ``(generator, inputs, keyword inputs)``: ``inputs`` is a tuple, a dict of keyword inputs, or the only input.
     """
     made = load_made(spec, arguments)
     parts = made if isinstance(made, tuple) and 2 <= len(made) <= 3 else (made,)

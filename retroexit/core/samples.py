@@ -70,10 +70,10 @@ class Samples:
     """Inputs of a generator, one sample at a time, stacked to batches.
 
     Args:
-        items: A sequence. Each item is one sample without the batch axis: a tensor, a tuple or list of
-            positional inputs, or a dict of keyword inputs. A tensor ``(S, ...)`` counts as S samples.
-        seed: A batch that begins at sample ``i`` is run with the random seed ``seed + i``, so that noise
-            drawn inside the generator repeats.
+        items: A sequence of samples without the batch axis: tensors, tuples or lists of positional inputs, or dicts of
+            keyword inputs. A tensor ``(S, ...)`` counts as S samples.
+        seed: A batch that begins at sample ``i`` is run with the random seed ``seed + i``, so that noise drawn inside
+            the generator repeats.
 
     Raises:
         OptionError: If there are no samples, or the first has a wrong type.

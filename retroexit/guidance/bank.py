@@ -168,15 +168,10 @@ class GuidanceBank:
 
     @torch.no_grad()
     def glue(self, ids: Tensor, *, feature: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Glue the values of keys into a guide, ``(N, Cv, h * ph, w * pw)`` on the CPU, in channels-last layout.
+        """Glue the values of keys ``(N, h, w)`` into a channels-last guide, ``(N, Cv, h * ph, w * pw)``, on the CPU.
 
-        Args:
-            ids: Rows of the bank, ``(N, h, w)``.
-            feature: The searched feature, ``(N, C, H, W)``; required by a bank of order 1.
-            dtype: Of the guide.
-
-        Raises:
-            BankError: If an id is not a row of the bank, or a bank of order 1 gets no feature.
+        A bank of order 1 needs the searched ``feature``, ``(N, C, H, W)``. `BankError` if it is missing, or an id is
+        not a row of the bank.
         """
         rows, table = ids.detach().cpu().numpy(), np.asarray(self.values)
         if rows.ndim != len(self.patch) + 1 or (rows.size and not 0 <= rows.min() <= rows.max() < len(self)):
@@ -203,10 +198,10 @@ class GuidanceBank:
         return glued.to(feature.device, feature.dtype)
 
     def save(self, folder: str | Path) -> None:
-        """Write the bank to a folder, in one step.
+        """Write the bank to a folder, in one step, replacing an older bank.
 
         Raises:
-            CheckpointError: If the folder holds anything but a saved bank, which is replaced.
+            CheckpointError: If the folder holds anything else.
             OptionError: If ``meta`` is not JSON data.
             StorageError: If the disk is full.
         """

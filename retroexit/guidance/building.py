@@ -181,16 +181,16 @@ def build_bank(
 
     Args:
         features: Batches of key features ``(N, C, H, W)`` with the index of each input ``(N,)``; read once.
-        values_of: Returns the value features ``(len, Cv, Hv, Wv)`` of some inputs; ``Hv`` and ``Wv`` must be
-            multiples of the grid of key patches.
+        values_of: Returns the value features ``(len, Cv, Hv, Wv)`` of some inputs, whose sides must be multiples of
+            the grid of key patches.
         patch: Size of a key's patch, ``(ph, pw)``.
         size: Number of keys in the bank, at most.
-        thin: ``"fps"`` (the paper), ``"kmeans"``, ``"random"`` or ``"none"``; see `sampling.thin`.
+        thin: See `sampling.thin`.
         retriever: Unbuilt index; it receives the chosen keys.
         eps: Farthest point sampling stops when no candidate is farther than this from the chosen keys.
         seed: Of all random choices.
-        max_candidates: Keys held in memory before thinning; see `Candidates`.
-        candidates: Holds the keys instead of ``max_candidates``; a resumed stream continues where it stopped.
+        max_candidates: Keys held in memory before thinning.
+        candidates: Holds them instead; a resumed stream continues where it stopped.
         meta: Facts to record, plain data.
         progress: Show progress bars on a terminal.
 
@@ -294,17 +294,13 @@ def _channels_last(cells: Tensor, patch: tuple[int, ...]) -> Tensor:
 
 @torch.no_grad()
 def with_slopes(bank: GuidanceBank, maps: Iterable[tuple[Tensor, Tensor]], patches: int) -> GuidanceBank:
-    """Fit a linear map to the patches around every key, by ridge regression.
-
-    Every patch counts for the few keys nearest to it, so that one pass over the features is enough.
+    """Fit a linear map to the patches around every key, by ridge regression; returns a bank of order 1.
 
     Args:
         bank: A bank of plain values; not changed.
-        maps: Batches of key features ``(N, D, H, W)`` with the value features of the same inputs; read once.
-        patches: Number of key patches in all of them together.
-
-    Returns:
-        A bank of order 1 with the same keys; its values hold v and S.
+        maps: Batches of key features ``(N, D, H, W)`` with the value features of the same inputs; read once. Every
+            patch counts for the few keys nearest to it.
+        patches: Number of key patches in all of them.
     """
     if bank.order:
         raise BankError("the bank has slopes already. Pass a bank of plain values.", bank)

@@ -249,10 +249,7 @@ class Calibration:
         return torch.full(self.losses.shape[1:], limit if tau >= 0 else -math.inf, dtype=self.predicted.dtype)
 
     def limits(self, threshold: float | Tensor) -> Tensor:
-        """Largest prediction accepted at each exit so that a threshold holds as promised.
-
-        Args:
-            threshold: Largest loss to accept, ``>= 0``; one, or one per sample ``(N,)``.
+        """Largest prediction accepted at each exit so that a threshold ``>= 0``, one or ``(N,)``, holds as promised.
 
         Returns:
             ``(K,)``, or ``(N, K)``; -infinity where no prediction is low enough.

@@ -28,8 +28,7 @@ class Latency:
     def last_within(self, deadline_ms: float, batch: int, device: torch.device) -> int:
         """Number of the last exit whose 95th percentile is within a deadline, for a call of ``batch`` samples.
 
-        Raises:
-            OptionError: If there is none, or batch, device or threads differ from the measured ones.
+        `OptionError` if there is none, or batch, device or threads differ from the measured ones.
         """
         threads = torch.get_num_threads()
         here = (batch, threads, _name(device))

@@ -144,21 +144,17 @@ def _check_numbers(name: str, values: float | Tensor) -> float | Tensor:
 
 
 def assign_exits(predicted: Tensor, threshold: float | Tensor) -> Tensor:
-    """Pick for each sample the cheapest exit predicted to be good enough.
+    """Pick for each sample the cheapest exit predicted to be good enough (paper section 3.2).
 
     Args:
-        predicted: Predicted quality loss of each branch exit, ``(N, K)``, cheapest first; lower is better.
-        threshold: Largest loss accepted, ``>= 0``; or limits of the predictions as a tensor, one per exit
-            ``(K,)`` or per sample and exit ``(N, K)``, taken as they are.
+        predicted: Predicted quality loss of each branch exit, ``(N, K)``, cheapest first.
+        threshold: Largest loss accepted, ``>= 0``; or limits ``(K,)`` or ``(N, K)`` as a tensor, taken as they are.
 
     Returns:
-        Exit index per sample, ``(N,)``, int64, from 1; ``K + 1``, the backbone, where no branch exit
-        qualifies.
+        Exits ``(N,)``, int64, from 1; ``K + 1``, the backbone, where no branch exit qualifies.
 
     Raises:
         OptionError: If ``predicted`` is not 2-D or ``threshold`` is no finite number ``>= 0``.
-
-    Reference: paper section 3.2.
     """
     if not isinstance(threshold, Tensor):
         check_number("threshold", threshold)
@@ -170,17 +166,16 @@ def assign_exits(predicted: Tensor, threshold: float | Tensor) -> Tensor:
 
 
 def assign_by_budget(predicted: Tensor, shares: Tensor, multiplier: float | Tensor) -> Tensor:
-    """Pick for each sample the exit of the least predicted loss plus multiplier times compute.
+    """Pick for each sample the exit of the least predicted loss plus multiplier times compute; of equals, the cheapest.
 
     Args:
-        predicted: Predicted loss of each branch exit, ``(N, K)``.
+        predicted: Predicted loss of each branch exit, ``(N, K)``; where none is finite, the backbone is picked.
         shares: Compute of every exit as a share of the backbone's, ``(K + 1,)``.
-        multiplier: Loss that the backbone's whole compute has to save, ``>= 0``; infinite for the cheapest
-            exit. One for all, or one per sample ``(N,)``.
+        multiplier: Loss that the backbone's whole compute has to save, ``>= 0``; infinite for the cheapest exit. One
+            for all, or one per sample ``(N,)``.
 
     Returns:
-        Exit index per sample, ``(N,)``, int64, from 1. Of equal ones, the cheapest. Where no loss is finite,
-        the backbone.
+        Exits ``(N,)``, int64, from 1.
     """
     losses = torch.nn.functional.pad(predicted.nan_to_num(nan=torch.inf), (0, 1))
     multipliers = torch.as_tensor(multiplier, dtype=torch.float64, device=losses.device).expand(len(losses))
@@ -192,12 +187,9 @@ def assign_by_budget(predicted: Tensor, shares: Tensor, multiplier: float | Tens
 
 
 def lagrange_multiplier(predicted: Tensor, shares: Tensor, budget: float) -> float:
-    """Find the lowest multiplier at which some samples spend a budget on average, see `assign_by_budget`.
+    """Find the lowest multiplier at which samples spend a budget on average, see `assign_by_budget`.
 
-    Args:
-        predicted: Predicted losses of the samples, ``(S, K)``.
-        shares: Compute of every exit as a share of the backbone's, ``(K + 1,)``.
-        budget: Mean share that may be spent.
+    Takes their predicted losses ``(S, K)``, the shares of compute ``(K + 1,)`` and the mean share that may be spent.
 
     Raises:
         OptionError: If even the cheapest exit for all costs more.
@@ -227,16 +219,13 @@ def lagrange_multiplier(predicted: Tensor, shares: Tensor, budget: float) -> flo
 
 
 def assign_with_hysteresis(predicted: Tensor, limits: Tensor, previous: Tensor | None, hysteresis: float) -> Tensor:
-    """Pick exits for the next frame of a video: change to a cheaper exit only by a clear margin.
+    """Pick exits ``(N,)`` for the next frame of a video: change to a cheaper exit only by a clear margin.
 
     Args:
         predicted: Predicted losses, ``(N, K)``.
         limits: Largest prediction accepted at each exit, ``(K,)`` or ``(N, K)``.
         previous: Exits of the previous frame, ``(N,)`` from 1, or ``None``.
         hysteresis: Share of the limit by which a cheaper exit has to be better, in [0, 1).
-
-    Returns:
-        Exits ``(N,)`` from 1, never cheaper than the limits allow.
     """
     needed = assign_exits(predicted, limits)
     if previous is None:
@@ -286,11 +275,7 @@ class VideoRouter:
         self.exits = None
 
     def __call__(self, *inputs: Any, threshold: float | Tensor, deadline_ms: float | None = None, **kwargs: Any) -> Any:
-        """Render the next frame of every stream; inputs hold one sample per stream, options are as for a call.
-
-        Raises:
-            OptionError: If the number of streams changed, or as for any routed call.
-        """
+        """Render the next frame of every stream, one sample each; `OptionError` if their number changed."""
         output, exits = self._routed(
             *inputs, threshold=threshold, deadline_ms=deadline_ms, choose=self._choose, **kwargs
         )

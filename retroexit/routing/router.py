@@ -83,12 +83,7 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def choose(self, begun: Begun, request: RoutingRequest, count: bool = True) -> Choice:
-        """Choose an exit for every sample.
-
-        Args:
-            begun: The batch at the first cut.
-            request: Routing options of the call.
-            count: Whether `ood_counter` counts this batch.
+        """Choose an exit for every sample of a batch at the first cut; `ood_counter` counts it if ``count``.
 
         Raises:
             OptionError: If the request cannot be met.
@@ -119,11 +114,7 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def predict(self, begun: Begun) -> LossPrediction:
-        """Predict the loss of every branch exit.
-
-        Raises:
-            TrainingError: If there is no predictor.
-        """
+        """Predict the loss of every branch exit; `TrainingError` if there is no predictor."""
         if self.predictor is None:
             raise TrainingError(
                 "choosing exits needs a predictor, but the model has none. Run retroexit.fit first, or choose "
@@ -394,10 +385,8 @@ def guide_distance(squared: Tensor) -> Tensor:
 def input_map(args: Any, kwargs: Any, dims: int) -> Tensor:
     """Put all tensors of a generator's inputs into one float32 map ``(N, C, ...)`` with ``dims`` spatial axes.
 
-    Maps are resized to the largest one; vectors are spread over it; other tensors are left out.
-
-    Raises:
-        OptionError: If no input is a map or a vector.
+    Maps are resized to the largest one; vectors are spread over it; other tensors are left out. `OptionError` if no
+    input is a map or a vector.
     """
     usable = [t.float() for t in tensors((args, kwargs)) if t.dim() > 0 and not t.is_complex()]
     maps = [t for t in usable if t.dim() == dims + 2]

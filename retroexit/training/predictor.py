@@ -158,14 +158,11 @@ def train_predictor(
     seed: int = 0,
     progress: bool = True,
 ) -> float | None:
-    """Fit a predictor to quality losses by the squared error of their logarithms (ours; equation 2 has none).
+    """Fit a predictor to losses ``(S, K)`` by the squared error of their logarithms (ours; equation 2 has none).
 
-    The weights that are best on the held-out samples are kept, and their mean error there is subtracted. The
-    guard against out-of-distribution inputs is fitted to the same maps. Maps are ``(S, C, ...)``, losses
-    ``(S, K)``, and ``extra`` are distances to the guide, ``(S, 1)``, if the predictor reads them.
-
-    Returns:
-        Mean absolute error on the held-out samples; ``None`` without such samples.
+    It reads maps ``(S, C, ...)``, and ``extra``, distances to the guide ``(S, 1)``. The weights that are best on the
+    held-out samples are kept, and their mean error there is subtracted; the guard is fitted to the same maps. Returns
+    the mean absolute error on the held-out samples; ``None`` without such samples.
     """
     held = torch.as_tensor(sorted(held_out), dtype=torch.long)
     mask = torch.ones(len(maps), dtype=torch.bool)

@@ -32,10 +32,10 @@ def stream_bank(
     scratch: Path | None = None,
     progress: bool = True,
 ) -> GuidanceBank:
-    """Build the bank of a wrapped generator from any number of inputs.
+    """Build the bank of a wrapped generator with guidance, fitted or not, from any number of inputs.
 
     Args:
-        model: A wrapped generator with guidance; it need not be fitted.
+        model: The wrapped generator.
         samples: Its inputs; their seed is that of all random choices.
         retriever: Unbuilt index.
         batch: Inputs per pass.
