@@ -20,7 +20,7 @@ from retroexit.training.stream_bank import stream_bank, stream_banks
 _EXAMPLE = "\b\nExample: retroexit bank"
 bank = typer.Typer(
     help="Build guidance banks, check and show them.",
-    epilog=f"{_EXAMPLE} info runs/decoder/bank",
+    epilog=f"{_EXAMPLE} info runs/decoder/bank-*",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -95,8 +95,8 @@ def build(
     shutil.rmtree(scratch, ignore_errors=True)
 
 
-@bank.command(epilog=f"{_EXAMPLE} info runs/decoder/bank")
-def info(folder: Annotated[Path, Argument(help="Folder of a bank: what build wrote, or FIT/bank.")]) -> None:
+@bank.command(epilog=f"{_EXAMPLE} info runs/decoder/bank-*")
+def info(folder: Annotated[Path, Argument(help="Folder of a bank: what build wrote, or FIT/bank-*.")]) -> None:
     """Check a bank's files, and show what it holds, what it was made from and how well its keys cover the inputs."""
     retriever_class = host().retriever(GuidanceBank.retriever_name(folder))
     typer.echo(_facts(GuidanceBank.load(folder, retriever_class=retriever_class)))
