@@ -211,15 +211,10 @@ def test_default_thresholds_are_few_round_and_span_the_losses(make_evaluation, s
     assert 0.1 in thresholds_for(Evaluation(e.loss * scale, None, e.macs, e.overhead, {"name": "lpips-vgg"}))
 
 
-def test_missing_thresholds_wrong_strips_and_a_missing_jinja2_are_errors(make_evaluation, tmp_path, monkeypatch):
+def test_missing_thresholds_and_a_missing_jinja2_are_errors(make_evaluation, tmp_path, monkeypatch):
     with pytest.raises(OptionError, match="thresholds must not be empty, got"):
         write_report(tmp_path, make_evaluation(), [], title="T", thresholds=[])
     monkeypatch.setitem(sys.modules, "jinja2", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'retroexit\[report\]'"):
         write_report(tmp_path, make_evaluation(), [], title="T")
     assert not list(tmp_path.iterdir())
-    good = np.zeros((4, 4, 3), np.uint8)
-    with pytest.raises(OptionError, match="chosen must be an index of 2 images, got 2"):
-        Strip("s", [("a", good), ("b", good)], 2)
-    with pytest.raises(OptionError, match=r"pixels of image 'a' .* got float32 of shape \(3, 4, 4\)"):
-        Strip("s", [("a", np.zeros((3, 4, 4), np.float32))], 0)
