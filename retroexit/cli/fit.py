@@ -225,7 +225,8 @@ def _plan(model: EarlyExitGenerator, samples: Any, out: Path, arguments: dict[st
     if job.plan.equalise:
         yield f"equalised: weights are multiplied by what the first {job.plan.equalise} steps show"
     yield cost
-    yield f"would write to {out}: {', '.join(_files(model, job))}"
+    size = len(job.inputs) * bytes_per_sample(model, Samples(job.inputs)) / 1e6 if job.settings.cache else 0
+    yield f"would write to {out}, with {size:,.1f} MB of cached features"
     yield "dry run: nothing was trained or written"
     for error in missing.values():
         raise error
@@ -263,8 +264,8 @@ def _term(name: str, job: FitJob, branches: int, missing: Mapping[str, WeightsEr
         untrained = {"auto": "none: as the adapter makes it, untrained", "none": ""}
         source = untrained.get(losses.discriminator, losses.discriminator)
     elif name == GAZE:
-        assert plan.gaze is not None
-        network, source = f"{type(plan.gaze).__name__}, {_size(plan.gaze)}", losses.gaze
+        gaze: Any = plan.terms[GAZE]
+        network, source = f"{type(gaze.network).__name__}, {_size(gaze.network)}", losses.gaze
     elif name in missing:
         source = "not found, see below"
     else:
@@ -278,20 +279,6 @@ def _term(name: str, job: FitJob, branches: int, missing: Mapping[str, WeightsEr
 
 def _size(module: nn.Module) -> str:
     return f"{sum(p.numel() for p in module.parameters()):,} parameters"
-
-
-def _files(model: EarlyExitGenerator, job: FitJob) -> Iterator[str]:
-    if job.settings.cache:
-        samples = Samples(job.inputs)
-        yield f"cache ({len(samples) * bytes_per_sample(model, samples) / 1e6:,.1f} MB)"
-    if model.options.guidance is not None:
-        yield f"bank (up to {model.options.guidance.size:,} pairs)"
-    yield "branches"
-    if job.settings.tensorboard:
-        yield "tensorboard"
-    yield from ("losses.npy", "fit.json", "weights", "model.json")
-    if job.aside:
-        yield "calibration"
 
 
 def _cost(model: EarlyExitGenerator, job: FitJob, missing: Mapping[str, WeightsError], metric: str) -> str:

@@ -39,10 +39,9 @@ def measure(
     repeats: int = 9,
     progress: bool = True,
 ) -> tuple[Evaluation, Measurement]:
-    """Measure every exit of a model on inputs that it was not fitted on.
+    """Measure every exit of a model on inputs that it was not fitted on; see `retroexit.evaluate`.
 
-    Returns the evaluation, and the measurement, which can render the samples again. ``seed`` is that of the
-    noise inside the generator, ``batch`` counts samples per pass, ``repeats`` timed runs per route.
+    Returns the evaluation, and the measurement, which can render the samples again.
     """
     samples = Samples(inputs, seed)
     check_samples(model, samples, batch)
@@ -95,14 +94,9 @@ def cross_check(generator: nn.Module, macs: int, args: Any, kwargs: Any = None) 
         return f"not counted: thop raised {type(error).__name__}: {error}"
     ratio, (unit, scale) = counted / max(macs, 1), unit_of(counted)
     text = f"{counted / scale:.3f} {unit} for the backbone, {ratio:.3f} of ours"
-    if abs(ratio - 1) < 0.01:
-        return text
-    if ratio < 1:
-        return f"{text}: thop counts by layer type; it misses functional convolutions and attention"
-    return (
-        f"{text}: thop counts by layer type; it counts norms, activations and interpolation too, and "
-        "overcounts transposed convolutions"
-    )
+    less = "misses functional convolutions and attention"
+    more = "counts norms, activations and interpolation too, and overcounts transposed convolutions"
+    return text if abs(ratio - 1) < 0.01 else f"{text}: thop counts by layer type; it {less if ratio < 1 else more}"
 
 
 def _thop_macs(generator: nn.Module, args: Any) -> int:

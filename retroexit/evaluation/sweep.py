@@ -171,17 +171,15 @@ class Evaluation:
         """
         from scipy import stats
 
-        predicted = self.need_predicted()
-        result: dict[str, list[float | None]] = {"mean_absolute": [], "mean_relative": [], "spearman": []}
-        for true, guess in zip(self.loss.T, predicted.T, strict=True):
+        rows: list[tuple[float | None, ...]] = []
+        for true, guess in zip(self.loss.T, self.need_predicted().T, strict=True):
             error, nonzero = np.abs(guess - true), true > 0
-            is_constant = np.ptp(true) == 0 or np.ptp(guess) == 0
-            result["mean_absolute"].append(float(error.mean()))
             relative = float((error[nonzero] / true[nonzero]).mean()) if nonzero.any() else None
-            result["mean_relative"].append(relative)
+            is_constant = np.ptp(true) == 0 or np.ptp(guess) == 0
             rank = None if is_constant else float(stats.spearmanr(true, guess).statistic)
-            result["spearman"].append(rank)
-        return result
+            rows.append((float(error.mean()), relative, rank))
+        names = ("mean_absolute", "mean_relative", "spearman")
+        return dict(zip(names, map(list, zip(*rows, strict=True)), strict=True))
 
     def to_json(self) -> str:
         """Write the evaluation as plain JSON with its own digest, arrays as lists."""

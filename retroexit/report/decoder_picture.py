@@ -86,8 +86,8 @@ def draw_decoder(stages: Sequence[Stage], file: str | Path, title: str = "") -> 
         kind = path.suffix.lower()[1:]
         # Dates would make equal pictures differ.
         stamp = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)
-        with replacing(path) as file:
-            figure.savefig(file, format=kind, dpi=160, metadata=stamp)
+        with replacing(path) as opened:
+            figure.savefig(opened, format=kind, dpi=160, metadata=stamp)
 
 
 def _draw_stages(axes: Axes, stages: Sequence[Stage]) -> None:

@@ -115,7 +115,7 @@ def test_a_dry_run_prints_work_and_cost_and_writes_nothing(run, tmp_path):
         "samples: 12, 10 to train branches on, 2 held out",
         "steps: 2 branches x 2, batches of 2 windows of 12 pixels; predictor 3; metric ms-ssim",
         "metric ms-ssim; loss 0.5 l1 + 2 quality",
-        f"would write to deep/run: cache ({megabytes:.1f} MB), bank (up to 1,024 pairs), branches",
+        f"would write to deep/run, with {megabytes:.1f} MB of cached features",
     ):
         assert line in printed
     assert re.search(

@@ -108,7 +108,6 @@ class LossPlan:
     terms: Mapping[str, Term | BatchTerm] = field(default_factory=dict)  # shared by branches
     discriminator: nn.Module | None = None  # starting point of every branch's adversary, or None
     objective: Objective | None = None  # what branch and discriminator minimise
-    gaze: nn.Module | None = None  # the gaze network, or None
     equalise: int = 0  # steps during which weights are equalised; 0 leaves them as they are
     discriminator_lr: float = 4e-4
     image_range: tuple[float, float] = (-1.0, 1.0)  # of the discriminator's images
@@ -119,7 +118,7 @@ class LossPlan:
         competes = self.discriminator is not None and self.objective is not None
         for name in self.weights:
             is_adversarial = name in (ADVERSARIAL, FEATURE_MATCHING)
-            if competes if is_adversarial else name in self.terms or (name == GAZE and self.gaze is not None):
+            if competes if is_adversarial else name in self.terms:
                 continue
             rest = {other: weight for other, weight in self.weights.items() if other != name}
             part = "a discriminator" if is_adversarial else "a gaze network" if name == GAZE else "a term"
@@ -128,8 +127,6 @@ class LossPlan:
                 f"the loss {name!r} needs {part}, got none. Pass {argument}=..., or leave the term out: losses={rest}.",
                 name,
             )
-        if self.gaze is not None:
-            object.__setattr__(self, "terms", {**self.terms, GAZE: Gaze(self.gaze)})
 
     def for_branch(self) -> TrainingLoss:
         """Make the loss of one branch; its adversary starts as a copy of the discriminator."""
@@ -154,10 +151,8 @@ class LossPlan:
             facts["objective"] = self.objective.name
             facts["discriminator"] = fingerprint(self.discriminator)
             facts["discriminator_lr"] = self.discriminator_lr
-        if GAZE in self.weights:
-            assert self.gaze is not None
-            facts[GAZE] = fingerprint(self.gaze)
-        return facts
+        gaze = self.terms.get(GAZE)
+        return facts | ({GAZE: fingerprint(gaze.network)} if isinstance(gaze, Gaze) else {})
 
 
 def plan_losses(
@@ -184,12 +179,13 @@ def plan_losses(
         objective = find_objective(options.adversarial or described or default)
     pixel_range = None if description is None else description.image_range
     terms = _terms(weights, metric, options.loss_weights or {}, missing)
+    if options.gaze is not None:
+        terms[GAZE] = Gaze(options.gaze)
     return LossPlan(
         {name: weight for name, weight in weights.items() if not missing or name not in missing},
         terms,
         discriminator=discriminator,
         objective=objective,
-        gaze=options.gaze,
         equalise=_EQUALISE_STEPS if equalise is True else int(equalise),
         discriminator_lr=options.discriminator_lr,
         image_range=pixel_range or (-1.0, 1.0),
