@@ -53,15 +53,15 @@ def fit(
 ) -> EarlyExitGenerator:
     """Fill the bank, train the branches and the predictor, from generator inputs alone.
 
-    The target of training is the backbone's own image. An interrupted fit continues when it is called again,
-    to the same weights. Calibration and times of an earlier fit in the folder are dropped; `torch.autocast` is off.
+    The target of training is the backbone's own image. An interrupted fit continues when it is called again, to the
+    same weights. Calibration and times of an earlier fit in the folder are dropped; `torch.autocast` is off.
 
     Args:
         model: A wrapped generator; its branches are trained in place.
         inputs: Samples without the batch axis: tensors, tuples of positional or dicts of keyword inputs.
         folder: Folder of cache, checkpoints and result, for `load`.
-        bank: A bank made from other inputs; by default it is filled from the inputs, and each of them is
-            trained with a guide from the others.
+        bank: A bank made from other inputs; by default it is filled from the inputs, and each of them is trained with a
+            guide from the others.
         metric: Quality metric to train with and to predict, or its name.
         weights: File with the metric's weights.
         losses: Weight of every term by name, or a preset, see `LossOptions`.
@@ -181,9 +181,8 @@ def _check_promise(aside: int, count: int, share: float, alpha: float, confidenc
     needed = samples_needed(alpha, confidence)
     if aside < needed:
         raise OptionError(
-            f"calibrate={share:g} of {count} inputs must be at least {needed} for alpha={alpha:g} "
-            f"and confidence={confidence:g}, got {aside}. Pass {math.ceil(needed / share)} inputs, or "
-            "change one of these.",
+            f"calibrate={share:g} of {count} inputs must be at least {needed} for alpha={alpha:g} and "
+            f"confidence={confidence:g}, got {aside}. Pass {math.ceil(needed / share)} inputs, or change one of these.",
             share,
         )
 

@@ -75,9 +75,9 @@ def check_wrapped(model: Any) -> None:
 class EarlyExitGenerator(nn.Module):
     """A generator with early exits. Made by `retroexit.wrap`.
 
-    ``model(*inputs)`` is the generator, bit for bit. ``exit=k`` leaves at exit k, ``threshold=t`` routes every
-    sample to the cheapest exit whose predicted quality loss is at most ``t``, ``budget=b`` spends a share of
-    the backbone's compute, ``deadline_ms=d`` keeps a call within measured times; see `RoutingOptions`.
+    ``model(*inputs)`` is the generator, bit for bit. ``exit=k`` leaves at exit k, ``threshold=t`` routes every sample
+    to the cheapest exit whose predicted quality loss is at most ``t``, ``budget=b`` spends a share of the backbone's
+    compute, ``deadline_ms=d`` keeps a call within measured times; see `RoutingOptions`.
 
     Attributes:
         generator: The user's generator, never changed.
@@ -111,8 +111,8 @@ class EarlyExitGenerator(nn.Module):
 
         Args:
             *inputs: The generator's positional inputs.
-            **kwargs: The generator's keyword inputs, and `RoutingOptions`. An option that the generator's own
-                forward takes goes to the generator; use `route` then.
+            **kwargs: The generator's keyword inputs, and `RoutingOptions`. An option that the generator's own forward
+                takes goes to the generator; use `route` then.
 
         Returns:
             A value with the structure of the generator's output.

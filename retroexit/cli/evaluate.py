@@ -121,8 +121,8 @@ def report(
 ) -> None:
     """Write one HTML page and summary.json from what evaluate measured, without measuring again.
 
-    The page holds exits, thresholds, the promise, the paper's figures, images, versions and hashes. It loads
-    nothing from the network.
+    The page holds exits, thresholds, the promise, the paper's figures, images, versions and hashes. It loads nothing
+    from the network.
 
     Example:
         retroexit report runs/decoder --threshold 0.05 --threshold 0.1

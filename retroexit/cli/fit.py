@@ -296,7 +296,6 @@ def _cost(model: EarlyExitGenerator, job: FitJob, missing: Mapping[str, WeightsE
     names = ", ".join(metric if name == QUALITY else name for name in missing)
     without = f", {names} not counted, since {'its' if len(missing) == 1 else 'their'} weights were not found"
     return (
-        f"cost: {macs[0]} and {cost.step_seconds:.2f} s a step of all branches, {macs[1]} in all; about "
-        f"{duration} and {cost.memory / 1e6:,.0f} MB besides the generator, from two steps on this machine"
-        f"{without if missing else ''}"
+        f"cost: {macs[0]} and {cost.step_seconds:.2f} s a step of all branches, {macs[1]} in all; about {duration} and "
+        f"{cost.memory / 1e6:,.0f} MB besides the generator, from two steps on this machine{without if missing else ''}"
     )

@@ -171,8 +171,8 @@ def example_of(example: Inputs | None, samples: Any) -> Inputs:
 def random_inputs(texts: Sequence[str], like: nn.Module) -> Inputs:
     """Draw one input for each shape, on the device of a module and by default in its precision.
 
-    Texts are ``1,32,16,32``; ``z=1,32`` for a keyword input; ``1,77:int`` for whole numbers, 0 or 1, or
-    another type of torch, ``1,3,8,8:float16``; nothing before the colon for a single number.
+    Texts are ``1,32,16,32``; ``z=1,32`` for a keyword input; ``1,77:int`` for whole numbers, 0 or 1, or another type of
+    torch, ``1,3,8,8:float16``; nothing before the colon for a single number.
     """
     parameter = next((p for p in like.parameters() if p.is_floating_point()), torch.zeros(()))
     args: list[Tensor] = []

@@ -1,7 +1,6 @@
 """Modules: their device, deep copies, and the multiply-accumulates (MACs, the paper's "GFLOPs") of a call.
 
-1 MAC = 2 FLOPs. Convolutions, matrix products and attention count; interpolation, norms and activations do
-not.
+1 MAC = 2 FLOPs. Convolutions, matrix products and attention count; interpolation, norms and activations do not.
 """
 
 import contextlib

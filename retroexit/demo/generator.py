@@ -1,8 +1,8 @@
 """The small street-scene generator that ships with the package, so that a demo needs no download.
 
-It has the layout of OASIS (paper, section 4.1): six SPADE residual blocks that see the label map. To stay
-small, the noise is one style vector and fixed texture planes, the second convolution of a modulation is 1x1,
-and the shortcut is not modulated.
+It has the layout of OASIS (paper, section 4.1): six SPADE residual blocks that see the label map. To stay small, the
+noise is one style vector and fixed texture planes, the second convolution of a modulation is 1x1, and the shortcut is
+not modulated.
 """
 
 import itertools
@@ -87,9 +87,8 @@ class SceneGenerator(nn.Module):
         """
         if labels.shape[1:] != (len(CLASSES), *SCENE_SIZE) or z.shape != (labels.shape[0], len(STYLE)):
             raise InputMismatchError(
-                f"labels must be (N, {len(CLASSES)}, {SCENE_SIZE[0]}, {SCENE_SIZE[1]}) and z "
-                f"(N, {len(STYLE)}), got {tuple(labels.shape)} and {tuple(z.shape)}. Make both with "
-                "scene_inputs().",
+                f"labels must be (N, {len(CLASSES)}, {SCENE_SIZE[0]}, {SCENE_SIZE[1]}) and z (N, {len(STYLE)}), got "
+                f"{tuple(labels.shape)} and {tuple(z.shape)}. Make both with scene_inputs().",
                 (tuple(labels.shape), tuple(z.shape)),
             )
         count = labels.shape[0]

@@ -154,8 +154,8 @@ class Evaluation:
     def gain_factor(self, points: Sequence[OperatingPoint]) -> dict[str, float]:
         """Fit the gain factor of section 3.4, the slope of a line through points at two or more thresholds.
 
-        Leave out points where every sample leaves at one exit: they flatten the slope. Returns saved GMACs per unit
-        of threshold, and saved percent of the backbone per 0.01 of threshold.
+        Leave out points where every sample leaves at one exit: they flatten the slope. Returns saved GMACs per unit of
+        threshold, and saved percent of the backbone per 0.01 of threshold.
         """
         taus = [float(point.threshold or 0) for point in points]
         if len(set(taus)) < 2:

@@ -127,8 +127,8 @@ class GuidanceBank:
 
         Args:
             feature: Shape ``(N, C, H, W)`` with the channels of the key features; ``H`` and ``W`` may differ.
-            exclude: Index of an input per sample, int64 ``(N,)``, whose keys are skipped unless there are no others;
-                -1 for none.
+            exclude: Index of an input per sample, int64 ``(N,)``, whose keys are skipped unless there are no others; -1
+                for none.
 
         Returns:
             Rows of the bank and squared distances, both ``(N, h, w)``, on the CPU.

@@ -1,7 +1,7 @@
 """Build a bank: hold keys of a stream in bounded memory, thin them, compute the values of those chosen.
 
-`with_slopes` goes beyond the paper, whose guide jumps from one key's value to another's (section 3.3). With
-slopes it is ``v + S (q - k)``, and a few hundred pairs describe an image better than 100,000 plain ones.
+`with_slopes` goes beyond the paper, whose guide jumps from one key's value to another's (section 3.3). With slopes it
+is ``v + S (q - k)``, and a few hundred pairs describe an image better than 100,000 plain ones.
 """
 
 import json
@@ -181,8 +181,8 @@ def build_bank(
 
     Args:
         features: Batches of key features ``(N, C, H, W)`` with the index of each input ``(N,)``; read once.
-        values_of: Returns the value features ``(len, Cv, Hv, Wv)`` of some inputs, whose sides must be multiples of
-            the grid of key patches.
+        values_of: Returns the value features ``(len, Cv, Hv, Wv)`` of some inputs, whose sides must be multiples of the
+            grid of key patches.
         patch: Size of a key's patch, ``(ph, pw)``.
         size: Number of keys in the bank, at most.
         thin: See `sampling.thin`.

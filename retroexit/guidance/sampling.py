@@ -1,7 +1,7 @@
 """Thinning: which of many candidate keys a bank holds.
 
-The paper uses farthest point sampling (section 4.1), which gives the smallest radius: the worst query is
-served best. Keys nearest to centres of k-means clusters, even random keys, give a smaller mean distance.
+The paper uses farthest point sampling (section 4.1), which gives the smallest radius: the worst query is served best.
+Keys nearest to centres of k-means clusters, even random keys, give a smaller mean distance.
 """
 
 import math

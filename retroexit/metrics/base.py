@@ -37,8 +37,8 @@ class LastTarget:
 class QualityMetric(nn.Module, ABC):
     """A loss between two batches of images; lower is better and 0 means equal.
 
-    Subclasses set ``name``, which thresholds and files refer to, and write :meth:`compare`. Parameters are
-    frozen, and the metric stays in eval mode inside any parent module.
+    Subclasses set ``name``, which thresholds and files refer to, and write :meth:`compare`. Parameters are frozen, and
+    the metric stays in eval mode inside any parent module.
     """
 
     name: str

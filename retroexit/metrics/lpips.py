@@ -20,9 +20,9 @@ class LPIPS(QualityMetric):
 
     Args:
         net: Feature network: ``"alex"``, ``"squeeze"`` or ``"vgg"``.
-        weights: A torchvision state dict (``features.N.*``), with the heads of the ``lpips`` package, or a
-            dict of such a ``"backbone"`` and the heads as ``"lin"`` (``linK.model.1.weight``). Default: torch
-            hub's cache folder, or a download into it.
+        weights: A torchvision state dict (``features.N.*``), with the heads of the ``lpips`` package, or a dict of such
+            a ``"backbone"`` and the heads as ``"lin"`` (``linK.model.1.weight``). Default: torch hub's cache folder, or
+            a download into it.
 
     Raises:
         OptionError: If ``net`` is unknown.

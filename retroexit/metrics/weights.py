@@ -1,7 +1,7 @@
 """Find the weights of LPIPS, check them, and put them into the network; random weights are never used.
 
-The order is: an explicit file, torch hub's cache folder, a download. Torch hub does not check a cached file,
-so the hash in torchvision's file names is checked here.
+The order is: an explicit file, torch hub's cache folder, a download. Torch hub does not check a cached file, so the
+hash in torchvision's file names is checked here.
 """
 
 import logging

@@ -151,8 +151,8 @@ class Host:
 
         Args:
             generator: The user's trained model.
-            adapter: A description; the name of the plug-in to call; ``False`` for none, ``None`` for all.
-                Without ``False``, a missing ``build_stage`` becomes that of the plug-ins.
+            adapter: A description; the name of the plug-in to call; ``False`` for none, ``None`` for all. Without
+                ``False``, a missing ``build_stage`` becomes that of the plug-ins.
 
         Raises:
             OptionError, PluginError: If the named plug-in does not recognise the generator, or is not in use.

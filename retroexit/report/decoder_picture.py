@@ -52,8 +52,8 @@ def check_picture(file: str | Path) -> Path:
 def draw_decoder(stages: Sequence[Stage], file: str | Path, title: str = "") -> None:
     """Draw the stages of a decoder, one row each, to an ``.svg``, ``.png`` or ``.pdf`` file.
 
-    A row shows path, size, share of the MACs spent and, for a suggested exit, its largest saving. Lines on
-    the right show live values from where each is made to its last use.
+    A row shows path, size, share of the MACs spent and, for a suggested exit, its largest saving. Lines on the right
+    show live values from where each is made to its last use.
     """
     path = check_picture(file)
     import matplotlib

@@ -192,9 +192,8 @@ def predictor_enforcement(figure: Figure, evaluation: Evaluation) -> None:
 def difficulty_against_distance(figure: Figure, evaluation: Evaluation, tau: float | None = None) -> None:
     """Draw distance to the guide against difficulty (paper, figure 10).
 
-    Above: the distances of the samples that leave at each exit, by default for the median loss of the first
-    exit as ``tau``. Below: each sample's loss at the first exit. Exits are chosen by prediction, if there is
-    a predictor.
+    Above: the distances of the samples that leave at each exit, by default for the median loss of the first exit as
+    ``tau``. Below: each sample's loss at the first exit. Exits are chosen by prediction, if there is a predictor.
     """
     distance = evaluation.distance
     if distance is None:

@@ -121,9 +121,8 @@ def _headline(summary: dict[str, Any], picked: float) -> str:
     if promise is not None:  # a calibrated model routes by its promise
         row = next(row for row in promise["rows"] if row["threshold"] == picked)
         return (
-            f"At a threshold of {picked:g} {label}, {_percent(row['saved'])} of the backbone's compute is "
-            f"saved under {_claim(promise)}; here {row['above']} of {promise['held_out']} "
-            f"do, mean {row['mean_loss']:.3g}."
+            f"At a threshold of {picked:g} {label}, {_percent(row['saved'])} of the backbone's compute is saved under "
+            f"{_claim(promise)}; here {row['above']} of {promise['held_out']} do, mean {row['mean_loss']:.3g}."
         )
     if row is None:
         first = summary["fixed"][0]

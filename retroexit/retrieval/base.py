@@ -190,8 +190,8 @@ class Retriever(ABC):
             Ids and exact squared distances, both ``(Q, k)``, nearest first, equal distances by id.
 
         Raises:
-            RetrieverError: If nothing was built, the width differs from the keys', a query is not finite,
-                ``k`` is out of range, or the back-end returns ids that do not exist.
+            RetrieverError: If nothing was built, the width differs from the keys', a query is not finite, ``k`` is out
+                of range, or the back-end returns ids that do not exist.
         """
         if not len(self):
             raise RetrieverError(f"the index {self.name!r} is empty. Call build(keys) first.", self)

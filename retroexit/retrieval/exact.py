@@ -1,7 +1,7 @@
 """Exact search: float32 blocks, or bfloat16 first with a bound that proves the result.
 
-Where a processor multiplies bfloat16 natively, comparing rounded rows costs a third. Rounding moves rows by
-known lengths, so that every key that is not a candidate is farther than a known floor.
+Where a processor multiplies bfloat16 natively, comparing rounded rows costs a third. Rounding moves rows by known
+lengths, so that every key that is not a candidate is farther than a known floor.
 """
 
 from __future__ import annotations
@@ -34,13 +34,12 @@ class ExactRetriever(Retriever):
 
     Args:
         device: Where the keys are held and compared, such as ``"cpu"`` or ``"cuda"``.
-        precision: ``"float32"``, ``"bfloat16"``, or ``"auto"``: bfloat16 on processors that multiply it
-            natively, for large banks whose keys are far enough apart.
+        precision: ``"float32"``, ``"bfloat16"``, or ``"auto"``: bfloat16 on processors that multiply it natively, for
+            large banks whose keys are far enough apart.
         threads: Recorded only: the search runs in torch's own thread pool, see `torch.set_num_threads`.
 
     Raises:
-        OptionError: If the device or the precision does not exist; on `build`, if the device cannot hold the
-            keys.
+        OptionError: If the device or the precision does not exist; on `build`, if the device cannot hold the keys.
     """
 
     name = "exact"

@@ -1,9 +1,9 @@
 """Calibrate thresholds: few inputs lose more than the threshold, with a stated confidence, for any predictor.
 
-Every sample has a score: the lowest limit on the prediction at which it leaves at an exit that loses more than
-the threshold. The limit that is used lies just below an order statistic of the scores, which exact binomial
-bounds choose (for groups: Hoeffding's and Bentkus's bounds, Bates et al., 2021), so nothing is assumed about
-losses or predictor. Section 3.2 of the paper trusts the predictor instead.
+Every sample has a score: the lowest limit on the prediction at which it leaves at an exit that loses more than the
+threshold. The limit that is used lies just below an order statistic of the scores, which exact binomial bounds choose
+(for groups: Hoeffding's and Bentkus's bounds, Bates et al., 2021), so nothing is assumed about losses or predictor.
+Section 3.2 of the paper trusts the predictor instead.
 """
 
 from __future__ import annotations
@@ -92,9 +92,9 @@ def most_group_violations(groups: int, alpha: float, confidence: float) -> float
 class Calibration:
     """Measured and predicted losses of inputs that nothing was fitted on, and the promise based on them.
 
-    With probability ``confidence`` over the draw of the calibration set, ``P(loss > t) <= alpha`` for a new input
-    that is routed with ``threshold=t``. The inputs have to be independent draws from what the model will see.
-    Samples out of distribution go to the backbone and are left out, so that the promise holds for the others.
+    With probability ``confidence`` over the draw of the calibration set, ``P(loss > t) <= alpha`` for a new input that
+    is routed with ``threshold=t``. The inputs have to be independent draws from what the model will see. Samples out of
+    distribution go to the backbone and are left out, so that the promise holds for the others.
 
     Args:
         losses: Measured loss of every branch exit, ``(S, K)``.

@@ -27,12 +27,12 @@ class RoutingOptions(TypedDict, total=False):
         exit: Leave at this exit, from 1; ``K + 1`` is the backbone.
         threshold: Largest quality loss to accept, ``>= 0``; one number, or one per sample ``(N,)``. With a
             `Calibration` it is a promise, without one it is compared with the predicted loss.
-        budget: Mean share of the backbone's compute to spend, ``> 0``, predictor and retrieval included; one
-            number, or one per sample ``(N,)``. Exits are chosen so that inputs like the calibration set spend
-            at most this on average at the least predicted loss. A single batch may spend more or less.
-        deadline_ms: Milliseconds that the call may take, ``> 0``, according to the measured `Latency`. Alone,
-            it takes the last exit that is fast enough. With a threshold or a budget it limits what they
-            choose. The whole batch leaves at one exit.
+        budget: Mean share of the backbone's compute to spend, ``> 0``, predictor and retrieval included; one number, or
+            one per sample ``(N,)``. Exits are chosen so that inputs like the calibration set spend at most this on
+            average at the least predicted loss. A single batch may spend more or less.
+        deadline_ms: Milliseconds that the call may take, ``> 0``, according to the measured `Latency`. Alone, it takes
+            the last exit that is fast enough. With a threshold or a budget it limits what they choose. The whole batch
+            leaves at one exit.
         choose: A policy of your own. Predicted losses are infinite for out-of-distribution samples.
     """
 

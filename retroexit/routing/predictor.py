@@ -42,8 +42,8 @@ class Predictor(nn.Module):
         exits: Number of branch exits K.
         dims: Number of spatial axes, 1 to 3.
         kind: ``"conv"``; ``"pooled"``, the pooled statistics of the map alone; ``"linear"``, a linear probe of these.
-        reads: ``"features"``, ``"inputs"`` as in the paper, or ``"features+distance"``, with the distance to the
-            guide; ``None`` for the adapter's map of the inputs, else the features.
+        reads: ``"features"``, ``"inputs"`` as in the paper, or ``"features+distance"``, with the distance to the guide;
+            ``None`` for the adapter's map of the inputs, else the features.
 
     Raises:
         OptionError: If ``kind`` or ``reads`` is unknown.

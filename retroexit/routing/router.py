@@ -54,8 +54,8 @@ class Router(nn.Module):
         calibration: Makes a threshold a promise; ``None`` before ``model.calibrate``.
         latency: Measured times of the exits; ``None`` before ``model.measure_latency``.
         ood_counter: Counts samples that were out of distribution and went to the backbone.
-        guide_limit: Mean distance of an input's patches to their guides beyond which it is out of
-            distribution; ``None`` for no limit.
+        guide_limit: Mean distance of an input's patches to their guides beyond which it is out of distribution;
+            ``None`` for no limit.
     """
 
     def __init__(self, predictor_inputs: Callable[..., Tensor] | None = None) -> None:

@@ -150,8 +150,7 @@ class Case:
     def depends_on_batch(self, run: Callable[[Inputs], Tensor]) -> str:
         """Compare a batch of two with each sample twice; returns by how much they differ, ``""`` if hardly.
 
-        Rounding differs a little for other batches; samples that affect one another differ as much as they
-        vary.
+        Rounding differs a little for other batches; samples that affect one another differ as much as they vary.
         """
         both, *same = (run(pair).double() for pair in self.pairs())
         gap = both - torch.stack([output[i] for i, output in enumerate(same)])

@@ -74,8 +74,7 @@ def _refuse_accelerate(name: str, module: nn.Module) -> None:
         raise GeneratorError(
             f"the generator must have no hooks of accelerate, got {type(hook).__name__} on "
             f"{name or type(module).__name__!r}: copies of offloaded layers have no weights. Call "
-            "accelerate.hooks.remove_hook_from_module(generator, recurse=True), and move the generator to one "
-            "device.",
+            "accelerate.hooks.remove_hook_from_module(generator, recurse=True), and move the generator to one device.",
             module,
         )
 

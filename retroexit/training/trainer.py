@@ -215,9 +215,8 @@ class BranchTrainer:
 
     def _diverged(self, what: str, value: float, parts: dict[str, float]) -> TrainingError:
         return TrainingError(
-            f"the {what} of exit {self.index + 1} became {value} at step {self.step}: {parts}. The "
-            f"branches have the weights of the last checkpoint, {self.path}. Use another folder, and lr below "
-            f"{self.settings.lr:g}.",
+            f"the {what} of exit {self.index + 1} became {value} at step {self.step}: {parts}. The branches have the "
+            f"weights of the last checkpoint, {self.path}. Use another folder, and lr below {self.settings.lr:g}.",
             parts,
         )
 

@@ -1,7 +1,7 @@
 """Which terms a branch is trained on, with which weights, and the weighted sum of them.
 
-Preset ``"oasis"`` is equation 3, ``"megaportraits"`` equation 4. The paper says that all terms should
-contribute alike; so their weights, all 1, are equalised, see `Equaliser`.
+Preset ``"oasis"`` is equation 3, ``"megaportraits"`` equation 4. The paper says that all terms should contribute alike;
+so their weights, all 1, are equalised, see `Equaliser`.
 """
 
 from __future__ import annotations
@@ -47,16 +47,16 @@ class LossOptions:
     """What branches are trained on.
 
     Attributes:
-        losses: Weight of every term by name, ``"quality"`` being the metric; or a preset: ``"oasis"``
-            (equation 3), ``"megaportraits"`` (equation 4).
-        equalise: Whether weights are multiplied such that the gradients of all terms have the same length,
-            measured over the first 50 steps, or this many; ``None``: for presets alone.
+        losses: Weight of every term by name, ``"quality"`` being the metric; or a preset: ``"oasis"`` (equation 3),
+            ``"megaportraits"`` (equation 4).
+        equalise: Whether weights are multiplied such that the gradients of all terms have the same length, measured
+            over the first 50 steps, or this many; ``None``: for presets alone.
         instead: Terms that replace others: ``{"vgg": "features-alex"}``.
         loss_weights: File with the weights of a term's network, by the name of the term.
-        discriminator: Start of every branch's discriminator: the generator's trained one; a file with the
-            state dict of the adapter's; ``"auto"``: the adapter's, untrained, with a warning; or ``None``.
-        adversarial: ``"hinge"``, ``"non-saturating"`` or a `retroexit.plugins.training_types.Objective`;
-            ``None``: the adapter's, else ``"hinge"`` for ``"megaportraits"``, else ``"non-saturating"``.
+        discriminator: Start of every branch's discriminator: the generator's trained one; a file with the state dict of
+            the adapter's; ``"auto"``: the adapter's, untrained, with a warning; or ``None``.
+        adversarial: ``"hinge"``, ``"non-saturating"`` or a `retroexit.plugins.training_types.Objective`; ``None``: the
+            adapter's, else ``"hinge"`` for ``"megaportraits"``, else ``"non-saturating"``.
         discriminator_lr: Learning rate of the discriminators.
         gaze: Gaze network of the term ``"gaze"``.
     """
@@ -165,8 +165,8 @@ def plan_losses(
 ) -> LossPlan:
     """Plan what branches are trained on, with the plug-ins' description of the generator by default.
 
-    ``metric`` is the term ``"quality"``. ``missing`` collects the terms whose weights are not available and
-    which are left out; with ``None`` they are an error.
+    ``metric`` is the term ``"quality"``. ``missing`` collects the terms whose weights are not available and which are
+    left out; with ``None`` they are an error.
     """
     weights = find_weights(options.losses, options.instead)
     equalise = isinstance(options.losses, str) if options.equalise is None else options.equalise

@@ -64,8 +64,8 @@ class Gaze:
 class Equaliser:
     """Factors that give all terms a gradient of the same length (paper sections 4.1 and 4.2).
 
-    During the first ``steps`` steps the root mean square of each term's gradient by one image is measured.
-    The factor is the geometric mean over all terms divided by the term's value; 1 without gradient.
+    During the first ``steps`` steps the root mean square of each term's gradient by one image is measured. The factor
+    is the geometric mean over all terms divided by the term's value; 1 without gradient.
     """
 
     def __init__(self, names: Sequence[str], steps: int = 50) -> None:
@@ -190,8 +190,8 @@ def _children(module: nn.Module, start: str) -> Iterator[str]:
 def capture_features(module: nn.Module, call: Callable[[], Any]) -> DiscriminatorOutput:
     """Call a discriminator and read its scores and features.
 
-    A tensor is the score. A list is the features of one discriminator, its score last; a list of lists is
-    several of them (pix2pixHD). Features that are not returned are captured with hooks during the call.
+    A tensor is the score. A list is the features of one discriminator, its score last; a list of lists is several of
+    them (pix2pixHD). Features that are not returned are captured with hooks during the call.
     """
     captured: list[Any] = []
     layers = [module.get_submodule(path) for path in captured_layers(module)]
@@ -304,9 +304,8 @@ class Adversary:
             self.module.load_state_dict(weights)
         except (KeyError, RuntimeError) as error:
             raise CheckpointError(
-                f"the checkpoint must have the state of the discriminator {type(self.module).__name__}, got "
-                f"another one ({' '.join(str(error).split())}). Use another folder, or the discriminator of "
-                "the first run.",
+                f"the checkpoint must have the state of the discriminator {type(self.module).__name__}, got another "
+                f"one ({' '.join(str(error).split())}). Use another folder, or the discriminator of the first run.",
                 state,
             ) from error
         self.steps = steps
