@@ -1,8 +1,9 @@
 """Train branches against the backbone's images, with checkpoints (paper sections 4.1 and 4.2)."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from tqdm import tqdm
 from retroexit.branch.branch import Branch
 from retroexit.branch.copy import CopyBranch
 from retroexit.core.files import read_tensors, reading, write_tensors
-from retroexit.core.modules import device_of
+from retroexit.core.modules import device_of, watching
 from retroexit.core.samples import ImageRange, drawing_from
 from retroexit.errors import MissingExtraError, TrainingError
 from retroexit.model import EarlyExitGenerator
@@ -65,14 +66,14 @@ class FeatureDistance:
     def run_backbone(self, values: Sequence[Tensor]) -> None:
         """Run the backbone's remaining stages on the inputs of the branch."""
         self._targets.clear()
-        with _capture(self.full, self.paths, self._targets), unobserved(self.model.generator):
+        with watching(self.full, self.paths, partial(_store, self._targets)), unobserved(self.model.generator):
             self.full(*values)
 
     @contextmanager
     def capture_branch(self) -> Iterator[None]:
         """Capture the outputs of the branch's layers inside the block."""
         self._outputs.clear()
-        with _capture(self.branch.tail, self.paths, self._outputs):
+        with watching(self.branch.tail, self.paths, partial(_store, self._outputs)):
             yield
 
     def __call__(self) -> Tensor:
@@ -90,21 +91,9 @@ class FeatureDistance:
         return self.weight * torch.stack(terms).mean() if terms else torch.zeros(())
 
 
-@contextmanager
-def _capture(root: nn.Module, paths: Sequence[str], outputs: dict[str, Tensor]) -> Iterator[None]:
-    def hook(path: str) -> Callable[[nn.Module, Any, Any], None]:
-        def capture(_module: nn.Module, _args: Any, output: Any) -> None:
-            if isinstance(output, Tensor):  # a copy: later layers may write into it
-                outputs[path] = output.float() if output.dtype != torch.float32 else output.clone()
-
-        return capture
-
-    hooks = [root.get_submodule(path).register_forward_hook(hook(path)) for path in paths]
-    try:
-        yield
-    finally:
-        for handle in hooks:
-            handle.remove()
+def _store(outputs: dict[str, Tensor], path: str, _args: Any, _kwargs: Any, output: Any) -> None:
+    if isinstance(output, Tensor):  # a copy: later layers may write into it
+        outputs[path] = output.float() if output.dtype != torch.float32 else output.clone()
 
 
 class BranchTrainer:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from retroexit.core.modules import clone_module
+from retroexit.core.modules import clone_module, watching
 from retroexit.core.nested import tensors
 from retroexit.core.samples import ImageRange
 from retroexit.errors import CheckpointError, OptionError, TrainingError
@@ -194,13 +194,8 @@ def capture_features(module: nn.Module, call: Callable[[], Any]) -> Discriminato
     them (pix2pixHD). Features that are not returned are captured with hooks during the call.
     """
     captured: list[Any] = []
-    layers = [module.get_submodule(path) for path in captured_layers(module)]
-    hooks = [layer.register_forward_hook(lambda _m, _i, out: captured.append(out)) for layer in layers]
-    try:
+    with watching(module, captured_layers(module), lambda *call: captured.append(call[-1])):
         output = call()
-    finally:
-        for hook in hooks:
-            hook.remove()
     scales = _scales(output)
     if scales is None:
         raise TrainingError(
