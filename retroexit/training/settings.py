@@ -32,7 +32,8 @@ class FitSettings:
         losses: Weight of every term of the training loss by name.
         features: Weight of the distance of inherited layers' outputs to the backbone's, which then runs in each step.
         held_out: Share of the inputs that only correct the predictor, in [0, 1).
-        calibrate: Share of the inputs for a calibration at the end, in (0, 1); nothing else uses them.
+        calibrate: Share of the inputs for a calibration at the end, in (0, 1); nothing else uses them. For a promise
+            to new groups or for several thresholds, call `EarlyExitGenerator.calibrate` after the fit instead.
         predictor: ``"conv"``, ``"pooled"`` or ``"linear"``, see `retroexit.routing.predictor.Predictor`.
         predict_from: What it reads, see there.
         predictor_steps: Optimiser steps of the predictor.
