@@ -130,7 +130,7 @@ class EarlyExitGenerator(nn.Module):
         self, args: Sequence[Any], kwargs: dict[str, Any] | None = None, **options: Unpack[RoutingOptions]
     ) -> Any:
         """Do as `forward`, with the generator's positional and keyword arguments apart from the options."""
-        return self._render(RoutingRequest(**options), tuple(args), dict(kwargs or {}))[0]
+        return self._render(RoutingRequest(**dict[str, Any](options)), tuple(args), dict(kwargs or {}))[0]
 
     def routed(self, *inputs: Any, choose: Policy | None = None, **kwargs: Any) -> tuple[Any, Tensor]:
         """Do as `forward`, and return the exit of each sample too: ``(N,)`` from 1, ``K + 1`` for the backbone.

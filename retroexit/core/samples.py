@@ -46,7 +46,8 @@ def smaller_maps(inputs: Any) -> Any:
 def _cropped(x: Any, factor: int) -> Any:
     if not isinstance(x, Tensor) or x.dim() < 4:
         return x
-    return x[(..., *(slice(side // factor) for side in x.shape[2:]))].contiguous()
+    place: Any = (..., *(slice(side // factor) for side in x.shape[2:]))
+    return x[place].contiguous()
 
 
 def plain_numbers(value: Any) -> Any:

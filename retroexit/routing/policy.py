@@ -132,11 +132,12 @@ def check_number(name: str, value: float) -> float:
     return float(value)
 
 
-def _check_numbers(name: str, values: PerSample) -> float | Tensor:
+def _check_numbers(name: str, values: Any) -> float | Tensor:
     """Check one number, or one per sample as a tensor, an array or a list."""
     if isinstance(values, (Sequence, np.ndarray)) and not isinstance(values, str):
         try:
-            values = torch.from_numpy(np.array(values)) if np.ndim(values) else values.item()
+            array = np.array(values)
+            values = torch.from_numpy(array) if array.ndim else array.item()
         except (TypeError, ValueError) as error:  # of rows that differ in length, or of other things than numbers
             raise OptionError(f"{name} must be one number or one per sample (N,), got {values}.", values) from error
     if not isinstance(values, Tensor):
