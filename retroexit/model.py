@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Unpack
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from retroexit.core.identity import unwrapped
 from retroexit.core.modules import without_autocast
 from retroexit.core.samples import plain_numbers
-from retroexit.errors import CheckpointError, GeneratorError, NotRecordedError, OptionError, RetroExitWarning
+from retroexit.errors import CheckpointError, GeneratorError, NotRecordedError, OptionError, silence
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.guidance.provider import GuideProvider
 from retroexit.measuring import calibrate, refuse_fitted
@@ -399,8 +398,7 @@ class EarlyExitGenerator(nn.Module):
         super().__setstate__(state)
         self._lock, self._decomposition = threading.Lock(), None
         if example is not None:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", RetroExitWarning)  # the user has seen them
+            with silence():  # the user has seen them
                 self.record(*example[0], **example[1])
             for branch, values in zip(self.branches, facts, strict=True):
                 branch.restore_facts(values)  # type: ignore[operator]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,7 @@ from torch.nn import functional
 
 from retroexit.core.modules import count_macs
 from retroexit.core.nested import clone_strided, tensors
-from retroexit.errors import OptionError, RetroExitWarning, TrainingError
+from retroexit.errors import OptionError, TrainingError, warn
 from retroexit.guidance.provider import GuideProvider
 from retroexit.retrieval import SearchResult
 from retroexit.routing.calibration import Calibration
@@ -231,7 +230,7 @@ class Router(nn.Module):
         for kind, reason in reasons.items():
             if kind not in self._reasons:
                 self._reasons[kind] = reason
-                warnings.warn(f"the promise is void for this call: {reason}.", RetroExitWarning, stacklevel=6)
+                warn(f"the promise is void for this call: {reason}.", 6)
 
     def _differences(self, feature: Tensor | None) -> dict[str, str]:
         """In what a call differs from the calibration, by kind: the guard, the size of the feature, the precision."""

@@ -131,15 +131,18 @@ def _is_atom(_path: str, module: nn.Module) -> bool:
 
 
 @contextmanager
-def unobserved(generator: nn.Module) -> Iterator[None]:
-    """Restore buffers and random states that change inside the block."""
+def unobserved(generator: nn.Module, draws: bool = True) -> Iterator[None]:
+    """Restore buffers and random states that change inside the block.
+
+    Random states are the process's: without ``draws`` they are left alone, and with them other threads' draws.
+    """
     buffers = [(buffer, buffer.detach().clone()) for buffer in generator.buffers()]
     devices = {tensor.device for tensor in (*generator.parameters(), *generator.buffers())}
     cuda = [device for device in devices if device.type == "cuda"]
     try:
         # Leaving inference mode switches gradients on, whatever they were.
         grad = torch.is_grad_enabled()
-        with torch.inference_mode(False), torch.set_grad_enabled(grad), torch.random.fork_rng(devices=cuda):
+        with torch.inference_mode(False), torch.set_grad_enabled(grad), torch.random.fork_rng(cuda, draws):
             yield
     finally:
         for buffer, copy in buffers:

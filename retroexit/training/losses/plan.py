@@ -7,7 +7,6 @@ so their weights, all 1, are equalised, see `Equaliser`.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from retroexit.core.files import check_finite, read_torch, reading
 from retroexit.core.identity import fingerprint
 from retroexit.core.nested import is_number
-from retroexit.errors import OptionError, PluginError, RetroExitWarning, TrainingError, WeightsError
+from retroexit.errors import OptionError, PluginError, TrainingError, WeightsError, warn
 from retroexit.metrics import QualityMetric
 from retroexit.plugins.description import Description
 from retroexit.plugins.host import host
@@ -235,11 +234,10 @@ def _discriminator(
     module = None if description is None else _described_discriminator(description, generator)
     if source == "auto":
         if module is not None:
-            warnings.warn(
+            warn(
                 f"the discriminator {type(module).__name__} is untrained. Pass the generator's own, trained, "
                 "as discriminator=module or discriminator=file.",
-                RetroExitWarning,
-                stacklevel=5,
+                5,
             )
         return module
     if module is None:
