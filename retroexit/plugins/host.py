@@ -1,8 +1,4 @@
-"""Find plug-ins, check them, and look up what they offer.
-
-Plug-ins are imported, and their hooks called, at the first look-up. What does not work is left out with a
-warning.
-"""
+"""Find plug-ins at the first look-up, check them, and look up what they offer; what does not work is left out."""
 
 from __future__ import annotations
 
@@ -161,8 +157,8 @@ class Host:
 
         Args:
             generator: The user's trained model.
-            adapter: A description; the name of the plug-in to call; ``False`` for none, ``None`` for all.
-                Without ``False``, a missing ``build_stage`` becomes that of the plug-ins.
+            adapter: A description; the name of the plug-in to call; ``False`` for none, ``None`` for all. Without
+                ``False``, a missing ``build_stage`` becomes that of the plug-ins.
 
         Raises:
             OptionError, PluginError: If the named plug-in does not recognise the generator, or is not in use.

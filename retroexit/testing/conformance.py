@@ -48,8 +48,8 @@ def check_adapter(
 
     Args:
         generator: A small instance with random or trained weights, in eval mode, on the CPU.
-        plugin: The module or object whose functions are marked with `hookimpl`; by default the installed
-            plug-ins are called.
+        plugin: The module or object whose functions are marked with `hookimpl`; by default the installed plug-ins are
+            called.
         description: A description to test instead of a plug-in.
         example_inputs: Positional inputs, if the description makes none.
         example_kwargs: Keyword inputs, if the description makes none.
