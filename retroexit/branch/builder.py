@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -22,7 +21,7 @@ from retroexit.branch.widths.equations import symbols_of
 from retroexit.branch.widths.plan import OUTPUT, Pin, TailWidths, WidthPlan, WidthRule
 from retroexit.core.modules import CONVOLUTIONS, MacCounter, clone_module, device_of
 from retroexit.core.writes import WriteWatch, overwrites_saved
-from retroexit.errors import BranchError, RetroExitError, RetroExitWarning
+from retroexit.errors import BranchError, RetroExitError, warn
 from retroexit.split.segments import Tail
 from retroexit.split.split import SplitGenerator
 from retroexit.stages.decoder import Cut
@@ -48,6 +47,8 @@ class BranchSpec:
         samples: Feature and live values of samples by which the inherited channels are chosen; without them,
             the norms of the weights decide.
         widths: Gives the `TailWidths` of the tail, without or with its narrow dimensions.
+        macs: Most multiply-accumulates of the branch on the example values, for kinds whose sizes are chosen by
+            cost; ``None`` to follow ``rule``.
     """
 
     rule: WidthRule
@@ -60,6 +61,7 @@ class BranchSpec:
     names: Mapping[fx.Node, str] = field(default_factory=dict)
     samples: Sequence[Tensor] = ()
     widths: Callable[[bool], TailWidths] | None = None
+    macs: float | None = None
 
 
 def build_branch(
@@ -451,12 +453,11 @@ class _Narrowing:
         if least < _NOTABLE * builder.macs:
             entries = list(dict.fromkeys(p.reason.partition("'s entry ")[2].partition(",")[0] for p in pins))
             names = ", ".join(entries[:3]) + (f" and {len(entries) - 3} more" if len(entries) > 3 else "")
-            warnings.warn(
+            warn(
                 f"the output has tensors beside the image, which every exit returns at full size: {names}. They hold "
                 f"{len(pins)} widths in the branch after {self.spec.names.get(self.cut.feature, 'the cut')!r}, "
                 f"{1 - least / builder.macs:.0%} of its MACs. Wrap a module that returns the image alone to drop them.",
-                RetroExitWarning,
-                stacklevel=2,
+                2,
             )
 
     def _without_projection(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from retroexit.core.nested import rebuild, tensors
+from retroexit.core.nested import flatten, rebuild
 
 __all__ = ["are_grouped", "group", "merge", "rows_per_sample"]
 
@@ -58,24 +58,31 @@ def group(rows: Tensor, size: int) -> Tensor:
     return (rows[:, None] * size + torch.arange(size, device=rows.device)).flatten()
 
 
-def merge(parts: list[tuple[Tensor, Any]], count: int, sizes: Sequence[int | None]) -> Any:
+def merge(parts: list[tuple[Tensor, Any]], count: int, sizes: Mapping[tuple[Any, ...], int | None]) -> Any:
     """Join the outputs of parts of a batch in the batch's order.
 
     Args:
         parts: Sample numbers and output of each part.
         count: Number of samples.
-        sizes: For each tensor of the output, rows of one sample; ``None`` if it belongs to no sample.
+        sizes: For the path of each tensor in the output, rows of one sample; ``None`` if it belongs to no sample.
+
+    Returns:
+        The output; a tensor that a part lacks, since its branch owes only the image, is ``None``.
     """
     if len(parts) == 1:
         return parts[0][1]
-    merged: list[Tensor] = []
-    for size, *leaves in zip(sizes, *(tensors(output) for _, output in parts), strict=True):
-        if size is None:
-            merged.append(leaves[0])
-            continue
-        joined = leaves[0].new_empty(count * size, *leaves[0].shape[1:])
-        for leaf, (rows, _) in zip(leaves, parts, strict=True):
-            joined[group(rows, size).to(joined.device)] = leaf.detach()
-        merged.append(joined)
+    by_path = [dict(flatten(output)) for _, output in parts]
+    merged: list[Any] = []
+    for path, first in by_path[0].items():
+        leaves, size = [leaf[path] for leaf in by_path], sizes.get(path)
+        if path in sizes and any(leaf is None for leaf in leaves):
+            merged.append(None)
+        elif size is None:
+            merged.append(first)
+        else:
+            joined = first.new_empty(count * size, *first.shape[1:])
+            for leaf, (rows, _) in zip(leaves, parts, strict=True):
+                joined[group(rows, size).to(joined.device)] = leaf.detach()
+            merged.append(joined)
     rest = iter(merged)
-    return rebuild(parts[0][1], lambda leaf: next(rest) if isinstance(leaf, Tensor) else leaf)
+    return rebuild(parts[0][1], lambda _leaf: next(rest))

@@ -68,7 +68,7 @@ class SplitGenerator:
         example: The inputs of the recording.
         batched: For the crossing values that depend on the batch, rows of one sample: 1, more if frames are
             folded in, 0 if samples cannot be told apart by rows.
-        output_rows: The same for the tensors of the output; ``None`` for one that belongs to no sample.
+        output_rows: The same for the tensors of the output, by path; ``None`` for one that belongs to no sample.
         written: For every cut, positions of the crossing values that its tail writes into.
         writes: Whether the stages up to the last cut write into tensors that their backward needs.
         divides: Whether samples of one batch can be told apart in all of these.
@@ -98,7 +98,7 @@ class SplitGenerator:
         self._device = device_of(generator)
         self._precision = precision_of(generator)
         self.batched: dict[fx.Node, int] = {}
-        self.output_rows, self.divides = list[int | None](), True
+        self.output_rows, self.divides = dict[tuple[Any, ...], int | None](), True
         self.written: list[set[int]] = []
         self.writes, self._is_exact = False, False
         self._prepare()
@@ -284,12 +284,12 @@ class SplitGenerator:
             RecordingError: If the self-test fails.
         """
         states, watch = list[list[Tensor]](), WriteWatch()
-        with torch.no_grad(), unobserved(self.generator):
+        with torch.no_grad(), self._unobserved():
             if not self_test or self.decoder.replayed or not self._run_through(states, watch):
                 expected = self._generator_outputs(*self.example) if self_test else None
                 self._run_each(states, watch, expected, len(self.cuts) if count is None else count)
         if watch.seen:
-            with unobserved(self.generator):
+            with self._unobserved():
                 self.writes = overwrites_saved(lambda: self._differentiate(len(states)))
         return states
 
@@ -392,8 +392,11 @@ class SplitGenerator:
                 batch,
             )
 
+    def _unobserved(self) -> AbstractContextManager[None]:
+        return unobserved(self.generator, self.decoder.recording.draws)
+
     def _generator_outputs(self, args: Any, kwargs: Any) -> list[Tensor]:
-        with torch.no_grad(), unobserved(self.generator):
+        with torch.no_grad(), self._unobserved():
             return tensors(self.generator(*cloned(args), **cloned(kwargs)))
 
     def _self_test(self, index: int, crossing: list[Tensor], expected: list[Tensor]) -> None:
@@ -401,7 +404,7 @@ class SplitGenerator:
 
         The segments before it have just run, so that random draws are equal.
         """
-        with unobserved(self.generator):
+        with self._unobserved():
             outputs = tensors(self.tail(index, share=True)(*crossing))
         if not _are_equal(outputs, expected):
             pairs = [(a, b) for a, b in zip(outputs, expected, strict=False) if a.shape == b.shape]
@@ -430,7 +433,7 @@ class SplitGenerator:
     def _look(self, args: Any, kwargs: Any) -> tuple[dict[Any, Tensor], list[Tensor]]:
         """Run the pieces; returns copies of what crosses each cut, by node, and of the output, by number."""
         seen: dict[Any, Tensor] = {}
-        with torch.no_grad(), unobserved(self.generator):
+        with torch.no_grad(), self._unobserved():
             values, key_feature = self._to_first_cut(self._bind(cloned(args), cloned(kwargs)))
             if self.key_cut is not None:
                 seen[self.key_cut.feature] = key_feature
@@ -480,7 +483,9 @@ class SplitGenerator:
         shapes, grown = ({name: tuple(v.shape) for name, v in seen.items()} for seen in (small, large))
         rows = rows_per_sample(shapes, grown, self.batch)
         self.batched = {node: size for node, size in rows.items() if isinstance(node, fx.Node)}
-        self.output_rows = [rows.get(name) for name in small if isinstance(name, int)]
+        paths = [path for path, leaf in flatten(self.decoder.recording.output) if isinstance(leaf, Tensor)]
+        numbers = [name for name in small if isinstance(name, int)]
+        self.output_rows = {path: rows.get(number) for path, number in zip(paths, numbers, strict=True)}
         self.divides = all(rows.values()) and all(
             are_grouped(small[name], large[name]) for name, size in rows.items() if size > 1
         )

@@ -197,8 +197,11 @@ class TailWidths:
         return sorted(used - set(self.fixed), key=str)
 
     def with_thin_live(self) -> TailWidths:
-        """Release the widths that live maps fix although layers in the tail make them too, as for long skips."""
-        made = {shape[0] for shape in self.shapes.values() if len(shape) > 1}
+        """Release the widths that live values fix although layers in the tail, or the feature, have them too.
+
+        So for long skips, and for the features of a decoder that runs once per chunk.
+        """
+        made = {self.entry, *(shape[0] for shape in self.shapes.values() if len(shape) > 1)}
         whole = {s for item in self.live if item is not None and item[1] in made for s in symbols_of(item[1])}
         fixed = {s: reason for s, reason in self.fixed.items() if s not in whole or not reason.startswith(LIVE)}
         return replace(self, fixed=fixed)
