@@ -298,8 +298,7 @@ class _SymbolicRun:
         entry = expression(feature.shape[1])
         parameters = [shapes[name] for name, _ in behind.tail.named_parameters()]
         used = symbols_of(entry) | {s for shape in parameters for e in shape for s in symbols_of(e)}
-        products = [p for p in equations.products if symbols_of(p.whole) & used]
-        used |= {s for p in products for s in (p.parts, p.each)}
+        used |= {s for p in equations.products for s in (p.parts, p.each) if symbols_of(p.whole) & used}
         for symbol in equations.values:
             if symbol not in used:
                 fixed.setdefault(symbol, "no parameter has this width")
@@ -317,9 +316,9 @@ class _SymbolicRun:
                 Product(p.each, p.parts, p.whole)
                 if p.each in attributes.values() and p.parts not in attributes.values()
                 else p
-                for p in products
+                for p in equations.products
             ],
-            conditions=[c for c in equations.open_conditions() if symbols_of(c) & used],
+            conditions=equations.open_conditions(),
             lines={s: line for s in symbols.values() if (line := equations.line_of(s)) is not None},
             symbols=symbols,
             live=self._thin_live(live),

@@ -196,6 +196,14 @@ class TailWidths:
         used = {s for shape in (*self.shapes.values(), (self.entry,)) for e in shape for s in symbols_of(e)}
         return sorted(used - set(self.fixed), key=str)
 
+    def excess(self, rule: Rule) -> float:
+        """Elements of the planned tensors over those that the rule alone would leave."""
+        least = sum(
+            math.prod(rule(n) if (name, axis) in self.symbols else n for axis, n in enumerate(shape))
+            for name, shape in self.original.items()
+        )
+        return self.plan(rule).numbers / max(least, 1)
+
     def with_thin_live(self) -> TailWidths:
         """Release the widths that live values fix although layers in the tail, or the feature, have them too.
 
