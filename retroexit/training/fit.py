@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from retroexit.branch.copy import CopyBranch
 from retroexit.core.files import MANIFEST, write_json
 from retroexit.core.identity import fingerprint
 from retroexit.core.modules import device_of
@@ -138,7 +139,8 @@ def _train(
     progress: bool,
 ) -> None:
     weight = settings.features
-    distances = [FeatureDistance(model, i, weight) if weight else None for i in range(len(losses))]
+    is_copy = [isinstance(branch, CopyBranch) for branch in model.branches]
+    distances = [FeatureDistance(model, i, weight) if weight and is_copy[i] else None for i in range(len(losses))]
     trainers = [
         BranchTrainer(model, index, loss, steps.limits, settings, folder, steps.team, distance)
         for index, (loss, distance) in enumerate(zip(losses, distances, strict=True))
