@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import pickle
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import retroexit
 from retroexit.errors import RetroExitError
@@ -50,8 +53,8 @@ X = torch.rand(8, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
 def wrapped(generator: nn.Module, **options: Any) -> retroexit.EarlyExitGenerator:
-    options |= {"min_channels": 4, "image_range": (-1, 1), "example_inputs": (X[:2],)}
-    return retroexit.wrap(generator, ["blocks.0"], 1 / 2, **options)
+    settings: dict[str, Any] = {"min_channels": 4, "image_range": (-1, 1), "example_inputs": (X[:2],)}
+    return retroexit.wrap(generator, ["blocks.0"], 1 / 2, **settings | options)
 
 
 def fit(model: retroexit.EarlyExitGenerator, folder: Path, **more: Any) -> Any:
@@ -80,6 +83,8 @@ CALLS: dict[str, Callable[[Any, Path], Any]] = {
     "load": lambda m, folder: retroexit.load(m.save(folder / "saved"), m.generator),
     "load, no folder": lambda m, folder: retroexit.load(folder / "none", m.generator),
     "deepcopy": lambda m, _: copy.deepcopy(m),
+    "pickle": lambda m, _: pickle.loads(pickle.dumps(m)),
+    "first call": lambda m, _: wrapped(m.generator, example_inputs=None)(X, exit=1),
     "latency": lambda m, _: m.measure_latency(X, runs=2),
 }  # fmt: skip
 
@@ -108,3 +113,37 @@ def test_the_generator_stays_as_it_was(
                 call(model, tmp_path)
         else:
             call(model, tmp_path)
+
+
+class Interruption(TorchDispatchMode):
+    """Counts operations of PyTorch, and raises an error at one of them."""
+
+    def __init__(self, at: int = -1, error: BaseException | None = None) -> None:
+        super().__init__()
+        self.at, self.error, self.count = at, error, 0
+
+    def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        if self.count == self.at:
+            assert self.error is not None
+            raise self.error
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", [name for name in CALLS if "," not in name])
+def test_an_interrupted_call_leaves_the_generator_as_it_was(
+    model: retroexit.EarlyExitGenerator,
+    name: str,
+    untouched: Callable[[nn.Module], AbstractContextManager[None]],
+    tmp_path: Path,
+) -> None:
+    expected = model.all_exits(X)
+    with Interruption() as whole:
+        CALLS[name](model, tmp_path / "whole")
+    for number, share in enumerate((0.05, 0.3, 0.6, 0.95)):
+        error = KeyboardInterrupt() if number % 2 else RuntimeError("in the middle")
+        interruption = Interruption(max(1, int(share * whole.count)), error)
+        with untouched(model.generator), contextlib.suppress(Exception, KeyboardInterrupt), interruption:
+            CALLS[name](model, tmp_path / f"{number}")
+    if name != "fit":  # which trains the branches
+        assert all(map(torch.equal, model.all_exits(X), expected))
