@@ -60,6 +60,7 @@ class Decomposition:
         taps: Where guidance keys and values come from, or ``None`` without guidance.
         specs: How the branches were built.
         identity: The generator's class and weights when it was recorded, which the branches are made for.
+        options: How it was wrapped, with the attach points and sizes that were left open.
     """
 
     split: SplitGenerator
@@ -68,6 +69,7 @@ class Decomposition:
     route_macs: list[int]
     feature_shape: tuple[int, ...]
     identity: Identity
+    options: WrapOptions
     taps: Taps | None = None
     specs: list[BranchSpec] = field(default_factory=list)
 
@@ -115,7 +117,7 @@ def decompose(
         RetroExitError: See `retroexit.wrap`; the generator is left as it was.
     """
     args = tuple(args)
-    named = [place for place in options.attach_at if isinstance(place, str)]
+    named = [place for place in options.attach_at or () if isinstance(place, str)]
     named += tap_paths(options.guidance)
     decoder = read_decoder(generator, args, kwargs, stages=options.stages, also=named, image=options.image)
     if decoder.recording.draws:
@@ -182,6 +184,7 @@ def _build(
     generator: nn.Module, decoder: Decoder, options: WrapOptions, args: Any, kwargs: dict[str, Any]
 ) -> tuple[Decomposition, list[Branch]]:
     """Cut a recorded generator and build its branches; where the recording cannot be cut, run the forward again."""
+    options = options.at_suggested(decoder.stages)
     try:
         pairs = _find_places(decoder, options)
     except AttachPointError:
@@ -209,6 +212,7 @@ def _build(
         route_macs=[],
         feature_shape=tuple(states[0][0].shape[1:]),
         identity=Identity.of(generator),
+        options=options,
         taps=None if options.guidance is None else find_taps(split, options.guidance),
     )
     guide = None if decomposition.taps is None else decomposition.taps.guide
@@ -261,7 +265,7 @@ def _find_places(decoder: Decoder, options: WrapOptions) -> list[tuple[Stage, Cu
     """
     stage_of = {stage.path: stage for stage in decoder.stages}
     chosen: list[Stage] = []
-    for place in options.attach_at:
+    for place in options.attach_at or ():
         if isinstance(place, str):
             chosen.append(stage_of.get(place) or decoder.describe(place))
         elif not 1 <= place <= len(decoder.stages):
@@ -285,7 +289,7 @@ def _find_places(decoder: Decoder, options: WrapOptions) -> list[tuple[Stage, Cu
     pairs = places(decoder, chosen, options.tap)
     if len({cut.position for _, cut in pairs}) < len(pairs):
         raise AttachPointError(
-            f"attach_at must name each place once, got {list(options.attach_at)}.", options.attach_at
+            f"attach_at must name each place once, got {list(options.attach_at or ())}.", options.attach_at
         )
     last = decoder.stages[-1].path
     for stage, cut in pairs:
