@@ -118,7 +118,7 @@ def wrap(
     if example_inputs is None and description.example_inputs is not None:
         example_inputs, example_kwargs = description.example_inputs(generator)
     args, kwargs = example_call(example_inputs, example_kwargs)
-    options = wrap_options(attach_at, scale, description, **settings)
+    options = wrap_options(description, attach_at, scale, **settings)
     options = replace(options, **adapter_options(generator, adapter, description))
     model = EarlyExitGenerator(generator, options)
     if example_inputs is not None or example_kwargs:
@@ -127,9 +127,9 @@ def wrap(
 
 
 def wrap_options(
-    attach_at: tuple[int | str, ...] | None,
-    scale: float | Sequence[float] | None,
     description: Description,
+    attach_at: tuple[int | str, ...] | None = None,
+    scale: float | Sequence[float] | None = None,
     *,
     branch: str | Sequence[str] | None = None,
     macs: float | Sequence[float | None] | None = None,

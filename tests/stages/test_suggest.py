@@ -27,7 +27,8 @@ _LIVE = [0.06, 0.1, 0.14, 0.3, 0.5, 0.7, 1.0]
     [
         pytest.param([i / 20 for i in range(1, 21)], None, [1, 2, 6, 11], id="dense where exits save most"),
         pytest.param(
-            [0.001 * i for i in range(1, 11)] + [0.1 * i for i in range(1, 11)], None, [10, 11, 13, 15], id="not evenly in stages",
+            [*(0.001 * i for i in range(1, 11)), *(0.1 * i for i in range(1, 11))], None, [10, 11, 13, 15],
+            id="not evenly in stages",
         ),
         pytest.param(_LIVE, [9, 9, 2, 9, 9, 9, 0], [1, 3, 4, 5], id="fewest live numbers nearby"),
         pytest.param(_LIVE, [9, 9, 9, 9, 9, 9, 0], [1, 2, 4, 5], id="equal live numbers"),
