@@ -74,16 +74,10 @@ def _next_steps(decoder: Decoder, target: str, arguments: str, image: Any) -> st
         return "\nOne stage alone has no place for an exit: a branch needs a stage after it."
     keywords, options = "", ""
     if image is not None:
-        keywords, options = f", image={image!r}", f" --image {_quoted(str(image))}"
-    made = f" --args {_quoted(arguments)}" if arguments else ""
+        keywords, options = f", image={image!r}", f" --image {shlex.quote(str(image))}"
+    made = f" --args {shlex.quote(arguments)}" if arguments else ""
     return (
         f"\nto go on, with exits at the starred stages:\n  model = retroexit.wrap(generator{keywords})\n"
-        f"  retroexit fit {_quoted(target)}{made} --inputs mydata:train{options} --out runs/mine\n"
+        f"  retroexit fit {shlex.quote(target)}{made} --inputs mydata:train{options} --out runs/mine\n"
         f"or, with thin copies of the stages behind them, add attach_at={places}, scale=1 / 4."
     )
-
-
-def _quoted(text: str) -> str:
-    """Quote a word for the shell, readably if it holds single quotes only."""
-    plain = "'" in text and not set(text) & set('"$`\\!')
-    return f'"{text}"' if plain else shlex.quote(text)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from retroexit.branch.branch import Branch
-from retroexit.branch.builder import BranchSpec
+from retroexit.branch.builder import BranchSpec, SharedAnalysis
 from retroexit.core.identity import Identity
 from retroexit.core.modules import device_of, precision_of
 from retroexit.core.nested import tensors
@@ -25,8 +25,9 @@ from retroexit.errors import (
     OutputError,
     PluginError,
     RecordingError,
-    RetroExitWarning,
     closest,
+    silence,
+    warn,
 )
 from retroexit.guidance.provider import Taps, find_key_cut, find_taps, tap_paths
 from retroexit.plugins.host import host
@@ -85,6 +86,12 @@ class Decomposition:
         later = {call.path for call in recording.calls if call.begin >= position}
         return sum(stage.path in later for stage in self.split.decoder.stages)
 
+    def macs_behind(self, index: int) -> int:
+        """MACs of the backbone behind the attach point of an exit, numbered from 0, on the values of its branch."""
+        decoder, split = self.split.decoder, self.split
+        behind = decoder.recording.macs - _macs_before(decoder, split.cuts[index])
+        return behind // (split.batch if split.divides else 1)
+
     def check_generator(self) -> None:
         """Refuse a generator that has changed since the branches were made for it, in its weights too.
 
@@ -121,12 +128,11 @@ def decompose(
     named += tap_paths(options.guidance)
     decoder = read_decoder(generator, args, kwargs, stages=options.stages, also=named, image=options.image)
     if decoder.recording.draws:
-        warnings.warn(
+        warn(
             f"{type(generator).__name__} draws random numbers in its forward: two calls with the same inputs render "
             "different images. To compare exits, call torch.manual_seed before each call, or pass the noise as an "
             "input.",
-            RetroExitWarning,
-            stacklevel=5,
+            5,
         )
     if not decoder.replayed:
         try:
@@ -168,8 +174,7 @@ def decompose_again(
                 branch,
             )
     args, kwargs = decomposition.split.example_now()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RetroExitWarning)  # the user has seen them
+    with silence():  # the user has seen them
         renewed, copies = decompose(generator, settle(options, decomposition, branches), args, kwargs)
     for branch, copied in zip(branches, copies, strict=True):
         copied.load_state_dict(branch.state_dict())
@@ -215,30 +220,35 @@ def _build(
         options=options,
         taps=None if options.guidance is None else find_taps(split, options.guidance),
     )
-    guide = None if decomposition.taps is None else decomposition.taps.guide
-    plans, names = options.plans or (None,) * len(pairs), value_names(decoder.recording)
-    branches = []
-    for index, ((stage, cut), plan) in enumerate(zip(pairs, plans, strict=True)):
-        spec = BranchSpec(
-            options.rule_of(stage),
-            options.init,
-            guide,
-            tuple(s.path for s in decoder.stages),
-            options.seed + index,
-            options.build_stage,
-            decoder.image_path,
-            names,
-        )
-        before, share = _macs_before(decoder, cut), options.macs_of(stage)
-        if share is not None:
-            limit = share * decoder.recording.macs - before
-            spec = replace(spec, macs=limit / split.batch if split.divides else limit)
-        decomposition.specs.append(spec)
-        behind = (decoder.recording.macs - before) // (split.batch if split.divides else 1)
-        branch, macs = _choose_exit(split, index, states[index], spec, plan or options.kind_of(stage), behind)
+    branches, shared = [], None
+    for index, (_, cut) in enumerate(pairs):
+        spec = _spec(decoder, decomposition, index)
+        if shared is None and not decoder.replayed:
+            shared = SharedAnalysis(split, one_sample(split, 0, states[0]), spec)
+        decomposition.specs.append(replace(spec, widths=None if shared is None else partial(shared.of, index)))
+        branch, macs = _choose_exit(decomposition, index, states[index])
         branches.append(branch)
-        decomposition.route_macs.append(macs + before // split.batch)
+        decomposition.route_macs.append(macs + _macs_before(decoder, cut) // split.batch)
     return decomposition, branches
+
+
+def _spec(decoder: Decoder, decomposition: Decomposition, index: int) -> BranchSpec:
+    """Say how the branch of an exit is to be built."""
+    split, options, stage = decomposition.split, decomposition.options, decomposition.places[index]
+    share, limit = options.macs_of(stage), None
+    if share is not None:
+        limit = share * decoder.recording.macs - _macs_before(decoder, split.cuts[index])
+    return BranchSpec(
+        options.rule_of(stage),
+        options.init,
+        None if decomposition.taps is None else decomposition.taps.guide,
+        tuple(s.path for s in decoder.stages),
+        options.seed + index,
+        options.build_stage,
+        decoder.image_path,
+        value_names(decoder.recording),
+        macs=limit / split.batch if limit is not None and split.divides else limit,
+    )
 
 
 def _refuse_layout(generator: nn.Module, decoder: Decoder, args: Any, kwargs: dict[str, Any]) -> None:
@@ -316,41 +326,50 @@ def _alternative(decoder: Decoder, last: Stage) -> str:
     return "It is the only stage, one layer: take its input with tap='before', or wrap a deeper module."
 
 
-def _choose_exit(
-    split: SplitGenerator, index: int, crossing: list[Tensor], spec: BranchSpec, plan: BranchPlan | str, behind: int
-) -> tuple[Branch, int]:
-    """Build the branch of a plan or of a kind; ``"auto"`` prefers the copy where it can be built and saves enough.
+def _choose_exit(decomposition: Decomposition, index: int, crossing: list[Tensor]) -> tuple[Branch, int]:
+    """Build the branch of an exit, of the kind and size that was chosen earlier or is chosen here.
+
+    ``"auto"`` prefers the copy where it can be built and saves enough. A branch that nobody has sized may cost more
+    than `BRANCH_SHARE`, where none is smaller.
 
     Args:
-        split: The generator, cut.
+        decomposition: The generator, cut.
         index: Which exit, from 0.
         crossing: Example values at its cut.
-        spec: How to build it.
-        plan: What was chosen earlier, or the kind.
-        behind: MACs of the backbone behind the cut.
 
     Returns:
         The branch, and its MACs for one sample.
     """
-    if isinstance(plan, BranchPlan):
-        branch, macs = _build_exit(split, index, crossing, spec, plan.kind, plan.sizes)
+    split, options, spec = decomposition.split, decomposition.options, decomposition.specs[index]
+    build = partial(_build_exit, split, index, crossing)
+    if options.plans:
+        plan = options.plans[index]
+        branch, macs = build(spec, plan.kind, plan.sizes)
         branch.why = plan.why
         return branch, macs
-    if plan != AUTO:
-        return _build_exit(split, index, crossing, spec, plan)
+    kind = options.kind_of(decomposition.places[index])
+    behind = decomposition.macs_behind(index)
+    if kind == AUTO:
+        try:
+            branch, macs = build(spec, "copy")
+        except BranchError as error:
+            why = f"no copy can be built: {' '.join(str(error).split()).partition('. ')[0]}"
+        else:
+            saved = 1 - branch.macs / max(behind, 1)
+            if saved >= LEAST_SAVED:
+                branch.why = f"the copy saves {saved:.0%} behind the attach point; fit compares both"
+                return branch, macs
+            why = f"the copy saves {max(saved, 0):.0%} behind the attach point"
+        branch, macs = build(spec, "subpixel")
+        branch.why = why
+        return branch, macs
     try:
-        branch, macs = _build_exit(split, index, crossing, spec, "copy")
-    except BranchError as error:
-        why = f"no copy can be built: {' '.join(str(error).split()).partition('. ')[0]}"
-    else:
-        saved = 1 - branch.macs / max(behind, 1)
-        if saved >= LEAST_SAVED:
-            branch.why = f"the copy saves {saved:.0%} behind the attach point; fit compares both"
-            return branch, macs
-        why = f"the copy saves {max(saved, 0):.0%} behind the attach point"
-    branch, macs = _build_exit(split, index, crossing, spec, "subpixel")
-    branch.why = why
-    return branch, macs
+        return build(spec, kind)
+    except BranchError:
+        if options.macs:
+            raise
+        decomposition.specs[index] = replace(spec, macs=float(behind))
+        return build(decomposition.specs[index], kind)
 
 
 def _build_exit(
@@ -359,9 +378,7 @@ def _build_exit(
     """Build one branch; gives it, and its MACs for one sample."""
     build = host().branch_kind(kind)
     cut = split.cuts[index]
-    # Where samples cannot be told apart, the whole batch of the example stands for one.
-    rows = split.batched if split.divides else {}
-    one = [v[: rows[n]] if n in rows else v for n, v in zip(cut.crossing, crossing, strict=True)]
+    one = one_sample(split, index, crossing)
     with unobserved(split.generator):  # trial runs draw from generators that are not theirs
         try:
             branch = build(split.tail(index, share=True), cut, one, spec, sizes)
@@ -372,6 +389,12 @@ def _build_exit(
     if not isinstance(branch, Branch) or branch.kind != kind:
         raise PluginError(f"branch kind {kind!r} must build a Branch of this kind, got {branch!r}.", branch)
     return branch, branch.macs if split.divides else branch.macs // split.batch
+
+
+def one_sample(split: SplitGenerator, index: int, crossing: Sequence[Tensor]) -> list[Tensor]:
+    """Values of one sample at a cut; where samples cannot be told apart, the whole batch stands for one."""
+    rows = split.batched if split.divides else {}
+    return [v[: rows[n]] if n in rows else v for n, v in zip(split.cuts[index].crossing, crossing, strict=True)]
 
 
 def branch_for(decomposition: Decomposition, index: int, kind: str, **changes: Any) -> Branch:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from retroexit.branch.adapter_stages import BuildStage
 from retroexit.branch.builder import Init
 from retroexit.branch.widths.plan import WidthRule
-from retroexit.errors import AttachPointError, OptionError, RetroExitWarning
+from retroexit.errors import AttachPointError, OptionError, warn
 from retroexit.guidance.provider import Guidance
 from retroexit.plugins.description import Description
 from retroexit.stages.stage import Stage
@@ -86,7 +85,7 @@ class WrapOptions:
         for place in self.attach_at or ():
             if isinstance(place, bool) or not isinstance(place, (int, str)):
                 raise AttachPointError(
-                    f"attach_at must hold stage numbers and module paths, got {place!r} in {list(self.attach_at)}.",
+                    f"attach_at must hold stage numbers and module paths, got {place!r} in {list(self.attach_at or ())}.",
                     place,
                 )
         if self.tap not in ("after", "before"):
@@ -144,11 +143,10 @@ def _shadowed_keywords(generator: nn.Module) -> tuple[str, ...]:
         return ()
     shadowed = tuple(name for name in OWN_KEYWORDS if name in parameters)
     if shadowed:
-        warnings.warn(
+        warn(
             f"{type(generator).__name__}.forward has its own keyword {' and '.join(map(repr, shadowed))}; "
             "model(...) hands it to the generator. Choose exits with model.route(inputs, kwargs, exit=..., "
             "threshold=...).",
-            RetroExitWarning,
-            stacklevel=4,
+            4,
         )
     return shadowed
