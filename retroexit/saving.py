@@ -378,6 +378,7 @@ def _widths_to_json(plan: WidthPlan) -> dict[str, Any]:
         "pins": [dataclasses.asdict(pin) for pin in plan.pins],
         "built": {path: list(channels) for path, channels in plan.built.items()},
         "live": [[position, channels] for position, channels in plan.live.items()],
+        "tokens": list(plan.tokens),
     }
 
 
@@ -392,4 +393,5 @@ def _widths_from_json(saved: dict[str, Any] | None) -> WidthPlan | None:
         pins=tuple(Pin(**pin) for pin in saved["pins"]),
         built={path: (int(c_in), int(c_out)) for path, (c_in, c_out) in saved["built"].items()},
         live={position: channels for position, channels in saved.get("live", ())},
+        tokens=tuple(saved.get("tokens", ())),
     )
