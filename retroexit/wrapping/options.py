@@ -85,8 +85,7 @@ class WrapOptions:
         for place in self.attach_at or ():
             if isinstance(place, bool) or not isinstance(place, (int, str)):
                 raise AttachPointError(
-                    f"attach_at must hold stage numbers and module paths, got {place!r} in {list(self.attach_at or ())}.",
-                    place,
+                    f"attach_at must hold stage numbers and module paths, got {place!r} in {self.attach_at}.", place
                 )
         if self.tap not in ("after", "before"):
             raise OptionError(f"tap must be 'after' or 'before', got {self.tap!r}.", self.tap)
