@@ -146,7 +146,7 @@ class _BranchBuilder:
     @cached_property
     def stages(self) -> list[str]:
         """Stages in the tail that take a map, in order."""
-        modules = [node for node in self.cut.rest if node.op == "call_module"]
+        modules = [node for node in self.full.rest if node.op == "call_module"]
         inside = {str(node.target) for node in modules if not node.meta.get("takes_tokens")}
         return [path for path in self.spec.stages if path in inside]
 
@@ -320,7 +320,7 @@ class _BranchBuilder:
         guide = self.spec.guide
         if guide is None or guide.inject != "every_stage":
             return {}
-        modules = {str(node.target): node for node in self.cut.rest if node.op == "call_module"}
+        modules = {str(node.target): node for node in self.full.rest if node.op == "call_module"}
         injections = {}
         for path in self.stages:
             if path == self.first or self.cut.feature in modules[path].all_input_nodes:
@@ -471,7 +471,7 @@ class _Narrowing:
             warn(
                 f"the output has tensors beside the image, which every exit returns at full size: {names}. They hold "
                 f"{len(pins)} widths in the branch after {self.spec.names.get(self.cut.feature, 'the cut')!r}, "
-                f"{1 - least / builder.macs:.0%} of its MACs. Wrap a module that returns the image alone to drop them.",
+                f"{1 - least / builder.macs:.0%} of its MACs. Pass image_only=True to drop them.",
                 2,
             )
 

@@ -352,7 +352,7 @@ def _output_reasons(output: Any, image: Sequence[Any]) -> list[tuple[Tensor, str
             entry = "".join(f"[{key!r}]" for key in path)
             reason = (
                 f"{OUTPUT}'s entry {entry}, which every exit returns as the backbone does; "
-                "to drop it, wrap a module that returns the image alone"
+                "pass image_only=True to drop it"
             )
             others.append((leaf, reason))
     return [*others, *images]
