@@ -1,23 +1,18 @@
 """Fixtures that every test may use."""
 
-from __future__ import annotations
-
 import functools
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 
-def _load(name: str) -> ModuleType:
+def _load(name):
     """Import a file beside this one; with importmode=importlib, tests cannot import one another."""
     spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
     assert spec is not None and spec.loader is not None
@@ -30,31 +25,31 @@ _toys = _load("toys")
 _damage = _load("damage")
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+def pytest_generate_tests(metafunc):
     """Run a test that asks for ``every_toy`` once for each toy generator."""
     if "every_toy" in metafunc.fixturenames:
         metafunc.parametrize("every_toy", list(_toys.TOYS), indirect=True)
 
 
 @pytest.fixture
-def every_toy(request: pytest.FixtureRequest) -> Any:
+def every_toy(request):
     """A toy generator; the test runs once for each."""
     return _toys.TOYS[request.param]()
 
 
 @pytest.fixture
-def toys() -> ModuleType:
+def toys():
     """The file of toy generators; ``toys.TOYS[name]()`` builds one."""
     return _toys
 
 
 @pytest.fixture
-def damage() -> ModuleType:
+def damage():
     """The file that damages files and runs things in a child process."""
     return _damage
 
 
-def _fingerprint(generator: nn.Module) -> dict[str, Any]:
+def _fingerprint(generator):
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_state_dict_hooks")
     tensors = [*generator.named_parameters(), *generator.named_buffers()]
     return {
@@ -75,11 +70,11 @@ def _fingerprint(generator: nn.Module) -> dict[str, Any]:
 
 
 @pytest.fixture
-def untouched() -> Callable[[nn.Module], AbstractContextManager[None]]:
+def untouched():
     """``with untouched(generator):`` fails where the block leaves a trace, on random numbers too."""
 
     @contextmanager
-    def watch(generator: nn.Module) -> Iterator[None]:
+    def watch(generator):
         before = _fingerprint(generator)
         yield
         after = _fingerprint(generator)
@@ -93,11 +88,11 @@ def untouched() -> Callable[[nn.Module], AbstractContextManager[None]]:
 
 
 @pytest.fixture
-def refused(untouched: Callable[..., AbstractContextManager[None]]) -> Callable[..., Any]:
+def refused(untouched):
     """``with refused(generator, Error, "pattern"):`` expects an error and an unchanged generator."""
 
     @contextmanager
-    def expect(generator: nn.Module, error: type[Exception], match: str) -> Iterator[pytest.ExceptionInfo[Exception]]:
+    def expect(generator, error, match):
         with untouched(generator), pytest.raises(error, match=match) as caught:
             yield caught
 
@@ -105,7 +100,7 @@ def refused(untouched: Callable[..., AbstractContextManager[None]]) -> Callable[
 
 
 @pytest.fixture(scope="session")
-def shared() -> Path:
+def shared():
     """Folder of real data that is not part of the project; tests that need it skip where it is absent."""
     folder = Path(os.environ.get("RETROEXIT_SHARED", Path(__file__).resolve().parents[2] / "shared"))
     if not (folder / "data").is_dir():
@@ -114,5 +109,5 @@ def shared() -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _seeded() -> None:
+def _seeded():
     torch.manual_seed(0)

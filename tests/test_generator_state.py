@@ -1,16 +1,10 @@
 """No public call leaves a trace on the generator or on random numbers, whether it returns or raises."""
 
-from __future__ import annotations
-
 import copy
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import retroexit
 from retroexit.errors import RetroExitError
@@ -20,14 +14,14 @@ from retroexit.metrics import QualityMetric
 class Gen(nn.Module):
     """Holds a buffer and a frozen layer."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.stem, self.rgb = nn.Conv2d(4, 16, 3, padding=1), nn.Conv2d(16, 3, 3, padding=1)
         self.blocks = nn.ModuleList(nn.Conv2d(16, 16, 3, padding=1) for _ in range(3))
         self.blocks[1].requires_grad_(False)
         self.register_buffer("unused", torch.ones(3))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         x = self.stem(x)
         for block in self.blocks:
             x = block(x).relu()
@@ -37,34 +31,34 @@ class Gen(nn.Module):
 class Distance(QualityMetric):
     name = "distance"
 
-    def compare(self, image: Tensor, reference: Tensor) -> Tensor:
+    def compare(self, image, reference):
         return (image - reference).abs().flatten(1).mean(1)
 
 
 class Broken(Distance):
-    def compare(self, image: Tensor, reference: Tensor) -> Tensor:
+    def compare(self, image, reference):
         raise RuntimeError("a metric that fails")
 
 
 X = torch.rand(8, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
-def wrapped(generator: nn.Module, **options: Any) -> retroexit.EarlyExitGenerator:
+def wrapped(generator, **options):
     options |= {"min_channels": 4, "image_range": (-1, 1), "example_inputs": (X[:2],)}
     return retroexit.wrap(generator, ["blocks.0"], 1 / 2, **options)
 
 
-def fit(model: retroexit.EarlyExitGenerator, folder: Path, **more: Any) -> Any:
-    settings: dict[str, Any] = {"metric": Distance(), "losses": {"l1": 1.0}, "steps": 2, "batch": 4}
+def fit(model, folder, **more):
+    settings = {"metric": Distance(), "losses": {"l1": 1.0}, "steps": 2, "batch": 4}
     settings |= {"predictor_steps": 1, "progress": False} | more
     return retroexit.fit(model, X, folder, **settings)
 
 
-def calibrate(model: retroexit.EarlyExitGenerator, metric: QualityMetric) -> Any:
+def calibrate(model, metric):
     return model.calibrate(0.9 * X, 0.5, 0.5, metric=metric, progress=False)
 
 
-CALLS: dict[str, Callable[[Any, Path], Any]] = {
+CALLS = {
     "wrap": lambda m, _: wrapped(m.generator),
     "wrap, no such place": lambda m, _: retroexit.wrap(m.generator, ["none"], 1 / 2, example_inputs=(X[:2],)),
     "call": lambda m, _: (m(X), m(X, exit=1), m.all_exits(X), m.features(X), m.predict(X), m(X, threshold=0.5)),
@@ -85,7 +79,7 @@ CALLS: dict[str, Callable[[Any, Path], Any]] = {
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> retroexit.EarlyExitGenerator:
+def model(tmp_path_factory):
     torch.manual_seed(0)
     model = wrapped(Gen().eval())
     fit(model, tmp_path_factory.mktemp("fit"))
@@ -93,13 +87,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> retroexit.EarlyExitGenera
 
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=list(CALLS))
-def test_the_generator_stays_as_it_was(
-    model: retroexit.EarlyExitGenerator,
-    call: Callable[[Any, Path], Any],
-    untouched: Callable[[nn.Module], AbstractContextManager[None]],
-    tmp_path: Path,
-    request: pytest.FixtureRequest,
-) -> None:
+def test_the_generator_stays_as_it_was(model, call, untouched, tmp_path, request):
     (tmp_path / "file").write_text("a file, not a folder")
     fails = "," in request.node.callspec.id
     with untouched(model.generator):

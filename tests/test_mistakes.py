@@ -1,7 +1,5 @@
 """What goes wrong first: each mistake is named with its value, and the advice in the message works."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,28 +8,27 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import retroexit
 from retroexit.errors import RetroExitError
 from retroexit.metrics import QualityMetric
-from retroexit.model import EarlyExitGenerator
 
-FIT: dict[str, Any] = {"metric": "ms-ssim", "steps": 2, "batch": 2, "predictor_steps": 2, "progress": False}
+FIT = {"metric": "ms-ssim", "steps": 2, "batch": 2, "predictor_steps": 2, "progress": False}
 
 
 class Generator(nn.Module):
     """Latents ``(N, 4, 8, 8)`` to images ``(N, out, 16, 16)`` in ``[-1, 1]``."""
 
-    def __init__(self, out: int = 3) -> None:
+    def __init__(self, out=3):
         super().__init__()
         self.stem = nn.Conv2d(4, 8, 3, padding=1)
         self.stages = nn.ModuleList(nn.Conv2d(8, 8, 3, padding=1) for _ in range(3))
         self.rgb = nn.Conv2d(8, out, 3, padding=1)
 
-    def forward(self, z: Tensor) -> Tensor:
+    def forward(self, z):
         h = F.interpolate(self.stem(z), scale_factor=2.0)
         for stage in self.stages:
             h = F.silu(stage(h))
@@ -41,11 +38,11 @@ class Generator(nn.Module):
 class Then(nn.Module):
     """A generator and a function of its image."""
 
-    def __init__(self, function: Callable[[Tensor], Tensor], out: int = 3) -> None:
+    def __init__(self, function, out=3):
         super().__init__()
         self.inner, self.function = generator(out), function
 
-    def forward(self, z: Tensor) -> Tensor:
+    def forward(self, z):
         return self.function(self.inner(z))
 
 
@@ -54,34 +51,34 @@ class PairMetric(QualityMetric):
 
     name = "pairs"
 
-    def compare(self, a: Tensor, b: Tensor) -> Tensor:
+    def compare(self, a, b):
         return (a - b).square().mean((1, 2, 3))
 
 
-def generator(out: int = 3) -> nn.Module:
+def generator(out=3):
     torch.manual_seed(0)
     return Generator(out).eval()
 
 
-def latents(count: int = 4, size: int = 8) -> Tensor:
+def latents(count=4, size=8):
     return torch.randn(count, 4, size, size, generator=torch.Generator().manual_seed(1))
 
 
-def wrap(made: nn.Module | None = None, **options: Any) -> EarlyExitGenerator:
+def wrap(made=None, **options):
     options = {"example_inputs": (latents(2),), "adapter": False, **options}
     return retroexit.wrap(made or generator(), options.pop("attach_at", [1]), 1 / 2, min_channels=4, **options)
 
 
-def fit(folder: Path, inputs: Any = None, made: nn.Module | None = None, **options: Any) -> EarlyExitGenerator:
+def fit(folder, inputs=None, made=None, **options):
     model = wrap(made, **options.pop("wrap", {}))
     return retroexit.fit(model, latents() if inputs is None else inputs, folder, **{**FIT, **options})
 
 
-def saved(folder: Path) -> Path:
+def saved(folder):
     return wrap().save(folder / "model")
 
 
-def pictures() -> list[Any]:
+def pictures():
     image = pytest.importorskip("PIL.Image")
     return [image.new("RGB", (8, 8))] * 3
 
@@ -89,15 +86,15 @@ def pictures() -> list[Any]:
 class Labelled:
     """A data set that yields (input, label)."""
 
-    def __len__(self) -> int:
+    def __len__(self):
         return 4
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+    def __getitem__(self, index):
         return latents()[range(4)[index]], index
 
 
 Act = Callable[[Path], Any]
-MISTAKES: dict[str, tuple[Act, str, Act]] = {
+MISTAKES = {
     # What is fitted on: the mistake, what the message says, and what it advises.
     "several sizes": (
         lambda f: fit(f, [*latents(2), *latents(2, 12)]),
@@ -152,7 +149,7 @@ MISTAKES: dict[str, tuple[Act, str, Act]] = {
     "labels": (
         lambda f: fit(f, Labelled()),
         r"inputs of Generator\.forward\(z.*got 2 positional.*pass \[image for image, _ in data\]",
-        lambda f: fit(f, [image for image, _ in Labelled()]),  # type: ignore[attr-defined]
+        lambda f: fit(f, [image for image, _ in Labelled()]),
     ),
     "too few samples": (
         lambda f: fit(f, latents(1)),
@@ -166,7 +163,7 @@ MISTAKES: dict[str, tuple[Act, str, Act]] = {
     ),
     "steps as text": (lambda f: fit(f, steps="3"), "steps must be an integer >= 1, got '3'", lambda f: fit(f, steps=3)),
     "a plain generator": (
-        lambda f: retroexit.fit(generator(), latents(), f),  # type: ignore[arg-type]
+        lambda f: retroexit.fit(generator(), latents(), f),
         r"model must be what retroexit\.wrap returns, got a Generator\. Wrap the generator first",
         lambda f: fit(f),
     ),
@@ -192,7 +189,7 @@ MISTAKES: dict[str, tuple[Act, str, Act]] = {
         lambda f: fit(f),
     ),
     "bytes by name": (
-        lambda f: fit(f, made=Then(lambda image: {"rgb": image.int()}).eval(), wrap={"image": "rgb"}),  # type: ignore[arg-type,return-value]
+        lambda f: fit(f, made=Then(lambda image: {"rgb": image.int()}).eval(), wrap={"image": "rgb"}),
         r"torch\.int32 of shape",
         lambda f: fit(f),
     ),
@@ -243,7 +240,7 @@ MISTAKES: dict[str, tuple[Act, str, Act]] = {
         lambda f: wrap(example_inputs=(latents(),)),
     ),
     "a tensor as the example of stages": (
-        lambda f: retroexit.find_stages(generator(), latents()),  # type: ignore[arg-type]
+        lambda f: retroexit.find_stages(generator(), latents()),
         r"a tuple of inputs, got one Tensor of shape \(4, 4, 8, 8\)\. Pass example_inputs=\(x,\)",
         lambda f: retroexit.find_stages(generator(), (latents(),)),
     ),
@@ -253,7 +250,7 @@ MISTAKES: dict[str, tuple[Act, str, Act]] = {
         lambda f: wrap(example_inputs=None, example_kwargs={"z": latents()}),
     ),
     "a class": (
-        lambda f: wrap(Generator),  # type: ignore[arg-type]
+        lambda f: wrap(Generator),
         r"got the class Generator\. Pass an instance with trained weights, Generator\(\.\.\.\)\.eval\(\)",
         lambda f: wrap(Generator().eval()),
     ),
@@ -273,7 +270,7 @@ MISTAKES: dict[str, tuple[Act, str, Act]] = {
         lambda f: wrap(attach_at=[2]),
     ),
     "loading with the generator first": (
-        lambda f: retroexit.load(generator(), saved(f)),  # type: ignore[arg-type]
+        lambda f: retroexit.load(generator(), saved(f)),
         r"got a Generator as the folder\. Call retroexit\.load\(folder, generator\)",
         lambda f: retroexit.load(saved(f), generator()),
     ),
@@ -297,7 +294,7 @@ MISTAKES: dict[str, tuple[Act, str, Act]] = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_named_before_anything_is_written_and_the_advice_works(mistake: str, tmp_path: Path) -> None:
+def test_a_mistake_is_named_before_anything_is_written_and_the_advice_works(mistake, tmp_path):
     act, message, advised = MISTAKES[mistake]
     with pytest.raises(RetroExitError, match=f"(?s){message}"):
         act(tmp_path / "wrong")
@@ -305,7 +302,7 @@ def test_a_mistake_is_named_before_anything_is_written_and_the_advice_works(mist
     advised(tmp_path / "right")
 
 
-def test_other_sizes_and_images_are_refused_in_calibrate_and_evaluate_as_in_fit(tmp_path: Path) -> None:
+def test_other_sizes_and_images_are_refused_in_calibrate_and_evaluate_as_in_fit(tmp_path):
     model = fit(tmp_path / "fit")
     sizes = [*latents(40) + 1, *latents(40, 12)]
     for measure in (lambda **k: model.calibrate(sizes, **k), lambda **k: retroexit.evaluate(model, sizes, **k)):
@@ -317,17 +314,17 @@ def test_other_sizes_and_images_are_refused_in_calibrate_and_evaluate_as_in_fit(
             measure(metric="ms-ssim", progress=False)
 
 
-def test_numbers_of_numpy_are_numbers_everywhere(tmp_path: Path) -> None:
+def test_numbers_of_numpy_are_numbers_everywhere(tmp_path):
     n = SimpleNamespace(f=np.float32, i=np.int64)
     made = generator()
-    options: dict[str, Any] = {"min_channels": n.i(4), "seed": n.i(0), "example_inputs": (latents(2),)}
+    options = {"min_channels": n.i(4), "seed": n.i(0), "example_inputs": (latents(2),)}
     model = retroexit.wrap(made, np.array([1, 2]), np.array([0.5, 0.5]), image_range=(n.f(-1), n.f(1)), **options)
     assert [e.index for e in retroexit.wrap(made, [n.i(1)], n.f(0.5), **options).exits] == [1, 2]
-    numbers: dict[str, Any] = {"steps": n.i(2), "batch": n.i(2), "lr": n.f(1e-3), "held_out": n.f(0.2)}
+    numbers = {"steps": n.i(2), "batch": n.i(2), "lr": n.f(1e-3), "held_out": n.f(0.2)}
     numbers |= {"seed": n.i(1), "calibrate": n.f(0.5), "alpha": n.f(0.4), "confidence": n.f(0.6)}
     numbers |= {"latency": n.i(2), "losses": {"l1": n.f(1)}, "predictor_steps": n.i(2)}
     retroexit.fit(model, latents(8), tmp_path, metric="ms-ssim", progress=False, **numbers)
-    promise: dict[str, Any] = {"alpha": n.f(0.4), "confidence": n.f(0.6), "batch": n.i(4), "seed": n.i(3)}
+    promise = {"alpha": n.f(0.4), "confidence": n.f(0.6), "batch": n.i(4), "seed": n.i(3)}
     model.calibrate(latents(8) + 1, metric="ms-ssim", **promise)
     model.measure_latency(latents(2), runs=n.i(2))
     again = retroexit.load(model.save(tmp_path / "saved"), made, (latents(2),))
@@ -335,7 +332,7 @@ def test_numbers_of_numpy_are_numbers_everywhere(tmp_path: Path) -> None:
         assert torch.equal(again(latents(2), **{name: number}), again(latents(2), **{name: number.item()}))
 
 
-def test_a_fit_under_autocast_is_the_fit_without(tmp_path: Path) -> None:
+def test_a_fit_under_autocast_is_the_fit_without(tmp_path):
     plain = fit(tmp_path / "plain")
     with torch.autocast("cpu", dtype=torch.bfloat16):
         under = fit(tmp_path / "under")
@@ -346,9 +343,7 @@ def test_a_fit_under_autocast_is_the_fit_without(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("guidance", [None, "patches"])
 @pytest.mark.parametrize("precision", ["float64 by default", "float32 by another default", "bfloat16"])
-def test_other_precisions_are_fitted_calibrated_evaluated_and_saved(
-    precision: str, guidance: Any, tmp_path: Path
-) -> None:
+def test_other_precisions_are_fitted_calibrated_evaluated_and_saved(precision, guidance, tmp_path):
     dtype = getattr(torch, precision.split()[0])
     made, x = generator().to(dtype), latents(20).to(dtype)
     default = torch.get_default_dtype()

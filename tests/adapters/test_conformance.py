@@ -1,10 +1,6 @@
 """Every adapter of the project passes the conformance test."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -16,12 +12,12 @@ from retroexit.testing import check_adapter
 FOLDER = Path(__file__).resolve().parents[2] / "adapters"
 
 
-def stylegan(adapter: ModuleType) -> nn.Module:
+def stylegan(adapter):
     sizes = {"z_dim": 16, "w_dim": 16, "resolution": 32, "channel_base": 512, "num_mapping_layers": 2}
     return fainter(adapter.StyleGANGenerator(**sizes), "torgb.weight")
 
 
-def fainter(generator: nn.Module, name: str) -> nn.Module:
+def fainter(generator, name):
     """Keep the image of untrained weights in its range, where nothing bounds it."""
     with torch.no_grad():
         for path, parameter in generator.named_parameters():
@@ -30,7 +26,7 @@ def fainter(generator: nn.Module, name: str) -> nn.Module:
     return generator
 
 
-INSTANCES: dict[str, Callable[[ModuleType], nn.Module]] = {
+INSTANCES = {
     "retroexit_diffusers": lambda _: fainter(kl(norm_num_groups=8).decoder, "conv_out.weight"),
     "retroexit_megaportraits": lambda adapter: adapter.MegaPortraitsG2d(24, channels=16, size=4),
     "retroexit_oasis": lambda adapter: adapter.OASISGenerator(5, 3, channels=2, crop=(64, 128), spade_hidden=8),
@@ -40,7 +36,7 @@ INSTANCES: dict[str, Callable[[ModuleType], nn.Module]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", INSTANCES)
-def test_the_adapter_conforms(name: str) -> None:
+def test_the_adapter_conforms(name):
     adapter = pytest.importorskip(name, reason="install the project to get its adapters")
     generator = INSTANCES[name](adapter).eval()
     others = [nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Conv2d(8, 3, 1)).eval()]
@@ -58,5 +54,5 @@ def test_the_adapter_conforms(name: str) -> None:
     assert batch in report.checked or f"{batch}: the generator draws random numbers" in report.skipped
 
 
-def test_no_adapter_is_forgotten() -> None:
+def test_no_adapter_is_forgotten():
     assert {folder.name for folder in FOLDER.iterdir() if (folder / "plugin.py").exists()} <= set(INSTANCES)

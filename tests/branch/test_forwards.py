@@ -218,7 +218,7 @@ class Chain(nn.Module):
 class Skipping(Chain):
     """Adds what a layer reads from a skip of full width, made in front of the cut."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.last = nn.Conv2d(32, 3, 1)
 

@@ -1,13 +1,11 @@
 """The work of a wrap, and what must not hold the widths of a branch: long skips, outputs beside the image."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 import retroexit
@@ -17,7 +15,7 @@ from retroexit.errors import RetroExitWarning
 class Dense(nn.Module):
     """Convolutions that read all before them, and a skip around each block and around all blocks."""
 
-    def __init__(self, count: int, conv: type[nn.Module] = nn.Conv2d, norm: bool = False) -> None:
+    def __init__(self, count, conv=nn.Conv2d, norm=False):
         super().__init__()
         self.first, self.last = conv(3, 16, 3, padding=1), conv(16, 3, 3, padding=1)
         self.blocks = nn.ModuleList(
@@ -25,7 +23,7 @@ class Dense(nn.Module):
         )
         self.norm = nn.GroupNorm(4, 16) if norm else nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         first = x = self.first(x)
         for block in self.blocks:
             parts = [x]
@@ -35,7 +33,7 @@ class Dense(nn.Module):
         return self.last(F.interpolate(self.norm(first + x), scale_factor=2.0))
 
 
-def wrap(generator: nn.Module, x: Tensor, scale: float = 1 / 4, exits: tuple[str, ...] = ("blocks.0.3",)):
+def wrap(generator, x, scale=1 / 4, exits=("blocks.0.3",)):
     return retroexit.wrap(generator.eval(), list(exits), scale, min_channels=4, example_inputs=(x,))
 
 
@@ -84,12 +82,12 @@ def test_at_full_width_a_long_skip_has_no_projection():
 class Cached(nn.Module):
     """Returns what it computed beside the image."""
 
-    def __init__(self, keep: int) -> None:
+    def __init__(self, keep):
         super().__init__()
         self.inp, self.out, self.keep = nn.Conv2d(3, 32, 3, padding=1), nn.Conv2d(32, 3, 3, padding=1), keep
         self.up = nn.ModuleList(nn.Conv2d(32, 32, 3, padding=1) for _ in range(4))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, x):
         x, cache = self.inp(x), {}
         for number, up in enumerate(self.up):
             x = up(x).relu()

@@ -1,13 +1,8 @@
 """Decoders that write in place in eval mode: their branches learn, with the right gradients."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from pathlib import Path
-
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import retroexit
 from retroexit.metrics import QualityMetric
@@ -15,28 +10,28 @@ from retroexit.metrics import QualityMetric
 EVEN = torch.tensor([[0, 2]])
 
 
-def conv(i: int, o: int) -> nn.Conv2d:
+def conv(i, o):
     return nn.Conv2d(i, o, 3, padding=1)
 
 
 class Block(nn.Module):
-    def __init__(self, step: Callable[[Block, Tensor, bool], Tensor]) -> None:
+    def __init__(self, step):
         super().__init__()
         self.a, self.b, self.part, self.step = conv(16, 16), conv(16, 16), conv(4, 4), step
         self.writes = True
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return self.step(self, x, self.writes)
 
 
 class Gen(nn.Module):
-    def __init__(self, step: Callable[[Block, Tensor, bool], Tensor]) -> None:
+    def __init__(self, step):
         super().__init__()
         torch.manual_seed(0)
         self.stem, self.rgb = conv(4, 16), conv(16, 3)
         self.blocks = nn.ModuleList(Block(step) for _ in range(3))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         x = self.stem(x)
         for block in self.blocks:
             x = block(x)
@@ -46,7 +41,7 @@ class Gen(nn.Module):
 class Reading(Gen):
     """Runs again behind its cuts, since a value decides how it goes on."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         y = super().forward(x)
         return y if float(x.sum()) > 0 else -y
 
@@ -54,24 +49,24 @@ class Reading(Gen):
 # Each step in place, and the same without.
 
 
-def slice_assign(block: Block, x: Tensor, writes: bool) -> Tensor:
+def slice_assign(block, x, writes):
     if not writes:
         return block.a(torch.cat([block.part(x[:, :4]), x[:, 4:]], 1))
     x[:, :4] = block.part(x[:, :4])
     return block.a(x)
 
 
-def relu(block: Block, x: Tensor, writes: bool) -> Tensor:
+def relu(block, x, writes):
     y = block.a(x).tanh()
     return block.b(y.relu_() if writes else y.relu())
 
 
-def add(block: Block, x: Tensor, writes: bool) -> Tensor:
+def add(block, x, writes):
     y = block.a(x).sigmoid()
     return y.add_(block.b(y)) if writes else y + block.b(y)
 
 
-def copied(block: Block, x: Tensor, writes: bool) -> Tensor:
+def copied(block, x, writes):
     y = block.a(x).tanh()
     if not writes:
         return block.b(torch.cat([block.part(y[:, :4]), y[:, 4:]], 1))
@@ -79,14 +74,14 @@ def copied(block: Block, x: Tensor, writes: bool) -> Tensor:
     return block.b(y)
 
 
-def index_put(block: Block, x: Tensor, writes: bool) -> Tensor:
+def index_put(block, x, writes):
     y = block.a(x).sigmoid()
     where = (torch.arange(y.shape[0])[:, None], EVEN)
     value = 2 * y[:, [1, 3]]
     return block.b(y.index_put_(where, value) if writes else y.index_put(where, value))
 
 
-def chunk(block: Block, x: Tensor, writes: bool) -> Tensor:
+def chunk(block, x, writes):
     y = block.a(x).sigmoid()
     p, q = y.chunk(2, dim=1)
     if not writes:
@@ -95,7 +90,7 @@ def chunk(block: Block, x: Tensor, writes: bool) -> Tensor:
     return block.b(y)
 
 
-def out(block: Block, x: Tensor, writes: bool) -> Tensor:
+def out(block, x, writes):
     y = block.a(x)
     return block.b(torch.mul(y, y, out=torch.empty_like(y)) if writes else y * y)
 
@@ -104,7 +99,7 @@ STEPS = [slice_assign, relu, add, copied, index_put, chunk, out]
 X = torch.rand(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
-def wrapped(generator: nn.Module, scale: float = 1.0) -> retroexit.EarlyExitGenerator:
+def wrapped(generator, scale=1.0):
     return retroexit.wrap(
         generator.eval(),
         ["blocks.0"],
@@ -118,7 +113,7 @@ def wrapped(generator: nn.Module, scale: float = 1.0) -> retroexit.EarlyExitGene
 
 @pytest.mark.parametrize("kind", [Gen, Reading])
 @pytest.mark.parametrize("step", STEPS)
-def test_gradients_are_those_without_writes(kind: type[Gen], step: Callable[..., Tensor]) -> None:
+def test_gradients_are_those_without_writes(kind, step):
     generator = kind(step)
     with torch.no_grad():
         target = 1 - generator(X)
@@ -140,16 +135,16 @@ def test_gradients_are_those_without_writes(kind: type[Gen], step: Callable[...,
 class Distance(QualityMetric):
     name = "distance"
 
-    def compare(self, image: Tensor, reference: Tensor) -> Tensor:
+    def compare(self, image, reference):
         return (image - reference).abs().flatten(1).mean(1)
 
 
 @pytest.mark.parametrize("step", STEPS)
-def test_a_branch_learns(step: Callable[..., Tensor], tmp_path: Path) -> None:
+def test_a_branch_learns(step, tmp_path):
     model = wrapped(Gen(step), 1 / 2)
     inputs = torch.rand(8, 4, 8, 8)
 
-    def loss() -> float:
+    def loss():
         with torch.no_grad():
             return float((model(inputs, exit=1) - model(inputs)).square().mean())
 
@@ -163,9 +158,9 @@ def test_a_branch_learns(step: Callable[..., Tensor], tmp_path: Path) -> None:
     assert loss() < 0.9 * before
 
 
-def test_copies_are_kept_only_where_writes_need_them() -> None:
+def test_copies_are_kept_only_where_writes_need_them():
     class Plain(Gen):
-        def __init__(self) -> None:
+        def __init__(self):
             super().__init__(lambda block, x, _: block.b(block.a(x).relu_()))
 
     assert not wrapped(Plain()).branches[0].writes

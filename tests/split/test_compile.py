@@ -1,13 +1,8 @@
 """A wrapped generator under `torch.compile` and `torch.export`, with batches and sizes of other inputs."""
 
-from __future__ import annotations
-
-from types import ModuleType
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import retroexit
 from retroexit.errors import GeneratorError, NotRecordedError
@@ -15,16 +10,16 @@ from retroexit.routing.predictor import Predictor
 
 
 class AtExit(nn.Module):
-    def __init__(self, model: nn.Module, leave: int) -> None:
+    def __init__(self, model, leave):
         super().__init__()
         self.model, self.leave = model, leave
 
-    def forward(self, x: Tensor) -> Any:
+    def forward(self, x):
         return self.model(x, exit=self.leave)
 
 
 @pytest.fixture
-def model(toys: ModuleType) -> retroexit.EarlyExitGenerator:
+def model(toys):
     toy = toys.TOYS["group_norm"]()
     torch.manual_seed(0)
     model = retroexit.wrap(toy.generator, [1, 2], 1 / 4, min_channels=8, example_inputs=toy.args)
@@ -37,7 +32,7 @@ SHAPES = [(2, 4, 8, 8), (5, 4, 8, 8), (3, 4, 12, 10)]
 
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore")  # PyTorch's own, about graph breaks
-def test_a_compiled_model_renders_what_the_model_renders(model: retroexit.EarlyExitGenerator) -> None:
+def test_a_compiled_model_renders_what_the_model_renders(model):
     torch.compiler.reset()
     compiled = torch.compile(model, backend="eager", dynamic=True)
     for shape in SHAPES:
@@ -54,9 +49,7 @@ def test_a_compiled_model_renders_what_the_model_renders(model: retroexit.EarlyE
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("leave", [1, 2, 3])
-def test_an_exit_exports_for_every_batch_and_size(
-    model: retroexit.EarlyExitGenerator, leave: int, strict: bool
-) -> None:
+def test_an_exit_exports_for_every_batch_and_size(model, leave, strict):
     free = torch.export.Dim.DYNAMIC
     dynamic = {"x": {0: free, 2: free, 3: free}}
     exported = torch.export.export(
@@ -69,7 +62,7 @@ def test_an_exit_exports_for_every_batch_and_size(
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("way", ["compile", "export"])
-def test_a_model_that_is_not_recorded_says_so(toys: ModuleType, way: str) -> None:
+def test_a_model_that_is_not_recorded_says_so(toys, way):
     toy = toys.TOYS["group_norm"]()
     wrapper = AtExit(retroexit.wrap(toy.generator, [1], 1 / 4), 1)
     with pytest.raises(NotRecordedError, match="must be recorded before .*Call the model once, or pass example_inputs"):

@@ -1,29 +1,23 @@
 """The same window of features, guide and image."""
 
-from __future__ import annotations
-
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
 from decoders import SETTINGS, Copying, Distance, make, wrap
-from torch import Tensor
 
 import retroexit
 from retroexit.errors import OptionError
 from retroexit.training.steps import Cropper
 
 
-def _coordinates(height: int, width: int) -> Tensor:
+def _coordinates(height, width):
     """A map ``(3, H, W)`` whose values are the coordinates."""
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     return torch.stack([rows / 16 - 0.5, columns / 16 - 0.5, torch.zeros(height, width)])
 
 
 @pytest.mark.parametrize("guidance", [None, True])
-def test_windows_of_features_guide_and_image_coincide(tmp_path: Path, guidance: bool | None) -> None:
+def test_windows_of_features_guide_and_image_coincide(tmp_path, guidance):
     # Equal inputs, so that a guide from another sample shows the same places.
     inputs = _coordinates(4, 6)[None].repeat(8, 1, 1, 1)
     model = wrap(
@@ -32,11 +26,11 @@ def test_windows_of_features_guide_and_image_coincide(tmp_path: Path, guidance: 
         guidance=guidance and retroexit.Guidance(value_after=2),
         example_inputs=(inputs[:2],),
     )
-    seen: list[tuple[Tensor, Tensor | None]] = []
-    targets: list[Tensor] = []
+    seen = []
+    targets = []
 
     class Watching(Distance):
-        def compare(self, a: Tensor, b: Tensor) -> Tensor:
+        def compare(self, a, b):
             targets.append(b.detach().clone())
             return super().compare(a, b)
 
@@ -63,13 +57,13 @@ def test_windows_of_features_guide_and_image_coincide(tmp_path: Path, guidance: 
     assert len(corners) > 5
 
 
-def test_offsets_reach_every_window_on_the_grid() -> None:
+def test_offsets_reach_every_window_on_the_grid():
     cropper = Cropper.for_maps(8, (16, 24), [(4, 6), (8, 12)])
     corners = {tuple(corner) for corner in cropper.offsets(2000, np.random.default_rng(0)).tolist()}
     assert corners == {(i, j) for i in range(0, 9, 4) for j in range(0, 17, 4)}
 
 
-def test_windows_equal_slices_taken_one_by_one() -> None:
+def test_windows_equal_slices_taken_one_by_one():
     cropper = Cropper.for_maps(8, (16, 24), [(4, 6)])
     image, feature = torch.rand(5, 3, 16, 24), torch.rand(5, 7, 4, 6)
     offsets = cropper.offsets(5, np.random.default_rng(1))
@@ -79,7 +73,7 @@ def test_windows_equal_slices_taken_one_by_one() -> None:
         assert torch.equal(cropper(feature, offsets)[row], cell)
 
 
-def test_other_tensors_pass_and_a_shared_map_is_cut_for_every_sample() -> None:
+def test_other_tensors_pass_and_a_shared_map_is_cut_for_every_sample():
     cropper = Cropper.for_maps(8, (16, 24), [(4, 6), (1, 1)])
     offsets = cropper.offsets(3, np.random.default_rng(1))
     for other in (torch.rand(3, 9), torch.rand(3, 9, 1, 1), torch.rand(9, 4, 3, 3), torch.rand(3, 9, 5)):
@@ -88,7 +82,7 @@ def test_other_tensors_pass_and_a_shared_map_is_cut_for_every_sample() -> None:
     assert torch.equal(cropper(shared, offsets), cropper(shared.repeat(3, 1, 1, 1), offsets))
 
 
-def test_windows_as_large_as_the_image_are_the_image() -> None:
+def test_windows_as_large_as_the_image_are_the_image():
     image = torch.rand(2, 3, 16, 16)
     for size in (None, 16, 100):
         cropper = Cropper.for_maps(size, (16, 16), [(4, 4)])
@@ -104,6 +98,6 @@ def test_windows_as_large_as_the_image_are_the_image() -> None:
         (8, [(4, 8)], r"got \(4, 8\). Train on whole images \(crop=None\)"),
     ],
 )
-def test_wrong_sizes_are_refused(size: int, maps: list[Any], message: str) -> None:
+def test_wrong_sizes_are_refused(size, maps, message):
     with pytest.raises(OptionError, match=message):
         Cropper.for_maps(size, (16, 16), maps)

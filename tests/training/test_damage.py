@@ -1,11 +1,7 @@
 """Every file that a fit writes, cut short or with bits flipped: refused or rebuilt, never believed."""
 
-from __future__ import annotations
-
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,28 +11,27 @@ import retroexit
 from retroexit.core.files import read_tensors
 from retroexit.core.samples import Samples
 from retroexit.errors import RetroExitError
-from retroexit.model import EarlyExitGenerator
 from retroexit.training.cache import FeatureCache
 from retroexit.training.predictor import _read_losses
 
 TRIALS = 150
 
 
-def guided() -> EarlyExitGenerator:
+def guided():
     return wrap(attach_at=[1], guidance=retroexit.Guidance(value_after=2, size=20), self_test=False)
 
 
 @pytest.fixture(scope="module")
-def fitted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def fitted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fit")
     fit(guided(), folder, steps=2)
     return folder
 
 
-def outcomes(damage: Any, folder: Path, read: Callable[[], Any], is_sound: Callable[[Any], bool]) -> set[str]:
+def outcomes(damage, folder, read, is_sound):
     """Read a folder with one damaged file after another, in a child process."""
 
-    def read_all(report: Any) -> None:
+    def read_all(report):
         torch.set_num_threads(1)
         for done in damage.damaged(folder, TRIALS):
             report([done, "began"])
@@ -54,14 +49,14 @@ def outcomes(damage: Any, folder: Path, read: Callable[[], Any], is_sound: Calla
     return set(results)
 
 
-def test_damaged_files_of_a_saved_model_are_refused(fitted: Path, damage: Any, tmp_path: Path) -> None:
+def test_damaged_files_of_a_saved_model_are_refused(fitted, damage, tmp_path):
     generator = make()
     retroexit.load(fitted, generator, (latents(2),), adapter=False).save(tmp_path / "model")
     read = lambda: retroexit.load(tmp_path / "model", generator, adapter=False)  # noqa: E731
     assert outcomes(damage, tmp_path / "model", read, bool) == {"refused"}
 
 
-def test_damaged_files_of_a_feature_cache_are_refused_or_rebuilt(fitted: Path, damage: Any, tmp_path: Path) -> None:
+def test_damaged_files_of_a_feature_cache_are_refused_or_rebuilt(fitted, damage, tmp_path):
     shutil.copytree(fitted / "cache", tmp_path / "cache")
     model, samples = guided(), Samples(latents(10))
     read = lambda: FeatureCache.build(model, samples, tmp_path / "cache", batch=4, progress=False)  # noqa: E731
@@ -73,7 +68,7 @@ def test_damaged_files_of_a_feature_cache_are_refused_or_rebuilt(fitted: Path, d
 
 
 @pytest.mark.parametrize("part", ["branches/exit1.safetensors", "losses.npy"])
-def test_damaged_checkpoints_and_losses_are_refused(fitted: Path, damage: Any, part: str, tmp_path: Path) -> None:
+def test_damaged_checkpoints_and_losses_are_refused(fitted, damage, part, tmp_path):
     path = tmp_path / "part" / Path(part).name
     path.parent.mkdir()
     shutil.copy(fitted / part, path)

@@ -1,32 +1,24 @@
 """Fitting from generator inputs alone, and what it leaves alone."""
 
-from __future__ import annotations
-
 import json
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from decoders import SETTINGS, Copying, Decoder, Distance, Noisy, SharedNoise, fit, latents, make, same, trained, wrap
-from torch import Tensor, nn
+from torch import nn
 
 import retroexit
 from retroexit.core.samples import Samples
 from retroexit.errors import CheckpointError, OptionError, TrainingError
 from retroexit.training import fit as fitting
 from retroexit.training.cache import FeatureCache
-from retroexit.training.steps import Step, Steps
+from retroexit.training.steps import Steps
 from retroexit.training.trainer import BranchTrainer
 
-Untouched = Callable[[nn.Module], AbstractContextManager[None]]
 
-
-def test_bank_branches_and_predictor_are_made_in_this_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    done: list[str] = []
+def test_bank_branches_and_predictor_are_made_in_this_order(tmp_path, monkeypatch):
+    done = []
     for name in ("build_bank", "train_branches", "fit_predictor"):
         real = getattr(fitting, name)
         note = lambda *args, name=name, real=real, **kwargs: (done.append(name), real(*args, **kwargs))[1]  # noqa: E731
@@ -38,7 +30,7 @@ def test_bank_branches_and_predictor_are_made_in_this_order(tmp_path: Path, monk
 
 
 @pytest.mark.parametrize("is_frozen", [False, True])
-def test_fitting_leaves_no_trace_on_the_generator(tmp_path: Path, untouched: Untouched, is_frozen: bool) -> None:
+def test_fitting_leaves_no_trace_on_the_generator(tmp_path, untouched, is_frozen):
     generator = make()
     generator.requires_grad_(not is_frozen)
     model = wrap(generator)
@@ -50,7 +42,7 @@ def test_fitting_leaves_no_trace_on_the_generator(tmp_path: Path, untouched: Unt
     assert all(not module.training for module in model.modules())
 
 
-def test_fitting_works_where_gradients_are_switched_off(tmp_path: Path) -> None:
+def test_fitting_works_where_gradients_are_switched_off(tmp_path):
     with torch.no_grad():
         model = fit(wrap(), tmp_path / "off")
     usual = fit(wrap(), tmp_path / "on")
@@ -58,11 +50,11 @@ def test_fitting_works_where_gradients_are_switched_off(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bfloat16", [False, True])
-def test_every_loss_goes_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bfloat16: bool) -> None:
-    history: dict[int, list[dict[str, float]]] = {0: [], 1: []}
+def test_every_loss_goes_down(tmp_path, monkeypatch, bfloat16):
+    history = {0: [], 1: []}
     real = BranchTrainer.advance
 
-    def advance(trainer: BranchTrainer, step: Step) -> dict[str, float]:
+    def advance(trainer, step):
         history[trainer.index].append(real(trainer, step))
         return history[trainer.index][-1]
 
@@ -84,9 +76,9 @@ def test_every_loss_goes_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, b
     assert model.about["image_size"] == [16, 16]
 
 
-def test_held_out_samples_are_not_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: set[int] = set()
-    held_out: list[int] = []
+def test_held_out_samples_are_not_trained_on(tmp_path, monkeypatch):
+    seen = set()
+    held_out = []
     real_at, real_predictor = Steps.at, fitting.fit_predictor
     at = lambda *args: (step := real_at(*args), seen.update(step.rows))[0]  # noqa: E731
     predictor = lambda *args: (held_out.extend(args[4]), real_predictor(*args))[1]  # noqa: E731
@@ -99,15 +91,15 @@ def test_held_out_samples_are_not_trained_on(tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("thin", ["fps", "none"])
-def test_a_guide_in_training_never_comes_from_the_sample_itself(tmp_path: Path, thin: str) -> None:
+def test_a_guide_in_training_never_comes_from_the_sample_itself(tmp_path, thin):
     # Every map has one number per sample, which shows the sample that a guide comes from.
     inputs = torch.arange(8.0)[:, None, None, None].expand(8, 3, 4, 4) / 8
     guidance = retroexit.Guidance(thin=thin, size=8, patch=(2, 2))
     options = {"stages": ("stages.0", "stages.1", "stages.2"), "example_inputs": (inputs[:2],)}
     model = wrap(make(Copying), attach_at=[1], guidance=guidance, **options)
-    pairs: list[tuple[float, float]] = []
+    pairs = []
 
-    def note(branch: nn.Module, args: Any, kwargs: Any) -> None:
+    def note(branch, args, kwargs):
         feature, guide = (x[:, 0, 0, 0].tolist() for x in (args[0], kwargs["guide"]))
         pairs.extend(zip(feature, guide, strict=True))
 
@@ -119,7 +111,7 @@ def test_a_guide_in_training_never_comes_from_the_sample_itself(tmp_path: Path, 
     assert float(guide.mean()) == pytest.approx(0, abs=1e-3)
 
 
-def test_features_keys_values_and_images_share_their_noise(tmp_path: Path) -> None:
+def test_features_keys_values_and_images_share_their_noise(tmp_path):
     generator = make(Noisy)
     inputs, maps = latents(10), []
     generator.stages[1].register_forward_hook(lambda module, args, output: maps.append(output))
@@ -139,13 +131,13 @@ def test_features_keys_values_and_images_share_their_noise(tmp_path: Path) -> No
     assert {value.tobytes() for value in values.reshape(-1, values.shape[-1])} <= expected
 
 
-def test_noise_that_a_whole_batch_shares_is_refused(tmp_path: Path) -> None:
+def test_noise_that_a_whole_batch_shares_is_refused(tmp_path):
     model = wrap(make(SharedNoise))
     with pytest.raises(TrainingError, match="one value for all samples of a batch.*Draw noise per sample"):
         fit(model, tmp_path)
 
 
-def test_reading_the_cache_gives_copies(tmp_path: Path) -> None:
+def test_reading_the_cache_gives_copies(tmp_path):
     model = wrap(make(SharedNoise))
     cache = FeatureCache.build(model, Samples(latents(4)), tmp_path, batch=4, progress=False)
     names = [node.name for node in model.split.cuts[0].crossing]
@@ -157,13 +149,13 @@ def test_reading_the_cache_gives_copies(tmp_path: Path) -> None:
         assert before.any()
 
 
-def test_a_module_called_image_is_not_mistaken_for_the_image(tmp_path: Path) -> None:
+def test_a_module_called_image_is_not_mistaken_for_the_image(tmp_path):
     class Skip(Decoder):
-        def __init__(self) -> None:
+        def __init__(self):
             super().__init__()
             self.image = nn.Conv2d(4, 3, 1)
 
-        def forward(self, z: Tensor) -> Tensor:
+        def forward(self, z):
             h, image = self.stem(z), self.image(z)
             for stage in self.stages:
                 h = stage(h)
@@ -177,9 +169,9 @@ def test_a_module_called_image_is_not_mistaken_for_the_image(tmp_path: Path) -> 
         assert torch.allclose(stored, generator(latents(10)), atol=1e-6)
 
 
-def test_a_forward_that_fixes_the_batch_size_is_refused(tmp_path: Path) -> None:
+def test_a_forward_that_fixes_the_batch_size_is_refused(tmp_path):
     class Fixed(Decoder):
-        def forward(self, z: Tensor) -> Tensor:
+        def forward(self, z):
             return super().forward(z.reshape(2, 4, 4, 4))
 
     model = wrap(make(Fixed))
@@ -206,16 +198,14 @@ def test_a_forward_that_fixes_the_batch_size_is_refused(tmp_path: Path) -> None:
         ({"stepz": 3}, "no setting 'stepz' of a fit; closest: 'steps'"),
     ],
 )
-def test_settings_out_of_range_are_refused_and_can_be_put_right(
-    tmp_path: Path, setting: dict[str, Any], message: str
-) -> None:
+def test_settings_out_of_range_are_refused_and_can_be_put_right(tmp_path, setting, message):
     model = wrap(attach_at=[1], tap="before")
     with pytest.raises(OptionError, match=message):
         fit(model, tmp_path, **setting)
     assert not (tmp_path / "fit.json").exists()
 
 
-def test_a_window_too_small_for_the_metric_is_refused_before_training(tmp_path: Path) -> None:
+def test_a_window_too_small_for_the_metric_is_refused_before_training(tmp_path):
     model, options = wrap(), SETTINGS | {"metric": "ms-ssim", "progress": False}
     with pytest.raises(OptionError, match="ms-ssim must have at least 11x11 pixels, got 8x8"):
         retroexit.fit(model, latents(10), tmp_path, crop=8, **options)
@@ -223,14 +213,14 @@ def test_a_window_too_small_for_the_metric_is_refused_before_training(tmp_path: 
     assert json.loads((tmp_path / "fit.json").read_text())["crop"] == 12
 
 
-def other_weights() -> nn.Module:
+def other_weights():
     generator = make()
     generator.stem.bias.data += 1
     return generator
 
 
 @pytest.mark.parametrize("guidance", [None, True])
-def test_a_folder_with_another_fit_is_refused_by_what_differs(tmp_path: Path, guidance: bool | None) -> None:
+def test_a_folder_with_another_fit_is_refused_by_what_differs(tmp_path, guidance):
     fit(wrap(guidance=guidance), tmp_path)
     for generator, options, settings, message in (
         (None, {}, {"steps": 5, "lr": 0.1}, r"settings: lr was 0.004, is 0.1, steps was 4, is 5\. Use another fol"),
