@@ -146,9 +146,9 @@ def saved_model(root: Path) -> list[Kind]:
     place, resume = root / "model", files(folder, "fit.json", "losses.*", "branches/*")
     return [
         Kind("model.json", place, files(place, "model.json"), read_model),
-        Kind("weights.safetensors", place, files(place, "weights*"), read_model),
+        Kind("weights", place, files(place, "weights*"), read_model),
         Kind("calibration", place, files(place, "calibration*"), read_model),
-        Kind("bank and index", place, files(place / "bank", "**/*"), read_model),
+        Kind("bank and index", place, files(place, "bank-*/**/*"), read_model),
         Kind("feature cache", work, files(work, "*"), read_cache),
         Kind("resume state", folder, resume, read_resume),
     ]

@@ -176,7 +176,7 @@ def _with_damaged_files(kind: str, model: EarlyExitGenerator, folder: Path, rng:
             with mock.patch("os.posix_fallocate", side_effect=error), contextlib.suppress(OSError):
                 model.save(copy)
         else:
-            path = copy / rng.choice(("weights.safetensors", "model.json"))
+            path = next(copy.glob(rng.choice(("weights-*", "model.json"))))
             if kind == "missing file":
                 path.unlink()
             else:

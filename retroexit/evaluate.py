@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from retroexit.core.files import replacing
+from retroexit.core.files import make_folder, replacing
 from retroexit.core.samples import Samples
 from retroexit.errors import RetroExitWarning
 from retroexit.evaluation.measure import measure
@@ -60,6 +60,8 @@ def evaluate(
         StorageError: If the disk is full.
     """
     check_wrapped(model)
+    if folder is not None:
+        make_folder(folder)
     calibration = model.calibration
     if calibration is not None and calibration.about.get("hash") == Samples(inputs).digest():
         warnings.warn(

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from retroexit.core.files import MANIFEST, read_tensors, reading, sha256_of
+from retroexit.core.files import reading
 from retroexit.core.identity import Identity, fingerprint
 from retroexit.core.modules import device_of
 from retroexit.core.samples import example_call
@@ -19,12 +19,14 @@ from retroexit.plugins.description import Description
 from retroexit.plugins.host import host
 from retroexit.routing.latency import Latency
 from retroexit.saving import (
+    bank_folder,
     fill_predictor,
     find_key,
     options_from_json,
     read_calibration,
     read_manifest,
     read_predictor,
+    read_weights,
 )
 from retroexit.wrapping.options import adapter_options
 
@@ -71,20 +73,21 @@ def load(
         model = EarlyExitGenerator(generator, options)
         model.about, bank_of = dict(manifest["about"]), str(manifest["fingerprint"])
         predictor, router = read_predictor(manifest["predictor"]), model.router
-        limit, has_bank = manifest["guide_limit"], bool(manifest["has_bank"])
+        limit = manifest["guide_limit"]
         router.guide_limit = None if limit is None else float(limit)
         router.latency = None if manifest["latency"] is None else Latency.from_json(manifest["latency"])
-        _check_folder(folder, manifest, model)
-    tensors, _ = read_tensors(folder / "weights.safetensors")
+        _check_model(folder, manifest, model)
+        tensors = read_weights(folder, str(manifest["weights_sha256"]))
+        router.calibration = read_calibration(folder, manifest["calibration_sha256"])
+        place = bank_folder(folder, manifest["bank_sha256"])
     if predictor is not None:
         fill_predictor(predictor, _under("predictor.", tensors), folder)
         router.predictor = predictor.to(device_of(generator)).eval()
-    if has_bank:
+    if place is not None:
         retriever = None if options.guidance is None else host().retriever(options.guidance.retriever)
-        bank = GuidanceBank.load(folder / "bank", bank_of, retriever_class=retriever)
+        bank = GuidanceBank.load(place, bank_of, retriever_class=retriever)
         bank.meta["fingerprint"] = fingerprint(generator)  # the same network, maybe in another precision
         model.bank = bank
-    router.calibration = read_calibration(folder, manifest["calibration_sha256"])
     model.restore(_under("branches.", tensors))
     if example_inputs is not None or example_kwargs:
         model.record(*args, **kwargs)
@@ -106,8 +109,8 @@ def _check_arguments(folder: str | Path, generator: nn.Module) -> tuple[Path, nn
     return Path(folder), generator
 
 
-def _check_folder(folder: Path, manifest: dict[str, Any], model: EarlyExitGenerator) -> None:
-    """Check that the files are unchanged and belong to this generator and adapter."""
+def _check_model(folder: Path, manifest: dict[str, Any], model: EarlyExitGenerator) -> None:
+    """Check that the files belong to this generator and adapter."""
     kind = type(model.generator).__name__
     difference = Identity.from_json(manifest["generator"]).difference(Identity.of(model.generator))
     if difference:
@@ -115,14 +118,6 @@ def _check_folder(folder: Path, manifest: dict[str, Any], model: EarlyExitGenera
             f"{folder} belongs to another generator than this {kind}: {difference}. Load the weights that it was "
             "fitted with first.",
             folder,
-        )
-    if sha256_of(folder / "weights.safetensors") != manifest["weights_sha256"]:
-        raise CheckpointError(
-            f"{folder / 'weights.safetensors'} has changed since it was written. Copy it again.", folder
-        )
-    if manifest["bank_sha256"] and manifest["bank_sha256"] != sha256_of(folder / "bank" / MANIFEST):
-        raise CheckpointError(
-            f"{folder} holds another guidance bank than the one it was saved with. Copy it again.", folder
         )
     needs_adapter = manifest["predictor"] is not None and manifest["predictor_reads"] == "inputs"
     if needs_adapter and model.options.predictor_inputs is None:

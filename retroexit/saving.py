@@ -5,8 +5,11 @@ Imports `retroexit.routing` and what lies below it.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+import re
+import shutil
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +19,15 @@ from torch import Tensor, nn
 from retroexit.branch.widths.plan import Pin, WidthPlan, WidthRule
 from retroexit.core.files import (
     MANIFEST,
+    named,
     read_json,
     read_tensors,
     reading,
     sha256_of,
     versions,
     write_json,
-    write_tensors,
+    write_named_tensors,
+    writing,
 )
 from retroexit.core.identity import Identity
 from retroexit.errors import BankError, CheckpointError, OptionError
@@ -36,6 +41,8 @@ from retroexit.wrapping.exits import list_exits
 from retroexit.wrapping.options import WrapOptions
 
 __all__ = [
+    "BANK",
+    "bank_folder",
     "fill_predictor",
     "find_key",
     "options_from_json",
@@ -43,11 +50,17 @@ __all__ = [
     "read_calibration",
     "read_manifest",
     "read_predictor",
+    "read_weights",
+    "write_bank",
     "write_model",
 ]
 
-_CALIBRATION, _MANIFEST = "calibration.safetensors", "model.json"
-_SCHEMA = 3
+BANK = "bank"
+_WEIGHTS, _CALIBRATION, _MANIFEST, _FRESH_BANK = "weights", "calibration", "model.json", "bank.part"
+_SCHEMA = 4
+_OURS = re.compile(
+    rf"({_WEIGHTS}|{_CALIBRATION})-[0-9a-f]{{16}}\.safetensors(\.part)?|{BANK}-[0-9a-f]{{16}}|\.?{_FRESH_BANK}(-.*)?"
+)
 
 
 def write_model(
@@ -62,8 +75,12 @@ def write_model(
 ) -> Path:
     """Write branches, predictor, bank, calibration and settings to a folder.
 
+    Whatever ends the process, the folder holds the model that it held before or the new one: weights,
+    calibration and bank are named after their content, the manifest that names them replaces the former in
+    one step, and only then are files of the former deleted.
+
     Args:
-        folder: Made if missing; files of an earlier save are replaced.
+        folder: Made if missing; the model of an earlier save is replaced.
         generator: The user's generator; only its fingerprint is written.
         options: How it was wrapped.
         decomposition: The generator, cut at its attach points.
@@ -85,9 +102,11 @@ def write_model(
     if bank is not None:
         bank = _checked_bank(bank, decomposition, identity)
     arguments = _predictor_to_json(router.predictor)
-    write_tensors(folder / "weights.safetensors", _weights(branches, router.predictor))
-    if bank is not None:
-        bank.save(folder / "bank")
+    sha256 = {
+        _WEIGHTS: write_named_tensors(folder, _WEIGHTS, _weights(branches, router.predictor), {}),
+        _CALIBRATION: _write_calibration(router.calibration, folder),
+        BANK: None if bank is None else write_bank(bank, folder),
+    }
     manifest = {
         "schema": _SCHEMA,
         "fingerprint": identity.fingerprint,
@@ -97,18 +116,47 @@ def write_model(
         "plans": [plan_to_json(branch.plan) for branch in branches],  # type: ignore[arg-type]
         "predictor": arguments,
         "predictor_reads": "inputs" if router.needs_adapter else "feature",
-        "calibration_sha256": _write_calibration(router.calibration, folder / _CALIBRATION),
         "latency": None if router.latency is None else router.latency.to_json(),
         "guide_limit": router.guide_limit,
-        "has_bank": bank is not None,
-        "bank_sha256": None if bank is None else sha256_of(folder / "bank" / MANIFEST),
-        "weights_sha256": sha256_of(folder / "weights.safetensors"),
+        **{f"{stem}_sha256": digest for stem, digest in sha256.items()},
         "exits": [dataclasses.asdict(e) for e in list_exits(decomposition, branches, generator)],
         "about": about,
         "versions": versions(),
     }
     write_json(folder / _MANIFEST, manifest, allow_nan=False)
+    _delete_others(folder, [named(stem, digest) for stem, digest in sha256.items() if digest])
     return folder
+
+
+def _delete_others(folder: Path, stems: Collection[str]) -> None:
+    """Delete what earlier saves, finished or killed, have left; what cannot be deleted does no harm."""
+    for path in folder.iterdir():
+        if not _OURS.fullmatch(path.name) or path.name.removesuffix(".safetensors") in stems:
+            continue
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
+def write_bank(bank: GuidanceBank, folder: Path) -> str:
+    """Write a bank to a folder in this one, named after its content; return the SHA-256 of its manifest."""
+    fresh = folder / _FRESH_BANK
+    bank.save(fresh)
+    digest = sha256_of(fresh / MANIFEST)
+    path = folder / named(BANK, digest)
+    with writing(path):
+        if _digests(path) == _digests(fresh):
+            shutil.rmtree(fresh)
+        else:  # a damaged one is no loss
+            shutil.rmtree(path, ignore_errors=True)
+            fresh.rename(path)
+    return digest
+
+
+def _digests(folder: Path) -> dict[Path, str]:
+    return {path.relative_to(folder): sha256_of(path) for path in folder.rglob("*") if path.is_file()}
 
 
 def _weights(branches: nn.ModuleList, predictor: nn.Module | None) -> dict[str, Tensor]:
@@ -186,27 +234,47 @@ def fill_predictor(predictor: Predictor, weights: dict[str, Tensor], folder: Pat
         ) from error
 
 
-def _write_calibration(calibration: Calibration | None, path: Path) -> str | None:
-    """Write a calibration and return the sha256 of its file; without one, remove an older file."""
+def _write_calibration(calibration: Calibration | None, folder: Path) -> str | None:
+    """Write a calibration and return the SHA-256 of its file."""
     if calibration is None:
-        path.unlink(missing_ok=True)
         return None
     tensors = {"losses": calibration.losses, "predicted": calibration.predicted}
-    write_tensors(path, tensors, calibration.settings())
-    return sha256_of(path)
+    return write_named_tensors(folder, _CALIBRATION, tensors, calibration.settings())
+
+
+def read_weights(folder: Path, sha256: str) -> dict[str, Tensor]:
+    """Read the weights of branches and predictor, whose file has this SHA-256.
+
+    Raises:
+        CheckpointError: If it is missing or damaged.
+    """
+    return read_tensors(_unchanged(folder / f"{named(_WEIGHTS, sha256)}.safetensors", sha256))[0]
+
+
+def bank_folder(folder: Path, sha256: str | None) -> Path | None:
+    """Find the bank whose manifest has this SHA-256; ``None`` without one.
+
+    Raises:
+        CheckpointError: If it is missing or its manifest has changed.
+    """
+    return None if sha256 is None else _unchanged(folder / named(BANK, sha256) / MANIFEST, sha256).parent
+
+
+def _unchanged(path: Path, sha256: str) -> Path:
+    if sha256_of(path) != sha256:
+        raise CheckpointError(f"{path} has changed since it was written. Copy it again.", path)
+    return path
 
 
 def read_calibration(folder: Path, sha256: str | None) -> Calibration | None:
-    """Read the calibration whose file has this sha256; ``None`` without one.
+    """Read the calibration whose file has this SHA-256; ``None`` without one.
 
     Raises:
         CheckpointError: If it is damaged.
     """
     if sha256 is None:
         return None
-    path = folder / _CALIBRATION
-    if sha256_of(path) != sha256:
-        raise CheckpointError(f"{path} has changed since it was written. Copy it again.", path)
+    path = _unchanged(folder / f"{named(_CALIBRATION, sha256)}.safetensors", sha256)
     with reading(path, "Copy it again."):
         tensors, settings = read_tensors(path)
         return Calibration(tensors["losses"], tensors["predicted"], **settings)

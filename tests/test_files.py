@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import shutil
 import signal
 import stat
@@ -110,7 +111,58 @@ def test_a_full_disk_is_an_error_at_every_phase(monkeypatch, tmp_path):
         assert not list((tmp_path / f"{limit}").rglob("*.part"))
         shutil.rmtree(tmp_path / f"{limit}")
     assert phases >= {"cache.json", "backbone-image.npy", "fit.json", "values.npy", "exit1.safetensors", "losses.npy"}
-    assert phases >= {"weights.safetensors", "model.json"}
+    assert phases >= {"model.json"} and any(name.startswith("weights-") for name in phases)
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "save"])
+def test_a_disk_that_refuses_to_write_is_an_error_at_every_file(
+    verb: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    resource = pytest.importorskip("resource")
+    model = fit(tmp_path / "fit")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    plain_open, left = open, 0
+
+    def open_until_full(path: Any, mode: str = "r", **options: Any) -> Any:
+        nonlocal left
+        left -= mode == "wb"
+        if left < 0:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+        return plain_open(path, mode, **options)
+
+    monkeypatch.setattr(files, "open", open_until_full, raising=False)
+    pick_strips, draw = retroexit.report.strips.pick_strips, retroexit.report.report._drawings
+    drawings: list[Any] = []
+
+    def draw_once(*args: Any) -> Any:
+        drawings[:] = drawings or [draw(*args)]
+        return drawings[0]
+
+    monkeypatch.setattr(retroexit.report.report, "_drawings", draw_once)
+    monkeypatch.setattr(sys.modules["retroexit.evaluate"], "pick_strips", lambda *args: pick_strips(*args)[:1])
+    names: list[str] = []
+    while True:
+        left, folder = len(names), tmp_path / "full"
+        try:
+            if verb == "save":
+                model.save(folder)
+            else:
+                retroexit.evaluate(model, INPUTS, folder, metric=Distance(), progress=False, repeats=0)
+            break
+        except StorageError as error:
+            assert re.search(r"cannot write /.*: File too large; /.* has [\d,.]+ MB free. Make room there", str(error))
+            names.append(Path(str(error.subject)).name)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert not list(folder.rglob("*.part"))
+    expected = {"evaluate": {"evaluation.json", "report.json", "report.html"}, "save": {"values.npy", "model.json"}}
+    assert expected[verb] <= set(names)
+
+
+def test_a_folder_that_cannot_be_made_is_an_error_before_measuring(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match="cannot write .*file/report: Not a directory; .*use another folder"):
+        retroexit.evaluate(wrapped(), INPUTS, tmp_path / "file/report", metric="no such metric")
 
 
 @pytest.mark.parametrize("write", [files.write_array, files.write_tensors, files.write_json])

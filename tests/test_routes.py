@@ -124,6 +124,43 @@ def test_an_input_gets_its_gradient_through_every_exit(model, toy, exit):
         assert not model(x, exit=exit)["image"].requires_grad
 
 
+class Overwrites(nn.Module):
+    """Writes into its input, into what autograd has saved, and into one of several views."""
+
+    def __init__(self, reads=False):
+        super().__init__()
+        self.stem, self.rgb = nn.Conv2d(4, 16, 3, padding=1), nn.Conv2d(16, 3, 1)
+        self.blocks, self.reads = nn.ModuleList(nn.Conv2d(16, 16, 3, padding=1) for _ in range(4)), reads
+
+    def forward(self, x):
+        x += 0.1
+        if self.reads and bool(x.isnan().any()):  # cuts of such a forward run it again
+            return x
+        x = self.stem(x)
+        for block in self.blocks:
+            x.mul_(block(x).sigmoid())
+            first, second = x.chunk(2, 1)
+            first += second.tanh()
+            x[:, 4:8] = x[:, :4].exp() * x[:, 8:12].tanh_()
+        return self.rgb(x).tanh_()
+
+
+@pytest.mark.parametrize("reads", [False, True])
+def test_a_generator_that_writes_in_place_gives_its_input_the_gradient(reads):
+    generator = Overwrites(reads).double().eval()
+    x = torch.randn(2, 4, 6, 6, dtype=torch.float64, requires_grad=True)
+    options = {"stages": [f"blocks.{i}" for i in range(4)], "example_inputs": (torch.randn_like(x),)}
+    model = retroexit.wrap(generator, ["blocks.1", "blocks.2"], 1 / 4, min_channels=8, **options)
+    direction = torch.randn_like(x)
+    for exit in (1, 2):
+        (gradient,) = torch.autograd.grad(model(x, exit=exit).square().sum(), x)
+        with torch.no_grad():
+            after, before = (model(x + step * direction, exit=exit).square().sum() for step in (1e-6, -1e-6))
+        assert torch.allclose((gradient * direction).sum(), (after - before) / 2e-6, rtol=1e-4)
+    with pytest.raises(RuntimeError, match="in-place"):  # as the generator itself
+        generator(x).sum().backward()
+
+
 @pytest.mark.parametrize(
     ("name", "sizes"), [("dict_output", [(4, 8)]), ("list_input_with_unet_skips", [(2, 16), (4, 16)])]
 )

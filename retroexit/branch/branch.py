@@ -1,8 +1,7 @@
-"""A branch: where feature and guide enter (paper sections 3.3 and 4.1), and the thin stages behind."""
+"""What all kinds of branches have in common, and where feature and guide enter (paper sections 3.3 and 4.1)."""
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,9 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from retroexit.branch.widths.plan import Pin, WidthPlan
-from retroexit.core.writes import differentiable_writes
-from retroexit.split.segments import Tail
+from retroexit.branch.widths.plan import Pin
 
 __all__ = ["Branch", "GuideEntry", "GuideShape", "Inject"]
 
@@ -86,33 +83,24 @@ class GuideEntry(nn.Module):
 
 
 class Branch(nn.Module):
-    """A thin copy of the rest of a generator after an attach point.
+    """What makes the image from an attach point on; the base of all kinds of branches.
+
+    A subclass sets ``kind`` and implements `forward` and `widths`.
 
     Attributes:
-        entry: Projection of feature and guide to the branch's width, if needed.
-        tail: The narrowed stages and the operations between and after them.
-        live_entries: Projections of live values to the branch's width, by position.
-        injections: With ``inject="every_stage"``, entries of other stages by path, with dots as ``__``.
-        plan: The chosen widths; ``None`` at full width.
+        kind: Name that its builder is registered under.
+        plan: The chosen sizes, from which it can be built again.
         macs: Multiply-accumulates of its first run, on the example values that it was built for.
-        inherited: For the path of every layer in the tail, the backbone's channels that its output inherits,
-            ``None`` for all; empty for a branch that inherits nothing.
+        inherited: For the path of every layer, the backbone's channels that its output inherits, ``None`` for
+            all; empty for a branch that inherits nothing.
         writes: Whether its forward writes into tensors that its backward needs.
-        is_fresh: Whether it has just inherited its weights, so that `reconstruct` may improve them.
+        is_fresh: Whether it has just been built, so that its starting weights may be solved for.
     """
 
-    def __init__(
-        self,
-        entry: GuideEntry | None,
-        live_entries: dict[int, GuideEntry],
-        tail: Tail,
-        injections: dict[str, GuideEntry],
-        plan: WidthPlan | None,
-    ) -> None:
+    kind = ""
+
+    def __init__(self, plan: Any) -> None:
         super().__init__()
-        self.entry, self.tail = entry, tail
-        self.live_entries = nn.ModuleDict({str(position): entry for position, entry in live_entries.items()})
-        self.injections = nn.ModuleDict({path.replace(".", "__"): entry for path, entry in injections.items()})
         self.plan, self.macs, self.writes = plan, 0, False
         self.inherited: dict[str, Tensor | None] = {}
         self.is_fresh = False
@@ -132,18 +120,17 @@ class Branch(nn.Module):
     @property
     def pins(self) -> tuple[Pin, ...]:
         """Widths that the rule would shrink but that are fixed, and why."""
-        return self.plan.pins if self.plan is not None else ()
+        return ()
 
     @property
     def code(self) -> str:
-        """The tail as Python code; a tail that runs the generator's own forward again has none."""
-        return self.tail.code.strip()
+        """The branch as text."""
+        return str(self)
 
     @property
     def widths(self) -> list[int]:
-        """Distinct output widths of the tail's weights, in the order of the layers."""
-        sizes = [int(p.shape[0]) for p in self.tail.parameters() if p.dim() >= 3]
-        return [size for i, size in enumerate(sizes) if i == 0 or size != sizes[i - 1]]
+        """Distinct output widths, in the order of the layers."""
+        return distinct_widths(self)
 
     def forward(self, feature: Tensor, *live: Tensor, guide: Tensor | None = None) -> Any:
         """Render a value with the structure of the generator's output.
@@ -153,16 +140,10 @@ class Branch(nn.Module):
             live: The other values that cross the cut.
             guide: Guide ``(N, G, ...)``, where the branch takes one.
         """
-        if self.entry is not None:
-            feature = self.entry(feature, guide)
-        if self.live_entries:
-            live = tuple(
-                self.live_entries[str(i)](value, None) if str(i) in self.live_entries else value
-                for i, value in enumerate(live)
-            )
-        before = {
-            path.replace("__", "."): (lambda x, entry=entry: entry(x, guide)) for path, entry in self.injections.items()
-        }
-        learns = self.writes and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        with differentiable_writes() if learns else nullcontext():
-            return self.tail(feature, *live, before=before)
+        raise NotImplementedError
+
+
+def distinct_widths(module: nn.Module) -> list[int]:
+    """Output widths of a module's weights in the order of the layers, without repeats side by side."""
+    sizes = [int(p.shape[0]) for p in module.parameters() if p.dim() >= 3]
+    return [size for i, size in enumerate(sizes) if i == 0 or size != sizes[i - 1]]

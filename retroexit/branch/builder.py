@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from retroexit.branch import adapter_stages, inherit
 from retroexit.branch.adapter_stages import BuildStage, StageShape
 from retroexit.branch.branch import Branch, GuideEntry, GuideShape
+from retroexit.branch.copy import CopyBranch
 from retroexit.branch.widths.analyse import analyse, blame
 from retroexit.branch.widths.equations import symbols_of
 from retroexit.branch.widths.plan import OUTPUT, Pin, TailWidths, WidthPlan, WidthRule
@@ -255,7 +256,7 @@ class _BranchBuilder:
             entry.select(kept)
         for path, stage in stages.items():
             self.thin.set_submodule(path, stage)
-        branch = Branch(entry, live_entries, self.thin, injections, self.plan)
+        branch = CopyBranch(entry, live_entries, self.thin, injections, self.plan)
         if spec.init == "inherit" and self.is_new:
             parameters = {name for name, _ in self.full.named_parameters()}  # a tied weight has one name only
             branch.inherited = {

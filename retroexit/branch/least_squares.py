@@ -28,7 +28,7 @@ from torch.nn.utils import parametrize, skip_init
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from retroexit.branch.branch import Branch
+from retroexit.branch.copy import CopyBranch
 from retroexit.core.modules import CONVOLUTIONS
 from retroexit.core.nested import tensors
 
@@ -161,7 +161,7 @@ class Reconstruction:
 
 @torch.no_grad()
 def reconstruct(
-    branch: Branch,
+    branch: CopyBranch,
     full: nn.Module,
     values: Sequence[Tensor],
     guide: Tensor | None = None,
@@ -230,7 +230,7 @@ class _Pair:
         return selected if self.channels is None else selected[:, self.channels.to(selected.device)]
 
 
-def _pairs(branch: Branch, full: nn.Module) -> list[_Pair]:
+def _pairs(branch: CopyBranch, full: nn.Module) -> list[_Pair]:
     """List the layers that can be solved."""
     originals, pairs = dict(full.named_modules()), []
     owners = Counter(id(p) for _, p in branch.tail.named_parameters(remove_duplicate=False))
@@ -333,7 +333,7 @@ def _watch(full: nn.Module, pairs: Sequence[_Pair], values: Sequence[Tensor], pl
         _run(full, values, seed)
 
 
-def _solve(branch: Branch, pairs: Sequence[_Pair], values: Sequence[Any], seed: int) -> tuple[str, ...]:
+def _solve(branch: CopyBranch, pairs: Sequence[_Pair], values: Sequence[Any], seed: int) -> tuple[str, ...]:
     """Solve the branch's layers while they run; return the paths of those that changed."""
     solved: dict[str, None] = {}
 

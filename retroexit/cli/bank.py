@@ -22,11 +22,11 @@ from retroexit.training.stream_bank import stream_bank, stream_banks
 _EXAMPLE = "\b\nExample: retroexit bank"
 bank = typer.Typer(
     help="Build guidance banks, show and verify them.",
-    epilog=f"{_EXAMPLE} info runs/decoder/bank",
+    epilog=f"{_EXAMPLE} info runs/decoder/bank-*",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
-Folder = Annotated[Path, Argument(help="Folder of a bank: what build wrote, or FIT/bank.")]
+Folder = Annotated[Path, Argument(help="Folder of a bank: what build wrote, or FIT/bank-*.")]
 
 
 @dataclass(frozen=True)
@@ -110,13 +110,13 @@ def build(
     shutil.rmtree(scratch, ignore_errors=True)
 
 
-@bank.command(epilog=f"{_EXAMPLE} info runs/decoder/bank")
+@bank.command(epilog=f"{_EXAMPLE} info runs/decoder/bank-*")
 def info(folder: Folder) -> None:
     """Show what a bank holds, what it was made from and how well its keys cover the inputs."""
     typer.echo(_facts(_load(folder)))
 
 
-@bank.command(epilog=f"{_EXAMPLE} verify runs/decoder/bank mymodels:decoder --key-after 1")
+@bank.command(epilog=f"{_EXAMPLE} verify runs/decoder/bank-* mymodels:decoder --key-after 1")
 @options.grouped
 def verify(
     folder: Folder,

@@ -292,9 +292,9 @@ def _files(model: EarlyExitGenerator, job: FitJob) -> Iterator[str]:
     yield "branches"
     if job.settings.tensorboard:
         yield "tensorboard"
-    yield from ("losses.npy", "fit.json", "weights.safetensors", "model.json")
+    yield from ("losses.npy", "fit.json", "weights", "model.json")
     if job.aside:
-        yield "calibration.safetensors"
+        yield "calibration"
 
 
 def _cost(model: EarlyExitGenerator, job: FitJob, missing: Mapping[str, WeightsError], metric: str) -> str:

@@ -12,6 +12,7 @@ from typer import Option
 from retroexit.api import read_generator
 from retroexit.cli import options
 from retroexit.cli.load_target import load_generator, random_inputs
+from retroexit.core.files import replacing
 from retroexit.core.modules import unit_of
 from retroexit.errors import OptionError
 from retroexit.evaluation.measure import cross_check
@@ -61,7 +62,8 @@ def inspect(
         draw_decoder(decoder.stages, picture, title)
         typer.echo(f"picture: {picture}")
     if facts is not None:
-        facts.write_text(json.dumps(decoder_facts(decoder), indent=1) + "\n")
+        with replacing(facts) as file:
+            file.write((json.dumps(decoder_facts(decoder), indent=1) + "\n").encode())
         typer.echo(f"facts: {facts}")
 
 

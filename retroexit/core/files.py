@@ -37,6 +37,8 @@ __all__ = [
     "check_file",
     "check_finite",
     "locked",
+    "make_folder",
+    "named",
     "new_array",
     "read_array",
     "read_json",
@@ -55,6 +57,7 @@ __all__ = [
     "write_array",
     "write_json",
     "write_manifest",
+    "write_named_tensors",
     "write_tensors",
     "writing",
 ]
@@ -116,6 +119,16 @@ def writing(path: Path) -> Iterator[None]:
             "or use another folder.",
             path,
         ) from error
+
+
+def make_folder(folder: str | Path) -> None:
+    """Make a folder, and its parents, unless it exists.
+
+    Raises:
+        StorageError: If it cannot be made.
+    """
+    with writing(Path(folder)):
+        Path(folder).mkdir(parents=True, exist_ok=True)
 
 
 def _reserve(file: IO[bytes], size: int) -> None:
@@ -208,9 +221,7 @@ def unsealed(text: str) -> dict[str, Any]:
 
 def write_json(path: Path, facts: dict[str, Any], **options: Any) -> None:
     """Write plain data with its digest; a reader sees the old or the new file."""
-    content = sealed(facts, **options).encode()
-    with replacing(path, len(content)) as file:
-        file.write(content)
+    _write(path, sealed(facts, **options).encode())
 
 
 def read_json(path: Path, advice: str = "Restore it or write it again.") -> dict[str, Any]:
@@ -359,10 +370,31 @@ def read_array(folder: str | Path, name: str, manifest: dict[str, Any], *, mmap:
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, Any] | None = None) -> None:
     """Write tensors and plain data to a safetensors file; a reader sees the old or the new file."""
+    _write(path, _packed(tensors, about))
+
+
+def write_named_tensors(folder: Path, stem: str, tensors: dict[str, Tensor], about: dict[str, Any]) -> str:
+    """Write tensors and plain data to a file that is named after its SHA-256, see `named`; return the SHA-256."""
+    content = _packed(tensors, about)
+    digest = hashlib.sha256(content).hexdigest()
+    _write(folder / f"{named(stem, digest)}.safetensors", content)
+    return digest
+
+
+def named(stem: str, sha256: str) -> str:
+    """Name a file or folder after its content, so that no other content ever replaces it."""
+    return f"{stem}-{sha256[:16]}"
+
+
+def _packed(tensors: dict[str, Tensor], about: dict[str, Any] | None) -> bytes:
     # safetensors refuses tied and channels-last tensors; these copies are neither.
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     facts = json.dumps(about or {})
-    content = save(plain, {"about": facts, "digest": _tensors_digest(plain, facts)})
+    # One entry, since safetensors writes several in any order.
+    return save(plain, {"facts": json.dumps({"about": facts, "digest": _tensors_digest(plain, facts)})})
+
+
+def _write(path: Path, content: bytes) -> None:
     with replacing(path, len(content)) as file:
         file.write(content)
 
@@ -374,7 +406,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         CheckpointError: If the file is missing or damaged.
     """
     with reading(path, "Write it again."), safe_open(path, "pt") as file:
-        facts = file.metadata() or {}
+        facts = json.loads((file.metadata() or {}).get("facts", "{}"))
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         about = facts.get("about", "{}")
         if facts.get("digest") != _tensors_digest(tensors, about):

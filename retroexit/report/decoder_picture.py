@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from retroexit.core.files import replacing
 from retroexit.errors import MissingExtraError, OptionError
 from retroexit.report.stage_table import legend_of, ranges, shorten
 from retroexit.stages.stage import Stage, live_spans
@@ -88,7 +89,8 @@ def draw_decoder(stages: Sequence[Stage], file: str | Path, title: str = "") -> 
         kind = path.suffix.lower()[1:]
         # Dates would make equal pictures differ.
         stamp = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)
-        figure.savefig(path, format=kind, dpi=160, metadata=stamp)
+        with replacing(path) as file:
+            figure.savefig(file, format=kind, dpi=160, metadata=stamp)
 
 
 def _draw_stages(axes: Axes, stages: Sequence[Stage]) -> None:

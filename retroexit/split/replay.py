@@ -31,7 +31,7 @@ from retroexit.split.rerun import (
     running,
 )  # fmt: skip
 from retroexit.split.segments import Tail
-from retroexit.split.split import Leaves, SplitGenerator, Values, gradient_of
+from retroexit.split.split import Leaves, SplitGenerator, Values
 from retroexit.stages.decoder import Cut, Decoder
 from retroexit.stages.stage import Stage
 from retroexit.tracing.record import unobserved
@@ -347,7 +347,7 @@ class ReplaySplit(SplitGenerator):
         copies = {node: clone_strided(value) for node, value in values.items()}
         run = self.cuts[index - 1].run(copies, target=target) if index else Run(target=target)
         args, kwargs = self._layout.inputs(copies)
-        with running(run), gradient_of(copies.values()):
+        with running(run), self._gradient_of(copies.values()):
             run.out = skeleton(*args, **kwargs)
         if target is not None and not run.reached_target:
             raise InputMismatchError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ from torch import Tensor, fx, nn
 from retroexit.core.modules import device_of, precision_of
 from retroexit.core.nested import clone_strided, cloned, flatten, rebuild, tensors
 from retroexit.core.samples import conversion_advice
+from retroexit.core.writes import WriteWatch, differentiable_writes, overwrites_saved
 from retroexit.errors import InputMismatchError, RecordingError
 from retroexit.split.segments import Segment, Tail
 from retroexit.stages.decoder import Cut, Decoder
@@ -23,7 +25,6 @@ __all__ = [
     "SplitGenerator",
     "Values",
     "are_grouped",
-    "gradient_of",
     "group",
     "lacks_batch_axis",
     "merge",
@@ -78,6 +79,7 @@ class SplitGenerator:
             folded in, 0 if samples cannot be told apart by rows.
         output_rows: The same for the tensors of the output; ``None`` for one that belongs to no sample.
         written: For every cut, positions of the crossing values that its tail writes into.
+        writes: Whether the stages up to the last cut write into tensors that their backward needs.
         divides: Whether samples of one batch can be told apart in all of these.
         any_batch: Whether a batch of another size gives the generator's own output.
 
@@ -107,6 +109,7 @@ class SplitGenerator:
         self.batched: dict[fx.Node, int] = {}
         self.output_rows, self.divides = list[int | None](), True
         self.written: list[set[int]] = []
+        self.writes = False
         self._prepare()
         self.any_batch = self._probe_batch()
         self.divides = self.any_batch and self.divides
@@ -152,6 +155,20 @@ class SplitGenerator:
 
     # Running pieces.
 
+    def _pass(self, segment: Segment, values: Values) -> Values:
+        inputs = [values[node] for node in segment.enter]
+        with self._gradient_of(inputs):
+            if self.writes and torch.is_grad_enabled():  # autograd refuses to write into a leaf
+                inputs = [value.clone() if isinstance(value, Tensor) else value for value in inputs]
+            return dict(zip(segment.keep, segment(*inputs), strict=True))
+
+    def _gradient_of(self, inputs: Iterable[Any]) -> AbstractContextManager[Any]:
+        """Switch gradients off, unless one of the inputs requires one; then they are right in spite of writes."""
+        requires_grad = any(isinstance(value, Tensor) and value.requires_grad for value in inputs)
+        if not (torch.is_grad_enabled() and requires_grad):
+            return torch.no_grad()
+        return differentiable_writes() if self.writes and not torch.compiler.is_compiling() else nullcontext()
+
     @property
     def mixes(self) -> bool:
         """Whether samples of one batch may leave at different exits."""
@@ -194,10 +211,10 @@ class SplitGenerator:
         if self.key_cut is None or self._around_key is None:
             values = self.advance(values, 0)
             return values, self.crossing(values, 0)[0]
-        values = _run(self._around_key[0], values)
+        values = self._pass(self._around_key[0], values)
         # The next segment may write into the feature.
         key_feature: Tensor = values[self.key_cut.feature].clone()
-        return _run(self._around_key[1], values), key_feature
+        return self._pass(self._around_key[1], values), key_feature
 
     def key_feature(self, args: Any, kwargs: Any) -> Tensor:
         """Run only to the feature that keys are cut from, and return it.
@@ -208,16 +225,16 @@ class SplitGenerator:
         values = self.start(args, kwargs)
         if self.key_cut is None or self._around_key is None:
             return self.crossing(self.advance(values, 0), 0)[0]
-        key_feature: Tensor = _run(self._around_key[0], values)[self.key_cut.feature]
+        key_feature: Tensor = self._pass(self._around_key[0], values)[self.key_cut.feature]
         return key_feature
 
     def advance(self, values: Values, index: int) -> Values:
         """Run from the cut before to cut ``index`` (from 0); returns the values that cross it."""
-        return _run(self.segments[index], values)
+        return self._pass(self.segments[index], values)
 
     def finish(self, values: Values) -> Any:
         """Run from the last cut to the end; returns the generator's output."""
-        done = _run(self._rest, values)
+        done = self._pass(self._rest, values)
         return rebuild(self._result, lambda leaf: done[leaf] if isinstance(leaf, fx.Node) else leaf)
 
     def crossing(self, values: Values, index: int) -> list[Tensor]:
@@ -238,7 +255,7 @@ class SplitGenerator:
     def value_at(self, cut: Cut, args: Any, kwargs: Any) -> Tensor:
         """Run the generator up to another cut; returns its feature ``(N, C, ...)``."""
         segment = Segment(self.decoder.recording, self.generator, 0, cut.position, [cut.feature])
-        feature: Tensor = _run(segment, self.start(args, kwargs))[cut.feature]
+        feature: Tensor = self._pass(segment, self.start(args, kwargs))[cut.feature]
         return feature
 
     def place_of(self, output: Any) -> Tensor:
@@ -254,7 +271,7 @@ class SplitGenerator:
         return [self._device] if self._device.type == "cuda" else []
 
     def states(self, *, self_test: bool = False, count: int | None = None) -> list[list[Tensor]]:
-        """Run the example inputs up to each cut; sets ``written``.
+        """Run the example inputs up to each cut; sets ``written`` and ``writes``.
 
         Args:
             self_test: Whether to check that the tail behind each cut reproduces the generator's output.
@@ -267,13 +284,14 @@ class SplitGenerator:
             RecordingError: If the self-test fails.
         """
         states: list[list[Tensor]] = []
-        written = []
+        written, watch = [], WriteWatch()
         with torch.no_grad():
             expected = self._generator_outputs(*self.example) if self_test else None
             with unobserved(self.generator):
                 values = self.start(*cloned(self.example))
                 for index in range(len(self.cuts) if count is None else count):
-                    values = self.advance(values, index)
+                    with watch:
+                        values = self.advance(values, index)
                     states.append([clone_strided(value) for value in self.crossing(values, index)])
                     written.append(set(range(len(states[-1]))))
                     if expected is not None:
@@ -281,7 +299,18 @@ class SplitGenerator:
                         # Where the forward runs again, another value may be written in another call.
                         written[-1] = written[-1] if self.decoder.replayed else changed
         self.written = written if count is None else self.written
+        if watch.seen:
+            with unobserved(self.generator):
+                self.writes = overwrites_saved(lambda: self._differentiate(len(states)))
         return states
+
+    def _differentiate(self, count: int) -> None:
+        example = cloned(self.example)
+        for value in tensors(example):
+            value.requires_grad_(value.is_floating_point())
+        values = self.start(*example)
+        for index in range(count):
+            values = self.advance(values, index)
 
     # Checks.
 
@@ -450,18 +479,6 @@ def lacks_batch_axis(generator: nn.Module, args: Any, kwargs: Any) -> bool:
 def places(decoder: Decoder, stages: Iterable[Stage], tap: Literal["after", "before"]) -> list[tuple[Stage, Cut]]:
     """Cut a decoder at several stages, in order of execution."""
     return sorted(((stage, decoder.cut(stage, tap)) for stage in stages), key=lambda pair: pair[1].position)
-
-
-def _run(segment: Segment, values: Values) -> Values:
-    inputs = [values[node] for node in segment.enter]
-    with gradient_of(inputs):
-        return dict(zip(segment.keep, segment(*inputs), strict=True))
-
-
-def gradient_of(inputs: Iterable[Any]) -> torch.set_grad_enabled:
-    """Switch gradients off, unless one of the inputs requires one."""
-    requires_grad = any(isinstance(value, Tensor) and value.requires_grad for value in inputs)
-    return torch.set_grad_enabled(torch.is_grad_enabled() and requires_grad)
 
 
 # The form of a call.

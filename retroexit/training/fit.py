@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from retroexit.core.files import MANIFEST, write_json
+from retroexit.branch.copy import CopyBranch
+from retroexit.core.files import write_json
 from retroexit.core.identity import fingerprint
 from retroexit.core.modules import device_of
 from retroexit.core.samples import ImageRange, Samples, drawing_from
@@ -26,7 +27,7 @@ from retroexit.plugins.training_types import TrainingBatch
 from retroexit.retrieval import Retriever
 from retroexit.routing.predictor import farthest
 from retroexit.routing.router import guide_distance
-from retroexit.saving import options_to_json
+from retroexit.saving import BANK, options_to_json, write_bank
 from retroexit.training.cache import IMAGE, FeatureCache, Features, LiveFeatures, chunks, guidance_names
 from retroexit.training.distributed import Team
 from retroexit.training.estimate import Estimate, estimate
@@ -101,7 +102,7 @@ def fit_model(
     model.router.guide_limit = None
     taps = model.decomposition.taps
     if taps is not None:
-        model.bank = _bank(model, taps, features, folder / "bank", job, team, progress)
+        model.bank = _bank(model, taps, features, folder, job, team, progress)
         steps.guide_of, model.router.guide_limit = _guides(model, taps, features)
     reconstruct_branches(model, steps, folder / "branches", keep_channels=settings.features > 0)
     _train(model, losses, steps, settings, folder / "branches", writer, progress)
@@ -138,7 +139,8 @@ def _train(
     progress: bool,
 ) -> None:
     weight = settings.features
-    distances = [FeatureDistance(model, i, weight) if weight else None for i in range(len(losses))]
+    is_copy = [isinstance(branch, CopyBranch) for branch in model.branches]
+    distances = [FeatureDistance(model, i, weight) if weight and is_copy[i] else None for i in range(len(losses))]
     trainers = [
         BranchTrainer(model, index, loss, steps.limits, settings, folder, steps.team, distance)
         for index, (loss, distance) in enumerate(zip(losses, distances, strict=True))
@@ -253,17 +255,17 @@ def _bank(
 ) -> GuidanceBank:
     """Load the bank of the folder, which the first process writes."""
     generator = fingerprint(model.generator)
-    if not team.from_first((folder / MANIFEST).exists()):
+    if not team.from_first(any(folder.glob(f"{BANK}-*"))):
         if team.is_first:
             bank = _fill_bank(model, taps, features, job, progress) if job.bank is None else job.bank
             if job.bank is not None:  # none of its pairs belongs to a sample: sources from -2 down
                 source = -2 - bank.source.numpy().clip(min=0)
                 bank = GuidanceBank(retriever=bank.retriever, values=bank.values, source=source, meta=bank.meta)
-            bank.save(folder)
+            write_bank(bank, folder)
         team.wait()
         if team.is_first and job.bank is not None:
             return bank
-    return GuidanceBank.load(folder, generator, retriever_class=type(job.retriever()))
+    return GuidanceBank.load(min(folder.glob(f"{BANK}-*")), generator, retriever_class=type(job.retriever()))
 
 
 def _fill_bank(model: EarlyExitGenerator, taps: Taps, features: Features, job: FitJob, progress: bool) -> GuidanceBank:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from retroexit.branch.branch import Branch
+from retroexit.branch.copy import CopyBranch
 from retroexit.branch.least_squares import Reconstruction, reconstruct
 from retroexit.errors import RetroExitError
 from retroexit.model import EarlyExitGenerator
@@ -34,7 +34,9 @@ def reconstruct_branches(
     step = replace(steps, team=Team(), batch=count, needs_inputs=False).at(0)
     results: list[Reconstruction | None] = []
     for index, branch in enumerate(model.branches):
-        assert isinstance(branch, Branch)
+        if not isinstance(branch, CopyBranch):
+            results.append(None)
+            continue
         has_checkpoint = folder is not None and (folder / f"exit{index + 1}.safetensors").exists()
         is_fresh, branch.is_fresh = branch.is_fresh, False
         values = [step.read(node.name) for node in model.split.cuts[index].crossing] if is_fresh else []
@@ -52,7 +54,7 @@ def reconstruct_branches(
 def _choose_channels(model: EarlyExitGenerator, index: int, values: list[Tensor]) -> None:
     """Inherit the channels that explain most of the samples' features."""
     branch = model.branches[index]
-    assert isinstance(branch, Branch)
+    assert isinstance(branch, CopyBranch)
     try:
         other = branch_for(model.decomposition, index, values)
     except (RetroExitError, RuntimeError) as error:  # the generator's code may refuse other samples

@@ -12,6 +12,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from retroexit.branch.branch import Branch
+from retroexit.branch.copy import CopyBranch
 from retroexit.core.files import read_tensors, reading, write_tensors
 from retroexit.core.modules import device_of
 from retroexit.core.samples import ImageRange, drawing_from
@@ -54,7 +55,7 @@ class FeatureDistance:
 
     def __init__(self, model: EarlyExitGenerator, index: int, weight: float) -> None:
         branch = model.branches[index]
-        assert isinstance(branch, Branch)
+        assert isinstance(branch, CopyBranch)
         self.model, self.branch, self.weight = model, branch, weight
         self.full = model.split.tail(index, share=True)
         modules = dict(branch.tail.named_modules())

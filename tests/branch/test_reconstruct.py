@@ -10,7 +10,7 @@ from torch.nn import functional
 from torch.nn.utils import parametrizations
 
 import retroexit
-from retroexit.branch.branch import Branch
+from retroexit.branch.copy import CopyBranch
 from retroexit.branch.inherit import Reader, pick_channels
 from retroexit.branch.least_squares import as_weight, design, least_squares, reconstruct, rows
 
@@ -66,7 +66,7 @@ def solve(model, count=32, seed=3):
     """Reconstruct the first branch on latents of its own."""
     values = model.split.begin((latents(count, seed),), {}).values
     branch = model.branches[0]
-    assert isinstance(branch, Branch)
+    assert isinstance(branch, CopyBranch)
     return reconstruct(branch, model.split.tail(0, share=True), model.split.crossing(values, 0))
 
 
@@ -159,7 +159,7 @@ def test_a_skip_connection_s_error_is_compensated(monkeypatch):
         model = wrap(decoder(KINDS["residual"]))
         values = model.split.crossing(model.split.begin((latents(64, 3),), {}).values, 0)
         full, branch = model.split.tail(0, share=True), model.branches[0]
-        assert isinstance(branch, Branch) and branch.inherited["blocks.2.b"] is not None
+        assert isinstance(branch, CopyBranch) and branch.inherited["blocks.2.b"] is not None
         assert reconstruct(branch, full, values) is not None
         for tail in (full, branch.tail):
             tail.get_submodule("rgb").register_forward_pre_hook(lambda _m, args: read.append(args[0]))
