@@ -20,37 +20,7 @@ from retroexit.errors import RetroExitError
 RESEALED = "with a new digest,"
 
 
-def damaged(folder, count, seed=0):
-    """Damage one file of a folder after another, ``count`` times in all; each is restored afterwards.
-
-    Half are cut short, half get one to eight bits flipped, mostly near the beginning, where headers are.
-
-    Yields:
-        What was done to which file, while it is done.
-    """
-    draw = random.Random(seed)
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    for number in range(count):
-        path = files[number % len(files)]
-        content, name = path.read_bytes(), path.relative_to(folder)
-        if draw.random() < 0.5:
-            size = draw.randrange(len(content))
-            path.write_bytes(content[:size])
-            done = f"{name} cut to {size} of {len(content)} bytes"
-        else:
-            data, most = bytearray(content), draw.choice((64, 256, len(content)))
-            bits = draw.sample(range(8 * min(most, len(content))), draw.randint(1, 8))
-            for bit in bits:
-                data[bit // 8] ^= 1 << bit % 8
-            path.write_bytes(data)
-            done = f"{name} with bits {bits} flipped"
-        try:
-            yield done
-        finally:
-            path.write_bytes(content)
-
-
-def in_child(work, seconds=60):
+def in_child(work, seconds=200):
     """Run ``work(report)`` in a forked process, which may crash or hang.
 
     Args:
@@ -85,20 +55,16 @@ def in_child(work, seconds=60):
 
 
 def outcomes(folder, count, read):
-    """Damage a folder ``count`` times and read it in a child process each time.
-
-    Args:
-        folder: See `damaged`.
-        count: See `damaged`.
-        read: Reads the folder and describes the result.
+    """Cut or flip bits in a folder's files ``count`` times, and read it in a child process each time.
 
     Returns:
-        Pairs of damaged file and result, which is ``"refused"`` where reading raised a `RetroExitError`.
+        Pairs of damaged file and what ``read`` returned, or ``"refused"`` where it raised a `RetroExitError`.
     """
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
 
     def work(report):
         torch.set_num_threads(1)  # the thread pool of the parent does not exist in a forked process
-        for done in damaged(folder, count):
+        for done in mutations(files, count, ways=(_cut, _flip)):
             report([done, "began"])
             try:
                 report([done, read()])
@@ -109,7 +75,7 @@ def outcomes(folder, count, read):
     assert end == "", f"{end} at {reports[-1]}"
     results = [report for report in reports if report[1] != "began"]
     assert len(results) == count
-    return {(done.split()[0], result) for done, result in results}
+    return {(done.partition(":")[0], result) for done, result in results}
 
 
 @contextmanager
@@ -127,14 +93,15 @@ def time_limit(seconds):
         signal.alarm(left)
 
 
-def mutations(files, count, seed=0, begin=0):
-    """Damage one file after another in one of `WAYS`; each is whole again afterwards.
+def mutations(files, count, seed=0, begin=0, ways=()):
+    """Damage one file after another, numbers ``begin`` to ``count``; each is whole again afterwards.
 
     Args:
         files: The files.
         count: Number of mutations in all.
         seed: Of all random choices; a mutation depends on it and its number only.
         begin: Number of the first one, from 0.
+        ways: Taken in turn; all of `WAYS` by default.
 
     Yields:
         What was done to which file, while it is done.
@@ -143,7 +110,7 @@ def mutations(files, count, seed=0, begin=0):
     for number in range(begin, count):
         draw = random.Random(f"{seed} {number}")
         path = files[number % len(files)]
-        way = WAYS[(number // len(files)) % len(WAYS)]
+        way = (ways or WAYS)[number // len(files) % len(ways or WAYS)]
         try:
             done = way(path, contents, draw)
             if path.is_file() and path.read_bytes() == contents[path]:  # zeros over zeros, say

@@ -13,20 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from toys import Distance
 
 import retroexit
 from retroexit.core import files
 from retroexit.errors import BankError, CheckpointError, RetroExitError, StorageError
-from retroexit.metrics import QualityMetric
 
 INPUTS = torch.randn(10, 4, 6, 6, generator=torch.Generator().manual_seed(1))
-
-
-class Distance(QualityMetric):
-    name = "distance"
-
-    def compare(self, a, b):
-        return (a - b).abs().mean((1, 2, 3))
 
 
 def generator(seed=0):
@@ -115,15 +108,13 @@ def test_a_full_disk_is_an_error_at_every_phase(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("verb", ["evaluate", "save"])
-def test_a_disk_that_refuses_to_write_is_an_error_at_every_file(
-    verb: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_disk_that_refuses_to_write_is_an_error_at_every_file(verb, monkeypatch, tmp_path):
     resource = pytest.importorskip("resource")
     model = fit(tmp_path / "fit")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     plain_open, left = open, 0
 
-    def open_until_full(path: Any, mode: str = "r", **options: Any) -> Any:
+    def open_until_full(path, mode="r", **options):
         nonlocal left
         left -= mode == "wb"
         if left < 0:
@@ -132,15 +123,15 @@ def test_a_disk_that_refuses_to_write_is_an_error_at_every_file(
 
     monkeypatch.setattr(files, "open", open_until_full, raising=False)
     pick_strips, draw = retroexit.report.strips.pick_strips, retroexit.report.report._drawings
-    drawings: list[Any] = []
+    drawings = []
 
-    def draw_once(*args: Any) -> Any:
+    def draw_once(*args):
         drawings[:] = drawings or [draw(*args)]
         return drawings[0]
 
     monkeypatch.setattr(retroexit.report.report, "_drawings", draw_once)
     monkeypatch.setattr(sys.modules["retroexit.evaluate"], "pick_strips", lambda *args: pick_strips(*args)[:1])
-    names: list[str] = []
+    names = []
     while True:
         left, folder = len(names), tmp_path / "full"
         try:
@@ -159,7 +150,7 @@ def test_a_disk_that_refuses_to_write_is_an_error_at_every_file(
     assert expected[verb] <= set(names)
 
 
-def test_a_folder_that_cannot_be_made_is_an_error_before_measuring(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_made_is_an_error_before_measuring(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(StorageError, match="cannot write .*file/report: Not a directory; .*use another folder"):
         retroexit.evaluate(wrapped(), INPUTS, tmp_path / "file/report", metric="no such metric")

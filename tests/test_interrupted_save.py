@@ -1,22 +1,16 @@
 """A save that is killed, or fails, at any change of a file leaves the folder with its former model or the new one."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable
-from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import retroexit
 from retroexit.metrics import QualityMetric
@@ -26,7 +20,7 @@ X = torch.randn(6, 4, 6, 6, generator=torch.Generator().manual_seed(1))
 CHANGES = {"os.rename", "os.remove", "os.rmdir"}
 
 
-def make_generator() -> nn.Module:
+def make_generator():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         stages = [nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.ReLU()) for _ in range(3)]
@@ -36,34 +30,34 @@ def make_generator() -> nn.Module:
 class Distance(QualityMetric):
     name = "distance"
 
-    def compare(self, a: Tensor, b: Tensor) -> Tensor:
+    def compare(self, a, b):
         return (a - b).abs().mean((1, 2, 3))
 
 
-def make_model(seed: int, folder: Path) -> retroexit.EarlyExitGenerator:
+def make_model(seed, folder):
     guidance = retroexit.Guidance(value_after=2, size=20, retriever="hnswlib")
-    options: dict[str, Any] = {"image_range": (-1, 1), "min_channels": 2, "self_test": False, "guidance": guidance}
+    options = {"image_range": (-1, 1), "min_channels": 2, "self_test": False, "guidance": guidance}
     options |= {"stages": ["0", "1", "2"], "adapter": False, "example_inputs": (X[:1],)}
     model = retroexit.wrap(make_generator(), [1], 0.5, **options)
-    settings: dict[str, Any] = {"metric": Distance(), "steps": 1, "predictor_steps": 1, "progress": False}
+    settings = {"metric": Distance(), "steps": 1, "predictor_steps": 1, "progress": False}
     retroexit.fit(model, X + seed, folder, seed=seed, **settings)
     losses = torch.rand(99, 1, generator=torch.Generator().manual_seed(seed))
     model.calibration = Calibration(losses, losses / 2)
     return model
 
 
-def contents(model: retroexit.EarlyExitGenerator) -> list[Tensor]:
+def contents(model):
     assert model.bank is not None and model.calibration is not None
     with torch.no_grad():
         images = model.all_exits(X)
     return [*images, model.calibration.losses, torch.from_numpy(np.array(model.bank.values))]
 
 
-def stop_at(number: int, how: str, folder: Path) -> list[str]:
+def stop_at(number, how, folder):
     """Count changes of files below a folder; at one of them, kill the process or raise an error of the disk."""
-    done: list[str] = []
+    done = []
 
-    def watch(event: str, args: tuple[Any, ...]) -> None:
+    def watch(event, args):
         if event not in CHANGES or str(folder) not in str(args[0]):
             return
         done.append(event)
@@ -77,16 +71,16 @@ def stop_at(number: int, how: str, folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("how", ["killed", "raises"])
-def test_the_old_or_the_new_model_is_left(how: str, damage: ModuleType, tmp_path: Path) -> None:
+def test_the_old_or_the_new_model_is_left(how, damage, tmp_path):
     models = [make_model(seed, tmp_path / f"fit{seed}") for seed in (0, 1)]
     expected, start, place = [contents(model) for model in models], tmp_path / "start", tmp_path / "model"
     models[0].save(start)
 
-    def save(number: int, model: retroexit.EarlyExitGenerator = models[1]) -> list[Any]:
+    def save(number, model=models[1]):
         shutil.rmtree(place, ignore_errors=True)
         shutil.copytree(start, place)
 
-        def work(report: Callable[[Any], None]) -> None:
+        def work(report):
             torch.set_num_threads(1)
             done = stop_at(number, how, place)
             with contextlib.suppress(retroexit.errors.StorageError):

@@ -1,9 +1,6 @@
 """What goes wrong first: each mistake is named with its value, and the advice in the message works."""
 
-from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -11,10 +8,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
+from toys import Distance
 
 import retroexit
 from retroexit.errors import RetroExitError
-from retroexit.metrics import QualityMetric
 
 FIT = {"metric": "ms-ssim", "steps": 2, "batch": 2, "predictor_steps": 2, "progress": False}
 
@@ -44,15 +41,6 @@ class Then(nn.Module):
 
     def forward(self, z):
         return self.function(self.inner(z))
-
-
-class PairMetric(QualityMetric):
-    """A metric for images of any size."""
-
-    name = "pairs"
-
-    def compare(self, a, b):
-        return (a - b).square().mean((1, 2, 3))
 
 
 def generator(out=3):
@@ -93,7 +81,6 @@ class Labelled:
         return latents()[range(4)[index]], index
 
 
-Act = Callable[[Path], Any]
 MISTAKES = {
     # What is fitted on: the mistake, what the message says, and what it advises.
     "several sizes": (
@@ -196,7 +183,7 @@ MISTAKES = {
     "small images": (
         lambda f: fit(f, latents(size=4), wrap={"example_inputs": (latents(2, 4),)}),
         r"at least 11x11 pixels, got 8x8\. Use larger images or crops, or a metric of your own",
-        lambda f: fit(f, latents(size=4), wrap={"example_inputs": (latents(2, 4),)}, metric=PairMetric()),
+        lambda f: fit(f, latents(size=4), wrap={"example_inputs": (latents(2, 4),)}, metric=Distance()),
     ),
     "small crops": (
         lambda f: fit(f, crop=8),

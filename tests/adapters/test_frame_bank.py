@@ -3,24 +3,17 @@
 import pytest
 import torch
 from torch import nn
+from toys import Distance
 
 import retroexit
 from retroexit import builtin
 from retroexit.errors import BankError
-from retroexit.metrics import QualityMetric
 from retroexit.plugins.host import Host, host
 
 megaportraits = pytest.importorskip("retroexit_megaportraits", reason="install the project to get its adapters")
 describe = megaportraits.retroexit_describe
 
 FRAMES = 10
-
-
-class Distance(QualityMetric):
-    name = "distance"
-
-    def compare(self, a, b):
-        return (a - b).abs().mean((1, 2, 3))
 
 
 def drivers(count, seed):

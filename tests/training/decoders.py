@@ -169,7 +169,7 @@ SETTINGS |= {"cache_batch": 4, "held_out": 0.2}
 def fit(model, folder, inputs=None, **settings):
     """Fit in a moment."""
     inputs = latents(10) if inputs is None else inputs
-    return retroexit.fit(model, inputs, folder, metric=Distance(), progress=False, **(SETTINGS | settings))
+    return retroexit.fit(model, inputs, folder, progress=False, **({"metric": Distance()} | SETTINGS | settings))
 
 
 def trained(model):

@@ -107,9 +107,8 @@ def test_options_of_the_end_are_checked_before_the_fit_begins(tmp_path):
 
 
 def test_a_fit_uses_the_description_that_the_generator_was_wrapped_with(tmp_path):
-    description = retroexit.Description(
-        name="mine", discriminator=lambda _: Judge(), adversarial="hinge", image_range=(0.0, 1.0)
-    )
+    judged = {"discriminator": lambda _: Judge(), "adversarial": "hinge"}
+    description = retroexit.Description(name="mine", image_range=(0.0, 1.0), **judged)
     losses = {"losses": {"l1": 1, "adversarial": 1}}
     model = wrap(adapter=description)
     with pytest.warns(retroexit.RetroExitWarning, match="the discriminator Judge is untrained"):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from decoders import SETTINGS, Copying, Distance, make, wrap
+from decoders import SETTINGS, Copying, Distance, fit, make, wrap
 
 import retroexit
 from retroexit.errors import OptionError
@@ -20,29 +20,24 @@ def _coordinates(height, width):
 def test_windows_of_features_guide_and_image_coincide(tmp_path, guidance):
     # Equal inputs, so that a guide from another sample shows the same places.
     inputs = _coordinates(4, 6)[None].repeat(8, 1, 1, 1)
-    model = wrap(
-        make(Copying),
-        stages=("stages.0", "stages.1", "stages.2"),
-        guidance=guidance and retroexit.Guidance(value_after=2),
-        example_inputs=(inputs[:2],),
-    )
-    seen = []
-    targets = []
+    guidance = guidance and retroexit.Guidance(value_after=2)
+    stages, seen, targets = [f"stages.{i}" for i in range(3)], [], []
+    model = wrap(make(Copying), stages=stages, guidance=guidance, example_inputs=(inputs[:2],))
 
     class Watching(Distance):
         def compare(self, a, b):
             targets.append(b.detach().clone())
             return super().compare(a, b)
 
+    def note(branch, args, kwargs):
+        if branch.training:
+            seen.append((args[0].clone(), kwargs["guide"]))
+
     for branch in model.branches:
-        branch.register_forward_pre_hook(
-            lambda _, args, kwargs: seen.append((args[0].clone(), kwargs["guide"])) if _.training else None,
-            with_kwargs=True,
-        )
-    settings = SETTINGS | {"steps": 5, "crop": 8}
-    retroexit.fit(model, inputs, tmp_path, metric=Watching(), progress=False, **settings)
-    is_window = lambda image: len(image) == settings["batch"] and image.shape[2:] == (8, 8)  # noqa: E731
-    targets = [image for image in targets if is_window(image)][1:]  # the first one is a trial
+        branch.register_forward_pre_hook(note, with_kwargs=True)
+    fit(model, tmp_path, inputs, metric=Watching(), steps=5, crop=8)
+    windows = (SETTINGS["batch"], 3, 8, 8)
+    targets = [image for image in targets if image.shape == windows][1:]  # the first one is a trial
     seen = seen[2:]  # one call of each branch tries the layout of its weights
     assert len(seen) == len(targets) == 10
     for index, ((feature, guide), target) in enumerate(zip(seen, targets, strict=True)):

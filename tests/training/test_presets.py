@@ -92,17 +92,14 @@ def test_a_fit_of_an_oasis_generator_on_equation_3(tmp_path):
     samples = oasis.one_hot(numbers, LABELS)
     model = retroexit.wrap(generator(), [4], 1 / 2, min_channels=1, init="scratch")
     before = {name: p.detach().clone() for name, p in model.branches.named_parameters()}
-    options = decoders.SETTINGS | {"losses": "oasis", "instead": {"vgg": "l1"}, "equalise": 1, "batch": 2}
-    fit = lambda judge: retroexit.fit(  # noqa: E731
-        model, samples, tmp_path, metric=Near(), progress=False, discriminator=judge, **options
-    )
-    fit(Judge(LABELS + 1))
+    options = {"losses": "oasis", "instead": {"vgg": "l1"}, "equalise": 1, "batch": 2, "metric": Near()}
+    decoders.fit(model, tmp_path, samples, discriminator=Judge(LABELS + 1), **options)
     assert model.about["fit"]["losses"] == {"adversarial": 1, "l1": 1, "lpips": 1}
     assert [name for name, p in model.branches.named_parameters() if torch.equal(before[name], p)] == []
     record = json.loads((tmp_path / "fit.json").read_text())["loss"]
     assert record["objective"] == "oasis" and record["equalise"] == 1
     with pytest.raises(CheckpointError, match=r"other settings: loss\.discriminator was .*, is "):
-        fit(Judge(LABELS + 2))
+        decoders.fit(model, tmp_path, samples, discriminator=Judge(LABELS + 2), **options)
 
 
 def test_a_fit_in_bfloat16_with_adversaries_works(tmp_path):

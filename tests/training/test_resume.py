@@ -4,23 +4,11 @@ import os
 import shutil
 import signal
 
+import decoders
 import numpy as np
 import pytest
 import torch
-from decoders import (
-    HALVES,
-    Judge,
-    Noisy,
-    checkpoint,
-    fit,
-    interrupted,
-    latents,
-    make,
-    same,
-    start_script,
-    trained,
-    wrap,
-)
+from decoders import HALVES, Judge, Noisy, checkpoint, fit, interrupted, latents, make, same, trained, wrap
 
 from retroexit.errors import CheckpointError
 from retroexit.guidance.bank import GuidanceBank
@@ -134,7 +122,7 @@ def _same_checkpoints(one, other):
 @pytest.mark.skipif(os.name == "nt", reason="SIGKILL")
 def test_a_killed_fit_with_adversaries_and_equalised_weights_ends_the_same(tmp_path, uninterrupted):
     folder, weights = uninterrupted("adversarial")
-    done = start_script(KILLED, tmp_path, ADVERSARIAL)
+    done = decoders.start_script(KILLED, tmp_path, ADVERSARIAL)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert checkpoint(tmp_path, 2)[1] == 3 and not (tmp_path / "model.json").exists()
     same(trained(fit_one("adversarial", tmp_path)), weights)
