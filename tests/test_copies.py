@@ -87,8 +87,7 @@ def _through_file(model):
     buffer = io.BytesIO()
     torch.save(model, buffer)
     buffer.seek(0)
-    loaded = torch.load(buffer, weights_only=False)
-    return loaded
+    return torch.load(buffer, weights_only=False)
 
 
 COPIES = {
@@ -203,19 +202,15 @@ def test_the_message_says_how_another_generator_differs(change, says):
 
 def test_branches_of_other_weights_are_refused(tmp_path):
     model = wrapped(flat("batch norm"))
-    retroexit.fit(
-        model, list(X.repeat(4, 1, 1, 1)), tmp_path / "a", metric="ms-ssim", steps=2, predictor_steps=2, progress=False
-    )
+
+    def fit():
+        settings = {"metric": "ms-ssim", "steps": 2, "predictor_steps": 2, "progress": False}
+        retroexit.fit(model, list(X.repeat(4, 1, 1, 1)), tmp_path / "a", **settings)
+
+    fit()
     with torch.no_grad():
         model.generator[0].weight.add_(1e-3)
-    attempts = [
-        lambda: model.save(tmp_path / "b"),
-        lambda: model.calibrate(list(X)),
-        lambda: retroexit.fit(
-            model, list(X), tmp_path / "a", metric="ms-ssim", steps=2, predictor_steps=2, progress=False
-        ),
-    ]
-    for attempt in attempts:
+    for attempt in (lambda: model.save(tmp_path / "b"), lambda: model.calibrate(list(X)), fit):
         with pytest.raises(GeneratorError, match=r"other weights of Sequential: .*0\.weight.*wrap and fit it again"):
             attempt()
     assert not (tmp_path / "b").exists()

@@ -33,9 +33,8 @@ def wrapped(seed=0):
     guidance = retroexit.Guidance(value_after=2, size=20, retriever="hnswlib")
     stages = ["0", "1", "2"]
     options = {"image_range": (-1, 1), "min_channels": 2, "self_test": False, "guidance": guidance}
-    return retroexit.wrap(
-        generator(seed), [1], 0.5, stages=stages, adapter=False, example_inputs=(INPUTS[:1],), **options
-    )
+    options |= {"stages": stages, "adapter": False, "example_inputs": (INPUTS[:1],)}
+    return retroexit.wrap(generator(seed), [1], 0.5, **options)
 
 
 def fit(folder, model=None, **changes):
@@ -96,9 +95,8 @@ def test_a_full_disk_is_an_error_at_every_phase(monkeypatch, tmp_path):
     phases, written = set(), calls[0]
     for limit in range(written):
         calls[0] = 0
-        with pytest.raises(
-            StorageError, match=r"No space left on device; /.* has [\d,.]+ MB free. Make room"
-        ) as caught:
+        message = r"No space left on device; /.* has [\d,.]+ MB free. Make room"
+        with pytest.raises(StorageError, match=message) as caught:
             fit(tmp_path / f"{limit}")
         phases.add(Path(str(caught.value.subject)).name)
         assert not list((tmp_path / f"{limit}").rglob("*.part"))

@@ -270,15 +270,13 @@ def test_the_train_mode_of_a_parent_changes_nothing(model, toy):
 )
 def test_a_branch_may_take_the_input_of_a_stage(toys, name):
     toy = toys.TOYS[name]()
-    model = retroexit.wrap(
-        toy.generator, toy.stages[1:3], 1.0, tap="before", example_inputs=toy.args, example_kwargs=toy.kwargs
-    )
+    model = retroexit.wrap(toy.generator, toy.stages[1:3], 1.0, tap="before", example_inputs=toy.args)
     with torch.no_grad():
         torch.manual_seed(5)
-        expected = tensors(toy.generator(*toy.args, **toy.kwargs))
+        expected = tensors(toy.generator(*toy.args))
         for k in (1, 2):
             torch.manual_seed(5)
-            outputs = tensors(model(*toy.args, exit=k, **toy.kwargs))
+            outputs = tensors(model(*toy.args, exit=k))
             assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
     assert [e.depth for e in model.exits[:2]] == sorted([e.depth for e in model.exits[:2]], reverse=True)
 
@@ -323,15 +321,8 @@ class _Handing(nn.Module):
 @pytest.mark.parametrize("attach_at", [[1], ["blocks.1"]])
 def test_a_stage_may_take_its_map_by_keyword_or_inside_a_tuple(attach_at):
     generator, x = _Handing().eval(), torch.rand(2, 16, 8, 8)
-    model = retroexit.wrap(
-        generator,
-        attach_at,
-        1 / 4,
-        min_channels=4,
-        stages=("blocks.0", "blocks.1", "blocks.2"),
-        example_inputs=(x,),
-        guidance=retroexit.Guidance(inject="every_stage"),
-    )
+    options = {"stages": [f"blocks.{i}" for i in range(3)], "guidance": retroexit.Guidance(inject="every_stage")}
+    model = retroexit.wrap(generator, attach_at, 1 / 4, min_channels=4, example_inputs=(x,), **options)
     (branch,) = model.branches
     feature = torch.rand(2, 16, 8, 8)
     guide = torch.rand(2, *model.decomposition.value_cut.feature.meta["shape"][1:])
@@ -342,11 +333,8 @@ def test_a_stage_may_take_its_map_by_keyword_or_inside_a_tuple(attach_at):
 
 
 def test_features_are_the_maps_at_the_attach_points(model, toy):
-    seen = []
-    hooks = [
-        toy.generator.get_submodule(exit.attach_at).register_forward_hook(lambda m, i, o: seen.append(o.clone()))
-        for exit in model.exits[:-1]
-    ]
+    seen, stages = [], [toy.generator.get_submodule(exit.attach_at) for exit in model.exits[:-1]]
+    hooks = [stage.register_forward_hook(lambda _m, _x, output: seen.append(output.clone())) for stage in stages]
     toy.generator(*toy.args)
     for hook in hooks:
         hook.remove()

@@ -231,10 +231,6 @@ def test_fingerprints_depend_on_weights_names_types_and_classes_only():
         change(module)
         return fingerprint(module)
 
-    others = [
-        linear(lambda m: m[1].running_mean.add_(1)),
-        linear(lambda m: m.double()),
-        linear(lambda m: m.append(nn.Linear(1, 1))),
-    ]
-    assert len({linear(), *others}) == 4
+    changes = (lambda m: m[1].running_mean.add_(1), lambda m: m.double(), lambda m: m.append(nn.Linear(1, 1)))
+    assert len({linear(), *map(linear, changes)}) == 4
     assert linear() == linear(lambda m: m.eval()) == linear(lambda m: m.requires_grad_(False))

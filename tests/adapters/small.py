@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from retroexit_stylegan import StyleGANGenerator
 
 KL = {
     "block_out_channels": (8, 16),
@@ -33,8 +34,7 @@ def tiny():
 def stylegan(**options):
     """A StyleGAN2 of 32x32 with 64, 64, 32, 16 channels, in which every parameter has an effect."""
     settings = {"z_dim": 8, "w_dim": 6, "resolution": 32, "channel_base": 512, "channel_max": 64}
-    module = pytest.importorskip("retroexit_stylegan", reason="install the project to get its adapters")
-    return with_effects(module.StyleGANGenerator(**(settings | {"num_mapping_layers": 2} | options)))
+    return with_effects(StyleGANGenerator(**(settings | {"num_mapping_layers": 2} | options)))
 
 
 def with_effects(network):

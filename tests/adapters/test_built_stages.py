@@ -3,15 +3,14 @@
 from itertools import pairwise
 
 import pytest
+import retroexit_megaportraits
+import retroexit_oasis
 import torch
 from torch import nn
 
 import retroexit
 from retroexit.errors import BranchError
 from retroexit.plugins.host import Host, host
-
-retroexit_oasis = pytest.importorskip("retroexit_oasis", reason="install the project to get its adapters")
-retroexit_megaportraits = pytest.importorskip("retroexit_megaportraits")
 
 
 @pytest.fixture(scope="module")
@@ -147,13 +146,9 @@ class Twice(nn.Module):
 
 
 def wrap_twice(build_stage):
-    description = retroexit.Description(
-        name="twice",
-        stages=("blocks.0", "blocks.1", "blocks.2"),
-        example_inputs=lambda generator: ((torch.rand(1, 4, 8, 8),), {}),
-        build_stage=build_stage,
-    )
-    return retroexit.wrap(Twice().eval(), [1], 1 / 4, min_channels=4, adapter=description)
+    stages, example = [f"blocks.{i}" for i in range(3)], (torch.rand(1, 4, 8, 8),)
+    description = retroexit.Description(name="twice", stages=stages, build_stage=build_stage)
+    return retroexit.wrap(Twice().eval(), [1], 1 / 4, min_channels=4, adapter=description, example_inputs=example)
 
 
 def test_a_feature_that_is_read_twice_is_projected_as_the_exit_notes():

@@ -1,5 +1,6 @@
 """Every adapter of the project passes the conformance test."""
 
+import importlib
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,7 @@ INSTANCES = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", INSTANCES)
 def test_the_adapter_conforms(name):
-    adapter = pytest.importorskip(name, reason="install the project to get its adapters")
+    adapter = importlib.import_module(name)
     generator = INSTANCES[name](adapter).eval()
     others = [nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Conv2d(8, 3, 1)).eval()]
     report = check_adapter(generator, plugin=adapter, thin_at=[1], strangers=others)

@@ -1,6 +1,7 @@
 """The diffusers adapter: known decoders, their descriptions, refusals."""
 
 import pytest
+import retroexit_diffusers
 import torch
 from small import KL, kl, tiny
 from torch import nn
@@ -9,7 +10,6 @@ import retroexit
 from retroexit.errors import GeneratorError
 
 diffusers = pytest.importorskip("diffusers", reason="pip install 'retroexit[diffusers]'")
-retroexit_diffusers = pytest.importorskip("retroexit_diffusers", reason="install the project to get its adapters")
 describe = retroexit_diffusers.retroexit_describe
 
 UP = ("mid_block", "up_blocks.0", "up_blocks.1")
@@ -29,9 +29,8 @@ def masked():
 
 
 def hunyuan():
-    return diffusers.AutoencoderKLHunyuanImage(
-        3, 3, 4, block_out_channels=(64, 64), layers_per_block=1, spatial_compression_ratio=2, sample_size=16
-    )
+    sizes = {"block_out_channels": (64, 64), "layers_per_block": 1, "sample_size": 16}
+    return diffusers.AutoencoderKLHunyuanImage(3, 3, 4, spatial_compression_ratio=2, **sizes)
 
 
 AUTOENCODERS = {

@@ -5,6 +5,7 @@ import json
 import numpy
 import pytest
 import torch
+from retroexit_diffusers import EarlyExitDecoder, early_exits, gather_latents, retroexit_describe
 from small import kl, tiny
 from torch import nn
 
@@ -13,14 +14,6 @@ from retroexit.errors import DeviceError, GeneratorError, InputMismatchError, Op
 
 diffusers = pytest.importorskip("diffusers", reason="pip install 'retroexit[diffusers]'")
 transformers = pytest.importorskip("transformers", reason="pipelines need a text encoder")
-pytest.importorskip("retroexit_diffusers", reason="install the project to get its adapters")
-
-from retroexit_diffusers import (  # noqa: E402
-    EarlyExitDecoder,
-    early_exits,
-    gather_latents,
-    retroexit_describe,
-)
 
 SIDE = 64
 
@@ -36,25 +29,14 @@ def parts(autoencoder, folder):
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     text = transformers.CLIPTextConfig(vocab_size=len(tokenizer), max_position_embeddings=8, **sizes, **ids)
-    unet = diffusers.UNet2DConditionModel(
-        sample_size=SIDE // 2,
-        block_out_channels=(8, 8),
-        layers_per_block=1,
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=16,
-        attention_head_dim=4,
-    )
-    return {
-        "vae": autoencoder.eval(),
-        "text_encoder": transformers.CLIPTextModel(text).eval(),
-        "tokenizer": tokenizer,
-        "unet": unet.eval(),
-        "scheduler": diffusers.DDIMScheduler(steps_offset=1, clip_sample=False),
-        "safety_checker": None,
-        "feature_extractor": None,
-    }
+    blocks = {"layers_per_block": 1, "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D")}
+    blocks |= {"up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "block_out_channels": (8, 8)}
+    attention = {"norm_num_groups": 4, "cross_attention_dim": 16, "attention_head_dim": 4}
+    unet = diffusers.UNet2DConditionModel(sample_size=SIDE // 2, **blocks, **attention)
+    models = {"vae": autoencoder, "text_encoder": transformers.CLIPTextModel(text), "unet": unet}
+    rest = {"scheduler": diffusers.DDIMScheduler(steps_offset=1, clip_sample=False), "tokenizer": tokenizer}
+    unused = dict.fromkeys(("safety_checker", "feature_extractor"))
+    return {**{name: model.eval() for name, model in models.items()}, **rest, **unused}
 
 
 def wrap(decoder):

@@ -1,6 +1,7 @@
 """The frame bank of MegaPortraits: filled by a fit, searched by pose and expression, saved."""
 
 import pytest
+import retroexit_megaportraits as megaportraits
 import torch
 from torch import nn
 from toys import Distance
@@ -10,7 +11,6 @@ from retroexit import builtin
 from retroexit.errors import BankError
 from retroexit.plugins.host import Host, host
 
-megaportraits = pytest.importorskip("retroexit_megaportraits", reason="install the project to get its adapters")
 describe = megaportraits.retroexit_describe
 
 FRAMES = 10

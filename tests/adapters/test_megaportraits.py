@@ -2,13 +2,8 @@
 
 import pytest
 import torch
+from retroexit_megaportraits import MegaPortraitsG2d, ResidualBlock, frame_key
 from torch.utils.flop_counter import FlopCounterMode
-
-retroexit_megaportraits = pytest.importorskip(
-    "retroexit_megaportraits", reason="install the project to get its adapters"
-)
-MegaPortraitsG2d = retroexit_megaportraits.MegaPortraitsG2d
-frame_key = retroexit_megaportraits.frame_key
 
 
 def small():
@@ -25,7 +20,7 @@ def test_the_full_size_decoder_costs_what_the_paper_counts():
 
 
 def test_a_block_adds_two_normalised_convolutions_to_its_shortcut():
-    block = retroexit_megaportraits.ResidualBlock(3, 2, up=True).eval()
+    block = ResidualBlock(3, 2, up=True).eval()
     with torch.no_grad():
         for name, value in block.state_dict().items():
             if name.startswith("norm") and "num_batches" not in name:
@@ -33,9 +28,8 @@ def test_a_block_adds_two_normalised_convolutions_to_its_shortcut():
     x, weights = torch.randn(2, 3, 4, 4), block.state_dict()
 
     def norm(name, x):
-        gain, shift, mean, variance = (
-            weights[f"{name}.{what}"][:, None, None] for what in ("weight", "bias", "running_mean", "running_var")
-        )
+        parts = ("weight", "bias", "running_mean", "running_var")
+        gain, shift, mean, variance = (weights[f"{name}.{part}"][:, None, None] for part in parts)
         return gain * (x - mean) / (variance + 1e-5).sqrt() + shift
 
     def conv(name, x):

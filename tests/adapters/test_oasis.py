@@ -3,13 +3,13 @@
 from types import SimpleNamespace
 
 import pytest
+import retroexit_oasis
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import retroexit
 
-retroexit_oasis = pytest.importorskip("retroexit_oasis", reason="install the project to get its adapters")
 OASISGenerator = retroexit_oasis.OASISGenerator
 describe = retroexit_oasis.retroexit_describe
 

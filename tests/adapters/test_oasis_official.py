@@ -3,12 +3,12 @@
 from types import SimpleNamespace
 
 import pytest
+import retroexit_oasis
 import torch
 from small import official as checkout
 
 import retroexit
 
-retroexit_oasis = pytest.importorskip("retroexit_oasis", reason="install the project to get its adapters")
 DATASETS = retroexit_oasis.DATASETS
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")

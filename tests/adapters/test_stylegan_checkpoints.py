@@ -6,12 +6,12 @@ import pickle
 from pathlib import Path
 
 import pytest
+import retroexit_stylegan
 import torch
 from small import stylegan
 
 from retroexit.errors import CheckpointError
 
-retroexit_stylegan = pytest.importorskip("retroexit_stylegan", reason="install the project to get its adapters")
 convert = retroexit_stylegan.convert_rosinality
 load_generator = retroexit_stylegan.load_generator
 

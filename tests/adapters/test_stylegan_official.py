@@ -5,12 +5,12 @@ import importlib
 import types
 
 import pytest
+import retroexit_stylegan as adapter
 import torch
 from small import official, with_effects
 
 import retroexit
 
-adapter = pytest.importorskip("retroexit_stylegan", reason="install the project to get its adapters")
 describe = adapter.retroexit_describe
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the checkouts

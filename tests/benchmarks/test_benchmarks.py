@@ -7,22 +7,17 @@ import sys
 from pathlib import Path
 from typing import ClassVar
 
+import guidance_gain
 import numpy as np
+import promises
 import pytest
+import retrieval
 import torch
+from gain.training import noise, shuffled
 
 from retroexit.evaluation.sweep import Evaluation
 from retroexit.plugins import host
 from retroexit.retrieval import ExactRetriever
-
-BENCHMARKS = str(Path(__file__).resolve().parents[2] / "benchmarks")
-if BENCHMARKS not in sys.path:
-    sys.path.insert(0, BENCHMARKS)
-
-import guidance_gain  # noqa: E402
-import promises  # noqa: E402
-import retrieval  # noqa: E402
-from gain.training import noise, shuffled  # noqa: E402
 
 
 class Careless(ExactRetriever):
@@ -68,18 +63,15 @@ def test_controls_are_guides_of_other_inputs_or_noise_like_a_guide():
 
 
 def test_back_ends_are_compared_by_recall_time_and_image_loss(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(
-        type(host()), "retriever", lambda self, name: {"exact": ExactRetriever, "careless": Careless}[name]
-    )
+    made = {"exact": ExactRetriever, "careless": Careless}
+    monkeypatch.setattr(type(host()), "retriever", lambda self, name: made[name])
     monkeypatch.setattr(retrieval, "memory", lambda names, keys: dict.fromkeys(names, 1.5))
     words = ["--case", "tiny", "--sizes", "32", "128", "--backends", "exact", "careless", "--steps", "2"]
     words += ["--repeats", "2", "--images", "4"]
     words += ["--json", str(tmp_path / "rows.json")]
     retrieval.main(words)
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
-    assert [(row["backend"], row["keys"]) for row in rows] == [
-        (name, size) for size in (32, 128) for name in ("exact", "careless")
-    ]
+    assert [(row["backend"], row["keys"]) for row in rows] == [(name, size) for size in (32, 128) for name in made]
     for exact, careless in zip(rows[::2], rows[1::2], strict=True):
         for kind in ("held out", "new noise"):
             assert exact[kind]["recall"] == 1.0 and careless[kind]["recall"] < 0.3
@@ -90,7 +82,7 @@ def test_back_ends_are_compared_by_recall_time_and_image_loss(tmp_path, capsys, 
 
 @pytest.mark.parametrize("name", ["paper_tables", "training", "zoo"])
 def test_a_benchmark_shows_its_options(name):
-    script = Path(BENCHMARKS) / f"{name}.py"
+    script = Path(retrieval.__file__).with_name(f"{name}.py")
     done = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and "--json" in done.stdout, done.stderr
 

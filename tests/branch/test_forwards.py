@@ -148,9 +148,8 @@ class Kernels(nn.Module):
 @pytest.mark.parametrize("least", [1, 2, 4])
 def test_kernels_are_no_widths_however_small_the_floor(least):
     generator = nn.Sequential(nn.Conv2d(4, 16, 1), nn.ReLU(), Kernels()).eval()
-    model = retroexit.wrap(
-        generator, ["0"], 1 / 16, min_channels=least, example_inputs=(torch.randn(1, 4, 8, 8),), adapter=False
-    )
+    options = {"example_inputs": (torch.randn(1, 4, 8, 8),), "adapter": False}
+    model = retroexit.wrap(generator, ["0"], 1 / 16, min_channels=least, **options)
     shapes = {name: tuple(p.shape) for name, p in model.branches[0].tail.named_parameters()}
     assert shapes["2.one.weight"] == (least, least, 3, 3)
     assert shapes["2.two.parametrizations.weight.original1"] == (least, least, 5)

@@ -18,9 +18,9 @@ class Dense(nn.Module):
     def __init__(self, count, conv=nn.Conv2d, norm=False):
         super().__init__()
         self.first, self.last = conv(3, 16, 3, padding=1), conv(16, 3, 3, padding=1)
-        self.blocks = nn.ModuleList(
-            nn.ModuleList(conv(16 + 8 * i, 8 if i < 3 else 16, 3, padding=1) for i in range(4)) for _ in range(count)
-        )
+        widths = [(16, 8), (24, 8), (32, 8), (40, 16)]
+        blocks = (nn.ModuleList(conv(i, o, 3, padding=1) for i, o in widths) for _ in range(count))
+        self.blocks = nn.ModuleList(blocks)
         self.norm = nn.GroupNorm(4, 16) if norm else nn.Identity()
 
     def forward(self, x):
@@ -42,9 +42,8 @@ def test_layers_run_equally_often_in_larger_generators():
     for count in (3, 6, 12):
         calls = []
         with torch.no_grad():
-            hook = nn.modules.module.register_module_forward_pre_hook(
-                lambda m, _, calls=calls: calls.append(isinstance(m, nn.Conv2d))
-            )
+            note = lambda module, _, calls=calls: calls.append(isinstance(module, nn.Conv2d))  # noqa: E731
+            hook = nn.modules.module.register_module_forward_pre_hook(note)
             try:
                 wrap(Dense(count), torch.rand(1, 3, 8, 8))
             finally:

@@ -100,15 +100,8 @@ X = torch.rand(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
 def wrapped(generator, scale=1.0):
-    return retroexit.wrap(
-        generator.eval(),
-        ["blocks.0"],
-        scale,
-        min_channels=4,
-        image_range=(-1, 1),
-        stages=[f"blocks.{i}" for i in range(3)],
-        example_inputs=(X,),
-    )
+    options = {"image_range": (-1, 1), "stages": [f"blocks.{i}" for i in range(3)], "example_inputs": (X,)}
+    return retroexit.wrap(generator.eval(), ["blocks.0"], scale, min_channels=4, **options)
 
 
 @pytest.mark.parametrize("kind", [Gen, Reading])
@@ -144,10 +137,8 @@ def test_a_branch_learns(step, tmp_path):
     with torch.no_grad():
         model.branches[0].tail.rgb.weight.mul_(-1)
     before = loss()
-    retroexit.fit(
-        model, inputs, tmp_path, metric=Distance(), losses={"l1": 1.0}, steps=12, batch=4, lr=1e-2,
-        predictor_steps=1, progress=False,
-    )  # fmt: skip
+    settings = {"losses": {"l1": 1.0}, "steps": 12, "batch": 4, "lr": 1e-2, "predictor_steps": 1}
+    retroexit.fit(model, inputs, tmp_path, metric=Distance(), progress=False, **settings)
     assert loss() < 0.9 * before
 
 

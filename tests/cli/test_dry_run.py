@@ -8,6 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import retroexit_oasis as oasis
 import torch
 
 import retroexit
@@ -165,7 +166,6 @@ def test_missing_weights_are_listed_and_refused_at_the_end(run, tmp_path, monkey
 
 
 def test_a_trained_discriminator_is_loaded_from_a_file_into_the_adapters_network(run, tmp_path):
-    oasis = pytest.importorskip("retroexit_oasis")
     (tmp_path / "city.py").write_text(
         "import torch, retroexit_oasis as o\n"
         "def make():\n    torch.manual_seed(0)\n    return o.OASISGenerator(6, 4, 2, (64, 128), 8)\n"

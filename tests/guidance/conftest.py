@@ -41,9 +41,7 @@ def handed():
 
     def watch(branch):
         guides = []
-        branch.register_forward_pre_hook(
-            lambda _module, _args, kwargs: guides.append(kwargs["guide"]), with_kwargs=True
-        )
+        branch.register_forward_pre_hook(lambda _m, _args, named: guides.append(named["guide"]), with_kwargs=True)
         return guides
 
     return watch

@@ -121,9 +121,8 @@ def test_the_guide_has_the_dtype_of_the_feature_and_no_gradient(dtype):
 
 def test_maps_of_another_size_and_empty_batches_are_guided_too():
     bank = make()
-    assert torch.equal(
-        bank.guide(torch.cat([FEATURES[:2], FEATURES[2:4]], dim=3)), torch.cat([VALUES[:2], VALUES[2:4]], dim=3)
-    )
+    wide, expected = (torch.cat([x[:2], x[2:4]], dim=3) for x in (FEATURES, VALUES))
+    assert torch.equal(bank.guide(wide), expected)
     assert bank.guide(FEATURES[:0], exclude=torch.zeros(0, dtype=torch.int64)).shape == (0, 3, 8, 16)
 
 
@@ -252,9 +251,8 @@ def test_patches_of_maps_of_any_dimension_are_glued_to_the_same_map(shape, patch
     grid = rows.shape[:-1]
     assert torch.equal(glue(rows.reshape(*grid, shape[1], *patch).movedim(len(grid), -1)), x)
     values = x.half().float()
-    bank = build_bank(
-        [(x, range(len(x)))], lambda ids: values[ids], patch=patch, thin="none", retriever=ExactRetriever()
-    )
+    options = {"patch": patch, "thin": "none", "retriever": ExactRetriever()}
+    bank = build_bank([(x, range(len(x)))], lambda ids: values[ids], **options)
     assert torch.equal(bank.guide(x), values)
 
 

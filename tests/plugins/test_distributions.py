@@ -33,9 +33,8 @@ class Site:
     def run(self, *words):
         """Run a Python command line that sees these distributions."""
         path = os.pathsep.join([str(self.folder), *filter(None, sys.path)])
-        return subprocess.run(
-            [sys.executable, *words], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}
-        )
+        environment = os.environ | {"PYTHONPATH": path}
+        return subprocess.run([sys.executable, *words], capture_output=True, text=True, env=environment)
 
 
 @pytest.fixture

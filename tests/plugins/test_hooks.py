@@ -101,8 +101,7 @@ class Backwards(Retriever):
 
 
 def test_hook_retroexit_retrievers(offering, painter, use, tmp_path):
-    plugin = offering(retrievers={"backwards": Backwards})
-    plugins = use(plugin)
+    plugins = use(offering(retrievers={"backwards": Backwards}))
     assert plugins.retriever("backwards") is Backwards
     assert plugins.names("retriever") == ("backwards", "exact", "faiss", "hnswlib")
     model = wrap(painter, guidance=retroexit.Guidance(retriever="backwards", size=16), image_range=(-1, 1))
@@ -123,8 +122,7 @@ class Gradient(QualityMetric):
 
 
 def test_hook_retroexit_metrics(offering, painter, use, tmp_path):
-    plugin = offering(metrics={"gradient": Gradient})
-    plugins = use(plugin)
+    plugins = use(offering(metrics={"gradient": Gradient}))
     assert isinstance(plugins.metric("gradient"), Gradient)
     assert "gradient" in plugins.names("metric")
     model = wrap(painter, image_range=(-1, 1))
@@ -143,8 +141,7 @@ def test_hook_retroexit_losses(offering, painter, use, tmp_path):
             seen.append(tuple(image.shape))
             return super().forward(image, target)
 
-    plugin = offering(losses={"huber": Recorded})
-    plugins = use(plugin)
+    plugins = use(offering(losses={"huber": Recorded}))
     assert isinstance(plugins.loss("huber"), nn.HuberLoss)
     assert {"huber", "l1", "vgg", "ms-ssim"} < set(plugins.names("loss"))
     model = wrap(painter, image_range=(-1, 1))
@@ -156,13 +153,8 @@ def test_hook_retroexit_losses(offering, painter, use, tmp_path):
 
 
 def test_hook_retroexit_width_rules(offering, painter, use):
-    plugin = offering(
-        width_rules={
-            "odd": lambda channels, scale, least: max(least, int(channels * scale)) | 1,
-            "huge": lambda channels, scale, least: channels + 1,
-        }
-    )
-    plugins = use(plugin)
+    odd = lambda channels, scale, least: max(least, int(channels * scale)) | 1  # noqa: E731
+    plugins = use(offering(width_rules={"odd": odd, "huge": lambda channels, scale, least: channels + 1}))
     assert plugins.width_rule("odd")(16, 0.5, 4) == 9
     assert wrap(painter, width_rule="odd").branches[0].tail.get_submodule("rgb").in_channels == 9
     assert wrap(painter).branches[0].tail.get_submodule("rgb").in_channels == 8
@@ -178,8 +170,7 @@ def test_hook_retroexit_commands(offering, use, capsys):
         """Greet somebody."""
         typer.echo(f"hello {name}")
 
-    plugin = offering(commands={"greet": greet})
-    plugins = use(plugin)
+    plugins = use(offering(commands={"greet": greet}))
     assert plugins.commands()["greet"] is greet
     shown = {}
     for words in (["--help"], ["greet", "--name", "me"], ["plugins"]):

@@ -11,11 +11,7 @@ from retroexit.core.files import write_manifest
 from retroexit.errors import CheckpointError
 from retroexit.retrieval import ExactRetriever, FaissRetriever, HnswlibRetriever
 
-MADE = [
-    lambda: ExactRetriever(),
-    lambda: FaissRetriever(index="IVF4,Flat", nprobe=3),
-    lambda: HnswlibRetriever(M=8, ef=33, threads=2),
-]
+MADE = [ExactRetriever, lambda: FaissRetriever(index="IVF4,Flat", nprobe=3), lambda: HnswlibRetriever(ef=33, threads=2)]
 every_backend = pytest.mark.parametrize("make", MADE, ids=["exact", "faiss", "hnswlib"])
 
 

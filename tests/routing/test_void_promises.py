@@ -141,9 +141,8 @@ def test_samples_that_repeat_count_once(model):
         model.calibrate([*few, *few[:30]], metric=Distance(), progress=False)
     many = _inputs(70)
     groups = [f"drive {i % 3}" for i in range(70)]
-    calibration = model.calibrate(
-        [*many, *many], metric=Distance(), groups=groups * 2, rule="worst-group", progress=False
-    )
+    options = {"groups": groups * 2, "rule": "worst-group", "progress": False}
+    calibration = model.calibrate([*many, *many], metric=Distance(), **options)
     assert len(calibration) == 70 and calibration.about["duplicates"] == 70 and calibration.groups == groups
     assert sum(len(losses) for _, losses in calibration.left_out(0.3).values()) == 70
 

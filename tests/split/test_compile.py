@@ -51,10 +51,8 @@ def test_a_compiled_model_renders_what_the_model_renders(model):
 @pytest.mark.parametrize("leave", [1, 2, 3])
 def test_an_exit_exports_for_every_batch_and_size(model, leave, strict):
     free = torch.export.Dim.DYNAMIC
-    dynamic = {"x": {0: free, 2: free, 3: free}}
-    exported = torch.export.export(
-        AtExit(model, leave), (torch.rand(4, 4, 8, 8),), dynamic_shapes=dynamic, strict=strict
-    ).module()
+    options = {"dynamic_shapes": {"x": {0: free, 2: free, 3: free}}, "strict": strict}
+    exported = torch.export.export(AtExit(model, leave), (torch.rand(4, 4, 8, 8),), **options).module()
     for shape in SHAPES:
         x = torch.rand(shape)
         assert torch.equal(exported(x), model(x, exit=leave))

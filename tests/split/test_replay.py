@@ -113,9 +113,7 @@ class Draws(Parts):
         return self.rgb(self.blocks[2](h + self.shift)).tanh()
 
 
-KINDS = {
-    "branches": Branches, "bundles": Bundles, "leaves": Leaves, "draws": Draws,
-}  # fmt: skip
+KINDS = {"branches": Branches, "bundles": Bundles, "leaves": Leaves, "draws": Draws}
 PLACES = ["blocks.0", "blocks.1"]
 
 

@@ -4,6 +4,7 @@ import json
 
 import decoders
 import pytest
+import retroexit_oasis as oasis
 import torch
 from decoders import Distance, Judge, latents, wrap
 from torch import nn
@@ -16,8 +17,6 @@ from retroexit.plugins.training_types import TrainingBatch
 from retroexit.training.losses import L1
 from retroexit.training.losses.plan import LossOptions, _value, find_weights, plan_losses
 from retroexit.training.losses.terms import OBJECTIVES
-
-oasis = pytest.importorskip("retroexit_oasis", reason="install the project to get its adapters")
 
 LABELS = 6
 ADVERSARIAL = {"adversarial": 1, "l1": 1}
