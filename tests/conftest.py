@@ -33,7 +33,6 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture
 def every_toy(request):
-    """A toy generator; the test runs once for each."""
     return _toys.TOYS[request.param]()
 
 

@@ -49,7 +49,6 @@ def renders(model, x=X):
 
 
 def assert_same(model, again, x=X):
-    """Compare all that two models render."""
     for a, b in zip(renders(model, x), renders(again, x), strict=True):
         assert torch.equal(a, b)
 

@@ -12,8 +12,6 @@ from retroexit.errors import RetroExitError
 
 
 class Gen(nn.Module):
-    """Holds a buffer and a frozen layer."""
-
     def __init__(self):
         super().__init__()
         self.stem, self.rgb = nn.Conv2d(4, 16, 3, padding=1), nn.Conv2d(16, 3, 3, padding=1)

@@ -34,8 +34,6 @@ class Generator(nn.Module):
 
 
 class Then(nn.Module):
-    """A generator and a function of its image."""
-
     def __init__(self, function, out=3):
         super().__init__()
         self.inner, self.function = generator(out), function
@@ -88,7 +86,6 @@ def route(_, options):
 
 
 def load(folder, order):
-    """Load a saved model, with the generator and its folder in some order."""
     return retroexit.load(*order(wrap().save(folder / "model"), generator()))
 
 

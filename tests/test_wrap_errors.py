@@ -177,10 +177,7 @@ def test_an_input_size_that_the_forward_fixes_is_named(toys, refused):
     [
         (X.double(), {"exit": 1}, errors.InputMismatchError, r"must be torch\.float32 .*got torch\.float64"),
         ((X, X), {"exit": 1}, errors.InputMismatchError, "tensors must be at"),
-        *(
-            (X, {"exit": k}, errors.OptionError, f"exit must be an integer from 1 to 2, .* got {k!r}")
-            for k in (0, 3, -1, True, "last")
-        ),
+        *((X, {"exit": k}, errors.OptionError, f"from 1 to 2, .* got {k!r}") for k in (0, 3, -1, True, "last")),
         (X, {"exit": 1, "threshold": 0.1}, errors.OptionError, r"exit=1 and threshold=0\.1"),
         *((X, {"threshold": tau}, errors.OptionError, "threshold") for tau in (-0.1, float("nan"), "low")),
         (X, {"threshold": 0.1}, errors.TrainingError, "needs a predictor, but the .* Run retroexit.fit"),
@@ -198,9 +195,7 @@ def test_a_guided_branch_without_a_bank_is_refused(toy, refused):
         model(X, exit=1)
 
 
-@pytest.mark.parametrize(
-    "use", [lambda m: m.exits, lambda m: m.split, lambda m: m.save("nowhere"), lambda m: m.image(X)]
-)
+@pytest.mark.parametrize("use", [lambda m: m.exits, lambda m: m.split, lambda m: m.save("none"), lambda m: m.image(X)])
 def test_what_needs_a_recording_is_refused_before_it(toy, use):
     model = retroexit.wrap(toy.generator, attach_at=[1], scale=1 / 4)
     message = "not been recorded yet, so there are no exits. Call the model once, or pass example_inputs"

@@ -43,8 +43,6 @@ class Toy:
     pinned: str = ""
 
     def rows(self, rows):
-        """Inputs of a part of the batch."""
-
         def cut(value):
             if isinstance(value, list):
                 return [cut(item) for item in value]
@@ -100,8 +98,6 @@ class Block(nn.Module):
 
 
 class Chain(nn.Module):
-    """Stem, blocks, image."""
-
     def __init__(self, blocks, first=32, last=24):
         super().__init__()
         self.stem, self.blocks, self.rgb = conv(4, first), nn.ModuleList(blocks), conv(last, 3)
@@ -120,8 +116,6 @@ def chain(block=Block, kind=Chain, **about):
 
 
 def shaped(output):
-    """A generator that returns a structure."""
-
     class Shaped(Chain):
         def forward(self, x):
             image = super().forward(x)
@@ -334,8 +328,6 @@ def batch_norm():
 
 
 class Attention(nn.Module):
-    """Self-attention over pixels, written by hand."""
-
     def __init__(self, c, heads):
         super().__init__()
         self.heads, self.channels = heads, c
@@ -416,8 +408,6 @@ def scripted_child():
 
 
 class Noisy(Block):
-    """Adds noise that it draws."""
-
     def __init__(self, i, o, up):
         super().__init__(i, o, up)
         self.strength = nn.Parameter(torch.full((o,), 0.1))
@@ -443,8 +433,6 @@ class Scaled(Block):
 
 
 class Sized(Block):
-    """Computes sizes from the shape of its input."""
-
     def forward(self, x):
         n, _, h, w = x.size()
         x = F.interpolate(x, size=(2 * h, w * 2), mode="bilinear") if self.up else x
@@ -456,8 +444,6 @@ class Sized(Block):
 
 
 class Shuffle(nn.Module):
-    """Doubles the resolution by a pixel shuffle."""
-
     def __init__(self, i, o, up):
         super().__init__()
         self.a, self.b = conv(i, o * 4 if up else o), conv(o, o)
@@ -468,8 +454,6 @@ class Shuffle(nn.Module):
 
 
 class Mobile(nn.Module):
-    """Depthwise, grouped and transposed convolutions."""
-
     def __init__(self, i, o, up):
         super().__init__()
         self.depth, self.point = conv(i, i, groups=i), conv(i, o, 1)
@@ -481,8 +465,6 @@ class Mobile(nn.Module):
 
 
 class ChannelsLast(nn.Module):
-    """Layers over the channels of every pixel."""
-
     def __init__(self, c):
         super().__init__()
         self.norm, self.wide, self.narrow = nn.LayerNorm(c), nn.Linear(c, 2 * c), nn.Linear(2 * c, c)
@@ -493,8 +475,6 @@ class ChannelsLast(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Self-attention over pixels by a layer of PyTorch."""
-
     def __init__(self, c):
         super().__init__()
         self.norm, self.attention = nn.LayerNorm(c), nn.MultiheadAttention(c, 2, batch_first=True)
@@ -506,8 +486,6 @@ class Transformer(nn.Module):
 
 
 class Winding(Block):
-    """Loops and conditions on sizes."""
-
     def forward(self, x):
         layers = {"a": self.a, "b": self.b}
         h = F.interpolate(x, scale_factor=2) if self.up and x.shape[2] < 64 else x

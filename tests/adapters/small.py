@@ -20,12 +20,10 @@ KL = {
 
 
 def kl(**options):
-    """An `AutoencoderKL` of diffusers."""
     return pytest.importorskip("diffusers").AutoencoderKL(**(KL | options))
 
 
 def tiny():
-    """An `AutoencoderTiny` of diffusers."""
     widths = {"encoder_block_out_channels": (8,) * 2, "decoder_block_out_channels": (8,) * 2}
     blocks = {"num_encoder_blocks": (1, 1), "num_decoder_blocks": (2, 1)}
     return pytest.importorskip("diffusers").AutoencoderTiny(**widths, **blocks)

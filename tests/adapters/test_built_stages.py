@@ -40,7 +40,6 @@ def rows_of(full, thin):
 
 
 def residual_macs(c_in, c_out, pixels):
-    """Count a residual block by hand."""
     return pixels * (9 * c_out * (c_in + c_out) + (c_in * c_out if c_in != c_out else 0))
 
 

@@ -12,6 +12,7 @@ from retroexit.errors import GeneratorError
 diffusers = pytest.importorskip("diffusers", reason="pip install 'retroexit[diffusers]'")
 describe = retroexit_diffusers.retroexit_describe
 
+WIDE = {"block_out_channels": (64, 64)}
 UP = ("mid_block", "up_blocks.0", "up_blocks.1")
 
 
@@ -38,10 +39,7 @@ AUTOENCODERS = {
     "AutoencoderKLFlux2": (lambda: diffusers.AutoencoderKLFlux2(**KL), UP),
     "AutoencoderTiny": (tiny, ("layers.2", "layers.3", "layers.6")),
     "VQModel": (lambda: diffusers.VQModel(**KL), UP),
-    "VQModel with spatial norms": (
-        lambda: diffusers.VQModel(**KL | {"block_out_channels": (64, 64)}, norm_type="spatial"),
-        UP,
-    ),
+    "VQModel, spatial": (lambda: diffusers.VQModel(**KL | WIDE, norm_type="spatial"), UP),
     "AutoencoderDC": (dc, ("up_blocks.1", "up_blocks.0")),
     "AsymmetricAutoencoderKL": (masked, UP),
     "AutoencoderKLHunyuanImage": (hunyuan, ("mid_block", *(f"up_blocks.{i}" for i in range(5)))),

@@ -17,13 +17,11 @@ FRAMES = 10
 
 
 def drivers(count, seed):
-    """Features, head angles and expressions."""
     source = torch.Generator().manual_seed(seed)
     return [torch.randn(count, *shape, generator=source) for shape in ((24, 4, 4), (3,), (512,))]
 
 
 def distances(angles, expression):
-    """Squared distances of one driver to all frames."""
     _, frame_angles, frame_expressions = drivers(FRAMES, 1)
     return (frame_angles - angles).square().sum(1) + (frame_expressions - expression).square().sum(1)
 
@@ -45,7 +43,6 @@ def fitted(driven, tmp_path_factory):
 
 @pytest.fixture
 def guides(fitted):
-    """Guides handed to each branch, in the order of the calls."""
     model, _ = fitted
     seen = [[] for _ in model.branches]
 

@@ -16,14 +16,12 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::F
 
 @pytest.fixture(scope="module")
 def official():
-    """Modules of the official code."""
     names = ("generator", "discriminator", "losses", "models")
     with checkout("OASIS", *(f"models.{name}" for name in names)) as modules:
         yield SimpleNamespace(**dict(zip(names, modules, strict=True)))
 
 
 def options(name, width=4, noise=True, norm="syncbatch"):
-    """Make the options that the official training script comes to for a data set."""
     dataset = DATASETS[name]
     sizes = {"crop_size": dataset.crop[1], "aspect_ratio": dataset.crop[1] / dataset.crop[0], "z_dim": 64}
     networks = {"gpu_ids": "-1", "no_spectral_norm": False, "param_free_norm": norm, "spade_ks": 3}
@@ -33,7 +31,6 @@ def options(name, width=4, noise=True, norm="syncbatch"):
 
 
 def with_statistics(network):
-    """Change running statistics and biases, and update the spectral norms."""
     with torch.no_grad():
         for module in network.modules():
             for hook in module._forward_pre_hooks.values():

@@ -20,18 +20,10 @@ def env():
     return SizeEnv()
 
 
-@pytest.mark.parametrize(
-    ("method", "parameters"),
-    [
-        ("evaluate_expr", ["orig_expr", "hint"]),
-        ("replace", ["expr"]),
-        ("simplify", ["expr"]),
-        ("bound_sympy", ["expr"]),
-        ("_maybe_evaluate_static", ["expr"]),
-    ],
-)
-def test_a_shape_environment_has_the_methods_that_are_overridden(method, parameters):
+@pytest.mark.parametrize("method", ["evaluate_expr", "replace", "simplify", "bound_sympy", "_maybe_evaluate_static"])
+def test_a_shape_environment_has_the_methods_that_are_overridden(method):
     signature = inspect.signature(getattr(ShapeEnv, method)).parameters
+    parameters = ["orig_expr", "hint"] if method == "evaluate_expr" else ["expr"]
     assert list(signature)[1 : 1 + len(parameters)] == parameters
     assert method in vars(SizeEnv)
     if method == "_maybe_evaluate_static":

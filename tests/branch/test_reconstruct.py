@@ -16,8 +16,6 @@ from retroexit.branch.least_squares import as_weight, design, least_squares, rec
 
 
 class Conv(nn.Module):
-    """A convolution and an activation."""
-
     def __init__(self):
         super().__init__()
         self.conv = nn.Conv2d(16, 16, 3, padding=1)
@@ -63,7 +61,6 @@ def wrap(generator, scale=0.5, **options):
 
 
 def solve(model, count=32, seed=3):
-    """Reconstruct the first branch on latents of its own."""
     values = model.split.begin((latents(count, seed),), {}).values
     branch = model.branches[0]
     assert isinstance(branch, CopyBranch)
@@ -72,7 +69,6 @@ def solve(model, count=32, seed=3):
 
 @torch.no_grad()
 def error(model):
-    """Mean squared error of exit 1 on latents that nothing has seen."""
     z = latents(16, seed=9)
     return float((model(z, exit=1) - model(z)).square().mean())
 

@@ -79,8 +79,6 @@ def test_at_full_width_a_long_skip_has_no_projection():
 
 
 class Cached(nn.Module):
-    """Returns what it computed beside the image."""
-
     def __init__(self, keep):
         super().__init__()
         self.inp, self.out, self.keep = nn.Conv2d(3, 32, 3, padding=1), nn.Conv2d(32, 3, 3, padding=1), keep

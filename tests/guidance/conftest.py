@@ -24,14 +24,12 @@ class Posed(nn.Module):
 
 @pytest.fixture
 def posed():
-    """The generator; its stages are ``stages.0`` to ``stages.3``."""
     torch.manual_seed(2)
     return Posed().eval()
 
 
 @pytest.fixture
 def metric(toys):
-    """A quality metric that takes images of any size."""
     return toys.Distance()
 
 

@@ -88,8 +88,6 @@ def test_hook_retroexit_build_stage(painter, use):
 
 
 class Backwards(Retriever):
-    """Exact search by a loop, in a class of its own."""
-
     name = "backwards"
 
     def _build(self, keys):
@@ -113,8 +111,6 @@ def test_hook_retroexit_retrievers(offering, painter, use, tmp_path):
 
 
 class Gradient(QualityMetric):
-    """Mean difference of horizontal gradients."""
-
     name = "gradient"
 
     def compare(self, a, b):

@@ -52,7 +52,6 @@ class Page(HTMLParser):
             self._rows[-1][-1] += data
 
     def pixels(self, number):
-        """Decode one of the pictures."""
         return np.asarray(Image.open(io.BytesIO(base64.b64decode(self.pictures[number].partition(",")[2]))))
 
 
@@ -65,7 +64,6 @@ def strips():
 
 @pytest.fixture(scope="module")
 def usual(make_evaluation, strips, tmp_path_factory):
-    """Text of a report that has everything."""
     folder = tmp_path_factory.mktemp("report")
     return write_report(folder, make_evaluation(), strips, title="<b>T</b>").read_text("utf-8")
 

@@ -42,19 +42,13 @@ def test_a_report_is_found_in_a_models_folder_too(make_evaluation, tmp_path):
 
 def test_damaged_files_are_errors_with_advice(strips, tmp_path):
     (tmp_path / "evaluation.json").write_text('{"loss": 3}')
-    with pytest.raises(
-        CheckpointError, match=r"cannot read .*evaluation.json: ValueError: it does not match its own digest. Run"
-    ):
+    with pytest.raises(CheckpointError, match=r"cannot read .*evaluation.json: .*not match its own digest. Run"):
         saved_report.read_evaluation(tmp_path)
     save_report(tmp_path, SavedReport("T", None, None, strips))
     path = tmp_path / "report.json"
     text = path.read_text()
-    for old, new in (
-        ("{", ""),
-        ("strips/0-0.png", "strips/9-9.png"),
-        ("strips/0-0.png", "../../secret.png"),
-        ('"chosen": 0', '"chosen": 7'),
-    ):
+    first, others = "strips/0-0.png", ("strips/9-9.png", "../../secret.png")
+    for old, new in (("{", ""), (first, others[0]), (first, others[1]), ('"chosen": 0', '"chosen": 7')):
         assert old in text
         path.write_text(text.replace(old, new))
         with pytest.raises(CheckpointError, match=r"cannot read .*report.json: .* Remove"):

@@ -33,7 +33,6 @@ def generator():
 
 @pytest.fixture(scope="module")
 def folder(generator, tmp_path_factory):
-    """A fitted model without calibration."""
     folder = tmp_path_factory.mktemp("fitted")
     options = {"min_channels": 4, "guidance": True, "image_range": (-1, 1), "example_inputs": (TRAIN[:1],)}
     model = retroexit.wrap(generator, [1, 2], [0.5, 0.75], **options)

@@ -158,11 +158,8 @@ def test_it_is_the_same_when_copied_and_keeps_few_limits():
 
 @pytest.mark.parametrize(("samples", "missing"), [(58, 1), (10, 49)])
 def test_too_few_samples_are_refused_with_the_number_needed(samples, missing):
-    with pytest.raises(
-        OptionError,
-        match=rf"P\(loss > threshold\) <= 0.05 with confidence 0.95 needs at least 59 samples, "
-        rf"got {samples}. Pass {missing} more",
-    ):
+    message = rf"<= 0.05 with confidence 0.95 needs at least 59 samples, got {samples}. Pass {missing} more"
+    with pytest.raises(OptionError, match=message):
         Calibration(*_draw(samples, 0))
     Calibration(*_draw(59, 0))
     with pytest.raises(OptionError, match="needs at least 244 samples"):
@@ -190,9 +187,7 @@ def test_what_is_no_calibration_is_refused():
             Calibration(losses, predicted, **options)
     far = predicted.clone()
     far[:30] = math.inf
-    with pytest.raises(
-        OptionError, match="59 samples like those of the fitting set, got 30: the guard sends the other 30"
-    ):
+    with pytest.raises(OptionError, match="like those of the fitting set, got 30: the guard sends the other 30"):
         Calibration(losses, far)
     with pytest.raises(OptionError, match=r"got \(60, 3\) and \(60, 2\)"):
         Calibration(losses, predicted[:, :2])

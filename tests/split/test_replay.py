@@ -31,8 +31,6 @@ class Block(nn.Module):
 
 
 class Parts(nn.Module):
-    """What the generators below are made of."""
-
     def __init__(self):
         super().__init__()
         self.stem = Block("stem", 4, 32)
@@ -155,7 +153,6 @@ def wrap(generator, scale=1.0, **options):
 
 
 def drawn(call, *inputs, **options):
-    """Call with the same random numbers every time."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(7)
         return call(*inputs, **options)

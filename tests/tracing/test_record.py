@@ -105,11 +105,10 @@ def test_nested_values_are_walked_and_rebuilt(toys):
     assert torch.equal(value["c"].image, y)
 
 
-@pytest.mark.parametrize(
-    ("draw", "expected"),
-    [(torch.randn_like, True), (torch.rand_like, True), (nn.Dropout(0.5).train(), True), (torch.zeros_like, False)],
-)
-def test_a_forward_that_draws_random_numbers_is_noticed(toys, draw, expected):
+@pytest.mark.parametrize("draw", [torch.randn_like, torch.rand_like, nn.Dropout(0.5).train(), torch.zeros_like])
+def test_a_forward_that_draws_random_numbers_is_noticed(toys, draw):
+    expected = draw is not torch.zeros_like
+
     class Noisy(nn.Module):
         def forward(self, x):
             return x + 0.1 * draw(x)

@@ -17,8 +17,6 @@ from retroexit.metrics import QualityMetric
 
 
 class Distance(QualityMetric):
-    """Root of the mean squared difference of each image."""
-
     name = "distance"
 
     def compare(self, a, b):
@@ -40,8 +38,6 @@ class Judge(nn.Module):
 
 
 class Layer(nn.Module):
-    """A convolution, doubling the resolution first on request."""
-
     def __init__(self, i, o, up=False):
         super().__init__()
         self.up = nn.Upsample(scale_factor=2) if up else nn.Identity()
@@ -89,8 +85,6 @@ class Noisy(Decoder):
 
 
 class SharedNoise(Decoder):
-    """Draws one noise map for the whole batch."""
-
     def forward(self, z):
         noise, h = torch.randn(1, 1, 16, 16), self.stem(z)
         for stage in self.stages:
@@ -158,7 +152,6 @@ HALVES = {"init": "inherit", "scale": 0.5, "min_channels": 8}
 
 
 def latents(count):
-    """The same latents every time."""
     return torch.randn(count, 4, 4, 4, generator=torch.Generator().manual_seed(5))
 
 
@@ -167,13 +160,11 @@ SETTINGS |= {"cache_batch": 4, "held_out": 0.2}
 
 
 def fit(model, folder, inputs=None, **settings):
-    """Fit in a moment."""
     inputs = latents(10) if inputs is None else inputs
     return retroexit.fit(model, inputs, folder, progress=False, **({"metric": Distance()} | SETTINGS | settings))
 
 
 def trained(model):
-    """Everything that a fit makes."""
     assert model.predictor is not None
     tensors = {f"branches.{k}": v for k, v in model.branches.state_dict().items()}
     tensors |= {f"predictor.{k}": v for k, v in model.predictor.state_dict().items()}
@@ -191,7 +182,6 @@ def checkpoint(folder, number):
 
 
 def same(one, other):
-    """Compare two states bit for bit."""
     assert one.keys() == other.keys()
     assert [key for key in one if not torch.equal(one[key], other[key])] == []
 

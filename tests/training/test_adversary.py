@@ -61,10 +61,8 @@ def log_loss(score):
     return -math.log(1 / (1 + math.exp(-score)))
 
 
-FORMS = {
-    "hinge": (lambda s: -s, lambda s: max(0.0, 1 - s), lambda s: max(0.0, 1 + s)),
-    "non-saturating": (log_loss, log_loss, lambda s: log_loss(-s)),
-}
+FORMS = {"hinge": (lambda s: -s, lambda s: max(0.0, 1 - s), lambda s: max(0.0, 1 + s))}
+FORMS["non-saturating"] = (log_loss, log_loss, lambda s: log_loss(-s))
 
 
 @pytest.mark.parametrize("name", FORMS)

@@ -23,7 +23,6 @@ print(f"process {torch.distributed.get_rank()} of {size}", flush=True)
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """What one process gives."""
     folder = tmp_path_factory.mktemp("alone")
     fit(wrap(make(Plain), guidance=True), folder, **SETTINGS)
     return read_tensors(next(folder.glob("weights-*.safetensors")))[0]

@@ -29,8 +29,6 @@ class Near(Distance):
 
 
 class Gaze(nn.Linear):
-    """A gaze network."""
-
     def __init__(self):
         super().__init__(3, 2)
 

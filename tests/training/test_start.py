@@ -15,7 +15,6 @@ from retroexit.training.trainer import FeatureDistance
 
 
 def steps(model, team=None):
-    """Steps of a training on whole images."""
     samples, limits, cpu = Samples(latents(12)), ImageRange(-1, 1), torch.device("cpu")
     features, cropper = LiveFeatures(model, samples), Cropper(None, (16, 16))
     return Steps(features, samples, range(12), cropper, limits, None, 4, 0, cpu, team=team or Team())
