@@ -15,7 +15,6 @@ from torch import nn
 def _load(name):
     """Import a file beside this one; with importmode=importlib, tests cannot import one another."""
     spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None and spec.loader is not None
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -110,3 +109,15 @@ def shared():
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def handed():
+    """``handed(branch)`` gives a list that every guide handed to the branch is added to."""
+
+    def watch(branch):
+        guides = []
+        branch.register_forward_pre_hook(lambda _m, _args, named: guides.append(named["guide"]), with_kwargs=True)
+        return guides
+
+    return watch

@@ -130,15 +130,11 @@ def test_a_fitted_model_is_copied_with_predictor_and_bank(tmp_path):
         assert twin.about == model.about
 
 
-def test_a_model_that_was_converted_is_copied_in_its_precision():
+def test_a_model_that_was_converted_or_not_recorded_is_copied():
     model = wrapped(flat("relu")).to(torch.bfloat16)
     assert_same(model, copy.deepcopy(model), X.bfloat16())
-
-
-def test_a_model_that_is_not_recorded_is_copied():
     twin = copy.deepcopy(wrapped(flat("relu"), example_inputs=None))
-    assert not twin.is_recorded
-    assert twin(X, exit=1).shape == (3, 3, 12, 12)
+    assert not twin.is_recorded and twin(X, exit=1).shape == (3, 3, 12, 12)
 
 
 # The identity of a generator.

@@ -172,7 +172,6 @@ def test_a_write_that_fails_leaves_the_old_file(write, monkeypatch, tmp_path):
 
 def test_a_bank_of_other_weights_is_refused_before_anything_is_written(tmp_path):
     model = fit(tmp_path / "fit")
-    assert model.bank is not None
     model.bank.meta["fingerprint"] = "of another network"
     with pytest.raises(BankError, match="the backbone of the bank must be .*, got 'of another network'. Build"):
         model.save(tmp_path / "saved")

@@ -253,7 +253,7 @@ def test_the_train_mode_of_a_parent_changes_nothing(model, toy):
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("name", ["list_input_with_unet_skips", "style_vectors", "attention_by_pytorch"])
+@pytest.mark.parametrize("name", ["list_input_with_unet_skips", "modulated_convolution_with_skip_image"])
 def test_a_branch_may_take_the_input_of_a_stage(toys, name):
     toy = toys.TOYS[name]()
     model = retroexit.wrap(toy.generator, toy.stages[1:3], 1.0, tap="before", example_inputs=toy.args)

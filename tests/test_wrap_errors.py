@@ -102,8 +102,7 @@ def test_something_that_is_no_module_is_refused():
 
 
 def test_inputs_that_the_generator_rejects_show_its_error(toy, refused):
-    message = r"\(2, 9, 8, 8\).*RuntimeError.*9 channels"
-    with refused(toy.generator, errors.GeneratorError, message) as caught:
+    with refused(toy.generator, errors.GeneratorError, r"\(2, 9, 8, 8\).*RuntimeError.*9 channels") as caught:
         wrap(toy.generator, torch.ones(2, 9, 8, 8))
     assert isinstance(caught.value.__cause__, RuntimeError)
 
@@ -126,8 +125,7 @@ def test_with_several_images_one_must_be_named(toys, refused):
         return {"rgb": image, "mask": image[:, :1]}
 
     generator = chain(toys, forward)
-    message = r"one image, got 2 at 'rgb' \(2, 3, 16, 16\), 'mask'.*image='rgb'"
-    with refused(generator, errors.OutputError, message):
+    with refused(generator, errors.OutputError, r"one image, got 2 at 'rgb' \(2, 3, 16, 16\), 'mask'.*image='rgb'"):
         wrap(generator)
     model = wrap(generator, image="rgb")
     assert model.image(model(X, exit=1)).shape == (2, 3, 16, 16)

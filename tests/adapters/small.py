@@ -10,13 +10,8 @@ import pytest
 import torch
 from retroexit_stylegan import StyleGANGenerator
 
-KL = {
-    "block_out_channels": (8, 16),
-    "down_block_types": ("DownEncoderBlock2D",) * 2,
-    "up_block_types": ("UpDecoderBlock2D",) * 2,
-    "norm_num_groups": 4,
-    "latent_channels": 4,
-}
+KL = {"block_out_channels": (8, 16), "norm_num_groups": 4, "latent_channels": 4}
+KL |= {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
 
 
 def kl(**options):

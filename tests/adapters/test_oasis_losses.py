@@ -155,7 +155,6 @@ def test_the_objective_is_finite_under_bfloat16_and_at_equal_images(batch):
             value = Adversarial(adversary).of_batch(replace(batch, image=image))
             parts = adversary.step(replace(batch, image=image))
         value.backward()
-        assert image.grad is not None
         assert image.grad.isfinite().all()
         assert all(math.isfinite(part) for part in parts.values())
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import sympy
 import torch
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._sympy.numbers import int_oo
 
@@ -57,7 +57,6 @@ def test_operations_on_fake_tensors_add_equations(env):
     x, weight = mode.fake(torch.rand(2, 8), [False, True]), mode.fake(torch.rand(4, 8), [True, True])
     with mode.running():
         y = x @ weight.mT
-    assert isinstance(y, FakeTensor)
     assert env.expression(x.shape[1]) == env.expression(weight.shape[1])
     assert env.expression(y.shape[1]) == env.expression(weight.shape[0])
 

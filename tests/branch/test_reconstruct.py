@@ -10,7 +10,6 @@ from torch.nn import functional
 from torch.nn.utils import parametrizations
 
 import retroexit
-from retroexit.branch.copy import CopyBranch
 from retroexit.branch.inherit import Reader, pick_channels
 from retroexit.branch.least_squares import as_weight, design, least_squares, reconstruct, rows
 
@@ -63,7 +62,6 @@ def wrap(generator, scale=0.5, **options):
 def solve(model, count=32, seed=3):
     values = model.split.begin((latents(count, seed),), {}).values
     branch = model.branches[0]
-    assert isinstance(branch, CopyBranch)
     return reconstruct(branch, model.split.tail(0, share=True), model.split.crossing(values, 0))
 
 
@@ -155,7 +153,6 @@ def test_a_skip_connection_s_error_is_compensated(monkeypatch):
         model = wrap(decoder(KINDS["residual"]))
         values = model.split.crossing(model.split.begin((latents(64, 3),), {}).values, 0)
         full, branch = model.split.tail(0, share=True), model.branches[0]
-        assert isinstance(branch, CopyBranch) and branch.inherited["blocks.2.b"] is not None
         assert reconstruct(branch, full, values) is not None
         for tail in (full, branch.tail):
             tail.get_submodule("rgb").register_forward_pre_hook(lambda _m, args: read.append(args[0]))

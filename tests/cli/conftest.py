@@ -77,7 +77,6 @@ def keyword_samples():
 
 samples = torch.randn(12, 4, 4, 4, generator=torch.Generator().manual_seed(1))
 few = samples[:5]
-none = []
 others = torch.randn(12, 4, 4, 4, generator=torch.Generator().manual_seed(2))
 
 class Judge(nn.Sequential):

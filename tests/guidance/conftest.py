@@ -31,15 +31,3 @@ def posed():
 @pytest.fixture
 def metric(toys):
     return toys.Distance()
-
-
-@pytest.fixture
-def handed():
-    """``handed(branch)`` gives a list that every guide handed to the branch is added to."""
-
-    def watch(branch):
-        guides = []
-        branch.register_forward_pre_hook(lambda _m, _args, named: guides.append(named["guide"]), with_kwargs=True)
-        return guides
-
-    return watch

@@ -230,8 +230,7 @@ def test_a_key_function_is_given_again_at_loading_or_comes_from_the_adapter(pose
 
 def test_a_key_function_for_a_model_without_one_is_refused(posed, tmp_path):
     wrap(posed).save(tmp_path)
-    message = r"was saved without a key function, got key=.*pose_key'. Leave key out"
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(CheckpointError, match=r"was saved without a key function, got key=.*pose_key'. Leave key out"):
         retroexit.load(tmp_path, posed, adapter=False, key=pose_key)
 
 

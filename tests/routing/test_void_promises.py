@@ -9,7 +9,6 @@ import toys
 
 import retroexit
 from retroexit.errors import OptionError, RetroExitWarning
-from retroexit.routing.calibration import Calibration
 from retroexit.routing.predictor import OODCounter
 
 
@@ -57,7 +56,6 @@ def _policy(model):
 
 
 def _size(model):
-    assert model.calibration is not None
     model.calibration.about["feature_size"] = [9, 9]
     model(*_batch(), threshold=0.5)
 
@@ -156,9 +154,3 @@ def test_a_counter_is_exact_when_threads_share_it():
     for thread in threads:
         thread.join()
     assert (counter.seen, counter.count) == (8 * 500 * 3, 8 * 500 * 2)
-
-
-def test_too_few_samples_like_the_fitting_set_are_named_after_the_guard():
-    losses, predicted = torch.full((80, 2), 0.1), torch.full((80, 2), torch.inf)
-    with pytest.raises(OptionError, match="59 samples like those of the fitting set, got 0: the guard"):
-        Calibration(losses, predicted)

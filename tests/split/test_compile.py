@@ -22,12 +22,12 @@ class AtExit(nn.Module):
 def model(toys):
     toy = toys.TOYS["group_norm"]()
     torch.manual_seed(0)
-    model = retroexit.wrap(toy.generator, [1, 2], 1 / 4, min_channels=8, example_inputs=toy.args)
-    model.predictor = Predictor(32, 2).eval()
+    model = retroexit.wrap(toy.generator, [1], 1 / 4, min_channels=8, example_inputs=toy.args)
+    model.predictor = Predictor(32, 1).eval()
     return model
 
 
-SHAPES = [(2, 4, 8, 8), (5, 4, 8, 8), (3, 4, 12, 10)]
+SHAPES = [(2, 4, 8, 8), (3, 4, 12, 10)]
 
 
 @torch.no_grad()
@@ -38,7 +38,7 @@ def test_a_compiled_model_renders_what_the_model_renders(model):
     for shape in SHAPES:
         x = torch.rand(shape)
         limit = float(model.predict(x)[:, 0].median())
-        for options in ({}, {"exit": 1}, {"exit": 2}, {"exit": 3}, {"threshold": limit}):
+        for options in ({}, {"exit": 1}, {"threshold": limit}):
             assert torch.equal(compiled(x, **options), model(x, **options)), (shape, options)
     model.generator.blocks[1].register_forward_hook(lambda *_: None)
     with pytest.raises(GeneratorError, match=r"blocks\.1.*hooks"):
@@ -48,7 +48,7 @@ def test_a_compiled_model_renders_what_the_model_renders(model):
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.parametrize("leave", [1, 2, 3])
+@pytest.mark.parametrize("leave", [1, 2])
 def test_an_exit_exports_for_every_batch_and_size(model, leave, strict):
     free = torch.export.Dim.DYNAMIC
     options = {"dynamic_shapes": {"x": {0: free, 2: free, 3: free}}, "strict": strict}

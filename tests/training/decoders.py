@@ -165,7 +165,6 @@ def fit(model, folder, inputs=None, **settings):
 
 
 def trained(model):
-    assert model.predictor is not None
     tensors = {f"branches.{k}": v for k, v in model.branches.state_dict().items()}
     tensors |= {f"predictor.{k}": v for k, v in model.predictor.state_dict().items()}
     if model.bank is not None:

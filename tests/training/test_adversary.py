@@ -195,8 +195,7 @@ def test_an_output_without_scores_is_refused(output, batch):
         def forward(self, image):
             return output
 
-    message = f"list that ends with the score.* got a {type(output).__name__} from Odd"
-    with pytest.raises(TrainingError, match=message):
+    with pytest.raises(TrainingError, match=f"list that ends with the score.* got a {type(output).__name__} from Odd"):
         Adversarial(Adversary(Odd(), HINGE)).of_batch(batch)
 
 
@@ -212,8 +211,7 @@ def test_the_state_of_another_discriminator_is_refused():
 def test_a_discriminator_that_diverges_stops_with_its_step(batch):
     adversary = Adversary(Patches(), HINGE, lr=0.25)
     adversary.step(batch)
-    message = "became nan at its step 1: .*real.*Lower discriminator_lr, now 0.25"
-    with pytest.raises(TrainingError, match=message):
+    with pytest.raises(TrainingError, match="became nan at its step 1: .*real.*Lower discriminator_lr, now 0.25"):
         adversary.step(replace(batch, target=batch.target * float("nan")))
 
 

@@ -232,7 +232,6 @@ def test_tensorboard_shows_losses_and_images_once_after_an_interruption(tmp_path
 
 def test_without_tensorboard_its_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    message = r"tensorboard is missing. Run: pip install 'retroexit\[train\]'"
-    with pytest.raises(MissingExtraError, match=message):
+    with pytest.raises(MissingExtraError, match=r"tensorboard is missing. Run: pip install 'retroexit\[train\]'"):
         fit(wrap(), tmp_path, tensorboard=True)
     assert not (tmp_path / "fit.json").exists()

@@ -27,7 +27,6 @@ def test_nothing_is_fitted_on_what_is_set_aside_to_calibrate_on(tmp_path):
     model = fit(wrap(guidance=True), tmp_path, inputs, **PROMISE)
     fitted, aside = set_aside(10, FitSettings(calibrate=0.5))
     assert sorted([*fitted, *aside]) == list(range(10)) and len(aside) == 5
-    assert model.calibration is not None and model.bank is not None
     assert model.calibration.about["hash"] == Samples(inputs[aside]).digest()
     assert model.about["inputs"] == 5 and int(model.bank.source.max()) <= 4
     cached = json.loads((tmp_path / "cache/cache.json").read_text())["identity"]
@@ -36,7 +35,6 @@ def test_nothing_is_fitted_on_what_is_set_aside_to_calibrate_on(tmp_path):
     by_hand = (losses.mean((2, 3, 4)) + 1e-12).sqrt()
     assert torch.allclose(model.calibration.losses, by_hand, atol=1e-5)
     loaded = retroexit.load(tmp_path, model.generator, (inputs[:1],), adapter=False)
-    assert loaded.calibration is not None
     assert torch.equal(loaded.calibration.losses, model.calibration.losses)
     with pytest.raises(CheckpointError, match="other settings: calibrate was 0.5, is None"):
         fit(wrap(guidance=True), tmp_path, inputs)
@@ -92,18 +90,6 @@ def test_a_process_that_is_not_the_first_gets_what_the_first_one_made(tmp_path, 
     job = fitting.prepare(second, latents(10), metric=Distance(), **more)
     fitting._complete(second, job, tmp_path, Team(1, 2), False)
     assert second.latency == model.latency and second.calibration.describe() == model.calibration.describe()
-
-
-def test_options_of_the_end_are_checked_before_the_fit_begins(tmp_path):
-    for wrong, message in (
-        ({"latency": 0}, "latency must be >= 1, got 0"),
-        ({"calibrate": 0.3}, "calibrate=0.3 of 10 inputs must be at least 59 .* got 3. Pass 197 inputs"),
-        ({"calibrate": 0.3, "confidence": 1.0}, "confidence must be a number between 0 and 1, got 1.0"),
-        ({"predictors": "conv"}, "no setting 'predictors' of a fit; closest: 'predictor"),
-    ):
-        with pytest.raises(OptionError, match=message):
-            fit(wrap(), tmp_path, **wrong)
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_fit_uses_the_description_that_the_generator_was_wrapped_with(tmp_path):

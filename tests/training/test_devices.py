@@ -52,8 +52,7 @@ def test_two_processes_give_the_weights_of_one(tmp_path, alone, starter):
 def test_one_device_needs_no_fabric_and_more_are_refused_without_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "lightning_fabric", None)
     assert join() == join(1, 1) == Team(0, 1, None)
-    message = r"devices need lightning-fabric: pip install 'retroexit\[train\]'"
-    with pytest.raises(MissingExtraError, match=message):
+    with pytest.raises(MissingExtraError, match=r"devices need lightning-fabric: pip install 'retroexit\[train\]'"):
         join(2)
     monkeypatch.setenv("WORLD_SIZE", "4")  # of torchrun; the processes must not train apart
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")

@@ -148,7 +148,6 @@ def test_every_term_is_finite_at_equal_images_and_at_opposite_ones(name, bfloat1
         with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
             value = term(image, target).mean()
         value.backward()
-        assert image.grad is not None
         assert torch.isfinite(value)
         assert torch.isfinite(image.grad).all()
         if torch.equal(pixels, target):
@@ -186,7 +185,6 @@ def test_gaze_compares_the_outputs_of_the_network_and_does_not_change_it(untouch
     difference = [abs(angles[0][n][k] - angles[1][n][k]) for n in (0, 1) for k in (0, 1)]
     blink = [2 * abs(angles[0][n][0] - angles[1][n][0]) for n in (0, 1)]
     assert value.item() == pytest.approx((sum(difference) / 4 + sum(blink) / 2) / 2, rel=1e-5)
-    assert image.grad is not None
     assert image.grad.any()
 
 
