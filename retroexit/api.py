@@ -9,6 +9,7 @@ from typing import Any, Literal, TypedDict, Unpack
 from torch import nn
 
 from retroexit.branch.widths.plan import WidthRule
+from retroexit.core.nested import is_number
 from retroexit.core.samples import example_call, plain_numbers
 from retroexit.errors import OptionError, RecordingError
 from retroexit.evaluate import evaluate
@@ -21,6 +22,7 @@ from retroexit.plugins.host import host
 from retroexit.split.split import SplitGenerator, places
 from retroexit.stages.decoder import Decoder, forward_signature, read_decoder
 from retroexit.stages.stage import Stage
+from retroexit.wrapping.decomposition import AUTO
 from retroexit.wrapping.options import WrapOptions, adapter_options
 
 __all__ = ["evaluate", "find_stages", "fit", "load", "read_generator", "wrap", "wrap_options"]
@@ -30,6 +32,12 @@ class WrapSettings(TypedDict, total=False):
     """Options of `wrap`.
 
     Attributes:
+        branch: Kind of branch, one for all or one per attach point: ``"copy"``, the paper's thin copy of the remaining
+            stages; ``"subpixel"``, a network of its own that works on coarse grids and needs nothing of these stages;
+            ``"auto"``, the copy where it can be built and saves enough, until `fit` compares both in a pilot; or the
+            name of a plug-in's.
+        macs: Cost of the route of a sub-pixel branch as a share of the backbone's, in (0, 1), one for all or one per
+            attach point; by default what a thin copy at ``scale`` costs at most.
         min_channels: No width is scaled below this, ``>= 1``; 64 by default.
         tap: ``"after"``: a branch takes the stage's output; ``"before"``: its input, so that the branch
             repeats the stage.
@@ -47,6 +55,8 @@ class WrapSettings(TypedDict, total=False):
         seed: Seed of fresh weights.
     """
 
+    branch: str | Sequence[str]
+    macs: float | Sequence[float | None] | None
     min_channels: int
     tap: Literal["after", "before"]
     stages: Sequence[str] | None
@@ -62,7 +72,7 @@ class WrapSettings(TypedDict, total=False):
 def wrap(
     generator: nn.Module,
     attach_at: Sequence[int | str],
-    scale: float | Sequence[float],
+    scale: float | Sequence[float] | None = None,
     *,
     example_inputs: Sequence[Any] | None = None,
     example_kwargs: dict[str, Any] | None = None,
@@ -74,7 +84,8 @@ def wrap(
     Args:
         generator: Any module with a multi-layer decoder, in eval mode.
         attach_at: Stages after which a branch sits, by number from 1 (see `find_stages`) or by module path.
-        scale: Width factor of the branches, in (0, 1]; one for all, or one per attach point.
+        scale: Width factor of the branches, in (0, 1]; one for all, or one per attach point. Branches whose
+            cost ``macs`` decides need none.
         example_inputs: Positional inputs that the generator accepts, any batch size. Without them, and
             without an adapter that makes some, the generator is recorded at its first call.
         example_kwargs: Its keyword inputs.
@@ -113,9 +124,11 @@ def wrap(
 
 def wrap_options(
     attach_at: tuple[int | str, ...],
-    scale: float | Sequence[float],
+    scale: float | Sequence[float] | None,
     description: Description,
     *,
+    branch: str | Sequence[str] = "copy",
+    macs: float | Sequence[float | None] | None = None,
     min_channels: int = 64,
     tap: Literal["after", "before"] = "after",
     stages: Sequence[str] | None = None,
@@ -128,11 +141,23 @@ def wrap_options(
     seed: int = 0,
 ) -> WrapOptions:
     """Complete the settings of a wrap with the description of the generator."""
-    count = len(attach_at)
-    # A string is a sequence too, but of no scales.
-    scales: list[Any] = list(scale) if isinstance(scale, (list, tuple)) else [scale] * count
-    if len(scales) != count:
-        raise OptionError(f"scale must be one number or one per attach point ({count}), got {len(scales)}.", scale)
+    scales, kinds = _per_exit("scale", scale, attach_at), _per_exit("branch", branch, attach_at)
+    shares = _per_exit("macs", macs, attach_at)
+    for kind, share in zip(kinds, shares, strict=True):
+        if kind != AUTO:
+            host().branch_kind(kind)
+        if share is not None and (not is_number(share) or not 0 < share < 1):
+            raise OptionError(f"macs must be a share of the backbone in (0, 1), got {share!r}. Pass e.g. 0.1.", share)
+        if share is not None and kind == "copy":
+            raise OptionError(
+                f"macs must be left out for branch='copy', got {share!r}: its cost follows from scale. Pass "
+                "branch='subpixel', or a smaller scale.",
+                share,
+            )
+    sized = [
+        1.0 if scale is None and kind not in ("copy", AUTO) and share is not None else scale
+        for scale, kind, share in zip(scales, kinds, shares, strict=True)
+    ]
     if guidance is True or guidance == "patches":
         guidance = Guidance(key=None if guidance is True else False)
     elif guidance is not None and guidance is not False and not isinstance(guidance, Guidance):
@@ -145,7 +170,9 @@ def wrap_options(
     stages = description.stages if stages is None else stages
     return WrapOptions(
         attach_at,
-        tuple(WidthRule(item, min_channels, width_rule, rule) for item in scales),
+        tuple(WidthRule(item, min_channels, width_rule, rule) for item in sized),
+        branches=tuple(kinds),
+        macs=tuple(shares),
         stages=None if stages is None else tuple(stages),
         guidance=guidance or None,
         image=description.image if image is None else image,
@@ -155,6 +182,16 @@ def wrap_options(
         self_test=self_test,
         seed=seed,
     )
+
+
+def _per_exit(name: str, value: Any, attach_at: tuple[int | str, ...]) -> list[Any]:
+    """Return one value per attach point; a string is a sequence too, but one value."""
+    values = list(value) if isinstance(value, (list, tuple)) else [value] * len(attach_at)
+    if len(values) != len(attach_at):
+        raise OptionError(
+            f"{name} must be one value or one per attach point ({len(attach_at)}), got {len(values)}.", value
+        )
+    return values
 
 
 def find_stages(

@@ -1,4 +1,4 @@
-"""The library's own plug-in: back-ends, metrics, losses and width rules, offered through the hooks.
+"""The library's own plug-in: back-ends, metrics, losses, width rules and kinds of branches, offered through the hooks.
 
 The host imports it by name at the first look-up; nothing else imports it.
 """
@@ -9,6 +9,9 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from retroexit.branch.branch import Branch
+from retroexit.branch.builder import build_branch
+from retroexit.branch.subpixel import build_subpixel
 from retroexit.branch.widths.plan import WidthFunction, multiple_of_8, scaled_width
 from retroexit.metrics import LPIPS, MSSSIM, QualityMetric
 from retroexit.plugins.hookspecs import hookimpl
@@ -40,3 +43,9 @@ def retroexit_losses() -> dict[str, Callable[..., Any]]:
 def retroexit_width_rules() -> dict[str, WidthFunction]:
     """Offer the paper's rule, and one that rounds to multiples of eight."""
     return {"floor": scaled_width, "multiple-of-8": multiple_of_8}
+
+
+@hookimpl
+def retroexit_branch_kinds() -> dict[str, Callable[..., Branch]]:
+    """Offer the paper's thin copy, and the branch of pixel shuffles."""
+    return {"copy": build_branch, "subpixel": build_subpixel}

@@ -9,13 +9,14 @@ import contextlib
 import dataclasses
 import re
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from retroexit.branch.branch import Branch
 from retroexit.branch.widths.plan import Pin, WidthPlan, WidthRule
 from retroexit.core.files import (
     MANIFEST,
@@ -38,7 +39,7 @@ from retroexit.routing.predictor import Predictor
 from retroexit.routing.router import Router
 from retroexit.wrapping.decomposition import Decomposition
 from retroexit.wrapping.exits import list_exits
-from retroexit.wrapping.options import WrapOptions
+from retroexit.wrapping.options import BranchPlan, WrapOptions
 
 __all__ = [
     "BANK",
@@ -113,7 +114,7 @@ def write_model(
         "generator": identity.to_json(),
         "attach_at": [place.path for place in decomposition.places],
         "options": options_to_json(options, decomposition),
-        "plans": [plan_to_json(branch.plan) for branch in branches],  # type: ignore[arg-type]
+        "plans": [_plan_to_json(branch) for branch in cast("Iterable[Branch]", branches)],
         "predictor": arguments,
         "predictor_reads": "inputs" if router.needs_adapter else "feature",
         "latency": None if router.latency is None else router.latency.to_json(),
@@ -286,6 +287,8 @@ def options_to_json(options: WrapOptions, decomposition: Decomposition) -> dict[
     return {
         "rules": [{"scale": r.scale, "min_channels": r.min_channels, "name": r.name} for r in rules],
         "tap": options.tap,
+        "branches": [options.kind_of(place) for place in decomposition.places],
+        "macs": [options.macs_of(place) for place in decomposition.places],
         "stages": {stage.path: stage.end for stage in decomposition.split.decoder.stages},
         "guidance": _guidance_to_json(options.guidance),
         "init": options.init,
@@ -331,7 +334,7 @@ def find_key(
 def options_from_json(
     manifest: dict[str, Any], key: Callable[..., Tensor] | None, **adapter_options: Any
 ) -> WrapOptions:
-    """Read what `options_to_json` and `plan_to_json` wrote, and add the key function and an adapter's options."""
+    """Read what `options_to_json` and `write_model` wrote, and add the key function and an adapter's options."""
     saved = dict(manifest["options"])
     guidance = saved.pop("guidance")
     if guidance is not None:
@@ -345,16 +348,27 @@ def options_from_json(
         guidance=guidance,
         image=tuple(image) if isinstance(image, list) else image,
         image_range=None if image_range is None else tuple(image_range),
+        branches=tuple(saved.pop("branches")),
+        macs=tuple(saved.pop("macs")),
         plans=tuple(_plan_from_json(plan) for plan in manifest["plans"]),
         **saved,
         **adapter_options,
     )
 
 
-def plan_to_json(plan: WidthPlan | None) -> dict[str, Any] | None:
-    """Write the widths of a branch as plain data."""
-    if plan is None:
-        return None
+def _plan_to_json(branch: Branch) -> dict[str, Any]:
+    """Write kind and sizes of a branch as plain data."""
+    sizes = _widths_to_json(branch.plan) if isinstance(branch.plan, WidthPlan) else branch.plan
+    return {"kind": branch.kind, "why": branch.why, "sizes": sizes}
+
+
+def _plan_from_json(saved: dict[str, Any]) -> BranchPlan:
+    kind, sizes = str(saved["kind"]), saved["sizes"]
+    return BranchPlan(kind, str(saved["why"]), _widths_from_json(sizes) if kind == "copy" else sizes)
+
+
+def _widths_to_json(plan: WidthPlan) -> dict[str, Any]:
+    """Write the widths of a copy as plain data."""
     return {
         "shapes": {name: list(shape) for name, shape in plan.shapes.items()},
         "attributes": [[path, name, value] for (path, name), value in plan.attributes.items()],
@@ -365,7 +379,7 @@ def plan_to_json(plan: WidthPlan | None) -> dict[str, Any] | None:
     }
 
 
-def _plan_from_json(saved: dict[str, Any] | None) -> WidthPlan | None:
+def _widths_from_json(saved: dict[str, Any] | None) -> WidthPlan | None:
     if saved is None:
         return None
     return WidthPlan(

@@ -1,10 +1,13 @@
 """No public call leaves a trace on the generator or on random numbers, whether it returns or raises."""
 
+import contextlib
 import copy
+import pickle
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from toys import Distance
 
 import retroexit
@@ -12,6 +15,8 @@ from retroexit.errors import RetroExitError
 
 
 class Gen(nn.Module):
+    """Holds a buffer and a frozen layer."""
+
     def __init__(self):
         super().__init__()
         self.stem, self.rgb = nn.Conv2d(4, 16, 3, padding=1), nn.Conv2d(16, 3, 3, padding=1)
@@ -35,8 +40,8 @@ X = torch.rand(8, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
 def wrapped(generator, **options):
-    options |= {"min_channels": 4, "image_range": (-1, 1), "example_inputs": (X[:2],)}
-    return retroexit.wrap(generator, ["blocks.0"], 1 / 2, **options)
+    settings = {"min_channels": 4, "image_range": (-1, 1), "example_inputs": (X[:2],)}
+    return retroexit.wrap(generator, ["blocks.0"], 1 / 2, **settings | options)
 
 
 def fit(model, folder, **more):
@@ -65,6 +70,8 @@ CALLS = {
     "load": lambda m, folder: retroexit.load(m.save(folder / "saved"), m.generator),
     "load, no folder": lambda m, folder: retroexit.load(folder / "none", m.generator),
     "deepcopy": lambda m, _: copy.deepcopy(m),
+    "pickle": lambda m, _: pickle.loads(pickle.dumps(m)),
+    "first call": lambda m, _: wrapped(m.generator, example_inputs=None)(X, exit=1),
     "latency": lambda m, _: m.measure_latency(X, runs=2),
 }  # fmt: skip
 
@@ -87,3 +94,32 @@ def test_the_generator_stays_as_it_was(model, call, untouched, tmp_path, request
                 call(model, tmp_path)
         else:
             call(model, tmp_path)
+
+
+class Interruption(TorchDispatchMode):
+    """Counts operations of PyTorch, and raises an error at one of them."""
+
+    def __init__(self, at=-1, error=None):
+        super().__init__()
+        self.at, self.error, self.count = at, error, 0
+
+    def __torch_dispatch__(self, func, _types, args=(), kwargs=None):
+        self.count += 1
+        if self.count == self.at:
+            assert self.error is not None
+            raise self.error
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", [name for name in CALLS if "," not in name])
+def test_an_interrupted_call_leaves_the_generator_as_it_was(model, name, untouched, tmp_path):
+    expected = model.all_exits(X)
+    with Interruption() as whole:
+        CALLS[name](model, tmp_path / "whole")
+    for number, share in enumerate((0.05, 0.3, 0.6, 0.95)):
+        error = KeyboardInterrupt() if number % 2 else RuntimeError("in the middle")
+        interruption = Interruption(max(1, int(share * whole.count)), error)
+        with untouched(model.generator), contextlib.suppress(Exception, KeyboardInterrupt), interruption:
+            CALLS[name](model, tmp_path / f"{number}")
+    if name != "fit":  # which trains the branches
+        assert all(map(torch.equal, model.all_exits(X), expected))

@@ -162,7 +162,7 @@ def _without(key):
         (lambda m: m.update(options=None), "model.json: TypeError"),
         (lambda m: m["options"].update(tap="beside"), "model.json: tap must be 'after' or 'before', got 'beside'"),
         (lambda m: m["options"].update(colour="red"), "model.json: TypeError.*colour"),
-        (lambda m: m["plans"][0].update(shapes=[]), "model.json: AttributeError"),
+        (lambda m: m["plans"][0]["sizes"].update(shapes=[]), "model.json: AttributeError"),
         (lambda m: m["predictor"].update(exits="two"), "model.json: TypeError"),
         (lambda m: m["predictor"].update(exits=3), "the predictor saved in .* does not fit: .*size mismatch"),
     ],

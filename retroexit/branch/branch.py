@@ -95,6 +95,7 @@ class Branch(nn.Module):
             all; empty for a branch that inherits nothing.
         writes: Whether its forward writes into tensors that its backward needs.
         is_fresh: Whether it has just been built, so that its starting weights may be solved for.
+        why: Why it is of this kind, where that was not the user's choice.
     """
 
     kind = ""
@@ -103,7 +104,7 @@ class Branch(nn.Module):
         super().__init__()
         self.plan, self.macs, self.writes = plan, 0, False
         self.inherited: dict[str, Tensor | None] = {}
-        self.is_fresh = False
+        self.is_fresh, self.why = False, ""
 
     def facts(self) -> dict[str, Any]:
         """What a copy keeps besides weights: training flag, frozen parameters, inherited channels."""

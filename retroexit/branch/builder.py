@@ -45,6 +45,8 @@ class BranchSpec:
         names: Names of the values that cross the cut, for messages.
         samples: Feature and live values of samples by which the inherited channels are chosen; without them,
             the norms of the weights decide.
+        macs: Most multiply-accumulates of the branch on the example values, for kinds whose sizes are chosen by
+            cost; ``None`` to follow ``rule``.
     """
 
     rule: WidthRule
@@ -56,6 +58,7 @@ class BranchSpec:
     image: tuple[Any, ...] = ()
     names: Mapping[fx.Node, str] = field(default_factory=dict)
     samples: Sequence[Tensor] = ()
+    macs: float | None = None
 
 
 def build_branch(

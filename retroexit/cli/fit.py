@@ -36,6 +36,8 @@ Exits: Any = options.group_of(
     wrap_options,
     attach_at="Stages, by number or path: 2,4,6.",
     scale=Annotated[str, Option(help="Width factor of the branches: 1/15, or one per exit.")],
+    branch=Annotated[str, Option(help="Kind of branch: copy, subpixel, auto, or one per exit: copy,subpixel.")],
+    macs=Annotated[str | None, Option(help="Cost of routes with sub-pixel branches, as shares: 0.1, or one per exit.")],
     min_channels="No width is scaled below this.",
     tap="Take the stage's output (after) or its input (before).",
     guidance=Annotated[bool, Option(help="Guide branches by retrieval.")],
@@ -169,8 +171,13 @@ def _wrap_arguments(exits: Any, retriever: str) -> dict[str, Any]:
         limits = tuple(_parse_numbers("--image-range", exits.image_range, "0,1 or -1,1"))
         if len(limits) != 2 or not limits[0] < limits[1]:
             raise OptionError(f"--image-range must be two ascending numbers, got {exits.image_range}", limits)
+    kinds, shares = exits.branch.split(","), None
+    if exits.macs is not None:
+        shares = _parse_numbers("--macs", exits.macs, "0.1 or one per exit: 0.1,0.2")
     return {
         **vars(exits),
+        "branch": kinds[0] if len(kinds) == 1 else kinds,
+        "macs": shares[0] if shares and len(shares) == 1 else shares,
         "attach_at": options.parse_places(exits.attach_at),
         "scale": scales[0] if len(scales) == 1 else scales,
         "guidance": retroexit.Guidance(retriever=retriever) if exits.guidance else None,

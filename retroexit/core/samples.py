@@ -26,7 +26,10 @@ __all__ = [
     "measure_range",
     "moved",
     "plain_numbers",
+    "smaller_maps",
 ]
+
+_LEAST_SIDE = 8
 
 
 @contextmanager
@@ -41,6 +44,21 @@ def drawing_from(seed: int, device: torch.device | str = "cpu") -> Iterator[None
 def moved(value: Any, device: torch.device | str) -> Any:
     """Move the tensors of a nested value to a device."""
     return rebuild(value, lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf)
+
+
+def smaller_maps(inputs: Any) -> Any:
+    """Crop all maps ``(N, C, H, W, ...)`` among inputs to a quarter of their sides, or half; ``None`` if too small."""
+    sides = [side for _, x in flatten(inputs) if isinstance(x, Tensor) for side in x.shape[2:] if x.dim() > 3]
+    for factor in (4, 2):
+        if sides and all(side % factor == 0 and side >= _LEAST_SIDE * factor for side in sides):
+            return rebuild(inputs, lambda x: _cropped(x, factor))  # noqa: B023
+    return None
+
+
+def _cropped(x: Any, factor: int) -> Any:
+    if not isinstance(x, Tensor) or x.dim() < 4:
+        return x
+    return x[(..., *(slice(side // factor) for side in x.shape[2:]))].contiguous()
 
 
 def plain_numbers(value: Any) -> Any:

@@ -17,6 +17,7 @@ from retroexit.plugins.description import Description
 from retroexit.plugins.training_types import RESERVED_LOSSES
 
 if TYPE_CHECKING:
+    from retroexit.branch.branch import Branch
     from retroexit.branch.widths.plan import WidthFunction
     from retroexit.metrics import QualityMetric
     from retroexit.retrieval import Retriever
@@ -27,6 +28,7 @@ GROUP: Final = "retroexit"
 RESERVED: Final = {
     "retroexit_metrics": {"auto": "the best metric that is available", "lpips": "'lpips-alex'"},
     "retroexit_losses": RESERVED_LOSSES,
+    "retroexit_branch_kinds": {"auto": "a choice between 'copy' and 'subpixel'"},
 }
 """Names that no plug-in can offer, with their meaning, by hook."""
 
@@ -101,6 +103,17 @@ def retroexit_width_rules() -> dict[str, WidthFunction]:  # type: ignore[empty-b
     Returns:
         Functions by the name in ``wrap(..., width_rule=name)``, which take the backbone's count, the scale in
             (0, 1] and ``min_channels``, and return an integer from 1 to the backbone's count.
+    """
+
+
+@hookspec
+def retroexit_branch_kinds() -> dict[str, Callable[..., Branch]]:  # type: ignore[empty-body]
+    """Offer kinds of branches.
+
+    Returns:
+        Builders by the name in ``wrap(..., branch=name)``. A builder takes ``(tail, cut, values, spec, plan)``, see
+            `retroexit.branch.builder.build_branch`, and returns a `retroexit.branch.branch.Branch` whose ``kind`` is
+            the name. Its ``plan`` has JSON types; a saved model passes it back, otherwise ``plan`` is ``None``.
     """
 
 

@@ -30,6 +30,7 @@ from retroexit.plugins.description import Description
 from retroexit.retrieval import Retriever
 
 if TYPE_CHECKING:
+    from retroexit.branch.branch import Branch
     from retroexit.branch.widths.plan import WidthFunction
 
 _BUILTIN: Final = "builtin"
@@ -40,6 +41,7 @@ _NOUNS: Final = {
     "retroexit_metrics": "metric",
     "retroexit_losses": "loss",
     "retroexit_width_rules": "width rule",
+    "retroexit_branch_kinds": "branch kind",
     "retroexit_commands": "command",
 }
 _Recognised = tuple["PluginInfo", Description]
@@ -99,6 +101,11 @@ class Host:
         """Look up a width rule; raises `PluginError` if not exactly one plug-in offers it."""
         rule: WidthFunction = self._find("retroexit_width_rules", name)[0]
         return rule
+
+    def branch_kind(self, name: str) -> Callable[..., Branch]:
+        """Look up the builder of a kind of branch; raises `PluginError` if not exactly one plug-in offers it."""
+        build: Callable[..., Branch] = self._find("retroexit_branch_kinds", name)[0]
+        return build
 
     def metric(self, metric: QualityMetric | str, weights: str | Path | None = None) -> QualityMetric:
         """Make a quality metric from its name; a metric object is returned unchanged.

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any, Self, TypedDict
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,6 +30,8 @@ __all__ = [
 Policy = Callable[[Tensor, "Tensor | None"], Tensor]
 """Gives exits ``(N,)`` from 1 for predicted losses ``(N, K)`` and their limits ``(K,)`` or ``(N, K)``."""
 
+PerSample = float | Tensor | np.ndarray | Sequence[float]
+"""One number, or one per sample ``(N,)``."""
 
 _PERCENT = 3  # a budget from here on is meant in percent
 
@@ -50,8 +53,8 @@ class RoutingOptions(TypedDict, total=False):
     """
 
     exit: int | None
-    threshold: float | Tensor | None
-    budget: float | Tensor | None
+    threshold: PerSample | None
+    budget: PerSample | None
     deadline_ms: float | None
     choose: Policy | None
 
@@ -137,8 +140,13 @@ def check_number(name: str, value: float) -> float:
     return float(value)
 
 
-def _check_numbers(name: str, values: float | Tensor) -> float | Tensor:
-    """Check one number, or one per sample."""
+def _check_numbers(name: str, values: PerSample) -> float | Tensor:
+    """Check one number, or one per sample as a tensor, an array or a list."""
+    if isinstance(values, (Sequence, np.ndarray)) and not isinstance(values, str):
+        try:
+            values = torch.from_numpy(np.array(values)) if np.ndim(values) else values.item()
+        except (TypeError, ValueError) as error:  # of rows that differ in length, or of other things than numbers
+            raise OptionError(f"{name} must be one number or one per sample (N,), got {values}.", values) from error
     if not isinstance(values, Tensor):
         return check_number(name, values)
     if values.dim() > 1 or values.is_complex() or values.dtype == torch.bool:

@@ -20,7 +20,8 @@ from retroexit.routing.calibration import Calibration
 from retroexit.routing.latency import Latency
 from retroexit.routing.policy import RoutingRequest, assign_by_budget, assign_exits
 from retroexit.routing.predictor import OODCounter, Predictor
-from retroexit.split.split import Begun, SplitGenerator, Values, merge
+from retroexit.split.rows import merge
+from retroexit.split.split import Begun, SplitGenerator, Values
 from retroexit.wrapping.decomposition import Decomposition
 
 

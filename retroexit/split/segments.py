@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import operator
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -76,7 +76,8 @@ def _compiled(graph: fx.Graph) -> tuple[Callable[..., Any], str]:
 class Segment(GraphPart):
     """Runs the nodes ``begin .. end`` between two cuts with the generator's own modules: ``segment(*values)``.
 
-    Values enter at the nodes ``enter``, by default the generator's inputs; those of ``keep`` are returned.
+    Values enter at the nodes ``enter``, by default the generator's inputs; those of ``keep`` are returned. With
+    ``among``, other nodes than these are left out.
     """
 
     keep: tuple[fx.Node, ...]
@@ -90,6 +91,7 @@ class Segment(GraphPart):
         end: int,
         keep: Iterable[fx.Node],
         enter: Iterable[fx.Node] | None = None,
+        among: Container[fx.Node] | None = None,
     ) -> None:
         self.__dict__["keep"] = tuple(keep)
         earlier, between = recording.nodes[:begin], recording.nodes[begin:end]
@@ -104,7 +106,8 @@ class Segment(GraphPart):
         # A node without effect on the result may need a value that does not cross the cut; it is left out.
         available, nodes = set(self.enter), []
         for node in (*repeated, *between):
-            if node not in available and available.issuperset(node.all_input_nodes):
+            is_chosen = among is None or node in among
+            if is_chosen and node not in available and available.issuperset(node.all_input_nodes):
                 available.add(node)
                 nodes.append(node)
         super().__init__(nodes, self.enter, self.keep)

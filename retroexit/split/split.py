@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,25 +12,16 @@ from torch import Tensor, fx, nn
 
 from retroexit.core.modules import device_of, precision_of
 from retroexit.core.nested import clone_strided, cloned, flatten, rebuild, tensors
-from retroexit.core.samples import conversion_advice
+from retroexit.core.samples import conversion_advice, smaller_maps
 from retroexit.core.writes import WriteWatch, differentiable_writes, overwrites_saved
 from retroexit.errors import InputMismatchError, RecordingError
+from retroexit.split.rows import are_grouped, group, rows_per_sample
 from retroexit.split.segments import Segment, Tail
 from retroexit.stages.decoder import Cut, Decoder
 from retroexit.stages.stage import Stage
 from retroexit.tracing.record import unobserved
 
-__all__ = [
-    "Begun",
-    "SplitGenerator",
-    "Values",
-    "are_grouped",
-    "group",
-    "lacks_batch_axis",
-    "merge",
-    "places",
-    "rows_per_sample",
-]
+__all__ = ["Begun", "SplitGenerator", "Values", "lacks_batch_axis", "places"]
 
 Values = dict[fx.Node, Any]
 Leaves = list[tuple[tuple[Any, ...], Any]]
@@ -77,7 +68,7 @@ class SplitGenerator:
         example: The inputs of the recording.
         batched: For the crossing values that depend on the batch, rows of one sample: 1, more if frames are
             folded in, 0 if samples cannot be told apart by rows.
-        output_rows: The same for the tensors of the output; ``None`` for one that belongs to no sample.
+        output_rows: The same for the tensors of the output, by path; ``None`` for one that belongs to no sample.
         written: For every cut, positions of the crossing values that its tail writes into.
         writes: Whether the stages up to the last cut write into tensors that their backward needs.
         divides: Whether samples of one batch can be told apart in all of these.
@@ -107,7 +98,7 @@ class SplitGenerator:
         self._device = device_of(generator)
         self._precision = precision_of(generator)
         self.batched: dict[fx.Node, int] = {}
-        self.output_rows, self.divides = list[int | None](), True
+        self.output_rows, self.divides = dict[tuple[Any, ...], int | None](), True
         self.written: list[set[int]] = []
         self.writes = False
         self._prepare()
@@ -119,20 +110,24 @@ class SplitGenerator:
         """Cut the recording into segments."""
         recording, generator = self.decoder.recording, self.generator
         self._inputs = [node for node in recording.nodes if node.op == "placeholder"]
-        self.segments: list[Segment] = []
-        begin, enter = 0, self._inputs
-        for cut in self.cuts:
-            self.segments.append(Segment(recording, generator, begin, cut.position, cut.crossing, enter))
-            begin, enter = cut.position, list(cut.crossing)
+        self._result = recording.nodes[-1].args[0]
+        *self.segments, self._rest = self._pieces(generator)
         self._around_key: tuple[Segment, Segment] | None = None
         if self.key_cut is not None:
             (key, middle), end = (self.key_cut.position, self.key_cut.crossing), self.cuts[0]
             before = Segment(recording, generator, 0, key, middle, self._inputs)
             behind = Segment(recording, generator, key, end.position, end.crossing, middle)
             self._around_key = (before, behind)
-        self._result = recording.nodes[-1].args[0]
+
+    def _pieces(self, modules: nn.Module, tail: Cut | None = None) -> list[Segment]:
+        """Cut the recording, or a tail of it, into segments that run the modules of the generator or of that tail."""
+        recording = self.decoder.recording
         leaves = [leaf for _, leaf in flatten(self._result) if isinstance(leaf, fx.Node)]
-        self._rest = Segment(recording, generator, begin, len(recording.nodes), leaves, enter)
+        ends = [(cut.position, cut.crossing) for cut in self.cuts] + [(len(recording.nodes), tuple(leaves))]
+        begins = [(0, tuple(self._inputs)), *ends[:-1]]
+        pairs = list(zip(begins, ends, strict=True))[0 if tail is None else self.cuts.index(tail) + 1 :]
+        among = None if tail is None else set(tail.rest)
+        return [Segment(recording, modules, begin, end, keep, enter, among) for (begin, enter), (end, keep) in pairs]
 
     def is_current(self, branches: nn.Module) -> bool:
         """Return whether generator and branches have the device and precision of the recording."""
@@ -283,26 +278,45 @@ class SplitGenerator:
         Raises:
             RecordingError: If the self-test fails.
         """
-        states: list[list[Tensor]] = []
-        written, watch = [], WriteWatch()
-        with torch.no_grad():
-            expected = self._generator_outputs(*self.example) if self_test else None
-            with unobserved(self.generator):
-                values = self.start(*cloned(self.example))
-                for index in range(len(self.cuts) if count is None else count):
-                    with watch:
-                        values = self.advance(values, index)
-                    states.append([clone_strided(value) for value in self.crossing(values, index)])
-                    written.append(set(range(len(states[-1]))))
-                    if expected is not None:
-                        changed = self._self_test(index, list(map(clone_strided, states[-1])), expected)
-                        # Where the forward runs again, another value may be written in another call.
-                        written[-1] = written[-1] if self.decoder.replayed else changed
-        self.written = written if count is None else self.written
+        states, watch = list[list[Tensor]](), WriteWatch()
+        expected = self._generator_outputs(*self.example) if self_test else None
+        with torch.no_grad(), unobserved(self.generator):
+            if expected is None or self.decoder.replayed or not self._run_through(states, watch, expected):
+                self._run_each(states, watch, expected, len(self.cuts) if count is None else count)
         if watch.seen:
             with unobserved(self.generator):
                 self.writes = overwrites_saved(lambda: self._differentiate(len(states)))
         return states
+
+    def _run_through(self, states: list[list[Tensor]], watch: WriteWatch, expected: list[Tensor]) -> bool:
+        """Run the example once, behind the first cut in its tail's copies of the modules; compare the output."""
+        values = self.start(*cloned(self.example))
+        with watch:
+            values = self.advance(values, 0)
+        crossed: list[list[tuple[Tensor, int]]] = []
+        for piece in self._pieces(self.tail(0, share=True), self.cuts[0]):
+            crossing = self.crossing(values, len(states))
+            states.append([clone_strided(value) for value in crossing])
+            crossed.append([(value, value._version) for value in crossing])
+            with watch if len(states) < len(self.cuts) else nullcontext():
+                values = self._pass(piece, values)
+        output = tensors(rebuild(self._result, lambda x: values[x] if isinstance(x, fx.Node) else x))
+        self.written = [{i for i, (value, version) in enumerate(c) if value._version != version} for c in crossed]
+        return _are_equal(output, expected)
+
+    def _run_each(
+        self, states: list[list[Tensor]], watch: WriteWatch, expected: list[Tensor] | None, count: int
+    ) -> None:
+        """Run the example to each cut, and test each tail by itself."""
+        states.clear()
+        values = self.start(*cloned(self.example))
+        for index in range(count):
+            with watch:
+                values = self.advance(values, index)
+            states.append([clone_strided(value) for value in self.crossing(values, index)])
+            if expected is not None:
+                self._self_test(index, list(map(clone_strided, states[-1])), expected)
+        self.written = [set(range(len(state))) for state in states] if count == len(self.cuts) else self.written
 
     def _differentiate(self, count: int) -> None:
         example = cloned(self.example)
@@ -371,18 +385,14 @@ class SplitGenerator:
         with torch.no_grad(), unobserved(self.generator):
             return tensors(self.generator(*cloned(args), **cloned(kwargs)))
 
-    def _self_test(self, index: int, crossing: list[Tensor], expected: list[Tensor]) -> set[int]:
+    def _self_test(self, index: int, crossing: list[Tensor], expected: list[Tensor]) -> None:
         """Check that the unchanged tail behind a cut gives the generator's output bit for bit.
 
         The segments before it have just run, so that random draws are equal.
-
-        Returns:
-            Positions of the values that the tail writes into.
         """
-        versions = [value._version for value in crossing]
         with unobserved(self.generator):
             outputs = tensors(self.tail(index, share=True)(*crossing))
-        if len(outputs) != len(expected) or not all(map(torch.equal, outputs, expected)):
+        if not _are_equal(outputs, expected):
             pairs = [(a, b) for a, b in zip(outputs, expected, strict=False) if a.shape == b.shape]
             differences = (float((a.float() - b.float()).abs().max()) for a, b in pairs)
             raise RecordingError(
@@ -391,7 +401,6 @@ class SplitGenerator:
                 "self_test=False if the generator draws random numbers behind this place in an order of its own.",
                 index,
             )
-        return {i for i, value in enumerate(crossing) if value._version != versions[i]}
 
     def _mismatch(self, args: Any, kwargs: Any) -> tuple[str, dict[Any, Tensor]]:
         """Compare pieces and generator; returns how they differ (empty if not), and what `_look` saw."""
@@ -420,12 +429,16 @@ class SplitGenerator:
         return seen | dict(enumerate(outputs)), outputs
 
     def _probe_batch(self) -> bool:
-        """Run other numbers, and one more sample: see what is batched and whether anything is frozen."""
+        """Run other numbers, and one more sample: see what is batched and whether anything is frozen.
+
+        Smaller maps show it as well, where the generator takes them.
+        """
         other, larger = self._other_inputs()
-        problem, large = self._mismatch(*larger)
-        if not problem:
-            self._find_rows(self._look(*other)[0], large)
-            return True
+        for shrink in (smaller_maps, lambda inputs: inputs):
+            problem, large = self._mismatch(*shrink(larger)) if shrink(larger) is not None else ("", {})
+            if large and not problem:
+                self._find_rows(self._look(*shrink(other))[0], large)
+                return True
         problem = self._mismatch(*other)[0]
         if problem:
             reads = [read.line for read in self.decoder.recording.reads]
@@ -455,7 +468,9 @@ class SplitGenerator:
         shapes, grown = ({name: tuple(v.shape) for name, v in seen.items()} for seen in (small, large))
         rows = rows_per_sample(shapes, grown, self.batch)
         self.batched = {node: size for node, size in rows.items() if isinstance(node, fx.Node)}
-        self.output_rows = [rows.get(name) for name in small if isinstance(name, int)]
+        paths = [path for path, leaf in flatten(self.decoder.recording.output) if isinstance(leaf, Tensor)]
+        numbers = [name for name in small if isinstance(name, int)]
+        self.output_rows = {path: rows.get(number) for path, number in zip(paths, numbers, strict=True)}
         self.divides = all(rows.values()) and all(
             are_grouped(small[name], large[name]) for name, size in rows.items() if size > 1
         )
@@ -479,6 +494,10 @@ def lacks_batch_axis(generator: nn.Module, args: Any, kwargs: Any) -> bool:
 def places(decoder: Decoder, stages: Iterable[Stage], tap: Literal["after", "before"]) -> list[tuple[Stage, Cut]]:
     """Cut a decoder at several stages, in order of execution."""
     return sorted(((stage, decoder.cut(stage, tap)) for stage in stages), key=lambda pair: pair[1].position)
+
+
+def _are_equal(outputs: list[Tensor], expected: list[Tensor]) -> bool:
+    return len(outputs) == len(expected) and all(map(torch.equal, outputs, expected))
 
 
 # The form of a call.
@@ -512,74 +531,3 @@ def _difference(form: CallForm, recorded: CallForm) -> str:
         if value != expected:
             return f"{problem} must be {expected} as in the recording, got {value}. {advice}"
     return ""
-
-
-# Rows of a value that belong to one sample: mostly one; more if frames are folded into the batch.
-
-
-def rows_per_sample(
-    small: Mapping[Hashable, tuple[int, ...]], large: Mapping[Hashable, tuple[int, ...]], batch: int
-) -> dict[Hashable, int]:
-    """Compare shapes at two batch sizes; returns the rows of one sample, for values that depend on the batch.
-
-    Args:
-        small: Shapes by name, at a batch of ``batch``.
-        large: The same at ``batch + 1``.
-        batch: The smaller batch size.
-
-    Returns:
-        Rows of one sample, 0 if the first axis is no multiple of the batch or another axis grows too. Values
-        of the same shape at both sizes are left out.
-    """
-    rows_of: dict[Hashable, int] = {}
-    for name, shape in small.items():
-        other = large.get(name, shape)
-        if shape != other:
-            rows = other[0] - shape[0] if shape[1:] == other[1:] else 0
-            rows_of[name] = rows if rows > 0 and shape[0] == rows * batch else 0
-    return rows_of
-
-
-def are_grouped(small: Tensor, large: Tensor) -> bool:
-    """Return whether rows of one sample lie side by side, so that one more sample leaves the first rows alone.
-
-    Args:
-        small: A value with several rows per sample.
-        large: The same for a batch that begins with the same samples.
-    """
-    first = small[:1].expand_as(small)
-    if torch.allclose(small.float(), first.float(), rtol=1e-3, atol=1e-5):
-        return False  # equal rows do not show their order
-    return torch.allclose(small.float(), large[: len(small)].float(), rtol=1e-3, atol=1e-5)
-
-
-def group(rows: Tensor, size: int) -> Tensor:
-    """Return the rows of some samples that have ``size`` rows each.
-
-    >>> group(torch.tensor([0, 2]), 3).tolist()
-    [0, 1, 2, 6, 7, 8]
-    """
-    return (rows[:, None] * size + torch.arange(size, device=rows.device)).flatten()
-
-
-def merge(parts: list[tuple[Tensor, Any]], count: int, sizes: Sequence[int | None]) -> Any:
-    """Join the outputs of parts of a batch in the batch's order.
-
-    Args:
-        parts: Sample numbers and output of each part.
-        count: Number of samples.
-        sizes: For each tensor of the output, rows of one sample; ``None`` if it belongs to no sample.
-    """
-    if len(parts) == 1:
-        return parts[0][1]
-    merged: list[Tensor] = []
-    for size, *leaves in zip(sizes, *(tensors(output) for _, output in parts), strict=True):
-        if size is None:
-            merged.append(leaves[0])
-            continue
-        joined = leaves[0].new_empty(count * size, *leaves[0].shape[1:])
-        for leaf, (rows, _) in zip(leaves, parts, strict=True):
-            joined[group(rows, size).to(joined.device)] = leaf.detach()
-        merged.append(joined)
-    rest = iter(merged)
-    return rebuild(parts[0][1], lambda leaf: next(rest) if isinstance(leaf, Tensor) else leaf)

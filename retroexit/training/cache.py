@@ -213,7 +213,7 @@ def _check_rows(model: EarlyExitGenerator) -> None:
         raise TrainingError(
             f"{name} must take any batch size, but its forward holds for {model.split.batch} only", model.generator
         )
-    if {*model.split.batched.values(), *model.split.output_rows} - {1, None}:
+    if {*model.split.batched.values(), *model.split.output_rows.values()} - {1, None}:
         raise TrainingError(
             f"{name} has values with several rows per sample, such as frames folded into the batch. Wrap the "
             "module that renders one frame, with frames as the batch.",

@@ -56,7 +56,7 @@ def _choose_channels(model: EarlyExitGenerator, index: int, values: list[Tensor]
     branch = model.branches[index]
     assert isinstance(branch, CopyBranch)
     try:
-        other = branch_for(model.decomposition, index, values)
+        other = branch_for(model.decomposition, index, branch.kind, samples=values)
     except (RetroExitError, RuntimeError) as error:  # the generator's code may refuse other samples
         logger.info("exit %d keeps its channels: %s", index + 1, error)
         return

@@ -37,7 +37,8 @@ class FitSettings:
         features: Weight of the distance of inherited layers' outputs to the backbone's, whose remaining
             stages then run in each step.
         held_out: Share of the inputs that only correct the predictor, in [0, 1).
-        calibrate: Share of the inputs for a calibration at the end, in (0, 1); nothing else uses them.
+        calibrate: Share of the inputs for a calibration at the end, in (0, 1); nothing else uses them. For a promise
+            to new groups or for several thresholds, call `EarlyExitGenerator.calibrate` after the fit instead.
         predictor: ``"conv"``, ``"pooled"`` or ``"linear"``, see `retroexit.routing.predictor.Predictor`.
         predict_from: ``"features"``, ``"inputs"`` as in the paper, or ``"features+distance"`` with the
             distance to the guide; ``None``: the adapter's map of the inputs, else the features.

@@ -5,36 +5,44 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from retroexit.branch.branch import Branch
-from retroexit.branch.builder import BranchSpec, build_branch
-from retroexit.branch.widths.plan import WidthPlan
+from retroexit.branch.builder import BranchSpec
 from retroexit.core.identity import Identity
 from retroexit.core.modules import device_of, precision_of
 from retroexit.core.nested import tensors
 from retroexit.errors import (
     AttachPointError,
+    BranchError,
     DeviceError,
     GeneratorError,
     InputMismatchError,
     OptionError,
     OutputError,
+    PluginError,
     RecordingError,
     RetroExitWarning,
     closest,
 )
 from retroexit.guidance.provider import Taps, find_key_cut, find_taps, tap_paths
+from retroexit.plugins.host import host
 from retroexit.split.replay import ReplaySplit
 from retroexit.split.split import SplitGenerator, lacks_batch_axis, places
 from retroexit.stages.decoder import Cut, Decoder, read_decoder, value_names
 from retroexit.stages.maps import shape_of
 from retroexit.stages.stage import Stage
 from retroexit.tracing.record import unobserved
-from retroexit.wrapping.options import WrapOptions
+from retroexit.wrapping.options import BranchPlan, WrapOptions
+
+AUTO = "auto"
+"""Kind of branch that leaves the choice to `retroexit.wrap` and `retroexit.fit`."""
+
+LEAST_SAVED = 0.1
+"""Share of the MACs behind the attach point that a copy has to save to be preferred."""
 
 __all__ = ["Decomposition", "branch_for", "decompose"]
 
@@ -134,7 +142,8 @@ def decompose(
 def settle(options: WrapOptions, decomposition: Decomposition, branches: Iterable[nn.Module]) -> WrapOptions:
     """Fix what a recording has decided, so that the next one decides alike: stages, their ends, and widths."""
     stages = {stage.path: stage.end for stage in decomposition.split.decoder.stages}
-    return replace(options, stages=stages, plans=tuple(branch.plan for branch in branches))  # type: ignore[misc]
+    plans = tuple(BranchPlan(b.kind, b.why, b.plan) for b in cast("Iterable[Branch]", branches))
+    return replace(options, stages=stages, plans=plans)
 
 
 def decompose_again(
@@ -216,10 +225,15 @@ def _build(
             decoder.image_path,
             names,
         )
+        before, share = _macs_before(decoder, cut), options.macs_of(stage)
+        if share is not None:
+            limit = share * decoder.recording.macs - before
+            spec = replace(spec, macs=limit / split.batch if split.divides else limit)
         decomposition.specs.append(spec)
-        branch, macs = _build_exit(split, index, states[index], spec, plan)
+        behind = (decoder.recording.macs - before) // (split.batch if split.divides else 1)
+        branch, macs = _choose_exit(split, index, states[index], spec, plan or options.kind_of(stage), behind)
         branches.append(branch)
-        decomposition.route_macs.append(macs + _macs_before(decoder, cut) // split.batch)
+        decomposition.route_macs.append(macs + before // split.batch)
     return decomposition, branches
 
 
@@ -298,35 +312,78 @@ def _alternative(decoder: Decoder, last: Stage) -> str:
     return "It is the only stage, one layer: take its input with tap='before', or wrap a deeper module."
 
 
+def _choose_exit(
+    split: SplitGenerator, index: int, crossing: list[Tensor], spec: BranchSpec, plan: BranchPlan | str, behind: int
+) -> tuple[Branch, int]:
+    """Build the branch of a plan or of a kind; ``"auto"`` prefers the copy where it can be built and saves enough.
+
+    Args:
+        split: The generator, cut.
+        index: Which exit, from 0.
+        crossing: Example values at its cut.
+        spec: How to build it.
+        plan: What was chosen earlier, or the kind.
+        behind: MACs of the backbone behind the cut.
+
+    Returns:
+        The branch, and its MACs for one sample.
+    """
+    if isinstance(plan, BranchPlan):
+        branch, macs = _build_exit(split, index, crossing, spec, plan.kind, plan.sizes)
+        branch.why = plan.why
+        return branch, macs
+    if plan != AUTO:
+        return _build_exit(split, index, crossing, spec, plan)
+    try:
+        branch, macs = _build_exit(split, index, crossing, spec, "copy")
+    except BranchError as error:
+        why = f"no copy can be built: {' '.join(str(error).split()).partition('. ')[0]}"
+    else:
+        saved = 1 - branch.macs / max(behind, 1)
+        if saved >= LEAST_SAVED:
+            branch.why = f"the copy saves {saved:.0%} behind the attach point; fit compares both"
+            return branch, macs
+        why = f"the copy saves {max(saved, 0):.0%} behind the attach point"
+    branch, macs = _build_exit(split, index, crossing, spec, "subpixel")
+    branch.why = why
+    return branch, macs
+
+
 def _build_exit(
-    split: SplitGenerator, index: int, crossing: list[Tensor], spec: BranchSpec, plan: WidthPlan | None
+    split: SplitGenerator, index: int, crossing: list[Tensor], spec: BranchSpec, kind: str, sizes: Any = None
 ) -> tuple[Branch, int]:
     """Build one branch; gives it, and its MACs for one sample."""
+    build = host().branch_kind(kind)
     cut = split.cuts[index]
     # Where samples cannot be told apart, the whole batch of the example stands for one.
     rows = split.batched if split.divides else {}
     one = [v[: rows[n]] if n in rows else v for n, v in zip(cut.crossing, crossing, strict=True)]
     with unobserved(split.generator):  # trial runs draw from generators that are not theirs
-        branch = build_branch(split.tail(index, share=True), cut, one, spec, plan)
+        try:
+            branch = build(split.tail(index, share=True), cut, one, spec, sizes)
+        except BranchError as error:
+            if kind != "copy" or sizes is not None:
+                raise
+            raise BranchError(f"{error} Or pass branch='subpixel', which needs nothing from these stages.") from error
+    if not isinstance(branch, Branch) or branch.kind != kind:
+        raise PluginError(f"branch kind {kind!r} must build a Branch of this kind, got {branch!r}.", branch)
     return branch, branch.macs if split.divides else branch.macs // split.batch
 
 
-def branch_for(decomposition: Decomposition, index: int, samples: Sequence[Tensor]) -> Branch:
-    """Build a branch once more, this time choosing the channels that it inherits by samples.
+def branch_for(decomposition: Decomposition, index: int, kind: str, **changes: Any) -> Branch:
+    """Build the branch of an exit once more, in another way.
 
     Args:
         decomposition: The generator, recorded.
         index: Which branch, from 0.
-        samples: Feature and live values of some samples at its attach point.
-
-    Returns:
-        Another branch of the same widths.
+        kind: Which kind of branch.
+        **changes: Fields of `BranchSpec` that differ.
     """
     split = decomposition.split
     with torch.random.fork_rng(devices=split.cuda_devices):
         states = split.states(count=index + 1)
-    spec = replace(decomposition.specs[index], samples=samples)
-    return _build_exit(split, index, states[index], spec, None)[0]
+    spec = replace(decomposition.specs[index], **changes)
+    return _build_exit(split, index, states[index], spec, kind)[0]
 
 
 def _macs_before(decoder: Decoder, cut: Cut) -> int:

@@ -26,6 +26,8 @@ class Exit:
         parameters: Number of parameters in the branch.
         widths: Channel counts along the branch.
         pinned: Widths that are fixed, and by what.
+        kind: Kind of branch; empty for the backbone.
+        why: Why it is of this kind, where the library chose it.
     """
 
     index: int
@@ -37,6 +39,8 @@ class Exit:
     parameters: int
     widths: tuple[int, ...] = ()
     pinned: tuple[str, ...] = ()
+    kind: str = ""
+    why: str = ""
 
 
 def list_exits(decomposition: Decomposition, branches: Iterable[nn.Module], generator: nn.Module) -> list[Exit]:
@@ -56,6 +60,8 @@ def list_exits(decomposition: Decomposition, branches: Iterable[nn.Module], gene
                 parameters=_count(branch),
                 widths=tuple(branch.widths),
                 pinned=_by_reason(branch.pins),
+                kind=branch.kind,
+                why=branch.why,
             )
         )
     return [*rows, Exit(len(rows) + 1, "", 0, 0, decomposition.backbone_macs, 1.0, _count(generator))]
@@ -79,12 +85,14 @@ def _by_reason(pins: Sequence[Pin]) -> tuple[str, ...]:
 def exit_table(name: str, options: WrapOptions, exits: Sequence[Exit]) -> str:
     """Show the exits of a generator of this name, the backbone last, as plain text."""
     rows = []
+    has_kinds = any(e.kind not in ("", "copy") for e in exits)
     for e in exits:
         place = f"{options.tap} {e.attach_at}" + (f" (l_{e.stage})" if e.stage else "")
         rows.append(
             [
                 str(e.index),
                 place if e.attach_at else "backbone",
+                *[e.kind] * has_kinds,
                 str(e.depth) if e.attach_at else "",
                 f"{e.macs / 1e9:.3f}",
                 f"{100 * e.share:.1f} %",
@@ -93,8 +101,9 @@ def exit_table(name: str, options: WrapOptions, exits: Sequence[Exit]) -> str:
                 "see below" if e.pinned else "",
             ]
         )
-    head = ["exit", "attached", "depth", "GMACs", "share", "parameters", "widths", "pinned"]
+    head = ["exit", "attached", *["branch"] * has_kinds, "depth", "GMACs", "share", "parameters", "widths", "pinned"]
     lines = [f"{name} with {len(rows) - 1} early exits", table(head, rows)]
+    lines += [f"exit {e.index}: {e.kind}, because {e.why}" for e in exits if e.why]
     lines += [f"exit {e.index}: {cause}" for e in exits for cause in e.pinned]
     useless = [str(e.index) for e in exits if e.attach_at and e.share >= 1]
     if useless:

@@ -10,13 +10,22 @@ from torch import Tensor, nn
 
 from retroexit.branch.adapter_stages import BuildStage
 from retroexit.branch.builder import Init
-from retroexit.branch.widths.plan import WidthPlan, WidthRule
+from retroexit.branch.widths.plan import WidthRule
 from retroexit.errors import AttachPointError, OptionError, RetroExitWarning
 from retroexit.guidance.provider import Guidance
 from retroexit.plugins.description import Description
 from retroexit.stages.stage import Stage
 
 OWN_KEYWORDS = ("exit", "threshold", "budget", "deadline_ms")
+
+
+@dataclass(frozen=True)
+class BranchPlan:
+    """A branch that has been chosen: its kind, the reason if that was ``"auto"``, and its sizes."""
+
+    kind: str
+    why: str
+    sizes: Any
 
 
 @dataclass(frozen=True)
@@ -37,7 +46,9 @@ class WrapOptions:
         shadowed: Keywords of ours that the generator's own forward takes.
         predictor_inputs: Makes the predictor's input from the generator's; by default it reads the first
             feature.
-        plans: Widths chosen earlier, one per exit, from a saved model.
+        branches: Kind of branch of each attach point; ``"auto"`` to choose.
+        macs: Cost of the route of each attach point as a share of the backbone's; ``None`` to follow its rule.
+        plans: What was chosen earlier, one per exit, from a saved model.
         build_stage: Builds thin stages through their own constructor, where an adapter can.
         description: What the chosen adapter says about the generator; ``None`` where all plug-ins are consulted.
     """
@@ -54,7 +65,9 @@ class WrapOptions:
     seed: int = 0
     shadowed: tuple[str, ...] = ()
     predictor_inputs: Callable[..., Tensor] | None = None
-    plans: tuple[WidthPlan | None, ...] | None = None
+    branches: tuple[str, ...] = ()
+    macs: tuple[float | None, ...] = ()
+    plans: tuple[BranchPlan, ...] | None = None
     build_stage: BuildStage | None = None
     description: Description | None = None
 
@@ -76,8 +89,18 @@ class WrapOptions:
 
     def rule_of(self, stage: Stage) -> WidthRule:
         """Width rule of the branch at a stage."""
-        rules = dict(zip(self.attach_at, self.rules, strict=True))
-        return rules[stage.path] if stage.path in rules else rules[stage.index]
+        return self.rules[self._position(stage)]
+
+    def kind_of(self, stage: Stage) -> str:
+        """Kind of the branch at a stage, or ``"auto"``."""
+        return self.branches[self._position(stage)] if self.branches else "copy"
+
+    def macs_of(self, stage: Stage) -> float | None:
+        """Cost of the route of a stage as a share of the backbone's, where it decides."""
+        return self.macs[self._position(stage)] if self.macs else None
+
+    def _position(self, stage: Stage) -> int:
+        return self.attach_at.index(stage.path if stage.path in self.attach_at else stage.index)
 
 
 def adapter_options(

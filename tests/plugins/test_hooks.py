@@ -12,6 +12,7 @@ from toys import Block, Chain
 
 import retroexit
 from retroexit import cli
+from retroexit.branch.branch import Branch
 from retroexit.errors import OptionError, PluginError
 from retroexit.metrics import QualityMetric
 from retroexit.plugins import Description, Host, PluginInfo, hookimpl, hookspecs, host
@@ -159,6 +160,32 @@ def test_hook_retroexit_width_rules(offering, painter, use):
     message = "width rule 'huge' must return .* 1 to 16 for 16 channels at scale 0.5, got 17"
     with pytest.raises(OptionError, match=message):
         wrap(painter, width_rule="huge")
+
+
+def test_hook_retroexit_branch_kinds(offering, painter, use, tmp_path):
+    class Plain(Branch):
+        kind = "plain"
+
+        def __init__(self, channels):
+            super().__init__({"channels": channels})
+            self.rgb = nn.Conv2d(channels, 3, 1)
+
+        def forward(self, feature, *live, guide=None):
+            return self.rgb(feature)
+
+    def build(tail, cut, values, spec, plan=None):
+        return Plain(values[0].shape[1] if plan is None else plan["channels"])
+
+    use(offering(branch_kinds={"plain": build, "wrong": lambda *_: nn.Identity()}))
+    model = wrap(painter, branch="plain")
+    assert model.exits[0].kind == "plain"
+    model.save(tmp_path)
+    other = retroexit.load(tmp_path, painter, (SAMPLES[:1],))
+    assert torch.equal(other(SAMPLES[:1], exit=1), model(SAMPLES[:1], exit=1))
+    with pytest.raises(PluginError, match="no branch kind 'plane'; closest: 'plain'"):
+        wrap(painter, branch="plane")
+    with pytest.raises(PluginError, match="branch kind 'wrong' must build a Branch of this kind, got Identity"):
+        wrap(painter, branch="wrong")
 
 
 def test_hook_retroexit_commands(offering, use, capsys):

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -74,16 +75,34 @@ def test_a_model_spends_the_budget_of_the_call_or_of_each_sample(routed, monkeyp
     assert exits[::3].eq(1).all() and exits[2::3].eq(4).all()
 
 
-def test_every_sample_may_have_its_own_threshold(routed):
+@pytest.mark.parametrize("convert", [torch.Tensor, torch.Tensor.numpy, torch.Tensor.tolist, tuple, torch.Tensor.double])
+def test_every_sample_may_have_its_own_threshold(routed, convert):
     model = routed()
     z, w = torch.rand(4, 4, 4, 4), torch.rand(4, 5)
     z[:, 0] = torch.tensor([2.0, 2.0, 2.0, 0.5])[:, None, None]
     taus = torch.tensor([2.5, 1.0, 0.0, 0.4])
-    output, exits = model.routed(z, w, threshold=taus)
+    output, exits = model.routed(z, w, threshold=convert(taus))
     assert exits.tolist() == [1, 2, 3, 2]
     for row in range(4):
         alone = model(z[row][None], w[row][None], threshold=float(taus[row]))
         assert torch.allclose(output["image"][row], alone["image"][0], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("threshold", "message"),
+    [
+        ([[0.1], [0.2]], r"one per sample \(N,\), got shape \(2, 1\)"),
+        ([0.1, [0.2]], r"one number or one per sample \(N,\), got \[0.1, \[0.2\]\]"),
+        (["0.1", "0.2"], r"one number or one per sample \(N,\), got \['0.1', '0.2'\]"),
+        (np.array([True, False]), r"one per sample \(N,\), got shape \(2,\) and type torch.bool"),
+        ([0.1, -0.2], r"a finite number >= 0, got -0.2"),
+        (np.array(-1.0), r"a finite number >= 0, got -1.0"),
+        ([0.1, 0.2, 0.3], "one per sample, got 3 for 2 samples"),
+    ],
+)
+def test_thresholds_that_are_not_one_number_per_sample_are_refused(routed, threshold, message):
+    with pytest.raises(OptionError, match=f"threshold must be .*{message}"):
+        routed().routed(torch.rand(2, 4, 4, 4), torch.rand(2, 5), threshold=threshold)
 
 
 def test_a_calibrated_threshold_routes_by_its_limits(routed):

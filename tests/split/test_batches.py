@@ -7,7 +7,7 @@ from torch import nn
 import retroexit
 from retroexit.core.samples import Samples
 from retroexit.errors import TrainingError
-from retroexit.split.split import are_grouped, group, rows_per_sample
+from retroexit.split.rows import are_grouped, group, rows_per_sample
 from retroexit.training.cache import FeatureCache
 
 _FRAMES = 3

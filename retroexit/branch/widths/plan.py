@@ -296,18 +296,20 @@ class TailWidths:
     def _divide_one(self, product: Product, count: int, sizes: Sizes, free: set[sympy.Symbol], chosen: Sizes) -> bool:
         """Add the least width, from the present one up, that has ``count`` equal parts, and their size."""
         factor, symbol = sympy.sympify(product.whole).as_coeff_Mul()
-        is_free = symbol in free
-        fixed = real_value(product.whole, sizes)
-        for width in range(sizes[symbol], self.values[symbol] + 1) if is_free else [0]:
-            whole = int(factor) * width if is_free else fixed
-            size = int(whole // count)
-            required = chosen.get(product.each, size)
-            if product.each in self.fixed:
-                required = self.values[product.each]
-            if whole % count == 0 and size == required and size <= self.values[product.each]:
-                chosen |= {product.each: size} | ({symbol: width} if is_free else {})
-                return True
-        return False
+        each = self.values[product.each] if product.each in self.fixed else chosen.get(product.each)
+        if symbol in free:
+            step = count // math.gcd(int(factor), count)
+            width = -(-sizes[symbol] // step) * step if each is None else each * count // int(factor)
+            if not sizes[symbol] <= width <= self.values[symbol]:
+                return False
+            sizes, chosen_width = {**sizes, symbol: width}, {symbol: width}
+        else:
+            chosen_width = {}
+        whole = real_value(product.whole, sizes)
+        if whole % count or (each or whole // count) != whole // count or whole // count > self.values[product.each]:
+            return False
+        chosen |= {product.each: int(whole // count)} | chosen_width
+        return True
 
     def _raise_one(self, condition: sympy.Basic, sizes: Sizes, free: set[sympy.Symbol]) -> bool:
         """Satisfy a condition by raising one size as little as possible."""

@@ -1,0 +1,480 @@
+"""A branch that works on coarse grids and makes the image by pixel shuffle (ESPCN, CVPR 2016). Not in the paper.
+
+A thin copy spends most of its time at full resolution on few channels, where a processor waits for memory. Here
+no layer runs at full resolution, and nothing is taken from the tail but the shape of its image, so that this
+branch exists wherever the generator can be cut.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from retroexit.branch.branch import Branch, GuideEntry
+from retroexit.branch.builder import BranchSpec
+from retroexit.core.modules import MacCounter
+from retroexit.core.nested import flatten, rebuild
+from retroexit.errors import BranchError
+from retroexit.split.segments import Tail
+from retroexit.stages.decoder import Cut
+
+__all__ = ["Level", "SubpixelBranch", "SubpixelPlan", "build_subpixel", "choose_sizes", "pixel_shuffle"]
+
+_CONVOLUTION: Any = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_MOST_NUMBERS = 8192  # of a live vector; longer ones are averaged over their middle axes
+_WIDEST = 1024
+_START = 0.1  # of the usual size, for weights of what starts near zero
+
+
+@dataclass(frozen=True)
+class Level:
+    """A grid that a branch works on: ``factors`` finer than the one before, ``depth`` convolutions at it."""
+
+    factors: tuple[int, ...]
+    width: int
+    depth: int
+
+
+@dataclass(frozen=True)
+class SubpixelPlan:
+    """Sizes of a sub-pixel branch.
+
+    Attributes:
+        fold: Factors by which the feature's grid is made coarser first, where it is as fine as the image.
+        levels: The grids, from coarse to fine.
+        last: Factors of the last pixel shuffle, to the image.
+        causal: Whether no frame may depend on later ones.
+    """
+
+    fold: tuple[int, ...]
+    levels: tuple[Level, ...]
+    last: tuple[int, ...]
+    causal: bool = False
+
+    @classmethod
+    def from_json(cls, saved: Mapping[str, Any]) -> SubpixelPlan:
+        """Read what `dataclasses.asdict` made."""
+        levels = tuple(Level(tuple(v["factors"]), v["width"], v["depth"]) for v in saved["levels"])
+        return cls(tuple(saved["fold"]), levels, tuple(saved["last"]), saved["causal"])
+
+
+def choose_sizes(
+    macs: float, ratios: Sequence[int], count: Callable[[SubpixelPlan], int], *, causal: bool = False
+) -> SubpixelPlan:
+    """Choose the grids of a branch, and the largest widths that cost at most ``macs``.
+
+    The grids halve (divide by the smallest prime factor) from the image down to the feature: 1/2, 1/4, ... The
+    finest has width w and two convolutions, the one before 1.5 w and three, coarser ones 2.25 w and at most 4 w
+    and one each; a single grid has five. w is 1, 2, 3 or a multiple of 4. Where the feature is as fine as the
+    image, its grid is halved first.
+
+    Args:
+        macs: Largest number of multiply-accumulates of the branch.
+        ratios: Size of the image divided by the feature's, per axis, ``>= 1``.
+        count: Counts the multiply-accumulates of the branch with some sizes.
+        causal: Whether the first axis is time, and no frame may depend on later ones.
+
+    Raises:
+        BranchError: If the narrowest branch costs more.
+    """
+    axes = len(ratios)
+    fold = (1,) * axes
+    if max(ratios) == 1:
+        fold = tuple(1 if causal and axis == 0 else 2 for axis in range(axes))
+    primes = [_prime_factors(ratio * folded) for ratio, folded in zip(ratios, fold, strict=True)]
+    shuffles = [tuple(p[i] if i < len(p) else 1 for p in primes) for i in range(max(1, *map(len, primes)))]
+    last, *finer = shuffles
+    finer = finer[::-1] or [(1,) * axes]  # from coarse to fine
+    depths = [5] if len(finer) == 1 else [*[1] * (len(finer) - 2), 3, 2]
+
+    def plan(width: int) -> SubpixelPlan:
+        behind = range(len(finer) - 1, -1, -1)
+        widths = [round(width * min(1.5**i, 4)) for i in behind]
+        levels = tuple(map(Level, finer, widths, depths))
+        return SubpixelPlan(fold, levels, last, causal)
+
+    candidates = [1, 2, 3, *range(4, _WIDEST + 1, 4)]
+    least = count(plan(1))
+    if least > macs:
+        raise BranchError(
+            f"a sub-pixel branch here costs at least {least:,} MACs, got a limit of {max(0, round(macs)):,} behind "
+            "the attach point. Pass a larger macs or scale, or attach elsewhere.",
+            macs,
+        )
+    low, high = 0, len(candidates)  # candidates[low] fits, candidates[high] does not
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if count(plan(candidates[middle])) <= macs else (low, middle)
+    return plan(candidates[low])
+
+
+def _prime_factors(number: int) -> list[int]:
+    factors, divisor = [], 2
+    while number > 1:
+        while number % divisor == 0:
+            factors.append(divisor)
+            number //= divisor
+        divisor += 1
+    return factors
+
+
+def pixel_shuffle(x: Tensor, factors: Sequence[int]) -> Tensor:
+    """Rearrange ``(N, C * prod(factors), h, ...)`` to ``(N, C, h * factor, ...)``."""
+    axes = len(factors)
+    if math.prod(factors) == 1:
+        return x
+    if axes == 2 and factors[0] == factors[1]:
+        return functional.pixel_shuffle(x, factors[0])
+    sizes = [size * factor for size, factor in zip(x.shape[2:], factors, strict=True)]
+    x = x.unflatten(1, (-1, *factors))  # (N, C, *factors, h, ...)
+    x = x.permute(0, 1, *(axis for i in range(axes) for axis in (2 + axes + i, 2 + i)))
+    return x.reshape(x.shape[0], x.shape[1], *sizes)
+
+
+def pixel_unshuffle(x: Tensor, factors: Sequence[int]) -> Tensor:
+    """Rearrange ``(N, C, H, ...)`` to ``(N, C * prod(factors), H / factor, ...)``; sizes are rounded up."""
+    axes = len(factors)
+    if math.prod(factors) == 1:
+        return x
+    missing = [-size % factor for size, factor in zip(x.shape[2:], factors, strict=True)]
+    x = functional.pad(x, [p for count in reversed(missing) for p in (0, count)], mode="replicate")
+    for i, factor in enumerate(factors):
+        x = x.unflatten(2 + 2 * i, (-1, factor))  # (N, C, H / factor, factor, ...)
+    x = x.permute(0, 1, *(3 + 2 * i for i in range(axes)), *(2 + 2 * i for i in range(axes)))
+    return x.flatten(1, 1 + axes)
+
+
+class _Convolution(nn.Module):
+    """A convolution of kernel 3 that keeps the size, and whose first axis looks only back if it is causal."""
+
+    def __init__(self, channels: int, out_channels: int, axes: int, causal: bool) -> None:
+        super().__init__()
+        padding = (0,) * causal + (1,) * (axes - causal)
+        self.conv = _CONVOLUTION[axes](channels, out_channels, 3, padding=padding)
+        self.pad = (0, 0) * (axes - 1) + (2, 0) if causal else ()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(N, C, ...)`` to ``(N, out_channels, ...)``."""
+        out: Tensor = self.conv(functional.pad(x, self.pad) if self.pad else x)
+        return out
+
+
+class _LiveMap(nn.Module):
+    """Projects a live map to the channels and the grid of a level."""
+
+    def __init__(self, channels: int, out_channels: int, factors: tuple[int, ...]) -> None:
+        super().__init__()
+        self.factors = factors
+        self.project = _CONVOLUTION[len(factors)](channels * math.prod(factors), out_channels, 1, bias=False)
+        self.project.weight.data.mul_(_START)
+
+    def forward(self, x: Tensor, value: Tensor) -> Tensor:
+        """Add a projection of ``value`` ``(N, C, ...)`` to ``x``."""
+        value = value if value.dim() == x.dim() else value[:, None]
+        value = pixel_unshuffle(value.to(x.dtype), self.factors)
+        if value.shape[2:] != x.shape[2:]:
+            value = functional.interpolate(value, size=x.shape[2:], mode="nearest")
+        return x + self.project(value)
+
+
+class _LiveVector(nn.Module):
+    """Scales and shifts the channels of a level by what a live vector says."""
+
+    def __init__(self, numbers: int, out_channels: int) -> None:
+        super().__init__()
+        self.project = nn.Linear(numbers, 2 * out_channels)
+        self.project.weight.data.mul_(_START)
+        self.project.bias.data.zero_()
+
+    def forward(self, x: Tensor, value: Tensor) -> Tensor:
+        """Modulate ``x`` ``(N, C, ...)`` by ``value`` ``(N, ...)``."""
+        changes = self.project(_as_vector(value.to(x.dtype)))
+        gain, shift = changes.view(*changes.shape, *(1,) * (x.dim() - 2)).chunk(2, 1)
+        return x * (1 + gain) + shift
+
+
+def _as_vector(value: Tensor) -> Tensor:
+    """Flatten a live value to ``(N, D)``."""
+    if value[0].numel() <= _MOST_NUMBERS:
+        return value.reshape(value.shape[0], -1)
+    return value.flatten(1, -2).mean(1)
+
+
+class _Level(nn.Module):
+    """One grid of a branch: refine, add live values, convolve."""
+
+    def __init__(self, channels: int, level: Level, live: Mapping[int, nn.Module], causal: bool) -> None:
+        super().__init__()
+        axes, width = len(level.factors), level.width
+        self.factors = level.factors
+        self.refine = _Convolution(channels, width * math.prod(level.factors), axes, causal)
+        self.live = nn.ModuleDict({str(position): entry for position, entry in live.items()})
+        self.layers = nn.ModuleList(_Convolution(width, width, axes, causal) for _ in range(level.depth))
+
+    def forward(self, x: Tensor, live: Sequence[Tensor]) -> Tensor:
+        """Map ``(N, C, ...)`` to ``(N, width, ...)`` on the finer grid."""
+        x = pixel_shuffle(self.refine(x), self.factors)
+        for position, entry in self.live.items():
+            x = entry(x, live[int(position)])
+        x = functional.relu(x)
+        for layer in self.layers:
+            x = functional.relu(layer(x))
+        return x
+
+
+class ImageSlot:
+    """Marks the image in the structure of an output."""
+
+
+@dataclass(frozen=True)
+class _Output:
+    """What the generator returns: its structure, and how the image's size follows from the feature's.
+
+    Per axis, the image is ``ratio`` times the feature without ``crop`` at the end (in front, where the first axis
+    is causal time); where that is more than a whole feature pixel, it is resized by ``sizes`` instead.
+    """
+
+    template: Any
+    channels: int
+    is_squeezed: bool
+    dtype: torch.dtype
+    ratios: tuple[int, ...]
+    crops: tuple[int, ...]
+    sizes: tuple[tuple[int, int], ...]  # of image and feature, as recorded
+
+    @classmethod
+    def of(cls, output: Any, path: tuple[Any, ...], feature: Tensor) -> _Output:
+        """Read an output of the generator for a feature.
+
+        Raises:
+            BranchError: If the image has other axes or rows than the feature.
+        """
+        image: Tensor = dict(flatten(output))[path]
+        is_squeezed = image.dim() == feature.dim() - 1
+        if image.shape[0] != feature.shape[0] or (image.dim() != feature.dim() and not is_squeezed):
+            raise BranchError(
+                f"a sub-pixel branch needs an image with the axes of the feature, got {tuple(image.shape)} for "
+                f"{tuple(feature.shape)}. Pass branch='copy' here.",
+                image,
+            )
+        template = rebuild(output, lambda leaf: _slot(leaf, image))
+        sizes = tuple(zip(image.shape[1 if is_squeezed else 2 :], feature.shape[2:], strict=True))
+        ratios = tuple(-(-large // small) for large, small in sizes)
+        crops = tuple(ratio * small - large for ratio, (large, small) in zip(ratios, sizes, strict=True))
+        channels = 1 if is_squeezed else int(image.shape[1])
+        return cls(template, channels, is_squeezed, image.dtype, ratios, crops, sizes)
+
+    def place(self, image: Tensor, feature: Tensor, *, is_causal: bool, is_folded: bool) -> Any:
+        """Cut an image ``(N, C, ...)`` to its size, and put it where the generator has it."""
+        resized = False
+        size = list(image.shape[2:])
+        for axis, (ratio, crop) in enumerate(zip(self.ratios, self.crops, strict=True)):
+            length = feature.shape[2 + axis]
+            if 0 < crop < ratio:
+                begin = crop if is_causal and axis == 0 else 0
+                image = image.narrow(2 + axis, begin, ratio * length - crop)
+                size[axis] = ratio * length - crop
+            elif crop:
+                large, small = self.sizes[axis]
+                size[axis], resized = length * large // small, True
+            elif is_folded:  # its grid was rounded up
+                image = image.narrow(2 + axis, 0, ratio * length)
+                size[axis] = ratio * length
+        if resized:
+            mode = {1: "linear", 2: "bilinear", 3: "trilinear"}[len(size)]
+            image = functional.interpolate(image, size=size, mode=mode)
+        image = image.squeeze(1) if self.is_squeezed else image
+        image = image.to(self.dtype) if self.dtype != image.dtype and not torch.is_autocast_enabled() else image
+        return rebuild(self.template, lambda leaf: image if leaf is ImageSlot else leaf)
+
+
+def _slot(leaf: Any, image: Tensor) -> Any:
+    if leaf is image:
+        return ImageSlot
+    return None if isinstance(leaf, Tensor) else leaf
+
+
+class SubpixelBranch(Branch):
+    """A branch of convolutions on coarse grids and pixel shuffles, in one, two or three spatial dimensions.
+
+    Attributes:
+        entry: Resizes the guide and concatenates it to the feature, where the branch takes one.
+        levels: The grids from coarse to fine.
+        last: The convolution in front of the last pixel shuffle; its bias starts as the mean colour.
+        plan: The chosen sizes, as JSON types.
+    """
+
+    kind = "subpixel"
+
+    def __init__(self, plan: SubpixelPlan, values: Sequence[Tensor], spec: BranchSpec, output: _Output) -> None:
+        super().__init__(asdict(plan))
+        feature, guide, axes = values[0], spec.guide, len(plan.last)
+        self.sizes, self.output = plan, output
+        channels, size = int(feature.shape[1]), tuple(feature.shape[2:])
+        self.entry: GuideEntry | None = None
+        if guide is not None:
+            self.entry = GuideEntry(channels, None, size, guide, min(guide.channels, channels))
+            channels += self.entry.guide_channels
+        channels *= math.prod(plan.fold)
+        grid = tuple(-(-s // fold) for s, fold in zip(size, plan.fold, strict=True))
+        grids = []
+        for level in plan.levels:
+            grid = tuple(s * factor for s, factor in zip(grid, level.factors, strict=True))
+            grids.append(grid)
+        levels = []
+        for number, level in enumerate(plan.levels):
+            live = _live_entries(values, number, grids, level.width, plan.causal)
+            levels.append(_Level(channels, level, live, plan.causal))
+            channels = level.width
+        self.levels = nn.ModuleList(levels)
+        self.last = _Convolution(channels, output.channels * math.prod(plan.last), axes, plan.causal)
+
+    @property
+    def widths(self) -> list[int]:
+        """Channels of every grid, from coarse to fine."""
+        return [level.width for level in self.sizes.levels]
+
+    def forward(self, feature: Tensor, *live: Tensor, guide: Tensor | None = None) -> Any:
+        """Render the image, in the structure of the generator's output with ``None`` for its other tensors.
+
+        See `Branch.forward`.
+        """
+        x = feature if self.entry is None else self.entry(feature, guide)
+        x = pixel_unshuffle(x, self.sizes.fold)
+        for level in self.levels:
+            x = level(x, live)
+        image = pixel_shuffle(self.last(x), self.sizes.last)
+        is_folded = max(self.sizes.fold) > 1
+        return self.output.place(image, feature, is_causal=self.sizes.causal, is_folded=is_folded)
+
+    @torch.no_grad()
+    def start_at(self, colour: Tensor) -> None:
+        """Start with images of one colour ``(C,)``, and a small last layer."""
+        conv = self.last.conv
+        conv.weight.mul_(_START)
+        conv.bias.copy_(colour.repeat_interleave(math.prod(self.sizes.last)))
+
+
+def _live_entries(
+    values: Sequence[Tensor], number: int, grids: Sequence[tuple[int, ...]], width: int, causal: bool
+) -> dict[int, nn.Module]:
+    """Make the entries of level ``number``: of all vectors, and of maps for which it is the first fine enough."""
+    feature, entries = values[0], dict[int, nn.Module]()
+    for position, value in enumerate(values[1:]):
+        if value.dim() == 0 or value.is_complex() or value.shape[0] != feature.shape[0] or not value.numel():
+            continue  # a number or a constant
+        size = tuple(value.shape[2:])
+        if value.dim() == feature.dim() - 1 and tuple(value.shape[1:]) in {tuple(feature.shape[2:]), *grids}:
+            value, size = value[:, None], tuple(value.shape[1:])  # labels without a channel axis
+        if value.dim() != feature.dim() or max(size) == 1:
+            entries[position] = _LiveVector(_as_vector(value).shape[1], width)
+            continue
+        fits = [i for i, grid in enumerate(grids) if all(s <= g for s, g in zip(size, grid, strict=True))]
+        if number == (fits[0] if fits else len(grids) - 1):
+            pairs = enumerate(zip(size, grids[number], strict=True))
+            whole = [s // g if s % g == 0 and not (causal and axis == 0) else 1 for axis, (s, g) in pairs]
+            entries[position] = _LiveMap(int(value.shape[1]), width, tuple(whole))
+    return entries
+
+
+def build_subpixel(
+    tail: Tail, cut: Cut, values: Sequence[Tensor], spec: BranchSpec, plan: Mapping[str, Any] | None = None
+) -> SubpixelBranch:
+    """Make a sub-pixel branch for an attach point; arguments as for `retroexit.branch.builder.build_branch`.
+
+    Without ``spec.macs`` it costs at most what a thin copy costs at the scale of ``spec.rule`` if all its widths
+    follow the rule.
+
+    Raises:
+        BranchError: If the image has other axes than the feature, or the target is too small.
+    """
+    feature = values[0]
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(spec.seed)
+        returned = tail(*(value.clone() for value in values))
+    output = _Output.of(returned, spec.image, feature)
+    image = dict(flatten(returned))[spec.image]
+    meta = [value.to("meta") for value in values]
+
+    def make(plan: SubpixelPlan) -> SubpixelBranch:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(spec.seed)
+            return SubpixelBranch(plan, values, spec, output)
+
+    def count(plan: SubpixelPlan) -> int:
+        with torch.device("meta"):
+            branch = SubpixelBranch(plan, values, spec, output).to(feature.dtype)
+        return _count(branch, meta, spec)
+
+    if plan is None:
+        target = spec.macs if spec.macs is not None else _scaled_macs(tail, values, spec)
+        is_causal = _is_causal(tail, values, spec, image, output)
+        sizes = choose_sizes(target, output.ratios, count, causal=is_causal)
+    else:
+        sizes = SubpixelPlan.from_json(plan)
+    branch = make(sizes)
+    branch.to(device=feature.device, dtype=feature.dtype)
+    rows = image.detach().reshape(image.shape[0], output.channels, -1)
+    branch.start_at(rows.mean((0, 2)))
+    branch.macs, branch.is_fresh = _count(branch, values, spec), plan is None
+    return branch.eval()
+
+
+@torch.no_grad()
+def _count(branch: SubpixelBranch, values: Sequence[Tensor], spec: BranchSpec) -> int:
+    guide = spec.guide
+    zeros = None if guide is None else values[0].new_zeros(values[0].shape[0], guide.channels, *guide.size)
+    with MacCounter() as counter:
+        branch(*values, guide=zeros)
+    return counter.macs
+
+
+@torch.no_grad()
+def _scaled_macs(tail: Tail, values: Sequence[Tensor], spec: BranchSpec) -> float:
+    """MACs of a tail whose layers all have the widths of the rule."""
+    full, thin = 0.0, 0.0
+
+    def hook(module: Any, _args: Any, output: Tensor) -> None:
+        nonlocal full, thin
+        sizes = module.weight.shape[:2]
+        macs = output.numel() * module.weight[0].numel()
+        full += macs
+        thin += macs * math.prod(min(1.0, spec.rule(int(size)) / size) for size in sizes)
+
+    layers = [m for m in tail.modules() if isinstance(m, (nn.Linear, *_CONVOLUTION.values()))]
+    hooks = [layer.register_forward_hook(hook) for layer in layers]
+    try:
+        with MacCounter() as counter:
+            tail(*(value.clone() for value in values))
+    finally:
+        for handle in hooks:
+            handle.remove()
+    return counter.macs * (thin / full if full else spec.rule.scale**2)
+
+
+@torch.no_grad()
+def _is_causal(tail: Tail, values: Sequence[Tensor], spec: BranchSpec, image: Tensor, output: _Output) -> bool:
+    """Change the last frame of everything, and see whether earlier frames of the image stay.
+
+    The first axis of one- and three-dimensional maps is taken as time.
+    """
+    axis, frames = image.dim() - len(output.sizes), values[0].shape[2]
+    earlier = output.ratios[0] * (frames - 1) - output.crops[0]
+    if len(output.sizes) == 2 or frames < 2 or earlier < 1:
+        return False
+    changed = [value.clone() for value in values]
+    for value in changed:
+        if value.dim() == values[0].dim() and value.shape[2] >= frames and value.is_floating_point():
+            last = value.shape[2] // frames
+            value[:, :, -last:] = value[:, :, -last:] * 0.5 + 1
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(spec.seed)
+        other = dict(flatten(tail(*changed)))[spec.image]
+    same = torch.allclose(other.narrow(axis, 0, earlier), image.narrow(axis, 0, earlier), rtol=1e-4, atol=1e-5)
+    return same and not torch.equal(other, image)
