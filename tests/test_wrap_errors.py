@@ -70,24 +70,12 @@ def test_invalid_options_are_refused(toy, refused, options, message):
         wrap(toy.generator, **options)
 
 
-def _train_mode(generator):
-    generator.train()
-
-
-def _half(generator):
-    generator.half()
-
-
-def _nan(generator):
-    generator.rgb.bias.data[0] = float("nan")
-
-
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        (_train_mode, errors.ModeError, "must be in eval mode.*generator.eval"),
-        (_half, errors.DeviceError, r"parameters .*torch\.float16 and an input .*torch\.float32"),
-        (_nan, errors.NonFiniteError, r"NaN or infinity in a tensor of shape \(2, 3, 16, 16\)"),
+        (nn.Module.train, errors.ModeError, "must be in eval mode.*generator.eval"),
+        (nn.Module.half, errors.DeviceError, r"parameters .*torch\.float16 and an input .*torch\.float32"),
+        (lambda g: g.rgb.bias.data.fill_(torch.nan), errors.NonFiniteError, r"NaN .* of shape \(2, 3, 16, 16\)"),
     ],
 )
 def test_a_generator_in_a_wrong_state_is_refused(toy, refused, change, error, message):
@@ -131,20 +119,12 @@ def test_with_several_images_one_must_be_named(toys, refused):
     assert model.image(model(X, exit=1)).shape == (2, 3, 16, 16)
 
 
-def test_an_output_without_an_image_is_refused(toys, refused):
+def test_an_output_without_an_image_and_a_stage_that_runs_twice_are_refused(toys, refused):
     generator = chain(toys, lambda self, x: toys.Chain.forward(self, x).mean((2, 3)))
     with refused(generator, errors.OutputError, "no image among the generator's outputs"):
         wrap(generator)
-
-
-def test_a_stage_that_runs_twice_is_refused(toys, refused):
-    def forward(self, x):
-        h = self.stem(x)
-        for i in (0, 0, 1, 2):
-            h = self.blocks[i](h)
-        return self.rgb(h)
-
-    generator = chain(toys, forward)
+    generator = chain(toys)
+    generator.blocks.insert(0, generator.blocks[0])
     with refused(generator, errors.RepeatedStageError, r"'blocks\.0' runs 2 times"):
         wrap(generator, attach_at=["blocks.0"])
 
@@ -156,13 +136,7 @@ def test_a_python_argument_that_changes_is_named(toys, refused):
 
 
 def test_an_input_size_that_the_forward_fixes_is_named(toys, refused):
-    def forward(self, x):
-        h = self.stem(x) + torch.ones(int(x.shape[2]), 1)
-        for block in self.blocks:
-            h = block(h)
-        return self.rgb(h)
-
-    model = wrap(chain(toys, forward))
+    model = wrap(chain(toys, lambda self, x: toys.Chain.forward(self, x + torch.ones(int(x.shape[2]), 1))))
     assert model(torch.rand(2, 4, 8, 12), exit=1).shape == (2, 3, 16, 24)  # the width is free
     tall = torch.rand(2, 4, 12, 8)
     with refused(model.generator, errors.InputMismatchError, r"fixes sizes.*\(2, 4, 12, 8\).*Wrap again"):
@@ -234,24 +208,17 @@ class _OneStage(nn.Module):
         return self.rgb(F.interpolate(self.stage(x), scale_factor=2.0))
 
 
-class _TwoLayers(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.one, self.two = nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 16, 1)
-
-    def forward(self, x):
-        return self.one(x) + self.two(x)
-
-
 @pytest.mark.parametrize(
-    ("stage", "message", "advice"),
+    ("layers", "message", "advice"),
     [
-        (_TwoLayers, r"only stage: name .* attach_at=\['stage.one'\]", {"attach_at": ["stage.one"]}),
-        (lambda: nn.Conv2d(16, 16, 3, padding=1), "one layer: take its input .*'before'", {"tap": "before"}),
+        (2, r"only stage: name .* attach_at=\['stage.0'\]", {"attach_at": ["stage.0"]}),
+        (1, "one layer: take its input .*'before'", {"tap": "before"}),
     ],
 )
-def test_the_advice_for_a_decoder_of_one_stage_works(stage, message, advice):
-    generator, x = _OneStage(stage()).eval(), torch.randn(1, 16, 4, 4)
+def test_the_advice_for_a_decoder_of_one_stage_works(layers, message, advice):
+    convolutions = [nn.Conv2d(16, 16, 3, padding=1) for _ in range(layers)]
+    stage = convolutions[0] if layers == 1 else nn.Sequential(*convolutions)
+    generator, x = _OneStage(stage).eval(), torch.randn(1, 16, 4, 4)
     assert [stage.path for stage in retroexit.find_stages(generator, (x,))] == ["stage"]
     with pytest.raises(errors.AttachPointError, match=message):
         wrap(generator, x)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from retroexit_oasis import OASISGenerator
 from retroexit_stylegan import StyleGANGenerator
 
 KL = {"block_out_channels": (8, 16), "norm_num_groups": 4, "latent_channels": 4}
@@ -28,6 +29,11 @@ def stylegan(**options):
     """A StyleGAN2 of 32x32 with 64, 64, 32, 16 channels, in which every parameter has an effect."""
     settings = {"z_dim": 8, "w_dim": 6, "resolution": 32, "channel_base": 512, "channel_max": 64}
     return with_effects(StyleGANGenerator(**(settings | {"num_mapping_layers": 2} | options)))
+
+
+def oasis(**options):
+    settings = {"num_labels": 5, "z_dim": 4, "channels": 2, "crop": (32, 64), "spade_hidden": 8}
+    return OASISGenerator(**(settings | options)).eval()
 
 
 def with_effects(network):

@@ -3,15 +3,11 @@
 import pytest
 import torch
 from torch import nn
-from toys import Distance
+from toys import Chain, Distance, conv
 
 import retroexit
 
 EVEN = torch.tensor([[0, 2]])
-
-
-def conv(i, o):
-    return nn.Conv2d(i, o, 3, padding=1)
 
 
 class Block(nn.Module):
@@ -24,18 +20,10 @@ class Block(nn.Module):
         return self.step(self, x, self.writes)
 
 
-class Gen(nn.Module):
+class Gen(Chain):
     def __init__(self, step):
-        super().__init__()
         torch.manual_seed(0)
-        self.stem, self.rgb = conv(4, 16), conv(16, 3)
-        self.blocks = nn.ModuleList(Block(step) for _ in range(3))
-
-    def forward(self, x):
-        x = self.stem(x)
-        for block in self.blocks:
-            x = block(x)
-        return torch.tanh(self.rgb(x))
+        super().__init__([Block(step) for _ in range(3)], 16, 16)
 
 
 class Reading(Gen):
@@ -116,7 +104,7 @@ def test_gradients_are_those_without_writes(kind, step):
     for block in generator.blocks:
         block.writes = False
     generator.zero_grad()
-    image = torch.tanh(generator.rgb(generator.blocks[2](generator.blocks[1](feature))))
+    image = torch.tanh(generator.rgb(generator.blocks[2](generator.blocks[1](feature)).relu()))
     (image - target).square().mean().backward()
     expected = {name: p.grad for name, p in generator.named_parameters() if p.grad is not None}
     gradients = {name.removeprefix("tail."): p.grad for name, p in model.branches[0].named_parameters()}

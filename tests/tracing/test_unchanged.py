@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from toys import Chain
 
 import retroexit
 from retroexit.errors import GeneratorError
@@ -27,18 +28,10 @@ class Block(nn.Module):
         return x if self.skips else -x
 
 
-class Gen(nn.Module):
+class Gen(Chain):
     def __init__(self):
-        super().__init__()
         torch.manual_seed(0)
-        self.stem, self.rgb = nn.Conv2d(4, 16, 3, padding=1), nn.Conv2d(16, 3, 3, padding=1)
-        self.blocks = nn.ModuleList([Block(), Block(), Block()])
-
-    def forward(self, x):
-        x = self.stem(x)
-        for block in self.blocks:
-            x = block(x)
-        return self.rgb(x)
+        super().__init__([Block(), Block(), Block()], 16, 16)
 
 
 class Stopping(Gen):
