@@ -157,10 +157,6 @@ class LiveFeatures:
         """Tell whether a value has one row per sample, instead of being the same for all."""
         return name not in self._shared
 
-    def forget(self) -> None:
-        """Drop the last batch."""
-        self._last = None
-
 
 Features: TypeAlias = FeatureCache | LiveFeatures
 

@@ -1,7 +1,10 @@
 """``retroexit doctor`` and ``retroexit plugins``."""
 
 import importlib.metadata
+import json
+import os
 import re
+import sys
 
 import torch
 
@@ -9,6 +12,8 @@ from retroexit.cli import doctor
 
 
 def test_plugins_lists_the_builtin_one(run):
+    (builtin,) = [plugin for plugin in json.loads(run("plugins", "--json").succeeds()) if plugin["name"] == "builtin"]
+    assert builtin["state"] == "in use" and "retroexit_metrics" in builtin["hooks"]
     shown = run("plugins").succeeds()
     assert re.search(r"^builtin +retroexit +\S+ .*retroexit_metrics.*retroexit_retrievers", shown, re.MULTILINE)
 
@@ -50,14 +55,18 @@ def test_the_doctor_checks_the_hash_of_cached_weights(monkeypatch, tmp_path):
     assert vgg.status == "ok"
 
 
-def test_the_doctor_reports_a_check_that_breaks(monkeypatch):
-    def broken():
-        raise OSError("no threads today")
+def test_the_doctor_reports_what_breaks(monkeypatch):
+    def broken(*_):
+        raise OSError("not today")
 
     monkeypatch.setattr(torch, "get_num_threads", broken)
-    (threads,) = [check for check in doctor.diagnose() if check.name == "threads"]
-    assert threads.status == "fail"
-    assert "OSError: no threads today" in threads.detail
+    monkeypatch.setitem(sys.modules, "hnswlib", None)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    failed = {check.name: check for check in doctor.diagnose() if check.status == "fail"}
+    assert failed.keys() == {"threads", "retrieval: hnswlib", "cache folder"}
+    assert "OSError: not today" in failed["threads"].detail
+    assert failed["retrieval: hnswlib"].hint == "pip install --force-reinstall --no-cache-dir hnswlib"
+    assert failed["cache folder"].hint == "set TORCH_HOME to a folder that you may write to"
 
 
 def test_the_doctor_lists_every_dependency_once_with_its_extra(monkeypatch):

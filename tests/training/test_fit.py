@@ -10,7 +10,7 @@ from torch import nn
 
 import retroexit
 from retroexit.core.samples import Samples
-from retroexit.errors import CheckpointError, OptionError, TrainingError
+from retroexit.errors import CheckpointError, ModeError, OptionError, TrainingError
 from retroexit.training import fit as fitting
 from retroexit.training.cache import FeatureCache
 from retroexit.training.steps import Steps
@@ -189,6 +189,11 @@ def test_settings_out_of_range_are_refused_and_can_be_put_right(tmp_path, settin
     with pytest.raises(OptionError, match=message):
         fit(model, tmp_path, **setting)
     assert not (tmp_path / "fit.json").exists()
+
+
+def test_fitting_in_inference_mode_is_refused(tmp_path):
+    with torch.inference_mode(), pytest.raises(ModeError, match=r"fit must run outside torch\.inference_mode"):
+        fit(wrap(), tmp_path)
 
 
 def test_a_window_too_small_for_the_metric_is_refused_before_training(tmp_path):
