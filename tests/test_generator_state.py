@@ -8,27 +8,19 @@ import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from toys import Distance
+from toys import Chain, Distance, conv
 
 import retroexit
 from retroexit.errors import RetroExitError
 
 
-class Gen(nn.Module):
+class Gen(Chain):
     """Holds a buffer and a frozen layer."""
 
     def __init__(self):
-        super().__init__()
-        self.stem, self.rgb = nn.Conv2d(4, 16, 3, padding=1), nn.Conv2d(16, 3, 3, padding=1)
-        self.blocks = nn.ModuleList(nn.Conv2d(16, 16, 3, padding=1) for _ in range(3))
+        super().__init__([nn.Sequential(conv(16, 16), nn.ReLU()) for _ in range(3)], 16, 16)
         self.blocks[1].requires_grad_(False)
         self.register_buffer("unused", torch.ones(3))
-
-    def forward(self, x):
-        x = self.stem(x)
-        for block in self.blocks:
-            x = block(x).relu()
-        return torch.tanh(self.rgb(x))
 
 
 class Broken(Distance):
