@@ -11,8 +11,9 @@ What counts: *backbone*, the final exit, whole or in pieces, equals the generato
 generator is unchanged; *self-test*, branches of full width equal it bit for bit; *accepted*, the stages are a
 person's by the rule of ``generators/acceptance.py``; *shrinks*, a branch has at most two thirds of its tail's
 parameters and of its MACs; *copies* and *reload*, with an exit after every stage, a deep and a pickled copy,
-and the model saved and loaded in another process, have equal features at every cut and equal images; *batch*,
-largest relative difference between two samples at once and each alone.
+and the model saved and loaded in another process, have equal features at every cut and equal images; *size* and
+*bfloat16*, the pieces equal the generator bit for bit there too; *near*, exit 1 costs at most 1.3 times the share of
+its attach point plus 5 %; *batch*, largest relative difference between two samples at once and each alone.
 """
 
 from __future__ import annotations
@@ -164,10 +165,21 @@ def _cells(row: dict[str, Any]) -> list[str]:
         "gradients" if not any(b["unreached"] for b in branches) else "NO GRADIENT",
         "copies equal" if row["copies"] == "" else "COPIES DIFFER",
         "reload equal" if row.get("reload") == "" else "RELOAD DIFFERS",
+        *(f"{step} {_WORDS[row.get(step)]}" for step in ("size", "half")),
+        " ".join(f"exit 1 {b['shares'][0]:.0%} at {b['shares'][1]:.0%}" for b in _first_exits(row)),
         f"batch {batch:.0e}" if isinstance(batch, float) else f"batch {batch}",
         f"{row['seconds']:.1f} s",
         f"{row['memory'][0]:.0f} MiB for {row['memory'][1]:.0f}",
     ]
+
+
+_WORDS = {None: "-", True: "equal", False: "DIFFERS"}
+
+
+def _first_exits(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """The first exit at the thinnest scale."""
+    thinnest = min((b["scale"] for b in row["branches"]), default=0)
+    return [b for b in row["branches"] if b["scale"] == thinnest][:1]
 
 
 def _pair(values: list[int]) -> str:
@@ -184,6 +196,9 @@ def _totals(rows: list[dict[str, Any]]) -> list[str]:
         ("deep and pickled copies equal", [row.get("copies") == "" for row in rows]),
         ("equal when loaded in another process", [row.get("reload") == "" for row in rows]),
         ("gradients everywhere", [not branch["unreached"] and not branch["error"] for branch in branches]),
+        ("equal at another size", [row["size"] for row in rows if row.get("size") is not None]),
+        ("equal in bfloat16", [row["half"] for row in rows if row.get("half") is not None]),
+        ("exit 1 near its attach point", [b["is_near"] for row in rows for b in _first_exits(row)]),
         ("batch of two alike", [row["batch"] < 1e-3 for row in rows if row.get("batch") is not None]),
     ]
     return [f"{what}: {sum(good)} of {len(good)} ({sum(good) / max(1, len(good)):.1%})" for what, good in counts]

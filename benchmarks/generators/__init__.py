@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from generators import checkouts, latent, own, published
+from generators import checkouts, families, latent, own, published
 from generators.entry import Entry
 
 __all__ = ["ENTRIES"]
 
-ENTRIES: tuple[Entry, ...] = (*own.ENTRIES, *latent.ENTRIES, *published.ENTRIES, *checkouts.ENTRIES)
+ENTRIES: tuple[Entry, ...] = (*own.ENTRIES, *latent.ENTRIES, *published.ENTRIES, *families.ENTRIES, *checkouts.ENTRIES)

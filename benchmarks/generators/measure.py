@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import resource
 import sys
 import time
@@ -21,8 +22,6 @@ from retroexit.core.nested import cloned, rebuild, tensors
 from retroexit.model import EarlyExitGenerator
 from retroexit.tracing.record import record
 
-__all__ = ["SCALES", "BranchRow", "Row", "make", "measure_entry"]
-
 SCALES = (1 / 4, 1 / 15)
 _SHRUNK = 2 / 3  # a branch shrinks if neither parameters nor MACs exceed this share of the tail's
 
@@ -35,6 +34,7 @@ class BranchRow:
     after: str  # the stage before it
     parameters: tuple[int, int] = (0, 0)
     macs: tuple[int, int] = (0, 0)  # of one sample
+    before: int = 0  # MACs of one sample before the cut
     pins: tuple[str, ...] = ()  # what cannot shrink, and the line that fixes it
     unreached: list[str] = field(default_factory=list)  # no gradient, though the tail's have one
     error: str = ""  # why there is none
@@ -44,6 +44,18 @@ class BranchRow:
         """Whether parameters and MACs are both at most two thirds of the tail's."""
         pairs = (self.parameters, self.macs)
         return not self.error and all(branch <= _SHRUNK * tail for branch, tail in pairs)
+
+    @property
+    def shares(self) -> tuple[float, float]:
+        """MACs of the exit and of its attach point, as shares of the backbone's."""
+        total = max(1, self.before + self.macs[1])
+        return (self.before + self.macs[0]) / total, self.before / total
+
+    @property
+    def is_near(self) -> bool:
+        """Whether the exit costs little more than its attach point."""
+        exit, place = self.shares
+        return not self.error and exit <= 1.3 * place + 0.05
 
 
 @dataclass
@@ -60,13 +72,15 @@ class Row:
     branches: list[BranchRow] = field(default_factory=list)
     batch: float | None = None  # largest relative difference between a batch of two and two of one
     copies: str | None = None  # what differs in a copy of the model, empty if nothing
+    size: bool | None = None  # equal to the generator at another size; None if it takes no other
+    half: bool | None = None  # the same in bfloat16; None if it does not run in that
     seconds: float = 0.0  # to wrap at the first scale
     memory: tuple[float, float] = (0.0, 0.0)  # MiB: peak while wrapping, and the model's own size
     errors: dict[str, str] = field(default_factory=dict)  # by step
 
     def as_json(self) -> dict[str, Any]:
         """Return plain values."""
-        rows = [{**asdict(branch), "shrinks": branch.shrinks} for branch in self.branches]
+        rows = [{**asdict(b), "shrinks": b.shrinks, "shares": b.shares, "is_near": b.is_near} for b in self.branches]
         return {**asdict(self), "branches": rows}
 
 
@@ -119,6 +133,8 @@ def measure_entry(
     if model is not None:
         row.live = [[tuple(n.meta["shape"]) for n in cut.live] for cut in model.split.cuts]
         row.backbone = bool(attempt("backbone", _same_backbone, model, made, before, state))
+        row.size = attempt("size", _same_when_wider, model, made)
+        row.half = attempt("half", _same_in_half, model, made)
         if not entry.draws:
             row.batch = attempt("batch", _batch_difference, model, made)
     everywhere = attempt("every stage", wrap_everywhere, entry, made) if copies or save_to else None
@@ -213,6 +229,7 @@ def _branches(model: EarlyExitGenerator, made: Made, scale: float) -> list[Branc
                 exit.attach_at,
                 (_count(branch), _count(tail)),
                 (exit.macs - prefix, model.decomposition.backbone_macs - prefix),
+                prefix,
                 exit.pinned,
                 sorted(names - {name.removeprefix("tail.") for name in reached} - dead),
             )
@@ -271,6 +288,43 @@ def _same_backbone(model: EarlyExitGenerator, made: Made, before: list[Tensor], 
     same = all(torch.equal(a, b) for run in runs for a, b in zip(before, run, strict=True))
     (old, facts), (new, new_facts) = state, _state(model.unwrap())
     return same and facts == new_facts and all(torch.equal(old[name], new[name]) for name in old)
+
+
+def _same_when_wider(model: EarlyExitGenerator, made: Made) -> bool | None:
+    def wider(leaf: Any) -> Any:
+        return torch.cat([leaf, leaf.flip(-1)], -1) if isinstance(leaf, Tensor) and leaf.dim() >= 3 else leaf
+
+    wide = Made(made.generator, rebuild(made.args, wider), rebuild(made.kwargs, wider))
+    try:
+        expected = _run(wide)
+    except Exception:
+        return None
+    return _is_all_of(expected, model, wide)
+
+
+def _same_in_half(model: EarlyExitGenerator, made: Made) -> bool | None:
+    def half(leaf: Any) -> Any:
+        return leaf.bfloat16() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+    try:
+        duplicate = copy.deepcopy(model).to(torch.bfloat16)
+        coarse = Made(duplicate.unwrap(), rebuild(made.args, half), rebuild(made.kwargs, half))
+        expected = _run(coarse)
+    except Exception:
+        return None
+    return _is_all_of(expected, duplicate, coarse)
+
+
+def _is_all_of(expected: list[Tensor], model: EarlyExitGenerator, made: Made) -> bool:
+    """Return whether the last exit gives the expected tensors, and the others finite ones of this shape and type."""
+    with torch.no_grad():
+        runs = [[t for t in tensors(o) if t.is_floating_point()] for o in _all_exits(model, made)]
+    alike = all(
+        a.shape == b.shape and a.dtype == b.dtype and bool(b.isfinite().all())
+        for run in runs
+        for a, b in zip(expected, run, strict=True)
+    )
+    return alike and all(map(torch.equal, expected, runs[-1]))
 
 
 def _full_width_equals(entry: Entry, made: Made, places: list[int], tap: str, before: list[Tensor]) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -21,7 +20,7 @@ from retroexit.branch.widths.equations import symbols_of
 from retroexit.branch.widths.plan import OUTPUT, Pin, TailWidths, WidthPlan, WidthRule
 from retroexit.core.modules import CONVOLUTIONS, MacCounter, clone_module, device_of
 from retroexit.core.writes import WriteWatch, overwrites_saved
-from retroexit.errors import BranchError, RetroExitWarning
+from retroexit.errors import BranchError, warn
 from retroexit.split.segments import Tail
 from retroexit.stages.decoder import Cut
 
@@ -426,12 +425,11 @@ class _Narrowing:
         if least < _NOTABLE * macs:
             entries = list(dict.fromkeys(p.reason.partition("'s entry ")[2].partition(",")[0] for p in pins))
             names = ", ".join(entries[:3]) + (f" and {len(entries) - 3} more" if len(entries) > 3 else "")
-            warnings.warn(
+            warn(
                 f"the output has tensors beside the image, which every exit returns at full size: {names}. They hold "
                 f"{len(pins)} widths in the branch after {self.spec.names.get(self.cut.feature, 'the cut')!r}, "
                 f"{1 - least / macs:.0%} of its MACs. Wrap a module that returns the image alone to drop them.",
-                RetroExitWarning,
-                stacklevel=2,
+                2,
             )
 
     def _without_projection(

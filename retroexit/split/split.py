@@ -280,11 +280,11 @@ class SplitGenerator:
         """
         states, watch = list[list[Tensor]](), WriteWatch()
         expected = self._generator_outputs(*self.example) if self_test else None
-        with torch.no_grad(), unobserved(self.generator):
+        with torch.no_grad(), self._unobserved():
             if expected is None or self.decoder.replayed or not self._run_through(states, watch, expected):
                 self._run_each(states, watch, expected, len(self.cuts) if count is None else count)
         if watch.seen:
-            with unobserved(self.generator):
+            with self._unobserved():
                 self.writes = overwrites_saved(lambda: self._differentiate(len(states)))
         return states
 
@@ -381,8 +381,11 @@ class SplitGenerator:
                 batch,
             )
 
+    def _unobserved(self) -> AbstractContextManager[None]:
+        return unobserved(self.generator, self.decoder.recording.draws)
+
     def _generator_outputs(self, args: Any, kwargs: Any) -> list[Tensor]:
-        with torch.no_grad(), unobserved(self.generator):
+        with torch.no_grad(), self._unobserved():
             return tensors(self.generator(*cloned(args), **cloned(kwargs)))
 
     def _self_test(self, index: int, crossing: list[Tensor], expected: list[Tensor]) -> None:
@@ -390,7 +393,7 @@ class SplitGenerator:
 
         The segments before it have just run, so that random draws are equal.
         """
-        with unobserved(self.generator):
+        with self._unobserved():
             outputs = tensors(self.tail(index, share=True)(*crossing))
         if not _are_equal(outputs, expected):
             pairs = [(a, b) for a, b in zip(outputs, expected, strict=False) if a.shape == b.shape]
@@ -418,7 +421,7 @@ class SplitGenerator:
     def _look(self, args: Any, kwargs: Any) -> tuple[dict[Any, Tensor], list[Tensor]]:
         """Run the pieces; returns copies of what crosses each cut, by node, and of the output, by number."""
         seen: dict[Any, Tensor] = {}
-        with torch.no_grad(), unobserved(self.generator):
+        with torch.no_grad(), self._unobserved():
             values, key_feature = self._to_first_cut(self._bind(cloned(args), cloned(kwargs)))
             if self.key_cut is not None:
                 seen[self.key_cut.feature] = key_feature

@@ -16,8 +16,9 @@ from statistics import median
 
 from torch import fx, nn
 
-from retroexit.errors import AttachPointError, RepeatedStageError
+from retroexit.errors import AttachPointError
 from retroexit.stages.maps import is_map, shape_of, sizes_of, width_of
+from retroexit.stages.turns import are_turns, unrolled, written_by
 from retroexit.tracing.record import Recording
 from retroexit.tracing.recorder import Call
 
@@ -39,22 +40,30 @@ def choose_stages(recording: Recording, image: fx.Node) -> dict[str, str]:
     Every layer must be a node, and tokens marked. Raises `AttachPointError` if no module of weight that runs
     once passes a feature map on to the image.
     """
-    calls = recording.calls
-    root = _read_parts(recording, image)
-    stages: list[Part] = []
-    if root is not None:
-        _mark_encoders(root)
-        stages = _Chooser(recording.nodes, image, root).choose()
-    times = Counter(call.path for call in calls)
-    repeated = max((call.macs for call in calls if times[call.path] > 1), default=0)
-    if not stages or sum(part.call.macs for part in stages) < _NEGLIGIBLE * repeated:
+    times = Counter(call.path for call in recording.calls)
+    heaviest = max((call for call in recording.calls if times[call.path] > 1), key=_macs, default=None)
+    stages = _choose(recording, image, 1)
+    if heaviest is not None and sum(map(_macs_of, stages)) < _NEGLIGIBLE * heaviest.macs:
+        stages = _choose(recording, image, times[heaviest.path])  # the decoder may run once per chunk
+        if not are_turns(recording, {part.path: part.closing for part in stages}):
+            stages = []
+    if not stages:
         raise _no_stages(recording, image)
     return {part.path: part.closing for part in stages}
 
 
+def _choose(recording: Recording, image: fx.Node, turns: int) -> list[Part]:
+    root = _read_parts(recording, image, turns)
+    if root is None:
+        return []
+    _mark_encoders(root)
+    return _Chooser(recording, image, root, turns).choose()
+
+
 def closing_modules(recording: Recording, image: fx.Node, stages: Sequence[str]) -> dict[str, str]:
     """Find the modules that close stages, such as the norm behind a layer, as `choose_stages` does."""
-    root = _read_parts(recording, image)
+    times = Counter(call.path for call in recording.calls)
+    root = _read_parts(recording, image, max(times[path] for path in stages))
     closing = {} if root is None else {part.path: part.closing for part in root.inside()}
     calls = {call.path: call for call in recording.calls}
     ends = {}
@@ -128,21 +137,22 @@ def _rises(length: float, source: float) -> bool:
     return _shrinks(source, length)
 
 
-def _read_parts(recording: Recording, image: fx.Node) -> Part | None:
-    """Read a recording as a tree; returns the generator as a part, if it makes the image."""
-    parts = _Reader(recording, image).parts(recording.calls[0])
+def _read_parts(recording: Recording, image: fx.Node, turns: int) -> Part | None:
+    """Read a recording as a tree, of what runs ``turns`` times the last turn; returns the generator as a part."""
+    parts = _Reader(recording, image, turns).parts(recording.calls[0])
     return next((part for part in parts if part.path == ""), None)
 
 
 class _Reader:
-    def __init__(self, recording: Recording, image: fx.Node) -> None:
-        self.image, self.nodes, self.calls = image, recording.nodes, recording.calls
+    def __init__(self, recording: Recording, image: fx.Node, turns: int) -> None:
+        self.image, self.nodes, self.calls, self.turns = image, recording.nodes, recording.calls, turns
         self.index = {node: i for i, node in enumerate(self.nodes)}
         self.times = Counter(call.path for call in recording.calls)
+        self.last_call = {call.path: call for call in recording.calls}
         self.ancestors = {image}
-        for node in reversed(self.nodes[: self.index[image] + 1]):
-            if node in self.ancestors:
-                self.ancestors.update(node.all_input_nodes)
+        for node in reversed(self.nodes):
+            if node in self.ancestors or written_by(node) in self.ancestors:
+                self.ancestors.update((node, *node.all_input_nodes))
         self.features = self._features()
 
     def _features(self) -> set[fx.Node]:
@@ -159,6 +169,9 @@ class _Reader:
                 from_inputs.add(node)
             if node in weighted or any(n in from_weights or n.meta.get("parameter") for n in inputs):
                 from_weights.add(node)
+            for made in (from_inputs, from_weights):
+                if node in made and (target := written_by(node)) is not None:
+                    made.add(target)
         return from_weights & from_inputs if from_inputs else from_weights
 
     def outputs(self, call: Call) -> list[fx.Node]:
@@ -173,10 +186,12 @@ class _Reader:
 
     def parts(self, call: Call) -> list[Part]:
         """A call as a part; if it has no weights, returns no map or runs twice, the parts inside."""
+        if self.times[call.path] == self.turns and call is not self.last_call[call.path]:
+            return []
         children = [part for child in call.children for part in self.parts(child)]
         outputs = self.outputs(call)
         has_work = call.macs > 0 and any(True for _ in call.module.parameters())
-        if call.path and (not outputs or not has_work or self.times[call.path] > 1):
+        if call.path and (not outputs or not has_work or self.times[call.path] not in (1, self.turns)):
             return children
         output = max(outputs, key=width_of) if outputs else self.image
         maps = [n for n in call.inputs if "tokens" in n.meta or is_map(n, self.image)]
@@ -190,6 +205,9 @@ class _Reader:
     def depth(self, call: Call) -> int:
         """Number of layers with MACs of their own inside a call, itself included."""
         has_work = call.macs > sum(child.macs for child in call.children)
+        steps = [node for node in self.nodes[call.begin : call.end] if not node.meta.get("size")]
+        if all(node.op == "call_module" and node.meta.get("macs") for node in steps):
+            return int(call.macs > 0)  # a convolution in factors, over space and over time
         # A layer that computes its own weights or styles first is one layer, not two.
         return max(sum(map(self.depth, call.children)), int(has_work))
 
@@ -208,7 +226,7 @@ class _Reader:
             merges = any(n is not layer.output and is_map(n, self.image) for n in call.inputs)
             if used_elsewhere or merges or {*map(shape_of, call.outputs)} != {shape_of(layer.output)}:
                 layer = None
-            elif self.times[call.path] == 1:  # one activation for all layers closes none of them
+            elif self.times[call.path] in (1, self.turns):  # one activation for all layers closes none of them
                 layer.closing, layer.output = call.path, call.outputs[0]
 
 
@@ -234,9 +252,9 @@ def _mark_encoders(root: Part) -> None:
 
 
 class _Chooser:
-    def __init__(self, nodes: Sequence[fx.Node], image: fx.Node, root: Part) -> None:
-        self.nodes, self.image, self.root = nodes, image, root
-        self.work = root.call.macs - _encoder_macs(root)
+    def __init__(self, recording: Recording, image: fx.Node, root: Part, turns: int) -> None:
+        self.nodes, self.image, self.root = recording.nodes, image, root
+        self.work = (root.call.macs - _encoder_macs(root)) / turns
         self.kinds = {part.path: type(part.call.module) for part in root.inside()}
 
     def choose(self) -> list[Part]:
@@ -252,8 +270,14 @@ class _Chooser:
         return stages
 
     def makes_image(self, part: Part) -> bool:
-        """Return whether nothing with MACs runs behind a module."""
-        return not any(node.meta.get("macs") for node in self.nodes[part.call.end :])
+        """Return whether nothing with MACs and weights runs behind a module; a wavelet has none."""
+        return not any(node.meta.get("macs") and self.has_weights(node) for node in self.nodes[part.call.end :])
+
+    def has_weights(self, node: fx.Node) -> bool:
+        """Return whether a node is a module with parameters, or takes one."""
+        if node.op == "call_module":
+            return any(True for _ in self.root.call.module.get_submodule(str(node.target)).parameters())
+        return any(used.meta.get("parameter") for used in node.all_input_nodes)
 
     def opened(self, parts: Sequence[Part], part: Part, least: int) -> list[Part] | None:
         """Open one of the parts, and parts inside, until there are ``least`` stages; ``None`` if never."""
@@ -366,6 +390,8 @@ class _Ways:
                 if at is not None and owner.get(used) != at and position < self.parts[at].call.end:
                     before[at] |= reach[used]
             reach[node] = through if at is None else 1 << at
+            if (target := written_by(node)) is not None:
+                reach[target] |= reach[node]
         self.before = [{j for j in range(len(self.parts)) if mask >> j & 1} for mask in before]
         self.last = {j for j in range(len(self.parts)) if reach[image] >> j & 1}
 
@@ -444,6 +470,14 @@ def _contains_encoder(part: Part) -> bool:
     return any(inner.is_encoder for inner in part.inside())
 
 
+def _macs(call: Call) -> int:
+    return call.macs
+
+
+def _macs_of(part: Part) -> int:
+    return part.call.macs
+
+
 def _encoder_macs(part: Part) -> int:
     return sum(child.call.macs if child.is_encoder else _encoder_macs(child) for child in part.children)
 
@@ -511,7 +545,7 @@ def _no_stages(recording: Recording, image: fx.Node) -> AttachPointError:
         path = next(p for p in repeated if not any(p.startswith(f"{q}.") for q in repeated))
         message = (
             f"no stages in the decoder: {path!r} runs {times[path]} times, and modules that run once do little "
-            f"work. {_unrolled(path, times[path])}"
+            f"work. {unrolled(path, times[path])}"
         )
     else:
         message = (
@@ -524,25 +558,6 @@ def _no_stages(recording: Recording, image: fx.Node) -> AttachPointError:
     elif not repeated:
         message += " Then name them: stages=['blocks.0', 'blocks.1']."
     return AttachPointError(message, recording)
-
-
-def repeated_stage(path: str, times: int) -> RepeatedStageError:
-    """Explain that a stage runs more than once."""
-    return RepeatedStageError(
-        f"a stage must run once, but {path!r} runs {times} times in one forward pass. Attach at another module. "
-        f"Or: {_unrolled(path, times)}",
-        path,
-    )
-
-
-def _unrolled(path: str, times: int) -> str:
-    name = path.rpartition(".")[2]
-    name = name if name.isidentifier() else f"get_submodule({path!r})"
-    return (
-        f"Give every turn a module of its own: self.turns = nn.ModuleList(nn.Sequential(self.{name}) for _ "
-        f"in range({times})), call self.turns[i] in the loop, and write stages=['turns.0', 'turns.1']; the "
-        "weights stay shared."
-    )
 
 
 def _single_modules(recording: Recording, image: fx.Node, times: Counter[str]) -> list[str]:

@@ -12,9 +12,10 @@ from typing import Any, Literal
 from torch import fx, nn
 
 from retroexit.errors import AttachPointError, GeneratorError, RecordingError, closest
-from retroexit.stages.choose import choose_stages, closing_modules, repeated_stage
+from retroexit.stages.choose import choose_stages, closing_modules
 from retroexit.stages.maps import find_image, is_map, lay_out_tokens, mark_tokens, shape_of
 from retroexit.stages.stage import Stage, suggest_attach_points
+from retroexit.stages.turns import gather_turns, repeated, repeated_stage
 from retroexit.tracing.record import Recording, record, steering_line
 from retroexit.tracing.recorder import Call
 
@@ -45,7 +46,7 @@ class Decoder:
     replayed: str = ""  # why the recording cannot be cut (see `retroexit.split.replay`); empty where it can
 
     def call(self, path: str) -> Call:
-        """Return the one call of a module; raise `RepeatedStageError` if it runs more than once."""
+        """Return the call of a module; where it runs more than once, its calls must be gathered turns."""
         calls = [call for call in self.recording.calls if call.path == path]
         if len(calls) > 1:
             raise repeated_stage(path, len(calls))
@@ -126,7 +127,7 @@ def read_decoder(
     path of the image in the output.
     """
     deep = _record_deeply(generator, args, kwargs)
-    _, deep_image = find_image(deep, image)
+    image_path, deep_image = find_image(deep, image)
     mark_tokens(deep, deep_image)
     if stages is None:
         ends = choose_stages(deep, deep_image)
@@ -138,9 +139,15 @@ def read_decoder(
     if stages is not None and not isinstance(stages, Mapping):
         ends = closing_modules(deep, deep_image, stages)
     leaves = {*ends, *ends.values(), *also}
-    opened = _opened(deep, leaves)
-    shallow, reason = _record_stages(generator, args, kwargs, lambda path, _module: path not in opened)
-    image_path, image_node = find_image(shallow, image)
+    opened, turning = _opened(deep, leaves), repeated(deep, leaves)
+    # Stages that run once per chunk hand on what they keep by writing into lists, which a node cannot.
+    is_leaf = None if turning else lambda path, _module: path not in opened
+    shallow, reason = _record_stages(generator, args, kwargs, is_leaf)
+    if turning and reason:
+        raise repeated_stage(turning[0], ran[turning[0]])
+    if turning:
+        gather_turns(shallow, dict.fromkeys((*leaves,), "") | ends)
+    _, image_node = find_image(shallow, image_path)
     image_node.meta["map_rank"] = deep_image.meta["map_rank"]  # layers inside stages are not seen here
     token_sizes = {
         call.path: call.outputs[0].meta["tokens"]
@@ -179,7 +186,7 @@ def _record_deeply(generator: nn.Module, args: Any, kwargs: Any) -> Recording:
 
 
 def _record_stages(
-    generator: nn.Module, args: Any, kwargs: Any, is_leaf: Callable[[str, nn.Module], bool]
+    generator: nn.Module, args: Any, kwargs: Any, is_leaf: Callable[[str, nn.Module], bool] | None
 ) -> tuple[Recording, str]:
     """Record with stages as leaves; also returns why the recording cannot be cut, or an empty string."""
     try:
@@ -195,10 +202,8 @@ def _record_stages(
 
 
 def _check_path(generator: nn.Module, path: str, ran: Counter[str]) -> None:
-    if ran[path] == 1:
+    if ran[path]:
         return
-    if ran[path] > 1:
-        raise repeated_stage(path, ran[path])
     exists = path in dict(generator.named_modules())
     name = type(generator).__name__
     numbers = re.findall(r"\d+", path)

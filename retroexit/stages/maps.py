@@ -27,6 +27,7 @@ _CHANNELS_SECOND = (
     *(*CONVOLUTIONS, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.InstanceNorm1d),
     *(nn.InstanceNorm2d, nn.InstanceNorm3d, nn.GroupNorm, nn.LocalResponseNorm, nn.PixelShuffle),
 )
+_OVERLAPS = ("istft", "fold")  # they lay the columns of a map over one another
 _SWAPS = ("transpose", "swapaxes", "swapdims", "transpose_")
 
 
@@ -67,7 +68,7 @@ def find_image(recording: Recording, key: Any) -> tuple[tuple[Any, ...], fx.Node
     maps: Maps = {
         path: (node, leaf)
         for (path, leaf), node in zip(leaves, nodes, strict=True)
-        if leaf.is_floating_point() and (leaf.dim() >= 3 or (leaf.dim() == 2 and _map_rank(node) > 2))
+        if leaf.is_floating_point() and (leaf.dim() >= 3 or (leaf.dim() == 2 and (path == key or _map_rank(node) > 2)))
     }
     if key is None:
         path = _only_image(maps, recording.output)
@@ -117,15 +118,17 @@ def _refuse_integers(outputs: list[Tensor]) -> None:
 
 def _map_rank(image: fx.Node) -> int:
     """Return the rank of the last layer's maps: the image may have lost an axis since, or gained one (frames)."""
-    image_rank = len(shape_of(image))
+    image_rank, overlaps = len(shape_of(image)), False
     level, seen = [image], {image}
     while level:
         for node in level:
             rank = len(shape_of(node))
+            overlaps = overlaps or str(getattr(node.target, "__name__", node.target)) in _OVERLAPS
             if not node.meta.get("macs"):
                 continue
             if image_rank == 2:  # a waveform has as many numbers as its map
-                return rank if prod(shape_of(node)) == prod(shape_of(image)) else image_rank
+                has_all = overlaps or prod(shape_of(node)) == prod(shape_of(image))
+                return rank if has_all else image_rank
             if rank > 2:  # a vector on the way is a gate or a style
                 return min(image_rank, rank) if image_rank > 3 else rank
         level = [n for n in {u: None for node in level for u in node.all_input_nodes} if n not in seen]

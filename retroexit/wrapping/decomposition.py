@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -25,8 +24,9 @@ from retroexit.errors import (
     OutputError,
     PluginError,
     RecordingError,
-    RetroExitWarning,
     closest,
+    silence,
+    warn,
 )
 from retroexit.guidance.provider import Taps, find_key_cut, find_taps, tap_paths
 from retroexit.plugins.host import host
@@ -119,12 +119,11 @@ def decompose(
     named += tap_paths(options.guidance)
     decoder = read_decoder(generator, args, kwargs, stages=options.stages, also=named, image=options.image)
     if decoder.recording.draws:
-        warnings.warn(
+        warn(
             f"{type(generator).__name__} draws random numbers in its forward: two calls with the same inputs render "
             "different images. To compare exits, call torch.manual_seed before each call, or pass the noise as an "
             "input.",
-            RetroExitWarning,
-            stacklevel=5,
+            5,
         )
     if not decoder.replayed:
         try:
@@ -166,8 +165,7 @@ def decompose_again(
                 branch,
             )
     args, kwargs = decomposition.split.example_now()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RetroExitWarning)  # the user has seen them
+    with silence():  # the user has seen them
         renewed, copies = decompose(generator, settle(options, decomposition, branches), args, kwargs)
     for branch, copied in zip(branches, copies, strict=True):
         copied.load_state_dict(branch.state_dict())

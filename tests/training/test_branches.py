@@ -19,24 +19,6 @@ from retroexit.training.trainer import BranchTrainer, averaged
 # Ways that change no weight.
 
 
-@pytest.mark.parametrize(("kind", "crop"), [(Plain, 8), (Noisy, None)])
-def test_side_by_side_or_one_by_one_branches_get_the_same_weights(tmp_path, kind, crop):
-    both = [fit(wrap(make(kind), guidance=True), tmp_path / str(t), crop=crop, together=t) for t in (True, False)]
-    same(*map(trained, both))
-
-
-def test_side_by_side_the_backbone_runs_once_per_step(tmp_path):
-    passes = {}
-    for together in (True, False):
-        generator, counted = make(), []
-        generator.stages[2].register_forward_hook(lambda *_, counted=counted: counted.append(1))
-        model = wrap(generator)
-        counted.clear()
-        fit(model, tmp_path / str(together), together=together, cache=False, steps=6)
-        passes[together] = len(counted)
-    assert passes[False] - passes[True] == 6
-
-
 def close(one, other):
     assert one.keys() == other.keys()
     for name, value in one.items():

@@ -177,7 +177,6 @@ def test_a_forward_that_fixes_the_batch_size_is_refused(tmp_path):
         ({"ema": 1.0}, r"ema must be in \[0, 1\), got 1.0"),
         ({"clip": 0.0}, "clip must be finite and > 0, got 0.0"),
         ({"features": -1}, "features must be finite and >= 0, got -1"),
-        ({"schedule": "cosin"}, "no schedule 'cosin'; closest: 'cosine'"),
         ({"stepz": 3}, "no setting 'stepz' of a fit; closest: 'steps'"),
         ({"latency": 0}, "latency must be >= 1, got 0"),
         ({"calibrate": 0.3}, "calibrate=0.3 of 10 inputs must be at least 59 .* got 3. Pass 197 inputs"),

@@ -80,11 +80,10 @@ def test_an_interrupted_fit_ends_the_same(name, owner, function, call, tmp_path,
     same(trained(fit_one(name, tmp_path, model if is_same_model else None)), uninterrupted(name)[1])
 
 
-@pytest.mark.parametrize("setting", [{"together": False}, {"checkpoint_every": 2}])
-def test_an_interrupted_fit_may_go_on_in_another_way(setting, tmp_path, uninterrupted):
+def test_an_interrupted_fit_may_go_on_with_other_checkpoints(tmp_path, uninterrupted):
     with interrupted(BranchTrainer, "advance", 7):
         fit_one("plain", tmp_path)
-    same(trained(fit_one("plain", tmp_path, **setting)), uninterrupted("plain")[1])
+    same(trained(fit_one("plain", tmp_path, checkpoint_every=2)), uninterrupted("plain")[1])
 
 
 def test_a_resumed_fit_does_not_reconstruct_its_branches_again(tmp_path, monkeypatch):
@@ -211,7 +210,7 @@ def test_each_epoch_visits_every_row_once(batch):
     assert len(epochs) < 3 or len({tuple(epoch) for epoch in epochs}) == len(epochs)
 
 
-def test_the_learning_rate_rises_over_a_tenth_then_falls_to_a_thousandth_or_stays():
+def test_the_learning_rate_rises_over_a_tenth_then_falls_to_a_thousandth():
     schedule = FitSettings(steps=200, lr=2.0)
     rates = [learning_rate(step, schedule) for step in range(201)]
     assert rates[0] == pytest.approx(0.2)
@@ -220,6 +219,3 @@ def test_the_learning_rate_rises_over_a_tenth_then_falls_to_a_thousandth_or_stay
     assert rates[200] == pytest.approx(0.002)
     assert rates[:21] == sorted(set(rates[:21])) and rates[20:] == sorted(set(rates[20:]), reverse=True)
     assert learning_rate(0, FitSettings(steps=1)) > 0
-    constant = FitSettings(steps=100, lr=2.0, schedule="constant")
-    rates = [learning_rate(step, constant) for step in range(100)]
-    assert rates[0] == pytest.approx(0.2) and set(rates[10:]) == {2.0}

@@ -189,8 +189,11 @@ class TailWidths:
         return sorted(used - set(self.fixed), key=str)
 
     def with_thin_live(self) -> TailWidths:
-        """Release the widths that live maps fix although layers in the tail make them too, as for long skips."""
-        made = {shape[0] for shape in self.shapes.values() if len(shape) > 1}
+        """Release the widths that live maps fix although layers in the tail, or the feature, have them too.
+
+        So for long skips, and for the features of a decoder that runs once per chunk.
+        """
+        made = {self.entry, *(shape[0] for shape in self.shapes.values() if len(shape) > 1)}
         whole = {s for e in self.live if e is not None and e in made for s in symbols_of(e)}
         fixed = {s: reason for s, reason in self.fixed.items() if s not in whole or not reason.startswith(LIVE)}
         return replace(self, fixed=fixed)
