@@ -11,6 +11,9 @@ import pytest
 import torch
 from torch import nn
 
+from retroexit import builtin
+from retroexit.plugins import Host, host
+
 
 def _load(name):
     """Import a file beside this one; with importmode=importlib, tests cannot import one another."""
@@ -121,3 +124,17 @@ def handed():
         return guides
 
     return watch
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """``installed(name=plugin)`` lets the library work with its own plug-in and these, and returns the host."""
+
+    def install(**plugins):
+        replacement = Host(discover=False)
+        for name, plugin in {"builtin": builtin, **plugins}.items():
+            replacement.register(plugin, name)
+        monkeypatch.setattr(host(), "__dict__", vars(replacement))
+        return host()
+
+    return install

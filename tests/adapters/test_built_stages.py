@@ -10,7 +10,6 @@ from torch import nn
 
 import retroexit
 from retroexit.errors import BranchError
-from retroexit.plugins.host import Host, host
 
 
 @pytest.fixture(scope="module")
@@ -106,12 +105,10 @@ def test_spectral_norms_of_built_stages_fit_their_weights(oasis):
 
 
 @pytest.mark.parametrize("tap", ["after", "before"])
-def test_a_saved_model_gets_the_same_stages_back(decoder, tap, tmp_path, monkeypatch):
+def test_a_saved_model_gets_the_same_stages_back(decoder, tap, tmp_path, installed):
     model = wrap(decoder, [3], scale=1 / 4, min_channels=6, tap=tap, guidance=True)
     model.save(tmp_path)
-    plugins = Host(discover=False)
-    plugins.register(retroexit_megaportraits, "megaportraits")
-    monkeypatch.setattr(host(), "__dict__", vars(plugins))
+    installed(megaportraits=retroexit_megaportraits)
     again = retroexit.load(tmp_path, decoder)
     (old,), (new,) = model.branches, again.branches
     assert new.plan.built == old.plan.built != {}

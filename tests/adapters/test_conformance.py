@@ -27,7 +27,7 @@ def fainter(generator, name):
 INSTANCES = {
     "retroexit_diffusers": lambda _: fainter(kl(norm_num_groups=8).decoder, "conv_out.weight"),
     "retroexit_megaportraits": lambda adapter: adapter.MegaPortraitsG2d(24, channels=16, size=4),
-    "retroexit_oasis": lambda _: oasis(crop=(64, 128)),
+    "retroexit_oasis": lambda _: oasis(crop=(64, 64)),
     "retroexit_stylegan": lambda _: fainter(stylegan(), "torgb.weight"),
 }
 

@@ -7,9 +7,7 @@ from torch import nn
 from toys import Distance
 
 import retroexit
-from retroexit import builtin
 from retroexit.errors import BankError
-from retroexit.plugins.host import Host, host
 
 describe = megaportraits.retroexit_describe
 
@@ -94,12 +92,9 @@ def test_a_routed_batch_of_mixed_exits_gives_every_sample_its_own_frame(fitted):
         torch.testing.assert_close(images[i], alone[0], rtol=1e-4, atol=1e-5)
 
 
-def test_a_saved_model_retrieves_the_same_frames(fitted, driven, monkeypatch):
+def test_a_saved_model_retrieves_the_same_frames(fitted, driven, installed):
     model, folder = fitted
-    plugins = Host(discover=False)
-    plugins.register(builtin, "builtin")
-    plugins.register(megaportraits, "megaportraits")
-    monkeypatch.setattr(host(), "__dict__", vars(plugins))
+    installed(megaportraits=megaportraits)
     loaded = retroexit.load(folder, driven)
     batch = drivers(4, 11)
     for exit in (1, 2, 3):
