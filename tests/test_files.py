@@ -58,7 +58,7 @@ def test_modes_follow_the_umask(mask, tmp_path):
         assert stat.S_IMODE(path.stat().st_mode) & 0o777 in (expected, expected & ~0o022), path
 
 
-def test_a_second_fit_in_a_folder_is_refused_until_the_first_is_killed(damage, tmp_path):
+def test_a_second_fit_in_a_folder_is_refused_until_the_first_is_killed(tmp_path):
     pid = os.fork() if sys.version_info < (3, 12) else pytest.skip("forks beside threads")
     if not pid:
         try:

@@ -195,7 +195,7 @@ def test_a_predictor_that_reads_inputs_needs_its_adapter(generator, tmp_path):
         retroexit.load(tmp_path, generator, (INPUTS[:1],))
 
 
-def test_what_cannot_be_saved_is_refused_with_advice(fitted, generator, tmp_path):
+def test_what_cannot_be_saved_is_refused_with_advice(generator, tmp_path):
     options = {"min_channels": 4, "example_inputs": (INPUTS[:1],)}
     model = retroexit.wrap(generator, [1, 2], [0.5, 0.75], **options)
     model.predictor = nn.Linear(2, 2)

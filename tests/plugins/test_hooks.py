@@ -214,7 +214,7 @@ def test_the_newest_plugin_that_describes_a_generator_is_used_unless_another_is_
         empty.describe(nn.ReLU(), "third")
 
 
-def test_an_adapter_may_be_named_and_has_to_recognise_the_generator(painter, toys, installed):
+def test_an_adapter_may_be_named_and_has_to_recognise_the_generator(painter, installed):
     class Knows:
         @hookimpl
         def retroexit_describe(self, generator):

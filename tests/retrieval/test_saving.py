@@ -99,7 +99,7 @@ def test_a_failed_save_leaves_the_earlier_version(step, keys, tmp_path, monkeypa
     assert os.listdir(tmp_path) == ["index"] or step == "rename"
 
 
-def test_an_absent_folder_another_kind_and_another_schema_are_named(keys, tmp_path):
+def test_an_absent_folder_another_kind_and_another_schema_are_named(tmp_path):
     with pytest.raises(CheckpointError, match=r"no retriever in .*absent"):
         ExactRetriever.load(tmp_path / "absent")
     write_manifest(tmp_path, {"kind": "guidance bank", "schema": 1}, ())
