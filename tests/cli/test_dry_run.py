@@ -173,7 +173,7 @@ def test_a_trained_discriminator_is_loaded_from_a_file_into_the_adapters_network
         "samples = [o.one_hot(x[None], 6)[0] for x in labels]\n"
     )
     torch.save(oasis.OASISDiscriminator(6).state_dict(), tmp_path / "D.pth")
-    city = {"target": "city.py:make", "inputs": "city.py:samples", "attach_at": "1", "scale": "1/2", "batch": "1"}
+    city = {"target": "city.py:make", "inputs": "city.py:samples", "attach_at": "4", "scale": "1/2", "batch": "1"}
     losses = ("--loss", "oasis", "--instead", "vgg=l1", "--instead", "lpips=quality", "--dry-run")
     printed = run.fit(*losses, "--discriminator", "D.pth", "--adapter", "oasis", **city).succeeds()
     size = sum(p.numel() for p in oasis.OASISDiscriminator(6).parameters())
