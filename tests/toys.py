@@ -1,7 +1,5 @@
 """Small seeded generators, one for each thing that other people's decoders do; `conftest.py` loads them."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 import warnings

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from retroexit_megaportraits import MegaPortraitsG2d, frame_key
-from retroexit_oasis import OASISDiscriminator, one_hot
+from retroexit_oasis import OASISDiscriminator, OASISGenerator, one_hot
 from small import kl, oasis, stylegan
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from retroexit.testing import check_adapter
 
@@ -49,6 +50,16 @@ def test_the_adapter_conforms(name):
 
 def test_no_adapter_is_forgotten():
     assert {folder.name for folder in FOLDER.iterdir() if (folder / "plugin.py").exists()} <= set(INSTANCES)
+
+
+@pytest.mark.parametrize(
+    ("network", "inputs", "gigamacs"),
+    [(MegaPortraitsG2d, (1, 1536, 64, 64), 213.05), (OASISGenerator, (1, 35, 256, 512), 318.6)],
+)
+def test_a_network_of_full_size_costs_what_its_paper_counts(network, inputs, gigamacs):
+    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
+        network().eval()(torch.zeros(inputs))
+    assert counter.get_total_flops() / 2e9 == pytest.approx(gigamacs, abs=0.2)
 
 
 @pytest.mark.parametrize(

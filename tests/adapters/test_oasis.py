@@ -7,7 +7,6 @@ import retroexit_oasis
 import torch
 from small import oasis
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import retroexit
 
@@ -34,14 +33,6 @@ def test_parameters_have_the_names_and_shapes_of_the_official_checkpoints():
     layers = {"norm_0", "norm_1", "norm_s", "conv_0", "conv_1", "conv_s"}
     assert {name.split(".")[2] for name in state if name.startswith("body.2.")} == layers
     assert {name.split(".")[1] for name in state if "conv_s" in name} == {"2", "3", "4", "5"}
-
-
-def test_the_full_size_model_costs_what_the_paper_counts():
-    with torch.device("meta"):
-        generator, label = OASISGenerator().eval(), torch.zeros(1, 35, 256, 512)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        generator(label)
-    assert counter.get_total_flops() / 2e9 == pytest.approx(318.6, abs=0.2)
 
 
 def test_noise_is_one_vector_per_image_drawn_inside_forward_or_none(label):

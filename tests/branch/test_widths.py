@@ -39,14 +39,10 @@ def test_the_shapes_of_narrow_weights(toys, name, shapes):
     assert {path: tuple(tail.get_parameter(f"{path}.weight").shape) for path in shapes} == shapes
 
 
-def test_the_default_floor_is_64(toys):
+def test_the_default_floor_is_64_and_exits_may_have_different_scales(toys):
     toy = toys.TOYS["group_norm"]()
     (branch,) = retroexit.wrap(toy.generator, [1], 1 / 4, example_inputs=toy.args).branches
     assert branch.tail.get_parameter("blocks.1.a.weight").shape == (24, 32, 3, 3)
-
-
-def test_exits_may_have_different_scales(toys):
-    toy = toys.TOYS["group_norm"]()
     model = retroexit.wrap(toy.generator, [2, 1], [1 / 2, 1 / 4], min_channels=4, example_inputs=toy.args)
     first, second = (branch.tail.get_parameter("blocks.2.a.weight").shape[0] for branch in model.branches)
     assert (first, second) == (6, 12)

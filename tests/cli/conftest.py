@@ -1,7 +1,5 @@
 """A toy module in a folder of its own, and the command line run beside it."""
 
-from __future__ import annotations
-
 import itertools
 import re
 import sys

@@ -46,12 +46,6 @@ def by_table(feature, foreign_to=None):
     return values.permute(0, 3, 1, 4, 2, 5).reshape(-1, 3, 8, 16), (nearest // 8).view(-1, 2, 4)
 
 
-def test_an_input_of_an_unthinned_bank_is_guided_by_its_value():
-    guide = make().guide(FEATURES)
-    assert torch.equal(guide, VALUES)
-    assert guide.is_contiguous(memory_format=torch.channels_last)
-
-
 @pytest.mark.parametrize("excluded", [None, [4, 0, 11]])
 def test_a_guide_equals_a_search_among_all_patches_without_the_excluded_input(excluded):
     feature = FEATURES[[4, 0, 11]] + 0.01 * torch.randn(3, 6, 4, 8)
@@ -118,8 +112,10 @@ def test_the_guide_has_the_dtype_of_the_feature_and_no_gradient(dtype):
     assert torch.equal(guide, VALUES.to(dtype))
 
 
-def test_maps_of_another_size_and_empty_batches_are_guided_too():
+def test_an_input_of_an_unthinned_bank_is_guided_by_its_value_at_any_size_and_in_empty_batches():
     bank = make()
+    guide = bank.guide(FEATURES)
+    assert torch.equal(guide, VALUES) and guide.is_contiguous(memory_format=torch.channels_last)
     wide, expected = (torch.cat([x[:2], x[2:4]], dim=3) for x in (FEATURES, VALUES))
     assert torch.equal(bank.guide(wide), expected)
     assert bank.guide(FEATURES[:0], exclude=torch.zeros(0, dtype=torch.int64)).shape == (0, 3, 8, 16)

@@ -1,7 +1,5 @@
 """Broken distributions, with metadata in a folder on the path of a fresh interpreter."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
