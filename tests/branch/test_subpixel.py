@@ -53,15 +53,8 @@ def test_pixel_shuffle_inverts_unshuffle_and_agrees_with_torch(factors):
 @pytest.mark.parametrize("name", TOYS)
 def test_a_branch_is_built_for_every_generator_that_can_be_cut(name):
     toy = TOYS[name]()
-    model = retroexit.wrap(
-        toy.generator,
-        [toy.stages[0]],
-        0.5,
-        branch="subpixel",
-        min_channels=4,
-        example_inputs=toy.args,
-        example_kwargs=toy.kwargs,
-    )
+    example = {"example_inputs": toy.args, "example_kwargs": toy.kwargs}
+    model = retroexit.wrap(toy.generator, toy.stages[:1], 0.5, branch="subpixel", min_channels=4, **example)
     quick, full = model(*toy.args, exit=1, **toy.kwargs), model(*toy.args, **toy.kwargs)
     assert type(quick) is type(full)
     assert model.image(quick).shape == model.image(full).shape

@@ -227,11 +227,8 @@ def test_damaged_files_are_never_used(damage, tmp_path):
 @pytest.mark.parametrize(
     ("shape", "patch"),
     [
-        ((2, 3, 4, 6), (1, 1)),
-        ((2, 3, 4, 6), (2, 3)),
-        ((1, 5, 4, 6), (4, 6)),
-        ((2, 3, 9), (3,)),
-        ((2, 3, 4, 2, 6), (2, 1, 3)),
+        *(((2, 3, 4, 6), patch) for patch in ((1, 1), (2, 3), (4, 6))),
+        *(((2, 3, 9), (3,)), ((2, 3, 4, 2, 6), (2, 1, 3))),
     ],
 )
 def test_patches_of_maps_of_any_dimension_are_glued_to_the_same_map(shape, patch):

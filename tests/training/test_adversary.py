@@ -9,14 +9,8 @@ from torch import Tensor, nn
 
 from retroexit.errors import CheckpointError, OptionError, TrainingError
 from retroexit.plugins.training_types import Objective, TrainingBatch
-from retroexit.training.losses.terms import (
-    OBJECTIVES,
-    Adversarial,
-    Adversary,
-    FeatureMatching,
-    captured_layers,
-    find_objective,
-)
+from retroexit.training.losses import terms
+from retroexit.training.losses.terms import OBJECTIVES, Adversarial, Adversary, FeatureMatching, find_objective
 
 HINGE = OBJECTIVES["hinge"]
 
@@ -110,7 +104,7 @@ def test_feature_matching_compares_the_features_of_the_discriminator(kind, batch
     if isinstance(judge, Scales):
         fake, real = ([x for scale in judge(image) for x in scale[:-1]] for image in (batch.image, batch.target))
     else:
-        assert captured_layers(judge) == ["model.0", "model.2", "score"]
+        assert terms.captured_layers(judge) == ["model.0", "model.2", "score"]
         features = lambda x: [judge.model[:2](x), judge.model(x)]  # noqa: E731
         fake, real = features(batch.image), features(batch.target)
     parts = []
