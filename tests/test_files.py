@@ -1,6 +1,5 @@
 """Files of a fit: who may read them, one fit per folder, a full disk, weights that are not what was recorded."""
 
-import contextlib
 import errno
 import os
 import re
@@ -11,7 +10,6 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -20,7 +18,6 @@ from toys import Distance
 import retroexit
 from retroexit.core import files
 from retroexit.errors import BankError, CheckpointError, RetroExitError, StorageError
-from retroexit.routing.calibration import Calibration
 
 INPUTS = torch.randn(10, 4, 6, 6, generator=torch.Generator().manual_seed(1))
 
@@ -40,9 +37,9 @@ def wrapped(seed=0):
     return retroexit.wrap(generator(seed), [1], 0.5, **options)
 
 
-def fit(folder, model=None, inputs=INPUTS, **changes):
+def fit(folder, model=None, **changes):
     settings = {"metric": Distance(), "steps": 2, "predictor_steps": 2, "progress": False}
-    return retroexit.fit(model or wrapped(), inputs, folder, **settings | changes)
+    return retroexit.fit(model or wrapped(), INPUTS, folder, **settings | changes)
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o077])
@@ -243,69 +240,3 @@ def test_mutations_of_the_files_of_a_model_are_refused_or_repaired(damage, tmp_p
     read = [done for done, outcome in reports if outcome == "read"]
     assert len(reports) == 400
     assert all(done.startswith(f"{index.name}:") or damage.RESEALED in done for done in read), read
-
-
-# Saves that are killed, or fail, at any change of a file.
-
-CHANGES = {"os.rename", "os.remove", "os.rmdir"}
-
-
-def promised(seed, folder):
-    model = fit(folder, inputs=INPUTS + seed, seed=seed, steps=1, predictor_steps=1)
-    losses = torch.rand(99, 1, generator=torch.Generator().manual_seed(seed))
-    model.calibration = Calibration(losses, losses / 2)
-    return model
-
-
-def contents(model):
-    with torch.no_grad():
-        images = model.all_exits(INPUTS)
-    return [*images, model.calibration.losses, torch.from_numpy(np.array(model.bank.values))]
-
-
-def stop_at(number, how, folder):
-    """Count changes of files below a folder; at one of them, kill the process or raise an error of the disk."""
-    done = []
-
-    def watch(event, args):
-        if event not in CHANGES or str(folder) not in str(args[0]):
-            return
-        done.append(event)
-        if len(done) == number:
-            if how == "killed":
-                os.kill(os.getpid(), signal.SIGKILL)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    sys.addaudithook(watch)  # it cannot be removed: call this in a child process only
-    return done
-
-
-@pytest.mark.parametrize("how", ["killed", "raises"])
-def test_the_old_or_the_new_model_is_left(how, damage, tmp_path):
-    models = [promised(seed, tmp_path / f"fit{seed}") for seed in (0, 1)]
-    expected, start, place = [contents(model) for model in models], tmp_path / "start", tmp_path / "model"
-    models[0].save(start)
-
-    def save(number, model=models[1]):
-        shutil.rmtree(place, ignore_errors=True)
-        shutil.copytree(start, place)
-
-        def work(report):
-            torch.set_num_threads(1)
-            done = stop_at(number, how, place)
-            with contextlib.suppress(StorageError):
-                model.save(place)
-            report(len(done))
-
-        return damage.in_child(work)[0]
-
-    (changes,) = save(0)
-    seen = []
-    for number in range(1, changes + 1):
-        save(number)
-        loaded = contents(retroexit.load(place, generator(), (INPUTS[:1],), adapter=False))
-        seen.append([all(map(torch.equal, loaded, content)) for content in expected].index(True))
-    assert set(seen) == {0, 1}
-    assert seen == sorted(seen) or how == "raises"  # where deleting a file fails, the save goes on
-    models[0].save(place)  # what the last one left is deleted
-    assert sorted(p.name for p in place.rglob("*")) == sorted(p.name for p in start.rglob("*"))
