@@ -57,11 +57,14 @@ class Decoder(nn.Module):
         self.stages = nn.ModuleList([Layer(12, 12, True), Layer(12, 12, True), Layer(12, 8)])
         self.rgb = nn.Conv2d(8, 3, 1)
 
-    def forward(self, z):
+    def features(self, z):
         h = self.stem(z)
         for stage in self.stages:
             h = stage(h)
-        return torch.tanh(2 * self.rgb(h))
+        return h
+
+    def forward(self, z):
+        return torch.tanh(2 * self.rgb(self.features(z)))
 
 
 class Plain(Decoder):
@@ -78,18 +81,14 @@ class Noisy(Decoder):
 
     def forward(self, z):
         noise = torch.randn(z.shape[0], 1, 16, 16)
-        h = self.stem(z + 0.5 * torch.randn_like(z))
-        for stage in self.stages:
-            h = stage(h)
+        h = self.features(z + 0.5 * torch.randn_like(z))
         return torch.tanh(self.rgb(h + noise + 0.3 * torch.randn(z.shape[0], 1, 16, 16)))
 
 
 class SharedNoise(Decoder):
     def forward(self, z):
-        noise, h = torch.randn(1, 1, 16, 16), self.stem(z)
-        for stage in self.stages:
-            h = stage(h)
-        return torch.tanh(self.rgb(h + noise))
+        noise = torch.randn(1, 1, 16, 16)
+        return torch.tanh(self.rgb(self.features(z) + noise))
 
 
 class Chain(nn.Module):

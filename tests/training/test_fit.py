@@ -140,10 +140,8 @@ def test_a_module_called_image_is_not_mistaken_for_the_image(tmp_path):
             self.image = nn.Conv2d(4, 3, 1)
 
         def forward(self, z):
-            h, image = self.stem(z), self.image(z)
-            for stage in self.stages:
-                h = stage(h)
-            return torch.tanh(self.rgb(h) + nn.functional.interpolate(image, scale_factor=4.0))
+            image = self.image(z)
+            return torch.tanh(self.rgb(self.features(z)) + nn.functional.interpolate(image, scale_factor=4.0))
 
     generator = make(Skip)
     model = fit(wrap(generator), tmp_path)
