@@ -37,7 +37,7 @@ class Page:
     @staticmethod
     def cells(row):
         """Texts of the cells of a row, without tags."""
-        cells = re.findall(r"<t[dh].*?>(.*?)</t[dh]>", row, re.DOTALL)
+        cells = re.findall(r"<t[dh]\b.*?>(.*?)</t[dh]>", row, re.DOTALL)
         return [html.unescape(re.sub("<.*?>", "", cell)) for cell in cells]
 
     def pixels(self, number):
