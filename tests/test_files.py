@@ -8,6 +8,7 @@ import signal
 import stat
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -67,15 +68,18 @@ def test_a_second_fit_in_a_folder_is_refused_until_the_first_is_killed(tmp_path)
     try:
         while not (tmp_path / "held").exists():
             time.sleep(0.01)
-        with pytest.raises(CheckpointError, match="one fit at a time, got a second one. Wait until"):
+        with pytest.raises(CheckpointError, match="one fit or save at a time, got a second one. Wait until"):
             fit(tmp_path, steps=3)
-        assert {path.name for path in tmp_path.iterdir()} == {"held", "fit.lock"}
+        assert {path.name for path in tmp_path.iterdir()} == {"held", "write.lock"}
     finally:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
     fit(tmp_path)
-    with files.locked(tmp_path), pytest.raises(CheckpointError, match="one fit at a time"):
-        fit(tmp_path)
+    model = wrapped()
+    with files.locked(tmp_path):
+        model.save(tmp_path)  # as a fit does
+        with ThreadPoolExecutor(1) as pool, pytest.raises(CheckpointError, match="one fit or save at a time"):
+            pool.submit(model.save, tmp_path).result()
 
 
 def test_a_full_disk_is_an_error_at_every_phase(monkeypatch, tmp_path):
@@ -221,7 +225,7 @@ def test_a_pipe_or_a_folder_in_place_of_a_file_is_refused(make, tmp_path):
 def test_mutations_of_the_files_of_a_model_are_refused_or_repaired(damage, tmp_path):
     model, network = fit(tmp_path / "fit"), generator()
     model.save(tmp_path / "model")
-    paths = sorted(path for path in (tmp_path / "model").rglob("*") if path.is_file())
+    paths = sorted(path for path in (tmp_path / "model").rglob("*.*") if path.is_file() and path.suffix != ".lock")
     index = next(path for path in paths if path.name == "index.bin")
 
     def work(report):

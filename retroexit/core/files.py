@@ -65,7 +65,7 @@ __all__ = [
 ]
 
 MANIFEST = "meta.json"
-_LOCK = "fit.lock"
+_LOCK = "write.lock"
 _HEADER = 128  # bytes of a .npy header, at least
 __version__ = "0.1.0"
 
@@ -162,20 +162,20 @@ def replacing(path: Path, size: int = 0) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a folder for one fit. The system releases it when the process ends, however it ends.
+    """Hold a folder for one fit or save; a fit may save. The system releases it when the process ends, however it ends.
 
     Raises:
-        CheckpointError: If another fit holds it.
+        CheckpointError: If another thread or process holds it.
     """
     with writing(folder / _LOCK):
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / _LOCK, timeout=0)
+        lock = FileLock(folder.resolve() / _LOCK, timeout=0, is_singleton=True)
         try:
             lock.acquire()
         except Timeout as error:
             raise CheckpointError(
-                f"{folder} must have one fit at a time, got a second one. Wait until the first has ended, or use "
-                "another folder.",
+                f"{folder} must have one fit or save at a time, got a second one. Wait until the first has ended, or "
+                "use another folder.",
                 folder,
             ) from error
     try:
