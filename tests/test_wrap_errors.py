@@ -208,17 +208,24 @@ class _OneStage(nn.Module):
         return self.rgb(F.interpolate(self.stage(x), scale_factor=2.0))
 
 
+class _TwoLayers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 16, 1)
+
+    def forward(self, x):
+        return self.one(x) + self.two(x)
+
+
 @pytest.mark.parametrize(
-    ("layers", "message", "advice"),
+    ("stage", "message", "advice"),
     [
-        (2, r"only stage: name .* attach_at=\['stage.0'\]", {"attach_at": ["stage.0"]}),
-        (1, "one layer: take its input .*'before'", {"tap": "before"}),
+        (_TwoLayers, r"only stage: name .* attach_at=\['stage.one'\]", {"attach_at": ["stage.one"]}),
+        (lambda: nn.Conv2d(16, 16, 3, padding=1), "one layer: take its input .*'before'", {"tap": "before"}),
     ],
 )
-def test_the_advice_for_a_decoder_of_one_stage_works(layers, message, advice):
-    convolutions = [nn.Conv2d(16, 16, 3, padding=1) for _ in range(layers)]
-    stage = convolutions[0] if layers == 1 else nn.Sequential(*convolutions)
-    generator, x = _OneStage(stage).eval(), torch.randn(1, 16, 4, 4)
+def test_the_advice_for_a_decoder_of_one_stage_works(stage, message, advice):
+    generator, x = _OneStage(stage()).eval(), torch.randn(1, 16, 4, 4)
     assert [stage.path for stage in retroexit.find_stages(generator, (x,))] == ["stage"]
     with pytest.raises(errors.AttachPointError, match=message):
         wrap(generator, x)
