@@ -60,7 +60,7 @@ def outcomes(folder, count, read):
     Returns:
         Pairs of damaged file and what ``read`` returned, or ``"refused"`` where it raised a `RetroExitError`.
     """
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
 
     def work(report):
         torch.set_num_threads(1)  # the thread pool of the parent does not exist in a forked process

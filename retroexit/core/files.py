@@ -412,17 +412,17 @@ def _write(path: Path, content: bytes) -> None:
         file.write(content)
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_tensors(path: Path, advice: str = "Write it again.") -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what `write_tensors` wrote.
 
     Raises:
         CheckpointError: If the file is missing or damaged.
     """
-    with reading(path, "Write it again."), safe_open(path, "pt") as file:
-        facts = json.loads((file.metadata() or {}).get("facts", "{}"))
+    with reading(path, advice), safe_open(path, "pt") as file:
+        facts = json.loads(file.metadata()["facts"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        about = facts.get("about", "{}")
-        if facts.get("digest") != _tensors_digest(tensors, about):
+        about = facts["about"]
+        if facts["digest"] != _tensors_digest(tensors, about):
             raise ValueError("it does not match its own digest")
         return tensors, dict(json.loads(about))
 

@@ -41,15 +41,12 @@ def test_damaged_files_of_a_feature_cache_are_refused_or_rebuilt(fitted, damage,
     assert {result for _, result in results} <= {"refused", True}
 
 
-@pytest.mark.parametrize("part", ["branches/exit1.safetensors", "losses.npy"])
+@pytest.mark.parametrize("part", ["branches/exit1.safetensors", "losses.safetensors"])
 def test_damaged_checkpoints_and_losses_are_refused(fitted, damage, part, tmp_path):
     path = tmp_path / "part" / Path(part).name
     path.parent.mkdir()
     shutil.copy(fitted / part, path)
-    if part == "losses.npy":
-        shutil.copy(fitted / "losses.sha256", path.parent)
-    is_tensors = path.suffix == ".safetensors"
-    read = lambda: read_tensors(path) if is_tensors else _read_losses(path, (10, 1))  # noqa: E731
+    read = lambda: read_tensors(path) if "exit1" in part else _read_losses(path, (10, 1))  # noqa: E731
     read()
     results = damage.outcomes(path.parent, TRIALS, lambda: [read(), "believed"][1])
     assert {result for _, result in results} == {"refused"}

@@ -163,7 +163,7 @@ def test_a_cache_interrupted_between_batches_has_the_same_arrays(tmp_path):
         assert np.array_equal(one, other), name
 
 
-FILES = ("branches/exit1.safetensors", "cache/cache.json", "cache/backbone-image.npy", "fit.json", "losses.npy")
+FILES = ("branches/exit1.safetensors", "cache/cache.json", "cache/backbone-image.npy", "fit.json", "losses.safetensors")
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -179,7 +179,8 @@ def test_files_of_another_fit_are_refused(tmp_path, uninterrupted):
     shutil.copytree(uninterrupted("plain")[0], tmp_path / "one")
     fit(wrap(attach_at=[1]), tmp_path / "other", inputs=latents(9))
     rows = r"stages_0.npy must have 9 rows, got \(10, 12, 8, 8\)"
-    for name, message in (("losses.npy", r"it does not match losses\.sha256"), ("cache/stages_0.npy", rows)):
+    losses = r"must have shape \(9, 1\), got \(10, 2\). Remove it."
+    for name, message in (("losses.safetensors", losses), ("cache/stages_0.npy", rows)):
         content = (tmp_path / "other" / name).read_bytes()
         (tmp_path / "other" / name).write_bytes((tmp_path / "one" / name).read_bytes())
         with pytest.raises(CheckpointError, match=message):
