@@ -27,6 +27,7 @@ from retroexit.errors import (
     OutputError,
     PluginError,
     RecordingError,
+    RetroExitError,
     closest,
     silence,
     warn,
@@ -39,6 +40,7 @@ from retroexit.stages.decoder import Cut, Decoder, read_decoder, value_names
 from retroexit.stages.maps import shape_of
 from retroexit.stages.stage import Stage
 from retroexit.tracing.record import unobserved
+from retroexit.tracing.recorder import failure
 from retroexit.wrapping.options import BranchPlan, WrapOptions
 
 AUTO = "auto"
@@ -189,6 +191,22 @@ def decompose_again(
 
 
 def _build(
+    generator: nn.Module, decoder: Decoder, options: WrapOptions, args: Any, kwargs: dict[str, Any]
+) -> tuple[Decomposition, list[Branch]]:
+    """See `_build_parts`; what the generator's code raises on the way is named by its line."""
+    try:
+        return _build_parts(generator, decoder, options, args, kwargs)
+    except RetroExitError:
+        raise
+    except Exception as error:
+        raise RecordingError(
+            f"{type(generator).__name__} must run in pieces and in copies, got {failure(error)}. Attach elsewhere, or "
+            "wrap a module without this code.",
+            generator,
+        ) from error
+
+
+def _build_parts(
     generator: nn.Module, decoder: Decoder, options: WrapOptions, args: Any, kwargs: dict[str, Any]
 ) -> tuple[Decomposition, list[Branch]]:
     """Cut a recorded generator and build its branches; where the recording cannot be cut, run the forward again."""
@@ -405,7 +423,7 @@ def _warn_of_pins(branch: Branch, spec: BranchSpec, behind: int) -> None:
         warn(
             f"an exit saves {max(saved, 0):.0%} of the MACs behind its attach point, because {count} widths are fixed "
             f"by {reason}. Pass branch='subpixel', which needs nothing of these stages, or attach elsewhere.",
-            7,
+            8,
         )
 
 

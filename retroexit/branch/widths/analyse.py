@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 import sys
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -30,7 +29,7 @@ from retroexit.core.modules import CONVOLUTIONS, clone_module
 from retroexit.core.nested import flatten
 from retroexit.errors import BranchError
 from retroexit.split.rerun import is_fake
-from retroexit.tracing.recorder import is_user_code, show
+from retroexit.tracing.recorder import failure
 
 __all__ = ["Behind", "Chain", "analyse", "int_attributes", "unsuitable"]
 
@@ -146,13 +145,8 @@ def analyse(
 
 def unsuitable(error: Exception) -> BranchError:
     """Name the line of the generator's code that does not run on other sizes."""
-    line = "code that is not Python"
-    for frame, number in traceback.walk_tb(error.__traceback__):
-        if is_user_code(frame.f_code.co_filename):
-            line = show((frame.f_code.co_filename, number))
-    text = (str(error).strip().splitlines() or ["no text"])[0]
     return BranchError(
-        f"the stages after the attach point must run on other sizes, got {type(error).__name__}: {text} at {line}. "
+        f"the stages after the attach point must run on other sizes, got {failure(error)}. "
         "Attach elsewhere, use scale=1, or let an adapter build the stage.",
         error,
     )
