@@ -16,6 +16,7 @@ from retroexit.stages.choose import choose_stages, closing_modules
 from retroexit.stages.maps import find_image, is_map, lay_out_tokens, mark_tokens, shape_of
 from retroexit.stages.stage import Stage, suggest_attach_points
 from retroexit.stages.turns import gather_turns, repeated, repeated_stage
+from retroexit.tracing.caches import without_caches
 from retroexit.tracing.record import Recording, record, steering_line
 from retroexit.tracing.recorder import Call
 
@@ -191,6 +192,7 @@ def _record_stages(
     """Record with stages as leaves; also returns why the recording cannot be cut, or an empty string."""
     try:
         shallow = record(generator, args, kwargs, is_leaf)
+        shallow = without_caches(generator, shallow, lambda: record(generator, args, kwargs, is_leaf))
     except (RecordingError, GeneratorError) as error:
         reason = " ".join(str(error).split())
     else:
