@@ -18,7 +18,7 @@ from retroexit.stages.stage import Stage, suggest_attach_points
 from retroexit.stages.turns import gather_turns, repeated, repeated_stage
 from retroexit.tracing.caches import without_caches
 from retroexit.tracing.record import Recording, record, steering_line
-from retroexit.tracing.recorder import Call
+from retroexit.tracing.recorder import Call, nth_value
 
 
 @dataclass(frozen=True)
@@ -264,8 +264,8 @@ def value_names(recording: Recording) -> dict[fx.Node, str]:
 def _name(node: fx.Node, names: dict[fx.Node, str]) -> str:
     if node.op == "call_module":
         return str(node.target)
-    if node.op == "call_function" and node.target in (operator.getitem, getattr):
-        owner, key = node.args
+    if node.op == "call_function" and node.target in (operator.getitem, getattr, nth_value):
+        owner, key = node.args[0], node.meta.get("key", node.args[1])
         if isinstance(owner, fx.Node) and isinstance(key, (str, int)):
             return names[owner] + (f".{key}" if node.target is getattr else f"[{key!r}]")
     operation = getattr(node.target, "__name__", str(node.target)).strip("_")
