@@ -23,8 +23,6 @@ from retroexit.metrics import QualityMetric
 from retroexit.model import EarlyExitGenerator
 from retroexit.plugins import host
 
-__all__ = ["CASES", "Case", "latent_decoder", "shared_folder"]
-
 
 @dataclass(frozen=True)
 class Case:

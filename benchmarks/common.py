@@ -16,8 +16,6 @@ import torch
 
 from retroexit.core.files import versions
 
-__all__ = ["argument_parser", "cell", "machine", "machine_line", "take_turns", "write_json"]
-
 
 def argument_parser(description: str | None, threads: int = 1) -> argparse.ArgumentParser:
     """Make a parser with ``--json`` and ``--threads``; the description keeps its line breaks."""

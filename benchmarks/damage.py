@@ -138,7 +138,7 @@ def saved_model(root: Path) -> list[Kind]:
     def read_resume() -> Any:
         check_same(folder / "fit.json", {k: v for k, v in record.items() if k != "digest"})
         assert resumed.resume()
-        return [*resumed._state().items(), read_losses(folder / "losses.npy", size)]
+        return [*resumed._state().items(), read_losses(folder / "losses.safetensors", size)]
 
     def files(below: Path, *patterns: str) -> list[Path]:
         return sorted(path for pattern in patterns for path in below.glob(pattern) if path.is_file())
@@ -185,7 +185,7 @@ def report(root: Path) -> list[Kind]:
     loss = torch.rand(20, 2, generator=torch.Generator().manual_seed(0)).numpy()
     evaluation = Evaluation(loss, loss / 2, [1.0, 2.0, 3.0], [0.1, 0.1, 0.1], {"name": "distance"})  # type: ignore[arg-type]
     images = [(f"exit {i}", (loss[:9, :1] * 200).astype("uint8").repeat(27, 1).reshape(9, 9, 3)) for i in (1, 2)]
-    save_report(folder, SavedReport("title", None, "command", [Strip("easiest", images, 0)]))
+    save_report(folder, SavedReport("title", "command", [Strip("easiest", images, 0)]))
     (folder / "evaluation.json").write_text(evaluation.to_json())
 
     def texts() -> Any:

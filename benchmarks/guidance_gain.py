@@ -59,9 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     main_variant = next(iter(case.variants))
     names = arguments.variants or ["none", main_variant, *(f"{main_variant} {c}" for c in CONTROLS)]
     _check(parser, names, list(case.variants))
-    schedule = FitSettings(
-        steps=arguments.steps, lr=arguments.lr, bfloat16=not arguments.float32, together=False, checkpoint_every=100
-    )
+    schedule = FitSettings(steps=arguments.steps, lr=arguments.lr, bfloat16=not arguments.float32, checkpoint_every=100)
     bench = Bench(case, arguments.out, schedule, arguments.batch)
     file = arguments.json or arguments.out / "results.json"
     rows = json.loads(file.read_text())["rows"] if file.exists() else []

@@ -29,8 +29,7 @@ from common import argument_parser, write_json
 from torch import Tensor
 
 from retroexit.errors import OptionError
-from retroexit.evaluation.promise import promise_summary
-from retroexit.evaluation.sweep import Evaluation
+from retroexit.evaluation.sweep import Evaluation, promise_summary
 from retroexit.report.text_tables import table
 from retroexit.routing.calibration import Calibration, Thresholds, most_violations, samples_needed
 from retroexit.saving import read_calibration
@@ -179,13 +178,7 @@ def calibrated(evaluation: Evaluation, *promise: Any, **options: Any) -> Calibra
 
 
 def resplit(
-    evaluation: Evaluation,
-    tau: float,
-    rule: Any,
-    splits: int,
-    alpha: float,
-    confidence: float,
-    thresholds: Thresholds = None,
+    evaluation: Evaluation, tau: float, splits: int, alpha: float, confidence: float, thresholds: Thresholds = None
 ) -> dict[str, Any] | None:
     """Split many times; gives means over the splits, or ``None`` where half the samples are too few."""
     samples = len(evaluation.loss)
@@ -193,7 +186,7 @@ def resplit(
     for seed in range(splits):
         order = np.random.default_rng(seed).permutation(samples)
         first, second = half(evaluation, order[: samples // 2]), half(evaluation, order[samples // 2 :])
-        summary = promise_summary(second, calibrated(first, alpha, confidence, rule, thresholds), [tau])
+        summary = promise_summary(second, calibrated(first, alpha, confidence, thresholds=thresholds), [tau])
         if summary is None:
             return None
         rows.append(summary["rows"][0])
@@ -224,16 +217,15 @@ def split_evaluation(path: Path, arguments: Any) -> list[dict[str, Any]]:
     """Split an evaluation into random halves under every rule, and print."""
     evaluation, results, rows = Evaluation.from_json(path.read_text()), [], []
     print(f"\n{path}: {len(evaluation.loss)} samples, {evaluation.loss.shape[1]} branch exits")
-    modes = {"margin": ("margin", None), "bound": ("bound", None)}
-    modes |= {"listed": ("margin", tuple(arguments.taus)), "all": ("margin", "all")}
+    modes = {"one": None, "listed": tuple(arguments.taus), "all": "all"}
     promise = (arguments.splits, arguments.alpha, arguments.confidence)
     for tau in arguments.taus:
-        for name, (rule, thresholds) in modes.items():
-            row = resplit(evaluation, tau, rule, *promise, thresholds)
+        for name, thresholds in modes.items():
+            row = resplit(evaluation, tau, *promise, thresholds)
             if row is None:
                 rows.append([f"{tau:g}", name, "too few samples", *[""] * 8])
                 continue
-            results.append({"evaluation": str(path), "threshold": tau, "rule": name, **row})
+            results.append({"evaluation": str(path), "threshold": tau, "promise": name, **row})
             counts = [f"{row[key]} of {arguments.splits}" for key in ("held", "strictly")]
             rows.append([f"{tau:g}", name, *counts, *(f"{100 * row[key]:.1f} %" for key in SHARES)])
     print(table(["threshold", "promise", "held", "strictly", *SHARES.values()], rows))

@@ -22,6 +22,7 @@ from retroexit.plugins.host import host
 from retroexit.split.split import SplitGenerator, places
 from retroexit.stages.decoder import Decoder, forward_signature, read_decoder
 from retroexit.stages.stage import Stage
+from retroexit.standin import part_to_wrap
 from retroexit.wrapping.decomposition import AUTO
 from retroexit.wrapping.options import WrapOptions, adapter_options
 
@@ -39,19 +40,18 @@ class WrapSettings(TypedDict, total=False):
         macs: Cost of the route of a sub-pixel branch as a share of the backbone's, in (0, 1), one for all or one per
             attach point; by default what a thin copy at ``scale`` costs at most.
         min_channels: No width is scaled below this, ``>= 1``; 64 by default.
-        tap: ``"after"``: a branch takes the stage's output; ``"before"``: its input, so that the branch
-            repeats the stage.
+        tap: ``"after"``: a branch takes the stage's output; ``"before"``: its input, so that the branch repeats the
+            stage.
         stages: Paths of l_1..l_N, where the search should not decide.
         guidance: ``None``; ``True`` for a bank of frames if the adapter has a key function, else of patches;
             ``"patches"`` for a bank of patches in any case; or a `Guidance`.
-        init: Starting weights of a branch: ``"inherit"``, the backbone's most important channels, which `fit`
-            chooses anew from its samples and solves for, or ``"scratch"``.
-        width_rule: How widths follow from the scale: ``"floor"``, the paper's, ``"multiple-of-8"``, or the
-            name of a plug-in's.
+        init: Starting weights of a branch: ``"inherit"``, the backbone's most important channels, which `fit` chooses
+            anew from its samples and solves for, or ``"scratch"``.
+        width_rule: How widths follow from the scale: ``"floor"``, the paper's, ``"multiple-of-8"``, or the name of a
+            plug-in's.
         image: Key, index or path of the image in the generator's output, if it returns several maps.
         image_range: Smallest and largest pixel value; measured by default.
-        self_test: Whether to check that the generator cut at every attach point reproduces its output bit for
-            bit.
+        self_test: Whether to check that the generator cut at every attach point reproduces its output bit for bit.
         seed: Seed of fresh weights.
     """
 
@@ -82,23 +82,24 @@ def wrap(
     """Add early exits to a trained generator, which itself is never changed.
 
     Args:
-        generator: Any module with a multi-layer decoder, in eval mode.
+        generator: Any module with a multi-layer decoder, in eval mode. Of an autoencoder of diffusers the decoder gets
+            exits, unless example inputs are images; ``pipe.vae = model`` then decodes with them.
         attach_at: Stages after which a branch sits, by number from 1 (see `find_stages`) or by module path.
-        scale: Width factor of the branches, in (0, 1]; one for all, or one per attach point. Branches whose
-            cost ``macs`` decides need none.
-        example_inputs: Positional inputs that the generator accepts, any batch size. Without them, and
-            without an adapter that makes some, the generator is recorded at its first call.
+        scale: Width factor of the branches, in (0, 1]; one for all, or one per attach point. Branches whose cost
+            ``macs`` decides need none.
+        example_inputs: Positional inputs that the generator accepts, any batch size. Without them, and without an
+            adapter that makes some, the generator is recorded at its first call.
         example_kwargs: Its keyword inputs.
-        adapter: A `Description` of the generator, the name of a plug-in to call, or ``False`` for no plug-in;
-            by default all plug-ins are called. `fit` uses the same description.
+        adapter: A `Description` of the generator, the name of a plug-in to call, or ``False`` for no plug-in; by
+            default all plug-ins are called. `fit` uses the same description.
         **settings: See `WrapSettings`.
 
     Returns:
         The wrapped generator.
 
     Raises:
-        RetroExitError: If the generator cannot be run, recorded or cut, an attach point does not exist, a
-            branch cannot be made thinner, or an argument is out of range.
+        RetroExitError: If the generator cannot be run, recorded or cut, an attach point does not exist, a branch cannot
+            be made thinner, or an argument is out of range.
 
     Example:
         >>> model = retroexit.wrap(generator, attach_at=[2, 4, 6], scale=1 / 15)
@@ -110,7 +111,8 @@ def wrap(
     generator = check_generator(generator)
     attach_at, scale, settings = plain_numbers((attach_at, scale, settings))
     attach_points = (attach_at,) if isinstance(attach_at, (str, int)) else tuple(attach_at)
-    description = host().describe(generator, adapter)
+    part = part_to_wrap(generator, adapter, has_inputs=example_inputs is not None or bool(example_kwargs))
+    generator, adapter, description = part.generator, part.adapter, part.description
     if example_inputs is None and description.example_inputs is not None:
         example_inputs, example_kwargs = description.example_inputs(generator)
     args, kwargs = example_call(example_inputs, example_kwargs)
@@ -119,7 +121,7 @@ def wrap(
     model = EarlyExitGenerator(generator, options)
     if example_inputs is not None or example_kwargs:
         model.record(*args, **kwargs)
-    return model
+    return part.complete(model)
 
 
 def wrap_options(
@@ -231,7 +233,8 @@ def read_generator(
 ) -> Decoder:
     """Read a generator as `wrap` does: its stages, and the execution that they were found in."""
     generator = check_generator(generator)
-    description = host().describe(generator)
+    part = part_to_wrap(generator, has_inputs=example_inputs is not None or bool(example_kwargs))
+    generator, description = part.generator, part.description
     if example_inputs is None and not example_kwargs:
         if description.example_inputs is None:
             raise OptionError(

@@ -1,7 +1,4 @@
-"""The library's own plug-in: back-ends, metrics, losses, width rules and kinds of branches, offered through the hooks.
-
-The host imports it by name at the first look-up; nothing else imports it.
-"""
+"""The library's own plug-in, imported by name: back-ends, metrics, losses, width rules and kinds of branches."""
 
 from __future__ import annotations
 

@@ -1,7 +1,10 @@
 """Every exception and warning of retroexit, derived from the builtin exception that a caller would expect."""
 
 import difflib
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 
 class RetroExitError(Exception):
@@ -108,6 +111,25 @@ class AdapterError(RetroExitError, AssertionError):
 
 class RetroExitWarning(UserWarning):
     """Category of every warning that retroexit issues."""
+
+
+_is_silent = ContextVar("_is_silent", default=False)
+
+
+def warn(message: str, stacklevel: int) -> None:
+    """Issue a `RetroExitWarning`; a ``stacklevel`` of 1 names the caller's own line."""
+    if not _is_silent.get():
+        warnings.warn(message, RetroExitWarning, stacklevel + 1)
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    """Drop the warnings of `warn` in this thread; `warnings.catch_warnings` would act on all of them."""
+    token = _is_silent.set(True)
+    try:
+        yield
+    finally:
+        _is_silent.reset(token)
 
 
 def cause_of(error: BaseException) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from retroexit.core.files import make_folder, replacing
 from retroexit.core.samples import Samples
-from retroexit.errors import RetroExitWarning
+from retroexit.errors import warn
 from retroexit.evaluation.measure import measure
 from retroexit.evaluation.sweep import Evaluation
 from retroexit.metrics import QualityMetric
@@ -64,11 +63,7 @@ def evaluate(
         make_folder(folder)
     calibration = model.calibration
     if calibration is not None and calibration.about.get("hash") == Samples(inputs).digest():
-        warnings.warn(
-            "the model was calibrated on these inputs, so they cannot test its promise. Pass others.",
-            RetroExitWarning,
-            stacklevel=2,
-        )
+        warn("the model was calibrated on these inputs, so they cannot test its promise. Pass others.", 2)
     name = metric or model.about.get("metric", {}).get("name", "lpips-alex")
     evaluation, run = measure(model, inputs, host().metric(name, weights), progress=progress, **settings)
     if folder is not None:

@@ -53,15 +53,15 @@ def fit(
 ) -> EarlyExitGenerator:
     """Fill the bank, train the branches and the predictor, from generator inputs alone.
 
-    The target of training is the backbone's own image. An interrupted fit continues when it is called again,
-    to the same weights. Calibration and times of an earlier fit in the folder are dropped; `torch.autocast` is off.
+    The target of training is the backbone's own image. An interrupted fit continues when it is called again, to the
+    same weights. Calibration and times of an earlier fit in the folder are dropped; `torch.autocast` is off.
 
     Args:
         model: A wrapped generator; its branches are trained in place.
         inputs: Samples without the batch axis: tensors, tuples of positional or dicts of keyword inputs.
         folder: Folder of cache, checkpoints and result, for `load`.
-        bank: A bank made from other inputs; by default it is filled from the inputs, and each of them is
-            trained with a guide from the others.
+        bank: A bank made from other inputs; by default it is filled from the inputs, and each of them is trained with a
+            guide from the others.
         metric: Quality metric to train with and to predict, or its name.
         weights: File with the metric's weights.
         losses: Weight of every term by name, or a preset, see `LossOptions`.
@@ -181,9 +181,8 @@ def _check_promise(aside: int, count: int, share: float, alpha: float, confidenc
     needed = samples_needed(alpha, confidence)
     if aside < needed:
         raise OptionError(
-            f"calibrate={share:g} of {count} inputs must be at least {needed} for alpha={alpha:g} "
-            f"and confidence={confidence:g}, got {aside}. Pass {math.ceil(needed / share)} inputs, or "
-            "change one of these.",
+            f"calibrate={share:g} of {count} inputs must be at least {needed} for alpha={alpha:g} and "
+            f"confidence={confidence:g}, got {aside}. Pass {math.ceil(needed / share)} inputs, or change one of these.",
             share,
         )
 
@@ -216,13 +215,7 @@ def _complete(model: EarlyExitGenerator, job: FitJob, folder: Path, team: Team, 
 
 
 def measure_times(model: EarlyExitGenerator, inputs: Sequence[Any], count: int) -> Latency:
-    """Time every exit for calls with ``count`` samples.
-
-    Args:
-        model: A fitted model.
-        inputs: Samples as for `fit`; they are repeated if there are fewer than ``count``.
-        count: Samples per call.
-    """
+    """Time every exit of a fitted model for calls with ``count`` samples; fewer inputs are repeated."""
     samples = Samples(inputs)
     rows = [row % len(samples) for row in range(count)]
     args, kwargs = moved(samples.gather(rows), device_of(model.generator))

@@ -1,7 +1,4 @@
-"""Measure every exit of every sample against the backbone, and calibrate on the result.
-
-Imports `retroexit.routing` and what lies below it.
-"""
+"""Measure every exit of every sample against the backbone, and calibrate on the result."""
 
 from __future__ import annotations
 
@@ -50,16 +47,9 @@ class MeasuredModel(Protocol):
 
 
 def check_samples(model: MeasuredModel, samples: Samples, batch: int) -> None:
-    """Record the model on the first sample if needed, and refuse samples that it cannot take.
+    """Record the model on the first sample if needed; `OptionError` for samples that it cannot take.
 
-    Args:
-        model: A wrapped generator.
-        samples: Its inputs.
-        batch: Samples per pass; with 1 they may differ in size.
-
-    Raises:
-        OptionError: If a sample does not fit the generator's forward, has a batch axis or lacks an axis, or
-            samples of a batch differ.
+    They must fit the generator's forward, without batch axis, and be alike unless ``batch`` is 1.
     """
     generator, (args, kwargs) = model.generator, samples.split(samples.items[0])
     signature = forward_signature(generator)
@@ -121,20 +111,10 @@ def check_images(
     batch: int,
     limits: tuple[float, float] | None = None,
 ) -> ImageRange:
-    """Render some samples, and refuse images that the metric cannot compare.
-
-    Args:
-        model: A recorded model.
-        samples: Its inputs.
-        metric: Quality metric; ``None`` checks the range alone.
-        batch: Samples per pass.
-        limits: Range of the images, where known.
-
-    Returns:
-        ``limits``, or the range measured on these images.
+    """Render some samples, and return ``limits``, or the range measured on these images.
 
     Raises:
-        OptionError: If the metric cannot compare them.
+        OptionError: If the metric, if there is one, cannot compare them.
         OutputError: If their range is unclear.
     """
     device, images = device_of(model.generator), list[Tensor]()
@@ -156,11 +136,7 @@ def limits_of(model: MeasuredModel, samples: Samples, metric: QualityMetric, bat
 
 
 def refuse_fitted(model: MeasuredModel, inputs: Sequence[Any]) -> None:
-    """Refuse to calibrate on samples that the model was fitted on.
-
-    Raises:
-        OptionError: If there are some.
-    """
+    """Raise `OptionError` if the model was fitted on some of the samples."""
     fitted = set(model.about.get("sample_hashes", ()))
     seen = sum(hashed in fitted for hashed in Samples(inputs).hashes()) if fitted else 0
     if seen:
@@ -204,22 +180,14 @@ def check_size(model: MeasuredModel, image: Tensor) -> None:
 
 @dataclass
 class Measurement:
-    """Runs a model over samples so that noise drawn inside the generator repeats.
-
-    Attributes:
-        model: A wrapped generator.
-        samples: Its inputs.
-        metric: Compares an exit's image with the backbone's.
-        limits: Range of the generator's images.
-        batch: Samples per pass.
-        is_ood: After `losses`, which samples are out of distribution and go to the backbone, bool ``(S,)``.
-    """
+    """Runs a model over samples so that noise drawn inside the generator repeats."""
 
     model: MeasuredModel
     samples: Samples
     metric: QualityMetric
-    limits: ImageRange
-    batch: int = 8
+    limits: ImageRange  # of the generator's images
+    batch: int = 8  # samples per pass
+    # After `losses`: which samples are out of distribution and go to the backbone, bool (S,).
     is_ood: Tensor = field(default_factory=lambda: torch.zeros(0).bool())
 
     @torch.no_grad()
@@ -298,22 +266,10 @@ def calibrate(
     progress: bool = True,
     **promise: Any,
 ) -> Calibration:
-    """Measure inputs and return the promise that they support. Exact duplicates count once.
+    """Measure inputs and return the promise that they support; the model is not changed. Exact duplicates count once.
 
-    Args:
-        model: A fitted model; it is not changed.
-        inputs: Samples without the batch axis that nothing was fitted on.
-        metric: The metric that the model was fitted with.
-        groups: The drive, speaker or session of each sample, where groups are what is drawn.
-        seed: Noise drawn inside the generator begins here.
-        batch: Samples per pass.
-        progress: Whether to show a bar on a terminal.
-        **promise: ``alpha``, ``confidence``, ``rule`` and ``thresholds`` of the `Calibration`.
-
-    Raises:
-        OptionError: If too few inputs, or too few like the fitting set, stand behind the promise; if metric,
-            image size or image range are not those of the fit.
-        TrainingError: If there is no predictor.
+    ``promise`` holds ``alpha``, ``confidence``, ``rule`` and ``thresholds`` of the `Calibration`; for the rest and for
+    what is raised see ``model.calibrate``.
     """
     promise, seed, batch = plain_numbers((promise, seed, batch))
     samples = Samples(inputs, seed)

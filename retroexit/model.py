@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Unpack
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from retroexit.core.identity import unwrapped
 from retroexit.core.modules import without_autocast
 from retroexit.core.samples import plain_numbers
-from retroexit.errors import CheckpointError, GeneratorError, NotRecordedError, OptionError, RetroExitWarning
+from retroexit.errors import CheckpointError, GeneratorError, NotRecordedError, OptionError, silence
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.guidance.provider import GuideProvider
 from retroexit.measuring import calibrate, refuse_fitted
@@ -30,8 +29,6 @@ from retroexit.wrapping.decomposition import Decomposition, decompose, decompose
 from retroexit.wrapping.exits import Exit, exit_table, list_exits
 from retroexit.wrapping.options import WrapOptions
 
-__all__ = ["EarlyExitGenerator", "check_generator", "check_wrapped"]
-
 
 def _part(owner: str, name: str, doc: str) -> Any:
     """Make a property that reads and sets an attribute of the router or of the guide provider."""
@@ -46,11 +43,7 @@ def _part(owner: str, name: str, doc: str) -> Any:
 
 
 def check_generator(generator: Any) -> nn.Module:
-    """Check what `wrap` and `load` are to take as a generator; returns it without what `unwrapped` removes.
-
-    Raises:
-        GeneratorError: If it is no module, or wrapped already.
-    """
+    """Check what `wrap` and `load` take, else `GeneratorError`; returns the generator without a compiler's cover."""
     if isinstance(generator, type):
         raise GeneratorError(
             f"generator must be a module, got the class {generator.__name__}. Pass an instance with trained "
@@ -81,9 +74,9 @@ def check_wrapped(model: Any) -> None:
 class EarlyExitGenerator(nn.Module):
     """A generator with early exits. Made by `retroexit.wrap`.
 
-    ``model(*inputs)`` is the generator, bit for bit. ``exit=k`` leaves at exit k, ``threshold=t`` routes every
-    sample to the cheapest exit whose predicted quality loss is at most ``t``, ``budget=b`` spends a share of
-    the backbone's compute, ``deadline_ms=d`` keeps a call within measured times; see `RoutingOptions`.
+    ``model(*inputs)`` is the generator, bit for bit. ``exit=k`` leaves at exit k, ``threshold=t`` routes every sample
+    to the cheapest exit whose predicted quality loss is at most ``t``, ``budget=b`` spends a share of the backbone's
+    compute, ``deadline_ms=d`` keeps a call within measured times; see `RoutingOptions`.
 
     Attributes that it does not have itself are those of ``whole``, else of the generator.
 
@@ -117,13 +110,12 @@ class EarlyExitGenerator(nn.Module):
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """Render images.
 
-        The backbone runs without gradients, unless an input requires one: then ``model(x, exit=k)`` gives it one
-        through the stages up to the exit and the branch, at the memory that autograd takes for these stages.
+        Gradients reach inputs that require one, with ``exit=k``.
 
         Args:
             *inputs: The generator's positional inputs.
-            **kwargs: The generator's keyword inputs, and `RoutingOptions`. An option that the generator's own
-                forward takes goes to the generator; use `route` then.
+            **kwargs: The generator's keyword inputs, and `RoutingOptions`. An option that the generator's own forward
+                takes goes to the generator; use `route` then.
 
         Returns:
             A value with the structure of the generator's output.
@@ -140,35 +132,13 @@ class EarlyExitGenerator(nn.Module):
     def route(
         self, args: Sequence[Any], kwargs: dict[str, Any] | None = None, **options: Unpack[RoutingOptions]
     ) -> Any:
-        """Render images, with the generator's arguments apart from the options.
-
-        Args:
-            args: The generator's positional inputs.
-            kwargs: The generator's keyword inputs.
-            **options: How exits are chosen.
-
-        Returns:
-            A value with the structure of the generator's output.
-
-        Raises:
-            OptionError, InputMismatchError, TrainingError, BankError: As `forward`.
-        """
-        return self._render(RoutingRequest(**options), tuple(args), dict(kwargs or {}))[0]
+        """Do as `forward`, with the generator's positional and keyword arguments apart from the options."""
+        return self._render(RoutingRequest(**dict[str, Any](options)), tuple(args), dict(kwargs or {}))[0]
 
     def routed(self, *inputs: Any, choose: Policy | None = None, **kwargs: Any) -> tuple[Any, Tensor]:
-        """Render images as ``model(*inputs, threshold=...)`` does, and return the exit of each sample.
+        """Do as `forward`, and return the exit of each sample too: ``(N,)`` from 1, ``K + 1`` for the backbone.
 
-        Args:
-            *inputs: The generator's positional inputs.
-            choose: A policy of your own, see `RoutingOptions`.
-            **kwargs: The generator's keyword inputs, and `RoutingOptions`.
-
-        Returns:
-            A value with the structure of the generator's output, and exits ``(N,)`` from 1, ``K + 1`` for the
-            backbone.
-
-        Raises:
-            OptionError, InputMismatchError, TrainingError, BankError: As `forward`.
+        ``choose`` is a policy of your own, see `RoutingOptions`.
         """
         request, args, kwargs = RoutingRequest.parse(inputs, kwargs, choose=choose)
         if not request.is_routed:
@@ -183,14 +153,7 @@ class EarlyExitGenerator(nn.Module):
         return self.router.choose(self._begin(args, kwargs), request, count=False).exits
 
     def predict(self, *inputs: Any, **kwargs: Any) -> Tensor:
-        """Predict the quality loss of every branch exit.
-
-        Returns:
-            Predicted losses, ``(N, K)``.
-
-        Raises:
-            TrainingError: If there is no predictor yet.
-        """
+        """Predict the quality loss of every branch exit, ``(N, K)``; `TrainingError` if there is no predictor yet."""
         return self.predict_losses(*inputs, **kwargs).losses
 
     def predict_losses(self, *inputs: Any, **kwargs: Any) -> LossPrediction:
@@ -198,11 +161,7 @@ class EarlyExitGenerator(nn.Module):
         return self.router.predict(self._begin(inputs, kwargs))
 
     def all_exits(self, *inputs: Any, **kwargs: Any) -> list[Any]:
-        """Render every exit from one pass over the backbone.
-
-        Returns:
-            K + 1 outputs, cheapest exit first. The last one, the backbone's, carries no gradient here.
-        """
+        """Render every exit from one pass over the backbone: K + 1 outputs, the backbone's last, without gradient."""
         begun = self._begin(inputs, kwargs)
         with torch.no_grad():
             guide, values = self.guide.guide(begun), begun.values
@@ -232,10 +191,9 @@ class EarlyExitGenerator(nn.Module):
         return features
 
     def video(self, hysteresis: float = 0.1) -> VideoRouter:
-        """Route the frames of a video without flicker between exits: ``with model.video() as step: ...``.
+        """Route the frames of a video without flicker: ``with model.video() as step: image = step(x, threshold=t)``.
 
-        Args:
-            hysteresis: Share of the threshold by which a cheaper exit has to be better, in [0, 1).
+        ``hysteresis`` is the share of the threshold by which a cheaper exit has to be better, in [0, 1).
         """
         return VideoRouter(self.routed, hysteresis)
 
@@ -261,10 +219,6 @@ class EarlyExitGenerator(nn.Module):
         self._ensure_recorded(args, kwargs)
         return self.split.begin(args, kwargs)
 
-    def overhead(self) -> list[int]:
-        """MACs of predictor and retrieval in a routed call, per exit and for one sample; see `Router.overhead`."""
-        return self.router.overhead()
-
     # Recording.
 
     @property
@@ -273,11 +227,7 @@ class EarlyExitGenerator(nn.Module):
         return self._decomposition is not None
 
     def record(self, *inputs: Any, **kwargs: Any) -> None:
-        """Record the generator on these inputs and build the branches, unless that is done already.
-
-        Raises:
-            RetroExitError: Any reason why the generator cannot be wrapped; see `retroexit.wrap`.
-        """
+        """Record the generator on these inputs once and build the branches; raises as `retroexit.wrap`."""
         self._ensure_recorded(inputs, kwargs)
 
     def _ensure_recorded(self, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
@@ -310,11 +260,7 @@ class EarlyExitGenerator(nn.Module):
 
     @property
     def decomposition(self) -> Decomposition:
-        """The recorded generator, cut at its attach points.
-
-        Raises:
-            NotRecordedError: If it has not been recorded.
-        """
+        """The recorded generator, cut at its attach points; `NotRecordedError` if it has not been recorded."""
         if self._decomposition is None:
             raise NotRecordedError(
                 "the generator has not been recorded yet, so there are no exits. Call the model once, or pass "
@@ -366,20 +312,16 @@ class EarlyExitGenerator(nn.Module):
             confidence: Probability over the draw of these inputs that the promise holds, in (0, 1).
             metric: Quality metric, or its name; by default the one that the model was fitted with.
             weights: File with the metric's weights.
-            groups: The drive, speaker or session of each input. Groups are then what is drawn, and the promise is for
-                inputs of a new group; 59 groups are the fewest for 0.05 and 0.95. For fewer there is
-                ``rule="worst-group"``, which is no promise.
-            thresholds: Thresholds that the promise holds for together, or ``"all"``; by default it holds for one at a
-                time. ``"all"`` saves less.
+            groups: The drive, speaker or session of each input; the promise is then for inputs of a new group.
+            thresholds: Thresholds that the promise holds for together, or ``"all"``; by default one at a time.
             **settings: ``rule``, ``seed``, ``batch``, ``progress``.
 
         Returns:
             The calibration, which is now part of the model and saved with it.
 
         Raises:
-            OptionError: If too few inputs, too few groups, or too few inputs like the fitting set stand behind the
-                promise, with the number needed; if metric, image size or range are not those of the fit; if the
-                model was fitted on some of the inputs.
+            OptionError: If too few inputs or groups stand behind the promise, with the number needed; if metric, image
+                size or range are not those of the fit; if the model was fitted on some of the inputs.
             GeneratorError: If the generator has changed since it was recorded.
             TrainingError: If there is no predictor yet.
         """
@@ -393,15 +335,9 @@ class EarlyExitGenerator(nn.Module):
         return self.calibration
 
     def measure_latency(self, *inputs: Any, runs: int = 20, **kwargs: Any) -> Latency:
-        """Time every exit on this machine for calls like this one, for ``deadline_ms``.
+        """Time every exit ``runs`` times on this machine for calls like this one, for ``deadline_ms``.
 
-        Args:
-            *inputs: The generator's positional inputs; their batch size is the one that deadlines hold for.
-            runs: Timed calls per exit.
-            **kwargs: The generator's keyword inputs.
-
-        Returns:
-            The times, which are now part of the model and saved with it.
+        The times, which are returned, are now part of the model and saved with it.
         """
         begun = self._begin(inputs, kwargs)
         rows = begun.samples
@@ -415,18 +351,14 @@ class EarlyExitGenerator(nn.Module):
             choice = self.router.choose(begun, request, count=False)
             render(self.split, self.branches, self.guide, begun, choice)
 
-        with torch.no_grad():
-            device = begun.key_feature.device
-            self.latency = time_exits(call, self.router.exits, rows, device, plain_numbers(runs))
+        device = begun.key_feature.device
+        self.latency = time_exits(call, self.router.exits, rows, device, plain_numbers(runs))
         return self.latency
 
     # Saving.
 
     def save(self, folder: str | Path) -> Path:
-        """Write branches, predictor, bank and settings to a folder; the generator itself is not saved.
-
-        Args:
-            folder: Made if missing; files of an earlier save are replaced.
+        """Write branches, predictor, bank and settings, not the generator, to a folder, in place of an earlier save.
 
         Raises:
             GeneratorError: If the generator has changed since it was recorded.
@@ -436,11 +368,7 @@ class EarlyExitGenerator(nn.Module):
         return write_model(folder, *parts, self.about)
 
     def restore(self, weights: dict[str, Tensor]) -> None:
-        """Give the branches saved weights, now or when the generator is recorded.
-
-        Raises:
-            CheckpointError: If they do not fit.
-        """
+        """Give the branches saved weights, now or once recorded; `CheckpointError` if they do not fit."""
         self._saved_weights = weights
         if self.is_recorded:
             self._load_weights(weights)
@@ -456,11 +384,7 @@ class EarlyExitGenerator(nn.Module):
     # Copies.
 
     def __getstate__(self) -> dict[str, Any]:
-        """State for `copy.deepcopy` and `pickle`: what `save` writes, the generator and the example inputs.
-
-        Raises:
-            GeneratorError: If the generator has changed since it was recorded.
-        """
+        """State for `copy.deepcopy` and `pickle`: what `save` writes, the generator and the example inputs."""
         state = {k: v for k, v in self.__dict__.items() if k not in ("_lock", "_decomposition")}
         if self._decomposition is not None:
             self.split.check_generator()
@@ -478,8 +402,7 @@ class EarlyExitGenerator(nn.Module):
         super().__setstate__(state)
         self._lock, self._decomposition = threading.Lock(), None
         if example is not None:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", RetroExitWarning)  # the user has seen them
+            with silence():  # the user has seen them
                 self.record(*example[0], **example[1])
             for branch, values in zip(self.branches, facts, strict=True):
                 branch.restore_facts(values)  # type: ignore[operator]

@@ -5,14 +5,17 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from retroexit.errors import OptionError, TrainingError
 from retroexit.model import EarlyExitGenerator
+from retroexit.plugins.description import Description
+from retroexit.plugins.host import host
 
-__all__ = ["EarlyExitDecoder", "attach_whole"]
+__all__ = ["EarlyExitDecoder", "Part", "part_to_wrap"]
 
 _SHARED = ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules")
 _PASSED_ON = ("gradient_checkpointing", "_gradient_checkpointing_func")  # what diffusers sets on a decoder
@@ -133,19 +136,34 @@ class EarlyExitDecoder(nn.Module):
             super().__setattr__(name, value)
 
 
-def attach_whole(model: EarlyExitGenerator, whole: nn.Module, name: str) -> EarlyExitGenerator:
-    """Let a wrapped decoder stand for the autoencoder that it is part of; attributes and methods are its own.
+@dataclass(frozen=True)
+class Part:
+    """The part of a generator that gets exits: itself, or the decoder of an autoencoder."""
 
-    The autoencoder is not changed: ``model.whole`` is a shallow copy with another decoder.
+    generator: nn.Module
+    adapter: Description | str | bool | None  # as `retroexit.wrap` takes it
+    description: Description
+    whole: nn.Module | None = None  # the autoencoder
+    name: str = ""  # attribute of the autoencoder that is the generator
 
-    Args:
-        model: The wrapped decoder.
-        whole: The autoencoder.
-        name: Attribute of the autoencoder that is the decoder.
-    """
-    duplicate = copy.copy(whole)
-    for shared in _SHARED:
-        vars(duplicate)[shared] = vars(whole)[shared].copy()
-    setattr(duplicate, name, EarlyExitDecoder(model))
-    vars(model).update(whole=duplicate)
-    return model
+    def complete(self, model: EarlyExitGenerator) -> EarlyExitGenerator:
+        """Give a wrapped decoder the attributes and methods of its autoencoder, which itself does not change."""
+        if self.whole is not None:
+            duplicate = copy.copy(self.whole)
+            for shared in _SHARED:
+                vars(duplicate)[shared] = vars(self.whole)[shared].copy()
+            setattr(duplicate, self.name, EarlyExitDecoder(model))
+            vars(model).update(whole=duplicate)
+        return model
+
+
+def part_to_wrap(
+    generator: nn.Module, adapter: Description | str | bool | None = None, *, has_inputs: bool = False
+) -> Part:
+    """Describe a generator; of an autoencoder without inputs of its own, describe the decoder."""
+    description = host().describe(generator, adapter)
+    if description.decoder is None or has_inputs:
+        return Part(generator, adapter, description)
+    decoder = getattr(generator, description.decoder)
+    adapter = None if isinstance(adapter, Description) else adapter
+    return Part(decoder, adapter, host().describe(decoder, adapter), generator, description.decoder)

@@ -23,9 +23,10 @@ def test_the_demo_command_wraps_fits_and_reports(tmp_path, monkeypatch, capsys):
 
     @functools.wraps(run_demo)  # the command reads the types of its options
     def shorter(*args, **kwargs):
-        made.append(run_demo(*args, test_scenes=3, **kwargs))
+        made.append(run_demo(*args, **kwargs))
 
     monkeypatch.setattr(demo, "run_demo", shorter)
+    monkeypatch.setattr(demo, "TEST_SCENES", 3)
     arguments = ["demo", "--steps", "2", "--scenes", "16", "--metric", "ms-ssim", "--out", str(tmp_path)]
     with pytest.raises(SystemExit) as ended:
         cli.main(arguments)

@@ -1,6 +1,8 @@
 """Calls of a wrapped generator: which stages run, gradients, exits per sample."""
 
 import copy
+import threading
+import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -243,6 +245,48 @@ def test_threads_share_a_model(model):
     with ThreadPoolExecutor(4) as pool:
         outputs = list(pool.map(render, calls * 5))
     assert all(torch.equal(a, b) for a, b in zip(outputs, expected * 5, strict=True))
+
+
+def test_checks_of_new_shapes_leave_random_numbers_of_other_threads_alone():
+    waiting, numbers = [], []
+
+    class Meets(nn.Sequential):
+        def forward(self, x):
+            while waiting:  # another thread draws a number in the middle of the call
+                thread = threading.Thread(target=waiting.pop())
+                thread.start()
+                thread.join()
+            return super().forward(x)
+
+    generator = Meets(*(nn.Conv2d(4, 4, 3, padding=1) for _ in range(4))).eval()
+    stages, example = ["0", "1", "2"], (torch.rand(2, 4, 8, 8),)
+    model = retroexit.wrap(generator, [1], 1 / 2, stages=stages, min_channels=2, example_inputs=example)
+    x, state = torch.rand(3, 4, 12, 8), torch.get_rng_state()
+    expected = torch.rand(2).tolist()
+    torch.set_rng_state(state)
+    waiting.append(lambda: numbers.append(float(torch.rand(1))))
+    model(x, exit=1)
+    assert [*numbers, float(torch.rand(1))] == expected
+
+
+def test_silence_is_of_one_thread(recwarn):
+    warnings.simplefilter("always")
+    begun, done = threading.Event(), threading.Event()
+
+    def be_silent():
+        with errors.silence():
+            begun.set()
+            done.wait(5)
+
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(be_silent)
+        begun.wait(5)
+        errors.warn("of this thread", 1)
+        done.set()
+        other.result()
+    with errors.silence():
+        errors.warn("of nobody", 1)
+    assert [str(warning.message) for warning in recwarn] == ["of this thread"]
 
 
 def test_a_call_keeps_nothing_on_the_model(model, toy):

@@ -14,6 +14,7 @@ from retroexit.standin import EarlyExitDecoder
 
 __all__ = ["EarlyExitDecoder", "early_exits", "gather_latents"]
 
+
 @contextmanager
 def early_exits(
     pipe: Any, model: EarlyExitGenerator, exit: int | None = None, threshold: float | None = None, **routing: Any

@@ -12,8 +12,6 @@ from gain.training import CONTROLS
 from retroexit.report.figures import density, metric_label
 from retroexit.report.text_tables import table
 
-__all__ = ["draw", "summary"]
-
 Row = dict[str, Any]
 
 

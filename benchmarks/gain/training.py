@@ -18,17 +18,15 @@ from retroexit.core.samples import ImageRange, Samples
 from retroexit.guidance import GuidanceBank, build_bank, with_slopes
 from retroexit.model import EarlyExitGenerator
 from retroexit.plugins import host
-from retroexit.training.cache import IMAGE, FeatureCache, guidance_names
+from retroexit.training.cache import IMAGE, FeatureCache, chunks, guidance_names
 from retroexit.training.losses import L1, TrainingLoss
 from retroexit.training.settings import FitSettings
 from retroexit.training.steps import Cropper, Steps
 from retroexit.training.trainer import BranchTrainer, train_branches
 
-__all__ = ["CONTROLS", "Bench", "noise", "shuffled"]
-
 Guides = Callable[[Sequence[int]], Tensor]
 CONTROLS = ("shuffled", "noise")
-SCHEDULE = ("steps", "lr", "schedule", "clip", "ema", "bfloat16")
+SCHEDULE = ("steps", "lr", "clip", "ema", "bfloat16")
 
 
 class Bench:
@@ -70,7 +68,7 @@ class Bench:
         retriever = host().retriever(guidance.retriever)()
         if not folder.exists():
             bank = build_bank(
-                ((cache.read(key, rows), list(rows)) for rows in _chunks(len(cache), 16)),
+                ((cache.read(key, rows), list(rows)) for rows in chunks(len(cache), 16)),
                 lambda rows: cache.read(value, rows),
                 patch=taps.patch,
                 size=guidance.size,
@@ -78,7 +76,7 @@ class Bench:
                 retriever=retriever,
             )
             if guidance.order:
-                maps = ((cache.read(key, rows), cache.read(value, rows)) for rows in _chunks(len(cache), 16))
+                maps = ((cache.read(key, rows), cache.read(value, rows)) for rows in chunks(len(cache), 16))
                 bank = with_slopes(bank, maps, len(cache) * taps.queries)
             bank.save(folder)
         return GuidanceBank.load(folder, retriever_class=type(retriever))
@@ -125,10 +123,8 @@ class Bench:
         taps = model.decomposition.taps
         assert taps is not None
         key, _ = guidance_names(taps, model.split.cuts[0].feature.name)
-        results = [
-            bank.search(cache.read(key, rows), torch.as_tensor(rows) if in_bank else None)
-            for rows in _chunks(len(cache), 64)
-        ]
+        parts = chunks(len(cache), 64)
+        results = [bank.search(cache.read(key, rows), torch.as_tensor(rows) if in_bank else None) for rows in parts]
         ids = torch.cat([part.ids for part in results])
         distance = torch.cat([part.distances.sqrt().flatten(1).mean(1) for part in results])
         retrieved: Guides = lambda rows: bank.glue(  # noqa: E731
@@ -173,7 +169,7 @@ class Bench:
     def _compared(self, cache: FeatureCache, render: Guides) -> list[float]:
         """Loss of every rendered image to the backbone's."""
         losses = []
-        for rows in _chunks(len(cache), 4):
+        for rows in chunks(len(cache), 4):
             images = render(rows), cache.read(IMAGE, rows)
             losses.append(self.case.metric(*(self.limits.to_signed(image).float() for image in images)))
         return [round(float(loss), 5) for loss in torch.cat(losses)]
@@ -202,7 +198,3 @@ def _crossing(model: EarlyExitGenerator, index: int) -> list[str]:
 
 def _file_name(value: object) -> str:
     return "".join(c if c.isalnum() or c in "-_." else "_" for c in str(value))
-
-
-def _chunks(count: int, size: int) -> list[list[int]]:
-    return [list(range(begin, min(begin + size, count))) for begin in range(0, count, size)]

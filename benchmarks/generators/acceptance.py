@@ -18,8 +18,6 @@ from collections.abc import Mapping, Sequence
 
 from generators.entry import expand
 
-__all__ = ["judge_stages"]
-
 
 def judge_stages(stages: Sequence[str], expected: str, work: Mapping[str, int] | None = None) -> str:
     """Compare detected stages with a person's; empty if a person would accept them, else what is wrong.

@@ -16,8 +16,6 @@ import torch
 
 from generators.entry import Entry, Made
 
-__all__ = ["ENTRIES"]
-
 
 def oasis(folder: Path) -> Made:
     module = _load(folder, "models.generator")

@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["Entry", "Made", "expand", "of_library"]
-
 
 @dataclass
 class Made:

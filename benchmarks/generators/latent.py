@@ -8,8 +8,6 @@ import torch
 
 from generators.entry import Entry, Made, of_library
 
-__all__ = ["ENTRIES"]
-
 
 def _diffusers(name: str, make: Any, stages: str, **more: Any) -> Entry:
     return Entry(f"diffusers-{name}", make, stages, ["diffusers"], **more)

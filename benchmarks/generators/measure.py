@@ -22,8 +22,6 @@ from retroexit.core.nested import cloned, rebuild, tensors
 from retroexit.model import EarlyExitGenerator
 from retroexit.tracing.record import record
 
-__all__ = ["SCALES", "BranchRow", "Row", "make", "measure_entry"]
-
 SCALES = (1 / 4, 1 / 15)
 _SHRUNK = 2 / 3  # a branch shrinks if neither parameters nor MACs exceed this share of the tail's
 

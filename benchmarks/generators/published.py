@@ -10,8 +10,6 @@ import torch
 
 from generators.entry import Entry, Made, of_library
 
-__all__ = ["ENTRIES"]
-
 
 def biggan() -> Made:
     from pytorch_pretrained_biggan import BigGAN, BigGANConfig

@@ -15,8 +15,6 @@ from generators.entry import Entry, Made
 from retroexit.core.nested import cloned
 from retroexit.model import EarlyExitGenerator
 
-__all__ = ["check", "check_copies", "wrap_everywhere", "write"]
-
 
 def wrap_everywhere(entry: Entry, made: Made) -> EarlyExitGenerator:
     """Wrap with an exit after every stage but the last, where one is possible; a sole stage gets one before it."""

@@ -19,8 +19,6 @@ from retroexit.evaluation.sweep import Evaluation, OperatingPoint
 from retroexit.metrics import QualityMetric
 from retroexit.routing.policy import assign_by_budget
 
-__all__ = ["Point", "exit_points", "network_point", "seconds_of", "thresholds_of"]
-
 Draw = Callable[[Tensor], Tensor]
 """Makes images ``(N, C, H, W)`` of a batch of latents."""
 

@@ -27,8 +27,6 @@ from retroexit.training.settings import FitSettings, divide
 from retroexit.training.steps import Cropper, Step, Steps
 from retroexit.training.trainer import averaged, learning_rate
 
-__all__ = ["Student", "Training", "early_exits", "prune", "tune", "tuned"]
-
 ROUND_TO = 4  # the groups of the decoder's norms; also what pruned widths are multiples of
 
 

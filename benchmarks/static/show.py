@@ -8,8 +8,6 @@ from pathlib import Path
 from retroexit.report.text_tables import table
 from static.measuring import Point
 
-__all__ = ["LIMIT", "OURS", "STATIC", "draw", "floors", "floors_table", "points_table", "verdicts", "verdicts_table"]
-
 LIMIT = 0.1
 OURS = ("ours by image", "ours by budget")
 STATIC = ("thin student", "student, longer", "Torch-Pruning", "one exit")

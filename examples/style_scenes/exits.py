@@ -31,8 +31,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import retroexit
-from retroexit.evaluation.promise import promise_summary
-from retroexit.evaluation.sweep import Evaluation, OperatingPoint
+from retroexit.evaluation.sweep import Evaluation, OperatingPoint, promise_summary
 from retroexit.metrics import LPIPS
 from retroexit.report.text_tables import promise_table, sweep_table, table
 

@@ -1,7 +1,4 @@
-"""One app of all commands, those of plug-ins included.
-
-A command is a function with typer's annotations; its docstring is the help, ``Example:`` the end of it.
-"""
+"""One app of all commands, those of plug-ins included."""
 
 import inspect
 import logging

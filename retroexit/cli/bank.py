@@ -1,7 +1,6 @@
-"""``retroexit bank``: build a guidance bank, show one, compare one with its generator."""
+"""``retroexit bank``: build a guidance bank, check and show one."""
 
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +11,6 @@ import retroexit
 from retroexit.cli import options
 from retroexit.cli.load_target import example_of, load_generator, load_made, load_object
 from retroexit.core.files import MANIFEST
-from retroexit.core.identity import fingerprint
 from retroexit.core.samples import Samples
 from retroexit.errors import OptionError
 from retroexit.guidance.bank import GuidanceBank
@@ -21,40 +19,11 @@ from retroexit.training.stream_bank import stream_bank, stream_banks
 
 _EXAMPLE = "\b\nExample: retroexit bank"
 bank = typer.Typer(
-    help="Build guidance banks, show and verify them.",
+    help="Build guidance banks, check and show them.",
     epilog=f"{_EXAMPLE} info runs/decoder/bank-*",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
-Folder = Annotated[Path, Argument(help="Folder of a bank: what build wrote, or FIT/bank-*.")]
-
-
-@dataclass(frozen=True)
-class Taps:
-    """Where keys and values come from."""
-
-    key_after: Annotated[str | None, Option(help="Stage that keys are cut from, 1 by default.")] = None
-    key: Annotated[
-        str | None, Option(help="For a bank of frames: function that gives a key per input, package.module:name.")
-    ] = None
-    value_after: Annotated[
-        str | None, Option(help="Stage that values are cut from, or image; by default the middle one.")
-    ] = None
-    patch: Annotated[int, Option(min=1, help="Side of a key's patch.")] = 1
-
-    def wrap(self, generator: Any, example: Any, samples: Any, **more: Any) -> retroexit.EarlyExitGenerator:
-        """Wrap a generator with one branch, which never runs: a bank needs the taps only."""
-        args, kwargs = example_of(example, samples)
-        guidance = retroexit.Guidance(
-            key=False if self.key is None else load_object(self.key),
-            value_after=None if self.value_after is None else options.parse_places(self.value_after)[0],
-            patch=(self.patch, self.patch),
-            **more,
-        )
-        places = options.parse_places(self.key_after or "1")
-        return retroexit.wrap(
-            generator, places, guidance=guidance, example_inputs=args, example_kwargs=kwargs, scale=1.0
-        )
 
 
 Thinning: Any = options.group_of(
@@ -78,10 +47,17 @@ def build(
     target: options.Target,
     inputs: Annotated[str, Option(help="Samples: package.module:name.")],
     out: Annotated[Path, Option(help="Folder for the bank.")],
-    taps: Taps,
     thinning: Thinning,
     streaming: Streaming,
     factory_arguments: options.FactoryArguments = "",
+    key_after: Annotated[str, Option(help="Stage that keys are cut from.")] = "1",
+    key: Annotated[
+        str | None, Option(help="For a bank of frames: function that gives a key per input, package.module:name.")
+    ] = None,
+    value_after: Annotated[
+        str | None, Option(help="Stage that values are cut from, or image; by default the middle one.")
+    ] = None,
+    patch: Annotated[int, Option(min=1, help="Side of a key's patch.")] = 1,
     identities: Annotated[
         str | None, Option(help="For a bank per identity: one name per sample, package.module:name.")
     ] = None,
@@ -95,9 +71,18 @@ def build(
         raise OptionError(f"{out} already holds a bank. Name a new folder.", out)
     generator, example = load_generator(target, factory_arguments)
     samples = load_made(inputs)
-    model = taps.wrap(generator, example, samples, **vars(thinning))
+    args, kwargs = example_of(example, samples)
+    guidance = retroexit.Guidance(
+        key=False if key is None else load_object(key),
+        value_after=None if value_after is None else options.parse_places(value_after)[0],
+        patch=(patch, patch),
+        **vars(thinning),
+    )
+    # One branch, which never runs: a bank needs the taps only.
+    settings: dict[str, Any] = {"example_inputs": args, "example_kwargs": kwargs, "guidance": guidance}
+    model = retroexit.wrap(generator, options.parse_places(key_after), 1.0, **settings)
     scratch = out.with_name(f"{out.name}.part")
-    settings: dict[str, Any] = {**vars(streaming), "scratch": scratch}
+    settings = {**vars(streaming), "scratch": scratch}
     streamed, make = Samples(samples, seed), host().retriever(thinning.retriever)
     with options.resumable():
         if identities is None:
@@ -111,44 +96,10 @@ def build(
 
 
 @bank.command(epilog=f"{_EXAMPLE} info runs/decoder/bank-*")
-def info(folder: Folder) -> None:
-    """Show what a bank holds, what it was made from and how well its keys cover the inputs."""
-    typer.echo(_facts(_load(folder)))
-
-
-@bank.command(epilog=f"{_EXAMPLE} verify runs/decoder/bank-* mymodels:decoder --key-after 1")
-@options.grouped
-def verify(
-    folder: Folder,
-    taps: Taps,
-    target: Annotated[str | None, Argument(help=options.TARGET)] = None,
-    factory_arguments: options.FactoryArguments = "",
-    inputs: Annotated[str | None, Option(help="Samples, if the factory returns no inputs.")] = None,
-) -> None:
-    """Check every file of a bank, that every key finds its own pair, and that the generator is the bank's.
-
-    With --key-after or --key, taps and patches are compared as well: name them as for build.
-    """
-    expected, model = None, None
-    if target is not None:
-        generator, example = load_generator(target, factory_arguments)
-        expected = fingerprint(generator)
-        if taps.key_after is not None or taps.key is not None:
-            model = taps.wrap(generator, example, None if inputs is None else load_made(inputs))
-    loaded = _load(folder, expected)
-    if model is not None:
-        model.bank = loaded
-    typer.echo(f"files whole, values finite, {loaded.check()} of {len(loaded)} keys find themselves")
-    if target is not None:
-        typer.echo(f"backbone is the one that the bank was built with: {expected}")
-    if model is not None:
-        taken = loaded.meta
-        typer.echo(f"keys from {taken['key_tap']}, values from {taken['value_tap']}, as expected")
-
-
-def _load(folder: Path, expected: str | None = None) -> GuidanceBank:
+def info(folder: Annotated[Path, Argument(help="Folder of a bank: what build wrote, or FIT/bank-*.")]) -> None:
+    """Check a bank's files, and show what it holds, what it was made from and how well its keys cover the inputs."""
     retriever_class = host().retriever(GuidanceBank.retriever_name(folder))
-    return GuidanceBank.load(folder, expected, retriever_class=retriever_class)
+    typer.echo(_facts(GuidanceBank.load(folder, retriever_class=retriever_class)))
 
 
 def _save(made: GuidanceBank, out: Path) -> None:

@@ -1,10 +1,8 @@
 """``retroexit doctor`` and ``retroexit plugins``: the machine, the installation, what extends it."""
 
 import dataclasses
-import hashlib
 import importlib
 import importlib.metadata
-import json
 import os
 import platform
 import re
@@ -12,32 +10,25 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 import typer
-from typer import Option
 
+from retroexit.errors import WeightsError
+from retroexit.metrics.weights import hub_file, hub_path
 from retroexit.plugins.host import host
 from retroexit.report.text_tables import table
 
-Status = Literal["ok", "warn", "fail"]
-
-_BACKENDS = {"faiss": "faiss-cpu", "hnswlib": "hnswlib"}
-_LPIPS_FILES = {
-    "alex": "alexnet-owt-7be5be79.pth",
-    "squeeze": "squeezenet1_1-b8a52dc0.pth",
-    "vgg": "vgg16-397923af.pth",
-}
 _COMBINED = ("all", "demo", "dev", "test", "zoo")  # made of other extras, or not for users
 
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """A result: ``warn`` is slow or incomplete, ``fail`` is broken; ``hint`` says what to do, if anything."""
+    """A result: ``hint`` says what to do, if anything."""
 
     name: str
-    status: Status
+    status: Literal["ok", "warn", "fail"]  # warn is slow or incomplete, fail is broken
     detail: str
     hint: str = ""
 
@@ -56,16 +47,13 @@ def doctor() -> None:
         raise typer.Exit(1)
 
 
-def plugins(as_json: Annotated[bool, Option("--json", help="Print JSON objects instead.")] = False) -> None:
+def plugins() -> None:
     """List the installed plug-ins, the hooks of each one, and the names that it offers there.
 
     Example:
         retroexit plugins
     """
     installed = host().installed()
-    if as_json:
-        typer.echo(json.dumps([{**dataclasses.asdict(p), "state": p.state} for p in installed], indent=1))
-        return
     rows = [[p.name, p.distribution, p.version, p.state, ", ".join(p.hooks)] for p in installed]
     typer.echo(table(["plug-in", "distribution", "version", "state", "hooks"], rows))
     offers = sorted((hook, p.name, " ".join(names)) for p in installed for hook, names in p.offers.items())
@@ -139,7 +127,7 @@ def _dependencies() -> Iterator[Check]:
 
 
 def _backends() -> Iterator[Check]:
-    for module, distribution in _BACKENDS.items():
+    for module, distribution in (("faiss", "faiss-cpu"), ("hnswlib", "hnswlib")):
         try:
             importlib.import_module(module)
         except Exception as error:  # a compiled module can fail in more ways than ImportError
@@ -150,26 +138,23 @@ def _backends() -> Iterator[Check]:
 
 
 def _lpips_weights() -> Iterator[Check]:
-    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    folder = hub_path("alex").parent
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     if existing.is_dir() and os.access(existing, os.W_OK | os.X_OK):
         yield Check("cache folder", "ok", f"{folder} is writable")
     else:
         hint = "set TORCH_HOME to a folder that you may write to"
         yield Check("cache folder", "fail", f"{folder}: nothing can be written to {existing}", hint)
-    for net, file in _LPIPS_FILES.items():
-        path, name = folder / file, f"lpips weights: {net}"
+    for net in ("alex", "squeeze", "vgg"):
+        path, name = hub_path(net), f"lpips weights: {net}"
         if not path.is_file():
-            hint = f"downloaded at first use; offline, copy {file} into {folder} or give LPIPS(weights=...)"
-            yield Check(name, "warn", f"{file} is not in {folder}", hint)
+            hint = f"downloaded at first use; offline, copy {path.name} into {folder} or give LPIPS(weights=...)"
+            yield Check(name, "warn", f"{path.name} is not in {folder}", hint)
             continue
-        with path.open("rb") as opened:
-            digest = hashlib.file_digest(opened, "sha256").hexdigest()
-        if digest.startswith(path.stem.rpartition("-")[2]):
-            yield Check(name, "ok", f"{file}, its hash is right")
-        else:
-            detail = f"{path} is damaged: its sha256 begins with {digest[:8]}"
-            yield Check(name, "fail", detail, "delete the file; it is downloaded again at next use")
+        try:
+            yield Check(name, "ok", f"{hub_file(net).name}, its hash is right")
+        except WeightsError as error:
+            yield Check(name, "fail", str(error))
 
 
 def _plugins() -> Iterator[Check]:

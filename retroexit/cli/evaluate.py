@@ -12,7 +12,7 @@ import retroexit
 from retroexit.cli import options
 from retroexit.cli.load_target import example_of, load_generator, load_made
 from retroexit.errors import OptionError
-from retroexit.evaluation.promise import EXPECTATION, left_out_rows, promise_summary
+from retroexit.evaluation.sweep import EXPECTATION, left_out_rows, promise_summary
 from retroexit.fit import measure_times
 from retroexit.model import EarlyExitGenerator
 from retroexit.report.report import write_report
@@ -49,11 +49,7 @@ def calibrate(
     alpha: options.Alpha = 0.05,
     confidence: options.Confidence = 0.95,
     rule: Annotated[
-        str,
-        Option(
-            help="margin: one margin for all exits; bound: a bound for each exit; worst-group: no promise, but the "
-            "margin that held for every group when it was left out."
-        ),
+        str, Option(help="margin, or worst-group: no promise, but the margin that held for every group when left out.")
     ] = "margin",
     holds_for: Annotated[
         str, Option(help="What is promised together: one threshold, the listed ones (--threshold), or all.")
@@ -125,8 +121,8 @@ def report(
 ) -> None:
     """Write one HTML page and summary.json from what evaluate measured, without measuring again.
 
-    The page holds exits, thresholds, the promise, the paper's figures, images, versions and hashes. It loads
-    nothing from the network.
+    The page holds exits, thresholds, the promise, the paper's figures, images, versions and hashes. It loads nothing
+    from the network.
 
     Example:
         retroexit report runs/decoder --threshold 0.05 --threshold 0.1
@@ -139,7 +135,6 @@ def report(
         evaluation,
         saved.strips,
         title=title or saved.title or f"{evaluation.about.get('generator', 'A generator')} with early exits",
-        headline=saved.headline,
         command=saved.command,
         thresholds=threshold or None,
         unguided=None if unguided is None else read_evaluation(find_report(unguided)),

@@ -77,7 +77,6 @@ Training: Any = options.group_of(
     batch="Samples per step, over all processes.",
     crop="Train on windows of this many pixels.",
     lr="Largest learning rate.",
-    schedule="Learning rate: cosine or constant.",
     clip="Largest norm of a gradient; 0 does not clip.",
     ema="Decay of the average of the weights that is saved; 0 saves the last ones.",
     features="Weight of the layers' distance to the backbone's.",
@@ -89,7 +88,6 @@ Training: Any = options.group_of(
     seed="Seed of everything random.",
     bfloat16="Train under bfloat16 autocast.",
     checkpoint_every="Steps between checkpoints.",
-    together=Annotated[bool, Option("--together/--one-by-one", help="Train all branches side by side.")],
     cache="Keep backbone features on disk.",
     cache_batch="Samples per pass of the backbone.",
     tensorboard="Write scalars and images to OUT/tensorboard.",
@@ -234,7 +232,8 @@ def _plan(model: EarlyExitGenerator, samples: Any, out: Path, arguments: dict[st
     if job.plan.equalise:
         yield f"equalised: weights are multiplied by what the first {job.plan.equalise} steps show"
     yield cost
-    yield f"would write to {out}: {', '.join(_files(model, job))}"
+    size = len(job.inputs) * bytes_per_sample(model, Samples(job.inputs)) / 1e6 if job.settings.cache else 0
+    yield f"would write to {out}, with {size:,.1f} MB of cached features"
     yield "dry run: nothing was trained or written"
     for error in missing.values():
         raise error
@@ -244,12 +243,11 @@ def _work(model: EarlyExitGenerator, job: FitJob, metric: str) -> str:
     settings = job.settings
     trained, held_out = divide(len(job.inputs), settings)
     windows = "whole images" if settings.crop is None else f"windows of {settings.crop} pixels"
-    order = "side by side" if settings.together else "one by one"
     aside = f", {len(job.aside)} to calibrate on" if job.aside else ""
     lines = [
         f"samples: {len(job.inputs) + len(job.aside)}, {len(trained)} to train branches on, {len(held_out)} "
         f"held out{aside}",
-        f"steps: {len(model.branches)} branches {order} x {settings.steps}, batches of {settings.batch} "
+        f"steps: {len(model.branches)} branches x {settings.steps}, batches of {settings.batch} "
         f"{windows}; predictor {settings.predictor_steps}; metric {metric}; loss "
         + " + ".join(f"{weight:g} {name}" for name, weight in settings.losses.items()),
         f"predictor: {settings.predictor}, reads {settings.predict_from or 'what the adapter says, else features'}",
@@ -273,8 +271,8 @@ def _term(name: str, job: FitJob, branches: int, missing: Mapping[str, WeightsEr
         untrained = {"auto": "none: as the adapter makes it, untrained", "none": ""}
         source = untrained.get(losses.discriminator, losses.discriminator)
     elif name == GAZE:
-        assert plan.gaze is not None
-        network, source = f"{type(plan.gaze).__name__}, {_size(plan.gaze)}", losses.gaze
+        gaze: Any = plan.terms[GAZE]
+        network, source = f"{type(gaze.network).__name__}, {_size(gaze.network)}", losses.gaze
     elif name in missing:
         source = "not found, see below"
     else:
@@ -290,26 +288,12 @@ def _size(module: nn.Module) -> str:
     return f"{sum(p.numel() for p in module.parameters()):,} parameters"
 
 
-def _files(model: EarlyExitGenerator, job: FitJob) -> Iterator[str]:
-    if job.settings.cache:
-        samples = Samples(job.inputs)
-        yield f"cache ({len(samples) * bytes_per_sample(model, samples) / 1e6:,.1f} MB)"
-    if model.options.guidance is not None:
-        yield f"bank (up to {model.options.guidance.size:,} pairs)"
-    yield "branches"
-    if job.settings.tensorboard:
-        yield "tensorboard"
-    yield from ("losses.npy", "fit.json", "weights", "model.json")
-    if job.aside:
-        yield "calibration"
-
-
 def _cost(model: EarlyExitGenerator, job: FitJob, missing: Mapping[str, WeightsError], metric: str) -> str:
     settings = job.settings
     cost = estimate_fit(model, job.inputs, settings, job.plan, job.limits)
     total = settings.steps * cost.step_macs
     if not settings.cache:
-        total += settings.steps * cost.backbone_macs * (1 if settings.together else cost.branches)
+        total += settings.steps * cost.backbone_macs
     macs = []
     for count in (cost.step_macs, total):
         unit, scale = unit_of(count)
@@ -319,7 +303,6 @@ def _cost(model: EarlyExitGenerator, job: FitJob, missing: Mapping[str, WeightsE
     names = ", ".join(metric if name == QUALITY else name for name in missing)
     without = f", {names} not counted, since {'its' if len(missing) == 1 else 'their'} weights were not found"
     return (
-        f"cost: {macs[0]} and {cost.step_seconds:.2f} s a step of all branches, {macs[1]} in all; about "
-        f"{duration} and {cost.memory / 1e6:,.0f} MB besides the generator, from two steps on this machine"
-        f"{without if missing else ''}"
+        f"cost: {macs[0]} and {cost.step_seconds:.2f} s a step of all branches, {macs[1]} in all; about {duration} and "
+        f"{cost.memory / 1e6:,.0f} MB besides the generator, from two steps on this machine{without if missing else ''}"
     )

@@ -78,15 +78,9 @@ def _next_steps(decoder: Decoder, target: str, arguments: str, image: Any) -> st
         floor = max(4, min(channels) // 4)
         keywords, options = f", min_channels={floor}", f"{options} --min-channels {floor}"
     if image is not None:
-        keywords, options = f"{keywords}, image={image!r}", f"{options} --image {_quoted(str(image))}"
-    made = f" --args {_quoted(arguments)}" if arguments else ""
+        keywords, options = f"{keywords}, image={image!r}", f"{options} --image {shlex.quote(str(image))}"
+    made = f" --args {shlex.quote(arguments)}" if arguments else ""
     return (
         f"\nto go on:\n  model = retroexit.wrap(generator, attach_at={places}, scale=1 / 4{keywords})\n"
-        f"  retroexit fit {_quoted(target)}{made} --inputs mydata:train \\\n      {options} --out runs/mine"
+        f"  retroexit fit {shlex.quote(target)}{made} --inputs mydata:train \\\n      {options} --out runs/mine"
     )
-
-
-def _quoted(text: str) -> str:
-    """Quote a word for the shell, readably if it holds single quotes only."""
-    plain = "'" in text and not set(text) & set('"$`\\!')
-    return f'"{text}"' if plain else shlex.quote(text)

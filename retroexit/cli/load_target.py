@@ -133,9 +133,8 @@ def load_made(spec: str, arguments: str = "") -> Any:
 def load_generator(spec: str, arguments: str = "") -> tuple[nn.Module, Inputs | None]:
     """Make a generator, in eval mode, and its positional and keyword inputs, if there are any.
 
-    ``spec`` names the generator, or what makes it with ``arguments``, Python literals. A function may return
-    ``(generator, inputs)`` or ``(generator, inputs, keyword inputs)``: ``inputs`` is a tuple of positional
-    inputs, a dict of keyword inputs, or the only input.
+    ``spec`` names the generator, or what makes it with ``arguments``. A function may return ``(generator, inputs)`` or
+    ``(generator, inputs, keyword inputs)``: ``inputs`` is a tuple, a dict of keyword inputs, or the only input.
     """
     made = load_made(spec, arguments)
     parts = made if isinstance(made, tuple) and 2 <= len(made) <= 3 else (made,)
@@ -172,8 +171,8 @@ def example_of(example: Inputs | None, samples: Any) -> Inputs:
 def random_inputs(texts: Sequence[str], like: nn.Module) -> Inputs:
     """Draw one input for each shape, on the device of a module and by default in its precision.
 
-    Texts are ``1,32,16,32``; ``z=1,32`` for a keyword input; ``1,77:int`` for whole numbers, 0 or 1, or
-    another type of torch, ``1,3,8,8:float16``; nothing before the colon for a single number.
+    Texts are ``1,32,16,32``; ``z=1,32`` for a keyword input; ``1,77:int`` for whole numbers, 0 or 1, or another type of
+    torch, ``1,3,8,8:float16``; nothing before the colon for a single number.
     """
     parameter = next((p for p in like.parameters() if p.is_floating_point()), torch.zeros(()))
     args: list[Tensor] = []

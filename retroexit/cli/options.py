@@ -63,8 +63,8 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
 def group_of(source: Callable[..., Any], **options: Any) -> Any:
     """Make a group of options from arguments of a function or fields of a dataclass, with their defaults.
 
-    ``options`` are the help of every option, or its annotation. What is no number and no flag is a text.
-    Counts must be at least 1, other numbers and those with the default 0 at least 0.
+    ``options`` are the help of every option, or its annotation. What is no number and no flag is a text. Counts must be
+    at least 1, other numbers and those with the default 0 at least 0.
     """
     hints, simple, group = get_type_hints(source), (str, bool, int, float), []
     for name, option in options.items():

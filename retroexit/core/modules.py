@@ -1,12 +1,11 @@
 """Modules: their device, deep copies, and the multiply-accumulates (MACs, the paper's "GFLOPs") of a call.
 
-1 MAC = 2 FLOPs. Convolutions, matrix products and attention count; interpolation, norms and activations do
-not.
+1 MAC = 2 FLOPs. Convolutions, matrix products and attention count; interpolation, norms and activations do not.
 """
 
 import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -59,6 +58,20 @@ def clone_module(module: nn.Module, memo: dict[int, Any] | None = None, *, share
         if parameter.is_floating_point():
             parameter.requires_grad_(True)
     return duplicate
+
+
+@contextlib.contextmanager
+def watching(module: nn.Module, paths: Iterable[str], see: Callable[[str, Any, Any, Any], None]) -> Iterator[None]:
+    """Call ``see(path, args, kwargs, output)`` after every call of some submodules inside the block."""
+    handles = []
+    try:
+        for path in paths:
+            hook = lambda _, *call, path=path: see(path, *call)  # noqa: E731
+            handles.append(module.get_submodule(path).register_forward_hook(hook, with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class _NoModules(contextlib.nullcontext[None]):

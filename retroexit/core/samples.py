@@ -17,18 +17,6 @@ from retroexit.core.modules import tensor_bytes
 from retroexit.core.nested import flatten, rebuild
 from retroexit.errors import OptionError, OutputError
 
-__all__ = [
-    "ImageRange",
-    "Samples",
-    "conversion_advice",
-    "drawing_from",
-    "example_call",
-    "measure_range",
-    "moved",
-    "plain_numbers",
-    "smaller_maps",
-]
-
 _LEAST_SIDE = 8
 
 
@@ -58,17 +46,13 @@ def smaller_maps(inputs: Any) -> Any:
 def _cropped(x: Any, factor: int) -> Any:
     if not isinstance(x, Tensor) or x.dim() < 4:
         return x
-    return x[(..., *(slice(side // factor) for side in x.shape[2:]))].contiguous()
+    place: Any = (..., *(slice(side // factor) for side in x.shape[2:]))
+    return x[place].contiguous()
 
 
 def plain_numbers(value: Any) -> Any:
     """Turn NumPy's numbers inside a nested value into Python's, and its arrays into lists."""
-    is_numpy = isinstance(value, (np.generic, np.ndarray))
-    return value.tolist() if is_numpy else rebuild(value, _plain_number)
-
-
-def _plain_number(leaf: Any) -> Any:
-    return leaf.tolist() if isinstance(leaf, (np.generic, np.ndarray)) else leaf
+    return rebuild(value, lambda leaf: leaf.tolist() if isinstance(leaf, (np.generic, np.ndarray)) else leaf)
 
 
 def conversion_advice(value: Any) -> str:
@@ -82,11 +66,7 @@ def conversion_advice(value: Any) -> str:
 
 
 def example_call(inputs: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Check ``example_inputs`` and ``example_kwargs``; returns them as ``(args, kwargs)``.
-
-    Raises:
-        OptionError: If they are a single input or arrays.
-    """
+    """Return ``example_inputs`` and ``example_kwargs`` as ``(args, kwargs)``; `OptionError` for one input or arrays."""
     kind = type(inputs).__name__
     advice = conversion_advice((inputs, kwargs))
     if advice:
@@ -108,10 +88,10 @@ class Samples:
     """Inputs of a generator, one sample at a time, stacked to batches.
 
     Args:
-        items: A sequence. Each item is one sample without the batch axis: a tensor, a tuple or list of
-            positional inputs, or a dict of keyword inputs. A tensor ``(S, ...)`` counts as S samples.
-        seed: A batch that begins at sample ``i`` is run with the random seed ``seed + i``, so that noise
-            drawn inside the generator repeats.
+        items: A sequence of samples without the batch axis: tensors, tuples or lists of positional inputs, or dicts of
+            keyword inputs. A tensor ``(S, ...)`` counts as S samples.
+        seed: A batch that begins at sample ``i`` is run with the random seed ``seed + i``, so that noise drawn inside
+            the generator repeats.
 
     Raises:
         OptionError: If there are no samples, or the first has a wrong type.
@@ -154,11 +134,7 @@ class Samples:
         )
 
     def gather(self, indices: Sequence[int]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Stack samples to one batch ``(args, kwargs)``.
-
-        Raises:
-            OptionError: If they differ in structure, in shape, or in a value that is not a tensor.
-        """
+        """Stack samples to one batch ``(args, kwargs)``; `OptionError` if they differ in more than tensors' numbers."""
         samples = [self.split(self.items[i]) for i in indices]
         flat = [dict(flatten(sample)) for sample in samples]
         for index, parts in zip(indices, flat, strict=True):
@@ -178,11 +154,7 @@ class Samples:
             yield (indices, *self.gather(indices))
 
     def check_alike(self) -> None:
-        """Refuse samples that make no batch together.
-
-        Raises:
-            OptionError: If they differ in structure, in shape, or in a value that is not a tensor.
-        """
+        """Raise `OptionError` for samples that make no batch together."""
         for index in range(1, len(self)):
             self.gather([0, index])
 
@@ -199,11 +171,9 @@ class Samples:
 
     def distinct(self) -> list[int]:
         """List the samples that do not repeat an earlier one, by their hashes."""
-        first: dict[bytes, int] = {}
+        first: dict[str, int] = {}
         for index in range(len(self)):
-            total = hashlib.sha256()
-            self._hash(index, total)
-            first.setdefault(total.digest(), index)
+            first.setdefault(Samples([self.items[index]]).digest(), index)
         return list(first.values())
 
     def _hash(self, index: int, total: Any) -> None:
@@ -232,15 +202,10 @@ def _stack(path: tuple[Any, ...], leaves: list[Any]) -> Any:
 
 @dataclass(frozen=True)
 class ImageRange:
-    """The nominal range of a generator's images.
+    """The nominal range of a generator's images."""
 
-    Attributes:
-        low: Value of black.
-        high: Value of white.
-    """
-
-    low: float
-    high: float
+    low: float  # value of black
+    high: float  # value of white
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
@@ -260,13 +225,10 @@ class ImageRange:
 
 
 def measure_range(image: Tensor) -> ImageRange:
-    """Decide from real images whether their range is [0, 1], [-1, 1] or [0, 255].
+    """Decide from one or more images of any shape whether their range is [0, 1], [-1, 1] or [0, 255].
 
-    Decoders rarely clamp their output, so 99.8 % of the values may leave the range by 15 % of its span. A
-    range is accepted only if the image also uses a good part of it.
-
-    Args:
-        image: One or more images of the generator, any shape. More images make the result safer.
+    Decoders rarely clamp their output, so 99.8 % of the values may leave the range by 15 % of its span. A range is
+    accepted only if the image also uses a good part of it.
 
     Raises:
         OutputError: If the values are not finite, or clearly fit none of the three ranges.

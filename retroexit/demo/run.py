@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from retroexit.plugins.host import host
 from retroexit.report.text_tables import sweep_table
 
 ATTACH_AT, SCALES, MIN_CHANNELS = (1, 2, 3, 4), (1 / 4, 1 / 4, 1 / 3, 1 / 2), 12
+TEST_SCENES = 96
 FIT_SEED, TEST_SEED = 1, 2  # disjoint blocks of a thousand scenes, not used to train the generator
 
 
@@ -55,33 +57,20 @@ def run_demo(
     weights: Path | None = None,
     steps: int = 300,
     scenes: int = 256,
-    test_scenes: int = 96,
     say: Callable[[str], None] = print,
     command: str | None = None,
 ) -> tuple[EarlyExitGenerator, Evaluation]:
-    """Run the whole demo in a folder; return the fitted model and its evaluation.
-
-    ``scenes`` are drawn to fit on, ``test_scenes`` to evaluate on; ``say`` prints a line.
-    """
+    """Run the whole demo in a folder on so many ``scenes``; return the fitted model and its evaluation."""
     begin = time.monotonic()
     quality = pick_metric(metric, weights, say)
     model = wrap_scene_generator()
     say(str(model))
-    fit(
-        model,
-        scene_inputs(scenes, FIT_SEED),
-        out / quality.name,
-        metric=quality,
-        steps=steps,
-        batch=8,
-        crop=64,
-        predictor_steps=600,
-        checkpoint_every=100,
-    )
+    settings: dict[str, Any] = {"steps": steps, "crop": 64, "predictor_steps": 600, "checkpoint_every": 100}
+    fit(model, scene_inputs(scenes, FIT_SEED), out / quality.name, metric=quality, **settings)
     report = out / "report"
     result = evaluate(
         model,
-        scene_inputs(test_scenes, TEST_SEED),
+        scene_inputs(TEST_SCENES, TEST_SEED),
         report,
         metric=quality,
         title="Street scenes: a SPADE generator with four early exits",
@@ -90,7 +79,7 @@ def run_demo(
     )
     means = result.loss.mean(0)
     thresholds = sorted({round(float(t), 3) for t in (0.75 * means.min(), *means, 1.25 * means.max())})
-    say(f"\nQuality loss ({quality.name}) of every exit to the backbone, on {test_scenes} other scenes:")
+    say(f"\nQuality loss ({quality.name}) of every exit to the backbone, on {TEST_SCENES} other scenes:")
     say("  " + "  ".join(f"exit {k}: {m:.3f}" for k, m in enumerate(means, 1)))
     say(f"\nRouted by threshold, predictor and retrieval counted:\n{sweep_table(result, thresholds)}")
     say(f"\nreport with pictures: {report / 'report.html'}   ({time.monotonic() - begin:.0f} s)")

@@ -1,8 +1,8 @@
 """Label maps of drawn street scenes, the inputs of the shipped generator, in place of Cityscapes (section 4.1).
 
-A small world, from an empty country road to a crowded town, is projected through a pinhole camera and drawn
-from far to near. `examples/scene_pictures.py` paints the same scenes in colour, to train the generator on.
-Lengths are in metres: ``x`` to the right of the camera, ``y`` above the road, ``z`` ahead.
+A small world, from an empty country road to a crowded town, is projected through a pinhole camera and drawn from far to
+near. `examples/scene_pictures.py` paints the same scenes in colour, to train the generator on. Lengths are in metres:
+``x`` to the right of the camera, ``y`` above the road, ``z`` ahead.
 """
 
 import functools

@@ -1,8 +1,6 @@
 """Measure losses, costs and times of all exits of a model."""
 
 import copy
-import statistics
-import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -22,6 +20,7 @@ from retroexit.evaluation.sweep import Evaluation
 from retroexit.measuring import Measurement, check_measure, check_samples, limits_of
 from retroexit.metrics import QualityMetric
 from retroexit.model import EarlyExitGenerator
+from retroexit.routing.latency import time_turns
 
 _GUARD = "samples are out of distribution and leave at the backbone"
 _MACS = (
@@ -40,10 +39,9 @@ def measure(
     repeats: int = 9,
     progress: bool = True,
 ) -> tuple[Evaluation, Measurement]:
-    """Measure every exit of a model on inputs that it was not fitted on.
+    """Measure every exit of a model on inputs that it was not fitted on; see `retroexit.evaluate`.
 
-    Returns the evaluation, and the measurement, which can render the samples again. ``seed`` is that of the
-    noise inside the generator, ``batch`` counts samples per pass, ``repeats`` timed runs per route.
+    Returns the evaluation, and the measurement, which can render the samples again.
     """
     samples = Samples(inputs, seed)
     check_samples(model, samples, batch)
@@ -55,7 +53,10 @@ def measure(
     exits = model.exits
     with drawing_from(seed, device):
         args, kwargs = samples.gather([0])
-        seconds = np.array(_route_seconds(model, args, kwargs, repeats)) if repeats else None
+        seconds = None
+        if repeats:
+            times = time_turns(lambda k: model.route(args, kwargs, exit=k), len(exits), device, repeats)
+            seconds = np.median(times, axis=1) / 1000
         thop = cross_check(model.generator, exits[-1].macs, args, kwargs)
     evaluation = Evaluation(
         loss=losses.double().numpy(),
@@ -83,23 +84,6 @@ def measure(
     return evaluation, run
 
 
-def _route_seconds(model: EarlyExitGenerator, args: Any, kwargs: Any, repeats: int) -> list[float]:
-    """Time the routes in turn; return the median seconds of each, the backbone's last."""
-    routes = range(1, len(model.branches) + 2)
-    seconds: dict[int, list[float]] = {k: [] for k in routes}
-    device, warm_up = device_of(model.generator), 2
-    with torch.no_grad():
-        for turn in range(warm_up + repeats):
-            for k in routes:
-                begin = time.perf_counter()
-                model.route(args, kwargs, exit=k)
-                if device.type == "cuda":
-                    torch.cuda.synchronize(device)
-                if turn >= warm_up:
-                    seconds[k].append(time.perf_counter() - begin)
-    return [statistics.median(seconds[k]) for k in routes]
-
-
 def cross_check(generator: nn.Module, macs: int, args: Any, kwargs: Any = None) -> str:
     """Return a sentence that compares thop's MACs of one call with ours, or states why thop cannot count."""
     if kwargs or not all(isinstance(arg, Tensor) for arg in args):
@@ -110,14 +94,9 @@ def cross_check(generator: nn.Module, macs: int, args: Any, kwargs: Any = None) 
         return f"not counted: thop raised {type(error).__name__}: {error}"
     ratio, (unit, scale) = counted / max(macs, 1), unit_of(counted)
     text = f"{counted / scale:.3f} {unit} for the backbone, {ratio:.3f} of ours"
-    if abs(ratio - 1) < 0.01:
-        return text
-    if ratio < 1:
-        return f"{text}: thop counts by layer type; it misses functional convolutions and attention"
-    return (
-        f"{text}: thop counts by layer type; it counts norms, activations and interpolation too, and "
-        "overcounts transposed convolutions"
-    )
+    less = "misses functional convolutions and attention"
+    more = "counts norms, activations and interpolation too, and overcounts transposed convolutions"
+    return text if abs(ratio - 1) < 0.01 else f"{text}: thop counts by layer type; it {less if ratio < 1 else more}"
 
 
 def _thop_macs(generator: nn.Module, args: Any) -> int:

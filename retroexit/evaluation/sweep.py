@@ -1,7 +1,4 @@
-"""What routing would do at any threshold, from one measurement of all exits on the same samples.
-
-Paper sections 3.2 (policy), 3.4 (computational saving metric) and figures 3, 4, 6 and 7.
-"""
+"""What routing would do at any threshold, from one measurement of all exits on the same samples (paper 3.2, 3.4)."""
 
 import math
 from collections.abc import Sequence
@@ -10,11 +7,17 @@ from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from retroexit.core.files import sealed, unsealed
 from retroexit.errors import CheckpointError, OptionError, cause_of
+from retroexit.routing.calibration import Calibration, most_violations
 
 Array = npt.NDArray[np.float64]
+EXPECTATION = (
+    "A threshold is what the predictor expects, not a promise: model.calibrate(inputs), on inputs that "
+    "nothing was fitted on, makes it one."
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +34,6 @@ class OperatingPoint:
     saved: float  # 1 - share; negative when routing costs more than it saves
     mean_loss: float  # to the backbone's image
     p90_loss: float
-    p95_loss: float
     violations: float | None  # share of the samples whose true loss is above the threshold
     exit_of: npt.NDArray[np.int64]  # exit of each sample, (S,), from 1; K + 1 is the backbone
     loss_of: Array  # true loss of each sample at its exit, (S,); 0 at the backbone
@@ -50,10 +52,9 @@ class Evaluation:
         loss: Loss of each branch exit to the backbone's image, shape ``(S, K)``.
         predicted: The predictor's estimate of ``loss``, shape ``(S, K)``, or ``None`` without a predictor.
         macs: MACs of each whole route for one sample, shape ``(K + 1,)``, last = backbone.
-        overhead: MACs of predictor and, at branch exits, retrieval, that a routed call pays on top, ``(K +
-            1,)``.
+        overhead: MACs of predictor and, at branch exits, retrieval, that a routed call pays on top, ``(K + 1,)``.
         metric: What the loss is, see ``QualityMetric.describe``.
-        exits: One row per exit: index, attach_at, depth, macs, share, parameters.
+        exits: The fields of `retroexit.wrapping.exits.Exit`, one dict per exit.
         distance: Mean distance of each sample to its guide, shape ``(S,)``, or ``None``.
         ood: 1 for samples that are out of distribution and go to the backbone, else 0, shape ``(S,)``, or ``None``.
         seconds: Median wall-clock seconds of each route, shape ``(K + 1,)``, or ``None``.
@@ -109,6 +110,14 @@ class Evaluation:
             raise OptionError(f"no exit {k}; there are exits 1 to {last}, {last} is the backbone", k)
         return self._point(np.full(len(self.loss), k - 1), None)
 
+    def promised(self, calibration: Calibration, tau: float) -> OperatingPoint:
+        """Route as ``model(..., threshold=tau)`` does once it is calibrated, on other samples than these."""
+        predicted = torch.from_numpy(self.need_predicted())
+        if self.ood is not None:
+            predicted = predicted.masked_fill(torch.from_numpy(self.ood > 0)[:, None], torch.inf)
+        exits, _ = calibration.observed(torch.from_numpy(self.loss), predicted, tau)
+        return self.at_exits(exits.numpy(), tau)
+
     def at_exits(self, exits: npt.NDArray[np.int64], tau: float) -> OperatingPoint:
         """Sum up samples that a routed call sent to these exits ``(S,)``, from 1, under a threshold."""
         return self._point(np.asarray(exits) - 1, tau)
@@ -118,10 +127,7 @@ class Evaluation:
         return [self.at_threshold(tau) for tau in taus]
 
     def at_mean(self, target: float) -> OperatingPoint:
-        """Find the cheapest threshold with the largest *mean* loss that is at most ``target``, ``>= 0``.
-
-        There always is one: sending everything to the backbone has mean 0.
-        """
+        """Find the cheapest threshold with the largest *mean* loss that is at most ``target``, ``>= 0``."""
         if not 0 <= target < np.inf:
             raise OptionError(f"target must be finite and >= 0, got {target}", target)
         predicted = self.need_predicted()
@@ -146,43 +152,34 @@ class Evaluation:
         return min((p for p in points if p.mean_loss <= mean_loss + 1e-12), key=lambda p: p.mean_macs)
 
     def gain_factor(self, points: Sequence[OperatingPoint]) -> dict[str, float]:
-        """Fit the gain factor of section 3.4: computations saved per loss accepted.
+        """Fit the gain factor of section 3.4, the slope of a line through points at two or more thresholds.
 
-        The slope of a least-squares line through points at two or more thresholds (the paper's number) or
-        mean losses. Leave out points where every sample leaves at one exit: they flatten the slope. Returns
-        saved GMACs per unit of loss, and saved percent of the backbone per 0.01 of loss.
+        Leave out points where every sample leaves at one exit: they flatten the slope. Returns saved GMACs per unit of
+        threshold, and saved percent of the backbone per 0.01 of threshold.
         """
-        saved = np.array([point.saved for point in points])
-        factors: dict[str, float] = {}
-        for name in ("threshold", "mean_loss"):
-            x = np.array([getattr(point, name) for point in points], dtype=np.float64)
-            if len(x) < 2 or not np.ptp(x) > 0:
-                raise OptionError(f"points need two different values of {name}, got {x.tolist()}", points)
-            centred = x - x.mean()
-            slope = float(centred @ saved / (centred @ centred))
-            factors[f"gmacs_per_{name}"] = slope * float(self.macs[-1]) / 1e9
-            factors[f"percent_per_hundredth_{name}"] = slope  # times 100 for percent, times 0.01 of loss
-        return factors
+        taus = [float(point.threshold or 0) for point in points]
+        if len(set(taus)) < 2:
+            raise OptionError(f"points need two different values of threshold, got {taus}", points)
+        slope = float(np.polyfit(taus, [point.saved for point in points], 1)[0])
+        # 100 for percent, times 0.01 of loss.
+        return {"gmacs_per_threshold": slope * self.macs[-1] / 1e9, "percent_per_hundredth_threshold": slope}
 
     def predictor_error(self) -> dict[str, list[float | None]]:
-        """Compare predicted and true losses, exit by exit.
+        """Compare predicted and true losses: for every exit ``mean_absolute``, ``mean_relative`` and ``spearman``.
 
-        Returns lists of length ``K``: ``mean_absolute``, ``mean_relative`` (the paper's 5 %; samples without
-        loss are left out) and ``spearman``, the correlation of ranks. ``None`` where undefined.
+        ``mean_relative``, the paper's 5 %, leaves out samples without loss. ``None`` where undefined.
         """
         from scipy import stats
 
-        predicted = self.need_predicted()
-        result: dict[str, list[float | None]] = {"mean_absolute": [], "mean_relative": [], "spearman": []}
-        for true, guess in zip(self.loss.T, predicted.T, strict=True):
+        rows: list[tuple[float | None, ...]] = []
+        for true, guess in zip(self.loss.T, self.need_predicted().T, strict=True):
             error, nonzero = np.abs(guess - true), true > 0
-            is_constant = np.ptp(true) == 0 or np.ptp(guess) == 0
-            result["mean_absolute"].append(float(error.mean()))
             relative = float((error[nonzero] / true[nonzero]).mean()) if nonzero.any() else None
-            result["mean_relative"].append(relative)
+            is_constant = np.ptp(true) == 0 or np.ptp(guess) == 0
             rank = None if is_constant else float(stats.spearmanr(true, guess).statistic)
-            result["spearman"].append(rank)
-        return result
+            rows.append((float(error.mean()), relative, rank))
+        names = ("mean_absolute", "mean_relative", "spearman")
+        return dict(zip(names, map(list, zip(*rows, strict=True)), strict=True))
 
     def to_json(self) -> str:
         """Write the evaluation as plain JSON with its own digest, arrays as lists."""
@@ -230,11 +227,47 @@ class Evaluation:
             saved=1 - share,
             mean_loss=float(loss.mean()),
             p90_loss=float(np.percentile(loss, 90)),
-            p95_loss=float(np.percentile(loss, 95)),
             violations=None if tau is None else float((loss > tau).mean()),
             exit_of=leave_at + 1,
             loss_of=loss,
         )
+
+
+def promise_summary(
+    evaluation: Evaluation, calibration: Calibration | None, taus: Sequence[float]
+) -> dict[str, Any] | None:
+    """Collect promise, calibration set and observed violations as plain JSON types.
+
+    A row is ``consistent`` unless so many violations have a probability of 5 % at most if the promise holds.
+    """
+    if calibration is None or evaluation.predicted is None:
+        return None
+    samples, rows = len(evaluation.loss), []
+    for tau in taus:
+        point = evaluation.promised(calibration, tau)
+        bad = int((point.loss_of > tau).sum())
+        # Seeing `bad` or more above is as likely as seeing `samples - bad` or fewer below.
+        unlikely = most_violations(samples, 1 - calibration.alpha, 0.95) >= samples - bad
+        row = {"threshold": tau, "saved": point.saved, "mean_loss": point.mean_loss, "consistent": not unlikely}
+        expected = evaluation.at_threshold(tau).saved
+        rows.append({**row, "above": bad, "violations": bad / samples, "expected_saved": expected})
+    shares = torch.from_numpy((evaluation.macs + evaluation.overhead) / evaluation.macs[-1])
+    left_out = [row for tau in taus for row in left_out_rows(calibration, tau, shares)]
+    promise = {**calibration.describe(), "text": str(calibration), "held_out": samples, "rows": rows}
+    return {**promise, "left_out": left_out, "void": evaluation.about.get("void", [])}
+
+
+def left_out_rows(calibration: Calibration, tau: float, shares: torch.Tensor) -> list[dict[str, Any]]:
+    """Describe every group of a calibration under the limits that the others give, as JSON types.
+
+    ``shares`` is the compute of a routed sample at every exit as a share of the backbone's, ``(K + 1,)``.
+    """
+    rows = []
+    for name, (exits, losses) in calibration.left_out(tau).items():
+        row = {"threshold": tau, "group": name, "samples": len(losses)}
+        row |= {"violations": float((losses > tau).double().mean()), "saved": 1 - float(shares[exits - 1].mean())}
+        rows.append(row)
+    return rows
 
 
 def plain_json(value: object) -> object:

@@ -24,7 +24,6 @@ from retroexit.core.files import (
 from retroexit.errors import BankError, OptionError
 from retroexit.retrieval import BACKENDS, Retriever, SearchResult
 
-_CHECKED = 1024  # rows per step of a check
 _KIND, _SCHEMA = "guidance bank", 1
 _KEYS, _VALUES, _SOURCE = "keys", "values.npy", "source.npy"
 _ORIGIN = {
@@ -39,10 +38,9 @@ _ORIGIN = {
 
 
 class GuidanceBank:
-    """Key-value store of patches. It has no trained parameters, and no gradient passes through it.
+    """Key-value store of patches of maps with one to three spatial dimensions, without trained parameters.
 
-    Maps have one to three spatial dimensions. A key of a whole input (paper, section 4.2) is a map of one
-    location, ``(N, D, 1, 1)``; its value is the whole value map.
+    A key of a whole input (paper, section 4.2) is a map of one location, ``(N, D, 1, 1)``; its value is the whole map.
 
     Args:
         retriever: Index over the n keys.
@@ -129,9 +127,8 @@ class GuidanceBank:
 
         Args:
             feature: Shape ``(N, C, H, W)`` with the channels of the key features; ``H`` and ``W`` may differ.
-            exclude: Index of an input per sample, int64 ``(N,)``, whose keys are skipped, so that training
-                inputs get foreign guides like new inputs; -1 for none. If all keys are excluded, the nearest
-                is returned.
+            exclude: Index of an input per sample, int64 ``(N,)``, whose keys are skipped unless there are no others; -1
+                for none.
 
         Returns:
             Rows of the bank and squared distances, both ``(N, h, w)``, on the CPU.
@@ -171,15 +168,10 @@ class GuidanceBank:
 
     @torch.no_grad()
     def glue(self, ids: Tensor, *, feature: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Glue the values of keys into a guide, ``(N, Cv, h * ph, w * pw)`` on the CPU, in channels-last layout.
+        """Glue the values of keys ``(N, h, w)`` into a channels-last guide, ``(N, Cv, h * ph, w * pw)``, on the CPU.
 
-        Args:
-            ids: Rows of the bank, ``(N, h, w)``.
-            feature: The searched feature, ``(N, C, H, W)``; required by a bank of order 1.
-            dtype: Of the guide.
-
-        Raises:
-            BankError: If an id is not a row of the bank, or a bank of order 1 gets no feature.
+        A bank of order 1 needs the searched ``feature``, ``(N, C, H, W)``. `BankError` if it is missing, or an id is
+        not a row of the bank.
         """
         rows, table = ids.detach().cpu().numpy(), np.asarray(self.values)
         if rows.ndim != len(self.patch) + 1 or (rows.size and not 0 <= rows.min() <= rows.max() < len(self)):
@@ -205,22 +197,11 @@ class GuidanceBank:
         glued = self.glue(self.search(feature, exclude).ids, feature=feature, dtype=dtype)
         return glued.to(feature.device, feature.dtype)
 
-    @torch.no_grad()
-    def check(self) -> int:
-        """Count the keys whose own row is found for them; raise `BankError` if a value is not finite."""
-        correct = 0
-        for start in range(0, len(self), _CHECKED):
-            if not np.isfinite(self.values[start : start + _CHECKED]).all():
-                raise BankError(f"values from row {start} on are not finite. Build the bank again.", self)
-            ids = self.retriever.search(self.retriever.keys[start : start + _CHECKED]).ids[:, 0]
-            correct += int((ids == torch.arange(start, start + len(ids))).sum())
-        return correct
-
     def save(self, folder: str | Path) -> None:
-        """Write the bank to a folder, in one step.
+        """Write the bank to a folder, in one step, replacing an older bank.
 
         Raises:
-            CheckpointError: If the folder holds anything but a saved bank, which is replaced.
+            CheckpointError: If the folder holds anything else.
             OptionError: If ``meta`` is not JSON data.
             StorageError: If the disk is full.
         """

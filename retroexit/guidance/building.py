@@ -1,7 +1,7 @@
 """Build a bank: hold keys of a stream in bounded memory, thin them, compute the values of those chosen.
 
-`with_slopes` goes beyond the paper, whose guide jumps from one key's value to another's (section 3.3). With
-slopes it is ``v + S (q - k)``, and a few hundred pairs describe an image better than 100,000 plain ones.
+`with_slopes` goes beyond the paper, whose guide jumps from one key's value to another's (section 3.3). With slopes it
+is ``v + S (q - k)``, and a few hundred pairs describe an image better than 100,000 plain ones.
 """
 
 import json
@@ -38,13 +38,9 @@ _LARGEST = 2 * 2**30  # bytes of the sums that are held while fitting
 class Candidates:
     """Keys of a stream, in bounded memory, independent of how the stream is batched.
 
-    All keys are held while they fit. Then, with ``"fps"``, the newest keys are thinned to a few; when these
-    fill half of the memory, they are thinned in turn. `reach`, the sum of the radii, bounds the distance of
-    every key ever seen. With other ways of thinning, a uniform sample of the stream is held (a reservoir).
-
-    A stream that `store` wrote to ``folder`` is resumed, if ``identity``, what the keys belong to, is the
-    same. ``seen`` keys were added so far, ``held`` are held; ``shape`` is that of the features that they were
-    cut from, ``grid`` that of the patches of each.
+    All keys are held while they fit. Then, with ``"fps"``, the newest keys are thinned to a few; when these fill half
+    of the memory, they are thinned in turn. With other ways of thinning, a uniform sample is held (a reservoir). A
+    stream that `store` wrote to ``folder`` is resumed, if ``identity``, what the keys belong to, is the same.
     """
 
     def __init__(
@@ -59,9 +55,9 @@ class Candidates:
     ) -> None:
         if most < 1:
             raise OptionError(f"max_candidates must be >= 1, got {most}", most)
-        self.seen = self.held = 0
-        self.shape: tuple[int, ...] = ()
-        self.grid: tuple[int, ...] = ()
+        self.seen = self.held = 0  # keys that were added so far, and that are held
+        self.shape: tuple[int, ...] = ()  # of the features that they were cut from
+        self.grid: tuple[int, ...] = ()  # of the patches of each
         facts = {**(identity or {}), "max_candidates": most, "size": size, "thin": thin, "seed": seed}
         self._identity = json.loads(json.dumps(facts))
         self._folder, self._seed = folder, seed
@@ -149,19 +145,12 @@ class Candidates:
             self._restore(folder, facts)
 
     def _restore(self, folder: Path, facts: dict[str, Any]) -> None:
-        saved, current = facts["identity"], self._identity
-        names = sorted(saved.keys() | current.keys())
-        changes = ", ".join(
-            f"{name} was {saved.get(name)}, is {current.get(name)}"
-            for name in names
-            if saved.get(name) != current.get(name)
-        )
+        saved, now = facts["identity"], self._identity
+        names = sorted(name for name in saved.keys() | now.keys() if saved.get(name) != now.get(name))
+        changes = ", ".join(f"{name} was {saved.get(name)}, is {now.get(name)}" for name in names)
         if changes:
-            raise CheckpointError(
-                f"the unfinished bank in {folder} belongs to another build: {changes}. Use another folder, "
-                "or remove this one.",
-                folder,
-            )
+            what = f"the unfinished bank in {folder} belongs to another build: {changes}"
+            raise CheckpointError(f"{what}. Use another folder, or remove this one.", folder)
         self.seen, self.held, self._thinned, self._reach, shape, grid = facts["state"]
         self.shape, self.grid = tuple(shape), tuple(grid)
         self._random.bit_generator.state = facts["random"]
@@ -192,16 +181,16 @@ def build_bank(
 
     Args:
         features: Batches of key features ``(N, C, H, W)`` with the index of each input ``(N,)``; read once.
-        values_of: Returns the value features ``(len, Cv, Hv, Wv)`` of some inputs; ``Hv`` and ``Wv`` must be
-            multiples of the grid of key patches.
+        values_of: Returns the value features ``(len, Cv, Hv, Wv)`` of some inputs, whose sides must be multiples of the
+            grid of key patches.
         patch: Size of a key's patch, ``(ph, pw)``.
         size: Number of keys in the bank, at most.
-        thin: ``"fps"`` (the paper), ``"kmeans"``, ``"random"`` or ``"none"``; see `sampling.thin`.
+        thin: See `sampling.thin`.
         retriever: Unbuilt index; it receives the chosen keys.
         eps: Farthest point sampling stops when no candidate is farther than this from the chosen keys.
         seed: Of all random choices.
-        max_candidates: Keys held in memory before thinning; see `Candidates`.
-        candidates: Holds the keys instead of ``max_candidates``; a resumed stream continues where it stopped.
+        max_candidates: Keys held in memory before thinning.
+        candidates: Holds them instead; a resumed stream continues where it stopped.
         meta: Facts to record, plain data.
         progress: Show progress bars on a terminal.
 
@@ -305,17 +294,13 @@ def _channels_last(cells: Tensor, patch: tuple[int, ...]) -> Tensor:
 
 @torch.no_grad()
 def with_slopes(bank: GuidanceBank, maps: Iterable[tuple[Tensor, Tensor]], patches: int) -> GuidanceBank:
-    """Fit a linear map to the patches around every key, by ridge regression.
-
-    Every patch counts for the few keys nearest to it, so that one pass over the features is enough.
+    """Fit a linear map to the patches around every key, by ridge regression; returns a bank of order 1.
 
     Args:
         bank: A bank of plain values; not changed.
-        maps: Batches of key features ``(N, D, H, W)`` with the value features of the same inputs; read once.
-        patches: Number of key patches in all of them together.
-
-    Returns:
-        A bank of order 1 with the same keys; its values hold v and S.
+        maps: Batches of key features ``(N, D, H, W)`` with the value features of the same inputs; read once. Every
+            patch counts for the few keys nearest to it.
+        patches: Number of key patches in all of them.
     """
     if bank.order:
         raise BankError("the bank has slopes already. Pass a bank of plain values.", bank)

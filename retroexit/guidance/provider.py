@@ -32,23 +32,21 @@ KeyFunction = Callable[..., Tensor]
 class Guidance:
     """Settings of guidance by retrieval (paper section 3.3).
 
-    A bank holds *patches*, with keys cut from a feature of the backbone (section 4.1), or *frames*, with one
-    key per input from a function (section 4.2). Settings left open are taken from the adapter, then from the
-    defaults.
+    A bank holds *patches*, with keys cut from a feature of the backbone (section 4.1), or *frames*, with one key per
+    input from a function (section 4.2). Settings left open are taken from the adapter, then from the defaults.
 
     Attributes:
-        value_after: Stage whose output the values are cut from, by number or path, or ``"image"``. Default:
-            the middle stage for patches; the image for frames and with order 1.
-        key_after: Stage whose output the keys are cut from, by number or path. Default: the first attach
-            point, which it must not follow.
-        key: Function that makes a bank of frames: called with the generator's arguments, it returns the keys
-            ``(N, D)``. ``False`` for patches whatever the adapter says. Not saved: pass it to
-            `retroexit.load` again.
+        value_after: Stage whose output the values are cut from, by number or path, or ``"image"``. Default: the middle
+            stage for patches; the image for frames and with order 1.
+        key_after: Stage whose output the keys are cut from, by number or path. Default: the first attach point, which
+            it must not follow.
+        key: Function that makes a bank of frames: called with the generator's arguments, it returns the keys ``(N,
+            D)``. ``False`` for patches whatever the adapter says. Not saved: pass it to `retroexit.load` again.
         patch: Height and width of a key's patch; not for frames. The paper's OASIS bank uses ``(1, 1)``.
-        inject: Pass the guide to each branch's ``"input"`` (section 4.1) or to ``"every_stage"`` of it
-            (section 4.2). Default: the former for patches, the latter for frames and with order 1.
-        order: 0 for the value of the nearest key as in the paper; 1 to follow the query between keys by a
-            linear map (`with_slopes`), for values of few numbers, such as the image.
+        inject: Pass the guide to each branch's ``"input"`` (section 4.1) or to ``"every_stage"`` of it (section 4.2).
+            Default: the former for patches, the latter for frames and with order 1.
+        order: 0 for the value of the nearest key as in the paper; 1 to follow the query between keys by a linear map
+            (`with_slopes`), for values of few numbers, such as the image.
         size: Number of pairs after thinning.
         thin: ``"fps"`` (farthest points, section 4.1), ``"kmeans"``, ``"random"`` or ``"none"``.
         retriever: Name of the search back-end.
@@ -310,8 +308,7 @@ class GuideProvider:
     def guide(self, begun: Begun, rows: Tensor | None = None, retrieved: SearchResult | None = None) -> Tensor | None:
         """Glue guides ``(R, C, ...)`` of a batch, or of some rows of it; ``None`` where branches take none.
 
-        ``retrieved`` is the result of `retrieve` for the whole batch, if there is one. No bank is a
-        `BankError`.
+        ``retrieved`` is the result of `retrieve` for the whole batch, if there is one. No bank is a `BankError`.
         """
         if self.taps is None or (rows is not None and not len(rows)):
             return None

@@ -1,7 +1,7 @@
 """Thinning: which of many candidate keys a bank holds.
 
-The paper uses farthest point sampling (section 4.1), which gives the smallest radius: the worst query is
-served best. Keys nearest to centres of k-means clusters, even random keys, give a smaller mean distance.
+The paper uses farthest point sampling (section 4.1), which gives the smallest radius: the worst query is served best.
+Keys nearest to centres of k-means clusters, even random keys, give a smaller mean distance.
 """
 
 import math
@@ -23,15 +23,10 @@ _NUMBERS = 1 << 21  # converted to float64 at a time: 8192 keys of 256, 2048 of 
 
 
 def thin(keys: Tensor | np.ndarray, size: int, how: Thinning = "fps", *, eps: float = 0.0, seed: int = 0) -> Tensor:
-    """Choose at most ``size`` distinct keys; returns row numbers, int64 ``(m,)``.
+    """Choose at most ``size`` distinct keys of candidates ``(n, D)``; returns row numbers, int64 ``(m,)``.
 
-    Args:
-        keys: Candidates, ``(n, D)``.
-        size: Number of keys to choose, ``>= 1``; ``how="none"`` ignores it.
-        how: ``"fps"`` (`farthest_points`), ``"kmeans"`` (the keys nearest to the centres of clusters),
-            ``"random"`` or ``"none"`` (every distinct key).
-        eps: See `farthest_points`.
-        seed: Of all random choices.
+    ``how`` is ``"fps"`` (`farthest_points`, also for ``eps``), ``"kmeans"`` (the keys nearest to the centres of
+    clusters), ``"random"`` or ``"none"`` (every distinct key).
 
     Raises:
         OptionError, BankError, RetrieverError: If an option is out of range, or there are no finite keys.
@@ -70,13 +65,12 @@ def farthest_points(
 ) -> tuple[np.ndarray, float]:
     """Choose keys greedily, each the farthest from all chosen before (the paper's reference [19]).
 
-    The result is that of the plain greedy loop, with fewer passes: the loop runs inside a pool of the
-    farthest few hundred keys as long as its farthest key beats every key outside; then all distances are
-    updated. It stops when no key is farther than ``eps`` from the chosen ones; ``seed`` chooses the first.
+    The greedy loop runs inside a pool of the farthest few hundred keys as long as its farthest key beats every key
+    outside; then all distances are updated. It stops when no key is farther than ``eps`` from the chosen ones.
 
     Returns:
-        Row numbers of distinct keys in the order of choice, int64 ``(m,)``, and the largest distance from a
-            key to the nearest chosen one.
+        Row numbers of distinct keys in the order of choice, int64 ``(m,)``, and the largest distance from a key to the
+            nearest chosen one.
     """
     if not eps >= 0:
         raise OptionError(f"eps must be >= 0, got {eps}", eps)

@@ -1,19 +1,44 @@
 """The class of quality metrics: losses between an exit's image and the backbone's (paper, section 3.2)."""
 
+from __future__ import annotations
+
 import importlib.metadata
+import weakref
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 
 from retroexit.errors import OptionError
 
 
+class LastTarget:
+    """Remembers the features of the last target, since the images of several exits are compared with the same one."""
+
+    def __init__(self) -> None:
+        self._last: tuple[weakref.ref[Tensor], tuple[Any, ...], Any] | None = None
+
+    def features(self, target: Tensor, compute: Callable[[Tensor], Any], *key: Any) -> Any:
+        """Return ``compute(target)``, which depends on ``key``."""
+        if target.requires_grad or target.is_inference():
+            return compute(target)
+        state = (target._version, torch.is_autocast_enabled(target.device.type), torch.is_grad_enabled(), *key)
+        last = self._last  # another thread may replace it at any time
+        if last is None or last[0]() is not target or last[1] != state:
+            self._last = last = (weakref.ref(target), state, compute(target))
+        return last[2]
+
+    def __reduce__(self) -> tuple[type[LastTarget], tuple[()]]:
+        return LastTarget, ()  # weak references cannot be pickled
+
+
 class QualityMetric(nn.Module, ABC):
     """A loss between two batches of images; lower is better and 0 means equal.
 
-    Subclasses set ``name``, which thresholds and files refer to, and write :meth:`compare`. Parameters are
-    frozen, and the metric stays in eval mode inside any parent module.
+    Subclasses set ``name``, which thresholds and files refer to, and write :meth:`compare`. Parameters are frozen, and
+    the metric stays in eval mode inside any parent module.
     """
 
     name: str

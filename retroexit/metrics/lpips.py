@@ -1,6 +1,5 @@
 """LPIPS, the paper's quality metric."""
 
-import weakref
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ from torch import Tensor
 
 from retroexit.core.identity import fingerprint
 from retroexit.errors import OptionError, closest
-from retroexit.metrics.base import QualityMetric, versions_of
+from retroexit.metrics.base import LastTarget, QualityMetric, versions_of
 from retroexit.metrics.weights import empty_lpips, fill_lpips, hub_file
 
 # Below this many pixels on the shorter side a pooling layer of the network has no output.
@@ -21,9 +20,9 @@ class LPIPS(QualityMetric):
 
     Args:
         net: Feature network: ``"alex"``, ``"squeeze"`` or ``"vgg"``.
-        weights: A torchvision state dict (``features.N.*``), with the heads of the ``lpips`` package, or a
-            dict of such a ``"backbone"`` and the heads as ``"lin"`` (``linK.model.1.weight``). Default: torch
-            hub's cache folder, or a download into it.
+        weights: A torchvision state dict (``features.N.*``), with the heads of the ``lpips`` package, or a dict of such
+            a ``"backbone"`` and the heads as ``"lin"`` (``linK.model.1.weight``). Default: torch hub's cache folder, or
+            a download into it.
 
     Raises:
         OptionError: If ``net`` is unknown.
@@ -44,17 +43,11 @@ class LPIPS(QualityMetric):
         self.eval()
         self.source = str(path)
         self._file = path.name
-        self._cached: tuple[weakref.ref[Tensor], tuple[Any, ...], Any] | None = None
+        self._target = LastTarget()
         self._sha256 = fingerprint(self._network)
 
     def compare(self, a: Tensor, b: Tensor) -> Tensor:
         """Compare checked images of shape ``(N, 3, H, W)``, range ``[-1, 1]``; return ``(N,)``."""
-        # The order of the network's layers fixes the rounding of the sum.
-        start = a.new_zeros(a.shape[0], dtype=next(self.parameters()).dtype)
-        return sum((m.mean(dim=(1, 2, 3)) for m in self.maps(a, b)), start)  # (N, 1, h, w) -> (N,)
-
-    def maps(self, a: Tensor, b: Tensor) -> list[Tensor]:
-        """Return one map of distances ``(N, 1, h, w)`` per layer, finest first; the loss is the sum of means."""
         smallest, (height, width) = _SMALLEST_SIDE[self.net], a.shape[-2:]
         if min(height, width) < smallest:
             raise OptionError(
@@ -62,27 +55,16 @@ class LPIPS(QualityMetric):
                 f"{height}x{width}. Use larger images or crops, or metric='ms-ssim'.",
                 a,
             )
-        features = [self.features(a), self._target_features(b)]
-        pairs = zip(self._network.lins, *features, strict=True)
-        return [head((_unit(x) - _unit(y)) ** 2) for head, x, y in pairs]
+        # The order of the network's layers fixes the rounding of the sum.
+        dtype = next(self.parameters()).dtype
+        loss, targets = a.new_zeros(a.shape[0], dtype=dtype), self._target.features(b, self.features, dtype)
+        for head, x, y in zip(self._network.lins, self.features(a), targets, strict=True):
+            loss = loss + head((_unit(x) - _unit(y)) ** 2).mean(dim=(1, 2, 3))  # (N, 1, h, w) -> (N,)
+        return loss
 
     def features(self, x: Tensor) -> Any:
         """Return the maps of the network's layers, ``(N, C, h, w)`` each, of images in [-1, 1]."""
         return self._network.net(self._network.scaling_layer(x.to(next(self.parameters()).dtype)))
-
-    def _target_features(self, b: Tensor) -> Any:
-        """Features of ``b``, cached for several images that are compared with the same one."""
-        if b.requires_grad or b.is_inference():
-            return self.features(b)
-        dtype = next(self.parameters()).dtype
-        state = (b._version, dtype, torch.is_autocast_enabled(b.device.type), torch.is_grad_enabled())
-        cached = self._cached  # another thread may replace it at any time
-        if cached is None or cached[0]() is not b or cached[1] != state:
-            self._cached = cached = (weakref.ref(b), state, self.features(b))
-        return cached[2]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cached": None}  # weak references cannot be pickled
 
     def describe(self) -> dict[str, Any]:
         """Return name, network, weight file, hash of the numbers in use and library versions."""

@@ -1,7 +1,7 @@
 """Find the weights of LPIPS, check them, and put them into the network; random weights are never used.
 
-The order is: an explicit file, torch hub's cache folder, a download. Torch hub does not check a cached file,
-so the hash in torchvision's file names is checked here.
+The order is: an explicit file, torch hub's cache folder, a download. Torch hub does not check a cached file, so the
+hash in torchvision's file names is checked here.
 """
 
 import logging
@@ -82,6 +82,11 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
+def hub_path(net: str) -> Path:
+    """Return the place of torchvision's weights for ``net`` in torch hub's cache, whether they are there or not."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / _hub_address(net).rpartition("/")[2]
+
+
 def _hub_address(net: str) -> str:
     """Return the address of torchvision's ImageNet weights; the file name ends in the start of its sha256."""
     from torchvision import models
@@ -92,8 +97,7 @@ def _hub_address(net: str) -> str:
 
 def hub_file(net: str, owner: str | None = None) -> Path:
     """Find torchvision's weights for ``net`` in torch hub's cache, or download them; check the hash."""
-    address = _hub_address(net)
-    path = Path(torch.hub.get_dir()) / "checkpoints" / address.rpartition("/")[2]
+    address, path = _hub_address(net), hub_path(net)
     prefix = path.stem.rpartition("-")[2]
     if not path.is_file():
         logger.info("downloading %s to %s", address, path)

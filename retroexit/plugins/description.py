@@ -24,19 +24,18 @@ class Description:
             `retroexit.wrap` and `retroexit.load` then give exits to this part, unless they get inputs of the whole.
         image: Key, attribute or index of the image in the output; ``None`` if the output is the image.
         image_range: Smallest and largest value of the image, such as ``(-1.0, 1.0)``.
-        predictor_inputs: Called with the generator's arguments; returns the tensor ``(N, C, H, W)`` that the
-            predictor reads (paper 3.2). ``C`` must not vary.
+        predictor_inputs: Called with the generator's arguments; returns the tensor ``(N, C, H, W)`` that the predictor
+            reads (paper 3.2). ``C`` must not vary.
         key_after: Stage that the keys of a bank are cut from, as in `retroexit.Guidance`.
         value_after: Stage that the values are cut from, or ``"image"``, as in `retroexit.Guidance`.
-        key: Called with the generator's arguments; returns one key per input, ``(N, D)``, for a bank of whole
-            frames (paper 4.2).
-        build_stage: Builds a thin stage of this generator, as `retroexit_build_stage` does, which is the
-            default.
-        discriminator: Called with the generator; returns a new discriminator to train against the branches
-            (equation 1). It takes an image ``(N, C, H, W)`` in ``image_range`` and returns scores of any
-            shape, or a list whose last item is the score, or a list of such lists.
-        adversarial: How branches and discriminator compete (equation 1): ``"hinge"``, ``"non-saturating"`` or
-            a `retroexit.plugins.training_types.Objective`; ``None`` leaves it to the user.
+        key: Called with the generator's arguments; returns one key per input, ``(N, D)``, for a bank of whole frames
+            (paper 4.2).
+        build_stage: Builds a thin stage of this generator, as `retroexit_build_stage` does, which is the default.
+        discriminator: Called with the generator; returns a new discriminator to train against the branches (equation
+            1). It takes an image ``(N, C, H, W)`` in ``image_range`` and returns scores of any shape, or a list whose
+            last item is the score, or a list of such lists.
+        adversarial: How branches and discriminator compete (equation 1): ``"hinge"``, ``"non-saturating"`` or a
+            `retroexit.plugins.training_types.Objective`; ``None`` leaves it to the user.
 
     Raises:
         OptionError: If an attribute is out of range or of the wrong type.

@@ -1,8 +1,8 @@
 """The hooks that a plug-in may implement: signatures and documentation.
 
-A plug-in is a module or object whose functions are marked with `hookimpl`, announced under the entry-point
-group ``retroexit``. An implementation may leave out arguments. Hook wrappers are not supported. A hook of
-another version of retroexit needs ``hookimpl(optionalhook=True)``. Names of the library cannot be replaced.
+A plug-in is a module or object whose functions are marked with `hookimpl`, announced under the entry-point group
+``retroexit``. An implementation may leave out arguments. Hook wrappers are not supported. A hook of another version of
+retroexit needs ``hookimpl(optionalhook=True)``. Names of the library cannot be replaced.
 """
 
 from __future__ import annotations
@@ -49,17 +49,15 @@ def retroexit_describe(generator: nn.Module) -> Description | None:
 def retroexit_build_stage(stage: nn.Module, in_channels: int, out_channels: int) -> nn.Module | None:
     """Make a thin stage through the stage's own constructor; the first result is used, newest plug-in first.
 
-    The first stage of a branch gets the feature at its full width. The guide's channels are added wherever a
-    stage receives the guide (paper sections 3.1, 4.1, 4.2).
-
     Args:
         stage: The generator's stage at full width. It must be neither run nor changed here.
-        in_channels: Channels of the input map.
+        in_channels: Channels of the input map: the feature's full width at the first stage of a branch, and those of
+            the guide where a stage receives it.
         out_channels: Channels of the output map.
 
     Returns:
-        A new stage of the same kind, which takes the map first and then the same arguments as the full stage,
-            or ``None`` to have the stage narrowed by retroexit.
+        A new stage of the same kind, which takes the map first and then the same arguments as the full stage, or
+            ``None`` to have the stage narrowed by retroexit.
     """
 
 
@@ -77,8 +75,8 @@ def retroexit_metrics() -> dict[str, Callable[..., QualityMetric]]:  # type: ign
     """Offer losses between an exit's image and the backbone's.
 
     Returns:
-        Factories of `retroexit.metrics.QualityMetric` by the ``name`` of what they make, for ``fit(...,
-            metric=name)``. A file of weights named by the user is passed as ``weights``.
+        Factories of `retroexit.metrics.QualityMetric` by the ``name`` of what they make, for ``fit(..., metric=name)``.
+            A file of weights named by the user is passed as ``weights``.
     """
 
 
@@ -87,12 +85,11 @@ def retroexit_losses() -> dict[str, Callable[..., Any]]:  # type: ignore[empty-b
     """Offer terms of the loss that branches are trained with.
 
     Returns:
-        Factories by the name that users pass as ``fit(..., losses={name: weight})``. A factory makes a
-            callable that takes an exit's image and the backbone's, both ``(N, C, H, W)`` in [-1, 1], and
-            returns a scalar or one number per image. A term that also needs the generator's inputs has
-            ``needs_inputs = True`` and a method ``of_batch(batch)``, which takes a
-            `retroexit.plugins.training_types.TrainingBatch`. A file of weights named by the user is passed as
-            ``weights``.
+        Factories by the name that users pass as ``fit(..., losses={name: weight})``. A factory makes a callable that
+            takes an exit's image and the backbone's, both ``(N, C, H, W)`` in [-1, 1], and returns a scalar or one
+            number per image. A term that also needs the generator's inputs has ``needs_inputs = True`` and a method
+            ``of_batch(batch)``, which takes a `retroexit.plugins.training_types.TrainingBatch`. A file of weights named
+            by the user is passed as ``weights``.
     """
 
 
@@ -101,8 +98,8 @@ def retroexit_width_rules() -> dict[str, WidthFunction]:  # type: ignore[empty-b
     """Offer rules for the channel counts of a branch.
 
     Returns:
-        Functions by the name in ``wrap(..., width_rule=name)``, which take the backbone's count, the scale in
-            (0, 1] and ``min_channels``, and return an integer from 1 to the backbone's count.
+        Functions by the name in ``wrap(..., width_rule=name)``, which take the backbone's count, the scale in (0, 1]
+            and ``min_channels``, and return an integer from 1 to the backbone's count.
     """
 
 
@@ -122,8 +119,8 @@ def retroexit_commands() -> dict[str, Callable[..., Any]]:  # type: ignore[empty
     """Offer commands of the command line.
 
     Returns:
-        Functions with typer's annotations, or typer apps, by name: ``retroexit name``. The docstring becomes
-            the help text, its section ``Example:`` the end of it.
+        Functions with typer's annotations, or typer apps, by name: ``retroexit name``. The docstring becomes the help
+            text, its section ``Example:`` the end of it.
     """
 
 

@@ -1,8 +1,4 @@
-"""Find plug-ins, check them, and look up what they offer.
-
-Plug-ins are imported, and their hooks called, at the first look-up. What does not work is left out with a
-warning.
-"""
+"""Find plug-ins at the first look-up, check them, and look up what they offer; what does not work is left out."""
 
 from __future__ import annotations
 
@@ -13,7 +9,6 @@ import inspect
 import logging
 import textwrap
 import threading
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,7 +18,7 @@ import pluggy
 from torch import nn
 
 from retroexit.core.files import __version__
-from retroexit.errors import OptionError, PluginError, RetroExitError, RetroExitWarning, cause_of, closest
+from retroexit.errors import OptionError, PluginError, RetroExitError, cause_of, closest, warn
 from retroexit.metrics import QualityMetric
 from retroexit.plugins import hookspecs
 from retroexit.plugins.description import Description
@@ -162,8 +157,8 @@ class Host:
 
         Args:
             generator: The user's trained model.
-            adapter: A description; the name of the plug-in to call; ``False`` for none, ``None`` for all.
-                Without ``False``, a missing ``build_stage`` becomes that of the plug-ins.
+            adapter: A description; the name of the plug-in to call; ``False`` for none, ``None`` for all. Without
+                ``False``, a missing ``build_stage`` becomes that of the plug-ins.
 
         Raises:
             OptionError, PluginError: If the named plug-in does not recognise the generator, or is not in use.
@@ -300,7 +295,7 @@ class Host:
                 except BaseException as error:  # an import may exit the interpreter or panic
                     info.error = cause_of(error)
                     self._rejected.append(info)
-                    _warn(f"{info} is not in use: {info.error}")
+                    warn(f"{info} is not in use: {info.error}", 4)
 
     def _register(self, plugin: object, info: PluginInfo) -> None:
         """Check and register a plug-in; one that fails is removed completely."""
@@ -330,18 +325,13 @@ class Host:
         for info in affected:
             info.error = f"{info.error}; {problem}" if info.error else problem
         if affected:
-            _warn(problem if str(affected[0]) in problem else f"{affected[0]}: {problem}")
+            warn(problem if str(affected[0]) in problem else f"{affected[0]}: {problem}", 4)
 
 
 @functools.cache
 def host() -> Host:
     """Return the host of this process, which the library uses."""
     return Host()
-
-
-def _warn(text: str) -> None:
-    """Warn of a problem that is already noted: if the warning becomes an error, the next look-up goes on."""
-    warnings.warn(text, RetroExitWarning, stacklevel=5)
 
 
 def brief(value: object) -> str:

@@ -1,7 +1,4 @@
-"""A picture of a decoder: its stages from top to bottom, their costs, and the live values between them.
-
-Lengths are in inches, from the upper left corner of the sheet. Equal stages give an equal file.
-"""
+"""A picture of a decoder: stages from top to bottom, costs, and live values between them. Lengths are in inches."""
 
 from __future__ import annotations
 
@@ -55,8 +52,8 @@ def check_picture(file: str | Path) -> Path:
 def draw_decoder(stages: Sequence[Stage], file: str | Path, title: str = "") -> None:
     """Draw the stages of a decoder, one row each, to an ``.svg``, ``.png`` or ``.pdf`` file.
 
-    A row shows path, size, share of the MACs spent and, for a suggested exit, its largest saving. Lines on
-    the right show live values from where each is made to its last use.
+    A row shows path, size, share of the MACs spent and, for a suggested exit, its largest saving. Lines on the right
+    show live values from where each is made to its last use.
     """
     path = check_picture(file)
     import matplotlib
@@ -89,8 +86,8 @@ def draw_decoder(stages: Sequence[Stage], file: str | Path, title: str = "") -> 
         kind = path.suffix.lower()[1:]
         # Dates would make equal pictures differ.
         stamp = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)
-        with replacing(path) as file:
-            figure.savefig(file, format=kind, dpi=160, metadata=stamp)
+        with replacing(path) as opened:
+            figure.savefig(opened, format=kind, dpi=160, metadata=stamp)
 
 
 def _draw_stages(axes: Axes, stages: Sequence[Stage]) -> None:

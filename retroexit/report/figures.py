@@ -1,7 +1,4 @@
-"""The paper's figures 3, 4, 6, 7, 8, 9 and 10, drawn from an evaluation, each as the text of an SVG.
-
-Matplotlib is used without global state. Figures are 5.6 inches wide, legible on a screen of 400 pixels.
-"""
+"""The paper's figures 3, 4, 6, 7, 8, 9 and 10, drawn from an evaluation, each as the text of an SVG."""
 
 from __future__ import annotations
 
@@ -195,9 +192,8 @@ def predictor_enforcement(figure: Figure, evaluation: Evaluation) -> None:
 def difficulty_against_distance(figure: Figure, evaluation: Evaluation, tau: float | None = None) -> None:
     """Draw distance to the guide against difficulty (paper, figure 10).
 
-    Above: the distances of the samples that leave at each exit, by default for the median loss of the first
-    exit as ``tau``. Below: each sample's loss at the first exit. Exits are chosen by prediction, if there is
-    a predictor.
+    Above: the distances of the samples that leave at each exit, by default for the median loss of the first exit as
+    ``tau``. Below: each sample's loss at the first exit. Exits are chosen by prediction, if there is a predictor.
     """
     distance = evaluation.distance
     if distance is None:

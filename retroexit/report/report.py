@@ -12,8 +12,7 @@ import numpy as np
 from retroexit.core.files import replacing
 from retroexit.core.modules import unit_of
 from retroexit.errors import MissingExtraError, OptionError
-from retroexit.evaluation.promise import EXPECTATION, promise_summary
-from retroexit.evaluation.sweep import Evaluation, highlighted, plain_json, thresholds_for
+from retroexit.evaluation.sweep import EXPECTATION, Evaluation, highlighted, plain_json, promise_summary, thresholds_for
 from retroexit.report import figures
 from retroexit.report.saved_report import SavedReport, hashes, model_facts, save_report
 from retroexit.report.strips import Strip, data_address
@@ -26,7 +25,6 @@ def write_report(
     strips: Sequence[Strip],
     *,
     title: str,
-    headline: str | None = None,
     command: str | None = None,
     thresholds: Sequence[float] | None = None,
     unguided: Evaluation | None = None,
@@ -35,8 +33,7 @@ def write_report(
     """Write ``report.html``, whose path is returned, ``summary.json``, and what it takes to write them again.
 
     If the model is in the folder or one above, the page shows its hashes. What the evaluation does not hold
-    (predictions, distances, seconds) is left out. ``headline`` is by default the saving at the highlighted
-    threshold: 0.1, or else the middle one. ``unguided`` are the same exits without guidance, for one figure.
+    (predictions, distances, seconds) is left out. ``unguided`` are the same exits without guidance, for one figure.
     """
     taus = sorted(set(thresholds_for(evaluation) if thresholds is None else thresholds))
     if not taus:
@@ -46,7 +43,7 @@ def write_report(
     manifest = {} if model is None else model[1]
     summary = {"title": title, "command": command, "hashes": dict(hashes(manifest))}
     summary |= _summary(evaluation, taus, calibration)
-    summary["headline"] = headline or _headline(summary, highlighted(taus))
+    summary["headline"] = _headline(summary, highlighted(taus))
     html = _template().render(
         summary,
         evaluation=evaluation,
@@ -59,7 +56,7 @@ def write_report(
         facts=_facts_of(evaluation, manifest),
         expectation=EXPECTATION,
     )
-    save_report(folder, SavedReport(title, headline, command, list(strips)))
+    save_report(folder, SavedReport(title, command, list(strips)))
     text = json.dumps(summary, indent=1, default=plain_json, allow_nan=False)
     for name, content in (("report.html", html), ("summary.json", text + "\n")):
         with replacing(folder / name) as file:
@@ -124,9 +121,8 @@ def _headline(summary: dict[str, Any], picked: float) -> str:
     if promise is not None:  # a calibrated model routes by its promise
         row = next(row for row in promise["rows"] if row["threshold"] == picked)
         return (
-            f"At a threshold of {picked:g} {label}, {_percent(row['saved'])} of the backbone's compute is "
-            f"saved under {_claim(promise)}; here {row['above']} of {promise['held_out']} "
-            f"do, mean {row['mean_loss']:.3g}."
+            f"At a threshold of {picked:g} {label}, {_percent(row['saved'])} of the backbone's compute is saved under "
+            f"{_claim(promise)}; here {row['above']} of {promise['held_out']} do, mean {row['mean_loss']:.3g}."
         )
     if row is None:
         first = summary["fixed"][0]

@@ -1,7 +1,4 @@
-"""The parts of a report, saved beside it, so that it can be written again without measuring again.
-
-``evaluation.json`` holds the numbers, ``report.json`` the texts and names of images, ``strips/`` the images.
-"""
+"""The parts of a report, saved beside it, so that it can be written again without measuring again."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +23,6 @@ class SavedReport:
     """Texts and images of a report."""
 
     title: str | None = None  # heading of the page, or None if unknown
-    headline: str | None = None  # first sentence; None for the default one
     command: str | None = None  # command line that measured
     strips: list[Strip] = field(default_factory=list)  # images
 
@@ -46,7 +42,7 @@ def save_report(folder: Path, report: SavedReport) -> None:
                 Image.fromarray(pixels).save(opened, "png", optimize=True)
             images.append([caption, file, sha256_of(folder / file)])
         rows.append({"label": strip.label, "chosen": strip.chosen, "images": images})
-    texts = {"title": report.title, "headline": report.headline, "command": report.command, "strips": rows}
+    texts = {"title": report.title, "command": report.command, "strips": rows}
     write_json(folder / _TEXTS, texts)
 
 
@@ -61,7 +57,7 @@ def read_report(folder: Path) -> SavedReport:
             Strip(row["label"], [(c, _pixels(folder, *file)) for c, *file in row["images"]], row["chosen"])
             for row in texts["strips"]
         ]
-        return SavedReport(texts["title"], texts["headline"], texts["command"], strips)
+        return SavedReport(texts["title"], texts["command"], strips)
 
 
 def _pixels(folder: Path, file: str, digest: str) -> np.ndarray:

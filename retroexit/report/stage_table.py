@@ -1,7 +1,4 @@
-"""The table of a decoder: its module tree with the stages numbered, what they cost, what is live.
-
-It fits into 100 columns: long names are shortened, runs of equal stages folded, live values numbered.
-"""
+"""The table of a decoder in 100 columns: its module tree with the stages numbered, what they cost, what is live."""
 
 import math
 import textwrap

@@ -14,7 +14,6 @@ from torch.nn import functional
 
 from retroexit.core.nested import tensors
 from retroexit.core.samples import ImageRange, Samples
-from retroexit.errors import OptionError
 from retroexit.evaluation.sweep import Evaluation, highlighted, thresholds_for
 from retroexit.measuring import Measurement
 
@@ -28,16 +27,6 @@ class Strip:
     label: str  # what the input is, such as "hardest input"
     images: list[tuple[str, npt.NDArray[np.uint8]]]  # caption and pixels (H, W, 3), uint8, of each image
     chosen: int | None  # index of the image that routing chose; None frames none
-
-    def __post_init__(self) -> None:
-        if self.chosen is not None and not 0 <= self.chosen < len(self.images):
-            raise OptionError(f"chosen must be an index of {len(self.images)} images, got {self.chosen}")
-        for caption, pixels in self.images:
-            if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.size == 0:
-                raise OptionError(
-                    f"pixels of image {caption!r} must be uint8 of shape (H, W, 3), got {pixels.dtype} of "
-                    f"shape {pixels.shape}"
-                )
 
 
 def pick_strips(run: Measurement, evaluation: Evaluation, show: Callable[..., Tensor] | None = None) -> list[Strip]:

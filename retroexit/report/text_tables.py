@@ -1,4 +1,4 @@
-"""Tables of the exits of a wrapped generator and of sweeps over thresholds."""
+"""Tables of evaluations and promises as plain text."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,18 +11,9 @@ from retroexit.wrapping.exits import table
 def sweep_table(evaluation: Evaluation, thresholds: Sequence[float]) -> str:
     """Show what routing saves at some thresholds, predictor and retrieval counted."""
     rows = []
-    for tau in thresholds:
-        point = evaluation.at_threshold(tau)
-        rows.append(
-            [
-                f"{tau:g}",
-                f"{100 * point.saved:z.1f} %",
-                f"{point.mean_loss:.4f}",
-                f"{point.p90_loss:.4f}",
-                "" if point.violations is None else f"{100 * point.violations:.1f} %",
-                " ".join(map(str, point.counts)),
-            ]
-        )
+    for point in evaluation.sweep(thresholds):
+        losses = [f"{point.mean_loss:.4f}", f"{point.p90_loss:.4f}", _percent(point.violations)]
+        rows.append([f"{point.threshold:g}", _percent(point.saved), *losses, " ".join(map(str, point.counts))])
     return table(["threshold", "saved", "mean", "90 %", "violations", "samples per exit"], rows)
 
 
@@ -31,39 +22,32 @@ def limits_table(model: EarlyExitGenerator, thresholds: Sequence[float]) -> str:
     calibration, rows, shares = model.calibration, [], model.router.shares()
     assert calibration is not None
     for tau in thresholds:
-        limits = [f"{limit:.4f}" if limit >= 0 else "none" for limit in calibration.limits(tau).tolist()]
+        limit = float(calibration.limits(tau)[0])
         exits, losses = calibration.observed(calibration.losses, calibration.predicted, tau)
-        saved, above = 1 - float(shares[exits - 1].mean()), int((losses > tau).sum())
-        accepted = limits[0] if len(set(limits)) == 1 else " ".join(limits)
-        rows.append([f"{tau:g}", accepted, f"{100 * saved:z.1f} %", f"{above} of {len(losses)}"])
+        above = f"{int((losses > tau).sum())} of {len(losses)}"
+        accepted = f"{limit:.4f}" if limit >= 0 else "none"
+        rows.append([f"{tau:g}", accepted, _percent(1 - float(shares[exits - 1].mean())), above])
     return table(["threshold", "predictions up to", "saved", "above"], rows)
 
 
 def left_out_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Show every group under the limits that the others give, see `retroexit.evaluation.promise.left_out_rows`."""
-    cells = [
-        [
-            f"{row['threshold']:g}",
-            row["group"],
-            str(row["samples"]),
-            *(f"{100 * row[name]:z.1f} %" for name in ("saved", "violations")),
-        ]
-        for row in rows
-    ]
+    """Show every group under the limits that the others give, see `left_out_rows`."""
+    cells = []
+    for row in rows:
+        shares = [_percent(row["saved"]), _percent(row["violations"])]
+        cells.append([f"{row['threshold']:g}", row["group"], str(row["samples"]), *shares])
     return table(["threshold", "group left out", "samples", "saved", "above"], cells)
 
 
 def promise_table(promise: dict[str, Any]) -> str:
-    """Show what held-out samples do under a promise, see `retroexit.evaluation.promise.promise_summary`."""
-    rows = [
-        [
-            f"{row['threshold']:g}",
-            f"{100 * row['saved']:z.1f} %",
-            f"{row['mean_loss']:.4f}",
-            f"{row['above']} of {promise['held_out']}",
-            f"{100 * row['violations']:.1f} %",
-            "yes" if row["consistent"] else "no",
-        ]
-        for row in promise["rows"]
-    ]
+    """Show what held-out samples do under a promise, see `promise_summary`."""
+    rows = []
+    for row in promise["rows"]:
+        cells = [f"{row['threshold']:g}", _percent(row["saved"]), f"{row['mean_loss']:.4f}"]
+        above = [f"{row['above']} of {promise['held_out']}", _percent(row["violations"])]
+        rows.append([*cells, *above, "yes" if row["consistent"] else "no"])
     return table(["threshold", "saved", "mean", "above", "violations", "consistent"], rows)
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:z.1f} %"

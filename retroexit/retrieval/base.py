@@ -1,8 +1,4 @@
-"""The base class of all retrieval back-ends, and the arithmetic that they share.
-
-A back-end implements `Retriever._build` and `Retriever._search`. The base class validates what goes in and
-comes out, removes duplicate keys, centres the keys, ranks candidates by exact distance, saves and loads.
-"""
+"""The base class of all retrieval back-ends, and the arithmetic that they share."""
 
 from __future__ import annotations
 
@@ -86,9 +82,8 @@ class SearchResult:
 class Retriever(ABC):
     """A nearest-neighbour index over the keys of a guidance bank (paper, section 3.3).
 
-    A back-end sets ``name`` and implements `_build` and `_search`; and `_dump`, `_restore` and `_made_by` to
-    save a slow index. It receives distinct, centred, finite, contiguous float32 rows. `_search` may be called
-    from several threads at once, but not during `build`.
+    A back-end sets ``name`` and implements `_build` and `_search`; and `_dump`, `_restore` and `_made_by` to save a
+    slow index. It receives distinct, centred, finite, contiguous float32 rows. Several threads may call `_search`.
 
     Args:
         threads: CPU threads, ``>= 1``. More than one slows down torch's own pool beside it.
@@ -121,10 +116,10 @@ class Retriever(ABC):
 
     @abstractmethod
     def _search(self, queries: np.ndarray, k: int) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
-        """Return rows of the ``k <= n`` nearest keys, integers ``(Q, k)`` in any order; -1 for none.
+        """Return rows of the ``k <= n`` nearest keys, integers ``(Q, k)`` or more, in any order; -1 for none.
 
-        There may be more columns. With ``(rows, floor)``, no other key is nearer than the Euclidean distance
-        ``floor``, ``(Q,)``; queries whose result it does not prove are searched exactly.
+        With ``(rows, floor)``, no other key is nearer than ``floor``, ``(Q,)``; what that does not prove is searched
+        exactly.
         """
 
     def _dump(self, path: Path) -> None:  # noqa: B027  (optional)
@@ -169,10 +164,7 @@ class Retriever(ABC):
         return f"{type(self).__name__}({len(self)} keys x {self.width}, threads={self.threads}{options})"
 
     def build(self, keys: Tensor | np.ndarray) -> Self:
-        """Index these keys, in place of any earlier ones.
-
-        Args:
-            keys: Shape ``(n, D)``, any dtype, device and layout; copied.
+        """Index keys ``(n, D)`` of any dtype, device and layout, in place of any earlier ones.
 
         Raises:
             RetrieverError: If there are no keys, the shape is not ``(n, D)``, or a key is not finite.
@@ -188,9 +180,7 @@ class Retriever(ABC):
         return self
 
     def search(self, queries: Tensor | np.ndarray, k: int = 1) -> SearchResult:
-        """Find the ``k`` nearest keys of every query; pass all patches of all images in one call.
-
-        Of keys that are equal bit for bit only the first is returned.
+        """Find the ``k`` nearest keys of every query; of equal keys only the first is returned.
 
         Args:
             queries: Shape ``(Q, D)``, any dtype, device and layout. ``Q`` may be 0.
@@ -200,8 +190,8 @@ class Retriever(ABC):
             Ids and exact squared distances, both ``(Q, k)``, nearest first, equal distances by id.
 
         Raises:
-            RetrieverError: If nothing was built, the width differs from the keys', a query is not finite,
-                ``k`` is out of range, or the back-end returns ids that do not exist.
+            RetrieverError: If nothing was built, the width differs from the keys', a query is not finite, ``k`` is out
+                of range, or the back-end returns ids that do not exist.
         """
         if not len(self):
             raise RetrieverError(f"the index {self.name!r} is empty. Call build(keys) first.", self)
@@ -247,13 +237,9 @@ class Retriever(ABC):
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
-        """Read what `save` wrote.
+        """Read what `save` wrote, or index the keys of another back-end; `CheckpointError` if a file is damaged.
 
-        A native index is read only if its file is unchanged; otherwise it is built again from the keys. Keys
-        saved by another back-end are indexed with this one's default options.
-
-        Raises:
-            CheckpointError: If a file is missing or damaged.
+        A native index is read only if its file is unchanged; otherwise it is built again from the keys.
         """
         manifest = read_manifest(folder, _KIND, _SCHEMA)
         with reading(Path(folder) / MANIFEST, "Build and save the retriever again."), _safe_settings():

@@ -1,7 +1,7 @@
 """Exact search: float32 blocks, or bfloat16 first with a bound that proves the result.
 
-Where a processor multiplies bfloat16 natively, comparing rounded rows costs a third. Rounding moves rows by
-known lengths, so that every key that is not a candidate is farther than a known floor.
+Where a processor multiplies bfloat16 natively, comparing rounded rows costs a third. Rounding moves rows by known
+lengths, so that every key that is not a candidate is farther than a known floor.
 """
 
 from __future__ import annotations
@@ -30,18 +30,16 @@ _FAR = 1e38
 class ExactRetriever(Retriever):
     """Exhaustive search by blocks of one matrix product; costs ``Q * n * D`` multiply-adds.
 
-    With bfloat16, rounded keys are compared first, sixteen candidates again in float32. Where rounding could
-    hide the nearest key, the query is searched in float32, so that the results are the same.
+    With bfloat16, rounded keys are compared first, sixteen candidates again in float32; the results are the same.
 
     Args:
         device: Where the keys are held and compared, such as ``"cpu"`` or ``"cuda"``.
-        precision: ``"float32"``, ``"bfloat16"``, or ``"auto"``: bfloat16 on processors that multiply it
-            natively, for large banks whose keys are far enough apart.
+        precision: ``"float32"``, ``"bfloat16"``, or ``"auto"``: bfloat16 on processors that multiply it natively, for
+            large banks whose keys are far enough apart.
         threads: Recorded only: the search runs in torch's own thread pool, see `torch.set_num_threads`.
 
     Raises:
-        OptionError: If the device or the precision does not exist; on `build`, if the device cannot hold the
-            keys.
+        OptionError: If the device or the precision does not exist; on `build`, if the device cannot hold the keys.
     """
 
     name = "exact"
@@ -167,9 +165,8 @@ class RoundedKeys:
     def _augmented(self, rows: Tensor, sign: int) -> tuple[Tensor, Tensor, Tensor]:
         """Round rows and append columns, so that a product of two rows is half their squared distance.
 
-        Rounding a score then costs a share of the distance, not of the lengths. ``sign`` is 1 for keys, -1
-        for queries. Returns rows of the table, lengths of the rounded rows, and how far rounding moved each
-        row.
+        ``sign`` is 1 for keys, -1 for queries. Returns rows of the table, lengths of the rounded rows, and how far
+        rounding moved each row.
         """
         table = torch.zeros((len(rows), self._table.shape[1]), dtype=torch.bfloat16, device=rows.device)
         head = table[:, : self.width].copy_(rows)

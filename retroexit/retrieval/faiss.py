@@ -54,18 +54,16 @@ class FaissRetriever(Retriever):
     """Any FAISS index that its factory string can name.
 
     Args:
-        index: Factory string: ``"Flat"`` (exact), ``"HNSW16"``, ``"IVF256,Flat"``,
-            ``"IVF1024,PQ64,RFlat"``...
+        index: Factory string: ``"Flat"`` (exact), ``"HNSW16"``, ``"IVF256,Flat"``, ``"IVF1024,PQ64,RFlat"``...
         nprobe: Lists visited per query by an IVF index; 32 if ``None``, at most all of them.
         ef: Candidates held while an HNSW index is searched; 64 if ``None``.
         ef_construction: Candidates held while it is built; 200 if ``None``.
-        refine: Candidates per neighbour that are compared exactly, for indexes of compressed keys; 8 if
-            ``None`` and the string ends in a refinement such as ``RFlat``, else 1.
+        refine: Candidates per neighbour that are compared exactly, for indexes of compressed keys; 8 if ``None`` and
+            the string ends in a refinement such as ``RFlat``, else 1.
         threads: CPU threads for building and searching.
 
     Raises:
-        OptionError: If an option is below 1; on `build`, if the string names no index or lacks a given
-            option.
+        OptionError: If an option is below 1; on `build`, if the string names no index or lacks a given option.
     """
 
     name = "faiss"

@@ -1,9 +1,9 @@
 """Calibrate thresholds: few inputs lose more than the threshold, with a stated confidence, for any predictor.
 
-Every sample has a score: the lowest limit on the prediction at which it leaves at an exit that loses more than
-the threshold. The limit that is used lies just below an order statistic of the scores, which exact binomial
-bounds choose (for groups: Hoeffding's and Bentkus's bounds, Bates et al., 2021), so nothing is assumed about
-losses or predictor. Section 3.2 of the paper trusts the predictor instead.
+Every sample has a score: the lowest limit on the prediction at which it leaves at an exit that loses more than the
+threshold. The limit that is used lies just below an order statistic of the scores, which exact binomial bounds choose
+(for groups: Hoeffding's and Bentkus's bounds, Bates et al., 2021), so nothing is assumed about losses or predictor.
+Section 3.2 of the paper trusts the predictor instead.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from retroexit.core.nested import is_number
 from retroexit.errors import OptionError
 from retroexit.routing.policy import assign_exits, check_number, lagrange_multiplier
 
-Rule = Literal["margin", "bound", "worst-group"]
+Rule = Literal["margin", "worst-group"]
 Thresholds = Sequence[float] | Literal["all"] | None
 Array = npt.NDArray[Any]
-RULES = ("margin", "bound", "worst-group")
+RULES = ("margin", "worst-group")
 
 _LARGEST_LIMIT = 2.0  # of the threshold; more than 1 corrects a predictor whose predictions are too high
 _CACHE_SIZE = 64
@@ -46,12 +46,7 @@ def check_groups(groups: Sequence[Any] | None, samples: int) -> None:
 
 
 def most_violations(samples: int, alpha: float, confidence: float) -> int:
-    """Largest number of violations that still shows a rate of at most ``alpha``.
-
-    Returns:
-        Largest v with ``P(Bin(samples, alpha) <= v) <= 1 - confidence``, where the upper Clopper-Pearson bound
-        is at most ``alpha``; -1 where even no violation is not enough.
-    """
+    """Largest v with ``P(Bin(samples, alpha) <= v) <= 1 - confidence``; -1 where even no violation is not enough."""
     from scipy.stats import binom
 
     count = int(binom.ppf(1 - confidence, samples, alpha))  # smallest v with P(<= v) >= 1 - confidence
@@ -68,25 +63,10 @@ def samples_needed(alpha: float, confidence: float) -> int:
     return samples
 
 
-def upper_bound(violations: int, samples: int, confidence: float) -> float:
-    """Upper bound of the rate of violations (Clopper and Pearson, one-sided).
-
-    Returns:
-        Largest rate p with ``P(Bin(samples, p) <= violations) >= 1 - confidence``.
-    """
-    from scipy.stats import beta
-
-    return 1.0 if violations >= samples else float(beta.ppf(confidence, violations + 1, samples - violations))
-
-
 def most_group_violations(groups: int, alpha: float, confidence: float) -> float:
-    """Largest sum of the groups' shares of violations that still shows a mean share of at most ``alpha``.
+    """Largest sum of the groups' shares of violations that shows a mean of at most ``alpha``; -1 if even 0 does not.
 
-    The shares are in [0, 1] and of any distribution; their groups are independent draws. The bound is the smaller one
-    of Hoeffding's and Bentkus's. Without violations it takes as many groups as `samples_needed` says.
-
-    Returns:
-        The sum, in [0, groups]; -1 where even no violation is not enough.
+    The shares, in [0, 1] and of any distribution, are independent draws; the bounds are Hoeffding's and Bentkus's.
     """
     from scipy.stats import binom
 
@@ -112,33 +92,23 @@ def most_group_violations(groups: int, alpha: float, confidence: float) -> float
 class Calibration:
     """Measured and predicted losses of inputs that nothing was fitted on, and the promise based on them.
 
-    With probability at least ``confidence`` over the draw of the calibration set, ``P(loss > t) <= alpha`` for a
-    new input that is routed with ``threshold=t``. The inputs have to be independent draws from what the model
-    will see. Samples out of distribution go to the backbone and are left out, so that the promise holds for the
-    others however many there are.
-
-    A promise for one threshold at a time fails for any of eleven in a third of the draws. One for several costs
-    savings; measured on synthetic losses: 53.8 % are saved for one threshold, 53.4 % for three together, 51.2 % for
-    a ladder of 16, and 43.7 % for all. See ``docs/measurements.md``.
+    With probability ``confidence`` over the draw of the calibration set, ``P(loss > t) <= alpha`` for a new input that
+    is routed with ``threshold=t``. The inputs have to be independent draws from what the model will see. Samples out of
+    distribution go to the backbone and are left out, so that the promise holds for the others.
 
     Args:
         losses: Measured loss of every branch exit, ``(S, K)``.
-        predicted: Predicted losses, ``(S, K)``; infinite for a sample that is out of distribution and goes to
-            the backbone.
+        predicted: Predicted losses, ``(S, K)``; infinite for a sample that is out of distribution.
         alpha: Share of inputs that may lose more than the threshold, in (0, 1).
         confidence: Probability that the promise holds, in (0, 1).
-        rule: ``"margin"``: one margin for all exits. ``"bound"``: every exit has its own, so that its upper
-            bound holds at ``alpha / K`` and ``1 - (1 - confidence) / K``; needs more samples. ``"worst-group"``: no
-            promise, but the margin at which at most ``alpha`` of each group are above the threshold when that
-            group is left out; ``confidence`` is not used.
-        thresholds: ``None``: the promise holds for one threshold, chosen without looking at these inputs.
-            Several: it holds for these together (each at ``1 - (1 - confidence) / len(thresholds)``); another
-            threshold is lowered to the next of them, and below the smallest all samples take the backbone. ``"all"``:
-            it holds for all thresholds together, since at most ``alpha`` of the inputs lose more than any
-            threshold; all have one margin, as a share of the threshold.
-        groups: The drive, speaker or session of each sample. Groups are then what is drawn, and the promise is for an
-            input of a new group.
-        about: Where the samples come from: their number and hash, the metric.
+        rule: ``"margin"``, or ``"worst-group"``: no promise, but the margin at which at most ``alpha`` of each group
+            are above the threshold when that group is left out; ``confidence`` is not used.
+        thresholds: ``None``: the promise holds for one threshold, chosen without looking at these inputs. Several: it
+            holds for these together (each at ``1 - (1 - confidence) / len(thresholds)``); others are lowered to the
+            next of them, and below the smallest all samples take the backbone. ``"all"``: it holds for all together,
+            with one margin as a share of the threshold. ``docs/measurements.md`` shows what each costs.
+        groups: The drive, speaker or session of each sample: the promise is then for an input of a new group.
+        about: Where the samples come from, as JSON types.
 
     Raises:
         OptionError: If there are too few samples or groups, or a value is out of range.
@@ -170,9 +140,8 @@ class Calibration:
         self._check_counts()
         # Under one margin a sample leaves at exit k for limits from predicted[k] to the least of the exits before.
         self._entries = self._predicted.copy()
-        if self.rule != "bound":
-            before = np.minimum.accumulate(self._predicted)[:-1]
-            self._entries[1:][self._predicted[1:] >= before] = np.inf
+        before = np.minimum.accumulate(self._predicted)[:-1]
+        self._entries[1:][self._predicted[1:] >= before] = np.inf
         self._allowed = self._most()
         self._ratio = self._find(self._scores(None), _LARGEST_LIMIT) if self.thresholds == "all" else None
         self._limits = functools.lru_cache(_CACHE_SIZE)(self._limits_at)
@@ -201,10 +170,9 @@ class Calibration:
         self.thresholds = tuple(sorted({check_number("threshold", t) for t in thresholds}))
 
     def _level(self) -> tuple[float, float]:
-        """Alpha and confidence of one test: of all exits together or of one, and of one threshold."""
-        exits = self.losses.shape[1] if self.rule == "bound" else 1
-        tests = exits * (len(self.thresholds) if isinstance(self.thresholds, tuple) else 1)
-        return self.alpha / exits, 1 - (1 - self.confidence) / tests
+        """Alpha and confidence of the test of one threshold."""
+        tests = len(self.thresholds) if isinstance(self.thresholds, tuple) else 1
+        return self.alpha, 1 - (1 - self.confidence) / tests
 
     def _check_counts(self) -> None:
         """Raise `OptionError` where too few samples or groups may leave early to stand behind the promise."""
@@ -244,31 +212,28 @@ class Calibration:
         return most_violations(self._losses.shape[1], *self._level())
 
     def _scores(self, tau: float | None) -> Array:
-        """Lowest limit at which each sample loses more than a threshold; a share of it if that may be any.
-
-        Returns:
-            ``(1, S)``, or ``(K, S)`` where every exit has its own limit; infinite where there is none.
-        """
+        """Lowest limit ``(S,)`` at which each sample loses more than a threshold; a share of it if that may be any."""
         if tau is None:  # exit k is taken for thresholds from entry / share on, and loses more up to its loss
             with np.errstate(divide="ignore"):
                 scores = np.full_like(self._entries, np.inf)
                 np.divide(self._entries, self._losses, out=scores, where=self._losses > 0)
         else:
             scores = np.where(self._losses > tau, self._entries, np.inf)
-        return scores if self.rule == "bound" else scores.min(0, keepdims=True)
+        least: Array = scores.min(0)
+        return least
 
-    def _find(self, scores: Array, largest: float, left_out: int | None = None) -> Array:
-        """Find the largest limits ``(1,)`` or ``(K,)`` that scores allow, maybe without one group."""
+    def _find(self, scores: Array, largest: float, left_out: int | None = None) -> float:
+        """Find the largest limit that scores ``(S,)`` allow, maybe without one group."""
         if not len(self._names):
-            return np.minimum([_below(row, self._allowed) for row in scores], largest)
+            return min(_below(scores, self._allowed), largest)
         weights = 1 / np.bincount(self._group)[self._group]
         if self.rule != "worst-group":
             rest = self._group != left_out
-            return np.minimum([_below(row[rest], self._allowed, weights[rest]) for row in scores], largest)
+            return min(_below(scores[rest], self._allowed, weights[rest]), largest)
         members = [self._group == group for group in range(len(self._names)) if group != left_out]
-        limits = np.sort([min(_below(scores[0, m], self._allowed, weights[m]), largest) for m in members])
+        worst, *others = sorted(min(_below(scores[m], self._allowed, weights[m]), largest) for m in members)
         # As far below the worst group as that is below the second worst: so it holds for each if left out.
-        return limits[:1] * (limits[0] / limits[1] if len(limits) > 1 and limits[0] > 0 else 1.0)
+        return worst * (worst / others[0] if others and worst > 0 else 1.0)
 
     def _limits_at(self, tau: float, left_out: int | None = None) -> Tensor:
         """Limits ``(K,)`` for a threshold, maybe without one group."""
@@ -276,23 +241,18 @@ class Calibration:
             tau = max((t for t in self.thresholds if t <= tau), default=-1.0)
         largest = min(_LARGEST_LIMIT * tau, float(self._predicted.max()))  # no further than was tried
         if self._ratio is None:
-            limits = self._find(self._scores(tau), largest, left_out)
+            limit = self._find(self._scores(tau), largest, left_out)
         else:
             is_whole = left_out is None
             ratio = self._ratio if is_whole else self._find(self._scores(None), _LARGEST_LIMIT, left_out)
-            limits = np.minimum(tau * ratio, largest)
-        limits = np.broadcast_to(limits if tau >= 0 else -np.inf, self.losses.shape[1:])
-        return torch.from_numpy(limits.astype(self._predicted.dtype))
+            limit = min(tau * ratio, largest)
+        return torch.full(self.losses.shape[1:], limit if tau >= 0 else -math.inf, dtype=self.predicted.dtype)
 
     def limits(self, threshold: float | Tensor) -> Tensor:
-        """Largest prediction accepted at each exit so that a threshold holds as promised.
-
-        Args:
-            threshold: Largest loss to accept, ``>= 0``; one, or one per sample ``(N,)``.
+        """Largest prediction accepted at each exit so that a threshold ``>= 0``, one or ``(N,)``, holds as promised.
 
         Returns:
-            ``(K,)``, or ``(N, K)``; -infinity where no prediction is low enough, so that every sample
-            takes the backbone.
+            ``(K,)``, or ``(N, K)``; -infinity where no prediction is low enough.
 
         Raises:
             OptionError: If a threshold is no finite number ``>= 0``.
@@ -307,24 +267,15 @@ class Calibration:
         return self._multiplier(budget, tuple(shares.tolist()))
 
     def observed(self, losses: Tensor, predicted: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-        """Choose the exits of other samples under the promise.
-
-        Args:
-            losses: Their measured losses, ``(S, K)``.
-            predicted: Their predicted losses, ``(S, K)``.
-            threshold: Largest loss to accept.
+        """Choose the exits of other samples with losses and predictions ``(S, K)`` under the promise.
 
         Returns:
-            The exit of every sample, from 1, and the loss that it has there; 0 at the backbone.
+            Exit ``(S,)`` of every sample, from 1, and the loss that it has there; 0 at the backbone.
         """
         return _routed(losses, predicted, self.limits(threshold))
 
     def left_out(self, threshold: float) -> dict[str, tuple[Tensor, Tensor]]:
-        """Choose the exits of every group by the limits that the other groups give.
-
-        Returns:
-            For every group with samples in distribution, exits and losses of its samples as from `observed`.
-        """
+        """Exits and losses of every group, as from `observed`, by the limits that the other groups give."""
         tau, labels = check_number("threshold", threshold), [str(group) for group in self.groups or ()]
         results = {}
         for number, name in enumerate(self._names.tolist()):

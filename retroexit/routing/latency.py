@@ -16,29 +16,19 @@ from retroexit.errors import OptionError
 
 @dataclass(frozen=True)
 class Latency:
-    """Times of routed calls whose whole batch leaves at one exit, predictor and retrieval included.
+    """Times of routed calls whose whole batch leaves at one exit, predictor and retrieval included."""
 
-    Attributes:
-        milliseconds: Of every exit, the backbone last: the 95th percentile of the runs.
-        median: Of every exit: the median.
-        batch: Samples per call.
-        device: Where it was measured: type and name.
-        threads: Threads of PyTorch.
-        runs: Timed calls per exit.
-    """
-
-    milliseconds: tuple[float, ...]
+    milliseconds: tuple[float, ...]  # 95th percentile of the runs, of every exit, the backbone last
     median: tuple[float, ...]
-    batch: int
-    device: str
-    threads: int
-    runs: int
+    batch: int  # samples per call
+    device: str  # type and name
+    threads: int  # threads of PyTorch
+    runs: int  # timed calls per exit
 
     def last_within(self, deadline_ms: float, batch: int, device: torch.device) -> int:
         """Number of the last exit whose 95th percentile is within a deadline, for a call of ``batch`` samples.
 
-        Raises:
-            OptionError: If there is none, or batch, device or threads differ from the measured ones.
+        `OptionError` if there is none, or batch, device or threads differ from the measured ones.
         """
         threads = torch.get_num_threads()
         here = (batch, threads, _name(device))
@@ -69,8 +59,9 @@ class Latency:
         return cls(**{**saved, **times})
 
 
-def time_exits(call: Callable[[int], Any], exits: int, batch: int, device: torch.device, runs: int) -> Latency:
-    """Time the exits in turns, so that a busy moment affects all; two runs per exit warm up.
+@torch.no_grad()
+def time_turns(call: Callable[[int], Any], exits: int, device: torch.device, runs: int) -> list[list[float]]:
+    """Time exits in turns, so that a busy moment affects all; two runs warm up. Returns sorted milliseconds by exit.
 
     ``call`` renders a batch through the exit of a number.
     """
@@ -83,7 +74,12 @@ def time_exits(call: Callable[[int], Any], exits: int, batch: int, device: torch
             _wait(device)
             if turn >= 2:
                 taken[k].append(1000 * (time.perf_counter() - begin))
-    rows = [sorted(row) for row in taken]
+    return [sorted(row) for row in taken]
+
+
+def time_exits(call: Callable[[int], Any], exits: int, batch: int, device: torch.device, runs: int) -> Latency:
+    """Do `time_turns` for calls with ``batch`` samples."""
+    rows = time_turns(call, exits, device, runs)
     return Latency(
         milliseconds=tuple(row[math.ceil(0.95 * len(row)) - 1] for row in rows),
         median=tuple(row[(len(row) - 1) // 2] for row in rows),

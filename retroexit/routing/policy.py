@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, Self, TypedDict
 
@@ -14,18 +14,6 @@ from torch import Tensor
 from retroexit.core.nested import is_number
 from retroexit.errors import OptionError
 from retroexit.wrapping.options import OWN_KEYWORDS
-
-__all__ = [
-    "Policy",
-    "RoutingOptions",
-    "RoutingRequest",
-    "VideoRouter",
-    "assign_by_budget",
-    "assign_exits",
-    "assign_with_hysteresis",
-    "check_number",
-    "lagrange_multiplier",
-]
 
 Policy = Callable[[Tensor, "Tensor | None"], Tensor]
 """Gives exits ``(N,)`` from 1 for predicted losses ``(N, K)`` and their limits ``(K,)`` or ``(N, K)``."""
@@ -43,12 +31,12 @@ class RoutingOptions(TypedDict, total=False):
         exit: Leave at this exit, from 1; ``K + 1`` is the backbone.
         threshold: Largest quality loss to accept, ``>= 0``; one number, or one per sample ``(N,)``. With a
             `Calibration` it is a promise, without one it is compared with the predicted loss.
-        budget: Mean share of the backbone's compute to spend, ``> 0``, predictor and retrieval included; one
-            number, or one per sample ``(N,)``. Exits are chosen so that inputs like the calibration set spend
-            at most this on average at the least predicted loss. A single batch may spend more or less.
-        deadline_ms: Milliseconds that the call may take, ``> 0``, according to the measured `Latency`. Alone,
-            it takes the last exit that is fast enough. With a threshold or a budget it limits what they
-            choose. The whole batch leaves at one exit.
+        budget: Mean share of the backbone's compute to spend, ``> 0``, predictor and retrieval included; one number, or
+            one per sample ``(N,)``. Exits are chosen so that inputs like the calibration set spend at most this on
+            average at the least predicted loss. A single batch may spend more or less.
+        deadline_ms: Milliseconds that the call may take, ``> 0``, according to the measured `Latency`. Alone, it takes
+            the last exit that is fast enough. With a threshold or a budget it limits what they choose. The whole batch
+            leaves at one exit.
         choose: A policy of your own. Predicted losses are infinite for out-of-distribution samples.
     """
 
@@ -63,11 +51,6 @@ class RoutingOptions(TypedDict, total=False):
 class RoutingRequest:
     """The checked `RoutingOptions` of one call.
 
-    Attributes:
-        is_plain: Whether there are no options, so that the generator itself is called.
-        is_routed: Whether the router chooses the exits.
-        needs_losses: Whether predicted losses are needed.
-
     Raises:
         OptionError: If an option is out of range, or two of them exclude each other.
     """
@@ -77,25 +60,19 @@ class RoutingRequest:
     budget: float | Tensor | None = None
     deadline_ms: float | None = None
     choose: Policy | None = None
-    is_plain: bool = field(init=False)
-    is_routed: bool = field(init=False)
-    needs_losses: bool = field(init=False)
 
     def __post_init__(self) -> None:
+        goals = {}
         for name in OWN_KEYWORDS[1:]:  # NumPy's numbers become Python's
             value = getattr(self, name)
             if value is not None:
                 check = check_number if name == "deadline_ms" else _check_numbers
-                object.__setattr__(self, name, check(name, value))
+                goals[name] = check(name, value)
+                object.__setattr__(self, name, goals[name])
         number: Any = self.exit
         is_bool = isinstance(number, bool)
         if isinstance(number, Integral) and not is_bool:
             object.__setattr__(self, "exit", int(number))
-        needs = self.threshold is not None or self.budget is not None or self.choose is not None
-        object.__setattr__(self, "needs_losses", needs)
-        object.__setattr__(self, "is_routed", needs or self.deadline_ms is not None)
-        object.__setattr__(self, "is_plain", self.exit is None and not self.is_routed)
-        goals = {name: getattr(self, name) for name in OWN_KEYWORDS[1:] if getattr(self, name) is not None}
         if self.exit is not None and goals:
             names = " and ".join(f"{name}={value}" for name, value in goals.items())
             raise OptionError(
@@ -107,6 +84,21 @@ class RoutingRequest:
                 f"budget={self.budget}. Pass one.",
                 self.budget,
             )
+
+    @property
+    def needs_losses(self) -> bool:
+        """Whether predicted losses are needed."""
+        return self.threshold is not None or self.budget is not None or self.choose is not None
+
+    @property
+    def is_routed(self) -> bool:
+        """Whether the router chooses the exits."""
+        return self.needs_losses or self.deadline_ms is not None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether there are no options, so that the generator itself is called."""
+        return self.exit is None and not self.is_routed
 
     @classmethod
     def parse(
@@ -140,11 +132,12 @@ def check_number(name: str, value: float) -> float:
     return float(value)
 
 
-def _check_numbers(name: str, values: PerSample) -> float | Tensor:
+def _check_numbers(name: str, values: Any) -> float | Tensor:
     """Check one number, or one per sample as a tensor, an array or a list."""
     if isinstance(values, (Sequence, np.ndarray)) and not isinstance(values, str):
         try:
-            values = torch.from_numpy(np.array(values)) if np.ndim(values) else values.item()
+            array = np.array(values)
+            values = torch.from_numpy(array) if array.ndim else array.item()
         except (TypeError, ValueError) as error:  # of rows that differ in length, or of other things than numbers
             raise OptionError(f"{name} must be one number or one per sample (N,), got {values}.", values) from error
     if not isinstance(values, Tensor):
@@ -161,21 +154,17 @@ def _check_numbers(name: str, values: PerSample) -> float | Tensor:
 
 
 def assign_exits(predicted: Tensor, threshold: float | Tensor) -> Tensor:
-    """Pick for each sample the cheapest exit predicted to be good enough.
+    """Pick for each sample the cheapest exit predicted to be good enough (paper section 3.2).
 
     Args:
-        predicted: Predicted quality loss of each branch exit, ``(N, K)``, cheapest first; lower is better.
-        threshold: Largest loss accepted, ``>= 0``; or limits of the predictions as a tensor, one per exit
-            ``(K,)`` or per sample and exit ``(N, K)``, taken as they are.
+        predicted: Predicted quality loss of each branch exit, ``(N, K)``, cheapest first.
+        threshold: Largest loss accepted, ``>= 0``; or limits ``(K,)`` or ``(N, K)`` as a tensor, taken as they are.
 
     Returns:
-        Exit index per sample, ``(N,)``, int64, from 1; ``K + 1``, the backbone, where no branch exit
-        qualifies.
+        Exits ``(N,)``, int64, from 1; ``K + 1``, the backbone, where no branch exit qualifies.
 
     Raises:
         OptionError: If ``predicted`` is not 2-D or ``threshold`` is no finite number ``>= 0``.
-
-    Reference: paper section 3.2.
     """
     if not isinstance(threshold, Tensor):
         check_number("threshold", threshold)
@@ -187,17 +176,16 @@ def assign_exits(predicted: Tensor, threshold: float | Tensor) -> Tensor:
 
 
 def assign_by_budget(predicted: Tensor, shares: Tensor, multiplier: float | Tensor) -> Tensor:
-    """Pick for each sample the exit of the least predicted loss plus multiplier times compute.
+    """Pick for each sample the exit of the least predicted loss plus multiplier times compute; of equals, the cheapest.
 
     Args:
-        predicted: Predicted loss of each branch exit, ``(N, K)``.
+        predicted: Predicted loss of each branch exit, ``(N, K)``; where none is finite, the backbone is picked.
         shares: Compute of every exit as a share of the backbone's, ``(K + 1,)``.
-        multiplier: Loss that the backbone's whole compute has to save, ``>= 0``; infinite for the cheapest
-            exit. One for all, or one per sample ``(N,)``.
+        multiplier: Loss that the backbone's whole compute has to save, ``>= 0``; infinite for the cheapest exit. One
+            for all, or one per sample ``(N,)``.
 
     Returns:
-        Exit index per sample, ``(N,)``, int64, from 1. Of equal ones, the cheapest. Where no loss is finite,
-        the backbone.
+        Exits ``(N,)``, int64, from 1.
     """
     losses = torch.nn.functional.pad(predicted.nan_to_num(nan=torch.inf), (0, 1))
     multipliers = torch.as_tensor(multiplier, dtype=torch.float64, device=losses.device).expand(len(losses))
@@ -209,15 +197,9 @@ def assign_by_budget(predicted: Tensor, shares: Tensor, multiplier: float | Tens
 
 
 def lagrange_multiplier(predicted: Tensor, shares: Tensor, budget: float) -> float:
-    """Find the lowest multiplier at which some samples spend a budget on average (see `assign_by_budget`).
+    """Find the lowest multiplier at which samples spend a budget on average, see `assign_by_budget`.
 
-    For every mean share that it reaches, that way of choosing exits has the least mean predicted loss: it is
-    the Lagrangian of the budget.
-
-    Args:
-        predicted: Predicted losses of the samples, ``(S, K)``.
-        shares: Compute of every exit as a share of the backbone's, ``(K + 1,)``.
-        budget: Mean share that may be spent.
+    Takes their predicted losses ``(S, K)``, the shares of compute ``(K + 1,)`` and the mean share that may be spent.
 
     Raises:
         OptionError: If even the cheapest exit for all costs more.
@@ -247,16 +229,13 @@ def lagrange_multiplier(predicted: Tensor, shares: Tensor, budget: float) -> flo
 
 
 def assign_with_hysteresis(predicted: Tensor, limits: Tensor, previous: Tensor | None, hysteresis: float) -> Tensor:
-    """Pick exits for the next frame of a video: change to a cheaper exit only by a clear margin.
+    """Pick exits ``(N,)`` for the next frame of a video: change to a cheaper exit only by a clear margin.
 
     Args:
         predicted: Predicted losses, ``(N, K)``.
         limits: Largest prediction accepted at each exit, ``(K,)`` or ``(N, K)``.
         previous: Exits of the previous frame, ``(N,)`` from 1, or ``None``.
         hysteresis: Share of the limit by which a cheaper exit has to be better, in [0, 1).
-
-    Returns:
-        Exits ``(N,)`` from 1, never cheaper than the limits allow.
     """
     needed = assign_exits(predicted, limits)
     if previous is None:
@@ -272,14 +251,8 @@ def assign_with_hysteresis(predicted: Tensor, limits: Tensor, previous: Tensor |
 class VideoRouter:
     """Renders the frames of one video, or of N side by side, and keeps exits where the loss allows it.
 
-    A frame that needs a deeper exit gets it at once, so no frame is predicted to lose more than the threshold.
-    A cheaper exit is taken only if its predicted loss is below the threshold by the share ``hysteresis``.
-    Made by ``model.video()``.
-
-    Args:
-        routed: ``model.routed``.
-        hysteresis: Share of the limit by which a cheaper exit's predicted loss has to be below it, in [0, 1).
-            0 routes every frame independently.
+    A frame that needs a deeper exit gets it at once; a cheaper exit is taken only if its predicted loss is below the
+    threshold by the share ``hysteresis``, in [0, 1). Made by ``model.video()``.
 
     Attributes:
         exits: Exits of the previous frame, ``(N,)`` from 1; ``None`` before the first one.
@@ -288,11 +261,6 @@ class VideoRouter:
 
     Raises:
         OptionError: If ``hysteresis`` is out of range.
-
-    Example:
-        >>> with model.video(hysteresis=0.1) as step:
-        ...     for frame in frames:
-        ...         image = step(frame, threshold=0.1)
     """
 
     def __init__(self, routed: Callable[..., tuple[Any, Tensor]], hysteresis: float = 0.1) -> None:
@@ -317,11 +285,7 @@ class VideoRouter:
         self.exits = None
 
     def __call__(self, *inputs: Any, threshold: float | Tensor, deadline_ms: float | None = None, **kwargs: Any) -> Any:
-        """Render the next frame of every stream; inputs hold one sample per stream, options are as for a call.
-
-        Raises:
-            OptionError: If the number of streams changed, or as for any routed call.
-        """
+        """Render the next frame of every stream, one sample each; `OptionError` if their number changed."""
         output, exits = self._routed(
             *inputs, threshold=threshold, deadline_ms=deadline_ms, choose=self._choose, **kwargs
         )

@@ -16,6 +16,7 @@ from retroexit.errors import OptionError
 
 Kind = Literal["conv", "pooled", "linear"]
 Reads = Literal["features", "inputs", "features+distance"]
+_WIDTH = 16  # channels of the convolutions
 _FARTHEST = 8.0  # standard deviations of the losses
 _RANK = 32
 _QUANTILE = 3.0902  # of the standard normal distribution, 99.9 %
@@ -33,21 +34,16 @@ def check_kind(kind: str, reads: str | None) -> None:
 class Predictor(nn.Module):
     """Estimates losses from a map: pooled statistics of the map and of convolutions over it, then a small head.
 
-    It reads the feature map at the first attach point, or a map made from the generator's inputs as in the
-    paper. Inputs and outputs are standardised (`calibrate_scales`). The architecture is ours; the paper's is
-    not published.
+    It reads the feature map at the first attach point, or a map made from the generator's inputs as in the paper, and
+    regresses the logarithm of the loss. The architecture is ours; the paper's is not published.
 
     Args:
         channels: Channels of the map it reads.
         exits: Number of branch exits K.
-        width: Channels of its convolutions.
-        depth: Number of convolutions with stride two behind the first.
         dims: Number of spatial axes, 1 to 3.
-        kind: ``"conv"``; ``"pooled"``, the pooled statistics of the map alone; ``"linear"``, a linear probe
-            of these.
-        reads: ``"features"``, ``"inputs"`` as in the paper, or ``"features+distance"``, with the distance to
-            the guide; ``None`` for the adapter's map of the inputs, else the features.
-        log: Whether it regresses the logarithm of the loss, so that no prediction is negative.
+        kind: ``"conv"``; ``"pooled"``, the pooled statistics of the map alone; ``"linear"``, a linear probe of these.
+        reads: ``"features"``, ``"inputs"`` as in the paper, or ``"features+distance"``, with the distance to the guide;
+            ``None`` for the adapter's map of the inputs, else the features.
 
     Raises:
         OptionError: If ``kind`` or ``reads`` is unknown.
@@ -61,40 +57,31 @@ class Predictor(nn.Module):
     loss_std: Tensor
 
     def __init__(
-        self,
-        channels: int,
-        exits: int,
-        width: int = 16,
-        depth: int = 2,
-        dims: int = 2,
-        kind: Kind = "conv",
-        reads: Reads | None = None,
-        log: bool = True,
+        self, channels: int, exits: int, dims: int = 2, kind: Kind = "conv", reads: Reads | None = None
     ) -> None:
         super().__init__()
         check_kind(kind, reads)
         self.options: dict[str, Any] = {
-            **{"channels": channels, "exits": exits, "width": width, "depth": depth},
-            **{"dims": dims, "kind": kind, "reads": reads, "log": log},
+            "channels": channels,
+            "exits": exits,
+            "dims": dims,
+            "kind": kind,
+            "reads": reads,
         }
-        self.log = log
         self.reads = reads
         self.input_shape: tuple[int, ...] | None = None
         extra = int(reads == "features+distance")
         pooled = 2 * channels + extra
-        self.convolutions = _convolutions(channels, width, depth, dims) if kind == "conv" else None
-        features = pooled + (2 * width if kind == "conv" else 0)
+        self.convolutions = _convolutions(channels, dims) if kind == "conv" else None
+        features = pooled + (2 * _WIDTH if kind == "conv" else 0)
         self.head: nn.Module = nn.Linear(features, exits)
         if kind != "linear":
             self.head = nn.Sequential(nn.Linear(features, 64), nn.ReLU(), nn.Linear(64, exits))
         # The guard leaves out the distance: an input closer to the bank than the fitting set is not an outlier.
         self.guard = OODGuard(2 * channels)
-        self.register_buffer("mean", torch.zeros(channels))
-        self.register_buffer("std", torch.ones(channels))
-        self.register_buffer("extra_mean", torch.zeros(extra))
-        self.register_buffer("extra_std", torch.ones(extra))
-        self.register_buffer("loss_mean", torch.zeros(exits))
-        self.register_buffer("loss_std", torch.ones(exits))
+        for prefix, width in (("", channels), ("extra_", extra), ("loss_", exits)):
+            self.register_buffer(f"{prefix}mean", torch.zeros(width))
+            self.register_buffer(f"{prefix}std", torch.ones(width))
 
     def forward(self, x: Tensor, extra: Tensor | None = None) -> Tensor:
         """Predict losses ``(N, K)`` from a map ``(N, C, ...)`` and the distance to the guide ``(N, 1)``."""
@@ -110,16 +97,12 @@ class Predictor(nn.Module):
         if self.convolutions is not None:
             statistics = torch.cat([pooled, _pool(self.convolutions(x))], 1)
         # The clamp bounds the prediction far from the fitting set, where exp() would diverge.
-        losses: Tensor = self.head(statistics).clamp(-_FARTHEST, _FARTHEST) * self.loss_std + self.loss_mean
-        return losses.exp() if self.log else losses, self.guard(self.guarded(pooled))
+        logs: Tensor = self.head(statistics).clamp(-_FARTHEST, _FARTHEST) * self.loss_std + self.loss_mean
+        return logs.exp(), self.guard(self.guarded(pooled))
 
     def guarded(self, pooled: Tensor) -> Tensor:
         """Statistics that the out-of-distribution guard reads: those of the map, ``(N, 2 C)``."""
         return pooled[:, : self.guard.centre.numel()]
-
-    def scaled(self, losses: Tensor) -> Tensor:
-        """Bring losses ``(N, K)`` to the scale that is regressed: that of the logarithm, or as they are."""
-        return losses.clamp_min(1e-9).log() if self.log else losses
 
     def pool(self, x: Tensor, extra: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Standardise a map, and pool it: ``(N, C, ...) -> (N, C, ...), (N, D)``."""
@@ -143,16 +126,21 @@ class Predictor(nn.Module):
         if extra is not None:
             self.extra_mean.copy_(extra.mean(0))
             self.extra_std.copy_(extra.std(0, unbiased=False).clamp_min(1e-6))
-        losses = self.scaled(losses)
-        self.loss_mean.copy_(losses.mean(0))
-        self.loss_std.copy_(losses.std(0, unbiased=False).clamp_min(1e-6))
+        logs = log_losses(losses)
+        self.loss_mean.copy_(logs.mean(0))
+        self.loss_std.copy_(logs.std(0, unbiased=False).clamp_min(1e-6))
 
 
-def _convolutions(channels: int, width: int, depth: int, dims: int) -> nn.Sequential:
+def log_losses(losses: Tensor) -> Tensor:
+    """Logarithms of losses ``(N, K)``, which are what is regressed."""
+    return losses.clamp_min(1e-9).log()
+
+
+def _convolutions(channels: int, dims: int) -> nn.Sequential:
     convolution = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[dims]
-    layers: list[nn.Module] = [convolution(channels, width, 1), nn.ReLU()]
-    for _ in range(depth):
-        layers += [convolution(width, width, 3, stride=2, padding=1), nn.ReLU()]
+    layers: list[nn.Module] = [convolution(channels, _WIDTH, 1), nn.ReLU()]
+    for _ in range(2):
+        layers += [convolution(_WIDTH, _WIDTH, 3, stride=2, padding=1), nn.ReLU()]
     return nn.Sequential(*layers)
 
 
@@ -228,17 +216,11 @@ class OODGuard(nn.Module):
 
 @dataclass
 class OODCounter:
-    """Counts samples of routed calls that were out of distribution.
+    """Counts samples of routed calls that were out of distribution."""
 
-    Attributes:
-        seen: Samples that were routed by their predicted loss.
-        count: How many of them were out of distribution and went to the backbone.
-        enabled: Set to ``False`` to route all inputs by prediction.
-    """
-
-    seen: int = 0
-    count: int = 0
-    enabled: bool = True
+    seen: int = 0  # samples that were routed by their predicted loss
+    count: int = 0  # how many of them were out of distribution and went to the backbone
+    enabled: bool = True  # False routes all inputs by prediction
     _lock: ClassVar = threading.Lock()  # of the class, so that a counter can be copied
 
     def add(self, is_ood: Tensor) -> None:

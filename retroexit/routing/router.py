@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,7 @@ from torch.nn import functional
 
 from retroexit.core.modules import count_macs
 from retroexit.core.nested import clone_strided, tensors
-from retroexit.errors import OptionError, RetroExitWarning, TrainingError
+from retroexit.errors import OptionError, TrainingError, warn
 from retroexit.guidance.provider import GuideProvider
 from retroexit.retrieval import SearchResult
 from retroexit.routing.calibration import Calibration
@@ -27,17 +26,11 @@ from retroexit.wrapping.decomposition import Decomposition
 
 @dataclass(frozen=True, eq=False)
 class LossPrediction:
-    """Predicted losses of a batch.
+    """Predicted losses of a batch."""
 
-    Attributes:
-        losses: Predicted loss of each branch exit, ``(N, K)``.
-        is_ood: Which samples are out of distribution, bool ``(N,)``.
-        retrieved: Result of the search in the bank, where the predictor reads the distance to the guide.
-    """
-
-    losses: Tensor
-    is_ood: Tensor
-    retrieved: SearchResult | None = None
+    losses: Tensor  # predicted loss of each branch exit, (N, K)
+    is_ood: Tensor  # which samples are out of distribution, bool (N,)
+    retrieved: SearchResult | None = None  # of the search in the bank, where the predictor reads the distance
 
     @property
     def guarded(self) -> Tensor:
@@ -47,15 +40,10 @@ class LossPrediction:
 
 @dataclass(frozen=True, eq=False)
 class Choice:
-    """The exits of a batch.
+    """The exits of a batch."""
 
-    Attributes:
-        exits: Exit of every sample, ``(N,)`` from 1, ``K + 1`` for the backbone.
-        retrieved: Result of the search in the bank for the whole batch, if it has been searched.
-    """
-
-    exits: Tensor
-    retrieved: SearchResult | None = None
+    exits: Tensor  # exit of every sample, (N,) from 1, K + 1 for the backbone
+    retrieved: SearchResult | None = None  # of the search in the bank for the whole batch, if it has been searched
 
 
 class Router(nn.Module):
@@ -66,8 +54,8 @@ class Router(nn.Module):
         calibration: Makes a threshold a promise; ``None`` before ``model.calibrate``.
         latency: Measured times of the exits; ``None`` before ``model.measure_latency``.
         ood_counter: Counts samples that were out of distribution and went to the backbone.
-        guide_limit: Mean distance of an input's patches to their guides beyond which it is out of
-            distribution; ``None`` for no limit.
+        guide_limit: Mean distance of an input's patches to their guides beyond which it is out of distribution;
+            ``None`` for no limit.
     """
 
     def __init__(self, predictor_inputs: Callable[..., Tensor] | None = None) -> None:
@@ -95,12 +83,7 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def choose(self, begun: Begun, request: RoutingRequest, count: bool = True) -> Choice:
-        """Choose an exit for every sample.
-
-        Args:
-            begun: The batch at the first cut.
-            request: Routing options of the call.
-            count: Whether `ood_counter` counts this batch.
+        """Choose an exit for every sample of a batch at the first cut; `ood_counter` counts it if ``count``.
 
         Raises:
             OptionError: If the request cannot be met.
@@ -131,11 +114,7 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def predict(self, begun: Begun) -> LossPrediction:
-        """Predict the loss of every branch exit.
-
-        Raises:
-            TrainingError: If there is no predictor.
-        """
+        """Predict the loss of every branch exit; `TrainingError` if there is no predictor."""
         if self.predictor is None:
             raise TrainingError(
                 "choosing exits needs a predictor, but the model has none. Run retroexit.fit first, or choose "
@@ -238,23 +217,20 @@ class Router(nn.Module):
         self, prediction: LossPrediction, exits: Tensor, feature: Tensor, request: RoutingRequest
     ) -> None:
         """Warn, once per kind and calibration, where the promise does not cover a call."""
-        assert self.calibration is not None and request.threshold is not None
+        assert request.threshold is not None
         reasons = self._differences(feature)
         losses = self._guarded(prediction)
-        limits = self._limits(losses, request.threshold)
-        covered = (exits == assign_exits(losses, limits)) | (exits == self.exits)
-        if self.calibration.rule == "bound":  # holds at every exit that is accepted
-            covered |= functional.pad(losses <= limits, (0, 1)).gather(1, exits[:, None] - 1)[:, 0]
-        if not bool(covered.all()):
-            policy = "hysteresis or a policy of your own took other exits than the limits give"
-            deadline = "a deadline took other exits than the limits give"
-            batch = "the samples of a batch left together, at another exit than the limits give some of them"
-            is_chosen, is_timed = request.choose is not None, request.deadline_ms is not None
-            reasons["exits"] = policy if is_chosen else deadline if is_timed else batch
+        promised = assign_exits(losses, self._limits(losses, request.threshold))
+        if not bool(((exits == promised) | (exits == self.exits)).all()):
+            reasons["exits"] = "the samples of a batch left together, at another exit than the limits give some of them"
+            if request.choose is not None:
+                reasons["exits"] = "hysteresis or a policy of your own took other exits than the limits give"
+            elif request.deadline_ms is not None:
+                reasons["exits"] = "a deadline took other exits than the limits give"
         for kind, reason in reasons.items():
             if kind not in self._reasons:
                 self._reasons[kind] = reason
-                warnings.warn(f"the promise is void for this call: {reason}.", RetroExitWarning, stacklevel=6)
+                warn(f"the promise is void for this call: {reason}.", 6)
 
     def _differences(self, feature: Tensor | None) -> dict[str, str]:
         """In what a call differs from the calibration, by kind: the guard, the size of the feature, the precision."""
@@ -298,10 +274,9 @@ class Router(nn.Module):
         return len(self._recorded.places) + 1
 
     def overhead(self) -> list[int]:
-        """MACs of a routed call besides the route itself, per exit and for one sample.
+        """MACs of predictor and search in a routed call, per exit and for one sample.
 
-        Every routed sample pays for the predictor; a sample that leaves at a branch pays for the search in
-        the bank too, and every sample does where the predictor reads the distance to its guide.
+        The search is paid at a branch, and everywhere if the predictor reads the distance to the guide.
         """
         predictor, search = self._count_predictor(), self._guide.search_macs()
         always = self.reads == "features+distance"
@@ -342,9 +317,7 @@ class Router(nn.Module):
 
 
 def render(split: SplitGenerator, branches: nn.ModuleList, guide: GuideProvider, begun: Begun, choice: Choice) -> Any:
-    """Run the backbone from the first cut on; at every exit some samples leave and the others continue.
-
-    A stage that no sample needs does not run.
+    """Run the backbone from the first cut on, as far as a sample needs it; at every exit some samples leave.
 
     Returns:
         A value with the structure of the generator's output, samples in the order of the batch.
@@ -412,10 +385,8 @@ def guide_distance(squared: Tensor) -> Tensor:
 def input_map(args: Any, kwargs: Any, dims: int) -> Tensor:
     """Put all tensors of a generator's inputs into one float32 map ``(N, C, ...)`` with ``dims`` spatial axes.
 
-    Maps are resized to the largest one; vectors are spread over it; other tensors are left out.
-
-    Raises:
-        OptionError: If no input is a map or a vector.
+    Maps are resized to the largest one; vectors are spread over it; other tensors are left out. `OptionError` if no
+    input is a map or a vector.
     """
     usable = [t.float() for t in tensors((args, kwargs)) if t.dim() > 0 and not t.is_complex()]
     maps = [t for t in usable if t.dim() == dims + 2]

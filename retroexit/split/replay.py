@@ -34,7 +34,6 @@ from retroexit.split.segments import Tail
 from retroexit.split.split import Leaves, SplitGenerator, Values
 from retroexit.stages.decoder import Cut, Decoder
 from retroexit.stages.stage import Stage
-from retroexit.tracing.record import unobserved
 from retroexit.tracing.recorder import altered
 
 _MOST_PATHS = 12
@@ -309,7 +308,7 @@ class ReplaySplit(SplitGenerator):
         recorded, self.cuts = self.cuts, ()
         values = self._bind(*cloned(self.example))
         for index, (cut, place) in enumerate(zip(recorded, self._places, strict=True)):
-            with torch.no_grad(), unobserved(self.generator):
+            with torch.no_grad(), self._unobserved():
                 values, entry = self._layout.store(self._run(index, values), values, place)
                 live = tuple(node for node in values if node is not entry)
                 where = (cut.position, cut.feature, live, cut.rest)

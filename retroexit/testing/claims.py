@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from retroexit.api import load, wrap
 from retroexit.branch.adapter_stages import BuildStage
 from retroexit.branch.widths.plan import scaled_width
+from retroexit.core.modules import watching
 from retroexit.core.nested import cloned, rebuild, tensors
 from retroexit.core.samples import ImageRange, measure_range
 from retroexit.errors import AdapterError, OutputError, cause_of
@@ -112,20 +113,12 @@ class Case:
         """Run the generator and record the calls of some of its modules, in the order in which they return."""
         runs: list[Run] = []
 
-        def record(path: str, _: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        def record(path: str, args: Any, kwargs: Any, output: Any) -> None:
             runs.append(Run(path, cloned(args), cloned(kwargs), output))
 
         modules = dict(self.generator.named_modules())
-        hooks = [
-            modules[path].register_forward_hook(partial(record, path), with_kwargs=True)
-            for path in paths
-            if path in modules
-        ]
-        try:
+        with watching(self.generator, (path for path in paths if path in modules), record):
             self.render()
-        finally:
-            for hook in hooks:
-                hook.remove()
         return runs
 
     def image_in(self, output: Any) -> Tensor:
@@ -150,8 +143,7 @@ class Case:
     def depends_on_batch(self, run: Callable[[Inputs], Tensor]) -> str:
         """Compare a batch of two with each sample twice; returns by how much they differ, ``""`` if hardly.
 
-        Rounding differs a little for other batches; samples that affect one another differ as much as they
-        vary.
+        Rounding differs a little for other batches; samples that affect one another differ as much as they vary.
         """
         both, *same = (run(pair).double() for pair in self.pairs())
         gap = both - torch.stack([output[i] for i, output in enumerate(same)])

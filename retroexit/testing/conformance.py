@@ -1,7 +1,6 @@
 """`check_adapter`, which an adapter's author calls in a test, with or without pytest."""
 
 import dataclasses
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +9,7 @@ import torch
 from torch import nn
 
 from retroexit.core.identity import fingerprint
-from retroexit.errors import PluginError, RetroExitWarning
+from retroexit.errors import PluginError, silence
 from retroexit.plugins.description import Description
 from retroexit.plugins.host import Host, brief, host
 from retroexit.testing.claims import Case, Stranger, check_all
@@ -49,8 +48,8 @@ def check_adapter(
 
     Args:
         generator: A small instance with random or trained weights, in eval mode, on the CPU.
-        plugin: The module or object whose functions are marked with `hookimpl`; by default the installed
-            plug-ins are called.
+        plugin: The module or object whose functions are marked with `hookimpl`; by default the installed plug-ins are
+            called.
         description: A description to test instead of a plug-in.
         example_inputs: Positional inputs, if the description makes none.
         example_kwargs: Keyword inputs, if the description makes none.
@@ -71,8 +70,7 @@ def check_adapter(
     """
     name = "an adapter" if plugin is None else getattr(plugin, "__name__", None) or type(plugin).__name__
     case = Case(generator, description or Description(name=name), scale, min_channels)
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-        warnings.simplefilter("ignore", RetroExitWarning)  # problems of a plug-in are listed in the error
+    with silence(), torch.random.fork_rng(devices=[]):  # problems of a plug-in are listed in the error
         plugins = host() if plugin is None else Host(discover=False)
         author = None
         if description is not None:

@@ -1,7 +1,7 @@
 """Record one real execution of a generator as a `torch.fx.Graph` whose leaves are whole modules.
 
-`torch.fx.symbolic_trace` fails at the first ``if`` on a shape; the recorder runs on real tensors. Sizes stay
-symbolic, so that a recording of one sample runs with any batch.
+`torch.fx.symbolic_trace` fails at the first ``if`` on a shape; the recorder runs on real tensors. Sizes stay symbolic,
+so that a recording of one sample runs with any batch.
 """
 
 from collections.abc import Callable, Iterator
@@ -52,21 +52,21 @@ def record(
     observing: bool = False,
     change: int | None = None,
 ) -> Recording:
-    """Run a generator once and record the execution as a graph; leaves the generator unchanged.
+    """Run a generator, in eval mode, once and record the execution as a graph; leaves the generator unchanged.
 
     Args:
-        generator: The trained generator, in eval mode.
+        generator: The trained generator.
         args: Its positional inputs.
         kwargs: Its keyword inputs.
         is_leaf: Decides by path and module whether the module becomes one node. Default: every module without
             submodules, and everything under ``torch.nn`` except containers.
-        observing: Allow tensors inside objects and tensors made outside PyTorch, and guess what depends on
-            them. Such a graph can be analysed, but not run.
+        observing: Allow tensors inside objects and tensors made outside PyTorch, and guess what depends on them. Such a
+            graph can be analysed, but not run.
         change: Number of the read that returns another value, to test what depends on it.
 
     Raises:
-        GeneratorError: If the generator raises (`DeviceError`: by device or precision), is in train mode
-            (`ModeError`), has hooks of accelerate, or its output is not finite (`NonFiniteError`).
+        GeneratorError: If the generator raises (`DeviceError`: by device or precision), is in train mode (`ModeError`),
+            has hooks of accelerate, or its output is not finite (`NonFiniteError`).
         RecordingError: If it passes tensors inside objects that a graph cannot follow.
     """
     kwargs = dict(kwargs or {})
@@ -132,15 +132,18 @@ def _is_atom(_path: str, module: nn.Module) -> bool:
 
 
 @contextmanager
-def unobserved(generator: nn.Module) -> Iterator[None]:
-    """Restore buffers and random states that change inside the block."""
+def unobserved(generator: nn.Module, draws: bool = True) -> Iterator[None]:
+    """Restore buffers and random states that change inside the block.
+
+    Random states are the process's: without ``draws`` they are left alone, and with them other threads' draws.
+    """
     buffers = [(buffer, buffer.detach().clone()) for buffer in generator.buffers()]
     devices = {tensor.device for tensor in (*generator.parameters(), *generator.buffers())}
     cuda = [device for device in devices if device.type == "cuda"]
     try:
         # Leaving inference mode switches gradients on, whatever they were.
         grad = torch.is_grad_enabled()
-        with torch.inference_mode(False), torch.set_grad_enabled(grad), torch.random.fork_rng(devices=cuda):
+        with torch.inference_mode(False), torch.set_grad_enabled(grad), torch.random.fork_rng(cuda, draws):
             yield
     finally:
         for buffer, copy in buffers:
@@ -184,8 +187,8 @@ def _explain(generator: nn.Module, args: Any, kwargs: Any, error: Exception) -> 
 def steering_line(recording: Recording, record_changed: Callable[[int], Recording]) -> str:
     """Find a read whose value depends on the inputs and changes what the forward does.
 
-    A read may stay frozen if another value raises or changes nothing. ``record_changed`` records again, with
-    another value for the read of this number. Returns ``file:line: code``, empty if there is none.
+    A read may stay frozen if another value raises or changes nothing. ``record_changed`` records again, with another
+    value for the read of this number. Returns ``file:line: code``, empty if there is none.
     """
     varies: dict[fx.Node, bool] = {}
     for node in recording.nodes:

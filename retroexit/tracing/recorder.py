@@ -1,7 +1,7 @@
 """Write the tensor functions and modules that run into a `torch.fx.Graph`; `record` starts and ends it.
 
-A `TorchFunctionMode` writes every tensor function as a node; hooks on the generator's modules write the
-chosen ones as ``call_module`` nodes. Sizes read from a tensor stay symbolic (`TracedInt`).
+A `TorchFunctionMode` writes every tensor function as a node; hooks on the generator's modules write the chosen ones as
+``call_module`` nodes. Sizes read from a tensor stay symbolic (`TracedInt`).
 """
 
 from __future__ import annotations

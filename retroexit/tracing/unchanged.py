@@ -1,8 +1,4 @@
-"""Whether a generator is still what was recorded: its modules, hooks and settings.
-
-A recording replays the modules that it saw. A hook, block or setting that comes later would act in the
-generator's own forward alone, and in no copy.
-"""
+"""Whether a generator is still what was recorded: its modules, hooks and settings."""
 
 from __future__ import annotations
 
@@ -19,13 +15,7 @@ _SIMPLE = (bool, float, str)  # numbers of other types, and tuples, are what for
 
 
 class Snapshot:
-    """The modules of a generator at one time: children, hooks, forwards of their own, simple attributes.
-
-    Weights are not part of it; see `retroexit.core.identity`.
-
-    Args:
-        generator: The generator.
-    """
+    """The modules of a generator at one time: children, hooks, forwards of their own, simple attributes; no weights."""
 
     def __init__(self, generator: nn.Module) -> None:
         self._modules = [
@@ -43,12 +33,7 @@ class Snapshot:
                     del facts[name]
 
     def check(self) -> None:
-        """Refuse a generator that has changed since.
-
-        Raises:
-            ModeError: If a module is in another mode.
-            GeneratorError: If something else has changed, with the module and the change.
-        """
+        """Raise `ModeError` if a module is in another mode, `GeneratorError` with the change if it has changed."""
         for name, module, kind, forward, mode, facts in self._modules:
             now = vars(module)
             # One call in C compares all facts; `_change` finds out which one differs.
@@ -78,11 +63,7 @@ class Snapshot:
 
 
 def refuse_accelerate(generator: nn.Module) -> None:
-    """Refuse the hooks by which accelerate moves weights in and out.
-
-    Raises:
-        GeneratorError: If a module has such a hook.
-    """
+    """Raise `GeneratorError` if a module has the hooks by which accelerate moves weights in and out."""
     for name, module in generator.named_modules():
         _refuse_accelerate(name, module)
 
@@ -93,8 +74,7 @@ def _refuse_accelerate(name: str, module: nn.Module) -> None:
         raise GeneratorError(
             f"the generator must have no hooks of accelerate, got {type(hook).__name__} on "
             f"{name or type(module).__name__!r}: copies of offloaded layers have no weights. Call "
-            "accelerate.hooks.remove_hook_from_module(generator, recurse=True), and move the generator to one "
-            "device.",
+            "accelerate.hooks.remove_hook_from_module(generator, recurse=True), and move the generator to one device.",
             module,
         )
 

@@ -1,7 +1,4 @@
-"""Backbone features and images for training: computed once and kept on disk, or computed in every step.
-
-With stored ones, training costs the branch alone, which makes training on a CPU possible.
-"""
+"""Backbone features and images for training: computed once and kept on disk, or computed in every step."""
 
 from __future__ import annotations
 
@@ -88,8 +85,8 @@ class FeatureCache:
     ) -> FeatureCache:
         """Run the backbone once over all samples and store what training needs.
 
-        A cache of the same backbone, attach points and inputs in the folder is continued or reused; another
-        one is a `CheckpointError`, a full disk a `StorageError`. Samples must have one size (`OptionError`).
+        A cache of the same backbone, attach points and inputs in the folder is continued or reused; another one is a
+        `CheckpointError`, a full disk a `StorageError`. Samples must have one size (`OptionError`).
         """
         folder = Path(folder)
         if not model.is_recorded:
@@ -156,10 +153,6 @@ class LiveFeatures:
     def is_per_sample(self, name: str) -> bool:
         """Tell whether a value has one row per sample, instead of being the same for all."""
         return name not in self._shared
-
-    def forget(self) -> None:
-        """Drop the last batch."""
-        self._last = None
 
 
 Features: TypeAlias = FeatureCache | LiveFeatures

@@ -1,7 +1,4 @@
-"""The processes that train together, started by Lightning Fabric or torchrun.
-
-Every process takes its part of each batch and averages the gradients, as if one had the whole batch.
-"""
+"""The processes that train together; each takes its part of a batch, and gradients are averaged."""
 
 import importlib.util
 import os

@@ -25,13 +25,12 @@ class Estimate:
     step_seconds: float
     backbone_seconds: float
     memory: int  # bytes of weights, gradients, optimiser, averages, discriminators, saved activations
-    branches: int  # number of branches
 
     def total_seconds(self, settings: FitSettings, samples: int) -> float:
         """Estimate the time of features, branches and losses; bank and predictor are not counted."""
         passes = samples / settings.batch
         if not settings.cache:
-            passes += settings.steps * (1 if settings.together else self.branches)
+            passes += settings.steps
         return settings.steps * self.step_seconds + passes * self.backbone_seconds
 
 
@@ -63,7 +62,7 @@ def estimate(
     backbone_macs = model.decomposition.backbone_macs * len(step.rows)
     # Weights, gradients and two moments; averages of branches too.
     memory = 5 * trained + 4 * discriminators + saved.most
-    return Estimate(counter.macs, backbone_macs, seconds, backbone_seconds, memory, len(trainers))
+    return Estimate(counter.macs, backbone_macs, seconds, backbone_seconds, memory)
 
 
 def _bytes(values: Sequence[Tensor]) -> int:

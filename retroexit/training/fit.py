@@ -34,42 +34,29 @@ from retroexit.training.estimate import Estimate, estimate
 from retroexit.training.initialise import reconstruct_branches
 from retroexit.training.losses import L1, TrainingLoss
 from retroexit.training.losses.plan import LossPlan
-from retroexit.training.predictor import exit_losses, fit_predictor
+from retroexit.training.predictor import exit_losses, fit_predictor, search_guides
 from retroexit.training.settings import FitSettings, check_same, divide
 from retroexit.training.steps import Cropper, Steps
 from retroexit.training.trainer import BranchTrainer, FeatureDistance, TrainingWriter, train_branches
-
-__all__ = ["FitJob", "estimate_fit", "fit_model", "fit_record"]
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
 class FitJob:
-    """A fit whose arguments have been checked.
-
-    Attributes:
-        metric: The quality metric; ``None`` if its weights are missing in a dry run.
-        plan: What branches are trained on.
-        retriever: Makes the search back-end of the bank.
-        inputs: Samples to fit on.
-        aside: Samples to calibrate on, with ``alpha`` and ``confidence``.
-        limits: Range of the generator's images.
-        latency: Samples per call whose times are measured, or ``None``.
-        bank: A bank made beforehand, or ``None``.
-    """
+    """A fit whose arguments have been checked."""
 
     settings: FitSettings
-    metric: QualityMetric | None
-    plan: LossPlan
-    retriever: Callable[[], Retriever]
-    inputs: Sequence[Any]
-    aside: Sequence[Any]
-    limits: ImageRange
+    metric: QualityMetric | None  # None if its weights are missing in a dry run
+    plan: LossPlan  # what branches are trained on
+    retriever: Callable[[], Retriever]  # makes the search back-end of the bank
+    inputs: Sequence[Any]  # samples to fit on
+    aside: Sequence[Any]  # samples to calibrate on, with alpha and confidence
+    limits: ImageRange  # of the generator's images
     alpha: float = 0.05
     confidence: float = 0.95
-    latency: int | None = None
-    bank: GuidanceBank | None = None
+    latency: int | None = None  # samples per call whose times are measured
+    bank: GuidanceBank | None = None  # made beforehand
 
 
 def fit_model(
@@ -85,7 +72,7 @@ def fit_model(
         record["bank"] = _digest(job.bank)
     check_same(folder / "fit.json", record)
     trained, held_out = divide(len(samples), settings)
-    losses = branch_losses(model, job.plan, device)
+    losses = [job.plan.for_branch().to(device) for _ in model.branches]
     metric.to(device)
     live = LiveFeatures(model, samples)
     steps = _steps(model, samples, live, losses, trained, settings, job.limits, team)
@@ -93,7 +80,7 @@ def fit_model(
     features = steps.features = _features(model, samples, folder, settings, team, progress)
     writer = None
     if settings.tensorboard and team.is_first:
-        writer = TrainingWriter(folder / "tensorboard" if settings.tensorboard is True else Path(settings.tensorboard))
+        writer = TrainingWriter(folder / "tensorboard")
     # From here on the folder belongs to these settings.
     team.wait()
     if team.is_first:
@@ -106,27 +93,24 @@ def fit_model(
         steps.guide_of, model.router.guide_limit = _guides(model, taps, features)
     reconstruct_branches(model, steps, folder / "branches", keep_channels=settings.features > 0)
     _train(model, losses, steps, settings, folder / "branches", writer, progress)
-    quality_losses = exit_losses(model, steps, metric, folder / "losses.npy", progress)
+    quality_losses = exit_losses(model, steps, metric, folder / "losses.safetensors", progress)
     progress = progress and team.is_first
     error = fit_predictor(model, samples, features, quality_losses, held_out, settings, progress)
     logger.info("predictor error on held-out inputs: %s", error)
+    hashes = samples.hashes()
     model.about = {
         "metric": metric.describe(),
         "image_range": [steps.limits.low, steps.limits.high],
         "image_size": list(features.read(IMAGE, [0]).shape[2:]),
         "fit": asdict(settings),
         "inputs": len(samples),
-        "sample_hashes": _distinct(samples.hashes()),
+        # Where samples repeat, equal ones do not show that they are the same.
+        "sample_hashes": hashes if len(set(hashes)) == len(hashes) else [],
         "predictor_error": error,
     }
     if team.is_first:
         save()
     team.wait()
-
-
-def _distinct(hashes: list[str]) -> list[str]:
-    """Return the hashes, or none where samples repeat, so that equal ones do not show that they are the same."""
-    return hashes if len(set(hashes)) == len(hashes) else []
 
 
 def _train(
@@ -175,7 +159,7 @@ def estimate_fit(
     samples, device = Samples(inputs, settings.seed), device_of(model.generator)
     trained, _ = divide(len(samples), settings)
     plan = replace(plan, equalise=0) if plan.weights else LossPlan({"l1": 1.0}, {"l1": L1()})
-    losses = branch_losses(model, plan, device)
+    losses = [plan.for_branch().to(device) for _ in model.branches]
     steps = _steps(model, samples, LiveFeatures(model, samples), losses, trained, settings, limits, Team())
     taps = model.decomposition.taps
     if taps is not None:
@@ -234,11 +218,6 @@ def _features(
     features = build(progress) if team.is_first else None
     team.wait()
     return features if features is not None else build(False)
-
-
-def branch_losses(model: EarlyExitGenerator, plan: LossPlan, device: torch.device) -> list[TrainingLoss]:
-    """Make a loss for every branch, on the device."""
-    return [plan.for_branch().to(device) for _ in model.branches]
 
 
 @torch.no_grad()
@@ -304,21 +283,16 @@ def _digest(bank: GuidanceBank) -> str:
 def _guides(
     model: EarlyExitGenerator, taps: Taps, features: Features
 ) -> tuple[Callable[[Sequence[int]], Tensor], float | None]:
-    """Search once for every sample, without its own keys, since a new input has none in the bank.
-
-    Returns:
-        A function that returns the guide of some samples, and the limit of the distance of usual guides.
-    """
-    bank = model.bank
+    """Return a function that returns the guide of some samples, and the limit of the distance of usual guides."""
+    bank, first = model.bank, model.split.cuts[0].feature.name
     assert bank is not None
-    key, _ = guidance_names(taps, model.split.cuts[0].feature.name)
-    precision = features.read(model.split.cuts[0].feature.name, [0]).dtype
-    results = [bank.search(features.read(key, rows), torch.as_tensor(rows)) for rows in chunks(len(features), 64)]
-    ids = torch.cat([result.ids for result in results])
-    distances = torch.cat([guide_distance(result.distances) for result in results])[:, 0]
+    key, _ = guidance_names(taps, first)
+    precision = features.read(first, [0]).dtype
+    nearest = search_guides(model, features)
+    distances = guide_distance(nearest.distances)[:, 0]
 
     def guide_of(rows: Sequence[int]) -> Tensor:
         feature = features.read(key, rows) if bank.order else None
-        return bank.glue(ids[torch.as_tensor(list(rows))], feature=feature, dtype=precision)
+        return bank.glue(nearest.ids[torch.as_tensor(list(rows))], feature=feature, dtype=precision)
 
     return guide_of, farthest(distances) if len(distances) >= 8 else None

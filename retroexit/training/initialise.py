@@ -26,8 +26,8 @@ def reconstruct_branches(
 ) -> list[Reconstruction | None]:
     """Choose the channels of new branches from training samples, and solve their layers, in place.
 
-    Branches that inherited before, or have a checkpoint in ``folder``, stay; ``keep_channels`` finds the
-    channels of the latter too. Returns the result for every branch, ``None`` if there was nothing to do.
+    Branches that inherited before, or have a checkpoint in ``folder``, stay; ``keep_channels`` finds the channels of
+    the latter too. Returns the result for every branch, ``None`` if there was nothing to do.
     """
     pixels = steps.cropper.size or steps.cropper.image_size
     count = max(2, min(_SAMPLES, _PIXELS // math.prod(pixels)))

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from retroexit.core.files import read_npy, reading, replacing, sha256_of, write_array
+from retroexit.core.files import read_tensors, reading, write_tensors
 from retroexit.core.modules import device_of
 from retroexit.core.samples import Samples, drawing_from
 from retroexit.errors import BankError, CheckpointError, TrainingError
 from retroexit.metrics import QualityMetric
 from retroexit.model import EarlyExitGenerator
-from retroexit.routing.predictor import Predictor, Reads, check_kind
+from retroexit.retrieval import SearchResult
+from retroexit.routing.predictor import Predictor, Reads, check_kind, log_losses
 from retroexit.routing.router import guide_distance, input_map
 from retroexit.training.cache import IMAGE, Features, chunks, guidance_names
 from retroexit.training.distributed import average
@@ -50,9 +51,7 @@ def exit_losses(model: EarlyExitGenerator, steps: Steps, metric: QualityMetric, 
             losses,
         )
     if team.is_first:
-        write_array(path, losses.numpy())
-        with replacing(path.with_suffix(".sha256")) as file:
-            file.write(sha256_of(path).encode())
+        write_tensors(path, {"losses": losses})
     return losses
 
 
@@ -71,13 +70,8 @@ def _batch_losses(model: EarlyExitGenerator, steps: Steps, metric: QualityMetric
 
 
 def _read_losses(path: Path, size: tuple[int, int]) -> Tensor:
-    record = path.with_suffix(".sha256")
-    with reading(record, f"Remove {path}."):
-        digest = record.read_text(encoding="ascii")
     with reading(path, "Remove it."):
-        if sha256_of(path) != digest:
-            raise ValueError(f"it does not match {record.name}")
-    losses = torch.from_numpy(read_npy(path, advice="Remove it."))
+        losses = read_tensors(path, "Remove it.")[0]["losses"]
     if tuple(losses.shape) != size:
         raise CheckpointError(f"{path} must have shape {size}, got {tuple(losses.shape)}. Remove it.", path)
     return losses
@@ -133,14 +127,17 @@ def predictor_reads(
         return torch.cat([_input_maps(model, samples, rows) for rows in chunks(len(samples), 32)]), None
     feature = model.split.cuts[0].feature.name
     maps = torch.cat([features.read(feature, rows) for rows in chunks(len(features), 32)])
-    if reads != "features+distance":
-        return maps, None
+    distances = guide_distance(search_guides(model, features).distances) if reads == "features+distance" else None
+    return maps, distances
+
+
+def search_guides(model: EarlyExitGenerator, features: Features) -> SearchResult:
+    """Search the bank for every sample, without its own keys, since a new input has none in the bank."""
     taps, bank = model.decomposition.taps, model.bank
     assert taps is not None and bank is not None
-    key, _ = guidance_names(taps, feature)
-    # The keys of the sample itself are left out, since a new input has none in the bank.
+    key, _ = guidance_names(taps, model.split.cuts[0].feature.name)
     results = [bank.search(features.read(key, rows), torch.as_tensor(rows)) for rows in chunks(len(features), 64)]
-    return maps, torch.cat([guide_distance(result.distances) for result in results])
+    return SearchResult(torch.cat([r.ids for r in results]), torch.cat([r.distances for r in results]))
 
 
 def train_predictor(
@@ -154,14 +151,11 @@ def train_predictor(
     seed: int = 0,
     progress: bool = True,
 ) -> float | None:
-    """Fit a predictor to quality losses by the squared error of their logarithms (ours; equation 2 has none).
+    """Fit a predictor to losses ``(S, K)`` by the squared error of their logarithms (ours; equation 2 has none).
 
-    The weights that are best on the held-out samples are kept, and their mean error there is subtracted. The
-    guard against out-of-distribution inputs is fitted to the same maps. Maps are ``(S, C, ...)``, losses
-    ``(S, K)``, and ``extra`` are distances to the guide, ``(S, 1)``, if the predictor reads them.
-
-    Returns:
-        Mean absolute error on the held-out samples; ``None`` without such samples.
+    It reads maps ``(S, C, ...)``, and ``extra``, distances to the guide ``(S, 1)``. The weights that are best on the
+    held-out samples are kept, and their mean error there is subtracted; the guard is fitted to the same maps. Returns
+    the mean absolute error on the held-out samples; ``None`` without such samples.
     """
     held = torch.as_tensor(sorted(held_out), dtype=torch.long)
     mask = torch.ones(len(maps), dtype=torch.bool)
@@ -199,13 +193,13 @@ def _optimise(
     optimizer = torch.optim.Adam(predictor.parameters(), lr=_LR, weight_decay=1e-4)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     random = np.random.default_rng(seed)
-    target = predictor.scaled(data.losses)
+    target = log_losses(data.losses)
     best, best_state = math.inf, dict[str, Tensor]()
     bar = tqdm(range(steps), desc="predictor", disable=None if progress else True)
     for step in bar:
         predictor.train()
         picked = rows[torch.from_numpy(random.integers(0, len(rows), _BATCH))]
-        difference = predictor.scaled(predictor(*data.read(picked))) - target[picked]
+        difference = log_losses(predictor(*data.read(picked))) - target[picked]
         error = (difference / predictor.loss_std).square().mean()
         optimizer.zero_grad(set_to_none=True)
         error.backward()
@@ -239,4 +233,4 @@ def _predict(predictor: Predictor, data: _Data, rows: Tensor) -> Tensor:
 
 
 def _residuals(predictor: Predictor, data: _Data, rows: Tensor) -> Tensor:
-    return predictor.scaled(_predict(predictor, data, rows)) - predictor.scaled(data.losses)[rows]
+    return log_losses(_predict(predictor, data, rows)) - log_losses(data.losses[rows])

@@ -10,13 +10,11 @@ from typing import Any, Final
 import numpy as np
 
 from retroexit.core.files import read_json, reading
-from retroexit.errors import CheckpointError, OptionError, closest
+from retroexit.errors import CheckpointError, OptionError
 from retroexit.routing.predictor import Kind, Reads, check_kind
 from retroexit.training.losses.plan import DEFAULT_LOSSES, check_weights
 
-_SCHEDULES: Final = ("cosine", "constant")
-
-_FREE: Final = frozenset({"checkpoint_every", "together", "tensorboard", "predictor", "predict_from"})
+_FREE: Final = frozenset({"checkpoint_every", "tensorboard", "predictor", "predict_from"})
 """Settings that a resumed fit may change; the predictor is trained anew every time."""
 
 
@@ -28,35 +26,29 @@ class FitSettings:
         steps: Optimiser steps per branch.
         batch: Samples (or crops) per step, over all processes.
         crop: Train on square windows of this many image pixels; ``None`` for whole images.
-        lr: Largest learning rate of the branches.
-        schedule: ``"cosine"``, down to a thousandth of ``lr``, or ``"constant"``; both rise over the first
-            tenth.
+        lr: Largest learning rate of the branches; it rises over the first tenth of the steps, then falls by a cosine.
         clip: Largest norm of a branch's gradient, or ``None``.
         ema: Decay of the saved average of weights, in [0, 1); at most ``(1 + step) / (10 + step)``.
         losses: Weight of every term of the training loss by name.
-        features: Weight of the distance of inherited layers' outputs to the backbone's, whose remaining
-            stages then run in each step.
+        features: Weight of the distance of inherited layers' outputs to the backbone's, which then runs in each step.
         held_out: Share of the inputs that only correct the predictor, in [0, 1).
         calibrate: Share of the inputs for a calibration at the end, in (0, 1); nothing else uses them. For a promise
             to new groups or for several thresholds, call `EarlyExitGenerator.calibrate` after the fit instead.
         predictor: ``"conv"``, ``"pooled"`` or ``"linear"``, see `retroexit.routing.predictor.Predictor`.
-        predict_from: ``"features"``, ``"inputs"`` as in the paper, or ``"features+distance"`` with the
-            distance to the guide; ``None``: the adapter's map of the inputs, else the features.
+        predict_from: What it reads, see there.
         predictor_steps: Optimiser steps of the predictor.
         seed: Seed of all random numbers, ``>= 0``.
         checkpoint_every: Steps between checkpoints.
         bfloat16: Whether to train branches under bfloat16 autocast.
-        together: Whether to train branches side by side, not one by one; the weights are the same.
         cache: Whether to keep backbone features on disk; if not, the backbone runs in every step.
         cache_batch: Samples per pass of the backbone outside training steps.
-        tensorboard: Whether to write scalars and images to ``tensorboard`` in the fit's folder; or a folder.
+        tensorboard: Whether to write scalars and images to ``tensorboard`` in the fit's folder.
     """
 
     steps: int = 1500
     batch: int = 8
     crop: int | None = None
     lr: float = 4e-3
-    schedule: str = "cosine"
     clip: float | None = 1.0
     ema: float = 0.999
     losses: dict[str, float] = field(default_factory=lambda: dict(DEFAULT_LOSSES))
@@ -69,10 +61,9 @@ class FitSettings:
     seed: int = 0
     checkpoint_every: int = 250
     bfloat16: bool = False
-    together: bool = True
     cache: bool = True
     cache_batch: int = 8
-    tensorboard: bool | str = False
+    tensorboard: bool = False
 
     def __post_init__(self) -> None:
         check_kind(self.predictor, self.predict_from)
@@ -87,9 +78,6 @@ class FitSettings:
                     raise OptionError(f"{name} must be {noun} {limits}, got {value!r}", value)
                 if not is_valid(value):
                     raise OptionError(f"{name} must be {limits}, got {value}", value)
-        if self.schedule not in _SCHEDULES:
-            names = closest(self.schedule, _SCHEDULES)
-            raise OptionError(f"no schedule {self.schedule!r}; closest: {names}", self.schedule)
 
 
 _LIMITS: Final[tuple[tuple[str, Any, str, Callable[[float], bool]], ...]] = (

@@ -1,7 +1,4 @@
-"""Build a guidance bank from a stream of inputs, whose features are neither all in memory nor on disk.
-
-Only inputs that own a chosen key run once more, up to their values (paper, section 4.1).
-"""
+"""Build a guidance bank from a stream of inputs, whose features are neither all in memory nor on disk."""
 
 import functools
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -35,10 +32,10 @@ def stream_bank(
     scratch: Path | None = None,
     progress: bool = True,
 ) -> GuidanceBank:
-    """Build the bank of a wrapped generator from any number of inputs.
+    """Build the bank of a wrapped generator with guidance, fitted or not, from any number of inputs.
 
     Args:
-        model: A wrapped generator with guidance; it need not be fitted.
+        model: The wrapped generator.
         samples: Its inputs; their seed is that of all random choices.
         retriever: Unbuilt index.
         batch: Inputs per pass.
@@ -97,9 +94,8 @@ def stream_banks(
     """Build one bank per identity, as for the frames of each source face (paper, section 4.2).
 
     Yields name and bank in the order of first occurrence; ``source`` counts the samples of that identity.
-    Branches are trained with the bank of all identities; to serve one of them, set ``model.bank = bank``.
-    ``identities`` has one name per sample, which is also the name of a folder in ``scratch``; those of
-    ``skip`` are left out, ``retriever`` makes an unbuilt index, and the rest is as in `stream_bank`.
+    ``identities`` has one name per sample; those of ``skip`` are left out; the rest is as in `stream_bank`. Branches
+    are trained with the bank of all identities; to serve one of them, set ``model.bank = bank``.
     """
     rows: dict[str, list[int]] = {}
     for row, name in enumerate(identities):

@@ -1,8 +1,9 @@
 """Train branches against the backbone's images, with checkpoints (paper sections 4.1 and 4.2)."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from tqdm import tqdm
 from retroexit.branch.branch import Branch
 from retroexit.branch.copy import CopyBranch
 from retroexit.core.files import read_tensors, reading, write_tensors
-from retroexit.core.modules import device_of
+from retroexit.core.modules import device_of, watching
 from retroexit.core.samples import ImageRange, drawing_from
 from retroexit.errors import MissingExtraError, TrainingError
 from retroexit.model import EarlyExitGenerator
@@ -34,8 +35,6 @@ def learning_rate(step: int, settings: FitSettings) -> float:
     warmup = max(1, settings.steps // 10)
     if step < warmup:
         return settings.lr * (0.1 + 0.9 * step / warmup)
-    if settings.schedule == "constant":
-        return settings.lr
     progress = (step - warmup) / max(1, settings.steps - warmup)
     return settings.lr * (0.001 + 0.999 * 0.5 * (1 + math.cos(math.pi * progress)))
 
@@ -67,14 +66,14 @@ class FeatureDistance:
     def run_backbone(self, values: Sequence[Tensor]) -> None:
         """Run the backbone's remaining stages on the inputs of the branch."""
         self._targets.clear()
-        with _capture(self.full, self.paths, self._targets), unobserved(self.model.generator):
+        with watching(self.full, self.paths, partial(_store, self._targets)), unobserved(self.model.generator):
             self.full(*values)
 
     @contextmanager
     def capture_branch(self) -> Iterator[None]:
         """Capture the outputs of the branch's layers inside the block."""
         self._outputs.clear()
-        with _capture(self.branch.tail, self.paths, self._outputs):
+        with watching(self.branch.tail, self.paths, partial(_store, self._outputs)):
             yield
 
     def __call__(self) -> Tensor:
@@ -92,21 +91,9 @@ class FeatureDistance:
         return self.weight * torch.stack(terms).mean() if terms else torch.zeros(())
 
 
-@contextmanager
-def _capture(root: nn.Module, paths: Sequence[str], outputs: dict[str, Tensor]) -> Iterator[None]:
-    def hook(path: str) -> Callable[[nn.Module, Any, Any], None]:
-        def capture(_module: nn.Module, _args: Any, output: Any) -> None:
-            if isinstance(output, Tensor):  # a copy: later layers may write into it
-                outputs[path] = output.float() if output.dtype != torch.float32 else output.clone()
-
-        return capture
-
-    hooks = [root.get_submodule(path).register_forward_hook(hook(path)) for path in paths]
-    try:
-        yield
-    finally:
-        for handle in hooks:
-            handle.remove()
+def _store(outputs: dict[str, Tensor], path: str, _args: Any, _kwargs: Any, output: Any) -> None:
+    if isinstance(output, Tensor):  # a copy: later layers may write into it
+        outputs[path] = output.float() if output.dtype != torch.float32 else output.clone()
 
 
 class BranchTrainer:
@@ -147,7 +134,7 @@ class BranchTrainer:
 
     @torch.no_grad()
     def begin(self, step: Step) -> None:
-        """Set train mode, and channels-last where a trial shows that it works and it saves time (a quarter)."""
+        """Set train mode, and channels-last, which saves a quarter of the time, where a trial shows that it works."""
         self.branch.train()
         if self.device.type != "cpu" and not self.settings.bfloat16:
             return
@@ -217,9 +204,8 @@ class BranchTrainer:
 
     def _diverged(self, what: str, value: float, parts: dict[str, float]) -> TrainingError:
         return TrainingError(
-            f"the {what} of exit {self.index + 1} became {value} at step {self.step}: {parts}. The "
-            f"branches have the weights of the last checkpoint, {self.path}. Use another folder, and lr below "
-            f"{self.settings.lr:g}.",
+            f"the {what} of exit {self.index + 1} became {value} at step {self.step}: {parts}. The branches have the "
+            f"weights of the last checkpoint, {self.path}. Use another folder, and lr below {self.settings.lr:g}.",
             parts,
         )
 
@@ -248,8 +234,9 @@ class BranchTrainer:
         """Load the checkpoint; returns whether there is one, raises `CheckpointError` if it is another branch's."""
         if not self.team.from_first(self.path.exists()):
             return False
-        tensors, about = read_tensors(self.path)
-        with reading(self.path, "Remove it to train this exit again."):
+        advice = "Remove it to train this exit again."
+        tensors, about = read_tensors(self.path, advice)
+        with reading(self.path, advice):
             step = int(about["step"])
             averages = [tensors[f"ema.{number}"] for number in range(len(self.trained))]
             self.branch.load_state_dict(_below(tensors, "branch."))
@@ -321,50 +308,43 @@ def train_branches(
     writer: TrainingWriter | None = None,
     progress: bool = True,
 ) -> None:
-    """Train branches to the end, one trainer per branch, from their checkpoints if there are any.
+    """Train branches side by side to the end, one trainer per branch, from their checkpoints if there are any.
 
     If a loss is not finite (`TrainingError`), branches get the weights of their last checkpoints.
     """
-    groups = [list(trainers)] if settings.together else [[trainer] for trainer in trainers]
-    total = settings.steps * len(groups)
-    off = None if progress and steps.team.is_first else True
-    with tqdm(total=total, desc="branches", disable=off) as bar:
-        for group in groups:
-            for trainer in group:
-                if not trainer.resume():
-                    trainer.save()  # a run interrupted before the next one starts with the same weights
-            bar.update(min(trainer.step for trainer in group))
-            if not settings.together:
-                bar.set_description(f"exit {group[0].index + 1} of {len(trainers)}")
-            try:
-                _train(group, steps, settings, writer, bar)
-            except TrainingError:
-                for trainer in group:
-                    trainer.resume()
-                raise
-            finally:
-                for trainer in group:
-                    trainer.finish()
+    for trainer in trainers:
+        if not trainer.resume():
+            trainer.save()  # a run interrupted before the next one starts with the same weights
+    begin, off = min(trainer.step for trainer in trainers), None if progress and steps.team.is_first else True
+    with tqdm(total=settings.steps, initial=begin, desc="branches", disable=off) as bar:
+        try:
+            for number in range(begin, settings.steps):
+                step = steps.at(number)
+                for trainer in trainers if number == begin else ():
+                    trainer.begin(step)
+                _train_step(trainers, step, settings, writer, bar)
+        except TrainingError:
+            for trainer in trainers:
+                trainer.resume()
+            raise
+        finally:
+            for trainer in trainers:
+                trainer.finish()
 
 
-def _train(
-    group: list[BranchTrainer], steps: Steps, settings: FitSettings, writer: TrainingWriter | None, bar: tqdm
+def _train_step(
+    trainers: Sequence[BranchTrainer], step: Step, settings: FitSettings, writer: TrainingWriter | None, bar: tqdm
 ) -> None:
-    begin, total = min(trainer.step for trainer in group), settings.steps
-    for number in range(begin, total):
-        step = steps.at(number)
-        if number == begin:
-            for trainer in group:
-                trainer.begin(step)
-        # If a run was killed between two checkpoints, some branches are ahead of others.
-        due = [trainer for trainer in group if trainer.step == number]
-        parts = {trainer.index + 1: trainer.advance(step) for trainer in due}
-        bar.update()
-        if (number + 1) % _POSTFIX_EVERY == 0:
-            terms = {name: f"{value:.4f}" for name, value in next(iter(parts.values())).items()}
-            bar.set_postfix(terms, refresh=False)
-        if writer is not None:
-            writer.write(number, parts, {t.index + 1: t.image for t in due}, step.target)
-        if (number + 1) % settings.checkpoint_every == 0 or number + 1 == total:
-            for trainer in due:
-                trainer.save()
+    # If a run was killed between two checkpoints, some branches are ahead of others.
+    due = [trainer for trainer in trainers if trainer.step == step.number]
+    parts = {trainer.index + 1: trainer.advance(step) for trainer in due}
+    bar.update()
+    done = step.number + 1
+    if done % _POSTFIX_EVERY == 0:
+        terms = {name: f"{value:.4f}" for name, value in next(iter(parts.values())).items()}
+        bar.set_postfix(terms, refresh=False)
+    if writer is not None:
+        writer.write(step.number, parts, {t.index + 1: t.image for t in due}, step.target)
+    if done % settings.checkpoint_every == 0 or done == settings.steps:
+        for trainer in due:
+            trainer.save()

@@ -1,7 +1,6 @@
 """Settings of one wrap."""
 
 import inspect
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from retroexit.branch.adapter_stages import BuildStage
 from retroexit.branch.builder import Init
 from retroexit.branch.widths.plan import WidthRule
-from retroexit.errors import AttachPointError, OptionError, RetroExitWarning
+from retroexit.errors import AttachPointError, OptionError, warn
 from retroexit.guidance.provider import Guidance
 from retroexit.plugins.description import Description
 from retroexit.stages.stage import Stage
@@ -123,11 +122,10 @@ def _shadowed_keywords(generator: nn.Module) -> tuple[str, ...]:
         return ()
     shadowed = tuple(name for name in OWN_KEYWORDS if name in parameters)
     if shadowed:
-        warnings.warn(
+        warn(
             f"{type(generator).__name__}.forward has its own keyword {' and '.join(map(repr, shadowed))}; "
             "model(...) hands it to the generator. Choose exits with model.route(inputs, kwargs, exit=..., "
             "threshold=...).",
-            RetroExitWarning,
-            stacklevel=4,
+            4,
         )
     return shadowed

@@ -88,7 +88,7 @@ def test_back_ends_are_compared_by_recall_time_and_image_loss(tmp_path, capsys, 
     assert "MB in memory" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["paper_tables", "training", "zoo"])
+@pytest.mark.parametrize("name", ["paper_tables", "zoo"])
 def test_a_benchmark_shows_its_options(name):
     script = Path(BENCHMARKS) / f"{name}.py"
     done = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True)
@@ -105,10 +105,10 @@ def _evaluation(samples=240):
 
 
 def test_the_promise_holds_on_inputs_like_those_of_the_calibration():
-    row = promises.resplit(_evaluation(), 0.1, "margin", splits=10, alpha=0.1, confidence=0.95)
+    row = promises.resplit(_evaluation(), 0.1, splits=10, alpha=0.1, confidence=0.95)
     assert row is not None and row["held"] >= 9 and row["violations"] <= 0.1
     assert 0 < row["saved"] < row["oracle_saved"]
-    few = promises.resplit(_evaluation(60), 0.1, "margin", splits=2, alpha=0.05, confidence=0.95)
+    few = promises.resplit(_evaluation(60), 0.1, splits=2, alpha=0.05, confidence=0.95)
     assert few is None
 
 

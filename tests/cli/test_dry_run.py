@@ -24,7 +24,6 @@ steps = 2
 batch = 2
 predictor-steps = 3
 out = "run"
-together = false
 calibrate = 0.5
 alpha = 0.5
 confidence = 0.5
@@ -49,13 +48,13 @@ def test_a_file_holds_all_options_and_typed_options_replace_its_values(run, tmp_
     assert saved["attach_at"] == ["stages.0", "stages.1"]
     assert record["losses"] == {"l1": 0.5, "quality": 2.0}
     assert (record["steps"], record["batch"], record["predictor_steps"]) == (2, 2, 3)
-    assert (record["together"], record["cache"], record["lr"]) == (False, True, 4e-3)
-    words = ("--steps", "3", "--loss", "l1=1", "--together", "--attach-at", "2", "--scale", "1/2")
+    assert (record["cache"], record["lr"]) == (True, 4e-3)
+    words = ("--steps", "3", "--loss", "l1=1", "--attach-at", "2", "--scale", "1/2")
     _config(run, CONFIG, *words, "--ema", "0.5", "--clip", "0", "--out", "again").succeeds()
     saved = json.loads((tmp_path / "again/model.json").read_text())
     record = saved["about"]["fit"]
     assert saved["attach_at"] == ["stages.1"]
-    assert (record["steps"], record["losses"], record["together"]) == (3, {"l1": 1.0}, True)
+    assert (record["steps"], record["losses"]) == (3, {"l1": 1.0})
     assert (record["batch"], record["ema"], record["clip"]) == (2, 0.5, None)
 
 
@@ -114,9 +113,9 @@ def test_a_dry_run_prints_work_and_cost_and_writes_nothing(run, tmp_path):
     for line in (
         "Decoder with 2 early exits",
         "samples: 12, 10 to train branches on, 2 held out",
-        "steps: 2 branches side by side x 2, batches of 2 windows of 12 pixels; predictor 3; metric ms-ssim",
+        "steps: 2 branches x 2, batches of 2 windows of 12 pixels; predictor 3; metric ms-ssim",
         "metric ms-ssim; loss 0.5 l1 + 2 quality",
-        f"would write to deep/run: cache ({megabytes:.1f} MB), bank (up to 1,024 pairs), branches",
+        f"would write to deep/run, with {megabytes:.1f} MB of cached features",
     ):
         assert line in printed
     assert re.search(

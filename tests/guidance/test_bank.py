@@ -106,7 +106,6 @@ def test_facts_of_a_bank_are_recorded():
     assert (bank.patch, bank.value_patch, bank.value_channels, len(bank)) == ((2, 2), (4, 4), 3, 96)
     assert bank.values.dtype == np.float16 and bank.values.shape == (96, 4, 4, 3)
     assert bank.meta["key_tap"] == "body.1"
-    assert bank.check() == 96  # keys that find themselves
     assert bank.macs_per_search(128) == 128 * 96 * 24
     assert repr(bank).startswith("GuidanceBank(ExactRetriever(96 keys x 24")
 
@@ -165,7 +164,6 @@ def rebuilt(bank, values):
         (lambda b: b.glue(torch.tensor([[[96]]])), BankError, r"lie in 0..95, got \(1, 1, 1\) from 96 to 96"),
         (lambda b: rebuilt(b, b.values[1:]), BankError, "got 96 keys, 95 values, 96 sources"),
         (lambda b: rebuilt(b, b.values.astype(np.float32)), BankError, r"got float32 \(96, 4, 4, 3\)"),
-        (lambda b: rebuilt(b, b.values / 0).check(), BankError, "values from row 0 on are not finite"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid value")

@@ -29,10 +29,10 @@ def strips():
 
 def test_texts_and_images_come_back_as_they_were_written(strips, tmp_path):
     assert read_report(tmp_path) == SavedReport()
-    save_report(tmp_path, SavedReport("T", "H", "retroexit evaluate 'x'", strips))
-    save_report(tmp_path, SavedReport("T", None, "c", strips[:1]))  # fewer images than before
+    save_report(tmp_path, SavedReport("T", "retroexit evaluate 'x'", strips))
+    save_report(tmp_path, SavedReport("T", "c", strips[:1]))  # fewer images than before
     back = read_report(tmp_path)
-    assert (back.title, back.headline, back.command) == ("T", None, "c")
+    assert (back.title, back.command) == ("T", "c")
     assert [(s.label, s.chosen) for s in back.strips] == [("easiest", 0)]
     for (caption, pixels), (old, before) in zip(back.strips[0].images, strips[0].images, strict=True):
         assert caption == old and np.array_equal(pixels, before)
@@ -53,7 +53,7 @@ def test_damaged_files_are_errors_with_advice(strips, tmp_path):
         CheckpointError, match=r"cannot read .*evaluation.json: ValueError: it does not match its own digest. Run"
     ):
         read_evaluation(tmp_path)
-    save_report(tmp_path, SavedReport("T", None, None, strips))
+    save_report(tmp_path, SavedReport("T", None, strips))
     path = tmp_path / "report.json"
     text = path.read_text()
     for old, new in (
@@ -66,7 +66,7 @@ def test_damaged_files_are_errors_with_advice(strips, tmp_path):
         path.write_text(text.replace(old, new))
         with pytest.raises(CheckpointError, match=r"cannot read .*report.json: .* Remove"):
             read_report(tmp_path)
-        if old != "{":  # as if it had been written so
+        if old.startswith("strips"):  # as if it had been written so
             write_json(path, json.loads(path.read_text()))
             with pytest.raises(CheckpointError, match=r"cannot read .*(report.json|9-9.png): .* Remove"):
                 read_report(tmp_path)

@@ -4,10 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from retroexit.routing.calibration import most_group_violations, most_violations, samples_needed, upper_bound
+from retroexit.routing.calibration import most_group_violations, most_violations, samples_needed
 
 binom = pytest.importorskip("scipy.stats", reason="scipy computes the same another way").binom
-beta = pytest.importorskip("scipy.stats").beta
 
 
 @given(st.integers(1, 3000), st.floats(0.005, 0.5), st.floats(0.5, 0.999))
@@ -21,13 +20,6 @@ def test_so_many_bad_samples_still_show_the_rate_and_one_more_does_not(samples, 
 def test_the_samples_needed_are_those_of_the_rule_of_three(alpha, confidence, needed):
     assert samples_needed(alpha, confidence) == needed
     assert (1 - alpha) ** needed <= 1 - confidence < (1 - alpha) ** (needed - 1)
-
-
-@given(st.integers(0, 400), st.integers(1, 400), st.floats(0.5, 0.999))
-def test_the_upper_bound_is_that_of_clopper_and_pearson(bad, samples, confidence):
-    bad = min(bad, samples)
-    expected = 1.0 if bad == samples else beta.ppf(confidence, bad + 1, samples - bad)
-    assert upper_bound(bad, samples, confidence) == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("groups", [58, 59, 100, 400])

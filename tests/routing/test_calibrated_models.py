@@ -9,7 +9,7 @@ from toys import Distance, decoder_12
 import retroexit
 from retroexit.core.samples import Samples
 from retroexit.errors import BankError, CheckpointError, OptionError, TrainingError
-from retroexit.evaluation.promise import promise_summary, promised
+from retroexit.evaluation.sweep import promise_summary
 from retroexit.routing.policy import assign_exits
 from retroexit.routing.predictor import Predictor
 from retroexit.training.cache import FeatureCache
@@ -169,7 +169,7 @@ def test_the_report_sets_the_promise_beside_what_is_observed(model, tmp_path):
     for row in promise["rows"]:
         tau = row["threshold"]
         output, exits = model.routed(new, threshold=tau)
-        assert promised(result, model.calibration, tau).exit_of.tolist() == exits.tolist()
+        assert result.promised(model.calibration, tau).exit_of.tolist() == exits.tolist()
         lost = (output - model.generator(new)).abs().mean((1, 2, 3))
         assert row["above"] == int((lost > tau).sum())
         assert row["consistent"] == (row["above"] <= 7)  # P(Bin(70, .05) >= 7) = 5.3 %, >= 8: 2.0 %

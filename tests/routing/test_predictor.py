@@ -41,17 +41,16 @@ def test_it_learns_a_function_of_the_feature_better_than_the_mean():
     assert float((error / of_mean).max()) < 0.5
 
 
-@pytest.mark.parametrize("log", [True, False])
-def test_a_step_minimises_the_squared_error_of_equation_2(log):
+def test_a_step_minimises_the_squared_error_of_the_logarithms():
     maps, losses = torch.randn(5, 3, 4, 4), 0.1 + torch.rand(5, 2) + torch.tensor([0.0, 3.0])
-    predictor, hand = Predictor(3, exits=2, log=log), Predictor(3, exits=2, log=log)
+    predictor, hand = Predictor(3, exits=2), Predictor(3, exits=2)
     hand.load_state_dict(predictor.state_dict())
     train_predictor(predictor, maps, losses, held_out=[], steps=1, seed=9, progress=False)
 
     rows = np.random.default_rng(9).integers(0, 5, 32)
     hand.mean.copy_(torch.stack([maps[:, c].mean() for c in range(3)]))
     hand.std.copy_(torch.stack([maps[:, c].var(unbiased=False).sqrt() for c in range(3)]))
-    target = losses.log() if log else losses
+    target = losses.log()
     hand.loss_mean.copy_(target.mean(0))
     hand.loss_std.copy_(target.var(0, unbiased=False).sqrt())
     optimizer = torch.optim.Adam(hand.parameters(), lr=2e-3, weight_decay=1e-4)
@@ -59,7 +58,7 @@ def test_a_step_minimises_the_squared_error_of_equation_2(log):
     for row in rows.tolist():
         for k in range(2):  # in units of each exit's own spread, so that all exits count alike
             predicted = hand(maps[row][None])[0, k]
-            total = total + (((predicted.log() if log else predicted) - target[row, k]) / hand.loss_std[k]) ** 2
+            total = total + ((predicted.log() - target[row, k]) / hand.loss_std[k]) ** 2
     (total / 64).backward()
     optimizer.step()
     for name, value in hand.state_dict().items():
@@ -68,15 +67,14 @@ def test_a_step_minimises_the_squared_error_of_equation_2(log):
         assert torch.allclose(predictor.state_dict()[name], value, atol=1e-5), name
 
 
-@pytest.mark.parametrize("log", [True, False])
-def test_its_mean_error_on_held_out_samples_is_taken_out(log):
+def test_its_mean_error_on_held_out_samples_is_taken_out():
     maps, losses = torch.randn(60, 3, 4, 4), 0.1 + torch.rand(60, 2)
     losses[50:] *= torch.tensor([2.0, 0.5])  # what branches lose on samples that they have not seen
-    predictor = Predictor(3, exits=2, log=log)
+    predictor = Predictor(3, exits=2)
     error = train_predictor(predictor, maps, losses, held_out=range(50, 60), steps=30, progress=False)
     with torch.no_grad():
         predicted = predictor(maps[50:])
-    left = predicted.log() - losses[50:].log() if log else predicted - losses[50:]
+    left = predicted.log() - losses[50:].log()
     assert torch.allclose(left.mean(0), torch.zeros(2), atol=1e-5)
     assert error == pytest.approx(float((predicted - losses[50:]).abs().mean()), rel=1e-4)
     assert train_predictor(predictor, maps, losses, held_out=[], steps=1, progress=False) is None

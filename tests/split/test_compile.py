@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import retroexit
+from retroexit.core.nested import rebuild, tensors
 from retroexit.errors import GeneratorError, NotRecordedError
 from retroexit.routing.predictor import Predictor
 
@@ -65,6 +66,58 @@ def test_an_exit_exports_for_every_batch_and_size(
     for shape in SHAPES:
         x = torch.rand(shape)
         assert torch.equal(exported(x), model(x, exit=leave))
+
+
+class Vocoder(nn.Module):
+    """Upsamples a spectrogram by transposed convolutions, as HiFi-GAN does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pre, self.post = nn.Conv1d(4, 32, 7, padding=3), nn.Conv1d(16, 1, 7, padding=3)
+        self.ups = nn.ModuleList(nn.ConvTranspose1d(i, o, 4, 2, padding=1) for i, o in ((32, 24), (24, 16), (16, 16)))
+        self.mixes = nn.ModuleList(nn.Conv1d(o, o, 3, dilation=3, padding=3) for o in (24, 16, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pre(x)
+        for up, mix in zip(self.ups, self.mixes, strict=True):
+            x = up(nn.functional.leaky_relu(x, 0.1))
+            x = x + mix(nn.functional.leaky_relu(x, 0.1))
+        return torch.tanh(self.post(x))
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("way", ["compile", "export"])
+@pytest.mark.parametrize(
+    ("name", "scale"),
+    [
+        ("list_input_with_unet_skips", 2),
+        ("modulated_convolution_with_skip_image", 1),  # its input has no size
+        ("dict_output", 2),
+        ("vocoder", 2),
+    ],
+)
+def test_other_kinds_of_generators_compile_and_export(toys: ModuleType, name: str, scale: int, way: str) -> None:
+    generator, example = Vocoder().eval(), [torch.rand(2, 4, 16)]
+    if name != "vocoder":
+        toy = toys.TOYS[name]()
+        generator, example = toy.generator, list(toy.args)
+    model = retroexit.wrap(generator, [1, 2], 1 / 4, min_channels=8, example_inputs=tuple(example))
+
+    def inputs(count: int, scale: int) -> Any:
+        return rebuild(example, lambda x: torch.rand(count, x.shape[1], *(scale * side for side in x.shape[2:])))
+
+    called = AtExit(model, 2)
+    if way == "compile":
+        torch.compiler.reset()
+        called = torch.compile(called, backend="eager", dynamic=True)
+    else:
+        free = torch.export.Dim.DYNAMIC
+        axes = rebuild(example, lambda x: {i: free for i in range(x.dim()) if i == 0 or (i > 1 and scale > 1)})
+        called = torch.export.export(called, tuple(inputs(4, 1)), dynamic_shapes=tuple(axes)).module()
+    for shape in ((2, 1), (3, 1), (5, scale)):
+        args = inputs(*shape)
+        assert all(map(torch.equal, tensors(called(*args)), tensors(model(*args, exit=2))))
 
 
 @pytest.mark.filterwarnings("ignore")

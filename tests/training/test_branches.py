@@ -10,21 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from decoders import (
-    SETTINGS,
-    Decoder,
-    Distance,
-    Noisy,
-    Plain,
-    checkpoint,
-    fit,
-    interrupted,
-    latents,
-    make,
-    same,
-    trained,
-    wrap,
-)
+from decoders import SETTINGS, Distance, Noisy, Plain, checkpoint, fit, interrupted, latents, make, same, trained, wrap
 from torch import Tensor, nn
 
 import retroexit
@@ -35,29 +21,6 @@ from retroexit.training.steps import Cropper
 from retroexit.training.trainer import BranchTrainer, averaged
 
 # Ways that change no weight.
-
-
-@pytest.mark.parametrize(("kind", "crop"), [(Decoder, 8), (Noisy, None)])
-def test_side_by_side_or_one_by_one_branches_get_the_same_weights(
-    tmp_path: Path, kind: type[nn.Module], crop: int | None
-) -> None:
-    models = [
-        fit(wrap(make(kind), guidance=True), tmp_path / str(together), crop=crop, together=together)
-        for together in (True, False)
-    ]
-    same(*map(trained, models))
-
-
-def test_side_by_side_the_backbone_runs_once_per_step(tmp_path: Path) -> None:
-    passes: dict[bool, int] = {}
-    for together in (True, False):
-        generator, counted = make(), []
-        generator.stages[2].register_forward_hook(lambda *_, counted=counted: counted.append(1))
-        model = wrap(generator)
-        counted.clear()
-        fit(model, tmp_path / str(together), together=together, cache=False, steps=6)
-        passes[together] = len(counted)
-    assert passes[False] - passes[True] == 6
 
 
 def close(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:

@@ -1,7 +1,4 @@
-"""Terms of the training loss, their weights and their sum. Imports what `retroexit.training` may import.
-
-Departure from the paper: the ground truth of every term is the backbone's image.
-"""
+"""Terms of the training loss and their sum. Unlike in the paper, the ground truth is the backbone's image."""
 
 from retroexit.training.losses.perceptual import PERCEPTUAL, Perceptual
 from retroexit.training.losses.plan import TrainingLoss

@@ -1,15 +1,14 @@
 """Differences of the features of a pretrained network (L_VGG of equations 3 and 4)."""
 
-import weakref
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from retroexit.core.identity import fingerprint
 from retroexit.errors import MissingExtraError, OptionError, WeightsError, closest
+from retroexit.metrics.base import LastTarget
 from retroexit.metrics.weights import fill_trunk, hub_file
 
 _MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, for images in [0, 1]
@@ -27,12 +26,9 @@ class _Network:
 
 # relu1_1, 2_1, 3_1, 4_1, 5_1 with the weights of Wang et al. 2018 (pix2pixHD), which OASIS took over.
 _VGG19 = {1: 1 / 32, 6: 1 / 16, 11: 1 / 8, 20: 1 / 4, 29: 1.0}
-# relu1_2, 2_2, 3_3, 4_3 as in Johnson et al. 2016.
-_VGG16 = {3: 0.25, 8: 0.25, 15: 0.25, 22: 0.25}
 
 PERCEPTUAL = {
     "vgg": _Network("vgg19", "vgg19", _VGG19, 16),
-    "vgg16": _Network("vgg16", "vgg16", _VGG16, 8),
     "features-alex": _Network("alexnet", "alex", dict.fromkeys((1, 4, 7, 9, 11), 0.2), 31),
     "features-squeeze": _Network("squeezenet1_1", "squeeze", dict.fromkeys((1, 4, 7, 9, 10, 11, 12), 1 / 7), 17),
     "features-random": _Network("vgg19", None, dict.fromkeys((1, 6, 11, 20), 0.25), 8),
@@ -44,14 +40,10 @@ class Perceptual(nn.Module):
     """Weighted sum over layers of the mean absolute difference of features (Johnson et al. 2016).
 
     Args:
-        name: ``"vgg"`` (VGG19), ``"vgg16"``, ``"features-alex"`` or ``"features-squeeze"`` (the networks of
-            LPIPS), or ``"features-random"`` (VGG19 up to relu4_1, the same random weights on all machines).
-        weights: Torchvision state dict of the convolutions, or the ``"backbone"`` of an LPIPS file; ``None``:
-            torch hub's cache, or a download into it.
-
-    Attributes:
-        network: Name of the network.
-        source: Where its weights come from.
+        name: ``"vgg"`` (VGG19), ``"features-alex"`` or ``"features-squeeze"`` (the networks of LPIPS), or
+            ``"features-random"`` (VGG19 up to relu4_1, the same random weights on all machines).
+        weights: Torchvision state dict of the convolutions, or the ``"backbone"`` of an LPIPS file; ``None``: torch
+            hub's cache, or a download into it.
 
     Raises:
         OptionError: If there is no such network, or ``weights`` is passed for the random one.
@@ -67,7 +59,7 @@ class Perceptual(nn.Module):
             raise OptionError(f"no perceptual loss {name!r}; closest: {closest(name, PERCEPTUAL)}", name)
         self.name, self._network = name, PERCEPTUAL[name]
         self.network = self._network.builder
-        self._last: tuple[weakref.ref[Tensor], tuple[int, bool], list[Tensor]] | None = None
+        self._target = LastTarget()
         self.trunk = _empty_trunk(self._network)
         self.source = "random numbers, the same everywhere"
         if self._network.net is None:
@@ -86,7 +78,8 @@ class Perceptual(nn.Module):
     def forward(self, image: Tensor, target: Tensor) -> Tensor:
         """Compare images ``(N, 3, H, W)`` or ``(N, 1, H, W)`` in [-1, 1]; returns ``(N,)``."""
         _check(self.name, image, self._network.smallest)
-        targets = self._target_features(target)
+        with torch.no_grad():
+            targets = self._target.features(target, self.features)
         total = image.new_zeros(len(image), dtype=torch.float32)
         features = self.features(image)
         for weight, a, b in zip(self._network.taps.values(), features, targets, strict=True):
@@ -102,19 +95,6 @@ class Perceptual(nn.Module):
             if number in self._network.taps:
                 maps.append(x)
         return maps
-
-    def _target_features(self, target: Tensor) -> list[Tensor]:
-        """Features of the backbone's images, computed once for all branches."""
-        with torch.no_grad():
-            if target.is_inference():
-                return self.features(target)
-            state = target._version, torch.is_autocast_enabled(target.device.type)
-            if self._last is None or self._last[0]() is not target or self._last[1] != state:
-                self._last = weakref.ref(target), state, self.features(target)
-            return self._last[2]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_last": None}  # weak references cannot be pickled
 
     def describe(self) -> dict[str, str]:
         """Return its name and a hash of its weights."""

@@ -1,13 +1,12 @@
 """Which terms a branch is trained on, with which weights, and the weighted sum of them.
 
-Preset ``"oasis"`` is equation 3, ``"megaportraits"`` equation 4. The paper says that all terms should
-contribute alike; so their weights, all 1, are equalised, see `Equaliser`.
+Preset ``"oasis"`` is equation 3, ``"megaportraits"`` equation 4. The paper says that all terms should contribute alike;
+so their weights, all 1, are equalised, see `Equaliser`.
 """
 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from retroexit.core.files import check_finite, read_torch, reading
 from retroexit.core.identity import fingerprint
 from retroexit.core.nested import is_number
-from retroexit.errors import OptionError, PluginError, RetroExitWarning, TrainingError, WeightsError
+from retroexit.errors import OptionError, PluginError, TrainingError, WeightsError, warn
 from retroexit.metrics import QualityMetric
 from retroexit.plugins.description import Description
 from retroexit.plugins.host import host
@@ -47,16 +46,16 @@ class LossOptions:
     """What branches are trained on.
 
     Attributes:
-        losses: Weight of every term by name, ``"quality"`` being the metric; or a preset: ``"oasis"``
-            (equation 3), ``"megaportraits"`` (equation 4).
-        equalise: Whether weights are multiplied such that the gradients of all terms have the same length,
-            measured over the first 50 steps, or this many; ``None``: for presets alone.
+        losses: Weight of every term by name, ``"quality"`` being the metric; or a preset: ``"oasis"`` (equation 3),
+            ``"megaportraits"`` (equation 4).
+        equalise: Whether weights are multiplied such that the gradients of all terms have the same length, measured
+            over the first 50 steps, or this many; ``None``: for presets alone.
         instead: Terms that replace others: ``{"vgg": "features-alex"}``.
         loss_weights: File with the weights of a term's network, by the name of the term.
-        discriminator: Start of every branch's discriminator: the generator's trained one; a file with the
-            state dict of the adapter's; ``"auto"``: the adapter's, untrained, with a warning; or ``None``.
-        adversarial: ``"hinge"``, ``"non-saturating"`` or a `retroexit.plugins.training_types.Objective`;
-            ``None``: the adapter's, else ``"hinge"`` for ``"megaportraits"``, else ``"non-saturating"``.
+        discriminator: Start of every branch's discriminator: the generator's trained one; a file with the state dict of
+            the adapter's; ``"auto"``: the adapter's, untrained, with a warning; or ``None``.
+        adversarial: ``"hinge"``, ``"non-saturating"`` or a `retroexit.plugins.training_types.Objective`; ``None``: the
+            adapter's, else ``"hinge"`` for ``"megaportraits"``, else ``"non-saturating"``.
         discriminator_lr: Learning rate of the discriminators.
         gaze: Gaze network of the term ``"gaze"``.
     """
@@ -108,7 +107,6 @@ class LossPlan:
     terms: Mapping[str, Term | BatchTerm] = field(default_factory=dict)  # shared by branches
     discriminator: nn.Module | None = None  # starting point of every branch's adversary, or None
     objective: Objective | None = None  # what branch and discriminator minimise
-    gaze: nn.Module | None = None  # the gaze network, or None
     equalise: int = 0  # steps during which weights are equalised; 0 leaves them as they are
     discriminator_lr: float = 4e-4
     image_range: tuple[float, float] = (-1.0, 1.0)  # of the discriminator's images
@@ -119,7 +117,7 @@ class LossPlan:
         competes = self.discriminator is not None and self.objective is not None
         for name in self.weights:
             is_adversarial = name in (ADVERSARIAL, FEATURE_MATCHING)
-            if competes if is_adversarial else name in self.terms or (name == GAZE and self.gaze is not None):
+            if competes if is_adversarial else name in self.terms:
                 continue
             rest = {other: weight for other, weight in self.weights.items() if other != name}
             part = "a discriminator" if is_adversarial else "a gaze network" if name == GAZE else "a term"
@@ -128,8 +126,6 @@ class LossPlan:
                 f"the loss {name!r} needs {part}, got none. Pass {argument}=..., or leave the term out: losses={rest}.",
                 name,
             )
-        if self.gaze is not None:
-            object.__setattr__(self, "terms", {**self.terms, GAZE: Gaze(self.gaze)})
 
     def for_branch(self) -> TrainingLoss:
         """Make the loss of one branch; its adversary starts as a copy of the discriminator."""
@@ -154,10 +150,8 @@ class LossPlan:
             facts["objective"] = self.objective.name
             facts["discriminator"] = fingerprint(self.discriminator)
             facts["discriminator_lr"] = self.discriminator_lr
-        if GAZE in self.weights:
-            assert self.gaze is not None
-            facts[GAZE] = fingerprint(self.gaze)
-        return facts
+        gaze = self.terms.get(GAZE)
+        return facts | ({GAZE: fingerprint(gaze.network)} if isinstance(gaze, Gaze) else {})
 
 
 def plan_losses(
@@ -170,8 +164,8 @@ def plan_losses(
 ) -> LossPlan:
     """Plan what branches are trained on, with the plug-ins' description of the generator by default.
 
-    ``metric`` is the term ``"quality"``. ``missing`` collects the terms whose weights are not available and
-    which are left out; with ``None`` they are an error.
+    ``metric`` is the term ``"quality"``. ``missing`` collects the terms whose weights are not available and which are
+    left out; with ``None`` they are an error.
     """
     weights = find_weights(options.losses, options.instead)
     equalise = isinstance(options.losses, str) if options.equalise is None else options.equalise
@@ -184,12 +178,13 @@ def plan_losses(
         objective = find_objective(options.adversarial or described or default)
     pixel_range = None if description is None else description.image_range
     terms = _terms(weights, metric, options.loss_weights or {}, missing)
+    if options.gaze is not None:
+        terms[GAZE] = Gaze(options.gaze)
     return LossPlan(
         {name: weight for name, weight in weights.items() if not missing or name not in missing},
         terms,
         discriminator=discriminator,
         objective=objective,
-        gaze=options.gaze,
         equalise=_EQUALISE_STEPS if equalise is True else int(equalise),
         discriminator_lr=options.discriminator_lr,
         image_range=pixel_range or (-1.0, 1.0),
@@ -239,11 +234,10 @@ def _discriminator(
     module = None if description is None else _described_discriminator(description, generator)
     if source == "auto":
         if module is not None:
-            warnings.warn(
+            warn(
                 f"the discriminator {type(module).__name__} is untrained. Pass the generator's own, trained, "
                 "as discriminator=module or discriminator=file.",
-                RetroExitWarning,
-                stacklevel=5,
+                5,
             )
         return module
     if module is None:
@@ -263,14 +257,13 @@ def _discriminator(
 def _described_discriminator(description: Description, generator: nn.Module) -> nn.Module | None:
     if description.discriminator is None:
         return None
+    owner, advice = f"the discriminator of {description.name}", "Correct it, or pass discriminator=module."
     try:
         module: Any = description.discriminator(generator)
     except Exception as error:
-        problem = f"raised {type(error).__name__}: {error}. Correct it, or pass discriminator=module."
-        raise PluginError(f"the discriminator of {description.name} {problem}", description) from error
+        raise PluginError(f"{owner} raised {type(error).__name__}: {error}. {advice}", description) from error
     if not isinstance(module, nn.Module):
-        problem = f"must be a torch.nn.Module, got a {type(module).__name__}"
-        raise PluginError(f"the discriminator of {description.name} {problem}", description)
+        raise PluginError(f"{owner} must be a torch.nn.Module, got a {type(module).__name__}", description)
     return module
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from retroexit.core.modules import clone_module
+from retroexit.core.modules import clone_module, watching
 from retroexit.core.nested import tensors
 from retroexit.core.samples import ImageRange
 from retroexit.errors import CheckpointError, OptionError, TrainingError
@@ -23,17 +23,12 @@ from retroexit.training.distributed import average
 _FACTOR_LIMIT = 1e4  # a term with a tiny gradient at first may have a large one later
 
 
-def l1(a: Tensor, b: Tensor) -> Tensor:
-    """Mean absolute difference of two tensors of one shape, a scalar (L_1 of equation 4)."""
-    return (a.float() - b.float()).abs().mean()
-
-
 class L1:
     """Mean absolute difference (L_1 of equation 4)."""
 
     def __call__(self, image: Tensor, target: Tensor) -> Tensor:
         """Compare two batches of images ``(N, C, H, W)``; returns a scalar."""
-        return l1(image, target)
+        return F.l1_loss(image.float(), target.float())
 
 
 class Gaze:
@@ -62,14 +57,15 @@ class Gaze:
             )
         with torch.no_grad():
             targets = [x for x in tensors(self.network(target)) if x.is_floating_point()]
-        return torch.stack([l1(a, b) for a, b in zip(outputs, targets, strict=True)]).mean()
+        pairs = zip(outputs, targets, strict=True)
+        return torch.stack([F.l1_loss(a.float(), b.float()) for a, b in pairs]).mean()
 
 
 class Equaliser:
     """Factors that give all terms a gradient of the same length (paper sections 4.1 and 4.2).
 
-    During the first ``steps`` steps the root mean square of each term's gradient by one image is measured.
-    The factor is the geometric mean over all terms divided by the term's value; 1 without gradient.
+    During the first ``steps`` steps the root mean square of each term's gradient by one image is measured. The factor
+    is the geometric mean over all terms divided by the term's value; 1 without gradient.
     """
 
     def __init__(self, names: Sequence[str], steps: int = 50) -> None:
@@ -194,17 +190,12 @@ def _children(module: nn.Module, start: str) -> Iterator[str]:
 def capture_features(module: nn.Module, call: Callable[[], Any]) -> DiscriminatorOutput:
     """Call a discriminator and read its scores and features.
 
-    A tensor is the score. A list is the features of one discriminator, its score last; a list of lists is
-    several of them (pix2pixHD). Features that are not returned are captured with hooks during the call.
+    A tensor is the score. A list is the features of one discriminator, its score last; a list of lists is several of
+    them (pix2pixHD). Features that are not returned are captured with hooks during the call.
     """
     captured: list[Any] = []
-    layers = [module.get_submodule(path) for path in captured_layers(module)]
-    hooks = [layer.register_forward_hook(lambda _m, _i, out: captured.append(out)) for layer in layers]
-    try:
+    with watching(module, captured_layers(module), lambda *call: captured.append(call[-1])):
         output = call()
-    finally:
-        for hook in hooks:
-            hook.remove()
     scales = _scales(output)
     if scales is None:
         raise TrainingError(
@@ -308,9 +299,8 @@ class Adversary:
             self.module.load_state_dict(weights)
         except (KeyError, RuntimeError) as error:
             raise CheckpointError(
-                f"the checkpoint must have the state of the discriminator {type(self.module).__name__}, got "
-                f"another one ({' '.join(str(error).split())}). Use another folder, or the discriminator of "
-                "the first run.",
+                f"the checkpoint must have the state of the discriminator {type(self.module).__name__}, got another "
+                f"one ({' '.join(str(error).split())}). Use another folder, or the discriminator of the first run.",
                 state,
             ) from error
         self.steps = steps
@@ -350,7 +340,7 @@ class FeatureMatching:
                 f"{type(self.adversary.module).__name__}. Return a list that ends with the score.",
                 self.adversary.module,
             )
-        return torch.stack([l1(a, b) for a, b in pairs]).mean()
+        return torch.stack([F.l1_loss(a.float(), b.float()) for a, b in pairs]).mean()
 
 
 def moments(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> dict[str, Tensor]:
