@@ -17,6 +17,7 @@ from retroexit.fit import fit
 from retroexit.guidance.provider import Guidance
 from retroexit.load import load
 from retroexit.model import EarlyExitGenerator, check_generator
+from retroexit.pipelines import disable, enable, summary
 from retroexit.plugins.description import Description
 from retroexit.plugins.host import host
 from retroexit.split.split import SplitGenerator, places
@@ -26,7 +27,18 @@ from retroexit.standin import part_to_wrap
 from retroexit.wrapping.decomposition import AUTO
 from retroexit.wrapping.options import WrapOptions, adapter_options
 
-__all__ = ["evaluate", "find_stages", "fit", "load", "read_generator", "wrap", "wrap_options"]
+__all__ = [
+    "disable",
+    "enable",
+    "evaluate",
+    "find_stages",
+    "fit",
+    "load",
+    "read_generator",
+    "summary",
+    "wrap",
+    "wrap_options",
+]
 
 
 class WrapSettings(TypedDict, total=False):

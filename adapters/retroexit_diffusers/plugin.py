@@ -35,6 +35,7 @@ def retroexit_describe(generator: nn.Module) -> Description | None:
             predictor_inputs=_latents,
         )
     decoder = getattr(generator, "decoder", None)
+    decoder = decoder.unwrap() if isinstance(decoder, EarlyExitDecoder) else decoder
     if _is_of_diffusers(generator) and isinstance(decoder, nn.Module) and _is_decoder(decoder):
         paths = _stages(decoder)
         return Description(
