@@ -24,7 +24,7 @@ def wrapped(request: pytest.FixtureRequest) -> tuple[nn.Module, Any]:
     return vae, retroexit.wrap(vae, [1, 2], scale=1 / 2, min_channels=4)
 
 
-def test_a_wrapped_autoencoder_is_used_as_the_autoencoder_is(wrapped: tuple[nn.Module, Any]) -> None:
+def test_a_wrapped_autoencoder_is_used_as_the_autoencoder_is(wrapped: tuple[nn.Module, Any]):
     vae, model = wrapped
     decoder, latents, images = vae.decoder, torch.randn(2, 4, 8, 8), torch.rand(2, 3, 16, 16) * 2 - 1
     assert model.unwrap() is decoder
@@ -48,9 +48,7 @@ def test_a_wrapped_autoencoder_is_used_as_the_autoencoder_is(wrapped: tuple[nn.M
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_a_copy_of_a_wrapped_autoencoder_decodes_with_its_own_exits(
-    wrapped: tuple[nn.Module, Any], copied: Any
-) -> None:
+def test_a_copy_of_a_wrapped_autoencoder_decodes_with_its_own_exits(wrapped: tuple[nn.Module, Any], copied: Any):
     model, latents = wrapped[1], torch.randn(1, 4, 8, 8)
     model.decoder.choose(exit=2)
     duplicate = copied(model)
@@ -66,7 +64,7 @@ def test_a_copy_of_a_wrapped_autoencoder_decodes_with_its_own_exits(
     model.decoder.choose()
 
 
-def test_a_fitted_folder_is_loaded_into_the_autoencoder(wrapped: tuple[nn.Module, Any], tmp_path: Any) -> None:
+def test_a_fitted_folder_is_loaded_into_the_autoencoder(wrapped: tuple[nn.Module, Any], tmp_path: Any):
     vae, model = wrapped
     latents = torch.randn(1, 4, 8, 8)
     model.save(tmp_path / "fitted")
@@ -78,7 +76,7 @@ def test_a_fitted_folder_is_loaded_into_the_autoencoder(wrapped: tuple[nn.Module
     model.decoder.choose()
 
 
-def test_attributes_of_any_generator_are_reached_through_the_model(toys: Any) -> None:
+def test_attributes_of_any_generator_are_reached_through_the_model(toys: Any):
     toy = next(iter(toys.TOYS.values()))()
     toy.generator.image_size = 64
     model = retroexit.wrap(toy.generator, [1], 1 / 2, min_channels=4, example_inputs=toy.args)

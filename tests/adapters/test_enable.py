@@ -36,7 +36,7 @@ def fitted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, dict[str, Pat
     ("quality", "choice"),
     [("high", "threshold 0.04"), ("draft", "threshold 0.04"), (2.0, "threshold 2"), ("lossless", "the decoder itself")],
 )
-def test_one_line_switches_exits_on_and_one_off(fitted: Any, quality: Any, choice: str) -> None:
+def test_one_line_switches_exits_on_and_one_off(fitted: Any, quality: Any, choice: str):
     pipe, folders = fitted
     decoder, latents = pipe.vae.decoder, torch.randn(3, 4, 8, 8)
     with torch.no_grad():
@@ -66,7 +66,7 @@ def test_one_line_switches_exits_on_and_one_off(fitted: Any, quality: Any, choic
 )
 def test_a_quality_that_is_not_granted_changes_nothing(
     fitted: Any, folder: str, quality: Any, error: type[Exception], message: str
-) -> None:
+):
     pipe, folders = fitted
     decoder = pipe.vae.decoder
     with pytest.raises(error, match=message):
@@ -74,7 +74,7 @@ def test_a_quality_that_is_not_granted_changes_nothing(
     assert pipe.vae.decoder is decoder
 
 
-def test_a_pipeline_without_a_known_decoder_is_refused_with_advice(fitted: Any) -> None:
+def test_a_pipeline_without_a_known_decoder_is_refused_with_advice(fitted: Any):
     pipe = SimpleNamespace(components={"unet": nn.Conv2d(3, 3, 1)})
     for call in (retroexit.disable, retroexit.summary, lambda p: retroexit.enable(p, fitted[1]["fitted"])):
         with pytest.raises(GeneratorError, match=r"got a SimpleNamespace with \{'unet': 'Conv2d'\}.*retroexit\.load"):
