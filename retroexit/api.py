@@ -95,23 +95,14 @@ def wrap(
     """Add early exits to a trained generator, which itself is never changed.
 
     Args:
-<<<<<<< HEAD
         generator: Any module with a multi-layer decoder, in eval mode. Of an autoencoder of diffusers the decoder gets
             exits, unless example inputs are images; ``pipe.vae = model`` then decodes with them.
-        attach_at: Stages after which a branch sits, by number from 1 (see `find_stages`) or by module path.
-        scale: Width factor of the branches, in (0, 1]; one for all, or one per attach point. Branches whose cost
-            ``macs`` decides need none.
-        example_inputs: Positional inputs that the generator accepts, any batch size. Without them, and without an
-            adapter that makes some, the generator is recorded at its first call.
-=======
-        generator: Any module with a multi-layer decoder, in eval mode.
         attach_at: Stages after which a branch sits, by number from 1 (see `find_stages`) or by module path; by default
             those that `find_stages` suggests.
         scale: Width factor of the branches, in (0, 1]; one for all, or one per attach point. Without it, branches are
             sub-pixel branches, sized by ``macs``.
         example_inputs: Positional inputs that the generator accepts, any batch size. Without them, and
             without an adapter that makes some, the generator is recorded at its first call.
->>>>>>> main
         example_kwargs: Its keyword inputs.
         adapter: A `Description` of the generator, the name of a plug-in to call, or ``False`` for no plug-in; by
             default all plug-ins are called. `fit` uses the same description.
@@ -134,15 +125,10 @@ def wrap(
     """
     generator = check_generator(generator)
     attach_at, scale, settings = plain_numbers((attach_at, scale, settings))
-<<<<<<< HEAD
-    attach_points = (attach_at,) if isinstance(attach_at, (str, int)) else tuple(attach_at)
-    part = part_to_wrap(generator, adapter, has_inputs=example_inputs is not None or bool(example_kwargs))
-    generator, adapter, description = part.generator, part.adapter, part.description
-=======
     if attach_at is not None:
         attach_at = (attach_at,) if isinstance(attach_at, (str, int)) else tuple(attach_at)
-    description = host().describe(generator, adapter)
->>>>>>> main
+    part = part_to_wrap(generator, adapter, has_inputs=example_inputs is not None or bool(example_kwargs))
+    generator, adapter, description = part.generator, part.adapter, part.description
     if example_inputs is None and description.example_inputs is not None:
         example_inputs, example_kwargs = description.example_inputs(generator)
     args, kwargs = example_call(example_inputs, example_kwargs)
