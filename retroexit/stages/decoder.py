@@ -45,8 +45,8 @@ class Decoder:
     stages: tuple[Stage, ...]  # l_1..l_N
     image: fx.Node  # node of the output image
     image_path: tuple[Any, ...]  # where the image is in the generator's output
-    image_only: bool = False  # whether exits give the image alone, and ``None`` for other tensors of the output
     replayed: str = ""  # why the recording cannot be cut (see `retroexit.split.replay`); empty where it can
+    image_only: bool = False  # whether exits give the image alone, and ``None`` for other tensors of the output
 
     @property
     def result(self) -> Any:

@@ -146,8 +146,8 @@ class WidthPlan:
     def narrowed(self, values: Sequence[Tensor]) -> list[Tensor]:
         """Take the first channels of feature and live values, as many as the tail reads."""
         feature, *live = values
-        axes = [2 if i in self.tokens else 1 for i in range(len(live))]
-        live = [v.narrow(a, 0, self.live.get(i, v.shape[a])) for i, (v, a) in enumerate(zip(live, axes, strict=True))]
+        for position, width in self.live.items():
+            live[position] = live[position].narrow(2 if position in self.tokens else 1, 0, width)
         return [feature[:, : self.entry].clone(), *(value.clone() for value in live)]
 
     @property
