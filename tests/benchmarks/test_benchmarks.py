@@ -1,19 +1,16 @@
-"""The benchmarks start; those of retrieval and guidance run on a tiny generator."""
+"""The benchmarks start; that of guidance runs on a tiny generator."""
 
 import argparse
 import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
 
 from retroexit.evaluation.sweep import Evaluation
-from retroexit.plugins import host
-from retroexit.retrieval import ExactRetriever
 
 BENCHMARKS = str(Path(__file__).resolve().parents[2] / "benchmarks")
 if BENCHMARKS not in sys.path:
@@ -21,17 +18,7 @@ if BENCHMARKS not in sys.path:
 
 import guidance_gain  # noqa: E402
 import promises  # noqa: E402
-import retrieval  # noqa: E402
 from gain.training import noise, shuffled  # noqa: E402
-
-
-class Careless(ExactRetriever):
-    """Returns the first keys for every query, like a poor third-party back-end."""
-
-    name: ClassVar[str] = "careless"
-
-    def _search(self, queries, k):
-        return np.tile(np.arange(k), (len(queries), 1))
 
 
 def test_the_gain_of_guidance_is_measured_and_resumed(tmp_path, capsys):
@@ -67,28 +54,7 @@ def test_controls_are_guides_of_other_inputs_or_noise_like_a_guide():
     torch.testing.assert_close(drawn(rows).std((0, 2, 3)), guides.std((0, 2, 3)), atol=0, rtol=0.1)
 
 
-def test_back_ends_are_compared_by_recall_time_and_image_loss(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(
-        type(host()), "retriever", lambda self, name: {"exact": ExactRetriever, "careless": Careless}[name]
-    )
-    monkeypatch.setattr(retrieval, "memory", lambda names, keys: dict.fromkeys(names, 1.5))
-    words = ["--case", "tiny", "--sizes", "32", "128", "--backends", "exact", "careless", "--steps", "2"]
-    words += ["--repeats", "2", "--images", "4"]
-    words += ["--json", str(tmp_path / "rows.json")]
-    retrieval.main(words)
-    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
-    assert [(row["backend"], row["keys"]) for row in rows] == [
-        (name, size) for size in (32, 128) for name in ("exact", "careless")
-    ]
-    for exact, careless in zip(rows[::2], rows[1::2], strict=True):
-        for kind in ("held out", "new noise"):
-            assert exact[kind]["recall"] == 1.0 and careless[kind]["recall"] < 0.3
-            assert exact[kind]["losses"] != careless[kind]["losses"] and len(exact[kind]["losses"]) == 2
-            assert 0 < exact[kind]["ms_p10"] <= exact[kind]["ms"] <= exact[kind]["ms_p90"]
-    assert "MB in memory" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("name", ["paper_tables", "zoo"])
+@pytest.mark.parametrize("name", ["paper_tables", "retrieval", "zoo"])
 def test_a_benchmark_shows_its_options(name):
     script = Path(BENCHMARKS) / f"{name}.py"
     done = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True)
