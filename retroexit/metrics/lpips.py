@@ -27,7 +27,6 @@ class LPIPS(QualityMetric):
     Raises:
         OptionError: If ``net`` is unknown.
         WeightsError: If the weights are missing, damaged, or another network's.
-        MissingExtraError: If the ``lpips`` package is not installed.
     """
 
     def __init__(self, net: str = "alex", weights: str | Path | None = None) -> None:

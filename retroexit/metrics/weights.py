@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from retroexit.core.files import check_finite, read_torch, sha256_of
-from retroexit.errors import MissingExtraError, WeightsError
+from retroexit.errors import WeightsError
 
 logger = logging.getLogger(__name__)
 
@@ -24,10 +24,8 @@ def empty_lpips(net: str) -> Any:
     # torchvision warns about the arguments that lpips passes to it.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        try:
-            import lpips
-        except ImportError as error:
-            raise MissingExtraError("LPIPS needs the lpips package: pip install lpips") from error
+        import lpips
+
         with torch.device("meta"):
             return lpips.LPIPS(pretrained=False, pnet_rand=True, net=net, verbose=False)
 

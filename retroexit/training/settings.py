@@ -12,7 +12,7 @@ import numpy as np
 from retroexit.core.files import read_json, reading
 from retroexit.errors import CheckpointError, OptionError
 from retroexit.routing.predictor import Kind, Reads, check_kind
-from retroexit.training.losses.plan import DEFAULT_LOSSES, check_weights
+from retroexit.training.losses.plan import DEFAULT_LOSSES
 
 _FREE: Final = frozenset({"checkpoint_every", "tensorboard", "predictor", "predict_from"})
 """Settings that a resumed fit may change; the predictor is trained anew every time."""
@@ -67,7 +67,6 @@ class FitSettings:
 
     def __post_init__(self) -> None:
         check_kind(self.predictor, self.predict_from)
-        check_weights(self.losses)
         for names, kind, limits, is_valid in _LIMITS:
             for name in names.split():
                 value = getattr(self, name)

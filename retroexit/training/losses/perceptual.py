@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from retroexit.core.identity import fingerprint
-from retroexit.errors import MissingExtraError, OptionError, WeightsError, closest
+from retroexit.errors import OptionError, WeightsError, closest
 from retroexit.metrics.base import LastTarget
 from retroexit.metrics.weights import fill_trunk, hub_file
 
@@ -103,10 +103,8 @@ class Perceptual(nn.Module):
 
 def _empty_trunk(network: _Network) -> nn.Sequential:
     """Build the layers up to the last tap, without weights and without drawing random numbers."""
-    try:
-        from torchvision import models
-    except ImportError as error:
-        raise MissingExtraError("perceptual losses need torchvision: pip install torchvision") from error
+    from torchvision import models
+
     with torch.device("meta"):
         features = getattr(models, network.builder)(weights=None).features
     trunk: nn.Sequential = features[: max(network.taps) + 1]

@@ -70,14 +70,6 @@ class LossOptions:
     gaze: nn.Module | None = None
 
 
-def check_weights(losses: object) -> None:
-    """Raise `OptionError` unless ``losses`` has weights >= 0 by name, one of them above 0."""
-    weights = list(losses.values()) if isinstance(losses, Mapping) else []
-    is_valid = all(is_number(weight) and 0 <= weight < math.inf for weight in weights)
-    if not is_valid or not sum(weights) > 0:
-        raise OptionError(f"losses must have weights >= 0 by name, one of them > 0, got {losses!r}", losses)
-
-
 def find_weights(losses: Mapping[str, float] | str, instead: Mapping[str, str] | None = None) -> dict[str, float]:
     """Return the weight of every term by name, after replacements; terms of weight 0 are left out."""
     if isinstance(losses, str):
@@ -86,7 +78,9 @@ def find_weights(losses: Mapping[str, float] | str, instead: Mapping[str, str] |
                 f"losses must be weights by name or one of {', '.join(map(repr, PRESETS))}, got {losses!r}", losses
             )
         losses = PRESETS[losses]
-    check_weights(losses)
+    numbers = list(losses.values()) if isinstance(losses, Mapping) else []
+    if not all(is_number(number) and 0 <= number < math.inf for number in numbers) or not sum(numbers) > 0:
+        raise OptionError(f"losses must have weights >= 0 by name, one of them > 0, got {losses!r}", losses)
     weights = {name: float(weight) for name, weight in losses.items() if weight > 0}
     instead = instead or {}
     for name, other in instead.items():
