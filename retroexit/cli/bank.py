@@ -68,7 +68,7 @@ def build(
     With --identities, OUT becomes a folder of banks, one for each name; existing ones are not built again.
     """
     if (out / MANIFEST).exists():
-        raise OptionError(f"{out} already holds a bank. Name a new folder.", out)
+        raise OptionError(f"{out} already holds a bank. Name a new folder.")
     generator, example = load_generator(target, factory_arguments)
     samples = load_made(inputs)
     args, kwargs = example_of(example, samples)

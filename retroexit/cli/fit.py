@@ -162,13 +162,13 @@ def fit(
 
 def _wrap_arguments(exits: Any, retriever: str) -> dict[str, Any]:
     if retriever != "exact" and not exits.guidance:
-        raise OptionError(f"--retriever {retriever} needs guidance. Add --guidance.", retriever)
+        raise OptionError(f"--retriever {retriever} needs guidance. Add --guidance.")
     scales = _parse_numbers("--scale", exits.scale, "1/15, 0.25 or one per exit: 1/4,1/3")
     limits = None
     if exits.image_range is not None:
         limits = tuple(_parse_numbers("--image-range", exits.image_range, "0,1 or -1,1"))
         if len(limits) != 2 or not limits[0] < limits[1]:
-            raise OptionError(f"--image-range must be two ascending numbers, got {exits.image_range}", limits)
+            raise OptionError(f"--image-range must be two ascending numbers, got {exits.image_range}")
     kinds, shares = exits.branch.split(","), None
     if exits.macs is not None:
         shares = _parse_numbers("--macs", exits.macs, "0.1 or one per exit: 0.1,0.2")
@@ -190,7 +190,7 @@ def _parse_numbers(option: str, text: str, form: str) -> list[float]:
     try:
         return [float(Fraction(part.strip())) for part in text.split(",")]
     except (ValueError, ZeroDivisionError) as error:
-        raise OptionError(f"{option} must be numbers, got {text}. Write {form}.", text) from error
+        raise OptionError(f"{option} must be numbers, got {text}. Write {form}.") from error
 
 
 def _loss_arguments(values: Any) -> dict[str, Any]:
@@ -213,7 +213,7 @@ def _loss_arguments(values: Any) -> dict[str, Any]:
     try:
         losses = {name: float(weight) for name, weight in pairs.items()}
     except ValueError as error:
-        raise OptionError(f"weights of --loss must be numbers, got {pairs}. Write {form}.", pairs) from error
+        raise OptionError(f"weights of --loss must be numbers, got {pairs}. Write {form}.") from error
     return {**arguments, "losses": losses} if losses else arguments
 
 

@@ -98,7 +98,7 @@ def parse_pairs(option: str, texts: Sequence[str] | None, form: str) -> dict[str
     for text in texts or []:
         name, _, value = text.partition("=")
         if not (name and value) or name in pairs:
-            raise OptionError(f"{option} must be name=value, once per name, got {text}. Write {form}.", text)
+            raise OptionError(f"{option} must be name=value, once per name, got {text}. Write {form}.")
         pairs[name] = value
     return pairs
 
@@ -127,7 +127,7 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
     for key, value in values.items():
         name = key.replace("_", "-")
         if name not in options:
-            raise OptionError(f"no option {key!r} for {path}; closest: {closest(name, options)}.", key)
+            raise OptionError(f"no option {key!r} for {path}; closest: {closest(name, options)}.")
         # Click checks texts as it checks typed options.
         if isinstance(value, Mapping):
             value = [f"{part}={value[part]}" for part in value]

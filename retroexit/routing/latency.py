@@ -36,15 +36,13 @@ class Latency:
             raise OptionError(
                 f"deadline_ms needs times of {batch} samples on {threads} threads of {here[2]}, got times of "
                 f"{self.batch} samples on {self.threads} threads of {self.device}. Call model.measure_latency "
-                "here with such a batch.",
-                deadline_ms,
+                "here with such a batch."
             )
         fast = [k for k, taken in enumerate(self.milliseconds, 1) if taken <= deadline_ms]
         if not fast:
             raise OptionError(
                 f"deadline_ms must be >= {min(self.milliseconds):.1f}, the time of the fastest exit on "
-                f"{self.device}, got {deadline_ms:g}. Allow more, or wrap with a cheaper exit.",
-                deadline_ms,
+                f"{self.device}, got {deadline_ms:g}. Allow more, or wrap with a cheaper exit."
             )
         return max(fast)
 

@@ -205,8 +205,7 @@ class BranchTrainer:
     def _diverged(self, what: str, value: float, parts: dict[str, float]) -> TrainingError:
         return TrainingError(
             f"the {what} of exit {self.index + 1} became {value} at step {self.step}: {parts}. The branches have the "
-            f"weights of the last checkpoint, {self.path}. Use another folder, and lr below {self.settings.lr:g}.",
-            parts,
+            f"weights of the last checkpoint, {self.path}. Use another folder, and lr below {self.settings.lr:g}."
         )
 
     @torch.no_grad()
