@@ -278,8 +278,7 @@ def _compute_values(
         if not start:
             values = np.empty((len(source), *part.shape[1:]), np.float16)
         if part.shape[1:] != values.shape[1:]:
-            message = f"value features must have one shape, got {part.shape[1:]} after {values.shape[1:]}"
-            raise BankError(message)
+            raise BankError(f"value features must have one shape, got {part.shape[1:]} after {values.shape[1:]}")
         values[rows] = part
     return values
 

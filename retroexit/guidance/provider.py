@@ -73,8 +73,7 @@ class Guidance:
         if self.size < 1:
             raise OptionError(f"size must be >= 1, got {self.size}")
         if self.key not in (None, False) and not callable(self.key):
-            message = f"key must be a function of the generator's arguments to (N, D), got {self.key!r}"
-            raise OptionError(message)
+            raise OptionError(f"key must be a function of the generator's arguments to (N, D), got {self.key!r}")
         if self.key and self._names_patches:
             other = f"patch={self.patch}" if self.key_after is None else f"key_after={self.key_after!r}"
             raise OptionError(

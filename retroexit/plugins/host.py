@@ -89,18 +89,15 @@ class Host:
 
     def retriever(self, name: str) -> type[Retriever]:
         """Look up a nearest-neighbour back-end; raises `PluginError` if not exactly one plug-in offers it."""
-        retriever: type[Retriever] = self._find("retroexit_retrievers", name)[0]
-        return retriever
+        return self._find("retroexit_retrievers", name)[0]
 
     def width_rule(self, name: str) -> WidthFunction:
         """Look up a width rule; raises `PluginError` if not exactly one plug-in offers it."""
-        rule: WidthFunction = self._find("retroexit_width_rules", name)[0]
-        return rule
+        return self._find("retroexit_width_rules", name)[0]
 
     def branch_kind(self, name: str) -> Callable[..., Branch]:
         """Look up the builder of a kind of branch; raises `PluginError` if not exactly one plug-in offers it."""
-        build: Callable[..., Branch] = self._find("retroexit_branch_kinds", name)[0]
-        return build
+        return self._find("retroexit_branch_kinds", name)[0]
 
     def metric(self, metric: QualityMetric | str, weights: str | Path | None = None) -> QualityMetric:
         """Make a quality metric from its name; a metric object is returned unchanged.

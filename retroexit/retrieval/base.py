@@ -102,8 +102,7 @@ class Retriever(ABC):
         try:
             json.dumps(options)
         except (TypeError, ValueError) as error:
-            message = f"options of {type(self).__name__} must be plain data: {error}"
-            raise OptionError(message) from error
+            raise OptionError(f"options of {type(self).__name__} must be plain data: {error}") from error
         self._threads = threads
         self.options: dict[str, Any] = options
         self._keys = np.empty((0, 0), np.float32)
@@ -204,8 +203,7 @@ class Retriever(ABC):
                 )
             k = operator.index(k)
             if not 1 <= k <= self.distinct:
-                message = f"k must be from 1 to {self.distinct}, the number of distinct keys, got {k}"
-                raise RetrieverError(message)
+                raise RetrieverError(f"k must be from 1 to {self.distinct}, the number of distinct keys, got {k}")
             if not len(matrix):
                 return SearchResult(torch.empty((0, k), dtype=torch.int64), torch.empty((0, k)))
             ids, distances = self._nearest(matrix, k)
