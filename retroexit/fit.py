@@ -30,8 +30,6 @@ from retroexit.training.losses.plan import DEFAULT_LOSSES, QUALITY, LossOptions,
 from retroexit.training.predictor import check_reads
 from retroexit.training.settings import FitSettings, set_aside
 
-__all__ = ["fit", "measure_times", "prepare"]
-
 
 def fit(
     model: EarlyExitGenerator,

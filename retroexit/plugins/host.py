@@ -12,21 +12,19 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
+from typing import Any, Final, Literal, TypeVar
 
 import pluggy
 from torch import nn
 
+from retroexit.branch.branch import Branch
+from retroexit.branch.widths.plan import WidthFunction
 from retroexit.core.files import __version__
 from retroexit.errors import OptionError, PluginError, RetroExitError, cause_of, closest, warn
 from retroexit.metrics import QualityMetric
 from retroexit.plugins import hookspecs
 from retroexit.plugins.description import Description
 from retroexit.retrieval import Retriever
-
-if TYPE_CHECKING:
-    from retroexit.branch.branch import Branch
-    from retroexit.branch.widths.plan import WidthFunction
 
 _BUILTIN: Final = "builtin"
 """The plug-in of the library, whose names others cannot take. Imported by name: it lies above the host."""
