@@ -65,7 +65,7 @@ def group_of(source: Callable[..., Any], *names: str, **options: Any) -> Any:
     """Make a group of options from arguments of a function or fields of a dataclass, with their defaults.
 
     Those of ``names`` are explained by the docstring of ``source``; ``options`` are explanations, or annotations.
-    What is no number and no flag is a text. Counts are at least 1, other numbers and those with the default 0 at least 0.
+    What is no number and no flag is a text. Counts are at least 1, others and those with the default 0 at least 0.
     """
     entries = re.findall(r"^ {4}(\w+): (.+(?:\n {8}.+)*)", inspect.getdoc(source) or "", re.MULTILINE)
     explained = {name: " ".join(text.replace("`", "").split()) for name, text in entries}
