@@ -132,7 +132,7 @@ def test_exits_that_lose_nothing_are_accepted():
 
 
 def test_it_is_the_same_when_copied_and_keeps_few_limits():
-    losses, predicted, groups = _groups(70, 3, 1)
+    losses, predicted, groups = _groups(75, 3, 1)
     calibration = Calibration(losses, predicted, groups=groups, thresholds=(0.05, 0.1))
     for other in (copy.deepcopy(calibration), pickle.loads(pickle.dumps(calibration))):
         assert other.settings() == calibration.settings()
