@@ -1,46 +1,43 @@
 """The branch of pixel shuffles: shapes, sizes by cost, causality, live values, and what happens to a model with it."""
 
-from __future__ import annotations
-
 import copy
 import pickle
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 import retroexit
 from retroexit.branch.subpixel import pixel_shuffle, pixel_unshuffle
 from tests.toys import TOYS
 
-CONV: Any = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
 class Upsampler(nn.Module):
     """Three stages in one to three dimensions; the last two refine the grid."""
 
-    def __init__(self, axes: int = 2, factors: Any = (2, 2), channels: int = 16, crop: int = 0) -> None:
+    def __init__(self, axes=2, factors=(2, 2), channels=16, crop=0):
         super().__init__()
         layers = [CONV[axes](4 if i == 0 else channels, channels, 3, padding=1) for i in range(4)]
         self.stem, self.blocks = layers[0], nn.ModuleList(nn.Sequential(m, nn.ReLU()) for m in layers[1:])
         self.rgb, self.factors, self.crop = CONV[axes](channels, 3, 3, padding=1), factors, crop
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         h = self.blocks[0](self.stem(x))
         for block, factor in zip(self.blocks[1:], self.factors, strict=True):
             h = block(F.interpolate(h, scale_factor=factor, mode="nearest"))
         return torch.tanh(self.rgb(h))[..., : h.shape[-1] - self.crop]
 
 
-def upsampler(**options: Any) -> nn.Module:
+def upsampler(**options):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return Upsampler(**options).eval()
 
 
-def wrapped(generator: nn.Module, *inputs: Tensor, **options: Any) -> retroexit.EarlyExitGenerator:
+def wrapped(generator, *inputs, **options):
     options = {"attach_at": ["blocks.0"], "branch": "subpixel", "macs": 0.6, **options}
     return retroexit.wrap(generator, example_inputs=inputs, **options)
 
@@ -56,15 +53,8 @@ def test_pixel_shuffle_inverts_unshuffle_and_agrees_with_torch(factors):
 @pytest.mark.parametrize("name", TOYS)
 def test_a_branch_is_built_for_every_generator_that_can_be_cut(name):
     toy = TOYS[name]()
-    model = retroexit.wrap(
-        toy.generator,
-        [toy.stages[0]],
-        0.5,
-        branch="subpixel",
-        min_channels=4,
-        example_inputs=toy.args,
-        example_kwargs=toy.kwargs,
-    )
+    example = {"example_inputs": toy.args, "example_kwargs": toy.kwargs}
+    model = retroexit.wrap(toy.generator, toy.stages[:1], 0.5, branch="subpixel", min_channels=4, **example)
     quick, full = model(*toy.args, exit=1, **toy.kwargs), model(*toy.args, **toy.kwargs)
     assert type(quick) is type(full)
     assert model.image(quick).shape == model.image(full).shape
