@@ -61,7 +61,7 @@ def test_the_training_resumes_where_it_stopped(example, shared, tmp_path, monkey
 
 @pytest.mark.slow
 def test_the_script_runs_and_resumes(example, shared, tmp_path, monkeypatch, run_script):
-    monkeypatch.setattr(example.exits, "ATTACH_AT", (3, 5))
+    monkeypatch.setattr(example.exits, "ATTACH_AT", (2, 4))
     evaluate = functools.partial(example.exits.retroexit.evaluate, repeats=1)
     monkeypatch.setattr(example.exits.retroexit, "evaluate", evaluate)
     words = f"--shared {shared} --out {tmp_path} --scales 0.25 --steps 2 --predictor-steps 20 --bank 32"
