@@ -17,15 +17,28 @@ from retroexit.fit import fit
 from retroexit.guidance.provider import Guidance
 from retroexit.load import load
 from retroexit.model import EarlyExitGenerator, check_generator
+from retroexit.pipelines import disable, enable, summary
 from retroexit.plugins.description import Description
 from retroexit.plugins.host import host
 from retroexit.split.split import SplitGenerator, places
 from retroexit.stages.decoder import Decoder, forward_signature, read_decoder
 from retroexit.stages.stage import Stage
+from retroexit.standin import part_to_wrap
 from retroexit.wrapping.decomposition import AUTO
 from retroexit.wrapping.options import WrapOptions, adapter_options
 
-__all__ = ["evaluate", "find_stages", "fit", "load", "read_generator", "wrap", "wrap_options"]
+__all__ = [
+    "disable",
+    "enable",
+    "evaluate",
+    "find_stages",
+    "fit",
+    "load",
+    "read_generator",
+    "summary",
+    "wrap",
+    "wrap_options",
+]
 
 
 class WrapSettings(TypedDict, total=False):
@@ -82,7 +95,8 @@ def wrap(
     """Add early exits to a trained generator, which itself is never changed.
 
     Args:
-        generator: Any module with a multi-layer decoder, in eval mode.
+        generator: Any module with a multi-layer decoder, in eval mode. Of an autoencoder of diffusers the decoder gets
+            exits, unless example inputs are images; ``pipe.vae = model`` then decodes with them.
         attach_at: Stages after which a branch sits, by number from 1 (see `find_stages`) or by module path; by default
             those that `find_stages` suggests.
         scale: Width factor of the branches, in (0, 1]; one for all, or one per attach point. Without it, branches are
@@ -113,7 +127,8 @@ def wrap(
     attach_at, scale, settings = plain_numbers((attach_at, scale, settings))
     if attach_at is not None:
         attach_at = (attach_at,) if isinstance(attach_at, (str, int)) else tuple(attach_at)
-    description = host().describe(generator, adapter)
+    part = part_to_wrap(generator, adapter, has_inputs=example_inputs is not None or bool(example_kwargs))
+    generator, adapter, description = part.generator, part.adapter, part.description
     if example_inputs is None and description.example_inputs is not None:
         example_inputs, example_kwargs = description.example_inputs(generator)
     args, kwargs = example_call(example_inputs, example_kwargs)
@@ -122,7 +137,7 @@ def wrap(
     model = EarlyExitGenerator(generator, options)
     if example_inputs is not None or example_kwargs:
         model.record(*args, **kwargs)
-    return model
+    return part.complete(model)
 
 
 def wrap_options(
@@ -235,7 +250,8 @@ def read_generator(
 ) -> Decoder:
     """Read a generator as `wrap` does: its stages, and the execution that they were found in."""
     generator = check_generator(generator)
-    description = host().describe(generator)
+    part = part_to_wrap(generator, has_inputs=example_inputs is not None or bool(example_kwargs))
+    generator, description = part.generator, part.description
     if example_inputs is None and not example_kwargs:
         if description.example_inputs is None:
             raise OptionError(

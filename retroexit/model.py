@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -75,8 +75,11 @@ class EarlyExitGenerator(nn.Module):
     to the cheapest exit whose predicted quality loss is at most ``t``, ``budget=b`` spends a share of the backbone's
     compute, ``deadline_ms=d`` keeps a call within measured times; see `RoutingOptions`.
 
+    Attributes that it does not have itself are those of ``whole``, else of the generator.
+
     Attributes:
         generator: The user's generator, never changed.
+        whole: A copy of the autoencoder that the generator is the decoder of, with exits in it; else ``None``.
         options: How it was wrapped.
         branches: The thin branches, cheapest first. Empty until the generator has been recorded.
         guide: Looks up guides in the guidance bank.
@@ -92,6 +95,7 @@ class EarlyExitGenerator(nn.Module):
         self.guide = GuideProvider()
         self.router = Router(options.predictor_inputs)
         self.about: dict[str, Any] = {}
+        vars(self).update(whole=None)  # not a submodule, since the generator is a part of it
         self._decomposition: Decomposition | None = None
         self._saved_weights: dict[str, Tensor] | None = None
         self._lock = threading.Lock()
@@ -400,6 +404,24 @@ class EarlyExitGenerator(nn.Module):
                 branch.restore_facts(values)  # type: ignore[operator]
 
     # The module.
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            whole = vars(self).get("whole")
+            owner = vars(self).get("_modules", {}).get("generator") if whole is None else whole
+            if owner is None or name.startswith("_") or not hasattr(owner, name):
+                raise
+            return getattr(owner, name)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> EarlyExitGenerator:
+        super()._apply(fn, recurse)
+        parts = () if self.whole is None else self.whole.children()
+        for part in parts:
+            if getattr(part, "model", None) is not self:
+                part._apply(fn)
+        return self
 
     def unwrap(self) -> nn.Module:
         """Return the generator, unchanged."""

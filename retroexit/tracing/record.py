@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from retroexit.core.nested import flatten, tensors
 from retroexit.core.samples import conversion_advice
 from retroexit.errors import DeviceError, GeneratorError, ModeError, NonFiniteError, RecordingError
+from retroexit.tracing.caches import kept_state
 from retroexit.tracing.recorder import QUESTIONS, Call, Read, Recorder
 from retroexit.tracing.unchanged import Snapshot, refuse_accelerate
 
@@ -95,7 +96,7 @@ def record(
 def _run(recorder: Recorder, args: Any, kwargs: Any) -> tuple[Any, bool]:
     """Run the generator and complete the graph; returns the output, and whether random numbers were drawn."""
     generator = recorder.generator
-    with unobserved(generator), torch.no_grad(), recorder.hooked(), recorder.counter, recorder:
+    with unobserved(generator), kept_state(generator), torch.no_grad(), recorder.hooked(), recorder.counter, recorder:
         recorder.is_running = True
         before = _random_states(generator)
         try:
