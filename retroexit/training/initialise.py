@@ -7,8 +7,9 @@ from pathlib import Path
 
 from torch import Tensor
 
+from retroexit.branch.branch import Branch
 from retroexit.branch.copy import CopyBranch
-from retroexit.branch.least_squares import Reconstruction, reconstruct
+from retroexit.branch.least_squares import Reconstruction
 from retroexit.errors import RetroExitError
 from retroexit.model import EarlyExitGenerator
 from retroexit.tracing.record import unobserved
@@ -34,20 +35,19 @@ def reconstruct_branches(
     step = replace(steps, team=Team(), batch=count, needs_inputs=False).at(0)
     results: list[Reconstruction | None] = []
     for index, branch in enumerate(model.branches):
-        if not isinstance(branch, CopyBranch):
-            results.append(None)
-            continue
+        assert isinstance(branch, Branch)
         has_checkpoint = folder is not None and (folder / f"exit{index + 1}.safetensors").exists()
         is_fresh, branch.is_fresh = branch.is_fresh, False
         values = [step.read(node.name) for node in model.split.cuts[index].crossing] if is_fresh else []
-        if is_fresh and (keep_channels or not has_checkpoint):
+        if is_fresh and isinstance(branch, CopyBranch) and (keep_channels or not has_checkpoint):
             _choose_channels(model, index, values)
         if has_checkpoint or not is_fresh:
             results.append(None)
             continue
         with unobserved(model.generator):
             full = model.split.tail(index, share=True)
-            results.append(reconstruct(branch.eval(), full, values, step.guide, seed=steps.seed))
+            stages = [str(node.target) for node in model.split.cuts[index].rest if node.op == "call_module"]
+            results.append(branch.eval().start(full, stages, values, step.guide, steps.seed))
     return results
 
 
