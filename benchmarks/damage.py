@@ -138,7 +138,7 @@ def saved_model(root: Path) -> list[Kind]:
     def read_resume() -> Any:
         check_same(folder / "fit.json", {k: v for k, v in record.items() if k != "digest"})
         assert resumed.resume()
-        return [*resumed._state().items(), read_losses(folder / "losses.npy", size)]
+        return [*resumed._state().items(), read_losses(folder / "losses.safetensors", size)]
 
     def files(below: Path, *patterns: str) -> list[Path]:
         return sorted(path for pattern in patterns for path in below.glob(pattern) if path.is_file())

@@ -20,6 +20,7 @@ from retroexit.branch.branch import Branch
 from retroexit.branch.widths.plan import Pin, WidthPlan, WidthRule
 from retroexit.core.files import (
     MANIFEST,
+    locked,
     named,
     read_json,
     read_tensors,
@@ -96,18 +97,13 @@ def write_model(
     Raises:
         GeneratorError: If the generator has changed since it was recorded.
         BankError: If the bank belongs to other weights or places of the generator.
+        CheckpointError: If another fit or save is writing to the folder.
         StorageError: If the disk is full.
     """
     decomposition.check_generator()
     folder, identity = Path(folder), Identity.of(generator)
     if bank is not None:
         bank = _checked_bank(bank, decomposition, identity)
-    arguments = _predictor_to_json(router.predictor)
-    sha256 = {
-        _WEIGHTS: write_named_tensors(folder, _WEIGHTS, _weights(branches, router.predictor), {}),
-        _CALIBRATION: _write_calibration(router.calibration, folder),
-        BANK: None if bank is None else write_bank(bank, folder),
-    }
     manifest = {
         "schema": _SCHEMA,
         "fingerprint": identity.fingerprint,
@@ -115,17 +111,23 @@ def write_model(
         "attach_at": [place.path for place in decomposition.places],
         "options": options_to_json(options, decomposition),
         "plans": [_plan_to_json(branch) for branch in cast("Iterable[Branch]", branches)],
-        "predictor": arguments,
+        "predictor": _predictor_to_json(router.predictor),
         "predictor_reads": "inputs" if router.needs_adapter else "feature",
         "latency": None if router.latency is None else router.latency.to_json(),
         "guide_limit": router.guide_limit,
-        **{f"{stem}_sha256": digest for stem, digest in sha256.items()},
         "exits": [dataclasses.asdict(e) for e in list_exits(decomposition, branches, generator)],
         "about": about,
         "versions": versions(),
     }
-    write_json(folder / _MANIFEST, manifest, allow_nan=False)
-    _delete_others(folder, [named(stem, digest) for stem, digest in sha256.items() if digest])
+    with locked(folder):
+        sha256 = {
+            _WEIGHTS: write_named_tensors(folder, _WEIGHTS, _weights(branches, router.predictor), {}),
+            _CALIBRATION: _write_calibration(router.calibration, folder),
+            BANK: None if bank is None else write_bank(bank, folder),
+        }
+        manifest |= {f"{stem}_sha256": digest for stem, digest in sha256.items()}
+        write_json(folder / _MANIFEST, manifest, allow_nan=False)
+        _delete_others(folder, [named(stem, digest) for stem, digest in sha256.items() if digest])
     return folder
 
 
@@ -376,6 +378,7 @@ def _widths_to_json(plan: WidthPlan) -> dict[str, Any]:
         "pins": [dataclasses.asdict(pin) for pin in plan.pins],
         "built": {path: list(channels) for path, channels in plan.built.items()},
         "live": [[position, channels] for position, channels in plan.live.items()],
+        "tokens": list(plan.tokens),
     }
 
 
@@ -390,4 +393,5 @@ def _widths_from_json(saved: dict[str, Any] | None) -> WidthPlan | None:
         pins=tuple(Pin(**pin) for pin in saved["pins"]),
         built={path: (int(c_in), int(c_out)) for path, (c_in, c_out) in saved["built"].items()},
         live={position: channels for position, channels in saved.get("live", ())},
+        tokens=tuple(saved.get("tokens", ())),
     )

@@ -33,7 +33,7 @@ def damaged(folder: Path, count: int, seed: int = 0) -> Iterator[str]:
         What was done to which file, while it is done.
     """
     draw = random.Random(seed)
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
     for number in range(count):
         path = files[number % len(files)]
         content, name = path.read_bytes(), path.relative_to(folder)

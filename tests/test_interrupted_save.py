@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import retroexit
 from retroexit.metrics import QualityMetric
+from retroexit.retrieval import HnswlibRetriever
 from retroexit.routing.calibration import Calibration
 
 X = torch.randn(6, 4, 6, 6, generator=torch.Generator().manual_seed(1))
@@ -52,7 +53,13 @@ def make_model(seed: int, folder: Path) -> retroexit.EarlyExitGenerator:
     return model
 
 
-def contents(model: retroexit.EarlyExitGenerator) -> list[Tensor]:
+def read_bank(folder: Path) -> list[Tensor]:
+    bank = retroexit.GuidanceBank.load(folder, retriever_class=HnswlibRetriever)
+    return [torch.from_numpy(np.array(part)) for part in (bank.values, bank.retriever.keys)]
+
+
+def read_model(folder: Path) -> list[Tensor]:
+    model = retroexit.load(folder, make_generator(), (X[:1],), adapter=False)
     assert model.bank is not None and model.calibration is not None
     with torch.no_grad():
         images = model.all_exits(X)
@@ -60,11 +67,12 @@ def contents(model: retroexit.EarlyExitGenerator) -> list[Tensor]:
 
 
 def stop_at(number: int, how: str, folder: Path) -> list[str]:
-    """Count changes of files below a folder; at one of them, kill the process or raise an error of the disk."""
+    """Count changes of a folder and beside it; at one of them, kill the process or raise an error of the disk."""
     done: list[str] = []
 
     def watch(event: str, args: tuple[Any, ...]) -> None:
-        if event not in CHANGES or str(folder) not in str(args[0]):
+        path = Path(args[0]) if event in CHANGES else Path("/")  # relative where a folder is deleted
+        if path.is_absolute() and not path.is_relative_to(folder.parent):
             return
         done.append(event)
         if len(done) == number:
@@ -76,13 +84,23 @@ def stop_at(number: int, how: str, folder: Path) -> list[str]:
     return done
 
 
-@pytest.mark.parametrize("how", ["killed", "raises"])
-def test_the_old_or_the_new_model_is_left(how: str, damage: ModuleType, tmp_path: Path) -> None:
-    models = [make_model(seed, tmp_path / f"fit{seed}") for seed in (0, 1)]
-    expected, start, place = [contents(model) for model in models], tmp_path / "start", tmp_path / "model"
-    models[0].save(start)
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> list[retroexit.EarlyExitGenerator]:
+    return [make_model(seed, tmp_path_factory.mktemp("fit")) for seed in (0, 1)]
 
-    def save(number: int, model: retroexit.EarlyExitGenerator = models[1]) -> list[Any]:
+
+@pytest.mark.parametrize("how", ["killed", "raises"])
+@pytest.mark.parametrize("what", ["model", "bank"])
+def test_the_old_or_the_new_one_is_left(
+    models: list[Any], what: str, how: str, damage: ModuleType, tmp_path: Path
+) -> None:
+    saved, read = (models, read_model) if what == "model" else ([model.bank for model in models], read_bank)
+    start, place, end = tmp_path / "start", tmp_path / "place", tmp_path / "end"
+    saved[0].save(start)
+    saved[1].save(end)
+    expected = [read(start), read(end)]
+
+    def save(number: int) -> list[Any]:
         shutil.rmtree(place, ignore_errors=True)
         shutil.copytree(start, place)
 
@@ -90,7 +108,7 @@ def test_the_old_or_the_new_model_is_left(how: str, damage: ModuleType, tmp_path
             torch.set_num_threads(1)
             done = stop_at(number, how, place)
             with contextlib.suppress(retroexit.errors.StorageError):
-                model.save(place)
+                saved[1].save(place)
             report(len(done))
 
         return damage.in_child(work)[0]
@@ -99,9 +117,9 @@ def test_the_old_or_the_new_model_is_left(how: str, damage: ModuleType, tmp_path
     seen = []
     for number in range(1, changes + 1):
         save(number)
-        loaded = contents(retroexit.load(place, make_generator(), (X[:1],), adapter=False))
+        loaded = read(place)
         seen.append([all(map(torch.equal, loaded, content)) for content in expected].index(True))
     assert set(seen) == {0, 1}
     assert seen == sorted(seen) or how == "raises"  # where deleting a file fails, the save goes on
-    models[0].save(place)  # what the last one left is deleted
+    saved[0].save(place)  # what the last one left is deleted
     assert sorted(p.name for p in place.rglob("*")) == sorted(p.name for p in start.rglob("*"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -15,16 +16,17 @@ from retroexit.branch import adapter_stages, inherit
 from retroexit.branch.adapter_stages import BuildStage, StageShape
 from retroexit.branch.branch import Branch, GuideEntry, GuideShape
 from retroexit.branch.copy import CopyBranch
-from retroexit.branch.widths.analyse import analyse, blame
+from retroexit.branch.widths.analyse import Behind, Chain, analyse, unsuitable
 from retroexit.branch.widths.equations import symbols_of
 from retroexit.branch.widths.plan import OUTPUT, Pin, TailWidths, WidthPlan, WidthRule
 from retroexit.core.modules import CONVOLUTIONS, MacCounter, clone_module, device_of
 from retroexit.core.writes import WriteWatch, overwrites_saved
-from retroexit.errors import BranchError, warn
+from retroexit.errors import BranchError, RetroExitError, warn
 from retroexit.split.segments import Tail
+from retroexit.split.split import SplitGenerator
 from retroexit.stages.decoder import Cut
 
-__all__ = ["BranchSpec", "Init", "build_branch"]
+__all__ = ["BranchSpec", "Init", "SharedAnalysis", "build_branch"]
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +46,7 @@ class BranchSpec:
         names: Names of the values that cross the cut, for messages.
         samples: Feature and live values of samples by which the inherited channels are chosen; without them,
             the norms of the weights decide.
+        widths: Gives the `TailWidths` of the tail, without or with its narrow dimensions.
         macs: Most multiply-accumulates of the branch on the example values, for kinds whose sizes are chosen by
             cost; ``None`` to follow ``rule``.
     """
@@ -57,6 +60,7 @@ class BranchSpec:
     image: tuple[Any, ...] = ()
     names: Mapping[fx.Node, str] = field(default_factory=dict)
     samples: Sequence[Tensor] = ()
+    widths: Callable[[bool], TailWidths] | None = None
     macs: float | None = None
 
 
@@ -78,6 +82,17 @@ def build_branch(
     Raises:
         BranchError: If the tail cannot be narrowed, or a stage of a saved model cannot be built again.
     """
+    try:
+        return _build_branch(tail, cut, values, spec, plan)
+    except RetroExitError:
+        raise
+    except Exception as error:
+        raise unsuitable(error) from error
+
+
+def _build_branch(
+    tail: Tail, cut: Cut, values: Sequence[Tensor], spec: BranchSpec, plan: WidthPlan | None
+) -> CopyBranch:
     if plan is not None:
         thin = cast("Tail", inherit.emptied(tail, plan))
         builder = _BranchBuilder(thin, tail, cut, values, spec, plan, is_new=False)
@@ -128,31 +143,37 @@ class _BranchBuilder:
 
     @cached_property
     def stages(self) -> list[str]:
-        """Stages in the tail that take a map, in order; scripted modules cannot be changed."""
+        """Stages in the tail that take a map, in order."""
         modules = [node for node in self.cut.rest if node.op == "call_module"]
         inside = {str(node.target) for node in modules if not node.meta.get("takes_tokens")}
-        is_scripted = {p for p, m in self.full.named_modules() if isinstance(m, torch.jit.ScriptModule)}
-        return [path for path in self.spec.stages if path in inside - is_scripted]
+        return [path for path in self.spec.stages if path in inside]
 
     @cached_property
     def first(self) -> str | None:
         return adapter_stages.first_stage(self.full, self.cut, self.stages)
 
-    @cached_property
+    @property
     def shapes(self) -> dict[str, StageShape]:
-        with torch.no_grad():
-            return adapter_stages.stage_shapes(self.thin, self._narrow_values(), self.stages)
+        """Shapes of the stages in the narrowed tail."""
+        return self._first_run[0]
 
-    def trial_macs(self) -> int:
-        """Run the narrowed tail once and count its multiply-accumulates."""
+    @property
+    def macs(self) -> float:
+        """Multiply-accumulates of the narrowed tail; infinity where it does not run."""
+        try:
+            return self._first_run[1]
+        except Exception:
+            logger.debug("a narrowed tail does not run", exc_info=True)
+            return math.inf
+
+    @cached_property
+    def _first_run(self) -> tuple[dict[str, StageShape], int]:
         with torch.no_grad(), torch.random.fork_rng(devices=[]), MacCounter() as counter:
-            self.thin(*self._narrow_values())
-        return counter.macs
+            shapes = adapter_stages.stage_shapes(self.thin, self._narrow_values(), self.stages)
+        return shapes, counter.macs
 
     def _narrow_values(self) -> list[Tensor]:
-        live = {} if self.plan is None else self.plan.live
-        widths = [self.width, *(live.get(i) for i in range(len(self.values) - 1))]
-        return [v.clone() if w is None else v[:, :w].clone() for v, w in zip(self.values, widths, strict=True)]
+        return [v.clone() for v in self.values] if self.plan is None else self.plan.narrowed(self.values)
 
     def with_built_stages(self) -> Branch:
         """Assemble with stages built by the adapter; keep the narrowed ones, with a pin, where those fail."""
@@ -285,7 +306,8 @@ class _BranchBuilder:
         """Make projections for live values that enter the tail with fewer channels."""
         entries = {}
         for position, width in (self.plan.live if self.plan is not None else {}).items():
-            value = self.values[1 + position]
+            value, is_last = self.values[1 + position], self.plan is not None and position in self.plan.tokens
+            value = value.transpose(1, 2) if is_last else value
             entries[position] = GuideEntry(int(value.shape[1]), width, tuple(value.shape[2:]), None, 0)
             if self.spec.init == "inherit":
                 entries[position].select(self.kept_live.get(position))
@@ -319,62 +341,77 @@ class _BranchBuilder:
             with torch.no_grad(), MacCounter() as counter, WriteWatch() as watch:
                 run()
         except Exception as error:
-            raise BranchError(
-                f"a copy of the stages at scale {self.spec.rule.scale:g} does not run: "
-                f"{type(error).__name__}: {error}. "
-                "Use another scale or min_channels, attach elsewhere, or let an adapter build the stage.",
-                branch,
-            ) from error
+            raise unsuitable(error) from error
         branch.macs, branch.writes = counter.macs, watch.seen and overwrites_saved(run)
 
 
+def analyse_tail(tail: Tail, cut: Cut, values: Sequence[Tensor], spec: BranchSpec, small: bool) -> TailWidths:
+    """Find the equations between the widths of one tail."""
+    names = [spec.names.get(node, node.name) for node in cut.live]
+    return analyse([Behind(tail, names)], values, spec.rule.min_channels, spec.image, small=small)[0]
+
+
+class SharedAnalysis:
+    """The equations between the widths of all tails of a generator, from one run of the earliest one.
+
+    Args:
+        split: The generator, cut.
+        values: Feature and live values at the first cut.
+        spec: How its branch is built.
+    """
+
+    def __init__(self, split: SplitGenerator, values: Sequence[Tensor], spec: BranchSpec) -> None:
+        self.split, self.values, self.spec = split, values, spec
+        self.widths: dict[bool, list[TailWidths]] = {}
+
+    def of(self, index: int, small: bool) -> TailWidths:
+        """Equations of the tail behind cut ``index`` (from 0)."""
+        if small not in self.widths:
+            split, names = self.split, self.spec.names
+            behind = [
+                Behind(split.tail(i, share=True), [names.get(node, node.name) for node in cut.live])
+                for i, cut in enumerate(split.cuts)
+            ]
+            chain = Chain(partial(split.pieces, tail=split.cuts[0]), split.output)
+            limit, image = self.spec.rule.min_channels, self.spec.image
+            self.widths[small] = analyse(behind, self.values, limit, image, chain, small=small)
+        return self.widths[small][index]
+
+
 class _Narrowing:
-    """Narrows a tail, except for modules that turn out not to run on narrower tensors."""
+    """Narrows a tail."""
 
     def __init__(self, tail: Tail, cut: Cut, values: Sequence[Tensor], spec: BranchSpec) -> None:
         self.tail, self.cut, self.values, self.spec = tail, cut, values, spec
-        self.opaque: dict[str, str] = {}
 
     def run(self) -> _BranchBuilder:
-        """Analyse the tail, choose widths, copy it; repeat with more opaque modules until it runs."""
-        while True:
-            widths, plan = self._analyse()
-            thin = widths.with_thin_live()
-            layout: inherit.Layout = {}
-            readers: dict[Any, Any] = {}
-            if self.spec.init == "inherit":
-                layout = inherit.find_layout(self.tail, thin, self.values)
-                readers = inherit.readers_of(self.tail, thin, self.spec.samples) if self.spec.samples else {}
-            build = partial(self._build, thin, layout, readers)
-            builder = build(plan)
-            try:
-                macs = builder.trial_macs()
-            except Exception as error:
-                paths = {id(module): name for name, module in builder.thin.named_modules() if name}
-                path, reason = blame(error, paths, self.opaque)
-                if path is None:
-                    return builder  # the trial run of the branch reports the error
-                self.opaque[path] = reason
-            else:
-                with_thin_live = self._with_thin_live(macs, thin, build)
-                if with_thin_live is not None:
-                    (builder, macs), widths = with_thin_live, thin
-                if not self.spec.samples:
-                    self._warn_of_outputs(builder, macs, widths, build)
-                return self._without_projection(builder, macs, widths, build) or builder
+        """Choose widths, and copy the tail."""
+        widths, plan = self._analyse()
+        thin = widths.with_thin_live()
+        layout: inherit.Layout = {}
+        readers: dict[Any, Any] = {}
+        if self.spec.init == "inherit":
+            layout = inherit.find_layout(self.tail, thin, self.values)
+            readers = inherit.readers_of(self.tail, thin, self.spec.samples) if self.spec.samples else {}
+        build = partial(self._build, thin, layout, readers)
+        builder = build(plan)
+        thinner = self._with_thin_live(builder, thin, build)
+        builder, widths = (builder, widths) if thinner is None else (thinner, thin)
+        if not self.spec.samples:
+            self._warn_of_outputs(builder, widths, build)
+        return self._without_projection(builder, widths, build) or builder
 
     def _analyse(self) -> tuple[TailWidths, WidthPlan]:
         """Find the equations between a tail's widths, and choose widths."""
         spec = self.spec
-        names = [spec.names.get(node, node.name) for node in self.cut.live]
-        run = partial(analyse, self.tail, self.values, spec.rule.min_channels, spec.image, names, self.opaque)
-        widths = run()
+        run = spec.widths or partial(analyse_tail, self.tail, self.cut, self.values, spec)
+        widths = run(False)
         plan = widths.plan(spec.rule)
         if all(pin.is_final for pin in plan.pins):
             return widths, plan
         # A narrow dimension, an eighth of a width perhaps, may pin that width: let narrow ones shrink too.
         try:
-            all_widths = run(small=True)
+            all_widths = run(True)
             all_plan = all_widths.plan(spec.rule)
         except BranchError:
             return widths, plan
@@ -395,45 +432,36 @@ class _Narrowing:
         return _BranchBuilder(thin, self.tail, self.cut, self.values, self.spec, plan, kept, entry, live)
 
     def _with_thin_live(
-        self, macs: int, thin: TailWidths, build: Callable[[WidthPlan], _BranchBuilder]
-    ) -> tuple[_BranchBuilder, int] | None:
-        """Project live maps that hold other widths, where that costs less than ``macs``; gives its MACs too."""
+        self, builder: _BranchBuilder, thin: TailWidths, build: Callable[[WidthPlan], _BranchBuilder]
+    ) -> _BranchBuilder | None:
+        """Project live values that hold other widths, where that costs less."""
         plan = thin.plan(self.spec.rule)
         if not plan.live:
             return None
         other = build(plan)
-        try:
-            total = other.trial_macs()
-        except Exception:
-            logger.debug("a tail does not run on thin live values", exc_info=True)
-            return None
-        total += sum(width * self.values[1 + i].numel() for i, width in plan.live.items())
-        return (other, total) if total < macs else None
+        projection = sum(width * self.values[1 + i].numel() for i, width in plan.live.items())
+        return other if other.macs + projection < builder.macs else None
 
     def _warn_of_outputs(
-        self, builder: _BranchBuilder, macs: int, widths: TailWidths, build: Callable[[WidthPlan], _BranchBuilder]
+        self, builder: _BranchBuilder, widths: TailWidths, build: Callable[[WidthPlan], _BranchBuilder]
     ) -> None:
         """Warn where outputs beside the image keep the branch wide."""
         pins = [p for p in (builder.plan.pins if builder.plan else ()) if f"{OUTPUT}'s entry" in p.reason]
         if not pins:
             return
-        try:
-            least = build(widths.without_outputs().plan(self.spec.rule)).trial_macs()
-        except Exception:
-            logger.debug("a tail does not run on thin outputs", exc_info=True)
-            return
-        if least < _NOTABLE * macs:
+        least = build(widths.without_outputs().plan(self.spec.rule)).macs
+        if least < _NOTABLE * builder.macs:
             entries = list(dict.fromkeys(p.reason.partition("'s entry ")[2].partition(",")[0] for p in pins))
             names = ", ".join(entries[:3]) + (f" and {len(entries) - 3} more" if len(entries) > 3 else "")
             warn(
                 f"the output has tensors beside the image, which every exit returns at full size: {names}. They hold "
                 f"{len(pins)} widths in the branch after {self.spec.names.get(self.cut.feature, 'the cut')!r}, "
-                f"{1 - least / macs:.0%} of its MACs. Wrap a module that returns the image alone to drop them.",
+                f"{1 - least / builder.macs:.0%} of its MACs. Wrap a module that returns the image alone to drop them.",
                 2,
             )
 
     def _without_projection(
-        self, builder: _BranchBuilder, macs: int, widths: TailWidths, build: Callable[[WidthPlan], _BranchBuilder]
+        self, builder: _BranchBuilder, widths: TailWidths, build: Callable[[WidthPlan], _BranchBuilder]
     ) -> _BranchBuilder | None:
         """Let the tail take the whole feature where a projection costs more than it saves, as before 1x1 layers."""
         feature, spec = self.values[0], self.spec
@@ -445,4 +473,4 @@ class _Narrowing:
         if plan.entry < channels or plan.numbers > builder.plan.numbers + projection:
             return None
         other = build(plan)
-        return other if other.trial_macs() <= macs + projection * (feature.numel() // channels) else None
+        return other if other.macs <= builder.macs + projection * (feature.numel() // channels) else None

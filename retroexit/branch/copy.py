@@ -70,13 +70,21 @@ class CopyBranch(Branch):
         if self.entry is not None:
             feature = self.entry(feature, guide)
         if self.live_entries:
-            live = tuple(
-                self.live_entries[str(i)](value, None) if str(i) in self.live_entries else value
-                for i, value in enumerate(live)
-            )
+            live = tuple(self._project(i, value) for i, value in enumerate(live))
         before = {
             path.replace("__", "."): (lambda x, entry=entry: entry(x, guide)) for path, entry in self.injections.items()
         }
         learns = self.writes and torch.is_grad_enabled() and not torch.compiler.is_compiling()
         with differentiable_writes() if learns else nullcontext():
             return self.tail(feature, *live, before=before)
+
+    def _project(self, position: int, value: Tensor) -> Tensor:
+        """Project a live value to the tail's width, where that is smaller."""
+        if str(position) not in self.live_entries:
+            return value
+        entry = self.live_entries[str(position)]
+        if self.plan is not None and position in self.plan.tokens:
+            value = entry(value.transpose(1, 2), None)
+            return value.transpose(1, 2)
+        projected: Tensor = entry(value, None)
+        return projected

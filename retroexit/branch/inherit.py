@@ -363,9 +363,10 @@ def _is_invariant(
     """Return whether a tail gives the expected output with permuted channels."""
     widths, select = permutation.widths, permutation.select
     permuted = _clone_with(tail, lambda name, old: select(old, widths.shapes[name], old.shape))
+    entries = [(1, widths.entry), *widths.live]
     inputs = [
-        value if channels is None else select(value, (1, channels), value.shape)
-        for value, channels in zip(values, [widths.entry, *widths.live], strict=True)
+        value if entry is None else select(value, (*[1] * entry[0], entry[1]), value.shape)
+        for value, entry in zip(values, entries, strict=True)
     ]
     output = tensors(permuted(*(value.clone() for value in inputs)))
     return all(

@@ -6,6 +6,7 @@ safetensors files hold their own digest. Every reader uses `reading`, every writ
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import math
@@ -13,6 +14,7 @@ import os
 import pickle
 import platform
 import shutil
+import sys
 import tempfile
 import warnings
 import zipfile
@@ -63,7 +65,7 @@ __all__ = [
 ]
 
 MANIFEST = "meta.json"
-_LOCK = "fit.lock"
+_LOCK = "write.lock"
 _HEADER = 128  # bytes of a .npy header, at least
 __version__ = "0.1.0"
 
@@ -160,20 +162,20 @@ def replacing(path: Path, size: int = 0) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a folder for one fit. The system releases it when the process ends, however it ends.
+    """Hold a folder for one fit or save; a fit may save. The system releases it when the process ends, however it ends.
 
     Raises:
-        CheckpointError: If another fit holds it.
+        CheckpointError: If another thread or process holds it.
     """
     with writing(folder / _LOCK):
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / _LOCK, timeout=0)
+        lock = FileLock(folder.resolve() / _LOCK, timeout=0, is_singleton=True)
         try:
             lock.acquire()
         except Timeout as error:
             raise CheckpointError(
-                f"{folder} must have one fit at a time, got a second one. Wait until the first has ended, or use "
-                "another folder.",
+                f"{folder} must have one fit or save at a time, got a second one. Wait until the first has ended, or "
+                "use another folder.",
                 folder,
             ) from error
     try:
@@ -266,6 +268,8 @@ def staged(folder: str | Path, owns: Collection[str]) -> Iterator[Path]:
             fresh, old = scratch / "new", scratch / "old"
             fresh.mkdir()  # with the modes of the user, which mkdtemp does not give
             yield fresh
+            if _exchanged(fresh, folder):
+                return
             if folder.exists():
                 os.rename(folder, old)
             try:
@@ -276,6 +280,15 @@ def staged(folder: str | Path, owns: Collection[str]) -> Iterator[Path]:
                 raise
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _exchanged(folder: Path, other: Path) -> bool:
+    """Try to exchange two folders in one step, which Linux can do on most file systems."""
+    if sys.platform != "linux" or not other.exists():
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    return rename is not None and not rename(here, os.fsencode(folder), here, os.fsencode(other), exchange)
 
 
 def write_manifest(folder: Path, facts: dict[str, Any], files: Collection[str]) -> None:
@@ -399,17 +412,17 @@ def _write(path: Path, content: bytes) -> None:
         file.write(content)
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_tensors(path: Path, advice: str = "Write it again.") -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what `write_tensors` wrote.
 
     Raises:
         CheckpointError: If the file is missing or damaged.
     """
-    with reading(path, "Write it again."), safe_open(path, "pt") as file:
-        facts = json.loads((file.metadata() or {}).get("facts", "{}"))
+    with reading(path, advice), safe_open(path, "pt") as file:
+        facts = json.loads(file.metadata()["facts"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        about = facts.get("about", "{}")
-        if facts.get("digest") != _tensors_digest(tensors, about):
+        about = facts["about"]
+        if facts["digest"] != _tensors_digest(tensors, about):
             raise ValueError("it does not match its own digest")
         return tensors, dict(json.loads(about))
 

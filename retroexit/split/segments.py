@@ -115,7 +115,7 @@ class Segment(GraphPart):
         for node in self.graph.nodes:
             if node.op not in ("get_attr", "call_module"):
                 continue
-            if node.target in recording.constants:
+            if node.target in recording.constants and not isinstance(generator, Tail):
                 setattr(self, str(node.target), recording.constants[str(node.target)])
             else:
                 node.target = f"generator.{node.target}"

@@ -93,7 +93,7 @@ def fit_model(
         steps.guide_of, model.router.guide_limit = _guides(model, taps, features)
     reconstruct_branches(model, steps, folder / "branches", keep_channels=settings.features > 0)
     _train(model, losses, steps, settings, folder / "branches", writer, progress)
-    quality_losses = exit_losses(model, steps, metric, folder / "losses.npy", progress)
+    quality_losses = exit_losses(model, steps, metric, folder / "losses.safetensors", progress)
     progress = progress and team.is_first
     error = fit_predictor(model, samples, features, quality_losses, held_out, settings, progress)
     logger.info("predictor error on held-out inputs: %s", error)

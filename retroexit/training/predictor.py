@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from retroexit.core.files import read_npy, reading, replacing, sha256_of, write_array
+from retroexit.core.files import read_tensors, reading, write_tensors
 from retroexit.core.modules import device_of
 from retroexit.core.samples import Samples, drawing_from
 from retroexit.errors import BankError, CheckpointError, TrainingError
@@ -51,9 +51,7 @@ def exit_losses(model: EarlyExitGenerator, steps: Steps, metric: QualityMetric, 
             losses,
         )
     if team.is_first:
-        write_array(path, losses.numpy())
-        with replacing(path.with_suffix(".sha256")) as file:
-            file.write(sha256_of(path).encode())
+        write_tensors(path, {"losses": losses})
     return losses
 
 
@@ -72,13 +70,8 @@ def _batch_losses(model: EarlyExitGenerator, steps: Steps, metric: QualityMetric
 
 
 def _read_losses(path: Path, size: tuple[int, int]) -> Tensor:
-    record = path.with_suffix(".sha256")
-    with reading(record, f"Remove {path}."):
-        digest = record.read_text(encoding="ascii")
     with reading(path, "Remove it."):
-        if sha256_of(path) != digest:
-            raise ValueError(f"it does not match {record.name}")
-    losses = torch.from_numpy(read_npy(path, advice="Remove it."))
+        losses = read_tensors(path, "Remove it.")[0]["losses"]
     if tuple(losses.shape) != size:
         raise CheckpointError(f"{path} must have shape {size}, got {tuple(losses.shape)}. Remove it.", path)
     return losses

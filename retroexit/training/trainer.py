@@ -234,8 +234,9 @@ class BranchTrainer:
         """Load the checkpoint; returns whether there is one, raises `CheckpointError` if it is another branch's."""
         if not self.team.from_first(self.path.exists()):
             return False
-        tensors, about = read_tensors(self.path)
-        with reading(self.path, "Remove it to train this exit again."):
+        advice = "Remove it to train this exit again."
+        tensors, about = read_tensors(self.path, advice)
+        with reading(self.path, advice):
             step = int(about["step"])
             averages = [tensors[f"ema.{number}"] for number in range(len(self.trained))]
             self.branch.load_state_dict(_below(tensors, "branch."))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from retroexit.branch.branch import Branch
-from retroexit.branch.builder import BranchSpec
+from retroexit.branch.builder import BranchSpec, SharedAnalysis
 from retroexit.core.identity import Identity
 from retroexit.core.modules import device_of, precision_of
 from retroexit.core.nested import tensors
@@ -211,7 +212,7 @@ def _build(
     )
     guide = None if decomposition.taps is None else decomposition.taps.guide
     plans, names = options.plans or (None,) * len(pairs), value_names(decoder.recording)
-    branches = []
+    branches, shared = [], None
     for index, ((stage, cut), plan) in enumerate(zip(pairs, plans, strict=True)):
         spec = BranchSpec(
             options.rule_of(stage),
@@ -227,6 +228,9 @@ def _build(
         if share is not None:
             limit = share * decoder.recording.macs - before
             spec = replace(spec, macs=limit / split.batch if split.divides else limit)
+        if shared is None and not decoder.replayed:
+            shared = SharedAnalysis(split, one_sample(split, 0, states[0]), spec)
+        spec = replace(spec, widths=None if shared is None else partial(shared.of, index))
         decomposition.specs.append(spec)
         behind = (decoder.recording.macs - before) // (split.batch if split.divides else 1)
         branch, macs = _choose_exit(split, index, states[index], spec, plan or options.kind_of(stage), behind)
@@ -353,9 +357,7 @@ def _build_exit(
     """Build one branch; gives it, and its MACs for one sample."""
     build = host().branch_kind(kind)
     cut = split.cuts[index]
-    # Where samples cannot be told apart, the whole batch of the example stands for one.
-    rows = split.batched if split.divides else {}
-    one = [v[: rows[n]] if n in rows else v for n, v in zip(cut.crossing, crossing, strict=True)]
+    one = one_sample(split, index, crossing)
     with unobserved(split.generator):  # trial runs draw from generators that are not theirs
         try:
             branch = build(split.tail(index, share=True), cut, one, spec, sizes)
@@ -366,6 +368,12 @@ def _build_exit(
     if not isinstance(branch, Branch) or branch.kind != kind:
         raise PluginError(f"branch kind {kind!r} must build a Branch of this kind, got {branch!r}.", branch)
     return branch, branch.macs if split.divides else branch.macs // split.batch
+
+
+def one_sample(split: SplitGenerator, index: int, crossing: Sequence[Tensor]) -> list[Tensor]:
+    """Values of one sample at a cut; where samples cannot be told apart, the whole batch stands for one."""
+    rows = split.batched if split.divides else {}
+    return [v[: rows[n]] if n in rows else v for n, v in zip(split.cuts[index].crossing, crossing, strict=True)]
 
 
 def branch_for(decomposition: Decomposition, index: int, kind: str, **changes: Any) -> Branch:

@@ -11,7 +11,7 @@ import toys
 from torch import nn
 
 import retroexit
-from retroexit.errors import RetroExitWarning
+from retroexit.errors import BranchError, RetroExitWarning
 
 
 class NumpyRoot(nn.Module):
@@ -123,12 +123,36 @@ def test_a_table_that_is_looked_up_keeps_its_rows_and_names_the_line():
     assert model(x, exit=1).shape == (1, 3, 16, 16)
 
 
-def test_a_width_that_numpy_computes_with_is_fixed_and_the_line_is_named():
-    model, x = wrapped(NumpyRoot)
-    (branch,) = model.branches
-    assert any("y / np.sqrt(y.shape[1])" in pin.reason for pin in branch.pins)
-    assert branch.tail.get_parameter("blocks.1.a.weight").shape == (32, 8, 3, 3)
-    assert model(x, exit=1).shape == (1, 3, 16, 16)
+class Raising(nn.Module):
+    """Raises where its width is another one."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
+    def forward(self, y):
+        if y.shape[1] < 32 or type(y.shape[1]) is not int:
+            raise self.error
+        return y
+
+
+@pytest.mark.parametrize(
+    ("middle", "error", "line"),
+    [
+        (NumpyRoot, "TypeError", "y / np.sqrt(y.shape[1])"),
+        *(
+            (lambda error=error: Raising(error), type(error).__name__, "raise self.error")
+            for error in (StopIteration(), KeyError(8), AssertionError(), ZeroDivisionError("0"), RuntimeError("a\nb"))
+        ),
+    ],
+)
+def test_code_that_raises_on_other_sizes_is_named_by_its_line(middle, error, line):
+    with pytest.raises(
+        BranchError, match=rf"(?s)must run on other sizes, got {error}: .* at {re.escape(__file__)}:\d+: "
+    ) as raised:
+        wrapped(middle)
+    assert line in str(raised.value)
+    assert "Attach elsewhere" in str(raised.value)
 
 
 class Kernels(nn.Module):

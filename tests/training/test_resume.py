@@ -194,7 +194,7 @@ def test_a_cache_interrupted_between_batches_has_the_same_arrays(tmp_path: Path)
         ("cache/cache.json", "cannot read .*cache.json"),
         ("cache/backbone-image.npy", "cannot read .*backbone-image.npy"),
         ("fit.json", "cannot read .*fit.json"),
-        ("losses.npy", "cannot read .*losses.npy"),
+        ("losses.safetensors", "cannot read .*losses.safetensors: .*Remove it"),
     ],
 )
 def test_a_file_cut_in_half_is_refused(tmp_path: Path, uninterrupted: Any, file: str, message: str) -> None:
@@ -209,7 +209,7 @@ def test_files_of_another_fit_are_refused(tmp_path: Path, uninterrupted: Any) ->
     shutil.copytree(uninterrupted("plain")[0], tmp_path / "one")
     fit(wrap(attach_at=[1]), tmp_path / "other", inputs=latents(9))
     for name, message in (
-        ("losses.npy", r"it does not match losses\.sha256"),
+        ("losses.safetensors", r"must have shape \(9, 1\), got \(10, 2\). Remove it."),
         ("cache/stages_0.npy", r"stages_0.npy must have 9 rows, got \(10, 12, 8, 8\)"),
     ):
         content = (tmp_path / "other" / name).read_bytes()

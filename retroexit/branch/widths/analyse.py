@@ -2,18 +2,17 @@
 
 The tail's own Python code runs on fake tensors, with a fresh symbolic size for every wide parameter dimension
 and every integer attribute that may be a channel count. The run is repeated where it shows that an attribute
-is a number of groups or heads, which may change too, or that a module cannot run on symbolic sizes. Such a
-module becomes opaque: it keeps its widths and is replaced by the outputs of a real run.
+is a number of groups or heads, which may change too. One run of the tail behind the first cut gives the equations
+for the tails behind later ones.
 """
 
 from __future__ import annotations
 
 import itertools
-import logging
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -28,20 +27,16 @@ from retroexit.branch.widths.equations import Product, symbols_of
 from retroexit.branch.widths.plan import LIVE, OUTPUT, TailWidths
 from retroexit.branch.widths.shape_env import SizeEnv, SymbolicMode
 from retroexit.core.modules import CONVOLUTIONS, clone_module
-from retroexit.core.nested import flatten, rebuild, tensors
+from retroexit.core.nested import flatten
 from retroexit.errors import BranchError
-from retroexit.split.replay import ReplayTail
 from retroexit.split.rerun import is_fake
 from retroexit.tracing.recorder import is_user_code, show
 
-__all__ = ["analyse", "blame", "int_attributes"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["Behind", "Chain", "analyse", "int_attributes", "unsuitable"]
 
 # What PyTorch's layers print about themselves and do not compute with.
 _DESCRIPTIONS = ("in_channels", "out_channels", "in_features", "out_features", "num_channels", "embedding_dim")
 _COUNTS = ("num_groups", "num_heads", "heads", "n_heads")
-_MAX_RUNS = 40
 _MAX_KERNEL = 31
 _MAX_DEPTH = 3
 _CONVOLUTIONS = tuple(getattr(torch, f"conv{d}d") for d in (1, 2, 3))
@@ -94,112 +89,82 @@ def _int_items(
             yield from _int_items(f"{prefix}{name}.", content, depth - 1, seen | {id(value)})
 
 
+@dataclass(frozen=True)
+class Behind:
+    """A tail among those that one symbolic run analyses: a module, and the names of the live values at its cut."""
+
+    tail: nn.Module
+    names: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The tail behind the first cut, cut again: makes its pieces from a copy of it, and its output from their last."""
+
+    pieces: Callable[[nn.Module], Sequence[nn.Module]]
+    output: Callable[[Sequence[Any]], Any]
+
+
 def analyse(
-    tail: nn.Module,
+    behind: Sequence[Behind],
     values: Sequence[Tensor],
     threshold: int,
     image: Sequence[Any],
-    names: Sequence[str],
-    opaque: dict[str, str],
+    chain: Chain | None = None,
     *,
     small: bool = False,
-) -> TailWidths:
+) -> list[TailWidths]:
     """Run a tail with symbolic widths and collect the equations between them.
 
     Args:
-        tail: A module, called as ``tail(feature, *live)``. It is not changed.
+        behind: The tail, called as ``tail(feature, *live)``, and those behind later cuts. They are not changed.
         values: Example values of the feature ``(N, C, ...)`` and of the live tensors, which keep their size.
         threshold: Dimensions up to this size never shrink.
         image: Path of the image in the tail's output, all of whose tensors keep their sizes.
-        names: Names of the live values.
-        opaque: Modules that keep their sizes, by path, with the reason.
+        chain: How to stop at the later cuts.
         small: Whether channels of weights up to the threshold are symbolic too, so that they can shrink with
             a width of which they are a fraction.
 
     Raises:
         BranchError: If the tail cannot run on symbolic sizes.
     """
-    attempt = _Attempt(_scripted_modules(tail) | opaque)
-    for _ in range(_MAX_RUNS):
-        run = _SymbolicRun(tail, values, threshold, attempt, small)
+    counts: set[Attribute] = set()
+    is_final = False
+    while True:
+        run = _SymbolicRun(behind[0].tail, values, threshold, counts, small)
         try:
-            out = run(values)
+            out = run(values, chain)
         except Exception as error:
-            attempt.retract(error, run.paths)
+            if is_final or not counts:
+                raise unsuitable(error) from error
+            counts, is_final = set(), True  # they were no numbers of groups or heads
         else:
-            if run.new_counts - attempt.refused <= attempt.counts:
-                return run.collect(out, image, names)
-            attempt.counts |= run.new_counts - attempt.refused
-    raise BranchError(
-        "the stages after the attach point do not run on symbolic widths, even with these modules at full "
-        f"width: {', '.join(attempt.opaque)}. Attach elsewhere, use scale=1, or let an adapter build it.",
-        tail,
-    )
+            if is_final or run.new_counts <= counts:
+                return [run.collect(number, tail, out, image) for number, tail in enumerate(behind)]
+            counts = counts | run.new_counts
 
 
-def _scripted_modules(tail: nn.Module) -> dict[str, str]:
-    """List the outermost scripted modules, which compute with plain numbers only."""
-    reasons: dict[str, str] = {}
-    for path, module in tail.named_modules():
-        if isinstance(module, torch.jit.ScriptModule) and not any(path.startswith(f"{p}.") for p in reasons):
-            name = getattr(module, "original_name", "")
-            reasons[path] = f"code that is not Python: the scripted module {path} ({name})"
-    return reasons
-
-
-@dataclass
-class _Attempt:
-    """Assumptions of a symbolic run.
-
-    Some modules are opaque (by path, with the reason). Some attributes are a number of groups or heads
-    (``counts``); for others that assumption failed (``refused``).
-    """
-
-    opaque: dict[str, str]
-    counts: set[Attribute] = field(default_factory=set)
-    refused: set[Attribute] = field(default_factory=set)
-
-    def retract(self, error: Exception, paths: dict[int, str]) -> None:
-        """Retract an assumption about attributes that may have caused an error, else make a module opaque."""
-        path, reason = blame(error, paths, self.opaque)
-        logger.debug("a symbolic run failed in %r", path, exc_info=error)
-        guesses = {(p, n) for p, n in self.counts if not path or path == p or path.startswith(f"{p}.")}
-        if guesses:
-            self.counts -= guesses
-            self.refused |= guesses
-        elif path:
-            outside = {p: r for p, r in self.opaque.items() if not p.startswith(f"{path}.")}
-            self.opaque = outside | {path: reason}
-        else:
-            raise BranchError(
-                f"the stages after the attach point cannot be made narrower because of {reason}. Attach "
-                "elsewhere, use scale=1, or let an adapter build the stage.",
-                error,
-            ) from error
-
-
-def blame(error: Exception, paths: dict[int, str], opaque: dict[str, str]) -> tuple[str | None, str]:
-    """Find the path of the innermost module in which an error arose, and the line of the generator's code.
-
-    ``paths`` holds the path of every module by identity. Modules that are ``opaque`` are not the cause.
-    """
-    path, line = None, "code that is not Python"
+def unsuitable(error: Exception) -> BranchError:
+    """Name the line of the generator's code that does not run on other sizes."""
+    line = "code that is not Python"
     for frame, number in traceback.walk_tb(error.__traceback__):
-        owner = paths.get(id(frame.f_locals.get("self")))
-        path = owner if owner is not None and owner not in opaque else path
         if is_user_code(frame.f_code.co_filename):
             line = show((frame.f_code.co_filename, number))
     text = (str(error).strip().splitlines() or ["no text"])[0]
-    return path, f"{line}, which does not run on other sizes ({type(error).__name__}: {text})"
+    return BranchError(
+        f"the stages after the attach point must run on other sizes, got {type(error).__name__}: {text} at {line}. "
+        "Attach elsewhere, use scale=1, or let an adapter build the stage.",
+        error,
+    )
 
 
 class _SymbolicRun:
     """A copy of a tail that shares its weights, to run with fake ones whose wide dimensions are symbols."""
 
     def __init__(
-        self, tail: nn.Module, values: Sequence[Tensor], threshold: int, attempt: _Attempt, small: bool
+        self, tail: nn.Module, values: Sequence[Tensor], threshold: int, counts: set[Attribute], small: bool
     ) -> None:
-        self.small, self.threshold, self.attempt = small, threshold, attempt
+        self.small, self.threshold, self.counts = small, threshold, counts
         self.env = SizeEnv()
         self.env.equations.on_number = self._guess_counts
         self.mode = SymbolicMode(self.env)
@@ -216,12 +181,8 @@ class _SymbolicRun:
             for axis, size in enumerate(self.original[name])
             if size > threshold and axis not in self.kernels[name]
         }
-        self.tensors = {
-            name: self.mode.fake(tensor, self._free_axes(name, tensor, widths))
-            for name, tensor in real.items()
-            if not self._is_opaque(name)
-        }
-        self.parameters = [name for name in parameters if name in self.tensors]
+        self.tensors = {name: self.mode.fake(t, self._free_axes(name, t, widths)) for name, t in real.items()}
+        self.parameters = list(parameters)
         self.symbols = {
             (name, axis): size.node.expr
             for name in self.parameters
@@ -229,22 +190,27 @@ class _SymbolicRun:
             if isinstance(size, torch.SymInt)
         }
         self.attributes = self._symbolic_attributes(tail, widths)
-        if attempt.opaque:
-            self._replace_opaque(tail, values)
+        self.crossing: list[Sequence[Any]] = []
+        self.joined: list[list[Any]] = []
 
-    def __call__(self, values: Sequence[Tensor]) -> Any:
+    def __call__(self, values: Sequence[Tensor], chain: Chain | None) -> Any:
         axes = [[1] if v.dim() != 3 or i == 0 else [1, 2] for i, v in enumerate(values)]
         inputs = [
             self.mode.fake(v, [a in wide and v.shape[a] > self.threshold for a in range(v.dim())])
             for v, wide in zip(values, axes, strict=True)
         ]
-        self.entry, self.live = inputs[0].shape[1], inputs[1:]
-        self.joined: list[list[Any]] = []
+        if chain is None:
+            self.crossing.append(inputs)
+        else:
+            self.tail.__dict__["forward"] = partial(self._run_pieces, chain.pieces(self.tail), chain.output)
         with self.mode.running(), _OpConstraints(self.joined):
             return torch.func.functional_call(self.tail, self.tensors, tuple(inputs))
 
-    def _is_opaque(self, name: str) -> bool:
-        return any(name.startswith(f"{path}.") or name == path for path in self.attempt.opaque)
+    def _run_pieces(self, pieces: Sequence[nn.Module], output: Callable[[Sequence[Any]], Any], *values: Any) -> Any:
+        for piece in pieces:
+            self.crossing.append(values)
+            values = piece(*values)
+        return output(values)
 
     def _free_axes(self, name: str, tensor: Tensor, widths: set[int]) -> list[bool]:
         """Return which axes may shrink: wide ones, and channels per group if all groups together are wide."""
@@ -261,14 +227,12 @@ class _SymbolicRun:
         symbolic: dict[Attribute, Any] = {}
         seen: set[tuple[int, Any]] = set()  # modules may share a configuration
         for path, module in self.tail.named_modules():
-            if isinstance(module, torch.jit.ScriptModule) or self._is_opaque(path):
-                continue
             shared = {id(owner) for _, owner, _ in int_attributes(original.get_submodule(path))}
             for name, owner, key in list(int_attributes(module)):
                 place, value = (id(owner), key), owner[key]
                 if place in seen or id(owner) in shared or not _is_width(module, name):
                     continue
-                is_count = (path, name) in self.attempt.counts or name in _COUNTS
+                is_count = (path, name) in self.counts or name in _COUNTS
                 new = [
                     self.env.size(v) if type(v) is int and (v in widths or (is_count and v > 1)) else v
                     for v in (value if type(value) in (list, tuple) else [value])
@@ -300,64 +264,50 @@ class _SymbolicRun:
         alike = [other for other in self.tail.modules() if type(other) is type(module)] if names else []
         self.new_counts |= {(self.paths[id(other)], name) for other in alike for name in names}
 
-    def _replace_opaque(self, tail: nn.Module, values: Sequence[Tensor]) -> None:
-        """Replace the opaque modules by what the tail's modules return for example values."""
-        opaque = self.attempt.opaque
-        inside = {path for path in opaque if any(path.startswith(f"{outer}.") for outer in opaque)}
-        outputs: dict[str, list[Any]] = {path: [] for path in opaque if path not in inside}
+    def _thin_live(self, live: Sequence[Any]) -> list[tuple[int, Any] | None]:
+        """List axis and size of the channels of live values, which can be projected; ``None`` for vectors and others.
 
-        def note(path: str, _module: nn.Module, _args: Any, output: Any) -> None:
-            outputs[path].append(rebuild(output, lambda x: x.detach().clone() if isinstance(x, Tensor) else x))
+        Tokens ``(N, L, C)`` have them last, maps ``(N, C, ...)`` and signals ``(N, C, L)`` first.
+        """
+        weights = {e for name in self.parameters for e in map(self.env.expression, self.tensors[name].shape)}
+        sizes = [[self.env.expression(size) for size in value.shape] for value in live]
+        axes = [2 if len(shape) == 3 and shape[2] in weights else 1 for shape in sizes]
+        bound = {
+            s for shape, axis in zip(sizes, axes, strict=True) for i, size in enumerate(shape)
+            if i != axis or len(shape) < 3 for s in symbols_of(size)
+        }  # fmt: skip
+        return [
+            (axis, shape[axis]) if len(shape) > 2 and symbols_of(shape[axis]) and not symbols_of(shape[axis]) & bound
+            else None
+            for shape, axis in zip(sizes, axes, strict=True)
+        ]  # fmt: skip
 
-        # A scripted module's own method refuses hooks.
-        add_hook = nn.Module.register_forward_hook
-        hooks = [add_hook(tail.get_submodule(path), partial(note, path)) for path in outputs]
-        try:
-            with torch.no_grad(), torch.random.fork_rng(devices=[]):
-                run = tail.along_every_path if isinstance(tail, ReplayTail) else tail
-                run(*(value.clone() for value in values))
-        finally:
-            for hook in hooks:
-                hook.remove()
-        for path, returned in outputs.items():
-            old, new = self.tail.get_submodule(path), _OpaqueModule(returned, opaque[path], self.mode)
-            for parent in list(self.tail.modules()):
-                for name, child in list(parent._modules.items()):
-                    if child is old:
-                        setattr(parent, name, new)
-
-    def _thin_live(self) -> list[Any]:
-        """List the channels of live maps, which a convolution can project; ``None`` for other live values."""
-        channels = [self.env.expression(t.shape[1]) if t.dim() > 3 else None for t in self.live]
-        others = [size for t in self.live for axis, size in enumerate(t.shape) if axis != 1 or t.dim() < 4]
-        bound = {s for size in others for s in symbols_of(self.env.expression(size))}
-        return [e if symbols_of(e) and not symbols_of(e) & bound else None for e in channels]
-
-    def collect(self, output: Any, image: Sequence[Any], names: Sequence[str]) -> TailWidths:
-        """Collect the equations after a run that gave an output."""
+    def collect(self, number: int, behind: Behind, output: Any, image: Sequence[Any]) -> TailWidths:
+        """Collect the equations of the tail behind a cut after a run that gave an output."""
         equations, expression = self.env.equations, self.env.expression
-        shapes = {
-            name: tuple(map(expression, self.tensors[name].shape)) if name in self.tensors else shape
-            for name, shape in self.original.items()
-        }
+        feature, *live = self.crossing[number]
+        shapes, original, symbols = self._renamed(behind.tail)
         fixed: dict[sympy.Symbol, str] = {}
         reasons = [
-            (tensor, f"{LIVE} {name!r}, which keeps its size") for tensor, name in zip(self.live, names, strict=True)
+            (tensor, f"{LIVE} {name!r}, which keeps its size") for tensor, name in zip(live, behind.names, strict=True)
         ]
         for tensor, reason in (*reasons, *_output_reasons(output, image)):
             for size in tensor.shape:
                 fixed.update(dict.fromkeys(symbols_of(expression(size)), reason))
         # A symbol of buffers or attributes alone is no width, but a table or a filter's size.
-        entry = expression(self.entry)
-        used = symbols_of(entry) | {s for name in self.parameters for e in shapes[name] for s in symbols_of(e)}
-        used |= {s for p in equations.products for s in (p.parts, p.each) if symbols_of(p.whole) & used}
+        entry = expression(feature.shape[1])
+        parameters = [shapes[name] for name, _ in behind.tail.named_parameters()]
+        used = symbols_of(entry) | {s for shape in parameters for e in shape for s in symbols_of(e)}
+        products = [p for p in equations.products if symbols_of(p.whole) & used]
+        used |= {s for p in products for s in (p.parts, p.each)}
         for symbol in equations.values:
             if symbol not in used:
                 fixed.setdefault(symbol, "no parameter has this width")
-        attributes = {key: expression(value) for key, value in self.attributes.items()}
+        paths = {name for name, _ in behind.tail.named_modules(remove_duplicate=False)}
+        attributes = {key: expression(value) for key, value in self.attributes.items() if key[0] in paths}
         return TailWidths(
             shapes=shapes,
-            original=self.original,
+            original=original,
             attributes=attributes,
             entry=entry,
             values={symbol: int(value) for symbol, value in equations.values.items()},
@@ -367,15 +317,30 @@ class _SymbolicRun:
                 Product(p.each, p.parts, p.whole)
                 if p.each in attributes.values() and p.parts not in attributes.values()
                 else p
-                for p in equations.products
+                for p in products
             ],
-            conditions=equations.open_conditions(),
-            lines={s: line for s in self.symbols.values() if (line := equations.line_of(s)) is not None},
-            symbols=self.symbols,
-            opaque=dict(self.attempt.opaque),
-            live=self._thin_live(),
+            conditions=[c for c in equations.open_conditions() if symbols_of(c) & used],
+            lines={s: line for s in symbols.values() if (line := equations.line_of(s)) is not None},
+            symbols=symbols,
+            live=self._thin_live(live),
             joined=[[expression(size) for size in sizes] for sizes in self.joined],
         )
+
+    def _renamed(self, tail: nn.Module) -> tuple[dict[str, Any], dict[str, Any], dict[tuple[str, int], Any]]:
+        """Size expressions, sizes and symbols of the tensors of a tail, by name; a tied weight may have another one."""
+        owned = [*self.tail.named_parameters(remove_duplicate=False), *self.tail.named_buffers(remove_duplicate=False)]
+        first: dict[int, str] = {}
+        names = {name: first.setdefault(id(tensor), name) for name, tensor in owned}
+        names = {name: names[name] for name, _ in [*tail.named_parameters(), *tail.named_buffers()]}
+        shapes = {name: tuple(map(self.env.expression, self.tensors[source].shape)) for name, source in names.items()}
+        original = {name: self.original[source] for name, source in names.items()}
+        symbols = {
+            (name, axis): self.symbols[source, axis]
+            for name, source in names.items()
+            for axis in range(len(original[name]))
+            if (source, axis) in self.symbols
+        }
+        return shapes, original, symbols
 
 
 def _output_reasons(output: Any, image: Sequence[Any]) -> list[tuple[Tensor, str]]:
@@ -496,17 +461,3 @@ def _convolved(func: Any, values: dict[str, Any], run: Callable[[], Tensor]) -> 
 def _check(is_met: Any, sizes: str) -> None:
     if not is_met:
         raise RuntimeError(f"sizes do not match: {sizes}")
-
-
-class _OpaqueModule(nn.Module):
-    """Fixes the sizes of its inputs and returns fakes of the outputs of a real run."""
-
-    def __init__(self, outputs: Sequence[Any], reason: str, mode: SymbolicMode) -> None:
-        super().__init__()
-        self.outputs, self.reason, self.mode = iter(outputs), reason, mode
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        for tensor in tensors((args, kwargs)):
-            for size in tensor.shape:
-                self.mode.shape_env.pin(size, self.reason)
-        return rebuild(next(self.outputs), lambda x: self.mode.fake(x) if isinstance(x, Tensor) else x)

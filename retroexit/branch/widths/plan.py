@@ -9,11 +9,12 @@ Reference: paper sections 3.1 and 4.1 (modules "less complex", a scale factor, a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import sympy
+from torch import Tensor
 
 from retroexit.branch.widths.equations import Expr, Product, real_value, symbols_of
 from retroexit.core.nested import is_number
@@ -130,6 +131,7 @@ class WidthPlan:
         pins: Widths that the rule would shrink but that are fixed.
         built: Input and output channels of the stages that an adapter builds, by path.
         live: Channels that live values are projected to, by position; the others keep theirs.
+        tokens: Positions of live values that have their channels last, ``(N, L, C)``.
     """
 
     sizes: dict[Any, int]
@@ -139,6 +141,14 @@ class WidthPlan:
     pins: tuple[Pin, ...]
     built: dict[str, tuple[int, int]] = field(default_factory=dict)
     live: dict[int, int] = field(default_factory=dict)
+    tokens: tuple[int, ...] = ()
+
+    def narrowed(self, values: Sequence[Tensor]) -> list[Tensor]:
+        """Take the first channels of feature and live values, as many as the tail reads."""
+        feature, *live = values
+        axes = [2 if i in self.tokens else 1 for i in range(len(live))]
+        live = [v.narrow(a, 0, self.live.get(i, v.shape[a])) for i, (v, a) in enumerate(zip(live, axes, strict=True))]
+        return [feature[:, : self.entry].clone(), *(value.clone() for value in live)]
 
     @property
     def numbers(self) -> int:
@@ -164,9 +174,8 @@ class TailWidths:
         conditions: Expressions that must be true.
         lines: For a replaced symbol the line of code that requires it.
         symbols: Symbol of each (name, axis) before any equation was added.
-        opaque: Modules that keep their widths, by path, with the reason.
         joined: For every concatenation the sizes of its parts, in order.
-        live: Expression of the channels of every live value; ``None`` for one that is no map.
+        live: Axis and expression of the channels of every live value; ``None`` for one that keeps its size.
     """
 
     shapes: dict[str, tuple[Expr, ...]]
@@ -179,9 +188,8 @@ class TailWidths:
     conditions: list[sympy.Basic]
     lines: dict[sympy.Symbol, str]
     symbols: dict[tuple[str, int], sympy.Symbol]
-    opaque: dict[str, str]
     joined: list[list[Expr]]
-    live: list[Expr | None]
+    live: list[tuple[int, Expr] | None]
 
     def free(self) -> list[sympy.Symbol]:
         """List the symbols that may shrink and occur in a parameter."""
@@ -189,12 +197,12 @@ class TailWidths:
         return sorted(used - set(self.fixed), key=str)
 
     def with_thin_live(self) -> TailWidths:
-        """Release the widths that live maps fix although layers in the tail, or the feature, have them too.
+        """Release the widths that live values fix although layers in the tail, or the feature, have them too.
 
         So for long skips, and for the features of a decoder that runs once per chunk.
         """
         made = {self.entry, *(shape[0] for shape in self.shapes.values() if len(shape) > 1)}
-        whole = {s for e in self.live if e is not None and e in made for s in symbols_of(e)}
+        whole = {s for item in self.live if item is not None and item[1] in made for s in symbols_of(item[1])}
         fixed = {s: reason for s, reason in self.fixed.items() if s not in whole or not reason.startswith(LIVE)}
         return replace(self, fixed=fixed)
 
@@ -224,10 +232,11 @@ class TailWidths:
             attributes={key: evaluate(value) for key, value in self.attributes.items()},
             entry=evaluate(self.entry),
             pins=tuple(self._pins(rule, stuck)),
+            tokens=tuple(i for i, item in enumerate(self.live) if item is not None and item[0] == 2),
             live={
                 i: width
-                for i, e in enumerate(self.live)
-                if e is not None and (width := evaluate(e)) < real_value(e, self.values)
+                for i, item in enumerate(self.live)
+                if item is not None and (width := evaluate(item[1])) < real_value(item[1], self.values)
             },
         )
 
@@ -338,8 +347,4 @@ class TailWidths:
             if symbol in self.lines:
                 reasons[self.lines[symbol]] = None
             pins.append(Pin(name, axis, size, "; ".join(reasons) or "a constant size in the forward"))
-        for path, reason in self.opaque.items():
-            for name, shape in self.original.items():
-                if name.startswith(f"{path}."):
-                    pins += [Pin(name, axis, s, reason) for axis, s in enumerate(shape) if rule(s) < s]
         return pins
