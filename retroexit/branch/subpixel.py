@@ -85,7 +85,7 @@ def choose_sizes(
 
     The grids halve (divide by the smallest prime factor) from the image down to the feature: 1/2, 1/4, ... The
     finest has width w and two convolutions, the one before 1.5 w and three, coarser ones 2.25 w and at most 4 w
-    and one each; a single grid has five. w is 1, 2, 3 or a multiple of 4. Where the feature is as fine as the
+    and one each; a single grid has five. w is below 8 or a multiple of 4. Where the feature is as fine as the
     image, its grid is halved first.
 
     Args:
@@ -113,7 +113,7 @@ def choose_sizes(
         levels = tuple(map(Level, finer, widths, depths))
         return SubpixelPlan(fold, levels, last, causal)
 
-    candidates = [1, 2, 3, *range(4, _WIDEST + 1, 4)]
+    candidates = [*range(1, 8), *range(8, _WIDEST + 1, 4)]
     least = count(plan(1))
     if least > macs:
         raise BranchError(
