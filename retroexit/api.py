@@ -33,11 +33,12 @@ class WrapSettings(TypedDict, total=False):
 
     Attributes:
         branch: Kind of branch, one for all or one per attach point: ``"copy"``, the paper's thin copy of the remaining
-            stages; ``"subpixel"``, a network of its own that works on coarse grids and needs nothing of these stages;
-            ``"auto"``, the copy where it can be built and saves enough, until `fit` compares both in a pilot; or the
-            name of a plug-in's.
+            stages, the default where a scale is given; ``"subpixel"``, a network of its own that works on coarse grids
+            and needs nothing of these stages, the default without; ``"auto"``, the copy where it can be built and saves
+            enough, until `fit` compares both in a pilot; or the name of a plug-in's.
         macs: Cost of the route of a sub-pixel branch as a share of the backbone's, in (0, 1), one for all or one per
-            attach point; by default what a thin copy at ``scale`` costs at most.
+            attach point; by default what a thin copy at ``scale`` costs at most, or, without a scale, what lies in
+            front of the exit and 6 % for the branch.
         min_channels: No width is scaled below this, ``>= 1``; 64 by default.
         tap: ``"after"``: a branch takes the stage's output; ``"before"``: its input, so that the branch repeats the
             stage.
@@ -70,7 +71,7 @@ class WrapSettings(TypedDict, total=False):
 
 def wrap(
     generator: nn.Module,
-    attach_at: Sequence[int | str],
+    attach_at: Sequence[int | str] | None = None,
     scale: float | Sequence[float] | None = None,
     *,
     example_inputs: Sequence[Any] | None = None,
@@ -82,11 +83,12 @@ def wrap(
 
     Args:
         generator: Any module with a multi-layer decoder, in eval mode.
-        attach_at: Stages after which a branch sits, by number from 1 (see `find_stages`) or by module path.
-        scale: Width factor of the branches, in (0, 1]; one for all, or one per attach point. Branches whose cost
-            ``macs`` decides need none.
-        example_inputs: Positional inputs that the generator accepts, any batch size. Without them, and without an
-            adapter that makes some, the generator is recorded at its first call.
+        attach_at: Stages after which a branch sits, by number from 1 (see `find_stages`) or by module path; by default
+            those that `find_stages` suggests.
+        scale: Width factor of the branches, in (0, 1]; one for all, or one per attach point. Without it, branches are
+            sub-pixel branches, sized by ``macs``.
+        example_inputs: Positional inputs that the generator accepts, any batch size. Without them, and
+            without an adapter that makes some, the generator is recorded at its first call.
         example_kwargs: Its keyword inputs.
         adapter: A `Description` of the generator, the name of a plug-in to call, or ``False`` for no plug-in; by
             default all plug-ins are called. `fit` uses the same description.
@@ -100,7 +102,8 @@ def wrap(
             be made thinner, or an argument is out of range.
 
     Example:
-        >>> model = retroexit.wrap(generator, attach_at=[2, 4, 6], scale=1 / 15)
+        >>> model = retroexit.wrap(generator)                                     # exits are chosen
+        >>> model = retroexit.wrap(generator, attach_at=[2, 4, 6], scale=1 / 15)  # the paper's thin copies
         >>> image = model(z)                 # the generator itself
         >>> quick = model(z, exit=1)         # the first early exit
 
@@ -108,12 +111,13 @@ def wrap(
     """
     generator = check_generator(generator)
     attach_at, scale, settings = plain_numbers((attach_at, scale, settings))
-    attach_points = (attach_at,) if isinstance(attach_at, (str, int)) else tuple(attach_at)
+    if attach_at is not None:
+        attach_at = (attach_at,) if isinstance(attach_at, (str, int)) else tuple(attach_at)
     description = host().describe(generator, adapter)
     if example_inputs is None and description.example_inputs is not None:
         example_inputs, example_kwargs = description.example_inputs(generator)
     args, kwargs = example_call(example_inputs, example_kwargs)
-    options = wrap_options(attach_points, scale, description, **settings)
+    options = wrap_options(description, attach_at, scale, **settings)
     options = replace(options, **adapter_options(generator, adapter, description))
     model = EarlyExitGenerator(generator, options)
     if example_inputs is not None or example_kwargs:
@@ -122,11 +126,11 @@ def wrap(
 
 
 def wrap_options(
-    attach_at: tuple[int | str, ...],
-    scale: float | Sequence[float] | None,
     description: Description,
+    attach_at: tuple[int | str, ...] | None = None,
+    scale: float | Sequence[float] | None = None,
     *,
-    branch: str | Sequence[str] = "copy",
+    branch: str | Sequence[str] | None = None,
     macs: float | Sequence[float | None] | None = None,
     min_channels: int = 64,
     tap: Literal["after", "before"] = "after",
@@ -140,6 +144,8 @@ def wrap_options(
     seed: int = 0,
 ) -> WrapOptions:
     """Complete the settings of a wrap with the description of the generator."""
+    if branch is None:
+        branch = "copy" if scale is not None else "subpixel"
     scales, kinds = _per_exit("scale", scale, attach_at), _per_exit("branch", branch, attach_at)
     shares = _per_exit("macs", macs, attach_at)
     for kind, share in zip(kinds, shares, strict=True):
@@ -153,9 +159,9 @@ def wrap_options(
                 "branch='subpixel', or a smaller scale.",
                 share,
             )
-    sized = [
-        1.0 if scale is None and kind not in ("copy", AUTO) and share is not None else scale
-        for scale, kind, share in zip(scales, kinds, shares, strict=True)
+    scales = [
+        1.0 if scale is None and kind not in ("copy", AUTO) else scale
+        for scale, kind in zip(scales, kinds, strict=True)
     ]
     if guidance is True or guidance == "patches":
         guidance = Guidance(key=None if guidance is True else False)
@@ -169,9 +175,9 @@ def wrap_options(
     stages = description.stages if stages is None else stages
     return WrapOptions(
         attach_at,
-        tuple(WidthRule(item, min_channels, width_rule, rule) for item in sized),
+        tuple(WidthRule(item, min_channels, width_rule, rule) for item in scales),
         branches=tuple(kinds),
-        macs=tuple(shares),
+        macs=() if scale is None and macs is None else tuple(shares),
         stages=None if stages is None else tuple(stages),
         guidance=guidance or None,
         image=description.image if image is None else image,
@@ -183,8 +189,12 @@ def wrap_options(
     )
 
 
-def _per_exit(name: str, value: Any, attach_at: tuple[int | str, ...]) -> list[Any]:
-    """Return one value per attach point; a string is a sequence too, but one value."""
+def _per_exit(name: str, value: Any, attach_at: tuple[int | str, ...] | None) -> list[Any]:
+    """Return one value per attach point, one for all if these are open; a string is a sequence too, but one value."""
+    if attach_at is None:
+        if isinstance(value, (list, tuple)):
+            raise OptionError(f"{name} must be one value where attach_at is left out, got {value}.", value)
+        return [value]
     values = list(value) if isinstance(value, (list, tuple)) else [value] * len(attach_at)
     if len(values) != len(attach_at):
         raise OptionError(

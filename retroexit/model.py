@@ -238,6 +238,7 @@ class EarlyExitGenerator(nn.Module):
         with self._lock, without_autocast(self.generator):
             if self._decomposition is None:
                 decomposition, branches = decompose(self.generator, self.options, args, kwargs)
+                self.options = decomposition.options
                 nn.ModuleList(branches).eval()
             elif not self.split.is_current(self.branches):
                 old: list[Any] = list(self.branches)
@@ -420,7 +421,7 @@ class EarlyExitGenerator(nn.Module):
         """Show the exits as a table, and what a threshold means."""
         name = type(self.generator).__name__
         if not self.is_recorded:
-            places = list(self.options.attach_at)
+            places = list(self.options.attach_at or ["suggested stages"])
             return f"{name} with early exits at {places}, not recorded yet: call it once to see its exits."
         lines = [exit_table(name, self.options, self.exits)]
         if self.split.decoder.replayed:

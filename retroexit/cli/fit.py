@@ -34,9 +34,12 @@ from retroexit.training.settings import FitSettings, check_same, divide
 
 Exits: Any = options.group_of(
     wrap_options,
-    attach_at="Stages, by number or path: 2,4,6.",
-    scale=Annotated[str, Option(help="Width factor of the branches: 1/15, or one per exit.")],
-    branch=Annotated[str, Option(help="Kind of branch: copy, subpixel, auto, or one per exit: copy,subpixel.")],
+    attach_at="Stages, by number or path: 2,4,6; by default those that 'retroexit inspect' suggests.",
+    scale=Annotated[str | None, Option(help="Width factor of the branches: 1/15, or one per exit.")],
+    branch=Annotated[
+        str | None,
+        Option(help="Kind of branch: copy (the default with --scale), subpixel, auto, or one per exit: copy,subpixel."),
+    ],
     macs=Annotated[str | None, Option(help="Cost of routes with sub-pixel branches, as shares: 0.1, or one per exit.")],
     min_channels="No width is scaled below this.",
     tap="Take the stage's output (after) or its input (before).",
@@ -163,21 +166,17 @@ def fit(
 def _wrap_arguments(exits: Any, retriever: str) -> dict[str, Any]:
     if retriever != "exact" and not exits.guidance:
         raise OptionError(f"--retriever {retriever} needs guidance. Add --guidance.", retriever)
-    scales = _parse_numbers("--scale", exits.scale, "1/15, 0.25 or one per exit: 1/4,1/3")
     limits = None
     if exits.image_range is not None:
         limits = tuple(_parse_numbers("--image-range", exits.image_range, "0,1 or -1,1"))
         if len(limits) != 2 or not limits[0] < limits[1]:
             raise OptionError(f"--image-range must be two ascending numbers, got {exits.image_range}", limits)
-    kinds, shares = exits.branch.split(","), None
-    if exits.macs is not None:
-        shares = _parse_numbers("--macs", exits.macs, "0.1 or one per exit: 0.1,0.2")
     return {
         **vars(exits),
-        "branch": kinds[0] if len(kinds) == 1 else kinds,
-        "macs": shares[0] if shares and len(shares) == 1 else shares,
-        "attach_at": options.parse_places(exits.attach_at),
-        "scale": scales[0] if len(scales) == 1 else scales,
+        "attach_at": None if exits.attach_at is None else options.parse_places(exits.attach_at),
+        "scale": _one_or_each(_parse_numbers("--scale", exits.scale, "1/15, 0.25 or one per exit: 1/4,1/3")),
+        "branch": _one_or_each((exits.branch or "").split(",")) or None,
+        "macs": _one_or_each(_parse_numbers("--macs", exits.macs, "0.1 or one per exit: 0.1,0.2")),
         "guidance": retroexit.Guidance(retriever=retriever) if exits.guidance else None,
         "image": options.parse_image_key(exits.image),
         "image_range": limits,
@@ -185,8 +184,15 @@ def _wrap_arguments(exits: Any, retriever: str) -> dict[str, Any]:
     }
 
 
-def _parse_numbers(option: str, text: str, form: str) -> list[float]:
+def _one_or_each(values: list[Any]) -> Any:
+    """Return one value for all exits, or one per exit; ``None`` without values."""
+    return values[0] if len(values) == 1 else values or None
+
+
+def _parse_numbers(option: str, text: str | None, form: str) -> list[float]:
     """Read numbers and fractions, separated by commas; ``form`` is an example for the message."""
+    if text is None:
+        return []
     try:
         return [float(Fraction(part.strip())) for part in text.split(",")]
     except (ValueError, ZeroDivisionError) as error:

@@ -72,15 +72,12 @@ def _next_steps(decoder: Decoder, target: str, arguments: str, image: Any) -> st
     places = [stage.index for stage in decoder.stages if stage.is_suggested]
     if not places:
         return "\nOne stage alone has no place for an exit: a branch needs a stage after it."
-    channels = [stage.shape[1] for stage in decoder.stages]
-    keywords, options = "", f"--attach-at {','.join(map(str, places))} --scale 1/4"
-    if max(channels) < 4 * 64:  # the default floor of 64 would decide every width
-        floor = max(4, min(channels) // 4)
-        keywords, options = f", min_channels={floor}", f"{options} --min-channels {floor}"
+    keywords, options = "", ""
     if image is not None:
-        keywords, options = f"{keywords}, image={image!r}", f"{options} --image {shlex.quote(str(image))}"
+        keywords, options = f", image={image!r}", f" --image {shlex.quote(str(image))}"
     made = f" --args {shlex.quote(arguments)}" if arguments else ""
     return (
-        f"\nto go on:\n  model = retroexit.wrap(generator, attach_at={places}, scale=1 / 4{keywords})\n"
-        f"  retroexit fit {shlex.quote(target)}{made} --inputs mydata:train \\\n      {options} --out runs/mine"
+        f"\nto go on, with exits at the starred stages:\n  model = retroexit.wrap(generator{keywords})\n"
+        f"  retroexit fit {shlex.quote(target)}{made} --inputs mydata:train{options} --out runs/mine\n"
+        f"or, with thin copies of the stages behind them, add attach_at={places}, scale=1 / 4."
     )

@@ -4,10 +4,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-_EXITS = 4  # as many as the paper attaches to OASIS (section 4.1)
+_TARGETS = (0.04, 0.12, 0.3, 0.55)  # as many exits as the paper attaches to OASIS (section 4.1)
 _FEWEST = 3
 _LEAST_SAVED = 0.2  # share of the MACs that an exit must save at least, without its branch
-_NEAR = 0.05  # stages whose cumulative shares differ by no more than this are equivalent
+_NEAR = 0.03  # suggested stages differ by more than this in cumulative share
 
 
 @dataclass(frozen=True)
@@ -84,10 +84,10 @@ def live_spans(stages: Sequence[Stage]) -> list[LiveSpan]:
 def suggest_attach_points(stages: Sequence[Stage]) -> list[int]:
     """Suggest the stages after which branches are worth trying, ascending; never the last stage.
 
-    Four targets are spread evenly, in MACs, from the begin of the decoder to where 20 % are left to save. For
-    each one the stage nearest in cumulative share is taken; among several within 5 % of the backbone, the one
-    with the fewest elements in live values. No two are within 5 % of each other; if fewer than three remain,
-    the stages farthest from them are added. If no stage leaves 20 %, the one that leaves most is suggested.
+    Four targets lie at 4, 12, 30 and 55 % of the MACs from the begin of the decoder on, denser where exits save most.
+    For each one the stage nearest in cumulative share is taken; among several within a quarter of it, the one with the
+    fewest elements in live values. No two are within 3 % of each other; if fewer than three remain, the stages farthest
+    from them are added. An exit leaves at least 20 % to save; if no stage does, the one that leaves most is suggested.
     """
     possible = stages[:-1]
     worthwhile = [s for s in possible if s.saves >= _LEAST_SAVED]
@@ -101,9 +101,9 @@ def suggest_attach_points(stages: Sequence[Stage]) -> list[int]:
         distance = min((abs(stage.cumulative - c.cumulative) for c in chosen), default=1.0)
         return distance if distance > _NEAR else 0.0
 
-    for exit_ in range(_EXITS):
-        target = start + (exit_ + 0.5) / _EXITS * (1 - _LEAST_SAVED - start)
-        near = [s for s in worthwhile if abs(s.cumulative - target) <= _NEAR]
+    for share in _TARGETS:
+        target = start + share * (1 - start)
+        near = [s for s in worthwhile if abs(s.cumulative - target) <= share * (1 - start) / 4]
         nearest = min(worthwhile, key=lambda s: abs(s.cumulative - target))
         best = min(near or [nearest], key=lambda s: (s.live_size, abs(s.cumulative - target)))
         if apart(best):

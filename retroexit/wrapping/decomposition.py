@@ -61,6 +61,7 @@ class Decomposition:
         taps: Where guidance keys and values come from, or ``None`` without guidance.
         specs: How the branches were built.
         identity: The generator's class and weights when it was recorded, which the branches are made for.
+        options: How it was wrapped, with the attach points and sizes that were left open.
     """
 
     split: SplitGenerator
@@ -69,6 +70,7 @@ class Decomposition:
     route_macs: list[int]
     feature_shape: tuple[int, ...]
     identity: Identity
+    options: WrapOptions
     taps: Taps | None = None
     specs: list[BranchSpec] = field(default_factory=list)
 
@@ -83,6 +85,12 @@ class Decomposition:
         recording = self.split.decoder.recording
         later = {call.path for call in recording.calls if call.begin >= position}
         return sum(stage.path in later for stage in self.split.decoder.stages)
+
+    def macs_behind(self, index: int) -> int:
+        """MACs of the backbone behind the attach point of an exit, numbered from 0, on the values of its branch."""
+        decoder, split = self.split.decoder, self.split
+        behind = decoder.recording.macs - _macs_before(decoder, split.cuts[index])
+        return behind // (split.batch if split.divides else 1)
 
     def check_generator(self) -> None:
         """Refuse a generator that has changed since the branches were made for it, in its weights too.
@@ -116,7 +124,7 @@ def decompose(
         RetroExitError: See `retroexit.wrap`; the generator is left as it was.
     """
     args = tuple(args)
-    named = [place for place in options.attach_at if isinstance(place, str)]
+    named = [place for place in options.attach_at or () if isinstance(place, str)]
     named += tap_paths(options.guidance)
     decoder = read_decoder(generator, args, kwargs, stages=options.stages, also=named, image=options.image)
     if decoder.recording.draws:
@@ -181,6 +189,7 @@ def _build(
     generator: nn.Module, decoder: Decoder, options: WrapOptions, args: Any, kwargs: dict[str, Any]
 ) -> tuple[Decomposition, list[Branch]]:
     """Cut a recorded generator and build its branches; where the recording cannot be cut, run the forward again."""
+    options = options.at_suggested(decoder.stages)
     try:
         pairs = _find_places(decoder, options)
     except AttachPointError:
@@ -208,35 +217,38 @@ def _build(
         route_macs=[],
         feature_shape=tuple(states[0][0].shape[1:]),
         identity=Identity.of(generator),
+        options=options,
         taps=None if options.guidance is None else find_taps(split, options.guidance),
     )
-    guide = None if decomposition.taps is None else decomposition.taps.guide
-    plans, names = options.plans or (None,) * len(pairs), value_names(decoder.recording)
     branches, shared = [], None
-    for index, ((stage, cut), plan) in enumerate(zip(pairs, plans, strict=True)):
-        spec = BranchSpec(
-            options.rule_of(stage),
-            options.init,
-            guide,
-            tuple(s.path for s in decoder.stages),
-            options.seed + index,
-            options.build_stage,
-            decoder.image_path,
-            names,
-        )
-        before, share = _macs_before(decoder, cut), options.macs_of(stage)
-        if share is not None:
-            limit = share * decoder.recording.macs - before
-            spec = replace(spec, macs=limit / split.batch if split.divides else limit)
+    for index, (_, cut) in enumerate(pairs):
+        spec = _spec(decoder, decomposition, index)
         if shared is None and not decoder.replayed:
             shared = SharedAnalysis(split, one_sample(split, 0, states[0]), spec)
-        spec = replace(spec, widths=None if shared is None else partial(shared.of, index))
-        decomposition.specs.append(spec)
-        behind = (decoder.recording.macs - before) // (split.batch if split.divides else 1)
-        branch, macs = _choose_exit(split, index, states[index], spec, plan or options.kind_of(stage), behind)
+        decomposition.specs.append(replace(spec, widths=None if shared is None else partial(shared.of, index)))
+        branch, macs = _choose_exit(decomposition, index, states[index])
         branches.append(branch)
-        decomposition.route_macs.append(macs + before // split.batch)
+        decomposition.route_macs.append(macs + _macs_before(decoder, cut) // split.batch)
     return decomposition, branches
+
+
+def _spec(decoder: Decoder, decomposition: Decomposition, index: int) -> BranchSpec:
+    """Say how the branch of an exit is to be built."""
+    split, options, stage = decomposition.split, decomposition.options, decomposition.places[index]
+    share, limit = options.macs_of(stage), None
+    if share is not None:
+        limit = share * decoder.recording.macs - _macs_before(decoder, split.cuts[index])
+    return BranchSpec(
+        options.rule_of(stage),
+        options.init,
+        None if decomposition.taps is None else decomposition.taps.guide,
+        tuple(s.path for s in decoder.stages),
+        options.seed + index,
+        options.build_stage,
+        decoder.image_path,
+        value_names(decoder.recording),
+        macs=limit / split.batch if limit is not None and split.divides else limit,
+    )
 
 
 def _refuse_layout(generator: nn.Module, decoder: Decoder, args: Any, kwargs: dict[str, Any]) -> None:
@@ -263,7 +275,7 @@ def _find_places(decoder: Decoder, options: WrapOptions) -> list[tuple[Stage, Cu
     """
     stage_of = {stage.path: stage for stage in decoder.stages}
     chosen: list[Stage] = []
-    for place in options.attach_at:
+    for place in options.attach_at or ():
         if isinstance(place, str):
             chosen.append(stage_of.get(place) or decoder.describe(place))
         elif not 1 <= place <= len(decoder.stages):
@@ -287,7 +299,7 @@ def _find_places(decoder: Decoder, options: WrapOptions) -> list[tuple[Stage, Cu
     pairs = places(decoder, chosen, options.tap)
     if len({cut.position for _, cut in pairs}) < len(pairs):
         raise AttachPointError(
-            f"attach_at must name each place once, got {list(options.attach_at)}.", options.attach_at
+            f"attach_at must name each place once, got {list(options.attach_at or ())}.", options.attach_at
         )
     last = decoder.stages[-1].path
     for stage, cut in pairs:
@@ -314,41 +326,50 @@ def _alternative(decoder: Decoder, last: Stage) -> str:
     return "It is the only stage, one layer: take its input with tap='before', or wrap a deeper module."
 
 
-def _choose_exit(
-    split: SplitGenerator, index: int, crossing: list[Tensor], spec: BranchSpec, plan: BranchPlan | str, behind: int
-) -> tuple[Branch, int]:
-    """Build the branch of a plan or of a kind; ``"auto"`` prefers the copy where it can be built and saves enough.
+def _choose_exit(decomposition: Decomposition, index: int, crossing: list[Tensor]) -> tuple[Branch, int]:
+    """Build the branch of an exit, of the kind and size that was chosen earlier or is chosen here.
+
+    ``"auto"`` prefers the copy where it can be built and saves enough. A branch that nobody has sized may cost more
+    than `BRANCH_SHARE`, where none is smaller.
 
     Args:
-        split: The generator, cut.
+        decomposition: The generator, cut.
         index: Which exit, from 0.
         crossing: Example values at its cut.
-        spec: How to build it.
-        plan: What was chosen earlier, or the kind.
-        behind: MACs of the backbone behind the cut.
 
     Returns:
         The branch, and its MACs for one sample.
     """
-    if isinstance(plan, BranchPlan):
-        branch, macs = _build_exit(split, index, crossing, spec, plan.kind, plan.sizes)
+    split, options, spec = decomposition.split, decomposition.options, decomposition.specs[index]
+    build = partial(_build_exit, split, index, crossing)
+    if options.plans:
+        plan = options.plans[index]
+        branch, macs = build(spec, plan.kind, plan.sizes)
         branch.why = plan.why
         return branch, macs
-    if plan != AUTO:
-        return _build_exit(split, index, crossing, spec, plan)
+    kind = options.kind_of(decomposition.places[index])
+    behind = decomposition.macs_behind(index)
+    if kind == AUTO:
+        try:
+            branch, macs = build(spec, "copy")
+        except BranchError as error:
+            why = f"no copy can be built: {' '.join(str(error).split()).partition('. ')[0]}"
+        else:
+            saved = 1 - branch.macs / max(behind, 1)
+            if saved >= LEAST_SAVED:
+                branch.why = f"the copy saves {saved:.0%} behind the attach point; fit compares both"
+                return branch, macs
+            why = f"the copy saves {max(saved, 0):.0%} behind the attach point"
+        branch, macs = build(spec, "subpixel")
+        branch.why = why
+        return branch, macs
     try:
-        branch, macs = _build_exit(split, index, crossing, spec, "copy")
-    except BranchError as error:
-        why = f"no copy can be built: {' '.join(str(error).split()).partition('. ')[0]}"
-    else:
-        saved = 1 - branch.macs / max(behind, 1)
-        if saved >= LEAST_SAVED:
-            branch.why = f"the copy saves {saved:.0%} behind the attach point; fit compares both"
-            return branch, macs
-        why = f"the copy saves {max(saved, 0):.0%} behind the attach point"
-    branch, macs = _build_exit(split, index, crossing, spec, "subpixel")
-    branch.why = why
-    return branch, macs
+        return build(spec, kind)
+    except BranchError:
+        if options.macs:
+            raise
+        decomposition.specs[index] = replace(spec, macs=float(behind))
+        return build(decomposition.specs[index], kind)
 
 
 def _build_exit(

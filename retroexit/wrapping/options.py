@@ -1,8 +1,10 @@
 """Settings of one wrap."""
 
+from __future__ import annotations
+
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -14,6 +16,9 @@ from retroexit.errors import AttachPointError, OptionError, warn
 from retroexit.guidance.provider import Guidance
 from retroexit.plugins.description import Description
 from retroexit.stages.stage import Stage
+
+BRANCH_SHARE = 0.06
+"""Cost of a branch that nobody has sized, as a share of the backbone's."""
 
 OWN_KEYWORDS = ("exit", "threshold", "budget", "deadline_ms")
 
@@ -32,7 +37,7 @@ class WrapOptions:
     """Settings of one wrap, checked as far as possible without running the generator.
 
     Attributes:
-        attach_at: Stage numbers or module paths.
+        attach_at: Stage numbers or module paths; ``None`` for the suggested stages, see `at_suggested`.
         rules: Width rule of each of them.
         tap: Whether a branch takes the stage's output or its input.
         stages: Paths of l_1..l_N, where known; from a saved model, with the path of the module that closes each.
@@ -46,13 +51,14 @@ class WrapOptions:
         predictor_inputs: Makes the predictor's input from the generator's; by default it reads the first
             feature.
         branches: Kind of branch of each attach point; ``"auto"`` to choose.
-        macs: Cost of the route of each attach point as a share of the backbone's; ``None`` to follow its rule.
+        macs: Cost of the route of each attach point as a share of the backbone's; ``None`` to follow its rule;
+            empty to choose.
         plans: What was chosen earlier, one per exit, from a saved model.
         build_stage: Builds thin stages through their own constructor, where an adapter can.
         description: What the chosen adapter says about the generator; ``None`` where all plug-ins are consulted.
     """
 
-    attach_at: tuple[int | str, ...]
+    attach_at: tuple[int | str, ...] | None
     rules: tuple[WidthRule, ...]
     tap: Literal["after", "before"] = "after"
     stages: tuple[str, ...] | dict[str, str] | None = None
@@ -71,20 +77,28 @@ class WrapOptions:
     description: Description | None = None
 
     def __post_init__(self) -> None:
-        if not self.attach_at:
+        if self.attach_at == ():
             raise AttachPointError(
-                "attach_at must name at least one stage, got []. Pass for example attach_at=[2].", self.attach_at
+                "attach_at must name at least one stage, got []. Pass for example attach_at=[2], or leave it out.",
+                self.attach_at,
             )
-        for place in self.attach_at:
+        for place in self.attach_at or ():
             if isinstance(place, bool) or not isinstance(place, (int, str)):
                 raise AttachPointError(
-                    f"attach_at must hold stage numbers and module paths, got {place!r} in {list(self.attach_at)}.",
-                    place,
+                    f"attach_at must hold stage numbers and module paths, got {place!r} in {self.attach_at}.", place
                 )
         if self.tap not in ("after", "before"):
             raise OptionError(f"tap must be 'after' or 'before', got {self.tap!r}.", self.tap)
         if self.init not in ("inherit", "scratch"):
             raise OptionError(f"init must be 'inherit' or 'scratch', got {self.init!r}.", self.init)
+
+    def at_suggested(self, stages: Sequence[Stage]) -> WrapOptions:
+        """Attach exits behind the suggested stages of l_1..l_N, where the user has left that open."""
+        if self.attach_at is not None:
+            return self
+        places = tuple(stage.path for stage in stages if stage.is_suggested)
+        one_each = {name: getattr(self, name) * len(places) for name in ("rules", "branches", "macs")}
+        return replace(self, attach_at=places, **one_each)
 
     def rule_of(self, stage: Stage) -> WidthRule:
         """Width rule of the branch at a stage."""
@@ -95,10 +109,16 @@ class WrapOptions:
         return self.branches[self._position(stage)] if self.branches else "copy"
 
     def macs_of(self, stage: Stage) -> float | None:
-        """Cost of the route of a stage as a share of the backbone's, where it decides."""
-        return self.macs[self._position(stage)] if self.macs else None
+        """Cost of the route of a stage as a share of the backbone's, where it decides.
+
+        By default a branch costs `BRANCH_SHARE` of the backbone, but at most a third of what it replaces.
+        """
+        if not self.macs:
+            return stage.cumulative + min(BRANCH_SHARE, stage.saves / 3)
+        return self.macs[self._position(stage)]
 
     def _position(self, stage: Stage) -> int:
+        assert self.attach_at is not None
         return self.attach_at.index(stage.path if stage.path in self.attach_at else stage.index)
 
 
