@@ -287,7 +287,7 @@ class _BranchBuilder:
                 for path, module in self.full.named_modules()
                 if isinstance(module, (nn.Linear, *CONVOLUTIONS)) and f"{path}.weight" in parameters
             }
-            branch.is_fresh = True
+        branch.is_fresh = self.is_new
         branch.to(device=feature.device, dtype=feature.dtype if feature.is_floating_point() else None)
         self._trial_run(branch)
         return branch.eval()

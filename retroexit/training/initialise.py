@@ -50,7 +50,7 @@ def start_branch(
     count = max(2, min(_SAMPLES, _PIXELS // math.prod(pixels)))
     step = replace(steps, team=Team(), batch=count, needs_inputs=False).at(0)
     values = [step.read(node.name) for node in model.split.cuts[index].crossing]
-    if isinstance(branch, CopyBranch) and (keep_channels or not has_checkpoint):
+    if branch.inherited and isinstance(branch, CopyBranch) and (keep_channels or not has_checkpoint):
         _choose_channels(model, index, values)
     if has_checkpoint:
         return None

@@ -218,7 +218,7 @@ def test_a_fresh_branch_paints_the_mean_colour():
     assert float(difference.abs().max()) < 0.2
 
 
-def test_it_follows_a_conversion_and_can_be_exported():
+def test_it_can_be_exported_compiled_and_converted():
     generator, x = upsampler(), torch.rand(2, 4, 6, 6)
     model = wrapped(generator, x)
     branch, feature = model.branches[0], model.features(x)[0]
@@ -226,6 +226,8 @@ def test_it_follows_a_conversion_and_can_be_exported():
     program = torch.export.export(branch, (feature,), dynamic_shapes=(sizes,))
     other = torch.rand(3, 16, 9, 6)
     torch.testing.assert_close(program.module()(other), branch(other))
+    compiled = torch.compile(branch, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(other), branch(other))
     assert "refine" in branch.code
     model.to(torch.bfloat16)
     assert model(x.bfloat16(), exit=1).dtype == torch.bfloat16
